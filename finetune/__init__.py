@@ -1,0 +1,4 @@
+if __name__ != "hf_sparse.finetune":
+    raise ImportError(
+        f"import this package as hf_sparse.finetune, not as {__name__}: under two names its classes would exist twice"
+    )

@@ -1,0 +1,48 @@
+"""Text that every Python installation already holds: the sources of its standard library and the topics of `help()`.
+
+The bundled checkpoint was trained on the `train` part. The `held_out` part is whole modules (with their tests) that
+training never saw; the demo and the card measure on it. Splitting by module name, not by file or chunk, keeps the two
+parts apart on every Python version.
+"""
+
+import sysconfig
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+Split = Literal["train", "held_out"]
+
+# Tables of code points and generated parser tables: numbers, not text.
+_SKIPPED = {"site-packages", "dist-packages", "encodings", "pydoc_data", "__pycache__", "__phello__", "lib-dynload"}
+
+
+def is_held_out(module: str) -> bool:
+    """Whether a top-level module of the standard library, tests included, is kept out of training (about 1 in 12)."""
+    return zlib.crc32(module.removeprefix("test_").encode()) % 12 == 0
+
+
+def documents(split: Split, *, tests: bool = False) -> Iterator[str]:
+    """Yield the documents of one part in a fixed order: module sources, then (`train` only) the topics of `help()`.
+
+    `tests` adds the standard library's own test suite, which minimal installations leave out; only the training of
+    the bundled checkpoint asks for it.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for path in sorted(root.rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        if _SKIPPED.intersection(parts):
+            continue
+        is_test = parts[0] == "test" or "tests" in parts or "idle_test" in parts
+        if is_test and not tests:
+            continue
+        module = parts[1] if parts[0] == "test" and len(parts) > 1 else parts[0]
+        if is_held_out(module) != (split == "held_out"):
+            continue
+        text = path.read_text("utf-8", errors="replace").strip()
+        if text:
+            yield text
+    if split == "train":
+        from pydoc_data.topics import topics
+
+        yield from (topics[name].strip() for name in sorted(topics))

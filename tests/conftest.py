@@ -1,0 +1,79 @@
+"""Session set-up: every test talks to the loopback Hub, never to the network.
+
+huggingface_hub reads its endpoint, token and cache folder when it is imported, so the server starts and the environment
+is set here, at import. Under pytest-xdist each worker imports this file and gets a server of its own.
+"""
+
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+import yaml
+
+assert "huggingface_hub" not in sys.modules, "huggingface_hub was imported before the loopback Hub set its environment"
+
+
+def _load(path: Path) -> ModuleType:
+    """Imports a file by path: the tests are no package, so that they also run against an installed wheel."""
+    spec = importlib.util.spec_from_file_location(f"hf_sparse_tests_{path.stem}", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+_HUB = _load(Path(__file__).parent / "hub" / "loopback.py").LoopbackHub(parse_yaml=yaml.safe_load)
+_HF_HOME = tempfile.mkdtemp(prefix="hf-sparse-tests-")
+_HUB_ENVIRONMENT = {
+    "HF_ENDPOINT": _HUB.endpoint,
+    "HF_TOKEN": _HUB.token,
+    "HF_HOME": _HF_HOME,
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_XET": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "NO_PROXY": "127.0.0.1,localhost",
+    "no_proxy": "127.0.0.1,localhost",
+}
+for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+    os.environ.pop(_name, None)
+os.environ.update(_HUB_ENVIRONMENT)
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers already occupy the cores
+
+
+def pytest_unconfigure() -> None:
+    _HUB.close()
+    shutil.rmtree(_HF_HOME, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def hub():
+    """The loopback Hub: `endpoint`, `token`, `user`, `requests`, `count`, `fail_next`. Its repositories stay."""
+    return _HUB
+
+
+@pytest.fixture
+def hub_env(tmp_path: Path) -> dict[str, str]:
+    """A whole environment for a fresh process (`subprocess.run(..., env=hub_env)`): this Hub, and an empty cache."""
+    return {**os.environ, **_HUB_ENVIRONMENT, "HF_HOME": str(tmp_path / "hf_home")}
+
+
+@pytest.fixture(autouse=True)
+def _fresh_hub_trace():
+    """The request trace and the injected failures belong to one test."""
+    _HUB.reset_trace()
+    yield
+    _HUB.reset_trace()
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed() -> None:
+    torch.manual_seed(0)
