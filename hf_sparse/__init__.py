@@ -1,0 +1,17 @@
+"""Learned sparse attention for pretrained transformers.
+
+Importing this registers the methods with PEFT and transformers; it changes no model.
+"""
+
+from importlib.metadata import version as _version
+
+from hf_sparse.errors import HfSparseError as HfSparseError
+from hf_sparse.methods.sparsek import SparseKConfig as SparseKConfig
+from hf_sparse.patches import patch as patch
+from hf_sparse.patches import patched as patched
+from hf_sparse.patches import unpatch as unpatch
+from hf_sparse.tuner import register as _register
+
+__version__ = _version("hf-sparse")
+
+_register()

@@ -185,9 +185,7 @@ def _scan(scores: Tensor, rank: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Te
 
 class _Thresholds(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: FunctionCtx, scores: Tensor, rank: Tensor, plan: _Plan
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: FunctionCtx, scores: Tensor, rank: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor]:
         floor, tau, lists = _scan(scores, rank, plan)
         ctx.save_for_backward(scores, rank, floor, tau)
         ctx.first = plan.window - (scores.shape[-1] - plan.queries)  # type: ignore[attr-defined]

@@ -14,6 +14,7 @@ which stays finite as a gate goes to 0.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -71,7 +72,8 @@ def tiled_sparsek_attention(
     return _Tiled.apply(query, key, value, scores, found.tau, found.rank, found.floor, found.lists, first, plan)
 
 
-class _Block(NamedTuple):
+@dataclass(frozen=True)
+class _Block:
     """Some consecutive tiles, `n` of them, with the `S` keys that each can reach."""
 
     rows: slice  # the queries
@@ -208,7 +210,7 @@ class _Tiled(torch.autograd.Function):
             length = block.rows.stop - block.rows.start
             output[:, :, block.rows] = _rows(out, length)
             lse[:, :, block.rows] = _rows(peak + mass.log(), length).squeeze(-1)
-        ctx.save_for_backward(query, key, value, scores, tau, rank, floor, lists, first, output, lse)
+        ctx.save_for_backward(query, key, value, scores, tau, rank, floor, lists, first, output, lse)  # type: ignore[arg-type]
         ctx.plan = plan  # type: ignore[attr-defined]
         return output
 

@@ -1,0 +1,64 @@
+"""The one place that reaches into PEFT: it has no registration for third-party methods, so its enum is extended.
+
+`peft.utils.register_peft_method` refuses names that are not members of `PeftType`. With a member added, everything
+works as for PEFT's own methods: `PeftModel`, `AutoPeftModel` and transformers' `load_adapter` alike. Enums are meant
+to be closed, so this writes the three tables that CPython keeps for one. Checked by `tests/test_compat.py` on the
+versions that CI runs; drop it when PEFT offers entry points.
+"""
+
+from typing import Any
+
+from hf_sparse.errors import CompatibilityError
+
+
+def extend_peft_type(name: str) -> Any:
+    """Add the member `name` to `peft.PeftType` (once) and return it.
+
+    Raises:
+        CompatibilityError: PEFT's enum no longer works as this function expects.
+    """
+    from peft import PeftType, __version__
+
+    if name in PeftType.__members__:
+        return PeftType[name]
+    try:
+        member = str.__new__(PeftType, name)
+        member._name_ = name
+        member._value_ = name
+        member.__objclass__ = PeftType  # type: ignore[attr-defined]
+        PeftType._member_map_[name] = member
+        PeftType._member_names_.append(name)
+        PeftType._value2member_map_[name] = member
+        works = PeftType(name) is member and PeftType[name] is member and member in list(PeftType)
+    except (AttributeError, TypeError, ValueError) as error:
+        raise CompatibilityError(_moved(__version__)) from error
+    if not works:
+        raise CompatibilityError(_moved(__version__))
+    return member
+
+
+def register_method(name: str, *, config: type, tuner: type, prefix: str) -> None:
+    """Make a method known to PEFT; does nothing the second time.
+
+    Raises:
+        CompatibilityError: PEFT no longer registers methods as this function expects.
+    """
+    from peft import __version__
+
+    member = extend_peft_type(name)
+    try:
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+        from peft.utils import register_peft_method
+
+        if PEFT_TYPE_TO_CONFIG_MAPPING.get(member) is not config:
+            register_peft_method(name=name.lower(), config_cls=config, model_cls=tuner, prefix=prefix)
+    except (ImportError, TypeError, KeyError, ValueError) as error:
+        raise CompatibilityError(_moved(__version__)) from error
+
+
+def _moved(version: str) -> str:
+    return (
+        f"PEFT {version} registers its methods in a way that this version of hf-sparse does not know. Install a "
+        "PEFT in the range that hf-sparse declares (pip install 'peft>=0.21,<0.22') or a newer hf-sparse. "
+        "`hf_sparse.patch` works without PEFT's registration."
+    )

@@ -1,0 +1,25 @@
+"""Errors that a user can act on. Each is also the built-in error that code around transformers and PEFT expects."""
+
+
+class HfSparseError(Exception):
+    """Base of the errors below."""
+
+
+class UnsupportedModelError(HfSparseError, ValueError):
+    """The model's family, or the way it was loaded, has no patch."""
+
+
+class AdapterMismatchError(HfSparseError, ValueError):
+    """An adapter was made for another base model."""
+
+
+class CompatibilityError(HfSparseError, ImportError):
+    """An installed library no longer has what this one builds on."""
+
+
+class DataError(HfSparseError, ValueError):
+    """The data cannot train or evaluate what was asked."""
+
+
+class HubError(HfSparseError, OSError):
+    """The Hub refused, or files of a repository are missing or damaged."""

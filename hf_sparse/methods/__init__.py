@@ -1,0 +1,1 @@
+"""Sparse attention methods: what a method learns, computes and caches, apart from any model family."""

@@ -1,0 +1,93 @@
+"""What every method is to the layers above: a module attached to one attention module of a model."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers.cache_utils import CacheLayerMixin
+
+
+class SparseMethod(nn.Module, BaseTunerLayer):
+    """One sparse attention method, attached to one attention module as its child `sparse_attention`.
+
+    It speaks PEFT's layer protocol (`adapter_layer_names`, `set_adapter`, `enable_adapters`, ...), so that saving,
+    switching and disabling need no second implementation; it works without a `PeftModel` all the same. Subclasses
+    name their learned containers in `adapter_layer_names` and write `add_adapter`, `attend` and `cache_layer`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._disable_adapters = False
+        self._active_adapter = []
+        self.merged_adapters = []
+        # Set by the patch that attaches the method: told when it is switched on or off, and the hook to remove.
+        self.on_toggle: Callable[[bool], None] | None = None
+        self.hook: RemovableHandle | None = None
+
+    def add_adapter(self, name: str, config: Any) -> None:
+        """Create the learned parameters of one adapter. The first one becomes the active one."""
+        raise NotImplementedError
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        hidden_states: Tensor,
+        valid: Tensor | None,
+        cache: CacheLayerMixin | None,
+        scaling: float,
+    ) -> Tensor:
+        """Compute the attention of the new tokens.
+
+        Args:
+            query: `[B, Hq, T, D]`; key, value: `[B, Hkv, T, D]`, all of the new tokens only, positions applied.
+            hidden_states: `[B, T, C]`, the input of the attention module.
+            valid: `[B, T]` bool, False for padding; `None` if every token is real.
+            cache: the layer that `cache_layer` made for this sequence, or `None`.
+            scaling: multiplies the logits.
+
+        Returns:
+            `[B, Hq, T, D]`; what stands at padding is finite and meaningless.
+        """
+        raise NotImplementedError
+
+    def cache_layer(self) -> CacheLayerMixin:
+        """A new, empty cache layer for one sequence batch."""
+        raise NotImplementedError
+
+    @property
+    def active(self) -> str:
+        """The name of the one adapter in use."""
+        if len(self.active_adapters) != 1:
+            raise ValueError(f"sparse attention needs exactly one active adapter, got {self.active_adapters}")
+        return self.active_adapters[0]
+
+    def enable_adapters(self, enabled: bool) -> None:
+        super().enable_adapters(enabled)
+        if self.on_toggle is not None:
+            self.on_toggle(enabled)
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        raise ValueError("sparse attention selects keys; there are no weights that it could be merged into")
+
+    def unmerge(self) -> None:
+        raise ValueError("sparse attention is never merged")
+
+
+def token_index(valid: Tensor | None, seen: Tensor | int, batch: int, length: int, device: torch.device) -> Tensor:
+    """Index of each new token among the real tokens of its row: `[B, T]` int64; padding repeats a neighbour's.
+
+    Args:
+        valid: `[B, T]` bool or `None`.
+        seen: real tokens of each row before these, `[B]` or one number.
+    """
+    if valid is None:
+        index = torch.arange(length, device=device).expand(batch, -1)
+    else:
+        index = (valid.cumsum(-1) - 1).clamp(min=0)
+    return index + (seen[:, None] if isinstance(seen, Tensor) else seen)

@@ -1,0 +1,177 @@
+"""SparseK attached to one attention module: score the new tokens, attend, keep what is worth keeping."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.cache_utils import CacheLayerMixin
+
+from hf_sparse.methods.base import SparseMethod, token_index
+from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
+from hf_sparse.methods.sparsek.config import SparseKConfig
+from hf_sparse.methods.sparsek.scorer import make_scorer
+from hf_sparse.methods.sparsek.selection import Policy
+from hf_sparse.ops.attention import sparsek_attention
+
+# (query [B, Hq, T, D], key [B, Hkv, T, D], scores [B, Hkv, T], scaling, valid [B, T] or None)
+Observer = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], None]
+
+
+class SparseKAttention(SparseMethod):
+    """SparseK for one attention module.
+
+    In `train` mode the gates are soft and only whole sequences are possible; in `eval` mode the selection is hard.
+
+    Attributes:
+        policy: a baseline's scores instead of the scorer's, see `selection`.
+        observer: when set, the module computes its dense attention and hands queries, keys and scores to the
+            observer. The objective `attention` trains with it.
+    """
+
+    adapter_layer_names = ("sparsek_scorer",)
+
+    def __init__(self, hidden_size: int, num_key_value_heads: int, layer: int) -> None:
+        super().__init__()
+        self.hidden_size, self.num_key_value_heads, self.layer = hidden_size, num_key_value_heads, layer
+        self.sparsek_scorer = nn.ModuleDict()
+        self.configs: dict[str, SparseKConfig] = {}
+        self.policy: Policy | None = None
+        self.observer: Observer | None = None
+
+    def add_adapter(self, name: str, config: SparseKConfig) -> None:
+        self.configs[name] = config
+        self.sparsek_scorer[name] = make_scorer(config, self.hidden_size, self.num_key_value_heads)
+        if not self.active_adapters:
+            self.set_adapter(name, inference_mode=config.inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.configs.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
+
+    @property
+    def config(self) -> SparseKConfig:
+        """Configuration of the active adapter."""
+        return self.configs[self.active]
+
+    def cache_layer(self) -> SparseKCacheLayer:
+        return SparseKCacheLayer(self.config.k, self.config.window, self.config.sinks)
+
+    def score(self, hidden_states: Tensor, index: Tensor) -> Tensor:
+        """Frozen scores `[B, Hkv, T]` float32 of tokens that stand at `index` `[B, T]` of their rows."""
+        if self.policy is not None:
+            return self.policy(index, self.num_key_value_heads, self.layer)
+        scores = self.sparsek_scorer[self.active](hidden_states)
+        slope = self.config.position_slope
+        return scores + slope * index[:, None].float() if slope else scores
+
+    def attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        hidden_states: Tensor,
+        valid: Tensor | None,
+        cache: CacheLayerMixin | None,
+        scaling: float,
+    ) -> Tensor:
+        batch, _, length, _ = query.shape
+        config = self.config
+        if cache is not None and not isinstance(cache, SparseKCacheLayer):
+            raise TypeError(f"SparseK needs its own cache layer, got {type(cache).__name__}")
+        seen = 0 if cache is None or cache.seen is None else cache.seen
+        index = token_index(valid, seen, batch, length, query.device)
+        scores = self.score(hidden_states, index)
+        fresh = cache is None or cache.get_seq_length() == length  # `update` has counted the new tokens already
+        if self.observer is not None:
+            self.observer(query, key, scores, scaling, valid)
+            dense = {"k": max(1, length), "window": 1, "sinks": 0}
+            return _aligned(
+                query, key, value, scores, valid, valid, scaling=scaling, gates="hard", support=None, **dense
+            )
+        soft = self.training and self.policy is None
+        if soft and not fresh:
+            raise ValueError("decoding uses hard selection: call model.eval() before generating")
+
+        budget = {"k": config.k, "window": config.window, "sinks": config.sinks, "scaling": scaling}
+        if fresh:
+            gates: dict[str, Any] = {"gates": "soft", "support": config.soft_support} if soft else {"gates": "hard"}
+            output = _aligned(query, key, value, scores, valid, valid, **budget, **gates)
+            if cache is not None:
+                positions = index if valid is None else index.masked_fill(~valid, -1)
+                positions = positions[:, None].expand_as(scores)
+                cache.fill(
+                    key, value, scores, positions, index[:, -1:].amax(-1) + 1 if valid is None else valid.sum(-1)
+                )
+            return output
+        assert cache is not None
+        if length == 1:
+            cache.insert(key, value, scores, None if valid is None else valid[:, 0])
+            assert cache.keys is not None and cache.values is not None and cache.positions is not None
+            filled = (cache.positions[:, :1, None] >= 0).to(query.device)  # [B, 1, 1, S]: the same for every head
+            return F.scaled_dot_product_attention(
+                query, cache.keys, cache.values, filled, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
+            )
+        return self._continue(query, key, value, scores, index, valid, cache, budget)
+
+    def _continue(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scores: Tensor,
+        index: Tensor,
+        valid: Tensor | None,
+        cache: SparseKCacheLayer,
+        budget: dict[str, Any],
+    ) -> Tensor:
+        """Several tokens after others: the kept keys are all that they can reach, so they simply come first."""
+        old_keys, old_values, old_scores, old_positions = cache.ordered()
+        new_valid = torch.ones_like(index, dtype=torch.bool) if valid is None else valid
+        keys, values = torch.cat([old_keys, key], 2), torch.cat([old_values, value], 2)
+        all_scores = torch.cat([old_scores, scores], 2)
+        present = torch.cat([old_positions[:, 0] >= 0, new_valid], 1)  # the same for every head
+        output = _aligned(query, keys, values, all_scores, new_valid, present, **budget)
+        positions = index.masked_fill(~new_valid, -1)[:, None].expand_as(scores)
+        assert cache.seen is not None
+        cache.fill(keys, values, all_scores, torch.cat([old_positions, positions], 2), cache.seen + new_valid.sum(-1))
+        return output
+
+
+def _aligned(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: Tensor,
+    valid: Tensor | None,
+    present: Tensor | None,
+    **options: Any,
+) -> Tensor:
+    """`sparsek_attention` of rows that hold padding anywhere: the padding moves to the front and back again.
+
+    Args:
+        valid: `[B, Tq]` bool, real queries; `None` if there is no padding at all.
+        present: `[B, Tk]` bool, real keys.
+    """
+    if valid is None or present is None:
+        return sparsek_attention(query, key, value, scores, **options)
+
+    def to_end(mask: Tensor) -> Tensor:  # a stable order, padding first
+        return mask.int().argsort(dim=-1, stable=True)
+
+    def move(tensor: Tensor, order: Tensor) -> Tensor:
+        order = order[:, None, :, None] if tensor.ndim == 4 else order[:, None, :]
+        return tensor.gather(2, order.expand_as(tensor))
+
+    rows, columns = to_end(valid), to_end(present)
+    output = sparsek_attention(
+        move(query, rows),
+        move(key, columns),
+        move(value, columns),
+        move(scores, columns),
+        start=(~present).sum(-1),
+        **options,
+    )
+    return move(output, rows.argsort(dim=-1))

@@ -1,0 +1,79 @@
+"""Configuration of SparseK attention."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from peft import PeftConfig
+
+from hf_sparse._compat import extend_peft_type
+
+# PEFT's error for a type it does not know is nothing but this name, so the name says what to import.
+PEFT_TYPE = "HF_SPARSE_SPARSEK"
+
+
+@dataclass
+class SparseKConfig(PeftConfig):
+    """SparseK attention: every query attends to `sinks + window + k` keys, and the KV cache has as many slots.
+
+    Lou et al. 2024 (arXiv 2406.16747), with sinks, and with soft gates inside the softmax while training (ours).
+
+    >>> SparseKConfig(k=124, window=128, sinks=4).slots
+    256
+    """
+
+    k: int = field(default=124, metadata={"help": "Older keys kept per KV head: the k best-scored. At least 1."})
+    window: int = field(default=128, metadata={"help": "Most recent keys, always attended. At least 1."})
+    sinks: int = field(default=4, metadata={"help": "First keys of a sequence, always attended. At least 0."})
+    scorer: Literal["linear", "mlp"] = field(
+        default="linear",
+        metadata={"help": "'linear': one weight per input feature and KV head. 'mlp': one hidden layer."},
+    )
+    scorer_hidden_size: int = field(default=128, metadata={"help": "Width of the hidden layer of the 'mlp' scorer."})
+    position_slope: float = field(
+        default=0.0,
+        metadata={"help": "Added to a score per token of absolute position; positive values favour recent keys."},
+    )
+    support: int | None = field(
+        default=4,
+        metadata={
+            "help": "While training, soft gates spread over the best support * k keys at most, which keeps the cost "
+            "linear while score scales are small. None is exact SparseK."
+        },
+    )
+    layers: list[int] | None = field(
+        default=None, metadata={"help": "Indices of the layers to patch; None is all of them."}
+    )
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Filled in when attached: names of the patched attention modules."}
+    )
+    base_shape: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Filled in when attached: what the base model must look like."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = extend_peft_type(PEFT_TYPE)
+        for name, least in (("k", 1), ("window", 1), ("sinks", 0), ("scorer_hidden_size", 1)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"SparseKConfig.{name} must be an integer of at least {least}, got {value!r}")
+        if self.support is not None and (not isinstance(self.support, int) or self.support < 1):
+            raise ValueError(f"SparseKConfig.support must be None or an integer of at least 1, got {self.support!r}")
+        if self.scorer not in ("linear", "mlp"):
+            raise ValueError(f"SparseKConfig.scorer must be 'linear' or 'mlp', got {self.scorer!r}")
+        if not isinstance(self.position_slope, int | float):
+            raise ValueError(f"SparseKConfig.position_slope must be a number, got {self.position_slope!r}")
+        if self.layers is not None:
+            if not self.layers or not all(isinstance(i, int) and i >= 0 for i in self.layers):
+                raise ValueError(f"SparseKConfig.layers must be None or indices of layers, got {self.layers!r}")
+            self.layers = sorted(set(self.layers))
+
+    @property
+    def slots(self) -> int:
+        """KV pairs per layer and KV head: `sinks + window + k`."""
+        return self.sinks + self.window + self.k
+
+    @property
+    def soft_support(self) -> int | None:
+        """Keys over which soft gates may spread, `None` without bound."""
+        return None if self.support is None else self.support * self.k

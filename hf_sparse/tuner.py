@@ -1,0 +1,61 @@
+"""The PEFT tuner: a thin layer that lets PEFT drive `hf_sparse.patches`."""
+
+from typing import Any
+
+from peft.tuners.tuners_utils import BaseTuner
+from torch import Tensor, nn
+
+from hf_sparse._compat import register_method
+from hf_sparse.methods.base import SparseMethod
+from hf_sparse.methods.sparsek import SparseKConfig
+from hf_sparse.methods.sparsek.config import PEFT_TYPE
+from hf_sparse.patches.attach import attach, detach, targets
+
+
+class SparseKModel(BaseTuner):
+    """What `peft.get_peft_model` makes of a model and a `SparseKConfig`."""
+
+    prefix = "sparsek_"
+    tuner_layer_cls = SparseMethod
+
+    def inject_adapter(
+        self,
+        model: Any,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        config: Any = self.peft_config[adapter_name]
+        # The configuration and the model say which modules; the keys of a state dict could only disagree.
+        config.target_modules = [name for name, _ in targets(model, config)]
+        super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: Any, key: str) -> bool:
+        return key in peft_config.target_modules
+
+    def _create_and_replace(
+        self,
+        peft_config: Any,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        attach(target, self.model, adapter_name, peft_config)
+
+    def unload(self) -> nn.Module:
+        """Take sparse attention off and return the base model."""
+        detach(self.model)
+        return self.model
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        raise ValueError("sparse attention selects keys and has no weights to merge; use unload() for the base model")
+
+
+def register() -> None:
+    """Make SparseK known to PEFT."""
+    register_method(PEFT_TYPE, config=SparseKConfig, tuner=SparseKModel, prefix=SparseKModel.prefix)
