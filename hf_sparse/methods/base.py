@@ -68,7 +68,13 @@ class SparseMethod(nn.Module, BaseTunerLayer):
         return self.active_adapters[0]
 
     def enable_adapters(self, enabled: bool) -> None:
+        """PEFT's switch: also sets which parameters are trainable."""
         super().enable_adapters(enabled)
+        self.switch(enabled)
+
+    def switch(self, enabled: bool) -> None:
+        """Sparse attention on, or the dense base model; nothing else changes."""
+        self._disable_adapters = not enabled
         if self.on_toggle is not None:
             self.on_toggle(enabled)
 

@@ -1,0 +1,273 @@
+"""The training loop, flat: one function from checks to metrics."""
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import tqdm
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Sampler, TensorDataset
+
+from hf_sparse.data import fingerprint
+from hf_sparse.errors import DataError
+from hf_sparse.finetune import checkpoint
+from hf_sparse.finetune.config import FinetuneConfig
+from hf_sparse.finetune.objectives import OBJECTIVES
+from hf_sparse.machine import describe
+from hf_sparse.methods.sparsek import SparseKAttention
+from hf_sparse.ops import sparsek
+from hf_sparse.patches import methods_of
+
+
+def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = None) -> dict[str, Any]:
+    """Train the scorers of a patched model; the base model stays frozen.
+
+    Args:
+        model: what `peft.get_peft_model` returned, or a model patched by `hf_sparse.patch` whose other parameters are
+            frozen.
+        dataset: packed chunks, `[N, T]` int64, or a `datasets.Dataset` with a column `input_ids` of equal lengths.
+        config: settings; the defaults are the measured recipe.
+
+    Returns:
+        The metrics that `finetune.json` holds: settings, parameters, tokens, time, and the history of the loss.
+        The model is left in `eval` mode.
+
+    Raises:
+        DataError: chunks that cannot train this model.
+        ValueError: parameters other than the scorers' would be trained, or the loss is not finite.
+    """
+    config = config or FinetuneConfig()
+    chunks = _chunks(dataset)
+    methods = [method for method in methods_of(model) if isinstance(method, SparseKAttention)]
+    scorers = _check(model, methods, chunks, config)
+
+    # One process may train twice with different precision; accelerate keeps the first one's for ever otherwise.
+    AcceleratorState._reset_state()
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        cpu=config.cpu,
+    )
+    model.eval()  # the base model's dropout stays off ...
+    for method in methods:
+        method.train()  # ... and the gates are soft
+    prepared = accelerator.prepare_model(model)
+
+    output = Path(config.output_dir) if config.output_dir else None
+    restart = checkpoint.latest(output) if output and config.resume else None
+    state: dict[str, Any] = checkpoint.load_state(restart) if restart else {"step": 0, "history": [], "seconds": 0.0}
+    if restart and state["settings"] != _identity(config, chunks):
+        changed = [k for k, v in _identity(config, chunks).items() if state["settings"].get(k) != v]
+        raise ValueError(f"cannot resume with other settings than the checkpoint's; different: {', '.join(changed)}")
+    history: list[dict[str, Any]] = state["history"]
+
+    per_step = config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+    total = sum(steps for _, steps in config.stages)
+    bar = tqdm(total=total, initial=state["step"], desc="scorers", unit="step", disable=not config.progress)
+    began, done, first = time.perf_counter() - state["seconds"], state["step"], 0
+    for objective, steps in config.stages:
+        stage_end = first + steps
+        if done >= stage_end:
+            first = stage_end
+            continue
+        plain = torch.optim.AdamW(scorers.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
+        if restart and done > first:
+            checkpoint.load(restart, scorers, plain)
+        elif restart and done == first:  # the checkpoint ends the stage before: its optimiser is not wanted
+            checkpoint.load(restart, scorers, torch.optim.AdamW(scorers.values()))
+        restart = None
+        optimizer = accelerator.prepare_optimizer(plain)
+        order = _Shuffled(len(chunks), config.seed, start=done * per_step)
+        loader = accelerator.prepare_data_loader(
+            DataLoader(TensorDataset(chunks), batch_size=config.batch_size, sampler=order)
+        )
+        batches = iter(loader)
+        for step in range(done, stage_end):
+            tick = time.perf_counter()
+            rate = _learning_rate(config, step - first, steps)
+            for group in plain.param_groups:
+                group["lr"] = rate
+            losses: list[Tensor] = []
+            support: list[float] = []
+            with _supports(methods, support if _logged(step, total) else None):
+                for _ in range(config.gradient_accumulation_steps):
+                    with accelerator.accumulate(prepared):
+                        loss = OBJECTIVES[objective](prepared, next(batches)[0])
+                        accelerator.backward(loss)
+                        losses.append(accelerator.gather(loss.detach()).mean())
+                        if accelerator.sync_gradients:
+                            accelerator.clip_grad_norm_(scorers.values(), config.max_grad_norm)
+                        optimizer.step()
+                        if step == done and accelerator.sync_gradients:
+                            _check_gradients(model, scorers)
+                        optimizer.zero_grad()
+            value = float(torch.stack(losses).mean())
+            if not torch.isfinite(torch.tensor(value)):
+                raise ValueError(f"the loss of step {step + 1} ({objective}) is {value}; try a lower learning_rate")
+            speed = per_step * chunks.shape[1] / (time.perf_counter() - tick)
+            bar.update()
+            bar.set_postfix(stage=objective, loss=f"{value:.4f}", tokens_s=f"{speed:,.0f}")
+            row = {
+                "step": step + 1,
+                "stage": objective,
+                "loss": value,
+                "learning_rate": rate,
+                "tokens_per_second": speed,
+            }
+            if support:
+                row["support"] = sum(support) / len(support)
+            history.append(row)
+            if output and config.checkpoint_every and (step + 1) % config.checkpoint_every == 0:
+                accelerator.wait_for_everyone()
+                if accelerator.is_main_process:
+                    kept = {"settings": _identity(config, chunks), "history": history}
+                    checkpoint.save(output, step + 1, scorers, plain, {**kept, "seconds": time.perf_counter() - began})
+        first = done = stage_end
+    bar.close()
+    if restart:  # the checkpoint was the end of the run
+        checkpoint.load(restart, scorers, torch.optim.AdamW(scorers.values()))
+    accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+    model.eval()
+
+    seconds, tokens = time.perf_counter() - began, total * per_step * chunks.shape[1]
+    metrics = {
+        "format": 1,
+        "objective": config.objective,
+        "settings": config.settings() | {"length": chunks.shape[1], "chunks": len(chunks)},
+        "trainable_parameters": sum(p.numel() for p in scorers.values()),
+        "all_parameters": sum(p.numel() for p in model.parameters()),
+        "tokens": tokens,
+        "seconds": seconds,
+        "tokens_per_second": tokens / seconds,
+        "history": history,
+        **describe(),
+    }
+    if torch.cuda.is_available() and accelerator.device.type == "cuda":
+        metrics["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+    if output and accelerator.is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        partial = output / f".finetune.json.{os.getpid()}"
+        partial.write_text(json.dumps(metrics, indent=1) + "\n")
+        os.replace(partial, output / "finetune.json")
+    return metrics
+
+
+class _Shuffled(Sampler[int]):
+    """Endless permutations of `range(n)`, a function of seed and position alone: any run can start anywhere."""
+
+    def __init__(self, n: int, seed: int, start: int) -> None:
+        self.n, self.seed, self.start = n, seed, start
+
+    def __iter__(self) -> Iterator[int]:
+        epoch, skip = divmod(self.start, self.n)
+        while True:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            yield from torch.randperm(self.n, generator=generator)[skip:].tolist()
+            epoch, skip = epoch + 1, 0
+
+
+def _chunks(dataset: Any) -> Tensor:
+    if not isinstance(dataset, Tensor):
+        try:
+            rows = dataset["input_ids"]
+        except (KeyError, TypeError) as error:
+            raise DataError(
+                f"expected chunks [N, T] or a dataset with `input_ids`, got {type(dataset).__name__}"
+            ) from error
+        lengths = {len(row) for row in rows}
+        if len(lengths) > 1:
+            raise DataError(
+                f"all chunks must have one length (pack the dataset first), got {min(lengths)} to {max(lengths)}"
+            )
+        dataset = torch.tensor([list(row) for row in rows])
+    if dataset.ndim != 2 or dataset.is_floating_point() or 0 in dataset.shape:
+        raise DataError(f"expected chunks [N, T] of token ids, got {tuple(dataset.shape)} {dataset.dtype}")
+    return dataset.long()
+
+
+def _check(
+    model: nn.Module, methods: list[SparseKAttention], chunks: Tensor, config: FinetuneConfig
+) -> dict[str, nn.Parameter]:
+    """The scorers' parameters by name, once everything fits."""
+    if not methods:
+        raise ValueError(
+            "the model has no sparse attention: use peft.get_peft_model(model, hf_sparse.SparseKConfig(...))"
+        )
+    length, slots = chunks.shape[1], max(method.config.slots for method in methods)
+    if length <= slots:
+        raise DataError(
+            f"chunks of {length} tokens cannot train a budget of {slots} slots (k + window + sinks): every key is "
+            "kept, so there would be no gradient; use longer chunks or a smaller budget"
+        )
+    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    if int(chunks.max()) >= vocabulary or int(chunks.min()) < 0:
+        raise DataError(f"token ids must lie in 0..{vocabulary - 1}, got {int(chunks.min())}..{int(chunks.max())}")
+    active = {id(p) for method in methods for p in method.sparsek_scorer[method.active].parameters()}
+    scorers = {name: p for name, p in model.named_parameters() if id(p) in active}
+    for parameter in scorers.values():
+        parameter.requires_grad_(True)
+    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in active]
+    if others:
+        raise ValueError(
+            f"{len(others)} parameters besides the scorers would be trained, the first is {others[0]}: freeze them "
+            "(model.requires_grad_(False)) or use peft.get_peft_model"
+        )
+    return scorers
+
+
+def _check_gradients(model: nn.Module, scorers: dict[str, nn.Parameter]) -> None:
+    """After the first backward: every scorer has a gradient, and nothing else has one."""
+    missing = [name for name, p in scorers.items() if p.grad is None or not p.grad.any()]
+    foreign = [name for name, p in model.named_parameters() if p.grad is not None and name not in scorers]
+    if foreign:
+        raise ValueError(f"a frozen parameter received a gradient: {foreign[0]}")
+    if len(missing) == len(scorers):
+        raise ValueError("no scorer received a gradient: nothing can be learned from these chunks")
+
+
+def _identity(config: FinetuneConfig, chunks: Tensor) -> dict[str, Any]:
+    return config.settings() | {"chunks": fingerprint(chunks)}
+
+
+def _learning_rate(config: FinetuneConfig, step: int, steps: int) -> float:
+    warm = min(config.warmup_steps, steps // 2)
+    if step < warm:
+        return config.learning_rate * (step + 1) / warm
+    return config.learning_rate * (steps - step) / max(1, steps - warm)
+
+
+def _logged(step: int, total: int) -> bool:
+    return step % max(1, total // 50) == 0 or step + 1 == total
+
+
+class _supports:
+    """Measures, over the forwards inside a `with` block, how many keys the gates of the last query spread over."""
+
+    def __init__(self, methods: list[SparseKAttention], into: list[float] | None) -> None:
+        self.methods, self.into, self.hooks = methods, into, []  # type: ignore[var-annotated]
+
+    def __enter__(self) -> None:
+        if self.into is None:
+            return
+        for method in self.methods:
+            hook = self._measure(method)
+            self.hooks.append(method.sparsek_scorer[method.active].register_forward_hook(hook))
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self.hooks:
+            hook.remove()
+
+    def _measure(self, method: SparseKAttention) -> Any:
+        def hook(module: nn.Module, args: Any, scores: Tensor) -> None:
+            config, into = method.config, self.into
+            eligible = scores.detach()[..., config.sinks : scores.shape[-1] - config.window]
+            if into is not None:
+                into.append(float((sparsek(eligible, config.k) > 0).sum(-1).float().mean()))
+
+        return hook

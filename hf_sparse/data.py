@@ -1,0 +1,69 @@
+"""Text to packed chunks of tokens."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_sparse.errors import DataError
+
+
+def read_text(path: str | Path) -> str:
+    """A UTF-8 text file as it is, line ends included.
+
+    Raises:
+        DataError: the file is missing, empty, or not UTF-8 text.
+    """
+    path = Path(path)
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except OSError as error:
+        raise DataError(f"cannot read the text {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    if not text.strip():
+        raise DataError(f"{path} holds no text")
+    return text
+
+
+def pack(tokenizer: Any, text: str, length: int) -> Tensor:
+    """Tokenise a text whole, without special tokens, and cut it into chunks; the rest that fills none is dropped.
+
+    Returns:
+        `[N, length]` int64, N at least 1.
+
+    Raises:
+        DataError: fewer than `length` tokens.
+    """
+    if length < 2:
+        raise DataError(f"length must be at least 2 tokens, got {length}")
+    # The length of the text is the point here: no warning that it exceeds the model's.
+    ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    if len(ids) < length:
+        raise DataError(f"the text has {len(ids)} tokens, fewer than one chunk of {length}")
+    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+
+
+def select_chunks(chunks: Tensor, which: str | None) -> Tensor:
+    """Chunks `START:STOP` of a text, as Python slices; all of them for `None`.
+
+    Raises:
+        DataError: not a slice, or one that is empty.
+    """
+    if which is None:
+        return chunks
+    try:
+        start, stop = (int(part) if part else None for part in which.split(":"))
+    except ValueError:
+        raise DataError(f"chunks must be START:STOP, got {which!r}") from None
+    chosen = chunks[start:stop]
+    if len(chosen) == 0:
+        raise DataError(f"chunks {which} of a text that has {len(chunks)} chunks are none")
+    return chosen
+
+
+def fingerprint(chunks: Tensor) -> str:
+    """sha256 of the tokens, so that two measurements can be told to be of the same data."""
+    return hashlib.sha256(chunks.contiguous().numpy().tobytes()).hexdigest()
