@@ -26,10 +26,11 @@ def extend_peft_type(name: str) -> Any:
         member._name_ = name
         member._value_ = name
         member.__objclass__ = PeftType  # type: ignore[attr-defined]
+        setattr(PeftType, name, member)  # before the tables know it: Enum refuses to reassign a member
         PeftType._member_map_[name] = member
         PeftType._member_names_.append(name)
         PeftType._value2member_map_[name] = member
-        works = PeftType(name) is member and PeftType[name] is member and member in list(PeftType)
+        works = PeftType(name) is PeftType[name] is getattr(PeftType, name) is member and member in list(PeftType)
     except (AttributeError, TypeError, ValueError) as error:
         raise CompatibilityError(_moved(__version__)) from error
     if not works:

@@ -11,14 +11,14 @@ from hf_sparse.errors import DataError
 
 
 def read_text(path: str | Path) -> str:
-    """A UTF-8 text file as it is, line ends included.
+    """A UTF-8 text file; line ends of any kind become `\\n`, as everywhere in Python.
 
     Raises:
         DataError: the file is missing, empty, or not UTF-8 text.
     """
     path = Path(path)
     try:
-        text = path.read_bytes().decode("utf-8")
+        text = path.read_text("utf-8")
     except OSError as error:
         raise DataError(f"cannot read the text {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:

@@ -27,13 +27,10 @@ class SparseKModel(BaseTuner):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         config: Any = self.peft_config[adapter_name]
-        # The configuration and the model say which modules; the keys of a state dict could only disagree.
+        # The configuration and the model say which modules; the keys of a state dict could only disagree. PEFT
+        # matches these names by suffix and shortens a long list to what is still unambiguous.
         config.target_modules = [name for name, _ in targets(model, config)]
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
-
-    @staticmethod
-    def _check_target_module_exists(peft_config: Any, key: str) -> bool:
-        return key in peft_config.target_modules
 
     def _create_and_replace(
         self,
