@@ -6,6 +6,8 @@ Importing this registers the methods with PEFT and transformers; it changes no m
 from importlib.metadata import version as _version
 
 from hf_sparse.errors import HfSparseError as HfSparseError
+from hf_sparse.hub import from_pretrained as from_pretrained
+from hf_sparse.hub import push_to_hub as push_to_hub
 from hf_sparse.methods.sparsek import SparseKConfig as SparseKConfig
 from hf_sparse.patches import patch as patch
 from hf_sparse.patches import patched as patched

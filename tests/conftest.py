@@ -77,3 +77,34 @@ def _fresh_hub_trace():
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def tiny_llama():
+    """Makes small random Llamas on the CPU, in float32 and eval mode; the same weights for the same arguments.
+
+    The weights are larger than a fresh model's: with those every key has about the same weight, and no test would
+    notice which keys are attended.
+    """
+
+    def make(**changes):
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        settings = {
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 512,
+            "initializer_range": 0.3,
+            "bos_token_id": 1,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+        }
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
+
+    return make

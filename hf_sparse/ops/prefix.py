@@ -148,7 +148,7 @@ def _scan(scores: Tensor, rank: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Te
     rank_of = torch.cat([rank, rank.new_zeros((*batch, 1))], -1)
     score_of = torch.cat([scores, scores.new_full((*batch, 1), -torch.inf)], -1)
 
-    first = max(0, offset - window + 1)  # keys before this one are eligible for the first query
+    first = min(max(0, offset - window + 1), keys)  # keys before this one are eligible for the first query
     best = rank[..., :first].topk(min(size, first), dim=-1, sorted=True)
     carried = best.indices.masked_fill(best.values == 0, keys)
     step = torch.arange(tile, device=device)

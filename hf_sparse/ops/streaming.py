@@ -81,13 +81,16 @@ class SparseKStream:
         while True:
             to_free = saturated[0] - 1 if saturated else math.inf  # tau at which the weakest leaves gate 1
             to_gone = free[0] if free else math.inf  # tau at which the weakest leaves the support
-            if free:
+            # With k saturated scores the free ones have gate 0 and leave: of all thresholds that give the same gates
+            # this finds the largest, as `sparsek_thresholds` does.
+            if free and len(saturated) < self.k:
                 tau = (self._free_sum + len(saturated) - self.k) / len(free)
-                if tau <= min(to_free, to_gone):
+                if tau <= to_free and tau < to_gone:
                     self.tau = max(tau, self.tau)  # guards against rounding only
                     return self.tau
             if to_free <= to_gone:
-                heapq.heappush(free, heapq.heappop(saturated))
-                self._free_sum += to_free + 1
+                score = heapq.heappop(saturated)
+                heapq.heappush(free, score)
+                self._free_sum += score
             else:
                 self._free_sum -= heapq.heappop(free)

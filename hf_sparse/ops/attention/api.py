@@ -14,7 +14,7 @@ queries are the last `Tq` of `Tk` positions, and evicted keys are simply not the
 Lou et al. 2024 (arXiv 2406.16747). Soft gates inside the softmax are ours: see `gates`.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -61,18 +61,25 @@ def sparsek_attention(
             of padded queries is finite and meaningless.
         implementation: `"dense"` builds `Tq x Tk` masks and is the reference; `"tiled"` gathers the keys of a tile of
             queries and is linear in `Tq`; `"auto"` is `"tiled"`, or torch's own dense attention where the budget
-            covers the whole sequence.
+            covers the whole sequence (unless scores are trained: they get their gradient, 0, from `"tiled"`).
 
     Returns:
         `[B, Hq, Tq, D]` in the dtype of `query`. Softmax and gates are computed in float32 (float64 for float64).
 
     Raises:
-        ValueError: shapes that do not fit, or `k`, `window`, `sinks`, `support` out of range.
+        ValueError: shapes that do not fit, `k`, `window`, `sinks` or `support` out of range, or an unknown `gates` or
+            `implementation`.
     """
+    for name, choice, known in (("gates", gates, Gates), ("implementation", implementation, Implementation)):
+        if choice not in get_args(known):
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(known)))}, got {choice!r}")
     _check(query, key, value, scores, k, window, sinks, support, start)
+    if query.numel() == 0:
+        return query.clone()
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     support = k if gates == "hard" else support
-    if implementation == "auto" and key.shape[2] <= k + window + sinks:
+    trains = gates == "soft" and scores.requires_grad
+    if implementation == "auto" and key.shape[2] <= k + window + sinks and not trains:
         return _all_keys(query, key, value, scaling, start)
     attend = dense_sparsek_attention if implementation == "dense" else tiled_sparsek_attention
     return attend(query, key, value, scores, k, window, sinks, scaling, gates == "soft", support, start)

@@ -1,0 +1,134 @@
+"""An adapter's two files, and whether they are whole, safe and made for a base model.
+
+Everything here happens before any weight of a base model is read. Only safetensors and JSON are opened.
+"""
+
+import copy
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import find_adapter_config_file
+
+from hf_sparse.demo import BASE_NAME, CHECKPOINT
+from hf_sparse.errors import AdapterMismatchError, HubError
+from hf_sparse.methods.sparsek.config import PEFT_TYPE
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """The content of an adapter's folder.
+
+    Attributes:
+        folder: where the files are.
+        source: how messages call it.
+        config: its `SparseKConfig`.
+        base_model: name of its base model, `"demo"` for the bundled checkpoint, `None` if it has none.
+        shapes: shape of every tensor by key.
+    """
+
+    folder: Path
+    source: str
+    config: Any
+    base_model: str | None
+    shapes: dict[str, tuple[int, ...]]
+
+
+def resolve_base(name: str) -> str:
+    """What transformers can load for the name of a base model: `"demo"` is the bundled checkpoint, always."""
+    return str(CHECKPOINT) if name == BASE_NAME else name
+
+
+def read_adapter(folder: Path, source: str) -> Adapter:
+    """Read an adapter's folder.
+
+    Raises:
+        HubError: a file is missing or damaged, or the adapter is none of hf-sparse's.
+    """
+    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
+    if missing:
+        pickled = missing == [WEIGHTS] and (folder / "adapter_model.bin").exists()
+        hint = "; its adapter_model.bin is a pickle, which hf-sparse does not load" if pickled else ""
+        raise HubError(f"{source} is not a complete adapter: {' and '.join(missing)} missing{hint}")
+    try:
+        kind = json.loads((folder / CONFIG).read_text("utf-8"))["peft_type"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise HubError(f"{CONFIG} of {source} is damaged: {error!r}") from error
+    if kind != PEFT_TYPE:
+        advice = "a newer hf-sparse may know it" if str(kind).startswith("HF_SPARSE_") else "use peft.PeftModel"
+        raise HubError(f"{source} is an adapter of type {kind}, expected {PEFT_TYPE}; {advice}")
+    try:
+        config = PeftConfig.from_pretrained(str(folder))
+        name = config.base_model_name_or_path or None
+        if name is not None and Path(name).resolve() == CHECKPOINT.resolve():
+            name = BASE_NAME
+    except (ValueError, TypeError) as error:
+        raise HubError(f"{CONFIG} of {source} is damaged: {error}") from error
+    try:
+        with safe_open(folder / WEIGHTS, framework="pt") as file:
+            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise HubError(f"{WEIGHTS} of {source} is damaged: {error}") from error
+    return Adapter(folder, source, config, name, shapes)
+
+
+def skeleton_of(name: str, **options: Any) -> PreTrainedModel:
+    """A base model without weights, made from nothing but its config.json.
+
+    Args:
+        name: what `resolve_base` takes.
+        **options: where to find it: `revision`, `token`, `cache_dir`, `local_files_only`.
+
+    Raises:
+        HubError: the base model is an adapter itself.
+        OSError: transformers cannot read its configuration.
+        ValueError: it needs code from its repository, or is no causal language model.
+    """
+    config = AutoConfig.from_pretrained(resolve_base(name), trust_remote_code=False, **options)
+    # transformers would put that adapter on the base without a word, from a pickle if that is what there is.
+    if find_adapter_config_file(resolve_base(name), **options) is not None:
+        raise HubError(f"the base model {name!r} holds an adapter itself; load it yourself and pass it as base_model=")
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def check_fit(adapter: Adapter, skeleton: PreTrainedModel, base: str) -> None:
+    """Check that an adapter holds exactly the keys and shapes that a base model asks for.
+
+    PEFT would leave what is missing random, and let any other key overwrite weights of the base.
+
+    Args:
+        skeleton: the base model without weights; it is used up.
+        base: how messages call the base model.
+
+    Raises:
+        AdapterMismatchError: the adapter was made for another base model.
+        UnsupportedModelError: the base model has no sparse attention patch.
+        HubError: keys are missing, unexpected or of another shape.
+    """
+    try:
+        with torch.device("meta"):
+            model = PeftModel(skeleton, copy.deepcopy(adapter.config))
+    except AdapterMismatchError as error:
+        raise AdapterMismatchError(f"{adapter.source} does not fit the base model {base}: {error}") from error
+    state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    expected = {key: tuple(value.shape) for key, value in state.items()}
+    faults = {
+        "missing": sorted(expected.keys() - adapter.shapes.keys()),
+        "unexpected": sorted(adapter.shapes.keys() - expected.keys()),
+        "of another shape": [key for key, shape in expected.items() if adapter.shapes.get(key, shape) != shape],
+    }
+    found = [f"{kind}: {_some(keys)}" for kind, keys in faults.items() if keys]
+    if found:
+        raise HubError(f"{WEIGHTS} of {adapter.source} does not hold the scorers for {base}; {'; '.join(found)}")
+
+
+def _some(keys: list[str]) -> str:
+    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

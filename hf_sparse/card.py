@@ -1,0 +1,120 @@
+"""The model card: the template `card.md.jinja`, filled from the measurements and from nothing else."""
+
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import ModelCardData
+
+from hf_sparse.demo import BASE_NAME
+from hf_sparse.errors import DataError
+
+TAGS = ["hf-sparse", "sparsek", "sparse-attention", "kv-cache", "long-context"]
+
+_OBJECTIVES = {
+    "distill": "The objective was the KL divergence from the same model with dense attention (self-distillation).",
+    "attention": "The objective was to predict, for each key, the dense attention that it receives from far queries.",
+    "lm": "The objective was the next-token loss.",
+}
+
+#: Selections of eval.json in the order of the table; `{}` is the number of slots.
+_ROWS = {
+    "dense": "all (dense attention of the base model)",
+    "learned": "**{}: window, sinks, and the best-scored older ones (this adapter)**",
+    "recency": "{}: the most recent ones, and sinks",
+    "random": "{}: window, sinks, and older ones at random",
+}
+
+
+def render(
+    config: Any,
+    *,
+    repo_id: str,
+    base_model: str | None,
+    parameters: int,
+    evaluation: dict[str, Any] | None = None,
+    training: dict[str, Any] | None = None,
+    figure: str = "quality.png",
+) -> str:
+    """README.md of an adapter's repository.
+
+    Args:
+        config: the adapter's `SparseKConfig`.
+        repo_id: what a reader passes to `hf_sparse.from_pretrained`.
+        base_model: Hub id of the base, `"demo"`, or `None` if it has no name that is true elsewhere.
+        parameters: how many the adapter has.
+        evaluation: content of eval.json; without it the card says that nothing was measured.
+        training: content of finetune.json; without it the card says so.
+        figure: name of the figure file, shown if there is an evaluation.
+
+    Raises:
+        DataError: a measurement lacks something that the card shows.
+    """
+    from jinja2 import Environment, StrictUndefined, UndefinedError
+
+    on_hub = base_model not in (None, BASE_NAME)
+    data = ModelCardData(
+        base_model=base_model if on_hub else None,
+        base_model_relation="adapter" if on_hub else None,
+        library_name="peft",
+        pipeline_tag="text-generation",
+        tags=TAGS,
+    )
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
+    environment.globals.update(change=_change, count=_count, machine=_machine)
+    template = environment.from_string(Path(__file__).with_name("card.md.jinja").read_text("utf-8"))
+    try:
+        text = template.render(
+            config=config,
+            name=repo_id.split("/")[-1],
+            repo_id=repo_id,
+            parameters=parameters,
+            peft_type=str(config.peft_type.value),
+            figure=figure,
+            evaluation=evaluation,
+            training=training,
+            rows={name: label.format(config.slots) for name, label in _ROWS.items()},
+            objective=_OBJECTIVES[training["objective"]] if training else "",
+            versions=_versions(evaluation or training),
+            **_base(repo_id, base_model),
+        )
+    except (UndefinedError, KeyError, AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise DataError(f"eval.json or finetune.json is not what hf-sparse writes: {error!r}") from error
+    return f"---\n{data.to_yaml()}\n---\n\n{text.rstrip()}\n"
+
+
+def _base(repo_id: str, base_model: str | None) -> dict[str, str]:
+    """How the text names the base model, and how the example loads it."""
+    if base_model == BASE_NAME:
+        return {
+            "base_text": "the small Llama that comes with `hf-sparse`",
+            "tokenizer": f'hf_sparse.hub.resolve_base("{BASE_NAME}")',
+            "arguments": f'"{repo_id}"',
+        }
+    if base_model is None:
+        return {
+            "base_text": "a base model that has no name on the Hub",
+            "tokenizer": '"path/to/the/base"',
+            "arguments": f'"{repo_id}", base_model="path/to/the/base"',
+        }
+    return {
+        "base_text": f"[`{base_model}`](https://huggingface.co/{base_model})",
+        "tokenizer": f'"{base_model}"',
+        "arguments": f'"{repo_id}"',
+    }
+
+
+def _change(value: float, reference: float) -> str:
+    return f"{100 * (value / reference - 1):+.1f} %"
+
+
+def _count(value: Any) -> str:
+    return f"{int(value):,}"
+
+
+def _machine(measurement: dict[str, Any]) -> str:
+    """One line on where a measurement was made; everything that the file tells."""
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in measurement["machine"].items())
+
+
+def _versions(measurement: dict[str, Any] | None) -> str:
+    return ", ".join(f"{name} {version}" for name, version in (measurement or {"versions": {}})["versions"].items())

@@ -1,0 +1,296 @@
+"""The command line. Each verb is a few lines around a function of `hf_sparse.workflow`, `hub` or `demo`.
+
+Nothing heavy is imported here: `--help` should not wait for torch.
+"""
+
+import errno
+import warnings
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from typer.core import TyperGroup
+
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+class _Group(TyperGroup):
+    """Turns what can go wrong in ordinary use into one line and exit code 1; with `--debug` the traceback shows."""
+
+    def invoke(self, ctx: Any) -> Any:
+        if ctx.params["debug"]:
+            return super().invoke(ctx)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # for those who program against the libraries
+                return super().invoke(ctx)
+        except KeyboardInterrupt:
+            _complain("interrupted; files are as they were")
+            raise typer.Exit(130) from None
+        except Exception as error:
+            if not _is_expected(error):
+                raise
+            _complain(f"[red]error:[/red] {escape(_line(error))}")
+            raise typer.Exit(1) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,  # they may hold a token
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Entry point of `hf-sparse`."""
+    app(prog_name="hf-sparse")
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"hf-sparse {version('hf-sparse')}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    """Learned sparse attention for pretrained transformers: patch a checkpoint, train the small scorer, push it."""
+
+
+Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of an adapter, made by `hf-sparse patch`.")]
+Texts = Annotated[list[Path] | None, typer.Option("--text", metavar="FILE", help="UTF-8 text; may be repeated.")]
+Length = Annotated[int, typer.Option(help="Tokens per chunk; more than the slots.")]
+Chunks = Annotated[str | None, typer.Option(metavar="START:STOP", help="Only these chunks of the text.")]
+OnDevice = Annotated[Device, typer.Option(help="auto: CUDA where there is a GPU.")]
+OfDtype = Annotated[
+    Dtype, typer.Option(help="Of the base model. auto: bfloat16 on CUDA if it is stored so, else float32.")
+]
+
+
+def _indices(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"expected indices of layers such as 0,1, got {text!r}") from None
+
+
+@app.command()
+def patch(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id or folder; `demo` is the bundled checkpoint.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Where the adapter goes.")],
+    method: Annotated[Literal["sparsek"], typer.Option(help="The sparse attention method.")] = "sparsek",
+    k: Annotated[int, typer.Option("--k", help="Older keys kept per KV head: the best-scored.")] = 124,
+    window: Annotated[int, typer.Option(help="Most recent keys, always attended.")] = 128,
+    sinks: Annotated[int, typer.Option(help="First keys, always attended.")] = 4,
+    scorer: Annotated[Literal["linear", "mlp"], typer.Option(help="What scores the keys.")] = "linear",
+    layers: Annotated[
+        Any, typer.Option(metavar="0,1,...", parser=_indices, help="Layers to patch; all by default.")
+    ] = None,
+    position_slope: Annotated[float, typer.Option(help="Added to a score per token of position.")] = 0.0,
+    support: Annotated[
+        int, typer.Option(help="In training, gates spread over SUPPORT * k keys at most; 0 is no bound.")
+    ] = 4,
+    seed: Annotated[int, typer.Option(help="Of the scorers' first weights.")] = 0,
+    dtype: Annotated[Dtype, typer.Option(help="Of the base model while it is patched. auto: as stored.")] = "auto",
+    force: Annotated[bool, typer.Option("--force", help="Write into a DIR that is not empty.")] = False,
+) -> None:
+    """Write an untrained adapter for a base model."""
+    workflow = _workflow()
+    from hf_sparse import SparseKConfig
+
+    config = SparseKConfig(
+        k=k,
+        window=window,
+        sinks=sinks,
+        scorer=scorer,
+        layers=layers,
+        position_slope=position_slope,
+        support=support or None,
+    )
+    trainable, total = workflow.create_adapter(
+        model, config, output, seed=seed, dtype=dtype, force=force
+    ).get_nb_trainable_parameters()
+    console = Console()
+    console.print(
+        f"{trainable:,} trainable parameters of {total:,} ({trainable / total:.3%}); {config.slots} KV slots per head: "
+        f"{sinks} sinks, window {window}, {k} selected",
+        soft_wrap=True,
+    )
+    _wrote(console, output, "untrained adapter")
+
+
+@app.command()
+def finetune(
+    folder: Folder,
+    text: Texts = None,
+    dataset: Annotated[str | None, typer.Option(metavar="NAME", help="Dataset on the Hub, instead of --text.")] = None,
+    dataset_config: Annotated[str | None, typer.Option(help="Configuration of the dataset.")] = None,
+    split: Annotated[str, typer.Option(help="Part of the dataset, such as train[:1%].")] = "train",
+    column: Annotated[str, typer.Option(help="Column of the dataset that holds the text.")] = "text",
+    steps: Annotated[int, typer.Option(help="Optimiser steps of the objective.")] = 300,
+    objective: Annotated[
+        Literal["distill", "attention", "lm"],
+        typer.Option(help="distill: KL from dense attention. attention: regress its mass. lm: next token."),
+    ] = "distill",
+    warm_start_steps: Annotated[int, typer.Option(help="Steps of `attention` before the others.")] = 40,
+    length: Length = 2048,
+    chunks: Chunks = None,
+    batch_size: Annotated[int, typer.Option(help="Chunks per step.")] = 2,
+    gradient_accumulation_steps: Annotated[int, typer.Option(help="Batches per optimiser step.")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="Peak of the schedule.")] = 2e-2,
+    seed: Annotated[int, typer.Option(help="Of the order of the chunks.")] = 0,
+    mixed_precision: Annotated[Literal["no", "bf16", "fp16"], typer.Option(help="Accelerate's.")] = "no",
+    checkpoint_every: Annotated[int, typer.Option(metavar="N", help="Steps between checkpoints; 0: none.")] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in DIR.")] = False,
+    device: OnDevice = "auto",
+    dtype: OfDtype = "auto",
+) -> None:
+    """Train the adapter in DIR and write it back, with finetune.json."""
+    if bool(text) == bool(dataset):
+        raise typer.BadParameter("expected either --text FILE or --dataset NAME")
+    workflow = _workflow()
+    from hf_sparse.finetune import FinetuneConfig
+    from hf_sparse.finetune.checkpoint import latest
+
+    config = FinetuneConfig(
+        objective=objective,
+        steps=steps,
+        warm_start_steps=warm_start_steps,
+        batch_size=batch_size,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+        learning_rate=learning_rate,
+        seed=seed,
+        mixed_precision=mixed_precision,
+        output_dir=str(folder),
+        checkpoint_every=checkpoint_every,
+        resume=resume,
+    )
+    if dataset:
+        words = workflow.read_dataset(dataset, dataset_config, split, column)
+    else:
+        words, _ = workflow.read_texts(text)
+    try:
+        metrics = workflow.train_adapter(
+            folder, words, config, length=length, chunks=chunks, device=device, dtype=dtype
+        )
+    except KeyboardInterrupt:
+        saved = latest(folder)
+        how = (
+            f"the same command with --resume continues from {saved.name}"
+            if saved
+            else "with --checkpoint-every N a run can be resumed"
+        )
+        _complain(f"interrupted; the adapter in {folder} is as it was; {how}")
+        raise typer.Exit(130) from None
+    console = Console()
+    first, last = metrics["history"][0], metrics["history"][-1]
+    console.print(
+        f"{last['step']} steps on {metrics['tokens']:,} tokens in {metrics['seconds']:.0f} s; loss of the first step "
+        f"{first['loss']:.4f} ({first['stage']}), of the last {last['loss']:.4f} ({last['stage']})",
+        soft_wrap=True,
+    )
+    _wrote(console, folder, "trained adapter and finetune.json")
+
+
+@app.command("eval")
+def evaluate(
+    folder: Folder,
+    text: Texts = None,
+    length: Length = 2048,
+    chunks: Chunks = None,
+    batch_size: Annotated[int, typer.Option(help="Chunks at a time.")] = 1,
+    device: OnDevice = "auto",
+    dtype: OfDtype = "auto",
+    json: Annotated[Path | None, typer.Option(metavar="PATH", help="Write the result here too.")] = None,
+) -> None:
+    """Measure the adapter in DIR against dense attention and baselines at equal slots, and write eval.json there."""
+    if not text:
+        raise typer.BadParameter("expected --text FILE")
+    workflow = _workflow()
+    from hf_sparse.evaluation import table
+
+    words, name = workflow.read_texts(text)
+    result = workflow.evaluate_adapter(
+        folder, words, name, length=length, chunks=chunks, batch_size=batch_size, device=device, dtype=dtype
+    )
+    console = Console()
+    console.print(table(result))
+    _wrote(console, folder, "eval.json, its figure and README.md")
+    if json:
+        workflow.write_json(json, result)
+
+
+@app.command()
+def push(
+    folder: Folder,
+    repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="user/name; created if it does not exist.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
+    base_model: Annotated[
+        str | None, typer.Option(help="Hub id of the base model, where the adapter was made on a local folder.")
+    ] = None,
+) -> None:
+    """Publish the adapter in DIR with its card, in one commit. Log in with `hf auth login`, or set HF_TOKEN."""
+    _workflow()
+    from hf_sparse.hub import push_to_hub
+
+    url = push_to_hub(folder, repo_id, private=private, base_model=base_model)
+    Console().print(f"pushed {escape(str(folder))} to {url}", soft_wrap=True)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Where the adapter goes.")] = Path("demo-output"),
+    steps: Annotated[int | None, typer.Option(help="Training steps; fewer are faster and worse.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the scorers' first weights and the order of the text.")] = 0,
+) -> None:
+    """All of it, offline: patch the bundled checkpoint, train, measure, and write what could be pushed."""
+    _workflow()
+    from hf_sparse.demo.run import STEPS, run
+
+    run(output, STEPS if steps is None else steps, seed, Console())
+
+
+def _workflow() -> Any:
+    """The functions behind the verbs, with transformers' own bars and notes off the screen."""
+    from transformers.utils import logging
+
+    from hf_sparse import workflow
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    return workflow
+
+
+def _is_expected(error: Exception) -> bool:
+    """Whether the message alone helps: wrong input, or files, networks and memory that fail."""
+    from huggingface_hub.errors import EntryNotFoundError, HTTPError
+    from torch import OutOfMemoryError
+
+    from hf_sparse.errors import HfSparseError
+
+    if isinstance(error, OSError) and error.errno == errno.EPIPE:
+        return False  # typer's business: whoever reads the output has stopped
+    return isinstance(error, HfSparseError | ValueError | OSError | HTTPError | EntryNotFoundError | OutOfMemoryError)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _complain(message: str) -> None:
+    Console(stderr=True).print(message, soft_wrap=True, highlight=False)
+
+
+def _wrote(console: Console, folder: Path, what: str) -> None:
+    console.print(f"{what} in {escape(str(folder))}", soft_wrap=True)

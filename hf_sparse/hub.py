@@ -1,0 +1,304 @@
+"""Adapters on the Hub: load one together with its base model, and publish one in a single commit.
+
+Only safetensors and JSON are read or written, and no code from a repository runs.
+"""
+
+import copy
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,  # httpx's or httpx2's, whichever this huggingface_hub uses
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import validate_repo_id
+from peft import PeftModel
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from hf_sparse.adapter import CONFIG, WEIGHTS, check_fit, read_adapter, resolve_base, skeleton_of
+from hf_sparse.errors import HfSparseError, HubError
+from hf_sparse.methods.sparsek.config import PEFT_TYPE
+from hf_sparse.patches import methods_of
+from hf_sparse.repo import EVALUATION, FILES, TRAINING, is_public, write_repo
+
+__all__ = ["from_pretrained", "push_to_hub", "resolve_base", "write_repo"]
+
+
+def from_pretrained(
+    repo_or_dir: str | Path,
+    *,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    base_model: str | Path | PreTrainedModel | None = None,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    **kwargs: Any,
+) -> PeftModel:
+    """Load an adapter and the base model under it.
+
+    Everything is checked before weights of the base are read, and before a base that was passed is changed.
+
+    Args:
+        repo_or_dir: id on the Hub, or a folder.
+        revision: branch, tag or commit of the adapter on the Hub.
+        token: for private or gated repositories; the saved one by default.
+        base_model: name or folder of the base model, or the loaded model, which is patched in place. By default the
+            adapter says which; the name `"demo"` is the checkpoint that comes with hf-sparse.
+        adapter_name: name of the adapter in the returned model.
+        is_trainable: leave the scorers trainable.
+        **kwargs: for `AutoModelForCausalLM.from_pretrained`: `dtype`, `device_map`, `cache_dir`, ...
+
+    Returns:
+        A `PeftModel` in `eval` mode.
+
+    Raises:
+        HubError: no such repository, no access, files that are missing or damaged, not an adapter of hf-sparse.
+        AdapterMismatchError: the adapter was made for another base model.
+        UnsupportedModelError: the base model has no sparse attention patch.
+        ValueError: options that would run code from a repository or unpickle weights.
+    """
+    base = _check_options(base_model, kwargs)
+    places: dict[str, Any] = {key: kwargs[key] for key in ("cache_dir", "local_files_only") if key in kwargs}
+    adapter = read_adapter(_fetch(repo_or_dir, revision, token, places), str(repo_or_dir))
+    if base is not None:
+        with torch.device("meta"):
+            skeleton = type(base)(copy.deepcopy(base.config))
+        check_fit(adapter, skeleton, base.name_or_path or type(base).__name__)
+    else:
+        name = str(base_model) if base_model else adapter.base_model
+        if name is None:
+            raise HubError(f"{adapter.source} does not say which base model it is for; pass base_model=")
+        options: dict[str, Any] = {
+            "revision": None if base_model else adapter.config.revision,
+            "token": token,
+            **places,
+        }
+        with _explained(f"cannot load the base model {name!r} of {adapter.source} (base_model= names another)"):
+            check_fit(adapter, skeleton_of(name, **options), name)
+            base = AutoModelForCausalLM.from_pretrained(
+                resolve_base(name), use_safetensors=True, trust_remote_code=False, **{**options, **kwargs}
+            )
+    model = PeftModel.from_pretrained(base, adapter.folder, adapter_name=adapter_name, is_trainable=is_trainable)
+    model.eval()
+    return model
+
+
+def push_to_hub(
+    model_or_dir: PeftModel | str | Path,
+    repo_id: str,
+    *,
+    base_model: str | None = None,
+    evaluation: dict[str, Any] | None = None,
+    training: dict[str, Any] | None = None,
+    private: bool = False,
+    token: str | bool | None = None,
+    commit_message: str = "Upload SparseK adapter with hf-sparse",
+    revision: str | None = None,
+) -> str:
+    """Publish an adapter with its card, measurements and figure: one commit, or none.
+
+    The adapter is first checked against the configuration of its base model, so that what is pushed can be loaded.
+    The card is written anew by every push. Files of an earlier push that this one does not have (an eval.json, say)
+    are removed in the same commit; files that are not hf-sparse's stay.
+
+    Args:
+        model_or_dir: a `PeftModel`, of which the active adapter is pushed; or a folder with an adapter, of which
+            nothing but the adapter, eval.json and finetune.json is taken.
+        repo_id: `"user/name"`, or `"name"` for a repository of your own; created if it does not exist.
+        base_model: id of the base model on the Hub. Needed if the base was loaded from a folder, whose path would mean
+            nothing elsewhere: push that model first. The checkpoint that comes with hf-sparse is `"demo"` and needs
+            no push.
+        evaluation: content of eval.json; by default the folder's.
+        training: content of finetune.json; by default the folder's.
+        private: make a new repository private. An existing public one is refused.
+        token: a token with write access; the saved one by default.
+        commit_message: title of the commit.
+        revision: branch to push to, created if it does not exist.
+
+    Returns:
+        URL of the repository.
+
+    Raises:
+        HubError: the Hub cannot be reached or refuses; the message says what to do, and what was created already.
+        AdapterMismatchError: `base_model` is not what the adapter was made for.
+        DataError: a measurement is damaged, or is one of another budget.
+        TypeError: neither a `PeftModel` with one active SparseK adapter nor a folder.
+    """
+    name = _active_adapter(model_or_dir)
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise HubError(f"{repo_id!r} is not a repository id such as 'user/name': {error}") from error
+    if token is False or (token in (None, True) and get_token() is None):
+        raise HubError(f"cannot push to {repo_id} without a token: run `hf auth login`, set HF_TOKEN, or pass token=")
+    api = HfApi(token=token)
+    if "/" not in repo_id:
+        with _explained(f"cannot push to {repo_id}"):
+            repo_id = f"{api.whoami()['name']}/{repo_id}"
+
+    with tempfile.TemporaryDirectory(prefix="hf-sparse-") as temporary:
+        stage, saved = Path(temporary, "stage"), Path(temporary, "saved")
+        if isinstance(model_or_dir, PeftModel):
+            model_or_dir.save_pretrained(str(saved), selected_adapters=[name], save_embedding_layers=False)
+            folder = saved if name == "default" else saved / name  # PEFT's rule
+        else:
+            folder = Path(model_or_dir)
+        _stage(folder, stage, base_model, token)
+        write_repo(stage, evaluation=evaluation, training=training, repo_id=repo_id)
+        return _commit(api, stage, repo_id, private, commit_message, revision)
+
+
+def _check_options(base_model: Any, kwargs: dict[str, Any]) -> PreTrainedModel | None:
+    """The base model if it is loaded already, once the options are known to be safe."""
+    if kwargs.pop("trust_remote_code", False):
+        raise ValueError(
+            "trust_remote_code=True is refused: hf-sparse runs no code from a repository. If you trust the base "
+            "model's code, load that model yourself and pass it as base_model="
+        )
+    if not kwargs.pop("use_safetensors", True):
+        raise ValueError("use_safetensors=False is refused: hf-sparse loads no pickles, which can run code")
+    if base_model is None or isinstance(base_model, str | Path):
+        return None
+    if not isinstance(base_model, PreTrainedModel):
+        raise TypeError(
+            f"base_model must be a name or a transformers PreTrainedModel, got {type(base_model).__name__}"
+            + (" (what it wraps is get_base_model())" if isinstance(base_model, PeftModel) else "")
+        )
+    if methods_of(base_model):
+        raise ValueError("base_model has sparse attention already: hf_sparse.unpatch it first, or load it anew")
+    if kwargs:
+        raise TypeError(f"base_model is loaded already, so these would have no effect: {', '.join(sorted(kwargs))}")
+    return base_model
+
+
+def _fetch(repo_or_dir: str | Path, revision: str | None, token: str | bool | None, places: dict[str, Any]) -> Path:
+    """The folder with the adapter's two files, downloaded if need be, both of one commit."""
+    if Path(repo_or_dir).is_dir():
+        if revision is not None:
+            raise ValueError(f"revision={revision!r} is of no use: {repo_or_dir} is a folder, which has no revisions")
+        return Path(repo_or_dir)
+    repo_id = str(repo_or_dir)
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise HubError(f"{repo_id} is neither a folder here nor a repository id: {error}") from error
+    with _explained(f"cannot load the adapter {repo_id}" + (f" at revision {revision}" if revision else "")):
+        wanted = [CONFIG, WEIGHTS]
+        return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=wanted, **places))
+
+
+def _active_adapter(model: Any) -> str:
+    """Name of the adapter to push; empty for a folder."""
+    if isinstance(model, str | Path):
+        return ""
+    if not isinstance(model, PeftModel):
+        raise TypeError(
+            f"expected a PeftModel or a folder, got {type(model).__name__}; peft.get_peft_model(model, "
+            "hf_sparse.SparseKConfig(...)) makes a model that can be pushed"
+        )
+    active = model.active_adapters
+    if len(active) != 1:
+        raise TypeError(f"expected a model with one active adapter, got {active}; choose one with set_adapter")
+    config: Any = model.peft_config[active[0]]
+    if config.peft_type != PEFT_TYPE:
+        raise TypeError(f"expected an active SparseK adapter, but {active[0]!r} is of type {config.peft_type.value}")
+    return active[0]
+
+
+def _stage(folder: Path, stage: Path, base_model: str | None, token: str | bool | None) -> None:
+    """Copy an adapter and its measurements to a new folder, with a name of the base model that holds everywhere."""
+    if not folder.is_dir():
+        raise HubError(f"{folder} is not a folder, so there is no adapter to push")
+    adapter = read_adapter(folder, str(folder))
+    name = base_model or adapter.base_model
+    if name is None:
+        raise HubError("the adapter does not say which base model it is for; pass base_model='user/name'")
+    if not is_public(name):
+        raise HubError(
+            f"the base model of the adapter is the folder {name!r}, which exists on this machine alone: push that "
+            "model to the Hub first, then pass base_model='user/name'"
+        )
+    revision = None if base_model else adapter.config.revision
+    with _explained(f"cannot read the base model {name!r} of the adapter (base_model= names another)"):
+        check_fit(adapter, skeleton_of(name, revision=revision, token=token), name)
+    stage.mkdir()
+    shutil.copyfile(folder / WEIGHTS, stage / WEIGHTS)
+    named = {"base_model_name_or_path": name, "revision": revision}
+    config = json.loads((folder / CONFIG).read_text("utf-8")) | named
+    (stage / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), "utf-8")
+    for measurement in (EVALUATION, TRAINING):
+        if (folder / measurement).exists():
+            shutil.copyfile(folder / measurement, stage / measurement)
+
+
+def _commit(api: HfApi, stage: Path, repo_id: str, private: bool, message: str, revision: str | None) -> str:
+    """Bring the staged files to the Hub and return the repository's URL."""
+    created: list[str] = []
+    with _explained(f"cannot push to {repo_id}", created):
+        try:
+            if private and not api.model_info(repo_id).private:
+                raise HubError(f"{repo_id} exists and is public: make it private first, or push without private=True")
+            held = api.list_repo_files(repo_id)
+        except RepositoryNotFoundError:
+            api.create_repo(repo_id, private=private)
+            created.append(f"the empty repository {repo_id}")
+            held = []
+        if revision is not None:
+            try:
+                held = api.list_repo_files(repo_id, revision=revision)
+            except RevisionNotFoundError:
+                api.create_branch(repo_id, branch=revision)
+                created.append(f"the branch {revision}")
+        staged = {path.name for path in stage.iterdir()}
+        operations: list[Any] = [CommitOperationAdd(name, stage / name) for name in sorted(staged)]
+        operations += [CommitOperationDelete(name) for name in FILES if name in held and name not in staged]
+        # Not upload_folder, which makes several commits where Xet is installed.
+        api.create_commit(repo_id, operations, commit_message=message, revision=revision)
+    return f"{api.endpoint}/{repo_id}"
+
+
+@contextmanager
+def _explained(what: str, created: Sequence[str] = ()) -> Iterator[None]:
+    """Turn every failure to reach the Hub or to read from it into one `HubError`: what to do, what was created."""
+    try:
+        yield
+    except HfSparseError:
+        raise
+    except (HTTPError, OSError, ValueError, SafetensorError) as error:
+        left = f" (created before that: {' and '.join(created)}; push again or delete)" if created else ""
+        raise HubError(f"{what}: {_advice(error)}{left}") from error
+
+
+def _advice(error: BaseException) -> str:
+    """One line for people."""
+    if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
+        return f"{_advice(error.__cause__)}; it is not in the cache either"
+    if isinstance(error, RepositoryNotFoundError):
+        return "there is no such repository, or this token may not see it (`hf auth login`)"
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        known = {
+            401: "the token is not valid (401): run `hf auth login`, or pass token=",
+            403: "this token may not do that (403): check the owner's name and that the token may write",
+            409: "the name is taken, or another change got in between (409): try again",
+            412: "another change got in between (412): try again",
+        }
+        return known.get(status, f"the Hub failed ({status}): try again later" if status >= 500 else str(error))
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE is set"
+    if isinstance(error, HTTPError):
+        return f"the Hub cannot be reached ({error}): check the network"
+    return " ".join(str(error).split())

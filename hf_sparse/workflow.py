@@ -1,0 +1,270 @@
+"""The folder of an adapter, from nothing to measured: what the verbs of the command line do."""
+
+import copy
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from huggingface_hub.errors import HTTPError
+from peft import PeftModel, get_peft_model
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from hf_sparse.adapter import CONFIG, resolve_base, skeleton_of
+from hf_sparse.data import pack, read_text, select_chunks
+from hf_sparse.errors import DataError, HubError
+from hf_sparse.evaluation import evaluate
+from hf_sparse.finetune import FinetuneConfig, finetune
+from hf_sparse.finetune.checkpoint import FOLDER as CHECKPOINTS
+from hf_sparse.hub import from_pretrained
+from hf_sparse.methods.sparsek import SparseKConfig
+from hf_sparse.patches.attach import targets
+from hf_sparse.repo import CARD, EVALUATION, FIGURE, TRAINING, write_repo
+
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def create_adapter(
+    model: str,
+    config: SparseKConfig,
+    folder: str | Path,
+    *,
+    seed: int = 0,
+    dtype: Dtype = "auto",
+    force: bool = False,
+) -> PeftModel:
+    """Write an untrained adapter for a base model.
+
+    Args:
+        model: id on the Hub, a folder, or `"demo"`; the adapter names its base exactly like this.
+        config: the method and its budget.
+        folder: where the adapter goes; it appears whole or not at all.
+        seed: of the scorers' first weights.
+        dtype: of the loaded base model; `"auto"` is the checkpoint's own.
+        force: write into a folder that is not empty. An adapter that is there goes, with its measurements.
+
+    Returns:
+        The patched model, on the CPU.
+
+    Raises:
+        ValueError: the folder is not empty.
+        HubError: the base model cannot be loaded.
+        UnsupportedModelError: the base model has no sparse attention patch.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not (force and folder.is_dir()):
+        raise ValueError(f"{folder} exists and is not an empty folder; choose another, or use --force")
+    base = load_base(model, config, dtype=dtype)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        patched = get_peft_model(base, config)
+    config.base_model_name_or_path = model
+    if (folder / CONFIG).exists():  # what measured and what resumes another adapter
+        _remove(folder, EVALUATION, TRAINING, FIGURE, CARD)
+        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
+    save_adapter(patched, folder)
+    return patched
+
+
+def train_adapter(
+    folder: str | Path,
+    text: str,
+    config: FinetuneConfig,
+    *,
+    length: int,
+    chunks: str | None = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> dict[str, Any]:
+    """Train the adapter in a folder and write it back, with finetune.json and a model card.
+
+    Args:
+        folder: holds an adapter; as it was if training fails, but for its checkpoints.
+        text: training text, see `hf_sparse.data.pack`.
+        config: settings; `output_dir` and `cpu` are set here.
+        length: tokens per chunk.
+        chunks: train on chunks `START:STOP` of the text only.
+        device, dtype: see `load_adapter`.
+
+    Returns:
+        The content of finetune.json.
+    """
+    folder = Path(folder)
+    model, tokenizer = load_adapter(folder, device=device, dtype=dtype, trainable=True)
+    data = select_chunks(pack(tokenizer, text, length), chunks)
+    metrics = finetune(model, data, replace(config, output_dir=str(folder), cpu=model.device.type == "cpu"))
+    _remove(folder, EVALUATION, FIGURE)  # they measured the scorers that go now
+    save_adapter(model, folder)
+    write_repo(folder, training=metrics)
+    return metrics
+
+
+def evaluate_adapter(
+    folder: str | Path,
+    text: str,
+    name: str,
+    *,
+    length: int,
+    chunks: str | None = None,
+    batch_size: int = 1,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> dict[str, Any]:
+    """Measure the adapter in a folder, and write eval.json, its figure and the model card there.
+
+    Args:
+        folder: holds an adapter.
+        text: see `hf_sparse.data.pack`.
+        name: what the text is called in the result.
+        length: tokens per chunk.
+        chunks: measure chunks `START:STOP` of the text only.
+        batch_size: chunks at a time.
+        device, dtype: see `load_adapter`.
+
+    Returns:
+        The content of eval.json.
+    """
+    model, tokenizer = load_adapter(folder, device=device, dtype=dtype)
+    data = select_chunks(pack(tokenizer, text, length), chunks)
+    result = evaluate(model, data, batch_size=batch_size, text_name=f"{name} (chunks {chunks})" if chunks else name)
+    write_repo(folder, evaluation=result)
+    return result
+
+
+def load_base(name: str, config: SparseKConfig, *, dtype: Dtype = "auto") -> PreTrainedModel:
+    """A base model by the name that adapters use for it, on the CPU, if `config` can patch it.
+
+    Raises:
+        HubError: there is none of this name, it is an adapter, or its files are damaged.
+        UnsupportedModelError: there is no sparse attention patch for it.
+        ValueError: `config` names layers that it does not have.
+    """
+    try:
+        skeleton = skeleton_of(name)
+    except (HTTPError, OSError, ValueError) as error:
+        raise HubError(f"the base model {name!r} cannot be read: {error}") from error
+    targets(skeleton, copy.deepcopy(config))  # before gigabytes are read
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            resolve_base(name), dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
+    except (HTTPError, OSError, ValueError, SafetensorError) as error:
+        raise HubError(f"the base model {name!r} cannot be loaded: {error}") from error
+
+
+def load_adapter(
+    folder: str | Path, *, device: Device = "auto", dtype: Dtype = "auto", trainable: bool = False
+) -> tuple[PeftModel, Any]:
+    """The adapter in a folder on its base model, and the base model's tokenizer.
+
+    Args:
+        device: `"auto"` is CUDA where there is a GPU.
+        dtype: of the base model. `"auto"` is bfloat16 on CUDA if the checkpoint is bfloat16, and float32 otherwise.
+
+    Raises:
+        HubError: no such folder; files that are missing or damaged, of the adapter or of its base model.
+        AdapterMismatchError: the adapter was made for another base model.
+        ValueError: there is no such device.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise HubError(f"{folder} is no folder; `hf-sparse patch MODEL --output {folder}` makes one")
+    cuda = torch.cuda.is_available()
+    if device == "cuda" and not cuda:
+        raise ValueError("there is no CUDA device, or this torch cannot use it; use --device cpu")
+    place = ("cuda" if cuda else "cpu") if device == "auto" else device
+    model = from_pretrained(folder, dtype=dtype, is_trainable=trainable)
+    if dtype == "auto" and not (place == "cuda" and model.dtype == torch.bfloat16):
+        model.float()
+    config = model.active_peft_config
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve_base(config.base_model_name_or_path), revision=config.revision, trust_remote_code=False
+        )
+    except (HTTPError, OSError, ValueError) as error:
+        raise HubError(f"no tokenizer for the base model {config.base_model_name_or_path!r}: {error}") from error
+    return model.to(place), tokenizer
+
+
+def save_adapter(model: PeftModel, folder: str | Path) -> None:
+    """Write adapter_config.json and adapter_model.safetensors; a new folder appears with both or not at all."""
+    with staged(folder) as stage:
+        model.save_pretrained(str(stage), save_embedding_layers=False)
+        (stage / CARD).unlink()  # PEFT's own, which knows nothing of the method
+
+
+@contextmanager
+def staged(folder: str | Path) -> Iterator[Path]:
+    """A new folder whose files replace those of `folder` at the end of the `with` block, or vanish if it fails.
+
+    If there is no `folder` yet, it appears whole.
+    """
+    folder = Path(folder).resolve()
+    there = folder.is_dir()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder if there else folder.parent) as temporary:
+        stage = Path(temporary, folder.name)
+        stage.mkdir()
+        yield stage
+        if not there:
+            os.replace(stage, folder)
+        else:
+            for path in stage.iterdir():
+                os.replace(path, folder / path.name)
+
+
+def read_texts(paths: Sequence[str | Path]) -> tuple[str, str]:
+    """Text files joined by an empty line, and their names.
+
+    Raises:
+        DataError: a file that is missing, empty or not UTF-8 text.
+    """
+    return "\n\n".join(read_text(path) for path in paths), ", ".join(Path(path).name for path in paths)
+
+
+def read_dataset(name: str, config: str | None = None, split: str = "train", column: str = "text") -> str:
+    """The rows of one column of a dataset, joined by an empty line.
+
+    Args:
+        name: id on the Hub or a folder, for `datasets.load_dataset`.
+        config: configuration of the dataset, if it has several.
+        split: which part; a slice such as `"train[:1%]"` reads less.
+        column: holds the text.
+
+    Raises:
+        DataError: no such dataset, split or column of text.
+    """
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, config, split=split)
+    except (HTTPError, OSError, ValueError) as error:
+        raise DataError(f"the dataset {name!r} cannot be loaded: {error}") from error
+    if column not in rows.column_names:
+        raise DataError(f"the dataset {name!r} has no column {column!r}, it has {', '.join(rows.column_names)}")
+    texts = [row for row in rows[column] if row]
+    if not all(isinstance(text, str) for text in texts):
+        raise DataError(f"column {column!r} of the dataset {name!r} holds no text")
+    return "\n\n".join(texts)
+
+
+def write_json(path: str | Path, content: dict[str, Any]) -> None:
+    """Write a JSON file whole or not at all."""
+    path = Path(path)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
+        partial = Path(temporary, path.name)
+        partial.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
+        os.replace(partial, path)
+
+
+def _remove(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).unlink(missing_ok=True)

@@ -1,0 +1,219 @@
+"""The KV slots: what is kept equals the definition, whichever way the tokens came."""
+
+import pytest
+import torch
+
+from hf_sparse.methods.sparsek import SparseKCacheLayer
+
+BATCH, HEADS, DIM = 3, 2, 4
+K, WINDOW, SINKS = 4, 5, 2
+SLOTS = K + WINDOW + SINKS
+
+
+def stream(length: int, kind: str = "normal"):
+    """Keys, values `[B, H, T, D]` and scores `[B, H, T]`."""
+    keys, values = torch.randn(2, BATCH, HEADS, length, DIM)
+    scores = torch.randn(BATCH, HEADS, length)
+    if kind == "ties":
+        scores = scores.round()
+    elif kind == "equal":
+        scores = torch.zeros_like(scores)
+    elif kind == "rising":
+        scores = scores + torch.arange(length) * 0.2
+    return keys, values, scores
+
+
+def new_layer(keys, values) -> SparseKCacheLayer:
+    layer = SparseKCacheLayer(K, WINDOW, SINKS)
+    layer.update(keys, values)
+    return layer
+
+
+def insert(layer, keys, values, scores, valid=None, tokens=None):
+    for t in range(scores.shape[-1]) if tokens is None else tokens:
+        at = slice(t, t + 1)
+        layer.insert(keys[:, :, at], values[:, :, at], scores[:, :, at], None if valid is None else valid[:, t])
+
+
+def fill(layer, keys, values, scores, valid):
+    index = (valid.cumsum(-1) - 1).masked_fill(~valid, -1)
+    layer.fill(keys, values, scores, index[:, None].expand_as(scores), valid.sum(-1))
+
+
+def kept_by_definition(scores: torch.Tensor) -> list[int]:
+    """Of one row and head, `[T]` scores: sinks, window and the best K of the rest, lower index first on ties."""
+    length = len(scores)
+    near = {j for j in range(length) if j < SINKS or j >= length - WINDOW}
+    rest = sorted(set(range(length)) - near, key=lambda j: (-float(scores[j]), j))
+    return sorted(near | set(rest[:K]))
+
+
+def assert_holds(layer, keys, values, scores, valid):
+    """The layer holds what the definition wants of the valid tokens, row by row."""
+    got_keys, got_values, got_scores, positions = layer.ordered()
+    for row in range(len(scores)):
+        real = valid[row].nonzero().squeeze(-1)
+        assert int(layer.seen[row]) == len(real)
+        for head in range(HEADS):
+            kept = kept_by_definition(scores[row, head, real])
+            empty = SLOTS - len(kept)
+            assert positions[row, head].tolist() == [-1] * empty + kept
+            assert torch.equal(got_keys[row, head, empty:], keys[row, head, real[kept]])
+            assert torch.equal(got_values[row, head, empty:], values[row, head, real[kept]])
+            assert torch.equal(got_scores[row, head, empty:], scores[row, head, real[kept]])
+
+
+def every(length):
+    return torch.ones(BATCH, length, dtype=torch.bool)
+
+
+PADDING = {
+    "none": lambda length: every(length),
+    "left": lambda length: torch.arange(length) >= torch.tensor([0, 6, 20])[:, None],
+    "right": lambda length: torch.arange(length) < torch.tensor([length, 9, 1])[:, None],
+    "interior": lambda length: torch.rand(BATCH, length) < 0.6,
+}
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "equal", "rising"])
+@pytest.mark.parametrize("padding", PADDING)
+@pytest.mark.parametrize("length", [1, 3, SLOTS, SLOTS + 1, 40])
+def test_fill_and_insert_keep_what_the_definition_says(length, padding, kind):
+    keys, values, scores = stream(length, kind)
+    valid = PADDING[padding](length)
+    filled, inserted = new_layer(keys, values), new_layer(keys, values)
+    fill(filled, keys, values, scores, valid)
+    assert_holds(filled, keys, values, scores, valid)
+    insert(inserted, keys, values, scores, valid)
+    assert_holds(inserted, keys, values, scores, valid)
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties"])
+@pytest.mark.parametrize("split", [1, 7, SLOTS, 30])
+def test_insert_goes_on_after_fill(split, kind):
+    keys, values, scores = stream(40, kind)
+    layer = new_layer(keys, values)
+    fill(layer, keys[:, :, :split], values[:, :, :split], scores[:, :, :split], every(split))
+    for t in range(split, 40):
+        insert(layer, keys, values, scores, tokens=[t])
+        assert_holds(layer, keys[:, :, : t + 1], values[:, :, : t + 1], scores[:, :, : t + 1], every(t + 1))
+
+
+def test_every_head_has_the_same_empty_slots():
+    """Attention reads the mask of the filled slots off the first head."""
+    for padding in PADDING.values():
+        keys, values, scores = stream(25)
+        layer = new_layer(keys, values)
+        valid = padding(25)
+        fill(layer, keys[:, :, :8], values[:, :, :8], scores[:, :, :8], valid[:, :8])
+        for t in range(8, 25):
+            assert ((layer.positions >= 0) == (layer.positions[:, :1] >= 0)).all()
+            insert(layer, keys, values, scores, valid, tokens=[t])
+
+
+def test_bytes_are_those_of_the_slots_from_the_start():
+    keys, values, scores = stream(60)
+    layer = SparseKCacheLayer(K, WINDOW, SINKS)
+    assert layer.nbytes == 0
+    layer.update(keys[:, :, :1], values[:, :, :1])
+    expected = 2 * BATCH * HEADS * SLOTS * DIM * keys.element_size()
+    for t in range(60):
+        insert(layer, keys, values, scores, tokens=[t])
+        assert layer.nbytes == expected
+    assert layer.keys.untyped_storage().nbytes() * 2 == expected
+
+
+def test_the_cache_keeps_the_dtype_of_the_keys_and_scores_in_float32():
+    keys, values, scores = stream(5)
+    layer = new_layer(keys.bfloat16(), values.bfloat16())
+    fill(layer, keys.bfloat16(), values.bfloat16(), scores, every(5))
+    assert layer.keys.dtype == layer.values.dtype == torch.bfloat16
+    assert layer.scores.dtype == torch.float32
+
+
+def test_no_gradient_is_kept():
+    keys, values, scores = (tensor.requires_grad_() for tensor in stream(20))
+    layer = new_layer(keys, values)
+    fill(layer, keys, values, scores, every(20))
+    insert(layer, keys, values, scores, tokens=[3])
+    assert not any(t.requires_grad for t in (layer.keys, layer.values, layer.scores))
+
+
+def filled_layer(length=30):
+    keys, values, scores = stream(length)
+    layer = new_layer(keys, values)
+    fill(layer, keys, values, scores, every(length))
+    return layer, (keys, values, scores)
+
+
+@pytest.mark.parametrize(
+    "change, rows",
+    [
+        (lambda layer: layer.reorder_cache(torch.tensor([2, 2, 0])), [2, 2, 0]),
+        (lambda layer: layer.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
+        (lambda layer: layer.batch_select_indices(torch.tensor([1])), [1]),
+    ],
+    ids=["reorder", "repeat", "select"],
+)
+def test_rows_move_with_everything_that_belongs_to_them(change, rows):
+    layer, tensors = filled_layer()
+    change(layer)
+    keys, values, scores = (tensor[rows] for tensor in tensors)
+    assert_holds(layer, keys, values, scores, torch.ones(len(rows), 30, dtype=torch.bool))
+    more = [torch.randn(len(rows), *t.shape[1:2], 1, *t.shape[3:]) for t in (keys, values, scores)]
+    insert(layer, *more)
+    joined = [torch.cat([old, new], 2) for old, new in zip((keys, values, scores), more, strict=True)]
+    assert_holds(layer, *joined, torch.ones(len(rows), 31, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("change", ["reorder_cache", "batch_select_indices"])
+def test_an_empty_layer_can_be_reordered(change):
+    layer = SparseKCacheLayer(K, WINDOW, SINKS)
+    getattr(layer, change)(torch.tensor([0]))
+    assert layer.get_seq_length() == 0
+
+
+def test_reset_forgets_everything():
+    layer, (keys, values, scores) = filled_layer()
+    layer.reset()
+    assert layer.get_seq_length() == 0 and layer.nbytes == 0 and not layer.is_initialized
+    layer.update(keys[:, :, :5], values[:, :, :5])
+    fill(layer, keys[:, :, :5], values[:, :, :5], scores[:, :, :5], every(5))
+    assert_holds(layer, keys[:, :, :5], values[:, :, :5], scores[:, :, :5], every(5))
+
+
+def test_counts():
+    keys, values, _ = stream(7)
+    layer = SparseKCacheLayer(K, WINDOW, SINKS)
+    assert layer.slots == SLOTS
+    new_keys, new_values = layer.update(keys, values)
+    assert new_keys is keys and new_values is values
+    assert layer.get_seq_length() == 7
+    assert layer.get_mask_sizes(3) == (10, 0)
+    assert layer.get_max_length() == -1
+
+
+@pytest.mark.parametrize("removed", [0, 1, 4, 9])
+def test_crop_before_anything_was_evicted(removed):
+    layer, (keys, values, scores) = filled_layer(SLOTS)
+    layer.crop(-removed)
+    left = SLOTS - removed
+    assert layer.get_seq_length() == left
+    assert_holds(layer, keys[:, :, :left], values[:, :, :left], scores[:, :, :left], every(left))
+    keys2, values2, scores2 = stream(20)
+    insert(layer, keys2, values2, scores2)
+    joined = [torch.cat([a[:, :, :left], b], 2) for a, b in ((keys, keys2), (values, values2), (scores, scores2))]
+    assert_holds(layer, *joined, every(left + 20))
+
+
+def test_crop_after_eviction_is_refused():
+    layer, _ = filled_layer(SLOTS + 1)
+    layer.crop(0)
+    with pytest.raises(RuntimeError, match=f"has {SLOTS} slots and has seen {SLOTS + 1} tokens.*cannot be cropped"):
+        layer.crop(-1)
+
+
+def test_crop_takes_a_negative_count():
+    layer, _ = filled_layer(5)
+    with pytest.raises(ValueError, match="crop takes a negative count of tokens to remove, got 2"):
+        layer.crop(2)

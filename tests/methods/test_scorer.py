@@ -1,0 +1,73 @@
+import pytest
+import torch
+
+from hf_sparse import SparseKConfig
+from hf_sparse.methods.sparsek.scorer import make_scorer
+from hf_sparse.ops import sparsek_attention
+
+KINDS = ["linear", "mlp"]
+
+
+def scorer(kind):
+    return make_scorer(SparseKConfig(scorer=kind, scorer_hidden_size=24), hidden_size=16, num_key_value_heads=3)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("states", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_scores_are_float32_whatever_the_dtype(kind, weights, states):
+    module = scorer(kind).to(weights)
+    inputs = torch.randn(2, 7, 16).to(states)
+    scores = module(inputs)
+    assert scores.shape == (2, 3, 7) and scores.dtype == torch.float32 and scores.is_contiguous()
+    assert torch.equal(scores, module.float()(inputs.float()))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_autocast_does_not_reach_the_scores(kind):
+    module, inputs = scorer(kind), torch.randn(2, 7, 16)
+    expected = module(inputs)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.mm(inputs[0], inputs[0].T).dtype == torch.bfloat16
+        assert torch.equal(module(inputs), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_scale_and_the_mean_of_the_input_do_not_matter(kind):
+    module, inputs = scorer(kind), torch.randn(2, 7, 16)
+    torch.testing.assert_close(module(inputs * 100 + 5), module(inputs), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_is_scored_alone(kind):
+    module, inputs = scorer(kind), torch.randn(2, 7, 16)
+    parts = [module(inputs[:, :3]), module(inputs[:, 3:4]), module(inputs[:, 4:])]
+    torch.testing.assert_close(torch.cat(parts, -1), module(inputs), rtol=0, atol=1e-6)
+
+
+def test_linear_is_a_weight_per_feature_and_head_on_the_normalised_input():
+    module, inputs = scorer("linear"), torch.randn(2, 7, 16, dtype=torch.float64).float()
+    assert {name: tuple(p.shape) for name, p in module.named_parameters()} == {"weight": (3, 16)}
+    centred = inputs - inputs.mean(-1, keepdim=True)
+    normal = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    torch.testing.assert_close(module(inputs), torch.einsum("btc,hc->bht", normal, module.weight), rtol=0, atol=1e-6)
+
+
+def test_mlp_parameters():
+    shapes = {name: tuple(p.shape) for name, p in scorer("mlp").named_parameters()}
+    assert shapes == {"up": (24, 16), "up_bias": (24,), "down": (3, 24)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_gets_a_gradient(kind):
+    module = scorer(kind)
+    module(torch.randn(2, 7, 16)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in module.parameters())
+
+
+@pytest.mark.parametrize("gates", ["hard", "soft"])
+def test_a_bias_would_change_nothing(gates):
+    q, k, v = torch.randn(3, 1, 1, 40, 4, dtype=torch.float64)
+    scores = torch.randn(1, 1, 40, dtype=torch.float64)
+    outputs = [sparsek_attention(q, k, v, scores + bias, k=4, window=3, sinks=1, gates=gates) for bias in (0.0, 17.0)]
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=1e-12)

@@ -1,0 +1,43 @@
+"""Instruments for tensor code."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class _LargestTensor(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.numel = max(self.numel, leaf.untyped_storage().nbytes() // leaf.element_size())
+        return result
+
+
+@pytest.fixture
+def largest_tensor():
+    """Context manager; `.numel` is the number of elements of the largest tensor made inside, backwards included."""
+    return _LargestTensor
+
+
+@pytest.fixture
+def poisoned_memory(monkeypatch):
+    """Fills what torch leaves uninitialised, with NaN or with an index that exists nowhere: an unwritten cell shows."""
+
+    def poison(make):
+        def wrapped(*args, **kwargs):
+            tensor = make(*args, **kwargs)
+            if tensor.dtype == torch.bool:
+                return tensor
+            with torch.no_grad():
+                return tensor.fill_(torch.nan if tensor.is_floating_point() else 1 << 40)
+
+        return wrapped
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))

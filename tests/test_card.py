@@ -1,0 +1,162 @@
+"""The card says what was measured and nothing else."""
+
+import copy
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+import hf_sparse
+from hf_sparse.card import render
+from hf_sparse.errors import DataError
+
+CONFIG = hf_sparse.SparseKConfig(k=124, window=128, sinks=4)
+
+EVALUATION: dict[str, Any] = {
+    "format": 1,
+    "base_model": "demo",
+    "budget": {"k": 124, "window": 128, "sinks": 4, "slots": 256},
+    "text": {"name": "held_out", "sha256": "c0ffee" * 10, "chunks": 24, "length": 2048, "predicted_tokens": 49128},
+    "perplexity": {"dense": 9.812, "recency": 10.934, "random": 11.402, "learned": 10.071},
+    "kv_bytes": {"dense": 8388608, "sparse": 1048576, "sparse_bookkeeping": 49152, "tokens": 2048},
+    "tokens_per_second": {"dense": 61.24, "sparse": 74.91, "new_tokens": 64},
+    "machine": {"system": "Linux", "cpus": 4},
+    "versions": {"python": "3.11.7", "hf-sparse": "0.1.0"},
+}
+TRAINING: dict[str, Any] = {
+    "format": 1,
+    "objective": "distill",
+    "settings": {"objective": "distill", "steps": 300, "length": 2048, "learning_rate": 0.02},
+    "trainable_parameters": 3072,
+    "all_parameters": 4096000,
+    "tokens": 1392640,
+    "seconds": 412.3,
+    "history": [],
+    "machine": {"system": "Linux", "cpus": 8},
+    "versions": {"python": "3.11.7", "hf-sparse": "0.1.0"},
+}
+
+
+def card(**changes: Any) -> ModelCard:
+    values: dict[str, Any] = {
+        "repo_id": "me/llama-sparsek",
+        "base_model": "org/llama",
+        "parameters": 3072,
+        "evaluation": EVALUATION,
+        "training": TRAINING,
+    }
+    return ModelCard(render(CONFIG, **values | changes))
+
+
+def rows(text: str) -> dict[str, list[str]]:
+    """Cells of every table row by its first cell."""
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return {cells[0].strip("* "): [cell.strip() for cell in cells[1:]] for cells in lines}
+
+
+def test_metadata():
+    data = card().data
+    assert data.base_model == "org/llama" and data.base_model_relation == "adapter"
+    assert data.library_name == "peft" and data.pipeline_tag == "text-generation"
+    assert {"hf-sparse", "sparsek", "sparse-attention"} <= set(data.tags)
+
+
+@pytest.mark.parametrize("base_model", ["demo", None])
+def test_base_that_is_not_on_the_hub_is_left_out_of_the_metadata(base_model):
+    data = card(base_model=base_model).data
+    assert data.base_model is None and "base_model_relation" not in data.to_dict()
+
+
+def test_tables_hold_the_measurements():
+    found = rows(card().text)
+    assert found["all (dense attention of the base model)"][0] == "9.812"
+    assert found["256: window, sinks, and the best-scored older ones (this adapter)"] == ["10.071", "+2.6 %"]
+    assert found["256: the most recent ones, and sinks"] == ["10.934", "+11.4 %"]
+    assert found["256: window, sinks, and older ones at random"] == ["11.402", "+16.2 %"]
+    assert found["KV cache after 2,048 tokens"] == ["8.0 MiB", "1.0 MiB"]
+    assert found["tokens per second, over 64 new tokens"] == ["61.2", "74.9"]
+    assert found["best-scored older tokens, per KV head (k)"] == ["124"]
+    assert found["learning_rate"] == ["0.02"]
+
+
+def test_provenance():
+    text = card().text
+    assert "`held_out`: 24 chunks of 2048 tokens" in text and "49,128 predicted tokens" in text
+    assert "c0ffee" * 10 in text
+    assert "Measured on: system Linux, cpus 4." in text and "Trained on: system Linux, cpus 8." in text
+    assert "3,072 of\n4,096,000 parameters (0.075 %), on 1,392,640 tokens, in 412 seconds" in text
+    assert "Made with python 3.11.7, hf-sparse 0.1.0." in text
+
+
+def test_no_measurement_no_numbers():
+    text = card(evaluation=None, training=None).text
+    assert "Nothing was measured: this repository has no `eval.json`." in text
+    assert "Nothing is recorded about the training: this repository has no `finetune.json`." in text
+    assert "quality.png" not in text and "perplexity" not in text and not re.search(r"\d %", text)
+
+
+def test_some_measurements_only():
+    evaluation = {**EVALUATION, "perplexity": {"learned": 10.071}, "kv_bytes": None}
+    text = card(evaluation=evaluation, training=None).text
+    assert "10.071" in text and "most recent ones" not in text and "%" not in text
+    assert "KV cache after" not in text and "74.9" in text
+    assert "and the training loss" not in text and "and the training loss" in card().text
+
+
+def test_examples_are_python_and_import_hf_sparse_first():
+    for base_model, loads in (
+        ("org/llama", 'from_pretrained("me/llama-sparsek")'),
+        ("demo", 'from_pretrained("me/llama-sparsek")'),
+        (None, 'from_pretrained("me/llama-sparsek", base_model="path/to/the/base")'),
+    ):
+        text = card(base_model=base_model).text
+        (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        compile(code, "card", "exec")
+        assert code.startswith("import hf_sparse") and loads in code
+        assert "KeyError: 'HF_SPARSE_SPARSEK'" in text
+    assert "nothing is left out" in text and "never returns" in text and "assisted" in text
+
+
+def test_layers():
+    assert "Only layers 0, 3 (0 is the first)" in render(
+        hf_sparse.SparseKConfig(layers=[3, 0]), repo_id="x", base_model=None, parameters=1
+    )
+    assert "Only layers" not in card().text
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("evaluation", ["perplexity"]),
+        ("evaluation", ["text", "sha256"]),
+        ("evaluation", ["kv_bytes", "tokens"]),
+        ("evaluation", ["machine"]),
+        ("evaluation", ["versions"]),
+        ("training", ["settings"]),
+        ("training", ["tokens"]),
+        ("training", ["objective"]),
+    ],
+)
+def test_incomplete_measurement(name, path):
+    broken = copy.deepcopy({"evaluation": EVALUATION, "training": TRAINING}[name])
+    *above, last = path
+    place = broken
+    for key in above:
+        place = place[key]
+    del place[last]
+    with pytest.raises(DataError, match=f"is not what hf-sparse writes: .*{last}"):
+        card(**{name: broken})
+
+
+def test_import_leaves_drawing_and_templates_alone(tmp_path):
+    """`import hf_sparse` loads neither matplotlib nor, beyond what transformers loads itself, jinja2."""
+    code = (
+        "import sys, peft, transformers\nfrom transformers import AutoModelForCausalLM\nbefore = set(sys.modules)\n"
+        "import hf_sparse\nadded = {name.split('.')[0] for name in set(sys.modules) - before}\n"
+        "assert 'hf_sparse' in added and not added & {'matplotlib', 'jinja2'}, added"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr

@@ -1,0 +1,249 @@
+"""Evaluation: the numbers are what they claim to be, and the model comes back as it was."""
+
+import io
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import get_peft_model
+from rich.console import Console
+from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import hf_sparse
+from hf_sparse.errors import DataError
+from hf_sparse.evaluation import SELECTIONS, evaluate, perplexity, readable_bytes, selection, table
+from hf_sparse.methods.sparsek.selection import POLICIES
+from hf_sparse.patches import methods_of
+
+K, WINDOW, SINKS = 5, 6, 2
+SLOTS = K + WINDOW + SINKS
+LENGTH = 40
+
+
+@pytest.fixture
+def base() -> LlamaForCausalLM:
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+        initializer_range=0.3,  # attention that matters, so that another selection is another perplexity
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture
+def model(base):
+    return get_peft_model(base, hf_sparse.SparseKConfig(k=K, window=WINDOW, sinks=SINKS))
+
+
+@pytest.fixture
+def chunks() -> torch.Tensor:
+    return torch.randint(0, 64, (3, LENGTH))
+
+
+def masked_perplexity(base: LlamaForCausalLM, chunks: torch.Tensor, mask: torch.Tensor) -> float:
+    """Perplexity of the base model under an explicit `[T, T]` mask, by transformers' own loss."""
+    whole = mask[None, None].expand(len(chunks), -1, -1, -1)
+    with torch.no_grad():
+        return math.exp(base(input_ids=chunks, attention_mask=whole, labels=chunks).loss)
+
+
+class TestPerplexity:
+    class Fixed(nn.Module):
+        """Predicts one distribution, whatever it is shown."""
+
+        def __init__(self, probabilities: list[float]) -> None:
+            super().__init__()
+            self.logits = nn.Parameter(torch.tensor(probabilities).log() + 3.0)
+
+        def forward(self, input_ids, use_cache):
+            return SimpleNamespace(logits=self.logits.expand(*input_ids.shape, -1))
+
+    @pytest.mark.parametrize("batch_size", [1, 2])
+    def test_by_hand(self, batch_size):
+        chunks = torch.tensor([[3, 0, 1], [2, 2, 0]])  # predicted: 0, 1 and 2, 0; 3 and the first 2 are only seen
+        model = self.Fixed([1 / 2, 1 / 4, 1 / 8, 1 / 8])
+        expected = (1 / 2 * 1 / 4 * 1 / 8 * 1 / 2) ** (-1 / 4)
+        assert perplexity(model, chunks, batch_size=batch_size) == pytest.approx(expected, rel=1e-6)
+
+    def test_longer_than_a_slice(self):
+        chunks = torch.zeros(2, 1300, dtype=torch.int64)
+        chunks[:, 700:] = 1
+        expected = math.exp(-(699 * math.log(0.75) + 600 * math.log(0.25)) / 1299)
+        assert perplexity(self.Fixed([0.75, 0.25]), chunks, batch_size=2) == pytest.approx(expected, rel=1e-6)
+
+    def test_half_precision_is_summed_in_float32(self):
+        # In bfloat16 the sum of 1000 equal terms would stop growing long before the end.
+        model = self.Fixed([0.5, 0.5]).to(torch.bfloat16)
+        assert perplexity(model, torch.zeros(1, 1001, dtype=torch.int64)) == pytest.approx(2, rel=1e-6)
+
+
+class TestSelections:
+    def test_dense_is_the_base_model(self, base, chunks):
+        with torch.no_grad():
+            expected = math.exp(base(input_ids=chunks, labels=chunks).loss)
+        model = get_peft_model(base, hf_sparse.SparseKConfig(k=K, window=WINDOW, sinks=SINKS))
+        result = evaluate(model, chunks, progress=False)["perplexity"]
+        assert result["dense"] == pytest.approx(expected, rel=1e-6)
+        assert len({round(value, 4) for value in result.values()}) == 4  # each selection is another one
+
+    def test_recency_is_a_wider_window(self, base, chunks):
+        query, key = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)
+        mask = (key <= query) & ((key > query - (WINDOW + K)) | (key < SINKS))
+        expected = masked_perplexity(base, chunks, mask)
+        hf_sparse.patch(base, hf_sparse.SparseKConfig(k=K, window=WINDOW, sinks=SINKS))
+        result = evaluate(base, chunks, batch_size=2, progress=False)["perplexity"]
+        assert result["recency"] == pytest.approx(expected, rel=1e-5)
+
+    def test_a_model_without_peft_measures_the_same(self, base, model, chunks):
+        expected = evaluate(model, chunks, progress=False)["perplexity"]
+        weights = [method.sparsek_scorer["default"].state_dict() for method in methods_of(model)]
+        plain = hf_sparse.patch(model.unload(), hf_sparse.SparseKConfig(k=K, window=WINDOW, sinks=SINKS))
+        for method, weight in zip(methods_of(plain), weights, strict=True):
+            method.sparsek_scorer["default"].load_state_dict(weight)
+        assert evaluate(plain, chunks, progress=False)["perplexity"] == expected
+
+    def test_only_those_asked_for(self, model, chunks):
+        result = evaluate(model, chunks, selections=("learned", "dense"), progress=False)
+        assert list(result["perplexity"]) == ["learned", "dense"]
+
+
+class TestTheModelComesBack:
+    @staticmethod
+    def state(model):
+        methods = methods_of(model)
+        return (
+            [(method.policy, method.disable_adapters) for method in methods],
+            [module.training for module in model.modules()],
+            [parameter.requires_grad for parameter in model.parameters()],
+            model.config._attn_implementation,
+        )
+
+    @pytest.mark.parametrize("disabled", [False, True])
+    def test_after_evaluating(self, model, chunks, disabled):
+        model.eval()
+        first, second = methods_of(model)
+        first.train()
+        second.policy = POLICIES["random"]
+        for method in (first, second):
+            method.switch(not disabled)
+        before = self.state(model)
+        evaluate(model, chunks, progress=False)
+        assert self.state(model) == before
+
+    @pytest.mark.parametrize("name", SELECTIONS)
+    def test_after_an_exception(self, model, name):
+        methods_of(model)[0].policy = POLICIES["random"]
+        before = self.state(model)
+        with pytest.raises(KeyboardInterrupt), selection(model, name):
+            raise KeyboardInterrupt
+        assert self.state(model) == before
+
+    def test_after_a_failing_forward(self, model, chunks, monkeypatch):
+        before = self.state(model)
+
+        def fail(*args, **kwargs):
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(methods_of(model)[1], "score", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            evaluate(model, chunks, progress=False)
+        assert self.state(model) == before
+
+
+class TestMemoryAndSpeed:
+    def test_bytes(self, model, chunks):
+        result = evaluate(model, chunks, selections=("learned",), speed_tokens=4, progress=False)
+        layers, heads, dim, float32 = 2, 2, 8, 4
+        assert result["kv_bytes"] == {
+            "dense": 2 * layers * heads * LENGTH * dim * float32,
+            "sparse": 2 * layers * heads * SLOTS * dim * float32,
+            "sparse_bookkeeping": layers * heads * SLOTS * (4 + 8),  # float32 scores, int64 positions
+            "tokens": LENGTH,
+        }
+        speed = result["tokens_per_second"]
+        assert speed["new_tokens"] == 4 and speed["dense"] > 0 and speed["sparse"] > 0
+
+    def test_layers_that_are_not_patched_keep_everything(self, base, chunks):
+        hf_sparse.patch(base, hf_sparse.SparseKConfig(k=K, window=WINDOW, sinks=SINKS, layers=[1]))
+        memory = evaluate(base, chunks, selections=("learned",), progress=False)["kv_bytes"]
+        assert memory["sparse"] == memory["dense"] // 2 + memory["dense"] // 2 * SLOTS // LENGTH
+
+    def test_short_chunks_decode_fewer_tokens(self, model):
+        result = evaluate(model, torch.zeros(1, SLOTS + 1, dtype=torch.int64), progress=False)
+        assert result["tokens_per_second"]["new_tokens"] == SLOTS
+
+    @pytest.mark.parametrize(
+        ("count", "text"), [(0, "0 B"), (1023, "1023 B"), (1536, "1.50 KiB"), (5 * 2**40, "5.00 TiB")]
+    )
+    def test_readable_bytes(self, count, text):
+        assert readable_bytes(count) == text
+
+
+def test_result(model, chunks):
+    result = evaluate(model, chunks, progress=False, text_name="noise")
+    assert json.loads(json.dumps(result, allow_nan=False)) == result
+    assert result["budget"] == {"k": K, "window": WINDOW, "sinks": SINKS, "slots": SLOTS}
+    assert result["text"].items() >= {"name": "noise", "chunks": 3, "length": LENGTH, "predicted_tokens": 117}.items()
+    assert tuple(result["perplexity"]) == SELECTIONS
+    assert {"machine", "versions", "base_model", "format"} <= result.keys()
+
+    console = Console(width=120, file=io.StringIO())
+    console.print(table(result))
+    shown = console.file.getvalue()
+    for value in result["perplexity"].values():
+        assert f"{value:.2f}" in shown
+    assert "noise" in shown and readable_bytes(result["kv_bytes"]["sparse"]) in shown
+
+
+def test_same_data_same_numbers(model, chunks):
+    first, second = (evaluate(model, chunks, progress=False) for _ in range(2))
+    assert first["perplexity"] == second["perplexity"] and first["text"] == second["text"]
+    other = evaluate(model, chunks.roll(1, 0), progress=False)
+    assert other["text"]["sha256"] != first["text"]["sha256"]
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("chunks", "message"),
+        [
+            (torch.zeros(LENGTH, dtype=torch.int64), r"expected chunks \[N, T\].*\[40\]"),
+            (torch.zeros(1, LENGTH), r"expected chunks \[N, T\].*float32"),
+            (torch.zeros(0, LENGTH, dtype=torch.int64), r"\[0, 40\]"),
+            (torch.zeros(1, SLOTS, dtype=torch.int64), "nothing is evicted: the budget of 13 slots"),
+            (torch.zeros(1, 65, dtype=torch.int64), "65 tokens are longer than the 64 positions"),
+            (torch.full((1, LENGTH), 64), "tokens must be 0 to 63, got 64 to 64"),
+            (torch.full((1, LENGTH), -1), "tokens must be 0 to 63, got -1 to -1"),
+        ],
+    )
+    def test_chunks(self, model, chunks, message):
+        with pytest.raises(DataError, match=message):
+            evaluate(model, chunks, progress=False)
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"selections": ("dense", "newest")}, r"selections must be among dense, recency, random, learned"),
+            ({"selections": ()}, "selections must be among"),
+            ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+            ({"speed_tokens": 0}, "speed_tokens must be at least 1, got 0"),
+        ],
+    )
+    def test_options(self, model, chunks, options, message):
+        with pytest.raises(ValueError, match=message):
+            evaluate(model, chunks, progress=False, **options)
+
+    def test_unpatched(self, base, chunks):
+        with pytest.raises(ValueError, match="expected a model with sparse attention, got a LlamaForCausalLM without"):
+            evaluate(base, chunks, progress=False)
+
+    def test_unknown_selection(self, model):
+        with pytest.raises(ValueError, match="got 'newest'"), selection(model, "newest"):
+            pytest.fail("entered the block")
