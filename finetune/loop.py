@@ -139,7 +139,8 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
     metrics = {
         "format": 1,
         "objective": config.objective,
-        "settings": config.settings() | {"length": chunks.shape[1], "chunks": len(chunks)},
+        "settings": config.settings()
+        | {"length": chunks.shape[1], "chunks": len(chunks), "chunks_sha256": fingerprint(chunks)},
         "trainable_parameters": sum(p.numel() for p in scorers.values()),
         "all_parameters": sum(p.numel() for p in model.parameters()),
         "tokens": tokens,
@@ -176,7 +177,7 @@ def _chunks(dataset: Any) -> Tensor:
     if not isinstance(dataset, Tensor):
         try:
             rows = dataset["input_ids"]
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"expected chunks [N, T] or a dataset with `input_ids`, got {type(dataset).__name__}"
             ) from error

@@ -60,6 +60,5 @@ def register_method(name: str, *, config: type, tuner: type, prefix: str) -> Non
 def _moved(version: str) -> str:
     return (
         f"PEFT {version} registers its methods in a way that this version of hf-sparse does not know. Install a "
-        "PEFT in the range that hf-sparse declares (pip install 'peft>=0.21,<0.22') or a newer hf-sparse. "
-        "`hf_sparse.patch` works without PEFT's registration."
+        "PEFT in the range that hf-sparse declares (pip install 'peft>=0.21,<0.22') or a newer hf-sparse."
     )

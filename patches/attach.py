@@ -45,9 +45,9 @@ def targets(model: PreTrainedModel, config: SparseKConfig) -> list[tuple[str, nn
 def attach(module: nn.Module, model: PreTrainedModel, adapter: str, config: SparseKConfig) -> SparseMethod:
     """Attach one adapter to one attention module; a second adapter joins the first."""
     method = getattr(module, CHILD, None)
+    others = methods_of(model)
     if method is None:
         family = family_of(model)
-        others = methods_of(model)
         switch = others[0].on_toggle if others else _Switch(model.config)  # one for all layers of a model
         layer = int(module.layer_idx)  # type: ignore[arg-type]
         method = SparseKAttention(family.hidden_size(module), family.num_key_value_heads(module), layer)
@@ -57,9 +57,12 @@ def attach(module: nn.Module, model: PreTrainedModel, adapter: str, config: Spar
         module.add_module(CHILD, method)
         method.enable_adapters(True)
     method.add_adapter(adapter, config)
-    device = next(parameter.device for parameter in module.parameters())
+    if others and method.active != others[0].active:
+        # One adapter is in use, in the layers that have it and in those that do not.
+        method.set_adapter(others[0].active)
+    method.home = next(parameter.device for parameter in module.parameters())
     if not any(parameter.is_meta for parameter in method.parameters()):  # PEFT may want them empty first
-        method.to(device)
+        method.to(method.home)
     return method
 
 

@@ -44,6 +44,10 @@ def attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """The attention function behind `hf_sparse`; returns `[B, T, Hq, D]` as transformers wants it."""
+    if attention_mask is not None and attention_mask.ndim != 2:  # transformers hands a 4-D mask on without asking
+        raise ValueError(
+            f"sparse attention takes a padding mask [B, T], got one of shape {tuple(attention_mask.shape)}"
+        )
     if sparse_call is None:
         # An attention module of a patched model that is not patched itself.
         return sdpa_attention_forward(
@@ -112,7 +116,7 @@ def before_attention(
     """Forward pre-hook of a patched attention module."""
     method = module.sparse_attention
     assert isinstance(method, SparseMethod)
-    if method.disable_adapters:
+    if not method.is_active:
         return None
     hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     cache = kwargs.get("past_key_values")
@@ -126,7 +130,7 @@ def _own_layer(cache: Any, index: int, method: SparseMethod) -> CacheLayerMixin:
         raise ValueError(f"sparse attention cannot use a {type(cache).__name__}; pass no cache, generate makes one")
     if cache.offloading:
         raise ValueError("sparse attention keeps its few KV slots on the device: do not ask for an offloaded cache")
-    wanted = method.cache_layer()
+    wanted: Any = method.cache_layer()
     while len(cache.layers) <= index:  # a cache that was made without a config grows as layers ask for theirs
         cache.layers.append(DynamicLayer())
     layer: Any = cache.layers[index]
@@ -138,6 +142,7 @@ def _own_layer(cache: Any, index: int, method: SparseMethod) -> CacheLayerMixin:
             f"{type(layer).__name__}{' that holds dense keys' if layer.get_seq_length() else ''}. Do not set "
             "cache_implementation, and start a new cache after switching adapters on or off"
         )
+    layer.announced = True
     return layer
 
 

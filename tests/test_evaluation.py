@@ -10,7 +10,7 @@ import torch
 from peft import get_peft_model
 from rich.console import Console
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import hf_sparse
 from hf_sparse.errors import DataError
@@ -24,18 +24,8 @@ LENGTH = 40
 
 
 @pytest.fixture
-def base() -> LlamaForCausalLM:
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=64,
-        initializer_range=0.3,  # attention that matters, so that another selection is another perplexity
-    )
-    return LlamaForCausalLM(config).eval()
+def base(tiny_llama) -> LlamaForCausalLM:
+    return tiny_llama(max_position_embeddings=64)
 
 
 @pytest.fixture

@@ -23,9 +23,11 @@ class SparseMethod(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter = []
         self.merged_adapters = []
-        # Set by the patch that attaches the method: told when it is switched on or off, and the hook to remove.
+        # Set by the patch that attaches the method: told when it is switched on or off, the hook to remove, and the
+        # device of the attention module.
         self.on_toggle: Callable[[bool], None] | None = None
         self.hook: RemovableHandle | None = None
+        self.home: torch.device | None = None
 
     def add_adapter(self, name: str, config: Any) -> None:
         """Create the learned parameters of one adapter. The first one becomes the active one."""
@@ -57,8 +59,17 @@ class SparseMethod(nn.Module, BaseTunerLayer):
         raise NotImplementedError
 
     def cache_layer(self) -> CacheLayerMixin:
-        """A new, empty cache layer for one sequence batch."""
+        """A new, empty cache layer for one sequence batch, with an attribute `announced`.
+
+        The patch sets it before each forward of the attention module, so that `update` can tell a model that attends
+        densely by now, which would see nothing but the new tokens.
+        """
         raise NotImplementedError
+
+    @property
+    def is_active(self) -> bool:
+        """Whether this module attends sparsely: it is switched on, and the adapter in use has parameters here."""
+        return not self.disable_adapters and self.active in self._all_available_adapter_names()
 
     @property
     def active(self) -> str:
@@ -77,6 +88,10 @@ class SparseMethod(nn.Module, BaseTunerLayer):
         self._disable_adapters = not enabled
         if self.on_toggle is not None:
             self.on_toggle(enabled)
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """PEFT's last step for an adapter that it made without memory (`low_cpu_mem_usage`) and then loaded."""
+        self.to(device or self.home)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError("sparse attention selects keys; there are no weights that it could be merged into")

@@ -23,9 +23,14 @@ def stream(length: int, kind: str = "normal"):
     return keys, values, scores
 
 
+def update(layer, keys, values):
+    layer.announced = True
+    return layer.update(keys, values)
+
+
 def new_layer(keys, values) -> SparseKCacheLayer:
     layer = SparseKCacheLayer(K, WINDOW, SINKS)
-    layer.update(keys, values)
+    update(layer, keys, values)
     return layer
 
 
@@ -115,7 +120,7 @@ def test_bytes_are_those_of_the_slots_from_the_start():
     keys, values, scores = stream(60)
     layer = SparseKCacheLayer(K, WINDOW, SINKS)
     assert layer.nbytes == 0
-    layer.update(keys[:, :, :1], values[:, :, :1])
+    update(layer, keys[:, :, :1], values[:, :, :1])
     expected = 2 * BATCH * HEADS * SLOTS * DIM * keys.element_size()
     for t in range(60):
         insert(layer, keys, values, scores, tokens=[t])
@@ -177,7 +182,7 @@ def test_reset_forgets_everything():
     layer, (keys, values, scores) = filled_layer()
     layer.reset()
     assert layer.get_seq_length() == 0 and layer.nbytes == 0 and not layer.is_initialized
-    layer.update(keys[:, :, :5], values[:, :, :5])
+    update(layer, keys[:, :, :5], values[:, :, :5])
     fill(layer, keys[:, :, :5], values[:, :, :5], scores[:, :, :5], every(5))
     assert_holds(layer, keys[:, :, :5], values[:, :, :5], scores[:, :, :5], every(5))
 
@@ -186,7 +191,7 @@ def test_counts():
     keys, values, _ = stream(7)
     layer = SparseKCacheLayer(K, WINDOW, SINKS)
     assert layer.slots == SLOTS
-    new_keys, new_values = layer.update(keys, values)
+    new_keys, new_values = update(layer, keys, values)
     assert new_keys is keys and new_values is values
     assert layer.get_seq_length() == 7
     assert layer.get_mask_sizes(3) == (10, 0)
@@ -217,3 +222,10 @@ def test_crop_takes_a_negative_count():
     layer, _ = filled_layer(5)
     with pytest.raises(ValueError, match="crop takes a negative count of tokens to remove, got 2"):
         layer.crop(2)
+
+
+def test_dense_attention_may_not_use_the_slots():
+    keys, values, _ = stream(3)
+    layer = new_layer(keys, values)
+    with pytest.raises(RuntimeError, match=r"holds the KV slots of sparse attention.*start a new cache"):
+        layer.update(keys, values)

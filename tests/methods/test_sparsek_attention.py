@@ -35,6 +35,7 @@ def take(tensors: dict[str, torch.Tensor], rows, tokens) -> dict[str, torch.Tens
 
 def attend(module, tensors, valid=None, cache=None):
     if cache is not None:
+        cache.announced = True
         cache.update(tensors["key"], tensors["value"])
     return module.attend(**tensors, valid=valid, cache=cache, scaling=0.7)
 
@@ -161,6 +162,16 @@ def test_decoding_while_training_is_refused():
 def test_another_cache_is_refused():
     with pytest.raises(TypeError, match="SparseK needs its own cache layer, got DynamicLayer"):
         method().attend(**inputs(1, 3), valid=None, cache=DynamicLayer(), scaling=1.0)
+
+
+def test_a_cache_of_another_budget_is_refused():
+    module = method()
+    cache = module.cache_layer()
+    attend(module, inputs(1, 3), cache=cache)
+    module.add_adapter("other", SparseKConfig(**{**BUDGET, "window": 6}))
+    module.set_adapter("other")
+    with pytest.raises(ValueError, match="made for another budget: start a new cache after switching adapters"):
+        attend(module, inputs(1, 1), cache=cache)
 
 
 def test_two_active_adapters_are_refused():

@@ -81,6 +81,8 @@ class SparseKAttention(SparseMethod):
         config = self.config
         if cache is not None and not isinstance(cache, SparseKCacheLayer):
             raise TypeError(f"SparseK needs its own cache layer, got {type(cache).__name__}")
+        if cache is not None and (cache.k, cache.window, cache.sinks) != (config.k, config.window, config.sinks):
+            raise ValueError("the cache was made for another budget: start a new cache after switching adapters")
         seen = 0 if cache is None or cache.seen is None else cache.seen
         index = token_index(valid, seen, batch, length, query.device)
         scores = self.score(hidden_states, index)

@@ -24,6 +24,7 @@ class SparseKCacheLayer(CacheLayerMixin):
         scores: `[B, Hkv, S]` float32.
         positions: `[B, Hkv, S]` int64, index of the token in its row, -1 for an empty slot.
         seen: `[B]` int64, real tokens so far.
+        announced: see `SparseMethod.cache_layer`.
     """
 
     is_sliding = False
@@ -35,6 +36,7 @@ class SparseKCacheLayer(CacheLayerMixin):
         super().__init__()
         self.k, self.window, self.sinks = k, window, sinks
         self.cumulative_length = 0
+        self.announced = False
         self.scores: Tensor | None = None
         self.positions: Tensor | None = None
         self.seen: Tensor | None = None
@@ -63,6 +65,12 @@ class SparseKCacheLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
+        if not self.announced:
+            raise RuntimeError(
+                "this cache holds the KV slots of sparse attention, and the model continues it with dense attention: "
+                "start a new cache after switching adapters on or off"
+            )
+        self.announced = False
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         self.cumulative_length += key_states.shape[-2]

@@ -64,7 +64,8 @@ def sparsek_attention(
             covers the whole sequence (unless scores are trained: they get their gradient, 0, from `"tiled"`).
 
     Returns:
-        `[B, Hq, Tq, D]` in the dtype of `query`. Softmax and gates are computed in float32 (float64 for float64).
+        `[B, Hq, Tq, D]` in the dtype of `query`, or autocast's where that is on. Softmax and gates are computed in
+        float32 (float64 for float64).
 
     Raises:
         ValueError: shapes that do not fit, `k`, `window`, `sinks` or `support` out of range, or an unknown `gates` or
@@ -79,10 +80,15 @@ def sparsek_attention(
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     support = k if gates == "hard" else support
     trains = gates == "soft" and scores.requires_grad
-    if implementation == "auto" and key.shape[2] <= k + window + sinks and not trains:
-        return _all_keys(query, key, value, scaling, start)
-    attend = dense_sparsek_attention if implementation == "dense" else tiled_sparsek_attention
-    return attend(query, key, value, scores, k, window, sinks, scaling, gates == "soft", support, start)
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # as autocast does for torch's own attention
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    with torch.autocast(device, enabled=False):
+        if implementation == "auto" and key.shape[2] <= k + window + sinks and not trains:
+            return _all_keys(query, key, value, scaling, start)
+        attend = dense_sparsek_attention if implementation == "dense" else tiled_sparsek_attention
+        return attend(query, key, value, scores, k, window, sinks, scaling, gates == "soft", support, start)
 
 
 def _all_keys(query: Tensor, key: Tensor, value: Tensor, scaling: float, start: Tensor | None) -> Tensor:

@@ -215,6 +215,11 @@ class _Tiled(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.autocast(grad.device.type, enabled=False):
+            return _Tiled._backward(ctx, grad)
+
+    @staticmethod
+    def _backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, scores, tau, rank, floor, lists, first, output, lse = ctx.saved_tensors  # type: ignore[attr-defined]
         plan: _Plan = ctx.plan  # type: ignore[attr-defined]
         want_query, want_key, want_value, *_ = ctx.needs_input_grad  # type: ignore[attr-defined]

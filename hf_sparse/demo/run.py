@@ -1,0 +1,183 @@
+"""All of hf-sparse in about two minutes, offline: patch, measure, train, measure again, generate, write what to push.
+
+The base is the bundled checkpoint, the text is the standard library of the Python that runs this, so the numbers
+differ a little between Python versions; for one version they follow from the seed.
+"""
+
+import time
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from hf_sparse.adapter import CONFIG
+from hf_sparse.data import pack
+from hf_sparse.demo import BASE_NAME, CHECKPOINT
+from hf_sparse.demo.text import documents
+from hf_sparse.evaluation import SELECTIONS, evaluate, kv_bytes, perplexity, readable_bytes, selection
+from hf_sparse.finetune import FinetuneConfig, finetune
+from hf_sparse.methods.sparsek import SparseKConfig
+from hf_sparse.repo import write_repo
+from hf_sparse.workflow import create_adapter, save_adapter, staged
+
+K, WINDOW, SINKS = 28, 32, 4  # 64 slots
+
+EVALUATION_CHUNKS, EVALUATION_LENGTH = 16, 1024
+EVALUATION_BATCH = 4
+
+STEPS, WARM_START_STEPS = 80, 20
+BATCH_SIZE, TRAINING_LENGTH = 2, 512  # scores do not depend on queries: what is learned on short text serves long text
+LEARNING_RATE = 2e-2
+EVERY_NTH_DOCUMENT = 8  # of the training text; far more than the steps can read
+
+PROMPT_TOKENS, NEW_TOKENS = 512, 64
+
+
+def run(output: Path, steps: int, seed: int, console: Console) -> dict[str, Any]:
+    """Run the demo on the CPU.
+
+    Args:
+        output: folder for the adapter, its measurements and card; appears at the end. A new or empty one, or one that
+            holds an adapter, which is replaced.
+        steps: training steps after the warm start, at least 1. `STEPS` is what the demo was tuned for.
+        seed: of the scorers' first weights and of the order of the training text.
+        console: where to tell the story.
+
+    Returns:
+        What eval.json holds.
+
+    Raises:
+        ValueError: `output` holds something else, or `steps` is out of range.
+    """
+    began = time.perf_counter()
+    settings = FinetuneConfig(
+        steps=steps,
+        warm_start_steps=min(WARM_START_STEPS, steps),
+        batch_size=BATCH_SIZE,
+        learning_rate=LEARNING_RATE,
+        seed=seed,
+        cpu=True,
+    )
+    if output.exists() and not (output / CONFIG).is_file() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"{output} exists and holds no adapter that the demo could replace; choose another --output")
+
+    with staged(output) as stage:
+        config = SparseKConfig(k=K, window=WINDOW, sinks=SINKS)
+        model = create_adapter(BASE_NAME, config, stage, seed=seed, dtype="float32")
+        tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+        trainable, total = model.get_nb_trainable_parameters()
+        console.rule("1. patch")
+        console.print(
+            f"A Llama of {total - trainable:,} parameters, and {trainable:,} of a scorer that chooses which old keys "
+            f"stay.\nEvery query attends to {config.slots} keys instead of all: the first {SINKS}, the last {WINDOW}, "
+            f"and of those between the {K} with the best scores."
+        )
+
+        console.rule("2. measure, untrained")
+        held_out = _held_out(tokenizer)
+        before = {}
+        model.eval()
+        for name in SELECTIONS:
+            with selection(model, name):
+                before[name] = perplexity(model, held_out, batch_size=EVALUATION_BATCH, progress=name)
+        console.print(_perplexities({"untrained scorer" if k == "learned" else k: v for k, v in before.items()}))
+
+        console.rule("3. train the scorer")
+        console.print(
+            "The model with all keys teaches the model with few (KL divergence); the base stays frozen. The first "
+            f"{settings.warm_start_steps} steps regress the attention that keys receive."
+        )
+        training_text = "\n\n".join(islice(documents("train"), 0, None, EVERY_NTH_DOCUMENT))
+        training = finetune(model, pack(tokenizer, training_text, TRAINING_LENGTH), settings)
+        console.print(f"{training['tokens']:,} tokens in {training['seconds']:.0f} s")
+
+        console.rule("4. measure again")
+        evaluation = evaluate(
+            model,
+            held_out,
+            selections=("learned",),  # the others do not depend on the scorer
+            batch_size=EVALUATION_BATCH,
+            text_name="held-out modules of the Python standard library",
+        )
+        after = evaluation["perplexity"]["learned"]
+        evaluation["perplexity"] = {**before, "learned": after}
+        rows = {k: v for k, v in before.items() if k != "learned"}
+        console.print(_perplexities({**rows, "untrained scorer": before["learned"], "trained scorer": after}))
+        console.print(_verdict(before["dense"], before["recency"], after))
+
+        console.rule("5. generate")
+        console.print(_side_by_side(model, tokenizer, held_out[len(held_out) // 2, :PROMPT_TOKENS]))
+
+        save_adapter(model, stage)
+        write_repo(stage, evaluation=evaluation, training=training, repo_id=output.name)
+
+    console.rule("6. publish")
+    names = ", ".join(sorted(path.name for path in output.iterdir()))
+    console.print(f"In {escape(str(output))}: {escape(names)}.", soft_wrap=True)
+    console.print(
+        f"Load it:    hf_sparse.from_pretrained({str(output)!r})\n"
+        f"Publish it: hf-sparse push {output} YOUR_NAME/demo-sparsek    (after `hf auth login`)",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    console.print(f"The demo took {time.perf_counter() - began:.0f} s.")
+    return evaluation
+
+
+def _held_out(tokenizer: Any) -> Tensor:
+    """`[EVALUATION_CHUNKS, EVALUATION_LENGTH]` tokens from all over the text that the checkpoint never saw."""
+    chunks = pack(tokenizer, "\n\n".join(documents("held_out")), EVALUATION_LENGTH)
+    return chunks[:: max(1, len(chunks) // EVALUATION_CHUNKS)][:EVALUATION_CHUNKS]
+
+
+def _perplexities(values: dict[str, float]) -> Table:
+    slots = K + WINDOW + SINKS
+    table = Table(caption=f"{EVALUATION_CHUNKS} held-out chunks of {EVALUATION_LENGTH} tokens")
+    table.add_column("which keys")
+    table.add_column("keys per query", justify="right")
+    table.add_column("perplexity", justify="right")
+    table.add_column("against dense", justify="right")
+    for name, value in values.items():
+        dense = name == "dense"
+        keys = f"up to {EVALUATION_LENGTH if dense else slots}"
+        table.add_row(name, keys, f"{value:.2f}", "" if dense else f"{value / values['dense'] - 1:+.1%}")
+    return table
+
+
+def _verdict(dense: float, recency: float, learned: float) -> str:
+    if learned >= recency:
+        return "The trained scorer is no better than keeping the most recent keys: train for more steps."
+    closed = (recency - learned) / (recency - dense)
+    return f"At the same number of keys, the scorer closes {closed:.0%} of the gap between recency and dense."
+
+
+@torch.no_grad()
+def _side_by_side(model: PeftModel, tokenizer: Any, prompt: Tensor) -> Table:
+    """The same prompt `[T]` continued greedily with dense and with sparse attention, and what their caches weigh."""
+    texts, weights = [], []
+    for name in ("dense", "learned"):
+        with selection(model, name):
+            output = model.generate(
+                input_ids=prompt[None],
+                attention_mask=torch.ones_like(prompt)[None],
+                max_new_tokens=NEW_TOKENS,
+                do_sample=False,
+                return_dict_in_generate=True,
+            )
+        texts.append(Text(tokenizer.decode(output.sequences[0, len(prompt) :], skip_special_tokens=True)))
+        weights.append(readable_bytes(kv_bytes(output.past_key_values)))
+    end = tokenizer.decode(prompt[-48:])
+    table = Table(title=Text(f"... {end}", justify="left"), title_style="dim", show_lines=True)
+    table.add_column(f"dense: {weights[0]} of keys and values", ratio=1)
+    table.add_column(f"sparse: {weights[1]}, however long the text", ratio=1)
+    table.add_row(*texts)
+    return table

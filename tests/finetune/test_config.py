@@ -1,0 +1,33 @@
+import pytest
+
+from hf_sparse.finetune import FinetuneConfig
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objective": "magic"}, "objective must be one of distill, attention, lm, got 'magic'"),
+        ({"mixed_precision": "fp8"}, "mixed_precision must be one of"),
+        ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
+        ({"warm_start_steps": -1}, "warm_start_steps must be"),
+        ({"batch_size": 1.5}, "batch_size must be an integer"),
+        ({"learning_rate": 0.0}, "must be positive"),
+        ({"checkpoint_every": 5}, "need an output_dir"),
+        ({"resume": True}, "need an output_dir"),
+    ],
+)
+def test_bad_settings_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        FinetuneConfig(**changes)
+
+
+def test_stages():
+    assert FinetuneConfig(steps=3, warm_start_steps=2).stages == [("attention", 2), ("distill", 3)]
+    assert FinetuneConfig(steps=3, warm_start_steps=0, objective="lm").stages == [("lm", 3)]
+    assert FinetuneConfig(steps=3, warm_start_steps=2, objective="attention").stages == [("attention", 3)]
+
+
+def test_settings_leave_out_what_cannot_change_the_result(tmp_path):
+    plain, placed = FinetuneConfig(), FinetuneConfig(output_dir=str(tmp_path), checkpoint_every=3, progress=False)
+    assert plain.settings() == placed.settings()
+    assert plain.settings() != FinetuneConfig(seed=1).settings()

@@ -1,0 +1,235 @@
+"""The loop: what changes, what does not, what it writes, and that a resumed run is the run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import datasets
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import hf_sparse.finetune.loop as loop
+from hf_sparse import patch
+from hf_sparse.errors import DataError
+from hf_sparse.finetune import FinetuneConfig, finetune
+from hf_sparse.methods.sparsek import SparseKConfig
+from hf_sparse.patches import methods_of
+
+SHORT = {"steps": 6, "warm_start_steps": 3, "batch_size": 2, "warmup_steps": 1, "progress": False}
+
+RUN = """
+import hf_sparse
+from hf_sparse.finetune import FinetuneConfig, finetune
+from safetensors.torch import load_file, save_file
+
+model = hf_sparse.from_pretrained("adapter", base_model="base", is_trainable=True)
+settings = {"steps": 40, "warm_start_steps": 3, "batch_size": 2, "warmup_steps": 1, "progress": False}
+config = FinetuneConfig(**settings, output_dir="run", checkpoint_every=1, resume=True)
+finetune(model, load_file("chunks.safetensors")["chunks"], config)
+scorers = {name: p.detach() for name, p in model.named_parameters() if "sparsek_scorer" in name}
+save_file(scorers, "final.safetensors")
+"""
+
+
+def scorers(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if "sparsek_scorer" in name}
+
+
+def train(model, chunks, **changes):
+    return finetune(model, chunks, FinetuneConfig(**{**SHORT, **changes}))
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("objective", ["distill", "attention", "lm"])
+def test_scorers_change_and_nothing_else(sparse_llama, chunks, objective):
+    model = sparse_llama()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    metrics = train(model, chunks, objective=objective)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) != ("sparsek_scorer" in name), name
+    assert not model.training and not any(method.training for method in methods_of(model))
+    assert all(p.grad is None or not p.grad.any() for p in model.parameters())
+    assert metrics["trainable_parameters"] == sum(p.numel() for p in scorers(model).values()) == 2 * 2 * 32
+
+
+@pytest.mark.parametrize(("objective", "rate"), [("distill", 5e-2), ("attention", 5e-2)])
+def test_the_loss_falls(sparse_llama, chunks, objective, rate):
+    metrics = train(
+        sparse_llama(), chunks, objective=objective, steps=40, warm_start_steps=0, batch_size=12, learning_rate=rate
+    )
+    losses = [row["loss"] for row in metrics["history"]]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+def test_metrics(sparse_llama, chunks, tmp_path):
+    metrics = train(sparse_llama(), chunks, output_dir=str(tmp_path))
+    assert json.loads((tmp_path / "finetune.json").read_text()) == metrics
+    assert [row["step"] for row in metrics["history"]] == list(range(1, 10))
+    assert [row["stage"] for row in metrics["history"]] == ["attention"] * 3 + ["distill"] * 6
+    assert metrics["tokens"] == 9 * 2 * 96
+    assert all(row["support"] >= 6 for row in metrics["history"])  # never below k
+    assert metrics["history"][0]["learning_rate"] == 2e-2  # one step of warm-up in each stage
+    assert metrics["history"][-1]["learning_rate"] == pytest.approx(2e-2 / 5)
+    assert os.listdir(tmp_path) == ["finetune.json"]
+
+
+def test_seed_decides(sparse_llama, chunks):
+    runs = []
+    for seed in (0, 0, 1):
+        model = sparse_llama()
+        train(model, chunks, seed=seed)
+        runs.append(scorers(model))
+    assert same(runs[0], runs[1]) and not same(runs[0], runs[2])
+
+
+def test_accumulation_is_a_larger_batch(sparse_llama, chunks):
+    runs = []
+    for batch, accumulation in ((4, 1), (2, 2), (1, 4)):
+        model = sparse_llama()
+        history = train(model, chunks, batch_size=batch, gradient_accumulation_steps=accumulation)["history"]
+        runs.append((scorers(model), [row["loss"] for row in history]))
+    for weights, losses in runs[1:]:
+        torch.testing.assert_close(losses, runs[0][1], rtol=1e-5, atol=1e-6)
+        for name in weights:
+            torch.testing.assert_close(weights[name], runs[0][0][name], rtol=1e-4, atol=1e-5)
+
+
+def test_every_chunk_is_seen_once_per_epoch_from_any_start():
+    whole = loop._Shuffled(5, seed=3, start=0)
+    first = [index for index, _ in zip(whole, range(15), strict=False)]
+    assert sorted(first[:5]) == sorted(first[5:10]) == list(range(5)) and first[:5] != first[5:10]
+    assert [index for index, _ in zip(loop._Shuffled(5, 3, start=7), range(8), strict=False)] == first[7:]
+
+
+@pytest.mark.parametrize("stop", [1, 3, 5, 9], ids=["warm start", "stage boundary", "middle", "end"])
+def test_resumed_run_equals_uninterrupted(monkeypatch, sparse_llama, chunks, tmp_path, stop):
+    whole = sparse_llama()
+    expected = train(whole, chunks)["history"]
+
+    class Stopped(Exception):
+        pass
+
+    real = loop.checkpoint.save
+
+    def save_and_stop(output, step, *args):
+        real(output, step, *args)
+        if step == stop:
+            raise Stopped
+
+    monkeypatch.setattr(loop.checkpoint, "save", save_and_stop)
+    with pytest.raises(Stopped):
+        train(sparse_llama(), chunks, output_dir=str(tmp_path), checkpoint_every=1)
+    monkeypatch.undo()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step-{stop:06d}"]
+    resumed = sparse_llama()
+    history = train(resumed, chunks, output_dir=str(tmp_path), resume=True)["history"]
+    assert same(scorers(resumed), scorers(whole))
+    assert [row["loss"] for row in history] == [row["loss"] for row in expected]
+
+
+def test_killed_process_resumes_to_the_same_weights(sparse_llama, chunks, tmp_path, hub_env):
+    """The same with a real kill, at whatever step it lands."""
+    model = sparse_llama()
+    model.base_model.model.save_pretrained(tmp_path / "base")
+    model.save_pretrained(str(tmp_path / "adapter"))
+    save_file({"chunks": chunks}, tmp_path / "chunks.safetensors")
+    (tmp_path / "run.py").write_text(RUN)
+    environment = {**hub_env, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = {"args": [sys.executable, "run.py"], "cwd": tmp_path, "env": environment}
+    killed = subprocess.Popen(**process, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "run" / "checkpoints").glob("step-*")) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    subprocess.run(**process, check=True, capture_output=True)
+    train(model, chunks, steps=40)
+    assert same(load_file(tmp_path / "final.safetensors"), scorers(model))
+
+
+def test_resume_without_a_checkpoint_starts(sparse_llama, chunks, tmp_path):
+    assert len(train(sparse_llama(), chunks, output_dir=str(tmp_path), resume=True)["history"]) == 9
+
+
+def test_resume_refuses_other_settings_and_damage(sparse_llama, chunks, tmp_path):
+    train(sparse_llama(), chunks, output_dir=str(tmp_path), checkpoint_every=4)
+    with pytest.raises(ValueError, match=r"cannot resume with other settings.*learning_rate"):
+        train(sparse_llama(), chunks, output_dir=str(tmp_path), resume=True, learning_rate=1e-3)
+    with pytest.raises(ValueError, match="different: chunks"):
+        train(sparse_llama(), chunks + 1 - 2 * (chunks > 5), output_dir=str(tmp_path), resume=True)
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    (folder / "optimizer.safetensors").write_bytes(b"no")
+    with pytest.raises(DataError, match="checkpoint step-000008 is damaged"):
+        train(sparse_llama(), chunks, output_dir=str(tmp_path), resume=True)
+    (folder / "state.json").write_text("{")
+    with pytest.raises(DataError, match="checkpoint step-000008 is damaged"):
+        train(sparse_llama(), chunks, output_dir=str(tmp_path), resume=True)
+
+
+def test_mixed_precision_trains_and_is_taken_off_again(sparse_llama, chunks):
+    model = sparse_llama()
+    before = scorers(model)
+    train(model, chunks, mixed_precision="bf16")
+    assert not same(scorers(model), before)
+    assert model(input_ids=chunks[:1]).logits.dtype == torch.float32
+    train(sparse_llama(), chunks, mixed_precision="no")  # another precision in the same process
+
+
+def test_dataset_of_datasets(sparse_llama, chunks):
+    models = [sparse_llama(), sparse_llama()]
+    train(models[0], chunks)
+    train(models[1], datasets.Dataset.from_dict({"input_ids": chunks.tolist()}))
+    assert same(scorers(models[0]), scorers(models[1]))
+
+
+def test_model_patched_without_peft(tiny_llama, chunks):
+    model = tiny_llama()
+    model.requires_grad_(False)
+    patch(model, SparseKConfig(k=6, window=8, sinks=2))
+    before = scorers(model)
+    train(model, chunks)
+    assert not same(scorers(model), before)
+
+
+def test_refusals(sparse_llama, tiny_llama, chunks):
+    with pytest.raises(DataError, match=r"chunks of 16 tokens cannot train a budget of 16 slots .* no gradient"):
+        train(sparse_llama(), chunks[:, :16])
+    with pytest.raises(DataError, match=r"token ids must lie in 0..63, got 0..64"):
+        train(sparse_llama(), chunks.clamp(min=1).where(chunks != 5, 64).where(chunks != 6, 0))
+    with pytest.raises(DataError, match=r"expected chunks \[N, T\] of token ids, got \(96,\)"):
+        train(sparse_llama(), chunks[0])
+    with pytest.raises(DataError, match=r"one length .*, got 3 to 96"):
+        train(sparse_llama(), datasets.Dataset.from_dict({"input_ids": [[1, 2, 3], chunks[0].tolist()]}))
+    with pytest.raises(DataError, match="dataset with `input_ids`"):
+        train(sparse_llama(), datasets.Dataset.from_dict({"text": ["a"]}))
+    with pytest.raises(ValueError, match="no sparse attention"):
+        train(tiny_llama(), chunks)
+    model = sparse_llama()
+    model.base_model.model.lm_head.weight.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"1 parameters besides the scorers would be trained, the first is .*lm_head"):
+        train(model, chunks)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, sparse_llama, chunks):
+    monkeypatch.setitem(
+        loop.OBJECTIVES,
+        "distill",
+        lambda model, batch: next(p for p in model.parameters() if p.requires_grad).sum() * torch.nan,
+    )
+    with pytest.raises(ValueError, match=r"step 4 .distill. is nan"):
+        train(sparse_llama(), chunks)
+
+
+def test_gradients_are_checked(monkeypatch, sparse_llama, chunks):
+    monkeypatch.setitem(
+        loop.OBJECTIVES, "lm", lambda model, batch: next(p for p in model.parameters() if p.requires_grad).sum() * 0
+    )
+    with pytest.raises(ValueError, match="no scorer received a gradient"):
+        train(sparse_llama(), chunks, objective="lm", warm_start_steps=0)

@@ -1,0 +1,278 @@
+"""Patching a model and taking the patch off again."""
+
+import copy
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from hf_sparse import SparseKConfig, patch, patched, unpatch
+from hf_sparse.errors import AdapterMismatchError, UnsupportedModelError
+from hf_sparse.methods.sparsek import SparseKAttention
+from hf_sparse.patches import Family, methods_of, register_family, supported_model_types
+
+BUDGET = {"k": 6, "window": 8, "sinks": 2}
+IDS = torch.randint(2, 64, (2, 50), generator=torch.Generator().manual_seed(0))
+
+
+def logits(model, ids=IDS, **kwargs):
+    with torch.no_grad():
+        return model(ids, **kwargs).logits
+
+
+def anatomy(model):
+    """Everything a patch could leave behind."""
+    hooks = {
+        name: (len(module._forward_pre_hooks), len(module._forward_hooks), sorted(vars(module)))
+        for name, module in model.named_modules()
+    }
+    parameters = {name: (p.shape, p.dtype, p.requires_grad) for name, p in model.named_parameters()}
+    return hooks, parameters, vars(model.config).copy(), model.config.to_dict(), vars(model.generation_config).copy()
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("layers", [None, [1]])
+def test_unpatching_leaves_nothing_behind(tiny_llama, implementation, layers):
+    model = tiny_llama(attn_implementation=implementation)
+    before, expected = anatomy(model), logits(model)
+    assert patch(model, SparseKConfig(**BUDGET, layers=layers)) is model
+    assert len(methods_of(model)) == (2 if layers is None else 1)
+    assert (logits(model) - expected).abs().max() > 0.1, "the patch changed nothing"
+    assert unpatch(model) is model
+    assert methods_of(model) == []
+    assert anatomy(model) == before
+    assert torch.equal(logits(model), expected)
+
+
+def test_the_context_manager_unpatches_after_an_exception(tiny_llama):
+    model = tiny_llama()
+    before, expected = anatomy(model), logits(model)
+    with pytest.raises(KeyError, match="mine"), patched(model, SparseKConfig(**BUDGET)) as inside:
+        assert inside is model and len(methods_of(model)) == 2
+        raise KeyError("mine")
+    assert anatomy(model) == before
+    assert torch.equal(logits(model), expected)
+
+
+def test_methods_come_in_the_order_of_the_layers(tiny_llama):
+    model = patch(tiny_llama(num_hidden_layers=12), SparseKConfig(**BUDGET, layers=[10, 2, 9]))
+    assert [method.layer for method in methods_of(model)] == [2, 9, 10]
+
+
+def test_the_configuration_is_filled_in(tiny_llama):
+    config = SparseKConfig(**BUDGET)
+    patch(tiny_llama(), config)
+    assert config.base_shape == {
+        "model_type": "llama",
+        "hidden_size": 32,
+        "num_key_value_heads": 2,
+        "num_attention_layers": 2,
+    }
+
+
+def test_an_adapter_of_another_base_is_refused_before_anything_changes(tiny_llama):
+    config = SparseKConfig(**BUDGET)
+    patch(tiny_llama(), config)
+    other = tiny_llama(hidden_size=64, num_hidden_layers=3)
+    before = anatomy(other)
+    with pytest.raises(
+        AdapterMismatchError, match=r"hidden_size: 32 there, 64 here; num_attention_layers: 2 there, 3 here"
+    ):
+        patch(other, config)
+    assert anatomy(other) == before
+
+
+def test_patching_twice_is_refused(tiny_llama):
+    model = patch(tiny_llama(), SparseKConfig(**BUDGET))
+    with pytest.raises(ValueError, match="has an adapter 'default' already; unpatch it first or choose another name"):
+        patch(model, SparseKConfig(**BUDGET))
+    assert len(methods_of(model)) == 2
+
+
+def test_unpatching_a_model_that_is_not_patched_is_refused(tiny_llama):
+    with pytest.raises(ValueError, match="the model is not patched"):
+        unpatch(tiny_llama())
+
+
+def test_a_layer_that_is_not_there_is_refused(tiny_llama):
+    model = tiny_llama()
+    before = anatomy(model)
+    with pytest.raises(ValueError, match=r"layers \[2, 7\] do not exist: the model has 2 attention layers"):
+        patch(model, SparseKConfig(**BUDGET, layers=[0, 2, 7]))
+    assert anatomy(model) == before
+
+
+def test_a_family_without_a_patch_is_refused_with_a_list_of_those_with_one():
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=64))
+    with pytest.raises(
+        UnsupportedModelError, match=r"no sparse attention patch for model type 'gpt2'; supported: .*llama"
+    ):
+        patch(model, SparseKConfig(**BUDGET))
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda llama: torch.nn.Linear(2, 2), "expected a transformers PreTrainedModel, got Linear"),
+        (
+            lambda llama: __import__("peft").get_peft_model(llama, SparseKConfig(**BUDGET)),
+            r"got PeftModel\w* \(unwrap it: pass the base model\)",
+        ),
+    ],
+    ids=["Linear", "PeftModel"],
+)
+def test_what_is_not_a_transformers_model_is_refused(tiny_llama, make, message):
+    with pytest.raises(UnsupportedModelError, match=message):
+        patch(make(tiny_llama()), SparseKConfig(**BUDGET))
+
+
+def test_families():
+    assert "llama" in supported_model_types()
+    with pytest.raises(ValueError, match="model type 'llama' is registered already"):
+        register_family(
+            Family(
+                model_types=("llama",),
+                attention=lambda: torch.nn.Module,
+                hidden_size=lambda module: 1,
+                num_key_value_heads=lambda module: 1,
+            )
+        )
+
+
+# Layers.
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
+def test_layers_that_are_not_named_stay_dense(tiny_llama, layer, padded):
+    """Compared with all layers patched, where the others have a budget that covers the sequence."""
+    model = patch(tiny_llama(), SparseKConfig(**BUDGET, layers=[layer]))
+    reference = patch(tiny_llama(), SparseKConfig(**BUDGET))
+    methods = methods_of(reference)
+    methods[1 - layer].configs["default"] = SparseKConfig(k=500, window=1)
+    methods[layer].load_state_dict(methods_of(model)[0].state_dict())
+    mask = torch.ones_like(IDS)
+    if padded:
+        mask[1, :13] = 0
+    kwargs = {"attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    shown = mask.bool()
+    torch.testing.assert_close(logits(model, **kwargs)[shown], logits(reference, **kwargs)[shown], rtol=0, atol=1e-5)
+    assert (logits(model, **kwargs) - logits(tiny_llama(), **kwargs))[shown].abs().max() > 0.1
+    tokens = [m.generate(IDS, attention_mask=mask, max_new_tokens=15, do_sample=False) for m in (model, reference)]
+    assert torch.equal(*tokens)
+
+
+@pytest.mark.parametrize("chunks", [[50], [20, 30], [20, 1, 1, 28]])
+def test_a_mixed_model_continues_its_cache(tiny_llama, chunks):
+    model = patch(tiny_llama(), SparseKConfig(**BUDGET, layers=[1]))
+    mask = torch.ones_like(IDS)
+    mask[1, :13] = 0
+    position = (mask.cumsum(-1) - 1).clamp(min=0)
+    whole = logits(model, attention_mask=mask, position_ids=position)
+    cache, parts, begin = None, [], 0
+    for length in chunks:
+        end = begin + length
+        with torch.no_grad():
+            output = model(
+                IDS[:, begin:end],
+                attention_mask=mask[:, :end],
+                position_ids=position[:, begin:end],
+                past_key_values=cache,
+                use_cache=True,
+            )
+        cache, begin = output.past_key_values, end
+        parts.append(output.logits)
+    torch.testing.assert_close(torch.cat(parts, 1)[mask.bool()], whole[mask.bool()], rtol=0, atol=1e-5)
+
+
+# The dense limit.
+
+
+@pytest.mark.parametrize("budget", [(50, 1, 0), (1, 50, 0), (30, 16, 4), (500, 500, 500)], ids=str)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_budget_of_the_length_is_the_base_model(tiny_llama, budget, training):
+    k, window, sinks = budget
+    expected = logits(tiny_llama())
+    model = patch(tiny_llama(), SparseKConfig(k=k, window=window, sinks=sinks)).train(training)
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
+
+
+def test_budget_of_the_length_generates_like_the_base_model(tiny_llama):
+    expected = tiny_llama().generate(IDS, max_new_tokens=30, do_sample=False)
+    model = patch(tiny_llama(), SparseKConfig(k=40, window=36, sinks=4))
+    assert torch.equal(model.generate(IDS, max_new_tokens=30, do_sample=False), expected)
+
+
+# Copies, devices and dtypes.
+
+
+def test_a_deep_copy_is_independent(tiny_llama):
+    model = patch(tiny_llama(), SparseKConfig(**BUDGET))
+    expected = logits(model)
+    twin = copy.deepcopy(model)
+    assert torch.equal(logits(twin), expected)
+    with torch.no_grad():
+        for method in methods_of(twin):
+            method.sparsek_scorer["default"].weight.normal_()
+    assert (logits(twin) - expected).abs().max() > 0.1
+    unpatch(twin)
+    assert torch.equal(logits(twin), logits(tiny_llama()))
+    assert torch.equal(logits(model), expected)
+    assert methods_of(model) and not methods_of(twin)
+
+
+@pytest.mark.parametrize("order", ["patch, then move", "move, then patch"])
+def test_bfloat16(tiny_llama, order, monkeypatch):
+    model = tiny_llama()
+    if order == "patch, then move":
+        model = patch(model, SparseKConfig(**BUDGET)).to(torch.bfloat16)
+    else:
+        model = patch(model.to(torch.bfloat16), SparseKConfig(**BUDGET))
+    seen = []
+    score = SparseKAttention.score
+
+    def watched(self, *args):
+        seen.append(score(self, *args))
+        return seen[-1]
+
+    monkeypatch.setattr(SparseKAttention, "score", watched)
+    output = model.generate(IDS, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
+    assert {scores.dtype for scores in seen} == {torch.float32} and len(seen) == 10
+    assert {layer.keys.dtype for layer in output.past_key_values.layers} == {torch.bfloat16}
+    assert logits(model).dtype == torch.bfloat16
+
+
+def test_patching_follows_the_mode_of_the_model(tiny_llama):
+    for training in (True, False):
+        model = patch(tiny_llama().train(training), SparseKConfig(**BUDGET))
+        assert all(method.training == training for method in methods_of(model))
+
+
+def test_a_second_adapter_waits_until_it_is_chosen(tiny_llama):
+    model = patch(tiny_llama(), SparseKConfig(**BUDGET))
+    first = logits(model)
+    patch(model, SparseKConfig(k=2, window=3, sinks=1), adapter="small")
+    assert torch.equal(logits(model), first)
+    for method in methods_of(model):
+        method.set_adapter("small")
+    assert (logits(model) - first).abs().max() > 0.1
+    unpatch(model)
+    assert torch.equal(logits(model), logits(tiny_llama()))
+
+
+def test_an_adapter_for_other_layers_leaves_the_first_ones_dense(tiny_llama):
+    model = patch(tiny_llama(), SparseKConfig(**BUDGET, layers=[0]), adapter="low")
+    low = logits(model)
+    patch(model, SparseKConfig(**BUDGET, layers=[1]), adapter="high")
+    assert torch.equal(logits(model), low)
+    for chosen, layer in (("high", 1), ("low", 0)):
+        for method in methods_of(model):
+            method.set_adapter(chosen)
+        alone = patch(tiny_llama(), SparseKConfig(**BUDGET, layers=[layer]))
+        scorer = methods_of(model)[layer].sparsek_scorer[chosen]
+        methods_of(alone)[0].sparsek_scorer["default"].load_state_dict(scorer.state_dict())
+        torch.testing.assert_close(logits(model), logits(alone), rtol=0, atol=1e-6)
+        assert torch.equal(
+            model.generate(IDS, max_new_tokens=10, do_sample=False),
+            alone.generate(IDS, max_new_tokens=10, do_sample=False),
+        )

@@ -1,0 +1,289 @@
+"""A patched model's forward in every form: whole, in chunks, token by token, padded, in beams, with its cache."""
+
+import pytest
+import torch
+from transformers import DynamicCache, EncoderDecoderCache, LogitsProcessor, LogitsProcessorList, StaticCache
+
+from hf_sparse import SparseKConfig, patch
+from hf_sparse.methods.sparsek import SparseKCacheLayer
+from hf_sparse.patches import methods_of, unpatch
+
+BUDGET = {"k": 6, "window": 8, "sinks": 2}
+LENGTH = 60
+IDS = torch.randint(2, 64, (3, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.fixture
+def model(tiny_llama):
+    return patch(tiny_llama(), SparseKConfig(**BUDGET, position_slope=1e-3))
+
+
+@torch.no_grad()
+def whole(model, ids=IDS, **kwargs):
+    return model(ids, use_cache=False, **kwargs).logits
+
+
+@torch.no_grad()
+def in_chunks(model, chunks, ids=IDS, mask=None, cache=None):
+    position = None if mask is None else (mask.cumsum(-1) - 1).clamp(min=0)
+    parts, begin = [], 0
+    for length in chunks:
+        end = begin + length
+        output = model(
+            ids[:, begin:end],
+            attention_mask=None if mask is None else mask[:, :end],
+            position_ids=None if position is None else position[:, begin:end],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        parts.append(output.logits)
+        cache, begin = output.past_key_values, end
+    return torch.cat(parts, 1), cache
+
+
+CHUNKS = {
+    "token by token": [1] * LENGTH,
+    "prefill and decode": [25] + [1] * 35,
+    "short prefill": [3] + [1] * 57,
+    "two halves": [30, 30],
+    "odd pieces": [1, 2, 17, 1, 1, 30, 8],
+    "large then small": [50, 3, 7],
+}
+
+
+@pytest.mark.parametrize("chunks", CHUNKS)
+def test_any_split_equals_one_forward_at_every_position(model, chunks):
+    logits, cache = in_chunks(model, CHUNKS[chunks])
+    torch.testing.assert_close(logits, whole(model), rtol=1e-5, atol=1e-5)
+    assert all(type(layer) is SparseKCacheLayer for layer in cache.layers)
+    assert cache.get_seq_length() == LENGTH
+
+
+def test_all_that_changes_the_outcome_is_noticed(model, tiny_llama):
+    """The tolerances above mean something: another budget or another scorer is far away."""
+    expected = whole(model)
+    assert (whole(patch(tiny_llama(), SparseKConfig(**{**BUDGET, "k": 5}))) - expected).abs().max() > 0.1
+    with torch.no_grad():
+        methods_of(model)[0].sparsek_scorer["default"].weight.normal_()
+    assert (whole(model) - expected).abs().max() > 0.1
+
+
+MASKS = {
+    "left": torch.arange(LENGTH) >= torch.tensor([0, 17, 45])[:, None],
+    "right": torch.arange(LENGTH) < torch.tensor([LENGTH, 31, 9])[:, None],
+    "interior": torch.rand(3, LENGTH, generator=torch.Generator().manual_seed(0)) < 0.6,
+}
+
+
+@pytest.mark.parametrize("chunks", [[LENGTH], [20, 40], [20, 1, 1, 38], [1] * LENGTH], ids=len)
+@pytest.mark.parametrize("padding", MASKS)
+def test_padding_anywhere_equals_each_row_alone(model, padding, chunks):
+    mask = MASKS[padding].long()
+    logits, _ = in_chunks(model, chunks, mask=mask)
+    for row in range(3):
+        real = MASKS[padding][row]
+        alone = whole(model, IDS[row : row + 1, real])
+        torch.testing.assert_close(logits[row : row + 1, real], alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("padding", MASKS)
+def test_thirty_steps_after_padding_equal_each_row_alone(model, padding):
+    more = torch.randint(2, 64, (3, 30), generator=torch.Generator().manual_seed(1))
+    ids = torch.cat([IDS, more], 1)
+    mask = torch.cat([MASKS[padding], torch.ones(3, 30, dtype=torch.bool)], 1)
+    logits, _ = in_chunks(model, [LENGTH] + [1] * 30, ids, mask.long())
+    for row in range(3):
+        alone = whole(model, ids[row : row + 1, mask[row]])
+        torch.testing.assert_close(logits[row, -30:], alone[0, -30:], rtol=1e-5, atol=1e-5)
+
+
+def test_a_left_padded_batch_generates_what_each_row_generates_alone(model):
+    mask = MASKS["left"].long()
+    together = model.generate(IDS, attention_mask=mask, max_new_tokens=30, do_sample=False)
+    for row in range(3):
+        ids = IDS[row : row + 1, MASKS["left"][row]]
+        alone = model.generate(ids, max_new_tokens=30, do_sample=False)
+        assert torch.equal(together[row, LENGTH:], alone[0, ids.shape[1] :])
+
+
+@pytest.mark.parametrize("padding", ["left", "interior"])
+def test_training_with_padding_equals_each_row_alone(model, padding):
+    model.train()
+    mask = MASKS[padding]
+    position = (mask.long().cumsum(-1) - 1).clamp(min=0)
+    logits = whole(model, attention_mask=mask.long(), position_ids=position)
+    for row in range(3):
+        alone = whole(model, IDS[row : row + 1, mask[row]])
+        torch.testing.assert_close(logits[row : row + 1, mask[row]], alone, rtol=1e-5, atol=1e-5)
+
+
+def test_a_mask_of_ones_is_no_mask(model):
+    assert torch.equal(whole(model, attention_mask=torch.ones_like(IDS)), whole(model))
+
+
+# generate
+
+
+def test_greedy_generation_follows_the_forward(model):
+    tokens = model.generate(IDS, max_new_tokens=40, do_sample=False)
+    logits = whole(model, tokens)
+    assert torch.equal(logits[:, LENGTH - 1 : -1].argmax(-1), tokens[:, LENGTH:])
+    assert len(tokens[:, LENGTH:].unique()) > 5
+
+
+@pytest.mark.parametrize("beams", [2, 4])
+def test_beam_scores_are_those_of_a_replay(model, beams):
+    output = model.generate(
+        IDS,
+        num_beams=beams,
+        num_return_sequences=beams,
+        max_new_tokens=25,
+        do_sample=False,
+        length_penalty=1.0,
+        return_dict_in_generate=True,
+        output_scores=True,
+    )
+    logits, _ = in_chunks(model, [LENGTH] + [1] * 24, output.sequences)
+    new = output.sequences[:, LENGTH:]
+    chosen = logits[:, LENGTH - 1 :].log_softmax(-1).gather(-1, new[..., None]).squeeze(-1)
+    torch.testing.assert_close(output.sequences_scores, chosen.mean(-1), rtol=1e-5, atol=1e-5)
+    assert len({tuple(row) for row in output.sequences.tolist()}) == 3 * beams
+
+
+def test_sampled_sequences_follow_the_uncached_forward(model):
+    mask = MASKS["left"].long()
+    outcomes = []
+    for use_cache in (True, False):
+        torch.manual_seed(3)
+        outcomes.append(
+            model.generate(
+                IDS,
+                attention_mask=mask,
+                do_sample=True,
+                num_return_sequences=3,
+                max_new_tokens=20,
+                use_cache=use_cache,
+            )
+        )
+    assert torch.equal(*outcomes)
+    assert len({tuple(row) for row in outcomes[0][:, LENGTH:].tolist()}) == 9
+
+
+class _Watch(LogitsProcessor):
+    """Called once a step: notes the bytes of the cache."""
+
+    def __init__(self, cache):
+        self.cache, self.seen = cache, []
+
+    def __call__(self, input_ids, scores):
+        layers = self.cache.layers
+        self.seen.append([(layer.nbytes, layer.keys.untyped_storage().nbytes()) for layer in layers])
+        return scores
+
+
+def test_generation_keeps_the_kv_bytes_constant(model):
+    cache = DynamicCache(config=model.config)
+    watch = _Watch(cache)
+    model.generate(
+        IDS[:, :4],
+        past_key_values=cache,
+        max_new_tokens=100,
+        do_sample=False,
+        logits_processor=LogitsProcessorList([watch]),
+    )
+    slots = sum(BUDGET.values())
+    bytes_of_keys = 3 * 2 * slots * 8 * 4
+    assert len(watch.seen) == 100
+    assert all(step == [(2 * bytes_of_keys, bytes_of_keys)] * 2 for step in watch.seen)
+    assert cache.get_seq_length() == 103
+
+
+def test_generation_goes_on_with_a_returned_cache(model):
+    first = model.generate(IDS, max_new_tokens=10, do_sample=False, return_dict_in_generate=True)
+    longer = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=10, do_sample=False)
+    assert torch.equal(longer, model.generate(IDS, max_new_tokens=20, do_sample=False))
+
+
+def test_a_cache_without_a_configuration_grows_as_layers_ask(model):
+    logits, cache = in_chunks(model, [20, 40], cache=DynamicCache())
+    torch.testing.assert_close(logits, whole(model), rtol=1e-5, atol=1e-5)
+    assert [type(layer) for layer in cache.layers] == [SparseKCacheLayer] * 2
+
+
+def test_a_base_with_eager_attention(tiny_llama):
+    eager, sdpa = (tiny_llama(attn_implementation=name) for name in ("eager", "sdpa"))
+    for model in (eager, sdpa):
+        patch(model, SparseKConfig(**BUDGET))
+    for ours, theirs in zip(methods_of(eager), methods_of(sdpa), strict=True):
+        ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(whole(eager), whole(sdpa), rtol=1e-5, atol=1e-5)
+    unpatch(eager)
+    assert eager.config._attn_implementation == "eager"
+
+
+def test_lookup_decoding_within_the_budget(tiny_llama):
+    ids = IDS[:1, :8].repeat(1, 3)  # repeated text, so that guesses are made, and some are wrong
+    model = patch(tiny_llama(), SparseKConfig(k=30, window=30, sinks=2))
+    expected = model.generate(ids, max_new_tokens=30, do_sample=False)
+    assert torch.equal(model.generate(ids, max_new_tokens=30, do_sample=False, prompt_lookup_num_tokens=3), expected)
+
+
+# Refusals.
+
+
+def test_assisted_decoding_past_the_budget_is_refused(model, tiny_llama):
+    with pytest.raises(RuntimeError, match="keys were evicted for good, so it cannot be cropped"):
+        model.generate(IDS[:1], max_new_tokens=20, do_sample=False, prompt_lookup_num_tokens=3)
+
+
+def test_a_static_cache_is_refused(model):
+    with pytest.raises(ValueError, match=r"layer 0 is a StaticLayer\. Do not set cache_implementation"):
+        model.generate(IDS, max_new_tokens=2, cache_implementation="static")
+    with pytest.raises(ValueError, match="layer 0 is a StaticLayer"):
+        model(IDS, past_key_values=StaticCache(config=model.config, max_cache_len=80))
+
+
+def test_an_offloaded_cache_is_refused(model):
+    with pytest.raises(ValueError, match="do not ask for an offloaded cache"):
+        model.generate(IDS, max_new_tokens=2, cache_implementation="offloaded")
+
+
+def test_a_cache_of_dense_keys_is_refused(model, tiny_llama):
+    _, cache = in_chunks(tiny_llama(), [20])
+    with pytest.raises(ValueError, match=r"DynamicLayer that holds dense keys.*start a new cache after switching"):
+        model(IDS[:, 20:], past_key_values=cache)
+
+
+def test_a_sparse_cache_in_a_dense_model_is_refused(model):
+    _, cache = in_chunks(model, [20])
+    unpatch(model)
+    with pytest.raises(RuntimeError, match=r"KV slots of sparse attention.*start a new cache"):
+        model(IDS[:, 20:21], past_key_values=cache)
+
+
+def test_the_cache_of_an_encoder_and_decoder_is_refused(model):
+    with pytest.raises(ValueError, match="sparse attention cannot use a EncoderDecoderCache; pass no cache"):
+        model(IDS, past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()))
+
+
+def test_packed_sequences_are_refused(model):
+    restarts = torch.cat([torch.arange(20), torch.arange(40)]).expand(3, -1)
+    with pytest.raises(ValueError, match=r"packed sequences \(position_ids that restart\).* not supported"):
+        whole(model, position_ids=restarts)
+
+
+def test_a_mask_of_four_dimensions_is_refused(model):
+    mask = torch.ones(3, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
+    with pytest.raises(ValueError, match=r"takes a padding mask \[B, T\], got .*\(3, 1, 60, 60\)"):
+        whole(model, attention_mask=mask)
+
+
+def test_attention_matrices_are_refused(model):
+    with pytest.raises(ValueError, match="output_attentions=True is not supported"):
+        model(IDS, output_attentions=True)
+
+
+def test_decoding_in_train_mode_is_refused(model):
+    model.train()
+    with pytest.raises(ValueError, match=r"decoding uses hard selection: call model.eval\(\)"):
+        model.generate(IDS, max_new_tokens=3)

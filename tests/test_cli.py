@@ -1,0 +1,381 @@
+"""The command line: each verb end to end on a tiny model, and every mistake one line, exit code 1, nothing written."""
+
+import inspect
+import json
+import random
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from peft import PeftConfig
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from typer.testing import CliRunner
+
+import hf_sparse
+from hf_sparse import cli, workflow
+from hf_sparse.evaluation import SELECTIONS
+from hf_sparse.finetune import FinetuneConfig
+
+VOCABULARY = 64
+BUDGET = ["--k", "4", "--window", "4", "--sinks", "1"]
+SLOTS, LENGTH = 9, 32
+QUICK = ["--steps", "2", "--warm-start-steps", "1", "--length", str(LENGTH), "--device", "cpu"]
+
+ADAPTER = {"adapter_config.json", "adapter_model.safetensors"}
+
+
+def invoke(*arguments):
+    return CliRunner().invoke(cli.app, [str(argument) for argument in arguments], env={"COLUMNS": "160"})
+
+
+def succeed(*arguments) -> str:
+    result = invoke(*arguments)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def fail(*arguments) -> str:
+    """The one line on stderr of a command that fails with exit code 1 and shows no traceback."""
+    result = invoke(*arguments)
+    assert result.exit_code == 1, result.output
+    errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in result.output
+    assert result.stderr.rstrip().endswith(errors[0])
+    return errors[0]
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.fixture
+def base(tmp_path, tiny_llama) -> Path:
+    """A model and its tokenizer, in which every word is one token."""
+    folder = tmp_path / "base"
+    vocabulary = {f"w{i}": i for i in range(VOCABULARY)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
+    tiny_llama(vocab_size=VOCABULARY).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def text(tmp_path) -> Path:
+    generator = random.Random(0)
+    path = tmp_path / "words.txt"
+    path.write_text(" ".join(f"w{generator.randrange(VOCABULARY)}" for _ in range(5 * LENGTH)))
+    return path
+
+
+@pytest.fixture
+def adapter(tmp_path, base) -> Path:
+    folder = tmp_path / "adapter"
+    succeed("patch", base, *BUDGET, "--output", folder)
+    return folder
+
+
+class TestPatch:
+    def test_writes_an_untrained_adapter(self, tmp_path, base):
+        folder = tmp_path / "new" / "adapter"
+        shown = succeed(
+            "patch", base, *BUDGET, "--layers", "1", "--scorer", "mlp", "--support", "0", "--output", folder
+        )
+        assert set(files(folder)) == ADAPTER
+        config = PeftConfig.from_pretrained(str(folder))
+        assert (config.k, config.window, config.sinks, config.slots) == (4, 4, 1, SLOTS)
+        assert (config.layers, config.scorer, config.support) == ([1], "mlp", None)
+        assert config.base_model_name_or_path == str(base)
+        trainable = sum(tensor.numel() for tensor in load_file(folder / "adapter_model.safetensors").values())
+        assert f"{trainable:,} trainable parameters" in shown
+
+    def test_keeps_the_name_of_the_base(self, tmp_path, base, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        succeed("patch", "./base", *BUDGET, "--output", "adapter")
+        assert json.loads(Path("adapter/adapter_config.json").read_text())["base_model_name_or_path"] == "./base"
+
+    def test_seed(self, tmp_path, base, adapter):
+        weights = files(adapter)["adapter_model.safetensors"]
+        for seed, same in ((0, True), (1, False)):
+            succeed("patch", base, *BUDGET, "--seed", seed, "--output", tmp_path / f"seed-{seed}")
+            assert (files(tmp_path / f"seed-{seed}")["adapter_model.safetensors"] == weights) == same
+
+    def test_a_folder_that_is_not_empty(self, base, adapter):
+        (adapter / "eval.json").write_text("{}")
+        (adapter / "checkpoints" / "step-000001").mkdir(parents=True)
+        (adapter / "notes.txt").write_text("mine")
+        before = files(adapter)
+        assert "not an empty folder; choose another, or use --force" in fail("patch", base, "--output", adapter)
+        assert files(adapter) == before
+        succeed("patch", base, *BUDGET, "--seed", "7", "--output", adapter, "--force")
+        assert set(files(adapter)) == ADAPTER | {"notes.txt"} and not (adapter / "checkpoints").exists()
+        assert files(adapter)["adapter_model.safetensors"] != before["adapter_model.safetensors"]
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (["--k", "0"], "SparseKConfig.k must be an integer of at least 1, got 0"),
+            (["--window", "0"], "SparseKConfig.window must be an integer of at least 1, got 0"),
+            (["--sinks", "-1"], "SparseKConfig.sinks must be an integer of at least 0, got -1"),
+            (["--layers", "0,9"], "layers [9] do not exist: the model has 2 attention layers"),
+        ],
+    )
+    def test_refuses(self, tmp_path, base, options, message):
+        assert message in fail("patch", base, *options, "--output", tmp_path / "out" / "adapter")
+        assert not (tmp_path / "out").exists()
+
+    def test_refuses_what_is_no_base_model(self, tmp_path, adapter):
+        assert "no-such/model" in fail("patch", "no-such/model", "--output", tmp_path / "out")
+        assert "adapter" in fail("patch", adapter, "--output", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+    def test_refuses_a_damaged_base_model(self, tmp_path, base):
+        weights = base / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:100])
+        assert "cannot be loaded" in fail("patch", base, "--output", tmp_path / "out")
+        assert not (tmp_path / "out").exists()
+
+
+class TestFinetune:
+    def test_writes_back(self, adapter, text):
+        before = files(adapter)
+        (adapter / "eval.json").write_text("{}")  # of the scorers before
+        shown = succeed("finetune", adapter, "--text", text, *QUICK)
+        after = files(adapter)
+        assert set(after) == ADAPTER | {"finetune.json", "README.md"}
+        assert after["adapter_model.safetensors"] != before["adapter_model.safetensors"]
+        metrics = json.loads(after["finetune.json"])
+        assert [row["stage"] for row in metrics["history"]] == ["attention", "distill", "distill"]
+        assert metrics["settings"]["chunks"] == 5
+        assert "3 steps on 192 tokens" in shown and f"{metrics['history'][-1]['loss']:.4f} (distill)" in shown
+
+    def test_options_arrive(self, adapter, text, tmp_path):
+        other = tmp_path / "other.txt"
+        other.write_text(text.read_text())
+        options = ["--objective", "lm", "--batch-size", "1", "--gradient-accumulation-steps", "2", "--seed", "3"]
+        options += ["--learning-rate", "0.5", "--chunks", "2:6", "--checkpoint-every", "1"]
+        succeed("finetune", adapter, "--text", text, "--text", other, *QUICK, *options)
+        settings = json.loads((adapter / "finetune.json").read_text())["settings"]
+        expected = {"objective": "lm", "batch_size": 1, "gradient_accumulation_steps": 2, "learning_rate": 0.5}
+        assert settings.items() >= {**expected, "seed": 3, "steps": 2, "warm_start_steps": 1, "chunks": 4}.items()
+
+    def test_dataset(self, adapter, text, tmp_path):
+        folder = tmp_path / "dataset"
+        folder.mkdir()
+        rows = [{"body": text.read_text()}, {"body": ""}, {"body": text.read_text()}]
+        (folder / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+        succeed("finetune", adapter, "--dataset", folder, "--column", "body", *QUICK)
+        assert json.loads((adapter / "finetune.json").read_text())["settings"]["chunks"] == 10
+        assert "has no column 'text', it has body" in fail("finetune", adapter, "--dataset", folder, *QUICK)
+        assert "cannot be loaded" in fail("finetune", adapter, "--dataset", folder, "--split", "dev", *QUICK)
+
+    def test_resumes(self, adapter, text, tmp_path, monkeypatch):
+        whole = shutil.copytree(adapter, tmp_path / "whole")
+        run = ["--text", text, *QUICK, "--checkpoint-every", "1"]
+        succeed("finetune", whole, *run)
+
+        def interrupted(*args, **kwargs):
+            raise KeyboardInterrupt
+
+        # The last thing before anything is written back.
+        with monkeypatch.context() as context:
+            context.setattr(workflow, "save_adapter", interrupted)
+            result = invoke("finetune", adapter, *run)
+        assert result.exit_code == 130
+        assert "the same command with --resume continues from step-000003" in result.stderr
+        succeed("finetune", adapter, *run, "--resume")
+        assert files(adapter)["adapter_model.safetensors"] == files(whole)["adapter_model.safetensors"]
+
+    def test_interrupted_without_checkpoints(self, adapter, text, monkeypatch):
+        before = files(adapter)
+
+        def interrupted(*args, **kwargs):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(workflow, "finetune", interrupted)
+        result = invoke("finetune", adapter, "--text", text, *QUICK)
+        assert result.exit_code == 130 and "with --checkpoint-every N a run can be resumed" in result.stderr
+        assert files(adapter) == before
+
+    def test_refuses(self, adapter, text, tmp_path):
+        before = files(adapter)
+        empty = tmp_path / "empty.txt"
+        empty.write_text(" \n")
+        short = ["--text", text, *QUICK, "--length"]
+        cases = [
+            (["--text", text, *QUICK, "--length", "1000"], "has 160 tokens, fewer than one chunk of 1000"),
+            ([*short, SLOTS], f"a budget of {SLOTS} slots"),
+            (["--text", tmp_path / "none.txt"], "cannot read the text"),
+            (["--text", empty], "holds no text"),
+            ([*short, LENGTH, "--chunks", "7:9"], "chunks 7:9 of a text that has 5 chunks are none"),
+            ([*short, LENGTH, "--steps", "0"], "steps must be an integer of at least 1, got 0"),
+        ]
+        for arguments, message in cases:
+            assert message in fail("finetune", adapter, *arguments)
+        assert files(adapter) == before
+
+    def test_needs_one_source_of_text(self, adapter, text):
+        for arguments in ([], ["--text", text, "--dataset", "name"]):
+            result = invoke("finetune", adapter, *arguments)
+            assert result.exit_code == 2 and "either --text FILE or --dataset NAME" in result.stderr
+
+
+class TestEval:
+    def test_measures(self, adapter, text, tmp_path):
+        copy = tmp_path / "copy.json"
+        shown = succeed(
+            "eval", adapter, "--text", text, "--length", LENGTH, "--chunks", "1:4", "--json", copy, "--device", "cpu"
+        )
+        result = json.loads((adapter / "eval.json").read_text())
+        assert set(files(adapter)) == ADAPTER | {"eval.json", "quality.png", "README.md"}
+        assert result["text"].items() >= {"name": "words.txt (chunks 1:4)", "chunks": 3, "length": LENGTH}.items()
+        assert tuple(result["perplexity"]) == SELECTIONS and result["budget"]["slots"] == SLOTS
+        for name, value in result["perplexity"].items():
+            assert re.search(rf"{name} .*{value:.2f}", shown)
+        assert json.loads(copy.read_text()) == result
+
+    def test_refuses(self, adapter, text, tmp_path):
+        before = files(adapter)
+        cases = [
+            (adapter, ["--length", "1000"], "has 160 tokens, fewer than one chunk of 1000"),
+            (adapter, ["--length", SLOTS], f"nothing is evicted: the budget of {SLOTS} slots"),
+            (adapter, ["--length", LENGTH, "--batch-size", "0"], "batch_size must be at least 1, got 0"),
+            (tmp_path / "missing", [], "missing is no folder; `hf-sparse patch MODEL --output"),
+            (tmp_path, [], "is not a complete adapter"),
+        ]
+        for folder, arguments, message in cases:
+            assert message in fail("eval", folder, "--text", text, *arguments)
+        assert files(adapter) == before
+        assert invoke("eval", adapter).exit_code == 2
+
+    def test_no_such_device(self, adapter, text, monkeypatch):
+        monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+        assert "no CUDA device" in fail("eval", adapter, "--text", text, "--device", "cuda")
+
+
+class TestDamage:
+    def test_weights(self, adapter, text):
+        weights = adapter / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:-10])
+        before = files(adapter)
+        for verb in ("eval", "finetune"):
+            assert "adapter_model.safetensors of" in fail(verb, adapter, "--text", text)
+        assert "is damaged" in fail("push", adapter, "tester/damaged")
+        assert files(adapter) == before
+
+    def test_configuration(self, adapter, text):
+        (adapter / "adapter_config.json").write_text("{")
+        assert "adapter_config.json of" in fail("eval", adapter, "--text", text)
+
+    def test_base_is_gone(self, adapter, base, text):
+        base.rename(base.with_name("elsewhere"))
+        assert "cannot load the base model" in fail("eval", adapter, "--text", text)
+
+    def test_another_base(self, adapter, base, tiny_llama, text):
+        tiny_llama(vocab_size=VOCABULARY, hidden_size=64).save_pretrained(base)
+        assert "hidden_size: 32 there, 64 here" in fail("eval", adapter, "--text", text)
+
+    def test_no_tokenizer(self, adapter, base, text):
+        for path in base.glob("tokenizer*"):
+            path.unlink()
+        assert "no tokenizer for the base model" in fail("eval", adapter, "--text", text)
+
+
+class TestPush:
+    def test_publishes(self, tmp_path, hub):
+        folder = tmp_path / "adapter"
+        succeed("patch", "demo", *BUDGET, "--output", folder)
+        shown = succeed("push", folder, f"{hub.user}/from-the-command-line")
+        assert f"{hub.endpoint}/{hub.user}/from-the-command-line" in shown
+        model = hf_sparse.from_pretrained(f"{hub.user}/from-the-command-line")
+        assert model.active_peft_config.slots == SLOTS
+
+    def test_refused(self, tmp_path, hub):
+        folder = tmp_path / "adapter"
+        succeed("patch", "demo", *BUDGET, "--output", folder)
+        before = files(folder)
+        assert "this token may not do that" in fail("push", folder, "somebody-else/adapter")
+        hub.fail_next("/api/", 500, times=50)
+        assert "try again later" in fail("push", folder, f"{hub.user}/unlucky")
+        assert files(folder) == before
+
+    def test_base_in_a_folder(self, adapter, hub):
+        assert "push that model to the Hub first" in fail("push", adapter, f"{hub.user}/local-base")
+
+    def test_takes_no_token(self):
+        assert "token" not in inspect.signature(cli.push).parameters
+
+
+class TestDebug:
+    def test_tracebacks_only_on_request(self, tmp_path):
+        def run(*arguments):
+            command = [str(Path(sys.executable).with_name("hf-sparse")), *arguments]
+            return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+        quiet, loud = (
+            run("eval", "missing", "--text", "none.txt"),
+            run("--debug", "eval", "missing", "--text", "none.txt"),
+        )
+        assert quiet.returncode == loud.returncode == 1
+        assert quiet.stderr == "error: cannot read the text none.txt: No such file or directory\n" and not quiet.stdout
+        assert "Traceback" in loud.stderr and "DataError" in loud.stderr
+
+    def test_bugs_are_not_hidden(self, adapter, text, monkeypatch):
+        def broken(*args, **kwargs):
+            raise ZeroDivisionError("a bug")
+
+        monkeypatch.setattr(workflow, "evaluate", broken)
+        result = invoke("eval", adapter, "--text", text, "--length", LENGTH)
+        assert isinstance(result.exception, ZeroDivisionError)
+
+    def test_interrupted(self, adapter, text, monkeypatch):
+        def interrupted(*args, **kwargs):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(workflow, "evaluate", interrupted)
+        result = invoke("eval", adapter, "--text", text, "--length", LENGTH)
+        assert result.exit_code == 130 and result.stderr == "interrupted; files are as they were\n"
+
+
+def test_version():
+    assert succeed("--version") == f"hf-sparse {hf_sparse.__version__}\n"
+
+
+@pytest.mark.parametrize("verb", ["patch", "finetune", "eval", "push", "demo"])
+def test_help(verb):
+    assert verb in succeed("--help")
+    assert "Usage" in succeed(verb, "--help")
+
+
+def test_the_module_loads_without_torch(tmp_path):
+    """Read as a file of its own: importing the package around it registers the methods, which takes torch."""
+    code = f"""
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+spec = spec_from_file_location("cli", {str(cli.__file__)!r})
+module = module_from_spec(spec)
+spec.loader.exec_module(module)
+from typer.testing import CliRunner
+assert CliRunner().invoke(module.app, ["patch", "--help"]).exit_code == 0
+heavy = {{"torch", "transformers", "peft", "hf_sparse", "huggingface_hub"}} & set(sys.modules)
+assert not heavy, heavy
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_defaults_are_those_of_the_library():
+    shown = {name: parameter.default for name, parameter in inspect.signature(cli.finetune).parameters.items()}
+    library = FinetuneConfig().settings()
+    shared = shown.keys() & library.keys()
+    assert len(shared) >= 8 and {name: shown[name] for name in shared} == {name: library[name] for name in shared}
+
+    shown = {name: parameter.default for name, parameter in inspect.signature(cli.patch).parameters.items()}
+    config = hf_sparse.SparseKConfig()
+    for name in ("k", "window", "sinks", "scorer", "layers", "position_slope", "support"):
+        assert shown[name] == getattr(config, name)

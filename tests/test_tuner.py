@@ -1,0 +1,284 @@
+"""SparseK through PEFT and through transformers' own adapter loaders."""
+
+import json
+
+import peft
+import pytest
+import torch
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from hf_sparse import SparseKConfig
+from hf_sparse.errors import AdapterMismatchError
+from hf_sparse.methods.sparsek import SparseKCacheLayer
+from hf_sparse.patches import methods_of
+
+BUDGET = {"k": 6, "window": 8, "sinks": 2}
+IDS = torch.randint(2, 64, (2, 50), generator=torch.Generator().manual_seed(0))
+SCORERS = [f"base_model.model.model.layers.{i}.self_attn.sparse_attention.sparsek_scorer" for i in range(2)]
+
+
+@torch.no_grad()
+def logits(model):
+    return model(IDS).logits
+
+
+def config(**settings):
+    return SparseKConfig(**{**BUDGET, "task_type": "CAUSAL_LM", **settings})
+
+
+@pytest.fixture
+def base_folder(tiny_llama, tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture
+def model(base_folder):
+    base = AutoModelForCausalLM.from_pretrained(base_folder)
+    return get_peft_model(base, config()).eval()
+
+
+def test_it_is_a_peft_model_with_its_scorers_as_the_only_parameters(model, capsys):
+    assert isinstance(model, PeftModel)
+    trained = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {f"{name}.default.weight": (2, 32) for name in SCORERS}
+    assert model.get_nb_trainable_parameters() == (128, 22_816)
+    model.print_trainable_parameters()
+    assert capsys.readouterr().out.startswith("trainable params: 128 || all params: 22,816 || trainable%: 0.5610")
+
+
+def test_the_configuration_says_what_was_patched(model):
+    assert model.peft_config["default"].target_modules == [f"model.layers.{i}.self_attn" for i in range(2)]
+    assert model.peft_config["default"].base_shape["num_attention_layers"] == 2
+
+
+def test_switched_off_it_is_the_base_model_bit_for_bit(model, tiny_llama):
+    expected, sparse = logits(tiny_llama()), logits(model)
+    assert (sparse - expected).abs().max() > 0.1
+    with model.disable_adapter():
+        assert torch.equal(logits(model), expected)
+        assert torch.equal(
+            model.generate(input_ids=IDS, max_new_tokens=10, do_sample=False),
+            tiny_llama().generate(IDS, max_new_tokens=10, do_sample=False),
+        )
+    assert torch.equal(logits(model), sparse)
+
+
+def test_it_generates_with_constant_slots(model):
+    output = model.generate(input_ids=IDS, max_new_tokens=10, do_sample=False, return_dict_in_generate=True)
+    layers = output.past_key_values.layers
+    assert [type(layer) for layer in layers] == [SparseKCacheLayer] * 2
+    assert all(layer.keys.shape[2] == sum(BUDGET.values()) for layer in layers)
+
+
+def test_unload_gives_the_base_model_back(model, tiny_llama):
+    base = model.unload()
+    assert methods_of(base) == []
+    assert torch.equal(logits(base), logits(tiny_llama()))
+
+
+@pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])
+def test_merging_is_refused(model, merge):
+    with pytest.raises(ValueError, match="no weights"):
+        getattr(model, merge)()
+
+
+# Files.
+
+LOADERS = {
+    "PeftModel": lambda base, folder: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder),
+    "PeftModel, low_cpu_mem_usage": lambda base, folder: PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), folder, low_cpu_mem_usage=True
+    ),
+    "PeftModel, trainable": lambda base, folder: PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base), folder, is_trainable=True
+    ),
+    "AutoPeftModel": lambda base, folder: AutoPeftModelForCausalLM.from_pretrained(folder),
+    "AutoModel": lambda base, folder: AutoModelForCausalLM.from_pretrained(folder),
+    "load_adapter": lambda base, folder: _load_adapter(AutoModelForCausalLM.from_pretrained(base), folder),
+}
+
+
+def _load_adapter(model, folder):
+    model.load_adapter(str(folder))
+    return model
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+@pytest.mark.parametrize("settings", [{}, {"scorer": "mlp", "scorer_hidden_size": 9}, {"layers": [1]}], ids=str)
+def test_round_trip(base_folder, tmp_path, loader, settings):
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder), config(**settings)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    model.save_pretrained(tmp_path / "adapter")
+    loaded = LOADERS[loader](base_folder, tmp_path / "adapter").eval()
+    assert torch.equal(logits(loaded), logits(model))
+    trainable = [name for name, p in loaded.named_parameters() if p.requires_grad and "sparsek_scorer" in name]
+    if loader == "PeftModel, trainable":
+        assert trainable
+    elif loader.startswith("PeftModel") or loader == "AutoPeftModel":
+        assert not trainable
+    assert not any(p.is_meta for p in loaded.parameters())
+
+
+def test_the_files_hold_the_scorers_and_nothing_else(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    assert {name: tuple(t.shape) for name, t in load_file(tmp_path / "adapter_model.safetensors").items()} == {
+        f"{name}.weight": (2, 32) for name in SCORERS
+    }
+    saved = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert saved["peft_type"] == "HF_SPARSE_SPARSEK" and saved["k"] == 6 and saved["task_type"] == "CAUSAL_LM"
+
+
+@pytest.mark.parametrize("scorer", ["linear", "mlp"])
+def test_another_adapter_name_round_trips(base_folder, tmp_path, scorer):
+    base = AutoModelForCausalLM.from_pretrained(base_folder)
+    model = get_peft_model(base, config(scorer=scorer), adapter_name="mine").eval()
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base_folder), tmp_path / "mine", adapter_name="yours"
+    )
+    assert torch.equal(logits(loaded), expected)
+    assert methods_of(loaded)[0].active == "yours"
+
+
+def test_an_adapter_of_another_base_is_refused(model, tiny_llama, tmp_path):
+    model.save_pretrained(tmp_path)
+    with pytest.raises(AdapterMismatchError, match=r"made for another base model \(hidden_size: 32 there, 64 here\)"):
+        PeftModel.from_pretrained(tiny_llama(hidden_size=64), tmp_path)
+
+
+def test_a_bfloat16_base_keeps_float32_scorers(base_folder, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.bfloat16)
+    model = get_peft_model(base, config()).eval()
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    expected = logits(model)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base_folder, dtype=torch.bfloat16), tmp_path
+    )
+    assert expected.dtype == torch.bfloat16 and torch.equal(logits(loaded), expected)
+
+
+# Several adapters.
+
+
+def test_two_adapters_switch_and_one_goes(model):
+    first = logits(model)
+    model.add_adapter("small", config(k=2, window=3, sinks=1, scorer="mlp"))
+    assert torch.equal(logits(model), first)
+    model.set_adapter("small")
+    second = logits(model)
+    assert (second - first).abs().max() > 0.1
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        f"{name}.small.{p}" for name in SCORERS for p in ("up", "up_bias", "down")
+    }
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    model.delete_adapter("small")
+    assert torch.equal(logits(model), first)
+    assert not any("small" in name for name, _ in model.named_parameters())
+    assert all(list(method.configs) == ["default"] for method in methods_of(model))
+
+
+def test_deleting_the_active_adapter_goes_back_to_the_other(model):
+    first = logits(model)
+    model.add_adapter("small", config(k=2))
+    model.set_adapter("small")
+    with pytest.warns(UserWarning, match="Setting active adapter to default"):
+        model.delete_adapter("small")
+    assert torch.equal(logits(model), first)
+
+
+def test_adapters_for_different_layers(base_folder, tmp_path):
+    low, high = (
+        get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder), config(layers=[i])).eval() for i in range(2)
+    )
+    expected = {"low": logits(low), "high": logits(high)}
+    low.save_pretrained(tmp_path / "low")
+    high.save_pretrained(tmp_path / "high")
+    both = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base_folder), tmp_path / "low", adapter_name="low"
+    )
+    assert torch.equal(logits(both), expected["low"])
+    both.load_adapter(tmp_path / "high", adapter_name="high")
+    assert torch.equal(logits(both), expected["low"])
+    for name in ("high", "low"):
+        both.set_adapter(name)
+        assert torch.equal(logits(both), expected[name])
+
+
+def test_transformers_own_switches(base_folder, model, tmp_path, tiny_llama):
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(base_folder)
+    loaded.load_adapter(str(tmp_path), adapter_name="sparse")
+    sparse = logits(model)
+    assert torch.equal(logits(loaded), sparse)
+    loaded.disable_adapters()
+    assert torch.equal(logits(loaded), logits(tiny_llama()))
+    loaded.enable_adapters()
+    assert torch.equal(logits(loaded), sparse)
+
+
+# Training.
+
+
+@pytest.mark.parametrize("scorer", ["linear", "mlp"])
+def test_a_training_step_changes_all_scorers_and_only_them(tiny_llama, scorer):
+    model = get_peft_model(tiny_llama(), config(scorer=scorer)).train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(8):
+        loss = model(IDS, labels=IDS).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, before[name]) != ("sparsek_scorer" in name), name
+
+
+def test_sequences_within_the_budget_train_without_complaint(tiny_llama):
+    model = get_peft_model(tiny_llama(), config()).train()
+    short = IDS[:, :10]
+    model(short, labels=short).loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def test_the_trainer_trains_it(tiny_llama, tmp_path):
+    from datasets import Dataset
+    from transformers import Trainer, TrainingArguments
+
+    model = get_peft_model(tiny_llama(), config())
+    before = logits(model.eval())
+    arguments = TrainingArguments(
+        output_dir=tmp_path,
+        max_steps=3,
+        per_device_train_batch_size=2,
+        learning_rate=1e-1,
+        report_to=[],
+        use_cpu=True,
+        disable_tqdm=True,
+    )
+    rows = torch.randint(2, 64, (8, 40)).tolist()
+    trainer = Trainer(model, arguments, train_dataset=Dataset.from_dict({"input_ids": rows, "labels": rows}))
+    trainer.train()
+    trainer.save_model(tmp_path / "adapter")
+    model.eval()
+    after = logits(model)
+    assert (after - before).abs().max() > 0.1
+    assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter")), after)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(tiny_llama()))
+
+
+def test_peft_knows_the_method():
+    assert peft.PeftType("HF_SPARSE_SPARSEK") == "HF_SPARSE_SPARSEK"
+    assert type(peft.get_peft_config({"peft_type": "HF_SPARSE_SPARSEK", "k": 3})) is SparseKConfig
