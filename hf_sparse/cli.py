@@ -4,6 +4,7 @@ Nothing heavy is imported here: `--help` should not wait for torch.
 """
 
 import errno
+import sys
 import warnings
 from importlib.metadata import version
 from pathlib import Path
@@ -274,14 +275,18 @@ def _workflow() -> Any:
 
 def _is_expected(error: Exception) -> bool:
     """Whether the message alone helps: wrong input, or files, networks and memory that fail."""
+    if isinstance(error, OSError) and error.errno == errno.EPIPE:
+        return False  # typer's business: whoever reads the output has stopped
+    if isinstance(error, ValueError | OSError):
+        return True
+    if "hf_sparse.workflow" not in sys.modules:
+        return False  # nothing of ours has run: typer's own exits and usage errors
     from huggingface_hub.errors import EntryNotFoundError, HTTPError
     from torch import OutOfMemoryError
 
     from hf_sparse.errors import HfSparseError
 
-    if isinstance(error, OSError) and error.errno == errno.EPIPE:
-        return False  # typer's business: whoever reads the output has stopped
-    return isinstance(error, HfSparseError | ValueError | OSError | HTTPError | EntryNotFoundError | OutOfMemoryError)
+    return isinstance(error, HfSparseError | HTTPError | EntryNotFoundError | OutOfMemoryError)
 
 
 def _line(error: Exception) -> str:

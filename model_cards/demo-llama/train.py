@@ -2,6 +2,7 @@
 
     python model_cards/demo-llama/train.py corpus --output CORPUS     # writes CORPUS/{train,held_out}.txt.gz
     python model_cards/demo-llama/train.py train --corpus CORPUS --output OUT
+    python model_cards/demo-llama/train.py card                        # writes README.md from metrics.json
 
 `OUT/checkpoint` is an ordinary Hugging Face folder (bf16 safetensors, fast tokenizer); `OUT/metrics.json` holds every
 number that the card quotes. The corpus is made apart from the training, so that a machine with a GPU and another
@@ -179,6 +180,57 @@ def train(corpus: Path, output: Path, steps: int, batch: int, lr: float, seed: i
     (output / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n")
 
 
+CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+license: apache-2.0
+language: [en, code]
+tags: [hf-sparse, llama]
+---
+
+# demo-llama
+
+The small Llama that `hf-sparse demo` patches: it exists so that the whole job can be seen offline in minutes, on a model for
+which keys beyond the window matter. It completes Python in the style of the standard library and is of no other use.
+
+| | |
+|---|---|
+| parameters | {parameters:,} (bfloat16) |
+| shape | {layers} layers, hidden size {hidden}, {heads} query and {kv} KV heads, vocabulary {vocab}, context {context} |
+| training text | {train[tokens]:,} tokens: the standard library of CPython 3.11 with its tests, and the topics of `help()` |
+| held-out text | {held_out[tokens]:,} tokens: whole modules (about 1 in 12, with their tests) that training never saw |
+| training | {settings[steps]:,} steps of {settings[batch_sequences]} sequences, AdamW, learning rate {settings[lr]}, seed {settings[seed]}, {seconds:.0f} s on one {machine} |
+| loss at the end | {last[train_loss]:.3f} on training text, {last[held_out_loss]:.3f} held out (nats per token) |
+
+How it was made: `train.py` beside this file; every number is from `metrics.json`, which it wrote. The weights are in
+`hf_sparse/demo/checkpoint/`. The split of the text is `hf_sparse/demo/text.py`; on another Python version the modules differ a
+little, the split by name does not. The training text is under the Python Software Foundation License, the weights under
+Apache-2.0.
+
+Limits: {epochs:.0f} passes over a small text. The model knows much of the training text by heart; judge it on held-out modules only.
+"""
+
+
+def make_card() -> None:
+    here = Path(__file__).parent
+    metrics = json.loads((here / "metrics.json").read_text())
+    last, corpus = metrics["history"][-1], metrics["corpus"]
+    text = CARD.format(
+        **metrics,
+        **corpus,
+        layers=SHAPE["num_hidden_layers"],
+        hidden=SHAPE["hidden_size"],
+        heads=SHAPE["num_attention_heads"],
+        kv=SHAPE["num_key_value_heads"],
+        vocab=VOCAB,
+        context=CONTEXT,
+        last=last,
+        seconds=last["seconds"],
+        epochs=last["tokens"] / corpus["train"]["tokens"],
+    )
+    (here / "README.md").write_text(text)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -187,12 +239,13 @@ def main() -> None:
     run = commands.add_parser("train")
     run.add_argument("--corpus", type=Path, required=True)
     run.add_argument("--output", type=Path, required=True)
-    run.add_argument("--steps", type=int, default=4000)
+    run.add_argument("--steps", type=int, default=1200)
     run.add_argument("--batch", type=int, default=64)
     run.add_argument("--lr", type=float, default=3e-3)
     run.add_argument("--seed", type=int, default=0)
+    commands.add_parser("card")
     options = vars(parser.parse_args())
-    {"corpus": make_corpus, "train": train}[options.pop("command")](**options)
+    {"corpus": make_corpus, "train": train, "card": make_card}[options.pop("command")](**options)
 
 
 if __name__ == "__main__":
