@@ -97,28 +97,29 @@ def threshold(ordered: Tensor, member: Tensor, k: int) -> Tensor:
     def saturated(tau: Tensor) -> Tensor:  # how many of the N scores lie strictly above tau + 1
         return torch.searchsorted(1 - z, -tau)
 
-    def overflow(limit: Tensor, index: Tensor) -> Tensor:  # sum of z - limit over the members among the first `index`
-        index = index.unsqueeze(-2).expand(*count.shape[:-1], -1)
-        return total.gather(-1, index) - count.gather(-1, index) * limit.unsqueeze(-2)
-
-    def mass(tau: Tensor) -> Tensor:  # f at N candidate thresholds, [..., C, N]
-        return overflow(tau, support(tau)) - overflow(tau + 1, saturated(tau))
-
-    # The root lies just above the largest breakpoint where f is still at least k. Non-members are breakpoints too:
-    # they are harmless, f is linear across them. Rounding must not push a breakpoint with f = k below k.
-    slack = 1e-12 if wide == torch.float64 else 1e-5
-    low = torch.full(count.shape[:-1], -torch.inf, dtype=wide, device=z.device)
-    for points in (filled, filled - 1):
-        reached = (mass(points) >= k * (1 - slack)) & (z > -torch.inf).unsqueeze(-2)
-        best = torch.where(reached, points.unsqueeze(-2), -torch.inf).amax(-1)
-        low = torch.maximum(low, best)
-
-    limit = low.masked_fill(low == -torch.inf, 0.0)
-    w, u = support(limit), saturated(limit)
-
     def at(table: Tensor, index: Tensor) -> Tensor:
         return table.gather(-1, index.unsqueeze(-1)).squeeze(-1)
 
+    def overflow(limit: Tensor, index: Tensor) -> Tensor:  # sum of z - limit over the members among the first `index`
+        return at(total, index) - at(count, index) * limit
+
+    # The root lies just above the largest breakpoint where f is still at least k, found by bisection for all subsets at
+    # once. Non-members are breakpoints too: they are harmless, f is linear across them. Rounding must not push a
+    # breakpoint with f = k below k.
+    points = torch.cat([z, z - 1], -1).sort(dim=-1, descending=True).values
+    slack = 1e-12 if wide == torch.float64 else 1e-5
+    first = torch.zeros(count.shape[:-1], dtype=torch.int64, device=z.device)
+    last = torch.full_like(first, points.shape[-1] - 1)  # f is the number of members there: below k, tau is -inf anyway
+    for _ in range(points.shape[-1].bit_length()):
+        middle = (first + last) // 2
+        point = points.gather(-1, middle)
+        tau = point.masked_fill(point == -torch.inf, 0.0)
+        mass = overflow(tau, support(tau)) - overflow(tau + 1, saturated(tau))
+        reached = (mass >= k * (1 - slack)) | (point == -torch.inf)
+        first, last = torch.where(reached, first, middle + 1), torch.where(reached, middle, last)
+    low = points.gather(-1, last)
+    limit = low.masked_fill(low == -torch.inf, 0.0)
+    w, u = support(limit), saturated(limit)
     in_u = at(count, u)
     free = at(count, w) - in_u
     inside = at(total, w) - at(total, u)
