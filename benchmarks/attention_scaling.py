@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ def make_inputs(length: int, device: torch.device, dtype: torch.dtype) -> list[T
     return [tensor.to(device).requires_grad_() for tensor in tensors]
 
 
-def attend(inputs: list[Tensor], gates: Any, implementation: Any = "tiled", **budget: int) -> Tensor:
+def attend(inputs: list[Tensor], gates: Any, implementation: Any = "tiled", **budget: Any) -> Tensor:
     if gates == "dense":
         query, key, value, _ = inputs
         return torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
@@ -61,7 +62,8 @@ def check(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
                 [output, *torch.autograd.grad((output * torch.linspace(-1, 1, 64).to(output)).sum(), wanted)]
             )
         differences[gates] = max(
-            float((ours - theirs).abs().max() / theirs.abs().max()) for ours, theirs in zip(*outcomes, strict=True)
+            float((ours - theirs).detach().abs().max() / theirs.detach().abs().max())
+            for ours, theirs in zip(*outcomes, strict=True)
         )
     allowed = 1e-5 if dtype == torch.float32 else 3e-2
     if not all(difference <= allowed for difference in differences.values()):
@@ -69,17 +71,28 @@ def check(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     return differences
 
 
-def measure(run: Callable[[], object], repeats: int, device: torch.device) -> list[float]:
-    """Seconds of each run after two that do not count."""
+def measure(runs: list[Callable[[], object]], repeats: int, device: torch.device) -> list[list[float]]:
+    """Seconds of each run, `repeats` times after a warm-up; in turns, so that all see the machine in the same state."""
 
-    def seconds() -> float:
+    def seconds(run: Callable[[], object]) -> float:
         begin = time.perf_counter()
         run()
         if device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - begin
 
-    return [seconds() for _ in range(repeats + 2)][2:]
+    rounds = [[seconds(run) for run in runs] for _ in range(repeats + 1)]
+    return [list(times) for times in zip(*rounds[1:], strict=True)]
+
+
+def forward(inputs: list[Tensor], gates: str) -> Tensor:
+    with torch.no_grad():
+        return attend(inputs, gates)
+
+
+def forward_backward(inputs: list[Tensor], gates: str) -> tuple[Tensor, ...]:
+    wanted = inputs if gates == "soft" else inputs[:3]
+    return torch.autograd.grad(attend(inputs, gates), wanted, torch.ones_like(inputs[0]))
 
 
 def benchmark(
@@ -94,33 +107,20 @@ def benchmark(
         "ratios": [],
         **describe(),
     }
+    inputs = [make_inputs(length, device, dtype) for length in lengths]
     for gates in ("hard", "soft", "dense") if dense else ("hard", "soft"):
-        medians: dict[tuple[str, int], float] = {}
-        for length in lengths:
-            inputs = make_inputs(length, device, dtype)
-            upstream = torch.ones_like(inputs[0])
-
-            def forward(inputs: list[Tensor] = inputs, gates: str = gates) -> Tensor:
-                with torch.no_grad():
-                    return attend(inputs, gates)
-
-            def both(inputs: list[Tensor] = inputs, gates: str = gates, upstream: Tensor = upstream) -> Any:
-                wanted = inputs if gates == "soft" else inputs[:3]
-                return torch.autograd.grad(attend(inputs, gates), wanted, upstream)
-
-            for name, run in (("forward", forward), ("forward and backward", both)):
-                times = measure(run, repeats, device)
-                medians[name, length] = statistics.median(times)
+        for run in (forward, forward_backward):
+            name = run.__name__
+            everything = measure([partial(run, tensors, gates) for tensors in inputs], repeats, device)
+            medians = [statistics.median(times) for times in everything]
+            for length, times, median in zip(lengths, everything, medians, strict=True):
                 fifths = statistics.quantiles(times, n=5, method="inclusive")
                 row = {"gates": gates, "pass": name, "length": length, "repeats": repeats}
-                row |= {"seconds": medians[name, length], "p20": fifths[0], "p80": fifths[-1]}
-                result["rows"].append(row)
-                print(f"{gates:5}  {name:20}  {length:6} tokens  {row['seconds']:8.3f} s", flush=True)
-        for name in ("forward", "forward and backward"):
-            first, last = lengths[0], lengths[-1]
-            ratio = medians[name, last] / medians[name, first]
-            result["ratios"].append({"gates": gates, "pass": name, "of": [last, first], "ratio": ratio})
-            print(f"{gates:5}  {name:20}  {last} / {first}: {ratio:.2f}")
+                result["rows"].append(row | {"seconds": median, "p20": fifths[0], "p80": fifths[-1]})
+                print(f"{gates:5}  {name:16}  {length:6} tokens  {median:8.3f} s", flush=True)
+            ratio = medians[-1] / medians[0]
+            result["ratios"].append({"gates": gates, "pass": name, "of": [lengths[-1], lengths[0]], "ratio": ratio})
+            print(f"{gates:5}  {name:16}  {lengths[-1]} / {lengths[0]}: {ratio:.2f}", flush=True)
     return result
 
 
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--dense", action="store_true", help="also time torch's dense causal attention")
     parser.add_argument("--output", type=Path, help="where to write the JSON")
     options = parser.parse_args()
@@ -137,9 +137,9 @@ def main() -> None:
         options.lengths, torch.device(options.device), getattr(torch, options.dtype), options.repeats, options.dense
     )
     if options.output:
-        partial = options.output.with_suffix(".partial")
-        partial.write_text(json.dumps(result, indent=2) + "\n")
-        partial.replace(options.output)
+        unfinished = options.output.with_suffix(".partial")
+        unfinished.write_text(json.dumps(result, indent=2) + "\n")
+        unfinished.replace(options.output)
 
 
 if __name__ == "__main__":

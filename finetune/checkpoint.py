@@ -22,7 +22,7 @@ def save(
     """Write `checkpoints/step-N`; older ones go once it is there."""
     root = output / FOLDER
     root.mkdir(parents=True, exist_ok=True)
-    final, partial = root / f"step-{step:06d}", root / f".partial-{os.getpid()}"
+    final, partial = root / f"step-{step:06d}", root / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
     names = {parameter: name for name, parameter in parameters.items()}
@@ -63,8 +63,8 @@ def load(folder: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.
         moments = load_file(folder / "optimizer.safetensors")
     except Exception as error:  # safetensors raises its own kinds
         raise DataError(f"the checkpoint {folder.name} is damaged ({error}); delete it to start over") from error
-    if weights.keys() != parameters.keys():
-        raise DataError(f"the checkpoint {folder.name} belongs to another model: its parameters have other names")
+    if {name: w.shape for name, w in weights.items()} != {name: p.shape for name, p in parameters.items()}:
+        raise DataError(f"the checkpoint {folder.name} belongs to another model: its parameters are not the same")
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(weights[name])

@@ -4,7 +4,7 @@ from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
 Objective = Literal["distill", "attention", "lm"]
-Precision = Literal["no", "bf16", "fp16"]
+Precision = Literal["no", "bf16"]
 
 
 @dataclass(frozen=True)
@@ -19,10 +19,13 @@ class FinetuneConfig:
         warm_start_steps: optimiser steps of `"attention"` before `"distill"` or `"lm"`.
         batch_size: chunks per step and process.
         gradient_accumulation_steps: batches per optimiser step.
-        learning_rate: peak; linear warm-up over `warmup_steps`, then linear decay to 0, in each stage.
+        learning_rate: AdamW's peak; linear warm-up over `warmup_steps`, then linear decay to 0, in each stage.
+        weight_decay: AdamW's.
         max_grad_norm: gradients are clipped to this norm.
-        seed: order of the chunks. Nothing else is random.
-        mixed_precision: accelerate's; scores, gates and thresholds are float32 in any case.
+        seed: order of the chunks. Nothing else is random; on CUDA, sums in another order still differ in the last bits
+            unless `torch.use_deterministic_algorithms(True)` is set.
+        mixed_precision: accelerate's `"bf16"`, or `"no"`: the dtype in which the model was loaded. Scores, gates and
+            thresholds are float32 in any case.
         cpu: stay on the CPU although there is an accelerator.
         output_dir: folder for `finetune.json` and `checkpoints/`; nothing is written for `None`.
         checkpoint_every: optimiser steps between checkpoints; 0 writes none.

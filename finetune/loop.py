@@ -1,24 +1,25 @@
 """The training loop, flat: one function from checks to metrics."""
 
-import json
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import tqdm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from hf_sparse.data import fingerprint
 from hf_sparse.errors import DataError
+from hf_sparse.files import write_json
 from hf_sparse.finetune import checkpoint
 from hf_sparse.finetune.config import FinetuneConfig
-from hf_sparse.finetune.objectives import OBJECTIVES
+from hf_sparse.finetune.objectives import OBJECTIVES, UNSETTLED
 from hf_sparse.machine import describe
 from hf_sparse.methods.sparsek import SparseKAttention
 from hf_sparse.ops import sparsek
@@ -41,122 +42,139 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
     Raises:
         DataError: chunks that cannot train this model.
         ValueError: parameters other than the scorers' would be trained, or the loss is not finite.
+
+    Gradient checkpointing of the base model is not used.
     """
     config = config or FinetuneConfig()
     chunks = _chunks(dataset)
-    methods = [method for method in methods_of(model) if isinstance(method, SparseKAttention)]
+    methods = methods_of(model)
     scorers = _check(model, methods, chunks, config)
-
-    # One process may train twice with different precision; accelerate keeps the first one's for ever otherwise.
-    AcceleratorState._reset_state()
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        cpu=config.cpu,
-    )
-    model.eval()  # the base model's dropout stays off ...
-    for method in methods:
-        method.train()  # ... and the gates are soft
-    prepared = accelerator.prepare_model(model)
-
     output = Path(config.output_dir) if config.output_dir else None
+    identity = config.settings() | {"chunks": fingerprint(chunks), "adapter": _adapter(methods)}
     restart = checkpoint.latest(output) if output and config.resume else None
     state: dict[str, Any] = checkpoint.load_state(restart) if restart else {"step": 0, "history": [], "seconds": 0.0}
-    if restart and state["settings"] != _identity(config, chunks):
-        changed = [k for k, v in _identity(config, chunks).items() if state["settings"].get(k) != v]
+    if restart and state["settings"] != identity:
+        changed = [key for key, value in identity.items() if state["settings"].get(key) != value]
         raise ValueError(f"cannot resume with other settings than the checkpoint's; different: {', '.join(changed)}")
-    history: list[dict[str, Any]] = state["history"]
 
-    per_step = config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
-    total = sum(steps for _, steps in config.stages)
-    bar = tqdm(total=total, initial=state["step"], desc="scorers", unit="step", disable=not config.progress)
-    began, done, first = time.perf_counter() - state["seconds"], state["step"], 0
-    for objective, steps in config.stages:
-        stage_end = first + steps
-        if done >= stage_end:
-            first = stage_end
-            continue
-        plain = torch.optim.AdamW(scorers.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
-        if restart and done > first:
-            checkpoint.load(restart, scorers, plain)
-        elif restart and done == first:  # the checkpoint ends the stage before: its optimiser is not wanted
-            checkpoint.load(restart, scorers, torch.optim.AdamW(scorers.values()))
-        restart = None
-        optimizer = accelerator.prepare_optimizer(plain)
-        order = _Shuffled(len(chunks), config.seed, start=done * per_step)
-        loader = accelerator.prepare_data_loader(
-            DataLoader(TensorDataset(chunks), batch_size=config.batch_size, sampler=order)
+    with _own_accelerate_state(), _training(model, methods):
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            cpu=config.cpu,
         )
-        batches = iter(loader)
-        for step in range(done, stage_end):
-            tick = time.perf_counter()
-            rate = _learning_rate(config, step - first, steps)
-            for group in plain.param_groups:
-                group["lr"] = rate
-            losses: list[Tensor] = []
-            support: list[float] = []
-            with _supports(methods, support if _logged(step, total) else None):
-                for _ in range(config.gradient_accumulation_steps):
-                    with accelerator.accumulate(prepared):
-                        loss = OBJECTIVES[objective](prepared, next(batches)[0])
-                        accelerator.backward(loss)
-                        losses.append(accelerator.gather(loss.detach()).mean())
-                        if accelerator.sync_gradients:
-                            accelerator.clip_grad_norm_(scorers.values(), config.max_grad_norm)
-                        optimizer.step()
-                        if step == done and accelerator.sync_gradients:
-                            _check_gradients(model, scorers)
-                        optimizer.zero_grad()
-            value = float(torch.stack(losses).mean())
-            if not torch.isfinite(torch.tensor(value)):
-                raise ValueError(f"the loss of step {step + 1} ({objective}) is {value}; try a lower learning_rate")
-            speed = per_step * chunks.shape[1] / (time.perf_counter() - tick)
-            bar.update()
-            bar.set_postfix(stage=objective, loss=f"{value:.4f}", tokens_s=f"{speed:,.0f}")
-            row = {
-                "step": step + 1,
-                "stage": objective,
-                "loss": value,
-                "learning_rate": rate,
-                "tokens_per_second": speed,
-            }
-            if support:
-                row["support"] = sum(support) / len(support)
-            history.append(row)
-            if output and config.checkpoint_every and (step + 1) % config.checkpoint_every == 0:
-                accelerator.wait_for_everyone()
-                if accelerator.is_main_process:
-                    kept = {"settings": _identity(config, chunks), "history": history}
-                    checkpoint.save(output, step + 1, scorers, plain, {**kept, "seconds": time.perf_counter() - began})
-        first = done = stage_end
-    bar.close()
-    if restart:  # the checkpoint was the end of the run
-        checkpoint.load(restart, scorers, torch.optim.AdamW(scorers.values()))
-    accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
-    model.eval()
+        prepared = accelerator.prepare_model(model)
+        plain = torch.optim.AdamW(scorers.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
+        if restart:
+            checkpoint.load(restart, scorers, plain)
+        optimizer = accelerator.prepare_optimizer(plain)
+        per_step = config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+        order = _Shuffled(len(chunks), config.seed, start=state["step"] * per_step)
+        batches = iter(
+            accelerator.prepare_data_loader(DataLoader(TensorDataset(chunks), config.batch_size, sampler=order))
+        )
+        plan = [(stage, step, steps) for stage, steps in config.stages for step in range(steps)]
+        history: list[dict[str, Any]] = state["history"]
+        began = time.perf_counter() - state["seconds"]
+        bar = tqdm(total=len(plan), initial=state["step"], desc="scorers", unit="step", disable=not config.progress)
+        try:
+            for number in range(state["step"], len(plan)):
+                tick = time.perf_counter()
+                objective, step, steps = plan[number]
+                if step == 0:
+                    plain.state.clear()  # moments of another loss
+                rate = _learning_rate(config, step, steps)
+                for group in plain.param_groups:
+                    group["lr"] = rate
+                logged = objective != "attention" and (number % max(1, len(plan) // 50) == 0 or number + 1 == len(plan))
+                losses: list[Tensor] = []
+                support: list[float] = []
+                with _supports(methods, support if logged else None):
+                    for _ in range(config.gradient_accumulation_steps):
+                        with accelerator.accumulate(prepared):
+                            loss = OBJECTIVES[objective](prepared, next(batches)[0])
+                            if not torch.isfinite(loss):
+                                raise ValueError(
+                                    f"the loss of step {number + 1} ({objective}) is {loss.item()}; the scorers are "
+                                    "those of the step before; try a lower learning_rate"
+                                )
+                            accelerator.backward(loss)
+                            losses.append(accelerator.gather(loss.detach()).mean())
+                            if accelerator.sync_gradients:
+                                accelerator.clip_grad_norm_(scorers.values(), config.max_grad_norm)
+                                if step == 0 or number == state["step"]:
+                                    _check_gradients(model, scorers)
+                            optimizer.step()
+                            optimizer.zero_grad()
+                value = float(torch.stack(losses).mean())
+                speed = per_step * chunks.shape[1] / (time.perf_counter() - tick)
+                bar.update()
+                bar.set_postfix(stage=objective, loss=f"{value:.4f}", tokens_s=f"{speed:,.0f}")
+                row = {"step": number + 1, "stage": objective, "loss": value, "learning_rate": rate}
+                row["tokens_per_second"] = speed
+                if support:
+                    row["support"] = sum(support) / len(support)
+                history.append(row)
+                if output and config.checkpoint_every and (number + 1) % config.checkpoint_every == 0:
+                    accelerator.wait_for_everyone()
+                    if accelerator.is_main_process:
+                        kept = {"settings": identity, "history": history, "seconds": time.perf_counter() - began}
+                        checkpoint.save(output, number + 1, scorers, plain, kept)
+        finally:
+            bar.close()
+            accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
 
-    seconds, tokens = time.perf_counter() - began, total * per_step * chunks.shape[1]
-    metrics = {
-        "format": 1,
-        "objective": config.objective,
-        "settings": config.settings()
-        | {"length": chunks.shape[1], "chunks": len(chunks), "chunks_sha256": fingerprint(chunks)},
-        "trainable_parameters": sum(p.numel() for p in scorers.values()),
-        "all_parameters": sum(p.numel() for p in model.parameters()),
-        "tokens": tokens,
-        "seconds": seconds,
-        "tokens_per_second": tokens / seconds,
-        "history": history,
-        **describe(),
-    }
-    if torch.cuda.is_available() and accelerator.device.type == "cuda":
-        metrics["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-    if output and accelerator.is_main_process:
-        output.mkdir(parents=True, exist_ok=True)
-        partial = output / f".finetune.json.{os.getpid()}"
-        partial.write_text(json.dumps(metrics, indent=1) + "\n")
-        os.replace(partial, output / "finetune.json")
+        seconds, tokens = time.perf_counter() - began, len(plan) * per_step * chunks.shape[1]
+        metrics = {
+            "format": 1,
+            "objective": config.objective,
+            "settings": config.settings()
+            | {"length": chunks.shape[1], "chunks": len(chunks), "chunks_sha256": identity["chunks"]},
+            "trainable_parameters": sum(p.numel() for p in scorers.values()),
+            "all_parameters": sum(p.numel() for p in model.parameters()),
+            "tokens": tokens,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "history": history,
+            **describe(),
+        }
+        if accelerator.device.type == "cuda":
+            metrics["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
+        if output and accelerator.is_main_process:
+            output.mkdir(parents=True, exist_ok=True)
+            write_json(output / "finetune.json", metrics)
     return metrics
+
+
+@contextmanager
+def _training(model: nn.Module, methods: list[SparseKAttention]) -> Iterator[None]:
+    """Soft gates, and the base model's dropout off; everything in `eval` mode afterwards, whatever happens."""
+    model.eval()
+    for method in methods:
+        method.train()
+    try:
+        yield
+    finally:
+        model.eval()
+
+
+@contextmanager
+def _own_accelerate_state() -> Iterator[None]:
+    """A fresh accelerate within a `with` block, and the caller's again after it.
+
+    accelerate keeps device and precision of its first use for the whole process. Where processes were launched
+    together they keep the device, which is bound to their group.
+    """
+    kinds: list[Any] = [AcceleratorState] if "LOCAL_RANK" in os.environ else [AcceleratorState, PartialState]
+    before = [dict(kind._shared_state) for kind in kinds]
+    for kind in kinds:
+        kind._shared_state.clear()
+    try:
+        yield
+    finally:
+        for kind, state in zip(kinds, before, strict=True):
+            kind._shared_state.clear()
+            kind._shared_state.update(state)
 
 
 class _Shuffled(Sampler[int]):
@@ -206,6 +224,12 @@ def _check(
             f"chunks of {length} tokens cannot train a budget of {slots} slots (k + window + sinks): every key is "
             "kept, so there would be no gradient; use longer chunks or a smaller budget"
         )
+    needed = max(method.config.sinks + method.config.window for method in methods) + UNSETTLED + 2
+    if config.stages[0][0] == "attention" and length < needed:
+        raise DataError(
+            f"chunks of {length} tokens are too short for the objective `attention`, which needs {needed} (sinks + "
+            f"window + {UNSETTLED + 2}); use longer chunks, or warm_start_steps=0"
+        )
     vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
     if int(chunks.max()) >= vocabulary or int(chunks.min()) < 0:
         raise DataError(f"token ids must lie in 0..{vocabulary - 1}, got {int(chunks.min())}..{int(chunks.max())}")
@@ -224,16 +248,29 @@ def _check(
 
 def _check_gradients(model: nn.Module, scorers: dict[str, nn.Parameter]) -> None:
     """After the first backward: every scorer has a gradient, and nothing else has one."""
-    missing = [name for name, p in scorers.items() if p.grad is None or not p.grad.any()]
+    missing = [name for name, p in scorers.items() if p.grad is None]
     foreign = [name for name, p in model.named_parameters() if p.grad is not None and name not in scorers]
-    if foreign:
-        raise ValueError(f"a frozen parameter received a gradient: {foreign[0]}")
-    if len(missing) == len(scorers):
-        raise ValueError("no scorer received a gradient: nothing can be learned from these chunks")
+    if foreign or missing:
+        kind = "a frozen parameter received a" if foreign else "a scorer received no"
+        raise ValueError(f"{kind} gradient: {(foreign or missing)[0]}")
+    if not any(p.grad.any() for p in scorers.values() if p.grad is not None):
+        raise ValueError("all gradients are 0: nothing can be learned from these chunks")
 
 
-def _identity(config: FinetuneConfig, chunks: Tensor) -> dict[str, Any]:
-    return config.settings() | {"chunks": fingerprint(chunks)}
+def _adapter(methods: list[SparseKAttention]) -> dict[str, Any]:
+    """What a checkpoint's scorers were trained for."""
+    names = (
+        "k",
+        "window",
+        "sinks",
+        "scorer",
+        "scorer_hidden_size",
+        "position_slope",
+        "support",
+        "layers",
+        "base_shape",
+    )
+    return {name: getattr(methods[0].config, name) for name in names}
 
 
 def _learning_rate(config: FinetuneConfig, step: int, steps: int) -> float:
@@ -241,10 +278,6 @@ def _learning_rate(config: FinetuneConfig, step: int, steps: int) -> float:
     if step < warm:
         return config.learning_rate * (step + 1) / warm
     return config.learning_rate * (steps - step) / max(1, steps - warm)
-
-
-def _logged(step: int, total: int) -> bool:
-    return step % max(1, total // 50) == 0 or step + 1 == total
 
 
 class _supports:
@@ -268,6 +301,8 @@ class _supports:
         def hook(module: nn.Module, args: Any, scores: Tensor) -> None:
             config, into = method.config, self.into
             eligible = scores.detach()[..., config.sinks : scores.shape[-1] - config.window]
+            if config.soft_support is not None:
+                eligible = eligible.topk(min(config.soft_support, eligible.shape[-1])).values
             if into is not None:
                 into.append(float((sparsek(eligible, config.k) > 0).sum(-1).float().mean()))
 

@@ -17,7 +17,7 @@ from hf_sparse.patches import methods_of
 _ROWS = 1024  # tokens whose float32 logits are held at once
 
 # The last keys of a chunk are behind too few queries for their mass to mean anything.
-_UNSETTLED = 64
+UNSETTLED = 64
 
 
 def distill(model: nn.Module, chunks: Tensor) -> Tensor:
@@ -40,18 +40,18 @@ def attention(model: nn.Module, chunks: Tensor) -> Tensor:
     The forward is dense, so the layers are independent and nothing but the scorers is differentiated.
     """
     losses: list[Tensor] = []
-    methods = [method for method in methods_of(model) if isinstance(method, SparseKAttention)]
+    methods = methods_of(model)
 
     def observe(method: SparseKAttention) -> Any:
-        def observer(query: Tensor, key: Tensor, scores: Tensor, scaling: float, valid: Tensor | None) -> None:
+        def observer(query: Tensor, key: Tensor, scores: Tensor, scaling: float) -> None:
             config = method.config
             mass = far_attention_mass(query, key, window=config.window, scaling=scaling)
             length = scores.shape[-1]
-            settled = slice(config.sinks, max(config.sinks + 1, length - config.window - _UNSETTLED))
+            settled = slice(config.sinks, max(config.sinks + 1, length - config.window - UNSETTLED))
             target = (mass[..., settled] + 1e-6).log()
             found = scores[..., settled]
             error = (found - found.mean(-1, keepdim=True)) - (target - target.mean(-1, keepdim=True))
-            losses.append(error.square().mean())
+            losses.append(error.square().mean().to(chunks.device))
 
         return observer
 
@@ -75,18 +75,18 @@ OBJECTIVES: dict[Objective, Callable[[nn.Module, Tensor], Tensor]] = {
 @contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
     """The dense base model for the length of a `with` block; what is trainable stays trainable."""
-    methods = methods_of(model)
-    for method in methods:
+    on = [method for method in methods_of(model) if not method.disable_adapters]
+    for method in on:
         method.switch(False)
     try:
         yield
     finally:
-        for method in methods:
+        for method in on:
             method.switch(True)
 
 
 def _mean_over_tokens(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor) -> Tensor:
-    """Mean of a summed loss over tokens, some rows at a time: float32 logits of a whole batch are never held."""
+    """Mean of a summed loss over tokens, some rows at a time, so that few of them are float32 at once."""
     logits, target = logits.flatten(0, 1), target.flatten(0, 1)
     parts = [
         checkpoint(loss, logits[i : i + _ROWS], target[i : i + _ROWS], use_reentrant=False)

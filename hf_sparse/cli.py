@@ -151,7 +151,7 @@ def finetune(
     gradient_accumulation_steps: Annotated[int, typer.Option(help="Batches per optimiser step.")] = 1,
     learning_rate: Annotated[float, typer.Option(help="Peak of the schedule.")] = 2e-2,
     seed: Annotated[int, typer.Option(help="Of the order of the chunks.")] = 0,
-    mixed_precision: Annotated[Literal["no", "bf16", "fp16"], typer.Option(help="Accelerate's.")] = "no",
+    mixed_precision: Annotated[Literal["no", "bf16"], typer.Option(help="Accelerate's.")] = "no",
     checkpoint_every: Annotated[int, typer.Option(metavar="N", help="Steps between checkpoints; 0: none.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in DIR.")] = False,
     device: OnDevice = "auto",
@@ -218,8 +218,11 @@ def evaluate(
     """Measure the adapter in DIR against dense attention and baselines at equal slots, and write eval.json there."""
     if not text:
         raise typer.BadParameter("expected --text FILE")
+    if json and not json.parent.is_dir():
+        raise typer.BadParameter(f"--json {json}: {json.parent} is no folder")
     workflow = _workflow()
     from hf_sparse.evaluation import table
+    from hf_sparse.files import write_json
 
     words, name = workflow.read_texts(text)
     result = workflow.evaluate_adapter(
@@ -229,7 +232,7 @@ def evaluate(
     console.print(table(result))
     _wrote(console, folder, "eval.json, its figure and README.md")
     if json:
-        workflow.write_json(json, result)
+        write_json(json, result)
 
 
 @app.command()

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from hf_sparse.card import render
 from hf_sparse.demo import BASE_NAME
 from hf_sparse.errors import DataError
 from hf_sparse.figures import quality_figure
+from hf_sparse.files import write_json, write_text
 
 CARD, EVALUATION, TRAINING, FIGURE = "README.md", "eval.json", "finetune.json", "quality.png"
 
@@ -66,8 +66,8 @@ def write_repo(
         quality_figure(evaluation, training, folder / FIGURE)
     for name, content in ((EVALUATION, evaluation), (TRAINING, training)):
         if content is not None:
-            _write(folder / name, json.dumps(content, indent=1) + "\n")
-    _write(folder / CARD, card)
+            write_json(folder / name, content)
+    write_text(folder / CARD, card)
 
 
 def is_public(name: str | None) -> bool:
@@ -91,13 +91,3 @@ def _read_json(path: Path) -> dict[str, Any] | None:
     if not isinstance(content, dict):
         raise DataError(f"{path.name} must hold an object, got {type(content).__name__}")
     return content
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(text, "utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -1,7 +1,6 @@
 """The folder of an adapter, from nothing to measured: what the verbs of the command line do."""
 
 import copy
-import json
 import os
 import shutil
 import tempfile
@@ -254,15 +253,6 @@ def read_dataset(name: str, config: str | None = None, split: str = "train", col
     if not all(isinstance(text, str) for text in texts):
         raise DataError(f"column {column!r} of the dataset {name!r} holds no text")
     return "\n\n".join(texts)
-
-
-def write_json(path: str | Path, content: dict[str, Any]) -> None:
-    """Write a JSON file whole or not at all."""
-    path = Path(path)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
-        partial = Path(temporary, path.name)
-        partial.write_text(json.dumps(content, indent=1) + "\n", "utf-8")
-        os.replace(partial, path)
 
 
 def _remove(folder: Path, *names: str) -> None:

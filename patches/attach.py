@@ -1,5 +1,6 @@
 """Attach a method to a model and take it off again."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,9 +17,9 @@ from hf_sparse.patches.interface import NAME, before_attention
 CHILD = "sparse_attention"
 
 
-def methods_of(model: nn.Module) -> list[SparseMethod]:
+def methods_of(model: nn.Module) -> list[SparseKAttention]:
     """The attached methods of a model, in the order of its layers; empty if it is not patched."""
-    return [module for module in model.modules() if isinstance(module, SparseMethod)]
+    return [module for module in model.modules() if isinstance(module, SparseKAttention)]
 
 
 def targets(model: PreTrainedModel, config: SparseKConfig) -> list[tuple[str, nn.Module]]:
@@ -62,6 +63,11 @@ def attach(module: nn.Module, model: PreTrainedModel, adapter: str, config: Spar
         method.set_adapter(others[0].active)
     method.home = next(parameter.device for parameter in module.parameters())
     if not any(parameter.is_meta for parameter in method.parameters()):  # PEFT may want them empty first
+        if method.home.type == "meta":
+            raise UnsupportedModelError(
+                "the base model is offloaded: its weights are on no device, and nothing could be trained or scored "
+                "there; load it without offloading"
+            )
         method.to(method.home)
     return method
 
@@ -92,8 +98,9 @@ def patch(model: PreTrainedModel, config: SparseKConfig, adapter: str = "default
     Raises:
         UnsupportedModelError: no patch for this model; the message lists what is supported.
     """
+    config = copy.deepcopy(config)  # what it was attached to is noted in it
     modules = targets(model, config)
-    if any(adapter in method.configs for method in methods_of(model) if isinstance(method, SparseKAttention)):
+    if any(adapter in method.configs for method in methods_of(model)):
         raise ValueError(f"the model has an adapter {adapter!r} already; unpatch it first or choose another name")
     for _, module in modules:
         attach(module, model, adapter, config)
@@ -102,6 +109,7 @@ def patch(model: PreTrainedModel, config: SparseKConfig, adapter: str = "default
 
 def unpatch(model: PreTrainedModel) -> PreTrainedModel:
     """Take sparse attention off again: outputs are bit for bit those of the base model."""
+    family_of(model)  # a PeftModel has unload() for this
     if not methods_of(model):
         raise ValueError("the model is not patched")
     detach(model)
@@ -111,6 +119,8 @@ def unpatch(model: PreTrainedModel) -> PreTrainedModel:
 @contextmanager
 def patched(model: PreTrainedModel, config: SparseKConfig) -> Iterator[PreTrainedModel]:
     """Patch for the length of a `with` block."""
+    if methods_of(model):
+        raise ValueError("the model is patched already: unpatch it first")
     patch(model, config)
     try:
         yield model
@@ -122,6 +132,11 @@ class _Switch:
     """Sets the attention implementation of a model's config: ours while the method is on, the base's while off."""
 
     def __init__(self, config: Any) -> None:
+        if config._attn_implementation == NAME:
+            raise ValueError(
+                "the model shares its config object with another patched model, and the two could not be switched "
+                "apart: give each model a config of its own (copy.deepcopy)"
+            )
         self.config = config
         self.base = config._attn_implementation
 
@@ -150,4 +165,9 @@ def _check_shape(shape: dict[str, Any], config: SparseKConfig) -> None:
         if config.base_shape.get(key) != value
     ]
     if wrong:
-        raise AdapterMismatchError("the adapter was made for another base model (" + "; ".join(wrong) + ")")
+        raise AdapterMismatchError(
+            "the adapter was made for another base model ("
+            + "; ".join(wrong)
+            + "); a new adapter needs a SparseKConfig "
+            "of its own"
+        )

@@ -43,7 +43,10 @@ def attention_forward(
     sparse_call: SparseCall | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function behind `hf_sparse`; returns `[B, T, Hq, D]` as transformers wants it."""
+    """The attention function behind `hf_sparse`; returns `[B, T, Hq, D]` as transformers wants it.
+
+    Attention dropout, if the base model has any, is not applied in patched modules.
+    """
     if attention_mask is not None and attention_mask.ndim != 2:  # transformers hands a 4-D mask on without asking
         raise ValueError(
             f"sparse attention takes a padding mask [B, T], got one of shape {tuple(attention_mask.shape)}"
@@ -118,6 +121,12 @@ def before_attention(
     assert isinstance(method, SparseMethod)
     if not method.is_active:
         return None
+    current = module.config._attn_implementation  # type: ignore[union-attr]
+    if current != NAME:
+        raise ValueError(
+            f"the attention implementation of a patched model was changed to {current!r}, which would ignore its "
+            "sparse attention: unpatch the model, or disable the adapter, to use another one"
+        )
     hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     cache = kwargs.get("past_key_values")
     layer = None if cache is None else _own_layer(cache, int(module.layer_idx), method)  # type: ignore[arg-type]

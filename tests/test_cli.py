@@ -255,6 +255,8 @@ class TestEval:
             assert message in fail("eval", folder, "--text", text, *arguments)
         assert files(adapter) == before
         assert invoke("eval", adapter).exit_code == 2
+        result = invoke("eval", adapter, "--text", text, "--json", tmp_path / "none" / "copy.json")
+        assert result.exit_code == 2 and "is no folder" in result.stderr
 
     def test_no_such_device(self, adapter, text, monkeypatch):
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)

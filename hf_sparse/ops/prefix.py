@@ -7,7 +7,7 @@ key is free (gate strictly between 0 and 1) on one contiguous interval of querie
 Ties: of two equal scores the one with the lower index wins, everywhere. Scores are replaced by their rank, a unique
 integer, so that the rule needs no second comparison.
 
-Reference: the project's notes on SparseK, 3.2, 4.2 and 5.4; the tiled scan is ours.
+Lou et al. 2024 (arXiv 2406.16747) for the operator; the scan and its backward are ours.
 """
 
 from typing import NamedTuple
@@ -30,8 +30,8 @@ class Scan(NamedTuple):
             `rank > 0`.
         tau: `[..., Tq]`, threshold of SparseK over those best keys, differentiable; `-inf` where at most `k` keys are
             eligible. `None` unless asked for.
-        lists: `[..., n_tiles, size]` int64, the `size` best keys that are eligible for the first query of each tile,
-            -1 where there are fewer. Zero tiles unless asked for.
+        lists: `[..., n_tiles, at most size]` int64, the `size` best keys that are eligible for the first query of each
+            tile, -1 where there are fewer. Zero tiles unless asked for.
     """
 
     rank: Tensor
@@ -156,8 +156,7 @@ def _scan(scores: Tensor, rank: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Te
     for number in range(tiles):
         start = offset + number * tile
         if with_lists:
-            missing = carried.new_full((*batch, size - carried.shape[-1]), keys)
-            lists.append(torch.cat([carried, missing], -1))
+            lists.append(carried)
         # The m-th newcomer of the tile is eligible from its query m + 1 on, the carried ones from query 0.
         newcomers = start - window + 1 + step
         newcomers = newcomers.where((newcomers >= 0) & (newcomers < keys), keys).expand(*batch, -1)
@@ -179,7 +178,9 @@ def _scan(scores: Tensor, rank: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Te
     shape = (*batch, 0)
     floor = torch.cat(floors, -1)[..., :queries].contiguous() if floors else rank.new_zeros(shape)
     tau = torch.cat(taus, -1)[..., :queries].cummax(-1).values.contiguous() if taus else scores.new_zeros(shape)
-    stacked = torch.stack(lists, -2) if lists else rank.new_zeros((*batch, 0, size))
+    width = max((found.shape[-1] for found in lists), default=0)
+    padded = [torch.nn.functional.pad(found, (0, width - found.shape[-1]), value=keys) for found in lists]
+    stacked = torch.stack(padded, -2) if padded else rank.new_zeros((*batch, 0, width))
     return floor, tau, stacked.masked_fill(stacked == keys, -1)
 
 

@@ -3,7 +3,7 @@
 Scores are frozen on arrival, so the threshold only rises and a score that it has passed can be forgotten. The state
 is the support of the gates, not the sequence: amortised O(log support) per token, at most two moves per score.
 
-Reference: the project's notes on SparseK, 3.2.
+Lou et al. 2024 (arXiv 2406.16747) state that the operator can be evaluated incrementally; the algorithm is ours.
 """
 
 import heapq

@@ -42,7 +42,7 @@ def test_attention_is_the_squared_error_of_centred_scores(model, chunks):
         method.observer = lambda *call: seen.append(call)
     model(input_ids=chunks[:2])
     expected = []
-    for query, key, scores, scaling, _ in seen:
+    for query, key, scores, scaling in seen:
         part = slice(2, 96 - 8 - 64)
         target = (far_attention_mass(query, key, window=8, scaling=scaling) + 1e-6).log()[..., part]
         found = scores[..., part]

@@ -138,8 +138,8 @@ def test_an_observer_sees_everything_and_the_output_is_dense(valid):
     seen = []
     module.observer = lambda *arguments: seen.append(arguments)
     output = attend(module, tensors, valid)
-    ((query, key, scores, scaling, mask),) = seen
-    assert query is tensors["query"] and key is tensors["key"] and scaling == 0.7 and mask is valid
+    ((query, key, scores, scaling),) = seen
+    assert query is tensors["query"] and key is tensors["key"] and scaling == 0.7
     assert scores.shape == (3, HEADS, LENGTH) and scores.requires_grad
     real = torch.ones(3, LENGTH, dtype=torch.bool) if valid is None else valid
     causal = torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril()
@@ -164,13 +164,16 @@ def test_another_cache_is_refused():
         method().attend(**inputs(1, 3), valid=None, cache=DynamicLayer(), scaling=1.0)
 
 
-def test_a_cache_of_another_budget_is_refused():
+@pytest.mark.parametrize("window", [BUDGET["window"], 6], ids=["same budget", "other budget"])
+def test_a_cache_of_another_adapter_is_refused(window):
     module = method()
     cache = module.cache_layer()
     attend(module, inputs(1, 3), cache=cache)
-    module.add_adapter("other", SparseKConfig(**{**BUDGET, "window": 6}))
+    module.add_adapter("other", SparseKConfig(**{**BUDGET, "window": window}))
     module.set_adapter("other")
-    with pytest.raises(ValueError, match="made for another budget: start a new cache after switching adapters"):
+    with pytest.raises(
+        ValueError, match="holds what another adapter chose: start a new cache after switching adapters"
+    ):
         attend(module, inputs(1, 1), cache=cache)
 
 

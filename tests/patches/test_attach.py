@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from peft import get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_sparse import SparseKConfig, patch, patched, unpatch
@@ -61,8 +63,9 @@ def test_methods_come_in_the_order_of_the_layers(tiny_llama):
 
 def test_the_configuration_is_filled_in(tiny_llama):
     config = SparseKConfig(**BUDGET)
-    patch(tiny_llama(), config)
-    assert config.base_shape == {
+    model = patch(tiny_llama(), config)
+    assert config.base_shape is None  # the caller's own can serve for another model
+    assert methods_of(model)[0].config.base_shape == {
         "model_type": "llama",
         "hidden_size": 32,
         "num_key_value_heads": 2,
@@ -71,8 +74,7 @@ def test_the_configuration_is_filled_in(tiny_llama):
 
 
 def test_an_adapter_of_another_base_is_refused_before_anything_changes(tiny_llama):
-    config = SparseKConfig(**BUDGET)
-    patch(tiny_llama(), config)
+    config = methods_of(patch(tiny_llama(), SparseKConfig(**BUDGET)))[0].config
     other = tiny_llama(hidden_size=64, num_hidden_layers=3)
     before = anatomy(other)
     with pytest.raises(
@@ -276,3 +278,37 @@ def test_an_adapter_for_other_layers_leaves_the_first_ones_dense(tiny_llama):
             model.generate(IDS, max_new_tokens=10, do_sample=False),
             alone.generate(IDS, max_new_tokens=10, do_sample=False),
         )
+
+
+def test_an_offloaded_base_is_refused(tiny_llama):
+    model = tiny_llama()
+    cpu_offload(model, "cpu")
+    with pytest.raises(UnsupportedModelError, match="the base model is offloaded"):
+        patch(model, SparseKConfig(**BUDGET))
+
+
+def test_another_attention_implementation_is_refused(tiny_llama):
+    model = patch(tiny_llama(), SparseKConfig(**BUDGET)).eval()
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="was changed to 'sdpa', which would ignore its sparse attention"):
+        model(torch.ones(1, 4, dtype=torch.long))
+
+
+def test_models_that_share_a_config_are_refused(tiny_llama):
+    first = patch(tiny_llama(), SparseKConfig(**BUDGET))
+    with pytest.raises(ValueError, match="shares its config object with another patched model"):
+        patch(type(first)(first.config), SparseKConfig(**BUDGET))
+
+
+def test_patched_refuses_a_patched_model(tiny_llama):
+    model = patch(tiny_llama(), SparseKConfig(**BUDGET), adapter="mine")
+    with pytest.raises(ValueError, match="patched already"), patched(model, SparseKConfig(**BUDGET)):
+        pass
+    assert all(method.active == "mine" for method in methods_of(model))
+
+
+def test_unpatch_sends_peft_models_to_unload(tiny_llama):
+    model = get_peft_model(tiny_llama(), SparseKConfig(**BUDGET))
+    with pytest.raises(UnsupportedModelError, match="pass the base model"):
+        unpatch(model)
+    assert methods_of(model.unload()) == []

@@ -15,8 +15,8 @@ from hf_sparse.methods.sparsek.scorer import make_scorer
 from hf_sparse.methods.sparsek.selection import Policy
 from hf_sparse.ops.attention import sparsek_attention
 
-# (query [B, Hq, T, D], key [B, Hkv, T, D], scores [B, Hkv, T], scaling, valid [B, T] or None)
-Observer = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], None]
+# (query [B, Hq, T, D], key [B, Hkv, T, D], scores [B, Hkv, T], scaling) of whole sequences without padding
+Observer = Callable[[Tensor, Tensor, Tensor, float], None]
 
 
 class SparseKAttention(SparseMethod):
@@ -56,7 +56,8 @@ class SparseKAttention(SparseMethod):
         return self.configs[self.active]
 
     def cache_layer(self) -> SparseKCacheLayer:
-        return SparseKCacheLayer(self.config.k, self.config.window, self.config.sinks)
+        config = self.config
+        return SparseKCacheLayer(config.k, config.window, config.sinks, owner=(self.active, self.policy))
 
     def score(self, hidden_states: Tensor, index: Tensor) -> Tensor:
         """Frozen scores `[B, Hkv, T]` float32 of tokens that stand at `index` `[B, T]` of their rows."""
@@ -81,14 +82,14 @@ class SparseKAttention(SparseMethod):
         config = self.config
         if cache is not None and not isinstance(cache, SparseKCacheLayer):
             raise TypeError(f"SparseK needs its own cache layer, got {type(cache).__name__}")
-        if cache is not None and (cache.k, cache.window, cache.sinks) != (config.k, config.window, config.sinks):
-            raise ValueError("the cache was made for another budget: start a new cache after switching adapters")
+        if cache is not None and cache.owner != (self.active, self.policy):
+            raise ValueError("the cache holds what another adapter chose: start a new cache after switching adapters")
         seen = 0 if cache is None or cache.seen is None else cache.seen
         index = token_index(valid, seen, batch, length, query.device)
         scores = self.score(hidden_states, index)
         fresh = cache is None or cache.get_seq_length() == length  # `update` has counted the new tokens already
         if self.observer is not None:
-            self.observer(query, key, scores, scaling, valid)
+            self.observer(query, key, scores, scaling)
             dense = {"k": max(1, length), "window": 1, "sinks": 0}
             return _aligned(
                 query, key, value, scores, valid, valid, scaling=scaling, gates="hard", support=None, **dense
@@ -104,9 +105,7 @@ class SparseKAttention(SparseMethod):
             if cache is not None:
                 positions = index if valid is None else index.masked_fill(~valid, -1)
                 positions = positions[:, None].expand_as(scores)
-                cache.fill(
-                    key, value, scores, positions, index[:, -1:].amax(-1) + 1 if valid is None else valid.sum(-1)
-                )
+                cache.fill(key, value, scores, positions, index[:, -1] + 1 if valid is None else valid.sum(-1))
             return output
         assert cache is not None
         if length == 1:

@@ -24,6 +24,7 @@ class SparseKCacheLayer(CacheLayerMixin):
         scores: `[B, Hkv, S]` float32.
         positions: `[B, Hkv, S]` int64, index of the token in its row, -1 for an empty slot.
         seen: `[B]` int64, real tokens so far.
+        owner: whose scores these are; scores of two scorers do not compare.
         announced: see `SparseMethod.cache_layer`.
     """
 
@@ -32,9 +33,9 @@ class SparseKCacheLayer(CacheLayerMixin):
     is_croppable = False
     supports_early_init = False
 
-    def __init__(self, k: int, window: int, sinks: int) -> None:
+    def __init__(self, k: int, window: int, sinks: int, owner: object = None) -> None:
         super().__init__()
-        self.k, self.window, self.sinks = k, window, sinks
+        self.k, self.window, self.sinks, self.owner = k, window, sinks, owner
         self.cumulative_length = 0
         self.announced = False
         self.scores: Tensor | None = None

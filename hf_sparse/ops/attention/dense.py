@@ -40,10 +40,10 @@ def dense_sparsek_attention(
     gate = torch.where(near, torch.ones_like(gate), gate)
 
     wide = torch.promote_types(query.dtype, torch.float32)
-    grouped = query.view(batch, kv_heads, heads // kv_heads, queries, dim)
-    logits = (grouped @ key[:, :, None].transpose(-1, -2)).to(wide) * scaling
+    grouped = query.to(wide).view(batch, kv_heads, heads // kv_heads, queries, dim)
+    logits = grouped @ key.to(wide)[:, :, None].transpose(-1, -2) * scaling
     gate = gate[:, :, None].to(wide)
     logits = logits.masked_fill(gate == 0, -torch.inf)
     weight = gate * torch.exp(logits - logits.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(wide).min))
     weight = weight / weight.sum(-1, keepdim=True).clamp(min=torch.finfo(wide).tiny)
-    return (weight.to(value.dtype) @ value[:, :, None]).view(batch, heads, queries, dim)
+    return (weight @ value.to(wide)[:, :, None]).view(batch, heads, queries, dim).to(query.dtype)

@@ -10,7 +10,7 @@ _BUFFER = 1 << 26  # logits held at once
 def far_attention_mass(query: Tensor, key: Tensor, *, window: int, scaling: float) -> Tensor:
     """Mean dense causal attention that each key receives from queries outside its window.
 
-    The project's notes on SparseK, 7.3: summed over the query heads of the key's group, averaged over those queries.
+    Summed over the query heads of the key's group, averaged over those queries.
     Needs time quadratic in `T`, as dense attention does, and memory linear in it.
 
     Args:

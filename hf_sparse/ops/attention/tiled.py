@@ -5,8 +5,8 @@ queries needs at most
 
     sinks  +  the best `size` keys of its first query  +  C - 1 keys that leave the window inside the tile  +  window
 
-whatever the length. The backward recomputes the tile instead of storing it: memory is linear too. Gradients follow
-the project's notes on SparseK, 4.3 (V4): with e = exp(logit) / Z and P = gate * e,
+whatever the length. The backward recomputes the tile instead of storing it: memory is linear too. Everything is float32
+inside (float64 for float64). With e = exp(logit) / Z and P = gate * e,
 
     d gate = e * (<do, v> - delta),   d logit = P * (<do, v> - delta),   delta = <do, o>
 
@@ -59,7 +59,7 @@ def tiled_sparsek_attention(
     found = scan(
         scores.masked_fill(fixed, -torch.inf),
         k,
-        size=keys if support is None else support,
+        size=keys if support is None else min(support, keys),
         queries=queries,
         window=window,
         tile=tile,
@@ -194,7 +194,7 @@ class _Tiled(torch.autograd.Function):
         heads, dim = key.shape[1], key.shape[3]
         group = query.shape[1] // heads
         wide = torch.promote_types(query.dtype, torch.float32)
-        flat_key, flat_value = key.reshape(-1, dim), value.reshape(-1, dim)
+        flat_key, flat_value = key.to(wide).reshape(-1, dim), value.to(wide).reshape(-1, dim)
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
         lse = torch.empty(query.shape[:3], dtype=wide, device=query.device)
         for block in _blocks(key.shape, group, query.shape[2], scores, tau, rank, floor, lists, first, plan):
@@ -204,9 +204,9 @@ class _Tiled(torch.autograd.Function):
             mass = weight.sum(-1, keepdim=True)
             # A row of a tile that reaches past the sequence has no key.
             mass = mass.masked_fill(mass == 0, 1.0)
-            out = (weight.to(value.dtype) @ flat_value[block.index].unsqueeze(3)) / mass.to(value.dtype)
+            out = (weight @ flat_value[block.index].unsqueeze(3)).div_(mass)
             length = block.rows.stop - block.rows.start
-            output[:, :, block.rows] = _rows(out, length)
+            output[:, :, block.rows] = _rows(out, length).to(output.dtype)
             lse[:, :, block.rows] = _rows(peak + mass.log(), length).squeeze(-1)
         ctx.save_for_backward(query, key, value, scores, tau, rank, floor, lists, first, output, lse)  # type: ignore[arg-type]
         ctx.plan = plan  # type: ignore[attr-defined]
@@ -226,7 +226,7 @@ class _Tiled(torch.autograd.Function):
         heads, dim = key.shape[1], key.shape[3]
         group = query.shape[1] // heads
         wide = lse.dtype
-        flat_key, flat_value = key.reshape(-1, dim), value.reshape(-1, dim)
+        flat_key, flat_value = key.to(wide).reshape(-1, dim), value.to(wide).reshape(-1, dim)
         d_query = torch.empty_like(query, memory_format=torch.contiguous_format) if want_query else None
         d_key = torch.zeros(flat_key.shape, dtype=wide, device=key.device) if want_key else None
         d_value = torch.zeros(flat_value.shape, dtype=wide, device=key.device) if want_value else None
@@ -238,28 +238,28 @@ class _Tiled(torch.autograd.Function):
             length = block.rows.stop - block.rows.start
             logits, gate = _logits(query, flat_key, block, heads, plan)
             log_mass = _tiles(lse.unsqueeze(-1), block.rows, heads, plan.tile)
-            d_out = _tiles(grad, block.rows, heads, plan.tile)
+            d_out = _tiles(grad, block.rows, heads, plan.tile).to(wide)
             share = logits.sub_(log_mass).exp_()  # e
-            credit = (d_out @ flat_value[block.index].unsqueeze(3).transpose(-1, -2)).to(wide)
+            credit = d_out @ flat_value[block.index].unsqueeze(3).transpose(-1, -2)
             credit = credit.sub_(_tiles(delta, block.rows, heads, plan.tile))
             where = block.index.flatten()
             if d_value is not None:
-                weight = (share * gate).to(value.dtype)
-                part = torch.einsum("bhngts,bhngtd->bhnsd", weight, d_out)
-                d_value.index_add_(0, where, part.reshape(-1, dim).to(wide))
+                part = torch.einsum("bhngts,bhngtd->bhnsd", share * gate, d_out)
+                d_value.index_add_(0, where, part.reshape(-1, dim))
             credit = credit.mul_(share)  # d gate
             if block.free is not None and d_scores is not None and d_tau is not None:
                 at = block.candidates
                 d_gate = credit[..., at].sum(3).masked_fill_(~block.free, 0.0)  # summed over the group's query heads
                 d_scores.index_add_(0, block.index[..., at].flatten(), d_gate.sum(-2).flatten().to(scores.dtype))
                 d_tau[:, :, block.rows] = -d_gate.sum(-1).flatten(2)[..., :length].to(scores.dtype)
-            d_logits = credit.mul_(gate).mul_(plan.scaling).to(query.dtype)
+            d_logits = credit.mul_(gate).mul_(plan.scaling)
             if d_query is not None:
-                d_query[:, :, block.rows] = _rows(d_logits @ flat_key[block.index].unsqueeze(3), length)
+                part = d_logits @ flat_key[block.index].unsqueeze(3)
+                d_query[:, :, block.rows] = _rows(part, length).to(query.dtype)
             if d_key is not None:
-                queries = _tiles(query, block.rows, heads, plan.tile)
+                queries = _tiles(query, block.rows, heads, plan.tile).to(wide)
                 part = torch.einsum("bhngts,bhngtd->bhnsd", d_logits, queries)
-                d_key.index_add_(0, where, part.reshape(-1, dim).to(wide))
+                d_key.index_add_(0, where, part.reshape(-1, dim))
 
         return (
             d_query,
@@ -273,8 +273,7 @@ class _Tiled(torch.autograd.Function):
 
 def _logits(query: Tensor, flat_key: Tensor, block: _Block, heads: int, plan: _Plan) -> tuple[Tensor, Tensor]:
     """Logits `[B, Hkv, n, G, tile, S]`, `-inf` where the gate is 0, and the gates `[B, Hkv, n, 1, tile, S]`."""
-    wide = torch.promote_types(query.dtype, torch.float32)
-    queries = _tiles(query, block.rows, heads, plan.tile)
-    logits = (queries @ flat_key[block.index].unsqueeze(3).transpose(-1, -2)).to(wide).mul_(plan.scaling)
-    gate = block.gate.unsqueeze(3).to(wide)
+    queries = _tiles(query, block.rows, heads, plan.tile).to(flat_key.dtype)
+    logits = (queries @ flat_key[block.index].unsqueeze(3).transpose(-1, -2)).mul_(plan.scaling)
+    gate = block.gate.unsqueeze(3).to(logits.dtype)
     return logits.masked_fill_(gate == 0, -torch.inf), gate
