@@ -95,6 +95,7 @@ def test_a_hundred_thousand_steps_equal_the_stream():
     pushed = [(stream.push(z), stream.kappa) for z in scores.tolist()]
     tau, kappa = torch.tensor(pushed, dtype=torch.float64).T
     torch.testing.assert_close(sparsek_thresholds(scores, 64), tau, rtol=0, atol=1e-10)
+    assert (tau.diff()[64:] >= 0).all()
     assert torch.equal(topk_thresholds(scores, 64)[0], kappa)
 
 

@@ -164,11 +164,12 @@ def test_layers_that_are_not_named_stay_dense(tiny_llama, layer, padded):
     assert torch.equal(*tokens)
 
 
+@pytest.mark.parametrize("padded", [False, True], ids=["whole", "padded"])
 @pytest.mark.parametrize("chunks", [[50], [20, 30], [20, 1, 1, 28]])
-def test_a_mixed_model_continues_its_cache(tiny_llama, chunks):
+def test_a_mixed_model_continues_its_cache(tiny_llama, chunks, padded):
     model = patch(tiny_llama(), SparseKConfig(**BUDGET, layers=[1]))
     mask = torch.ones_like(IDS)
-    mask[1, :13] = 0
+    mask[1, : 13 * padded] = 0
     position = (mask.cumsum(-1) - 1).clamp(min=0)
     whole = logits(model, attention_mask=mask, position_ids=position)
     cache, parts, begin = None, [], 0
@@ -177,7 +178,7 @@ def test_a_mixed_model_continues_its_cache(tiny_llama, chunks):
         with torch.no_grad():
             output = model(
                 IDS[:, begin:end],
-                attention_mask=mask[:, :end],
+                attention_mask=mask[:, :end] if padded else None,
                 position_ids=position[:, begin:end],
                 past_key_values=cache,
                 use_cache=True,
