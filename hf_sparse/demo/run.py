@@ -28,15 +28,16 @@ from hf_sparse.methods.sparsek import SparseKConfig
 from hf_sparse.repo import write_repo
 from hf_sparse.workflow import create_adapter, save_adapter, staged
 
-K, WINDOW, SINKS = 28, 32, 4  # 64 slots
+K, WINDOW, SINKS = 20, 8, 4  # 32 slots
+# A small model attends mostly to what is near: the untrained scorer starts as recency, and learns which tokens should
+# outlive their neighbours. A warm start on attention mass would first unlearn that.
+POSITION_SLOPE, WARM_START_STEPS = 0.05, 0
 
-EVALUATION_CHUNKS, EVALUATION_LENGTH = 16, 1024
-EVALUATION_BATCH = 4
+EVALUATION_CHUNKS, EVALUATION_LENGTH, EVALUATION_BATCH = 16, 1024, 4
 
-STEPS, WARM_START_STEPS = 80, 20
-BATCH_SIZE, TRAINING_LENGTH = 2, 512  # scores do not depend on queries: what is learned on short text serves long text
-LEARNING_RATE = 2e-2
-EVERY_NTH_DOCUMENT = 8  # of the training text; far more than the steps can read
+STEPS, BATCH_SIZE, LEARNING_RATE = 100, 2, 1e-2
+TRAINING_LENGTH = 512  # a score does not depend on later queries: what is learned on short text serves long text
+EVERY_NTH_DOCUMENT = 8  # of the training text; still more than the steps read
 
 PROMPT_TOKENS, NEW_TOKENS = 512, 64
 
@@ -60,7 +61,7 @@ def run(output: Path, steps: int, seed: int, console: Console) -> dict[str, Any]
     began = time.perf_counter()
     settings = FinetuneConfig(
         steps=steps,
-        warm_start_steps=min(WARM_START_STEPS, steps),
+        warm_start_steps=WARM_START_STEPS,
         batch_size=BATCH_SIZE,
         learning_rate=LEARNING_RATE,
         seed=seed,
@@ -70,7 +71,7 @@ def run(output: Path, steps: int, seed: int, console: Console) -> dict[str, Any]
         raise ValueError(f"{output} exists and holds no adapter that the demo could replace; choose another --output")
 
     with staged(output) as stage:
-        config = SparseKConfig(k=K, window=WINDOW, sinks=SINKS)
+        config = SparseKConfig(k=K, window=WINDOW, sinks=SINKS, position_slope=POSITION_SLOPE)
         model = create_adapter(BASE_NAME, config, stage, seed=seed, dtype="float32")
         tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
         trainable, total = model.get_nb_trainable_parameters()
@@ -92,8 +93,8 @@ def run(output: Path, steps: int, seed: int, console: Console) -> dict[str, Any]
 
         console.rule("3. train the scorer")
         console.print(
-            "The model with all keys teaches the model with few (KL divergence); the base stays frozen. The first "
-            f"{settings.warm_start_steps} steps regress the attention that keys receive."
+            "The model with all keys teaches the model with few (KL divergence of their predictions); the base stays "
+            "frozen."
         )
         training_text = "\n\n".join(islice(documents("train"), 0, None, EVERY_NTH_DOCUMENT))
         training = finetune(model, pack(tokenizer, training_text, TRAINING_LENGTH), settings)
@@ -154,7 +155,7 @@ def _perplexities(values: dict[str, float]) -> Table:
 
 
 def _verdict(dense: float, recency: float, learned: float) -> str:
-    if learned >= recency:
+    if not dense < recency > learned:
         return "The trained scorer is no better than keeping the most recent keys: train for more steps."
     closed = (recency - learned) / (recency - dense)
     return f"At the same number of keys, the scorer closes {closed:.0%} of the gap between recency and dense."

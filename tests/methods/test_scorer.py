@@ -45,6 +45,19 @@ def test_a_token_is_scored_alone(kind):
     torch.testing.assert_close(torch.cat(parts, -1), module(inputs), rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_repeated_token_has_the_same_score_to_the_last_bit(kind):
+    """However many others are scored with it: the tie between its occurrences is broken by their order alone."""
+    module = make_scorer(SparseKConfig(scorer=kind), hidden_size=576, num_key_value_heads=3)
+    token, others = torch.randn(576), torch.randn(1, 300, 576)
+    for length in (1, 2, 3, 7, 64, 255, 300):
+        states = others[:, :length].clone()
+        states[:, length // 2] = states[:, -1] = token
+        scores = module(states)
+        assert torch.equal(scores[:, :, length // 2], module(token[None, None])[:, :, 0])
+        assert torch.equal(scores[:, :, -1], scores[:, :, length // 2])
+
+
 def test_linear_is_a_weight_per_feature_and_head_on_the_normalised_input():
     module, inputs = scorer("linear"), torch.randn(2, 7, 16, dtype=torch.float64).float()
     assert {name: tuple(p.shape) for name, p in module.named_parameters()} == {"weight": (3, 16)}

@@ -59,6 +59,18 @@ def test_any_split_equals_one_forward_at_every_position(model, chunks):
     assert cache.get_seq_length() == LENGTH
 
 
+@pytest.mark.parametrize("seed", range(8))
+def test_repeated_tokens_are_told_apart_by_their_order(tiny_llama, seed):
+    """In the first layer every occurrence of a token has the same score, in a prefill and in a step alike."""
+    torch.manual_seed(seed)
+    model = patch(tiny_llama(), SparseKConfig(**BUDGET))
+    ids = torch.randint(2, 20, (3, LENGTH))
+    expected = whole(model, ids)
+    for chunks in ([25] + [1] * 35, [30, 30], [1] * LENGTH):
+        logits, _ = in_chunks(model, chunks, ids)
+        torch.testing.assert_close(logits, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_all_that_changes_the_outcome_is_noticed(model, tiny_llama):
     """The tolerances above mean something: another budget or another scorer is far away."""
     expected = whole(model)

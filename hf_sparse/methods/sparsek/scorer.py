@@ -2,7 +2,11 @@
 
 The input is layer-normalised once more, without parameters: hidden states grow about a hundredfold with depth, and
 the score scale is the temperature of SparseK. A bias would do nothing, SparseK is shift invariant. Scores are
-computed in float32 whatever the model's dtype: in bfloat16 most keys of a long text tie.
+float32 whatever the model's dtype: in bfloat16 most keys of a long text tie.
+
+The product itself is summed in float64. In the first layer every occurrence of a token has the same input, so equal
+scores are the rule there; a float32 matrix product gives them other last bits for another number of rows, and prefill
+and decoding would break the ties differently.
 
 Parameters lie directly on the scorer, not on submodules: PEFT strips the adapter's name from the next-to-last part of
 a key only.
@@ -21,10 +25,11 @@ class Scorer(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         with torch.autocast(hidden_states.device.type, enabled=False):
             states = F.layer_norm(hidden_states.float(), hidden_states.shape[-1:])
-            return self.score(states).transpose(1, 2).contiguous()
+            wide = torch.float32 if states.device.type == "mps" else torch.float64
+            return self.score(states.to(wide)).float().transpose(1, 2).contiguous()
 
     def score(self, states: Tensor) -> Tensor:
-        """`[B, T, C]` normalised states -> `[B, T, Hkv]`."""
+        """`[B, T, C]` normalised states -> `[B, T, Hkv]`, in their dtype."""
         raise NotImplementedError
 
 
@@ -35,7 +40,7 @@ class LinearScorer(Scorer):
         nn.init.normal_(self.weight, std=0.02)
 
     def score(self, states: Tensor) -> Tensor:
-        return states @ self.weight.float().T
+        return states @ self.weight.to(states.dtype).T
 
 
 class MLPScorer(Scorer):
@@ -48,7 +53,8 @@ class MLPScorer(Scorer):
         nn.init.normal_(self.down, std=width**-0.5)
 
     def score(self, states: Tensor) -> Tensor:
-        return F.gelu(states @ self.up.float().T + self.up_bias.float()) @ self.down.float().T
+        up, bias, down = (p.to(states.dtype) for p in (self.up, self.up_bias, self.down))
+        return F.gelu(states @ up.T + bias) @ down.T
 
 
 def make_scorer(config: SparseKConfig, hidden_size: int, num_key_value_heads: int) -> Scorer:

@@ -204,7 +204,7 @@ class _Tiled(torch.autograd.Function):
             mass = weight.sum(-1, keepdim=True)
             # A row of a tile that reaches past the sequence has no key.
             mass = mass.masked_fill(mass == 0, 1.0)
-            out = (weight @ flat_value[block.index].unsqueeze(3)).div_(mass)
+            out = _matmul(weight, flat_value[block.index]).div_(mass)
             length = block.rows.stop - block.rows.start
             output[:, :, block.rows] = _rows(out, length).to(output.dtype)
             lse[:, :, block.rows] = _rows(peak + mass.log(), length).squeeze(-1)
@@ -240,7 +240,7 @@ class _Tiled(torch.autograd.Function):
             log_mass = _tiles(lse.unsqueeze(-1), block.rows, heads, plan.tile)
             d_out = _tiles(grad, block.rows, heads, plan.tile).to(wide)
             share = logits.sub_(log_mass).exp_()  # e
-            credit = d_out @ flat_value[block.index].unsqueeze(3).transpose(-1, -2)
+            credit = _matmul(d_out, flat_value[block.index].transpose(-1, -2))
             credit = credit.sub_(_tiles(delta, block.rows, heads, plan.tile))
             where = block.index.flatten()
             if d_value is not None:
@@ -254,7 +254,7 @@ class _Tiled(torch.autograd.Function):
                 d_tau[:, :, block.rows] = -d_gate.sum(-1).flatten(2)[..., :length].to(scores.dtype)
             d_logits = credit.mul_(gate).mul_(plan.scaling)
             if d_query is not None:
-                part = d_logits @ flat_key[block.index].unsqueeze(3)
+                part = _matmul(d_logits, flat_key[block.index])
                 d_query[:, :, block.rows] = _rows(part, length).to(query.dtype)
             if d_key is not None:
                 queries = _tiles(query, block.rows, heads, plan.tile).to(wide)
@@ -274,6 +274,11 @@ class _Tiled(torch.autograd.Function):
 def _logits(query: Tensor, flat_key: Tensor, block: _Block, heads: int, plan: _Plan) -> tuple[Tensor, Tensor]:
     """Logits `[B, Hkv, n, G, tile, S]`, `-inf` where the gate is 0, and the gates `[B, Hkv, n, 1, tile, S]`."""
     queries = _tiles(query, block.rows, heads, plan.tile).to(flat_key.dtype)
-    logits = (queries @ flat_key[block.index].unsqueeze(3).transpose(-1, -2)).mul_(plan.scaling)
+    logits = _matmul(queries, flat_key[block.index].transpose(-1, -2)).mul_(plan.scaling)
     gate = block.gate.unsqueeze(3).to(logits.dtype)
     return logits.masked_fill_(gate == 0, -torch.inf), gate
+
+
+def _matmul(rows: Tensor, shared: Tensor) -> Tensor:
+    """`[B, Hkv, n, G, tile, X] @ [B, Hkv, n, X, Y]`, without a copy of `shared` for each of the G query heads."""
+    return (rows.flatten(3, 4) @ shared).unflatten(3, rows.shape[3:5])
