@@ -14,7 +14,7 @@ from accelerate.utils import tqdm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
-from hf_sparse.data import fingerprint
+from hf_sparse.data import check_chunks, fingerprint
 from hf_sparse.errors import DataError
 from hf_sparse.files import write_json
 from hf_sparse.finetune import checkpoint
@@ -205,9 +205,7 @@ def _chunks(dataset: Any) -> Tensor:
                 f"all chunks must have one length (pack the dataset first), got {min(lengths)} to {max(lengths)}"
             )
         dataset = torch.tensor([list(row) for row in rows])
-    if dataset.ndim != 2 or dataset.is_floating_point() or 0 in dataset.shape:
-        raise DataError(f"expected chunks [N, T] of token ids, got {tuple(dataset.shape)} {dataset.dtype}")
-    return dataset.long()
+    return dataset
 
 
 def _check(
@@ -218,6 +216,7 @@ def _check(
         raise ValueError(
             "the model has no sparse attention: use peft.get_peft_model(model, hf_sparse.SparseKConfig(...))"
         )
+    check_chunks(model, chunks)
     length, slots = chunks.shape[1], max(method.config.slots for method in methods)
     if length <= slots:
         raise DataError(
@@ -230,9 +229,6 @@ def _check(
             f"chunks of {length} tokens are too short for the objective `attention`, which needs {needed} (sinks + "
             f"window + {UNSETTLED + 2}); use longer chunks, or warm_start_steps=0"
         )
-    vocabulary = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-    if int(chunks.max()) >= vocabulary or int(chunks.min()) < 0:
-        raise DataError(f"token ids must lie in 0..{vocabulary - 1}, got {int(chunks.min())}..{int(chunks.max())}")
     active = {id(p) for method in methods for p in method.sparsek_scorer[method.active].parameters()}
     scorers = {name: p for name, p in model.named_parameters() if id(p) in active}
     for parameter in scorers.values():

@@ -1,7 +1,4 @@
-"""The command line. Each verb is a few lines around a function of `hf_sparse.workflow`, `hub` or `demo`.
-
-Nothing heavy is imported here: `--help` should not wait for torch.
-"""
+"""The command line. Each verb is a few lines around a function of `hf_sparse.workflow`, `hub` or `demo`."""
 
 import errno
 import sys

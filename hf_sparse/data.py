@@ -64,6 +64,26 @@ def select_chunks(chunks: Tensor, which: str | None) -> Tensor:
     return chosen
 
 
+def check_chunks(model: Any, chunks: Tensor) -> None:
+    """See that a model can read chunks of tokens.
+
+    Raises:
+        DataError: not `[N, T]` int64, nothing in them, longer than the model's positions, or tokens of another model.
+    """
+    if chunks.ndim != 2 or chunks.dtype != torch.int64 or 0 in chunks.shape:
+        raise DataError(f"expected chunks [N, T] of int64 tokens, got {chunks.dtype} {list(chunks.shape)}")
+    length = chunks.shape[1]
+    positions = getattr(model.config, "max_position_embeddings", length)
+    if length > positions:
+        raise DataError(f"chunks of {length} tokens are longer than the {positions} positions of the model")
+    vocabulary = model.get_input_embeddings().num_embeddings
+    if chunks.min() < 0 or chunks.max() >= vocabulary:
+        raise DataError(
+            f"tokens must be 0 to {vocabulary - 1}, got {int(chunks.min())} to {int(chunks.max())}: "
+            "was the text tokenised for another model?"
+        )
+
+
 def fingerprint(chunks: Tensor) -> str:
     """sha256 of the tokens, so that two measurements can be told to be of the same data."""
     return hashlib.sha256(chunks.contiguous().numpy().tobytes()).hexdigest()

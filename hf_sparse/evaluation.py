@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from hf_sparse import machine
-from hf_sparse.data import fingerprint
+from hf_sparse.data import check_chunks, fingerprint
 from hf_sparse.errors import DataError
 from hf_sparse.methods.sparsek import SparseKAttention, SparseKCacheLayer
 from hf_sparse.methods.sparsek.selection import POLICIES
@@ -240,7 +240,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _methods(model: nn.Module) -> list[SparseKAttention]:
-    methods = [method for method in methods_of(model) if isinstance(method, SparseKAttention)]
+    methods = methods_of(model)
     if not methods:
         raise ValueError(
             f"expected a model with sparse attention, got a {type(model).__name__} without; "
@@ -252,22 +252,12 @@ def _methods(model: nn.Module) -> list[SparseKAttention]:
 def _check(
     model: Any, chunks: Tensor, slots: int, selections: Sequence[str], batch_size: int, speed_tokens: int
 ) -> None:
-    if chunks.ndim != 2 or chunks.dtype != torch.int64 or len(chunks) == 0:
-        raise DataError(f"expected chunks [N, T] of int64 tokens, got {chunks.dtype} {list(chunks.shape)}")
+    check_chunks(model, chunks)
     length = chunks.shape[1]
     if length <= slots:
         raise DataError(
             f"nothing is evicted: the budget of {slots} slots (sinks + window + k) covers the whole text of {length} "
             "tokens; use longer chunks or a smaller budget"
-        )
-    positions = getattr(model.config, "max_position_embeddings", length)
-    if length > positions:
-        raise DataError(f"chunks of {length} tokens are longer than the {positions} positions of the model")
-    vocabulary = model.get_input_embeddings().num_embeddings
-    if chunks.min() < 0 or chunks.max() >= vocabulary:
-        raise DataError(
-            f"tokens must be 0 to {vocabulary - 1}, got {int(chunks.min())} to {int(chunks.max())}: "
-            "was the text tokenised for another model?"
         )
     unknown = [name for name in selections if name not in SELECTIONS]
     if unknown or not selections:

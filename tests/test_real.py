@@ -50,7 +50,7 @@ def test_prefill_and_decode_equal_one_forward(base, ids):
     for t in range(150, 200):
         output = model(ids[:, t : t + 1], past_key_values=cache)
         parts.append(output.logits)
-    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-3)
+    torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=2e-4)
 
 
 def test_the_scorers_are_a_small_part(base):

@@ -225,7 +225,7 @@ def test_model_patched_without_peft(tiny_llama, chunks):
 def test_refusals(sparse_llama, tiny_llama, chunks):
     with pytest.raises(DataError, match=r"chunks of 16 tokens cannot train a budget of 16 slots .* no gradient"):
         train(sparse_llama(), chunks[:, :16])
-    with pytest.raises(DataError, match=r"token ids must lie in 0..63, got 0..64"):
+    with pytest.raises(DataError, match=r"tokens must be 0 to 63, got 0 to 64"):
         train(sparse_llama(), chunks.clamp(min=1).where(chunks != 5, 64).where(chunks != 6, 0))
     with pytest.raises(DataError, match=r"expected chunks \[N, T\] of token ids, got \(96,\)"):
         train(sparse_llama(), chunks[0])
