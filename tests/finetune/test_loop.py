@@ -227,7 +227,7 @@ def test_refusals(sparse_llama, tiny_llama, chunks):
         train(sparse_llama(), chunks[:, :16])
     with pytest.raises(DataError, match=r"tokens must be 0 to 63, got 0 to 64"):
         train(sparse_llama(), chunks.clamp(min=1).where(chunks != 5, 64).where(chunks != 6, 0))
-    with pytest.raises(DataError, match=r"expected chunks \[N, T\] of token ids, got \(96,\)"):
+    with pytest.raises(DataError, match=r"expected chunks \[N, T\] of int64 tokens, got torch.int64 \[96\]"):
         train(sparse_llama(), chunks[0])
     with pytest.raises(DataError, match=r"one length .*, got 3 to 96"):
         train(sparse_llama(), datasets.Dataset.from_dict({"input_ids": [[1, 2, 3], chunks[0].tolist()]}))
