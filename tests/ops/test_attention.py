@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hf_sparse.ops import sparsek_attention
 from hf_sparse.ops.attention import tiled
+from hf_sparse.ops.attention.causal import causal_sparsek_attention
 from hf_sparse.ops.attention.dense import dense_sparsek_attention
-from hf_sparse.ops.attention.tiled import tiled_sparsek_attention
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -89,7 +89,7 @@ def assert_same(case: Case, tolerance: float, tile: int | None = None) -> None:
         return dense_sparsek_attention(*inputs, *case.positional())
 
     def tiles(*inputs):
-        return tiled_sparsek_attention(*inputs, *case.positional(), tile=tile)
+        return causal_sparsek_attention(*inputs, *case.positional(), tile=tile)
 
     expected, expected_gradients = run(dense, case)
     output, gradients = run(tiles, case)
@@ -226,7 +226,7 @@ def test_gradcheck():
     case = Case(queries=12, keys=16, dim=3, k=2, window=2, sinks=1, support=6)
     inputs = [tensor.clone().requires_grad_() for tensor in case.inputs]
     assert torch.autograd.gradcheck(
-        lambda *tensors: tiled_sparsek_attention(*tensors, *case.positional(), tile=5), inputs, eps=1e-7, atol=1e-6
+        lambda *tensors: causal_sparsek_attention(*tensors, *case.positional(), tile=5), inputs, eps=1e-7, atol=1e-6
     )
 
 
@@ -275,7 +275,7 @@ def test_bfloat16_is_as_close_as_the_dense_path(soft):
     expected, expected_gradients = run(lambda *t: dense_sparsek_attention(*t, *case.positional()), case)
     case.inputs = [tensor.to(torch.bfloat16) for tensor in case.inputs[:3]] + [case.inputs[3].float()]
     dense, dense_gradients = run(lambda *t: dense_sparsek_attention(*t, *case.positional()), case)
-    ours, gradients = run(lambda *t: tiled_sparsek_attention(*t, *case.positional()), case)
+    ours, gradients = run(lambda *t: causal_sparsek_attention(*t, *case.positional()), case)
     assert ours.dtype == torch.bfloat16
     for exact, reference, tensor in zip(
         [expected, *expected_gradients], [dense, *dense_gradients], [ours, *gradients], strict=True

@@ -11,7 +11,12 @@ window; scores do not depend on queries and are frozen, so a key that loses its 
 from the input changes nothing. That is why one function serves training, prefill, chunked prefill and decoding: the
 queries are the last `Tq` of `Tk` positions, and evicted keys are simply not there.
 
-Lou et al. 2024 (arXiv 2406.16747). Soft gates inside the softmax are ours: see `gates`.
+An encoder (`causal=False`) has every token at once, so the window reaches to both sides and the `k` best-scored keys
+of the whole row that are no sinks are selected, one set per KV head for all queries. A selected key may stand in the
+window of some query, and counts once there. A row of at most `k + window + sinks` tokens is dense attention here too.
+
+Lou et al. 2024 (arXiv 2406.16747) for the causal case. The bidirectional one, and soft gates inside the softmax (see
+`gates`), are ours.
 """
 
 from typing import Literal, get_args
@@ -20,8 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_sparse.ops.attention.bidirectional import bidirectional_sparsek_attention
+from hf_sparse.ops.attention.causal import causal_sparsek_attention
 from hf_sparse.ops.attention.dense import dense_sparsek_attention
-from hf_sparse.ops.attention.tiled import tiled_sparsek_attention
 
 Gates = Literal["hard", "soft"]
 Implementation = Literal["auto", "tiled", "dense"]
@@ -40,16 +46,18 @@ def sparsek_attention(
     gates: Gates = "hard",
     support: int | None = None,
     start: Tensor | None = None,
+    causal: bool = True,
     implementation: Implementation = "auto",
 ) -> Tensor:
-    """Attend to sinks, window and the `k` best-scored older keys.
+    """Attend to sinks, window and the `k` best-scored other keys.
 
     Args:
         query: `[B, Hq, Tq, D]`; the queries stand at the last `Tq` of the `Tk` positions.
         key, value: `[B, Hkv, Tk, D]` with `Hq` a multiple of `Hkv`, `Tq <= Tk`.
         scores: `[B, Hkv, Tk]` float32 or float64, one frozen score per key; of equal scores the lower index wins.
-        k: selected keys per query, at least 1.
-        window: most recent keys that are always attended, at least 1.
+        k: selected keys per query, at least 1; without causal order 0 is possible too, and leaves window and sinks.
+        window: most recent keys that are always attended, at least 1. Without causal order those from
+            `t - window // 2` to `t - window // 2 + window - 1`.
         sinks: first keys that are always attended, at least 0.
         scaling: multiplies the logits; `D ** -0.5` by default.
         gates: `"hard"` attends to exactly `k` selected keys (inference). `"soft"` (training) attends to the whole
@@ -57,8 +65,9 @@ def sparsek_attention(
             window and sinks have gate 1. The gradient reaches the scores through the gates.
         support: with soft gates, project onto the best `support` scores only (at least `k`), which keeps the cost
             linear while score scales are small; `None` is exact SparseK.
-        start: `[B]` int64, index of the first key of each row; earlier ones are padding, never attended. The output
-            of padded queries is finite and meaningless.
+        start: `[B]` int64, index of the first key of each row; earlier ones are padding, never attended, whatever they
+            hold (even NaN). The output of padded queries is finite and meaningless.
+        causal: whether a query sees the keys up to its own position, or all keys of its row (then `Tq = Tk`).
         implementation: `"dense"` builds `Tq x Tk` masks and is the reference; `"tiled"` gathers the keys of a tile of
             queries and is linear in `Tq`; `"auto"` is `"tiled"`, or torch's own dense attention where the budget
             covers the whole sequence (unless scores are trained: they get their gradient, 0, from `"tiled"`).
@@ -74,36 +83,50 @@ def sparsek_attention(
     for name, choice, known in (("gates", gates, Gates), ("implementation", implementation, Implementation)):
         if choice not in get_args(known):
             raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(known)))}, got {choice!r}")
-    _check(query, key, value, scores, k, window, sinks, support, start)
+    _check(query, key, value, scores, k, window, sinks, support, start, causal)
     if query.numel() == 0:
         return query.clone()
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    support = k if gates == "hard" else support
-    trains = gates == "soft" and scores.requires_grad
+    soft = gates == "soft" and k > 0
+    support = support if soft else k
+    trains = soft and scores.requires_grad
     device = query.device.type
     if torch.is_autocast_enabled(device):  # as autocast does for torch's own attention
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if start is not None:
+        key, value, scores = (_without_padding(tensor, start) for tensor in (key, value, scores))
+        query = _without_padding(query, start - (key.shape[2] - query.shape[2]))
     with torch.autocast(device, enabled=False):
         if implementation == "auto" and key.shape[2] <= k + window + sinks and not trains:
-            return _all_keys(query, key, value, scaling, start)
-        attend = dense_sparsek_attention if implementation == "dense" else tiled_sparsek_attention
-        return attend(query, key, value, scores, k, window, sinks, scaling, gates == "soft", support, start)
+            return _all_keys(query, key, value, scaling, start, causal)
+        arguments = (query, key, value, scores, k, window, sinks, scaling, soft, support, start)
+        if implementation == "dense":
+            return dense_sparsek_attention(*arguments, causal=causal)
+        return causal_sparsek_attention(*arguments) if causal else bidirectional_sparsek_attention(*arguments)
 
 
-def _all_keys(query: Tensor, key: Tensor, value: Tensor, scaling: float, start: Tensor | None) -> Tensor:
-    """Dense causal attention, by the kernel that the base model itself would use."""
+def _without_padding(tensor: Tensor, start: Tensor) -> Tensor:
+    """Zeros in place of padding `[B, H, T, ...]`: a weight of 0 times NaN would be NaN."""
+    padding = torch.arange(tensor.shape[2], device=tensor.device) < start[:, None, None]
+    return tensor.masked_fill(padding if tensor.ndim == 3 else padding[..., None], 0.0)
+
+
+def _all_keys(query: Tensor, key: Tensor, value: Tensor, scaling: float, start: Tensor | None, causal: bool) -> Tensor:
+    """Dense attention, by the kernel that the base model itself would use."""
     queries, keys = query.shape[2], key.shape[2]
+    index = torch.arange(keys, device=query.device)
     mask = None
-    if start is not None or 1 < queries < keys:
-        mask = torch.ones(queries, keys, dtype=torch.bool, device=query.device).tril(keys - queries)
-        if start is not None:
-            exists = torch.arange(keys, device=query.device) >= start[:, None]
-            # A padded query sees itself: its output is never used, but it must not be NaN.
-            mask = mask & (exists[:, None, None] | torch.eye(keys, dtype=torch.bool, device=query.device)[-queries:])
+    if causal and (start is not None or 1 < queries < keys):
+        mask = index <= index[keys - queries :, None]
+    if start is not None:
+        # A padded query sees itself, or the last key: its output is never used, but it must not be NaN.
+        exists = index >= start.clamp(max=keys - 1)[:, None, None, None]
+        mask = exists if mask is None else mask & (exists | (index == index[keys - queries :, None]))
     grouped = query.shape[1] != key.shape[1]
+    in_order = causal and mask is None and queries > 1
     return F.scaled_dot_product_attention(
-        query, key, value, mask, is_causal=mask is None and queries > 1, scale=scaling, enable_gqa=grouped
+        query, key, value, mask, is_causal=in_order, scale=scaling, enable_gqa=grouped
     )
 
 
@@ -117,6 +140,7 @@ def _check(
     sinks: int,
     support: int | None,
     start: Tensor | None,
+    causal: bool,
 ) -> None:
     if query.ndim != 4 or key.ndim != 4 or key.shape != value.shape:
         shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
@@ -127,13 +151,17 @@ def _check(
             "query and key must share B and D, Hq must be a multiple of Hkv and Tq at most Tk, "
             f"got query {tuple(query.shape)} and key {tuple(key.shape)}"
         )
+    if not causal and queries != key.shape[2]:
+        raise ValueError(
+            f"without causal order every token is query and key: Tq must be Tk, got {queries} and {key.shape[2]}"
+        )
     if scores.shape != key.shape[:3]:
         raise ValueError(f"scores must be [B, Hkv, Tk] = {tuple(key.shape[:3])}, got {tuple(scores.shape)}")
     if scores.dtype not in (torch.float32, torch.float64):
         raise ValueError(f"scores must be float32 or float64 (bfloat16 makes most of them tie), got {scores.dtype}")
     if start is not None and start.shape != (batch,):
         raise ValueError(f"start must be [B] = ({batch},), got {tuple(start.shape)}")
-    for name, number, least in (("k", k, 1), ("window", window, 1), ("sinks", sinks, 0)):
+    for name, number, least in (("k", k, 1 if causal else 0), ("window", window, 1), ("sinks", sinks, 0)):
         if number < least:
             raise ValueError(f"{name} must be at least {least}, got {number}")
     if support is not None and support < k:

@@ -18,6 +18,7 @@ def dense_sparsek_attention(
     soft: bool,
     support: int | None,
     start: Tensor | None,
+    causal: bool = True,
 ) -> Tensor:
     """See `sparsek_attention`, which checks the arguments."""
     batch, heads, queries, dim = query.shape
@@ -27,16 +28,24 @@ def dense_sparsek_attention(
     first = index.new_zeros(batch) if start is None else start
     first = first[:, None, None, None]  # [B, 1, 1, 1]
 
-    exists = (index >= first) & (index <= position)
-    near = exists & ((index > position - window) | (index < first + sinks))
-    eligible = exists & ~near  # [B, 1, Tq, Tk]
+    sink = index < first + sinks
+    if causal:
+        exists = (index >= first) & (index <= position)
+        near = exists & ((index > position - window) | sink)
+        eligible = exists & ~near  # [B, 1, Tq, Tk]
+    else:
+        exists = (index >= first).expand(-1, -1, queries, -1)
+        begin = position - window // 2
+        fits = keys - first <= sinks + window + k
+        near = exists & (((index >= begin) & (index < begin + window)) | sink | fits)
+        eligible = exists & ~sink
 
-    old = scores[:, :, None].masked_fill(~eligible, -torch.inf)  # [B, Hkv, Tq, Tk]
+    scored = scores[:, :, None].masked_fill(~eligible, -torch.inf)  # [B, Hkv, Tq, Tk]
     if support is not None:
-        order = old.detach().argsort(dim=-1, descending=True, stable=True)
+        order = scored.detach().argsort(dim=-1, descending=True, stable=True)
         place = torch.empty_like(order).scatter_(-1, order, index.expand_as(order))
-        old = old.masked_fill(place >= support, -torch.inf)
-    gate = sparsek(old, k) if soft else (old > -torch.inf).to(old.dtype)
+        scored = scored.masked_fill(place >= support, -torch.inf)
+    gate = sparsek(scored, k) if soft else (scored > -torch.inf).to(scored.dtype)
     gate = torch.where(near, torch.ones_like(gate), gate)
 
     wide = torch.promote_types(query.dtype, torch.float32)
