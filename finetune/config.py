@@ -12,9 +12,10 @@ class FinetuneConfig:
     """Settings of `finetune`. The defaults are the recipe that was measured (model_cards/).
 
     Attributes:
-        objective: `"distill"`: KL from the same model with sparse attention off. `"lm"`: next-token loss.
-            `"attention"`: regress the scores on the log of the dense attention that keys receive from queries outside
-            the window.
+        objective: `"distill"`: KL from the same model with sparse attention off (of a masked language model, at the
+            hidden tokens); of a model without a language modelling head, 1 - cosine between their last hidden states
+            and between the means of these. `"lm"`: the loss of the language modelling head. `"attention"`: regress the
+            scores on the log of the dense attention that keys receive from queries outside the window.
         steps: optimiser steps of the objective.
         warm_start_steps: optimiser steps of `"attention"` before `"distill"` or `"lm"`.
         batch_size: chunks per step and process.
@@ -22,7 +23,8 @@ class FinetuneConfig:
         learning_rate: AdamW's peak; linear warm-up over `warmup_steps`, then linear decay to 0, in each stage.
         weight_decay: AdamW's.
         max_grad_norm: gradients are clipped to this norm.
-        seed: order of the chunks. Nothing else is random; on CUDA, sums in another order still differ in the last bits
+        seed: order of the chunks (and, from the command line, which tokens are hidden from a masked language model).
+            Nothing else is random; on CUDA, sums in another order still differ in the last bits
             unless `torch.use_deterministic_algorithms(True)` is set.
         mixed_precision: accelerate's `"bf16"`, or `"no"`: the dtype in which the model was loaded. Scores, gates and
             thresholds are float32 in any case.

@@ -14,7 +14,7 @@ from accelerate.utils import tqdm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
-from hf_sparse.data import check_chunks, fingerprint
+from hf_sparse.data import check_chunks, fingerprint, tensors
 from hf_sparse.errors import DataError
 from hf_sparse.files import write_json
 from hf_sparse.finetune import checkpoint
@@ -24,6 +24,7 @@ from hf_sparse.machine import describe
 from hf_sparse.methods.sparsek import SparseKAttention
 from hf_sparse.ops import sparsek
 from hf_sparse.patches import methods_of
+from hf_sparse.tasks import kind_of
 
 
 def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = None) -> dict[str, Any]:
@@ -32,7 +33,8 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
     Args:
         model: what `peft.get_peft_model` returned, or a model patched by `hf_sparse.patch` whose other parameters are
             frozen.
-        dataset: packed chunks, `[N, T]` int64, or a `datasets.Dataset` with a column `input_ids` of equal lengths.
+        dataset: packed chunks, `[N, T]` int64, or a mapping or `datasets.Dataset` with `input_ids` of equal lengths. A
+            masked language model needs `labels` as well, see `hf_sparse.data.mask_tokens`.
         config: settings; the defaults are the measured recipe.
 
     Returns:
@@ -41,16 +43,18 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
 
     Raises:
         DataError: chunks that cannot train this model.
-        ValueError: parameters other than the scorers' would be trained, or the loss is not finite.
+        ValueError: parameters other than the scorers' would be trained, the model has no such objective, or the loss is
+            not finite.
 
     Gradient checkpointing of the base model is not used.
     """
     config = config or FinetuneConfig()
-    chunks = _chunks(dataset)
     methods = methods_of(model)
-    scorers = _check(model, methods, chunks, config)
+    chunks, labels = tensors(model, dataset)
+    scorers = _check(model, methods, chunks, labels, config)
+    objectives = OBJECTIVES[kind_of(model)]
     output = Path(config.output_dir) if config.output_dir else None
-    identity = config.settings() | {"chunks": fingerprint(chunks), "adapter": _adapter(methods)}
+    identity = config.settings() | {"chunks": fingerprint(chunks, labels), "adapter": _adapter(methods)}
     restart = checkpoint.latest(output) if output and config.resume else None
     state: dict[str, Any] = checkpoint.load_state(restart) if restart else {"step": 0, "history": [], "seconds": 0.0}
     if restart and state["settings"] != identity:
@@ -70,9 +74,8 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
         optimizer = accelerator.prepare_optimizer(plain)
         per_step = config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
         order = _Shuffled(len(chunks), config.seed, start=state["step"] * per_step)
-        batches = iter(
-            accelerator.prepare_data_loader(DataLoader(TensorDataset(chunks), config.batch_size, sampler=order))
-        )
+        rows = TensorDataset(chunks) if labels is None else TensorDataset(chunks, labels)
+        batches = iter(accelerator.prepare_data_loader(DataLoader(rows, config.batch_size, sampler=order)))
         plan = [(stage, step, steps) for stage, steps in config.stages for step in range(steps)]
         history: list[dict[str, Any]] = state["history"]
         began = time.perf_counter() - state["seconds"]
@@ -92,7 +95,7 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
                 with _supports(methods, support if logged else None):
                     for _ in range(config.gradient_accumulation_steps):
                         with accelerator.accumulate(prepared):
-                            loss = OBJECTIVES[objective](prepared, next(batches)[0])
+                            loss = objectives[objective](prepared, *next(batches))
                             if not torch.isfinite(loss):
                                 raise ValueError(
                                     f"the loss of step {number + 1} ({objective}) is {loss.item()}; the scorers are "
@@ -191,32 +194,25 @@ class _Shuffled(Sampler[int]):
             epoch, skip = epoch + 1, 0
 
 
-def _chunks(dataset: Any) -> Tensor:
-    if not isinstance(dataset, Tensor):
-        try:
-            rows = dataset["input_ids"]
-        except (KeyError, TypeError, ValueError) as error:
-            raise DataError(
-                f"expected chunks [N, T] or a dataset with `input_ids`, got {type(dataset).__name__}"
-            ) from error
-        lengths = {len(row) for row in rows}
-        if len(lengths) > 1:
-            raise DataError(
-                f"all chunks must have one length (pack the dataset first), got {min(lengths)} to {max(lengths)}"
-            )
-        dataset = torch.tensor([list(row) for row in rows])
-    return dataset
-
-
 def _check(
-    model: nn.Module, methods: list[SparseKAttention], chunks: Tensor, config: FinetuneConfig
+    model: nn.Module,
+    methods: list[SparseKAttention],
+    chunks: Tensor,
+    labels: Tensor | None,
+    config: FinetuneConfig,
 ) -> dict[str, nn.Parameter]:
     """The scorers' parameters by name, once everything fits."""
     if not methods:
         raise ValueError(
             "the model has no sparse attention: use peft.get_peft_model(model, hf_sparse.SparseKConfig(...))"
         )
-    check_chunks(model, chunks)
+    kind = kind_of(model)
+    if config.objective not in OBJECTIVES[kind]:
+        raise ValueError(
+            f"the objective {config.objective!r} needs a model with a language modelling head, which this has not; "
+            f"choose one of {', '.join(OBJECTIVES[kind])}"
+        )
+    check_chunks(model, chunks, labels)
     length, slots = chunks.shape[1], max(method.config.slots for method in methods)
     if length <= slots:
         raise DataError(
@@ -224,7 +220,7 @@ def _check(
             "kept, so there would be no gradient; use longer chunks or a smaller budget"
         )
     needed = max(method.config.sinks + method.config.window for method in methods) + UNSETTLED + 2
-    if config.stages[0][0] == "attention" and length < needed:
+    if methods[0].causal and config.stages[0][0] == "attention" and length < needed:
         raise DataError(
             f"chunks of {length} tokens are too short for the objective `attention`, which needs {needed} (sinks + "
             f"window + {UNSETTLED + 2}); use longer chunks, or warm_start_steps=0"
@@ -296,7 +292,8 @@ class _supports:
     def _measure(self, method: SparseKAttention) -> Any:
         def hook(module: nn.Module, args: Any, scores: Tensor) -> None:
             config, into = method.config, self.into
-            eligible = scores.detach()[..., config.sinks : scores.shape[-1] - config.window]
+            end = scores.shape[-1] - (config.window if method.causal else 0)
+            eligible = scores.detach()[..., config.sinks : end]
             if config.soft_support is not None:
                 eligible = eligible.topk(min(config.soft_support, eligible.shape[-1])).values
             if into is not None:

@@ -1,7 +1,12 @@
-"""What is minimised. Each objective takes the model and a batch of chunks `[B, T]` and returns a scalar loss."""
+"""What is minimised, for each kind of model.
 
-from collections.abc import Callable, Iterator
+Each objective takes the model and a batch, and returns a scalar loss. A batch is chunks `[B, T]`; of a masked language
+model, chunks with hidden tokens, and their labels `[B, T]`.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -9,10 +14,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hf_sparse.data import IGNORED
 from hf_sparse.finetune.config import Objective
 from hf_sparse.methods.sparsek import SparseKAttention
 from hf_sparse.ops.attention.mass import far_attention_mass
 from hf_sparse.patches import methods_of
+from hf_sparse.tasks import Kind, final_states, pooled
 
 _ROWS = 1024  # tokens whose float32 logits are held at once
 
@@ -25,19 +32,51 @@ def distill(model: nn.Module, chunks: Tensor) -> Tensor:
     with torch.no_grad(), switched_off(model):
         teacher = model(input_ids=chunks, use_cache=False).logits
     student = model(input_ids=chunks, use_cache=False).logits
-    return _mean_over_tokens(_divergence, student, teacher)
+    return _mean_over_tokens(_divergence, student.flatten(0, 1), teacher.flatten(0, 1))
 
 
 def lm(model: nn.Module, chunks: Tensor) -> Tensor:
     """Next-token cross-entropy."""
     logits = model(input_ids=chunks, use_cache=False).logits[:, :-1]
-    return _mean_over_tokens(_cross_entropy, logits, chunks[:, 1:])
+    return _mean_over_tokens(_cross_entropy, logits.flatten(0, 1), chunks[:, 1:].flatten())
 
 
-def attention(model: nn.Module, chunks: Tensor) -> Tensor:
+def masked_distill(model: nn.Module, chunks: Tensor, labels: Tensor) -> Tensor:
+    """KL(dense teacher || sparse student) per hidden token.
+
+    Where nothing is hidden, a masked language model repeats what it sees: agreement there is cheap and would drown
+    the positions that need context.
+    """
+    hidden = labels != IGNORED
+    with torch.no_grad(), switched_off(model):
+        teacher = model(input_ids=chunks).logits[hidden]
+    student = model(input_ids=chunks).logits[hidden]
+    return _mean_over_tokens(_divergence, student, teacher)
+
+
+def masked_lm(model: nn.Module, chunks: Tensor, labels: Tensor) -> Tensor:
+    """Cross-entropy of the hidden tokens."""
+    hidden = labels != IGNORED
+    return _mean_over_tokens(_cross_entropy, model(input_ids=chunks).logits[hidden], labels[hidden])
+
+
+def feature_distill(model: nn.Module, chunks: Tensor) -> Tensor:
+    """1 - cosine between sparse and dense last hidden states, per token, plus that of their means over the text."""
+    with torch.no_grad(), switched_off(model):
+        teacher = final_states(model, chunks).float()
+    student = final_states(model, chunks).float()
+    tokens = 1 - F.cosine_similarity(student, teacher, dim=-1)
+    texts = 1 - F.cosine_similarity(pooled(student), pooled(teacher), dim=-1)
+    return tokens.mean() + texts.mean()
+
+
+def attention(model: nn.Module, chunks: Tensor, labels: Tensor | None = None, **options: Any) -> Tensor:
     """Mean squared error of scores against log far-attention mass, both centred; the mean over layers.
 
     The forward is dense, so the layers are independent and nothing but the scorers is differentiated.
+
+    Args:
+        **options: for the model's forward.
     """
     losses: list[Tensor] = []
     methods = methods_of(model)
@@ -45,9 +84,10 @@ def attention(model: nn.Module, chunks: Tensor) -> Tensor:
     def observe(method: SparseKAttention) -> Any:
         def observer(query: Tensor, key: Tensor, scores: Tensor, scaling: float) -> None:
             config = method.config
-            mass = far_attention_mass(query, key, window=config.window, scaling=scaling)
-            length = scores.shape[-1]
-            settled = slice(config.sinks, max(config.sinks + 1, length - config.window - UNSETTLED))
+            mass = far_attention_mass(query, key, window=config.window, scaling=scaling, causal=method.causal)
+            # In both directions, every key is far from about as many queries.
+            unsettled = config.window + UNSETTLED if method.causal else 0
+            settled = slice(config.sinks, max(config.sinks + 1, scores.shape[-1] - unsettled))
             target = (mass[..., settled] + 1e-6).log()
             found = scores[..., settled]
             error = (found - found.mean(-1, keepdim=True)) - (target - target.mean(-1, keepdim=True))
@@ -58,17 +98,21 @@ def attention(model: nn.Module, chunks: Tensor) -> Tensor:
     try:
         for method in methods:
             method.observer = observe(method)
-        model(input_ids=chunks, use_cache=False, logits_to_keep=1)
+        model(input_ids=chunks, **options)
     finally:
         for method in methods:
             method.observer = None
     return torch.stack(losses).mean()
 
 
-OBJECTIVES: dict[Objective, Callable[[nn.Module, Tensor], Tensor]] = {
-    "distill": distill,
-    "lm": lm,
-    "attention": attention,
+OBJECTIVES: Mapping[Kind, dict[Objective, Callable[..., Tensor]]] = {
+    "causal": {
+        "distill": distill,
+        "lm": lm,
+        "attention": partial(attention, use_cache=False, logits_to_keep=1),
+    },
+    "masked": {"distill": masked_distill, "lm": masked_lm, "attention": attention},
+    "features": {"distill": feature_distill, "attention": attention},
 }
 
 
@@ -86,8 +130,7 @@ def switched_off(model: nn.Module) -> Iterator[None]:
 
 
 def _mean_over_tokens(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor) -> Tensor:
-    """Mean of a summed loss over tokens, some rows at a time, so that few of them are float32 at once."""
-    logits, target = logits.flatten(0, 1), target.flatten(0, 1)
+    """Mean of a summed loss over tokens `[N, V]`, some rows at a time, so that few of them are float32 at once."""
     parts = [
         checkpoint(loss, logits[i : i + _ROWS], target[i : i + _ROWS], use_reentrant=False)
         for i in range(0, len(logits), _ROWS)

@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import find_adapter_config_file
 
 from hf_sparse.demo import BASE_NAME, CHECKPOINT
 from hf_sparse.errors import AdapterMismatchError, HubError
 from hf_sparse.methods.sparsek.config import PEFT_TYPE
+from hf_sparse.tasks import task_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -32,6 +33,7 @@ class Adapter:
         config: its `SparseKConfig`.
         base_model: name of its base model, `"demo"` for the bundled checkpoint, `None` if it has none.
         shapes: shape of every tensor by key.
+        model_class: name of the class that it was trained on, if it says.
     """
 
     folder: Path
@@ -39,6 +41,7 @@ class Adapter:
     config: Any
     base_model: str | None
     shapes: dict[str, tuple[int, ...]]
+    model_class: str | None
 
 
 def resolve_base(name: str) -> str:
@@ -69,6 +72,11 @@ def read_adapter(folder: Path, source: str) -> Adapter:
         name = config.base_model_name_or_path or None
         if name is not None and Path(name).resolve() == CHECKPOINT.resolve():
             name = BASE_NAME
+        # PEFT notes the class where a configuration has no `task_type`. Ours has none: for some of them PEFT would
+        # train and save the model's classifier as well.
+        model_class = dict(config.auto_mapping or {}).get("base_model_class")
+        if not isinstance(model_class, str | None):
+            raise TypeError(f"auto_mapping names the class {model_class!r}")
     except (ValueError, TypeError) as error:
         raise HubError(f"{CONFIG} of {source} is damaged: {error}") from error
     try:
@@ -76,27 +84,28 @@ def read_adapter(folder: Path, source: str) -> Adapter:
             shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise HubError(f"{WEIGHTS} of {source} is damaged: {error}") from error
-    return Adapter(folder, source, config, name, shapes)
+    return Adapter(folder, source, config, name, shapes, model_class)
 
 
-def skeleton_of(name: str, **options: Any) -> PreTrainedModel:
+def skeleton_of(name: str, model_class: str | None = None, **options: Any) -> PreTrainedModel:
     """A base model without weights, made from nothing but its config.json.
 
     Args:
         name: what `resolve_base` takes.
+        model_class: see `hf_sparse.tasks.task_of`.
         **options: where to find it: `revision`, `token`, `cache_dir`, `local_files_only`.
 
     Raises:
         HubError: the base model is an adapter itself.
         OSError: transformers cannot read its configuration.
-        ValueError: it needs code from its repository, or is no causal language model.
+        ValueError: it needs code from its repository, or transformers has no class for its task.
     """
     config = AutoConfig.from_pretrained(resolve_base(name), trust_remote_code=False, **options)
     # transformers would put that adapter on the base without a word, from a pickle if that is what there is.
     if find_adapter_config_file(resolve_base(name), **options) is not None:
         raise HubError(f"the base model {name!r} holds an adapter itself; load it yourself and pass it as base_model=")
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        return task_of(config, model_class).auto.from_config(config, trust_remote_code=False)
 
 
 def check_fit(adapter: Adapter, skeleton: PreTrainedModel, base: str) -> None:

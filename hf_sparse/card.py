@@ -7,21 +7,49 @@ from huggingface_hub import ModelCardData
 
 from hf_sparse.demo import BASE_NAME
 from hf_sparse.errors import DataError
+from hf_sparse.metrics import metric_of
+from hf_sparse.tasks import Kind, attends_both_ways, task_of_class
 
-TAGS = ["hf-sparse", "sparsek", "sparse-attention", "kv-cache", "long-context"]
+TAGS = ["hf-sparse", "sparsek", "sparse-attention"]
+GENERATION_TAGS = ["kv-cache", "long-context"]
 
-_OBJECTIVES = {
-    "distill": "The objective was the KL divergence from the same model with dense attention (self-distillation).",
-    "attention": "The objective was to predict, for each key, the dense attention that it receives from far queries.",
-    "lm": "The objective was the next-token loss.",
+_ATTENTION = "The objective was to predict, for each key, the dense attention that it receives from far queries."
+_OBJECTIVES: dict[Kind, dict[str, str]] = {
+    "causal": {
+        "distill": "The objective was the KL divergence from the same model with dense attention (self-distillation).",
+        "attention": _ATTENTION,
+        "lm": "The objective was the next-token loss.",
+    },
+    "masked": {
+        "distill": "The objective was the KL divergence from the same model with dense attention (self-distillation), "
+        "at hidden tokens.",
+        "attention": _ATTENTION,
+        "lm": "The objective was the loss of hidden tokens.",
+    },
+    "features": {
+        "distill": "The objective was the cosine distance of the last hidden states, and of their means, from those of "
+        "the same model with dense attention (self-distillation).",
+        "attention": _ATTENTION,
+    },
 }
 
 #: Selections of eval.json in the order of the table; `{}` is the number of slots.
 _ROWS = {
     "dense": "all (dense attention of the base model)",
-    "learned": "**{}: window, sinks, and the best-scored older ones (this adapter)**",
+    "learned": "**{}: window, sinks, and the best-scored {} ones (this adapter)**",
     "recency": "{}: the most recent ones, and sinks",
-    "random": "{}: window, sinks, and older ones at random",
+    "window": "{}: the nearest ones, and sinks",
+    "random": "{}: window, sinks, and {} ones at random",
+}
+
+#: A text in Python, and what to do with its tokens.
+_EXAMPLES: dict[Kind, tuple[str, str]] = {
+    "causal": ('"Once upon a time"', "print(tokenizer.decode(model.generate(**tokens, max_new_tokens=64)[0]))"),
+    "masked": (
+        'f"Once upon a {tokenizer.mask_token}."',
+        "print(tokenizer.decode(model(**tokens).logits[0].argmax(-1)))",
+    ),
+    "features": ('"Once upon a time"', "states = model(**tokens, output_hidden_states=True).hidden_states[-1]"),
 }
 
 
@@ -34,6 +62,7 @@ def render(
     evaluation: dict[str, Any] | None = None,
     training: dict[str, Any] | None = None,
     figure: str = "quality.png",
+    model_class: str | None = None,
 ) -> str:
     """README.md of an adapter's repository.
 
@@ -45,19 +74,22 @@ def render(
         evaluation: content of eval.json; without it the card says that nothing was measured.
         training: content of finetune.json; without it the card says so.
         figure: name of the figure file, shown if there is an evaluation.
+        model_class: the class that the adapter was made for; by default a causal language model's.
 
     Raises:
         DataError: a measurement lacks something that the card shows.
     """
     from jinja2 import Environment, StrictUndefined, UndefinedError
 
+    task = task_of_class(model_class)
+    encoder = attends_both_ways((config.base_shape or {}).get("model_type"), task)
     on_hub = base_model not in (None, BASE_NAME)
     data = ModelCardData(
         base_model=base_model if on_hub else None,
         base_model_relation="adapter" if on_hub else None,
         library_name="peft",
-        pipeline_tag="text-generation",
-        tags=TAGS,
+        pipeline_tag=task.pipeline,
+        tags=TAGS if encoder else TAGS + GENERATION_TAGS,
     )
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     environment.globals.update(change=_change, count=_count, machine=_machine)
@@ -65,6 +97,9 @@ def render(
     try:
         text = template.render(
             config=config,
+            encoder=encoder,
+            example=_EXAMPLES[task.kind],
+            metric=metric_of(evaluation or {}),
             name=repo_id.split("/")[-1],
             repo_id=repo_id,
             parameters=parameters,
@@ -72,8 +107,8 @@ def render(
             figure=figure,
             evaluation=evaluation,
             training=training,
-            rows={name: label.format(config.slots) for name, label in _ROWS.items()},
-            objective=_OBJECTIVES[training["objective"]] if training else "",
+            rows={name: label.format(config.slots, "other" if encoder else "older") for name, label in _ROWS.items()},
+            objective=_OBJECTIVES[task.kind][training["objective"]] if training else "",
             versions=_versions(evaluation or training),
             **_base(repo_id, base_model),
         )

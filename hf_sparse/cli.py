@@ -68,7 +68,10 @@ def options(
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of an adapter, made by `hf-sparse patch`.")]
 Texts = Annotated[list[Path] | None, typer.Option("--text", metavar="FILE", help="UTF-8 text; may be repeated.")]
-Length = Annotated[int, typer.Option(help="Tokens per chunk; more than the slots.")]
+Length = Annotated[
+    int | None,
+    typer.Option(help="Tokens per chunk, more than the slots; by default 2048, or the model's context if shorter."),
+]
 Chunks = Annotated[str | None, typer.Option(metavar="START:STOP", help="Only these chunks of the text.")]
 OnDevice = Annotated[Device, typer.Option(help="auto: CUDA where there is a GPU.")]
 OfDtype = Annotated[
@@ -88,8 +91,15 @@ def patch(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id or folder; `demo` is the bundled checkpoint.")],
     output: Annotated[Path, typer.Option(metavar="DIR", help="Where the adapter goes.")],
     method: Annotated[Literal["sparsek"], typer.Option(help="The sparse attention method.")] = "sparsek",
-    k: Annotated[int, typer.Option("--k", help="Older keys kept per KV head: the best-scored.")] = 124,
-    window: Annotated[int, typer.Option(help="Most recent keys, always attended.")] = 128,
+    k: Annotated[
+        int,
+        typer.Option(
+            "--k", help="Keys kept per KV head: the best-scored of those that are older, or in an encoder of all."
+        ),
+    ] = 124,
+    window: Annotated[
+        int, typer.Option(help="Most recent keys, in an encoder the nearest on both sides, always attended.")
+    ] = 128,
     sinks: Annotated[int, typer.Option(help="First keys, always attended.")] = 4,
     scorer: Annotated[Literal["linear", "mlp"], typer.Option(help="What scores the keys.")] = "linear",
     layers: Annotated[
@@ -121,8 +131,8 @@ def patch(
     ).get_nb_trainable_parameters()
     console = Console()
     console.print(
-        f"{trainable:,} trainable parameters of {total:,} ({trainable / total:.3%}); {config.slots} KV slots per head: "
-        f"{sinks} sinks, window {window}, {k} selected",
+        f"{trainable:,} trainable parameters of {total:,} ({trainable / total:.3%}); {config.slots} keys per query and "
+        f"KV head: {sinks} sinks, window {window}, {k} selected",
         soft_wrap=True,
     )
     _wrote(console, output, "untrained adapter")
@@ -139,15 +149,15 @@ def finetune(
     steps: Annotated[int, typer.Option(help="Optimiser steps of the objective.")] = 300,
     objective: Annotated[
         Literal["distill", "attention", "lm"],
-        typer.Option(help="distill: KL from dense attention. attention: regress its mass. lm: next token."),
+        typer.Option(help="distill: stay close to dense attention. attention: regress its mass. lm: predict tokens."),
     ] = "distill",
     warm_start_steps: Annotated[int, typer.Option(help="Steps of `attention` before the others.")] = 40,
-    length: Length = 2048,
+    length: Length = None,
     chunks: Chunks = None,
     batch_size: Annotated[int, typer.Option(help="Chunks per step.")] = 2,
     gradient_accumulation_steps: Annotated[int, typer.Option(help="Batches per optimiser step.")] = 1,
     learning_rate: Annotated[float, typer.Option(help="Peak of the schedule.")] = 2e-2,
-    seed: Annotated[int, typer.Option(help="Of the order of the chunks.")] = 0,
+    seed: Annotated[int, typer.Option(help="Of the order of the chunks, and of hidden tokens.")] = 0,
     mixed_precision: Annotated[Literal["no", "bf16"], typer.Option(help="Accelerate's.")] = "no",
     checkpoint_every: Annotated[int, typer.Option(metavar="N", help="Steps between checkpoints; 0: none.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in DIR.")] = False,
@@ -205,7 +215,7 @@ def finetune(
 def evaluate(
     folder: Folder,
     text: Texts = None,
-    length: Length = 2048,
+    length: Length = None,
     chunks: Chunks = None,
     batch_size: Annotated[int, typer.Option(help="Chunks at a time.")] = 1,
     device: OnDevice = "auto",

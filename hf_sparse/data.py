@@ -5,9 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_sparse.errors import DataError
+from hf_sparse.tasks import kind_of
+
+IGNORED = -100  # the label of a token that is not to be predicted, as everywhere in transformers
+_MASKED_SHARE = 0.15
 
 
 def read_text(path: str | Path) -> str:
@@ -28,8 +32,12 @@ def read_text(path: str | Path) -> str:
     return text
 
 
-def pack(tokenizer: Any, text: str, length: int) -> Tensor:
-    """Tokenise a text whole, without special tokens, and cut it into chunks; the rest that fills none is dropped.
+def pack(tokenizer: Any, text: str, length: int, *, special_tokens: bool = False) -> Tensor:
+    """Tokenise a text whole and cut it into chunks; the rest that fills none is dropped.
+
+    Args:
+        special_tokens: begin every chunk with the tokenizer's `cls_token` and end it with its `sep_token`, as encoders
+            know them; a tokenizer that has none adds none.
 
     Returns:
         `[N, length]` int64, N at least 1.
@@ -37,13 +45,97 @@ def pack(tokenizer: Any, text: str, length: int) -> Tensor:
     Raises:
         DataError: fewer than `length` tokens.
     """
-    if length < 2:
-        raise DataError(f"length must be at least 2 tokens, got {length}")
+    first, last = (tokenizer.cls_token_id, tokenizer.sep_token_id) if special_tokens else (None, None)
+    own = length - (first is not None) - (last is not None)
+    if own < 2:
+        raise DataError(f"length must be at least {2 + length - own} tokens, got {length}")
     # The length of the text is the point here: no warning that it exceeds the model's.
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if len(ids) < length:
-        raise DataError(f"the text has {len(ids)} tokens, fewer than one chunk of {length}")
-    return torch.tensor(ids[: len(ids) // length * length]).view(-1, length)
+    if len(ids) < own:
+        raise DataError(f"the text has {len(ids)} tokens, fewer than one chunk of {own}")
+    chunks = torch.tensor(ids[: len(ids) // own * own]).view(-1, own)
+    ends = [None if token is None else chunks.new_full((len(chunks), 1), token) for token in (first, last)]
+    return torch.cat([part for part in (ends[0], chunks, ends[1]) if part is not None], 1)
+
+
+def mask_tokens(tokenizer: Any, chunks: Tensor, *, seed: int = 0, corrupt: bool = False) -> dict[str, Tensor]:
+    """Hide 15 % of the tokens of each chunk, for a masked language model to find again.
+
+    Which ones follows from the seed and the number of the chunk alone; special tokens are never among them.
+
+    Args:
+        tokenizer: has a `mask_token`.
+        chunks: `[N, T]` int64.
+        seed: another one hides others.
+        corrupt: of the hidden tokens, 10 % become any other token and 10 % stay, as in BERT's training (Devlin et al.
+            2018). Otherwise all become the mask.
+
+    Returns:
+        `input_ids` `[N, T]` with hidden tokens, and `labels` `[N, T]`: what they were, and -100 elsewhere.
+
+    Raises:
+        DataError: a tokenizer without a mask token, or a chunk of nothing but special tokens.
+    """
+    if tokenizer.mask_token_id is None:
+        raise DataError(
+            f"the tokenizer has no mask token, which a masked language model needs: {tokenizer.name_or_path}"
+        )
+    ordinary = ~torch.isin(chunks, torch.tensor(tokenizer.all_special_ids))
+    if not ordinary.any(1).all():
+        raise DataError(f"chunk {int(ordinary.any(1).int().argmin())} holds nothing but special tokens")
+    inputs, labels = chunks.clone(), torch.full_like(chunks, IGNORED)
+    for number, candidates in enumerate(ordinary):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        places = candidates.nonzero().squeeze(1)
+        count = max(1, round(_MASKED_SHARE * len(places)))
+        hidden = places[torch.randperm(len(places), generator=generator)[:count]]
+        labels[number, hidden] = chunks[number, hidden]
+        inputs[number, hidden] = tokenizer.mask_token_id
+        if corrupt:
+            fate = torch.rand(count, generator=generator)
+            other = torch.randint(len(tokenizer), (count,), generator=generator)
+            inputs[number, hidden[fate < 0.2]] = other[fate < 0.2]
+            inputs[number, hidden[fate < 0.1]] = chunks[number, hidden[fate < 0.1]]
+    return {"input_ids": inputs, "labels": labels}
+
+
+def tensors(model: nn.Module, dataset: Any) -> tuple[Tensor, Tensor | None]:
+    """Tokens `[N, T]`, and labels `[N, T]` where the model is a masked language model, of anything that holds them.
+
+    Args:
+        dataset: chunks, or a mapping or `datasets.Dataset` with `input_ids` (and `labels`) of equal lengths.
+
+    Raises:
+        DataError: it does not hold them.
+    """
+    masked = kind_of(model) == "masked"
+    if isinstance(dataset, Tensor):
+        if masked:
+            raise DataError(
+                "a masked language model needs chunks with hidden tokens and their labels: "
+                "hf_sparse.data.mask_tokens(tokenizer, chunks) makes them"
+            )
+        return dataset, None
+    tokens = _column(dataset, "input_ids")
+    labels = _column(dataset, "labels") if masked else None
+    if labels is not None and labels.shape != tokens.shape:
+        raise DataError(f"labels must be as many as the tokens, got {list(labels.shape)} and {list(tokens.shape)}")
+    return tokens, labels
+
+
+def _column(dataset: Any, name: str) -> Tensor:
+    try:
+        rows = dataset[name]
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"expected chunks [N, T] or a dataset with `{name}`, got {type(dataset).__name__}") from error
+    if isinstance(rows, Tensor):
+        return rows
+    lengths = {len(row) for row in rows}
+    if len(lengths) > 1:
+        raise DataError(
+            f"all chunks must have one length (pack the dataset first), got {min(lengths)} to {max(lengths)}"
+        )
+    return torch.tensor([list(row) for row in rows])
 
 
 def select_chunks(chunks: Tensor, which: str | None) -> Tensor:
@@ -64,26 +156,44 @@ def select_chunks(chunks: Tensor, which: str | None) -> Tensor:
     return chosen
 
 
-def check_chunks(model: Any, chunks: Tensor) -> None:
+def context_length(model: Any) -> int | None:
+    """Tokens that the model's positions suffice for, `None` if its configuration sets no limit."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    for name, module in model.named_modules():
+        # RoBERTa and its relatives count from the one after padding's, which the configuration does not say.
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return positions - module.padding_idx - 1
+    return positions
+
+
+def check_chunks(model: Any, chunks: Tensor, labels: Tensor | None = None) -> None:
     """See that a model can read chunks of tokens.
 
     Raises:
-        DataError: not `[N, T]` int64, nothing in them, longer than the model's positions, or tokens of another model.
+        DataError: not `[N, T]` int64, nothing in them, longer than the model's positions, tokens of another model, or
+            a chunk in which no token is to be predicted.
     """
     if chunks.ndim != 2 or chunks.dtype != torch.int64 or 0 in chunks.shape:
         raise DataError(f"expected chunks [N, T] of int64 tokens, got {chunks.dtype} {list(chunks.shape)}")
-    length = chunks.shape[1]
-    positions = getattr(model.config, "max_position_embeddings", length)
-    if length > positions:
+    length, positions = chunks.shape[1], context_length(model)
+    if positions is not None and length > positions:
         raise DataError(f"chunks of {length} tokens are longer than the {positions} positions of the model")
     vocabulary = model.get_input_embeddings().num_embeddings
-    if chunks.min() < 0 or chunks.max() >= vocabulary:
-        raise DataError(
-            f"tokens must be 0 to {vocabulary - 1}, got {int(chunks.min())} to {int(chunks.max())}: "
-            "was the text tokenised for another model?"
-        )
+    wanted = None if labels is None else labels[labels != IGNORED]
+    for found in (chunks, wanted):
+        if found is not None and len(found) and (found.min() < 0 or found.max() >= vocabulary):
+            raise DataError(
+                f"tokens must be 0 to {vocabulary - 1}, got {int(found.min())} to {int(found.max())}: "
+                "was the text tokenised for another model?"
+            )
+    if labels is not None and not (labels != IGNORED).any(1).all():
+        raise DataError("every chunk needs a token to be predicted, and one has nothing but labels of -100")
 
 
-def fingerprint(chunks: Tensor) -> str:
-    """sha256 of the tokens, so that two measurements can be told to be of the same data."""
-    return hashlib.sha256(chunks.contiguous().numpy().tobytes()).hexdigest()
+def fingerprint(*chunks: Tensor | None) -> str:
+    """sha256 of the tokens, and of the labels if there are any: two measurements can be told to be of the same data."""
+    digest = hashlib.sha256()
+    for tensor in chunks:
+        if tensor is not None:
+            digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()

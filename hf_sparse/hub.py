@@ -26,13 +26,14 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_sparse.adapter import CONFIG, WEIGHTS, check_fit, read_adapter, resolve_base, skeleton_of
 from hf_sparse.errors import HfSparseError, HubError
 from hf_sparse.methods.sparsek.config import PEFT_TYPE
 from hf_sparse.patches import methods_of
 from hf_sparse.repo import EVALUATION, FILES, TRAINING, is_public, write_repo
+from hf_sparse.tasks import task_of
 
 __all__ = ["from_pretrained", "push_to_hub", "resolve_base", "write_repo"]
 
@@ -59,7 +60,8 @@ def from_pretrained(
             adapter says which; the name `"demo"` is the checkpoint that comes with hf-sparse.
         adapter_name: name of the adapter in the returned model.
         is_trainable: leave the scorers trainable.
-        **kwargs: for `AutoModelForCausalLM.from_pretrained`: `dtype`, `device_map`, `cache_dir`, ...
+        **kwargs: for `from_pretrained` of the base model, which is loaded by the Auto class for what the adapter was
+            made on: `dtype`, `device_map`, `cache_dir`, ...
 
     Returns:
         A `PeftModel` in `eval` mode.
@@ -87,8 +89,10 @@ def from_pretrained(
             **places,
         }
         with _explained(f"cannot load the base model {name!r} of {adapter.source} (base_model= names another)"):
-            check_fit(adapter, skeleton_of(name, **options), name)
-            base = AutoModelForCausalLM.from_pretrained(
+            skeleton = skeleton_of(name, adapter.model_class, **options)
+            auto = task_of(skeleton.config, adapter.model_class).auto
+            check_fit(adapter, skeleton, name)
+            base = auto.from_pretrained(
                 resolve_base(name), use_safetensors=True, trust_remote_code=False, **{**options, **kwargs}
             )
     model = PeftModel.from_pretrained(base, adapter.folder, adapter_name=adapter_name, is_trainable=is_trainable)
@@ -233,7 +237,7 @@ def _stage(folder: Path, stage: Path, base_model: str | None, token: str | bool 
         )
     revision = None if base_model else adapter.config.revision
     with _explained(f"cannot read the base model {name!r} of the adapter (base_model= names another)"):
-        check_fit(adapter, skeleton_of(name, revision=revision, token=token), name)
+        check_fit(adapter, skeleton_of(name, adapter.model_class, revision=revision, token=token), name)
     stage.mkdir()
     shutil.copyfile(folder / WEIGHTS, stage / WEIGHTS)
     named = {"base_model_name_or_path": name, "revision": revision}

@@ -61,6 +61,7 @@ def write_repo(
         evaluation=evaluation,
         training=training,
         figure=FIGURE,
+        model_class=adapter.model_class,
     )
     if evaluation is not None:
         quality_figure(evaluation, training, folder / FIGURE)

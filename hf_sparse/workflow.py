@@ -14,21 +14,25 @@ import torch
 from huggingface_hub.errors import HTTPError
 from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from hf_sparse.adapter import CONFIG, resolve_base, skeleton_of
-from hf_sparse.data import pack, read_text, select_chunks
+from hf_sparse.data import context_length, mask_tokens, pack, read_text, select_chunks
 from hf_sparse.errors import DataError, HubError
 from hf_sparse.evaluation import evaluate
 from hf_sparse.finetune import FinetuneConfig, finetune
 from hf_sparse.finetune.checkpoint import FOLDER as CHECKPOINTS
 from hf_sparse.hub import from_pretrained
 from hf_sparse.methods.sparsek import SparseKConfig
+from hf_sparse.patches import methods_of
 from hf_sparse.patches.attach import targets
 from hf_sparse.repo import CARD, EVALUATION, FIGURE, TRAINING, write_repo
+from hf_sparse.tasks import kind_of, task_of
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+LENGTH = 2048  # tokens per chunk, where the model has as many positions
 
 
 def create_adapter(
@@ -78,7 +82,7 @@ def train_adapter(
     text: str,
     config: FinetuneConfig,
     *,
-    length: int,
+    length: int | None = None,
     chunks: str | None = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -89,7 +93,7 @@ def train_adapter(
         folder: holds an adapter; as it was if training fails, but for its checkpoints.
         text: training text, see `hf_sparse.data.pack`.
         config: settings; `output_dir` and `cpu` are set here.
-        length: tokens per chunk.
+        length: tokens per chunk; by default 2048, or what the model's positions suffice for.
         chunks: train on chunks `START:STOP` of the text only.
         device, dtype: see `load_adapter`.
 
@@ -98,7 +102,7 @@ def train_adapter(
     """
     folder = Path(folder)
     model, tokenizer = load_adapter(folder, device=device, dtype=dtype, trainable=True)
-    data = select_chunks(pack(tokenizer, text, length), chunks)
+    data = _data(model, tokenizer, text, length, chunks, seed=config.seed, corrupt=True)
     metrics = finetune(model, data, replace(config, output_dir=str(folder), cpu=model.device.type == "cpu"))
     _remove(folder, EVALUATION, FIGURE)  # they measured the scorers that go now
     save_adapter(model, folder)
@@ -111,7 +115,7 @@ def evaluate_adapter(
     text: str,
     name: str,
     *,
-    length: int,
+    length: int | None = None,
     chunks: str | None = None,
     batch_size: int = 1,
     device: Device = "auto",
@@ -123,7 +127,7 @@ def evaluate_adapter(
         folder: holds an adapter.
         text: see `hf_sparse.data.pack`.
         name: what the text is called in the result.
-        length: tokens per chunk.
+        length: tokens per chunk; by default 2048, or what the model's positions suffice for.
         chunks: measure chunks `START:STOP` of the text only.
         batch_size: chunks at a time.
         device, dtype: see `load_adapter`.
@@ -132,7 +136,7 @@ def evaluate_adapter(
         The content of eval.json.
     """
     model, tokenizer = load_adapter(folder, device=device, dtype=dtype)
-    data = select_chunks(pack(tokenizer, text, length), chunks)
+    data = _data(model, tokenizer, text, length, chunks)
     result = evaluate(model, data, batch_size=batch_size, text_name=f"{name} (chunks {chunks})" if chunks else name)
     write_repo(folder, evaluation=result)
     return result
@@ -152,7 +156,7 @@ def load_base(name: str, config: SparseKConfig, *, dtype: Dtype = "auto") -> Pre
         raise HubError(f"the base model {name!r} cannot be read: {error}") from error
     targets(skeleton, copy.deepcopy(config))  # before gigabytes are read
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        return task_of(skeleton.config).auto.from_pretrained(
             resolve_base(name), dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
     except (HTTPError, OSError, ValueError, SafetensorError) as error:
@@ -253,6 +257,14 @@ def read_dataset(name: str, config: str | None = None, split: str = "train", col
     if not all(isinstance(text, str) for text in texts):
         raise DataError(f"column {column!r} of the dataset {name!r} holds no text")
     return "\n\n".join(texts)
+
+
+def _data(model: PeftModel, tokenizer: Any, text: str, length: int | None, chunks: str | None, **masking: Any) -> Any:
+    """A text as the model learns and is measured on it: packed, and with hidden tokens for a masked language model."""
+    encoder = not methods_of(model)[0].causal
+    packed = pack(tokenizer, text, length or min(LENGTH, context_length(model) or LENGTH), special_tokens=encoder)
+    packed = select_chunks(packed, chunks)
+    return mask_tokens(tokenizer, packed, **masking) if kind_of(model) == "masked" else packed
 
 
 def _remove(folder: Path, *names: str) -> None:

@@ -3,7 +3,18 @@ if __name__ != "hf_sparse.patches":
         f"import this package as hf_sparse.patches, not as {__name__}: under two names its classes would exist twice"
     )
 
+from hf_sparse.patches import bert as bert
+from hf_sparse.patches import gemma as gemma
+from hf_sparse.patches import gpt2 as gpt2
+from hf_sparse.patches import gpt_neox as gpt_neox
 from hf_sparse.patches import llama as llama
+from hf_sparse.patches import mistral as mistral
+from hf_sparse.patches import modernbert as modernbert
+from hf_sparse.patches import opt as opt
+from hf_sparse.patches import phi3 as phi3
+from hf_sparse.patches import qwen2 as qwen2
+from hf_sparse.patches import qwen3 as qwen3
+from hf_sparse.patches import roberta as roberta
 from hf_sparse.patches.attach import methods_of as methods_of
 from hf_sparse.patches.attach import patch as patch
 from hf_sparse.patches.attach import patched as patched
@@ -11,4 +22,5 @@ from hf_sparse.patches.attach import unpatch as unpatch
 from hf_sparse.patches.base import Family as Family
 from hf_sparse.patches.base import register_family as register_family
 from hf_sparse.patches.base import supported_model_types as supported_model_types
+from hf_sparse.patches.cache import SparseKCache as SparseKCache
 from hf_sparse.patches.interface import NAME as NAME

@@ -28,18 +28,33 @@ def targets(model: PreTrainedModel, config: SparseKConfig) -> list[tuple[str, nn
     Raises:
         UnsupportedModelError: no patch for this model.
         AdapterMismatchError: the configuration was made for another base model.
-        ValueError: `layers` names a layer that is not there.
+        ValueError: `layers` names a layer that is not there, or one that attends locally.
     """
     family = family_of(model)
     found = list(family.modules(model))
     if not found:
         raise UnsupportedModelError(f"{type(model).__name__} holds no attention module that can be patched")
+    if reason := family.refusal(model):
+        raise UnsupportedModelError(f"{type(model).__name__} cannot be patched: {reason}")
+    local = [i for i, (_, module) in enumerate(found) if family.is_local(module)]
+    if len(local) == len(found):
+        window = getattr(model.config, "sliding_window", None)
+        raise UnsupportedModelError(
+            f"every attention layer of this {type(model).__name__} is local already (a sliding window of {window} "
+            "tokens), and sparse attention replaces full attention; load the model with sliding_window=None, which "
+            "changes nothing for texts that fit into the window"
+        )
     _check_shape(_shape(model, family, found), config)
     if config.layers is None:
-        return found
+        return [pair for i, pair in enumerate(found) if i not in local]
     beyond = [i for i in config.layers if i >= len(found)]
     if beyond:
         raise ValueError(f"layers {beyond} do not exist: the model has {len(found)} attention layers, 0 first")
+    if wrong := [i for i in config.layers if i in local]:
+        rest = [i for i in range(len(found)) if i not in local]
+        raise ValueError(
+            f"layers {wrong} attend within a sliding window of their own and stay as they are; choose among {rest}"
+        )
     return [found[i] for i in config.layers]
 
 
@@ -50,10 +65,13 @@ def attach(module: nn.Module, model: PreTrainedModel, adapter: str, config: Spar
     if method is None:
         family = family_of(model)
         switch = others[0].on_toggle if others else _Switch(model.config)  # one for all layers of a model
-        layer = int(module.layer_idx)  # type: ignore[arg-type]
-        method = SparseKAttention(family.hidden_size(module), family.num_key_value_heads(module), layer)
+        layer = next(i for i, (_, other) in enumerate(family.modules(model)) if other is module)
+        method = SparseKAttention(
+            family.hidden_size(module), family.num_key_value_heads(module), layer, family.causal(module)
+        )
         method.train(module.training)
         method.on_toggle = switch
+        method.beside_local = any(family.is_local(other) for _, other in family.modules(model))
         method.hook = module.register_forward_pre_hook(before_attention, with_kwargs=True)
         module.add_module(CHILD, method)
         method.enable_adapters(True)

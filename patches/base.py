@@ -10,6 +10,18 @@ from transformers import PreTrainedModel
 from hf_sparse.errors import UnsupportedModelError
 
 
+def _is_causal(module: Any) -> bool:
+    return getattr(module, "is_causal", True)
+
+
+def _has_sliding_window(module: Any) -> bool:
+    return getattr(module, "sliding_window", None) is not None
+
+
+def _no_refusal(model: Any) -> str | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Family:
     """One model family.
@@ -20,18 +32,24 @@ class Family:
             model.
         num_key_value_heads: reads the number of KV heads off an attention module.
         hidden_size: reads the size of the attention module's input off the module.
+        causal: whether the queries of an attention module see no later keys.
+        is_local: whether an attention module attends within a sliding window of its own; it is left as it is.
+        refusal: why this particular model cannot be patched, or `None`.
     """
 
     model_types: tuple[str, ...]
     attention: Callable[[], type[nn.Module]]
     hidden_size: Callable[[Any], int]
     num_key_value_heads: Callable[[Any], int]
+    causal: Callable[[Any], bool] = _is_causal
+    is_local: Callable[[Any], bool] = _has_sliding_window
+    refusal: Callable[[Any], str | None] = _no_refusal
 
     def modules(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        """Name and module of every attention layer, in the order of the layers."""
+        """Name and module of every self-attention layer, local ones included; the n-th is layer n."""
         kind = self.attention()
         for name, module in model.named_modules():
-            if isinstance(module, kind):
+            if isinstance(module, kind) and not getattr(module, "is_cross_attention", False):
                 yield name, module
 
 

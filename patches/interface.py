@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
+from transformers.utils.output_capturing import _active_collector
 
 from hf_sparse.methods.base import SparseMethod
 
@@ -29,7 +30,7 @@ class SparseCall:
 
     method: SparseMethod
     hidden_states: Tensor
-    cache: CacheLayerMixin | None
+    cache: Any  # what `method.cache_layer` made, or None
 
 
 def attention_forward(
@@ -47,70 +48,105 @@ def attention_forward(
 
     Attention dropout, if the base model has any, is not applied in patched modules.
     """
-    if attention_mask is not None and attention_mask.ndim != 2:  # transformers hands a 4-D mask on without asking
-        raise ValueError(
-            f"sparse attention takes a padding mask [B, T], got one of shape {tuple(attention_mask.shape)}"
-        )
     if sparse_call is None:
         # An attention module of a patched model that is not patched itself.
-        return sdpa_attention_forward(
-            module, query, key, value, _dense_mask(query, key, attention_mask), dropout, scaling, **kwargs
+        if attention_mask is None or attention_mask.ndim == 2:
+            attention_mask = _dense_mask(module, query, key, attention_mask)
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise ValueError(
+            f"sparse attention takes a padding mask [B, T], got a mask of shape {tuple(attention_mask.shape)}: packed "
+            "sequences (position_ids that restart) and custom masks are not supported"
         )
-    if kwargs.get("output_attentions"):
-        raise ValueError("sparse attention has no attention matrix: output_attentions=True is not supported")
-    length = query.shape[2]
+    _refuse_what_would_be_ignored(module, kwargs)
+    length, cache = query.shape[2], sparse_call.cache
+    if cache is not None and attention_mask is not None and attention_mask.shape[1] > length > 1:
+        cache.expect(attention_mask[:, :-length].sum(-1))
     output = sparse_call.method.attend(
         query,
         key,
         value,
         hidden_states=sparse_call.hidden_states,
         valid=None if attention_mask is None else attention_mask[:, -length:],
-        cache=sparse_call.cache,
+        cache=cache,
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
     )
+    if cache is not None:
+        cache.settle()
     return output.transpose(1, 2).contiguous(), None
+
+
+_CHANGES_THE_RESULT = {
+    "softcap": "soft-capped attention logits",
+    "s_aux": "learned attention sinks",
+    "position_bias": "a position bias",
+    "sliding_window": "a sliding window",
+    "cu_seq_lens_q": "packed sequences",
+}
+
+
+def _refuse_what_would_be_ignored(module: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Keywords of an attention function that change its result and that no sparse method knows."""
+    for name, meaning in _CHANGES_THE_RESULT.items():
+        if kwargs.get(name) is not None:
+            raise ValueError(f"{type(module).__name__} asks for {meaning} ({name}), which sparse attention cannot do")
+    causal = kwargs.get("is_causal")
+    if causal is not None and causal != getattr(module, "is_causal", True):
+        raise ValueError(f"is_causal={causal} was asked of a {type(module).__name__} patched as is_causal={not causal}")
 
 
 def padding_mask(
     *,
     q_length: int,
+    kv_length: int,
     mask_function: Any = causal_mask_function,
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
     """The mask function behind `hf_sparse`: the 2-D padding mask as it is, never `T x T`.
 
+    A mask that says more than padding and causality (sliding windows, packed sequences) is for modules that are not
+    patched: those get transformers' own, and a patched module refuses it.
+
     Returns:
-        `[B, Tk]` bool, or `None` where nothing is padded.
+        `[B, Tk]` bool, or `None` where nothing is padded; `[B, 1, Tq, Tk]` bool for every other mask function.
     """
-    if mask_function is not causal_mask_function:
-        raise ValueError(
-            "sparse attention supports causal masks with padding; packed sequences (position_ids that restart), "
-            "sliding windows of the base model and custom mask functions are not supported"
+    if mask_function not in (causal_mask_function, bidirectional_mask_function):
+        settings = {**kwargs, "allow_is_causal_skip": False}  # no mask would read as a plain causal one
+        return sdpa_mask(
+            q_length=q_length,
+            kv_length=kv_length,
+            mask_function=mask_function,
+            attention_mask=attention_mask,
+            **settings,
         )
-    if attention_mask is None or (q_length > 1 and bool(attention_mask.all())):
+    if attention_mask is None:
+        return None
+    if q_length == 1:
+        # A decoding step. The mask grows, but the cache may have asked for its newest column only (`get_mask_sizes`),
+        # and a step of constant shape and strides can be compiled. Nothing here waits for the device.
+        return attention_mask[:, -kv_length:].bool().clone(memory_format=torch.contiguous_format)
+    if not torch.compiler.is_compiling() and bool(attention_mask.all()):
         return None
     return attention_mask.bool()
 
 
-def _dense_mask(query: Tensor, key: Tensor, valid: Tensor | None) -> Tensor | None:
-    if valid is None:
-        return None if query.shape[2] in (1, key.shape[2]) else _causal(query, key)
-    mask = sdpa_mask(
+def _dense_mask(module: nn.Module, query: Tensor, key: Tensor, valid: Tensor | None) -> Tensor | None:
+    """What a dense module needs beyond `is_causal`; `valid` is the padding mask of its keys, `[B, Tk]`."""
+    rows, columns = query.shape[2], key.shape[2]
+    if not getattr(module, "is_causal", True):
+        return None if valid is None else valid[:, None, None, :]
+    if valid is None and rows in (1, columns):
+        return None
+    return sdpa_mask(
         batch_size=query.shape[0],
-        q_length=query.shape[2],
-        kv_length=key.shape[2],
-        q_offset=key.shape[2] - query.shape[2],
+        q_length=rows,
+        kv_length=columns,
+        q_offset=columns - rows,
         attention_mask=valid,
         allow_is_causal_skip=False,
         device=query.device,
     )
-    return mask
-
-
-def _causal(query: Tensor, key: Tensor) -> Tensor:
-    rows, columns = query.shape[2], key.shape[2]
-    return torch.ones(rows, columns, dtype=torch.bool, device=query.device).tril(columns - rows)[None, None]
 
 
 def before_attention(
@@ -127,31 +163,49 @@ def before_attention(
             f"the attention implementation of a patched model was changed to {current!r}, which would ignore its "
             "sparse attention: unpatch the model, or disable the adapter, to use another one"
         )
+    if _attentions_are_wanted(kwargs):
+        raise ValueError("sparse attention has no attention matrix: output_attentions=True is not supported")
     hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    cache = kwargs.get("past_key_values")
-    layer = None if cache is None else _own_layer(cache, int(module.layer_idx), method)  # type: ignore[arg-type]
+    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))  # GPT-NeoX's name
+    if isinstance(cache, EncoderDecoderCache) and getattr(module.config, "add_cross_attention", False):
+        cache = cache.self_attention_cache  # the other half belongs to cross-attention, which stays dense
+    layer = None if cache is None else own_layer(cache, int(module.layer_idx), method)  # type: ignore[arg-type]
+    if layer is not None:
+        layer.announced = True
     return args, {**kwargs, "sparse_call": SparseCall(method, hidden_states, layer)}
 
 
-def _own_layer(cache: Any, index: int, method: SparseMethod) -> CacheLayerMixin:
+def _attentions_are_wanted(kwargs: dict[str, Any]) -> bool:
+    if kwargs.get("output_attentions"):
+        return True
+    # GPT-2 does not hand the keyword on; it would return attentions=() in silence.
+    collector = None if torch.compiler.is_compiling() else _active_collector.get()
+    return collector is not None and "attentions" in collector
+
+
+def own_layer(cache: Any, index: int, method: SparseMethod) -> Any:
     """The method's layer in the cache; put there when `generate` made an ordinary cache that is still empty."""
     if isinstance(cache, EncoderDecoderCache) or not isinstance(cache, Cache):
         raise ValueError(f"sparse attention cannot use a {type(cache).__name__}; pass no cache, generate makes one")
-    if cache.offloading:
-        raise ValueError("sparse attention keeps its few KV slots on the device: do not ask for an offloaded cache")
-    wanted: Any = method.cache_layer()
     while len(cache.layers) <= index:  # a cache that was made without a config grows as layers ask for theirs
         cache.layers.append(DynamicLayer())
     layer: Any = cache.layers[index]
-    if type(layer) is DynamicLayer and layer.get_seq_length() == 0:
-        cache.layers[index] = layer = wanted
-    if type(layer) is not type(wanted):
+    if type(layer) in (DynamicLayer, StaticLayer) and layer.get_seq_length() == 0:
+        own: Any = method.cache_layer()
+        if type(layer) is StaticLayer and not own.only_sparse:
+            raise ValueError(
+                "a static cache needs every full-attention layer patched, and the adapter names some only (`layers`): "
+                "use the ordinary cache"
+            )
+        if method.beside_local and not any(cache.is_sliding):
+            own.only_sparse = False  # in a cache that knows no local layers, this one may tell the size of their mask
+        cache.layers[index] = layer = own
+    if not isinstance(layer, method.cache_layer_type):
         raise ValueError(
-            f"sparse attention keeps its own KV slots in place of an ordinary, empty DynamicCache; layer {index} is a "
-            f"{type(layer).__name__}{' that holds dense keys' if layer.get_seq_length() else ''}. Do not set "
-            "cache_implementation, and start a new cache after switching adapters on or off"
+            "sparse attention keeps its own KV slots in place of an ordinary, empty DynamicCache or StaticCache; "
+            f"layer {index} is a {type(layer).__name__}{' that holds dense keys' if layer.get_seq_length() else ''}: "
+            "start a new cache after switching adapters on or off"
         )
-    layer.announced = True
     return layer
 
 

@@ -108,3 +108,43 @@ def tiny_llama():
             return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
 
     return make
+
+
+@pytest.fixture
+def tiny_bert():
+    """The same for BERT, of any class that transformers has for it."""
+
+    def make(kind="BertForMaskedLM", **changes):
+        import transformers
+
+        settings = {
+            "vocab_size": 64,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "max_position_embeddings": 128,
+            "initializer_range": 0.2,
+            "pad_token_id": 0,
+        }
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return getattr(transformers, kind)(transformers.BertConfig(**{**settings, **changes})).eval()
+
+    return make
+
+
+@pytest.fixture
+def bert_tokenizer():
+    """A tokenizer with BERT's special tokens, and words w5 to w63 that are one token each."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words = [*special, *(f"w{i}" for i in range(len(special), 64))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = TemplateProcessing("[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    named = dict(zip(("pad_token", "unk_token", "cls_token", "sep_token", "mask_token"), special, strict=True))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **named)

@@ -120,6 +120,73 @@ def test_examples_are_python_and_import_hf_sparse_first():
     assert "nothing is left out" in text and "never returns" in text and "assisted" in text
 
 
+ENCODER_EVALUATION: dict[str, Any] = {
+    **{key: EVALUATION[key] for key in ("format", "base_model", "budget", "machine", "versions")},
+    "text": {"name": "held_out", "sha256": "c0ffee" * 10, "chunks": 24, "length": 512},
+    "metric": "embedding_similarity",
+    "embedding_similarity": {"dense": 1.0, "window": 0.8927, "random": 0.8175, "learned": 0.92412},
+    "tokens_per_second": {"dense": 3885.71, "sparse": 2439.42, "batch_size": 4, "length": 512},
+}
+ENCODER_CONFIG = hf_sparse.SparseKConfig(k=124, window=128, sinks=4, base_shape={"model_type": "bert"})
+
+
+def encoder_card(model_class: str, **changes: Any) -> ModelCard:
+    values: dict[str, Any] = {"repo_id": "me/x", "base_model": "org/bert", "parameters": 3072, "training": TRAINING}
+    return ModelCard(
+        render(ENCODER_CONFIG, **values | {"evaluation": ENCODER_EVALUATION, "model_class": model_class} | changes)
+    )
+
+
+class TestEncoders:
+    def test_bare(self):
+        card = encoder_card("BertModel")
+        assert card.data.pipeline_tag == "feature-extraction" and "kv-cache" not in card.data.tags
+        found = rows(card.text)
+        assert found["256: window, sinks, and the best-scored other ones (this adapter)"] == ["0.9241"]
+        assert found["256: the nearest ones, and sinks"] == ["0.8927"]
+        assert found["tokens per second, 4 x 512 tokens at a time"] == ["3885.7", "2439.4"]
+        assert found["nearest tokens on both sides, its own included (window)"] == ["128"]
+        assert "cosine distance of the last hidden states" in card.text and "higher is better" in card.text
+        for foreign in ("KV cache", "generat", "perplexity", "evicted", "predicted tokens"):
+            assert foreign not in card.text, foreign
+
+    def test_masked(self):
+        evaluation = {**ENCODER_EVALUATION, "metric": "masked_perplexity"}
+        evaluation["masked_perplexity"] = {"dense": 8.0, "window": 10.0, "random": 12.0, "learned": 9.0}
+        evaluation["text"] = {**evaluation["text"], "predicted_tokens": 1800}
+        card = encoder_card("BertForMaskedLM", evaluation=evaluation)
+        assert card.data.pipeline_tag == "fill-mask"
+        assert rows(card.text)["256: the nearest ones, and sinks"] == ["10.000", "+25.0 %"]
+        assert "masked-token perplexity" in card.text and "1,800 predicted tokens" in card.text
+        assert "at hidden tokens" in card.text
+
+    def test_a_causal_model_without_a_head(self):
+        text = render(
+            hf_sparse.SparseKConfig(base_shape={"model_type": "llama"}),
+            repo_id="x",
+            base_model=None,
+            parameters=1,
+            model_class="LlamaModel",
+        )
+        assert "most recent tokens (window)" in text and "feature-extraction" in text
+
+    @pytest.mark.parametrize("model_class", ["BertModel", "BertForMaskedLM"])
+    def test_the_example_is_python(self, model_class):
+        (code,) = re.findall(r"```python\n(.*?)```", encoder_card(model_class, evaluation=None).text, re.DOTALL)
+        compile(code, "card", "exec")
+        assert code.startswith("import hf_sparse") and "generate" not in code
+
+    @pytest.mark.parametrize("missing", ["embedding_similarity", "tokens_per_second"])
+    def test_incomplete_measurement(self, missing):
+        broken = {key: value for key, value in ENCODER_EVALUATION.items() if key != missing}
+        with pytest.raises(DataError, match=f"is not what hf-sparse writes: .*{missing}"):
+            encoder_card("BertModel", evaluation=broken)
+
+    def test_unknown_metric(self):
+        with pytest.raises(DataError, match=r"is not what hf-sparse writes: .*beauty"):
+            encoder_card("BertModel", evaluation={**ENCODER_EVALUATION, "metric": "beauty"})
+
+
 def test_layers():
     assert "Only layers 0, 3 (0 is the first)" in render(
         hf_sparse.SparseKConfig(layers=[3, 0]), repo_id="x", base_model=None, parameters=1

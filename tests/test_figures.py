@@ -57,6 +57,24 @@ def test_perplexity(drawn, tmp_path):
     assert axes.get_ylim()[0] > axes.get_ylim()[1]  # learned on top
 
 
+def test_embedding_similarity(drawn, tmp_path):
+    values = {"dense": 1.0, "window": 0.8927, "random": 0.8175, "learned": 0.92412}
+    evaluation = {**EVALUATION, "metric": "embedding_similarity", "embedding_similarity": values}
+    quality_figure(evaluation, TRAINING, tmp_path / "q.png")
+    axes, _, distill = drawn[0].axes
+    assert texts(axes) == ["0.9241", "0.8927", "0.8175", "dense (all keys) 1.0000"]
+    assert [label.get_text() for label in axes.get_yticklabels()][1] == "nearest"
+    assert max(axes.get_xticks()) <= 1 and "higher is better" in axes.get_xlabel()
+    assert "256 keys per query" in axes.get_title(loc="left") and "cosine" in distill.get_ylabel()
+
+
+def test_masked_perplexity(drawn, tmp_path):
+    evaluation = {**EVALUATION, "metric": "masked_perplexity", "masked_perplexity": {"dense": 8.0, "learned": 10.0}}
+    quality_figure(evaluation, TRAINING, tmp_path / "q.png")
+    assert texts(drawn[0].axes[0])[0] == "10.00  (+25.0 %)" and "masked token" in drawn[0].axes[0].get_xlabel()
+    assert "nats" in drawn[0].axes[2].get_ylabel()
+
+
 def test_training_has_a_panel_per_stage(drawn, tmp_path):
     quality_figure(EVALUATION, TRAINING, tmp_path / "both.png")
     quality_figure(EVALUATION, None, tmp_path / "one.png")
@@ -104,6 +122,8 @@ def test_settings_of_the_caller_stay(tmp_path):
         ({}, None, r"eval\.json"),
         ({**EVALUATION, "perplexity": {"learned": "low"}}, None, r"eval\.json"),
         ({**EVALUATION, "perplexity": {"learned": float("inf")}}, None, r"eval\.json"),
+        ({**EVALUATION, "metric": "beauty"}, None, r"eval\.json"),
+        ({**EVALUATION, "metric": "masked_perplexity"}, None, r"eval\.json"),
         (EVALUATION, {}, r"finetune\.json"),
         (EVALUATION, {"history": [{"step": 1, "stage": "lm"}]}, r"finetune\.json"),
     ],

@@ -1,5 +1,6 @@
 """What an import does, and does not do, in a fresh interpreter."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,10 +12,13 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture
 def python(tmp_path):
-    """Runs code away from the repository, so that only what is installed can be imported."""
+    """Runs code away from the repository and without a GPU, so that only what is installed can be imported."""
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
 
     def run(code: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
 
     return run
 
@@ -47,6 +51,51 @@ for before, after in zip(registries, registries_after):
     assert not replaced, replaced
     added = after.keys() - before.keys()
     assert all(name.startswith("hf_sparse") for name in added), added
+""")
+    assert run.returncode == 0, run.stderr
+
+
+def test_import_changes_no_model_that_is_there(python):
+    """A model that was made before the import has the same bits, modules and functions after it; triton is blocked."""
+    run = python("""
+import sys
+sys.modules["triton"] = None
+import torch
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
+from transformers.integrations import sdpa_attention
+from transformers.models.bert import modeling_bert
+from transformers.models.llama import modeling_llama
+
+size = dict(vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+models = [LlamaForCausalLM(LlamaConfig(**size)).eval(), BertForMaskedLM(BertConfig(**size)).eval()]
+ids = torch.arange(40).view(2, 20)
+mask = (torch.arange(20) >= torch.tensor([[0], [7]])).long()
+
+def state():
+    functions = [(owner, name, value) for owner in (sdpa_attention, modeling_bert, modeling_llama)
+                 for name, value in vars(owner).items() if callable(value)]
+    functions += [(kind, name, value) for kind in map(type, models[0].modules()) for name, value in vars(kind).items()]
+    functions += [(torch.nn.functional, name, value) for name, value in vars(torch.nn.functional).items()]
+    anatomy = [(name, type(module), len(module._forward_pre_hooks), len(module._forward_hooks), sorted(vars(module)))
+               for model in models for name, module in model.named_modules()]
+    return functions, anatomy, [model.config._attn_implementation for model in models]
+
+@torch.no_grad()
+def outputs():
+    return [model(ids, attention_mask=mask).logits for model in models]
+
+before, expected = state(), outputs()
+import hf_sparse
+assert state() == before
+assert all(torch.equal(*pair) for pair in zip(outputs(), expected))
+assert hf_sparse.patches.methods_of(models[0]) == []
+
+# The import is not idle: asked to, it patches.
+hf_sparse.patch(models[0], hf_sparse.SparseKConfig(k=3, window=4, sinks=1))
+assert not torch.equal(outputs()[0], expected[0])
+hf_sparse.unpatch(models[0])
+assert state() == before
+assert all(torch.equal(*pair) for pair in zip(outputs(), expected))
 """)
     assert run.returncode == 0, run.stderr
 

@@ -15,8 +15,11 @@ class SparseMethod(nn.Module, BaseTunerLayer):
 
     It speaks PEFT's layer protocol (`adapter_layer_names`, `set_adapter`, `enable_adapters`, ...), so that saving,
     switching and disabling need no second implementation; it works without a `PeftModel` all the same. Subclasses
-    name their learned containers in `adapter_layer_names` and write `add_adapter`, `attend` and `cache_layer`.
+    name their learned containers in `adapter_layer_names` and write `add_adapter`, `attend` and `cache_layer`, whose
+    results are of `cache_layer_type`.
     """
+
+    cache_layer_type: type[CacheLayerMixin]
 
     def __init__(self) -> None:
         super().__init__()
@@ -28,6 +31,7 @@ class SparseMethod(nn.Module, BaseTunerLayer):
         self.on_toggle: Callable[[bool], None] | None = None
         self.hook: RemovableHandle | None = None
         self.home: torch.device | None = None
+        self.beside_local = False  # whether the model has layers with a sliding window of their own
 
     def add_adapter(self, name: str, config: Any) -> None:
         """Create the learned parameters of one adapter. The first one becomes the active one."""
@@ -59,10 +63,13 @@ class SparseMethod(nn.Module, BaseTunerLayer):
         raise NotImplementedError
 
     def cache_layer(self) -> CacheLayerMixin:
-        """A new, empty cache layer for one sequence batch, with an attribute `announced`.
+        """A new, empty cache layer for one sequence batch.
 
-        The patch sets it before each forward of the attention module, so that `update` can tell a model that attends
-        densely by now, which would see nothing but the new tokens.
+        Besides what transformers asks of a cache layer it has `announced`, `settle`, `expect` and `only_sparse`. The
+        patch sets `announced` before each forward of the attention module and calls `settle` after the attention, so
+        that `update` can tell a model that attends densely by now, which would see nothing but the new tokens.
+        `expect(real)` gets the count of real tokens per row that a mask shows before the new ones. `only_sparse` is
+        False if dense layers with full attention may share the cache.
         """
         raise NotImplementedError
 

@@ -199,7 +199,7 @@ def test_an_interrupted_run_leaves_the_model_usable(monkeypatch, sparse_llama, c
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(loop.OBJECTIVES, "attention", interrupt)
+    monkeypatch.setitem(loop.OBJECTIVES["causal"], "attention", interrupt)
     with pytest.raises(KeyboardInterrupt):
         train(model, chunks, mixed_precision="bf16")
     assert not any(module.training for module in model.modules())
@@ -245,7 +245,7 @@ def test_refusals(sparse_llama, tiny_llama, chunks):
 
 def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, sparse_llama, chunks):
     monkeypatch.setitem(
-        loop.OBJECTIVES,
+        loop.OBJECTIVES["causal"],
         "distill",
         lambda model, batch: next(p for p in model.parameters() if p.requires_grad).sum() * torch.nan,
     )
@@ -257,7 +257,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, sparse_llama, chun
 
 def test_gradients_are_checked(monkeypatch, sparse_llama, chunks):
     monkeypatch.setitem(
-        loop.OBJECTIVES, "lm", lambda model, batch: sum(p.sum() for p in model.parameters() if p.requires_grad) * 0
+        loop.OBJECTIVES["causal"],
+        "lm",
+        lambda model, batch: sum(p.sum() for p in model.parameters() if p.requires_grad) * 0,
     )
     with pytest.raises(ValueError, match="all gradients are 0"):
         train(sparse_llama(), chunks, objective="lm", warm_start_steps=0)

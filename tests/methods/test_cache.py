@@ -25,7 +25,9 @@ def stream(length: int, kind: str = "normal"):
 
 def update(layer, keys, values):
     layer.announced = True
-    return layer.update(keys, values)
+    updated = layer.update(keys, values)
+    layer.settle()
+    return updated
 
 
 def new_layer(keys, values) -> SparseKCacheLayer:
@@ -178,13 +180,102 @@ def test_an_empty_layer_can_be_reordered(change):
     assert layer.get_seq_length() == 0
 
 
-def test_reset_forgets_everything():
-    layer, (keys, values, scores) = filled_layer()
+STATE = ("keys", "values", "scores", "positions", "seen", "cumulative_length")
+
+
+def addresses(layer):
+    return [getattr(layer, name).data_ptr() for name in STATE]
+
+
+def test_everything_stays_at_its_address():
+    """CUDA graphs write to the addresses they have recorded."""
+    layer, (keys, values, scores) = filled_layer(SLOTS - 2)
+    at = addresses(layer)
+    insert(layer, keys, values, scores)
+    fill(layer, keys, values, scores, every(SLOTS - 2))
+    layer.crop(-2)
+    layer.reorder_cache(torch.tensor([2, 2, 0]))
+    layer.batch_select_indices(torch.tensor([1, 0, 0]))
     layer.reset()
-    assert layer.get_seq_length() == 0 and layer.nbytes == 0 and not layer.is_initialized
+    update(layer, keys, values)
+    assert addresses(layer) == at
+    assert all(getattr(layer, name)._dynamo_static_input_type == "unguarded" for name in STATE)
+    layer.batch_repeat_interleave(2)
+    assert layer.keys._dynamo_static_input_type == layer.seen._dynamo_static_input_type == "unguarded"
+
+
+def test_reset_forgets_everything_but_the_buffers():
+    layer, (keys, values, scores) = filled_layer()
+    size = layer.nbytes
+    layer.reset()
+    assert layer.get_seq_length() == 0 and layer.empty and layer.nbytes == size
+    assert not layer.keys.any() and not layer.seen.any() and (layer.positions == -1).all()
     update(layer, keys[:, :, :5], values[:, :, :5])
+    assert layer.get_seq_length() == 5
     fill(layer, keys[:, :, :5], values[:, :, :5], scores[:, :, :5], every(5))
     assert_holds(layer, keys[:, :, :5], values[:, :, :5], scores[:, :, :5], every(5))
+
+
+def test_a_reset_layer_takes_another_batch():
+    layer, (keys, values, _) = filled_layer()
+    layer.reset()
+    update(layer, keys[:1, :, :2], values[:1, :, :2])
+    assert layer.keys.shape[0] == len(layer.seen) == 1 and layer.get_seq_length() == 2
+
+
+def test_another_batch_in_the_middle_is_refused():
+    layer, (keys, values, _) = filled_layer()
+    with pytest.raises(ValueError, match="the cache holds 3 rows, and 2 rows came: start a new cache"):
+        update(layer, keys[:2], values[:2])
+
+
+def test_padding_leaves_nothing_behind():
+    keys, values, scores = stream(6)
+    valid = PADDING["right"](6)
+    for tensor in (keys, values):
+        tensor.masked_fill_(~valid[:, None, :, None], torch.nan)
+    layer = new_layer(keys, values)
+    fill(layer, keys, values, scores, valid)
+    assert layer.keys.isfinite().all() and layer.values.isfinite().all()
+
+
+def test_prefetch_moves_every_slot_tensor():
+    layer, _ = filled_layer()
+    layer.device = torch.device("meta")  # stands for an accelerator
+    layer.prefetch()
+    assert {getattr(layer, name).device.type for name in STATE[:-1]} == {"meta"}
+
+
+def test_offloading_waits_for_the_attention():
+    """transformers offloads a layer after `update`, when the attention function has not run yet."""
+    layer, (keys, values, _) = filled_layer()
+    moves = []
+    layer._each = lambda change: moves.append(change)
+    layer.announced = True
+    layer.update(keys, values)
+    layer.offload()
+    assert not moves
+    layer.settle()
+    assert len(moves) == 1
+    assert moves[0](torch.zeros(1)).device.type == "cpu"
+    update(layer, keys, values)
+    assert len(moves) == 1
+    layer.offload()
+    assert len(moves) == 2
+
+
+def test_an_empty_layer_is_not_moved():
+    layer = SparseKCacheLayer(K, WINDOW, SINKS)
+    layer.offload()
+    layer.prefetch()
+    assert layer.keys is None
+
+
+def test_a_mask_may_not_change_what_has_come():
+    layer, _ = filled_layer(30)
+    layer.expect(torch.tensor([30, 30, 30]))
+    with pytest.raises(ValueError, match=r"\[30, 28, 30\] real tokens .* taken in \[30, 30, 30\] as real"):
+        layer.expect(torch.tensor([30, 28, 30]))
 
 
 def test_counts():
@@ -194,6 +285,8 @@ def test_counts():
     new_keys, new_values = update(layer, keys, values)
     assert new_keys is keys and new_values is values
     assert layer.get_seq_length() == 7
+    assert layer.get_mask_sizes(3) == (3, 0)
+    layer.only_sparse = False
     assert layer.get_mask_sizes(3) == (10, 0)
     assert layer.get_max_length() == -1
 

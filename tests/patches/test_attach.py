@@ -6,7 +6,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from peft import get_peft_model
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import BloomConfig, BloomForCausalLM
 
 from hf_sparse import SparseKConfig, patch, patched, unpatch
 from hf_sparse.errors import AdapterMismatchError, UnsupportedModelError
@@ -105,9 +105,9 @@ def test_a_layer_that_is_not_there_is_refused(tiny_llama):
 
 
 def test_a_family_without_a_patch_is_refused_with_a_list_of_those_with_one():
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=2, n_positions=64))
+    model = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2))
     with pytest.raises(
-        UnsupportedModelError, match=r"no sparse attention patch for model type 'gpt2'; supported: .*llama"
+        UnsupportedModelError, match=r"no sparse attention patch for model type 'bloom'; supported: .*gpt2, .*llama"
     ):
         patch(model, SparseKConfig(**BUDGET))
 
@@ -126,6 +126,26 @@ def test_a_family_without_a_patch_is_refused_with_a_list_of_those_with_one():
 def test_what_is_not_a_transformers_model_is_refused(tiny_llama, make, message):
     with pytest.raises(UnsupportedModelError, match=message):
         patch(make(tiny_llama()), SparseKConfig(**BUDGET))
+
+
+class _Attention(torch.nn.Module):
+    """What a family with the defaults looks at."""
+
+    def __init__(self, **attributes):
+        super().__init__()
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+
+def test_the_defaults_of_a_family():
+    family = Family(("some",), attention=lambda: _Attention, hidden_size=lambda m: 1, num_key_value_heads=lambda m: 1)
+    plain, encoder = _Attention(sliding_window=None), _Attention(is_causal=False)
+    local, cross = _Attention(sliding_window=4, is_causal=True), _Attention(is_cross_attention=True)
+    assert [family.causal(module) for module in (plain, encoder, local)] == [True, False, True]
+    assert [family.is_local(module) for module in (plain, encoder, local)] == [False, False, True]
+    assert family.refusal(plain) is None
+    model = torch.nn.Sequential(plain, torch.nn.Sequential(cross, encoder), local)
+    assert list(family.modules(model)) == [("0", plain), ("1.1", encoder), ("2", local)]
 
 
 def test_families():

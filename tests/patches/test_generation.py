@@ -1,10 +1,12 @@
 """A patched model's forward in every form: whole, in chunks, token by token, padded, in beams, with its cache."""
 
+import copy
+
 import pytest
 import torch
 from transformers import DynamicCache, EncoderDecoderCache, LogitsProcessor, LogitsProcessorList, StaticCache
 
-from hf_sparse import SparseKConfig, patch
+from hf_sparse import SparseKCache, SparseKConfig, patch
 from hf_sparse.methods.sparsek import SparseKCacheLayer
 from hf_sparse.patches import methods_of, unpatch
 
@@ -222,6 +224,125 @@ def test_a_cache_without_a_configuration_grows_as_layers_ask(model):
     assert [type(layer) for layer in cache.layers] == [SparseKCacheLayer] * 2
 
 
+@pytest.mark.parametrize("padding", ["none", "left"])
+def test_a_static_cache_gets_our_slots_too(model, padding):
+    mask = MASKS[padding].long() if padding in MASKS else torch.ones_like(IDS)
+    cache = StaticCache(config=model.config, max_cache_len=LENGTH + 20)
+    static = model.generate(IDS, attention_mask=mask, past_key_values=cache, max_new_tokens=20, do_sample=False)
+    assert [type(layer) for layer in cache.layers] == [SparseKCacheLayer] * 2
+    assert torch.equal(static, model.generate(IDS, attention_mask=mask, max_new_tokens=20, do_sample=False))
+
+
+def test_some_layers_dense_with_padding(tiny_llama):
+    """The dense layer comes after a sparse one, and needs the whole padding mask at every step."""
+    model = patch(tiny_llama(), SparseKConfig(**BUDGET, layers=[0]))
+    mask = MASKS["left"].long()
+    logits, cache = in_chunks(model, [20, 20] + [1] * 20, mask=mask)
+    assert [type(layer).__name__ for layer in cache.layers] == ["SparseKCacheLayer", "DynamicLayer"]
+    for row in range(3):
+        alone = whole(model, IDS[row : row + 1, MASKS["left"][row]])
+        torch.testing.assert_close(logits[row, MASKS["left"][row]], alone[0], rtol=1e-5, atol=1e-5)
+
+
+class _Stream:
+    """Does what a stream of an accelerator does, where there is none."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        return None
+
+    def wait_stream(self, other):
+        return None
+
+
+def test_an_offloaded_cache(model, monkeypatch):
+    cache = DynamicCache(config=model.config, offloading=True)
+    cache.prefetch_stream = _Stream()
+    monkeypatch.setattr(torch.cuda, "default_stream", lambda device: _Stream())
+    moves = []
+    each = SparseKCacheLayer._each
+    monkeypatch.setattr(
+        SparseKCacheLayer, "_each", lambda layer, change: (moves.append(layer.announced), each(layer, change))
+    )
+    offloaded = model.generate(IDS, past_key_values=cache, max_new_tokens=10, do_sample=False)
+    assert torch.equal(offloaded, model.generate(IDS, max_new_tokens=10, do_sample=False))
+    assert moves == [False] * 20  # each of two layers after each of ten forwards, never before its attention
+
+
+# A cache of one's own.
+
+
+def test_a_chat_of_three_turns_equals_one_text(model):
+    cache = SparseKCache(model)
+    text = IDS[:1, :20]
+    for turn in (1, 2, None):
+        ones = torch.ones_like(text)  # the model says the pad token too
+        answer = model.generate(text, attention_mask=ones, past_key_values=cache, max_new_tokens=12, do_sample=False)
+        if turn:
+            text = torch.cat([answer, IDS[turn : turn + 1, :25]], 1)
+    logits = whole(model, answer)
+    at = answer.shape[1] - 12
+    assert torch.equal(logits[:, at - 1 : -1].argmax(-1), answer[:, at:])
+    assert cache.get_seq_length() == answer.shape[1] - 1
+
+
+def test_turns_of_different_lengths_in_one_batch(model):
+    """Each turn is padded on the left; every row goes on as it would alone."""
+    generator = torch.Generator().manual_seed(5)
+    lengths = [[20, 9, 14], [3, 17, 8]]
+    cache, ids, mask = SparseKCache(model), torch.empty(3, 0, dtype=torch.int64), torch.empty(3, 0, dtype=torch.int64)
+    alone = [torch.empty(1, 0, dtype=torch.int64) for _ in range(3)]
+    for turn in lengths:
+        new = torch.randint(2, 64, (3, max(turn)), generator=generator)
+        real = torch.arange(max(turn)) >= max(turn) - torch.tensor(turn)[:, None]
+        ids, mask = torch.cat([ids, new], 1), torch.cat([mask, real.long()], 1)
+        output = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=10, do_sample=False)
+        for row in range(3):
+            prompt = torch.cat([alone[row], new[row : row + 1, real[row]]], 1)
+            alone[row] = model.generate(prompt, max_new_tokens=10, do_sample=False)
+            assert torch.equal(output[row, -10:], alone[row][0, -10:])
+        mask = torch.cat([mask, torch.ones(3, 10, dtype=torch.int64)], 1)
+        ids = output
+
+
+def test_bytes_of_the_cache(model, tiny_llama):
+    cache = SparseKCache(model)
+    assert cache.nbytes == 0 and cache.is_compileable
+    in_chunks(model, [LENGTH], cache=cache)
+    of_a_layer = 2 * 3 * 2 * sum(BUDGET.values()) * 8 * 4
+    assert cache.nbytes == 2 * of_a_layer
+    cache.reset()
+    logits, _ = in_chunks(model, [30, 30], cache=cache)
+    torch.testing.assert_close(logits, whole(model), rtol=1e-5, atol=1e-5)
+    assert cache.nbytes == 2 * of_a_layer
+
+    partly = patch(tiny_llama(), SparseKConfig(**BUDGET, layers=[1]))
+    cache = SparseKCache(partly)
+    assert [type(layer).__name__ for layer in cache.layers] == ["DynamicLayer", "SparseKCacheLayer"]
+    assert not cache.is_compileable
+    in_chunks(partly, [LENGTH], cache=cache)
+    assert cache.nbytes == of_a_layer + 2 * 3 * 2 * LENGTH * 8 * 4
+
+
+def test_a_copied_cache_shares_nothing(model):
+    """One prefix, several continuations."""
+    _, prefix = in_chunks(model, [40], cache=SparseKCache(model))
+    for _ in range(2):
+        output = model(IDS[:, 40:], past_key_values=copy.deepcopy(prefix))
+        torch.testing.assert_close(output.logits, whole(model)[:, 40:], rtol=1e-5, atol=1e-5)
+
+
+def test_a_cache_for_a_dense_model_is_refused(model, tiny_llama):
+    with pytest.raises(ValueError, match="no attention of the model is sparse now: patch it"):
+        SparseKCache(tiny_llama())
+    methods_of(model)[0].enable_adapters(False)
+    methods_of(model)[1].enable_adapters(False)
+    with pytest.raises(ValueError, match="no attention of the model is sparse now"):
+        SparseKCache(model)
+
+
 def test_a_base_with_eager_attention(tiny_llama):
     eager, sdpa = (tiny_llama(attn_implementation=name) for name in ("eager", "sdpa"))
     for model in (eager, sdpa):
@@ -248,16 +369,19 @@ def test_assisted_decoding_past_the_budget_is_refused(model, tiny_llama):
         model.generate(IDS[:1], max_new_tokens=20, do_sample=False, prompt_lookup_num_tokens=3)
 
 
-def test_a_static_cache_is_refused(model):
-    with pytest.raises(ValueError, match=r"layer 0 is a StaticLayer\. Do not set cache_implementation"):
+def test_a_static_cache_needs_every_layer_patched(tiny_llama):
+    model = patch(tiny_llama(), SparseKConfig(**BUDGET, layers=[0]))
+    with pytest.raises(ValueError, match=r"a static cache needs every full-attention layer patched.*`layers`"):
         model.generate(IDS, max_new_tokens=2, cache_implementation="static")
-    with pytest.raises(ValueError, match="layer 0 is a StaticLayer"):
-        model(IDS, past_key_values=StaticCache(config=model.config, max_cache_len=80))
 
 
-def test_an_offloaded_cache_is_refused(model):
-    with pytest.raises(ValueError, match="do not ask for an offloaded cache"):
-        model.generate(IDS, max_new_tokens=2, cache_implementation="offloaded")
+def test_a_mask_that_changes_its_mind_is_refused(model):
+    """A row that ended early has been fed padding as real tokens; masking that later would come too late."""
+    _, cache = in_chunks(model, [30])
+    mask = torch.ones_like(IDS)
+    mask[1, 25:30] = 0
+    with pytest.raises(ValueError, match=r"\[30, 25, 30\] real tokens .* a mask cannot be changed later"):
+        model(IDS[:, 30:], attention_mask=mask, past_key_values=cache)
 
 
 def test_a_cache_of_dense_keys_is_refused(model, tiny_llama):

@@ -12,8 +12,10 @@ from hf_sparse.methods.base import SparseMethod, token_index
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
 from hf_sparse.methods.sparsek.config import SparseKConfig
 from hf_sparse.methods.sparsek.scorer import make_scorer
-from hf_sparse.methods.sparsek.selection import Policy
+from hf_sparse.methods.sparsek.selection import Policy, budget
 from hf_sparse.ops.attention import sparsek_attention
+
+_NO_CACHE = "a bidirectional attention module sees all tokens at once and has no KV cache: pass no past_key_values"
 
 # (query [B, Hq, T, D], key [B, Hkv, T, D], scores [B, Hkv, T], scaling) of whole sequences without padding
 Observer = Callable[[Tensor, Tensor, Tensor, float], None]
@@ -25,16 +27,19 @@ class SparseKAttention(SparseMethod):
     In `train` mode the gates are soft and only whole sequences are possible; in `eval` mode the selection is hard.
 
     Attributes:
+        causal: whether queries see earlier keys only. An encoder's module sees all of them, and has no cache.
         policy: a baseline's scores instead of the scorer's, see `selection`.
         observer: when set, the module computes its dense attention and hands queries, keys and scores to the
             observer. The objective `attention` trains with it.
     """
 
     adapter_layer_names = ("sparsek_scorer",)
+    cache_layer_type = SparseKCacheLayer
 
-    def __init__(self, hidden_size: int, num_key_value_heads: int, layer: int) -> None:
+    def __init__(self, hidden_size: int, num_key_value_heads: int, layer: int, causal: bool = True) -> None:
         super().__init__()
         self.hidden_size, self.num_key_value_heads, self.layer = hidden_size, num_key_value_heads, layer
+        self.causal = causal
         self.sparsek_scorer = nn.ModuleDict()
         self.configs: dict[str, SparseKConfig] = {}
         self.policy: Policy | None = None
@@ -56,8 +61,16 @@ class SparseKAttention(SparseMethod):
         return self.configs[self.active]
 
     def cache_layer(self) -> SparseKCacheLayer:
+        if not self.causal:
+            raise ValueError(_NO_CACHE)
         config = self.config
-        return SparseKCacheLayer(config.k, config.window, config.sinks, owner=(self.active, self.policy))
+        return SparseKCacheLayer(
+            config.k,
+            config.window,
+            config.sinks,
+            owner=(self.active, self.policy),
+            only_sparse=config.layers is None,  # otherwise some layers are left dense
+        )
 
     def score(self, hidden_states: Tensor, index: Tensor) -> Tensor:
         """Frozen scores `[B, Hkv, T]` float32 of tokens that stand at `index` `[B, T]` of their rows."""
@@ -80,28 +93,28 @@ class SparseKAttention(SparseMethod):
     ) -> Tensor:
         batch, _, length, _ = query.shape
         config = self.config
+        if cache is not None and not self.causal:
+            raise ValueError(_NO_CACHE)
         if cache is not None and not isinstance(cache, SparseKCacheLayer):
             raise TypeError(f"SparseK needs its own cache layer, got {type(cache).__name__}")
         if cache is not None and cache.owner != (self.active, self.policy):
             raise ValueError("the cache holds what another adapter chose: start a new cache after switching adapters")
-        seen = 0 if cache is None or cache.seen is None else cache.seen
+        seen = 0 if cache is None else cache.seen
         index = token_index(valid, seen, batch, length, query.device)
         scores = self.score(hidden_states, index)
-        fresh = cache is None or cache.get_seq_length() == length  # `update` has counted the new tokens already
+        fresh = cache is None or cache.empty
         if self.observer is not None:
             self.observer(query, key, scores, scaling)
-            dense = {"k": max(1, length), "window": 1, "sinks": 0}
-            return _aligned(
-                query, key, value, scores, valid, valid, scaling=scaling, gates="hard", support=None, **dense
-            )
+            dense: dict[str, Any] = {"k": max(1, length), "window": 1, "sinks": 0, "causal": self.causal}
+            return _aligned(query, key, value, scores, valid, valid, scaling=scaling, **dense)
         soft = self.training and self.policy is None
         if soft and not fresh:
             raise ValueError("decoding uses hard selection: call model.eval() before generating")
 
-        budget = {"k": config.k, "window": config.window, "sinks": config.sinks, "scaling": scaling}
+        options: dict[str, Any] = {**budget(config, self.policy, self.causal), "scaling": scaling}
         if fresh:
             gates: dict[str, Any] = {"gates": "soft", "support": config.soft_support} if soft else {"gates": "hard"}
-            output = _aligned(query, key, value, scores, valid, valid, **budget, **gates)
+            output = _aligned(query, key, value, scores, valid, valid, causal=self.causal, **options, **gates)
             if cache is not None:
                 positions = index if valid is None else index.masked_fill(~valid, -1)
                 positions = positions[:, None].expand_as(scores)
@@ -110,12 +123,11 @@ class SparseKAttention(SparseMethod):
         assert cache is not None
         if length == 1:
             cache.insert(key, value, scores, None if valid is None else valid[:, 0])
-            assert cache.keys is not None and cache.values is not None and cache.positions is not None
-            filled = (cache.positions[:, :1, None] >= 0).to(query.device)  # [B, 1, 1, S]: the same for every head
-            return F.scaled_dot_product_attention(
-                query, cache.keys, cache.values, filled, scale=scaling, enable_gqa=query.shape[1] != key.shape[1]
-            )
-        return self._continue(query, key, value, scores, index, valid, cache, budget)
+            filled = cache.positions[:, :1, None] >= 0  # [B, 1, 1, S]: the same for every head
+            group = query.unflatten(1, (key.shape[1], -1)).squeeze(3)  # the queries of a KV head share its keys
+            output = F.scaled_dot_product_attention(group, cache.keys, cache.values, filled, scale=scaling)
+            return output.flatten(1, 2).unsqueeze(2)
+        return self._continue(query, key, value, scores, index, valid, cache, options)
 
     def _continue(
         self,
@@ -126,7 +138,7 @@ class SparseKAttention(SparseMethod):
         index: Tensor,
         valid: Tensor | None,
         cache: SparseKCacheLayer,
-        budget: dict[str, Any],
+        options: dict[str, Any],
     ) -> Tensor:
         """Several tokens after others: the kept keys are all that they can reach, so they simply come first."""
         old_keys, old_values, old_scores, old_positions = cache.ordered()
@@ -134,13 +146,13 @@ class SparseKAttention(SparseMethod):
         keys, values = torch.cat([old_keys, key], 2), torch.cat([old_values, value], 2)
         all_scores = torch.cat([old_scores, scores], 2)
         present = torch.cat([old_positions[:, 0] >= 0, new_valid], 1)  # the same for every head
-        output = _aligned(query, keys, values, all_scores, new_valid, present, **budget)
+        output = _aligned(query, keys, values, all_scores, new_valid, present, **options)
         positions = index.masked_fill(~new_valid, -1)[:, None].expand_as(scores)
-        assert cache.seen is not None
         cache.fill(keys, values, all_scores, torch.cat([old_positions, positions], 2), cache.seen + new_valid.sum(-1))
         return output
 
 
+@torch.compiler.disable  # its loops over tiles unroll into a graph of minutes, another one for every length
 def _aligned(
     query: Tensor,
     key: Tensor,

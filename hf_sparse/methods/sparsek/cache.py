@@ -4,13 +4,19 @@ A slot remembers the score and the position of its key. What the key is follows 
 selected), so slots need no order, and rows of different lengths share one buffer. A key that is evicted can never be
 selected again (scores are frozen), so nothing that the model could still want is lost; an operation that would need
 an evicted key raises.
+
+All that changes from one token to the next is in tensors that are allocated once and written in place: a decoding step
+compiles, is never compiled twice, and waits for no value from the device.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
+
+_STATE = ("keys", "values", "scores", "positions", "seen")
 
 
 class SparseKCacheLayer(CacheLayerMixin):
@@ -24,23 +30,33 @@ class SparseKCacheLayer(CacheLayerMixin):
         scores: `[B, Hkv, S]` float32.
         positions: `[B, Hkv, S]` int64, index of the token in its row, -1 for an empty slot.
         seen: `[B]` int64, real tokens so far.
+        cumulative_length: int64 without dimensions, tokens so far with padding.
+        empty: whether nothing was written yet.
         owner: whose scores these are; scores of two scorers do not compare.
+        only_sparse: whether no layer of the same cache has full, dense attention.
         announced: see `SparseMethod.cache_layer`.
     """
 
     is_sliding = False
-    is_compileable = False
+    is_compileable = True
     is_croppable = False
-    supports_early_init = False
+    # Tensors; all but the last are None until the first token.
+    keys: Any
+    values: Any
+    scores: Any
+    positions: Any
+    seen: Any
+    cumulative_length: Any
 
-    def __init__(self, k: int, window: int, sinks: int, owner: object = None) -> None:
+    def __init__(self, k: int, window: int, sinks: int, owner: object = None, only_sparse: bool = True) -> None:
         super().__init__()
-        self.k, self.window, self.sinks, self.owner = k, window, sinks, owner
-        self.cumulative_length = 0
+        self.k, self.window, self.sinks = k, window, sinks
+        self.owner, self.only_sparse = owner, only_sparse
+        self.empty = True
         self.announced = False
-        self.scores: Tensor | None = None
-        self.positions: Tensor | None = None
-        self.seen: Tensor | None = None
+        self._offload_wanted = False
+        self.scores = self.positions = self.seen = None
+        self.cumulative_length = torch.zeros((), dtype=torch.int64)
 
     @property
     def slots(self) -> int:
@@ -61,6 +77,9 @@ class SparseKCacheLayer(CacheLayerMixin):
         self.scores = torch.zeros((batch, heads, self.slots), device=self.device)
         self.positions = torch.full((batch, heads, self.slots), -1, device=self.device)
         self.seen = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        self.cumulative_length = torch.zeros((), dtype=torch.int64, device=self.device)
+        for tensor in (self.keys, self.values, self.scores, self.positions, self.seen, self.cumulative_length):
+            _fix_address(tensor)
         self.is_initialized = True
 
     def update(
@@ -71,30 +90,45 @@ class SparseKCacheLayer(CacheLayerMixin):
                 "this cache holds the KV slots of sparse attention, and the model continues it with dense attention: "
                 "start a new cache after switching adapters on or off"
             )
-        self.announced = False
-        if not self.is_initialized:
+        rows = key_states.shape[0]
+        if not self.is_initialized or (self.empty and self.keys.shape[0] != rows):
             self.lazy_initialization(key_states, value_states)
+        if self.keys.shape[0] != rows:
+            raise ValueError(f"the cache holds {self.keys.shape[0]} rows, and {rows} rows came: start a new cache")
         self.cumulative_length += key_states.shape[-2]
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.cumulative_length + query_length, 0
+        """Sparse attention reads the newest columns of a padding mask; dense layers that share the mask need all."""
+        if self.only_sparse:
+            return query_length, 0
+        return int(self.cumulative_length) + query_length, 0
 
     def get_seq_length(self) -> int:
-        return self.cumulative_length
+        """Tokens so far, padding included; a tensor without dimensions once there are any, as of a `StaticLayer`."""
+        return self.cumulative_length.clone() if self.is_initialized else 0
 
     def get_max_length(self) -> int:
         return -1
 
     def reset(self) -> None:
-        self.keys = self.values = self.scores = self.positions = self.seen = None
-        self.is_initialized = False
-        self.cumulative_length = 0
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Forget everything and keep the buffers."""
         if self.is_initialized:
-            for name in ("keys", "values", "scores", "positions", "seen"):
-                setattr(self, name, change(getattr(self, name)))
+            for tensor in (self.keys, self.values, self.scores, self.seen, self.cumulative_length):
+                tensor.zero_()
+            self.positions.fill_(-1)
+        self.empty = True
+
+    def offload(self) -> None:
+        """Move the slots to the CPU; right after `update`, when the attention is still to come, `settle` does it."""
+        self._offload_wanted = self.announced
+        if not self.announced:
+            self._each(lambda t: t.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        """Move the slots back."""
+        if self.is_initialized and self.keys.device != self.device:
+            self._each(lambda t: t.to(self.device, non_blocking=True))
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         self._each(lambda t: t.index_select(0, beam_idx.to(t.device)))
@@ -104,6 +138,19 @@ class SparseKCacheLayer(CacheLayerMixin):
 
     def batch_select_indices(self, indices: Tensor) -> None:
         self._each(lambda t: t[indices.to(t.device)])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Change every tensor that has rows, at its address as long as shape and device stay."""
+        if not self.is_initialized:
+            return
+        for name in _STATE:
+            old = getattr(self, name)
+            new = change(old)
+            if new.shape == old.shape and new.device == old.device:
+                old.copy_(new)
+            else:
+                setattr(self, name, new)
+                _fix_address(new)
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens, as long as nothing has been evicted yet.
@@ -116,23 +163,41 @@ class SparseKCacheLayer(CacheLayerMixin):
             raise ValueError(f"crop takes a negative count of tokens to remove, got {tokens_to_remove}")
         if tokens_to_remove == 0 or not self.is_initialized:
             return
-        assert self.positions is not None and self.seen is not None
         if int(self.seen.max()) > self.slots:
             raise RuntimeError(
                 f"the SparseK cache has {self.slots} slots and has seen {int(self.seen.max())} tokens: keys were "
                 "evicted for good, so it cannot be cropped (assisted decoding needs that; use a larger budget, or "
                 "generate without an assistant)"
             )
-        self.seen = (self.seen + tokens_to_remove).clamp(min=0)
-        self.positions = self.positions.masked_fill(self.positions >= self.seen[:, None, None], -1)
-        self.cumulative_length = max(0, self.cumulative_length + tokens_to_remove)
+        self.seen.add_(tokens_to_remove).clamp_(min=0)
+        self.positions.masked_fill_(self.positions >= self.seen[:, None, None], -1)
+        self.cumulative_length.add_(tokens_to_remove).clamp_(min=0)
 
-    # What the attention calls.
+    # What the patch and the attention call.
+
+    def expect(self, real: Tensor) -> None:
+        """Check how many tokens of each row, `[B]`, a padding mask now calls real.
+
+        Raises:
+            ValueError: not those that came.
+        """
+        if not torch.equal(real.to(self.seen), self.seen):
+            raise ValueError(
+                f"the attention mask has {real.tolist()} real tokens before the new ones, and the cache has taken in "
+                f"{self.seen.tolist()} as real: sparse attention decides when a token comes, so a mask cannot be "
+                "changed later. generate feeds padding as real tokens to a row that ended before the others (give such "
+                "rows a cache of their own, or reset the cache and pass the whole text), and it takes every pad token "
+                "in the text for padding unless attention_mask says otherwise"
+            )
+
+    def settle(self) -> None:
+        """The attention that was announced is done."""
+        self.announced = False
+        if self._offload_wanted:
+            self.offload()
 
     def ordered(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Keys, values, scores and positions in the order of positions, empty slots first."""
-        assert self.keys is not None and self.values is not None
-        assert self.scores is not None and self.positions is not None
         positions, order = self.positions.sort(dim=-1)
         wide = order[..., None]
         return (
@@ -151,16 +216,18 @@ class SparseKCacheLayer(CacheLayerMixin):
             scores, positions: `[B, Hkv, N]`; a position of -1 marks an entry that is not a token.
             seen: `[B]`, real tokens so far.
         """
-        assert self.keys is not None and self.values is not None
         kept = _best(scores, positions, seen, self.window, self.sinks, self.slots)
         count = kept.shape[-1]
-        empty = positions.gather(2, kept) < 0
-        for name, source in (("keys", keys), ("values", values)):
-            getattr(self, name)[:, :, :count] = source.gather(2, kept[..., None].expand(-1, -1, -1, source.shape[-1]))
-        self.scores = torch.nn.functional.pad(scores.gather(2, kept).float(), (0, self.slots - count))
-        kept_positions = positions.gather(2, kept).masked_fill(empty, -1)
-        self.positions = torch.nn.functional.pad(kept_positions, (0, self.slots - count), value=-1)
-        self.seen = seen.clone()
+        filled = positions.gather(2, kept)
+        self.positions.fill_(-1)
+        self.positions[:, :, :count] = filled
+        self.scores[:, :, :count] = scores.gather(2, kept).float()
+        wide = kept[..., None]
+        for slots, source in ((self.keys, keys), (self.values, values)):
+            kept_source = source.gather(2, wide.expand(-1, -1, -1, source.shape[-1]))
+            slots[:, :, :count] = kept_source.masked_fill(filled[..., None] < 0, 0)  # padding may be anything
+        self.seen.copy_(seen)
+        self.empty = False
 
     @torch.no_grad()
     def insert(self, key: Tensor, value: Tensor, score: Tensor, valid: Tensor | None) -> None:
@@ -171,8 +238,6 @@ class SparseKCacheLayer(CacheLayerMixin):
             score: `[B, Hkv, 1]`.
             valid: `[B]` bool, rows whose token is real; `None` if all are.
         """
-        assert self.keys is not None and self.values is not None and self.seen is not None
-        assert self.scores is not None and self.positions is not None
         position = self.seen[:, None, None]
         empty = self.positions < 0
         eligible = (self.positions >= self.sinks) & (self.positions <= position - self.window)
@@ -193,6 +258,7 @@ class SparseKCacheLayer(CacheLayerMixin):
         self.scores.scatter_(2, slot, score.float())
         self.positions.scatter_(2, slot, position.expand_as(slot))
         self.seen += 1 if valid is None else valid.long()
+        self.empty = False
 
 
 def _best(scores: Tensor, positions: Tensor, seen: Tensor, window: int, sinks: int, slots: int) -> Tensor:
@@ -201,3 +267,9 @@ def _best(scores: Tensor, positions: Tensor, seen: Tensor, window: int, sinks: i
     priority = scores.masked_fill(near, torch.inf).masked_fill(positions < 0, -torch.inf)
     order = priority.argsort(dim=-1, descending=True, stable=True)[..., :slots]
     return order.sort(dim=-1).values
+
+
+def _fix_address(tensor: Tensor) -> None:
+    """Tells CUDA graphs that the tensor stays where it is, so that they can write to it."""
+    if not torch.compiler.is_compiling():
+        torch._dynamo.mark_static_address(tensor)

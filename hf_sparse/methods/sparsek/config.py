@@ -15,15 +15,26 @@ PEFT_TYPE = "HF_SPARSE_SPARSEK"
 class SparseKConfig(PeftConfig):
     """SparseK attention: every query attends to `sinks + window + k` keys, and the KV cache has as many slots.
 
-    Lou et al. 2024 (arXiv 2406.16747), with sinks, and with soft gates inside the softmax while training (ours).
+    Lou et al. 2024 (arXiv 2406.16747), with sinks, and with soft gates inside the softmax while training (ours). In an
+    encoder, which is no part of the paper, the window reaches to both sides and one selection serves all queries.
 
     >>> SparseKConfig(k=124, window=128, sinks=4).slots
     256
     """
 
-    k: int = field(default=124, metadata={"help": "Older keys kept per KV head: the k best-scored. At least 1."})
-    window: int = field(default=128, metadata={"help": "Most recent keys, always attended. At least 1."})
-    sinks: int = field(default=4, metadata={"help": "First keys of a sequence, always attended. At least 0."})
+    k: int = field(
+        default=124,
+        metadata={
+            "help": "Older keys kept per KV head: the k best-scored; in an encoder, of the whole text. At least 1."
+        },
+    )
+    window: int = field(
+        default=128,
+        metadata={"help": "Most recent keys, always attended; in an encoder, the nearest on both sides. At least 1."},
+    )
+    sinks: int = field(
+        default=4, metadata={"help": "First keys of a sequence, such as [CLS], always attended. At least 0."}
+    )
     scorer: Literal["linear", "mlp"] = field(
         default="linear",
         metadata={"help": "'linear': one weight per input feature and KV head. 'mlp': one hidden layer."},
@@ -31,7 +42,9 @@ class SparseKConfig(PeftConfig):
     scorer_hidden_size: int = field(default=128, metadata={"help": "Width of the hidden layer of the 'mlp' scorer."})
     position_slope: float = field(
         default=0.0,
-        metadata={"help": "Added to a score per token of absolute position; positive values favour recent keys."},
+        metadata={
+            "help": "Added to a score per token of absolute position; positive values favour recent (later) keys."
+        },
     )
     support: int | None = field(
         default=4,

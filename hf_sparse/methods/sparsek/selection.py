@@ -9,12 +9,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from hf_sparse.methods.sparsek.config import SparseKConfig
+
 # (index [B, T] of each token in its row, number of KV heads, layer) -> scores [B, Hkv, T] float32
 Policy = Callable[[Tensor, int, int], Tensor]
 
 
 def recency(index: Tensor, heads: int, layer: int) -> Tensor:
-    """The most recent older keys: a window of `window + k`, that is StreamingLLM (Xiao et al. 2023, 2309.17453)."""
+    """The nearest keys: a window of `window + k`, that is StreamingLLM (Xiao et al. 2023, 2309.17453).
+
+    In an encoder the nearest keys are those on both sides, which no score per key could say: see `budget`.
+    """
     return index[:, None].expand(-1, heads, -1).float()
 
 
@@ -29,3 +34,10 @@ def random(index: Tensor, heads: int, layer: int) -> Tensor:
 
 #: Baselines by the name that evaluation prints.
 POLICIES: dict[str, Policy] = {"recency": recency, "random": random}
+
+
+def budget(config: SparseKConfig, policy: Policy | None, causal: bool) -> dict[str, int]:
+    """`k`, `window` and `sinks` for the attention: as configured, except that `recency` is all window in an encoder."""
+    if policy is recency and not causal:
+        return {"k": 0, "window": config.window + config.k, "sinks": config.sinks}
+    return {"k": config.k, "window": config.window, "sinks": config.sinks}

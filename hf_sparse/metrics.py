@@ -1,0 +1,55 @@
+"""What eval.json measures, and how people read it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One measure of quality.
+
+    Attributes:
+        key: of its values in eval.json, and the value of `metric` there.
+        name: in a sentence.
+        unit: what a value is, and which direction is good.
+        digits: after the point.
+        relative: whether a difference from dense attention is told in percent.
+        best: the value that nothing exceeds, if there is one.
+    """
+
+    key: str
+    name: str
+    unit: str
+    digits: int
+    relative: bool
+    best: float | None = None
+
+    def show(self, value: float) -> str:
+        return f"{value:.{self.digits}f}"
+
+
+METRICS = {
+    metric.key: metric
+    for metric in (
+        Metric("perplexity", "perplexity", "perplexity per token, lower is better", 2, True),
+        Metric("masked_perplexity", "masked-token perplexity", "perplexity per masked token, lower is better", 2, True),
+        Metric(
+            "embedding_similarity",
+            "embedding similarity",
+            "cosine to the mean-pooled dense embedding, higher is better",
+            digits=4,
+            relative=False,
+            best=1.0,
+        ),
+    )
+}
+
+
+def metric_of(evaluation: Mapping[str, Any]) -> Metric:
+    """The metric of an eval.json; files from before there were several have perplexities.
+
+    Raises:
+        KeyError: an unknown metric.
+    """
+    return METRICS[evaluation.get("metric", "perplexity")]

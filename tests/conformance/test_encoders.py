@@ -1,0 +1,122 @@
+"""Encoders: padding, heads, and the whole budget. Attaching, switching and saving are in `test_adapter.py`."""
+
+import torch
+
+from hf_sparse import unpatch
+from hf_sparse.methods.sparsek.selection import POLICIES
+from hf_sparse.patches import methods_of
+
+KIND = "encoder"
+HEADS = {
+    "bert": ("BertModel", "BertForMaskedLM", "BertForSequenceClassification", "BertForTokenClassification"),
+    "roberta": (
+        "RobertaModel",
+        "RobertaForMaskedLM",
+        "RobertaForSequenceClassification",
+        "RobertaForTokenClassification",
+    ),
+    "modernbert": (
+        "ModernBertModel",
+        "ModernBertForMaskedLM",
+        "ModernBertForSequenceClassification",
+        "ModernBertForTokenClassification",
+    ),
+}
+
+
+def _rows_alone(subject, measure, model, sides=("left", "right")):
+    """A batch of mixed lengths equals each row alone."""
+    for side in sides:
+        ids, mask = subject.padded(side)
+        logits = subject.logits(model, ids, mask)
+        for row, real in enumerate(mask.bool()):
+            alone = subject.logits(model, ids[row : row + 1, real])
+            measure.close(logits[row : row + 1, real], alone)
+
+
+def test_left_padding(subject, measure):
+    _rows_alone(subject, measure, subject.sparse, ["left"])
+
+
+def test_right_padding(subject, measure):
+    _rows_alone(subject, measure, subject.sparse, ["right"])
+
+
+def test_heads(subject, measure):
+    """Every head of the family works patched, padded or not, and takes the patch off again."""
+    ids, mask = subject.padded("right")
+    for head in HEADS[subject.name]:
+        base = subject.make(model=head)
+        dense = subject.logits(base, ids, mask)
+        model = subject.fresh(model=base)
+        sparse = subject.logits(model, ids, mask)
+        assert (sparse - dense).abs().max() > 0.01
+        for row, real in enumerate(mask.bool()):
+            alone = subject.logits(model, ids[row : row + 1, real])
+            # one row of logits per token, or one per text
+            measure.close(sparse[row : row + 1, real] if alone.ndim == 3 else sparse[row : row + 1], alone)
+        measure.equal(subject.logits(unpatch(model), ids, mask), dense)
+
+
+def test_whole_budget(subject, measure):
+    """With slots for the whole text, the base model; so are the rows that fit, beside others that do not."""
+    ids, mask = subject.padded("right")
+    expected = subject.logits(subject.base, ids, mask)[mask.bool()]
+    measure.close(subject.logits(subject.fresh(k=64), ids, mask)[mask.bool()], expected)
+    shortest = mask.sum(-1).argmin()
+    real = mask[shortest].bool()
+    fitting = subject.fresh(k=int(real.sum()) - 8)
+    expected = subject.logits(subject.base, ids, mask)
+    actual = subject.logits(fitting, ids, mask)
+    measure.close(actual[shortest, real], expected[shortest, real])
+    assert (actual - expected)[mask.bool()].abs().max() > 0.01
+
+
+def test_window_only(subject, measure):
+    """The baseline `recency` is a window: what all layers together cannot reach changes nothing."""
+    model = subject.fresh(sinks=0)
+    for method in methods_of(model):
+        method.policy = POLICIES["recency"]
+    changed = subject.ids.clone()
+    changed[:, -1] = (changed[:, -1] - 3) % 60 + 4  # another ordinary token
+    window = 12  # that of the local layers of a hybrid model; one more than the budget's
+    beyond = subject.ids.shape[1] - 1 - window * subject.base.config.num_hidden_layers
+    expected, actual = subject.logits(model, subject.ids), subject.logits(model, changed)
+    measure.equal(actual[:, :beyond], expected[:, :beyond])
+    assert (actual[:, beyond:] - expected[:, beyond:]).abs().max() > 1e-3
+
+
+def test_some_layers(subject, measure):
+    """Sparse in one layer, dense in the others: padded rows equal each row alone."""
+    model = subject.fresh(layers=[subject.last_layer])
+    assert (subject.logits(model, subject.ids) - subject.logits(subject.sparse, subject.ids)).abs().max() > 0.01
+    _rows_alone(subject, measure, model)
+
+
+def test_training(subject, measure):
+    """With the soft gates of training, padded rows equal each row alone."""
+    model = subject.fresh()
+    for method in methods_of(model):  # the model around it stays in eval mode: no dropout
+        method.train()
+    assert (subject.logits(model, subject.ids) - subject.logits(subject.sparse, subject.ids)).abs().max() > 0.01
+    _rows_alone(subject, measure, model)
+
+
+def test_sparsity(subject, measure):
+    """The tolerances above mean something: without the selection, or with another one, the logits are far away."""
+    sparse = subject.logits(subject.sparse, subject.ids)
+    measure.apart(sparse, subject.logits(subject.base, subject.ids))
+    measure.apart(sparse, subject.logits(subject.fresh(seed=1), subject.ids))
+
+
+def test_attention_matrices(subject, measure):
+    """There are none."""
+    with measure.refused(ValueError, "output_attentions=True is not supported"):
+        subject.sparse(subject.ids, output_attentions=True)
+
+
+def test_packed_batch(subject, measure):
+    """A mask of four dimensions would be another attention: refused."""
+    mask = torch.ones(len(subject.ids), 1, subject.ids.shape[1], subject.ids.shape[1], dtype=torch.bool)
+    with measure.refused(ValueError, "sparse attention takes a padding mask"):
+        subject.sparse(subject.ids, attention_mask=mask)

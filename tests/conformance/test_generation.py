@@ -1,0 +1,140 @@
+"""Causal models: what generation asks of a cache works, or ends in one clear error."""
+
+import pytest
+import torch
+
+from hf_sparse.methods.sparsek import SparseKCacheLayer
+
+KIND = "causal"
+ROOMY = 150  # slots for all that these tests write
+
+
+def _generate(model, ids, **options):
+    return model.generate(ids, max_new_tokens=24, do_sample=False, **options)
+
+
+def _sample(model, ids, mask, **options):
+    """Sampled text, because greedy text of a random model repeats one token: in a layer after local ones the scores of
+    a long run are equal but for rounding, and which of two equals is kept is then a matter of the last bit."""
+    torch.manual_seed(0)
+    options |= {"max_new_tokens": 24, "do_sample": True, "return_dict_in_generate": True, "output_logits": True}
+    return model.generate(ids, attention_mask=mask, **options)
+
+
+def test_turns(subject, measure):
+    """Text, answer, more text and another answer in one cache: the logits of one forward over all of it."""
+    ids, mask = subject.padded("left")
+    first = _sample(subject.sparse, ids[:, :40], mask[:, :40])
+    longer = torch.cat([first.sequences, ids[:, 40:]], 1)
+    mask = torch.cat([mask[:, :40], torch.ones_like(longer[:, 40:])], 1)
+    second = _sample(subject.sparse, longer, mask, past_key_values=first.past_key_values)
+    mask = torch.cat([mask, torch.ones_like(second.sequences[:, longer.shape[1] :])], 1)
+    whole = subject.logits(subject.sparse, second.sequences, mask)
+    for turn in (first, second):
+        end = turn.sequences.shape[1]
+        measure.close(torch.stack(turn.logits, 1), whole[:, end - 25 : end - 1])
+
+
+def test_crop(subject, measure):
+    """The last tokens can be taken back until a key is evicted, after that it is refused."""
+    ids = subject.ids  # 11 tokens fit into the 13 slots, and into the local windows of a hybrid model
+    expected = subject.logits(subject.sparse, ids)
+    _, cache = subject.in_chunks(subject.sparse, torch.cat([ids[:, :7], ids[:, -4:]], 1), [11])
+    cache.crop(-4)
+    for begin in range(7, 30):
+        with torch.no_grad():
+            step = subject.sparse(
+                ids[:, begin : begin + 1],
+                position_ids=torch.full((len(ids), 1), begin),
+                past_key_values=cache,
+                use_cache=True,
+            ).logits
+        measure.close(step[:, 0], expected[:, begin])
+    # transformers refuses for its own sliding windows unless it was told before that a crop will come
+    _, cache = subject.in_chunks(subject.sparse, ids, [ids.shape[1]])
+    layer = next(layer for layer in cache.layers if isinstance(layer, SparseKCacheLayer))
+    with measure.refused(RuntimeError, "evicted for good, so it cannot be cropped"):
+        layer.crop(-1)
+
+
+def test_assisted(subject, measure):
+    """A draft model's guesses are taken back while nothing is evicted, after that it is refused."""
+    ids = subject.ids[:1]
+    roomy = subject.fresh(k=ROOMY)
+    assistant = subject.fresh(seed=1)  # often right, often wrong
+    measure.equal(_generate(roomy, ids, assistant_model=subject.base), _generate(roomy, ids))
+    with measure.refused(RuntimeError, "evicted for good, so it cannot be cropped"):
+        _generate(subject.sparse, ids, assistant_model=assistant)
+
+
+def test_lookup(subject, measure):
+    """Guesses copied from the prompt, likewise."""
+    ids = subject.ids[:1, :8].repeat(1, 3)
+    roomy = subject.fresh(k=ROOMY)
+    measure.equal(_generate(roomy, ids, prompt_lookup_num_tokens=3), _generate(roomy, ids))
+    with measure.refused(RuntimeError, "evicted for good, so it cannot be cropped"):
+        _generate(subject.sparse, ids, prompt_lookup_num_tokens=3)
+
+
+def test_without_cache(subject, measure):
+    """Generation that computes everything anew each step has the same logits, and so has a prefill in chunks."""
+    ids, mask = subject.padded("left")
+    expected = _sample(subject.sparse, ids, mask)
+    for change in ({"use_cache": False}, {"prefill_chunk_size": 16}):
+        other = _sample(subject.sparse, ids, mask, **change)
+        assert torch.equal(other.sequences, expected.sequences)
+        measure.close(torch.stack(other.logits), torch.stack(expected.logits))
+
+
+def test_static_cache(subject, measure):
+    """`cache_implementation="static"`, with buffers of fixed shapes, has the logits of the default cache."""
+    ids, mask = subject.padded("left")
+    for model in (subject.sparse, subject.fresh(k=ROOMY)):
+        expected = _sample(model, ids, mask)
+        static = _sample(model, ids, mask, cache_implementation="static")
+        assert type(static.past_key_values).__name__ == "StaticCache"
+        assert torch.equal(static.sequences, expected.sequences)
+        measure.close(torch.stack(static.logits), torch.stack(expected.logits))
+    with measure.refused(ValueError, "a static cache needs every full-attention layer patched"):
+        _sample(subject.fresh(layers=[subject.last_layer]), ids, mask, cache_implementation="static")
+
+
+def test_attention_matrices(subject, measure):
+    """There are none."""
+    with measure.refused(ValueError, "output_attentions=True is not supported"):
+        subject.sparse(subject.ids, output_attentions=True)
+
+
+def test_packed_sequences(subject, measure):
+    """Several texts in one row are refused; a family that takes them for one text, dense, does so sparse as well."""
+    ids, restarts = subject.ids, torch.cat([torch.arange(31), torch.arange(40)]).expand(len(subject.ids), -1)
+    other = torch.cat([ids[:, :31].flip(1), ids[:, 31:]], 1)
+    with torch.no_grad():
+        first, second = (subject.base(text, position_ids=restarts, use_cache=False).logits for text in (ids, other))
+        if torch.equal(first[:, 31:], second[:, 31:]):
+            with measure.refused(ValueError, "packed sequences"):
+                subject.sparse(ids, position_ids=restarts, use_cache=False)
+        else:
+            measure.close(subject.fresh(k=ROOMY)(ids, position_ids=restarts, use_cache=False).logits, first)
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {"penalty_alpha": 0.6, "top_k": 4},
+        {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+        {"dola_layers": "low"},
+        {"num_beams": 2, "force_words_ids": [[5]]},
+    ],
+    ids=["contrastive", "group_beam", "dola", "constrained"],
+)
+def test_remote_code_modes(subject, measure, mode):
+    """Contrastive search and other modes that transformers has moved to code on the Hub: it refuses them itself."""
+    with measure.refused(ValueError, "requires `trust_remote_code=True`"):
+        _generate(subject.sparse, subject.ids, **mode)
+
+
+def test_continuous_batching(subject, measure):
+    """`generate_batch` pages the keys of a dense model: transformers refuses other implementations."""
+    with measure.refused(ValueError, r"hf_sparse\S* is not supported"):
+        subject.sparse.generate_batch([row.tolist() for row in subject.ids], max_new_tokens=2)

@@ -1,0 +1,127 @@
+"""A decoding step has static shapes: it compiles as a whole, once, and computes what the eager step does."""
+
+import runpy
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import CompileConfig
+
+from hf_sparse import SparseKCache, SparseKConfig, patch
+
+FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
+BUDGET = {"k": 6, "window": 8, "sinks": 2}
+LENGTH = 40
+IDS = torch.randint(2, 64, (3, LENGTH), generator=torch.Generator().manual_seed(0))
+LEFT = (torch.arange(LENGTH) >= torch.tensor([0, 17, 30])[:, None]).long()
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_compiled_twice():
+    torch._dynamo.reset()
+    counters.clear()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def model(tiny_llama):
+    return patch(tiny_llama(), SparseKConfig(**BUDGET, position_slope=1e-3))
+
+
+@torch.no_grad()
+def decode(model, step, steps, mask=None):
+    """Logits `[B, steps, V]` of random tokens after a prompt; `step` is the model, or the model compiled."""
+    cache = SparseKCache(model)
+    model(IDS, attention_mask=mask, past_key_values=cache)
+    tokens = torch.randint(2, 64, (3, steps), generator=torch.Generator().manual_seed(1))
+    position = torch.full((3, 1), LENGTH) if mask is None else mask.sum(-1, keepdim=True)
+    newest = None if mask is None else torch.ones(3, 1, dtype=torch.int64)
+    parts = []
+    for t in range(steps):
+        token = tokens[:, t : t + 1].clone(memory_format=torch.contiguous_format)
+        output = step(token, attention_mask=newest, position_ids=position + t, past_key_values=cache)
+        parts.append(output.logits)
+    return torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize("mask", [None, LEFT], ids=["full", "padded"])
+def test_a_thousand_compiled_steps_are_one_graph_and_equal_eager(model, mask):
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    logits = decode(model, compiled, 1000, mask)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    assert torch.equal(logits, decode(model, model, 1000, mask))
+
+
+def test_steps_through_autograds_tracer(model):
+    """Writes in place survive being made functional."""
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(decode(model, compiled, 30, LEFT), decode(model, model, 30, LEFT), rtol=1e-5, atol=1e-5)
+
+
+def settings(**changes) -> CompileConfig:
+    """What `generate` uses on a GPU, made to work anywhere."""
+    config = CompileConfig(fullgraph=True, backend="eager", mode=None, **changes)
+    config._compile_all_devices = True
+    return config
+
+
+@pytest.mark.parametrize("rows", [slice(0, 3), slice(1, 2)], ids=["batch", "one row"])
+@pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
+def test_generate_compiles_its_steps_once(model, padded, rows):
+    mask = (LEFT if padded else torch.ones_like(IDS))[rows]
+    options = {"attention_mask": mask, "max_new_tokens": 40, "do_sample": False}
+    static = model.generate(IDS[rows], cache_implementation="static", compile_config=settings(), **options)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert torch.equal(static, model.generate(IDS[rows], **options))
+
+
+def test_a_longer_prompt_needs_no_other_graph(model):
+    for length in (20, 40):
+        model.generate(IDS[:, :length], max_new_tokens=5, cache_implementation="static", compile_config=settings())
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_compiled_beams(model):
+    options = {"num_beams": 3, "max_new_tokens": 20, "do_sample": False}
+    static = model.generate(IDS, cache_implementation="static", compile_config=settings(), **options)
+    assert torch.equal(static, model.generate(IDS, **options))
+
+
+def test_a_cache_of_ones_own_compiles_across_turns(model):
+    cache, text = SparseKCache(model), IDS[:1]
+    for _ in range(2):
+        ones = torch.ones_like(text)
+        options = {"attention_mask": ones, "max_new_tokens": 10, "do_sample": False}
+        answer = model.generate(text, past_key_values=cache, compile_config=settings(), **options)
+        assert torch.equal(answer, model.generate(text, **options))
+        text = torch.cat([answer, IDS[1:2, :15]], 1)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_a_peft_model(tiny_llama):
+    model = peft.get_peft_model(tiny_llama(), SparseKConfig(**BUDGET)).eval()
+    options = {"input_ids": IDS, "max_new_tokens": 10, "do_sample": False}
+    expected = model.generate(**options)
+    assert torch.equal(model.generate(past_key_values=SparseKCache(model), **options), expected)
+    static = model.generate(cache_implementation="static", compile_config=settings(), **options)
+    assert torch.equal(static, expected)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+def test_local_layers_keep_their_static_windows():
+    model = patch(FAMILIES["gemma3_text"].make(), SparseKConfig(**BUDGET))
+    options = {"attention_mask": LEFT, "max_new_tokens": 20, "do_sample": False}
+    assert torch.equal(model.generate(IDS, cache_implementation="static", **options), model.generate(IDS, **options))
+    cache = SparseKCache(model)
+    assert {type(layer).__name__ for layer in cache.layers} == {"SparseKCacheLayer", "DynamicSlidingWindowLayer"}
+    assert torch.equal(model.generate(IDS, past_key_values=cache, **options), model.generate(IDS, **options))
+
+
+def test_the_ordinary_cache_is_not_compiled(model):
+    model.generate(IDS, max_new_tokens=5, do_sample=False)
+    assert not counters["stats"]

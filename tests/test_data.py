@@ -1,0 +1,117 @@
+"""Text to chunks, and chunks to what a masked language model is asked."""
+
+import datasets
+import pytest
+import torch
+from transformers import RobertaConfig, RobertaModel
+
+from hf_sparse.data import IGNORED, check_chunks, context_length, fingerprint, mask_tokens, pack, tensors
+from hf_sparse.errors import DataError
+
+CLS, SEP, MASK = 2, 3, 4
+
+
+@pytest.fixture
+def chunks(bert_tokenizer):
+    words = torch.randint(5, 64, (2000,)).tolist()
+    return pack(bert_tokenizer, " ".join(f"w{i}" for i in words), 102, special_tokens=True)
+
+
+class TestPack:
+    TEXT = " ".join(f"w{i}" for i in range(5, 15))
+
+    def test_special_tokens_frame_every_chunk(self, bert_tokenizer):
+        expected = [[CLS, 5, 6, 7, SEP], [CLS, 8, 9, 10, SEP], [CLS, 11, 12, 13, SEP]]
+        assert pack(bert_tokenizer, self.TEXT, 5, special_tokens=True).tolist() == expected
+
+    def test_text_alone(self, bert_tokenizer):
+        assert pack(bert_tokenizer, self.TEXT, 5).tolist() == [[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]]
+
+    def test_a_tokenizer_without_them_adds_none(self, bert_tokenizer):
+        bert_tokenizer.cls_token = bert_tokenizer.sep_token = None
+        assert torch.equal(pack(bert_tokenizer, self.TEXT, 5, special_tokens=True), pack(bert_tokenizer, self.TEXT, 5))
+
+    def test_refusals(self, bert_tokenizer):
+        with pytest.raises(DataError, match="length must be at least 4 tokens, got 3"):
+            pack(bert_tokenizer, self.TEXT, 3, special_tokens=True)
+        with pytest.raises(DataError, match="the text has 10 tokens, fewer than one chunk of 11"):
+            pack(bert_tokenizer, self.TEXT, 13, special_tokens=True)
+
+
+class TestMaskTokens:
+    def test_hides_15_percent_of_the_ordinary_tokens(self, bert_tokenizer, chunks):
+        masked = mask_tokens(bert_tokenizer, chunks)
+        hidden = masked["labels"] != IGNORED
+        assert hidden.sum(1).tolist() == [15] * len(chunks)  # of 100 words
+        assert not hidden[:, [0, -1]].any()
+        assert torch.equal(masked["labels"][hidden], chunks[hidden])
+        assert (masked["input_ids"][hidden] == MASK).all()
+        assert torch.equal(masked["input_ids"][~hidden], chunks[~hidden])
+
+    def test_corrupts_as_bert_does(self, bert_tokenizer, chunks):
+        masked = mask_tokens(bert_tokenizer, chunks.repeat(20, 1), corrupt=True)
+        hidden = masked["labels"] != IGNORED
+        now, before = masked["input_ids"][hidden], masked["labels"][hidden]
+        assert (now == MASK).float().mean() == pytest.approx(0.8, abs=0.03)
+        assert (now == before).float().mean() == pytest.approx(0.1, abs=0.02)
+        assert torch.equal(masked["input_ids"][~hidden], chunks.repeat(20, 1)[~hidden])
+
+    @pytest.mark.parametrize("corrupt", [False, True])
+    def test_seed_and_number_of_the_chunk_decide(self, bert_tokenizer, chunks, corrupt):
+        first, again = (mask_tokens(bert_tokenizer, chunks, corrupt=corrupt) for _ in range(2))
+        assert all(torch.equal(first[name], again[name]) for name in first)
+        some = mask_tokens(bert_tokenizer, chunks[:3], corrupt=corrupt)
+        assert all(torch.equal(first[name][:3], some[name]) for name in first)
+        other = mask_tokens(bert_tokenizer, chunks, seed=1, corrupt=corrupt)
+        assert not torch.equal(first["labels"], other["labels"])
+        same_text = mask_tokens(bert_tokenizer, chunks[:1].repeat(2, 1), corrupt=corrupt)["labels"]
+        assert not torch.equal(same_text[0], same_text[1])
+
+    def test_refusals(self, bert_tokenizer, chunks):
+        with pytest.raises(DataError, match="chunk 1 holds nothing but special tokens"):
+            mask_tokens(bert_tokenizer, torch.tensor([[CLS, 7, SEP], [CLS, 0, SEP]]))
+        bert_tokenizer.mask_token = None
+        with pytest.raises(DataError, match="has no mask token"):
+            mask_tokens(bert_tokenizer, chunks)
+
+
+class TestTensors:
+    def test_labels_are_for_masked_models(self, tiny_bert, tiny_llama, bert_tokenizer, chunks):
+        masked = mask_tokens(bert_tokenizer, chunks)
+        rows = datasets.Dataset.from_dict({name: tensor.tolist() for name, tensor in masked.items()})
+        for dataset in (masked, rows):
+            tokens, labels = tensors(tiny_bert(), dataset)
+            assert torch.equal(tokens, masked["input_ids"]) and torch.equal(labels, masked["labels"])
+            assert tensors(tiny_llama(), dataset)[1] is None
+        assert tensors(tiny_bert("BertModel"), chunks) == (chunks, None)
+
+    def test_refusals(self, tiny_bert, chunks):
+        with pytest.raises(DataError, match=r"hidden tokens and their labels: hf_sparse.data.mask_tokens"):
+            tensors(tiny_bert(), chunks)
+        with pytest.raises(DataError, match="a dataset with `labels`, got dict"):
+            tensors(tiny_bert(), {"input_ids": chunks})
+        with pytest.raises(DataError, match="labels must be as many as the tokens"):
+            tensors(tiny_bert(), {"input_ids": chunks, "labels": chunks[:, 1:]})
+
+    def test_check(self, tiny_bert, bert_tokenizer, chunks):
+        masked = mask_tokens(bert_tokenizer, chunks)
+        check_chunks(tiny_bert(), masked["input_ids"], masked["labels"])
+        with pytest.raises(DataError, match="tokens must be 0 to 63, got 64 to 64"):
+            check_chunks(tiny_bert(), chunks, torch.full_like(chunks, 64))
+        with pytest.raises(DataError, match="every chunk needs a token to be predicted"):
+            check_chunks(tiny_bert(), chunks, masked["labels"].where(torch.arange(len(chunks))[:, None] != 1, IGNORED))
+
+
+def test_context_length(tiny_bert, tiny_llama):
+    assert context_length(tiny_bert()) == 128 and context_length(tiny_llama()) == 512
+    # RoBERTa's first position is the one after padding's.
+    settings = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "intermediate_size": 64}
+    roberta = RobertaModel(RobertaConfig(**settings, vocab_size=64, max_position_embeddings=34, pad_token_id=1)).eval()
+    assert context_length(roberta) == 32
+    roberta(input_ids=torch.full((1, 32), 5))
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        roberta(input_ids=torch.full((1, 33), 5))
+
+
+def test_fingerprint_tells_other_labels(chunks):
+    assert fingerprint(chunks) == fingerprint(chunks, None) != fingerprint(chunks, chunks)

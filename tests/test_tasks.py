@@ -1,0 +1,71 @@
+"""What a checkpoint is for follows from the name of its class."""
+
+import pytest
+import torch
+from peft import get_peft_model
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+)
+
+import hf_sparse
+from hf_sparse.tasks import attends_both_ways, final_states, kind_of, task_of, task_of_class
+
+
+@pytest.mark.parametrize(
+    ("config", "architectures", "wanted", "auto", "kind"),
+    [
+        (LlamaConfig, ["LlamaForCausalLM"], None, AutoModelForCausalLM, "causal"),
+        (LlamaConfig, None, None, AutoModelForCausalLM, "causal"),
+        (LlamaConfig, ["LlamaModel"], None, AutoModel, "features"),
+        (GPT2Config, ["GPT2LMHeadModel"], None, AutoModelForCausalLM, "causal"),
+        (BertConfig, ["BertForMaskedLM"], None, AutoModelForMaskedLM, "masked"),
+        (BertConfig, ["BertLMHeadModel"], None, AutoModelForCausalLM, "causal"),
+        (BertConfig, ["BertForPreTraining"], None, AutoModelForMaskedLM, "masked"),
+        (BertConfig, ["BertModel"], None, AutoModel, "features"),
+        (BertConfig, None, None, AutoModel, "features"),
+        (BertConfig, ["SomethingOfMine"], None, AutoModel, "features"),
+        (BertConfig, ["BertForSequenceClassification"], None, AutoModelForSequenceClassification, "features"),
+        (BertConfig, ["BertForTokenClassification"], None, AutoModelForTokenClassification, "features"),
+        # An adapter that was made on a head of its own.
+        (BertConfig, ["BertForMaskedLM"], "BertForTokenClassification", AutoModelForTokenClassification, "features"),
+        (BertConfig, ["BertForMaskedLM"], "SomethingOfMine", AutoModelForMaskedLM, "masked"),
+    ],
+)
+def test_task_of_a_checkpoint(config, architectures, wanted, auto, kind):
+    task = task_of(config(architectures=architectures), wanted)
+    assert task.auto is auto and task.kind == kind
+
+
+def test_kind_of_a_model(tiny_bert, tiny_llama):
+    assert kind_of(tiny_llama()) == "causal"
+    assert kind_of(tiny_bert("BertForMaskedLM")) == "masked"
+    assert kind_of(tiny_bert("BertForSequenceClassification")) == kind_of(tiny_bert("BertModel")) == "features"
+    assert kind_of(tiny_bert("BertForPreTraining")) == "features"  # its output has no `logits`
+
+    adapted = get_peft_model(tiny_bert("BertForMaskedLM"), hf_sparse.SparseKConfig())
+    adapted.get_base_model().__class__ = type("Mine", (type(adapted.get_base_model()),), {})
+    assert kind_of(adapted) == "masked"
+
+
+def test_direction():
+    assert attends_both_ways("bert", task_of_class("BertModel"))
+    assert attends_both_ways("bert", task_of_class("BertForMaskedLM"))
+    assert not attends_both_ways("bert", task_of_class("BertLMHeadModel"))
+    assert not attends_both_ways("llama", task_of_class("LlamaModel"))
+    assert not attends_both_ways(None, task_of_class(None))
+
+
+@pytest.mark.parametrize("kind", ["BertForMaskedLM", "BertForSequenceClassification", "BertModel"])
+def test_final_states_are_those_of_the_encoder(tiny_bert, kind):
+    tokens = torch.randint(5, 64, (2, 40))
+    model = tiny_bert(kind)
+    with torch.no_grad():
+        expected = model.base_model(input_ids=tokens).last_hidden_state
+        assert torch.equal(final_states(model, tokens), expected)
