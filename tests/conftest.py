@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 import tempfile
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 
@@ -49,6 +50,11 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers already occupy the cores
 
 
+def pytest_report_header() -> str:
+    names = ("torch", "transformers", "peft", "huggingface_hub")
+    return "versions: " + ", ".join(f"{name} {version(name)}" for name in names)
+
+
 def pytest_unconfigure() -> None:
     _HUB.close()
     shutil.rmtree(_HF_HOME, ignore_errors=True)
@@ -58,6 +64,22 @@ def pytest_unconfigure() -> None:
 def hub():
     """The loopback Hub: `endpoint`, `token`, `user`, `requests`, `count`, `fail_next`. Its repositories stay."""
     return _HUB
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _cards_are_validated_here():
+    """`ModelCard.validate` of huggingface_hub 1.x asks huggingface.co, whatever the endpoint is."""
+    from huggingface_hub import repocard
+
+    original = repocard.get_session
+
+    class Session:
+        def post(self, url: str, **kwargs):
+            return original().post(url.replace("https://huggingface.co", _HUB.endpoint), **kwargs)
+
+    repocard.get_session = Session
+    yield
+    repocard.get_session = original
 
 
 @pytest.fixture
