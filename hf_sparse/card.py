@@ -40,6 +40,12 @@ _ROWS = {
     "recency": "{}: the most recent ones, and sinks",
     "window": "{}: the nearest ones, and sinks",
     "random": "{}: window, sinks, and {} ones at random",
+    "key_norm": "{}: window, sinks, and the {} keys of smallest norm",
+    "key_difference": "{}: window, sinks, and the {} keys least like the others (KeyDiff)",
+    "h2o": "{}: window, sinks, and the {} ones most attended so far (H2O)",
+    "tova": "{}: window, sinks, and the {} ones that the last query attends to most (TOVA)",
+    "snapkv": "{}: window, sinks, and the {} ones that the latest queries vote for (SnapKV)",
+    "oracle": "{}: window, sinks, and the {} ones that later queries will attend to most (sees the future; a reference)",
 }
 
 #: A text in Python, and what to do with its tokens.

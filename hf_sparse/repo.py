@@ -45,8 +45,8 @@ def write_repo(
     """
     folder = Path(folder)
     adapter = read_adapter(folder, str(folder))
-    evaluation = evaluation or _read_json(folder / EVALUATION)
-    training = training or _read_json(folder / TRAINING)
+    evaluation = evaluation or read_json(folder / EVALUATION)
+    training = training or read_json(folder / TRAINING)
     own = {name: getattr(adapter.config, name) for name in ("k", "window", "sinks", "slots")}
     if evaluation is not None and evaluation.get("budget") != own:
         raise DataError(f"{EVALUATION} is of the budget {evaluation.get('budget')}, but the adapter has {own}")
@@ -82,7 +82,12 @@ def is_public(name: str | None) -> bool:
     return not Path(name).exists()
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in a JSON file, `None` if there is no file.
+
+    Raises:
+        DataError: it is damaged, or holds something else.
+    """
     if not path.exists():
         return None
     try:

@@ -19,20 +19,22 @@ from transformers import AutoTokenizer, PreTrainedModel
 from hf_sparse.adapter import CONFIG, resolve_base, skeleton_of
 from hf_sparse.data import context_length, mask_tokens, pack, read_text, select_chunks
 from hf_sparse.errors import DataError, HubError
-from hf_sparse.evaluation import evaluate
+from hf_sparse.evaluation import GENERATING, check_selections, evaluate, selections_of
+from hf_sparse.evaluation.tasks import Suite
 from hf_sparse.finetune import FinetuneConfig, finetune
 from hf_sparse.finetune.checkpoint import FOLDER as CHECKPOINTS
 from hf_sparse.hub import from_pretrained
 from hf_sparse.methods.sparsek import SparseKConfig
 from hf_sparse.patches import methods_of
 from hf_sparse.patches.attach import targets
-from hf_sparse.repo import CARD, EVALUATION, FIGURE, TRAINING, write_repo
+from hf_sparse.repo import CARD, EVALUATION, FIGURE, TRAINING, read_json, write_repo
 from hf_sparse.tasks import kind_of, task_of
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 LENGTH = 2048  # tokens per chunk, where the model has as many positions
+CHUNKS = 16  # of a text that is measured with all baselines, so that it takes minutes
 
 
 def create_adapter(
@@ -112,12 +114,15 @@ def train_adapter(
 
 def evaluate_adapter(
     folder: str | Path,
-    text: str,
+    text: str | None,
     name: str,
     *,
     length: int | None = None,
     chunks: str | None = None,
     batch_size: int = 1,
+    selections: Sequence[str] | None = None,
+    slots: Sequence[int] = (),
+    suite: Suite | None = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> dict[str, Any]:
@@ -125,19 +130,48 @@ def evaluate_adapter(
 
     Args:
         folder: holds an adapter.
-        text: see `hf_sparse.data.pack`.
+        text: see `hf_sparse.data.pack`; `None` adds the suite's tasks to the eval.json that is there.
         name: what the text is called in the result.
         length: tokens per chunk; by default 2048, or what the model's positions suffice for.
-        chunks: measure chunks `START:STOP` of the text only.
+        chunks: measure chunks `START:STOP` of the text; by default at most 16, from all over it. `":"` is all.
         batch_size: chunks at a time.
+        selections: what to compare, of `hf_sparse.evaluation.selections_of(model)`; all by default. The suite is
+            answered by those that can generate.
+        slots: further budgets to measure the text at.
+        suite: tasks that are scored by generation; without `lengths` of its own, prompts are as long as a chunk and
+            half as long, where that is more than the slots.
         device, dtype: see `load_adapter`.
 
     Returns:
         The content of eval.json.
+
+    Raises:
+        DataError: a text or tasks that cannot be measured; tasks alone without an eval.json to add them to.
+        ValueError: options out of range.
     """
+    folder = Path(folder)
     model, tokenizer = load_adapter(folder, device=device, dtype=dtype)
-    data = _data(model, tokenizer, text, length, chunks)
-    result = evaluate(model, data, batch_size=batch_size, text_name=f"{name} (chunks {chunks})" if chunks else name)
+    if selections is not None:
+        check_selections(selections, selections_of(model))
+    if suite is not None:
+        if selections is not None:
+            suite = replace(suite, selections=[chosen for chosen in selections if chosen in GENERATING])
+        if not suite.lengths:
+            whole, least = length or _length(model), suite.budget(model).slots
+            suite = replace(suite, lengths=[own for own in (whole // 2, whole) if own > least] or [whole])
+        suite.check(model)
+    if text is not None:
+        data = _data(model, tokenizer, text, length, chunks, limit=CHUNKS)
+        label = f"{name} (chunks {chunks})" if chunks else name
+        result = evaluate(model, data, selections=selections, slots=slots, batch_size=batch_size, text_name=label)
+    elif suite is None:
+        raise DataError("nothing to measure: expected a text or tasks")
+    elif (there := read_json(folder / EVALUATION)) is None:
+        raise DataError(f"tasks are added to an eval.json, and {folder} holds none: measure a text first")
+    else:
+        result = there
+    if suite is not None:
+        result["tasks"] = {**result.get("tasks", {}), **suite.run(model, tokenizer)}
     write_repo(folder, evaluation=result)
     return result
 
@@ -259,12 +293,28 @@ def read_dataset(name: str, config: str | None = None, split: str = "train", col
     return "\n\n".join(texts)
 
 
-def _data(model: PeftModel, tokenizer: Any, text: str, length: int | None, chunks: str | None, **masking: Any) -> Any:
-    """A text as the model learns and is measured on it: packed, and with hidden tokens for a masked language model."""
+def _data(
+    model: PeftModel,
+    tokenizer: Any,
+    text: str,
+    length: int | None,
+    chunks: str | None,
+    limit: int | None = None,
+    **masking: Any,
+) -> Any:
+    """A text as the model learns and is measured on it: packed, and with hidden tokens for a masked language model.
+
+    Where no `chunks` are named, at most `limit` are taken, at equal distances.
+    """
     encoder = not methods_of(model)[0].causal
-    packed = pack(tokenizer, text, length or min(LENGTH, context_length(model) or LENGTH), special_tokens=encoder)
-    packed = select_chunks(packed, chunks)
+    packed = select_chunks(pack(tokenizer, text, length or _length(model), special_tokens=encoder), chunks)
+    if chunks is None and limit is not None and len(packed) > limit:
+        packed = packed[[i * len(packed) // limit for i in range(limit)]]
     return mask_tokens(tokenizer, packed, **masking) if kind_of(model) == "masked" else packed
+
+
+def _length(model: PeftModel) -> int:
+    return min(LENGTH, context_length(model) or LENGTH)
 
 
 def _remove(folder: Path, *names: str) -> None:

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import random
 import re
 import shutil
@@ -242,9 +243,82 @@ class TestEval:
             assert re.search(rf"{name} .*{value:.2f}", shown)
         assert json.loads(copy.read_text()) == result
 
+    def test_sweeps_what_is_asked_for(self, adapter, text):
+        options = ["--slots", "5,20", "--selection", "dense", "--selection", "learned"]
+        shown = succeed("eval", adapter, "--text", text, "--length", LENGTH, "--device", "cpu", *options)
+        result = json.loads((adapter / "eval.json").read_text())
+        assert list(result["perplexity"]) == list(result["divergence"]) == ["dense", "learned"]
+        assert [entry["slots"] for entry in result["sweep"]] == [5, 20]
+        for entry in result["sweep"]:
+            value, apart = entry["perplexity"]["learned"], entry["divergence"]["learned"]
+            assert f"{value:.2f} ({apart:.4f})" in shown
+        assert "tasks" not in result
+
+    def test_takes_some_chunks_of_a_long_text(self, adapter, text, monkeypatch):
+        monkeypatch.setattr(workflow, "CHUNKS", 2)
+        quick = ["--text", text, "--length", LENGTH, "--selection", "dense", "--device", "cpu"]
+        sums = {}
+        for options, count in (([], 2), (["--chunks", ":"], 5), (["--chunks", "0:1"], 1), (["--chunks", "2:3"], 1)):
+            succeed("eval", adapter, *quick, *options)
+            result = json.loads((adapter / "eval.json").read_text())
+            assert result["text"]["chunks"] == count
+            sums[count] = sums.get(count, 0) + math.log(result["perplexity"]["dense"])
+        assert sums[2] == pytest.approx(sums[1] / 2, rel=1e-5)  # chunks 0 and 2 of 0 to 4
+
+    def test_tasks(self, adapter, text, tmp_path):
+        questions = tmp_path / "qa.jsonl"
+        questions.write_text(json.dumps({"input": "w1", "context": "w2 " * 99, "answers": ["w3"]}))
+        quick = ["--selection", "learned", "--selection", "oracle", "--device", "cpu", "--task-samples", "1"]
+        tasks = ["--task", "frequent_words", "--longbench", questions, "--task-lengths", "64,100", "--task-slots", "20"]
+        assert "tasks are added to an eval.json" in fail("eval", adapter, *quick, *tasks)
+        succeed("eval", adapter, "--text", text, "--length", LENGTH, "--device", "cpu")
+        before = json.loads((adapter / "eval.json").read_text())
+        shown = succeed("eval", adapter, *quick, *tasks, "--haystack", text)
+        result = json.loads((adapter / "eval.json").read_text())
+        assert set(result.pop("tasks")) == {"frequent_words", "longbench:qa"} and result == before
+        assert "frequent_words: recall with 20 slots" in shown and "longbench:qa: F1 with 20 slots" in shown
+        # More tasks join the others; a text measured anew replaces everything.
+        succeed("eval", adapter, *quick, "--task", "common_words", "--task-lengths", "90")
+        tasks = json.loads((adapter / "eval.json").read_text())["tasks"]
+        assert set(tasks) == {"frequent_words", "common_words", "longbench:qa"}
+        assert tasks["common_words"]["settings"].items() >= {"samples": 1, "slots": SLOTS}.items()
+        assert list(tasks["common_words"]["results"]) == ["learned"]  # the oracle cannot generate
+        assert tasks["frequent_words"]["results"]["learned"]["lengths"] == [64, 100]
+        assert tasks["frequent_words"]["settings"]["haystack"] == "words.txt"
+        run = [*quick, "--task", "common_words", "--text", text, "--length", LENGTH]
+        succeed("eval", adapter, *run)
+        tasks = json.loads((adapter / "eval.json").read_text())["tasks"]
+        assert tasks["common_words"]["results"]["learned"]["lengths"] == [LENGTH // 2, LENGTH] and len(tasks) == 1
+
+    def test_refuses_before_it_measures(self, adapter, text, tmp_path, monkeypatch):
+        def fail_late(*args, **kwargs):
+            pytest.fail("something was measured")
+
+        monkeypatch.setattr(workflow, "evaluate", fail_late)
+        broken = tmp_path / "qa.jsonl"
+        broken.write_text("{}")
+        cases = [
+            (["--task", "chess"], "a task is one of passkey"),
+            (["--task", "passkey", "--selection", "newest"], "selections must be among dense"),
+            (["--task", "passkey", "--selection", "oracle"], "selections must be among dense"),
+            (["--task", "passkey", "--task-lengths", "600"], "600 tokens are longer than the 512 positions"),
+            (["--task", "passkey", "--task-lengths", SLOTS], f"budget of {SLOTS} slots covers a whole prompt"),
+            (["--task", "passkey", "--task-slots", "2"], "with 1 sinks, slots must be at least 3, got 2"),
+            (["--task", "passkey", "--task-samples", "0"], "samples must be at least 1, got 0"),
+            (["--task", "passkey", "--haystack", tmp_path / "none.txt"], "cannot read the text"),
+            (["--longbench", broken], "line 1 of"),
+        ]
+        for arguments, message in cases:
+            assert message in fail("eval", adapter, "--text", text, "--length", LENGTH, *arguments)
+        assert set(files(adapter)) == ADAPTER
+        assert invoke("eval", adapter, "--text", text, "--slots", "many").exit_code == 2
+
     def test_refuses(self, adapter, text, tmp_path):
         before = files(adapter)
         cases = [
+            (adapter, ["--slots", "20,99", "--length", LENGTH], "nothing is evicted: the budget of 99 slots"),
+            (adapter, ["--slots", "2", "--length", LENGTH], "with 1 sinks, slots must be at least 3, got 2"),
+            (adapter, ["--selection", "newest"], "selections must be among dense"),
             (adapter, ["--length", "1000"], "has 480 tokens, fewer than one chunk of 1000"),
             (adapter, ["--length", SLOTS], f"nothing is evicted: the budget of {SLOTS} slots"),
             (adapter, ["--length", LENGTH, "--batch-size", "0"], "batch_size must be at least 1, got 0"),

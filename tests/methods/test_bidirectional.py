@@ -7,7 +7,7 @@ from transformers.cache_utils import DynamicLayer
 
 from hf_sparse import SparseKConfig
 from hf_sparse.methods.sparsek import SparseKAttention
-from hf_sparse.methods.sparsek.selection import random, recency
+from hf_sparse.methods.sparsek.selection import POLICIES, Arrivals, random, recency
 from hf_sparse.ops import sparsek_attention
 
 HIDDEN, HEADS, GROUP, DIM = 16, 2, 2, 4
@@ -96,9 +96,20 @@ def test_random_keeps_window_and_k():
     module, tensors = method(), inputs()
     module.policy = random
     output = attend(module, tensors)
-    expected = alone(module, tensors, torch.ones(3, LENGTH, dtype=torch.bool))
+    query, key, value = (tensors[name] for name in ("query", "key", "value"))
+    scores = random(Arrivals(query, key, torch.arange(LENGTH).expand(3, -1), None, 0.7, 5, layer=0, cache=None))
+    settings = {**BUDGET, "scaling": 0.7, "causal": False, "implementation": "dense"}
+    expected = sparsek_attention(query, key, value, scores, **settings)
     torch.testing.assert_close(output, expected, rtol=0, atol=2e-6)
     assert torch.equal(attend(module.train(), tensors), output)
+
+
+@pytest.mark.parametrize("name", sorted(POLICIES.keys() - {"recency", "random"}))
+def test_other_baselines_are_refused(name):
+    module = method()
+    module.policy = POLICIES[name]
+    with pytest.raises(ValueError, match="the baselines of encoders are recency \\(a window\\) and random"):
+        attend(module, inputs())
 
 
 @pytest.mark.parametrize("padding", ["none", "left", "interior"])

@@ -12,7 +12,8 @@ from hf_sparse.methods.base import SparseMethod, token_index
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
 from hf_sparse.methods.sparsek.config import SparseKConfig
 from hf_sparse.methods.sparsek.scorer import make_scorer
-from hf_sparse.methods.sparsek.selection import Policy, budget
+from hf_sparse.methods.sparsek.selection import AdaptivePolicy, Arrivals, Policy
+from hf_sparse.methods.sparsek.selection.policy import configured_budget
 from hf_sparse.ops.attention import sparsek_attention
 
 _NO_CACHE = "a bidirectional attention module sees all tokens at once and has no KV cache: pass no past_key_values"
@@ -70,12 +71,11 @@ class SparseKAttention(SparseMethod):
             config.sinks,
             owner=(self.active, self.policy),
             only_sparse=config.layers is None,  # otherwise some layers are left dense
+            remembers=self.policy is not None and self.policy.remembers,
         )
 
     def score(self, hidden_states: Tensor, index: Tensor) -> Tensor:
-        """Frozen scores `[B, Hkv, T]` float32 of tokens that stand at `index` `[B, T]` of their rows."""
-        if self.policy is not None:
-            return self.policy(index, self.num_key_value_heads, self.layer)
+        """The scorer's frozen scores `[B, Hkv, T]` float32 of tokens that stand at `index` `[B, T]` of their rows."""
         scores = self.sparsek_scorer[self.active](hidden_states)
         slope = self.config.position_slope
         return scores + slope * index[:, None].float() if slope else scores
@@ -92,26 +92,37 @@ class SparseKAttention(SparseMethod):
         scaling: float,
     ) -> Tensor:
         batch, _, length, _ = query.shape
-        config = self.config
+        config, policy = self.config, self.policy
         if cache is not None and not self.causal:
             raise ValueError(_NO_CACHE)
         if cache is not None and not isinstance(cache, SparseKCacheLayer):
             raise TypeError(f"SparseK needs its own cache layer, got {type(cache).__name__}")
-        if cache is not None and cache.owner != (self.active, self.policy):
+        if policy is not None and not self.causal and not policy.bidirectional:
+            raise ValueError(
+                f"{type(policy).__name__} selects keys as a text grows, and a bidirectional attention module sees all "
+                "at once: the baselines of encoders are recency (a window) and random"
+            )
+        if cache is not None and cache.owner != (self.active, policy):
             raise ValueError("the cache holds what another adapter chose: start a new cache after switching adapters")
         seen = 0 if cache is None else cache.seen
         index = token_index(valid, seen, batch, length, query.device)
-        scores = self.score(hidden_states, index)
+        if policy is None:
+            scores = self.score(hidden_states, index)
+        else:
+            scores = policy(Arrivals(query, key, index, valid, scaling, config.window, self.layer, cache))
         fresh = cache is None or cache.empty
         if self.observer is not None:
             self.observer(query, key, scores, scaling)
             dense: dict[str, Any] = {"k": max(1, length), "window": 1, "sinks": 0, "causal": self.causal}
             return _aligned(query, key, value, scores, valid, valid, scaling=scaling, **dense)
-        soft = self.training and self.policy is None
+        soft = self.training and policy is None
         if soft and not fresh:
             raise ValueError("decoding uses hard selection: call model.eval() before generating")
 
-        options: dict[str, Any] = {**budget(config, self.policy, self.causal), "scaling": scaling}
+        budget = configured_budget(config) if policy is None else policy.budget(config, self.causal)
+        options: dict[str, Any] = {**budget, "scaling": scaling}
+        if isinstance(policy, AdaptivePolicy) and (fresh or length > 1):
+            return self._in_blocks(policy, query, key, value, scores, index, valid, cache, options)
         if fresh:
             gates: dict[str, Any] = {"gates": "soft", "support": config.soft_support} if soft else {"gates": "hard"}
             output = _aligned(query, key, value, scores, valid, valid, causal=self.causal, **options, **gates)
@@ -126,8 +137,41 @@ class SparseKAttention(SparseMethod):
             filled = cache.positions[:, :1, None] >= 0  # [B, 1, 1, S]: the same for every head
             group = query.unflatten(1, (key.shape[1], -1)).squeeze(3)  # the queries of a KV head share its keys
             output = F.scaled_dot_product_attention(group, cache.keys, cache.values, filled, scale=scaling)
+            if isinstance(policy, AdaptivePolicy) and policy.watches_steps:
+                at = index if valid is None else index.masked_fill(~valid, -1)
+                cache.scores.copy_(policy.watch(query, cache.keys, cache.scores, at, cache.positions, **options))
             return output.flatten(1, 2).unsqueeze(2)
         return self._continue(query, key, value, scores, index, valid, cache, options)
+
+    @torch.compiler.disable
+    def _in_blocks(
+        self,
+        policy: AdaptivePolicy,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scores: Tensor,
+        index: Tensor,
+        valid: Tensor | None,
+        cache: SparseKCacheLayer | None,
+        options: dict[str, Any],
+    ) -> Tensor:
+        """Block after block through the slots, so that the attention of one chooses the keys of the next."""
+        length = query.shape[2]
+        step = min(policy.block, options["window"])
+        blocks = {**options, "implementation": "dense"}  # for a few queries, the fewest launches
+        if cache is None:
+            cache = self.cache_layer()
+            cache.lazy_initialization(key, value)
+        elif cache.empty and policy.dense_prompt:
+            step, blocks = length, {**options, "k": cache.slots + length}
+        outputs = []
+        for begin in range(0, length, step):
+            at = slice(begin, begin + step)
+            q, k, v, s = (tensor[:, :, at] for tensor in (query, key, value, scores))
+            real = None if valid is None else valid[:, at]
+            outputs.append(self._continue(q, k, v, s, index[:, at], real, cache, blocks))
+        return torch.cat(outputs, 2)
 
     def _continue(
         self,
@@ -147,8 +191,11 @@ class SparseKAttention(SparseMethod):
         all_scores = torch.cat([old_scores, scores], 2)
         present = torch.cat([old_positions[:, 0] >= 0, new_valid], 1)  # the same for every head
         output = _aligned(query, keys, values, all_scores, new_valid, present, **options)
-        positions = index.masked_fill(~new_valid, -1)[:, None].expand_as(scores)
-        cache.fill(keys, values, all_scores, torch.cat([old_positions, positions], 2), cache.seen + new_valid.sum(-1))
+        new_positions = index.masked_fill(~new_valid, -1)
+        positions = torch.cat([old_positions, new_positions[:, None].expand_as(scores)], 2)
+        if isinstance(self.policy, AdaptivePolicy):
+            all_scores = self.policy.watch(query, keys, all_scores, new_positions, positions, **options)
+        cache.fill(keys, values, all_scores, positions, cache.seen + new_valid.sum(-1))
         return output
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-_STATE = ("keys", "values", "scores", "positions", "seen")
+_STATE = ("keys", "values", "scores", "positions", "seen", "memory")
 
 
 class SparseKCacheLayer(CacheLayerMixin):
@@ -30,9 +30,11 @@ class SparseKCacheLayer(CacheLayerMixin):
         scores: `[B, Hkv, S]` float32.
         positions: `[B, Hkv, S]` int64, index of the token in its row, -1 for an empty slot.
         seen: `[B]` int64, real tokens so far.
+        memory: `[B, Hkv, D]`, what a baseline remembers of all tokens so far; `None` for the others.
         cumulative_length: int64 without dimensions, tokens so far with padding.
         empty: whether nothing was written yet.
         owner: whose scores these are; scores of two scorers do not compare.
+        remembers: whether scores depend on other tokens of the text, which `crop` could not undo.
         only_sparse: whether no layer of the same cache has full, dense attention.
         announced: see `SparseMethod.cache_layer`.
     """
@@ -40,22 +42,31 @@ class SparseKCacheLayer(CacheLayerMixin):
     is_sliding = False
     is_compileable = True
     is_croppable = False
-    # Tensors; all but the last are None until the first token.
+    # Tensors; all but the last are None until the first token, and memory until something is remembered.
     keys: Any
     values: Any
     scores: Any
     positions: Any
     seen: Any
+    memory: Any
     cumulative_length: Any
 
-    def __init__(self, k: int, window: int, sinks: int, owner: object = None, only_sparse: bool = True) -> None:
+    def __init__(
+        self,
+        k: int,
+        window: int,
+        sinks: int,
+        owner: object = None,
+        only_sparse: bool = True,
+        remembers: bool = False,
+    ) -> None:
         super().__init__()
         self.k, self.window, self.sinks = k, window, sinks
-        self.owner, self.only_sparse = owner, only_sparse
+        self.owner, self.only_sparse, self.remembers = owner, only_sparse, remembers
         self.empty = True
         self.announced = False
         self._offload_wanted = False
-        self.scores = self.positions = self.seen = None
+        self.scores = self.positions = self.seen = self.memory = None
         self.cumulative_length = torch.zeros((), dtype=torch.int64)
 
     @property
@@ -77,6 +88,7 @@ class SparseKCacheLayer(CacheLayerMixin):
         self.scores = torch.zeros((batch, heads, self.slots), device=self.device)
         self.positions = torch.full((batch, heads, self.slots), -1, device=self.device)
         self.seen = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        self.memory = None
         self.cumulative_length = torch.zeros((), dtype=torch.int64, device=self.device)
         for tensor in (self.keys, self.values, self.scores, self.positions, self.seen, self.cumulative_length):
             _fix_address(tensor)
@@ -117,6 +129,8 @@ class SparseKCacheLayer(CacheLayerMixin):
             for tensor in (self.keys, self.values, self.scores, self.seen, self.cumulative_length):
                 tensor.zero_()
             self.positions.fill_(-1)
+            if self.memory is not None:
+                self.memory.zero_()
         self.empty = True
 
     def offload(self) -> None:
@@ -145,6 +159,8 @@ class SparseKCacheLayer(CacheLayerMixin):
             return
         for name in _STATE:
             old = getattr(self, name)
+            if old is None:
+                continue
             new = change(old)
             if new.shape == old.shape and new.device == old.device:
                 old.copy_(new)
@@ -157,12 +173,18 @@ class SparseKCacheLayer(CacheLayerMixin):
 
         Raises:
             ValueError: a positive count.
-            RuntimeError: keys were evicted; the kept set of a shorter text may need them back.
+            RuntimeError: keys were evicted, and the kept set of a shorter text may need them back; or the scores are
+                those of a baseline and depend on the tokens that would go.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes a negative count of tokens to remove, got {tokens_to_remove}")
         if tokens_to_remove == 0 or not self.is_initialized:
             return
+        if self.remembers:
+            raise RuntimeError(
+                "the scores in this cache depend on all tokens so far, so it cannot be cropped: generate with this "
+                "baseline without an assistant"
+            )
         if int(self.seen.max()) > self.slots:
             raise RuntimeError(
                 f"the SparseK cache has {self.slots} slots and has seen {int(self.seen.max())} tokens: keys were "
@@ -206,6 +228,14 @@ class SparseKCacheLayer(CacheLayerMixin):
             self.scores.gather(2, order),
             positions,
         )
+
+    def remember(self, memory: Tensor) -> None:
+        """Keep `[B, Hkv, D]` for the next tokens, at an address that stays."""
+        if self.memory is None:
+            self.memory = memory.clone()
+            _fix_address(self.memory)
+        else:
+            self.memory.copy_(memory)
 
     @torch.no_grad()
     def fill(self, keys: Tensor, values: Tensor, scores: Tensor, positions: Tensor, seen: Tensor) -> None:

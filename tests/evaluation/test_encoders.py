@@ -15,6 +15,7 @@ from hf_sparse.data import IGNORED, fingerprint
 from hf_sparse.errors import DataError
 from hf_sparse.evaluation import (
     ENCODER_SELECTIONS,
+    SELECTIONS,
     embeddings,
     evaluate,
     masked_perplexity,
@@ -116,7 +117,7 @@ class TestEmbeddingSimilarity:
 def test_a_causal_model_without_a_head(tiny_llama, chunks):
     model = get_peft_model(tiny_llama().model, hf_sparse.SparseKConfig(k=K, window=WINDOW, sinks=SINKS)).eval()
     result = evaluate(model, chunks, progress=False)
-    assert tuple(result["embedding_similarity"]) == ("dense", "recency", "random", "learned")
+    assert tuple(result["embedding_similarity"]) == SELECTIONS
 
 
 @pytest.mark.parametrize("kind", ["BertForMaskedLM", "BertModel"])
@@ -142,6 +143,15 @@ def test_same_data_same_numbers(adapted, masked):
     model = adapted()
     first, second = (evaluate(model, masked, progress=False)["masked_perplexity"] for _ in range(2))
     assert first == second
+
+
+def test_sweep(adapted, masked):
+    result = evaluate(adapted(), masked, slots=(8,), progress=False)
+    (entry,) = result["sweep"]
+    assert (entry["k"], entry["window"], entry["sinks"]) == (3, 4, 1)
+    own = hf_sparse.patch(adapted().unload(), hf_sparse.SparseKConfig(k=3, window=4, sinks=1))
+    expected = evaluate(own, masked, selections=("dense", "window", "random"), progress=False)["masked_perplexity"]
+    assert expected.items() <= entry["masked_perplexity"].items()
 
 
 def test_refusals(adapted, chunks, masked):

@@ -82,7 +82,7 @@ class TestSelections:
         model = get_peft_model(base, hf_sparse.SparseKConfig(k=K, window=WINDOW, sinks=SINKS))
         result = evaluate(model, chunks, progress=False)["perplexity"]
         assert result["dense"] == pytest.approx(expected, rel=1e-6)
-        assert len({round(value, 4) for value in result.values()}) == 4  # each selection is another one
+        assert len({round(value, 4) for value in result.values()}) == len(SELECTIONS)  # each is another one
 
     def test_recency_is_a_wider_window(self, base, chunks):
         query, key = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)
@@ -148,6 +148,47 @@ class TestTheModelComesBack:
         assert self.state(model) == before
 
 
+class TestSweep:
+    def test_each_budget_as_an_adapter_of_its_own(self, base, model, chunks):
+        scorers = [method.sparsek_scorer["default"].state_dict() for method in methods_of(model)]
+        result = evaluate(model, chunks, selections=("dense", "learned", "h2o"), slots=(9, 20), progress=False)
+        assert [(e["slots"], e["k"], e["window"], e["sinks"]) for e in result["sweep"]] == [
+            (9, 3, 4, 2),
+            (20, 8, 10, 2),
+        ]
+        base = model.unload()
+        for entry in result["sweep"]:
+            own = hf_sparse.SparseKConfig(**{name: entry[name] for name in ("k", "window", "sinks")})
+            hf_sparse.patch(base, own)
+            for method, weight in zip(methods_of(base), scorers, strict=True):
+                method.sparsek_scorer["default"].load_state_dict(weight)
+            expected = evaluate(base, chunks, selections=("dense", "learned", "h2o"), progress=False)
+            hf_sparse.unpatch(base)
+            assert entry["perplexity"] == expected["perplexity"] and entry["divergence"] == expected["divergence"]
+
+    def test_the_own_budget_does_not_change(self, model, chunks):
+        alone = evaluate(model, chunks, selections=("learned",), progress=False)
+        swept = evaluate(model, chunks, selections=("learned",), slots=(20,), progress=False)
+        for name in ("budget", "perplexity", "divergence", "by_position", "kv_bytes"):
+            assert swept[name] == alone[name]
+        assert "sweep" not in alone and methods_of(model)[0].config.slots == SLOTS
+
+    def test_refusals(self, model, chunks):
+        with pytest.raises(DataError, match="nothing is evicted: the budget of 40 slots"):
+            evaluate(model, chunks, slots=(9, 40), progress=False)
+        with pytest.raises(ValueError, match="with 2 sinks, slots must be at least 5, got 4"):
+            evaluate(model, chunks, slots=(4,), progress=False)
+
+    def test_the_budget_comes_back(self, model, chunks, monkeypatch):
+        def fail(*args, **kwargs):
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr(methods_of(model)[1], "score", fail)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            evaluate(model, chunks, selections=("learned",), slots=(20,), progress=False)
+        assert methods_of(model)[0].config.slots == SLOTS
+
+
 class TestMemoryAndSpeed:
     def test_bytes(self, model, chunks):
         result = evaluate(model, chunks, selections=("learned",), speed_tokens=4, progress=False)
@@ -188,8 +229,8 @@ def test_result(model, chunks):
     console = Console(width=120, file=io.StringIO())
     console.print(table(result))
     shown = console.file.getvalue()
-    for value in result["perplexity"].values():
-        assert f"{value:.2f}" in shown
+    for name, value in result["perplexity"].items():
+        assert f"{value:.2f}" in shown and f"{result['divergence'][name]:.4f}" in shown
     assert "noise" in shown and readable_bytes(result["kv_bytes"]["sparse"]) in shown
 
 
@@ -220,7 +261,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ({"selections": ("dense", "newest")}, r"selections must be among dense, recency, random, learned"),
+            ({"selections": ("dense", "newest")}, r"selections must be among dense, recency, random, .*, learned"),
             ({"selections": ()}, "selections must be among"),
             ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
             ({"speed_tokens": 0}, "speed_tokens must be at least 1, got 0"),

@@ -1,0 +1,27 @@
+"""What sparse attention costs in quality and what it saves.
+
+Perplexity by position and divergence from dense attention at one or several budgets, tasks that are scored by
+generation, bytes of keys and values, and speed; every one for the dense model, the trained scorers and baselines with
+as many slots.
+"""
+
+from hf_sparse.evaluation.budgets import Budget as Budget
+from hf_sparse.evaluation.budgets import at_budget as at_budget
+from hf_sparse.evaluation.measure import FORMAT as FORMAT
+from hf_sparse.evaluation.measure import evaluate as evaluate
+from hf_sparse.evaluation.quality import compare as compare
+from hf_sparse.evaluation.quality import divergence as divergence
+from hf_sparse.evaluation.quality import embeddings as embeddings
+from hf_sparse.evaluation.quality import masked_perplexity as masked_perplexity
+from hf_sparse.evaluation.quality import perplexity as perplexity
+from hf_sparse.evaluation.selections import ENCODER_SELECTIONS as ENCODER_SELECTIONS
+from hf_sparse.evaluation.selections import GENERATING as GENERATING
+from hf_sparse.evaluation.selections import SELECTIONS as SELECTIONS
+from hf_sparse.evaluation.selections import check_selections as check_selections
+from hf_sparse.evaluation.selections import selection as selection
+from hf_sparse.evaluation.selections import selections_of as selections_of
+from hf_sparse.evaluation.show import readable_bytes as readable_bytes
+from hf_sparse.evaluation.show import sweep_table as sweep_table
+from hf_sparse.evaluation.show import table as table
+from hf_sparse.evaluation.show import task_table as task_table
+from hf_sparse.evaluation.speed import kv_bytes as kv_bytes

@@ -1,0 +1,75 @@
+"""Bytes of keys and values, and tokens per second."""
+
+import statistics
+import time
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_sparse.evaluation.selections import selection
+from hf_sparse.methods.sparsek import SparseKCacheLayer
+
+_REPEATS = 3  # the median of three survives one slow start
+
+
+def kv_bytes(cache: Any) -> int:
+    """Bytes of all keys and values in a transformers cache."""
+    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+
+
+@torch.no_grad()
+def decoding(model: nn.Module, chunk: Tensor, new_tokens: int) -> tuple[dict[str, int], dict[str, Any]]:
+    """KV bytes at the end of a chunk `[1, T]`, and the speed of decoding its last tokens, dense and sparse.
+
+    The chunk's own tokens are fed, not sampled ones: both do exactly the same steps.
+    """
+    memory: dict[str, int] = {}
+    times: dict[str, list[float]] = {"dense": [], "sparse": []}
+    for _ in range(_REPEATS):
+        for kind in times:  # in turn, so that a slow moment of the machine hits both
+            with selection(model, "dense" if kind == "dense" else "learned"):
+                cache, seconds = _decode(model, chunk, new_tokens)
+            times[kind].append(seconds)
+            memory[kind] = kv_bytes(cache)
+    slots = [layer for layer in cache.layers if isinstance(layer, SparseKCacheLayer)]
+    held = (tensor for layer in slots for tensor in (layer.scores, layer.positions) if tensor is not None)
+    memory["sparse_bookkeeping"] = sum(tensor.numel() * tensor.element_size() for tensor in held)
+    memory["tokens"] = chunk.shape[1]
+    speed: dict[str, Any] = {kind: new_tokens / statistics.median(values) for kind, values in times.items()}
+    return memory, {**speed, "new_tokens": new_tokens}
+
+
+@torch.no_grad()
+def forward_speed(model: nn.Module, chunks: Tensor) -> dict[str, Any]:
+    """Tokens per second of the forward over chunks `[B, T]`, dense and sparse."""
+    tokens = chunks.to(next(model.parameters()).device)
+    times: dict[str, list[float]] = {"dense": [], "sparse": []}
+    for _ in range(_REPEATS):
+        for kind in times:
+            with selection(model, "dense" if kind == "dense" else "learned"):
+                _finish(tokens.device)
+                start = time.perf_counter()
+                model(input_ids=tokens)
+                _finish(tokens.device)
+                times[kind].append(time.perf_counter() - start)
+    speed: dict[str, Any] = {kind: tokens.numel() / statistics.median(values) for kind, values in times.items()}
+    return {**speed, "batch_size": len(tokens), "length": tokens.shape[1]}
+
+
+def _decode(model: nn.Module, chunk: Tensor, new_tokens: int) -> tuple[Any, float]:
+    """The cache after a chunk `[1, T]`, and the seconds that its last `new_tokens` took, one by one."""
+    tokens = chunk.to(next(model.parameters()).device)
+    cache = model(input_ids=tokens[:, :-new_tokens], use_cache=True).past_key_values
+    _finish(tokens.device)
+    start = time.perf_counter()
+    for token in tokens[:, -new_tokens:].split(1, dim=1):
+        cache = model(input_ids=token, past_key_values=cache, use_cache=True).past_key_values
+    _finish(tokens.device)
+    return cache, time.perf_counter() - start
+
+
+def _finish(device: torch.device) -> None:
+    """Wait for an accelerator that works asynchronously."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)

@@ -1,0 +1,89 @@
+"""Filler text of any length, needles in it, and prompts of a wanted number of tokens."""
+
+import re
+from collections.abc import Callable, Sequence
+from random import Random
+from typing import Any
+
+from hf_sparse.errors import DataError
+from hf_sparse.evaluation.tasks.words import ADJECTIVES, NOUNS, PLACES, VERBS
+
+Sentences = Callable[[int], list[str]]
+
+
+class Haystack:
+    """Sentences without end, of a text or made up.
+
+    Args:
+        text: taken sentence by sentence from a random place on, and around again at its end; by default sentences are
+            generated, in which no number and no rare word ever stands.
+        name: what it is called in a result.
+
+    Raises:
+        DataError: a text without a sentence.
+    """
+
+    def __init__(self, text: str | None = None, name: str = "") -> None:
+        self.name = name or ("generated" if text is None else "text")
+        self._sentences = None if text is None else re.split(r"(?<=[.!?])\s+", " ".join(text.split()))
+        if self._sentences == [""]:
+            raise DataError("the haystack holds no text")
+
+    def draw(self, random: Random) -> Sentences:
+        """A function to the first `n` sentences of one haystack; fewer are a prefix of more."""
+        drawn: list[str] = []
+        start = None if self._sentences is None else random.randrange(len(self._sentences))
+        own = Random(random.random())  # what the caller draws next must not depend on how many sentences are asked for
+
+        def first(count: int) -> list[str]:
+            while len(drawn) < count:
+                if self._sentences is None or start is None:
+                    drawn.append(_sentence(own))
+                else:
+                    drawn.append(self._sentences[(start + len(drawn)) % len(self._sentences)])
+            return drawn[:count]
+
+        return first
+
+
+def hide(sentences: Sequence[str], needles: Sequence[tuple[float, str]]) -> str:
+    """Sentences with needles between them, each after a share of the sentences; in order where shares are equal.
+
+    >>> hide(["A.", "B."], [(0.5, "x"), (0, "y")])
+    'y A. x B.'
+    """
+    parts = list(sentences)
+    for depth, needle in reversed(sorted(needles, key=lambda pair: pair[0])):
+        parts.insert(round(depth * len(sentences)), needle)
+    return " ".join(parts)
+
+
+def fit(tokenizer: Any, render: Callable[[int], str], limit: int) -> list[int]:
+    """Tokens of the longest prompt of at most `limit` tokens, special ones included.
+
+    Raises:
+        DataError: even the prompt without filler is longer.
+    """
+
+    def tokens(units: int) -> list[int]:
+        return tokenizer(render(units), verbose=False)["input_ids"]
+
+    best = tokens(0)
+    if len(best) > limit:
+        raise DataError(f"a prompt without filler has {len(best)} tokens, and there is room for {limit}")
+    low, high = 0, 1
+    while len(longer := tokens(high)) <= limit:
+        low, high, best = high, 2 * high, longer
+    while high - low > 1:
+        middle = (low + high) // 2
+        if len(found := tokens(middle)) <= limit:
+            low, best = middle, found
+        else:
+            high = middle
+    return best
+
+
+def _sentence(random: Random) -> str:
+    subject, thing = random.sample(NOUNS, 2)
+    first, second = random.sample(ADJECTIVES, 2)
+    return f"The {first} {subject} {random.choice(VERBS)} the {second} {thing} {random.choice(PLACES)}."

@@ -1,0 +1,63 @@
+"""Questions about long documents from files in LongBench's format (Bai et al. 2023, 2308.14508)."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_sparse.data import read_text
+from hf_sparse.errors import DataError
+
+
+@dataclass(frozen=True)
+class Document:
+    """One line of a file: a `context`, a question (`input`, may be empty), and `answers` of which any will do."""
+
+    context: str
+    input: str
+    answers: tuple[str, ...]
+
+
+def read_longbench(path: str | Path) -> list[Document]:
+    """JSON lines with the fields `input`, `context` and `answers`; other fields are left alone.
+
+    Raises:
+        DataError: the file cannot be read, or a line of it is no such object.
+    """
+    documents = []
+    for number, line in enumerate(read_text(path).splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+            document = Document(row["context"], row["input"], tuple(row["answers"]))
+            if not document.answers or not all(isinstance(x, str) for x in (document.context, document.input)):
+                raise TypeError("context and input must be text, and answers a list with at least one")
+            if isinstance(row["answers"], str) or not all(isinstance(answer, str) for answer in document.answers):
+                raise TypeError("answers must be a list of texts")
+        except (ValueError, TypeError, KeyError) as error:
+            raise DataError(
+                f"line {number} of {path} is not LongBench's format (input, context, answers): {error!r}"
+            ) from error
+        documents.append(document)
+    return documents
+
+
+def prompt(tokenizer: Any, document: Document, limit: int) -> list[int]:
+    """Tokens of a document and its question; the middle of a context too long for `limit` is left out.
+
+    LongBench cuts the same way, and has a wording of its own for each data set; this one wording serves all.
+
+    Raises:
+        DataError: the question alone is longer.
+    """
+    question = f"\n\nQuestion: {document.input}\nAnswer:" if document.input else "\n\nAnswer:"
+    whole: list[int] = tokenizer(document.context + question, verbose=False)["input_ids"]
+    if len(whole) <= limit:
+        return whole
+    end = tokenizer(question, add_special_tokens=False)["input_ids"]
+    room = limit - len(end)
+    if room < 2:
+        raise DataError(f"a question has {len(end)} tokens, and there is room for {limit}")
+    start: list[int] = tokenizer(document.context, verbose=False)["input_ids"]
+    return start[: room - room // 2] + start[-(room // 2) :] + end

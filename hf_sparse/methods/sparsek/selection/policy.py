@@ -1,0 +1,64 @@
+"""What every policy is, and what it may look at."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+from hf_sparse.methods.sparsek.config import SparseKConfig
+
+if TYPE_CHECKING:
+    from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
+
+
+@dataclass
+class Arrivals:
+    """The new tokens of one attention module.
+
+    Attributes:
+        query: `[B, Hq, T, D]`; key: `[B, Hkv, T, D]`, positions applied.
+        index: `[B, T]` int64, of each token among the real tokens of its row.
+        valid: `[B, T]` bool, False for padding; `None` if every token is real.
+        scaling: multiplies the logits.
+        window: most recent keys that are always attended.
+        layer: index of the layer in the model.
+        cache: the slots that these tokens go into, `None` for whole texts without a cache.
+    """
+
+    query: Tensor
+    key: Tensor
+    index: Tensor
+    valid: Tensor | None
+    scaling: float
+    window: int
+    layer: int
+    cache: "SparseKCacheLayer | None"
+
+
+class Policy:
+    """A baseline: maps new tokens to their scores; the highest keep their places.
+
+    Policies hold no state of a text: that is in the cache. Those that are equal may share a cache.
+
+    Attributes:
+        block: `None` if scores are frozen on arrival; otherwise how many tokens an adaptive policy takes at a time.
+        bidirectional: whether it can choose in an encoder.
+        remembers: whether a score depends on other tokens of the text, so that removing tokens cannot undo it.
+    """
+
+    block: int | None = None
+    bidirectional: ClassVar[bool] = False
+    remembers: ClassVar[bool] = False
+
+    def __call__(self, new: Arrivals) -> Tensor:
+        """Scores `[B, Hkv, T]` float32 of new tokens; what stands at padding is meaningless."""
+        raise NotImplementedError
+
+    def budget(self, config: SparseKConfig, causal: bool) -> dict[str, int]:
+        """`k`, `window` and `sinks` for the attention."""
+        return configured_budget(config)
+
+
+def configured_budget(config: SparseKConfig) -> dict[str, int]:
+    """`k`, `window` and `sinks` as the configuration has them."""
+    return {"k": config.k, "window": config.window, "sinks": config.sinks}

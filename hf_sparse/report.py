@@ -1,0 +1,238 @@
+"""The report of an adapter: one page that needs nothing else, and its pictures.
+
+Everything on it comes from the JSON files in the adapter's folder. eval.json and finetune.json are measured by other
+verbs; selection.json, what the scorers keep of a text, is measured here because nothing but the pictures needs it.
+"""
+
+import base64
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hf_sparse.adapter import WEIGHTS, read_adapter
+from hf_sparse.data import context_length, pack, select_chunks
+from hf_sparse.errors import DataError
+from hf_sparse.figures import (
+    budgets_figure,
+    divergence_figure,
+    heads_figure,
+    positions_figure,
+    quality_figure,
+    shade,
+    task_figure,
+    tokens_figure,
+    training_figure,
+)
+from hf_sparse.figures.budgets import budgets_of
+from hf_sparse.figures.kept import legend_of
+from hf_sparse.figures.style import DENSE, DPI, look, ordered, reading
+from hf_sparse.files import write_json, write_text
+from hf_sparse.kept import describe_selection
+from hf_sparse.metrics import Metric, metric_of
+from hf_sparse.patches import methods_of
+from hf_sparse.repo import EVALUATION, TRAINING, is_public, read_json
+from hf_sparse.workflow import LENGTH, Device, Dtype, load_adapter, staged
+
+REPORT, FIGURES, SELECTION = "report.html", "figures", "selection.json"
+
+_CHUNKS = ":8"  # of a text, unless told otherwise: enough for a mean, and few seconds
+_PICTURES = ("quality", "budgets", "divergence", "positions", "heads", "tokens", "training")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of the report.
+
+    Attributes:
+        name: of its file too, without the suffix.
+        caption: what it shows, in words.
+        png: its bytes.
+    """
+
+    name: str
+    caption: str
+    png: bytes
+
+    @property
+    def data(self) -> str:
+        """Its bytes as text."""
+        return base64.b64encode(self.png).decode("ascii")
+
+    @property
+    def width(self) -> int:
+        """Width in CSS pixels, of which an inch has 96: letters have the same size in all pictures."""
+        return int.from_bytes(self.png[16:20]) * 96 // DPI
+
+
+def write_report(
+    folder: str | Path,
+    text: str | None = None,
+    text_name: str = "",
+    *,
+    length: int | None = None,
+    chunks: str | None = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> Path:
+    """Write report.html and the folder figures/ for the adapter in a folder, all of it or nothing.
+
+    What was not measured is left out, and the page names the command that would measure it.
+
+    Args:
+        folder: holds an adapter and its eval.json.
+        text: shows which tokens the scorers keep, and becomes selection.json; by default the selection.json that is
+            there, if it is of the same scorers.
+        text_name: what the text is called on the page.
+        length: tokens per chunk of the text; by default 2048, or what the model's positions suffice for.
+        chunks: only chunks `START:STOP` of the text; by default the first 8.
+        device, dtype: see `hf_sparse.workflow.load_adapter`; the model is loaded for a text only.
+
+    Returns:
+        The path of the page.
+
+    Raises:
+        HubError: the folder holds no adapter, or its base model cannot be loaded.
+        DataError: there is no eval.json, a measurement is damaged or of another budget, or a text is too short.
+    """
+    folder = Path(folder)
+    adapter = read_adapter(folder, str(folder))
+    evaluation, training = read_json(folder / EVALUATION), read_json(folder / TRAINING)
+    if evaluation is None:
+        raise DataError(
+            f"{folder} has no {EVALUATION}, and a report shows what was measured: "
+            f"`hf-sparse eval {folder} --text FILE` measures it"
+        )
+    own = {name: getattr(adapter.config, name) for name in ("k", "window", "sinks", "slots")}
+    if evaluation.get("budget") != own:
+        raise DataError(f"{EVALUATION} is of the budget {evaluation.get('budget')}, but the adapter has {own}")
+    scorers = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+    if text is not None:
+        name = f"{text_name} (chunks {chunks})" if chunks else text_name
+        measured = _select(folder, text, name, length, chunks or _CHUNKS, device, dtype)
+        selection: dict[str, Any] | None = {**measured, "scorers_sha256": scorers}
+    else:
+        found = read_json(folder / SELECTION)
+        selection = found if found and found.get("scorers_sha256") == scorers else None
+
+    base_model = adapter.base_model if is_public(adapter.base_model) else None
+    with staged(folder) as stage, staged(folder / FIGURES) as pictures:
+        drawn = _draw(pictures, evaluation, training, selection)
+        write_text(stage / REPORT, _render(folder.resolve().name, base_model, evaluation, training, selection, drawn))
+        if selection is not None:
+            write_json(stage / SELECTION, selection)
+    current = {f"{picture.name}.png" for picture in drawn}
+    for path in (folder / FIGURES).glob("*.png"):  # pictures of an earlier report that are true no longer
+        if path.name not in current and (path.stem in _PICTURES or path.stem.startswith("task-")):
+            path.unlink()
+    return folder / REPORT
+
+
+def _select(
+    folder: Path, text: str, name: str, length: int | None, chunks: str, device: Device, dtype: Dtype
+) -> dict[str, Any]:
+    """What the scorers keep of a text."""
+    model, tokenizer = load_adapter(folder, device=device, dtype=dtype)
+    encoder = not methods_of(model)[0].causal
+    packed = pack(tokenizer, text, length or min(LENGTH, context_length(model) or LENGTH), special_tokens=encoder)
+    return describe_selection(model, tokenizer, select_chunks(packed, chunks), text_name=name)
+
+
+def _draw(
+    folder: Path, evaluation: dict[str, Any], training: dict[str, Any] | None, selection: dict[str, Any] | None
+) -> list[Picture]:
+    """Draw all pictures for which there are measurements."""
+    with reading(EVALUATION):
+        metric, budgets, tasks = metric_of(evaluation), budgets_of(evaluation), dict(evaluation.get("tasks") or {})
+    drawn: list[Picture] = []
+
+    def add(name: str, caption: str, draw: Any, *content: Any, **options: Any) -> None:
+        path = folder / f"{name}.png"
+        draw(*content, path, **options)
+        drawn.append(Picture(name, caption, path.read_bytes()))
+
+    if len(budgets) > 1:
+        add("budgets", f"{metric.name} of every selection against the budget", budgets_figure, evaluation)
+    add("quality", f"{metric.name} of every selection at the adapter's own budget", quality_figure, evaluation, None)
+    if evaluation.get("divergence"):
+        add("divergence", "KL divergence from dense of every selection", divergence_figure, evaluation)
+    if evaluation.get("by_position"):
+        add("positions", f"{metric.name} by position in the text", positions_figure, evaluation)
+    for name, task in tasks.items():
+        file = "task-" + re.sub(r"[^\w-]", "-", name)
+        add(file, f"{name.replace('_', ' ')}, for every selection", task_figure, name, task)
+    if selection is not None:
+        add("heads", "share of keys that each head keeps, over positions", heads_figure, selection)
+        add("tokens", "tokens of a text, coloured by how many heads keep them", tokens_figure, selection)
+    if training is not None and training.get("history"):
+        states = metric.key == "embedding_similarity"
+        add("training", "loss at every optimiser step", training_figure, training, states=states)
+    return drawn
+
+
+def _render(
+    name: str,
+    base_model: str | None,
+    evaluation: dict[str, Any],
+    training: dict[str, Any] | None,
+    selection: dict[str, Any] | None,
+    drawn: list[Picture],
+) -> str:
+    """The page."""
+    from jinja2 import Environment, StrictUndefined, UndefinedError
+
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=True)
+    environment.globals.update(label=_label, listed=_listed)
+    template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text("utf-8"))
+    try:
+        metric = metric_of(evaluation)
+        total = len(selection["heads"]) if selection else 0
+        return template.render(
+            name=name,
+            base_model=base_model,
+            evaluation=evaluation,
+            training=training,
+            selection=selection,
+            metric=metric,
+            encoder=metric.key != "perplexity",
+            slots=int(evaluation["budget"]["slots"]),
+            names=_names(evaluation[metric.key]),
+            budgets=budgets_of(evaluation),
+            verdict=_verdict(metric, evaluation[metric.key]),
+            pictures={picture.name: picture for picture in drawn},
+            tasks=[picture for picture in drawn if picture.name.startswith("task-")],
+            shades=[shade(kept, total) for kept in range(total + 1)] if total else [],
+            legend=legend_of(total) if total else [],
+        )
+    except (UndefinedError, LookupError, AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise DataError(f"{EVALUATION}, {TRAINING} or {SELECTION} is not what hf-sparse writes: {error!r}") from error
+
+
+def _names(values: Mapping[str, Any]) -> list[str]:
+    return [*(["dense"] if "dense" in values else []), *ordered(values)]
+
+
+def _label(name: str) -> str:
+    return DENSE if name == "dense" else look(name).label
+
+
+def _listed(content: Mapping[str, Any]) -> str:
+    """`{"cpus": 4, "torch_threads": 1}` as `cpus 4, torch threads 1`."""
+    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in content.items())
+
+
+def _verdict(metric: Metric, values: Mapping[str, float]) -> str:
+    """One sentence on what the scorers are worth; empty if they were not measured."""
+    if "learned" not in values:
+        return ""
+    said = f"The scorers have a {metric.name} of {metric.show(values['learned'])}"
+    if "dense" in values:
+        change = f" ({100 * (values['learned'] / values['dense'] - 1):+.1f} %)" if metric.relative else ""
+        said += f"{change}, dense attention {metric.show(values['dense'])}"
+    baselines = {name: value for name, value in values.items() if name not in ("dense", "learned", "oracle")}
+    if baselines:
+        best = (min if metric.best is None else max)(baselines, key=lambda name: baselines[name])
+        said += f"; of the baselines at as many places the best is “{_label(best)}” with {metric.show(baselines[best])}"
+    return said + "."
