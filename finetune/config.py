@@ -16,6 +16,12 @@ class FinetuneConfig:
             hidden tokens); of a model without a language modelling head, 1 - cosine between their last hidden states
             and between the means of these. `"lm"`: the loss of the language modelling head. `"attention"`: regress the
             scores on the log of the dense attention that keys receive from queries outside the window.
+        lm_weight: of the next-token cross-entropy that is added to `"distill"` of a causal language model.
+        hidden_weight: of the distance of the layers' hidden states from the dense model's that is added to
+            `"distill"` of a causal language model; 0 for a layer that repeats them, about 1 for one that has nothing to
+            do with them.
+        final_scale: scores are multiplied by a factor that grows from 1 to this one over the steps of the objective,
+            geometrically: soft gates end as almost hard ones. Which keys are best does not depend on it.
         steps: optimiser steps of the objective.
         warm_start_steps: optimiser steps of `"attention"` before `"distill"` or `"lm"`.
         batch_size: chunks per step and process.
@@ -28,6 +34,8 @@ class FinetuneConfig:
             unless `torch.use_deterministic_algorithms(True)` is set.
         mixed_precision: accelerate's `"bf16"`, or `"no"`: the dtype in which the model was loaded. Scores, gates and
             thresholds are float32 in any case.
+        gradient_checkpointing: keep the inputs of layers only, and run them again in the backward: less memory, more
+            time, the same result. `"attention"` holds no more than that anyway.
         cpu: stay on the CPU although there is an accelerator.
         output_dir: folder for `finetune.json` and `checkpoints/`; nothing is written for `None`.
         checkpoint_every: optimiser steps between checkpoints; 0 writes none.
@@ -36,6 +44,9 @@ class FinetuneConfig:
     """
 
     objective: Objective = "distill"
+    lm_weight: float = 0.0
+    hidden_weight: float = 0.0
+    final_scale: float = 1.0
     steps: int = 300
     warm_start_steps: int = 40
     batch_size: int = 2
@@ -46,6 +57,7 @@ class FinetuneConfig:
     max_grad_norm: float = 1.0
     seed: int = 0
     mixed_precision: Precision = "no"
+    gradient_checkpointing: bool = False
     cpu: bool = False
     output_dir: str | None = None
     checkpoint_every: int = 0
@@ -72,6 +84,17 @@ class FinetuneConfig:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
         if not self.learning_rate > 0 or not self.max_grad_norm > 0:
             raise ValueError("learning_rate and max_grad_norm must be positive")
+        if not self.lm_weight >= 0 or not self.hidden_weight >= 0:
+            raise ValueError(
+                f"lm_weight and hidden_weight must be at least 0, got {self.lm_weight!r} and {self.hidden_weight!r}"
+            )
+        if (self.lm_weight or self.hidden_weight) and self.objective != "distill":
+            raise ValueError(f"lm_weight and hidden_weight belong to 'distill', the objective is {self.objective!r}")
+        if not self.final_scale > 0 or (self.final_scale != 1 and self.objective == "attention"):
+            raise ValueError(
+                "final_scale must be positive, and 1 for the objective 'attention', which has no gates; got "
+                f"{self.final_scale!r}"
+            )
         if self.output_dir is None and (self.checkpoint_every or self.resume):
             raise ValueError("checkpoint_every and resume need an output_dir")
 
@@ -83,6 +106,6 @@ class FinetuneConfig:
         return [("attention", self.warm_start_steps), (self.objective, self.steps)]
 
     def settings(self) -> dict[str, object]:
-        """What determines the result: everything but where it is written and what is shown."""
-        shown = {"output_dir", "checkpoint_every", "resume", "progress"}
+        """What determines the result: everything but where it is written, what is shown and what it takes."""
+        shown = {"output_dir", "checkpoint_every", "resume", "progress", "gradient_checkpointing"}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in shown}

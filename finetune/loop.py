@@ -3,7 +3,7 @@
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from hf_sparse.files import write_json
 from hf_sparse.finetune import checkpoint
 from hf_sparse.finetune.config import FinetuneConfig
 from hf_sparse.finetune.objectives import OBJECTIVES, UNSETTLED
+from hf_sparse.finetune.recompute import recomputed
 from hf_sparse.machine import describe
 from hf_sparse.methods.sparsek import SparseKAttention
 from hf_sparse.ops import sparsek
@@ -45,8 +46,6 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
         DataError: chunks that cannot train this model.
         ValueError: parameters other than the scorers' would be trained, the model has no such objective, or the loss is
             not finite.
-
-    Gradient checkpointing of the base model is not used.
     """
     config = config or FinetuneConfig()
     methods = methods_of(model)
@@ -92,10 +91,15 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
                 logged = objective != "attention" and (number % max(1, len(plan) // 50) == 0 or number + 1 == len(plan))
                 losses: list[Tensor] = []
                 support: list[float] = []
-                with _supports(methods, support if logged else None):
+                scale = _score_scale(config, objective, step, steps)
+                mixture = _mixture(config) if objective == "distill" else {}
+                with _scaled(methods, scale), _supports(methods, support if logged else None):
                     for _ in range(config.gradient_accumulation_steps):
                         with accelerator.accumulate(prepared):
-                            loss = objectives[objective](prepared, *next(batches))
+                            batch = next(batches)
+                            repeat = config.gradient_checkpointing and objective != "attention"
+                            with recomputed(model) if repeat else nullcontext():
+                                loss = objectives[objective](prepared, *batch, **mixture)
                             if not torch.isfinite(loss):
                                 raise ValueError(
                                     f"the loss of step {number + 1} ({objective}) is {loss.item()}; the scorers are "
@@ -115,6 +119,8 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
                 bar.set_postfix(stage=objective, loss=f"{value:.4f}", tokens_s=f"{speed:,.0f}")
                 row = {"step": number + 1, "stage": objective, "loss": value, "learning_rate": rate}
                 row["tokens_per_second"] = speed
+                if scale != 1:
+                    row["score_scale"] = scale
                 if support:
                     row["support"] = sum(support) / len(support)
                 history.append(row)
@@ -135,6 +141,7 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
             | {"length": chunks.shape[1], "chunks": len(chunks), "chunks_sha256": identity["chunks"]},
             "trainable_parameters": sum(p.numel() for p in scorers.values()),
             "all_parameters": sum(p.numel() for p in model.parameters()),
+            "gradient_checkpointing": config.gradient_checkpointing,
             "tokens": tokens,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
@@ -212,6 +219,8 @@ def _check(
             f"the objective {config.objective!r} needs a model with a language modelling head, which this has not; "
             f"choose one of {', '.join(OBJECTIVES[kind])}"
         )
+    if _mixture(config) and kind != "causal":
+        raise ValueError("lm_weight and hidden_weight are for causal language models, which this model is not")
     check_chunks(model, chunks, labels)
     length, slots = chunks.shape[1], max(method.config.slots for method in methods)
     if length <= slots:
@@ -272,6 +281,43 @@ def _learning_rate(config: FinetuneConfig, step: int, steps: int) -> float:
     return config.learning_rate * (steps - step) / max(1, steps - warm)
 
 
+def _mixture(config: FinetuneConfig) -> dict[str, float]:
+    """What is added to the objective `distill`."""
+    weights = {"lm_weight": config.lm_weight, "hidden_weight": config.hidden_weight}
+    return {name: weight for name, weight in weights.items() if weight}
+
+
+def _score_scale(config: FinetuneConfig, objective: str, step: int, steps: int) -> float:
+    """By what the scores of a step are multiplied; the warm start has no gates."""
+    if objective != config.objective:
+        return 1.0
+    return config.final_scale ** (step / max(1, steps - 1))
+
+
+@contextmanager
+def _scaled(methods: list[SparseKAttention], scale: float) -> Iterator[None]:
+    """Scores, the position's share of them included, times `scale` within a `with` block."""
+    hooks = []
+    try:
+        if scale != 1:
+            for method in methods:
+                scorer = method.sparsek_scorer[method.active]
+                hooks.append(scorer.register_forward_hook(_scaling(scale, method.config.position_slope)))
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _scaling(scale: float, slope: float) -> Any:
+    def hook(module: nn.Module, args: Any, scores: Tensor) -> Tensor:
+        # The slope is added afterwards: chunks have no padding, and begin at position 0.
+        index = torch.arange(scores.shape[-1], device=scores.device, dtype=scores.dtype)
+        return scale * scores + (scale - 1) * slope * index
+
+    return hook
+
+
 class _supports:
     """Measures, over the forwards inside a `with` block, how many keys the gates of the last query spread over."""
 
@@ -292,6 +338,7 @@ class _supports:
     def _measure(self, method: SparseKAttention) -> Any:
         def hook(module: nn.Module, args: Any, scores: Tensor) -> None:
             config, into = method.config, self.into
+            scores = scores + config.position_slope * torch.arange(scores.shape[-1], device=scores.device)
             end = scores.shape[-1] - (config.window if method.causal else 0)
             eligible = scores.detach()[..., config.sinks : end]
             if config.soft_support is not None:

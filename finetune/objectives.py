@@ -4,7 +4,7 @@ Each objective takes the model and a batch, and returns a scalar loss. A batch i
 model, chunks with hidden tokens, and their labels `[B, T]`.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -16,29 +16,52 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_sparse.data import IGNORED
 from hf_sparse.finetune.config import Objective
+from hf_sparse.finetune.predictions import Predictions, predict
 from hf_sparse.methods.sparsek import SparseKAttention
 from hf_sparse.ops.attention.mass import far_attention_mass
 from hf_sparse.patches import methods_of
 from hf_sparse.tasks import Kind, final_states, pooled
 
-_ROWS = 1024  # tokens whose float32 logits are held at once
+_ROWS = 1024  # tokens that have logits at once
 
 # The last keys of a chunk are behind too few queries for their mass to mean anything.
 UNSETTLED = 64
 
 
-def distill(model: nn.Module, chunks: Tensor) -> Tensor:
-    """KL(dense teacher || sparse student) per token, the teacher being the same model with sparse attention off."""
+def distill(model: nn.Module, chunks: Tensor, *, lm_weight: float = 0.0, hidden_weight: float = 0.0) -> Tensor:
+    """KL(dense teacher || sparse student) per token, the teacher being the same model with sparse attention off.
+
+    Args:
+        lm_weight: of the next-token cross-entropy, which is added.
+        hidden_weight: of the distance of the hidden states, see `hidden_distance`, which is added.
+    """
+    options = {"use_cache": False, "output_hidden_states": bool(hidden_weight)}
     with torch.no_grad(), switched_off(model):
-        teacher = model(input_ids=chunks, use_cache=False).logits
-    student = model(input_ids=chunks, use_cache=False).logits
-    return _mean_over_tokens(_divergence, student.flatten(0, 1), teacher.flatten(0, 1))
+        teacher = predict(model, chunks, **options)
+    student = predict(model, chunks, **options)
+    loss = _divergence(student, teacher)
+    if lm_weight:
+        loss = loss + lm_weight * _next_token(student, chunks)
+    if hidden_weight:
+        loss = loss + hidden_weight * hidden_distance(student.hidden, teacher.hidden)
+    return loss
+
+
+def hidden_distance(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Squared distance of hidden states by the teacher's squared norm; the mean over tokens and layers.
+
+    Relative per token: a few tokens, the first above all, have states a hundred times as large as the others.
+
+    Args:
+        student, teacher: `[B, T, C]` for the embeddings, which are left out, and each layer.
+    """
+    pairs = list(zip(student, teacher, strict=True))[1:]
+    return torch.stack([checkpoint(_relative_distance, *pair, use_reentrant=False) for pair in pairs]).mean()
 
 
 def lm(model: nn.Module, chunks: Tensor) -> Tensor:
     """Next-token cross-entropy."""
-    logits = model(input_ids=chunks, use_cache=False).logits[:, :-1]
-    return _mean_over_tokens(_cross_entropy, logits.flatten(0, 1), chunks[:, 1:].flatten())
+    return _next_token(predict(model, chunks, use_cache=False), chunks)
 
 
 def masked_distill(model: nn.Module, chunks: Tensor, labels: Tensor) -> Tensor:
@@ -47,17 +70,16 @@ def masked_distill(model: nn.Module, chunks: Tensor, labels: Tensor) -> Tensor:
     Where nothing is hidden, a masked language model repeats what it sees: agreement there is cheap and would drown
     the positions that need context.
     """
-    hidden = labels != IGNORED
     with torch.no_grad(), switched_off(model):
-        teacher = model(input_ids=chunks).logits[hidden]
-    student = model(input_ids=chunks).logits[hidden]
-    return _mean_over_tokens(_divergence, student, teacher)
+        teacher = predict(model, chunks)
+    return _divergence(predict(model, chunks), teacher, labels != IGNORED)
 
 
 def masked_lm(model: nn.Module, chunks: Tensor, labels: Tensor) -> Tensor:
     """Cross-entropy of the hidden tokens."""
     hidden = labels != IGNORED
-    return _mean_over_tokens(_cross_entropy, model(input_ids=chunks).logits[hidden], labels[hidden])
+    found = predict(model, chunks)
+    return _cross_entropy(found, found.states[hidden], labels[hidden])
 
 
 def feature_distill(model: nn.Module, chunks: Tensor) -> Tensor:
@@ -129,18 +151,65 @@ def switched_off(model: nn.Module) -> Iterator[None]:
             method.switch(True)
 
 
-def _mean_over_tokens(loss: Callable[[Tensor, Tensor], Tensor], logits: Tensor, target: Tensor) -> Tensor:
-    """Mean of a summed loss over tokens `[N, V]`, some rows at a time, so that few of them are float32 at once."""
-    parts = [
-        checkpoint(loss, logits[i : i + _ROWS], target[i : i + _ROWS], use_reentrant=False)
-        for i in range(0, len(logits), _ROWS)
-    ]
-    return torch.stack(parts).sum() / len(logits)
+def _divergence(student: Predictions, teacher: Predictions, where: Tensor | None = None) -> Tensor:
+    """Mean of KL(teacher || student) over tokens, those `where` `[B, T]` only."""
+
+    def loss(found: Tensor, wanted: Tensor) -> Tensor:
+        with torch.no_grad():
+            target = teacher.logits(wanted).float().log_softmax(-1)
+        return F.kl_div(student.logits(found).float().log_softmax(-1), target, log_target=True, reduction="sum")
+
+    if where is None:
+        return _mean_over_tokens(loss, student.states.flatten(0, 1), teacher.states.flatten(0, 1))
+    return _mean_over_tokens(loss, student.states[where], teacher.states[where])
 
 
-def _divergence(student: Tensor, teacher: Tensor) -> Tensor:
-    return F.kl_div(student.float().log_softmax(-1), teacher.float().log_softmax(-1), log_target=True, reduction="sum")
+def _next_token(found: Predictions, chunks: Tensor) -> Tensor:
+    return _cross_entropy(found, found.states[:, :-1].flatten(0, 1), chunks[:, 1:].flatten())
 
 
-def _cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    return F.cross_entropy(logits.float(), target, reduction="sum")
+def _cross_entropy(found: Predictions, states: Tensor, labels: Tensor) -> Tensor:
+    """Mean over tokens, states `[N, C]` and labels `[N]`."""
+
+    def loss(states: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(found.logits(states).float(), labels, reduction="sum")
+
+    return _mean_over_tokens(loss, states, labels)
+
+
+def _relative_distance(student: Tensor, teacher: Tensor) -> Tensor:
+    student, teacher = student.float(), teacher.float()
+    return ((student - teacher).square().sum(-1) / teacher.square().sum(-1).clamp(min=1e-12)).mean()
+
+
+def _mean_over_tokens(loss: Callable[[Tensor, Tensor], Tensor], states: Tensor, target: Tensor) -> Tensor:
+    """Mean of a summed loss over tokens `[N, ...]`, some rows at a time, so that few have logits at once."""
+    return _SumOfSlices.apply(loss, states, target) / len(states)
+
+
+class _SumOfSlices(torch.autograd.Function):
+    """Sums a loss over slices of tokens, each with its gradient at once: no logits wait for the backward.
+
+    The gradient goes to the states alone; the head is frozen.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, loss: Callable[[Tensor, Tensor], Tensor], states: Tensor, target: Tensor) -> Tensor:
+        total, gradients = states.new_zeros((), dtype=torch.float32), []
+        for some, wanted in zip(states.split(_ROWS), target.split(_ROWS), strict=True):
+            if ctx.needs_input_grad[1]:
+                with torch.enable_grad():
+                    some = some.detach().requires_grad_()
+                    part = loss(some, wanted)
+                gradients += torch.autograd.grad(part, some)
+            else:
+                part = loss(some, wanted)
+            total += part.detach()
+        if gradients:
+            ctx.save_for_backward(torch.cat(gradients))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[None, Tensor, None]:
+        (gradient,) = ctx.saved_tensors
+        return None, gradient * upstream, None

@@ -1,3 +1,6 @@
+import weakref
+from contextlib import contextmanager
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -19,3 +22,28 @@ def sparse_llama(tiny_llama):
 @pytest.fixture
 def chunks():
     return torch.randint(0, 64, (12, 96), generator=torch.Generator().manual_seed(2))
+
+
+class _Held:
+    def __init__(self, tensor):
+        self.tensor = tensor
+
+
+@pytest.fixture
+def held():
+    """`with held(model) as count:` a forward; `count()` then tells how many numbers wait for its backward."""
+
+    @contextmanager
+    def watch(model):
+        frozen, alive = {p.data_ptr() for p in model.parameters()}, weakref.WeakSet()
+
+        def pack(tensor):
+            box = _Held(tensor)
+            if tensor.data_ptr() not in frozen:
+                alive.add(box)
+            return box
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda box: box.tensor):
+            yield lambda: sum(box.tensor.numel() for box in alive)
+
+    return watch

@@ -12,6 +12,11 @@ from hf_sparse.finetune import FinetuneConfig
         ({"warm_start_steps": -1}, "warm_start_steps must be"),
         ({"batch_size": 1.5}, "batch_size must be an integer"),
         ({"learning_rate": 0.0}, "must be positive"),
+        ({"lm_weight": -1.0}, "lm_weight and hidden_weight must be at least 0, got -1.0 and 0.0"),
+        ({"hidden_weight": float("nan")}, "must be at least 0"),
+        ({"objective": "lm", "hidden_weight": 1.0}, "belong to 'distill', the objective is 'lm'"),
+        ({"final_scale": 0.0}, "final_scale must be positive"),
+        ({"objective": "attention", "final_scale": 4.0}, "which has no gates; got 4.0"),
         ({"checkpoint_every": 5}, "need an output_dir"),
         ({"resume": True}, "need an output_dir"),
     ],
@@ -29,5 +34,6 @@ def test_stages():
 
 def test_settings_leave_out_what_cannot_change_the_result(tmp_path):
     plain, placed = FinetuneConfig(), FinetuneConfig(output_dir=str(tmp_path), checkpoint_every=3, progress=False)
+    assert FinetuneConfig(gradient_checkpointing=True).settings() == plain.settings()
     assert plain.settings() == placed.settings()
     assert plain.settings() != FinetuneConfig(seed=1).settings()

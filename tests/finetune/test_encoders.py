@@ -177,6 +177,8 @@ def test_a_causal_model_without_a_head(tiny_llama, tokens):
 def test_refusals(sparse_bert, tokens):
     with pytest.raises(ValueError, match=r"'lm' needs a model with a language modelling head.* distill, attention"):
         train(sparse_bert(BARE), tokens, objective="lm")
+    with pytest.raises(ValueError, match="lm_weight and hidden_weight are for causal language models"):
+        train(sparse_bert(BARE), tokens, lm_weight=0.1)
     with pytest.raises(DataError, match="hidden tokens and their labels"):
         train(sparse_bert(), tokens)
     with pytest.raises(DataError, match="chunks of 64 tokens cannot train a budget of 64 slots"):

@@ -103,6 +103,44 @@ def test_accumulation_is_a_larger_batch(sparse_llama, chunks):
             torch.testing.assert_close(weights[name], runs[0][0][name], rtol=1e-4, atol=1e-5)
 
 
+def test_scores_are_multiplied_while_training_and_not_afterwards(monkeypatch, sparse_llama, chunks):
+    """The position's share included, so that the order of the keys is the same at every scale."""
+    seen = []
+    real = loop.OBJECTIVES["causal"]["distill"]
+
+    def spy(model, batch):
+        method = methods_of(model)[0]
+        states = torch.ones(1, 12, 32) * torch.linspace(-1, 1, 32) ** torch.arange(1, 13)[:, None]
+        with torch.no_grad():
+            seen.append(method.score(states, torch.arange(12)[None]))
+        monkeypatch.setattr(method, "score", type(method).score.__get__(method))
+        return real(model, batch) * 0 + sum(p.sum() for p in model.parameters() if p.requires_grad) * 1e-9
+
+    monkeypatch.setitem(loop.OBJECTIVES["causal"], "distill", spy)
+    model = sparse_llama(position_slope=0.1)
+    metrics = train(model, chunks, warm_start_steps=0, steps=3, final_scale=16.0, learning_rate=1e-12)
+    torch.testing.assert_close(seen[1], 4 * seen[0])
+    torch.testing.assert_close(seen[2], 16 * seen[0])
+    assert [row.get("score_scale", 1) for row in metrics["history"]] == [1, 4, 16]
+    scorer = methods_of(model)[0].sparsek_scorer["default"]
+    assert not scorer._forward_hooks
+
+
+def test_a_larger_scale_makes_gates_harder(sparse_llama, chunks):
+    options = {"warm_start_steps": 0, "steps": 4, "learning_rate": 1e-12}
+    plain, scaled = (train(sparse_llama(), chunks, final_scale=scale, **options)["history"] for scale in (1.0, 1000.0))
+    assert plain[0]["support"] == scaled[0]["support"]
+    assert scaled[-1]["support"] < 7 < plain[-1]["support"]  # k is 6
+
+
+@pytest.mark.parametrize("changes", [{"lm_weight": 0.5}, {"hidden_weight": 0.5}, {"final_scale": 8.0}], ids=str)
+def test_options_change_what_is_learned(sparse_llama, chunks, changes):
+    plain, changed = sparse_llama(), sparse_llama()
+    train(plain, chunks)
+    train(changed, chunks, **changes)
+    assert not same(scorers(plain), scorers(changed))
+
+
 def test_every_chunk_is_seen_once_per_epoch_from_any_start():
     whole = loop._Shuffled(5, seed=3, start=0)
     first = [index for index, _ in zip(whole, range(15), strict=False)]

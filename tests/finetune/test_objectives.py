@@ -31,6 +31,20 @@ def test_distill_is_the_divergence_from_the_dense_model(monkeypatch, model, chun
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
 
 
+def test_distill_with_cross_entropy_and_hidden_states(model, chunks):
+    with torch.no_grad(), model.disable_adapter():
+        teacher = model(input_ids=chunks[:2], output_hidden_states=True).hidden_states
+    student = model(input_ids=chunks[:2], labels=chunks[:2], output_hidden_states=True)
+    distances = [
+        ((s - t).square().sum(-1) / t.square().sum(-1)).mean()
+        for s, t in zip(student.hidden_states[1:], teacher[1:], strict=True)
+    ]
+    expected = objectives.distill(model, chunks[:2]) + 0.3 * student.loss + 0.7 * sum(distances) / len(distances)
+    assert len(distances) == 2 and min(distances) > 0
+    found = objectives.distill(model, chunks[:2], lm_weight=0.3, hidden_weight=0.7)
+    torch.testing.assert_close(found, expected)
+
+
 def test_lm_is_the_loss_of_transformers(model, chunks):
     expected = model(input_ids=chunks[:2], labels=chunks[:2]).loss
     torch.testing.assert_close(objectives.lm(model, chunks[:2]), expected)

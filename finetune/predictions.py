@@ -1,0 +1,94 @@
+"""What a language model predicts, with its logits still to be computed, some tokens at a time.
+
+Logits are `[B, T, V]`: for a large vocabulary many times what everything else of a forward takes. All that is needed
+of them here are sums over tokens, so the states before the head are kept instead, and the head runs per slice.
+"""
+
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Predictions of tokens `[B, T]`.
+
+    Attributes:
+        states: `[B, T, C]`, what the head reads; the logits themselves if the head does not give them alone.
+        logits: maps states of any tokens `[..., C]` to their logits `[..., V]`.
+        hidden: the input of every layer and the last output, `[B, T, C]` each, if they were asked for.
+    """
+
+    states: Tensor
+    logits: Callable[[Tensor], Tensor]
+    hidden: tuple[Tensor, ...]
+
+
+def predict(model: nn.Module, tokens: Tensor, **options: Any) -> Predictions:
+    """Run a language model without its head, where that is possible without knowing the family.
+
+    The model runs as it is, but for its head, which gets the last token only. The logits of this token tell whether
+    head and final softcap are all that follows the states; otherwise the model runs again, with all logits.
+
+    Args:
+        model: a language model, maybe wrapped (PEFT, DDP).
+        tokens: `[B, T]`.
+        **options: for its forward.
+    """
+    base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    head = base.get_output_embeddings()
+    if head is not None:
+        seen: list[tuple[Tensor, bool, torch.dtype]] = []
+        with _last_token_only(head, seen):
+            output = model(input_ids=tokens, **options)
+        if len(seen) == 1 and seen[0][0].shape[:2] == tokens.shape:
+            states, autocast, dtype = seen[0]
+            cap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
+
+            def logits(states: Tensor) -> Tensor:
+                with torch.autocast(states.device.type, dtype=dtype, enabled=autocast):
+                    found = head(states)
+                    return found if cap is None else torch.tanh(found / cap) * cap
+
+            if _agree(logits(states[:, -1:].detach()), output.logits.detach()):
+                return Predictions(states, logits, _hidden(output))
+    output = model(input_ids=tokens, **options)
+    return Predictions(output.logits, _as_they_are, _hidden(output))
+
+
+@contextmanager
+def _last_token_only(head: nn.Module, seen: list[tuple[Tensor, bool, torch.dtype]]) -> Any:
+    """The head keeps what it is called with, and the autocast it is called in, and reads the last token."""
+
+    def keep(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        states, *rest = args
+        kind = states.device.type
+        seen.append((states, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)))
+        return (states[:, -1:], *rest)
+
+    hook = head.register_forward_pre_hook(keep)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def _agree(found: Tensor, expected: Tensor) -> bool:
+    """Equal but for rounding: a scale, a bias or a cap that nobody told of changes far more."""
+    if found.shape != expected.shape:
+        return False
+    difference = (found.float() - expected.float()).abs().max()
+    return bool(difference <= 1e-3 * expected.float().abs().max())
+
+
+def _as_they_are(logits: Tensor) -> Tensor:
+    return logits
+
+
+def _hidden(output: Any) -> tuple[Tensor, ...]:
+    return tuple(getattr(output, "hidden_states", None) or ())
