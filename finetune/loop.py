@@ -23,7 +23,7 @@ from hf_sparse.finetune.objectives import OBJECTIVES, UNSETTLED
 from hf_sparse.machine import describe
 from hf_sparse.methods.sparsek import SparseKAttention
 from hf_sparse.ops import sparsek
-from hf_sparse.patches import methods_of
+from hf_sparse.patches import methods_in_use
 from hf_sparse.tasks import kind_of
 
 
@@ -49,7 +49,7 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
     Gradient checkpointing of the base model is not used.
     """
     config = config or FinetuneConfig()
-    methods = methods_of(model)
+    methods = methods_in_use(model)
     chunks, labels = tensors(model, dataset)
     scorers = _check(model, methods, chunks, labels, config)
     objectives = OBJECTIVES[kind_of(model)]

@@ -24,7 +24,7 @@ from hf_sparse.errors import DataError
 from hf_sparse.methods.sparsek import SparseKAttention, SparseKCacheLayer
 from hf_sparse.methods.sparsek.selection import POLICIES
 from hf_sparse.metrics import metric_of
-from hf_sparse.patches import methods_of
+from hf_sparse.patches import methods_in_use
 from hf_sparse.tasks import Kind, final_states, kind_of, pooled
 
 if TYPE_CHECKING:
@@ -355,7 +355,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _methods(model: nn.Module) -> list[SparseKAttention]:
-    methods = methods_of(model)
+    methods = methods_in_use(model)
     if not methods:
         raise ValueError(
             f"expected a model with sparse attention, got a {type(model).__name__} without; "
