@@ -101,7 +101,7 @@ def skeleton_of(name: str, model_class: str | None = None, **options: Any) -> Pr
         ValueError: it needs code from its repository, or transformers has no class for its task.
     """
     if name.count("/") > 1 and not Path(resolve_base(name)).is_dir():
-        raise HubError(f"the base model {name!r} is a folder that is not here; pass base_model=")
+        raise FileNotFoundError("this names a folder, and it is not here")
     config = AutoConfig.from_pretrained(resolve_base(name), trust_remote_code=False, **options)
     # transformers would put that adapter on the base without a word, from a pickle if that is what there is.
     if find_adapter_config_file(resolve_base(name), **options) is not None:
