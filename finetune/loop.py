@@ -24,7 +24,7 @@ from hf_sparse.finetune.recompute import recomputed
 from hf_sparse.machine import describe
 from hf_sparse.methods.sparsek import SparseKAttention
 from hf_sparse.ops import sparsek
-from hf_sparse.patches import methods_of
+from hf_sparse.patches import methods_in_use
 from hf_sparse.tasks import kind_of
 
 
@@ -48,7 +48,7 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
             not finite.
     """
     config = config or FinetuneConfig()
-    methods = methods_of(model)
+    methods = methods_in_use(model)
     chunks, labels = tensors(model, dataset)
     scorers = _check(model, methods, chunks, labels, config)
     objectives = OBJECTIVES[kind_of(model)]

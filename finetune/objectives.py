@@ -19,7 +19,7 @@ from hf_sparse.finetune.config import Objective
 from hf_sparse.finetune.predictions import Predictions, predict
 from hf_sparse.methods.sparsek import SparseKAttention
 from hf_sparse.ops.attention.mass import far_attention_mass
-from hf_sparse.patches import methods_of
+from hf_sparse.patches import methods_in_use, methods_of
 from hf_sparse.tasks import Kind, final_states, pooled
 
 _ROWS = 1024  # tokens that have logits at once
@@ -101,7 +101,7 @@ def attention(model: nn.Module, chunks: Tensor, labels: Tensor | None = None, **
         **options: for the model's forward.
     """
     losses: list[Tensor] = []
-    methods = methods_of(model)
+    methods = methods_in_use(model)
 
     def observe(method: SparseKAttention) -> Any:
         def observer(query: Tensor, key: Tensor, scores: Tensor, scaling: float) -> None:

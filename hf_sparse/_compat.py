@@ -1,14 +1,32 @@
-"""The one place that reaches into PEFT: it has no registration for third-party methods, so its enum is extended.
+"""The one place that reaches into what others do not promise: names of transformers, and an enum of PEFT's.
 
-`peft.utils.register_peft_method` refuses names that are not members of `PeftType`. With a member added, everything
-works as for PEFT's own methods: `PeftModel`, `AutoPeftModel` and transformers' `load_adapter` alike. Enums are meant
-to be closed, so this writes the three tables that CPython keeps for one. Checked by `tests/test_compat.py` on the
-versions that CI runs; drop it when PEFT offers entry points.
+PEFT has no registration for third-party methods: `peft.utils.register_peft_method` refuses names that are not members
+of `PeftType`. With a member added, everything works as for PEFT's own methods: `PeftModel`, `AutoPeftModel` and
+transformers' `load_adapter` alike. Enums are meant to be closed, so this writes the three tables that CPython keeps for
+one. Checked by `tests/test_compat.py` on the versions that CI runs; drop it when PEFT offers entry points.
 """
 
+from importlib import import_module
 from typing import Any
 
 from hf_sparse.errors import CompatibilityError
+
+
+def private(module: str, name: str) -> Any:
+    """A name of transformers that it does not promise to keep.
+
+    Raises:
+        CompatibilityError: it is not there.
+    """
+    from transformers import __version__
+
+    try:
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise CompatibilityError(
+            f"transformers {__version__} has no {module}.{name}, which hf-sparse needs. Install a transformers in the "
+            "range that hf-sparse declares (pip install 'transformers>=5.17,<5.24') or a newer hf-sparse."
+        ) from error
 
 
 def extend_peft_type(name: str) -> Any:

@@ -72,11 +72,11 @@ def read_adapter(folder: Path, source: str) -> Adapter:
         name = config.base_model_name_or_path or None
         if name is not None and Path(name).resolve() == CHECKPOINT.resolve():
             name = BASE_NAME
-        # PEFT notes the class where a configuration has no `task_type`. Ours has none: for some of them PEFT would
-        # train and save the model's classifier as well.
-        model_class = dict(config.auto_mapping or {}).get("base_model_class")
+        # PEFT notes the class too, but not where a configuration has a `task_type`.
+        noted = dict(config.auto_mapping or {}).get("base_model_class")
+        model_class = dict(config.base_shape or {}).get("model_class", noted)
         if not isinstance(model_class, str | None):
-            raise TypeError(f"auto_mapping names the class {model_class!r}")
+            raise TypeError(f"it names the class {model_class!r}")
     except (ValueError, TypeError) as error:
         raise HubError(f"{CONFIG} of {source} is damaged: {error}") from error
     try:
@@ -100,6 +100,8 @@ def skeleton_of(name: str, model_class: str | None = None, **options: Any) -> Pr
         OSError: transformers cannot read its configuration.
         ValueError: it needs code from its repository, or transformers has no class for its task.
     """
+    if name.count("/") > 1 and not Path(resolve_base(name)).is_dir():
+        raise FileNotFoundError("this names a folder, and it is not here")
     config = AutoConfig.from_pretrained(resolve_base(name), trust_remote_code=False, **options)
     # transformers would put that adapter on the base without a word, from a pickle if that is what there is.
     if find_adapter_config_file(resolve_base(name), **options) is not None:
@@ -136,7 +138,8 @@ def check_fit(adapter: Adapter, skeleton: PreTrainedModel, base: str) -> None:
     }
     found = [f"{kind}: {_some(keys)}" for kind, keys in faults.items() if keys]
     if found:
-        raise HubError(f"{WEIGHTS} of {adapter.source} does not hold the scorers for {base}; {'; '.join(found)}")
+        made = f"; it was made on a {adapter.model_class}: pass one as base_model=" if len(found) > 1 else ""
+        raise HubError(f"{WEIGHTS} of {adapter.source} does not hold the scorers for {base}; {'; '.join(found)}{made}")
 
 
 def _some(keys: list[str]) -> str:

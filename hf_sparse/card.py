@@ -45,7 +45,7 @@ _ROWS = {
     "h2o": "{}: window, sinks, and the {} ones most attended so far (H2O)",
     "tova": "{}: window, sinks, and the {} ones that the last query attends to most (TOVA)",
     "snapkv": "{}: window, sinks, and the {} ones that the latest queries vote for (SnapKV)",
-    "oracle": "{}: window, sinks, and the {} ones that later queries will attend to most (sees the future; a reference)",
+    "oracle": "{}: window, sinks, and the {} ones that later queries will attend to most (sees the future)",
 }
 
 #: A text in Python, and what to do with its tokens.

@@ -1,6 +1,7 @@
 """Text to packed chunks of tokens."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -106,7 +107,7 @@ def tensors(model: nn.Module, dataset: Any) -> tuple[Tensor, Tensor | None]:
         dataset: chunks, or a mapping or `datasets.Dataset` with `input_ids` (and `labels`) of equal lengths.
 
     Raises:
-        DataError: it does not hold them.
+        DataError: it does not hold them, or says that tokens do not count, which is not supported.
     """
     masked = kind_of(model) == "masked"
     if isinstance(dataset, Tensor):
@@ -117,10 +118,19 @@ def tensors(model: nn.Module, dataset: Any) -> tuple[Tensor, Tensor | None]:
             )
         return dataset, None
     tokens = _column(dataset, "input_ids")
+    if _has(dataset, "attention_mask") and not _column(dataset, "attention_mask").all():
+        raise DataError("the chunks hold padding (attention_mask has zeros): pack the text, see hf_sparse.data.pack")
+    if not masked and _has(dataset, "labels") and not torch.equal(_column(dataset, "labels"), tokens):
+        raise DataError("labels other than the tokens themselves are not supported: every token is predicted")
     labels = _column(dataset, "labels") if masked else None
     if labels is not None and labels.shape != tokens.shape:
         raise DataError(f"labels must be as many as the tokens, got {list(labels.shape)} and {list(tokens.shape)}")
     return tokens, labels
+
+
+def _has(dataset: Any, name: str) -> bool:
+    columns = getattr(dataset, "column_names", None)
+    return name in (dataset if columns is None and isinstance(dataset, Mapping) else columns or ())
 
 
 def _column(dataset: Any, name: str) -> Tensor:

@@ -15,8 +15,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
 )
-from transformers.models.auto import modeling_auto as names
 
+from hf_sparse._compat import private
 from hf_sparse.patches import methods_of
 
 #: `"causal"` and `"masked"` language models; `"features"` is every other model, known by its last hidden states.
@@ -40,17 +40,21 @@ class Task:
     models: Mapping[str, Sequence[str]]
 
 
-_CAUSAL = Task("causal", AutoModelForCausalLM, "text-generation", names.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-_MASKED = Task("masked", AutoModelForMaskedLM, "fill-mask", names.MODEL_FOR_MASKED_LM_MAPPING_NAMES)
-_BARE = Task("features", AutoModel, "feature-extraction", names.MODEL_MAPPING_NAMES)
+def _names(table: str) -> Any:
+    return private("transformers.models.auto.modeling_auto", table)
+
+
+_CAUSAL = Task("causal", AutoModelForCausalLM, "text-generation", _names("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"))
+_MASKED = Task("masked", AutoModelForMaskedLM, "fill-mask", _names("MODEL_FOR_MASKED_LM_MAPPING_NAMES"))
+_BARE = Task("features", AutoModel, "feature-extraction", _names("MODEL_MAPPING_NAMES"))
 _OTHERS = (
     (
         AutoModelForSequenceClassification,
         "text-classification",
-        names.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+        _names("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"),
     ),
-    (AutoModelForTokenClassification, "token-classification", names.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES),
-    (AutoModelForQuestionAnswering, "question-answering", names.MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES),
+    (AutoModelForTokenClassification, "token-classification", _names("MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES")),
+    (AutoModelForQuestionAnswering, "question-answering", _names("MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES")),
 )
 
 _BY_CLASS: dict[str, Task] = {}
@@ -78,9 +82,19 @@ def task_of(config: Any, model_class: str | None = None) -> Task:
 
 
 def kind_of(model: nn.Module) -> Kind:
-    """How a model, with an adapter or without, is trained and measured."""
+    """How a model, with an adapter or without, is trained and measured.
+
+    Raises:
+        ValueError: a language model of next tokens that attends in both directions.
+    """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return next((_BY_CLASS[c.__name__].kind for c in type(base).__mro__ if c.__name__ in _BY_CLASS), "features")
+    kind: Kind = next((_BY_CLASS[c.__name__].kind for c in type(base).__mro__ if c.__name__ in _BY_CLASS), "features")
+    if kind == "causal" and not all(method.causal for method in methods_of(base)):
+        raise ValueError(
+            f"a {type(base).__name__} whose attention has both directions sees the tokens that it predicts: load it "
+            "with is_decoder=True, or load the masked language model"
+        )
+    return kind
 
 
 def task_of_class(model_class: str | None) -> Task:

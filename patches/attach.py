@@ -22,6 +22,11 @@ def methods_of(model: nn.Module) -> list[SparseKAttention]:
     return [module for module in model.modules() if isinstance(module, SparseKAttention)]
 
 
+def methods_in_use(model: nn.Module) -> list[SparseKAttention]:
+    """The attached methods that have the adapter in use; adapters may have been given different layers."""
+    return [method for method in methods_of(model) if method.active in method.configs]
+
+
 def targets(model: PreTrainedModel, config: SparseKConfig) -> list[tuple[str, nn.Module]]:
     """Names and attention modules that a configuration wants patched, with everything checked first.
 
@@ -152,8 +157,9 @@ class _Switch:
     def __init__(self, config: Any) -> None:
         if config._attn_implementation == NAME:
             raise ValueError(
-                "the model shares its config object with another patched model, and the two could not be switched "
-                "apart: give each model a config of its own (copy.deepcopy)"
+                "the model's config is shared with another patched model, and the two could not be switched apart, or "
+                "was copied from one: give each model a config of its own (copy.deepcopy), and in a copy set "
+                "config._attn_implementation to what the base model uses, such as 'sdpa'"
             )
         self.config = config
         self.base = config._attn_implementation
@@ -170,6 +176,7 @@ def _shape(model: PreTrainedModel, family: Family, found: list[tuple[str, nn.Mod
         "hidden_size": family.hidden_size(first),
         "num_key_value_heads": family.num_key_value_heads(first),
         "num_attention_layers": len(found),
+        "model_class": type(model).__name__,
     }
 
 
@@ -180,7 +187,8 @@ def _check_shape(shape: dict[str, Any], config: SparseKConfig) -> None:
     wrong = [
         f"{key}: {config.base_shape.get(key)} there, {value} here"
         for key, value in shape.items()
-        if config.base_shape.get(key) != value
+        # The class is for loading; whether it fits is a matter of the weights' names.
+        if key != "model_class" and config.base_shape.get(key) != value
     ]
     if wrong:
         raise AdapterMismatchError(

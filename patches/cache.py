@@ -1,13 +1,12 @@
-"""A cache to hold across calls: several turns of a chat, or a text that comes in pieces."""
+"""How KV slots get into a transformers cache, and a cache to hold across calls: several turns of a chat, for one."""
 
 from typing import Any
 
 from torch import nn
 from transformers import DynamicCache
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticLayer
 
 from hf_sparse.methods.base import SparseMethod
-from hf_sparse.patches.interface import own_layer
 
 
 class SparseKCache(Cache):
@@ -19,9 +18,10 @@ class SparseKCache(Cache):
         ids = model.generate(first_turn, past_key_values=cache)
         ids = model.generate(torch.cat([ids, second_turn], 1), past_key_values=cache)
 
-    It belongs to the adapter that is active now. Rows of different lengths are padded and masked as ever. It compiles:
-    on a GPU `generate` compiles the decoding steps that use it, as it does with transformers' `StaticCache`
-    (`disable_compile=True` forgoes that), unless the model has layers that are not patched.
+    It belongs to the adapter that is active now. Rows of different lengths are padded and masked as ever; what was
+    padding when it came stays padding. A row that ended before the others was fed pad tokens as real ones, and cannot
+    be continued from here. It compiles: on a GPU `generate` compiles the decoding steps that use it, as it does with
+    transformers' `StaticCache` (`disable_compile=True` forgoes that), unless the model has layers that are not patched.
 
     Args:
         model: a patched model, or a `PeftModel` of one.
@@ -49,3 +49,29 @@ class SparseKCache(Cache):
         layers: Any = self.layers
         tensors = (tensor for layer in layers for tensor in (layer.keys, layer.values))
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
+def own_layer(cache: Any, index: int, method: SparseMethod) -> Any:
+    """The method's layer in the cache; put there when `generate` made an ordinary cache that is still empty."""
+    if isinstance(cache, EncoderDecoderCache) or not isinstance(cache, Cache):
+        raise ValueError(f"sparse attention cannot use a {type(cache).__name__}; pass no cache, generate makes one")
+    while len(cache.layers) <= index:  # a cache that was made without a config grows as layers ask for theirs
+        cache.layers.append(DynamicLayer())
+    layer: Any = cache.layers[index]
+    if type(layer) in (DynamicLayer, StaticLayer) and layer.get_seq_length() == 0:
+        own: Any = method.cache_layer()
+        if type(layer) is StaticLayer and not own.only_sparse:
+            raise ValueError(
+                "a static cache needs every full-attention layer patched, and the adapter names some only (`layers`): "
+                "use the ordinary cache"
+            )
+        if method.beside_local and not any(cache.is_sliding):
+            own.only_sparse = False  # in a cache that knows no local layers, this one may tell the size of their mask
+        cache.layers[index] = layer = own
+    if not isinstance(layer, method.cache_layer_type):
+        raise ValueError(
+            "sparse attention keeps its own KV slots in place of an ordinary, empty DynamicCache or StaticCache; "
+            f"layer {index} is a {type(layer).__name__}{' that holds dense keys' if layer.get_seq_length() else ''}: "
+            "start a new cache after switching adapters on or off"
+        )
+    return layer

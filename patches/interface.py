@@ -14,14 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
-from transformers.utils.output_capturing import _active_collector
+from transformers.cache_utils import EncoderDecoderCache
 
+from hf_sparse._compat import private
 from hf_sparse.methods.base import SparseMethod
+from hf_sparse.patches.cache import own_layer
 
 NAME = "hf_sparse"
+
+_active_collector: Any = private("transformers.utils.output_capturing", "_active_collector")
+sdpa_attention_forward: Any = private("transformers.integrations.sdpa_attention", "sdpa_attention_forward")
+bidirectional_mask_function: Any = private("transformers.masking_utils", "bidirectional_mask_function")
+causal_mask_function: Any = private("transformers.masking_utils", "causal_mask_function")
+sdpa_mask: Any = private("transformers.masking_utils", "sdpa_mask")
 
 
 @dataclass
@@ -60,14 +65,21 @@ def attention_forward(
         )
     _refuse_what_would_be_ignored(module, kwargs)
     length, cache = query.shape[2], sparse_call.cache
-    if cache is not None and attention_mask is not None and attention_mask.shape[1] > length > 1:
-        cache.expect(attention_mask[:, :-length].sum(-1))
+    valid = None if attention_mask is None else attention_mask[:, -length:]
+    if length > 1 and not torch.compiler.is_compiling():  # a decoding step waits for no value from the device
+        if cache is not None and not cache.empty:
+            if attention_mask is not None and attention_mask.shape[1] > length:
+                cache.expect(attention_mask[:, :-length].sum(-1))
+            else:  # no mask: all is real
+                cache.expect((cache.cumulative_length - length).expand_as(cache.seen))
+        if valid is not None and bool(valid.all()):
+            valid = None
     output = sparse_call.method.attend(
         query,
         key,
         value,
         hidden_states=sparse_call.hidden_states,
-        valid=None if attention_mask is None else attention_mask[:, -length:],
+        valid=valid,
         cache=cache,
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
     )
@@ -126,7 +138,7 @@ def padding_mask(
         # A decoding step. The mask grows, but the cache may have asked for its newest column only (`get_mask_sizes`),
         # and a step of constant shape and strides can be compiled. Nothing here waits for the device.
         return attention_mask[:, -kv_length:].bool().clone(memory_format=torch.contiguous_format)
-    if not torch.compiler.is_compiling() and bool(attention_mask.all()):
+    if attention_mask.shape[1] == q_length and not torch.compiler.is_compiling() and bool(attention_mask.all()):
         return None
     return attention_mask.bool()
 
@@ -181,32 +193,6 @@ def _attentions_are_wanted(kwargs: dict[str, Any]) -> bool:
     # GPT-2 does not hand the keyword on; it would return attentions=() in silence.
     collector = None if torch.compiler.is_compiling() else _active_collector.get()
     return collector is not None and "attentions" in collector
-
-
-def own_layer(cache: Any, index: int, method: SparseMethod) -> Any:
-    """The method's layer in the cache; put there when `generate` made an ordinary cache that is still empty."""
-    if isinstance(cache, EncoderDecoderCache) or not isinstance(cache, Cache):
-        raise ValueError(f"sparse attention cannot use a {type(cache).__name__}; pass no cache, generate makes one")
-    while len(cache.layers) <= index:  # a cache that was made without a config grows as layers ask for theirs
-        cache.layers.append(DynamicLayer())
-    layer: Any = cache.layers[index]
-    if type(layer) in (DynamicLayer, StaticLayer) and layer.get_seq_length() == 0:
-        own: Any = method.cache_layer()
-        if type(layer) is StaticLayer and not own.only_sparse:
-            raise ValueError(
-                "a static cache needs every full-attention layer patched, and the adapter names some only (`layers`): "
-                "use the ordinary cache"
-            )
-        if method.beside_local and not any(cache.is_sliding):
-            own.only_sparse = False  # in a cache that knows no local layers, this one may tell the size of their mask
-        cache.layers[index] = layer = own
-    if not isinstance(layer, method.cache_layer_type):
-        raise ValueError(
-            "sparse attention keeps its own KV slots in place of an ordinary, empty DynamicCache or StaticCache; "
-            f"layer {index} is a {type(layer).__name__}{' that holds dense keys' if layer.get_seq_length() else ''}: "
-            "start a new cache after switching adapters on or off"
-        )
-    return layer
 
 
 AttentionInterface.register(NAME, attention_forward)

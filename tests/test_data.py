@@ -17,6 +17,18 @@ def chunks(bert_tokenizer):
     return pack(bert_tokenizer, " ".join(f"w{i}" for i in words), 102, special_tokens=True)
 
 
+def test_padding_and_other_labels_are_refused(tiny_llama):
+    ids = torch.randint(5, 64, (2, 20))
+    padded = torch.ones_like(ids)
+    padded[0, 15:] = 0
+    with pytest.raises(DataError, match="hold padding"):
+        tensors(tiny_llama(), {"input_ids": ids, "attention_mask": padded})
+    with pytest.raises(DataError, match="labels other than the tokens"):
+        tensors(tiny_llama(), {"input_ids": ids, "labels": ids.masked_fill(padded == 0, IGNORED)})
+    rows = datasets.Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
+    assert torch.equal(tensors(tiny_llama(), rows)[0], ids)
+
+
 class TestPack:
     TEXT = " ".join(f"w{i}" for i in range(5, 15))
 
@@ -82,7 +94,8 @@ class TestTensors:
         for dataset in (masked, rows):
             tokens, labels = tensors(tiny_bert(), dataset)
             assert torch.equal(tokens, masked["input_ids"]) and torch.equal(labels, masked["labels"])
-            assert tensors(tiny_llama(), dataset)[1] is None
+            with pytest.raises(DataError, match="labels other than the tokens"):
+                tensors(tiny_llama(), dataset)
         assert tensors(tiny_bert("BertModel"), chunks) == (chunks, None)
 
     def test_refusals(self, tiny_bert, chunks):

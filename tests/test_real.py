@@ -1,11 +1,14 @@
-"""A real checkpoint. Run with `-m real` and HF_SPARSE_REAL_MODEL, a folder that holds SmolLM2-135M-Instruct."""
+"""Real checkpoints, a decoder and an encoder. Run with `-m real` and two folders in the environment:
+
+HF_SPARSE_REAL_MODEL holds SmolLM2-135M-Instruct, HF_SPARSE_REAL_ENCODER holds all-MiniLM-L6-v2.
+"""
 
 import os
 
 import pytest
 import torch
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from hf_sparse import SparseKConfig
 from hf_sparse.demo.text import documents
@@ -83,3 +86,42 @@ def test_two_thousand_tokens_in_256_slots(base, ids):
     assert len(methods_of(model)) == 30
     per_layer = 2 * 3 * 256 * 64 * 4  # keys and values, KV heads, slots, head dimension, bytes
     assert set(seen) == {30 * per_layer} and len(seen) == 2_000
+
+
+@torch.no_grad()
+def test_padded_rows_of_a_decoder_equal_each_row_alone(base, ids):
+    """Bounded by twice what the dense model itself does: a real checkpoint amplifies rounding."""
+    batch, mask = torch.zeros(2, 200, dtype=torch.long), torch.ones(2, 200, dtype=torch.long)
+    batch[0], batch[1, 60:], mask[1, :60] = ids[0], ids[0, :140], 0
+    position = (mask.cumsum(-1) - 1).clamp(min=0)
+
+    def difference(model) -> float:
+        padded = model(batch, attention_mask=mask, position_ids=position).logits[1, 60:]
+        return float((padded - model(ids[:, :140]).logits[0]).abs().max())
+
+    dense = difference(base)
+    sparse = difference(get_peft_model(base, SparseKConfig(k=20, window=24, sinks=4)).eval())
+    assert sparse <= max(2 * dense, 1e-4)
+
+
+@torch.no_grad()
+def test_an_encoder():
+    if "HF_SPARSE_REAL_ENCODER" not in os.environ:
+        pytest.fail("set HF_SPARSE_REAL_ENCODER to a folder that holds all-MiniLM-L6-v2")
+    folder = os.environ["HF_SPARSE_REAL_ENCODER"]
+    base, tokenizer = (
+        AutoModel.from_pretrained(folder, dtype=torch.float32).eval(),
+        AutoTokenizer.from_pretrained(folder),
+    )
+    text = next(documents("held_out"))
+    batch = tokenizer([text[:1500], text[1500:2200]], padding=True, truncation=True, return_tensors="pt")
+    expected = base(**batch).last_hidden_state
+    length = batch["input_ids"].shape[1]
+    wide = get_peft_model(base, SparseKConfig(k=length, window=8, sinks=1)).eval()
+    real = batch["attention_mask"].bool()
+    torch.testing.assert_close(wide(**batch).last_hidden_state[real], expected[real], rtol=0, atol=1e-5)
+    model = get_peft_model(wide.unload(), SparseKConfig(k=24, window=32, sinks=1)).eval()
+    together = model(**batch).last_hidden_state
+    for row, ids, mask in zip(together, batch["input_ids"], batch["attention_mask"], strict=True):
+        alone = model(input_ids=ids[mask.bool()][None]).last_hidden_state[0]
+        torch.testing.assert_close(row[mask.bool()], alone, rtol=0, atol=1e-5)

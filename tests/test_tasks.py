@@ -49,6 +49,12 @@ def test_kind_of_a_model(tiny_bert, tiny_llama):
     assert kind_of(tiny_bert("BertForSequenceClassification")) == kind_of(tiny_bert("BertModel")) == "features"
     assert kind_of(tiny_bert("BertForPreTraining")) == "features"  # its output has no `logits`
 
+
+def test_next_tokens_from_both_directions_are_refused(tiny_bert):
+    model = hf_sparse.patch(tiny_bert("BertLMHeadModel"), hf_sparse.SparseKConfig(k=4, window=4, sinks=1))
+    with pytest.raises(ValueError, match="sees the tokens that it predicts: load it with is_decoder=True"):
+        kind_of(model)
+
     adapted = get_peft_model(tiny_bert("BertForMaskedLM"), hf_sparse.SparseKConfig())
     adapted.get_base_model().__class__ = type("Mine", (type(adapted.get_base_model()),), {})
     assert kind_of(adapted) == "masked"

@@ -7,7 +7,7 @@ from torch import nn
 
 from hf_sparse.methods.sparsek import SparseKAttention
 from hf_sparse.methods.sparsek.selection import POLICIES, Oracle
-from hf_sparse.patches import methods_of
+from hf_sparse.patches import methods_in_use
 
 #: What attends: the base model, the baselines at equal slots, and the trained scorers.
 SELECTIONS = ("dense", *POLICIES, "learned")
@@ -71,12 +71,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def patched_methods(model: nn.Module) -> list[SparseKAttention]:
-    """What `methods_of` returns, of which there must be some.
+    """What `methods_in_use` returns, of which there must be some.
 
     Raises:
         ValueError: a model that is not patched.
     """
-    methods = methods_of(model)
+    methods = methods_in_use(model)
     if not methods:
         raise ValueError(
             f"expected a model with sparse attention, got a {type(model).__name__} without; "

@@ -105,6 +105,13 @@ class TestSelections:
         assert list(result["perplexity"]) == ["learned", "dense"]
 
 
+def test_adapters_with_layers_of_their_own(base, chunks):
+    model = get_peft_model(base, hf_sparse.SparseKConfig(k=6, window=8, sinks=2, layers=[0]))
+    model.add_adapter("other", hf_sparse.SparseKConfig(k=4, window=8, sinks=2, layers=[1]))
+    model.set_adapter("other")
+    assert evaluate(model, chunks, progress=False, selections=["learned"])["budget"]["k"] == 4
+
+
 class TestTheModelComesBack:
     @staticmethod
     def state(model):

@@ -70,6 +70,7 @@ def test_the_configuration_is_filled_in(tiny_llama):
         "hidden_size": 32,
         "num_key_value_heads": 2,
         "num_attention_layers": 2,
+        "model_class": "LlamaForCausalLM",
     }
 
 
@@ -317,7 +318,7 @@ def test_another_attention_implementation_is_refused(tiny_llama):
 
 def test_models_that_share_a_config_are_refused(tiny_llama):
     first = patch(tiny_llama(), SparseKConfig(**BUDGET))
-    with pytest.raises(ValueError, match="shares its config object with another patched model"):
+    with pytest.raises(ValueError, match="config is shared with another patched model"):
         patch(type(first)(first.config), SparseKConfig(**BUDGET))
 
 

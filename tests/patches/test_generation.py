@@ -384,6 +384,35 @@ def test_a_mask_that_changes_its_mind_is_refused(model):
         model(IDS[:, 30:], attention_mask=mask, past_key_values=cache)
 
 
+def test_a_mask_that_forgets_the_padding_is_refused(model):
+    mask = torch.ones(3, 24, dtype=torch.long)
+    mask[0, :5] = 0
+    cache = model(IDS[:, :20], attention_mask=mask[:, :20]).past_key_values
+    for later in (None, torch.ones_like(mask)):
+        with pytest.raises(ValueError, match=r"\[20, 20, 20\] real tokens .* \[15, 20, 20\]"):
+            model(IDS[:, 20:24], attention_mask=later, past_key_values=cache)
+
+
+def test_crop_after_padding_on_the_right_is_refused(model):
+    mask = torch.ones(2, 12, dtype=torch.long)
+    mask[0, 8:] = 0
+    cache = model(IDS[:2, :12], attention_mask=mask).past_key_values
+    with pytest.raises(RuntimeError, match="padding after its first real token"):
+        cache.crop(-2)
+    left = model(IDS[:2, :12], attention_mask=mask.flip(1)).past_key_values
+    left.crop(-2)
+    assert left.layers[0].seen.tolist() == [6, 10]
+
+
+def test_the_cache_of_another_model_is_refused(model, tiny_llama):
+    other = patch(tiny_llama(), SparseKConfig(k=2, window=12, sinks=2))
+    cache = model(IDS[:, :40]).past_key_values
+    with pytest.raises(ValueError, match="another adapter"):
+        other(IDS[:, 40:41], past_key_values=cache)
+    copied, later = copy.deepcopy((model, cache))
+    assert copied(IDS[:, 40:41], past_key_values=later).logits.shape == (3, 1, 64)
+
+
 def test_a_cache_of_dense_keys_is_refused(model, tiny_llama):
     _, cache = in_chunks(tiny_llama(), [20])
     with pytest.raises(ValueError, match=r"DynamicLayer that holds dense keys.*start a new cache after switching"):

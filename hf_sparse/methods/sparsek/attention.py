@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.nn.functional as F
@@ -43,11 +44,13 @@ class SparseKAttention(SparseMethod):
         self.causal = causal
         self.sparsek_scorer = nn.ModuleDict()
         self.configs: dict[str, SparseKConfig] = {}
+        self.identities: dict[str, str] = {}  # of adapters: a name can be used again
         self.policy: Policy | None = None
         self.observer: Observer | None = None
 
     def add_adapter(self, name: str, config: SparseKConfig) -> None:
         self.configs[name] = config
+        self.identities[name] = uuid4().hex
         self.sparsek_scorer[name] = make_scorer(config, self.hidden_size, self.num_key_value_heads)
         if not self.active_adapters:
             self.set_adapter(name, inference_mode=config.inference_mode)
@@ -61,6 +64,11 @@ class SparseKAttention(SparseMethod):
         """Configuration of the active adapter."""
         return self.configs[self.active]
 
+    @property
+    def _chooser(self) -> tuple[str, Policy | None]:
+        """Whose scores are used now: the adapter in use, or a baseline at its budget."""
+        return self.identities[self.active], self.policy
+
     def cache_layer(self) -> SparseKCacheLayer:
         if not self.causal:
             raise ValueError(_NO_CACHE)
@@ -69,7 +77,7 @@ class SparseKAttention(SparseMethod):
             config.k,
             config.window,
             config.sinks,
-            owner=(self.active, self.policy),
+            owner=self._chooser,
             only_sparse=config.layers is None,  # otherwise some layers are left dense
             remembers=self.policy is not None and self.policy.remembers,
         )
@@ -102,7 +110,7 @@ class SparseKAttention(SparseMethod):
                 f"{type(policy).__name__} selects keys as a text grows, and a bidirectional attention module sees all "
                 "at once: the baselines of encoders are recency (a window) and random"
             )
-        if cache is not None and cache.owner != (self.active, policy):
+        if cache is not None and cache.owner != self._chooser:
             raise ValueError("the cache holds what another adapter chose: start a new cache after switching adapters")
         seen = 0 if cache is None else cache.seen
         index = token_index(valid, seen, batch, length, query.device)

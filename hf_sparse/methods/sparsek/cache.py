@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-_STATE = ("keys", "values", "scores", "positions", "seen", "memory")
+_STATE = ("keys", "values", "scores", "positions", "seen", "padded_late", "memory")
 
 
 class SparseKCacheLayer(CacheLayerMixin):
@@ -30,6 +30,7 @@ class SparseKCacheLayer(CacheLayerMixin):
         scores: `[B, Hkv, S]` float32.
         positions: `[B, Hkv, S]` int64, index of the token in its row, -1 for an empty slot.
         seen: `[B]` int64, real tokens so far.
+        padded_late: `[B]` bool, rows with padding after a real token.
         memory: `[B, Hkv, D]`, what a baseline remembers of all tokens so far; `None` for the others.
         cumulative_length: int64 without dimensions, tokens so far with padding.
         empty: whether nothing was written yet.
@@ -48,6 +49,7 @@ class SparseKCacheLayer(CacheLayerMixin):
     scores: Any
     positions: Any
     seen: Any
+    padded_late: Any
     memory: Any
     cumulative_length: Any
 
@@ -66,7 +68,7 @@ class SparseKCacheLayer(CacheLayerMixin):
         self.empty = True
         self.announced = False
         self._offload_wanted = False
-        self.scores = self.positions = self.seen = self.memory = None
+        self.scores = self.positions = self.seen = self.padded_late = self.memory = None
         self.cumulative_length = torch.zeros((), dtype=torch.int64)
 
     @property
@@ -88,9 +90,10 @@ class SparseKCacheLayer(CacheLayerMixin):
         self.scores = torch.zeros((batch, heads, self.slots), device=self.device)
         self.positions = torch.full((batch, heads, self.slots), -1, device=self.device)
         self.seen = torch.zeros(batch, dtype=torch.int64, device=self.device)
+        self.padded_late = torch.zeros(batch, dtype=torch.bool, device=self.device)
         self.memory = None
         self.cumulative_length = torch.zeros((), dtype=torch.int64, device=self.device)
-        for tensor in (self.keys, self.values, self.scores, self.positions, self.seen, self.cumulative_length):
+        for tensor in self._state():
             _fix_address(tensor)
         self.is_initialized = True
 
@@ -123,14 +126,15 @@ class SparseKCacheLayer(CacheLayerMixin):
     def get_max_length(self) -> int:
         return -1
 
+    def _state(self) -> list[Tensor]:
+        return [t for t in (*(getattr(self, name) for name in _STATE), self.cumulative_length) if t is not None]
+
     def reset(self) -> None:
         """Forget everything and keep the buffers."""
         if self.is_initialized:
-            for tensor in (self.keys, self.values, self.scores, self.seen, self.cumulative_length):
+            for tensor in self._state():
                 tensor.zero_()
             self.positions.fill_(-1)
-            if self.memory is not None:
-                self.memory.zero_()
         self.empty = True
 
     def offload(self) -> None:
@@ -174,7 +178,8 @@ class SparseKCacheLayer(CacheLayerMixin):
         Raises:
             ValueError: a positive count.
             RuntimeError: keys were evicted, and the kept set of a shorter text may need them back; or the scores are
-                those of a baseline and depend on the tokens that would go.
+                those of a baseline and depend on the tokens that would go; or padding stands after a real token, so
+                that the last columns are not the last tokens.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes a negative count of tokens to remove, got {tokens_to_remove}")
@@ -191,6 +196,8 @@ class SparseKCacheLayer(CacheLayerMixin):
                 "evicted for good, so it cannot be cropped (assisted decoding needs that; use a larger budget, or "
                 "generate without an assistant)"
             )
+        if bool(self.padded_late.any()):
+            raise RuntimeError("a row has padding after its first real token: its last columns are not its last tokens")
         self.seen.add_(tokens_to_remove).clamp_(min=0)
         self.positions.masked_fill_(self.positions >= self.seen[:, None, None], -1)
         self.cumulative_length.add_(tokens_to_remove).clamp_(min=0)
@@ -246,6 +253,7 @@ class SparseKCacheLayer(CacheLayerMixin):
             scores, positions: `[B, Hkv, N]`; a position of -1 marks an entry that is not a token.
             seen: `[B]`, real tokens so far.
         """
+        self.padded_late |= ((positions[:, 0] < 0) & (positions[:, 0].cummax(-1).values >= 0)).any(-1)
         kept = _best(scores, positions, seen, self.window, self.sinks, self.slots)
         count = kept.shape[-1]
         filled = positions.gather(2, kept)
@@ -268,6 +276,8 @@ class SparseKCacheLayer(CacheLayerMixin):
             score: `[B, Hkv, 1]`.
             valid: `[B]` bool, rows whose token is real; `None` if all are.
         """
+        if valid is not None:
+            self.padded_late |= ~valid & (self.seen > 0)
         position = self.seen[:, None, None]
         empty = self.positions < 0
         eligible = (self.positions >= self.sinks) & (self.positions <= position - self.window)
