@@ -46,9 +46,13 @@ class SparseKCache(Cache):
     @property
     def nbytes(self) -> int:
         """Bytes of all keys and values."""
-        layers: Any = self.layers
-        tensors = (tensor for layer in layers for tensor in (layer.keys, layer.values))
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+        return kv_bytes(self)
+
+
+def kv_bytes(cache: Any) -> int:
+    """Bytes of all keys and values in a transformers cache."""
+    tensors = (tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
 def own_layer(cache: Any, index: int, method: SparseMethod) -> Any:

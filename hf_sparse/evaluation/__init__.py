@@ -24,4 +24,4 @@ from hf_sparse.evaluation.show import readable_bytes as readable_bytes
 from hf_sparse.evaluation.show import sweep_table as sweep_table
 from hf_sparse.evaluation.show import table as table
 from hf_sparse.evaluation.show import task_table as task_table
-from hf_sparse.evaluation.speed import kv_bytes as kv_bytes
+from hf_sparse.patches.cache import kv_bytes as kv_bytes

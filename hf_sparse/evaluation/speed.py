@@ -9,13 +9,9 @@ from torch import Tensor, nn
 
 from hf_sparse.evaluation.selections import selection
 from hf_sparse.methods.sparsek import SparseKCacheLayer
+from hf_sparse.patches.cache import kv_bytes
 
 _REPEATS = 3  # the median of three survives one slow start
-
-
-def kv_bytes(cache: Any) -> int:
-    """Bytes of all keys and values in a transformers cache."""
-    return sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
 
 
 @torch.no_grad()

@@ -57,6 +57,7 @@ class SparseKAttention(SparseMethod):
 
     def delete_adapter(self, adapter_name: str) -> None:
         self.configs.pop(adapter_name, None)
+        self.identities.pop(adapter_name, None)
         super().delete_adapter(adapter_name)
 
     @property
