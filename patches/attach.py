@@ -50,6 +50,10 @@ def targets(model: PreTrainedModel, config: SparseKConfig) -> list[tuple[str, nn
             "changes nothing for texts that fit into the window"
         )
     _check_shape(_shape(model, family, found), config)
+    if config.layer_shares is not None and len(config.layer_shares) != len(found):
+        raise ValueError(
+            f"layer_shares has {len(config.layer_shares)} entries, and the model has {len(found)} attention layers"
+        )
     if config.layers is None:
         return [pair for i, pair in enumerate(found) if i not in local]
     beyond = [i for i in config.layers if i >= len(found)]

@@ -1,5 +1,6 @@
 """SparseK: a learned scorer keeps the k best older keys beside a sliding window and sinks."""
 
 from hf_sparse.methods.sparsek.attention import SparseKAttention as SparseKAttention
+from hf_sparse.methods.sparsek.budget import Budget as Budget
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer as SparseKCacheLayer
 from hf_sparse.methods.sparsek.config import SparseKConfig as SparseKConfig
