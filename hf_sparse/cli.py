@@ -244,6 +244,10 @@ def evaluate(
         str | None,
         typer.Option(metavar="START:STOP", help="Only these chunks; by default at most 16 from all over the text."),
     ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(help="Sliding window: chunks overlap, and the last STRIDE tokens of each count. All by default."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Chunks at a time.")] = 1,
     slots: Annotated[
         Any, typer.Option(metavar="N,N,...", parser=_numbers, help="Measure the text at these budgets too.")
@@ -308,6 +312,7 @@ def evaluate(
         batch_size=batch_size,
         selections=selection,
         slots=slots or (),
+        stride=stride,
         suite=suite,
         device=device,
         dtype=dtype,

@@ -164,6 +164,7 @@ def evaluate_adapter(
     batch_size: int = 1,
     selections: Sequence[str] | None = None,
     slots: Sequence[int] = (),
+    stride: int | None = None,
     suite: Suite | None = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -180,6 +181,7 @@ def evaluate_adapter(
         selections: what to compare, of `hf_sparse.evaluation.selections_of(model)`; all by default. The suite is
             answered by those that can generate.
         slots: further budgets to measure the text at.
+        stride: let the chunks overlap, and count the last `stride` tokens of each only, which all have a long context.
         suite: tasks that are scored by generation; without `lengths` of its own, prompts are as long as a chunk and
             half as long, where that is more than the slots.
         device, dtype: see `load_adapter`.
@@ -203,9 +205,10 @@ def evaluate_adapter(
             suite = replace(suite, lengths=[own for own in (whole // 2, whole) if own > least] or [whole])
         suite.check(model)
     if text is not None:
-        data = _data(model, tokenizer, text, length, chunks, limit=CHUNKS)
+        data = _data(model, tokenizer, text, length, chunks, limit=CHUNKS, stride=stride)
         label = f"{name} (chunks {chunks})" if chunks else name
-        result = evaluate(model, data, selections=selections, slots=slots, batch_size=batch_size, text_name=label)
+        options: dict[str, Any] = {"stride": stride, "batch_size": batch_size, "text_name": label}
+        result = evaluate(model, data, selections=selections, slots=slots, **options)
     elif suite is None:
         raise DataError("nothing to measure: expected a text or tasks")
     elif (there := read_json(folder / EVALUATION)) is None:
@@ -342,6 +345,7 @@ def _data(
     length: int | None,
     chunks: str | None,
     limit: int | None = None,
+    stride: int | None = None,
     **masking: Any,
 ) -> Any:
     """A text as the model learns and is measured on it: packed, and with hidden tokens for a masked language model.
@@ -349,7 +353,8 @@ def _data(
     Where no `chunks` are named, at most `limit` are taken, at equal distances.
     """
     encoder = not methods_of(model)[0].causal
-    packed = select_chunks(pack(tokenizer, text, length or _length(model), special_tokens=encoder), chunks)
+    packed = pack(tokenizer, text, length or _length(model), special_tokens=encoder, stride=stride)
+    packed = select_chunks(packed, chunks)
     if chunks is None and limit is not None and len(packed) > limit:
         packed = packed[[i * len(packed) // limit for i in range(limit)]]
     return mask_tokens(tokenizer, packed, **masking) if kind_of(model) == "masked" else packed

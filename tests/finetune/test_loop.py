@@ -57,7 +57,7 @@ def test_scorers_change_and_nothing_else(sparse_llama, chunks, objective):
         assert torch.equal(tensor, before[name]) != ("sparsek_scorer" in name), name
     assert not model.training and not any(method.training for method in methods_of(model))
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
-    assert metrics["trainable_parameters"] == sum(p.numel() for p in scorers(model).values()) == 2 * 2 * 32
+    assert metrics["trainable_parameters"] == sum(p.numel() for p in scorers(model).values()) == 2 * 2 * (32 + 1)
 
 
 @pytest.mark.parametrize(("objective", "rate"), [("distill", 5e-2), ("attention", 5e-2)])
