@@ -40,8 +40,8 @@ class TestPack:
         assert pack(bert_tokenizer, self.TEXT, 5).tolist() == [[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]]
 
     def test_stride(self, bert_tokenizer):
-        expected = [[5, 6, 7, 8, 9], [8, 9, 10, 11, 12], [11, 12, 13, 14, 15]]
-        assert pack(bert_tokenizer, self.TEXT, 5, stride=3).tolist()[:3] == expected
+        expected = [[5, 6, 7, 8, 9], [8, 9, 10, 11, 12]]
+        assert pack(bert_tokenizer, self.TEXT, 5, stride=3).tolist() == expected
         for stride in (0, 6):
             with pytest.raises(DataError, match=f"stride must be 1 to 5 tokens, got {stride}"):
                 pack(bert_tokenizer, self.TEXT, 5, stride=stride)
