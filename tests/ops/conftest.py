@@ -35,7 +35,7 @@ def poisoned_memory(monkeypatch):
             if tensor.dtype == torch.bool:
                 return tensor
             with torch.no_grad():
-                return tensor.fill_(torch.nan if tensor.is_floating_point() else 1 << 40)
+                return tensor.fill_(torch.nan if tensor.is_floating_point() else torch.iinfo(tensor.dtype).max // 2)
 
         return wrapped
 

@@ -395,7 +395,7 @@ def bad(message: str, **changes):
         bad("sinks must be at least 0, got -1", sinks=-1),
         bad("support must be at least k = 2, got 1", support=1),
         bad("gates must be one of 'hard', 'soft', got 'warm'", gates="warm"),
-        bad("implementation must be one of 'auto', 'tiled', 'dense', got 'triton'", implementation="triton"),
+        bad("implementation must be one of 'auto', 'triton', 'tiled', 'dense', got 'flash'", implementation="flash"),
     ],
 )
 def test_bad_input_is_refused(changes, message):

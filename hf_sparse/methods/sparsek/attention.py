@@ -5,7 +5,6 @@ from typing import Any
 from uuid import uuid4
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
@@ -16,6 +15,7 @@ from hf_sparse.methods.sparsek.config import SparseKConfig
 from hf_sparse.methods.sparsek.scorer import make_scorer
 from hf_sparse.methods.sparsek.selection import AdaptivePolicy, Arrivals, Policy
 from hf_sparse.ops.attention import sparsek_attention
+from hf_sparse.ops.decode import attend_slots
 
 _NO_CACHE = "a bidirectional attention module sees all tokens at once and has no KV cache: pass no past_key_values"
 
@@ -146,13 +146,11 @@ class SparseKAttention(SparseMethod):
         assert cache is not None
         if length == 1:
             cache.insert(key, value, scores, None if valid is None else valid[:, 0])
-            filled = cache.positions[:, :1, None] >= 0  # [B, 1, 1, S]: the same for every head
-            group = query.unflatten(1, (key.shape[1], -1)).squeeze(3)  # the queries of a KV head share its keys
-            output = F.scaled_dot_product_attention(group, cache.keys, cache.values, filled, scale=scaling)
+            output = attend_slots(query, cache.keys, cache.values, cache.positions, scaling=scaling)
             if isinstance(policy, AdaptivePolicy) and policy.watches_steps:
                 at = index if valid is None else index.masked_fill(~valid, -1)
                 cache.scores.copy_(policy.watch(query, cache.keys, cache.scores, at, cache.positions, **options))
-            return output.flatten(1, 2).unsqueeze(2)
+            return output
         return self._continue(query, key, value, scores, index, valid, cache, options)
 
     @torch.compiler.disable

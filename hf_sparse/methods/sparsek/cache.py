@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from hf_sparse.ops.decode import insert_token
+
 _STATE = ("keys", "values", "scores", "positions", "seen", "padded_late", "memory")
 
 
@@ -278,25 +280,8 @@ class SparseKCacheLayer(CacheLayerMixin):
         """
         if valid is not None:
             self.padded_late |= ~valid & (self.seen > 0)
-        position = self.seen[:, None, None]
-        empty = self.positions < 0
-        eligible = (self.positions >= self.sinks) & (self.positions <= position - self.window)
-        old = self.scores.masked_fill(~eligible, torch.inf)
-        weakest = eligible & (old == old.amin(-1, keepdim=True))
-        # Of equal scores the lower index wins, so the later key leaves.
-        victim = self.positions.masked_fill(~weakest, -1).argmax(-1, keepdim=True)
-        slot = torch.where(empty.any(-1, keepdim=True), empty.int().argmax(-1, keepdim=True), victim)
-        wide = slot[..., None].expand_as(key)
-        if valid is not None:  # a padded row writes back what the slot holds
-            real = valid[:, None, None]
-            key = torch.where(real[..., None], key, self.keys.gather(2, wide))
-            value = torch.where(real[..., None], value, self.values.gather(2, wide))
-            score = torch.where(real, score, self.scores.gather(2, slot))
-            position = torch.where(real, position, self.positions.gather(2, slot))
-        self.keys.scatter_(2, wide, key)
-        self.values.scatter_(2, wide, value)
-        self.scores.scatter_(2, slot, score.float())
-        self.positions.scatter_(2, slot, position.expand_as(slot))
+        slots = (self.keys, self.values, self.scores, self.positions)
+        insert_token(*slots, self.seen, key, value, score, valid, window=self.window, sinks=self.sinks)
         self.seen += 1 if valid is None else valid.long()
         self.empty = False
 

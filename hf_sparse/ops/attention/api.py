@@ -28,9 +28,12 @@ from torch import Tensor
 from hf_sparse.ops.attention.bidirectional import bidirectional_sparsek_attention
 from hf_sparse.ops.attention.causal import causal_sparsek_attention
 from hf_sparse.ops.attention.dense import dense_sparsek_attention
+from hf_sparse.ops.triton import available
 
 Gates = Literal["hard", "soft"]
-Implementation = Literal["auto", "tiled", "dense"]
+Implementation = Literal["auto", "triton", "tiled", "dense"]
+
+_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def sparsek_attention(
@@ -69,16 +72,19 @@ def sparsek_attention(
             hold (even NaN). The output of padded queries is finite and meaningless.
         causal: whether a query sees the keys up to its own position, or all keys of its row (then `Tq = Tk`).
         implementation: `"dense"` builds `Tq x Tk` masks and is the reference; `"tiled"` gathers the keys of a tile of
-            queries and is linear in `Tq`; `"auto"` is `"tiled"`, or torch's own dense attention where the budget
-            covers the whole sequence (unless scores are trained: they get their gradient, 0, from `"tiled"`).
+            queries and is linear in `Tq`; `"triton"` does so in fused kernels, on a CUDA device, for half precision
+            and float32 (scores in float32) and `D` up to 256. `"auto"` is `"triton"` where that runs and `"tiled"`
+            elsewhere, or torch's own dense attention where the budget covers the whole sequence (unless scores are
+            trained: they get their gradient, 0, from the others).
 
     Returns:
         `[B, Hq, Tq, D]` in the dtype of `query`, or autocast's where that is on. Softmax and gates are computed in
-        float32 (float64 for float64).
+        float32 (float64 for float64). The kernels add up the gradient of the scores in no fixed order where key and
+        value need none, unless `torch.use_deterministic_algorithms` asks for one.
 
     Raises:
-        ValueError: shapes that do not fit, `k`, `window`, `sinks` or `support` out of range, or an unknown `gates` or
-            `implementation`.
+        ValueError: shapes that do not fit, `k`, `window`, `sinks` or `support` out of range, an unknown `gates` or
+            `implementation`, or `"triton"` where it does not run.
     """
     for name, choice, known in (("gates", gates, Gates), ("implementation", implementation, Implementation)):
         if choice not in get_args(known):
@@ -103,7 +109,29 @@ def sparsek_attention(
         arguments = (query, key, value, scores, k, window, sinks, scaling, soft, support, start)
         if implementation == "dense":
             return dense_sparsek_attention(*arguments, causal=causal)
+        if _takes_kernels(implementation, query, scores):
+            from hf_sparse.ops.triton import attention as kernels  # Triton is there only beside a CUDA device
+
+            if causal:
+                return kernels.causal_sparsek_attention(*arguments)
+            return kernels.bidirectional_sparsek_attention(*arguments)
         return causal_sparsek_attention(*arguments) if causal else bidirectional_sparsek_attention(*arguments)
+
+
+def _takes_kernels(implementation: Implementation, query: Tensor, scores: Tensor) -> bool:
+    """Whether the Triton kernels are wanted and run; raises where they were asked for and do not."""
+    runs = available(query.device)
+    fits = query.dtype in _KERNEL_DTYPES and scores.dtype == torch.float32 and query.shape[-1] <= 256
+    if implementation != "triton":
+        return implementation == "auto" and runs and fits and query.device.type == "cuda"
+    if not runs:
+        raise ValueError(f"implementation 'triton' needs Triton and a CUDA device, got {query.device.type}")
+    if not fits:
+        raise ValueError(
+            "implementation 'triton' needs query in float32, bfloat16 or float16, scores in float32 and D of at most "
+            f"256, got {query.dtype}, {scores.dtype} and {query.shape[-1]}"
+        )
+    return True
 
 
 def _without_padding(tensor: Tensor, start: Tensor) -> Tensor:

@@ -1,0 +1,17 @@
+"""Triton kernels of the operators. Import a module of this package only where `available` says that it can run."""
+
+import functools
+import importlib.util
+import os
+
+import torch
+
+
+def available(device: torch.device) -> bool:
+    """Whether kernels can run on tensors of this device: CUDA with Triton, or any with Triton's interpreter."""
+    return (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1") and _installed()
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None

@@ -1,0 +1,527 @@
+"""Backward kernels of SparseK attention. Both recompute the weights from the stored logarithm of the softmax mass.
+
+`_by_query` goes over the keys of a block of rows, as the forward does: d query, and the gradients of thresholds and
+gates. `_by_key` goes over the queries of a block of keys: d key, d value and d scores. It runs twice, for the pairs in
+the window and for those of the lists, a span of queries at a time, which are added to the first by atomic additions.
+Where sums must have a fixed order it runs once: every key is met on one contiguous interval of queries, so keys of
+about the same interval are put together and each is written once, at the cost of pairs that do not attend.
+
+With e = exp(logit) / mass and P = gate * e,
+
+    d gate = e * (<do, v> - delta),   d logit = P * (<do, v> - delta),   delta = <do, o>
+
+which stays finite as a gate goes to 0.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hf_sparse.ops.triton.attention_forward import LENGTHS, LOG2_E, Blocks, constants, lengths, padded
+from hf_sparse.ops.triton.lists import Tables, by_lifetime
+from hf_sparse.ops.triton.walk import (
+    begins,
+    full_keys,
+    gates,
+    gather,
+    listed,
+    mixed_keys,
+    rows_of,
+    split,
+    survey,
+    window_of,
+)
+
+# Queries whose part of d key and d value is summed before it is added to memory: in tiles of a list, and without.
+_TILES_AT_ONCE = 2
+_QUERIES_AT_ONCE = 1024
+
+
+class Gradients(NamedTuple):
+    """Of the inputs of `attention.attend`, `None` where not wanted."""
+
+    query: Tensor | None
+    key: Tensor | None
+    value: Tensor | None
+    scores: Tensor | None
+    tau: Tensor | None
+
+
+def by_query_blocks(query: Tensor) -> Blocks:
+    """Sizes of a program that owns rows of queries."""
+    dim = padded(query.shape[-1])
+    if query.dtype == torch.float32:
+        return Blocks(64, 32, 4, 1) if dim <= 128 else Blocks(64, 32, 8, 1)
+    return Blocks(128, 64, 8, 2) if dim <= 128 else Blocks(64, 32, 8, 2)
+
+
+def by_key_blocks(query: Tensor) -> Blocks:
+    """Sizes of a program that owns keys."""
+    dim = padded(query.shape[-1])
+    if query.dtype == torch.float32:
+        return Blocks(32, 32, 4, 1) if dim <= 128 else Blocks(32, 32, 8, 1)
+    return Blocks(64, 64, 4, 2) if dim <= 128 else Blocks(32, 64, 8, 2)
+
+
+def backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: Tensor | None,
+    tau: Tensor | None,
+    output: Tensor,
+    lse: Tensor,
+    tables: Tables,
+    scaling: float,
+    *,
+    want: tuple[bool, bool, bool, bool, bool],
+    deterministic: bool,
+    blocks: Blocks | None = None,
+) -> Gradients:
+    """Gradients of `attention.attend`; nothing is computed for those that nobody wants.
+
+    Args:
+        grad: `[B, Hq, Tq, D]`, of the output.
+        query, key, value, scores, tau, tables, scaling: what `attend` was given; scores and tau contiguous.
+        output, lse: what `attention_forward.forward` returned.
+        want: whether the gradient of query, key, value, scores and tau is wanted.
+        deterministic: sum in a fixed order, without atomic additions.
+        blocks: sizes of the programs, if not those of the dtype and head size.
+    """
+    want_query, want_key, want_value, want_scores, want_tau = want
+    grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+    keys = key.shape[2]
+    of_keys = want_key or want_value
+    atomic = want_scores and not of_keys and not deterministic
+
+    d_query = torch.empty_like(query) if want_query else None
+    d_rows = torch.empty_like(lse) if want_tau else None  # of tau, for every query head
+    d_scores = None
+    if scores is not None and want_scores:
+        d_scores = torch.zeros_like(scores) if atomic else torch.empty_like(scores)
+    delta = torch.empty_like(lse)
+    arguments = (query, key, value, scores, tau, tables.begin, tables.until)
+    sizes = lengths(query, key, tables)
+    strides = [stride for x in (query, key, value, output, grad) for stride in x.stride()[:3]]
+    compiled = constants(query, key, scores, tables)
+
+    rows = blocks or by_query_blocks(query)
+    _by_query[(triton.cdiv(query.shape[2] * compiled["GROUP"], rows.rows), key.shape[0] * key.shape[1])](
+        *arguments,
+        tables.lists,
+        tables.first,
+        output,
+        grad,
+        lse,
+        delta,
+        d_query,
+        d_scores if atomic else None,
+        d_rows,
+        scaling,
+        scaling * LOG2_E,
+        *sizes,
+        *strides,
+        *(d_query.stride()[:3] if d_query is not None else (0, 0, 0)),
+        **compiled,
+        M=rows.rows,
+        N=rows.keys,
+        QUERY=want_query,
+        ATOMIC=atomic,
+        TAU=want_tau,
+        num_warps=rows.warps,
+        num_stages=rows.stages,
+    )
+
+    d_key, d_value = None, None
+    if of_keys or (want_scores and not atomic):
+        if of_keys:
+            wide = None if deterministic else torch.float32
+            d_key = torch.empty_like(key, dtype=wide)
+            d_value = torch.empty_like(value, dtype=wide)
+        columns = blocks or by_key_blocks(query)
+        slots = tables.sinks + tables.lists.shape[-1]
+        if compiled["CAUSAL"]:
+            span = _TILES_AT_ONCE * tables.tile
+            slots += span - 1
+        else:
+            span = _QUERIES_AT_ONCE
+        rows_of_keys = key.shape[0] * key.shape[1]
+        passes = {
+            "window": (triton.cdiv(keys, columns.keys), rows_of_keys, 1),
+            "list": (triton.cdiv(slots, columns.keys), rows_of_keys, triton.cdiv(query.shape[2], span)),
+        }
+        if deterministic:
+            passes = {"all": passes["window"]}
+        for source, grid in passes.items():
+            _by_key[grid](
+                *arguments,
+                by_lifetime(tables) if deterministic else tables.lists,
+                tables.first,
+                grad,
+                lse,
+                delta,
+                d_key,
+                d_value,
+                d_scores,
+                scaling,
+                scaling * LOG2_E,
+                span,
+                *sizes,
+                *strides,
+                *(d_key.stride()[:3] if d_key is not None else (0, 0, 0)),
+                *(d_value.stride()[:3] if d_value is not None else (0, 0, 0)),
+                **compiled,
+                M=columns.rows,
+                N=columns.keys,
+                KEYS=of_keys,
+                SCORES=d_scores is not None,
+                SOURCE=source,
+                num_warps=columns.warps,
+                num_stages=columns.stages,
+            )
+    d_tau = None
+    if d_rows is not None:
+        d_tau = d_rows.unflatten(1, (key.shape[1], compiled["GROUP"])).sum(2)
+    d_key = d_key.to(key.dtype) if d_key is not None and want_key else None
+    d_value = d_value.to(value.dtype) if d_value is not None and want_value else None
+    return Gradients(d_query, d_key, d_value, d_scores, d_tau)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _by_query(
+    Q,
+    K,
+    V,
+    Z,
+    Tau,
+    Begin,
+    Until,
+    Lists,
+    First,
+    Out,
+    Grad,
+    Lse,
+    Delta,
+    DQuery,
+    DScores,
+    DTau,
+    scaling,
+    scale,
+    queries,
+    keys,
+    heads,
+    width,
+    tiles,
+    tile,
+    left,
+    right,
+    sinks,
+    q_batch,
+    q_head,
+    q_row,
+    k_batch,
+    k_head,
+    k_row,
+    v_batch,
+    v_head,
+    v_row,
+    o_batch,
+    o_head,
+    o_row,
+    g_batch,
+    g_head,
+    g_row,
+    d_batch,
+    d_head,
+    d_row,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    PADDED: tl.constexpr,
+    SOFT: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    ALWAYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    QUERY: tl.constexpr,
+    ATOMIC: tl.constexpr,
+    TAU: tl.constexpr,
+):
+    row = tl.program_id(1).to(tl.int64)  # of [B, Hkv]
+    batch, head = row // heads, row % heads
+    query, member, exists, t_first, t_last = rows_of(tl.program_id(0), queries, GROUP, M)
+    t = query.to(tl.int64)
+    dim = tl.arange(0, PADDED)
+    inside = exists[:, None] & (dim < D)[None, :]
+    o_rows = batch * o_batch + (head * GROUP + member) * o_head + t * o_row
+    g_rows = batch * g_batch + (head * GROUP + member) * g_head + t * g_row
+    grad = tl.load(Grad + g_rows[:, None] + dim[None, :], mask=inside, other=0.0)
+    out = tl.load(Out + o_rows[:, None] + dim[None, :], mask=inside, other=0.0)
+    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
+    per_row = (row * GROUP + member) * queries + query
+    tl.store(Delta + per_row, delta, mask=exists)
+
+    if QUERY or ATOMIC or TAU:
+        K += batch * k_batch + head * k_head
+        V += batch * v_batch + head * v_head
+        Until += row * keys
+        Lists += (row * tiles + t_first // tile) * width
+        offset = keys - queries
+        position = (query + offset)[:, None]
+        low, high = t_first + offset, t_last + offset
+        first = tl.load(First + batch).to(tl.int32)
+        tau, tau_last = 0.0, 0.0
+        if not CAUSAL:
+            Begin += row * keys
+        if SOFT:
+            Z += row * keys
+        if SOFT and CAUSAL:
+            tau = tl.load(Tau + row * queries + query, mask=exists, other=0.0)[:, None]
+            tau_last = tl.load(Tau + row * queries + t_last)
+        q_rows = batch * q_batch + (head * GROUP + member) * q_head + t * q_row
+        q = tl.load(Q + q_rows[:, None] + dim[None, :], mask=inside, other=0.0)
+        lse = tl.load(Lse + per_row, mask=exists, other=0.0)[:, None]
+
+        front, live = survey(Z, Begin, Until, Lists, first, low, high, tau_last, sinks, width, keys, SOFT, CAUSAL, 512)
+        tile_start = t_first // tile * tile + offset
+        begin, full_begin, full_end, end = window_of(low, high, tile_start, first, left, right, sinks, keys, CAUSAL)
+        step = tl.arange(0, N)
+        d_query = tl.zeros([M, PADDED], tl.float32)
+        d_tau = tl.zeros([M], tl.float32)
+
+        if QUERY:
+            front, taken = split(front, full_begin, full_end, N)
+            for start in range(0, front + taken, N):
+                key = full_keys(start + step, front, full_begin, Lists, first, sinks, width, keys)
+                k = gather(K, key, key >= 0, k_row, D, PADDED, False)
+                share = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse)
+                v = gather(V, key, key >= 0, v_row, D, PADDED, False)
+                credit = tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None]
+                d_query = tl.dot((share * credit).to(k.dtype), k, d_query, input_precision=PRECISION)
+            right_begin = full_begin + taken
+        else:  # gates differ from 1 in the list and left of every window only
+            right_begin = end
+            if not CAUSAL:
+                begin = full_begin
+
+        mixed = live - front + full_begin - begin + end - right_begin
+        for start in range(0, mixed, N):
+            key, since = mixed_keys(
+                start + step,
+                front,
+                live,
+                begin,
+                full_begin,
+                right_begin,
+                end,
+                Lists,
+                Begin,
+                first,
+                sinks,
+                width,
+                keys,
+                ALWAYS,
+                CAUSAL,
+            )
+            there = key >= 0
+            until = tl.load(Until + key, mask=there, other=0)
+            sees = exists[:, None] & there[None, :] & (since[None, :] <= position) & (until[None, :] > position)
+            k = gather(K, key, there, k_row, D, PADDED, True)
+            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse
+            share = tl.exp2(tl.where(sees, logits, float("-inf")))
+            v = gather(V, key, there, v_row, D, PADDED, True)
+            credit = share * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+            if SOFT:
+                z = tl.load(Z + key, mask=there, other=0.0)[None, :]
+                gate, near = gates(position, tau, key[None, :], z, left, right)
+                if ATOMIC or TAU:
+                    free = sees & (near == 0) & (z > tau) & (z - 1.0 < tau)
+                    d_gate = tl.where(free, credit, 0.0)
+                    if ATOMIC:
+                        tl.atomic_add(DScores + row * keys + key, tl.sum(d_gate, 0), mask=there, sem="relaxed")
+                    if TAU:
+                        d_tau -= tl.sum(d_gate, 1)
+                credit = credit * gate
+            if QUERY:
+                d_query = tl.dot(credit.to(k.dtype), k, d_query, input_precision=PRECISION)
+
+        if QUERY:
+            d_rows = batch * d_batch + (head * GROUP + member) * d_head + t * d_row
+            d_query = (d_query * scaling).to(DQuery.dtype.element_ty)
+            tl.store(DQuery + d_rows[:, None] + dim[None, :], d_query, mask=inside)
+        if TAU:
+            tl.store(DTau + per_row, d_tau, mask=exists)
+
+
+@triton.jit(do_not_specialize=["span", *LENGTHS])
+def _by_key(
+    Q,
+    K,
+    V,
+    Z,
+    Tau,
+    Begin,
+    Until,
+    Lists,
+    First,
+    Grad,
+    Lse,
+    Delta,
+    DKey,
+    DValue,
+    DScores,
+    scaling,
+    scale,
+    span,
+    queries,
+    keys,
+    heads,
+    width,
+    tiles,
+    tile,
+    left,
+    right,
+    sinks,
+    q_batch,
+    q_head,
+    q_row,
+    k_batch,
+    k_head,
+    k_row,
+    v_batch,
+    v_head,
+    v_row,
+    o_batch,
+    o_head,
+    o_row,
+    g_batch,
+    g_head,
+    g_row,
+    dk_batch,
+    dk_head,
+    dk_row,
+    dv_batch,
+    dv_head,
+    dv_row,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    PADDED: tl.constexpr,
+    SOFT: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    ALWAYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    KEYS: tl.constexpr,
+    SCORES: tl.constexpr,
+    SOURCE: tl.constexpr,
+):
+    """The keys of a program, and the part of their intervals that it goes over, are told by `SOURCE`:
+
+    "all"     blocks of the order `Lists`, whole intervals
+    "window"  consecutive keys, in the window of the query
+    "list"    keys that some of `span` queries have in their lists, outside the window; added to what is there
+    """
+    row = tl.program_id(1).to(tl.int64)  # of [B, Hkv]
+    batch, head = row // heads, row % heads
+    Q += batch * q_batch + head * GROUP * q_head
+    Grad += batch * g_batch + head * GROUP * g_head
+    Lse += row * GROUP * queries
+    Delta += row * GROUP * queries
+    place = tl.program_id(0) * N + tl.arange(0, N)
+    offset = keys - queries
+    t_low, t_high = 0, queries
+    if SOURCE == "list":
+        t_low = tl.program_id(2) * span
+        t_high = tl.minimum(t_low + span, queries)
+        first = tl.load(First + batch).to(tl.int32)
+        Lists += (row * tiles + t_low // tile) * width
+        key = listed(place, sinks + width, Lists, first, sinks, width, keys)
+        if CAUSAL:  # and those that leave the window meanwhile
+            leaving = t_low + offset - left + place - sinks - width
+            new = (place >= sinks + width) & (leaving >= first + sinks) & (leaving < t_high + offset - left)
+            key = tl.where(new, leaving, key)
+        there = key >= 0
+    else:
+        there = place < keys
+        key = place
+        if SOURCE == "all":
+            key = tl.load(Lists + row * keys + place, mask=there, other=0).to(tl.int32)
+    if not CAUSAL:
+        Begin += row * keys
+    since = begins(key, there, Begin, CAUSAL)
+    until = tl.load(Until + row * keys + key, mask=there, other=0)
+    if SOURCE == "window":
+        since = tl.maximum(since, key - right)
+        until = tl.minimum(until, key + left + 1)
+    elif SOURCE == "list" and CAUSAL:
+        since = key + left + 1
+    k = gather(K + batch * k_batch + head * k_head, key, there, k_row, D, PADDED, True)
+    v = gather(V + batch * v_batch + head * v_head, key, there, v_row, D, PADDED, True)
+    if SOFT:
+        z = tl.load(Z + row * keys + key, mask=there, other=0.0)[:, None]
+
+    attended = there & (until > since) & (since < t_high + offset) & (until > t_low + offset)
+    t_first = tl.maximum(tl.min(tl.where(attended, since, keys), 0) - offset, t_low)
+    t_end = tl.minimum(tl.max(tl.where(attended, until, 0), 0) - offset, t_high)
+    dim = tl.arange(0, PADDED)
+    d_key = tl.zeros([N, PADDED], tl.float32)
+    d_value = tl.zeros([N, PADDED], tl.float32)
+    d_scores = tl.zeros([N], tl.float32)
+
+    for start in range(t_first * GROUP, t_end * GROUP, M):
+        flat = start + tl.arange(0, M)
+        query = flat // GROUP
+        member = flat % GROUP
+        exists = query < t_end
+        inside = exists[:, None] & (dim < D)[None, :]
+        t = query.to(tl.int64)
+        of_head = member.to(tl.int64)
+        position = (query + offset)[None, :]
+        q = tl.load(Q + (of_head * q_head + t * q_row)[:, None] + dim[None, :], mask=inside, other=0.0)
+        lse = tl.load(Lse + member * queries + query, mask=exists, other=0.0)[None, :]
+        logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - lse
+        sees = attended[:, None] & exists[None, :] & (since[:, None] <= position) & (until[:, None] > position)
+        if SOURCE == "list" and not CAUSAL:
+            sees = sees & ((key[:, None] < position - left) | (key[:, None] > position + right))
+        share = tl.exp2(tl.where(sees, logits, float("-inf")))
+        grad = tl.load(Grad + (of_head * g_head + t * g_row)[:, None] + dim[None, :], mask=inside, other=0.0)
+        delta = tl.load(Delta + member * queries + query, mask=exists, other=0.0)[None, :]
+        credit = share * (tl.dot(v, tl.trans(grad), input_precision=PRECISION) - delta)
+        if SOFT:
+            tau = 0.0
+            if CAUSAL:
+                tau = tl.load(Tau + row * queries + query, mask=exists, other=0.0)[None, :]
+            gate, near = gates(position, tau, key[:, None], z, left, right)
+            if SCORES:
+                free = sees & (near == 0) & (z > tau) & (z - 1.0 < tau)
+                d_scores += tl.sum(tl.where(free, credit, 0.0), 1)
+            credit = credit * gate
+            share = share * gate
+        if KEYS:
+            d_value = tl.dot(share.to(grad.dtype), grad, d_value, input_precision=PRECISION)
+            d_key = tl.dot(credit.to(q.dtype), q, d_key, input_precision=PRECISION)
+
+    if KEYS:
+        written = there[:, None] & (dim < D)[None, :]
+        at = key.to(tl.int64)
+        to_key = DKey + (batch * dk_batch + head * dk_head + at * dk_row)[:, None] + dim[None, :]
+        to_value = DValue + (batch * dv_batch + head * dv_head + at * dv_row)[:, None] + dim[None, :]
+        d_key *= scaling
+        if SOURCE == "list":
+            if t_first < t_end:
+                written = written & attended[:, None]
+                tl.atomic_add(to_key, d_key, mask=written, sem="relaxed")
+                tl.atomic_add(to_value, d_value, mask=written, sem="relaxed")
+        else:
+            tl.store(to_key, d_key.to(DKey.dtype.element_ty), mask=written)
+            tl.store(to_value, d_value.to(DValue.dtype.element_ty), mask=written)
+    if SCORES:
+        if SOURCE == "list":
+            tl.atomic_add(DScores + row * keys + key, d_scores, mask=attended, sem="relaxed")
+        else:
+            tl.store(DScores + row * keys + key, d_scores, mask=there)

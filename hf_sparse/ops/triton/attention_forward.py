@@ -1,0 +1,248 @@
+"""Forward kernel of SparseK attention.
+
+One program per block of rows (see `walk`) gathers the keys of its list and of its window, with one online softmax over
+all of them. Everything is accumulated in float32; float32 inputs are multiplied as three products of TF32, which loses
+hardly more than float32 itself. A gate multiplies the weight after the exponential, so it may be 0.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hf_sparse.ops.triton.lists import ALWAYS, Tables
+from hf_sparse.ops.triton.walk import full_keys, gates, gather, mixed_keys, rows_of, split, survey, window_of
+
+LOG2_E = 1.4426950408889634
+
+
+class Blocks(NamedTuple):
+    """Sizes of a program: rows, keys at a time, and Triton's warps and stages."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+def padded(dim: int) -> int:
+    """The head size inside the kernels: a power of two that their matrix products take."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+# No length is worth a compilation of its own.
+LENGTHS = ["queries", "keys", "heads", "width", "tiles", "tile", "left", "right", "sinks"]
+
+
+def lengths(query: Tensor, key: Tensor, tables: Tables) -> tuple[int, ...]:
+    """Arguments of a kernel, in the order of `LENGTHS`."""
+    tiles, width = tables.lists.shape[-2:]
+    window = (tables.left, tables.right)
+    return query.shape[2], key.shape[2], key.shape[1], width, tiles, tables.tile, *window, tables.sinks
+
+
+def constants(query: Tensor, key: Tensor, scores: Tensor | None, tables: Tables) -> dict[str, Any]:
+    """What a kernel is compiled for, besides its sizes."""
+    return {
+        "GROUP": query.shape[1] // key.shape[1],
+        "D": query.shape[3],
+        "PADDED": padded(query.shape[3]),
+        "SOFT": scores is not None,
+        "CAUSAL": tables.begin is None,
+        "ALWAYS": ALWAYS,
+        "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",  # no choice in half precision
+    }
+
+
+def blocks_for(query: Tensor) -> Blocks:
+    """Sizes for a dtype and a head size."""
+    dim = padded(query.shape[-1])
+    if query.dtype == torch.float32:
+        return Blocks(64, 32, 4, 2) if dim <= 128 else Blocks(64, 32, 8, 1)
+    return Blocks(128, 64, 8, 3) if dim <= 128 else Blocks(128, 32, 8, 2)
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: Tensor | None,
+    tau: Tensor | None,
+    tables: Tables,
+    scaling: float,
+    blocks: Blocks | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Output, and the logarithm to base 2 of the softmax mass of every query: `[B, Hq, Tq]` float32, 0 without a key.
+
+    Arguments as in `attention.attend`; `scores` and `tau` contiguous, the last dimension of the others too.
+    """
+    batch, heads, queries, _ = query.shape
+    blocks = blocks or blocks_for(query)
+    output = torch.empty_like(query)
+    lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=query.device)
+    rows = queries * (heads // key.shape[1])
+    _forward[(triton.cdiv(rows, blocks.rows), batch * key.shape[1])](
+        query,
+        key,
+        value,
+        scores,
+        tau,
+        tables.begin,
+        tables.until,
+        tables.lists,
+        tables.first,
+        output,
+        lse,
+        scaling * LOG2_E,
+        *lengths(query, key, tables),
+        *query.stride()[:3],
+        *key.stride()[:3],
+        *value.stride()[:3],
+        *output.stride()[:3],
+        **constants(query, key, scores, tables),
+        M=blocks.rows,
+        N=blocks.keys,
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
+    )
+    return output, lse
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _forward(
+    Q,
+    K,
+    V,
+    Z,
+    Tau,
+    Begin,
+    Until,
+    Lists,
+    First,
+    Out,
+    Lse,
+    scale,
+    queries,
+    keys,
+    heads,
+    width,
+    tiles,
+    tile,
+    left,
+    right,
+    sinks,
+    q_batch,
+    q_head,
+    q_row,
+    k_batch,
+    k_head,
+    k_row,
+    v_batch,
+    v_head,
+    v_row,
+    o_batch,
+    o_head,
+    o_row,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    PADDED: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    SOFT: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    ALWAYS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    row = tl.program_id(1).to(tl.int64)  # of [B, Hkv]
+    batch, head = row // heads, row % heads
+    K += batch * k_batch + head * k_head
+    V += batch * v_batch + head * v_head
+    Until += row * keys
+    query, member, exists, t_first, t_last = rows_of(tl.program_id(0), queries, GROUP, M)
+    Lists += (row * tiles + t_first // tile) * width
+    offset = keys - queries
+    position = (query + offset)[:, None]
+    low, high = t_first + offset, t_last + offset
+    first = tl.load(First + batch).to(tl.int32)
+    tau, tau_last = 0.0, 0.0
+    if not CAUSAL:
+        Begin += row * keys
+    if SOFT:
+        Z += row * keys
+    if SOFT and CAUSAL:
+        tau = tl.load(Tau + row * queries + query, mask=exists, other=0.0)[:, None]
+        tau_last = tl.load(Tau + row * queries + t_last)
+
+    dim = tl.arange(0, PADDED)
+    inside = exists[:, None] & (dim < D)[None, :]
+    q_rows = batch * q_batch + (head * GROUP + member) * q_head + query.to(tl.int64) * q_row
+    q = tl.load(Q + q_rows[:, None] + dim[None, :], mask=inside, other=0.0)
+
+    front, live = survey(Z, Begin, Until, Lists, first, low, high, tau_last, sinks, width, keys, SOFT, CAUSAL, 512)
+    tile_start = t_first // tile * tile + offset
+    begin, full_begin, full_end, end = window_of(low, high, tile_start, first, left, right, sinks, keys, CAUSAL)
+    front, taken = split(front, full_begin, full_end, N)
+
+    peak = tl.full([M], -3.0e38, tl.float32)
+    mass = tl.zeros([M], tl.float32)
+    out = tl.zeros([M, PADDED], tl.float32)
+    step = tl.arange(0, N)
+
+    for start in range(0, front + taken, N):
+        key = full_keys(start + step, front, full_begin, Lists, first, sinks, width, keys)
+        k = gather(K, key, key >= 0, k_row, D, PADDED, False)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        top = tl.maximum(peak, tl.max(logits, 1))
+        weight = tl.exp2(logits - top[:, None])
+        shrink = tl.exp2(peak - top)
+        mass = mass * shrink + tl.sum(weight, 1)
+        v = gather(V, key, key >= 0, v_row, D, PADDED, False)
+        out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
+        peak = top
+
+    right_begin = full_begin + taken
+    mixed = live - front + full_begin - begin + end - right_begin
+    for start in range(0, mixed, N):
+        key, since = mixed_keys(
+            start + step,
+            front,
+            live,
+            begin,
+            full_begin,
+            right_begin,
+            end,
+            Lists,
+            Begin,
+            first,
+            sinks,
+            width,
+            keys,
+            ALWAYS,
+            CAUSAL,
+        )
+        there = key >= 0
+        until = tl.load(Until + key, mask=there, other=0)
+        sees = there[None, :] & (since[None, :] <= position) & (until[None, :] > position)
+        k = gather(K, key, there, k_row, D, PADDED, True)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        logits = tl.where(sees, logits, float("-inf"))
+        top = tl.maximum(peak, tl.max(logits, 1))
+        weight = tl.exp2(logits - top[:, None])
+        if SOFT:
+            z = tl.load(Z + key, mask=there, other=0.0)[None, :]
+            gate, _ = gates(position, tau, key[None, :], z, left, right)
+            weight = tl.where(sees, weight * gate, 0.0)
+        shrink = tl.exp2(peak - top)
+        mass = mass * shrink + tl.sum(weight, 1)
+        v = gather(V, key, there, v_row, D, PADDED, True)
+        out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
+        peak = top
+
+    some = mass > 0
+    out = tl.where(some[:, None], out / tl.where(some, mass, 1.0)[:, None], 0.0)
+    o_rows = batch * o_batch + (head * GROUP + member) * o_head + query.to(tl.int64) * o_row
+    tl.store(Out + o_rows[:, None] + dim[None, :], out.to(Out.dtype.element_ty), mask=inside)
+    lse = tl.where(some, peak + tl.log2(tl.where(some, mass, 1.0)), 0.0)
+    tl.store(Lse + (row * GROUP + member) * queries + query, lse, mask=exists)

@@ -1,0 +1,280 @@
+"""Kernels of the threshold scan; `scan` says how they fit together.
+
+A key travels as its code, one int64 that holds all there is to know about it:
+
+    code = (score as an ordered integer) << 31  |  (2^31 - 1 - place)
+
+with the place counted from the first chunk. Codes are unique, a higher one is better and of equal scores the lower
+index wins, so that sorting, merging and counting need nothing else. Codes below 2^31 are not selectable (score `-inf`,
+or no key at all), and 0 fills lists that are not full.
+"""
+
+import triton
+import triton.language as tl
+
+LOW = tl.constexpr((1 << 31) - 1)
+SELECTABLE = tl.constexpr(1 << 31)
+HIGHEST = tl.constexpr((1 << 63) - 1)
+
+
+@triton.jit
+def _encode(score, place):
+    score = tl.where(score == 0, 0.0, score)  # -0 and 0 tie
+    bits = score.to(tl.int32, bitcast=True)
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    high = tl.where(score > -float("inf"), ordered.to(tl.int64) + SELECTABLE, 0)
+    return (high << 31) + (place ^ LOW)  # LOW - place
+
+
+@triton.jit
+def _score(code):
+    ordered = ((code >> 31) - SELECTABLE).to(tl.int32)
+    bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _place(code):
+    return ((code & LOW) ^ LOW).to(tl.int32)
+
+
+@triton.jit
+def _load_codes(scores, chunk, start, keys, C: tl.constexpr):
+    """Codes of a chunk, and the positions of its keys."""
+    place = chunk * C + tl.arange(0, C)
+    position = place + start
+    inside = (position >= 0) & (position < keys)
+    score = tl.load(scores + position, mask=inside, other=-float("inf"))
+    return _encode(score, place.to(tl.int64)), position, inside
+
+
+@triton.jit
+def _count_above(codes, length, limit, EQUAL: tl.constexpr, STEPS: tl.constexpr):
+    """How many of a descending list of codes lie above each limit, or are equal to it if `EQUAL`."""
+    found = limit.to(tl.int32) * 0
+    for step in range(STEPS):
+        probe = found + (1 << (STEPS - 1 - step))
+        code = tl.load(codes + probe - 1, mask=probe <= length, other=-1)
+        above = (code >= limit) if EQUAL else (code > limit)
+        found = tl.where((probe <= length) & above, probe, found)
+    return found
+
+
+@triton.jit
+def _count_scores_above(codes, length, limit, LESS: tl.constexpr, STEPS: tl.constexpr):
+    """How many of the scores `z` of a list satisfy `z - LESS > limit`, in float64."""
+    found = length * 0
+    for step in range(STEPS):
+        probe = found + (1 << (STEPS - 1 - step))
+        code = tl.load(codes + probe - 1, mask=probe <= length, other=0)
+        above = _score(code).to(tl.float64) - LESS > limit
+        found = tl.where((probe <= length) & above, probe, found)
+    return found
+
+
+@triton.jit(do_not_specialize=["keys", "chunks", "start", "width"])
+def sort_chunks(scores, rank, chunk_lists, lists, keys, chunks, start, width, C: tl.constexpr, R: tl.constexpr):
+    """Sort every chunk of C keys, and every beginning of R chunks; sorting is counting who is better.
+
+    rank `[rows, keys]`, chunk_lists `[rows, chunks, C]`, lists `[rows, chunks, width]`: the best keys of the chunk and
+    of those before it in its block of R.
+    """
+    chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    scores += row * keys
+    code, position, inside = _load_codes(scores, chunk, start, keys, C)
+    tl.store(rank + row * keys + position, tl.where(code >= SELECTABLE, code, 0), mask=inside)
+    if chunk < chunks:
+        first = chunk // R * R
+        above = tl.zeros([C], tl.int32)
+        for step in range(R):
+            other = first + step
+            rival, _, _ = _load_codes(scores, other, start, keys, C)
+            better = tl.sum((rival[:, None] > code[None, :]).to(tl.int32), 0)
+            above += better
+            if other == chunk:
+                tl.store(chunk_lists + (row * chunks + chunk) * C + better, code)
+            if other >= chunk:
+                tl.store(lists + (row * chunks + other) * width + above, code, mask=above < width)
+
+
+@triton.jit
+def _merge(a, length_a, b, length_b, entry, width, STEPS: tl.constexpr):
+    """Places in the merged list, of `width`, of what stands at `entry` of two lists; -1 where it falls out."""
+    in_a, in_b = entry < length_a, entry < length_b
+    code_a = tl.load(a + entry, mask=in_a, other=0)
+    code_b = tl.load(b + entry, mask=in_b, other=0)
+    place_a = entry + _count_above(b, length_b, code_a, False, STEPS)
+    place_b = entry + _count_above(a, length_a, code_b, True, STEPS)
+    return code_a, place_a, in_a & (place_a < width), code_b, place_b, in_b & (place_b < width)
+
+
+@triton.jit(do_not_specialize=["source_row", "source_width", "target_width", "reach"])
+def merge_earlier(
+    source, target, source_row, source_list, source_width, target_width, reach, BLOCK: tl.constexpr, STEPS: tl.constexpr
+):
+    """One round of a prefix scan: list i is merged with list `i - reach`, if there is one."""
+    number, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    entry = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    a = source + row * source_row + number.to(tl.int64) * source_list
+    earlier = tl.where(number >= reach, source_width, 0)
+    b = a - tl.where(number >= reach, reach, 0).to(tl.int64) * source_list
+    out = target + (row * tl.num_programs(0) + number) * target_width
+    code_a, place_a, keep_a, code_b, place_b, keep_b = _merge(a, source_width, b, earlier, entry, target_width, STEPS)
+    tl.store(out + place_a, code_a, mask=keep_a)
+    tl.store(out + place_b, code_b, mask=keep_b)
+    tl.store(out + entry, 0, mask=(entry >= source_width + earlier) & (entry < target_width))
+
+
+@triton.jit(do_not_specialize=["blocks", "block_width", "chunks", "width", "before", "start", "every", "size"])
+def merge_for_tiles(
+    block_lists,
+    lists,
+    target,
+    index,
+    blocks,
+    block_width,
+    chunks,
+    width,
+    before,
+    start,
+    every,
+    size,
+    C: tl.constexpr,
+    R: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
+    WITH_INDEX: tl.constexpr,
+):
+    """The best `size` keys before each chunk: those of the blocks before its block, and of the chunks in between.
+
+    target `[rows, tiles, size]`; index `[rows, tiles / every, size]` int32, positions, -1 for none.
+    """
+    tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    tiles = tl.num_programs(0)
+    entry = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    chunk = before + tile
+    block, step = chunk // R, chunk % R
+    length_a = tl.where(block > 0, block_width, 0)
+    length_b = tl.where(step > 0, tl.minimum(step * C, width), 0)
+    a = block_lists + (row * blocks + tl.maximum(block - 1, 0)) * block_width
+    b = lists + (row * chunks + tl.maximum(chunk - 1, 0)) * width
+    out = target + (row * tiles + tile) * size
+    code_a, place_a, keep_a, code_b, place_b, keep_b = _merge(a, length_a, b, length_b, entry, size, STEPS)
+    rest = (entry >= length_a + length_b) & (entry < size)
+    tl.store(out + place_a, code_a, mask=keep_a)
+    tl.store(out + place_b, code_b, mask=keep_b)
+    tl.store(out + entry, 0, mask=rest)
+    if WITH_INDEX and tile % every == 0:
+        indices = index + (row * tl.cdiv(tiles, every) + tile // every) * size
+        tl.store(indices + place_a, tl.where(code_a >= SELECTABLE, _place(code_a) + start, -1), mask=keep_a)
+        tl.store(indices + place_b, tl.where(code_b >= SELECTABLE, _place(code_b) + start, -1), mask=keep_b)
+        tl.store(indices + entry, -1, mask=rest)
+
+
+@triton.jit(do_not_specialize=["size"])
+def sum_lists(codes, sums, size, SIZE: tl.constexpr):
+    """Prefix sums of the scores of every list, float64: tau is a small difference of them."""
+    base = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * size
+    entry = tl.arange(0, SIZE)
+    code = tl.load(codes + base + entry, mask=entry < size, other=0)
+    score = tl.where(code >= SELECTABLE, _score(code), 0.0).to(tl.float64)
+    tl.store(sums + base + entry, tl.cumsum(score, 0), mask=entry < size)
+
+
+@triton.jit
+def _mass(codes, sums, limit, length, member, score, STEPS: tl.constexpr):
+    """Free keys, saturated keys, sum of the free scores and lowest saturated score at a threshold, per query."""
+    w = _count_scores_above(codes, length, limit, 0, STEPS)
+    u = _count_scores_above(codes, length, limit, 1, STEPS)
+    full = member & (score[None, :] - 1 > limit[:, None])
+    free = member & (score[None, :] > limit[:, None]) & ~full
+    inside = tl.load(sums + w - 1, mask=w > 0, other=0.0) - tl.load(sums + u - 1, mask=u > 0, other=0.0)
+    inside += tl.sum(tl.where(free, score[None, :], 0.0), 1)
+    lowest = _score(tl.load(codes + u - 1, mask=u > 0, other=0)).to(tl.float64)
+    lowest = tl.where(u > 0, lowest, float("inf"))
+    lowest = tl.minimum(lowest, tl.min(tl.where(full, score[None, :], float("inf")), 1))
+    return w - u + tl.sum(free.to(tl.int32), 1), u + tl.sum(full.to(tl.int32), 1), inside, lowest
+
+
+@triton.jit(do_not_specialize=["queries", "chunks", "before", "size", "k"])
+def thresholds(
+    codes,
+    sums,
+    chunk_lists,
+    floor,
+    tau,
+    queries,
+    chunks,
+    before,
+    size,
+    k,
+    C: tl.constexpr,
+    Q: tl.constexpr,
+    STEPS: tl.constexpr,
+    WITH_TAU: tl.constexpr,
+):
+    """Floor and tau of Q queries of one tile, all at once.
+
+    Query q of the tile sees the list of the tile and the first q keys of the chunk. Its best keys are the first ones
+    of the list and some of the chunk; which ones follows from how many stand before each in the union of both.
+    """
+    tile, row = tl.program_id(0) // (C // Q), tl.program_id(1).to(tl.int64)
+    query = tl.program_id(0) % (C // Q) * Q + tl.arange(0, Q)
+    codes += (row * (tl.num_programs(0) // (C // Q)) + tile) * size
+    code = tl.load(chunk_lists + (row * chunks + before + tile) * C + tl.arange(0, C))
+    arrival = _place(code) - (before + tile) * C
+    arrived = arrival[None, :] < query[:, None]
+    place = _count_above(codes, size, code, False, STEPS)[None, :] + tl.cumsum(arrived.to(tl.int32), 1)  # from 1
+
+    kept = arrived & (place <= size)
+    length = size - tl.sum(kept.to(tl.int32), 1)
+    last = tl.load(codes + length - 1, mask=length > 0, other=HIGHEST)
+    last = tl.minimum(last, tl.min(tl.where(kept, code[None, :], HIGHEST), 1))
+    at = tile * C + query
+    tl.store(floor + row * queries + at, tl.where(last >= SELECTABLE, last, 0), mask=at < queries)
+
+    if WITH_TAU:
+        sums += (row * (tl.num_programs(0) // (C // Q)) + tile) * size
+        selectable = tl.zeros([Q], tl.int64) + SELECTABLE
+        length = tl.minimum(length, _count_above(codes, size, selectable, True, STEPS))
+        member = kept & (code >= SELECTABLE)[None, :]
+        score = _score(code).to(tl.float64)
+        score = tl.where(code >= SELECTABLE, score, 0.0)
+        active = length + tl.sum(member.to(tl.int32), 1) > k
+
+        # The k-th best score: f is at least k one below it, and less than k at it.
+        top = arrived & (place <= k)
+        ahead = k - tl.sum(top.to(tl.int32), 1)
+        best = _score(tl.load(codes + ahead - 1, mask=active & (ahead > 0), other=0)).to(tl.float64)
+        best = tl.where(ahead > 0, best, float("inf"))
+        best = tl.minimum(best, tl.min(tl.where(top, score[None, :], float("inf")), 1))
+        high = tl.where(active, best, 0.0)
+        low = high - 1
+        unlimited = ~active
+        limit, root = low, low
+        beyond = active & False
+        wanted = k.to(tl.float64)
+        count = 0
+        # f is piecewise linear: the root of the line through a point is exact as soon as the point lies on the right
+        # piece. Every third step halves the interval, so that it gets there. A last look beyond the root: where f stays
+        # at k for a while, the threshold is the end of that, and the root was its beginning.
+        while (count < 120) & (tl.max(active.to(tl.int32), 0) > 0):
+            free, full, inside, lowest = _mass(codes, sums, limit, length, member, score, STEPS)
+            line = (inside + full - wanted) / tl.maximum(free, 1).to(tl.float64)
+            flat = (free == 0) & (full == k)
+            done = active & (flat | beyond)
+            root = tl.where(active, tl.where(flat, lowest - 1, tl.where(beyond, root, low)), root)
+            active = active & ~done
+            exact = active & (free > 0) & (tl.abs(line - limit) <= 1e-14 * (1 + tl.abs(limit)))
+            root = tl.where(exact, line, root)
+            reached = inside - free * limit + full >= wanted * (1 - 1e-12)
+            low = tl.where(reached, limit, low)
+            high = tl.where(reached, high, limit)
+            usable = (free > 0) & (line >= low) & (line <= high) & (count % 3 != 2)
+            limit = tl.where(usable, line, (low + high) / 2)
+            limit = tl.where(exact, root + 4e-12 * wanted * (1 + tl.abs(root)), limit)
+            beyond = exact
+            count += 1
+        value = tl.where(unlimited, -float("inf"), root).to(tl.float32)
+        value = tl.max(tl.where(query[None, :] <= query[:, None], value[None, :], -float("inf")), 1)
+        tl.store(tau + row * (tl.num_programs(0) * Q) + at, value)

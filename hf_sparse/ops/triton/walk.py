@@ -1,0 +1,159 @@
+"""The keys of a block of queries as two axes of slots, shared by the kernels that go from queries to keys.
+
+A program owns `M` rows, a row being one query of one of the query heads that share a KV head: row r of that KV head is
+query `r // GROUP` of head `r % GROUP`. So a whole group shares what is gathered, whatever its size. The program reads
+first the slots that all of its rows attend to with gate 1, a whole number of blocks of keys without any mask, and then
+the others, each pair of query and key by its interval (see `lists`):
+
+    full     the front of the list         the middle of the window
+    mixed    the rest of the list          the two ends of the window, with what left it inside the list's tile
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def rows_of(block, queries, GROUP: tl.constexpr, M: tl.constexpr):
+    """Query, head inside the group, and whether it exists, of each row; the first and last query of the block."""
+    row = block * M + tl.arange(0, M)
+    query = row // GROUP
+    first = block * M // GROUP
+    last = tl.minimum((block * M + M - 1) // GROUP, queries - 1)
+    return query, row % GROUP, query < queries, first, last
+
+
+@triton.jit
+def listed(slot, limit, Lists, first, sinks, width, keys):
+    """Keys of the slots below `limit` of a list, sinks in front; -1 for none."""
+    inside = (slot >= sinks) & (slot < sinks + width) & (slot < limit)
+    key = tl.load(Lists + slot - sinks, mask=inside, other=-1).to(tl.int32)
+    key = tl.where(key < first + sinks, -1, key)  # a short list may go on with keys that are no candidates
+    key = tl.where(slot < tl.minimum(sinks, limit), first + slot, key)
+    return tl.where(key < keys, key, -1)
+
+
+@triton.jit
+def begins(key, there, Begin, CAUSAL: tl.constexpr):
+    return key if CAUSAL else tl.load(Begin + key, mask=there, other=0)
+
+
+@triton.jit
+def survey(
+    Z,
+    Begin,
+    Until,
+    Lists,
+    first,
+    low,
+    high,
+    tau,
+    sinks,
+    width,
+    keys,
+    SOFT: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """How many slots in front of the list every position from `low` to `high` attends to with gate 1, and how many
+    slots from the front on hold all keys that any of them attends to; `tau` is the threshold of `high`, the highest."""
+    full = sinks + width
+    live = 0
+    for start in range(0, sinks + width, CHUNK):
+        slot = start + tl.arange(0, CHUNK)
+        key = listed(slot, sinks + width, Lists, first, sinks, width, keys)
+        there = key >= 0
+        begin = begins(key, there, Begin, CAUSAL)
+        until = tl.load(Until + key, mask=there, other=0)
+        everywhere = there & (begin <= low) & (until > high)
+        if SOFT:
+            z = tl.load(Z + key, mask=there, other=0.0)
+            everywhere = everywhere & (z - tau >= 1.0) & (z - 1.0 >= tau)
+        anywhere = there & (begin <= high) & (until > low)
+        full = tl.minimum(full, tl.min(tl.where(everywhere, 1 << 30, slot), 0))
+        live = tl.maximum(live, tl.max(tl.where(anywhere, slot + 1, 0), 0))
+    return full, live
+
+
+@triton.jit
+def window_of(low, high, tile_start, first, left, right, sinks, keys, CAUSAL: tl.constexpr):
+    """Keys around positions `low` to `high`: from, where all of them see it with gate 1 from, until, and until."""
+    since = tile_start if CAUSAL else low
+    begin = tl.maximum(since - left, first + sinks)
+    end = tl.minimum(high + right + 1, keys)
+    begin = tl.minimum(begin, end)
+    if CAUSAL:
+        full_begin = tl.minimum(tl.maximum(high - left, begin), end)
+        full_end = tl.maximum(tl.minimum(low + right + 1, end), full_begin)
+    else:  # a key here may be in the list as well, and must be looked at
+        full_begin = end
+        full_end = end
+    return begin, full_begin, full_end, end
+
+
+@triton.jit
+def split(full, full_begin, full_end, N: tl.constexpr):
+    """Slots of the list and keys of the window on the full axis, whose length is a multiple of `N`."""
+    window = full_end - full_begin
+    total = (full + window) // N * N
+    window = tl.maximum(window - (full + window) % N, 0)
+    return total - window, window
+
+
+@triton.jit
+def full_keys(slot, front, full_begin, Lists, first, sinks, width, keys):
+    key = listed(slot, front, Lists, first, sinks, width, keys)
+    return tl.where(slot < front, key, full_begin + slot - front)
+
+
+@triton.jit
+def mixed_keys(
+    slot,
+    front,
+    live,
+    begin,
+    left_end,
+    right_begin,
+    end,
+    Lists,
+    Begin,
+    first,
+    sinks,
+    width,
+    keys,
+    ALWAYS: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    """Keys of the slots of the mixed axis, -1 for none, and where they begin."""
+    rest = live - front
+    around = begin + slot - rest
+    around = tl.where(around < left_end, around, right_begin + around - left_end)
+    around = tl.where(around < end, around, -1)
+    key = tl.where(slot < rest, listed(front + slot, live, Lists, first, sinks, width, keys), around)
+    start = begins(key, key >= 0, Begin, CAUSAL)
+    if not CAUSAL:
+        key = tl.where((slot >= rest) & (start == ALWAYS), -1, key)
+    return key, start
+
+
+@triton.jit
+def gates(position, tau, key, z, left, right):
+    """Gates `[M, N]` of the pairs that are attended: 1 in the window, `clip(z - tau, 0, 1)` outside."""
+    near = (key >= position - left) & (key <= position + right)
+    return tl.where(near, 1.0, tl.minimum(tl.maximum(z - tau, 0.0), 1.0)), near
+
+
+@triton.jit
+def gather(Base, key, there, stride, D: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr):
+    """Rows `[N, PADDED]` of a `[Tk, D]` tensor, zeros beyond `D` and where nothing is there."""
+    dim = tl.arange(0, PADDED)
+    pointer = Base + key.to(tl.int64)[:, None] * stride + dim[None, :]
+    if MASKED and PADDED != D:
+        rows = tl.load(pointer, mask=there[:, None] & (dim < D)[None, :], other=0.0)
+    elif MASKED:
+        rows = tl.load(pointer, mask=there[:, None], other=0.0)
+    elif PADDED != D:
+        rows = tl.load(pointer, mask=(dim < D)[None, :], other=0.0)
+    else:
+        rows = tl.load(pointer)
+    return rows

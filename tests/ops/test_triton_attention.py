@@ -1,0 +1,361 @@
+"""The attention kernels against the tiles of plain PyTorch: on a GPU where there is one, else by Triton's interpreter.
+
+Without a GPU, run with `TRITON_INTERPRET=1`: the interpreter must be chosen before Triton is imported.
+"""
+
+import os
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+triton = pytest.importorskip("triton", reason="Triton is not installed")
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
+
+from hf_sparse.ops import sparsek_attention  # noqa: E402
+from hf_sparse.ops.attention.bidirectional import bidirectional_sparsek_attention as tiled_bidirectional  # noqa: E402
+from hf_sparse.ops.attention.causal import causal_sparsek_attention as tiled_causal  # noqa: E402
+from hf_sparse.ops.attention.dense import dense_sparsek_attention  # noqa: E402
+from hf_sparse.ops.triton import attention as kernels  # noqa: E402
+from hf_sparse.ops.triton import attention_backward, attention_forward  # noqa: E402
+from hf_sparse.ops.triton.attention_forward import Blocks  # noqa: E402
+from hf_sparse.ops.triton.lists import Tables, by_lifetime  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SMALL = Blocks(16, 16, 4, 1)  # several programs and blocks of keys even at the lengths of these tests
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+@pytest.fixture(autouse=True)
+def _interpreter_of_newer_numpy(monkeypatch):
+    """Triton 3.6 turns arrays of one element into integers as NumPy no longer does."""
+    if DEVICE == "cuda":
+        return
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
+
+
+@pytest.fixture
+def scan_of_torch(monkeypatch):
+    """Interpreted, the kernels of the scan would take most of the time; they have tests of their own."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(kernels.scan, "supports", lambda *_, **__: False)
+
+
+@dataclass
+class Case:
+    """Random inputs of one shape and budget."""
+
+    batch: int = 1
+    kv_heads: int = 1
+    group: int = 1
+    queries: int = 37
+    keys: int | None = None
+    dim: int = 8
+    k: int = 5
+    window: int = 4
+    sinks: int = 2
+    soft: bool = False
+    support: int | None = None
+    start: list[int] | None = None
+    scale: float = 1.0  # of the scores
+    ties: bool = False
+    causal: bool = True
+    dtype: torch.dtype = torch.float32
+    inputs: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(0)
+        self.keys = self.keys or self.queries
+        q = torch.randn(self.batch, self.kv_heads * self.group, self.queries, self.dim)
+        k = torch.randn(self.batch, self.kv_heads, self.keys, self.dim)
+        v = torch.randn_like(k)
+        z = torch.randn(self.batch, self.kv_heads, self.keys) * self.scale
+        if self.ties:
+            z = (z / 0.37).round() * 0.37
+        self.inputs = [q.to(DEVICE, self.dtype), k.to(DEVICE, self.dtype), v.to(DEVICE, self.dtype), z.to(DEVICE)]
+
+    @property
+    def first(self) -> Tensor | None:
+        return None if self.start is None else torch.tensor(self.start, device=DEVICE)
+
+    @property
+    def real(self) -> Tensor:
+        """`[B, 1, Tq, 1]` bool: queries that are no padding."""
+        position = torch.arange(self.keys - self.queries, self.keys, device=DEVICE)
+        first = position.new_zeros(self.batch) if self.first is None else self.first
+        return (position >= first[:, None])[:, None, :, None]
+
+    def positional(self) -> tuple:
+        support = self.support if self.soft else self.k
+        return self.k, self.window, self.sinks, self.dim**-0.5, self.soft, support, self.first
+
+    def tiled(self, *inputs: Tensor) -> Tensor:
+        return (tiled_causal if self.causal else tiled_bidirectional)(*inputs, *self.positional())
+
+    def fused(self, *inputs: Tensor, blocks: Blocks | None = SMALL, tile: int = 16) -> Tensor:
+        if self.causal:
+            return kernels.causal_sparsek_attention(*inputs, *self.positional(), blocks=blocks, tile=tile)
+        return kernels.bidirectional_sparsek_attention(*inputs, *self.positional(), blocks=blocks)
+
+
+def run(attend, case: Case, wanted: str = "qkvz") -> dict[str, Tensor]:
+    """Output at real queries and the wanted gradients, for a fixed random upstream gradient."""
+    inputs = dict(zip("qkvz", (tensor.clone() for tensor in case.inputs), strict=True))
+    used = [name for name in wanted if case.soft or name != "z"]
+    for name in used:
+        inputs[name].requires_grad_()
+    output = attend(*inputs.values())
+    upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output) * case.real
+    gradients = torch.autograd.grad(output, [inputs[name] for name in used], upstream)
+    output = torch.where(case.real, output.detach(), 0.0)
+    return {"output": output, **{f"d {name}": found for name, found in zip(used, gradients, strict=True)}}
+
+
+def assert_same(case: Case, wanted: str = "qkvz", tolerance: float = 1e-5, **options) -> None:
+    expected = run(case.tiled, case, wanted)
+    found = run(lambda *inputs: case.fused(*inputs, **options), case, wanted)
+    for name, reference in expected.items():
+        # Sums of as many terms as queries attend to a key grow with their number.
+        scale = max(1.0, float(reference.abs().max()))
+        torch.testing.assert_close(
+            found[name],
+            reference,
+            rtol=tolerance,
+            atol=tolerance * scale,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+SHAPES = {
+    "plain": {},
+    "one query head": {"queries": 35, "dim": 32},
+    "three query heads": {"batch": 2, "kv_heads": 2, "group": 3, "queries": 33, "dim": 16},
+    "four query heads": {"group": 4, "queries": 21, "dim": 64},
+    "eight query heads": {"group": 8, "queries": 19, "dim": 20},
+    "seventeen query heads": {"group": 17, "queries": 9, "k": 2, "window": 2},
+    "head size 80": {"queries": 27, "dim": 80},
+    "wide window": {"window": 30, "queries": 70, "k": 20},
+    "no sinks": {"sinks": 0},
+    "smallest budget": {"sinks": 0, "window": 1, "k": 1},
+    "budget beyond the length": {"k": 50, "window": 20},
+    "many sinks": {"sinks": 50},
+    "one token": {"queries": 1},
+    "padding": {"batch": 4, "start": [0, 7, 36, 37], "group": 2},
+    "ties": {"ties": True, "queries": 50, "support": 7},
+    "equal scores": {"scale": 0.0, "queries": 50},
+    "flat scores": {"scale": 0.02, "queries": 50, "support": 20},
+    "steep scores": {"scale": 20.0, "queries": 50},
+}
+CAUSAL_ONLY = {
+    "fewer queries than keys": {"queries": 21, "keys": 70, "group": 2},
+    "one query": {"queries": 1, "keys": 60, "group": 4},
+    "padding and fewer queries": {"batch": 4, "start": [0, 7, 55, 59], "queries": 12, "keys": 60},
+}
+GATES = pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
+ORDER = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+
+
+@pytest.mark.usefixtures("scan_of_torch")
+@GATES
+@pytest.mark.parametrize("name", [*SHAPES, *CAUSAL_ONLY])
+def test_causal_kernels_equal_the_tiles(name, soft):
+    assert_same(Case(**{**SHAPES, **CAUSAL_ONLY}[name], soft=soft))
+
+
+@GATES
+@pytest.mark.parametrize("name", SHAPES)
+def test_bidirectional_kernels_equal_the_tiles(name, soft):
+    case = Case(**SHAPES[name], soft=soft, causal=False)
+    assert_same(case, tolerance=3e-5 if soft else 1e-5)  # the gates' own backward cancels
+
+
+@pytest.mark.usefixtures("scan_of_torch")
+@pytest.mark.parametrize("tile", [16, 32, 64])
+@pytest.mark.parametrize("blocks", [Blocks(32, 16, 4, 1), Blocks(16, 64, 4, 2)], ids=str)
+def test_sizes_change_nothing(tile, blocks):
+    for soft in (False, True):
+        assert_same(Case(queries=83, group=3, window=9, k=7, soft=soft), tile=tile, blocks=blocks)
+
+
+@GATES
+@ORDER
+def test_the_sizes_that_run(soft, causal):
+    assert_same(Case(queries=70, group=2, dim=64, k=20, window=16, soft=soft, causal=causal), blocks=None, tile=128)
+
+
+@pytest.mark.usefixtures("scan_of_torch")
+@ORDER
+@pytest.mark.parametrize("wanted", ["z", "qz", "kz", "q", "v"])
+def test_only_what_is_wanted(wanted, causal):
+    assert_same(Case(batch=2, group=2, queries=45, window=9, soft=True, causal=causal), wanted, tolerance=3e-5)
+
+
+@pytest.mark.usefixtures("scan_of_torch")
+@pytest.mark.parametrize("wanted", ["z", "qkvz"])
+def test_no_kernel_for_what_nobody_wants(wanted, monkeypatch):
+    launched = []
+    for name in ("_by_query", "_by_key"):
+        kernel = getattr(attention_backward, name)
+
+        class Spy:
+            def __getitem__(self, grid, kernel=kernel, name=name):
+                launched.append(name)
+                return kernel[grid]
+
+        monkeypatch.setattr(attention_backward, name, Spy())
+    run(Case(soft=True).fused, Case(soft=True), wanted)
+    assert launched == (["_by_query"] if wanted == "z" else ["_by_query", "_by_key", "_by_key"])
+
+
+@pytest.mark.usefixtures("scan_of_torch")
+@ORDER
+@pytest.mark.parametrize("wanted", ["z", "qkvz"])
+def test_sums_in_a_fixed_order(wanted, causal, monkeypatch):
+    case = Case(batch=2, group=2, queries=45, window=9, k=9, soft=True, causal=causal, start=[0, 5])
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    if DEVICE == "cpu":  # not one atomic addition: it would fail here
+        monkeypatch.setattr(attention_backward.tl, "atomic_add", None)
+    assert_same(case, wanted, tolerance=3e-5)
+    first, second = run(case.fused, case, wanted), run(case.fused, case, wanted)
+    assert all(torch.equal(found, second[name]) for name, found in first.items())
+
+
+@pytest.mark.usefixtures("scan_of_torch")
+@GATES
+@ORDER
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_as_good_as_its_inputs(dtype, soft, causal):
+    if DEVICE == "cpu" and dtype == torch.bfloat16:
+        pytest.skip("the interpreter multiplies the bits of bfloat16")
+    case = Case(group=2, queries=45, dim=32, k=9, window=8, soft=soft, causal=causal, dtype=dtype)
+    exact = Case(group=2, queries=45, dim=32, k=9, window=8, soft=soft, causal=causal)
+    exact.inputs = [tensor.float() for tensor in case.inputs]
+    found, reference = run(case.fused, case), run(exact.tiled, exact)
+    for name, value in reference.items():
+        error = (found[name].float() - value).norm() / value.norm()
+        assert error < 4 * torch.finfo(dtype).eps, f"{name}: {error}"
+        assert found[name].dtype == (torch.float32 if name == "d z" else dtype)
+
+
+@GATES
+def test_the_reference_agrees(soft):
+    case = Case(batch=2, group=2, queries=45, window=6, k=6, soft=soft, support=9)
+    expected = run(lambda *inputs: dense_sparsek_attention(*inputs, *case.positional()), case)
+    torch.testing.assert_close(run(case.fused, case), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("scan_of_torch")
+def test_strided_inputs_and_outputs():
+    """Models hold `[B, T, H, D]`; the output has the strides of the query, so that no copy follows."""
+    case = Case(batch=2, kv_heads=2, group=2, queries=40)
+    expected = run(case.fused, case)
+    case.inputs[:3] = [tensor.transpose(1, 2).contiguous().transpose(1, 2) for tensor in case.inputs[:3]]
+    torch.testing.assert_close(run(case.fused, case), expected, rtol=0, atol=1e-6)
+    assert case.fused(*case.inputs).stride() == case.inputs[0].stride()
+    wide = torch.randn(2, 4, 40, 16, device=DEVICE)[..., ::2]
+    torch.testing.assert_close(
+        case.fused(wide, *case.inputs[1:]), case.fused(wide.contiguous(), *case.inputs[1:]), rtol=0, atol=0
+    )
+
+
+@ORDER
+def test_padding_may_hold_anything(causal):
+    options = {"k": 5, "window": 4, "sinks": 2, "causal": causal, "implementation": "triton"}
+    case = Case(batch=2, group=2, queries=40, start=[0, 17], causal=causal)
+    expected = sparsek_attention(*case.inputs, start=case.first, **options)
+    dirty = [tensor.clone() for tensor in case.inputs]
+    for tensor in dirty:
+        tensor[1, :, :17] = torch.nan
+    found = sparsek_attention(*dirty, start=case.first, **options)
+    assert found.isfinite().all()
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+def test_a_query_without_a_key_gets_zero():
+    case = Case(batch=2, start=[37, 20], sinks=0)
+    output = case.fused(*case.inputs)
+    assert not output[0].any() and not output[1, :, :20].any() and output[1, :, 20:].all()
+
+
+def test_a_table_of_intervals_is_all_a_kernel_knows():
+    """Intervals of any kind, with a list that holds what the window does not reach, against a mask."""
+    torch.manual_seed(0)
+    queries, size = 50, 50
+    q, k, v = (torch.randn(1, 1, size, 16, device=DEVICE) for _ in range(3))
+    index = torch.arange(size, device=DEVICE)
+    until = (index + 5).where(index % 3 > 0, index + 5 + index % 23)
+    tile = 16
+    lists = torch.full((1, 1, 4, size), -1, dtype=torch.int32, device=DEVICE)
+    for number in range(4):
+        old = index[(index <= number * tile - 5) & (until > number * tile)]
+        lists[0, 0, number, : len(old)] = old
+    tables = Tables(None, until.int().view(1, 1, -1), lists, tile, 4, 0, 0, index.new_zeros(1))
+    at = torch.arange(queries, device=DEVICE)[:, None]
+    mask = (index <= at) & (at < until)
+    expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
+    found = kernels.attend(q, k, v, None, None, tables, 0.25, SMALL)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    order = by_lifetime(tables)
+    assert (order.sort(-1).values == index).all()
+    life = (until - index)[order[0, 0]]
+    assert (life[1:] <= 1.5 * life[:-1]).all()  # half octaves, longest first
+
+
+def test_one_kernel_serves_every_length():
+    if DEVICE == "cpu":
+        pytest.skip("the interpreter compiles nothing")
+    attention_forward._forward.device_caches.clear()
+    for queries in (100, 101, 128, 1000, 1024):
+        case = Case(queries=queries, dim=32, k=9, window=8)
+        case.fused(*case.inputs, blocks=None, tile=128)
+    caches = [cache[0] for cache in attention_forward._forward.device_caches.values()]
+    assert sum(map(len, caches)) == 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"query": torch.float64, "key": torch.float64, "value": torch.float64}, r"needs query in float32.*float64"),
+        ({"scores": torch.float64}, r"scores in float32 .* torch.float64"),
+    ],
+)
+def test_what_the_kernels_do_not_take(changes, message):
+    case = Case()
+    named = dict(zip(("query", "key", "value", "scores"), case.inputs, strict=True))
+    named.update({name: named[name].to(dtype) for name, dtype in changes.items()})
+    with pytest.raises(ValueError, match=message):
+        sparsek_attention(**named, k=5, window=4, sinks=2, implementation="triton")
+
+
+def test_without_a_gpu(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    inputs = [tensor.cpu() for tensor in Case().inputs]
+    with pytest.raises(ValueError, match="needs Triton and a CUDA device, got cpu"):
+        sparsek_attention(*inputs, k=5, window=4, sinks=2, implementation="triton")
+
+
+def test_a_head_that_is_too_large():
+    case = Case(dim=264)
+    with pytest.raises(ValueError, match=r"D of at most 256, .* 264"):
+        sparsek_attention(*case.inputs, k=5, window=4, sinks=2, implementation="triton")
+
+
+def test_auto_takes_the_kernels_on_a_gpu(monkeypatch):
+    taken = []
+    monkeypatch.setattr(kernels, "causal_sparsek_attention", lambda query, *_: taken.append(1) or query)
+    case = Case()
+    sparsek_attention(*case.inputs, k=5, window=4, sinks=2)
+    assert bool(taken) == (DEVICE == "cuda")
+    sparsek_attention(*case.inputs, k=5, window=4, sinks=2, implementation="triton")
+    assert taken

@@ -1,0 +1,138 @@
+"""The scan's kernels against the scan in PyTorch: the same keys, the same thresholds, the same gradient.
+
+Without a GPU, run with `TRITON_INTERPRET=1`: the interpreter must be chosen before Triton is imported.
+"""
+
+import os
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
+
+from hf_sparse.ops import prefix, sparsek, topk_thresholds
+from hf_sparse.ops.triton.scan import scan, supports
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KINDS = ["normal", "ties", "equal", "rising", "falling", "hard", "holes"]
+
+
+def random_scores(kind: str, *shape: int) -> torch.Tensor:
+    scores = torch.randn(shape)
+    position = torch.arange(shape[-1])
+    if kind == "ties":
+        scores = scores.mul(2).round() / 2  # of both signs of zero, too
+    elif kind == "equal":
+        scores = torch.zeros_like(scores)
+    elif kind == "rising":
+        scores = scores + position * 0.05
+    elif kind == "falling":
+        scores = scores - position * 0.05
+    elif kind == "hard":
+        scores = scores * 30
+    elif kind == "holes":
+        scores = scores.masked_fill(torch.rand(shape) < 0.4, -torch.inf)
+    return scores.to(DEVICE)
+
+
+def by_index(found: prefix.Scan) -> torch.Tensor:
+    """Floors as indices of keys, -1 for none: ranks may be any integers."""
+    same = (found.rank.unsqueeze(-2) == found.floor.unsqueeze(-1)) & (found.rank > 0).unsqueeze(-2)
+    return torch.where(same.any(-1), same.int().argmax(-1), -1)
+
+
+def assert_same(ours: prefix.Scan, theirs: prefix.Scan) -> None:
+    assert torch.equal(ours.rank.argsort(dim=-1, stable=True), theirs.rank.argsort(dim=-1, stable=True))
+    assert torch.equal(ours.rank > 0, theirs.rank > 0)
+    assert torch.equal(by_index(ours), by_index(theirs))
+    assert ours.lists.shape[:-1] == theirs.lists.shape[:-1]
+    width = theirs.lists.shape[-1]
+    rank = theirs.rank.unsqueeze(-2).expand(*theirs.lists.shape[:-1], -1)  # PyTorch also lists keys without a rank
+    expected = theirs.lists.masked_fill(rank.gather(-1, theirs.lists.clamp(min=0)) == 0, -1)
+    assert torch.equal(ours.lists[..., :width].long(), expected)
+    assert (ours.lists[..., width:] == -1).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_equals_the_scan_in_pytorch(kind):
+    scores = random_scores(kind, 75)
+    ours, theirs = scores.clone().requires_grad_(), scores.clone().requires_grad_()
+    options = {"k": 4, "size": 9, "queries": 66, "window": 3, "tile": 16, "with_tau": True, "with_lists": True}
+    found, expected = scan(ours, **options), prefix.scan(theirs, **options)
+    assert_same(found, expected)
+    torch.testing.assert_close(found.tau, expected.tau, rtol=1e-6, atol=1e-7)
+    assert (found.tau.diff(dim=-1).nan_to_num(0) >= 0).all(), "tau fell"
+    some = expected.tau.isfinite()
+    assert some.any()
+    upstream = torch.randn(66, device=DEVICE) * some
+    for tau in (found.tau, expected.tau):
+        (tau.masked_fill(~some, 0.0) * upstream).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-6)
+
+
+# keys, queries, window, size, tile
+SHAPES = [
+    (1, 1, 1, 1, 16),
+    (17, 17, 100, 4, 16),  # nothing leaves the window
+    (100, 3, 20, 16, 16),  # many keys before few queries
+    (90, 57, 0, 60, 32),  # a list longer than a chunk
+    (340, 340, 2, 5, 16),  # several blocks
+    (520, 400, 3, 130, 64),
+    (300, 300, 1, 7, 256),  # several chunks per tile
+]
+
+
+@pytest.mark.parametrize("keys, queries, window, size, tile", SHAPES)
+def test_shapes(keys, queries, window, size, tile):
+    scores = random_scores("ties", 1, 2, keys)
+    options = {"k": 1, "size": size, "queries": queries, "window": window, "tile": tile, "with_lists": True}
+    assert_same(scan(scores, **options), prefix.scan(scores, **options))
+
+
+def test_support_as_large_as_the_text_is_exact():
+    scores = random_scores("normal", 50)
+    tau = scan(scores, 5, size=50, queries=50, window=0, tile=16, with_tau=True).tau
+    for t in (5, 20, 49):
+        gates = (scores[: t + 1] - tau[t]).clamp(0, 1)
+        torch.testing.assert_close(gates, sparsek(scores[: t + 1], 5), rtol=0, atol=1e-6)
+
+
+def test_both_zeros_tie():
+    scores = torch.tensor([-0.0, 0.0, -0.0, 0.0] * 8, device=DEVICE)
+    found = scan(scores, 2, size=2, queries=32, window=0, tile=16)
+    assert by_index(found).tolist() == [-1, *[1] * 31]
+
+
+def test_nothing_is_left_unwritten(poisoned_memory):
+    scores = random_scores("holes", 2, 150)
+    options = {"k": 2, "size": 40, "queries": 140, "window": 4, "tile": 16, "with_lists": True}
+    assert_same(scan(scores, **options), prefix.scan(scores, **options))
+
+
+def test_what_the_kernels_do_not_take_goes_the_other_way():
+    scores = torch.randn(40, dtype=torch.float64, device=DEVICE)
+    assert not supports(scores, size=3, queries=40, tile=16)
+    kappa, _ = topk_thresholds(scores, 3)
+    found = scan(scores, 3, size=3, queries=40, window=0, tile=16)
+    selected = (found.rank >= found.floor.unsqueeze(-1)) & (found.rank > 0)
+    past = torch.ones(40, 40, dtype=torch.bool, device=DEVICE).tril()
+    assert torch.equal(selected & past, (scores >= kappa.unsqueeze(-1)) & past)
+    assert not supports(scores.float(), size=3, queries=40, tile=24)
+    assert not supports(scores.float(), size=10_000, queries=40, tile=16)
+    assert supports(scores.float(), size=3, queries=40, tile=384)
+
+
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize("size, with_tau", [(512, False), (2048, True)])
+@pytest.mark.parametrize("kind", ["normal", "ties", "rising"])
+def test_long(kind, size, with_tau):
+    scores = random_scores(kind, 2, 3, 20_011)
+    options = {"size": size, "queries": 19_000, "window": 512, "with_tau": with_tau, "with_lists": True}
+    found, expected = scan(scores, 512, **options), prefix.scan(scores, 512, **options)
+    places = [torch.searchsorted(one.rank.sort(-1).values, one.floor) for one in (found, expected)]
+    assert torch.equal(*places)
+    assert torch.equal(found.lists.long(), expected.lists)
+    if with_tau:
+        torch.testing.assert_close(found.tau, expected.tau, rtol=1e-6, atol=1e-6)
