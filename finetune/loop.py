@@ -48,7 +48,7 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
             not finite.
     """
     config = config or FinetuneConfig()
-    methods = methods_in_use(model)
+    methods = methods_in_use(model, SparseKAttention)
     chunks, labels = tensors(model, dataset)
     scorers = _check(model, methods, chunks, labels, config)
     objectives = OBJECTIVES[kind_of(model)]

@@ -11,9 +11,11 @@ from huggingface_hub.utils import validate_repo_id
 from hf_sparse.adapter import CONFIG, WEIGHTS, read_adapter
 from hf_sparse.card import render
 from hf_sparse.demo import BASE_NAME
-from hf_sparse.errors import DataError
+from hf_sparse.errors import DataError, HubError
 from hf_sparse.figures import quality_figure
 from hf_sparse.files import write_json, write_text
+from hf_sparse.methods import method_of
+from hf_sparse.methods.sparsek import SparseKConfig
 
 CARD, EVALUATION, TRAINING, FIGURE = "README.md", "eval.json", "finetune.json", "quality.png"
 
@@ -40,11 +42,14 @@ def write_repo(
         repo_id: how the card tells readers to load the adapter; by default the name of the folder.
 
     Raises:
-        HubError: the folder holds no adapter of hf-sparse.
+        HubError: the folder holds no adapter of hf-sparse, or one of a method without a card.
         DataError: a measurement is damaged, or is one of another budget.
     """
     folder = Path(folder)
     adapter = read_adapter(folder, str(folder))
+    if not isinstance(adapter.config, SparseKConfig):
+        label = method_of(adapter.config).attention.label
+        raise HubError(f"{folder} cannot be published: there is no model card for {label} adapters yet")
     evaluation = evaluation or read_json(folder / EVALUATION)
     training = training or read_json(folder / TRAINING)
     own = {name: getattr(adapter.config, name) for name in ("k", "window", "sinks", "slots")}

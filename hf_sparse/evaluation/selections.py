@@ -76,7 +76,7 @@ def patched_methods(model: nn.Module) -> list[SparseKAttention]:
     Raises:
         ValueError: a model that is not patched.
     """
-    methods = methods_in_use(model)
+    methods = methods_in_use(model, SparseKAttention)
     if not methods:
         raise ValueError(
             f"expected a model with sparse attention, got a {type(model).__name__} without; "

@@ -408,7 +408,10 @@ def test_damaged_configuration(folder, content):
 
 @pytest.mark.parametrize(
     ("kind", "advice"),
-    [("LORA", r"expected HF_SPARSE_SPARSEK; use peft\.PeftModel"), ("HF_SPARSE_NEW", "a newer hf-sparse may know")],
+    [
+        ("LORA", r"expected HF_SPARSE_SPARSEFINDER or HF_SPARSE_SPARSEK; use peft\.PeftModel"),
+        ("HF_SPARSE_NEW", "a newer hf-sparse may know"),
+    ],
 )
 def test_adapter_of_another_type(folder, kind, advice):
     edit_config(folder, peft_type=kind)
@@ -429,7 +432,7 @@ def test_damaged_weights(folder, api, hub, damage, repo_id):
 def test_keys_have_to_be_those_of_the_scorers(model, folder, api, repo_id):
     def refuse(message: str) -> None:
         for load in (from_pretrained, lambda path: push_to_hub(path, repo_id)):
-            with pytest.raises(HubError, match=rf"does not hold the scorers for tester/tiny-llama; {message}"):
+            with pytest.raises(HubError, match=rf"does not hold the parameters for tester/tiny-llama; {message}"):
                 load(folder)
 
     key = "base_model.model.model.layers.1.self_attn.sparse_attention.sparsek_scorer.weight"
@@ -476,7 +479,7 @@ def test_type_of_what_is_pushed(thing):
         "lora": lambda: get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])),
         "number": lambda: 3,
     }
-    with pytest.raises(TypeError, match=r"expected an active SparseK adapter|expected a PeftModel or a folder"):
+    with pytest.raises(TypeError, match=r"expected an active adapter of hf-sparse|expected a PeftModel or a folder"):
         push_to_hub(things[thing](), "tester/x")
 
 
