@@ -228,7 +228,7 @@ def _check(
             f"chunks of {length} tokens cannot train a budget of {slots} slots (k + window + sinks): every key is "
             "kept, so there would be no gradient; use longer chunks or a smaller budget"
         )
-    needed = max(method.config.sinks + method.config.window for method in methods) + UNSETTLED + 2
+    needed = max(method.budget.sinks + method.budget.window for method in methods) + UNSETTLED + 2
     if methods[0].causal and config.stages[0][0] == "attention" and length < needed:
         raise DataError(
             f"chunks of {length} tokens are too short for the objective `attention`, which needs {needed} (sinks + "
@@ -267,6 +267,8 @@ def _adapter(methods: list[SparseKAttention]) -> dict[str, Any]:
         "scorer",
         "scorer_hidden_size",
         "position_slope",
+        "learn_slope",
+        "layer_shares",
         "support",
         "layers",
         "base_shape",
@@ -296,26 +298,18 @@ def _score_scale(config: FinetuneConfig, objective: str, step: int, steps: int) 
 
 @contextmanager
 def _scaled(methods: list[SparseKAttention], scale: float) -> Iterator[None]:
-    """Scores, the position's share of them included, times `scale` within a `with` block."""
-    hooks = []
+    """Scores times `scale` within a `with` block."""
+
+    def multiply(module: nn.Module, args: Any, scores: Tensor) -> Tensor:
+        return scale * scores
+
+    scorers = [method.sparsek_scorer[method.active] for method in methods if scale != 1]
+    hooks = [scorer.register_forward_hook(multiply) for scorer in scorers]
     try:
-        if scale != 1:
-            for method in methods:
-                scorer = method.sparsek_scorer[method.active]
-                hooks.append(scorer.register_forward_hook(_scaling(scale, method.config.position_slope)))
         yield
     finally:
         for hook in hooks:
             hook.remove()
-
-
-def _scaling(scale: float, slope: float) -> Any:
-    def hook(module: nn.Module, args: Any, scores: Tensor) -> Tensor:
-        # The slope is added afterwards: chunks have no padding, and begin at position 0.
-        index = torch.arange(scores.shape[-1], device=scores.device, dtype=scores.dtype)
-        return scale * scores + (scale - 1) * slope * index
-
-    return hook
 
 
 class _supports:
@@ -337,13 +331,13 @@ class _supports:
 
     def _measure(self, method: SparseKAttention) -> Any:
         def hook(module: nn.Module, args: Any, scores: Tensor) -> None:
-            config, into = method.config, self.into
-            scores = scores + config.position_slope * torch.arange(scores.shape[-1], device=scores.device)
-            end = scores.shape[-1] - (config.window if method.causal else 0)
-            eligible = scores.detach()[..., config.sinks : end]
-            if config.soft_support is not None:
-                eligible = eligible.topk(min(config.soft_support, eligible.shape[-1])).values
+            budget, into = method.budget, self.into
+            end = scores.shape[-1] - (budget.window if method.causal else 0)
+            eligible = scores.detach()[..., budget.sinks : end]
+            support = method.config.soft_support(budget.k)
+            if support is not None:
+                eligible = eligible.topk(min(support, eligible.shape[-1])).values
             if into is not None:
-                into.append(float((sparsek(eligible, config.k) > 0).sum(-1).float().mean()))
+                into.append(float((sparsek(eligible, budget.k) > 0).sum(-1).float().mean()))
 
         return hook

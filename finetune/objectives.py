@@ -105,11 +105,11 @@ def attention(model: nn.Module, chunks: Tensor, labels: Tensor | None = None, **
 
     def observe(method: SparseKAttention) -> Any:
         def observer(query: Tensor, key: Tensor, scores: Tensor, scaling: float) -> None:
-            config = method.config
-            mass = far_attention_mass(query, key, window=config.window, scaling=scaling, causal=method.causal)
+            budget = method.budget
+            mass = far_attention_mass(query, key, window=budget.window, scaling=scaling, causal=method.causal)
             # In both directions, every key is far from about as many queries.
-            unsettled = config.window + UNSETTLED if method.causal else 0
-            settled = slice(config.sinks, max(config.sinks + 1, scores.shape[-1] - unsettled))
+            unsettled = budget.window + UNSETTLED if method.causal else 0
+            settled = slice(budget.sinks, max(budget.sinks + 1, scores.shape[-1] - unsettled))
             target = (mass[..., settled] + 1e-6).log()
             found = scores[..., settled]
             error = (found - found.mean(-1, keepdim=True)) - (target - target.mean(-1, keepdim=True))

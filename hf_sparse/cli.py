@@ -96,16 +96,17 @@ def patch(
         typer.Option(
             "--k", help="Keys kept per KV head: the best-scored of those that are older, or in an encoder of all."
         ),
-    ] = 124,
+    ] = 188,
     window: Annotated[
         int, typer.Option(help="Most recent keys, in an encoder the nearest on both sides, always attended.")
-    ] = 128,
+    ] = 64,
     sinks: Annotated[int, typer.Option(help="First keys, always attended.")] = 4,
     scorer: Annotated[Literal["linear", "mlp"], typer.Option(help="What scores the keys.")] = "linear",
     layers: Annotated[
         Any, typer.Option(metavar="0,1,...", parser=_numbers, help="Layers to patch; all by default.")
     ] = None,
     position_slope: Annotated[float, typer.Option(help="Added to a score per token of position.")] = 0.0,
+    learn_slope: Annotated[bool, typer.Option(help="Every head learns a slope of its own; not in an encoder.")] = True,
     support: Annotated[
         int, typer.Option(help="In training, gates spread over SUPPORT * k keys at most; 0 is no bound.")
     ] = 4,
@@ -124,6 +125,7 @@ def patch(
         scorer=scorer,
         layers=layers,
         position_slope=position_slope,
+        learn_slope=learn_slope,
         support=support or None,
     )
     trainable, total = workflow.create_adapter(
@@ -209,6 +211,28 @@ def finetune(
         soft_wrap=True,
     )
     _wrote(console, folder, "trained adapter and finetune.json")
+
+
+@app.command()
+def divide(
+    folder: Folder,
+    text: Annotated[list[Path], typer.Option(metavar="FILE", help="Training text, UTF-8; repeat for several.")],
+    length: Length = None,
+    chunks: Chunks = None,
+    batch_size: Annotated[int, typer.Option(help="Chunks at a time.")] = 1,
+    device: OnDevice = "auto",
+    dtype: OfDtype = "auto",
+) -> None:
+    """Divide the slots of the trained adapter in DIR among its layers, by what each loses; then finetune it again."""
+    workflow = _workflow()
+    words, _ = workflow.read_texts(text)
+    shares = workflow.divide_adapter(
+        folder, words, length=length, chunks=chunks, batch_size=batch_size, device=device, dtype=dtype
+    )
+    console = Console()
+    listed = ", ".join(f"{layer}: {share:.2f}" for layer, share in enumerate(shares))
+    console.print(f"share of the slots by layer: {listed}", soft_wrap=True)
+    _wrote(console, folder, "adapter with layer_shares")
 
 
 @app.command("eval")

@@ -128,8 +128,8 @@ def _selected(model: nn.Module, methods: list[SparseKAttention], tokens: Tensor)
             hooks.callback(method.sparsek_scorer[method.active].register_forward_hook(note).remove)
         model(input_ids=tokens)
     for method in methods:
-        config, scores = method.config, found[method]
+        budget, scores = method.budget, found[method]
         index = torch.arange(scores.shape[-1], device=scores.device)
-        scores = (scores + config.position_slope * index).masked_fill(index < config.sinks, torch.inf)
-        best = scores.argsort(dim=-1, descending=True, stable=True)[:, : config.sinks + config.k]
+        scores = scores.masked_fill(index < budget.sinks, torch.inf)
+        best = scores.argsort(dim=-1, descending=True, stable=True)[:, : budget.sinks + budget.k]
         yield torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)

@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 from hf_sparse.adapter import CONFIG, resolve_base, skeleton_of
 from hf_sparse.data import context_length, mask_tokens, pack, read_text, select_chunks
 from hf_sparse.errors import DataError, HubError
-from hf_sparse.evaluation import GENERATING, check_selections, evaluate, selections_of
+from hf_sparse.evaluation import GENERATING, check_selections, divide_layers, evaluate, selections_of
 from hf_sparse.evaluation.tasks import Suite
 from hf_sparse.finetune import FinetuneConfig, finetune
 from hf_sparse.finetune.checkpoint import FOLDER as CHECKPOINTS
@@ -35,6 +35,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 LENGTH = 2048  # tokens per chunk, where the model has as many positions
 CHUNKS = 16  # of a text that is measured with all baselines, so that it takes minutes
+DIVIDING = 4  # of a text on which every layer is measured
 
 
 def create_adapter(
@@ -110,6 +111,47 @@ def train_adapter(
     save_adapter(model, folder)
     write_repo(folder, training=metrics)
     return metrics
+
+
+def divide_adapter(
+    folder: str | Path,
+    text: str,
+    *,
+    length: int | None = None,
+    chunks: str | None = None,
+    batch_size: int = 1,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> list[float]:
+    """Divide the slots of the adapter in a folder among its layers, by what each layer loses on a text.
+
+    The scorers stay as they are; train them again afterwards.
+
+    Args:
+        folder: holds a trained adapter of a causal language model.
+        text: text that the adapter was trained on; not the one that it is measured on.
+        length: tokens per chunk; by default 2048, or what the model's positions suffice for.
+        chunks: use chunks `START:STOP` of the text; by default at most 4, from all over it.
+        batch_size: chunks at a time.
+        device, dtype: see `load_adapter`.
+
+    Returns:
+        `layer_shares`, as written to adapter_config.json.
+
+    Raises:
+        DataError: a text that cannot be measured, or a model that is no causal language model.
+    """
+    folder = Path(folder)
+    model, tokenizer = load_adapter(folder, device=device, dtype=dtype)
+    if kind_of(model) != "causal":
+        raise DataError("slots are divided among the layers of causal language models, and this model is none")
+    data = _data(model, tokenizer, text, length, chunks, limit=DIVIDING)
+    shares, _ = divide_layers(model, data, batch_size=batch_size)
+    model.active_peft_config.layer_shares = shares
+    _remove(folder, EVALUATION, FIGURE)  # they measured equal shares
+    save_adapter(model, folder)
+    write_repo(folder)
+    return shares
 
 
 def evaluate_adapter(

@@ -46,14 +46,14 @@ class Setting:
 
 RECIPES = {
     "demo": Recipe(
-        adapter={"k": 20, "window": 8, "sinks": 4, "position_slope": 0.05},
+        adapter={"k": 20, "window": 8, "sinks": 4, "position_slope": 0.05, "learn_slope": False},
         training={"steps": 80, "warm_start_steps": 0, "batch_size": 2, "learning_rate": 1e-2},
         length=512,
         evaluation_length=1024,
         evaluation_slots=[32, 64],
     ),
     "default": Recipe(
-        adapter={"k": 124, "window": 128, "sinks": 4},
+        adapter={"k": 124, "window": 128, "sinks": 4, "learn_slope": False},
         training={"steps": 300, "warm_start_steps": 40, "batch_size": 2, "learning_rate": 2e-2},
         length=2048,
         evaluation_length=2048,
@@ -83,6 +83,11 @@ SETTINGS = {
     "warm-start": Setting("40 steps on attention mass first", training={"warm_start_steps": 40}),
     "attention-only": Setting("attention mass instead of KL", training={"objective": "attention"}),
     "mlp": Setting("hidden layer of 128, a tenth of the learning rate", adapter={"scorer": "mlp"}, rate=0.1),
+    "learn-slope": Setting("a position slope learned by each head", {"learn_slope": True}),
+    "window-64": Setting("half the window", {"k": 188, "window": 64}),
+    "window-32": Setting("a quarter of the window", {"k": 220, "window": 32}),
+    "batch-4": Setting("4 chunks a step", training={"batch_size": 4}),
+    "batch-8": Setting("8 chunks a step", training={"batch_size": 8}),
     "shorter": Setting("chunks of half the length, twice as many", shorter=2),
     "longer-run": Setting("twice the steps", longer=2),
 }

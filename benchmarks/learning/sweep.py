@@ -10,31 +10,30 @@ last checkpoint, beside the file. Perplexity and divergence (KL from dense, nats
 """
 
 import argparse
-import copy
 import json
 import shutil
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft import get_peft_model
 from settings import RECIPES, SETTINGS, Recipe, Setting
 from table import write_table
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_sparse import SparseKConfig, patch, unpatch
+from hf_sparse import SparseKConfig
 from hf_sparse.adapter import resolve_base
 from hf_sparse.data import fingerprint, pack, read_text, select_chunks
 from hf_sparse.demo.text import documents
-from hf_sparse.evaluation import perplexity, selection
-from hf_sparse.finetune import FinetuneConfig, finetune, objectives
+from hf_sparse.evaluation import budget_of, compare
+from hf_sparse.finetune import FinetuneConfig, finetune
 from hf_sparse.machine import describe
-from hf_sparse.patches import methods_of
+from hf_sparse.repo import write_repo
+from hf_sparse.workflow import save_adapter
 
 BASELINES = ("dense", "recency")
 
@@ -50,7 +49,10 @@ def main() -> None:
     slots = arguments.slots or recipe.evaluation_slots
     found = read_lines(arguments.output)
     names = arguments.only or [*BASELINES, *SETTINGS]
-    unknown = [name for name in names if name not in BASELINES and name not in SETTINGS]
+    if arguments.shares:
+        shares = json.loads(arguments.shares.read_text())["shares"]
+        SETTINGS["shares"] = Setting("slots divided among the layers", {"layer_shares": shares})
+    unknown = [part for name in names for part in name.split("+") if part not in (*BASELINES, *SETTINGS)]
     if unknown:
         sys.exit(f"no setting {', '.join(unknown)}; there are {', '.join([*BASELINES, *SETTINGS])}")
     for seed in arguments.seeds:  # all settings with one seed before the next: a stopped sweep compares them all
@@ -101,7 +103,7 @@ def run(
     config = SparseKConfig(**settings.get("adapter", recipe.adapter))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.get("training", {}).get("seed", 0))
-        model = patch(base, config)
+        model = get_peft_model(base, config)
     result: dict[str, Any] = {}
     try:
         if name not in BASELINES:
@@ -122,40 +124,22 @@ def run(
                 "support": next((row["support"] for row in reversed(history) if "support" in row), None),
                 "peak_memory_bytes": metrics.get("peak_memory_bytes"),
             }
+            if arguments.adapters:
+                config.base_model_name_or_path = arguments.model
+                save_adapter(model, arguments.adapters / name)
+                write_repo(arguments.adapters / name, training=metrics)
         model.eval()
         began = time.perf_counter()
-        result["quality"] = {str(n): _quality(model, name, n, held_out, arguments.batch_size) for n in slots}
+        runs = {str(n): (budget_of(model).resized(n), name if name in BASELINES else "learned") for n in slots}
+        losses = compare(model, held_out, list(runs.values()), batch_size=arguments.batch_size)
+        result["quality"] = {
+            n: {"perplexity": losses[run].perplexity, "divergence": losses[run].mean_divergence}
+            for n, run in runs.items()
+        }
         result["evaluation_seconds"] = time.perf_counter() - began
     finally:
-        unpatch(model)
+        model.unload()
     return {**result, **describe()}
-
-
-def _quality(model: nn.Module, name: str, slots: int, held_out: Tensor, batch_size: int) -> dict[str, float]:
-    device = next(model.parameters()).device
-    with selection(model, name if name in BASELINES else "learned"), budget(model, slots), torch.no_grad():
-        value = perplexity(model, held_out, batch_size=batch_size)
-        if name == "dense":
-            return {"perplexity": value, "divergence": 0.0}
-        parts = [objectives.distill(model, some.to(device)).item() * len(some) for some in held_out.split(batch_size)]
-    return {"perplexity": value, "divergence": sum(parts) / len(held_out)}
-
-
-@contextmanager
-def budget(model: nn.Module, slots: int) -> Iterator[None]:
-    """Another budget for trained scorers, with the share of the window as it was trained."""
-    methods = methods_of(model)
-    before = methods[0].config
-    changed = copy.copy(before)
-    changed.window = max(1, round(slots * before.window / before.slots))
-    changed.k = slots - changed.window - changed.sinks
-    try:
-        for method in methods:
-            method.configs[method.active] = changed
-        yield
-    finally:
-        for method in methods:
-            method.configs[method.active] = before
 
 
 def load(name: str, device: str, dtype: str) -> tuple[Any, Any]:
@@ -178,15 +162,18 @@ def texts(tokenizer: Any, recipe: Recipe, arguments: argparse.Namespace) -> tupl
 
 def _settings(recipe: Recipe, name: str, seed: int, steps: int | None) -> dict[str, Any]:
     """What determines a run, in full."""
-    setting = SETTINGS.get(name, Setting(""))
-    training = {**recipe.training, **setting.training, "seed": seed}
-    training["learning_rate"] *= setting.rate
+    adapter, training, length = {**recipe.adapter}, {**recipe.training, "seed": seed}, recipe.length
     if steps is not None:
         training["steps"] = steps
-    training["batch_size"] *= setting.shorter
-    training["steps"] *= setting.longer
-    adapter = {**recipe.adapter, **setting.adapter}
-    return {"adapter": adapter, "training": training, "length": recipe.length // setting.shorter}
+    for part in name.split("+"):
+        setting = SETTINGS.get(part, Setting(""))
+        adapter |= setting.adapter
+        training |= setting.training
+        training["learning_rate"] *= setting.rate
+        training["batch_size"] *= setting.shorter
+        training["steps"] *= setting.longer
+        length //= setting.shorter
+    return {"adapter": adapter, "training": training, "length": length}
 
 
 def _same_run(recipe: Recipe, name: str) -> bool:
@@ -211,11 +198,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--train", default="0:110", help="chunks START:STOP of the text")
     parser.add_argument("--held-out", default="110:130", help="chunks START:STOP of the text")
     parser.add_argument("--recipe", choices=sorted(RECIPES), help="what the settings change")
-    parser.add_argument("--only", nargs="+", metavar="NAME", help="these settings; all without it")
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these settings; all without it; A+B is both")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--slots", nargs="+", type=int, help="budgets of the evaluation")
     parser.add_argument("--steps", type=int, help="instead of the recipe's")
     parser.add_argument("--batch-size", type=int, default=4, help="of the evaluation")
+    parser.add_argument("--shares", type=Path, metavar="FILE", help="what shares.py wrote; adds the setting 'shares'")
+    parser.add_argument("--adapters", type=Path, metavar="DIR", help="keep each trained adapter in DIR/NAME")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--table", type=Path, metavar="FILE", help="write the tables into FILE, and run nothing")

@@ -9,7 +9,7 @@ from typing import Any
 
 from settings import SETTINGS
 
-_ABOUT = {"dense": "all keys", "recency": "no scorer: a wider window"}
+_ABOUT = {"dense": "all keys", "recency": "no scorer: a wider window", "shares": "slots divided among the layers"}
 
 
 def write_table(lines: list[dict[str, Any]], document: Path) -> None:
@@ -37,7 +37,7 @@ def table(lines: list[dict[str, Any]]) -> str:
     header += ["parameters", "training, s", "seeds"]
     rows = []
     for name, some in sorted(runs.items(), key=lambda item: mean(_values(item[1], slots[0], "perplexity"))):
-        cells = [f"`{name}`", SETTINGS[name].about if name in SETTINGS else _ABOUT[name]]
+        cells = [f"`{name}`", ", ".join(_about(part) for part in name.split("+"))]
         cells += [_spread(_values(some, n, "perplexity"), 3) for n in slots]
         cells += [_spread(_values(some, n, "divergence"), 4) for n in slots]
         trained = [line for line in some if "seconds" in line]
@@ -48,6 +48,10 @@ def table(lines: list[dict[str, Any]]) -> str:
         rows.append(cells)
     rule = ["---", "---", *["---:"] * (len(header) - 2)]
     return "".join(f"| {' | '.join(cells)} |\n" for cells in (header, rule, *rows))
+
+
+def _about(name: str) -> str:
+    return SETTINGS[name].about if name in SETTINGS else _ABOUT[name]
 
 
 def _values(lines: list[dict[str, Any]], slots: str, key: str) -> list[float]:

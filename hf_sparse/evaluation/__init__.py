@@ -5,8 +5,10 @@ generation, bytes of keys and values, and speed; every one for the dense model, 
 as many slots.
 """
 
-from hf_sparse.evaluation.budgets import Budget as Budget
 from hf_sparse.evaluation.budgets import at_budget as at_budget
+from hf_sparse.evaluation.budgets import budget_of as budget_of
+from hf_sparse.evaluation.layers import divide_layers as divide_layers
+from hf_sparse.evaluation.layers import layer_damages as layer_damages
 from hf_sparse.evaluation.measure import FORMAT as FORMAT
 from hf_sparse.evaluation.measure import evaluate as evaluate
 from hf_sparse.evaluation.quality import compare as compare

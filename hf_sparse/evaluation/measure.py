@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from hf_sparse import machine
 from hf_sparse.data import IGNORED, check_chunks, fingerprint, tensors
 from hf_sparse.errors import DataError
-from hf_sparse.evaluation.budgets import Budget, at_budget
+from hf_sparse.evaluation.budgets import at_budget, budget_of
 from hf_sparse.evaluation.quality import compare, embeddings, masked_perplexity, position_edges
 from hf_sparse.evaluation.selections import (
     check_selections,
@@ -23,6 +23,7 @@ from hf_sparse.evaluation.selections import (
     selections_of,
 )
 from hf_sparse.evaluation.speed import decoding, forward_speed
+from hf_sparse.methods.sparsek import Budget
 from hf_sparse.tasks import Kind, kind_of
 
 if TYPE_CHECKING:
@@ -58,7 +59,7 @@ def evaluate(
         chunks: `[N, T]` int64 tokens, `T` larger than the slots, see `hf_sparse.data.pack`; for a masked language model
             what `hf_sparse.data.mask_tokens` returns.
         selections: what to measure, of `selections_of(model)`; all by default.
-        slots: further budgets to measure the same at, see `Budget.of`. The scorers stay the ones that were trained.
+        slots: further budgets to measure the same at, see `Budget.resized`. The scorers stay those that were trained.
         batch_size: chunks at a time.
         speed_tokens: tokens that are decoded to measure the speed of a causal language model: the last ones of the
             first chunk, after the others as the prompt; fewer where the chunk is not that long.
@@ -78,10 +79,10 @@ def evaluate(
         DataError: chunks that cannot be measured.
         ValueError: a model that is not patched, or options out of range.
     """
-    own = Budget.of_model(model)
+    own = budget_of(model)
     selections = selections_of(model) if selections is None else selections
     tokens, labels = tensors(model, chunks)
-    budgets = [own, *(Budget.of(count, own.sinks) for count in slots)]
+    budgets = [own, *(own.resized(count) for count in slots)]
     _check(model, tokens, labels, budgets, selections, batch_size, speed_tokens)
     kind = kind_of(model)
     metric = _METRICS[kind]

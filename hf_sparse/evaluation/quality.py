@@ -16,8 +16,9 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from hf_sparse.data import IGNORED
-from hf_sparse.evaluation.budgets import Budget, at_budget
+from hf_sparse.evaluation.budgets import at_budget, budget_of
 from hf_sparse.evaluation.selections import selection
+from hf_sparse.methods.sparsek import Budget
 from hf_sparse.tasks import final_states, pooled
 
 _SLICE = 256  # positions whose logits are float32 at a time
@@ -88,7 +89,7 @@ def divergence(
         name: one of `selections_of(model)`.
         batch_size, progress: as for `perplexity`.
     """
-    run = (Budget.of_model(model), name)
+    run = (budget_of(model), name)
     return compare(model, chunks, [run], batch_size=batch_size, progress=progress)[run].mean_divergence
 
 

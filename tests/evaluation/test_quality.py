@@ -8,8 +8,9 @@ import torch
 from peft import get_peft_model
 
 import hf_sparse
-from hf_sparse.evaluation import Budget, at_budget, compare, divergence, perplexity, quality, selection
+from hf_sparse.evaluation import at_budget, budget_of, compare, divergence, perplexity, quality, selection
 from hf_sparse.evaluation.quality import Losses, position_edges
+from hf_sparse.methods.sparsek import Budget
 from hf_sparse.patches import methods_of
 
 LENGTH = 40
@@ -35,7 +36,7 @@ def log_probabilities(model, chunks, name):
 @pytest.mark.parametrize("name", ["learned", "recency", "tova"])
 def test_compare_is_the_definition(model, chunks, name, positions, monkeypatch):
     monkeypatch.setattr(quality, "_SLICE", positions)
-    run = (Budget.of_model(model), name)
+    run = (budget_of(model), name)
     found = compare(model, chunks, [run], batch_size=2)[run]
     dense, sparse = (log_probabilities(model, chunks, which) for which in ("dense", name))
     nats = -sparse.gather(-1, chunks[:, 1:, None]).squeeze(-1)
@@ -47,7 +48,7 @@ def test_compare_is_the_definition(model, chunks, name, positions, monkeypatch):
 
 
 def test_compare_agrees_with_perplexity(model, chunks):
-    budgets = (Budget.of_model(model), Budget(k=2, window=3, sinks=1))
+    budgets = (budget_of(model), Budget(k=2, window=3, sinks=1))
     runs = [(budget, name) for budget in budgets for name in ("dense", "learned")]
     found = compare(model, chunks, runs)
     for budget, name in runs:
@@ -80,15 +81,21 @@ def test_edges_cover_every_predicted_position_once(length):
 
 
 class TestBudget:
-    @pytest.mark.parametrize(("slots", "sinks", "k", "window"), [(256, 4, 124, 128), (9, 4, 1, 4), (2, 0, 1, 1)])
-    def test_of(self, slots, sinks, k, window):
-        assert Budget.of(slots, sinks) == Budget(k=k, window=window, sinks=sinks)
-        assert Budget.of(slots, sinks).slots == slots
+    @pytest.mark.parametrize(
+        ("slots", "sinks", "k", "window"), [(512, 4, 380, 128), (128, 4, 92, 32), (6, 4, 1, 1), (2, 0, 1, 1)]
+    )
+    def test_resized(self, slots, sinks, k, window):
+        found = Budget(k=192 - sinks, window=64, sinks=sinks).resized(slots)
+        assert found == Budget(k=k, window=window, sinks=sinks) and found.slots == slots
 
-    @pytest.mark.parametrize(("slots", "sinks", "least"), [(8, 4, 9), (1, 0, 2), (0, 1, 3), (-5, 0, 2)])
+    def test_the_size_it_has_changes_nothing(self):
+        for budget in (Budget(124, 128, 4), Budget(1, 7, 0), Budget(30, 1, 2)):
+            assert budget.resized(budget.slots) == budget
+
+    @pytest.mark.parametrize(("slots", "sinks", "least"), [(5, 4, 6), (1, 0, 2), (0, 1, 3), (-5, 0, 2)])
     def test_refuses(self, slots, sinks, least):
         with pytest.raises(ValueError, match=f"slots must be at least {least}, got {slots}"):
-            Budget.of(slots, sinks)
+            Budget(10, 10, sinks).resized(slots)
 
     def test_at_budget(self, model, chunks):
         with pytest.raises(KeyboardInterrupt), at_budget(model, Budget(k=2, window=3, sinks=1)):

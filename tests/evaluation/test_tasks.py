@@ -12,12 +12,13 @@ from transformers import AutoTokenizer
 import hf_sparse
 from hf_sparse.demo import CHECKPOINT
 from hf_sparse.errors import DataError
-from hf_sparse.evaluation import GENERATING, Budget, at_budget, selection, task_table
+from hf_sparse.evaluation import GENERATING, at_budget, budget_of, selection, task_table
 from hf_sparse.evaluation.tasks import TASKS, Haystack, Suite, check_tasks, read_longbench, run, run_longbench, run_task
 from hf_sparse.evaluation.tasks.generate import answer
 from hf_sparse.evaluation.tasks.haystack import fit, hide
 from hf_sparse.evaluation.tasks.longbench import Document, prompt
 from hf_sparse.evaluation.tasks.words import ADJECTIVES, KEYS, LISTED, NOUNS, PLACES, VERBS
+from hf_sparse.methods.sparsek import Budget
 from hf_sparse.patches import methods_of
 
 DEPTHS = (0.0, 0.5, 1.0)
@@ -215,13 +216,13 @@ class TestRun:
         sizes = set()
 
         def reply(text):
-            sizes.add(Budget.of_model(model))
+            sizes.add(budget_of(model))
             return ""
 
         answered(reply)
         found = Suite(("single_key",), lengths=(200,), slots=40).run(model, tokenizer, progress=False)
         assert sizes == {Budget(k=18, window=20, sinks=2)} and found["single_key"]["settings"]["slots"] == 40
-        assert Budget.of_model(model).slots == 24
+        assert budget_of(model).slots == 24
 
     def test_tables(self, model, tokenizer, answered, capsys):
         from rich.console import Console

@@ -8,14 +8,28 @@ from hf_sparse import SparseKConfig
 
 def test_defaults():
     config = SparseKConfig()
-    assert (config.k, config.window, config.sinks, config.slots) == (124, 128, 4, 256)
-    assert config.scorer == "linear" and config.position_slope == 0.0 and config.layers is None
-    assert config.soft_support == 4 * 124
+    assert (config.k, config.window, config.sinks, config.slots) == (188, 64, 4, 256)
+    assert config.scorer == "linear" and config.position_slope == 0.0 and config.learn_slope
+    assert config.layers is None and config.layer_shares is None
+    assert config.budget(layer=7) == (188, 64, 4) and config.soft_support(10) == 40
 
 
 def test_support_is_counted_in_k():
-    assert SparseKConfig(k=10, support=2).soft_support == 20
-    assert SparseKConfig(k=10, support=None).soft_support is None
+    assert SparseKConfig(support=2).soft_support(10) == 20
+    assert SparseKConfig(support=None).soft_support(10) is None
+
+
+@pytest.mark.parametrize("shares", [[0.5, 1.5], [0.25, 0.25, 0.25, 3.25], [1.0] * 3, [1.4999, 0.2501, 1.25]])
+@pytest.mark.parametrize("k, window", [(188, 64), (7, 5), (100, 1)])
+def test_shares_divide_the_budget_and_leave_its_sum(shares, k, window):
+    config = SparseKConfig(k=k, window=window, sinks=2, layer_shares=shares)
+    budgets = [config.budget(layer) for layer in range(len(shares))]
+    assert all(budget.sinks == 2 and budget.k >= 1 and budget.window >= 1 for budget in budgets)
+    for share, budget in zip(shares, budgets, strict=True):
+        assert abs(budget.k - share * k) <= 1 and abs(budget.window - share * window) <= 1
+    if window > 1:
+        assert sum(budget.k for budget in budgets) == k * len(shares)
+        assert sum(budget.window for budget in budgets) == window * len(shares)
 
 
 @pytest.mark.parametrize(
@@ -24,6 +38,7 @@ def test_support_is_counted_in_k():
         {},
         {"k": 1, "window": 1, "sinks": 0, "scorer": "mlp", "scorer_hidden_size": 7},
         {"position_slope": 1e-3, "support": None, "layers": [3, 1, 1], "task_type": "CAUSAL_LM"},
+        {"layer_shares": [0.5, 1.5], "learn_slope": False},
         {"base_shape": {"model_type": "llama", "hidden_size": 32}, "target_modules": ["a", "b"], "revision": "v1"},
     ],
 )
@@ -54,6 +69,12 @@ def test_layers_are_sorted_and_unique():
         ({"support": 2.5}, "SparseKConfig.support must be None or an integer of at least 1, got 2.5"),
         ({"scorer": "deep"}, "SparseKConfig.scorer must be 'linear' or 'mlp', got 'deep'"),
         ({"position_slope": "steep"}, "SparseKConfig.position_slope must be a number, got 'steep'"),
+        (
+            {"layer_shares": [1.0, 0.0]},
+            r"SparseKConfig.layer_shares must be None or positive numbers, got \[1.0, 0.0\]",
+        ),
+        ({"layer_shares": []}, r"SparseKConfig.layer_shares must be None or positive numbers, got \[\]"),
+        ({"layer_shares": [1.0, 1.5]}, "layer_shares must be 1 on average.*the mean is 1.2500"),
         ({"layers": []}, r"SparseKConfig.layers must be None or indices of layers, got \[\]"),
         ({"layers": [-1]}, r"SparseKConfig.layers must be None or indices of layers, got \[-1\]"),
         ({"layers": ["0"]}, r"SparseKConfig.layers must be None or indices of layers, got \['0'\]"),

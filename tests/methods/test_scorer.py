@@ -8,8 +8,16 @@ from hf_sparse.ops import sparsek_attention
 KINDS = ["linear", "mlp"]
 
 
-def scorer(kind):
-    return make_scorer(SparseKConfig(scorer=kind, scorer_hidden_size=24), hidden_size=16, num_key_value_heads=3)
+def scorer(kind, hidden_size=16, causal=True, **settings):
+    config = SparseKConfig(scorer=kind, scorer_hidden_size=24, **settings)
+    made = make_scorer(config, hidden_size=hidden_size, num_key_value_heads=3, causal=causal)
+    if made.slope is not None:
+        torch.nn.init.normal_(made.slope)
+    return made
+
+
+def score(module, inputs, begin=0):
+    return module(inputs, torch.arange(begin, begin + inputs.shape[1]).expand(len(inputs), -1))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -18,63 +26,80 @@ def scorer(kind):
 def test_scores_are_float32_whatever_the_dtype(kind, weights, states):
     module = scorer(kind).to(weights)
     inputs = torch.randn(2, 7, 16).to(states)
-    scores = module(inputs)
+    scores = score(module, inputs)
     assert scores.shape == (2, 3, 7) and scores.dtype == torch.float32 and scores.is_contiguous()
-    assert torch.equal(scores, module.float()(inputs.float()))
+    assert torch.equal(scores, score(module.float(), inputs.float()))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_autocast_does_not_reach_the_scores(kind):
     module, inputs = scorer(kind), torch.randn(2, 7, 16)
-    expected = module(inputs)
+    expected = score(module, inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.mm(inputs[0], inputs[0].T).dtype == torch.bfloat16
-        assert torch.equal(module(inputs), expected)
+        assert torch.equal(score(module, inputs), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_scale_and_the_mean_of_the_input_do_not_matter(kind):
     module, inputs = scorer(kind), torch.randn(2, 7, 16)
-    torch.testing.assert_close(module(inputs * 100 + 5), module(inputs), rtol=0, atol=2e-5)
+    torch.testing.assert_close(score(module, inputs * 100 + 5), score(module, inputs), rtol=0, atol=2e-5)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_token_is_scored_alone(kind):
     module, inputs = scorer(kind), torch.randn(2, 7, 16)
-    parts = [module(inputs[:, :3]), module(inputs[:, 3:4]), module(inputs[:, 4:])]
-    torch.testing.assert_close(torch.cat(parts, -1), module(inputs), rtol=0, atol=1e-6)
+    parts = [score(module, inputs[:, :3]), score(module, inputs[:, 3:4], 3), score(module, inputs[:, 4:], 4)]
+    torch.testing.assert_close(torch.cat(parts, -1), score(module, inputs), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_repeated_token_has_the_same_score_to_the_last_bit(kind):
     """However many others are scored with it: the tie between its occurrences is broken by their order alone."""
-    module = make_scorer(SparseKConfig(scorer=kind), hidden_size=576, num_key_value_heads=3)
+    module = scorer(kind, hidden_size=576, learn_slope=False)
     token, others = torch.randn(576), torch.randn(1, 300, 576)
     for length in (1, 2, 3, 7, 64, 255, 300):
         states = others[:, :length].clone()
         states[:, length // 2] = states[:, -1] = token
-        scores = module(states)
-        assert torch.equal(scores[:, :, length // 2], module(token[None, None])[:, :, 0])
+        scores = score(module, states)
+        assert torch.equal(scores[:, :, length // 2], score(module, token[None, None])[:, :, 0])
         assert torch.equal(scores[:, :, -1], scores[:, :, length // 2])
 
 
 def test_linear_is_a_weight_per_feature_and_head_on_the_normalised_input():
-    module, inputs = scorer("linear"), torch.randn(2, 7, 16, dtype=torch.float64).float()
+    module, inputs = scorer("linear", learn_slope=False), torch.randn(2, 7, 16, dtype=torch.float64).float()
     assert {name: tuple(p.shape) for name, p in module.named_parameters()} == {"weight": (3, 16)}
     centred = inputs - inputs.mean(-1, keepdim=True)
     normal = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-    torch.testing.assert_close(module(inputs), torch.einsum("btc,hc->bht", normal, module.weight), rtol=0, atol=1e-6)
+    expected = torch.einsum("btc,hc->bht", normal, module.weight)
+    torch.testing.assert_close(score(module, inputs), expected, rtol=0, atol=1e-6)
 
 
 def test_mlp_parameters():
     shapes = {name: tuple(p.shape) for name, p in scorer("mlp").named_parameters()}
-    assert shapes == {"up": (24, 16), "up_bias": (24,), "down": (3, 24)}
+    assert shapes == {"up": (24, 16), "up_bias": (24,), "down": (3, 24), "slope": (3,)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("fixed", [0.0, 0.03])
+def test_slopes_are_those_of_the_heads_and_the_fixed_one_together(kind, fixed):
+    module, inputs = scorer(kind, position_slope=fixed), torch.randn(2, 7, 16)
+    flat = scorer(kind, learn_slope=False)
+    assert not flat.load_state_dict(module.state_dict(), strict=False).missing_keys
+    slopes = fixed + module.slope.double() / 256
+    index = torch.tensor([5, 6, 7, 8, 100, 2000, 10**5])
+    expected = flat(inputs, index.expand(2, -1)).double() + slopes[:, None] * index
+    torch.testing.assert_close(module(inputs, index.expand(2, -1)).double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_an_encoder_has_no_slopes():
+    assert scorer("linear", causal=False).slope is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_parameter_gets_a_gradient(kind):
     module = scorer(kind)
-    module(torch.randn(2, 7, 16)).square().sum().backward()
+    score(module, torch.randn(2, 7, 16)).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in module.parameters())
 
 

@@ -10,7 +10,7 @@ from rich.progress import track
 
 from hf_sparse.data import context_length
 from hf_sparse.errors import DataError
-from hf_sparse.evaluation.budgets import Budget
+from hf_sparse.evaluation.budgets import budget_of
 from hf_sparse.evaluation.selections import GENERATING, check_selections, evaluating, selection
 from hf_sparse.evaluation.tasks import needles, ruler
 from hf_sparse.evaluation.tasks.base import Task
@@ -49,7 +49,7 @@ def check_tasks(
         DataError: lengths that the model or the budget cannot do with, or a model that does not generate.
         ValueError: no such task or selection, options out of range, or a model that is not patched.
     """
-    slots = Budget.of_model(model).slots
+    slots = budget_of(model).slots
     if unknown := [name for name in names if name not in TASKS]:
         raise ValueError(f"a task is one of {', '.join(TASKS)}, got {unknown[0]!r}")
     if samples < 1:
@@ -126,7 +126,7 @@ def run_task(
                     for depth, score in zip(places, scores, strict=True):
                         cells.setdefault((depth, at), []).append(score)
             results[chosen] = _table(cells, lengths, depths if task.depths != "none" else None)
-    settings = {"samples": samples, "seed": seed, "haystack": haystack.name, "slots": Budget.of_model(model).slots}
+    settings = {"samples": samples, "seed": seed, "haystack": haystack.name, "slots": budget_of(model).slots}
     return {"metric": task.metric, "settings": settings, "results": results}
 
 
@@ -172,7 +172,7 @@ def run_longbench(
                 ]
             scores["F1"][chosen] = fmean(f1(*pair) for pair in said)
             scores["exact match"][chosen] = fmean(exact_match(*pair) for pair in said)
-    settings = {"documents": len(documents), "length": length, "slots": Budget.of_model(model).slots}
+    settings = {"documents": len(documents), "length": length, "slots": budget_of(model).slots}
     return {"metric": "F1", "settings": settings, "results": scores["F1"], "exact_match": scores["exact match"]}
 
 

@@ -2,6 +2,7 @@
 
 from hf_sparse.methods.registry import Method, register_method
 from hf_sparse.methods.sparsek.attention import SparseKAttention as SparseKAttention
+from hf_sparse.methods.sparsek.budget import Budget as Budget
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer as SparseKCacheLayer
 from hf_sparse.methods.sparsek.config import PEFT_TYPE
 from hf_sparse.methods.sparsek.config import SparseKConfig as SparseKConfig

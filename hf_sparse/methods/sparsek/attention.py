@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
 from hf_sparse.methods.base import Site, SparseMethod, token_index
+from hf_sparse.methods.sparsek.budget import Budget
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
 from hf_sparse.methods.sparsek.config import SparseKConfig
 from hf_sparse.methods.sparsek.scorer import make_scorer
 from hf_sparse.methods.sparsek.selection import AdaptivePolicy, Arrivals, Policy
-from hf_sparse.methods.sparsek.selection.policy import configured_budget
 from hf_sparse.ops.attention import sparsek_attention
 
 _NO_CACHE = "a bidirectional attention module sees all tokens at once and has no KV cache: pass no past_key_values"
@@ -45,6 +45,12 @@ class SparseKAttention(SparseMethod):
     def at(cls, site: Site) -> "SparseKAttention":
         return cls(site.hidden_size, site.num_key_value_heads, site.layer, site.causal)
 
+    @classmethod
+    def check(cls, config: SparseKConfig, site: Site) -> None:
+        shares, layers = config.layer_shares, (config.base_shape or {}).get("num_attention_layers")
+        if shares is not None and len(shares) != layers:
+            raise ValueError(f"layer_shares has {len(shares)} entries, and the model has {layers} attention layers")
+
     def __init__(self, hidden_size: int, num_key_value_heads: int, layer: int, causal: bool = True) -> None:
         super().__init__()
         self.hidden_size, self.num_key_value_heads, self.layer = hidden_size, num_key_value_heads, layer
@@ -58,7 +64,7 @@ class SparseKAttention(SparseMethod):
     def add_adapter(self, name: str, config: SparseKConfig) -> None:
         self.configs[name] = config
         self.identities[name] = uuid4().hex
-        self.sparsek_scorer[name] = make_scorer(config, self.hidden_size, self.num_key_value_heads)
+        self.sparsek_scorer[name] = make_scorer(config, self.hidden_size, self.num_key_value_heads, self.causal)
         if not self.active_adapters:
             self.set_adapter(name, inference_mode=config.inference_mode)
 
@@ -73,6 +79,11 @@ class SparseKAttention(SparseMethod):
         return self.configs[self.active]
 
     @property
+    def budget(self) -> Budget:
+        """What the active adapter gives each KV head of this layer."""
+        return self.config.budget(self.layer)
+
+    @property
     def _chooser(self) -> tuple[str, Policy | None]:
         """Whose scores are used now: the adapter in use, or a baseline at its budget."""
         return self.identities[self.active], self.policy
@@ -80,21 +91,16 @@ class SparseKAttention(SparseMethod):
     def cache_layer(self) -> SparseKCacheLayer:
         if not self.causal:
             raise ValueError(_NO_CACHE)
-        config = self.config
         return SparseKCacheLayer(
-            config.k,
-            config.window,
-            config.sinks,
+            *self.budget,
             owner=self._chooser,
-            only_sparse=config.layers is None,  # otherwise some layers are left dense
+            only_sparse=self.config.layers is None,  # otherwise some layers are left dense
             remembers=self.policy is not None and self.policy.remembers,
         )
 
     def score(self, hidden_states: Tensor, index: Tensor) -> Tensor:
         """The scorer's frozen scores `[B, Hkv, T]` float32 of tokens that stand at `index` `[B, T]` of their rows."""
-        scores = self.sparsek_scorer[self.active](hidden_states)
-        slope = self.config.position_slope
-        return scores + slope * index[:, None].float() if slope else scores
+        return self.sparsek_scorer[self.active](hidden_states, index)
 
     def attend(
         self,
@@ -108,7 +114,7 @@ class SparseKAttention(SparseMethod):
         scaling: float,
     ) -> Tensor:
         batch, _, length, _ = query.shape
-        config, policy = self.config, self.policy
+        config, policy, budget = self.config, self.policy, self.budget
         if cache is not None and not self.causal:
             raise ValueError(_NO_CACHE)
         if cache is not None and not isinstance(cache, SparseKCacheLayer):
@@ -125,7 +131,7 @@ class SparseKAttention(SparseMethod):
         if policy is None:
             scores = self.score(hidden_states, index)
         else:
-            scores = policy(Arrivals(query, key, index, valid, scaling, config.window, self.layer, cache))
+            scores = policy(Arrivals(query, key, index, valid, scaling, budget.window, self.layer, cache))
         fresh = cache is None or cache.empty
         if self.observer is not None:
             self.observer(query, key, scores, scaling)
@@ -135,12 +141,15 @@ class SparseKAttention(SparseMethod):
         if soft and not fresh:
             raise ValueError("decoding uses hard selection: call model.eval() before generating")
 
-        budget = configured_budget(config) if policy is None else policy.budget(config, self.causal)
-        options: dict[str, Any] = {**budget, "scaling": scaling}
+        if policy is not None:
+            budget = policy.budget(budget, self.causal)
+        options: dict[str, Any] = {**budget._asdict(), "scaling": scaling}
         if isinstance(policy, AdaptivePolicy) and (fresh or length > 1):
             return self._in_blocks(policy, query, key, value, scores, index, valid, cache, options)
         if fresh:
-            gates: dict[str, Any] = {"gates": "soft", "support": config.soft_support} if soft else {"gates": "hard"}
+            gates: dict[str, Any] = {"gates": "hard"}
+            if soft:
+                gates = {"gates": "soft", "support": config.soft_support(budget.k)}
             output = _aligned(query, key, value, scores, valid, valid, causal=self.causal, **options, **gates)
             if cache is not None:
                 positions = index if valid is None else index.masked_fill(~valid, -1)

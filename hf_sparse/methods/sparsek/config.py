@@ -6,6 +6,7 @@ from typing import Any, Literal
 from peft import PeftConfig
 
 from hf_sparse._compat import extend_peft_type
+from hf_sparse.methods.sparsek.budget import Budget
 
 # PEFT's error for a type it does not know is nothing but this name, so the name says what to import.
 PEFT_TYPE = "HF_SPARSE_SPARSEK"
@@ -18,18 +19,18 @@ class SparseKConfig(PeftConfig):
     Lou et al. 2024 (arXiv 2406.16747), with sinks, and with soft gates inside the softmax while training (ours). In an
     encoder, which is no part of the paper, the window reaches to both sides and one selection serves all queries.
 
-    >>> SparseKConfig(k=124, window=128, sinks=4).slots
+    >>> SparseKConfig(k=188, window=64, sinks=4).slots
     256
     """
 
     k: int = field(
-        default=124,
+        default=188,
         metadata={
             "help": "Older keys kept per KV head: the k best-scored; in an encoder, of the whole text. At least 1."
         },
     )
     window: int = field(
-        default=128,
+        default=64,
         metadata={"help": "Most recent keys, always attended; in an encoder, the nearest on both sides. At least 1."},
     )
     sinks: int = field(
@@ -44,6 +45,20 @@ class SparseKConfig(PeftConfig):
         default=0.0,
         metadata={
             "help": "Added to a score per token of absolute position; positive values favour recent (later) keys."
+        },
+    )
+    learn_slope: bool = field(
+        default=True,
+        metadata={
+            "help": "Every KV head learns a slope of its own, beginning at position_slope. Not in an encoder, where no "
+            "key is older than another."
+        },
+    )
+    layer_shares: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the budget for each attention layer of the model, 1 on average: layer n has about "
+            "layer_shares[n] * k selected keys and layer_shares[n] * window recent ones. None is 1 for all."
         },
     )
     support: int | None = field(
@@ -76,6 +91,15 @@ class SparseKConfig(PeftConfig):
             raise ValueError(f"SparseKConfig.scorer must be 'linear' or 'mlp', got {self.scorer!r}")
         if not isinstance(self.position_slope, int | float):
             raise ValueError(f"SparseKConfig.position_slope must be a number, got {self.position_slope!r}")
+        if self.layer_shares is not None:
+            shares = self.layer_shares
+            if not shares or not all(isinstance(s, int | float) and s > 0 for s in shares):
+                raise ValueError(f"SparseKConfig.layer_shares must be None or positive numbers, got {shares!r}")
+            if abs(sum(shares) / len(shares) - 1) > 1e-3:
+                raise ValueError(
+                    f"SparseKConfig.layer_shares must be 1 on average, so that the budget is that of all layers; the "
+                    f"mean is {sum(shares) / len(shares):.4f}"
+                )
         if self.layers is not None:
             if not self.layers or not all(isinstance(i, int) and i >= 0 for i in self.layers):
                 raise ValueError(f"SparseKConfig.layers must be None or indices of layers, got {self.layers!r}")
@@ -83,10 +107,25 @@ class SparseKConfig(PeftConfig):
 
     @property
     def slots(self) -> int:
-        """KV pairs per layer and KV head: `sinks + window + k`."""
+        """KV pairs per layer and KV head: `sinks + window + k`; the mean over layers where `layer_shares` differ."""
         return self.sinks + self.window + self.k
 
-    @property
-    def soft_support(self) -> int | None:
-        """Keys over which soft gates may spread, `None` without bound."""
-        return None if self.support is None else self.support * self.k
+    def budget(self, layer: int) -> Budget:
+        """What the KV heads of one attention layer have; the sum over all layers is that of equal shares.
+
+        Args:
+            layer: index among the attention layers of the model.
+        """
+        if self.layer_shares is None:
+            return Budget(self.k, self.window, self.sinks)
+        before = sum(self.layer_shares[:layer])
+        after = before + self.layer_shares[layer]
+
+        def share(total: int) -> int:
+            return max(1, round(total * after) - round(total * before))
+
+        return Budget(share(self.k), share(self.window), self.sinks)
+
+    def soft_support(self, k: int) -> int | None:
+        """Keys over which the soft gates of `k` selected ones may spread, `None` without bound."""
+        return None if self.support is None else self.support * k

@@ -18,15 +18,31 @@ from torch import Tensor, nn
 
 from hf_sparse.methods.sparsek.config import SparseKConfig
 
+_SLOPE_TOKENS = 256  # a learned slope is stored per so many tokens, so that it moves at the pace of the weights
+
 
 class Scorer(nn.Module):
-    """`[B, T, C]` inputs of an attention module -> `[B, Hkv, T]` float32 scores."""
+    """Inputs `[B, T, C]` of an attention module, at `index` `[B, T]` of their rows -> `[B, Hkv, T]` float32 scores.
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    A slope per token of absolute position is added: the same for all heads, and what each head has learned.
+    """
+
+    def __init__(self, config: SparseKConfig, num_key_value_heads: int, causal: bool) -> None:
+        super().__init__()
+        self.position_slope = config.position_slope
+        self.slope = nn.Parameter(torch.zeros(num_key_value_heads)) if config.learn_slope and causal else None
+
+    def forward(self, hidden_states: Tensor, index: Tensor) -> Tensor:
         with torch.autocast(hidden_states.device.type, enabled=False):
             states = F.layer_norm(hidden_states.float(), hidden_states.shape[-1:])
             wide = torch.float32 if states.device.type == "mps" else torch.float64
-            return self.score(states.to(wide)).float().transpose(1, 2).contiguous()
+            scores = self.score(states.to(wide))
+            slope: float | Tensor = self.position_slope
+            if self.slope is not None:
+                slope = slope + self.slope.to(wide) / _SLOPE_TOKENS
+            if isinstance(slope, Tensor) or slope:
+                scores = scores + index.to(wide)[..., None] * slope
+            return scores.float().transpose(1, 2).contiguous()
 
     def score(self, states: Tensor) -> Tensor:
         """`[B, T, C]` normalised states -> `[B, T, Hkv]`, in their dtype."""
@@ -34,8 +50,8 @@ class Scorer(nn.Module):
 
 
 class LinearScorer(Scorer):
-    def __init__(self, hidden_size: int, num_key_value_heads: int) -> None:
-        super().__init__()
+    def __init__(self, config: SparseKConfig, hidden_size: int, num_key_value_heads: int, causal: bool) -> None:
+        super().__init__(config, num_key_value_heads, causal)
         self.weight = nn.Parameter(torch.empty(num_key_value_heads, hidden_size))
         nn.init.normal_(self.weight, std=0.02)
 
@@ -44,8 +60,9 @@ class LinearScorer(Scorer):
 
 
 class MLPScorer(Scorer):
-    def __init__(self, hidden_size: int, num_key_value_heads: int, width: int) -> None:
-        super().__init__()
+    def __init__(self, config: SparseKConfig, hidden_size: int, num_key_value_heads: int, causal: bool) -> None:
+        super().__init__(config, num_key_value_heads, causal)
+        width = config.scorer_hidden_size
         self.up = nn.Parameter(torch.empty(width, hidden_size))
         self.up_bias = nn.Parameter(torch.zeros(width))
         self.down = nn.Parameter(torch.empty(num_key_value_heads, width))
@@ -57,7 +74,6 @@ class MLPScorer(Scorer):
         return F.gelu(states @ up.T + bias) @ down.T
 
 
-def make_scorer(config: SparseKConfig, hidden_size: int, num_key_value_heads: int) -> Scorer:
-    if config.scorer == "mlp":
-        return MLPScorer(hidden_size, num_key_value_heads, config.scorer_hidden_size)
-    return LinearScorer(hidden_size, num_key_value_heads)
+def make_scorer(config: SparseKConfig, hidden_size: int, num_key_value_heads: int, causal: bool) -> Scorer:
+    kind = MLPScorer if config.scorer == "mlp" else LinearScorer
+    return kind(config, hidden_size, num_key_value_heads, causal)

@@ -18,7 +18,7 @@ from hf_sparse.ops.attention.tiled import Block, Span, attend, flat_rows, spans
 from hf_sparse.ops.prefix import scan
 
 # Queries per tile. The scan goes from tile to tile, so a GPU wants few of them.
-_TILE = {"cpu": 64, "cuda": 512}
+_TILE = {"cpu": 64, "cuda": 1024}
 
 
 def causal_sparsek_attention(

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from torch import Tensor
 
-from hf_sparse.methods.sparsek.config import SparseKConfig
+from hf_sparse.methods.sparsek.budget import Budget
 
 if TYPE_CHECKING:
     from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
@@ -54,11 +54,6 @@ class Policy:
         """Scores `[B, Hkv, T]` float32 of new tokens; what stands at padding is meaningless."""
         raise NotImplementedError
 
-    def budget(self, config: SparseKConfig, causal: bool) -> dict[str, int]:
-        """`k`, `window` and `sinks` for the attention."""
-        return configured_budget(config)
-
-
-def configured_budget(config: SparseKConfig) -> dict[str, int]:
-    """`k`, `window` and `sinks` as the configuration has them."""
-    return {"k": config.k, "window": config.window, "sinks": config.sinks}
+    def budget(self, budget: Budget, causal: bool) -> Budget:
+        """How the attention spends the budget of a layer."""
+        return budget

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_sparse.methods.sparsek.config import SparseKConfig
+from hf_sparse.methods.sparsek.budget import Budget
 from hf_sparse.methods.sparsek.selection.policy import Arrivals, Policy
 
 
@@ -23,10 +23,8 @@ class Recency(Policy):
     def __call__(self, new: Arrivals) -> Tensor:
         return new.index[:, None].expand(-1, new.key.shape[1], -1).float()
 
-    def budget(self, config: SparseKConfig, causal: bool) -> dict[str, int]:
-        if causal:
-            return super().budget(config, causal)
-        return {"k": 0, "window": config.window + config.k, "sinks": config.sinks}
+    def budget(self, budget: Budget, causal: bool) -> Budget:
+        return budget if causal else Budget(0, budget.window + budget.k, budget.sinks)
 
 
 @dataclass(frozen=True)
