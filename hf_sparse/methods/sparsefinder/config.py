@@ -59,7 +59,13 @@ class SparsefinderConfig(PeftConfig):
         },
     )
     clusters: int = field(default=16, metadata={"help": "Clusters per KV head, at least 2."})
-    top_clusters: int = field(default=2, metadata={"help": "Clusters that a query or key is in, 1 to `clusters`."})
+    top_clusters: int = field(
+        default=2,
+        metadata={
+            "help": "Clusters that a token is in, 1 to `clusters`, if they are balanced or `tile=None`; otherwise a "
+            "key is in its nearest."
+        },
+    )
     balanced: bool = field(
         default=False, metadata={"help": "Clusters of equal size, for encoders: they depend on the whole text."}
     )
@@ -109,6 +115,20 @@ class SparsefinderConfig(PeftConfig):
         },
     )
     global_tokens: int = field(default=1, metadata={"help": "First keys of a text, joined as well. At least 0."})
+    profile: bool = field(
+        default=True,
+        metadata={
+            "help": "Weigh tiles by how the attention of a head falls off with distance, as fitted to text. For graphs "
+            "of tiles."
+        },
+    )
+    head_budgets: bool = field(
+        default=True,
+        metadata={
+            "help": "Divide the tiles among heads and layers by what they gain on the text that predictors are fitted "
+            "to; `sparsity` or `tiles_per_query` is then the mean. For graphs of tiles."
+        },
+    )
     complete: bool = field(
         default=False,
         metadata={"help": "Add the tiles that may hold support by the extremes of their keys, which makes it exact."},
@@ -194,6 +214,20 @@ class SparsefinderConfig(PeftConfig):
     def learns_graph(self) -> bool:
         """Whether the graph is predicted from projected points."""
         return self.predictor not in ("bound", "full")
+
+    @property
+    def of_points(self) -> bool:
+        """Whether tiles are scored by the points of queries: by their distance to keys, or to the clusters of keys."""
+        return self.tile is not None and (
+            self.predictor == "distance" or (self.predictor == "clustering" and not self.balanced)
+        )
+
+    @property
+    def points_needed(self) -> int:
+        """The least number of queries and keys that the predictor can be fitted to."""
+        if self.predictor == "clustering":
+            return self.clusters
+        return self.bins if self.predictor == "quantization" and self.bin_kind == "shared" else 1
 
     @property
     def needs_whole_text(self) -> bool:

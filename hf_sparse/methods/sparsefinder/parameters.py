@@ -5,6 +5,7 @@ next-to-last part of a key only. Buffers are NaN until they are fitted, and trav
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,11 @@ from torch import Tensor, nn
 from hf_sparse.methods.base import Site
 from hf_sparse.methods.sparsefinder.config import LEAST_ALPHA, SparsefinderConfig
 from hf_sparse.ops.graphs.kmeans import kmeans
+from hf_sparse.ops.graphs.profile import BINS
 from hf_sparse.ops.graphs.quantization import fit_boundaries
+
+#: Mean tiles per query tile for which `budgets` has a column; larger ones are in proportion to the last.
+MEANS = 64
 
 
 class SparsefinderParameters(nn.Module):
@@ -26,10 +31,15 @@ class SparsefinderParameters(nn.Module):
             difference of a query's bias and a key's would matter, so there is one.
         centroids: `[Hkv, C, r]`, for clustering.
         boundaries: `[Hkv, r, bins - 1]`, for quantization with shared bins.
+        profile: `[Hq, BINS]`, attention by the distance of tiles, see `hf_sparse.ops.graphs.profile`.
+        budgets: `[lists, MEANS]`, column `m - 1` has the tiles per query tile of each list where the mean over all
+            heads and layers is `m`. There is a list per query head, or per KV head with `per_group`.
     """
 
     centroids: Tensor
     boundaries: Tensor
+    profile: Tensor
+    budgets: Tensor
 
     def __init__(self, config: SparsefinderConfig, site: Site) -> None:
         super().__init__()
@@ -52,6 +62,11 @@ class SparsefinderParameters(nn.Module):
             self.register_buffer("centroids", torch.full((kv_heads, config.clusters, rank), torch.nan))
         elif config.predictor == "quantization" and config.bin_kind == "shared":
             self.register_buffer("boundaries", torch.full((kv_heads, rank, config.bins - 1), torch.nan))
+        if config.tile is not None and config.profile:
+            self.register_buffer("profile", torch.full((heads, BINS), torch.nan))
+        if config.tile is not None and config.head_budgets:
+            lists = kv_heads if config.per_group else heads
+            self.register_buffer("budgets", torch.full((lists, MEANS), torch.nan))
 
     @property
     def scale(self) -> Tensor:
@@ -64,6 +79,19 @@ class SparsefinderParameters(nn.Module):
         if not self.config.learn_alpha:
             return float(self.config.alpha)
         return LEAST_ALPHA + (2 - LEAST_ALPHA) * self.alpha_logit.float().sigmoid()
+
+    @property
+    def log_profile(self) -> Tensor:
+        """`[Hq, BINS]` float32: logarithm of the profile, nowhere below that of 1e-4."""
+        return self.profile.float().clamp(min=1e-4).log()
+
+    def scales(self) -> Iterator[nn.Parameter]:
+        """What decides the attention over all keys: logit scales, and alpha where it is learned."""
+        return (p for name, p in self.named_parameters() if name in ("log_scale", "alpha_logit"))
+
+    def projections(self) -> Iterator[nn.Parameter]:
+        """What decides where a query or key is projected to; none for a predictor without projections."""
+        return (p for name, p in self.named_parameters() if "projection" in name or name == "query_bias")
 
     def project_queries(self, query: Tensor) -> Tensor:
         """Points `[B, Hq, T, r]` float32 of queries `[B, Hq, T, D]`."""
@@ -81,7 +109,8 @@ class SparsefinderParameters(nn.Module):
         """Fit clusters or bins to projected queries and keys of training text; other predictors have nothing to fit.
 
         Args:
-            points: `[Hkv, N, r]`, see `hf_sparse.ops.graphs.clustering.training_points`.
+            points: `[Hkv, N, r]`, see `hf_sparse.ops.graphs.clustering.training_points`; for clusters of single keys,
+                only keys.
             generator: for the seeds of k-means.
 
         Raises:
