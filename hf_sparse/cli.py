@@ -319,6 +319,10 @@ def evaluate(
             help="Only these chunks; by default at most 16, of Sparsefinder 4, from all over the text.",
         ),
     ] = None,
+    stride: Annotated[
+        int | None,
+        typer.Option(help="Sliding window: chunks overlap, and the last STRIDE tokens of each count. All by default."),
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Chunks at a time.")] = 1,
     slots: Annotated[Any, _k("Measure the text at these budgets too.", metavar="N,N,...", parser=_numbers)] = None,
     sparsity: Annotated[
@@ -392,6 +396,7 @@ def evaluate(
         slots=slots or (),
         sparsities=sparsity,
         seed=seed,
+        stride=stride,
         suite=suite,
         device=device,
         dtype=dtype,

@@ -33,28 +33,32 @@ def read_text(path: str | Path) -> str:
     return text
 
 
-def pack(tokenizer: Any, text: str, length: int, *, special_tokens: bool = False) -> Tensor:
+def pack(tokenizer: Any, text: str, length: int, *, special_tokens: bool = False, stride: int | None = None) -> Tensor:
     """Tokenise a text whole and cut it into chunks; the rest that fills none is dropped.
 
     Args:
         special_tokens: begin every chunk with the tokenizer's `cls_token` and end it with its `sep_token`, as encoders
             know them; a tokenizer that has none adds none.
+        stride: tokens from the start of one chunk to that of the next, 1 to `length`; by default they do not overlap.
 
     Returns:
         `[N, length]` int64, N at least 1.
 
     Raises:
-        DataError: fewer than `length` tokens.
+        DataError: fewer than `length` tokens, or a stride out of range.
     """
     first, last = (tokenizer.cls_token_id, tokenizer.sep_token_id) if special_tokens else (None, None)
     own = length - (first is not None) - (last is not None)
     if own < 2:
         raise DataError(f"length must be at least {2 + length - own} tokens, got {length}")
+    stride = own if stride is None else stride
+    if not 1 <= stride <= own:
+        raise DataError(f"stride must be 1 to {own} tokens, got {stride}")
     # The length of the text is the point here: no warning that it exceeds the model's.
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) < own:
         raise DataError(f"the text has {len(ids)} tokens, fewer than one chunk of {own}")
-    chunks = torch.tensor(ids[: len(ids) // own * own]).view(-1, own)
+    chunks = torch.tensor(ids).unfold(0, own, stride)
     ends = [None if token is None else chunks.new_full((len(chunks), 1), token) for token in (first, last)]
     return torch.cat([part for part in (ends[0], chunks, ends[1]) if part is not None], 1)
 

@@ -170,6 +170,7 @@ def evaluate_adapter(
     slots: Sequence[int] = (),
     sparsities: Sequence[float] | None = None,
     seed: int = 0,
+    stride: int | None = None,
     suite: Suite | None = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -188,6 +189,7 @@ def evaluate_adapter(
         selections: what to compare, of `hf_sparse.evaluation.selections_of(model)`, for Sparsefinder of `PATTERNS`;
             all by default. The suite is answered by those that can generate.
         slots: further budgets of SparseK to measure the text at.
+        stride: let the chunks overlap, and count the last `stride` tokens of each only, which all have a long context.
         sparsities: of Sparsefinder, shares of the pairs of tiles that are left out; `SPARSITIES` by default.
         seed: of Sparsefinder, see `hf_sparse.evaluation.analyse`.
         suite: tasks that are scored by generation; without `lengths` of its own, prompts are as long as a chunk and
@@ -219,7 +221,7 @@ def evaluate_adapter(
             suite = replace(suite, lengths=[own for own in (whole // 2, whole) if own > least] or [whole])
         suite.check(model)
     if text is not None:
-        data = _data(model, tokenizer, text, length, chunks, limit=GRAPH_CHUNKS if graphs else CHUNKS)
+        data = _data(model, tokenizer, text, length, chunks, limit=GRAPH_CHUNKS if graphs else CHUNKS, stride=stride)
         label = f"{name} (chunks {chunks})" if chunks else name
         result = evaluate(
             model,
@@ -227,6 +229,7 @@ def evaluate_adapter(
             selections=selections,
             slots=slots,
             sparsities=sparsities,
+            stride=stride,
             batch_size=batch_size,
             seed=seed,
             text_name=label,
@@ -367,6 +370,7 @@ def _data(
     length: int | None,
     chunks: str | None,
     limit: int | None = None,
+    stride: int | None = None,
     **masking: Any,
 ) -> Any:
     """A text as the model learns and is measured on it: packed, and with hidden tokens for a masked language model.
@@ -374,7 +378,8 @@ def _data(
     Where no `chunks` are named, at most `limit` are taken, at equal distances.
     """
     encoder = not methods_of(model)[0].causal
-    packed = select_chunks(pack(tokenizer, text, length or default_length(model), special_tokens=encoder), chunks)
+    packed = pack(tokenizer, text, length or default_length(model), special_tokens=encoder, stride=stride)
+    packed = select_chunks(packed, chunks)
     if chunks is None and limit is not None and len(packed) > limit:
         packed = packed[[i * len(packed) // limit for i in range(limit)]]
     return mask_tokens(tokenizer, packed, **masking) if kind_of(model) == "masked" else packed

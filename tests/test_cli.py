@@ -230,6 +230,28 @@ class TestFinetune:
             assert result.exit_code == 2 and "either --text FILE or --dataset NAME" in result.stderr
 
 
+class TestDivide:
+    def test_writes_shares_and_removes_what_measured_equal_ones(self, adapter, text):
+        succeed("eval", adapter, "--text", text, "--length", LENGTH, "--device", "cpu", "--selection", "learned")
+        weights = (adapter / "adapter_model.safetensors").read_bytes()
+        shown = succeed("divide", adapter, "--text", text, "--length", LENGTH, "--device", "cpu")
+        shares = PeftConfig.from_pretrained(str(adapter)).layer_shares
+        assert len(shares) == 2 and sum(shares) == pytest.approx(2, abs=1e-3) and shares != [1.0, 1.0]
+        assert f"0: {shares[0]:.2f}, 1: {shares[1]:.2f}" in shown
+        assert not (adapter / "eval.json").exists() and (adapter / "adapter_model.safetensors").read_bytes() == weights
+        succeed("finetune", adapter, "--text", text, *QUICK)
+        assert PeftConfig.from_pretrained(str(adapter)).layer_shares == shares
+        succeed("eval", adapter, "--text", text, "--length", LENGTH, "--device", "cpu", "--selection", "learned")
+        card = (adapter / "README.md").read_text()
+        assert f"a layer has {min(shares):.2f} to\n{max(shares):.2f} times as many" in card
+
+    def test_refuses(self, adapter, tmp_path):
+        short = tmp_path / "short.txt"
+        short.write_text(" ".join(["w1"] * 40))
+        error = fail("divide", adapter, "--text", short, "--length", 18, "--device", "cpu")
+        assert "nothing is evicted: 18 slots cover the whole text of 18 tokens" in error
+
+
 class TestEval:
     def test_measures(self, adapter, text, tmp_path):
         copy = tmp_path / "copy.json"
@@ -405,7 +427,7 @@ class TestSparsefinder:
     @pytest.mark.parametrize(
         "verb, options, message",
         [
-            ("eval", ["--slots", "16"], "slots are SparseK's"),
+            ("eval", ["--slots", "16"], "slots and stride are SparseK's"),
             ("eval", ["--task", "passkey"], "tasks are answered at a number of slots, and .* holds a Sparsefinder"),
             ("eval", ["--selection", "h2o"], "selections must be among predicted"),
             ("eval", ["--sparsity", "1.5"], "sparsities must be at least 0 and below 1"),
@@ -516,7 +538,7 @@ def test_version():
     assert succeed("--version") == f"hf-sparse {hf_sparse.__version__}\n"
 
 
-@pytest.mark.parametrize("verb", ["patch", "finetune", "eval", "push", "demo"])
+@pytest.mark.parametrize("verb", ["patch", "finetune", "divide", "eval", "push", "demo"])
 def test_help(verb):
     assert verb in succeed("--help")
     assert "Usage" in succeed(verb, "--help")
@@ -547,7 +569,7 @@ def test_defaults_are_those_of_the_library():
 
     shown = {name: parameter.default for name, parameter in inspect.signature(cli.patch).parameters.items()}
     config = hf_sparse.SparseKConfig()
-    for name in ("k", "window", "sinks", "scorer", "layers", "position_slope", "support"):
+    for name in ("k", "window", "sinks", "scorer", "layers", "position_slope", "learn_slope", "support"):
         assert shown[name] == getattr(config, name)
     library = adapter_settings(hf_sparse.SparsefinderConfig()) | {"initial_scale": 0.3}
     assert library.keys() <= shown.keys()

@@ -39,6 +39,13 @@ class TestPack:
     def test_text_alone(self, bert_tokenizer):
         assert pack(bert_tokenizer, self.TEXT, 5).tolist() == [[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]]
 
+    def test_stride(self, bert_tokenizer):
+        expected = [[5, 6, 7, 8, 9], [8, 9, 10, 11, 12]]
+        assert pack(bert_tokenizer, self.TEXT, 5, stride=3).tolist() == expected
+        for stride in (0, 6):
+            with pytest.raises(DataError, match=f"stride must be 1 to 5 tokens, got {stride}"):
+                pack(bert_tokenizer, self.TEXT, 5, stride=stride)
+
     def test_a_tokenizer_without_them_adds_none(self, bert_tokenizer):
         bert_tokenizer.cls_token = bert_tokenizer.sep_token = None
         assert torch.equal(pack(bert_tokenizer, self.TEXT, 5, special_tokens=True), pack(bert_tokenizer, self.TEXT, 5))

@@ -43,10 +43,11 @@ def model(base_folder):
 def test_it_is_a_peft_model_with_its_scorers_as_the_only_parameters(model, capsys):
     assert isinstance(model, PeftModel)
     trained = {name: tuple(p.shape) for name, p in model.named_parameters() if p.requires_grad}
-    assert trained == {f"{name}.default.weight": (2, 32) for name in SCORERS}
-    assert model.get_nb_trainable_parameters() == (128, 22_816)
+    slopes = {f"{name}.default.slope": (2,) for name in SCORERS}
+    assert trained == {f"{name}.default.weight": (2, 32) for name in SCORERS} | slopes
+    assert model.get_nb_trainable_parameters() == (132, 22_820)
     model.print_trainable_parameters()
-    assert capsys.readouterr().out.startswith("trainable params: 128 || all params: 22,816 || trainable%: 0.5610")
+    assert capsys.readouterr().out.startswith("trainable params: 132 || all params: 22,820 || trainable%: 0.5784")
 
 
 def test_the_configuration_says_what_was_patched(model):
@@ -128,7 +129,7 @@ def test_round_trip(base_folder, tmp_path, loader, settings):
 def test_the_files_hold_the_scorers_and_nothing_else(model, tmp_path):
     model.save_pretrained(tmp_path)
     assert {name: tuple(t.shape) for name, t in load_file(tmp_path / "adapter_model.safetensors").items()} == {
-        f"{name}.weight": (2, 32) for name in SCORERS
+        f"{name}.{learned}": shape for name in SCORERS for learned, shape in (("weight", (2, 32)), ("slope", (2,)))
     }
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
     assert saved["peft_type"] == "HF_SPARSE_SPARSEK" and saved["k"] == 6 and saved["task_type"] == "CAUSAL_LM"
@@ -176,7 +177,7 @@ def test_two_adapters_switch_and_one_goes(model):
     second = logits(model)
     assert (second - first).abs().max() > 0.1
     assert {n for n, p in model.named_parameters() if p.requires_grad} == {
-        f"{name}.small.{p}" for name in SCORERS for p in ("up", "up_bias", "down")
+        f"{name}.small.{p}" for name in SCORERS for p in ("up", "up_bias", "down", "slope")
     }
     model.set_adapter("default")
     assert torch.equal(logits(model), first)

@@ -44,6 +44,7 @@ def evaluate(
     selections: Sequence[str] | None = None,
     slots: Sequence[int] = (),
     sparsities: Sequence[float] | None = None,
+    stride: int | None = None,
     batch_size: int = 1,
     speed_tokens: int = 64,
     seed: int = 0,
@@ -63,6 +64,8 @@ def evaluate(
         selections: what to measure, of `selections_of(model)`; all by default.
         slots: further budgets to measure the same at, see `Budget.resized`. The scorers stay those that were trained.
         sparsities: of Sparsefinder, shares of the pairs of tiles that are left out.
+        stride: of a causal language model, count the last `stride` tokens of each chunk only: perplexity over a sliding
+            window, if `pack` cut the chunks with the same stride. By default all tokens but the first count.
         batch_size: chunks at a time.
         speed_tokens: tokens that are decoded to measure the speed of a causal language model: the last ones of the
             first chunk, after the others as the prompt; fewer where the chunk is not that long.
@@ -84,8 +87,8 @@ def evaluate(
         ValueError: a model that is not patched, or options out of range.
     """
     if methods_in_use(model, SparsefinderAttention):
-        if slots:
-            raise ValueError("slots are SparseK's: a Sparsefinder model is measured at sparsities")
+        if slots or stride is not None:
+            raise ValueError("slots and stride are SparseK's: a Sparsefinder model is measured at sparsities")
         return analyse(
             model,
             chunks,
@@ -105,9 +108,14 @@ def evaluate(
     _check(model, tokens, labels, budgets, selections, batch_size, speed_tokens)
     kind = kind_of(model)
     metric = METRIC_KEYS[kind]
+    if stride is not None and (kind != "causal" or not 1 <= stride < tokens.shape[1]):
+        raise ValueError(
+            f"stride is for causal language models, 1 to {tokens.shape[1] - 1} tokens of chunks of {tokens.shape[1]}; "
+            f"got {stride} for a model of the kind {kind!r}"
+        )
     with evaluating(model):
         if kind == "causal":
-            qualities = _predictions(model, tokens, budgets, selections, batch_size, progress)
+            qualities = _predictions(model, tokens, budgets, selections, stride, batch_size, progress)
             memory, speed = decoding(model, tokens[:1], min(speed_tokens, tokens.shape[1] - 1))
             costs = {"kv_bytes": memory, "tokens_per_second": speed}
         else:
@@ -116,7 +124,9 @@ def evaluate(
     count, length = tokens.shape
     text = {"name": text_name, "sha256": fingerprint(tokens, labels), "chunks": count, "length": length}
     if kind != "features":
-        text["predicted_tokens"] = count * (length - 1) if labels is None else int((labels != IGNORED).sum())
+        text["predicted_tokens"] = count * (stride or length - 1) if labels is None else int((labels != IGNORED).sum())
+    if stride is not None:
+        text["stride"] = stride
     sweep = [_entry(budget, found) for budget, found in zip(budgets[1:], qualities[1:], strict=True)]
     return {
         "format": FORMAT,
@@ -136,12 +146,15 @@ def _predictions(
     tokens: Tensor,
     budgets: Sequence[Budget],
     selections: Sequence[str],
+    stride: int | None,
     batch_size: int,
     progress: bool,
 ) -> list[dict[str, Any]]:
     """For each budget the perplexities and divergences of a causal language model; by position for the first."""
     runs = list(dict.fromkeys((budget, name) for budget in budgets for name in selections))
-    losses = compare(model, tokens, runs, batch_size=batch_size, progress=progress)
+    counted = stride or tokens.shape[1] - 1
+    found = compare(model, tokens, runs, batch_size=batch_size, progress=progress)
+    losses = {run: loss.last(counted) for run, loss in found.items()}
     qualities: list[dict[str, Any]] = [
         {
             "perplexity": {name: losses[budget, name].perplexity for name in selections},
@@ -149,8 +162,8 @@ def _predictions(
         }
         for budget in budgets
     ]
-    edges = position_edges(tokens.shape[1])
-    values = {name: losses[budgets[0], name].by_position(edges) for name in selections}
+    edges = position_edges(tokens.shape[1], first=tokens.shape[1] - counted)
+    values = {name: found[budgets[0], name].by_position(edges) for name in selections}
     qualities[0]["by_position"] = {"edges": edges, **values}
     return qualities
 

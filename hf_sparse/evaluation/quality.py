@@ -45,20 +45,24 @@ class Losses:
     def mean_divergence(self) -> float:
         return self.divergence.double().mean().item()
 
+    def last(self, count: int) -> "Losses":
+        """Those of the last `count` tokens of each chunk."""
+        return Losses(self.nats[:, -count:], self.divergence[:, -count:])
+
     def by_position(self, edges: Sequence[int]) -> list[float]:
         """Perplexity of the tokens at positions `edges[i]` to `edges[i + 1] - 1` of their chunks."""
         mean = self.nats.double().mean(0)
         return [math.exp(mean[start - 1 : stop - 1].mean().item()) for start, stop in pairwise(edges)]
 
 
-def position_edges(length: int) -> list[int]:
-    """Edges of up to 16 bins of equal width over the predicted positions 1 to `length - 1`.
+def position_edges(length: int, first: int = 1) -> list[int]:
+    """Edges of up to 16 bins of equal width over the predicted positions `first` to `length - 1`.
 
     >>> position_edges(2048)[:3], position_edges(2048)[-1], position_edges(4)
     ([1, 129, 257], 2048, [1, 2, 3, 4])
     """
-    bins = min(_BINS, length - 1)
-    return [1 + round(i * (length - 1) / bins) for i in range(bins + 1)]
+    bins = min(_BINS, length - first)
+    return [first + round(i * (length - first) / bins) for i in range(bins + 1)]
 
 
 @torch.no_grad()

@@ -161,7 +161,7 @@ class TestSweep:
         result = evaluate(model, chunks, selections=("dense", "learned", "h2o"), slots=(9, 20), progress=False)
         assert [(e["slots"], e["k"], e["window"], e["sinks"]) for e in result["sweep"]] == [
             (9, 3, 4, 2),
-            (20, 8, 10, 2),
+            (20, 9, 9, 2),
         ]
         base = model.unload()
         for entry in result["sweep"]:
@@ -183,8 +183,8 @@ class TestSweep:
     def test_refusals(self, model, chunks):
         with pytest.raises(DataError, match="nothing is evicted: the budget of 40 slots"):
             evaluate(model, chunks, slots=(9, 40), progress=False)
-        with pytest.raises(ValueError, match="with 2 sinks, slots must be at least 5, got 4"):
-            evaluate(model, chunks, slots=(4,), progress=False)
+        with pytest.raises(ValueError, match="with 2 sinks, slots must be at least 4, got 3"):
+            evaluate(model, chunks, slots=(3,), progress=False)
 
     def test_the_budget_comes_back(self, model, chunks, monkeypatch):
         def fail(*args, **kwargs):
@@ -285,3 +285,26 @@ class TestRefusals:
     def test_unknown_selection(self, model):
         with pytest.raises(ValueError, match="got 'newest'"), selection(model, "newest"):
             pytest.fail("entered the block")
+
+
+class TestStride:
+    def test_counts_the_last_tokens_of_overlapping_chunks(self, base, model):
+        tokens = torch.randint(0, 64, (100,), generator=torch.Generator().manual_seed(5))
+        chunks = tokens.unfold(0, LENGTH, 15)
+        found = evaluate(model, chunks, selections=("dense", "learned"), stride=15, slots=(20,), progress=False)
+        assert found["text"]["stride"] == 15 and found["text"]["predicted_tokens"] == 15 * len(chunks)
+        edges = found["by_position"]["edges"]
+        assert (edges[0], edges[-1]) == (LENGTH - 15, LENGTH) and len(found["by_position"]["learned"]) == 15
+        with torch.no_grad():
+            for name in ("dense", "learned"):
+                with selection(model, name):
+                    logits = model(chunks).logits[:, :-1].log_softmax(-1)
+                nats = -logits.gather(-1, chunks[:, 1:, None])[..., 0][:, -15:].double()
+                assert found["perplexity"][name] == pytest.approx(math.exp(nats.mean()), rel=1e-5)
+                assert found["by_position"][name][-1] == pytest.approx(math.exp(nats[:, -1].mean()), rel=1e-5)
+        assert found["sweep"][0]["perplexity"]["dense"] == found["perplexity"]["dense"]
+
+    @pytest.mark.parametrize("stride", [0, LENGTH, -3])
+    def test_refuses(self, model, chunks, stride):
+        with pytest.raises(ValueError, match=f"stride is for causal language models, 1 to 39 tokens.*got {stride}"):
+            evaluate(model, chunks, stride=stride)

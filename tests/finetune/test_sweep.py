@@ -71,7 +71,7 @@ def test_runs_are_measured_and_not_repeated(sweep, monkeypatch, tmp_path):
     dense, recency, recipe, double, shorter = found[:5]
     assert dense["quality"]["16"]["divergence"] == 0 < recipe["quality"]["16"]["divergence"]
     assert recency["quality"]["32"]["divergence"] < recency["quality"]["16"]["divergence"]
-    assert double["settings"]["training"]["learning_rate"] == 2e-2 and recipe["parameters"] == 2 * 2 * 32
+    assert double["settings"]["training"]["learning_rate"] == 2e-2 and recipe["parameters"] == 2 * 2 * (32 + 1)
     assert shorter["settings"]["length"] == 96 and shorter["tokens"] == recipe["tokens"]
     assert recipe["quality"] != found[5]["quality"]
     assert not list(tmp_path.glob("runs.partial/*"))
@@ -83,6 +83,19 @@ def test_runs_are_measured_and_not_repeated(sweep, monkeypatch, tmp_path):
         sweep.call("--output", output, "--only", "recipe", "--steps", 4)
     with pytest.raises(SystemExit, match="no setting magic; there are dense, recency, recipe"):
         sweep.call("--output", output, "--only", "magic")
+
+
+def test_settings_combine_and_adapters_are_kept(sweep, tmp_path):
+    shares = tmp_path / "shares.json"
+    shares.write_text(json.dumps({"shares": [0.5, 1.5]}))
+    name = "rate-double+support-8+shares"
+    sweep.call("--output", tmp_path / "runs.jsonl", "--only", name, "--shares", shares, "--adapters", tmp_path / "kept")
+    (line,) = lines(tmp_path / "runs.jsonl")
+    assert line["settings"]["adapter"] == {"k": 6, "window": 8, "sinks": 2, "support": 8, "layer_shares": [0.5, 1.5]}
+    assert line["settings"]["training"]["learning_rate"] == 2e-2
+    config = SparseKConfig.from_pretrained(tmp_path / "kept" / name)
+    assert config.layer_shares == [0.5, 1.5] and (tmp_path / "kept" / name / "finetune.json").exists()
+    sweep.SETTINGS.pop("shares")
 
 
 def test_a_stopped_run_goes_on(sweep, monkeypatch, tmp_path):
