@@ -98,6 +98,8 @@ def test_the_files_hold_what_was_learned_and_nothing_else(tiny_llama, tmp_path):
         "query_bias": (4, 4),
         "key_projection": (2, 8, 4),
         "centroids": (2, 5, 4),
+        "profile": (4, 40),
+        "budgets": (4, 64),
     }
     assert held == {f"{MODULE.format(i)}.{name}": shape for i in range(2) for name, shape in shapes.items()}
     saved = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -226,5 +228,5 @@ def test_the_logit_scales_are_trained_without_a_graph(tiny_llama, settings):
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     changed = {name.rpartition(".")[2] for name, t in model.state_dict().items() if not torch.equal(t, before[name])}
-    unfitted = {"centroids", "boundaries"}  # NaN, which equals nothing
+    unfitted = {"centroids", "boundaries", "profile", "budgets"}  # NaN, which equals nothing
     assert changed - unfitted == {"log_scale"} | ({"alpha_logit"} if settings == "learned alpha" else set())

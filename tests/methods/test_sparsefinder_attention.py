@@ -29,6 +29,10 @@ CAUSAL = {
     "distance": {"predictor": "distance"},
     "distance of tokens": {"predictor": "distance", "tile": None, "threshold": 0.5},
 }
+BUDGETS = {
+    "budgets of heads": {"head_budgets": True, "predictor": "distance", "sparsity": 0.5},
+    "budgets of heads, by group": {"head_budgets": True, "per_group": True, "sparsity": 0.5},
+}
 EXACT = {
     "complete": {"complete": True, "sparsity": 0.9},
     "bound": {"predictor": "bound"},
@@ -75,9 +79,9 @@ def any_module(request):
     return build(causal=request.param[1], **PREDICTORS[request.param])
 
 
-@pytest.fixture(params=CAUSAL | EXACT)
+@pytest.fixture(params=CAUSAL | EXACT | BUDGETS)
 def causal_module(request):
-    return build(**(CAUSAL | EXACT)[request.param])
+    return build(**(CAUSAL | EXACT | BUDGETS)[request.param])
 
 
 def reference(module, query, key, value, edges):
@@ -137,7 +141,7 @@ def test_tiles_are_as_many_as_wanted_and_the_observer_sees_them(causal_module):
         assert edges.shape == (2, HEADS, LENGTH, LENGTH)
     else:
         assert graph.index.shape[1] == (KV_HEADS if config.per_group else HEADS)
-        if config.learns_graph:
+        if config.learns_graph and not config.head_budgets:
             assert config.complete or config.causal_tiles == (config.tiles_per_query or 3)
             wanted = torch.arange(1, 6).clamp(max=config.causal_tiles)
             assert torch.equal(graph.counts, wanted.expand_as(graph.counts))
@@ -306,7 +310,7 @@ def test_fitting_restores_what_was_set():
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"clusters": 40}, "1 to 36 clusters of 36 points, got 40"),
+        ({"clusters": 40}, "1 to 12 clusters of 12 points, got 40"),
         ({"predictor": "quantization", "bins": 40}, "2 to N bins, got .* 40 bins"),
     ],
 )
