@@ -76,6 +76,8 @@ class SparsefinderCacheLayer(DynamicLayer):
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
+        if not self.is_initialized:  # older transformers would crop what is not there
+            return
         super().crop(tokens_to_remove)
         self._each(lambda codes: codes[:, :, : self.get_seq_length()])
 
