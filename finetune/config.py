@@ -1,29 +1,48 @@
 """Settings of a training run."""
 
+from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
-Objective = Literal["distill", "attention", "lm"]
+Objective = Literal["distill", "attention", "lm", "graph"]
+GraphLoss = Literal["profile_nce", "pair_hinge", "sum_hinge", "mass_hinge", "info_nce"]
 Precision = Literal["no", "bf16"]
 
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Settings of `finetune`. The defaults are the recipe that was measured (model_cards/).
+    """Settings of `finetune`, for both methods. The defaults are the recipe that was measured (model_cards/).
+
+    SparseK learns scorers: `warm_start_steps` of `"attention"`, then `steps` of the objective. Sparsefinder learns
+    logit scales (and alpha, if it is to be learned) in `steps` of the objective, then projections in `graph_steps` of
+    `"graph"`; in the end its predictors are fitted to the text. A setting of the other method is an error.
 
     Attributes:
         objective: `"distill"`: KL from the same model with sparse attention off (of a masked language model, at the
             hidden tokens); of a model without a language modelling head, 1 - cosine between their last hidden states
             and between the means of these. `"lm"`: the loss of the language modelling head. `"attention"`: regress the
-            scores on the log of the dense attention that keys receive from queries outside the window.
+            scores on the log of the dense attention that keys receive from queries outside the window (SparseK).
+            `"graph"`: projections only, with the logit scales as they are (Sparsefinder).
         lm_weight: of the next-token cross-entropy that is added to `"distill"` of a causal language model.
         hidden_weight: of the distance of the layers' hidden states from the dense model's that is added to
             `"distill"` of a causal language model; 0 for a layer that repeats them, about 1 for one that has nothing to
             do with them.
-        final_scale: scores are multiplied by a factor that grows from 1 to this one over the steps of the objective,
-            geometrically: soft gates end as almost hard ones. Which keys are best does not depend on it.
+        final_scale: SparseK: scores are multiplied by a factor that grows from 1 to this one over the steps of the
+            objective, geometrically: soft gates end as almost hard ones. Which keys are best does not depend on it.
         steps: optimiser steps of the objective.
-        warm_start_steps: optimiser steps of `"attention"` before `"distill"` or `"lm"`.
+        warm_start_steps: SparseK: optimiser steps of `"attention"` before `"distill"` or `"lm"`.
+        graph_steps: Sparsefinder: optimiser steps of `"graph"` after `"distill"` or `"lm"`. With 0 the projections stay
+            as they are and nothing is fitted.
+        graph_loss: Sparsefinder: what projections are trained with, on the entmax probabilities of the model itself.
+            `"info_nce"`: cross entropy of the probabilities and a softmax of minus the distances; `"profile_nce"`: the
+            same with the distance profile of the head in the softmax, as in the predictors; `"pair_hinge"`: the
+            paper's; `"sum_hinge"`: that of its released code; `"mass_hinge"`: edges weighted by probability. See
+            `hf_sparse.ops.graphs.losses`.
+        graph_rows: Sparsefinder: queries per text and layer that `"graph"` looks at, drawn anew for each step; at least
+            1.
+        graph_learning_rate: Sparsefinder: the peak of `"graph"`.
+        alpha_start: Sparsefinder: alpha grows from this value, above 1, to its own over the steps of the objective;
+            not where it is learned. None: no annealing.
         batch_size: chunks per step and process.
         gradient_accumulation_steps: batches per optimiser step.
         learning_rate: AdamW's peak; linear warm-up over `warmup_steps`, then linear decay to 0, in each stage.
@@ -49,6 +68,11 @@ class FinetuneConfig:
     final_scale: float = 1.0
     steps: int = 300
     warm_start_steps: int = 40
+    graph_steps: int = 100
+    graph_loss: GraphLoss = "profile_nce"
+    graph_rows: int = 128
+    graph_learning_rate: float = 1e-2
+    alpha_start: float | None = None
     batch_size: int = 2
     gradient_accumulation_steps: int = 1
     learning_rate: float = 2e-2
@@ -67,13 +91,14 @@ class FinetuneConfig:
     def __post_init__(self) -> None:
         if self.objective not in get_args(Objective):
             raise ValueError(f"objective must be one of {', '.join(get_args(Objective))}, got {self.objective!r}")
-        if self.mixed_precision not in get_args(Precision):
-            raise ValueError(
-                f"mixed_precision must be one of {', '.join(get_args(Precision))}, got {self.mixed_precision!r}"
-            )
+        for name, options in (("mixed_precision", get_args(Precision)), ("graph_loss", get_args(GraphLoss))):
+            if getattr(self, name) not in options:
+                raise ValueError(f"{name} must be one of {', '.join(options)}, got {getattr(self, name)!r}")
         for name, least in (
             ("steps", 1),
             ("warm_start_steps", 0),
+            ("graph_steps", 0),
+            ("graph_rows", 1),
             ("batch_size", 1),
             ("gradient_accumulation_steps", 1),
             ("warmup_steps", 0),
@@ -82,8 +107,10 @@ class FinetuneConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-        if not self.learning_rate > 0 or not self.max_grad_norm > 0:
-            raise ValueError("learning_rate and max_grad_norm must be positive")
+        if not min(self.learning_rate, self.graph_learning_rate, self.max_grad_norm) > 0:
+            raise ValueError("learning_rate, graph_learning_rate and max_grad_norm must be positive")
+        if self.alpha_start is not None and not 1 < self.alpha_start < 2:
+            raise ValueError(f"alpha_start must be None or above 1 and below 2, got {self.alpha_start!r}")
         if not self.lm_weight >= 0 or not self.hidden_weight >= 0:
             raise ValueError(
                 f"lm_weight and hidden_weight must be at least 0, got {self.lm_weight!r} and {self.hidden_weight!r}"
@@ -98,14 +125,11 @@ class FinetuneConfig:
         if self.output_dir is None and (self.checkpoint_every or self.resume):
             raise ValueError("checkpoint_every and resume need an output_dir")
 
-    @property
-    def stages(self) -> list[tuple[Objective, int]]:
-        """Objectives in order, each with its number of steps."""
-        if self.objective == "attention" or self.warm_start_steps == 0:
-            return [(self.objective, self.steps)]
-        return [("attention", self.warm_start_steps), (self.objective, self.steps)]
+    def settings(self, without: Collection[str] = ()) -> dict[str, object]:
+        """What determines the result: everything but where it is written, what is shown and what it takes.
 
-    def settings(self) -> dict[str, object]:
-        """What determines the result: everything but where it is written, what is shown and what it takes."""
-        shown = {"output_dir", "checkpoint_every", "resume", "progress", "gradient_checkpointing"}
+        Args:
+            without: fields that are left out too, such as those of another method.
+        """
+        shown = {"output_dir", "checkpoint_every", "resume", "progress", "gradient_checkpointing", *without}
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in shown}

@@ -101,7 +101,7 @@ def attention(model: nn.Module, chunks: Tensor, labels: Tensor | None = None, **
         **options: for the model's forward.
     """
     losses: list[Tensor] = []
-    methods = methods_in_use(model)
+    methods = methods_in_use(model, SparseKAttention)
 
     def observe(method: SparseKAttention) -> Any:
         def observer(query: Tensor, key: Tensor, scores: Tensor, scaling: float) -> None:

@@ -56,7 +56,7 @@ def extend_peft_type(name: str) -> Any:
     return member
 
 
-def register_method(name: str, *, config: type, tuner: type, prefix: str) -> None:
+def register_with_peft(name: str, *, config: type, tuner: type, prefix: str) -> None:
     """Make a method known to PEFT; does nothing the second time.
 
     Raises:

@@ -17,7 +17,7 @@ from transformers.utils import find_adapter_config_file
 
 from hf_sparse.demo import BASE_NAME, CHECKPOINT
 from hf_sparse.errors import AdapterMismatchError, HubError
-from hf_sparse.methods.sparsek.config import PEFT_TYPE
+from hf_sparse.methods import registered_methods
 from hf_sparse.tasks import task_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -30,7 +30,7 @@ class Adapter:
     Attributes:
         folder: where the files are.
         source: how messages call it.
-        config: its `SparseKConfig`.
+        config: the configuration of its method, such as a `SparseKConfig`.
         base_model: name of its base model, `"demo"` for the bundled checkpoint, `None` if it has none.
         shapes: shape of every tensor by key.
         model_class: name of the class that it was trained on, if it says.
@@ -64,9 +64,10 @@ def read_adapter(folder: Path, source: str) -> Adapter:
         kind = json.loads((folder / CONFIG).read_text("utf-8"))["peft_type"]
     except (ValueError, TypeError, KeyError) as error:
         raise HubError(f"{CONFIG} of {source} is damaged: {error!r}") from error
-    if kind != PEFT_TYPE:
+    known = registered_methods()
+    if kind not in known:
         advice = "a newer hf-sparse may know it" if str(kind).startswith("HF_SPARSE_") else "use peft.PeftModel"
-        raise HubError(f"{source} is an adapter of type {kind}, expected {PEFT_TYPE}; {advice}")
+        raise HubError(f"{source} is an adapter of type {kind}, expected {' or '.join(known)}; {advice}")
     try:
         config = PeftConfig.from_pretrained(str(folder))
         name = config.base_model_name_or_path or None
@@ -139,7 +140,9 @@ def check_fit(adapter: Adapter, skeleton: PreTrainedModel, base: str) -> None:
     found = [f"{kind}: {_some(keys)}" for kind, keys in faults.items() if keys]
     if found:
         made = f"; it was made on a {adapter.model_class}: pass one as base_model=" if len(found) > 1 else ""
-        raise HubError(f"{WEIGHTS} of {adapter.source} does not hold the scorers for {base}; {'; '.join(found)}{made}")
+        raise HubError(
+            f"{WEIGHTS} of {adapter.source} does not hold the parameters for {base}; {'; '.join(found)}{made}"
+        )
 
 
 def _some(keys: list[str]) -> str:

@@ -1,4 +1,4 @@
-"""The model card: the template `card.md.jinja`, filled from the measurements and from nothing else."""
+"""The model card: a template for each method, filled from the measurements and from nothing else."""
 
 from pathlib import Path
 from typing import Any
@@ -7,29 +7,38 @@ from huggingface_hub import ModelCardData
 
 from hf_sparse.demo import BASE_NAME
 from hf_sparse.errors import DataError
+from hf_sparse.figures.style import PATTERN_LOOKS
+from hf_sparse.methods.sparsefinder import SparsefinderConfig
 from hf_sparse.metrics import metric_of
 from hf_sparse.tasks import Kind, attends_both_ways, task_of_class
 
 TAGS = ["hf-sparse", "sparsek", "sparse-attention"]
+GRAPH_TAGS = ["hf-sparse", "sparsefinder", "sparse-attention", "entmax"]
 GENERATION_TAGS = ["kv-cache", "long-context"]
 
+_GRAPH = (
+    "The objective was to predict the entmax graph of the model itself from the projections; the logit scales stayed."
+)
 _ATTENTION = "The objective was to predict, for each key, the dense attention that it receives from far queries."
 _OBJECTIVES: dict[Kind, dict[str, str]] = {
     "causal": {
         "distill": "The objective was the KL divergence from the same model with dense attention (self-distillation).",
         "attention": _ATTENTION,
+        "graph": _GRAPH,
         "lm": "The objective was the next-token loss.",
     },
     "masked": {
         "distill": "The objective was the KL divergence from the same model with dense attention (self-distillation), "
         "at hidden tokens.",
         "attention": _ATTENTION,
+        "graph": _GRAPH,
         "lm": "The objective was the loss of hidden tokens.",
     },
     "features": {
         "distill": "The objective was the cosine distance of the last hidden states, and of their means, from those of "
         "the same model with dense attention (self-distillation).",
         "attention": _ATTENTION,
+        "graph": _GRAPH,
     },
 }
 
@@ -47,6 +56,8 @@ _ROWS = {
     "snapkv": "{}: window, sinks, and the {} ones that the latest queries vote for (SnapKV)",
     "oracle": "{}: window, sinks, and the {} ones that later queries will attend to most (sees the future)",
 }
+
+_SOFTMAX = "dense softmax (the base model)"
 
 #: A text in Python, and what to do with its tokens.
 _EXAMPLES: dict[Kind, tuple[str, str]] = {
@@ -73,7 +84,7 @@ def render(
     """README.md of an adapter's repository.
 
     Args:
-        config: the adapter's `SparseKConfig`.
+        config: the adapter's `SparseKConfig` or `SparsefinderConfig`.
         repo_id: what a reader passes to `hf_sparse.from_pretrained`.
         base_model: Hub id of the base, `"demo"`, or `None` if it has no name that is true elsewhere.
         parameters: how many the adapter has.
@@ -87,6 +98,7 @@ def render(
     """
     from jinja2 import Environment, StrictUndefined, UndefinedError
 
+    graphs = isinstance(config, SparsefinderConfig)
     task = task_of_class(model_class)
     encoder = attends_both_ways((config.base_shape or {}).get("model_type"), task)
     on_hub = base_model not in (None, BASE_NAME)
@@ -95,12 +107,22 @@ def render(
         base_model_relation="adapter" if on_hub else None,
         library_name="peft",
         pipeline_tag=task.pipeline,
-        tags=TAGS if encoder else TAGS + GENERATION_TAGS,
+        tags=GRAPH_TAGS if graphs else TAGS if encoder else TAGS + GENERATION_TAGS,
     )
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     environment.globals.update(change=_change, count=_count, machine=_machine)
-    template = environment.from_string(Path(__file__).with_name("card.md.jinja").read_text("utf-8"))
+    source = "card_sparsefinder.md.jinja" if graphs else "card.md.jinja"
+    template = environment.from_string(Path(__file__).with_name(source).read_text("utf-8"))
     try:
+        objective = _OBJECTIVES[task.kind][training["objective"]] if training else ""
+        if graphs:
+            shown: dict[str, Any] = {
+                "budget": _graph_budget(config),
+                "rows": graph_rows(evaluation) if evaluation else [],
+            }
+        else:
+            kept = "other" if encoder else "older"
+            shown = {"rows": {name: label.format(config.slots, kept) for name, label in _ROWS.items()}}
         text = template.render(
             config=config,
             encoder=encoder,
@@ -113,14 +135,56 @@ def render(
             figure=figure,
             evaluation=evaluation,
             training=training,
-            rows={name: label.format(config.slots, "other" if encoder else "older") for name, label in _ROWS.items()},
-            objective=_OBJECTIVES[task.kind][training["objective"]] if training else "",
+            objective=objective,
             versions=_versions(evaluation or training),
+            **shown,
             **_base(repo_id, base_model),
         )
     except (UndefinedError, KeyError, AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
         raise DataError(f"eval.json or finetune.json is not what hf-sparse writes: {error!r}") from error
     return f"---\n{data.to_yaml()}\n---\n\n{text.rstrip()}\n"
+
+
+def _graph_budget(config: SparsefinderConfig) -> list[tuple[str, str]]:
+    """What a query attends to, by the settings of a Sparsefinder adapter."""
+    first = [("first tokens of the text (global tokens)", str(config.global_tokens))]
+    near = [("most recent tokens, in an encoder the nearest (window)", str(config.window)), *first]
+    if config.predictor == "full":
+        return [("keys", "all")]
+    tile = "single tokens" if config.tile is None else f"{config.tile} tokens"
+    how = {
+        "clustering": f"{config.clusters} clusters, a token in {config.top_clusters}",
+        "quantization": f"{config.rank} x {config.bins} bins"
+        if config.bin_kind == "shared"
+        else f"bins of {config.bin_width} tokens",
+        "distance": f"squared distance below {config.threshold:g}" if config.tile is None else "squared distance",
+        "bound": "extremes of the keys of a tile",
+    }[config.predictor]
+    rows = [("predictor", f"{config.predictor}: {how}"), ("positions per tile", tile), *near]
+    if config.tile is not None and config.predictor != "bound":
+        if config.tiles_per_query is not None:
+            rows.append(("key tiles per query tile, all counted", f"**{config.tiles_per_query}**"))
+        else:
+            rows.append(("share of the pairs of tiles that is left out", f"**{config.sparsity:g}**"))
+            rows.append(("tokens of a causal text for which that holds", str(config.length)))
+            rows.append(("key tiles per query tile in a causal text", str(config.causal_tiles)))
+        if config.head_budgets:
+            rows.append(("divided among heads and layers by what they gain, these being the mean", "yes"))
+    return [*rows, ("completed to be exact", "yes" if config.complete else "no")]
+
+
+def graph_rows(evaluation: dict[str, Any]) -> list[tuple[str, str, str, dict[str, float]]]:
+    """Name, label, sparsity and measurements of each row of a table of graphs.
+
+    Raises:
+        KeyError, TypeError, ValueError: the content is not what hf-sparse writes.
+    """
+    rows = [("dense", _SOFTMAX, "", evaluation["dense"]), ("full", "full entmax", "", evaluation["full"])]
+    for point in evaluation["points"]:
+        for name, values in point["results"].items():
+            shown = values["sparsity"] if point["sparsity"] is None else point["sparsity"]
+            rows.append((name, PATTERN_LOOKS[name].label, f"{shown:.2f}{'*' if point['own'] else ''}", values))
+    return rows
 
 
 def _base(repo_id: str, base_model: str | None) -> dict[str, str]:

@@ -63,14 +63,17 @@ def options(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Learned sparse attention for pretrained transformers: patch a checkpoint, train the small scorer, push it."""
+    """Learned sparse attention for pretrained transformers: patch a checkpoint, train what is small, push it."""
 
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of an adapter, made by `hf-sparse patch`.")]
 Texts = Annotated[list[Path] | None, typer.Option("--text", metavar="FILE", help="UTF-8 text; may be repeated.")]
 Length = Annotated[
     int | None,
-    typer.Option(help="Tokens per chunk, more than the slots; by default 2048, or the model's context if shorter."),
+    typer.Option(
+        help="Tokens per chunk, more than the slots; by default 2048, of Sparsefinder what --sparsity is meant for, or "
+        "the model's context if shorter."
+    ),
 ]
 Chunks = Annotated[str | None, typer.Option(metavar="START:STOP", help="Only these chunks of the text.")]
 OnDevice = Annotated[Device, typer.Option(help="auto: CUDA where there is a GPU.")]
@@ -86,56 +89,109 @@ def _numbers(text: str) -> list[int]:
         raise typer.BadParameter(f"expected whole numbers such as 0,1, got {text!r}") from None
 
 
+def _shares(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise typer.BadParameter(f"expected numbers such as 0.5,0.8, got {text!r}") from None
+
+
+# Where the options of one method are listed; one that is given with the other method is an error.
+_PANELS = {"sparsek": "Options of SparseK", "sparsefinder": "Options of Sparsefinder"}
+
+
+def _k(help: str, *names: str, **options: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=_PANELS["sparsek"], **options)
+
+
+def _graph(help: str, *names: str, **options: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=_PANELS["sparsefinder"], **options)
+
+
+def _settings(context: typer.Context, method: str) -> dict[str, Any]:
+    """Values of the options of a method by name; those of the others must not have been given."""
+    found = {}
+    for option in context.command.params:
+        name, panel = option.name or "", getattr(option, "rich_help_panel", None)
+        if panel == _PANELS[method]:
+            found[name] = context.params[name]
+        elif panel in _PANELS.values() and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE":
+            raise typer.BadParameter(f"{option.opts[0]} is no option of {method}: see {panel!r} in --help")
+    return found
+
+
 @app.command()
 def patch(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="Hub id or folder; `demo` is the bundled checkpoint.")],
     output: Annotated[Path, typer.Option(metavar="DIR", help="Where the adapter goes.")],
-    method: Annotated[Literal["sparsek"], typer.Option(help="The sparse attention method.")] = "sparsek",
-    k: Annotated[
-        int,
-        typer.Option(
-            "--k", help="Keys kept per KV head: the best-scored of those that are older, or in an encoder of all."
-        ),
-    ] = 188,
+    context: typer.Context,
+    method: Annotated[
+        Literal["sparsek", "sparsefinder"],
+        typer.Option(help="sparsek: a fixed number of keys. sparsefinder: entmax over a predicted graph."),
+    ] = "sparsek",
     window: Annotated[
         int, typer.Option(help="Most recent keys, in an encoder the nearest on both sides, always attended.")
     ] = 64,
-    sinks: Annotated[int, typer.Option(help="First keys, always attended.")] = 4,
-    scorer: Annotated[Literal["linear", "mlp"], typer.Option(help="What scores the keys.")] = "linear",
     layers: Annotated[
         Any, typer.Option(metavar="0,1,...", parser=_numbers, help="Layers to patch; all by default.")
     ] = None,
-    position_slope: Annotated[float, typer.Option(help="Added to a score per token of position.")] = 0.0,
-    learn_slope: Annotated[bool, typer.Option(help="Every head learns a slope of its own; not in an encoder.")] = True,
-    support: Annotated[
-        int, typer.Option(help="In training, gates spread over SUPPORT * k keys at most; 0 is no bound.")
-    ] = 4,
-    seed: Annotated[int, typer.Option(help="Of the scorers' first weights.")] = 0,
+    k: Annotated[
+        int, _k("Keys kept per KV head: the best-scored of those that are older, or in an encoder of all.", "--k")
+    ] = 188,
+    sinks: Annotated[int, _k("First keys, always attended.")] = 4,
+    scorer: Annotated[Literal["linear", "mlp"], _k("What scores the keys.")] = "linear",
+    position_slope: Annotated[float, _k("Added to a score per token of position.")] = 0.0,
+    learn_slope: Annotated[bool, _k("Every head learns a slope of its own; not in an encoder.")] = True,
+    support: Annotated[int, _k("In training, gates spread over SUPPORT * k keys at most; 0 is no bound.")] = 4,
+    alpha: Annotated[float, _graph("Of entmax, above 1 (softmax) and at most 2 (sparsemax).")] = 1.5,
+    learn_alpha: Annotated[bool, _graph("Every query head learns its alpha, starting there.")] = False,
+    initial_scale: Annotated[float, _graph("Where the learned logit scale of every query head starts.")] = 0.3,
+    predictor: Annotated[
+        Literal["clustering", "quantization", "distance", "bound", "full"],
+        _graph("What joins a query and a key. bound: exact, by the extremes of tiles. full: all keys."),
+    ] = "clustering",
+    rank: Annotated[int, _graph("Dimensions to which queries and keys are projected.")] = 4,
+    shared_projection: Annotated[bool, _graph("One projection for the queries and keys of a KV head.")] = False,
+    clusters: Annotated[int, _graph("Clusters per KV head.")] = 16,
+    top_clusters: Annotated[int, _graph("Clusters that a query or key is in.")] = 2,
+    balanced: Annotated[bool, _graph("Clusters of equal size, for encoders.")] = False,
+    bin_kind: Annotated[
+        Literal["shared", "fixed"], _graph("shared: fitted boundaries. fixed: by rank, for encoders.")
+    ] = "shared",
+    bins: Annotated[int, _graph("Shared bins per dimension.")] = 16,
+    bin_width: Annotated[int, _graph("Tokens per fixed bin.")] = 16,
+    threshold: Annotated[float, _graph("Squared distance below which tokens are joined; with --tile 0.")] = 1.0,
+    tile: Annotated[int, _graph("Positions per tile: 16, 32, 64 or 128; 0 joins single tokens.")] = 64,
+    sparsity: Annotated[float, _graph("Share of the pairs of tiles that is left out.")] = 0.8,
+    length: Annotated[int, _graph("Tokens of the causal text that --sparsity is meant for.")] = 1024,
+    tiles_per_query: Annotated[int | None, _graph("Key tiles per query tile, in place of --sparsity.")] = None,
+    global_tokens: Annotated[int, _graph("First keys, always attended.")] = 1,
+    profile: Annotated[bool, _graph("Weigh tiles by how the attention of a head falls off with distance.")] = True,
+    head_budgets: Annotated[bool, _graph("Divide the tiles among heads and layers by what they gain.")] = True,
+    complete: Annotated[bool, _graph("Add the tiles that may be missing, which makes it exact.")] = False,
+    per_group: Annotated[bool, _graph("One graph for the query heads that share a KV head.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the first weights of what is learned.")] = 0,
     dtype: Annotated[Dtype, typer.Option(help="Of the base model while it is patched. auto: as stored.")] = "auto",
     force: Annotated[bool, typer.Option("--force", help="Write into a DIR that is not empty.")] = False,
 ) -> None:
     """Write an untrained adapter for a base model."""
+    settings = _settings(context, method)
     workflow = _workflow()
-    from hf_sparse import SparseKConfig
+    from hf_sparse import SparsefinderConfig, SparseKConfig
 
-    config = SparseKConfig(
-        k=k,
-        window=window,
-        sinks=sinks,
-        scorer=scorer,
-        layers=layers,
-        position_slope=position_slope,
-        learn_slope=learn_slope,
-        support=support or None,
-    )
+    config: Any
+    if method == "sparsek":
+        config = SparseKConfig(window=window, layers=layers, **settings | {"support": support or None})
+        attends = f"{config.slots} keys per query and KV head: {sinks} sinks, window {window}, {k} selected"
+    else:
+        config = SparsefinderConfig(window=window, layers=layers, **settings | {"tile": tile or None})
+        attends = f"{predictor}, {f'tiles of {tile}' if tile else 'single tokens'}, window {window}"
     trainable, total = workflow.create_adapter(
         model, config, output, seed=seed, dtype=dtype, force=force
     ).get_nb_trainable_parameters()
     console = Console()
     console.print(
-        f"{trainable:,} trainable parameters of {total:,} ({trainable / total:.3%}); {config.slots} keys per query and "
-        f"KV head: {sinks} sinks, window {window}, {k} selected",
-        soft_wrap=True,
+        f"{trainable:,} trainable parameters of {total:,} ({trainable / total:.3%}); {attends}", soft_wrap=True
     )
     _wrote(console, output, "untrained adapter")
 
@@ -150,10 +206,21 @@ def finetune(
     column: Annotated[str, typer.Option(help="Column of the dataset that holds the text.")] = "text",
     steps: Annotated[int, typer.Option(help="Optimiser steps of the objective.")] = 300,
     objective: Annotated[
-        Literal["distill", "attention", "lm"],
-        typer.Option(help="distill: stay close to dense attention. attention: regress its mass. lm: predict tokens."),
+        Literal["distill", "attention", "lm", "graph"],
+        typer.Option(
+            help="distill: stay close to dense attention. lm: predict tokens. attention (SparseK): regress its mass. "
+            "graph (Sparsefinder): projections only."
+        ),
     ] = "distill",
-    warm_start_steps: Annotated[int, typer.Option(help="Steps of `attention` before the others.")] = 40,
+    warm_start_steps: Annotated[int, _k("Steps of `attention` before the others.")] = 40,
+    graph_steps: Annotated[int, _graph("Steps of `graph` after the others.")] = 100,
+    graph_loss: Annotated[
+        Literal["profile_nce", "pair_hinge", "sum_hinge", "mass_hinge", "info_nce"],
+        _graph("What the projections are trained with."),
+    ] = "profile_nce",
+    graph_rows: Annotated[int, _graph("Queries per text and layer that `graph` looks at.")] = 128,
+    graph_learning_rate: Annotated[float, _graph("Peak of the schedule of `graph`.")] = 1e-2,
+    alpha_start: Annotated[float | None, _graph("Alpha grows from there to its own.")] = None,
     length: Length = None,
     chunks: Chunks = None,
     batch_size: Annotated[int, typer.Option(help="Chunks per step.")] = 2,
@@ -177,6 +244,11 @@ def finetune(
         objective=objective,
         steps=steps,
         warm_start_steps=warm_start_steps,
+        graph_steps=graph_steps,
+        graph_loss=graph_loss,
+        graph_rows=graph_rows,
+        graph_learning_rate=graph_learning_rate,
+        alpha_start=alpha_start,
         batch_size=batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps,
         learning_rate=learning_rate,
@@ -242,16 +314,26 @@ def evaluate(
     length: Length = None,
     chunks: Annotated[
         str | None,
-        typer.Option(metavar="START:STOP", help="Only these chunks; by default at most 16 from all over the text."),
+        typer.Option(
+            metavar="START:STOP",
+            help="Only these chunks; by default at most 16, of Sparsefinder 4, from all over the text.",
+        ),
     ] = None,
     stride: Annotated[
         int | None,
         typer.Option(help="Sliding window: chunks overlap, and the last STRIDE tokens of each count. All by default."),
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Chunks at a time.")] = 1,
-    slots: Annotated[
-        Any, typer.Option(metavar="N,N,...", parser=_numbers, help="Measure the text at these budgets too.")
+    slots: Annotated[Any, _k("Measure the text at these budgets too.", metavar="N,N,...", parser=_numbers)] = None,
+    sparsity: Annotated[
+        Any,
+        _graph(
+            "Measure at these shares of the pairs of tiles left out; 0.5,0.7,0.8,0.9 by default.",
+            metavar="S,S,...",
+            parser=_shares,
+        ),
     ] = None,
+    seed: Annotated[int, _graph("Of random patterns, and of the rows that are compared.")] = 0,
     selection: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Only compare this; may be repeated. All by default.")
     ] = None,
@@ -278,7 +360,7 @@ def evaluate(
     dtype: OfDtype = "auto",
     json: Annotated[Path | None, typer.Option(metavar="PATH", help="Write the result here too.")] = None,
 ) -> None:
-    """Measure the adapter in DIR against dense attention and baselines at equal slots, and write eval.json there.
+    """Measure the adapter in DIR against dense attention and baselines of equal size, and write eval.json there.
 
     Without --text, tasks are added to the eval.json that is there.
     """
@@ -288,7 +370,7 @@ def evaluate(
         raise typer.BadParameter(f"--json {json}: {json.parent} is no folder")
     workflow = _workflow()
     from hf_sparse.data import read_text
-    from hf_sparse.evaluation import sweep_table, table, task_table
+    from hf_sparse.evaluation import graph_table, sweep_table, table, task_table
     from hf_sparse.evaluation.tasks import Haystack, Suite, read_longbench
     from hf_sparse.files import write_json
 
@@ -312,13 +394,17 @@ def evaluate(
         batch_size=batch_size,
         selections=selection,
         slots=slots or (),
+        sparsities=sparsity,
+        seed=seed,
         stride=stride,
         suite=suite,
         device=device,
         dtype=dtype,
     )
     console = Console()
-    if text:
+    if "points" in result:
+        console.print(graph_table(result))
+    elif text:
         console.print(table(result))
         if slots:
             console.print(sweep_table(result))
@@ -340,7 +426,7 @@ def report(
     device: OnDevice = "auto",
     dtype: OfDtype = "auto",
 ) -> None:
-    """Write report.html and figures/ in DIR from eval.json and finetune.json; of a --text also which tokens stay."""
+    """Write report.html and figures/ in DIR from eval.json and finetune.json; of a --text also what is attended to."""
     _workflow()
     from hf_sparse.report import write_report
     from hf_sparse.workflow import read_texts

@@ -30,7 +30,7 @@ from transformers import PreTrainedModel
 
 from hf_sparse.adapter import CONFIG, WEIGHTS, check_fit, read_adapter, resolve_base, skeleton_of
 from hf_sparse.errors import HfSparseError, HubError
-from hf_sparse.methods.sparsek.config import PEFT_TYPE
+from hf_sparse.methods import registered_methods
 from hf_sparse.patches import methods_of
 from hf_sparse.repo import EVALUATION, FILES, TRAINING, is_public, write_repo
 from hf_sparse.tasks import task_of
@@ -59,7 +59,7 @@ def from_pretrained(
         base_model: name or folder of the base model, or the loaded model, which is patched in place. By default the
             adapter says which; the name `"demo"` is the checkpoint that comes with hf-sparse.
         adapter_name: name of the adapter in the returned model.
-        is_trainable: leave the scorers trainable.
+        is_trainable: leave the adapter's parameters trainable.
         **kwargs: for `from_pretrained` of the base model, which is loaded by the Auto class for what the adapter was
             made on: `dtype`, `device_map`, `cache_dir`, ...
 
@@ -109,7 +109,7 @@ def push_to_hub(
     training: dict[str, Any] | None = None,
     private: bool = False,
     token: str | bool | None = None,
-    commit_message: str = "Upload SparseK adapter with hf-sparse",
+    commit_message: str = "Upload sparse attention adapter with hf-sparse",
     revision: str | None = None,
 ) -> str:
     """Publish an adapter with its card, measurements and figure: one commit, or none.
@@ -139,7 +139,7 @@ def push_to_hub(
         HubError: the Hub cannot be reached or refuses; the message says what to do, and what was created already.
         AdapterMismatchError: `base_model` is not what the adapter was made for.
         DataError: a measurement is damaged, or is one of another budget.
-        TypeError: neither a `PeftModel` with one active SparseK adapter nor a folder.
+        TypeError: neither a `PeftModel` with one active adapter of hf-sparse nor a folder.
     """
     name = _active_adapter(model_or_dir)
     try:
@@ -217,8 +217,10 @@ def _active_adapter(model: Any) -> str:
     if len(active) != 1:
         raise TypeError(f"expected a model with one active adapter, got {active}; choose one with set_adapter")
     config: Any = model.peft_config[active[0]]
-    if config.peft_type != PEFT_TYPE:
-        raise TypeError(f"expected an active SparseK adapter, but {active[0]!r} is of type {config.peft_type.value}")
+    if config.peft_type.value not in registered_methods():
+        raise TypeError(
+            f"expected an active adapter of hf-sparse, but {active[0]!r} is of type {config.peft_type.value}"
+        )
     return active[0]
 
 

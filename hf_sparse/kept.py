@@ -32,7 +32,7 @@ def kept_keys(model: nn.Module, chunk: Tensor) -> Tensor:
         `[R, T]` bool with a row for every KV head of every sparse layer. For a causal model, what lies in its slots
         after the text; for an encoder, sinks and selected keys, which all queries read (each has its window besides).
     """
-    methods, tokens = methods_in_use(model), chunk.to(next(model.parameters()).device)
+    methods, tokens = methods_in_use(model, SparseKAttention), chunk.to(next(model.parameters()).device)
     rows = _in_slots(model, tokens) if methods[0].causal else _selected(model, methods, tokens)
     return torch.cat([row.cpu() for row in rows])
 
@@ -56,10 +56,10 @@ def describe_selection(model: Any, tokenizer: Any, chunks: Tensor, *, text_name:
         DataError: chunks that the model cannot read, or that are no longer than the slots.
         ValueError: a model without sparse attention, or one in `train` mode.
     """
-    if not methods_in_use(model) or model.training:
+    if not methods_in_use(model, SparseKAttention) or model.training:
         raise ValueError("expected a model with sparse attention in eval mode")
     check_chunks(model, chunks)
-    methods, (count, length) = methods_in_use(model), chunks.shape
+    methods, (count, length) = methods_in_use(model, SparseKAttention), chunks.shape
     config = methods[0].config
     if length <= config.slots:
         raise DataError(

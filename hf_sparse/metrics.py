@@ -46,6 +46,10 @@ METRICS = {
 }
 
 
+#: The metric of each kind of models, see `hf_sparse.tasks.Kind`.
+METRIC_KEYS = {"causal": "perplexity", "masked": "masked_perplexity", "features": "embedding_similarity"}
+
+
 def metric_of(evaluation: Mapping[str, Any]) -> Metric:
     """The metric of an eval.json; files from before there were several have perplexities.
 

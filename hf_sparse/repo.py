@@ -12,13 +12,18 @@ from hf_sparse.adapter import CONFIG, WEIGHTS, read_adapter
 from hf_sparse.card import render
 from hf_sparse.demo import BASE_NAME
 from hf_sparse.errors import DataError
-from hf_sparse.figures import quality_figure
+from hf_sparse.evaluation.graphs import adapter_settings
+from hf_sparse.figures import pareto_figure, quality_figure
 from hf_sparse.files import write_json, write_text
+from hf_sparse.methods.sparsefinder import SparsefinderConfig
 
-CARD, EVALUATION, TRAINING, FIGURE = "README.md", "eval.json", "finetune.json", "quality.png"
+CARD, EVALUATION, TRAINING = "README.md", "eval.json", "finetune.json"
+
+#: The figures of a card: that of a SparseK adapter, and that of a Sparsefinder adapter.
+FIGURES = QUALITY, PARETO = "quality.png", "pareto.png"
 
 #: Every file that a push may write or remove; others in a repository are left alone.
-FILES = (CONFIG, WEIGHTS, CARD, EVALUATION, TRAINING, FIGURE)
+FILES = (CONFIG, WEIGHTS, CARD, EVALUATION, TRAINING, *FIGURES)
 
 
 def write_repo(
@@ -41,15 +46,15 @@ def write_repo(
 
     Raises:
         HubError: the folder holds no adapter of hf-sparse.
-        DataError: a measurement is damaged, or is one of another budget.
+        DataError: a measurement is damaged, or is one of another method, budget or graph.
     """
     folder = Path(folder)
     adapter = read_adapter(folder, str(folder))
+    graphs = isinstance(adapter.config, SparsefinderConfig)
     evaluation = evaluation or read_json(folder / EVALUATION)
     training = training or read_json(folder / TRAINING)
-    own = {name: getattr(adapter.config, name) for name in ("k", "window", "sinks", "slots")}
-    if evaluation is not None and evaluation.get("budget") != own:
-        raise DataError(f"{EVALUATION} is of the budget {evaluation.get('budget')}, but the adapter has {own}")
+    if evaluation is not None:
+        check_evaluation(evaluation, adapter.config)
     base_model = adapter.base_model if is_public(adapter.base_model) else None
     if evaluation is not None and base_model is not None:
         evaluation = {**evaluation, "base_model": base_model}  # not the folder that it was loaded from
@@ -60,15 +65,37 @@ def write_repo(
         parameters=sum(math.prod(shape) for shape in adapter.shapes.values()),
         evaluation=evaluation,
         training=training,
-        figure=FIGURE,
+        figure=PARETO if graphs else QUALITY,
         model_class=adapter.model_class,
     )
-    if evaluation is not None:
-        quality_figure(evaluation, training, folder / FIGURE)
+    if evaluation is not None and graphs:
+        pareto_figure(evaluation, folder / PARETO)
+    elif evaluation is not None:
+        quality_figure(evaluation, training, folder / QUALITY)
     for name, content in ((EVALUATION, evaluation), (TRAINING, training)):
         if content is not None:
             write_json(folder / name, content)
     write_text(folder / CARD, card)
+
+
+def check_evaluation(evaluation: dict[str, Any], config: Any) -> None:
+    """See that an eval.json was measured with the settings of an adapter.
+
+    Raises:
+        DataError: it is one of another method, budget or graph.
+    """
+    if isinstance(config, SparsefinderConfig):
+        if evaluation.get("method") != "sparsefinder":
+            raise DataError(f"{EVALUATION} is not of a Sparsefinder adapter, but the adapter is one")
+        has, measured = adapter_settings(config), dict(evaluation.get("adapter") or {})
+        different = [name for name in has if name in measured and measured[name] != has[name]]
+        if different or not measured:
+            of, here = ({name: settings[name] for name in different} for settings in (measured, has))
+            raise DataError(f"{EVALUATION} is of the settings {of}, but the adapter has {here}")
+        return
+    own = {name: getattr(config, name) for name in ("k", "window", "sinks", "slots")}
+    if evaluation.get("budget") != own:
+        raise DataError(f"{EVALUATION} is of the budget {evaluation.get('budget')}, but the adapter has {own}")
 
 
 def is_public(name: str | None) -> bool:

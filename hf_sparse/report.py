@@ -1,20 +1,20 @@
 """The report of an adapter: one page that needs nothing else, and its pictures.
 
 Everything on it comes from the JSON files in the adapter's folder. eval.json and finetune.json are measured by other
-verbs; selection.json, what the scorers keep of a text, is measured here because nothing but the pictures needs it.
+verbs; selection.json, what the scorers keep of a text, and graphs.json, which graphs a predictor makes of it, are
+measured here because nothing but the pictures needs them.
 """
 
-import base64
 import hashlib
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hf_sparse.adapter import WEIGHTS, read_adapter
-from hf_sparse.data import context_length, pack, select_chunks
+from hf_sparse.data import pack, select_chunks
 from hf_sparse.errors import DataError
+from hf_sparse.evaluation.graphs import describe_graphs
 from hf_sparse.figures import (
     budgets_figure,
     divergence_figure,
@@ -28,43 +28,24 @@ from hf_sparse.figures import (
 )
 from hf_sparse.figures.budgets import budgets_of
 from hf_sparse.figures.kept import legend_of
-from hf_sparse.figures.style import DENSE, DPI, look, ordered, reading
+from hf_sparse.figures.style import DENSE, look, ordered, reading
 from hf_sparse.files import write_json, write_text
 from hf_sparse.kept import describe_selection
+from hf_sparse.methods.sparsefinder import SparsefinderAttention, SparsefinderConfig
 from hf_sparse.metrics import Metric, metric_of
 from hf_sparse.patches import methods_of
-from hf_sparse.repo import EVALUATION, TRAINING, is_public, read_json
-from hf_sparse.workflow import LENGTH, Device, Dtype, load_adapter, staged
+from hf_sparse.repo import EVALUATION, TRAINING, check_evaluation, is_public, read_json
+from hf_sparse.report_graphs import GRAPHS, draw_graphs, render_graphs
+from hf_sparse.report_page import Picture, Pictures, render_page
+from hf_sparse.workflow import Device, Dtype, default_length, load_adapter, staged
 
 REPORT, FIGURES, SELECTION = "report.html", "figures", "selection.json"
 
 _CHUNKS = ":8"  # of a text, unless told otherwise: enough for a mean, and few seconds
-_PICTURES = ("quality", "budgets", "divergence", "positions", "heads", "tokens", "training")
-
-
-@dataclass(frozen=True)
-class Picture:
-    """A picture of the report.
-
-    Attributes:
-        name: of its file too, without the suffix.
-        caption: what it shows, in words.
-        png: its bytes.
-    """
-
-    name: str
-    caption: str
-    png: bytes
-
-    @property
-    def data(self) -> str:
-        """Its bytes as text."""
-        return base64.b64encode(self.png).decode("ascii")
-
-    @property
-    def width(self) -> int:
-        """Width in CSS pixels, of which an inch has 96: letters have the same size in all pictures."""
-        return int.from_bytes(self.png[16:20]) * 96 // DPI
+_PICTURES = (
+    *("quality", "budgets", "divergence", "positions", "heads", "tokens", "training"),
+    *("pareto", "covered", "graphs"),
+)
 
 
 def write_report(
@@ -83,10 +64,10 @@ def write_report(
 
     Args:
         folder: holds an adapter and its eval.json.
-        text: shows which tokens the scorers keep, and becomes selection.json; by default the selection.json that is
-            there, if it is of the same scorers.
+        text: shows which tokens the scorers keep, and becomes selection.json (of a Sparsefinder adapter, graphs of
+            single heads, and graphs.json); by default the file that is there, if it is of the same adapter.
         text_name: what the text is called on the page.
-        length: tokens per chunk of the text; by default 2048, or what the model's positions suffice for.
+        length: tokens per chunk of the text; see `hf_sparse.workflow.default_length`.
         chunks: only chunks `START:STOP` of the text; by default the first 8.
         device, dtype: see `hf_sparse.workflow.load_adapter`; the model is loaded for a text only.
 
@@ -105,24 +86,26 @@ def write_report(
             f"{folder} has no {EVALUATION}, and a report shows what was measured: "
             f"`hf-sparse eval {folder} --text FILE` measures it"
         )
-    own = {name: getattr(adapter.config, name) for name in ("k", "window", "sinks", "slots")}
-    if evaluation.get("budget") != own:
-        raise DataError(f"{EVALUATION} is of the budget {evaluation.get('budget')}, but the adapter has {own}")
+    check_evaluation(evaluation, adapter.config)
+    graphs = isinstance(adapter.config, SparsefinderConfig)
+    aside, draw, render = (GRAPHS, draw_graphs, render_graphs) if graphs else (SELECTION, _draw, _render)
     scorers = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
     if text is not None:
         name = f"{text_name} (chunks {chunks})" if chunks else text_name
         measured = _select(folder, text, name, length, chunks or _CHUNKS, device, dtype)
         selection: dict[str, Any] | None = {**measured, "scorers_sha256": scorers}
     else:
-        found = read_json(folder / SELECTION)
+        found = read_json(folder / aside)
         selection = found if found and found.get("scorers_sha256") == scorers else None
 
     base_model = adapter.base_model if is_public(adapter.base_model) else None
-    with staged(folder) as stage, staged(folder / FIGURES) as pictures:
-        drawn = _draw(pictures, evaluation, training, selection)
-        write_text(stage / REPORT, _render(folder.resolve().name, base_model, evaluation, training, selection, drawn))
+    with staged(folder) as stage, staged(folder / FIGURES) as place:
+        pictures = Pictures(place, [])
+        draw(pictures, evaluation, training, selection)
+        drawn = pictures.drawn
+        write_text(stage / REPORT, render(folder.resolve().name, base_model, evaluation, training, selection, drawn))
         if selection is not None:
-            write_json(stage / SELECTION, selection)
+            write_json(stage / aside, selection)
     current = {f"{picture.name}.png" for picture in drawn}
     for path in (folder / FIGURES).glob("*.png"):  # pictures of an earlier report that are true no longer
         if path.name not in current and (path.stem in _PICTURES or path.stem.startswith("task-")):
@@ -133,26 +116,23 @@ def write_report(
 def _select(
     folder: Path, text: str, name: str, length: int | None, chunks: str, device: Device, dtype: Dtype
 ) -> dict[str, Any]:
-    """What the scorers keep of a text."""
+    """What the scorers keep of a text, or which graphs a predictor makes of it."""
     model, tokenizer = load_adapter(folder, device=device, dtype=dtype)
     encoder = not methods_of(model)[0].causal
-    packed = pack(tokenizer, text, length or min(LENGTH, context_length(model) or LENGTH), special_tokens=encoder)
-    return describe_selection(model, tokenizer, select_chunks(packed, chunks), text_name=name)
+    packed = pack(tokenizer, text, length or default_length(model), special_tokens=encoder)
+    wanted = select_chunks(packed, chunks)
+    if methods_of(model, SparsefinderAttention):
+        return describe_graphs(model, wanted[:1], text_name=name)
+    return describe_selection(model, tokenizer, wanted, text_name=name)
 
 
 def _draw(
-    folder: Path, evaluation: dict[str, Any], training: dict[str, Any] | None, selection: dict[str, Any] | None
-) -> list[Picture]:
+    pictures: Pictures, evaluation: dict[str, Any], training: dict[str, Any] | None, selection: dict[str, Any] | None
+) -> None:
     """Draw all pictures for which there are measurements."""
     with reading(EVALUATION):
         metric, budgets, tasks = metric_of(evaluation), budgets_of(evaluation), dict(evaluation.get("tasks") or {})
-    drawn: list[Picture] = []
-
-    def add(name: str, caption: str, draw: Any, *content: Any, **options: Any) -> None:
-        path = folder / f"{name}.png"
-        draw(*content, path, **options)
-        drawn.append(Picture(name, caption, path.read_bytes()))
-
+    add = pictures.add
     if len(budgets) > 1:
         add("budgets", f"{metric.name} of every selection against the budget", budgets_figure, evaluation)
     add("quality", f"{metric.name} of every selection at the adapter's own budget", quality_figure, evaluation, None)
@@ -169,7 +149,6 @@ def _draw(
     if training is not None and training.get("history"):
         states = metric.key == "embedding_similarity"
         add("training", "loss at every optimiser step", training_figure, training, states=states)
-    return drawn
 
 
 def _render(
@@ -181,33 +160,33 @@ def _render(
     drawn: list[Picture],
 ) -> str:
     """The page."""
-    from jinja2 import Environment, StrictUndefined, UndefinedError
-
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=True)
-    environment.globals.update(label=_label, listed=_listed)
-    template = environment.from_string(Path(__file__).with_name("report.html.jinja").read_text("utf-8"))
-    try:
+    sources = f"{EVALUATION}, {TRAINING} or {SELECTION}"
+    with reading(sources):
         metric = metric_of(evaluation)
         total = len(selection["heads"]) if selection else 0
-        return template.render(
-            name=name,
-            base_model=base_model,
-            evaluation=evaluation,
-            training=training,
-            selection=selection,
-            metric=metric,
-            encoder=metric.key != "perplexity",
-            slots=int(evaluation["budget"]["slots"]),
-            names=_names(evaluation[metric.key]),
-            budgets=budgets_of(evaluation),
-            verdict=_verdict(metric, evaluation[metric.key]),
-            pictures={picture.name: picture for picture in drawn},
-            tasks=[picture for picture in drawn if picture.name.startswith("task-")],
-            shades=[shade(kept, total) for kept in range(total + 1)] if total else [],
-            legend=legend_of(total) if total else [],
-        )
-    except (UndefinedError, LookupError, AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise DataError(f"{EVALUATION}, {TRAINING} or {SELECTION} is not what hf-sparse writes: {error!r}") from error
+        content: dict[str, Any] = {
+            "metric": metric,
+            "encoder": metric.key != "perplexity",
+            "slots": int(evaluation["budget"]["slots"]),
+            "names": _names(evaluation[metric.key]),
+            "budgets": budgets_of(evaluation),
+            "verdict": _verdict(metric, evaluation[metric.key]),
+            "shades": [shade(kept, total) for kept in range(total + 1)] if total else [],
+            "legend": legend_of(total) if total else [],
+        }
+    return render_page(
+        "report.html.jinja",
+        sources,
+        name=name,
+        base_model=base_model,
+        evaluation=evaluation,
+        training=training,
+        selection=selection,
+        pictures={picture.name: picture for picture in drawn},
+        tasks=[picture for picture in drawn if picture.name.startswith("task-")],
+        label=_label,
+        **content,
+    )
 
 
 def _names(values: Mapping[str, Any]) -> list[str]:
@@ -216,11 +195,6 @@ def _names(values: Mapping[str, Any]) -> list[str]:
 
 def _label(name: str) -> str:
     return DENSE if name == "dense" else look(name).label
-
-
-def _listed(content: Mapping[str, Any]) -> str:
-    """`{"cpus": 4, "torch_threads": 1}` as `cpus 4, torch threads 1`."""
-    return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in content.items())
 
 
 def _verdict(metric: Metric, values: Mapping[str, float]) -> str:

@@ -5,17 +5,15 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
-from hf_sparse._compat import register_method
+from hf_sparse._compat import register_with_peft
+from hf_sparse.methods import registered_methods
 from hf_sparse.methods.base import SparseMethod
-from hf_sparse.methods.sparsek import SparseKConfig
-from hf_sparse.methods.sparsek.config import PEFT_TYPE
 from hf_sparse.patches.attach import attach, detach, targets
 
 
-class SparseKModel(BaseTuner):
-    """What `peft.get_peft_model` makes of a model and a `SparseKConfig`."""
+class SparseModel(BaseTuner):
+    """What `peft.get_peft_model` makes of a model and a method's configuration; `TUNERS` has one class per method."""
 
-    prefix = "sparsek_"
     tuner_layer_cls = SparseMethod
 
     def inject_adapter(
@@ -53,6 +51,14 @@ class SparseKModel(BaseTuner):
         raise ValueError("sparse attention selects keys and has no weights to merge; use unload() for the base model")
 
 
+#: The tuner of each method by the method's name in PEFT: PEFT reads the prefix of the learned parameters off the class.
+TUNERS: dict[str, type[SparseModel]] = {
+    name: type(f"{method.attention.label}Model", (SparseModel,), {"prefix": method.prefix})
+    for name, method in registered_methods().items()
+}
+
+
 def register() -> None:
-    """Make SparseK known to PEFT."""
-    register_method(PEFT_TYPE, config=SparseKConfig, tuner=SparseKModel, prefix=SparseKModel.prefix)
+    """Make the methods known to PEFT."""
+    for name, method in registered_methods().items():
+        register_with_peft(name, config=method.config, tuner=TUNERS[name], prefix=method.prefix)

@@ -19,15 +19,16 @@ from transformers import AutoTokenizer, PreTrainedModel
 from hf_sparse.adapter import CONFIG, resolve_base, skeleton_of
 from hf_sparse.data import context_length, mask_tokens, pack, read_text, select_chunks
 from hf_sparse.errors import DataError, HubError
-from hf_sparse.evaluation import GENERATING, check_selections, divide_layers, evaluate, selections_of
+from hf_sparse.evaluation import GENERATING, PATTERNS, check_selections, divide_layers, evaluate, selections_of
 from hf_sparse.evaluation.tasks import Suite
 from hf_sparse.finetune import FinetuneConfig, finetune
 from hf_sparse.finetune.checkpoint import FOLDER as CHECKPOINTS
 from hf_sparse.hub import from_pretrained
+from hf_sparse.methods.sparsefinder import SparsefinderAttention, SparsefinderConfig
 from hf_sparse.methods.sparsek import SparseKConfig
-from hf_sparse.patches import methods_of
+from hf_sparse.patches import methods_in_use, methods_of
 from hf_sparse.patches.attach import targets
-from hf_sparse.repo import CARD, EVALUATION, FIGURE, TRAINING, read_json, write_repo
+from hf_sparse.repo import CARD, EVALUATION, FIGURES, TRAINING, read_json, write_repo
 from hf_sparse.tasks import kind_of, task_of
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -35,12 +36,13 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 LENGTH = 2048  # tokens per chunk, where the model has as many positions
 CHUNKS = 16  # of a text that is measured with all baselines, so that it takes minutes
+GRAPH_CHUNKS = 4  # where each is read with all patterns at all sparsities
 DIVIDING = 4  # of a text on which every layer is measured
 
 
 def create_adapter(
     model: str,
-    config: SparseKConfig,
+    config: SparseKConfig | SparsefinderConfig,
     folder: str | Path,
     *,
     seed: int = 0,
@@ -51,9 +53,9 @@ def create_adapter(
 
     Args:
         model: id on the Hub, a folder, or `"demo"`; the adapter names its base exactly like this.
-        config: the method and its budget.
+        config: the method and its settings.
         folder: where the adapter goes; it appears whole or not at all.
-        seed: of the scorers' first weights.
+        seed: of the first weights of what is learned.
         dtype: of the loaded base model; `"auto"` is the checkpoint's own.
         force: write into a folder that is not empty. An adapter that is there goes, with its measurements.
 
@@ -74,7 +76,7 @@ def create_adapter(
         patched = get_peft_model(base, config)
     config.base_model_name_or_path = model
     if (folder / CONFIG).exists():  # what measured and what resumes another adapter
-        _remove(folder, EVALUATION, TRAINING, FIGURE, CARD)
+        _remove(folder, EVALUATION, TRAINING, *FIGURES, CARD)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     save_adapter(patched, folder)
     return patched
@@ -107,7 +109,7 @@ def train_adapter(
     model, tokenizer = load_adapter(folder, device=device, dtype=dtype, trainable=True)
     data = _data(model, tokenizer, text, length, chunks, seed=config.seed, corrupt=True)
     metrics = finetune(model, data, replace(config, output_dir=str(folder), cpu=model.device.type == "cpu"))
-    _remove(folder, EVALUATION, FIGURE)  # they measured the scorers that go now
+    _remove(folder, EVALUATION, *FIGURES)  # they measured the scorers that go now
     save_adapter(model, folder)
     write_repo(folder, training=metrics)
     return metrics
@@ -143,12 +145,14 @@ def divide_adapter(
     """
     folder = Path(folder)
     model, tokenizer = load_adapter(folder, device=device, dtype=dtype)
+    if methods_in_use(model, SparsefinderAttention):
+        raise DataError(f"slots are divided among layers, and {folder} holds a Sparsefinder adapter, which has none")
     if kind_of(model) != "causal":
         raise DataError("slots are divided among the layers of causal language models, and this model is none")
     data = _data(model, tokenizer, text, length, chunks, limit=DIVIDING)
     shares, _ = divide_layers(model, data, batch_size=batch_size)
     model.active_peft_config.layer_shares = shares
-    _remove(folder, EVALUATION, FIGURE)  # they measured equal shares
+    _remove(folder, EVALUATION, *FIGURES)  # they measured equal shares
     save_adapter(model, folder)
     write_repo(folder)
     return shares
@@ -164,6 +168,8 @@ def evaluate_adapter(
     batch_size: int = 1,
     selections: Sequence[str] | None = None,
     slots: Sequence[int] = (),
+    sparsities: Sequence[float] | None = None,
+    seed: int = 0,
     stride: int | None = None,
     suite: Suite | None = None,
     device: Device = "auto",
@@ -175,13 +181,17 @@ def evaluate_adapter(
         folder: holds an adapter.
         text: see `hf_sparse.data.pack`; `None` adds the suite's tasks to the eval.json that is there.
         name: what the text is called in the result.
-        length: tokens per chunk; by default 2048, or what the model's positions suffice for.
-        chunks: measure chunks `START:STOP` of the text; by default at most 16, from all over it. `":"` is all.
+        length: tokens per chunk; by default 2048, for Sparsefinder the `length` of its settings, or what the model's
+            positions suffice for.
+        chunks: measure chunks `START:STOP` of the text; by default at most 16, for Sparsefinder 4, from all over it.
+            `":"` is all.
         batch_size: chunks at a time.
-        selections: what to compare, of `hf_sparse.evaluation.selections_of(model)`; all by default. The suite is
-            answered by those that can generate.
-        slots: further budgets to measure the text at.
+        selections: what to compare, of `hf_sparse.evaluation.selections_of(model)`, for Sparsefinder of `PATTERNS`;
+            all by default. The suite is answered by those that can generate.
+        slots: further budgets of SparseK to measure the text at.
         stride: let the chunks overlap, and count the last `stride` tokens of each only, which all have a long context.
+        sparsities: of Sparsefinder, shares of the pairs of tiles that are left out; `SPARSITIES` by default.
+        seed: of Sparsefinder, see `hf_sparse.evaluation.analyse`.
         suite: tasks that are scored by generation; without `lengths` of its own, prompts are as long as a chunk and
             half as long, where that is more than the slots.
         device, dtype: see `load_adapter`.
@@ -195,20 +205,35 @@ def evaluate_adapter(
     """
     folder = Path(folder)
     model, tokenizer = load_adapter(folder, device=device, dtype=dtype)
+    graphs = bool(methods_in_use(model, SparsefinderAttention))
+    if graphs and suite is not None:
+        raise DataError(
+            f"tasks are answered at a number of slots, and {folder} holds a Sparsefinder adapter, which has none: "
+            "measure a text"
+        )
     if selections is not None:
-        check_selections(selections, selections_of(model))
+        check_selections(selections, PATTERNS if graphs else selections_of(model))
     if suite is not None:
         if selections is not None:
             suite = replace(suite, selections=[chosen for chosen in selections if chosen in GENERATING])
         if not suite.lengths:
-            whole, least = length or _length(model), suite.budget(model).slots
+            whole, least = length or default_length(model), suite.budget(model).slots
             suite = replace(suite, lengths=[own for own in (whole // 2, whole) if own > least] or [whole])
         suite.check(model)
     if text is not None:
-        data = _data(model, tokenizer, text, length, chunks, limit=CHUNKS, stride=stride)
+        data = _data(model, tokenizer, text, length, chunks, limit=GRAPH_CHUNKS if graphs else CHUNKS, stride=stride)
         label = f"{name} (chunks {chunks})" if chunks else name
-        options: dict[str, Any] = {"stride": stride, "batch_size": batch_size, "text_name": label}
-        result = evaluate(model, data, selections=selections, slots=slots, **options)
+        result = evaluate(
+            model,
+            data,
+            selections=selections,
+            slots=slots,
+            sparsities=sparsities,
+            stride=stride,
+            batch_size=batch_size,
+            seed=seed,
+            text_name=label,
+        )
     elif suite is None:
         raise DataError("nothing to measure: expected a text or tasks")
     elif (there := read_json(folder / EVALUATION)) is None:
@@ -221,7 +246,7 @@ def evaluate_adapter(
     return result
 
 
-def load_base(name: str, config: SparseKConfig, *, dtype: Dtype = "auto") -> PreTrainedModel:
+def load_base(name: str, config: SparseKConfig | SparsefinderConfig, *, dtype: Dtype = "auto") -> PreTrainedModel:
     """A base model by the name that adapters use for it, on the CPU, if `config` can patch it.
 
     Raises:
@@ -353,15 +378,17 @@ def _data(
     Where no `chunks` are named, at most `limit` are taken, at equal distances.
     """
     encoder = not methods_of(model)[0].causal
-    packed = pack(tokenizer, text, length or _length(model), special_tokens=encoder, stride=stride)
+    packed = pack(tokenizer, text, length or default_length(model), special_tokens=encoder, stride=stride)
     packed = select_chunks(packed, chunks)
     if chunks is None and limit is not None and len(packed) > limit:
         packed = packed[[i * len(packed) // limit for i in range(limit)]]
     return mask_tokens(tokenizer, packed, **masking) if kind_of(model) == "masked" else packed
 
 
-def _length(model: PeftModel) -> int:
-    return min(LENGTH, context_length(model) or LENGTH)
+def default_length(model: PeftModel) -> int:
+    """Tokens per chunk: those that the settings are meant for, where they say so, or what the positions suffice for."""
+    wanted: int = getattr(model.active_peft_config, "length", LENGTH)
+    return min(wanted, context_length(model) or wanted)
 
 
 def _remove(folder: Path, *names: str) -> None:

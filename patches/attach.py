@@ -3,39 +3,61 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar, overload
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from hf_sparse.errors import AdapterMismatchError, UnsupportedModelError
-from hf_sparse.methods.base import SparseMethod
-from hf_sparse.methods.sparsek import SparseKAttention, SparseKConfig
-from hf_sparse.patches.base import Family, family_of
+from hf_sparse.methods.base import Site, SparseMethod
+from hf_sparse.methods.registry import method_of
+from hf_sparse.patches.base import family_of
 from hf_sparse.patches.interface import NAME, before_attention
 
 CHILD = "sparse_attention"
 
 
-def methods_of(model: nn.Module) -> list[SparseKAttention]:
-    """The attached methods of a model, in the order of its layers; empty if it is not patched."""
-    return [module for module in model.modules() if isinstance(module, SparseKAttention)]
+M = TypeVar("M", bound=SparseMethod)
 
 
-def methods_in_use(model: nn.Module) -> list[SparseKAttention]:
+@overload
+def methods_of(model: nn.Module) -> list[SparseMethod]: ...
+@overload
+def methods_of(model: nn.Module, kind: type[M]) -> list[M]: ...
+def methods_of(model: nn.Module, kind: type[SparseMethod] = SparseMethod) -> list[Any]:
+    """The attached methods of a model, in the order of its layers; empty if it is not patched, or with another kind."""
+    return [module for module in model.modules() if isinstance(module, kind)]
+
+
+@overload
+def methods_in_use(model: nn.Module) -> list[SparseMethod]: ...
+@overload
+def methods_in_use(model: nn.Module, kind: type[M]) -> list[M]: ...
+def methods_in_use(model: nn.Module, kind: type[SparseMethod] = SparseMethod) -> list[Any]:
     """The attached methods that have the adapter in use; adapters may have been given different layers."""
-    return [method for method in methods_of(model) if method.active in method.configs]
+    return [method for method in methods_of(model, kind) if method.active in method.configs]
 
 
-def targets(model: PreTrainedModel, config: SparseKConfig) -> list[tuple[str, nn.Module]]:
+def targets(model: PreTrainedModel, config: Any) -> list[tuple[str, nn.Module]]:
     """Names and attention modules that a configuration wants patched, with everything checked first.
 
+    Args:
+        config: of a method, such as a `SparseKConfig`.
+
     Raises:
+        TypeError: the configuration is of no sparse attention method.
         UnsupportedModelError: no patch for this model.
         AdapterMismatchError: the configuration was made for another base model.
-        ValueError: `layers` names a layer that is not there, or one that attends locally.
+        ValueError: `layers` names a layer that is not there, or one that attends locally; the model is patched with
+            another method; or the configuration does not fit the size of the model.
     """
+    kind = method_of(config).attention
     family = family_of(model)
+    if other := next((method for method in methods_of(model) if type(method) is not kind), None):
+        raise ValueError(
+            f"the model has {other.label} attention already, and a model has one method at a time: take it off first "
+            f"(unpatch, or unload of a PeftModel), then add {kind.label}"
+        )
     found = list(family.modules(model))
     if not found:
         raise UnsupportedModelError(f"{type(model).__name__} holds no attention module that can be patched")
@@ -49,11 +71,9 @@ def targets(model: PreTrainedModel, config: SparseKConfig) -> list[tuple[str, nn
             "tokens), and sparse attention replaces full attention; load the model with sliding_window=None, which "
             "changes nothing for texts that fit into the window"
         )
-    _check_shape(_shape(model, family, found), config)
-    if config.layer_shares is not None and len(config.layer_shares) != len(found):
-        raise ValueError(
-            f"layer_shares has {len(config.layer_shares)} entries, and the model has {len(found)} attention layers"
-        )
+    site = family.site(found[0][1], layer=0)
+    _check_shape(_shape(model, site, len(found), kind), config)
+    kind.check(config, site)
     if config.layers is None:
         return [pair for i, pair in enumerate(found) if i not in local]
     beyond = [i for i in config.layers if i >= len(found)]
@@ -67,7 +87,7 @@ def targets(model: PreTrainedModel, config: SparseKConfig) -> list[tuple[str, nn
     return [found[i] for i in config.layers]
 
 
-def attach(module: nn.Module, model: PreTrainedModel, adapter: str, config: SparseKConfig) -> SparseMethod:
+def attach(module: nn.Module, model: PreTrainedModel, adapter: str, config: Any) -> SparseMethod:
     """Attach one adapter to one attention module; a second adapter joins the first."""
     method = getattr(module, CHILD, None)
     others = methods_of(model)
@@ -75,9 +95,7 @@ def attach(module: nn.Module, model: PreTrainedModel, adapter: str, config: Spar
         family = family_of(model)
         switch = others[0].on_toggle if others else _Switch(model.config)  # one for all layers of a model
         layer = next(i for i, (_, other) in enumerate(family.modules(model)) if other is module)
-        method = SparseKAttention(
-            family.hidden_size(module), family.num_key_value_heads(module), layer, family.causal(module)
-        )
+        method = method_of(config).attention.at(family.site(module, layer))
         method.train(module.training)
         method.on_toggle = switch
         method.beside_local = any(family.is_local(other) for _, other in family.modules(model))
@@ -111,7 +129,7 @@ def detach(model: nn.Module) -> None:
             delattr(module, CHILD)
 
 
-def patch(model: PreTrainedModel, config: SparseKConfig, adapter: str = "default") -> PreTrainedModel:
+def patch(model: PreTrainedModel, config: Any, adapter: str = "default") -> PreTrainedModel:
     """Give a pretrained model sparse attention, in place.
 
     Args:
@@ -120,7 +138,7 @@ def patch(model: PreTrainedModel, config: SparseKConfig, adapter: str = "default
         adapter: name of the adapter; a second name adds a second adapter, `set_adapter` switches.
 
     Returns:
-        The same model. Only the scorers are new; freeze the rest yourself, or use `peft.get_peft_model`.
+        The same model. Only the method's parameters are new; freeze the rest yourself, or use `peft.get_peft_model`.
 
     Raises:
         UnsupportedModelError: no patch for this model; the message lists what is supported.
@@ -144,7 +162,7 @@ def unpatch(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @contextmanager
-def patched(model: PreTrainedModel, config: SparseKConfig) -> Iterator[PreTrainedModel]:
+def patched(model: PreTrainedModel, config: Any) -> Iterator[PreTrainedModel]:
     """Patch for the length of a `with` block."""
     if methods_of(model):
         raise ValueError("the model is patched already: unpatch it first")
@@ -172,19 +190,17 @@ class _Switch:
         self.config._attn_implementation = NAME if enabled else self.base
 
 
-def _shape(model: PreTrainedModel, family: Family, found: list[tuple[str, nn.Module]]) -> dict[str, Any]:
+def _shape(model: PreTrainedModel, site: Site, layers: int, kind: type[SparseMethod]) -> dict[str, Any]:
     """What an adapter depends on."""
-    first = found[0][1]
     return {
         "model_type": model.config.model_type,
-        "hidden_size": family.hidden_size(first),
-        "num_key_value_heads": family.num_key_value_heads(first),
-        "num_attention_layers": len(found),
+        **{name: getattr(site, name) for name in kind.fits},
+        "num_attention_layers": layers,
         "model_class": type(model).__name__,
     }
 
 
-def _check_shape(shape: dict[str, Any], config: SparseKConfig) -> None:
+def _check_shape(shape: dict[str, Any], config: Any) -> None:
     if config.base_shape is None:
         config.base_shape = shape
         return
@@ -198,6 +214,5 @@ def _check_shape(shape: dict[str, Any], config: SparseKConfig) -> None:
         raise AdapterMismatchError(
             "the adapter was made for another base model ("
             + "; ".join(wrong)
-            + "); a new adapter needs a SparseKConfig "
-            "of its own"
+            + f"); a new adapter needs a {type(config).__name__} of its own"
         )

@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_sparse.errors import UnsupportedModelError
+from hf_sparse.methods.base import Site
 
 
 def _is_causal(module: Any) -> bool:
@@ -16,6 +17,15 @@ def _is_causal(module: Any) -> bool:
 
 def _has_sliding_window(module: Any) -> bool:
     return getattr(module, "sliding_window", None) is not None
+
+
+def _num_attention_heads(module: Any) -> int:
+    return module.config.num_attention_heads
+
+
+def _head_dim(module: Any) -> int:
+    names = ("head_dim", "attention_head_size", "head_size")  # transformers' names for it
+    return next(getattr(module, name) for name in names if hasattr(module, name))
 
 
 def _no_refusal(model: Any) -> str | None:
@@ -32,6 +42,8 @@ class Family:
             model.
         num_key_value_heads: reads the number of KV heads off an attention module.
         hidden_size: reads the size of the attention module's input off the module.
+        num_attention_heads: reads the number of query heads off an attention module.
+        head_dim: reads the size of one head off an attention module.
         causal: whether the queries of an attention module see no later keys.
         is_local: whether an attention module attends within a sliding window of its own; it is left as it is.
         refusal: why this particular model cannot be patched, or `None`.
@@ -41,6 +53,8 @@ class Family:
     attention: Callable[[], type[nn.Module]]
     hidden_size: Callable[[Any], int]
     num_key_value_heads: Callable[[Any], int]
+    num_attention_heads: Callable[[Any], int] = _num_attention_heads
+    head_dim: Callable[[Any], int] = _head_dim
     causal: Callable[[Any], bool] = _is_causal
     is_local: Callable[[Any], bool] = _has_sliding_window
     refusal: Callable[[Any], str | None] = _no_refusal
@@ -51,6 +65,17 @@ class Family:
         for name, module in model.named_modules():
             if isinstance(module, kind) and not getattr(module, "is_cross_attention", False):
                 yield name, module
+
+    def site(self, module: nn.Module, layer: int) -> Site:
+        """An attention module as a method sees it."""
+        return Site(
+            hidden_size=self.hidden_size(module),
+            num_attention_heads=self.num_attention_heads(module),
+            num_key_value_heads=self.num_key_value_heads(module),
+            head_dim=self.head_dim(module),
+            layer=layer,
+            causal=self.causal(module),
+        )
 
 
 _FAMILIES: dict[str, Family] = {}

@@ -1,4 +1,4 @@
-"""How KV slots get into a transformers cache, and a cache to hold across calls: several turns of a chat, for one."""
+"""How a method's layers get into a transformers cache, and a cache to hold across calls, such as turns of a chat."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from hf_sparse.methods.base import SparseMethod
 
 
 class SparseKCache(Cache):
-    """An empty cache for a patched model: KV slots where a layer attends sparsely, an ordinary layer elsewhere.
+    """An empty cache for a patched model: the method's layer where one attends sparsely, an ordinary one elsewhere.
 
     `generate` and a forward with `use_cache=True` make their own; this one is for who wants to keep it:
 
@@ -20,8 +20,9 @@ class SparseKCache(Cache):
 
     It belongs to the adapter that is active now. Rows of different lengths are padded and masked as ever; what was
     padding when it came stays padding. A row that ended before the others was fed pad tokens as real ones, and cannot
-    be continued from here. It compiles: on a GPU `generate` compiles the decoding steps that use it, as it does with
-    transformers' `StaticCache` (`disable_compile=True` forgoes that), unless the model has layers that are not patched.
+    be continued from here. KV slots, which SparseK has, compile: on a GPU `generate` compiles the decoding steps that
+    use them, as it does with transformers' `StaticCache` (`disable_compile=True` forgoes that), unless the model has
+    layers that are not patched.
 
     Args:
         model: a patched model, or a `PeftModel` of one.
@@ -64,17 +65,22 @@ def own_layer(cache: Any, index: int, method: SparseMethod) -> Any:
     layer: Any = cache.layers[index]
     if type(layer) in (DynamicLayer, StaticLayer) and layer.get_seq_length() == 0:
         own: Any = method.cache_layer()
+        if type(layer) is StaticLayer and not method.has_slots:
+            raise ValueError(
+                f"{method.label} keeps every key in a cache that grows, which a static cache does not: use the "
+                "ordinary cache"
+            )
         if type(layer) is StaticLayer and not own.only_sparse:
             raise ValueError(
                 "a static cache needs every full-attention layer patched, and the adapter names some only (`layers`): "
                 "use the ordinary cache"
             )
-        if method.beside_local and not any(cache.is_sliding):
+        if method.has_slots and method.beside_local and not any(cache.is_sliding):
             own.only_sparse = False  # in a cache that knows no local layers, this one may tell the size of their mask
         cache.layers[index] = layer = own
     if not isinstance(layer, method.cache_layer_type):
         raise ValueError(
-            "sparse attention keeps its own KV slots in place of an ordinary, empty DynamicCache or StaticCache; "
+            "sparse attention keeps a cache layer of its own in place of that of an ordinary, empty cache; "
             f"layer {index} is a {type(layer).__name__}{' that holds dense keys' if layer.get_seq_length() else ''}: "
             "start a new cache after switching adapters on or off"
         )

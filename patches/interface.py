@@ -65,9 +65,9 @@ def attention_forward(
         )
     _refuse_what_would_be_ignored(module, kwargs)
     length, cache = query.shape[2], sparse_call.cache
-    valid = None if attention_mask is None else attention_mask[:, -length:]
+    valid = None if attention_mask is None else attention_mask[:, -key.shape[2] :]
     if length > 1 and not torch.compiler.is_compiling():  # a decoding step waits for no value from the device
-        if cache is not None and not cache.empty:
+        if cache is not None and sparse_call.method.has_slots and not cache.empty:
             if attention_mask is not None and attention_mask.shape[1] > length:
                 cache.expect(attention_mask[:, :-length].sum(-1))
             else:  # no mask: all is real

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 import hf_sparse
 from hf_sparse import cli, workflow
 from hf_sparse.evaluation import SELECTIONS
+from hf_sparse.evaluation.graphs import adapter_settings
 from hf_sparse.finetune import FinetuneConfig
 
 VOCABULARY = 64
@@ -360,6 +361,95 @@ class TestEval:
         assert "no CUDA device" in fail("eval", adapter, "--text", text, "--device", "cuda")
 
 
+GRAPH = ["--method", "sparsefinder", "--tile", "16", "--window", "4", "--clusters", "4", "--length", str(LENGTH)]
+
+
+class TestSparsefinder:
+    @pytest.fixture
+    def graph(self, tmp_path, base) -> Path:
+        succeed("patch", base, *GRAPH, "--sparsity", "0.5", "--output", tmp_path / "graph")
+        return tmp_path / "graph"
+
+    def test_patch(self, graph):
+        assert set(files(graph)) == ADAPTER
+        config = PeftConfig.from_pretrained(str(graph))
+        assert isinstance(config, hf_sparse.SparsefinderConfig)
+        assert (config.tile, config.window, config.clusters, config.sparsity, config.length) == (16, 4, 4, 0.5, LENGTH)
+
+    def test_graphs_of_tokens(self, tmp_path, base):
+        succeed("patch", base, "--method", "sparsefinder", "--tile", "0", "--output", tmp_path / "graph")
+        assert PeftConfig.from_pretrained(str(tmp_path / "graph")).tile is None
+
+    @pytest.mark.parametrize(
+        "method, option, message",
+        [
+            ("sparsefinder", ["--k", "4"], "--k is no option of sparsefinder: see 'Options of SparseK' in --help"),
+            ("sparsek", ["--tile", "16"], "--tile is no option of sparsek: see 'Options of Sparsefinder' in --help"),
+            ("sparsek", ["--no-learn-alpha"], "--learn-alpha is no option of sparsek"),
+        ],
+    )
+    def test_options_of_the_other_method(self, tmp_path, base, method, option, message):
+        result = invoke("patch", base, "--method", method, *option, "--output", tmp_path / "graph")
+        assert result.exit_code == 2 and message in " ".join(result.output.replace("│", " ").split())
+        assert not (tmp_path / "graph").exists()
+
+    def test_settings_out_of_range(self, tmp_path, base):
+        line = fail("patch", base, "--method", "sparsefinder", "--alpha", "1", "--output", tmp_path / "graph")
+        assert "SparsefinderConfig.alpha must be above 1 and at most 2, got 1.0" in line
+        assert not (tmp_path / "graph").exists()
+
+    def test_from_nothing_to_a_report(self, graph, text, tmp_path):
+        steps = ["--steps", "2", "--graph-steps", "2", "--graph-rows", "16", "--device", "cpu"]
+        shown = succeed("finetune", graph, "--text", text, *steps)
+        assert "trained adapter and finetune.json" in shown and f"{4 * LENGTH * 2:,} tokens" in shown
+        measure = ["--chunks", "0:1", "--sparsity", "0.3,0.5", "--device", "cpu", "--json", tmp_path / "copy.json"]
+        shown = succeed("eval", graph, "--text", text, *measure)
+        for words in ("full entmax", "longformer", "oracle", "mass recall", "0.5*"):
+            assert words in shown
+        result = json.loads((graph / "eval.json").read_text())
+        assert result == json.loads((tmp_path / "copy.json").read_text())
+        assert result["method"] == "sparsefinder" and result["text"]["length"] == LENGTH
+        assert [point["sparsity"] for point in result["points"]] == [0.3, 0.5]
+        assert set(files(graph)) == ADAPTER | {"eval.json", "finetune.json", "pareto.png", "README.md"}
+        succeed("report", graph, "--text", text, "--device", "cpu")
+        assert {"report.html", "graphs.json", "figures/graphs.png"} <= set(files(graph))
+        succeed("finetune", graph, "--text", text, *steps)  # another adapter, not measured yet
+        assert not {"eval.json", "pareto.png"} & set(files(graph))
+
+    def test_selections(self, tmp_path, base, text):
+        succeed("patch", base, *GRAPH, "--predictor", "bound", "--output", tmp_path / "bound")
+        chosen = ["--selection", "predicted", "--selection", "oracle", "--chunks", "0:1", "--device", "cpu"]
+        succeed("eval", tmp_path / "bound", "--text", text, *chosen, "--sparsity", "0.5", "--seed", "3")
+        result = json.loads((tmp_path / "bound" / "eval.json").read_text())
+        assert [list(point["results"]) for point in result["points"]] == [["predicted"], ["oracle"]]
+        assert result["seed"] == 3
+
+    @pytest.mark.parametrize(
+        "verb, options, message",
+        [
+            ("eval", ["--slots", "16"], "slots and stride are SparseK's"),
+            ("eval", ["--task", "passkey"], "tasks are answered at a number of slots, and .* holds a Sparsefinder"),
+            ("eval", ["--selection", "h2o"], "selections must be among predicted"),
+            ("eval", ["--sparsity", "1.5"], "sparsities must be at least 0 and below 1"),
+            ("eval", [], "never fitted"),
+            ("divide", [], "holds a Sparsefinder adapter, which has none"),
+            ("finetune", ["--warm-start-steps", "3"], "warm_start_steps"),
+        ],
+        ids=lambda value: " ".join(value) if isinstance(value, list) else value[:10],
+    )
+    def test_refuses(self, graph, text, verb, options, message):
+        before = files(graph)
+        assert re.search(message, fail(verb, graph, "--text", text, *options, "--device", "cpu"))
+        assert files(graph) == before
+
+    def test_sparsities_are_not_for_sparsek(self, adapter, text):
+        assert "sparsities are Sparsefinder's" in fail(
+            "eval", adapter, "--text", text, "--sparsity", "0.5", "--length", LENGTH, "--device", "cpu"
+        )
+        result = invoke("eval", adapter, "--text", text, "--sparsity", "half")
+        assert result.exit_code == 2 and "expected numbers such as 0.5,0.8" in result.output
+
+
 class TestDamage:
     def test_weights(self, adapter, text):
         weights = adapter / "adapter_model.safetensors"
@@ -481,3 +571,6 @@ def test_defaults_are_those_of_the_library():
     config = hf_sparse.SparseKConfig()
     for name in ("k", "window", "sinks", "scorer", "layers", "position_slope", "learn_slope", "support"):
         assert shown[name] == getattr(config, name)
+    library = adapter_settings(hf_sparse.SparsefinderConfig()) | {"initial_scale": 0.3}
+    assert library.keys() <= shown.keys()
+    assert {name: shown[name] for name in library} == library

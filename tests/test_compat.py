@@ -5,10 +5,11 @@ import pytest
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-from hf_sparse._compat import extend_peft_type, register_method
+from hf_sparse._compat import extend_peft_type, register_with_peft
 from hf_sparse.errors import CompatibilityError
+from hf_sparse.methods import registered_methods
 from hf_sparse.methods.sparsek.config import PEFT_TYPE, SparseKConfig
-from hf_sparse.tuner import SparseKModel, register
+from hf_sparse.tuner import TUNERS, register
 
 
 @pytest.fixture
@@ -46,8 +47,10 @@ def test_registering_twice_is_registering_once():
     register()
     register()
     assert len(PeftType) == count
-    assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(PEFT_TYPE)] is SparseKConfig
-    assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType(PEFT_TYPE)] is SparseKModel
+    for name, method in registered_methods().items():
+        assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(name)] is method.config
+        assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType(name)] is TUNERS[name]
+        assert (TUNERS[name].prefix, TUNERS[name].__name__) == (method.prefix, f"{method.attention.label}Model")
 
 
 @pytest.mark.parametrize("error", [TypeError("new signature"), ValueError("refused"), KeyError("gone")])
@@ -57,7 +60,7 @@ def test_a_peft_that_registers_differently_is_named(new_type, monkeypatch, error
 
     monkeypatch.setattr(peft.utils, "register_peft_method", refuse)
     with pytest.raises(CompatibilityError, match=f"PEFT {peft.__version__} registers its methods in a way") as caught:
-        register_method(new_type, config=SparseKConfig, tuner=SparseKModel, prefix="sparsek_")
+        register_with_peft(new_type, config=SparseKConfig, tuner=TUNERS[PEFT_TYPE], prefix="sparsek_")
     assert caught.value.__cause__ is error
     assert isinstance(caught.value, ImportError)
     assert str(caught.value).endswith("(pip install 'peft>=0.21,<0.22') or a newer hf-sparse.")
@@ -66,7 +69,7 @@ def test_a_peft_that_registers_differently_is_named(new_type, monkeypatch, error
 def test_a_peft_without_the_function_is_named(new_type, monkeypatch):
     monkeypatch.delattr(peft.utils, "register_peft_method")
     with pytest.raises(CompatibilityError, match="registers its methods in a way"):
-        register_method(new_type, config=SparseKConfig, tuner=SparseKModel, prefix="sparsek_")
+        register_with_peft(new_type, config=SparseKConfig, tuner=TUNERS[PEFT_TYPE], prefix="sparsek_")
 
 
 @pytest.mark.parametrize("table", ["_member_map_", "_member_names_", "_value2member_map_"])

@@ -2,11 +2,15 @@
 
 Perplexity by position and divergence from dense attention at one or several budgets, tasks that are scored by
 generation, bytes of keys and values, and speed; every one for the dense model, the trained scorers and baselines with
-as many slots.
+as many slots. Of a predicted graph, what it covers of the gold graph beside other patterns: `graphs`.
 """
 
 from hf_sparse.evaluation.budgets import at_budget as at_budget
 from hf_sparse.evaluation.budgets import budget_of as budget_of
+from hf_sparse.evaluation.graphs import PATTERNS as PATTERNS
+from hf_sparse.evaluation.graphs import SPARSITIES as SPARSITIES
+from hf_sparse.evaluation.graphs import analyse as analyse
+from hf_sparse.evaluation.graphs import graph_table as graph_table
 from hf_sparse.evaluation.layers import divide_layers as divide_layers
 from hf_sparse.evaluation.layers import layer_damages as layer_damages
 from hf_sparse.evaluation.measure import FORMAT as FORMAT

@@ -14,6 +14,7 @@ from hf_sparse import machine
 from hf_sparse.data import IGNORED, check_chunks, fingerprint, tensors
 from hf_sparse.errors import DataError
 from hf_sparse.evaluation.budgets import at_budget, budget_of
+from hf_sparse.evaluation.graphs import analyse
 from hf_sparse.evaluation.quality import compare, embeddings, masked_perplexity, position_edges
 from hf_sparse.evaluation.selections import (
     check_selections,
@@ -23,20 +24,17 @@ from hf_sparse.evaluation.selections import (
     selections_of,
 )
 from hf_sparse.evaluation.speed import decoding, forward_speed
+from hf_sparse.methods.sparsefinder import SparsefinderAttention
 from hf_sparse.methods.sparsek import Budget
-from hf_sparse.tasks import Kind, kind_of
+from hf_sparse.metrics import METRIC_KEYS
+from hf_sparse.patches import methods_in_use
+from hf_sparse.tasks import kind_of
 
 if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
 FORMAT = 1
-
-_METRICS: dict[Kind, str] = {
-    "causal": "perplexity",
-    "masked": "masked_perplexity",
-    "features": "embedding_similarity",
-}
 
 
 def evaluate(
@@ -45,15 +43,19 @@ def evaluate(
     *,
     selections: Sequence[str] | None = None,
     slots: Sequence[int] = (),
+    sparsities: Sequence[float] | None = None,
     stride: int | None = None,
     batch_size: int = 1,
     speed_tokens: int = 64,
+    seed: int = 0,
     progress: bool = True,
     text_name: str = "",
 ) -> dict[str, Any]:
     """Measure a patched model on text, against dense attention and against baselines with as many slots.
 
-    The model comes back as it was: its mode, its policies, its budget, and whether it is switched on.
+    The model comes back as it was: its mode, its policies, its budget, and whether it is switched on. One with
+    Sparsefinder attention has no slots but graphs: what is said below is then that of
+    `hf_sparse.evaluation.graphs.analyse`, with `selections` as its `patterns`.
 
     Args:
         model: a `PeftModel` or a model patched by `hf_sparse.patch`.
@@ -61,11 +63,13 @@ def evaluate(
             what `hf_sparse.data.mask_tokens` returns.
         selections: what to measure, of `selections_of(model)`; all by default.
         slots: further budgets to measure the same at, see `Budget.resized`. The scorers stay those that were trained.
+        sparsities: of Sparsefinder, shares of the pairs of tiles that are left out.
         stride: of a causal language model, count the last `stride` tokens of each chunk only: perplexity over a sliding
             window, if `pack` cut the chunks with the same stride. By default all tokens but the first count.
         batch_size: chunks at a time.
         speed_tokens: tokens that are decoded to measure the speed of a causal language model: the last ones of the
             first chunk, after the others as the prompt; fewer where the chunk is not that long.
+        seed: of Sparsefinder: of the baselines, and of the rows that are compared.
         progress: show a progress bar on stderr.
         text_name: what the text is called in the result.
 
@@ -82,13 +86,28 @@ def evaluate(
         DataError: chunks that cannot be measured.
         ValueError: a model that is not patched, or options out of range.
     """
+    if methods_in_use(model, SparsefinderAttention):
+        if slots or stride is not None:
+            raise ValueError("slots and stride are SparseK's: a Sparsefinder model is measured at sparsities")
+        return analyse(
+            model,
+            chunks,
+            patterns=selections,
+            sparsities=sparsities,
+            batch_size=batch_size,
+            seed=seed,
+            progress=progress,
+            text_name=text_name,
+        )
     own = budget_of(model)
+    if sparsities is not None:
+        raise ValueError("sparsities are Sparsefinder's: a SparseK model is measured at slots")
     selections = selections_of(model) if selections is None else selections
     tokens, labels = tensors(model, chunks)
     budgets = [own, *(own.resized(count) for count in slots)]
     _check(model, tokens, labels, budgets, selections, batch_size, speed_tokens)
     kind = kind_of(model)
-    metric = _METRICS[kind]
+    metric = METRIC_KEYS[kind]
     if stride is not None and (kind != "causal" or not 1 <= stride < tokens.shape[1]):
         raise ValueError(
             f"stride is for causal language models, 1 to {tokens.shape[1] - 1} tokens of chunks of {tokens.shape[1]}; "

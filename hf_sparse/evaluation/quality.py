@@ -78,7 +78,7 @@ def perplexity(model: nn.Module, chunks: Tensor, *, batch_size: int = 1, progres
     """
     total = 0.0
     for (tokens,) in _batches(model, chunks, batch_size=batch_size, progress=progress and f"perplexity, {progress}"):
-        for _, some, target in _slices(_logits(model, tokens), tokens):
+        for _, some, target in _slices(logits_of(model, tokens), tokens):
             total += _nats(some, target).double().sum().item()
     return math.exp(total / (chunks.shape[0] * (chunks.shape[1] - 1)))
 
@@ -118,7 +118,7 @@ def compare(
     found: dict[tuple[Budget, str], list[tuple[Tensor, Tensor]]] = {run: [] for run in runs}
     for (tokens,) in _batches(model, chunks, batch_size=batch_size, progress=progress and "perplexity"):
         with selection(model, "dense"):
-            dense = _logits(model, tokens)
+            dense = logits_of(model, tokens)
         exact = torch.cat([_nats(some, target) for _, some, target in _slices(dense, tokens)], 1).cpu()
         for run in runs:
             if run[1] == "dense":
@@ -126,10 +126,10 @@ def compare(
                 continue
             nats, apart = [], []
             with at_budget(model, run[0]), selection(model, run[1]):
-                for start, some, target in _slices(_logits(model, tokens), tokens):
+                for start, some, target in _slices(logits_of(model, tokens), tokens):
                     wanted = dense[:, start : start + some.shape[1]]
                     nats.append(_nats(some, target))
-                    apart.append(_kl(wanted, some))
+                    apart.append(kl(wanted, some))
             found[run].append((torch.cat(nats, 1).cpu(), torch.cat(apart, 1).cpu()))
     return {run: Losses(*(torch.cat(parts) for parts in zip(*pairs, strict=True))) for run, pairs in found.items()}
 
@@ -165,7 +165,7 @@ def embeddings(model: nn.Module, chunks: Tensor, *, batch_size: int = 1, progres
     return torch.cat([pooled(final_states(model, tokens)).cpu() for (tokens,) in batches])
 
 
-def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
+def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
     """`[B, T, V]` in the model's dtype."""
     return model(input_ids=tokens, use_cache=False).logits
 
@@ -181,7 +181,7 @@ def _nats(logits: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(logits.float().transpose(1, 2), target, reduction="none")
 
 
-def _kl(wanted: Tensor, found: Tensor) -> Tensor:
+def kl(wanted: Tensor, found: Tensor) -> Tensor:
     wanted, found = wanted.float().log_softmax(-1), found.float().log_softmax(-1)
     return F.kl_div(found, wanted, log_target=True, reduction="none").sum(-1)
 

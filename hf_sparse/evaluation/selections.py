@@ -76,7 +76,11 @@ def patched_methods(model: nn.Module) -> list[SparseKAttention]:
     Raises:
         ValueError: a model that is not patched.
     """
-    methods = methods_in_use(model)
+    methods = methods_in_use(model, SparseKAttention)
+    if not methods and (others := methods_in_use(model)):
+        raise ValueError(
+            f"this is about the slots of SparseK attention, and the model has {others[0].label} attention, without any"
+        )
     if not methods:
         raise ValueError(
             f"expected a model with sparse attention, got a {type(model).__name__} without; "

@@ -46,6 +46,19 @@ LOOKS = {
 }
 DENSE = "dense (all keys)"
 
+#: Patterns of `hf_sparse.evaluation.PATTERNS`, in the same order.
+PATTERN_LOOKS = {
+    "predicted": Look("predicted graph", BLUE, "o"),
+    "longformer": Look("window and global (Longformer)", ORANGE, "s"),
+    "bigbird": Look("window, global, random (BigBird)", GREY, "d"),
+    "strided": Look("strided (Sparse Transformer)", "#009e73", "^"),
+    "fixed": Look("fixed (Sparse Transformer)", "#56b4e9", "v"),
+    "lsh": Look("hashes (Reformer)", "#d55e00", "D"),
+    "routing": Look("k-means (Routing Transformer)", "#cc79a7", "P"),
+    "bound": Look("page bound", "#a68a00", "X"),
+    "oracle": Look("most mass (oracle)", "#000000", "*"),
+}
+
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,

@@ -1,7 +1,8 @@
 """What every method is to the layers above: a module attached to one attention module of a model."""
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar, Self
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -10,16 +11,55 @@ from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import CacheLayerMixin
 
 
+@dataclass(frozen=True)
+class Site:
+    """The attention module that a method is attached to.
+
+    Attributes:
+        hidden_size: size of its input.
+        num_attention_heads: query heads, a multiple of the KV heads.
+        num_key_value_heads: KV heads.
+        head_dim: size of a query, key or value of one head.
+        layer: its number among the attention modules of the model, 0 first.
+        causal: whether queries see earlier keys only.
+    """
+
+    hidden_size: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    layer: int
+    causal: bool = True
+
+
 class SparseMethod(nn.Module, BaseTunerLayer):
     """One sparse attention method, attached to one attention module as its child `sparse_attention`.
 
     It speaks PEFT's layer protocol (`adapter_layer_names`, `set_adapter`, `enable_adapters`, ...), so that saving,
     switching and disabling need no second implementation; it works without a `PeftModel` all the same. Subclasses
-    name their learned containers in `adapter_layer_names` and write `add_adapter`, `attend` and `cache_layer`, whose
-    results are of `cache_layer_type`.
+    name their learned containers in `adapter_layer_names` and write `at`, `add_adapter`, `attend` and `cache_layer`.
+
+    Attributes:
+        label: what messages call the method.
+        fits: the fields of `Site` that the shapes of its parameters depend on.
+        cache_layer_type: the class of what `cache_layer` makes.
+        has_slots: whether it keeps a fixed number of keys and forgets the others; otherwise its cache holds them all.
+        layer, causal: see `Site`.
+        configs: the configuration of each adapter.
     """
 
-    cache_layer_type: type[CacheLayerMixin]
+    label: ClassVar[str]
+    fits: ClassVar[tuple[str, ...]]
+    cache_layer_type: ClassVar[type[CacheLayerMixin]]
+    has_slots: ClassVar[bool]
+    layer: int
+    causal: bool
+    configs: dict[str, Any]
+
+    @classmethod
+    def at(cls, site: Site) -> Self:
+        """The method for one attention module, without adapters yet."""
+        raise NotImplementedError
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,6 +72,10 @@ class SparseMethod(nn.Module, BaseTunerLayer):
         self.hook: RemovableHandle | None = None
         self.home: torch.device | None = None
         self.beside_local = False  # whether the model has layers with a sliding window of their own
+
+    @classmethod
+    def check(cls, config: Any, site: Site) -> None:
+        """Raise `ValueError` for a configuration that does not fit the model; called before anything changes."""
 
     def add_adapter(self, name: str, config: Any) -> None:
         """Create the learned parameters of one adapter. The first one becomes the active one."""
@@ -51,9 +95,10 @@ class SparseMethod(nn.Module, BaseTunerLayer):
         """Compute the attention of the new tokens.
 
         Args:
-            query: `[B, Hq, T, D]`; key, value: `[B, Hkv, T, D]`, all of the new tokens only, positions applied.
+            query: `[B, Hq, T, D]` of the new tokens, positions applied.
+            key, value: `[B, Hkv, Tk, D]`, what the cache returned; without one, or of slots, those of the new tokens.
             hidden_states: `[B, T, C]`, the input of the attention module.
-            valid: `[B, T]` bool, False for padding; `None` if every token is real.
+            valid: `[B, Tk]` bool, False for padding; `None` if every token is real.
             cache: the layer that `cache_layer` made for this sequence, or `None`.
             scaling: multiplies the logits.
 
@@ -65,13 +110,18 @@ class SparseMethod(nn.Module, BaseTunerLayer):
     def cache_layer(self) -> CacheLayerMixin:
         """A new, empty cache layer for one sequence batch.
 
-        Besides what transformers asks of a cache layer it has `announced`, `settle`, `expect` and `only_sparse`. The
-        patch sets `announced` before each forward of the attention module and calls `settle` after the attention, so
-        that `update` can tell a model that attends densely by now, which would see nothing but the new tokens.
-        `expect(real)` gets the count of real tokens per row that a mask shows before the new ones. `only_sparse` is
-        False if dense layers with full attention may share the cache.
+        Besides what transformers asks of a cache layer it has `announced` and `settle`. The patch sets `announced`
+        before each forward of the attention module and calls `settle` after the attention, so that `update` can tell a
+        model that attends densely by now. A layer of slots also has `empty`, `seen`, `cumulative_length`, `expect` and
+        `only_sparse`: `expect(real)` gets the count of real tokens per row that a mask shows before the new ones, and
+        `only_sparse` is False if dense layers with full attention may share the cache.
         """
         raise NotImplementedError
+
+    @property
+    def config(self) -> Any:
+        """Configuration of the active adapter."""
+        return self.configs[self.active]
 
     @property
     def is_active(self) -> bool:

@@ -6,12 +6,17 @@ from hf_sparse.finetune import FinetuneConfig
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"objective": "magic"}, "objective must be one of distill, attention, lm, got 'magic'"),
+        ({"objective": "magic"}, "objective must be one of distill, attention, lm, graph, got 'magic'"),
         ({"mixed_precision": "fp8"}, "mixed_precision must be one of"),
         ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
         ({"warm_start_steps": -1}, "warm_start_steps must be"),
         ({"batch_size": 1.5}, "batch_size must be an integer"),
         ({"learning_rate": 0.0}, "must be positive"),
+        ({"graph_learning_rate": 0.0}, "must be positive"),
+        ({"graph_loss": "magic"}, "graph_loss must be one of .*, got 'magic'"),
+        ({"graph_steps": -1}, "graph_steps must be an integer of at least 0, got -1"),
+        ({"graph_rows": 0}, "graph_rows must be an integer of at least 1, got 0"),
+        ({"alpha_start": 1.0}, "alpha_start must be None or above 1 and below 2, got 1.0"),
         ({"lm_weight": -1.0}, "lm_weight and hidden_weight must be at least 0, got -1.0 and 0.0"),
         ({"hidden_weight": float("nan")}, "must be at least 0"),
         ({"objective": "lm", "hidden_weight": 1.0}, "belong to 'distill', the objective is 'lm'"),
@@ -26,14 +31,9 @@ def test_bad_settings_are_named(changes, message):
         FinetuneConfig(**changes)
 
 
-def test_stages():
-    assert FinetuneConfig(steps=3, warm_start_steps=2).stages == [("attention", 2), ("distill", 3)]
-    assert FinetuneConfig(steps=3, warm_start_steps=0, objective="lm").stages == [("lm", 3)]
-    assert FinetuneConfig(steps=3, warm_start_steps=2, objective="attention").stages == [("attention", 3)]
-
-
 def test_settings_leave_out_what_cannot_change_the_result(tmp_path):
     plain, placed = FinetuneConfig(), FinetuneConfig(output_dir=str(tmp_path), checkpoint_every=3, progress=False)
     assert FinetuneConfig(gradient_checkpointing=True).settings() == plain.settings()
     assert plain.settings() == placed.settings()
     assert plain.settings() != FinetuneConfig(seed=1).settings()
+    assert plain.settings().keys() - plain.settings({"seed", "steps"}).keys() == {"seed", "steps"}

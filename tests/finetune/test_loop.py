@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import hf_sparse.finetune.loop as loop
+import hf_sparse.finetune.objectives as objectives
 from hf_sparse import patch
 from hf_sparse.errors import DataError
 from hf_sparse.finetune import FinetuneConfig, finetune
@@ -106,7 +107,7 @@ def test_accumulation_is_a_larger_batch(sparse_llama, chunks):
 def test_scores_are_multiplied_while_training_and_not_afterwards(monkeypatch, sparse_llama, chunks):
     """The position's share included, so that the order of the keys is the same at every scale."""
     seen = []
-    real = loop.OBJECTIVES["causal"]["distill"]
+    real = objectives.OBJECTIVES["causal"]["distill"]
 
     def spy(model, batch):
         method = methods_of(model)[0]
@@ -116,7 +117,7 @@ def test_scores_are_multiplied_while_training_and_not_afterwards(monkeypatch, sp
         monkeypatch.setattr(method, "score", type(method).score.__get__(method))
         return real(model, batch) * 0 + sum(p.sum() for p in model.parameters() if p.requires_grad) * 1e-9
 
-    monkeypatch.setitem(loop.OBJECTIVES["causal"], "distill", spy)
+    monkeypatch.setitem(objectives.OBJECTIVES["causal"], "distill", spy)
     model = sparse_llama(position_slope=0.1)
     metrics = train(model, chunks, warm_start_steps=0, steps=3, final_scale=16.0, learning_rate=1e-12)
     torch.testing.assert_close(seen[1], 4 * seen[0])
@@ -237,7 +238,7 @@ def test_an_interrupted_run_leaves_the_model_usable(monkeypatch, sparse_llama, c
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(loop.OBJECTIVES["causal"], "attention", interrupt)
+    monkeypatch.setitem(objectives.OBJECTIVES["causal"], "attention", interrupt)
     with pytest.raises(KeyboardInterrupt):
         train(model, chunks, mixed_precision="bf16")
     assert not any(module.training for module in model.modules())
@@ -283,7 +284,7 @@ def test_refusals(sparse_llama, tiny_llama, chunks):
 
 def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, sparse_llama, chunks):
     monkeypatch.setitem(
-        loop.OBJECTIVES["causal"],
+        objectives.OBJECTIVES["causal"],
         "distill",
         lambda model, batch: next(p for p in model.parameters() if p.requires_grad).sum() * torch.nan,
     )
@@ -295,7 +296,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, sparse_llama, chun
 
 def test_gradients_are_checked(monkeypatch, sparse_llama, chunks):
     monkeypatch.setitem(
-        loop.OBJECTIVES["causal"],
+        objectives.OBJECTIVES["causal"],
         "lm",
         lambda model, batch: sum(p.sum() for p in model.parameters() if p.requires_grad) * 0,
     )

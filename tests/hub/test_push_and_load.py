@@ -26,8 +26,10 @@ from transformers import (
 import hf_sparse
 from hf_sparse.demo import CHECKPOINT
 from hf_sparse.errors import AdapterMismatchError, DataError, HubError, UnsupportedModelError
+from hf_sparse.evaluation import analyse
 from hf_sparse.hub import from_pretrained, push_to_hub, resolve_base, write_repo
-from hf_sparse.patches import methods_of
+from hf_sparse.methods.sparsefinder import SparsefinderAttention, fit_predictors
+from hf_sparse.patches import methods_in_use, methods_of
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "eval.json", "finetune.json", "quality.png"]
 TOKENS = torch.arange(1, 41)[None] * 7 % 64  # longer than the 9 slots below
@@ -162,6 +164,37 @@ def test_fresh_process_gives_the_same_bits(model, base_id, repo_id, hub_env, tmp
         assert torch.equal(found["ours"], expected) and torch.equal(found["peft"], expected)
         generated = model.generate(input_ids=TOKENS, max_new_tokens=20, do_sample=False, pad_token_id=0)
         assert torch.equal(found["generated"], generated)
+
+
+def test_sparsefinder_goes_there_and_back(base_id, repo_id, api, hub_env, tmp_path):
+    """Scales, projections and centroids travel; card and figure are made from the measurement."""
+    settings = {"tile": 16, "tiles_per_query": 2, "window": 1, "clusters": 4}
+    base = AutoModelForCausalLM.from_pretrained(base_id)
+    model = get_peft_model(base, hf_sparse.SparsefinderConfig(**settings)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    fit_predictors(methods_in_use(model, SparsefinderAttention), lambda: model(input_ids=TOKENS))
+    expected = logits(model)
+    measured = analyse(model, TOKENS, patterns=["predicted", "oracle"], sparsities=(0.5,), progress=False)
+    push_to_hub(model, repo_id, evaluation=measured)
+    held = {"README.md", "adapter_config.json", "adapter_model.safetensors", "eval.json", "pareto.png"}
+    assert set(files(api, repo_id)) == held
+    card = ModelCard.load(repo_id)
+    assert card.data.base_model == base_id and "sparsefinder" in card.data.tags
+    assert f"{measured['full']['perplexity']:.2f}" in card.text
+    out = tmp_path / "found.safetensors"
+    subprocess.run([sys.executable, "-c", LOAD, base_id, repo_id, str(out)], env=hub_env, cwd=tmp_path, check=True)
+    found = load_file(out)
+    assert torch.equal(found["ours"], expected) and torch.equal(found["peft"], expected)
+    generated = model.generate(input_ids=TOKENS, max_new_tokens=20, do_sample=False, pad_token_id=0)
+    assert torch.equal(found["generated"], generated)
+
+    push_to_hub(
+        get_peft_model(AutoModelForCausalLM.from_pretrained(base_id), hf_sparse.SparseKConfig(**BUDGET)), repo_id
+    )
+    assert set(files(api, repo_id)) == held - {"eval.json", "pareto.png"}  # they measured the other adapter
 
 
 def test_without_the_import_peft_names_hf_sparse(model, base_id, repo_id, hub_env, tmp_path):
@@ -408,7 +441,10 @@ def test_damaged_configuration(folder, content):
 
 @pytest.mark.parametrize(
     ("kind", "advice"),
-    [("LORA", r"expected HF_SPARSE_SPARSEK; use peft\.PeftModel"), ("HF_SPARSE_NEW", "a newer hf-sparse may know")],
+    [
+        ("LORA", r"expected HF_SPARSE_SPARSEFINDER or HF_SPARSE_SPARSEK; use peft\.PeftModel"),
+        ("HF_SPARSE_NEW", "a newer hf-sparse may know"),
+    ],
 )
 def test_adapter_of_another_type(folder, kind, advice):
     edit_config(folder, peft_type=kind)
@@ -429,7 +465,7 @@ def test_damaged_weights(folder, api, hub, damage, repo_id):
 def test_keys_have_to_be_those_of_the_scorers(model, folder, api, repo_id):
     def refuse(message: str) -> None:
         for load in (from_pretrained, lambda path: push_to_hub(path, repo_id)):
-            with pytest.raises(HubError, match=rf"does not hold the scorers for tester/tiny-llama; {message}"):
+            with pytest.raises(HubError, match=rf"does not hold the parameters for tester/tiny-llama; {message}"):
                 load(folder)
 
     key = "base_model.model.model.layers.1.self_attn.sparse_attention.sparsek_scorer.weight"
@@ -476,7 +512,7 @@ def test_type_of_what_is_pushed(thing):
         "lora": lambda: get_peft_model(llama(), LoraConfig(target_modules=["q_proj"])),
         "number": lambda: 3,
     }
-    with pytest.raises(TypeError, match=r"expected an active SparseK adapter|expected a PeftModel or a folder"):
+    with pytest.raises(TypeError, match=r"expected an active adapter of hf-sparse|expected a PeftModel or a folder"):
         push_to_hub(things[thing](), "tester/x")
 
 

@@ -1,6 +1,7 @@
 """Patching a model and taking the patch off again."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,10 +9,12 @@ from accelerate import cpu_offload
 from peft import get_peft_model
 from transformers import BloomConfig, BloomForCausalLM
 
-from hf_sparse import SparseKConfig, patch, patched, unpatch
+from hf_sparse import SparsefinderConfig, SparseKConfig, patch, patched, unpatch
 from hf_sparse.errors import AdapterMismatchError, UnsupportedModelError
+from hf_sparse.methods.base import Site
+from hf_sparse.methods.sparsefinder import SparsefinderAttention
 from hf_sparse.methods.sparsek import SparseKAttention
-from hf_sparse.patches import Family, methods_of, register_family, supported_model_types
+from hf_sparse.patches import Family, methods_in_use, methods_of, register_family, supported_model_types
 
 BUDGET = {"k": 6, "window": 8, "sinks": 2}
 IDS = torch.randint(2, 64, (2, 50), generator=torch.Generator().manual_seed(0))
@@ -147,6 +150,21 @@ def test_the_defaults_of_a_family():
     assert family.refusal(plain) is None
     model = torch.nn.Sequential(plain, torch.nn.Sequential(cross, encoder), local)
     assert list(family.modules(model)) == [("0", plain), ("1.1", encoder), ("2", local)]
+
+
+@pytest.mark.parametrize("name", ["head_dim", "attention_head_size", "head_size"])
+def test_a_family_tells_what_its_modules_look_like(name):
+    family = Family(("some",), attention=lambda: _Attention, hidden_size=lambda m: 24, num_key_value_heads=lambda m: 2)
+    module = _Attention(config=SimpleNamespace(num_attention_heads=6), is_causal=False, **{name: 4})
+    expected = Site(24, num_attention_heads=6, num_key_value_heads=2, head_dim=4, layer=5, causal=False)
+    assert family.site(module, layer=5) == expected
+
+
+def test_methods_are_found_by_kind(tiny_llama):
+    model = patch(tiny_llama(), SparsefinderConfig())
+    assert methods_of(model, SparseKAttention) == methods_in_use(model, SparseKAttention) == []
+    assert len(methods_of(model, SparsefinderAttention)) == 2
+    assert methods_of(model, SparsefinderAttention) == methods_of(model) == methods_in_use(model)
 
 
 def test_families():

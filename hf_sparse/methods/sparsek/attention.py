@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
-from hf_sparse.methods.base import SparseMethod, token_index
+from hf_sparse.methods.base import Site, SparseMethod, token_index
 from hf_sparse.methods.sparsek.budget import Budget
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
 from hf_sparse.methods.sparsek.config import SparseKConfig
@@ -35,8 +35,21 @@ class SparseKAttention(SparseMethod):
             observer. The objective `attention` trains with it.
     """
 
+    label = "SparseK"
+    fits = ("hidden_size", "num_key_value_heads")
     adapter_layer_names = ("sparsek_scorer",)
     cache_layer_type = SparseKCacheLayer
+    has_slots = True
+
+    @classmethod
+    def at(cls, site: Site) -> "SparseKAttention":
+        return cls(site.hidden_size, site.num_key_value_heads, site.layer, site.causal)
+
+    @classmethod
+    def check(cls, config: SparseKConfig, site: Site) -> None:
+        shares, layers = config.layer_shares, (config.base_shape or {}).get("num_attention_layers")
+        if shares is not None and len(shares) != layers:
+            raise ValueError(f"layer_shares has {len(shares)} entries, and the model has {layers} attention layers")
 
     def __init__(self, hidden_size: int, num_key_value_heads: int, layer: int, causal: bool = True) -> None:
         super().__init__()

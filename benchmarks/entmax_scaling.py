@@ -1,0 +1,153 @@
+"""How predicted entmax attention scales with the length: prediction of the tiles, attention over them, and both.
+
+    python benchmarks/entmax_scaling.py --output entmax_scaling.json
+
+The tiles are first compared with entmax over the same edges on a small odd size; without agreement nothing
+is measured. Points and centroids are random: the cost of clustering does not depend on what was learned, because every
+list has the same length. `page bound` ranks tiles by the extremes of their keys, two products per query and tile.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_sparse.machine import describe
+from hf_sparse.ops.entmax import bound_scores, entmax_attention
+from hf_sparse.ops.graphs import Tiles, window_and_global
+from hf_sparse.ops.graphs.clustering import clustering_scores
+from hf_sparse.ops.graphs.select import best_tiles
+
+SHAPE = {"batch": 1, "query_heads": 9, "kv_heads": 3, "dim": 64, "rank": 4}
+GRAPH = {"size": 64, "clusters": 16, "top": 2, "tiles": 12, "window": 128, "global_tokens": 4}
+OPTIONS: dict[str, Any] = {"alpha": 1.5, "scaling": 0.35 * 64**-0.5, "causal": True}
+
+
+def make_inputs(length: int, device: torch.device) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    heads = {"query": "query_heads", "key": "kv_heads", "value": "kv_heads"}
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(device)
+
+    inputs = {name: draw(SHAPE["batch"], SHAPE[of], length, SHAPE["dim"]) for name, of in heads.items()}
+    for name in ("query", "key"):
+        inputs[f"{name}_points"] = draw(SHAPE["batch"], SHAPE[heads[name]], length, SHAPE["rank"])
+    inputs["centroids"] = draw(SHAPE["kv_heads"], GRAPH["clusters"], SHAPE["rank"])
+    return inputs
+
+
+def predict(inputs: dict[str, Tensor], method: str, size: int = GRAPH["size"]) -> Tiles:
+    length = inputs["key"].shape[2]
+    if method == "clustering":
+        points = (inputs[name] for name in ("query_points", "key_points", "centroids"))
+        scores = clustering_scores(*points, top=GRAPH["top"], size=size, causal=True)
+    else:
+        scores = bound_scores(inputs["query"], inputs["key"], size=size, **OPTIONS)
+    reach = {name: GRAPH[name] for name in ("window", "global_tokens")}
+    always = window_and_global(length, length, size, causal=True, device=scores.device, **reach)
+    return best_tiles(scores, GRAPH["tiles"], size=size, causal=True, always=always)
+
+
+def attend(inputs: dict[str, Tensor], tiles: Tiles) -> Tensor:
+    return entmax_attention(inputs["query"], inputs["key"], inputs["value"], tiles=tiles, **OPTIONS)
+
+
+def both(inputs: dict[str, Tensor], method: str) -> Tensor:
+    return attend(inputs, predict(inputs, method))
+
+
+def full(inputs: dict[str, Tensor]) -> Tensor:
+    return entmax_attention(inputs["query"], inputs["key"], inputs["value"], **OPTIONS)
+
+
+def check(device: torch.device) -> dict[str, float]:
+    """Largest difference from entmax over the same edges, for each way to predict.
+
+    Raises:
+        SystemExit: a difference that rounding does not explain.
+    """
+    inputs = make_inputs(531, device)
+    differences = {}
+    for method in ("clustering", "page bound"):
+        tiles = predict(inputs, method, size=16)
+        edges = tiles.edges(531, 531, causal=True)
+        theirs = entmax_attention(inputs["query"], inputs["key"], inputs["value"], edges=edges, **OPTIONS)
+        differences[method] = float((attend(inputs, tiles) - theirs).abs().max())
+    if not all(difference <= 1e-5 for difference in differences.values()):
+        sys.exit(f"the tiles differ from entmax over their edges by {differences}, more than 1e-5: nothing measured")
+    return differences
+
+
+def measure(runs: list[Callable[[], object]], repeats: int, device: torch.device) -> list[list[float]]:
+    """Seconds of each run, `repeats` times after a warm-up; in turns, so that all see the machine in the same state."""
+
+    def seconds(run: Callable[[], object]) -> float:
+        begin = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - begin
+
+    rounds = [[seconds(run) for run in runs] for _ in range(repeats + 1)]
+    return [list(times) for times in zip(*rounds[1:], strict=True)]
+
+
+@torch.no_grad()
+def benchmark(lengths: list[int], device: torch.device, repeats: int, dense: bool) -> dict[str, Any]:
+    result: dict[str, Any] = {
+        "format": 1,
+        "benchmark": "entmax_scaling",
+        "settings": {**SHAPE, **GRAPH, **OPTIONS, "device": device.type, "threads": torch.get_num_threads()},
+        "difference_from_edges": check(device),
+        "rows": [],
+        "ratios": [],
+        **describe(),
+    }
+    inputs = [make_inputs(length, device) for length in lengths]
+    parts: dict[tuple[str, str], list[Callable[[], object]]] = {}
+    for method in ("clustering", "page bound"):
+        parts[method, "predict"] = [partial(predict, tensors, method) for tensors in inputs]
+        parts[method, "attend"] = [partial(attend, tensors, predict(tensors, method)) for tensors in inputs]
+        parts[method, "both"] = [partial(both, tensors, method) for tensors in inputs]
+    if dense:
+        parts["all keys", "attend"] = [partial(full, tensors) for tensors in inputs]
+    for (method, part), runs in parts.items():
+        everything = measure(runs, repeats, device)
+        medians = [statistics.median(times) for times in everything]
+        name = {"method": method, "part": part}
+        for length, times, median in zip(lengths, everything, medians, strict=True):
+            spread = {"least": min(times), "most": max(times)}
+            result["rows"].append(name | {"length": length, "repeats": repeats, "seconds": median} | spread)
+            print(f"{method:10}  {part:7}  {length:6} tokens  {median:8.3f} s", flush=True)
+        ratio = medians[-1] / medians[0]
+        result["ratios"].append(name | {"of": [lengths[-1], lengths[0]], "ratio": ratio})
+        print(f"{method:10}  {part:7}  {lengths[-1]} / {lengths[0]}: {ratio:.2f}", flush=True)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 16384])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--dense", action="store_true", help="also time entmax over all keys")
+    parser.add_argument("--output", type=Path, help="where to write the JSON")
+    options = parser.parse_args()
+    result = benchmark(options.lengths, torch.device(options.device), options.repeats, options.dense)
+    if options.output:
+        unfinished = options.output.with_suffix(".partial")
+        unfinished.write_text(json.dumps(result, indent=2) + "\n")
+        unfinished.replace(options.output)
+
+
+if __name__ == "__main__":
+    main()

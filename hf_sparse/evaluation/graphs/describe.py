@@ -1,0 +1,92 @@
+"""Predicted and gold graphs of one text, for some heads: the content of graphs.json."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_sparse import machine
+from hf_sparse.data import check_chunks, fingerprint
+from hf_sparse.errors import DataError
+from hf_sparse.evaluation.graphs.analyse import observing
+from hf_sparse.evaluation.graphs.points import predicting_methods
+from hf_sparse.evaluation.selections import evaluating
+from hf_sparse.methods.sparsefinder.attention import Text
+from hf_sparse.ops.entmax import Certificate, support
+from hf_sparse.ops.graphs import Tiles
+from hf_sparse.ops.graphs.metrics import graph_metrics
+from hf_sparse.tasks import final_states
+
+FORMAT = 1
+
+_HEADS = 6  # pictures that fit on a page
+_LENGTH = 512  # tokens of a picture, so that each still is a dot
+
+
+@torch.no_grad()
+def describe_graphs(model: nn.Module, chunk: Tensor, *, text_name: str = "") -> dict[str, Any]:
+    """The graphs of the beginning of a text, of heads from the best covered one to the worst.
+
+    Graphs compound through the layers, and gold is that of the queries and keys that arise; see `analyse`.
+
+    Args:
+        model: a patched model, its predictors fitted.
+        chunk: `[1, T]` int64, of which at most 512 tokens are described.
+        text_name: what the text is called.
+
+    Returns:
+        What graphs.json holds: `length`, `tile` (1 for a graph of tokens), and for each of `heads` its `layer`, `head`,
+        `recall`, `mass_recall`, whether it is `causal`, the key tiles `predicted` for each query tile, and the `gold`
+        keys of each query.
+
+    Raises:
+        DataError: a chunk that the model cannot read, or an adapter that predicts nothing.
+    """
+    methods = predicting_methods(model)
+    if methods[0].config.predictor == "full":
+        raise DataError("the predictor 'full' attends to all keys: there is no predicted graph to draw")
+    tokens = chunk[:1, :_LENGTH]
+    check_chunks(model, tokens)
+    found: list[dict[str, Any]] = []
+    sizes: set[int] = set()
+
+    def collect(text: Text, graph: Tiles | Tensor | None, certificate: Certificate | None) -> None:
+        tiles = certificate.tiles if certificate is not None else graph
+        if not isinstance(tiles, Tiles):
+            assert tiles is not None
+            tiles = Tiles.of_mask(tiles, 1)
+        length, heads = text.key.shape[2], text.query.shape[1]
+        edges = tiles.edges(length, length, causal=text.causal)
+        options: dict[str, Any] = {"alpha": text.alpha, "scaling": text.scaling, "causal": text.causal}
+        gold, probabilities = support(text.query, text.key, **options)
+        metrics = graph_metrics(edges, probabilities, causal=text.causal)
+        sizes.add(tiles.size)
+        for head in range(heads):
+            lists = tiles.index[0, head * tiles.index.shape[1] // heads]
+            found.append(
+                {
+                    "layer": text.layer,
+                    "head": head,
+                    "causal": text.causal,
+                    "recall": metrics["recall"][0, head].item(),
+                    "mass_recall": metrics["mass_recall"][0, head].item(),
+                    "predicted": [row[row >= 0].tolist() for row in lists],
+                    "gold": [row.nonzero().squeeze(1).tolist() for row in gold[0, head]],
+                }
+            )
+
+    with evaluating(model), observing(methods):
+        for method in methods:
+            method.observer, method.certify = collect, method.config.complete
+        final_states(model, tokens.to(next(model.parameters()).device))
+    found.sort(key=lambda head: -head["mass_recall"])
+    last = len(found) - 1
+    places = sorted({round(number * last / (_HEADS - 1)) for number in range(_HEADS)})
+    return {
+        "format": FORMAT,
+        "text": {"name": text_name, "sha256": fingerprint(tokens)},
+        "length": tokens.shape[1],
+        "tile": sizes.pop(),
+        "heads": [found[place] for place in places],
+        **machine.describe(),
+    }

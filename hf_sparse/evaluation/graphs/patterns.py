@@ -1,0 +1,193 @@
+"""The graphs that a predicted one is compared with, on the same model and with as many tiles per query tile.
+
+Where the predictor divides its tiles among heads, others have the mean of them, and the oracle as many in each head.
+All have the window and the global tokens of the adapter, which count. Where hashing and routing compare points, these
+are the learned projections, or the queries and keys themselves if the adapter has none. In a causal model a tile is
+described by queries that are known when it begins, as the method does it; routing, whose centroids take points of the
+whole text, and the oracle see the future.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_sparse.evaluation.graphs.points import tiles_per_query
+from hf_sparse.methods.sparsefinder import SparsefinderAttention
+from hf_sparse.methods.sparsefinder.attention import Pattern, Text
+from hf_sparse.methods.sparsefinder.predictors import tiles_per_query as predicted_counts
+from hf_sparse.ops.entmax import bound_scores, support
+from hf_sparse.ops.graphs import Tiles, window_and_global
+from hf_sparse.ops.graphs.clustering import training_points
+from hf_sparse.ops.graphs.kmeans import kmeans
+from hf_sparse.ops.graphs.pattern_tiles import (
+    fixed_scores,
+    lsh_scores,
+    nearest_scores,
+    oracle_scores,
+    random_scores,
+    routing_scores,
+    strided_scores,
+)
+from hf_sparse.ops.graphs.patterns import lsh_rotations
+from hf_sparse.ops.graphs.select import best_tiles
+from hf_sparse.ops.graphs.tiles import tile_counts
+
+#: What attends: the adapter's predictor, patterns that know nothing of the text, those that do, and the best there is.
+PATTERNS = ("predicted", "longformer", "bigbird", "strided", "fixed", "lsh", "routing", "bound", "oracle")
+
+_HASHES = 4  # rounds, as many as the projections have dimensions by default
+
+
+class Patterns:
+    """The patterns of one attention module.
+
+    Attributes:
+        method: the module.
+        centroids: `[Hkv, C, r]` for routing, see `fit_routing`.
+    """
+
+    def __init__(self, method: SparsefinderAttention, seed: int) -> None:
+        self.method = method
+        self.seed = seed * 100_003 + method.layer
+        self.centroids: Tensor | None = None
+
+    def points(self, text: Text) -> tuple[Tensor, Tensor]:
+        """What hashing and routing compare, `[B, Hq, Tq, r]` and `[B, Hkv, Tk, r]` float32."""
+        if not self.method.config.learns_graph:
+            return text.query.float(), text.key.float()
+        learned = self.method.parameters_in_use
+        return learned.project_queries(text.query), learned.project_keys(text.key)
+
+    def pattern(self, name: str) -> Pattern | None:
+        """The pattern of a name; `None` is what the adapter predicts. The same tiles each time that it is asked for.
+
+        Args:
+            name: one of `PATTERNS`, or `"full"` for all keys.
+        """
+        if name == "predicted":
+            return None
+        if name == "full":
+            return lambda text: None
+        generator = torch.Generator().manual_seed(self.seed)
+        scores = getattr(self, f"_{name}")
+
+        def graph(text: Text) -> Tiles | Tensor:
+            config, causal = self.method.config, text.causal
+            queries, keys, size = text.query.shape[2], text.key.shape[2], config.tile or 1
+            count = tiles_per_query(config, queries, keys, causal)
+            if name == "oracle" and config.tile and config.learns_graph:  # it has no fewer in any head
+                count = predicted_counts(self.method.parameters_in_use, *_counts(text, size), causal)
+            count = count.to(text.key.device) if isinstance(count, Tensor) else count
+            window = config.window if config.tile else max(1, config.window)
+            near = window_and_global(
+                queries,
+                keys,
+                size,
+                window=window,
+                global_tokens=config.global_tokens,
+                causal=causal,
+                device=text.key.device,
+            )
+            found = scores(text, size, count, generator)
+            tiles = best_tiles(found, count, size=size, causal=causal, always=near)
+            return tiles if config.tile else tiles.edges(queries, keys, causal=causal)
+
+        return graph
+
+    def _longformer(self, text: Text, size: int, *_: Any) -> Tensor:
+        return nearest_scores(*_counts(text, size), device=text.key.device)
+
+    def _bigbird(self, text: Text, size: int, count: int | Tensor, generator: torch.Generator) -> Tensor:
+        grid = (len(text.key), self._heads(text), *_counts(text, size))
+        return random_scores(*grid, generator=generator, device=text.key.device)
+
+    def _strided(self, text: Text, size: int, count: int | Tensor, _: Any) -> Tensor:
+        return strided_scores(count, *_counts(text, size), causal=text.causal, device=text.key.device)
+
+    def _fixed(self, text: Text, size: int, count: int | Tensor, _: Any) -> Tensor:
+        return fixed_scores(count, *_counts(text, size), causal=text.causal, device=text.key.device)
+
+    def _lsh(self, text: Text, size: int, count: int | Tensor, _: Any) -> Tensor:
+        query, key = self.points(text)
+        config, generator = self.method.config, torch.Generator().manual_seed(self.seed)  # one hash for all texts
+        buckets = config.clusters + config.clusters % 2
+        rotations = lsh_rotations(query.shape[-1], buckets, _HASHES, generator=generator, device=query.device)
+        return lsh_scores(query, key, rotations, size=size, lag=_lag(text, size), per_group=config.per_group)
+
+    def _routing(self, text: Text, size: int, *_: Any) -> Tensor:
+        assert self.centroids is not None
+        return routing_scores(*self.points(text), self.centroids, size=size, per_group=self.method.config.per_group)
+
+    def _bound(self, text: Text, size: int, *_: Any) -> Tensor:
+        config = self.method.config
+        return bound_scores(
+            text.query,
+            text.key,
+            size=size,
+            alpha=text.alpha,
+            scaling=text.scaling,
+            causal=text.causal,
+            window=max(1, config.window),
+            global_tokens=config.global_tokens,
+            lag=_lag(text, size),
+            grouped=config.per_group,
+        )
+
+    def _oracle(self, text: Text, size: int, *_: Any) -> Tensor:
+        heads, kv_heads = text.query.shape[1], text.key.shape[1]
+        group, alpha = heads // kv_heads, text.alpha
+        parts = []
+        for number in range(kv_heads):  # a group at a time: probabilities take Tq x Tk
+            mine = slice(number * group, (number + 1) * group)
+            probabilities = support(
+                text.query[:, mine],
+                text.key[:, number, None],
+                alpha=alpha[mine] if isinstance(alpha, Tensor) else alpha,
+                scaling=text.scaling[mine],
+                causal=text.causal,
+            )[1]
+            parts.append(oracle_scores(probabilities, size=size, kv_heads=1 if self.method.config.per_group else None))
+        return torch.cat(parts, 1)
+
+    def _heads(self, text: Text) -> int:
+        return (text.key if self.method.config.per_group else text.query).shape[1]
+
+
+@torch.no_grad()
+def fit_routing(patterns: Sequence[Patterns], read: Callable[[], Any], seed: int) -> None:
+    """Fit the centroids of routing, one k-means per KV head, to what the model reads with all keys.
+
+    Callers read some of the very texts that are measured: if anything, that favours this baseline.
+    """
+    found: dict[int, list[Tensor]] = {}
+
+    def collect(number: int) -> Pattern:
+        def all_keys(text: Text) -> None:
+            query, key = (F.normalize(points, dim=-1) for points in patterns[number].points(text))
+            found.setdefault(number, []).append(training_points(query, key))
+
+        return all_keys
+
+    before = [of.method.pattern for of in patterns]
+    try:
+        for number, of in enumerate(patterns):
+            of.method.pattern = collect(number)
+        read()
+    finally:
+        for of, pattern in zip(patterns, before, strict=True):
+            of.method.pattern = pattern
+    for number, of in enumerate(patterns):
+        points = torch.cat(found[number], 1)
+        generator = torch.Generator().manual_seed(seed)
+        of.centroids = kmeans(points, min(of.method.config.clusters, points.shape[1]), generator=generator)
+
+
+def _counts(text: Text, size: int) -> tuple[int, int]:
+    return tile_counts(text.query.shape[2], text.key.shape[2], size)
+
+
+def _lag(text: Text, size: int) -> int:
+    return size - 1 if text.causal else 0

@@ -1,0 +1,101 @@
+"""What a graph keeps at a sparsity, beside the graphs of others: the figures of a Sparsefinder evaluation."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from hf_sparse.figures.style import GREY, INK, PATTERN_LOOKS, WIDTH, Look, canvas, reading, sample
+from hf_sparse.metrics import metric_of
+
+_WIDE = 3.0  # from this ratio of the largest value to the smallest on, an axis is logarithmic
+_FULL = "full entmax (all keys)"
+_DENSE = "dense softmax (base model)"
+_GOLD = "share of pairs without weight in full entmax"
+
+Curves = dict[str, list[tuple[float, float]]]
+
+
+def pareto_figure(evaluation: dict[str, Any], path: str | Path) -> None:
+    """Draw the sparsity of every graph against its mass recall, its edge recall and the model's metric.
+
+    Args:
+        evaluation: content of the eval.json of a Sparsefinder adapter.
+        path: the PNG to write.
+
+    Raises:
+        DataError: the content is not what hf-sparse writes.
+    """
+    with reading("eval.json"):
+        metric = metric_of(evaluation)
+        panels = [
+            ("mass_recall", "Mass recall, higher is better", "share of the weights held"),
+            ("recall", "Edge recall, higher is better", "share of pairs with a weight held"),
+            (metric.key, metric.name.capitalize(), metric.unit),
+        ]
+        curves = {key: curves_of(evaluation, key) for key, _, _ in panels}
+        full, dense = (float(evaluation[name][metric.key]) for name in ("full", "dense"))
+        gold = float(evaluation["full"]["gold_sparsity"])
+    with canvas(path, WIDTH, 6.6) as figure, reading("eval.json"):
+        *found, rest = figure.subplots(2, 2).flat
+        for axes, (key, title, unit) in zip(found, panels, strict=True):
+            references = {_FULL: (full, (0, (4, 3))), _DENSE: (dense, (0, (1, 2)))} if key == metric.key else {}
+            _draw(axes, curves[key], references)
+            axes.axvline(gold, color=GREY, linewidth=0.9, linestyle=(0, (6, 2, 1, 2)), label=_GOLD, zorder=1)
+            if key != metric.key:
+                axes.set_ylim(top=1.02)
+            axes.set_title(title)
+            axes.set_xlabel("share of the pairs left out")
+            axes.set_ylabel(unit)
+        handles, labels = found[-1].get_legend_handles_labels()
+        order = {look.label: place for place, look in enumerate(PATTERN_LOOKS.values())}
+        shown = sorted(zip(labels, handles, strict=True), key=lambda pair: order.get(pair[0], len(order)))
+        names, lines = [name for name, _ in shown], [line for _, line in shown]
+        rest.set_axis_off()
+        rest.legend(lines, names, loc="center left", handlelength=2.6, fontsize=9, labelspacing=0.7)
+        figure.suptitle(f"Graphs of equal numbers of tiles ({sample(evaluation)})", x=0.02, ha="left", fontsize=10)
+
+
+def curves_of(evaluation: dict[str, Any], key: str) -> Curves:
+    """(sparsity, value) of each pattern, by sparsity.
+
+    Raises:
+        KeyError, TypeError, ValueError: the content is not what hf-sparse writes, or a value is not finite.
+    """
+    curves: Curves = {}
+    for point in evaluation["points"]:
+        for name, values in point["results"].items():
+            pair = float(values["sparsity"]), float(values[key])
+            if not all(map(math.isfinite, pair)):
+                raise ValueError(f"values must be finite numbers, got {pair} for {name}")
+            curves.setdefault(name, []).append(pair)
+    if not curves:
+        raise ValueError("no pattern was measured")
+    return {name: sorted(pairs) for name, pairs in curves.items()}
+
+
+def _draw(axes: Any, curves: Curves, references: dict[str, tuple[float, Any]]) -> None:
+    for label, (value, dashes) in references.items():
+        axes.axhline(value, color=INK, linewidth=1.2, linestyle=dashes, label=label, zorder=2)
+    for name in reversed([*(name for name in PATTERN_LOOKS if name in curves), *(curves.keys() - PATTERN_LOOKS)]):
+        style, own = PATTERN_LOOKS.get(name) or Look(name, GREY, "h"), name == "predicted"
+        across, up = zip(*curves[name], strict=True)
+        axes.plot(
+            across,
+            up,
+            color=style.colour,
+            marker=style.marker,
+            markersize=6.5 if name == "oracle" or own else 4.5,
+            linewidth=2.4 if own else 1.2,
+            linestyle=":" if name == "oracle" else "-",
+            label=style.label,
+            zorder=4 if own else 3,
+        )
+    values = [value for pairs in curves.values() for _, value in pairs] + [value for value, _ in references.values()]
+    if references and min(values) > 0 and max(values) / min(values) > _WIDE:
+        from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.grid(axis="y")

@@ -1,0 +1,98 @@
+"""All keys and values, as in an ordinary cache, and beside them the codes that the graph is predicted from.
+
+A code (clusters, bins or the projected point) is a function of its token alone, so a token keeps it for as long as it
+stays. Queries keep theirs too: those of a few tokens describe the tile of queries that comes next.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+
+class SparsefinderCacheLayer(DynamicLayer):
+    """A `DynamicLayer` with codes.
+
+    Attributes:
+        keys, values: `[B, Hkv, T, D]`.
+        query_codes, key_codes: `[B, Hq, T, c]` and `[B, Hkv, T, c]`, int64 or float32; `None` before the first, and
+            for a predictor without codes.
+        owner: whose codes these are; those of two predictors do not compare.
+        announced: see `SparseMethod.cache_layer`; not needed here, where dense attention finds all that it wants.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query_codes: Tensor | None = None
+        self.key_codes: Tensor | None = None
+        self.owner: object = None
+        self.announced = False
+
+    def append(self, query_codes: Tensor, key_codes: Tensor, owner: object) -> tuple[Tensor, Tensor]:
+        """Keep the codes of the tokens whose keys `update` has just taken in.
+
+        Args:
+            query_codes, key_codes: `[B, Hq, n, c]` and `[B, Hkv, n, c]`.
+            owner: identity of the predictor that made them.
+
+        Returns:
+            Those of all tokens, `[B, Hq, T, c]` and `[B, Hkv, T, c]`.
+
+        Raises:
+            ValueError: the codes that are here are another predictor's, or dense attention took tokens in.
+        """
+        before = 0 if self.key_codes is None else self.key_codes.shape[2]
+        if before + key_codes.shape[2] != self.get_seq_length() or (before and self.owner != owner):
+            raise ValueError(
+                "the cache was filled by dense attention or with another adapter, and the graph of its tokens is not "
+                "known: start a new cache after switching adapters"
+            )
+        if self.query_codes is not None and self.key_codes is not None:
+            device = query_codes.device  # offloaded ones have not come back where only keys are waited for
+            query_codes = torch.cat([self.query_codes.to(device), query_codes], 2)
+            key_codes = torch.cat([self.key_codes.to(device), key_codes], 2)
+        self.query_codes, self.key_codes, self.owner = query_codes, key_codes, owner
+        return query_codes, key_codes
+
+    def settle(self) -> None:
+        """The attention is done; where the keys were offloaded in the meantime, the codes follow them."""
+        self.announced = False
+        if self.keys is not None:
+            device = self.keys.device
+            self._each(lambda codes: codes.to(device, non_blocking=True))
+
+    def offload(self) -> None:
+        super().offload()
+        self._each(lambda codes: codes.to("cpu", non_blocking=True))
+
+    def prefetch(self) -> None:
+        super().prefetch()
+        self._each(lambda codes: codes.to(self.device, non_blocking=True))
+
+    def reset(self) -> None:
+        super().reset()
+        self.keys = self.values = self.query_codes = self.key_codes = None  # older transformers keep zeros
+        self.is_initialized = False
+
+    def crop(self, tokens_to_remove: int) -> None:
+        if not self.is_initialized:  # older transformers would crop what is not there
+            return
+        super().crop(tokens_to_remove)
+        self._each(lambda codes: codes[:, :, : self.get_seq_length()])
+
+    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._each(lambda codes: codes.index_select(0, beam_idx.to(codes.device)))
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._each(lambda codes: codes.repeat_interleave(repeats, dim=0))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._each(lambda codes: codes[indices.to(codes.device)])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
+        if self.query_codes is not None and self.key_codes is not None:
+            self.query_codes, self.key_codes = change(self.query_codes), change(self.key_codes)

@@ -1,0 +1,244 @@
+"""Configuration of Sparsefinder."""
+
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, get_args
+
+from peft import PeftConfig
+
+from hf_sparse._compat import extend_peft_type
+
+# PEFT's error for a type it does not know is nothing but this name, so the name says what to import.
+PEFT_TYPE = "HF_SPARSE_SPARSEFINDER"
+
+Predictor = Literal["clustering", "quantization", "distance", "bound", "full"]
+Bins = Literal["shared", "fixed"]
+
+#: The least alpha that is learned, as where the annealing of AdaSplash begins (arXiv 2502.12082).
+LEAST_ALPHA = 1.01
+
+
+@dataclass
+class SparsefinderConfig(PeftConfig):
+    """Sparsefinder: alpha-entmax attention over a predicted graph of queries and keys.
+
+    Treviso et al. 2022 (arXiv 2109.12188). Ours are the learned logit scale per head, which a softmax checkpoint needs,
+    and the causal graph of tiles, which generation needs.
+
+    >>> SparsefinderConfig(clusters=8, top_clusters=2, tile=32, sparsity=0.7).predictor
+    'clustering'
+    """
+
+    alpha: float = field(
+        default=1.5,
+        metadata={"help": "Of entmax, above 1 (softmax, which has no zeros) and at most 2 (sparsemax)."},
+    )
+    learn_alpha: bool = field(
+        default=False, metadata={"help": f"Learn alpha per query head, from {LEAST_ALPHA} to 2, starting at `alpha`."}
+    )
+    initial_scale: float = field(
+        default=0.3,
+        metadata={
+            "help": "Where the learned logit scale of every query head starts, above 0. Entmax of the logits of a "
+            "softmax model is far too sharp at 1."
+        },
+    )
+    rank: int = field(
+        default=4, metadata={"help": "Dimensions to which queries and keys are projected, 1 to the size of a head."}
+    )
+    shared_projection: bool = field(
+        default=False, metadata={"help": "One projection per KV head, for its queries and keys alike."}
+    )
+    predictor: Predictor = field(
+        default="clustering",
+        metadata={
+            "help": "What joins a query and a key: a common cluster ('clustering'), a common bin in some dimension "
+            "('quantization'), or a small distance ('distance', whose cost is quadratic). Nothing is learned for "
+            "'bound', every tile that the extremes of its keys do not exclude, which is exact, nor for 'full', all "
+            "keys."
+        },
+    )
+    clusters: int = field(default=16, metadata={"help": "Clusters per KV head, at least 2."})
+    top_clusters: int = field(
+        default=2,
+        metadata={
+            "help": "Clusters that a token is in, 1 to `clusters`, if they are balanced or `tile=None`; otherwise a "
+            "key is in its nearest."
+        },
+    )
+    balanced: bool = field(
+        default=False, metadata={"help": "Clusters of equal size, for encoders: they depend on the whole text."}
+    )
+    bin_kind: Bins = field(
+        default="shared",
+        metadata={
+            "help": "'shared': fitted boundaries, the same for queries and keys. 'fixed': `bin_width` tokens by rank, "
+            "for encoders, since ranks depend on the whole text."
+        },
+    )
+    bins: int = field(default=16, metadata={"help": "Shared bins per dimension, at least 2."})
+    bin_width: int = field(default=16, metadata={"help": "Tokens per fixed bin, at least 1."})
+    threshold: float = field(
+        default=1.0, metadata={"help": "Squared distance below which tokens are joined, above 0; for `tile=None`."}
+    )
+    tile: int | None = field(
+        default=64,
+        metadata={
+            "help": "Positions per tile of the graph: 16, 32, 64 or 128. None joins single tokens: for analysis."
+        },
+    )
+    sparsity: float = field(
+        default=0.8,
+        metadata={
+            "help": "Share of the allowed pairs of tiles that is left out, at least 0 and below 1; in a causal model, "
+            "of a text of `length` tokens."
+        },
+    )
+    length: int = field(
+        default=1024,
+        metadata={
+            "help": "Tokens of the text that `sparsity` is meant for in a causal model. The number of key tiles per "
+            "query tile that follows holds for texts of any length: a text that grows keeps its graph. At least 1."
+        },
+    )
+    tiles_per_query: int | None = field(
+        default=None,
+        metadata={
+            "help": "Key tiles per query tile, at least 1, in place of `sparsity`. Early causal tiles have fewer."
+        },
+    )
+    window: int = field(
+        default=64,
+        metadata={
+            "help": "Most recent keys, joined whatever is predicted; in an encoder, the nearest on both sides. At "
+            "least 0; the query's own position, or tile, is always joined."
+        },
+    )
+    global_tokens: int = field(default=1, metadata={"help": "First keys of a text, joined as well. At least 0."})
+    profile: bool = field(
+        default=True,
+        metadata={
+            "help": "Weigh tiles by how the attention of a head falls off with distance, as fitted to text. For graphs "
+            "of tiles."
+        },
+    )
+    head_budgets: bool = field(
+        default=True,
+        metadata={
+            "help": "Divide the tiles among heads and layers by what they gain on the text that predictors are fitted "
+            "to; `sparsity` or `tiles_per_query` is then the mean. For graphs of tiles."
+        },
+    )
+    complete: bool = field(
+        default=False,
+        metadata={"help": "Add the tiles that may hold support by the extremes of their keys, which makes it exact."},
+    )
+    per_group: bool = field(
+        default=False, metadata={"help": "One graph of tiles for the query heads that share a KV head."}
+    )
+    layers: list[int] | None = field(
+        default=None, metadata={"help": "Indices of the layers to patch; None is all of them."}
+    )
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Filled in when attached: names of the patched attention modules."}
+    )
+    base_shape: dict[str, Any] | None = field(
+        default=None, metadata={"help": "Filled in when attached: what the base model must look like."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = extend_peft_type(PEFT_TYPE)
+        for name, options in (("predictor", get_args(Predictor)), ("bin_kind", get_args(Bins))):
+            if getattr(self, name) not in options:
+                raise ValueError(self._expected(name, f"one of {', '.join(map(repr, options))}"))
+        for name, least in (
+            ("rank", 1),
+            ("clusters", 2),
+            ("top_clusters", 1),
+            ("bins", 2),
+            ("bin_width", 1),
+            ("length", 1),
+            ("window", 0),
+            ("global_tokens", 0),
+        ):
+            if not _is_integer(getattr(self, name), least):
+                raise ValueError(self._expected(name, f"an integer of at least {least}"))
+        for switch in (f.name for f in fields(self) if f.type in (bool, "bool")):
+            if not isinstance(getattr(self, switch), bool):
+                raise ValueError(self._expected(switch, "True or False"))
+        if self.top_clusters > self.clusters:
+            raise ValueError(self._expected("top_clusters", f"at most the number of clusters, {self.clusters}"))
+        low, high = (LEAST_ALPHA, 2) if self.learn_alpha else (1, 2)
+        if not _is_number(self.alpha) or not low < self.alpha <= high or (self.learn_alpha and self.alpha == high):
+            range_of = f"above {low} and {'below' if self.learn_alpha else 'at most'} {high}"
+            raise ValueError(self._expected("alpha", f"{range_of}{' to be learned' if self.learn_alpha else ''}"))
+        for name in ("initial_scale", "threshold"):
+            if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) < float("inf"):
+                raise ValueError(self._expected(name, "a number above 0"))
+        if self.tile not in (None, 16, 32, 64, 128):
+            raise ValueError(self._expected("tile", "None, 16, 32, 64 or 128"))
+        if self.tile is None and (self.complete or self.predictor == "bound"):
+            raise ValueError(
+                "SparsefinderConfig.tile must be 16, 32, 64 or 128 for complete=True and for the predictor 'bound', "
+                "which are about tiles, got None"
+            )
+        if not _is_number(self.sparsity) or not 0 <= self.sparsity < 1:
+            raise ValueError(self._expected("sparsity", "at least 0 and below 1"))
+        if self.tiles_per_query is not None and not _is_integer(self.tiles_per_query, 1):
+            raise ValueError(self._expected("tiles_per_query", "None or an integer of at least 1"))
+        if self.layers is not None:
+            if not self.layers or not all(_is_integer(i, 0) for i in self.layers):
+                raise ValueError(self._expected("layers", "None or indices of layers"))
+            self.layers = sorted(set(self.layers))
+
+    def _expected(self, name: str, what: str) -> str:
+        return f"SparsefinderConfig.{name} must be {what}, got {getattr(self, name)!r}"
+
+    @property
+    def causal_tiles(self) -> int:
+        """Key tiles per query tile of a causal model, `m`: of `n` tiles, `m n - m (m - 1) / 2` pairs are listed.
+
+        >>> SparsefinderConfig(tile=16, sparsity=0.8, length=1024).causal_tiles  # 427 of 2,080 pairs
+        7
+        """
+        if self.tiles_per_query is not None:
+            return self.tiles_per_query
+        if self.tile is None:
+            raise ValueError("a graph of tokens has no tiles: SparsefinderConfig.tile is None")
+        tiles = -(-self.length // self.tile)
+        pairs = (1 - self.sparsity) * tiles * (tiles + 1) / 2
+        return max(1, round(tiles + 0.5 - math.sqrt((tiles + 0.5) ** 2 - 2 * pairs)))
+
+    @property
+    def learns_graph(self) -> bool:
+        """Whether the graph is predicted from projected points."""
+        return self.predictor not in ("bound", "full")
+
+    @property
+    def of_points(self) -> bool:
+        """Whether tiles are scored by the points of queries: by their distance to keys, or to the clusters of keys."""
+        return self.tile is not None and (
+            self.predictor == "distance" or (self.predictor == "clustering" and not self.balanced)
+        )
+
+    @property
+    def points_needed(self) -> int:
+        """The least number of queries and keys that the predictor can be fitted to."""
+        if self.predictor == "clustering":
+            return self.clusters
+        return self.bins if self.predictor == "quantization" and self.bin_kind == "shared" else 1
+
+    @property
+    def needs_whole_text(self) -> bool:
+        """Whether the graph depends on later tokens too, so that it is for encoders only."""
+        fixed = self.predictor == "quantization" and self.bin_kind == "fixed"
+        return fixed or (self.predictor == "clustering" and self.balanced)
+
+
+def _is_integer(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -1,0 +1,200 @@
+"""Fit to text what predictors have besides projections: clusters or bins, the distance profile, budgets of heads."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_sparse.methods.sparsefinder.attention import SparsefinderAttention, Text
+from hf_sparse.methods.sparsefinder.parameters import MEANS
+from hf_sparse.methods.sparsefinder.predictors import always_joined, key_codes, query_codes, tile_scores
+from hf_sparse.ops.entmax import support
+from hf_sparse.ops.graphs.allowed import allowed_edges, allowed_tiles, positions_of
+from hf_sparse.ops.graphs.clustering import training_points
+from hf_sparse.ops.graphs.points import by_group
+from hf_sparse.ops.graphs.profile import fit_profile, profile_mass
+
+# Queries per text that profiles and budgets are fitted to.
+_ROWS = 256
+
+
+@torch.no_grad()
+def fit_predictors(
+    methods: Sequence[SparsefinderAttention],
+    read: Callable[[], Any],
+    *,
+    generator: torch.Generator | None = None,
+) -> None:
+    """Fit the predictors of the active adapter; meanwhile attention is entmax over all keys.
+
+    All projected queries and keys are held at once: `rank` numbers per token, head and module.
+
+    Args:
+        methods: of one model, see `hf_sparse.patches.methods_in_use`; tiles are divided among the heads of all.
+        read: runs the model on training text, once or several times, without a cache; it is called twice.
+        generator: for the seeds of k-means.
+
+    Raises:
+        ValueError: more clusters or bins than projected queries and keys, or no text.
+    """
+    methods = [method for method in methods if method.config.learns_graph]
+    points: dict[int, list[Tensor]] = {}
+    profiles = _Profiles()
+
+    def collect(method: SparsefinderAttention, text: Text) -> None:
+        profiles.add(method, text)
+        learned = method.parameters_in_use
+        keys = learned.project_keys(text.key)
+        if method.config.of_points:
+            found = keys.transpose(0, 1).flatten(1, 2)
+        else:
+            found = training_points(learned.project_queries(text.query), keys)
+        points.setdefault(id(method), []).append(found)
+
+    with _watched(methods, collect):
+        read()
+    for method in methods:
+        if id(method) not in points:
+            raise ValueError("the model read no text: nothing to fit the predictors to")
+        method.parameters_in_use.fit(torch.cat(points[id(method)], 1), generator)
+        profiles.settle(method)
+    _fit_budgets(methods, read)
+
+
+@torch.no_grad()
+def fit_profiles(methods: Sequence[SparsefinderAttention], read: Callable[[], Any]) -> None:
+    """Fit the distance profiles of the active adapter alone; arguments and errors as of `fit_predictors`."""
+    profiles = _Profiles()
+    with _watched(methods, profiles.add):
+        read()
+    for method in methods:
+        profiles.settle(method)
+
+
+class _Profiles:
+    """Sums of attention by distance, of each method that has a profile."""
+
+    def __init__(self) -> None:
+        self.sums: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def add(self, method: SparsefinderAttention, text: Text) -> None:
+        length, size = text.key.shape[2], method.config.tile
+        if size is None or not hasattr(method.parameters_in_use, "profile"):
+            return
+        rows = torch.linspace(0, length - 1, min(length, _ROWS), device=text.key.device).round().long()
+        _, probabilities = support(text.query, text.key, rows=rows, **_options(text))
+        allowed = allowed_edges(positions_of(length, length, rows), length, causal=text.causal)
+        found = profile_mass(probabilities, rows, size)
+        pairs = profile_mass(allowed.expand_as(probabilities), rows, size)
+        mass, count = self.sums.get(id(method), (0, 0))
+        self.sums[id(method)] = (mass + found, count + pairs)
+
+    def settle(self, method: SparsefinderAttention) -> None:
+        if hasattr(method.parameters_in_use, "profile"):
+            method.parameters_in_use.profile.copy_(fit_profile(*self.sums[id(method)]))
+
+
+def _fit_budgets(methods: Sequence[SparsefinderAttention], read: Callable[[], Any]) -> None:
+    methods = [method for method in methods if hasattr(method.parameters_in_use, "budgets")]
+    if not methods:
+        return
+    gains: dict[int, Tensor] = {}
+    costs: list[Tensor] = []
+
+    def collect(method: SparsefinderAttention, text: Text) -> None:
+        learned, length, size = method.parameters_in_use, text.key.shape[2], method.config.tile
+        assert size is not None
+        tiles = -(-length // size)
+        chosen = torch.linspace(0, tiles - 1, min(tiles, max(1, _ROWS // size)), device=text.key.device).round().long()
+        rows = (chosen[:, None] * size + torch.arange(size, device=chosen.device)).flatten()
+        rows = rows[rows < length]
+        _, probabilities = support(text.query, text.key, rows=rows, **_options(text))
+        mass = _tile_mass(probabilities, rows, chosen, size)
+        codes = query_codes(learned, text.query), key_codes(learned, text.key)
+        scores = tile_scores(learned, *codes, queries=length, causal=text.causal)
+        mass = by_group(mass, scores.shape[1]).sum(2)
+        reached = allowed_tiles(tiles, tiles, causal=text.causal).to(chosen.device)
+        near = always_joined(method.config, length, length, causal=text.causal, device=chosen.device).mask(tiles)
+        first = near.byte() + 2 * torch.eye(tiles, dtype=torch.uint8, device=chosen.device)
+        # As `best_tiles` ranks them: the diagonal, what is always joined, and the others by score.
+        level = first.float().masked_fill(~reached, -1).expand_as(scores)[:, :, chosen]
+        order = scores[:, :, chosen].argsort(dim=-1, descending=True, stable=True)
+        order = order.gather(-1, level.gather(-1, order).argsort(dim=-1, descending=True, stable=True))
+        gained = mass.gather(-1, order).sum((0, 2)).double().cumsum(-1)
+        gains[id(method)] = gains[id(method)] + gained if id(method) in gains else gained
+        if not costs:  # texts are equally long
+            reach = reached[0, 0, chosen].sum(-1, keepdim=True)
+            listed = torch.arange(1, tiles + 1, device=chosen.device)
+            costs.append(torch.minimum(reach, listed).sum(0).double())
+
+    with _watched(methods, collect):
+        read()
+    device = costs[0].device
+    gain = torch.cat([gains[id(method)].to(device) for method in methods])
+    table = divided(gain, costs[0])
+    lists = [len(gains[id(method)]) for method in methods]
+    for method, part in zip(methods, table.split(lists), strict=True):
+        method.parameters_in_use.budgets.copy_(part)
+
+
+def divided(gain: Tensor, cost: Tensor) -> Tensor:
+    """How many tiles each list gets so that their mass together is the most, for each mean number of tiles. Ours.
+
+    Args:
+        gain: `[L, n]`, mass of the best 1 to `n` tiles of each list.
+        cost: `[n]`, pairs of tiles that 1 to `n` tiles per query tile are; early causal tiles have fewer.
+
+    Returns:
+        `[L, MEANS]`, numbers from 1; column `m - 1` costs on average no more than `m` tiles for each list do. From
+        column `n - 1` on, where every list has all its tiles, all get the same.
+    """
+    sizes = torch.arange(1, MEANS + 1, dtype=gain.dtype, device=gain.device)
+    table = sizes.expand(len(gain), -1).clone()
+    for mean in range(1, min(MEANS, gain.shape[1] - 1) + 1):
+        low, high = 0.0, float(gain.max()) + 1.0  # of a price per pair: the higher, the fewer
+        for _ in range(60):
+            price = (low + high) / 2
+            if cost[_best(gain, cost, price)].mean() > cost[mean - 1]:
+                low = price
+            else:
+                high = price
+        table[:, mean - 1] = _best(gain, cost, high) + 1.0
+    return table
+
+
+def _best(gain: Tensor, cost: Tensor, price: float) -> Tensor:
+    return (gain - price * cost).argmax(-1)
+
+
+def _tile_mass(probabilities: Tensor, rows: Tensor, chosen: Tensor, size: int) -> Tensor:
+    """`[B, Hq, len(chosen), nk]`: attention of the queries of some tiles to the keys of each tile."""
+    by_key = torch.nn.functional.pad(probabilities, (0, -probabilities.shape[3] % size)).unflatten(3, (-1, size)).sum(4)
+    place = torch.searchsorted(chosen, rows // size)
+    found = by_key.new_zeros((*by_key.shape[:2], len(chosen), by_key.shape[3]))
+    return found.index_add_(2, place, by_key)
+
+
+def _options(text: Text) -> dict[str, Any]:
+    return {"alpha": text.alpha, "scaling": text.scaling, "causal": text.causal}
+
+
+@contextmanager
+def _watched(
+    methods: Sequence[SparsefinderAttention], watch: Callable[[SparsefinderAttention, Text], None]
+) -> Iterator[None]:
+    """Entmax over all keys within a `with` block, and `watch` sees every text."""
+    before = [(method.pattern, method.observer) for method in methods]
+    try:
+        for method in methods:
+            method.pattern = _all_keys
+            method.observer = lambda text, *_, method=method: watch(method, text)
+        yield
+    finally:
+        for method, (pattern, observer) in zip(methods, before, strict=True):
+            method.pattern, method.observer = pattern, observer
+
+
+def _all_keys(text: Text) -> None:
+    return None

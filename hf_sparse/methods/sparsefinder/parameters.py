@@ -1,0 +1,138 @@
+"""What Sparsefinder learns for one attention module.
+
+Parameters and buffers lie directly on the module, not on submodules: PEFT strips the adapter's name from the
+next-to-last part of a key only. Buffers are NaN until they are fitted, and travel in the safetensors.
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from hf_sparse.methods.base import Site
+from hf_sparse.methods.sparsefinder.config import LEAST_ALPHA, SparsefinderConfig
+from hf_sparse.ops.graphs.kmeans import kmeans
+from hf_sparse.ops.graphs.profile import BINS
+from hf_sparse.ops.graphs.quantization import fit_boundaries
+
+#: Mean tiles per query tile for which `budgets` has a column; larger ones are in proportion to the last.
+MEANS = 64
+
+
+class SparsefinderParameters(nn.Module):
+    """Logit scales, projections, and what a predictor was fitted to.
+
+    Attributes:
+        log_scale: `[Hq]`, logarithm of the logit scale.
+        alpha_logit: `[Hq]`, with `learn_alpha`.
+        projection: `[Hkv, D, r]`, with `shared_projection`.
+        query_projection, query_bias, key_projection: `[Hq, D, r]`, `[Hq, r]` and `[Hkv, D, r]`, otherwise. Only the
+            difference of a query's bias and a key's would matter, so there is one.
+        centroids: `[Hkv, C, r]`, for clustering.
+        boundaries: `[Hkv, r, bins - 1]`, for quantization with shared bins.
+        profile: `[Hq, BINS]`, attention by the distance of tiles, see `hf_sparse.ops.graphs.profile`.
+        budgets: `[lists, MEANS]`, column `m - 1` has the tiles per query tile of each list where the mean over all
+            heads and layers is `m`. There is a list per query head, or per KV head with `per_group`.
+    """
+
+    centroids: Tensor
+    boundaries: Tensor
+    profile: Tensor
+    budgets: Tensor
+
+    def __init__(self, config: SparsefinderConfig, site: Site) -> None:
+        super().__init__()
+        self.config = config
+        heads, kv_heads, rank = site.num_attention_heads, site.num_key_value_heads, config.rank
+        self.log_scale = nn.Parameter(torch.full((heads,), math.log(config.initial_scale)))
+        if config.learn_alpha:
+            share = (config.alpha - LEAST_ALPHA) / (2 - LEAST_ALPHA)
+            self.alpha_logit = nn.Parameter(torch.full((heads,), math.log(share / (1 - share))))
+        if not config.learns_graph:
+            return
+        common = torch.randn(kv_heads, site.head_dim, rank) * site.head_dim**-0.5
+        if config.shared_projection:
+            self.projection = nn.Parameter(common)
+        else:  # a query and a key that are alike start near each other
+            self.query_projection = nn.Parameter(common.repeat_interleave(heads // kv_heads, dim=0))
+            self.query_bias = nn.Parameter(torch.zeros(heads, rank))
+            self.key_projection = nn.Parameter(common.clone())
+        if config.predictor == "clustering":
+            self.register_buffer("centroids", torch.full((kv_heads, config.clusters, rank), torch.nan))
+        elif config.predictor == "quantization" and config.bin_kind == "shared":
+            self.register_buffer("boundaries", torch.full((kv_heads, rank, config.bins - 1), torch.nan))
+        if config.tile is not None and config.profile:
+            self.register_buffer("profile", torch.full((heads, BINS), torch.nan))
+        if config.tile is not None and config.head_budgets:
+            lists = kv_heads if config.per_group else heads
+            self.register_buffer("budgets", torch.full((lists, MEANS), torch.nan))
+
+    @property
+    def scale(self) -> Tensor:
+        """`[Hq]` float32: what multiplies the logits of each query head."""
+        return self.log_scale.float().exp()
+
+    @property
+    def alpha(self) -> float | Tensor:
+        """Of entmax: a number, or `[Hq]` float32 where it is learned."""
+        if not self.config.learn_alpha:
+            return float(self.config.alpha)
+        return LEAST_ALPHA + (2 - LEAST_ALPHA) * self.alpha_logit.float().sigmoid()
+
+    @property
+    def log_profile(self) -> Tensor:
+        """`[Hq, BINS]` float32: logarithm of the profile, nowhere below that of 1e-4."""
+        return self.profile.float().clamp(min=1e-4).log()
+
+    def scales(self) -> Iterator[nn.Parameter]:
+        """What decides the attention over all keys: logit scales, and alpha where it is learned."""
+        return (p for name, p in self.named_parameters() if name in ("log_scale", "alpha_logit"))
+
+    def projections(self) -> Iterator[nn.Parameter]:
+        """What decides where a query or key is projected to; none for a predictor without projections."""
+        return (p for name, p in self.named_parameters() if "projection" in name or name == "query_bias")
+
+    def project_queries(self, query: Tensor) -> Tensor:
+        """Points `[B, Hq, T, r]` float32 of queries `[B, Hq, T, D]`."""
+        if self.config.shared_projection:
+            group = query.shape[1] // self.projection.shape[0]
+            return _project(query, self.projection.repeat_interleave(group, dim=0))
+        return _project(query, self.query_projection) + self.query_bias.float()[:, None]
+
+    def project_keys(self, key: Tensor) -> Tensor:
+        """Points `[B, Hkv, T, r]` float32 of keys `[B, Hkv, T, D]`."""
+        return _project(key, self.projection if self.config.shared_projection else self.key_projection)
+
+    @torch.no_grad()
+    def fit(self, points: Tensor, generator: torch.Generator | None = None) -> None:
+        """Fit clusters or bins to projected queries and keys of training text; other predictors have nothing to fit.
+
+        Args:
+            points: `[Hkv, N, r]`, see `hf_sparse.ops.graphs.clustering.training_points`; for clusters of single keys,
+                only keys.
+            generator: for the seeds of k-means.
+
+        Raises:
+            ValueError: more clusters or bins than points.
+        """
+        config = self.config
+        if config.predictor == "clustering":
+            self.centroids.copy_(kmeans(points, config.clusters, generator=generator))
+        elif config.predictor == "quantization" and config.bin_kind == "shared":
+            self.boundaries.copy_(fit_boundaries(points, config.bins))
+
+    def check_fitted(self) -> None:
+        """Raise `ValueError` if the predictor has clusters or bins that were never fitted."""
+        for name, buffer in self.named_buffers():
+            if bool(buffer.isnan().any()):
+                raise ValueError(
+                    f"the {name} of this {self.config.predictor} predictor were never fitted: fit them to text with "
+                    "hf_sparse.methods.sparsefinder.fit_predictors, load an adapter that was trained, or choose "
+                    "SparsefinderConfig(predictor='bound') or 'full', which have nothing to fit"
+                )
+
+
+def _project(tensor: Tensor, weight: Tensor) -> Tensor:
+    with torch.autocast(tensor.device.type, enabled=False):
+        return tensor.float() @ weight.float()

@@ -1,0 +1,13 @@
+"""Entmax attention over all keys, over given edges or over listed tiles, and what proves a list complete.
+
+`transform` is the distribution itself, `threshold` finds where it is cut off, `blocks` and `attention` run it on tiles,
+`bound` and `predict` tell from the extremes of the keys of a tile what cannot be attended to.
+"""
+
+from hf_sparse.ops.entmax.api import Certificate as Certificate
+from hf_sparse.ops.entmax.api import entmax_attention as entmax_attention
+from hf_sparse.ops.entmax.bound import complete_tiles as complete_tiles
+from hf_sparse.ops.entmax.predict import bound_scores as bound_scores
+from hf_sparse.ops.entmax.predict import bound_tiles as bound_tiles
+from hf_sparse.ops.entmax.support import support as support
+from hf_sparse.ops.entmax.transform import entmax as entmax

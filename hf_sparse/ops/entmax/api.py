@@ -1,0 +1,166 @@
+"""Entmax attention: one function for all keys, some edges, or listed tiles.
+
+    output_t = sum_j p_tj value_j,   p_t = entmax(scaling * <query_t, key_j> over the keys j that t may attend to)
+
+A row whose support is among the keys that it may attend to equals full entmax: what is missing had a weight of 0. If
+keys with a mass of d are missing, tau falls and every other weight grows or stays, by d in all: the distribution moves
+by exactly 2d in L1. Treviso et al. 2022 (arXiv 2109.12188) for the former; the latter is ours.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, overload
+
+import torch
+from torch import Tensor
+
+from hf_sparse.ops.entmax.attention import attend
+from hf_sparse.ops.entmax.blocks import BUFFER, Plan
+from hf_sparse.ops.entmax.bound import complete_tiles, missing
+from hf_sparse.ops.entmax.inputs import prepare, without_padding
+from hf_sparse.ops.entmax.layout import layout_of, listed_layout
+from hf_sparse.ops.graphs.tiles import Tiles
+
+_TILE = 64  # queries that share a pass over all keys
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What the page bound proves about entmax over listed tiles, and the statistics of its rows.
+
+    Attributes:
+        exact: `[B, Hq, Tq]` bool; True where no tile outside the given lists can hold support, so that the row is that
+            of full entmax whether or not the lists were completed. A row that is not may be exact too. True for
+            queries at padding.
+        added: `[B, H, nq]` int64, how many tiles `complete` added to each list; zeros without it.
+        tiles: the lists that were attended to.
+        tau: `[B, Hq, Tq]` float32 or float64, thresholds of `(alpha - 1) * logit`; `-inf` for a row without a key.
+        support: `[B, Hq, Tq]` int64, keys with a probability above 0.
+    """
+
+    exact: Tensor
+    added: Tensor
+    tiles: Tiles
+    tau: Tensor
+    support: Tensor
+
+
+@overload
+def entmax_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    alpha: float | Tensor,
+    scaling: float | Tensor,
+    causal: bool,
+    valid: Tensor | None = None,
+    edges: Tensor | None = None,
+    tiles: Tiles | None = None,
+    certify: Literal[False] = False,
+    complete: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def entmax_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    alpha: float | Tensor,
+    scaling: float | Tensor,
+    causal: bool,
+    valid: Tensor | None = None,
+    edges: Tensor | None = None,
+    tiles: Tiles,
+    certify: bool = False,
+    complete: bool = False,
+) -> tuple[Tensor, Certificate]: ...
+
+
+def entmax_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    alpha: float | Tensor,
+    scaling: float | Tensor,
+    causal: bool,
+    valid: Tensor | None = None,
+    edges: Tensor | None = None,
+    tiles: Tiles | None = None,
+    certify: bool = False,
+    complete: bool = False,
+) -> Tensor | tuple[Tensor, Certificate]:
+    """Attend with alpha-entmax to all allowed keys, or to those among them that a graph names.
+
+    Allowed is a key that is no padding and, if causal, does not come after the query. Differentiable in query, key,
+    value, and in alpha and scaling where they are tensors; the graph is a constant. Memory is linear in the length,
+    backwards too; work is that of the tiles listed, or of all allowed keys.
+
+    Args:
+        query: `[B, Hq, Tq, D]`; the queries stand at the last `Tq` of the `Tk` positions.
+        key, value: `[B, Hkv, Tk, D]` with `Hq` a multiple of `Hkv`, `Tq <= Tk`.
+        alpha: in (1, 2], a number or `[Hq]`. 1.5 and 2 as numbers are the fastest.
+        scaling: multiplies the logits, a number or `[Hq]`: learned logit scales go here.
+        causal: whether a query sees the keys up to its own position, or all keys.
+        valid: `[B, Tk]` bool, False for padding, wherever it is: never attended to, whatever it holds (even NaN).
+        edges: bool, `[B, Hq, Tq, Tk]` or what expands to it; of these pairs, the allowed ones are attended.
+        tiles: the key tiles of each query tile; of the keys in them, the allowed ones are attended. `H` is `Hq`, `Hkv`
+            or 1, and `B` may be 1.
+        certify: with `tiles`, also return which rows are provably those of full entmax.
+        complete: with `tiles`, add the tiles that may hold support, so that every row is that of full entmax, and
+            return the certificate of the lists as they were given, with how many tiles were added.
+
+    Returns:
+        `[B, Hq, Tq, D]` in the dtype of `query`, or autocast's where that is on; computed in float32 (float64 for
+        float64). A query with no key, or at padding, gets zeros. With `certify` or `complete` also a `Certificate`.
+
+    Raises:
+        ValueError: shapes or dtypes that do not fit, alpha outside (1, 2], both `edges` and `tiles`, lists that are not
+            ascending or name tiles that do not exist, or `certify` or `complete` without `tiles`.
+    """
+    inputs = prepare(query, key, alpha, scaling, causal, valid)
+    if value.shape != key.shape:
+        raise ValueError(f"value must have the shape of key, {tuple(key.shape)}, got {tuple(value.shape)}")
+    if edges is not None and tiles is not None:
+        raise ValueError("edges and tiles exclude each other: expected one of them, got both")
+    if (certify or complete) and tiles is None:
+        raise ValueError("certify and complete tell whether lists of tiles suffice: expected tiles, got None")
+    if edges is not None:
+        edges = _expanded(edges, (*query.shape[:3], key.shape[2]))
+    device = query.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+    if valid is not None:
+        value = without_padding(value, valid)
+
+    if tiles is None:
+        layout = layout_of(query, key, key.shape[1], _dense_tile(query, key))
+        output, _, _ = attend(inputs, value, Plan(layout, causal, valid, edges=edges))
+        return output.to(dtype)
+    layout, given = listed_layout(tiles, query, key)
+    used = given
+    if complete:
+        used, exact = complete_tiles(query, key, given, alpha=alpha, scaling=scaling, causal=causal, valid=valid)
+    output, tau, support = attend(inputs, value, Plan(layout, causal, valid, used))
+    output = output.to(dtype)
+    if not (certify or complete):
+        return output
+    if not complete:
+        _, exact = missing(inputs, layout, given, tau)
+    return output, Certificate(exact, used.counts - given.counts, used, tau, support)
+
+
+def _expanded(edges: Tensor, shape: tuple[int, ...]) -> Tensor:
+    try:
+        if edges.dtype == torch.bool:
+            return edges.expand(shape)
+    except RuntimeError:
+        pass
+    raise ValueError(f"edges must be bool [B, Hq, Tq, Tk] = {shape}, got {tuple(edges.shape)} {edges.dtype}")
+
+
+def _dense_tile(query: Tensor, key: Tensor) -> int:
+    """Queries at a time when all keys are attended: fewer, the longer the text."""
+    group = query.shape[1] // key.shape[1]
+    return max(1, min(_TILE, BUFFER.get(query.device.type, 1 << 24) // max(1, group * key.shape[2])))

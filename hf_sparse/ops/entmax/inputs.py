@@ -1,0 +1,63 @@
+"""What every function of this folder does with its arguments first: check them, and fold all scales into the query."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_sparse.ops.entmax.transform import check_alpha
+from hf_sparse.ops.graphs.allowed import check_valid
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Arguments after checks. Padding is zero: a weight of 0 times NaN would be NaN."""
+
+    query: Tensor  # [B, Hq, Tq, D] float32 or float64, times scaling and alpha - 1: its products with keys are z
+    key: Tensor  # [B, Hkv, Tk, D]
+    exponent: float | Tensor  # 1 / (alpha - 1), a number or [Hq]
+    causal: bool
+    valid: Tensor | None  # [B, Tk] bool
+
+
+def prepare(
+    query: Tensor,
+    key: Tensor,
+    alpha: float | Tensor,
+    scaling: float | Tensor,
+    causal: bool,
+    valid: Tensor | None,
+) -> Inputs:
+    """Raise `ValueError` for what does not fit; see `entmax_attention`."""
+    if query.ndim != 4 or key.ndim != 4:
+        raise ValueError(
+            f"expected query [B, Hq, Tq, D] and key [B, Hkv, Tk, D], got {tuple(query.shape)} and {tuple(key.shape)}"
+        )
+    batch, heads, queries, dim = query.shape
+    fits = key.shape[0] == batch and key.shape[3] == dim and queries <= key.shape[2]
+    if not fits or not key.shape[1] or heads % key.shape[1]:
+        raise ValueError(
+            "query and key must share B and D, Hq must be a multiple of Hkv and Tq at most Tk, "
+            f"got query {tuple(query.shape)} and key {tuple(key.shape)}"
+        )
+    for name, number in (("alpha", alpha), ("scaling", scaling)):
+        if isinstance(number, Tensor) and number.shape != (heads,):
+            raise ValueError(f"{name} must be a number or [Hq] = ({heads},), got {tuple(number.shape)}")
+    check_alpha(alpha)
+    if valid is not None:
+        check_valid(valid, key.shape[2])
+        if len(valid) != batch:
+            raise ValueError(f"valid must be [B, Tk] = ({batch}, {key.shape[2]}), got {tuple(valid.shape)}")
+        query = without_padding(query, valid[:, key.shape[2] - queries :])
+        key = without_padding(key, valid)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    alpha = alpha.to(wide) if isinstance(alpha, Tensor) else float(alpha)
+    scale = scaling * (alpha - 1)
+    if isinstance(scale, Tensor):
+        scale = scale.to(wide)[:, None, None]
+    return Inputs(query.to(wide) * scale, key.to(wide), 1 / (alpha - 1), causal, valid)
+
+
+def without_padding(tensor: Tensor, valid: Tensor) -> Tensor:
+    """Zeros in place of padding `[B, H, T, X]`."""
+    return tensor.masked_fill(~valid[:, None, :, None], 0.0)

@@ -1,0 +1,125 @@
+"""How heads and positions are folded into independent pieces of work.
+
+A job is one tile of queries of one list of tiles. It has `share * rows` queries: those of `share` query heads, which
+have the list in common, at `rows` consecutive positions. Jobs are numbered by batch, list and query tile.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_sparse.ops.graphs.tiles import Tiles, tile_counts
+
+
+@dataclass(frozen=True)
+class Layout:
+    """`heads` is the number of lists: that of query heads, or that of KV heads."""
+
+    batch: int
+    query_heads: int
+    kv_heads: int
+    heads: int
+    queries: int
+    keys: int
+    size: int
+
+    @property
+    def share(self) -> int:
+        return self.query_heads // self.heads
+
+    @property
+    def query_tiles(self) -> int:
+        return tile_counts(self.queries, self.keys, self.size)[0]
+
+    @property
+    def key_tiles(self) -> int:
+        return tile_counts(self.queries, self.keys, self.size)[1]
+
+    @property
+    def jobs(self) -> int:
+        return self.batch * self.heads * self.query_tiles
+
+    @property
+    def rows(self) -> int:
+        """Positions per tile of queries; a single one has no more than there are, which is what decoding needs."""
+        return self.size if self.query_tiles > 1 else self.queries
+
+    @property
+    def origin(self) -> int:
+        """Position of the first row of the first tile of queries, which may lie before the first query."""
+        first = self.keys - self.queries
+        return first - first % self.size if self.query_tiles > 1 else first
+
+    def positions(self, jobs: Tensor) -> Tensor:
+        """`[n]` -> `[n, rows]` int64, where the queries of a job stand among the keys; some may not exist."""
+        step = torch.arange(self.rows, device=jobs.device)
+        return self.origin + (jobs % self.query_tiles)[:, None] * self.rows + step
+
+    def list_of(self, jobs: Tensor) -> Tensor:
+        return jobs // self.query_tiles % self.heads
+
+    def batch_of(self, jobs: Tensor) -> Tensor:
+        return jobs // (self.query_tiles * self.heads)
+
+    def kv_of(self, jobs: Tensor) -> Tensor:
+        """Index into a flat `[B * Hkv]`."""
+        return self.batch_of(jobs) * self.kv_heads + self.list_of(jobs) // (self.heads // self.kv_heads)
+
+    def fold_queries(self, tensor: Tensor) -> Tensor:
+        """`[B, Hq, Tq, X]` -> `[jobs, share * rows, X]`, zeros where there is no query."""
+        lead = self.keys - self.queries - self.origin
+        tensor = F.pad(tensor, (0, 0, lead, self.query_tiles * self.rows - lead - self.queries))
+        split = tensor.reshape(self.batch, self.heads, self.share, self.query_tiles, self.rows, tensor.shape[-1])
+        return split.transpose(2, 3).reshape(self.jobs, self.share * self.rows, tensor.shape[-1])
+
+    def unfold_queries(self, folded: Tensor) -> Tensor:
+        """`[jobs, share * rows, X]` -> `[B, Hq, Tq, X]`."""
+        split = folded.view(self.batch, self.heads, self.query_tiles, self.share, self.rows, folded.shape[-1])
+        lead = self.keys - self.queries - self.origin
+        rows = split.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+        return rows[:, :, lead : lead + self.queries]
+
+    def fold_keys(self, tensor: Tensor) -> Tensor:
+        """`[B, Hkv, Tk, X]` -> `[B * Hkv * nk, size, X]`, padded with zeros."""
+        tensor = F.pad(tensor, (0, 0, 0, self.key_tiles * self.size - self.keys))
+        return tensor.unflatten(2, (self.key_tiles, self.size)).flatten(0, 2)
+
+    def per_head(self, table: Tensor, jobs: Tensor) -> Tensor:
+        """`[Hq]` -> `[n, share, 1, 1]`."""
+        return table.view(self.heads, self.share)[self.list_of(jobs)][..., None, None]
+
+
+def layout_of(query: Tensor, key: Tensor, heads: int, size: int) -> Layout:
+    """Of query `[B, Hq, Tq, D]` and key `[B, Hkv, Tk, D]`."""
+    return Layout(query.shape[0], query.shape[1], key.shape[1], heads, query.shape[2], key.shape[2], size)
+
+
+def listed_layout(tiles: Tiles, query: Tensor, key: Tensor) -> tuple[Layout, Tiles]:
+    """The layout for `tiles`, and the same tiles with all batches, and all KV heads where all heads share one list.
+
+    Raises:
+        ValueError: lists that are not of these queries and keys, or that are not ascending.
+    """
+    index = tiles.index
+    heads = key.shape[1] if index.shape[1] == 1 else index.shape[1]
+    layout = layout_of(query, key, heads, tiles.size)
+    if index.shape[0] not in (1, layout.batch) or heads not in (layout.query_heads, layout.kv_heads):
+        heads_known = f"H of 1, {layout.kv_heads} or {layout.query_heads}"
+        raise ValueError(
+            f"expected tiles [B, H, nq, m] with B = {layout.batch} and {heads_known}, got {tuple(index.shape)}"
+        )
+    if index.shape[2] != layout.query_tiles:
+        raise ValueError(
+            f"{layout.queries} queries of {layout.keys} keys are {layout.query_tiles} tiles of {tiles.size}, "
+            f"got lists for {index.shape[2]}"
+        )
+    if index.numel():
+        low, high = map(int, index.aminmax())
+        if low < -1 or high >= layout.key_tiles:
+            raise ValueError(f"expected tiles 0 to {layout.key_tiles - 1}, or -1 for none, got {low} to {high}")
+        follows, ends = index[..., 1:] > index[..., :-1], index[..., 1:] < 0
+        if not bool((follows & (index[..., :-1] >= 0) | ends).all()):
+            raise ValueError("each list of tiles must be ascending, without duplicates, and with every -1 at its end")
+    return layout, Tiles(index.expand(layout.batch, heads, -1, -1), tiles.size)

@@ -1,0 +1,136 @@
+"""The page bound alone as a predictor of tiles: nothing is trained."""
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_sparse.ops.entmax.attention import thresholds
+from hf_sparse.ops.entmax.blocks import Plan
+from hf_sparse.ops.entmax.bound import excesses, missing, without_queries_at_padding
+from hf_sparse.ops.entmax.inputs import Inputs, prepare
+from hf_sparse.ops.entmax.layout import Layout, listed_layout
+from hf_sparse.ops.graphs.tiles import Tiles, window_and_global
+
+
+@torch.no_grad()
+def bound_scores(
+    query: Tensor,
+    key: Tensor,
+    *,
+    size: int,
+    alpha: float | Tensor,
+    scaling: float | Tensor,
+    causal: bool,
+    valid: Tensor | None = None,
+    window: int = 1,
+    global_tokens: int = 1,
+    lag: int = 0,
+    grouped: bool = False,
+) -> Tensor:
+    """How far the bound of each tile lies above tau over window and global tokens, for the query that needs it most.
+
+    Args:
+        query, key, alpha, scaling, causal, valid: as in `entmax_attention`.
+        size: positions per tile.
+        window, global_tokens: where tau is taken, as in `window_and_global`; a window of at least 1.
+        lag: which queries speak for a tile, as in `hf_sparse.ops.graphs.points.tile_of_query`: those that begin `lag`
+            positions before it. With `size - 1` no list depends on later queries.
+        grouped: one score for all query heads of a group, the greatest.
+
+    Returns:
+        `[B, Hq, nq, nk]`, or `[B, Hkv, nq, nk]` if grouped, in float32 (float64 for float64), for `best_tiles`:
+        positive where a tile may hold support, `-inf` where it has no allowed key or nobody speaks for the row.
+
+    Raises:
+        ValueError: as `entmax_attention` and `window_and_global`, a window below 1, or a lag outside 0 to `size - 1`.
+    """
+    if not 0 <= lag < max(size, 1):
+        raise ValueError(f"lag must be from 0 to {size - 1} for tiles of {size}, got {lag}")
+    inputs, layout, near = _near(query, key, size, alpha, scaling, causal, valid, window, global_tokens, grouped)
+    return _scores(inputs, layout, near, lag)
+
+
+@torch.no_grad()
+def bound_tiles(
+    query: Tensor,
+    key: Tensor,
+    *,
+    size: int,
+    alpha: float | Tensor,
+    scaling: float | Tensor,
+    causal: bool,
+    valid: Tensor | None = None,
+    window: int = 1,
+    global_tokens: int = 1,
+    first: int = 4,
+    grouped: bool = False,
+) -> Tiles:
+    """All tiles that may hold support, so that entmax over them is full entmax.
+
+    tau over the window and the global tokens is a first lower bound. The `first` tiles that `bound_scores` puts before
+    the others raise it, and every tile whose bound lies above that is taken.
+
+    Args:
+        query, key, size, alpha, scaling, causal, valid, window, global_tokens, grouped: as in `bound_scores`.
+        first: tiles that tau is taken from beside window and global tokens, at least 0. It changes the cost and the
+            length of the lists, not the result of the attention.
+
+    Returns:
+        Tiles with an index `[B, Hq, nq, m]`, or `[B, Hkv, nq, m]` if grouped; window and global tokens included.
+
+    Raises:
+        ValueError: as `bound_scores`, or a negative `first`.
+    """
+    if first < 0:
+        raise ValueError(f"first must be at least 0, got {first}")
+    inputs, layout, near = _near(query, key, size, alpha, scaling, causal, valid, window, global_tokens, grouped)
+    scores = _scores(inputs, layout, near, lag=0).masked_fill_(near.mask(layout.key_tiles), -torch.inf)
+    best = scores.topk(min(first, layout.key_tiles), dim=-1)
+    ranked = Tiles(best.indices.masked_fill(best.values <= 0, -1), size)
+    tiles = near.union(ranked)
+    needed, _ = missing(inputs, layout, tiles, thresholds(inputs, Plan(layout, causal, valid, tiles)))
+    return tiles.union(Tiles.of_mask(needed, size))
+
+
+def _near(
+    query: Tensor,
+    key: Tensor,
+    size: int,
+    alpha: float | Tensor,
+    scaling: float | Tensor,
+    causal: bool,
+    valid: Tensor | None,
+    window: int,
+    global_tokens: int,
+    grouped: bool,
+) -> tuple[Inputs, Layout, Tiles]:
+    """Arguments after checks, and the tiles of the window and the global tokens for every list."""
+    if window < 1:
+        raise ValueError(f"window must be at least 1, got {window}")
+    inputs = prepare(query, key, alpha, scaling, causal, valid)
+    near = window_and_global(
+        query.shape[2],
+        key.shape[2],
+        size,
+        window=window,
+        global_tokens=global_tokens,
+        causal=causal,
+        valid=valid,
+        device=query.device,
+    )
+    heads = key.shape[1] if grouped else query.shape[1]
+    layout, near = listed_layout(Tiles(near.index.expand(-1, heads, -1, -1), size), query, key)
+    return inputs, layout, near
+
+
+def _scores(inputs: Inputs, layout: Layout, near: Tiles, lag: int) -> Tensor:
+    tau = without_queries_at_padding(thresholds(inputs, Plan(layout, inputs.causal, inputs.valid, near)), inputs)
+    if lag:  # each query stands `lag` positions later, and nobody at the first ones
+        inputs = replace(inputs, query=F.pad(inputs.query, (0, 0, lag, 0))[:, :, : layout.queries])
+        tau = F.pad(tau, (lag, 0), value=torch.inf)[..., : layout.queries]
+    scores = tau.new_empty((layout.jobs, layout.key_tiles))
+    for jobs, excess in excesses(inputs, layout, tau):
+        scores[jobs] = excess.amax(1)
+    return scores.view(layout.batch, layout.heads, layout.query_tiles, layout.key_tiles)

@@ -1,0 +1,60 @@
+"""Which pairs of a query and a key may be joined at all: no padding and, in a causal model, no future."""
+
+import torch
+from torch import Tensor
+
+
+def positions_of(
+    queries: int, keys: int, rows: Tensor | None = None, *, device: torch.device | str | None = None
+) -> Tensor:
+    """Position among the keys, `[R]` int64, of the queries `rows` (`[R]` int64, 0 to `Tq - 1`; all by default)."""
+    offset = keys - queries
+    return torch.arange(offset, keys, device=device) if rows is None else rows.to(device) + offset
+
+
+def allowed_edges(position: Tensor, keys: int, *, causal: bool, valid: Tensor | None = None) -> Tensor:
+    """Allowed pairs, `[B, 1, R, Tk]` bool; `B` is 1 without `valid`.
+
+    Args:
+        position: `[R]` int64, position of each query among the keys.
+        keys: `Tk`.
+        causal: whether a query sees the keys up to its own position, or all of them.
+        valid: `[B, Tk]` bool, False where there is padding. A query at padding has no allowed key.
+
+    Raises:
+        ValueError: a mask of another shape or dtype.
+    """
+    index = torch.arange(keys, device=position.device)
+    allowed = (index <= position[:, None]) if causal else index.new_ones((len(position), keys), dtype=torch.bool)
+    allowed = allowed[None, None]
+    if valid is None:
+        return allowed
+    check_valid(valid, keys)
+    return allowed & valid[:, None, None, :] & valid[:, None, position, None]
+
+
+def allowed_tiles(queries_listed: int, tiles: int, *, causal: bool, valid_tiles: Tensor | None = None) -> Tensor:
+    """Tile pairs with an allowed pair in them, `[B, 1, nq, nk]` bool; `B` is 1 without `valid_tiles`.
+
+    Args:
+        queries_listed, tiles: `nq` and `nk`, see `tile_counts`.
+        causal: as in `allowed_edges`.
+        valid_tiles: `[B, nk]` bool, False for a tile of padding only; see `tiles_of_valid`.
+    """
+    return allowed_edges(
+        torch.arange(tiles - queries_listed, tiles, device=None if valid_tiles is None else valid_tiles.device),
+        tiles,
+        causal=causal,
+        valid=valid_tiles,
+    )
+
+
+def tiles_of_valid(valid: Tensor, size: int) -> Tensor:
+    """`[B, nk]` bool from `[B, Tk]`: whether a tile holds anything but padding."""
+    return torch.nn.functional.pad(valid, (0, -valid.shape[-1] % size)).unflatten(-1, (-1, size)).any(-1)
+
+
+def check_valid(valid: Tensor, keys: int) -> None:
+    """Raise `ValueError` unless `valid` is `[B, keys]` bool."""
+    if valid.ndim != 2 or valid.shape[1] != keys or valid.dtype != torch.bool:
+        raise ValueError(f"expected valid [B, {keys}] bool, got {tuple(valid.shape)} {valid.dtype}")

@@ -1,0 +1,117 @@
+"""Graphs of buckets: a query and a key are joined iff they share a bucket, any of the query's with any of the key's.
+
+Quantization (a bucket per dimension and bin), clustering (a bucket per centroid) and hashing (a bucket per round and
+hash) differ only in how a point gets its buckets.
+
+Between tiles, the number of joined pairs follows from how many points of each tile are in each bucket, so it costs
+`nq * nk * buckets` and no buffer of `Tq x Tk`. A pair that shares two buckets counts twice.
+"""
+
+import torch
+from torch import Tensor
+
+from hf_sparse.ops.graphs.allowed import allowed_edges, positions_of
+from hf_sparse.ops.graphs.points import by_group, tile_of_query
+from hf_sparse.ops.graphs.tiles import tile_counts
+
+
+def without_padding(ids: Tensor, valid: Tensor | None) -> Tensor:
+    """Buckets `[B, H, T, c]` of the last `T` positions, -1 (no bucket) where `valid`, `[B, Tk]`, is False."""
+    if valid is None:
+        return ids
+    return ids.masked_fill(~valid[:, None, valid.shape[1] - ids.shape[2] :, None], -1)
+
+
+def bucket_edges(
+    query_ids: Tensor, key_ids: Tensor, buckets: int, *, causal: bool, valid: Tensor | None = None
+) -> Tensor:
+    """Allowed pairs that share a bucket, `[B, Hq, Tq, Tk]` bool: for analysis and short texts.
+
+    Args:
+        query_ids: `[B, Hq, Tq, c]` int64, the buckets of each query, -1 for none.
+        key_ids: `[B, Hkv, Tk, c']` int64, those of each key.
+        buckets: how many there are.
+        causal, valid: as in `allowed_edges`.
+    """
+    queries, keys = query_ids.shape[2], key_ids.shape[2]
+    of_query, of_key = _membership(query_ids, buckets), _membership(key_ids, buckets)
+    shared = by_group(of_query, key_ids.shape[1]) @ of_key[:, :, None].transpose(-1, -2)
+    position = positions_of(queries, keys, device=key_ids.device)
+    return (shared > 0).flatten(1, 2) & allowed_edges(position, keys, causal=causal, valid=valid)
+
+
+def query_counts(ids: Tensor, buckets: int, *, keys: int, size: int, lag: int = 0) -> Tensor:
+    """How many of the queries that describe a tile are in each bucket, `[B, Hq, nq, buckets]` float32.
+
+    Args:
+        ids: `[B, Hq, Tq, c]` int64, -1 for none.
+        buckets: how many there are.
+        keys: `Tk`.
+        size: positions per tile.
+        lag: see `tile_of_query`.
+    """
+    queries = ids.shape[2]
+    return _counts(
+        ids, buckets, tile_of_query(queries, keys, size, lag, ids.device), tile_counts(queries, keys, size)[0]
+    )
+
+
+def key_counts(ids: Tensor, buckets: int, *, size: int) -> Tensor:
+    """How many keys of each tile are in each bucket, `[B, Hkv, nk, buckets]` float32; see `query_counts`."""
+    keys = ids.shape[2]
+    return _counts(ids, buckets, torch.arange(keys, device=ids.device) // size, tile_counts(keys, keys, size)[1])
+
+
+def matching_pairs(
+    of_queries: Tensor, of_keys: Tensor, *, affinity: Tensor | None = None, per_group: bool = False
+) -> Tensor:
+    """Score of each pair of tiles: how many pairs of a query and a key share a bucket.
+
+    Args:
+        of_queries: `[B, Hq, nq, buckets]`, see `query_counts`.
+        of_keys: `[B, Hkv, nk, buckets]`, see `key_counts`.
+        affinity: `[Hq, buckets, buckets]`, what a query of one bucket and a key of another are worth (ours, see
+            `bucket_mass`); by default 1 for the same bucket and 0 for two.
+        per_group: add the scores of the query heads that share a KV head.
+
+    Returns:
+        `[B, Hq, nq, nk]` float32, or `[B, Hkv, nq, nk]` with `per_group`.
+    """
+    if affinity is not None:
+        of_queries = of_queries @ affinity.to(of_queries.dtype)
+    grouped = by_group(of_queries, of_keys.shape[1])
+    if per_group:
+        return grouped.sum(2) @ of_keys.transpose(-1, -2)
+    return (grouped @ of_keys[:, :, None].transpose(-1, -2)).flatten(1, 2)
+
+
+def bucket_mass(query_ids: Tensor, key_ids: Tensor, probabilities: Tensor, buckets: int) -> Tensor:
+    """Attention that queries of one bucket give to keys of another, summed, `[Hq, buckets, buckets]` float32.
+
+    Called with the allowed pairs (as 0 and 1) in place of the probabilities it counts pairs; the ratio of both, each
+    summed over the training texts, is the `affinity` of `matching_pairs`: what a pair of two buckets is worth. Ours.
+
+    Args:
+        query_ids: `[B, Hq, R, c]` int64, buckets of a sample of queries, -1 for none.
+        key_ids: `[B, Hkv, Tk, c']` int64.
+        probabilities: `[B, Hq, R, Tk]`.
+        buckets: how many there are.
+    """
+    of_query, of_key = _membership(query_ids, buckets), _membership(key_ids, buckets)
+    received = by_group(probabilities.float(), key_ids.shape[1]) @ of_key[:, :, None]  # [B, Hkv, G, R, buckets]
+    return (of_query.transpose(-1, -2) @ received.flatten(1, 2)).sum(0)
+
+
+def _membership(ids: Tensor, buckets: int) -> Tensor:
+    """`[B, H, T, buckets]` float32 of 0 and 1."""
+    member = torch.zeros((*ids.shape[:3], buckets + 1), device=ids.device)
+    return member.scatter_(-1, ids.masked_fill(ids < 0, buckets), 1.0)[..., :buckets]
+
+
+def _counts(ids: Tensor, buckets: int, tile: Tensor, tiles: int) -> Tensor:
+    outside = tiles * buckets
+    cell = tile[:, None] * buckets + ids
+    cell = cell.masked_fill((ids < 0) | (tile[:, None] >= tiles), outside).flatten(2)
+    count = torch.zeros((*ids.shape[:2], outside + 1), device=ids.device)
+    ones = torch.ones((), device=ids.device).expand_as(cell)
+    return count.scatter_add_(-1, cell, ones)[..., :outside].unflatten(-1, (tiles, buckets))

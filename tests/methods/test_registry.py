@@ -1,0 +1,48 @@
+"""The list of methods that the layers above go through."""
+
+import pytest
+
+from hf_sparse import SparsefinderConfig, SparseKConfig
+from hf_sparse.methods import method_of, registered_methods
+from hf_sparse.methods.base import Site, SparseMethod
+from hf_sparse.methods.registry import Method, register_method
+
+METHODS = registered_methods()
+
+
+def test_both_methods_are_there():
+    assert {name: method.config for name, method in METHODS.items()} == {
+        "HF_SPARSE_SPARSEK": SparseKConfig,
+        "HF_SPARSE_SPARSEFINDER": SparsefinderConfig,
+    }
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_found_by_its_configuration_and_says_what_the_layers_above_ask(name):
+    method = METHODS[name]
+    config = method.config()
+    assert method_of(config) is method
+    assert config.peft_type == name
+    site = Site(32, 4, 2, 8, layer=3)
+    kind = method.attention
+    assert isinstance(kind.label, str) and set(kind.fits) <= set(vars(site)) and isinstance(kind.has_slots, bool)
+    module = kind.at(site)
+    assert isinstance(module, kind) and (module.layer, module.causal) == (3, True) and module.configs == {}
+    module.add_adapter("default", config)
+    assert module.config is config
+    assert type(module.cache_layer()) is kind.cache_layer_type
+    assert all(parameter.startswith(method.prefix) for parameter, _ in module.named_parameters())
+    assert not kind.at(Site(32, 4, 4, 8, layer=0, causal=False)).causal
+
+
+def test_other_configurations_are_refused():
+    with pytest.raises(TypeError, match="expected a SparsefinderConfig or a SparseKConfig, got dict"):
+        method_of({})
+
+
+def test_a_name_is_registered_once():
+    method = METHODS["HF_SPARSE_SPARSEK"]
+    assert register_method(method) is method
+    with pytest.raises(ValueError, match="a method 'HF_SPARSE_SPARSEK' is registered already"):
+        register_method(Method("HF_SPARSE_SPARSEK", dict, SparseMethod, "other_"))
+    assert registered_methods() == METHODS

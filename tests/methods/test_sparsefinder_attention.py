@@ -1,0 +1,375 @@
+"""Sparsefinder on one attention module: what it attends to, in one piece or many, with padding or without."""
+
+import pytest
+import torch
+from transformers.cache_utils import DynamicLayer
+
+from hf_sparse import SparsefinderConfig
+from hf_sparse.methods.base import Site
+from hf_sparse.methods.sparsefinder import SparsefinderAttention, SparsefinderCacheLayer, fit_predictors
+from hf_sparse.ops.entmax import entmax
+from hf_sparse.ops.graphs import Tiles
+from hf_sparse.ops.graphs.clustering import assign
+from hf_sparse.ops.graphs.select import tiles_for_sparsity
+
+HEADS, KV_HEADS, DIM = 4, 2, 8
+SCALING = DIM**-0.5
+LENGTH = 75  # no multiple of the tile
+# Of 5 tiles, each query tile lists its own, the first, and a predicted one.
+SIZES = {"tile": 16, "sparsity": 0.2, "length": LENGTH, "window": 1, "clusters": 6, "bins": 5, "bin_width": 4}
+SIZES |= {"head_budgets": False}  # as many tiles for every head
+
+CAUSAL = {
+    "clustering": {},
+    "clustering, no tile is given": {"tiles_per_query": 2, "global_tokens": 0, "shared_projection": True},
+    "clustering by group": {"per_group": True, "learn_alpha": True},
+    "clustering of tokens": {"tile": None, "top_clusters": 1, "window": 0},
+    "quantization": {"predictor": "quantization"},
+    "quantization of tokens": {"predictor": "quantization", "tile": None},
+    "distance": {"predictor": "distance"},
+    "distance of tokens": {"predictor": "distance", "tile": None, "threshold": 0.5},
+}
+BUDGETS = {
+    "budgets of heads": {"head_budgets": True, "predictor": "distance", "sparsity": 0.5},
+    "budgets of heads, by group": {"head_budgets": True, "per_group": True, "sparsity": 0.5},
+}
+EXACT = {
+    "complete": {"complete": True, "sparsity": 0.9},
+    "bound": {"predictor": "bound"},
+    "full": {"predictor": "full"},
+}
+WHOLE = {
+    "balanced clusters": {"balanced": True},
+    "balanced clusters of tokens": {"balanced": True, "tile": None},
+    "fixed bins": {"predictor": "quantization", "bin_kind": "fixed"},
+    "fixed bins of tokens": {"predictor": "quantization", "bin_kind": "fixed", "tile": None},
+}
+PREDICTORS = {(name, causal): changes for causal in (True, False) for name, changes in (CAUSAL | EXACT).items()}
+PREDICTORS |= {(name, False): changes for name, changes in WHOLE.items()}
+
+
+def tensors(batch=2, length=LENGTH, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    query = 3 * torch.randn(batch, HEADS, length, DIM, generator=generator)
+    key, value = (torch.randn(batch, KV_HEADS, length, DIM, generator=generator) for _ in range(2))
+    return query, key, value
+
+
+def attend(module, query, key, value, valid=None, cache=None):
+    options = {"hidden_states": None, "valid": valid, "cache": cache, "scaling": SCALING}
+    return module.attend(query, key, value, **options)
+
+
+def build(causal=True, fitted=True, **changes):
+    module = SparsefinderAttention.at(Site(32, HEADS, KV_HEADS, DIM, layer=0, causal=causal))
+    module.add_adapter("default", SparsefinderConfig(**{**SIZES, **changes}))
+    module.eval()
+    with torch.no_grad():
+        learned = module.parameters_in_use
+        learned.log_scale.add_(torch.tensor([0.1, 1.0, -0.4, 0.3]))
+        if changes.get("learn_alpha"):
+            learned.alpha_logit.add_(torch.tensor([-0.5, 1.0, 0.0, 0.2]))
+    if fitted:
+        fit_predictors([module], lambda: attend(module, *tensors(seed=1)), generator=torch.Generator().manual_seed(0))
+    return module
+
+
+@pytest.fixture(params=PREDICTORS, ids=lambda pair: f"{pair[0]}, {'causal' if pair[1] else 'bidirectional'}")
+def any_module(request):
+    return build(causal=request.param[1], **PREDICTORS[request.param])
+
+
+@pytest.fixture(params=CAUSAL | EXACT | BUDGETS)
+def causal_module(request):
+    return build(**(CAUSAL | EXACT | BUDGETS)[request.param])
+
+
+def reference(module, query, key, value, edges):
+    learned = module.parameters_in_use
+    logits = query @ key.repeat_interleave(HEADS // KV_HEADS, 1).transpose(-1, -2) * SCALING
+    logits = (logits * learned.scale[:, None, None]).masked_fill(~edges, -torch.inf)
+    alpha = learned.alpha if isinstance(learned.alpha, float) else learned.alpha[None, :, None, None]
+    return entmax(logits, alpha) @ value.repeat_interleave(HEADS // KV_HEADS, 1)
+
+
+def reached(causal):
+    return torch.ones(LENGTH, LENGTH, dtype=torch.bool).tril() if causal else torch.ones(LENGTH, LENGTH).bool()
+
+
+# What is attended.
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("exact", EXACT)
+@pytest.mark.parametrize("learn_alpha", [False, True])
+def test_exact_predictors_are_entmax_over_all_keys(causal, exact, learn_alpha):
+    module, inputs = build(causal, learn_alpha=learn_alpha, **EXACT[exact]), tensors()
+    expected = reference(module, *inputs, reached(causal))
+    torch.testing.assert_close(attend(module, *inputs), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_tokens_with_a_common_cluster_are_joined(causal):
+    module, (query, key, value) = build(causal, tile=None, window=5, global_tokens=2), tensors()
+    learned = module.parameters_in_use
+    of_query = assign(learned.project_queries(query), learned.centroids, 2)
+    of_key = assign(learned.project_keys(key), learned.centroids, 2).repeat_interleave(HEADS // KV_HEADS, 1)
+    joined = torch.zeros(2, HEADS, LENGTH, LENGTH, dtype=torch.bool)
+    for index in torch.cartesian_prod(*map(torch.arange, joined.shape)).tolist():
+        batch, head, row, column = index
+        near = row - 5 < column <= row if causal else row - 2 <= column <= row + 2
+        clusters = set(of_query[batch, head, row].tolist()) & set(of_key[batch, head, column].tolist())
+        joined[batch, head, row, column] = bool(clusters) or near or column < 2
+    edges = joined & reached(causal)
+    assert 0.3 < edges.sum() / reached(causal).expand_as(edges).sum() < 0.9
+    expected = reference(module, query, key, value, edges)
+    torch.testing.assert_close(attend(module, query, key, value), expected, rtol=0, atol=1e-5)
+
+
+def test_tiles_are_as_many_as_wanted_and_the_observer_sees_them(causal_module):
+    config, seen = causal_module.config, []
+    causal_module.observer = lambda *found: seen.append(found)
+    inputs = tensors()
+    output = attend(causal_module, *inputs)
+    ((text, graph, certificate),) = seen
+    assert torch.equal(text.query, inputs[0]) and text.scaling.shape == (HEADS,) and text.causal and text.layer == 0
+    assert (certificate is not None) == config.complete
+    if config.predictor == "full":
+        edges = reached(True)
+    elif config.tile is None:
+        edges = graph
+        assert edges.shape == (2, HEADS, LENGTH, LENGTH)
+    else:
+        assert graph.index.shape[1] == (KV_HEADS if config.per_group else HEADS)
+        if config.learns_graph and not config.head_budgets:
+            assert config.complete or config.causal_tiles == (config.tiles_per_query or 3)
+            wanted = torch.arange(1, 6).clamp(max=config.causal_tiles)
+            assert torch.equal(graph.counts, wanted.expand_as(graph.counts))
+        used = certificate.tiles if config.complete else graph
+        edges = used.edges(LENGTH, LENGTH, causal=True).repeat_interleave(HEADS // used.index.shape[1], 1)
+    torch.testing.assert_close(output, reference(causal_module, *inputs, edges), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("near, expected", [({"global_tokens": 17}, {0, 1}), ({"window": 20}, {1, 2})], ids=str)
+def test_tiles_of_the_window_and_of_global_tokens_come_first(causal, near, expected):
+    module, graphs = build(causal, tiles_per_query=3, **{"global_tokens": 0} | near), []
+    module.observer = lambda text, graph, certificate: graphs.append(graph)
+    attend(module, *tensors())
+    assert all(expected <= set(tiles) for tiles in graphs[0].index[:, :, 2].flatten(0, 1).tolist())
+
+
+def test_an_encoder_has_the_wanted_sparsity():
+    module, graphs = build(causal=False, sparsity=0.6), []
+    module.observer = lambda text, graph, certificate: graphs.append(graph)
+    attend(module, *tensors())
+    wanted = tiles_for_sparsity(0.6, 5, 5, causal=False)
+    assert wanted.sum() == 10 and torch.equal(graphs[0].counts, wanted.expand(2, HEADS, 5))
+
+
+def test_rows_are_certified_when_wanted():
+    module, seen = build(), []
+    module.certify, module.observer = True, lambda *found: seen.append(found[2])
+    inputs = tensors()
+    output = attend(module, *inputs)
+    exact = seen[0].exact
+    assert exact.any() and not exact.all() and not seen[0].added.any()
+    expected = reference(module, *inputs, reached(True))
+    torch.testing.assert_close(output[exact], expected[exact], rtol=0, atol=1e-5)
+
+
+def test_a_pattern_takes_the_place_of_the_prediction():
+    module, inputs = build(fitted=False), tensors()
+    own = torch.arange(5)[:, None].expand(2, HEADS, 5, 1)
+    module.pattern = lambda text: Tiles(own.contiguous(), 16)
+    edges = torch.arange(LENGTH)[:, None] // 16 == torch.arange(LENGTH) // 16
+    expected = reference(module, *inputs, edges & reached(True))
+    torch.testing.assert_close(attend(module, *inputs), expected, rtol=0, atol=1e-5)
+    module.pattern = lambda text: edges
+    torch.testing.assert_close(attend(module, *inputs), expected, rtol=0, atol=1e-5)
+
+
+# One text in many forms.
+
+
+@pytest.mark.parametrize("chunks", [[1] * LENGTH, [40] + [1] * 35, [16, 1, 15, 43], [LENGTH - 1, 1]], ids=str)
+def test_any_split_with_a_cache_equals_the_whole(causal_module, chunks):
+    query, key, value = tensors()
+    whole = attend(causal_module, query, key, value)
+    cache, parts, begin = causal_module.cache_layer(), [], 0
+    for length in chunks:
+        new = slice(begin, begin + length)
+        keys, values = cache.update(key[:, :, new], value[:, :, new])
+        parts.append(attend(causal_module, query[:, :, new], keys, values, cache=cache))
+        cache.settle()
+        begin += length
+    torch.testing.assert_close(torch.cat(parts, 2), whole, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("at", [16, 50, LENGTH - 1])
+def test_nothing_depends_on_later_tokens(causal_module, at):
+    inputs, others = tensors(), tensors(seed=5)
+    changed = [torch.cat([a[:, :, :at], b[:, :, at:]], 2) for a, b in zip(inputs, others, strict=True)]
+    before, after = attend(causal_module, *inputs), attend(causal_module, *changed)
+    torch.testing.assert_close(after[:, :, :at], before[:, :, :at], rtol=0, atol=1e-6)
+    assert (after[:, :, at:] - before[:, :, at:]).abs().amax((0, 1, 3)).min() > 1e-3
+
+
+MASKS = {
+    "left": torch.arange(LENGTH) >= torch.tensor([0, 21, 70])[:, None],
+    "right": torch.arange(LENGTH) < torch.tensor([LENGTH, 33, 4])[:, None],
+    "anywhere": torch.arange(LENGTH) % torch.tensor([80, 3, 2])[:, None] != 1,
+}
+
+
+@pytest.mark.parametrize("side", MASKS)
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_padding_equals_each_row_alone(any_module, side, training):
+    any_module.train(training)
+    valid, inputs = MASKS[side], tensors(3)
+    padded = [t.masked_fill(~valid[:, None, :, None], torch.nan) for t in inputs]
+    with torch.no_grad():
+        together = attend(any_module, *padded, valid=valid)
+        for row, real in enumerate(valid):
+            alone = attend(any_module, *(t[row, None, :, real] for t in inputs))
+            torch.testing.assert_close(together[row, None, :, real], alone, rtol=0, atol=1e-5)
+            assert not together[row, :, ~real].any()
+
+
+def test_padding_with_a_cache(causal_module):
+    valid, (query, key, value) = MASKS["left"], tensors(3)
+    cache, begin, parts = causal_module.cache_layer(), 0, []
+    for length in [60, 1, 1, 8, 1, 4]:
+        new, seen = slice(begin, begin + length), slice(0, begin + length)
+        keys, values = cache.update(key[:, :, new], value[:, :, new])
+        parts.append(attend(causal_module, query[:, :, new], keys, values, valid=valid[:, seen], cache=cache))
+        begin += length
+    expected = attend(causal_module, query, key, value, valid=valid)
+    torch.testing.assert_close(torch.cat(parts, 2), expected, rtol=0, atol=1e-5)
+
+
+def test_half_precision_is_only_that_of_input_and_output(any_module):
+    inputs = [t.bfloat16() for t in tensors()]
+    expected = attend(any_module, *(t.float() for t in inputs))
+    found = attend(any_module, *inputs)
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found, expected.bfloat16())
+
+
+# Learning.
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["full", "predicted"])
+def test_scales_and_alphas_are_learned(training):
+    module = build(learn_alpha=True).train(training)
+    learned = module.parameters_in_use
+    attend(module, *tensors()).square().sum().backward()
+    assert learned.log_scale.grad.abs().min() > 0 and learned.alpha_logit.grad.abs().min() > 0
+    assert learned.query_projection.grad is None
+
+
+def test_training_attends_to_all_keys():
+    module, inputs = build(fitted=False).train(), tensors()
+    expected = reference(module, *inputs, reached(True))
+    torch.testing.assert_close(attend(module, *inputs), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("alpha", [1.2, 1.5, 1.9])
+def test_alpha_starts_where_it_is_set(alpha):
+    module = SparsefinderAttention.at(Site(32, HEADS, KV_HEADS, DIM, 0))
+    module.add_adapter("a", SparsefinderConfig(alpha=alpha, learn_alpha=True, initial_scale=0.25))
+    torch.testing.assert_close(module.parameters_in_use.alpha, torch.full((HEADS,), alpha))
+    torch.testing.assert_close(module.parameters_in_use.scale, torch.full((HEADS,), 0.25))
+
+
+def test_separate_projections_start_as_a_shared_one():
+    learned = build(fitted=False).parameters_in_use
+    shared = build(fitted=False, shared_projection=True).parameters_in_use
+    assert {n: tuple(p.shape) for n, p in shared.named_parameters()} == {"log_scale": (4,), "projection": (2, 8, 4)}
+    with torch.no_grad():
+        shared.projection.copy_(learned.key_projection)
+    query, key, _ = tensors()
+    assert torch.equal(learned.project_queries(query), shared.project_queries(query))
+    assert torch.equal(learned.project_keys(key), shared.project_keys(key))
+
+
+def test_nothing_is_projected_where_nothing_is_predicted():
+    learned = build(predictor="bound").parameters_in_use
+    assert [name for name, _ in learned.named_parameters()] == ["log_scale"] and not list(learned.buffers())
+
+
+def test_fitting_restores_what_was_set():
+    module, marks = build(fitted=False), (lambda text: None, lambda *found: None)
+    module.pattern, module.observer = marks
+    with pytest.raises(KeyError):
+        fit_predictors([module], lambda: {}["missing"])
+    assert (module.pattern, module.observer) == marks
+    assert module.parameters_in_use.centroids.isnan().all()
+
+
+@pytest.mark.parametrize(
+    "settings, message",
+    [
+        ({"clusters": 40}, "1 to 12 clusters of 12 points, got 40"),
+        ({"predictor": "quantization", "bins": 40}, "2 to N bins, got .* 40 bins"),
+    ],
+)
+def test_too_little_text_to_fit_is_refused(settings, message):
+    module = build(fitted=False, **settings)
+    with pytest.raises(ValueError, match=message):
+        fit_predictors([module], lambda: attend(module, *tensors(1, 12)))
+    with pytest.raises(ValueError, match="the model read no text"):
+        fit_predictors([module], lambda: None)
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize("predictor, what", [("clustering", "centroids"), ("quantization", "boundaries")])
+def test_a_predictor_that_was_never_fitted_is_refused(predictor, what):
+    module = build(fitted=False, predictor=predictor)
+    with pytest.raises(ValueError, match=rf"{what} of this {predictor} predictor were never fitted: fit them to text"):
+        attend(module, *tensors())
+
+
+def test_settings_that_do_not_fit_the_model_are_refused():
+    site = Site(32, HEADS, KV_HEADS, DIM, layer=0, causal=True)
+    with pytest.raises(ValueError, match="rank must be at most the size of a head, 8, got 9"):
+        SparsefinderAttention.check(SparsefinderConfig(rank=9), site)
+    with pytest.raises(ValueError, match="a causal model has not seen: use bin_kind='shared' and balanced=False"):
+        SparsefinderAttention.check(SparsefinderConfig(balanced=True), site)
+
+
+def test_an_encoder_has_no_cache():
+    module = build(causal=False)
+    with pytest.raises(ValueError, match="has no KV cache"):
+        module.cache_layer()
+    with pytest.raises(ValueError, match="has no KV cache"):
+        attend(module, *tensors(), cache=SparsefinderCacheLayer())
+
+
+def test_another_cache_or_a_short_mask_is_refused():
+    module = build()
+    with pytest.raises(TypeError, match="needs its own cache layer, got DynamicLayer"):
+        attend(module, *tensors(), cache=DynamicLayer())
+    with pytest.raises(ValueError, match="must cover all 75 keys, got 1 columns"):
+        attend(module, *tensors(), valid=torch.ones(2, 1, dtype=torch.bool))
+
+
+def test_a_cache_of_another_adapter_is_refused():
+    module = build()
+    module.add_adapter("other", SparsefinderConfig(**SIZES))
+    query, key, value = tensors()
+    cache = module.cache_layer()
+    keys, values = cache.update(key[:, :, :50], value[:, :, :50])
+    attend(module, query[:, :, :50], keys, values, cache=cache)
+    module.set_adapter("other")
+    keys, values = cache.update(key[:, :, 50:], value[:, :, 50:])
+    with pytest.raises(ValueError, match="start a new cache after switching adapters"):
+        attend(module, query[:, :, 50:], keys, values, cache=cache)
+
+
+def test_bins_larger_than_the_text_are_refused():
+    module = build(causal=False, predictor="quantization", bin_kind="fixed", bin_width=20)
+    with pytest.raises(ValueError, match="a bin must hold 1 to 12 of 12 tokens, got 20"):
+        attend(module, *tensors(length=12))

@@ -1,0 +1,140 @@
+"""The codes of a cache stay those of its tokens, whatever transformers does with the rows."""
+
+import pytest
+import torch
+
+from hf_sparse.methods.sparsefinder.cache import SparsefinderCacheLayer
+
+KEYS = torch.randn(3, 2, 12, 8, generator=torch.Generator().manual_seed(0))
+
+
+def codes(keys):
+    """Of 4 query heads and 2 KV heads: a function of each token alone."""
+    of_keys = (keys[..., :3] * 10).long()
+    return -of_keys.repeat_interleave(2, dim=1), of_keys
+
+
+def feed(layer, begin, end, owner="me"):
+    """One forward: the keys come, then their codes."""
+    part = KEYS[:, :, begin:end]
+    layer.update(part, -part)
+    layer.announced = True
+    found = layer.append(*codes(part), owner)
+    layer.settle()
+    return found
+
+
+def filled(length=12):
+    layer = SparsefinderCacheLayer()
+    feed(layer, 0, length)
+    return layer
+
+
+def check(layer, keys):
+    assert torch.equal(layer.keys, keys) and torch.equal(layer.values, -keys)
+    assert all(map(torch.equal, (layer.query_codes, layer.key_codes), codes(keys)))
+
+
+def test_prefill_and_steps_append():
+    layer = SparsefinderCacheLayer()
+    for begin, end in ((0, 5), (5, 6), (6, 7), (7, 12)):
+        found = feed(layer, begin, end)
+        assert all(map(torch.equal, found, codes(KEYS[:, :, :end])))
+        assert not layer.announced
+        check(layer, KEYS[:, :, :end])
+    assert layer.get_seq_length() == 12 and layer.get_mask_sizes(1) == (13, 0)
+
+
+def test_tokens_that_came_without_codes_are_noticed():
+    layer = filled(4)
+    layer.update(KEYS[:, :, 4:9], -KEYS[:, :, 4:9])  # dense attention took these in
+    with pytest.raises(ValueError, match=r"filled by dense attention or with another adapter.*: start a new cache"):
+        feed(layer, 9, 10)
+
+
+def test_codes_of_another_predictor_are_noticed():
+    layer = filled(4)
+    with pytest.raises(ValueError, match=r"with another adapter.*: start a new cache"):
+        feed(layer, 4, 5, "you")
+
+
+def test_rows_are_reordered():
+    layer, order = filled(), torch.tensor([2, 0, 0])
+    layer.reorder_cache(order)
+    check(layer, KEYS[order])
+
+
+def test_rows_are_repeated():
+    layer = filled()
+    layer.batch_repeat_interleave(2)
+    check(layer, KEYS.repeat_interleave(2, dim=0))
+
+
+def test_rows_are_selected():
+    layer = filled()
+    layer.batch_select_indices(torch.tensor([0, 2]))
+    check(layer, KEYS[[0, 2]])
+
+
+@pytest.mark.parametrize("length", [12, 7])
+def test_the_last_tokens_are_cropped_and_come_again(length):
+    layer = filled()
+    layer.crop(length - 12)
+    check(layer, KEYS[:, :, :length])
+    feed(layer, length, 12)
+    check(layer, KEYS)
+
+
+def test_cropping_dense_tokens_away_makes_the_cache_whole_again():
+    layer = filled(4)
+    layer.update(KEYS[:, :, 4:9], -KEYS[:, :, 4:9])
+    layer.crop(-5)
+    feed(layer, 4, 12)
+    check(layer, KEYS)
+
+
+def test_reset_forgets_everything():
+    layer = filled()
+    layer.reset()
+    assert layer.query_codes is None and layer.key_codes is None and layer.get_seq_length() == 0
+    feed(layer, 0, 12, "you")
+    check(layer, KEYS)
+
+
+def test_an_empty_layer_takes_every_operation():
+    layer = SparsefinderCacheLayer()
+    layer.reorder_cache(torch.tensor([0]))
+    layer.batch_repeat_interleave(2)
+    layer.batch_select_indices(torch.tensor([0]))
+    layer.crop(-1)
+    layer.prefetch()
+    layer.offload()
+    layer.settle()
+    layer.reset()
+    assert layer.key_codes is None and layer.get_seq_length() == 0
+
+
+def test_a_predictor_without_codes_has_an_ordinary_cache():
+    layer = SparsefinderCacheLayer()
+    layer.update(KEYS, -KEYS)
+    layer.settle()
+    layer.crop(-2)
+    layer.batch_select_indices(torch.tensor([1]))
+    assert layer.key_codes is None and torch.equal(layer.keys, KEYS[1:2, :, :10])
+
+
+def test_codes_follow_their_keys_off_the_device_and_back():
+    def places(layer):
+        return {tensor.device.type for tensor in (layer.keys, layer.query_codes, layer.key_codes)}
+
+    layer = filled(5)
+    layer.device = torch.device("meta")  # a device that the CPU's tensors are not on, and that any machine has
+    layer.prefetch()
+    assert places(layer) == {"meta"}
+    layer = filled(5)
+    layer.keys, layer.values = layer.keys.to("meta"), layer.values.to("meta")  # offloaded between update and attention
+    layer.settle()
+    assert places(layer) == {"meta"}
+    layer = filled(5)
+    layer.offload()
+    check(layer, KEYS[:, :, :5])

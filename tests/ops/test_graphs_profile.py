@@ -1,0 +1,66 @@
+"""Distance profiles against loops."""
+
+import math
+
+import pytest
+import torch
+
+from hf_sparse.ops.graphs.profile import BINS, distance_bins, fit_profile, profile_mass, with_profile
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def loop_bin(distance: int) -> int:
+    if distance < 4:
+        return distance
+    octave = int(math.log2(distance / 4))
+    return min(BINS - 1, 4 + 4 * octave + (distance - 4 * 2**octave) // 2**octave)
+
+
+def test_bins():
+    distance = torch.arange(10_000)
+    found = distance_bins(distance)
+    assert found.tolist() == [loop_bin(d) for d in range(10_000)]
+    assert torch.equal(found, distance_bins(-distance))
+    assert found.max() == BINS - 1 and (found.diff() >= 0).all() and (found.diff() <= 1).all()
+
+
+def test_profile_is_the_mean_of_a_pair_at_a_distance():
+    size, keys, position = 2, 23, torch.tensor([22, 4, 13])
+    allowed = (torch.arange(keys) <= position[:, None]).expand(2, 3, 3, keys).float()
+    mass = torch.rand(2, 3, 3, keys) * allowed
+    found = fit_profile(profile_mass(mass, position, size), profile_mass(allowed, position, size))
+    for h in range(3):
+        overall = mass[:, h].sum() / allowed[:, h].sum()
+        pairs: dict[int, list[torch.Tensor]] = {}
+        for row, i in enumerate(position.tolist()):
+            for j in range(i + 1):
+                pairs.setdefault(loop_bin(i // size - j // size), []).append(mass[:, h, row, j].mean())
+        for b in range(BINS):
+            expected = torch.stack(pairs[max(c for c in pairs if c <= b)]).mean() / overall
+            torch.testing.assert_close(found[h, b], expected)
+
+
+def test_scores_are_weighed_by_distance():
+    scores, profile = torch.rand(2, 4, 3, 9), torch.rand(4, BINS)
+    found = with_profile(scores, profile)
+    grouped = with_profile(scores[:, :2], profile)
+    for row in range(3):
+        for column in range(9):
+            b = loop_bin(abs(6 + row - column))
+            torch.testing.assert_close(found[:, :, row, column], scores[:, :, row, column] * profile[:, b])
+            mean = profile[:, b].view(2, 2).mean(1)
+            torch.testing.assert_close(grouped[:, :, row, column], scores[:, :2, row, column] * mean)
+
+
+def test_bad_input():
+    scores = torch.rand(1, 4, 2, 2)
+    with pytest.raises(ValueError, match="no distance profile yet: fit it"):
+        with_profile(scores, None)
+    with pytest.raises(ValueError, match=r"multiple of 4 heads, got \(6, 40\)"):
+        with_profile(scores, torch.ones(6, BINS))
+    with pytest.raises(ValueError, match="with pairs at distance 0"):
+        fit_profile(torch.zeros(4, BINS), torch.zeros(4, BINS))

@@ -1,0 +1,126 @@
+"""A given number of tiles per row, against loops."""
+
+import pytest
+import torch
+
+from hf_sparse.ops.graphs.allowed import allowed_tiles, tiles_of_valid
+from hf_sparse.ops.graphs.select import best_tiles, tiles_for_sparsity
+from hf_sparse.ops.graphs.tiles import Tiles, window_and_global
+
+SIZE = 4
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def padding(keys: int) -> torch.Tensor:
+    valid = torch.ones(3, keys, dtype=torch.bool)
+    valid[0, : keys // 2] = False
+    valid[1, -(keys // 3) :] = False
+    return valid
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("listed", [6, 2])
+@pytest.mark.parametrize("count", [1, 2, 3, 6, 50, "per row"])
+def test_best_tiles(causal, listed, count):
+    keys, total = 23, 6
+    scores = torch.randint(4, (3, 2, listed, total)).float()  # many ties
+    scores[torch.rand_like(scores) < 0.2] = -torch.inf
+    valid = padding(keys)
+    if count == "per row":
+        count = torch.randint(0, 5, (3, 1, listed))
+    always = window_and_global(listed * SIZE - 1, keys, SIZE, window=2, global_tokens=1, causal=causal, valid=valid)
+    found = best_tiles(scores, count, size=SIZE, causal=causal, valid=valid, always=always)
+    counts = torch.as_tensor(count).expand(3, 2, listed)
+    allowed = allowed_tiles(listed, total, causal=causal, valid_tiles=tiles_of_valid(valid, SIZE))
+    fixed = always.mask(total)
+    for b in range(3):
+        for h in range(2):
+            for row in range(listed):
+                first = []
+                for tile in range(total):
+                    diagonal, forced = tile == total - listed + row, bool(fixed[b, 0, row, tile])
+                    score = float(scores[b, h, row, tile])
+                    if allowed[b, 0, row, tile] and (diagonal or forced or score > -torch.inf):
+                        first.append((-diagonal, -forced, -score, tile))
+                wanted = sorted(tile for *_, tile in sorted(first)[: counts[b, h, row]])
+                assert [tile for tile in found.index[b, h, row].tolist() if tile >= 0] == wanted
+
+
+def test_everything_and_nothing():
+    scores = torch.zeros(1, 1, 5, 5)
+    assert best_tiles(scores, 5, size=SIZE, causal=False).mask(5).all()
+    assert torch.equal(best_tiles(scores, 1, size=SIZE, causal=True).mask(5)[0, 0], torch.eye(5, dtype=torch.bool))
+    assert best_tiles(scores, 5, size=SIZE, causal=False, valid=torch.zeros(1, 18, dtype=torch.bool)).index.numel() == 0
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("spread", ["constant", "proportional"])
+@pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.99])
+def test_sparsity_is_hit_as_integers_allow(causal, padded, spread, sparsity):
+    total = 17
+    valid_tiles = tiles_of_valid(padding(total * SIZE), SIZE) if padded else None
+    counts = tiles_for_sparsity(sparsity, total, total, causal=causal, spread=spread, valid_tiles=valid_tiles)
+    allowed = allowed_tiles(total, total, causal=causal, valid_tiles=valid_tiles).sum(-1)  # [B, 1, nq]
+    counts = counts.expand_as(allowed)
+    assert (counts <= allowed).all() and (counts[allowed > 0] >= 1).all()
+    wanted = ((1 - sparsity) * allowed.sum(-1).double()).round().long()
+    rows = (allowed > 0).sum(-1)
+    if spread == "constant":
+        assert torch.equal(counts.sum(-1), wanted.maximum(rows))
+        whole = counts == allowed
+        for b in range(len(counts)):
+            level = counts[b][~whole[b]]
+            assert not len(level) or int(level.max() - level.min()) <= 1
+            assert not len(level) or counts[b].max() <= level.max() + 1
+    else:
+        used = 0
+        for b in range(len(counts)):
+            used = 0
+            for row in range(total):
+                reach = allowed[b, 0, : row + 1].tolist()
+                expected = max(round((1 - sparsity) * sum(reach)), used + 1) - used if reach[-1] else 0
+                assert counts[b, 0, row] == expected
+                used += expected
+            assert used == wanted[b] or sparsity > 0.5  # else no row needs more than its share
+    tiles = best_tiles(
+        torch.rand(len(counts), 2, total, total),
+        counts,
+        size=SIZE,
+        causal=causal,
+        valid=None if valid_tiles is None else padding(total * SIZE),
+    )
+    assert torch.equal(tiles.counts, counts.expand(-1, 2, -1))
+
+
+def test_proportional_counts_do_not_depend_on_what_comes_later():
+    whole = tiles_for_sparsity(0.8, 40, 40, causal=True, spread="proportional")
+    for total in (1, 7, 39):
+        for listed in (1, total):
+            part = tiles_for_sparsity(0.8, listed, total, causal=True, spread="proportional")
+            assert torch.equal(part, whole[total - listed : total])
+
+
+def test_constant_counts_do_not_grow_with_the_row():
+    assert tiles_for_sparsity(0.5, 6, 6, causal=True).tolist() == [1, 1, 2, 2, 2, 2]  # 10 of 21
+    assert tiles_for_sparsity(0.5, 4, 4, causal=False).tolist() == [2, 2, 2, 2]
+
+
+def test_bad_input():
+    scores = torch.zeros(1, 1, 4, 4)
+    with pytest.raises(ValueError, match="at least 1 key tile, got count=0"):
+        best_tiles(scores, 0, size=SIZE, causal=True)
+    with pytest.raises(ValueError, match=r"nq <= nk, got \(1, 1, 4, 3\)"):
+        best_tiles(scores[..., :3], 1, size=SIZE, causal=True)
+    with pytest.raises(ValueError, match="tiles of 4 for 4 query tiles, got tiles of 8 for 4"):
+        best_tiles(scores, 1, size=SIZE, causal=True, always=Tiles(torch.zeros(1, 1, 4, 1, dtype=torch.int64), 8))
+    with pytest.raises(ValueError, match="17 positions are 5 tiles of 4, got 4 tiles"):
+        best_tiles(scores, 1, size=SIZE, causal=True, valid=torch.ones(1, 17, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"below 1, got 1\.0"):
+        tiles_for_sparsity(1.0, 4, 4, causal=True)
+    with pytest.raises(ValueError, match="spread must be one of 'constant', 'proportional', got 'even'"):
+        tiles_for_sparsity(0.5, 4, 4, causal=True, spread="even")

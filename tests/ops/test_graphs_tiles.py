@@ -1,0 +1,153 @@
+"""Tile lists against loops over tokens."""
+
+import pytest
+import torch
+
+from hf_sparse.ops.graphs.allowed import allowed_edges, allowed_tiles, positions_of, tiles_of_valid
+from hf_sparse.ops.graphs.tiles import Tiles, tile_counts, window_and_global
+
+
+@pytest.fixture
+def random_mask():
+    generator = torch.Generator().manual_seed(0)
+    return lambda *shape: torch.rand(*shape, generator=generator) < 0.4
+
+
+def padding(keys: int) -> torch.Tensor:
+    """Left, right and inner padding, and none."""
+    valid = torch.ones(4, keys, dtype=torch.bool)
+    valid[0, : keys // 3] = False
+    valid[1, -(keys // 4) :] = False
+    valid[2, 5:9] = False
+    return valid
+
+
+def in_order(index: torch.Tensor) -> bool:
+    rows = index.flatten(0, 2).tolist()
+    listed = [[tile for tile in row if tile >= 0] for row in rows]
+    return all(row[: len(tiles)] == tiles == sorted(set(tiles)) for row, tiles in zip(rows, listed, strict=True))
+
+
+def test_lists_and_masks_are_the_same_graph(random_mask):
+    mask = random_mask(2, 3, 4, 7)
+    mask[0, 0, 1] = False
+    tiles = Tiles.of_mask(mask, 16)
+    assert in_order(tiles.index)
+    assert tiles.index.shape[-1] == mask.sum(-1).max()
+    assert torch.equal(tiles.mask(7), mask)
+    assert torch.equal(tiles.counts, mask.sum(-1))
+
+
+def test_empty_lists():
+    tiles = Tiles.of_mask(torch.zeros(1, 2, 3, 3, dtype=torch.bool), 8)
+    assert tiles.index.shape == (1, 2, 3, 0)
+    assert not tiles.mask(3).any() and not tiles.counts.any()
+    assert tiles.union(tiles).index.shape == (1, 2, 3, 0)
+
+
+@pytest.mark.parametrize("lead", [(2, 3), (1, 3), (2, 1), (1, 1)])
+def test_union_names_each_tile_once(random_mask, lead):
+    left, right = random_mask(2, 3, 5, 6), random_mask(*lead, 5, 6)
+    union = Tiles.of_mask(left, 4).union(Tiles.of_mask(right, 4))
+    assert in_order(union.index)
+    assert torch.equal(union.mask(6), left | right)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("queries", "keys", "size"), [(23, 23, 4), (5, 23, 4), (1, 24, 8), (7, 7, 16), (9, 20, 1)])
+def test_edges_are_the_allowed_pairs_of_listed_tiles(random_mask, causal, queries, keys, size):
+    listed, total = tile_counts(queries, keys, size)
+    mask, valid = random_mask(4, 2, listed, total), padding(keys)
+    found = Tiles.of_mask(mask, size).edges(queries, keys, causal=causal, valid=valid)
+    expected = torch.zeros(4, 2, queries, keys, dtype=torch.bool)
+    for b in range(4):
+        for row in range(queries):
+            position = keys - queries + row
+            for j in range(keys):
+                if valid[b, j] and valid[b, position] and (not causal or j <= position):
+                    first = (keys - queries) // size
+                    expected[b, :, row, j] = mask[b, :, position // size - first, j // size]
+    assert torch.equal(found, expected)
+    rows = torch.tensor([queries - 1, 0])
+    some = Tiles.of_mask(mask, size).edges(queries, keys, causal=causal, valid=valid, rows=rows)
+    assert torch.equal(some, expected[:, :, rows])
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("window", [0, 1, 2, 5, 8, 9, 100])
+@pytest.mark.parametrize("global_tokens", [0, 1, 6, 100])
+def test_window_and_global(causal, padded, window, global_tokens):
+    queries, keys, size = 17, 35, 4
+    valid = padding(keys) if padded else None
+    tiles = window_and_global(
+        queries, keys, size, window=window, global_tokens=global_tokens, causal=causal, valid=valid
+    )
+    listed, total = tile_counts(queries, keys, size)
+    batch = 4 if padded else 1
+    expected = torch.zeros(batch, 1, listed, total, dtype=torch.bool)
+    for b in range(batch):
+        first = [j for j in range(keys) if valid is None or valid[b, j]][:global_tokens]
+        for row in range(listed):
+            tile = total - listed + row
+            for i in range(tile * size, tile * size + size):
+                begin = i - window + 1 if causal else i - window // 2
+                for j in [*first, *range(max(0, begin), min(total * size, begin + window))]:
+                    expected[b, 0, row, j // size] = True
+    assert in_order(tiles.index)
+    assert torch.equal(tiles.mask(total), expected)
+
+
+def test_no_list_is_as_long_as_the_text(largest_tensor):
+    tokens, size = 1 << 16, 64
+    with largest_tensor() as largest:
+        tiles = window_and_global(tokens, tokens, size, window=128, global_tokens=1, causal=True)
+        tiles = tiles.union(tiles)
+    assert tiles.index.shape == (1, 1, 1024, 4)
+    assert largest.numel <= 1024 * 2 * 4
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_allowed_tiles_hold_an_allowed_pair(causal):
+    queries, keys, size = 17, 35, 4
+    valid = padding(keys)
+    listed, total = tile_counts(queries, keys, size)
+    first = total - listed
+    # A tile of queries counts whole, also where only its last queries are given.
+    edges = allowed_edges(torch.arange(first * size, keys), keys, causal=causal, valid=valid)
+    found = allowed_tiles(listed, total, causal=causal, valid_tiles=tiles_of_valid(valid, size))
+    for row in range(listed):
+        for column in range(total):
+            pairs = edges[:, :, row * size : row * size + size, column * size : column * size + size]
+            if row + first != column:  # an inner padding can leave a diagonal tile without a pair, never forbid one
+                assert torch.equal(found[:, :, row, column], pairs.any(-1).any(-1))
+            assert not (pairs.any(-1).any(-1) & ~found[:, :, row, column]).any()
+
+
+def test_positions():
+    assert positions_of(2, 5).tolist() == [3, 4]
+    assert positions_of(2, 5, torch.tensor([1])).tolist() == [4]
+
+
+def test_bad_input():
+    index = torch.zeros(1, 1, 2, 1, dtype=torch.int64)
+    with pytest.raises(ValueError, match="at least 1 position, got size=0"):
+        Tiles(index, 0)
+    with pytest.raises(ValueError, match="at least 1 position, got size=-3"):
+        tile_counts(4, 4, -3)
+    with pytest.raises(ValueError, match="Tq=5, Tk=4"):
+        tile_counts(5, 4, 2)
+    with pytest.raises(ValueError, match=r"\[B, H, nq, m\] int64, got \(1, 1, 2, 1\) torch.int32"):
+        Tiles(index.int(), 4)
+    with pytest.raises(ValueError, match=r"\[B, H, nq, nk\] bool, got \(2, 2\) torch.float32"):
+        Tiles.of_mask(torch.ones(2, 2), 4)
+    with pytest.raises(ValueError, match="lists key tile 3 and 1 query tiles, but there are 2"):
+        Tiles(index[:, :, :1] + 3, 4).mask(2)
+    with pytest.raises(ValueError, match="2 query tiles of 4 positions and 2 of 8"):
+        Tiles(index, 4).union(Tiles(index, 8))
+    with pytest.raises(ValueError, match="9 queries of 9 keys are 3 tiles of 4, got a graph of 2"):
+        Tiles(index, 4).edges(9, 9, causal=True)
+    with pytest.raises(ValueError, match="at least 0, got -1 and 0"):
+        window_and_global(4, 4, 2, window=-1, causal=True)
+    with pytest.raises(ValueError, match=r"valid \[B, 4\] bool, got \(1, 3\)"):
+        allowed_edges(torch.arange(4), 4, causal=True, valid=torch.ones(1, 3, dtype=torch.bool))

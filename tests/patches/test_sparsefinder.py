@@ -1,0 +1,168 @@
+"""Sparsefinder in whole models: patched and unpatched, padded, in steps with a cache, in beams."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import DynamicCache
+
+from hf_sparse import SparsefinderConfig, SparseKCache, patch, unpatch
+from hf_sparse.methods.sparsefinder import SparsefinderAttention, SparsefinderCacheLayer, fit_predictors
+from hf_sparse.patches import methods_of
+
+FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
+# Of 6 tiles, each query tile lists its own, the first, and a predicted one.
+SIZES = {"tile": 16, "tiles_per_query": 3, "window": 1, "clusters": 5, "top_clusters": 1, "bins": 4}
+PREDICTORS = {
+    "clustering": {},
+    "clustering of tokens": {"tile": None},
+    "quantization by group": {"predictor": "quantization", "per_group": True, "shared_projection": True},
+    "complete": {"complete": True, "tiles_per_query": 1, "learn_alpha": True},
+    "bound": {"predictor": "bound"},
+}
+LENGTH = 90
+LENGTHS = (LENGTH, 41, 7)
+IDS = torch.randint(3, 64, (3, LENGTH), generator=torch.Generator().manual_seed(0))
+
+
+def sparse(name="llama", predictor="clustering", layers=None, **changes):
+    model = patch(FAMILIES[name].make(**changes), SparsefinderConfig(**SIZES | PREDICTORS[predictor], layers=layers))
+    text = torch.randint(3, 64, (2, 64), generator=torch.Generator().manual_seed(1))
+    fit_predictors(methods_of(model, SparsefinderAttention), lambda: model(text))
+    return model
+
+
+@pytest.fixture(params=PREDICTORS)
+def predictor(request):
+    return request.param
+
+
+def padded(side):
+    """Ids, attention mask, and where the tokens of each row stand."""
+    rows = [slice(LENGTH - n, LENGTH) if side == "left" else slice(0, n) for n in LENGTHS]
+    ids, mask = torch.zeros_like(IDS), torch.zeros_like(IDS)
+    for row, (place, length) in enumerate(zip(rows, LENGTHS, strict=True)):
+        ids[row, place] = IDS[row, :length]
+        mask[row, place] = 1
+    return ids, mask, rows
+
+
+def positions(name, mask):
+    counted = (mask.cumsum(-1) - 1).clamp(min=0)
+    return counted + 1 if name == "roberta" else counted  # pad_token_id + 1
+
+
+@torch.no_grad()
+def logits(model, ids=IDS, **kwargs):
+    return model(ids, **kwargs).logits
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_is_patched_and_unpatched(name):
+    family = FAMILIES[name]
+    model = family.make()
+    before, config = logits(model), model.config.to_dict()
+    patch(model, SparsefinderConfig(predictor="full"))
+    sites = [method.site for method in methods_of(model, SparsefinderAttention)]
+    query_heads, kv_heads = model.config.num_attention_heads, getattr(model.config, "num_key_value_heads", 4)
+    assert {(site.num_attention_heads, site.num_key_value_heads) for site in sites} == {(query_heads, kv_heads)}
+    assert {site.head_dim for site in sites} == {family.settings.get("head_dim", 8)}
+    assert [site.layer for site in sites] == [i for i in range(len(sites) + len(family.local)) if i not in family.local]
+    assert (logits(model) - before).abs().max() > 0.05
+    unpatch(model)
+    assert torch.equal(logits(model), before) and model.config.to_dict() == config
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_bound_is_exact_in_every_family(name):
+    dense = logits(patch(FAMILIES[name].make(), SparsefinderConfig(predictor="full")))
+    torch.testing.assert_close(logits(sparse(name, "bound")), dense, rtol=0, atol=1e-4)
+    torch.testing.assert_close(logits(sparse(name, "complete")), dense, rtol=0, atol=1e-4)
+    assert (logits(sparse(name, "clustering")) - dense).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "roberta", "modernbert"])
+def test_padding_equals_each_row_alone(name, side, predictor):
+    model = sparse(name, predictor)
+    ids, mask, rows = padded(side)
+    together = logits(model, ids, attention_mask=mask, position_ids=positions(name, mask))
+    assert torch.isfinite(together).all()
+    for row, (place, length) in enumerate(zip(rows, LENGTHS, strict=True)):
+        alone = logits(model, IDS[row : row + 1, :length])
+        torch.testing.assert_close(together[row : row + 1, place], alone, rtol=0, atol=1e-4)
+
+
+# Generation.
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text"])
+def test_steps_with_a_cache_equal_one_forward(name, predictor):
+    model = sparse(name, predictor)
+    ids, mask, _ = padded("left")
+    position = positions(name, mask)
+    whole = logits(model, ids, attention_mask=mask, position_ids=position, use_cache=False)
+    cache, parts, begin = None, [], 0
+    for length in (40, 1, 1, 28, *[1] * 20):
+        new = slice(begin, begin + length)
+        inputs = {"attention_mask": mask[:, : new.stop], "position_ids": position[:, new], "past_key_values": cache}
+        with torch.no_grad():
+            output = model(ids[:, new], use_cache=True, **inputs)
+        cache, begin = output.past_key_values, new.stop
+        parts.append(output.logits)
+    torch.testing.assert_close(torch.cat(parts, 1)[mask.bool()], whole[mask.bool()], rtol=0, atol=1e-4)
+    patched = {method.layer for method in methods_of(model)}
+    assert {i for i, layer in enumerate(cache.layers) if type(layer) is SparsefinderCacheLayer} == patched
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}], ids=str)
+@pytest.mark.parametrize("layers", [None, [1]], ids=["all layers", "one layer"])
+def test_generate_with_a_cache_equals_generate_without(predictor, layers, options):
+    model = sparse("llama", predictor, layers)
+    ids, mask, _ = padded("left")
+    options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, **options}
+    expected = model.generate(ids, use_cache=False, **options)
+    assert torch.equal(model.generate(ids, **options), expected)
+
+
+def test_assisted_generation_crops_the_cache():
+    model = sparse()
+    text = IDS[:1, :10].repeat(1, 4)
+    options = {"max_new_tokens": 20, "do_sample": False}
+    assert torch.equal(model.generate(text, prompt_lookup_num_tokens=4, **options), model.generate(text, **options))
+
+
+@pytest.mark.parametrize("make", [SparseKCache, lambda model: DynamicCache()], ids=["SparseKCache", "DynamicCache"])
+def test_a_cache_of_ones_own_across_turns(make):
+    model = sparse()
+    cache, text = make(model), IDS[:1, :30]
+    for _ in range(2):
+        answer = model.generate(text, past_key_values=cache, max_new_tokens=8, do_sample=False)
+        assert torch.equal(answer, model.generate(text, max_new_tokens=8, do_sample=False))
+        text = torch.cat([answer, IDS[1:2, :15]], 1)
+    assert {type(layer) for layer in cache.layers} == {SparsefinderCacheLayer}
+
+
+def test_dense_steps_in_between_are_noticed():
+    model = sparse()
+    cache = model(IDS[:, :30], use_cache=True).past_key_values
+    for method in methods_of(model):
+        method.switch(False)
+    dense = model(IDS[:, 30:40], past_key_values=cache).logits
+    assert torch.isfinite(dense).all() and cache.get_seq_length() == 40
+    for method in methods_of(model):
+        method.switch(True)
+    with pytest.raises(ValueError, match="start a new cache after switching adapters"):
+        model(IDS[:, 40:], past_key_values=cache)
+
+
+def test_a_static_cache_is_refused():
+    with pytest.raises(ValueError, match=r"Sparsefinder keeps every key in a cache that grows, .* ordinary cache"):
+        sparse().generate(IDS, max_new_tokens=2, cache_implementation="static")
+
+
+def test_an_encoder_takes_no_cache():
+    model = sparse("bert", model="BertModel")
+    with pytest.raises(ValueError, match="has no KV cache: pass no past_key_values"):
+        model(IDS, past_key_values=DynamicCache())

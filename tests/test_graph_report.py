@@ -1,0 +1,331 @@
+"""Card, figures and report of a Sparsefinder adapter: every number is from the JSON files."""
+
+import copy
+import json
+import re
+from typing import Any
+
+import pytest
+from huggingface_hub import ModelCard
+
+import hf_sparse
+from hf_sparse.card import render
+from hf_sparse.errors import DataError
+from hf_sparse.evaluation import PATTERNS
+from hf_sparse.evaluation.graphs import adapter_settings
+from hf_sparse.figures import covered_figure, graphs_figure, pareto_figure
+from hf_sparse.figures.style import LOOKS, PATTERN_LOOKS
+from hf_sparse.repo import write_repo
+from hf_sparse.report import write_report
+from hf_sparse.workflow import create_adapter
+
+CONFIG = hf_sparse.SparsefinderConfig(tile=16, sparsity=0.7, length=256, window=24, clusters=6)
+
+
+def measured(value: float, mass: float, sparsity: float = 0.71, **more: float) -> dict[str, float]:
+    shares = {"sparsity": sparsity, "gold_sparsity": 0.93, "recall": mass / 2, "mass_recall": mass, "exact_rows": 0.3}
+    return {"perplexity": value, "divergence": 0.1, **shares, "precision": 0.2, **more}
+
+
+EVALUATION: dict[str, Any] = {
+    "format": 1,
+    "method": "sparsefinder",
+    "base_model": "me/llama",
+    "adapter": adapter_settings(CONFIG),
+    "causal": True,
+    "text": {"name": "held <out>", "sha256": "c0ffee", "chunks": 3, "length": 256, "predicted_tokens": 765},
+    "metric": "perplexity",
+    "graphs": "compounded",
+    "rows": 200,
+    "seed": 4,
+    "dense": {"perplexity": 13.701, "divergence": 0.25},
+    "full": measured(15.124, 1.0, 0.0),
+    "layers": [0, 2],
+    "gold_heads": [[0.9, 0.95], [0.8, 0.85]],
+    "points": [
+        {
+            "sparsity": 0.5,
+            "tiles_per_query": 5.0,
+            "own": False,
+            "results": {"predicted": measured(15.3, 0.95, 0.51), "oracle": measured(15.2, 0.98, 0.51)},
+            "heads": {"mass_recall": [[0.9, 1.0], [0.95, 0.95]]},
+        },
+        {
+            "sparsity": 0.7,
+            "tiles_per_query": 3.0,
+            "own": True,
+            "results": {
+                "predicted": measured(15.917, 0.873, certified_rows=0.123),
+                "longformer": measured(17.5, 0.81),
+                "oracle": measured(15.2, 0.91),
+            },
+            "heads": {"mass_recall": [[0.8, 0.9], [0.85, 0.95]]},
+        },
+    ],
+    "machine": {"system": "Linux", "cpus": 4},
+    "versions": {"python": "3.11.7", "hf-sparse": "0.1.0"},
+}
+TRAINING: dict[str, Any] = {
+    "format": 1,
+    "objective": "distill",
+    "settings": {"objective": "distill", "steps": 60, "graph_steps": 40, "graph_loss": "info_nce", "length": 256},
+    "trainable_parameters": 3072,
+    "all_parameters": 4096000,
+    "tokens": 25600,
+    "seconds": 41.2,
+    "history": [{"step": step, "stage": "distill" if step < 6 else "graph", "loss": 1 / step} for step in range(1, 11)],
+    "scales": {"before": {"loss": 0.4321, "density": 0.1}, "after": {"loss": 0.2109, "density": 0.08}},
+    "machine": {"system": "Linux", "cpus": 8},
+    "versions": {},
+}
+GRAPHS: dict[str, Any] = {
+    "text": {"name": "words"},
+    "length": 4,
+    "tile": 2,
+    "heads": [
+        {
+            "layer": layer,
+            "head": 1,
+            "causal": True,
+            "recall": 0.5,
+            "mass_recall": 0.75,
+            "predicted": [[0], [1]],
+            "gold": [[0], [1], [0, 2], [3]],
+        }
+        for layer in (0, 2)
+    ],
+}
+
+
+def card(config: Any = CONFIG, **changes: Any) -> ModelCard:
+    values: dict[str, Any] = {
+        "repo_id": "me/llama-graph",
+        "base_model": "org/llama",
+        "parameters": 3072,
+        "evaluation": EVALUATION,
+        "training": TRAINING,
+        "figure": "pareto.png",
+    }
+    return ModelCard(render(config, **values | changes))
+
+
+def rows(text: str) -> list[list[str]]:
+    return [[cell.strip(" *") for cell in line.strip("| ").split(" | ")] for line in text.splitlines() if "|" in line]
+
+
+class TestCard:
+    def test_metadata(self):
+        data = card().data
+        assert data.base_model == "org/llama" and data.library_name == "peft"
+        assert {"hf-sparse", "sparsefinder", "sparse-attention"} <= set(data.tags) and "sparsek" not in data.tags
+
+    def test_tables_hold_the_measurements(self):
+        found = rows(card().text)
+        assert [
+            "predicted graph (this adapter)",
+            "0.70",
+            "15.92",
+            "0.1000",
+            "0.873",
+            "0.436",
+            "0.300",
+            "0.123",
+        ] in found
+        assert ["window and global (Longformer)", "0.70", "17.50", "0.1000", "0.810", "0.405", "0.300"] in [
+            row[:7] for row in found
+        ]
+        assert ["dense softmax (the base model)", "", "13.70", "0.2500"] in [row[:4] for row in found]
+        assert ["share of the pairs of tiles that is left out", "0.7"] in found
+        assert ["key tiles per query tile in a causal text", str(CONFIG.causal_tiles)] in found
+        assert ["loss", "0.4321", "0.2109"] in found and ["graph_steps", "40"] in found
+
+    def test_provenance(self):
+        text = card().text
+        assert "`held <out>`: 3 chunks of 256 tokens" in text and "765 predicted tokens" in text and "seed 4" in text
+        assert "93.0 % of the pairs have a weight of 0" in text and "200 queries" in text
+        assert "(pareto.png)" in text and "Measured on: system Linux, cpus 4." in text
+        assert "3,072 of\n4,096,000 parameters" in text and "`info_nce`" in text
+
+    def test_no_measurement_no_numbers(self):
+        text = card(evaluation=None, training=None).text
+        assert "this repository has no `eval.json`" in text and "this repository has no `finetune.json`" in text
+        assert "pareto.png" not in text and not re.search(r"\d %", text)
+
+    @pytest.mark.parametrize(
+        "settings, words",
+        [
+            ({"predictor": "full"}, "All keys are attended to"),
+            ({"predictor": "bound"}, "extremes of the keys"),
+            ({"predictor": "quantization"}, "4 x 16 bins"),
+            ({"predictor": "distance", "tile": None}, "squared distance below 1"),
+            ({"tiles_per_query": 7}, "| **7** |"),
+            ({"learn_alpha": True}, "an alpha that each head has learned"),
+            ({"complete": True}, "| completed to be exact | yes |"),
+            ({"layers": [3]}, "Only layers 3 (0 is the first)"),
+        ],
+        ids=str,
+    )
+    def test_settings(self, settings, words):
+        text = card(hf_sparse.SparsefinderConfig(**settings), evaluation=None).text
+        assert words in text and ("complete=True" in text) == (
+            "complete" not in settings and settings.get("predictor") not in ("full", "bound")
+        )
+
+    @pytest.mark.parametrize("model_class", ["BertModel", "BertForMaskedLM", "LlamaForCausalLM"])
+    def test_the_example_is_python(self, model_class):
+        kind = "llama" if model_class.startswith("Llama") else "bert"
+        config = hf_sparse.SparsefinderConfig(base_shape={"model_type": kind})
+        text = card(config, model_class=model_class, evaluation=None, training=None).text
+        (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+        compile(code, "card", "exec")
+        assert code.startswith("import hf_sparse") and "KeyError: 'HF_SPARSE_SPARSEFINDER'" in text
+        assert ("KV cache" in text) == ("generate" in code) == (kind == "llama")
+
+    @pytest.mark.parametrize("missing", ["full", "points", "text", "rows", "machine", "dense"])
+    def test_incomplete_measurement(self, missing):
+        broken = {key: value for key, value in EVALUATION.items() if key != missing}
+        with pytest.raises(DataError, match=f"is not what hf-sparse writes: .*{missing}"):
+            card(evaluation=broken)
+
+
+@pytest.fixture
+def drawn(monkeypatch) -> list[Any]:
+    from matplotlib.figure import Figure
+
+    seen: list[Any] = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **kwargs: (seen.append(self), save(self, *args, **kwargs))
+    )
+    return seen
+
+
+class TestFigures:
+    def test_pareto(self, drawn, tmp_path):
+        pareto_figure(EVALUATION, tmp_path / "p.png")
+        mass, recall, quality, rest = drawn[0].axes
+        lines = {line.get_label(): line.get_xydata().tolist() for line in mass.lines}
+        assert lines["predicted graph"] == [[0.51, 0.95], [0.71, 0.873]]
+        assert lines["window and global (Longformer)"] == [[0.71, 0.81]]
+        assert [line.get_ydata()[0] for line in recall.lines if line.get_label() == "most mass (oracle)"] == [0.49]
+        levels = {line.get_label(): line.get_ydata()[0] for line in quality.lines}
+        assert levels["full entmax (all keys)"] == 15.124 and levels["dense softmax (base model)"] == 13.701
+        names = [text.get_text() for text in rest.get_legend().get_texts()]
+        assert names[0] == "predicted graph" and len(names) == 6
+        assert "lower is better" in quality.get_ylabel() and "3 × 256 tokens" in drawn[0].get_suptitle()
+
+    def test_heads(self, drawn, tmp_path):
+        covered_figure(EVALUATION, tmp_path / "c.png")
+        mass, gold, *_ = drawn[0].axes
+        assert mass.images[0].get_array().tolist() == [[0.8, 0.9], [0.85, 0.95]]  # of the adapter's own settings
+        assert gold.images[0].get_array().tolist() == EVALUATION["gold_heads"]
+        assert [tick.get_text() for tick in mass.get_yticklabels()] == ["0", "2"]
+
+    def test_graphs(self, drawn, tmp_path):
+        graphs_figure(GRAPHS, tmp_path / "g.png")
+        panels = [axes for axes in drawn[0].axes if axes.images and axes.get_visible()]
+        assert [axes.get_title("left").splitlines()[0] for axes in panels] == ["layer 0, head 1", "layer 2, head 1"]
+        image = panels[0].images[0].get_array()
+        colours = [["".join(f"{round(255 * c):02x}" for c in pixel) for pixel in row] for row in image.tolist()]
+        white, predicted, held, missed = "ffffff", "bcd7ea", "222222", "d55e00"
+        assert colours == [
+            [held, white, white, white],
+            [predicted, held, white, white],
+            [missed, white, held, white],
+            [white, white, predicted, held],
+        ]
+
+    def test_every_pattern_has_a_look_of_its_own(self):
+        assert tuple(PATTERN_LOOKS) == PATTERNS
+        for what in ("label", "colour", "marker"):
+            assert len({getattr(look, what) for look in PATTERN_LOOKS.values()}) == len(PATTERNS)
+        assert PATTERN_LOOKS["predicted"].colour == LOOKS["learned"].colour
+
+    @pytest.mark.parametrize(
+        "draw, content, name",
+        [
+            (pareto_figure, {}, "eval"),
+            (pareto_figure, {**EVALUATION, "points": []}, "eval"),
+            (pareto_figure, {**EVALUATION, "metric": "beauty"}, "eval"),
+            (covered_figure, {**EVALUATION, "points": [{"own": True}]}, "eval"),
+            (graphs_figure, {**GRAPHS, "heads": []}, "graphs"),
+            (graphs_figure, {**GRAPHS, "heads": [{"layer": 0}]}, "graphs"),
+        ],
+    )
+    def test_damaged_measurement(self, draw, content, name, tmp_path):
+        with pytest.raises(DataError, match=rf"{name}\.json is not what hf-sparse writes"):
+            draw(copy.deepcopy(content), tmp_path / "p.png")
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def folder(tmp_path):
+    folder = tmp_path / "adapter"
+    create_adapter("demo", copy.deepcopy(CONFIG), folder)
+    (folder / "eval.json").write_text(json.dumps(EVALUATION))
+    (folder / "finetune.json").write_text(json.dumps(TRAINING))
+    return folder
+
+
+class TestReport:
+    def test_page(self, folder):
+        page = write_report(folder).read_text("utf-8")
+        assert {path.name for path in (folder / "figures").iterdir()} == {"pareto.png", "covered.png", "training.png"}
+        assert page.count("data:image/png;base64,") == 3 and "<script" not in page
+        for words in ("15.92", "0.873", "held &lt;out&gt;", "info_nce", "hf-sparse report DIR --text FILE"):
+            assert words in page
+        verdict = "71 % of the pairs left out it has a perplexity of 15.92, full entmax 15.12, dense softmax 13.70"
+        assert verdict in page and "the best is “window and global (Longformer)” with 17.50" in page
+
+    def test_text_adds_graphs_that_stay_with_the_adapter(self, folder):
+        from hf_sparse.methods.sparsefinder import SparsefinderAttention, fit_predictors
+        from hf_sparse.patches import methods_of
+        from hf_sparse.workflow import load_adapter, save_adapter
+
+        words = " ".join(f"The {number} apples fell from the tree." for number in range(200))
+        model, tokenizer = load_adapter(folder, device="cpu")
+        ids = tokenizer(words, return_tensors="pt")["input_ids"][:, :128]
+        fit_predictors(methods_of(model, SparsefinderAttention), lambda: model(input_ids=ids))
+        save_adapter(model, folder)
+        page = write_report(folder, words, "apples", length=64, device="cpu").read_text("utf-8")
+        assert "figures/" not in page and "the first 64 tokens of apples" in page
+        assert json.loads((folder / "graphs.json").read_text())["length"] == 64
+        assert "apples" in write_report(folder).read_text("utf-8") and (folder / "figures" / "graphs.png").exists()
+        create_adapter("demo", copy.deepcopy(CONFIG), folder, seed=1, force=True)
+        (folder / "eval.json").write_text(json.dumps(EVALUATION))
+        assert "apples" not in write_report(folder).read_text("utf-8")
+        assert not (folder / "figures" / "graphs.png").exists()
+
+    @pytest.mark.parametrize("missing", ["full", "text", "versions"])
+    def test_damaged_measurement(self, folder, missing):
+        broken = {key: value for key, value in EVALUATION.items() if key != missing}
+        (folder / "eval.json").write_text(json.dumps(broken))
+        with pytest.raises(DataError, match="is not what hf-sparse writes"):
+            write_report(folder)
+        assert not (folder / "report.html").exists()
+
+
+class TestFolder:
+    def test_card_and_figure(self, folder):
+        write_repo(folder)
+        assert "15.92" in (folder / "README.md").read_text() and (folder / "pareto.png").exists()
+        assert not (folder / "quality.png").exists()
+
+    @pytest.mark.parametrize(
+        "changes, message",
+        [
+            (
+                {"adapter": {**EVALUATION["adapter"], "clusters": 7}},
+                "settings {'clusters': 7}, .* has {'clusters': 6}",
+            ),
+            ({"adapter": {}}, "is of the settings {}"),
+            ({"method": None}, "not of a Sparsefinder adapter"),
+        ],
+        ids=["clusters", "none", "method"],
+    )
+    def test_measurement_of_another_adapter(self, folder, changes, message):
+        (folder / "eval.json").write_text(json.dumps({**EVALUATION, **changes}))
+        for act in (write_repo, write_report):
+            with pytest.raises(DataError, match=message):
+                act(folder)
+        assert not (folder / "README.md").exists()
