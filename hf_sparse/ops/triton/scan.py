@@ -6,6 +6,7 @@ first `size` of their merged lists. So the keys are cut into chunks of a tile ea
     sort_chunks       sorts each chunk and each beginning of a block of 4 chunks                        1 launch
     merge_earlier     makes the lists of the blocks those of all keys up to their end       log2(T / 512) launches
     merge_for_tiles   joins both into the best keys before each tile                                    1 launch
+    tile_thresholds   solves for tau before each tile                                                   1 launch
     thresholds        solves for floor and tau of all queries, from the list of their tile and its chunk
 
 Merging looks up each key's place in the other list, which needs no communication between threads. With
@@ -22,11 +23,13 @@ from torch.autograd.function import FunctionCtx
 
 from hf_sparse.ops import prefix
 from hf_sparse.ops.prefix import Scan, _Plan, _Thresholds
-from hf_sparse.ops.triton.scan_kernels import merge_earlier, merge_for_tiles, sort_chunks, sum_lists, thresholds
+from hf_sparse.ops.triton.scan_kernels import merge_earlier, merge_for_tiles, sort_chunks, sum_lists, thresholds, tile_thresholds
 
 _CHUNK = 128  # keys that are sorted by counting
 _BLOCK = 4  # chunks per block
-_QUERIES = 32  # per program that solves for thresholds
+_QUERIES = 128  # per program that looks for floors
+_QUERIES_WITH_TAU = 32  # per program that solves for tau as well
+_LISTS = 32  # per program that solves for their thresholds
 _LARGEST = 8192  # keys of a list
 
 
@@ -131,15 +134,20 @@ def _launch(scores: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor, Tensor
         WITH_INDEX=plan.with_lists, **shape,
     )  # fmt: skip
 
-    Q = min(_QUERIES, C)
-    sums = tau = torch.empty((rows, 0), device=device)
+    Q = min(_QUERIES_WITH_TAU if plan.with_tau else _QUERIES, C)
+    sums = bounds = tau = torch.empty((rows, 0), device=device)
+    longest, steps = triton.next_power_of_2(size), size.bit_length()
     if plan.with_tau:
         sums = torch.empty(best.shape, dtype=torch.float64, device=device)
-        sum_lists[(tiles, rows)](best, sums, size, triton.next_power_of_2(size), num_warps=4)
+        sum_lists[(tiles, rows)](best, sums, size, longest, num_warps=4)
+        bounds = torch.empty((rows, tiles), dtype=torch.float64, device=device)
+        tile_thresholds[(triton.cdiv(tiles, _LISTS), rows)](
+            best, sums, bounds, tiles, size, plan.k, _LISTS, steps, num_warps=1
+        )
         tau = torch.empty((rows, tiles * C), device=device)
     thresholds[(tiles * C // Q, rows)](
-        best, sums, chunk_lists, floor, tau, queries, chunks, before, size, plan.k, C, Q, size.bit_length(),
-        WITH_TAU=plan.with_tau, num_warps=4,
+        best, sums, chunk_lists, bounds, floor, tau, queries, chunks, before, size, plan.k, C, Q, longest, steps,
+        WITH_TAU=plan.with_tau, num_warps=4 if plan.with_tau else 8,
     )  # fmt: skip
     if plan.with_tau:  # rounding could make it fall from one program to the next
         pieces = tau.view(rows, -1, Q)

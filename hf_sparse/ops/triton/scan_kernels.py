@@ -60,18 +60,6 @@ def _count_above(codes, length, limit, EQUAL: tl.constexpr, STEPS: tl.constexpr)
     return found
 
 
-@triton.jit
-def _count_scores_above(codes, length, limit, LESS: tl.constexpr, STEPS: tl.constexpr):
-    """How many of the scores `z` of a list satisfy `z - LESS > limit`, in float64."""
-    found = length * 0
-    for step in range(STEPS):
-        probe = found + (1 << (STEPS - 1 - step))
-        code = tl.load(codes + probe - 1, mask=probe <= length, other=0)
-        above = _score(code).to(tl.float64) - LESS > limit
-        found = tl.where((probe <= length) & above, probe, found)
-    return found
-
-
 @triton.jit(do_not_specialize=["keys", "chunks", "start", "width"])
 def sort_chunks(scores, rank, chunk_lists, lists, keys, chunks, start, width, C: tl.constexpr, R: tl.constexpr):
     """Sort every chunk of C keys, and every beginning of R chunks; sorting is counting who is better.
@@ -182,18 +170,101 @@ def sum_lists(codes, sums, size, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _mass(codes, sums, limit, length, member, score, STEPS: tl.constexpr):
-    """Free keys, saturated keys, sum of the free scores and lowest saturated score at a threshold, per query."""
-    w = _count_scores_above(codes, length, limit, 0, STEPS)
-    u = _count_scores_above(codes, length, limit, 1, STEPS)
-    full = member & (score[None, :] - 1 > limit[:, None])
-    free = member & (score[None, :] > limit[:, None]) & ~full
+def _mass(codes, sums, limit, least_w, most_w, least_u, most_u, bits, member, score, NEW: tl.constexpr):
+    """Free keys, saturated keys, sum of the free scores and lowest saturated score at a threshold, per query.
+
+    Of the list, w keys are above the threshold and u of them are saturated; both are looked for between two counts that
+    are less than `2^bits` apart. `NEW` adds the members `[Q, C]` of the chunk.
+    """
+    w, u = least_w, least_u
+    while bits > 0:
+        bits -= 1
+        next_w, next_u = w + (1 << bits), u + (1 << bits)
+        at_w = _score(tl.load(codes + next_w - 1, mask=next_w <= most_w, other=0)).to(tl.float64)
+        at_u = _score(tl.load(codes + next_u - 1, mask=next_u <= most_u, other=0)).to(tl.float64)
+        w = tl.where((next_w <= most_w) & (at_w > limit), next_w, w)
+        u = tl.where((next_u <= most_u) & (at_u - 1 > limit), next_u, u)
     inside = tl.load(sums + w - 1, mask=w > 0, other=0.0) - tl.load(sums + u - 1, mask=u > 0, other=0.0)
-    inside += tl.sum(tl.where(free, score[None, :], 0.0), 1)
     lowest = _score(tl.load(codes + u - 1, mask=u > 0, other=0)).to(tl.float64)
     lowest = tl.where(u > 0, lowest, float("inf"))
-    lowest = tl.minimum(lowest, tl.min(tl.where(full, score[None, :], float("inf")), 1))
-    return w - u + tl.sum(free.to(tl.int32), 1), u + tl.sum(full.to(tl.int32), 1), inside, lowest
+    free, full = w - u, u
+    if NEW:
+        saturated = member & (score[None, :] - 1 > limit[:, None])
+        between = member & (score[None, :] > limit[:, None]) & ~saturated
+        inside += tl.sum(tl.where(between, score[None, :], 0.0), 1)
+        lowest = tl.minimum(lowest, tl.min(tl.where(saturated, score[None, :], float("inf")), 1))
+        free += tl.sum(between.to(tl.int32), 1)
+        full += tl.sum(saturated.to(tl.int32), 1)
+    return free, full, inside, lowest
+
+
+@triton.jit
+def _solve(
+    codes,
+    sums,
+    active,
+    low,
+    high,
+    k,
+    least_w,
+    most_w,
+    least_u,
+    most_u,
+    bits,
+    member,
+    score,
+    NEW: tl.constexpr,
+):
+    """Thresholds between `low` and `high`, float64, of the active queries; the others get `low`.
+
+    f is piecewise linear: the root of the line through a point is exact as soon as the point lies on the right piece.
+    Every third step halves the interval, so that it gets there. A last look beyond the root: where f stays at k for a
+    while, the threshold is the end of that, and the root was its beginning.
+    """
+    limit, root = low, low
+    beyond = active & False
+    wanted = k.to(tl.float64)
+    count = 0
+    while (count < 120) & (tl.max(active.to(tl.int32), 0) > 0):
+        free, full, inside, lowest = _mass(
+            codes, sums, limit, least_w, most_w, least_u, most_u, bits, member, score, NEW
+        )
+        line = (inside + full - wanted) / tl.maximum(free, 1).to(tl.float64)
+        flat = (free == 0) & (full == k)
+        done = active & (flat | beyond)
+        root = tl.where(active, tl.where(flat, lowest - 1, tl.where(beyond, root, low)), root)
+        active = active & ~done
+        exact = active & (free > 0) & (tl.abs(line - limit) <= 1e-14 * (1 + tl.abs(limit)))
+        root = tl.where(exact, line, root)
+        reached = inside - free * limit + full >= wanted * (1 - 1e-12)
+        low = tl.where(reached, limit, low)
+        high = tl.where(reached, high, limit)
+        usable = (free > 0) & (line >= low) & (line <= high) & (count % 3 != 2)
+        limit = tl.where(usable, line, (low + high) / 2)
+        limit = tl.where(exact, root + 4e-12 * wanted * (1 + tl.abs(root)), limit)
+        beyond = exact
+        count += 1
+    return root
+
+
+@triton.jit(do_not_specialize=["tiles", "size", "k"])
+def tile_thresholds(codes, sums, bounds, tiles, size, k, Q: tl.constexpr, STEPS: tl.constexpr):
+    """Threshold of every list, `[rows, tiles]` float64, `-inf` of one of at most k keys; Q lists per program.
+
+    Those before and after a tile enclose the thresholds of its queries.
+    """
+    tile = tl.program_id(0) * Q + tl.arange(0, Q)
+    there = tile < tiles
+    at = tl.program_id(1).to(tl.int64) * tiles + tile
+    codes += tl.where(there, at, 0) * size
+    sums += tl.where(there, at, 0) * size
+    none = tl.zeros([Q], tl.int32)
+    length = _count_above(codes, size, tl.zeros([Q], tl.int64) + SELECTABLE, True, STEPS)
+    active = there & (length > k)
+    best = _score(tl.load(codes + k - 1, mask=active, other=0)).to(tl.float64)
+    high = tl.where(active, best, 0.0)
+    root = _solve(codes, sums, active, high - 1, high, k, none, length, none, length, STEPS, none, none, False)
+    tl.store(bounds + at, tl.where(length > k, root, -float("inf")), mask=there)
 
 
 @triton.jit(do_not_specialize=["queries", "chunks", "before", "size", "k"])
@@ -201,6 +272,7 @@ def thresholds(
     codes,
     sums,
     chunk_lists,
+    bounds,
     floor,
     tau,
     queries,
@@ -210,6 +282,7 @@ def thresholds(
     k,
     C: tl.constexpr,
     Q: tl.constexpr,
+    SIZE: tl.constexpr,
     STEPS: tl.constexpr,
     WITH_TAU: tl.constexpr,
 ):
@@ -219,62 +292,79 @@ def thresholds(
     of the list and some of the chunk; which ones follows from how many stand before each in the union of both.
     """
     tile, row = tl.program_id(0) // (C // Q), tl.program_id(1).to(tl.int64)
+    tiles = tl.num_programs(0) // (C // Q)
     query = tl.program_id(0) % (C // Q) * Q + tl.arange(0, Q)
-    codes += (row * (tl.num_programs(0) // (C // Q)) + tile) * size
-    code = tl.load(chunk_lists + (row * chunks + before + tile) * C + tl.arange(0, C))
+    codes += (row * tiles + tile) * size
+    chunk_lists += (row * chunks + before + tile) * C
+    number = tl.arange(0, C)
+    code = tl.load(chunk_lists + number)
     arrival = _place(code) - (before + tile) * C
     arrived = arrival[None, :] < query[:, None]
-    place = _count_above(codes, size, code, False, STEPS)[None, :] + tl.cumsum(arrived.to(tl.int32), 1)  # from 1
+    # How many have arrived up to each, in the order of the chunk's list: a matrix product is the fastest sum there is.
+    up_to = (number[:, None] <= number[None, :]).to(tl.float16)
+    ahead = tl.dot(arrived.to(tl.float16), up_to).to(tl.int32)
+    place = _count_above(codes, size, code, False, STEPS)[None, :] + ahead  # from 1
 
     kept = arrived & (place <= size)
     length = size - tl.sum(kept.to(tl.int32), 1)
+    worst = tl.max(tl.where(kept, number[None, :], -1), 1)
     last = tl.load(codes + length - 1, mask=length > 0, other=HIGHEST)
-    last = tl.minimum(last, tl.min(tl.where(kept, code[None, :], HIGHEST), 1))
+    last = tl.minimum(last, tl.load(chunk_lists + worst, mask=worst >= 0, other=HIGHEST))
     at = tile * C + query
     tl.store(floor + row * queries + at, tl.where(last >= SELECTABLE, last, 0), mask=at < queries)
 
     if WITH_TAU:
-        sums += (row * (tl.num_programs(0) // (C // Q)) + tile) * size
-        selectable = tl.zeros([Q], tl.int64) + SELECTABLE
-        length = tl.minimum(length, _count_above(codes, size, selectable, True, STEPS))
+        sums += (row * tiles + tile) * size
+        entry = tl.arange(0, SIZE)
+        listed = tl.load(codes + entry, mask=entry < size, other=0)
+        selectable = listed >= SELECTABLE
+        length = tl.minimum(length, tl.sum(selectable.to(tl.int32), 0))
         member = kept & (code >= SELECTABLE)[None, :]
-        score = _score(code).to(tl.float64)
-        score = tl.where(code >= SELECTABLE, score, 0.0)
+        score = tl.where(code >= SELECTABLE, _score(code).to(tl.float64), 0.0)
         active = length + tl.sum(member.to(tl.int32), 1) > k
 
         # The k-th best score: f is at least k one below it, and less than k at it.
         top = arrived & (place <= k)
-        ahead = k - tl.sum(top.to(tl.int32), 1)
-        best = _score(tl.load(codes + ahead - 1, mask=active & (ahead > 0), other=0)).to(tl.float64)
-        best = tl.where(ahead > 0, best, float("inf"))
-        best = tl.minimum(best, tl.min(tl.where(top, score[None, :], float("inf")), 1))
+        rest = k - tl.sum(top.to(tl.int32), 1)
+        best = _score(tl.load(codes + rest - 1, mask=active & (rest > 0), other=0)).to(tl.float64)
+        worst = tl.max(tl.where(top, number[None, :], -1), 1)
+        other = _score(tl.load(chunk_lists + worst, mask=worst >= 0, other=0)).to(tl.float64)
+        best = tl.minimum(tl.where(rest > 0, best, float("inf")), tl.where(worst >= 0, other, float("inf")))
         high = tl.where(active, best, 0.0)
         low = high - 1
-        unlimited = ~active
-        limit, root = low, low
-        beyond = active & False
-        wanted = k.to(tl.float64)
-        count = 0
-        # f is piecewise linear: the root of the line through a point is exact as soon as the point lies on the right
-        # piece. Every third step halves the interval, so that it gets there. A last look beyond the root: where f stays
-        # at k for a while, the threshold is the end of that, and the root was its beginning.
-        while (count < 120) & (tl.max(active.to(tl.int32), 0) > 0):
-            free, full, inside, lowest = _mass(codes, sums, limit, length, member, score, STEPS)
-            line = (inside + full - wanted) / tl.maximum(free, 1).to(tl.float64)
-            flat = (free == 0) & (full == k)
-            done = active & (flat | beyond)
-            root = tl.where(active, tl.where(flat, lowest - 1, tl.where(beyond, root, low)), root)
-            active = active & ~done
-            exact = active & (free > 0) & (tl.abs(line - limit) <= 1e-14 * (1 + tl.abs(limit)))
-            root = tl.where(exact, line, root)
-            reached = inside - free * limit + full >= wanted * (1 - 1e-12)
-            low = tl.where(reached, limit, low)
-            high = tl.where(reached, high, limit)
-            usable = (free > 0) & (line >= low) & (line <= high) & (count % 3 != 2)
-            limit = tl.where(usable, line, (low + high) / 2)
-            limit = tl.where(exact, root + 4e-12 * wanted * (1 + tl.abs(root)), limit)
-            beyond = exact
-            count += 1
-        value = tl.where(unlimited, -float("inf"), root).to(tl.float32)
+        # What stands before and after the tile is closer, but for rounding.
+        since = tl.load(bounds + row * tiles + tile)
+        until = tl.load(bounds + row * tiles + tile + 1, mask=tile + 1 < tiles, other=float("inf"))
+        low = tl.where(active, tl.maximum(low, since - 1e-12 * (1 + tl.abs(since))), low)
+        high = tl.where(active, tl.minimum(high, until + 1e-12 * (1 + tl.abs(until))), high)
+        # Between these, few keys of the list change sides.
+        lowest = tl.min(tl.where(active, low, float("inf")), 0)
+        highest = tl.max(tl.where(active, high, -float("inf")), 0)
+        highest += 1e-11 * k * (1 + tl.abs(highest))
+        z = tl.where(selectable, _score(listed).to(tl.float64), -float("inf"))
+        least_w = tl.sum((z > highest).to(tl.int32), 0)
+        least_u = tl.sum((z - 1 > highest).to(tl.int32), 0)
+        most_w = tl.sum((z > lowest).to(tl.int32), 0)
+        most_u = tl.sum((z - 1 > lowest).to(tl.int32), 0)
+        bits = 0
+        while (1 << bits) <= tl.maximum(most_w - least_w, most_u - least_u):
+            bits += 1
+        root = _solve(
+            codes,
+            sums,
+            active,
+            low,
+            high,
+            k,
+            tl.minimum(least_w, length),
+            tl.minimum(most_w, length),
+            tl.minimum(least_u, length),
+            tl.minimum(most_u, length),
+            bits,
+            member,
+            score,
+            True,
+        )
+        value = tl.where(length + tl.sum(member.to(tl.int32), 1) > k, root, -float("inf")).to(tl.float32)
         value = tl.max(tl.where(query[None, :] <= query[:, None], value[None, :], -float("inf")), 1)
         tl.store(tau + row * (tl.num_programs(0) * Q) + at, value)
