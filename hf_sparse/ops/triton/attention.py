@@ -15,6 +15,7 @@ from hf_sparse.ops.triton.lists import Tables, bidirectional_tables, causal_tabl
 
 # Queries that share a list. A program also looks at the keys that left the window since its tile began.
 _TILE = 128
+_OF_KEYS = ("begin", "until", "lists", "first", "scores", "ends")  # tensors of `Tables`
 
 
 def causal_sparsek_attention(
@@ -124,18 +125,18 @@ class _Attention(torch.autograd.Function):
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
         scores, tau = (None if x is None else x.contiguous() for x in (scores, tau))
         output, lse = forward(query, key, value, scores, tau, tables, scaling, blocks)
-        of_keys = (tables.begin, tables.until, tables.lists, tables.first)
+        of_keys = tuple(getattr(tables, name) for name in _OF_KEYS)
         saved: tuple[Any, ...] = (query, key, value, scores, tau, output, lse, *of_keys)
         ctx.save_for_backward(*saved)
-        ctx.tables = tables._replace(begin=None, until=None, lists=None, first=None)  # type: ignore[attr-defined,arg-type]
+        ctx.tables = tables._replace(**dict.fromkeys(_OF_KEYS))  # type: ignore[attr-defined,arg-type]
         ctx.scaling, ctx.blocks = scaling, blocks  # type: ignore[attr-defined]
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, scores, tau, output, lse, begin, until, lists, first = ctx.saved_tensors  # type: ignore[attr-defined]
-        tables = ctx.tables._replace(begin=begin, until=until, lists=lists, first=first)  # type: ignore[attr-defined]
+        query, key, value, scores, tau, output, lse, *of_keys = ctx.saved_tensors  # type: ignore[attr-defined]
+        tables = ctx.tables._replace(**dict(zip(_OF_KEYS, of_keys, strict=True)))  # type: ignore[attr-defined]
         gradients = backward(
             grad,
             query,

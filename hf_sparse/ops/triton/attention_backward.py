@@ -28,6 +28,7 @@ from hf_sparse.ops.triton.walk import (
     gates,
     gather,
     listed,
+    listed_gates,
     mixed_keys,
     rows_of,
     split,
@@ -113,6 +114,8 @@ def backward(
     _by_query[(triton.cdiv(query.shape[2] * compiled["GROUP"], rows.rows), key.shape[0] * key.shape[1])](
         *arguments,
         tables.lists,
+        tables.scores,
+        tables.ends,
         tables.first,
         output,
         grad,
@@ -201,6 +204,8 @@ def _by_query(
     Begin,
     Until,
     Lists,
+    Scores,
+    Ends,
     First,
     Out,
     Grad,
@@ -269,7 +274,8 @@ def _by_query(
         K += batch * k_batch + head * k_head
         V += batch * v_batch + head * v_head
         Until += row * keys
-        Lists += (row * tiles + t_first // tile) * width
+        of_list = (row * tiles + t_first // tile) * width
+        Lists += of_list
         offset = keys - queries
         position = (query + offset)[:, None]
         low, high = t_first + offset, t_last + offset
@@ -282,11 +288,15 @@ def _by_query(
         if SOFT and CAUSAL:
             tau = tl.load(Tau + row * queries + query, mask=exists, other=0.0)[:, None]
             tau_last = tl.load(Tau + row * queries + t_last)
+            Scores += of_list
+            Ends += of_list
         q_rows = batch * q_batch + (head * GROUP + member) * q_head + t * q_row
         q = tl.load(Q + q_rows[:, None] + dim[None, :], mask=inside, other=0.0)
         lse = tl.load(Lse + per_row, mask=exists, other=0.0)[:, None]
 
-        front, live = survey(Z, Begin, Until, Lists, first, low, high, tau_last, sinks, width, keys, SOFT, CAUSAL, 512)
+        front, live = survey(
+            Z, Begin, Until, Lists, Scores, Ends, first, low, high, tau_last, sinks, width, keys, SOFT, CAUSAL, 512
+        )
         tile_start = t_first // tile * tile + offset
         begin, full_begin, full_end, end = window_of(low, high, tile_start, first, left, right, sinks, keys, CAUSAL)
         step = tl.arange(0, N)
@@ -307,6 +317,27 @@ def _by_query(
             right_begin = end
             if not CAUSAL:
                 begin = full_begin
+
+        if SOFT and CAUSAL:
+            for start in range(tl.maximum(front, sinks), live, N):
+                slot = start + step
+                key = tl.maximum(listed(slot, live, Lists, first, sinks, width, keys), 0)
+                gate, z = listed_gates(slot, live, Scores, Ends, sinks, width, position, tau)
+                k = gather(K, key, key >= 0, k_row, D, PADDED, False)
+                logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse
+                share = tl.exp2(tl.where(gate > 0, logits, float("-inf")))
+                v = gather(V, key, key >= 0, v_row, D, PADDED, False)
+                credit = share * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+                if ATOMIC or TAU:
+                    d_gate = tl.where(z[None, :] - 1.0 < tau, credit, 0.0)
+                    if ATOMIC:
+                        to = DScores + row * keys + key
+                        tl.atomic_add(to, tl.sum(d_gate, 0), mask=slot < live, sem="relaxed")
+                    if TAU:
+                        d_tau -= tl.sum(d_gate, 1)
+                if QUERY:
+                    d_query = tl.dot((credit * gate).to(k.dtype), k, d_query, input_precision=PRECISION)
+            live = tl.maximum(tl.minimum(live, sinks), front)
 
         mixed = live - front + full_begin - begin + end - right_begin
         for start in range(0, mixed, N):
@@ -355,6 +386,43 @@ def _by_query(
             tl.store(DQuery + d_rows[:, None] + dim[None, :], d_query, mask=inside)
         if TAU:
             tl.store(DTau + per_row, d_tau, mask=exists)
+
+
+@triton.jit
+def _pairs(
+    Q,
+    Grad,
+    Lse,
+    Delta,
+    k,
+    v,
+    query,
+    member,
+    exists,
+    scale,
+    queries,
+    q_head,
+    q_row,
+    g_head,
+    g_row,
+    D: tl.constexpr,
+    PADDED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """Rows `[M, PADDED]` of the query and of the output's gradient; `[N, M]`, of every pair of key and row, its logit
+    less the logarithm of the mass, and `<do, v> - delta`."""
+    t, of_head, per_row = query.to(tl.int64), member.to(tl.int64), member * queries + query
+    q = gather(Q, of_head * q_head + t * q_row, exists, 1, D, PADDED, MASKED)
+    grad = gather(Grad, of_head * g_head + t * g_row, exists, 1, D, PADDED, MASKED)
+    if MASKED:
+        lse = tl.load(Lse + per_row, mask=exists, other=0.0)
+        delta = tl.load(Delta + per_row, mask=exists, other=0.0)
+    else:
+        lse = tl.load(Lse + per_row)
+        delta = tl.load(Delta + per_row)
+    logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - lse[None, :]
+    return q, grad, logits, tl.dot(v, tl.trans(grad), input_precision=PRECISION) - delta[None, :]
 
 
 @triton.jit(do_not_specialize=["span", *LENGTHS])
@@ -462,7 +530,7 @@ def _by_key(
         since = key + left + 1
     k = gather(K + batch * k_batch + head * k_head, key, there, k_row, D, PADDED, True)
     v = gather(V + batch * v_batch + head * v_head, key, there, v_row, D, PADDED, True)
-    if SOFT:
+    if SOFT and SOURCE != "window":
         z = tl.load(Z + row * keys + key, mask=there, other=0.0)[:, None]
 
     attended = there & (until > since) & (since < t_high + offset) & (until > t_low + offset)
@@ -473,26 +541,45 @@ def _by_key(
     d_value = tl.zeros([N, PADDED], tl.float32)
     d_scores = tl.zeros([N], tl.float32)
 
-    for start in range(t_first * GROUP, t_end * GROUP, M):
-        flat = start + tl.arange(0, M)
-        query = flat // GROUP
-        member = flat % GROUP
-        exists = query < t_end
-        inside = exists[:, None] & (dim < D)[None, :]
-        t = query.to(tl.int64)
-        of_head = member.to(tl.int64)
+    # First the queries that see all of these keys with gate 1, a whole number of blocks, without any mask.
+    full_begin, full_end = t_first * GROUP, t_first * GROUP
+    if SOURCE == "window" or (not SOFT and (CAUSAL or SOURCE == "all")):
+        all_begin = tl.max(tl.where(attended, since, 0), 0) - offset
+        all_begin = tl.minimum(tl.maximum(all_begin, t_first), tl.maximum(t_end, t_first))
+        all_end = tl.minimum(tl.min(tl.where(attended, until, 1 << 30), 0) - offset, t_end)
+        full_begin = all_begin * GROUP
+        full_end = full_begin + tl.maximum(all_end - all_begin, 0) * GROUP // M * M
+    step = tl.arange(0, M)
+    for start in range(full_begin, full_end, M):
+        flat = start + step
+        query, member = flat // GROUP, flat % GROUP
+        q, grad, logits, credit = _pairs(
+            Q, Grad, Lse, Delta, k, v, query, member, query >= 0, scale, queries, q_head, q_row, g_head, g_row,
+            D, PADDED, PRECISION, False,
+        )  # fmt: skip
+        share = tl.exp2(logits)
+        credit = share * credit
+        if KEYS:
+            d_value = tl.dot(share.to(grad.dtype), grad, d_value, input_precision=PRECISION)
+            d_key = tl.dot(credit.to(q.dtype), q, d_key, input_precision=PRECISION)
+
+    front = full_begin - t_first * GROUP
+    rest = (t_end - t_first) * GROUP - (full_end - full_begin)
+    for start in range(0, rest, M):
+        slot = start + step
+        flat = tl.where(slot < front, t_first * GROUP + slot, full_end + slot - front)
+        query, member, exists = flat // GROUP, flat % GROUP, slot < rest
         position = (query + offset)[None, :]
-        q = tl.load(Q + (of_head * q_head + t * q_row)[:, None] + dim[None, :], mask=inside, other=0.0)
-        lse = tl.load(Lse + member * queries + query, mask=exists, other=0.0)[None, :]
-        logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - lse
+        q, grad, logits, credit = _pairs(
+            Q, Grad, Lse, Delta, k, v, query, member, exists, scale, queries, q_head, q_row, g_head, g_row,
+            D, PADDED, PRECISION, True,
+        )  # fmt: skip
         sees = attended[:, None] & exists[None, :] & (since[:, None] <= position) & (until[:, None] > position)
         if SOURCE == "list" and not CAUSAL:
             sees = sees & ((key[:, None] < position - left) | (key[:, None] > position + right))
         share = tl.exp2(tl.where(sees, logits, float("-inf")))
-        grad = tl.load(Grad + (of_head * g_head + t * g_row)[:, None] + dim[None, :], mask=inside, other=0.0)
-        delta = tl.load(Delta + member * queries + query, mask=exists, other=0.0)[None, :]
-        credit = share * (tl.dot(v, tl.trans(grad), input_precision=PRECISION) - delta)
-        if SOFT:
+        credit = share * credit
+        if SOFT and SOURCE != "window":
             tau = 0.0
             if CAUSAL:
                 tau = tl.load(Tau + row * queries + query, mask=exists, other=0.0)[None, :]
@@ -511,7 +598,8 @@ def _by_key(
         at = key.to(tl.int64)
         to_key = DKey + (batch * dk_batch + head * dk_head + at * dk_row)[:, None] + dim[None, :]
         to_value = DValue + (batch * dv_batch + head * dv_head + at * dv_row)[:, None] + dim[None, :]
-        d_key *= scaling
+        d_key = tl.where(attended[:, None], d_key * scaling, 0.0)
+        d_value = tl.where(attended[:, None], d_value, 0.0)
         if SOURCE == "list":
             if t_first < t_end:
                 written = written & attended[:, None]

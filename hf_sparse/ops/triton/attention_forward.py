@@ -13,7 +13,18 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_sparse.ops.triton.lists import ALWAYS, Tables
-from hf_sparse.ops.triton.walk import full_keys, gates, gather, mixed_keys, rows_of, split, survey, window_of
+from hf_sparse.ops.triton.walk import (
+    full_keys,
+    gates,
+    gather,
+    listed,
+    listed_gates,
+    mixed_keys,
+    rows_of,
+    split,
+    survey,
+    window_of,
+)
 
 LOG2_E = 1.4426950408889634
 
@@ -92,10 +103,12 @@ def forward(
         tables.begin,
         tables.until,
         tables.lists,
+        tables.scores,
+        tables.ends,
         tables.first,
         output,
         lse,
-        scaling * LOG2_E,
+        max(abs(scaling), 1e-30) * LOG2_E,  # not 0, which a masked logit could not be multiplied by
         *lengths(query, key, tables),
         *query.stride()[:3],
         *key.stride()[:3],
@@ -104,6 +117,7 @@ def forward(
         **constants(query, key, scores, tables),
         M=blocks.rows,
         N=blocks.keys,
+        NEGATIVE=scaling < 0,
         num_warps=blocks.warps,
         num_stages=blocks.stages,
     )
@@ -120,6 +134,8 @@ def _forward(
     Begin,
     Until,
     Lists,
+    Scores,
+    Ends,
     First,
     Out,
     Lse,
@@ -154,6 +170,7 @@ def _forward(
     CAUSAL: tl.constexpr,
     ALWAYS: tl.constexpr,
     PRECISION: tl.constexpr,
+    NEGATIVE: tl.constexpr,
 ):
     row = tl.program_id(1).to(tl.int64)  # of [B, Hkv]
     batch, head = row // heads, row % heads
@@ -161,7 +178,8 @@ def _forward(
     V += batch * v_batch + head * v_head
     Until += row * keys
     query, member, exists, t_first, t_last = rows_of(tl.program_id(0), queries, GROUP, M)
-    Lists += (row * tiles + t_first // tile) * width
+    of_list = (row * tiles + t_first // tile) * width
+    Lists += of_list
     offset = keys - queries
     position = (query + offset)[:, None]
     low, high = t_first + offset, t_last + offset
@@ -174,13 +192,19 @@ def _forward(
     if SOFT and CAUSAL:
         tau = tl.load(Tau + row * queries + query, mask=exists, other=0.0)[:, None]
         tau_last = tl.load(Tau + row * queries + t_last)
+        Scores += of_list
+        Ends += of_list
 
     dim = tl.arange(0, PADDED)
     inside = exists[:, None] & (dim < D)[None, :]
     q_rows = batch * q_batch + (head * GROUP + member) * q_head + query.to(tl.int64) * q_row
     q = tl.load(Q + q_rows[:, None] + dim[None, :], mask=inside, other=0.0)
+    if NEGATIVE:  # the maximum of scaled logits is taken before they are scaled
+        q = -q
 
-    front, live = survey(Z, Begin, Until, Lists, first, low, high, tau_last, sinks, width, keys, SOFT, CAUSAL, 512)
+    front, live = survey(
+        Z, Begin, Until, Lists, Scores, Ends, first, low, high, tau_last, sinks, width, keys, SOFT, CAUSAL, 512
+    )
     tile_start = t_first // tile * tile + offset
     begin, full_begin, full_end, end = window_of(low, high, tile_start, first, left, right, sinks, keys, CAUSAL)
     front, taken = split(front, full_begin, full_end, N)
@@ -193,14 +217,31 @@ def _forward(
     for start in range(0, front + taken, N):
         key = full_keys(start + step, front, full_begin, Lists, first, sinks, width, keys)
         k = gather(K, key, key >= 0, k_row, D, PADDED, False)
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
-        top = tl.maximum(peak, tl.max(logits, 1))
-        weight = tl.exp2(logits - top[:, None])
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        top = tl.maximum(peak, tl.max(logits, 1) * scale)
+        weight = tl.exp2(logits * scale - top[:, None])
         shrink = tl.exp2(peak - top)
         mass = mass * shrink + tl.sum(weight, 1)
         v = gather(V, key, key >= 0, v_row, D, PADDED, False)
         out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
         peak = top
+
+    if SOFT and CAUSAL:
+        for start in range(tl.maximum(front, sinks), live, N):
+            slot = start + step
+            key = tl.maximum(listed(slot, live, Lists, first, sinks, width, keys), 0)
+            gate, _ = listed_gates(slot, live, Scores, Ends, sinks, width, position, tau)
+            k = gather(K, key, key >= 0, k_row, D, PADDED, False)
+            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            logits = tl.where(gate > 0, logits, float("-inf"))
+            top = tl.maximum(peak, tl.max(logits, 1) * scale)
+            weight = tl.exp2(logits * scale - top[:, None]) * gate
+            shrink = tl.exp2(peak - top)
+            mass = mass * shrink + tl.sum(weight, 1)
+            v = gather(V, key, key >= 0, v_row, D, PADDED, False)
+            out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
+            peak = top
+        live = tl.maximum(tl.minimum(live, sinks), front)
 
     right_begin = full_begin + taken
     mixed = live - front + full_begin - begin + end - right_begin
@@ -226,10 +267,10 @@ def _forward(
         until = tl.load(Until + key, mask=there, other=0)
         sees = there[None, :] & (since[None, :] <= position) & (until[None, :] > position)
         k = gather(K, key, there, k_row, D, PADDED, True)
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         logits = tl.where(sees, logits, float("-inf"))
-        top = tl.maximum(peak, tl.max(logits, 1))
-        weight = tl.exp2(logits - top[:, None])
+        top = tl.maximum(peak, tl.max(logits, 1) * scale)
+        weight = tl.exp2(logits * scale - top[:, None])
         if SOFT:
             z = tl.load(Z + key, mask=there, other=0.0)[None, :]
             gate, _ = gates(position, tau, key[None, :], z, left, right)

@@ -36,6 +36,8 @@ class Tables(NamedTuple):
         left, right: the window of the query at position p is `p - left` to `p + right`; gates are 1 there.
         sinks: of every row, from `first` on, in front of its lists.
         first: `[B]` int64, the first key of each row that is no padding.
+        scores, ends: of soft gates in causal order, `scores` float32 and `until` in the order of `lists`; 0 is the end
+            of what is no candidate.
     """
 
     begin: Tensor | None
@@ -46,6 +48,8 @@ class Tables(NamedTuple):
     right: int
     sinks: int
     first: Tensor
+    scores: Tensor | None = None
+    ends: Tensor | None = None
 
 
 def causal_tables(
@@ -60,7 +64,13 @@ def causal_tables(
     start = first[:, None, None]
     until = torch.maximum((end + (keys - queries)).masked_fill_(found.rank == 0, 0), index + window)
     until = until.masked_fill_(index < start + sinks, keys).masked_fill_(index < start, 0).to(torch.int32)
-    return Tables(None, until, found.lists.contiguous(), tile, window - 1, 0, sinks, first)
+    tables = Tables(None, until, found.lists.contiguous(), tile, window - 1, 0, sinks, first)
+    if found.tau is None:
+        return tables
+    places = tables.lists.clamp(min=0).long().flatten(2)
+    candidate = (tables.lists.flatten(2) >= 0) & (places >= start + sinks)
+    ends = until.gather(2, places).masked_fill_(~candidate, 0).view(tables.lists.shape)
+    return tables._replace(scores=scores.detach().gather(2, places).view(tables.lists.shape), ends=ends)
 
 
 def bidirectional_tables(gates: Tensor, first: Tensor, *, window: int, width: int) -> Tables:

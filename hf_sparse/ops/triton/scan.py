@@ -23,12 +23,19 @@ from torch.autograd.function import FunctionCtx
 
 from hf_sparse.ops import prefix
 from hf_sparse.ops.prefix import Scan, _Plan, _Thresholds
-from hf_sparse.ops.triton.scan_kernels import merge_earlier, merge_for_tiles, sort_chunks, sum_lists, thresholds, tile_thresholds
+from hf_sparse.ops.triton.scan_kernels import (
+    merge_earlier,
+    merge_for_tiles,
+    sort_chunks,
+    sum_lists,
+    thresholds,
+    tile_thresholds,
+)
 
 _CHUNK = 128  # keys that are sorted by counting
 _BLOCK = 4  # chunks per block
-_QUERIES = 128  # per program that looks for floors
-_QUERIES_WITH_TAU = 32  # per program that solves for tau as well
+_FLOORS = (64, 8)  # queries and warps of a program that looks for floors
+_TAUS = (32, 4)  # and of one that solves for tau as well
 _LISTS = 32  # per program that solves for their thresholds
 _LARGEST = 8192  # keys of a list
 
@@ -134,7 +141,8 @@ def _launch(scores: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor, Tensor
         WITH_INDEX=plan.with_lists, **shape,
     )  # fmt: skip
 
-    Q = min(_QUERIES_WITH_TAU if plan.with_tau else _QUERIES, C)
+    Q, warps = _TAUS if plan.with_tau else _FLOORS
+    Q = min(Q, C)
     sums = bounds = tau = torch.empty((rows, 0), device=device)
     longest, steps = triton.next_power_of_2(size), size.bit_length()
     if plan.with_tau:
@@ -147,7 +155,7 @@ def _launch(scores: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor, Tensor
         tau = torch.empty((rows, tiles * C), device=device)
     thresholds[(tiles * C // Q, rows)](
         best, sums, chunk_lists, bounds, floor, tau, queries, chunks, before, size, plan.k, C, Q, longest, steps,
-        WITH_TAU=plan.with_tau, num_warps=4 if plan.with_tau else 8,
+        WITH_TAU=plan.with_tau, num_warps=warps,
     )  # fmt: skip
     if plan.with_tau:  # rounding could make it fall from one program to the next
         pieces = tau.view(rows, -1, Q)

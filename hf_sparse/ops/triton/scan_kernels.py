@@ -263,7 +263,7 @@ def tile_thresholds(codes, sums, bounds, tiles, size, k, Q: tl.constexpr, STEPS:
     active = there & (length > k)
     best = _score(tl.load(codes + k - 1, mask=active, other=0)).to(tl.float64)
     high = tl.where(active, best, 0.0)
-    root = _solve(codes, sums, active, high - 1, high, k, none, length, none, length, STEPS, none, none, False)
+    root = _solve(codes, sums, active, high - 1, high, k, none, length, none, length, k * 0 + STEPS, none, none, False)
     tl.store(bounds + at, tl.where(length > k, root, -float("inf")), mask=there)
 
 
@@ -346,7 +346,7 @@ def thresholds(
         least_u = tl.sum((z - 1 > highest).to(tl.int32), 0)
         most_w = tl.sum((z > lowest).to(tl.int32), 0)
         most_u = tl.sum((z - 1 > lowest).to(tl.int32), 0)
-        bits = 0
+        bits = k * 0
         while (1 << bits) <= tl.maximum(most_w - least_w, most_u - least_u):
             bits += 1
         root = _solve(

@@ -7,6 +7,9 @@ the others, each pair of query and key by its interval (see `lists`):
 
     full     the front of the list         the middle of the window
     mixed    the rest of the list          the two ends of the window, with what left it inside the list's tile
+
+Soft gates make the rest of a list long, and a causal list holds no key of any window: these go by themselves, with no
+other mask than their gate, and what that needs is read in the order of the list.
 """
 
 import triton
@@ -34,6 +37,18 @@ def listed(slot, limit, Lists, first, sinks, width, keys):
 
 
 @triton.jit
+def listed_gates(slot, limit, Scores, Ends, sinks, width, position, tau):
+    """Gates `[M, N]` of the slots below `limit` of a causal list, without its sinks; 0 where nothing is attended.
+
+    And their scores `[N]`."""
+    inside = (slot >= sinks) & (slot < sinks + width) & (slot < limit)
+    until = tl.load(Ends + slot - sinks, mask=inside, other=0)
+    z = tl.load(Scores + slot - sinks, mask=inside, other=0.0)
+    gate = tl.minimum(tl.maximum(z[None, :] - tau, 0.0), 1.0)
+    return tl.where(until[None, :] > position, gate, 0.0), z
+
+
+@triton.jit
 def begins(key, there, Begin, CAUSAL: tl.constexpr):
     return key if CAUSAL else tl.load(Begin + key, mask=there, other=0)
 
@@ -44,6 +59,8 @@ def survey(
     Begin,
     Until,
     Lists,
+    Scores,
+    Ends,
     first,
     low,
     high,
@@ -61,13 +78,23 @@ def survey(
     live = 0
     for start in range(0, sinks + width, CHUNK):
         slot = start + tl.arange(0, CHUNK)
-        key = listed(slot, sinks + width, Lists, first, sinks, width, keys)
-        there = key >= 0
-        begin = begins(key, there, Begin, CAUSAL)
-        until = tl.load(Until + key, mask=there, other=0)
+        if SOFT and CAUSAL:
+            sink = slot < sinks
+            inside = (slot >= sinks) & (slot < sinks + width)
+            until = tl.load(Ends + slot - sinks, mask=inside, other=0)
+            until = tl.where(sink & (first + slot < keys), keys, until)
+            begin = tl.where(sink, first + slot, 0)
+            z = tl.load(Scores + slot - sinks, mask=inside, other=float("inf"))
+            there = until > 0
+        else:
+            key = listed(slot, sinks + width, Lists, first, sinks, width, keys)
+            there = key >= 0
+            begin = begins(key, there, Begin, CAUSAL)
+            until = tl.load(Until + key, mask=there, other=0)
+            if SOFT:
+                z = tl.load(Z + key, mask=there, other=0.0)
         everywhere = there & (begin <= low) & (until > high)
         if SOFT:
-            z = tl.load(Z + key, mask=there, other=0.0)
             everywhere = everywhere & (z - tau >= 1.0) & (z - 1.0 >= tau)
         anywhere = there & (begin <= high) & (until > low)
         full = tl.minimum(full, tl.min(tl.where(everywhere, 1 << 30, slot), 0))
