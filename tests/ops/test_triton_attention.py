@@ -282,6 +282,21 @@ def test_padding_may_hold_anything(causal):
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+@pytest.mark.usefixtures("scan_of_torch")
+@GATES
+@pytest.mark.parametrize("scaling", [-0.7, 0.0])
+def test_any_factor_scales_the_logits(scaling, soft):
+    case = Case(group=2, queries=40, soft=soft)
+
+    def positional(k, window, sinks, _, *rest):
+        return k, window, sinks, scaling, *rest
+
+    arguments = positional(*case.positional())
+    expected = run(lambda *inputs: tiled_causal(*inputs, *arguments), case)
+    found = run(lambda *inputs: kernels.causal_sparsek_attention(*inputs, *arguments, blocks=SMALL, tile=16), case)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_query_without_a_key_gets_zero():
     case = Case(batch=2, start=[37, 20], sinks=0)
     output = case.fused(*case.inputs)
