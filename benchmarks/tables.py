@@ -1,0 +1,201 @@
+"""The page about speed, from the JSON that `kernels.py` and `model.py` wrote: no number is typed by hand.
+
+python benchmarks/tables.py --kernels kernels.json --model model.json --page docs/speed.md --figure docs/speed.png
+"""
+
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_sparse.figures.style import canvas
+from hf_sparse.files import write_text
+
+KERNELS = {  # contender: its name in tables
+    "sparsek hard": "SparseK, hard gates",
+    "flex window": "FlexAttention, window of as many keys",
+    "sdpa cudnn": "SDPA cuDNN, dense",
+    "sdpa flash": "SDPA flash, dense",
+    "sparsek soft": "SparseK, soft gates, gradient of the scores only",
+    "scan hard": "selection alone, hard",
+    "scan soft": "selection alone, soft",
+}
+CACHES = {
+    "dynamic": "dense, dynamic cache",
+    "static": "dense, static cache, compiled",
+    "sparse eager": "sparse, eager",
+    "sparse": "sparse, compiled",
+}
+PASSES = {"forward": "Forward", "forward_backward": "Forward and backward"}
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def short(value: float | None) -> str:
+    """Three digits."""
+    if value is None:
+        return "-"
+    return f"{value:,.0f}" if value >= 100 else f"{value:.{2 if value < 10 else 1}f}"
+
+
+def medians(kernels: dict[str, Any], which: str) -> dict[str, dict[int, float]]:
+    """Milliseconds by contender and length."""
+    found: dict[str, dict[int, float]] = {}
+    for row in kernels["rows"]:
+        if row.get("pass") == which:
+            found.setdefault(row["contender"], {})[row["length"]] = row["median_ms"]
+    return found
+
+
+def kernel_tables(kernels: dict[str, Any]) -> str:
+    lengths = sorted({row["length"] for row in kernels["rows"]})
+    head = ["ms", *(f"{length:,}" for length in lengths)]
+    text = ""
+    for which, title in PASSES.items():
+        times = medians(kernels, which)
+        rows = [
+            [label, *(short(times[name].get(n)) for n in lengths)] for name, label in KERNELS.items() if name in times
+        ]
+        ours = times.get("sparsek hard", {})
+        for name, label in (("flex window", "times as long as the window"), ("sdpa cudnn", "times as fast as cuDNN")):
+            pairs = [(ours.get(n), times.get(name, {}).get(n)) for n in lengths]
+            cells = [short((a / b if name == "flex window" else b / a) if a and b else None) for a, b in pairs]
+            rows.append([f"*SparseK, hard gates: {label}*", *cells])
+        text += f"{title}:\n\n{table(head, rows)}\n"
+    return text
+
+
+def decode_table(model: dict[str, Any]) -> str:
+    cells = {(r["variant"], r["context"], r["batch"]): r for r in model["rows"] if r["part"] == "decode"}
+    rows = []
+    for context, batch in sorted({key[1:] for key in cells}):
+        row = [f"{context:,} x {batch}"]
+        for variant in CACHES:
+            cell = cells.get((variant, context, batch))
+            if cell is None or "step_ms" not in cell:
+                row.append("does not fit" if cell and "skipped" in cell else "-")
+                continue
+            ideal = 1e3 * cell["bytes_per_step"] / model["bandwidth"]
+            row.append(
+                f"{cell['tokens_per_second']:,.0f} ({ideal / cell['step_ms']['median_ms']:.0%}, "
+                f"{cell['kv_bytes'] / 2**30:.2f} GiB)"
+            )
+        ours = cells.get(("sparse", context, batch), {}).get("tokens_per_second")
+        for variant in ("dynamic", "static"):
+            theirs = cells.get((variant, context, batch), {}).get("tokens_per_second")
+            row.append(f"{ours / theirs:.2f}" if ours and theirs else "-")
+        rows.append(row)
+    head = ["context x batch", *CACHES.values(), "compiled sparse / dynamic", "compiled sparse / static"]
+    return table(head, rows)
+
+
+def long_table(model: dict[str, Any], part: str, names: dict[str, str]) -> str:
+    cells = {(r["variant"], r["context"]): r for r in model["rows"] if r["part"] == part and "median_ms" in r}
+    rows = []
+    for context in sorted({key[1] for key in cells}):
+        row = [f"{context:,}"]
+        for variant in names:
+            cell = cells.get((variant, context))
+            if cell is None:
+                row.append("-")
+                continue
+            speed = 1e3 * context / cell["median_ms"]
+            peak = f", {cell['peak_bytes'] / 2**30:.1f} GiB" if "peak_bytes" in cell else ""
+            row.append(f"{short(cell['median_ms'])} ms, {speed:,.0f} tokens/s{peak}")
+        rows.append(row)
+    return table(["tokens", *names.values()], rows)
+
+
+def page(kernels: dict[str, Any], model: dict[str, Any] | None, figure: str | None) -> str:
+    """The whole page, Markdown."""
+    machine, versions, settings = kernels["machine"], kernels["versions"], kernels["settings"]
+    errors = kernels["errors_against_float64"]
+    worst = max(value for name, value in errors.items() if name != "tau")
+    text = f"""# Speed
+
+Written by `benchmarks/tables.py` from `benchmarks/results/`. One {machine["accelerator"]}, torch {versions["torch"]},
+CUDA {versions["cuda"]}, Triton {versions["triton"]}, transformers {versions["transformers"]}; {settings["dtype"]},
+medians.
+
+## Attention
+
+Batch {settings["batch"]}, {settings["query_heads"]} query heads and {settings["kv_heads"]} KV heads of size
+{settings["dim"]}; k = {settings["k"]}, window = {settings["window"]}, {settings["sinks"]} sinks; soft gates over
+{settings["support"]:,} keys at most. Times of SparseK include its selection. Measured after outputs and gradients agreed
+with float64 (largest relative error {worst:.1e}) and the selection with the one in plain PyTorch.
+
+{kernel_tables(kernels)}"""
+    if figure:
+        text += f"![Time over length]({figure})\n\n"
+    if model is None:
+        return text
+    budget = model["settings"]
+    slots = budget["k"] + budget["window"] + budget["sinks"]
+    text += f"""## Whole models
+
+Random weights; {slots:,} KV slots (k = {budget["k"]}, window = {budget["window"]}, {budget["sinks"]} sinks). A copy
+of 4 GiB moves {model["bandwidth"] / 1e12:.2f} TB/s.
+
+Decoding of an 8B-shaped Llama through `generate`, tokens per second; in brackets the share of the roofline (the time to
+read weights and KV once at that bandwidth) and the KV bytes. The caches were filled with random keys and values in place
+of a prompt.
+
+{decode_table(model)}
+Prefill of the same model, batch 1: time and peak memory on top of the weights.
+
+{long_table(model, "prefill", {"dense": "dense (SDPA)", "sparse": "sparse"})}
+Training step of the scorers of a SmolLM2-135M-shaped model (`distill`: teacher's forward, student's forward and
+backward), and the teacher's forward alone, batch 1.
+
+{long_table(model, "train", {"scorers": "training step", "dense teacher": "dense teacher, of it"})}"""
+    return text.rstrip() + "\n"
+
+
+def draw(kernels: dict[str, Any], path: Path) -> None:
+    """Forward, and forward and backward, over the length."""
+    looks = {
+        "sparsek hard": ("#0b6e99", "o", 2.4),
+        "flex window": ("#d07a00", "s", 1.3),
+        "sdpa cudnn": ("#555555", "^", 1.3),
+    }
+    with canvas(path, 8.6, 3.6) as figure:
+        panels = figure.subplots(1, 2, sharey=True)
+        for axes, (which, title) in zip(panels, PASSES.items(), strict=True):
+            times = medians(kernels, which)
+            for name, (colour, marker, width) in looks.items():
+                points = sorted(times.get(name, {}).items())
+                if points:
+                    axes.plot(
+                        *zip(*points, strict=True), color=colour, marker=marker, linewidth=width, label=KERNELS[name]
+                    )
+            axes.set(title=title, xscale="log", yscale="log", xlabel="tokens")
+            axes.set_xscale("log", base=2)
+            axes.grid(True)
+        panels[0].set_ylabel("ms")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=3, fontsize=8.5)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--kernels", type=Path, required=True)
+    parser.add_argument("--model", type=Path)
+    parser.add_argument("--page", type=Path, help="the Markdown to write, or print")
+    parser.add_argument("--figure", type=Path, help="the PNG to write, beside the page")
+    options = parser.parse_args()
+    kernels = json.loads(options.kernels.read_text("utf-8"))
+    model = json.loads(options.model.read_text("utf-8")) if options.model else None
+    text = page(kernels, model, options.figure.name if options.figure else None)
+    if options.figure:
+        draw(kernels, options.figure)
+    if options.page:
+        write_text(options.page, text)
+    else:
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
