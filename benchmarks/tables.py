@@ -125,8 +125,8 @@ medians.
 
 Batch {settings["batch"]}, {settings["query_heads"]} query heads and {settings["kv_heads"]} KV heads of size
 {settings["dim"]}; k = {settings["k"]}, window = {settings["window"]}, {settings["sinks"]} sinks; soft gates over
-{settings["support"]:,} keys at most. Times of SparseK include its selection. Measured after outputs and gradients agreed
-with float64 (largest relative error {worst:.1e}) and the selection with the one in plain PyTorch.
+{settings["support"]:,} keys at most. Times of SparseK include its selection. Measured after outputs and gradients
+agreed with float64 (largest relative error {worst:.1e}) and the selection with the one in plain PyTorch.
 
 {kernel_tables(kernels)}"""
     if figure:
@@ -141,8 +141,8 @@ Random weights; {slots:,} KV slots (k = {budget["k"]}, window = {budget["window"
 of 4 GiB moves {model["bandwidth"] / 1e12:.2f} TB/s.
 
 Decoding of an 8B-shaped Llama through `generate`, tokens per second; in brackets the share of the roofline (the time to
-read weights and KV once at that bandwidth) and the KV bytes. The caches were filled with random keys and values in place
-of a prompt.
+read weights and KV once at that bandwidth) and the KV bytes. The caches were filled with random keys and values
+in place of a prompt.
 
 {decode_table(model)}
 Prefill of the same model, batch 1: time and peak memory on top of the weights.
@@ -157,11 +157,14 @@ backward), and the teacher's forward alone, batch 1.
 
 def draw(kernels: dict[str, Any], path: Path) -> None:
     """Forward, and forward and backward, over the length."""
+    from matplotlib.ticker import StrMethodFormatter
+
     looks = {
         "sparsek hard": ("#0b6e99", "o", 2.4),
         "flex window": ("#d07a00", "s", 1.3),
         "sdpa cudnn": ("#555555", "^", 1.3),
     }
+    lengths = {row["length"] for row in kernels["rows"]}
     with canvas(path, 8.6, 3.6) as figure:
         panels = figure.subplots(1, 2, sharey=True)
         for axes, (which, title) in zip(panels, PASSES.items(), strict=True):
@@ -172,8 +175,10 @@ def draw(kernels: dict[str, Any], path: Path) -> None:
                     axes.plot(
                         *zip(*points, strict=True), color=colour, marker=marker, linewidth=width, label=KERNELS[name]
                     )
-            axes.set(title=title, xscale="log", yscale="log", xlabel="tokens")
+            axes.set(title=title, yscale="log", xlabel="tokens")
             axes.set_xscale("log", base=2)
+            axes.set_xticks(sorted(lengths), [f"{length // 1024}k" for length in sorted(lengths)])
+            axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
             axes.grid(True)
         panels[0].set_ylabel("ms")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower left", ncols=3, fontsize=8.5)
