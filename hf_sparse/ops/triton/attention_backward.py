@@ -51,12 +51,14 @@ class Gradients(NamedTuple):
     tau: Tensor | None
 
 
-def by_query_blocks(query: Tensor) -> Blocks:
-    """Sizes of a program that owns rows of queries."""
+def by_query_blocks(query: Tensor, wanted: bool) -> Blocks:
+    """Sizes of a program that owns rows of queries, whose gradient is wanted or not."""
     dim = padded(query.shape[-1])
     if query.dtype == torch.float32:
         return Blocks(64, 32, 4, 1) if dim <= 128 else Blocks(64, 32, 8, 1)
-    return Blocks(128, 64, 8, 2) if dim <= 128 else Blocks(64, 32, 8, 2)
+    if dim > 128:
+        return Blocks(64, 32, 8, 2)
+    return Blocks(128, 64, 8, 2) if wanted else Blocks(64, 32, 4, 3)
 
 
 def by_key_blocks(query: Tensor) -> Blocks:
@@ -64,7 +66,7 @@ def by_key_blocks(query: Tensor) -> Blocks:
     dim = padded(query.shape[-1])
     if query.dtype == torch.float32:
         return Blocks(32, 32, 4, 1) if dim <= 128 else Blocks(32, 32, 8, 1)
-    return Blocks(64, 64, 4, 2) if dim <= 128 else Blocks(32, 64, 8, 2)
+    return Blocks(32, 64, 4, 2) if dim <= 128 else Blocks(32, 64, 8, 2)
 
 
 def backward(
@@ -110,7 +112,7 @@ def backward(
     strides = [stride for x in (query, key, value, output, grad) for stride in x.stride()[:3]]
     compiled = constants(query, key, scores, tables)
 
-    rows = blocks or by_query_blocks(query)
+    rows = blocks or by_query_blocks(query, want_query)
     _by_query[(triton.cdiv(query.shape[2] * compiled["GROUP"], rows.rows), key.shape[0] * key.shape[1])](
         *arguments,
         tables.lists,

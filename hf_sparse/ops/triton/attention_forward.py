@@ -67,12 +67,16 @@ def constants(query: Tensor, key: Tensor, scores: Tensor | None, tables: Tables)
     }
 
 
-def blocks_for(query: Tensor) -> Blocks:
-    """Sizes for a dtype and a head size."""
+def blocks_for(query: Tensor, soft: bool) -> Blocks:
+    """Sizes for a dtype, a head size and the kind of gates."""
     dim = padded(query.shape[-1])
     if query.dtype == torch.float32:
         return Blocks(64, 32, 4, 2) if dim <= 128 else Blocks(64, 32, 8, 1)
-    return Blocks(128, 64, 8, 3) if dim <= 128 else Blocks(128, 32, 8, 2)
+    if dim > 128:
+        return Blocks(128, 32, 8, 2)
+    if dim > 64:
+        return Blocks(64, 32, 4, 4) if soft else Blocks(128, 32, 4, 4)
+    return Blocks(64, 64, 4, 3) if soft else Blocks(128, 64, 4, 3)
 
 
 def forward(
@@ -90,7 +94,7 @@ def forward(
     Arguments as in `attention.attend`; `scores` and `tau` contiguous, the last dimension of the others too.
     """
     batch, heads, queries, _ = query.shape
-    blocks = blocks or blocks_for(query)
+    blocks = blocks or blocks_for(query, scores is not None)
     output = torch.empty_like(query)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=query.device)
     rows = queries * (heads // key.shape[1])
