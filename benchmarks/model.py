@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kernels import QUANTILES, current_commit, milliseconds  # beside this file
+from attention_kernels import QUANTILES, current_commit, milliseconds  # beside this file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,

@@ -1,4 +1,4 @@
-"""The page about speed, from the JSON that `kernels.py` and `model.py` wrote: no number is typed by hand.
+"""The page about speed, from the JSON that `attention_kernels.py` and `model.py` wrote: no number is typed by hand.
 
 python benchmarks/tables.py --kernels kernels.json --model model.json --page docs/speed.md --figure docs/speed.png
 """

@@ -24,14 +24,13 @@ from hf_sparse.ops.triton.attention_forward import LENGTHS, LOG2_E, Blocks, cons
 from hf_sparse.ops.triton.lists import Tables, by_lifetime
 from hf_sparse.ops.triton.walk import (
     begins,
-    full_keys,
+    consecutive,
     gates,
     gather,
     listed,
     listed_gates,
     mixed_keys,
     rows_of,
-    split,
     survey,
     window_of,
 )
@@ -58,7 +57,9 @@ def by_query_blocks(query: Tensor, wanted: bool) -> Blocks:
         return Blocks(64, 32, 4, 1) if dim <= 128 else Blocks(64, 32, 8, 1)
     if dim > 128:
         return Blocks(64, 32, 8, 2)
-    return Blocks(128, 64, 8, 2) if wanted else Blocks(64, 32, 4, 3)
+    if dim > 64:
+        return Blocks(128, 64, 8, 2) if wanted else Blocks(128, 32, 4, 3)
+    return Blocks(64, 64, 4, 2) if wanted else Blocks(128, 64, 4, 3)
 
 
 def by_key_blocks(query: Tensor) -> Blocks:
@@ -66,7 +67,9 @@ def by_key_blocks(query: Tensor) -> Blocks:
     dim = padded(query.shape[-1])
     if query.dtype == torch.float32:
         return Blocks(32, 32, 4, 1) if dim <= 128 else Blocks(32, 32, 8, 1)
-    return Blocks(32, 64, 4, 2) if dim <= 128 else Blocks(32, 64, 8, 2)
+    if dim > 128:
+        return Blocks(32, 64, 8, 2)
+    return Blocks(32 if dim > 64 else 64, 64, 4, 2)
 
 
 def backward(
@@ -306,12 +309,19 @@ def _by_query(
         d_tau = tl.zeros([M], tl.float32)
 
         if QUERY:
-            front, taken = split(front, full_begin, full_end, N)
-            for start in range(0, front + taken, N):
-                key = full_keys(start + step, front, full_begin, Lists, first, sinks, width, keys)
+            front = front // N * N
+            taken = (full_end - full_begin) // N * N
+            for start in range(0, front, N):
+                key = listed(start + step, front, Lists, first, sinks, width, keys)
                 k = gather(K, key, key >= 0, k_row, D, PADDED, False)
                 share = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse)
                 v = gather(V, key, key >= 0, v_row, D, PADDED, False)
+                credit = tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None]
+                d_query = tl.dot((share * credit).to(k.dtype), k, d_query, input_precision=PRECISION)
+            for start in range(0, taken, N):
+                k = consecutive(K, full_begin + start, k_row, N, D, PADDED)
+                share = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse)
+                v = consecutive(V, full_begin + start, v_row, N, D, PADDED)
                 credit = tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None]
                 d_query = tl.dot((share * credit).to(k.dtype), k, d_query, input_precision=PRECISION)
             right_begin = full_begin + taken

@@ -14,14 +14,13 @@ from torch import Tensor
 
 from hf_sparse.ops.triton.lists import ALWAYS, Tables
 from hf_sparse.ops.triton.walk import (
-    full_keys,
+    consecutive,
     gates,
     gather,
     listed,
     listed_gates,
     mixed_keys,
     rows_of,
-    split,
     survey,
     window_of,
 )
@@ -74,9 +73,7 @@ def blocks_for(query: Tensor, soft: bool) -> Blocks:
         return Blocks(64, 32, 4, 2) if dim <= 128 else Blocks(64, 32, 8, 1)
     if dim > 128:
         return Blocks(128, 32, 8, 2)
-    if dim > 64:
-        return Blocks(64, 32, 4, 4) if soft else Blocks(128, 32, 4, 4)
-    return Blocks(64, 64, 4, 3) if soft else Blocks(128, 64, 4, 3)
+    return Blocks(128, 32, 4, 3) if soft or dim > 64 else Blocks(128, 64, 4, 3)
 
 
 def forward(
@@ -211,15 +208,16 @@ def _forward(
     )
     tile_start = t_first // tile * tile + offset
     begin, full_begin, full_end, end = window_of(low, high, tile_start, first, left, right, sinks, keys, CAUSAL)
-    front, taken = split(front, full_begin, full_end, N)
+    front = front // N * N
+    taken = (full_end - full_begin) // N * N
 
     peak = tl.full([M], -3.0e38, tl.float32)
     mass = tl.zeros([M], tl.float32)
     out = tl.zeros([M, PADDED], tl.float32)
     step = tl.arange(0, N)
 
-    for start in range(0, front + taken, N):
-        key = full_keys(start + step, front, full_begin, Lists, first, sinks, width, keys)
+    for start in range(0, front, N):
+        key = listed(start + step, front, Lists, first, sinks, width, keys)
         k = gather(K, key, key >= 0, k_row, D, PADDED, False)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         top = tl.maximum(peak, tl.max(logits, 1) * scale)
@@ -227,6 +225,17 @@ def _forward(
         shrink = tl.exp2(peak - top)
         mass = mass * shrink + tl.sum(weight, 1)
         v = gather(V, key, key >= 0, v_row, D, PADDED, False)
+        out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
+        peak = top
+
+    for start in range(0, taken, N):
+        k = consecutive(K, full_begin + start, k_row, N, D, PADDED)
+        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        top = tl.maximum(peak, tl.max(logits, 1) * scale)
+        weight = tl.exp2(logits * scale - top[:, None])
+        shrink = tl.exp2(peak - top)
+        mass = mass * shrink + tl.sum(weight, 1)
+        v = consecutive(V, full_begin + start, v_row, N, D, PADDED)
         out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
         peak = top
 

@@ -141,6 +141,7 @@ def _attend(
     SPLIT: tl.constexpr,
 ):
     """Attention of the query heads `[group]` of one KV head to `share` of its slots."""
+    scaling = tl.cast(scaling, tl.float32)  # float64 when torch.compile calls the kernel
     split, row, head = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     pair = row * tl.num_programs(2) + head
     member, column = tl.arange(0, GROUP), tl.arange(0, DIM)

@@ -34,8 +34,8 @@ from hf_sparse.ops.triton.scan_kernels import (
 
 _CHUNK = 128  # keys that are sorted by counting
 _BLOCK = 4  # chunks per block
-_FLOORS = (64, 8)  # queries and warps of a program that looks for floors
-_TAUS = (32, 4)  # and of one that solves for tau as well
+_FLOORS = (64, 4)  # queries and warps of a program that looks for floors
+_TAUS = (64, 4)  # and of one that solves for tau as well
 _LISTS = 32  # per program that solves for their thresholds
 _LARGEST = 8192  # keys of a list
 

@@ -5,8 +5,8 @@ query `r // GROUP` of head `r % GROUP`. So a whole group shares what is gathered
 first the slots that all of its rows attend to with gate 1, a whole number of blocks of keys without any mask, and then
 the others, each pair of query and key by its interval (see `lists`):
 
-    full     the front of the list         the middle of the window
-    mixed    the rest of the list          the two ends of the window, with what left it inside the list's tile
+    full     the front of the list, and the middle of the window, each a whole number of blocks
+    mixed    the rest of the list, and the two ends of the window, with what left it inside the list's tile
 
 Soft gates make the rest of a list long, and a causal list holds no key of any window: these go by themselves, with no
 other mask than their gate, and what that needs is read in the order of the list.
@@ -119,21 +119,6 @@ def window_of(low, high, tile_start, first, left, right, sinks, keys, CAUSAL: tl
 
 
 @triton.jit
-def split(full, full_begin, full_end, N: tl.constexpr):
-    """Slots of the list and keys of the window on the full axis, whose length is a multiple of `N`."""
-    window = full_end - full_begin
-    total = (full + window) // N * N
-    window = tl.maximum(window - (full + window) % N, 0)
-    return total - window, window
-
-
-@triton.jit
-def full_keys(slot, front, full_begin, Lists, first, sinks, width, keys):
-    key = listed(slot, front, Lists, first, sinks, width, keys)
-    return tl.where(slot < front, key, full_begin + slot - front)
-
-
-@triton.jit
 def mixed_keys(
     slot,
     front,
@@ -184,3 +169,11 @@ def gather(Base, key, there, stride, D: tl.constexpr, PADDED: tl.constexpr, MASK
     else:
         rows = tl.load(pointer)
     return rows
+
+
+@triton.jit
+def consecutive(Base, first, stride, N: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr):
+    """Rows `[N, PADDED]` of a `[Tk, D]` tensor from `first` on, zeros beyond `D`."""
+    dim = tl.arange(0, PADDED)
+    pointer = Base + first.to(tl.int64) * stride + (tl.arange(0, N)[:, None] * stride + dim[None, :])
+    return tl.load(pointer, mask=(dim < D)[None, :], other=0.0) if PADDED != D else tl.load(pointer)

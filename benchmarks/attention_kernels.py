@@ -1,6 +1,6 @@
 """How fast the attention kernels are, beside those of torch at the same shape: one run, one JSON.
 
-    python benchmarks/kernels.py --output kernels.json
+    python benchmarks/attention_kernels.py --output kernels.json
 
     sparsek hard        selection included, gradients of query, key and value
     sparsek soft        gates over `--support` keys, gradient of the scores only: the training step of a scorer
