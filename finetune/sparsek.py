@@ -23,12 +23,14 @@ _ADAPTER = (
     "layer_shares",
     "support",
     "layers",
+    "lora_rank",
+    "lora_alpha",
     "base_shape",
 )
 
 
 class SparseKTraining(Training):
-    """All stages train the scorers."""
+    """All stages train the scorers; `distill` and `lm` train LoRA as well, where there is one."""
 
     label = "SparseK"
     learned = "scorers"
@@ -42,7 +44,7 @@ class SparseKTraining(Training):
         warm = Stage("attention", config.warm_start_steps, scorers, config.learning_rate, repeatable=False)
         if config.objective == "attention":
             return [Stage("attention", config.steps, scorers, config.learning_rate, repeatable=False)]
-        main = Stage(config.objective, config.steps, scorers, config.learning_rate)
+        main = Stage(config.objective, config.steps, scorers | self.lora, config.learning_rate)
         return [warm, main] if config.warm_start_steps else [main]
 
     def identity(self) -> dict[str, Any]:
