@@ -138,6 +138,9 @@ def patch(
     lora_rank: Annotated[
         int, typer.Option(help="Rank of LoRA on queries, keys, values and output of the patched layers; 0: none.")
     ] = 0,
+    lora_alpha: Annotated[
+        float | None, typer.Option(help="LoRA is multiplied by this over its rank; by default twice the rank.")
+    ] = None,
     k: Annotated[
         int, _k("Keys kept per KV head: the best-scored of those that are older, or in an encoder of all.", "--k")
     ] = 188,
@@ -183,7 +186,7 @@ def patch(
     from hf_sparse import SparsefinderConfig, SparseKConfig
 
     config: Any
-    shared: dict[str, Any] = {"window": window, "layers": layers, "lora_rank": lora_rank}
+    shared: dict[str, Any] = {"window": window, "layers": layers, "lora_rank": lora_rank, "lora_alpha": lora_alpha}
     if method == "sparsek":
         config = SparseKConfig(**shared, **settings | {"support": support or None})
         attends = f"{config.slots} keys per query and KV head: {sinks} sinks, window {window}, {k} selected"
