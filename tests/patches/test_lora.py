@@ -231,6 +231,8 @@ def test_refusals(tiny_llama, method):
     with pytest.raises(ValueError, match=r"lora_rank must be at most 16, the width of k_proj, got 17"):
         patch(model, make(lora_rank=17))
     assert methods_of(model) == []
-    unpatch(patch(model, make(lora_rank=16)))
+    patch(model, make(lora_rank=16))
+    assert methods_of(model)[0].lora["default"].scale == 2  # lora_alpha is twice the rank
+    unpatch(model)
     with pytest.raises(ValueError, match="lora_rank must be 0: Sequential has no linear layers of its own"):
         check_lora(nn.Sequential(nn.LayerNorm(4)), 1)
