@@ -48,8 +48,10 @@ class FinetuneConfig:
         learning_rate: AdamW's peak; linear warm-up over `warmup_steps`, then linear decay to 0, in each stage.
         lora_learning_rate: the peak for LoRA, where the adapter has a `lora_rank`. It is trained with `"distill"` and
             `"lm"`, in the same optimiser, beside the scorers or logit scales.
+        lora_steps: SparseK: with more than 0, LoRA is not trained beside the scorers but in so many optimiser steps
+            of its own after theirs, on the same objective, with the hard selection of inference in place of soft gates.
         weight_decay: AdamW's.
-        max_grad_norm: gradients are clipped to this norm.
+        max_grad_norm: gradients are clipped to this norm, those of LoRA apart.
         seed: order of the chunks (and, from the command line, which tokens are hidden from a masked language model).
             Nothing else is random; on CUDA, sums in another order still differ in the last bits
             unless `torch.use_deterministic_algorithms(True)` is set.
@@ -79,6 +81,7 @@ class FinetuneConfig:
     gradient_accumulation_steps: int = 1
     learning_rate: float = 2e-2
     lora_learning_rate: float = 2e-4
+    lora_steps: int = 0
     warmup_steps: int = 10
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -101,6 +104,7 @@ class FinetuneConfig:
             ("steps", 1),
             ("warm_start_steps", 0),
             ("graph_steps", 0),
+            ("lora_steps", 0),
             ("graph_rows", 1),
             ("batch_size", 1),
             ("gradient_accumulation_steps", 1),
@@ -125,6 +129,10 @@ class FinetuneConfig:
             raise ValueError(
                 "final_scale must be positive, and 1 for the objective 'attention', which has no gates; got "
                 f"{self.final_scale!r}"
+            )
+        if self.lora_steps and self.objective == "attention":
+            raise ValueError(
+                "lora_steps must be 0 for the objective 'attention', which reads the model and trains no LoRA"
             )
         if self.output_dir is None and (self.checkpoint_every or self.resume):
             raise ValueError("checkpoint_every and resume need an output_dir")

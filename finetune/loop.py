@@ -34,7 +34,7 @@ TRAININGS: dict[type[SparseMethod], type[Training]] = {
 }
 
 # Settings of `FinetuneConfig` that are for adapters with LoRA alone.
-_OF_LORA = frozenset({"lora_learning_rate"})
+_OF_LORA = frozenset({"lora_learning_rate", "lora_steps"})
 
 # Chunks that predictors are fitted to in the end, at most.
 FITTED = 8
@@ -87,11 +87,12 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             cpu=config.cpu,
         )
-        # LoRA has a learning rate of its own.
-        groups = [
+        # LoRA has a learning rate of its own, and is clipped apart: its gradients would shrink the steps of scorers.
+        groups: list[dict[str, Any]] = [
             {"params": [p for name, p in learned.items() if (name in training.lora) == is_lora], "is_lora": is_lora}
             for is_lora in (False, True)
         ]
+        groups = [group for group in groups if group["params"]]
         plain = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
         if restart:
             checkpoint.load(restart, learned, plain)
@@ -141,13 +142,14 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
                                 loss = training.loss(stage, prepared, *batch)
                             if not torch.isfinite(loss):
                                 raise ValueError(
-                                    f"the loss of step {number + 1} ({stage.name}) is {loss.item()}; the "
+                                    f"the loss of step {number + 1} ({stage.label}) is {loss.item()}; the "
                                     f"{training.learned} are those of the step before; try a lower learning_rate"
                                 )
                             accelerator.backward(loss)
                             losses.append(accelerator.gather(loss.detach()).mean())
                             if accelerator.sync_gradients:
-                                accelerator.clip_grad_norm_(stage.parameters.values(), config.max_grad_norm)
+                                for group in groups:
+                                    accelerator.clip_grad_norm_(group["params"], config.max_grad_norm)
                                 if step == 0 or number == state["step"]:
                                     _check_gradients(model, stage.parameters)
                             optimizer.step()
@@ -155,9 +157,9 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
                 value = float(torch.stack(losses).mean())
                 speed = per_step * chunks.shape[1] / (time.perf_counter() - tick)
                 bar.update()
-                bar.set_postfix(stage=stage.name, loss=f"{value:.4f}", tokens_s=f"{speed:,.0f}")
-                rate = share * stage.learning_rate
-                row = {"step": number + 1, "stage": stage.name, "loss": value, "learning_rate": rate}
+                bar.set_postfix(stage=stage.label, loss=f"{value:.4f}", tokens_s=f"{speed:,.0f}")
+                rate = share * stage.learning_rate  # beside LoRA, that of what the method itself learns
+                row = {"step": number + 1, "stage": stage.label, "loss": value, "learning_rate": rate}
                 history.append(row | {"tokens_per_second": speed} | extra)
                 if output and config.checkpoint_every and (number + 1) % config.checkpoint_every == 0:
                     accelerator.wait_for_everyone()

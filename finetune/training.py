@@ -22,6 +22,7 @@ class Stage:
         parameters: by name, those that it trains.
         learning_rate: the peak, of LoRA's parameters `FinetuneConfig.lora_learning_rate`.
         repeatable: whether layers can be run again in the backward (`gradient_checkpointing`).
+        hard: whether attention is that of inference, and not the one with a gradient for what a method learns.
     """
 
     name: Objective
@@ -29,6 +30,12 @@ class Stage:
     parameters: Mapping[str, nn.Parameter]
     learning_rate: float
     repeatable: bool = True
+    hard: bool = False
+
+    @property
+    def label(self) -> str:
+        """What the history calls it."""
+        return "lora" if self.hard else self.name
 
 
 class Training:

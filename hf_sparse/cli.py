@@ -220,6 +220,9 @@ def finetune(
         ),
     ] = "distill",
     warm_start_steps: Annotated[int, _k("Steps of `attention` before the others.")] = 40,
+    lora_steps: Annotated[
+        int, _k("Steps of LoRA alone after the others, with hard selection; 0 trains it beside the scorers.")
+    ] = 0,
     graph_steps: Annotated[int, _graph("Steps of `graph` after the others.")] = 100,
     graph_loss: Annotated[
         Literal["profile_nce", "pair_hinge", "sum_hinge", "mass_hinge", "info_nce"],
@@ -261,6 +264,7 @@ def finetune(
         gradient_accumulation_steps=gradient_accumulation_steps,
         learning_rate=learning_rate,
         lora_learning_rate=lora_learning_rate,
+        lora_steps=lora_steps,
         seed=seed,
         mixed_precision=mixed_precision,
         output_dir=str(folder),

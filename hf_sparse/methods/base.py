@@ -96,7 +96,9 @@ class SparseMethod(nn.Module, BaseTunerLayer):
         self.identities[name] = uuid4().hex
         getattr(self, self.adapter_layer_names[0])[name] = self.make_parameters(config)
         if config.lora_rank:
-            self.lora[name] = LowRank(self.linears, config.lora_rank, config.lora_scale)
+            # With the same seed, what the method itself learns starts as it would without LoRA.
+            with torch.random.fork_rng(devices=[]):
+                self.lora[name] = LowRank(self.linears, config.lora_rank, config.lora_scale)
         if not self.active_adapters:
             self.set_adapter(name, inference_mode=config.inference_mode)
 

@@ -90,6 +90,16 @@ def test_lora_has_its_own_learning_rate(sparse_llama, chunks):
         assert (tensor - before[name]).abs().median().item() == pytest.approx(3e-2, rel=1e-2), name
 
 
+def test_lora_does_not_shrink_the_steps_of_scorers(sparse_llama, chunks):
+    """Gradients are clipped apart: with LoRA that stands still, scorers learn as without it."""
+    plain, model = sparse_llama(), sparse_llama(lora_rank=RANK)
+    train(plain, chunks, max_grad_norm=1e-3)
+    train(model, chunks, max_grad_norm=1e-3, lora_learning_rate=1e-30)
+    found, expected = learned(model, "_scorer."), learned(plain, "_scorer.")
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
 def test_the_teacher_is_the_base_without_lora(sparse_llama, tiny_llama, chunks):
     """With a budget for the whole text, all that the student has of its own is LoRA."""
     model = sparse_llama(k=96, lora_rank=RANK).eval()
@@ -105,7 +115,7 @@ def test_the_teacher_is_the_base_without_lora(sparse_llama, tiny_llama, chunks):
 
 
 def test_lora_lowers_the_loss_further(sparse_llama, chunks):
-    options = {"steps": 25, "warm_start_steps": 0, "batch_size": 12, "learning_rate": 2e-2}
+    options = {"steps": 15, "warm_start_steps": 0, "batch_size": 12, "learning_rate": 2e-2}
     plain, both = (
         [row["loss"] for row in train(sparse_llama(**adapter), chunks, **options, **rate)["history"]]
         for adapter, rate in (({}, {}), ({"lora_rank": RANK}, {"lora_learning_rate": 5e-3}))
@@ -113,10 +123,58 @@ def test_lora_lowers_the_loss_further(sparse_llama, chunks):
     assert both[-1] < 0.95 * plain[-1]
 
 
-@pytest.mark.parametrize("stop", [2, 5], ids=["warm start", "distill"])
-def test_resumed_run_equals_uninterrupted(monkeypatch, sparse_llama, chunks, tmp_path, stop):
+AFTER = {"lora_steps": 3, "lora_learning_rate": 1e-2}
+
+
+def test_lora_after_the_scorers_learns_with_hard_selection(monkeypatch, sparse_llama, chunks):
+    """Scorers end as they would without it, and every loss of its stage is that of the model in use."""
+    plain, model = sparse_llama(), sparse_llama(lora_rank=RANK)
+    alone = train(plain, chunks)["history"]
+    modes, real = [], loop._share_of_peak
+
+    def watch(config, stage, step):
+        modes.append((stage.label, {method.training for method in methods_of(model)}))
+        return real(config, stage, step)
+
+    monkeypatch.setattr(loop, "_share_of_peak", watch)
+    metrics = train(model, chunks, **AFTER)
+    assert modes == [("attention", {True})] * 3 + [("distill", {True})] * 6 + [("lora", {False})] * 3
+    assert [row["loss"] for row in metrics["history"][:9]] == [row["loss"] for row in alone]
+    assert [row["stage"] for row in metrics["history"]] == [label for label, _ in modes]
+    assert not any("support" in row for row in metrics["history"][9:])
+    assert [row["learning_rate"] for row in metrics["history"][9:]] == pytest.approx([1e-2, 1e-2, 5e-3])
+    assert same(learned(model, "_scorer."), learned(plain, "_scorer."))
+    assert all(tensor.any() for tensor in learned(model, "_B").values())
+    assert metrics["lora_parameters"] == COUNT and metrics["settings"]["lora_steps"] == 3
+
+
+def test_lora_afterwards_lowers_the_divergence_of_the_model_in_use(sparse_llama, chunks):
+    model = sparse_llama(lora_rank=RANK)
+    options = {"warm_start_steps": 0, "steps": 1, "batch_size": 12, "learning_rate": 1e-12}
+    before = distill(model.eval(), chunks).item()
+    train(model, chunks, lora_steps=25, lora_learning_rate=1e-2, **options)
+    assert distill(model, chunks).item() < 0.9 * before
+
+
+def test_steps_for_lora_need_lora_and_scorers(sparse_llama, sparse_finder, chunks):
+    with pytest.raises(ValueError, match="lora_steps: the adapter has no LoRA"):
+        train(sparse_llama(), chunks, lora_steps=1)
+    with pytest.raises(ValueError, match="lora_steps must be 0 for the objective 'attention'"):
+        train(sparse_llama(lora_rank=RANK), chunks, objective="attention", lora_steps=1)
+    with pytest.raises(ValueError, match="lora_steps must be an integer of at least 0, got -1"):
+        train(sparse_llama(lora_rank=RANK), chunks, lora_steps=-1)
+    with pytest.raises(ValueError, match="lora_steps: no setting for Sparsefinder"):
+        train(sparse_finder(lora_rank=RANK), chunks, warm_start_steps=40, lora_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("stop", "changes"),
+    [(2, {}), (5, {}), (9, AFTER), (11, AFTER)],
+    ids=["warm start", "distill", "before its own stage", "in its own stage"],
+)
+def test_resumed_run_equals_uninterrupted(monkeypatch, sparse_llama, chunks, tmp_path, stop, changes):
     whole = sparse_llama(lora_rank=RANK)
-    train(whole, chunks)
+    train(whole, chunks, **changes)
 
     class Stopped(Exception):
         pass
@@ -130,13 +188,14 @@ def test_resumed_run_equals_uninterrupted(monkeypatch, sparse_llama, chunks, tmp
 
     monkeypatch.setattr(loop.checkpoint, "save", save_and_stop)
     with pytest.raises(Stopped):
-        train(sparse_llama(lora_rank=RANK), chunks, output_dir=str(tmp_path), checkpoint_every=1)
+        train(sparse_llama(lora_rank=RANK), chunks, output_dir=str(tmp_path), checkpoint_every=1, **changes)
     monkeypatch.undo()
     resumed = sparse_llama(lora_rank=RANK)
-    train(resumed, chunks, output_dir=str(tmp_path), resume=True)
+    train(resumed, chunks, output_dir=str(tmp_path), resume=True, **changes)
     assert same(learned(resumed), learned(whole))
+    other = sparse_llama(lora_rank=RANK, lora_alpha=1.0)
     with pytest.raises(ValueError, match="different: adapter"):
-        train(sparse_llama(lora_rank=RANK, lora_alpha=1.0), chunks, output_dir=str(tmp_path), resume=True)
+        train(other, chunks, output_dir=str(tmp_path), resume=True, **changes)
 
 
 def test_layers_run_again_give_the_same_gradients(sparse_llama, chunks):

@@ -86,14 +86,15 @@ def test_a_new_adapter_changes_nothing(family, method):
     assert (changed - expected).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("training", [True, False], ids=["soft", "hard"])
 @pytest.mark.parametrize(("family", "method"), PAIRS)
-def test_output_and_gradients_are_those_of_merged_weights(family, method):
-    """In training: through soft gates, or through entmax with learned scales."""
+def test_output_and_gradients_are_those_of_merged_weights(family, method, training):
+    """Through soft gates and hard selection, and through entmax with learned scales."""
     model, plain = (one.double() for one in pair(family, method, lora_alpha=4.5))
     assert methods_of(model)[0].lora["default"].scale == 1.5
     for one in (model, plain):
         for attention in methods_of(one):
-            attention.train()
+            attention.train(training)
     found, expected = model(IDS).logits, merged(model, plain)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     weight = torch.randn(found.shape, generator=torch.Generator().manual_seed(4)).double()
