@@ -78,6 +78,7 @@ def render(
     repo_id: str,
     base_model: str | None,
     parameters: int,
+    lora_parameters: int = 0,
     evaluation: dict[str, Any] | None = None,
     training: dict[str, Any] | None = None,
     figure: str = "quality.png",
@@ -90,6 +91,7 @@ def render(
         repo_id: what a reader passes to `hf_sparse.from_pretrained`.
         base_model: Hub id of the base, `"demo"`, or `None` if it has no name that is true elsewhere.
         parameters: how many the adapter has.
+        lora_parameters: how many of them are LoRA's.
         evaluation: content of eval.json; without it the card says that nothing was measured.
         training: content of finetune.json; without it the card says so.
         figure: name of the figure file, shown if there is an evaluation.
@@ -139,6 +141,7 @@ def render(
             name=repo_id.split("/")[-1],
             repo_id=repo_id,
             parameters=parameters,
+            lora_parameters=lora_parameters,
             peft_type=str(config.peft_type.value),
             figure=figure,
             evaluation=evaluation,

@@ -218,6 +218,20 @@ class TestEncoders:
             encoder_card("BertModel", evaluation={**ENCODER_EVALUATION, "metric": "beauty"})
 
 
+def test_lora():
+    """It is counted apart, and what does not hold with it is not said."""
+    config = hf_sparse.SparseKConfig(k=124, window=128, sinks=4, lora_rank=8)
+    training = {**TRAINING, "trainable_parameters": 13_072, "lora_parameters": 10_000}
+    values: dict[str, Any] = {"repo_id": "me/x", "base_model": None, "parameters": 13_072, "lora_parameters": 10_000}
+    text = " ".join(render(config, **values, evaluation=EVALUATION, training=training).split())
+    assert "10,000 of the parameters are LoRA of rank 8" in text
+    assert "The scorers and LoRA were trained: 13,072 of 4,096,000 parameters (0.319 %), 10,000 of them LoRA's" in text
+    assert "all have the LoRA" in text and "those of the base model" not in text
+    without = " ".join(card().text.split())
+    assert "LoRA" not in without and "Only the scorers were trained" in without
+    assert "the outputs are those of the base model" in without
+
+
 def test_layers():
     assert "Only layers 0, 3 (0 is the first)" in render(
         hf_sparse.SparseKConfig(layers=[3, 0]), repo_id="x", base_model=None, parameters=1

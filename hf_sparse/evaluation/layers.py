@@ -25,6 +25,8 @@ def layer_damages(
 ) -> dict[int, float]:
     """The KL divergence from dense attention, in nats per token, that each layer causes while all others are dense.
 
+    An adapter's LoRA stays on in all of them.
+
     Args:
         model: a patched causal language model; it comes back as it was.
         chunks: `[N, T]` int64, `T` larger than `slots`.

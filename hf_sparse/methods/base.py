@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import CacheLayerMixin
 
+from hf_sparse.methods.lora import LowRank
+
 NO_CACHE = "a bidirectional attention module sees all tokens at once and has no KV cache: pass no past_key_values"
 
 
@@ -40,7 +42,8 @@ class SparseMethod(nn.Module, BaseTunerLayer):
 
     It speaks PEFT's layer protocol (`adapter_layer_names`, `set_adapter`, `enable_adapters`, ...), so that saving,
     switching and disabling need no second implementation; it works without a `PeftModel` all the same. Subclasses
-    name their learned container in `adapter_layer_names` and write `at`, `make_parameters`, `attend` and `cache_layer`.
+    have two containers of learned modules by adapter, named in `adapter_layer_names`: their own, and one for LoRA, for
+    the adapters with a `lora_rank`. They write `at`, `make_parameters`, `attend` and `cache_layer`.
 
     Attributes:
         label: what messages call the method.
@@ -71,11 +74,12 @@ class SparseMethod(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         self.configs: dict[str, Any] = {}
         self.identities: dict[str, str] = {}
-        # Set by the patch that attaches the method: told when it is switched on or off, the hook to remove, and the
-        # device of the attention module.
+        # Set by the patch that attaches the method: told when it is switched on or off, the hooks to remove, the device
+        # of the attention module, and the sizes of its linear layers where LoRA changes them.
         self.on_toggle: Callable[[bool], None] | None = None
-        self.hook: RemovableHandle | None = None
+        self.hooks: list[RemovableHandle] = []
         self.home: torch.device | None = None
+        self.linears: dict[str, tuple[int, int]] = {}
         self.beside_local = False  # whether the model has layers with a sliding window of their own
 
     @classmethod
@@ -91,6 +95,10 @@ class SparseMethod(nn.Module, BaseTunerLayer):
         self.configs[name] = config
         self.identities[name] = uuid4().hex
         getattr(self, self.adapter_layer_names[0])[name] = self.make_parameters(config)
+        if config.lora_rank:
+            # With the same seed, what the method itself learns starts as it would without LoRA.
+            with torch.random.fork_rng(devices=[]):
+                self.lora[name] = LowRank(self.linears, config.lora_rank, config.lora_scale)
         if not self.active_adapters:
             self.set_adapter(name, inference_mode=config.inference_mode)
 
@@ -135,6 +143,17 @@ class SparseMethod(nn.Module, BaseTunerLayer):
         `only_sparse` is False if dense layers with full attention may share the cache.
         """
         raise NotImplementedError
+
+    @property
+    def lora(self) -> nn.ModuleDict:
+        """The `LowRank` of each adapter that has one."""
+        return getattr(self, self.adapter_layer_names[1])
+
+    def low_rank(self, name: str, states: Tensor) -> Tensor | None:
+        """What LoRA adds to the output of the linear layer `name` for its input `[..., inputs]`; `None` for nothing."""
+        if not self.is_active or self.active not in self.lora:
+            return None
+        return self.lora[self.active](name, states)
 
     @property
     def config(self) -> Any:

@@ -59,7 +59,7 @@ class SparsefinderAttention(SparseMethod):
 
     label = "Sparsefinder"
     fits = ("num_attention_heads", "num_key_value_heads", "head_dim")
-    adapter_layer_names = ("sparsefinder_parameters",)
+    adapter_layer_names = ("sparsefinder_parameters", "sparsefinder_lora")
     cache_layer_type = SparsefinderCacheLayer
     has_slots = False
 
@@ -67,6 +67,7 @@ class SparsefinderAttention(SparseMethod):
         super().__init__()
         self.site, self.layer, self.causal = site, site.layer, site.causal
         self.sparsefinder_parameters = nn.ModuleDict()
+        self.sparsefinder_lora = nn.ModuleDict()
         self.pattern: Pattern | None = None
         self.certify = False
         self.observer: Observer | None = None

@@ -34,7 +34,7 @@ class SparseKAttention(SparseMethod):
 
     label = "SparseK"
     fits = ("hidden_size", "num_key_value_heads")
-    adapter_layer_names = ("sparsek_scorer",)
+    adapter_layer_names = ("sparsek_scorer", "sparsek_lora")
     cache_layer_type = SparseKCacheLayer
     has_slots = True
 
@@ -53,6 +53,7 @@ class SparseKAttention(SparseMethod):
         self.hidden_size, self.num_key_value_heads, self.layer = hidden_size, num_key_value_heads, layer
         self.causal = causal
         self.sparsek_scorer = nn.ModuleDict()
+        self.sparsek_lora = nn.ModuleDict()
         self.policy: Policy | None = None
         self.observer: Observer | None = None
 
