@@ -11,13 +11,13 @@ import argparse
 import json
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from attention_scaling import measure
 from torch import Tensor
 
 from hf_sparse.machine import describe
@@ -85,20 +85,6 @@ def check(device: torch.device) -> dict[str, float]:
     if not all(difference <= 1e-5 for difference in differences.values()):
         sys.exit(f"the tiles differ from entmax over their edges by {differences}, more than 1e-5: nothing measured")
     return differences
-
-
-def measure(runs: list[Callable[[], object]], repeats: int, device: torch.device) -> list[list[float]]:
-    """Seconds of each run, `repeats` times after a warm-up; in turns, so that all see the machine in the same state."""
-
-    def seconds(run: Callable[[], object]) -> float:
-        begin = time.perf_counter()
-        run()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - begin
-
-    rounds = [[seconds(run) for run in runs] for _ in range(repeats + 1)]
-    return [list(times) for times in zip(*rounds[1:], strict=True)]
 
 
 @torch.no_grad()

@@ -46,8 +46,12 @@ class FinetuneConfig:
         batch_size: chunks per step and process.
         gradient_accumulation_steps: batches per optimiser step.
         learning_rate: AdamW's peak; linear warm-up over `warmup_steps`, then linear decay to 0, in each stage.
+        lora_learning_rate: the peak for LoRA, where the adapter has a `lora_rank`. It is trained with `"distill"` and
+            `"lm"`, in the same optimiser, beside the scorers or logit scales.
+        lora_steps: SparseK: with more than 0, LoRA is not trained beside the scorers but in so many optimiser steps
+            of its own after theirs, on the same objective, with the hard selection of inference in place of soft gates.
         weight_decay: AdamW's.
-        max_grad_norm: gradients are clipped to this norm.
+        max_grad_norm: gradients are clipped to this norm, those of LoRA apart.
         seed: order of the chunks (and, from the command line, which tokens are hidden from a masked language model).
             Nothing else is random; on CUDA, sums in another order still differ in the last bits
             unless `torch.use_deterministic_algorithms(True)` is set.
@@ -76,6 +80,8 @@ class FinetuneConfig:
     batch_size: int = 2
     gradient_accumulation_steps: int = 1
     learning_rate: float = 2e-2
+    lora_learning_rate: float = 2e-4
+    lora_steps: int = 0
     warmup_steps: int = 10
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0
@@ -98,6 +104,7 @@ class FinetuneConfig:
             ("steps", 1),
             ("warm_start_steps", 0),
             ("graph_steps", 0),
+            ("lora_steps", 0),
             ("graph_rows", 1),
             ("batch_size", 1),
             ("gradient_accumulation_steps", 1),
@@ -107,8 +114,9 @@ class FinetuneConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-        if not min(self.learning_rate, self.graph_learning_rate, self.max_grad_norm) > 0:
-            raise ValueError("learning_rate, graph_learning_rate and max_grad_norm must be positive")
+        rates = ("learning_rate", "lora_learning_rate", "graph_learning_rate", "max_grad_norm")
+        if not all(getattr(self, name) > 0 for name in rates):
+            raise ValueError(f"{', '.join(rates)} must be positive")
         if self.alpha_start is not None and not 1 < self.alpha_start < 2:
             raise ValueError(f"alpha_start must be None or above 1 and below 2, got {self.alpha_start!r}")
         if not self.lm_weight >= 0 or not self.hidden_weight >= 0:
@@ -121,6 +129,10 @@ class FinetuneConfig:
             raise ValueError(
                 "final_scale must be positive, and 1 for the objective 'attention', which has no gates; got "
                 f"{self.final_scale!r}"
+            )
+        if self.lora_steps and self.objective == "attention":
+            raise ValueError(
+                "lora_steps must be 0 for the objective 'attention', which reads the model and trains no LoRA"
             )
         if self.output_dir is None and (self.checkpoint_every or self.resume):
             raise ValueError("checkpoint_every and resume need an output_dir")

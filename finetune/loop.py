@@ -33,6 +33,9 @@ TRAININGS: dict[type[SparseMethod], type[Training]] = {
     SparsefinderAttention: SparsefinderTraining,
 }
 
+# Settings of `FinetuneConfig` that are for adapters with LoRA alone.
+_OF_LORA = frozenset({"lora_learning_rate", "lora_steps"})
+
 # Chunks that predictors are fitted to in the end, at most.
 FITTED = 8
 
@@ -41,7 +44,8 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
     """Train what sparse attention has learned parameters for; the base model stays frozen.
 
     Of SparseK these are the scorers; of Sparsefinder first the logit scales, then the projections, and in the end its
-    predictors are fitted to the training text.
+    predictors are fitted to the training text. LoRA, of an adapter with a `lora_rank`, is trained beside the scorers or
+    scales; the teacher is the base model without it.
 
     Args:
         model: what `peft.get_peft_model` returned, or a model patched by `hf_sparse.patch` whose other parameters are
@@ -67,7 +71,7 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
     learned = training.parameters
     _check_frozen(model, training)
     output = Path(config.output_dir) if config.output_dir else None
-    settings = config.settings(_foreign(type(training)))
+    settings = config.settings(_foreign(type(training)) | (frozenset() if training.lora else _OF_LORA))
     identity = settings | {"chunks": fingerprint(chunks, labels), "adapter": training.identity()}
     restart = checkpoint.latest(output) if output and config.resume else None
     state: dict[str, Any] = {"step": 0, "history": [], "seconds": 0.0}
@@ -83,7 +87,13 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
             gradient_accumulation_steps=config.gradient_accumulation_steps,
             cpu=config.cpu,
         )
-        plain = torch.optim.AdamW(learned.values(), lr=config.learning_rate, weight_decay=config.weight_decay)
+        # LoRA has a learning rate of its own, and is clipped apart: its gradients would shrink the steps of scorers.
+        groups: list[dict[str, Any]] = [
+            {"params": [p for name, p in learned.items() if (name in training.lora) == is_lora], "is_lora": is_lora}
+            for is_lora in (False, True)
+        ]
+        groups = [group for group in groups if group["params"]]
+        plain = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
         if restart:
             checkpoint.load(restart, learned, plain)
         optimizer = accelerator.prepare_optimizer(plain)
@@ -118,9 +128,9 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
                     training.enter(stage, read)
                 if step == 0:
                     plain.state.clear()  # moments of another loss
-                rate = _learning_rate(config, stage, step)
+                share = _share_of_peak(config, stage, step)
                 for group in plain.param_groups:
-                    group["lr"] = rate
+                    group["lr"] = share * (config.lora_learning_rate if group["is_lora"] else stage.learning_rate)
                 logged = number % max(1, len(plan) // 50) == 0 or step + 1 == stage.steps
                 losses: list[Tensor] = []
                 with training.step(stage, step, number, logged=logged) as extra:
@@ -132,13 +142,14 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
                                 loss = training.loss(stage, prepared, *batch)
                             if not torch.isfinite(loss):
                                 raise ValueError(
-                                    f"the loss of step {number + 1} ({stage.name}) is {loss.item()}; the "
+                                    f"the loss of step {number + 1} ({stage.label}) is {loss.item()}; the "
                                     f"{training.learned} are those of the step before; try a lower learning_rate"
                                 )
                             accelerator.backward(loss)
                             losses.append(accelerator.gather(loss.detach()).mean())
                             if accelerator.sync_gradients:
-                                accelerator.clip_grad_norm_(stage.parameters.values(), config.max_grad_norm)
+                                for group in groups:
+                                    accelerator.clip_grad_norm_(group["params"], config.max_grad_norm)
                                 if step == 0 or number == state["step"]:
                                     _check_gradients(model, stage.parameters)
                             optimizer.step()
@@ -146,8 +157,9 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
                 value = float(torch.stack(losses).mean())
                 speed = per_step * chunks.shape[1] / (time.perf_counter() - tick)
                 bar.update()
-                bar.set_postfix(stage=stage.name, loss=f"{value:.4f}", tokens_s=f"{speed:,.0f}")
-                row = {"step": number + 1, "stage": stage.name, "loss": value, "learning_rate": rate}
+                bar.set_postfix(stage=stage.label, loss=f"{value:.4f}", tokens_s=f"{speed:,.0f}")
+                rate = share * stage.learning_rate  # beside LoRA, that of what the method itself learns
+                row = {"step": number + 1, "stage": stage.label, "loss": value, "learning_rate": rate}
                 history.append(row | {"tokens_per_second": speed} | extra)
                 if output and config.checkpoint_every and (number + 1) % config.checkpoint_every == 0:
                     accelerator.wait_for_everyone()
@@ -167,7 +179,9 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
             "objective": config.objective,
             "settings": settings
             | {"length": chunks.shape[1], "chunks": len(chunks), "chunks_sha256": identity["chunks"]},
+            "trained": training.learned,
             "trainable_parameters": sum(p.numel() for p in learned.values()),
+            "lora_parameters": sum(p.numel() for name, p in learned.items() if name in training.lora),
             "all_parameters": sum(p.numel() for p in model.parameters()),
             "gradient_checkpointing": config.gradient_checkpointing,
             "tokens": tokens,
@@ -187,13 +201,23 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
 
 @contextmanager
 def _training(model: nn.Module, training: Training) -> Iterator[None]:
-    """Methods as they are trained, no dropout in the base model; all in `eval` mode afterwards, whatever happens."""
+    """Methods as they are trained, no dropout in the base model; all in `eval` mode afterwards, whatever happens.
+
+    What no stage trains, such as LoRA with the objective `attention`, gets no gradient meanwhile.
+    """
+    learned = {id(parameter) for parameter in training.parameters.values()}
+    own = [parameter for method in training.methods for parameter in method.parameters()]
+    idle = [parameter for parameter in own if parameter.requires_grad and id(parameter) not in learned]
     model.eval()
     for method in training.methods:
         method.train()
+    for parameter in idle:
+        parameter.requires_grad_(False)
     try:
         yield
     finally:
+        for parameter in idle:
+            parameter.requires_grad_(True)
         model.eval()
 
 
@@ -241,7 +265,10 @@ def _training_of(model: nn.Module, config: FinetuneConfig) -> Training:
     kind = TRAININGS[type(methods[0])]
     if changed := foreign_settings(config, _foreign(kind)):
         raise ValueError(f"{', '.join(changed)}: no setting for {kind.label}, which this model has")
-    return kind(model, methods, config)
+    training = kind(model, methods, config)
+    if not training.lora and (changed := foreign_settings(config, _OF_LORA)):
+        raise ValueError(f"{', '.join(changed)}: the adapter has no LoRA, its lora_rank is 0")
+    return training
 
 
 def _foreign(kind: type[Training]) -> frozenset[str]:
@@ -273,8 +300,9 @@ def _check_gradients(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> N
         raise ValueError("all gradients are 0: nothing can be learned from these chunks")
 
 
-def _learning_rate(config: FinetuneConfig, stage: Stage, step: int) -> float:
+def _share_of_peak(config: FinetuneConfig, stage: Stage, step: int) -> float:
+    """The learning rate of a step, in units of its peak."""
     warm = min(config.warmup_steps, stage.steps // 2)
     if step < warm:
-        return stage.learning_rate * (step + 1) / warm
-    return stage.learning_rate * (stage.steps - step) / max(1, stage.steps - warm)
+        return (step + 1) / warm
+    return (stage.steps - step) / max(1, stage.steps - warm)

@@ -6,6 +6,7 @@ from dataclasses import fields
 from typing import Any
 
 import torch
+from peft import PeftConfig
 from torch import Tensor, nn
 
 from hf_sparse.errors import DataError
@@ -23,7 +24,9 @@ _ROWS = 64
 
 
 class SparsefinderTraining(Training):
-    """`distill` and `lm` train the logit scales, and alpha where it is learned; `graph` trains the projections."""
+    """`distill` and `lm` train the logit scales, alpha where it is learned, and LoRA where there is one; `graph` trains
+    the projections.
+    """
 
     label = "Sparsefinder"
     learned = "logit scales and projections"
@@ -51,7 +54,7 @@ class SparsefinderTraining(Training):
         scales = self._named(p for part in learned for p in part.scales())
         if config.objective == "graph":
             return [Stage("graph", config.steps, graph, config.graph_learning_rate, repeatable=False)]
-        main = Stage(config.objective, config.steps, scales, config.learning_rate)
+        main = Stage(config.objective, config.steps, scales | self.lora, config.learning_rate)
         if not adapter.learns_graph or not config.graph_steps:
             return [main]
         return [main, Stage("graph", config.graph_steps, graph, config.graph_learning_rate, repeatable=False)]
@@ -62,8 +65,9 @@ class SparsefinderTraining(Training):
         return self.stages[-1].name == "graph"
 
     def identity(self) -> dict[str, Any]:
-        own = {f.name for f in fields(SparsefinderConfig)} & set(SparsefinderConfig.__annotations__)
-        return {name: getattr(self.methods[0].config, name) for name in sorted(own - {"target_modules"})}
+        others = {f.name for f in fields(PeftConfig)} | {"target_modules"}
+        own = {f.name for f in fields(SparsefinderConfig)} - others
+        return {name: getattr(self.methods[0].config, name) for name in sorted(own)}
 
     def check(self, chunks: Tensor) -> None:
         adapter, length = self.methods[0].config, chunks.shape[1]

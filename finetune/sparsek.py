@@ -1,6 +1,6 @@
 """Training SparseK's scorers: an optional warm start on dense attention's mass, then soft gates in the model."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,17 +23,19 @@ _ADAPTER = (
     "layer_shares",
     "support",
     "layers",
+    "lora_rank",
+    "lora_alpha",
     "base_shape",
 )
 
 
 class SparseKTraining(Training):
-    """All stages train the scorers."""
+    """All stages train the scorers; `distill` and `lm` train LoRA as well, where there is one, or after them."""
 
     label = "SparseK"
     learned = "scorers"
     objectives = ("distill", "attention", "lm")
-    own = frozenset({"warm_start_steps", "final_scale"})
+    own = frozenset({"warm_start_steps", "final_scale", "lora_steps"})
     methods: list[SparseKAttention]
 
     def _stages(self) -> list[Stage]:
@@ -42,8 +44,13 @@ class SparseKTraining(Training):
         warm = Stage("attention", config.warm_start_steps, scorers, config.learning_rate, repeatable=False)
         if config.objective == "attention":
             return [Stage("attention", config.steps, scorers, config.learning_rate, repeatable=False)]
-        main = Stage(config.objective, config.steps, scorers, config.learning_rate)
-        return [warm, main] if config.warm_start_steps else [main]
+        after = bool(self.lora and config.lora_steps)
+        learned = scorers if after else scorers | self.lora
+        stages = [warm] if config.warm_start_steps else []
+        stages.append(Stage(config.objective, config.steps, learned, config.learning_rate))
+        if after:
+            stages.append(Stage(config.objective, config.lora_steps, self.lora, config.lora_learning_rate, hard=True))
+        return stages
 
     def identity(self) -> dict[str, Any]:
         return {name: getattr(self.methods[0].config, name) for name in _ADAPTER}
@@ -62,14 +69,19 @@ class SparseKTraining(Training):
                 f"window + {UNSETTLED + 2}); use longer chunks, or warm_start_steps=0"
             )
 
+    def enter(self, stage: Stage, read: Callable[[], Any]) -> None:
+        for method in self.methods:
+            method.train(not stage.hard)
+
     @contextmanager
     def step(self, stage: Stage, step: int, number: int, *, logged: bool) -> Iterator[dict[str, Any]]:
         row: dict[str, Any] = {}
         scale = 1.0  # the warm start has no gates
-        if stage.name == self.config.objective:
+        if stage.name == self.config.objective and not stage.hard:
             scale = self.config.final_scale ** (step / max(1, stage.steps - 1))
         support: list[float] = []
-        with _scaled(self.methods, scale), _supports(self.methods, support if logged and stage.repeatable else None):
+        soft = stage.repeatable and not stage.hard
+        with _scaled(self.methods, scale), _supports(self.methods, support if logged and soft else None):
             yield row
         if scale != 1:
             row["score_scale"] = scale

@@ -20,8 +20,9 @@ class Stage:
         name: of the loss.
         steps: optimiser steps.
         parameters: by name, those that it trains.
-        learning_rate: the peak.
+        learning_rate: the peak, of LoRA's parameters `FinetuneConfig.lora_learning_rate`.
         repeatable: whether layers can be run again in the backward (`gradient_checkpointing`).
+        hard: whether attention is that of inference, and not the one with a gradient for what a method learns.
     """
 
     name: Objective
@@ -29,6 +30,12 @@ class Stage:
     parameters: Mapping[str, nn.Parameter]
     learning_rate: float
     repeatable: bool = True
+    hard: bool = False
+
+    @property
+    def label(self) -> str:
+        """What the history calls it."""
+        return "lora" if self.hard else self.name
 
 
 class Training:
@@ -36,20 +43,25 @@ class Training:
 
     Attributes:
         label: what the method is called.
-        learned: what its parameters are called.
+        learned: what the parameters that it trains are called.
         objectives: names of `FinetuneConfig.objective` that it has.
         own: the fields of `FinetuneConfig` that are for this method alone.
+        lora: LoRA's parameters by name in the model; none without a `lora_rank`.
     """
 
     label: ClassVar[str]
-    learned: ClassVar[str]
+    learned: str
     objectives: ClassVar[tuple[str, ...]]
     own: ClassVar[frozenset[str]]
 
     def __init__(self, model: nn.Module, methods: list[Any], config: FinetuneConfig) -> None:
         self.model, self.methods, self.config, self.kind = model, methods, config, kind_of(model)
         self._check_settings()
+        in_use = [method.lora[method.active] for method in methods if method.active in method.lora]
+        self.lora = self._named(parameter for low_rank in in_use for parameter in low_rank.parameters())
         self.stages = self._stages()
+        if self.lora.keys() & self.parameters.keys():
+            self.learned = f"{self.learned} and LoRA"
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:

@@ -1,13 +1,15 @@
 """The model card: a template for each method, filled from the measurements and from nothing else."""
 
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from huggingface_hub import ModelCardData
 
 from hf_sparse.demo import BASE_NAME
 from hf_sparse.errors import DataError
-from hf_sparse.figures.style import PATTERN_LOOKS
+from hf_sparse.figures.budgets import budgets_of
+from hf_sparse.figures.style import DENSE, LOOKS, PATTERN_LOOKS
 from hf_sparse.methods.sparsefinder import SparsefinderConfig
 from hf_sparse.metrics import metric_of
 from hf_sparse.tasks import Kind, attends_both_ways, task_of_class
@@ -76,6 +78,7 @@ def render(
     repo_id: str,
     base_model: str | None,
     parameters: int,
+    lora_parameters: int = 0,
     evaluation: dict[str, Any] | None = None,
     training: dict[str, Any] | None = None,
     figure: str = "quality.png",
@@ -88,6 +91,7 @@ def render(
         repo_id: what a reader passes to `hf_sparse.from_pretrained`.
         base_model: Hub id of the base, `"demo"`, or `None` if it has no name that is true elsewhere.
         parameters: how many the adapter has.
+        lora_parameters: how many of them are LoRA's.
         evaluation: content of eval.json; without it the card says that nothing was measured.
         training: content of finetune.json; without it the card says so.
         figure: name of the figure file, shown if there is an evaluation.
@@ -122,7 +126,13 @@ def render(
             }
         else:
             kept = "other" if encoder else "older"
-            shown = {"rows": {name: label.format(config.slots, kept) for name, label in _ROWS.items()}}
+            labels = {"dense": DENSE, **{name: look.label for name, look in LOOKS.items()}}
+            shown = {
+                "rows": {name: label.format(config.slots, kept) for name, label in _ROWS.items()},
+                "labels": labels,
+                "budgets": budgets_of(evaluation) if evaluation else [],
+                "tasks": [_task(name, task, labels) for name, task in (evaluation or {}).get("tasks", {}).items()],
+            }
         text = template.render(
             config=config,
             encoder=encoder,
@@ -131,6 +141,7 @@ def render(
             name=repo_id.split("/")[-1],
             repo_id=repo_id,
             parameters=parameters,
+            lora_parameters=lora_parameters,
             peft_type=str(config.peft_type.value),
             figure=figure,
             evaluation=evaluation,
@@ -143,6 +154,35 @@ def render(
     except (UndefinedError, KeyError, AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
         raise DataError(f"eval.json or finetune.json is not what hf-sparse writes: {error!r}") from error
     return f"---\n{data.to_yaml()}\n---\n\n{text.rstrip()}\n"
+
+
+def _task(name: str, task: dict[str, Any], labels: dict[str, str]) -> dict[str, Any]:
+    """A task of eval.json as the card shows it: mean scores, those of each depth too, and what beats the scorers."""
+    results: dict[str, Any] = task["results"]
+    first = next(iter(results.values()))
+    columns, depths = ["score"], None  # a number for each selection
+    if isinstance(first, dict):
+        columns, depths = [f"{length:,} tokens" for length in first["lengths"]], first.get("depths")
+    scores: dict[str, list[list[float]]] = {}  # of each selection and length, at each depth
+    for chosen, found in results.items():
+        values = found["values"] if isinstance(found, dict) else [found]
+        scores[chosen] = [list(column) for column in zip(*values, strict=True)] if depths else [[v] for v in values]
+    means = {chosen: fmean(map(fmean, columns)) for chosen, columns in scores.items()}
+    better = [n for n in means if n not in ("dense", "learned") and means[n] > means.get("learned", 1.0)]
+    return {
+        "title": name.replace("_", " ").capitalize(),
+        "metric": task["metric"].replace("_", " "),
+        "settings": task["settings"],
+        "columns": columns,
+        "depths": depths,
+        "rows": {labels[chosen]: [_scores(column) for column in columns] for chosen, columns in scores.items()},
+        "better": [labels[chosen] for chosen in better],
+    }
+
+
+def _scores(values: list[float]) -> str:
+    mean = f"{fmean(values):.2f}"
+    return mean if len(values) == 1 else f"{mean} ({', '.join(f'{value:.2g}' for value in values)})"
 
 
 def _graph_budget(config: SparsefinderConfig) -> list[tuple[str, str]]:

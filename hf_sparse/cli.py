@@ -135,6 +135,12 @@ def patch(
     layers: Annotated[
         Any, typer.Option(metavar="0,1,...", parser=_numbers, help="Layers to patch; all by default.")
     ] = None,
+    lora_rank: Annotated[
+        int, typer.Option(help="Rank of LoRA on queries, keys, values and output of the patched layers; 0: none.")
+    ] = 0,
+    lora_alpha: Annotated[
+        float | None, typer.Option(help="LoRA is multiplied by this over its rank; by default twice the rank.")
+    ] = None,
     k: Annotated[
         int, _k("Keys kept per KV head: the best-scored of those that are older, or in an encoder of all.", "--k")
     ] = 188,
@@ -180,11 +186,12 @@ def patch(
     from hf_sparse import SparsefinderConfig, SparseKConfig
 
     config: Any
+    shared: dict[str, Any] = {"window": window, "layers": layers, "lora_rank": lora_rank, "lora_alpha": lora_alpha}
     if method == "sparsek":
-        config = SparseKConfig(window=window, layers=layers, **settings | {"support": support or None})
+        config = SparseKConfig(**shared, **settings | {"support": support or None})
         attends = f"{config.slots} keys per query and KV head: {sinks} sinks, window {window}, {k} selected"
     else:
-        config = SparsefinderConfig(window=window, layers=layers, **settings | {"tile": tile or None})
+        config = SparsefinderConfig(**shared, **settings | {"tile": tile or None})
         attends = f"{predictor}, {f'tiles of {tile}' if tile else 'single tokens'}, window {window}"
     trainable, total = workflow.create_adapter(
         model, config, output, seed=seed, dtype=dtype, force=force
@@ -213,6 +220,9 @@ def finetune(
         ),
     ] = "distill",
     warm_start_steps: Annotated[int, _k("Steps of `attention` before the others.")] = 40,
+    lora_steps: Annotated[
+        int, _k("Steps of LoRA alone after the others, with hard selection; 0 trains it beside the scorers.")
+    ] = 0,
     graph_steps: Annotated[int, _graph("Steps of `graph` after the others.")] = 100,
     graph_loss: Annotated[
         Literal["profile_nce", "pair_hinge", "sum_hinge", "mass_hinge", "info_nce"],
@@ -226,6 +236,7 @@ def finetune(
     batch_size: Annotated[int, typer.Option(help="Chunks per step.")] = 2,
     gradient_accumulation_steps: Annotated[int, typer.Option(help="Batches per optimiser step.")] = 1,
     learning_rate: Annotated[float, typer.Option(help="Peak of the schedule.")] = 2e-2,
+    lora_learning_rate: Annotated[float, typer.Option(help="That of LoRA, if the adapter has it.")] = 2e-4,
     seed: Annotated[int, typer.Option(help="Of the order of the chunks, and of hidden tokens.")] = 0,
     mixed_precision: Annotated[Literal["no", "bf16"], typer.Option(help="Accelerate's.")] = "no",
     checkpoint_every: Annotated[int, typer.Option(metavar="N", help="Steps between checkpoints; 0: none.")] = 0,
@@ -252,6 +263,8 @@ def finetune(
         batch_size=batch_size,
         gradient_accumulation_steps=gradient_accumulation_steps,
         learning_rate=learning_rate,
+        lora_learning_rate=lora_learning_rate,
+        lora_steps=lora_steps,
         seed=seed,
         mixed_precision=mixed_precision,
         output_dir=str(folder),

@@ -15,6 +15,7 @@ from hf_sparse.errors import DataError
 from hf_sparse.evaluation.graphs import adapter_settings
 from hf_sparse.figures import pareto_figure, quality_figure
 from hf_sparse.files import write_json, write_text
+from hf_sparse.methods import method_of
 from hf_sparse.methods.sparsefinder import SparsefinderConfig
 
 CARD, EVALUATION, TRAINING = "README.md", "eval.json", "finetune.json"
@@ -58,11 +59,13 @@ def write_repo(
     base_model = adapter.base_model if is_public(adapter.base_model) else None
     if evaluation is not None and base_model is not None:
         evaluation = {**evaluation, "base_model": base_model}  # not the folder that it was loaded from
+    lora = method_of(adapter.config).attention.adapter_layer_names[1]
     card = render(
         adapter.config,
         repo_id=repo_id or folder.resolve().name,
         base_model=base_model,
         parameters=sum(math.prod(shape) for shape in adapter.shapes.values()),
+        lora_parameters=sum(math.prod(shape) for key, shape in adapter.shapes.items() if f".{lora}." in key),
         evaluation=evaluation,
         training=training,
         figure=PARETO if graphs else QUALITY,

@@ -48,7 +48,9 @@ class SparseModel(BaseTuner):
         return self.model
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
-        raise ValueError("sparse attention selects keys and has no weights to merge; use unload() for the base model")
+        raise ValueError(
+            "sparse attention selects keys, and there are no weights to merge that into; unload() gives the base model"
+        )
 
 
 #: The tuner of each method by the method's name in PEFT: PEFT reads the prefix of the learned parameters off the class.

@@ -13,6 +13,7 @@ from hf_sparse.methods.base import Site, SparseMethod
 from hf_sparse.methods.registry import method_of
 from hf_sparse.patches.base import family_of
 from hf_sparse.patches.interface import NAME, before_attention
+from hf_sparse.patches.lora import check_lora, enable_lora
 
 CHILD = "sparse_attention"
 
@@ -74,6 +75,8 @@ def targets(model: PreTrainedModel, config: Any) -> list[tuple[str, nn.Module]]:
     site = family.site(found[0][1], layer=0)
     _check_shape(_shape(model, site, len(found), kind), config)
     kind.check(config, site)
+    if config.lora_rank:
+        check_lora(found[0][1], config.lora_rank)
     if config.layers is None:
         return [pair for i, pair in enumerate(found) if i not in local]
     beyond = [i for i in config.layers if i >= len(found)]
@@ -99,9 +102,11 @@ def attach(module: nn.Module, model: PreTrainedModel, adapter: str, config: Any)
         method.train(module.training)
         method.on_toggle = switch
         method.beside_local = any(family.is_local(other) for _, other in family.modules(model))
-        method.hook = module.register_forward_pre_hook(before_attention, with_kwargs=True)
+        method.hooks.append(module.register_forward_pre_hook(before_attention, with_kwargs=True))
         module.add_module(CHILD, method)
         method.enable_adapters(True)
+    if config.lora_rank:
+        enable_lora(module, method)
     method.add_adapter(adapter, config)
     if others and method.active != others[0].active:
         # One adapter is in use, in the layers that have it and in those that do not.
@@ -122,8 +127,8 @@ def detach(model: nn.Module) -> None:
     for module in list(model.modules()):
         method = getattr(module, CHILD, None)
         if isinstance(method, SparseMethod):
-            if method.hook is not None:
-                method.hook.remove()
+            for hook in method.hooks:
+                hook.remove()
             if method.on_toggle is not None:
                 method.on_toggle(False)
             delattr(module, CHILD)

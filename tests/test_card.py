@@ -130,6 +130,37 @@ ENCODER_EVALUATION: dict[str, Any] = {
 ENCODER_CONFIG = hf_sparse.SparseKConfig(k=124, window=128, sinks=4, base_shape={"model_type": "bert"})
 
 
+def test_other_budgets_and_tasks_are_told():
+    learned = {"lengths": [2048, 4096], "depths": [0.0, 0.5], "values": [[0.0, 0.5], [1.0, 1.0]]}
+    results = {
+        "dense": {**learned, "values": [[1.0, 1.0], [1.0, 1.0]]},
+        "learned": learned,
+        "snapkv": {**learned, "values": [[1.0, 0.5], [1.0, 1.0]]},
+        "recency": {**learned, "values": [[0.0, 0.0], [0.0, 0.0]]},
+    }
+    divergence = {"dense": 0.0, "recency": 0.2, "random": 0.3, "learned": 0.1}
+    smaller = {"k": 60, "window": 64, "sinks": 4, "slots": 128}
+    evaluation = {
+        **EVALUATION,
+        "divergence": divergence,
+        "sweep": [{**smaller, "perplexity": {"dense": 9.812, "learned": 10.5}, "divergence": divergence}],
+        "tasks": {
+            "passkey": {"metric": "exact_match", "settings": {"samples": 2, "slots": 512}, "results": results},
+            "longbench": {"metric": "f1", "settings": {}, "results": {"dense": 0.4, "learned": 0.3, "recency": 0.2}},
+        },
+    }
+    text = card(evaluation=evaluation).text
+    found = rows(text.replace("perplexity per token, lower", ""))
+    assert found["perplexity (KL from dense, nats)"] == ["128", "256"]
+    assert "| best by learned score | 10.500 (0.1000) | 10.071 (0.1000) |" in text
+    assert "| most recent (StreamingLLM) |  | 10.934 (0.2000) |" in text
+    assert found["exact match, 512 slots"] == ["2,048 tokens", "4,096 tokens"]
+    assert "| best by learned score | 0.50 (0, 1) | 0.75 (0.5, 1) |" in text
+    assert "at the depths 0.0, 0.5 of the text, 2 texts each" in text
+    assert text.count("is behind on this task") == 1 and "prompt's last queries (SnapKV) has a higher mean" in text
+    assert "| best by learned score | 0.30 |" in text and "other numbers of slots" not in card().text
+
+
 def encoder_card(model_class: str, **changes: Any) -> ModelCard:
     values: dict[str, Any] = {"repo_id": "me/x", "base_model": "org/bert", "parameters": 3072, "training": TRAINING}
     return ModelCard(
@@ -185,6 +216,20 @@ class TestEncoders:
     def test_unknown_metric(self):
         with pytest.raises(DataError, match=r"is not what hf-sparse writes: .*beauty"):
             encoder_card("BertModel", evaluation={**ENCODER_EVALUATION, "metric": "beauty"})
+
+
+def test_lora():
+    """It is counted apart, and what does not hold with it is not said."""
+    config = hf_sparse.SparseKConfig(k=124, window=128, sinks=4, lora_rank=8)
+    training = {**TRAINING, "trainable_parameters": 13_072, "lora_parameters": 10_000}
+    values: dict[str, Any] = {"repo_id": "me/x", "base_model": None, "parameters": 13_072, "lora_parameters": 10_000}
+    text = " ".join(render(config, **values, evaluation=EVALUATION, training=training).split())
+    assert "10,000 of the parameters are LoRA of rank 8" in text
+    assert "The scorers and LoRA were trained: 13,072 of 4,096,000 parameters (0.319 %), 10,000 of them LoRA's" in text
+    assert "all have the LoRA" in text and "those of the base model" not in text
+    without = " ".join(card().text.split())
+    assert "LoRA" not in without and "Only the scorers were trained" in without
+    assert "the outputs are those of the base model" in without
 
 
 def test_layers():

@@ -124,6 +124,8 @@ class TestPatch:
             (["--k", "0"], "SparseKConfig.k must be an integer of at least 1, got 0"),
             (["--window", "0"], "SparseKConfig.window must be an integer of at least 1, got 0"),
             (["--sinks", "-1"], "SparseKConfig.sinks must be an integer of at least 0, got -1"),
+            (["--lora-rank", "-1"], "SparseKConfig.lora_rank must be an integer of at least 0, got -1"),
+            (["--lora-rank", "17"], "lora_rank must be at most 16, the width of k_proj, got 17"),
             (["--layers", "0,9"], "layers [9] do not exist: the model has 2 attention layers"),
         ],
     )
@@ -364,6 +366,27 @@ class TestEval:
 GRAPH = ["--method", "sparsefinder", "--tile", "16", "--window", "4", "--clusters", "4", "--length", str(LENGTH)]
 
 
+class TestLora:
+    @pytest.mark.parametrize("method", [BUDGET, GRAPH], ids=["sparsek", "sparsefinder"])
+    def test_from_nothing_to_a_card(self, tmp_path, base, text, method):
+        folder = tmp_path / "lora"
+        succeed("patch", base, *method, "--lora-rank", "2", "--lora-alpha", "3", "--output", folder)
+        config = PeftConfig.from_pretrained(str(folder))
+        assert (config.lora_rank, config.lora_alpha) == (2, 3)
+        sizes = {name: tensor.numel() for name, tensor in load_file(folder / "adapter_model.safetensors").items()}
+        lora = sum(size for name, size in sizes.items() if "_lora." in name)
+        assert lora == 2 * 2 * (4 * 32 + 2 * 32 + 2 * 16)
+        stages = ["--graph-steps", "1"] if method is GRAPH else ["--warm-start-steps", "1"]
+        quick = ["--steps", "2", "--length", LENGTH, "--device", "cpu", *stages, "--lora-learning-rate", "0.01"]
+        succeed("finetune", folder, "--text", text, *quick)
+        training = json.loads((folder / "finetune.json").read_text())
+        assert training["settings"]["lora_learning_rate"] == 0.01 and training["lora_parameters"] == lora
+        succeed("eval", folder, "--text", text, "--length", LENGTH, "--chunks", "0:1", "--device", "cpu")
+        card = " ".join((folder / "README.md").read_text().split())
+        assert f"{lora:,} of the parameters are LoRA of rank 2" in card and f"{lora:,} of them LoRA's" in card
+        assert "the outputs are those of the base model" not in card
+
+
 class TestSparsefinder:
     @pytest.fixture
     def graph(self, tmp_path, base) -> Path:
@@ -569,7 +592,8 @@ def test_defaults_are_those_of_the_library():
 
     shown = {name: parameter.default for name, parameter in inspect.signature(cli.patch).parameters.items()}
     config = hf_sparse.SparseKConfig()
-    for name in ("k", "window", "sinks", "scorer", "layers", "position_slope", "learn_slope", "support"):
+    names = ("k", "window", "sinks", "scorer", "layers", "position_slope", "learn_slope", "support")
+    for name in (*names, "lora_rank", "lora_alpha"):
         assert shown[name] == getattr(config, name)
     library = adapter_settings(hf_sparse.SparsefinderConfig()) | {"initial_scale": 0.3}
     assert library.keys() <= shown.keys()

@@ -86,6 +86,12 @@ SETTINGS = {
     "learn-slope": Setting("a position slope learned by each head", {"learn_slope": True}),
     "window-64": Setting("half the window", {"k": 188, "window": 64}),
     "window-32": Setting("a quarter of the window", {"k": 220, "window": 32}),
+    "lora-8": Setting("plus LoRA of rank 8 on q, k, v, o", {"lora_rank": 8}),
+    "lora-8-fast": Setting("plus LoRA of rank 8, 5 times its rate", {"lora_rank": 8}, {"lora_learning_rate": 1e-3}),
+    "lora-8-after": Setting("LoRA of rank 8 afterwards, hard selection", {"lora_rank": 8}, {"lora_steps": 100}),
+    "lora-8-after-fast": Setting(
+        "the same at 5 times its rate", {"lora_rank": 8}, {"lora_steps": 100, "lora_learning_rate": 1e-3}
+    ),
     "batch-4": Setting("4 chunks a step", training={"batch_size": 4}),
     "batch-8": Setting("8 chunks a step", training={"batch_size": 8}),
     "shorter": Setting("chunks of half the length, twice as many", shorter=2),

@@ -119,6 +119,7 @@ def run(
                 "seconds": metrics["seconds"],
                 "tokens": metrics["tokens"],
                 "parameters": metrics["trainable_parameters"],
+                "lora_parameters": metrics["lora_parameters"],
                 "first_loss": history[0]["loss"],
                 "last_loss": sum(row["loss"] for row in tail) / len(tail),
                 "support": next((row["support"] for row in reversed(history) if "support" in row), None),

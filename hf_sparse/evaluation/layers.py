@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+import torch
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
@@ -10,17 +11,21 @@ from torch import Tensor, nn
 from hf_sparse.data import check_chunks
 from hf_sparse.errors import DataError
 from hf_sparse.evaluation.budgets import at_budget, budget_of
-from hf_sparse.evaluation.quality import compare
-from hf_sparse.evaluation.selections import evaluating, patched_methods
+from hf_sparse.evaluation.quality import kl, logits_of
+from hf_sparse.evaluation.selections import evaluating, patched_methods, selection
 
+_SLICE = 256  # positions whose logits are float32 at a time
 _POWERS = (0.2, 3.0)  # of damage against slots; what lies beyond is noise
 _RANGE = 4.0  # no layer gets more than so many times the mean, or less than that part of it
 
 
+@torch.no_grad()
 def layer_damages(
     model: nn.Module, chunks: Tensor, slots: int, *, batch_size: int = 1, progress: bool = True
 ) -> dict[int, float]:
     """The KL divergence from dense attention, in nats per token, that each layer causes while all others are dense.
+
+    An adapter's LoRA stays on in all of them.
 
     Args:
         model: a patched causal language model; it comes back as it was.
@@ -41,18 +46,23 @@ def layer_damages(
     if length <= slots:
         raise DataError(f"nothing is evicted: {slots} slots cover the whole text of {length} tokens")
     config, layers = methods[0].config, [method.layer for method in methods]
-    before, found = config.layer_shares, {}
-    shown = track(layers, f"layers, {slots} slots", console=Console(stderr=True), transient=True, disable=not progress)
+    before, sums = config.layer_shares, dict.fromkeys(layers, 0.0)
+    work = [(some, layer) for some in chunks.split(batch_size) for layer in (None, *layers)]
+    label = f"layers, {slots} slots"
     try:
-        with evaluating(model), at_budget(model, budget_of(model).resized(slots)):
-            run = (budget_of(model), "learned")
-            for layer in shown:
+        with evaluating(model), at_budget(model, budget_of(model).resized(slots)), selection(model, "learned"):
+            for some, layer in track(work, label, console=Console(stderr=True), transient=True, disable=not progress):
                 # A layer whose budget covers the text is dense.
                 config.layer_shares = [1.0 if other == layer else float(length) for other in range(max(layers) + 1)]
-                found[layer] = compare(model, chunks, [run], batch_size=batch_size)[run].mean_divergence
+                logits = logits_of(model, some.to(next(model.parameters()).device))[:, :-1]
+                if layer is None:  # all are
+                    dense = logits
+                else:
+                    parts = zip(dense.split(_SLICE, 1), logits.split(_SLICE, 1), strict=True)
+                    sums[layer] += sum(kl(*part).double().sum().item() for part in parts)
     finally:
         config.layer_shares = before
-    return found
+    return {layer: total / (len(chunks) * (length - 1)) for layer, total in sums.items()}
 
 
 def divide_layers(

@@ -182,6 +182,7 @@ def _nats(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def kl(wanted: Tensor, found: Tensor) -> Tensor:
+    """KL divergence `[B, T]` of predictions `found` from `wanted`, logits `[B, T, V]`, in nats."""
     wanted, found = wanted.float().log_softmax(-1), found.float().log_softmax(-1)
     return F.kl_div(found, wanted, log_target=True, reduction="none").sum(-1)
 

@@ -36,9 +36,10 @@ def selection(model: nn.Module, name: str) -> Iterator[None]:
 
     Args:
         model: a patched model.
-        name: one of `selections_of(model)`. `"dense"` switches sparse attention off; `"learned"` is the scorers; any
-            other name is a baseline with as many slots, see `hf_sparse.methods.sparsek.selection`. `"recency"` is
-            called `"window"` where attention has both directions.
+        name: one of `selections_of(model)`. `"dense"` switches sparse attention off, LoRA included; `"learned"` is the
+            scorers; any other name is a baseline with as many slots, see `hf_sparse.methods.sparsek.selection`. It has
+            the LoRA of the adapter too: only the selection differs. `"recency"` is called `"window"` where attention
+            has both directions.
 
     Raises:
         ValueError: another name, or a model that is not patched.

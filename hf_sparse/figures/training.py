@@ -13,6 +13,7 @@ _STAGES = {
     "attention": ("Warm start", "squared error of scores"),
     "distill": ("Self-distillation", "KL from dense (nats per token)"),
     "lm": ("Language modelling", "cross-entropy (nats per token)"),
+    "lora": ("LoRA, hard selection", "loss"),
     "graph": ("Projections", "loss of the predicted graph"),
 }
 _DISTILLED_STATES = "1 - cosine to dense, tokens + texts"  # what `distill` is for a model that predicts no tokens

@@ -3,12 +3,17 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
+from uuid import uuid4
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import CacheLayerMixin
+
+from hf_sparse.methods.lora import LowRank
+
+NO_CACHE = "a bidirectional attention module sees all tokens at once and has no KV cache: pass no past_key_values"
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,8 @@ class SparseMethod(nn.Module, BaseTunerLayer):
 
     It speaks PEFT's layer protocol (`adapter_layer_names`, `set_adapter`, `enable_adapters`, ...), so that saving,
     switching and disabling need no second implementation; it works without a `PeftModel` all the same. Subclasses
-    name their learned containers in `adapter_layer_names` and write `at`, `add_adapter`, `attend` and `cache_layer`.
+    have two containers of learned modules by adapter, named in `adapter_layer_names`: their own, and one for LoRA, for
+    the adapters with a `lora_rank`. They write `at`, `make_parameters`, `attend` and `cache_layer`.
 
     Attributes:
         label: what messages call the method.
@@ -46,6 +52,7 @@ class SparseMethod(nn.Module, BaseTunerLayer):
         has_slots: whether it keeps a fixed number of keys and forgets the others; otherwise its cache holds them all.
         layer, causal: see `Site`.
         configs: the configuration of each adapter.
+        identities: of adapters: a name can be used again.
     """
 
     label: ClassVar[str]
@@ -54,7 +61,6 @@ class SparseMethod(nn.Module, BaseTunerLayer):
     has_slots: ClassVar[bool]
     layer: int
     causal: bool
-    configs: dict[str, Any]
 
     @classmethod
     def at(cls, site: Site) -> Self:
@@ -66,20 +72,40 @@ class SparseMethod(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter = []
         self.merged_adapters = []
-        # Set by the patch that attaches the method: told when it is switched on or off, the hook to remove, and the
-        # device of the attention module.
+        self.configs: dict[str, Any] = {}
+        self.identities: dict[str, str] = {}
+        # Set by the patch that attaches the method: told when it is switched on or off, the hooks to remove, the device
+        # of the attention module, and the sizes of its linear layers where LoRA changes them.
         self.on_toggle: Callable[[bool], None] | None = None
-        self.hook: RemovableHandle | None = None
+        self.hooks: list[RemovableHandle] = []
         self.home: torch.device | None = None
+        self.linears: dict[str, tuple[int, int]] = {}
         self.beside_local = False  # whether the model has layers with a sliding window of their own
 
     @classmethod
     def check(cls, config: Any, site: Site) -> None:
         """Raise `ValueError` for a configuration that does not fit the model; called before anything changes."""
 
+    def make_parameters(self, config: Any) -> nn.Module:
+        """New learned parameters of one adapter."""
+        raise NotImplementedError
+
     def add_adapter(self, name: str, config: Any) -> None:
         """Create the learned parameters of one adapter. The first one becomes the active one."""
-        raise NotImplementedError
+        self.configs[name] = config
+        self.identities[name] = uuid4().hex
+        getattr(self, self.adapter_layer_names[0])[name] = self.make_parameters(config)
+        if config.lora_rank:
+            # With the same seed, what the method itself learns starts as it would without LoRA.
+            with torch.random.fork_rng(devices=[]):
+                self.lora[name] = LowRank(self.linears, config.lora_rank, config.lora_scale)
+        if not self.active_adapters:
+            self.set_adapter(name, inference_mode=config.inference_mode)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        self.configs.pop(adapter_name, None)
+        self.identities.pop(adapter_name, None)
+        super().delete_adapter(adapter_name)
 
     def attend(
         self,
@@ -117,6 +143,17 @@ class SparseMethod(nn.Module, BaseTunerLayer):
         `only_sparse` is False if dense layers with full attention may share the cache.
         """
         raise NotImplementedError
+
+    @property
+    def lora(self) -> nn.ModuleDict:
+        """The `LowRank` of each adapter that has one."""
+        return getattr(self, self.adapter_layer_names[1])
+
+    def low_rank(self, name: str, states: Tensor) -> Tensor | None:
+        """What LoRA adds to the output of the linear layer `name` for its input `[..., inputs]`; `None` for nothing."""
+        if not self.is_active or self.active not in self.lora:
+            return None
+        return self.lora[self.active](name, states)
 
     @property
     def config(self) -> Any:

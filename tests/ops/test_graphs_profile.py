@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hf_sparse.ops.graphs.profile import BINS, distance_bins, fit_profile, profile_mass, with_profile
+from hf_sparse.ops.graphs.profile import BINS, distance_bins, fit_profile, profile_mass
 
 
 @pytest.fixture(autouse=True)
@@ -44,23 +44,6 @@ def test_profile_is_the_mean_of_a_pair_at_a_distance():
             torch.testing.assert_close(found[h, b], expected)
 
 
-def test_scores_are_weighed_by_distance():
-    scores, profile = torch.rand(2, 4, 3, 9), torch.rand(4, BINS)
-    found = with_profile(scores, profile)
-    grouped = with_profile(scores[:, :2], profile)
-    for row in range(3):
-        for column in range(9):
-            b = loop_bin(abs(6 + row - column))
-            torch.testing.assert_close(found[:, :, row, column], scores[:, :, row, column] * profile[:, b])
-            mean = profile[:, b].view(2, 2).mean(1)
-            torch.testing.assert_close(grouped[:, :, row, column], scores[:, :2, row, column] * mean)
-
-
 def test_bad_input():
-    scores = torch.rand(1, 4, 2, 2)
-    with pytest.raises(ValueError, match="no distance profile yet: fit it"):
-        with_profile(scores, None)
-    with pytest.raises(ValueError, match=r"multiple of 4 heads, got \(6, 40\)"):
-        with_profile(scores, torch.ones(6, BINS))
     with pytest.raises(ValueError, match="with pairs at distance 0"):
         fit_profile(torch.zeros(4, BINS), torch.zeros(4, BINS))

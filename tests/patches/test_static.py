@@ -103,8 +103,13 @@ def test_a_cache_of_ones_own_compiles_across_turns(model):
     assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_a_peft_model(tiny_llama):
-    model = peft.get_peft_model(tiny_llama(), SparseKConfig(**BUDGET)).eval()
+@pytest.mark.parametrize("lora_rank", [0, 3])
+def test_a_peft_model(tiny_llama, lora_rank):
+    model = peft.get_peft_model(tiny_llama(), SparseKConfig(**BUDGET, lora_rank=lora_rank)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "_lora." in name:
+                parameter.normal_(std=0.2)
     options = {"input_ids": IDS, "max_new_tokens": 10, "do_sample": False}
     expected = model.generate(**options)
     assert torch.equal(model.generate(past_key_values=SparseKCache(model), **options), expected)

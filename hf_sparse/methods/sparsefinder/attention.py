@@ -3,21 +3,18 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
-from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
-from hf_sparse.methods.base import Site, SparseMethod
+from hf_sparse.methods.base import NO_CACHE, Site, SparseMethod
 from hf_sparse.methods.sparsefinder.cache import SparsefinderCacheLayer
 from hf_sparse.methods.sparsefinder.config import SparsefinderConfig
 from hf_sparse.methods.sparsefinder.parameters import SparsefinderParameters
 from hf_sparse.methods.sparsefinder.predictors import key_codes, predicted_graph, query_codes
 from hf_sparse.ops.entmax import Certificate, bound_tiles, entmax_attention
 from hf_sparse.ops.graphs import Tiles
-
-_NO_CACHE = "a bidirectional attention module sees all tokens at once and has no KV cache: pass no past_key_values"
 
 
 @dataclass(frozen=True)
@@ -62,7 +59,7 @@ class SparsefinderAttention(SparseMethod):
 
     label = "Sparsefinder"
     fits = ("num_attention_heads", "num_key_value_heads", "head_dim")
-    adapter_layer_names = ("sparsefinder_parameters",)
+    adapter_layer_names = ("sparsefinder_parameters", "sparsefinder_lora")
     cache_layer_type = SparsefinderCacheLayer
     has_slots = False
 
@@ -70,8 +67,7 @@ class SparsefinderAttention(SparseMethod):
         super().__init__()
         self.site, self.layer, self.causal = site, site.layer, site.causal
         self.sparsefinder_parameters = nn.ModuleDict()
-        self.configs: dict[str, SparsefinderConfig] = {}
-        self.identities: dict[str, str] = {}  # of adapters: a name can be used again
+        self.sparsefinder_lora = nn.ModuleDict()
         self.pattern: Pattern | None = None
         self.certify = False
         self.observer: Observer | None = None
@@ -92,17 +88,8 @@ class SparsefinderAttention(SparseMethod):
                 "use bin_kind='shared' and balanced=False"
             )
 
-    def add_adapter(self, name: str, config: SparsefinderConfig) -> None:
-        self.configs[name] = config
-        self.identities[name] = uuid4().hex
-        self.sparsefinder_parameters[name] = SparsefinderParameters(config, self.site)
-        if not self.active_adapters:
-            self.set_adapter(name, inference_mode=config.inference_mode)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        self.configs.pop(adapter_name, None)
-        self.identities.pop(adapter_name, None)
-        super().delete_adapter(adapter_name)
+    def make_parameters(self, config: SparsefinderConfig) -> SparsefinderParameters:
+        return SparsefinderParameters(config, self.site)
 
     @property
     def config(self) -> SparsefinderConfig:
@@ -118,7 +105,7 @@ class SparsefinderAttention(SparseMethod):
 
     def cache_layer(self) -> SparsefinderCacheLayer:
         if not self.causal:
-            raise ValueError(_NO_CACHE)
+            raise ValueError(NO_CACHE)
         return SparsefinderCacheLayer()
 
     def attend(
@@ -133,7 +120,7 @@ class SparsefinderAttention(SparseMethod):
         scaling: float,
     ) -> Tensor:
         if cache is not None and not self.causal:
-            raise ValueError(_NO_CACHE)
+            raise ValueError(NO_CACHE)
         if cache is not None and not isinstance(cache, SparsefinderCacheLayer):
             raise TypeError(f"Sparsefinder needs its own cache layer, got {type(cache).__name__}")
         keys = key.shape[2]

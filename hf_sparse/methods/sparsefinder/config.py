@@ -4,9 +4,8 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
-from peft import PeftConfig
-
 from hf_sparse._compat import extend_peft_type
+from hf_sparse.methods.lora import LoraSettings
 
 # PEFT's error for a type it does not know is nothing but this name, so the name says what to import.
 PEFT_TYPE = "HF_SPARSE_SPARSEFINDER"
@@ -19,7 +18,7 @@ LEAST_ALPHA = 1.01
 
 
 @dataclass
-class SparsefinderConfig(PeftConfig):
+class SparsefinderConfig(LoraSettings):
     """Sparsefinder: alpha-entmax attention over a predicted graph of queries and keys.
 
     Treviso et al. 2022 (arXiv 2109.12188). Ours are the learned logit scale per head, which a softmax checkpoint needs,

@@ -2,22 +2,19 @@
 
 from collections.abc import Callable
 from typing import Any
-from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
-from hf_sparse.methods.base import Site, SparseMethod, token_index
+from hf_sparse.methods.base import NO_CACHE, Site, SparseMethod, token_index
 from hf_sparse.methods.sparsek.budget import Budget
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
 from hf_sparse.methods.sparsek.config import SparseKConfig
-from hf_sparse.methods.sparsek.scorer import make_scorer
+from hf_sparse.methods.sparsek.scorer import Scorer, make_scorer
 from hf_sparse.methods.sparsek.selection import AdaptivePolicy, Arrivals, Policy
 from hf_sparse.ops.attention import sparsek_attention
 from hf_sparse.ops.decode import attend_slots
-
-_NO_CACHE = "a bidirectional attention module sees all tokens at once and has no KV cache: pass no past_key_values"
 
 # (query [B, Hq, T, D], key [B, Hkv, T, D], scores [B, Hkv, T], scaling) of whole sequences without padding
 Observer = Callable[[Tensor, Tensor, Tensor, float], None]
@@ -37,7 +34,7 @@ class SparseKAttention(SparseMethod):
 
     label = "SparseK"
     fits = ("hidden_size", "num_key_value_heads")
-    adapter_layer_names = ("sparsek_scorer",)
+    adapter_layer_names = ("sparsek_scorer", "sparsek_lora")
     cache_layer_type = SparseKCacheLayer
     has_slots = True
 
@@ -56,22 +53,12 @@ class SparseKAttention(SparseMethod):
         self.hidden_size, self.num_key_value_heads, self.layer = hidden_size, num_key_value_heads, layer
         self.causal = causal
         self.sparsek_scorer = nn.ModuleDict()
-        self.configs: dict[str, SparseKConfig] = {}
-        self.identities: dict[str, str] = {}  # of adapters: a name can be used again
+        self.sparsek_lora = nn.ModuleDict()
         self.policy: Policy | None = None
         self.observer: Observer | None = None
 
-    def add_adapter(self, name: str, config: SparseKConfig) -> None:
-        self.configs[name] = config
-        self.identities[name] = uuid4().hex
-        self.sparsek_scorer[name] = make_scorer(config, self.hidden_size, self.num_key_value_heads, self.causal)
-        if not self.active_adapters:
-            self.set_adapter(name, inference_mode=config.inference_mode)
-
-    def delete_adapter(self, adapter_name: str) -> None:
-        self.configs.pop(adapter_name, None)
-        self.identities.pop(adapter_name, None)
-        super().delete_adapter(adapter_name)
+    def make_parameters(self, config: SparseKConfig) -> Scorer:
+        return make_scorer(config, self.hidden_size, self.num_key_value_heads, self.causal)
 
     @property
     def config(self) -> SparseKConfig:
@@ -90,7 +77,7 @@ class SparseKAttention(SparseMethod):
 
     def cache_layer(self) -> SparseKCacheLayer:
         if not self.causal:
-            raise ValueError(_NO_CACHE)
+            raise ValueError(NO_CACHE)
         return SparseKCacheLayer(
             *self.budget,
             owner=self._chooser,
@@ -116,7 +103,7 @@ class SparseKAttention(SparseMethod):
         batch, _, length, _ = query.shape
         config, policy, budget = self.config, self.policy, self.budget
         if cache is not None and not self.causal:
-            raise ValueError(_NO_CACHE)
+            raise ValueError(NO_CACHE)
         if cache is not None and not isinstance(cache, SparseKCacheLayer):
             raise TypeError(f"SparseK needs its own cache layer, got {type(cache).__name__}")
         if policy is not None and not self.causal and not policy.bidirectional:

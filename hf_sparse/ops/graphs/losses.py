@@ -42,8 +42,7 @@ def pair_hinge(
         ValueError: shapes that do not fit, or `margin` not above 0.
     """
     pairs = _draw(query, key, probabilities, allowed, margin, generator)
-    hinge = (margin + pairs.edge - pairs.other).clamp(min=0).masked_fill(~pairs.exists, 0.0)
-    return _mean(hinge.sum(-1) / pairs.exists.sum(-1).clamp(min=1), allowed)
+    return _mean(pairs.hinges(margin).sum(-1) / pairs.exists.sum(-1).clamp(min=1), allowed)
 
 
 def sum_hinge(
@@ -76,8 +75,7 @@ def mass_hinge(
 ) -> Tensor:
     """`pair_hinge` with the gold edges weighted by their probability instead of equally."""
     pairs = _draw(query, key, probabilities, allowed, margin, generator)
-    hinge = (margin + pairs.edge - pairs.other).clamp(min=0).masked_fill(~pairs.exists, 0.0)
-    return _mean((hinge * pairs.mass).sum(-1), allowed)
+    return _mean((pairs.hinges(margin) * pairs.mass).sum(-1), allowed)
 
 
 def info_nce(query: Tensor, key: Tensor, probabilities: Tensor, allowed: Tensor, *, temperature: float = 1.0) -> Tensor:
@@ -104,6 +102,9 @@ class _Pairs(NamedTuple):
     other: Tensor
     mass: Tensor  # of the edge, detached
     exists: Tensor  # bool
+
+    def hinges(self, margin: float) -> Tensor:
+        return (margin + self.edge - self.other).clamp(min=0).masked_fill(~self.exists, 0.0)
 
 
 def _draw(

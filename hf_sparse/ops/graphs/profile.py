@@ -10,8 +10,6 @@ texts of any length and far bins have something to count.
 import torch
 from torch import Tensor
 
-from hf_sparse.ops.graphs.points import by_group
-
 BINS = 40  # the last one holds every distance from 1792 tiles on
 _EXACT = 4
 
@@ -68,27 +66,3 @@ def fit_profile(mass: Tensor, pairs: Tensor) -> Tensor:
     mean = (mass / pairs.clamp(min=1)).gather(-1, last)
     overall = mass.sum(-1, keepdim=True) / pairs.sum(-1, keepdim=True)
     return mean / overall.clamp(min=torch.finfo(mean.dtype).tiny)
-
-
-def with_profile(scores: Tensor, profile: Tensor | None) -> Tensor:
-    """Scores of pairs of tiles times the profile at their distance, `[B, H, nq, nk]`.
-
-    Args:
-        scores: `[B, H, nq, nk]`, at least 0. For scores of matching pairs, add `size * distance_scores(...).exp()`
-            first: few numbers of pairs differ, and equal ones are not equally good. For distances, take their `exp`.
-        profile: `[Hq, BINS]`; where scores are those of KV heads, the mean of the group is used.
-
-    Raises:
-        ValueError: None (not fitted), or a profile of other heads.
-    """
-    if profile is None:
-        raise ValueError("there is no distance profile yet: fit it on training text first (fit_profile)")
-    heads, listed, total = scores.shape[1:]
-    if profile.ndim != 2 or profile.shape[1] != BINS or profile.shape[0] % heads:
-        raise ValueError(
-            f"expected a profile [H, {BINS}] with H a multiple of {heads} heads, got {tuple(profile.shape)}"
-        )
-    tile = torch.arange(total, device=scores.device)
-    bins = distance_bins(tile - tile[total - listed :, None])
-    per_head = by_group(profile[None], heads).mean(2)[0]
-    return scores * per_head[:, bins]
