@@ -319,12 +319,12 @@ def cells(options: argparse.Namespace) -> list[tuple[str, str, int, int]]:
     found = [("decode", "dynamic", *pair) for pair in first]
     found += [("decode", "sparse", *pair) for pair in by_batch if pair[1] in (4, 8)]
     found += [("decode", "static", *pair) for pair in first]
-    found += [("decode", "dynamic", *pair) for pair in rest]
     found += [("train", variant, length, 1) for length in options.train for variant in ("scorers", "dense teacher")]
-    found += [("prefill", variant, context, 1) for context in options.contexts for variant in ("dense", "sparse")]
-    found += [("decode", "sparse eager", *pair) for pair in by_batch if pair[0] == 32_768]
+    found += [("prefill", variant, context, 1) for context in options.contexts for variant in ("sparse", "dense")]
     found += [("decode", "sparse", *pair) for pair in by_batch if pair[1] not in (4, 8)]
+    found += [("decode", "dynamic", *pair) for pair in rest]
     found += [("decode", "static", *pair) for pair in sorted(rest)]
+    found += [("decode", "sparse eager", *pair) for pair in by_batch if pair[0] == 32_768]
     wanted = [cell for cell in found if not options.only or cell[0] in options.only or cell[1] in options.only]
     return [cell for cell in wanted if not options.cells or f"{cell[2]}x{cell[3]}" in options.cells]
 
@@ -398,6 +398,7 @@ def main() -> None:
     parser.add_argument("--sinks", type=int, default=4)
     parser.add_argument("--only", nargs="+", choices=["decode", "prefill", "train", *VARIANTS])
     parser.add_argument("--cells", nargs="+", help="contexts and batches to measure, as in 32768x4")
+    parser.add_argument("--after", type=Path, help="the JSON of an earlier run, whose rows are not measured again")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float32"])
     parser.add_argument("--repeat-ms", type=int, default=1000, help="how long prefill and training are repeated")
@@ -414,7 +415,10 @@ def main() -> None:
         print("differences:", result["differences"], flush=True)
     result["bandwidth"] = result["bandwidth"] or copy_bandwidth(options.device)
     print(f"copy: {result['bandwidth'] / 1e12:.2f} TB/s", flush=True)
-    done = {(row["part"], row["variant"], row["context"], row["batch"]) for row in result["rows"]}
+    rows = list(result["rows"])
+    if options.after:
+        rows += json.loads(options.after.read_text("utf-8"))["rows"]
+    done = {(row["part"], row["variant"], row["context"], row["batch"]) for row in rows}
     model, shape, ready = None, None, None
     for cell in cells(options):
         if cell in done:

@@ -1,6 +1,8 @@
 """The page about speed, from the JSON that `attention_kernels.py` and `model.py` wrote: no number is typed by hand.
 
 python benchmarks/tables.py --kernels kernels.json --model model.json --page docs/speed.md --figure docs/speed.png
+
+Several JSON of `model.py` make one table; of a cell that was measured twice the last counts.
 """
 
 import argparse
@@ -69,6 +71,16 @@ def kernel_tables(kernels: dict[str, Any]) -> str:
     return text
 
 
+def joined(models: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """One result of several runs with the same settings, each row with the bandwidth of its run."""
+    if not models:
+        return None
+    if any(model["settings"] != models[0]["settings"] for model in models):
+        raise ValueError("the runs of model.py have different settings")
+    rows = [row | {"bandwidth": model["bandwidth"]} for model in models for row in model["rows"]]
+    return models[0] | {"rows": rows}
+
+
 def decode_table(model: dict[str, Any]) -> str:
     cells = {(r["variant"], r["context"], r["batch"]): r for r in model["rows"] if r["part"] == "decode"}
     rows = []
@@ -79,7 +91,7 @@ def decode_table(model: dict[str, Any]) -> str:
             if cell is None or "step_ms" not in cell:
                 row.append("does not fit" if cell and "skipped" in cell else "-")
                 continue
-            ideal = 1e3 * cell["bytes_per_step"] / model["bandwidth"]
+            ideal = 1e3 * cell["bytes_per_step"] / cell["bandwidth"]
             row.append(
                 f"{cell['tokens_per_second']:,.0f} ({ideal / cell['step_ms']['median_ms']:.0%}, "
                 f"{cell['kv_bytes'] / 2**30:.2f} GiB)"
@@ -187,12 +199,12 @@ def draw(kernels: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--kernels", type=Path, required=True)
-    parser.add_argument("--model", type=Path)
+    parser.add_argument("--model", type=Path, nargs="+", default=[])
     parser.add_argument("--page", type=Path, help="the Markdown to write, or print")
     parser.add_argument("--figure", type=Path, help="the PNG to write, beside the page")
     options = parser.parse_args()
     kernels = json.loads(options.kernels.read_text("utf-8"))
-    model = json.loads(options.model.read_text("utf-8")) if options.model else None
+    model = joined([json.loads(path.read_text("utf-8")) for path in options.model])
     text = page(kernels, model, options.figure.name if options.figure else None)
     if options.figure:
         draw(kernels, options.figure)
