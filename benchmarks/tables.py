@@ -122,8 +122,30 @@ def long_table(model: dict[str, Any], part: str, names: dict[str, str]) -> str:
     return table(["tokens", *names.values()], rows)
 
 
-def page(kernels: dict[str, Any], model: dict[str, Any] | None, figure: str | None) -> str:
-    """The whole page, Markdown."""
+def summary(kernels: dict[str, Any], model: dict[str, Any] | None) -> str:
+    """The table of the README: a few of the numbers."""
+    lengths = (16_384, 65_536, 131_072)
+    rows = []
+    for which, title in PASSES.items():
+        times = medians(kernels, which)
+        for name in ("sparsek hard", "flex window", "sdpa cudnn"):
+            rows.append([f"{title}, ms: {KERNELS[name]}", *(short(times[name].get(n)) for n in lengths)])
+    text = table(["attention", *(f"{n:,} tokens" for n in lengths)], rows)
+    if model is None:
+        return text
+    cells = {(r["variant"], r["context"], r["batch"]): r for r in model["rows"] if r["part"] == "decode"}
+    pairs = ((16_384, 8), (32_768, 4), (131_072, 4))
+    rows = []
+    for variant in ("sparse", "static", "dynamic"):
+        found = [cells.get((variant, *pair), {}) for pair in pairs]
+        rows.append([CACHES[variant], *(short(cell.get("tokens_per_second")) for cell in found)])
+    return f"{text}\n{table(['decoding, tokens/s', *(f'{n:,} x {batch}' for n, batch in pairs)], rows)}"
+
+
+def page(
+    kernels: dict[str, Any], wider: dict[str, Any] | None, model: dict[str, Any] | None, figure: str | None
+) -> str:
+    """The whole page, Markdown; `wider` has soft gates over a larger support."""
     machine, versions, settings = kernels["machine"], kernels["versions"], kernels["settings"]
     errors = kernels["errors_against_float64"]
     worst = max(value for name, value in errors.items() if name != "tau")
@@ -141,6 +163,16 @@ Batch {settings["batch"]}, {settings["query_heads"]} query heads and {settings["
 agreed with float64 (largest relative error {worst:.1e}) and the selection with the one in plain PyTorch.
 
 {kernel_tables(kernels)}"""
+    if wider:
+        lengths = sorted({row["length"] for row in wider["rows"]})
+        rows = []
+        for which, title in PASSES.items():
+            times = medians(wider, which)["sparsek soft"]
+            rows.append([title, *(short(times.get(n)) for n in lengths)])
+        text += f"""Soft gates over {wider["settings"]["support"]:,} keys at most, gradient of the scores only, with selection:
+
+{table(["ms", *(f"{n:,}" for n in lengths)], rows)}
+"""
     if figure:
         text += f"![Time over length]({figure})\n\n"
     if model is None:
@@ -154,7 +186,7 @@ of 4 GiB moves {model["bandwidth"] / 1e12:.2f} TB/s.
 
 Decoding of an 8B-shaped Llama through `generate`, tokens per second; in brackets the share of the roofline (the time to
 read weights and KV once at that bandwidth) and the KV bytes. The caches were filled with random keys and values
-in place of a prompt.
+in place of a prompt. The dynamic cache runs eager, and both dense rows are as transformers runs them.
 
 {decode_table(model)}
 Prefill of the same model, batch 1: time and peak memory on top of the weights.
@@ -199,19 +231,20 @@ def draw(kernels: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--kernels", type=Path, required=True)
+    parser.add_argument("--wider", type=Path, help="JSON of the kernels with a larger support")
     parser.add_argument("--model", type=Path, nargs="+", default=[])
-    parser.add_argument("--page", type=Path, help="the Markdown to write, or print")
+    parser.add_argument("--page", type=Path, help="the Markdown to write")
     parser.add_argument("--figure", type=Path, help="the PNG to write, beside the page")
     options = parser.parse_args()
     kernels = json.loads(options.kernels.read_text("utf-8"))
+    wider = json.loads(options.wider.read_text("utf-8")) if options.wider else None
     model = joined([json.loads(path.read_text("utf-8")) for path in options.model])
-    text = page(kernels, model, options.figure.name if options.figure else None)
+    text = page(kernels, wider, model, options.figure.name if options.figure else None)
     if options.figure:
         draw(kernels, options.figure)
     if options.page:
         write_text(options.page, text)
-    else:
-        print(text)
+    print(summary(kernels, model) if options.page else text)
 
 
 if __name__ == "__main__":

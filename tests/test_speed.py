@@ -1,0 +1,27 @@
+"""The page about speed and the table in the README are what `benchmarks/tables.py` makes of the JSON."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def load_tables():
+    spec = importlib.util.spec_from_file_location("speed_tables", ROOT / "benchmarks" / "tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def read(name):
+    return json.loads((RESULTS / name).read_text("utf-8"))
+
+
+def test_every_number_is_that_of_the_json():
+    tables = load_tables()
+    kernels, wider = read("kernels-h200.json"), read("kernels-support4096-h200.json")
+    model = tables.joined([read(path.name) for path in sorted(RESULTS.glob("model*-h200.json"))])
+    assert (ROOT / "docs" / "speed.md").read_text("utf-8") == tables.page(kernels, wider, model, "speed.png")
+    assert tables.summary(kernels, model) in (ROOT / "README.md").read_text("utf-8")
