@@ -152,8 +152,8 @@ def page(
     text = f"""# Speed
 
 Written by `benchmarks/tables.py` from `benchmarks/results/`. One {machine["accelerator"]}, torch {versions["torch"]},
-CUDA {versions["cuda"]}, Triton {versions["triton"]}, transformers {versions["transformers"]}; {settings["dtype"]},
-medians.
+CUDA {versions["cuda"]}, Triton {versions["triton"]}, transformers {versions["transformers"]}; {settings["dtype"]}.
+Medians; what has a dash was not measured.
 
 ## Attention
 
@@ -169,7 +169,7 @@ agreed with float64 (largest relative error {worst:.1e}) and the selection with 
         for which, title in PASSES.items():
             times = medians(wider, which)["sparsek soft"]
             rows.append([title, *(short(times.get(n)) for n in lengths)])
-        text += f"""Soft gates over {wider["settings"]["support"]:,} keys at most, gradient of the scores only, with selection:
+        text += f"""Soft gates over {wider["settings"]["support"]:,} keys at most, gradient of the scores only:
 
 {table(["ms", *(f"{n:,}" for n in lengths)], rows)}
 """
@@ -189,11 +189,16 @@ read weights and KV once at that bandwidth) and the KV bytes. The caches were fi
 in place of a prompt. The dynamic cache runs eager, and both dense rows are as transformers runs them.
 
 {decode_table(model)}
-Prefill of the same model, batch 1: time and peak memory on top of the weights.
+"""
+    measured = {row["part"] for row in model["rows"]}
+    if "prefill" in measured:
+        text += f"""Prefill of the same model, batch 1: time and peak memory on top of the weights.
 
 {long_table(model, "prefill", {"dense": "dense (SDPA)", "sparse": "sparse"})}
-Training step of the scorers of a SmolLM2-135M-shaped model (`distill`: teacher's forward, student's forward and
-backward), and the teacher's forward alone, batch 1.
+"""
+    if "train" in measured:
+        text += f"""Training step of the scorers of a SmolLM2-135M-shaped model (`distill`: teacher's forward, student's
+forward and backward), and the teacher's forward alone, batch 1.
 
 {long_table(model, "train", {"scorers": "training step", "dense teacher": "dense teacher, of it"})}"""
     return text.rstrip() + "\n"
