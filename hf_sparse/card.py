@@ -59,6 +59,8 @@ _ROWS = {
     "oracle": "{}: window, sinks, and the {} ones that later queries will attend to most (sees the future)",
 }
 
+_WEAK = 0.5  # a base model that scores less cannot do the task
+
 _SOFTMAX = "dense softmax (the base model)"
 
 #: A text in Python, and what to do with its tokens.
@@ -177,6 +179,7 @@ def _task(name: str, task: dict[str, Any], labels: dict[str, str]) -> dict[str, 
         "depths": depths,
         "rows": {labels[chosen]: [_scores(column) for column in columns] for chosen, columns in scores.items()},
         "better": [labels[chosen] for chosen in better],
+        "weak": means["dense"] if means.get("dense", 1.0) < _WEAK else None,
     }
 
 

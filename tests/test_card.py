@@ -158,6 +158,7 @@ def test_other_budgets_and_tasks_are_told():
     assert "| best by learned score | 0.50 (0, 1) | 0.75 (0.5, 1) |" in text
     assert "at the depths 0.0, 0.5 of the text, 2 texts each" in text
     assert text.count("is behind on this task") == 1 and "prompt's last queries (SnapKV) has a higher mean" in text
+    assert text.count("The base model itself has 0.40 with all keys") == text.count("The base model itself") == 1
     assert "| best by learned score | 0.30 |" in text and "other numbers of slots" not in card().text
 
 
