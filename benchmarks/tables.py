@@ -29,6 +29,17 @@ CACHES = {
     "sparse eager": "sparse, eager",
     "sparse": "sparse, compiled",
 }
+CAVEATS = """Read the ratios with care:
+
+- The dynamic cache runs eager, and its step took 54 to 58 ms at any length up to 32,768 x 1 and at 32,768 x 4: presumably
+  the CPU could not launch kernels faster. The CPU cores were shared with 6 to 12 other processes during this run (the GPU
+  was not), so an idle machine may well be faster. Ratios to it are those of this machine in this state.
+- With a static cache there is a mask, and with a mask transformers repeats keys and values for every query head before
+  SDPA (`repeat_kv`, see its `use_gqa_in_sdpa`), four times here. By their size alone these copies explain most of the
+  step; that is from the source, not from a profile. A dense step at the roofline would take about as long at 32,768 x 4
+  as the sparse one takes now.
+- The sparse step reaches half of its own roofline, at any context; where the rest goes was not profiled.
+"""
 PASSES = {"forward": "Forward", "forward_backward": "Forward and backward"}
 
 
@@ -186,11 +197,15 @@ of 4 GiB moves {model["bandwidth"] / 1e12:.2f} TB/s.
 
 Decoding of an 8B-shaped Llama through `generate`, tokens per second; in brackets the share of the roofline (the time to
 read weights and KV once at that bandwidth) and the KV bytes. The caches were filled with random keys and values
-in place of a prompt. The dynamic cache runs eager, and both dense rows are as transformers runs them.
+in place of a prompt.
 
 {decode_table(model)}
+{CAVEATS}
 """
     measured = {row["part"] for row in model["rows"]}
+    missing = [name for name in ("prefill", "train") if name not in measured]
+    if missing:
+        text += f"Not measured yet: {' and '.join(missing)}, which `benchmarks/model.py` would.\n\n"
     if "prefill" in measured:
         text += f"""Prefill of the same model, batch 1: time and peak memory on top of the weights.
 
