@@ -31,9 +31,9 @@ CACHES = {
 }
 CAVEATS = """Read the ratios with care:
 
-- The dynamic cache runs eager, and its step took 54 to 58 ms at any length up to 32,768 x 1 and at 32,768 x 4: presumably
-  the CPU could not launch kernels faster. The CPU cores were shared with 6 to 12 other processes during this run (the GPU
-  was not), so an idle machine may well be faster. Ratios to it are those of this machine in this state.
+- The dynamic cache runs eager, and its step took 54 to 58 ms at any length up to 32,768 x 1 and at 32,768 x 4:
+  presumably the CPU could not launch kernels faster. The CPU cores were shared with 6 to 12 other processes during this
+  run (the GPU was not), so an idle machine may well be faster. Ratios to it are those of this machine in this state.
 - With a static cache there is a mask, and with a mask transformers repeats keys and values for every query head before
   SDPA (`repeat_kv`, see its `use_gqa_in_sdpa`), four times here. By their size alone these copies explain most of the
   step; that is from the source, not from a profile. A dense step at the roofline would take about as long at 32,768 x 4
