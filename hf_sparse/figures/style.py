@@ -50,6 +50,7 @@ DENSE = "dense (all keys)"
 PATTERN_LOOKS = {
     "predicted": Look("predicted graph", BLUE, "o"),
     "longformer": Look("window and global (Longformer)", ORANGE, "s"),
+    "windows": Look("windows of fitted widths", "#8c564b", "<"),
     "bigbird": Look("window, global, random (BigBird)", GREY, "d"),
     "strided": Look("strided (Sparse Transformer)", "#009e73", "^"),
     "fixed": Look("fixed (Sparse Transformer)", "#56b4e9", "v"),

@@ -15,7 +15,7 @@ from hf_sparse.data import IGNORED
 from hf_sparse.errors import DataError
 from hf_sparse.evaluation import PATTERNS, analyse, evaluate, graph_table
 from hf_sparse.evaluation.graphs import describe_graphs
-from hf_sparse.evaluation.graphs.patterns import Patterns
+from hf_sparse.evaluation.graphs.patterns import Patterns, fit_windows
 from hf_sparse.methods.sparsefinder import SparsefinderAttention, fit_predictors
 from hf_sparse.ops.entmax import entmax
 from hf_sparse.ops.graphs import Tiles
@@ -153,6 +153,7 @@ def test_all_patterns_list_as_many_tiles(name):
     assert [point["sparsity"] for point in result["points"][1:]] == [0.3, 0.6]
     for point in result["points"]:
         assert set(point["results"]) == set(PATTERNS)
+        point["results"].pop("windows")  # divided among heads, whatever the predictor does
         sparsities = {round(values["tile_sparsity"], 9) for values in point["results"].values()}
         assert len(sparsities) == 1
         for values in point["results"].values():
@@ -163,6 +164,31 @@ def test_divided_tiles_are_as_many_on_the_whole_and_the_oracle_has_the_same():
     results = analyse(sparse(), IDS, **OPTIONS)["points"][0]["results"]
     predicted, oracle, longformer = (results[name]["tile_sparsity"] for name in ("predicted", "oracle", "longformer"))
     assert predicted == pytest.approx(oracle) and predicted == pytest.approx(longformer, abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["llama", "bert"])
+def test_windows_are_the_nearest_tiles_divided_by_what_they_gain(name):
+    """Of one layer, on the text that they are fitted to: no less than equal windows keep, for no more tiles."""
+    model = sparse(name, {"num_hidden_layers": 1}, window=0, global_tokens=0)
+    (method,) = methods_of(model, SparsefinderAttention)
+    with torch.no_grad():  # heads that attend to few keys and to many
+        method.parameters_in_use.log_scale.copy_(torch.linspace(-3, 5, len(method.parameters_in_use.log_scale)))
+    options = {"patterns": ["longformer", "windows"], "rows": LENGTH, "progress": False, "sparsities": (0.4,)}
+    results = analyse(model, data(name), **options)["points"][-1]["results"]
+    equal, divided = results["longformer"], results["windows"]
+    assert divided["mass_recall"] >= equal["mass_recall"] + (1e-3 if name == "bert" else 0)
+    assert divided["tile_sparsity"] >= equal["tile_sparsity"] - 1e-6
+    of, shown = Patterns(method, 0), []
+    fit_windows([of], lambda: model(data(name)["input_ids"] if name == "bert" else IDS))
+    method.pattern, method.observer = of.pattern("windows"), lambda text, graph, _: shown.append(graph)
+    with torch.no_grad():
+        model.eval()(data(name)["input_ids"] if name == "bert" else IDS)
+    widths = set()
+    for head in shown[0].index[0]:
+        rows = [row[row >= 0] for row in head]
+        assert all(len(tiles) == int(tiles[-1] - tiles[0]) + 1 for tiles in rows)  # no gap
+        widths.add(len(rows[-1]))
+    assert name == "llama" or len(widths) > 1  # in the llama no head is more local than another
 
 
 def test_in_one_layer_nothing_keeps_more_mass_than_the_oracle():
@@ -203,7 +229,7 @@ def test_graphs_of_tokens():
     result = analyse(sparse(tile=None), IDS, **OPTIONS)
     own, half = result["points"]
     assert 0 < own["results"]["predicted"]["sparsity"] < 1 and "certified_rows" not in own["results"]["predicted"]
-    assert set(half["results"]) == set(PATTERNS) - {"predicted", "bound"}
+    assert set(half["results"]) == set(PATTERNS) - {"predicted", "bound", "windows"}
     assert all(values["sparsity"] == pytest.approx(0.5, abs=0.01) for values in half["results"].values())
 
 
@@ -301,8 +327,9 @@ def test_what_cannot_be_measured():
         analyse(patch(FAMILIES["llama"].make(), SparsefinderConfig(**SIZES)), IDS)
     with pytest.raises(DataError, match="a text of 16 tokens is one tile of 16; use longer chunks"):
         analyse(sparse(), IDS[:, :16])
-    with pytest.raises(ValueError, match="cannot be measured for an adapter with tile=None"):
-        analyse(sparse(tile=None), IDS, patterns=["bound"])
+    for pattern in ("bound", "windows"):
+        with pytest.raises(ValueError, match="of tiles of keys: not measured for an adapter with tile=None"):
+            analyse(sparse(tile=None), IDS, patterns=[pattern])
     with pytest.raises(ValueError, match="there is no predicted graph to measure"):
         analyse(sparse(predictor="full"), IDS, patterns=["predicted"])
     with pytest.raises(DataError, match="there is no predicted graph to draw"):

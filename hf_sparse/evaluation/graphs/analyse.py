@@ -18,7 +18,7 @@ from torch import Tensor
 from hf_sparse import machine
 from hf_sparse.data import IGNORED, check_chunks, fingerprint, tensors
 from hf_sparse.errors import DataError
-from hf_sparse.evaluation.graphs.patterns import PATTERNS, Patterns, fit_routing
+from hf_sparse.evaluation.graphs.patterns import PATTERNS, Patterns, fit_routing, fit_windows
 from hf_sparse.evaluation.graphs.points import (
     Point,
     adapter_settings,
@@ -45,7 +45,10 @@ FORMAT = 1
 #: Shares of the allowed pairs of tiles that are left out, unless others are asked for.
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 
-_ROUTING_TEXTS = 2  # that its centroids are fitted to
+_FITTED_TEXTS = 2  # that centroids of routing and widths of windows are fitted to
+
+# What there is only between tiles.
+_OF_TILES = {"bound": "page bound is", "windows": "windows of each head are"}
 
 Run = tuple[Point, str]
 _DENSE, _FULL = (Point(None), "dense"), (Point(None), "full")
@@ -143,12 +146,13 @@ def analyse(
 
 def _wanted(config: SparsefinderConfig, patterns: Sequence[str] | None) -> Sequence[str]:
     if patterns is None:
-        left_out = {"bound"} if config.tile is None else set()
+        left_out = set(_OF_TILES) if config.tile is None else set()
         left_out |= {"predicted"} if config.predictor == "full" else set()
         return [name for name in PATTERNS if name not in left_out]
     check_selections(patterns, PATTERNS)
-    if config.tile is None and "bound" in patterns:
-        raise ValueError("the page bound is about tiles of keys: it cannot be measured for an adapter with tile=None")
+    for name in _OF_TILES:
+        if config.tile is None and name in patterns:
+            raise ValueError(f"the {_OF_TILES[name]} of tiles of keys: not measured for an adapter with tile=None")
     if config.predictor == "full" and "predicted" in patterns:
         raise ValueError("the predictor 'full' attends to all keys: there is no predicted graph to measure")
     return patterns
@@ -178,9 +182,16 @@ def _measure(
     generator = torch.Generator().manual_seed(seed)
     sampled = torch.randperm(length, generator=generator)[:rows].sort().values
     patterns = [Patterns(method, seed) for method in methods]
+    first = [_on(device, *texts) for texts in _batches(tokens, labels, 1)[:_FITTED_TEXTS]]
+
+    def read() -> None:
+        for texts in first:
+            output_of(model, kind, *texts)
+
     if any(name == "routing" for _, name in runs):
-        first = [_on(device, *texts) for texts in _batches(tokens, labels, 1)[:_ROUTING_TEXTS]]
-        fit_routing(patterns, lambda: [output_of(model, kind, *texts) for texts in first], seed)
+        fit_routing(patterns, read, seed)
+    if any(name == "windows" for _, name in runs):
+        fit_windows(patterns, read)
     graphs = {run: [of.pattern(run[1]) for of in patterns] for run in runs if run != _DENSE}
     sums = {run: Sums() for run in runs}
     records = {run: GraphRecord(sampled) for run in graphs}

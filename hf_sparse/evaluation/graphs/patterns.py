@@ -1,10 +1,11 @@
 """The graphs that a predicted one is compared with, on the same model and with as many tiles per query tile.
 
-Where the predictor divides its tiles among heads, others have the mean of them, and the oracle as many in each head.
-All have the window and the global tokens of the adapter, which count. Where hashing and routing compare points, these
-are the learned projections, or the queries and keys themselves if the adapter has none. In a causal model a tile is
-described by queries that are known when it begins, as the method does it; routing, whose centroids take points of the
-whole text, and the oracle see the future.
+Where the predictor divides its tiles among heads, others have the mean of them, and the oracle as many in each head;
+`windows` is the nearest tiles, divided among heads in the same way: what dividing gives is one thing, what predicting
+gives another. All have the window and the global tokens of the adapter, which count. Where hashing and routing compare
+points, these are the learned projections, or the queries and keys themselves if the adapter has none. In a causal model
+a tile is described by queries that are known when it begins, as the method does it; routing, whose centroids take
+points of the whole text, and the oracle see the future.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ from torch import Tensor
 from hf_sparse.evaluation.graphs.points import tiles_per_query
 from hf_sparse.methods.sparsefinder import SparsefinderAttention
 from hf_sparse.methods.sparsefinder.attention import Pattern, Text
+from hf_sparse.methods.sparsefinder.fit import fit_budgets
+from hf_sparse.methods.sparsefinder.predictors import divided_tiles
 from hf_sparse.methods.sparsefinder.predictors import tiles_per_query as predicted_counts
 from hf_sparse.ops.entmax import bound_scores, support
 from hf_sparse.ops.graphs import Tiles, window_and_global
@@ -36,7 +39,7 @@ from hf_sparse.ops.graphs.select import best_tiles
 from hf_sparse.ops.graphs.tiles import tile_counts
 
 #: What attends: the adapter's predictor, patterns that know nothing of the text, those that do, and the best there is.
-PATTERNS = ("predicted", "longformer", "bigbird", "strided", "fixed", "lsh", "routing", "bound", "oracle")
+PATTERNS = ("predicted", "longformer", "windows", "bigbird", "strided", "fixed", "lsh", "routing", "bound", "oracle")
 
 _HASHES = 4  # rounds, as many as the projections have dimensions by default
 
@@ -47,12 +50,14 @@ class Patterns:
     Attributes:
         method: the module.
         centroids: `[Hkv, C, r]` for routing, see `fit_routing`.
+        budgets: `[H, MEANS]` for windows, see `fit_windows`.
     """
 
     def __init__(self, method: SparsefinderAttention, seed: int) -> None:
         self.method = method
         self.seed = seed * 100_003 + method.layer
         self.centroids: Tensor | None = None
+        self.budgets: Tensor | None = None
 
     def points(self, text: Text) -> tuple[Tensor, Tensor]:
         """What hashing and routing compare, `[B, Hq, Tq, r]` and `[B, Hkv, Tk, r]` float32."""
@@ -80,6 +85,9 @@ class Patterns:
             count = tiles_per_query(config, queries, keys, causal)
             if name == "oracle" and config.tile and config.learns_graph:  # it has no fewer in any head
                 count = predicted_counts(self.method.parameters_in_use, *_counts(text, size), causal)
+            if name == "windows":
+                assert self.budgets is not None
+                count = divided_tiles(self.budgets, count, _counts(text, size)[0])
             count = count.to(text.key.device) if isinstance(count, Tensor) else count
             window = config.window if config.tile else max(1, config.window)
             near = window_and_global(
@@ -99,6 +107,9 @@ class Patterns:
 
     def _longformer(self, text: Text, size: int, *_: Any) -> Tensor:
         return nearest_scores(*_counts(text, size), device=text.key.device)
+
+    def _windows(self, text: Text, size: int, *_: Any) -> Tensor:
+        return self._longformer(text, size).expand(len(text.key), self._heads(text), -1, -1)
 
     def _bigbird(self, text: Text, size: int, count: int | Tensor, generator: torch.Generator) -> Tensor:
         grid = (len(text.key), self._heads(text), *_counts(text, size))
@@ -183,6 +194,21 @@ def fit_routing(patterns: Sequence[Patterns], read: Callable[[], Any], seed: int
         points = torch.cat(found[number], 1)
         generator = torch.Generator().manual_seed(seed)
         of.centroids = kmeans(points, min(of.method.config.clusters, points.shape[1]), generator=generator)
+
+
+def fit_windows(patterns: Sequence[Patterns], read: Callable[[], Any]) -> None:
+    """Fit how wide the window of each head is: tiles divided by what the nearest ones gain, as the predictor's are.
+
+    As for `fit_routing`, reading what is measured favours this baseline.
+    """
+    by_method = {id(of.method): of for of in patterns}
+
+    def nearest(method: SparsefinderAttention, text: Text) -> Tensor:
+        assert method.config.tile is not None
+        return by_method[id(method)]._windows(text, method.config.tile)
+
+    for of, table in zip(patterns, fit_budgets([of.method for of in patterns], read, nearest), strict=True):
+        of.budgets = table
 
 
 def _counts(text: Text, size: int) -> tuple[int, int]:

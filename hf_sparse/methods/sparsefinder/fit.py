@@ -60,7 +60,10 @@ def fit_predictors(
             raise ValueError("the model read no text: nothing to fit the predictors to")
         method.parameters_in_use.fit(torch.cat(points[id(method)], 1), generator)
         profiles.settle(method)
-    _fit_budgets(methods, read)
+    methods = [method for method in methods if hasattr(method.parameters_in_use, "budgets")]
+    if methods:
+        for method, table in zip(methods, fit_budgets(methods, read, _predicted), strict=True):
+            method.parameters_in_use.budgets.copy_(table)
 
 
 @torch.no_grad()
@@ -96,15 +99,27 @@ class _Profiles:
             method.parameters_in_use.profile.copy_(fit_profile(*self.sums[id(method)]))
 
 
-def _fit_budgets(methods: Sequence[SparsefinderAttention], read: Callable[[], Any]) -> None:
-    methods = [method for method in methods if hasattr(method.parameters_in_use, "budgets")]
-    if not methods:
-        return
+@torch.no_grad()
+def fit_budgets(
+    methods: Sequence[SparsefinderAttention],
+    read: Callable[[], Any],
+    rank: Callable[[SparsefinderAttention, Text], Tensor],
+) -> list[Tensor]:
+    """Divide tiles among the heads of all layers by the attention that their best tiles gain on text.
+
+    Args:
+        methods, read: as of `fit_predictors`; graphs of tiles, and texts of equal lengths.
+        rank: scores of the tiles of a text, `[B, H, nq, nk]`; the best are listed first, as `best_tiles` does it. `H`
+            is `Hq`, or `Hkv` with `per_group`.
+
+    Returns:
+        Of each method `[H, MEANS]`, see `divided`.
+    """
     gains: dict[int, Tensor] = {}
     costs: list[Tensor] = []
 
     def collect(method: SparsefinderAttention, text: Text) -> None:
-        learned, length, size = method.parameters_in_use, text.key.shape[2], method.config.tile
+        length, size = text.key.shape[2], method.config.tile
         assert size is not None
         tiles = -(-length // size)
         chosen = torch.linspace(0, tiles - 1, min(tiles, max(1, _ROWS // size)), device=text.key.device).round().long()
@@ -112,8 +127,7 @@ def _fit_budgets(methods: Sequence[SparsefinderAttention], read: Callable[[], An
         rows = rows[rows < length]
         _, probabilities = support(text.query, text.key, rows=rows, **_options(text))
         mass = _tile_mass(probabilities, rows, chosen, size)
-        codes = query_codes(learned, text.query), key_codes(learned, text.key)
-        scores = tile_scores(learned, *codes, queries=length, causal=text.causal)
+        scores = rank(method, text)
         mass = by_group(mass, scores.shape[1]).sum(2)
         reached = allowed_tiles(tiles, tiles, causal=text.causal).to(chosen.device)
         near = always_joined(method.config, length, length, causal=text.causal, device=chosen.device).mask(tiles)
@@ -133,10 +147,13 @@ def _fit_budgets(methods: Sequence[SparsefinderAttention], read: Callable[[], An
         read()
     device = costs[0].device
     gain = torch.cat([gains[id(method)].to(device) for method in methods])
-    table = divided(gain, costs[0])
-    lists = [len(gains[id(method)]) for method in methods]
-    for method, part in zip(methods, table.split(lists), strict=True):
-        method.parameters_in_use.budgets.copy_(part)
+    return list(divided(gain, costs[0]).split([len(gains[id(method)]) for method in methods]))
+
+
+def _predicted(method: SparsefinderAttention, text: Text) -> Tensor:
+    learned = method.parameters_in_use
+    codes = query_codes(learned, text.query), key_codes(learned, text.key)
+    return tile_scores(learned, *codes, queries=text.key.shape[2], causal=text.causal)
 
 
 def divided(gain: Tensor, cost: Tensor) -> Tensor:
@@ -150,22 +167,45 @@ def divided(gain: Tensor, cost: Tensor) -> Tensor:
         `[L, MEANS]`, numbers from 1; column `m - 1` costs on average no more than `m` tiles for each list do. From
         column `n - 1` on, where every list has all its tiles, all get the same.
     """
-    sizes = torch.arange(1, MEANS + 1, dtype=gain.dtype, device=gain.device)
+    device, gain, cost = gain.device, gain.cpu(), cost.cpu()  # small, and one number after the other
+    sizes = torch.arange(1, MEANS + 1, dtype=gain.dtype)
     table = sizes.expand(len(gain), -1).clone()
     for mean in range(1, min(MEANS, gain.shape[1] - 1) + 1):
+        limit = float(cost[mean - 1]) * len(gain)
         low, high = 0.0, float(gain.max()) + 1.0  # of a price per pair: the higher, the fewer
         for _ in range(60):
             price = (low + high) / 2
-            if cost[_best(gain, cost, price)].mean() > cost[mean - 1]:
+            if float(cost[_best(gain, cost, price)].sum()) > limit:
                 low = price
             else:
                 high = price
-        table[:, mean - 1] = _best(gain, cost, high) + 1.0
-    return table
+        count = _filled(gain, cost, _best(gain, cost, high), limit)
+        equal = torch.full_like(count, mean - 1)
+        table[:, mean - 1] = 1.0 + max(count, equal, key=lambda some: float(_at(gain, some).sum()))
+    return table.to(device)
 
 
 def _best(gain: Tensor, cost: Tensor, price: float) -> Tensor:
     return (gain - price * cost).argmax(-1)
+
+
+def _filled(gain: Tensor, cost: Tensor, count: Tensor, limit: float) -> Tensor:
+    """Single tiles for what a price leaves over: where several more only pay together, it takes them all or none."""
+    count, spent = count.clone(), float(cost[count].sum())
+    step_gain = torch.nn.functional.pad(gain.diff(dim=-1), (0, 1))
+    step_cost = torch.nn.functional.pad(cost.diff(), (0, 1), value=torch.inf)
+    while True:
+        more = step_cost[count]
+        worth = (_at(step_gain, count) / more).masked_fill(spent + more > limit, 0.0)
+        best = int(worth.argmax())
+        if worth[best] <= 0:
+            return count
+        spent += float(more[best])
+        count[best] += 1
+
+
+def _at(table: Tensor, column: Tensor) -> Tensor:
+    return table.gather(-1, column[:, None])[:, 0]
 
 
 def _tile_mass(probabilities: Tensor, rows: Tensor, chosen: Tensor, size: int) -> Tensor:

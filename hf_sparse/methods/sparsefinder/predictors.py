@@ -102,9 +102,13 @@ def tiles_per_query(learned: SparsefinderParameters, listed: int, total: int, ca
     mean = mean_tiles_per_query(learned.config, listed, total, causal)
     if not learned.config.head_budgets:
         return mean
-    table = learned.budgets
-    wanted = torch.as_tensor(mean, device=table.device).expand(listed)
-    counts = table[:, wanted.clamp(max=MEANS) - 1] * (wanted / MEANS).clamp(min=1)
+    return divided_tiles(learned.budgets, mean, listed)
+
+
+def divided_tiles(budgets: Tensor, mean: int | Tensor, listed: int) -> Tensor:
+    """`[1, H, listed]` int64, from a table `[H, MEANS]` and the mean number of tiles, a number or `[listed]`."""
+    wanted = torch.as_tensor(mean, device=budgets.device).expand(listed)
+    counts = budgets[:, wanted.clamp(max=MEANS) - 1] * (wanted / MEANS).clamp(min=1)
     return counts.round().long()[None]
 
 
