@@ -5,11 +5,14 @@ import json
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse
 import hf_sparse.finetune.loop as loop
 from hf_sparse import SparsefinderConfig
-from hf_sparse.data import IGNORED
+from hf_sparse.data import IGNORED, pack
+from hf_sparse.demo import CHECKPOINT
+from hf_sparse.demo.text import documents
 from hf_sparse.errors import DataError
 from hf_sparse.finetune import FinetuneConfig, finetune
 from hf_sparse.finetune.graph import graph_loss
@@ -70,11 +73,16 @@ def test_each_stage_trains_its_own_parameters(sparse, chunks, learn_alpha, share
     assert all(method.observer is None and method.pattern is None for method in methods_of(model))
 
 
-@pytest.mark.parametrize("settings", [{"objective": "lm"}, {"objective": "distill"}, {"objective": "graph"}], ids=str)
-def test_the_loss_falls(sparse, chunks, settings):
-    metrics = train(sparse(), chunks, steps=25, graph_steps=0, batch_size=12, learning_rate=5e-2, **settings)
-    losses = [row["loss"] for row in metrics["history"]]
-    assert sum(losses[-5:]) < 0.995 * sum(losses[:5])
+@pytest.mark.parametrize("objective, share", [("distill", 0.5), ("lm", 0.96), ("graph", 0.5)])
+def test_the_loss_falls(sparse, objective, share):
+    """On the bundled model, whose attention matters: it has to learn that its logits are far too sharp for entmax."""
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    texts = pack(tokenizer, next(documents("held_out")), 128)[:4]
+    model = sparse(AutoModelForCausalLM.from_pretrained(CHECKPOINT), initial_scale=1.0)
+    rates = {"learning_rate": 0.2, "graph_learning_rate": 5e-2}
+    metrics = train(model, texts, objective=objective, steps=7, graph_steps=0, batch_size=4, **rates)
+    losses = [row["loss"] for row in metrics["history"]]  # of the same four chunks each time
+    assert losses[-1] < share * losses[0]
 
 
 @pytest.mark.parametrize("loss", ["profile_nce", "info_nce", "pair_hinge", "mass_hinge", "sum_hinge"])
