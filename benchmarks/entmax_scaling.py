@@ -2,9 +2,10 @@
 
     python benchmarks/entmax_scaling.py --output entmax_scaling.json
 
-The tiles are first compared with entmax over the same edges on a small odd size; without agreement nothing
-is measured. Points and centroids are random: the cost of clustering does not depend on what was learned, because every
-list has the same length. `page bound` ranks tiles by the extremes of their keys, two products per query and tile.
+The tiles are first compared with entmax over the same edges on a small odd size; without agreement nothing is measured.
+Clustering is the predictor as it runs, projections included. Projections and centroids are random: the cost does not
+depend on what was learned, because every list has the same length. `page bound` ranks tiles by the extremes of their
+keys, two products per query and tile.
 """
 
 import argparse
@@ -12,7 +13,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -20,38 +21,53 @@ import torch
 from attention_scaling import measure
 from torch import Tensor
 
+from hf_sparse import SparsefinderConfig
 from hf_sparse.machine import describe
+from hf_sparse.methods.base import Site
+from hf_sparse.methods.sparsefinder.parameters import SparsefinderParameters
+from hf_sparse.methods.sparsefinder.predictors import key_codes, predicted_graph, query_codes
 from hf_sparse.ops.entmax import bound_scores, entmax_attention
 from hf_sparse.ops.graphs import Tiles, window_and_global
-from hf_sparse.ops.graphs.clustering import clustering_scores
 from hf_sparse.ops.graphs.select import best_tiles
 
-SHAPE = {"batch": 1, "query_heads": 9, "kv_heads": 3, "dim": 64, "rank": 4}
-GRAPH = {"size": 64, "clusters": 16, "top": 2, "tiles": 12, "window": 128, "global_tokens": 4}
+SHAPE = {"batch": 1, "query_heads": 9, "kv_heads": 3, "dim": 64}
+GRAPH = {"size": 64, "tiles": 12, "window": 128, "global_tokens": 4}
+CLUSTERS = {"rank": 4, "clusters": 64}
 OPTIONS: dict[str, Any] = {"alpha": 1.5, "scaling": 0.35 * 64**-0.5, "causal": True}
 
 
 def make_inputs(length: int, device: torch.device) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     heads = {"query": "query_heads", "key": "kv_heads", "value": "kv_heads"}
+    return {
+        name: torch.randn(SHAPE["batch"], SHAPE[of], length, SHAPE["dim"], generator=generator).to(device)
+        for name, of in heads.items()
+    }
 
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(device)
 
-    inputs = {name: draw(SHAPE["batch"], SHAPE[of], length, SHAPE["dim"]) for name, of in heads.items()}
-    for name in ("query", "key"):
-        inputs[f"{name}_points"] = draw(SHAPE["batch"], SHAPE[heads[name]], length, SHAPE["rank"])
-    inputs["centroids"] = draw(SHAPE["kv_heads"], GRAPH["clusters"], SHAPE["rank"])
-    return inputs
+@cache
+def clusters(size: int, device: torch.device) -> SparsefinderParameters:
+    """Projections and centroids as of one attention module, all lists equally long."""
+    counts = {"tiles_per_query": GRAPH["tiles"], "window": GRAPH["window"], "global_tokens": GRAPH["global_tokens"]}
+    config = SparsefinderConfig(tile=size, head_budgets=False, **counts, **CLUSTERS)
+    heads, kv_heads, dim = SHAPE["query_heads"], SHAPE["kv_heads"], SHAPE["dim"]
+    torch.manual_seed(0)
+    learned = SparsefinderParameters(config, Site(heads * dim, heads, kv_heads, dim, layer=0))
+    learned.profile.fill_(1.0)
+    learned.centroids.normal_()
+    return learned.to(device)
 
 
 def predict(inputs: dict[str, Tensor], method: str, size: int = GRAPH["size"]) -> Tiles:
-    length = inputs["key"].shape[2]
+    query, key = inputs["query"], inputs["key"]
+    length = key.shape[2]
     if method == "clustering":
-        points = (inputs[name] for name in ("query_points", "key_points", "centroids"))
-        scores = clustering_scores(*points, top=GRAPH["top"], size=size, causal=True)
-    else:
-        scores = bound_scores(inputs["query"], inputs["key"], size=size, **OPTIONS)
+        learned = clusters(size, key.device)
+        codes = query_codes(learned, query), key_codes(learned, key)
+        graph = predicted_graph(learned, *codes, queries=length, causal=True)
+        assert isinstance(graph, Tiles)
+        return graph
+    scores = bound_scores(query, key, size=size, **OPTIONS)
     reach = {name: GRAPH[name] for name in ("window", "global_tokens")}
     always = window_and_global(length, length, size, causal=True, device=scores.device, **reach)
     return best_tiles(scores, GRAPH["tiles"], size=size, causal=True, always=always)
@@ -92,7 +108,14 @@ def benchmark(lengths: list[int], device: torch.device, repeats: int, dense: boo
     result: dict[str, Any] = {
         "format": 1,
         "benchmark": "entmax_scaling",
-        "settings": {**SHAPE, **GRAPH, **OPTIONS, "device": device.type, "threads": torch.get_num_threads()},
+        "settings": {
+            **SHAPE,
+            **GRAPH,
+            **CLUSTERS,
+            **OPTIONS,
+            "device": device.type,
+            "threads": torch.get_num_threads(),
+        },
         "difference_from_edges": check(device),
         "rows": [],
         "ratios": [],

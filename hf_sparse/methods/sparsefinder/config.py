@@ -13,6 +13,9 @@ PEFT_TYPE = "HF_SPARSE_SPARSEFINDER"
 Predictor = Literal["clustering", "quantization", "distance", "bound", "full"]
 Bins = Literal["shared", "fixed"]
 
+#: Positions per tile that there are.
+TILES = (1, 2, 4, 8, 16, 32, 64, 128)
+
 #: The least alpha that is learned, as where the annealing of AdaSplash begins (arXiv 2502.12082).
 LEAST_ALPHA = 1.01
 
@@ -83,7 +86,9 @@ class SparsefinderConfig(LoraSettings):
     tile: int | None = field(
         default=64,
         metadata={
-            "help": "Positions per tile of the graph: 16, 32, 64 or 128. None joins single tokens: for analysis."
+            "help": "Positions per tile of the graph: a power of 2 up to 128. A causal tile is decided on when its first "
+            "query comes, so small tiles fit the others better; prediction takes the square of the number of tiles. None "
+            "joins all single tokens that match: for analysis."
         },
     )
     sparsity: float = field(
@@ -175,11 +180,11 @@ class SparsefinderConfig(LoraSettings):
         for name in ("initial_scale", "threshold"):
             if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) < float("inf"):
                 raise ValueError(self._expected(name, "a number above 0"))
-        if self.tile not in (None, 16, 32, 64, 128):
-            raise ValueError(self._expected("tile", "None, 16, 32, 64 or 128"))
+        if self.tile not in (None, *TILES):
+            raise ValueError(self._expected("tile", f"None or one of {', '.join(map(str, TILES))}"))
         if self.tile is None and (self.complete or self.predictor == "bound"):
             raise ValueError(
-                "SparsefinderConfig.tile must be 16, 32, 64 or 128 for complete=True and for the predictor 'bound', "
+                "SparsefinderConfig.tile must be a number for complete=True and for the predictor 'bound', "
                 "which are about tiles, got None"
             )
         if not _is_number(self.sparsity) or not 0 <= self.sparsity < 1:

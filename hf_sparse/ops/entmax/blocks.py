@@ -16,6 +16,9 @@ BUFFER = {"cpu": 1 << 19, "cuda": 1 << 26}
 # Jobs of one block have lists at least this share as long as the longest: what is padded is computed in vain.
 _SIMILAR = 0.75
 
+# Padded logits of a block that cost less than the launches of one more block would.
+_SPARE = {"cuda": 1 << 24}
+
 
 @dataclass(frozen=True)
 class Block:
@@ -59,9 +62,14 @@ class Plan:
         low = 0
         while low < len(lengths) and lengths[low]:
             width = lengths[low]
-            at_once = BUFFER.get(device.type, 1 << 24) // (width * layout.size * layout.share * layout.rows)
+            logits = layout.size * layout.share * layout.rows  # of a job and a tile
+            at_once = BUFFER.get(device.type, 1 << 24) // (width * logits)
+            spare = _SPARE.get(device.type, 0)
             high = low + 1
-            while high < len(lengths) and high - low < at_once and lengths[high] >= _SIMILAR * width:
+            while high < len(lengths) and high - low < at_once and lengths[high]:
+                spare -= (width - lengths[high]) * logits
+                if spare < 0 and lengths[high] < _SIMILAR * width:
+                    break
                 high += 1
             jobs = order[low:high]
             first = torch.arange(width, device=device).expand(len(jobs), -1)

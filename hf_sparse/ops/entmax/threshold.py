@@ -16,6 +16,9 @@ from torch import Tensor
 
 _STEPS = 100  # a guard: far more than the rate above needs for the digits of float64
 
+# Steps that are taken without asking whether all rows have arrived: asking waits for the device.
+_UNSEEN = {"cuda": 6}
+
 
 def powers(excess: Tensor, exponent: float | Tensor) -> tuple[Tensor, Tensor]:
     """`excess ** exponent` and `excess ** (exponent - 1)`, both 0 where `excess` is 0.
@@ -44,7 +47,8 @@ def relative_threshold(z: Tensor, exponent: float | Tensor) -> Tensor:
     """
     tau = torch.full_like(z[..., :1], -1.0)
     tolerance = torch.finfo(z.dtype).eps
-    for _ in range(_STEPS):
+    unseen = _UNSEEN.get(z.device.type, 0)
+    for number in range(_STEPS):
         excess = (z - tau).clamp_(min=0)
         weight, slope = powers(excess, exponent)
         mass = weight.sum(-1, keepdim=True)
@@ -52,7 +56,7 @@ def relative_threshold(z: Tensor, exponent: float | Tensor) -> Tensor:
         step = (norm - 1) * mass / (norm * slope.sum(-1, keepdim=True))
         step = step.masked_fill_(mass == 0, 0.0).clamp_(min=0)
         tau += step
-        if not (step > tolerance).any():
+        if number >= unseen and not (step > tolerance).any():
             break
     return tau
 
