@@ -86,9 +86,9 @@ class SparsefinderConfig(LoraSettings):
     tile: int | None = field(
         default=64,
         metadata={
-            "help": "Positions per tile of the graph: a power of 2 up to 128. A causal tile is decided on when its first "
-            "query comes, so small tiles fit the others better; prediction takes the square of the number of tiles. None "
-            "joins all single tokens that match: for analysis."
+            "help": "Positions per tile of the graph: a power of 2 up to 128. A causal tile is decided on when its "
+            "first query comes, so small tiles fit the others better; prediction takes the square of the number of "
+            "tiles. None joins all single tokens that match: for analysis."
         },
     )
     sparsity: float = field(
