@@ -49,7 +49,7 @@ def make_inputs(length: int, device: torch.device) -> dict[str, Tensor]:
 def clusters(size: int, device: torch.device) -> SparsefinderParameters:
     """Projections and centroids as of one attention module, all lists equally long."""
     counts = {"tiles_per_query": GRAPH["tiles"], "window": GRAPH["window"], "global_tokens": GRAPH["global_tokens"]}
-    config = SparsefinderConfig(tile=size, head_budgets=False, **counts, **CLUSTERS)
+    config = SparsefinderConfig(tile=size, **counts, **CLUSTERS)
     heads, kv_heads, dim = SHAPE["query_heads"], SHAPE["kv_heads"], SHAPE["dim"]
     torch.manual_seed(0)
     learned = SparsefinderParameters(config, Site(heads * dim, heads, kv_heads, dim, layer=0))

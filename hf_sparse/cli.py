@@ -173,7 +173,7 @@ def patch(
     tiles_per_query: Annotated[int | None, _graph("Key tiles per query tile, in place of --sparsity.")] = None,
     global_tokens: Annotated[int, _graph("First keys, always attended.")] = 1,
     profile: Annotated[bool, _graph("Weigh tiles by how the attention of a head falls off with distance.")] = True,
-    head_budgets: Annotated[bool, _graph("Divide the tiles among heads and layers by what they gain.")] = True,
+    head_budgets: Annotated[bool, _graph("Divide the tiles among heads and layers by what they miss.")] = False,
     complete: Annotated[bool, _graph("Add the tiles that may be missing, which makes it exact.")] = False,
     per_group: Annotated[bool, _graph("One graph for the query heads that share a KV head.")] = False,
     seed: Annotated[int, typer.Option(help="Of the first weights of what is learned.")] = 0,

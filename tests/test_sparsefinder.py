@@ -90,7 +90,7 @@ def test_families_round_trip(tmp_path, name, settings):
 
 
 def test_the_files_hold_what_was_learned_and_nothing_else(tiny_llama, tmp_path):
-    fitted(tiny_llama()).save_pretrained(tmp_path)
+    fitted(tiny_llama(), head_budgets=True).save_pretrained(tmp_path)
     held = {name: tuple(t.shape) for name, t in load_file(tmp_path / "adapter_model.safetensors").items()}
     shapes = {
         "log_scale": (4,),
@@ -125,7 +125,7 @@ def test_an_adapter_of_another_base_is_refused(tiny_llama, tmp_path):
 
 
 def test_a_file_that_does_not_fit_its_configuration_is_refused(tiny_llama, tmp_path):
-    fitted(tiny_llama()).save_pretrained(tmp_path)
+    fitted(tiny_llama(), head_budgets=True).save_pretrained(tmp_path)
     held = load_file(tmp_path / "adapter_model.safetensors")
     del held[f"{MODULE.format(1)}.centroids"]
     save_file(held, tmp_path / "adapter_model.safetensors")

@@ -32,22 +32,22 @@ from hf_sparse.patches import methods_of
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 TRAINED_FROM = 8192  # tokens of the text before this one train nothing
-EQUAL = {"head_budgets": False}
+DIVIDED = {"head_budgets": True}
 # Name: fields of SparsefinderConfig, and the loss (None: projections as they were made).
 SETTINGS: dict[str, tuple[dict[str, Any], str | None]] = {
+    "distance, budgets of heads": ({"predictor": "distance", **DIVIDED}, "profile_nce"),
     "distance": ({"predictor": "distance"}, "profile_nce"),
-    "distance, equal budgets": ({"predictor": "distance", **EQUAL}, "profile_nce"),
+    "clustering, 64 clusters, budgets of heads": ({"clusters": 64, "top_clusters": 1, **DIVIDED}, "profile_nce"),
+    "distance, untrained": ({"predictor": "distance"}, None),
+    "distance, no profile": ({"predictor": "distance", "profile": False}, "info_nce"),
+    "distance, pair_hinge": ({"predictor": "distance"}, "pair_hinge"),
+    "distance, info_nce": ({"predictor": "distance"}, "info_nce"),
+    "distance, mass_hinge": ({"predictor": "distance"}, "mass_hinge"),
+    "distance, sum_hinge": ({"predictor": "distance"}, "sum_hinge"),
+    "clustering, 16 clusters": ({"clusters": 16}, "profile_nce"),
     "clustering, 64 clusters": ({"clusters": 64, "top_clusters": 1}, "profile_nce"),
-    "distance, equal budgets, untrained": ({"predictor": "distance", **EQUAL}, None),
-    "distance, equal budgets, no profile": ({"predictor": "distance", "profile": False, **EQUAL}, "info_nce"),
-    "distance, equal budgets, pair_hinge": ({"predictor": "distance", **EQUAL}, "pair_hinge"),
-    "distance, equal budgets, info_nce": ({"predictor": "distance", **EQUAL}, "info_nce"),
-    "distance, equal budgets, mass_hinge": ({"predictor": "distance", **EQUAL}, "mass_hinge"),
-    "distance, equal budgets, sum_hinge": ({"predictor": "distance", **EQUAL}, "sum_hinge"),
-    "clustering, 16 clusters, equal budgets": ({"clusters": 16, **EQUAL}, "profile_nce"),
-    "clustering, 64 clusters, equal budgets": ({"clusters": 64, "top_clusters": 1, **EQUAL}, "profile_nce"),
-    "quantization, equal budgets": ({"predictor": "quantization", **EQUAL}, "profile_nce"),
-    "distance, rank 8, equal budgets": ({"predictor": "distance", "rank": 8, **EQUAL}, "profile_nce"),
+    "quantization": ({"predictor": "quantization"}, "profile_nce"),
+    "distance, rank 8": ({"predictor": "distance", "rank": 8}, "profile_nce"),
 }
 
 Texts = list[tuple[Tensor, Tensor]]  # queries and keys, in half precision

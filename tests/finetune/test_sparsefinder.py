@@ -23,7 +23,7 @@ from hf_sparse.ops.graphs.losses import info_nce
 from hf_sparse.patches import methods_of
 
 SHORT = {"steps": 4, "graph_steps": 3, "batch_size": 2, "warmup_steps": 1, "graph_rows": 24, "progress": False}
-SIZES = {"tile": 16, "tiles_per_query": 2, "window": 1, "clusters": 4}
+SIZES = {"tile": 16, "tiles_per_query": 2, "window": 1, "clusters": 4, "head_budgets": True}
 SCALES, GRAPH = {"log_scale", "alpha_logit"}, {"query_projection", "query_bias", "key_projection", "projection"}
 FITTED = {"centroids", "boundaries", "profile", "budgets"}
 

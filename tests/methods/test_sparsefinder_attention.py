@@ -17,7 +17,6 @@ SCALING = DIM**-0.5
 LENGTH = 75  # no multiple of the tile
 # Of 5 tiles, each query tile lists its own, the first, and a predicted one.
 SIZES = {"tile": 16, "sparsity": 0.2, "length": LENGTH, "window": 1, "clusters": 6, "bins": 5, "bin_width": 4}
-SIZES |= {"head_budgets": False}  # as many tiles for every head
 
 CAUSAL = {
     "clustering": {},

@@ -127,10 +127,11 @@ class SparsefinderConfig(LoraSettings):
         },
     )
     head_budgets: bool = field(
-        default=True,
+        default=False,
         metadata={
-            "help": "Divide the tiles among heads and layers by what they gain on the text that predictors are fitted "
-            "to; `sparsity` or `tiles_per_query` is then the mean. For graphs of tiles."
+            "help": "Divide the tiles among heads and layers by what they miss on the text that predictors are fitted "
+            "to; `sparsity` or `tiles_per_query` is then the mean. More attention is covered, but models were worse "
+            "for it (docs/experiments.md). For graphs of tiles."
         },
     )
     complete: bool = field(
