@@ -212,7 +212,7 @@ def _graph_budget(config: SparsefinderConfig) -> list[tuple[str, str]]:
             rows.append(("tokens of a causal text for which that holds", str(config.length)))
             rows.append(("key tiles per query tile in a causal text", str(config.causal_tiles)))
         if config.head_budgets:
-            rows.append(("divided among heads and layers by what they gain, these being the mean", "yes"))
+            rows.append(("divided among heads and layers by what they miss, these being the mean", "yes"))
     return [*rows, ("completed to be exact", "yes" if config.complete else "no")]
 
 

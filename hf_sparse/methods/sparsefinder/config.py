@@ -130,8 +130,8 @@ class SparsefinderConfig(LoraSettings):
         default=False,
         metadata={
             "help": "Divide the tiles among heads and layers by what they miss on the text that predictors are fitted "
-            "to; `sparsity` or `tiles_per_query` is then the mean. More attention is covered, but models were worse "
-            "for it (docs/experiments.md). For graphs of tiles."
+            "to; `sparsity` or `tiles_per_query` is then the mean. It helped where most attention is covered anyway, "
+            "and hurt elsewhere (docs/experiments.md). For graphs of tiles."
         },
     )
     complete: bool = field(
