@@ -336,7 +336,9 @@ def evaluate(
         int | None,
         typer.Option(help="Sliding window: chunks overlap, and the last STRIDE tokens of each count. All by default."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Chunks at a time.")] = 1,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Chunks at a time; by default 1, of SparseK up to 8 if the vocabulary is small.")
+    ] = None,
     slots: Annotated[Any, _k("Measure the text at these budgets too.", metavar="N,N,...", parser=_numbers)] = None,
     sparsity: Annotated[
         Any,

@@ -358,6 +358,19 @@ class TestEval:
         shown = " ".join(result.stderr.replace("│", " ").split())  # the box may break the line anywhere
         assert result.exit_code == 2 and "is no folder" in shown
 
+    def test_chunks_at_a_time_by_default(self, adapter, text, monkeypatch):
+        seen, whole = [], workflow.evaluate
+
+        def spy(*arguments, batch_size, **options):
+            seen.append(batch_size)
+            return whole(*arguments, batch_size=batch_size, **options)
+
+        monkeypatch.setattr(workflow, "evaluate", spy)
+        arguments = ["eval", adapter, "--text", text, "--length", LENGTH, "--selection", "dense", "--selection", "h2o"]
+        for limit, expected in ((workflow.LOGITS, 8), (1, 1)):
+            monkeypatch.setattr(workflow, "LOGITS", limit)
+            assert invoke(*arguments).exit_code == 0 and seen[-1] == expected
+
     def test_no_such_device(self, adapter, text, monkeypatch):
         monkeypatch.setattr("torch.cuda.is_available", lambda: False)
         assert "no CUDA device" in fail("eval", adapter, "--text", text, "--device", "cuda")
