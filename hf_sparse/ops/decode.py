@@ -7,13 +7,13 @@ A slot has the position of its token in its row, -1 while it is empty. The first
 ones keep their slots; of the others the weakest leaves when a new one comes.
 """
 
-import importlib.util
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-_TRITON = importlib.util.find_spec("triton") is not None
+from hf_sparse.ops.triton import installed
+
+_TRITON = installed()
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

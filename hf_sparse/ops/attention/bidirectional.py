@@ -40,7 +40,7 @@ def bidirectional_sparsek_attention(
     batch, length = query.shape[0], query.shape[2]
     tile = min(tile or _TILE.get(query.device.type, 128), max(1, length))
     first = torch.zeros(batch, dtype=torch.int64, device=query.device) if start is None else start
-    gates = _gates(scores if soft else scores.detach(), first, k, window, sinks, soft, support)
+    gates = shared_gates(scores if soft else scores.detach(), first, k, window, sinks, soft, support)
     reached = gates.detach() > 0
     width = int(reached.sum(-1).amax()) if reached.numel() else 0
     # In the order of positions; shorter lists go on with keys of gate 0.
@@ -50,7 +50,9 @@ def bidirectional_sparsek_attention(
     return attend(query, key, value, gates, None, (shared, first), reach, scaling)
 
 
-def _gates(scores: Tensor, first: Tensor, k: int, window: int, sinks: int, soft: bool, support: int | None) -> Tensor:
+def shared_gates(
+    scores: Tensor, first: Tensor, k: int, window: int, sinks: int, soft: bool, support: int | None
+) -> Tensor:
     """`[B, Hkv, T]`: 1 for sinks and for every token of a row that fits into the budget, the selection elsewhere."""
     length = scores.shape[-1]
     index, first = torch.arange(length, device=scores.device), first[:, None, None]

@@ -9,9 +9,10 @@ import torch
 
 def available(device: torch.device) -> bool:
     """Whether kernels can run on tensors of this device: CUDA with Triton, or any with Triton's interpreter."""
-    return (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1") and _installed()
+    return (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1") and installed()
 
 
 @functools.cache
-def _installed() -> bool:
+def installed() -> bool:
+    """Whether there is Triton, on whatever device."""
     return importlib.util.find_spec("triton") is not None

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from hf_sparse.ops import prefix
-from hf_sparse.ops.attention.bidirectional import _gates
+from hf_sparse.ops.attention.bidirectional import shared_gates
 from hf_sparse.ops.triton import scan
 from hf_sparse.ops.triton.attention_backward import backward
 from hf_sparse.ops.triton.attention_forward import Blocks, forward
@@ -74,7 +74,7 @@ def bidirectional_sparsek_attention(
     """See `sparsek_attention`, which checks the arguments. `blocks` is for tests and benchmarks."""
     length = key.shape[2]
     first = _first(key, start)
-    shared = _gates(scores if soft else scores.detach(), first, k, window, sinks, soft, support)
+    shared = shared_gates(scores if soft else scores.detach(), first, k, window, sinks, soft, support)
     reached = length if support is None else max(support, window + k)
     width = min(length, sinks + reached)  # a row that fits into the budget shares all of its tokens
     tables = bidirectional_tables(shared.detach(), first, window=window, width=width)
