@@ -300,16 +300,16 @@ class TestEval:
         before = json.loads((adapter / "eval.json").read_text())
         shown = succeed("eval", adapter, *quick, *tasks, "--haystack", text)
         result = json.loads((adapter / "eval.json").read_text())
-        assert set(result.pop("tasks")) == {"frequent_words", "longbench:qa"} and result == before
-        assert "frequent_words: recall with 20 slots" in shown and "longbench:qa: F1 with 20 slots" in shown
+        assert set(result.pop("tasks")) == {"frequent_words, 20 slots", "longbench:qa, 20 slots"} and result == before
+        assert "frequent_words, 20 slots: recall" in shown and "longbench:qa, 20 slots: F1" in shown
         # More tasks join the others; a text measured anew replaces everything.
         succeed("eval", adapter, *quick, "--task", "common_words", "--task-lengths", "90")
         tasks = json.loads((adapter / "eval.json").read_text())["tasks"]
-        assert set(tasks) == {"frequent_words", "common_words", "longbench:qa"}
+        assert set(tasks) == {"frequent_words, 20 slots", "common_words", "longbench:qa, 20 slots"}
         assert tasks["common_words"]["settings"].items() >= {"samples": 1, "slots": SLOTS}.items()
         assert list(tasks["common_words"]["results"]) == ["learned"]  # the oracle cannot generate
-        assert tasks["frequent_words"]["results"]["learned"]["lengths"] == [64, 100]
-        assert tasks["frequent_words"]["settings"]["haystack"] == "words.txt"
+        assert tasks["frequent_words, 20 slots"]["results"]["learned"]["lengths"] == [64, 100]
+        assert tasks["frequent_words, 20 slots"]["settings"]["haystack"] == "words.txt"
         run = [*quick, "--task", "common_words", "--text", text, "--length", LENGTH]
         succeed("eval", adapter, *run)
         tasks = json.loads((adapter / "eval.json").read_text())["tasks"]

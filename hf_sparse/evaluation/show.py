@@ -56,7 +56,9 @@ def task_table(name: str, task: dict[str, Any]) -> Table:
     """One entry of `tasks`: a score per selection and length, the mean over depths where there are depths."""
     results = task["results"]
     first = next(iter(results.values()))
-    title, lengths = f"{name}: {task['metric']} with {task['settings']['slots']} slots", []
+    title, lengths = f"{name}: {task['metric']}", []
+    if not name.endswith(" slots"):  # otherwise the name says it
+        title += f" with {task['settings']['slots']} slots"
     if isinstance(first, dict):
         title += ", mean over depths" if "depths" in first else ""
         lengths = [f"{length} tokens" for length in first["lengths"]]

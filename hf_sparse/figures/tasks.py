@@ -29,7 +29,7 @@ def task_figure(name: str, task: dict[str, Any], path: str | Path) -> None:
     with reading("eval.json"):
         metric, results = str(task["metric"]).replace("_", " "), dict(task["results"])
         title = f"{name.replace('_', ' ').capitalize()}: {metric}"
-        if slots := task["settings"].get("slots"):
+        if (slots := task["settings"].get("slots")) and not name.endswith(" slots"):  # otherwise the name says it
             title += f" with {slots} KV slots"
         names = [*(["dense"] if "dense" in results else []), *ordered(results)]
         if not names:

@@ -220,9 +220,14 @@ class TestRun:
             return ""
 
         answered(reply)
-        found = Suite(("single_key",), lengths=(200,), slots=40).run(model, tokenizer, progress=False)
-        assert sizes == {Budget(k=18, window=20, sinks=2)} and found["single_key"]["settings"]["slots"] == 40
+        documents = {"f": [Document("Text.", "Which?", ("none",))]}
+        found = Suite(("single_key",), documents, lengths=(200,), slots=40).run(model, tokenizer, progress=False)
+        assert list(found) == ["single_key, 40 slots", "longbench:f, 40 slots"]
+        assert sizes == {Budget(k=18, window=20, sinks=2)} and found["single_key, 40 slots"]["settings"]["slots"] == 40
         assert budget_of(model).slots == 24
+        assert list(Suite(("single_key",), lengths=(200,), slots=24).run(model, tokenizer, progress=False)) == [
+            "single_key"
+        ]
 
     def test_tables(self, model, tokenizer, answered, capsys):
         from rich.console import Console

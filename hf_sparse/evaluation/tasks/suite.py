@@ -54,13 +54,18 @@ class Suite:
     def run(
         self, model: "PeftModel | PreTrainedModel", tokenizer: Any, *, progress: bool = True
     ) -> dict[str, dict[str, Any]]:
-        """`tasks` of eval.json: what `run_task` and `run_longbench` return, by name; files as `longbench:NAME`."""
+        """`tasks` of eval.json: what `run_task` and `run_longbench` return, by name; files as `longbench:NAME`.
+
+        Names end in the slots where they are not the adapter's own, so that a task can stand there at several budgets.
+        """
         self.check(model)
+        budget = self.budget(model)
+        suffix = "" if budget == budget_of(model) else f", {budget.slots} slots"
         options: dict[str, Any] = {"selections": self.selections, "progress": progress}
         found = {}
-        with at_budget(model, self.budget(model)):
+        with at_budget(model, budget):
             for name in self.tasks:
-                found[name] = run_task(
+                found[name + suffix] = run_task(
                     model,
                     tokenizer,
                     name,
@@ -71,7 +76,7 @@ class Suite:
                     **options,
                 )
             for name, documents in self.documents.items():
-                found[f"longbench:{name}"] = run_longbench(
+                found[f"longbench:{name}{suffix}"] = run_longbench(
                     model, tokenizer, documents, length=max(self.lengths), **options
                 )
         return found
