@@ -3,9 +3,9 @@
     python benchmarks/learning/heads.py ADAPTER --text FILE --output heads.json
 
 The slots of a cache layer are one tensor for all its heads, so nothing can generate with such budgets: this measures
-whether it would be worth building. Every KV head is attended to on its own, with a budget of its own. Heads are measured
-one by one on chunks of the training text (`--chunks`), all others dense, and get shares as `hf-sparse divide` gives them to
-layers; perplexity and KL from dense are those on `--held-out`, of trained scorers that are not trained any further.
+whether it would be worth building. Every KV head is attended to on its own, with a budget of its own. Heads are
+measured one by one on chunks of the training text (`--chunks`), all others dense, and get shares as `hf-sparse divide`
+gives them to layers; perplexity and KL from dense are those on `--held-out`, of scorers that are not trained further.
 """
 
 import argparse
@@ -84,7 +84,10 @@ def main() -> None:
     by_head = dict(zip(heads, best_shares(*damages, sizes), strict=True))
     # The same with one share for all heads of a layer, of the same measurements.
     layers = [method.layer for method in methods]
-    sums = [[sum(d for (layer, _), d in zip(heads, row, strict=True) if layer == own) for own in layers] for row in damages]
+    sums = [
+        [sum(damage for (layer, _), damage in zip(heads, row, strict=True) if layer == own) for own in layers]
+        for row in damages
+    ]
     by_layer = dict(zip(layers, best_shares(*sums, sizes), strict=True))
     least = run[0].sinks + 2
     ways: dict[str, Callable[[int, int], float]] = {
