@@ -67,7 +67,6 @@ SETTINGS = {
     "rate-half": Setting("half the learning rate", rate=0.5),
     "rate-double": Setting("twice the learning rate", rate=2.0),
     "rate-x4": Setting("four times the learning rate", rate=4.0),
-    "support-1": Setting("credit for the k best keys only", adapter={"support": 1}),
     "support-2": Setting("credit for the 2 k best keys", adapter={"support": 2}),
     "support-8": Setting("credit for the 8 k best keys", adapter={"support": 8}),
     "support-all": Setting("credit for all keys (exact SparseK)", adapter={"support": None}),
