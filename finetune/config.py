@@ -112,11 +112,12 @@ class FinetuneConfig:
             ("checkpoint_every", 0),
         ):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < least:
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-        rates = ("learning_rate", "lora_learning_rate", "graph_learning_rate", "max_grad_norm")
-        if not all(getattr(self, name) > 0 for name in rates):
-            raise ValueError(f"{', '.join(rates)} must be positive")
+        for name in ("learning_rate", "lora_learning_rate", "graph_learning_rate", "max_grad_norm"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not value > 0:
+                raise ValueError(f"{name} must be a number above 0, got {value!r}")
         if self.alpha_start is not None and not 1 < self.alpha_start < 2:
             raise ValueError(f"alpha_start must be None or above 1 and below 2, got {self.alpha_start!r}")
         if not self.lm_weight >= 0 or not self.hidden_weight >= 0:

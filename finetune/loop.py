@@ -60,10 +60,13 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
 
     Raises:
         DataError: chunks that cannot train this model.
+        TypeError: the settings are no `FinetuneConfig`.
         ValueError: parameters other than the adapter's would be trained, the method or model has no such objective or
             setting, or the loss is not finite.
     """
-    config = config or FinetuneConfig()
+    config = FinetuneConfig() if config is None else config
+    if not isinstance(config, FinetuneConfig):
+        raise TypeError(f"expected a FinetuneConfig, got {type(config).__name__}: {config!r}")
     training = _training_of(model, config)
     chunks, labels = tensors(model, dataset)
     check_chunks(model, chunks, labels)

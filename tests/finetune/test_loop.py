@@ -274,6 +274,8 @@ def test_refusals(sparse_llama, tiny_llama, chunks):
         train(sparse_llama(), datasets.Dataset.from_dict({"text": ["a"]}))
     with pytest.raises(DataError, match=r"chunks of 60 tokens are too short for the objective .attention., .* 76"):
         train(sparse_llama(), chunks[:, :60])
+    with pytest.raises(TypeError, match="expected a FinetuneConfig, got dict"):
+        finetune(sparse_llama(), chunks, {"steps": 1})
     with pytest.raises(ValueError, match="no sparse attention"):
         train(tiny_llama(), chunks)
     model = sparse_llama()

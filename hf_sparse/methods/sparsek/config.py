@@ -1,5 +1,7 @@
 """Configuration of SparseK attention."""
 
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -81,28 +83,33 @@ class SparseKConfig(LoraSettings):
         super().__post_init__()
         self.peft_type = extend_peft_type(PEFT_TYPE)
         for name, least in (("k", 1), ("window", 1), ("sinks", 0), ("scorer_hidden_size", 1)):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"SparseKConfig.{name} must be an integer of at least {least}, got {value!r}")
-        if self.support is not None and (not isinstance(self.support, int) or self.support < 1):
-            raise ValueError(f"SparseKConfig.support must be None or an integer of at least 1, got {self.support!r}")
+            if not _is_integer(getattr(self, name), least):
+                raise ValueError(self._expected(name, f"an integer of at least {least}"))
+        if self.support is not None and not _is_integer(self.support, 1):
+            raise ValueError(self._expected("support", "None or an integer of at least 1"))
         if self.scorer not in ("linear", "mlp"):
-            raise ValueError(f"SparseKConfig.scorer must be 'linear' or 'mlp', got {self.scorer!r}")
-        if not isinstance(self.position_slope, int | float):
-            raise ValueError(f"SparseKConfig.position_slope must be a number, got {self.position_slope!r}")
+            raise ValueError(self._expected("scorer", "'linear' or 'mlp'"))
+        if not _is_finite(self.position_slope):
+            raise ValueError(self._expected("position_slope", "a finite number"))
+        if not isinstance(self.learn_slope, bool):
+            raise ValueError(self._expected("learn_slope", "True or False"))
         if self.layer_shares is not None:
             shares = self.layer_shares
-            if not shares or not all(isinstance(s, int | float) and s > 0 for s in shares):
-                raise ValueError(f"SparseKConfig.layer_shares must be None or positive numbers, got {shares!r}")
+            if not isinstance(shares, Sequence) or not shares or not all(_is_finite(s) and s > 0 for s in shares):
+                raise ValueError(self._expected("layer_shares", "None or positive numbers"))
             if abs(sum(shares) / len(shares) - 1) > 1e-3:
                 raise ValueError(
                     f"SparseKConfig.layer_shares must be 1 on average, so that the budget is that of all layers; the "
                     f"mean is {sum(shares) / len(shares):.4f}"
                 )
         if self.layers is not None:
-            if not self.layers or not all(isinstance(i, int) and i >= 0 for i in self.layers):
-                raise ValueError(f"SparseKConfig.layers must be None or indices of layers, got {self.layers!r}")
-            self.layers = sorted(set(self.layers))
+            layers = self.layers
+            if not isinstance(layers, Collection) or not layers or not all(_is_integer(i, 0) for i in layers):
+                raise ValueError(self._expected("layers", "None or a list of indices of layers"))
+            self.layers = sorted(set(layers))
+
+    def _expected(self, name: str, what: str) -> str:
+        return f"SparseKConfig.{name} must be {what}, got {getattr(self, name)!r}"
 
     @property
     def slots(self) -> int:
@@ -128,3 +135,11 @@ class SparseKConfig(LoraSettings):
     def soft_support(self, k: int) -> int | None:
         """Keys over which the soft gates of `k` selected ones may spread, `None` without bound."""
         return None if self.support is None else self.support * k
+
+
+def _is_integer(value: Any, least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
