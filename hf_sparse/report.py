@@ -36,16 +36,12 @@ from hf_sparse.metrics import Metric, metric_of
 from hf_sparse.patches import methods_of
 from hf_sparse.repo import EVALUATION, TRAINING, check_evaluation, is_public, read_json
 from hf_sparse.report_graphs import GRAPHS, draw_graphs, render_graphs
-from hf_sparse.report_page import Picture, Pictures, render_page
+from hf_sparse.report_page import PICTURES, REPORT, Picture, Pictures, remove_pictures, render_page
 from hf_sparse.workflow import Device, Dtype, default_length, load_adapter, staged
 
-REPORT, FIGURES, SELECTION = "report.html", "figures", "selection.json"
+SELECTION = "selection.json"
 
 _CHUNKS = ":8"  # of a text, unless told otherwise: enough for a mean, and few seconds
-_PICTURES = (
-    *("quality", "budgets", "divergence", "positions", "heads", "tokens", "training"),
-    *("pareto", "covered", "graphs"),
-)
 
 
 def write_report(
@@ -99,17 +95,14 @@ def write_report(
         selection = found if found and found.get("scorers_sha256") == scorers else None
 
     base_model = adapter.base_model if is_public(adapter.base_model) else None
-    with staged(folder) as stage, staged(folder / FIGURES) as place:
+    with staged(folder) as stage, staged(folder / PICTURES) as place:
         pictures = Pictures(place, [])
         draw(pictures, evaluation, training, selection)
         drawn = pictures.drawn
         write_text(stage / REPORT, render(folder.resolve().name, base_model, evaluation, training, selection, drawn))
         if selection is not None:
             write_json(stage / aside, selection)
-    current = {f"{picture.name}.png" for picture in drawn}
-    for path in (folder / FIGURES).glob("*.png"):  # pictures of an earlier report that are true no longer
-        if path.name not in current and (path.stem in _PICTURES or path.stem.startswith("task-")):
-            path.unlink()
+    remove_pictures(folder, keep={picture.name for picture in drawn})
     return folder / REPORT
 
 

@@ -1,13 +1,20 @@
 """What the reports of all methods share: pictures, and a page made of a template."""
 
 import base64
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hf_sparse.errors import DataError
 from hf_sparse.figures.style import DPI
+
+REPORT, PICTURES = "report.html", "figures"
+
+_NAMES = (
+    *("quality", "budgets", "divergence", "positions", "heads", "tokens", "training"),
+    *("pareto", "covered", "graphs"),
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,26 @@ class Pictures:
         path = self.folder / f"{name}.png"
         draw(*content, path, **options)
         self.drawn.append(Picture(name, caption, path.read_bytes()))
+
+
+def remove_report(folder: Path) -> None:
+    """Remove the report of an adapter that is no more: its page and its pictures, and nothing else."""
+    (folder / REPORT).unlink(missing_ok=True)
+    remove_pictures(folder)
+
+
+def remove_pictures(folder: Path, keep: Collection[str] = ()) -> None:
+    """Remove the pictures of an earlier report.
+
+    Args:
+        folder: of the adapter.
+        keep: names of pictures that are true still.
+    """
+    for path in (folder / PICTURES).glob("*.png"):
+        if path.stem not in keep and (path.stem in _NAMES or path.stem.startswith("task-")):
+            path.unlink()
+    if (folder / PICTURES).is_dir() and not any((folder / PICTURES).iterdir()):
+        (folder / PICTURES).rmdir()
 
 
 def render_page(template: str, sources: str, **content: Any) -> str:

@@ -16,7 +16,7 @@ from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel
 
-from hf_sparse.adapter import CONFIG, resolve_base, skeleton_of
+from hf_sparse.adapter import CONFIG, WEIGHTS, resolve_base, skeleton_of
 from hf_sparse.data import context_length, mask_tokens, pack, read_text, select_chunks
 from hf_sparse.errors import DataError, HubError
 from hf_sparse.evaluation import GENERATING, PATTERNS, check_selections, divide_layers, evaluate, selections_of
@@ -29,6 +29,7 @@ from hf_sparse.methods.sparsek import SparseKConfig
 from hf_sparse.patches import methods_in_use, methods_of
 from hf_sparse.patches.attach import targets
 from hf_sparse.repo import CARD, EVALUATION, FIGURES, TRAINING, read_json, write_repo
+from hf_sparse.report_page import remove_report
 from hf_sparse.tasks import kind_of, task_of
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -77,7 +78,8 @@ def create_adapter(
         patched = get_peft_model(base, config)
     config.base_model_name_or_path = model
     if (folder / CONFIG).exists():  # what measured and what resumes another adapter
-        _remove(folder, EVALUATION, TRAINING, *FIGURES, CARD)
+        _forget(folder)
+        _remove(folder, TRAINING, CARD)
         shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
     save_adapter(patched, folder)
     return patched
@@ -110,7 +112,7 @@ def train_adapter(
     model, tokenizer = load_adapter(folder, device=device, dtype=dtype, trainable=True)
     data = _data(model, tokenizer, text, length, chunks, seed=config.seed, corrupt=True)
     metrics = finetune(model, data, replace(config, output_dir=str(folder), cpu=model.device.type == "cpu"))
-    _remove(folder, EVALUATION, *FIGURES)  # they measured the scorers that go now
+    _forget(folder)
     save_adapter(model, folder)
     write_repo(folder, training=metrics)
     return metrics
@@ -153,7 +155,7 @@ def divide_adapter(
     data = _data(model, tokenizer, text, length, chunks, limit=DIVIDING)
     shares, _ = divide_layers(model, data, batch_size=batch_size)
     model.active_peft_config.layer_shares = shares
-    _remove(folder, EVALUATION, *FIGURES)  # they measured equal shares
+    _forget(folder)
     save_adapter(model, folder)
     write_repo(folder)
     return shares
@@ -315,6 +317,7 @@ def save_adapter(model: PeftModel, folder: str | Path) -> None:
     with staged(folder) as stage:
         model.save_pretrained(str(stage), save_embedding_layers=False)
         (stage / CARD).unlink()  # PEFT's own, which knows nothing of the method
+        shutil.copymode(stage / CONFIG, stage / WEIGHTS)  # safetensors lets nobody but the owner read what it writes
 
 
 @contextmanager
@@ -398,6 +401,12 @@ def default_length(model: PeftModel) -> int:
     """Tokens per chunk: those that the settings are meant for, where they say so, or what the positions suffice for."""
     wanted: int = getattr(model.active_peft_config, "length", LENGTH)
     return min(wanted, context_length(model) or wanted)
+
+
+def _forget(folder: Path) -> None:
+    """Remove what was measured of the adapter that goes now, and the report that shows it."""
+    _remove(folder, EVALUATION, *FIGURES)
+    remove_report(folder)
 
 
 def _remove(folder: Path, *names: str) -> None:

@@ -95,6 +95,7 @@ class TestPatch:
         assert config.base_model_name_or_path == str(base)
         trainable = sum(tensor.numel() for tensor in load_file(folder / "adapter_model.safetensors").values())
         assert f"{trainable:,} trainable parameters" in shown
+        assert len({(folder / name).stat().st_mode for name in ADAPTER}) == 1  # who may read one may read both
 
     def test_keeps_the_name_of_the_base(self, tmp_path, base, monkeypatch):
         monkeypatch.chdir(tmp_path)
@@ -235,12 +236,17 @@ class TestFinetune:
 class TestDivide:
     def test_writes_shares_and_removes_what_measured_equal_ones(self, adapter, text):
         succeed("eval", adapter, "--text", text, "--length", LENGTH, "--device", "cpu", "--selection", "learned")
+        succeed("report", adapter)
+        (adapter / "figures" / "mine.png").write_bytes(b"mine")
+        assert (adapter / "report.html").exists() and (adapter / "figures" / "quality.png").exists()
         weights = (adapter / "adapter_model.safetensors").read_bytes()
         shown = succeed("divide", adapter, "--text", text, "--length", LENGTH, "--device", "cpu")
         shares = PeftConfig.from_pretrained(str(adapter)).layer_shares
         assert len(shares) == 2 and sum(shares) == pytest.approx(2, abs=1e-3) and shares != [1.0, 1.0]
         assert f"0: {shares[0]:.2f}, 1: {shares[1]:.2f}" in shown
         assert not (adapter / "eval.json").exists() and (adapter / "adapter_model.safetensors").read_bytes() == weights
+        assert not (adapter / "report.html").exists()  # it showed that eval.json
+        assert [path.name for path in (adapter / "figures").iterdir()] == ["mine.png"]
         succeed("finetune", adapter, "--text", text, *QUICK)
         assert PeftConfig.from_pretrained(str(adapter)).layer_shares == shares
         succeed("eval", adapter, "--text", text, "--length", LENGTH, "--device", "cpu", "--selection", "learned")
@@ -267,6 +273,12 @@ class TestEval:
         for name, value in result["perplexity"].items():
             assert re.search(rf"{name} .*{value:.2f}", shown)
         assert json.loads(copy.read_text()) == result
+
+    def test_names_what_it_measured_on_a_narrow_screen(self, adapter, text):
+        options = ["--text", text, "--length", LENGTH, "--chunks", "0:1", "--slots", "5,6,7,8,9", "--device", "cpu"]
+        arguments = [str(part) for part in ("eval", adapter, *options, "--selection", "key_difference")]
+        result = CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "80"})
+        assert result.exit_code == 0 and result.stdout.count(" key_difference ") == 2  # with the sweep
 
     def test_sweeps_what_is_asked_for(self, adapter, text):
         options = ["--slots", "5,20", "--selection", "dense", "--selection", "learned"]

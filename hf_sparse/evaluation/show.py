@@ -15,7 +15,7 @@ def table(result: dict[str, Any]) -> Table:
     caption = f"{text['chunks']} chunks of {text['length']} tokens" + (f" of {text['name']}" if text["name"] else "")
     parts = f"{budget['sinks']} sinks, window {budget['window']}, {budget['k']} selected"
     view = Table(title=f"{result['base_model']}: {parts}", caption=caption)
-    view.add_column("attention")
+    view.add_column("attention", no_wrap=True)
     headers = ["keys per query", metric.name, *(["KL from dense, nats"] if apart else [])]
     headers += [f"KV cache at {memory['tokens']} tokens", "decoding, tokens/s"] if memory else ["forward, tokens/s"]
     for header in headers:
@@ -41,7 +41,7 @@ def sweep_table(result: dict[str, Any]) -> Table:
     brackets = " (KL from dense, nats per token)" if "divergence" in sweep[0] else ""
     title = f"{metric.name}{brackets} by slots"
     view = Table(title=title, min_width=len(title))
-    view.add_column("attention")
+    view.add_column("attention", no_wrap=True)
     for entry in sweep:
         view.add_column(str(entry["slots"]), justify="right")
     for name in sweep[0][metric.key]:
@@ -63,7 +63,7 @@ def task_table(name: str, task: dict[str, Any]) -> Table:
         title += ", mean over depths" if "depths" in first else ""
         lengths = [f"{length} tokens" for length in first["lengths"]]
     view = Table(title=title, min_width=len(title))  # a narrower table breaks its title into lines
-    view.add_column("attention")
+    view.add_column("attention", no_wrap=True)
     for header in lengths or ["score"]:
         view.add_column(header, justify="right")
     for selection, found in results.items():
