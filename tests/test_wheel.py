@@ -1,8 +1,12 @@
-"""The wheel holds what the source tree holds: a subpackage or data file missing from pyproject.toml fails here."""
+"""The wheel holds what the source tree holds: a subpackage or data file missing from pyproject.toml fails here.
+
+It is built from the source distribution, as by whoever has no wheel, so that what is missing there is missing here.
+"""
 
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -16,10 +20,12 @@ FOLDERS = {"hf_sparse": "hf_sparse", "patches": "hf_sparse/patches", "finetune":
 def source(tmp_path_factory) -> Path:
     """A copy of what the build reads: in the repository, a stale build/ could put deleted modules in the wheel."""
     source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
+    for name in ("pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for folder in FOLDERS:
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+    (source / "tests").mkdir()
+    shutil.copy(__file__, source / "tests")
     return source
 
 
@@ -35,13 +41,19 @@ def expected(source) -> set[str]:
 
 
 @pytest.fixture(scope="module")
-def shipped(source, expected, tmp_path_factory) -> set[str]:
+def built(source, expected, tmp_path_factory) -> Path:
     # `expected` is asked for only to be listed before the build writes into `source`.
     out = tmp_path_factory.mktemp("dist")
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", out, source]
-    run = subprocess.run(build, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-m", "build", "--no-isolation", "--outdir", out, source], capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stdout + run.stderr
-    (wheel,) = out.glob("*.whl")
+    return out
+
+
+@pytest.fixture(scope="module")
+def shipped(built) -> set[str]:
+    (wheel,) = built.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         return {name for name in archive.namelist() if ".dist-info/" not in name}
 
@@ -57,3 +69,16 @@ def test_modules(shipped, expected):
 def test_package_data(shipped, expected):
     assert "hf_sparse/py.typed" in shipped
     assert shipped - modules(shipped) == expected - modules(expected)
+
+
+def test_one_package_is_installed(shipped):
+    """`patches` and `finetune` are names that anyone could have."""
+    assert {name.split("/")[0] for name in shipped} == {"hf_sparse"}
+
+
+def test_source_distribution(built):
+    """Some tests would be worse than none: setuptools takes tests/test*.py, and they need what lies beside them."""
+    (archive,) = built.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        folders = {name.split("/")[1] for name in tar.getnames() if name.count("/") > 1}
+    assert folders == {"hf_sparse", "patches", "finetune", "hf_sparse.egg-info"}
