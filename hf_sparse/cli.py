@@ -371,6 +371,9 @@ def evaluate(
     ] = None,
     task_samples: Annotated[int, typer.Option(help="Prompts per length and depth.")] = 2,
     task_slots: Annotated[int | None, typer.Option(help="Answer at this budget instead of the adapter's own.")] = None,
+    note: Annotated[
+        str | None, typer.Option(help="A sentence for the card: what the name of the base model does not tell.")
+    ] = None,
     device: OnDevice = "auto",
     dtype: OfDtype = "auto",
     json: Annotated[Path | None, typer.Option(metavar="PATH", help="Write the result here too.")] = None,
@@ -413,6 +416,7 @@ def evaluate(
         seed=seed,
         stride=stride,
         suite=suite,
+        note=note,
         device=device,
         dtype=dtype,
     )

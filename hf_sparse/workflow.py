@@ -175,6 +175,7 @@ def evaluate_adapter(
     seed: int = 0,
     stride: int | None = None,
     suite: Suite | None = None,
+    note: str | None = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> dict[str, Any]:
@@ -198,6 +199,7 @@ def evaluate_adapter(
         seed: of Sparsefinder, see `hf_sparse.evaluation.analyse`.
         suite: tasks that are scored by generation; without `lengths` of its own, prompts are as long as a chunk and
             half as long, where that is more than the slots.
+        note: a sentence for the card, where the name of the base model does not tell all: quantised weights, say.
         device, dtype: see `load_adapter`.
 
     Returns:
@@ -248,6 +250,8 @@ def evaluate_adapter(
         result = there
     if suite is not None:
         result["tasks"] = {**result.get("tasks", {}), **suite.run(model, tokenizer)}
+    if note:
+        result["note"] = note
     write_repo(folder, evaluation=result)
     return result
 

@@ -280,6 +280,14 @@ class TestEval:
         result = CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "80"})
         assert result.exit_code == 0 and result.stdout.count(" key_difference ") == 2  # with the sweep
 
+    def test_a_note_is_on_the_card(self, adapter, text):
+        note = "The base model was quantised."
+        quick = ["--text", text, "--length", LENGTH, "--selection", "dense", "--device", "cpu"]
+        succeed("eval", adapter, *quick, "--note", note)
+        assert note in (adapter / "README.md").read_text()
+        succeed("eval", adapter, *quick)
+        assert note not in (adapter / "README.md").read_text()
+
     def test_sweeps_what_is_asked_for(self, adapter, text):
         options = ["--slots", "5,20", "--selection", "dense", "--selection", "learned"]
         shown = succeed("eval", adapter, "--text", text, "--length", LENGTH, "--device", "cpu", *options)
@@ -451,6 +459,7 @@ class TestSparsefinder:
         shown = succeed("finetune", graph, "--text", text, *steps)
         assert "trained adapter and finetune.json" in shown and f"{4 * LENGTH * 2:,} tokens" in shown
         measure = ["--chunks", "0:1", "--sparsity", "0.3,0.5", "--device", "cpu", "--json", tmp_path / "copy.json"]
+        measure += ["--note", "The base model was quantised."]
         shown = succeed("eval", graph, "--text", text, *measure)
         for words in ("full entmax", "longformer", "oracle", "mass recall", "0.5*"):
             assert words in shown
@@ -459,6 +468,7 @@ class TestSparsefinder:
         assert result["method"] == "sparsefinder" and result["text"]["length"] == LENGTH
         assert [point["sparsity"] for point in result["points"]] == [0.3, 0.5]
         assert set(files(graph)) == ADAPTER | {"eval.json", "finetune.json", "pareto.png", "README.md"}
+        assert "The base model was quantised." in (graph / "README.md").read_text()
         succeed("report", graph, "--text", text, "--device", "cpu")
         assert {"report.html", "graphs.json", "figures/graphs.png"} <= set(files(graph))
         succeed("finetune", graph, "--text", text, *steps)  # another adapter, not measured yet
