@@ -1,6 +1,7 @@
 """What documents say runs: the examples of the guide, the links, the options of the command line."""
 
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,9 @@ DOCUMENTS = sorted(
 
 
 def blocks(document: str, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```$", (ROOT / document).read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    return re.findall(
+        rf"^ *```{language}\n(.*?)^ *```$", (ROOT / document).read_text("utf-8"), re.MULTILINE | re.DOTALL
+    )
 
 
 def test_the_guide_runs(tmp_path, monkeypatch):
@@ -25,6 +28,11 @@ def test_the_guide_runs(tmp_path, monkeypatch):
     assert len(examples) > 5
     exec(compile("\n".join(examples), "docs/guide.md", "exec"), {})
     assert (tmp_path / "adapter" / "adapter_model.safetensors").exists()
+
+
+def test_the_family_that_is_shown_is_that_of_the_repository():
+    (shown,) = blocks("CONTRIBUTING.md", "python")
+    assert textwrap.dedent(shown) == (ROOT / "patches" / "opt.py").read_text("utf-8")
 
 
 def anchors(text: str) -> set[str]:
