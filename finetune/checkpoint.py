@@ -49,7 +49,11 @@ def latest(output: Path) -> Path | None:
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """What `save` was given as `state`, and `step`."""
+    """What `save` was given as `state`, and `step`.
+
+    Raises:
+        DataError: the checkpoint is damaged.
+    """
     try:
         return json.loads((folder / "state.json").read_text())
     except (OSError, ValueError) as error:
@@ -57,7 +61,11 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 
 def load(folder: Path, parameters: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
-    """Put parameters and optimiser state back, in place."""
+    """Put parameters and optimiser state back, in place.
+
+    Raises:
+        DataError: the checkpoint is damaged, or has other parameters.
+    """
     try:
         weights = load_file(folder / "scorers.safetensors")
         moments = load_file(folder / "optimizer.safetensors")

@@ -147,6 +147,9 @@ def patch(model: PreTrainedModel, config: Any, adapter: str = "default") -> PreT
 
     Raises:
         UnsupportedModelError: no patch for this model; the message lists what is supported.
+        TypeError: the configuration is of no sparse attention method.
+        AdapterMismatchError: the configuration was made for another base model.
+        ValueError: the model has an adapter of this name or of another method, or the configuration does not fit it.
     """
     config = copy.deepcopy(config)  # what it was attached to is noted in it
     modules = targets(model, config)
@@ -158,8 +161,13 @@ def patch(model: PreTrainedModel, config: Any, adapter: str = "default") -> PreT
 
 
 def unpatch(model: PreTrainedModel) -> PreTrainedModel:
-    """Take sparse attention off again: outputs are bit for bit those of the base model."""
-    family_of(model)  # a PeftModel has unload() for this
+    """Take sparse attention off again: outputs are bit for bit those of the base model.
+
+    Raises:
+        UnsupportedModelError: a `PeftModel`, which has `unload()` for this.
+        ValueError: the model is not patched.
+    """
+    family_of(model)
     if not methods_of(model):
         raise ValueError("the model is not patched")
     detach(model)
@@ -168,7 +176,11 @@ def unpatch(model: PreTrainedModel) -> PreTrainedModel:
 
 @contextmanager
 def patched(model: PreTrainedModel, config: Any) -> Iterator[PreTrainedModel]:
-    """Patch for the length of a `with` block."""
+    """Patch for the length of a `with` block.
+
+    Raises:
+        ValueError: the model is patched already; see `patch` for all else.
+    """
     if methods_of(model):
         raise ValueError("the model is patched already: unpatch it first")
     patch(model, config)

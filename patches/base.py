@@ -82,7 +82,11 @@ _FAMILIES: dict[str, Family] = {}
 
 
 def register_family(family: Family) -> Family:
-    """Add a family; two families must not claim one model type."""
+    """Add a family.
+
+    Raises:
+        ValueError: another family has one of its model types.
+    """
     for model_type in family.model_types:
         if model_type in _FAMILIES:
             raise ValueError(f"model type {model_type!r} is registered already")
@@ -91,6 +95,7 @@ def register_family(family: Family) -> Family:
 
 
 def supported_model_types() -> list[str]:
+    """The values of `config.model_type` that have a family, sorted."""
     return sorted(_FAMILIES)
 
 

@@ -57,7 +57,11 @@ def kv_bytes(cache: Any) -> int:
 
 
 def own_layer(cache: Any, index: int, method: SparseMethod) -> Any:
-    """The method's layer in the cache; put there when `generate` made an ordinary cache that is still empty."""
+    """The method's layer in the cache; put there when `generate` made an ordinary cache that is still empty.
+
+    Raises:
+        ValueError: a cache that has no place for the layer, or one that holds dense keys already.
+    """
     if isinstance(cache, EncoderDecoderCache) or not isinstance(cache, Cache):
         raise ValueError(f"sparse attention cannot use a {type(cache).__name__}; pass no cache, generate makes one")
     while len(cache.layers) <= index:  # a cache that was made without a config grows as layers ask for theirs

@@ -52,6 +52,9 @@ def attention_forward(
     """The attention function behind `hf_sparse`; returns `[B, T, Hq, D]` as transformers wants it.
 
     Attention dropout, if the base model has any, is not applied in patched modules.
+
+    Raises:
+        ValueError: a mask that says more than padding, or a keyword that would change the result and is not known.
     """
     if sparse_call is None:
         # An attention module of a patched model that is not patched itself.

@@ -45,11 +45,13 @@ class Scorer(nn.Module):
             return scores.float().transpose(1, 2).contiguous()
 
     def score(self, states: Tensor) -> Tensor:
-        """`[B, T, C]` normalised states -> `[B, T, Hkv]`, in their dtype."""
+        """`[B, T, C]` normalised states -> `[B, T, Hkv]`, in their dtype; subclasses write it."""
         raise NotImplementedError
 
 
 class LinearScorer(Scorer):
+    """One weight per input feature and KV head, `weight` `[Hkv, C]`."""
+
     def __init__(self, config: SparseKConfig, hidden_size: int, num_key_value_heads: int, causal: bool) -> None:
         super().__init__(config, num_key_value_heads, causal)
         self.weight = nn.Parameter(torch.empty(num_key_value_heads, hidden_size))
@@ -60,6 +62,8 @@ class LinearScorer(Scorer):
 
 
 class MLPScorer(Scorer):
+    """One hidden layer of `scorer_hidden_size` with GELU, the same for all KV heads of a layer."""
+
     def __init__(self, config: SparseKConfig, hidden_size: int, num_key_value_heads: int, causal: bool) -> None:
         super().__init__(config, num_key_value_heads, causal)
         width = config.scorer_hidden_size
@@ -75,5 +79,6 @@ class MLPScorer(Scorer):
 
 
 def make_scorer(config: SparseKConfig, hidden_size: int, num_key_value_heads: int, causal: bool) -> Scorer:
+    """The scorer that a configuration names, for inputs of `hidden_size`."""
     kind = MLPScorer if config.scorer == "mlp" else LinearScorer
     return kind(config, hidden_size, num_key_value_heads, causal)
