@@ -103,10 +103,16 @@ def skeleton_of(name: str, model_class: str | None = None, **options: Any) -> Pr
     """
     if name.count("/") > 1 and not Path(resolve_base(name)).is_dir():
         raise FileNotFoundError("this names a folder, and it is not here")
-    config = AutoConfig.from_pretrained(resolve_base(name), trust_remote_code=False, **options)
+    adapted = HubError(f"the base model {name!r} holds an adapter itself; load it yourself and pass it as base_model=")
+    try:
+        config = AutoConfig.from_pretrained(resolve_base(name), trust_remote_code=False, **options)
+    except (OSError, ValueError):
+        if (Path(resolve_base(name)) / CONFIG).is_file():
+            raise adapted from None
+        raise
     # transformers would put that adapter on the base without a word, from a pickle if that is what there is.
     if find_adapter_config_file(resolve_base(name), **options) is not None:
-        raise HubError(f"the base model {name!r} holds an adapter itself; load it yourself and pass it as base_model=")
+        raise adapted
     with torch.device("meta"):
         return task_of(config, model_class).auto.from_config(config, trust_remote_code=False)
 

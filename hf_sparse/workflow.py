@@ -271,6 +271,8 @@ def load_base(name: str, config: SparseKConfig | SparsefinderConfig, *, dtype: D
     """
     try:
         skeleton = skeleton_of(name)
+    except HubError:
+        raise
     except (HTTPError, OSError, ValueError) as error:
         raise HubError(f"the base model {name!r} cannot be read: {error}") from error
     targets(skeleton, copy.deepcopy(config))  # before gigabytes are read
