@@ -6,6 +6,7 @@ import torch
 from peft import get_peft_model
 
 import hf_sparse
+from hf_sparse.finetune import checkpoint
 
 
 @pytest.fixture
@@ -22,6 +23,30 @@ def sparse_llama(tiny_llama):
 @pytest.fixture
 def chunks():
     return torch.randint(0, 64, (12, 96), generator=torch.Generator().manual_seed(2))
+
+
+class _Stopped(Exception):
+    pass
+
+
+@pytest.fixture
+def stopped(monkeypatch):
+    """`with stopped(step):` a run with checkpoints, which ends when that of the step is written."""
+
+    @contextmanager
+    def stop(at):
+        real = checkpoint.save
+
+        def save_and_stop(output, step, *args):
+            real(output, step, *args)
+            if step == at:
+                raise _Stopped
+
+        with monkeypatch.context() as patched, pytest.raises(_Stopped):
+            patched.setattr(checkpoint, "save", save_and_stop)
+            yield
+
+    return stop
 
 
 class _Held:

@@ -5,7 +5,6 @@ import torch
 import torch.nn.functional as F
 from peft import get_peft_model
 
-import hf_sparse.finetune.loop as loop
 from hf_sparse import SparseKConfig
 from hf_sparse.data import IGNORED
 from hf_sparse.errors import DataError
@@ -136,24 +135,12 @@ def test_the_loss_falls(sparse_bert, data, kind, objective):
 
 @pytest.mark.parametrize("kind", [MASKED, BARE])
 @pytest.mark.parametrize("stop", [2, 5], ids=["warm start", "middle"])
-def test_resumed_run_equals_uninterrupted(monkeypatch, sparse_bert, data, tmp_path, kind, stop):
+def test_resumed_run_equals_uninterrupted(stopped, sparse_bert, data, tmp_path, kind, stop):
     whole = sparse_bert(kind)
     expected = train(whole, data[kind])["history"]
 
-    class Stopped(Exception):
-        pass
-
-    real = loop.checkpoint.save
-
-    def save_and_stop(output, step, *args):
-        real(output, step, *args)
-        if step == stop:
-            raise Stopped
-
-    monkeypatch.setattr(loop.checkpoint, "save", save_and_stop)
-    with pytest.raises(Stopped):
+    with stopped(stop):
         train(sparse_bert(kind), data[kind], output_dir=str(tmp_path), checkpoint_every=1)
-    monkeypatch.undo()
     resumed = sparse_bert(kind)
     history = train(resumed, data[kind], output_dir=str(tmp_path), resume=True)["history"]
     assert same(scorers(resumed), scorers(whole))

@@ -150,24 +150,12 @@ def test_every_chunk_is_seen_once_per_epoch_from_any_start():
 
 
 @pytest.mark.parametrize("stop", [1, 3, 5, 9], ids=["warm start", "stage boundary", "middle", "end"])
-def test_resumed_run_equals_uninterrupted(monkeypatch, sparse_llama, chunks, tmp_path, stop):
+def test_resumed_run_equals_uninterrupted(stopped, sparse_llama, chunks, tmp_path, stop):
     whole = sparse_llama()
     expected = train(whole, chunks)["history"]
 
-    class Stopped(Exception):
-        pass
-
-    real = loop.checkpoint.save
-
-    def save_and_stop(output, step, *args):
-        real(output, step, *args)
-        if step == stop:
-            raise Stopped
-
-    monkeypatch.setattr(loop.checkpoint, "save", save_and_stop)
-    with pytest.raises(Stopped):
+    with stopped(stop):
         train(sparse_llama(), chunks, output_dir=str(tmp_path), checkpoint_every=1)
-    monkeypatch.undo()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [f"step-{stop:06d}"]
     resumed = sparse_llama()
     history = train(resumed, chunks, output_dir=str(tmp_path), resume=True)["history"]

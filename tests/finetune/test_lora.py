@@ -172,24 +172,12 @@ def test_steps_for_lora_need_lora_and_scorers(sparse_llama, sparse_finder, chunk
     [(2, {}), (5, {}), (9, AFTER), (11, AFTER)],
     ids=["warm start", "distill", "before its own stage", "in its own stage"],
 )
-def test_resumed_run_equals_uninterrupted(monkeypatch, sparse_llama, chunks, tmp_path, stop, changes):
+def test_resumed_run_equals_uninterrupted(stopped, sparse_llama, chunks, tmp_path, stop, changes):
     whole = sparse_llama(lora_rank=RANK)
     train(whole, chunks, **changes)
 
-    class Stopped(Exception):
-        pass
-
-    real = loop.checkpoint.save
-
-    def save_and_stop(output, step, *args):
-        real(output, step, *args)
-        if step == stop:
-            raise Stopped
-
-    monkeypatch.setattr(loop.checkpoint, "save", save_and_stop)
-    with pytest.raises(Stopped):
+    with stopped(stop):
         train(sparse_llama(lora_rank=RANK), chunks, output_dir=str(tmp_path), checkpoint_every=1, **changes)
-    monkeypatch.undo()
     resumed = sparse_llama(lora_rank=RANK)
     train(resumed, chunks, output_dir=str(tmp_path), resume=True, **changes)
     assert same(learned(resumed), learned(whole))

@@ -8,7 +8,6 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_sparse
-import hf_sparse.finetune.loop as loop
 from hf_sparse import SparsefinderConfig
 from hf_sparse.data import IGNORED, pack
 from hf_sparse.demo import CHECKPOINT
@@ -149,24 +148,12 @@ def test_the_graph_loss_is_the_mean_over_layers_and_has_its_gradient(sparse, chu
 
 
 @pytest.mark.parametrize("stop", [2, 4, 5, 7], ids=["scales", "stage boundary", "graph", "end"])
-def test_resumed_run_equals_uninterrupted(monkeypatch, sparse, chunks, tmp_path, stop):
+def test_resumed_run_equals_uninterrupted(stopped, sparse, chunks, tmp_path, stop):
     whole = sparse()
     expected = train(whole, chunks)
 
-    class Stopped(Exception):
-        pass
-
-    real = loop.checkpoint.save
-
-    def save_and_stop(output, step, *args):
-        real(output, step, *args)
-        if step == stop:
-            raise Stopped
-
-    monkeypatch.setattr(loop.checkpoint, "save", save_and_stop)
-    with pytest.raises(Stopped):
+    with stopped(stop):
         train(sparse(), chunks, output_dir=str(tmp_path), checkpoint_every=1)
-    monkeypatch.undo()
     resumed = sparse()
     metrics = train(resumed, chunks, output_dir=str(tmp_path), resume=True)
     assert same(state(resumed), state(whole))
