@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from peft import PeftConfig
 from torch import Tensor, nn
 
+from hf_sparse.methods.checks import is_finite, is_integer
+
 
 @dataclass
 class LoraSettings(PeftConfig):
@@ -33,9 +35,9 @@ class LoraSettings(PeftConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         name, rank, alpha = type(self).__name__, self.lora_rank, self.lora_alpha
-        if not isinstance(rank, int) or isinstance(rank, bool) or rank < 0:
+        if not is_integer(rank, 0):
             raise ValueError(f"{name}.lora_rank must be an integer of at least 0, got {rank!r}")
-        if alpha is not None and (not isinstance(alpha, int | float) or not 0 < alpha < math.inf):
+        if alpha is not None and not (is_finite(alpha) and alpha > 0):
             raise ValueError(f"{name}.lora_alpha must be None or a number above 0, got {alpha!r}")
 
     @property

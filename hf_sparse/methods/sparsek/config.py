@@ -1,11 +1,11 @@
 """Configuration of SparseK attention."""
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hf_sparse._compat import extend_peft_type
+from hf_sparse.methods.checks import is_finite, is_integer
 from hf_sparse.methods.lora import LoraSettings
 from hf_sparse.methods.sparsek.budget import Budget
 
@@ -83,19 +83,19 @@ class SparseKConfig(LoraSettings):
         super().__post_init__()
         self.peft_type = extend_peft_type(PEFT_TYPE)
         for name, least in (("k", 1), ("window", 1), ("sinks", 0), ("scorer_hidden_size", 1)):
-            if not _is_integer(getattr(self, name), least):
+            if not is_integer(getattr(self, name), least):
                 raise ValueError(self._expected(name, f"an integer of at least {least}"))
-        if self.support is not None and not _is_integer(self.support, 1):
+        if self.support is not None and not is_integer(self.support, 1):
             raise ValueError(self._expected("support", "None or an integer of at least 1"))
         if self.scorer not in ("linear", "mlp"):
             raise ValueError(self._expected("scorer", "'linear' or 'mlp'"))
-        if not _is_finite(self.position_slope):
+        if not is_finite(self.position_slope):
             raise ValueError(self._expected("position_slope", "a finite number"))
         if not isinstance(self.learn_slope, bool):
             raise ValueError(self._expected("learn_slope", "True or False"))
         if self.layer_shares is not None:
             shares = self.layer_shares
-            if not isinstance(shares, Sequence) or not shares or not all(_is_finite(s) and s > 0 for s in shares):
+            if not isinstance(shares, Sequence) or not shares or not all(is_finite(s) and s > 0 for s in shares):
                 raise ValueError(self._expected("layer_shares", "None or positive numbers"))
             if abs(sum(shares) / len(shares) - 1) > 1e-3:
                 raise ValueError(
@@ -104,7 +104,7 @@ class SparseKConfig(LoraSettings):
                 )
         if self.layers is not None:
             layers = self.layers
-            if not isinstance(layers, Collection) or not layers or not all(_is_integer(i, 0) for i in layers):
+            if not isinstance(layers, Collection) or not layers or not all(is_integer(i, 0) for i in layers):
                 raise ValueError(self._expected("layers", "None or a list of indices of layers"))
             self.layers = sorted(set(layers))
 
@@ -135,11 +135,3 @@ class SparseKConfig(LoraSettings):
     def soft_support(self, k: int) -> int | None:
         """Keys over which the soft gates of `k` selected ones may spread, `None` without bound."""
         return None if self.support is None else self.support * k
-
-
-def _is_integer(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

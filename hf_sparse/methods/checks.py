@@ -1,0 +1,20 @@
+"""What the values of a configuration are; a bool is no number here."""
+
+import math
+from typing import Any
+
+
+def is_integer(value: Any, least: int) -> bool:
+    """
+    >>> is_integer(3, least=1), is_integer(0, least=1), is_integer(True, least=1), is_integer(3.0, least=1)
+    (True, False, False, False)
+    """
+    return isinstance(value, int) and not isinstance(value, bool) and value >= least
+
+
+def is_finite(value: Any) -> bool:
+    """
+    >>> is_finite(0.5), is_finite(float("nan")), is_finite("0.5")
+    (True, False, False)
+    """
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
