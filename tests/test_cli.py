@@ -135,7 +135,9 @@ class TestPatch:
         assert not (tmp_path / "out").exists()
 
     def test_refuses_what_is_no_base_model(self, tmp_path, adapter):
-        assert "no-such/model" in fail("patch", "no-such/model", "--output", tmp_path / "out")
+        assert "the base model 'no-such/model' cannot be read" in fail(
+            "patch", "no-such/model", "--output", tmp_path / "out"
+        )
         assert "holds an adapter itself" in fail("patch", adapter, "--output", tmp_path / "out")
         assert not (tmp_path / "out").exists()
 

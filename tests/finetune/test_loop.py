@@ -142,6 +142,15 @@ def test_options_change_what_is_learned(sparse_llama, chunks, changes):
     assert not same(scorers(plain), scorers(changed))
 
 
+@pytest.mark.parametrize(("stop", "steps"), [(3, 3), (4, 1)], ids=["end of the warm start", "first of the objective"])
+def test_a_stage_begins_without_the_moments_of_another_loss(stopped, sparse_llama, chunks, tmp_path, stop, steps):
+    with stopped(stop):
+        train(sparse_llama(), chunks, output_dir=str(tmp_path), checkpoint_every=1)
+    moments = load_file(tmp_path / "checkpoints" / f"step-{stop:06d}" / "optimizer.safetensors")
+    counts = {value.item() for key, value in moments.items() if key.endswith("|step")}
+    assert counts == {steps}
+
+
 def test_every_chunk_is_seen_once_per_epoch_from_any_start():
     whole = loop._Shuffled(5, seed=3, start=0)
     first = [index for index, _ in zip(whole, range(15), strict=False)]
