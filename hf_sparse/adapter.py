@@ -4,6 +4,7 @@ Everything here happens before any weight of a base model is read. Only safetens
 """
 
 import copy
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,11 @@ class Adapter:
     base_model: str | None
     shapes: dict[str, tuple[int, ...]]
     model_class: str | None
+
+    @property
+    def weights_sha256(self) -> str:
+        """sha256 of the file with the weights: two measurements can be told to be of the same adapter."""
+        return hashlib.sha256((self.folder / WEIGHTS).read_bytes()).hexdigest()
 
 
 def resolve_base(name: str) -> str:

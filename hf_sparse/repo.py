@@ -8,7 +8,7 @@ from typing import Any
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from hf_sparse.adapter import CONFIG, WEIGHTS, read_adapter
+from hf_sparse.adapter import CONFIG, WEIGHTS, Adapter, read_adapter
 from hf_sparse.card import render
 from hf_sparse.demo import BASE_NAME
 from hf_sparse.errors import DataError
@@ -47,7 +47,7 @@ def write_repo(
 
     Raises:
         HubError: the folder holds no adapter of hf-sparse.
-        DataError: a measurement is damaged, or is one of another method, budget or graph.
+        DataError: a measurement is damaged, or is one of another method, budget, graph or of other weights.
     """
     folder = Path(folder)
     adapter = read_adapter(folder, str(folder))
@@ -55,7 +55,7 @@ def write_repo(
     evaluation = evaluation or read_json(folder / EVALUATION)
     training = training or read_json(folder / TRAINING)
     if evaluation is not None:
-        check_evaluation(evaluation, adapter.config)
+        check_evaluation(evaluation, adapter)
     base_model = adapter.base_model if is_public(adapter.base_model) else None
     if evaluation is not None and base_model is not None:
         evaluation = {**evaluation, "base_model": base_model}  # not the folder that it was loaded from
@@ -81,12 +81,17 @@ def write_repo(
     write_text(folder / CARD, card)
 
 
-def check_evaluation(evaluation: dict[str, Any], config: Any) -> None:
-    """See that an eval.json was measured with the settings of an adapter.
+def check_evaluation(evaluation: dict[str, Any], adapter: Adapter) -> None:
+    """See that an eval.json was measured with the settings of an adapter, and with its weights where it tells.
 
     Raises:
-        DataError: it is one of another method, budget or graph.
+        DataError: it is one of another method, budget or graph, or of other weights.
     """
+    if evaluation.get("weights_sha256", adapter.weights_sha256) != adapter.weights_sha256:
+        raise DataError(
+            f"{EVALUATION} was measured with other weights than {WEIGHTS} holds: measure these, or delete it"
+        )
+    config = adapter.config
     if isinstance(config, SparsefinderConfig):
         if evaluation.get("method") != "sparsefinder":
             raise DataError(f"{EVALUATION} is not of a Sparsefinder adapter, but the adapter is one")

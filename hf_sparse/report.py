@@ -5,13 +5,12 @@ verbs; selection.json, what the scorers keep of a text, and graphs.json, which g
 measured here because nothing but the pictures needs them.
 """
 
-import hashlib
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_sparse.adapter import WEIGHTS, read_adapter
+from hf_sparse.adapter import read_adapter
 from hf_sparse.data import pack, select_chunks
 from hf_sparse.errors import DataError
 from hf_sparse.evaluation.graphs import describe_graphs
@@ -82,10 +81,10 @@ def write_report(
             f"{folder} has no {EVALUATION}, and a report shows what was measured: "
             f"`hf-sparse eval {folder} --text FILE` measures it"
         )
-    check_evaluation(evaluation, adapter.config)
+    check_evaluation(evaluation, adapter)
     graphs = isinstance(adapter.config, SparsefinderConfig)
     aside, draw, render = (GRAPHS, draw_graphs, render_graphs) if graphs else (SELECTION, _draw, _render)
-    scorers = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+    scorers = adapter.weights_sha256
     if text is not None:
         name = f"{text_name} (chunks {chunks})" if chunks else text_name
         measured = _select(folder, text, name, length, chunks or _CHUNKS, device, dtype)

@@ -16,7 +16,7 @@ from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel
 
-from hf_sparse.adapter import CONFIG, WEIGHTS, resolve_base, skeleton_of
+from hf_sparse.adapter import CONFIG, WEIGHTS, read_adapter, resolve_base, skeleton_of
 from hf_sparse.data import context_length, mask_tokens, pack, read_text, select_chunks
 from hf_sparse.errors import DataError, HubError
 from hf_sparse.evaluation import GENERATING, PATTERNS, check_selections, divide_layers, evaluate, selections_of
@@ -28,7 +28,7 @@ from hf_sparse.methods.sparsefinder import SparsefinderAttention, SparsefinderCo
 from hf_sparse.methods.sparsek import SparseKConfig
 from hf_sparse.patches import methods_in_use, methods_of
 from hf_sparse.patches.attach import targets
-from hf_sparse.repo import CARD, EVALUATION, FIGURES, TRAINING, read_json, write_repo
+from hf_sparse.repo import CARD, EVALUATION, FIGURES, TRAINING, check_evaluation, read_json, write_repo
 from hf_sparse.report_page import remove_report
 from hf_sparse.tasks import kind_of, task_of
 
@@ -206,11 +206,13 @@ def evaluate_adapter(
         The content of eval.json.
 
     Raises:
-        DataError: a text or tasks that cannot be measured; tasks alone without an eval.json to add them to.
+        DataError: a text or tasks that cannot be measured; tasks alone without an eval.json of this adapter to add them
+            to.
         ValueError: options out of range.
     """
     folder = Path(folder)
     model, tokenizer = load_adapter(folder, device=device, dtype=dtype)
+    adapter = read_adapter(folder, str(folder))
     graphs = bool(methods_in_use(model, SparsefinderAttention))
     if graphs and suite is not None:
         raise DataError(
@@ -247,11 +249,13 @@ def evaluate_adapter(
     elif (there := read_json(folder / EVALUATION)) is None:
         raise DataError(f"tasks are added to an eval.json, and {folder} holds none: measure a text first")
     else:
+        check_evaluation(there, adapter)
         result = there
     if suite is not None:
         result["tasks"] = {**result.get("tasks", {}), **suite.run(model, tokenizer)}
     if note:
         result["note"] = note
+    result["weights_sha256"] = adapter.weights_sha256
     write_repo(folder, evaluation=result)
     return result
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from peft import PeftConfig
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
@@ -281,6 +281,18 @@ class TestEval:
         arguments = [str(part) for part in ("eval", adapter, *options, "--selection", "key_difference")]
         result = CliRunner().invoke(cli.app, arguments, env={"COLUMNS": "80"})
         assert result.exit_code == 0 and result.stdout.count(" key_difference ") == 2  # with the sweep
+
+    def test_numbers_are_those_of_the_weights(self, adapter, text):
+        quick = ["--length", LENGTH, "--selection", "dense", "--device", "cpu"]
+        succeed("eval", adapter, "--text", text, *quick)
+        weights = adapter / "adapter_model.safetensors"
+        save_file({name: tensor + 1 for name, tensor in load_file(weights).items()}, weights)  # somebody's training
+        before = files(adapter)
+        tasks = ["--task", "passkey", "--task-samples", "1", "--task-lengths", "30"]
+        for arguments in (["eval", adapter, *tasks, *quick], ["report", adapter]):
+            assert "eval.json was measured with other weights than adapter_model.safetensors" in fail(*arguments)
+        assert files(adapter) == before
+        succeed("eval", adapter, "--text", text, *quick)
 
     def test_a_note_is_on_the_card(self, adapter, text):
         note = "The base model was quantised."
