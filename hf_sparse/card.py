@@ -169,8 +169,12 @@ def _task(name: str, task: dict[str, Any], labels: dict[str, str]) -> dict[str, 
     for chosen, found in results.items():
         values = found["values"] if isinstance(found, dict) else [found]
         scores[chosen] = [list(column) for column in zip(*values, strict=True)] if depths else [[v] for v in values]
-    means = {chosen: fmean(map(fmean, columns)) for chosen, columns in scores.items()}
-    better = [n for n in means if n not in ("dense", "learned") and means[n] > means.get("learned", 1.0)]
+    means = {chosen: [fmean(column) for column in columns] for chosen, columns in scores.items()}
+    own = means.get("learned", [1.0] * len(columns))
+    others = [chosen for chosen in means if chosen not in ("dense", "learned")]
+    better = {
+        column: [labels[chosen] for chosen in others if means[chosen][at] > own[at]] for at, column in enumerate(columns)
+    }
     return {
         "title": name.replace("_", " ").capitalize(),
         "metric": task["metric"].replace("_", " "),
@@ -178,8 +182,8 @@ def _task(name: str, task: dict[str, Any], labels: dict[str, str]) -> dict[str, 
         "columns": columns,
         "depths": depths,
         "rows": {labels[chosen]: [_scores(column) for column in columns] for chosen, columns in scores.items()},
-        "better": [labels[chosen] for chosen in better],
-        "weak": means["dense"] if means.get("dense", 1.0) < _WEAK else None,
+        "better": {column: names for column, names in better.items() if names},
+        "weak": weak if "dense" in means and (weak := fmean(means["dense"])) < _WEAK else None,
     }
 
 

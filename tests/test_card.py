@@ -135,7 +135,7 @@ def test_other_budgets_and_tasks_are_told():
     results = {
         "dense": {**learned, "values": [[1.0, 1.0], [1.0, 1.0]]},
         "learned": learned,
-        "snapkv": {**learned, "values": [[1.0, 0.5], [1.0, 1.0]]},
+        "snapkv": {**learned, "values": [[1.0, 0.5], [1.0, 0.75]]},
         "recency": {**learned, "values": [[0.0, 0.0], [0.0, 0.0]]},
     }
     divergence = {"dense": 0.0, "recency": 0.2, "random": 0.3, "learned": 0.1}
@@ -157,7 +157,8 @@ def test_other_budgets_and_tasks_are_told():
     assert found["exact match, 512 slots"] == ["2,048 tokens", "4,096 tokens"]
     assert "| best by learned score | 0.50 (0, 1) | 0.75 (0.5, 1) |" in text
     assert "at the depths 0.0, 0.5 of the text, 2 texts each" in text
-    assert text.count("is behind on this task") == 1 and "prompt's last queries (SnapKV) has a higher mean" in text
+    assert "**Ahead of the learned scorer on this task: at 2,048 tokens prompt's last queries (SnapKV).**" in text
+    assert text.count("Ahead of the learned scorer") == 1
     assert text.count("The base model itself has 0.40 with all keys") == text.count("The base model itself") == 1
     assert "| best by learned score | 0.30 |" in text and "other numbers of slots" not in card().text
 

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import pytest
@@ -105,3 +106,30 @@ def test_memory():
     (found,) = read(LEARNING / "memory-cpu.json")["rows"]
     sizes = [f"{variant['bytes'] / 2**20:,.0f} MiB" for variant in found["variants"].values()]
     assert [cells[0] for cells in list(rows.values())[1:]] == sizes
+
+
+def test_heads():
+    rows = table("docs/experiments.md", "Slots divided among the heads of each layer, too")
+    for slots, ways in read(LEARNING / "smollm2-heads.json")["whole"].items():
+        expected = [f"{found['perplexity']:.3f} ({found['divergence']:.4f})" for found in ways.values()]
+        assert rows[slots] == expected and list(ways) == ["equal", "layers", "heads"]
+
+
+def test_pass_keys():
+    rows, tasks = table("docs/experiments.md", "**Pass keys**"), read(SMOLLM2)["tasks"]
+    for name, cells in list(rows.items())[1:]:
+        expected = []
+        for task, column in [("passkey, 128 slots", 0), ("passkey", 0), ("passkey, 128 slots", 1), ("passkey", 1)] + [
+            ("passkey, 512 slots", column) for column in range(3)
+        ]:
+            values = tasks[task]["results"][_NAMES.get(name, name)]["values"]
+            expected.append(f"{fmean(value[column] for value in values):.2f}")
+        assert cells == expected
+
+
+def test_scorers():
+    rows = table("docs/experiments.md", "### What the scorer reads")
+    lines = [json.loads(line) for line in (LEARNING / "demo-scorers.jsonl").read_text("utf-8").splitlines()]
+    for line in lines:
+        cells = [f"{found['perplexity']:.3f} ({found['divergence']:.4f})" for found in line["quality"].values()]
+        assert rows[f"`{line['name']}`"][1 + 2 * line["seed"] :][:2] == cells
