@@ -173,7 +173,7 @@ def _task(name: str, task: dict[str, Any], labels: dict[str, str]) -> dict[str, 
     own = means.get("learned", [1.0] * len(columns))
     others = [chosen for chosen in means if chosen not in ("dense", "learned")]
     better = {
-        column: [labels[chosen] for chosen in others if means[chosen][at] > own[at]] for at, column in enumerate(columns)
+        column: [labels[name] for name in others if means[name][at] > own[at]] for at, column in enumerate(columns)
     }
     return {
         "title": name.replace("_", " ").capitalize(),
