@@ -60,7 +60,7 @@ def test_a_run_without_lora_says_nothing_of_it(sparse_llama, chunks):
     assert "lora_learning_rate" not in metrics["settings"]
     with pytest.raises(ValueError, match="lora_learning_rate: the adapter has no LoRA, its lora_rank is 0"):
         train(sparse_llama(), chunks, lora_learning_rate=1e-3)
-    with pytest.raises(ValueError, match="lora_learning_rate must be a number above 0, got 0.0"):
+    with pytest.raises(ValueError, match=r"lora_learning_rate must be a number above 0, got 0\.0"):
         train(sparse_llama(lora_rank=RANK), chunks, lora_learning_rate=0.0)
 
 
