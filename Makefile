@@ -7,7 +7,7 @@ TRITON := .venv/triton
 .DEFAULT_GOAL := help
 .PHONY: demo test kernels conformance lint format clean help
 
-demo: $(READY) ## Patch, finetune, evaluate and report on the bundled checkpoint, offline
+demo: $(READY) ## Patch, finetune and evaluate the bundled checkpoint, offline
 	@$(BIN)/hf-sparse demo
 
 test: lint $(OLDEST)/.ready kernels ## Everything CI runs: lint, the tests on the newest and on the oldest versions, the kernels
