@@ -2,16 +2,26 @@ PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
 OLDEST := .venv/oldest
+TRITON := .venv/triton
 
 .DEFAULT_GOAL := help
-.PHONY: demo test conformance lint format clean help
+.PHONY: demo test kernels conformance lint format clean help
 
-demo: $(READY) ## Patch, finetune, evaluate and report on the bundled checkpoint, offline
+demo: $(READY) ## Patch, finetune and evaluate the bundled checkpoint, offline
 	@$(BIN)/hf-sparse demo
 
-test: lint $(OLDEST)/.ready ## Everything CI runs: lint, then the tests on the newest and on the oldest versions
+test: lint $(OLDEST)/.ready kernels ## Everything CI runs: lint, the tests on the newest and on the oldest versions, the kernels
 	$(BIN)/pytest -n auto --maxprocesses 4
 	PYTHONPATH=$(OLDEST) $(BIN)/pytest -n auto --maxprocesses 4
+
+# Triton lies in a folder of its own, so that all other tests run without it. There are no wheels of it but for Linux.
+ifeq ($(shell uname -s),Linux)
+kernels: $(TRITON)/.ready ## The tests of the Triton kernels in Triton's interpreter, on the CPU
+	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(BIN)/pytest -n auto --maxprocesses 4 tests/ops/test_triton_*.py
+else
+kernels:
+	@echo "The kernels are not tested here: Triton has wheels for Linux only"
+endif
 
 conformance: $(READY) ## Every model family x every behaviour: the largest differences as a table
 	$(BIN)/pytest -q -n auto --maxprocesses 4 tests/conformance
@@ -39,6 +49,12 @@ $(READY): pyproject.toml constraints.txt
 	@echo "==> installing hf-sparse and what it needs into .venv (minutes the first time)"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt setuptools
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.[dev]'
+	@touch $@
+
+$(TRITON)/.ready: $(READY)
+	@rm -rf $(TRITON)
+	@echo "==> installing Triton into $(TRITON), about 190 MB"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target $(TRITON) triton==3.6.0
 	@touch $@
 
 $(OLDEST)/.ready: $(READY) constraints-oldest.txt

@@ -2,11 +2,13 @@
 
 python benchmarks/tables.py --kernels kernels.json --model model.json --page docs/speed.md --figure docs/speed.png
 
-Several JSON of `model.py` make one table; of a cell that was measured twice the last counts.
+Several JSON of `model.py` make one table; of a cell that was measured more than once the fastest counts. Of several
+JSON of the kernels the last counts, and earlier ones for contenders that it does not have.
 """
 
 import argparse
 import json
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,14 +33,17 @@ CACHES = {
 }
 CAVEATS = """Read the ratios with care:
 
-- The dynamic cache runs eager, and its step took 54 to 58 ms at any length up to 32,768 x 1 and at 32,768 x 4:
-  presumably the CPU could not launch kernels faster. The CPU cores were shared with 6 to 12 other processes during this
-  run (the GPU was not), so an idle machine may well be faster. Ratios to it are those of this machine in this state.
+- The dynamic cache runs eager. Up to 16 rows of 4,096 tokens its step takes the same time whatever it reads:
+  presumably the CPU (of a virtual machine) does not launch kernels faster; that was not profiled. Compare it with the
+  sparse steps that run eager as well.
 - With a static cache there is a mask, and with a mask transformers repeats keys and values for every query head before
   SDPA (`repeat_kv`, see its `use_gqa_in_sdpa`), four times here. By their size alone these copies explain most of the
   step; that is from the source, not from a profile. A dense step at the roofline would take about as long at 32,768 x 4
   as the sparse one takes now.
-- The sparse step reaches half of its own roofline, at any context; where the rest goes was not profiled.
+- The sparse step reaches half of its own roofline, at any context: it reads as much at each of them, so that the
+  differences between them are noise. Its kernels take less than it does (below); between two steps the GPU waits for
+  Python, and most of the kernels' time goes to the products with the weights.
+- Runs of different hours make up this table; the machine's other cores and its other GPU were in use.
 """
 PASSES = {"forward": "Forward", "forward_backward": "Forward and backward"}
 
@@ -64,6 +69,20 @@ def medians(kernels: dict[str, Any], which: str) -> dict[str, dict[int, float]]:
     return found
 
 
+def joined_kernels(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The last run, and from earlier ones what it did not measure; `earlier` names those contenders."""
+    last = runs[-1]
+    if any(run["settings"] | {"repeat_ms": 0} != last["settings"] | {"repeat_ms": 0} for run in runs):
+        raise ValueError("the runs of attention_kernels.py have different settings")
+    rows, earlier = list(last["rows"]), []
+    for run in reversed(runs[:-1]):
+        there = {row["contender"] for row in rows}
+        found = [row for row in run["rows"] if row["contender"] not in there]
+        rows += found
+        earlier += [name for name in KERNELS if name in {row["contender"] for row in found}]
+    return last | {"rows": rows, "earlier": earlier}
+
+
 def kernel_tables(kernels: dict[str, Any]) -> str:
     lengths = sorted({row["length"] for row in kernels["rows"]})
     head = ["ms", *(f"{length:,}" for length in lengths)]
@@ -83,13 +102,24 @@ def kernel_tables(kernels: dict[str, Any]) -> str:
 
 
 def joined(models: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """One result of several runs with the same settings, each row with the bandwidth of its run."""
+    """One result of several runs with the same settings, each row with the bandwidth of its run.
+
+    Of a cell that several runs measured the fastest counts, ours or dense: what else the machine does only slows it."""
     if not models:
         return None
     if any(model["settings"] != models[0]["settings"] for model in models):
         raise ValueError("the runs of model.py have different settings")
-    rows = [row | {"bandwidth": model["bandwidth"]} for model in models for row in model["rows"]]
-    return models[0] | {"rows": rows}
+    cells: dict[tuple, dict[str, Any]] = {}
+    for model in models:
+        for row in model["rows"]:
+            cell = tuple(row[name] for name in ("part", "variant", "context", "batch"))
+            if cell not in cells or median(row) < median(cells[cell]):
+                cells[cell] = row | {"bandwidth": model["bandwidth"]}
+    return models[0] | {"rows": list(cells.values())}
+
+
+def median(row: dict[str, Any]) -> float:
+    return row.get("step_ms", row).get("median_ms", math.inf)
 
 
 def decode_table(model: dict[str, Any]) -> str:
@@ -133,6 +163,43 @@ def long_table(model: dict[str, Any], part: str, names: dict[str, str]) -> str:
     return table(["tokens", *names.values()], rows)
 
 
+def profile_table(profiles: list[dict[str, Any]]) -> str:
+    """Calls, the time of their kernels, and the kernels that take most of it."""
+    rows = []
+    for row in (row for one in profiles for row in one["rows"]):
+        longest = [
+            f"{kernel['name'].split('<')[0].split('(')[0][:40]} {short(kernel['ms'])}" for kernel in row["kernels"][:5]
+        ]
+        size = f"{row['length']:,}" + (f" x {row['batch']}" if "batch" in row else "")
+        count = f"{row['launches']:,}" if row["launches"] else "-"
+        part = f"{row['part']} ({row['note']})" if "note" in row else row["part"]
+        rows.append([part, size, short(row["call_ms"]), short(row["kernels_ms"]), count, ", ".join(longest)])
+    head = ["call", "tokens", "ms", "ms of kernels", "launches", "longest kernels, ms"]
+    return table(head, rows)
+
+
+def sizes_table(sizes: dict[str, Any]) -> str:
+    """Programs of the kernels in other sizes than they have."""
+    names = ("rows", "keys", "warps", "stages", "registers")
+    rows = [
+        [row["kernel"], *(str(row[name]) if row[name] else "any" for name in names), short(row["median_ms"])]
+        for row in sizes["rows"]
+    ]
+    return table(["kernel", *names, "ms"], rows)
+
+
+def first_call_table(first_calls: dict[str, Any]) -> str:
+    """Seconds of the first length, and the longest first call of another one or of another support."""
+    rows = []
+    for row in first_calls["rows"]:
+        first, *others = row["calls"].values()
+        later = [seconds for call in others for name, seconds in call.items() if name != "again_s"]
+        both = short(first["forward_backward_s"]) if "forward_backward_s" in first else "-"
+        rows.append([row["family"], short(first["forward_s"]), both, short(max(later)) if later else "-"])
+    head = ["family, seconds", "first forward", "first backward after it", "another length or support, at most"]
+    return table(head, rows)
+
+
 def summary(kernels: dict[str, Any], model: dict[str, Any] | None) -> str:
     """The table of the README: a few of the numbers."""
     lengths = (16_384, 65_536, 131_072)
@@ -154,7 +221,13 @@ def summary(kernels: dict[str, Any], model: dict[str, Any] | None) -> str:
 
 
 def page(
-    kernels: dict[str, Any], wider: dict[str, Any] | None, model: dict[str, Any] | None, figure: str | None
+    kernels: dict[str, Any],
+    wider: dict[str, Any] | None,
+    model: dict[str, Any] | None,
+    profiles: list[dict[str, Any]],
+    first_calls: dict[str, Any] | None,
+    sizes: dict[str, Any] | None,
+    figure: str | None,
 ) -> str:
     """The whole page, Markdown; `wider` has soft gates over a larger support."""
     machine, versions, settings = kernels["machine"], kernels["versions"], kernels["settings"]
@@ -172,7 +245,14 @@ Batch {settings["batch"]}, {settings["query_heads"]} query heads and {settings["
 {settings["dim"]}; k = {settings["k"]}, window = {settings["window"]}, {settings["sinks"]} sinks; soft gates over
 {settings["support"]:,} keys at most. Times of SparseK include its selection. Measured after outputs and gradients
 agreed with float64 (largest relative error {worst:.1e}) and the selection with the one in plain PyTorch.
-
+"""
+    if kernels["earlier"]:
+        text += f"""
+Of an earlier run, before a change that saves SparseK some twenty small launches: {
+            "; ".join(KERNELS[name] for name in kernels["earlier"])
+        }.
+"""
+    text += f"""
 {kernel_tables(kernels)}"""
     if wider:
         lengths = sorted({row["length"] for row in wider["rows"]})
@@ -216,6 +296,30 @@ in place of a prompt.
 forward and backward), and the teacher's forward alone, batch 1.
 
 {long_table(model, "train", {"scorers": "training step", "dense teacher": "dense teacher, of it"})}"""
+        text += "\n"
+    if profiles:
+        text += f"""## Where the time goes
+
+One call each, by the profiler: the attention of the first table, forward and backward with hard gates; the training
+step and the decoding step of the whole models. Where kernels take much less time than the call, the CPU that launches
+them is the limit.
+
+{profile_table(profiles)}
+"""
+    if sizes:
+        text += f"""What would bring SparseK nearer to the window: programs with fewer registers, of which more run at
+a time. A search at {sizes["length"]:,} tokens; each kernel has the first sizes of its own here, since the tests have
+not run with others on a GPU.
+
+{sizes_table(sizes)}
+"""
+    if first_calls:
+        text += f"""## First calls
+
+Seconds in a fresh process with empty caches, processes side by side on cores of their own.
+
+{first_call_table(first_calls)}
+"""
     return text.rstrip() + "\n"
 
 
@@ -250,16 +354,22 @@ def draw(kernels: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--kernels", type=Path, required=True)
+    parser.add_argument("--kernels", type=Path, nargs="+", required=True, help="the newest last")
     parser.add_argument("--wider", type=Path, help="JSON of the kernels with a larger support")
     parser.add_argument("--model", type=Path, nargs="+", default=[])
+    parser.add_argument("--profiles", type=Path, nargs="*", default=[])
+    parser.add_argument("--first-calls", type=Path)
+    parser.add_argument("--sizes", type=Path, help="JSON of a search for sizes of the kernels' programs")
     parser.add_argument("--page", type=Path, help="the Markdown to write")
     parser.add_argument("--figure", type=Path, help="the PNG to write, beside the page")
     options = parser.parse_args()
-    kernels = json.loads(options.kernels.read_text("utf-8"))
+    kernels = joined_kernels([json.loads(path.read_text("utf-8")) for path in options.kernels])
     wider = json.loads(options.wider.read_text("utf-8")) if options.wider else None
     model = joined([json.loads(path.read_text("utf-8")) for path in options.model])
-    text = page(kernels, wider, model, options.figure.name if options.figure else None)
+    profiles = [json.loads(path.read_text("utf-8")) for path in options.profiles]
+    first_calls = json.loads(options.first_calls.read_text("utf-8")) if options.first_calls else None
+    sizes = json.loads(options.sizes.read_text("utf-8")) if options.sizes else None
+    text = page(kernels, wider, model, profiles, first_calls, sizes, options.figure.name if options.figure else None)
     if options.figure:
         draw(kernels, options.figure)
     if options.page:

@@ -21,7 +21,11 @@ def read(name):
 
 def test_every_number_is_that_of_the_json():
     tables = load_tables()
-    kernels, wider = read("kernels-h200.json"), read("kernels-support4096-h200.json")
+    kernels = tables.joined_kernels([read("kernels-h200.json"), read("kernels2-h200.json")])
+    wider = read("kernels-support4096-h200.json")
     model = tables.joined([read(path.name) for path in sorted(RESULTS.glob("model*-h200.json"))])
-    assert (ROOT / "docs" / "speed.md").read_text("utf-8") == tables.page(kernels, wider, model, "speed.png")
+    profiles = [read("profiles-h200.json"), read("profiles-decode-h200.json")]
+    first_calls = read("first_calls-h200.json")
+    page = tables.page(kernels, wider, model, profiles, first_calls, read("sizes-h200.json"), "speed.png")
+    assert (ROOT / "docs" / "speed.md").read_text("utf-8") == page
     assert tables.summary(kernels, model) in (ROOT / "README.md").read_text("utf-8")

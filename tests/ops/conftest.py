@@ -1,5 +1,7 @@
 """Instruments for tensor code."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,3 +43,29 @@ def poisoned_memory(monkeypatch):
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+@pytest.fixture
+def interpreter(monkeypatch):
+    """Triton's interpreter, where there is no GPU: mended, and twice as fast."""
+    if torch.cuda.is_available():
+        return
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch_tensor, patch_language = interpreter._patch_lang_tensor, interpreter._patch_lang
+
+    def with_index(tensor, scope):
+        patch_tensor(tensor, scope)
+        # Triton 3.6 turns arrays of one element into integers as NumPy no longer does.
+        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
+
+    def once(function):  # not again in every function that a kernel calls
+        used = [module for module in function.__globals__.values() if module is tl or module is tl.core]
+        patched = used and not any(tl.core.is_builtin(module.load) for module in used)
+        return interpreter._LangPatchScope() if patched else patch_language(function)
+
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", with_index)
+    monkeypatch.setattr(interpreter, "_patch_lang", once)
+    builder = interpreter.interpreter_builder
+    monkeypatch.setattr(builder, "options", dataclasses.replace(builder.options, sanitize_overflow=False))

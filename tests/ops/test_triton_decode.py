@@ -16,6 +16,7 @@ from hf_sparse.ops import decode
 from hf_sparse.ops.triton import decode as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("interpreter")
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter cannot multiply bfloat16
 WINDOW, SINKS = 5, 2
 

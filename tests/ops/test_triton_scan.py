@@ -16,6 +16,7 @@ from hf_sparse.ops import prefix, sparsek, topk_thresholds
 from hf_sparse.ops.triton.scan import scan, supports
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("interpreter")
 KINDS = ["normal", "ties", "equal", "rising", "falling", "hard", "holes"]
 
 

@@ -112,9 +112,9 @@ def sparsek_attention(
         if _takes_kernels(implementation, query, scores):
             from hf_sparse.ops.triton import attention as kernels  # Triton is there only beside a CUDA device
 
-            if causal:
-                return kernels.causal_sparsek_attention(*arguments)
-            return kernels.bidirectional_sparsek_attention(*arguments)
+            fused = kernels.causal_sparsek_attention if causal else kernels.bidirectional_sparsek_attention
+            with torch.cuda.device_of(query):  # where Triton launches
+                return fused(*arguments)
         return causal_sparsek_attention(*arguments) if causal else bidirectional_sparsek_attention(*arguments)
 
 

@@ -37,8 +37,12 @@ def causal_sparsek_attention(
     """See `sparsek_attention`, which checks the arguments. `tile` and `blocks` are for tests and benchmarks."""
     keys, queries = key.shape[2], query.shape[2]
     first = _first(key, start)
-    fixed = torch.arange(keys, device=query.device) < first[:, None, None] + sinks  # padding and sinks: no candidates
-    candidates = scores.masked_fill(fixed, -torch.inf)
+    fixed = None  # sinks and padding: no candidates
+    if start is not None:
+        fixed = torch.arange(keys, device=query.device) < first[:, None, None] + sinks
+    elif sinks:
+        fixed = torch.arange(keys, device=query.device) < sinks
+    candidates = scores if fixed is None else scores.masked_fill(fixed, -torch.inf)
     size = keys if support is None else min(support, keys)
     search = scan.scan if scan.supports(candidates, size=size, queries=queries, tile=tile) else prefix.scan
     found = search(
@@ -51,8 +55,10 @@ def causal_sparsek_attention(
         with_tau=soft,
         with_lists=True,
     )
-    tables = causal_tables(found, candidates, first, queries=queries, window=window, sinks=sinks, tile=tile)
-    z = scores.masked_fill(fixed, torch.inf) if soft else None  # the gate of a sink is 1, whatever tau is
+    tables = causal_tables(found, candidates.detach(), first, queries=queries, window=window, sinks=sinks, tile=tile)
+    z = scores if soft else None
+    if soft and fixed is not None:
+        z = scores.masked_fill(fixed, torch.inf)  # the gate of a sink is 1, whatever tau is
     return attend(query, key, value, z, found.tau, tables, scaling, blocks)
 
 

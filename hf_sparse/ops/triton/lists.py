@@ -1,4 +1,4 @@
-"""Which keys a query reaches, as two integers per key and one list per tile of queries. Plain PyTorch.
+"""Which keys a query reaches, as two integers per key and one list per tile of queries.
 
 Scores are frozen and thresholds only rise, so every key is attended on one contiguous interval of positions,
 
@@ -11,13 +11,17 @@ the keys of a tile: in the tile's list, and in the keys around it.
 from typing import NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from hf_sparse.ops.prefix import Scan
+from hf_sparse.ops.triton.lists_kernels import in_list_order, intervals
 
 # Before and after every position; their difference fits into int32.
 ALWAYS = -(1 << 29)
 NEVER_ENDS = 1 << 29
+_KEYS = 256  # per program that looks for intervals
+_ENTRIES = 1024  # and per program that reads in the order of lists
 
 
 class Tables(NamedTuple):
@@ -55,22 +59,29 @@ class Tables(NamedTuple):
 def causal_tables(
     found: Scan, scores: Tensor, first: Tensor, *, queries: int, window: int, sinks: int, tile: int
 ) -> Tables:
-    """Tables of causal attention, from the scan of `scores` `[B, Hkv, Tk]` with lists for tiles of `tile` queries."""
-    keys = scores.shape[-1]
-    end = torch.searchsorted(found.floor, found.rank, right=True)
-    if found.tau is not None:
-        end = torch.minimum(end, torch.searchsorted(found.tau.detach(), scores.detach()))
-    index = torch.arange(keys, device=scores.device)
-    start = first[:, None, None]
-    until = torch.maximum((end + (keys - queries)).masked_fill_(found.rank == 0, 0), index + window)
-    until = until.masked_fill_(index < start + sinks, keys).masked_fill_(index < start, 0).to(torch.int32)
-    tables = Tables(None, until, found.lists.contiguous(), tile, window - 1, 0, sinks, first)
-    if found.tau is None:
+    """Tables of causal attention, from the scan of `scores` `[B, Hkv, Tk]` with lists for tiles of `tile` queries.
+
+    `scores` are float32 without a gradient."""
+    batch, heads, keys = scores.shape
+    soft = found.tau is not None
+    scores = scores.contiguous()
+    lists, rank, floor = found.lists.contiguous(), found.rank.contiguous(), found.floor.contiguous()
+    tau = found.tau.detach().contiguous() if found.tau is not None else None
+    until = torch.empty(scores.shape, dtype=torch.int32, device=scores.device)
+    intervals[(triton.cdiv(keys, _KEYS), batch * heads)](
+        rank, floor, scores if soft else None, tau, first, until, keys, queries, heads, window, sinks,
+        queries.bit_length(), SOFT=soft, BLOCK=_KEYS, num_warps=4,
+    )  # fmt: skip
+    tables = Tables(None, until, lists, tile, window - 1, 0, sinks, first)
+    if not soft:
         return tables
-    places = tables.lists.clamp(min=0).long().flatten(2)
-    candidate = (tables.lists.flatten(2) >= 0) & (places >= start + sinks)
-    ends = until.gather(2, places).masked_fill_(~candidate, 0).view(tables.lists.shape)
-    return tables._replace(scores=scores.detach().gather(2, places).view(tables.lists.shape), ends=ends)
+    size = lists.shape[-2] * lists.shape[-1]
+    of_lists = torch.empty(lists.shape, dtype=torch.float32, device=scores.device)
+    ends = torch.empty(lists.shape, dtype=torch.int32, device=scores.device)
+    in_list_order[(triton.cdiv(size, _ENTRIES), batch * heads)](
+        lists, scores, until, first, of_lists, ends, size, keys, heads, sinks, BLOCK=_ENTRIES, num_warps=4
+    )
+    return tables._replace(scores=of_lists, ends=ends)
 
 
 def bidirectional_tables(gates: Tensor, first: Tensor, *, window: int, width: int) -> Tables:
