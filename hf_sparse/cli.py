@@ -167,7 +167,10 @@ def patch(
     bins: Annotated[int, _graph("Shared bins per dimension.")] = 16,
     bin_width: Annotated[int, _graph("Tokens per fixed bin.")] = 16,
     threshold: Annotated[float, _graph("Squared distance below which tokens are joined; with --tile 0.")] = 1.0,
-    tile: Annotated[int, _graph("Positions per tile: a power of 2 up to 128; 0 joins single tokens that match.")] = 64,
+    tile: Annotated[int, _graph("Keys per tile: a power of 2 up to 128; 0 joins single tokens that match.")] = 64,
+    query_tile: Annotated[
+        int | None, _graph("Queries per tile, up to --tile, which is the default. 1 fits a causal model best.")
+    ] = None,
     sparsity: Annotated[float, _graph("Share of the pairs of tiles that is left out.")] = 0.8,
     length: Annotated[int, _graph("Tokens of the causal text that --sparsity is meant for.")] = 1024,
     tiles_per_query: Annotated[int | None, _graph("Key tiles per query tile, in place of --sparsity.")] = None,

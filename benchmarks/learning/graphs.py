@@ -149,7 +149,7 @@ def measure(
                 graph = predicted_graph(learned, *codes, queries=length, causal=True)
             assert isinstance(graph, Tiles)
         else:
-            scores = mass if name == "oracle" else nearest_scores(tiles, tiles).expand_as(mass)
+            scores = mass if name == "oracle" else nearest_scores(torch.arange(tiles), tiles).expand_as(mass)
             graph = best_tiles(scores, config.causal_tiles, size=tile, causal=True, always=always)
         found[str(sparsity)] = float((mass * graph.mask(tiles)).sum() / mass.sum())
     return found

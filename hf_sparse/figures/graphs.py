@@ -34,7 +34,8 @@ def graphs_figure(content: dict[str, Any], path: str | Path) -> None:
         for axes in panels.flat[len(heads) :]:
             axes.set_visible(False)
         for axes, head in zip(panels.flat, heads, strict=False):
-            axes.imshow(_image(head, content["tile"] or 1, length), interpolation="nearest", origin="upper")
+            image = _image(head, content["tile"], content.get("query_tile", content["tile"]), length)
+            axes.imshow(image, interpolation="nearest", origin="upper")
             axes.set_title(
                 f"layer {head['layer']}, head {head['head']}\nmass {head['mass_recall']:.2f}, "
                 f"edges {head['recall']:.2f} held",
@@ -54,7 +55,7 @@ def graphs_figure(content: dict[str, Any], path: str | Path) -> None:
         figure.suptitle(f"Predicted and gold graphs of a text of {length} tokens", x=0.02, ha="left", fontsize=10)
 
 
-def _image(head: dict[str, Any], tile: int, length: int) -> Any:
+def _image(head: dict[str, Any], tile: int, query_tile: int, length: int) -> Any:
     """`[T, T, 3]` colours from 0 to 1."""
     import numpy as np
     from matplotlib.colors import to_rgb
@@ -62,7 +63,7 @@ def _image(head: dict[str, Any], tile: int, length: int) -> Any:
     predicted, gold = np.zeros((length, length), bool), np.zeros((length, length), bool)
     for row, keys in enumerate(head["predicted"]):
         for key in keys:
-            predicted[row * tile : (row + 1) * tile, key * tile : (key + 1) * tile] = True
+            predicted[row * query_tile : (row + 1) * query_tile, key * tile : (key + 1) * tile] = True
     for row, keys in enumerate(head["gold"]):
         gold[row, keys] = True
     if head["causal"]:

@@ -168,12 +168,13 @@ SIZE, LENGTH = 4, 62
 
 def all_scores(query, key, valid, counts) -> dict[str, torch.Tensor]:
     listed = total = -(-LENGTH // SIZE)
+    own = torch.arange(total)
     generator = torch.Generator().manual_seed(0)
     return {
-        "longformer": pattern_tiles.nearest_scores(listed, total),
+        "longformer": pattern_tiles.nearest_scores(own, total),
         "bigbird": pattern_tiles.random_scores(BATCH, HEADS, listed, total, generator=generator),
-        "strided": pattern_tiles.strided_scores(counts, listed, total, causal=True),
-        "fixed": pattern_tiles.fixed_scores(counts, listed, total, causal=True),
+        "strided": pattern_tiles.strided_scores(counts, own, total, causal=True),
+        "fixed": pattern_tiles.fixed_scores(counts, own, total, causal=True),
         "reformer": pattern_tiles.lsh_scores(
             query, key, patterns.lsh_rotations(RANK, 4, 2, generator=generator), size=SIZE, valid=valid
         ),
@@ -219,24 +220,42 @@ def chosen(scores, count, causal) -> list[int]:
 
 
 def test_nearest_tiles():
-    assert chosen(pattern_tiles.nearest_scores(16, 16), 4, True) == [12, 13, 14, 15]
-    both = best_tiles(pattern_tiles.nearest_scores(16, 16), 4, size=SIZE, causal=False).index[0, 0]
+    assert chosen(pattern_tiles.nearest_scores(torch.arange(16), 16), 4, True) == [12, 13, 14, 15]
+    both = best_tiles(pattern_tiles.nearest_scores(torch.arange(16), 16), 4, size=SIZE, causal=False).index[0, 0]
     assert both[8].tolist() == [6, 7, 8, 9] and both[0].tolist() == [0, 1, 2, 3]
 
 
 def test_strided_tiles():
     # 4 next to the query, and 4 of the 16 - 4 others: every third from there.
-    assert chosen(pattern_tiles.strided_scores(8, 16, 16, causal=True), 8, True) == [0, 3, 6, 9, 12, 13, 14, 15]
-    assert chosen(pattern_tiles.strided_scores(16, 16, 16, causal=True), 16, True) == list(range(16))
-    assert chosen(pattern_tiles.strided_scores(1, 16, 16, causal=True), 1, True) == [15]
-    rows = pattern_tiles.strided_scores(8, 3, 16, causal=True)
-    assert torch.equal(rows, pattern_tiles.strided_scores(8, 16, 16, causal=True)[:, :, 13:])
+    assert chosen(pattern_tiles.strided_scores(8, torch.arange(16), 16, causal=True), 8, True) == [
+        0,
+        3,
+        6,
+        9,
+        12,
+        13,
+        14,
+        15,
+    ]
+    assert chosen(pattern_tiles.strided_scores(16, torch.arange(16), 16, causal=True), 16, True) == list(range(16))
+    assert chosen(pattern_tiles.strided_scores(1, torch.arange(16), 16, causal=True), 1, True) == [15]
+    rows = pattern_tiles.strided_scores(8, torch.arange(13, 16), 16, causal=True)
+    assert torch.equal(rows, pattern_tiles.strided_scores(8, torch.arange(16), 16, causal=True)[:, :, 13:])
 
 
 def test_fixed_tiles():
     # 4 columns for all, the last of every 4 tiles; the query's own is one of them, and the nearest takes its place.
-    assert chosen(pattern_tiles.fixed_scores(8, 16, 16, causal=True), 8, True) == [3, 7, 10, 11, 12, 13, 14, 15]
-    tiles = best_tiles(pattern_tiles.fixed_scores(8, 16, 16, causal=False), 8, size=SIZE, causal=False)
+    assert chosen(pattern_tiles.fixed_scores(8, torch.arange(16), 16, causal=True), 8, True) == [
+        3,
+        7,
+        10,
+        11,
+        12,
+        13,
+        14,
+        15,
+    ]
+    tiles = best_tiles(pattern_tiles.fixed_scores(8, torch.arange(16), 16, causal=False), 8, size=SIZE, causal=False)
     assert tiles.mask(16)[0, 0, :, 3::4].all()
 
 

@@ -35,7 +35,9 @@ def test_best_tiles(causal, listed, count):
     always = window_and_global(listed * SIZE - 1, keys, SIZE, window=2, global_tokens=1, causal=causal, valid=valid)
     found = best_tiles(scores, count, size=SIZE, causal=causal, valid=valid, always=always)
     counts = torch.as_tensor(count).expand(3, 2, listed)
-    allowed = allowed_tiles(listed, total, causal=causal, valid_tiles=tiles_of_valid(valid, SIZE))
+    allowed = allowed_tiles(
+        torch.arange(total - listed, total), total, causal=causal, valid_tiles=tiles_of_valid(valid, SIZE)
+    )
     fixed = always.mask(total)
     for b in range(3):
         for h in range(2):
@@ -65,7 +67,7 @@ def test_sparsity_is_hit_as_integers_allow(causal, padded, spread, sparsity):
     total = 17
     valid_tiles = tiles_of_valid(padding(total * SIZE), SIZE) if padded else None
     counts = tiles_for_sparsity(sparsity, total, total, causal=causal, spread=spread, valid_tiles=valid_tiles)
-    allowed = allowed_tiles(total, total, causal=causal, valid_tiles=valid_tiles).sum(-1)  # [B, 1, nq]
+    allowed = allowed_tiles(torch.arange(total), total, causal=causal, valid_tiles=valid_tiles).sum(-1)  # [B, 1, nq]
     counts = counts.expand_as(allowed)
     assert (counts <= allowed).all() and (counts[allowed > 0] >= 1).all()
     wanted = ((1 - sparsity) * allowed.sum(-1).double()).round().long()

@@ -115,7 +115,9 @@ def test_allowed_tiles_hold_an_allowed_pair(causal):
     first = total - listed
     # A tile of queries counts whole, also where only its last queries are given.
     edges = allowed_edges(torch.arange(first * size, keys), keys, causal=causal, valid=valid)
-    found = allowed_tiles(listed, total, causal=causal, valid_tiles=tiles_of_valid(valid, size))
+    found = allowed_tiles(
+        torch.arange(total - listed, total), total, causal=causal, valid_tiles=tiles_of_valid(valid, size)
+    )
     for row in range(listed):
         for column in range(total):
             pairs = edges[:, :, row * size : row * size + size, column * size : column * size + size]
@@ -143,7 +145,7 @@ def test_bad_input():
         Tiles.of_mask(torch.ones(2, 2), 4)
     with pytest.raises(ValueError, match="lists key tile 3 and 1 query tiles, but there are 2"):
         Tiles(index[:, :, :1] + 3, 4).mask(2)
-    with pytest.raises(ValueError, match="2 query tiles of 4 positions and 2 of 8"):
+    with pytest.raises(ValueError, match="2 query tiles of 4 by 4 positions and 2 of 8 by 8"):
         Tiles(index, 4).union(Tiles(index, 8))
     with pytest.raises(ValueError, match="9 queries of 9 keys are 3 tiles of 4, got a graph of 2"):
         Tiles(index, 4).edges(9, 9, causal=True)

@@ -35,9 +35,9 @@ def describe_graphs(model: nn.Module, chunk: Tensor, *, text_name: str = "") -> 
         text_name: what the text is called.
 
     Returns:
-        What graphs.json holds: `length`, `tile` (1 for a graph of tokens), and for each of `heads` its `layer`, `head`,
-        `recall`, `mass_recall`, whether it is `causal`, the key tiles `predicted` for each query tile, and the `gold`
-        keys of each query.
+        What graphs.json holds: `length`, `tile` and `query_tile` (1 for a graph of tokens), and for each of `heads` its
+        `layer`, `head`, `recall`, `mass_recall`, whether it is `causal`, the key tiles `predicted` for each query tile,
+        and the `gold` keys of each query.
 
     Raises:
         DataError: a chunk that the model cannot read, or an adapter that predicts nothing.
@@ -48,7 +48,7 @@ def describe_graphs(model: nn.Module, chunk: Tensor, *, text_name: str = "") -> 
     tokens = chunk[:1, :_LENGTH]
     check_chunks(model, tokens)
     found: list[dict[str, Any]] = []
-    sizes: set[int] = set()
+    sizes: set[tuple[int, int]] = set()
 
     def collect(text: Text, graph: Tiles | Tensor | None, certificate: Certificate | None) -> None:
         tiles = certificate.tiles if certificate is not None else graph
@@ -60,7 +60,7 @@ def describe_graphs(model: nn.Module, chunk: Tensor, *, text_name: str = "") -> 
         options: dict[str, Any] = {"alpha": text.alpha, "scaling": text.scaling, "causal": text.causal}
         gold, probabilities = support(text.query, text.key, **options)
         metrics = graph_metrics(edges, probabilities, causal=text.causal)
-        sizes.add(tiles.size)
+        sizes.add((tiles.size, tiles.rows))
         for head in range(heads):
             lists = tiles.index[0, head * tiles.index.shape[1] // heads]
             found.append(
@@ -81,12 +81,14 @@ def describe_graphs(model: nn.Module, chunk: Tensor, *, text_name: str = "") -> 
         final_states(model, tokens.to(next(model.parameters()).device))
     found.sort(key=lambda head: -head["mass_recall"])
     last = len(found) - 1
+    tile, query_tile = sizes.pop()
     places = sorted({round(number * last / (_HEADS - 1)) for number in range(_HEADS)})
     return {
         "format": FORMAT,
         "text": {"name": text_name, "sha256": fingerprint(tokens)},
         "length": tokens.shape[1],
-        "tile": sizes.pop(),
+        "tile": tile,
+        "query_tile": query_tile,
         "heads": [found[place] for place in places],
         **machine.describe(),
     }

@@ -36,7 +36,7 @@ from hf_sparse.ops.graphs.pattern_tiles import (
 )
 from hf_sparse.ops.graphs.patterns import lsh_rotations
 from hf_sparse.ops.graphs.select import best_tiles
-from hf_sparse.ops.graphs.tiles import tile_counts
+from hf_sparse.ops.graphs.tiles import own_tiles, tile_counts
 
 #: What attends: the adapter's predictor, patterns that know nothing of the text, those that do, and the best there is.
 PATTERNS = ("predicted", "longformer", "windows", "bigbird", "strided", "fixed", "lsh", "routing", "bound", "oracle")
@@ -82,72 +82,79 @@ class Patterns:
         def graph(text: Text) -> Tiles | Tensor:
             config, causal = self.method.config, text.causal
             queries, keys, size = text.query.shape[2], text.key.shape[2], config.tile or 1
+            own, total = self._own(text)
             count = tiles_per_query(config, queries, keys, causal)
             if name == "oracle" and config.tile and config.learns_graph:  # it has no fewer in any head
-                count = predicted_counts(self.method.parameters_in_use, *_counts(text, size), causal)
+                count = predicted_counts(self.method.parameters_in_use, own, total, causal)
             if name == "windows":
                 assert self.budgets is not None
-                count = divided_tiles(self.budgets, count, _counts(text, size)[0])
+                count = divided_tiles(self.budgets, count, len(own))
             count = count.to(text.key.device) if isinstance(count, Tensor) else count
             window = config.window if config.tile else max(1, config.window)
             near = window_and_global(
                 queries,
                 keys,
                 size,
+                rows=config.rows,
                 window=window,
                 global_tokens=config.global_tokens,
                 causal=causal,
                 device=text.key.device,
             )
-            found = scores(text, size, count, generator)
-            tiles = best_tiles(found, count, size=size, causal=causal, always=near)
+            found = scores(text, count, generator)
+            tiles = best_tiles(found, count, size=size, rows=config.rows, own=own, causal=causal, always=near)
             return tiles if config.tile else tiles.edges(queries, keys, causal=causal)
 
         return graph
 
-    def _longformer(self, text: Text, size: int, *_: Any) -> Tensor:
-        return nearest_scores(*_counts(text, size), device=text.key.device)
+    def _longformer(self, text: Text, *_: Any) -> Tensor:
+        return nearest_scores(*self._own(text))
 
-    def _windows(self, text: Text, size: int, *_: Any) -> Tensor:
-        return self._longformer(text, size).expand(len(text.key), self._heads(text), -1, -1)
+    def nearest(self, text: Text) -> Tensor:
+        """What windows of each head are fitted by, `[B, H, nq, nk]`."""
+        return self._longformer(text).expand(len(text.key), self._heads(text), -1, -1)
 
-    def _bigbird(self, text: Text, size: int, count: int | Tensor, generator: torch.Generator) -> Tensor:
-        grid = (len(text.key), self._heads(text), *_counts(text, size))
+    def _windows(self, text: Text, *_: Any) -> Tensor:
+        return self.nearest(text)
+
+    def _bigbird(self, text: Text, count: int | Tensor, generator: torch.Generator) -> Tensor:
+        own, total = self._own(text)
+        grid = (len(text.key), self._heads(text), len(own), total)
         return random_scores(*grid, generator=generator, device=text.key.device)
 
-    def _strided(self, text: Text, size: int, count: int | Tensor, _: Any) -> Tensor:
-        return strided_scores(count, *_counts(text, size), causal=text.causal, device=text.key.device)
+    def _strided(self, text: Text, count: int | Tensor, _: Any) -> Tensor:
+        return strided_scores(count, *self._own(text), causal=text.causal)
 
-    def _fixed(self, text: Text, size: int, count: int | Tensor, _: Any) -> Tensor:
-        return fixed_scores(count, *_counts(text, size), causal=text.causal, device=text.key.device)
+    def _fixed(self, text: Text, count: int | Tensor, _: Any) -> Tensor:
+        return fixed_scores(count, *self._own(text), causal=text.causal)
 
-    def _lsh(self, text: Text, size: int, count: int | Tensor, _: Any) -> Tensor:
+    def _lsh(self, text: Text, count: int | Tensor, _: Any) -> Tensor:
         query, key = self.points(text)
         config, generator = self.method.config, torch.Generator().manual_seed(self.seed)  # one hash for all texts
         buckets = config.clusters + config.clusters % 2
         rotations = lsh_rotations(query.shape[-1], buckets, _HASHES, generator=generator, device=query.device)
-        return lsh_scores(query, key, rotations, size=size, lag=_lag(text, size), per_group=config.per_group)
+        return lsh_scores(query, key, rotations, **self._tiles, lag=self._lag(text), per_group=config.per_group)
 
-    def _routing(self, text: Text, size: int, *_: Any) -> Tensor:
+    def _routing(self, text: Text, *_: Any) -> Tensor:
         assert self.centroids is not None
-        return routing_scores(*self.points(text), self.centroids, size=size, per_group=self.method.config.per_group)
+        return routing_scores(*self.points(text), self.centroids, **self._tiles, per_group=self.method.config.per_group)
 
-    def _bound(self, text: Text, size: int, *_: Any) -> Tensor:
+    def _bound(self, text: Text, *_: Any) -> Tensor:
         config = self.method.config
         return bound_scores(
             text.query,
             text.key,
-            size=size,
+            **self._tiles,
             alpha=text.alpha,
             scaling=text.scaling,
             causal=text.causal,
             window=max(1, config.window),
             global_tokens=config.global_tokens,
-            lag=_lag(text, size),
+            lag=self._lag(text),
             grouped=config.per_group,
         )
 
-    def _oracle(self, text: Text, size: int, *_: Any) -> Tensor:
+    def _oracle(self, text: Text, *_: Any) -> Tensor:
         heads, kv_heads = text.query.shape[1], text.key.shape[1]
         group, alpha = heads // kv_heads, text.alpha
         parts = []
@@ -160,11 +167,25 @@ class Patterns:
                 scaling=text.scaling[mine],
                 causal=text.causal,
             )[1]
-            parts.append(oracle_scores(probabilities, size=size, kv_heads=1 if self.method.config.per_group else None))
+            kv_head = 1 if self.method.config.per_group else None
+            parts.append(oracle_scores(probabilities, **self._tiles, kv_heads=kv_head))
         return torch.cat(parts, 1)
 
     def _heads(self, text: Text) -> int:
         return (text.key if self.method.config.per_group else text.query).shape[1]
+
+    @property
+    def _tiles(self) -> dict[str, Any]:
+        return {"size": self.method.config.tile or 1, "rows": self.method.config.rows}
+
+    def _own(self, text: Text) -> tuple[Tensor, int]:
+        """The own tile of each tile of queries, and the number of tiles of keys."""
+        keys = text.key.shape[2]
+        listed, total = tile_counts(text.query.shape[2], keys, **self._tiles)
+        return own_tiles(listed, keys, **self._tiles, device=text.key.device), total
+
+    def _lag(self, text: Text) -> int:
+        return (self.method.config.rows or 1) - 1 if text.causal else 0
 
 
 @torch.no_grad()
@@ -204,16 +225,7 @@ def fit_windows(patterns: Sequence[Patterns], read: Callable[[], Any]) -> None:
     by_method = {id(of.method): of for of in patterns}
 
     def nearest(method: SparsefinderAttention, text: Text) -> Tensor:
-        assert method.config.tile is not None
-        return by_method[id(method)]._windows(text, method.config.tile)
+        return by_method[id(method)].nearest(text)
 
     for of, table in zip(patterns, fit_budgets([of.method for of in patterns], read, nearest), strict=True):
         of.budgets = table
-
-
-def _counts(text: Text, size: int) -> tuple[int, int]:
-    return tile_counts(text.query.shape[2], text.key.shape[2], size)
-
-
-def _lag(text: Text, size: int) -> int:
-    return size - 1 if text.causal else 0

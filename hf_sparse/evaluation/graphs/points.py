@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from hf_sparse.methods.sparsefinder import SparsefinderAttention, SparsefinderConfig
 from hf_sparse.ops.graphs.select import tiles_for_sparsity
-from hf_sparse.ops.graphs.tiles import tile_counts
+from hf_sparse.ops.graphs.tiles import own_tiles, tile_counts
 from hf_sparse.patches import methods_in_use
 
 # What says nothing about how the trained adapter attends.
@@ -57,20 +57,22 @@ def counted(config: SparsefinderConfig) -> bool:
 
 def tiles_per_query(config: SparsefinderConfig, queries: int, keys: int, causal: bool) -> int | Tensor:
     """Key tiles of each query tile: a number, or `[nq]` int64. A graph of tokens has tiles of one token."""
-    listed, total = tile_counts(queries, keys, config.tile or 1)
+    listed, total = tile_counts(queries, keys, config.tile or 1, config.rows)
     if config.tile is not None and config.tiles_per_query is not None:
         return config.tiles_per_query
     if config.tile is not None and causal:
         return config.causal_tiles
-    return tiles_for_sparsity(config.sparsity, listed, total, causal=causal)
+    own = own_tiles(listed, keys, config.tile or 1, config.rows)
+    return tiles_for_sparsity(config.sparsity, listed, total, own=own, causal=causal)
 
 
 def listed_tiles(config: SparsefinderConfig, length: int, causal: bool) -> tuple[int, int]:
     """Pairs of tiles that are listed for a text, and those that are allowed."""
-    total = tile_counts(length, length, config.tile or 1)[1]
+    listed, total = tile_counts(length, length, config.tile or 1, config.rows)
     count = tiles_per_query(config, length, length, causal)
-    reach = [row + 1 if causal else total for row in range(total)]
-    wanted = [count] * total if isinstance(count, int) else count.tolist()
+    own = own_tiles(listed, length, config.tile or 1, config.rows).tolist()
+    reach = [tile + 1 if causal else total for tile in own]
+    wanted = [count] * listed if isinstance(count, int) else count.tolist()
     return sum(map(min, reach, wanted)), sum(reach)
 
 

@@ -174,6 +174,7 @@ class SparsefinderAttention(SparseMethod):
                 text.query,
                 text.key,
                 size=config.tile,
+                rows=config.rows,
                 alpha=text.alpha,
                 scaling=text.scaling,
                 causal=text.causal,

@@ -86,9 +86,16 @@ class SparsefinderConfig(LoraSettings):
     tile: int | None = field(
         default=64,
         metadata={
-            "help": "Positions per tile of the graph: a power of 2 up to 128. A causal tile is decided on when its "
-            "first query comes, so small tiles fit the others better; prediction takes the square of the number of "
-            "tiles. None joins all single tokens that match: for analysis."
+            "help": "Keys per tile of the graph: a power of 2 up to 128. Smaller ones fit better and take longer to "
+            "predict. None joins all single tokens that match: for analysis."
+        },
+    )
+    query_tile: int | None = field(
+        default=None,
+        metadata={
+            "help": "Queries per tile of the graph, which have their list of key tiles in common: a power of 2 up to "
+            "`tile`; None is `tile`. A causal tile is decided on when its first query comes, so in a causal model 1, a "
+            "list for each query, fits far better (docs/experiments.md) and takes longer."
         },
     )
     sparsity: float = field(
@@ -188,6 +195,10 @@ class SparsefinderConfig(LoraSettings):
                 "SparsefinderConfig.tile must be a number for complete=True and for the predictor 'bound', "
                 "which are about tiles, got None"
             )
+        if self.query_tile is not None and (
+            self.tile is None or self.query_tile not in TILES or self.query_tile > self.tile
+        ):
+            raise ValueError(self._expected("query_tile", f"None or a power of 2 up to tile, which is {self.tile}"))
         if not _is_number(self.sparsity) or not 0 <= self.sparsity < 1:
             raise ValueError(self._expected("sparsity", "at least 0 and below 1"))
         if self.tiles_per_query is not None and not _is_integer(self.tiles_per_query, 1):
@@ -202,7 +213,8 @@ class SparsefinderConfig(LoraSettings):
 
     @property
     def causal_tiles(self) -> int:
-        """Key tiles per query tile of a causal model, `m`: of `n` tiles, `m n - m (m - 1) / 2` pairs are listed.
+        """Key tiles per query tile of a causal model, `m`: of `n` tiles, `m n - m (m - 1) / 2` pairs are listed (with
+        smaller tiles of queries, as many more, of as many more).
 
         >>> SparsefinderConfig(tile=16, sparsity=0.8, length=1024).causal_tiles  # 427 of 2,080 pairs
         7
@@ -214,6 +226,11 @@ class SparsefinderConfig(LoraSettings):
         tiles = -(-self.length // self.tile)
         pairs = (1 - self.sparsity) * tiles * (tiles + 1) / 2
         return max(1, round(tiles + 0.5 - math.sqrt((tiles + 0.5) ** 2 - 2 * pairs)))
+
+    @property
+    def rows(self) -> int | None:
+        """Queries per tile; `None` for a graph of tokens."""
+        return self.tile if self.query_tile is None else self.query_tile
 
     @property
     def learns_graph(self) -> bool:

@@ -15,6 +15,7 @@ from hf_sparse.ops.graphs.allowed import allowed_edges, allowed_tiles, positions
 from hf_sparse.ops.graphs.clustering import training_points
 from hf_sparse.ops.graphs.points import by_group
 from hf_sparse.ops.graphs.profile import fit_profile, profile_mass
+from hf_sparse.ops.graphs.tiles import own_tiles, tile_counts
 
 # Queries per text that profiles and budgets are fitted to.
 _ROWS = 256
@@ -123,19 +124,21 @@ def fit_budgets(
     costs: list[Tensor] = []
 
     def collect(method: SparsefinderAttention, text: Text) -> None:
-        length, size = text.key.shape[2], method.config.tile
-        assert size is not None
-        tiles = -(-length // size)
-        chosen = torch.linspace(0, tiles - 1, min(tiles, max(1, _ROWS // size)), device=text.key.device).round().long()
-        rows = (chosen[:, None] * size + torch.arange(size, device=chosen.device)).flatten()
+        length, size, of_queries = text.key.shape[2], method.config.tile, method.config.rows
+        assert size is not None and of_queries is not None
+        listed, tiles = tile_counts(length, length, size, of_queries)
+        some = min(listed, max(1, _ROWS // of_queries))
+        chosen = torch.linspace(0, listed - 1, some, device=text.key.device).round().long()
+        rows = (chosen[:, None] * of_queries + torch.arange(of_queries, device=chosen.device)).flatten()
         rows = rows[rows < length]
         _, probabilities = support(text.query, text.key, rows=rows, **_options(text))
-        mass = _tile_mass(probabilities, rows, chosen, size)
+        mass = _tile_mass(probabilities, torch.searchsorted(chosen, rows // of_queries), some, size)
         scores = rank(method, text)
         mass = by_group(mass, scores.shape[1]).sum(2)
-        reached = allowed_tiles(tiles, tiles, causal=text.causal).to(chosen.device)
+        own = own_tiles(listed, length, size, of_queries, device=chosen.device)
+        reached = allowed_tiles(own, tiles, causal=text.causal)
         near = always_joined(method.config, length, length, causal=text.causal, device=chosen.device).mask(tiles)
-        first = near.byte() + 2 * torch.eye(tiles, dtype=torch.uint8, device=chosen.device)
+        first = near.byte() + 2 * (torch.arange(tiles, device=chosen.device) == own[:, None]).byte()
         # As `best_tiles` ranks them: the diagonal, what is always joined, and the others by score.
         level = first.float().masked_fill(~reached, -1).expand_as(scores)[:, :, chosen]
         order = scores[:, :, chosen].argsort(dim=-1, descending=True, stable=True)
@@ -144,8 +147,8 @@ def fit_budgets(
         gains[id(method)] = gains[id(method)] + gained if id(method) in gains else gained
         if not costs:  # texts are equally long
             reach = reached[0, 0, chosen].sum(-1, keepdim=True)
-            listed = torch.arange(1, tiles + 1, device=chosen.device)
-            costs.append(torch.minimum(reach, listed).sum(0).double())
+            number = torch.arange(1, tiles + 1, device=chosen.device)
+            costs.append(torch.minimum(reach, number).sum(0).double())
 
     with _watched(methods, collect):
         read()
@@ -214,11 +217,16 @@ def _at(table: Tensor, column: Tensor) -> Tensor:
     return table.gather(-1, column[:, None])[:, 0]
 
 
-def _tile_mass(probabilities: Tensor, rows: Tensor, chosen: Tensor, size: int) -> Tensor:
-    """`[B, Hq, len(chosen), nk]`: attention of the queries of some tiles to the keys of each tile."""
+def _tile_mass(probabilities: Tensor, place: Tensor, count: int, size: int) -> Tensor:
+    """`[B, Hq, count, nk]`: attention of the queries of some tiles to the keys of each tile.
+
+    Args:
+        probabilities: `[B, Hq, R, Tk]`.
+        place: `[R]` int64, which of `count` query tiles each row is in.
+        count, size: tiles of queries, and keys per tile.
+    """
     by_key = torch.nn.functional.pad(probabilities, (0, -probabilities.shape[3] % size)).unflatten(3, (-1, size)).sum(4)
-    place = torch.searchsorted(chosen, rows // size)
-    found = by_key.new_zeros((*by_key.shape[:2], len(chosen), by_key.shape[3]))
+    found = by_key.new_zeros((*by_key.shape[:2], count, by_key.shape[3]))
     return found.index_add_(2, place, by_key)
 
 

@@ -3,7 +3,8 @@
 A code is what a token's place in the graph is decided by: its clusters, its bins, or its point. A code depends on its
 token alone, so a cache keeps it.
 
-Between tiles a predictor estimates how much attention the queries of one give to the keys of another. With points and
+Between tiles a predictor estimates how much attention the queries of one give to the keys of another; a tile of queries
+may be smaller than one of keys, down to a single query. With points and
 `-|q - k|^2` as logits that is `profile(distance) * sum over keys of exp(-|q - k|^2)`, `q` being the mean point of the
 queries; clustering puts the nearest centroid in the place of each key, so that a tile of keys is the numbers of its
 keys in each cluster. This is ours: numbers of pairs in a common cluster, as the released code has them, rank tiles
@@ -30,7 +31,10 @@ from hf_sparse.ops.graphs.points import by_group, tile_means, tile_of_query
 from hf_sparse.ops.graphs.profile import distance_bins
 from hf_sparse.ops.graphs.quantization import quantization_edges, quantization_scores, shared_bins
 from hf_sparse.ops.graphs.select import best_tiles, tiles_for_sparsity
-from hf_sparse.ops.graphs.tiles import tile_counts
+from hf_sparse.ops.graphs.tiles import joined, own_tiles, tile_counts
+
+# Pairs of tiles that are scored at once.
+_PAIRS = {"cpu": 1 << 22, "cuda": 1 << 26}
 
 
 def query_codes(learned: SparsefinderParameters, query: Tensor) -> Tensor:
@@ -63,10 +67,28 @@ def predicted_graph(
         edges = _edges(learned, of_queries[:, :, first:], of_keys, causal)
         near = _near(config, queries, keys, size=1, window=max(1, config.window), causal=causal, device=of_keys.device)
         return edges | near.edges(queries, keys, causal=causal)
+    if not causal:
+        return _lists(learned, of_queries, of_keys, queries, causal)
+    # No list depends on later tokens, so that of a text can be found piece by piece, each with what comes before it.
+    pairs = of_queries.shape[0] * of_queries.shape[1] * -(-keys // size)
+    step = max(1, _PAIRS.get(of_keys.device.type, 1 << 24) * (config.rows or 1) // max(1, pairs) // size) * size
+    ends = [*range((first // size) * size + step, keys, step), keys]
+    parts = []
+    for end in ends:
+        parts.append(_lists(learned, of_queries[:, :, :end], of_keys[:, :, :end], end - first, causal))
+        first = end
+    return joined(parts)
+
+
+def _lists(learned: SparsefinderParameters, of_queries: Tensor, of_keys: Tensor, queries: int, causal: bool) -> Tiles:
+    """`predicted_graph` of tiles, all at once."""
+    config, keys = learned.config, of_keys.shape[2]
+    assert config.tile is not None
     scores = tile_scores(learned, of_queries, of_keys, queries=queries, causal=causal)
-    near = _near(config, queries, keys, size=size, window=config.window, causal=causal, device=of_keys.device)
-    count = tiles_per_query(learned, scores.shape[2], scores.shape[3], causal)
-    return best_tiles(scores, count, size=size, causal=causal, always=near)
+    near = always_joined(config, queries, keys, causal=causal, device=of_keys.device)
+    own = own_tiles(scores.shape[2], keys, config.tile, config.rows, device=of_keys.device)
+    count = tiles_per_query(learned, own, scores.shape[3], causal)
+    return best_tiles(scores, count, size=config.tile, rows=config.rows, own=own, causal=causal, always=near)
 
 
 def tile_scores(
@@ -76,33 +98,41 @@ def tile_scores(
 
     Arguments as in `predicted_graph`; `H` is `Hkv` with `per_group`. Pairs of the future have scores too.
     """
-    config, keys, size = learned.config, of_keys.shape[2], learned.config.tile
-    assert size is not None
-    lag = size - 1 if causal else 0
-    described_from = max(0, (keys - queries) // size * size - lag)
-    listed = tile_counts(queries, keys, size)[0]
+    config, keys = learned.config, of_keys.shape[2]
+    size, rows = config.tile, config.rows
+    assert size is not None and rows is not None
+    lag = rows - 1 if causal else 0
+    described_from = max(0, (keys - queries) // rows * rows - lag)
+    listed = tile_counts(queries, keys, size, rows)[0]
     seen = of_queries[:, :, described_from:]
+    own = own_tiles(listed, keys, size, rows, device=of_keys.device)
     if config.of_points:
-        scores = _log_mass(learned, seen, of_keys, size, lag)[:, :, -listed:]
-        return _weighed(learned, scores) if not config.per_group else _by_group(_weighed(learned, scores), of_keys)
-    counts = _matches(learned, seen, of_keys, causal, size, lag)[:, :, -listed:]
-    scores = _weighed(learned, (counts + 1).log())  # where nothing matches, the profile decides
+        scores = _weighed(learned, _log_mass(learned, seen, of_keys, lag)[:, :, -listed:], own)
+    else:
+        counts = _matches(learned, seen, of_keys, causal, lag)[:, :, -listed:]
+        scores = _weighed(learned, (counts + 1).log(), own)  # where nothing matches, the profile decides
     return _by_group(scores, of_keys) if config.per_group else scores
 
 
-def mean_tiles_per_query(config: SparsefinderConfig, listed: int, total: int, causal: bool) -> int | Tensor:
-    """Key tiles of each of the `listed` last of `total` query tiles, over heads the mean: a number, or `[listed]`."""
+def mean_tiles_per_query(config: SparsefinderConfig, own: Tensor, total: int, causal: bool) -> int | Tensor:
+    """Key tiles of each query tile, over heads the mean: a number, or `[nq]` int64.
+
+    Args:
+        own: `[nq]` int64, see `own_tiles`.
+        total: tiles of keys.
+        causal: whether queries see earlier keys only.
+    """
     if not causal and config.tiles_per_query is None:
-        return tiles_for_sparsity(config.sparsity, listed, total, causal=False)
+        return tiles_for_sparsity(config.sparsity, len(own), total, own=own, causal=False)
     return config.causal_tiles
 
 
-def tiles_per_query(learned: SparsefinderParameters, listed: int, total: int, causal: bool) -> int | Tensor:
-    """The same of each list, `[1, H, listed]` int64, where budgets of heads were fitted."""
-    mean = mean_tiles_per_query(learned.config, listed, total, causal)
+def tiles_per_query(learned: SparsefinderParameters, own: Tensor, total: int, causal: bool) -> int | Tensor:
+    """The same of each list, `[1, H, nq]` int64, where budgets of heads were fitted."""
+    mean = mean_tiles_per_query(learned.config, own, total, causal)
     if not learned.config.head_budgets:
         return mean
-    return divided_tiles(learned.budgets, mean, listed)
+    return divided_tiles(learned.budgets, mean, len(own))
 
 
 def divided_tiles(budgets: Tensor, mean: int | Tensor, listed: int) -> Tensor:
@@ -115,11 +145,12 @@ def divided_tiles(budgets: Tensor, mean: int | Tensor, listed: int) -> Tensor:
 def always_joined(config: SparsefinderConfig, queries: int, keys: int, *, causal: bool, device: torch.device) -> Tiles:
     """Tiles of the window and the global tokens."""
     assert config.tile is not None
-    return _near(config, queries, keys, size=config.tile, window=config.window, causal=causal, device=device)
+    options: dict[str, Any] = {"size": config.tile, "rows": config.rows, "window": config.window}
+    return _near(config, queries, keys, causal=causal, device=device, **options)
 
 
-def _near(config: SparsefinderConfig, queries: int, keys: int, *, size: int, window: int, **options: Any) -> Tiles:
-    return window_and_global(queries, keys, size, window=window, global_tokens=config.global_tokens, **options)
+def _near(config: SparsefinderConfig, queries: int, keys: int, *, size: int, **options: Any) -> Tiles:
+    return window_and_global(queries, keys, size, global_tokens=config.global_tokens, **options)
 
 
 def _codes(learned: SparsefinderParameters, points: Tensor) -> Tensor:
@@ -147,11 +178,13 @@ def _edges(learned: SparsefinderParameters, of_queries: Tensor, of_keys: Tensor,
     return clustering_edges(of_queries, of_keys, learned.centroids.float(), top=top, balanced=True, causal=causal)
 
 
-def _log_mass(learned: SparsefinderParameters, of_queries: Tensor, of_keys: Tensor, size: int, lag: int) -> Tensor:
+def _log_mass(learned: SparsefinderParameters, of_queries: Tensor, of_keys: Tensor, lag: int) -> Tensor:
     """`[B, Hq, n, nk]`: logarithm of the sum of `exp(-|q - k|^2)` over the keys of a tile, `q` the mean of a tile."""
     queries, keys = of_queries.shape[2], of_keys.shape[2]
-    listed, total = tile_counts(queries, keys, size)
-    tile = tile_of_query(queries, keys, size, lag, of_queries.device)
+    size, rows = learned.config.tile, learned.config.rows
+    assert size is not None and rows is not None
+    listed, total = tile_counts(queries, keys, size, rows)
+    tile = tile_of_query(queries, keys, rows, lag, of_queries.device)
     mean, _ = tile_means(of_queries, tile, listed)
     if learned.config.predictor == "distance":
         distance = squared_distances(mean, of_keys)
@@ -166,13 +199,11 @@ def _log_mass(learned: SparsefinderParameters, of_queries: Tensor, of_keys: Tens
     return mass.flatten(1, 2).clamp(min=1e-30).log().float()
 
 
-def _weighed(learned: SparsefinderParameters, log_scores: Tensor) -> Tensor:
+def _weighed(learned: SparsefinderParameters, log_scores: Tensor, own: Tensor) -> Tensor:
     """Logarithmic scores `[B, Hq, n, nk]` plus the logarithm of the profile at each distance."""
     if not learned.config.profile:
         return log_scores
-    listed, total = log_scores.shape[2:]
-    tile = torch.arange(total, device=log_scores.device)
-    bins = distance_bins(tile - tile[total - listed :, None])
+    bins = distance_bins(torch.arange(log_scores.shape[3], device=own.device) - own[:, None])
     return log_scores + learned.log_profile[:, bins]
 
 
@@ -181,15 +212,15 @@ def _by_group(log_scores: Tensor, of_keys: Tensor) -> Tensor:
     return by_group(log_scores, of_keys.shape[1]).logsumexp(2)
 
 
-def _matches(
-    learned: SparsefinderParameters, of_queries: Tensor, of_keys: Tensor, causal: bool, size: int, lag: int
-) -> Tensor:
+def _matches(learned: SparsefinderParameters, of_queries: Tensor, of_keys: Tensor, causal: bool, lag: int) -> Tensor:
     """`[B, Hq, n, nk]`: pairs of tokens that share a bucket."""
     config = learned.config
+    assert config.tile is not None and config.rows is not None
     if not config.needs_whole_text:
-        counts = query_counts(of_queries, _buckets(config), keys=of_keys.shape[2], size=size, lag=lag)
-        return matching_pairs(counts, key_counts(of_keys, _buckets(config), size=size))
+        counts = query_counts(of_queries, _buckets(config), keys=of_keys.shape[2], size=config.rows, lag=lag)
+        return matching_pairs(counts, key_counts(of_keys, _buckets(config), size=config.tile))
+    options: dict[str, Any] = {"size": config.tile, "rows": config.rows, "lag": lag, "causal": causal}
     if config.predictor == "quantization":
-        return quantization_scores(of_queries, of_keys, width=config.bin_width, causal=causal, size=size, lag=lag)
-    balanced: dict[str, Any] = {"top": config.top_clusters, "balanced": True, "causal": causal}
-    return clustering_scores(of_queries, of_keys, learned.centroids.float(), size=size, lag=lag, **balanced)
+        return quantization_scores(of_queries, of_keys, width=config.bin_width, **options)
+    balanced: dict[str, Any] = {"top": config.top_clusters, "balanced": True}
+    return clustering_scores(of_queries, of_keys, learned.centroids.float(), **balanced, **options)

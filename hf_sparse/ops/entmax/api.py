@@ -135,7 +135,8 @@ def entmax_attention(
         value = without_padding(value, valid)
 
     if tiles is None:
-        layout = layout_of(query, key, key.shape[1], _dense_tile(query, key))
+        tile = _dense_tile(query, key)
+        layout = layout_of(query, key, key.shape[1], tile, tile)
         output, _, _ = attend(inputs, value, Plan(layout, causal, valid, edges=edges))
         return output.to(dtype)
     layout, given = listed_layout(tiles, query, key)

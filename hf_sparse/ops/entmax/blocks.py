@@ -13,6 +13,9 @@ from hf_sparse.ops.graphs.tiles import Tiles
 # Logits held at once. Small buffers stay in the caches of a CPU; a GPU wants few launches.
 BUFFER = {"cpu": 1 << 19, "cuda": 1 << 26}
 
+# Queries of a job below which copying its keys takes more memory than their logits do.
+_FEW = 32
+
 # Jobs of one block have lists at least this share as long as the longest: what is padded is computed in vain.
 _SIMILAR = 0.75
 
@@ -63,7 +66,8 @@ class Plan:
         while low < len(lengths) and lengths[low]:
             width = lengths[low]
             logits = layout.size * layout.share * layout.rows  # of a job and a tile
-            at_once = BUFFER.get(device.type, 1 << 24) // (width * logits)
+            held = layout.size * max(_FEW, layout.share * layout.rows)
+            at_once = BUFFER.get(device.type, 1 << 24) // (width * held)
             spare = _SPARE.get(device.type, 0)
             high = low + 1
             while high < len(lengths) and high - low < at_once and lengths[high]:

@@ -51,7 +51,7 @@ def complete_tiles(
     inputs = prepare(query, key, alpha, scaling, causal, valid)
     layout, tiles = listed_layout(tiles, query, key)
     needed, certified = missing(inputs, layout, tiles, thresholds(inputs, Plan(layout, causal, valid, tiles)))
-    return tiles.union(Tiles.of_mask(needed, tiles.size)), certified
+    return tiles.union(Tiles.of_mask(needed, tiles.size, tiles.rows)), certified
 
 
 @torch.no_grad()
@@ -95,8 +95,11 @@ def excesses(inputs: Inputs, layout: Layout, limit: Tensor) -> Iterator[tuple[sl
     limit, exists = layout.fold_queries(torch.stack([limit, torch.ones_like(limit)], -1)).split(1, dim=-1)
     limit = limit.masked_fill(exists == 0, torch.inf)
     filled = None if inputs.valid is None else tiles_of_valid(inputs.valid, layout.size)
-    allowed = allowed_tiles(layout.query_tiles, layout.key_tiles, causal=inputs.causal, valid_tiles=filled).to(device)
-    at_once = max(1, BUFFER.get(device.type, 1 << 24) // (layout.share * layout.rows * layout.key_tiles))
+    own = layout.own_tiles(device)
+    allowed = allowed_tiles(own, layout.key_tiles, causal=inputs.causal, valid_tiles=filled)
+    # Extremes are copied for each job: with few queries in it, these take the memory, not the bounds.
+    held = max(layout.share * layout.rows, 2 * low.shape[-1])
+    at_once = max(1, BUFFER.get(device.type, 1 << 24) // (held * layout.key_tiles))
     with torch.autocast(device.type, enabled=False):
         for start in range(0, layout.jobs, at_once):
             jobs = torch.arange(start, min(start + at_once, layout.jobs), device=device)

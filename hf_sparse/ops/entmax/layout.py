@@ -1,7 +1,8 @@
 """How heads and positions are folded into independent pieces of work.
 
 A job is one tile of queries of one list of tiles. It has `share * rows` queries: those of `share` query heads, which
-have the list in common, at `rows` consecutive positions. Jobs are numbered by batch, list and query tile.
+have the list in common, at `rows` consecutive positions. Tiles of queries and of keys may differ in size. Jobs are
+numbered by batch, list and query tile.
 """
 
 from dataclasses import dataclass
@@ -10,12 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_sparse.ops.graphs.tiles import Tiles, tile_counts
+from hf_sparse.ops.graphs.tiles import Tiles, own_tiles, tile_counts
 
 
 @dataclass(frozen=True)
 class Layout:
-    """`heads` is the number of lists: that of query heads, or that of KV heads."""
+    """`heads` is the number of lists: that of query heads, or that of KV heads; `size` and `query_size` are the
+    positions per tile of keys and of queries.
+    """
 
     batch: int
     query_heads: int
@@ -24,6 +27,7 @@ class Layout:
     queries: int
     keys: int
     size: int
+    query_size: int
 
     @property
     def share(self) -> int:
@@ -31,7 +35,7 @@ class Layout:
 
     @property
     def query_tiles(self) -> int:
-        return tile_counts(self.queries, self.keys, self.size)[0]
+        return tile_counts(self.queries, self.keys, self.size, self.query_size)[0]
 
     @property
     def key_tiles(self) -> int:
@@ -44,13 +48,17 @@ class Layout:
     @property
     def rows(self) -> int:
         """Positions per tile of queries; a single one has no more than there are, which is what decoding needs."""
-        return self.size if self.query_tiles > 1 else self.queries
+        return self.query_size if self.query_tiles > 1 else self.queries
 
     @property
     def origin(self) -> int:
         """Position of the first row of the first tile of queries, which may lie before the first query."""
         first = self.keys - self.queries
-        return first - first % self.size if self.query_tiles > 1 else first
+        return first - first % self.query_size if self.query_tiles > 1 else first
+
+    def own_tiles(self, device: torch.device) -> Tensor:
+        """`[nq]` int64, see `hf_sparse.ops.graphs.tiles.own_tiles`."""
+        return own_tiles(self.query_tiles, self.keys, self.size, self.query_size, device=device)
 
     def positions(self, jobs: Tensor) -> Tensor:
         """`[n]` -> `[n, rows]` int64, where the queries of a job stand among the keys; some may not exist."""
@@ -91,9 +99,9 @@ class Layout:
         return table.view(self.heads, self.share)[self.list_of(jobs)][..., None, None]
 
 
-def layout_of(query: Tensor, key: Tensor, heads: int, size: int) -> Layout:
+def layout_of(query: Tensor, key: Tensor, heads: int, size: int, query_size: int) -> Layout:
     """Of query `[B, Hq, Tq, D]` and key `[B, Hkv, Tk, D]`."""
-    return Layout(query.shape[0], query.shape[1], key.shape[1], heads, query.shape[2], key.shape[2], size)
+    return Layout(query.shape[0], query.shape[1], key.shape[1], heads, query.shape[2], key.shape[2], size, query_size)
 
 
 def listed_layout(tiles: Tiles, query: Tensor, key: Tensor) -> tuple[Layout, Tiles]:
@@ -104,7 +112,7 @@ def listed_layout(tiles: Tiles, query: Tensor, key: Tensor) -> tuple[Layout, Til
     """
     index = tiles.index
     heads = key.shape[1] if index.shape[1] == 1 else index.shape[1]
-    layout = layout_of(query, key, heads, tiles.size)
+    layout = layout_of(query, key, heads, tiles.size, tiles.rows)
     if index.shape[0] not in (1, layout.batch) or heads not in (layout.query_heads, layout.kv_heads):
         heads_known = f"H of 1, {layout.kv_heads} or {layout.query_heads}"
         raise ValueError(
@@ -112,7 +120,7 @@ def listed_layout(tiles: Tiles, query: Tensor, key: Tensor) -> tuple[Layout, Til
         )
     if index.shape[2] != layout.query_tiles:
         raise ValueError(
-            f"{layout.queries} queries of {layout.keys} keys are {layout.query_tiles} tiles of {tiles.size}, "
+            f"{layout.queries} queries of {layout.keys} keys are {layout.query_tiles} tiles of {tiles.rows}, "
             f"got lists for {index.shape[2]}"
         )
     if index.numel():
@@ -122,4 +130,4 @@ def listed_layout(tiles: Tiles, query: Tensor, key: Tensor) -> tuple[Layout, Til
         follows, ends = index[..., 1:] > index[..., :-1], index[..., 1:] < 0
         if not bool((follows & (index[..., :-1] >= 0) | ends).all()):
             raise ValueError("each list of tiles must be ascending, without duplicates, and with every -1 at its end")
-    return layout, Tiles(index.expand(layout.batch, heads, -1, -1), tiles.size)
+    return layout, Tiles(index.expand(layout.batch, heads, -1, -1), tiles.size, tiles.rows)

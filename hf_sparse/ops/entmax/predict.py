@@ -24,6 +24,7 @@ def bound_scores(
     scaling: float | Tensor,
     causal: bool,
     valid: Tensor | None = None,
+    rows: int | None = None,
     window: int = 1,
     global_tokens: int = 1,
     lag: int = 0,
@@ -33,10 +34,10 @@ def bound_scores(
 
     Args:
         query, key, alpha, scaling, causal, valid: as in `entmax_attention`.
-        size: positions per tile.
+        size, rows: positions per tile, as in `hf_sparse.ops.graphs.tiles.tile_counts`.
         window, global_tokens: where tau is taken, as in `window_and_global`; a window of at least 1.
         lag: which queries speak for a tile, as in `hf_sparse.ops.graphs.points.tile_of_query`: those that begin `lag`
-            positions before it. With `size - 1` no list depends on later queries.
+            positions before it. With `rows - 1` no list depends on later queries.
         grouped: one score for all query heads of a group, the greatest.
 
     Returns:
@@ -44,11 +45,11 @@ def bound_scores(
         positive where a tile may hold support, `-inf` where it has no allowed key or nobody speaks for the row.
 
     Raises:
-        ValueError: as `entmax_attention` and `window_and_global`, a window below 1, or a lag outside 0 to `size - 1`.
+        ValueError: as `entmax_attention` and `window_and_global`, a window below 1, or a lag outside 0 to `rows - 1`.
     """
-    if not 0 <= lag < max(size, 1):
-        raise ValueError(f"lag must be from 0 to {size - 1} for tiles of {size}, got {lag}")
-    inputs, layout, near = _near(query, key, size, alpha, scaling, causal, valid, window, global_tokens, grouped)
+    if not 0 <= lag < max(rows or size, 1):
+        raise ValueError(f"lag must be from 0 to {(rows or size) - 1} for tiles of {rows or size}, got {lag}")
+    inputs, layout, near = _near(query, key, size, rows, alpha, scaling, causal, valid, window, global_tokens, grouped)
     return _scores(inputs, layout, near, lag)
 
 
@@ -62,6 +63,7 @@ def bound_tiles(
     scaling: float | Tensor,
     causal: bool,
     valid: Tensor | None = None,
+    rows: int | None = None,
     window: int = 1,
     global_tokens: int = 1,
     first: int = 4,
@@ -73,7 +75,7 @@ def bound_tiles(
     the others raise it, and every tile whose bound lies above that is taken.
 
     Args:
-        query, key, size, alpha, scaling, causal, valid, window, global_tokens, grouped: as in `bound_scores`.
+        query, key, size, alpha, scaling, causal, valid, rows, window, global_tokens, grouped: as in `bound_scores`.
         first: tiles that tau is taken from beside window and global tokens, at least 0. It changes the cost and the
             length of the lists, not the result of the attention.
 
@@ -85,19 +87,20 @@ def bound_tiles(
     """
     if first < 0:
         raise ValueError(f"first must be at least 0, got {first}")
-    inputs, layout, near = _near(query, key, size, alpha, scaling, causal, valid, window, global_tokens, grouped)
+    inputs, layout, near = _near(query, key, size, rows, alpha, scaling, causal, valid, window, global_tokens, grouped)
     scores = _scores(inputs, layout, near, lag=0).masked_fill_(near.mask(layout.key_tiles), -torch.inf)
     best = scores.topk(min(first, layout.key_tiles), dim=-1)
-    ranked = Tiles(best.indices.masked_fill(best.values <= 0, -1), size)
+    ranked = Tiles(best.indices.masked_fill(best.values <= 0, -1), size, rows)
     tiles = near.union(ranked)
     needed, _ = missing(inputs, layout, tiles, thresholds(inputs, Plan(layout, causal, valid, tiles)))
-    return tiles.union(Tiles.of_mask(needed, size))
+    return tiles.union(Tiles.of_mask(needed, size, rows))
 
 
 def _near(
     query: Tensor,
     key: Tensor,
     size: int,
+    rows: int | None,
     alpha: float | Tensor,
     scaling: float | Tensor,
     causal: bool,
@@ -114,6 +117,7 @@ def _near(
         query.shape[2],
         key.shape[2],
         size,
+        rows=rows,
         window=window,
         global_tokens=global_tokens,
         causal=causal,
@@ -121,7 +125,7 @@ def _near(
         device=query.device,
     )
     heads = key.shape[1] if grouped else query.shape[1]
-    layout, near = listed_layout(Tiles(near.index.expand(-1, heads, -1, -1), size), query, key)
+    layout, near = listed_layout(Tiles(near.index.expand(-1, heads, -1, -1), size, rows), query, key)
     return inputs, layout, near
 
 

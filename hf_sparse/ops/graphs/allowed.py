@@ -33,20 +33,17 @@ def allowed_edges(position: Tensor, keys: int, *, causal: bool, valid: Tensor | 
     return allowed & valid[:, None, None, :] & valid[:, None, position, None]
 
 
-def allowed_tiles(queries_listed: int, tiles: int, *, causal: bool, valid_tiles: Tensor | None = None) -> Tensor:
+def allowed_tiles(own: Tensor, tiles: int, *, causal: bool, valid_tiles: Tensor | None = None) -> Tensor:
     """Tile pairs with an allowed pair in them, `[B, 1, nq, nk]` bool; `B` is 1 without `valid_tiles`.
 
     Args:
-        queries_listed, tiles: `nq` and `nk`, see `tile_counts`.
+        own: `[nq]` int64, the tile of keys in which each tile of queries lies, see `own_tiles`.
+        tiles: `nk`, see `tile_counts`.
         causal: as in `allowed_edges`.
-        valid_tiles: `[B, nk]` bool, False for a tile of padding only; see `tiles_of_valid`.
+        valid_tiles: `[B, nk]` bool, False for a tile of padding only; see `tiles_of_valid`. Queries in such a tile are
+            padding too; others that are padding count as if they were none.
     """
-    return allowed_edges(
-        torch.arange(tiles - queries_listed, tiles, device=None if valid_tiles is None else valid_tiles.device),
-        tiles,
-        causal=causal,
-        valid=valid_tiles,
-    )
+    return allowed_edges(own, tiles, causal=causal, valid=valid_tiles)
 
 
 def tiles_of_valid(valid: Tensor, size: int) -> Tensor:

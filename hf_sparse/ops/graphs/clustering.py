@@ -120,6 +120,7 @@ def clustering_scores(
     balanced: bool = False,
     affinity: Tensor | None = None,
     size: int,
+    rows: int | None = None,
     causal: bool,
     valid: Tensor | None = None,
     lag: int = 0,
@@ -132,7 +133,7 @@ def clustering_scores(
     Args:
         query_points, key_points, centroids, top, balanced, causal, valid: as in `clustering_edges`.
         affinity: see `matching_pairs`.
-        size: positions per tile.
+        size, rows: as in `tile_counts`.
         lag: see `tile_of_query`.
         per_group: add the scores of the query heads that share a KV head.
 
@@ -143,7 +144,7 @@ def clustering_scores(
         ValueError: as in `clustering_edges`.
     """
     query, key, clusters = _clusters(query_points, key_points, centroids, top, balanced, causal, valid)
-    of_queries = query_counts(query, clusters, keys=key.shape[2], size=size, lag=lag)
+    of_queries = query_counts(query, clusters, keys=key.shape[2], size=rows or size, lag=lag)
     of_keys = key_counts(key, clusters, size=size)
     return matching_pairs(of_queries, of_keys, affinity=affinity, per_group=per_group)
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse.ops.graphs.allowed import allowed_edges, allowed_tiles, tiles_of_valid
-from hf_sparse.ops.graphs.tiles import Tiles
+from hf_sparse.ops.graphs.tiles import Tiles, own_tiles
 
 
 def graph_metrics(
@@ -87,8 +87,8 @@ def tile_sparsity(tiles: Tiles, keys: int, *, causal: bool, valid: Tensor | None
     """
     total = -(-keys // tiles.size)
     valid_tiles = None if valid is None else tiles_of_valid(valid, tiles.size)
-    allowed = allowed_tiles(tiles.index.shape[2], total, causal=causal, valid_tiles=valid_tiles)
-    allowed = allowed.to(tiles.index.device)
+    own = own_tiles(tiles.index.shape[2], keys, tiles.size, tiles.rows, device=tiles.index.device)
+    allowed = allowed_tiles(own, total, causal=causal, valid_tiles=valid_tiles)
     listed = tiles.mask(total) & allowed
     return 1 - listed.sum((2, 3)).double() / allowed.sum((2, 3)).double()
 

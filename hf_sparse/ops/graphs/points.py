@@ -30,9 +30,9 @@ def by_group(query: Tensor, kv_heads: int) -> Tensor:
 def tile_of_query(queries: int, keys: int, size: int, lag: int, device: torch.device) -> Tensor:
     """`[Tq]` int64: the row, among the listed query tiles, of the tile that each query describes.
 
-    A tile of queries is described by `size` queries that begin `lag` positions before it. With `lag = 0` these are its
-    own, as in the released code; its first query then depends on those after it. `lag = size - 1` is the least for
-    which nothing that a causal query attends to depends on later tokens. The last queries then describe a tile that
+    A tile of `size` queries is described by as many queries that begin `lag` positions before it. With `lag = 0` these
+    are its own, as in the released code; its first query then depends on those after it. `lag = size - 1` is the least
+    for which nothing that a causal query attends to depends on later tokens. The last queries then describe a tile that
     is not there yet, which is numbered `nq`.
     """
     listed, total = tile_counts(queries, keys, size)

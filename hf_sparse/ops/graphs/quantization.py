@@ -120,6 +120,7 @@ def quantization_scores(
     *,
     width: int | None = None,
     size: int,
+    rows: int | None = None,
     causal: bool,
     valid: Tensor | None = None,
     lag: int = 0,
@@ -131,7 +132,7 @@ def quantization_scores(
 
     Args:
         query_points, key_points, boundaries, width, causal, valid: as in `quantization_edges`.
-        size: positions per tile.
+        size, rows: as in `tile_counts`.
         lag: see `tile_of_query`.
         per_group: add the scores of the query heads that share a KV head.
 
@@ -143,9 +144,9 @@ def quantization_scores(
     """
     if width is not None:
         _check_fixed(query_points, key_points, boundaries, width, causal, valid)
-        return _fixed_scores(query_points, key_points, width, size, valid, lag, per_group)
+        return _fixed_scores(query_points, key_points, width, size, rows or size, valid, lag, per_group)
     query, key, buckets = _bins(query_points, key_points, boundaries, width, causal, valid)
-    of_queries = query_counts(query, buckets, keys=key.shape[2], size=size, lag=lag)
+    of_queries = query_counts(query, buckets, keys=key.shape[2], size=rows or size, lag=lag)
     return matching_pairs(of_queries, key_counts(key, buckets, size=size), per_group=per_group)
 
 
@@ -203,20 +204,27 @@ def _order(points: Tensor, valid: Tensor | None) -> Tensor:
 
 
 def _fixed_scores(
-    query_points: Tensor, key_points: Tensor, width: int, size: int, valid: Tensor | None, lag: int, per_group: bool
+    query_points: Tensor,
+    key_points: Tensor,
+    width: int,
+    size: int,
+    rows: int,
+    valid: Tensor | None,
+    lag: int,
+    per_group: bool,
 ) -> Tensor:
     """Every pair of every bin adds one to its pair of tiles: `r * T * width` additions, however many bins there are."""
     batch, heads, length, _ = query_points.shape
     kv_heads, device = key_points.shape[1], key_points.device
-    tiles = tile_counts(length, length, size)[0]
-    of_query = _tiles_in_bins(query_points, width, tile_of_query(length, length, size, lag, device), tiles, valid)
+    listed, tiles = tile_counts(length, length, size, rows)
+    of_query = _tiles_in_bins(query_points, width, tile_of_query(length, length, rows, lag, device), listed, valid)
     of_key = _tiles_in_bins(key_points, width, torch.arange(length, device=device) // size, tiles, valid)
-    # Tile `tiles` takes what is in no tile.
+    # The last row and column take what is in no tile.
     cell = by_group(of_query, kv_heads)[..., None] * (tiles + 1) + of_key[:, :, None, :, None, :]
     cell = cell.flatten(2) if per_group else cell.flatten(1, 2).flatten(2)
-    count = torch.zeros((batch, kv_heads if per_group else heads, (tiles + 1) ** 2), device=device)
+    count = torch.zeros((batch, kv_heads if per_group else heads, (listed + 1) * (tiles + 1)), device=device)
     count.scatter_add_(-1, cell, torch.ones((), device=device).expand_as(cell))
-    return count.unflatten(-1, (tiles + 1, tiles + 1))[..., :tiles, :tiles]
+    return count.unflatten(-1, (listed + 1, tiles + 1))[..., :listed, :tiles]
 
 
 def _tiles_in_bins(points: Tensor, width: int, tile: Tensor, tiles: int, valid: Tensor | None) -> Tensor:

@@ -6,9 +6,11 @@ import torch
 from torch import Tensor
 
 from hf_sparse.ops.graphs.allowed import allowed_tiles, tiles_of_valid
-from hf_sparse.ops.graphs.tiles import Tiles, each_once
+from hf_sparse.ops.graphs.tiles import Tiles, each_once, own_tiles
 
 Spread = Literal["constant", "proportional"]
+
+_INDEX_BITS = 24  # tiles that fit beside a score and a level in 64 bits
 
 
 def best_tiles(
@@ -19,35 +21,45 @@ def best_tiles(
     causal: bool,
     valid: Tensor | None = None,
     always: Tiles | None = None,
+    rows: int | None = None,
+    own: Tensor | None = None,
 ) -> Tiles:
     """The best `count` key tiles of every query tile.
 
-    First the tile of the query itself, then those of `always`, then the others, each by score; of equal scores the
-    lower index wins. Only allowed tiles are listed, so early rows of a causal graph list fewer.
+    First the tile of the query itself, then those of `always`, then the others, each by score, compared in float32; of
+    equal scores the lower index wins. Only allowed tiles are listed, so early rows of a causal graph list fewer.
 
     Args:
-        scores: `[B, H, nq, nk]`, `B` may be 1; `-inf` for a tile that must not be listed unless `always` or the
-            diagonal names it.
+        scores: `[B, H, nq, nk]`, `B` may be 1; `-inf` for a tile that must not be listed unless `always` names it or
+            the query lies in it.
         count: tiles per query tile in all, `always` included, at least 1; or int64 that broadcasts to `[B, H, nq]`,
             see `tiles_for_sparsity`.
-        size: positions per tile.
+        size, rows: as in `tile_counts`.
         causal: as in `allowed_edges`.
         valid: `[B, Tk]` bool, or None. A tile of padding only is neither listed nor does it list any.
         always: tiles of window and global tokens, see `window_and_global`; `B` and `H` may be 1.
+        own: `[nq]` int64, see `own_tiles`; the last `nq` tiles by default, which they are where `rows` is `size`.
 
     Raises:
-        ValueError: scores that are no `[B, H, nq, nk]` with `nq <= nk`, `count` below 1, or tiles of another size.
+        ValueError: scores that are no `[B, H, nq, nk]` with as many queries as keys at most, `count` below 1, or tiles
+            of another size.
     """
-    if scores.ndim != 4 or scores.shape[2] > scores.shape[3]:
+    if scores.ndim != 4 or (own is None and scores.shape[2] > scores.shape[3]):
         raise ValueError(f"expected scores [B, H, nq, nk] with nq <= nk, got {tuple(scores.shape)}")
+    listed, total = scores.shape[2:]
+    if own is None:
+        own = own_tiles(listed, total, 1)
+    if len(own) != listed:
+        raise ValueError(f"expected the own tiles of {listed} query tiles, got {len(own)}")
     if isinstance(count, int) and count < 1:
         raise ValueError(f"a query tile needs at least 1 key tile, got count={count}")
-    if always is not None and (always.size != size or always.index.shape[2] != scores.shape[2]):
+    if always is not None and (
+        (always.size, always.rows, always.index.shape[2]) != (size, size if rows is None else rows, listed)
+    ):
         raise ValueError(
-            f"expected always-attended tiles of {size} for {scores.shape[2]} query tiles, "
+            f"expected always-attended tiles of {size} for {listed} query tiles, "
             f"got tiles of {always.size} for {always.index.shape[2]}"
         )
-    listed, total = scores.shape[2:]
     valid_tiles = None
     if valid is not None:
         valid_tiles = tiles_of_valid(valid, size)
@@ -55,23 +67,28 @@ def best_tiles(
             raise ValueError(
                 f"{valid.shape[1]} positions are {valid_tiles.shape[1]} tiles of {size}, got {total} tiles"
             )
+    own = own.to(scores.device)
     tile = torch.arange(total, device=scores.device)
-    diagonal = tile == tile[total - listed :, None]
-    first = diagonal.byte() * 2
+    first = (tile == own[:, None]).byte() * 2
     if always is not None:
         first = first.maximum(always.mask(total).byte())
-    eligible = ((scores > -torch.inf) | (first > 0)) & allowed_tiles(
-        listed, total, causal=causal, valid_tiles=valid_tiles
-    ).to(scores.device)
-    level = torch.where(eligible, first.to(torch.int8), -1)
-    scores = scores.expand_as(level)
-    order = scores.argsort(dim=-1, descending=True, stable=True)
-    order = order.gather(-1, level.gather(-1, order).argsort(dim=-1, descending=True, stable=True))
+    if valid_tiles is not None:
+        valid_tiles = valid_tiles.to(scores.device)
+    eligible = ((scores > -torch.inf) | (first > 0)) & allowed_tiles(own, total, causal=causal, valid_tiles=valid_tiles)
+    rank = _rank(scores, torch.where(eligible, first.to(torch.int8), -1))
     room = torch.as_tensor(count, device=scores.device)
-    width = min(total, int(room.max()))
-    chosen = order[..., :width]
-    fits = (tile[:width] < room[..., None]) & (level.gather(-1, chosen) >= 0)
-    return Tiles(each_once(chosen.masked_fill(~fits, -1)), size)
+    best = rank.topk(min(total, int(room.max())), dim=-1)
+    fits = (tile[: best.indices.shape[-1]] < room[..., None]) & (best.values >= 0)
+    return Tiles(each_once(best.indices.masked_fill(~fits, -1)), size, rows)
+
+
+def _rank(scores: Tensor, level: Tensor) -> Tensor:
+    """Whole numbers `[B, H, nq, nk]` int64, all different within a row: by level, then score, then index; negative for
+    a level of -1."""
+    bits = (scores.float() + 0.0).contiguous().view(torch.int32).long()  # adding 0 leaves one zero of the two there are
+    ascending = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) + (1 << 31)
+    last = torch.arange(scores.shape[-1], device=scores.device).flip(-1)
+    return (level.long() << (32 + _INDEX_BITS)) + (ascending << _INDEX_BITS) + last
 
 
 def tiles_for_sparsity(
@@ -82,6 +99,7 @@ def tiles_for_sparsity(
     causal: bool,
     spread: Spread = "constant",
     valid_tiles: Tensor | None = None,
+    own: Tensor | None = None,
 ) -> Tensor:
     """Key tiles per query tile at which a share of all allowed pairs of tiles is left out.
 
@@ -96,13 +114,16 @@ def tiles_for_sparsity(
             dense. What does not divide goes to the last rows. `"proportional"` gives every row its share; the number
             of a row then depends on earlier rows only, as generation with a cache needs.
         valid_tiles: `[B, nk]` bool, or None; see `tiles_of_valid`.
+        own: `[nq]` int64, see `own_tiles`; the last `nq` tiles by default. Only with `"constant"`.
 
     Returns:
         `[nq]` int64, or `[B, 1, nq]` with `valid_tiles`; 0 only for a row of padding.
 
     Raises:
-        ValueError: a sparsity out of range, or an unknown `spread`.
+        ValueError: a sparsity out of range, or a `spread` that is unknown or does not go with `own`.
     """
+    if own is not None and spread != "constant":
+        raise ValueError(f"spread must be 'constant' where own is given, got {spread!r}")
     if not 0 <= sparsity < 1:
         raise ValueError(f"tile sparsity must be at least 0 and below 1, got {sparsity}")
     if spread not in get_args(Spread):
@@ -110,7 +131,7 @@ def tiles_for_sparsity(
     exists = torch.ones(tiles, dtype=torch.int64) if valid_tiles is None else valid_tiles[:, None].long()
     reach = (exists.cumsum(-1) if causal else exists.sum(-1, keepdim=True)) * exists  # [..., nk] allowed tiles
     if spread == "constant":
-        reach = reach[..., tiles - queries_listed :]
+        reach = reach[..., tiles - queries_listed :] if own is None else reach[..., own.to(reach.device)]
         return _constant(reach, _share(reach.sum(-1, keepdim=True), sparsity))
     # used_i = max(share_i, used_{i - 1} + 1), written without a loop.
     rows = exists.cumsum(-1)

@@ -1,39 +1,70 @@
 """A graph of tiles: which tiles of keys each tile of queries attends to.
 
-Positions are cut into tiles of `size`, the last of which may be partial. Queries are counted by their position among
-the keys: with `Tq < Tk` they are the last ones, and only their tiles are listed. With `nq` listed tiles of queries and
-`nk` tiles of keys, row `i` of a graph is tile `nk - nq + i`.
+Positions are cut into tiles of `size` keys, and of `rows` queries, which is `size` or a divisor of it; the last tile
+may be partial. Queries are counted by their position among the keys: with `Tq < Tk` they are the last ones, and only
+their tiles are listed, `nq` of them. A query tile lies in one tile of keys, its own; see `own_tiles`.
 
 A list holds `m` of `nk` tiles, so storing, uniting and attending cost `nq * m`. Lists are filled up with -1.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hf_sparse.ops.graphs.allowed import allowed_edges, positions_of
 
 
-def tile_counts(queries: int, keys: int, size: int) -> tuple[int, int]:
+def tile_counts(queries: int, keys: int, size: int, rows: int | None = None) -> tuple[int, int]:
     """`(nq, nk)`: how many tiles of queries are listed, and how many tiles of keys there are.
 
     Args:
         queries, keys: `Tq` and `Tk`; the queries are the last ones.
-        size: positions per tile, at least 1.
+        size: keys per tile, at least 1.
+        rows: queries per tile, a divisor of `size`, which is the default.
 
     Raises:
-        ValueError: `size` below 1, or more queries than keys.
+        ValueError: `size` below 1, `rows` that does not divide it, or more queries than keys.
 
     >>> tile_counts(5, 70, 16)  # positions 65 to 69 are in the last of 5 tiles
     (1, 5)
+    >>> tile_counts(5, 70, 16, rows=2)  # 65, 66 and 67, 68 and 69
+    (3, 5)
     """
-    if size < 1:
-        raise ValueError(f"a tile must hold at least 1 position, got size={size}")
+    rows = _rows(size, rows)
     if queries > keys:
         raise ValueError(f"queries are the last of the keys: expected Tq <= Tk, got Tq={queries}, Tk={keys}")
-    total = -(-keys // size)
-    return (total - (keys - queries) // size if queries else 0), total
+    return (-(-keys // rows) - (keys - queries) // rows if queries else 0), -(-keys // size)
+
+
+def own_tiles(
+    listed: int, keys: int, size: int, rows: int | None = None, *, device: torch.device | str | None = None
+) -> Tensor:
+    """The tile of keys in which each of the `listed` last tiles of queries lies, `[nq]` int64.
+
+    Args:
+        listed, keys: `nq` and `Tk`.
+        size, rows: as in `tile_counts`.
+
+    >>> own_tiles(3, 70, 16, rows=4).tolist()  # those that begin at 60, 64 and 68
+    [3, 4, 4]
+    """
+    rows = _rows(size, rows)
+    total = -(-keys // rows)
+    return torch.arange(total - listed, total, device=device) * rows // size
+
+
+def _rows(size: int, rows: int | None) -> int:
+    """Queries per tile, checked."""
+    if size < 1:
+        raise ValueError(f"a tile must hold at least 1 position, got size={size}")
+    if rows is None:
+        return size
+    if rows < 1 or size % rows:
+        raise ValueError(f"a tile of queries must divide a tile of {size} keys, got rows={rows}")
+    return rows
 
 
 @dataclass(frozen=True)
@@ -45,26 +76,32 @@ class Tiles:
     Attributes:
         index: `[B, H, nq, m]` int64, ascending and without duplicates, -1 behind the last. `H` is the number of query
             heads, or that of KV heads if the heads of a group share their graph, or 1.
-        size: positions per tile.
+        size: keys per tile.
+        query_size: queries per tile, a divisor of `size`, which is the default.
     """
 
     index: Tensor
     size: int
+    query_size: int | None = None
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"a tile must hold at least 1 position, got size={self.size}")
+        _rows(self.size, self.query_size)
         if self.index.ndim != 4 or self.index.dtype != torch.int64:
             got = f"{tuple(self.index.shape)} {self.index.dtype}"
             raise ValueError(f"expected a tile index [B, H, nq, m] int64, got {got}")
 
+    @property
+    def rows(self) -> int:
+        """Queries per tile."""
+        return _rows(self.size, self.query_size)
+
     @classmethod
-    def of_mask(cls, mask: Tensor, size: int) -> "Tiles":
-        """Lists of the tiles that are True in `mask`, `[B, H, nq, nk]` bool."""
+    def of_mask(cls, mask: Tensor, size: int, rows: int | None = None) -> "Tiles":
+        """Lists of the tiles that are True in `mask`, `[B, H, nq, nk]` bool; `size` and `rows` as in `tile_counts`."""
         if mask.ndim != 4 or mask.dtype != torch.bool:
             raise ValueError(f"expected a tile mask [B, H, nq, nk] bool, got {tuple(mask.shape)} {mask.dtype}")
         tile = torch.arange(mask.shape[-1], device=mask.device)
-        return cls(_compact(torch.where(mask, tile, -1)), size)
+        return cls(_compact(torch.where(mask, tile, -1)), size, rows)
 
     @property
     def counts(self) -> Tensor:
@@ -75,10 +112,10 @@ class Tiles:
         """`[B, H, nq, nk]` bool, for `tiles` = `nk` tiles of keys.
 
         Raises:
-            ValueError: a listed tile does not exist, or there are more query tiles than key tiles.
+            ValueError: a listed tile does not exist, or there are more queries than keys.
         """
         highest = int(self.index.max()) if self.index.numel() else -1
-        if highest >= tiles or self.index.shape[2] > tiles:
+        if highest >= tiles or self.index.shape[2] > tiles * (self.size // self.rows):
             raise ValueError(
                 f"the graph lists key tile {highest} and {self.index.shape[2]} query tiles, but there are {tiles} tiles"
             )
@@ -91,14 +128,14 @@ class Tiles:
         Raises:
             ValueError: tiles of different sizes, or of graphs that do not broadcast.
         """
-        if self.size != other.size or self.index.shape[2] != other.index.shape[2]:
+        if (self.size, self.rows) != (other.size, other.rows) or self.index.shape[2] != other.index.shape[2]:
             raise ValueError(
-                f"expected graphs of equal tiles, got {self.index.shape[2]} query tiles of {self.size} positions "
-                f"and {other.index.shape[2]} of {other.size}"
+                f"expected graphs of equal tiles, got {self.index.shape[2]} query tiles of {self.rows} by {self.size} "
+                f"positions and {other.index.shape[2]} of {other.rows} by {other.size}"
             )
         lead = torch.broadcast_shapes(self.index.shape[:3], other.index.shape[:3])
         both = torch.cat([part.index.expand(*lead, part.index.shape[3]) for part in (self, other)], -1)
-        return Tiles(each_once(both), self.size)
+        return Tiles(each_once(both), self.size, self.rows)
 
     def edges(
         self, queries: int, keys: int, *, causal: bool, valid: Tensor | None = None, rows: Tensor | None = None
@@ -113,14 +150,14 @@ class Tiles:
         Raises:
             ValueError: the graph has another number of query tiles.
         """
-        listed, total = tile_counts(queries, keys, self.size)
+        listed, total = tile_counts(queries, keys, self.size, self.rows)
         if listed != self.index.shape[2]:
             raise ValueError(
-                f"{queries} queries of {keys} keys are {listed} tiles of {self.size}, got a graph of "
+                f"{queries} queries of {keys} keys are {listed} tiles of {self.rows}, got a graph of "
                 f"{self.index.shape[2]} query tiles"
             )
         position = positions_of(queries, keys, rows, device=self.index.device)
-        row = position // self.size - (total - listed)
+        row = position // self.rows - (keys - queries) // self.rows
         column = torch.arange(keys, device=self.index.device) // self.size
         return self.mask(total)[:, :, row][..., column] & allowed_edges(position, keys, causal=causal, valid=valid)
 
@@ -130,6 +167,7 @@ def window_and_global(
     keys: int,
     size: int,
     *,
+    rows: int | None = None,
     window: int,
     global_tokens: int = 0,
     causal: bool,
@@ -140,7 +178,7 @@ def window_and_global(
 
     Args:
         queries, keys: `Tq` and `Tk`.
-        size: positions per tile.
+        size, rows: as in `tile_counts`.
         window: tokens, at least 0. A causal query sees the last `window` keys, its own included; without causal order
             those from `t - window // 2` to `t - window // 2 + window - 1`, as in `sparsek_attention`.
         global_tokens: how many of the first valid tokens every query attends to, at least 0.
@@ -156,17 +194,18 @@ def window_and_global(
     """
     if window < 0 or global_tokens < 0:
         raise ValueError(f"window and global_tokens must be at least 0, got {window} and {global_tokens}")
-    listed, total = tile_counts(queries, keys, size)
+    rows = _rows(size, rows)
+    listed, total = tile_counts(queries, keys, size, rows)
     if device is None and valid is not None:
         device = valid.device
-    tile = torch.arange(total - listed, total, device=device)[:, None]
+    first_query = (torch.arange(listed, device=device)[:, None] + (keys - queries) // rows) * rows
     left, right = (window - 1, 0) if causal else (window // 2, window - 1 - window // 2)
-    reach = range(0)
-    if window:
-        # No further than there are tiles, however wide the window is.
-        reach = range(-min(total, -(-left // size)), min(total, (size - 1 + right) // size) + 1)
-    near = tile + torch.tensor(list(reach), dtype=torch.int64, device=device)
-    near = near.masked_fill((near < 0) | (near >= total), -1)[None, None]
+    # No further than there are tiles, however wide the window is.
+    lowest = ((first_query - left) // size).clamp(min=0)
+    highest = ((first_query + rows - 1 + right) // size).clamp(max=total - 1)
+    width = min(total, -(-(left + right + rows - 1) // size) + 1) if window else 0
+    near = lowest + torch.arange(width, device=device)
+    near = near.masked_fill(near > highest, -1)[None, None]
     if valid is None:
         first = torch.arange(-(-min(global_tokens, keys) // size), device=device)[None]
     else:
@@ -174,7 +213,14 @@ def window_and_global(
         wanted = valid & (valid.cumsum(-1) <= global_tokens)
         first = torch.where(wanted, token // size, -1).sort(dim=-1, descending=True).values[:, :global_tokens]
     first = first[:, None, None].expand(-1, 1, listed, -1)
-    return Tiles(each_once(torch.cat([near.expand(len(first), -1, -1, -1), first], -1)), size)
+    return Tiles(each_once(torch.cat([near.expand(len(first), -1, -1, -1), first], -1)), size, rows)
+
+
+def joined(parts: Sequence[Tiles]) -> Tiles:
+    """The lists of consecutive query tiles, one graph after the other; of equal tiles, `B` and `H`."""
+    width = max(part.index.shape[3] for part in parts)
+    lists = [F.pad(part.index, (0, width - part.index.shape[3]), value=-1) for part in parts]
+    return Tiles(torch.cat(lists, 2), parts[0].size, parts[0].rows)
 
 
 def each_once(tile: Tensor) -> Tensor:
