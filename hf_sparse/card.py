@@ -200,7 +200,7 @@ def _graph_budget(config: SparsefinderConfig) -> list[tuple[str, str]]:
         return [("keys", "all")]
     tile = "single tokens" if config.tile is None else f"{config.tile} tokens"
     how = {
-        "clustering": f"{config.clusters} clusters, a token in {config.top_clusters}",
+        "clustering": _clusters(config),
         "quantization": f"{config.rank} x {config.bins} bins"
         if config.bin_kind == "shared"
         else f"bins of {config.bin_width} tokens",
@@ -208,6 +208,8 @@ def _graph_budget(config: SparsefinderConfig) -> list[tuple[str, str]]:
         "bound": "extremes of the keys of a tile",
     }[config.predictor]
     rows = [("predictor", f"{config.predictor}: {how}"), ("positions per tile", tile), *near]
+    if config.rows != config.tile:
+        rows[1:2] = [("keys per tile", tile), ("queries that have their list of tiles in common", str(config.rows))]
     if config.tile is not None and config.predictor != "bound":
         if config.tiles_per_query is not None:
             rows.append(("key tiles per query tile, all counted", f"**{config.tiles_per_query}**"))
@@ -218,6 +220,12 @@ def _graph_budget(config: SparsefinderConfig) -> list[tuple[str, str]]:
         if config.head_budgets:
             rows.append(("divided among heads and layers by what they miss, these being the mean", "yes"))
     return [*rows, ("completed to be exact", "yes" if config.complete else "no")]
+
+
+def _clusters(config: SparsefinderConfig) -> str:
+    if config.cluster_parts > 1:
+        return f"{config.clusters} clusters in each of {config.cluster_parts} parts of the points"
+    return f"{config.clusters} clusters, a token in {1 if config.of_points else config.top_clusters}"
 
 
 def graph_rows(evaluation: dict[str, Any]) -> list[tuple[str, str, str, dict[str, float]]]:

@@ -160,6 +160,7 @@ def patch(
     shared_projection: Annotated[bool, _graph("One projection for the queries and keys of a KV head.")] = False,
     clusters: Annotated[int, _graph("Clusters per KV head.")] = 16,
     top_clusters: Annotated[int, _graph("Clusters that a query or key is in.")] = 2,
+    cluster_parts: Annotated[int, _graph("Parts of points that have clusters of their own: finer, slower.")] = 1,
     balanced: Annotated[bool, _graph("Clusters of equal size, for encoders.")] = False,
     bin_kind: Annotated[
         Literal["shared", "fixed"], _graph("shared: fitted boundaries. fixed: by rank, for encoders.")

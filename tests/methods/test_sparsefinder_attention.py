@@ -1,16 +1,25 @@
 """Sparsefinder on one attention module: what it attends to, in one piece or many, with padding or without."""
 
+import math
+
 import pytest
 import torch
 from transformers.cache_utils import DynamicLayer
 
 from hf_sparse import SparsefinderConfig
 from hf_sparse.methods.base import Site
-from hf_sparse.methods.sparsefinder import SparsefinderAttention, SparsefinderCacheLayer, fit_predictors
+from hf_sparse.methods.sparsefinder import (
+    SparsefinderAttention,
+    SparsefinderCacheLayer,
+    fit_predictors,
+    predictors,
+)
 from hf_sparse.ops.entmax import entmax
 from hf_sparse.ops.graphs import Tiles
 from hf_sparse.ops.graphs.clustering import assign
+from hf_sparse.ops.graphs.profile import distance_bins
 from hf_sparse.ops.graphs.select import tiles_for_sparsity
+from hf_sparse.ops.graphs.tiles import own_tiles
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 SCALING = DIM**-0.5
@@ -29,21 +38,33 @@ CAUSAL = {
     "distance, a tile per token": {"predictor": "distance", "tile": 1, "tiles_per_query": 3},
     "clustering, tiles of 4": {"tile": 4, "tiles_per_query": 3},
     "distance of tokens": {"predictor": "distance", "tile": None, "threshold": 0.5},
+    "clustering, a list per query": {"query_tile": 1},
+    "clustering in parts": {"query_tile": 1, "cluster_parts": 4},
+    "clustering in parts, by group": {"cluster_parts": 2, "per_group": True},
+    "clustering by group, a list per query": {"query_tile": 1, "per_group": True},
+    "quantization, a list per query": {"predictor": "quantization", "query_tile": 1, "tile": 8, "tiles_per_query": 4},
+    "distance, a list per query": {"predictor": "distance", "query_tile": 1, "window": 9, "tiles_per_query": 4},
+    "distance, a list for 4 queries": {"predictor": "distance", "query_tile": 4},
 }
 BUDGETS = {
     "budgets of heads": {"head_budgets": True, "predictor": "distance", "sparsity": 0.5},
     "budgets of heads, a tile per token": {"head_budgets": True, "predictor": "distance", "tile": 1, "sparsity": 0.7},
     "budgets of heads, by group": {"head_budgets": True, "per_group": True, "sparsity": 0.5},
+    "budgets of heads, a list per query": {"head_budgets": True, "tile": 8, "query_tile": 1, "sparsity": 0.5},
 }
 EXACT = {
     "complete": {"complete": True, "sparsity": 0.9},
+    "complete, a list per query": {"complete": True, "sparsity": 0.9, "query_tile": 1},
     "bound": {"predictor": "bound"},
+    "bound, a list for 4 queries": {"predictor": "bound", "query_tile": 4},
     "full": {"predictor": "full"},
 }
 WHOLE = {
     "balanced clusters": {"balanced": True},
     "balanced clusters of tokens": {"balanced": True, "tile": None},
+    "balanced clusters, a list per query": {"balanced": True, "query_tile": 1},
     "fixed bins": {"predictor": "quantization", "bin_kind": "fixed"},
+    "fixed bins, a list for 2 queries": {"predictor": "quantization", "bin_kind": "fixed", "query_tile": 2},
     "fixed bins of tokens": {"predictor": "quantization", "bin_kind": "fixed", "tile": None},
 }
 PREDICTORS = {(name, causal): changes for causal in (True, False) for name, changes in (CAUSAL | EXACT).items()}
@@ -145,7 +166,8 @@ def test_tiles_are_as_many_as_wanted_and_the_observer_sees_them(causal_module):
         assert graph.index.shape[1] == (KV_HEADS if config.per_group else HEADS)
         if config.learns_graph and not config.head_budgets:
             assert config.complete or config.causal_tiles == (config.tiles_per_query or 3)
-            wanted = torch.arange(1, graph.counts.shape[2] + 1).clamp(max=config.causal_tiles)
+            own = own_tiles(graph.counts.shape[2], LENGTH, config.tile, config.rows)
+            wanted = (own + 1).clamp(max=config.causal_tiles)
             assert torch.equal(graph.counts, wanted.expand_as(graph.counts))
         used = certificate.tiles if config.complete else graph
         edges = used.edges(LENGTH, LENGTH, causal=True).repeat_interleave(HEADS // used.index.shape[1], 1)
@@ -159,6 +181,50 @@ def test_tiles_of_the_window_and_of_global_tokens_come_first(causal, near, expec
     module.observer = lambda text, graph, certificate: graphs.append(graph)
     attend(module, *tensors())
     assert all(expected <= set(tiles) for tiles in graphs[0].index[:, :, 2].flatten(0, 1).tolist())
+
+
+@pytest.mark.parametrize("predictor", ["distance", "clustering", "clustering in parts"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_list_per_query_is_what_its_definition_says(predictor, causal):
+    """Query by query: the tiles with the most of `profile(distance) * exp(-|q - k|^2)`, k a key or its centroid."""
+    name, *parts = predictor.split(" in ")
+    settings = {"cluster_parts": 2} if parts else {}
+    module = build(causal, predictor=name, tile=8, query_tile=1, tiles_per_query=4, window=3, **settings)
+    query, key, value = tensors(batch=1)
+    graphs = []
+    module.observer = lambda text, graph, certificate: graphs.append(graph)
+    attend(module, query, key, value)
+    learned = module.parameters_in_use
+    of_query, of_key = learned.project_queries(query)[0], learned.project_keys(key)[0]
+    if name == "clustering":
+        found = []
+        cut = (whole.chunk(1 + len(parts), -1) for whole in (of_key, learned.centroids))
+        for points, centroids in zip(*cut, strict=True):
+            nearest = (points[:, :, None] - centroids[:, None]).square().sum(-1).argmin(-1)
+            found.append(torch.stack([centroids[head, nearest[head]] for head in range(KV_HEADS)]))
+        of_key = torch.cat(found, -1)
+    for head in range(HEADS):
+        distance = (of_query[head][:, None] - of_key[head // 2][None]).square().sum(-1)
+        least = 1e-30 if predictor == "clustering" else 0.0
+        if predictor == "clustering":  # relative to the nearest centroid
+            distance -= (of_query[head][:, None] - learned.centroids[head // 2]).square().sum(-1).amin(-1, keepdim=True)
+        weight = (-distance.double()).exp().tolist()
+        profile = learned.log_profile[head].exp()[distance_bins(torch.arange(10))].tolist()
+        for t in range(LENGTH):
+            near = [t - 2, t] if causal else [t - 1, t + 1]
+            always = {0, *range(max(0, near[0]) // 8, min(LENGTH - 1, near[1]) // 8 + 1)} - {t // 8}
+            tiles = range(t // 8 + 1 if causal else -(-LENGTH // 8))
+            mass = {tile: max(least, sum(weight[t][tile * 8 : tile * 8 + 8])) for tile in tiles}
+            score = {tile: round(math.log(mass[tile] * profile[abs(tile - t // 8)]), 5) for tile in tiles}
+            order = sorted(tiles, key=lambda tile: (tile != t // 8, tile not in always, -score[tile]))
+            assert [tile for tile in graphs[0].index[0, head, t].tolist() if tile >= 0] == sorted(order[:4]), (head, t)
+
+
+def test_a_long_text_is_predicted_piece_by_piece(causal_module, monkeypatch):
+    inputs = tensors()
+    whole = attend(causal_module, *inputs)
+    monkeypatch.setitem(predictors._PAIRS, "cpu", 100)
+    torch.testing.assert_close(attend(causal_module, *inputs), whole, rtol=0, atol=1e-5)
 
 
 def test_an_encoder_has_the_wanted_sparsity():

@@ -26,7 +26,8 @@ class Case:
     scaling: float | Tensor = 0.3
     causal: bool = True
     padding: str | None = None  # left, right or both
-    size: int = 8  # of tiles
+    size: int = 8  # keys per tile
+    rows: int | None = None  # queries per tile, as many by default
     dtype: torch.dtype = torch.float64
     inputs: list[Tensor] = field(init=False)
 
@@ -51,20 +52,21 @@ class Case:
         return {"alpha": self.alpha, "scaling": self.scaling, "causal": self.causal, "valid": self.valid}
 
     def tiles(self, heads: int | None = None, share: float = 0.5) -> Tiles:
-        listed, total = tile_counts(self.queries, self.keys, self.size)
+        listed, total = tile_counts(self.queries, self.keys, self.size, self.rows)
         heads = heads or self.kv_heads * self.group
-        return Tiles.of_mask(torch.rand(self.batch, heads, listed, total) < share, self.size)
+        return Tiles.of_mask(torch.rand(self.batch, heads, listed, total) < share, self.size, self.rows)
 
     def edges(self, tiles: Tiles) -> Tensor:
         """The pairs inside listed tiles, allowed or not, by a loop."""
-        first = (self.keys - self.queries) // tiles.size
+        rows = self.rows or self.size
+        first = (self.keys - self.queries) // rows
         heads = self.kv_heads * self.group
         edges = torch.zeros(self.batch, heads, self.queries, self.keys, dtype=torch.bool)
         for b in range(self.batch):
             for h in range(heads):
                 lists = tiles.index[b, h * tiles.index.shape[1] // heads]
                 for t in range(self.queries):
-                    for tile in lists[(self.keys - self.queries + t) // tiles.size - first].tolist():
+                    for tile in lists[(self.keys - self.queries + t) // rows - first].tolist():
                         if tile >= 0:
                             edges[b, h, t, tile * tiles.size : (tile + 1) * tiles.size] = True
         return edges
@@ -110,6 +112,9 @@ CASES = {
     "chunk of a padded text": Case(queries=5, keys=37, padding="both"),
     "decode": Case(group=2, queries=1, keys=37),
     "one tile": Case(queries=5, keys=5),
+    "a list per query": Case(group=2, rows=1),
+    "a list for 2 queries": Case(rows=2, queries=22, padding="both"),
+    "a list for 4 queries of an encoder": Case(rows=4, causal=False, padding="right"),
     "one token": Case(queries=1, keys=1),
     "sparsemax": Case(alpha=2.0, group=2),
     "alpha 1.2": Case(alpha=1.2, causal=False),

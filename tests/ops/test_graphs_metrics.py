@@ -87,18 +87,18 @@ def test_a_superset_is_exact_and_a_text_of_padding_counts_nothing():
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("listed", [4, 1])
-def test_tile_sparsity(causal, listed):
+@pytest.mark.parametrize("listed, rows", [(4, 4), (1, 4), (11, 1), (6, 2)])
+def test_tile_sparsity(causal, listed, rows):
     valid, size = padding(), 4
     mask = torch.rand(BATCH, 2, listed, 4) < 0.5
     valid[0, :8] = False  # two tiles of padding
-    found = tile_sparsity(Tiles.of_mask(mask, size), KEYS, causal=causal, valid=valid)
+    found = tile_sparsity(Tiles.of_mask(mask, size, rows), KEYS, causal=causal, valid=valid)
     real = [[bool(valid[b, t * size : t * size + size].any()) for t in range(4)] for b in range(BATCH)]
     for b in range(BATCH):
         for h in range(2):
             kept = allowed = 0
             for row in range(listed):
-                at = 4 - listed + row
+                at = (-(-KEYS // rows) - listed + row) * rows // size
                 for column in range(4):
                     if real[b][at] and real[b][column] and (column <= at or not causal):
                         allowed, kept = allowed + 1, kept + bool(mask[b, h, row, column])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_sparse.ops.graphs.allowed import allowed_edges, allowed_tiles, positions_of, tiles_of_valid
-from hf_sparse.ops.graphs.tiles import Tiles, tile_counts, window_and_global
+from hf_sparse.ops.graphs.tiles import Tiles, joined, own_tiles, tile_counts, window_and_global
 
 
 @pytest.fixture
@@ -38,6 +38,14 @@ def test_lists_and_masks_are_the_same_graph(random_mask):
     assert torch.equal(tiles.counts, mask.sum(-1))
 
 
+def test_graphs_of_consecutive_queries_are_joined(random_mask):
+    mask = random_mask(2, 3, 9, 7)
+    parts = [Tiles.of_mask(part, 16, 4) for part in mask.split([2, 1, 6], 2)]
+    whole = joined(parts)
+    assert (whole.size, whole.rows) == (16, 4)
+    assert torch.equal(whole.index, Tiles.of_mask(mask, 16, 4).index)
+
+
 def test_empty_lists():
     tiles = Tiles.of_mask(torch.zeros(1, 2, 3, 3, dtype=torch.bool), 8)
     assert tiles.index.shape == (1, 2, 3, 0)
@@ -54,43 +62,50 @@ def test_union_names_each_tile_once(random_mask, lead):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(("queries", "keys", "size"), [(23, 23, 4), (5, 23, 4), (1, 24, 8), (7, 7, 16), (9, 20, 1)])
-def test_edges_are_the_allowed_pairs_of_listed_tiles(random_mask, causal, queries, keys, size):
-    listed, total = tile_counts(queries, keys, size)
+@pytest.mark.parametrize(
+    ("queries", "keys", "size", "rows"),
+    [(23, 23, 4, 4), (5, 23, 4, 4), (1, 24, 8, 8), (7, 7, 16, 16), (9, 20, 1, 1), (9, 23, 4, 1), (9, 23, 8, 2)],
+)
+def test_edges_are_the_allowed_pairs_of_listed_tiles(random_mask, causal, queries, keys, size, rows):
+    listed, total = tile_counts(queries, keys, size, rows)
     mask, valid = random_mask(4, 2, listed, total), padding(keys)
-    found = Tiles.of_mask(mask, size).edges(queries, keys, causal=causal, valid=valid)
+    found = Tiles.of_mask(mask, size, rows).edges(queries, keys, causal=causal, valid=valid)
     expected = torch.zeros(4, 2, queries, keys, dtype=torch.bool)
     for b in range(4):
         for row in range(queries):
             position = keys - queries + row
             for j in range(keys):
                 if valid[b, j] and valid[b, position] and (not causal or j <= position):
-                    first = (keys - queries) // size
-                    expected[b, :, row, j] = mask[b, :, position // size - first, j // size]
+                    first = (keys - queries) // rows
+                    expected[b, :, row, j] = mask[b, :, position // rows - first, j // size]
     assert torch.equal(found, expected)
-    rows = torch.tensor([queries - 1, 0])
-    some = Tiles.of_mask(mask, size).edges(queries, keys, causal=causal, valid=valid, rows=rows)
-    assert torch.equal(some, expected[:, :, rows])
+    some = torch.tensor([queries - 1, 0])
+    found = Tiles.of_mask(mask, size, rows).edges(queries, keys, causal=causal, valid=valid, rows=some)
+    assert torch.equal(found, expected[:, :, some])
+    own = own_tiles(listed, keys, size, rows)
+    ends = [min(keys - 1, ((keys - queries) // rows + n) * rows + rows - 1) for n in range(listed)]
+    assert own.tolist() == [end // size for end in ends]
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("window", [0, 1, 2, 5, 8, 9, 100])
 @pytest.mark.parametrize("global_tokens", [0, 1, 6, 100])
-def test_window_and_global(causal, padded, window, global_tokens):
+@pytest.mark.parametrize("rows", [4, 2, 1])
+def test_window_and_global(causal, padded, window, global_tokens, rows):
     queries, keys, size = 17, 35, 4
     valid = padding(keys) if padded else None
     tiles = window_and_global(
-        queries, keys, size, window=window, global_tokens=global_tokens, causal=causal, valid=valid
+        queries, keys, size, rows=rows, window=window, global_tokens=global_tokens, causal=causal, valid=valid
     )
-    listed, total = tile_counts(queries, keys, size)
+    listed, total = tile_counts(queries, keys, size, rows)
     batch = 4 if padded else 1
     expected = torch.zeros(batch, 1, listed, total, dtype=torch.bool)
     for b in range(batch):
         first = [j for j in range(keys) if valid is None or valid[b, j]][:global_tokens]
         for row in range(listed):
-            tile = total - listed + row
-            for i in range(tile * size, tile * size + size):
+            start = ((keys - queries) // rows + row) * rows
+            for i in range(start, start + rows):
                 begin = i - window + 1 if causal else i - window // 2
                 for j in [*first, *range(max(0, begin), min(total * size, begin + window))]:
                     expected[b, 0, row, j // size] = True

@@ -68,6 +68,14 @@ class SparsefinderConfig(LoraSettings):
             "key is in its nearest."
         },
     )
+    cluster_parts: int = field(
+        default=1,
+        metadata={
+            "help": "Parts of equal rank into which points are cut, each with `clusters` of its own; a key is then the "
+            "centroids that are nearest in each part. Far finer than 1, but prediction takes the square of the length. "
+            "A divisor of `rank`; for tiles of unbalanced clusters."
+        },
+    )
     balanced: bool = field(
         default=False, metadata={"help": "Clusters of equal size, for encoders: they depend on the whole text."}
     )
@@ -168,6 +176,7 @@ class SparsefinderConfig(LoraSettings):
             ("rank", 1),
             ("clusters", 2),
             ("top_clusters", 1),
+            ("cluster_parts", 1),
             ("bins", 2),
             ("bin_width", 1),
             ("length", 1),
@@ -181,6 +190,12 @@ class SparsefinderConfig(LoraSettings):
                 raise ValueError(self._expected(switch, "True or False"))
         if self.top_clusters > self.clusters:
             raise ValueError(self._expected("top_clusters", f"at most the number of clusters, {self.clusters}"))
+        if self.rank % self.cluster_parts:
+            raise ValueError(self._expected("cluster_parts", f"a divisor of the rank, {self.rank}"))
+        if self.cluster_parts > 1 and (self.predictor != "clustering" or self.tile is None or self.balanced):
+            raise ValueError(
+                self._expected("cluster_parts", "1 but for the predictor 'clustering' of tiles that is not balanced")
+            )
         low, high = (LEAST_ALPHA, 2) if self.learn_alpha else (1, 2)
         if not _is_number(self.alpha) or not low < self.alpha <= high or (self.learn_alpha and self.alpha == high):
             range_of = f"above {low} and {'below' if self.learn_alpha else 'at most'} {high}"

@@ -29,7 +29,7 @@ class SparsefinderParameters(nn.Module):
         projection: `[Hkv, D, r]`, with `shared_projection`.
         query_projection, query_bias, key_projection: `[Hq, D, r]`, `[Hq, r]` and `[Hkv, D, r]`, otherwise. Only the
             difference of a query's bias and a key's would matter, so there is one.
-        centroids: `[Hkv, C, r]`, for clustering.
+        centroids: `[Hkv, C, r]`, for clustering; with `cluster_parts` the columns of each part belong together.
         boundaries: `[Hkv, r, bins - 1]`, for quantization with shared bins.
         profile: `[Hq, BINS]`, attention by the distance of tiles, see `hf_sparse.ops.graphs.profile`.
         budgets: `[lists, MEANS]`, column `m - 1` has the tiles per query tile of each list where the mean over all
@@ -118,7 +118,8 @@ class SparsefinderParameters(nn.Module):
         """
         config = self.config
         if config.predictor == "clustering":
-            self.centroids.copy_(kmeans(points, config.clusters, generator=generator))
+            parts = points.chunk(config.cluster_parts, -1)
+            self.centroids.copy_(torch.cat([kmeans(part, config.clusters, generator=generator) for part in parts], -1))
         elif config.predictor == "quantization" and config.bin_kind == "shared":
             self.boundaries.copy_(fit_boundaries(points, config.bins))
 

@@ -4,11 +4,11 @@ A code is what a token's place in the graph is decided by: its clusters, its bin
 token alone, so a cache keeps it.
 
 Between tiles a predictor estimates how much attention the queries of one give to the keys of another; a tile of queries
-may be smaller than one of keys, down to a single query. With points and
-`-|q - k|^2` as logits that is `profile(distance) * sum over keys of exp(-|q - k|^2)`, `q` being the mean point of the
-queries; clustering puts the nearest centroid in the place of each key, so that a tile of keys is the numbers of its
-keys in each cluster. This is ours: numbers of pairs in a common cluster, as the released code has them, rank tiles
-worse than their distance does (docs/experiments.md).
+may be smaller than one of keys, down to a single query. With points and `-|q - k|^2` as logits that is
+`profile(distance) * sum over keys of exp(-|q - k|^2)`, `q` being the mean point of the queries; clustering puts the
+nearest centroid in the place of each key, so that a tile of keys is the numbers of its keys in each cluster, or, where
+points are cut into parts, a key is the nearest centroids of all parts. This is ours: numbers of pairs in a common
+cluster, as the released code has them, rank tiles worse than their distance does (docs/experiments.md).
 
 In a causal model a tile of queries is described by queries that are known when its first token comes (`lag`, see
 `tile_of_query`), and lists are equally long in every text. So the graph of a text is the same whether it comes at once
@@ -25,7 +25,13 @@ from hf_sparse.methods.sparsefinder.config import SparsefinderConfig
 from hf_sparse.methods.sparsefinder.parameters import MEANS, SparsefinderParameters
 from hf_sparse.ops.graphs import Tiles, window_and_global
 from hf_sparse.ops.graphs.buckets import bucket_edges, key_counts, matching_pairs, query_counts
-from hf_sparse.ops.graphs.clustering import assign, clustering_edges, clustering_scores
+from hf_sparse.ops.graphs.clustering import (
+    assign,
+    assign_parts,
+    clustering_edges,
+    clustering_scores,
+    points_of_parts,
+)
 from hf_sparse.ops.graphs.distance import distance_edges, squared_distances
 from hf_sparse.ops.graphs.points import by_group, tile_means, tile_of_query
 from hf_sparse.ops.graphs.profile import distance_bins
@@ -158,7 +164,9 @@ def _codes(learned: SparsefinderParameters, points: Tensor) -> Tensor:
     if config.needs_whole_text or config.predictor == "distance":
         return points
     if config.predictor == "clustering":
-        return assign(points, learned.centroids.float(), 1 if config.of_points else config.top_clusters)
+        if config.of_points:
+            return assign_parts(points, learned.centroids.float(), config.cluster_parts)
+        return assign(points, learned.centroids.float(), config.top_clusters)
     return shared_bins(points, learned.boundaries.float())
 
 
@@ -186,7 +194,9 @@ def _log_mass(learned: SparsefinderParameters, of_queries: Tensor, of_keys: Tens
     listed, total = tile_counts(queries, keys, size, rows)
     tile = tile_of_query(queries, keys, rows, lag, of_queries.device)
     mean, _ = tile_means(of_queries, tile, listed)
-    if learned.config.predictor == "distance":
+    if learned.config.predictor == "clustering" and learned.config.cluster_parts > 1:
+        of_keys = points_of_parts(of_keys, learned.centroids.float())
+    if learned.config.predictor == "distance" or learned.config.cluster_parts > 1:
         distance = squared_distances(mean, of_keys)
         distance = F.pad(distance, (0, -keys % size), value=torch.inf)
         return (-distance).unflatten(3, (total, size)).logsumexp(4)

@@ -55,6 +55,39 @@ def assign(points: Tensor, centroids: Tensor | None, top: int = 1, valid: Tensor
     return without_padding(distance.argsort(dim=-1, stable=True)[..., :top], valid)
 
 
+def assign_parts(points: Tensor, centroids: Tensor | None, parts: int) -> Tensor:
+    """The nearest centroid of each part of each point: product quantization (Jegou et al. 2011).
+
+    Args:
+        points, centroids: as in `assign`; the columns of each part are clustered by themselves.
+        parts: of equal rank.
+
+    Returns:
+        `[B, H, T, parts]` int64.
+
+    Raises:
+        ValueError: as in `assign`, or `parts` that does not divide the rank.
+    """
+    rank = points.shape[-1]
+    if parts < 1 or rank % parts:
+        raise ValueError(f"points of rank {rank} cannot be cut into {parts} equal parts")
+    centroids = _fitted(points, centroids)
+    pairs = zip(points.chunk(parts, -1), centroids.chunk(parts, -1), strict=True)
+    return torch.cat([assign(*pair) for pair in pairs], -1)
+
+
+def points_of_parts(ids: Tensor, centroids: Tensor) -> Tensor:
+    """The points that centroids make up, `[B, H, T, r]`: what `assign_parts` stands for.
+
+    Args:
+        ids: `[B, H, T, parts]` int64, as from `assign_parts`.
+        centroids: `[H, C, r]`.
+    """
+    tables = centroids.chunk(ids.shape[-1], -1)  # [H, C, r / parts] each
+    head = torch.arange(len(centroids), device=ids.device)[:, None]
+    return torch.cat([table[head, ids[..., part]] for part, table in enumerate(tables)], -1)
+
+
 def assign_balanced(points: Tensor, centroids: Tensor | None, width: int, valid: Tensor | None = None) -> Tensor:
     """The centroids that take each point, when each takes its `width` nearest points.
 
