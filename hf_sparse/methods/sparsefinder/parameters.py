@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from hf_sparse.methods.base import Site
 from hf_sparse.methods.sparsefinder.config import LEAST_ALPHA, SparsefinderConfig
+from hf_sparse.ops.graphs.clustering import cut_into_parts
 from hf_sparse.ops.graphs.kmeans import kmeans
 from hf_sparse.ops.graphs.profile import BINS
 from hf_sparse.ops.graphs.quantization import fit_boundaries
@@ -118,8 +119,8 @@ class SparsefinderParameters(nn.Module):
         """
         config = self.config
         if config.predictor == "clustering":
-            parts = points.chunk(config.cluster_parts, -1)
-            self.centroids.copy_(torch.cat([kmeans(part, config.clusters, generator=generator) for part in parts], -1))
+            found = kmeans(cut_into_parts(points, config.cluster_parts), config.clusters, generator=generator)
+            self.centroids.copy_(found.unflatten(0, (len(points), -1)).transpose(1, 2).flatten(2))
         elif config.predictor == "quantization" and config.bin_kind == "shared":
             self.boundaries.copy_(fit_boundaries(points, config.bins))
 

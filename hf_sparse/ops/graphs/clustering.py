@@ -72,8 +72,14 @@ def assign_parts(points: Tensor, centroids: Tensor | None, parts: int) -> Tensor
     if parts < 1 or rank % parts:
         raise ValueError(f"points of rank {rank} cannot be cut into {parts} equal parts")
     centroids = _fitted(points, centroids)
-    pairs = zip(points.chunk(parts, -1), centroids.chunk(parts, -1), strict=True)
-    return torch.cat([assign(*pair) for pair in pairs], -1)
+    tables = cut_into_parts(centroids.repeat_interleave(points.shape[1] // len(centroids), 0), parts)
+    found = assign(cut_into_parts(points.flatten(0, 1), parts).unflatten(0, (len(points), -1)), tables)
+    return found[..., 0].unflatten(1, (-1, parts)).transpose(2, 3)
+
+
+def cut_into_parts(points: Tensor, parts: int) -> Tensor:
+    """`[H, N, r]` -> `[H * parts, N, r / parts]`, the parts of a head one after the other."""
+    return points.unflatten(-1, (parts, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def points_of_parts(ids: Tensor, centroids: Tensor) -> Tensor:
