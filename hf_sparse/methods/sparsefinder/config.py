@@ -260,6 +260,11 @@ class SparsefinderConfig(LoraSettings):
         )
 
     @property
+    def of_single_keys(self) -> bool:
+        """Whether tiles are scored by the point of each key, which takes the square of the length."""
+        return self.of_points and (self.predictor == "distance" or self.cluster_parts > 1)
+
+    @property
     def points_needed(self) -> int:
         """The least number of queries and keys that the predictor can be fitted to."""
         if self.predictor == "clustering":

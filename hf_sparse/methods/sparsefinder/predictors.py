@@ -76,7 +76,7 @@ def predicted_graph(
     if not causal:
         return _lists(learned, of_queries, of_keys, queries, causal)
     # No list depends on later tokens, so that of a text can be found piece by piece, each with what comes before it.
-    pairs = of_queries.shape[0] * of_queries.shape[1] * -(-keys // size)
+    pairs = of_queries.shape[0] * of_queries.shape[1] * (keys if config.of_single_keys else -(-keys // size))
     step = max(1, _PAIRS.get(of_keys.device.type, 1 << 24) * (config.rows or 1) // max(1, pairs) // size) * size
     ends = [*range((first // size) * size + step, keys, step), keys]
     parts = []
@@ -196,13 +196,15 @@ def _log_mass(learned: SparsefinderParameters, of_queries: Tensor, of_keys: Tens
     mean, _ = tile_means(of_queries, tile, listed)
     if learned.config.predictor == "clustering" and learned.config.cluster_parts > 1:
         of_keys = points_of_parts(of_keys, learned.centroids.float())
-    if learned.config.predictor == "distance" or learned.config.cluster_parts > 1:
-        distance = squared_distances(mean, of_keys)
-        distance = F.pad(distance, (0, -keys % size), value=torch.inf)
-        return (-distance).unflatten(3, (total, size)).logsumexp(4)
+    if learned.config.of_single_keys:
+        # In float64, and rounded: products of other shapes round differently, and the graph must not depend on them.
+        wide, key = by_group(mean.double(), of_keys.shape[1]), of_keys.double()[:, :, None]
+        apart = wide.square().sum(-1, keepdim=True) + key.square().sum(-1)[:, :, :, None]
+        apart = apart - 2 * wide @ key.transpose(-1, -2)
+        nearness = F.pad(-apart.float().flatten(1, 2), (0, -keys % size), value=-torch.inf)
+        return nearness.unflatten(3, (total, size)).logsumexp(4)
     centroids = learned.centroids.float()
     distance = squared_distances(mean, centroids[None].expand(len(mean), -1, -1, -1))
-    # In float64, and rounded: products of other shapes round differently, and the graph must not depend on them.
     weight = (distance.amin(-1, keepdim=True) - distance).double().exp()
     count = key_counts(of_keys, learned.config.clusters, size=size).double()
     mass = by_group(weight, count.shape[1]) @ count[:, :, None].transpose(-1, -2)
