@@ -3,9 +3,10 @@
     python benchmarks/entmax_scaling.py --output entmax_scaling.json
 
 The tiles are first compared with entmax over the same edges on a small odd size; without agreement nothing is measured.
-Clustering is the predictor as it runs, projections included. Projections and centroids are random: the cost does not
-depend on what was learned, because every list has the same length. `page bound` ranks tiles by the extremes of their
-keys, two products per query and tile.
+Clustering is the predictor as it runs, projections included: square tiles, and lists of key tiles for each query, which
+are found by the numbers of keys in each cluster or by the clusters of the parts of each key. Projections and centroids
+are random: the cost does not depend on what was learned, because every list has the same length. `page bound` ranks
+tiles by the extremes of their keys, two products per query and tile.
 """
 
 import argparse
@@ -31,8 +32,22 @@ from hf_sparse.ops.graphs import Tiles, window_and_global
 from hf_sparse.ops.graphs.select import best_tiles
 
 SHAPE = {"batch": 1, "query_heads": 9, "kv_heads": 3, "dim": 64}
-GRAPH = {"size": 64, "tiles": 12, "window": 128, "global_tokens": 4}
 CLUSTERS = {"rank": 4, "clusters": 64}
+REACH = {"window": 128, "global_tokens": 4}
+PREDICTORS: dict[str, dict[str, Any]] = {
+    "clustering": {"tile": 64, "tiles_per_query": 12, **CLUSTERS},
+    "clustering, a list per query": {"tile": 16, "query_tile": 1, "tiles_per_query": 16, **CLUSTERS},
+    "clusters of parts, a list per query": {
+        "tile": 8,
+        "query_tile": 1,
+        "tiles_per_query": 32,
+        "rank": 16,
+        "cluster_parts": 16,
+        "clusters": 16,
+    },
+}
+BOUND = {"tile": 64, "tiles_per_query": 12}
+METHODS = (*PREDICTORS, "page bound")
 OPTIONS: dict[str, Any] = {"alpha": 1.5, "scaling": 0.35 * 64**-0.5, "causal": True}
 
 
@@ -46,10 +61,9 @@ def make_inputs(length: int, device: torch.device) -> dict[str, Tensor]:
 
 
 @cache
-def clusters(size: int, device: torch.device) -> SparsefinderParameters:
+def clusters(method: str, device: torch.device) -> SparsefinderParameters:
     """Projections and centroids as of one attention module, all lists equally long."""
-    counts = {"tiles_per_query": GRAPH["tiles"], "window": GRAPH["window"], "global_tokens": GRAPH["global_tokens"]}
-    config = SparsefinderConfig(tile=size, **counts, **CLUSTERS)
+    config = SparsefinderConfig(top_clusters=1, **REACH, **PREDICTORS[method])
     heads, kv_heads, dim = SHAPE["query_heads"], SHAPE["kv_heads"], SHAPE["dim"]
     torch.manual_seed(0)
     learned = SparsefinderParameters(config, Site(heads * dim, heads, kv_heads, dim, layer=0))
@@ -58,19 +72,19 @@ def clusters(size: int, device: torch.device) -> SparsefinderParameters:
     return learned.to(device)
 
 
-def predict(inputs: dict[str, Tensor], method: str, size: int = GRAPH["size"]) -> Tiles:
+def predict(inputs: dict[str, Tensor], method: str) -> Tiles:
     query, key = inputs["query"], inputs["key"]
     length = key.shape[2]
-    if method == "clustering":
-        learned = clusters(size, key.device)
+    if method in PREDICTORS:
+        learned = clusters(method, key.device)
         codes = query_codes(learned, query), key_codes(learned, key)
         graph = predicted_graph(learned, *codes, queries=length, causal=True)
         assert isinstance(graph, Tiles)
         return graph
+    size = BOUND["tile"]
     scores = bound_scores(query, key, size=size, **OPTIONS)
-    reach = {name: GRAPH[name] for name in ("window", "global_tokens")}
-    always = window_and_global(length, length, size, causal=True, device=scores.device, **reach)
-    return best_tiles(scores, GRAPH["tiles"], size=size, causal=True, always=always)
+    always = window_and_global(length, length, size, causal=True, device=scores.device, **REACH)
+    return best_tiles(scores, BOUND["tiles_per_query"], size=size, causal=True, always=always)
 
 
 def attend(inputs: dict[str, Tensor], tiles: Tiles) -> Tensor:
@@ -93,8 +107,8 @@ def check(device: torch.device) -> dict[str, float]:
     """
     inputs = make_inputs(531, device)
     differences = {}
-    for method in ("clustering", "page bound"):
-        tiles = predict(inputs, method, size=16)
+    for method in METHODS:
+        tiles = predict(inputs, method)
         edges = tiles.edges(531, 531, causal=True)
         theirs = entmax_attention(inputs["query"], inputs["key"], inputs["value"], edges=edges, **OPTIONS)
         differences[method] = float((attend(inputs, tiles) - theirs).abs().max())
@@ -110,9 +124,9 @@ def benchmark(lengths: list[int], device: torch.device, repeats: int, dense: boo
         "benchmark": "entmax_scaling",
         "settings": {
             **SHAPE,
-            **GRAPH,
-            **CLUSTERS,
+            **REACH,
             **OPTIONS,
+            "methods": {**PREDICTORS, "page bound": BOUND},
             "device": device.type,
             "threads": torch.get_num_threads(),
         },
@@ -123,7 +137,7 @@ def benchmark(lengths: list[int], device: torch.device, repeats: int, dense: boo
     }
     inputs = [make_inputs(length, device) for length in lengths]
     parts: dict[tuple[str, str], list[Callable[[], object]]] = {}
-    for method in ("clustering", "page bound"):
+    for method in METHODS:
         parts[method, "predict"] = [partial(predict, tensors, method) for tensors in inputs]
         parts[method, "attend"] = [partial(attend, tensors, predict(tensors, method)) for tensors in inputs]
         parts[method, "both"] = [partial(both, tensors, method) for tensors in inputs]
@@ -136,10 +150,10 @@ def benchmark(lengths: list[int], device: torch.device, repeats: int, dense: boo
         for length, times, median in zip(lengths, everything, medians, strict=True):
             spread = {"least": min(times), "most": max(times)}
             result["rows"].append(name | {"length": length, "repeats": repeats, "seconds": median} | spread)
-            print(f"{method:10}  {part:7}  {length:6} tokens  {median:8.3f} s", flush=True)
+            print(f"{method:36}  {part:7}  {length:6} tokens  {median:8.3f} s", flush=True)
         ratio = medians[-1] / medians[0]
         result["ratios"].append(name | {"of": [lengths[-1], lengths[0]], "ratio": ratio})
-        print(f"{method:10}  {part:7}  {lengths[-1]} / {lengths[0]}: {ratio:.2f}", flush=True)
+        print(f"{method:36}  {part:7}  {lengths[-1]} / {lengths[0]}: {ratio:.2f}", flush=True)
     return result
 
 

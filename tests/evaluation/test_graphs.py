@@ -71,7 +71,7 @@ def by_hand(text, graph):
             for i in range(length):
                 reach = i + 1 if text.causal else length
                 p = entmax(logits[i, :reach], text.alpha).tolist()
-                tiles = set(listed[i // graph.size].tolist())
+                tiles = set(listed[i // graph.rows].tolist())
                 missed = 0
                 for j in range(reach):
                     predicted = j // graph.size in tiles
@@ -90,8 +90,9 @@ def by_hand(text, graph):
 
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
 @pytest.mark.parametrize("pattern", ["predicted", "longformer", "oracle"])
-def test_metrics_are_those_of_a_loop_over_the_pairs(name, pattern):
-    model = sparse(name, per_group=name == "llama")
+@pytest.mark.parametrize("query_tile", [None, 1])
+def test_metrics_are_those_of_a_loop_over_the_pairs(name, pattern, query_tile):
+    model = sparse(name, per_group=name == "llama", query_tile=query_tile)
     seen, logits = captured(model, pattern)
     result = analyse(model, data(name), patterns=[pattern], rows=LENGTH, **OPTIONS)
     found = result["points"][0]["results"][pattern]
@@ -147,8 +148,9 @@ def test_references_are_the_model_itself(name):
 
 
 @pytest.mark.parametrize("name", ["llama", "bert"])
-def test_all_patterns_list_as_many_tiles(name):
-    model = sparse(name)
+@pytest.mark.parametrize("query_tile", [None, 1])
+def test_all_patterns_list_as_many_tiles(name, query_tile):
+    model = sparse(name, query_tile=query_tile)
     result = analyse(model, data(name), progress=False, sparsities=(0.3, 0.6))
     assert [point["sparsity"] for point in result["points"][1:]] == [0.3, 0.6]
     for point in result["points"]:
@@ -346,11 +348,13 @@ def test_what_belongs_to_the_other_method():
         hf_sparse.evaluation.divide_layers(sparse(), IDS)
 
 
-def test_described_graphs_are_those_that_attend():
-    model = sparse("llama", per_group=True)
+@pytest.mark.parametrize("query_tile", [None, 2])
+def test_described_graphs_are_those_that_attend(query_tile):
+    model = sparse("llama", per_group=True, query_tile=query_tile)
     seen, _ = captured(model)
     content = describe_graphs(model, IDS[:1], text_name="words")
     assert content["length"] == LENGTH and content["tile"] == 16 and len(content["heads"]) == 6
+    assert content["query_tile"] == (query_tile or 16)
     recalls = [head["mass_recall"] for head in content["heads"]]
     assert recalls == sorted(recalls, reverse=True)
     for head in content["heads"]:

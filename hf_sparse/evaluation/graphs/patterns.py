@@ -5,7 +5,7 @@ Where the predictor divides its tiles among heads, others have the mean of them,
 gives another. All have the window and the global tokens of the adapter, which count. Where hashing and routing compare
 points, these are the learned projections, or the queries and keys themselves if the adapter has none. In a causal model
 a tile is described by queries that are known when it begins, as the method does it; routing, whose centroids take
-points of the whole text, and the oracle see the future.
+points of the whole text, and the oracle of tiles of several queries see the future.
 """
 
 from collections.abc import Callable, Sequence
