@@ -159,6 +159,8 @@ class TestCard:
             ({"predictor": "quantization"}, "4 x 16 bins"),
             ({"predictor": "distance", "tile": None}, "squared distance below 1"),
             ({"tiles_per_query": 7}, "| **7** |"),
+            ({"query_tile": 1}, "| queries that have their list of tiles in common | 1 |"),
+            ({"rank": 8, "cluster_parts": 4}, "16 clusters in each of 4 parts of the points"),
             ({"learn_alpha": True}, "an alpha that each head has learned"),
             ({"complete": True}, "| completed to be exact | yes |"),
             ({"layers": [3]}, "Only layers 3 (0 is the first)"),
@@ -233,6 +235,17 @@ class TestFigures:
             [predicted, held, white, white],
             [missed, white, held, white],
             [white, white, predicted, held],
+        ]
+
+    def test_graphs_of_single_queries(self, drawn, tmp_path):
+        heads = [head | {"predicted": [[0], [0], [1], [0, 1]]} for head in GRAPHS["heads"]]
+        graphs_figure({**GRAPHS, "query_tile": 1, "heads": heads}, tmp_path / "g.png")
+        (image, *_) = [axes.images[0].get_array() for axes in drawn[0].axes if axes.images and axes.get_visible()]
+        assert [[round(float(pixel.sum()), 2) < 3 for pixel in row] for row in image] == [
+            [True, False, False, False],
+            [True, True, False, False],
+            [True, False, True, False],  # the first one has weight, and is missed
+            [True, True, True, True],
         ]
 
     def test_every_pattern_has_a_look_of_its_own(self):

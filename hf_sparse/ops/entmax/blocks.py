@@ -13,7 +13,7 @@ from hf_sparse.ops.graphs.tiles import Tiles
 # Logits held at once. Small buffers stay in the caches of a CPU; a GPU wants few launches.
 BUFFER = {"cpu": 1 << 19, "cuda": 1 << 26}
 
-# Queries of a job below which copying its keys takes more memory than their logits do.
+# Queries of a job below which copying its keys takes more than their logits do.
 _FEW = 32
 
 # Jobs of one block have lists at least this share as long as the longest: what is padded is computed in vain.
@@ -61,20 +61,17 @@ class Plan:
         valid = None if self.valid is None else F.pad(self.valid, (0, layout.key_tiles * layout.size - layout.keys))
         counts, index = self._lists(device)
         order = counts.argsort(descending=True)
-        lengths = counts[order].tolist()
-        low = 0
-        while low < len(lengths) and lengths[low]:
-            width = lengths[low]
-            logits = layout.size * layout.share * layout.rows  # of a job and a tile
-            held = layout.size * max(_FEW, layout.share * layout.rows)
-            at_once = BUFFER.get(device.type, 1 << 24) // (width * held)
-            spare = _SPARE.get(device.type, 0)
-            high = low + 1
-            while high < len(lengths) and high - low < at_once and lengths[high]:
-                spare -= (width - lengths[high]) * logits
-                if spare < 0 and lengths[high] < _SIMILAR * width:
-                    break
-                high += 1
+        lengths = counts[order].cpu()
+        # Logits of a job and a tile, or what is copied for it.
+        held = layout.size * max(_FEW, layout.share * layout.rows)
+        low, end = 0, int((lengths > 0).sum())
+        while low < end:
+            width = int(lengths[low])
+            at_once = max(1, BUFFER.get(device.type, 1 << 24) // (width * held))
+            others = lengths[low + 1 : min(end, low + at_once)]
+            padded = (width - others).cumsum(0) * held
+            stop = (padded > _SPARE.get(device.type, 0)) & (others < _SIMILAR * width)
+            high = low + 1 + (int(stop.byte().argmax()) if bool(stop.any()) else len(others))
             jobs = order[low:high]
             first = torch.arange(width, device=device).expand(len(jobs), -1)
             yield self._block(jobs, first if index is None else index[jobs, :width], valid)
