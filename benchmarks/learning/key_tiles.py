@@ -1,6 +1,6 @@
 """What stands for the keys of a tile where every query has a list of its own: each key, clusters of keys, or parts.
 
-The points of a trained adapter score each tile by the sum over its keys of `profile * exp(-|q - k|^2)`, `k` being
+The points of a trained adapter score each tile by its profile times the sum over its keys of `exp(-|q - k|^2)`, `k` being
 
 - `keys`: the point of the key itself;
 - `clusters N`: the nearest of N centroids;
@@ -9,8 +9,7 @@ The points of a trained adapter score each tile by the sum over its keys of `pro
     python benchmarks/learning/key_tiles.py ADAPTER --text FILE --output benchmarks/learning/results/key-tiles.jsonl
 
 Centroids are fitted to chunks 8 to 11 of the text, read with entmax over all keys; the first chunk measures, graphs
-compounding through the layers, lists of all heads equally long. Profiles are those of the adapter, summed over the keys
-of a tile. What the file holds already is not run again.
+compounding through the layers, lists of all heads equally long. What the file holds already is not run again.
 """
 
 import argparse
@@ -41,7 +40,7 @@ from hf_sparse.ops.graphs.profile import distance_bins
 from hf_sparse.ops.graphs.select import best_tiles
 from hf_sparse.ops.graphs.tiles import own_tiles
 
-KINDS = ("keys", "clusters 64", "clusters 256", "parts 4 x 64", "parts 8 x 64", "parts 16 x 16")
+KINDS = ("keys", "clusters 64", "clusters 256", "parts 8 x 64", "parts 32 x 16")
 
 
 def centroids_of(kind: str, points: Tensor) -> tuple[Tensor, int] | None:
@@ -62,32 +61,31 @@ def lists(method: SparsefinderAttention, text: Text, centroids: tuple[Tensor, in
     query, key = learned.project_queries(text.query), learned.project_keys(text.key)
     if centroids is not None:
         key = points_of_parts(assign_parts(key, *centroids), centroids[0])
-    place = torch.arange(length)
-    nearness = learned.log_profile[:, distance_bins(place - place[:, None])] - squared_distances(query, key)
-    nearness = nearness.masked_fill(place > place[:, None], -torch.inf)
-    scores = F.pad(nearness, (0, -length % size), value=-torch.inf).unflatten(3, (-1, size)).logsumexp(4)
-    always = always_joined(config, length, length, causal=True, device=scores.device)
+    nearness = F.pad(-squared_distances(query, key), (0, -length % size), value=-torch.inf)
+    scores = nearness.unflatten(3, (-1, size)).logsumexp(4)
     own = own_tiles(length, length, size, 1)
+    scores += learned.log_profile[:, distance_bins(torch.arange(scores.shape[3]) - own[:, None])]
+    always = always_joined(config, length, length, causal=True, device=scores.device)
     return best_tiles(scores, config.causal_tiles, size=size, rows=1, own=own, causal=True, always=always)
 
 
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("adapter", help="of tiles of one token, so that profiles are those of single keys")
+    parser.add_argument("adapter", help="of tiles, with a list for each query")
     parser.add_argument("--text", required=True, type=Path)
     parser.add_argument("--output", required=True, type=Path)
     parser.add_argument("--base-model", help="instead of the one that the adapter names")
     parser.add_argument("--kinds", nargs="+", default=KINDS)
-    parser.add_argument("--tile", type=int, default=8)
     parser.add_argument("--sparsity", type=float, default=0.8)
     options = parser.parse_args()
     model = from_pretrained(options.adapter, base_model=options.base_model, dtype=torch.float32)
     base = options.base_model or model.peft_config["default"].base_model_name_or_path
     chunks = pack(AutoTokenizer.from_pretrained(base), read_text(options.text), 1024)
     methods = predicting_methods(model)
-    if methods[0].config.tile != 1:
-        parser.error(f"expected an adapter of tiles of one token, got tiles of {methods[0].config.tile}")
+    tile = methods[0].config.tile
+    if tile is None or methods[0].config.rows != 1:
+        parser.error("expected an adapter of tiles with a list for each query (query_tile=1)")
     by_layer = {method.layer: method for method in methods}
     points: dict[int, list[Tensor]] = {}
 
@@ -104,11 +102,11 @@ def main() -> None:
     keys = {layer: torch.cat(parts, 1) for layer, parts in points.items()}
     reference = read(lambda text: None, None, chunks[:1])
     for method in methods:
-        method.config.tile, method.config.query_tile, method.config.sparsity = options.tile, 1, options.sparsity
+        method.config.sparsity = options.sparsity
     there = options.output.read_text().splitlines() if options.output.exists() else []
     done = [(row["kind"], row["tile"], row["sparsity"]) for row in map(json.loads, there)]
     for kind in options.kinds:
-        if (kind, options.tile, options.sparsity) in done:
+        if (kind, tile, options.sparsity) in done:
             continue
         centroids = {layer: centroids_of(kind, found) for layer, found in keys.items()}
         record = GraphRecord(torch.arange(0, 1024, 8))
@@ -116,7 +114,7 @@ def main() -> None:
         values = {
             name: value.mean().item() for name, value in compared("causal", found, reference, chunks[:1], None).items()
         }
-        row = {"kind": kind, "tile": options.tile, "sparsity": options.sparsity, "perplexity": math.exp(values["nats"])}
+        row = {"kind": kind, "tile": tile, "sparsity": options.sparsity, "perplexity": math.exp(values["nats"])}
         row |= {"divergence": values["divergence"], **record.mean(), **describe()}
         with options.output.open("a") as file:
             file.write(json.dumps(row) + "\n")
