@@ -44,7 +44,7 @@ def by_budget(evaluation: dict[str, Any]) -> dict[int, dict[str, Any]]:
     return {entry["slots"]: entry for entry in ({**evaluation, **evaluation["budget"]}, *evaluation["sweep"])}
 
 
-@pytest.mark.parametrize("name", sorted(path.name for path in CARDS.glob("*-sparsek-*")))
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in CARDS.glob("*/adapter_config.json")))
 def test_card(name, tmp_path):
     published = CARDS / name
     folder = shutil.copytree(published, tmp_path / name)
@@ -133,3 +133,86 @@ def test_scorers():
     for line in lines:
         cells = [f"{found['perplexity']:.3f} ({found['divergence']:.4f})" for found in line["quality"].values()]
         assert rows[f"`{line['name']}`"][1 + 2 * line["seed"] :][:2] == cells
+
+
+LISTS = [json.loads(line) for line in (LEARNING / "smollm2-sparsefinder-lists.jsonl").read_text("utf-8").splitlines()]
+SPARSITIES = (0.5, 0.7, 0.8, 0.9)
+
+# What tables call the patterns that eval.json calls otherwise.
+_PATTERNS = {
+    "window and global": "longformer",
+    "windows divided among heads": "windows",
+    "hashes": "lsh",
+    "page bound": "bound",
+    "BigBird": "bigbird",
+}
+
+
+def measured(run: str, budgets: bool) -> dict[float, dict[str, Any]]:
+    """Results by sparsity."""
+    lines = [line for line in LISTS if line.get("graph") == run and line["head_budgets"] is budgets]
+    return {line["sparsity"]: line["results"] for line in lines}
+
+
+def test_best_tiles_early_and_late():
+    rows = (ROOT / "docs/experiments.md").read_text("utf-8").split("### A list for each query")[1]
+    found = [[cell.strip() for cell in line.strip("|").split("|")] for line in rows.splitlines() if " x " in line]
+    tables = [read(LEARNING / f"sparsefinder-lag{which}.json")["rows"] for which in ("", "-09")]
+    expected = []
+    for at_08, at_09 in zip(*tables, strict=True):
+        if at_08["chosen"] in ("late", "early", "each query"):
+            chosen = at_08["chosen"].replace("each", "for the")
+            sizes = f"{at_08['query_tile']} x {at_08['tile']}"
+            expected.append([sizes, chosen, *(f"{row['perplexity']:.2f}" for row in (at_08, at_09))])
+    assert [cells for cells in found if cells[0][0].isdigit()] == expected
+
+
+def test_scales():
+    text = (ROOT / "docs/experiments.md").read_text("utf-8").split("| trained | steps | all keys | density |")[1]
+    cells = [[cell.strip() for cell in line.strip("|").split("|")][1:] for line in text.splitlines()[2:13]]
+    lines = [line for line in LISTS if "perplexity" in line and line["scales"] != "alpha15"]
+    assert cells == [[str(n["steps"]), f"{n['perplexity']:.2f}", f"{100 * n['density']:.1f} %"] for n in lines]
+
+
+def test_lists_for_each_query():
+    text = (ROOT / "docs/experiments.md").read_text("utf-8").split("### A list for each query")[1]
+    rows = re.findall(
+        r"^\| (scales|LoRA) \(.*rank (\d+), tiles of (\d), seed (\d) \| (yes|no) \| (.*) \|$", text, re.MULTILINE
+    )
+    assert len(rows) == 12
+    for scales, rank, tile, seed, budgets, cells in rows:
+        run = f"{'scales15' if scales == 'scales' else 'lora15'}-{rank}-{tile}-{seed}"
+        found = [measured(run, budgets == "yes")[sparsity]["predicted"] for sparsity in SPARSITIES]
+        assert cells.split(" | ") == [f"{n['perplexity']:.2f} ({n['mass_recall']:.3f})" for n in found]
+
+
+@pytest.mark.parametrize(
+    ("after", "run", "card"),
+    [
+        ("| scales, rank 32 | 0.5", "scales15-32-8-0", "smollm2-135m-instruct-sparsefinder"),
+        ("| LoRA, rank 16 | 0.5", "lora15-16-8-0", "smollm2-135m-instruct-sparsefinder-lora"),
+        ("| tiles of 4 | 0.5", "scales15-16-4-0", None),
+    ],
+)
+def test_all_patterns(after, run, card):
+    found = measured(run, True)
+    if card:
+        points = {point["sparsity"]: point["results"] for point in read(CARDS / card / "eval.json")["points"]}
+        for sparsity in SPARSITIES:
+            for name, values in points[sparsity].items():
+                assert found[sparsity][name]["perplexity"] == pytest.approx(values["perplexity"], abs=1e-3)
+    rows = table("docs/experiments.md", after + " | 0.7 | 0.8 | 0.9 |\n")
+    for name, cells in rows.items():
+        key = _PATTERNS.get(name, name)
+        assert cells == [f"{found[sparsity][key]['perplexity']:.2f}" for sparsity in SPARSITIES], name
+    assert len(rows) == 10
+
+
+def test_readme_sparsefinder():
+    rows = table("README.md", "Perplexity, dense is 13.71:")
+    runs = ["lora15-16-8-0", "lora15-16-8-0", "scales15-32-8-0", "scales15-32-8-0", "scales15-32-8-0"]
+    patterns = ["predicted", "bound", "predicted", "bound", "longformer"]
+    for cells, run, pattern in zip(list(rows.values())[1:], runs, patterns, strict=True):
+        full = next(line["full"] for line in LISTS if line.get("graph") == run)
+        found = [measured(run, True)[sparsity][pattern]["perplexity"] for sparsity in SPARSITIES]
+        assert cells == [f"{value:.2f}" for value in (full, *found)]

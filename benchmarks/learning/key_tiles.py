@@ -1,6 +1,7 @@
 """What stands for the keys of a tile where every query has a list of its own: each key, clusters of keys, or parts.
 
-The points of a trained adapter score each tile by its profile times the sum over its keys of `exp(-|q - k|^2)`, `k` being
+The points of a trained adapter score each tile by the profile times the sum over its keys of `exp(-|q - k|^2)`, where
+`k` is
 
 - `keys`: the point of the key itself;
 - `clusters N`: the nearest of N centroids;
@@ -114,8 +115,8 @@ def main() -> None:
         values = {
             name: value.mean().item() for name, value in compared("causal", found, reference, chunks[:1], None).items()
         }
-        row = {"kind": kind, "tile": tile, "sparsity": options.sparsity, "perplexity": math.exp(values["nats"])}
-        row |= {"divergence": values["divergence"], **record.mean(), **describe()}
+        row = {**record.mean(), "kind": kind, "tile": tile, "sparsity": options.sparsity}
+        row |= {"perplexity": math.exp(values["nats"]), "divergence": values["divergence"], **describe()}
         with options.output.open("a") as file:
             file.write(json.dumps(row) + "\n")
         print(

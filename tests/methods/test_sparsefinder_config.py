@@ -114,8 +114,9 @@ def test_every_field_says_what_it_is():
         ({"length": 0}, "length must be an integer of at least 1, got 0"),
         ({"window": -1}, "window must be an integer of at least 0, got -1"),
         ({"global_tokens": 1.5}, "global_tokens must be an integer of at least 0, got 1.5"),
-        ({"layers": []}, r"layers must be None or indices of layers, got \[\]"),
-        ({"layers": [True]}, r"layers must be None or indices of layers, got \[True\]"),
+        ({"layers": []}, r"layers must be None or a list of indices of layers, got \[\]"),
+        ({"layers": [True]}, r"layers must be None or a list of indices of layers, got \[True\]"),
+        ({"layers": 3}, "layers must be None or a list of indices of layers, got 3"),
     ],
 )
 def test_bad_settings_are_refused(settings, message):

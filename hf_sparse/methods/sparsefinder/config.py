@@ -1,10 +1,12 @@
 """Configuration of Sparsefinder."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from hf_sparse._compat import extend_peft_type
+from hf_sparse.methods.checks import is_finite, is_integer
 from hf_sparse.methods.lora import LoraSettings
 
 # PEFT's error for a type it does not know is nothing but this name, so the name says what to import.
@@ -183,7 +185,7 @@ class SparsefinderConfig(LoraSettings):
             ("window", 0),
             ("global_tokens", 0),
         ):
-            if not _is_integer(getattr(self, name), least):
+            if not is_integer(getattr(self, name), least):
                 raise ValueError(self._expected(name, f"an integer of at least {least}"))
         for switch in (f.name for f in fields(self) if f.type in (bool, "bool")):
             if not isinstance(getattr(self, switch), bool):
@@ -197,11 +199,11 @@ class SparsefinderConfig(LoraSettings):
                 self._expected("cluster_parts", "1 but for the predictor 'clustering' of tiles that is not balanced")
             )
         low, high = (LEAST_ALPHA, 2) if self.learn_alpha else (1, 2)
-        if not _is_number(self.alpha) or not low < self.alpha <= high or (self.learn_alpha and self.alpha == high):
+        if not is_finite(self.alpha) or not low < self.alpha <= high or (self.learn_alpha and self.alpha == high):
             range_of = f"above {low} and {'below' if self.learn_alpha else 'at most'} {high}"
             raise ValueError(self._expected("alpha", f"{range_of}{' to be learned' if self.learn_alpha else ''}"))
         for name in ("initial_scale", "threshold"):
-            if not _is_number(getattr(self, name)) or not 0 < getattr(self, name) < float("inf"):
+            if not is_finite(getattr(self, name)) or getattr(self, name) <= 0:
                 raise ValueError(self._expected(name, "a number above 0"))
         if self.tile not in (None, *TILES):
             raise ValueError(self._expected("tile", f"None or one of {', '.join(map(str, TILES))}"))
@@ -214,14 +216,15 @@ class SparsefinderConfig(LoraSettings):
             self.tile is None or self.query_tile not in TILES or self.query_tile > self.tile
         ):
             raise ValueError(self._expected("query_tile", f"None or a power of 2 up to tile, which is {self.tile}"))
-        if not _is_number(self.sparsity) or not 0 <= self.sparsity < 1:
+        if not is_finite(self.sparsity) or not 0 <= self.sparsity < 1:
             raise ValueError(self._expected("sparsity", "at least 0 and below 1"))
-        if self.tiles_per_query is not None and not _is_integer(self.tiles_per_query, 1):
+        if self.tiles_per_query is not None and not is_integer(self.tiles_per_query, 1):
             raise ValueError(self._expected("tiles_per_query", "None or an integer of at least 1"))
         if self.layers is not None:
-            if not self.layers or not all(_is_integer(i, 0) for i in self.layers):
-                raise ValueError(self._expected("layers", "None or indices of layers"))
-            self.layers = sorted(set(self.layers))
+            layers = self.layers
+            if not isinstance(layers, Collection) or not layers or not all(is_integer(i, 0) for i in layers):
+                raise ValueError(self._expected("layers", "None or a list of indices of layers"))
+            self.layers = sorted(set(layers))
 
     def _expected(self, name: str, what: str) -> str:
         return f"SparsefinderConfig.{name} must be {what}, got {getattr(self, name)!r}"
@@ -276,11 +279,3 @@ class SparsefinderConfig(LoraSettings):
         """Whether the graph depends on later tokens too, so that it is for encoders only."""
         fixed = self.predictor == "quantization" and self.bin_kind == "fixed"
         return fixed or (self.predictor == "clustering" and self.balanced)
-
-
-def _is_integer(value: Any, least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= least
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
