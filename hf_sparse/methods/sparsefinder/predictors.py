@@ -197,12 +197,16 @@ def _log_mass(learned: SparsefinderParameters, of_queries: Tensor, of_keys: Tens
     if learned.config.predictor == "clustering" and learned.config.cluster_parts > 1:
         of_keys = points_of_parts(of_keys, learned.centroids.float())
     if learned.config.of_single_keys:
-        # In float64, and rounded: products of other shapes round differently, and the graph must not depend on them.
-        wide, key = by_group(mean.double(), of_keys.shape[1]), of_keys.double()[:, :, None]
-        apart = wide.square().sum(-1, keepdim=True) + key.square().sum(-1)[:, :, :, None]
-        apart = apart - 2 * wide @ key.transpose(-1, -2)
-        nearness = F.pad(-apart.float().flatten(1, 2), (0, -keys % size), value=-torch.inf)
-        return nearness.unflatten(3, (total, size)).logsumexp(4)
+        # One product makes -|q - k|^2 = 2 q k - |k|^2 - |q|^2. In float64, and rounded: products of other shapes round
+        # differently, and the graph must not depend on them.
+        query, key = mean.double(), F.pad(of_keys.double(), (0, 0, 0, -keys % size))
+        length = key.square().sum(-1, keepdim=True)
+        length[:, :, keys:] = 1e30  # nothing is near to what is not there
+        key = torch.cat([key, length, torch.ones_like(length)], -1)
+        length = query.square().sum(-1, keepdim=True)
+        query = by_group(torch.cat([2 * query, -torch.ones_like(length), -length], -1), key.shape[1])
+        near = (query @ key[:, :, None].transpose(-1, -2)).float().flatten(1, 2)
+        return near.unflatten(3, (total, size)).logsumexp(4)
     centroids = learned.centroids.float()
     distance = squared_distances(mean, centroids[None].expand(len(mean), -1, -1, -1))
     weight = (distance.amin(-1, keepdim=True) - distance).double().exp()
