@@ -5,7 +5,7 @@ import torch
 
 from hf_sparse.ops.graphs.allowed import allowed_tiles, tiles_of_valid
 from hf_sparse.ops.graphs.select import best_tiles, tiles_for_sparsity
-from hf_sparse.ops.graphs.tiles import Tiles, window_and_global
+from hf_sparse.ops.graphs.tiles import Tiles, own_tiles, window_and_global
 
 SIZE = 4
 
@@ -50,6 +50,30 @@ def test_best_tiles(causal, listed, count):
                         first.append((-diagonal, -forced, -score, tile))
                 wanted = sorted(tile for *_, tile in sorted(first)[: counts[b, h, row]])
                 assert [tile for tile in found.index[b, h, row].tolist() if tile >= 0] == wanted
+
+
+@pytest.mark.parametrize("rows", [1, 2])
+def test_smaller_tiles_of_queries_are_ranked_like_the_tile_they_lie_in(rows):
+    keys, total = 23, 6
+    listed = -(-keys // rows)
+    own = own_tiles(listed, keys, SIZE, rows)
+    scores = torch.randint(9, (2, 3, listed, total)).float()
+    options = {"window": 6, "global_tokens": 1, "causal": True}
+    always = window_and_global(keys, keys, SIZE, rows=rows, **options)
+    found = best_tiles(scores, 3, size=SIZE, rows=rows, own=own, causal=True, always=always)
+    assert (found.size, found.rows) == (SIZE, rows)
+    for row, tile in enumerate(own.tolist()):
+        near = Tiles(always.index[:, :, row : row + 1], SIZE)
+        alone = best_tiles(scores[:, :, row : row + 1, : tile + 1], 3, size=SIZE, causal=True, always=near)
+        assert torch.equal(found.mask(total)[:, :, row, : tile + 1], alone.mask(tile + 1)[:, :, 0])
+        assert not found.mask(total)[:, :, row, tile + 1 :].any()
+
+
+def test_counts_of_smaller_tiles_of_queries():
+    own = own_tiles(12, 23, SIZE, 2)  # two in each of six tiles
+    counts = tiles_for_sparsity(0.5, 12, 6, own=own, causal=True)
+    assert counts.sum() == 21 and (counts <= own + 1).all()  # of 42
+    assert tiles_for_sparsity(0.5, 12, 6, own=own, causal=False).tolist() == [3] * 12
 
 
 def test_everything_and_nothing():
@@ -118,8 +142,12 @@ def test_bad_input():
         best_tiles(scores, 0, size=SIZE, causal=True)
     with pytest.raises(ValueError, match=r"nq <= nk, got \(1, 1, 4, 3\)"):
         best_tiles(scores[..., :3], 1, size=SIZE, causal=True)
-    with pytest.raises(ValueError, match="tiles of 4 for 4 query tiles, got tiles of 8 for 4"):
+    with pytest.raises(ValueError, match="tiles of 4 by 4 for 4 query tiles, got tiles of 8 by 8 for 4"):
         best_tiles(scores, 1, size=SIZE, causal=True, always=Tiles(torch.zeros(1, 1, 4, 1, dtype=torch.int64), 8))
+    with pytest.raises(ValueError, match="own tiles of 4 query tiles, got 3"):
+        best_tiles(scores, 1, size=SIZE, rows=2, own=torch.arange(3), causal=True)
+    with pytest.raises(ValueError, match="spread must be 'constant' where own is given, got 'proportional'"):
+        tiles_for_sparsity(0.5, 4, 4, own=torch.arange(4), causal=True, spread="proportional")
     with pytest.raises(ValueError, match="17 positions are 5 tiles of 4, got 4 tiles"):
         best_tiles(scores, 1, size=SIZE, causal=True, valid=torch.ones(1, 17, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"below 1, got 1\.0"):

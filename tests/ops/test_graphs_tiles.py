@@ -160,6 +160,11 @@ def test_bad_input():
         Tiles.of_mask(torch.ones(2, 2), 4)
     with pytest.raises(ValueError, match="lists key tile 3 and 1 query tiles, but there are 2"):
         Tiles(index[:, :, :1] + 3, 4).mask(2)
+    for rows in (0, 3, 8):
+        with pytest.raises(ValueError, match=f"a tile of queries must divide a tile of 4 keys, got rows={rows}"):
+            tile_counts(5, 9, 4, rows)
+    with pytest.raises(ValueError, match="2 query tiles of 4 by 4 positions and 2 of 2 by 4"):
+        Tiles(index, 4).union(Tiles(index, 4, 2))
     with pytest.raises(ValueError, match="2 query tiles of 4 by 4 positions and 2 of 8 by 8"):
         Tiles(index, 4).union(Tiles(index, 8))
     with pytest.raises(ValueError, match="9 queries of 9 keys are 3 tiles of 4, got a graph of 2"):

@@ -53,12 +53,11 @@ def best_tiles(
         raise ValueError(f"expected the own tiles of {listed} query tiles, got {len(own)}")
     if isinstance(count, int) and count < 1:
         raise ValueError(f"a query tile needs at least 1 key tile, got count={count}")
-    if always is not None and (
-        (always.size, always.rows, always.index.shape[2]) != (size, size if rows is None else rows, listed)
-    ):
+    wanted = (size if rows is None else rows, size)
+    if always is not None and ((always.rows, always.size), always.index.shape[2]) != (wanted, listed):
         raise ValueError(
-            f"expected always-attended tiles of {size} for {listed} query tiles, "
-            f"got tiles of {always.size} for {always.index.shape[2]}"
+            f"expected always-attended tiles of {wanted[0]} by {size} for {listed} query tiles, "
+            f"got tiles of {always.rows} by {always.size} for {always.index.shape[2]}"
         )
     valid_tiles = None
     if valid is not None:
