@@ -216,3 +216,11 @@ def test_readme_sparsefinder():
         full = next(line["full"] for line in LISTS if line.get("graph") == run)
         found = [measured(run, True)[sparsity][pattern]["perplexity"] for sparsity in SPARSITIES]
         assert cells == [f"{value:.2f}" for value in (full, *found)]
+
+
+def test_key_tiles():
+    text = (ROOT / "docs/experiments.md").read_text("utf-8").split("**What stands for a key.**")[1]
+    lines = [json.loads(line) for line in (LEARNING / "key-tiles.jsonl").read_text("utf-8").splitlines()]
+    found = {line["kind"]: line["perplexity"] for line in lines}
+    kinds = ("keys", "parts 32 x 16", "clusters 256", "clusters 64")
+    assert re.findall(r"\d\d\.\d\d", text.split("\n\n")[0]) == [f"{found[kind]:.2f}" for kind in kinds]
