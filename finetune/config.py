@@ -4,6 +4,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
+from hf_sparse.methods.checks import is_integer
+
 Objective = Literal["distill", "attention", "lm", "graph"]
 GraphLoss = Literal["profile_nce", "pair_hinge", "sum_hinge", "mass_hinge", "info_nce"]
 Precision = Literal["no", "bf16"]
@@ -111,9 +113,8 @@ class FinetuneConfig:
             ("warmup_steps", 0),
             ("checkpoint_every", 0),
         ):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+            if not is_integer(getattr(self, name), least):
+                raise ValueError(f"{name} must be an integer of at least {least}, got {getattr(self, name)!r}")
         for name in ("learning_rate", "lora_learning_rate", "graph_learning_rate", "max_grad_norm"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not value > 0:

@@ -7,6 +7,7 @@ import copy
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ class Adapter:
     shapes: dict[str, tuple[int, ...]]
     model_class: str | None
 
-    @property
+    @cached_property
     def weights_sha256(self) -> str:
         """sha256 of the file with the weights: two measurements can be told to be of the same adapter."""
         return hashlib.sha256((self.folder / WEIGHTS).read_bytes()).hexdigest()

@@ -9,11 +9,11 @@ which the bound proves that the predicted graph alone was enough.
 
 import argparse
 import json
-from pathlib import Path
 from statistics import fmean
 from typing import Any
 
 import torch
+from arguments import adapter_and_text
 from torch import Tensor
 
 from hf_sparse.data import pack, read_text, select_chunks
@@ -28,7 +28,7 @@ def main() -> None:
     model, tokenizer = load_adapter(arguments.adapter, device=arguments.device, dtype="float32")
     model = model.double().eval()
     text = pack(tokenizer, read_text(arguments.text), arguments.length)
-    tokens = select_chunks(text, arguments.chunks).to(arguments.device)
+    tokens = select_chunks(text, arguments.chunks).to(model.device)
     methods = methods_in_use(model, SparsefinderAttention)
     added, certified = [], []
 
@@ -61,13 +61,8 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("adapter", type=Path)
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--chunks", default="0:1", help="START:STOP")
-    parser.add_argument("--length", type=int, default=1024)
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--output", type=Path, required=True)
+    parser = adapter_and_text(__doc__)
+    parser.set_defaults(chunks="0:1", length=1024)
     return parser.parse_args()
 
 

@@ -13,10 +13,10 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import adapter_and_text
 from rich.progress import track
 from torch import Tensor
 
@@ -114,17 +114,11 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("adapter", type=Path)
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--chunks", default="0:4", help="START:STOP")
+    parser = adapter_and_text(__doc__)
     parser.add_argument("--held-out", default="110:130", help="START:STOP")
-    parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--slots", nargs="+", type=int, help="budgets to measure; the adapter's own without it")
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--progress", action=argparse.BooleanOptionalAction, default=True)
-    parser.add_argument("--output", type=Path, required=True)
     return parser.parse_args()
 
 

@@ -7,7 +7,8 @@ Layers are measured on chunks of the training text (`--chunks`); perplexity and 
 
 import argparse
 import json
-from pathlib import Path
+
+from arguments import adapter_and_text
 
 from hf_sparse.data import pack, read_text, select_chunks
 from hf_sparse.evaluation import budget_of, compare, divide_layers
@@ -32,15 +33,9 @@ def main() -> None:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("adapter", type=Path)
-    parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--chunks", default="0:4", help="START:STOP")
+    parser = adapter_and_text(__doc__)
     parser.add_argument("--held-out", default="110:120", help="START:STOP")
-    parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
-    parser.add_argument("--output", type=Path, required=True)
     return parser.parse_args()
 
 

@@ -1,6 +1,7 @@
 """What the values of a configuration are; a bool is no number here."""
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 
@@ -18,3 +19,14 @@ def is_finite(value: Any) -> bool:
     (True, False, False)
     """
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def indices(value: Any) -> list[int] | None:
+    """Indices in order and each once; `None` if the value is no collection of at least one.
+
+    >>> indices([2, 0, 2]), indices([]), indices(3), indices([-1])
+    ([0, 2], None, None, None)
+    """
+    if not isinstance(value, Collection) or not value or not all(is_integer(index, 0) for index in value):
+        return None
+    return sorted(set(value))

@@ -1,12 +1,11 @@
 """Configuration of Sparsefinder."""
 
 import math
-from collections.abc import Collection
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from hf_sparse._compat import extend_peft_type
-from hf_sparse.methods.checks import is_finite, is_integer
+from hf_sparse.methods.checks import indices, is_finite, is_integer
 from hf_sparse.methods.lora import LoraSettings
 
 # PEFT's error for a type it does not know is nothing but this name, so the name says what to import.
@@ -221,10 +220,10 @@ class SparsefinderConfig(LoraSettings):
         if self.tiles_per_query is not None and not is_integer(self.tiles_per_query, 1):
             raise ValueError(self._expected("tiles_per_query", "None or an integer of at least 1"))
         if self.layers is not None:
-            layers = self.layers
-            if not isinstance(layers, Collection) or not layers or not all(is_integer(i, 0) for i in layers):
+            layers = indices(self.layers)
+            if layers is None:
                 raise ValueError(self._expected("layers", "None or a list of indices of layers"))
-            self.layers = sorted(set(layers))
+            self.layers = layers
 
     def _expected(self, name: str, what: str) -> str:
         return f"SparsefinderConfig.{name} must be {what}, got {getattr(self, name)!r}"

@@ -1,11 +1,11 @@
 """Configuration of SparseK attention."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hf_sparse._compat import extend_peft_type
-from hf_sparse.methods.checks import is_finite, is_integer
+from hf_sparse.methods.checks import indices, is_finite, is_integer
 from hf_sparse.methods.lora import LoraSettings
 from hf_sparse.methods.sparsek.budget import Budget
 
@@ -103,10 +103,10 @@ class SparseKConfig(LoraSettings):
                     f"mean is {sum(shares) / len(shares):.4f}"
                 )
         if self.layers is not None:
-            layers = self.layers
-            if not isinstance(layers, Collection) or not layers or not all(is_integer(i, 0) for i in layers):
+            layers = indices(self.layers)
+            if layers is None:
                 raise ValueError(self._expected("layers", "None or a list of indices of layers"))
-            self.layers = sorted(set(layers))
+            self.layers = layers
 
     def _expected(self, name: str, what: str) -> str:
         return f"SparseKConfig.{name} must be {what}, got {getattr(self, name)!r}"
