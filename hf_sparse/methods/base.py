@@ -163,7 +163,7 @@ class SparseMethod(nn.Module, BaseTunerLayer):
     @property
     def is_active(self) -> bool:
         """Whether this module attends sparsely: it is switched on, and the adapter in use has parameters here."""
-        return not self.disable_adapters and self.active in self._all_available_adapter_names()
+        return not self.disable_adapters and self.active in self.configs
 
     @property
     def active(self) -> str:

@@ -57,6 +57,19 @@ def test_a_thousand_compiled_steps_are_one_graph_and_equal_eager(model, mask):
     assert torch.equal(logits, decode(model, model, 1000, mask))
 
 
+@pytest.mark.parametrize("mask", [None, LEFT], ids=["full", "padded"])
+def test_a_compiled_step_returns_its_logits_only(model, mask):
+    """What the cache holds is written in place: a CUDA graph makes every other result anew, at every step."""
+    results = []
+
+    def backend(graph, inputs):
+        results.append(len(graph.graph.output_node().args[0]))
+        return graph.forward
+
+    decode(model, torch.compile(model, backend=backend, fullgraph=True), 2, mask)
+    assert results == [1]
+
+
 def test_steps_through_autograds_tracer(model):
     """Writes in place survive being made functional."""
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

@@ -112,7 +112,7 @@ class SparseKCacheLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         if self.keys.shape[0] != rows:
             raise ValueError(f"the cache holds {self.keys.shape[0]} rows, and {rows} rows came: start a new cache")
-        self.cumulative_length += key_states.shape[-2]
+        self.cumulative_length.add_(key_states.shape[-2])
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -279,10 +279,10 @@ class SparseKCacheLayer(CacheLayerMixin):
             valid: `[B]` bool, rows whose token is real; `None` if all are.
         """
         if valid is not None:
-            self.padded_late |= ~valid & (self.seen > 0)
+            self.padded_late.logical_or_(~valid & (self.seen > 0))
         slots = (self.keys, self.values, self.scores, self.positions)
         insert_token(*slots, self.seen, key, value, score, valid, window=self.window, sinks=self.sinks)
-        self.seen += 1 if valid is None else valid.long()
+        self.seen.add_(1 if valid is None else valid.long())
         self.empty = False
 
 
