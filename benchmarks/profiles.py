@@ -4,21 +4,25 @@
 
     attention   forward and backward with hard gates, shapes as in `attention_kernels.py`
     training    a step of the scorers of a SmolLM2-shaped model, as in `model.py`
+    decoding    a step of an 8B-shaped model through `generate`, compiled: sparse, and dense with a static cache
 
-A call whose kernels take much less time than it does is bound by the CPU that launches them. The JSON is written after
-every call.
+A call whose kernels take much less time than it does is bound by the CPU that launches them, or, where one CUDA graph
+launches them all, by the CPU between two graphs. The JSON is written after every call.
 """
 
 import argparse
+import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from attention_kernels import current_commit  # beside this file
-from model import SMOLLM2, budget, make_model, prepare
+from model import LLAMA_8B, SKIPPED, SMOLLM2, Watch, budget, filled, make_model, prepare, steps
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+from transformers import PreTrainedModel
 
 from hf_sparse.files import write_json
 from hf_sparse.finetune.objectives import distill
@@ -28,6 +32,7 @@ from hf_sparse.patches import methods_in_use
 
 NAMED = 20  # kernels of a call that are told apart
 CALLS = 3  # that are timed without a profiler
+STEPS = 8  # decoding steps under the profiler, and twice as many without
 
 
 def attention(length: int, device: str) -> Callable[[], object]:
@@ -64,31 +69,73 @@ def measure(run: Callable[[], object], device: str) -> dict[str, Any]:
         run()
     wait()
     row: dict[str, Any] = {"call_ms": 1e3 * (time.perf_counter() - begin) / CALLS}
-    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda")
-    with profile(activities=activities) as found:
+    with profiler(device) as found:
         run()
         wait()
+    return row | kernels_of(found.events(), 1)
+
+
+def profiler(device: str) -> profile:
+    return profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda"))
+
+
+def kernels_of(events: Sequence[Any], calls: int) -> dict[str, Any]:
+    """Milliseconds and launches of one of `calls` calls, and of its longest kernels."""
     kernels: dict[str, list[float]] = {}
-    for event in found.events():
+    for event in events:
         if str(event.device_type).endswith("CUDA"):
             kernels.setdefault(event.name, []).append((event.time_range.end - event.time_range.start) / 1e3)
-    row["kernels_ms"], row["launches"] = sum(map(sum, kernels.values())), sum(map(len, kernels.values()))
     longest = sorted(kernels.items(), key=lambda item: -sum(item[1]))[:NAMED]
-    row["kernels"] = [{"name": name, "ms": sum(times), "launches": len(times)} for name, times in longest]
-    return row
+    return {
+        "kernels_ms": sum(map(sum, kernels.values())) / calls,
+        "launches": round(sum(map(len, kernels.values())) / calls),
+        "kernels": [
+            {"name": name, "ms": sum(times) / calls, "launches": round(len(times) / calls)} for name, times in longest
+        ],
+    }
+
+
+class Profiled(Watch):
+    """Steps of `generate`; the last ones under the profiler."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.profiler = profiler(device)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        number = len(self.marks)
+        if number in (SKIPPED + 2 * STEPS, SKIPPED + 3 * STEPS):
+            if scores.is_cuda:
+                torch.cuda.synchronize()
+            self.profiler.start() if number == SKIPPED + 2 * STEPS else self.profiler.stop()
+        return super().__call__(input_ids, scores)
+
+    def row(self) -> dict[str, Any]:
+        found = self.milliseconds()[: 2 * STEPS - 1]
+        return {"call_ms": statistics.median(found), **kernels_of(self.profiler.events() or [], STEPS)}
+
+
+def decoding(model: PreTrainedModel, variant: str, context: int, options: argparse.Namespace) -> dict[str, Any]:
+    prepare(model, variant, options)
+    new, watch = SKIPPED + 3 * STEPS + 1, Profiled(options.device)
+    for run in (Watch(), watch):  # the first one compiles
+        steps(model, filled(model, variant, options.batch, context, new), options.batch, context, new, run, eager=False)
+    return watch.row()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--lengths", type=int, nargs="*", default=[4096, 65536])
     parser.add_argument("--train", type=int, nargs="*", default=[8192, 32768])
+    parser.add_argument("--decode", type=int, nargs="*", default=[4096], help="contexts")
+    parser.add_argument("--batch", type=int, default=1, help="rows of a decoding step")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     parser.add_argument("--tiny", action="store_true", help="a model of no size, to try the script out")
     parser.add_argument("--commit", help="to write into the JSON, where there is no repository to ask")
     parser.add_argument("--output", type=Path, required=True)
     options = parser.parse_args()
     # What `model.py` builds its model and budget from.
-    options.contexts, options.steps = [max([*options.train, 1])], 0
+    options.contexts, options.steps = [max([*options.train, *options.decode, 1])], 0
     options.k, options.window, options.sinks = (12, 16, 4) if options.tiny else (508, 512, 4)
     slots = budget(options).slots
     result: dict[str, Any] = {"format": 1, "benchmark": "profiles", "commit": options.commit or current_commit()}
@@ -100,6 +147,17 @@ def main() -> None:
         print(f"{part:10} {length:7} {row['call_ms']:9.2f} ms, {row['kernels_ms']:9.2f} ms of kernels", flush=True)
         result["rows"].append(row)
         write_json(options.output, result)
+    if options.decode:
+        model = make_model(options, LLAMA_8B, torch.bfloat16 if options.device == "cuda" else torch.float32)
+    for context in options.decode:
+        for variant in ("sparse", "static"):
+            row = {"part": "decoding", "variant": variant, "length": context, "batch": options.batch}
+            row |= decoding(model, variant, context, options)
+            print(
+                f"{variant:10} {context:7} {row['call_ms']:9.2f} ms, {row['kernels_ms']:9.2f} ms of kernels", flush=True
+            )
+            result["rows"].append(row)
+            write_json(options.output, result)
 
 
 if __name__ == "__main__":

@@ -2,13 +2,12 @@
 
 python benchmarks/tables.py --kernels kernels.json --model model.json --page docs/speed.md --figure docs/speed.png
 
-Several JSON of `model.py` make one table; of a cell that was measured more than once the fastest counts. Of several
+Several JSON of `model.py`, each with other cells, make one table. Of several
 JSON of the kernels the last counts, and earlier ones for contenders that it does not have.
 """
 
 import argparse
 import json
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,24 +101,16 @@ def kernel_tables(kernels: dict[str, Any]) -> str:
 
 
 def joined(models: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """One result of several runs with the same settings, each row with the bandwidth of its run.
-
-    Of a cell that several runs measured the fastest counts, ours or dense: what else the machine does only slows it."""
+    """One result of several runs with the same settings and other cells, each row with the bandwidth of its run."""
     if not models:
         return None
     if any(model["settings"] != models[0]["settings"] for model in models):
         raise ValueError("the runs of model.py have different settings")
-    cells: dict[tuple, dict[str, Any]] = {}
-    for model in models:
-        for row in model["rows"]:
-            cell = tuple(row[name] for name in ("part", "variant", "context", "batch"))
-            if cell not in cells or median(row) < median(cells[cell]):
-                cells[cell] = row | {"bandwidth": model["bandwidth"]}
-    return models[0] | {"rows": list(cells.values())}
-
-
-def median(row: dict[str, Any]) -> float:
-    return row.get("step_ms", row).get("median_ms", math.inf)
+    rows = [row | {"bandwidth": model["bandwidth"]} for model in models for row in model["rows"]]
+    cells = [tuple(row[name] for name in ("part", "variant", "context", "batch")) for row in rows]
+    if len(set(cells)) < len(cells):
+        raise ValueError("two runs of model.py measured the same cell: which one counts?")
+    return models[0] | {"rows": rows}
 
 
 def decode_table(model: dict[str, Any]) -> str:
@@ -172,7 +163,7 @@ def profile_table(profiles: list[dict[str, Any]]) -> str:
         ]
         size = f"{row['length']:,}" + (f" x {row['batch']}" if "batch" in row else "")
         count = f"{row['launches']:,}" if row["launches"] else "-"
-        part = f"{row['part']} ({row['note']})" if "note" in row else row["part"]
+        part = f"{row['part']}, {CACHES[row['variant']]}" if "variant" in row else row["part"]
         rows.append([part, size, short(row["call_ms"]), short(row["kernels_ms"]), count, ", ".join(longest)])
     head = ["call", "tokens", "ms", "ms of kernels", "launches", "longest kernels, ms"]
     return table(head, rows)
