@@ -19,22 +19,9 @@ from hf_sparse.files import write_json
 from hf_sparse.finetune import checkpoint
 from hf_sparse.finetune.config import FinetuneConfig
 from hf_sparse.finetune.recompute import recomputed
-from hf_sparse.finetune.sparsefinder import SparsefinderTraining
-from hf_sparse.finetune.sparsek import SparseKTraining
-from hf_sparse.finetune.training import Stage, Training, foreign_settings
+from hf_sparse.finetune.training import Stage, Training
+from hf_sparse.finetune.trainings import training_of, without_effect
 from hf_sparse.machine import describe
-from hf_sparse.methods.base import SparseMethod
-from hf_sparse.methods.sparsefinder import SparsefinderAttention
-from hf_sparse.methods.sparsek import SparseKAttention
-from hf_sparse.patches import methods_in_use
-
-TRAININGS: dict[type[SparseMethod], type[Training]] = {
-    SparseKAttention: SparseKTraining,
-    SparsefinderAttention: SparsefinderTraining,
-}
-
-# Settings of `FinetuneConfig` that are for adapters with LoRA alone.
-_OF_LORA = frozenset({"lora_learning_rate", "lora_steps"})
 
 # Chunks that predictors are fitted to in the end, at most.
 FITTED = 8
@@ -67,14 +54,14 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
     config = FinetuneConfig() if config is None else config
     if not isinstance(config, FinetuneConfig):
         raise TypeError(f"expected a FinetuneConfig, got {type(config).__name__}: {config!r}")
-    training = _training_of(model, config)
+    training = training_of(model, config)
     chunks, labels = tensors(model, dataset)
     check_chunks(model, chunks, labels)
     training.check(chunks)
     learned = training.parameters
     _check_frozen(model, training)
     output = Path(config.output_dir) if config.output_dir else None
-    settings = config.settings(_foreign(type(training)) | (frozenset() if training.lora else _OF_LORA))
+    settings = config.settings(without_effect(training))
     identity = settings | {"chunks": fingerprint(chunks, labels), "adapter": training.identity()}
     restart = checkpoint.latest(output) if output and config.resume else None
     state: dict[str, Any] = {"step": 0, "history": [], "seconds": 0.0}
@@ -255,28 +242,6 @@ class _Shuffled(Sampler[int]):
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             yield from torch.randperm(self.n, generator=generator)[skip:].tolist()
             epoch, skip = epoch + 1, 0
-
-
-def _training_of(model: nn.Module, config: FinetuneConfig) -> Training:
-    """The training of the method that a model has."""
-    methods = methods_in_use(model)
-    if not methods:
-        raise ValueError(
-            "the model has no sparse attention: use peft.get_peft_model(model, hf_sparse.SparseKConfig(...)) or "
-            "hf_sparse.SparsefinderConfig(...)"
-        )
-    kind = TRAININGS[type(methods[0])]
-    if changed := foreign_settings(config, _foreign(kind)):
-        raise ValueError(f"{', '.join(changed)}: no setting for {kind.label}, which this model has")
-    training = kind(model, methods, config)
-    if not training.lora and (changed := foreign_settings(config, _OF_LORA)):
-        raise ValueError(f"{', '.join(changed)}: the adapter has no LoRA, its lora_rank is 0")
-    return training
-
-
-def _foreign(kind: type[Training]) -> frozenset[str]:
-    """Settings of other methods."""
-    return frozenset().union(*(other.own for other in TRAININGS.values() if other is not kind))
 
 
 def _check_frozen(model: nn.Module, training: Training) -> None:
