@@ -24,6 +24,9 @@ from hf_sparse.tasks import task_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
+#: What was measured of it, beside them.
+EVALUATION, TRAINING = "eval.json", "finetune.json"
+
 
 @dataclass(frozen=True)
 class Adapter:

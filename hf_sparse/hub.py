@@ -28,11 +28,11 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from hf_sparse.adapter import CONFIG, WEIGHTS, check_fit, read_adapter, resolve_base, skeleton_of
+from hf_sparse.adapter import CONFIG, EVALUATION, TRAINING, WEIGHTS, check_fit, read_adapter, resolve_base, skeleton_of
 from hf_sparse.errors import HfSparseError, HubError
 from hf_sparse.methods import registered_methods
 from hf_sparse.patches import methods_of
-from hf_sparse.repo import EVALUATION, FILES, TRAINING, is_public, write_repo
+from hf_sparse.repo import FILES, is_public, write_repo
 from hf_sparse.tasks import task_of
 
 __all__ = ["from_pretrained", "push_to_hub", "resolve_base", "write_repo"]

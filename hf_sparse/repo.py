@@ -1,30 +1,36 @@
-"""The folder of an adapter as it is published: flat, every number of the card from a JSON file beside it."""
+"""The folder of an adapter as it is published: flat, every number of the card from a JSON file beside it.
+
+Its report lies there too, and is not published.
+"""
 
 import json
 import math
+from collections.abc import Collection
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from hf_sparse.adapter import CONFIG, WEIGHTS, Adapter, read_adapter
+from hf_sparse.adapter import CONFIG, EVALUATION, TRAINING, WEIGHTS, Adapter, read_adapter
 from hf_sparse.card import render
 from hf_sparse.demo import BASE_NAME
 from hf_sparse.errors import DataError
-from hf_sparse.evaluation.graphs import adapter_settings
-from hf_sparse.figures import pareto_figure, quality_figure
 from hf_sparse.files import write_json, write_text
 from hf_sparse.methods import method_of
-from hf_sparse.methods.sparsefinder import SparsefinderConfig
+from hf_sparse.results import RESULTS, results_of
 
-CARD, EVALUATION, TRAINING = "README.md", "eval.json", "finetune.json"
+CARD, REPORT, PICTURES = "README.md", "report.html", "figures"
 
-#: The figures of a card: that of a SparseK adapter, and that of a Sparsefinder adapter.
-FIGURES = QUALITY, PARETO = "quality.png", "pareto.png"
+#: The figures of the cards of all methods.
+FIGURES = tuple(results.figure for results in RESULTS.values())
 
 #: Every file that a push may write or remove; others in a repository are left alone.
 FILES = (CONFIG, WEIGHTS, CARD, EVALUATION, TRAINING, *FIGURES)
+
+# The pictures of the reports of all methods.
+_PICTURE_NAMES = ("training", *(name for results in RESULTS.values() for name in results.pictures))
 
 
 def write_repo(
@@ -51,7 +57,7 @@ def write_repo(
     """
     folder = Path(folder)
     adapter = read_adapter(folder, str(folder))
-    graphs = isinstance(adapter.config, SparsefinderConfig)
+    results = results_of(adapter.config)
     evaluation = evaluation or read_json(folder / EVALUATION)
     training = training or read_json(folder / TRAINING)
     if evaluation is not None:
@@ -68,13 +74,11 @@ def write_repo(
         lora_parameters=sum(math.prod(shape) for key, shape in adapter.shapes.items() if f".{lora}." in key),
         evaluation=evaluation,
         training=training,
-        figure=PARETO if graphs else QUALITY,
+        figure=results.figure,
         model_class=adapter.model_class,
     )
-    if evaluation is not None and graphs:
-        pareto_figure(evaluation, folder / PARETO)
-    elif evaluation is not None:
-        quality_figure(evaluation, training, folder / QUALITY)
+    if evaluation is not None:
+        results.draw_figure(evaluation, training, folder / results.figure)
     for name, content in ((EVALUATION, evaluation), (TRAINING, training)):
         if content is not None:
             write_json(folder / name, content)
@@ -91,19 +95,22 @@ def check_evaluation(evaluation: dict[str, Any], adapter: Adapter) -> None:
         raise DataError(
             f"{EVALUATION} was measured with other weights than {WEIGHTS} holds: measure these, or delete it"
         )
-    config = adapter.config
-    if isinstance(config, SparsefinderConfig):
-        if evaluation.get("method") != "sparsefinder":
-            raise DataError(f"{EVALUATION} is not of a Sparsefinder adapter, but the adapter is one")
-        has, measured = adapter_settings(config), dict(evaluation.get("adapter") or {})
-        different = [name for name in has if name in measured and measured[name] != has[name]]
-        if different or not measured:
-            of, here = ({name: settings[name] for name in different} for settings in (measured, has))
-            raise DataError(f"{EVALUATION} is of the settings {of}, but the adapter has {here}")
-        return
-    own = {name: getattr(config, name) for name in ("k", "window", "sinks", "slots")}
-    if evaluation.get("budget") != own:
-        raise DataError(f"{EVALUATION} is of the budget {evaluation.get('budget')}, but the adapter has {own}")
+    results_of(adapter.config).check(evaluation, adapter.config)
+
+
+def remove_report(folder: Path) -> None:
+    """Remove the report of an adapter that is no more: its page and its pictures, and nothing else."""
+    (folder / REPORT).unlink(missing_ok=True)
+    remove_pictures(folder)
+
+
+def remove_pictures(folder: Path, keep: Collection[str] = ()) -> None:
+    """Remove the pictures of an earlier report, but not those in `keep`, which are new."""
+    for path in (folder / PICTURES).glob("*.png"):
+        if path.stem not in keep and any(fnmatchcase(path.stem, name) for name in _PICTURE_NAMES):
+            path.unlink()
+    if (folder / PICTURES).is_dir() and not any((folder / PICTURES).iterdir()):
+        (folder / PICTURES).rmdir()
 
 
 def is_public(name: str | None) -> bool:

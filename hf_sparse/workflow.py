@@ -12,24 +12,22 @@ from typing import Any, Literal
 
 import torch
 from huggingface_hub.errors import HTTPError
-from peft import PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel
 
-from hf_sparse.adapter import CONFIG, WEIGHTS, read_adapter, resolve_base, skeleton_of
+from hf_sparse.adapter import CONFIG, EVALUATION, TRAINING, WEIGHTS, read_adapter, resolve_base, skeleton_of
 from hf_sparse.data import context_length, mask_tokens, pack, read_text, select_chunks
 from hf_sparse.errors import DataError, HubError
-from hf_sparse.evaluation import GENERATING, PATTERNS, check_selections, divide_layers, evaluate, selections_of
+from hf_sparse.evaluation import GENERATING, check_selections, divide_layers, evaluate
 from hf_sparse.evaluation.tasks import Suite
 from hf_sparse.finetune import FinetuneConfig, finetune
 from hf_sparse.finetune.checkpoint import FOLDER as CHECKPOINTS
 from hf_sparse.hub import from_pretrained
-from hf_sparse.methods.sparsefinder import SparsefinderAttention, SparsefinderConfig
-from hf_sparse.methods.sparsek import SparseKConfig
-from hf_sparse.patches import methods_in_use, methods_of
+from hf_sparse.patches import methods_of
 from hf_sparse.patches.attach import targets
-from hf_sparse.repo import CARD, EVALUATION, FIGURES, TRAINING, check_evaluation, read_json, write_repo
-from hf_sparse.report_page import remove_report
+from hf_sparse.repo import CARD, FIGURES, check_evaluation, read_json, remove_report, write_repo
+from hf_sparse.results import results_of
 from hf_sparse.tasks import kind_of, task_of
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -37,14 +35,13 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 LENGTH = 2048  # tokens per chunk, where the model has as many positions
 CHUNKS = 16  # of a text that is measured with all baselines, so that it takes minutes
-GRAPH_CHUNKS = 4  # where each is read with all patterns at all sparsities
 LOGITS = 2**26  # numbers; 256 MiB in float32
 DIVIDING = 4  # of a text on which every layer is measured
 
 
 def create_adapter(
     model: str,
-    config: SparseKConfig | SparsefinderConfig,
+    config: PeftConfig,
     folder: str | Path,
     *,
     seed: int = 0,
@@ -55,7 +52,7 @@ def create_adapter(
 
     Args:
         model: id on the Hub, a folder, or `"demo"`; the adapter names its base exactly like this.
-        config: the method and its settings.
+        config: the method and its settings, such as a `SparseKConfig`.
         folder: where the adapter goes; it appears whole or not at all.
         seed: of the first weights of what is learned.
         dtype: of the loaded base model; `"auto"` is the checkpoint's own.
@@ -148,8 +145,9 @@ def divide_adapter(
     """
     folder = Path(folder)
     model, tokenizer = load_adapter(folder, device=device, dtype=dtype)
-    if methods_in_use(model, SparsefinderAttention):
-        raise DataError(f"slots are divided among layers, and {folder} holds a Sparsefinder adapter, which has none")
+    method = methods_of(model)[0]
+    if not method.has_slots:
+        raise DataError(f"slots are divided among layers, and {folder} holds a {method.label} adapter, which has none")
     if kind_of(model) != "causal":
         raise DataError("slots are divided among the layers of causal language models, and this model is none")
     data = _data(model, tokenizer, text, length, chunks, limit=DIVIDING)
@@ -213,14 +211,14 @@ def evaluate_adapter(
     folder = Path(folder)
     model, tokenizer = load_adapter(folder, device=device, dtype=dtype)
     adapter = read_adapter(folder, str(folder))
-    graphs = bool(methods_in_use(model, SparsefinderAttention))
-    if graphs and suite is not None:
+    method, results = methods_of(model)[0], results_of(adapter.config)
+    if suite is not None and not method.has_slots:
         raise DataError(
-            f"tasks are answered at a number of slots, and {folder} holds a Sparsefinder adapter, which has none: "
+            f"tasks are answered at a number of slots, and {folder} holds a {method.label} adapter, which has none: "
             "measure a text"
         )
     if selections is not None:
-        check_selections(selections, PATTERNS if graphs else selections_of(model))
+        check_selections(selections, results.selections(model))
     if suite is not None:
         if selections is not None:
             suite = replace(suite, selections=[chosen for chosen in selections if chosen in GENERATING])
@@ -229,10 +227,10 @@ def evaluate_adapter(
             suite = replace(suite, lengths=[own for own in (whole // 2, whole) if own > least] or [whole])
         suite.check(model)
     if text is not None:
-        data = _data(model, tokenizer, text, length, chunks, limit=GRAPH_CHUNKS if graphs else CHUNKS, stride=stride)
+        data = _data(model, tokenizer, text, length, chunks, limit=results.chunks or CHUNKS, stride=stride)
         label = f"{name} (chunks {chunks})" if chunks else name
         if batch_size is None:
-            batch_size = 1 if graphs or kind_of(model) != "causal" else _batch(model, data.shape[1])
+            batch_size = _batch(model, data.shape[1]) if method.has_slots and kind_of(model) == "causal" else 1
         result = evaluate(
             model,
             data,
@@ -265,7 +263,7 @@ def _batch(model: PeftModel, length: int) -> int:
     return max(1, min(8, LOGITS // (length * vocabulary)))
 
 
-def load_base(name: str, config: SparseKConfig | SparsefinderConfig, *, dtype: Dtype = "auto") -> PreTrainedModel:
+def load_base(name: str, config: PeftConfig, *, dtype: Dtype = "auto") -> PreTrainedModel:
     """A base model by the name that adapters use for it, on the CPU, if `config` can patch it.
 
     Raises:

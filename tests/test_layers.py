@@ -15,8 +15,8 @@ LAYERS = [
     ("tuner",),
     ("tasks", "data"),
     ("finetune",),
-    ("evaluation", "figures", "adapter", "card", "repo", "kept", "hub"),
-    ("workflow", "report", "report_page", "report_graphs", "demo", "cli", "__init__"),
+    ("evaluation", "figures", "adapter", "card", "results", "repo", "kept", "hub"),
+    ("workflow", "report", "demo", "cli", "__init__"),
 ]
 
 
@@ -55,3 +55,11 @@ def test_imports_go_up_the_list():
     pairs = {(module, other) for module, path in known.items() for other in imported(path, known)}
     assert len(pairs) > 300
     assert not {(module, other) for module, other in pairs if layer(other) > layer(module)}
+
+
+def test_what_serves_all_methods_imports_none():
+    known = modules()
+    neutral = ["tuner", "finetune.loop", "finetune.training", "adapter", "card", "repo", "hub", "workflow", "report"]
+    found = {name: set(imported(known[f"hf_sparse.{name}"], known)) for name in neutral}
+    methods = ("hf_sparse.methods.sparsek", "hf_sparse.methods.sparsefinder")
+    assert not {(name, other) for name, others in found.items() for other in others if other.startswith(methods)}

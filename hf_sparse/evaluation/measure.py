@@ -14,7 +14,7 @@ from hf_sparse import machine
 from hf_sparse.data import IGNORED, check_chunks, fingerprint, tensors
 from hf_sparse.errors import DataError
 from hf_sparse.evaluation.budgets import at_budget, budget_of
-from hf_sparse.evaluation.graphs import analyse
+from hf_sparse.evaluation.graphs.analyse import analyse
 from hf_sparse.evaluation.quality import compare, embeddings, masked_perplexity, position_edges
 from hf_sparse.evaluation.selections import (
     check_selections,

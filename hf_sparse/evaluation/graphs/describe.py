@@ -24,14 +24,14 @@ _LENGTH = 512  # tokens of a picture, so that each still is a dot
 
 
 @torch.no_grad()
-def describe_graphs(model: nn.Module, chunk: Tensor, *, text_name: str = "") -> dict[str, Any]:
+def describe_graphs(model: nn.Module, chunks: Tensor, *, text_name: str = "") -> dict[str, Any]:
     """The graphs of the beginning of a text, of heads from the best covered one to the worst.
 
     Graphs compound through the layers, and gold is that of the queries and keys that arise; see `analyse`.
 
     Args:
         model: a patched model, its predictors fitted.
-        chunk: `[1, T]` int64, of which at most 512 tokens are described.
+        chunks: `[N, T]` int64; of the first, at most 512 tokens are described.
         text_name: what the text is called.
 
     Returns:
@@ -45,7 +45,7 @@ def describe_graphs(model: nn.Module, chunk: Tensor, *, text_name: str = "") -> 
     methods = predicting_methods(model)
     if methods[0].config.predictor == "full":
         raise DataError("the predictor 'full' attends to all keys: there is no predicted graph to draw")
-    tokens = chunk[:1, :_LENGTH]
+    tokens = chunks[:1, :_LENGTH]
     check_chunks(model, tokens)
     found: list[dict[str, Any]] = []
     sizes: set[tuple[int, int]] = set()
