@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import tqdm
+from accelerate.utils import broadcast, tqdm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
@@ -94,7 +94,9 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
         plan = [(stage, step) for stage in training.stages for step in range(stage.steps)]
         history: list[dict[str, Any]] = state["history"]
         began = time.perf_counter() - state["seconds"]
-        prepared = accelerator.prepare_model(model)
+        prepared = accelerator.prepare_model(model, evaluation_mode=True)  # processes are kept alike here, see `_mean`
+        for parameter in learned.values():
+            parameter.data = broadcast(parameter.data)
 
         def read() -> None:
             for chunk in chunks[:FITTED].split(config.batch_size):
@@ -110,11 +112,8 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
                 tick = time.perf_counter()
                 stage, step = plan[number]
                 if step == 0 or number == state["step"]:
-                    # What a stage trains is settled before the model is wrapped for several processes.
-                    accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
                     for name, parameter in learned.items():
                         parameter.requires_grad_(name in stage.parameters)
-                    prepared = accelerator.prepare_model(model)
                     training.enter(stage, read)
                 if step == 0:
                     plain.state.clear()  # moments of another loss
@@ -138,6 +137,7 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
                             accelerator.backward(loss)
                             losses.append(accelerator.gather(loss.detach()).mean())
                             if accelerator.sync_gradients:
+                                _mean(accelerator, stage.parameters)
                                 for group in groups:
                                     accelerator.clip_grad_norm_(group["params"], config.max_grad_norm)
                                 if step == 0 or number == state["step"]:
@@ -187,6 +187,18 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
             output.mkdir(parents=True, exist_ok=True)
             write_json(output / "finetune.json", metrics)
     return metrics
+
+
+def _mean(accelerator: Accelerator, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Gradients averaged over all processes.
+
+    `DistributedDataParallel` would do it for losses that are made of what the model returns. These are also made of
+    what is read inside the model, whose own forward may run without gradients.
+    """
+    if accelerator.num_processes > 1:
+        for parameter in parameters.values():
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = accelerator.reduce(gradient, "mean")
 
 
 @contextmanager

@@ -254,6 +254,7 @@ def finetune(
     workflow = _workflow()
     from hf_sparse.finetune import FinetuneConfig
     from hf_sparse.finetune.checkpoint import latest
+    from hf_sparse.machine import is_main_process
 
     config = FinetuneConfig(
         objective=objective,
@@ -292,6 +293,8 @@ def finetune(
         )
         _complain(f"interrupted; the adapter in {folder} is as it was; {how}")
         raise typer.Exit(130) from None
+    if not is_main_process():
+        return
     console = Console()
     first, last = metrics["history"][0], metrics["history"][-1]
     console.print(

@@ -1,4 +1,7 @@
-"""On what machine and versions a number was measured. No host names, no paths."""
+"""On what machine and versions a number was measured, without host names and paths, and which process this is there.
+
+Launchers (`torchrun`, `accelerate launch`) tell the processes that they start together by `RANK` and `LOCAL_RANK`.
+"""
 
 import os
 import platform
@@ -20,3 +23,13 @@ def describe() -> dict[str, Any]:
         machine["accelerator"] = torch.cuda.get_device_name()
     packages = ("hf-sparse", "torch", "transformers", "peft", "accelerate")
     return {"machine": machine, "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}}}
+
+
+def is_main_process() -> bool:
+    """Whether it is for this process to write and to print, of those that were launched together."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def cuda_of_process() -> str:
+    """The GPU of this process: the current one, or its own if several were launched together."""
+    return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"

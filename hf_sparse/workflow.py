@@ -24,6 +24,7 @@ from hf_sparse.evaluation.tasks import Suite
 from hf_sparse.finetune import FinetuneConfig, finetune
 from hf_sparse.finetune.checkpoint import FOLDER as CHECKPOINTS
 from hf_sparse.hub import from_pretrained
+from hf_sparse.machine import cuda_of_process, is_main_process
 from hf_sparse.patches import methods_of
 from hf_sparse.patches.attach import targets
 from hf_sparse.repo import CARD, FIGURES, check_evaluation, read_json, remove_report, write_repo
@@ -94,6 +95,8 @@ def train_adapter(
 ) -> dict[str, Any]:
     """Train the adapter in a folder and write it back, with finetune.json and a model card.
 
+    Processes that were launched together share the work, and the first of them writes.
+
     Args:
         folder: holds an adapter; as it was if training fails, but for its checkpoints.
         text: training text, see `hf_sparse.data.pack`.
@@ -109,9 +112,10 @@ def train_adapter(
     model, tokenizer = load_adapter(folder, device=device, dtype=dtype, trainable=True)
     data = _data(model, tokenizer, text, length, chunks, seed=config.seed, corrupt=True)
     metrics = finetune(model, data, replace(config, output_dir=str(folder), cpu=model.device.type == "cpu"))
-    _forget(folder)
-    save_adapter(model, folder)
-    write_repo(folder, training=metrics)
+    if is_main_process():
+        _forget(folder)
+        save_adapter(model, folder)
+        write_repo(folder, training=metrics)
     return metrics
 
 
@@ -292,7 +296,7 @@ def load_adapter(
     """The adapter in a folder on its base model, and the base model's tokenizer.
 
     Args:
-        device: `"auto"` is CUDA where there is a GPU.
+        device: `"auto"` is CUDA where there is a GPU; of processes that were launched together each has one of its own.
         dtype: of the base model. `"auto"` is bfloat16 on CUDA if the checkpoint is bfloat16, and float32 otherwise.
 
     Raises:
@@ -317,7 +321,7 @@ def load_adapter(
         )
     except (HTTPError, OSError, ValueError) as error:
         raise HubError(f"no tokenizer for the base model {config.base_model_name_or_path!r}: {error}") from error
-    return model.to(place), tokenizer
+    return model.to(cuda_of_process() if place == "cuda" else place), tokenizer
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> None:

@@ -16,7 +16,7 @@ LAYERS = [
     ("tasks", "data"),
     ("finetune",),
     ("evaluation", "figures", "adapter", "card", "results", "repo", "kept", "hub"),
-    ("workflow", "report", "demo", "cli", "__init__"),
+    ("workflow", "report", "demo", "cli", "__main__", "__init__"),
 ]
 
 

@@ -1,0 +1,95 @@
+"""Two processes with half a batch each train what one does with the whole; on two GPUs where there are so many.
+
+The launched processes run this file.
+"""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from peft import get_peft_model, get_peft_model_state_dict
+from safetensors.torch import load_file
+
+import hf_sparse
+from hf_sparse.demo import CHECKPOINT
+from hf_sparse.finetune import FinetuneConfig, finetune
+
+FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
+CONFIGS = {
+    "sparsek": hf_sparse.SparseKConfig(k=6, window=8, sinks=2, lora_rank=2),
+    "sparsefinder": hf_sparse.SparsefinderConfig(rank=4, clusters=4, tile=8, window=8),
+}
+CPU = torch.cuda.device_count() < 2
+
+
+def train(method, batch_size):
+    torch.manual_seed(1)
+    model = get_peft_model(FAMILIES["llama"].make(), CONFIGS[method])
+    chunks = torch.randint(5, 64, (12, 96), generator=torch.Generator().manual_seed(2))
+    before = {"warm_start_steps": 2} if method == "sparsek" else {"graph_steps": 2}
+    config = FinetuneConfig(steps=4, warmup_steps=1, **before, batch_size=batch_size, progress=False, cpu=CPU)
+    history = finetune(model, chunks, config)["history"]
+    learned = {name: tensor.cpu() for name, tensor in get_peft_model_state_dict(model).items()}
+    return learned, [row["loss"] for row in history]
+
+
+def launch(*command):
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*launcher, *map(str, command)], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_two_processes_train_what_one_does(method, tmp_path):
+    launch(__file__, method, tmp_path)
+    (first, history), (second, other) = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert history == other
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    alone, expected = train(method, 4)
+    if method == "sparsefinder":  # projections see rows drawn at random, in each process others
+        history, expected = history[:4], expected[:4]
+        first = {name: first[name] for name in first if "scale" in name}
+        assert first
+    assert history == pytest.approx(expected, rel=1e-5)
+    for name in first:
+        torch.testing.assert_close(first[name], alone[name], rtol=1e-4, atol=1e-6)
+
+
+def test_the_command_line_writes_and_tells_once(tmp_path):
+    text, adapter = tmp_path / "text.txt", tmp_path / "adapter"
+    text.write_text("def twice(number):\n    return 2 * number\n" * 200)
+    command = ["-m", "hf_sparse"]
+    subprocess.run(
+        [
+            sys.executable,
+            *command,
+            "patch",
+            CHECKPOINT,
+            "--k",
+            "4",
+            "--window",
+            "4",
+            "--sinks",
+            "1",
+            "--output",
+            adapter,
+        ]
+    )
+    before = load_file(adapter / "adapter_model.safetensors")
+    options = ["--steps", "2", "--warm-start-steps", "0", "--length", "64", "--batch-size", "1"]
+    told = launch(*command, "finetune", adapter, "--text", text, *options, "--device", "cpu" if CPU else "cuda")
+    assert told.count("trained adapter") == 1
+    assert json.loads((adapter / "finetune.json").read_text())["tokens"] == 2 * 2 * 64
+    after = load_file(adapter / "adapter_model.safetensors")
+    assert after.keys() == before.keys() and not any(torch.equal(after[name], before[name]) for name in after)
+
+
+if __name__ == "__main__":
+    rank = os.environ["RANK"]
+    torch.save(train(sys.argv[1], 2), Path(sys.argv[2]) / f"{rank}.pt")
