@@ -21,12 +21,13 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_sparse.ops.triton.attention_forward import LENGTHS, LOG2_E, Blocks, constants, lengths, padded
-from hf_sparse.ops.triton.lists import Tables, by_lifetime
+from hf_sparse.ops.triton.lists import Tables, by_lifetime, leavers
 from hf_sparse.ops.triton.walk import (
     begins,
     consecutive,
     gates,
     gather,
+    left_before,
     listed,
     listed_gates,
     mixed_keys,
@@ -58,7 +59,7 @@ def by_query_blocks(query: Tensor, wanted: bool) -> Blocks:
     if dim > 128:
         return Blocks(64, 32, 8, 2)
     if dim > 64:
-        return Blocks(128, 64, 8, 2) if wanted else Blocks(128, 32, 4, 3)
+        return Blocks(128, 32, 8, 2, 128) if wanted else Blocks(128, 32, 4, 3)
     return Blocks(64, 64, 4, 2) if wanted else Blocks(128, 64, 4, 3)
 
 
@@ -119,6 +120,7 @@ def backward(
     _by_query[(triton.cdiv(query.shape[2] * compiled["GROUP"], rows.rows), key.shape[0] * key.shape[1])](
         *arguments,
         tables.lists,
+        leavers(tables, query.shape[2], tables.tile) if tables.begin is None else None,
         tables.scores,
         tables.ends,
         tables.first,
@@ -142,6 +144,7 @@ def backward(
         TAU=want_tau,
         num_warps=rows.warps,
         num_stages=rows.stages,
+        maxnreg=rows.registers,
     )
 
     d_key, d_value = None, None
@@ -152,11 +155,11 @@ def backward(
             d_value = torch.empty_like(value, dtype=wide)
         columns = blocks or by_key_blocks(query)
         slots = tables.sinks + tables.lists.shape[-1]
+        span, gone = _QUERIES_AT_ONCE, None
         if compiled["CAUSAL"]:
             span = _TILES_AT_ONCE * tables.tile
-            slots += span - 1
-        else:
-            span = _QUERIES_AT_ONCE
+            slots += span
+            gone = None if deterministic else leavers(tables, query.shape[2], span)
         rows_of_keys = key.shape[0] * key.shape[1]
         passes = {
             "window": (triton.cdiv(keys, columns.keys), rows_of_keys, 1),
@@ -168,6 +171,7 @@ def backward(
             _by_key[grid](
                 *arguments,
                 by_lifetime(tables) if deterministic else tables.lists,
+                gone,
                 tables.first,
                 grad,
                 lse,
@@ -190,6 +194,7 @@ def backward(
                 SOURCE=source,
                 num_warps=columns.warps,
                 num_stages=columns.stages,
+                maxnreg=columns.registers,
             )
     d_tau = None
     if d_rows is not None:
@@ -209,6 +214,7 @@ def _by_query(
     Begin,
     Until,
     Lists,
+    Leavers,
     Scores,
     Ends,
     First,
@@ -254,6 +260,7 @@ def _by_query(
     SOFT: tl.constexpr,
     CAUSAL: tl.constexpr,
     ALWAYS: tl.constexpr,
+    TILE: tl.constexpr,
     PRECISION: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
@@ -302,8 +309,11 @@ def _by_query(
         front, live = survey(
             Z, Begin, Until, Lists, Scores, Ends, first, low, high, tau_last, sinks, width, keys, SOFT, CAUSAL, 512
         )
-        tile_start = t_first // tile * tile + offset
-        begin, full_begin, full_end, end = window_of(low, high, tile_start, first, left, right, sinks, keys, CAUSAL)
+        gone = 0
+        if CAUSAL:
+            Leavers += (row * tiles + t_first // tile) * tile
+            gone = left_before(Leavers, tile, low, left, TILE)
+        begin, full_begin, full_end, end = window_of(low, high, first, left, right, sinks, keys, CAUSAL)
         step = tl.arange(0, N)
         d_query = tl.zeros([M, PADDED], tl.float32)
         d_tau = tl.zeros([M], tl.float32)
@@ -351,7 +361,7 @@ def _by_query(
                     d_query = tl.dot((credit * gate).to(k.dtype), k, d_query, input_precision=PRECISION)
             live = tl.maximum(tl.minimum(live, sinks), front)
 
-        mixed = live - front + full_begin - begin + end - right_begin
+        mixed = live - front + gone + full_begin - begin + end - right_begin
         for start in range(0, mixed, N):
             key, since = mixed_keys(
                 start + step,
@@ -362,6 +372,8 @@ def _by_query(
                 right_begin,
                 end,
                 Lists,
+                Leavers,
+                gone,
                 Begin,
                 first,
                 sinks,
@@ -447,6 +459,7 @@ def _by_key(
     Begin,
     Until,
     Lists,
+    Leavers,
     First,
     Grad,
     Lse,
@@ -493,6 +506,7 @@ def _by_key(
     SOFT: tl.constexpr,
     CAUSAL: tl.constexpr,
     ALWAYS: tl.constexpr,
+    TILE: tl.constexpr,
     PRECISION: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
@@ -522,9 +536,9 @@ def _by_key(
         Lists += (row * tiles + t_low // tile) * width
         key = listed(place, sinks + width, Lists, first, sinks, width, keys)
         if CAUSAL:  # and those that leave the window meanwhile
-            leaving = t_low + offset - left + place - sinks - width
-            new = (place >= sinks + width) & (leaving >= first + sinks) & (leaving < t_high + offset - left)
-            key = tl.where(new, leaving, key)
+            Leavers += (row * tl.num_programs(2) + tl.program_id(2)) * span
+            entry = place - sinks - width
+            key = tl.maximum(key, tl.load(Leavers + entry, mask=(entry >= 0) & (entry < span), other=-1))
         there = key >= 0
     else:
         there = place < keys

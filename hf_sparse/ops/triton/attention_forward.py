@@ -12,11 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_sparse.ops.triton.lists import ALWAYS, Tables
+from hf_sparse.ops.triton.lists import ALWAYS, Tables, leavers
 from hf_sparse.ops.triton.walk import (
     consecutive,
     gates,
     gather,
+    left_before,
     listed,
     listed_gates,
     mixed_keys,
@@ -29,12 +30,15 @@ LOG2_E = 1.4426950408889634
 
 
 class Blocks(NamedTuple):
-    """Sizes of a program: rows, keys at a time, and Triton's warps and stages."""
+    """Sizes of a program: rows, keys at a time, Triton's warps and stages, and the most registers of a thread.
+
+    With 128 registers 16 warps share a multiprocessor; some values are then kept in memory, which costs less."""
 
     rows: int
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 def padded(dim: int) -> int:
@@ -62,6 +66,7 @@ def constants(query: Tensor, key: Tensor, scores: Tensor | None, tables: Tables)
         "SOFT": scores is not None,
         "CAUSAL": tables.begin is None,
         "ALWAYS": ALWAYS,
+        "TILE": triton.next_power_of_2(tables.tile) if tables.begin is None else 1,
         "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",  # no choice in half precision
     }
 
@@ -73,7 +78,9 @@ def blocks_for(query: Tensor, soft: bool) -> Blocks:
         return Blocks(64, 32, 4, 2) if dim <= 128 else Blocks(64, 32, 8, 1)
     if dim > 128:
         return Blocks(128, 32, 8, 2)
-    return Blocks(128, 32, 4, 3) if soft or dim > 64 else Blocks(128, 64, 4, 3)
+    if dim > 64:
+        return Blocks(128, 32, 4, 3) if soft else Blocks(128, 32, 8, 3, 128)
+    return Blocks(128, 32, 4, 3) if soft else Blocks(128, 64, 4, 3)
 
 
 def forward(
@@ -104,6 +111,7 @@ def forward(
         tables.begin,
         tables.until,
         tables.lists,
+        leavers(tables, queries, tables.tile) if tables.begin is None else None,
         tables.scores,
         tables.ends,
         tables.first,
@@ -121,8 +129,16 @@ def forward(
         NEGATIVE=scaling < 0,
         num_warps=blocks.warps,
         num_stages=blocks.stages,
+        maxnreg=blocks.registers,
     )
     return output, lse
+
+
+@triton.jit
+def _weigh(logits, peak, scale):
+    """The largest scaled logit of each row so far, weights against it, and the factor of what was summed before."""
+    top = tl.maximum(peak, tl.max(logits, 1) * scale)
+    return top, tl.exp2(logits * scale - top[:, None]), tl.exp2(peak - top)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -135,6 +151,7 @@ def _forward(
     Begin,
     Until,
     Lists,
+    Leavers,
     Scores,
     Ends,
     First,
@@ -170,6 +187,7 @@ def _forward(
     SOFT: tl.constexpr,
     CAUSAL: tl.constexpr,
     ALWAYS: tl.constexpr,
+    TILE: tl.constexpr,
     PRECISION: tl.constexpr,
     NEGATIVE: tl.constexpr,
 ):
@@ -206,8 +224,11 @@ def _forward(
     front, live = survey(
         Z, Begin, Until, Lists, Scores, Ends, first, low, high, tau_last, sinks, width, keys, SOFT, CAUSAL, 512
     )
-    tile_start = t_first // tile * tile + offset
-    begin, full_begin, full_end, end = window_of(low, high, tile_start, first, left, right, sinks, keys, CAUSAL)
+    gone = 0
+    if CAUSAL:
+        Leavers += (row * tiles + t_first // tile) * tile
+        gone = left_before(Leavers, tile, low, left, TILE)
+    begin, full_begin, full_end, end = window_of(low, high, first, left, right, sinks, keys, CAUSAL)
     front = front // N * N
     taken = (full_end - full_begin) // N * N
 
@@ -220,24 +241,18 @@ def _forward(
         key = listed(start + step, front, Lists, first, sinks, width, keys)
         k = gather(K, key, key >= 0, k_row, D, PADDED, False)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        top = tl.maximum(peak, tl.max(logits, 1) * scale)
-        weight = tl.exp2(logits * scale - top[:, None])
-        shrink = tl.exp2(peak - top)
+        peak, weight, shrink = _weigh(logits, peak, scale)
         mass = mass * shrink + tl.sum(weight, 1)
         v = gather(V, key, key >= 0, v_row, D, PADDED, False)
         out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
-        peak = top
 
     for start in range(0, taken, N):
         k = consecutive(K, full_begin + start, k_row, N, D, PADDED)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        top = tl.maximum(peak, tl.max(logits, 1) * scale)
-        weight = tl.exp2(logits * scale - top[:, None])
-        shrink = tl.exp2(peak - top)
+        peak, weight, shrink = _weigh(logits, peak, scale)
         mass = mass * shrink + tl.sum(weight, 1)
         v = consecutive(V, full_begin + start, v_row, N, D, PADDED)
         out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
-        peak = top
 
     if SOFT and CAUSAL:
         for start in range(tl.maximum(front, sinks), live, N):
@@ -246,18 +261,15 @@ def _forward(
             gate, _ = listed_gates(slot, live, Scores, Ends, sinks, width, position, tau)
             k = gather(K, key, key >= 0, k_row, D, PADDED, False)
             logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            logits = tl.where(gate > 0, logits, float("-inf"))
-            top = tl.maximum(peak, tl.max(logits, 1) * scale)
-            weight = tl.exp2(logits * scale - top[:, None]) * gate
-            shrink = tl.exp2(peak - top)
+            peak, weight, shrink = _weigh(tl.where(gate > 0, logits, float("-inf")), peak, scale)
+            weight *= gate
             mass = mass * shrink + tl.sum(weight, 1)
             v = gather(V, key, key >= 0, v_row, D, PADDED, False)
             out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
-            peak = top
         live = tl.maximum(tl.minimum(live, sinks), front)
 
     right_begin = full_begin + taken
-    mixed = live - front + full_begin - begin + end - right_begin
+    mixed = live - front + gone + full_begin - begin + end - right_begin
     for start in range(0, mixed, N):
         key, since = mixed_keys(
             start + step,
@@ -268,6 +280,8 @@ def _forward(
             right_begin,
             end,
             Lists,
+            Leavers,
+            gone,
             Begin,
             first,
             sinks,
@@ -281,18 +295,14 @@ def _forward(
         sees = there[None, :] & (since[None, :] <= position) & (until[None, :] > position)
         k = gather(K, key, there, k_row, D, PADDED, True)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        logits = tl.where(sees, logits, float("-inf"))
-        top = tl.maximum(peak, tl.max(logits, 1) * scale)
-        weight = tl.exp2(logits * scale - top[:, None])
+        peak, weight, shrink = _weigh(tl.where(sees, logits, float("-inf")), peak, scale)
         if SOFT:
             z = tl.load(Z + key, mask=there, other=0.0)[None, :]
             gate, _ = gates(position, tau, key[None, :], z, left, right)
             weight = tl.where(sees, weight * gate, 0.0)
-        shrink = tl.exp2(peak - top)
         mass = mass * shrink + tl.sum(weight, 1)
         v = gather(V, key, there, v_row, D, PADDED, True)
         out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
-        peak = top
 
     some = mass > 0
     out = tl.where(some[:, None], out / tl.where(some, mass, 1.0)[:, None], 0.0)

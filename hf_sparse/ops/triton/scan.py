@@ -19,15 +19,18 @@ import math
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from hf_sparse.ops import prefix
-from hf_sparse.ops.prefix import Scan, _Plan, _Thresholds
+from hf_sparse.ops.prefix import Scan, _Plan
 from hf_sparse.ops.triton.scan_kernels import (
+    free_intervals,
     merge_earlier,
     merge_for_tiles,
+    shares,
     sort_chunks,
     sum_lists,
+    sum_shares,
     thresholds,
     tile_thresholds,
 )
@@ -37,6 +40,7 @@ _BLOCK = 4  # chunks per block
 _FLOORS = (64, 4)  # queries and warps of a program that looks for floors
 _TAUS = (64, 4)  # and of one that solves for tau as well
 _LISTS = 32  # per program that solves for their thresholds
+_KEYS = 256  # or queries, per program of the backward
 _LARGEST = 8192  # keys of a list
 
 
@@ -89,8 +93,22 @@ class _TritonThresholds(torch.autograd.Function):
         return tau, rank, floor, lists
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return _Thresholds.backward(ctx, grad)[0], None
+        """As `hf_sparse.ops.prefix` does it: tau moves by one over the number of its free keys with each of them."""
+        scores, rank, floor, tau = (tensor.contiguous() for tensor in ctx.saved_tensors)  # type: ignore[attr-defined]
+        keys, queries = scores.shape[-1], tau.shape[-1]
+        rows, device = math.prod(scores.shape[:-1]), scores.device
+        begin = torch.empty(scores.shape, dtype=torch.int32, device=device)
+        end, d_scores, share = torch.empty_like(begin), torch.empty_like(scores), torch.empty_like(tau)
+        change = torch.zeros((*tau.shape[:-1], queries + 1), dtype=torch.int32, device=device)
+        by_key, by_query = ((triton.cdiv(number, _KEYS), rows) for number in (keys, queries))
+        arrival, steps = ctx.first, queries.bit_length()  # type: ignore[attr-defined]
+        free_intervals[by_key](scores, rank, floor, tau, begin, end, change, keys, queries, arrival, steps, BLOCK=_KEYS)
+        free = change.cumsum(-1, dtype=torch.int32)
+        shares[by_query](grad.contiguous(), free, share, queries, BLOCK=_KEYS)
+        sum_shares[by_key](share.cumsum(-1), begin, end, d_scores, keys, queries, BLOCK=_KEYS)
+        return d_scores, None
 
 
 def _run(scores: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:

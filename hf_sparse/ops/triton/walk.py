@@ -6,7 +6,7 @@ first the slots that all of its rows attend to with gate 1, a whole number of bl
 the others, each pair of query and key by its interval (see `lists`):
 
     full     the front of the list, and the middle of the window, each a whole number of blocks
-    mixed    the rest of the list, and the two ends of the window, with what left it inside the list's tile
+    mixed    the rest of the list, the leavers of its tile so far, and the two ends of the window
 
 Soft gates make the rest of a list long, and a causal list holds no key of any window: these go by themselves, with no
 other mask than their gate, and what that needs is read in the order of the list.
@@ -103,10 +103,17 @@ def survey(
 
 
 @triton.jit
-def window_of(low, high, tile_start, first, left, right, sinks, keys, CAUSAL: tl.constexpr):
+def left_before(Leavers, tile, low, left, TILE: tl.constexpr):
+    """How many of a tile's leavers stand before the window of position `low`."""
+    entry = tl.arange(0, TILE)
+    key = tl.load(Leavers + entry, mask=entry < tile, other=-1)
+    return tl.sum(((key >= 0) & (key < low - left)).to(tl.int32), 0)
+
+
+@triton.jit
+def window_of(low, high, first, left, right, sinks, keys, CAUSAL: tl.constexpr):
     """Keys around positions `low` to `high`: from, where all of them see it with gate 1 from, until, and until."""
-    since = tile_start if CAUSAL else low
-    begin = tl.maximum(since - left, first + sinks)
+    begin = tl.maximum(low - left, first + sinks)
     end = tl.minimum(high + right + 1, keys)
     begin = tl.minimum(begin, end)
     if CAUSAL:
@@ -128,6 +135,8 @@ def mixed_keys(
     right_begin,
     end,
     Lists,
+    Leavers,
+    gone,
     Begin,
     first,
     sinks,
@@ -136,11 +145,14 @@ def mixed_keys(
     ALWAYS: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
-    """Keys of the slots of the mixed axis, -1 for none, and where they begin."""
+    """Keys of the slots of the mixed axis, -1 for none, and where they begin; `gone` of them are leavers."""
     rest = live - front
-    around = begin + slot - rest
+    around = begin + slot - rest - gone
     around = tl.where(around < left_end, around, right_begin + around - left_end)
     around = tl.where(around < end, around, -1)
+    if CAUSAL:
+        leaver = (slot >= rest) & (slot < rest + gone)
+        around = tl.where(leaver, tl.load(Leavers + slot - rest, mask=leaver, other=-1), around)
     key = tl.where(slot < rest, listed(front + slot, live, Lists, first, sinks, width, keys), around)
     start = begins(key, key >= 0, Begin, CAUSAL)
     if not CAUSAL:
