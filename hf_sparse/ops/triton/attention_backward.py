@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_sparse.ops.triton.attention_forward import LENGTHS, LOG2_E, Blocks, constants, lengths, padded
+from hf_sparse.ops.triton.launch import launch
 from hf_sparse.ops.triton.lists import Tables, by_lifetime, leavers
 from hf_sparse.ops.triton.walk import (
     begins,
@@ -117,7 +118,7 @@ def backward(
     compiled = constants(query, key, scores, tables)
 
     rows = blocks or by_query_blocks(query, want_query)
-    _by_query[(triton.cdiv(query.shape[2] * compiled["GROUP"], rows.rows), key.shape[0] * key.shape[1])](
+    launch(_by_query, (triton.cdiv(query.shape[2] * compiled["GROUP"], rows.rows), key.shape[0] * key.shape[1]))(
         *arguments,
         tables.lists,
         leavers(tables, query.shape[2], tables.tile) if tables.begin is None else None,
@@ -168,7 +169,7 @@ def backward(
         if deterministic:
             passes = {"all": passes["window"]}
         for source, grid in passes.items():
-            _by_key[grid](
+            launch(_by_key, grid)(
                 *arguments,
                 by_lifetime(tables) if deterministic else tables.lists,
                 gone,

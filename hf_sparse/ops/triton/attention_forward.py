@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_sparse.ops.triton.launch import launch
 from hf_sparse.ops.triton.lists import ALWAYS, Tables, leavers
 from hf_sparse.ops.triton.walk import (
     consecutive,
@@ -102,7 +103,7 @@ def forward(
     output = torch.empty_like(query)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=query.device)
     rows = queries * (heads // key.shape[1])
-    _forward[(triton.cdiv(rows, blocks.rows), batch * key.shape[1])](
+    launch(_forward, (triton.cdiv(rows, blocks.rows), batch * key.shape[1]))(
         query,
         key,
         value,

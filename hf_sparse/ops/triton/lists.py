@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from hf_sparse.ops.prefix import Scan
+from hf_sparse.ops.triton.launch import launch
 from hf_sparse.ops.triton.lists_kernels import in_list_order, intervals, leaving
 
 # Before and after every position; their difference fits into int32.
@@ -67,7 +68,7 @@ def causal_tables(
     lists, rank, floor = found.lists.contiguous(), found.rank.contiguous(), found.floor.contiguous()
     tau = found.tau.detach().contiguous() if found.tau is not None else None
     until = torch.empty(scores.shape, dtype=torch.int32, device=scores.device)
-    intervals[(triton.cdiv(keys, _KEYS), batch * heads)](
+    launch(intervals, (triton.cdiv(keys, _KEYS), batch * heads))(
         rank, floor, scores if soft else None, tau, first, until, keys, queries, heads, window, sinks,
         queries.bit_length(), SOFT=soft, BLOCK=_KEYS, num_warps=4,
     )  # fmt: skip
@@ -77,7 +78,7 @@ def causal_tables(
     size = lists.shape[-2] * lists.shape[-1]
     of_lists = torch.empty(lists.shape, dtype=torch.float32, device=scores.device)
     ends = torch.empty(lists.shape, dtype=torch.int32, device=scores.device)
-    in_list_order[(triton.cdiv(size, _ENTRIES), batch * heads)](
+    launch(in_list_order, (triton.cdiv(size, _ENTRIES), batch * heads))(
         lists, scores, until, first, of_lists, ends, size, keys, heads, sinks, BLOCK=_ENTRIES, num_warps=4
     )
     return tables._replace(scores=of_lists, ends=ends)
@@ -94,7 +95,7 @@ def leavers(tables: Tables, queries: int, tile: int) -> Tensor:
     batch, heads, keys = tables.until.shape
     tiles = triton.cdiv(queries, tile)
     found = torch.empty((batch, heads, tiles, tile), dtype=torch.int32, device=tables.until.device)
-    leaving[(tiles, batch * heads)](
+    launch(leaving, (tiles, batch * heads))(
         tables.until, tables.first, found, keys, queries, heads, tiles, tile, tables.left, tables.sinks,
         TILE=triton.next_power_of_2(tile), num_warps=4,
     )  # fmt: skip

@@ -23,6 +23,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from hf_sparse.ops import prefix
 from hf_sparse.ops.prefix import Scan, _Plan
+from hf_sparse.ops.triton.launch import launch
 from hf_sparse.ops.triton.scan_kernels import (
     free_intervals,
     merge_earlier,
@@ -104,10 +105,12 @@ class _TritonThresholds(torch.autograd.Function):
         change = torch.zeros((*tau.shape[:-1], queries + 1), dtype=torch.int32, device=device)
         by_key, by_query = ((triton.cdiv(number, _KEYS), rows) for number in (keys, queries))
         arrival, steps = ctx.first, queries.bit_length()  # type: ignore[attr-defined]
-        free_intervals[by_key](scores, rank, floor, tau, begin, end, change, keys, queries, arrival, steps, BLOCK=_KEYS)
+        launch(free_intervals, by_key)(
+            scores, rank, floor, tau, begin, end, change, keys, queries, arrival, steps, BLOCK=_KEYS
+        )
         free = change.cumsum(-1, dtype=torch.int32)
-        shares[by_query](grad.contiguous(), free, share, queries, BLOCK=_KEYS)
-        sum_shares[by_key](share.cumsum(-1), begin, end, d_scores, keys, queries, BLOCK=_KEYS)
+        launch(shares, by_query)(grad.contiguous(), free, share, queries, BLOCK=_KEYS)
+        launch(sum_shares, by_key)(share.cumsum(-1), begin, end, d_scores, keys, queries, BLOCK=_KEYS)
         return d_scores, None
 
 
@@ -139,7 +142,9 @@ def _launch(scores: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor, Tensor
     width = min(size, _BLOCK * C)
     lists = codes(chunks, width)
     covered = max(chunks, triton.cdiv(keys - start, C))
-    sort_chunks[(covered, rows)](scores, rank, chunk_lists, lists, keys, chunks, start, width, C, _BLOCK, num_warps=4)
+    launch(sort_chunks, (covered, rows))(
+        scores, rank, chunk_lists, lists, keys, chunks, start, width, C, _BLOCK, num_warps=4
+    )
 
     # Lists of the blocks, and then of all keys up to the end of each. Nobody sees the end of the last block.
     source, source_row, source_list, source_width = lists[:, _BLOCK - 1 :], chunks * width, _BLOCK * width, width
@@ -148,13 +153,13 @@ def _launch(scores: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor, Tensor
         target_width = min(size, 2 * source_width)
         target = codes(last, target_width)
         grid, shape = _merging(last, rows, target_width, source_width)
-        merge_earlier[grid](source, target, source_row, source_list, source_width, target_width, reach, **shape)
+        launch(merge_earlier, grid)(source, target, source_row, source_list, source_width, target_width, reach, **shape)
         source, source_row, source_list, source_width = target, last * target_width, target_width, target_width
         reach *= 2
     best = codes(tiles, size)
     index = torch.empty((rows, tiles // every if plan.with_lists else 0, size), dtype=torch.int32, device=device)
     grid, shape = _merging(tiles, rows, size, max(source_width, width))
-    merge_for_tiles[grid](
+    launch(merge_for_tiles, grid)(
         source, lists, best, index, last, source_width, chunks, width, before, start, every, size, C, _BLOCK,
         WITH_INDEX=plan.with_lists, **shape,
     )  # fmt: skip
@@ -165,13 +170,13 @@ def _launch(scores: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor, Tensor
     longest, steps = triton.next_power_of_2(size), size.bit_length()
     if plan.with_tau:
         sums = torch.empty(best.shape, dtype=torch.float64, device=device)
-        sum_lists[(tiles, rows)](best, sums, size, longest, num_warps=4)
+        launch(sum_lists, (tiles, rows))(best, sums, size, longest, num_warps=4)
         bounds = torch.empty((rows, tiles), dtype=torch.float64, device=device)
-        tile_thresholds[(triton.cdiv(tiles, _LISTS), rows)](
+        launch(tile_thresholds, (triton.cdiv(tiles, _LISTS), rows))(
             best, sums, bounds, tiles, size, plan.k, _LISTS, steps, num_warps=1
         )
         tau = torch.empty((rows, tiles * C), device=device)
-    thresholds[(tiles * C // Q, rows)](
+    launch(thresholds, (tiles * C // Q, rows))(
         best, sums, chunk_lists, bounds, floor, tau, queries, chunks, before, size, plan.k, C, Q, longest, steps,
         WITH_TAU=plan.with_tau, num_warps=warps,
     )  # fmt: skip
