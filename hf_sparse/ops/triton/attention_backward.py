@@ -107,7 +107,7 @@ def backward(
     atomic = want_scores and not of_keys and not deterministic
 
     d_query = torch.empty_like(query) if want_query else None
-    d_rows = torch.empty_like(lse) if want_tau else None  # of tau, for every query head
+    d_rows = torch.empty_like(lse) if want_tau else None  # of tau, for every row
     d_scores = None
     if scores is not None and want_scores:
         d_scores = torch.zeros_like(scores) if atomic else torch.empty_like(scores)
@@ -199,7 +199,7 @@ def backward(
             )
     d_tau = None
     if d_rows is not None:
-        d_tau = d_rows.unflatten(1, (key.shape[1], compiled["GROUP"])).sum(2)
+        d_tau = d_rows.sum(-1)
     d_key = d_key.to(key.dtype) if d_key is not None and want_key else None
     d_value = d_value.to(value.dtype) if d_value is not None and want_value else None
     return Gradients(d_query, d_key, d_value, d_scores, d_tau)
@@ -271,7 +271,7 @@ def _by_query(
 ):
     row = tl.program_id(1).to(tl.int64)  # of [B, Hkv]
     batch, head = row // heads, row % heads
-    query, member, exists, t_first, t_last = rows_of(tl.program_id(0), queries, GROUP, M)
+    flat, query, member, exists, t_first, t_last = rows_of(tl.program_id(0), queries, GROUP, M)
     t = query.to(tl.int64)
     dim = tl.arange(0, PADDED)
     inside = exists[:, None] & (dim < D)[None, :]
@@ -280,7 +280,7 @@ def _by_query(
     grad = tl.load(Grad + g_rows[:, None] + dim[None, :], mask=inside, other=0.0)
     out = tl.load(Out + o_rows[:, None] + dim[None, :], mask=inside, other=0.0)
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-    per_row = (row * GROUP + member) * queries + query
+    per_row = row * queries * GROUP + flat
     tl.store(Delta + per_row, delta, mask=exists)
 
     if QUERY or ATOMIC or TAU:
@@ -421,11 +421,11 @@ def _pairs(
     Delta,
     k,
     v,
+    flat,
     query,
     member,
     exists,
     scale,
-    queries,
     q_head,
     q_row,
     g_head,
@@ -437,15 +437,15 @@ def _pairs(
 ):
     """Rows `[M, PADDED]` of the query and of the output's gradient; `[N, M]`, of every pair of key and row, its logit
     less the logarithm of the mass, and `<do, v> - delta`."""
-    t, of_head, per_row = query.to(tl.int64), member.to(tl.int64), member * queries + query
+    t, of_head = query.to(tl.int64), member.to(tl.int64)
     q = gather(Q, of_head * q_head + t * q_row, exists, 1, D, PADDED, MASKED)
     grad = gather(Grad, of_head * g_head + t * g_row, exists, 1, D, PADDED, MASKED)
     if MASKED:
-        lse = tl.load(Lse + per_row, mask=exists, other=0.0)
-        delta = tl.load(Delta + per_row, mask=exists, other=0.0)
+        lse = tl.load(Lse + flat, mask=exists, other=0.0)
+        delta = tl.load(Delta + flat, mask=exists, other=0.0)
     else:
-        lse = tl.load(Lse + per_row)
-        delta = tl.load(Delta + per_row)
+        lse = tl.load(Lse + flat)
+        delta = tl.load(Delta + flat)
     logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - lse[None, :]
     return q, grad, logits, tl.dot(v, tl.trans(grad), input_precision=PRECISION) - delta[None, :]
 
@@ -578,11 +578,16 @@ def _by_key(
         full_end = full_begin + tl.maximum(all_end - all_begin, 0) * GROUP // M * M
     step = tl.arange(0, M)
     for start in range(full_begin, full_end, M):
-        flat = start + step
+        if M % GROUP == 0:  # whole queries: only the beginning of the block changes
+            of_q = Q + tl.cast(start // GROUP, tl.int64) * q_row
+            of_grad = Grad + tl.cast(start // GROUP, tl.int64) * g_row
+            flat = step
+        else:
+            of_q, of_grad, flat = Q, Grad, start + step
         query, member = flat // GROUP, flat % GROUP
         q, grad, logits, credit = _pairs(
-            Q, Grad, Lse, Delta, k, v, query, member, query >= 0, scale, queries, q_head, q_row, g_head, g_row,
-            D, PADDED, PRECISION, False,
+            of_q, of_grad, Lse, Delta, k, v, start + step, query, member, query >= 0, scale,
+            q_head, q_row, g_head, g_row, D, PADDED, PRECISION, False,
         )  # fmt: skip
         share = tl.exp2(logits)
         credit = share * credit
@@ -598,8 +603,8 @@ def _by_key(
         query, member, exists = flat // GROUP, flat % GROUP, slot < rest
         position = (query + offset)[None, :]
         q, grad, logits, credit = _pairs(
-            Q, Grad, Lse, Delta, k, v, query, member, exists, scale, queries, q_head, q_row, g_head, g_row,
-            D, PADDED, PRECISION, True,
+            Q, Grad, Lse, Delta, k, v, flat, query, member, exists, scale,
+            q_head, q_row, g_head, g_row, D, PADDED, PRECISION, True,
         )  # fmt: skip
         sees = attended[:, None] & exists[None, :] & (since[:, None] <= position) & (until[:, None] > position)
         if SOURCE == "list" and not CAUSAL:

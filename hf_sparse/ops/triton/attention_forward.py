@@ -94,16 +94,17 @@ def forward(
     scaling: float,
     blocks: Blocks | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output, and the logarithm to base 2 of the softmax mass of every query: `[B, Hq, Tq]` float32, 0 without a key.
+    """Output, and the logarithm to base 2 of the softmax mass of every row: `[B, Hkv, Tq, group]` float32, 0 without a
+    key. In this order the rows of a program lie side by side.
 
     Arguments as in `attention.attend`; `scores` and `tau` contiguous, the last dimension of the others too.
     """
     batch, heads, queries, _ = query.shape
     blocks = blocks or blocks_for(query, scores is not None)
     output = torch.empty_like(query)
-    lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=query.device)
-    rows = queries * (heads // key.shape[1])
-    launch(_forward, (triton.cdiv(rows, blocks.rows), batch * key.shape[1]))(
+    group = heads // key.shape[1]
+    lse = torch.empty((batch, key.shape[1], queries, group), dtype=torch.float32, device=query.device)
+    launch(_forward, (triton.cdiv(queries * group, blocks.rows), batch * key.shape[1]))(
         query,
         key,
         value,
@@ -197,7 +198,7 @@ def _forward(
     K += batch * k_batch + head * k_head
     V += batch * v_batch + head * v_head
     Until += row * keys
-    query, member, exists, t_first, t_last = rows_of(tl.program_id(0), queries, GROUP, M)
+    flat, query, member, exists, t_first, t_last = rows_of(tl.program_id(0), queries, GROUP, M)
     of_list = (row * tiles + t_first // tile) * width
     Lists += of_list
     offset = keys - queries
@@ -310,4 +311,4 @@ def _forward(
     o_rows = batch * o_batch + (head * GROUP + member) * o_head + query.to(tl.int64) * o_row
     tl.store(Out + o_rows[:, None] + dim[None, :], out.to(Out.dtype.element_ty), mask=inside)
     lse = tl.where(some, peak + tl.log2(tl.where(some, mass, 1.0)), 0.0)
-    tl.store(Lse + (row * GROUP + member) * queries + query, lse, mask=exists)
+    tl.store(Lse + row * queries * GROUP + flat, lse, mask=exists)

@@ -18,12 +18,12 @@ import triton.language as tl
 
 @triton.jit
 def rows_of(block, queries, GROUP: tl.constexpr, M: tl.constexpr):
-    """Query, head inside the group, and whether it exists, of each row; the first and last query of the block."""
+    """Number, query, head inside the group, and whether it exists, of each row; the block's first and last query."""
     row = block * M + tl.arange(0, M)
     query = row // GROUP
     first = block * M // GROUP
     last = tl.minimum((block * M + M - 1) // GROUP, queries - 1)
-    return query, row % GROUP, query < queries, first, last
+    return row, query, row % GROUP, query < queries, first, last
 
 
 @triton.jit
