@@ -63,8 +63,8 @@ def compile_ahead(attention: Callable[..., Tensor], *arguments: Any) -> None:
         )
         for tensor, want in zip(tensors, wanted, strict=True)
     }
-    threads = len(os.sched_getaffinity(0))
-    pool = _Loaders(threads, initializer=torch.cuda.set_device, initargs=(query.device,))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    pool = _Loaders(cores, initializer=torch.cuda.set_device, initargs=(query.device,))
     with pool, mode(pool, ignore_errors=True):
         output = attention(*(meta.get(id(argument), argument) for argument in arguments))
         if output.requires_grad:
