@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_sparse.ops.triton.attention_forward import LENGTHS, LOG2_E, Blocks, constants, lengths, padded
+from hf_sparse.ops.triton.attention_forward import LENGTHS, LOG2_E, Blocks, constants, lengths, mixed_stages, padded
 from hf_sparse.ops.triton.launch import launch
 from hf_sparse.ops.triton.lists import Tables, by_lifetime, leavers
 from hf_sparse.ops.triton.walk import (
@@ -38,7 +38,7 @@ from hf_sparse.ops.triton.walk import (
 )
 
 # Queries whose part of d key and d value is summed before it is added to memory: in tiles of a list, and without.
-_TILES_AT_ONCE = 2
+_TILES_AT_ONCE = 4
 _QUERIES_AT_ONCE = 1024
 
 
@@ -60,8 +60,8 @@ def by_query_blocks(query: Tensor, wanted: bool) -> Blocks:
     if dim > 128:
         return Blocks(64, 32, 8, 2)
     if dim > 64:
-        return Blocks(128, 32, 8, 2, 128) if wanted else Blocks(128, 32, 4, 3)
-    return Blocks(64, 64, 4, 2) if wanted else Blocks(128, 64, 4, 3)
+        return Blocks(128, 32, 8, 3, 128) if wanted else Blocks(128, 32, 8, 2, 128)
+    return Blocks(64, 64, 4, 2, 128) if wanted else Blocks(128, 64, 4, 3)
 
 
 def by_key_blocks(query: Tensor) -> Blocks:
@@ -71,7 +71,7 @@ def by_key_blocks(query: Tensor) -> Blocks:
         return Blocks(32, 32, 4, 1) if dim <= 128 else Blocks(32, 32, 8, 1)
     if dim > 128:
         return Blocks(32, 64, 8, 2)
-    return Blocks(32 if dim > 64 else 64, 64, 4, 2)
+    return Blocks(32, 64, 4, 3) if dim > 64 else Blocks(64, 64, 4, 2)
 
 
 def backward(
@@ -140,6 +140,7 @@ def backward(
         **compiled,
         M=rows.rows,
         N=rows.keys,
+        MIXED_STAGES=mixed_stages(rows, tables),
         QUERY=want_query,
         ATOMIC=atomic,
         TAU=want_tau,
@@ -265,6 +266,7 @@ def _by_query(
     PRECISION: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
+    MIXED_STAGES: tl.constexpr,
     QUERY: tl.constexpr,
     ATOMIC: tl.constexpr,
     TAU: tl.constexpr,
@@ -363,7 +365,7 @@ def _by_query(
             live = tl.maximum(tl.minimum(live, sinks), front)
 
         mixed = live - front + gone + full_begin - begin + end - right_begin
-        for start in range(0, mixed, N):
+        for start in tl.range(0, mixed, N, num_stages=MIXED_STAGES):
             key, since = mixed_keys(
                 start + step,
                 front,
@@ -385,7 +387,7 @@ def _by_query(
             )
             there = key >= 0
             until = tl.load(Until + key, mask=there, other=0)
-            sees = exists[:, None] & there[None, :] & (since[None, :] <= position) & (until[None, :] > position)
+            sees = (since[None, :] <= position) & (until[None, :] > position)
             k = gather(K, key, there, k_row, D, PADDED, True)
             logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse
             share = tl.exp2(tl.where(sees, logits, float("-inf")))
@@ -421,31 +423,40 @@ def _pairs(
     Delta,
     k,
     v,
-    flat,
-    query,
-    member,
-    exists,
+    start,
+    end,
     scale,
     q_head,
     q_row,
     g_head,
     g_row,
+    GROUP: tl.constexpr,
     D: tl.constexpr,
     PADDED: tl.constexpr,
+    M: tl.constexpr,
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Rows `[M, PADDED]` of the query and of the output's gradient; `[N, M]`, of every pair of key and row, its logit
-    less the logarithm of the mass, and `<do, v> - delta`."""
-    t, of_head = query.to(tl.int64), member.to(tl.int64)
-    q = gather(Q, of_head * q_head + t * q_row, exists, 1, D, PADDED, MASKED)
-    grad = gather(Grad, of_head * g_head + t * g_row, exists, 1, D, PADDED, MASKED)
-    if MASKED:
-        lse = tl.load(Lse + flat, mask=exists, other=0.0)
-        delta = tl.load(Delta + flat, mask=exists, other=0.0)
+    """Rows `[M, PADDED]` of the query and of the output's gradient, from row `start` on, and with MASKED up to `end`;
+    `[N, M]`, of every pair of key and row, its logit less the logarithm of the mass, and `<do, v> - delta`."""
+    step = tl.arange(0, M)
+    row = start + step
+    if M % GROUP == 0:  # whole queries: from block to block only the first changes
+        first = tl.cast(start // GROUP, tl.int64)
+        Q += first * q_row
+        Grad += first * g_row
+        near = step
     else:
-        lse = tl.load(Lse + flat)
-        delta = tl.load(Delta + flat)
+        near = row
+    query, member, exists = (near // GROUP).to(tl.int64), (near % GROUP).to(tl.int64), row < end
+    q = gather(Q, member * q_head + query * q_row, exists, 1, D, PADDED, MASKED)
+    grad = gather(Grad, member * g_head + query * g_row, exists, 1, D, PADDED, MASKED)
+    if MASKED:
+        lse = tl.load(Lse + row, mask=exists, other=0.0)
+        delta = tl.load(Delta + row, mask=exists, other=0.0)
+    else:
+        lse = tl.load(Lse + row)
+        delta = tl.load(Delta + row)
     logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - lse[None, :]
     return q, grad, logits, tl.dot(v, tl.trans(grad), input_precision=PRECISION) - delta[None, :]
 
@@ -576,18 +587,10 @@ def _by_key(
         all_end = tl.minimum(tl.min(tl.where(attended, until, 1 << 30), 0) - offset, t_end)
         full_begin = all_begin * GROUP
         full_end = full_begin + tl.maximum(all_end - all_begin, 0) * GROUP // M * M
-    step = tl.arange(0, M)
     for start in range(full_begin, full_end, M):
-        if M % GROUP == 0:  # whole queries: only the beginning of the block changes
-            of_q = Q + tl.cast(start // GROUP, tl.int64) * q_row
-            of_grad = Grad + tl.cast(start // GROUP, tl.int64) * g_row
-            flat = step
-        else:
-            of_q, of_grad, flat = Q, Grad, start + step
-        query, member = flat // GROUP, flat % GROUP
         q, grad, logits, credit = _pairs(
-            of_q, of_grad, Lse, Delta, k, v, start + step, query, member, query >= 0, scale,
-            q_head, q_row, g_head, g_row, D, PADDED, PRECISION, False,
+            Q, Grad, Lse, Delta, k, v, start, full_end, scale, q_head, q_row, g_head, g_row,
+            GROUP, D, PADDED, M, PRECISION, False,
         )  # fmt: skip
         share = tl.exp2(logits)
         credit = share * credit
@@ -595,18 +598,21 @@ def _by_key(
             d_value = tl.dot(share.to(grad.dtype), grad, d_value, input_precision=PRECISION)
             d_key = tl.dot(credit.to(q.dtype), q, d_key, input_precision=PRECISION)
 
-    front = full_begin - t_first * GROUP
-    rest = (t_end - t_first) * GROUP - (full_end - full_begin)
-    for start in range(0, rest, M):
-        slot = start + step
-        flat = tl.where(slot < front, t_first * GROUP + slot, full_end + slot - front)
-        query, member, exists = flat // GROUP, flat % GROUP, slot < rest
-        position = (query + offset)[None, :]
+    # Then those before and after them, each from a block of its own on.
+    since = tl.where(attended, since, 1 << 30)[:, None]
+    until = until[:, None]
+    before = tl.cdiv(full_begin - t_first * GROUP, M)
+    after = tl.cdiv(t_end * GROUP - full_end, M)
+    for block in range(0, before + after):
+        start = tl.where(block < before, t_first * GROUP + block * M, full_end + (block - before) * M)
+        end = tl.where(block < before, full_begin, t_end * GROUP)
         q, grad, logits, credit = _pairs(
-            Q, Grad, Lse, Delta, k, v, flat, query, member, exists, scale,
-            q_head, q_row, g_head, g_row, D, PADDED, PRECISION, True,
+            Q, Grad, Lse, Delta, k, v, start, end, scale, q_head, q_row, g_head, g_row,
+            GROUP, D, PADDED, M, PRECISION, True,
         )  # fmt: skip
-        sees = attended[:, None] & exists[None, :] & (since[:, None] <= position) & (until[:, None] > position)
+        row_of = start + tl.arange(0, M)
+        position = tl.where(row_of < end, row_of // GROUP + offset, -(1 << 30))[None, :]
+        sees = (since <= position) & (until > position)
         if SOURCE == "list" and not CAUSAL:
             sees = sees & ((key[:, None] < position - left) | (key[:, None] > position + right))
         share = tl.exp2(tl.where(sees, logits, float("-inf")))
@@ -614,7 +620,7 @@ def _by_key(
         if SOFT and SOURCE != "window":
             tau = 0.0
             if CAUSAL:
-                tau = tl.load(Tau + row * queries + query, mask=exists, other=0.0)[None, :]
+                tau = tl.load(Tau + row * queries + row_of // GROUP, mask=row_of < end, other=0.0)[None, :]
             gate, near = gates(position, tau, key[:, None], z, left, right)
             if SCORES:
                 free = sees & (near == 0) & (z > tau) & (z - 1.0 < tau)

@@ -72,6 +72,12 @@ def constants(query: Tensor, key: Tensor, scores: Tensor | None, tables: Tables)
     }
 
 
+def mixed_stages(blocks: Blocks, tables: Tables) -> int:
+    """Stages of the loop over the mixed keys. In causal order these are few: what it takes to fetch them ahead would
+    fill the registers that the other loops need."""
+    return 1 if tables.begin is None else blocks.stages
+
+
 def blocks_for(query: Tensor, soft: bool) -> Blocks:
     """Sizes for a dtype, a head size and the kind of gates."""
     dim = padded(query.shape[-1])
@@ -80,7 +86,7 @@ def blocks_for(query: Tensor, soft: bool) -> Blocks:
     if dim > 128:
         return Blocks(128, 32, 8, 2)
     if dim > 64:
-        return Blocks(128, 32, 4, 3) if soft else Blocks(128, 32, 8, 3, 128)
+        return Blocks(128, 32, 4, 3) if soft else Blocks(128, 32, 8, 2, 128)
     return Blocks(128, 32, 4, 3) if soft else Blocks(128, 64, 4, 3)
 
 
@@ -128,6 +134,7 @@ def forward(
         **constants(query, key, scores, tables),
         M=blocks.rows,
         N=blocks.keys,
+        MIXED_STAGES=mixed_stages(blocks, tables),
         NEGATIVE=scaling < 0,
         num_warps=blocks.warps,
         num_stages=blocks.stages,
@@ -191,6 +198,7 @@ def _forward(
     ALWAYS: tl.constexpr,
     TILE: tl.constexpr,
     PRECISION: tl.constexpr,
+    MIXED_STAGES: tl.constexpr,
     NEGATIVE: tl.constexpr,
 ):
     row = tl.program_id(1).to(tl.int64)  # of [B, Hkv]
@@ -272,7 +280,7 @@ def _forward(
 
     right_begin = full_begin + taken
     mixed = live - front + gone + full_begin - begin + end - right_begin
-    for start in range(0, mixed, N):
+    for start in tl.range(0, mixed, N, num_stages=MIXED_STAGES):
         key, since = mixed_keys(
             start + step,
             front,
@@ -294,7 +302,7 @@ def _forward(
         )
         there = key >= 0
         until = tl.load(Until + key, mask=there, other=0)
-        sees = there[None, :] & (since[None, :] <= position) & (until[None, :] > position)
+        sees = (since[None, :] <= position) & (until[None, :] > position)
         k = gather(K, key, there, k_row, D, PADDED, True)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         peak, weight, shrink = _weigh(tl.where(sees, logits, float("-inf")), peak, scale)

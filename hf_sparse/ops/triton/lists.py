@@ -65,7 +65,11 @@ def causal_tables(
     batch, heads, keys = scores.shape
     soft = found.tau is not None
     scores = scores.contiguous()
-    lists, rank, floor = found.lists.contiguous(), found.rank.contiguous(), found.floor.contiguous()
+    rank, floor = found.rank.contiguous(), found.floor.contiguous()
+    lists = found.lists.contiguous()
+    if lists.dtype == torch.int64:  # of the plain scan, which fills short lists with keys that are no candidates
+        candidate = (lists >= first[:, None, None, None] + sinks) & (lists < keys)
+        lists = lists.where(candidate, -1).to(torch.int32)
     tau = found.tau.detach().contiguous() if found.tau is not None else None
     until = torch.empty(scores.shape, dtype=torch.int32, device=scores.device)
     launch(intervals, (triton.cdiv(keys, _KEYS), batch * heads))(
@@ -79,7 +83,7 @@ def causal_tables(
     of_lists = torch.empty(lists.shape, dtype=torch.float32, device=scores.device)
     ends = torch.empty(lists.shape, dtype=torch.int32, device=scores.device)
     launch(in_list_order, (triton.cdiv(size, _ENTRIES), batch * heads))(
-        lists, scores, until, first, of_lists, ends, size, keys, heads, sinks, BLOCK=_ENTRIES, num_warps=4
+        lists, scores, until, of_lists, ends, size, keys, BLOCK=_ENTRIES, num_warps=4
     )
     return tables._replace(scores=of_lists, ends=ends)
 

@@ -42,17 +42,15 @@ def intervals(
     tl.store(Until + row * keys + key, tl.where(key < first, 0, end), mask=there)
 
 
-@triton.jit(do_not_specialize=["size", "keys", "heads", "sinks"])
-def in_list_order(Lists, Scores, Until, First, ListScores, Ends, size, keys, heads, sinks, BLOCK: tl.constexpr):
-    """Scores, and `until` or 0 for what is no candidate, of BLOCK entries of the lists of a row, `size` in all."""
+@triton.jit(do_not_specialize=["size", "keys"])
+def in_list_order(Lists, Scores, Until, ListScores, Ends, size, keys, BLOCK: tl.constexpr):
+    """Scores, and `until` or 0 for no key, of BLOCK entries of the lists of a row, `size` in all."""
     row = tl.program_id(1).to(tl.int64)
     entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = entry < size
-    first = tl.load(First + row // heads).to(tl.int32)
-    key = tl.load(Lists + row * size + entry, mask=there, other=-1).to(tl.int32)
-    candidate = key >= first + sinks
+    key = tl.load(Lists + row * size + entry, mask=there, other=-1)
     score = tl.load(Scores + row * keys + tl.maximum(key, 0), mask=there, other=0.0)
-    end = tl.load(Until + row * keys + key, mask=candidate, other=0)
+    end = tl.load(Until + row * keys + key, mask=key >= 0, other=0)
     tl.store(ListScores + row * size + entry, score, mask=there)
     tl.store(Ends + row * size + entry, end, mask=there)
 

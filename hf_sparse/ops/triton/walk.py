@@ -29,11 +29,10 @@ def rows_of(block, queries, GROUP: tl.constexpr, M: tl.constexpr):
 @triton.jit
 def listed(slot, limit, Lists, first, sinks, width, keys):
     """Keys of the slots below `limit` of a list, sinks in front; -1 for none."""
-    inside = (slot >= sinks) & (slot < sinks + width) & (slot < limit)
+    inside = (slot >= sinks) & (slot < tl.minimum(limit, sinks + width))
     key = tl.load(Lists + slot - sinks, mask=inside, other=-1).to(tl.int32)
-    key = tl.where(key < first + sinks, -1, key)  # a short list may go on with keys that are no candidates
-    key = tl.where(slot < tl.minimum(sinks, limit), first + slot, key)
-    return tl.where(key < keys, key, -1)
+    own = tl.minimum(tl.minimum(sinks, limit), keys - first)  # sinks that the row has
+    return tl.where(slot < own, first + slot, key)
 
 
 @triton.jit
@@ -147,8 +146,8 @@ def mixed_keys(
 ):
     """Keys of the slots of the mixed axis, -1 for none, and where they begin; `gone` of them are leavers."""
     rest = live - front
-    around = begin + slot - rest - gone
-    around = tl.where(around < left_end, around, right_begin + around - left_end)
+    around = slot + (begin - rest - gone)
+    around = tl.where(around < left_end, around, around + (right_begin - left_end))
     around = tl.where(around < end, around, -1)
     if CAUSAL:
         leaver = (slot >= rest) & (slot < rest + gone)
