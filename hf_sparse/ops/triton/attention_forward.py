@@ -18,13 +18,11 @@ from hf_sparse.ops.triton.walk import (
     consecutive,
     gates,
     gather,
-    left_before,
     listed,
     listed_gates,
-    mixed_keys,
+    mixed,
+    reach,
     rows_of,
-    survey,
-    window_of,
 )
 
 LOG2_E = 1.4426950408889634
@@ -205,25 +203,7 @@ def _forward(
     batch, head = row // heads, row % heads
     K += batch * k_batch + head * k_head
     V += batch * v_batch + head * v_head
-    Until += row * keys
     flat, query, member, exists, t_first, t_last = rows_of(tl.program_id(0), queries, GROUP, M)
-    of_list = (row * tiles + t_first // tile) * width
-    Lists += of_list
-    offset = keys - queries
-    position = (query + offset)[:, None]
-    low, high = t_first + offset, t_last + offset
-    first = tl.load(First + batch).to(tl.int32)
-    tau, tau_last = 0.0, 0.0
-    if not CAUSAL:
-        Begin += row * keys
-    if SOFT:
-        Z += row * keys
-    if SOFT and CAUSAL:
-        tau = tl.load(Tau + row * queries + query, mask=exists, other=0.0)[:, None]
-        tau_last = tl.load(Tau + row * queries + t_last)
-        Scores += of_list
-        Ends += of_list
-
     dim = tl.arange(0, PADDED)
     inside = exists[:, None] & (dim < D)[None, :]
     q_rows = batch * q_batch + (head * GROUP + member) * q_head + query.to(tl.int64) * q_row
@@ -231,14 +211,11 @@ def _forward(
     if NEGATIVE:  # the maximum of scaled logits is taken before they are scaled
         q = -q
 
-    front, live = survey(
-        Z, Begin, Until, Lists, Scores, Ends, first, low, high, tau_last, sinks, width, keys, SOFT, CAUSAL, 512
-    )
-    gone = 0
-    if CAUSAL:
-        Leavers += (row * tiles + t_first // tile) * tile
-        gone = left_before(Leavers, tile, low, left, TILE)
-    begin, full_begin, full_end, end = window_of(low, high, first, left, right, sinks, keys, CAUSAL)
+    tables, position, tau, first, front, live, gone, begin, full_begin, full_end, end = reach(
+        row, batch, query, exists, t_first, t_last, Z, Tau, Begin, Until, Lists, Leavers, Scores, Ends, First,
+        queries, keys, width, tiles, tile, left, right, sinks, SOFT, CAUSAL, TILE,
+    )  # fmt: skip
+    Z, Begin, Until, Lists, Leavers, Scores, Ends = tables
     front = front // N * N
     taken = (full_end - full_begin) // N * N
 
@@ -279,30 +256,13 @@ def _forward(
         live = tl.maximum(tl.minimum(live, sinks), front)
 
     right_begin = full_begin + taken
-    mixed = live - front + gone + full_begin - begin + end - right_begin
-    for start in tl.range(0, mixed, N, num_stages=MIXED_STAGES):
-        key, since = mixed_keys(
-            start + step,
-            front,
-            live,
-            begin,
-            full_begin,
-            right_begin,
-            end,
-            Lists,
-            Leavers,
-            gone,
-            Begin,
-            first,
-            sinks,
-            width,
-            keys,
-            ALWAYS,
-            CAUSAL,
-        )
+    rest = live - front + gone + full_begin - begin + end - right_begin
+    for start in tl.range(0, rest, N, num_stages=MIXED_STAGES):
+        key, sees = mixed(
+            start + step, position, front, live, gone, begin, full_begin, right_begin, end, Begin, Until, Lists,
+            Leavers, first, sinks, width, keys, ALWAYS, CAUSAL,
+        )  # fmt: skip
         there = key >= 0
-        until = tl.load(Until + key, mask=there, other=0)
-        sees = (since[None, :] <= position) & (until[None, :] > position)
         k = gather(K, key, there, k_row, D, PADDED, True)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         peak, weight, shrink = _weigh(tl.where(sees, logits, float("-inf")), peak, scale)

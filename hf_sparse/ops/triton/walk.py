@@ -125,18 +125,83 @@ def window_of(low, high, first, left, right, sinks, keys, CAUSAL: tl.constexpr):
 
 
 @triton.jit
-def mixed_keys(
+def reach(
+    row,
+    batch,
+    query,
+    exists,
+    t_first,
+    t_last,
+    Z,
+    Tau,
+    Begin,
+    Until,
+    Lists,
+    Leavers,
+    Scores,
+    Ends,
+    First,
+    queries,
+    keys,
+    width,
+    tiles,
+    tile,
+    left,
+    right,
+    sinks,
+    SOFT: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """What a block of rows has to know of its KV head `row`: the tables of that head and of the tile; positions and
+    thresholds `[M, 1]`; its first key; and the bounds of both axes, see `survey`, `left_before` and `window_of`."""
+    offset = keys - queries
+    low, high = t_first + offset, t_last + offset
+    first = tl.load(First + batch).to(tl.int32)
+    Until += row * keys
+    number = row * tiles + t_first // tile
+    Lists += number * width
+    tau, tau_last = 0.0, 0.0
+    if not CAUSAL:
+        Begin += row * keys
+    if SOFT:
+        Z += row * keys
+    if SOFT and CAUSAL:
+        tau = tl.load(Tau + row * queries + query, mask=exists, other=0.0)[:, None]
+        tau_last = tl.load(Tau + row * queries + t_last)
+        Scores += number * width
+        Ends += number * width
+    front, live = survey(
+        Z, Begin, Until, Lists, Scores, Ends, first, low, high, tau_last, sinks, width, keys, SOFT, CAUSAL, 512
+    )
+    gone = 0
+    if CAUSAL:
+        Leavers += number * tile
+        gone = left_before(Leavers, tile, low, left, TILE)
+    begin, full_begin, full_end, end = window_of(low, high, first, left, right, sinks, keys, CAUSAL)
+    # A tuple holds no None: `Until` stands in for what nobody reads.
+    z = Z if SOFT else Until
+    scores, ends = (Scores, Ends) if SOFT and CAUSAL else (Until, Until)
+    start, leavers = (Until, Leavers) if CAUSAL else (Begin, Until)
+    tables = (z, start, Until, Lists, leavers, scores, ends)
+    return tables, (query + offset)[:, None], tau, first, front, live, gone, begin, full_begin, full_end, end
+
+
+@triton.jit
+def mixed(
     slot,
+    position,
     front,
     live,
+    gone,
     begin,
     left_end,
     right_begin,
     end,
+    Begin,
+    Until,
     Lists,
     Leavers,
-    gone,
-    Begin,
     first,
     sinks,
     width,
@@ -144,7 +209,7 @@ def mixed_keys(
     ALWAYS: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
-    """Keys of the slots of the mixed axis, -1 for none, and where they begin; `gone` of them are leavers."""
+    """Keys of the slots of the mixed axis, -1 for none, and which positions see them; `gone` of them are leavers."""
     rest = live - front
     around = slot + (begin - rest - gone)
     around = tl.where(around < left_end, around, around + (right_begin - left_end))
@@ -153,10 +218,11 @@ def mixed_keys(
         leaver = (slot >= rest) & (slot < rest + gone)
         around = tl.where(leaver, tl.load(Leavers + slot - rest, mask=leaver, other=-1), around)
     key = tl.where(slot < rest, listed(front + slot, live, Lists, first, sinks, width, keys), around)
-    start = begins(key, key >= 0, Begin, CAUSAL)
+    since = begins(key, key >= 0, Begin, CAUSAL)
     if not CAUSAL:
-        key = tl.where((slot >= rest) & (start == ALWAYS), -1, key)
-    return key, start
+        key = tl.where((slot >= rest) & (since == ALWAYS), -1, key)
+    until = tl.load(Until + key, mask=key >= 0, other=0)
+    return key, (since[None, :] <= position) & (until[None, :] > position)
 
 
 @triton.jit
