@@ -2,8 +2,7 @@
 
 python benchmarks/tables.py --kernels kernels.json --model model.json --page docs/speed.md --figure docs/speed.png
 
-Several JSON of `model.py`, each with other cells, make one table. Of several
-JSON of the kernels the last counts, and earlier ones for contenders that it does not have.
+Several JSON of `model.py`, each with other cells, make one table.
 """
 
 import argparse
@@ -66,20 +65,6 @@ def medians(kernels: dict[str, Any], which: str) -> dict[str, dict[int, float]]:
         if row.get("pass") == which:
             found.setdefault(row["contender"], {})[row["length"]] = row["median_ms"]
     return found
-
-
-def joined_kernels(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The last run, and from earlier ones what it did not measure; `earlier` names those contenders."""
-    last = runs[-1]
-    if any(run["settings"] | {"repeat_ms": 0} != last["settings"] | {"repeat_ms": 0} for run in runs):
-        raise ValueError("the runs of attention_kernels.py have different settings")
-    rows, earlier = list(last["rows"]), []
-    for run in reversed(runs[:-1]):
-        there = {row["contender"] for row in rows}
-        found = [row for row in run["rows"] if row["contender"] not in there]
-        rows += found
-        earlier += [name for name in KERNELS if name in {row["contender"] for row in found}]
-    return last | {"rows": rows, "earlier": earlier}
 
 
 def kernel_tables(kernels: dict[str, Any]) -> str:
@@ -180,14 +165,22 @@ def sizes_table(sizes: dict[str, Any]) -> str:
 
 
 def first_call_table(first_calls: dict[str, Any]) -> str:
-    """Seconds of the first length, and the longest first call of another one or of another support."""
+    """Seconds of the first length, and the longest first call of another one."""
     rows = []
     for row in first_calls["rows"]:
         first, *others = row["calls"].values()
         later = [seconds for call in others for name, seconds in call.items() if name != "again_s"]
-        both = short(first["forward_backward_s"]) if "forward_backward_s" in first else "-"
-        rows.append([row["family"], short(first["forward_s"]), both, short(max(later)) if later else "-"])
-    head = ["family, seconds", "first forward", "first backward after it", "another length or support, at most"]
+        both = first.get("forward_backward_s")
+        cells = (first["forward_s"], both, both and first["forward_s"] + both, max(later, default=None))
+        rows.append([row["family"], str(row["cores"]), *map(short, cells)])
+    head = [
+        "family, seconds",
+        "cores",
+        "first forward",
+        "first with backward after it",
+        "both",
+        "another length, at most",
+    ]
     return table(head, rows)
 
 
@@ -236,12 +229,6 @@ Batch {settings["batch"]}, {settings["query_heads"]} query heads and {settings["
 {settings["dim"]}; k = {settings["k"]}, window = {settings["window"]}, {settings["sinks"]} sinks; soft gates over
 {settings["support"]:,} keys at most. Times of SparseK include its selection. Measured after outputs and gradients
 agreed with float64 (largest relative error {worst:.1e}) and the selection with the one in plain PyTorch.
-"""
-    if kernels["earlier"]:
-        text += f"""
-Of an earlier run, before a change that saves SparseK some twenty small launches: {
-            "; ".join(KERNELS[name] for name in kernels["earlier"])
-        }.
 """
     text += f"""
 {kernel_tables(kernels)}"""
@@ -298,16 +285,16 @@ them is the limit.
 {profile_table(profiles)}
 """
     if sizes:
-        text += f"""What would bring SparseK nearer to the window: programs with fewer registers, of which more run at
-a time. A search at {sizes["length"]:,} tokens; each kernel has the first sizes of its own here, since the tests have
-not run with others on a GPU.
+        text += f"""Sizes of programs, searched at {sizes["length"]:,} tokens, head size 128, hard gates; of each kernel the first are in use.
+Fewer registers let more programs run at a time; 128 of them at 8 warps are the best for kernels that own queries.
 
 {sizes_table(sizes)}
 """
     if first_calls:
         text += f"""## First calls
 
-Seconds in a fresh process with empty caches, processes side by side on cores of their own.
+Seconds in a fresh process with empty caches, processes side by side on cores of their own. A call compiles its kernels,
+and those of its backward if something wants a gradient, side by side as well: more cores make it shorter.
 
 {first_call_table(first_calls)}
 """
@@ -345,7 +332,7 @@ def draw(kernels: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--kernels", type=Path, nargs="+", required=True, help="the newest last")
+    parser.add_argument("--kernels", type=Path, required=True)
     parser.add_argument("--wider", type=Path, help="JSON of the kernels with a larger support")
     parser.add_argument("--model", type=Path, nargs="+", default=[])
     parser.add_argument("--profiles", type=Path, nargs="*", default=[])
@@ -354,7 +341,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="the Markdown to write")
     parser.add_argument("--figure", type=Path, help="the PNG to write, beside the page")
     options = parser.parse_args()
-    kernels = joined_kernels([json.loads(path.read_text("utf-8")) for path in options.kernels])
+    kernels = json.loads(options.kernels.read_text("utf-8"))
     wider = json.loads(options.wider.read_text("utf-8")) if options.wider else None
     model = joined([json.loads(path.read_text("utf-8")) for path in options.model])
     profiles = [json.loads(path.read_text("utf-8")) for path in options.profiles]

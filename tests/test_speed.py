@@ -21,7 +21,7 @@ def read(name):
 
 def test_every_number_is_that_of_the_json():
     tables = load_tables()
-    kernels = tables.joined_kernels([read("kernels-h200.json"), read("kernels2-h200.json")])
+    kernels = read("kernels-h200.json")
     wider = read("kernels-support4096-h200.json")
     model = tables.joined([read(path.name) for path in sorted(RESULTS.glob("model*-h200.json"))])
     profiles = [read("profiles-h200.json"), read("profiles-decode-h200.json")]

@@ -38,7 +38,7 @@ def compile_ahead(attention: Callable[..., Tensor], *arguments: Any) -> None:
     """
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
     query, key = tensors[:2]
-    if not query.is_cuda or not hasattr(triton, "AsyncCompileMode") or torch.compiler.is_compiling():
+    if not query.is_cuda or torch.compiler.is_compiling():
         return
     wanted = [tensor.requires_grad and torch.is_grad_enabled() for tensor in tensors]
     flags = [argument for argument in arguments if isinstance(argument, bool)]
