@@ -59,7 +59,7 @@ def by_query_blocks(query: Tensor, wanted: bool) -> Blocks:
         return Blocks(64, 32, 8, 2)
     if dim > 64:
         return Blocks(128, 32, 8, 3, 128) if wanted else Blocks(128, 32, 8, 2, 128)
-    return Blocks(64, 64, 4, 2, 128) if wanted else Blocks(128, 64, 4, 3)
+    return Blocks(64, 32, 4, 3, 128)
 
 
 def by_key_blocks(query: Tensor) -> Blocks:

@@ -76,16 +76,16 @@ def mixed_stages(blocks: Blocks, tables: Tables) -> int:
     return 1 if tables.begin is None else blocks.stages
 
 
-def blocks_for(query: Tensor, soft: bool) -> Blocks:
-    """Sizes for a dtype, a head size and the kind of gates."""
+def blocks_for(query: Tensor, soft: bool, causal: bool) -> Blocks:
+    """Sizes for a dtype, a head size, the kind of gates and the order."""
     dim = padded(query.shape[-1])
     if query.dtype == torch.float32:
         return Blocks(64, 32, 4, 2) if dim <= 128 else Blocks(64, 32, 8, 1)
     if dim > 128:
         return Blocks(128, 32, 8, 2)
     if dim > 64:
-        return Blocks(128, 32, 4, 3) if soft else Blocks(128, 32, 8, 2, 128)
-    return Blocks(128, 32, 4, 3) if soft else Blocks(128, 64, 4, 3)
+        return Blocks(128, 32, 4, 3) if soft else Blocks(128, 32, 8, 3, 128)
+    return Blocks(64, 64, 4, 2, 128) if causal and not soft else Blocks(64, 32, 4, 3, 128)
 
 
 def forward(
@@ -104,7 +104,7 @@ def forward(
     Arguments as in `attention.attend`; `scores` and `tau` contiguous, the last dimension of the others too.
     """
     batch, heads, queries, _ = query.shape
-    blocks = blocks or blocks_for(query, scores is not None)
+    blocks = blocks or blocks_for(query, scores is not None, tables.begin is None)
     output = torch.empty_like(query)
     group = heads // key.shape[1]
     lse = torch.empty((batch, key.shape[1], queries, group), dtype=torch.float32, device=query.device)
