@@ -2,8 +2,9 @@
 
     python benchmarks/first_call.py --output first_calls.json
 
-Every family has a process of its own, all side by side: give them a core each. In it: the first forward, the first
-forward with backward, that again, and all of it for a second and a third length, which should compile nothing.
+Every family has a process of its own, all side by side, each with an equal share of the cores. In it: the first
+forward, the first forward with backward, that again, and all of it for a second and a third length, which should
+compile nothing; and how long Triton's compiler took for each kernel, from the source to the binary.
 """
 
 import argparse
@@ -31,6 +32,20 @@ FAMILIES = {  # query heads, KV heads, head size, gates
     "decoding step, 32/8 heads of 128": (32, 8, 128, None),
 }
 LENGTHS = (8192, 5003, 16384)
+
+
+def compilations() -> list[dict[str, Any]]:
+    """Filled from now on, a row for every kernel that is compiled."""
+    from triton import knobs
+
+    rows: list[dict[str, Any]] = []
+
+    def listen(*, metadata: dict[str, Any], times: Any, cache_hit: bool, **_: Any) -> None:
+        if not cache_hit:
+            rows.append({"kernel": metadata["name"], "seconds": round(times.total / 1e6, 3)})
+
+    knobs.compilation.listener = listen
+    return rows
 
 
 def seconds(run: Callable[[], object]) -> float:
@@ -85,9 +100,12 @@ def measure(name: str) -> dict[str, Any]:
     """In a fresh process."""
     heads, kv_heads, dim, gates = FAMILIES[name]
     draw(8).sum().item()  # the CUDA context is not ours
+    compiled = compilations()
     if gates is None:
-        return {"step": step(heads, kv_heads, dim)}
-    return {str(length): attention(heads, kv_heads, dim, gates, length) for length in LENGTHS}
+        calls = {"step": step(heads, kv_heads, dim)}
+    else:
+        calls = {str(length): attention(heads, kv_heads, dim, gates, length) for length in LENGTHS}
+    return {"cores": len(os.sched_getaffinity(0)), "calls": calls, "compiled": compiled}
 
 
 def main() -> None:
@@ -101,18 +119,21 @@ def main() -> None:
         return
     result: dict[str, Any] = {"format": 1, "benchmark": "first_calls", "commit": options.commit or current_commit()}
     result |= {**describe(), "rows": []}
+    cores = sorted(os.sched_getaffinity(0))
+    share = max(1, len(cores) // len(FAMILIES))
     with tempfile.TemporaryDirectory() as empty:
         processes = {}
         for number, name in enumerate(FAMILIES):
             caches = {"TRITON_CACHE_DIR": f"{empty}/{number}", "TORCHINDUCTOR_CACHE_DIR": f"{empty}/{number}-inductor"}
             command = [sys.executable, __file__, "--family", name]
             processes[name] = subprocess.Popen(command, env=os.environ | caches, stdout=subprocess.PIPE, text=True)
+            os.sched_setaffinity(processes[name].pid, cores[number * share :][:share] or cores)
         for name, process in processes.items():
             printed, _ = process.communicate()
             if process.returncode:
                 sys.exit(f"{name}: no result, exit status {process.returncode}")
-            result["rows"].append({"family": name, "calls": json.loads(printed)})
-            print(name, result["rows"][-1]["calls"], flush=True)
+            result["rows"].append({"family": name, **json.loads(printed)})
+            print(result["rows"][-1], flush=True)
     if options.output:
         write_json(options.output, result)
 

@@ -1,9 +1,8 @@
 """The page about speed, from the JSON that `attention_kernels.py` and `model.py` wrote: no number is typed by hand.
 
-python benchmarks/tables.py --kernels kernels.json --model model.json --page docs/speed.md --figure docs/speed.png
+python benchmarks/tables.py --kernels kernels.json --before earlier.json --model model.json --page docs/speed.md
 
-Several JSON of `model.py`, each with other cells, make one table. Of several
-JSON of the kernels the last counts, and earlier ones for contenders that it does not have.
+Several JSON of `model.py`, each with other cells, make one table.
 """
 
 import argparse
@@ -68,21 +67,7 @@ def medians(kernels: dict[str, Any], which: str) -> dict[str, dict[int, float]]:
     return found
 
 
-def joined_kernels(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The last run, and from earlier ones what it did not measure; `earlier` names those contenders."""
-    last = runs[-1]
-    if any(run["settings"] | {"repeat_ms": 0} != last["settings"] | {"repeat_ms": 0} for run in runs):
-        raise ValueError("the runs of attention_kernels.py have different settings")
-    rows, earlier = list(last["rows"]), []
-    for run in reversed(runs[:-1]):
-        there = {row["contender"] for row in rows}
-        found = [row for row in run["rows"] if row["contender"] not in there]
-        rows += found
-        earlier += [name for name in KERNELS if name in {row["contender"] for row in found}]
-    return last | {"rows": rows, "earlier": earlier}
-
-
-def kernel_tables(kernels: dict[str, Any]) -> str:
+def kernel_tables(kernels: dict[str, Any], before: dict[str, Any]) -> str:
     lengths = sorted({row["length"] for row in kernels["rows"]})
     head = ["ms", *(f"{length:,}" for length in lengths)]
     text = ""
@@ -91,7 +76,8 @@ def kernel_tables(kernels: dict[str, Any]) -> str:
         rows = [
             [label, *(short(times[name].get(n)) for n in lengths)] for name, label in KERNELS.items() if name in times
         ]
-        ours = times.get("sparsek hard", {})
+        ours, earlier = times.get("sparsek hard", {}), medians(before, which).get("sparsek hard", {})
+        rows.insert(1, [f"{KERNELS['sparsek hard']}, earlier run", *(short(earlier.get(n)) for n in lengths)])
         for name, label in (("flex window", "times as long as the window"), ("sdpa cudnn", "times as fast as cuDNN")):
             pairs = [(ours.get(n), times.get(name, {}).get(n)) for n in lengths]
             cells = [short((a / b if name == "flex window" else b / a) if a and b else None) for a, b in pairs]
@@ -180,14 +166,15 @@ def sizes_table(sizes: dict[str, Any]) -> str:
 
 
 def first_call_table(first_calls: dict[str, Any]) -> str:
-    """Seconds of the first length, and the longest first call of another one or of another support."""
+    """Seconds of the first length, and the longest first call of another one."""
     rows = []
     for row in first_calls["rows"]:
         first, *others = row["calls"].values()
         later = [seconds for call in others for name, seconds in call.items() if name != "again_s"]
-        both = short(first["forward_backward_s"]) if "forward_backward_s" in first else "-"
-        rows.append([row["family"], short(first["forward_s"]), both, short(max(later)) if later else "-"])
-    head = ["family, seconds", "first forward", "first backward after it", "another length or support, at most"]
+        both = first.get("forward_backward_s")
+        cells = (first["forward_s"], both, both and first["forward_s"] + both, max(later, default=None))
+        rows.append([row["family"], str(row["cores"]), *map(short, cells)])
+    head = ["family, seconds", "cores", "first forward", "first with backward after it", "both", "another length"]
     return table(head, rows)
 
 
@@ -213,6 +200,7 @@ def summary(kernels: dict[str, Any], model: dict[str, Any] | None) -> str:
 
 def page(
     kernels: dict[str, Any],
+    before: dict[str, Any],
     wider: dict[str, Any] | None,
     model: dict[str, Any] | None,
     profiles: list[dict[str, Any]],
@@ -220,7 +208,7 @@ def page(
     sizes: dict[str, Any] | None,
     figure: str | None,
 ) -> str:
-    """The whole page, Markdown; `wider` has soft gates over a larger support."""
+    """The whole page, Markdown; `before` is an earlier run, `wider` has soft gates over a larger support."""
     machine, versions, settings = kernels["machine"], kernels["versions"], kernels["settings"]
     errors = kernels["errors_against_float64"]
     worst = max(value for name, value in errors.items() if name != "tau")
@@ -236,15 +224,12 @@ Batch {settings["batch"]}, {settings["query_heads"]} query heads and {settings["
 {settings["dim"]}; k = {settings["k"]}, window = {settings["window"]}, {settings["sinks"]} sinks; soft gates over
 {settings["support"]:,} keys at most. Times of SparseK include its selection. Measured after outputs and gradients
 agreed with float64 (largest relative error {worst:.1e}) and the selection with the one in plain PyTorch.
-"""
-    if kernels["earlier"]:
-        text += f"""
-Of an earlier run, before a change that saves SparseK some twenty small launches: {
-            "; ".join(KERNELS[name] for name in kernels["earlier"])
-        }.
-"""
-    text += f"""
-{kernel_tables(kernels)}"""
+
+At 4,096 tokens, at times at 8,192, and for the selection alone, the limit is the CPU that launches the kernels ("Where
+the time goes"), and how fast it is differs from run to run: beside each other are this run and the run before, whose
+kernels were slower.
+
+{kernel_tables(kernels, before)}"""
     if wider:
         lengths = sorted({row["length"] for row in wider["rows"]})
         rows = []
@@ -298,16 +283,16 @@ them is the limit.
 {profile_table(profiles)}
 """
     if sizes:
-        text += f"""What would bring SparseK nearer to the window: programs with fewer registers, of which more run at
-a time. A search at {sizes["length"]:,} tokens; each kernel has the first sizes of its own here, since the tests have
-not run with others on a GPU.
+        text += f"""Sizes of programs, searched at {sizes["length"]:,} tokens with hard gates; the first of each
+kernel are in use. With 128 registers a thread 16 warps share a multiprocessor.
 
 {sizes_table(sizes)}
 """
     if first_calls:
         text += f"""## First calls
 
-Seconds in a fresh process with empty caches, processes side by side on cores of their own.
+Seconds in a fresh process with empty caches, processes side by side on cores of their own. A call compiles its kernels,
+and those of its backward if something wants a gradient, side by side as well: more cores make it shorter.
 
 {first_call_table(first_calls)}
 """
@@ -345,7 +330,8 @@ def draw(kernels: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--kernels", type=Path, nargs="+", required=True, help="the newest last")
+    parser.add_argument("--kernels", type=Path, required=True)
+    parser.add_argument("--before", type=Path, required=True, help="JSON of the run before it")
     parser.add_argument("--wider", type=Path, help="JSON of the kernels with a larger support")
     parser.add_argument("--model", type=Path, nargs="+", default=[])
     parser.add_argument("--profiles", type=Path, nargs="*", default=[])
@@ -354,13 +340,14 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="the Markdown to write")
     parser.add_argument("--figure", type=Path, help="the PNG to write, beside the page")
     options = parser.parse_args()
-    kernels = joined_kernels([json.loads(path.read_text("utf-8")) for path in options.kernels])
+    kernels, before = (json.loads(path.read_text("utf-8")) for path in (options.kernels, options.before))
     wider = json.loads(options.wider.read_text("utf-8")) if options.wider else None
     model = joined([json.loads(path.read_text("utf-8")) for path in options.model])
     profiles = [json.loads(path.read_text("utf-8")) for path in options.profiles]
     first_calls = json.loads(options.first_calls.read_text("utf-8")) if options.first_calls else None
     sizes = json.loads(options.sizes.read_text("utf-8")) if options.sizes else None
-    text = page(kernels, wider, model, profiles, first_calls, sizes, options.figure.name if options.figure else None)
+    figure = options.figure.name if options.figure else None
+    text = page(kernels, before, wider, model, profiles, first_calls, sizes, figure)
     if options.figure:
         draw(kernels, options.figure)
     if options.page:

@@ -110,10 +110,13 @@ def sparsek_attention(
         if implementation == "dense":
             return dense_sparsek_attention(*arguments, causal=causal)
         if _takes_kernels(implementation, query, scores):
-            from hf_sparse.ops.triton import attention as kernels  # Triton is there only beside a CUDA device
+            # Triton is there only beside a CUDA device.
+            from hf_sparse.ops.triton import attention as kernels
+            from hf_sparse.ops.triton.launch import compile_ahead
 
             fused = kernels.causal_sparsek_attention if causal else kernels.bidirectional_sparsek_attention
             with torch.cuda.device_of(query):  # where Triton launches
+                compile_ahead(fused, *arguments)
                 return fused(*arguments)
         return causal_sparsek_attention(*arguments) if causal else bidirectional_sparsek_attention(*arguments)
 

@@ -20,8 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_sparse.ops.triton.attention_forward import LENGTHS, LOG2_E, Blocks, constants, lengths, padded
-from hf_sparse.ops.triton.lists import Tables, by_lifetime
+from hf_sparse.ops.triton.attention_forward import LENGTHS, LOG2_E, Blocks, constants, lengths, mixed_stages, padded
+from hf_sparse.ops.triton.launch import launch
+from hf_sparse.ops.triton.lists import Tables, by_lifetime, leavers
 from hf_sparse.ops.triton.walk import (
     begins,
     consecutive,
@@ -29,14 +30,13 @@ from hf_sparse.ops.triton.walk import (
     gather,
     listed,
     listed_gates,
-    mixed_keys,
+    mixed,
+    reach,
     rows_of,
-    survey,
-    window_of,
 )
 
 # Queries whose part of d key and d value is summed before it is added to memory: in tiles of a list, and without.
-_TILES_AT_ONCE = 2
+_TILES_AT_ONCE = 4
 _QUERIES_AT_ONCE = 1024
 
 
@@ -58,8 +58,8 @@ def by_query_blocks(query: Tensor, wanted: bool) -> Blocks:
     if dim > 128:
         return Blocks(64, 32, 8, 2)
     if dim > 64:
-        return Blocks(128, 64, 8, 2) if wanted else Blocks(128, 32, 4, 3)
-    return Blocks(64, 64, 4, 2) if wanted else Blocks(128, 64, 4, 3)
+        return Blocks(128, 32, 8, 3, 128) if wanted else Blocks(128, 32, 8, 2, 128)
+    return Blocks(64, 32, 4, 3, 128)
 
 
 def by_key_blocks(query: Tensor) -> Blocks:
@@ -69,7 +69,7 @@ def by_key_blocks(query: Tensor) -> Blocks:
         return Blocks(32, 32, 4, 1) if dim <= 128 else Blocks(32, 32, 8, 1)
     if dim > 128:
         return Blocks(32, 64, 8, 2)
-    return Blocks(32 if dim > 64 else 64, 64, 4, 2)
+    return Blocks(32, 64, 4, 3) if dim > 64 else Blocks(64, 64, 4, 2)
 
 
 def backward(
@@ -105,7 +105,7 @@ def backward(
     atomic = want_scores and not of_keys and not deterministic
 
     d_query = torch.empty_like(query) if want_query else None
-    d_rows = torch.empty_like(lse) if want_tau else None  # of tau, for every query head
+    d_rows = torch.empty_like(lse) if want_tau else None  # of tau, for every row
     d_scores = None
     if scores is not None and want_scores:
         d_scores = torch.zeros_like(scores) if atomic else torch.empty_like(scores)
@@ -116,9 +116,10 @@ def backward(
     compiled = constants(query, key, scores, tables)
 
     rows = blocks or by_query_blocks(query, want_query)
-    _by_query[(triton.cdiv(query.shape[2] * compiled["GROUP"], rows.rows), key.shape[0] * key.shape[1])](
+    launch(_by_query, (triton.cdiv(query.shape[2] * compiled["GROUP"], rows.rows), key.shape[0] * key.shape[1]))(
         *arguments,
         tables.lists,
+        leavers(tables, query.shape[2], tables.tile) if tables.begin is None else None,
         tables.scores,
         tables.ends,
         tables.first,
@@ -137,11 +138,13 @@ def backward(
         **compiled,
         M=rows.rows,
         N=rows.keys,
+        MIXED_STAGES=mixed_stages(rows, tables),
         QUERY=want_query,
         ATOMIC=atomic,
         TAU=want_tau,
         num_warps=rows.warps,
         num_stages=rows.stages,
+        maxnreg=rows.registers,
     )
 
     d_key, d_value = None, None
@@ -152,11 +155,11 @@ def backward(
             d_value = torch.empty_like(value, dtype=wide)
         columns = blocks or by_key_blocks(query)
         slots = tables.sinks + tables.lists.shape[-1]
+        span, gone = _QUERIES_AT_ONCE, None
         if compiled["CAUSAL"]:
             span = _TILES_AT_ONCE * tables.tile
-            slots += span - 1
-        else:
-            span = _QUERIES_AT_ONCE
+            slots += span
+            gone = None if deterministic else leavers(tables, query.shape[2], span)
         rows_of_keys = key.shape[0] * key.shape[1]
         passes = {
             "window": (triton.cdiv(keys, columns.keys), rows_of_keys, 1),
@@ -165,9 +168,10 @@ def backward(
         if deterministic:
             passes = {"all": passes["window"]}
         for source, grid in passes.items():
-            _by_key[grid](
+            launch(_by_key, grid)(
                 *arguments,
                 by_lifetime(tables) if deterministic else tables.lists,
+                gone,
                 tables.first,
                 grad,
                 lse,
@@ -190,10 +194,11 @@ def backward(
                 SOURCE=source,
                 num_warps=columns.warps,
                 num_stages=columns.stages,
+                maxnreg=columns.registers,
             )
     d_tau = None
     if d_rows is not None:
-        d_tau = d_rows.unflatten(1, (key.shape[1], compiled["GROUP"])).sum(2)
+        d_tau = d_rows.sum(-1)
     d_key = d_key.to(key.dtype) if d_key is not None and want_key else None
     d_value = d_value.to(value.dtype) if d_value is not None and want_value else None
     return Gradients(d_query, d_key, d_value, d_scores, d_tau)
@@ -209,6 +214,7 @@ def _by_query(
     Begin,
     Until,
     Lists,
+    Leavers,
     Scores,
     Ends,
     First,
@@ -254,16 +260,18 @@ def _by_query(
     SOFT: tl.constexpr,
     CAUSAL: tl.constexpr,
     ALWAYS: tl.constexpr,
+    TILE: tl.constexpr,
     PRECISION: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
+    MIXED_STAGES: tl.constexpr,
     QUERY: tl.constexpr,
     ATOMIC: tl.constexpr,
     TAU: tl.constexpr,
 ):
     row = tl.program_id(1).to(tl.int64)  # of [B, Hkv]
     batch, head = row // heads, row % heads
-    query, member, exists, t_first, t_last = rows_of(tl.program_id(0), queries, GROUP, M)
+    flat, query, member, exists, t_first, t_last = rows_of(tl.program_id(0), queries, GROUP, M)
     t = query.to(tl.int64)
     dim = tl.arange(0, PADDED)
     inside = exists[:, None] & (dim < D)[None, :]
@@ -272,38 +280,21 @@ def _by_query(
     grad = tl.load(Grad + g_rows[:, None] + dim[None, :], mask=inside, other=0.0)
     out = tl.load(Out + o_rows[:, None] + dim[None, :], mask=inside, other=0.0)
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), 1)
-    per_row = (row * GROUP + member) * queries + query
+    per_row = row * queries * GROUP + flat
     tl.store(Delta + per_row, delta, mask=exists)
 
     if QUERY or ATOMIC or TAU:
         K += batch * k_batch + head * k_head
         V += batch * v_batch + head * v_head
-        Until += row * keys
-        of_list = (row * tiles + t_first // tile) * width
-        Lists += of_list
-        offset = keys - queries
-        position = (query + offset)[:, None]
-        low, high = t_first + offset, t_last + offset
-        first = tl.load(First + batch).to(tl.int32)
-        tau, tau_last = 0.0, 0.0
-        if not CAUSAL:
-            Begin += row * keys
-        if SOFT:
-            Z += row * keys
-        if SOFT and CAUSAL:
-            tau = tl.load(Tau + row * queries + query, mask=exists, other=0.0)[:, None]
-            tau_last = tl.load(Tau + row * queries + t_last)
-            Scores += of_list
-            Ends += of_list
         q_rows = batch * q_batch + (head * GROUP + member) * q_head + t * q_row
         q = tl.load(Q + q_rows[:, None] + dim[None, :], mask=inside, other=0.0)
         lse = tl.load(Lse + per_row, mask=exists, other=0.0)[:, None]
 
-        front, live = survey(
-            Z, Begin, Until, Lists, Scores, Ends, first, low, high, tau_last, sinks, width, keys, SOFT, CAUSAL, 512
-        )
-        tile_start = t_first // tile * tile + offset
-        begin, full_begin, full_end, end = window_of(low, high, tile_start, first, left, right, sinks, keys, CAUSAL)
+        tables, position, tau, first, front, live, gone, begin, full_begin, full_end, end = reach(
+            row, batch, query, exists, t_first, t_last, Z, Tau, Begin, Until, Lists, Leavers, Scores, Ends, First,
+            queries, keys, width, tiles, tile, left, right, sinks, SOFT, CAUSAL, TILE,
+        )  # fmt: skip
+        Z, Begin, Until, Lists, Leavers, Scores, Ends = tables
         step = tl.arange(0, N)
         d_query = tl.zeros([M, PADDED], tl.float32)
         d_tau = tl.zeros([M], tl.float32)
@@ -351,28 +342,13 @@ def _by_query(
                     d_query = tl.dot((credit * gate).to(k.dtype), k, d_query, input_precision=PRECISION)
             live = tl.maximum(tl.minimum(live, sinks), front)
 
-        mixed = live - front + full_begin - begin + end - right_begin
-        for start in range(0, mixed, N):
-            key, since = mixed_keys(
-                start + step,
-                front,
-                live,
-                begin,
-                full_begin,
-                right_begin,
-                end,
-                Lists,
-                Begin,
-                first,
-                sinks,
-                width,
-                keys,
-                ALWAYS,
-                CAUSAL,
-            )
+        rest = live - front + gone + full_begin - begin + end - right_begin
+        for start in tl.range(0, rest, N, num_stages=MIXED_STAGES):
+            key, sees = mixed(
+                start + step, position, front, live, gone, begin, full_begin, right_begin, end, Begin, Until, Lists,
+                Leavers, first, sinks, width, keys, ALWAYS, CAUSAL,
+            )  # fmt: skip
             there = key >= 0
-            until = tl.load(Until + key, mask=there, other=0)
-            sees = exists[:, None] & there[None, :] & (since[None, :] <= position) & (until[None, :] > position)
             k = gather(K, key, there, k_row, D, PADDED, True)
             logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse
             share = tl.exp2(tl.where(sees, logits, float("-inf")))
@@ -408,31 +384,40 @@ def _pairs(
     Delta,
     k,
     v,
-    query,
-    member,
-    exists,
+    start,
+    end,
     scale,
-    queries,
     q_head,
     q_row,
     g_head,
     g_row,
+    GROUP: tl.constexpr,
     D: tl.constexpr,
     PADDED: tl.constexpr,
+    M: tl.constexpr,
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Rows `[M, PADDED]` of the query and of the output's gradient; `[N, M]`, of every pair of key and row, its logit
-    less the logarithm of the mass, and `<do, v> - delta`."""
-    t, of_head, per_row = query.to(tl.int64), member.to(tl.int64), member * queries + query
-    q = gather(Q, of_head * q_head + t * q_row, exists, 1, D, PADDED, MASKED)
-    grad = gather(Grad, of_head * g_head + t * g_row, exists, 1, D, PADDED, MASKED)
-    if MASKED:
-        lse = tl.load(Lse + per_row, mask=exists, other=0.0)
-        delta = tl.load(Delta + per_row, mask=exists, other=0.0)
+    """Rows `[M, PADDED]` of the query and of the output's gradient, from row `start` on, and with MASKED up to `end`;
+    `[N, M]`, of every pair of key and row, its logit less the logarithm of the mass, and `<do, v> - delta`."""
+    step = tl.arange(0, M)
+    row = start + step
+    if M % GROUP == 0:  # whole queries: from block to block only the first changes
+        first = tl.cast(start // GROUP, tl.int64)
+        Q += first * q_row
+        Grad += first * g_row
+        near = step
     else:
-        lse = tl.load(Lse + per_row)
-        delta = tl.load(Delta + per_row)
+        near = row
+    query, member, exists = (near // GROUP).to(tl.int64), (near % GROUP).to(tl.int64), row < end
+    q = gather(Q, member * q_head + query * q_row, exists, 1, D, PADDED, MASKED)
+    grad = gather(Grad, member * g_head + query * g_row, exists, 1, D, PADDED, MASKED)
+    if MASKED:
+        lse = tl.load(Lse + row, mask=exists, other=0.0)
+        delta = tl.load(Delta + row, mask=exists, other=0.0)
+    else:
+        lse = tl.load(Lse + row)
+        delta = tl.load(Delta + row)
     logits = tl.dot(k, tl.trans(q), input_precision=PRECISION) * scale - lse[None, :]
     return q, grad, logits, tl.dot(v, tl.trans(grad), input_precision=PRECISION) - delta[None, :]
 
@@ -447,6 +432,7 @@ def _by_key(
     Begin,
     Until,
     Lists,
+    Leavers,
     First,
     Grad,
     Lse,
@@ -493,6 +479,7 @@ def _by_key(
     SOFT: tl.constexpr,
     CAUSAL: tl.constexpr,
     ALWAYS: tl.constexpr,
+    TILE: tl.constexpr,
     PRECISION: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
@@ -522,9 +509,9 @@ def _by_key(
         Lists += (row * tiles + t_low // tile) * width
         key = listed(place, sinks + width, Lists, first, sinks, width, keys)
         if CAUSAL:  # and those that leave the window meanwhile
-            leaving = t_low + offset - left + place - sinks - width
-            new = (place >= sinks + width) & (leaving >= first + sinks) & (leaving < t_high + offset - left)
-            key = tl.where(new, leaving, key)
+            Leavers += (row * tl.num_programs(2) + tl.program_id(2)) * span
+            entry = place - sinks - width
+            key = tl.maximum(key, tl.load(Leavers + entry, mask=(entry >= 0) & (entry < span), other=-1))
         there = key >= 0
     else:
         there = place < keys
@@ -561,13 +548,10 @@ def _by_key(
         all_end = tl.minimum(tl.min(tl.where(attended, until, 1 << 30), 0) - offset, t_end)
         full_begin = all_begin * GROUP
         full_end = full_begin + tl.maximum(all_end - all_begin, 0) * GROUP // M * M
-    step = tl.arange(0, M)
     for start in range(full_begin, full_end, M):
-        flat = start + step
-        query, member = flat // GROUP, flat % GROUP
         q, grad, logits, credit = _pairs(
-            Q, Grad, Lse, Delta, k, v, query, member, query >= 0, scale, queries, q_head, q_row, g_head, g_row,
-            D, PADDED, PRECISION, False,
+            Q, Grad, Lse, Delta, k, v, start, full_end, scale, q_head, q_row, g_head, g_row,
+            GROUP, D, PADDED, M, PRECISION, False,
         )  # fmt: skip
         share = tl.exp2(logits)
         credit = share * credit
@@ -575,18 +559,21 @@ def _by_key(
             d_value = tl.dot(share.to(grad.dtype), grad, d_value, input_precision=PRECISION)
             d_key = tl.dot(credit.to(q.dtype), q, d_key, input_precision=PRECISION)
 
-    front = full_begin - t_first * GROUP
-    rest = (t_end - t_first) * GROUP - (full_end - full_begin)
-    for start in range(0, rest, M):
-        slot = start + step
-        flat = tl.where(slot < front, t_first * GROUP + slot, full_end + slot - front)
-        query, member, exists = flat // GROUP, flat % GROUP, slot < rest
-        position = (query + offset)[None, :]
+    # Then those before and after them, each from a block of its own on.
+    since = tl.where(attended, since, 1 << 30)[:, None]
+    until = until[:, None]
+    before = tl.cdiv(full_begin - t_first * GROUP, M)
+    after = tl.cdiv(t_end * GROUP - full_end, M)
+    for block in range(0, before + after):
+        start = tl.where(block < before, t_first * GROUP + block * M, full_end + (block - before) * M)
+        end = tl.where(block < before, full_begin, t_end * GROUP)
         q, grad, logits, credit = _pairs(
-            Q, Grad, Lse, Delta, k, v, query, member, exists, scale, queries, q_head, q_row, g_head, g_row,
-            D, PADDED, PRECISION, True,
+            Q, Grad, Lse, Delta, k, v, start, end, scale, q_head, q_row, g_head, g_row,
+            GROUP, D, PADDED, M, PRECISION, True,
         )  # fmt: skip
-        sees = attended[:, None] & exists[None, :] & (since[:, None] <= position) & (until[:, None] > position)
+        row_of = start + tl.arange(0, M)
+        position = tl.where(row_of < end, row_of // GROUP + offset, -(1 << 30))[None, :]
+        sees = (since <= position) & (until > position)
         if SOURCE == "list" and not CAUSAL:
             sees = sees & ((key[:, None] < position - left) | (key[:, None] > position + right))
         share = tl.exp2(tl.where(sees, logits, float("-inf")))
@@ -594,7 +581,7 @@ def _by_key(
         if SOFT and SOURCE != "window":
             tau = 0.0
             if CAUSAL:
-                tau = tl.load(Tau + row * queries + query, mask=exists, other=0.0)[None, :]
+                tau = tl.load(Tau + row * queries + row_of // GROUP, mask=row_of < end, other=0.0)[None, :]
             gate, near = gates(position, tau, key[:, None], z, left, right)
             if SCORES:
                 free = sees & (near == 0) & (z > tau) & (z - 1.0 < tau)

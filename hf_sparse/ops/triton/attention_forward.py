@@ -12,29 +12,32 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_sparse.ops.triton.lists import ALWAYS, Tables
+from hf_sparse.ops.triton.launch import launch
+from hf_sparse.ops.triton.lists import ALWAYS, Tables, leavers
 from hf_sparse.ops.triton.walk import (
     consecutive,
     gates,
     gather,
     listed,
     listed_gates,
-    mixed_keys,
+    mixed,
+    reach,
     rows_of,
-    survey,
-    window_of,
 )
 
 LOG2_E = 1.4426950408889634
 
 
 class Blocks(NamedTuple):
-    """Sizes of a program: rows, keys at a time, and Triton's warps and stages."""
+    """Sizes of a program: rows, keys at a time, Triton's warps and stages, and the most registers of a thread.
+
+    With 128 registers 16 warps share a multiprocessor; some values are then kept in memory, which costs less."""
 
     rows: int
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 def padded(dim: int) -> int:
@@ -62,18 +65,27 @@ def constants(query: Tensor, key: Tensor, scores: Tensor | None, tables: Tables)
         "SOFT": scores is not None,
         "CAUSAL": tables.begin is None,
         "ALWAYS": ALWAYS,
+        "TILE": triton.next_power_of_2(tables.tile) if tables.begin is None else 1,
         "PRECISION": "tf32x3" if query.dtype == torch.float32 else "tf32",  # no choice in half precision
     }
 
 
-def blocks_for(query: Tensor, soft: bool) -> Blocks:
-    """Sizes for a dtype, a head size and the kind of gates."""
+def mixed_stages(blocks: Blocks, tables: Tables) -> int:
+    """Stages of the loop over the mixed keys. In causal order these are few: what it takes to fetch them ahead would
+    fill the registers that the other loops need."""
+    return 1 if tables.begin is None else blocks.stages
+
+
+def blocks_for(query: Tensor, soft: bool, causal: bool) -> Blocks:
+    """Sizes for a dtype, a head size, the kind of gates and the order."""
     dim = padded(query.shape[-1])
     if query.dtype == torch.float32:
         return Blocks(64, 32, 4, 2) if dim <= 128 else Blocks(64, 32, 8, 1)
     if dim > 128:
         return Blocks(128, 32, 8, 2)
-    return Blocks(128, 32, 4, 3) if soft or dim > 64 else Blocks(128, 64, 4, 3)
+    if dim > 64:
+        return Blocks(128, 32, 4, 3) if soft else Blocks(128, 32, 8, 3, 128)
+    return Blocks(64, 64, 4, 2, 128) if causal and not soft else Blocks(64, 32, 4, 3, 128)
 
 
 def forward(
@@ -86,16 +98,17 @@ def forward(
     scaling: float,
     blocks: Blocks | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output, and the logarithm to base 2 of the softmax mass of every query: `[B, Hq, Tq]` float32, 0 without a key.
+    """Output, and the logarithm to base 2 of the softmax mass of every row: `[B, Hkv, Tq, group]` float32, 0 without a
+    key. In this order the rows of a program lie side by side.
 
     Arguments as in `attention.attend`; `scores` and `tau` contiguous, the last dimension of the others too.
     """
     batch, heads, queries, _ = query.shape
-    blocks = blocks or blocks_for(query, scores is not None)
+    blocks = blocks or blocks_for(query, scores is not None, tables.begin is None)
     output = torch.empty_like(query)
-    lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=query.device)
-    rows = queries * (heads // key.shape[1])
-    _forward[(triton.cdiv(rows, blocks.rows), batch * key.shape[1])](
+    group = heads // key.shape[1]
+    lse = torch.empty((batch, key.shape[1], queries, group), dtype=torch.float32, device=query.device)
+    launch(_forward, (triton.cdiv(queries * group, blocks.rows), batch * key.shape[1]))(
         query,
         key,
         value,
@@ -104,6 +117,7 @@ def forward(
         tables.begin,
         tables.until,
         tables.lists,
+        leavers(tables, queries, tables.tile) if tables.begin is None else None,
         tables.scores,
         tables.ends,
         tables.first,
@@ -118,11 +132,20 @@ def forward(
         **constants(query, key, scores, tables),
         M=blocks.rows,
         N=blocks.keys,
+        MIXED_STAGES=mixed_stages(blocks, tables),
         NEGATIVE=scaling < 0,
         num_warps=blocks.warps,
         num_stages=blocks.stages,
+        maxnreg=blocks.registers,
     )
     return output, lse
+
+
+@triton.jit
+def _weigh(logits, peak, scale):
+    """The largest scaled logit of each row so far, weights against it, and the factor of what was summed before."""
+    top = tl.maximum(peak, tl.max(logits, 1) * scale)
+    return top, tl.exp2(logits * scale - top[:, None]), tl.exp2(peak - top)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -135,6 +158,7 @@ def _forward(
     Begin,
     Until,
     Lists,
+    Leavers,
     Scores,
     Ends,
     First,
@@ -170,32 +194,16 @@ def _forward(
     SOFT: tl.constexpr,
     CAUSAL: tl.constexpr,
     ALWAYS: tl.constexpr,
+    TILE: tl.constexpr,
     PRECISION: tl.constexpr,
+    MIXED_STAGES: tl.constexpr,
     NEGATIVE: tl.constexpr,
 ):
     row = tl.program_id(1).to(tl.int64)  # of [B, Hkv]
     batch, head = row // heads, row % heads
     K += batch * k_batch + head * k_head
     V += batch * v_batch + head * v_head
-    Until += row * keys
-    query, member, exists, t_first, t_last = rows_of(tl.program_id(0), queries, GROUP, M)
-    of_list = (row * tiles + t_first // tile) * width
-    Lists += of_list
-    offset = keys - queries
-    position = (query + offset)[:, None]
-    low, high = t_first + offset, t_last + offset
-    first = tl.load(First + batch).to(tl.int32)
-    tau, tau_last = 0.0, 0.0
-    if not CAUSAL:
-        Begin += row * keys
-    if SOFT:
-        Z += row * keys
-    if SOFT and CAUSAL:
-        tau = tl.load(Tau + row * queries + query, mask=exists, other=0.0)[:, None]
-        tau_last = tl.load(Tau + row * queries + t_last)
-        Scores += of_list
-        Ends += of_list
-
+    flat, query, member, exists, t_first, t_last = rows_of(tl.program_id(0), queries, GROUP, M)
     dim = tl.arange(0, PADDED)
     inside = exists[:, None] & (dim < D)[None, :]
     q_rows = batch * q_batch + (head * GROUP + member) * q_head + query.to(tl.int64) * q_row
@@ -203,11 +211,11 @@ def _forward(
     if NEGATIVE:  # the maximum of scaled logits is taken before they are scaled
         q = -q
 
-    front, live = survey(
-        Z, Begin, Until, Lists, Scores, Ends, first, low, high, tau_last, sinks, width, keys, SOFT, CAUSAL, 512
-    )
-    tile_start = t_first // tile * tile + offset
-    begin, full_begin, full_end, end = window_of(low, high, tile_start, first, left, right, sinks, keys, CAUSAL)
+    tables, position, tau, first, front, live, gone, begin, full_begin, full_end, end = reach(
+        row, batch, query, exists, t_first, t_last, Z, Tau, Begin, Until, Lists, Leavers, Scores, Ends, First,
+        queries, keys, width, tiles, tile, left, right, sinks, SOFT, CAUSAL, TILE,
+    )  # fmt: skip
+    Z, Begin, Until, Lists, Leavers, Scores, Ends = tables
     front = front // N * N
     taken = (full_end - full_begin) // N * N
 
@@ -220,24 +228,18 @@ def _forward(
         key = listed(start + step, front, Lists, first, sinks, width, keys)
         k = gather(K, key, key >= 0, k_row, D, PADDED, False)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        top = tl.maximum(peak, tl.max(logits, 1) * scale)
-        weight = tl.exp2(logits * scale - top[:, None])
-        shrink = tl.exp2(peak - top)
+        peak, weight, shrink = _weigh(logits, peak, scale)
         mass = mass * shrink + tl.sum(weight, 1)
         v = gather(V, key, key >= 0, v_row, D, PADDED, False)
         out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
-        peak = top
 
     for start in range(0, taken, N):
         k = consecutive(K, full_begin + start, k_row, N, D, PADDED)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        top = tl.maximum(peak, tl.max(logits, 1) * scale)
-        weight = tl.exp2(logits * scale - top[:, None])
-        shrink = tl.exp2(peak - top)
+        peak, weight, shrink = _weigh(logits, peak, scale)
         mass = mass * shrink + tl.sum(weight, 1)
         v = consecutive(V, full_begin + start, v_row, N, D, PADDED)
         out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
-        peak = top
 
     if SOFT and CAUSAL:
         for start in range(tl.maximum(front, sinks), live, N):
@@ -246,57 +248,35 @@ def _forward(
             gate, _ = listed_gates(slot, live, Scores, Ends, sinks, width, position, tau)
             k = gather(K, key, key >= 0, k_row, D, PADDED, False)
             logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            logits = tl.where(gate > 0, logits, float("-inf"))
-            top = tl.maximum(peak, tl.max(logits, 1) * scale)
-            weight = tl.exp2(logits * scale - top[:, None]) * gate
-            shrink = tl.exp2(peak - top)
+            peak, weight, shrink = _weigh(tl.where(gate > 0, logits, float("-inf")), peak, scale)
+            weight *= gate
             mass = mass * shrink + tl.sum(weight, 1)
             v = gather(V, key, key >= 0, v_row, D, PADDED, False)
             out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
-            peak = top
         live = tl.maximum(tl.minimum(live, sinks), front)
 
     right_begin = full_begin + taken
-    mixed = live - front + full_begin - begin + end - right_begin
-    for start in range(0, mixed, N):
-        key, since = mixed_keys(
-            start + step,
-            front,
-            live,
-            begin,
-            full_begin,
-            right_begin,
-            end,
-            Lists,
-            Begin,
-            first,
-            sinks,
-            width,
-            keys,
-            ALWAYS,
-            CAUSAL,
-        )
+    rest = live - front + gone + full_begin - begin + end - right_begin
+    for start in tl.range(0, rest, N, num_stages=MIXED_STAGES):
+        key, sees = mixed(
+            start + step, position, front, live, gone, begin, full_begin, right_begin, end, Begin, Until, Lists,
+            Leavers, first, sinks, width, keys, ALWAYS, CAUSAL,
+        )  # fmt: skip
         there = key >= 0
-        until = tl.load(Until + key, mask=there, other=0)
-        sees = there[None, :] & (since[None, :] <= position) & (until[None, :] > position)
         k = gather(K, key, there, k_row, D, PADDED, True)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        logits = tl.where(sees, logits, float("-inf"))
-        top = tl.maximum(peak, tl.max(logits, 1) * scale)
-        weight = tl.exp2(logits * scale - top[:, None])
+        peak, weight, shrink = _weigh(tl.where(sees, logits, float("-inf")), peak, scale)
         if SOFT:
             z = tl.load(Z + key, mask=there, other=0.0)[None, :]
             gate, _ = gates(position, tau, key[None, :], z, left, right)
             weight = tl.where(sees, weight * gate, 0.0)
-        shrink = tl.exp2(peak - top)
         mass = mass * shrink + tl.sum(weight, 1)
         v = gather(V, key, there, v_row, D, PADDED, True)
         out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
-        peak = top
 
     some = mass > 0
     out = tl.where(some[:, None], out / tl.where(some, mass, 1.0)[:, None], 0.0)
     o_rows = batch * o_batch + (head * GROUP + member) * o_head + query.to(tl.int64) * o_row
     tl.store(Out + o_rows[:, None] + dim[None, :], out.to(Out.dtype.element_ty), mask=inside)
     lse = tl.where(some, peak + tl.log2(tl.where(some, mass, 1.0)), 0.0)
-    tl.store(Lse + (row * GROUP + member) * queries + query, lse, mask=exists)
+    tl.store(Lse + row * queries * GROUP + flat, lse, mask=exists)

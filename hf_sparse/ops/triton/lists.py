@@ -15,7 +15,8 @@ import triton
 from torch import Tensor
 
 from hf_sparse.ops.prefix import Scan
-from hf_sparse.ops.triton.lists_kernels import in_list_order, intervals
+from hf_sparse.ops.triton.launch import launch
+from hf_sparse.ops.triton.lists_kernels import in_list_order, intervals, leaving
 
 # Before and after every position; their difference fits into int32.
 ALWAYS = -(1 << 29)
@@ -27,10 +28,9 @@ _ENTRIES = 1024  # and per program that reads in the order of lists
 class Tables(NamedTuple):
     """What the kernels read about keys.
 
-    A query at position p finds its keys in the list of its tile (the first `sinks` keys of the row, then `lists`) and
-    among the keys from `s - left` to `p + right`, with s the position of the first query of the tile (p itself without
-    causal order). Keys of the list do not stand in that range, except those with `begin = ALWAYS`, which are skipped
-    there.
+    A query at position p finds its keys in the list of its tile (the first `sinks` keys of the row, then `lists`),
+    among the tile's `leavers`, and among the keys from `p - left` to `p + right`. Keys of the list do not stand in that
+    range, except those with `begin = ALWAYS`, which are skipped there.
 
     Attributes:
         begin: `[B, Hkv, Tk]` int32, or `None` for `begin[j] = j`, which is causal order.
@@ -65,10 +65,14 @@ def causal_tables(
     batch, heads, keys = scores.shape
     soft = found.tau is not None
     scores = scores.contiguous()
-    lists, rank, floor = found.lists.contiguous(), found.rank.contiguous(), found.floor.contiguous()
+    rank, floor = found.rank.contiguous(), found.floor.contiguous()
+    lists = found.lists.contiguous()
+    if lists.dtype == torch.int64:  # of the plain scan, which fills short lists with keys that are no candidates
+        candidate = (lists >= first[:, None, None, None] + sinks) & (lists < keys)
+        lists = lists.where(candidate, -1).to(torch.int32)
     tau = found.tau.detach().contiguous() if found.tau is not None else None
     until = torch.empty(scores.shape, dtype=torch.int32, device=scores.device)
-    intervals[(triton.cdiv(keys, _KEYS), batch * heads)](
+    launch(intervals, (triton.cdiv(keys, _KEYS), batch * heads))(
         rank, floor, scores if soft else None, tau, first, until, keys, queries, heads, window, sinks,
         queries.bit_length(), SOFT=soft, BLOCK=_KEYS, num_warps=4,
     )  # fmt: skip
@@ -78,10 +82,28 @@ def causal_tables(
     size = lists.shape[-2] * lists.shape[-1]
     of_lists = torch.empty(lists.shape, dtype=torch.float32, device=scores.device)
     ends = torch.empty(lists.shape, dtype=torch.int32, device=scores.device)
-    in_list_order[(triton.cdiv(size, _ENTRIES), batch * heads)](
-        lists, scores, until, first, of_lists, ends, size, keys, heads, sinks, BLOCK=_ENTRIES, num_warps=4
+    launch(in_list_order, (triton.cdiv(size, _ENTRIES), batch * heads))(
+        lists, scores, until, of_lists, ends, size, keys, BLOCK=_ENTRIES, num_warps=4
     )
     return tables._replace(scores=of_lists, ends=ends)
+
+
+def leavers(tables: Tables, queries: int, tile: int) -> Tensor:
+    """Keys that leave the window between the first and the last query of a tile, and are attended after that.
+
+    In causal order. Of long sequences few keys are selected, so these are few of those that leave.
+
+    Returns:
+        `[B, Hkv, n_tiles, tile]` int32, in rising order, -1 after the last; of tiles of `tile` queries.
+    """
+    batch, heads, keys = tables.until.shape
+    tiles = triton.cdiv(queries, tile)
+    found = torch.empty((batch, heads, tiles, tile), dtype=torch.int32, device=tables.until.device)
+    launch(leaving, (tiles, batch * heads))(
+        tables.until, tables.first, found, keys, queries, heads, tiles, tile, tables.left, tables.sinks,
+        TILE=triton.next_power_of_2(tile), num_warps=4,
+    )  # fmt: skip
+    return found
 
 
 def bidirectional_tables(gates: Tensor, first: Tensor, *, window: int, width: int) -> Tables:

@@ -19,15 +19,19 @@ import math
 import torch
 import triton
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from hf_sparse.ops import prefix
-from hf_sparse.ops.prefix import Scan, _Plan, _Thresholds
+from hf_sparse.ops.prefix import Scan, _Plan
+from hf_sparse.ops.triton.launch import launch
 from hf_sparse.ops.triton.scan_kernels import (
+    free_intervals,
     merge_earlier,
     merge_for_tiles,
+    shares,
     sort_chunks,
     sum_lists,
+    sum_shares,
     thresholds,
     tile_thresholds,
 )
@@ -37,6 +41,7 @@ _BLOCK = 4  # chunks per block
 _FLOORS = (64, 4)  # queries and warps of a program that looks for floors
 _TAUS = (64, 4)  # and of one that solves for tau as well
 _LISTS = 32  # per program that solves for their thresholds
+_KEYS = 256  # or queries, per program of the backward
 _LARGEST = 8192  # keys of a list
 
 
@@ -89,8 +94,24 @@ class _TritonThresholds(torch.autograd.Function):
         return tau, rank, floor, lists
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        return _Thresholds.backward(ctx, grad)[0], None
+        """As `hf_sparse.ops.prefix` does it: tau moves by one over the number of its free keys with each of them."""
+        scores, rank, floor, tau = (tensor.contiguous() for tensor in ctx.saved_tensors)  # type: ignore[attr-defined]
+        keys, queries = scores.shape[-1], tau.shape[-1]
+        rows, device = math.prod(scores.shape[:-1]), scores.device
+        begin = torch.empty(scores.shape, dtype=torch.int32, device=device)
+        end, d_scores, share = torch.empty_like(begin), torch.empty_like(scores), torch.empty_like(tau)
+        change = torch.zeros((*tau.shape[:-1], queries + 1), dtype=torch.int32, device=device)
+        by_key, by_query = ((triton.cdiv(number, _KEYS), rows) for number in (keys, queries))
+        arrival, steps = ctx.first, queries.bit_length()  # type: ignore[attr-defined]
+        launch(free_intervals, by_key)(
+            scores, rank, floor, tau, begin, end, change, keys, queries, arrival, steps, BLOCK=_KEYS
+        )
+        free = change.cumsum(-1, dtype=torch.int32)
+        launch(shares, by_query)(grad.contiguous(), free, share, queries, BLOCK=_KEYS)
+        launch(sum_shares, by_key)(share.cumsum(-1), begin, end, d_scores, keys, queries, BLOCK=_KEYS)
+        return d_scores, None
 
 
 def _run(scores: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -121,7 +142,9 @@ def _launch(scores: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor, Tensor
     width = min(size, _BLOCK * C)
     lists = codes(chunks, width)
     covered = max(chunks, triton.cdiv(keys - start, C))
-    sort_chunks[(covered, rows)](scores, rank, chunk_lists, lists, keys, chunks, start, width, C, _BLOCK, num_warps=4)
+    launch(sort_chunks, (covered, rows))(
+        scores, rank, chunk_lists, lists, keys, chunks, start, width, C, _BLOCK, num_warps=4
+    )
 
     # Lists of the blocks, and then of all keys up to the end of each. Nobody sees the end of the last block.
     source, source_row, source_list, source_width = lists[:, _BLOCK - 1 :], chunks * width, _BLOCK * width, width
@@ -130,13 +153,13 @@ def _launch(scores: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor, Tensor
         target_width = min(size, 2 * source_width)
         target = codes(last, target_width)
         grid, shape = _merging(last, rows, target_width, source_width)
-        merge_earlier[grid](source, target, source_row, source_list, source_width, target_width, reach, **shape)
+        launch(merge_earlier, grid)(source, target, source_row, source_list, source_width, target_width, reach, **shape)
         source, source_row, source_list, source_width = target, last * target_width, target_width, target_width
         reach *= 2
     best = codes(tiles, size)
     index = torch.empty((rows, tiles // every if plan.with_lists else 0, size), dtype=torch.int32, device=device)
     grid, shape = _merging(tiles, rows, size, max(source_width, width))
-    merge_for_tiles[grid](
+    launch(merge_for_tiles, grid)(
         source, lists, best, index, last, source_width, chunks, width, before, start, every, size, C, _BLOCK,
         WITH_INDEX=plan.with_lists, **shape,
     )  # fmt: skip
@@ -147,13 +170,13 @@ def _launch(scores: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor, Tensor
     longest, steps = triton.next_power_of_2(size), size.bit_length()
     if plan.with_tau:
         sums = torch.empty(best.shape, dtype=torch.float64, device=device)
-        sum_lists[(tiles, rows)](best, sums, size, longest, num_warps=4)
+        launch(sum_lists, (tiles, rows))(best, sums, size, longest, num_warps=4)
         bounds = torch.empty((rows, tiles), dtype=torch.float64, device=device)
-        tile_thresholds[(triton.cdiv(tiles, _LISTS), rows)](
+        launch(tile_thresholds, (triton.cdiv(tiles, _LISTS), rows))(
             best, sums, bounds, tiles, size, plan.k, _LISTS, steps, num_warps=1
         )
         tau = torch.empty((rows, tiles * C), device=device)
-    thresholds[(tiles * C // Q, rows)](
+    launch(thresholds, (tiles * C // Q, rows))(
         best, sums, chunk_lists, bounds, floor, tau, queries, chunks, before, size, plan.k, C, Q, longest, steps,
         WITH_TAU=plan.with_tau, num_warps=warps,
     )  # fmt: skip

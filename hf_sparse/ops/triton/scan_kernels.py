@@ -368,3 +368,68 @@ def thresholds(
         value = tl.where(length + tl.sum(member.to(tl.int32), 1) > k, root, -float("inf")).to(tl.float32)
         value = tl.max(tl.where(query[None, :] <= query[:, None], value[None, :], -float("inf")), 1)
         tl.store(tau + row * (tl.num_programs(0) * Q) + at, value)
+
+
+@triton.jit
+def count_before(Sorted, value, low, high, steps, RIGHT: tl.constexpr):
+    """How many of the entries from `low` to `high` of a sorted row stand before each value; with RIGHT, up to it."""
+    for _ in range(0, steps):
+        middle = (low + high) // 2
+        inside = low < high
+        entry = tl.load(Sorted + middle, mask=inside, other=0)
+        before = inside & ((entry <= value) if RIGHT else (entry < value))
+        low = tl.where(before, middle + 1, low)
+        high = tl.where(inside & (before == 0), middle, high)
+    return low
+
+
+@triton.jit(do_not_specialize=["keys", "queries", "arrival", "steps"])
+def free_intervals(Scores, Rank, Floor, Tau, Begin, End, Change, keys, queries, arrival, steps, BLOCK: tl.constexpr):
+    """Queries from `Begin` to `End` `[rows, keys]` int32 move with the key's score: its gate is between 0 and 1.
+
+    `Change` `[rows, queries + 1]` int32, of zeros, gets 1 at the beginning and -1 at the end of each interval. Key j is
+    eligible from query `j + arrival` on."""
+    row = tl.program_id(1).to(tl.int64)
+    key = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = key < keys
+    at = row * keys + key
+    score = tl.load(Scores + at, mask=there, other=0.0)
+    rank = tl.load(Rank + at, mask=there, other=0)
+    none = tl.zeros([BLOCK], tl.int32)
+    begin = count_before(Tau + row * queries, score - 1.0, none, none + queries, steps, True)  # a gate of 1 before
+    begin = tl.minimum(tl.maximum(begin, key + arrival), queries)
+    end = count_before(Floor + row * queries, rank, none, none + queries, steps, True)
+    end = count_before(Tau + row * queries, score, none, end, steps, False)
+    end = tl.where(rank > 0, tl.maximum(end, begin), begin)
+    tl.store(Begin + at, begin, mask=there)
+    tl.store(End + at, end, mask=there)
+    some = there & (end > begin)
+    Change += row * (queries + 1)
+    tl.atomic_add(Change + begin, none + 1, mask=some, sem="relaxed")
+    tl.atomic_add(Change + end, none - 1, mask=some, sem="relaxed")
+
+
+@triton.jit(do_not_specialize=["queries"])
+def shares(Grad, Free, Share, queries, BLOCK: tl.constexpr):
+    """`Grad` over the number of free keys of each query, 0 without one."""
+    row = tl.program_id(1).to(tl.int64)
+    query = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = query < queries
+    grad = tl.load(Grad + row * queries + query, mask=there, other=0.0)
+    free = tl.load(Free + row * (queries + 1) + query, mask=there, other=0)
+    share = tl.where(free > 0, grad / tl.maximum(free, 1).to(grad.dtype), 0.0)
+    tl.store(Share + row * queries + query, share, mask=there)
+
+
+@triton.jit(do_not_specialize=["keys", "queries"])
+def sum_shares(Total, Begin, End, DScores, keys, queries, BLOCK: tl.constexpr):
+    """The sum of the shares of every key's interval, from their running sums `Total` `[rows, queries]`."""
+    row = tl.program_id(1).to(tl.int64)
+    key = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = key < keys
+    begin = tl.load(Begin + row * keys + key, mask=there, other=0)
+    end = tl.load(End + row * keys + key, mask=there, other=0)
+    Total += row * queries - 1
+    upper = tl.load(Total + end, mask=end > 0, other=0.0)
+    lower = tl.load(Total + begin, mask=begin > 0, other=0.0)
+    tl.store(DScores + row * keys + key, upper - lower, mask=there)

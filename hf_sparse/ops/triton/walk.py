@@ -6,7 +6,7 @@ first the slots that all of its rows attend to with gate 1, a whole number of bl
 the others, each pair of query and key by its interval (see `lists`):
 
     full     the front of the list, and the middle of the window, each a whole number of blocks
-    mixed    the rest of the list, and the two ends of the window, with what left it inside the list's tile
+    mixed    the rest of the list, the leavers of its tile so far, and the two ends of the window
 
 Soft gates make the rest of a list long, and a causal list holds no key of any window: these go by themselves, with no
 other mask than their gate, and what that needs is read in the order of the list.
@@ -18,22 +18,21 @@ import triton.language as tl
 
 @triton.jit
 def rows_of(block, queries, GROUP: tl.constexpr, M: tl.constexpr):
-    """Query, head inside the group, and whether it exists, of each row; the first and last query of the block."""
+    """Number, query, head inside the group, and whether it exists, of each row; the block's first and last query."""
     row = block * M + tl.arange(0, M)
     query = row // GROUP
     first = block * M // GROUP
     last = tl.minimum((block * M + M - 1) // GROUP, queries - 1)
-    return query, row % GROUP, query < queries, first, last
+    return row, query, row % GROUP, query < queries, first, last
 
 
 @triton.jit
 def listed(slot, limit, Lists, first, sinks, width, keys):
     """Keys of the slots below `limit` of a list, sinks in front; -1 for none."""
-    inside = (slot >= sinks) & (slot < sinks + width) & (slot < limit)
+    inside = (slot >= sinks) & (slot < tl.minimum(limit, sinks + width))
     key = tl.load(Lists + slot - sinks, mask=inside, other=-1).to(tl.int32)
-    key = tl.where(key < first + sinks, -1, key)  # a short list may go on with keys that are no candidates
-    key = tl.where(slot < tl.minimum(sinks, limit), first + slot, key)
-    return tl.where(key < keys, key, -1)
+    own = tl.minimum(tl.minimum(sinks, limit), keys - first)  # sinks that the row has
+    return tl.where(slot < own, first + slot, key)
 
 
 @triton.jit
@@ -103,10 +102,17 @@ def survey(
 
 
 @triton.jit
-def window_of(low, high, tile_start, first, left, right, sinks, keys, CAUSAL: tl.constexpr):
+def left_before(Leavers, tile, low, left, TILE: tl.constexpr):
+    """How many of a tile's leavers stand before the window of position `low`."""
+    entry = tl.arange(0, TILE)
+    key = tl.load(Leavers + entry, mask=entry < tile, other=-1)
+    return tl.sum(((key >= 0) & (key < low - left)).to(tl.int32), 0)
+
+
+@triton.jit
+def window_of(low, high, first, left, right, sinks, keys, CAUSAL: tl.constexpr):
     """Keys around positions `low` to `high`: from, where all of them see it with gate 1 from, until, and until."""
-    since = tile_start if CAUSAL else low
-    begin = tl.maximum(since - left, first + sinks)
+    begin = tl.maximum(low - left, first + sinks)
     end = tl.minimum(high + right + 1, keys)
     begin = tl.minimum(begin, end)
     if CAUSAL:
@@ -119,16 +125,83 @@ def window_of(low, high, tile_start, first, left, right, sinks, keys, CAUSAL: tl
 
 
 @triton.jit
-def mixed_keys(
+def reach(
+    row,
+    batch,
+    query,
+    exists,
+    t_first,
+    t_last,
+    Z,
+    Tau,
+    Begin,
+    Until,
+    Lists,
+    Leavers,
+    Scores,
+    Ends,
+    First,
+    queries,
+    keys,
+    width,
+    tiles,
+    tile,
+    left,
+    right,
+    sinks,
+    SOFT: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """What a block of rows has to know of its KV head `row`: the tables of that head and of the tile; positions and
+    thresholds `[M, 1]`; its first key; and the bounds of both axes, see `survey`, `left_before` and `window_of`."""
+    offset = keys - queries
+    low, high = t_first + offset, t_last + offset
+    first = tl.load(First + batch).to(tl.int32)
+    Until += row * keys
+    number = row * tiles + t_first // tile
+    Lists += number * width
+    tau, tau_last = 0.0, 0.0
+    if not CAUSAL:
+        Begin += row * keys
+    if SOFT:
+        Z += row * keys
+    if SOFT and CAUSAL:
+        tau = tl.load(Tau + row * queries + query, mask=exists, other=0.0)[:, None]
+        tau_last = tl.load(Tau + row * queries + t_last)
+        Scores += number * width
+        Ends += number * width
+    front, live = survey(
+        Z, Begin, Until, Lists, Scores, Ends, first, low, high, tau_last, sinks, width, keys, SOFT, CAUSAL, 512
+    )
+    gone = 0
+    if CAUSAL:
+        Leavers += number * tile
+        gone = left_before(Leavers, tile, low, left, TILE)
+    begin, full_begin, full_end, end = window_of(low, high, first, left, right, sinks, keys, CAUSAL)
+    # A tuple holds no None: `Until` stands in for what nobody reads.
+    z = Z if SOFT else Until
+    scores, ends = (Scores, Ends) if SOFT and CAUSAL else (Until, Until)
+    start, leavers = (Until, Leavers) if CAUSAL else (Begin, Until)
+    tables = (z, start, Until, Lists, leavers, scores, ends)
+    return tables, (query + offset)[:, None], tau, first, front, live, gone, begin, full_begin, full_end, end
+
+
+@triton.jit
+def mixed(
     slot,
+    position,
     front,
     live,
+    gone,
     begin,
     left_end,
     right_begin,
     end,
-    Lists,
     Begin,
+    Until,
+    Lists,
+    Leavers,
     first,
     sinks,
     width,
@@ -136,16 +209,20 @@ def mixed_keys(
     ALWAYS: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
-    """Keys of the slots of the mixed axis, -1 for none, and where they begin."""
+    """Keys of the slots of the mixed axis, -1 for none, and which positions see them; `gone` of them are leavers."""
     rest = live - front
-    around = begin + slot - rest
-    around = tl.where(around < left_end, around, right_begin + around - left_end)
+    around = slot + (begin - rest - gone)
+    around = tl.where(around < left_end, around, around + (right_begin - left_end))
     around = tl.where(around < end, around, -1)
+    if CAUSAL:
+        leaver = (slot >= rest) & (slot < rest + gone)
+        around = tl.where(leaver, tl.load(Leavers + slot - rest, mask=leaver, other=-1), around)
     key = tl.where(slot < rest, listed(front + slot, live, Lists, first, sinks, width, keys), around)
-    start = begins(key, key >= 0, Begin, CAUSAL)
+    since = begins(key, key >= 0, Begin, CAUSAL)
     if not CAUSAL:
-        key = tl.where((slot >= rest) & (start == ALWAYS), -1, key)
-    return key, start
+        key = tl.where((slot >= rest) & (since == ALWAYS), -1, key)
+    until = tl.load(Until + key, mask=key >= 0, other=0)
+    return key, (since[None, :] <= position) & (until[None, :] > position)
 
 
 @triton.jit

@@ -1,0 +1,84 @@
+"""Launching kernels, and compiling all that a call will launch before it launches the first.
+
+Otherwise a first call meets its kernels one after the other, and those of its backward only when it gets there. The
+passes of the compiler, the assembler and the C compiler of the launchers let other threads run, so that kernels which
+are known together are ready almost as soon as the slowest of them.
+"""
+
+import os
+import warnings
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+_seen: set[tuple[object, ...]] = set()  # families that have been compiled in this process
+
+
+def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
+    """`kernel[grid]`, for calls that may be made with meta tensors: these compute nothing, but compile the kernel."""
+
+    def call(*arguments: Any, **constants: Any) -> None:
+        if arguments[0].is_meta:
+            kernel.warmup(*arguments, grid=grid, **constants)
+        else:
+            kernel[grid](*arguments, **constants)
+
+    return call
+
+
+def compile_ahead(attention: Callable[..., Tensor], *arguments: Any) -> None:
+    """Compile, side by side, what `attention(*arguments)` and its backward launch; once for each family of shapes.
+
+    Nothing depends on it: what is missing afterwards, the call compiles itself, and there an error of the compiler
+    shows. The current device is that of the arguments.
+    """
+    tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
+    query, key = tensors[:2]
+    if not query.is_cuda or torch.compiler.is_compiling():
+        return
+    wanted = [tensor.requires_grad and torch.is_grad_enabled() for tensor in tensors]
+    flags = [argument for argument in arguments if isinstance(argument, bool)]
+    family = (attention, query.device, query.dtype, query.shape[1] // key.shape[1], query.shape[3], *flags, *wanted)
+    if family in _seen:
+        return
+    _seen.add(family)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with ThreadPoolExecutor(cores + 1, initializer=torch.cuda.set_device, initargs=(query.device,)) as pool:
+        # A thread of its own has none of the caller's modes and hooks, such as those of gradient checkpointing.
+        error = pool.submit(_compile, _Loader(pool), attention, arguments, wanted).exception()
+    if error is not None:
+        warnings.warn(f"kernels are compiled one after the other, ahead of the call it failed: {error!r}", stacklevel=2)
+
+
+class _Loader:
+    """An executor, as Triton wants it, that loads each kernel after it was compiled."""
+
+    def __init__(self, pool: ThreadPoolExecutor) -> None:
+        self.pool = pool
+
+    def submit(self, compiled: Callable[[], Any]) -> Future[Any]:
+        def load() -> Any:
+            kernel = compiled()
+            _ = kernel.run  # builds the launcher and loads the binary
+            return kernel
+
+        return self.pool.submit(load)
+
+
+def _compile(loader: _Loader, attention: Callable[..., Tensor], arguments: tuple[Any, ...], wanted: list[bool]) -> None:
+    wants = iter(wanted)
+    meta = [
+        torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta", requires_grad=next(wants))
+        if isinstance(x, Tensor)
+        else x
+        for x in arguments
+    ]
+    with triton.AsyncCompileMode(loader, ignore_errors=True):
+        output = attention(*meta)
+        if output.requires_grad:
+            inputs = [x for x in meta if isinstance(x, Tensor) and x.requires_grad]
+            torch.autograd.grad(output, inputs, torch.empty_like(output), allow_unused=True)

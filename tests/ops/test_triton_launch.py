@@ -1,0 +1,123 @@
+"""Compiling ahead: a call finds its kernels, and what goes wrong is told.
+
+Without a GPU, run with `TRITON_INTERPRET=1`: the interpreter must be chosen before Triton is imported.
+"""
+
+import contextlib
+import os
+import threading
+
+import pytest
+import torch
+
+pytest.importorskip("triton", reason="Triton is not installed")
+if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+    pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
+
+import triton
+import triton.language as tl
+from triton import knobs
+from triton.runtime.jit import JITFunction
+
+from hf_sparse.ops import sparsek_attention
+from hf_sparse.ops.triton import attention_backward, attention_forward, launch, lists_kernels, scan_kernels
+
+compiles = pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter compiles nothing")
+
+
+@pytest.fixture
+def nothing_compiled(monkeypatch, tmp_path):
+    """Forgets what was compiled; returns the threads that compile from now on, by kernel."""
+    for module in (attention_backward, attention_forward, lists_kernels, scan_kernels):
+        for kernel in vars(module).values():
+            if isinstance(kernel, JITFunction):
+                monkeypatch.setattr(kernel, "device_caches", type(kernel.device_caches)(kernel.create_binder))
+    monkeypatch.setattr(launch, "_seen", set())
+    monkeypatch.setattr(knobs.cache, "dir", str(tmp_path))
+    found = []
+    monkeypatch.setattr(
+        knobs.compilation,
+        "listener",
+        lambda *, metadata, **_: found.append((metadata["name"], threading.current_thread().name)),
+    )
+    return found
+
+
+def test_meta_tensors_compile_and_others_run():
+    called = []
+
+    class Kernel:
+        def warmup(self, *arguments, grid, **constants):
+            called.append(("compiled", grid, constants))
+
+        def __getitem__(self, grid):
+            return lambda *arguments, **constants: called.append(("run", grid, constants))
+
+    for device in ("meta", "cpu"):
+        launch.launch(Kernel(), (3, 2))(torch.empty(1, device=device), 7, SIZE=4)
+    assert called == [("compiled", (3, 2), {"SIZE": 4}), ("run", (3, 2), {"SIZE": 4})]
+
+
+def test_ahead_of_a_call_all_is_meta(monkeypatch):
+    """The same shapes, strides and dtypes, through the backward of what wants a gradient."""
+    monkeypatch.setattr(triton, "AsyncCompileMode", lambda *_, **__: contextlib.nullcontext(), raising=False)
+    query = torch.randn(2, 5, 3, 4, dtype=torch.float16).transpose(1, 2)
+    key, met, gone = torch.randn(2, 3, 7, 4), [], []
+
+    def attention(query, key, k):
+        met.append(
+            (query.device.type, query.shape, query.stride(), query.dtype, query.requires_grad, key.device.type, k)
+        )
+        query.register_hook(lambda grad: gone.append(grad.device.type))
+        return query * key.shape[2]
+
+    launch._compile(None, attention, (query, key, 9), [True, False])
+    assert met == [("meta", query.shape, query.stride(), torch.float16, True, "meta", 9)] and gone == ["meta"]
+
+
+def test_nothing_is_ahead_without_a_gpu():
+    launch.compile_ahead(lambda *_: pytest.fail("called"), *torch.empty(2, 1, 2, 3, 4))
+
+
+@compiles
+@pytest.mark.parametrize("gates", ["hard", "soft"])
+def test_a_call_finds_its_kernels(nothing_compiled, gates):
+    """Those of its backward included, whatever hooks and modes the caller has."""
+    make = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": gates == "hard"}
+    query, key, value = (torch.randn(1, heads, 700, 32, **make) for heads in (4, 2, 2))
+    scores = torch.randn(1, 2, 700, device="cuda", requires_grad=gates == "soft")
+    with torch.autograd.graph.save_on_cpu():
+        output = sparsek_attention(query, key, value, scores, k=64, window=64, sinks=2, gates=gates, support=128)
+        output.sum().backward()
+    names = [name for name, _ in nothing_compiled]
+    assert names.count("_forward") == names.count("_by_query") == 1
+    assert names.count("_by_key") == (2 if gates == "hard" else 0)
+    assert all(thread.startswith("ThreadPoolExecutor") for _, thread in nothing_compiled)
+    count = len(names)
+    sparsek_attention(query, key, value, scores, k=64, window=64, sinks=2, gates=gates, support=128).sum().backward()
+    assert len(nothing_compiled) == count
+
+
+@compiles
+def test_the_call_tells_an_error_of_the_compiler(nothing_compiled):
+    @triton.jit
+    def broken(X):
+        tl.static_assert(False, "on purpose")
+
+    def attention(query, key):
+        launch.launch(broken, (1,))(query)
+        return query
+
+    pair = torch.randn(2, 1, 1, 2, 4, device="cuda")
+    launch.compile_ahead(attention, *pair)
+    with pytest.raises(triton.CompilationError, match="on purpose"):
+        attention(*pair)
+
+
+@compiles
+def test_a_failure_ahead_is_a_warning(nothing_compiled):
+    def attention(query, key):
+        raise NotImplementedError("of meta tensors")
+
+    with pytest.warns(UserWarning, match="of meta tensors"):
+        launch.compile_ahead(attention, *torch.randn(2, 1, 1, 2, 4, device="cuda"))
