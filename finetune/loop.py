@@ -95,8 +95,7 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
         history: list[dict[str, Any]] = state["history"]
         began = time.perf_counter() - state["seconds"]
         prepared = accelerator.prepare_model(model, evaluation_mode=True)  # processes are kept alike here, see `_mean`
-        for parameter in learned.values():
-            parameter.data = broadcast(parameter.data)
+        _as_the_first(training)
 
         def read() -> None:
             for chunk in chunks[:FITTED].split(config.batch_size):
@@ -158,6 +157,7 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
                         checkpoint.save(output, number + 1, learned, plain, kept | {"report": report})
             bar.close()
             training.finish(prepared, read, *first, report=report)
+            _as_the_first(training)  # each process has fitted what is fitted, with sums in another order on a GPU
         finally:
             for parameter in learned.values():
                 parameter.requires_grad_(True)
@@ -187,6 +187,13 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
             output.mkdir(parents=True, exist_ok=True)
             write_json(output / "finetune.json", metrics)
     return metrics
+
+
+def _as_the_first(training: Training) -> None:
+    """The tensors of the first process in all processes."""
+    for method in training.methods:
+        for tensor in (*method.parameters(), *method.buffers()):
+            tensor.data = broadcast(tensor.data)
 
 
 def _mean(accelerator: Accelerator, parameters: Mapping[str, nn.Parameter]) -> None:
