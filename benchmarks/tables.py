@@ -1,8 +1,8 @@
 """The page about speed, from the JSON that `attention_kernels.py` and `model.py` wrote: no number is typed by hand.
 
-python benchmarks/tables.py --kernels kernels.json --before earlier.json --model model.json --page docs/speed.md
+python benchmarks/tables.py --kernels kernels.json --model model.json --page docs/speed.md --figure docs/speed.png
 
-Several JSON of `model.py`, each with other cells, make one table.
+Of several JSON of the same benchmark the first counts, and of each next one what those before it lack.
 """
 
 import argparse
@@ -35,13 +35,13 @@ CAVEATS = """Read the ratios with care:
   presumably the CPU (of a virtual machine) does not launch kernels faster; that was not profiled. Compare it with the
   sparse steps that run eager as well.
 - With a static cache there is a mask, and with a mask transformers repeats keys and values for every query head before
-  SDPA (`repeat_kv`, see its `use_gqa_in_sdpa`), four times here. By their size alone these copies explain most of the
-  step; that is from the source, not from a profile. A dense step at the roofline would take about as long at 32,768 x 4
-  as the sparse one takes now.
+  SDPA (`repeat_kv`, see its `use_gqa_in_sdpa`), four times here: the profile below has the copies and the attention
+  over them. A dense step at the roofline would take about as long at 32,768 x 4 as the sparse one takes now.
 - The sparse step reaches half of its own roofline, at any context: it reads as much at each of them, so that the
   differences between them are noise. Its kernels take less than it does (below); between two steps the GPU waits for
   Python, and most of the kernels' time goes to the products with the weights.
-- Runs of different hours make up this table; the machine's other cores and its other GPU were in use.
+- Most of the static column is of earlier runs, when the machine's other cores and its other GPU were in use; the rest
+  is of one run. What was measured twice differed by up to a tenth, and a small eager step by up to half.
 """
 PASSES = {"forward": "Forward", "forward_backward": "Forward and backward"}
 
@@ -67,7 +67,23 @@ def medians(kernels: dict[str, Any], which: str) -> dict[str, dict[int, float]]:
     return found
 
 
-def kernel_tables(kernels: dict[str, Any], before: dict[str, Any]) -> str:
+def joined_kernels(runs: list[dict[str, Any]]) -> dict[str, Any]:
+    """The first run, with rows of later ones that it lacks; `added` names their contenders."""
+    if any(run["settings"] != runs[0]["settings"] for run in runs):
+        raise ValueError("the runs of attention_kernels.py have different settings")
+    cells: dict[tuple, dict[str, Any]] = {}
+    added: list[str] = []
+    for number, run in enumerate(runs):
+        for row in run["rows"]:
+            cell = (row["contender"], row.get("pass"), row["length"])
+            if cell not in cells:
+                cells[cell] = row
+                if number and row["contender"] not in added:
+                    added.append(row["contender"])
+    return runs[0] | {"rows": list(cells.values()), "added": added}
+
+
+def kernel_tables(kernels: dict[str, Any]) -> str:
     lengths = sorted({row["length"] for row in kernels["rows"]})
     head = ["ms", *(f"{length:,}" for length in lengths)]
     text = ""
@@ -76,8 +92,7 @@ def kernel_tables(kernels: dict[str, Any], before: dict[str, Any]) -> str:
         rows = [
             [label, *(short(times[name].get(n)) for n in lengths)] for name, label in KERNELS.items() if name in times
         ]
-        ours, earlier = times.get("sparsek hard", {}), medians(before, which).get("sparsek hard", {})
-        rows.insert(1, [f"{KERNELS['sparsek hard']}, earlier run", *(short(earlier.get(n)) for n in lengths)])
+        ours = times.get("sparsek hard", {})
         for name, label in (("flex window", "times as long as the window"), ("sdpa cudnn", "times as fast as cuDNN")):
             pairs = [(ours.get(n), times.get(name, {}).get(n)) for n in lengths]
             cells = [short((a / b if name == "flex window" else b / a) if a and b else None) for a, b in pairs]
@@ -87,16 +102,17 @@ def kernel_tables(kernels: dict[str, Any], before: dict[str, Any]) -> str:
 
 
 def joined(models: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """One result of several runs with the same settings and other cells, each row with the bandwidth of its run."""
+    """The first run, with cells of later ones that it lacks; each row with the bandwidth of its run."""
     if not models:
         return None
     if any(model["settings"] != models[0]["settings"] for model in models):
         raise ValueError("the runs of model.py have different settings")
-    rows = [row | {"bandwidth": model["bandwidth"]} for model in models for row in model["rows"]]
-    cells = [tuple(row[name] for name in ("part", "variant", "context", "batch")) for row in rows]
-    if len(set(cells)) < len(cells):
-        raise ValueError("two runs of model.py measured the same cell: which one counts?")
-    return models[0] | {"rows": rows}
+    cells: dict[tuple, dict[str, Any]] = {}
+    for model in models:
+        for row in model["rows"]:
+            cell = tuple(row[name] for name in ("part", "variant", "context", "batch"))
+            cells.setdefault(cell, row | {"bandwidth": model["bandwidth"]})
+    return models[0] | {"rows": list(cells.values())}
 
 
 def decode_table(model: dict[str, Any]) -> str:
@@ -200,7 +216,6 @@ def summary(kernels: dict[str, Any], model: dict[str, Any] | None) -> str:
 
 def page(
     kernels: dict[str, Any],
-    before: dict[str, Any],
     wider: dict[str, Any] | None,
     model: dict[str, Any] | None,
     profiles: list[dict[str, Any]],
@@ -208,7 +223,7 @@ def page(
     sizes: dict[str, Any] | None,
     figure: str | None,
 ) -> str:
-    """The whole page, Markdown; `before` is an earlier run, `wider` has soft gates over a larger support."""
+    """The whole page, Markdown; `wider` has soft gates over a larger support."""
     machine, versions, settings = kernels["machine"], kernels["versions"], kernels["settings"]
     errors = kernels["errors_against_float64"]
     worst = max(value for name, value in errors.items() if name != "tau")
@@ -225,11 +240,15 @@ Batch {settings["batch"]}, {settings["query_heads"]} query heads and {settings["
 {settings["support"]:,} keys at most. Times of SparseK include its selection. Measured after outputs and gradients
 agreed with float64 (largest relative error {worst:.1e}) and the selection with the one in plain PyTorch.
 
-At 4,096 tokens, at times at 8,192, and for the selection alone, the limit is the CPU that launches the kernels ("Where
-the time goes"), and how fast it is differs from run to run: beside each other are this run and the run before, whose
-kernels were slower.
-
-{kernel_tables(kernels, before)}"""
+At 4,096 tokens, and for the selection alone, the limit is the CPU that launches some ten kernels (see "Where the time
+goes"), and how fast it does differs from run to run.
+"""
+    if kernels["added"]:
+        text += f"""
+Of {", ".join(KERNELS[name] for name in kernels["added"])}: what this run lacks is of one whose CPU did other work too.
+"""
+    text += f"""
+{kernel_tables(kernels)}"""
     if wider:
         lengths = sorted({row["length"] for row in wider["rows"]})
         rows = []
@@ -330,8 +349,7 @@ def draw(kernels: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--kernels", type=Path, required=True)
-    parser.add_argument("--before", type=Path, required=True, help="JSON of the run before it")
+    parser.add_argument("--kernels", type=Path, nargs="+", required=True)
     parser.add_argument("--wider", type=Path, help="JSON of the kernels with a larger support")
     parser.add_argument("--model", type=Path, nargs="+", default=[])
     parser.add_argument("--profiles", type=Path, nargs="*", default=[])
@@ -340,14 +358,14 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="the Markdown to write")
     parser.add_argument("--figure", type=Path, help="the PNG to write, beside the page")
     options = parser.parse_args()
-    kernels, before = (json.loads(path.read_text("utf-8")) for path in (options.kernels, options.before))
+    kernels = joined_kernels([json.loads(path.read_text("utf-8")) for path in options.kernels])
     wider = json.loads(options.wider.read_text("utf-8")) if options.wider else None
     model = joined([json.loads(path.read_text("utf-8")) for path in options.model])
     profiles = [json.loads(path.read_text("utf-8")) for path in options.profiles]
     first_calls = json.loads(options.first_calls.read_text("utf-8")) if options.first_calls else None
     sizes = json.loads(options.sizes.read_text("utf-8")) if options.sizes else None
     figure = options.figure.name if options.figure else None
-    text = page(kernels, before, wider, model, profiles, first_calls, sizes, figure)
+    text = page(kernels, wider, model, profiles, first_calls, sizes, figure)
     if options.figure:
         draw(kernels, options.figure)
     if options.page:

@@ -21,11 +21,11 @@ def read(name):
 
 def test_every_number_is_that_of_the_json():
     tables = load_tables()
-    kernels, before = read("kernels-h200.json"), read("kernels-before-h200.json")
+    kernels = tables.joined_kernels([read("kernels-h200.json"), read("kernels-shared-h200.json")])
     wider = read("kernels-support4096-h200.json")
-    model = tables.joined([read(path.name) for path in sorted(RESULTS.glob("model*-h200.json"))])
-    profiles = [read(f"profiles{part}-h200.json") for part in ("", "-training", "-decode")]
-    first_calls = read("first_calls-h200.json")
-    page = tables.page(kernels, before, wider, model, profiles, first_calls, read("sizes-h200.json"), "speed.png")
+    models = ("model-h200.json", "model-earlier-h200.json", "model-earliest-h200.json")
+    model = tables.joined([read(name) for name in models])
+    profiles, first_calls, sizes = [read("profiles-h200.json")], read("first_calls-h200.json"), read("sizes-h200.json")
+    page = tables.page(kernels, wider, model, profiles, first_calls, sizes, "speed.png")
     assert (ROOT / "docs" / "speed.md").read_text("utf-8") == page
     assert tables.summary(kernels, model) in (ROOT / "README.md").read_text("utf-8")
