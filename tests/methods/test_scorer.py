@@ -66,6 +66,37 @@ def test_a_repeated_token_has_the_same_score_to_the_last_bit(kind):
         assert torch.equal(scores[:, :, -1], scores[:, :, length // 2])
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_long_texts_are_scored_piece_by_piece(kind, monkeypatch):
+    module, inputs = scorer(kind), torch.randn(2, 23, 16, requires_grad=True)
+    wanted, upstream = [inputs, *module.parameters()], torch.randn(2, 3, 23)
+    whole = score(module, inputs)
+    gradients = torch.autograd.grad(whole, wanted, upstream)
+    monkeypatch.setattr("hf_sparse.methods.sparsek.scorer._AT_ONCE", 2 * 16 * 5)
+    pieces = score(module, inputs)
+    assert torch.equal(pieces, whole)
+    for gradient, expected in zip(torch.autograd.grad(pieces, wanted, upstream), gradients, strict=True):
+        torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("states", [torch.float32, torch.bfloat16], ids=str)
+def test_the_backward_needs_the_input_only(kind, states, monkeypatch):
+    """Against autograd's own backward of the same, which keeps the input in three precisions."""
+    module, inputs = scorer(kind), torch.randn(2, 7, 16).to(states).requires_grad_()
+    wanted, upstream = [inputs, *module.parameters()], torch.randn(2, 3, 7)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        scores = score(module, inputs)
+    assert sum(t.numel() for t in kept if t.shape[-1] == 16) == inputs.numel()
+    gradients = torch.autograd.grad(scores, wanted, upstream)
+    monkeypatch.setattr(module, "_of_piece", module._normalised_score)
+    expected = score(module, inputs)
+    assert torch.equal(scores, expected)
+    for gradient, other in zip(gradients, torch.autograd.grad(expected, wanted, upstream), strict=True):
+        assert torch.equal(gradient, other)
+
+
 def test_linear_is_a_weight_per_feature_and_head_on_the_normalised_input():
     module, inputs = scorer("linear", learn_slope=False), torch.randn(2, 7, 16, dtype=torch.float64).float()
     assert {name: tuple(p.shape) for name, p in module.named_parameters()} == {"weight": (3, 16)}

@@ -8,16 +8,24 @@ The product itself is summed in float64. In the first layer every occurrence of 
 scores are the rule there; a float32 matrix product gives them other last bits for another number of rows, and prefill
 and decoding would break the ties differently.
 
+So much precision would need more memory than the model itself: of its input a scorer keeps nothing for the backward,
+which computes the scores again, and long texts are scored piece by piece.
+
 Parameters lie directly on the scorer, not on submodules: PEFT strips the adapter's name from the next-to-last part of
 a key only.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import FunctionCtx, once_differentiable
 
 from hf_sparse.methods.sparsek.config import SparseKConfig
 
+_AT_ONCE = 1 << 24  # numbers of the input that are scored at a time
 _SLOPE_TOKENS = 256  # a learned slope is stored per so many tokens, so that it moves at the pace of the weights
 
 
@@ -33,20 +41,52 @@ class Scorer(nn.Module):
         self.slope = nn.Parameter(torch.zeros(num_key_value_heads)) if config.learn_slope and causal else None
 
     def forward(self, hidden_states: Tensor, index: Tensor) -> Tensor:
+        tokens = max(1, _AT_ONCE // (hidden_states.shape[0] * hidden_states.shape[2]))
+        if hidden_states.shape[1] <= tokens:
+            scores = self._of_piece(hidden_states)
+        else:
+            scores = torch.cat([self._of_piece(piece) for piece in hidden_states.split(tokens, 1)], 1)
+        slope: float | Tensor = self.position_slope
+        if self.slope is not None:
+            slope = slope + self.slope.to(scores.dtype) / _SLOPE_TOKENS
+        if isinstance(slope, Tensor) or slope:
+            scores = scores + index.to(scores.dtype)[..., None] * slope
+        return scores.float().transpose(1, 2).contiguous()
+
+    def _of_piece(self, hidden_states: Tensor) -> Tensor:
+        """`[B, T, C]` inputs -> `[B, T, Hkv]` scores without slopes."""
+        if torch.is_grad_enabled():
+            return _Again.apply(self._normalised_score, hidden_states, *self.parameters())
+        return self._normalised_score(hidden_states)
+
+    def _normalised_score(self, hidden_states: Tensor) -> Tensor:
         with torch.autocast(hidden_states.device.type, enabled=False):
             states = F.layer_norm(hidden_states.float(), hidden_states.shape[-1:])
-            wide = torch.float32 if states.device.type == "mps" else torch.float64
-            scores = self.score(states.to(wide))
-            slope: float | Tensor = self.position_slope
-            if self.slope is not None:
-                slope = slope + self.slope.to(wide) / _SLOPE_TOKENS
-            if isinstance(slope, Tensor) or slope:
-                scores = scores + index.to(wide)[..., None] * slope
-            return scores.float().transpose(1, 2).contiguous()
+            return self.score(states if states.device.type == "mps" else states.double())
 
     def score(self, states: Tensor) -> Tensor:
         """`[B, T, C]` normalised states -> `[B, T, Hkv]`, in their dtype; subclasses write it."""
         raise NotImplementedError
+
+
+class _Again(torch.autograd.Function):
+    """`compute(states)`, which uses the parameters that follow; the backward computes it a second time."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, compute: Callable[[Tensor], Tensor], states: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.compute, ctx.parameters = compute, parameters  # type: ignore[attr-defined]
+        ctx.save_for_backward(states)
+        return compute(states)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (states,) = ctx.saved_tensors
+        inputs = (states.detach().requires_grad_(), *ctx.parameters)
+        wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad[1:], strict=True) if needed]
+        with torch.enable_grad():
+            found = iter(torch.autograd.grad(ctx.compute(inputs[0]), wanted, grad, allow_unused=True))
+        return None, *(next(found) if needed else None for needed in ctx.needs_input_grad[1:])
 
 
 class LinearScorer(Scorer):
