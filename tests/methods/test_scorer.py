@@ -97,6 +97,15 @@ def test_the_backward_needs_the_input_only(kind, states, monkeypatch):
         assert torch.equal(gradient, other)
 
 
+def test_a_weight_that_changed_before_the_backward_is_noticed():
+    module, inputs = scorer("linear"), torch.randn(2, 7, 16)
+    scores = score(module, inputs)
+    with torch.no_grad():
+        module.weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        scores.sum().backward()
+
+
 def test_linear_is_a_weight_per_feature_and_head_on_the_normalised_input():
     module, inputs = scorer("linear", learn_slope=False), torch.randn(2, 7, 16, dtype=torch.float64).float()
     assert {name: tuple(p.shape) for name, p in module.named_parameters()} == {"weight": (3, 16)}

@@ -41,7 +41,7 @@ class Scorer(nn.Module):
         self.slope = nn.Parameter(torch.zeros(num_key_value_heads)) if config.learn_slope and causal else None
 
     def forward(self, hidden_states: Tensor, index: Tensor) -> Tensor:
-        tokens = max(1, _AT_ONCE // (hidden_states.shape[0] * hidden_states.shape[2]))
+        tokens = max(1, _AT_ONCE // max(1, hidden_states[:, :1].numel()))
         if hidden_states.shape[1] <= tokens:
             scores = self._of_piece(hidden_states)
         else:
@@ -75,13 +75,13 @@ class _Again(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, compute: Callable[[Tensor], Tensor], states: Tensor, *parameters: Tensor) -> Tensor:
         ctx.compute, ctx.parameters = compute, parameters  # type: ignore[attr-defined]
-        ctx.save_for_backward(states)
+        ctx.save_for_backward(states, *parameters)  # the parameters to notice if they change before the backward
         return compute(states)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        (states,) = ctx.saved_tensors
+        states = ctx.saved_tensors[0]
         inputs = (states.detach().requires_grad_(), *ctx.parameters)
         wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad[1:], strict=True) if needed]
         with torch.enable_grad():
