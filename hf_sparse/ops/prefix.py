@@ -144,6 +144,9 @@ def _scan(scores: Tensor, rank: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Te
     keys = scores.shape[-1]
     offset, device, batch = keys - queries, scores.device, scores.shape[:-1]
     tiles = -(-queries // tile)
+    if scores.is_meta:  # kernels that go on from here are compiled ahead, and need shapes only
+        wide = (*batch, tiles if with_lists else 0, min(size, keys))
+        return rank.new_empty((*batch, queries)), scores.new_empty((*batch, queries)), rank.new_empty(wide)
     # One spare column at the end: rank 0 and score -inf, which index -1 and positions off the end point to.
     rank_of = torch.cat([rank, rank.new_zeros((*batch, 1))], -1)
     score_of = torch.cat([scores, scores.new_full((*batch, 1), -torch.inf)], -1)

@@ -106,6 +106,17 @@ def test_insert_goes_on_after_fill(split, kind):
         assert_holds(layer, keys[:, :, : t + 1], values[:, :, : t + 1], scores[:, :, : t + 1], every(t + 1))
 
 
+def test_scores_are_float32_whatever_the_default_is():
+    keys, values, scores = stream(SLOTS + 1)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        layer = new_layer(keys, values)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    insert(layer, keys, values, scores)
+    assert layer.scores.dtype == torch.float32
+
+
 def test_every_head_has_the_same_empty_slots():
     """Attention reads the mask of the filled slots off the first head."""
     for padding in PADDING.values():

@@ -21,22 +21,6 @@ HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter 
 WINDOW, SINKS = 5, 2
 
 
-@pytest.fixture(autouse=True)
-def _interpreter_of_newer_numpy(monkeypatch):
-    """Triton 3.6 turns arrays of one element into integers as NumPy no longer does."""
-    if DEVICE == "cuda":
-        return
-    from triton.runtime import interpreter
-
-    patch = interpreter._patch_lang_tensor
-
-    def patched(tensor, scope):
-        patch(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", patched)
-
-
 @pytest.fixture
 def plain(monkeypatch):
     """Makes the functions of `ops.decode` use PyTorch, on a GPU too."""

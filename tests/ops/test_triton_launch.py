@@ -19,7 +19,7 @@ import triton.language as tl
 from triton import knobs
 from triton.runtime.jit import JITFunction
 
-from hf_sparse.ops import sparsek_attention
+from hf_sparse.ops import prefix, sparsek_attention
 from hf_sparse.ops.triton import attention_backward, attention_forward, launch, lists_kernels, scan_kernels
 
 compiles = pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter compiles nothing")
@@ -73,6 +73,19 @@ def test_ahead_of_a_call_all_is_meta(monkeypatch):
 
     launch._compile(None, attention, (query, key, 9), [True, False])
     assert met == [("meta", query.shape, query.stride(), torch.float16, True, "meta", 9)] and gone == ["meta"]
+
+
+def test_the_plain_scan_needs_no_numbers():
+    """It is what exact soft gates over a long text run on; its tables have the shapes that kernels are compiled for."""
+    options = {"size": 300, "queries": 290, "window": 3, "with_tau": True, "with_lists": True}
+    shapes = []
+    for device in ("meta", "cpu"):
+        scores = torch.randn(2, 300, requires_grad=True).to(device)
+        found = prefix.scan(scores, 5, **options)
+        assert found.tau is not None
+        torch.autograd.grad(found.tau.sum(), scores)
+        shapes.append([found.rank.shape, found.floor.shape, found.tau.shape, found.lists.shape[:-1]])
+    assert shapes[0] == shapes[1]
 
 
 def test_nothing_is_ahead_without_a_gpu():

@@ -89,7 +89,7 @@ class SparseKCacheLayer(CacheLayerMixin):
         batch, heads = key_states.shape[:2]
         self.keys = key_states.new_zeros((batch, heads, self.slots, key_states.shape[-1]))
         self.values = value_states.new_zeros((batch, heads, self.slots, value_states.shape[-1]))
-        self.scores = torch.zeros((batch, heads, self.slots), device=self.device)
+        self.scores = torch.zeros((batch, heads, self.slots), dtype=torch.float32, device=self.device)
         self.positions = torch.full((batch, heads, self.slots), -1, device=self.device)
         self.seen = torch.zeros(batch, dtype=torch.int64, device=self.device)
         self.padded_late = torch.zeros(batch, dtype=torch.bool, device=self.device)

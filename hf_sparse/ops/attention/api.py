@@ -79,8 +79,8 @@ def sparsek_attention(
 
     Returns:
         `[B, Hq, Tq, D]` in the dtype of `query`, or autocast's where that is on. Softmax and gates are computed in
-        float32 (float64 for float64). The kernels add up the gradient of the scores in no fixed order where key and
-        value need none, unless `torch.use_deterministic_algorithms` asks for one.
+        float32 (float64 for float64). The kernels add up the gradients of key, value and scores in no fixed order,
+        unless `torch.use_deterministic_algorithms` asks for one.
 
     Raises:
         ValueError: shapes that do not fit, `k`, `window`, `sinks` or `support` out of range, an unknown `gates` or

@@ -27,8 +27,8 @@ def far_attention_mass(query: Tensor, key: Tensor, *, window: int, scaling: floa
     kv_heads = key.shape[1]
     grouped = query.view(batch, kv_heads, heads // kv_heads, length, dim)
     index = torch.arange(length, device=query.device)
-    mass = torch.zeros((batch, kv_heads, length), device=query.device)
-    seen = torch.zeros(length, device=query.device)
+    mass = torch.zeros((batch, kv_heads, length), dtype=torch.float32, device=query.device)
+    seen = torch.zeros(length, dtype=torch.float32, device=query.device)
     rows = max(1, _BUFFER // max(1, batch * heads * length))
     for start in range(0, length, rows):
         position = index[start : start + rows, None]

@@ -88,7 +88,7 @@ def backward(
     deterministic: bool,
     blocks: Blocks | None = None,
 ) -> Gradients:
-    """Gradients of `attention.attend`; nothing is computed for those that nobody wants.
+    """Gradients of `attention.attend`; nothing is computed for those that nobody wants (key and value go together).
 
     Args:
         grad: `[B, Hq, Tq, D]`, of the output.

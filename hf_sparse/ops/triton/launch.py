@@ -38,7 +38,8 @@ def compile_ahead(attention: Callable[..., Tensor], *arguments: Any) -> None:
     """
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
     query, key = tensors[:2]
-    if not query.is_cuda or torch.compiler.is_compiling():
+    # Anomaly detection would look for NaN in the gradients, and meta tensors hold nothing.
+    if not query.is_cuda or torch.compiler.is_compiling() or torch.is_anomaly_enabled():
         return
     wanted = [tensor.requires_grad and torch.is_grad_enabled() for tensor in tensors]
     flags = [argument for argument in arguments if isinstance(argument, bool)]

@@ -166,7 +166,7 @@ def _launch(scores: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor, Tensor
 
     Q, warps = _TAUS if plan.with_tau else _FLOORS
     Q = min(Q, C)
-    sums = bounds = tau = torch.empty((rows, 0), device=device)
+    sums = bounds = tau = torch.empty((rows, 0), dtype=torch.float32, device=device)
     longest, steps = triton.next_power_of_2(size), size.bit_length()
     if plan.with_tau:
         sums = torch.empty(best.shape, dtype=torch.float64, device=device)
@@ -175,7 +175,7 @@ def _launch(scores: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor, Tensor
         launch(tile_thresholds, (triton.cdiv(tiles, _LISTS), rows))(
             best, sums, bounds, tiles, size, plan.k, _LISTS, steps, num_warps=1
         )
-        tau = torch.empty((rows, tiles * C), device=device)
+        tau = torch.empty((rows, tiles * C), dtype=torch.float32, device=device)
     launch(thresholds, (tiles * C // Q, rows))(
         best, sums, chunk_lists, bounds, floor, tau, queries, chunks, before, size, plan.k, C, Q, longest, steps,
         WITH_TAU=plan.with_tau, num_warps=warps,

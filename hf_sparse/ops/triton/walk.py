@@ -49,6 +49,7 @@ def listed_gates(slot, limit, Scores, Ends, sinks, width, position, tau):
 
 @triton.jit
 def begins(key, there, Begin, CAUSAL: tl.constexpr):
+    """The first position that sees each key."""
     return key if CAUSAL else tl.load(Begin + key, mask=there, other=0)
 
 

@@ -54,7 +54,7 @@ class AdaptivePolicy(Policy):
         raise NotImplementedError
 
     def __call__(self, new: Arrivals) -> Tensor:
-        return torch.zeros(new.key.shape[:3], device=new.key.device)
+        return torch.zeros(new.key.shape[:3], dtype=torch.float32, device=new.key.device)
 
     @torch.no_grad()
     def watch(

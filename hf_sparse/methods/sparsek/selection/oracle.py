@@ -28,7 +28,7 @@ class Oracle(Policy):
             )
         if new.valid is None:
             return far_attention_mass(new.query, new.key, window=new.window, scaling=new.scaling)
-        scores = torch.zeros(new.key.shape[:3], device=new.key.device)
+        scores = torch.zeros(new.key.shape[:3], dtype=torch.float32, device=new.key.device)
         for row, real in enumerate(new.valid):
             query, key = new.query[row, None, :, real], new.key[row, None, :, real]
             scores[row, :, real] = far_attention_mass(query, key, window=new.window, scaling=new.scaling)[0]
