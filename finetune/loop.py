@@ -67,16 +67,20 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
     state: dict[str, Any] = {"step": 0, "history": [], "seconds": 0.0}
     if restart:
         state = checkpoint.load_state(restart)
-    if restart and state["settings"] != identity:
-        changed = [key for key, value in identity.items() if state["settings"].get(key) != value]
-        raise ValueError(f"cannot resume with other settings than the checkpoint's; different: {', '.join(changed)}")
 
     with _own_accelerate_state(), _training(model, training):
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
-            cpu=config.cpu,
+            # Of processes without an accelerator each would train alone, were it not told that there is none.
+            cpu=config.cpu or not torch.accelerator.is_available(),
         )
+        identity["processes"] = accelerator.num_processes
+        if restart and state["settings"] != identity:
+            changed = [key for key, value in identity.items() if state["settings"].get(key) != value]
+            raise ValueError(
+                f"cannot resume with other settings than the checkpoint's; different: {', '.join(changed)}"
+            )
         # LoRA has a learning rate of its own, and is clipped apart: its gradients would shrink the steps of scorers.
         groups: list[dict[str, Any]] = [
             {"params": [p for name, p in learned.items() if (name in training.lora) == is_lora], "is_lora": is_lora}
@@ -168,7 +172,8 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
             "format": 1,
             "objective": config.objective,
             "settings": settings
-            | {"length": chunks.shape[1], "chunks": len(chunks), "chunks_sha256": identity["chunks"]},
+            | {"length": chunks.shape[1], "chunks": len(chunks), "chunks_sha256": identity["chunks"]}
+            | {"processes": accelerator.num_processes},
             "trained": training.learned,
             "trainable_parameters": sum(p.numel() for p in learned.values()),
             "lora_parameters": sum(p.numel() for name, p in learned.items() if name in training.lora),

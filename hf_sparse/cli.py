@@ -237,7 +237,7 @@ def finetune(
     alpha_start: Annotated[float | None, _graph("Alpha grows from there to its own.")] = None,
     length: Length = None,
     chunks: Chunks = None,
-    batch_size: Annotated[int, typer.Option(help="Chunks per step.")] = 2,
+    batch_size: Annotated[int, typer.Option(help="Chunks per step and process.")] = 2,
     gradient_accumulation_steps: Annotated[int, typer.Option(help="Batches per optimiser step.")] = 1,
     learning_rate: Annotated[float, typer.Option(help="Peak of the schedule.")] = 2e-2,
     lora_learning_rate: Annotated[float, typer.Option(help="That of LoRA, if the adapter has it.")] = 2e-4,

@@ -26,8 +26,11 @@ def describe() -> dict[str, Any]:
 
 
 def is_main_process() -> bool:
-    """Whether it is for this process to write and to print, of those that were launched together."""
-    return os.environ.get("RANK", "0") == "0"
+    """Whether it is for this process to write and to print, of those that were launched together.
+
+    Clusters set `RANK` alone where every process works for itself.
+    """
+    return "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"
 
 
 def cuda_of_process() -> str:

@@ -205,6 +205,11 @@ def test_resume_refuses_other_settings_and_damage(sparse_llama, chunks, tmp_path
     with pytest.raises(ValueError, match="different: chunks"):
         train(sparse_llama(), chunks + 1 - 2 * (chunks > 5), output_dir=str(tmp_path), resume=True)
     (folder,) = (tmp_path / "checkpoints").iterdir()
+    state = (folder / "state.json").read_text()
+    (folder / "state.json").write_text(state.replace('"processes": 1', '"processes": 2'))
+    with pytest.raises(ValueError, match="different: processes"):
+        train(sparse_llama(), chunks, output_dir=str(tmp_path), resume=True)
+    (folder / "state.json").write_text(state)
     (folder / "optimizer.safetensors").write_bytes(b"no")
     with pytest.raises(DataError, match="checkpoint step-000008 is damaged"):
         train(sparse_llama(), chunks, output_dir=str(tmp_path), resume=True)

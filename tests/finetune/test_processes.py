@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 import hf_sparse
 from hf_sparse.demo import CHECKPOINT
 from hf_sparse.finetune import FinetuneConfig, finetune
+from hf_sparse.machine import cuda_of_process, is_main_process
 
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
 CONFIGS = {
@@ -25,6 +26,7 @@ CONFIGS = {
     "sparsefinder": hf_sparse.SparsefinderConfig(rank=4, clusters=4, tile=8, window=8),
 }
 CPU = torch.cuda.device_count() < 2
+ONE_GPU = torch.cuda.device_count() == 1  # two processes cannot share it; without one nothing has to be said
 
 
 def train(method, batch_size):
@@ -32,7 +34,7 @@ def train(method, batch_size):
     model = get_peft_model(FAMILIES["llama"].make(), CONFIGS[method])
     chunks = torch.randint(5, 64, (12, 96), generator=torch.Generator().manual_seed(2))
     before = {"warm_start_steps": 2} if method == "sparsek" else {"graph_steps": 2}
-    config = FinetuneConfig(steps=4, warmup_steps=1, **before, batch_size=batch_size, progress=False, cpu=CPU)
+    config = FinetuneConfig(steps=4, warmup_steps=1, **before, batch_size=batch_size, progress=False, cpu=ONE_GPU)
     history = finetune(model, chunks, config)["history"]
     learned = {name: tensor.cpu() for name, tensor in get_peft_model_state_dict(model).items()}
     return learned, [row["loss"] for row in history]
@@ -52,7 +54,7 @@ def test_two_processes_train_what_one_does(method, tmp_path):
     assert history == other
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     alone, expected = train(method, 4)
-    if method == "sparsefinder":  # projections see rows drawn at random, in each process others
+    if method == "sparsefinder" and not CPU:  # sums in another order there: what is fitted may differ by a token
         history, expected = history[:4], expected[:4]
         first = {name: first[name] for name in first if "scale" in name}
         assert first
@@ -65,29 +67,24 @@ def test_the_command_line_writes_and_tells_once(tmp_path):
     text, adapter = tmp_path / "text.txt", tmp_path / "adapter"
     text.write_text("def twice(number):\n    return 2 * number\n" * 200)
     command = ["-m", "hf_sparse"]
-    subprocess.run(
-        [
-            sys.executable,
-            *command,
-            "patch",
-            CHECKPOINT,
-            "--k",
-            "4",
-            "--window",
-            "4",
-            "--sinks",
-            "1",
-            "--output",
-            adapter,
-        ]
-    )
+    options = ["--k", "4", "--window", "4", "--sinks", "1", "--output", adapter]
+    subprocess.run([sys.executable, *command, "patch", CHECKPOINT, *options], check=True)
     before = load_file(adapter / "adapter_model.safetensors")
     options = ["--steps", "2", "--warm-start-steps", "0", "--length", "64", "--batch-size", "1"]
     told = launch(*command, "finetune", adapter, "--text", text, *options, "--device", "cpu" if CPU else "cuda")
     assert told.count("trained adapter") == 1
-    assert json.loads((adapter / "finetune.json").read_text())["tokens"] == 2 * 2 * 64
+    metrics = json.loads((adapter / "finetune.json").read_text())
+    assert metrics["tokens"] == 2 * 2 * 64 and metrics["settings"]["processes"] == 2
     after = load_file(adapter / "adapter_model.safetensors")
     assert after.keys() == before.keys() and not any(torch.equal(after[name], before[name]) for name in after)
+
+
+def test_a_rank_without_a_local_one_is_no_launch(monkeypatch):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert is_main_process() and cuda_of_process() == "cuda"
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    assert not is_main_process() and cuda_of_process() == "cuda:0"
 
 
 if __name__ == "__main__":
