@@ -41,7 +41,8 @@ CAVEATS = """Read the ratios with care:
   differences between them are noise. Its kernels take less than it does (below); between two steps the GPU waits for
   Python, and most of the kernels' time goes to the products with the weights.
 - Most of the static column is of earlier runs, when the machine's other cores and its other GPU were in use; the rest
-  is of one run. What was measured twice differed by up to a tenth, and a small eager step by up to half.
+  is of one run. What was measured twice took up to a fifth longer in one run, and an eager
+  step up to three quarters.
 """
 PASSES = {"forward": "Forward", "forward_backward": "Forward and backward"}
 
