@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import broadcast, tqdm
+from accelerate.utils import DistributedType, broadcast, tqdm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
@@ -22,6 +22,9 @@ from hf_sparse.finetune.recompute import recomputed
 from hf_sparse.finetune.training import Stage, Training
 from hf_sparse.finetune.trainings import training_of, without_effect
 from hf_sparse.machine import describe
+
+# Ways to divide one model among processes.
+_SHARDING = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
 
 # Chunks that predictors are fitted to in the end, at most.
 FITTED = 8
@@ -75,6 +78,11 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
             # Of processes without an accelerator each would train alone, were it not told that there is none.
             cpu=config.cpu or not torch.accelerator.is_available(),
         )
+        if accelerator.distributed_type in _SHARDING:
+            raise ValueError(
+                f"finetune trains whole models in each process, and accelerate was configured for "
+                f"{accelerator.distributed_type.value}: launch it with torchrun, or another accelerate configuration"
+            )
         identity["processes"] = accelerator.num_processes
         if restart and state["settings"] != identity:
             changed = [key for key, value in identity.items() if state["settings"].get(key) != value]
@@ -140,11 +148,11 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
                             accelerator.backward(loss)
                             losses.append(accelerator.gather(loss.detach()).mean())
                             if accelerator.sync_gradients:
+                                if step == 0 or number == state["step"]:
+                                    _check_gradients(model, stage.parameters)
                                 _mean(accelerator, stage.parameters)
                                 for group in groups:
                                     accelerator.clip_grad_norm_(group["params"], config.max_grad_norm)
-                                if step == 0 or number == state["step"]:
-                                    _check_gradients(model, stage.parameters)
                             optimizer.step()
                             optimizer.zero_grad()
                 value = float(torch.stack(losses).mean())

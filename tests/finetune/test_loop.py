@@ -11,6 +11,7 @@ import accelerate
 import datasets
 import pytest
 import torch
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 
 import hf_sparse.finetune.loop as loop
@@ -26,6 +27,7 @@ SHORT = {"steps": 6, "warm_start_steps": 3, "batch_size": 2, "warmup_steps": 1, 
 RUN = """
 import hf_sparse
 from hf_sparse.finetune import FinetuneConfig, finetune
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 
 model = hf_sparse.from_pretrained("adapter", base_model="base", is_trainable=True)
@@ -306,3 +308,9 @@ def test_gradients_are_checked(monkeypatch, sparse_llama, chunks):
     )
     with pytest.raises(ValueError, match="all gradients are 0"):
         train(sparse_llama(), chunks, objective="lm", warm_start_steps=0)
+
+
+def test_a_divided_model_is_refused(sparse_llama, chunks, monkeypatch):
+    monkeypatch.setattr(loop.Accelerator, "distributed_type", DistributedType.FSDP)
+    with pytest.raises(ValueError, match="whole models in each process, and accelerate was configured for FSDP"):
+        train(sparse_llama(), chunks)
