@@ -1,8 +1,13 @@
-"""The page about speed, from the JSON that `attention_kernels.py` and `model.py` wrote: no number is typed by hand.
+"""The page about speed, from the JSON of the benchmarks: no number in a table is typed by hand.
 
-python benchmarks/tables.py --kernels kernels.json --model model.json --page docs/speed.md --figure docs/speed.png
+    cd benchmarks/results
+    python ../tables.py --kernels kernels-h200.json kernels-shared-h200.json --wider kernels-support4096-h200.json \\
+        --model model-h200.json model-earlier-h200.json model-earliest-h200.json --profiles profiles-h200.json \\
+        --first-calls first_calls-h200.json --sizes sizes-h200.json \\
+        --page ../../docs/speed.md --figure ../../docs/speed.png
 
-Of several JSON of the same benchmark the first counts, and of each next one what those before it lack.
+Of several JSON of the same benchmark the first counts, and of each next one what those before it lack. It prints the
+tables of the README.
 """
 
 import argparse
@@ -41,8 +46,8 @@ CAVEATS = """Read the ratios with care:
   differences between them are noise. Its kernels take less than it does (below); between two steps the GPU waits for
   Python, and most of the kernels' time goes to the products with the weights.
 - Most of the static column is of earlier runs, when the machine's other cores and its other GPU were in use; the rest
-  is of one run. What was measured twice took up to a fifth longer in one run, and an eager
-  step up to three quarters.
+  is of one run. At 4,096 x 1 the profile below has both of one run. Steps that were measured in several runs differed
+  by up to {spread}.
 """
 PASSES = {"forward": "Forward", "forward_backward": "Forward and backward"}
 
@@ -103,17 +108,25 @@ def kernel_tables(kernels: dict[str, Any]) -> str:
 
 
 def joined(models: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The first run, with cells of later ones that it lacks; each row with the bandwidth of its run."""
+    """The first run, with cells of later ones that it lacks; each row with the bandwidth of its run.
+
+    `spread` has the largest difference of a step between two runs, over the smaller one, by variant."""
     if not models:
         return None
     if any(model["settings"] != models[0]["settings"] for model in models):
         raise ValueError("the runs of model.py have different settings")
     cells: dict[tuple, dict[str, Any]] = {}
+    spread: dict[str, float] = {}
+    steps: dict[tuple, list[float]] = {}
     for model in models:
         for row in model["rows"]:
             cell = tuple(row[name] for name in ("part", "variant", "context", "batch"))
             cells.setdefault(cell, row | {"bandwidth": model["bandwidth"]})
-    return models[0] | {"rows": list(cells.values())}
+            if "step_ms" in row:
+                found = steps.setdefault(cell, [])
+                found.append(row["step_ms"]["median_ms"])
+                spread[row["variant"]] = max(spread.get(row["variant"], 0.0), max(found) / min(found) - 1)
+    return models[0] | {"rows": list(cells.values()), "spread": spread}
 
 
 def decode_table(model: dict[str, Any]) -> str:
@@ -241,8 +254,8 @@ Batch {settings["batch"]}, {settings["query_heads"]} query heads and {settings["
 {settings["support"]:,} keys at most. Times of SparseK include its selection. Measured after outputs and gradients
 agreed with float64 (largest relative error {worst:.1e}) and the selection with the one in plain PyTorch.
 
-At 4,096 tokens, and for the selection alone, the limit is the CPU that launches some ten kernels (see "Where the time
-goes"), and how fast it does differs from run to run.
+At 4,096 tokens the limit is the CPU that launches the kernels (see "Where the time goes"), and presumably for the
+selection alone as long as its time does not grow; how fast it launches differs from run to run.
 """
     if kernels["added"]:
         text += f"""
@@ -256,7 +269,8 @@ Of {", ".join(KERNELS[name] for name in kernels["added"])}: what this run lacks 
         for which, title in PASSES.items():
             times = medians(wider, which)["sparsek soft"]
             rows.append([title, *(short(times.get(n)) for n in lengths)])
-        text += f"""Soft gates over {wider["settings"]["support"]:,} keys at most, gradient of the scores only:
+        where = "" if wider["commit"] == kernels["commit"] else ", of an earlier run"
+        text += f"""Soft gates over {wider["settings"]["support"]:,} keys at most, gradient of the scores only{where}:
 
 {table(["ms", *(f"{n:,}" for n in lengths)], rows)}
 """
@@ -266,6 +280,7 @@ Of {", ".join(KERNELS[name] for name in kernels["added"])}: what this run lacks 
         return text
     budget = model["settings"]
     slots = budget["k"] + budget["window"] + budget["sinks"]
+    spread = ", ".join(f"{model['spread'][name]:.0%} ({label})" for name, label in CACHES.items())
     text += f"""## Whole models
 
 Random weights; {slots:,} KV slots (k = {budget["k"]}, window = {budget["window"]}, {budget["sinks"]} sinks). A copy
@@ -276,7 +291,7 @@ read weights and KV once at that bandwidth) and the KV bytes. The caches were fi
 in place of a prompt.
 
 {decode_table(model)}
-{CAVEATS}
+{CAVEATS.format(spread=spread)}
 """
     measured = {row["part"] for row in model["rows"]}
     missing = [name for name in ("prefill", "train") if name not in measured]
@@ -296,9 +311,9 @@ forward and backward), and the teacher's forward alone, batch 1.
     if profiles:
         text += f"""## Where the time goes
 
-One call each, by the profiler: the attention of the first table, forward and backward with hard gates; the training
-step and the decoding step of the whole models. Where kernels take much less time than the call, the CPU that launches
-them is the limit.
+The attention of the first table, forward and backward with hard gates; the training step and the decoding step of the
+whole models: the time of a call without the profiler, and of the kernels of one with it. Where kernels take much less
+time than the call, the CPU that launches them is the limit.
 
 {profile_table(profiles)}
 """
@@ -312,7 +327,7 @@ kernel are in use. With 128 registers a thread 16 warps share a multiprocessor.
         text += f"""## First calls
 
 Seconds in a fresh process with empty caches, processes side by side on cores of their own. A call compiles its kernels,
-and those of its backward if something wants a gradient, side by side as well: more cores make it shorter.
+and those of its backward if something wants a gradient, side by side as well, as many at a time as there are cores.
 
 {first_call_table(first_calls)}
 """

@@ -245,6 +245,19 @@ def test_hard_selection_gives_the_scores_no_gradient():
     assert inputs[0].grad is not None and inputs[3].grad is None
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("gates", ["hard", "soft"])
+def test_a_window_or_sinks_beyond_the_row(gates, causal):
+    inputs = [torch.randn(1, heads, 9, 4) for heads in (2, 1, 1)]
+    scores = torch.randn(1, 1, 9, requires_grad=gates == "soft")
+    options = {"k": 2, "gates": gates, "causal": causal, "implementation": "tiled"}
+    for near, far in (({"window": 18, "sinks": 1}, {"window": 2**40, "sinks": 1}), ({"sinks": 9}, {"sinks": 2**40})):
+        expected, found = (
+            sparsek_attention(*inputs, scores, **{"window": 2, **size, **options}) for size in (near, far)
+        )
+        assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("implementation", ["auto", "tiled", "dense"])
 @pytest.mark.parametrize("shape", [{"batch": 0}, {"queries": 0}, {"queries": 0, "keys": 0}])
 def test_empty(shape, implementation):

@@ -297,6 +297,20 @@ def test_any_factor_scales_the_logits(scaling, soft):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@GATES
+@ORDER
+def test_a_window_beyond_the_row(soft, causal):
+    """Positions are int32 in the kernels."""
+    case = Case(group=2, queries=size(40, 19), soft=soft, causal=causal)
+    options = {"k": 5, "gates": "soft" if soft else "hard", "causal": causal, "implementation": "triton"}
+    near, far = (
+        run(lambda *inputs, window=window: sparsek_attention(*inputs, window=window, sinks=2, **options), case)
+        for window in (2 * case.queries, 2**40)
+    )
+    for name, expected in near.items():
+        torch.testing.assert_close(far[name], expected, rtol=1e-6, atol=1e-6)
+
+
 def test_a_query_without_a_key_gets_zero():
     case = Case(batch=2, start=[size(37, 21), 18], sinks=0)
     output = case.fused(*case.inputs)

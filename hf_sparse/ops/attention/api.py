@@ -92,6 +92,9 @@ def sparsek_attention(
     _check(query, key, value, scores, k, window, sinks, support, start, causal)
     if query.numel() == 0:
         return query.clone()
+    # What lies beyond the row changes nothing; the tiles would gather it, and positions are int32 in the kernels.
+    keys = key.shape[2]
+    window, sinks = min(window, keys if causal else 2 * keys), min(sinks, keys)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     soft = gates == "soft" and k > 0
     support = support if soft else k
@@ -104,7 +107,7 @@ def sparsek_attention(
         key, value, scores = (_without_padding(tensor, start) for tensor in (key, value, scores))
         query = _without_padding(query, start - (key.shape[2] - query.shape[2]))
     with torch.autocast(device, enabled=False):
-        if implementation == "auto" and key.shape[2] <= k + window + sinks and not trains:
+        if implementation == "auto" and keys <= k + window + sinks and not trains:
             return _all_keys(query, key, value, scaling, start, causal)
         arguments = (query, key, value, scores, k, window, sinks, scaling, soft, support, start)
         if implementation == "dense":

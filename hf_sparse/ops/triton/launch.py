@@ -44,7 +44,8 @@ def compile_ahead(attention: Callable[..., Tensor], *arguments: Any) -> None:
     wanted = [tensor.requires_grad and torch.is_grad_enabled() for tensor in tensors]
     flags = [argument for argument in arguments if isinstance(argument, bool)]
     family = (attention, query.device, query.dtype, query.shape[1] // key.shape[1], query.shape[3], *flags, *wanted)
-    if family in _seen:
+    # Binaries are loaded from other threads, which could break off the capture of a CUDA graph.
+    if family in _seen or torch.cuda.is_current_stream_capturing():
         return
     _seen.add(family)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -12,6 +12,9 @@ first `size` of their merged lists. So the keys are cut into chunks of a tile ea
 Merging looks up each key's place in the other list, which needs no communication between threads. With
 `size` = s the work is O(T log s), plus O(T / 512 * s * log T) for the rounds, all of it parallel; nothing waits for
 the host. The derivation is ours.
+
+In the backward `free_intervals` finds the queries whose tau moves with a key, `shares` divides the gradient of each
+among its free keys, and `sum_shares` adds up those of every key; one launch each, and a running sum between them.
 """
 
 import math
