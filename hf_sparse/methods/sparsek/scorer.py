@@ -8,8 +8,8 @@ The product itself is summed in float64. In the first layer every occurrence of 
 scores are the rule there; a float32 matrix product gives them other last bits for another number of rows, and prefill
 and decoding would break the ties differently.
 
-So much precision would need more memory than the model itself: of its input a scorer keeps nothing for the backward,
-which computes the scores again, and long texts are scored piece by piece.
+Copies of the input in float32 and float64 would take much memory: for the backward a scorer keeps the input alone and
+computes the scores again, and long texts are scored piece by piece.
 
 Parameters lie directly on the scorer, not on submodules: PEFT strips the adapter's name from the next-to-last part of
 a key only.
