@@ -140,24 +140,25 @@ def main() -> None:
     slots = budget(options).slots
     result: dict[str, Any] = {"format": 1, "benchmark": "profiles", "commit": options.commit or current_commit()}
     result |= {**describe(), "slots": slots, "rows": []}
-    jobs = [("attention", length) for length in options.lengths] + [("training", length) for length in options.train]
-    for part, length in jobs:
-        run = attention(length, options.device) if part == "attention" else training(length, options)
-        row = {"part": part, "length": length, **measure(run, options.device)}
-        print(f"{part:10} {length:7} {row['call_ms']:9.2f} ms, {row['kernels_ms']:9.2f} ms of kernels", flush=True)
+
+    def add(row: dict[str, Any]) -> None:
+        name = row.get("variant", row["part"])
+        print(
+            f"{name:10} {row['length']:7} {row['call_ms']:9.2f} ms, {row['kernels_ms']:9.2f} ms of kernels", flush=True
+        )
         result["rows"].append(row)
         write_json(options.output, result)
+
+    for length in options.lengths:
+        add({"part": "attention", "length": length, **measure(attention(length, options.device), options.device)})
+    for length in options.train:
+        add({"part": "training", "length": length, **measure(training(length, options), options.device)})
     if options.decode:
         model = make_model(options, LLAMA_8B, torch.bfloat16 if options.device == "cuda" else torch.float32)
     for context in options.decode:
         for variant in ("sparse", "static"):
             row = {"part": "decoding", "variant": variant, "length": context, "batch": options.batch}
-            row |= decoding(model, variant, context, options)
-            print(
-                f"{variant:10} {context:7} {row['call_ms']:9.2f} ms, {row['kernels_ms']:9.2f} ms of kernels", flush=True
-            )
-            result["rows"].append(row)
-            write_json(options.output, result)
+            add(row | decoding(model, variant, context, options))
 
 
 if __name__ == "__main__":

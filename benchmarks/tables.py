@@ -319,7 +319,7 @@ time than the call, the CPU that launches them is the limit.
 """
     if sizes:
         text += f"""Sizes of programs, searched at {sizes["length"]:,} tokens with hard gates; the first of each
-kernel are in use. With 128 registers a thread 16 warps share a multiprocessor.
+kernel are in use. With 128 registers a thread 16 warps share a multiprocessor. No script here repeats the search.
 
 {sizes_table(sizes)}
 """

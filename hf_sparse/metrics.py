@@ -28,6 +28,10 @@ class Metric:
     def show(self, value: float) -> str:
         return f"{value:.{self.digits}f}"
 
+    def best_of(self, values: Mapping[str, float]) -> str:
+        """The name of the best value."""
+        return (min if self.best is None else max)(values, key=lambda name: values[name])
+
 
 METRICS = {
     metric.key: metric

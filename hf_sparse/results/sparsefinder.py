@@ -110,7 +110,7 @@ def _verdict(evaluation: dict[str, Any]) -> str:
     )
     others = {name: values[metric.key] for name, values in results.items() if name not in ("predicted", "oracle")}
     if others:
-        best = (min if metric.best is None else max)(others, key=lambda name: others[name])
+        best = metric.best_of(others)
         said += f"; of the other patterns the best is “{PATTERN_LOOKS[best].label}” with {metric.show(others[best])}"
     return said + "."
 

@@ -147,7 +147,7 @@ def _verdict(metric: Metric, values: Mapping[str, float]) -> str:
         said += f"{change}, dense attention {metric.show(values['dense'])}"
     baselines = {name: value for name, value in values.items() if name not in ("dense", "learned", "oracle")}
     if baselines:
-        best = (min if metric.best is None else max)(baselines, key=lambda name: baselines[name])
+        best = metric.best_of(baselines)
         said += f"; of the baselines at as many places the best is “{_label(best)}” with {metric.show(baselines[best])}"
     return said + "."
 
