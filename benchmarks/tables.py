@@ -1,9 +1,9 @@
 """The page about speed, from the JSON of the benchmarks: no number in a table is typed by hand.
 
     cd benchmarks/results
-    python ../tables.py --kernels kernels-h200.json kernels-shared-h200.json --wider kernels-support4096-h200.json \\
-        --model model-h200.json model-earlier-h200.json model-earliest-h200.json --profiles profiles-h200.json \\
-        --first-calls first_calls-h200.json --sizes sizes-h200.json \\
+    python ../tables.py --kernels kernels-h200.json kernels-flash-h200.json --wider kernels-support4096-h200.json \\
+        --model model-h200.json model-eager-h200.json model-earlier-h200.json \\
+        --profiles profiles-h200.json --first-calls first_calls-h200.json --sizes sizes-h200.json \\
         --page ../../docs/speed.md --figure ../../docs/speed.png
 
 Of several JSON of the same benchmark the first counts, and of each next one what those before it lack. It prints the
@@ -45,9 +45,9 @@ CAVEATS = """Read the ratios with care:
 - The sparse step reaches half of its own roofline, at any context: it reads as much at each of them, so that the
   differences between them are noise. Its kernels take less than it does (below); between two steps the GPU waits for
   Python, and most of the kernels' time goes to the products with the weights.
-- Most of the static column is of earlier runs, when the machine's other cores and its other GPU were in use; the rest
-  is of one run. At 4,096 x 1 the profile below has both of one run. Steps that were measured in several runs differed
-  by up to {spread}.
+- All rows are of one run on a machine that did nothing else. Two other runs of nearly the same code, an earlier one and
+  one of the eager rows at 32,768 tokens alone, had steps that differed by up to {spread}.
+  What runs eager is the least certain: the CPU alone sets its pace.
 """
 PASSES = {"forward": "Forward", "forward_backward": "Forward and backward"}
 
@@ -259,7 +259,7 @@ selection alone as long as its time does not grow; how fast it launches differs 
 """
     if kernels["added"]:
         text += f"""
-Of {", ".join(KERNELS[name] for name in kernels["added"])}: what this run lacks is of one whose CPU did other work too.
+Of {", ".join(KERNELS[name] for name in kernels["added"])}: what this run lacks is of another run.
 """
     text += f"""
 {kernel_tables(kernels)}"""
@@ -269,7 +269,7 @@ Of {", ".join(KERNELS[name] for name in kernels["added"])}: what this run lacks 
         for which, title in PASSES.items():
             times = medians(wider, which)["sparsek soft"]
             rows.append([title, *(short(times.get(n)) for n in lengths)])
-        where = "" if wider["commit"] == kernels["commit"] else ", of an earlier run"
+        where = "" if wider["commit"] == kernels["commit"] else ", of another run"
         text += f"""Soft gates over {wider["settings"]["support"]:,} keys at most, gradient of the scores only{where}:
 
 {table(["ms", *(f"{n:,}" for n in lengths)], rows)}
