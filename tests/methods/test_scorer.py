@@ -82,7 +82,7 @@ def test_long_texts_are_scored_piece_by_piece(kind, monkeypatch):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("states", [torch.float32, torch.bfloat16], ids=str)
 def test_the_backward_needs_the_input_only(kind, states, monkeypatch):
-    """Against autograd's own backward of the same, which keeps the input in three precisions."""
+    """Against autograd's own backward of the same, which keeps the input in two precisions."""
     module, inputs = scorer(kind), torch.randn(2, 7, 16).to(states).requires_grad_()
     wanted, upstream = [inputs, *module.parameters()], torch.randn(2, 3, 7)
     kept = []
@@ -90,7 +90,7 @@ def test_the_backward_needs_the_input_only(kind, states, monkeypatch):
         scores = score(module, inputs)
     assert [t.dtype for t in kept if t.shape == inputs.shape] == [states] and all(t.numel() <= 24 * 16 for t in kept)
     gradients = torch.autograd.grad(scores, wanted, upstream)
-    monkeypatch.setattr(module, "_of_piece", module._normalised_score)
+    monkeypatch.setattr(module, "_of_piece", module.score)
     expected = score(module, inputs)
     assert torch.equal(scores, expected)
     for gradient, other in zip(gradients, torch.autograd.grad(expected, wanted, upstream), strict=True):

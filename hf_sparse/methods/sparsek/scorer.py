@@ -1,15 +1,12 @@
 """Scorers: one query-independent score per token and KV head, from the input of the attention module.
 
 The input is layer-normalised once more, without parameters: hidden states grow about a hundredfold with depth, and
-the score scale is the temperature of SparseK. A bias would do nothing, SparseK is shift invariant. Scores are
-float32 whatever the model's dtype: in bfloat16 most keys of a long text tie.
+the score scale is the temperature of SparseK. A bias would do nothing, SparseK is shift invariant. Scores are computed
+in float64 (`hf_sparse.ops.scores` says why) and are float32 whatever the model's dtype: in bfloat16 most keys of a long
+text tie.
 
-The product itself is summed in float64. In the first layer every occurrence of a token has the same input, so equal
-scores are the rule there; a float32 matrix product gives them other last bits for another number of rows, and prefill
-and decoding would break the ties differently.
-
-Copies of the input in float32 and float64 would take much memory: for the backward a scorer keeps the input alone and
-computes the scores again, and long texts are scored piece by piece.
+Copies of the input in float64 would take much memory: linear scores on a GPU make none, and of all others the backward
+keeps the input alone and computes the scores again, and long texts are scored piece by piece.
 
 Parameters lie directly on the scorer, not on submodules: PEFT strips the adapter's name from the next-to-last part of
 a key only.
@@ -24,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from hf_sparse.methods.sparsek.config import SparseKConfig
+from hf_sparse.ops.scores import has_kernels, linear_scores, normalised
 
 _AT_ONCE = 1 << 24  # numbers of the input that are scored at a time
 _SLOPE_TOKENS = 256  # a learned slope is stored per so many tokens, so that it moves at the pace of the weights
@@ -41,31 +39,29 @@ class Scorer(nn.Module):
         self.slope = nn.Parameter(torch.zeros(num_key_value_heads)) if config.learn_slope and causal else None
 
     def forward(self, hidden_states: Tensor, index: Tensor) -> Tensor:
-        tokens = max(1, _AT_ONCE // max(1, hidden_states[:, :1].numel()))
-        if hidden_states.shape[1] <= tokens:
-            scores = self._of_piece(hidden_states)
-        else:
-            scores = torch.cat([self._of_piece(piece) for piece in hidden_states.split(tokens, 1)], 1)
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            scores = self._in_pieces(hidden_states)
         slope: float | Tensor = self.position_slope
         if self.slope is not None:
-            slope = slope + self.slope.to(scores.dtype) / _SLOPE_TOKENS
+            slope = slope + self.slope.to(scores.dtype)[:, None] / _SLOPE_TOKENS
         if isinstance(slope, Tensor) or slope:
-            scores = scores + index.to(scores.dtype)[..., None] * slope
-        return scores.float().transpose(1, 2).contiguous()
+            scores = scores + index.to(scores.dtype)[:, None] * slope
+        return scores.float().contiguous()
+
+    def _in_pieces(self, hidden_states: Tensor) -> Tensor:
+        """`[B, T, C]` inputs -> `[B, Hkv, T]` scores without slopes, in little memory."""
+        tokens = max(1, _AT_ONCE // max(1, hidden_states[:, :1].numel()))
+        if hidden_states.shape[1] <= tokens:
+            return self._of_piece(hidden_states)
+        return torch.cat([self._of_piece(piece) for piece in hidden_states.split(tokens, 1)], 2)
 
     def _of_piece(self, hidden_states: Tensor) -> Tensor:
-        """`[B, T, C]` inputs -> `[B, T, Hkv]` scores without slopes."""
         if torch.is_grad_enabled():
-            return _Again.apply(self._normalised_score, hidden_states, *self.parameters())
-        return self._normalised_score(hidden_states)
+            return _Again.apply(self.score, hidden_states, *self.parameters())
+        return self.score(hidden_states)
 
-    def _normalised_score(self, hidden_states: Tensor) -> Tensor:
-        with torch.autocast(hidden_states.device.type, enabled=False):
-            states = F.layer_norm(hidden_states.float(), hidden_states.shape[-1:])
-            return self.score(states if states.device.type == "mps" else states.double())
-
-    def score(self, states: Tensor) -> Tensor:
-        """`[B, T, C]` normalised states -> `[B, T, Hkv]`, in their dtype; subclasses write it."""
+    def score(self, hidden_states: Tensor) -> Tensor:
+        """`[B, T, C]` inputs -> `[B, Hkv, T]` in the dtype of `ops.scores.normalised`; subclasses write it."""
         raise NotImplementedError
 
 
@@ -97,11 +93,11 @@ class LinearScorer(Scorer):
         self.weight = nn.Parameter(torch.empty(num_key_value_heads, hidden_size))
         nn.init.normal_(self.weight, std=0.02)
 
-    def score(self, states: Tensor) -> Tensor:
-        weight = self.weight.to(states.dtype)
-        if states.shape[1] == 1:  # a compiled decoding step makes one kernel of this and what is around it
-            return (states * weight).sum(-1)[:, None]
-        return states @ weight.T
+    def _in_pieces(self, hidden_states: Tensor) -> Tensor:
+        return self.score(hidden_states) if has_kernels(hidden_states) else super()._in_pieces(hidden_states)
+
+    def score(self, hidden_states: Tensor) -> Tensor:
+        return linear_scores(hidden_states, self.weight)
 
 
 class MLPScorer(Scorer):
@@ -116,9 +112,10 @@ class MLPScorer(Scorer):
         nn.init.normal_(self.up, std=hidden_size**-0.5)
         nn.init.normal_(self.down, std=width**-0.5)
 
-    def score(self, states: Tensor) -> Tensor:
+    def score(self, hidden_states: Tensor) -> Tensor:
+        states = normalised(hidden_states)
         up, bias, down = (p.to(states.dtype) for p in (self.up, self.up_bias, self.down))
-        return F.gelu(states @ up.T + bias) @ down.T
+        return (F.gelu(states @ up.T + bias) @ down.T).transpose(1, 2)
 
 
 def make_scorer(config: SparseKConfig, hidden_size: int, num_key_value_heads: int, causal: bool) -> Scorer:
