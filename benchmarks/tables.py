@@ -2,8 +2,9 @@
 
     cd benchmarks/results
     python ../tables.py --kernels kernels-h200.json kernels-flash-h200.json --wider kernels-support4096-h200.json \\
-        --model model-h200.json model-eager-h200.json model-earlier-h200.json \\
-        --profiles profiles-h200.json --first-calls first_calls-h200.json --sizes sizes-h200.json \\
+        --model model-scores-h200.json model-h200.json model-eager-h200.json model-earlier-h200.json \\
+        --profiles profiles-scores-h200.json profiles-h200.json --first-calls first_calls-h200.json \\
+        --sizes sizes-h200.json \\
         --page ../../docs/speed.md --figure ../../docs/speed.png
 
 Of several JSON of the same benchmark the first counts, and of each next one what those before it lack. It prints the
@@ -45,8 +46,9 @@ CAVEATS = """Read the ratios with care:
 - The sparse step reaches half of its own roofline, at any context: it reads as much at each of them, so that the
   differences between them are noise. Its kernels take less than it does (below); between two steps the GPU waits for
   Python, and most of the kernels' time goes to the products with the weights.
-- All rows are of one run on a machine that did nothing else. Two other runs of nearly the same code, an earlier one and
-  one of the eager rows at 32,768 tokens alone, had steps that differed by up to {spread}.
+- Rows are of one run on a machine that did nothing else; prefill, training and the compiled sparse steps of one text of
+  4,096 and of 32,768 tokens are of a later one, after the scores had got kernels. Between all runs, an earlier one and
+  one of the eager rows at 32,768 tokens too, a step differed by up to {spread}.
   What runs eager is the least certain: the CPU alone sets its pace.
 """
 PASSES = {"forward": "Forward", "forward_backward": "Forward and backward"}
@@ -171,9 +173,13 @@ def long_table(model: dict[str, Any], part: str, names: dict[str, str]) -> str:
 
 
 def profile_table(profiles: list[dict[str, Any]]) -> str:
-    """Calls, the time of their kernels, and the kernels that take most of it."""
-    rows = []
+    """Calls, the time of their kernels, and the kernels that take most of it; of equal calls the first."""
+    parts = ("attention", "training", "decoding")
+    calls: dict[tuple, dict[str, Any]] = {}
     for row in (row for one in profiles for row in one["rows"]):
+        calls.setdefault((row["part"], row["length"], row.get("variant"), row.get("batch")), row)
+    rows = []
+    for row in sorted(calls.values(), key=lambda row: parts.index(row["part"])):
         longest = [
             f"{kernel['name'].split('<')[0].split('(')[0][:40]} {short(kernel['ms'])}" for kernel in row["kernels"][:5]
         ]

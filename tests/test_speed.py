@@ -23,9 +23,10 @@ def test_every_number_is_that_of_the_json():
     tables = load_tables()
     kernels = tables.joined_kernels([read("kernels-h200.json"), read("kernels-flash-h200.json")])
     wider = read("kernels-support4096-h200.json")
-    models = ("model-h200.json", "model-eager-h200.json", "model-earlier-h200.json")
+    models = ("model-scores-h200.json", "model-h200.json", "model-eager-h200.json", "model-earlier-h200.json")
     model = tables.joined([read(name) for name in models])
-    profiles, first_calls, sizes = [read("profiles-h200.json")], read("first_calls-h200.json"), read("sizes-h200.json")
+    profiles = [read("profiles-scores-h200.json"), read("profiles-h200.json")]
+    first_calls, sizes = read("first_calls-h200.json"), read("sizes-h200.json")
     page = tables.page(kernels, wider, model, profiles, first_calls, sizes, "speed.png")
     assert (ROOT / "docs" / "speed.md").read_text("utf-8") == page
     assert tables.summary(kernels, model) in (ROOT / "README.md").read_text("utf-8")

@@ -26,7 +26,7 @@ _EPS = 1e-5  # of the layer norm
 _ROWS, _HEADS, _COLUMNS = 4, 8, 64  # of a program of the forward
 _WARPS, _STAGES = 4, 3
 _STEP, _WIDTH = 16, 128  # rows of a step and columns of a program of the backward
-_PROGRAMS = 2048  # about four for each multiprocessor of a large GPU
+_PROGRAMS = 2048  # about fifteen for each multiprocessor of a large GPU
 
 
 def linear_scores(states: Tensor, weight: Tensor) -> Tensor:
