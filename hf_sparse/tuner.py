@@ -1,5 +1,7 @@
 """The PEFT tuner: a thin layer that lets PEFT drive `hf_sparse.patches`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
@@ -42,6 +44,20 @@ class SparseModel(BaseTuner):
     ) -> None:
         attach(target, self.model, adapter_name, peft_config)
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Called by PEFT around each forward and `generate`, with keywords that it then takes out in silence.
+
+        Raises:
+            ValueError: `adapter_names`, an adapter for each row of the batch.
+        """
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names is not supported: one adapter of sparse attention serves a whole batch; choose it with "
+                "set_adapter"
+            )
+        yield
+
     def unload(self) -> nn.Module:
         """Take sparse attention off and return the base model."""
         detach(self.model)
@@ -55,9 +71,10 @@ class SparseModel(BaseTuner):
 
 #: The tuner of each method by the method's name in PEFT: PEFT reads the prefix of the learned parameters off the class.
 TUNERS: dict[str, type[SparseModel]] = {
-    name: type(f"{method.attention.label}Model", (SparseModel,), {"prefix": method.prefix})
+    name: type(f"{method.attention.label}Model", (SparseModel,), {"prefix": method.prefix, "__module__": __name__})
     for name, method in registered_methods().items()
 }
+globals().update({tuner.__name__: tuner for tuner in TUNERS.values()})  # where pickle looks for them
 
 
 def register() -> None:

@@ -1,6 +1,7 @@
 """SparseK through PEFT and through transformers' own adapter loaders."""
 
 import json
+import sys
 
 import peft
 import pytest
@@ -9,7 +10,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_sparse import SparseKConfig
+from hf_sparse import SparsefinderConfig, SparseKConfig
 from hf_sparse.errors import AdapterMismatchError
 from hf_sparse.methods.sparsek import SparseKCacheLayer
 from hf_sparse.patches import methods_of
@@ -226,6 +227,20 @@ def test_transformers_own_switches(base_folder, model, tmp_path, tiny_llama):
     assert torch.equal(logits(loaded), sparse)
 
 
+def test_an_adapter_for_each_row_is_refused(model):
+    model.add_adapter("other", config())
+    for run in (model, model.generate):
+        with pytest.raises(ValueError, match="adapter_names is not supported"):
+            run(input_ids=IDS, adapter_names=["default", "other"])
+
+
+@pytest.mark.parametrize("settings", [config(lora_rank=2), SparsefinderConfig(predictor="bound", tile=8, window=8)])
+def test_a_whole_model_is_pickled(tiny_llama, tmp_path, settings):
+    model = get_peft_model(tiny_llama(), settings).eval()
+    torch.save(model, tmp_path / "model.pt")
+    assert torch.equal(logits(torch.load(tmp_path / "model.pt", weights_only=False)), logits(model))
+
+
 # Training.
 
 
@@ -278,6 +293,15 @@ def test_the_trainer_trains_it(tiny_llama, tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter")), after)
     with model.disable_adapter():
         assert torch.equal(logits(model), logits(tiny_llama()))
+
+
+def test_data_parallel_is_refused(model, monkeypatch):
+    """Its copies have no parameters, so that in one of two GPUs a scorer would get no gradient."""
+    replicate = sys.modules["torch.nn.parallel.replicate"]
+    copies = lambda tensors, devices, detach=False: [tensors for _ in devices]  # noqa: E731
+    monkeypatch.setattr(replicate, "_broadcast_coalesced_reshape", copies)  # without GPUs
+    with pytest.raises(ValueError, match="one process per GPU"):
+        replicate.replicate(model, [0, 1])
 
 
 def test_peft_knows_the_method():

@@ -187,6 +187,18 @@ class SparseMethod(nn.Module, BaseTunerLayer):
         """PEFT's last step for an adapter that it made without memory (`low_cpu_mem_usage`) and then loaded."""
         self.to(device or self.home)
 
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        """Called by `torch.nn.DataParallel`, whose copies hold tensors in place of parameters: scorers would not learn.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "torch.nn.DataParallel, which transformers' Trainer uses where one process sees several GPUs, cannot hold "
+            "sparse attention: start one process per GPU (torchrun), or show this one a single GPU "
+            "(CUDA_VISIBLE_DEVICES=0)"
+        )
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError("sparse attention selects keys; there are no weights that it could be merged into")
 
