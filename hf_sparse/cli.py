@@ -1,6 +1,7 @@
 """The command line. Each verb is a few lines around a function of `hf_sparse.workflow`, `hub` or `demo`."""
 
 import errno
+import os
 import sys
 import warnings
 from importlib.metadata import version
@@ -58,12 +59,22 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     """Learned sparse attention for pretrained transformers: patch a checkpoint, train what is small, push it."""
+    verb = context.invoked_subcommand
+    if verb != "finetune" and "LOCAL_RANK" in os.environ:
+        from hf_sparse.machine import launched_processes
+
+        if (count := launched_processes()) > 1:
+            raise ValueError(
+                f"{count} processes were launched, each of which would do all of `hf-sparse {verb}`: run it without a "
+                "launcher, `hf-sparse finetune` alone shares its work"
+            )
 
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of an adapter, made by `hf-sparse patch`.")]

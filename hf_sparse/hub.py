@@ -30,6 +30,7 @@ from transformers import PreTrainedModel
 
 from hf_sparse.adapter import CONFIG, EVALUATION, TRAINING, WEIGHTS, check_fit, read_adapter, resolve_base, skeleton_of
 from hf_sparse.errors import HfSparseError, HubError
+from hf_sparse.machine import is_main_process
 from hf_sparse.methods import registered_methods
 from hf_sparse.patches import methods_of
 from hf_sparse.repo import FILES, is_public, write_repo
@@ -116,7 +117,8 @@ def push_to_hub(
 
     The adapter is first checked against the configuration of its base model, so that what is pushed can be loaded.
     The card is written anew by every push. Files of an earlier push that this one does not have (an eval.json, say)
-    are removed in the same commit; files that are not hf-sparse's stay.
+    are removed in the same commit; files that are not hf-sparse's stay. Of processes that were launched together the
+    first one pushes.
 
     Args:
         model_or_dir: a `PeftModel`, of which the active adapter is pushed; or a folder with an adapter, of which
@@ -152,6 +154,8 @@ def push_to_hub(
     if "/" not in repo_id:
         with _explained(f"cannot push to {repo_id}"):
             repo_id = f"{api.whoami()['name']}/{repo_id}"
+    if not is_main_process():
+        return f"{api.endpoint}/{repo_id}"
 
     with tempfile.TemporaryDirectory(prefix="hf-sparse-") as temporary:
         stage, saved = Path(temporary, "stage"), Path(temporary, "saved")

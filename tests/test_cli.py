@@ -606,6 +606,18 @@ class TestDebug:
         assert result.exit_code == 130 and result.stderr == "interrupted; files are as they were\n"
 
 
+@pytest.mark.parametrize("verb", ["eval", "report", "divide", "push", "patch", "demo"])
+def test_one_process_does_what_cannot_be_shared(adapter, text, verb, monkeypatch):
+    """Several would write the same files."""
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    before = files(adapter)
+    arguments = {"push": [adapter, "me/name"], "patch": ["demo", "--output", adapter], "demo": ["--output", adapter]}
+    said = fail(verb, *arguments.get(verb, [adapter, "--text", text]))
+    assert f"2 processes were launched, each of which would do all of `hf-sparse {verb}`" in said
+    assert files(adapter) == before
+
+
 def test_version():
     assert succeed("--version") == f"hf-sparse {hf_sparse.__version__}\n"
 

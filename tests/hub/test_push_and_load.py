@@ -280,6 +280,15 @@ def test_name_without_an_owner(model, api, hub):
     assert f"{hub.user}/bare-name" in ModelCard.load(f"{hub.user}/bare-name").text
 
 
+def test_one_of_several_processes_pushes(model, api, hub, repo_id, monkeypatch):
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        hub.reset_trace()
+        assert push_to_hub(model, repo_id) == f"{hub.endpoint}/{repo_id}"
+        assert hub.count("POST", "/commit/") == (rank == "0")
+
+
 def test_private(model, api, repo_id, tmp_path):
     push_to_hub(model, repo_id, private=True)
     assert api.model_info(repo_id).private
