@@ -481,12 +481,16 @@ def push(
     base_model: Annotated[
         str | None, typer.Option(help="Hub id of the base model, where the adapter was made on a local folder.")
     ] = None,
+    license: Annotated[
+        str | None,
+        typer.Option(help="For the card, such as apache-2.0; by default what the base model's page on the Hub says."),
+    ] = None,
 ) -> None:
     """Publish the adapter in DIR with its card, in one commit. Log in with `hf auth login`, or set HF_TOKEN."""
     _workflow()
     from hf_sparse.hub import push_to_hub
 
-    url = push_to_hub(folder, repo_id, private=private, base_model=base_model)
+    url = push_to_hub(folder, repo_id, private=private, base_model=base_model, license=license)
     Console().print(f"pushed {escape(str(folder))} to {url}", soft_wrap=True)
 
 
