@@ -119,6 +119,17 @@ def _graph(help: str, *names: str, **options: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=_PANELS["sparsefinder"], **options)
 
 
+def _was_given(context: typer.Context, name: str) -> bool:
+    return getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+
+
+def _only_with(context: typer.Context, what: str, *names: str) -> None:
+    """Of options that are about something that is not there, none must have been given."""
+    for option in context.command.params:
+        if option.name in names and _was_given(context, option.name):
+            raise typer.BadParameter(f"{option.opts[0]} has no effect without {what}")
+
+
 def _settings(context: typer.Context, method: str) -> dict[str, Any]:
     """Values of the options of a method by name; those of the others must not have been given."""
     found = {}
@@ -126,7 +137,7 @@ def _settings(context: typer.Context, method: str) -> dict[str, Any]:
         name, panel = option.name or "", getattr(option, "rich_help_panel", None)
         if panel == _PANELS[method]:
             found[name] = context.params[name]
-        elif panel in _PANELS.values() and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE":
+        elif panel in _PANELS.values() and _was_given(context, name):
             raise typer.BadParameter(f"{option.opts[0]} is no option of {method}: see {panel!r} in --help")
     return found
 
@@ -220,6 +231,7 @@ def patch(
 
 @app.command()
 def finetune(
+    context: typer.Context,
     folder: Folder,
     text: Texts = None,
     dataset: Annotated[str | None, typer.Option(metavar="NAME", help="Dataset on the Hub, instead of --text.")] = None,
@@ -262,6 +274,8 @@ def finetune(
     """Train the adapter in DIR and write it back, with finetune.json."""
     if bool(text) == bool(dataset):
         raise typer.BadParameter("expected either --text FILE or --dataset NAME")
+    if not dataset:
+        _only_with(context, "--dataset", "dataset_config", "split", "column")
     workflow = _workflow()
     from hf_sparse.finetune import FinetuneConfig
     from hf_sparse.finetune.checkpoint import latest
@@ -340,6 +354,7 @@ def divide(
 
 @app.command("eval")
 def evaluate(
+    context: typer.Context,
     folder: Folder,
     text: Texts = None,
     length: Length = None,
@@ -366,7 +381,7 @@ def evaluate(
             parser=_shares,
         ),
     ] = None,
-    seed: Annotated[int, _graph("Of random patterns, and of the rows that are compared.")] = 0,
+    seed: Annotated[int | None, _graph("Of random patterns, and of the rows that are compared; 0 by default.")] = None,
     selection: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Only compare this; may be repeated. All by default.")
     ] = None,
@@ -402,6 +417,10 @@ def evaluate(
     """
     if not (text or task or longbench):
         raise typer.BadParameter("expected --text FILE, --task NAME or --longbench FILE")
+    if not text:
+        _only_with(context, "--text", "chunks", "stride", "batch_size", "slots", "sparsity", "seed")
+    if not (task or longbench):
+        _only_with(context, "--task or --longbench", "haystack", "task_lengths", "task_samples", "task_slots")
     if json and not json.parent.is_dir():
         raise typer.BadParameter(f"--json {json}: {json.parent} is no folder")
     workflow = _workflow()
@@ -454,6 +473,7 @@ def evaluate(
 
 @app.command()
 def report(
+    context: typer.Context,
     folder: Folder,
     text: Texts = None,
     length: Length = None,
@@ -464,6 +484,8 @@ def report(
     dtype: OfDtype = "auto",
 ) -> None:
     """Write report.html and figures/ in DIR from eval.json and finetune.json; of a --text also what is attended to."""
+    if not text:
+        _only_with(context, "--text", "length", "chunks")
     _workflow()
     from hf_sparse.report import write_report
     from hf_sparse.workflow import read_texts

@@ -174,7 +174,7 @@ def evaluate_adapter(
     selections: Sequence[str] | None = None,
     slots: Sequence[int] = (),
     sparsities: Sequence[float] | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     stride: int | None = None,
     suite: Suite | None = None,
     note: str | None = None,

@@ -515,8 +515,11 @@ class TestSparsefinder:
         assert files(graph) == before
 
     def test_sparsities_are_not_for_sparsek(self, adapter, text):
-        assert "sparsities are Sparsefinder's" in fail(
+        assert "sparsities and seed are Sparsefinder's" in fail(
             "eval", adapter, "--text", text, "--sparsity", "0.5", "--length", LENGTH, "--device", "cpu"
+        )
+        assert "sparsities and seed are" in fail(
+            "eval", adapter, "--text", text, "--seed", "0", "--length", LENGTH, "--device", "cpu"
         )
         result = invoke("eval", adapter, "--text", text, "--sparsity", "half")
         assert result.exit_code == 2 and "expected numbers such as 0.5,0.8" in result.output
@@ -604,6 +607,20 @@ class TestDebug:
         monkeypatch.setattr(workflow, "evaluate", interrupted)
         result = invoke("eval", adapter, "--text", text, "--length", LENGTH)
         assert result.exit_code == 130 and result.stderr == "interrupted; files are as they were\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["finetune", "--text", "t.txt", "--split", "test"], "--split has no effect without --dataset"),
+        (["eval", "--text", "t.txt", "--task-slots", "9"], "--task-slots has no effect without --task or --longbench"),
+        (["eval", "--task", "passkey", "--slots", "9"], "--slots has no effect without --text"),
+        (["report", "--chunks", "0:2"], "--chunks has no effect without --text"),
+    ],
+)
+def test_options_about_what_is_not_there(tmp_path, arguments, message):
+    result = invoke(arguments[0], tmp_path, *arguments[1:])
+    assert result.exit_code == 2 and message in " ".join(result.output.replace("│", " ").split())
 
 
 @pytest.mark.parametrize("verb", ["eval", "report", "divide", "push", "patch", "demo"])
