@@ -10,7 +10,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_sparse import SparsefinderConfig, SparseKConfig
+from hf_sparse import SparsefinderConfig, SparseKCache, SparseKConfig
 from hf_sparse.errors import AdapterMismatchError
 from hf_sparse.methods.sparsek import SparseKCacheLayer
 from hf_sparse.patches import methods_of
@@ -225,6 +225,19 @@ def test_transformers_own_switches(base_folder, model, tmp_path, tiny_llama):
     assert torch.equal(logits(loaded), logits(tiny_llama()))
     loaded.enable_adapters()
     assert torch.equal(logits(loaded), sparse)
+
+
+def test_without_its_last_adapter_it_is_the_base_model(tiny_llama):
+    model = tiny_llama()
+    model.add_adapter(config())
+    model.eval().delete_adapter("default")
+    assert torch.equal(logits(model), logits(tiny_llama()))
+    with pytest.raises(ValueError, match="no attention of the model is sparse now"):
+        SparseKCache(model)
+    model.add_adapter(config(layers=[1]), "next")
+    model.eval()
+    assert [method.is_active for method in methods_of(model)] == [False, True]
+    assert (logits(model) - logits(tiny_llama())).abs().max() > 0.1
 
 
 def test_an_adapter_for_each_row_is_refused(model):

@@ -163,7 +163,12 @@ class SparseMethod(nn.Module, BaseTunerLayer):
     @property
     def is_active(self) -> bool:
         """Whether this module attends sparsely: it is switched on, and the adapter in use has parameters here."""
-        return not self.disable_adapters and self.active in self.configs
+        return not self.disable_adapters and self.is_used
+
+    @property
+    def is_used(self) -> bool:
+        """Whether the adapter in use has parameters here; none is in use after the last one was deleted."""
+        return bool(self.active_adapters) and self.active in self.configs
 
     @property
     def active(self) -> str:
