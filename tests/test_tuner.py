@@ -1,6 +1,7 @@
 """SparseK through PEFT and through transformers' own adapter loaders."""
 
 import json
+import pickle
 
 import peft
 import pytest
@@ -196,6 +197,13 @@ def test_deleting_the_active_adapter_goes_back_to_the_other(model):
     assert torch.equal(logits(model), first)
 
 
+def test_an_adapter_per_row_is_refused(model):
+    model.add_adapter("small", config(k=2))
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=r"all rows .* 'default', and adapter_names asks for one per row"):
+            call(input_ids=IDS, adapter_names=["default", "small"])
+
+
 def test_adapters_for_different_layers(base_folder, tmp_path):
     low, high = (
         get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder), config(layers=[i])).eval() for i in range(2)
@@ -224,6 +232,25 @@ def test_transformers_own_switches(base_folder, model, tmp_path, tiny_llama):
     assert torch.equal(logits(loaded), logits(tiny_llama()))
     loaded.enable_adapters()
     assert torch.equal(logits(loaded), sparse)
+
+
+def test_without_its_last_adapter_a_model_of_transformers_is_the_base_model(base_folder, tiny_llama):
+    model = AutoModelForCausalLM.from_pretrained(base_folder)
+    model.add_adapter(config())
+    assert not torch.equal(logits(model.eval()), logits(tiny_llama()))
+    model.delete_adapter("default")
+    assert torch.equal(logits(model), logits(tiny_llama()))
+    assert torch.equal(model.generate(IDS, max_new_tokens=4), tiny_llama().generate(IDS, max_new_tokens=4))
+    model.add_adapter(config())
+    assert not torch.equal(logits(model.eval()), logits(tiny_llama()))
+
+
+def test_pickled_whole(model, tiny_llama):
+    loaded = pickle.loads(pickle.dumps(model))
+    assert torch.equal(logits(loaded), logits(model))
+    with loaded.disable_adapter():  # switches itself, not the model that it was made of
+        assert torch.equal(logits(loaded), logits(tiny_llama()))
+        assert not torch.equal(logits(model), logits(tiny_llama()))
 
 
 # Training.

@@ -162,8 +162,8 @@ class SparseMethod(nn.Module, BaseTunerLayer):
 
     @property
     def is_active(self) -> bool:
-        """Whether this module attends sparsely: it is switched on, and the adapter in use has parameters here."""
-        return not self.disable_adapters and self.active in self.configs
+        """Whether this module attends sparsely: it is switched on, and an adapter in use has parameters here."""
+        return not self.disable_adapters and bool(self.active_adapters) and self.active in self.configs
 
     @property
     def active(self) -> str:
