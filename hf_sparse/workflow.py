@@ -21,6 +21,7 @@ from hf_sparse.data import context_length, mask_tokens, pack, read_text, select_
 from hf_sparse.errors import DataError, HubError
 from hf_sparse.evaluation import GENERATING, check_selections, divide_layers, evaluate
 from hf_sparse.evaluation.tasks import Suite
+from hf_sparse.files import check_writable
 from hf_sparse.finetune import FinetuneConfig, finetune
 from hf_sparse.finetune.checkpoint import FOLDER as CHECKPOINTS
 from hf_sparse.hub import from_pretrained
@@ -109,6 +110,7 @@ def train_adapter(
         The content of finetune.json.
     """
     folder = Path(folder)
+    check_writable(folder)
     model, tokenizer = load_adapter(folder, device=device, dtype=dtype, trainable=True)
     data = _data(model, tokenizer, text, length, chunks, seed=config.seed, corrupt=True)
     metrics = finetune(model, data, replace(config, output_dir=str(folder), cpu=model.device.type == "cpu"))
@@ -148,6 +150,7 @@ def divide_adapter(
         DataError: a text that cannot be measured, or a model that is no causal language model.
     """
     folder = Path(folder)
+    check_writable(folder)
     model, tokenizer = load_adapter(folder, device=device, dtype=dtype)
     method = methods_of(model)[0]
     if not method.has_slots:
@@ -213,6 +216,7 @@ def evaluate_adapter(
         ValueError: options out of range.
     """
     folder = Path(folder)
+    check_writable(folder)
     model, tokenizer = load_adapter(folder, device=device, dtype=dtype)
     adapter = read_adapter(folder, str(folder))
     method, results = methods_of(model)[0], results_of(adapter.config)
@@ -227,7 +231,7 @@ def evaluate_adapter(
         if selections is not None:
             suite = replace(suite, selections=[chosen for chosen in selections if chosen in GENERATING])
         if not suite.lengths:
-            whole, least = length or default_length(model), suite.budget(model).slots
+            whole, least = default_length(model) if length is None else length, suite.budget(model).slots
             suite = replace(suite, lengths=[own for own in (whole // 2, whole) if own > least] or [whole])
         suite.check(model)
     if text is not None:
@@ -402,7 +406,9 @@ def _data(
     Where no `chunks` are named, at most `limit` are taken, at equal distances.
     """
     encoder = not methods_of(model)[0].causal
-    packed = pack(tokenizer, text, length or default_length(model), special_tokens=encoder, stride=stride)
+    packed = pack(
+        tokenizer, text, default_length(model) if length is None else length, special_tokens=encoder, stride=stride
+    )
     packed = select_chunks(packed, chunks)
     if chunks is None and limit is not None and len(packed) > limit:
         packed = packed[[i * len(packed) // limit for i in range(limit)]]

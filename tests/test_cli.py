@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -379,6 +380,7 @@ class TestEval:
             (adapter, ["--slots", "2", "--length", LENGTH], "with 1 sinks, slots must be at least 3, got 2"),
             (adapter, ["--selection", "newest"], "selections must be among dense"),
             (adapter, ["--length", "1000"], "has 480 tokens, fewer than one chunk of 1000"),
+            (adapter, ["--length", "0"], "length must be at least 2 tokens, got 0"),
             (adapter, ["--length", SLOTS], f"nothing is evicted: the budget of {SLOTS} slots"),
             (adapter, ["--length", LENGTH, "--batch-size", "0"], "batch_size must be at least 1, got 0"),
             (tmp_path / "missing", [], "missing is no folder; `hf-sparse patch MODEL --output"),
@@ -523,6 +525,13 @@ class TestSparsefinder:
 
 
 class TestDamage:
+    def test_a_folder_that_takes_no_files_is_told_before_the_work(self, adapter, text, monkeypatch):
+        succeed("eval", adapter, "--text", text, "--length", LENGTH, "--selection", "learned")
+        monkeypatch.setattr(workflow, "load_adapter", lambda *args, **kwargs: pytest.fail("the work began"))
+        monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
+        for verb in ("finetune", "divide", "eval", "report"):
+            assert "adapter cannot be written to" in fail(verb, adapter, "--text", text)
+
     def test_weights(self, adapter, text):
         weights = adapter / "adapter_model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-10])
