@@ -369,7 +369,7 @@ def read_dataset(name: str, config: str | None = None, split: str = "train", col
     """The rows of one column of a dataset, joined by an empty line.
 
     Args:
-        name: id on the Hub or a folder, for `datasets.load_dataset`.
+        name: id on the Hub, a folder, or a file (.jsonl, .csv, .parquet, ...), for `datasets.load_dataset`.
         config: configuration of the dataset, if it has several.
         split: which part; a slice such as `"train[:1%]"` reads less.
         column: holds the text.
@@ -378,16 +378,22 @@ def read_dataset(name: str, config: str | None = None, split: str = "train", col
         DataError: no such dataset, split or column of text.
     """
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
+    path = Path(name).absolute()
+    source: tuple[str, ...] = (str(path.parent), path.name) if path.is_file() else (name,)
     try:
-        rows = load_dataset(name, config, split=split)
-    except (HTTPError, OSError, ValueError) as error:
-        raise DataError(f"the dataset {name!r} cannot be loaded: {error}") from error
+        rows = load_dataset(source[0], config, data_files=source[1:] or None, split=split)
+    except (DatasetsError, HTTPError, OSError, ValueError) as error:
+        raise DataError(f"the dataset {name!r} cannot be loaded: {error.__cause__ or error}") from error
     if column not in rows.column_names:
         raise DataError(f"the dataset {name!r} has no column {column!r}, it has {', '.join(rows.column_names)}")
     texts = [row for row in rows[column] if row]
     if not all(isinstance(text, str) for text in texts):
-        raise DataError(f"column {column!r} of the dataset {name!r} holds no text")
+        raise DataError(
+            f"column {column!r} of the dataset {name!r} holds no text; chats become text by the tokenizer's "
+            "apply_chat_template(..., tokenize=False)"
+        )
     return "\n\n".join(texts)
 
 

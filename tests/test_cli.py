@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import hf_sparse
 from hf_sparse import cli, workflow
+from hf_sparse.errors import DataError
 from hf_sparse.evaluation import SELECTIONS
 from hf_sparse.evaluation.graphs import adapter_settings
 from hf_sparse.finetune import FinetuneConfig
@@ -182,7 +183,14 @@ class TestFinetune:
         (folder / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
         succeed("finetune", adapter, "--dataset", folder, "--column", "body", *QUICK)
         assert json.loads((adapter / "finetune.json").read_text())["settings"]["chunks"] == 10
+        succeed("finetune", adapter, "--dataset", folder / "train.jsonl", "--column", "body", *QUICK)
+        assert json.loads((adapter / "finetune.json").read_text())["settings"]["chunks"] == 10
         assert "has no column 'text', it has body" in fail("finetune", adapter, "--dataset", folder, *QUICK)
+        (tmp_path / "broken.jsonl").write_text('{"text": "w1"}\n{"te')
+        with pytest.raises(DataError, match=r"broken\.jsonl' cannot be loaded: .*JSON"):
+            workflow.read_dataset(str(tmp_path / "broken.jsonl"))
+        (tmp_path / "chat.jsonl").write_text(json.dumps({"text": [{"role": "user", "content": "w1"}]}))
+        assert "apply_chat_template" in fail("finetune", adapter, "--dataset", tmp_path / "chat.jsonl", *QUICK)
         assert "cannot be loaded" in fail("finetune", adapter, "--dataset", folder, "--split", "dev", *QUICK)
 
     def test_resumes(self, adapter, text, tmp_path, monkeypatch):
