@@ -234,7 +234,10 @@ def finetune(
     context: typer.Context,
     folder: Folder,
     text: Texts = None,
-    dataset: Annotated[str | None, typer.Option(metavar="NAME", help="Dataset on the Hub, instead of --text.")] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Dataset on the Hub, or a folder or file (.jsonl, ...), instead of --text."),
+    ] = None,
     dataset_config: Annotated[str | None, typer.Option(help="Configuration of the dataset.")] = None,
     split: Annotated[str, typer.Option(help="Part of the dataset, such as train[:1%].")] = "train",
     column: Annotated[str, typer.Option(help="Column of the dataset that holds the text.")] = "text",

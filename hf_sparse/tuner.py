@@ -46,15 +46,11 @@ class SparseModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Called by PEFT around each forward and `generate`, with keywords that it then takes out in silence.
-
-        Raises:
-            ValueError: `adapter_names`, an adapter for each row of the batch.
-        """
+        """Where PEFT asks a tuner for an adapter per row; it drops the names for tuners that do not answer."""
         if kwargs.get("adapter_names") is not None:
             raise ValueError(
-                "adapter_names is not supported: one adapter of sparse attention serves a whole batch; choose it with "
-                "set_adapter"
+                f"all rows of a batch have the adapter in use, {', '.join(self.active_adapters)!r}, and adapter_names "
+                "asks for one per row: choose one with set_adapter, and run the rows of each adapter by themselves"
             )
         yield
 
@@ -74,7 +70,7 @@ TUNERS: dict[str, type[SparseModel]] = {
     name: type(f"{method.attention.label}Model", (SparseModel,), {"prefix": method.prefix, "__module__": __name__})
     for name, method in registered_methods().items()
 }
-globals().update({tuner.__name__: tuner for tuner in TUNERS.values()})  # where pickle looks for them
+globals().update({tuner.__name__: tuner for tuner in TUNERS.values()})  # pickle looks for a class by its name
 
 
 def register() -> None:

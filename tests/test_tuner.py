@@ -1,6 +1,7 @@
 """SparseK through PEFT and through transformers' own adapter loaders."""
 
 import json
+import pickle
 import sys
 
 import peft
@@ -10,7 +11,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_sparse import SparsefinderConfig, SparseKCache, SparseKConfig
+from hf_sparse import SparseKCache, SparseKConfig
 from hf_sparse.errors import AdapterMismatchError
 from hf_sparse.methods.sparsek import SparseKCacheLayer
 from hf_sparse.patches import methods_of
@@ -197,6 +198,13 @@ def test_deleting_the_active_adapter_goes_back_to_the_other(model):
     assert torch.equal(logits(model), first)
 
 
+def test_an_adapter_per_row_is_refused(model):
+    model.add_adapter("small", config(k=2))
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=r"all rows .* 'default', and adapter_names asks for one per row"):
+            call(input_ids=IDS, adapter_names=["default", "small"])
+
+
 def test_adapters_for_different_layers(base_folder, tmp_path):
     low, high = (
         get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder), config(layers=[i])).eval() for i in range(2)
@@ -227,7 +235,7 @@ def test_transformers_own_switches(base_folder, model, tmp_path, tiny_llama):
     assert torch.equal(logits(loaded), sparse)
 
 
-def test_without_its_last_adapter_it_is_the_base_model(tiny_llama):
+def test_after_its_last_adapter_it_takes_another_for_other_layers(tiny_llama):
     model = tiny_llama()
     model.add_adapter(config())
     model.eval().delete_adapter("default")
@@ -240,18 +248,23 @@ def test_without_its_last_adapter_it_is_the_base_model(tiny_llama):
     assert (logits(model) - logits(tiny_llama())).abs().max() > 0.1
 
 
-def test_an_adapter_for_each_row_is_refused(model):
-    model.add_adapter("other", config())
-    for run in (model, model.generate):
-        with pytest.raises(ValueError, match="adapter_names is not supported"):
-            run(input_ids=IDS, adapter_names=["default", "other"])
+def test_without_its_last_adapter_a_model_of_transformers_is_the_base_model(base_folder, tiny_llama):
+    model = AutoModelForCausalLM.from_pretrained(base_folder)
+    model.add_adapter(config())
+    assert not torch.equal(logits(model.eval()), logits(tiny_llama()))
+    model.delete_adapter("default")
+    assert torch.equal(logits(model), logits(tiny_llama()))
+    assert torch.equal(model.generate(IDS, max_new_tokens=4), tiny_llama().generate(IDS, max_new_tokens=4))
+    model.add_adapter(config())
+    assert not torch.equal(logits(model.eval()), logits(tiny_llama()))
 
 
-@pytest.mark.parametrize("settings", [config(lora_rank=2), SparsefinderConfig(predictor="bound", tile=8, window=8)])
-def test_a_whole_model_is_pickled(tiny_llama, tmp_path, settings):
-    model = get_peft_model(tiny_llama(), settings).eval()
-    torch.save(model, tmp_path / "model.pt")
-    assert torch.equal(logits(torch.load(tmp_path / "model.pt", weights_only=False)), logits(model))
+def test_pickled_whole(model, tiny_llama):
+    loaded = pickle.loads(pickle.dumps(model))
+    assert torch.equal(logits(loaded), logits(model))
+    with loaded.disable_adapter():  # switches itself, not the model that it was made of
+        assert torch.equal(logits(loaded), logits(tiny_llama()))
+        assert not torch.equal(logits(model), logits(tiny_llama()))
 
 
 # Training.
