@@ -1,5 +1,6 @@
 """The model card: a template for each method, filled from the measurements and from nothing else."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def render(
     training: dict[str, Any] | None = None,
     figure: str = "quality.png",
     model_class: str | None = None,
+    license: Mapping[str, Any] | None = None,
 ) -> str:
     """README.md of an adapter's repository.
 
@@ -76,6 +78,7 @@ def render(
         training: content of finetune.json; without it the card says so.
         figure: name of the figure file, shown if there is an evaluation.
         model_class: the class that the adapter was made for; by default a causal language model's.
+        license: `license`, `license_name` and `license_link` of the metadata, those that are known.
 
     Raises:
         DataError: a measurement lacks something that the card shows.
@@ -93,6 +96,7 @@ def render(
         library_name="peft",
         pipeline_tag=task.pipeline,
         tags=["hf-sparse", results.name, "sparse-attention", *results.tags, *(SLOTS_TAGS if slots else [])],
+        **(license or {}),
     )
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     environment.globals.update(change=_change, count=_count, machine=_machine)

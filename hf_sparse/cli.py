@@ -1,6 +1,7 @@
 """The command line. Each verb is a few lines around a function of `hf_sparse.workflow`, `hub` or `demo`."""
 
 import errno
+import os
 import sys
 import warnings
 from importlib.metadata import version
@@ -58,12 +59,22 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def options(
+    context: typer.Context,
     debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     """Learned sparse attention for pretrained transformers: patch a checkpoint, train what is small, push it."""
+    verb = context.invoked_subcommand
+    if verb != "finetune" and "LOCAL_RANK" in os.environ:
+        from hf_sparse.machine import launched_processes
+
+        if (count := launched_processes()) > 1:
+            raise ValueError(
+                f"{count} processes were launched, each of which would do all of `hf-sparse {verb}`: run it without a "
+                "launcher, `hf-sparse finetune` alone shares its work"
+            )
 
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of an adapter, made by `hf-sparse patch`.")]
@@ -108,6 +119,17 @@ def _graph(help: str, *names: str, **options: Any) -> Any:
     return typer.Option(*names, help=help, rich_help_panel=_PANELS["sparsefinder"], **options)
 
 
+def _was_given(context: typer.Context, name: str) -> bool:
+    return getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+
+
+def _only_with(context: typer.Context, what: str, *names: str) -> None:
+    """Of options that are about something that is not there, none must have been given."""
+    for option in context.command.params:
+        if option.name in names and _was_given(context, option.name):
+            raise typer.BadParameter(f"{option.opts[0]} has no effect without {what}")
+
+
 def _settings(context: typer.Context, method: str) -> dict[str, Any]:
     """Values of the options of a method by name; those of the others must not have been given."""
     found = {}
@@ -115,7 +137,7 @@ def _settings(context: typer.Context, method: str) -> dict[str, Any]:
         name, panel = option.name or "", getattr(option, "rich_help_panel", None)
         if panel == _PANELS[method]:
             found[name] = context.params[name]
-        elif panel in _PANELS.values() and getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE":
+        elif panel in _PANELS.values() and _was_given(context, name):
             raise typer.BadParameter(f"{option.opts[0]} is no option of {method}: see {panel!r} in --help")
     return found
 
@@ -209,9 +231,13 @@ def patch(
 
 @app.command()
 def finetune(
+    context: typer.Context,
     folder: Folder,
     text: Texts = None,
-    dataset: Annotated[str | None, typer.Option(metavar="NAME", help="Dataset on the Hub, instead of --text.")] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Dataset on the Hub, or a folder or file (.jsonl, ...), instead of --text."),
+    ] = None,
     dataset_config: Annotated[str | None, typer.Option(help="Configuration of the dataset.")] = None,
     split: Annotated[str, typer.Option(help="Part of the dataset, such as train[:1%].")] = "train",
     column: Annotated[str, typer.Option(help="Column of the dataset that holds the text.")] = "text",
@@ -251,6 +277,8 @@ def finetune(
     """Train the adapter in DIR and write it back, with finetune.json."""
     if bool(text) == bool(dataset):
         raise typer.BadParameter("expected either --text FILE or --dataset NAME")
+    if not dataset:
+        _only_with(context, "--dataset", "dataset_config", "split", "column")
     workflow = _workflow()
     from hf_sparse.finetune import FinetuneConfig
     from hf_sparse.finetune.checkpoint import latest
@@ -329,6 +357,7 @@ def divide(
 
 @app.command("eval")
 def evaluate(
+    context: typer.Context,
     folder: Folder,
     text: Texts = None,
     length: Length = None,
@@ -355,7 +384,7 @@ def evaluate(
             parser=_shares,
         ),
     ] = None,
-    seed: Annotated[int, _graph("Of random patterns, and of the rows that are compared.")] = 0,
+    seed: Annotated[int | None, _graph("Of random patterns, and of the rows that are compared; 0 by default.")] = None,
     selection: Annotated[
         list[str] | None, typer.Option(metavar="NAME", help="Only compare this; may be repeated. All by default.")
     ] = None,
@@ -391,6 +420,10 @@ def evaluate(
     """
     if not (text or task or longbench):
         raise typer.BadParameter("expected --text FILE, --task NAME or --longbench FILE")
+    if not text:
+        _only_with(context, "--text", "chunks", "stride", "batch_size", "slots", "sparsity", "seed")
+    if not (task or longbench):
+        _only_with(context, "--task or --longbench", "haystack", "task_lengths", "task_samples", "task_slots")
     if json and not json.parent.is_dir():
         raise typer.BadParameter(f"--json {json}: {json.parent} is no folder")
     workflow = _workflow()
@@ -443,6 +476,7 @@ def evaluate(
 
 @app.command()
 def report(
+    context: typer.Context,
     folder: Folder,
     text: Texts = None,
     length: Length = None,
@@ -453,6 +487,8 @@ def report(
     dtype: OfDtype = "auto",
 ) -> None:
     """Write report.html and figures/ in DIR from eval.json and finetune.json; of a --text also what is attended to."""
+    if not text:
+        _only_with(context, "--text", "length", "chunks")
     _workflow()
     from hf_sparse.report import write_report
     from hf_sparse.workflow import read_texts
@@ -470,12 +506,16 @@ def push(
     base_model: Annotated[
         str | None, typer.Option(help="Hub id of the base model, where the adapter was made on a local folder.")
     ] = None,
+    license: Annotated[
+        str | None,
+        typer.Option(help="For the card, such as apache-2.0; by default what the base model's page on the Hub says."),
+    ] = None,
 ) -> None:
     """Publish the adapter in DIR with its card, in one commit. Log in with `hf auth login`, or set HF_TOKEN."""
     _workflow()
     from hf_sparse.hub import push_to_hub
 
-    url = push_to_hub(folder, repo_id, private=private, base_model=base_model)
+    url = push_to_hub(folder, repo_id, private=private, base_model=base_model, license=license)
     Console().print(f"pushed {escape(str(folder))} to {url}", soft_wrap=True)
 
 

@@ -140,7 +140,7 @@ def _has(dataset: Any, name: str) -> bool:
 def _column(dataset: Any, name: str) -> Tensor:
     try:
         rows = dataset[name]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, IndexError, TypeError, ValueError) as error:
         raise DataError(f"expected chunks [N, T] or a dataset with `{name}`, got {type(dataset).__name__}") from error
     if isinstance(rows, Tensor):
         return rows

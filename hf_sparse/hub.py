@@ -13,7 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, snapshot_download
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    ModelCardData,
+    get_token,
+    snapshot_download,
+)
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -29,7 +36,9 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from hf_sparse.adapter import CONFIG, EVALUATION, TRAINING, WEIGHTS, check_fit, read_adapter, resolve_base, skeleton_of
+from hf_sparse.demo import BASE_NAME
 from hf_sparse.errors import HfSparseError, HubError
+from hf_sparse.machine import is_main_process
 from hf_sparse.methods import registered_methods
 from hf_sparse.patches import methods_of
 from hf_sparse.repo import FILES, is_public, write_repo
@@ -107,6 +116,7 @@ def push_to_hub(
     base_model: str | None = None,
     evaluation: dict[str, Any] | None = None,
     training: dict[str, Any] | None = None,
+    license: str | None = None,
     private: bool = False,
     token: str | bool | None = None,
     commit_message: str = "Upload sparse attention adapter with hf-sparse",
@@ -116,7 +126,8 @@ def push_to_hub(
 
     The adapter is first checked against the configuration of its base model, so that what is pushed can be loaded.
     The card is written anew by every push. Files of an earlier push that this one does not have (an eval.json, say)
-    are removed in the same commit; files that are not hf-sparse's stay.
+    are removed in the same commit; files that are not hf-sparse's stay. Of processes that were launched together the
+    first one pushes.
 
     Args:
         model_or_dir: a `PeftModel`, of which the active adapter is pushed; or a folder with an adapter, of which
@@ -127,6 +138,8 @@ def push_to_hub(
             no push.
         evaluation: content of eval.json; by default the folder's.
         training: content of finetune.json; by default the folder's.
+        license: the Hub's name of a license, such as `"apache-2.0"`, for the card; by default what the page of the base
+            model says, or nothing where that says nothing.
         private: make a new repository private. An existing public one is refused.
         token: a token with write access; the saved one by default.
         commit_message: title of the commit.
@@ -152,6 +165,8 @@ def push_to_hub(
     if "/" not in repo_id:
         with _explained(f"cannot push to {repo_id}"):
             repo_id = f"{api.whoami()['name']}/{repo_id}"
+    if not is_main_process():
+        return f"{api.endpoint}/{repo_id}"
 
     with tempfile.TemporaryDirectory(prefix="hf-sparse-") as temporary:
         stage, saved = Path(temporary, "stage"), Path(temporary, "saved")
@@ -160,8 +175,10 @@ def push_to_hub(
             folder = saved if name == "default" else saved / name  # PEFT's rule
         else:
             folder = Path(model_or_dir)
-        _stage(folder, stage, base_model, token)
-        write_repo(stage, evaluation=evaluation, training=training, repo_id=repo_id)
+        name = _stage(folder, stage, base_model, token)
+        with _explained(f"cannot push to {repo_id}"):
+            stated = {"license": license} if license else _license_of(api, name)
+        write_repo(stage, evaluation=evaluation, training=training, repo_id=repo_id, license=stated)
         return _commit(api, stage, repo_id, private, commit_message, revision)
 
 
@@ -224,8 +241,8 @@ def _active_adapter(model: Any) -> str:
     return active[0]
 
 
-def _stage(folder: Path, stage: Path, base_model: str | None, token: str | bool | None) -> None:
-    """Copy an adapter and its measurements to a new folder, with a name of the base model that holds everywhere."""
+def _stage(folder: Path, stage: Path, base_model: str | None, token: str | bool | None) -> str:
+    """Copy an adapter and its measurements to a new folder; the name of its base model, which holds everywhere."""
     if not folder.is_dir():
         raise HubError(f"{folder} is not a folder, so there is no adapter to push")
     adapter = read_adapter(folder, str(folder))
@@ -248,6 +265,21 @@ def _stage(folder: Path, stage: Path, base_model: str | None, token: str | bool 
     for measurement in (EVALUATION, TRAINING):
         if (folder / measurement).exists():
             shutil.copyfile(folder / measurement, stage / measurement)
+    return name
+
+
+def _license_of(api: HfApi, base_model: str) -> dict[str, Any]:
+    """What the page of a base model on the Hub says of its license."""
+    if base_model == BASE_NAME:
+        return {}
+    try:
+        page = api.model_info(base_model).card_data or ModelCardData()
+    except RepositoryNotFoundError:  # or not for this token; what was read of it is in the cache
+        return {}
+    found = {name: page.get(name) for name in ("license", "license_name", "license_link")}
+    if (link := found["license_link"]) and "://" not in link:  # a file of that repository
+        found["license_link"] = f"https://huggingface.co/{base_model}/blob/main/{link}"
+    return found
 
 
 def _commit(api: HfApi, stage: Path, repo_id: str, private: bool, message: str, revision: str | None) -> str:

@@ -25,6 +25,11 @@ def describe() -> dict[str, Any]:
     return {"machine": machine, "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}}}
 
 
+def launched_processes() -> int:
+    """How many processes were launched together, this one included."""
+    return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+
+
 def is_main_process() -> bool:
     """Whether it is for this process to write and to print, of those that were launched together.
 

@@ -5,7 +5,7 @@ Its report lies there too, and is not published.
 
 import json
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ def write_repo(
     evaluation: dict[str, Any] | None = None,
     training: dict[str, Any] | None = None,
     repo_id: str | None = None,
+    license: Mapping[str, Any] | None = None,
 ) -> None:
     """Complete a folder that holds an adapter: measurements, figure and model card. Each file appears whole.
 
@@ -50,6 +51,7 @@ def write_repo(
         evaluation: becomes eval.json; by default the one that is there, if there is one.
         training: becomes finetune.json; by default the one that is there, if there is one.
         repo_id: how the card tells readers to load the adapter; by default the name of the folder.
+        license: of the card, see `hf_sparse.card.render`.
 
     Raises:
         HubError: the folder holds no adapter of hf-sparse.
@@ -76,6 +78,7 @@ def write_repo(
         training=training,
         figure=results.figure,
         model_class=adapter.model_class,
+        license=license,
     )
     if evaluation is not None:
         results.draw_figure(evaluation, training, folder / results.figure)

@@ -14,7 +14,7 @@ from hf_sparse.data import pack, select_chunks
 from hf_sparse.errors import DataError
 from hf_sparse.figures import training_figure
 from hf_sparse.figures.style import reading
-from hf_sparse.files import write_json, write_text
+from hf_sparse.files import check_writable, write_json, write_text
 from hf_sparse.metrics import metric_of
 from hf_sparse.patches import methods_of
 from hf_sparse.repo import PICTURES, REPORT, check_evaluation, is_public, read_json, remove_pictures
@@ -63,11 +63,13 @@ def write_report(
             f"`hf-sparse eval {folder} --text FILE` measures it"
         )
     check_evaluation(evaluation, adapter)
+    check_writable(folder)
     results, scorers = results_of(adapter.config), adapter.weights_sha256
     if text is not None:
         model, tokenizer = load_adapter(folder, device=device, dtype=dtype)
         encoder = not methods_of(model)[0].causal
-        packed = pack(tokenizer, text, length or default_length(model), special_tokens=encoder)
+        length = default_length(model) if length is None else length
+        packed = pack(tokenizer, text, length, special_tokens=encoder)
         name = f"{text_name} (chunks {chunks})" if chunks else text_name
         found = results.describe(model, tokenizer, select_chunks(packed, chunks or _CHUNKS), text_name=name)
         aside: dict[str, Any] | None = {**found, "scorers_sha256": scorers}

@@ -1,5 +1,7 @@
 """The PEFT tuner: a thin layer that lets PEFT drive `hf_sparse.patches`."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
@@ -42,6 +44,16 @@ class SparseModel(BaseTuner):
     ) -> None:
         attach(target, self.model, adapter_name, peft_config)
 
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Where PEFT asks a tuner for an adapter per row; it drops the names for tuners that do not answer."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                f"all rows of a batch have the adapter in use, {', '.join(self.active_adapters)!r}, and adapter_names "
+                "asks for one per row: choose one with set_adapter, and run the rows of each adapter by themselves"
+            )
+        yield
+
     def unload(self) -> nn.Module:
         """Take sparse attention off and return the base model."""
         detach(self.model)
@@ -55,9 +67,10 @@ class SparseModel(BaseTuner):
 
 #: The tuner of each method by the method's name in PEFT: PEFT reads the prefix of the learned parameters off the class.
 TUNERS: dict[str, type[SparseModel]] = {
-    name: type(f"{method.attention.label}Model", (SparseModel,), {"prefix": method.prefix})
+    name: type(f"{method.attention.label}Model", (SparseModel,), {"prefix": method.prefix, "__module__": __name__})
     for name, method in registered_methods().items()
 }
+globals().update({tuner.__name__: tuner for tuner in TUNERS.values()})  # pickle looks for a class by its name
 
 
 def register() -> None:

@@ -21,6 +21,7 @@ from hf_sparse.data import context_length, mask_tokens, pack, read_text, select_
 from hf_sparse.errors import DataError, HubError
 from hf_sparse.evaluation import GENERATING, check_selections, divide_layers, evaluate
 from hf_sparse.evaluation.tasks import Suite
+from hf_sparse.files import check_writable
 from hf_sparse.finetune import FinetuneConfig, finetune
 from hf_sparse.finetune.checkpoint import FOLDER as CHECKPOINTS
 from hf_sparse.hub import from_pretrained
@@ -109,6 +110,7 @@ def train_adapter(
         The content of finetune.json.
     """
     folder = Path(folder)
+    check_writable(folder)
     model, tokenizer = load_adapter(folder, device=device, dtype=dtype, trainable=True)
     data = _data(model, tokenizer, text, length, chunks, seed=config.seed, corrupt=True)
     metrics = finetune(model, data, replace(config, output_dir=str(folder), cpu=model.device.type == "cpu"))
@@ -148,6 +150,7 @@ def divide_adapter(
         DataError: a text that cannot be measured, or a model that is no causal language model.
     """
     folder = Path(folder)
+    check_writable(folder)
     model, tokenizer = load_adapter(folder, device=device, dtype=dtype)
     method = methods_of(model)[0]
     if not method.has_slots:
@@ -174,7 +177,7 @@ def evaluate_adapter(
     selections: Sequence[str] | None = None,
     slots: Sequence[int] = (),
     sparsities: Sequence[float] | None = None,
-    seed: int = 0,
+    seed: int | None = None,
     stride: int | None = None,
     suite: Suite | None = None,
     note: str | None = None,
@@ -213,6 +216,7 @@ def evaluate_adapter(
         ValueError: options out of range.
     """
     folder = Path(folder)
+    check_writable(folder)
     model, tokenizer = load_adapter(folder, device=device, dtype=dtype)
     adapter = read_adapter(folder, str(folder))
     method, results = methods_of(model)[0], results_of(adapter.config)
@@ -227,7 +231,7 @@ def evaluate_adapter(
         if selections is not None:
             suite = replace(suite, selections=[chosen for chosen in selections if chosen in GENERATING])
         if not suite.lengths:
-            whole, least = length or default_length(model), suite.budget(model).slots
+            whole, least = default_length(model) if length is None else length, suite.budget(model).slots
             suite = replace(suite, lengths=[own for own in (whole // 2, whole) if own > least] or [whole])
         suite.check(model)
     if text is not None:
@@ -365,7 +369,7 @@ def read_dataset(name: str, config: str | None = None, split: str = "train", col
     """The rows of one column of a dataset, joined by an empty line.
 
     Args:
-        name: id on the Hub or a folder, for `datasets.load_dataset`.
+        name: id on the Hub, a folder, or a file (.jsonl, .csv, .parquet, ...), for `datasets.load_dataset`.
         config: configuration of the dataset, if it has several.
         split: which part; a slice such as `"train[:1%]"` reads less.
         column: holds the text.
@@ -374,16 +378,22 @@ def read_dataset(name: str, config: str | None = None, split: str = "train", col
         DataError: no such dataset, split or column of text.
     """
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
+    path = Path(name).absolute()
+    source: tuple[str, ...] = (str(path.parent), path.name) if path.is_file() else (name,)
     try:
-        rows = load_dataset(name, config, split=split)
-    except (HTTPError, OSError, ValueError) as error:
-        raise DataError(f"the dataset {name!r} cannot be loaded: {error}") from error
+        rows = load_dataset(source[0], config, data_files=source[1:] or None, split=split)
+    except (DatasetsError, HTTPError, OSError, ValueError) as error:
+        raise DataError(f"the dataset {name!r} cannot be loaded: {error.__cause__ or error}") from error
     if column not in rows.column_names:
         raise DataError(f"the dataset {name!r} has no column {column!r}, it has {', '.join(rows.column_names)}")
     texts = [row for row in rows[column] if row]
     if not all(isinstance(text, str) for text in texts):
-        raise DataError(f"column {column!r} of the dataset {name!r} holds no text")
+        raise DataError(
+            f"column {column!r} of the dataset {name!r} holds no text; chats become text by the tokenizer's "
+            "apply_chat_template(..., tokenize=False)"
+        )
     return "\n\n".join(texts)
 
 
@@ -402,7 +412,9 @@ def _data(
     Where no `chunks` are named, at most `limit` are taken, at equal distances.
     """
     encoder = not methods_of(model)[0].causal
-    packed = pack(tokenizer, text, length or default_length(model), special_tokens=encoder, stride=stride)
+    packed = pack(
+        tokenizer, text, default_length(model) if length is None else length, special_tokens=encoder, stride=stride
+    )
     packed = select_chunks(packed, chunks)
     if chunks is None and limit is not None and len(packed) > limit:
         packed = packed[[i * len(packed) // limit for i in range(limit)]]

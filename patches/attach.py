@@ -36,7 +36,7 @@ def methods_in_use(model: nn.Module) -> list[SparseMethod]: ...
 def methods_in_use(model: nn.Module, kind: type[M]) -> list[M]: ...
 def methods_in_use(model: nn.Module, kind: type[SparseMethod] = SparseMethod) -> list[Any]:
     """The attached methods that have the adapter in use; adapters may have been given different layers."""
-    return [method for method in methods_of(model, kind) if method.active in method.configs]
+    return [method for method in methods_of(model, kind) if method.is_used]
 
 
 def targets(model: PreTrainedModel, config: Any) -> list[tuple[str, nn.Module]]:
@@ -108,7 +108,7 @@ def attach(module: nn.Module, model: PreTrainedModel, adapter: str, config: Any)
     if config.lora_rank:
         enable_lora(module, method)
     method.add_adapter(adapter, config)
-    if others and method.active != others[0].active:
+    if others and others[0].active_adapters not in ([], method.active_adapters):
         # One adapter is in use, in the layers that have it and in those that do not.
         method.set_adapter(others[0].active)
     method.home = next(parameter.device for parameter in module.parameters())

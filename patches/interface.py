@@ -64,13 +64,19 @@ def attention_forward(
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError(
             f"sparse attention takes a padding mask [B, T], got a mask of shape {tuple(attention_mask.shape)}: packed "
-            "sequences (position_ids that restart) and custom masks are not supported"
+            "sequences (position_ids that restart) and custom masks are not supported. A compiled forward without a "
+            "cache is packed to transformers, unless it gets an attention_mask"
         )
     _refuse_what_would_be_ignored(module, kwargs)
     length, cache = query.shape[2], sparse_call.cache
+    in_slots = cache is not None and sparse_call.method.has_slots and not cache.empty  # keys of earlier tokens
+    if attention_mask is not None and not in_slots and attention_mask.shape[1] != key.shape[2]:
+        raise ValueError(
+            f"the attention mask must have a column for each of {key.shape[2]} tokens, got {attention_mask.shape[1]}"
+        )
     valid = None if attention_mask is None else attention_mask[:, -key.shape[2] :]
     if length > 1 and not torch.compiler.is_compiling():  # a decoding step waits for no value from the device
-        if cache is not None and sparse_call.method.has_slots and not cache.empty:
+        if cache is not None and in_slots:
             if attention_mask is not None and attention_mask.shape[1] > length:
                 cache.expect(attention_mask[:, :-length].sum(-1))
             else:  # no mask: all is real

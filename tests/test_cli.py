@@ -3,6 +3,7 @@
 import inspect
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 
 import hf_sparse
 from hf_sparse import cli, workflow
+from hf_sparse.errors import DataError
 from hf_sparse.evaluation import SELECTIONS
 from hf_sparse.evaluation.graphs import adapter_settings
 from hf_sparse.finetune import FinetuneConfig
@@ -181,7 +183,14 @@ class TestFinetune:
         (folder / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
         succeed("finetune", adapter, "--dataset", folder, "--column", "body", *QUICK)
         assert json.loads((adapter / "finetune.json").read_text())["settings"]["chunks"] == 10
+        succeed("finetune", adapter, "--dataset", folder / "train.jsonl", "--column", "body", *QUICK)
+        assert json.loads((adapter / "finetune.json").read_text())["settings"]["chunks"] == 10
         assert "has no column 'text', it has body" in fail("finetune", adapter, "--dataset", folder, *QUICK)
+        (tmp_path / "broken.jsonl").write_text('{"text": "w1"}\n{"te')
+        with pytest.raises(DataError, match=r"broken\.jsonl' cannot be loaded: .*JSON"):
+            workflow.read_dataset(str(tmp_path / "broken.jsonl"))
+        (tmp_path / "chat.jsonl").write_text(json.dumps({"text": [{"role": "user", "content": "w1"}]}))
+        assert "apply_chat_template" in fail("finetune", adapter, "--dataset", tmp_path / "chat.jsonl", *QUICK)
         assert "cannot be loaded" in fail("finetune", adapter, "--dataset", folder, "--split", "dev", *QUICK)
 
     def test_resumes(self, adapter, text, tmp_path, monkeypatch):
@@ -379,6 +388,7 @@ class TestEval:
             (adapter, ["--slots", "2", "--length", LENGTH], "with 1 sinks, slots must be at least 3, got 2"),
             (adapter, ["--selection", "newest"], "selections must be among dense"),
             (adapter, ["--length", "1000"], "has 480 tokens, fewer than one chunk of 1000"),
+            (adapter, ["--length", "0"], "length must be at least 2 tokens, got 0"),
             (adapter, ["--length", SLOTS], f"nothing is evicted: the budget of {SLOTS} slots"),
             (adapter, ["--length", LENGTH, "--batch-size", "0"], "batch_size must be at least 1, got 0"),
             (tmp_path / "missing", [], "missing is no folder; `hf-sparse patch MODEL --output"),
@@ -515,14 +525,24 @@ class TestSparsefinder:
         assert files(graph) == before
 
     def test_sparsities_are_not_for_sparsek(self, adapter, text):
-        assert "sparsities are Sparsefinder's" in fail(
+        assert "sparsities and seed are Sparsefinder's" in fail(
             "eval", adapter, "--text", text, "--sparsity", "0.5", "--length", LENGTH, "--device", "cpu"
+        )
+        assert "sparsities and seed are" in fail(
+            "eval", adapter, "--text", text, "--seed", "0", "--length", LENGTH, "--device", "cpu"
         )
         result = invoke("eval", adapter, "--text", text, "--sparsity", "half")
         assert result.exit_code == 2 and "expected numbers such as 0.5,0.8" in result.output
 
 
 class TestDamage:
+    def test_a_folder_that_takes_no_files_is_told_before_the_work(self, adapter, text, monkeypatch):
+        succeed("eval", adapter, "--text", text, "--length", LENGTH, "--selection", "learned")
+        monkeypatch.setattr(workflow, "load_adapter", lambda *args, **kwargs: pytest.fail("the work began"))
+        monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
+        for verb in ("finetune", "divide", "eval", "report"):
+            assert "adapter cannot be written to" in fail(verb, adapter, "--text", text)
+
     def test_weights(self, adapter, text):
         weights = adapter / "adapter_model.safetensors"
         weights.write_bytes(weights.read_bytes()[:-10])
@@ -604,6 +624,32 @@ class TestDebug:
         monkeypatch.setattr(workflow, "evaluate", interrupted)
         result = invoke("eval", adapter, "--text", text, "--length", LENGTH)
         assert result.exit_code == 130 and result.stderr == "interrupted; files are as they were\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["finetune", "--text", "t.txt", "--split", "test"], "--split has no effect without --dataset"),
+        (["eval", "--text", "t.txt", "--task-slots", "9"], "--task-slots has no effect without --task or --longbench"),
+        (["eval", "--task", "passkey", "--slots", "9"], "--slots has no effect without --text"),
+        (["report", "--chunks", "0:2"], "--chunks has no effect without --text"),
+    ],
+)
+def test_options_about_what_is_not_there(tmp_path, arguments, message):
+    result = invoke(arguments[0], tmp_path, *arguments[1:])
+    assert result.exit_code == 2 and message in " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize("verb", ["eval", "report", "divide", "push", "patch", "demo"])
+def test_one_process_does_what_cannot_be_shared(adapter, text, verb, monkeypatch):
+    """Several would write the same files."""
+    for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    before = files(adapter)
+    arguments = {"push": [adapter, "me/name"], "patch": ["demo", "--output", adapter], "demo": ["--output", adapter]}
+    said = fail(verb, *arguments.get(verb, [adapter, "--text", text]))
+    assert f"2 processes were launched, each of which would do all of `hf-sparse {verb}`" in said
+    assert files(adapter) == before
 
 
 def test_version():

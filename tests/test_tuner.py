@@ -1,6 +1,8 @@
 """SparseK through PEFT and through transformers' own adapter loaders."""
 
 import json
+import pickle
+import sys
 
 import peft
 import pytest
@@ -9,7 +11,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_sparse import SparseKConfig
+from hf_sparse import SparseKCache, SparseKConfig
 from hf_sparse.errors import AdapterMismatchError
 from hf_sparse.methods.sparsek import SparseKCacheLayer
 from hf_sparse.patches import methods_of
@@ -196,6 +198,13 @@ def test_deleting_the_active_adapter_goes_back_to_the_other(model):
     assert torch.equal(logits(model), first)
 
 
+def test_an_adapter_per_row_is_refused(model):
+    model.add_adapter("small", config(k=2))
+    for call in (model, model.generate):
+        with pytest.raises(ValueError, match=r"all rows .* 'default', and adapter_names asks for one per row"):
+            call(input_ids=IDS, adapter_names=["default", "small"])
+
+
 def test_adapters_for_different_layers(base_folder, tmp_path):
     low, high = (
         get_peft_model(AutoModelForCausalLM.from_pretrained(base_folder), config(layers=[i])).eval() for i in range(2)
@@ -224,6 +233,38 @@ def test_transformers_own_switches(base_folder, model, tmp_path, tiny_llama):
     assert torch.equal(logits(loaded), logits(tiny_llama()))
     loaded.enable_adapters()
     assert torch.equal(logits(loaded), sparse)
+
+
+def test_after_its_last_adapter_it_takes_another_for_other_layers(tiny_llama):
+    model = tiny_llama()
+    model.add_adapter(config())
+    model.eval().delete_adapter("default")
+    assert torch.equal(logits(model), logits(tiny_llama()))
+    with pytest.raises(ValueError, match="no attention of the model is sparse now"):
+        SparseKCache(model)
+    model.add_adapter(config(layers=[1]), "next")
+    model.eval()
+    assert [method.is_active for method in methods_of(model)] == [False, True]
+    assert (logits(model) - logits(tiny_llama())).abs().max() > 0.1
+
+
+def test_without_its_last_adapter_a_model_of_transformers_is_the_base_model(base_folder, tiny_llama):
+    model = AutoModelForCausalLM.from_pretrained(base_folder)
+    model.add_adapter(config())
+    assert not torch.equal(logits(model.eval()), logits(tiny_llama()))
+    model.delete_adapter("default")
+    assert torch.equal(logits(model), logits(tiny_llama()))
+    assert torch.equal(model.generate(IDS, max_new_tokens=4), tiny_llama().generate(IDS, max_new_tokens=4))
+    model.add_adapter(config())
+    assert not torch.equal(logits(model.eval()), logits(tiny_llama()))
+
+
+def test_pickled_whole(model, tiny_llama):
+    loaded = pickle.loads(pickle.dumps(model))
+    assert torch.equal(logits(loaded), logits(model))
+    with loaded.disable_adapter():  # switches itself, not the model that it was made of
+        assert torch.equal(logits(loaded), logits(tiny_llama()))
+        assert not torch.equal(logits(model), logits(tiny_llama()))
 
 
 # Training.
@@ -278,6 +319,15 @@ def test_the_trainer_trains_it(tiny_llama, tmp_path):
     assert torch.equal(logits(PeftModel.from_pretrained(tiny_llama(), tmp_path / "adapter")), after)
     with model.disable_adapter():
         assert torch.equal(logits(model), logits(tiny_llama()))
+
+
+def test_data_parallel_is_refused(model, monkeypatch):
+    """Its copies have no parameters, so that in one of two GPUs a scorer would get no gradient."""
+    replicate = sys.modules["torch.nn.parallel.replicate"]
+    copies = lambda tensors, devices, detach=False: [tensors for _ in devices]  # noqa: E731
+    monkeypatch.setattr(replicate, "_broadcast_coalesced_reshape", copies)  # without GPUs
+    with pytest.raises(ValueError, match="one process per GPU"):
+        replicate.replicate(model, [0, 1])
 
 
 def test_peft_knows_the_method():

@@ -39,9 +39,11 @@ def layer_damages(
 
     Raises:
         DataError: chunks that cannot be measured.
-        ValueError: a model that is not patched.
+        ValueError: a model that is not patched, or a `batch_size` below 1.
     """
     check_chunks(model, chunks)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     methods, length = patched_methods(model), chunks.shape[1]
     if length <= slots:
         raise DataError(f"nothing is evicted: {slots} slots cover the whole text of {length} tokens")

@@ -47,7 +47,7 @@ def evaluate(
     stride: int | None = None,
     batch_size: int = 1,
     speed_tokens: int = 64,
-    seed: int = 0,
+    seed: int | None = None,
     progress: bool = True,
     text_name: str = "",
 ) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def evaluate(
         batch_size: chunks at a time.
         speed_tokens: tokens that are decoded to measure the speed of a causal language model: the last ones of the
             first chunk, after the others as the prompt; fewer where the chunk is not that long.
-        seed: of Sparsefinder: of the baselines, and of the rows that are compared.
+        seed: of Sparsefinder: of the baselines, and of the rows that are compared; 0 by default.
         progress: show a progress bar on stderr.
         text_name: what the text is called in the result.
 
@@ -95,13 +95,13 @@ def evaluate(
             patterns=selections,
             sparsities=sparsities,
             batch_size=batch_size,
-            seed=seed,
+            seed=seed or 0,
             progress=progress,
             text_name=text_name,
         )
     own = budget_of(model)
-    if sparsities is not None:
-        raise ValueError("sparsities are Sparsefinder's: a SparseK model is measured at slots")
+    if sparsities is not None or seed is not None:
+        raise ValueError("sparsities and seed are Sparsefinder's: a SparseK model is measured at slots")
     selections = selections_of(model) if selections is None else selections
     tokens, labels = tensors(model, chunks)
     budgets = [own, *(own.resized(count) for count in slots)]

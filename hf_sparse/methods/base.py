@@ -163,7 +163,12 @@ class SparseMethod(nn.Module, BaseTunerLayer):
     @property
     def is_active(self) -> bool:
         """Whether this module attends sparsely: it is switched on, and the adapter in use has parameters here."""
-        return not self.disable_adapters and self.active in self.configs
+        return not self.disable_adapters and self.is_used
+
+    @property
+    def is_used(self) -> bool:
+        """Whether the adapter in use has parameters here; none is in use after the last one was deleted."""
+        return bool(self.active_adapters) and self.active in self.configs
 
     @property
     def active(self) -> str:
@@ -186,6 +191,18 @@ class SparseMethod(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """PEFT's last step for an adapter that it made without memory (`low_cpu_mem_usage`) and then loaded."""
         self.to(device or self.home)
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        """Called by `torch.nn.DataParallel`, whose copies hold tensors in place of parameters: scorers would not learn.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "torch.nn.DataParallel, which transformers' Trainer uses where one process sees several GPUs, cannot hold "
+            "sparse attention: start one process per GPU (torchrun), or show this one a single GPU "
+            "(CUDA_VISIBLE_DEVICES=0)"
+        )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         raise ValueError("sparse attention selects keys; there are no weights that it could be merged into")

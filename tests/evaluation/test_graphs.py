@@ -342,7 +342,7 @@ def test_what_cannot_be_measured():
 def test_what_belongs_to_the_other_method():
     with pytest.raises(ValueError, match="slots and stride are SparseK's"):
         evaluate(sparse(), IDS, slots=[32])
-    with pytest.raises(ValueError, match="sparsities are Sparsefinder's"):
+    with pytest.raises(ValueError, match="sparsities and seed are Sparsefinder's"):
         evaluate(patch(FAMILIES["llama"].make(), SparseKConfig(k=3, window=4, sinks=1)), IDS, sparsities=[0.5])
     with pytest.raises(ValueError, match="slots of SparseK attention, and the model has Sparsefinder attention"):
         hf_sparse.evaluation.divide_layers(sparse(), IDS)

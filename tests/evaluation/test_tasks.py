@@ -321,6 +321,13 @@ class TestLongBench:
         path.write_text("\n\n".join(json.dumps(row) for row in rows) + "\n")
         assert read_longbench(path) == [Document("Ann.", "Who?", ("Ann",))] * 2
 
+    def test_a_line_ends_where_json_lines_end(self, tmp_path):
+        """Documents from the web hold other line ends, which JSON need not escape."""
+        path, context = tmp_path / "qa.jsonl", "One\u2028two\x85three\u2029four"
+        rows = [{"input": "", "context": context, "answers": ["x"]}] * 2
+        path.write_bytes("\r\n".join(json.dumps(row, ensure_ascii=False) for row in rows).encode())
+        assert read_longbench(path) == [Document(context, "", ("x",))] * 2
+
     @pytest.mark.parametrize(
         "line",
         [

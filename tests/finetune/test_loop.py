@@ -274,8 +274,9 @@ def test_refusals(sparse_llama, tiny_llama, chunks):
         train(sparse_llama(), chunks[0])
     with pytest.raises(DataError, match=r"one length .*, got 3 to 96"):
         train(sparse_llama(), datasets.Dataset.from_dict({"input_ids": [[1, 2, 3], chunks[0].tolist()]}))
-    with pytest.raises(DataError, match="dataset with `input_ids`"):
-        train(sparse_llama(), datasets.Dataset.from_dict({"text": ["a"]}))
+    for other in (datasets.Dataset.from_dict({"text": ["a"]}), chunks.numpy(), chunks.tolist()):
+        with pytest.raises(DataError, match="dataset with `input_ids`"):
+            train(sparse_llama(), other)
     with pytest.raises(DataError, match=r"chunks of 60 tokens are too short for the objective .attention., .* 76"):
         train(sparse_llama(), chunks[:, :60])
     with pytest.raises(TypeError, match="expected a FinetuneConfig, got dict"):

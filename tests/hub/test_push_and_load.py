@@ -280,6 +280,15 @@ def test_name_without_an_owner(model, api, hub):
     assert f"{hub.user}/bare-name" in ModelCard.load(f"{hub.user}/bare-name").text
 
 
+def test_one_of_several_processes_pushes(model, api, hub, repo_id, monkeypatch):
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        hub.reset_trace()
+        assert push_to_hub(model, repo_id) == f"{hub.endpoint}/{repo_id}"
+        assert hub.count("POST", "/commit/") == (rank == "0")
+
+
 def test_private(model, api, repo_id, tmp_path):
     push_to_hub(model, repo_id, private=True)
     assert api.model_info(repo_id).private
@@ -312,6 +321,27 @@ def test_bundled_base_is_called_demo(api, repo_id, tmp_path):
     assert ModelCard.load(repo_id).data.base_model is None
     assert torch.equal(logits(from_pretrained(repo_id)), logits(model))
     assert resolve_base("demo") == str(CHECKPOINT) and resolve_base("me/demo") == "me/demo"
+
+
+def test_license_is_that_of_the_base_or_the_one_given(model, base_id, api, repo_id):
+    def stated(**options):
+        push_to_hub(model, repo_id, **options)
+        data = ModelCard.load(repo_id).data.to_dict()
+        return {name: value for name, value in data.items() if name.startswith("license")}
+
+    def say(metadata):
+        api.upload_file(path_or_fileobj=metadata.encode(), path_in_repo="README.md", repo_id=base_id)
+
+    assert stated() == {}
+    try:
+        say("---\nlicense: mit\n---\n")
+        assert stated() == {"license": "mit"}
+        assert stated(license="apache-2.0") == {"license": "apache-2.0"}
+        say("---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n")
+        link = f"https://huggingface.co/{base_id}/blob/main/LICENSE"
+        assert stated() == {"license": "other", "license_name": "own", "license_link": link}
+    finally:
+        api.delete_file("README.md", base_id)
 
 
 def test_local_base_has_to_be_pushed_first(base_id, api, hub, repo_id, tmp_path):

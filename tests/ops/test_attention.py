@@ -1,6 +1,7 @@
 """SparseK attention: the dense reference against loops, the tiles against the dense reference, and the promises."""
 
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,8 +9,8 @@ import torch.nn.functional as F
 from entmax import budget_bisect
 from torch import Tensor
 
-from hf_sparse.ops import sparsek_attention
-from hf_sparse.ops.attention import tiled
+from hf_sparse.ops import decode, sparsek_attention
+from hf_sparse.ops.attention import api, tiled
 from hf_sparse.ops.attention.causal import causal_sparsek_attention
 from hf_sparse.ops.attention.dense import dense_sparsek_attention
 
@@ -421,3 +422,22 @@ def test_bad_input_is_refused(changes, message):
     }
     with pytest.raises(ValueError, match=message):
         sparsek_attention(**{"k": 2, "window": 1, "sinks": 1, **arguments})
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_the_kernels_get_no_more_rows_than_a_grid_has(more, monkeypatch):
+    """What is above runs in PyTorch, where it was not the kernels that were asked for."""
+    monkeypatch.setattr(api, "available", lambda device: True)
+    query, scores = (torch.empty(5, 13_107 + more, 1, *end, device="meta") for end in ((8,), ()))
+    if more:
+        with pytest.raises(ValueError, match=r"B \* Hkv of at most 65535, got .* 8 and 65540"):
+            api._takes_kernels("triton", query, scores)
+    else:
+        assert api._takes_kernels("triton", query, scores)
+    keys = SimpleNamespace(
+        is_cuda=True, device=SimpleNamespace(index=0), dtype=torch.float32, shape=(65_535 + more, 1, 4, 8)
+    )
+    keys.is_contiguous = lambda: True
+    monkeypatch.setattr(decode, "_TRITON", True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    assert decode._has_kernels(keys) == (not more)

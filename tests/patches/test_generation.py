@@ -443,6 +443,24 @@ def test_a_mask_of_four_dimensions_is_refused(model):
         whole(model, attention_mask=mask)
 
 
+@pytest.mark.parametrize("columns", [LENGTH - 20, LENGTH + 20])
+@pytest.mark.parametrize("caching", [False, True])
+def test_a_mask_of_another_length_is_refused(model, columns, caching):
+    mask = torch.ones(3, columns, dtype=torch.long)
+    mask[:, :5] = 0
+    with pytest.raises(ValueError, match=f"a column for each of {LENGTH} tokens, got {columns}"):
+        model(IDS, attention_mask=mask, use_cache=caching)
+
+
+def test_compiled_without_mask_and_cache(model):
+    """transformers cannot see then whether sequences are packed."""
+    compiled = torch.compile(model, backend="eager")
+    with pytest.raises(ValueError, match="unless it gets an attention_mask"):
+        compiled(IDS, use_cache=False)
+    found = compiled(IDS, use_cache=False, attention_mask=torch.ones_like(IDS)).logits
+    torch.testing.assert_close(found, whole(model), rtol=1e-5, atol=1e-5)
+
+
 def test_attention_matrices_are_refused(model):
     with pytest.raises(ValueError, match="output_attentions=True is not supported"):
         model(IDS, output_attentions=True)

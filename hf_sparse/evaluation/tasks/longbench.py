@@ -25,7 +25,7 @@ def read_longbench(path: str | Path) -> list[Document]:
         DataError: the file cannot be read, or a line of it is no such object.
     """
     documents = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):  # a text may hold other line ends
         if not line.strip():
             continue
         try:

@@ -28,7 +28,7 @@ from torch import Tensor
 from hf_sparse.ops.attention.bidirectional import bidirectional_sparsek_attention
 from hf_sparse.ops.attention.causal import causal_sparsek_attention
 from hf_sparse.ops.attention.dense import dense_sparsek_attention
-from hf_sparse.ops.triton import available
+from hf_sparse.ops.triton import MOST_ROWS, available
 
 Gates = Literal["hard", "soft"]
 Implementation = Literal["auto", "triton", "tiled", "dense"]
@@ -73,9 +73,9 @@ def sparsek_attention(
         causal: whether a query sees the keys up to its own position, or all keys of its row (then `Tq = Tk`).
         implementation: `"dense"` builds `Tq x Tk` masks and is the reference; `"tiled"` gathers the keys of a tile of
             queries and is linear in `Tq`; `"triton"` does so in fused kernels, on a CUDA device, for half precision
-            and float32 (scores in float32) and `D` up to 256. `"auto"` is `"triton"` where that runs and `"tiled"`
-            elsewhere, or torch's own dense attention where the budget covers the whole sequence (unless scores are
-            trained: they get their gradient, 0, from the others).
+            and float32 (scores in float32), `D` up to 256 and `B * Hkv` up to 65,535. `"auto"` is `"triton"` where
+            that runs and `"tiled"` elsewhere, or torch's own dense attention where the budget covers the whole sequence
+            (unless scores are trained: they get their gradient, 0, from the others).
 
     Returns:
         `[B, Hq, Tq, D]` in the dtype of `query`, or autocast's where that is on. Softmax and gates are computed in
@@ -127,15 +127,17 @@ def sparsek_attention(
 def _takes_kernels(implementation: Implementation, query: Tensor, scores: Tensor) -> bool:
     """Whether the Triton kernels are wanted and run; raises where they were asked for and do not."""
     runs = available(query.device)
+    rows = scores.shape[0] * scores.shape[1]
     fits = query.dtype in _KERNEL_DTYPES and scores.dtype == torch.float32 and query.shape[-1] <= 256
+    fits = fits and rows <= MOST_ROWS
     if implementation != "triton":
         return implementation == "auto" and runs and fits and query.device.type == "cuda"
     if not runs:
         raise ValueError(f"implementation 'triton' needs Triton and a CUDA device, got {query.device.type}")
     if not fits:
         raise ValueError(
-            "implementation 'triton' needs query in float32, bfloat16 or float16, scores in float32 and D of at most "
-            f"256, got {query.dtype}, {scores.dtype} and {query.shape[-1]}"
+            "implementation 'triton' needs query in float32, bfloat16 or float16, scores in float32, D of at most 256 "
+            f"and B * Hkv of at most {MOST_ROWS}, got {query.dtype}, {scores.dtype}, {query.shape[-1]} and {rows}"
         )
     return True
 

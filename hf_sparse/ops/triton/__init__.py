@@ -6,6 +6,9 @@ import os
 
 import torch
 
+#: Programs along all but the first dimension of a grid, where CUDA ends: there is one for each batch row and KV head.
+MOST_ROWS = 65_535
+
 
 def available(device: torch.device) -> bool:
     """Whether kernels can run on tensors of this device: CUDA with Triton, or any with Triton's interpreter."""
