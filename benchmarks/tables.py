@@ -334,6 +334,7 @@ kernel are in use. With 128 registers a thread 16 warps share a multiprocessor. 
 
 Seconds in a fresh process with empty caches, processes side by side on cores of their own. A call compiles its kernels,
 and those of its backward if something wants a gradient, side by side as well, as many at a time as there are cores.
+The kernels of the scores, which a model compiles besides, are not in it: the calls are of attention alone.
 
 {first_call_table(first_calls)}
 """

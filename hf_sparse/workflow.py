@@ -1,6 +1,7 @@
 """The folder of an adapter, from nothing to measured: what the verbs of the command line do."""
 
 import copy
+import glob
 import os
 import shutil
 import tempfile
@@ -381,7 +382,7 @@ def read_dataset(name: str, config: str | None = None, split: str = "train", col
     from datasets.exceptions import DatasetsError
 
     path = Path(name).absolute()
-    source: tuple[str, ...] = (str(path.parent), path.name) if path.is_file() else (name,)
+    source: tuple[str, ...] = (str(path.parent), glob.escape(path.name)) if path.is_file() else (name,)
     try:
         rows = load_dataset(source[0], config, data_files=source[1:] or None, split=split)
     except (DatasetsError, HTTPError, OSError, ValueError) as error:

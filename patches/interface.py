@@ -70,10 +70,9 @@ def attention_forward(
     _refuse_what_would_be_ignored(module, kwargs)
     length, cache = query.shape[2], sparse_call.cache
     in_slots = cache is not None and sparse_call.method.has_slots and not cache.empty  # keys of earlier tokens
-    if attention_mask is not None and not in_slots and attention_mask.shape[1] != key.shape[2]:
-        raise ValueError(
-            f"the attention mask must have a column for each of {key.shape[2]} tokens, got {attention_mask.shape[1]}"
-        )
+    columns = key.shape[2] if attention_mask is None else attention_mask.shape[1]
+    if columns < key.shape[2] or (columns > key.shape[2] and not in_slots):
+        raise ValueError(f"the attention mask must have a column for each of {key.shape[2]} tokens, got {columns}")
     valid = None if attention_mask is None else attention_mask[:, -key.shape[2] :]
     if length > 1 and not torch.compiler.is_compiling():  # a decoding step waits for no value from the device
         if cache is not None and in_slots:

@@ -183,7 +183,8 @@ class TestFinetune:
         (folder / "train.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
         succeed("finetune", adapter, "--dataset", folder, "--column", "body", *QUICK)
         assert json.loads((adapter / "finetune.json").read_text())["settings"]["chunks"] == 10
-        succeed("finetune", adapter, "--dataset", folder / "train.jsonl", "--column", "body", *QUICK)
+        one = shutil.copy(folder / "train.jsonl", tmp_path / "one [1].jsonl")  # the name of a file, and no pattern
+        succeed("finetune", adapter, "--dataset", one, "--column", "body", *QUICK)
         assert json.loads((adapter / "finetune.json").read_text())["settings"]["chunks"] == 10
         assert "has no column 'text', it has body" in fail("finetune", adapter, "--dataset", folder, *QUICK)
         (tmp_path / "broken.jsonl").write_text('{"text": "w1"}\n{"te')

@@ -452,6 +452,14 @@ def test_a_mask_of_another_length_is_refused(model, columns, caching):
         model(IDS, attention_mask=mask, use_cache=caching)
 
 
+def test_a_mask_of_fewer_columns_than_new_tokens_is_refused(model):
+    cache = SparseKCache(model)
+    model(IDS[:, :20], past_key_values=cache)
+    for mask in (torch.ones(3, 10, dtype=torch.long), torch.arange(10).expand(3, -1).gt(4).long()):
+        with pytest.raises(ValueError, match=f"a column for each of {LENGTH - 20} tokens, got 10"):
+            model(IDS[:, 20:], attention_mask=mask, past_key_values=cache)
+
+
 def test_compiled_without_mask_and_cache(model):
     """transformers cannot see then whether sequences are packed."""
     compiled = torch.compile(model, backend="eager")
