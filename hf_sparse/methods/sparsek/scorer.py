@@ -80,7 +80,7 @@ class _Again(torch.autograd.Function):
         states = ctx.saved_tensors[0]
         inputs = (states.detach().requires_grad_(), *ctx.parameters)
         wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad[1:], strict=True) if needed]
-        with torch.enable_grad():
+        with torch.enable_grad(), torch.autocast(states.device.type, enabled=False):
             found = iter(torch.autograd.grad(ctx.compute(inputs[0]), wanted, grad, allow_unused=True))
         return None, *(next(found) if needed else None for needed in ctx.needs_input_grad[1:])
 

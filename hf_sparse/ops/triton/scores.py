@@ -76,7 +76,7 @@ class _LinearScores(torch.autograd.Function):
         return d_states if of_states else None, d_weight.sum(0).to(weight.dtype) if of_weight else None
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "length"])
 def _forward(
     states,
     weight,
@@ -123,7 +123,7 @@ def _forward(
         tl.store(scales + row, scale, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "length", "share"])
 def _backward(
     states,
     weight,
