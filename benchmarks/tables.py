@@ -48,7 +48,8 @@ CAVEATS = """Read the ratios with care:
   Python, and most of the kernels' time goes to the products with the weights.
 - Rows are of one run on a machine that did nothing else; prefill, training and the compiled sparse steps of one text of
   4,096 and of 32,768 tokens are of a later one, after the scores had got kernels. Between all runs, an earlier one and
-  one of the eager rows at 32,768 tokens too, a step differed by up to {spread}.
+  one of the eager rows at 32,768 tokens too, steps that were measured again differed by up to
+  {spread}.
   What runs eager is the least certain: the CPU alone sets its pace.
 """
 PASSES = {"forward": "Forward", "forward_backward": "Forward and backward"}
@@ -66,6 +67,14 @@ def short(value: float | None) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.{2 if value < 10 else 1}f}"
 
 
+def firsts(rows: Iterable[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
+    """Of rows with the same content under these names the first."""
+    found: dict[tuple, dict[str, Any]] = {}
+    for row in rows:
+        found.setdefault(tuple(row.get(name) for name in names), row)
+    return list(found.values())
+
+
 def medians(kernels: dict[str, Any], which: str) -> dict[str, dict[int, float]]:
     """Milliseconds by contender and length."""
     found: dict[str, dict[int, float]] = {}
@@ -79,16 +88,9 @@ def joined_kernels(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """The first run, with rows of later ones that it lacks; `added` names their contenders."""
     if any(run["settings"] != runs[0]["settings"] for run in runs):
         raise ValueError("the runs of attention_kernels.py have different settings")
-    cells: dict[tuple, dict[str, Any]] = {}
-    added: list[str] = []
-    for number, run in enumerate(runs):
-        for row in run["rows"]:
-            cell = (row["contender"], row.get("pass"), row["length"])
-            if cell not in cells:
-                cells[cell] = row
-                if number and row["contender"] not in added:
-                    added.append(row["contender"])
-    return runs[0] | {"rows": list(cells.values()), "added": added}
+    rows = firsts([row for run in runs for row in run["rows"]], "contender", "pass", "length")
+    added = dict.fromkeys(row["contender"] for row in rows if row not in runs[0]["rows"])
+    return runs[0] | {"rows": rows, "added": list(added)}
 
 
 def kernel_tables(kernels: dict[str, Any]) -> str:
@@ -117,18 +119,15 @@ def joined(models: list[dict[str, Any]]) -> dict[str, Any] | None:
         return None
     if any(model["settings"] != models[0]["settings"] for model in models):
         raise ValueError("the runs of model.py have different settings")
-    cells: dict[tuple, dict[str, Any]] = {}
-    spread: dict[str, float] = {}
+    rows = [row | {"bandwidth": model["bandwidth"]} for model in models for row in model["rows"]]
     steps: dict[tuple, list[float]] = {}
-    for model in models:
-        for row in model["rows"]:
-            cell = tuple(row[name] for name in ("part", "variant", "context", "batch"))
-            cells.setdefault(cell, row | {"bandwidth": model["bandwidth"]})
-            if "step_ms" in row:
-                found = steps.setdefault(cell, [])
-                found.append(row["step_ms"]["median_ms"])
-                spread[row["variant"]] = max(spread.get(row["variant"], 0.0), max(found) / min(found) - 1)
-    return models[0] | {"rows": list(cells.values()), "spread": spread}
+    for row in rows:
+        if "step_ms" in row:
+            steps.setdefault((row["variant"], row["context"], row["batch"]), []).append(row["step_ms"]["median_ms"])
+    spread: dict[str, float] = {}
+    for (variant, *_), found in steps.items():
+        spread[variant] = max(spread.get(variant, 0.0), max(found) / min(found) - 1)
+    return models[0] | {"rows": firsts(rows, "part", "variant", "context", "batch"), "spread": spread}
 
 
 def decode_table(model: dict[str, Any]) -> str:
@@ -175,11 +174,9 @@ def long_table(model: dict[str, Any], part: str, names: dict[str, str]) -> str:
 def profile_table(profiles: list[dict[str, Any]]) -> str:
     """Calls, the time of their kernels, and the kernels that take most of it; of equal calls the first."""
     parts = ("attention", "training", "decoding")
-    calls: dict[tuple, dict[str, Any]] = {}
-    for row in (row for one in profiles for row in one["rows"]):
-        calls.setdefault((row["part"], row["length"], row.get("variant"), row.get("batch")), row)
+    calls = firsts([row for one in profiles for row in one["rows"]], "part", "length", "variant", "batch")
     rows = []
-    for row in sorted(calls.values(), key=lambda row: parts.index(row["part"])):
+    for row in sorted(calls, key=lambda row: parts.index(row["part"])):
         longest = [
             f"{kernel['name'].split('<')[0].split('(')[0][:40]} {short(kernel['ms'])}" for kernel in row["kernels"][:5]
         ]

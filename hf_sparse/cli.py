@@ -67,7 +67,7 @@ def options(
 ) -> None:
     """Learned sparse attention for pretrained transformers: patch a checkpoint, train what is small, push it."""
     verb = context.invoked_subcommand
-    if verb != "finetune" and "LOCAL_RANK" in os.environ:
+    if verb != "finetune" and "LOCAL_RANK" in os.environ:  # otherwise nobody waits for torch to be imported
         from hf_sparse.machine import launched_processes
 
         if (count := launched_processes()) > 1:

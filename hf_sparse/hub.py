@@ -13,14 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import (
-    CommitOperationAdd,
-    CommitOperationDelete,
-    HfApi,
-    ModelCardData,
-    get_token,
-    snapshot_download,
-)
+from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, snapshot_download
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -273,7 +266,7 @@ def _license_of(api: HfApi, base_model: str) -> dict[str, Any]:
     if base_model == BASE_NAME:
         return {}
     try:
-        page = api.model_info(base_model).card_data or ModelCardData()
+        page: Any = api.model_info(base_model).card_data or {}
     except RepositoryNotFoundError:  # or not for this token; what was read of it is in the cache
         return {}
     found = {name: page.get(name) for name in ("license", "license_name", "license_link")}

@@ -19,7 +19,7 @@ from hf_sparse.metrics import metric_of
 from hf_sparse.patches import methods_of
 from hf_sparse.repo import PICTURES, REPORT, check_evaluation, is_public, read_json, remove_pictures
 from hf_sparse.results import Pictures, results_of
-from hf_sparse.workflow import Device, Dtype, default_length, load_adapter, staged
+from hf_sparse.workflow import Device, Dtype, load_adapter, staged, tokens_per_chunk
 
 _CHUNKS = ":8"  # of a text, unless told otherwise: enough for a mean, and few seconds
 
@@ -43,7 +43,7 @@ def write_report(
         text: shows which tokens the scorers keep, and becomes selection.json (of a Sparsefinder adapter, graphs of
             single heads, and graphs.json); by default the file that is there, if it is of the same adapter.
         text_name: what the text is called on the page.
-        length: tokens per chunk of the text; see `hf_sparse.workflow.default_length`.
+        length: tokens per chunk of the text; see `hf_sparse.workflow.tokens_per_chunk`.
         chunks: only chunks `START:STOP` of the text; by default the first 8.
         device, dtype: see `hf_sparse.workflow.load_adapter`; the model is loaded for a text only.
 
@@ -68,8 +68,7 @@ def write_report(
     if text is not None:
         model, tokenizer = load_adapter(folder, device=device, dtype=dtype)
         encoder = not methods_of(model)[0].causal
-        length = default_length(model) if length is None else length
-        packed = pack(tokenizer, text, length, special_tokens=encoder)
+        packed = pack(tokenizer, text, tokens_per_chunk(model, length), special_tokens=encoder)
         name = f"{text_name} (chunks {chunks})" if chunks else text_name
         found = results.describe(model, tokenizer, select_chunks(packed, chunks or _CHUNKS), text_name=name)
         aside: dict[str, Any] | None = {**found, "scorers_sha256": scorers}

@@ -232,7 +232,7 @@ def evaluate_adapter(
         if selections is not None:
             suite = replace(suite, selections=[chosen for chosen in selections if chosen in GENERATING])
         if not suite.lengths:
-            whole, least = default_length(model) if length is None else length, suite.budget(model).slots
+            whole, least = tokens_per_chunk(model, length), suite.budget(model).slots
             suite = replace(suite, lengths=[own for own in (whole // 2, whole) if own > least] or [whole])
         suite.check(model)
     if text is not None:
@@ -413,17 +413,17 @@ def _data(
     Where no `chunks` are named, at most `limit` are taken, at equal distances.
     """
     encoder = not methods_of(model)[0].causal
-    packed = pack(
-        tokenizer, text, default_length(model) if length is None else length, special_tokens=encoder, stride=stride
-    )
+    packed = pack(tokenizer, text, tokens_per_chunk(model, length), special_tokens=encoder, stride=stride)
     packed = select_chunks(packed, chunks)
     if chunks is None and limit is not None and len(packed) > limit:
         packed = packed[[i * len(packed) // limit for i in range(limit)]]
     return mask_tokens(tokenizer, packed, **masking) if kind_of(model) == "masked" else packed
 
 
-def default_length(model: PeftModel) -> int:
-    """Tokens per chunk: those that the settings are meant for, where they say so, or what the positions suffice for."""
+def tokens_per_chunk(model: PeftModel, length: int | None) -> int:
+    """The length that was asked for, or that which the settings are meant for, as far as the positions suffice."""
+    if length is not None:
+        return length
     wanted: int = getattr(model.active_peft_config, "length", LENGTH)
     return min(wanted, context_length(model) or wanted)
 

@@ -11,10 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_sparse.ops.triton import MOST_ROWS, installed
+from hf_sparse.ops.triton import DTYPES, MOST_ROWS, installed
 
 _TRITON = installed()
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def insert_token(
@@ -96,5 +95,5 @@ def _has_kernels(keys: Tensor, *tables: Tensor) -> bool:
     """Whether slots `[B, Hkv, S, D]` and their tables are where and how the kernels take them."""
     # Triton launches on the current device, and a compiled step could not change it.
     here = keys.is_cuda and keys.device.index == torch.cuda.current_device()
-    taken = here and keys.dtype in _DTYPES and keys.shape[-1] <= 256 and keys.shape[0] <= MOST_ROWS
+    taken = here and keys.dtype in DTYPES and keys.shape[-1] <= 256 and keys.shape[0] <= MOST_ROWS
     return _TRITON and taken and all(tensor.is_contiguous() for tensor in (keys, *tables))

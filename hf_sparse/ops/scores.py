@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_sparse.ops.triton import installed
+from hf_sparse.ops.triton import DTYPES, installed
 
 _TRITON = installed()
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def normalised(states: Tensor) -> Tensor:
@@ -45,4 +44,4 @@ def linear_scores(states: Tensor, weight: Tensor) -> Tensor:
 
 def has_kernels(states: Tensor) -> bool:
     """Whether `linear_scores` of these states runs as kernels, which keep no copy of them for the backward."""
-    return _TRITON and states.is_cuda and states.dtype in _DTYPES and not torch.compiler.is_compiling()
+    return _TRITON and states.is_cuda and states.dtype in DTYPES and not torch.compiler.is_compiling()

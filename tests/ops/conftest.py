@@ -1,11 +1,26 @@
-"""Instruments for tensor code."""
+"""Instruments for tensor code, and where the tests of Triton kernels run."""
 
 import dataclasses
+import os
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+
+class _Kernels(pytest.Module):
+    """A module of tests that needs a GPU, or Triton's interpreter: to be chosen before Triton is imported."""
+
+    def collect(self):
+        pytest.importorskip("triton", reason=f"{self.path.name} needs Triton, which is not installed")
+        if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+            pytest.skip(f"{self.path.name} needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
+        return super().collect()
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    return _Kernels.from_parent(parent, path=module_path) if module_path.name.startswith("test_triton_") else None
 
 
 class _LargestTensor(TorchDispatchMode):

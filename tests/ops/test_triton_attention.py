@@ -1,27 +1,19 @@
-"""The attention kernels against the tiles of plain PyTorch: on a GPU where there is one, else by Triton's interpreter.
+"""The attention kernels against the tiles of plain PyTorch."""
 
-Without a GPU, run with `TRITON_INTERPRET=1`: the interpreter must be chosen before Triton is imported.
-"""
-
-import os
 from dataclasses import dataclass, field
 
 import pytest
 import torch
 from torch import Tensor
 
-triton = pytest.importorskip("triton", reason="Triton is not installed")
-if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
-
-from hf_sparse.ops import sparsek_attention  # noqa: E402
-from hf_sparse.ops.attention.bidirectional import bidirectional_sparsek_attention as tiled_bidirectional  # noqa: E402
-from hf_sparse.ops.attention.causal import causal_sparsek_attention as tiled_causal  # noqa: E402
-from hf_sparse.ops.attention.dense import dense_sparsek_attention  # noqa: E402
-from hf_sparse.ops.triton import attention as kernels  # noqa: E402
-from hf_sparse.ops.triton import attention_backward, attention_forward  # noqa: E402
-from hf_sparse.ops.triton.attention_forward import Blocks  # noqa: E402
-from hf_sparse.ops.triton.lists import Tables, by_lifetime  # noqa: E402
+from hf_sparse.ops import sparsek_attention
+from hf_sparse.ops.attention.bidirectional import bidirectional_sparsek_attention as tiled_bidirectional
+from hf_sparse.ops.attention.causal import causal_sparsek_attention as tiled_causal
+from hf_sparse.ops.attention.dense import dense_sparsek_attention
+from hf_sparse.ops.triton import attention as kernels
+from hf_sparse.ops.triton import attention_backward, attention_forward
+from hf_sparse.ops.triton.attention_forward import Blocks
+from hf_sparse.ops.triton.lists import Tables, by_lifetime
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = Blocks(16, 16, 4, 1)  # several programs and blocks of keys even at the lengths of these tests

@@ -1,17 +1,9 @@
-"""The kernels of linear scores against PyTorch in float64.
-
-Without a GPU, run with `TRITON_INTERPRET=1`: the interpreter must be chosen before Triton is imported.
-"""
+"""The kernels of linear scores against PyTorch in float64."""
 
 import copy
-import os
 
 import pytest
 import torch
-
-pytest.importorskip("triton", reason="Triton is not installed")
-if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-    pytest.skip("needs a CUDA device, or TRITON_INTERPRET=1", allow_module_level=True)
 
 from hf_sparse import SparseKConfig
 from hf_sparse.methods.sparsek.scorer import make_scorer

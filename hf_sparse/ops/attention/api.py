@@ -28,12 +28,10 @@ from torch import Tensor
 from hf_sparse.ops.attention.bidirectional import bidirectional_sparsek_attention
 from hf_sparse.ops.attention.causal import causal_sparsek_attention
 from hf_sparse.ops.attention.dense import dense_sparsek_attention
-from hf_sparse.ops.triton import MOST_ROWS, available
+from hf_sparse.ops.triton import DTYPES, MOST_ROWS, available
 
 Gates = Literal["hard", "soft"]
 Implementation = Literal["auto", "triton", "tiled", "dense"]
-
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def sparsek_attention(
@@ -128,7 +126,7 @@ def _takes_kernels(implementation: Implementation, query: Tensor, scores: Tensor
     """Whether the Triton kernels are wanted and run; raises where they were asked for and do not."""
     runs = available(query.device)
     rows = scores.shape[0] * scores.shape[1]
-    fits = query.dtype in _KERNEL_DTYPES and scores.dtype == torch.float32 and query.shape[-1] <= 256
+    fits = query.dtype in DTYPES and scores.dtype == torch.float32 and query.shape[-1] <= 256
     fits = fits and rows <= MOST_ROWS
     if implementation != "triton":
         return implementation == "auto" and runs and fits and query.device.type == "cuda"

@@ -6,6 +6,9 @@ import os
 
 import torch
 
+#: Of the tensors that the kernels take.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 #: Programs along all but the first dimension of a grid, where CUDA ends: there is one for each batch row and KV head.
 MOST_ROWS = 65_535
 
