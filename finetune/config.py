@@ -4,11 +4,35 @@ from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
-from hf_sparse.methods.checks import is_integer
+from hf_sparse.methods.checks import is_finite, is_integer
 
 Objective = Literal["distill", "attention", "lm", "graph"]
 GraphLoss = Literal["profile_nce", "pair_hinge", "sum_hinge", "mass_hinge", "info_nce"]
 Precision = Literal["no", "bf16"]
+
+# The least and the largest value of each setting. Beyond the largest nothing was ever learned, or no machine holds it.
+_INTEGERS = {
+    "steps": (1, 10**7),
+    "warm_start_steps": (0, 10**7),
+    "graph_steps": (0, 10**7),
+    "lora_steps": (0, 10**7),
+    "graph_rows": (1, 10**7),
+    "batch_size": (1, 10**7),
+    "gradient_accumulation_steps": (1, 10**7),
+    "warmup_steps": (0, 10**7),
+    "checkpoint_every": (0, 10**7),
+    "seed": (0, 2**32 - 1),
+}
+_NUMBERS = {
+    "learning_rate": ("above 0", 1.0),
+    "lora_learning_rate": ("above 0", 1.0),
+    "graph_learning_rate": ("above 0", 1.0),
+    "max_grad_norm": ("above 0", 1e9),
+    "weight_decay": ("at least 0", 1e3),
+    "lm_weight": ("at least 0", 1e6),
+    "hidden_weight": ("at least 0", 1e6),
+    "final_scale": ("above 0", 1e6),
+}
 
 
 @dataclass(frozen=True)
@@ -47,7 +71,8 @@ class FinetuneConfig:
             not where it is learned. None: no annealing.
         batch_size: chunks per step and process.
         gradient_accumulation_steps: batches per optimiser step.
-        learning_rate: AdamW's peak; linear warm-up over `warmup_steps`, then linear decay to 0, in each stage.
+        learning_rate: AdamW's peak, at most 1; linear warm-up over `warmup_steps`, then linear decay to 0, in each
+            stage.
         lora_learning_rate: the peak for LoRA, where the adapter has a `lora_rank`. It is trained with `"distill"` and
             `"lm"`, in the same optimiser, beside the scorers or logit scales.
         lora_steps: SparseK: with more than 0, LoRA is not trained beside the scorers but in so many optimiser steps
@@ -62,7 +87,9 @@ class FinetuneConfig:
         gradient_checkpointing: keep the inputs of layers only, and run them again in the backward: less memory, more
             time, the same result. `"attention"` holds no more than that anyway.
         cpu: stay on the CPU although there is an accelerator.
-        output_dir: folder for `finetune.json` and `checkpoints/`; nothing is written for `None`.
+        output_dir: folder for `checkpoints/` and `finetune.json`; nothing is written for `None`. Where it holds an
+            adapter, finetune.json is left to whoever writes the new weights (`hf_sparse.hub.write_repo`). No other run
+            may use it meanwhile.
         checkpoint_every: optimiser steps between checkpoints; 0 writes none.
         resume: continue from the last checkpoint in `output_dir`, if there is one.
         progress: show a progress bar.
@@ -102,35 +129,25 @@ class FinetuneConfig:
         for name, options in (("mixed_precision", get_args(Precision)), ("graph_loss", get_args(GraphLoss))):
             if getattr(self, name) not in options:
                 raise ValueError(f"{name} must be one of {', '.join(options)}, got {getattr(self, name)!r}")
-        for name, least in (
-            ("steps", 1),
-            ("warm_start_steps", 0),
-            ("graph_steps", 0),
-            ("lora_steps", 0),
-            ("graph_rows", 1),
-            ("batch_size", 1),
-            ("gradient_accumulation_steps", 1),
-            ("warmup_steps", 0),
-            ("checkpoint_every", 0),
-        ):
-            if not is_integer(getattr(self, name), least):
-                raise ValueError(f"{name} must be an integer of at least {least}, got {getattr(self, name)!r}")
-        for name in ("learning_rate", "lora_learning_rate", "graph_learning_rate", "max_grad_norm"):
+        for name, (fewest, most) in _INTEGERS.items():
             value = getattr(self, name)
-            if not isinstance(value, int | float) or not value > 0:
-                raise ValueError(f"{name} must be a number above 0, got {value!r}")
-        if self.alpha_start is not None and not 1 < self.alpha_start < 2:
+            if not is_integer(value, fewest):
+                raise ValueError(f"{name} must be an integer of at least {fewest}, got {value!r}")
+            if value > most:
+                raise ValueError(f"{name} must be at most {most:,}, got {value:.3g}")
+        for name, (least, bound) in _NUMBERS.items():
+            value = getattr(self, name)
+            if not is_finite(value) or not (value >= 0 if least == "at least 0" else value > 0):
+                raise ValueError(f"{name} must be a number {least}, got {value!r}")
+            if value > bound:
+                raise ValueError(f"{name} must be at most {bound:g}, got {value!r}")
+        if self.alpha_start is not None and not (is_finite(self.alpha_start) and 1 < self.alpha_start < 2):
             raise ValueError(f"alpha_start must be None or above 1 and below 2, got {self.alpha_start!r}")
-        if not self.lm_weight >= 0 or not self.hidden_weight >= 0:
-            raise ValueError(
-                f"lm_weight and hidden_weight must be at least 0, got {self.lm_weight!r} and {self.hidden_weight!r}"
-            )
         if (self.lm_weight or self.hidden_weight) and self.objective != "distill":
             raise ValueError(f"lm_weight and hidden_weight belong to 'distill', the objective is {self.objective!r}")
-        if not self.final_scale > 0 or (self.final_scale != 1 and self.objective == "attention"):
+        if self.final_scale != 1 and self.objective == "attention":
             raise ValueError(
-                "final_scale must be positive, and 1 for the objective 'attention', which has no gates; got "
-                f"{self.final_scale!r}"
+                f"final_scale must be 1 for the objective 'attention', which has no gates; got {self.final_scale!r}"
             )
         if self.lora_steps and self.objective == "attention":
             raise ValueError(

@@ -1,9 +1,11 @@
 """The training loop, flat: one function from checks to metrics."""
 
+import json
+import math
 import os
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +17,16 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
 from hf_sparse.data import check_chunks, fingerprint, tensors
+from hf_sparse.errors import DataError
 from hf_sparse.files import write_json
 from hf_sparse.finetune import checkpoint
 from hf_sparse.finetune.config import FinetuneConfig
+from hf_sparse.finetune.identity import adapter_sha256, adapter_tensors, base_sha256, changed
 from hf_sparse.finetune.recompute import recomputed
 from hf_sparse.finetune.training import Stage, Training
 from hf_sparse.finetune.trainings import training_of, without_effect
-from hf_sparse.machine import describe
+from hf_sparse.folders import locked
+from hf_sparse.machine import describe, is_main_process
 
 # Ways to divide one model among processes.
 _SHARDING = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
@@ -52,7 +57,8 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
         DataError: chunks that cannot train this model.
         TypeError: the settings are no `FinetuneConfig`.
         ValueError: parameters other than the adapter's would be trained, the method or model has no such objective or
-            setting, or the loss is not finite.
+            setting, or a loss, a gradient or what is learned is not finite.
+        BusyError: another run holds `output_dir`.
     """
     config = FinetuneConfig() if config is None else config
     if not isinstance(config, FinetuneConfig):
@@ -66,12 +72,11 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
     output = Path(config.output_dir) if config.output_dir else None
     settings = config.settings(without_effect(training))
     identity = settings | {"chunks": fingerprint(chunks, labels), "adapter": training.identity()}
-    restart = checkpoint.latest(output) if output and config.resume else None
     state: dict[str, Any] = {"step": 0, "history": [], "seconds": 0.0}
-    if restart:
-        state = checkpoint.load_state(restart)
 
-    with _own_accelerate_state(), _training(model, training):
+    with ExitStack() as stack:
+        stack.enter_context(_own_accelerate_state())
+        stack.enter_context(_training(model, training))
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
             gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -84,11 +89,23 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
                 f"{accelerator.distributed_type.value}: launch it with torchrun, or another accelerate configuration"
             )
         identity["processes"] = accelerator.num_processes
-        if restart and state["settings"] != identity:
-            changed = [key for key, value in identity.items() if state["settings"].get(key) != value]
-            raise ValueError(
-                f"cannot resume with other settings than the checkpoint's; different: {', '.join(changed)}"
-            )
+        identity = json.loads(json.dumps(identity))  # as checkpoints hold it
+        began_with = adapter_sha256(training.methods)
+        origin: dict[str, Any] = {}
+        if output and (config.checkpoint_every or config.resume):
+            origin = {"base": base_sha256(model, training.methods), "first_weights": began_with}
+            if is_main_process():
+                output.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(output))
+                checkpoint.settle(output)
+            accelerator.wait_for_everyone()
+        plan = [(stage, step) for stage in training.stages for step in range(stage.steps)]
+        restart = checkpoint.latest(output) if output and config.resume else None
+        if restart:
+            state = checkpoint.load_state(restart)
+            if _finished(output, state) == began_with:  # the run ended with these weights, and may be repeated
+                origin["first_weights"] = state["origin"]["first_weights"]
+            _check_resumable(restart, state, identity, origin, len(plan))
         # LoRA has a learning rate of its own, and is clipped apart: its gradients would shrink the steps of scorers.
         groups: list[dict[str, Any]] = [
             {"params": [p for name, p in learned.items() if (name in training.lora) == is_lora], "is_lora": is_lora}
@@ -97,13 +114,13 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
         groups = [group for group in groups if group["params"]]
         plain = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
         if restart:
-            checkpoint.load(restart, learned, plain)
+            checkpoint.load_into(restart, state, learned, plain)
+            checkpoint.check_steps(restart, plain, plan[state["step"] - 1][1] + 1)
         optimizer = accelerator.prepare_optimizer(plain)
         per_step = config.batch_size * config.gradient_accumulation_steps * accelerator.num_processes
         order = _Shuffled(len(chunks), config.seed, start=state["step"] * per_step)
         rows = TensorDataset(chunks) if labels is None else TensorDataset(chunks, labels)
         batches = iter(accelerator.prepare_data_loader(DataLoader(rows, config.batch_size, sampler=order)))
-        plan = [(stage, step) for stage in training.stages for step in range(stage.steps)]
         history: list[dict[str, Any]] = state["history"]
         began = time.perf_counter() - state["seconds"]
         prepared = accelerator.prepare_model(model, evaluation_mode=True)  # processes are kept alike here, see `_mean`
@@ -151,10 +168,22 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
                                 if step == 0 or number == state["step"]:
                                     _check_gradients(model, stage.parameters)
                                 _mean(accelerator, stage.parameters)
-                                for group in groups:
-                                    accelerator.clip_grad_norm_(group["params"], config.max_grad_norm)
+                                norms = [
+                                    float(accelerator.clip_grad_norm_(group["params"], config.max_grad_norm))
+                                    for group in groups
+                                ]
+                                if not all(map(math.isfinite, norms)):
+                                    raise ValueError(
+                                        f"the gradient of step {number + 1} ({stage.label}) is not finite; the "
+                                        f"{training.learned} are those of the step before; try a lower learning_rate"
+                                    )
                             optimizer.step()
                             optimizer.zero_grad()
+                if not _are_finite(stage.parameters.values()):
+                    raise ValueError(
+                        f"the {training.learned} are not finite after step {number + 1} ({stage.label}), and nothing "
+                        "of them is saved; try a lower learning_rate"
+                    )
                 value = float(torch.stack(losses).mean())
                 speed = per_step * chunks.shape[1] / (time.perf_counter() - tick)
                 bar.update()
@@ -165,12 +194,18 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
                 if output and config.checkpoint_every and (number + 1) % config.checkpoint_every == 0:
                     accelerator.wait_for_everyone()
                     if accelerator.is_main_process:
-                        kept = {"settings": identity, "history": history, "seconds": time.perf_counter() - began}
-                        checkpoint.save(output, number + 1, learned, plain, kept | {"report": report})
+                        kept = {"settings": identity, "origin": origin, "history": history, "report": report}
+                        seconds = time.perf_counter() - began
+                        checkpoint.save(output, number + 1, learned, plain, kept | {"seconds": seconds})
             bar.close()
             training.finish(prepared, read, *first, report=report)
             _as_the_first(training)  # each process has fitted what is fitted, with sums in another order on a GPU
+            for method in training.methods:
+                # What was never fitted is NaN throughout.
+                if not _are_finite(t for t in adapter_tensors(method).values() if not t.isnan().all()):
+                    raise ValueError(f"what was fitted after the last step is not finite in layer {method.layer}")
         finally:
+            plain.zero_grad()
             for parameter in learned.values():
                 parameter.requires_grad_(True)
             accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
@@ -191,15 +226,56 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
             "history": history,
+            "parameters_sha256": {
+                "before": origin.get("first_weights", began_with),
+                "after": adapter_sha256(training.methods),
+            },
             **report,
             **describe(),
         }
         if accelerator.device.type == "cuda":
             metrics["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-        if output and accelerator.is_main_process:
+        # Where an adapter lies, it would be beside weights of which it does not tell.
+        if output and accelerator.is_main_process and not (output / "adapter_config.json").exists():
             output.mkdir(parents=True, exist_ok=True)
             write_json(output / "finetune.json", metrics)
     return metrics
+
+
+def _finished(output: Path | None, state: Mapping[str, Any]) -> str | None:
+    """sha256 of the weights that a run ended with, if the finetune.json in a folder is of the run of a checkpoint."""
+    try:
+        metrics = json.loads((output / "finetune.json").read_text("utf-8")) if output else {}
+        run = metrics["parameters_sha256"]
+        return str(run["after"]) if run["before"] == state["origin"]["first_weights"] else None
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # it only helps where it is whole
+        return None
+
+
+def _check_resumable(
+    folder: Path, state: Mapping[str, Any], identity: Mapping[str, Any], origin: Mapping[str, Any], steps: int
+) -> None:
+    """Raise for a checkpoint of another run than this one.
+
+    Raises:
+        DataError: it began with another base model or with other weights, or is of a step beyond the plan.
+        ValueError: its settings are others.
+    """
+    if state["settings"] != identity:
+        different = [key for key, value in identity.items() if state["settings"].get(key) != value]
+        raise ValueError(f"cannot resume with other settings than the checkpoint's; different: {', '.join(different)}")
+    what = {"base": "another base model (weights or dtype)", "first_weights": "other first weights"}
+    if others := changed(state.get("origin", {}), origin):
+        raise DataError(
+            f"cannot resume from {folder.name}: it began with {what[others[0]]} than this run; load what it began "
+            "with, or start over without resume"
+        )
+    if state["step"] > steps:
+        raise DataError(f"cannot resume from {folder.name}: the run has {steps} steps")
+
+
+def _are_finite(tensors: Iterable[Tensor]) -> bool:
+    return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
 
 def _as_the_first(training: Training) -> None:

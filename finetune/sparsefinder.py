@@ -114,7 +114,7 @@ class SparsefinderTraining(Training):
         return {"scales": {"before": self._measure(model, *batch)}}
 
     def finish(self, model: nn.Module, read: Callable[[], Any], *batch: Tensor, report: dict[str, Any]) -> None:
-        report["scales"]["after"] = self._measure(model, *batch)
+        report.setdefault("scales", {})["after"] = self._measure(model, *batch)
         if self.fits:
             fit_predictors(self.methods, read, generator=torch.Generator().manual_seed(self.config.seed))
 

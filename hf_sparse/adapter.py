@@ -19,6 +19,7 @@ from transformers.utils import find_adapter_config_file
 
 from hf_sparse.demo import BASE_NAME, CHECKPOINT
 from hf_sparse.errors import AdapterMismatchError, HubError
+from hf_sparse.folders import settle
 from hf_sparse.methods import registered_methods
 from hf_sparse.tasks import task_of
 
@@ -26,6 +27,9 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 #: What was measured of it, beside them.
 EVALUATION, TRAINING = "eval.json", "finetune.json"
+
+# Of a configuration, what changes no number.
+_NAMES = ("base_model_name_or_path", "revision", "peft_version", "inference_mode", "auto_mapping", "task_type")
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,13 @@ class Adapter:
         """sha256 of the file with the weights: two measurements can be told to be of the same adapter."""
         return hashlib.sha256((self.folder / WEIGHTS).read_bytes()).hexdigest()
 
+    @cached_property
+    def settings_sha256(self) -> str:
+        """sha256 of the settings in the configuration: weights stay where `divide` changes what they are used for."""
+        content = json.loads((self.folder / CONFIG).read_text("utf-8"))
+        settings = {name: value for name, value in content.items() if name not in _NAMES}
+        return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+
 
 def resolve_base(name: str) -> str:
     """What transformers can load for the name of a base model: `"demo"` is the bundled checkpoint, always."""
@@ -64,7 +75,9 @@ def read_adapter(folder: Path, source: str) -> Adapter:
 
     Raises:
         HubError: a file is missing or damaged, or the adapter is none of hf-sparse's.
+        BusyError: another run is replacing it.
     """
+    settle(folder)
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing:
         pickled = missing == [WEIGHTS] and (folder / "adapter_model.bin").exists()

@@ -552,11 +552,13 @@ def _is_expected(error: Exception) -> bool:
     if "hf_sparse.workflow" not in sys.modules:
         return False  # nothing of ours has run: typer's own exits and usage errors
     from huggingface_hub.errors import EntryNotFoundError, HTTPError
+    from safetensors import SafetensorError
     from torch import OutOfMemoryError
 
     from hf_sparse.errors import HfSparseError
 
-    return isinstance(error, HfSparseError | HTTPError | EntryNotFoundError | OutOfMemoryError)
+    # safetensors raises its own kind where the disk is full.
+    return isinstance(error, HfSparseError | HTTPError | EntryNotFoundError | OutOfMemoryError | SafetensorError)
 
 
 def _line(error: Exception) -> str:

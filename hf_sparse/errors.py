@@ -23,3 +23,7 @@ class DataError(HfSparseError, ValueError):
 
 class HubError(HfSparseError, OSError):
     """The Hub refused, or files of a repository are missing or damaged."""
+
+
+class BusyError(HfSparseError, BlockingIOError):
+    """Another run holds the folder."""

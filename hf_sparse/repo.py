@@ -5,7 +5,7 @@ Its report lies there too, and is not published.
 
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from hf_sparse.card import render
 from hf_sparse.demo import BASE_NAME
 from hf_sparse.errors import DataError
 from hf_sparse.files import write_json, write_text
+from hf_sparse.folders import staged
 from hf_sparse.methods import method_of
 from hf_sparse.results import RESULTS, results_of
 
@@ -41,10 +42,10 @@ def write_repo(
     repo_id: str | None = None,
     license: Mapping[str, Any] | None = None,
 ) -> None:
-    """Complete a folder that holds an adapter: measurements, figure and model card. Each file appears whole.
+    """Complete a folder that holds an adapter: measurements, figure and model card. All of them appear, or none.
 
     The card and the figure are made from the JSON files and replace what is there, so that no number that they show is
-    older than its measurement.
+    older than its measurement. A measurement that is passed is noted as one of the weights in the folder.
 
     Args:
         folder: holds adapter_config.json and adapter_model.safetensors.
@@ -56,12 +57,17 @@ def write_repo(
     Raises:
         HubError: the folder holds no adapter of hf-sparse.
         DataError: a measurement is damaged, or is one of another method, budget, graph or of other weights.
+        BusyError: another run holds the folder.
     """
     folder = Path(folder)
     adapter = read_adapter(folder, str(folder))
     results = results_of(adapter.config)
-    evaluation = evaluation or read_json(folder / EVALUATION)
-    training = training or read_json(folder / TRAINING)
+    marks = {"weights_sha256": adapter.weights_sha256}
+    training = {**marks, **training} if training else read_json(folder / TRAINING)
+    marks |= {"settings_sha256": adapter.settings_sha256}
+    evaluation = {**marks, **evaluation} if evaluation else read_json(folder / EVALUATION)
+    if training is not None:
+        check_training(training, adapter)
     if evaluation is not None:
         check_evaluation(evaluation, adapter)
     base_model = adapter.base_model if is_public(adapter.base_model) else None
@@ -80,12 +86,13 @@ def write_repo(
         model_class=adapter.model_class,
         license=license,
     )
-    if evaluation is not None:
-        results.draw_figure(evaluation, training, folder / results.figure)
-    for name, content in ((EVALUATION, evaluation), (TRAINING, training)):
-        if content is not None:
-            write_json(folder / name, content)
-    write_text(folder / CARD, card)
+    with staged(folder) as stage:
+        if evaluation is not None:
+            results.draw_figure(evaluation, training, stage / results.figure)
+        for name, content in ((EVALUATION, evaluation), (TRAINING, training)):
+            if content is not None:
+                write_json(stage / name, content)
+        write_text(stage / CARD, card)
 
 
 def check_evaluation(evaluation: dict[str, Any], adapter: Adapter) -> None:
@@ -99,21 +106,39 @@ def check_evaluation(evaluation: dict[str, Any], adapter: Adapter) -> None:
             f"{EVALUATION} was measured with other weights than {WEIGHTS} holds: measure these, or delete it"
         )
     results_of(adapter.config).check(evaluation, adapter.config)
+    if evaluation.get("settings_sha256", adapter.settings_sha256) != adapter.settings_sha256:
+        raise DataError(
+            f"{EVALUATION} was measured with other settings than {CONFIG} holds (layer_shares, say): measure again, or "
+            "delete it"
+        )
 
 
-def remove_report(folder: Path) -> None:
-    """Remove the report of an adapter that is no more: its page and its pictures, and nothing else."""
-    (folder / REPORT).unlink(missing_ok=True)
-    remove_pictures(folder)
+def check_training(training: dict[str, Any], adapter: Adapter) -> None:
+    """See that a finetune.json tells of the weights of an adapter, where it says of which it tells.
+
+    Raises:
+        DataError: it tells of other weights.
+    """
+    if training.get("weights_sha256", adapter.weights_sha256) != adapter.weights_sha256:
+        raise DataError(
+            f"{TRAINING} tells of the training of other weights than {WEIGHTS} holds: train these, or delete it"
+        )
 
 
-def remove_pictures(folder: Path, keep: Collection[str] = ()) -> None:
-    """Remove the pictures of an earlier report, but not those in `keep`, which are new."""
-    for path in (folder / PICTURES).glob("*.png"):
-        if path.stem not in keep and any(fnmatchcase(path.stem, name) for name in _PICTURE_NAMES):
-            path.unlink()
-    if (folder / PICTURES).is_dir() and not any((folder / PICTURES).iterdir()):
-        (folder / PICTURES).rmdir()
+def measurements(folder: Path) -> list[str]:
+    """Relative paths of what was measured of the adapter in a folder, and of the report that shows it."""
+    asides = [results.aside for results in RESULTS.values()]
+    return [
+        *(name for name in (EVALUATION, *FIGURES, *asides, REPORT) if (folder / name).exists()),
+        *report_pictures(folder),
+    ]
+
+
+def report_pictures(folder: Path, without: Collection[str] = ()) -> Iterable[str]:
+    """Relative paths of the pictures of the report in a folder, but for those of some names."""
+    for path in sorted((folder / PICTURES).glob("*.png")):
+        if path.stem not in without and any(fnmatchcase(path.stem, name) for name in _PICTURE_NAMES):
+            yield f"{PICTURES}/{path.name}"
 
 
 def is_public(name: str | None) -> bool:

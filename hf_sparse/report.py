@@ -14,16 +14,18 @@ from hf_sparse.data import pack, select_chunks
 from hf_sparse.errors import DataError
 from hf_sparse.figures import training_figure
 from hf_sparse.figures.style import reading
-from hf_sparse.files import check_writable, write_json, write_text
+from hf_sparse.files import write_json, write_text
+from hf_sparse.folders import staged
 from hf_sparse.metrics import metric_of
 from hf_sparse.patches import methods_of
-from hf_sparse.repo import PICTURES, REPORT, check_evaluation, is_public, read_json, remove_pictures
+from hf_sparse.repo import PICTURES, REPORT, check_evaluation, check_training, is_public, read_json, report_pictures
 from hf_sparse.results import Pictures, results_of
-from hf_sparse.workflow import Device, Dtype, load_adapter, staged, tokens_per_chunk
+from hf_sparse.workflow import Device, Dtype, alone, load_adapter, tokens_per_chunk
 
 _CHUNKS = ":8"  # of a text, unless told otherwise: enough for a mean, and few seconds
 
 
+@alone
 def write_report(
     folder: str | Path,
     text: str | None = None,
@@ -52,7 +54,9 @@ def write_report(
 
     Raises:
         HubError: the folder holds no adapter, or its base model cannot be loaded.
-        DataError: there is no eval.json, a measurement is damaged or of another budget, or a text is too short.
+        DataError: there is no eval.json, a measurement is damaged, or of other weights or settings, or a text is too
+            short.
+        BusyError: another run holds the folder.
     """
     folder = Path(folder)
     adapter = read_adapter(folder, str(folder))
@@ -63,22 +67,27 @@ def write_report(
             f"`hf-sparse eval {folder} --text FILE` measures it"
         )
     check_evaluation(evaluation, adapter)
-    check_writable(folder)
-    results, scorers = results_of(adapter.config), adapter.weights_sha256
+    if training is not None:
+        check_training(training, adapter)
+    results = results_of(adapter.config)
+    marks = {"scorers_sha256": adapter.weights_sha256, "settings_sha256": adapter.settings_sha256}
     if text is not None:
         model, tokenizer = load_adapter(folder, device=device, dtype=dtype)
         encoder = not methods_of(model)[0].causal
         packed = pack(tokenizer, text, tokens_per_chunk(model, length), special_tokens=encoder)
         name = f"{text_name} (chunks {chunks})" if chunks else text_name
         found = results.describe(model, tokenizer, select_chunks(packed, chunks or _CHUNKS), text_name=name)
-        aside: dict[str, Any] | None = {**found, "scorers_sha256": scorers}
-    elif (aside := read_json(folder / results.aside)) is not None and aside.get("scorers_sha256") != scorers:
-        aside = None
+        aside: dict[str, Any] | None = {**found, **marks}
+    elif aside := read_json(folder / results.aside):
+        noted = {"settings_sha256": adapter.settings_sha256, **aside}  # which were not always
+        aside = aside if {name: noted.get(name) for name in marks} == marks else None
 
     with reading(EVALUATION):
         metric = metric_of(evaluation)
-    with staged(folder) as stage, staged(folder / PICTURES) as place:
-        pictures = Pictures(place, [])
+    old: list[str] = []
+    with staged(folder, removed=old) as stage:
+        pictures = Pictures(stage / PICTURES, [])
+        pictures.folder.mkdir()
         results.draw(pictures, evaluation, aside)
         if training is not None and training.get("history"):
             states = metric.key == "embedding_similarity"
@@ -100,7 +109,7 @@ def write_report(
         write_text(stage / REPORT, page)
         if aside is not None:
             write_json(stage / results.aside, aside)
-    remove_pictures(folder, keep={picture.name for picture in pictures.drawn})
+        old += report_pictures(folder, without={picture.name for picture in pictures.drawn})
     return folder / REPORT
 
 

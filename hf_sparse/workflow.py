@@ -2,14 +2,12 @@
 
 import copy
 import glob
-import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from huggingface_hub.errors import HTTPError
@@ -24,22 +22,38 @@ from hf_sparse.evaluation import GENERATING, check_selections, divide_layers, ev
 from hf_sparse.evaluation.tasks import Suite
 from hf_sparse.files import check_writable
 from hf_sparse.finetune import FinetuneConfig, finetune
-from hf_sparse.finetune.checkpoint import FOLDER as CHECKPOINTS
+from hf_sparse.finetune.checkpoint import checkpoints
+from hf_sparse.folders import is_empty, locked, settle, staged
 from hf_sparse.hub import from_pretrained
 from hf_sparse.machine import cuda_of_process, is_main_process
 from hf_sparse.patches import methods_of
 from hf_sparse.patches.attach import targets
-from hf_sparse.repo import CARD, FIGURES, check_evaluation, read_json, remove_report, write_repo
+from hf_sparse.repo import CARD, check_evaluation, check_training, measurements, read_json, write_repo
 from hf_sparse.results import results_of
 from hf_sparse.tasks import kind_of, task_of
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+Act = TypeVar("Act", bound=Callable[..., Any])
 
 LENGTH = 2048  # tokens per chunk, where the model has as many positions
 CHUNKS = 16  # of a text that is measured with all baselines, so that it takes minutes
 LOGITS = 2**26  # numbers; 256 MiB in float32
 DIVIDING = 4  # of a text on which every layer is measured
+
+
+def alone(act: Act) -> Act:
+    """Let a verb hold the folder that is its first argument, which must take new files if it is there."""
+
+    @wraps(act)
+    def held(folder: str | Path, *args: Any, **options: Any) -> Any:
+        if not Path(folder).is_dir() or not is_main_process():
+            return act(folder, *args, **options)
+        check_writable(Path(folder))
+        with locked(folder):
+            return act(folder, *args, **options)
+
+    return cast(Act, held)
 
 
 def create_adapter(
@@ -66,25 +80,35 @@ def create_adapter(
 
     Raises:
         ValueError: the folder is not empty.
+        BusyError: another run holds the folder.
         HubError: the base model cannot be loaded.
         UnsupportedModelError: the base model has no sparse attention patch.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())) and not (force and folder.is_dir()):
-        raise ValueError(f"{folder} exists and is not an empty folder; choose another, or use --force")
+    _check_free(folder, force)
     base = load_base(model, config, dtype=dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         patched = get_peft_model(base, config)
     config.base_model_name_or_path = model
-    if (folder / CONFIG).exists():  # what measured and what resumes another adapter
-        _forget(folder)
-        _remove(folder, TRAINING, CARD)
-        shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
-    save_adapter(patched, folder)
+    with locked(folder):
+        _check_free(folder, force)  # another run may have been faster
+        old: list[str] = []
+        if (folder / CONFIG).exists():  # what measured and what resumes another adapter
+            old = [*measurements(folder), TRAINING, CARD, *checkpoints(folder)]
+        with staged(folder, first=(CONFIG, WEIGHTS), removed=old) as stage:
+            save_adapter(patched, stage)
     return patched
 
 
+def _check_free(folder: Path, force: bool) -> None:
+    """Raise `ValueError` for a folder that a new adapter must not go to."""
+    settle(folder)
+    if folder.exists() and not (folder.is_dir() and (force or is_empty(folder))):
+        raise ValueError(f"{folder} exists and is not an empty folder; choose another, or use --force")
+
+
+@alone
 def train_adapter(
     folder: str | Path,
     text: str,
@@ -100,7 +124,8 @@ def train_adapter(
     Processes that were launched together share the work, and the first of them writes.
 
     Args:
-        folder: holds an adapter; as it was if training fails, but for its checkpoints.
+        folder: holds an adapter; as it was if training fails, but for its checkpoints. No other run may use it
+            meanwhile.
         text: training text, see `hf_sparse.data.pack`.
         config: settings; `output_dir` and `cpu` are set here.
         length: tokens per chunk; by default 2048, or what the model's positions suffice for.
@@ -109,19 +134,23 @@ def train_adapter(
 
     Returns:
         The content of finetune.json.
+
+    Raises:
+        BusyError: another run holds the folder.
     """
     folder = Path(folder)
-    check_writable(folder)
     model, tokenizer = load_adapter(folder, device=device, dtype=dtype, trainable=True)
     data = _data(model, tokenizer, text, length, chunks, seed=config.seed, corrupt=True)
     metrics = finetune(model, data, replace(config, output_dir=str(folder), cpu=model.device.type == "cpu"))
     if is_main_process():
-        _forget(folder)
-        save_adapter(model, folder)
-        write_repo(folder, training=metrics)
+        with staged(folder, removed=measurements(folder)) as stage:
+            save_adapter(model, stage)
+            metrics["weights_sha256"] = read_adapter(stage, str(folder)).weights_sha256
+            write_repo(stage, training=metrics, repo_id=folder.resolve().name)
     return metrics
 
 
+@alone
 def divide_adapter(
     folder: str | Path,
     text: str,
@@ -149,10 +178,13 @@ def divide_adapter(
 
     Raises:
         DataError: a text that cannot be measured, or a model that is no causal language model.
+        BusyError: another run holds the folder.
     """
     folder = Path(folder)
-    check_writable(folder)
     model, tokenizer = load_adapter(folder, device=device, dtype=dtype)
+    training = read_json(folder / TRAINING)
+    if training is not None:
+        check_training(training, read_adapter(folder, str(folder)))
     method = methods_of(model)[0]
     if not method.has_slots:
         raise DataError(f"slots are divided among layers, and {folder} holds a {method.label} adapter, which has none")
@@ -161,12 +193,16 @@ def divide_adapter(
     data = _data(model, tokenizer, text, length, chunks, limit=DIVIDING)
     shares, _ = divide_layers(model, data, batch_size=batch_size)
     model.active_peft_config.layer_shares = shares
-    _forget(folder)
-    save_adapter(model, folder)
-    write_repo(folder)
+    with staged(folder, removed=measurements(folder)) as stage:
+        save_adapter(model, stage)
+        shutil.copyfile(folder / WEIGHTS, stage / WEIGHTS)  # not those that were loaded, perhaps in another dtype
+        write_repo(stage, training=training, repo_id=folder.resolve().name)
+        for name in (WEIGHTS, TRAINING):  # they stay
+            (stage / name).unlink(missing_ok=True)
     return shares
 
 
+@alone
 def evaluate_adapter(
     folder: str | Path,
     text: str | None,
@@ -215,11 +251,13 @@ def evaluate_adapter(
         DataError: a text or tasks that cannot be measured; tasks alone without an eval.json of this adapter to add them
             to.
         ValueError: options out of range.
+        BusyError: another run holds the folder.
     """
     folder = Path(folder)
-    check_writable(folder)
     model, tokenizer = load_adapter(folder, device=device, dtype=dtype)
     adapter = read_adapter(folder, str(folder))
+    if (training := read_json(folder / TRAINING)) is not None:
+        check_training(training, adapter)  # the card is made of it, after the work
     method, results = methods_of(model)[0], results_of(adapter.config)
     if suite is not None and not method.has_slots:
         raise DataError(
@@ -262,7 +300,7 @@ def evaluate_adapter(
         result["tasks"] = {**result.get("tasks", {}), **suite.run(model, tokenizer)}
     if note:
         result["note"] = note
-    result["weights_sha256"] = adapter.weights_sha256
+    result |= {"weights_sha256": adapter.weights_sha256, "settings_sha256": adapter.settings_sha256}
     write_repo(folder, evaluation=result)
     return result
 
@@ -330,31 +368,11 @@ def load_adapter(
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> None:
-    """Write adapter_config.json and adapter_model.safetensors; a new folder appears with both or not at all."""
-    with staged(folder) as stage:
+    """Write adapter_config.json and adapter_model.safetensors, both or none."""
+    with staged(folder, first=(CONFIG, WEIGHTS)) as stage:
         model.save_pretrained(str(stage), save_embedding_layers=False)
         (stage / CARD).unlink()  # PEFT's own, which knows nothing of the method
         shutil.copymode(stage / CONFIG, stage / WEIGHTS)  # safetensors lets nobody but the owner read what it writes
-
-
-@contextmanager
-def staged(folder: str | Path) -> Iterator[Path]:
-    """A new folder whose files replace those of `folder` at the end of the `with` block, or vanish if it fails.
-
-    If there is no `folder` yet, it appears whole.
-    """
-    folder = Path(folder).resolve()
-    there = folder.is_dir()
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder if there else folder.parent) as temporary:
-        stage = Path(temporary, folder.name)
-        stage.mkdir()
-        yield stage
-        if not there:
-            os.replace(stage, folder)
-        else:
-            for path in stage.iterdir():
-                os.replace(path, folder / path.name)
 
 
 def read_texts(paths: Sequence[str | Path]) -> tuple[str, str]:
@@ -426,14 +444,3 @@ def tokens_per_chunk(model: PeftModel, length: int | None) -> int:
         return length
     wanted: int = getattr(model.active_peft_config, "length", LENGTH)
     return min(wanted, context_length(model) or wanted)
-
-
-def _forget(folder: Path) -> None:
-    """Remove what was measured of the adapter that goes now, and the report that shows it."""
-    _remove(folder, EVALUATION, *FIGURES)
-    remove_report(folder)
-
-
-def _remove(folder: Path, *names: str) -> None:
-    for name in names:
-        (folder / name).unlink(missing_ok=True)

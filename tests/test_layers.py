@@ -8,7 +8,7 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = {"hf_sparse": "hf_sparse", "patches": "hf_sparse.patches", "finetune": "hf_sparse.finetune"}
 
 LAYERS = [
-    ("errors", "files", "machine", "metrics", "demo.__init__", "_compat"),
+    ("errors", "files", "folders", "machine", "metrics", "demo.__init__", "_compat"),
     ("ops",),
     ("methods",),
     ("patches",),

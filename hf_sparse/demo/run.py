@@ -18,15 +18,17 @@ from rich.text import Text
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from hf_sparse.adapter import CONFIG
+from hf_sparse.adapter import CONFIG, WEIGHTS
 from hf_sparse.data import pack
 from hf_sparse.demo import BASE_NAME, CHECKPOINT
 from hf_sparse.demo.text import documents
 from hf_sparse.evaluation import evaluate, kv_bytes, perplexity, readable_bytes, selection
 from hf_sparse.finetune import FinetuneConfig, finetune
+from hf_sparse.finetune.checkpoint import checkpoints
+from hf_sparse.folders import staged
 from hf_sparse.methods.sparsek import SparseKConfig
-from hf_sparse.repo import write_repo
-from hf_sparse.workflow import create_adapter, save_adapter, staged
+from hf_sparse.repo import measurements, write_repo
+from hf_sparse.workflow import create_adapter, save_adapter
 
 K, WINDOW, SINKS = 20, 8, 4  # 32 slots
 # A small model attends mostly to what is near: the untrained scorer starts as recency, and learns which tokens should
@@ -71,7 +73,8 @@ def run(output: Path, steps: int, seed: int, console: Console) -> dict[str, Any]
     if output.exists() and not (output / CONFIG).is_file() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and holds no adapter that the demo could replace; choose another --output")
 
-    with staged(output) as stage:
+    old = [*measurements(output), *checkpoints(output)]  # of the adapter that goes
+    with staged(output, first=(CONFIG, WEIGHTS), removed=old) as stage:
         config = SparseKConfig(k=K, window=WINDOW, sinks=SINKS, position_slope=POSITION_SLOPE)
         model = create_adapter(BASE_NAME, config, stage, seed=seed, dtype="float32")
         tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)

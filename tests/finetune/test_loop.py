@@ -18,7 +18,7 @@ import hf_sparse.finetune.loop as loop
 import hf_sparse.finetune.objectives as objectives
 from hf_sparse import patch
 from hf_sparse.errors import DataError
-from hf_sparse.finetune import FinetuneConfig, finetune
+from hf_sparse.finetune import FinetuneConfig, checkpoint, finetune
 from hf_sparse.methods.sparsek import SparseKConfig
 from hf_sparse.patches import methods_of
 
@@ -45,6 +45,13 @@ def scorers(model):
 
 def train(model, chunks, **changes):
     return finetune(model, chunks, FinetuneConfig(**{**SHORT, **changes}))
+
+
+def rewrite(folder, **changes):
+    """Change the state of a checkpoint as a run with such a state would have written it."""
+    content = json.loads((folder / "state.json").read_text()) | changes
+    del content["sha256"]
+    (folder / "state.json").write_text(json.dumps({**content, "sha256": checkpoint._state_sha256(content)}))
 
 
 def same(a, b):
@@ -208,7 +215,8 @@ def test_resume_refuses_other_settings_and_damage(sparse_llama, chunks, tmp_path
         train(sparse_llama(), chunks + 1 - 2 * (chunks > 5), output_dir=str(tmp_path), resume=True)
     (folder,) = (tmp_path / "checkpoints").iterdir()
     state = (folder / "state.json").read_text()
-    (folder / "state.json").write_text(state.replace('"processes": 1', '"processes": 2'))
+    settings = json.loads(state)["settings"]
+    rewrite(folder, settings=settings | {"processes": 2})
     with pytest.raises(ValueError, match="different: processes"):
         train(sparse_llama(), chunks, output_dir=str(tmp_path), resume=True)
     (folder / "state.json").write_text(state)

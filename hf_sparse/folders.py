@@ -1,0 +1,225 @@
+"""A folder that changes as a whole, and by one process at a time.
+
+New files are written into a stage. One rename of the stage is the commit: before it the folder is as it was, after it
+the folder is the new one, though its files may still have to be moved into place. Whoever opens the folder next
+finishes that, so a process may be killed at any call.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import tempfile
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from hf_sparse.errors import BusyError
+
+LOCK, PENDING = ".lock", ".pending"
+
+_PLAN = ".plan.json"  # in a stage: what goes before its files come, and what goes after
+_WAIT = 5.0  # seconds for another process to move its files into place
+_held = threading.local()
+
+
+@contextmanager
+def locked(folder: str | Path) -> Iterator[None]:
+    """Hold a folder within a `with` block, after what a killed run left there is finished or removed.
+
+    The operating system releases the lock of a process that dies. In one thread the blocks may be nested. The lock of
+    a folder that does not exist yet lies beside it.
+
+    Raises:
+        BusyError: another run holds the folder.
+    """
+    folder = Path(folder).resolve()
+    folders: set[Path] = _held.__dict__.setdefault("folders", set())
+    if folder in folders:
+        yield
+        return
+    exists = folder.is_dir()
+    path = folder / LOCK if exists else folder.with_name(f".{folder.name}{LOCK}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = _acquired(path, folder)
+    folders.add(folder)
+    try:
+        _sweep(folder if exists else folder.parent, folder.name)
+        if exists:
+            _finish(folder)
+        yield
+    finally:
+        folders.discard(folder)
+        with suppress(OSError):  # the folder may be gone, or Windows may want the lock released first
+            path.unlink()
+        lock.release()
+
+
+@contextmanager
+def staged(folder: str | Path, *, first: Sequence[str] = (), removed: Iterable[str] = ()) -> Iterator[Path]:
+    """A new folder whose files replace those of `folder` at the end of the `with` block, or vanish if it fails.
+
+    If there is no `folder` yet, it appears whole. Weights come before JSON, and JSON before what shows it.
+
+    Args:
+        folder: is locked meanwhile.
+        first: names of files that go before any new one comes, where they would be taken for a pair with it.
+        removed: relative paths of files and folders that go when all new files are in place, new ones apart.
+
+    Raises:
+        BusyError: another run holds the folder.
+        OSError: the new files cannot be written, or a folder has the name of one; `folder` is as it was.
+    """
+    folder = Path(folder).resolve()
+    with locked(folder):
+        exists = folder.is_dir()
+        place = folder if exists else folder.parent
+        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=place))
+        stage = temporary / folder.name
+        try:
+            stage.mkdir()
+            yield stage
+            for name in _files(stage):
+                if (folder / name).is_dir():
+                    raise IsADirectoryError(f"{folder / name} is a folder, and a file of this name is written there")
+            if exists:
+                old = [name for name in removed if not (stage / name).exists()]
+                (stage / _PLAN).write_text(json.dumps({"first": list(first), "removed": old}), "utf-8")
+            for name in _files(stage):
+                _sync(stage / name)
+            with _uninterrupted():
+                os.replace(stage, folder / PENDING if exists else folder)
+                _sync(place)
+                if exists:
+                    _finish(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def settle(folder: Path) -> None:
+    """Finish what a killed run had committed, before the files of a folder are read.
+
+    Raises:
+        BusyError: another run holds the folder and does not finish it.
+        OSError: the folder takes no new files.
+    """
+    deadline = time.monotonic() + _WAIT
+    while (folder / PENDING).is_dir():
+        try:
+            with locked(folder):
+                pass
+        except BusyError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.02)
+
+
+def is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing but what killed runs left."""
+    return all(path.name == LOCK or _is_stage(path, folder.resolve().name) for path in folder.iterdir())
+
+
+def _acquired(path: Path, folder: Path) -> FileLock:
+    """The lock of a folder, with a note of who holds it."""
+    while True:
+        lock = FileLock(path)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise BusyError(
+                f"{folder} is in use by another run{_holder(path)}: wait until it has ended, or stop it"
+            ) from None
+        if path.exists():
+            break
+        lock.release()  # the one before removed the file while this one opened it
+    with suppress(OSError):  # only a message would miss it
+        path.write_text(f"pid {os.getpid()}, since {datetime.now().astimezone().isoformat(' ', 'seconds')}", "utf-8")
+    return lock
+
+
+def _holder(path: Path) -> str:
+    try:
+        note = path.read_text("utf-8")
+    except (OSError, ValueError):
+        return ""
+    return f" ({note})" if re.fullmatch(r"pid \d+, since [\d :+-]+", note) else ""
+
+
+def _finish(folder: Path) -> None:
+    """Move committed files into place. It may be cut short anywhere, and is then done again."""
+    pending = folder / PENDING
+    if not pending.is_dir():
+        return
+    plan = json.loads((pending / _PLAN).read_text("utf-8")) if (pending / _PLAN).exists() else {}
+    names = [name for name in _files(pending) if name != _PLAN]
+    for name in plan.get("first", ()):
+        if name in names:  # otherwise the new one is in place already
+            (folder / name).unlink(missing_ok=True)
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(pending / name, folder / name)
+    for name in plan.get("removed", ()):
+        remove(folder / name)
+    _sync(folder)
+    (pending / _PLAN).unlink(missing_ok=True)
+    shutil.rmtree(pending)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, or a folder and all in it, and the folder around it if that is empty then; none is no error."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    if path.parent.is_dir() and not any(path.parent.iterdir()):
+        path.parent.rmdir()
+
+
+def _files(stage: Path) -> list[str]:
+    """Relative paths of the files in a stage, in the order in which they come into place."""
+    order = {".safetensors": 0, ".json": 1}
+    names = [path.relative_to(stage).as_posix() for path in stage.rglob("*") if path.is_file()]
+    return sorted(names, key=lambda name: (order.get(Path(name).suffix, 2), name))
+
+
+def _sweep(place: Path, name: str) -> None:
+    """Remove stages that killed runs left."""
+    for path in place.iterdir():
+        if _is_stage(path, name):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _is_stage(path: Path, name: str) -> bool:
+    """Whether a path is a stage of the folder of this name: `tempfile` adds 8 letters."""
+    return bool(re.fullmatch(rf"\.{re.escape(name)}\.[a-z0-9_]{{8}}", path.name)) and path.is_dir()
+
+
+def _sync(path: Path) -> None:
+    """Bring a file or the names in a folder to the disk, as far as the system can."""
+    if path.is_dir() and os.name == "nt":
+        return
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Ctrl-C comes too late within a `with` block: what was committed is done."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is None:
+        yield
+        return
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
