@@ -134,7 +134,7 @@ class FinetuneConfig:
             if not is_integer(value, fewest):
                 raise ValueError(f"{name} must be an integer of at least {fewest}, got {value!r}")
             if value > most:
-                raise ValueError(f"{name} must be at most {most:,}, got {value:.3g}")
+                raise ValueError(f"{name} must be at most {most:,}, got {value!r}")
         for name, (least, bound) in _NUMBERS.items():
             value = getattr(self, name)
             if not is_finite(value) or not (value >= 0 if least == "at least 0" else value > 0):

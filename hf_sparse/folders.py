@@ -44,21 +44,23 @@ def locked(folder: str | Path) -> Iterator[None]:
     if folder in folders:
         yield
         return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = folder.with_name(f".{folder.name}{LOCK}")
     exists = folder.is_dir()
-    path = folder / LOCK if exists else folder.with_name(f".{folder.name}{LOCK}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lock = _acquired(path, folder)
-    folders.add(folder)
-    try:
-        _sweep(folder if exists else folder.parent, folder.name)
-        if exists:
-            _finish(folder)
-        yield
-    finally:
-        folders.discard(folder)
-        with suppress(OSError):  # the folder may be gone, or Windows may want the lock released first
-            path.unlink()
-        lock.release()
+    with _lock(folder / LOCK if exists else beside, folder):
+        folders.add(folder)
+        try:
+            if exists:
+                _sweep(folder, ".stage")
+                _finish(folder)
+                if beside.exists() or _stages(folder.parent, f".{folder.name}"):  # of the run that made the folder
+                    with suppress(OSError), _lock(beside, folder):
+                        _sweep(folder.parent, f".{folder.name}")
+            else:
+                _sweep(folder.parent, f".{folder.name}")
+            yield
+        finally:
+            folders.discard(folder)
 
 
 @contextmanager
@@ -80,7 +82,8 @@ def staged(folder: str | Path, *, first: Sequence[str] = (), removed: Iterable[s
     with locked(folder):
         exists = folder.is_dir()
         place = folder if exists else folder.parent
-        temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=place))
+        prefix = ".stage" if exists else f".{folder.name}"
+        temporary = Path(tempfile.mkdtemp(prefix=f"{prefix}.", dir=place))
         stage = temporary / folder.name
         try:
             stage.mkdir()
@@ -122,11 +125,12 @@ def settle(folder: Path) -> None:
 
 def is_empty(folder: Path) -> bool:
     """Whether a folder holds nothing but what killed runs left."""
-    return all(path.name == LOCK or _is_stage(path, folder.resolve().name) for path in folder.iterdir())
+    return {path.name for path in folder.iterdir()} <= {LOCK, *(path.name for path in _stages(folder, ".stage"))}
 
 
-def _acquired(path: Path, folder: Path) -> FileLock:
-    """The lock of a folder, with a note of who holds it."""
+@contextmanager
+def _lock(path: Path, folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder, with a note of who does."""
     while True:
         lock = FileLock(path)
         try:
@@ -138,9 +142,15 @@ def _acquired(path: Path, folder: Path) -> FileLock:
         if path.exists():
             break
         lock.release()  # the one before removed the file while this one opened it
-    with suppress(OSError):  # only a message would miss it
-        path.write_text(f"pid {os.getpid()}, since {datetime.now().astimezone().isoformat(' ', 'seconds')}", "utf-8")
-    return lock
+    try:
+        with suppress(OSError):  # only a message would miss it
+            since = datetime.now().astimezone().isoformat(" ", "seconds")
+            path.write_text(f"pid {os.getpid()}, since {since}", "utf-8")
+        yield
+    finally:
+        with suppress(OSError):  # the folder may be gone, or Windows may want the lock released first
+            path.unlink()
+        lock.release()
 
 
 def _holder(path: Path) -> str:
@@ -188,16 +198,19 @@ def _files(stage: Path) -> list[str]:
     return sorted(names, key=lambda name: (order.get(Path(name).suffix, 2), name))
 
 
-def _sweep(place: Path, name: str) -> None:
+def _sweep(place: Path, prefix: str) -> None:
     """Remove stages that killed runs left."""
-    for path in place.iterdir():
-        if _is_stage(path, name):
-            shutil.rmtree(path, ignore_errors=True)
+    for path in _stages(place, prefix):
+        shutil.rmtree(path, ignore_errors=True)
 
 
-def _is_stage(path: Path, name: str) -> bool:
-    """Whether a path is a stage of the folder of this name: `tempfile` adds 8 letters."""
-    return bool(re.fullmatch(rf"\.{re.escape(name)}\.[a-z0-9_]{{8}}", path.name)) and path.is_dir()
+def _stages(place: Path, prefix: str) -> list[Path]:
+    """Stages in a folder; `tempfile` adds 8 letters to what their names begin with."""
+    names = rf"{re.escape(prefix)}\.[a-z0-9_]{{8}}"
+    try:
+        return [path for path in place.iterdir() if re.fullmatch(names, path.name) and path.is_dir()]
+    except PermissionError:  # a folder around this one need not be readable
+        return []
 
 
 def _sync(path: Path) -> None:
