@@ -5,7 +5,9 @@ Everything here happens before any weight of a base model is read. Only safetens
 
 import copy
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from transformers import PreTrainedModel
 from hf_sparse.base import usable
 from hf_sparse.demo import BASE_NAME, CHECKPOINT
 from hf_sparse.embeddings import embeddings_of
-from hf_sparse.errors import AdapterMismatchError, HubError, WeightsError
+from hf_sparse.errors import AdapterMismatchError, HubError, UnsupportedModelError, WeightsError
 from hf_sparse.files import read_object
 from hf_sparse.methods import method_of, registered_methods
 from hf_sparse.methods.checks import shown
@@ -87,6 +89,7 @@ def read_adapter(folder: Path, source: str) -> Adapter:
         advice = "a newer hf-sparse may know it" if str(kind).startswith("HF_SPARSE_") else "use peft.PeftModel"
         raise HubError(f"{source} is an adapter of type {kind[:80]}, expected {' or '.join(known)}; {advice}")
     try:
+        _check_keys(content, known[kind].config)
         config = PeftConfig.from_peft_type(**{key: value for key, value in content.items() if key != "runtime_config"})
         name = config.base_model_name_or_path or None
         if name is not None and Path(name).resolve() == CHECKPOINT.resolve():
@@ -106,6 +109,19 @@ def read_adapter(folder: Path, source: str) -> Adapter:
     return Adapter(folder, source, config, name, held, model_class)
 
 
+def _check_keys(content: Mapping[str, Any], kind: Any) -> None:
+    """Raise `ValueError` for a key that is nearly that of a field which is missing: PEFT would take the default.
+
+    Other keys that are not known may be those of a newer version, and other fields of one that did not have them yet.
+    """
+    names = [field.name for field in fields(kind)]
+    missing = [name for name in names if name not in content]
+    for key in content.keys() - set(names):
+        near = get_close_matches(key, missing) or [name for name in missing if len(name) == len(key) == 1]
+        if near:
+            raise ValueError(f"it has {shown(key)}, expected {near[0]!r}")
+
+
 def check_fit(adapter: Adapter, skeleton: PreTrainedModel, base: str) -> int | None:
     """Check that an adapter holds exactly the keys and shapes that a base model asks for.
 
@@ -119,9 +135,8 @@ def check_fit(adapter: Adapter, skeleton: PreTrainedModel, base: str) -> int | N
         The number of tokens of the embeddings that the adapter brings, `None` if it leaves those of the base.
 
     Raises:
-        AdapterMismatchError: the adapter was made for another base model.
+        AdapterMismatchError: the adapter was made for another base model, or its configuration does not fit this one.
         UnsupportedModelError: the base model has no sparse attention patch.
-        ValueError: the configuration does not fit the base model.
         HubError: keys are missing, unexpected or of another shape.
     """
     # The class that will be loaded: each asks something else of its base model.
@@ -131,7 +146,9 @@ def check_fit(adapter: Adapter, skeleton: PreTrainedModel, base: str) -> int | N
         with usable(f"{adapter.source} on a {type(skeleton).__name__}"), torch.device("meta"):
             model = kind(skeleton, copy.deepcopy(adapter.config))
             state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    except AdapterMismatchError as error:
+    except UnsupportedModelError:
+        raise
+    except ValueError as error:  # another base model, or a layer that it does not have
         raise AdapterMismatchError(f"{adapter.source} does not fit the base model {base}: {error}") from error
     expected = {key: tuple(value.shape) for key, value in state.items() if key not in embeddings}
     try:

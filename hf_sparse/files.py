@@ -34,18 +34,26 @@ def read_object(path: Path, most: int = 2**24) -> dict[str, Any]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it is too large, no JSON, nested too deeply, or holds something other than an object.
+        ValueError: it is too large, no JSON, nested too deeply, has a key twice, or holds something other than an
+            object.
     """
     with path.open("rb") as file:
         data = file.read(most + 1)
     if len(data) > most:
         raise ValueError(f"it must have at most {most} bytes, and has {path.stat().st_size}")
     try:
-        content = json.loads(data)
+        content = json.loads(data, object_pairs_hook=_unique)
     except RecursionError:
         raise ValueError("its lists and objects are nested too deeply") from None
     if not isinstance(content, dict):
         raise ValueError(f"it must hold an object, got {type(content).__name__}")
+    return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("it has a key twice")
     return content
 
 

@@ -287,12 +287,12 @@ def load_base(name: str, config: PeftConfig, *, dtype: Dtype = "auto") -> PreTra
     except (HubError, UnsupportedModelError):
         raise
     except (HTTPError, OSError, ValueError) as error:
-        raise HubError(f"the base model {name!r} cannot be read: {error}") from error
+        raise HubError(f"the base model {name!r} cannot be read: {_line(error)}") from error
     targets(skeleton, copy.deepcopy(config))  # before gigabytes are read
     try:
         return base.load()
     except (HTTPError, OSError, ValueError, SafetensorError) as error:
-        raise HubError(f"the base model {name!r} cannot be loaded: {error}") from error
+        raise HubError(f"the base model {name!r} cannot be loaded: {_line(error)}") from error
 
 
 def load_adapter(
@@ -326,8 +326,12 @@ def load_adapter(
                 resolve_base(config.base_model_name_or_path), revision=config.revision, trust_remote_code=False
             )
     except (HTTPError, OSError, ValueError) as error:
-        raise HubError(f"no tokenizer for the base model {config.base_model_name_or_path!r}: {error}") from error
+        raise HubError(f"no tokenizer for the base model {config.base_model_name_or_path!r}: {_line(error)}") from error
     return model.to(cuda_of_process() if place == "cuda" else place), tokenizer
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> None:
