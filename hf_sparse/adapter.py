@@ -6,22 +6,28 @@ Everything here happens before any weight of a base model is read. Only safetens
 import copy
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PreTrainedModel
-from transformers.utils import find_adapter_config_file
+from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
 
+from hf_sparse.base import usable
 from hf_sparse.demo import BASE_NAME, CHECKPOINT
-from hf_sparse.errors import AdapterMismatchError, HubError
+from hf_sparse.embeddings import embeddings_of
+from hf_sparse.errors import AdapterMismatchError, HubError, UnsupportedModelError, WeightsError
+from hf_sparse.files import read_object
 from hf_sparse.folders import settle
-from hf_sparse.methods import registered_methods
-from hf_sparse.tasks import task_of
+from hf_sparse.methods import method_of, registered_methods
+from hf_sparse.methods.checks import shown
+from hf_sparse.patches.attach import CHILD
+from hf_sparse.weights import Layout, check_names, check_values, opened
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -41,7 +47,7 @@ class Adapter:
         source: how messages call it.
         config: the configuration of its method, such as a `SparseKConfig`.
         base_model: name of its base model, `"demo"` for the bundled checkpoint, `None` if it has none.
-        shapes: shape of every tensor by key.
+        layouts: shape and dtype of every tensor by key.
         model_class: name of the class that it was trained on, if it says.
     """
 
@@ -49,8 +55,14 @@ class Adapter:
     source: str
     config: Any
     base_model: str | None
-    shapes: dict[str, tuple[int, ...]]
+    layouts: dict[str, Layout]
     model_class: str | None
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of what the method learns, by key; embeddings that the adapter brings are not among them."""
+        inside = f".{CHILD}."
+        return {key: shape for key, (shape, _) in self.layouts.items() if inside in key}
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -60,21 +72,17 @@ class Adapter:
     @cached_property
     def settings_sha256(self) -> str:
         """sha256 of the settings in the configuration: weights stay where `divide` changes what they are used for."""
-        content = json.loads((self.folder / CONFIG).read_text("utf-8"))
+        content = read_object(self.folder / CONFIG)
         settings = {name: value for name, value in content.items() if name not in _NAMES}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-
-
-def resolve_base(name: str) -> str:
-    """What transformers can load for the name of a base model: `"demo"` is the bundled checkpoint, always."""
-    return str(CHECKPOINT) if name == BASE_NAME else name
 
 
 def read_adapter(folder: Path, source: str) -> Adapter:
     """Read an adapter's folder.
 
     Raises:
-        HubError: a file is missing or damaged, or the adapter is none of hf-sparse's.
+        HubError: a file is missing or damaged, weights are of a dtype that adapters do not have or not finite, or the
+            adapter is none of hf-sparse's.
         BusyError: another run is replacing it.
     """
     settle(folder)
@@ -84,15 +92,19 @@ def read_adapter(folder: Path, source: str) -> Adapter:
         hint = "; its adapter_model.bin is a pickle, which hf-sparse does not load" if pickled else ""
         raise HubError(f"{source} is not a complete adapter: {' and '.join(missing)} missing{hint}")
     try:
-        kind = json.loads((folder / CONFIG).read_text("utf-8"))["peft_type"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise HubError(f"{CONFIG} of {source} is damaged: {error!r}") from error
+        content = read_object(folder / CONFIG)
+        kind = content.get("peft_type")
+        if not isinstance(kind, str):
+            raise ValueError(f"peft_type must be a string, got {shown(kind)}")
+    except (ValueError, OSError) as error:
+        raise HubError(f"{CONFIG} of {source} is damaged: {error}") from error
     known = registered_methods()
     if kind not in known:
         advice = "a newer hf-sparse may know it" if str(kind).startswith("HF_SPARSE_") else "use peft.PeftModel"
-        raise HubError(f"{source} is an adapter of type {kind}, expected {' or '.join(known)}; {advice}")
+        raise HubError(f"{source} is an adapter of type {kind[:80]}, expected {' or '.join(known)}; {advice}")
     try:
-        config = PeftConfig.from_pretrained(str(folder))
+        _check_keys(content, known[kind].config)
+        config = PeftConfig.from_peft_type(**{key: value for key, value in content.items() if key != "runtime_config"})
         name = config.base_model_name_or_path or None
         if name is not None and Path(name).resolve() == CHECKPOINT.resolve():
             name = BASE_NAME
@@ -100,47 +112,31 @@ def read_adapter(folder: Path, source: str) -> Adapter:
         noted = dict(config.auto_mapping or {}).get("base_model_class")
         model_class = dict(config.base_shape or {}).get("model_class", noted)
         if not isinstance(model_class, str | None):
-            raise TypeError(f"it names the class {model_class!r}")
-    except (ValueError, TypeError) as error:
+            raise ValueError(f"it names the class {shown(model_class)}")
+    except (ValueError, TypeError, OSError) as error:
         raise HubError(f"{CONFIG} of {source} is damaged: {error}") from error
     try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
+        with opened(folder / WEIGHTS) as (held, read):
+            check_values(held, read, method_of(config).attention.unfitted)
+    except (SafetensorError, OSError, WeightsError) as error:
         raise HubError(f"{WEIGHTS} of {source} is damaged: {error}") from error
-    return Adapter(folder, source, config, name, shapes, model_class)
+    return Adapter(folder, source, config, name, held, model_class)
 
 
-def skeleton_of(name: str, model_class: str | None = None, **options: Any) -> PreTrainedModel:
-    """A base model without weights, made from nothing but its config.json.
+def _check_keys(content: Mapping[str, Any], kind: Any) -> None:
+    """Raise `ValueError` for a key that is nearly that of a field which is missing: PEFT would take the default.
 
-    Args:
-        name: what `resolve_base` takes.
-        model_class: see `hf_sparse.tasks.task_of`.
-        **options: where to find it: `revision`, `token`, `cache_dir`, `local_files_only`.
-
-    Raises:
-        HubError: the base model is an adapter itself.
-        OSError: transformers cannot read its configuration.
-        ValueError: it needs code from its repository, or transformers has no class for its task.
+    Other keys that are not known may be those of a newer version, and other fields of one that did not have them yet.
     """
-    if name.count("/") > 1 and not Path(resolve_base(name)).is_dir():
-        raise FileNotFoundError("this names a folder, and it is not here")
-    adapted = HubError(f"the base model {name!r} holds an adapter itself; load it yourself and pass it as base_model=")
-    try:
-        config = AutoConfig.from_pretrained(resolve_base(name), trust_remote_code=False, **options)
-    except (OSError, ValueError):
-        if (Path(resolve_base(name)) / CONFIG).is_file():
-            raise adapted from None
-        raise
-    # transformers would put that adapter on the base without a word, from a pickle if that is what there is.
-    if find_adapter_config_file(resolve_base(name), **options) is not None:
-        raise adapted
-    with torch.device("meta"):
-        return task_of(config, model_class).auto.from_config(config, trust_remote_code=False)
+    names = [field.name for field in fields(kind)]
+    missing = [name for name in names if name not in content]
+    for key in content.keys() - set(names):
+        near = get_close_matches(key, missing) or [name for name in missing if len(name) == len(key) == 1]
+        if near:
+            raise ValueError(f"it has {shown(key)}, expected {near[0]!r}")
 
 
-def check_fit(adapter: Adapter, skeleton: PreTrainedModel, base: str) -> None:
+def check_fit(adapter: Adapter, skeleton: PreTrainedModel, base: str) -> int | None:
     """Check that an adapter holds exactly the keys and shapes that a base model asks for.
 
     PEFT would leave what is missing random, and let any other key overwrite weights of the base.
@@ -149,30 +145,34 @@ def check_fit(adapter: Adapter, skeleton: PreTrainedModel, base: str) -> None:
         skeleton: the base model without weights; it is used up.
         base: how messages call the base model.
 
+    Returns:
+        The number of tokens of the embeddings that the adapter brings, `None` if it leaves those of the base.
+
     Raises:
-        AdapterMismatchError: the adapter was made for another base model.
+        AdapterMismatchError: the adapter was made for another base model, or its configuration does not fit this one.
         UnsupportedModelError: the base model has no sparse attention patch.
         HubError: keys are missing, unexpected or of another shape.
     """
+    # The class that will be loaded: each asks something else of its base model.
+    kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(adapter.config.task_type, PeftModel)
+    embeddings = embeddings_of(skeleton, "base_model.model.")
     try:
-        with torch.device("meta"):
-            model = PeftModel(skeleton, copy.deepcopy(adapter.config))
-    except AdapterMismatchError as error:
+        with usable(f"{adapter.source} on a {type(skeleton).__name__}"), torch.device("meta"):
+            model = kind(skeleton, copy.deepcopy(adapter.config))
+            state = get_peft_model_state_dict(model, save_embedding_layers=False)
+    except UnsupportedModelError:
+        raise
+    except ValueError as error:  # another base model, or a layer that it does not have
         raise AdapterMismatchError(f"{adapter.source} does not fit the base model {base}: {error}") from error
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    expected = {key: tuple(value.shape) for key, value in state.items()}
-    faults = {
-        "missing": sorted(expected.keys() - adapter.shapes.keys()),
-        "unexpected": sorted(adapter.shapes.keys() - expected.keys()),
-        "of another shape": [key for key, shape in expected.items() if adapter.shapes.get(key, shape) != shape],
-    }
-    found = [f"{kind}: {_some(keys)}" for kind, keys in faults.items() if keys]
-    if found:
-        made = f"; it was made on a {adapter.model_class}: pass one as base_model=" if len(found) > 1 else ""
+    expected = {key: tuple(value.shape) for key, value in state.items() if key not in embeddings}
+    try:
+        tokens = check_names(adapter.layouts, expected, embeddings)
+        if adapter.config.saves_embeddings and tokens is None:
+            raise WeightsError("missing: the embeddings that it brings")
+        return tokens
+    except WeightsError as error:
+        several = ";" in str(error)
+        made = f"; it was made on a {adapter.model_class}: pass one as base_model=" if several else ""
         raise HubError(
-            f"{WEIGHTS} of {adapter.source} does not hold the parameters for {base}; {'; '.join(found)}{made}"
-        )
-
-
-def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+            f"{WEIGHTS} of {adapter.source} does not hold the parameters for {base}; {error}{made}"
+        ) from error

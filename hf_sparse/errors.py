@@ -13,6 +13,10 @@ class AdapterMismatchError(HfSparseError, ValueError):
     """An adapter was made for another base model."""
 
 
+class WeightsError(HfSparseError, ValueError):
+    """Tensors that cannot be those of an adapter: other names, shapes or dtypes, or numbers that are not finite."""
+
+
 class CompatibilityError(HfSparseError, ImportError):
     """An installed library no longer has what this one builds on."""
 

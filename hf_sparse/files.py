@@ -26,6 +26,37 @@ def check_writable(folder: Path) -> None:
         raise PermissionError(f"{folder} cannot be written to, and the result goes there: work on a copy of it")
 
 
+def read_object(path: Path, most: int = 2**24) -> dict[str, Any]:
+    """Read the object in a JSON file.
+
+    Args:
+        most: bytes that the file may have; a larger one is not read.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is too large, no JSON, nested too deeply, has a key twice, or holds something other than an
+            object.
+    """
+    with path.open("rb") as file:
+        data = file.read(most + 1)
+    if len(data) > most:
+        raise ValueError(f"it must have at most {most} bytes, and has {path.stat().st_size}")
+    try:
+        content = json.loads(data, object_pairs_hook=_unique)
+    except RecursionError:
+        raise ValueError("its lists and objects are nested too deeply") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"it must hold an object, got {type(content).__name__}")
+    return content
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) != len(pairs):
+        raise ValueError("it has a key twice")
+    return content
+
+
 def write_json(path: str | Path, content: dict[str, Any]) -> None:
     """Write a JSON file whole or not at all."""
     write_text(path, json.dumps(content, indent=1) + "\n")

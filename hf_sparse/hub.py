@@ -28,14 +28,17 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from hf_sparse.adapter import CONFIG, EVALUATION, TRAINING, WEIGHTS, check_fit, read_adapter, resolve_base, skeleton_of
+from hf_sparse.adapter import CONFIG, EVALUATION, TRAINING, WEIGHTS, check_fit, read_adapter
+from hf_sparse.base import open_base, resolve_base
 from hf_sparse.demo import BASE_NAME
-from hf_sparse.errors import HfSparseError, HubError
+from hf_sparse.embeddings import embeddings_of
+from hf_sparse.errors import AdapterMismatchError, HfSparseError, HubError
+from hf_sparse.files import read_object
 from hf_sparse.machine import is_main_process
 from hf_sparse.methods import registered_methods
 from hf_sparse.patches import methods_of
+from hf_sparse.patches.attach import check_no_adapters
 from hf_sparse.repo import FILES, is_public, write_repo
-from hf_sparse.tasks import task_of
 
 __all__ = ["from_pretrained", "push_to_hub", "resolve_base", "write_repo"]
 
@@ -63,7 +66,8 @@ def from_pretrained(
         adapter_name: name of the adapter in the returned model.
         is_trainable: leave the adapter's parameters trainable.
         **kwargs: for `from_pretrained` of the base model, which is loaded by the Auto class for what the adapter was
-            made on: `dtype`, `device_map`, `cache_dir`, ...
+            made on: `dtype`, `device_map`, `cache_dir`, ... `attn_implementation` is for its dense layers, one of
+            transformers' own; what the base's config.json says of it is not obeyed.
 
     Returns:
         A `PeftModel` in `eval` mode.
@@ -72,7 +76,8 @@ def from_pretrained(
         HubError: no such repository, no access, files that are missing or damaged, not an adapter of hf-sparse.
         AdapterMismatchError: the adapter was made for another base model.
         UnsupportedModelError: the base model has no sparse attention patch.
-        ValueError: options that would run code from a repository or unpickle weights.
+        ValueError: options that would run code from a repository, fetch kernels or unpickle weights; the base model
+            has other adapters.
     """
     base = _check_options(base_model, kwargs)
     places: dict[str, Any] = {key: kwargs[key] for key in ("cache_dir", "local_files_only") if key in kwargs}
@@ -80,7 +85,12 @@ def from_pretrained(
     if base is not None:
         with torch.device("meta"):
             skeleton = type(base)(copy.deepcopy(base.config))
-        check_fit(adapter, skeleton, base.name_or_path or type(base).__name__)
+        tokens = check_fit(adapter, skeleton, base.name_or_path or type(base).__name__)
+        if tokens not in (None, size := _tokens(base)):
+            raise AdapterMismatchError(
+                f"{adapter.source} brings embeddings of {tokens} tokens, and the base model has {size}: call "
+                f"resize_token_embeddings({tokens}) on it first"
+            )
     else:
         name = str(base_model) if base_model else adapter.base_model
         if name is None:
@@ -91,13 +101,14 @@ def from_pretrained(
             **places,
         }
         with _explained(f"cannot load the base model {name!r} of {adapter.source} (base_model= names another)"):
-            skeleton = skeleton_of(name, adapter.model_class, **options)
-            auto = task_of(skeleton.config, adapter.model_class).auto
-            check_fit(adapter, skeleton, name)
-            base = auto.from_pretrained(
-                resolve_base(name), use_safetensors=True, trust_remote_code=False, **{**options, **kwargs}
-            )
-    model = PeftModel.from_pretrained(base, adapter.folder, adapter_name=adapter_name, is_trainable=is_trainable)
+            opened = open_base(name, **options, **kwargs)
+            tokens = check_fit(adapter, opened.skeleton(adapter.model_class), name)
+            base = opened.load(adapter.model_class)
+            if tokens not in (None, _tokens(base)):
+                base.resize_token_embeddings(tokens, mean_resizing=False)  # the adapter has all of their values
+    model = PeftModel.from_pretrained(
+        base, adapter.folder, adapter_name=adapter_name, is_trainable=is_trainable, config=adapter.config
+    )
     model.eval()
     return model
 
@@ -175,6 +186,11 @@ def push_to_hub(
         return _commit(api, stage, repo_id, private, commit_message, revision)
 
 
+def _tokens(base: PreTrainedModel) -> int | None:
+    """How many tokens the embeddings of a base model have, `None` without embeddings."""
+    return next((len(parameter) for parameter in embeddings_of(base).values()), None)
+
+
 def _check_options(base_model: Any, kwargs: dict[str, Any]) -> PreTrainedModel | None:
     """The base model if it is loaded already, once the options are known to be safe."""
     if kwargs.pop("trust_remote_code", False):
@@ -184,6 +200,10 @@ def _check_options(base_model: Any, kwargs: dict[str, Any]) -> PreTrainedModel |
         )
     if not kwargs.pop("use_safetensors", True):
         raise ValueError("use_safetensors=False is refused: hf-sparse loads no pickles, which can run code")
+    if kwargs.pop("use_kernels", False) or kwargs.pop("kernel_config", None) is not None:
+        raise ValueError("use_kernels=True is refused: hf-sparse fetches no kernels, which are code from a repository")
+    if kwargs.pop("allow_all_kernels", False):
+        raise ValueError("allow_all_kernels=True is refused: hf-sparse fetches no kernels")
     if base_model is None or isinstance(base_model, str | Path):
         return None
     if not isinstance(base_model, PreTrainedModel):
@@ -193,6 +213,7 @@ def _check_options(base_model: Any, kwargs: dict[str, Any]) -> PreTrainedModel |
         )
     if methods_of(base_model):
         raise ValueError("base_model has sparse attention already: hf_sparse.unpatch it first, or load it anew")
+    check_no_adapters(base_model)
     if kwargs:
         raise TypeError(f"base_model is loaded already, so these would have no effect: {', '.join(sorted(kwargs))}")
     return base_model
@@ -249,11 +270,11 @@ def _stage(folder: Path, stage: Path, base_model: str | None, token: str | bool 
         )
     revision = None if base_model else adapter.config.revision
     with _explained(f"cannot read the base model {name!r} of the adapter (base_model= names another)"):
-        check_fit(adapter, skeleton_of(name, adapter.model_class, revision=revision, token=token), name)
+        check_fit(adapter, open_base(name, revision=revision, token=token).skeleton(adapter.model_class), name)
     stage.mkdir()
     shutil.copyfile(folder / WEIGHTS, stage / WEIGHTS)
     named = {"base_model_name_or_path": name, "revision": revision}
-    config = json.loads((folder / CONFIG).read_text("utf-8")) | named
+    config = read_object(folder / CONFIG) | named
     (stage / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), "utf-8")
     for measurement in (EVALUATION, TRAINING):
         if (folder / measurement).exists():

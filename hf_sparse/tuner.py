@@ -4,13 +4,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import Tensor, nn
 
 from hf_sparse._compat import register_with_peft
-from hf_sparse.methods import registered_methods
+from hf_sparse.embeddings import embeddings_of, has_new_embeddings
+from hf_sparse.errors import WeightsError
+from hf_sparse.methods import method_of, registered_methods
 from hf_sparse.methods.base import SparseMethod
-from hf_sparse.patches.attach import attach, detach, targets
+from hf_sparse.patches.attach import attach, detach, methods_of, targets
+from hf_sparse.weights import check_names, check_values, layouts
+
+#: How the names of the base model's parameters begin in a `PeftModel`.
+PREFIX = "base_model.model."
 
 
 class SparseModel(BaseTuner):
@@ -44,6 +52,57 @@ class SparseModel(BaseTuner):
     ) -> None:
         attach(target, self.model, adapter_name, peft_config)
 
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: Any,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """Select what PEFT saves of an adapter: what it learned, and embeddings that the base's checkpoint lacks.
+
+        Raises:
+            WeightsError: weights are of a dtype that adapters do not have, or not finite.
+        """
+        selected = super()._get_adapter_state_dict(
+            model=model,
+            config=config,
+            adapter_name=adapter_name,
+            state_dict=state_dict,
+            unwanted_adapter_names=unwanted_adapter_names,
+        )
+        base, prefix = _base_of(model)
+        name = config.base_model_name_or_path or base.name_or_path
+        if config.saves_embeddings or has_new_embeddings(base, name, config.revision):
+            config.saves_embeddings = True
+            names = {id(tensor): key for key, tensor in reversed(embeddings_of(base, prefix).items())}
+            selected |= {key: state_dict[key] for key in names.values() if key in state_dict}
+        check_values(layouts(selected), selected.__getitem__, method_of(config).attention.unfitted)
+        return selected
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Give the weights that PEFT loads the names that they have in the model, if they are what it asks for.
+
+        Raises:
+            WeightsError: weights are missing, unexpected, of another shape or dtype, or not finite. The adapter is
+                taken off again.
+        """
+        state = super()._remap_adapter_state_dict_for_load(
+            model=model, config=config, adapter_name=adapter_name, state_dict=state_dict
+        )
+        base, prefix = _base_of(model)
+        try:
+            _check_loaded(base, prefix, adapter_name, config, state)
+        except WeightsError:
+            _take_off(model, base, adapter_name)
+            raise
+        return state
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Where PEFT asks a tuner for an adapter per row; it drops the names for tuners that do not answer."""
@@ -63,6 +122,58 @@ class SparseModel(BaseTuner):
         raise ValueError(
             "sparse attention selects keys, and there are no weights to merge that into; unload() gives the base model"
         )
+
+
+def _base_of(model: Any) -> tuple[Any, str]:
+    """The base model in what PEFT hands on, and how the names of its parameters begin there."""
+    return (model.get_base_model(), PREFIX) if isinstance(model, PeftModel) else (model, "")
+
+
+def _check_loaded(base: Any, prefix: str, adapter: str, config: Any, state: dict[str, Tensor]) -> None:
+    """Check what PEFT is about to load into an adapter, by its names in the model."""
+    learned = tuple(
+        f"{prefix}{name}.{container}.{adapter}."
+        for name, module in base.named_modules()
+        if isinstance(module, SparseMethod)
+        for container in module.adapter_layer_names
+    )
+    expected = {
+        f"{prefix}{key}": tuple(tensor.shape)
+        for key, tensor in base.state_dict().items()
+        if f"{prefix}{key}".startswith(learned)
+    }
+    # Without a PeftModel the names of what is no adapter's still begin as in one; heads are PEFT's own business.
+    given = {
+        key if prefix else key.removeprefix(PREFIX): tensor
+        for key, tensor in state.items()
+        if ".modules_to_save." not in key
+    }
+    embeddings = embeddings_of(base, prefix)
+    tokens = check_names(layouts(given), expected, embeddings)
+    size = next((len(tensor) for tensor in embeddings.values()), None)
+    if config.saves_embeddings and tokens is None:
+        raise WeightsError("the embeddings that the adapter brings are missing")
+    if tokens not in (None, size):
+        raise WeightsError(
+            f"the adapter brings embeddings of {tokens} tokens, and the base model has {size}: call "
+            f"resize_token_embeddings({tokens}) on it first"
+        )
+    check_values(layouts(given), given.__getitem__, method_of(config).attention.unfitted)
+    for key, tensor in embeddings.items():
+        for other, same in embeddings.items():
+            if tensor is same and key in given and other in given and not torch.equal(given[key], given[other]):
+                raise WeightsError(f"{key} and {other} are one parameter of the base model, and differ")
+
+
+def _take_off(model: Any, base: Any, adapter: str) -> None:
+    """Remove an adapter that could not be loaded, and with the last one all that was attached."""
+    for method in methods_of(base):
+        if adapter in method.configs:
+            method.delete_adapter(adapter)
+    model.peft_config.pop(adapter, None)
+    if not any(method.configs for method in methods_of(base)):
+        detach(base)
+        vars(base).pop("peft_config", None)
 
 
 #: The tuner of each method by the method's name in PEFT: PEFT reads the prefix of the learned parameters off the class.

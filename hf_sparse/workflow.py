@@ -15,9 +15,10 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel
 
-from hf_sparse.adapter import CONFIG, EVALUATION, TRAINING, WEIGHTS, read_adapter, resolve_base, skeleton_of
+from hf_sparse.adapter import CONFIG, EVALUATION, TRAINING, WEIGHTS, read_adapter
+from hf_sparse.base import open_base, resolve_base, usable
 from hf_sparse.data import context_length, mask_tokens, pack, read_text, select_chunks
-from hf_sparse.errors import DataError, HubError
+from hf_sparse.errors import DataError, HubError, UnsupportedModelError
 from hf_sparse.evaluation import GENERATING, check_selections, divide_layers, evaluate
 from hf_sparse.evaluation.tasks import Suite
 from hf_sparse.files import check_writable
@@ -30,7 +31,7 @@ from hf_sparse.patches import methods_of
 from hf_sparse.patches.attach import targets
 from hf_sparse.repo import CARD, check_evaluation, check_training, measurements, read_json, write_repo
 from hf_sparse.results import results_of
-from hf_sparse.tasks import kind_of, task_of
+from hf_sparse.tasks import kind_of
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -319,18 +320,17 @@ def load_base(name: str, config: PeftConfig, *, dtype: Dtype = "auto") -> PreTra
         ValueError: `config` names layers that it does not have.
     """
     try:
-        skeleton = skeleton_of(name)
-    except HubError:
+        base = open_base(name, dtype=dtype)
+        skeleton = base.skeleton()
+    except (HubError, UnsupportedModelError):
         raise
     except (HTTPError, OSError, ValueError) as error:
-        raise HubError(f"the base model {name!r} cannot be read: {error}") from error
+        raise HubError(f"the base model {name!r} cannot be read: {_line(error)}") from error
     targets(skeleton, copy.deepcopy(config))  # before gigabytes are read
     try:
-        return task_of(skeleton.config).auto.from_pretrained(
-            resolve_base(name), dtype=dtype, use_safetensors=True, trust_remote_code=False
-        )
+        return base.load()
     except (HTTPError, OSError, ValueError, SafetensorError) as error:
-        raise HubError(f"the base model {name!r} cannot be loaded: {error}") from error
+        raise HubError(f"the base model {name!r} cannot be loaded: {_line(error)}") from error
 
 
 def load_adapter(
@@ -359,12 +359,17 @@ def load_adapter(
         model.float()
     config = model.active_peft_config
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            resolve_base(config.base_model_name_or_path), revision=config.revision, trust_remote_code=False
-        )
+        with usable("its tokenizer"):
+            tokenizer = AutoTokenizer.from_pretrained(
+                resolve_base(config.base_model_name_or_path), revision=config.revision, trust_remote_code=False
+            )
     except (HTTPError, OSError, ValueError) as error:
-        raise HubError(f"no tokenizer for the base model {config.base_model_name_or_path!r}: {error}") from error
+        raise HubError(f"no tokenizer for the base model {config.base_model_name_or_path!r}: {_line(error)}") from error
     return model.to(cuda_of_process() if place == "cuda" else place), tokenizer
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> None:

@@ -3,8 +3,11 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, TypeVar, overload
 
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -39,6 +42,46 @@ def methods_in_use(model: nn.Module, kind: type[SparseMethod] = SparseMethod) ->
     return [method for method in methods_of(model, kind) if method.is_used]
 
 
+def check_no_adapters(model: nn.Module) -> None:
+    """Refuse a model with another method's PEFT layers in it, such as LoRA that is not merged.
+
+    Sparse attention works there, and is saved; but the adapter would belong to a base model that nobody can load.
+
+    Raises:
+        ValueError: there are such layers.
+    """
+    if layer := next(_foreign(model), None):
+        raise ValueError(
+            f"the base model has layers of another PEFT adapter ({_name(layer)}): merge them first "
+            "(merge_and_unload() of the PeftModel) and save that model as the base, or use lora_rank for LoRA beside"
+        )
+
+
+def _foreign(model: nn.Module) -> Iterator[nn.Module]:
+    """PEFT layers of a model that are not ours."""
+    return (m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, SparseMethod))
+
+
+def _name(layer: nn.Module) -> str:
+    return f"{type(layer).__module__}.{type(layer).__name__}"
+
+
+def _refuse_training_around(model: nn.Module, module: nn.Module, args: Any) -> None:
+    """Forward pre-hook of the first patched attention module, for what PEFT wraps around a patched model later.
+
+    Raises:
+        ValueError: another PEFT adapter is trained around sparse attention in use. It would be saved as an adapter of
+            its own method, from which PEFT drops the rest when it loads.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not getattr(module, CHILD).is_active:
+        return
+    if layer := next((m for m in _foreign(model) if any(p.requires_grad for p in m.parameters())), None):
+        raise ValueError(
+            f"a PEFT adapter ({_name(layer)}) is trained around sparse attention, and would be loaded without "
+            "it: use lora_rank of the configuration, or train the other adapter first, merge_and_unload() it, and patch"
+        )
+
+
 def targets(model: PreTrainedModel, config: Any) -> list[tuple[str, nn.Module]]:
     """Names and attention modules that a configuration wants patched, with everything checked first.
 
@@ -50,10 +93,11 @@ def targets(model: PreTrainedModel, config: Any) -> list[tuple[str, nn.Module]]:
         UnsupportedModelError: no patch for this model.
         AdapterMismatchError: the configuration was made for another base model.
         ValueError: `layers` names a layer that is not there, or one that attends locally; the model is patched with
-            another method; or the configuration does not fit the size of the model.
+            another method, or has another PEFT adapter; or the configuration does not fit the size of the model.
     """
     kind = method_of(config).attention
     family = family_of(model)
+    check_no_adapters(model)
     if other := next((method for method in methods_of(model) if type(method) is not kind), None):
         raise ValueError(
             f"the model has {other.label} attention already, and a model has one method at a time: take it off first "
@@ -103,6 +147,8 @@ def attach(module: nn.Module, model: PreTrainedModel, adapter: str, config: Any)
         method.on_toggle = switch
         method.beside_local = any(family.is_local(other) for _, other in family.modules(model))
         method.hooks.append(module.register_forward_pre_hook(before_attention, with_kwargs=True))
+        if not others:
+            method.hooks.append(module.register_forward_pre_hook(partial(_refuse_training_around, model)))
         module.add_module(CHILD, method)
         method.enable_adapters(True)
     if config.lora_rank:

@@ -103,14 +103,23 @@ def family_of(model: nn.Module) -> Family:
     """The family of a model.
 
     Raises:
-        UnsupportedModelError: not a transformers model, or a family without a patch; lists those with one.
+        UnsupportedModelError: not a transformers model, or a family without a patch.
     """
     if not isinstance(model, PreTrainedModel):
+        wraps = hasattr(model, "get_base_model")
+        advice = " (merge its adapter first: merge_and_unload(), or unload() to drop it, returns the base model)"
         raise UnsupportedModelError(
-            f"expected a transformers PreTrainedModel, got {type(model).__name__}"
-            + (" (unwrap it: pass the base model)" if hasattr(model, "get_base_model") else "")
+            f"expected a transformers PreTrainedModel, got {type(model).__name__}" + (advice if wraps else "")
         )
-    model_type = model.config.model_type
+    return check_model_type(model.config.model_type)
+
+
+def check_model_type(model_type: str) -> Family:
+    """The family of a type of models.
+
+    Raises:
+        UnsupportedModelError: a family without a patch; lists those with one.
+    """
     if model_type not in _FAMILIES:
         raise UnsupportedModelError(
             f"no sparse attention patch for model type {model_type!r}; supported: {', '.join(supported_model_types())}"

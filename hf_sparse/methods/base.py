@@ -48,6 +48,7 @@ class SparseMethod(nn.Module, BaseTunerLayer):
     Attributes:
         label: what messages call the method.
         fits: the fields of `Site` that the shapes of its parameters depend on.
+        unfitted: names of its buffers that are NaN until they are fitted.
         cache_layer_type: the class of what `cache_layer` makes.
         has_slots: whether it keeps a fixed number of keys and forgets the others; otherwise its cache holds them all.
         layer, causal: see `Site`.
@@ -57,6 +58,7 @@ class SparseMethod(nn.Module, BaseTunerLayer):
 
     label: ClassVar[str]
     fits: ClassVar[tuple[str, ...]]
+    unfitted: ClassVar[tuple[str, ...]] = ()
     cache_layer_type: ClassVar[type[CacheLayerMixin]]
     has_slots: ClassVar[bool]
     layer: int

@@ -14,7 +14,15 @@ import torch.nn.functional as F
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from hf_sparse.methods.checks import is_finite, is_integer
+from hf_sparse.methods.checks import (
+    MOST_WIDTH,
+    check_peft_fields,
+    expected_integer,
+    expected_number,
+    is_finite,
+    is_integer,
+    shown,
+)
 
 
 @dataclass
@@ -31,14 +39,25 @@ class LoraSettings(PeftConfig):
     lora_alpha: float | None = field(
         default=None, metadata={"help": "The change is multiplied by lora_alpha / lora_rank. None is twice the rank."}
     )
+    saves_embeddings: bool = field(
+        default=False,
+        metadata={
+            "help": "Filled in when saved: the file also holds the embeddings of the base model, which are not those "
+            "of its checkpoint."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        name, rank, alpha = type(self).__name__, self.lora_rank, self.lora_alpha
-        if not is_integer(rank, 0):
-            raise ValueError(f"{name}.lora_rank must be an integer of at least 0, got {rank!r}")
+        check_peft_fields(self)
+        rank, alpha = self.lora_rank, self.lora_alpha
+        if not is_integer(rank, 0, MOST_WIDTH):
+            raise ValueError(self._expected("lora_rank", expected_integer(rank, 0, MOST_WIDTH)))
         if alpha is not None and not (is_finite(alpha) and alpha > 0):
-            raise ValueError(f"{name}.lora_alpha must be None or a number above 0, got {alpha!r}")
+            raise ValueError(self._expected("lora_alpha", expected_number(alpha, "None or a number above 0")))
+
+    def _expected(self, name: str, what: str) -> str:
+        return f"{type(self).__name__}.{name} must be {what}, got {shown(getattr(self, name))}"
 
     @property
     def lora_scale(self) -> float:

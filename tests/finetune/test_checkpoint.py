@@ -318,7 +318,9 @@ def test_damaged_checkpoints(run, chunks, tmp_path, request, old):
         optimizer = torch.optim.AdamW(list(p for p in model.parameters() if p.requires_grad))
         try:
             state = checkpoint.load_state(folder)
-            checkpoint.load_into(folder, state, dict(p for p in model.named_parameters() if p[1].requires_grad), optimizer)
+            checkpoint.load_into(
+                folder, state, dict(p for p in model.named_parameters() if p[1].requires_grad), optimizer
+            )
             checkpoint.check_steps(folder, optimizer, plan[state["step"] - 1][1] + 1)
         except DataError as error:
             assert str(error).startswith("the checkpoint step-000004 ") and "\n" not in str(error), damage

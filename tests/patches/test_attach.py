@@ -122,7 +122,7 @@ def test_a_family_without_a_patch_is_refused_with_a_list_of_those_with_one():
         (lambda llama: torch.nn.Linear(2, 2), "expected a transformers PreTrainedModel, got Linear"),
         (
             lambda llama: __import__("peft").get_peft_model(llama, SparseKConfig(**BUDGET)),
-            r"got PeftModel\w* \(unwrap it: pass the base model\)",
+            r"got PeftModel\w* \(merge its adapter first: merge_and_unload\(\), or unload\(\) to drop it",
         ),
     ],
     ids=["Linear", "PeftModel"],
@@ -349,6 +349,6 @@ def test_patched_refuses_a_patched_model(tiny_llama):
 
 def test_unpatch_sends_peft_models_to_unload(tiny_llama):
     model = get_peft_model(tiny_llama(), SparseKConfig(**BUDGET))
-    with pytest.raises(UnsupportedModelError, match="pass the base model"):
+    with pytest.raises(UnsupportedModelError, match=r"unload\(\) to drop it, returns the base model"):
         unpatch(model)
     assert methods_of(model.unload()) == []

@@ -59,6 +59,7 @@ class SparsefinderAttention(SparseMethod):
 
     label = "Sparsefinder"
     fits = ("num_attention_heads", "num_key_value_heads", "head_dim")
+    unfitted = ("centroids", "boundaries", "profile", "budgets")
     adapter_layer_names = ("sparsefinder_parameters", "sparsefinder_lora")
     cache_layer_type = SparsefinderCacheLayer
     has_slots = False

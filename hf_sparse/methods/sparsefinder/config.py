@@ -5,7 +5,15 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal, get_args
 
 from hf_sparse._compat import extend_peft_type
-from hf_sparse.methods.checks import indices, is_finite, is_integer
+from hf_sparse.methods.checks import (
+    MOST_TOKENS,
+    MOST_WIDTH,
+    expected_integer,
+    expected_number,
+    indices,
+    is_finite,
+    is_integer,
+)
 from hf_sparse.methods.lora import LoraSettings
 
 # PEFT's error for a type it does not know is nothing but this name, so the name says what to import.
@@ -19,6 +27,10 @@ TILES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 #: The least alpha that is learned, as where the annealing of AdaSplash begins (arXiv 2502.12082).
 LEAST_ALPHA = 1.01
+
+
+def _is_tile(value: Any) -> bool:
+    return is_integer(value, 1) and value in TILES
 
 
 @dataclass
@@ -173,19 +185,19 @@ class SparsefinderConfig(LoraSettings):
         for name, options in (("predictor", get_args(Predictor)), ("bin_kind", get_args(Bins))):
             if getattr(self, name) not in options:
                 raise ValueError(self._expected(name, f"one of {', '.join(map(repr, options))}"))
-        for name, least in (
-            ("rank", 1),
-            ("clusters", 2),
-            ("top_clusters", 1),
-            ("cluster_parts", 1),
-            ("bins", 2),
-            ("bin_width", 1),
-            ("length", 1),
-            ("window", 0),
-            ("global_tokens", 0),
+        for name, least, most in (
+            ("rank", 1, MOST_WIDTH),
+            ("clusters", 2, MOST_WIDTH),
+            ("top_clusters", 1, MOST_WIDTH),
+            ("cluster_parts", 1, MOST_WIDTH),
+            ("bins", 2, MOST_WIDTH),
+            ("bin_width", 1, MOST_TOKENS),
+            ("length", 1, MOST_TOKENS),
+            ("window", 0, MOST_TOKENS),
+            ("global_tokens", 0, MOST_TOKENS),
         ):
-            if not is_integer(getattr(self, name), least):
-                raise ValueError(self._expected(name, f"an integer of at least {least}"))
+            if not is_integer(getattr(self, name), least, most):
+                raise ValueError(self._expected(name, expected_integer(getattr(self, name), least, most)))
         for switch in (f.name for f in fields(self) if f.type in (bool, "bool")):
             if not isinstance(getattr(self, switch), bool):
                 raise ValueError(self._expected(switch, "True or False"))
@@ -203,8 +215,8 @@ class SparsefinderConfig(LoraSettings):
             raise ValueError(self._expected("alpha", f"{range_of}{' to be learned' if self.learn_alpha else ''}"))
         for name in ("initial_scale", "threshold"):
             if not is_finite(getattr(self, name)) or getattr(self, name) <= 0:
-                raise ValueError(self._expected(name, "a number above 0"))
-        if self.tile not in (None, *TILES):
+                raise ValueError(self._expected(name, expected_number(getattr(self, name), "a number above 0")))
+        if self.tile is not None and not _is_tile(self.tile):
             raise ValueError(self._expected("tile", f"None or one of {', '.join(map(str, TILES))}"))
         if self.tile is None and (self.complete or self.predictor == "bound"):
             raise ValueError(
@@ -212,21 +224,18 @@ class SparsefinderConfig(LoraSettings):
                 "which are about tiles, got None"
             )
         if self.query_tile is not None and (
-            self.tile is None or self.query_tile not in TILES or self.query_tile > self.tile
+            self.tile is None or not _is_tile(self.query_tile) or self.query_tile > self.tile
         ):
             raise ValueError(self._expected("query_tile", f"None or a power of 2 up to tile, which is {self.tile}"))
         if not is_finite(self.sparsity) or not 0 <= self.sparsity < 1:
             raise ValueError(self._expected("sparsity", "at least 0 and below 1"))
         if self.tiles_per_query is not None and not is_integer(self.tiles_per_query, 1):
-            raise ValueError(self._expected("tiles_per_query", "None or an integer of at least 1"))
+            raise ValueError(self._expected("tiles_per_query", f"None or {expected_integer(self.tiles_per_query, 1)}"))
         if self.layers is not None:
             layers = indices(self.layers)
             if layers is None:
                 raise ValueError(self._expected("layers", "None or a list of indices of layers"))
             self.layers = layers
-
-    def _expected(self, name: str, what: str) -> str:
-        return f"SparsefinderConfig.{name} must be {what}, got {getattr(self, name)!r}"
 
     @property
     def causal_tiles(self) -> int:

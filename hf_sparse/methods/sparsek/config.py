@@ -5,7 +5,15 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hf_sparse._compat import extend_peft_type
-from hf_sparse.methods.checks import indices, is_finite, is_integer
+from hf_sparse.methods.checks import (
+    MOST_TOKENS,
+    MOST_WIDTH,
+    expected_integer,
+    expected_number,
+    indices,
+    is_finite,
+    is_integer,
+)
 from hf_sparse.methods.lora import LoraSettings
 from hf_sparse.methods.sparsek.budget import Budget
 
@@ -82,15 +90,20 @@ class SparseKConfig(LoraSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = extend_peft_type(PEFT_TYPE)
-        for name, least in (("k", 1), ("window", 1), ("sinks", 0), ("scorer_hidden_size", 1)):
-            if not is_integer(getattr(self, name), least):
-                raise ValueError(self._expected(name, f"an integer of at least {least}"))
+        for name, least, most in (
+            ("k", 1, MOST_TOKENS),
+            ("window", 1, MOST_TOKENS),
+            ("sinks", 0, MOST_TOKENS),
+            ("scorer_hidden_size", 1, MOST_WIDTH),
+        ):
+            if not is_integer(getattr(self, name), least, most):
+                raise ValueError(self._expected(name, expected_integer(getattr(self, name), least, most)))
         if self.support is not None and not is_integer(self.support, 1):
-            raise ValueError(self._expected("support", "None or an integer of at least 1"))
+            raise ValueError(self._expected("support", f"None or {expected_integer(self.support, 1)}"))
         if self.scorer not in ("linear", "mlp"):
             raise ValueError(self._expected("scorer", "'linear' or 'mlp'"))
         if not is_finite(self.position_slope):
-            raise ValueError(self._expected("position_slope", "a finite number"))
+            raise ValueError(self._expected("position_slope", expected_number(self.position_slope, "a finite number")))
         if not isinstance(self.learn_slope, bool):
             raise ValueError(self._expected("learn_slope", "True or False"))
         if self.layer_shares is not None:
@@ -107,9 +120,6 @@ class SparseKConfig(LoraSettings):
             if layers is None:
                 raise ValueError(self._expected("layers", "None or a list of indices of layers"))
             self.layers = layers
-
-    def _expected(self, name: str, what: str) -> str:
-        return f"SparseKConfig.{name} must be {what}, got {getattr(self, name)!r}"
 
     @property
     def slots(self) -> int:

@@ -1,0 +1,49 @@
+"""The embeddings of a base model, which an adapter brings where they are not those of the base's checkpoint."""
+
+from typing import Any
+
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+
+from hf_sparse.demo import BASE_NAME, CHECKPOINT
+
+
+def embeddings_of(base: PreTrainedModel, prefix: str = "") -> dict[str, Tensor]:
+    """The parameters of the input and output embeddings of a base model by name, those of the input first.
+
+    Args:
+        prefix: of the names.
+
+    Returns:
+        Parameters; one that is tied is there under both names.
+    """
+    layers = [layer for layer in (base.get_input_embeddings(), base.get_output_embeddings()) if layer is not None]
+    names = {id(module): name for name, module in base.named_modules()}
+    return {
+        f"{prefix}{names[id(layer)]}.{name}": parameter
+        for layer in layers
+        if id(layer) in names
+        for name, parameter in layer.named_parameters(recurse=False)
+    }
+
+
+def has_new_embeddings(base: PreTrainedModel, name: str | None, revision: str | None) -> bool:
+    """Whether the embeddings of a base model are learning, or have another number of tokens than its checkpoint.
+
+    Args:
+        name: of the checkpoint: a folder, or an id on the Hub, whose configuration is in the cache. Without one there
+            is nothing to compare with.
+    """
+    parameters = embeddings_of(base).values()
+    if any(parameter.requires_grad for parameter in parameters):
+        return True
+    if not parameters or not name:
+        return False
+    place = str(CHECKPOINT) if name == BASE_NAME else name
+    try:
+        stored: Any = AutoConfig.from_pretrained(
+            place, revision=revision, local_files_only=True, trust_remote_code=False
+        )
+        return stored.get_text_config().vocab_size != base.config.get_text_config().vocab_size
+    except Exception:  # whoever loads the adapter will hear of a configuration that cannot be read
+        return False

@@ -1,0 +1,166 @@
+"""A base model whose files are a stranger's: what config.json asks for is bounded, and what it names is not fetched."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+import hf_sparse
+from hf_sparse.base import open_base
+from hf_sparse.errors import HubError, UnsupportedModelError
+from hf_sparse.patches import methods_of
+from hf_sparse.workflow import create_adapter, load_adapter, load_base, save_adapter
+
+TOKENS = torch.arange(1, 31)[None]
+CONFIGS = {
+    "sparsek": lambda: hf_sparse.SparseKConfig(k=4, window=4, sinks=1),
+    "sparsefinder": lambda: hf_sparse.SparsefinderConfig(predictor="full"),
+}
+
+
+@pytest.fixture
+def base(tiny_llama, tmp_path) -> Path:
+    tiny_llama().save_pretrained(tmp_path / "base")
+    return tmp_path / "base"
+
+
+@pytest.fixture(params=sorted(CONFIGS))
+def folder(base, tmp_path, request) -> Path:
+    create_adapter(str(base), CONFIGS[request.param](), tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def edit(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers must be at most 1024, got 1000000000"),
+        ({"num_labels": 10**9}, "num_labels must be at most 1048576"),
+        ({"vocab_size": 10**18}, "vocab_size must be at most 2147483647"),
+        ({"rope_parameters": {"x": [10**30]}}, "a list must be at most 2147483647"),
+        ({"vocab_size": 2**31 - 1, "hidden_size": 2**31 - 4}, "its config.json cannot be used|is damaged"),
+        ({"num_attention_heads": 0}, "config.json cannot be used"),
+        ({"hidden_size": "wide"}, "config.json cannot be used"),
+        ({"hidden_size": [1]}, "config.json cannot be used"),
+        ({"model_type": 3}, "base"),
+        ({"model_type": []}, "base"),
+        ({"transformers_weights": "weights.bin"}, "expected a file of safetensors"),
+        ({"rope_parameters": []}, "config.json cannot be used"),
+    ],
+)
+def test_configuration_that_no_model_has(folder, base, changes, message):
+    edit(base / "config.json", **changes)
+    for load in (hf_sparse.from_pretrained, load_adapter, lambda _: load_base(str(base), CONFIGS["sparsek"]())):
+        with pytest.raises((HubError, UnsupportedModelError), match=message) as error:
+            load(folder)
+        assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", ["[" * 100_000, "[]", "{", '"x"', "NaN", " " * (2**24 + 1)])
+@pytest.mark.parametrize("name", ["adapter_config.json", "config.json"])
+def test_json_that_is_none(folder, base, name, content):
+    (base if name == "config.json" else folder).joinpath(name).write_text(content)
+    with pytest.raises(HubError) as error:
+        hf_sparse.from_pretrained(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_large_file_is_not_read(folder, base):
+    for path in (folder / "adapter_config.json", base / "config.json"):
+        before = path.read_bytes()
+        with path.open("wb") as file:
+            file.truncate(2**29)
+        with pytest.raises(HubError, match="must have at most 16777216 bytes, and has 536870912"):
+            hf_sparse.from_pretrained(folder)
+        path.write_bytes(before)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *(
+            {"attn_implementation": name}
+            for name in ("kernels-community/flash-attn", "flash_attention_2", "paged|sdpa")
+        ),
+        {"attn_implementation": ["sdpa"]},
+        {"_attn_implementation": "kernels-community/flash-attn"},
+        {"_attn_implementation_internal": "kernels-community/flash-attn"},
+        {"experts_implementation": "kernels-community/moe", "_experts_implementation": "kernels-community/moe"},
+    ],
+)
+def test_attention_that_a_base_names_is_not_obeyed(folder, base, changes):
+    with torch.no_grad():
+        expected = hf_sparse.from_pretrained(folder)(input_ids=TOKENS).logits
+    edit(base / "config.json", **changes)
+    for model in (hf_sparse.from_pretrained(folder), hf_sparse.from_pretrained(folder, attn_implementation="eager")):
+        with torch.no_grad():
+            assert torch.allclose(model(input_ids=TOKENS).logits, expected, atol=1e-5)
+    asked = model.get_base_model()
+    with model.disable_adapter():
+        assert asked.config._attn_implementation == "eager"
+    assert load_base(str(base), CONFIGS["sparsek"]()).config._attn_implementation == "sdpa"
+
+
+def test_kernels_from_the_hub_are_refused(folder):
+    with pytest.raises(
+        HubError, match=r"attn_implementation must be one of eager, sdpa, .*hf-sparse fetches no kernels"
+    ):
+        hf_sparse.from_pretrained(folder, attn_implementation="kernels-community/flash-attn")
+    with pytest.raises(ValueError, match="use_kernels=True is refused"):
+        hf_sparse.from_pretrained(folder, use_kernels=True)
+
+
+def test_options_of_a_configuration_change_it(base):
+    opened = open_base(str(base), use_cache=False, dtype=torch.bfloat16)
+    model = opened.load()
+    assert model.config.use_cache is False and model.dtype == torch.bfloat16
+
+
+# Other PEFT adapters.
+
+
+def test_lora_that_is_not_merged_is_refused(base, folder):
+    lora = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(UnsupportedModelError, match=r"got PeftModel \(merge its adapter first: merge_and_unload"):
+        hf_sparse.patch(lora, CONFIGS["sparsek"]())
+    inside = lora.get_base_model()
+    for use in (
+        lambda: hf_sparse.patch(inside, CONFIGS["sparsek"]()),
+        lambda: get_peft_model(inside, CONFIGS["sparsefinder"]()),
+        lambda: hf_sparse.from_pretrained(folder, base_model=inside),
+    ):
+        with pytest.raises(ValueError, match=r"layers of another PEFT adapter \(peft\.tuners\.lora.*merge them first"):
+            use()
+        assert methods_of(inside) == []
+    merged = lora.merge_and_unload()
+    assert isinstance(hf_sparse.from_pretrained(folder, base_model=merged), PeftModel)
+
+
+@pytest.mark.parametrize("method", sorted(CONFIGS))
+def test_lora_trained_around_sparse_attention_is_refused_at_its_first_step(tiny_llama, method):
+    model = hf_sparse.patch(tiny_llama(), CONFIGS[method]())
+    lora = get_peft_model(model, LoraConfig(target_modules=["up_proj"]))
+    with pytest.raises(ValueError, match=r"is trained around sparse attention.*use lora_rank"):
+        lora(input_ids=TOKENS)
+    with torch.no_grad():
+        lora(input_ids=TOKENS)  # somebody's LoRA, used but not trained
+    lora.requires_grad_(False)
+    lora(input_ids=TOKENS)
+
+
+def test_merged_lora_is_a_base_like_any_other(base, tmp_path):
+    lora = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules=["q_proj"], init_lora_weights=False)
+    )
+    lora.merge_and_unload().save_pretrained(tmp_path / "merged")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    model = get_peft_model(merged, CONFIGS["sparsek"]()).eval()
+    save_adapter(model, tmp_path / "adapter")
+    loaded = hf_sparse.from_pretrained(tmp_path / "adapter")
+    assert torch.equal(loaded(input_ids=TOKENS).logits, model(input_ids=TOKENS).logits)
