@@ -6,6 +6,8 @@ Everything here happens before any weight of a base model is read. Only safetens
 import copy
 import hashlib
 import json
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +22,7 @@ from transformers.utils import find_adapter_config_file
 from hf_sparse.demo import BASE_NAME, CHECKPOINT
 from hf_sparse.errors import AdapterMismatchError, HubError
 from hf_sparse.methods import registered_methods
+from hf_sparse.patches.heads import random_weights, uncovered
 from hf_sparse.tasks import task_of
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -47,6 +50,23 @@ class Adapter:
     base_model: str | None
     shapes: dict[str, tuple[int, ...]]
     model_class: str | None
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """Settings of the base model's configuration that belong to a head in the adapter; empty without one."""
+        noted = dict(self.config.base_shape or {}).get("head")
+        if noted is None or not self.config.named_modules_to_save:
+            return {}
+        labels = dict(enumerate(noted["labels"]))
+        settings = {"id2label": labels, "label2id": {label: number for number, label in labels.items()}}
+        problem = noted.get("problem_type")
+        return settings if problem is None else settings | {"problem_type": problem}
+
+    @property
+    def head_parameters(self) -> int:
+        """How many of its parameters belong to modules of the base model, such as a head, and not to the method."""
+        modules = tuple(f"base_model.model.{name}." for name in self.config.named_modules_to_save)
+        return sum(math.prod(shape) for key, shape in self.shapes.items() if key.startswith(modules))
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -88,6 +108,7 @@ def read_adapter(folder: Path, source: str) -> Adapter:
         model_class = dict(config.base_shape or {}).get("model_class", noted)
         if not isinstance(model_class, str | None):
             raise TypeError(f"it names the class {model_class!r}")
+        _check_head(dict(config.base_shape or {}).get("head"))
     except (ValueError, TypeError) as error:
         raise HubError(f"{CONFIG} of {source} is damaged: {error}") from error
     try:
@@ -98,12 +119,26 @@ def read_adapter(folder: Path, source: str) -> Adapter:
     return Adapter(folder, source, config, name, shapes, model_class)
 
 
-def skeleton_of(name: str, model_class: str | None = None, **options: Any) -> PreTrainedModel:
+def _check_head(head: Any) -> None:
+    """Raise `TypeError` if this is not what is noted of a head: names of its labels, and the kind of problem."""
+    if head is None:
+        return
+    if not isinstance(head, dict) or not isinstance(head.get("problem_type"), str | None):
+        raise TypeError(f"it has the head {head!r}")
+    labels = head.get("labels")
+    if not isinstance(labels, list) or not labels or not all(isinstance(label, str | int) for label in labels):
+        raise TypeError(f"the labels of its head must be a list of names, got {labels!r}")
+
+
+def skeleton_of(
+    name: str, model_class: str | None = None, head: Mapping[str, Any] | None = None, **options: Any
+) -> PreTrainedModel:
     """A base model without weights, made from nothing but its config.json.
 
     Args:
         name: what `resolve_base` takes.
         model_class: see `hf_sparse.tasks.task_of`.
+        head: settings to replace in its configuration, such as `Adapter.head`.
         **options: where to find it: `revision`, `token`, `cache_dir`, `local_files_only`.
 
     Raises:
@@ -115,7 +150,7 @@ def skeleton_of(name: str, model_class: str | None = None, **options: Any) -> Pr
         raise FileNotFoundError("this names a folder, and it is not here")
     adapted = HubError(f"the base model {name!r} holds an adapter itself; load it yourself and pass it as base_model=")
     try:
-        config = AutoConfig.from_pretrained(resolve_base(name), trust_remote_code=False, **options)
+        config = AutoConfig.from_pretrained(resolve_base(name), trust_remote_code=False, **{**options, **(head or {})})
     except (OSError, ValueError):
         if (Path(resolve_base(name)) / CONFIG).is_file():
             raise adapted from None
@@ -159,6 +194,24 @@ def check_fit(adapter: Adapter, skeleton: PreTrainedModel, base: str) -> None:
         raise HubError(
             f"{WEIGHTS} of {adapter.source} does not hold the parameters for {base}; {'; '.join(found)}{made}"
         )
+
+
+def check_loaded(adapter: Adapter, model: PreTrainedModel, missing: Iterable[str]) -> None:
+    """Check that the base model or the adapter has every weight: transformers makes missing ones up.
+
+    A pooler that nothing follows is left out: it takes no part in the states that a bare encoder is used for.
+
+    Args:
+        missing: names of the parameters that the checkpoint of the base model did not hold, or in another shape.
+
+    Raises:
+        AdapterMismatchError: neither has them.
+    """
+    made_up = uncovered(missing, adapter.config.named_modules_to_save)
+    if model.base_model is model:
+        made_up = uncovered(made_up, ["pooler"])
+    if made_up:
+        raise AdapterMismatchError(f"{adapter.source} does not fit: {random_weights(model, made_up)}")
 
 
 def _some(keys: list[str]) -> str:

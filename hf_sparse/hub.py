@@ -28,12 +28,23 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from hf_sparse.adapter import CONFIG, EVALUATION, TRAINING, WEIGHTS, check_fit, read_adapter, resolve_base, skeleton_of
+from hf_sparse.adapter import (
+    CONFIG,
+    EVALUATION,
+    TRAINING,
+    WEIGHTS,
+    check_fit,
+    check_loaded,
+    read_adapter,
+    resolve_base,
+    skeleton_of,
+)
 from hf_sparse.demo import BASE_NAME
 from hf_sparse.errors import HfSparseError, HubError
 from hf_sparse.machine import is_main_process
 from hf_sparse.methods import registered_methods
 from hf_sparse.patches import methods_of
+from hf_sparse.patches.heads import initialised
 from hf_sparse.repo import FILES, is_public, write_repo
 from hf_sparse.tasks import task_of
 
@@ -81,6 +92,7 @@ def from_pretrained(
         with torch.device("meta"):
             skeleton = type(base)(copy.deepcopy(base.config))
         check_fit(adapter, skeleton, base.name_or_path or type(base).__name__)
+        check_loaded(adapter, base, initialised(base))
     else:
         name = str(base_model) if base_model else adapter.base_model
         if name is None:
@@ -91,12 +103,21 @@ def from_pretrained(
             **places,
         }
         with _explained(f"cannot load the base model {name!r} of {adapter.source} (base_model= names another)"):
-            skeleton = skeleton_of(name, adapter.model_class, **options)
+            head = adapter.head
+            if head:
+                head |= {key: kwargs[key] for key in ("num_labels", "id2label", "label2id") if key in kwargs}
+                kwargs = {"ignore_mismatched_sizes": True, **head, **kwargs}  # the adapter's head takes its place
+            skeleton = skeleton_of(name, adapter.model_class, head, **options)
             auto = task_of(skeleton.config, adapter.model_class).auto
             check_fit(adapter, skeleton, name)
-            base = auto.from_pretrained(
-                resolve_base(name), use_safetensors=True, trust_remote_code=False, **{**options, **kwargs}
+            base, info = auto.from_pretrained(
+                resolve_base(name),
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **{**options, **kwargs},
             )
+            check_loaded(adapter, base, {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
     model = PeftModel.from_pretrained(base, adapter.folder, adapter_name=adapter_name, is_trainable=is_trainable)
     model.eval()
     return model
@@ -249,7 +270,7 @@ def _stage(folder: Path, stage: Path, base_model: str | None, token: str | bool 
         )
     revision = None if base_model else adapter.config.revision
     with _explained(f"cannot read the base model {name!r} of the adapter (base_model= names another)"):
-        check_fit(adapter, skeleton_of(name, adapter.model_class, revision=revision, token=token), name)
+        check_fit(adapter, skeleton_of(name, adapter.model_class, adapter.head, revision=revision, token=token), name)
     stage.mkdir()
     shutil.copyfile(folder / WEIGHTS, stage / WEIGHTS)
     named = {"base_model_name_or_path": name, "revision": revision}

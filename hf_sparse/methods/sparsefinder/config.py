@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 from hf_sparse._compat import extend_peft_type
 from hf_sparse.methods.checks import indices, is_finite, is_integer
 from hf_sparse.methods.lora import LoraSettings
+from hf_sparse.methods.saved import SavedModules
 
 # PEFT's error for a type it does not know is nothing but this name, so the name says what to import.
 PEFT_TYPE = "HF_SPARSE_SPARSEFINDER"
@@ -22,7 +23,7 @@ LEAST_ALPHA = 1.01
 
 
 @dataclass
-class SparsefinderConfig(LoraSettings):
+class SparsefinderConfig(LoraSettings, SavedModules):
     """Sparsefinder: alpha-entmax attention over a predicted graph of queries and keys.
 
     Treviso et al. 2022 (arXiv 2109.12188). Ours are the learned logit scale per head, which a softmax checkpoint needs,

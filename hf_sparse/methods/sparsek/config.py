@@ -7,6 +7,7 @@ from typing import Any, Literal
 from hf_sparse._compat import extend_peft_type
 from hf_sparse.methods.checks import indices, is_finite, is_integer
 from hf_sparse.methods.lora import LoraSettings
+from hf_sparse.methods.saved import SavedModules
 from hf_sparse.methods.sparsek.budget import Budget
 
 # PEFT's error for a type it does not know is nothing but this name, so the name says what to import.
@@ -14,7 +15,7 @@ PEFT_TYPE = "HF_SPARSE_SPARSEK"
 
 
 @dataclass
-class SparseKConfig(LoraSettings):
+class SparseKConfig(LoraSettings, SavedModules):
     """SparseK attention: every query attends to `sinks + window + k` keys, and the KV cache has as many slots.
 
     Lou et al. 2024 (arXiv 2406.16747), with sinks, and with soft gates inside the softmax while training (ours). In an
