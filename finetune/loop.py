@@ -4,6 +4,7 @@ import json
 import math
 import os
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
@@ -27,6 +28,7 @@ from hf_sparse.finetune.training import Stage, Training
 from hf_sparse.finetune.trainings import training_of, without_effect
 from hf_sparse.folders import locked
 from hf_sparse.machine import describe, is_main_process
+from hf_sparse.patches.heads import parameters_saved, untrained_modules
 
 # Ways to divide one model among processes.
 _SHARDING = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
@@ -40,7 +42,8 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
 
     Of SparseK these are the scorers; of Sparsefinder first the logit scales, then the projections, and in the end its
     predictors are fitted to the training text. LoRA, of an adapter with a `lora_rank`, is trained beside the scorers or
-    scales; the teacher is the base model without it.
+    scales; the teacher is the base model without it. Modules that are saved with the adapter (`modules_to_save`), such
+    as a head with labels, stay as they are: `transformers.Trainer` trains them.
 
     Args:
         model: what `peft.get_peft_model` returned, or a model patched by `hf_sparse.patch` whose other parameters are
@@ -69,6 +72,13 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
     training.check(chunks)
     learned = training.parameters
     _check_frozen(model, training)
+    head = parameters_saved(model)
+    if untrained := untrained_modules(model):
+        warnings.warn(
+            f"{' and '.join(untrained)} of the adapter has the random weights that it was made with, and finetune "
+            f"leaves it so, for it trains the {training.learned}: train it with transformers.Trainer, before or after",
+            stacklevel=2,
+        )
     output = Path(config.output_dir) if config.output_dir else None
     settings = config.settings(without_effect(training))
     identity = settings | {"chunks": fingerprint(chunks, labels), "adapter": training.identity()}
@@ -221,6 +231,7 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
             "trainable_parameters": sum(p.numel() for p in learned.values()),
             "lora_parameters": sum(p.numel() for name, p in learned.items() if name in training.lora),
             "all_parameters": sum(p.numel() for p in model.parameters()),
+            **({"head_parameters": sum(p.numel() for p in head)} if head else {}),
             "gradient_checkpointing": config.gradient_checkpointing,
             "tokens": tokens,
             "seconds": seconds,
@@ -301,10 +312,10 @@ def _mean(accelerator: Accelerator, parameters: Mapping[str, nn.Parameter]) -> N
 def _training(model: nn.Module, training: Training) -> Iterator[None]:
     """Methods as they are trained, no dropout in the base model; all in `eval` mode afterwards, whatever happens.
 
-    What no stage trains, such as LoRA with the objective `attention`, gets no gradient meanwhile.
+    What no stage trains, such as LoRA with the objective `attention`, or a head, gets no gradient meanwhile.
     """
     learned = {id(parameter) for parameter in training.parameters.values()}
-    own = [parameter for method in training.methods for parameter in method.parameters()]
+    own = [parameter for method in training.methods for parameter in method.parameters()] + parameters_saved(model)
     idle = [parameter for parameter in own if parameter.requires_grad and id(parameter) not in learned]
     model.eval()
     for method in training.methods:
@@ -357,6 +368,7 @@ def _check_frozen(model: nn.Module, training: Training) -> None:
     for parameter in training.parameters.values():
         parameter.requires_grad_(True)
     own = {id(p) for method in training.methods for p in method.parameters()}
+    own |= {id(p) for p in parameters_saved(model)}
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
     if others:
         raise ValueError(

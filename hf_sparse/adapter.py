@@ -6,7 +6,8 @@ Everything here happens before any weight of a base model is read. Only safetens
 import copy
 import hashlib
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from functools import cached_property
@@ -27,6 +28,7 @@ from hf_sparse.folders import settle
 from hf_sparse.methods import method_of, registered_methods
 from hf_sparse.methods.checks import shown
 from hf_sparse.patches.attach import CHILD
+from hf_sparse.patches.heads import random_weights, uncovered
 from hf_sparse.weights import Layout, check_names, check_values, opened
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -60,9 +62,26 @@ class Adapter:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of what the method learns, by key; embeddings that the adapter brings are not among them."""
+        """Shapes of what the method learns, by key; embeddings and heads that the adapter brings are not among them."""
         inside = f".{CHILD}."
         return {key: shape for key, (shape, _) in self.layouts.items() if inside in key}
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """Settings of the base model's configuration that belong to a head in the adapter; empty without one."""
+        noted = dict(self.config.base_shape or {}).get("head")
+        if noted is None or not self.config.named_modules_to_save:
+            return {}
+        labels = dict(enumerate(noted["labels"]))
+        settings = {"id2label": labels, "label2id": {label: number for number, label in labels.items()}}
+        problem = noted.get("problem_type")
+        return settings if problem is None else settings | {"problem_type": problem}
+
+    @property
+    def head_parameters(self) -> int:
+        """How many of its parameters belong to modules of the base model, such as a head, and not to the method."""
+        modules = tuple(f"base_model.model.{name}." for name in self.config.named_modules_to_save)
+        return sum(math.prod(shape) for key, (shape, _) in self.layouts.items() if key.startswith(modules))
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -113,6 +132,7 @@ def read_adapter(folder: Path, source: str) -> Adapter:
         model_class = dict(config.base_shape or {}).get("model_class", noted)
         if not isinstance(model_class, str | None):
             raise ValueError(f"it names the class {shown(model_class)}")
+        _check_head(dict(config.base_shape or {}).get("head"))
     except (ValueError, TypeError, OSError) as error:
         raise HubError(f"{CONFIG} of {source} is damaged: {error}") from error
     try:
@@ -134,6 +154,17 @@ def _check_keys(content: Mapping[str, Any], kind: Any) -> None:
         near = get_close_matches(key, missing) or [name for name in missing if len(name) == len(key) == 1]
         if near:
             raise ValueError(f"it has {shown(key)}, expected {near[0]!r}")
+
+
+def _check_head(head: Any) -> None:
+    """Raise `ValueError` if this is not what is noted of a head: names of its labels, and the kind of problem."""
+    if head is None:
+        return
+    if not isinstance(head, dict) or not isinstance(head.get("problem_type"), str | None):
+        raise ValueError(f"it has the head {shown(head)}")
+    labels = head.get("labels")
+    if not isinstance(labels, list) or not labels or not all(isinstance(label, str | int) for label in labels):
+        raise ValueError(f"the labels of its head must be a list of names, got {shown(labels)}")
 
 
 def check_fit(adapter: Adapter, skeleton: PreTrainedModel, base: str) -> int | None:
@@ -176,3 +207,21 @@ def check_fit(adapter: Adapter, skeleton: PreTrainedModel, base: str) -> int | N
         raise HubError(
             f"{WEIGHTS} of {adapter.source} does not hold the parameters for {base}; {error}{made}"
         ) from error
+
+
+def check_loaded(adapter: Adapter, model: PreTrainedModel, missing: Iterable[str]) -> None:
+    """Check that the base model or the adapter has every weight: transformers makes missing ones up.
+
+    A pooler that nothing follows is left out: it takes no part in the states that a bare encoder is used for.
+
+    Args:
+        missing: names of the parameters that the checkpoint of the base model did not hold, or in another shape.
+
+    Raises:
+        AdapterMismatchError: neither has them.
+    """
+    made_up = uncovered(missing, adapter.config.named_modules_to_save)
+    if model.base_model is model:
+        made_up = uncovered(made_up, ["pooler"])
+    if made_up:
+        raise AdapterMismatchError(f"{adapter.source} does not fit: {random_weights(model, made_up)}")

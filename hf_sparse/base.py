@@ -62,24 +62,29 @@ class Base:
         with usable("its config.json"), torch.device("meta"):
             return task_of(config, model_class).auto.from_config(config, trust_remote_code=False)
 
-    def load(self, model_class: str | None = None) -> PreTrainedModel:
+    def load(self, model_class: str | None = None) -> tuple[PreTrainedModel, set[str]]:
         """Load the model from safetensors.
 
         Args:
             model_class: see `hf_sparse.tasks.task_of`.
+
+        Returns:
+            The model, and the names of the parameters that the checkpoint did not hold, or in another shape.
 
         Raises:
             OSError, ValueError, HTTPError, SafetensorError: it cannot be loaded.
         """
         auto = task_of(self.config, model_class).auto
         with usable("its files"):
-            return auto.from_pretrained(
+            model, info = auto.from_pretrained(
                 resolve_base(self.name),
                 config=copy.deepcopy(self.config),
                 use_safetensors=True,
                 trust_remote_code=False,
+                output_loading_info=True,
                 **self.options,
             )
+        return model, {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
 
 
 def resolve_base(name: str) -> str:

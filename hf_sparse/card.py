@@ -52,6 +52,18 @@ _EXAMPLES: dict[Kind, tuple[str, str]] = {
     "features": ('"Once upon a time"', "states = model(**tokens, output_hidden_states=True).hidden_states[-1]"),
 }
 
+#: The same for adapters that bring a head with labels.
+_WITH_LABELS: dict[str, tuple[str, str]] = {
+    "text-classification": (
+        '"Once upon a time"',
+        "print(model.config.id2label[model(**tokens).logits[0].argmax().item()])",
+    ),
+    "token-classification": (
+        '"Once upon a time"',
+        "print([model.config.id2label[label] for label in model(**tokens).logits[0].argmax(-1).tolist()])",
+    ),
+}
+
 
 def render(
     config: Any,
@@ -60,6 +72,7 @@ def render(
     base_model: str | None,
     parameters: int,
     lora_parameters: int = 0,
+    head_parameters: int = 0,
     evaluation: dict[str, Any] | None = None,
     training: dict[str, Any] | None = None,
     figure: str = "quality.png",
@@ -72,8 +85,9 @@ def render(
         config: the adapter's, such as a `SparseKConfig`.
         repo_id: what a reader passes to `hf_sparse.from_pretrained`.
         base_model: Hub id of the base, `"demo"`, or `None` if it has no name that is true elsewhere.
-        parameters: how many the adapter has.
+        parameters: how many the adapter has, those of a head apart.
         lora_parameters: how many of them are LoRA's.
+        head_parameters: how many a head has that was trained and saved with it.
         evaluation: content of eval.json; without it the card says that nothing was measured.
         training: content of finetune.json; without it the card says so.
         figure: name of the figure file, shown if there is an evaluation.
@@ -106,12 +120,13 @@ def render(
         text = template.render(
             config=config,
             encoder=encoder,
-            example=_EXAMPLES[task.kind],
+            example=_WITH_LABELS.get(task.pipeline, _EXAMPLES[task.kind]) if head_parameters else _EXAMPLES[task.kind],
             metric=metric_of(evaluation or {}),
             name=repo_id.split("/")[-1],
             repo_id=repo_id,
             parameters=parameters,
             lora_parameters=lora_parameters,
+            head_parameters=head_parameters,
             peft_type=str(config.peft_type.value),
             figure=figure,
             evaluation=evaluation,

@@ -28,7 +28,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from hf_sparse.adapter import CONFIG, EVALUATION, TRAINING, WEIGHTS, check_fit, read_adapter
+from hf_sparse.adapter import CONFIG, EVALUATION, TRAINING, WEIGHTS, check_fit, check_loaded, read_adapter
 from hf_sparse.base import open_base, resolve_base
 from hf_sparse.demo import BASE_NAME
 from hf_sparse.embeddings import embeddings_of
@@ -38,6 +38,7 @@ from hf_sparse.machine import is_main_process
 from hf_sparse.methods import registered_methods
 from hf_sparse.patches import methods_of
 from hf_sparse.patches.attach import check_no_adapters
+from hf_sparse.patches.heads import initialised
 from hf_sparse.repo import FILES, is_public, write_repo
 
 __all__ = ["from_pretrained", "push_to_hub", "resolve_base", "write_repo"]
@@ -91,6 +92,7 @@ def from_pretrained(
                 f"{adapter.source} brings embeddings of {tokens} tokens, and the base model has {size}: call "
                 f"resize_token_embeddings({tokens}) on it first"
             )
+        check_loaded(adapter, base, initialised(base))
     else:
         name = str(base_model) if base_model else adapter.base_model
         if name is None:
@@ -101,9 +103,14 @@ def from_pretrained(
             **places,
         }
         with _explained(f"cannot load the base model {name!r} of {adapter.source} (base_model= names another)"):
+            head = adapter.head
+            if head:
+                head |= {key: kwargs[key] for key in ("num_labels", "id2label", "label2id") if key in kwargs}
+                kwargs = {"ignore_mismatched_sizes": True, **head, **kwargs}  # the adapter's head takes its place
             opened = open_base(name, **options, **kwargs)
             tokens = check_fit(adapter, opened.skeleton(adapter.model_class), name)
-            base = opened.load(adapter.model_class)
+            base, missing = opened.load(adapter.model_class)
+            check_loaded(adapter, base, missing)
             if tokens not in (None, _tokens(base)):
                 base.resize_token_embeddings(tokens, mean_resizing=False)  # the adapter has all of their values
     model = PeftModel.from_pretrained(
@@ -270,7 +277,8 @@ def _stage(folder: Path, stage: Path, base_model: str | None, token: str | bool 
         )
     revision = None if base_model else adapter.config.revision
     with _explained(f"cannot read the base model {name!r} of the adapter (base_model= names another)"):
-        check_fit(adapter, open_base(name, revision=revision, token=token).skeleton(adapter.model_class), name)
+        opened = open_base(name, revision=revision, token=token, **adapter.head)
+        check_fit(adapter, opened.skeleton(adapter.model_class), name)
     stage.mkdir()
     shutil.copyfile(folder / WEIGHTS, stage / WEIGHTS)
     named = {"base_model_name_or_path": name, "revision": revision}

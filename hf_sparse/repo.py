@@ -80,6 +80,7 @@ def write_repo(
         base_model=base_model,
         parameters=sum(math.prod(shape) for shape in adapter.shapes.values()),
         lora_parameters=sum(math.prod(shape) for key, shape in adapter.shapes.items() if f".{lora}." in key),
+        head_parameters=adapter.head_parameters,
         evaluation=evaluation,
         training=training,
         figure=results.figure,

@@ -102,6 +102,7 @@ def write_report(
             base_model=adapter.base_model if is_public(adapter.base_model) else None,
             evaluation=evaluation,
             training=training,
+            head_parameters=adapter.head_parameters,
             metric=metric,
             pictures={picture.name: picture for picture in pictures.drawn},
             **content,

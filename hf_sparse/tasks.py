@@ -11,6 +11,8 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForNextSentencePrediction,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -55,6 +57,12 @@ _OTHERS = (
     ),
     (AutoModelForTokenClassification, "token-classification", _names("MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES")),
     (AutoModelForQuestionAnswering, "question-answering", _names("MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES")),
+    (
+        AutoModelForNextSentencePrediction,
+        "text-classification",
+        _names("MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES"),
+    ),
+    (AutoModelForMultipleChoice, "multiple-choice", _names("MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES")),
 )
 
 _BY_CLASS: dict[str, Task] = {}

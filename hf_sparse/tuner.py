@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from hf_sparse._compat import register_with_peft
@@ -15,6 +16,7 @@ from hf_sparse.errors import WeightsError
 from hf_sparse.methods import method_of, registered_methods
 from hf_sparse.methods.base import SparseMethod
 from hf_sparse.patches.attach import attach, detach, methods_of, targets
+from hf_sparse.patches.heads import choose_modules_to_save
 from hf_sparse.weights import check_names, check_values, layouts
 
 #: How the names of the base model's parameters begin in a `PeftModel`.
@@ -25,6 +27,10 @@ class SparseModel(BaseTuner):
     """What `peft.get_peft_model` makes of a model and a method's configuration; `TUNERS` has one class per method."""
 
     tuner_layer_cls = SparseMethod
+
+    def __init__(self, model: Any, peft_config: Any, adapter_name: str, *args: Any, **options: Any) -> None:
+        self.in_peft_model = isinstance(peft_config, dict)  # transformers passes the configuration alone
+        super().__init__(model, peft_config, adapter_name, *args, **options)
 
     def inject_adapter(
         self,
@@ -37,7 +43,15 @@ class SparseModel(BaseTuner):
         config: Any = self.peft_config[adapter_name]
         # The configuration and the model say which modules; the keys of a state dict could only disagree. PEFT
         # matches these names by suffix and shortens a long list to what is still unambiguous.
+        new = config.base_shape is None
         config.target_modules = [name for name, _ in targets(model, config)]
+        choose_modules_to_save(model, config, new=new)
+        if config.modules_to_save and not self.in_peft_model:
+            raise ValueError(
+                f"modules_to_save={config.modules_to_save} is for a PeftModel (peft.get_peft_model, "
+                "PeftModel.from_pretrained, hf_sparse.from_pretrained): transformers' own add_adapter and load_adapter "
+                "do not load such modules in every version, and switch them off and not on again"
+            )
         super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage)
 
     def _create_and_replace(
@@ -114,8 +128,14 @@ class SparseModel(BaseTuner):
         yield
 
     def unload(self) -> nn.Module:
-        """Take sparse attention off and return the base model."""
+        """Take sparse attention off and return the base model, with the trained modules of `modules_to_save`."""
         detach(self.model)
+        # Not PEFT's own: it looks for a `weight` on whatever it takes the wrapper off.
+        for name, module in list(self.model.named_modules()):
+            if isinstance(module, ModulesToSaveWrapper):
+                parent, _, child = name.rpartition(".")
+                trained = module.unload_and_optionally_merge_module(merge=False, safe_merge=False, adapter_names=None)
+                setattr(self.model.get_submodule(parent), child, trained)
         return self.model
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -142,7 +162,7 @@ def _check_loaded(base: Any, prefix: str, adapter: str, config: Any, state: dict
         for key, tensor in base.state_dict().items()
         if f"{prefix}{key}".startswith(learned)
     }
-    # Without a PeftModel the names of what is no adapter's still begin as in one; heads are PEFT's own business.
+    # Without a PeftModel the names of what is no adapter's still begin as in one; the names of heads are PEFT's.
     given = {
         key if prefix else key.removeprefix(PREFIX): tensor
         for key, tensor in state.items()
@@ -158,7 +178,7 @@ def _check_loaded(base: Any, prefix: str, adapter: str, config: Any, state: dict
             f"the adapter brings embeddings of {tokens} tokens, and the base model has {size}: call "
             f"resize_token_embeddings({tokens}) on it first"
         )
-    check_values(layouts(given), given.__getitem__, method_of(config).attention.unfitted)
+    check_values(layouts(state), state.__getitem__, method_of(config).attention.unfitted)
     for key, tensor in embeddings.items():
         for other, same in embeddings.items():
             if tensor is same and key in given and other in given and not torch.equal(given[key], given[other]):

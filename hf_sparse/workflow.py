@@ -328,7 +328,7 @@ def load_base(name: str, config: PeftConfig, *, dtype: Dtype = "auto") -> PreTra
         raise HubError(f"the base model {name!r} cannot be read: {_line(error)}") from error
     targets(skeleton, copy.deepcopy(config))  # before gigabytes are read
     try:
-        return base.load()
+        return base.load()[0]
     except (HTTPError, OSError, ValueError, SafetensorError) as error:
         raise HubError(f"the base model {name!r} cannot be loaded: {_line(error)}") from error
 

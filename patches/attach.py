@@ -195,8 +195,14 @@ def patch(model: PreTrainedModel, config: Any, adapter: str = "default") -> PreT
         UnsupportedModelError: no patch for this model; the message lists what is supported.
         TypeError: the configuration is of no sparse attention method.
         AdapterMismatchError: the configuration was made for another base model.
-        ValueError: the model has an adapter of this name or of another method, or the configuration does not fit it.
+        ValueError: the model has an adapter of this name or of another method, or the configuration does not fit it or
+            has `modules_to_save`.
     """
+    if getattr(config, "modules_to_save", None):
+        raise ValueError(
+            f"modules_to_save={config.modules_to_save} is for PEFT, which trains and saves these modules: use "
+            "peft.get_peft_model(model, config), or leave it out and train them yourself"
+        )
     config = copy.deepcopy(config)  # what it was attached to is noted in it
     modules = targets(model, config)
     if any(adapter in method.configs for method in methods_of(model)):

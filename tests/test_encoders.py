@@ -113,9 +113,10 @@ def test_from_nothing_to_the_hub(tmp_path, adapters, text, hub, kind):
 
 
 def test_the_head_that_was_patched_is_the_one_that_loads(tmp_path, bases, tiny_bert):
-    """An adapter made on another head than the checkpoint names."""
+    """An adapter made on another head than the checkpoint names, which it brings."""
     base = bases("BertModel")
-    model = get_peft_model(tiny_bert("BertForTokenClassification"), hf_sparse.SparseKConfig(k=4, window=4, sinks=1))
+    config = hf_sparse.SparseKConfig(k=4, window=4, sinks=1, modules_to_save=["classifier"])
+    model = get_peft_model(tiny_bert("BertForTokenClassification"), config)
     model.peft_config["default"].base_model_name_or_path = str(base)
     model.save_pretrained(str(tmp_path / "adapter"))
     assert (

@@ -15,6 +15,7 @@ from hf_sparse.methods.checks import (
     is_integer,
 )
 from hf_sparse.methods.lora import LoraSettings
+from hf_sparse.methods.saved import SavedModules
 
 # PEFT's error for a type it does not know is nothing but this name, so the name says what to import.
 PEFT_TYPE = "HF_SPARSE_SPARSEFINDER"
@@ -34,7 +35,7 @@ def _is_tile(value: Any) -> bool:
 
 
 @dataclass
-class SparsefinderConfig(LoraSettings):
+class SparsefinderConfig(LoraSettings, SavedModules):
     """Sparsefinder: alpha-entmax attention over a predicted graph of queries and keys.
 
     Treviso et al. 2022 (arXiv 2109.12188). Ours are the learned logit scale per head, which a softmax checkpoint needs,

@@ -15,6 +15,7 @@ from hf_sparse.methods.checks import (
     is_integer,
 )
 from hf_sparse.methods.lora import LoraSettings
+from hf_sparse.methods.saved import SavedModules
 from hf_sparse.methods.sparsek.budget import Budget
 
 # PEFT's error for a type it does not know is nothing but this name, so the name says what to import.
@@ -22,7 +23,7 @@ PEFT_TYPE = "HF_SPARSE_SPARSEK"
 
 
 @dataclass
-class SparseKConfig(LoraSettings):
+class SparseKConfig(LoraSettings, SavedModules):
     """SparseK attention: every query attends to `sinks + window + k` keys, and the KV cache has as many slots.
 
     Lou et al. 2024 (arXiv 2406.16747), with sinks, and with soft gates inside the softmax while training (ours). In an
