@@ -186,7 +186,6 @@ def check_fit(adapter: Adapter, skeleton: PreTrainedModel, base: str) -> int | N
     """
     # The class that will be loaded: each asks something else of its base model.
     kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(adapter.config.task_type, PeftModel)
-    embeddings = embeddings_of(skeleton, "base_model.model.")
     try:
         with usable(f"{adapter.source} on a {type(skeleton).__name__}"), torch.device("meta"):
             model = kind(skeleton, copy.deepcopy(adapter.config))
@@ -195,6 +194,7 @@ def check_fit(adapter: Adapter, skeleton: PreTrainedModel, base: str) -> int | N
         raise
     except ValueError as error:  # another base model, or a layer that it does not have
         raise AdapterMismatchError(f"{adapter.source} does not fit the base model {base}: {error}") from error
+    embeddings = embeddings_of(skeleton, "base_model.model.")  # without those in a head that PEFT has wrapped
     expected = {key: tuple(value.shape) for key, value in state.items() if key not in embeddings}
     try:
         tokens = check_names(adapter.layouts, expected, embeddings)

@@ -11,6 +11,8 @@ from hf_sparse.demo import BASE_NAME, CHECKPOINT
 def embeddings_of(base: PreTrainedModel, prefix: str = "") -> dict[str, Tensor]:
     """The parameters of the input and output embeddings of a base model by name, those of the input first.
 
+    Those within a module that an adapter trains and saves (`modules_to_save`) are that adapter's and left out.
+
     Args:
         prefix: of the names.
 
@@ -22,7 +24,7 @@ def embeddings_of(base: PreTrainedModel, prefix: str = "") -> dict[str, Tensor]:
     return {
         f"{prefix}{names[id(layer)]}.{name}": parameter
         for layer in layers
-        if id(layer) in names
+        if id(layer) in names and ".modules_to_save." not in names[id(layer)]
         for name, parameter in layer.named_parameters(recurse=False)
     }
 
