@@ -333,7 +333,7 @@ def save_adapter(model: PeftModel, folder: str | Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors; a new folder appears with both or not at all."""
     with staged(folder) as stage:
         model.save_pretrained(str(stage), save_embedding_layers=False)
-        (stage / CARD).unlink()  # PEFT's own, which knows nothing of the method
+        (stage / CARD).unlink(missing_ok=True)  # it is written anew from the measurements of the folder
         shutil.copymode(stage / CONFIG, stage / WEIGHTS)  # safetensors lets nobody but the owner read what it writes
 
 
