@@ -32,6 +32,7 @@ from hf_sparse.patches.attach import targets
 from hf_sparse.repo import CARD, FIGURES, check_evaluation, read_json, remove_report, write_repo
 from hf_sparse.results import results_of
 from hf_sparse.tasks import kind_of, task_of
+from hf_sparse.tokens import redact
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -285,14 +286,14 @@ def load_base(name: str, config: PeftConfig, *, dtype: Dtype = "auto") -> PreTra
     except HubError:
         raise
     except (HTTPError, OSError, ValueError) as error:
-        raise HubError(f"the base model {name!r} cannot be read: {error}") from error
+        raise HubError(f"the base model {name!r} cannot be read: {redact(str(error))}") from error
     targets(skeleton, copy.deepcopy(config))  # before gigabytes are read
     try:
         return task_of(skeleton.config).auto.from_pretrained(
             resolve_base(name), dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
     except (HTTPError, OSError, ValueError, SafetensorError) as error:
-        raise HubError(f"the base model {name!r} cannot be loaded: {error}") from error
+        raise HubError(f"the base model {name!r} cannot be loaded: {redact(str(error))}") from error
 
 
 def load_adapter(
@@ -325,7 +326,9 @@ def load_adapter(
             resolve_base(config.base_model_name_or_path), revision=config.revision, trust_remote_code=False
         )
     except (HTTPError, OSError, ValueError) as error:
-        raise HubError(f"no tokenizer for the base model {config.base_model_name_or_path!r}: {error}") from error
+        raise HubError(
+            f"no tokenizer for the base model {config.base_model_name_or_path!r}: {redact(str(error))}"
+        ) from error
     return model.to(cuda_of_process() if place == "cuda" else place), tokenizer
 
 
@@ -386,7 +389,7 @@ def read_dataset(name: str, config: str | None = None, split: str = "train", col
     try:
         rows = load_dataset(source[0], config, data_files=source[1:] or None, split=split)
     except (DatasetsError, HTTPError, OSError, ValueError) as error:
-        raise DataError(f"the dataset {name!r} cannot be loaded: {error.__cause__ or error}") from error
+        raise DataError(f"the dataset {name!r} cannot be loaded: {redact(str(error.__cause__ or error))}") from error
     if column not in rows.column_names:
         raise DataError(f"the dataset {name!r} has no column {column!r}, it has {', '.join(rows.column_names)}")
     texts = [row for row in rows[column] if row]

@@ -29,7 +29,10 @@ def replaced(content: Any, text: str, at: str = "") -> Any:
     """The content with another text in place of every string, and of names that people choose."""
     if isinstance(content, dict):
         named = at in ("settings", "machine", "versions")
-        changed = {key: value if key in KEPT and at != "settings" else replaced(value, text, key) for key, value in content.items()}
+        changed = {
+            key: value if key in KEPT and at != "settings" else replaced(value, text, key)
+            for key, value in content.items()
+        }
         return {**changed, **({f"{text}1": text} if named else {})}
     if isinstance(content, list):
         return [replaced(value, text, at) for value in content]
