@@ -14,8 +14,10 @@ from hf_sparse.patches import SparseKCache as SparseKCache
 from hf_sparse.patches import patch as patch
 from hf_sparse.patches import patched as patched
 from hf_sparse.patches import unpatch as unpatch
+from hf_sparse.saving import register as _register_saving
 from hf_sparse.tuner import register as _register
 
 __version__ = _version("hf-sparse")
 
 _register()
+_register_saving()

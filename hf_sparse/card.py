@@ -1,10 +1,13 @@
 """The model card: a template for each method, filled from the measurements and from nothing else."""
 
-from collections.abc import Mapping
+import json
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCardData
+from markupsafe import Markup
 
 from hf_sparse.demo import BASE_NAME
 from hf_sparse.errors import DataError
@@ -78,6 +81,8 @@ def render(
     figure: str = "quality.png",
     model_class: str | None = None,
     license: Mapping[str, Any] | None = None,
+    tags: Sequence[str] = (),
+    left_out: Sequence[str] = (),
 ) -> str:
     """README.md of an adapter's repository.
 
@@ -93,6 +98,8 @@ def render(
         figure: name of the figure file, shown if there is an evaluation.
         model_class: the class that the adapter was made for; by default a causal language model's.
         license: `license`, `license_name` and `license_link` of the metadata, those that are known.
+        tags: further tags of the metadata.
+        left_out: files beside the card that are of other weights, or of nobody knows which.
 
     Raises:
         DataError: a measurement lacks something that the card shows.
@@ -104,26 +111,34 @@ def render(
     encoder = attends_both_ways((config.base_shape or {}).get("model_type"), task)
     slots = method_of(config).attention.has_slots and not encoder
     on_hub = base_model not in (None, BASE_NAME)
+    all_tags = ["hf-sparse", results.name, "sparse-attention", *results.tags, *(SLOTS_TAGS if slots else []), *tags]
     data = ModelCardData(
         base_model=base_model if on_hub else None,
         base_model_relation="adapter" if on_hub else None,
         library_name="peft",
         pipeline_tag=task.pipeline,
-        tags=["hf-sparse", results.name, "sparse-attention", *results.tags, *(SLOTS_TAGS if slots else [])],
+        tags=list(dict.fromkeys(all_tags)),
         **(license or {}),
     )
-    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
-    environment.globals.update(change=_change, count=_count, machine=_machine)
+    environment = Environment(
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,  # of HTML; this is Markdown
+        finalize=escape,
+    )
+    environment.globals.update(change=_change, code=code, count=_count, machine=_machine)
     template = environment.from_string(Path(__file__).with_name(f"card_{results.name}.md.jinja").read_text("utf-8"))
+    example = _WITH_LABELS.get(task.pipeline, _EXAMPLES[task.kind]) if head_parameters else _EXAMPLES[task.kind]
     try:
         objective = _OBJECTIVES[task.kind][training["objective"]] if training else ""
         text = template.render(
             config=config,
             encoder=encoder,
-            example=_WITH_LABELS.get(task.pipeline, _EXAMPLES[task.kind]) if head_parameters else _EXAMPLES[task.kind],
+            example=[Markup(line) for line in example],
             metric=metric_of(evaluation or {}),
             name=repo_id.split("/")[-1],
-            repo_id=repo_id,
+            repo_id=_python(repo_id),
             parameters=parameters,
             lora_parameters=lora_parameters,
             head_parameters=head_parameters,
@@ -132,6 +147,7 @@ def render(
             evaluation=evaluation,
             training=training,
             objective=objective,
+            left_out=left_out,
             versions=_versions(evaluation or training),
             **results.card(config, evaluation, encoder),
             **_base(repo_id, base_model),
@@ -141,24 +157,66 @@ def render(
     return f"---\n{data.to_yaml()}\n---\n\n{text.rstrip()}\n"
 
 
-def _base(repo_id: str, base_model: str | None) -> dict[str, str]:
+# What Markdown and HTML read as markup, underscores within words apart; `$` begins formulas on the Hub.
+_MARKUP = re.compile(r"[\\`*<>|~\[\]&$#]|(?<![^\W_])_|_(?![^\W_])")
+
+# Control characters, and those that turn the direction of what follows.
+_INVISIBLE = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
+
+
+def escape(value: Any) -> Markup:
+    """Make text of a value that shows in Markdown as it is, on one line; a `Markup` is Markdown already.
+
+    The templates show everything through this.
+
+    >>> print(escape("Q4_1 | <b> *all*"))
+    Q4_1 \\| \\<b\\> \\*all\\*
+    """
+    if isinstance(value, Markup):
+        return value
+    return Markup(_MARKUP.sub(r"\\\g<0>", _visible(value)))
+
+
+def code(value: Any) -> Markup:
+    """Show a value as code in Markdown, whatever is in it.
+
+    >>> print(code("a`b.txt"))
+    ``a`b.txt``
+    """
+    text = _visible(value).strip() or " "
+    fence = "`" * (max((len(run) for run in re.findall("`+", text)), default=0) + 1)
+    space = " " if text[0] == "`" or text[-1] == "`" else ""
+    return Markup(f"{fence}{space}{text}{space}{fence}")
+
+
+def _visible(value: Any) -> str:
+    return _INVISIBLE.sub(" ", str(value).encode("utf-8", "replace").decode())
+
+
+def _python(text: str) -> Markup:
+    """A string of Python in double quotes, on one line."""
+    return Markup(json.dumps(text.encode("utf-8", "replace").decode(), ensure_ascii=False))
+
+
+def _base(repo_id: str, base_model: str | None) -> dict[str, Markup]:
     """How the text names the base model, and how the example loads it."""
+    repo = _python(repo_id)
     if base_model == BASE_NAME:
         return {
-            "base_text": "the small Llama that comes with `hf-sparse`",
-            "tokenizer": f'hf_sparse.hub.resolve_base("{BASE_NAME}")',
-            "arguments": f'"{repo_id}"',
+            "base_text": Markup("the small Llama that comes with `hf-sparse`"),
+            "tokenizer": Markup(f'hf_sparse.hub.resolve_base("{BASE_NAME}")'),
+            "arguments": repo,
         }
     if base_model is None:
         return {
-            "base_text": "a base model that has no name on the Hub",
-            "tokenizer": '"path/to/the/base"',
-            "arguments": f'"{repo_id}", base_model="path/to/the/base"',
+            "base_text": Markup("a base model that has no name on the Hub"),
+            "tokenizer": Markup('"path/to/the/base"'),
+            "arguments": Markup(f'{repo}, base_model="path/to/the/base"'),
         }
     return {
-        "base_text": f"[`{base_model}`](https://huggingface.co/{base_model})",
-        "tokenizer": f'"{base_model}"',
-        "arguments": f'"{repo_id}"',
+        "base_text": Markup(f"[`{base_model}`](https://huggingface.co/{base_model})"),  # a checked id
+        "tokenizer": _python(base_model),
+        "arguments": repo,
     }
 
 

@@ -4,6 +4,8 @@ import errno
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +14,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
+
+from hf_sparse.tokens import redact, scrub
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -22,7 +26,8 @@ class _Group(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         if ctx.params["debug"]:
-            return super().invoke(ctx)
+            with _without_secrets():
+                return super().invoke(ctx)
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # for those who program against the libraries
@@ -32,6 +37,7 @@ class _Group(TyperGroup):
             raise typer.Exit(130) from None
         except Exception as error:
             if not _is_expected(error):
+                scrub(error)
                 raise
             _complain(f"[red]error:[/red] {escape(_line(error))}")
             raise typer.Exit(1) from None
@@ -562,7 +568,17 @@ def _is_expected(error: Exception) -> bool:
 
 
 def _line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    return redact(" ".join(str(error).split())) or type(error).__name__
+
+
+@contextmanager
+def _without_secrets() -> Iterator[None]:
+    """Take tokens out of an exception on its way to a printed traceback."""
+    try:
+        yield
+    except Exception as error:
+        scrub(error)
+        raise
 
 
 def _complain(message: str) -> None:

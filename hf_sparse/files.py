@@ -11,7 +11,7 @@ def write_text(path: str | Path, text: str) -> None:
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_text(text, "utf-8")
+        partial.write_text(text, "utf-8", errors="replace")  # JSON can hold halves of characters
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)

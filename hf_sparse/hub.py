@@ -4,16 +4,26 @@ Only safetensors and JSON are read or written, and no code from a repository run
 """
 
 import copy
+import hashlib
 import json
+import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token, snapshot_download
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    constants,
+    get_token,
+    snapshot_download,
+)
 from huggingface_hub.errors import (
     HfHubHTTPError,
     HFValidationError,
@@ -23,9 +33,8 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
 from peft import PeftModel
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from hf_sparse.adapter import CONFIG, EVALUATION, TRAINING, WEIGHTS, check_fit, check_loaded, read_adapter
@@ -39,9 +48,15 @@ from hf_sparse.methods import registered_methods
 from hf_sparse.patches import methods_of
 from hf_sparse.patches.attach import check_no_adapters
 from hf_sparse.patches.heads import initialised
-from hf_sparse.repo import FILES, is_public, write_repo
+from hf_sparse.repo import CARD, FILES, is_public, write_repo
+from hf_sparse.tokens import check_token, redact, scrub
 
 __all__ = ["from_pretrained", "push_to_hub", "resolve_base", "write_repo"]
+
+# The Hub knows licenses by short names; which ones it tells itself, before anything is created.
+_LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
+
+_LONGEST = 500  # characters of a message that others wrote
 
 
 def from_pretrained(
@@ -74,13 +89,16 @@ def from_pretrained(
         A `PeftModel` in `eval` mode.
 
     Raises:
-        HubError: no such repository, no access, files that are missing or damaged, not an adapter of hf-sparse.
+        HubError: no such repository, no access, files that are missing or damaged, not an adapter of hf-sparse, a
+            token that cannot be one.
         AdapterMismatchError: the adapter was made for another base model.
         UnsupportedModelError: the base model has no sparse attention patch.
         ValueError: options that would run code from a repository, fetch kernels or unpickle weights; the base model
             has other adapters.
     """
     base = _check_options(base_model, kwargs)
+    if isinstance(token, str):  # the saved one is checked where it is needed
+        token = check_token(token)
     places: dict[str, Any] = {key: kwargs[key] for key in ("cache_dir", "local_files_only") if key in kwargs}
     adapter = read_adapter(_fetch(repo_or_dir, revision, token, places), str(repo_or_dir))
     if base is not None:
@@ -135,6 +153,8 @@ def push_to_hub(
 ) -> str:
     """Publish an adapter with its card, measurements and figure: one commit, or none.
 
+    Of two pushes to one repository at the same time one fails, and the repository holds all files of the other.
+
     The adapter is first checked against the configuration of its base model, so that what is pushed can be loaded.
     The card is written anew by every push. Files of an earlier push that this one does not have (an eval.json, say)
     are removed in the same commit; files that are not hf-sparse's stay. Of processes that were launched together the
@@ -169,7 +189,10 @@ def push_to_hub(
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise HubError(f"{repo_id!r} is not a repository id such as 'user/name': {error}") from error
+        raise HubError(f"{repo_id!r} is not a repository id such as 'user/name': {_one_line(error)}") from error
+    if license is not None and not _LICENSE.fullmatch(license):
+        raise HubError(f"expected the Hub's name of a license, such as 'apache-2.0' or 'other', got {license!r}")
+    token = check_token(token)
     if token is False or (token in (None, True) and get_token() is None):
         raise HubError(f"cannot push to {repo_id} without a token: run `hf auth login`, set HF_TOKEN, or pass token=")
     api = HfApi(token=token)
@@ -237,9 +260,31 @@ def _fetch(repo_or_dir: str | Path, revision: str | None, token: str | bool | No
         validate_repo_id(repo_id)
     except HFValidationError as error:
         raise HubError(f"{repo_id} is neither a folder here nor a repository id: {error}") from error
+    token = check_token(token)
     with _explained(f"cannot load the adapter {repo_id}" + (f" at revision {revision}" if revision else "")):
         wanted = [CONFIG, WEIGHTS]
-        return Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=wanted, **places))
+        folder = Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=wanted, **places))
+        for name in wanted:
+            _check_download(folder / name)
+    return folder
+
+
+def _check_download(path: Path) -> None:
+    """Check the content of a file in the cache, which is named by its hash; the client checks the size alone.
+
+    Raises:
+        OSError: it is not what the Hub has.
+    """
+    blob = path.resolve()
+    if not blob.is_file() or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
+        return  # a cache without links, or an endpoint that names files by something else
+    data = blob.read_bytes()
+    if len(blob.name) == 64:
+        hashes = [hashlib.sha256(data)]
+    else:  # git's, or that of an endpoint that is not the Hub
+        hashes = [hashlib.sha1(b"blob %d\0" % len(data) + data), hashlib.sha1(data)]
+    if blob.name not in [content.hexdigest() for content in hashes]:
+        raise OSError(f"{path.name} is damaged: its hash is not the one that the Hub has; delete {blob} and load again")
 
 
 def _active_adapter(model: Any) -> str:
@@ -298,48 +343,96 @@ def _license_of(api: HfApi, base_model: str) -> dict[str, Any]:
         page: Any = api.model_info(base_model).card_data or {}
     except RepositoryNotFoundError:  # or not for this token; what was read of it is in the cache
         return {}
-    found = {name: page.get(name) for name in ("license", "license_name", "license_link")}
-    if (link := found["license_link"]) and "://" not in link:  # a file of that repository
-        found["license_link"] = f"https://huggingface.co/{base_model}/blob/main/{link}"
-    return found
+    # Nothing checked what people wrote there: a license may be a list, or what YAML makes of `no`.
+    said = {name: page.get(name) for name in ("license", "license_name", "license_link")}
+    stated: dict[str, Any] = {name: value for name, value in said.items() if isinstance(value, str) and value}
+    several = said["license"]
+    if isinstance(several, list) and several and all(isinstance(one, str) for one in several):
+        stated["license"] = several
+    if (link := stated.get("license_link")) and "://" not in link:  # a file of that repository
+        stated["license_link"] = f"https://huggingface.co/{base_model}/blob/main/{link}"
+    return stated
+
+
+def _check_card(api: HfApi, card: str) -> None:
+    """Ask the Hub whether it takes a card, before anything is created there.
+
+    Raises:
+        HubError: it does not.
+        HTTPError: it cannot be asked.
+    """
+    headers = build_hf_headers(token=api.token)
+    body = {"content": card, "repoType": "model"}
+    answer = get_session().post(f"{api.endpoint}/api/validate-yaml", json=body, headers=headers)
+    if answer.status_code == 400:
+        try:
+            reasons = "; ".join(str(error["message"]) for error in answer.json()["errors"])
+        except (ValueError, LookupError, TypeError):
+            reasons = answer.text
+        raise HubError(f"the Hub does not take the card: {_one_line(reasons)}; nothing was created")
+    hf_raise_for_status(answer)
 
 
 def _commit(api: HfApi, stage: Path, repo_id: str, private: bool, message: str, revision: str | None) -> str:
-    """Bring the staged files to the Hub and return the repository's URL."""
+    """Bring the staged files to the Hub and return the repository's URL.
+
+    The commit names as its parent the commit that was looked at, so of two pushes at the same time one is refused.
+    """
     created: list[str] = []
-    with _explained(f"cannot push to {repo_id}", created):
+    with _explained(f"cannot push to {repo_id}", lambda: _left(created)):
+        _check_card(api, (stage / CARD).read_text("utf-8"))
         try:
-            if private and not api.model_info(repo_id).private:
+            seen = api.model_info(repo_id)
+            if private and not seen.private:
                 raise HubError(f"{repo_id} exists and is public: make it private first, or push without private=True")
-            held = api.list_repo_files(repo_id)
         except RepositoryNotFoundError:
             api.create_repo(repo_id, private=private)
             created.append(f"the empty repository {repo_id}")
-            held = []
+            seen = api.model_info(repo_id)
         if revision is not None:
             try:
-                held = api.list_repo_files(repo_id, revision=revision)
+                seen = api.model_info(repo_id, revision=revision)
             except RevisionNotFoundError:
-                api.create_branch(repo_id, branch=revision)
+                api.create_branch(repo_id, branch=revision, revision=seen.sha)
                 created.append(f"the branch {revision}")
+        held = {file.rfilename for file in seen.siblings or ()}
         staged = {path.name for path in stage.iterdir()}
         operations: list[Any] = [CommitOperationAdd(name, stage / name) for name in sorted(staged)]
         operations += [CommitOperationDelete(name) for name in FILES if name in held and name not in staged]
+    with _explained(f"cannot push to {repo_id}", partial(_after_commit, api, repo_id, revision, seen.sha, created)):
         # Not upload_folder, which makes several commits where Xet is installed.
-        api.create_commit(repo_id, operations, commit_message=message, revision=revision)
+        api.create_commit(repo_id, operations, commit_message=message, revision=revision, parent_commit=seen.sha)
     return f"{api.endpoint}/{repo_id}"
 
 
+def _left(created: list[str]) -> str:
+    return f" (created before that: {' and '.join(created)}; push again or delete)" if created else ""
+
+
+def _after_commit(api: HfApi, repo_id: str, revision: str | None, parent: str | None, created: list[str]) -> str:
+    """Say what exists after a commit that failed, as the Hub has it: an answer may be lost when the commit is not."""
+    try:
+        newest = api.model_info(repo_id, revision=revision).sha
+    except Exception:
+        return f"; whether anything was published is not known{_left(created)}"
+    if newest == parent:
+        return f"; nothing was published{_left(created)}"
+    return f"; the newest commit of {repo_id} is now {str(newest)[:7]}, of this push or of another: look at it first"
+
+
 @contextmanager
-def _explained(what: str, created: Sequence[str] = ()) -> Iterator[None]:
-    """Turn every failure to reach the Hub or to read from it into one `HubError`: what to do, what was created."""
+def _explained(what: str, left: Callable[[], str] = lambda: "") -> Iterator[None]:
+    """Turn every failure to reach the Hub or to read from it into one `HubError`: what to do, and what is left.
+
+    Clients and their storages fail with exceptions of many kinds, RuntimeError among them, and new versions add others.
+    """
     try:
         yield
-    except HfSparseError:
+    except (HfSparseError, MemoryError, torch.OutOfMemoryError):
         raise
-    except (HTTPError, OSError, ValueError, SafetensorError) as error:
-        left = f" (created before that: {' and '.join(created)}; push again or delete)" if created else ""
-        raise HubError(f"{what}: {_advice(error)}{left}") from error
+    except Exception as error:
+        scrub(error)
+        raise HubError(f"{what}: {_advice(error)}{left()}") from error
 
 
 def _advice(error: BaseException) -> str:
@@ -349,16 +442,44 @@ def _advice(error: BaseException) -> str:
     if isinstance(error, RepositoryNotFoundError):
         return "there is no such repository, or this token may not see it (`hf auth login`)"
     if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        known = {
-            401: "the token is not valid (401): run `hf auth login`, or pass token=",
-            403: "this token may not do that (403): check the owner's name and that the token may write",
-            409: "the name is taken, or another change got in between (409): try again",
-            412: "another change got in between (412): try again",
-        }
-        return known.get(status, f"the Hub failed ({status}): try again later" if status >= 500 else str(error))
+        return _advice_on_status(error)
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
     if isinstance(error, HTTPError):
-        return f"the Hub cannot be reached ({error}): check the network"
-    return " ".join(str(error).split())
+        return f"the Hub cannot be reached ({_one_line(error)}): check the network"
+    said = _one_line(error).removesuffix(".") or type(error).__name__
+    if not isinstance(error, OSError | ValueError) and error.__cause__ is not None:  # says what failed, but not why
+        return f"{said}: {_advice(error.__cause__)}"
+    return said
+
+
+def _advice_on_status(error: HfHubHTTPError) -> str:
+    status = error.response.status_code
+    # Files lie elsewhere, under addresses that are signed for a while: what it refuses is not the token.
+    request = getattr(error.response, "_request", None)  # the property raises where there was none
+    at_hub = request is None or str(request.url).startswith(constants.ENDPOINT)
+    failed = f"the {'Hub' if at_hub else 'storage of the Hub'} failed ({status}): try again later"
+    known = {
+        401: "the token is not valid (401): run `hf auth login`, or pass token=",
+        403: "this token may not do that (403): check the owner's name and that the token may write",
+        404: "the Hub does not find it (404): see that the repository still exists",
+        409: "the name is taken, or another change got in between (409): try again",
+        412: "another change got in between (412): try again",
+    }
+    refused = {
+        413: "a file is larger than it takes (413)",
+        429: "there were too many requests (429): wait, then try again",
+    }
+    if status >= 500:
+        return failed
+    if status in refused:
+        return refused[status]
+    if not at_hub:
+        return f"the storage of the Hub refused ({status}): try again"
+    return known.get(status, _one_line(error))
+
+
+def _one_line(error: object) -> str:
+    """The message of an exception without line ends and secrets, and not longer than a person reads."""
+    text = redact(" ".join(str(error).split()))
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."

@@ -5,7 +5,7 @@ Its report lies there too, and is not published.
 
 import json
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -73,20 +73,7 @@ def write_repo(
     base_model = adapter.base_model if is_public(adapter.base_model) else None
     if evaluation is not None and base_model is not None:
         evaluation = {**evaluation, "base_model": base_model}  # not the folder that it was loaded from
-    lora = method_of(adapter.config).attention.adapter_layer_names[1]
-    card = render(
-        adapter.config,
-        repo_id=repo_id or folder.resolve().name,
-        base_model=base_model,
-        parameters=sum(math.prod(shape) for shape in adapter.shapes.values()),
-        lora_parameters=sum(math.prod(shape) for key, shape in adapter.shapes.items() if f".{lora}." in key),
-        head_parameters=adapter.head_parameters,
-        evaluation=evaluation,
-        training=training,
-        figure=results.figure,
-        model_class=adapter.model_class,
-        license=license,
-    )
+    card = _render(adapter, evaluation, training, repo_id or folder.resolve().name, license)
     with staged(folder) as stage:
         if evaluation is not None:
             results.draw_figure(evaluation, training, stage / results.figure)
@@ -94,6 +81,78 @@ def write_repo(
             if content is not None:
                 write_json(stage / name, content)
         write_text(stage / CARD, card)
+
+
+def write_card(
+    folder: Path,
+    evaluation: dict[str, Any] | None,
+    training: dict[str, Any] | None,
+    *,
+    repo_id: str | None = None,
+    license: Mapping[str, Any] | None = None,
+    tags: Sequence[str] = (),
+    left_out: Sequence[str] = (),
+) -> None:
+    """Write the card of an adapter alone, with those measurements that are certainly of its weights.
+
+    Args:
+        folder: holds adapter_config.json and adapter_model.safetensors.
+        evaluation: content of eval.json; on the card if it names the hash of the weights, and its figure is there.
+        training: content of finetune.json; on the card if it names the hash of the weights.
+        repo_id: how the card tells readers to load the adapter; by default the name of the folder.
+        license: see `hf_sparse.card.render`.
+        tags: further tags of the card.
+        left_out: measurements that may lie where the card goes, and are of nobody knows which weights.
+
+    Raises:
+        HubError: the folder holds no adapter of hf-sparse.
+        DataError: a measurement is not what hf-sparse writes.
+    """
+    adapter = read_adapter(folder, str(folder))
+
+    def is_its(content: dict[str, Any] | None) -> bool:
+        return content is not None and content.get("weights_sha256") == adapter.weights_sha256
+
+    left_out = list(left_out) + [
+        name
+        for name, content in ((EVALUATION, evaluation), (TRAINING, training))
+        if content is not None and not is_its(content)
+    ]
+    evaluation, training = (content if is_its(content) else None for content in (evaluation, training))
+    if evaluation is not None:
+        check_evaluation(evaluation, adapter)
+        if not (folder / results_of(adapter.config).figure).is_file():
+            evaluation = None
+            left_out.append(EVALUATION)
+    name = repo_id or folder.resolve().name
+    write_text(folder / CARD, _render(adapter, evaluation, training, name, license, tags, left_out))
+
+
+def _render(
+    adapter: Adapter,
+    evaluation: dict[str, Any] | None,
+    training: dict[str, Any] | None,
+    repo_id: str,
+    license: Mapping[str, Any] | None,
+    tags: Sequence[str] = (),
+    left_out: Sequence[str] = (),
+) -> str:
+    lora = method_of(adapter.config).attention.adapter_layer_names[1]
+    return render(
+        adapter.config,
+        repo_id=repo_id,
+        base_model=adapter.base_model if is_public(adapter.base_model) else None,
+        parameters=sum(math.prod(shape) for shape in adapter.shapes.values()),
+        lora_parameters=sum(math.prod(shape) for key, shape in adapter.shapes.items() if f".{lora}." in key),
+        head_parameters=adapter.head_parameters,
+        evaluation=evaluation,
+        training=training,
+        figure=results_of(adapter.config).figure,
+        model_class=adapter.model_class,
+        license=license,
+        tags=tags,
+        left_out=left_out,
+    )
 
 
 def check_evaluation(evaluation: dict[str, Any], adapter: Adapter) -> None:

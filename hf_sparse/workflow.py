@@ -32,6 +32,7 @@ from hf_sparse.patches.attach import targets
 from hf_sparse.repo import CARD, check_evaluation, check_training, measurements, read_json, write_repo
 from hf_sparse.results import results_of
 from hf_sparse.tasks import kind_of
+from hf_sparse.tokens import redact
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -369,14 +370,14 @@ def load_adapter(
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())
+    return " ".join(redact(str(error)).split())
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> None:
     """Write adapter_config.json and adapter_model.safetensors, both or none."""
     with staged(folder, first=(CONFIG, WEIGHTS)) as stage:
         model.save_pretrained(str(stage), save_embedding_layers=False)
-        (stage / CARD).unlink()  # PEFT's own, which knows nothing of the method
+        (stage / CARD).unlink(missing_ok=True)  # it is written anew from the measurements of the folder
         shutil.copymode(stage / CONFIG, stage / WEIGHTS)  # safetensors lets nobody but the owner read what it writes
 
 
@@ -409,7 +410,7 @@ def read_dataset(name: str, config: str | None = None, split: str = "train", col
     try:
         rows = load_dataset(source[0], config, data_files=source[1:] or None, split=split)
     except (DatasetsError, HTTPError, OSError, ValueError) as error:
-        raise DataError(f"the dataset {name!r} cannot be loaded: {error.__cause__ or error}") from error
+        raise DataError(f"the dataset {name!r} cannot be loaded: {redact(str(error.__cause__ or error))}") from error
     if column not in rows.column_names:
         raise DataError(f"the dataset {name!r} has no column {column!r}, it has {', '.join(rows.column_names)}")
     texts = [row for row in rows[column] if row]

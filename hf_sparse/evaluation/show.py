@@ -3,6 +3,7 @@
 from statistics import fmean
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from hf_sparse.metrics import metric_of
@@ -12,9 +13,11 @@ def table(result: dict[str, Any]) -> Table:
     """What `evaluate` returned, for people."""
     text, budget, speed = (result[key] for key in ("text", "budget", "tokens_per_second"))
     memory, apart, metric = result.get("kv_bytes"), result.get("divergence"), metric_of(result)
-    caption = f"{text['chunks']} chunks of {text['length']} tokens" + (f" of {text['name']}" if text["name"] else "")
+    caption = f"{text['chunks']} chunks of {text['length']} tokens" + (
+        f" of {escape(text['name'])}" if text["name"] else ""
+    )
     parts = f"{budget['sinks']} sinks, window {budget['window']}, {budget['k']} selected"
-    view = Table(title=f"{result['base_model']}: {parts}", caption=caption)
+    view = Table(title=f"{escape(str(result['base_model']))}: {parts}", caption=caption)
     view.add_column("attention", no_wrap=True)
     headers = ["keys per query", metric.name, *(["KL from dense, nats"] if apart else [])]
     headers += [f"KV cache at {memory['tokens']} tokens", "decoding, tokens/s"] if memory else ["forward, tokens/s"]
@@ -62,7 +65,7 @@ def task_table(name: str, task: dict[str, Any]) -> Table:
     if isinstance(first, dict):
         title += ", mean over depths" if "depths" in first else ""
         lengths = [f"{length} tokens" for length in first["lengths"]]
-    view = Table(title=title, min_width=len(title))  # a narrower table breaks its title into lines
+    view = Table(title=escape(title), min_width=len(title))  # a narrower table breaks its title into lines
     view.add_column("attention", no_wrap=True)
     for header in lengths or ["score"]:
         view.add_column(header, justify="right")

@@ -31,6 +31,7 @@ def task_figure(name: str, task: dict[str, Any], path: str | Path) -> None:
         title = f"{name.replace('_', ' ').capitalize()}: {metric}"
         if (slots := task["settings"].get("slots")) and not name.endswith(" slots"):  # otherwise the name says it
             title += f" with {slots} KV slots"
+        title = title.encode("utf-8", "replace").decode()  # JSON can hold halves of characters
         names = [*(["dense"] if "dense" in results else []), *ordered(results)]
         if not names:
             raise ValueError(f"the task {name} has no results")

@@ -208,6 +208,9 @@ class LoopbackHub:
         self._repos: dict[tuple[str, str], Repo] = {}
         self._objects: dict[str, bytes] = {}  # LFS content by sha256
         self._failures: list[tuple[re.Pattern[str], HubError]] = []  # one entry per request that is to fail
+        self._faults: list[tuple[str, str, re.Pattern[str], Callable[..., Any]]] = []  # (when, method, path, what)
+        self.override: dict[str, Any] = {}  # by pattern of the path, an answer in place of the real one
+        self.licenses: set[str] | None = None  # the only ones that cards may have
         self._lock = threading.Lock()
         self._server = Server(("127.0.0.1", 0), partial(Handler, self))
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
@@ -220,14 +223,37 @@ class LoopbackHub:
         self._server.shutdown()
         self._server.server_close()
 
-    def fail_next(self, path_regex: str, status: int, times: int = 1, code: str = "") -> None:
+    def fail_next(self, path_regex: str, status: int, times: int = 1, code: str = "", message: str = "") -> None:
         """Answers the next `times` requests whose path matches (`re.search`) with `status`; they have no effect.
 
         Clients repeat preupload, LFS batch and LFS upload on 5xx, up to 5 times with growing pauses, so `times=1` only
         delays those. They do not repeat create, commit and resolve.
         """
-        message = INVALID_TOKEN if (status, code) == (401, "") else f"failure injected by the test ({status})"
-        self._failures += [(re.compile(path_regex), HubError(status, message, code))] * times
+        usual = INVALID_TOKEN if (status, code) == (401, "") else f"failure injected by the test ({status})"
+        self._failures += [(re.compile(path_regex), HubError(status, message or usual, code))] * times
+
+    def before_next(self, method: str, path_regex: str, action: Callable[[], Any]) -> None:
+        """Calls `action` when the next such request has come, before it is answered: another client may act in it."""
+        self._faults.append(("before", method, re.compile(path_regex), action))
+
+    def cut_next(self, method: str, path_regex: str, *, answered: bool = False, times: int = 1) -> None:
+        """Closes the connection of the next such requests without an answer.
+
+        With `answered` they have had their effect, and half of the answer was sent. Clients repeat most requests.
+        """
+        when = "after" if answered else "before"
+        self._faults += [(when, method, re.compile(path_regex), _cut)] * times
+
+    def damage_next(self, path_regex: str, change: Callable[[bytes], bytes]) -> None:
+        """Changes the content of the next file that is sent; the headers tell its old hash."""
+        self._faults.append(("content", "GET", re.compile(path_regex), change))
+
+    def take_fault(self, when: str, request: Request) -> Callable[..., Any] | None:
+        for index, (moment, method, pattern, action) in enumerate(self._faults):
+            if (moment, method) == (when, request.method) and pattern.search(unquote(request.path)):
+                del self._faults[index]
+                return action
+        return None
 
     def count(self, method: str, path_regex: str) -> int:
         """How many recorded requests match, for example `count("POST", "/commit/")`."""
@@ -237,6 +263,7 @@ class LoopbackHub:
         """Forgets the recorded requests and the failures still waiting; the repositories stay."""
         self.requests.clear()
         self._failures.clear()
+        self._faults.clear()
 
     def handle(self, request: Request) -> Response:
         with self._lock:
@@ -244,6 +271,9 @@ class LoopbackHub:
             self.requests.append((request.method, path))
             try:
                 self._raise_injected(path)
+                for pattern, answer in self.override.items():
+                    if re.search(pattern, path):
+                        return reply(answer)
                 return self._dispatch(request)
             except HubError as error:
                 return error.response
@@ -295,6 +325,8 @@ class LoopbackHub:
         try:
             card = self._parse_yaml(block[1])
             errors = card_errors(card)
+            if self.licenses is not None and isinstance(card, dict) and card.get("license") not in self.licenses:
+                errors.append(f"'license' must be one of {', '.join(sorted(self.licenses))}")
         except Exception as error:  # the type belongs to the parser
             card, errors = None, [f"broken YAML: {error}"]
         if errors:
@@ -464,6 +496,10 @@ class LoopbackHub:
         return Response(302, {**headers, "Location": f"{self.storage}/lfs/{blob.sha256}"}, b"")
 
 
+def _cut() -> None:
+    raise ConnectionAbortedError
+
+
 class Server(ThreadingHTTPServer):
     daemon_threads = True
     request_queue_size = 64  # with the default of 5 parallel clients wait for a second
@@ -483,13 +519,24 @@ class Handler(BaseHTTPRequestHandler):
     def _serve(self) -> None:
         url = urlsplit(self.path)
         request = Request(self.command, url.path, parse_qs(url.query), self.headers, self._read_body())
-        response = self.hub.handle(request)
+        try:
+            if before := self.hub.take_fault("before", request):
+                before()
+            response = self.hub.handle(request)
+            if damage := self.hub.take_fault("content", request):
+                response = response._replace(body=damage(response.body))
+            cut = self.hub.take_fault("after", request)
+        except ConnectionAbortedError:
+            self.close_connection = True
+            return
         self.send_response(response.status)
         for name, value in {**response.headers, "Content-Length": str(len(response.body))}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(response.body)
+            self.wfile.write(response.body[: len(response.body) // 2] if cut else response.body)
+        if cut:
+            self.close_connection = True
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _serve
 

@@ -567,7 +567,8 @@ def test_somebody_elses_name(model):
     [
         ("/api/repos/create", 409, "the name is taken"),
         ("/api/repos/create", 503, r"the Hub failed \(503\): try again later"),
-        ("{}/tree/", 403, r"this token may not do that \(403\)"),  # clients repeat this one on 5xx
+        ("/api/models/{}", 403, r"this token may not do that \(403\)"),
+        ("/api/validate-yaml", 503, r"the Hub failed \(503\): try again later"),
     ],
 )
 def test_failure_before_anything_exists(model, api, hub, repo_id, path, status, message):

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
 from hf_sparse.metrics import metric_of
@@ -22,12 +23,14 @@ def point_name(point: dict[str, Any]) -> str:
 def graph_table(result: dict[str, Any]) -> Table:
     """What `analyse` returned, for people."""
     text, metric, adapter = result["text"], metric_of(result), result["adapter"]
-    caption = f"{text['chunks']} chunks of {text['length']} tokens" + (f" of {text['name']}" if text["name"] else "")
+    caption = f"{text['chunks']} chunks of {text['length']} tokens" + (
+        f" of {escape(text['name'])}" if text["name"] else ""
+    )
     tile = f"tiles of {adapter['tile']}" if adapter["tile"] else "single tokens"
     if query_tile := adapter.get("query_tile"):
         tile += f", a list for {'each query' if query_tile == 1 else f'{query_tile} queries'}"
     view = Table(
-        title=f"{result['base_model']}: {adapter['predictor']}, {tile}",
+        title=f"{escape(str(result['base_model']))}: {adapter['predictor']}, {tile}",
         caption=f"{caption}; * the adapter's own number of tiles; graphs compound through the layers",
     )
     apart = "divergence" in result["full"]
