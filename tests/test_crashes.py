@@ -347,3 +347,24 @@ def in_a_child(act: Callable[[], Any], size: int) -> str:
         ending = pipe.read()
     os.waitpid(child, 0)
     return ending
+
+
+def test_measurements_of_other_weights_are_refused(place, tmp_path):
+    """What a copy by hand mixes: finetune.json of other weights, and eval.json of other settings."""
+    folder = shutil.copytree(place.whole, tmp_path / "adapter")
+    train(place, shutil.copytree(folder, tmp_path / "other"), seed=1)
+    shutil.copyfile(tmp_path / "other" / TRAINING, folder / TRAINING)
+    old = content(folder)
+    for act in (lambda: write_repo(folder), lambda: measure(place, folder), lambda: write_report(folder)):
+        with pytest.raises(
+            DataError, match=r"finetune\.json tells of the training of other weights than adapter_model"
+        ):
+            act()
+    assert content(folder) == old
+    shutil.copyfile(place.whole / TRAINING, folder / TRAINING)
+    write_repo(folder)
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {"layers": [0, 1], "peft_version": "another"}))
+    for act in (lambda: write_repo(folder), lambda: write_report(folder)):
+        with pytest.raises(DataError, match=r"eval\.json (was measured with other|is of the) settings"):
+            act()

@@ -3,8 +3,6 @@
 import os
 import re
 import signal
-import subprocess
-import sys
 import threading
 import time
 
@@ -12,15 +10,6 @@ import pytest
 
 from hf_sparse.errors import BusyError
 from hf_sparse.folders import is_empty, locked, settle, staged
-
-HOLD = """
-import sys, time
-from hf_sparse.folders import locked, staged
-
-with {how}(sys.argv[1]) as stage:
-    print("held", flush=True)
-    time.sleep(60)
-"""
 
 
 @pytest.fixture
@@ -31,22 +20,40 @@ def folder(tmp_path):
     return folder
 
 
+class Holder:
+    """A process that holds a folder until it is killed."""
+
+    def __init__(self, folder, hold):
+        reader, writer = os.pipe()
+        self.pid = os.fork()
+        if not self.pid:
+            with hold(folder):
+                os.write(writer, b"held")
+                time.sleep(60)
+            os._exit(0)
+        os.close(writer)
+        assert os.read(reader, 4) == b"held"
+        os.close(reader)
+
+    def kill(self):
+        if self.pid:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+            self.pid = 0
+
+
 @pytest.fixture
 def holder():
     """Starts a process that holds a folder, and kills it in the end."""
     started = []
 
-    def start(folder, how="locked"):
-        process = subprocess.Popen([sys.executable, "-c", HOLD.format(how=how), str(folder)], stdout=subprocess.PIPE)
-        started.append(process)
-        assert process.stdout.readline() == b"held\n"
-        return process
+    def start(folder, hold=locked):
+        started.append(Holder(folder, hold))
+        return started[-1]
 
     yield start
     for process in started:
         process.kill()
-        process.wait()
-        process.stdout.close()
 
 
 def test_a_second_run_is_told_who_holds_the_folder(folder, holder):
@@ -58,19 +65,17 @@ def test_a_second_run_is_told_who_holds_the_folder(folder, holder):
         ):
             pytest.fail("held twice")
         assert f"(pid {process.pid}, since " in str(caught.value) and isinstance(caught.value, OSError)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
     with locked(folder):  # the system has released it
         assert f"pid {os.getpid()}" in (folder / ".lock").read_text()
     assert [path.name for path in folder.iterdir()] == ["a.json"]
 
 
 def test_a_folder_that_is_being_made_is_held_too(tmp_path, holder):
-    process = holder(tmp_path / "new", "staged")
+    process = holder(tmp_path / "new", staged)
     with pytest.raises(BusyError, match="new is in use by another run"), staged(tmp_path / "new"):
         pytest.fail("held twice")
     process.kill()
-    process.wait()
     assert len(list(tmp_path.iterdir())) == 2  # its stage and its lock
     with staged(tmp_path / "new") as stage:
         (stage / "a.json").write_text("new")
@@ -131,9 +136,8 @@ def test_nothing_happens_where_the_block_fails(folder, tmp_path):
 def test_leftovers_of_killed_runs(tmp_path, holder):
     folder = tmp_path / "adapter"
     folder.mkdir()
-    process = holder(folder, "staged")
+    process = holder(folder, staged)
     process.kill()
-    process.wait()
     assert len(list(folder.iterdir())) == 2 and is_empty(folder)
     for name in (".stage.mine", ".adapter.notes", "notes.txt"):
         (folder / name).mkdir()
@@ -146,10 +150,9 @@ def test_leftovers_of_killed_runs(tmp_path, holder):
 def test_a_reader_finishes_what_was_committed(folder, holder):
     (folder / ".pending").mkdir()
     (folder / ".pending" / "a.json").write_text("new")
-    process = holder(folder.with_name("other"))
+    holder(folder.with_name("other"))
     settle(folder)
     assert (folder / "a.json").read_text() == "new" and not (folder / ".pending").exists()
-    assert process.poll() is None
 
 
 def test_a_reader_waits_for_who_holds_the_folder(folder, monkeypatch):
