@@ -276,7 +276,8 @@ def _check_resumable(
         different = [key for key, value in identity.items() if state["settings"].get(key) != value]
         raise ValueError(f"cannot resume with other settings than the checkpoint's; different: {', '.join(different)}")
     what = {"base": "another base model (weights or dtype)", "first_weights": "other first weights"}
-    if others := changed(state.get("origin", {}), origin):
+    noted = state["origin"] if state["format"] > 1 else {}  # an older hf-sparse did not
+    if others := changed(noted, origin):
         raise DataError(
             f"cannot resume from {folder.name}: it began with {what[others[0]]} than this run; load what it began "
             "with, or start over without resume"

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import random
+import resource
 import shutil
 import signal
 import sys
@@ -24,7 +25,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import hf_sparse
-from hf_sparse import workflow
+from hf_sparse import cli, workflow
 from hf_sparse.adapter import CONFIG, EVALUATION, TRAINING, WEIGHTS
 from hf_sparse.errors import DataError
 from hf_sparse.finetune import FinetuneConfig
@@ -310,3 +311,60 @@ def test_a_push_publishes_what_was_committed(place, tmp_path, hub):
     for file in (WEIGHTS, TRAINING):
         assert Path(hf_hub_download(name, file)).read_bytes() == shown(folder)[file]
     assert not HfApi().file_exists(name, EVALUATION)
+
+
+@pytest.mark.parametrize("verb", ["patch --force", "finetune with checkpoints", "eval", "report again"])
+@pytest.mark.parametrize("size", [60, 2500, 9000])
+def test_a_disk_that_is_full(place, tmp_path, verb, size):
+    """A limit on the size of files stands for it: to the system it is an error of writing too."""
+    folder = shutil.copytree(place.whole, tmp_path / "adapter")
+    old = shown(folder)
+    ending = in_a_child(lambda: VERBS[verb](place, folder), size)
+    if ending == "done":
+        assert size > 60
+        return
+    error, expected, message = ending.split("|", 2)
+    assert expected == "True" and "\n" not in message and ("large" in message or "os error 27" in message), ending
+    assert shown(folder) == old
+    left = {name for name in content(folder) if "/." in f"/{name}"}
+    assert not left, (error, left)
+
+
+def in_a_child(act: Callable[[], Any], size: int) -> str:
+    """Run an action in a process that can write no file larger than so many bytes, and tell how it ended."""
+    reader, writer = os.pipe()
+    if not (child := os.fork()):
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
+            act()
+            ending = "done"
+        except BaseException as error:
+            ending = f"{type(error).__name__}|{cli._is_expected(error)}|{cli._line(error)}"
+        os.write(writer, ending.encode()[:4000])
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader) as pipe:
+        ending = pipe.read()
+    os.waitpid(child, 0)
+    return ending
+
+
+def test_measurements_of_other_weights_are_refused(place, tmp_path):
+    """What a copy by hand mixes: finetune.json of other weights, and eval.json of other settings."""
+    folder = shutil.copytree(place.whole, tmp_path / "adapter")
+    train(place, shutil.copytree(folder, tmp_path / "other"), seed=1)
+    shutil.copyfile(tmp_path / "other" / TRAINING, folder / TRAINING)
+    old = content(folder)
+    for act in (lambda: write_repo(folder), lambda: measure(place, folder), lambda: write_report(folder)):
+        with pytest.raises(
+            DataError, match=r"finetune\.json tells of the training of other weights than adapter_model"
+        ):
+            act()
+    assert content(folder) == old
+    shutil.copyfile(place.whole / TRAINING, folder / TRAINING)
+    write_repo(folder)
+    config = json.loads((folder / CONFIG).read_text())
+    (folder / CONFIG).write_text(json.dumps(config | {"layers": [0, 1], "peft_version": "another"}))
+    for act in (lambda: write_repo(folder), lambda: write_report(folder)):
+        with pytest.raises(DataError, match=r"eval\.json (was measured with other|is of the) settings"):
+            act()

@@ -1,6 +1,12 @@
+import math
+from dataclasses import fields
+
 import pytest
 
 from hf_sparse.finetune import FinetuneConfig
+
+NUMBERS = [f.name for f in fields(FinetuneConfig) if type(f.default) is float]
+INTEGERS = [f.name for f in fields(FinetuneConfig) if type(f.default) is int]
 
 
 @pytest.mark.parametrize(
@@ -24,6 +30,17 @@ from hf_sparse.finetune import FinetuneConfig
         ({"objective": "lm", "hidden_weight": 1.0}, "belong to 'distill', the objective is 'lm'"),
         ({"final_scale": 0.0}, "final_scale must be a number above 0, got 0.0"),
         ({"objective": "attention", "final_scale": 4.0}, "which has no gates; got 4.0"),
+        *(
+            ({name: value}, f"^{name} must be ")
+            for name in NUMBERS
+            for value in (math.nan, math.inf, 1e30, -1.0, True, "1")
+        ),
+        *(
+            ({name: value}, f"^{name} must be ")
+            for name in INTEGERS
+            for value in (math.nan, 10**30, -1, True, 2.0, "1")
+        ),
+        ({"alpha_start": "1.5"}, "alpha_start must be None or above 1 and below 2, got '1.5'"),
         ({"checkpoint_every": 5}, "need an output_dir"),
         ({"resume": True}, "need an output_dir"),
     ],

@@ -309,6 +309,48 @@ def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, sparse_llama, chun
     assert all(weights.isfinite().all() for weights in scorers(model).values())
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(sparse_llama, chunks, tmp_path, value):
+    options = {"warm_start_steps": 0, "steps": 3, "checkpoint_every": 1}
+    good, bad, calls = sparse_llama(), sparse_llama(), []
+    with pytest.raises(
+        ValueError, match=r"gradient of step 3 .distill. is not finite; the scorers are those of the step"
+    ):
+        parameter = next(p for name, p in bad.named_parameters() if "sparsek_scorer" in name)
+        parameter.register_hook(lambda g: calls.append(g) or (g * value if len(calls) == 3 else g))
+        train(bad, chunks, output_dir=str(tmp_path), **options)
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    assert folder.name == "step-000002"
+    before = load_file(folder / "scorers.safetensors")
+    assert same(scorers(bad), before) and all(p.grad is None or not p.grad.any() for p in bad.parameters())
+    train(good, chunks, output_dir=str(tmp_path), resume=True, **options)
+    assert all(weights.isfinite().all() for weights in scorers(good).values())
+
+
+def test_weights_that_are_not_finite_are_not_saved(monkeypatch, sparse_llama, chunks, tmp_path):
+    step, calls = torch.optim.AdamW.step, []
+
+    def overflow(self, *args, **options):
+        step(self, *args, **options)
+        calls.append(self)
+        if len(calls) == 3:
+            with torch.no_grad():
+                self.param_groups[0]["params"][0].mul_(torch.inf)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", overflow)
+    with pytest.raises(ValueError, match=r"the scorers are not finite after step 3 .attention., and nothing of them"):
+        train(sparse_llama(), chunks, output_dir=str(tmp_path), checkpoint_every=1)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-000002"]
+    assert not (tmp_path / "finetune.json").exists()
+
+
+def test_where_an_adapter_lies_finetune_json_waits_for_its_weights(sparse_llama, chunks, tmp_path):
+    model = sparse_llama()
+    model.save_pretrained(str(tmp_path))
+    train(model, chunks, output_dir=str(tmp_path))
+    assert not (tmp_path / "finetune.json").exists()
+
+
 def test_gradients_are_checked(monkeypatch, sparse_llama, chunks):
     monkeypatch.setitem(
         objectives.OBJECTIVES["causal"],
