@@ -556,7 +556,9 @@ def _is_expected(error: Exception) -> bool:
 
     from hf_sparse.errors import HfSparseError
 
-    return isinstance(error, HfSparseError | HTTPError | EntryNotFoundError | OutOfMemoryError)
+    if "DefaultCPUAllocator" in str(error):  # torch has no class for memory of the CPU
+        return True
+    return isinstance(error, HfSparseError | HTTPError | EntryNotFoundError | OutOfMemoryError | MemoryError)
 
 
 def _line(error: Exception) -> str:
