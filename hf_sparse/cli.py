@@ -563,8 +563,11 @@ def _is_expected(error: Exception) -> bool:
 
     from hf_sparse.errors import HfSparseError
 
+    if "DefaultCPUAllocator" in str(error):  # torch has no class for memory of the CPU
+        return True
     # safetensors raises its own kind where the disk is full.
-    return isinstance(error, HfSparseError | HTTPError | EntryNotFoundError | OutOfMemoryError | SafetensorError)
+    kinds = HfSparseError | HTTPError | EntryNotFoundError | OutOfMemoryError | MemoryError | SafetensorError
+    return isinstance(error, kinds)
 
 
 def _line(error: Exception) -> str:

@@ -61,14 +61,14 @@ def check_values(held: Mapping[str, Layout], read: Callable[[str], Tensor], unfi
     right = [_name(dtype) for dtype in DTYPES.values()]
     for key, (_, dtype) in held.items():
         if dtype not in right:
-            raise WeightsError(f"{key} must be of type {', '.join(right[:-1])} or {right[-1]}, got {dtype}")
+            raise WeightsError(f"{key[:200]} must be of type {', '.join(right[:-1])} or {right[-1]}, got {dtype}")
     for key in held:
         tensor = read(key)
         if tensor.is_meta or bool(tensor.isfinite().all()):
             continue
         if key.rpartition(".")[2] in unfitted and bool(tensor.isnan().all()):
             continue
-        raise WeightsError(f"{key} must be finite, got {'NaN' if bool(tensor.isnan().any()) else 'infinity'}")
+        raise WeightsError(f"{key[:200]} must be finite, got {'NaN' if bool(tensor.isnan().any()) else 'infinity'}")
 
 
 def check_names(
@@ -108,4 +108,4 @@ def _name(dtype: Any) -> str:
 
 
 def _some(keys: list[str]) -> str:
-    return ", ".join(keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")
+    return ", ".join(key[:200] for key in keys[:3]) + (f" and {len(keys) - 3} more" if len(keys) > 3 else "")

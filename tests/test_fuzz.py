@@ -130,7 +130,7 @@ def check_sound(model, folder: Path) -> None:
     """What was loaded is what the files say, and can be used."""
     config = model.active_peft_config
     content = json.loads((folder / CONFIG).read_bytes())
-    filled = {"inference_mode", "target_modules", "base_shape", "peft_type", "auto_mapping"}
+    filled = {"inference_mode", "target_modules", "base_shape", "peft_type", "auto_mapping", "peft_version"}
     for name in {field.name for field in fields(config)} & content.keys() - filled:
         value = getattr(config, name)
         said = sorted(set(content[name])) if name == "layers" and content[name] else content[name]

@@ -7,6 +7,8 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
+from peft import TaskType
+
 #: The most of what is counted in tokens, keys, layers or bins.
 MOST_TOKENS = 2**24
 
@@ -91,6 +93,8 @@ def check_peft_fields(config: Any) -> None:
     Raises:
         ValueError: one of them is of another type, or a task that no model of ours is for.
     """
+    # PEFT's class for sequence to sequence asks the base model for an encoder and a decoder.
+    tasks = [task.value for task in TaskType if task != TaskType.SEQ_2_SEQ_LM]
     base = getattr(config, "base_shape", None)
     targets = getattr(config, "target_modules", None)
     texts = ("base_model_name_or_path", "revision", "peft_version")
@@ -103,8 +107,7 @@ def check_peft_fields(config: Any) -> None:
         ("auto_mapping", "None or an object", isinstance(config.auto_mapping, Mapping | None)),
         ("target_modules", "None, a name or names", targets is None or _are_names(targets)),
         ("base_shape", "None or an object", base is None or (isinstance(base, Mapping) and _are_names(list(base)))),
-        # PEFT's class for this one asks the base model for its encoder and decoder.
-        ("task_type", "the task of an encoder or of a decoder", config.task_type != "SEQ_2_SEQ_LM"),
+        ("task_type", f"None or one of {', '.join(tasks)}", config.task_type is None or config.task_type in tasks),
     ]
     for name, what, right in rules:
         if not right:

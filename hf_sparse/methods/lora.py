@@ -48,8 +48,8 @@ class LoraSettings(PeftConfig):
     )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_peft_fields(self)
+        super().__post_init__()
         rank, alpha = self.lora_rank, self.lora_alpha
         if not is_integer(rank, 0, MOST_WIDTH):
             raise ValueError(self._expected("lora_rank", expected_integer(rank, 0, MOST_WIDTH)))
