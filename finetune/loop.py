@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from accelerate.utils import DistributedType, broadcast, tqdm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
-from hf_sparse.data import check_chunks, fingerprint, tensors
+from hf_sparse.data import check_chunks, fingerprint, first_token, tensors
 from hf_sparse.files import write_json
 from hf_sparse.finetune import checkpoint
 from hf_sparse.finetune.config import FinetuneConfig
@@ -22,6 +23,7 @@ from hf_sparse.finetune.recompute import recomputed
 from hf_sparse.finetune.training import Stage, Training
 from hf_sparse.finetune.trainings import training_of, without_effect
 from hf_sparse.machine import describe
+from hf_sparse.overlap import sketch
 
 # Ways to divide one model among processes.
 _SHARDING = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
@@ -109,7 +111,10 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
         prepared = accelerator.prepare_model(model, evaluation_mode=True)  # processes are kept alike here, see `_mean`
         _as_the_first(training)
 
+        trained_on = _first_rows(len(chunks), config.seed, len(plan) * per_step)
+
         def read() -> None:
+            trained_on.update(range(min(FITTED, len(chunks))))
             for chunk in chunks[:FITTED].split(config.batch_size):
                 prepared(input_ids=chunk.to(accelerator.device))
 
@@ -176,12 +181,13 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
             accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
 
         seconds, tokens = time.perf_counter() - began, len(plan) * per_step * chunks.shape[1]
+        used = sorted(trained_on)
         metrics = {
             "format": 1,
             "objective": config.objective,
             "settings": settings
             | {"length": chunks.shape[1], "chunks": len(chunks), "chunks_sha256": identity["chunks"]}
-            | {"processes": accelerator.num_processes},
+            | {"first_token": first_token(model, chunks), "processes": accelerator.num_processes},
             "trained": training.learned,
             "trainable_parameters": sum(p.numel() for p in learned.values()),
             "lora_parameters": sum(p.numel() for name, p in learned.items() if name in training.lora),
@@ -190,6 +196,7 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
             "tokens": tokens,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
+            "trained_on": sketch(chunks[used], None if labels is None else labels[used]),
             "history": history,
             **report,
             **describe(),
@@ -274,6 +281,11 @@ class _Shuffled(Sampler[int]):
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             yield from torch.randperm(self.n, generator=generator)[skip:].tolist()
             epoch, skip = epoch + 1, 0
+
+
+def _first_rows(n: int, seed: int, count: int) -> set[int]:
+    """The rows of a dataset of `n` among the first `count` that a run reads."""
+    return set(range(n)) if count >= n else set(islice(_Shuffled(n, seed, start=0), count))
 
 
 def _check_frozen(model: nn.Module, training: Training) -> None:

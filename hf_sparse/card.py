@@ -10,6 +10,7 @@ from hf_sparse.demo import BASE_NAME
 from hf_sparse.errors import DataError
 from hf_sparse.methods import method_of
 from hf_sparse.metrics import metric_of
+from hf_sparse.overlap import sentence
 from hf_sparse.results import results_of
 from hf_sparse.tasks import Kind, attends_both_ways, task_of_class
 
@@ -99,7 +100,7 @@ def render(
         **(license or {}),
     )
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
-    environment.globals.update(change=_change, count=_count, machine=_machine)
+    environment.globals.update(change=_change, count=_count, machine=_machine, seen=sentence)
     template = environment.from_string(Path(__file__).with_name(f"card_{results.name}.md.jinja").read_text("utf-8"))
     try:
         objective = _OBJECTIVES[task.kind][training["objective"]] if training else ""

@@ -6,6 +6,7 @@ from typing import Any
 from rich.table import Table
 
 from hf_sparse.metrics import metric_of
+from hf_sparse.overlap import sentence
 
 
 def table(result: dict[str, Any]) -> Table:
@@ -13,6 +14,7 @@ def table(result: dict[str, Any]) -> Table:
     text, budget, speed = (result[key] for key in ("text", "budget", "tokens_per_second"))
     memory, apart, metric = result.get("kv_bytes"), result.get("divergence"), metric_of(result)
     caption = f"{text['chunks']} chunks of {text['length']} tokens" + (f" of {text['name']}" if text["name"] else "")
+    caption += f"\n{told}" if (told := sentence(text)) else ""
     parts = f"{budget['sinks']} sinks, window {budget['window']}, {budget['k']} selected"
     view = Table(title=f"{result['base_model']}: {parts}", caption=caption)
     view.add_column("attention", no_wrap=True)
