@@ -2,6 +2,7 @@
 
 import os
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from itertools import islice
@@ -85,6 +86,7 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
                 f"finetune trains whole models in each process, and accelerate was configured for "
                 f"{accelerator.distributed_type.value}: launch it with torchrun, or another accelerate configuration"
             )
+        _warn_of_slow_dtype(model, accelerator)
         identity["processes"] = accelerator.num_processes
         if restart and state["settings"] != identity:
             changed = [key for key, value in identity.items() if state["settings"].get(key) != value]
@@ -138,10 +140,11 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
                     group["lr"] = share * (config.lora_learning_rate if group["is_lora"] else stage.learning_rate)
                 logged = number % max(1, len(plan) // 50) == 0 or step + 1 == stage.steps
                 losses: list[Tensor] = []
+                parts = [next(batches) for _ in range(config.gradient_accumulation_steps)]
+                weights = _weights(accelerator, [training.targets(stage, *batch) for batch in parts])
                 with training.step(stage, step, number, logged=logged) as extra:
-                    for _ in range(config.gradient_accumulation_steps):
+                    for batch, weight in zip(parts, weights, strict=True):
                         with accelerator.accumulate(prepared):
-                            batch = next(batches)
                             repeat = config.gradient_checkpointing and stage.repeatable
                             with recomputed(model) if repeat else nullcontext():
                                 loss = training.loss(stage, prepared, *batch)
@@ -150,6 +153,7 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
                                     f"the loss of step {number + 1} ({stage.label}) is {loss.item()}; the "
                                     f"{training.learned} are those of the step before; try a lower learning_rate"
                                 )
+                            loss = weight * loss
                             accelerator.backward(loss)
                             losses.append(accelerator.gather(loss.detach()).mean())
                             if accelerator.sync_gradients:
@@ -216,6 +220,19 @@ def _as_the_first(training: Training) -> None:
             tensor.data = broadcast(tensor.data)
 
 
+def _weights(accelerator: Accelerator, targets: list[int]) -> list[float]:
+    """Weights of the batches of an optimiser step, whose mean over all batches and processes is 1.
+
+    With them the mean of the losses is that over all targets of the step, however these lie in its batches.
+
+    Args:
+        targets: of each batch of this process, see `Training.targets`.
+    """
+    count = torch.tensor(sum(targets), device=accelerator.device)
+    mean = accelerator.reduce(count, "sum").item() / (len(targets) * accelerator.num_processes)
+    return [number / mean for number in targets]
+
+
 def _mean(accelerator: Accelerator, parameters: Mapping[str, nn.Parameter]) -> None:
     """Gradients averaged over all processes.
 
@@ -248,6 +265,20 @@ def _training(model: nn.Module, training: Training) -> Iterator[None]:
         for parameter in idle:
             parameter.requires_grad_(True)
         model.eval()
+
+
+def _warn_of_slow_dtype(model: nn.Module, accelerator: Accelerator) -> None:
+    """Warn that half precision is slow on a CPU: transformers loads checkpoints in the dtype they are stored in."""
+    halves = {p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)}
+    if accelerator.mixed_precision == "bf16":
+        halves.add(torch.bfloat16)
+    if halves and accelerator.device.type == "cpu" and accelerator.is_main_process:
+        names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in halves))
+        warnings.warn(
+            f"training in {names} on a CPU is about 10 times slower than in float32: load the base model with "
+            'dtype="float32", and leave mixed_precision at "no"',
+            stacklevel=3,
+        )
 
 
 @contextmanager
