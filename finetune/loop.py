@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from accelerate.utils import DistributedType, broadcast, tqdm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
-from hf_sparse.data import check_chunks, fingerprint, tensors
+from hf_sparse.data import check_chunks, fingerprint, first_token, tensors
 from hf_sparse.errors import DataError
 from hf_sparse.files import write_json
 from hf_sparse.finetune import checkpoint
@@ -28,6 +29,7 @@ from hf_sparse.finetune.training import Stage, Training
 from hf_sparse.finetune.trainings import training_of, without_effect
 from hf_sparse.folders import locked
 from hf_sparse.machine import describe, is_main_process
+from hf_sparse.overlap import sketch
 from hf_sparse.patches.heads import parameters_saved, untrained_modules
 
 # Ways to divide one model among processes.
@@ -98,6 +100,7 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
                 f"finetune trains whole models in each process, and accelerate was configured for "
                 f"{accelerator.distributed_type.value}: launch it with torchrun, or another accelerate configuration"
             )
+        _warn_of_slow_dtype(model, accelerator)
         identity["processes"] = accelerator.num_processes
         identity = json.loads(json.dumps(identity))  # as checkpoints hold it
         began_with = adapter_sha256(training.methods)
@@ -136,7 +139,10 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
         prepared = accelerator.prepare_model(model, evaluation_mode=True)  # processes are kept alike here, see `_mean`
         _as_the_first(training)
 
+        trained_on = _first_rows(len(chunks), config.seed, len(plan) * per_step)
+
         def read() -> None:
+            trained_on.update(range(min(FITTED, len(chunks))))
             for chunk in chunks[:FITTED].split(config.batch_size):
                 prepared(input_ids=chunk.to(accelerator.device))
 
@@ -160,10 +166,11 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
                     group["lr"] = share * (config.lora_learning_rate if group["is_lora"] else stage.learning_rate)
                 logged = number % max(1, len(plan) // 50) == 0 or step + 1 == stage.steps
                 losses: list[Tensor] = []
+                parts = [next(batches) for _ in range(config.gradient_accumulation_steps)]
+                weights = _weights(accelerator, [training.targets(stage, *batch) for batch in parts])
                 with training.step(stage, step, number, logged=logged) as extra:
-                    for _ in range(config.gradient_accumulation_steps):
+                    for batch, weight in zip(parts, weights, strict=True):
                         with accelerator.accumulate(prepared):
-                            batch = next(batches)
                             repeat = config.gradient_checkpointing and stage.repeatable
                             with recomputed(model) if repeat else nullcontext():
                                 loss = training.loss(stage, prepared, *batch)
@@ -172,6 +179,7 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
                                     f"the loss of step {number + 1} ({stage.label}) is {loss.item()}; the "
                                     f"{training.learned} are those of the step before; try a lower learning_rate"
                                 )
+                            loss = weight * loss
                             accelerator.backward(loss)
                             losses.append(accelerator.gather(loss.detach()).mean())
                             if accelerator.sync_gradients:
@@ -221,12 +229,13 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
             accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
 
         seconds, tokens = time.perf_counter() - began, len(plan) * per_step * chunks.shape[1]
+        used = sorted(trained_on)
         metrics = {
             "format": 1,
             "objective": config.objective,
             "settings": settings
             | {"length": chunks.shape[1], "chunks": len(chunks), "chunks_sha256": identity["chunks"]}
-            | {"processes": accelerator.num_processes},
+            | {"first_token": first_token(model, chunks), "processes": accelerator.num_processes},
             "trained": training.learned,
             "trainable_parameters": sum(p.numel() for p in learned.values()),
             "lora_parameters": sum(p.numel() for name, p in learned.items() if name in training.lora),
@@ -236,6 +245,7 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
             "tokens": tokens,
             "seconds": seconds,
             "tokens_per_second": tokens / seconds,
+            "trained_on": sketch(chunks[used], None if labels is None else labels[used]),
             "history": history,
             "parameters_sha256": {
                 "before": origin.get("first_weights", began_with),
@@ -297,6 +307,19 @@ def _as_the_first(training: Training) -> None:
             tensor.data = broadcast(tensor.data)
 
 
+def _weights(accelerator: Accelerator, targets: list[int]) -> list[float]:
+    """Weights of the batches of an optimiser step, whose mean over all batches and processes is 1.
+
+    With them the mean of the losses is that over all targets of the step, however these lie in its batches.
+
+    Args:
+        targets: of each batch of this process, see `Training.targets`.
+    """
+    count = torch.tensor(sum(targets), device=accelerator.device)
+    mean = accelerator.reduce(count, "sum").item() / (len(targets) * accelerator.num_processes)
+    return [number / mean for number in targets]
+
+
 def _mean(accelerator: Accelerator, parameters: Mapping[str, nn.Parameter]) -> None:
     """Gradients averaged over all processes.
 
@@ -331,6 +354,20 @@ def _training(model: nn.Module, training: Training) -> Iterator[None]:
         model.eval()
 
 
+def _warn_of_slow_dtype(model: nn.Module, accelerator: Accelerator) -> None:
+    """Warn that half precision is slow on a CPU: transformers loads checkpoints in the dtype they are stored in."""
+    halves = {p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)}
+    if accelerator.mixed_precision == "bf16":
+        halves.add(torch.bfloat16)
+    if halves and accelerator.device.type == "cpu" and accelerator.is_main_process:
+        names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in halves))
+        warnings.warn(
+            f"training in {names} on a CPU is about 10 times slower than in float32: load the base model with "
+            'dtype="float32", and leave mixed_precision at "no"',
+            stacklevel=3,
+        )
+
+
 @contextmanager
 def _own_accelerate_state() -> Iterator[None]:
     """A fresh accelerate within a `with` block, and the caller's again after it.
@@ -362,6 +399,11 @@ class _Shuffled(Sampler[int]):
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
             yield from torch.randperm(self.n, generator=generator)[skip:].tolist()
             epoch, skip = epoch + 1, 0
+
+
+def _first_rows(n: int, seed: int, count: int) -> set[int]:
+    """The rows of a dataset of `n` among the first `count` that a run reads."""
+    return set(range(n)) if count >= n else set(islice(_Shuffled(n, seed, start=0), count))
 
 
 def _check_frozen(model: nn.Module, training: Training) -> None:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from hf_sparse.data import IGNORED
 from hf_sparse.finetune.config import FinetuneConfig, Objective
 from hf_sparse.finetune.objectives import OBJECTIVES
 from hf_sparse.tasks import kind_of
@@ -94,6 +95,16 @@ class Training:
         """The loss of a batch: chunks `[B, T]`, and the labels of a masked language model."""
         options = self.mixture if stage.name == "distill" else {}
         return OBJECTIVES[self.kind][stage.name](model, *batch, **options)
+
+    def targets(self, stage: Stage, *batch: Tensor) -> int:
+        """Count the tokens that the loss of a batch is the mean over, where batches have different numbers of them.
+
+        The loop weighs each batch of an optimiser step by it. Of a masked language model these are the hidden tokens;
+        losses over all tokens, or as many queries of each batch, count as 1.
+        """
+        if self.kind == "masked" and stage.name in ("distill", "lm"):
+            return int((batch[1] != IGNORED).sum())
+        return 1
 
     def begin(self, model: nn.Module, *batch: Tensor) -> dict[str, Any]:
         """What `finetune.json` tells besides the history, measured on a batch before the first step."""

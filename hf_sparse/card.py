@@ -13,6 +13,7 @@ from hf_sparse.demo import BASE_NAME
 from hf_sparse.errors import DataError
 from hf_sparse.methods import method_of
 from hf_sparse.metrics import metric_of
+from hf_sparse.overlap import sentence
 from hf_sparse.results import results_of
 from hf_sparse.tasks import Kind, attends_both_ways, task_of_class
 
@@ -127,7 +128,7 @@ def render(
         autoescape=False,  # of HTML; this is Markdown
         finalize=escape,
     )
-    environment.globals.update(change=_change, code=code, count=_count, machine=_machine)
+    environment.globals.update(change=_change, code=code, count=_count, machine=_machine, seen=sentence)
     template = environment.from_string(Path(__file__).with_name(f"card_{results.name}.md.jinja").read_text("utf-8"))
     example = _WITH_LABELS.get(task.pipeline, _EXAMPLES[task.kind]) if head_parameters else _EXAMPLES[task.kind]
     try:

@@ -93,6 +93,13 @@ Length = Annotated[
     ),
 ]
 Chunks = Annotated[str | None, typer.Option(metavar="START:STOP", help="Only these chunks of the text.")]
+Bos = Annotated[
+    bool | None,
+    typer.Option(
+        "--bos/--no-bos",
+        help="Whether chunks of a decoder begin with the BOS token; by default as its tokenizer begins a text.",
+    ),
+]
 OnDevice = Annotated[Device, typer.Option(help="auto: CUDA where there is a GPU.")]
 OfDtype = Annotated[
     Dtype, typer.Option(help="Of the base model. auto: bfloat16 on CUDA if it is stored so, else float32.")
@@ -277,6 +284,7 @@ def finetune(
     mixed_precision: Annotated[Literal["no", "bf16"], typer.Option(help="Accelerate's.")] = "no",
     checkpoint_every: Annotated[int, typer.Option(metavar="N", help="Steps between checkpoints; 0: none.")] = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the last checkpoint in DIR.")] = False,
+    bos: Bos = None,
     device: OnDevice = "auto",
     dtype: OfDtype = "auto",
 ) -> None:
@@ -316,7 +324,7 @@ def finetune(
         words, _ = workflow.read_texts(text)
     try:
         metrics = workflow.train_adapter(
-            folder, words, config, length=length, chunks=chunks, device=device, dtype=dtype
+            folder, words, config, length=length, chunks=chunks, bos=bos, device=device, dtype=dtype
         )
     except KeyboardInterrupt:
         saved = latest(folder)
@@ -346,6 +354,7 @@ def divide(
     length: Length = None,
     chunks: Chunks = None,
     batch_size: Annotated[int, typer.Option(help="Chunks at a time.")] = 1,
+    bos: Bos = None,
     device: OnDevice = "auto",
     dtype: OfDtype = "auto",
 ) -> None:
@@ -353,7 +362,7 @@ def divide(
     workflow = _workflow()
     words, _ = workflow.read_texts(text)
     shares = workflow.divide_adapter(
-        folder, words, length=length, chunks=chunks, batch_size=batch_size, device=device, dtype=dtype
+        folder, words, length=length, chunks=chunks, batch_size=batch_size, bos=bos, device=device, dtype=dtype
     )
     console = Console()
     listed = ", ".join(f"{layer}: {share:.2f}" for layer, share in enumerate(shares))
@@ -416,6 +425,7 @@ def evaluate(
     note: Annotated[
         str | None, typer.Option(help="A sentence for the card: what the name of the base model does not tell.")
     ] = None,
+    bos: Bos = None,
     device: OnDevice = "auto",
     dtype: OfDtype = "auto",
     json: Annotated[Path | None, typer.Option(metavar="PATH", help="Write the result here too.")] = None,
@@ -427,7 +437,7 @@ def evaluate(
     if not (text or task or longbench):
         raise typer.BadParameter("expected --text FILE, --task NAME or --longbench FILE")
     if not text:
-        _only_with(context, "--text", "chunks", "stride", "batch_size", "slots", "sparsity", "seed")
+        _only_with(context, "--text", "chunks", "stride", "batch_size", "slots", "sparsity", "seed", "bos")
     if not (task or longbench):
         _only_with(context, "--task or --longbench", "haystack", "task_lengths", "task_samples", "task_slots")
     if json and not json.parent.is_dir():
@@ -463,6 +473,7 @@ def evaluate(
         stride=stride,
         suite=suite,
         note=note,
+        bos=bos,
         device=device,
         dtype=dtype,
     )
@@ -489,18 +500,19 @@ def report(
     chunks: Annotated[
         str | None, typer.Option(metavar="START:STOP", help="Only these chunks of the text; the first 8 by default.")
     ] = None,
+    bos: Bos = None,
     device: OnDevice = "auto",
     dtype: OfDtype = "auto",
 ) -> None:
     """Write report.html and figures/ in DIR from eval.json and finetune.json; of a --text also what is attended to."""
     if not text:
-        _only_with(context, "--text", "length", "chunks")
+        _only_with(context, "--text", "length", "chunks", "bos")
     _workflow()
     from hf_sparse.report import write_report
     from hf_sparse.workflow import read_texts
 
     words, name = read_texts(text) if text else (None, "")
-    path = write_report(folder, words, name, length=length, chunks=chunks, device=device, dtype=dtype)
+    path = write_report(folder, words, name, length=length, chunks=chunks, bos=bos, device=device, dtype=dtype)
     _wrote(Console(), folder, f"{path.name} and figures/")
 
 

@@ -12,18 +12,22 @@ from hf_sparse.errors import DataError
 from hf_sparse.tasks import kind_of
 
 IGNORED = -100  # the label of a token that is not to be predicted, as everywhere in transformers
+BYTE_ORDER_MARK = "\ufeff"  # some editors begin a file with it
 _MASKED_SHARE = 0.15
+_PROBE = 64  # characters of a text that show how a tokenizer begins one
 
 
 def read_text(path: str | Path) -> str:
-    """A UTF-8 text file; line ends of any kind become `\\n`, as everywhere in Python.
+    """Read a UTF-8 text file.
+
+    Line ends of any kind become `\\n`, as everywhere in Python. A byte order mark at the head is no text.
 
     Raises:
         DataError: the file is missing, empty, or not UTF-8 text.
     """
     path = Path(path)
     try:
-        text = path.read_text("utf-8")
+        text = path.read_text("utf-8").removeprefix(BYTE_ORDER_MARK)
     except OSError as error:
         raise DataError(f"cannot read the text {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -33,21 +37,83 @@ def read_text(path: str | Path) -> str:
     return text
 
 
-def pack(tokenizer: Any, text: str, length: int, *, special_tokens: bool = False, stride: int | None = None) -> Tensor:
+def bos_tokens(tokenizer: Any, text: str, bos: bool | None = None) -> list[int]:
+    """Return the tokens with which a tokenizer begins a text: that of its BOS token, or none.
+
+    Many decoders (Llama, Gemma, Mistral) were trained on texts that begin with BOS, and are lost without it. The
+    tokenizer is asked, for only it knows. Tokens that it appends are left out, for they say that the text ends.
+
+    Args:
+        tokenizer: of a decoder. The `cls_token` of an encoder's is no beginning, see `special_tokens` of `pack`.
+        text: what is begun.
+        bos: whether to begin with BOS; `None` is as the tokenizer does.
+
+    Raises:
+        DataError: `bos` is true and the tokenizer has no BOS token, it begins a text with several tokens, or what it
+            makes of a text does not tell how it begins.
+    """
+    if bos is False:
+        return []
+    probe = text.removeprefix(BYTE_ORDER_MARK).lstrip()[:_PROBE]
+    whole, plain = ((tokenizer(probe, add_special_tokens=add, verbose=False))["input_ids"] for add in (True, False))
+    places = range(len(whole) - len(plain) + 1)
+    start = next((at for at in places if whole[at : at + len(plain)] == plain), None)
+    if start is None:
+        raise DataError("the tokenizer does not tell how it begins a text: expected bos=True or bos=False")
+    first = whole[:start]
+    if first and tokenizer.cls_token_id == first[0]:
+        first = []
+    if len(first) > 1:
+        raise DataError(
+            f"expected a tokenizer that begins a text with one token at most, got {len(first)}: pass bos=False"
+        )
+    if bos and not first:
+        if tokenizer.bos_token_id is None:
+            raise DataError(f"the tokenizer has no BOS token to begin with: {tokenizer.name_or_path}")
+        first = [tokenizer.bos_token_id]
+    return first
+
+
+def prompt_tokens(tokenizer: Any, text: str) -> list[int]:
+    """Tokenise a text that a decoder goes on with: begun as the tokenizer begins it, and not ended as it may end it."""
+    ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    return bos_tokens(tokenizer, text) + ids
+
+
+def pack(
+    tokenizer: Any,
+    text: str,
+    length: int,
+    *,
+    special_tokens: bool = False,
+    stride: int | None = None,
+    bos: bool | None = None,
+) -> Tensor:
     """Tokenise a text whole and cut it into chunks; the rest that fills none is dropped.
+
+    Every chunk begins as the tokenizer begins a text: with its BOS token, where it adds one.
 
     Args:
         special_tokens: begin every chunk with the tokenizer's `cls_token` and end it with its `sep_token`, as encoders
             know them; a tokenizer that has none adds none.
-        stride: tokens from the start of one chunk to that of the next, 1 to `length`; by default they do not overlap.
+        stride: tokens of the text from the start of one chunk to that of the next, 1 to `length` less the tokens that
+            are added to each; by default chunks do not overlap.
+        bos: whether chunks begin with BOS, see `bos_tokens`; by default as the tokenizer does. Not beside
+            `special_tokens`.
 
     Returns:
         `[N, length]` int64, N at least 1.
 
     Raises:
-        DataError: fewer than `length` tokens, or a stride out of range.
+        DataError: fewer than `length` tokens, a stride out of range, or a BOS token that the tokenizer does not have.
+        ValueError: `bos` beside `special_tokens`.
     """
     first, last = (tokenizer.cls_token_id, tokenizer.sep_token_id) if special_tokens else (None, None)
+    if special_tokens and bos is not None and first is not None:
+        raise ValueError(f"bos is for decoders: with special_tokens every chunk begins with the cls_token, got {bos}")
+    text = text.removeprefix(BYTE_ORDER_MARK)
+    if first is None:
+        first = next(iter(bos_tokens(tokenizer, text, bos)), None)
     own = length - (first is not None) - (last is not None)
     if own < 2:
         raise DataError(f"length must be at least {2 + length - own} tokens, got {length}")
@@ -150,6 +216,16 @@ def _column(dataset: Any, name: str) -> Tensor:
             f"all chunks must have one length (pack the dataset first), got {min(lengths)} to {max(lengths)}"
         )
     return torch.tensor([list(row) for row in rows])
+
+
+def first_token(model: Any, chunks: Tensor) -> int | None:
+    """Return the token with which all chunks `[N, T]` begin, such as BOS, or `None` where they have none in common.
+
+    A single chunk shows nothing, unless it begins with the BOS token of the model's configuration.
+    """
+    first = int(chunks[0, 0])
+    common = len(chunks) > 1 and bool((chunks[:, 0] == first).all())
+    return first if common or first == getattr(model.config.get_text_config(), "bos_token_id", None) else None
 
 
 def select_chunks(chunks: Tensor, which: str | None) -> Tensor:

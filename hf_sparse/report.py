@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from hf_sparse.adapter import EVALUATION, TRAINING, read_adapter
-from hf_sparse.data import pack, select_chunks
+from hf_sparse.data import select_chunks
 from hf_sparse.errors import DataError
 from hf_sparse.figures import training_figure
 from hf_sparse.figures.style import reading
 from hf_sparse.files import write_json, write_text
 from hf_sparse.folders import staged
 from hf_sparse.metrics import metric_of
-from hf_sparse.patches import methods_of
+from hf_sparse.overlap import sentence
 from hf_sparse.repo import PICTURES, REPORT, check_evaluation, check_training, is_public, read_json, report_pictures
 from hf_sparse.results import Pictures, results_of
-from hf_sparse.workflow import Device, Dtype, alone, load_adapter, tokens_per_chunk
+from hf_sparse.workflow import Device, Dtype, alone, load_adapter, packed_chunks
 
 _CHUNKS = ":8"  # of a text, unless told otherwise: enough for a mean, and few seconds
 
@@ -33,6 +33,7 @@ def write_report(
     *,
     length: int | None = None,
     chunks: str | None = None,
+    bos: bool | None = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> Path:
@@ -47,6 +48,7 @@ def write_report(
         text_name: what the text is called on the page.
         length: tokens per chunk of the text; see `hf_sparse.workflow.tokens_per_chunk`.
         chunks: only chunks `START:STOP` of the text; by default the first 8.
+        bos: see `hf_sparse.workflow.train_adapter`.
         device, dtype: see `hf_sparse.workflow.load_adapter`; the model is loaded for a text only.
 
     Returns:
@@ -73,8 +75,7 @@ def write_report(
     marks = {"scorers_sha256": adapter.weights_sha256, "settings_sha256": adapter.settings_sha256}
     if text is not None:
         model, tokenizer = load_adapter(folder, device=device, dtype=dtype)
-        encoder = not methods_of(model)[0].causal
-        packed = pack(tokenizer, text, tokens_per_chunk(model, length), special_tokens=encoder)
+        packed = packed_chunks(model, tokenizer, text, length, bos=bos)
         name = f"{text_name} (chunks {chunks})" if chunks else text_name
         found = results.describe(model, tokenizer, select_chunks(packed, chunks or _CHUNKS), text_name=name)
         aside: dict[str, Any] | None = {**found, **marks}
@@ -125,7 +126,7 @@ def _render(template: str, sources: str, **content: Any) -> str:
         lstrip_blocks=True,
         autoescape=True,
     )
-    environment.globals.update(listed=_listed)
+    environment.globals.update(listed=_listed, seen=sentence)
     try:
         return environment.get_template(template).render(**content)
     except (UndefinedError, LookupError, AttributeError, TypeError, ValueError, ZeroDivisionError) as error:

@@ -13,11 +13,12 @@ import torch
 from huggingface_hub.errors import HTTPError
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
 from hf_sparse.adapter import CONFIG, EVALUATION, TRAINING, WEIGHTS, read_adapter
 from hf_sparse.base import open_base, resolve_base, usable
-from hf_sparse.data import context_length, mask_tokens, pack, read_text, select_chunks
+from hf_sparse.data import BYTE_ORDER_MARK, context_length, mask_tokens, pack, read_text, select_chunks, tensors
 from hf_sparse.errors import DataError, HubError, UnsupportedModelError
 from hf_sparse.evaluation import GENERATING, check_selections, divide_layers, evaluate
 from hf_sparse.evaluation.tasks import Suite
@@ -27,6 +28,7 @@ from hf_sparse.finetune.checkpoint import checkpoints
 from hf_sparse.folders import is_empty, locked, settle, staged
 from hf_sparse.hub import from_pretrained
 from hf_sparse.machine import cuda_of_process, is_main_process
+from hf_sparse.overlap import merged, overlap
 from hf_sparse.patches import methods_of
 from hf_sparse.patches.attach import targets
 from hf_sparse.repo import CARD, check_evaluation, check_training, measurements, read_json, write_repo
@@ -118,6 +120,7 @@ def train_adapter(
     *,
     length: int | None = None,
     chunks: str | None = None,
+    bos: bool | None = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> dict[str, Any]:
@@ -132,6 +135,7 @@ def train_adapter(
         config: settings; `output_dir` and `cpu` are set here.
         length: tokens per chunk; by default 2048, or what the model's positions suffice for.
         chunks: train on chunks `START:STOP` of the text only.
+        bos: whether the chunks of a decoder begin with BOS; by default as its tokenizer begins a text.
         device, dtype: see `load_adapter`.
 
     Returns:
@@ -141,9 +145,13 @@ def train_adapter(
         BusyError: another run holds the folder.
     """
     folder = Path(folder)
+    earlier = read_json(folder / TRAINING)
     model, tokenizer = load_adapter(folder, device=device, dtype=dtype, trainable=True)
-    data = _data(model, tokenizer, text, length, chunks, seed=config.seed, corrupt=True)
+    data = _data(model, tokenizer, text, length, chunks, bos=bos, seed=config.seed, corrupt=True)
     metrics = finetune(model, data, replace(config, output_dir=str(folder), cpu=model.device.type == "cpu"))
+    if earlier is not None:  # what these weights were trained on before; unknown where that was not recorded
+        before = earlier.get("trained_on")
+        metrics["trained_on"] = merged(before, metrics["trained_on"]) if before else None
     if is_main_process():
         with staged(folder, removed=measurements(folder)) as stage:
             save_adapter(model, stage)
@@ -160,6 +168,7 @@ def divide_adapter(
     length: int | None = None,
     chunks: str | None = None,
     batch_size: int = 1,
+    bos: bool | None = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> list[float]:
@@ -173,6 +182,7 @@ def divide_adapter(
         length: tokens per chunk; by default 2048, or what the model's positions suffice for.
         chunks: use chunks `START:STOP` of the text; by default at most 4, from all over it.
         batch_size: chunks at a time.
+        bos: see `train_adapter`.
         device, dtype: see `load_adapter`.
 
     Returns:
@@ -192,7 +202,7 @@ def divide_adapter(
         raise DataError(f"slots are divided among layers, and {folder} holds a {method.label} adapter, which has none")
     if kind_of(model) != "causal":
         raise DataError("slots are divided among the layers of causal language models, and this model is none")
-    data = _data(model, tokenizer, text, length, chunks, limit=DIVIDING)
+    data = _data(model, tokenizer, text, length, chunks, bos=bos, limit=DIVIDING)
     shares, _ = divide_layers(model, data, batch_size=batch_size)
     model.active_peft_config.layer_shares = shares
     with staged(folder, removed=measurements(folder)) as stage:
@@ -220,6 +230,7 @@ def evaluate_adapter(
     stride: int | None = None,
     suite: Suite | None = None,
     note: str | None = None,
+    bos: bool | None = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> dict[str, Any]:
@@ -244,6 +255,7 @@ def evaluate_adapter(
         suite: tasks that are scored by generation; without `lengths` of its own, prompts are as long as a chunk and
             half as long, where that is more than the slots.
         note: a sentence for the card, where the name of the base model does not tell all: quantised weights, say.
+        bos: see `train_adapter`. Prompts of tasks begin as the tokenizer begins them.
         device, dtype: see `load_adapter`.
 
     Returns:
@@ -276,10 +288,12 @@ def evaluate_adapter(
             suite = replace(suite, lengths=[own for own in (whole // 2, whole) if own > least] or [whole])
         suite.check(model)
     if text is not None:
-        data = _data(model, tokenizer, text, length, chunks, limit=results.chunks or CHUNKS, stride=stride)
+        limit = results.chunks or CHUNKS
+        data = _data(model, tokenizer, text, length, chunks, bos=bos, limit=limit, stride=stride)
         label = f"{name} (chunks {chunks})" if chunks else name
         if batch_size is None:
             batch_size = _batch(model, data.shape[1]) if method.has_slots and kind_of(model) == "causal" else 1
+        training = read_json(folder / TRAINING)
         result = evaluate(
             model,
             data,
@@ -291,6 +305,8 @@ def evaluate_adapter(
             seed=seed,
             text_name=label,
         )
+        read = (training or {}).get("trained_on")
+        result["text"]["trained_on"] = overlap(read, *tensors(model, data)) if read else None
     elif suite is None:
         raise DataError("nothing to measure: expected a text or tasks")
     elif (there := read_json(folder / EVALUATION)) is None:
@@ -413,7 +429,7 @@ def read_dataset(name: str, config: str | None = None, split: str = "train", col
         raise DataError(f"the dataset {name!r} cannot be loaded: {redact(str(error.__cause__ or error))}") from error
     if column not in rows.column_names:
         raise DataError(f"the dataset {name!r} has no column {column!r}, it has {', '.join(rows.column_names)}")
-    texts = [row for row in rows[column] if row]
+    texts = [row.removeprefix(BYTE_ORDER_MARK) if isinstance(row, str) else row for row in rows[column] if row]
     if not all(isinstance(text, str) for text in texts):
         raise DataError(
             f"column {column!r} of the dataset {name!r} holds no text; chats become text by the tokenizer's "
@@ -428,20 +444,38 @@ def _data(
     text: str,
     length: int | None,
     chunks: str | None,
+    *,
+    bos: bool | None = None,
     limit: int | None = None,
     stride: int | None = None,
     **masking: Any,
 ) -> Any:
-    """A text as the model learns and is measured on it: packed, and with hidden tokens for a masked language model.
+    """Pack a text as the model learns and is measured on it, with hidden tokens for a masked language model.
 
     Where no `chunks` are named, at most `limit` are taken, at equal distances.
+
+    Raises:
+        DataError: a text that cannot be packed, or `bos` for an encoder.
     """
-    encoder = not methods_of(model)[0].causal
-    packed = pack(tokenizer, text, tokens_per_chunk(model, length), special_tokens=encoder, stride=stride)
+    packed = packed_chunks(model, tokenizer, text, length, bos=bos, stride=stride)
     packed = select_chunks(packed, chunks)
     if chunks is None and limit is not None and len(packed) > limit:
         packed = packed[[i * len(packed) // limit for i in range(limit)]]
     return mask_tokens(tokenizer, packed, **masking) if kind_of(model) == "masked" else packed
+
+
+def packed_chunks(
+    model: PeftModel, tokenizer: Any, text: str, length: int | None, *, bos: bool | None, stride: int | None = None
+) -> Tensor:
+    """Cut a text into chunks `[N, T]` that begin, and for an encoder end, as the model knows texts.
+
+    Raises:
+        DataError: a text that cannot be packed, or `bos` for an encoder.
+    """
+    encoder = not methods_of(model)[0].causal
+    if encoder and bos is not None:
+        raise DataError("an encoder's chunks begin and end with its special tokens: bos is for decoders")
+    return pack(tokenizer, text, tokens_per_chunk(model, length), special_tokens=encoder, stride=stride, bos=bos)
 
 
 def tokens_per_chunk(model: PeftModel, length: int | None) -> int:

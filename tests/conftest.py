@@ -157,6 +157,28 @@ def tiny_bert():
 
 
 @pytest.fixture
+def word_tokenizer():
+    """Makes tokenizers of a decoder with words w4 to w63 that are one token each, which put texts into a template."""
+
+    def make(template="<bos> $A", **named):
+        from tokenizers import Tokenizer, models, pre_tokenizers
+        from tokenizers.processors import TemplateProcessing
+        from transformers import PreTrainedTokenizerFast
+
+        special = ["<pad>", "<bos>", "<eos>", "<unk>"]
+        words = [*special, *(f"w{i}" for i in range(len(special), 64))]
+        tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+        added = [(name, special.index(name)) for name in ("<bos>", "<eos>") if name in template]
+        if added:
+            tokenizer.post_processor = TemplateProcessing(template, special_tokens=added)
+        roles = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": "<unk>", **named}
+        return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **roles)
+
+    return make
+
+
+@pytest.fixture
 def bert_tokenizer():
     """A tokenizer with BERT's special tokens, and words w5 to w63 that are one token each."""
     from tokenizers import Tokenizer, models, pre_tokenizers

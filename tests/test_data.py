@@ -5,8 +5,20 @@ import pytest
 import torch
 from transformers import RobertaConfig, RobertaModel
 
-from hf_sparse.data import IGNORED, check_chunks, context_length, fingerprint, mask_tokens, pack, tensors
+from hf_sparse.data import (
+    IGNORED,
+    check_chunks,
+    context_length,
+    fingerprint,
+    first_token,
+    mask_tokens,
+    pack,
+    prompt_tokens,
+    read_text,
+    tensors,
+)
 from hf_sparse.errors import DataError
+from hf_sparse.workflow import read_dataset
 
 CLS, SEP, MASK = 2, 3, 4
 
@@ -15,6 +27,62 @@ CLS, SEP, MASK = 2, 3, 4
 def chunks(bert_tokenizer):
     words = torch.randint(5, 64, (2000,)).tolist()
     return pack(bert_tokenizer, " ".join(f"w{i}" for i in words), 102, special_tokens=True)
+
+
+class TestBos:
+    TEXT = " ".join(f"w{i}" for i in range(4, 25))  # 21 tokens
+
+    @pytest.mark.parametrize("template", ["<bos> $A", "<bos> $A <eos>"])
+    def test_every_chunk_begins_as_the_tokenizer_begins_a_text(self, word_tokenizer, template):
+        chunks = pack(word_tokenizer(template), self.TEXT, 8)
+        assert chunks.tolist() == [[1, *range(start, start + 7)] for start in (4, 11, 18)]
+
+    @pytest.mark.parametrize("template", ["$A", "$A <eos>"])
+    def test_a_tokenizer_that_adds_none_adds_none_unless_asked(self, word_tokenizer, template):
+        tokenizer = word_tokenizer(template)  # it has a BOS token, as GPT-2's has
+        assert pack(tokenizer, self.TEXT, 7).tolist() == [list(range(start, start + 7)) for start in (4, 11, 18)]
+        assert pack(tokenizer, self.TEXT, 8, bos=True)[:, 0].tolist() == [1, 1, 1]
+
+    def test_the_caller_can_leave_it_out(self, word_tokenizer):
+        tokenizer = word_tokenizer()
+        assert torch.equal(pack(tokenizer, self.TEXT, 7, bos=False), pack(word_tokenizer("$A"), self.TEXT, 7))
+
+    def test_overlapping_chunks_begin_with_it_too(self, word_tokenizer):
+        chunks = pack(word_tokenizer(), self.TEXT, 8, stride=3)
+        assert chunks.tolist() == [[1, *range(start, start + 7)] for start in range(4, 19, 3)]
+
+    def test_what_cannot_be_is_refused(self, word_tokenizer, bert_tokenizer):
+        with pytest.raises(DataError, match="has no BOS token"):
+            pack(word_tokenizer("$A", bos_token=None), self.TEXT, 8, bos=True)
+        with pytest.raises(DataError, match="one token at most, got 2"):
+            pack(word_tokenizer("<bos> <bos> $A"), self.TEXT, 8)
+        with pytest.raises(ValueError, match="bos is for decoders"):
+            pack(bert_tokenizer, self.TEXT, 8, special_tokens=True, bos=False)
+
+    @pytest.mark.parametrize("template, start", [("<bos> $A <eos>", [1]), ("$A", []), ("$A <eos>", [])])
+    def test_prompts_begin_as_texts_and_do_not_end(self, word_tokenizer, template, start):
+        assert prompt_tokens(word_tokenizer(template), "w5 w6") == [*start, 5, 6]
+
+    def test_what_chunks_have_in_common_is_told(self, word_tokenizer, tiny_llama):
+        model = tiny_llama()
+        assert first_token(model, pack(word_tokenizer(), self.TEXT, 8)) == 1
+        assert first_token(model, pack(word_tokenizer(), self.TEXT, 22)) == 1  # the model's own BOS
+        assert first_token(model, pack(word_tokenizer("$A"), self.TEXT, 7)) is None
+        assert first_token(model, pack(word_tokenizer("$A"), self.TEXT, 21)) is None
+
+
+def test_a_byte_order_mark_is_no_token(tmp_path, word_tokenizer):
+    path = tmp_path / "text.txt"
+    path.write_text("w5 w6 w7", "utf-8-sig")
+    assert read_text(path) == "w5 w6 w7"
+    tokenizer = word_tokenizer()
+    assert pack(tokenizer, "\ufeffw5 w6 w7", 4).tolist() == [[1, 5, 6, 7]]
+    path.write_text("", "utf-8-sig")
+    with pytest.raises(DataError, match="holds no text"):
+        read_text(path)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "\\ufeffw5 w6"}\n')
+    assert read_dataset(str(rows)) == "w5 w6"
 
 
 def test_padding_and_other_labels_are_refused(tiny_llama):

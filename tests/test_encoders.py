@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 import hf_sparse
 from hf_sparse import cli, workflow
 from hf_sparse.data import IGNORED
+from hf_sparse.errors import DataError
 from hf_sparse.evaluation import ENCODER_SELECTIONS
 
 BUDGET = ["--k", "4", "--window", "4", "--sinks", "1"]
@@ -186,3 +187,10 @@ def test_no_mask_token(adapters, bert_tokenizer, text, tmp_path):
     bert_tokenizer.mask_token = None
     bert_tokenizer.save_pretrained(tmp_path / "BertForMaskedLM")
     assert "has no mask token" in fail("eval", folder, "--text", text, "--length", LENGTH)
+
+
+def test_bos_is_refused_for_an_encoder(tiny_bert, bert_tokenizer):
+    model = get_peft_model(tiny_bert(), hf_sparse.SparseKConfig(k=6, window=8, sinks=1))
+    with pytest.raises(DataError, match="bos is for decoders"):
+        workflow.packed_chunks(model, bert_tokenizer, "w5 w6 " * 200, 64, bos=True)
+    assert workflow.packed_chunks(model, bert_tokenizer, "w5 w6 " * 200, 64, bos=None)[:, 0].tolist() == [2] * 6

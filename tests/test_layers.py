@@ -13,7 +13,7 @@ LAYERS = [
     ("methods",),
     ("patches",),
     ("tuner",),
-    ("tasks", "data"),
+    ("tasks", "data", "overlap"),
     ("finetune",),
     ("evaluation", "figures", "adapter", "card", "results", "repo", "kept", "hub"),
     ("workflow", "report", "demo", "cli", "__main__", "__init__"),

@@ -27,6 +27,7 @@ from hf_sparse.finetune import FinetuneConfig, finetune
 from hf_sparse.finetune.checkpoint import checkpoints
 from hf_sparse.folders import staged
 from hf_sparse.methods.sparsek import SparseKConfig
+from hf_sparse.overlap import overlap
 from hf_sparse.repo import measurements, write_repo
 from hf_sparse.workflow import create_adapter, save_adapter
 
@@ -112,6 +113,7 @@ def run(output: Path, steps: int, seed: int, console: Console) -> dict[str, Any]
             batch_size=EVALUATION_BATCH,
             text_name="held-out modules of the Python standard library",
         )
+        evaluation["text"]["trained_on"] = overlap(training["trained_on"], held_out)
         after = evaluation["perplexity"]["learned"]
         evaluation["perplexity"] = {**before, "learned": after}
         rows = {k: v for k, v in before.items() if k != "learned"}

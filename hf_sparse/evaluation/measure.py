@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from hf_sparse import machine
-from hf_sparse.data import IGNORED, check_chunks, fingerprint, tensors
+from hf_sparse.data import IGNORED, check_chunks, fingerprint, first_token, tensors
 from hf_sparse.errors import DataError
 from hf_sparse.evaluation.budgets import at_budget, budget_of
 from hf_sparse.evaluation.graphs.analyse import analyse
@@ -122,7 +122,8 @@ def evaluate(
             qualities = _encodings(model, metric, tokens, labels, budgets, selections, batch_size, progress)
             costs = {"tokens_per_second": forward_speed(model, tokens[:batch_size])}
     count, length = tokens.shape
-    text = {"name": text_name, "sha256": fingerprint(tokens, labels), "chunks": count, "length": length}
+    text: dict[str, Any] = {"name": text_name, "sha256": fingerprint(tokens, labels), "chunks": count, "length": length}
+    text["first_token"] = first_token(model, tokens)
     if kind != "features":
         text["predicted_tokens"] = count * (stride or length - 1) if labels is None else int((labels != IGNORED).sum())
     if stride is not None:

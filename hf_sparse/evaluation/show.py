@@ -7,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hf_sparse.metrics import metric_of
+from hf_sparse.overlap import sentence
 
 
 def table(result: dict[str, Any]) -> Table:
@@ -16,6 +17,7 @@ def table(result: dict[str, Any]) -> Table:
     caption = f"{text['chunks']} chunks of {text['length']} tokens" + (
         f" of {escape(text['name'])}" if text["name"] else ""
     )
+    caption += f"\n{told}" if (told := sentence(text)) else ""
     parts = f"{budget['sinks']} sinks, window {budget['window']}, {budget['k']} selected"
     view = Table(title=f"{escape(str(result['base_model']))}: {parts}", caption=caption)
     view.add_column("attention", no_wrap=True)

@@ -28,8 +28,9 @@ class Scan(NamedTuple):
         rank: `[..., Tk]` int64, unique and higher is better; 0 marks a key that can never be selected.
         floor: `[..., Tq]` int64, a key is among the `size` best eligible ones of query t iff `rank >= floor[t]` and
             `rank > 0`.
-        tau: `[..., Tq]`, threshold of SparseK over those best keys, differentiable; `-inf` where at most `k` keys are
-            eligible. `None` unless asked for.
+        tau: `[..., Tq]` float64, threshold of SparseK over those best keys, differentiable; `-inf` where at most `k`
+            keys are eligible. `None` unless asked for. The gates are small differences of scores and thresholds, for
+            which the float32 next to a large threshold would not do.
         lists: `[..., n_tiles, at most size]` int64, the `size` best keys that are eligible for the first query of each
             tile, -1 where there are fewer. Zero tiles unless asked for.
     """
@@ -91,14 +92,15 @@ def sparsek_thresholds(scores: Tensor, k: int, *, support: int | None = None, ti
             bounds the cost of a step; `None` is exact SparseK.
 
     Returns:
-        `[..., T]`, non-decreasing, `-inf` for prefixes of at most `k` finite scores. Differentiable in O(T log T).
+        `[..., T]` in the dtype of `scores`, non-decreasing, `-inf` for prefixes of at most `k` finite scores.
+        Differentiable in O(T log T); where every gate is 0 or 1, the gradient of `tau`, which changes no gate, is 0.
     """
     _check(k, support)
     length = scores.shape[-1]
     size = length if support is None else min(support, length)
     tau = scan(scores, k, size=max(size, 1), queries=length, window=0, tile=tile, with_tau=True).tau
     assert tau is not None
-    return tau
+    return tau.to(scores.dtype)
 
 
 def topk_thresholds(scores: Tensor, k: int, *, tile: int = _TILE) -> tuple[Tensor, Tensor]:
@@ -146,7 +148,7 @@ def _scan(scores: Tensor, rank: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Te
     tiles = -(-queries // tile)
     if scores.is_meta:  # kernels that go on from here are compiled ahead, and need shapes only
         wide = (*batch, tiles if with_lists else 0, min(size, keys))
-        return rank.new_empty((*batch, queries)), scores.new_empty((*batch, queries)), rank.new_empty(wide)
+        return rank.new_empty((*batch, queries)), _wide(scores).new_empty((*batch, queries)), rank.new_empty(wide)
     # One spare column at the end: rank 0 and score -inf, which index -1 and positions off the end point to.
     rank_of = torch.cat([rank, rank.new_zeros((*batch, 1))], -1)
     score_of = torch.cat([scores, scores.new_full((*batch, 1), -torch.inf)], -1)
@@ -172,7 +174,8 @@ def _scan(scores: Tensor, rank: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Te
         # The rank of the size-th member, 0 while there are fewer.
         floors.append(torch.where(member & (count == size), ranks.unsqueeze(-2), 0).amax(-1))
         if with_tau:
-            taus.append(threshold(score_of.gather(-1, candidates), member & (count <= size), k))
+            origin, relative = threshold(score_of.gather(-1, candidates), member & (count <= size), k)
+            taus.append(origin + relative)
         carried = candidates[..., :size]
         if with_tau and size >= keys:
             # Exact SparseK: whatever the threshold has passed is gone for ever.
@@ -180,11 +183,16 @@ def _scan(scores: Tensor, rank: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Te
             carried = carried[..., : max(int(alive.max()), 1)] if alive.numel() else carried
     shape = (*batch, 0)
     floor = torch.cat(floors, -1)[..., :queries].contiguous() if floors else rank.new_zeros(shape)
-    tau = torch.cat(taus, -1)[..., :queries].cummax(-1).values.contiguous() if taus else scores.new_zeros(shape)
+    tau = torch.cat(taus, -1)[..., :queries].cummax(-1).values.contiguous() if taus else _wide(scores).new_zeros(shape)
     width = max((found.shape[-1] for found in lists), default=0)
     padded = [torch.nn.functional.pad(found, (0, width - found.shape[-1]), value=keys) for found in lists]
     stacked = torch.stack(padded, -2) if padded else rank.new_zeros((*batch, 0, width))
     return floor, tau, stacked.masked_fill(stacked == keys, -1)
+
+
+def _wide(scores: Tensor) -> Tensor:
+    """An empty tensor of the dtype in which `threshold` solves."""
+    return scores.new_empty(0, dtype=scores.dtype if scores.device.type == "mps" else torch.float64)
 
 
 class _Thresholds(torch.autograd.Function):
@@ -204,15 +212,16 @@ class _Thresholds(torch.autograd.Function):
         if queries == 0 or scores.shape[-1] == 0:
             return torch.zeros_like(scores), None, None
         arrival = torch.arange(scores.shape[-1], device=scores.device) + ctx.first  # type: ignore[attr-defined]
-        begin = torch.searchsorted(tau, scores - 1, right=True)  # saturated before
+        z = scores.to(tau.dtype)
+        begin = torch.searchsorted(tau, z - 1, right=True)  # saturated before
         begin = torch.maximum(begin, arrival.clamp(min=0).expand_as(begin))
-        end = torch.minimum(torch.searchsorted(tau, scores), torch.searchsorted(floor, rank, right=True))
+        end = torch.minimum(torch.searchsorted(tau, z), torch.searchsorted(floor, rank, right=True))
         begin = begin.clamp(max=queries)
         end = torch.where(rank > 0, torch.maximum(end, begin), begin)
         # tau_t moves by 1/|F_t| with each of its free keys: sum that over each key's interval of queries.
         change = torch.zeros((*tau.shape[:-1], queries + 1), dtype=grad.dtype, device=grad.device)
-        one = torch.ones_like(scores)
+        one = torch.ones_like(z)
         free = change.scatter_add(-1, begin, one).scatter_add(-1, end, -one).cumsum(-1)[..., :queries]
         share = torch.where(free > 0, grad / free.clamp(min=1), 0.0)
         change[..., 1:] = share.cumsum(-1)
-        return change.gather(-1, end) - change.gather(-1, begin), None, None
+        return (change.gather(-1, end) - change.gather(-1, begin)).to(scores.dtype), None, None

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import accelerate
 import datasets
@@ -365,3 +366,24 @@ def test_a_divided_model_is_refused(sparse_llama, chunks, monkeypatch):
     monkeypatch.setattr(loop.Accelerator, "distributed_type", DistributedType.FSDP)
     with pytest.raises(ValueError, match="whole models in each process, and accelerate was configured for FSDP"):
         train(sparse_llama(), chunks)
+
+
+@pytest.mark.parametrize("dtype, mixed", [(torch.bfloat16, "no"), (torch.float16, "no"), (torch.float32, "bf16")])
+def test_half_precision_on_a_cpu_warns_once(sparse_llama, chunks, dtype, mixed):
+    model = sparse_llama().to(dtype)
+    for method in methods_of(model):
+        method.float()  # scorers stay in float32, as PEFT keeps them
+    config = FinetuneConfig(steps=2, warm_start_steps=1, mixed_precision=mixed, progress=False, cpu=True)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        finetune(model, chunks, config)
+    name = "float16" if dtype == torch.float16 else "bfloat16"
+    (warning,) = [w for w in told if "slower than in float32" in str(w.message)]
+    assert f"training in {name} on a CPU" in str(warning.message) and warning.filename == __file__
+
+
+def test_float32_on_a_cpu_does_not_warn(sparse_llama, chunks):
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        finetune(sparse_llama(), chunks, FinetuneConfig(steps=1, warm_start_steps=0, progress=False, cpu=True))
+    assert not [w for w in told if "slower than in float32" in str(w.message)]

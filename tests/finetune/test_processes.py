@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import hf_sparse
 from hf_sparse.demo import CHECKPOINT
-from hf_sparse.finetune import FinetuneConfig, finetune
+from hf_sparse.finetune import FinetuneConfig, finetune, loop
 from hf_sparse.machine import cuda_of_process, is_main_process
 
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
@@ -38,6 +38,32 @@ def train(method, batch_size):
     history = finetune(model, chunks, config)["history"]
     learned = {name: tensor.cpu() for name, tensor in get_peft_model_state_dict(model).items()}
     return learned, [row["loss"] for row in history]
+
+
+def masked_gradients(method, objective, batch_size, accumulation):
+    """Gradients and loss of the first step on chunks of which some have 30 times as many hidden tokens as others."""
+    torch.manual_seed(1)
+    model = get_peft_model(FAMILIES["bert"].make(), CONFIGS[method])
+    generator = torch.Generator().manual_seed(2)
+    tokens = torch.randint(5, 64, (8, 96), generator=generator)
+    hidden = torch.rand(tokens.shape, generator=generator) < torch.tensor([0.02, 0.6] * 4)[:, None]
+    hidden[:, 7] = True
+    data = {"input_ids": tokens.masked_fill(hidden, 4), "labels": tokens.masked_fill(~hidden, -100)}
+    before = {"warm_start_steps": 0} if method == "sparsek" else {"graph_steps": 0}
+    config = FinetuneConfig(
+        objective=objective, steps=1, **before, batch_size=batch_size, gradient_accumulation_steps=accumulation,
+        learning_rate=1e-12, progress=False, cpu=ONE_GPU,
+    )  # fmt: skip
+    gradients, mean = {}, loop._mean
+
+    def note(accelerator, parameters):
+        mean(accelerator, parameters)
+        gradients.update({name: p.grad.detach().cpu().clone() for name, p in parameters.items()})
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loop, "_mean", note)
+        loss = finetune(model, data, config)["history"][0]["loss"]
+    return gradients, loss
 
 
 def launch(*command):
@@ -61,6 +87,29 @@ def test_two_processes_train_what_one_does(method, tmp_path):
     assert history == pytest.approx(expected, rel=1e-5)
     for name in first:
         torch.testing.assert_close(first[name], alone[name], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("objective", ["distill", "lm"])
+@pytest.mark.parametrize("method", CONFIGS)
+def test_accumulation_gives_the_gradient_of_one_batch_of_hidden_tokens(method, objective):
+    expected, expected_loss = masked_gradients(method, objective, 8, 1)
+    gradients, loss = masked_gradients(method, objective, 1, 8)
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    for name in expected:
+        torch.testing.assert_close(gradients[name], expected[name], rtol=1e-5, atol=1e-6)
+    assert any(gradient.abs().max() > 1e-4 for gradient in expected.values())
+
+
+@pytest.mark.parametrize("method", CONFIGS)
+def test_two_processes_that_accumulate_have_the_gradient_of_one_batch_of_hidden_tokens(method, tmp_path):
+    launch(__file__, f"masked {method}", tmp_path)
+    expected, expected_loss = masked_gradients(method, "lm", 8, 1)
+    for rank in (0, 1):
+        gradients, loss = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert loss == pytest.approx(expected_loss, rel=1e-6)
+        assert gradients.keys() == expected.keys()
+        for name in expected:
+            torch.testing.assert_close(gradients[name], expected[name], rtol=1e-5, atol=1e-6)
 
 
 def test_the_command_line_writes_and_tells_once(tmp_path):
@@ -88,5 +137,6 @@ def test_a_rank_without_a_local_one_is_no_launch(monkeypatch):
 
 
 if __name__ == "__main__":
-    rank = os.environ["RANK"]
-    torch.save(train(sys.argv[1], 2), Path(sys.argv[2]) / f"{rank}.pt")
+    rank, (kind, *method) = os.environ["RANK"], sys.argv[1].split()
+    found = masked_gradients(method[0], "lm", 2, 2) if method else train(kind, 2)
+    torch.save(found, Path(sys.argv[2]) / f"{rank}.pt")

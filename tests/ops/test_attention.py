@@ -1,5 +1,6 @@
 """SparseK attention: the dense reference against loops, the tiles against the dense reference, and the promises."""
 
+from copy import copy
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -85,6 +86,12 @@ def run(attend, case: Case) -> tuple[Tensor, list[Tensor]]:
     return output * case.real, list(gradients)
 
 
+def as_case(case: Case, inputs: list[Tensor]) -> Case:
+    other = copy(case)
+    other.inputs = inputs
+    return other
+
+
 def assert_same(case: Case, tolerance: float, tile: int | None = None) -> None:
     def dense(*inputs):
         return dense_sparsek_attention(*inputs, *case.positional())
@@ -99,6 +106,27 @@ def assert_same(case: Case, tolerance: float, tile: int | None = None) -> None:
         torch.testing.assert_close(
             ours, theirs, rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"d {name}: {text}"
         )
+
+
+@pytest.mark.parametrize(
+    "offset, slope, scale", [(1e6, 0, 1), (1e7, 0, 1), (0, 10, 1), (0, 0, 1e8), (0, 0, 1e12), (-1e6, 1, 10)]
+)
+def test_large_scores_have_exact_gates(offset, slope, scale):
+    # Gates of the same float32 scores, computed in float64.
+    case = Case(kv_heads=2, queries=120, keys=150, k=20, support=60, dtype=torch.float32)
+    scores = case.inputs[3] * scale + offset + slope * torch.arange(150.0)
+    exact = [tensor.double() for tensor in (*case.inputs[:3], scores)]
+    expected, expected_gradients = run(
+        lambda *inputs: dense_sparsek_attention(*inputs, *case.positional()), as_case(case, exact)
+    )
+    for attend in (dense_sparsek_attention, causal_sparsek_attention):
+        output, gradients = run(
+            lambda *inputs, attend=attend: attend(*inputs, *case.positional()),
+            as_case(case, [*case.inputs[:3], scores]),
+        )
+        torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
+        for ours, theirs in zip(gradients, expected_gradients, strict=True):
+            torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-4)
 
 
 # The reference itself.

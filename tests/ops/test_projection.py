@@ -111,6 +111,34 @@ def test_a_far_outlier_costs_the_others_no_digits():
     torch.testing.assert_close(sparsek(outlier, 6)[:-1], sparsek(scores, 5), rtol=0, atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    "offset, scale", [(1e4, 1), (1e6, 1), (-1e6, 1), (1e7, 1), (0, 1e4), (0, 1e6), (0, 1e8), (0, 1e12), (1e7, 1e3)]
+)
+def test_large_scores_keep_the_sum_of_the_gates(offset, scale):
+    k = 188
+    scores = torch.randn(4, 2048) * scale + offset
+    gates = sparsek(scores, k)
+    exact = sparsek(scores.double(), k)
+    torch.testing.assert_close(
+        gates.double().sum(-1), torch.full((4,), float(k), dtype=torch.float64), rtol=0, atol=1e-4
+    )
+    torch.testing.assert_close(gates.double(), exact, rtol=0, atol=1e-6)
+    assert torch.equal((gates > 0) & (gates < 1), (exact > 0) & (exact < 1)), "the gradient reaches other entries"
+
+
+@pytest.mark.parametrize("offset", [1e12, 1e15])
+def test_large_float64_scores_keep_the_sum_of_the_gates(offset):
+    scores = torch.randn(4, 2048, dtype=torch.float64) * 100 + offset
+    gates = sparsek(scores, 188)
+    torch.testing.assert_close(gates.sum(-1), torch.full((4,), 188.0, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("slope", [0.01, 0.1, 1.0, 10.0])
+def test_scores_that_rise_with_the_position_keep_the_sum_of_the_gates(slope):
+    gates = sparsek(slope * torch.arange(100_000.0) + torch.randn(2, 100_000), 188)
+    torch.testing.assert_close(gates.double().sum(-1), torch.full((2,), 188.0, dtype=torch.float64), rtol=0, atol=1e-4)
+
+
 def test_k_1_is_sparsemax():
     from entmax import sparsemax
 

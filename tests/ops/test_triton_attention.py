@@ -51,6 +51,7 @@ class Case:
     support: int | None = None
     start: list[int] | None = None
     scale: float = 1.0  # of the scores
+    offset: float = 0.0  # of the scores too
     ties: bool = False
     causal: bool = True
     dtype: torch.dtype = torch.float32
@@ -62,7 +63,7 @@ class Case:
         q = torch.randn(self.batch, self.kv_heads * self.group, self.queries, self.dim)
         k = torch.randn(self.batch, self.kv_heads, self.keys, self.dim)
         v = torch.randn_like(k)
-        z = torch.randn(self.batch, self.kv_heads, self.keys) * self.scale
+        z = torch.randn(self.batch, self.kv_heads, self.keys) * self.scale + self.offset
         if self.ties:
             z = (z / 0.37).round() * 0.37
         self.inputs = [q.to(DEVICE, self.dtype), k.to(DEVICE, self.dtype), v.to(DEVICE, self.dtype), z.to(DEVICE)]
@@ -137,6 +138,7 @@ SHAPES = {
     "ties": {"ties": True, "queries": size(50, 27), "support": 7},
     "equal scores": {"scale": 0.0, "queries": size(50, 27)},
     "flat scores": {"scale": 0.02, "queries": size(50, 27), "support": 20},
+    "large scores": {"offset": 1e6, "queries": size(50, 27)},
     "steep scores": {"scale": 20.0, "queries": size(50, 27)},
 }
 CAUSAL_ONLY = {

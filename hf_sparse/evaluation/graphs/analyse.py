@@ -16,7 +16,7 @@ from rich.progress import track
 from torch import Tensor
 
 from hf_sparse import machine
-from hf_sparse.data import IGNORED, check_chunks, fingerprint, tensors
+from hf_sparse.data import IGNORED, check_chunks, fingerprint, first_token, tensors
 from hf_sparse.errors import DataError
 from hf_sparse.evaluation.graphs.patterns import PATTERNS, Patterns, fit_routing, fit_windows
 from hf_sparse.evaluation.graphs.points import (
@@ -121,7 +121,13 @@ def analyse(
         entry["results"] = {name: result((point, name)) for name in names if (point, name) in sums}
         if (point, "predicted") in records:
             entry["heads"] = _rounded(records[point, "predicted"].per_head())
-    text = {"name": text_name, "sha256": fingerprint(tokens, labels), "chunks": len(tokens), "length": length}
+    text: dict[str, Any] = {
+        "name": text_name,
+        "sha256": fingerprint(tokens, labels),
+        "chunks": len(tokens),
+        "length": length,
+    }
+    text["first_token"] = first_token(model, tokens)
     if kind != "features":
         text["predicted_tokens"] = len(tokens) * (length - 1) if labels is None else int((labels != IGNORED).sum())
     return {

@@ -6,6 +6,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from hf_sparse.metrics import metric_of
+from hf_sparse.overlap import sentence
 
 _SHARES = {
     "mass_recall": "mass recall",
@@ -26,12 +27,14 @@ def graph_table(result: dict[str, Any]) -> Table:
     caption = f"{text['chunks']} chunks of {text['length']} tokens" + (
         f" of {escape(text['name'])}" if text["name"] else ""
     )
+    caption += "; * the adapter's own number of tiles; graphs compound through the layers"
+    caption += f"\n{told}" if (told := sentence(text)) else ""
     tile = f"tiles of {adapter['tile']}" if adapter["tile"] else "single tokens"
     if query_tile := adapter.get("query_tile"):
         tile += f", a list for {'each query' if query_tile == 1 else f'{query_tile} queries'}"
     view = Table(
         title=f"{escape(str(result['base_model']))}: {adapter['predictor']}, {tile}",
-        caption=f"{caption}; * the adapter's own number of tiles; graphs compound through the layers",
+        caption=caption,
     )
     apart = "divergence" in result["full"]
     right = "accuracy" in result["full"]

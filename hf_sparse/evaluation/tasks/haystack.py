@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 from random import Random
 from typing import Any
 
+from hf_sparse.data import prompt_tokens
 from hf_sparse.errors import DataError
 from hf_sparse.evaluation.tasks.words import ADJECTIVES, NOUNS, PLACES, VERBS
 
@@ -66,7 +67,7 @@ def fit(tokenizer: Any, render: Callable[[int], str], limit: int) -> list[int]:
     """
 
     def tokens(units: int) -> list[int]:
-        return tokenizer(render(units), verbose=False)["input_ids"]
+        return prompt_tokens(tokenizer, render(units))
 
     best = tokens(0)
     if len(best) > limit:

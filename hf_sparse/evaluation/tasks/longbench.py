@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hf_sparse.data import read_text
+from hf_sparse.data import prompt_tokens, read_text
 from hf_sparse.errors import DataError
 
 
@@ -52,12 +52,12 @@ def prompt(tokenizer: Any, document: Document, limit: int) -> list[int]:
         DataError: the question alone is longer.
     """
     question = f"\n\nQuestion: {document.input}\nAnswer:" if document.input else "\n\nAnswer:"
-    whole: list[int] = tokenizer(document.context + question, verbose=False)["input_ids"]
+    whole = prompt_tokens(tokenizer, document.context + question)
     if len(whole) <= limit:
         return whole
     end = tokenizer(question, add_special_tokens=False)["input_ids"]
     room = limit - len(end)
     if room < 2:
         raise DataError(f"a question has {len(end)} tokens, and there is room for {limit}")
-    start: list[int] = tokenizer(document.context, verbose=False)["input_ids"]
+    start = prompt_tokens(tokenizer, document.context)
     return start[: room - room // 2] + start[-(room // 2) :] + end

@@ -123,7 +123,8 @@ class _Causal:
         eligible = inside & old & (reached >= span.per_query(floor)) & (reached > 0)
         if limit is None:
             return (eligible | recent).to(scores.dtype), None
-        z, tau = scores.flatten()[candidate + row].unsqueeze(-2), span.per_query(limit)
+        tau = span.per_query(limit)  # float64: a float32 next to a large threshold would not do
+        z = scores.flatten()[candidate + row].unsqueeze(-2).to(tau.dtype)
         # The comparisons of the threshold's own backward, so that both agree on who is free to the last bit.
         free = eligible & (z > tau) & (z - 1 < tau)
-        return (z - tau).clamp(0, 1).masked_fill(~eligible, 0.0) + recent, free
+        return (z - tau).clamp(0, 1).masked_fill(~eligible, 0.0).to(scores.dtype) + recent, free

@@ -42,6 +42,8 @@ def causal_sparsek_attention(
         fixed = torch.arange(keys, device=query.device) < first[:, None, None] + sinks
     elif sinks:
         fixed = torch.arange(keys, device=query.device) < sinks
+    if soft:
+        scores = _near_zero(scores, fixed, k)
     candidates = scores if fixed is None else scores.masked_fill(fixed, -torch.inf)
     size = keys if support is None else min(support, keys)
     search = scan.scan if scan.supports(candidates, size=size, queries=queries, tile=tile) else prefix.scan
@@ -55,11 +57,13 @@ def causal_sparsek_attention(
         with_tau=soft,
         with_lists=True,
     )
+    tau = None if found.tau is None else found.tau.to(scores.dtype)
+    found = found._replace(tau=tau)
     tables = causal_tables(found, candidates.detach(), first, queries=queries, window=window, sinks=sinks, tile=tile)
     z = scores if soft else None
     if soft and fixed is not None:
         z = scores.masked_fill(fixed, torch.inf)  # the gate of a sink is 1, whatever tau is
-    return attend(query, key, value, z, found.tau, tables, scaling, blocks)
+    return attend(query, key, value, z, tau, tables, scaling, blocks)
 
 
 def bidirectional_sparsek_attention(
@@ -85,6 +89,16 @@ def bidirectional_sparsek_attention(
     width = min(length, sinks + reached)  # a row that fits into the budget shares all of its tokens
     tables = bidirectional_tables(shared.detach(), first, window=window, width=width)
     return attend(query, key, value, shared if soft else None, None, tables, scaling, blocks)
+
+
+def _near_zero(scores: Tensor, fixed: Tensor | None, k: int) -> Tensor:
+    """Subtract from each row its k-th best candidate, which changes no gate.
+
+    The kernels hold thresholds in float32: next to a large score they would be rounded.
+    """
+    candidates = scores.detach() if fixed is None else scores.detach().masked_fill(fixed, -torch.inf)
+    origin = candidates.topk(min(k, scores.shape[-1]), sorted=False).values.amin(-1, keepdim=True)
+    return scores - origin.masked_fill(origin == -torch.inf, 0.0)
 
 
 def _first(key: Tensor, start: Tensor | None) -> Tensor:

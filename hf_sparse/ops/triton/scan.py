@@ -68,8 +68,9 @@ def scan(
     """What `hf_sparse.ops.prefix.scan` returns, for the same arguments and by the same tie rule.
 
     By kernels where `supports` says so, which must then run on the device of the scores; by that function elsewhere.
-    Of the kernels, ranks are other integers (they hold the score itself) with the same meaning, and lists are int32, of
-    `min(size, Tk)` keys in the order of their ranks, best first.
+    Of the kernels, ranks are other integers (they hold the score itself) with the same meaning, lists are int32, of
+    `min(size, Tk)` keys in the order of their ranks, best first, and tau is float32: scores that are large against 1
+    lose digits of it, unless a constant is subtracted from all of a row.
 
     Args:
         scores: `[..., Tk]` float32 or float64, `-inf` for keys that can never be selected.
