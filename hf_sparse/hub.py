@@ -316,7 +316,7 @@ def _license_of(api: HfApi, base_model: str) -> dict[str, Any]:
         return {}
     # Nothing checked what people wrote there: a license may be a list, or what YAML makes of `no`.
     said = {name: page.get(name) for name in ("license", "license_name", "license_link")}
-    stated = {name: value for name, value in said.items() if isinstance(value, str) and value}
+    stated: dict[str, Any] = {name: value for name, value in said.items() if isinstance(value, str) and value}
     several = said["license"]
     if isinstance(several, list) and several and all(isinstance(one, str) for one in several):
         stated["license"] = several
