@@ -8,6 +8,7 @@ import os
 import runpy
 import subprocess
 import sys
+from copy import copy
 from pathlib import Path
 
 import pytest
@@ -31,7 +32,7 @@ ONE_GPU = torch.cuda.device_count() == 1  # two processes cannot share it; witho
 
 def train(method, batch_size):
     torch.manual_seed(1)
-    model = get_peft_model(FAMILIES["llama"].make(), CONFIGS[method])
+    model = get_peft_model(FAMILIES["llama"].make(), copy(CONFIGS[method]))
     chunks = torch.randint(5, 64, (12, 96), generator=torch.Generator().manual_seed(2))
     before = {"warm_start_steps": 2} if method == "sparsek" else {"graph_steps": 2}
     config = FinetuneConfig(steps=4, warmup_steps=1, **before, batch_size=batch_size, progress=False, cpu=ONE_GPU)
@@ -43,7 +44,7 @@ def train(method, batch_size):
 def masked_gradients(method, objective, batch_size, accumulation):
     """Gradients and loss of the first step on chunks of which some have 30 times as many hidden tokens as others."""
     torch.manual_seed(1)
-    model = get_peft_model(FAMILIES["bert"].make(), CONFIGS[method])
+    model = get_peft_model(FAMILIES["bert"].make(), copy(CONFIGS[method]))  # PEFT notes the base in it
     generator = torch.Generator().manual_seed(2)
     tokens = torch.randint(5, 64, (8, 96), generator=generator)
     hidden = torch.rand(tokens.shape, generator=generator) < torch.tensor([0.02, 0.6] * 4)[:, None]
