@@ -133,7 +133,7 @@ def read_adapter(folder: Path, source: str) -> Adapter:
         if not isinstance(model_class, str | None):
             raise ValueError(f"it names the class {shown(model_class)}")
         _check_head(dict(config.base_shape or {}).get("head"))
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError) as error:  # RuntimeError: links in a circle
         raise HubError(f"{CONFIG} of {source} is damaged: {error}") from error
     try:
         with opened(folder / WEIGHTS) as (held, read):

@@ -8,14 +8,14 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = {"hf_sparse": "hf_sparse", "patches": "hf_sparse.patches", "finetune": "hf_sparse.finetune"}
 
 LAYERS = [
-    ("errors", "files", "folders", "machine", "metrics", "demo.__init__", "_compat"),
+    ("errors", "embeddings", "files", "folders", "machine", "metrics", "tokens", "weights", "demo.__init__", "_compat"),
     ("ops",),
     ("methods",),
     ("patches",),
     ("tuner",),
-    ("tasks", "data", "overlap"),
+    ("tasks", "base", "data", "overlap"),
     ("finetune",),
-    ("evaluation", "figures", "adapter", "card", "results", "repo", "kept", "hub"),
+    ("evaluation", "figures", "adapter", "card", "results", "repo", "kept", "hub", "saving"),
     ("workflow", "report", "demo", "cli", "__main__", "__init__"),
 ]
 
