@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import EncoderDecoderCache
 
-from hf_sparse._compat import private
+from hf_sparse._compat import cache_given, private
 from hf_sparse.methods.base import SparseMethod
 from hf_sparse.patches.cache import own_layer
 
@@ -186,7 +186,7 @@ def before_attention(
     if _attentions_are_wanted(kwargs):
         raise ValueError("sparse attention has no attention matrix: output_attentions=True is not supported")
     hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))  # GPT-NeoX's name
+    cache = cache_given(module, args, kwargs)
     if isinstance(cache, EncoderDecoderCache) and getattr(module.config, "add_cross_attention", False):
         cache = cache.self_attention_cache  # the other half belongs to cross-attention, which stays dense
     layer = None if cache is None else own_layer(cache, int(module.layer_idx), method)  # type: ignore[arg-type]

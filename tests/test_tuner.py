@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from hf_sparse import SparseKCache, SparseKConfig
+from hf_sparse._compat import cache_of
 from hf_sparse.errors import AdapterMismatchError
 from hf_sparse.methods.sparsek import SparseKCacheLayer
 from hf_sparse.patches import methods_of
@@ -71,7 +72,7 @@ def test_switched_off_it_is_the_base_model_bit_for_bit(model, tiny_llama):
 
 def test_it_generates_with_constant_slots(model):
     output = model.generate(input_ids=IDS, max_new_tokens=10, do_sample=False, return_dict_in_generate=True)
-    layers = output.past_key_values.layers
+    layers = cache_of(output).layers
     assert [type(layer) for layer in layers] == [SparseKCacheLayer] * 2
     assert all(layer.keys.shape[2] == sum(BUDGET.values()) for layer in layers)
 

@@ -13,7 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from hf_sparse.methods.lora import LowRank
 
-NO_CACHE = "a bidirectional attention module sees all tokens at once and has no KV cache: pass no past_key_values"
+NO_CACHE = "a bidirectional attention module sees all tokens at once and has no KV cache: pass none"
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from peft import get_peft_model
 from transformers import BloomConfig, BloomForCausalLM
 
 from hf_sparse import SparsefinderConfig, SparseKConfig, patch, patched, unpatch
+from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.errors import AdapterMismatchError, UnsupportedModelError
 from hf_sparse.methods.base import Site
 from hf_sparse.methods.sparsefinder import SparsefinderAttention
@@ -219,10 +220,10 @@ def test_a_mixed_model_continues_its_cache(tiny_llama, chunks, padded):
                 IDS[:, begin:end],
                 attention_mask=mask[:, :end] if padded else None,
                 position_ids=position[:, begin:end],
-                past_key_values=cache,
+                **with_cache(cache),
                 use_cache=True,
             )
-        cache, begin = output.past_key_values, end
+        cache, begin = cache_of(output), end
         parts.append(output.logits)
     torch.testing.assert_close(torch.cat(parts, 1)[mask.bool()], whole[mask.bool()], rtol=0, atol=1e-5)
 
@@ -280,7 +281,7 @@ def test_bfloat16(tiny_llama, order, monkeypatch):
     monkeypatch.setattr(SparseKAttention, "score", watched)
     output = model.generate(IDS, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
     assert {scores.dtype for scores in seen} == {torch.float32} and len(seen) == 10
-    assert {layer.keys.dtype for layer in output.past_key_values.layers} == {torch.bfloat16}
+    assert {layer.keys.dtype for layer in cache_of(output).layers} == {torch.bfloat16}
     assert logits(model).dtype == torch.bfloat16
 
 

@@ -11,6 +11,7 @@ import torch
 from transformers import DynamicCache
 
 from hf_sparse import SparseKConfig, patch, unpatch
+from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.errors import UnsupportedModelError
 from hf_sparse.patches import methods_of, supported_model_types
 
@@ -81,9 +82,9 @@ def in_chunks(model, chunks, mask=None, cache=None, **kwargs):
         end = begin + length
         if mask is not None:
             kwargs.update(attention_mask=mask[:, :end].long(), position_ids=positions(mask)[:, begin:end])
-        output = model(IDS[:, begin:end], past_key_values=cache, use_cache=True, **kwargs)
+        output = model(IDS[:, begin:end], **with_cache(cache), use_cache=True, **kwargs)
         parts.append(output.logits)
-        cache, begin = output.past_key_values, end
+        cache, begin = cache_of(output), end
     return torch.cat(parts, 1)
 
 
