@@ -177,7 +177,7 @@ def test_resumed_run_equals_uninterrupted(stopped, sparse_llama, chunks, tmp_pat
 def test_killed_process_resumes_to_the_same_weights(sparse_llama, chunks, tmp_path, hub_env):
     """The same with a real kill, at whatever step it lands."""
     model = sparse_llama()
-    model.base_model.model.save_pretrained(tmp_path / "base")
+    sparse_llama().unload().save_pretrained(tmp_path / "base")
     model.save_pretrained(str(tmp_path / "adapter"))
     save_file({"chunks": chunks}, tmp_path / "chunks.safetensors")
     (tmp_path / "run.py").write_text(RUN)

@@ -1,13 +1,16 @@
 """Patching a model and taking the patch off again."""
 
 import copy
+import gc
+import pickle
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import cpu_offload
 from peft import get_peft_model
-from transformers import BloomConfig, BloomForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, LlamaForCausalLM
 
 from hf_sparse import SparsefinderConfig, SparseKConfig, patch, patched, unpatch
 from hf_sparse._compat import cache_of, with_cache
@@ -353,3 +356,57 @@ def test_unpatch_sends_peft_models_to_unload(tiny_llama):
     with pytest.raises(UnsupportedModelError, match="pass the base model"):
         unpatch(model)
     assert methods_of(model.unload()) == []
+
+
+# Saving.
+
+
+@pytest.fixture(params=[SparseKConfig(**BUDGET), SparsefinderConfig()], ids=["SparseK", "Sparsefinder"])
+def a_config(request):
+    return request.param
+
+
+@pytest.mark.parametrize("made_by", ["patch", "get_peft_model", "deepcopy", "pickle"])
+@pytest.mark.parametrize("call", ["save_pretrained", "push_to_hub"])
+def test_a_patched_model_writes_no_checkpoint_that_loads_dense(tiny_llama, a_config, made_by, call, tmp_path):
+    model = tiny_llama()
+    if made_by == "get_peft_model":
+        model = get_peft_model(model, a_config).get_base_model()
+    else:
+        model = patch(model, a_config)
+    if made_by == "deepcopy":
+        model = copy.deepcopy(model)
+    if made_by == "pickle":
+        model = pickle.loads(pickle.dumps(model))
+    target = tmp_path / "saved"
+    with pytest.raises(
+        ValueError, match=rf"^{call} .* save the PeftModel .* take sparse attention off first"
+    ) as caught:
+        getattr(model, call)(str(target))
+    assert "\n" not in str(caught.value) and not target.exists()
+    unpatch(model)
+    assert not {"save_pretrained", "push_to_hub"} & vars(model).keys()
+    model.save_pretrained(target)
+    assert torch.equal(logits(LlamaForCausalLM.from_pretrained(target)), logits(tiny_llama()))
+
+
+def test_what_stands_around_it_does_not_save_it_either(tiny_llama, a_config, tmp_path):
+    model = get_peft_model(tiny_llama(), a_config)
+    with pytest.raises(ValueError, match="take sparse attention off first"):
+        model.base_model.save_pretrained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+    model.unload().save_pretrained(tmp_path / "base")
+    assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path / "base")), logits(tiny_llama()))
+
+
+def test_a_patched_model_goes_with_its_last_user(tiny_llama):
+    gc.collect()
+    gc.disable()  # counting references must do
+    try:
+        model = patch(tiny_llama(), SparseKConfig(**BUDGET))
+        gone = weakref.ref(model)
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()

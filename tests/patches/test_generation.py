@@ -366,7 +366,10 @@ def test_lookup_decoding_within_the_budget(tiny_llama):
 
 
 def test_assisted_decoding_past_the_budget_is_refused(model, tiny_llama):
-    with pytest.raises(RuntimeError, match="keys were evicted for good, so it cannot be cropped"):
+    message = (
+        "keys were evicted for good, so it cannot be cropped|requires a cache that can be cropped"  # transformers'
+    )
+    with pytest.raises((RuntimeError, ValueError), match=message):
         model.generate(IDS[:1], max_new_tokens=20, do_sample=False, prompt_lookup_num_tokens=3)
 
 
@@ -475,7 +478,26 @@ def test_attention_matrices_are_refused(model):
         model(IDS, output_attentions=True)
 
 
-def test_decoding_in_train_mode_is_refused(model):
-    model.train()
-    with pytest.raises(ValueError, match=r"decoding uses hard selection: call model.eval\(\)"):
-        model.generate(IDS, max_new_tokens=3)
+def test_generating_in_train_mode_is_as_in_eval_mode(model):
+    """As GRPO and every online trainer do."""
+    expected = model.generate(IDS, max_new_tokens=10, do_sample=False)
+    assert torch.equal(model.train().generate(IDS, max_new_tokens=10, do_sample=False), expected)
+    assert model.training
+
+
+def test_a_cache_of_a_training_forward_is_not_continued(model):
+    cache = cache_of(model.train()(IDS[:, :20]))
+    for mode in (True, False):
+        with torch.set_grad_enabled(mode), pytest.raises(ValueError, match=r"use torch.no_grad\(\) before generating"):
+            model.train(mode)(IDS[:, 20:21], **with_cache(cache))
+
+
+@torch.no_grad()
+def test_a_cache_of_inference_mode_is_continued(model):
+    expected = model(IDS[:, :45]).logits[:, 40:]
+    for change in (lambda cache: None, lambda cache: cache.reorder_cache(torch.tensor([0, 1, 2])), copy.deepcopy):
+        with torch.inference_mode():
+            cache = cache_of(model(IDS[:, :40]))
+            cache = change(cache) or cache
+        steps = [model(IDS[:, t : t + 1], **with_cache(cache)).logits for t in range(40, 45)]
+        torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-5, atol=1e-5)

@@ -38,6 +38,7 @@ class SparseKCacheLayer(CacheLayerMixin):
         memory: `[B, Hkv, D]`, what a baseline remembers of all tokens so far; `None` for the others.
         cumulative_length: int64 without dimensions, tokens so far with padding.
         empty: whether nothing was written yet.
+        soft: whether soft gates, which are for learning, were between the tokens so far.
         owner: whose scores these are; scores of two scorers do not compare.
         remembers: whether scores depend on other tokens of the text, which `crop` could not undo.
         only_sparse: whether no layer of the same cache has full, dense attention.
@@ -69,6 +70,7 @@ class SparseKCacheLayer(CacheLayerMixin):
         self.k, self.window, self.sinks = k, window, sinks
         self.owner, self.only_sparse, self.remembers = owner, only_sparse, remembers
         self.empty = True
+        self.soft = False
         self.announced = False
         self._offload_wanted = False
         self.scores = self.positions = self.seen = self.padded_late = self.memory = None
@@ -159,7 +161,7 @@ class SparseKCacheLayer(CacheLayerMixin):
             for tensor in self._state():
                 tensor.zero_()
             self.positions.fill_(-1)
-        self.empty, self._length = True, 0
+        self.empty, self.soft, self._length = True, False, 0
 
     def offload(self) -> None:
         """Move the slots to the CPU; right after `update`, when the attention is still to come, `settle` does it."""
