@@ -237,7 +237,7 @@ def test_transformers_own_switches(base_folder, model, tmp_path, tiny_llama):
     sparse = logits(model)
     assert torch.equal(logits(loaded), sparse)
     if not ADAPTERS_OF_TRANSFORMERS:
-        with pytest.raises(ValueError, match="please use a version >= 0.22"):
+        with pytest.raises(ValueError, match=r"please use a version >= 0\.22"):
             loaded.disable_adapters()
         assert torch.equal(logits(loaded), sparse)
         return
@@ -304,7 +304,7 @@ def test_a_training_step_changes_all_scorers_and_only_them(tiny_llama, scorer):
 def test_sequences_within_the_budget_teach_nothing_and_say_so_once(tiny_llama, recwarn):
     _warn_of_short_text.cache_clear()
     model = get_peft_model(tiny_llama(), config()).train()
-    for length in (10, 12, 16, 17):
+    for length in (10, 12, 16, 30):
         short = IDS[:, :length]
         model.zero_grad()
         model(short, labels=short).loss.backward()
@@ -446,6 +446,6 @@ def test_transformers_says_which_peft_its_own_methods_need(tiny_llama):
         model.add_adapter(config())
         assert model.active_adapters() == ["default"]
     else:
-        with pytest.raises(ValueError, match="please use a version >= 0.22"):
+        with pytest.raises(ValueError, match=r"please use a version >= 0\.22"):
             model.add_adapter(config())
         assert methods_of(model) == []

@@ -289,6 +289,13 @@ def test_refusals(sparse_llama, tiny_llama, chunks):
         train(model, chunks)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_it_does_not_begin(sparse_llama, chunks, tmp_path, mode):
+    with mode(), pytest.raises(ValueError, match=r"finetune needs gradients, which torch.no_grad and"):
+        train(sparse_llama(), chunks, output_dir=str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, sparse_llama, chunks):
     monkeypatch.setitem(
         objectives.OBJECTIVES["causal"],

@@ -309,9 +309,7 @@ def test_a_cache_under_an_unknown_name_is_refused(variant):
         return args, {"memory" if value is cache else name: value for name, value in kwargs.items()}
 
     hook = module.register_forward_pre_hook(rename, with_kwargs=True, prepend=True)
-    with pytest.raises(
-        CompatibilityError, match="was called with a DynamicCache as memory, and hf-sparse knows caches"
-    ):
+    with pytest.raises(CompatibilityError, match="was called with a DynamicCache as memory, and hf-sparse knows"):
         model(IDS, **with_cache(cache))
     hook.remove()
     module.register_forward_pre_hook(

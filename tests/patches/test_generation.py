@@ -366,9 +366,7 @@ def test_lookup_decoding_within_the_budget(tiny_llama):
 
 
 def test_assisted_decoding_past_the_budget_is_refused(model, tiny_llama):
-    message = (
-        "keys were evicted for good, so it cannot be cropped|requires a cache that can be cropped"  # transformers'
-    )
+    message = "keys were evicted for good, so it cannot be cropped|requires a cache that can be cropped"
     with pytest.raises((RuntimeError, ValueError), match=message):
         model.generate(IDS[:1], max_new_tokens=20, do_sample=False, prompt_lookup_num_tokens=3)
 

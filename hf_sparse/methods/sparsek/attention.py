@@ -88,6 +88,11 @@ class SparseKAttention(SparseMethod):
             remembers=self.policy is not None and self.policy.remembers,
         )
 
+    def _may_learn(self) -> bool:
+        """Whether a backward could follow, and the scorers are not frozen."""
+        scorer = self.sparsek_scorer[self.active]
+        return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in scorer.parameters())
+
     def score(self, hidden_states: Tensor, index: Tensor) -> Tensor:
         """The scorer's frozen scores `[B, Hkv, T]` float32 of tokens that stand at `index` `[B, T]` of their rows."""
         return self.sparsek_scorer[self.active](hidden_states, index)
@@ -144,7 +149,7 @@ class SparseKAttention(SparseMethod):
             if soft:
                 gates = {"gates": "soft", "support": config.soft_support(budget.k)}
             output = _aligned(query, key, value, scores, valid, valid, causal=self.causal, **options, **gates)
-            if policy is None and scores.requires_grad and not torch.compiler.is_compiling():
+            if policy is None and self._may_learn() and not torch.compiler.is_compiling():
                 if not soft and self.active in self.last_for:
                     output = _Unlearned.apply(output, scores)
                 elif soft and length <= budget.slots:
