@@ -24,6 +24,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, CompileConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from hf_sparse import SparseKConfig, patch, unpatch
+from hf_sparse._compat import cache_of
 from hf_sparse.demo import BASE_NAME, CHECKPOINT
 from hf_sparse.evaluation import kv_bytes
 from hf_sparse.files import write_json
@@ -113,7 +114,7 @@ def measure(
     speeds, before, first = [], graphs(), 0
     for run in range(repeats + 1):
         clock = Clock((SKIPPED, new))
-        cache = generate(model, ids, new, compiled, clock).past_key_values
+        cache = cache_of(generate(model, ids, new, compiled, clock))
         if run == 0:
             first = graphs() - before
         else:

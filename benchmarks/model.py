@@ -44,6 +44,7 @@ from transformers import (
 from transformers.cache_utils import Cache
 
 from hf_sparse import SparseKCache, SparseKConfig, patch, unpatch
+from hf_sparse._compat import with_cache
 from hf_sparse.evaluation import kv_bytes
 from hf_sparse.files import write_json
 from hf_sparse.finetune.objectives import distill, switched_off
@@ -172,7 +173,7 @@ def steps(model: PreTrainedModel, cache: Cache, batch: int, context: int, new: i
     model.generate(
         ids,
         attention_mask=torch.ones_like(ids),
-        past_key_values=cache,
+        **with_cache(cache),
         max_new_tokens=new,
         do_sample=False,
         disable_compile=eager,

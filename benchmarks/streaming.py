@@ -20,6 +20,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from hf_sparse import SparseKCache, SparseKConfig, patch
+from hf_sparse._compat import with_cache
 from hf_sparse.demo import BASE_NAME, CHECKPOINT
 from hf_sparse.files import write_json
 from hf_sparse.machine import describe
@@ -47,13 +48,13 @@ def stream(options: argparse.Namespace) -> dict[str, Any]:
 
     token = torch.zeros(1, 1, dtype=torch.int64, device=device)
     # Two tokens, so that the cache's buffers are there before anything is compiled.
-    model(token.expand(1, 2), past_key_values=cache)
+    model(token.expand(1, 2), **with_cache(cache))
     position = torch.full((1, 1), 2, device=device)
     rows: list[dict[str, Any]] = []
     begin = time.perf_counter()
     for count in range(1, options.tokens + 1):
         at = position.clamp(max=trained - 1) if options.positions == "stay" else position
-        logits = forward(token, position_ids=at, past_key_values=cache).logits[:, -1].float()
+        logits = forward(token, position_ids=at, **with_cache(cache)).logits[:, -1].float()
         token = torch.multinomial(logits.softmax(-1), 1)
         position = position + 1
         if count % max(1, options.tokens // options.readings) == 0:

@@ -62,12 +62,14 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
         DataError: chunks that cannot train this model.
         TypeError: the settings are no `FinetuneConfig`.
         ValueError: parameters other than the adapter's would be trained, the method or model has no such objective or
-            setting, or a loss, a gradient or what is learned is not finite.
+            setting, gradients are switched off, or a loss, a gradient or what is learned is not finite.
         BusyError: another run holds `output_dir`.
     """
     config = FinetuneConfig() if config is None else config
     if not isinstance(config, FinetuneConfig):
         raise TypeError(f"expected a FinetuneConfig, got {type(config).__name__}: {config!r}")
+    if not torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+        raise ValueError("finetune needs gradients, which torch.no_grad and torch.inference_mode switch off around it")
     training = training_of(model, config)
     chunks, labels = tensors(model, dataset)
     check_chunks(model, chunks, labels)

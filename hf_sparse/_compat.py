@@ -1,5 +1,8 @@
 """The one place that reaches into what others do not promise: names of transformers, and an enum of PEFT's.
 
+transformers 5.24 calls `cache` what was `past_key_values` before, in forwards, `generate` and their outputs. Either
+name is taken from callers as transformers takes it; `with_cache` and `cache_of` use the one of the installed version.
+
 PEFT has no registration for third-party methods: `peft.utils.register_peft_method` refuses names that are not members
 of `PeftType`. With a member added, everything works as for PEFT's own methods: `PeftModel`, `AutoPeftModel` and
 transformers' `load_adapter` alike. Enums are meant to be closed, so this writes the three tables that CPython keeps for
@@ -9,7 +12,48 @@ one. Checked by `tests/test_compat.py` on the versions that CI runs; drop it whe
 from importlib import import_module
 from typing import Any
 
+from transformers.cache_utils import Cache
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
 from hf_sparse.errors import CompatibilityError
+
+#: Under which keywords attention modules of transformers get the cache; GPT-NeoX's is the last.
+_ATTENTION_CACHE = ("cache", "past_key_values", "layer_past")
+
+#: Under which name a model, `generate` and their outputs have it in the installed transformers.
+_MODEL_CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+
+
+def with_cache(cache: Any) -> dict[str, Any]:
+    """Name a cache as the installed transformers does: keywords for a model's forward or `generate`."""
+    return {_MODEL_CACHE: cache}
+
+
+def cache_of(output: Any) -> Any:
+    """Read the cache off the output of a model or of `generate`."""
+    return getattr(output, _MODEL_CACHE)
+
+
+def cache_given(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Find the cache among the arguments of an attention module; `None` if it was called without one.
+
+    Raises:
+        CompatibilityError: there is a cache where none is expected, and attention beside it would be dense in silence.
+    """
+    for name in _ATTENTION_CACHE:
+        if (cache := kwargs.get(name)) is not None:
+            return cache
+    # Only without a cache: a decoding step ends above.
+    for place, value in (*enumerate(args), *kwargs.items()):
+        if isinstance(value, Cache):
+            from transformers import __version__
+
+            where = f"as {place}" if isinstance(place, str) else f"as its positional argument {place}"
+            raise CompatibilityError(
+                f"{type(module).__name__} was called with a {type(value).__name__} {where}, and hf-sparse knows caches "
+                f"as {' or '.join(_ATTENTION_CACHE)}: transformers {__version__} may need a newer hf-sparse"
+            )
+    return None
 
 
 def private(module: str, name: str) -> Any:
@@ -25,7 +69,7 @@ def private(module: str, name: str) -> Any:
     except (ImportError, AttributeError) as error:
         raise CompatibilityError(
             f"transformers {__version__} has no {module}.{name}, which hf-sparse needs. Install a transformers in the "
-            "range that hf-sparse declares (pip install 'transformers>=5.17,<5.24') or a newer hf-sparse."
+            "range that hf-sparse declares (pip install 'transformers>=5.17,<5.25') or a newer hf-sparse."
         ) from error
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse import machine
+from hf_sparse._compat import cache_of
 from hf_sparse.data import check_chunks, fingerprint
 from hf_sparse.errors import DataError
 from hf_sparse.evaluation import selection
@@ -108,7 +109,7 @@ def pieces(tokenizer: Any, tokens: list[int]) -> Iterator[tuple[str, int, int]]:
 
 def _in_slots(model: nn.Module, tokens: Tensor) -> Iterator[Tensor]:
     """`[Hkv, T]` of each sparse layer: what its cache holds after the text."""
-    cache = model(input_ids=tokens, use_cache=True).past_key_values
+    cache = cache_of(model(input_ids=tokens, use_cache=True))
     for layer in cache.layers:
         if isinstance(layer, SparseKCacheLayer):
             positions = layer.positions[0]  # [Hkv, S]

@@ -1,6 +1,7 @@
 """Attach a method to a model and take it off again."""
 
 import copy
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -140,10 +141,11 @@ def attach(module: nn.Module, model: PreTrainedModel, adapter: str, config: Any)
     others = methods_of(model)
     if method is None:
         family = family_of(model)
-        switch = others[0].on_toggle if others else _Switch(model.config)  # one for all layers of a model
+        switch: Any = others[0].on_toggle if others else _Switch(model)  # one for all layers of a model
         layer = next(i for i, (_, other) in enumerate(family.modules(model)) if other is module)
         method = method_of(config).attention.at(family.site(module, layer))
         method.train(module.training)
+        method.is_managed = switch.is_managed
         method.on_toggle = switch
         method.beside_local = any(family.is_local(other) for _, other in family.modules(model))
         method.hooks.append(module.register_forward_pre_hook(before_attention, with_kwargs=True))
@@ -154,6 +156,10 @@ def attach(module: nn.Module, model: PreTrainedModel, adapter: str, config: Any)
     if config.lora_rank:
         enable_lora(module, method)
     method.add_adapter(adapter, config)
+    if not any(adapter in other.configs and other.layer > method.layer for other in others):
+        for other in others:
+            other.last_for.discard(adapter)
+        method.last_for.add(adapter)
     if others and others[0].active_adapters not in ([], method.active_adapters):
         # One adapter is in use, in the layers that have it and in those that do not.
         method.set_adapter(others[0].active)
@@ -175,8 +181,8 @@ def detach(model: nn.Module) -> None:
         if isinstance(method, SparseMethod):
             for hook in method.hooks:
                 hook.remove()
-            if method.on_toggle is not None:
-                method.on_toggle(False)
+            if isinstance(method.on_toggle, _Switch):
+                method.on_toggle.remove()
             delattr(module, CHILD)
 
 
@@ -243,20 +249,63 @@ def patched(model: PreTrainedModel, config: Any) -> Iterator[PreTrainedModel]:
 
 
 class _Switch:
-    """Sets the attention implementation of a model's config: ours while the method is on, the base's while off."""
+    """What a patched model has once for all its layers.
 
-    def __init__(self, config: Any) -> None:
+    Called, it sets the attention implementation of the model's config: ours while the method is on, the base's while
+    off. It stands in front of the model's `save_pretrained` and `push_to_hub`, which know nothing of the method, until
+    `remove`.
+    """
+
+    _SAVING = ("save_pretrained", "push_to_hub")
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        config = model.config
         if config._attn_implementation == NAME:
             raise ValueError(
                 "the model's config is shared with another patched model, and the two could not be switched apart, or "
                 "was copied from one: give each model a config of its own (copy.deepcopy), and in a copy set "
                 "config._attn_implementation to what the base model uses, such as 'sdpa'"
             )
+        self.model = weakref.ref(model)  # which holds this one: without a cycle it goes when its last user does
         self.config = config
         self.base = config._attn_implementation
+        for name in self._SAVING:
+            setattr(model, name, getattr(self, name))
 
     def __call__(self, enabled: bool) -> None:
         self.config._attn_implementation = NAME if enabled else self.base
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        self(False)
+        for name in self._SAVING:
+            vars(self.model()).pop(name, None)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        return self._save("save_pretrained", *args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        return self._save("push_to_hub", *args, **kwargs)
+
+    def _save(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self.model()
+        # transformers writes the adapters that it manages, and no base model; after the last one there is but the base.
+        if self.is_managed() or not any(method.configs for method in methods_of(model)):
+            return getattr(type(model), name)(model, *args, **kwargs)
+        raise ValueError(
+            f"{name} of a model with sparse attention would write a checkpoint that loads as a dense model: to keep "
+            "the adapter, save the PeftModel (its save_pretrained, or hf_sparse.push_to_hub); to keep the base model, "
+            "take sparse attention off first (unload of the PeftModel, or hf_sparse.unpatch)"
+        )
+
+    def is_managed(self) -> bool:
+        return getattr(self.model(), "_hf_peft_config_loaded", False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"model": self.model()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state | {"model": weakref.ref(state["model"])})
 
 
 def _shape(model: PreTrainedModel, site: Site, layers: int, kind: type[SparseMethod]) -> dict[str, Any]:

@@ -18,6 +18,8 @@ class SparseKCache(Cache):
         ids = model.generate(first_turn, past_key_values=cache)
         ids = model.generate(torch.cat([ids, second_turn], 1), past_key_values=cache)
 
+    (transformers 5.24 and newer call the keyword `cache`, and take the older name with a warning.)
+
     It belongs to the adapter that is active now. Rows of different lengths are padded and masked as ever; what was
     padding when it came stays padding. A row that ended before the others was fed pad tokens as real ones, and cannot
     be continued from here. KV slots, which SparseK has, compile: on a GPU `generate` compiles the decoding steps that

@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import EncoderDecoderCache
 
-from hf_sparse._compat import private
+from hf_sparse._compat import cache_given, private
 from hf_sparse.methods.base import SparseMethod
 from hf_sparse.patches.cache import own_layer
 
@@ -177,6 +178,13 @@ def before_attention(
     assert isinstance(method, SparseMethod)
     if not method.is_active:
         return None
+    hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    name = None  # a decoding step goes on as it began
+    if hidden_states.shape[1] > 1 and method.is_managed and method.is_managed():
+        name = _other_name(module, method)
+    if name:
+        method.set_adapter(name)
+        return None
     current = module.config._attn_implementation  # type: ignore[union-attr]
     if current != NAME:
         raise ValueError(
@@ -185,14 +193,24 @@ def before_attention(
         )
     if _attentions_are_wanted(kwargs):
         raise ValueError("sparse attention has no attention matrix: output_attentions=True is not supported")
-    hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    cache = kwargs.get("past_key_values", kwargs.get("layer_past"))  # GPT-NeoX's name
+    cache = cache_given(module, args, kwargs)
     if isinstance(cache, EncoderDecoderCache) and getattr(module.config, "add_cross_attention", False):
         cache = cache.self_attention_cache  # the other half belongs to cross-attention, which stays dense
     layer = None if cache is None else own_layer(cache, int(module.layer_idx), method)  # type: ignore[arg-type]
     if layer is not None:
         layer.announced = True
     return args, {**kwargs, "sparse_call": SparseCall(method, hidden_states, layer)}
+
+
+def _other_name(module: nn.Module, method: SparseMethod) -> list[str] | None:
+    """Find the active adapter of another type in the same attention module, where transformers manages both.
+
+    Its `load_adapter` leaves two adapters of two types on, and reports one as active: that of the linear layers.
+    """
+    for layer in module.modules():
+        if isinstance(layer, BaseTunerLayer) and layer is not method and layer.active_adapters:
+            return None if method.active in layer.active_adapters else list(layer.active_adapters)
+    return None
 
 
 def _attentions_are_wanted(kwargs: dict[str, Any]) -> bool:

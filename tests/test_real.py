@@ -11,6 +11,7 @@ from peft import get_peft_model
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from hf_sparse import SparseKConfig
+from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.demo.text import documents
 from hf_sparse.patches import methods_of
 
@@ -49,9 +50,9 @@ def test_prefill_and_decode_equal_one_forward(base, ids):
     model = get_peft_model(base, SparseKConfig(k=20, window=24, sinks=4)).eval()
     whole = model(ids).logits
     output = model(ids[:, :150])
-    parts, cache = [output.logits], output.past_key_values
+    parts, cache = [output.logits], cache_of(output)
     for t in range(150, 200):
-        output = model(ids[:, t : t + 1], past_key_values=cache)
+        output = model(ids[:, t : t + 1], **with_cache(cache))
         parts.append(output.logits)
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=2e-4)
 
@@ -76,7 +77,7 @@ def test_two_thousand_tokens_in_256_slots(base, ids):
     cache = DynamicCache(config=base.config)
     output = model.generate(
         input_ids=ids[:, :16],
-        past_key_values=cache,
+        **with_cache(cache),
         min_new_tokens=2_000,
         max_new_tokens=2_000,
         do_sample=False,

@@ -7,18 +7,25 @@ import sys
 import peft
 import pytest
 import torch
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from packaging.version import Version
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
-from hf_sparse import SparseKCache, SparseKConfig
+from hf_sparse import SparsefinderConfig, SparseKCache, SparseKConfig
+from hf_sparse._compat import cache_of
 from hf_sparse.errors import AdapterMismatchError
 from hf_sparse.methods.sparsek import SparseKCacheLayer
+from hf_sparse.methods.sparsek.attention import _warn_of_short_text
 from hf_sparse.patches import methods_of
 
 BUDGET = {"k": 6, "window": 8, "sinks": 2}
 IDS = torch.randint(2, 64, (2, 50), generator=torch.Generator().manual_seed(0))
 SCORERS = [f"base_model.model.model.layers.{i}.self_attn.sparse_attention.sparsek_scorer" for i in range(2)]
+
+# Whether this transformers takes this PEFT in its own add_adapter, set_adapter, ...
+ADAPTERS_OF_TRANSFORMERS = Version(peft.__version__) >= Version(MIN_PEFT_VERSION)
 
 
 @torch.no_grad()
@@ -71,7 +78,7 @@ def test_switched_off_it_is_the_base_model_bit_for_bit(model, tiny_llama):
 
 def test_it_generates_with_constant_slots(model):
     output = model.generate(input_ids=IDS, max_new_tokens=10, do_sample=False, return_dict_in_generate=True)
-    layers = output.past_key_values.layers
+    layers = cache_of(output).layers
     assert [type(layer) for layer in layers] == [SparseKCacheLayer] * 2
     assert all(layer.keys.shape[2] == sum(BUDGET.values()) for layer in layers)
 
@@ -229,12 +236,18 @@ def test_transformers_own_switches(base_folder, model, tmp_path, tiny_llama):
     loaded.load_adapter(str(tmp_path), adapter_name="sparse")
     sparse = logits(model)
     assert torch.equal(logits(loaded), sparse)
+    if not ADAPTERS_OF_TRANSFORMERS:
+        with pytest.raises(ValueError, match=r"please use a version >= 0\.22"):
+            loaded.disable_adapters()
+        assert torch.equal(logits(loaded), sparse)
+        return
     loaded.disable_adapters()
     assert torch.equal(logits(loaded), logits(tiny_llama()))
     loaded.enable_adapters()
     assert torch.equal(logits(loaded), sparse)
 
 
+@pytest.mark.skipif(not ADAPTERS_OF_TRANSFORMERS, reason="this transformers refuses this PEFT, as another test asserts")
 def test_after_its_last_adapter_it_takes_another_for_other_layers(tiny_llama):
     model = tiny_llama()
     model.add_adapter(config())
@@ -248,6 +261,7 @@ def test_after_its_last_adapter_it_takes_another_for_other_layers(tiny_llama):
     assert (logits(model) - logits(tiny_llama())).abs().max() > 0.1
 
 
+@pytest.mark.skipif(not ADAPTERS_OF_TRANSFORMERS, reason="this transformers refuses this PEFT, as another test asserts")
 def test_without_its_last_adapter_a_model_of_transformers_is_the_base_model(base_folder, tiny_llama):
     model = AutoModelForCausalLM.from_pretrained(base_folder)
     model.add_adapter(config())
@@ -287,11 +301,17 @@ def test_a_training_step_changes_all_scorers_and_only_them(tiny_llama, scorer):
         assert torch.equal(tensor, before[name]) != ("sparsek_scorer" in name), name
 
 
-def test_sequences_within_the_budget_train_without_complaint(tiny_llama):
+def test_sequences_within_the_budget_teach_nothing_and_say_so_once(tiny_llama, recwarn):
+    _warn_of_short_text.cache_clear()
     model = get_peft_model(tiny_llama(), config()).train()
-    short = IDS[:, :10]
-    model(short, labels=short).loss.backward()
-    assert all(p.grad is not None and not p.grad.any() for p in model.parameters() if p.requires_grad)
+    for length in (10, 12, 16, 30):
+        short = IDS[:, :length]
+        model.zero_grad()
+        model(short, labels=short).loss.backward()
+        learned = [p.grad.any() for p in model.parameters() if p.requires_grad]
+        assert any(learned) == (length > 16)
+    warned = [str(warning.message) for warning in recwarn if "KV slots" in str(warning.message)]
+    assert len(warned) == 1 and "fits into the 16 KV slots" in warned[0]
 
 
 def test_the_trainer_trains_it(tiny_llama, tmp_path):
@@ -333,3 +353,99 @@ def test_data_parallel_is_refused(model, monkeypatch):
 def test_peft_knows_the_method():
     assert peft.PeftType("HF_SPARSE_SPARSEK") == "HF_SPARSE_SPARSEK"
     assert type(peft.get_peft_config({"peft_type": "HF_SPARSE_SPARSEK", "k": 3})) is SparseKConfig
+
+
+# What is frozen, and what a forward can teach.
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("kind", [SparseKConfig, SparsefinderConfig])
+def test_switching_off_and_on_changes_nothing_that_is_frozen(tiny_llama, kind, frozen):
+    model = get_peft_model(tiny_llama(), kind(inference_mode=frozen))
+    before = {name: p.requires_grad for name, p in model.named_parameters()}
+    with model.disable_adapter():
+        pass
+    model.base_model.disable_adapter_layers()
+    model.base_model.enable_adapter_layers()
+    assert {name: p.requires_grad for name, p in model.named_parameters()} == before
+    assert any(before.values()) is not frozen
+
+
+def test_a_backward_in_eval_mode_names_train(model):
+    with pytest.raises(ValueError, match=r"scorers are trainable and get no gradient.*call model.train\(\)"):
+        model(IDS, labels=IDS).loss.backward()
+    model.train()(IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_a_backward_in_eval_mode_for_something_else_warns(model):
+    embedding = model.get_input_embeddings().weight.requires_grad_(True)
+    loss = model(IDS, labels=IDS).loss
+    with pytest.warns(UserWarning, match=r"call model.train\(\) before the forward, or freeze them"):
+        loss.backward()
+    assert embedding.grad.any()
+
+
+def test_a_frozen_adapter_lets_gradients_through(tiny_llama, recwarn):
+    model = get_peft_model(tiny_llama(), config(inference_mode=True)).eval()
+    embedding = model.get_input_embeddings().weight.requires_grad_(True)
+    model(IDS, labels=IDS).loss.backward()
+    assert embedding.grad.any() and not [w for w in recwarn if "scorers" in str(w.message)]
+
+
+def test_adapters_for_some_layers_name_train_too(tiny_llama):
+    model = get_peft_model(tiny_llama(num_hidden_layers=3), config(layers=[1, 0])).eval()
+    assert [method.last_for for method in methods_of(model)] == [set(), {"default"}]
+    with pytest.raises(ValueError, match=r"call model.train\(\)"):
+        model(IDS, labels=IDS).loss.backward()
+
+
+@pytest.mark.parametrize("make", [SparseKConfig, SparsefinderConfig])
+def test_generation_in_train_mode_selects_as_in_eval_mode(tiny_llama, make):
+    settings = BUDGET if make is SparseKConfig else {"predictor": "bound", "tile": 4, "window": 4}
+    model = get_peft_model(tiny_llama(), make(**settings)).eval()
+    options = {"input_ids": IDS, "max_new_tokens": 6, "do_sample": False}
+    steps = {"output_logits": True, "return_dict_in_generate": True}
+    expected = torch.stack(model.generate(**options, **steps).logits)
+    found = torch.stack(model.train().generate(**options, **steps).logits)
+    assert torch.equal(found, expected)
+    dense = torch.stack(tiny_llama().generate(IDS, max_new_tokens=6, do_sample=False, **steps).logits)
+    assert not torch.equal(found, dense)
+
+
+# Beside an adapter of another type, in transformers' own hands.
+
+
+@pytest.mark.parametrize("order", [("sparse", "lora"), ("lora", "sparse")])
+def test_of_two_types_the_one_that_is_reported_runs(base_folder, tmp_path, order, tiny_llama):
+    lora = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    sparse = get_peft_model(tiny_llama(), config()).eval()
+    expected = {"lora": logits(lora), "sparse": logits(sparse)}
+    lora.save_pretrained(tmp_path / "lora")
+    sparse.save_pretrained(tmp_path / "sparse")
+    model = AutoModelForCausalLM.from_pretrained(base_folder)
+    for name in order:
+        model.load_adapter(str(tmp_path / name), adapter_name=name)
+    assert torch.equal(logits(model), expected["lora"])
+    if ADAPTERS_OF_TRANSFORMERS:
+        assert model.active_adapters() == ["lora"]
+        for name in ("sparse", "lora", "sparse"):
+            model.set_adapter(name)
+            assert model.active_adapters() == [name]
+            assert torch.equal(logits(model), expected[name])
+            ids = model.generate(IDS, max_new_tokens=4, do_sample=False)
+            assert torch.equal(
+                ids, {"lora": lora, "sparse": sparse}[name].generate(input_ids=IDS, max_new_tokens=4, do_sample=False)
+            )
+
+
+def test_transformers_says_which_peft_its_own_methods_need(tiny_llama):
+    """`load_adapter` works with every supported PEFT; the others need 0.22 from transformers 5.24 on."""
+    model = tiny_llama()
+    if ADAPTERS_OF_TRANSFORMERS:
+        model.add_adapter(config())
+        assert model.active_adapters() == ["default"]
+    else:
+        with pytest.raises(ValueError, match=r"please use a version >= 0\.22"):
+            model.add_adapter(config())
+        assert methods_of(model) == []

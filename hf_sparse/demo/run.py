@@ -18,6 +18,7 @@ from rich.text import Text
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from hf_sparse._compat import cache_of
 from hf_sparse.adapter import CONFIG, WEIGHTS
 from hf_sparse.data import pack
 from hf_sparse.demo import BASE_NAME, CHECKPOINT
@@ -181,7 +182,7 @@ def _side_by_side(model: PeftModel, tokenizer: Any, prompt: Tensor) -> Table:
                 return_dict_in_generate=True,
             )
         texts.append(Text(tokenizer.decode(output.sequences[0, len(prompt) :], skip_special_tokens=True)))
-        weights.append(readable_bytes(kv_bytes(output.past_key_values)))
+        weights.append(readable_bytes(kv_bytes(cache_of(output))))
     end = tokenizer.decode(prompt[-48:])
     table = Table(title=Text(f"... {end}", justify="left"), title_style="dim", show_lines=True)
     table.add_column(f"dense: {weights[0]} of keys and values", ratio=1)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.evaluation.selections import selection
 from hf_sparse.methods.sparsek import SparseKCacheLayer
 from hf_sparse.patches.cache import kv_bytes
@@ -56,11 +57,11 @@ def forward_speed(model: nn.Module, chunks: Tensor) -> dict[str, Any]:
 def _decode(model: nn.Module, chunk: Tensor, new_tokens: int) -> tuple[Any, float]:
     """The cache after a chunk `[1, T]`, and the seconds that its last `new_tokens` took, one by one."""
     tokens = chunk.to(next(model.parameters()).device)
-    cache = model(input_ids=tokens[:, :-new_tokens], use_cache=True).past_key_values
+    cache = cache_of(model(input_ids=tokens[:, :-new_tokens], use_cache=True))
     _finish(tokens.device)
     start = time.perf_counter()
     for token in tokens[:, -new_tokens:].split(1, dim=1):
-        cache = model(input_ids=token, past_key_values=cache, use_cache=True).past_key_values
+        cache = cache_of(model(input_ids=token, **with_cache(cache), use_cache=True))
     _finish(tokens.device)
     return cache, time.perf_counter() - start
 

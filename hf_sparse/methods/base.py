@@ -13,7 +13,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from hf_sparse.methods.lora import LowRank
 
-NO_CACHE = "a bidirectional attention module sees all tokens at once and has no KV cache: pass no past_key_values"
+NO_CACHE = "a bidirectional attention module sees all tokens at once and has no KV cache: pass none"
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class SparseMethod(nn.Module, BaseTunerLayer):
         has_slots: whether it keeps a fixed number of keys and forgets the others; otherwise its cache holds them all.
         layer, causal: see `Site`.
         configs: the configuration of each adapter.
+        last_for: the adapters for which no later layer is patched.
         identities: of adapters: a name can be used again.
     """
 
@@ -76,12 +77,15 @@ class SparseMethod(nn.Module, BaseTunerLayer):
         self.merged_adapters = []
         self.configs: dict[str, Any] = {}
         self.identities: dict[str, str] = {}
-        # Set by the patch that attaches the method: told when it is switched on or off, the hooks to remove, the device
-        # of the attention module, and the sizes of its linear layers where LoRA changes them.
+        # Set by the patch that attaches the method: whether transformers manages the adapters of the model (its own
+        # `add_adapter` and `load_adapter`), what to tell when the method is switched on or off, the hooks to remove,
+        # the device of the attention module, and the sizes of its linear layers where LoRA changes them.
+        self.is_managed: Callable[[], bool] | None = None
         self.on_toggle: Callable[[bool], None] | None = None
         self.hooks: list[RemovableHandle] = []
         self.home: torch.device | None = None
         self.linears: dict[str, tuple[int, int]] = {}
+        self.last_for: set[str] = set()
         self.beside_local = False  # whether the model has layers with a sliding window of their own
 
     @classmethod
@@ -107,6 +111,7 @@ class SparseMethod(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         self.configs.pop(adapter_name, None)
         self.identities.pop(adapter_name, None)
+        self.last_for.discard(adapter_name)
         super().delete_adapter(adapter_name)
 
     def attend(
@@ -167,6 +172,10 @@ class SparseMethod(nn.Module, BaseTunerLayer):
         """Whether this module attends sparsely: it is switched on, and the adapter in use has parameters here."""
         return not self.disable_adapters and self.is_used
 
+    def is_learning(self, cache: CacheLayerMixin | None) -> bool:
+        """Tell a forward to learn from: in `train` mode, unless it generates, which fills a cache without gradients."""
+        return self.training and (cache is None or torch.is_grad_enabled())
+
     @property
     def is_used(self) -> bool:
         """Whether the adapter in use has parameters here; none is in use after the last one was deleted."""
@@ -180,12 +189,14 @@ class SparseMethod(nn.Module, BaseTunerLayer):
         return self.active_adapters[0]
 
     def enable_adapters(self, enabled: bool) -> None:
-        """PEFT's switch: also sets which parameters are trainable."""
-        super().enable_adapters(enabled)
+        """Switch as `switch` does; PEFT calls this.
+
+        Its own layers freeze all adapters and unfreeze the active one afterwards, also one that was frozen before.
+        """
         self.switch(enabled)
 
     def switch(self, enabled: bool) -> None:
-        """Sparse attention on, or the dense base model; nothing else changes."""
+        """Turn sparse attention on, or off for the dense base model; what is frozen stays so, and what is not."""
         self._disable_adapters = not enabled
         if self.on_toggle is not None:
             self.on_toggle(enabled)

@@ -19,6 +19,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_sparse import SparseKConfig, patch
+from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.patches import methods_of
 
 # Far fewer slots (13) than tokens, so that every layer must choose and every choice can be wrong.
@@ -120,10 +121,10 @@ class Subject:
                 ids[:, new],
                 attention_mask=mask[:, :end],
                 position_ids=positions(mask)[:, new],
-                past_key_values=cache,
+                **with_cache(cache),
                 use_cache=True,
             )
-            cache = output.past_key_values
+            cache = cache_of(output)
             parts.append(output.logits)
         return torch.cat(parts, 1), cache
 

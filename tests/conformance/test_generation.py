@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.methods.sparsek import SparseKCacheLayer
 
 KIND = "causal"
@@ -27,7 +28,7 @@ def test_turns(subject, measure):
     first = _sample(subject.sparse, ids[:, :40], mask[:, :40])
     longer = torch.cat([first.sequences, ids[:, 40:]], 1)
     mask = torch.cat([mask[:, :40], torch.ones_like(longer[:, 40:])], 1)
-    second = _sample(subject.sparse, longer, mask, past_key_values=first.past_key_values)
+    second = _sample(subject.sparse, longer, mask, **with_cache(cache_of(first)))
     mask = torch.cat([mask, torch.ones_like(second.sequences[:, longer.shape[1] :])], 1)
     whole = subject.logits(subject.sparse, second.sequences, mask)
     for turn in (first, second):
@@ -46,7 +47,7 @@ def test_crop(subject, measure):
             step = subject.sparse(
                 ids[:, begin : begin + 1],
                 position_ids=torch.full((len(ids), 1), begin),
-                past_key_values=cache,
+                **with_cache(cache),
                 use_cache=True,
             ).logits
         measure.close(step[:, 0], expected[:, begin])
@@ -92,7 +93,7 @@ def test_static_cache(subject, measure):
     for model in (subject.sparse, subject.fresh(k=ROOMY)):
         expected = _sample(model, ids, mask)
         static = _sample(model, ids, mask, cache_implementation="static")
-        assert type(static.past_key_values).__name__ == "StaticCache"
+        assert type(cache_of(static)).__name__ == "StaticCache"
         assert torch.equal(static.sequences, expected.sequences)
         measure.close(torch.stack(static.logits), torch.stack(expected.logits))
     with measure.refused(ValueError, "a static cache needs every full-attention layer patched"):

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_sparse import SparseKConfig, patch
+from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.errors import DataError
 from hf_sparse.evaluation import budget_of, compare, divide_layers, layer_damages
 from hf_sparse.evaluation.layers import best_shares
@@ -24,13 +25,13 @@ def patched(tiny_llama, **settings):
 def test_every_layer_has_its_own_slots(tiny_llama, chunks):
     model = patched(tiny_llama, layer_shares=SHARES)
     with torch.no_grad():
-        cache = model(input_ids=chunks, use_cache=True).past_key_values
+        cache = cache_of(model(input_ids=chunks, use_cache=True))
         assert [layer.keys.shape[2] for layer in cache.layers] == [2 + 12 + 9, 2 + 4 + 3]
         whole = model(input_ids=chunks).logits
         steps = model(input_ids=chunks[:, :40], use_cache=True)
-        parts, cache = [steps.logits], steps.past_key_values
+        parts, cache = [steps.logits], cache_of(steps)
         for token in chunks[:, 40:].split(1, 1):
-            parts.append(model(input_ids=token, past_key_values=cache).logits)
+            parts.append(model(input_ids=token, **with_cache(cache)).logits)
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=0, atol=1e-5)
 
 

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 import hf_sparse
+from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.demo import CHECKPOINT
 from hf_sparse.errors import DataError
 from hf_sparse.evaluation import GENERATING, at_budget, budget_of, selection, task_table
@@ -256,10 +257,8 @@ class TestGeneration:
             ids, cache = torch.tensor([tokens]), None
             for _ in range(6):
                 with torch.no_grad():
-                    output = model(
-                        input_ids=ids if cache is None else ids[:, -1:], past_key_values=cache, use_cache=True
-                    )
-                cache = output.past_key_values
+                    output = model(input_ids=ids if cache is None else ids[:, -1:], **with_cache(cache), use_cache=True)
+                cache = cache_of(output)
                 ids = torch.cat([ids, output.logits[:, -1:].argmax(-1)], 1)
         assert found == tokenizer.decode(ids[0, 100:], skip_special_tokens=True)
 

@@ -185,7 +185,7 @@ def test_resumed_run_equals_uninterrupted(stopped, sparse_llama, chunks, tmp_pat
 def test_killed_process_resumes_to_the_same_weights(sparse_llama, chunks, tmp_path, hub_env):
     """The same with a real kill, at whatever step it lands."""
     model = sparse_llama()
-    model.base_model.model.save_pretrained(tmp_path / "base")
+    sparse_llama().unload().save_pretrained(tmp_path / "base")
     model.save_pretrained(str(tmp_path / "adapter"))
     save_file({"chunks": chunks}, tmp_path / "chunks.safetensors")
     (tmp_path / "run.py").write_text(RUN)
@@ -296,6 +296,13 @@ def test_refusals(sparse_llama, tiny_llama, chunks):
     model.base_model.model.lm_head.weight.requires_grad_(True)
     with pytest.raises(ValueError, match=r"1 parameters besides the scorers would be trained, the first is .*lm_head"):
         train(model, chunks)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_without_gradients_it_does_not_begin(sparse_llama, chunks, tmp_path, mode):
+    with mode(), pytest.raises(ValueError, match=r"finetune needs gradients, which torch.no_grad and"):
+        train(sparse_llama(), chunks, output_dir=str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, sparse_llama, chunks):

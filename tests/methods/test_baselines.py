@@ -6,6 +6,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig, DynamicCache
 
 from hf_sparse import SparseKConfig, patch
+from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.methods.sparsek import SparseKAttention
 from hf_sparse.methods.sparsek.selection import H2O, POLICIES, TOVA, AdaptivePolicy, SnapKV
 from hf_sparse.methods.sparsek.selection.adaptive import attention, visible
@@ -338,7 +339,7 @@ def test_generate_equals_steps_through_a_cache(model, name):
         cache, text = DynamicCache(config=model.config), IDS
         step = IDS
         for _ in range(20):
-            step = model(step, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            step = model(step, **with_cache(cache), use_cache=True).logits[:, -1:].argmax(-1)
             text = torch.cat([text, step], 1)
     assert torch.equal(output, text)
     assert cache.layers[0].positions.amin() >= 0 and int(cache.layers[0].seen[0]) == 69
@@ -364,8 +365,8 @@ def test_frozen_policies_are_exact_in_chunks(model, policy, chunks):
     cache, parts = None, []
     with torch.no_grad():
         for part in IDS.split(chunks, 1):
-            output = model(part, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(part, **with_cache(cache), use_cache=True)
+            cache = cache_of(output)
             parts.append(output.logits)
         whole = model(IDS, use_cache=False).logits
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)

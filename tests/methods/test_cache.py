@@ -333,3 +333,46 @@ def test_dense_attention_may_not_use_the_slots():
     layer = new_layer(keys, values)
     with pytest.raises(RuntimeError, match=r"holds the KV slots of sparse attention.*start a new cache"):
         layer.update(keys, values)
+
+
+def test_the_length_is_a_number():
+    keys, values, _ = stream(3)
+    layer = new_layer(keys, values)
+    assert (type(layer.get_seq_length()), layer.get_seq_length(), layer.get_mask_sizes(1)) == (int, 3, (1, 0))
+    update(layer, keys, values)
+    layer.cumulative_length.add_(4)
+    assert layer.get_seq_length() == 6  # counted along, so that no step waits for the device
+    layer.crop(-2)
+    assert layer.get_seq_length() == 4
+    layer.reset()
+    assert type(layer.get_seq_length()) is int and layer.get_seq_length() == 0
+
+
+def test_after_compiled_steps_the_length_is_read_off_the_tensor():
+    keys, values, _ = stream(1)
+    layer = new_layer(keys, values)
+    lengths = []
+
+    @torch.compile(backend="eager", fullgraph=True)
+    def step(keys, values):
+        layer.announced = True
+        layer.update(keys, values)
+        return layer.get_seq_length() + 0
+
+    for _ in range(4):
+        lengths.append(int(step(keys, values)))
+        layer.settle()
+    assert lengths == [2, 3, 4, 5]
+    assert type(layer.get_seq_length()) is int and layer.get_seq_length() == 5
+    update(layer, keys, values)
+    assert layer.get_seq_length() == 6
+
+
+def test_it_says_whether_it_can_be_cropped():
+    keys, values, scores = stream(SLOTS + 1)
+    layer = new_layer(keys[:, :, :SLOTS], values[:, :, :SLOTS])
+    valid = torch.ones(BATCH, SLOTS, dtype=torch.bool)
+    fill(layer, keys[:, :, :SLOTS], values[:, :, :SLOTS], scores[:, :, :SLOTS], valid)
+    assert layer.is_croppable
+    insert(layer, keys, values, scores, tokens=[SLOTS])
+    assert not layer.is_croppable

@@ -1,15 +1,19 @@
 """Patching a model and taking the patch off again."""
 
 import copy
+import gc
+import pickle
+import weakref
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import cpu_offload
 from peft import get_peft_model
-from transformers import BloomConfig, BloomForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, LlamaForCausalLM
 
 from hf_sparse import SparsefinderConfig, SparseKConfig, patch, patched, unpatch
+from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.errors import AdapterMismatchError, UnsupportedModelError
 from hf_sparse.methods.base import Site
 from hf_sparse.methods.sparsefinder import SparsefinderAttention
@@ -219,10 +223,10 @@ def test_a_mixed_model_continues_its_cache(tiny_llama, chunks, padded):
                 IDS[:, begin:end],
                 attention_mask=mask[:, :end] if padded else None,
                 position_ids=position[:, begin:end],
-                past_key_values=cache,
+                **with_cache(cache),
                 use_cache=True,
             )
-        cache, begin = output.past_key_values, end
+        cache, begin = cache_of(output), end
         parts.append(output.logits)
     torch.testing.assert_close(torch.cat(parts, 1)[mask.bool()], whole[mask.bool()], rtol=0, atol=1e-5)
 
@@ -280,7 +284,7 @@ def test_bfloat16(tiny_llama, order, monkeypatch):
     monkeypatch.setattr(SparseKAttention, "score", watched)
     output = model.generate(IDS, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
     assert {scores.dtype for scores in seen} == {torch.float32} and len(seen) == 10
-    assert {layer.keys.dtype for layer in output.past_key_values.layers} == {torch.bfloat16}
+    assert {layer.keys.dtype for layer in cache_of(output).layers} == {torch.bfloat16}
     assert logits(model).dtype == torch.bfloat16
 
 
@@ -352,3 +356,52 @@ def test_unpatch_sends_peft_models_to_unload(tiny_llama):
     with pytest.raises(UnsupportedModelError, match=r"unload\(\) to drop it, returns the base model"):
         unpatch(model)
     assert methods_of(model.unload()) == []
+
+
+# Saving.
+
+
+@pytest.fixture(params=[SparseKConfig(**BUDGET), SparsefinderConfig()], ids=["SparseK", "Sparsefinder"])
+def a_config(request):
+    return request.param
+
+
+@pytest.mark.parametrize("made_by", ["patch", "get_peft_model", "deepcopy", "pickle"])
+@pytest.mark.parametrize("call", ["save_pretrained", "push_to_hub"])
+def test_a_patched_model_writes_no_checkpoint_that_loads_dense(tiny_llama, a_config, made_by, call, tmp_path):
+    model = tiny_llama()
+    model = get_peft_model(model, a_config).get_base_model() if made_by == "get_peft_model" else patch(model, a_config)
+    if made_by == "deepcopy":
+        model = copy.deepcopy(model)
+    if made_by == "pickle":
+        model = pickle.loads(pickle.dumps(model))
+    target = tmp_path / "saved"
+    with pytest.raises(ValueError, match=rf"^{call} .* save the PeftModel .* attention off first") as caught:
+        getattr(model, call)(str(target))
+    assert "\n" not in str(caught.value) and not target.exists()
+    unpatch(model)
+    assert not {"save_pretrained", "push_to_hub"} & vars(model).keys()
+    model.save_pretrained(target)
+    assert torch.equal(logits(LlamaForCausalLM.from_pretrained(target)), logits(tiny_llama()))
+
+
+def test_what_stands_around_it_does_not_save_it_either(tiny_llama, a_config, tmp_path):
+    model = get_peft_model(tiny_llama(), a_config)
+    with pytest.raises(ValueError, match="take sparse attention off first"):
+        model.base_model.save_pretrained(tmp_path / "base")
+    model.save_pretrained(tmp_path / "adapter")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+    model.unload().save_pretrained(tmp_path / "base")
+    assert torch.equal(logits(LlamaForCausalLM.from_pretrained(tmp_path / "base")), logits(tiny_llama()))
+
+
+def test_a_patched_model_goes_with_its_last_user(tiny_llama):
+    gc.collect()
+    gc.disable()  # counting references must do
+    try:
+        model = patch(tiny_llama(), SparseKConfig(**BUDGET))
+        gone = weakref.ref(model)
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()

@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache
 
 from hf_sparse import SparseKConfig, patch, unpatch
+from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.patches import methods_of
 
 ENCODERS = {
@@ -120,8 +121,8 @@ def test_every_scorer_is_trained(name):
 @pytest.mark.parametrize("name", ["bert", "roberta"])
 def test_an_encoder_takes_no_cache(name):
     model = with_scorers(encoder(name, "Model"))
-    with pytest.raises(ValueError, match="has no KV cache: pass no past_key_values"):
-        model(IDS, past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="has no KV cache: pass none"):
+        model(IDS, **with_cache(DynamicCache()))
 
 
 def test_a_local_layer_of_modernbert_is_refused():
@@ -143,7 +144,7 @@ def one_after_another(model, prefill: int = 30, **inputs) -> torch.Tensor:
     out = model(IDS[:, :prefill], use_cache=True, **inputs)
     logits = [out.logits]
     for t in range(prefill, LENGTH):
-        out = model(IDS[:, t : t + 1], past_key_values=out.past_key_values, **inputs)
+        out = model(IDS[:, t : t + 1], **with_cache(cache_of(out)), **inputs)
         logits.append(out.logits)
     return torch.cat(logits, 1)
 

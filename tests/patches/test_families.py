@@ -4,14 +4,18 @@
 """
 
 import runpy
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import DynamicCache
 
-from hf_sparse import SparseKConfig, patch, unpatch
-from hf_sparse.errors import UnsupportedModelError
+from hf_sparse import SparsefinderConfig, SparseKConfig, patch, unpatch
+from hf_sparse._compat import cache_of, with_cache
+from hf_sparse.errors import CompatibilityError, UnsupportedModelError
+from hf_sparse.methods.sparsefinder import SparsefinderAttention
+from hf_sparse.methods.sparsek import SparseKAttention
 from hf_sparse.patches import methods_of, supported_model_types
 
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
@@ -81,9 +85,9 @@ def in_chunks(model, chunks, mask=None, cache=None, **kwargs):
         end = begin + length
         if mask is not None:
             kwargs.update(attention_mask=mask[:, :end].long(), position_ids=positions(mask)[:, begin:end])
-        output = model(IDS[:, begin:end], past_key_values=cache, use_cache=True, **kwargs)
+        output = model(IDS[:, begin:end], **with_cache(cache), use_cache=True, **kwargs)
         parts.append(output.logits)
-        cache, begin = output.past_key_values, end
+        cache, begin = cache_of(output), end
     return torch.cat(parts, 1)
 
 
@@ -273,3 +277,48 @@ def test_the_guide_shows_a_family_as_it_is():
     root = Path(__file__).parents[2]
     guide = "\n".join(line.removeprefix("   ") for line in (root / "CONTRIBUTING.md").read_text().splitlines())
     assert f"```python\n{(root / 'patches' / 'opt.py').read_text()}```\n" in guide
+
+
+@pytest.mark.parametrize("config", [SparseKConfig(**BUDGET), SparsefinderConfig(predictor="full")], ids=["k", "finder"])
+@pytest.mark.parametrize("filled_by", ["forward", "generate", "a dynamic cache", "the old name"])
+def test_no_patched_layer_keeps_an_ordinary_cache_layer(variant, config, filled_by):
+    model = patch(variant(), config)
+    if filled_by == "forward":
+        cache = cache_of(model(IDS, use_cache=True))
+    elif filled_by == "generate":
+        cache = cache_of(model.generate(IDS, max_new_tokens=3, return_dict_in_generate=True))
+    else:
+        cache = DynamicCache()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # from transformers 5.24 on
+            model(IDS, **(with_cache(cache) if filled_by == "a dynamic cache" else {"past_key_values": cache}))
+    for method in methods_of(model):
+        assert type(cache.layers[method.layer]) is method.cache_layer_type
+    assert [i for i, layer in enumerate(cache.layers) if type(layer) not in _OURS] == list(variant.local)
+
+
+_OURS = {SparseKAttention.cache_layer_type, SparsefinderAttention.cache_layer_type}
+
+
+def test_a_cache_under_an_unknown_name_is_refused(variant):
+    model = patch(variant(), SparseKConfig(**BUDGET))
+    cache = DynamicCache()
+    module = next(module for module in model.modules() if hasattr(module, "sparse_attention"))
+
+    def rename(module, args, kwargs):
+        return args, {"memory" if value is cache else name: value for name, value in kwargs.items()}
+
+    hook = module.register_forward_pre_hook(rename, with_kwargs=True, prepend=True)
+    with pytest.raises(CompatibilityError, match="was called with a DynamicCache as memory, and hf-sparse knows"):
+        model(IDS, **with_cache(cache))
+    hook.remove()
+    module.register_forward_pre_hook(
+        lambda module, args, kwargs: (
+            (*args, *(value for value in kwargs.values() if value is cache)),
+            {name: value for name, value in kwargs.items() if value is not cache},
+        ),
+        with_kwargs=True,
+        prepend=True,
+    )
+    with pytest.raises(CompatibilityError, match="a DynamicCache as its positional argument"):
+        model(IDS, **with_cache(cache))

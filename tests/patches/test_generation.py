@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache, EncoderDecoderCache, LogitsProcessor, LogitsProcessorList, StaticCache
 
 from hf_sparse import SparseKCache, SparseKConfig, patch
+from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.methods.sparsek import SparseKCacheLayer
 from hf_sparse.patches import methods_of, unpatch
 
@@ -35,11 +36,11 @@ def in_chunks(model, chunks, ids=IDS, mask=None, cache=None):
             ids[:, begin:end],
             attention_mask=None if mask is None else mask[:, :end],
             position_ids=None if position is None else position[:, begin:end],
-            past_key_values=cache,
+            **with_cache(cache),
             use_cache=True,
         )
         parts.append(output.logits)
-        cache, begin = output.past_key_values, end
+        cache, begin = cache_of(output), end
     return torch.cat(parts, 1), cache
 
 
@@ -200,7 +201,7 @@ def test_generation_keeps_the_kv_bytes_constant(model):
     watch = _Watch(cache)
     model.generate(
         IDS[:, :4],
-        past_key_values=cache,
+        **with_cache(cache),
         max_new_tokens=100,
         do_sample=False,
         logits_processor=LogitsProcessorList([watch]),
@@ -214,7 +215,7 @@ def test_generation_keeps_the_kv_bytes_constant(model):
 
 def test_generation_goes_on_with_a_returned_cache(model):
     first = model.generate(IDS, max_new_tokens=10, do_sample=False, return_dict_in_generate=True)
-    longer = model.generate(first.sequences, past_key_values=first.past_key_values, max_new_tokens=10, do_sample=False)
+    longer = model.generate(first.sequences, **with_cache(cache_of(first)), max_new_tokens=10, do_sample=False)
     assert torch.equal(longer, model.generate(IDS, max_new_tokens=20, do_sample=False))
 
 
@@ -228,7 +229,7 @@ def test_a_cache_without_a_configuration_grows_as_layers_ask(model):
 def test_a_static_cache_gets_our_slots_too(model, padding):
     mask = MASKS[padding].long() if padding in MASKS else torch.ones_like(IDS)
     cache = StaticCache(config=model.config, max_cache_len=LENGTH + 20)
-    static = model.generate(IDS, attention_mask=mask, past_key_values=cache, max_new_tokens=20, do_sample=False)
+    static = model.generate(IDS, attention_mask=mask, **with_cache(cache), max_new_tokens=20, do_sample=False)
     assert [type(layer) for layer in cache.layers] == [SparseKCacheLayer] * 2
     assert torch.equal(static, model.generate(IDS, attention_mask=mask, max_new_tokens=20, do_sample=False))
 
@@ -266,7 +267,7 @@ def test_an_offloaded_cache(model, monkeypatch):
     monkeypatch.setattr(
         SparseKCacheLayer, "_each", lambda layer, change: (moves.append(layer.announced), each(layer, change))
     )
-    offloaded = model.generate(IDS, past_key_values=cache, max_new_tokens=10, do_sample=False)
+    offloaded = model.generate(IDS, **with_cache(cache), max_new_tokens=10, do_sample=False)
     assert torch.equal(offloaded, model.generate(IDS, max_new_tokens=10, do_sample=False))
     assert moves == [False] * 20  # each of two layers after each of ten forwards, never before its attention
 
@@ -279,7 +280,7 @@ def test_a_chat_of_three_turns_equals_one_text(model):
     text = IDS[:1, :20]
     for turn in (1, 2, None):
         ones = torch.ones_like(text)  # the model says the pad token too
-        answer = model.generate(text, attention_mask=ones, past_key_values=cache, max_new_tokens=12, do_sample=False)
+        answer = model.generate(text, attention_mask=ones, **with_cache(cache), max_new_tokens=12, do_sample=False)
         if turn:
             text = torch.cat([answer, IDS[turn : turn + 1, :25]], 1)
     logits = whole(model, answer)
@@ -298,7 +299,7 @@ def test_turns_of_different_lengths_in_one_batch(model):
         new = torch.randint(2, 64, (3, max(turn)), generator=generator)
         real = torch.arange(max(turn)) >= max(turn) - torch.tensor(turn)[:, None]
         ids, mask = torch.cat([ids, new], 1), torch.cat([mask, real.long()], 1)
-        output = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=10, do_sample=False)
+        output = model.generate(ids, attention_mask=mask, **with_cache(cache), max_new_tokens=10, do_sample=False)
         for row in range(3):
             prompt = torch.cat([alone[row], new[row : row + 1, real[row]]], 1)
             alone[row] = model.generate(prompt, max_new_tokens=10, do_sample=False)
@@ -330,7 +331,7 @@ def test_a_copied_cache_shares_nothing(model):
     """One prefix, several continuations."""
     _, prefix = in_chunks(model, [40], cache=SparseKCache(model))
     for _ in range(2):
-        output = model(IDS[:, 40:], past_key_values=copy.deepcopy(prefix))
+        output = model(IDS[:, 40:], **with_cache(copy.deepcopy(prefix)))
         torch.testing.assert_close(output.logits, whole(model)[:, 40:], rtol=1e-5, atol=1e-5)
 
 
@@ -365,7 +366,8 @@ def test_lookup_decoding_within_the_budget(tiny_llama):
 
 
 def test_assisted_decoding_past_the_budget_is_refused(model, tiny_llama):
-    with pytest.raises(RuntimeError, match="keys were evicted for good, so it cannot be cropped"):
+    message = "keys were evicted for good, so it cannot be cropped|requires a cache that can be cropped"
+    with pytest.raises((RuntimeError, ValueError), match=message):
         model.generate(IDS[:1], max_new_tokens=20, do_sample=False, prompt_lookup_num_tokens=3)
 
 
@@ -381,54 +383,54 @@ def test_a_mask_that_changes_its_mind_is_refused(model):
     mask = torch.ones_like(IDS)
     mask[1, 25:30] = 0
     with pytest.raises(ValueError, match=r"\[30, 25, 30\] real tokens .* a mask cannot be changed later"):
-        model(IDS[:, 30:], attention_mask=mask, past_key_values=cache)
+        model(IDS[:, 30:], attention_mask=mask, **with_cache(cache))
 
 
 def test_a_mask_that_forgets_the_padding_is_refused(model):
     mask = torch.ones(3, 24, dtype=torch.long)
     mask[0, :5] = 0
-    cache = model(IDS[:, :20], attention_mask=mask[:, :20]).past_key_values
+    cache = cache_of(model(IDS[:, :20], attention_mask=mask[:, :20]))
     for later in (None, torch.ones_like(mask)):
         with pytest.raises(ValueError, match=r"\[20, 20, 20\] real tokens .* \[15, 20, 20\]"):
-            model(IDS[:, 20:24], attention_mask=later, past_key_values=cache)
+            model(IDS[:, 20:24], attention_mask=later, **with_cache(cache))
 
 
 def test_crop_after_padding_on_the_right_is_refused(model):
     mask = torch.ones(2, 12, dtype=torch.long)
     mask[0, 8:] = 0
-    cache = model(IDS[:2, :12], attention_mask=mask).past_key_values
+    cache = cache_of(model(IDS[:2, :12], attention_mask=mask))
     with pytest.raises(RuntimeError, match="padding after its first real token"):
         cache.crop(-2)
-    left = model(IDS[:2, :12], attention_mask=mask.flip(1)).past_key_values
+    left = cache_of(model(IDS[:2, :12], attention_mask=mask.flip(1)))
     left.crop(-2)
     assert left.layers[0].seen.tolist() == [6, 10]
 
 
 def test_the_cache_of_another_model_is_refused(model, tiny_llama):
     other = patch(tiny_llama(), SparseKConfig(k=2, window=12, sinks=2))
-    cache = model(IDS[:, :40]).past_key_values
+    cache = cache_of(model(IDS[:, :40]))
     with pytest.raises(ValueError, match="another adapter"):
-        other(IDS[:, 40:41], past_key_values=cache)
+        other(IDS[:, 40:41], **with_cache(cache))
     copied, later = copy.deepcopy((model, cache))
-    assert copied(IDS[:, 40:41], past_key_values=later).logits.shape == (3, 1, 64)
+    assert copied(IDS[:, 40:41], **with_cache(later)).logits.shape == (3, 1, 64)
 
 
 def test_a_cache_of_dense_keys_is_refused(model, tiny_llama):
     _, cache = in_chunks(tiny_llama(), [20])
     with pytest.raises(ValueError, match=r"DynamicLayer that holds dense keys.*start a new cache after switching"):
-        model(IDS[:, 20:], past_key_values=cache)
+        model(IDS[:, 20:], **with_cache(cache))
 
 
 def test_a_sparse_cache_in_a_dense_model_is_refused(model):
     _, cache = in_chunks(model, [20])
     unpatch(model)
     with pytest.raises(RuntimeError, match=r"KV slots of sparse attention.*start a new cache"):
-        model(IDS[:, 20:21], past_key_values=cache)
+        model(IDS[:, 20:21], **with_cache(cache))
 
 
 def test_the_cache_of_an_encoder_and_decoder_is_refused(model):
     with pytest.raises(ValueError, match="sparse attention cannot use a EncoderDecoderCache; pass no cache"):
-        model(IDS, past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()))
+        model(IDS, **with_cache(EncoderDecoderCache(DynamicCache(), DynamicCache())))
 
 
 def test_packed_sequences_are_refused(model):
@@ -454,10 +456,10 @@ def test_a_mask_of_another_length_is_refused(model, columns, caching):
 
 def test_a_mask_of_fewer_columns_than_new_tokens_is_refused(model):
     cache = SparseKCache(model)
-    model(IDS[:, :20], past_key_values=cache)
+    model(IDS[:, :20], **with_cache(cache))
     for mask in (torch.ones(3, 10, dtype=torch.long), torch.arange(10).expand(3, -1).gt(4).long()):
         with pytest.raises(ValueError, match=f"a column for each of {LENGTH - 20} tokens, got 10"):
-            model(IDS[:, 20:], attention_mask=mask, past_key_values=cache)
+            model(IDS[:, 20:], attention_mask=mask, **with_cache(cache))
 
 
 def test_compiled_without_mask_and_cache(model):
@@ -474,7 +476,26 @@ def test_attention_matrices_are_refused(model):
         model(IDS, output_attentions=True)
 
 
-def test_decoding_in_train_mode_is_refused(model):
-    model.train()
-    with pytest.raises(ValueError, match=r"decoding uses hard selection: call model.eval\(\)"):
-        model.generate(IDS, max_new_tokens=3)
+def test_generating_in_train_mode_is_as_in_eval_mode(model):
+    """As GRPO and every online trainer do."""
+    expected = model.generate(IDS, max_new_tokens=10, do_sample=False)
+    assert torch.equal(model.train().generate(IDS, max_new_tokens=10, do_sample=False), expected)
+    assert model.training
+
+
+def test_a_cache_of_a_training_forward_is_not_continued(model):
+    cache = cache_of(model.train()(IDS[:, :20]))
+    for mode in (True, False):
+        with torch.set_grad_enabled(mode), pytest.raises(ValueError, match=r"use torch.no_grad\(\) before generating"):
+            model.train(mode)(IDS[:, 20:21], **with_cache(cache))
+
+
+@torch.no_grad()
+def test_a_cache_of_inference_mode_is_continued(model):
+    expected = model(IDS[:, :45]).logits[:, 40:]
+    for change in (lambda cache: None, lambda cache: cache.reorder_cache(torch.tensor([0, 1, 2])), copy.deepcopy):
+        with torch.inference_mode():
+            cache = cache_of(model(IDS[:, :40]))
+            cache = change(cache) or cache
+        steps = [model(IDS[:, t : t + 1], **with_cache(cache)).logits for t in range(40, 45)]
+        torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-5, atol=1e-5)

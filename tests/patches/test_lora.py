@@ -15,6 +15,7 @@ from torch import nn
 from torch.func import functional_call
 
 from hf_sparse import SparsefinderConfig, SparseKConfig, patch, unpatch
+from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.evaluation.selections import selection
 from hf_sparse.patches import methods_of
 from hf_sparse.patches.lora import check_lora
@@ -181,7 +182,7 @@ def test_decoding_reads_what_a_forward_reads(tiny_llama, method):
     output = model(IDS[:, :25], use_cache=True)
     found = [output.logits]
     for step in range(25, IDS.shape[1]):
-        output = model(IDS[:, step : step + 1], past_key_values=output.past_key_values, use_cache=True)
+        output = model(IDS[:, step : step + 1], **with_cache(cache_of(output)), use_cache=True)
         found.append(output.logits)
     torch.testing.assert_close(torch.cat(found, 1), expected, rtol=0, atol=1e-5)
 

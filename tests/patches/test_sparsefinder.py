@@ -8,6 +8,7 @@ import torch
 from transformers import DynamicCache
 
 from hf_sparse import SparsefinderConfig, SparseKCache, patch, unpatch
+from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.methods.sparsefinder import SparsefinderAttention, SparsefinderCacheLayer, fit_predictors
 from hf_sparse.patches import methods_of
 
@@ -106,10 +107,10 @@ def test_steps_with_a_cache_equal_one_forward(name, predictor):
     cache, parts, begin = None, [], 0
     for length in (40, 1, 1, 28, *[1] * 20):
         new = slice(begin, begin + length)
-        inputs = {"attention_mask": mask[:, : new.stop], "position_ids": position[:, new], "past_key_values": cache}
+        inputs = {"attention_mask": mask[:, : new.stop], "position_ids": position[:, new], **with_cache(cache)}
         with torch.no_grad():
             output = model(ids[:, new], use_cache=True, **inputs)
-        cache, begin = output.past_key_values, new.stop
+        cache, begin = cache_of(output), new.stop
         parts.append(output.logits)
     torch.testing.assert_close(torch.cat(parts, 1)[mask.bool()], whole[mask.bool()], rtol=0, atol=1e-4)
     patched = {method.layer for method in methods_of(model)}
@@ -138,7 +139,7 @@ def test_a_cache_of_ones_own_across_turns(make):
     model = sparse()
     cache, text = make(model), IDS[:1, :30]
     for _ in range(2):
-        answer = model.generate(text, past_key_values=cache, max_new_tokens=8, do_sample=False)
+        answer = model.generate(text, **with_cache(cache), max_new_tokens=8, do_sample=False)
         assert torch.equal(answer, model.generate(text, max_new_tokens=8, do_sample=False))
         text = torch.cat([answer, IDS[1:2, :15]], 1)
     assert {type(layer) for layer in cache.layers} == {SparsefinderCacheLayer}
@@ -146,15 +147,15 @@ def test_a_cache_of_ones_own_across_turns(make):
 
 def test_dense_steps_in_between_are_noticed():
     model = sparse()
-    cache = model(IDS[:, :30], use_cache=True).past_key_values
+    cache = cache_of(model(IDS[:, :30], use_cache=True))
     for method in methods_of(model):
         method.switch(False)
-    dense = model(IDS[:, 30:40], past_key_values=cache).logits
+    dense = model(IDS[:, 30:40], **with_cache(cache)).logits
     assert torch.isfinite(dense).all() and cache.get_seq_length() == 40
     for method in methods_of(model):
         method.switch(True)
     with pytest.raises(ValueError, match="start a new cache after switching adapters"):
-        model(IDS[:, 40:], past_key_values=cache)
+        model(IDS[:, 40:], **with_cache(cache))
 
 
 def test_a_static_cache_is_refused():
@@ -164,5 +165,5 @@ def test_a_static_cache_is_refused():
 
 def test_an_encoder_takes_no_cache():
     model = sparse("bert", model="BertModel")
-    with pytest.raises(ValueError, match="has no KV cache: pass no past_key_values"):
-        model(IDS, past_key_values=DynamicCache())
+    with pytest.raises(ValueError, match="has no KV cache: pass none"):
+        model(IDS, **with_cache(DynamicCache()))

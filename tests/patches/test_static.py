@@ -10,6 +10,7 @@ from torch._dynamo.utils import counters
 from transformers import CompileConfig
 
 from hf_sparse import SparseKCache, SparseKConfig, patch
+from hf_sparse._compat import with_cache
 
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
 BUDGET = {"k": 6, "window": 8, "sinks": 2}
@@ -36,14 +37,14 @@ def model(tiny_llama):
 def decode(model, step, steps, mask=None):
     """Logits `[B, steps, V]` of random tokens after a prompt; `step` is the model, or the model compiled."""
     cache = SparseKCache(model)
-    model(IDS, attention_mask=mask, past_key_values=cache)
+    model(IDS, attention_mask=mask, **with_cache(cache))
     tokens = torch.randint(2, 64, (3, steps), generator=torch.Generator().manual_seed(1))
     position = torch.full((3, 1), LENGTH) if mask is None else mask.sum(-1, keepdim=True)
     newest = None if mask is None else torch.ones(3, 1, dtype=torch.int64)
     parts = []
     for t in range(steps):
         token = tokens[:, t : t + 1].clone(memory_format=torch.contiguous_format)
-        output = step(token, attention_mask=newest, position_ids=position + t, past_key_values=cache)
+        output = step(token, attention_mask=newest, position_ids=position + t, **with_cache(cache))
         parts.append(output.logits)
     return torch.cat(parts, 1)
 
@@ -110,7 +111,7 @@ def test_a_cache_of_ones_own_compiles_across_turns(model):
     for _ in range(2):
         ones = torch.ones_like(text)
         options = {"attention_mask": ones, "max_new_tokens": 10, "do_sample": False}
-        answer = model.generate(text, past_key_values=cache, compile_config=settings(), **options)
+        answer = model.generate(text, **with_cache(cache), compile_config=settings(), **options)
         assert torch.equal(answer, model.generate(text, **options))
         text = torch.cat([answer, IDS[1:2, :15]], 1)
     assert counters["stats"]["unique_graphs"] == 1
@@ -125,7 +126,7 @@ def test_a_peft_model(tiny_llama, lora_rank):
                 parameter.normal_(std=0.2)
     options = {"input_ids": IDS, "max_new_tokens": 10, "do_sample": False}
     expected = model.generate(**options)
-    assert torch.equal(model.generate(past_key_values=SparseKCache(model), **options), expected)
+    assert torch.equal(model.generate(**with_cache(SparseKCache(model)), **options), expected)
     static = model.generate(cache_implementation="static", compile_config=settings(), **options)
     assert torch.equal(static, expected)
     assert counters["stats"]["unique_graphs"] == 1
@@ -137,7 +138,7 @@ def test_local_layers_keep_their_static_windows():
     assert torch.equal(model.generate(IDS, cache_implementation="static", **options), model.generate(IDS, **options))
     cache = SparseKCache(model)
     assert {type(layer).__name__ for layer in cache.layers} == {"SparseKCacheLayer", "DynamicSlidingWindowLayer"}
-    assert torch.equal(model.generate(IDS, past_key_values=cache, **options), model.generate(IDS, **options))
+    assert torch.equal(model.generate(IDS, **with_cache(cache), **options), model.generate(IDS, **options))
 
 
 def test_the_ordinary_cache_is_not_compiled(model):

@@ -48,8 +48,9 @@ Observer = Callable[[Text, Tiles | Tensor | None, Certificate | None], None]
 class SparsefinderAttention(SparseMethod):
     """Sparsefinder for one attention module.
 
-    In `train` mode attention is entmax over all keys, which is what the logit scales are trained with; in `eval` mode
-    over the predicted graph. Rows with padding are attended one by one, so that padding moves no tile.
+    In `train` mode attention is entmax over all keys, which is what the logit scales are trained with; in `eval` mode,
+    and wherever a cache is filled without gradients, as in generation, over the predicted graph. Rows with padding are
+    attended one by one, so that padding moves no tile.
 
     Attributes:
         pattern: a graph of the analysis in place of the predicted one, see `Pattern`; also in `train` mode.
@@ -131,26 +132,22 @@ class SparsefinderAttention(SparseMethod):
             valid = None
         learned = self.parameters_in_use
         options: dict[str, Any] = {"alpha": learned.alpha, "scaling": scaling * learned.scale, "causal": self.causal}
-        codes = None
-        if self.pattern is None and self.config.learns_graph and not self.training:
+        codes, sees_all = None, self.is_learning(cache) or self.config.predictor == "full"
+        if self.pattern is None and self.config.learns_graph and not self.is_learning(cache):
             codes = self._codes(query, key, cache)
-        elif valid is not None and self.pattern is None and self.observer is None and self._sees_all:
+        elif valid is not None and self.pattern is None and self.observer is None and sees_all:
             return entmax_attention(query, key, value, valid=valid, **options)
         if valid is None:
-            return self._over_graph(Text(query, key, value, **options, layer=self.layer), codes)
+            return self._over_graph(Text(query, key, value, **options, layer=self.layer), codes, sees_all)
         output = torch.zeros_like(query)
         for row, real in enumerate(valid):
             new = real[keys - query.shape[2] :]
             if new.any():
                 tensors = (query[row, None, :, new], key[row, None, :, real], value[row, None, :, real])
                 of_row = None if codes is None else (codes[0][row, None, :, real], codes[1][row, None, :, real])
-                found = self._over_graph(Text(*tensors, **options, layer=self.layer), of_row)
+                found = self._over_graph(Text(*tensors, **options, layer=self.layer), of_row, sees_all)
                 output[row, :, new] = found[0].to(output.dtype)
         return output
-
-    @property
-    def _sees_all(self) -> bool:
-        return self.training or self.config.predictor == "full"
 
     def _codes(self, query: Tensor, key: Tensor, cache: SparsefinderCacheLayer | None) -> tuple[Tensor, Tensor]:
         """Codes of all tokens; the cache has those of the earlier ones."""
@@ -161,7 +158,7 @@ class SparsefinderAttention(SparseMethod):
             codes = query_codes(learned, query), key_codes(learned, key[:, :, key.shape[2] - new :])
         return codes if cache is None else cache.append(*codes, self.identities[self.active])
 
-    def _over_graph(self, text: Text, codes: tuple[Tensor, Tensor] | None) -> Tensor:
+    def _over_graph(self, text: Text, codes: tuple[Tensor, Tensor] | None, sees_all: bool) -> Tensor:
         config = self.config
         graph: Tiles | Tensor | None = None
         if self.pattern is not None:
@@ -169,7 +166,7 @@ class SparsefinderAttention(SparseMethod):
         elif codes is not None:
             queries = text.query.shape[2]
             graph = predicted_graph(self.parameters_in_use, *codes, queries=queries, causal=text.causal)
-        elif not self._sees_all:
+        elif not sees_all:
             assert config.tile is not None
             graph = bound_tiles(
                 text.query,

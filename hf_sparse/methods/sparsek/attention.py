@@ -1,5 +1,7 @@
 """SparseK attached to one attention module: score the new tokens, attend, keep what is worth keeping."""
 
+import functools
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -23,7 +25,8 @@ Observer = Callable[[Tensor, Tensor, Tensor, float], None]
 class SparseKAttention(SparseMethod):
     """SparseK for one attention module.
 
-    In `train` mode the gates are soft and only whole sequences are possible; in `eval` mode the selection is hard.
+    In `train` mode the gates are soft and only whole sequences are possible; in `eval` mode, and wherever a cache is
+    filled without gradients, as in generation, the selection is hard.
 
     Attributes:
         causal: whether queries see earlier keys only. An encoder's module sees all of them, and has no cache.
@@ -85,6 +88,11 @@ class SparseKAttention(SparseMethod):
             remembers=self.policy is not None and self.policy.remembers,
         )
 
+    def _may_learn(self) -> bool:
+        """Whether a backward could follow, and the scorers are not frozen."""
+        scorer = self.sparsek_scorer[self.active]
+        return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in scorer.parameters())
+
     def score(self, hidden_states: Tensor, index: Tensor) -> Tensor:
         """The scorer's frozen scores `[B, Hkv, T]` float32 of tokens that stand at `index` `[B, T]` of their rows."""
         return self.sparsek_scorer[self.active](hidden_states, index)
@@ -124,9 +132,12 @@ class SparseKAttention(SparseMethod):
             self.observer(query, key, scores, scaling)
             dense: dict[str, Any] = {"k": max(1, length), "window": 1, "sinks": 0, "causal": self.causal}
             return _aligned(query, key, value, scores, valid, valid, scaling=scaling, **dense)
-        soft = self.training and policy is None
-        if soft and not fresh:
-            raise ValueError("decoding uses hard selection: call model.eval() before generating")
+        soft = policy is None and self.is_learning(cache)
+        if cache is not None and not fresh and (soft or cache.soft):
+            raise ValueError(
+                "decoding uses hard selection, and a training forward has soft gates: call model.eval() or use "
+                "torch.no_grad() before generating, from the first token on"
+            )
 
         if policy is not None:
             budget = policy.budget(budget, self.causal)
@@ -138,7 +149,13 @@ class SparseKAttention(SparseMethod):
             if soft:
                 gates = {"gates": "soft", "support": config.soft_support(budget.k)}
             output = _aligned(query, key, value, scores, valid, valid, causal=self.causal, **options, **gates)
+            if policy is None and self._may_learn() and not torch.compiler.is_compiling():
+                if not soft and self.active in self.last_for:
+                    output = _Unlearned.apply(output, scores)
+                elif soft and length <= budget.slots:
+                    _warn_of_short_text(budget.slots)
             if cache is not None:
+                cache.soft = soft
                 positions = index if valid is None else index.masked_fill(~valid, -1)
                 positions = positions[:, None].expand_as(scores)
                 cache.fill(key, value, scores, positions, index[:, -1] + 1 if valid is None else valid.sum(-1))
@@ -207,6 +224,34 @@ class SparseKAttention(SparseMethod):
             all_scores = self.policy.watch(query, keys, all_scores, new_positions, positions, **options)
         cache.fill(keys, values, all_scores, positions, cache.seen + new_valid.sum(-1))
         return output
+
+
+class _Unlearned(torch.autograd.Function):
+    """The output of a hard selection as it is; a backward says what does not learn from it."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, scores: Tensor) -> Tensor:
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        reason = (
+            "the scorers are trainable and get no gradient: the selection of a model in eval mode is hard; call "
+            "model.train() before the forward"
+        )
+        if not ctx.needs_input_grad[0]:
+            raise ValueError(reason)
+        warnings.warn(f"{reason}, or freeze them to train something else", stacklevel=1)
+        return gradient, None
+
+
+@functools.cache
+def _warn_of_short_text(slots: int) -> None:
+    warnings.warn(
+        f"a training text fits into the {slots} KV slots (k + window + sinks), where every key is kept: the scorers "
+        "learn nothing from it; train on longer texts, or with a smaller budget",
+        stacklevel=1,
+    )
 
 
 @torch.compiler.disable  # its loops over tiles unroll into a graph of minutes, another one for every length

@@ -9,8 +9,10 @@ All that changes from one token to the next is in tensors that are allocated onc
 compiles, is never compiled twice, and waits for no value from the device.
 """
 
+import copy
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -36,6 +38,7 @@ class SparseKCacheLayer(CacheLayerMixin):
         memory: `[B, Hkv, D]`, what a baseline remembers of all tokens so far; `None` for the others.
         cumulative_length: int64 without dimensions, tokens so far with padding.
         empty: whether nothing was written yet.
+        soft: whether soft gates, which are for learning, were between the tokens so far.
         owner: whose scores these are; scores of two scorers do not compare.
         remembers: whether scores depend on other tokens of the text, which `crop` could not undo.
         only_sparse: whether no layer of the same cache has full, dense attention.
@@ -44,7 +47,6 @@ class SparseKCacheLayer(CacheLayerMixin):
 
     is_sliding = False
     is_compileable = True
-    is_croppable = False
     # Tensors; all but the last are None until the first token, and memory until something is remembered.
     keys: Any
     values: Any
@@ -68,10 +70,13 @@ class SparseKCacheLayer(CacheLayerMixin):
         self.k, self.window, self.sinks = k, window, sinks
         self.owner, self.only_sparse, self.remembers = owner, only_sparse, remembers
         self.empty = True
+        self.soft = False
         self.announced = False
         self._offload_wanted = False
         self.scores = self.positions = self.seen = self.padded_late = self.memory = None
-        self.cumulative_length = torch.zeros((), dtype=torch.int64)
+        self._length: int | None = 0  # cumulative_length, where no compiled or captured step can have changed it
+        with _lasting():
+            self.cumulative_length = torch.zeros((), dtype=torch.int64)
 
     @property
     def slots(self) -> int:
@@ -87,14 +92,16 @@ class SparseKCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         batch, heads = key_states.shape[:2]
-        self.keys = key_states.new_zeros((batch, heads, self.slots, key_states.shape[-1]))
-        self.values = value_states.new_zeros((batch, heads, self.slots, value_states.shape[-1]))
-        self.scores = torch.zeros((batch, heads, self.slots), dtype=torch.float32, device=self.device)
-        self.positions = torch.full((batch, heads, self.slots), -1, device=self.device)
-        self.seen = torch.zeros(batch, dtype=torch.int64, device=self.device)
-        self.padded_late = torch.zeros(batch, dtype=torch.bool, device=self.device)
-        self.memory = None
-        self.cumulative_length = torch.zeros((), dtype=torch.int64, device=self.device)
+        with _lasting():
+            self.keys = key_states.new_zeros((batch, heads, self.slots, key_states.shape[-1]))
+            self.values = value_states.new_zeros((batch, heads, self.slots, value_states.shape[-1]))
+            self.scores = torch.zeros((batch, heads, self.slots), dtype=torch.float32, device=self.device)
+            self.positions = torch.full((batch, heads, self.slots), -1, device=self.device)
+            self.seen = torch.zeros(batch, dtype=torch.int64, device=self.device)
+            self.padded_late = torch.zeros(batch, dtype=torch.bool, device=self.device)
+            self.memory = None
+            self.cumulative_length = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._length = 0
         for tensor in self._state():
             _fix_address(tensor)
         self.is_initialized = True
@@ -113,20 +120,37 @@ class SparseKCacheLayer(CacheLayerMixin):
         if self.keys.shape[0] != rows:
             raise ValueError(f"the cache holds {self.keys.shape[0]} rows, and {rows} rows came: start a new cache")
         self.cumulative_length.add_(key_states.shape[-2])
+        if _is_recorded(self.device):
+            self._length = None  # a replay adds to the tensor alone
+        elif self._length is not None:
+            self._length += key_states.shape[-2]
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Sparse attention reads the newest columns of a padding mask; dense layers that share the mask need all."""
         if self.only_sparse:
             return query_length, 0
-        return int(self.cumulative_length) + query_length, 0
+        return self.get_seq_length() + query_length, 0
 
     def get_seq_length(self) -> int:
-        """Tokens so far, padding included; a tensor without dimensions once there are any, as of a `StaticLayer`."""
-        return self.cumulative_length.clone() if self.is_initialized else 0
+        """Count the tokens so far, padding included.
+
+        Within a step that is compiled or captured it is a tensor without dimensions, as that of a `StaticLayer`: a
+        number would be the same in every step. After such a step, reading the number waits for the device.
+        """
+        if not self.is_initialized:
+            return 0
+        if _is_recorded(self.device):
+            return self.cumulative_length.clone()
+        return int(self.cumulative_length) if self._length is None else self._length
 
     def get_max_length(self) -> int:
         return -1
+
+    @property
+    def is_croppable(self) -> bool:  # type: ignore[override]
+        """Whether `crop` can remove tokens now: asked once by assisted decoding, after the prompt."""
+        return not self.is_initialized or self._why_not_croppable() is None
 
     def _state(self) -> list[Tensor]:
         return [t for t in (*(getattr(self, name) for name in _STATE), self.cumulative_length) if t is not None]
@@ -137,7 +161,7 @@ class SparseKCacheLayer(CacheLayerMixin):
             for tensor in self._state():
                 tensor.zero_()
             self.positions.fill_(-1)
-        self.empty = True
+        self.empty, self.soft, self._length = True, False, 0
 
     def offload(self) -> None:
         """Move the slots to the CPU; right after `update`, when the attention is still to come, `settle` does it."""
@@ -159,6 +183,13 @@ class SparseKCacheLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         self._each(lambda t: t[indices.to(t.device)])
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        with _lasting():
+            copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
         """Change every tensor that has rows, at its address as long as shape and device stay."""
         if not self.is_initialized:
@@ -167,7 +198,8 @@ class SparseKCacheLayer(CacheLayerMixin):
             old = getattr(self, name)
             if old is None:
                 continue
-            new = change(old)
+            with _lasting():
+                new = change(old)
             if new.shape == old.shape and new.device == old.device:
                 old.copy_(new)
             else:
@@ -187,22 +219,29 @@ class SparseKCacheLayer(CacheLayerMixin):
             raise ValueError(f"crop takes a negative count of tokens to remove, got {tokens_to_remove}")
         if tokens_to_remove == 0 or not self.is_initialized:
             return
+        if reason := self._why_not_croppable():
+            raise RuntimeError(reason)
+        self.seen.add_(tokens_to_remove).clamp_(min=0)
+        self.positions.masked_fill_(self.positions >= self.seen[:, None, None], -1)
+        self.cumulative_length.add_(tokens_to_remove).clamp_(min=0)
+        if self._length is not None:
+            self._length = max(0, self._length + tokens_to_remove)
+
+    def _why_not_croppable(self) -> str | None:
         if self.remembers:
-            raise RuntimeError(
+            return (
                 "the scores in this cache depend on all tokens so far, so it cannot be cropped: generate with this "
                 "baseline without an assistant"
             )
         if int(self.seen.max()) > self.slots:
-            raise RuntimeError(
+            return (
                 f"the SparseK cache has {self.slots} slots and has seen {int(self.seen.max())} tokens: keys were "
                 "evicted for good, so it cannot be cropped (assisted decoding needs that; use a larger budget, or "
                 "generate without an assistant)"
             )
         if bool(self.padded_late.any()):
-            raise RuntimeError("a row has padding after its first real token: its last columns are not its last tokens")
-        self.seen.add_(tokens_to_remove).clamp_(min=0)
-        self.positions.masked_fill_(self.positions >= self.seen[:, None, None], -1)
-        self.cumulative_length.add_(tokens_to_remove).clamp_(min=0)
+            return "a row has padding after its first real token: its last columns are not its last tokens"
+        return None
 
     # What the patch and the attention call.
 
@@ -241,7 +280,8 @@ class SparseKCacheLayer(CacheLayerMixin):
     def remember(self, memory: Tensor) -> None:
         """Keep `[B, Hkv, D]` for the next tokens, at an address that stays."""
         if self.memory is None:
-            self.memory = memory.clone()
+            with _lasting():
+                self.memory = memory.clone()
             _fix_address(self.memory)
         else:
             self.memory.copy_(memory)
@@ -292,6 +332,16 @@ def _best(scores: Tensor, positions: Tensor, seen: Tensor, window: int, sinks: i
     priority = scores.masked_fill(near, torch.inf).masked_fill(positions < 0, -torch.inf)
     order = priority.argsort(dim=-1, descending=True, stable=True)[..., :slots]
     return order.sort(dim=-1).values
+
+
+def _lasting() -> AbstractContextManager[Any]:
+    """Make tensors that can be written to in any mode: those of `torch.inference_mode` could not be after it."""
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
+
+
+def _is_recorded(device: torch.device) -> bool:
+    """Whether what runs now is recorded, to be replayed without this code."""
+    return torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 def _fix_address(tensor: Tensor) -> None:
