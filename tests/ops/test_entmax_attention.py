@@ -183,15 +183,17 @@ def test_gradients_are_those_of_finite_differences(case):
     )
 
 
-@every_case
-def test_gold(case):
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.padding is None])
+def test_gold(name):
+    case = CASES[name]
     query, key, value = case.inputs
-    _, expected = definition(query, key, value, **case.options)
-    gold, probabilities = support(query, key, **case.options)
+    options = {"alpha": case.alpha, "scaling": case.scaling, "causal": case.causal}
+    _, expected = definition(query, key, value, **options)
+    gold, probabilities = support(query, key, **options)
     torch.testing.assert_close(probabilities, expected, rtol=0, atol=1e-12)
     assert torch.equal(gold, expected > 0)
     rows = torch.tensor([case.queries - 1, 0])
-    some = support(query, key, **case.options, rows=rows)
+    some = support(query, key, **options, rows=rows)
     assert torch.equal(some[0], gold[:, :, rows])
     torch.testing.assert_close(some[1], probabilities[:, :, rows])
 
@@ -199,7 +201,7 @@ def test_gold(case):
 def test_a_superset_of_the_support_gives_the_same_rows():
     case = Case(group=2)
     query, key, _ = case.inputs
-    gold, _ = support(query, key, **case.options)
+    gold, _ = support(query, key, alpha=1.5, scaling=0.3, causal=True)
     more = gold | (torch.rand(gold.shape) < 0.2)
     full = entmax_attention(*case.inputs, **case.options)
     for edges in (gold, more):
@@ -368,4 +370,4 @@ def test_bad_input(changes, match):
 def test_bad_rows(rows):
     case = Case()
     with pytest.raises(ValueError, match="rows must be"):
-        support(*case.inputs[:2], **case.options, rows=rows)
+        support(*case.inputs[:2], alpha=1.5, scaling=0.3, causal=True, rows=rows)

@@ -6,7 +6,6 @@ import math
 import pytest
 import torch
 
-from hf_sparse.ops.graphs.buckets import bucket_mass, key_counts, matching_pairs, query_counts
 from hf_sparse.ops.graphs.clustering import (
     assign,
     assign_balanced,
@@ -15,8 +14,8 @@ from hf_sparse.ops.graphs.clustering import (
     clustering_scores,
     training_points,
 )
-from hf_sparse.ops.graphs.distance import distance_edges, distance_scores
-from hf_sparse.ops.graphs.kmeans import inertia, kmeans
+from hf_sparse.ops.graphs.distance import distance_edges
+from hf_sparse.ops.graphs.kmeans import kmeans
 from hf_sparse.ops.graphs.quantization import (
     fit_boundaries,
     fixed_bins,
@@ -225,33 +224,6 @@ class TestScores:
             found = quantization_scores(*poison, *given, **more, **arguments)
             assert torch.equal(found, expected)
 
-    def test_distance(self, queries, keys, size, lag):
-        query, key = points(queries, keys)
-        valid, parts = padding(keys), 2
-        lag = size - 1 if lag == "before" else 0
-        total, first = -(-keys // size), (keys - queries) // size
-        expected = torch.full((BATCH, HEADS, total - first, total), -torch.inf)
-
-        def means(tensor, b, begin, offset):  # of the stretches of a tile whose first position is `begin`
-            found = []
-            for part in range(parts):
-                low = begin + part * size // parts
-                inside = [t for t in range(low, low + size // parts) if offset <= t < keys and valid[b, t]]
-                if inside:
-                    found.append(tensor[:, [t - offset for t in inside]].mean(1))
-            return found
-
-        for b in range(BATCH):
-            for row in range(total - first):
-                of_query = means(query[b], b, (row + first) * size - lag, keys - queries)
-                for column in range(total):
-                    of_key = means(key[b].repeat_interleave(2, 0), b, column * size, 0)
-                    near = [(q - k).square().sum(-1) for q in of_query for k in of_key]
-                    if near:
-                        expected[b, :, row, column] = -torch.stack(near).amin(0)
-        found = distance_scores(*poisoned(query, key, valid), size=size, valid=valid, parts=parts, lag=lag)
-        torch.testing.assert_close(found, expected)
-
 
 def test_a_key_keeps_its_bucket():
     """Later keys, earlier keys, other rows: nothing but the key and the fitted tensors decides."""
@@ -297,25 +269,9 @@ def test_balanced_clusters(tokens):
     assert torch.equal(edges, expected)
 
 
-def test_affinity_is_the_mean_mass_of_a_pair_of_buckets():
-    query, key, centroids = *points(9, 9), torch.randn(KV_HEADS, 4, RANK)
-    of_query, of_key = assign(query, centroids), assign(key, centroids)
-    allowed = torch.ones(9, 9).tril().expand(BATCH, HEADS, 9, 9)
-    mass = torch.rand(BATCH, HEADS, 9, 9) * allowed
-    found = bucket_mass(of_query, of_key, mass, 4) / bucket_mass(of_query, of_key, allowed, 4).clamp(min=1)
-    expected = torch.zeros(HEADS, 4, 4)
-    for h in range(HEADS):
-        for c in range(4):
-            for d in range(4):
-                pair = (of_query[:, h, :, None, 0] == c) & (of_key[:, h // 2, None, :, 0] == d) & (allowed[:, h] > 0)
-                expected[h, c, d] = mass[:, h][pair].mean() if pair.any() else 0
-    torch.testing.assert_close(found, expected)
-    counts = query_counts(of_query, 4, keys=9, size=3), key_counts(of_key, 4, size=3)
-    one_hot = torch.eye(4).expand(HEADS, 4, 4)
-    assert torch.equal(matching_pairs(*counts, affinity=one_hot), matching_pairs(*counts))
-    score = matching_pairs(*counts, affinity=found)
-    pair = [found[1, of_query[2, 1, i, 0], of_key[2, 0, j, 0]] for i in range(3, 6) for j in range(6, 9)]
-    torch.testing.assert_close(score[2, 1, 1, 2], torch.stack(pair).sum())
+def inertia(cloud, centroids) -> torch.Tensor:
+    """Mean squared distance to the nearest centroid, `[H]`."""
+    return (cloud[:, :, None] - centroids[:, None]).square().sum(-1).amin(-1).mean(-1)
 
 
 class TestKmeans:
@@ -326,11 +282,12 @@ class TestKmeans:
         distance = (found[:, :, None] - centre[:, None]).norm(dim=-1)
         assert (distance.amin(1) < 0.2).all()
 
-    def test_more_iterations_are_never_worse_and_end_at_the_means(self):
+    def test_more_iterations_are_never_worse_and_end_at_the_means(self, monkeypatch):
         cloud = torch.randn(3, 200, 4, dtype=torch.float64)
         costs = []
         for iterations in (0, 1, 2, 5, 200):
-            found = kmeans(cloud, 7, generator=torch.Generator().manual_seed(2), iterations=iterations)
+            monkeypatch.setattr("hf_sparse.ops.graphs.kmeans._ITERATIONS", iterations)
+            found = kmeans(cloud, 7, generator=torch.Generator().manual_seed(2))
             costs.append(inertia(cloud, found))
         assert all((late <= early + 1e-12).all() for early, late in itertools.pairwise(costs))
         nearest = (cloud[:, :, None] - found[:, None]).square().sum(-1).argmin(-1)
@@ -360,15 +317,13 @@ class TestKmeans:
         assert (inertia(cloud, kmeans(cloud, 6)) == 0).all()
 
 
-def test_training_points_are_the_valid_ones_of_each_group():
-    query, key, valid = *points(9, 9), padding(9)
-    found = training_points(query, key, valid)
-    assert found.shape == (KV_HEADS, 3 * int(valid.sum()), RANK)
+def test_training_points_are_those_of_each_group():
+    query, key = points(9, 9)
+    found = training_points(query, key)
+    assert found.shape == (KV_HEADS, 3 * BATCH * 9, RANK)
     for head in range(KV_HEADS):
-        expected = [*query[:, 2 * head][valid].tolist(), *query[:, 2 * head + 1][valid].tolist()]
-        expected += key[:, head][valid].tolist()
-        assert sorted(found[head].tolist()) == sorted(expected)
-    assert training_points(query, key).shape == (KV_HEADS, 3 * BATCH * 9, RANK)
+        parts = (query[:, 2 * head], query[:, 2 * head + 1], key[:, head])
+        assert sorted(found[head].tolist()) == sorted(torch.cat(parts).flatten(0, 1).tolist())
 
 
 @pytest.mark.parametrize("kind", ["clusters", "shared", "fixed"])
@@ -447,8 +402,6 @@ class TestBadInput:
 
     def test_tiles(self):
         with pytest.raises(ValueError, match="lag must be from 0 to 3"):
-            distance_scores(self.query, self.key, size=4, lag=4)
-        with pytest.raises(ValueError, match="parts=3 and size=4"):
-            distance_scores(self.query, self.key, size=4, parts=3)
+            clustering_scores(self.query, self.key, torch.zeros(2, 5, 3), size=4, causal=True, lag=4)
         with pytest.raises(ValueError, match="got size=0"):
             clustering_scores(self.query, self.key, torch.zeros(2, 5, 3), size=0, causal=True)

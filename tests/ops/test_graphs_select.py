@@ -32,7 +32,7 @@ def test_best_tiles(causal, listed, count):
     valid = padding(keys)
     if count == "per row":
         count = torch.randint(0, 5, (3, 1, listed))
-    always = window_and_global(listed * SIZE - 1, keys, SIZE, window=2, global_tokens=1, causal=causal, valid=valid)
+    always = window_and_global(listed * SIZE - 1, keys, SIZE, window=2, global_tokens=1, causal=causal)
     found = best_tiles(scores, count, size=SIZE, causal=causal, valid=valid, always=always)
     counts = torch.as_tensor(count).expand(3, 2, listed)
     allowed = allowed_tiles(
@@ -44,7 +44,7 @@ def test_best_tiles(causal, listed, count):
             for row in range(listed):
                 first = []
                 for tile in range(total):
-                    diagonal, forced = tile == total - listed + row, bool(fixed[b, 0, row, tile])
+                    diagonal, forced = tile == total - listed + row, bool(fixed[0, 0, row, tile])
                     score = float(scores[b, h, row, tile])
                     if allowed[b, 0, row, tile] and (diagonal or forced or score > -torch.inf):
                         first.append((-diagonal, -forced, -score, tile))
@@ -85,34 +85,22 @@ def test_everything_and_nothing():
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("padded", [True, False])
-@pytest.mark.parametrize("spread", ["constant", "proportional"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.99])
-def test_sparsity_is_hit_as_integers_allow(causal, padded, spread, sparsity):
+def test_sparsity_is_hit_as_integers_allow(causal, padded, sparsity):
     total = 17
     valid_tiles = tiles_of_valid(padding(total * SIZE), SIZE) if padded else None
-    counts = tiles_for_sparsity(sparsity, total, total, causal=causal, spread=spread, valid_tiles=valid_tiles)
+    counts = tiles_for_sparsity(sparsity, total, total, causal=causal, valid_tiles=valid_tiles)
     allowed = allowed_tiles(torch.arange(total), total, causal=causal, valid_tiles=valid_tiles).sum(-1)  # [B, 1, nq]
     counts = counts.expand_as(allowed)
     assert (counts <= allowed).all() and (counts[allowed > 0] >= 1).all()
     wanted = ((1 - sparsity) * allowed.sum(-1).double()).round().long()
     rows = (allowed > 0).sum(-1)
-    if spread == "constant":
-        assert torch.equal(counts.sum(-1), wanted.maximum(rows))
-        whole = counts == allowed
-        for b in range(len(counts)):
-            level = counts[b][~whole[b]]
-            assert not len(level) or int(level.max() - level.min()) <= 1
-            assert not len(level) or counts[b].max() <= level.max() + 1
-    else:
-        used = 0
-        for b in range(len(counts)):
-            used = 0
-            for row in range(total):
-                reach = allowed[b, 0, : row + 1].tolist()
-                expected = max(round((1 - sparsity) * sum(reach)), used + 1) - used if reach[-1] else 0
-                assert counts[b, 0, row] == expected
-                used += expected
-            assert used == wanted[b] or sparsity > 0.5  # else no row needs more than its share
+    assert torch.equal(counts.sum(-1), wanted.maximum(rows))
+    whole = counts == allowed
+    for b in range(len(counts)):
+        level = counts[b][~whole[b]]
+        assert not len(level) or int(level.max() - level.min()) <= 1
+        assert not len(level) or counts[b].max() <= level.max() + 1
     tiles = best_tiles(
         torch.rand(len(counts), 2, total, total),
         counts,
@@ -123,15 +111,7 @@ def test_sparsity_is_hit_as_integers_allow(causal, padded, spread, sparsity):
     assert torch.equal(tiles.counts, counts.expand(-1, 2, -1))
 
 
-def test_proportional_counts_do_not_depend_on_what_comes_later():
-    whole = tiles_for_sparsity(0.8, 40, 40, causal=True, spread="proportional")
-    for total in (1, 7, 39):
-        for listed in (1, total):
-            part = tiles_for_sparsity(0.8, listed, total, causal=True, spread="proportional")
-            assert torch.equal(part, whole[total - listed : total])
-
-
-def test_constant_counts_do_not_grow_with_the_row():
+def test_counts_do_not_grow_with_the_row():
     assert tiles_for_sparsity(0.5, 6, 6, causal=True).tolist() == [1, 1, 2, 2, 2, 2]  # 10 of 21
     assert tiles_for_sparsity(0.5, 4, 4, causal=False).tolist() == [2, 2, 2, 2]
 
@@ -146,11 +126,7 @@ def test_bad_input():
         best_tiles(scores, 1, size=SIZE, causal=True, always=Tiles(torch.zeros(1, 1, 4, 1, dtype=torch.int64), 8))
     with pytest.raises(ValueError, match="own tiles of 4 query tiles, got 3"):
         best_tiles(scores, 1, size=SIZE, rows=2, own=torch.arange(3), causal=True)
-    with pytest.raises(ValueError, match="spread must be 'constant' where own is given, got 'proportional'"):
-        tiles_for_sparsity(0.5, 4, 4, own=torch.arange(4), causal=True, spread="proportional")
     with pytest.raises(ValueError, match="17 positions are 5 tiles of 4, got 4 tiles"):
         best_tiles(scores, 1, size=SIZE, causal=True, valid=torch.ones(1, 17, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"below 1, got 1\.0"):
         tiles_for_sparsity(1.0, 4, 4, causal=True)
-    with pytest.raises(ValueError, match="spread must be one of 'constant', 'proportional', got 'even'"):
-        tiles_for_sparsity(0.5, 4, 4, causal=True, spread="even")

@@ -62,44 +62,21 @@ def key_counts(ids: Tensor, buckets: int, *, size: int) -> Tensor:
     return _counts(ids, buckets, torch.arange(keys, device=ids.device) // size, tile_counts(keys, keys, size)[1])
 
 
-def matching_pairs(
-    of_queries: Tensor, of_keys: Tensor, *, affinity: Tensor | None = None, per_group: bool = False
-) -> Tensor:
-    """Score of each pair of tiles: how many pairs of a query and a key share a bucket.
+def matching_pairs(of_queries: Tensor, of_keys: Tensor, *, per_group: bool = False) -> Tensor:
+    """Count the pairs of a query and a key that share a bucket, for each pair of tiles.
 
     Args:
         of_queries: `[B, Hq, nq, buckets]`, see `query_counts`.
         of_keys: `[B, Hkv, nk, buckets]`, see `key_counts`.
-        affinity: `[Hq, buckets, buckets]`, what a query of one bucket and a key of another are worth (ours, see
-            `bucket_mass`); by default 1 for the same bucket and 0 for two.
         per_group: add the scores of the query heads that share a KV head.
 
     Returns:
         `[B, Hq, nq, nk]` float32, or `[B, Hkv, nq, nk]` with `per_group`.
     """
-    if affinity is not None:
-        of_queries = of_queries @ affinity.to(of_queries.dtype)
     grouped = by_group(of_queries, of_keys.shape[1])
     if per_group:
         return grouped.sum(2) @ of_keys.transpose(-1, -2)
     return (grouped @ of_keys[:, :, None].transpose(-1, -2)).flatten(1, 2)
-
-
-def bucket_mass(query_ids: Tensor, key_ids: Tensor, probabilities: Tensor, buckets: int) -> Tensor:
-    """Attention that queries of one bucket give to keys of another, summed, `[Hq, buckets, buckets]` float32.
-
-    Called with the allowed pairs (as 0 and 1) in place of the probabilities it counts pairs; the ratio of both, each
-    summed over the training texts, is the `affinity` of `matching_pairs`: what a pair of two buckets is worth. Ours.
-
-    Args:
-        query_ids: `[B, Hq, R, c]` int64, buckets of a sample of queries, -1 for none.
-        key_ids: `[B, Hkv, Tk, c']` int64.
-        probabilities: `[B, Hq, R, Tk]`.
-        buckets: how many there are.
-    """
-    of_query, of_key = _membership(query_ids, buckets), _membership(key_ids, buckets)
-    received = by_group(probabilities.float(), key_ids.shape[1]) @ of_key[:, :, None]  # [B, Hkv, G, R, buckets]
-    return (of_query.transpose(-1, -2) @ received.flatten(1, 2)).sum(0)
 
 
 def _membership(ids: Tensor, buckets: int) -> Tensor:

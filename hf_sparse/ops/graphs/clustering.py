@@ -18,20 +18,18 @@ from hf_sparse.ops.graphs.buckets import bucket_edges, key_counts, matching_pair
 from hf_sparse.ops.graphs.points import by_group, check_points
 
 
-def training_points(query_points: Tensor, key_points: Tensor, valid: Tensor | None = None) -> Tensor:
-    """What predictors are fitted on: the valid queries and keys of each KV head together.
+def training_points(query_points: Tensor, key_points: Tensor) -> Tensor:
+    """Put the queries and keys of each KV head together, for predictors to be fitted on.
 
     Args:
         query_points: `[B, Hq, T, r]`; key_points: `[B, Hkv, T, r]`, of whole texts.
-        valid: `[B, T]` bool, or None.
 
     Returns:
-        `[Hkv, (Hq / Hkv + 1) * valid tokens, r]`; texts can be put together along dimension 1.
+        `[Hkv, (Hq / Hkv + 1) * B * T, r]`; texts can be put together along dimension 1.
     """
-    check_points(query_points, key_points, valid)
+    check_points(query_points, key_points)
     query, key = by_group(query_points, key_points.shape[1]), key_points[:, :, None]
-    points = torch.cat([query, key], 2).permute(1, 2, 0, 3, 4)  # [Hkv, G + 1, B, T, r]
-    return points.flatten(2, 3).flatten(1, 2) if valid is None else points[:, :, valid].flatten(1, 2)
+    return torch.cat([query, key], 2).permute(1, 2, 0, 3, 4).flatten(1, 3)  # from [Hkv, G + 1, B, T, r]
 
 
 def assign(points: Tensor, centroids: Tensor | None, top: int = 1, valid: Tensor | None = None) -> Tensor:
@@ -157,7 +155,6 @@ def clustering_scores(
     *,
     top: int = 1,
     balanced: bool = False,
-    affinity: Tensor | None = None,
     size: int,
     rows: int | None = None,
     causal: bool,
@@ -171,7 +168,6 @@ def clustering_scores(
 
     Args:
         query_points, key_points, centroids, top, balanced, causal, valid: as in `clustering_edges`.
-        affinity: see `matching_pairs`.
         size, rows: as in `tile_counts`.
         lag: see `tile_of_query`.
         per_group: add the scores of the query heads that share a KV head.
@@ -185,7 +181,7 @@ def clustering_scores(
     query, key, clusters = _clusters(query_points, key_points, centroids, top, balanced, causal, valid)
     of_queries = query_counts(query, clusters, keys=key.shape[2], size=rows or size, lag=lag)
     of_keys = key_counts(key, clusters, size=size)
-    return matching_pairs(of_queries, of_keys, affinity=affinity, per_group=per_group)
+    return matching_pairs(of_queries, of_keys, per_group=per_group)
 
 
 def _clusters(

@@ -1,14 +1,10 @@
 """A given number of key tiles per query tile, whatever the predictor: one rule, so that sparsities are equal."""
 
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor
 
 from hf_sparse.ops.graphs.allowed import allowed_tiles, tiles_of_valid
 from hf_sparse.ops.graphs.tiles import Tiles, each_once, own_tiles
-
-Spread = Literal["constant", "proportional"]
 
 _INDEX_BITS = 24  # tiles that fit beside a score and a level in 64 bits
 
@@ -96,50 +92,34 @@ def tiles_for_sparsity(
     tiles: int,
     *,
     causal: bool,
-    spread: Spread = "constant",
     valid_tiles: Tensor | None = None,
     own: Tensor | None = None,
 ) -> Tensor:
-    """Key tiles per query tile at which a share of all allowed pairs of tiles is left out.
+    """Count the key tiles per query tile at which a share of all allowed pairs of tiles is left out.
 
-    The total is that of the wanted sparsity, rounded to the nearest integer, unless every row having at least 1 tile
-    needs more.
+    Every row gets the same number, or all it has: linear cost, and early causal rows are dense. The total is that of
+    the wanted sparsity, rounded to the nearest integer, unless every row having at least 1 tile needs more; what does
+    not divide goes to the last rows.
 
     Args:
         sparsity: share of allowed tile pairs that is not listed, at least 0 and below 1.
         queries_listed, tiles: `nq` and `nk`, see `tile_counts`.
         causal: as in `allowed_edges`.
-        spread: `"constant"` gives every row the same number, or all it has: linear cost, and early causal rows are
-            dense. What does not divide goes to the last rows. `"proportional"` gives every row its share; the number
-            of a row then depends on earlier rows only, as generation with a cache needs.
         valid_tiles: `[B, nk]` bool, or None; see `tiles_of_valid`.
-        own: `[nq]` int64, see `own_tiles`; the last `nq` tiles by default. Only with `"constant"`.
+        own: `[nq]` int64, see `own_tiles`; the last `nq` tiles by default.
 
     Returns:
         `[nq]` int64, or `[B, 1, nq]` with `valid_tiles`; 0 only for a row of padding.
 
     Raises:
-        ValueError: a sparsity out of range, or a `spread` that is unknown or does not go with `own`.
+        ValueError: a sparsity out of range.
     """
-    if own is not None and spread != "constant":
-        raise ValueError(f"spread must be 'constant' where own is given, got {spread!r}")
     if not 0 <= sparsity < 1:
         raise ValueError(f"tile sparsity must be at least 0 and below 1, got {sparsity}")
-    if spread not in get_args(Spread):
-        raise ValueError(f"spread must be one of {', '.join(map(repr, get_args(Spread)))}, got {spread!r}")
     exists = torch.ones(tiles, dtype=torch.int64) if valid_tiles is None else valid_tiles[:, None].long()
     reach = (exists.cumsum(-1) if causal else exists.sum(-1, keepdim=True)) * exists  # [..., nk] allowed tiles
-    if spread == "constant":
-        reach = reach[..., tiles - queries_listed :] if own is None else reach[..., own.to(reach.device)]
-        return _constant(reach, _share(reach.sum(-1, keepdim=True), sparsity))
-    # used_i = max(share_i, used_{i - 1} + 1), written without a loop.
-    rows = exists.cumsum(-1)
-    used = rows + (_share(reach.cumsum(-1), sparsity) - rows).cummax(-1).values.clamp(min=0)
-    return used.diff(dim=-1, prepend=torch.zeros_like(used[..., :1]))[..., tiles - queries_listed :]
-
-
-def _share(pairs: Tensor, sparsity: float) -> Tensor:
-    return ((1 - sparsity) * pairs.double()).round().long()
+    reach = reach[..., tiles - queries_listed :] if own is None else reach[..., own.to(reach.device)]
+    return _constant(reach, ((1 - sparsity) * reach.sum(-1, keepdim=True).double()).round().long())
 
 
 def _constant(reach: Tensor, wanted: Tensor) -> Tensor:

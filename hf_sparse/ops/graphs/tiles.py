@@ -137,14 +137,12 @@ class Tiles:
         both = torch.cat([part.index.expand(*lead, part.index.shape[3]) for part in (self, other)], -1)
         return Tiles(each_once(both), self.size, self.rows)
 
-    def edges(
-        self, queries: int, keys: int, *, causal: bool, valid: Tensor | None = None, rows: Tensor | None = None
-    ) -> Tensor:
-        """The allowed pairs inside listed tiles, `[B, H, Tq, Tk]` bool: for analysis and short texts.
+    def edges(self, queries: int, keys: int, *, causal: bool, rows: Tensor | None = None) -> Tensor:
+        """List the allowed pairs inside listed tiles, `[B, H, Tq, Tk]` bool: for analysis and short texts.
 
         Args:
             queries, keys: `Tq` and `Tk`.
-            causal, valid: as in `allowed_edges`.
+            causal: as in `allowed_edges`.
             rows: `[R]` int64, the queries wanted, counted from 0 to `Tq - 1`; all by default.
 
         Raises:
@@ -159,7 +157,7 @@ class Tiles:
         position = positions_of(queries, keys, rows, device=self.index.device)
         row = position // self.rows - (keys - queries) // self.rows
         column = torch.arange(keys, device=self.index.device) // self.size
-        return self.mask(total)[:, :, row][..., column] & allowed_edges(position, keys, causal=causal, valid=valid)
+        return self.mask(total)[:, :, row][..., column] & allowed_edges(position, keys, causal=causal)
 
 
 def window_and_global(
@@ -171,22 +169,21 @@ def window_and_global(
     window: int,
     global_tokens: int = 0,
     causal: bool,
-    valid: Tensor | None = None,
     device: torch.device | str | None = None,
 ) -> Tiles:
-    """Tiles that hold a key in the window of some query of the tile, or one of the first tokens of the text.
+    """List the tiles that hold a key in the window of some query of the tile, or one of the first tokens of the text.
 
     Args:
         queries, keys: `Tq` and `Tk`.
         size, rows: as in `tile_counts`.
         window: tokens, at least 0. A causal query sees the last `window` keys, its own included; without causal order
             those from `t - window // 2` to `t - window // 2 + window - 1`, as in `sparsek_attention`.
-        global_tokens: how many of the first valid tokens every query attends to, at least 0.
-        causal, valid: as in `allowed_edges`.
-        device: of the result, that of `valid` by default.
+        global_tokens: how many of the first tokens every query attends to, at least 0.
+        causal: as in `allowed_edges`.
+        device: of the result.
 
     Returns:
-        Tiles with an index `[B, 1, nq, m]`; `B` is 1 without `valid`. A global token is one that all attend to; that it
+        Tiles with an index `[1, 1, nq, m]`. A global token is one that all attend to; that it
         attends to all is not said here, because one row of `nk` tiles would make every list that long.
 
     Raises:
@@ -196,8 +193,6 @@ def window_and_global(
         raise ValueError(f"window and global_tokens must be at least 0, got {window} and {global_tokens}")
     rows = _rows(size, rows)
     listed, total = tile_counts(queries, keys, size, rows)
-    if device is None and valid is not None:
-        device = valid.device
     first_query = (torch.arange(listed, device=device)[:, None] + (keys - queries) // rows) * rows
     left, right = (window - 1, 0) if causal else (window // 2, window - 1 - window // 2)
     # No further than there are tiles, however wide the window is.
@@ -206,14 +201,8 @@ def window_and_global(
     width = min(total, -(-(left + right + rows - 1) // size) + 1) if window else 0
     near = lowest + torch.arange(width, device=device)
     near = near.masked_fill(near > highest, -1)[None, None]
-    if valid is None:
-        first = torch.arange(-(-min(global_tokens, keys) // size), device=device)[None]
-    else:
-        token = torch.arange(keys, device=device)
-        wanted = valid & (valid.cumsum(-1) <= global_tokens)
-        first = torch.where(wanted, token // size, -1).sort(dim=-1, descending=True).values[:, :global_tokens]
-    first = first[:, None, None].expand(-1, 1, listed, -1)
-    return Tiles(each_once(torch.cat([near.expand(len(first), -1, -1, -1), first], -1)), size, rows)
+    first = torch.arange(-(-min(global_tokens, keys) // size), device=device).expand(1, 1, listed, -1)
+    return Tiles(each_once(torch.cat([near, first], -1)), size, rows)
 
 
 def joined(parts: Sequence[Tiles]) -> Tiles:
