@@ -257,6 +257,39 @@ def test_a_padded_row_equals_the_row_alone(padding):
         torch.testing.assert_close(output[row : row + 1, :, real], expected, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("graph", ["all keys", "edges", "tiles", "complete"])
+@pytest.mark.parametrize(("firsts", "queries", "rows"), [((24, 8), 16, 8), ((31, 5), 1, 8), ((30, 5), 7, 1)])
+def test_queries_may_stand_at_other_positions_in_each_text(graph, firsts, queries, rows):
+    """Padding behind a causal text is the future: each text equals the text alone, and so do its gradients."""
+    torch.manual_seed(0)
+    case = Case(group=2, keys=40, queries=queries, rows=rows)
+    query, key, value = (tensor.requires_grad_() for tensor in case.inputs)
+    listed = -(-queries // rows)
+    edges, tiles = torch.rand(2, 4, queries, 40) < 0.5, Tiles.of_mask(torch.rand(2, 4, listed, 5) < 0.5, 8, rows)
+    options = {"alpha": 1.5, "scaling": 0.3, "causal": True}
+
+    def attend(row: slice, keys: int, **more) -> Tensor:
+        graphs = {
+            "all keys": {},
+            "edges": {"edges": edges[row, :, :, :keys]},
+            "tiles": {"tiles": Tiles(tiles.index[row].clone().masked_fill_(tiles.index[row] * 8 >= keys, -1), 8, rows)},
+        }
+        graphs["complete"] = graphs["tiles"] | {"complete": True}
+        output = entmax_attention(
+            query[row], key[row, :, :keys], value[row, :, :keys], **graphs[graph], **options, **more
+        )
+        return output[0] if graph == "complete" else output
+
+    together = attend(slice(0, 2), 40, first_query=torch.tensor(firsts))
+    alone = torch.cat([attend(slice(b, b + 1), first + queries) for b, first in enumerate(firsts)])
+    torch.testing.assert_close(together, alone, rtol=0, atol=1e-11)
+    upstream = torch.randn_like(alone)
+    for ours, theirs in zip(
+        *(torch.autograd.grad(o, (query, key, value), upstream) for o in (together, alone)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-11)
+
+
 def test_queries_without_listed_keys_get_zeros_and_no_gradient():
     case = Case(queries=16, keys=16, size=8, batch=1)
     tiles = Tiles(torch.tensor([[[[1], [-1]], [[-1], [-1]]]]), 8)  # of tile 0, only keys of the future
@@ -340,6 +373,12 @@ def bad(match: str, **changes):
         bad(r"expected query \[B, Hq, Tq, D\]", query=torch.zeros(2, 37, 8)),
         bad("Hq must be a multiple of Hkv", key=torch.zeros(2, 3, 37, 8), value=torch.zeros(2, 3, 37, 8)),
         bad("Tq at most Tk", key=torch.zeros(2, 2, 36, 8), value=torch.zeros(2, 2, 36, 8)),
+        bad(r"got query .* and first_query \(3,\)", first_query=torch.zeros(3, dtype=torch.int64)),
+        bad(
+            "expected no first_query, got both",
+            valid=torch.ones(2, 37, dtype=torch.bool),
+            first_query=torch.zeros(2, dtype=torch.int64),
+        ),
         bad(r"value must have the shape of key.*got \(2, 2, 36, 8\)", value=torch.zeros(2, 2, 36, 8)),
         bad(r"expected valid \[B, 37\] bool", valid=torch.ones(2, 36, dtype=torch.bool)),
         bad(r"valid must be \[B, Tk\] = \(2, 37\)", valid=torch.ones(3, 37, dtype=torch.bool)),

@@ -189,6 +189,19 @@ def test_the_bound_alone_predicts_all_support(causal, pad, grouped, rows, monkey
     assert counts[1] < counts[0] < 13  # a better tau excludes more
 
 
+@pytest.mark.parametrize(("queries", "rows"), [(1, SIZE), (32, SIZE), (3, 1)])
+def test_the_bound_of_texts_of_other_lengths(queries, rows):
+    torch.manual_seed(0)
+    query, key = (tensor.double() for tensor in draw("alike", 2, 4, 2, 203))
+    first_query = torch.tensor([160, 16])
+    query = torch.stack([query[b, :, at : at + queries] for b, at in enumerate(first_query.tolist())])
+    options = {"alpha": 1.5, "scaling": 0.4, "causal": True, "first_query": first_query}
+    tiles = bound_tiles(query, key, size=SIZE, rows=rows, **options)
+    assert not tiles.mask(13)[1, :, :, 3:].any()
+    full = entmax_attention(query, key, key, **options)
+    torch.testing.assert_close(entmax_attention(query, key, key, tiles=tiles, **options), full, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("queries", [75, 40, 1])
 @pytest.mark.parametrize("lag, rows", [(0, SIZE), (5, SIZE), (SIZE - 1, SIZE), (0, 1), (3, 4)])
 @pytest.mark.parametrize("grouped", [False, True])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_sparse.ops.graphs.allowed import allowed_tiles, tiles_of_valid
-from hf_sparse.ops.graphs.select import best_tiles, tiles_for_sparsity
+from hf_sparse.ops.graphs.select import best_tiles, counts_for_sparsity, tiles_for_sparsity
 from hf_sparse.ops.graphs.tiles import Tiles, own_tiles, window_and_global
 
 SIZE = 4
@@ -69,6 +69,24 @@ def test_smaller_tiles_of_queries_are_ranked_like_the_tile_they_lie_in(rows):
         assert not found.mask(total)[:, :, row, tile + 1 :].any()
 
 
+def test_own_tiles_may_differ_between_texts():
+    scores = torch.randint(9, (2, 3, 2, 6)).float()
+    first_query = torch.tensor([4, 14])
+    own = own_tiles(2, 23, SIZE, 2, first_query=first_query)
+    assert own.tolist() == [[1, 1], [3, 4]]
+    options = {"rows": 2, "window": 3, "global_tokens": 1, "causal": True}
+    always = window_and_global(4, 23, SIZE, first_query=first_query, **options)
+    found = best_tiles(scores, 3, size=SIZE, rows=2, own=own, causal=True, always=always)
+    for row, keys in enumerate((8, 18)):
+        near = window_and_global(4, keys, SIZE, **options)
+        total = -(-keys // SIZE)
+        alone = best_tiles(
+            scores[row, None, :, :, :total], 3, size=SIZE, rows=2, own=own[row], causal=True, always=near
+        )
+        assert torch.equal(found.mask(6)[row, None, ..., :total], alone.mask(total))
+        assert not found.mask(6)[row, ..., total:].any()
+
+
 def test_counts_of_smaller_tiles_of_queries():
     own = own_tiles(12, 23, SIZE, 2)  # two in each of six tiles
     counts = tiles_for_sparsity(0.5, 12, 6, own=own, causal=True)
@@ -89,9 +107,10 @@ def test_everything_and_nothing():
 def test_sparsity_is_hit_as_integers_allow(causal, padded, sparsity):
     total = 17
     valid_tiles = tiles_of_valid(padding(total * SIZE), SIZE) if padded else None
-    counts = tiles_for_sparsity(sparsity, total, total, causal=causal, valid_tiles=valid_tiles)
     allowed = allowed_tiles(torch.arange(total), total, causal=causal, valid_tiles=valid_tiles).sum(-1)  # [B, 1, nq]
-    counts = counts.expand_as(allowed)
+    counts = counts_for_sparsity(allowed, sparsity)
+    if not padded:
+        assert torch.equal(tiles_for_sparsity(sparsity, total, total, causal=causal), counts[0, 0])
     assert (counts <= allowed).all() and (counts[allowed > 0] >= 1).all()
     wanted = ((1 - sparsity) * allowed.sum(-1).double()).round().long()
     rows = (allowed > 0).sum(-1)

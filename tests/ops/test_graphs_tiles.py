@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_sparse.ops.graphs.allowed import allowed_edges, allowed_tiles, positions_of, tiles_of_valid
-from hf_sparse.ops.graphs.tiles import Tiles, joined, own_tiles, tile_counts, window_and_global
+from hf_sparse.ops.graphs.tiles import Tiles, joined, near_edges, own_tiles, tile_counts, window_and_global
 
 
 @pytest.fixture
@@ -104,6 +104,22 @@ def test_window_and_global(causal, window, global_tokens, rows):
                 expected[0, 0, row, j // size] = True
     assert in_order(tiles.index)
     assert torch.equal(tiles.mask(total), expected)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("window", "global_tokens"), [(1, 0), (4, 2), (5, 0), (100, 0)])
+def test_near_edges(causal, window, global_tokens):
+    options = {"window": window, "global_tokens": global_tokens, "causal": causal}
+    position = torch.tensor([[3, 7, 8], [0, 4, 11]])
+    found = near_edges(position, 12, **options)
+    assert found.shape == (2, 1, 3, 12)
+    assert torch.equal(found[:1], near_edges(position[0], 12, **options))
+    for (b, row), at in zip(
+        torch.cartesian_prod(torch.arange(2), torch.arange(3)), position.flatten().tolist(), strict=True
+    ):
+        begin = at - window + 1 if causal else at - window // 2
+        marked = [begin <= j < begin + window or j < global_tokens for j in range(12)]
+        assert found[b, 0, row].tolist() == marked
 
 
 def test_no_list_is_as_long_as_the_text(largest_tensor):

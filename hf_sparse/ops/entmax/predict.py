@@ -31,7 +31,7 @@ def bound_scores(
     lag: int = 0,
     grouped: bool = False,
 ) -> Tensor:
-    """Score each tile by how far its bound lies above tau over window and global tokens, for the query that needs it most.
+    """Score tiles by how far their bound lies above tau over window and global tokens, for the query most in need.
 
     Args:
         query, key, alpha, scaling, causal: as in `entmax_attention`.
@@ -50,7 +50,7 @@ def bound_scores(
     """
     if not 0 <= lag < max(rows or size, 1):
         raise ValueError(f"lag must be from 0 to {(rows or size) - 1} for tiles of {rows or size}, got {lag}")
-    inputs = prepare(query, key, alpha, scaling, causal, None)
+    inputs = prepare(query, key, alpha, scaling, causal)
     layout, near = _near(inputs, size, rows, window, global_tokens, grouped)
     return _scores(inputs, layout, near, lag)
 
@@ -65,6 +65,7 @@ def bound_tiles(
     scaling: float | Tensor,
     causal: bool,
     valid: Tensor | None = None,
+    first_query: Tensor | None = None,
     rows: int | None = None,
     window: int = 1,
     global_tokens: int = 1,
@@ -76,7 +77,7 @@ def bound_tiles(
     others raise it, and every tile whose bound lies above that is taken.
 
     Args:
-        query, key, valid: as in `entmax_attention`.
+        query, key, valid, first_query: as in `entmax_attention`.
         size, alpha, scaling, causal, rows, window, global_tokens, grouped: as in `bound_scores`.
 
     Returns:
@@ -85,7 +86,7 @@ def bound_tiles(
     Raises:
         ValueError: as `bound_scores`.
     """
-    inputs = prepare(query, key, alpha, scaling, causal, valid)
+    inputs = prepare(query, key, alpha, scaling, causal, valid, first_query)
     layout, near = _near(inputs, size, rows, window, global_tokens, grouped)
     scores = _scores(inputs, layout, near, lag=0).masked_fill_(near.mask(layout.key_tiles), -torch.inf)
     best = scores.topk(min(_FIRST, layout.key_tiles), dim=-1)
@@ -114,10 +115,11 @@ def _near(
         window=window,
         global_tokens=global_tokens,
         causal=inputs.causal,
+        first_query=inputs.first_query,
         device=query.device,
     )
     heads = key.shape[1] if grouped else query.shape[1]
-    return listed_layout(Tiles(near.index.expand(-1, heads, -1, -1), size, rows), query, key)
+    return listed_layout(Tiles(near.index.expand(-1, heads, -1, -1), size, rows), inputs)
 
 
 def _scores(inputs: Inputs, layout: Layout, near: Tiles, lag: int) -> Tensor:

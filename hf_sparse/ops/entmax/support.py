@@ -30,7 +30,7 @@ def support(
     Raises:
         ValueError: as `entmax_attention`, or rows that are not `[R]` int64 from 0 to `Tq - 1`.
     """
-    inputs = prepare(query, key, alpha, scaling, causal, None)
+    inputs = prepare(query, key, alpha, scaling, causal)
     queries, keys = query.shape[2], key.shape[2]
     if rows is not None:
         if rows.ndim != 1 or rows.dtype != torch.int64:

@@ -79,7 +79,7 @@ def lsh_scores(
     lag: int = 0,
     per_group: bool = False,
 ) -> Tensor:
-    """Count the pairs of tokens with the same hash, once for each round, `[B, Hq, nq, nk]` (`Hkv` with `per_group`) float32.
+    """Count the pairs of tokens with the same hash in each round, `[B, Hq, nq, nk]` (`Hkv` with `per_group`) float32.
 
     Args:
         query_points: `[B, Hq, Tq, r]`, the last `Tq` of `Tk` positions; key_points: `[B, Hkv, Tk, r]`.

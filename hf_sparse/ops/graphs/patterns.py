@@ -28,7 +28,7 @@ def lsh_rotations(
 
 
 def lsh_buckets(points: Tensor, rotations: Tensor) -> Tensor:
-    """Compute the Reformer's hash of each round, `argmax([xR, -xR])` (Kitaev et al. 2020), the same for queries and keys.
+    """Hash points in each round by `argmax([xR, -xR])` (Reformer, Kitaev et al. 2020), queries and keys alike.
 
     Args:
         points: `[B, H, T, r]`, projected or raw.

@@ -34,7 +34,8 @@ def best_tiles(
         causal: as in `allowed_edges`.
         valid: `[B, Tk]` bool, or None. A tile of padding only is neither listed nor does it list any.
         always: tiles of window and global tokens, see `window_and_global`; `B` and `H` may be 1.
-        own: `[nq]` int64, see `own_tiles`; the last `nq` tiles by default, which they are where `rows` is `size`.
+        own: `[nq]` or `[B, nq]` int64, see `own_tiles`; the last `nq` tiles by default, which they are where `rows` is
+            `size`.
 
     Raises:
         ValueError: scores that are no `[B, H, nq, nk]` with as many queries as keys at most, `count` below 1, or tiles
@@ -45,8 +46,8 @@ def best_tiles(
     listed, total = scores.shape[2:]
     if own is None:
         own = own_tiles(listed, total, 1)
-    if len(own) != listed:
-        raise ValueError(f"expected the own tiles of {listed} query tiles, got {len(own)}")
+    if own.shape[-1] != listed:
+        raise ValueError(f"expected the own tiles of {listed} query tiles, got {own.shape[-1]}")
     if isinstance(count, int) and count < 1:
         raise ValueError(f"a query tile needs at least 1 key tile, got count={count}")
     wanted = (size if rows is None else rows, size)
@@ -64,7 +65,7 @@ def best_tiles(
             )
     own = own.to(scores.device)
     tile = torch.arange(total, device=scores.device)
-    first = (tile == own[:, None]).byte() * 2
+    first = (tile == own[..., None]).byte().unsqueeze(-3) * 2  # of [1, nq, nk] or [B, 1, nq, nk]
     if always is not None:
         first = first.maximum(always.mask(total).byte())
     if valid_tiles is not None:
@@ -92,7 +93,6 @@ def tiles_for_sparsity(
     tiles: int,
     *,
     causal: bool,
-    valid_tiles: Tensor | None = None,
     own: Tensor | None = None,
 ) -> Tensor:
     """Count the key tiles per query tile at which a share of all allowed pairs of tiles is left out.
@@ -105,25 +105,36 @@ def tiles_for_sparsity(
         sparsity: share of allowed tile pairs that is not listed, at least 0 and below 1.
         queries_listed, tiles: `nq` and `nk`, see `tile_counts`.
         causal: as in `allowed_edges`.
-        valid_tiles: `[B, nk]` bool, or None; see `tiles_of_valid`.
         own: `[nq]` int64, see `own_tiles`; the last `nq` tiles by default.
 
     Returns:
-        `[nq]` int64, or `[B, 1, nq]` with `valid_tiles`; 0 only for a row of padding.
+        `[nq]` int64, at least 1.
+
+    Raises:
+        ValueError: a sparsity out of range.
+    """
+    if own is None:
+        own = own_tiles(queries_listed, tiles, 1)
+    return counts_for_sparsity(own + 1 if causal else torch.full_like(own, tiles), sparsity)
+
+
+def counts_for_sparsity(reach: Tensor, sparsity: float) -> Tensor:
+    """Count the key tiles per query tile from the tiles that each may attend to; see `tiles_for_sparsity`.
+
+    Args:
+        reach: `[..., nq]` int64, allowed key tiles of each query tile; 0 for a query tile of padding.
+        sparsity: at least 0 and below 1.
+
+    Returns:
+        `[..., nq]` int64, at least 1 where `reach` is.
 
     Raises:
         ValueError: a sparsity out of range.
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"tile sparsity must be at least 0 and below 1, got {sparsity}")
-    exists = torch.ones(tiles, dtype=torch.int64) if valid_tiles is None else valid_tiles[:, None].long()
-    reach = (exists.cumsum(-1) if causal else exists.sum(-1, keepdim=True)) * exists  # [..., nk] allowed tiles
-    reach = reach[..., tiles - queries_listed :] if own is None else reach[..., own.to(reach.device)]
-    return _constant(reach, ((1 - sparsity) * reach.sum(-1, keepdim=True).double()).round().long())
-
-
-def _constant(reach: Tensor, wanted: Tensor) -> Tensor:
-    """The highest level `c` at which `min(reach, c)` sums to at most `wanted`, and one more for some rows."""
+    # The highest level at which `min(reach, level)` sums to at most what is wanted, and one more for some rows.
+    wanted = ((1 - sparsity) * reach.sum(-1, keepdim=True).double()).round().long()
     level = torch.arange(1, int(reach.max()) + 1 if reach.numel() else 1, device=reach.device)
     sums = torch.minimum(reach[..., None], level).sum(-2)  # [..., levels]
     level = (sums <= wanted).sum(-1, keepdim=True).clamp(min=1)
