@@ -107,6 +107,8 @@ class SparsefinderAttention(SparseMethod):
         keys = key.shape[2]
         if valid is not None and valid.shape[1] != keys:
             raise ValueError(f"the attention mask must cover all {keys} keys, got {valid.shape[1]} columns")
+        if valid is not None and valid.device.type == "cpu" and bool(valid.all()):
+            valid = None  # packing copies all keys; on a GPU, asking would wait for the device
         learned = self.parameters_in_use
         options: dict[str, Any] = {"alpha": learned.alpha, "scaling": scaling * learned.scale, "causal": self.causal}
         text = Text(query, key, value, **options, layer=self.layer)
