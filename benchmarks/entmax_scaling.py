@@ -26,7 +26,8 @@ from hf_sparse import SparsefinderConfig
 from hf_sparse.machine import describe
 from hf_sparse.methods.base import Site
 from hf_sparse.methods.sparsefinder.parameters import SparsefinderParameters
-from hf_sparse.methods.sparsefinder.predictors import key_codes, predicted_graph, query_codes
+from hf_sparse.methods.sparsefinder.predictors import ProjectedPredictor
+from hf_sparse.methods.sparsefinder.predictors.projected import Span
 from hf_sparse.ops.entmax import bound_scores, entmax_attention
 from hf_sparse.ops.graphs import Tiles, window_and_global
 from hf_sparse.ops.graphs.select import best_tiles
@@ -77,8 +78,10 @@ def predict(inputs: dict[str, Tensor], method: str) -> Tiles:
     length = key.shape[2]
     if method in PREDICTORS:
         learned = clusters(method, key.device)
-        codes = query_codes(learned, query), key_codes(learned, key)
-        graph = predicted_graph(learned, *codes, queries=length, causal=True)
+        predictor = learned.predictor
+        assert isinstance(predictor, ProjectedPredictor)
+        codes = predictor.query_codes(learned, query), predictor.key_codes(learned, key)
+        graph = predictor.predict(learned, *codes, Span(length, length, causal=True))
         assert isinstance(graph, Tiles)
         return graph
     size = BOUND["tile"]

@@ -37,7 +37,8 @@ class SparsefinderTraining(Training):
     def _stages(self) -> list[Stage]:
         config, adapter = self.config, self.methods[0].config
         learned = [method.parameters_in_use for method in self.methods]
-        if config.objective == "graph" and not adapter.learns_graph:
+        learns_graph = learned[0].predictor.learns_graph
+        if config.objective == "graph" and not learns_graph:
             raise ValueError(
                 f"the objective 'graph' trains projections, and the predictor {adapter.predictor!r} has none: choose "
                 "'distill' or 'lm'"
@@ -46,7 +47,7 @@ class SparsefinderTraining(Training):
             why = "alpha is learned here" if adapter.learn_alpha else "the objective 'graph' does not train with it"
             raise ValueError(f"alpha_start must be None, for {why}; got {config.alpha_start}")
         profiled = adapter.tile is not None and adapter.profile
-        if adapter.learns_graph and config.graph_loss == "profile_nce" and not profiled:
+        if learns_graph and config.graph_loss == "profile_nce" and not profiled:
             raise ValueError(
                 "graph_loss='profile_nce' needs SparsefinderConfig(profile=True) and a tile: choose 'info_nce'"
             )
@@ -55,7 +56,7 @@ class SparsefinderTraining(Training):
         if config.objective == "graph":
             return [Stage("graph", config.steps, graph, config.graph_learning_rate, repeatable=False)]
         main = Stage(config.objective, config.steps, scales | self.lora, config.learning_rate)
-        if not adapter.learns_graph or not config.graph_steps:
+        if not learns_graph or not config.graph_steps:
             return [main]
         return [main, Stage("graph", config.graph_steps, graph, config.graph_learning_rate, repeatable=False)]
 
@@ -76,7 +77,7 @@ class SparsefinderTraining(Training):
                 f"chunks of {length} tokens have no graph of tiles to learn from: expected at least two tiles of "
                 f"{adapter.tile} tokens; use longer chunks or a smaller tile"
             )
-        if self.fits and (needed := adapter.points_needed) > chunks.numel():
+        if self.fits and (needed := self.methods[0].parameters_in_use.predictor.points_needed) > chunks.numel():
             raise DataError(
                 f"{chunks.numel()} training tokens are too few to fit {needed} {adapter.predictor} buckets: "
                 "use more text, or fewer clusters or bins"

@@ -23,7 +23,8 @@ from hf_sparse.finetune.graph import graph_loss
 from hf_sparse.machine import describe
 from hf_sparse.methods.base import Site
 from hf_sparse.methods.sparsefinder import SparsefinderAttention, fit_predictors
-from hf_sparse.methods.sparsefinder.predictors import key_codes, predicted_graph, query_codes
+from hf_sparse.methods.sparsefinder.predictors import ProjectedPredictor
+from hf_sparse.methods.sparsefinder.predictors.projected import Span
 from hf_sparse.ops.entmax import support
 from hf_sparse.ops.graphs import Tiles, window_and_global
 from hf_sparse.ops.graphs.pattern_tiles import nearest_scores
@@ -145,8 +146,10 @@ def measure(
             learned = replay.method.parameters_in_use
             query, key = (part.float() for part in texts[0])
             with torch.no_grad():
-                codes = query_codes(learned, query), key_codes(learned, key)
-                graph = predicted_graph(learned, *codes, queries=length, causal=True)
+                predictor = learned.predictor
+                assert isinstance(predictor, ProjectedPredictor)
+                codes = predictor.query_codes(learned, query), predictor.key_codes(learned, key)
+                graph = predictor.predict(learned, *codes, Span(length, length, causal=True))
             assert isinstance(graph, Tiles)
         else:
             scores = mass if name == "oracle" else nearest_scores(torch.arange(tiles), tiles).expand_as(mass)

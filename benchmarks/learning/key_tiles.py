@@ -32,7 +32,7 @@ from hf_sparse.evaluation.graphs.record import GraphRecord
 from hf_sparse.machine import describe
 from hf_sparse.methods.sparsefinder import SparsefinderAttention
 from hf_sparse.methods.sparsefinder.attention import Text
-from hf_sparse.methods.sparsefinder.predictors import always_joined
+from hf_sparse.methods.sparsefinder.predictors.projected import Span, always_joined
 from hf_sparse.ops.graphs import Tiles
 from hf_sparse.ops.graphs.clustering import assign_parts, cut_into_parts, points_of_parts
 from hf_sparse.ops.graphs.distance import squared_distances
@@ -66,7 +66,7 @@ def lists(method: SparsefinderAttention, text: Text, centroids: tuple[Tensor, in
     scores = nearness.unflatten(3, (-1, size)).logsumexp(4)
     own = own_tiles(length, length, size, 1)
     scores += learned.log_profile[:, distance_bins(torch.arange(scores.shape[3]) - own[:, None])]
-    always = always_joined(config, length, length, causal=True, device=scores.device)
+    always = always_joined(config, Span(length, length, True), scores.device)
     return best_tiles(scores, config.causal_tiles, size=size, rows=1, own=own, causal=True, always=always)
 
 

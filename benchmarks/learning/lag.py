@@ -29,7 +29,7 @@ from hf_sparse.evaluation.graphs.quality import compared, output_of
 from hf_sparse.machine import describe
 from hf_sparse.methods.sparsefinder import SparsefinderConfig
 from hf_sparse.methods.sparsefinder.attention import Text
-from hf_sparse.methods.sparsefinder.predictors import divided_tiles
+from hf_sparse.methods.sparsefinder.predictors.budgets import divided_tiles
 from hf_sparse.ops.entmax import support
 from hf_sparse.ops.graphs import Tiles, window_and_global
 from hf_sparse.ops.graphs.points import tile_of_query

@@ -10,6 +10,7 @@ from hf_sparse.figures import covered_figure, graphs_figure, pareto_figure
 from hf_sparse.figures.covered import covered_point
 from hf_sparse.figures.style import PATTERN_LOOKS, reading
 from hf_sparse.methods.sparsefinder import SparsefinderConfig
+from hf_sparse.methods.sparsefinder.predictors import predictor_of
 from hf_sparse.metrics import metric_of
 from hf_sparse.results.base import Picture, Pictures, Results
 
@@ -25,7 +26,8 @@ def _check(evaluation: dict[str, Any], config: SparsefinderConfig) -> None:
 
 
 def _card(config: SparsefinderConfig, evaluation: dict[str, Any] | None, encoder: bool) -> dict[str, Any]:
-    return {"budget": _budget(config), "rows": _rows(evaluation) if evaluation else []}
+    rows = _rows(evaluation) if evaluation else []
+    return {"budget": _budget(config), "rows": rows, "learns_graph": predictor_of(config).learns_graph}
 
 
 def _budget(config: SparsefinderConfig) -> list[tuple[str, str]]:
@@ -61,7 +63,8 @@ def _budget(config: SparsefinderConfig) -> list[tuple[str, str]]:
 def _clusters(config: SparsefinderConfig) -> str:
     if config.cluster_parts > 1:
         return f"{config.clusters} clusters in each of {config.cluster_parts} parts of the points"
-    return f"{config.clusters} clusters, a token in {1 if config.of_points else config.top_clusters}"
+    several = config.balanced or config.tile is None
+    return f"{config.clusters} clusters, a token in {config.top_clusters if several else 1}"
 
 
 def _rows(evaluation: dict[str, Any]) -> list[tuple[str, str, str, dict[str, float]]]:

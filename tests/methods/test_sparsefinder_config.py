@@ -4,6 +4,7 @@ import pytest
 from peft import PeftConfig
 
 from hf_sparse import SparsefinderConfig
+from hf_sparse.methods.sparsefinder.predictors import predictor_of
 
 
 def test_defaults():
@@ -15,7 +16,7 @@ def test_defaults():
         64,
         0.8,
     )
-    assert config.learns_graph and not config.needs_whole_text and config.layers is None
+    assert config.layers is None
 
 
 @pytest.mark.parametrize(
@@ -31,7 +32,8 @@ def test_defaults():
 )
 def test_what_a_predictor_needs(settings, learns, whole):
     config = SparsefinderConfig(**settings)
-    assert (config.learns_graph, config.needs_whole_text) == (learns, whole)
+    predictor = predictor_of(config)
+    assert (predictor.learns_graph, predictor.needs_whole_text) == (learns, whole)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_sparse.ops.entmax import blocks, bound_scores, bound_tiles, complete_tiles, entmax_attention, support
+from hf_sparse.ops.entmax import blocks, bound_scores, bound_tiles, complete_tiles, entmax_attention, predict, support
 from hf_sparse.ops.entmax.bound import tile_extremes
 from hf_sparse.ops.graphs.tiles import Tiles, own_tiles, tile_counts, window_and_global
 
@@ -58,6 +58,17 @@ def test_no_logit_is_above_its_bound(kind):
     assert not low[1, :, 0].any() and not high[1, :, 0].any()
 
 
+def gold_support(query: Tensor, key: Tensor, valid: Tensor | None, **options) -> Tensor:
+    """`support` of rows with padding, each row by itself: `[B, Hq, T, T]` bool."""
+    if valid is None:
+        return support(query, key, **options)[0]
+    gold = torch.zeros(*query.shape[:3], key.shape[2], dtype=torch.bool)
+    for row, real in enumerate(valid):
+        edges, _ = support(query[row, None, :, real], key[row, None, :, real], **options)
+        gold[row][:, real.nonzero(), real.nonzero()[:, 0]] = edges[0]
+    return gold
+
+
 @pytest.mark.parametrize("alpha", [1.2, 1.5, 2.0])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("kind", ["independent", "alike", "heavy tails", "far from zero", "equal keys"])
@@ -71,11 +82,11 @@ def test_a_certificate_is_never_wrong(kind, causal, alpha):
         part = slice(turn, batch, 4)
         q, k = query[part], key[part]
         valid = padding(pad, len(q), length)
-        options = {"alpha": alpha, "scaling": 0.4, "causal": causal, "valid": valid}
+        options = {"alpha": alpha, "scaling": 0.4, "causal": causal}
         tiles = random_tiles(len(q), heads if turn % 2 else kv_heads, length)
-        _, certificate = entmax_attention(q, k, torch.zeros_like(k), tiles=tiles, certify=True, **options)
-        gold, _ = support(q.double(), k.double(), **options)
-        reached = tiles.edges(length, length, causal=causal, valid=valid)
+        _, certificate = entmax_attention(q, k, torch.zeros_like(k), tiles=tiles, certify=True, valid=valid, **options)
+        gold = gold_support(q.double(), k.double(), valid, **options)
+        reached = tiles.edges(length, length, causal=causal)
         missed = gold & ~reached.repeat_interleave(heads // reached.shape[1], 1)
         assert not bool((missed.any(-1) & certificate.exact).any())
         certified += int(certificate.exact.sum())
@@ -131,7 +142,7 @@ def test_complete_is_full_entmax(causal, pad, heads, rows):
     before, after = (lists.mask(13).double().mean() for lists in (tiles, certificate.tiles))
     assert before < after < 0.8  # far from all tiles
     assert bool((certificate.tiles.mask(13) | ~tiles.mask(13)).all())
-    assert torch.equal(certificate.support, support(query, key, **options)[0].sum(-1))
+    assert torch.equal(certificate.support, gold_support(query, key, **options).sum(-1))
 
 
 def test_a_complete_list_trains():
@@ -163,18 +174,32 @@ def test_padding_is_certified_and_adds_nothing():
 @pytest.mark.parametrize("pad", [None, "left", "right", "anywhere"])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("rows", [SIZE, 4])
-def test_the_bound_alone_predicts_all_support(causal, pad, grouped, rows):
+def test_the_bound_alone_predicts_all_support(causal, pad, grouped, rows, monkeypatch):
     torch.manual_seed(0)
     query, key = draw("alike", 2, 4, 2, 203)
     options = {"alpha": 1.5, "scaling": 0.4, "causal": causal, "valid": padding(pad, 2, 203)}
     full = entmax_attention(query, key, key, **options)
     counts = []
     for first in (0, 4):
-        tiles = bound_tiles(query, key, size=SIZE, rows=rows, first=first, grouped=grouped, **options)
+        monkeypatch.setattr(predict, "_FIRST", first)
+        tiles = bound_tiles(query, key, size=SIZE, rows=rows, grouped=grouped, **options)
         assert tiles.index.shape[:3] == (2, 2 if grouped else 4, -(-203 // rows))
         torch.testing.assert_close(entmax_attention(query, key, key, tiles=tiles, **options), full, rtol=0, atol=1e-6)
         counts.append(float(tiles.counts.double().mean()))
     assert counts[1] < counts[0] < 13  # a better tau excludes more
+
+
+@pytest.mark.parametrize(("queries", "rows"), [(1, SIZE), (32, SIZE), (3, 1)])
+def test_the_bound_of_texts_of_other_lengths(queries, rows):
+    torch.manual_seed(0)
+    query, key = (tensor.double() for tensor in draw("alike", 2, 4, 2, 203))
+    first_query = torch.tensor([160, 16])
+    query = torch.stack([query[b, :, at : at + queries] for b, at in enumerate(first_query.tolist())])
+    options = {"alpha": 1.5, "scaling": 0.4, "causal": True, "first_query": first_query}
+    tiles = bound_tiles(query, key, size=SIZE, rows=rows, **options)
+    assert not tiles.mask(13)[1, :, :, 3:].any()
+    full = entmax_attention(query, key, key, **options)
+    torch.testing.assert_close(entmax_attention(query, key, key, tiles=tiles, **options), full, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("queries", [75, 40, 1])
@@ -185,20 +210,19 @@ def test_scores_are_those_of_the_rule(queries, lag, rows, grouped):
     torch.manual_seed(0)
     query, key = (tensor.double() for tensor in draw("independent", 1, 4, 2, 75))
     query = query[:, :, 75 - queries :]
-    valid = (torch.arange(75) % 7 > 0)[None]
-    options = {"alpha": 1.5, "scaling": 0.5, "causal": True, "valid": valid}
+    options = {"alpha": 1.5, "scaling": 0.5, "causal": True}
     reach = {"window": 3, "global_tokens": 2, "rows": rows}
     scores = bound_scores(query, key, size=SIZE, grouped=grouped, lag=lag, **reach, **options)
-    near = window_and_global(queries, 75, SIZE, causal=True, valid=valid, **reach)
+    near = window_and_global(queries, 75, SIZE, causal=True, **reach)
     _, certificate = entmax_attention(query, key, key, tiles=near, certify=True, **options)
-    low, high = tile_extremes(key, SIZE, valid)
+    low, high = tile_extremes(key, SIZE)
     listed, total = tile_counts(queries, 75, SIZE, rows)
     expected = torch.full((1, 4, listed, total), -torch.inf, dtype=torch.float64)
     for head in range(4):
         for t in range(queries):
             place = 75 - queries + t
             row = (place + lag) // rows - (75 - queries) // rows
-            if not valid[0, place] or place + lag >= 75:
+            if place + lag >= 75:
                 continue
             for tile in range(((75 - queries) // rows + row) * rows // SIZE + 1):
                 q = query[0, head, t] * 0.5 * 0.5
@@ -233,7 +257,6 @@ def test_the_bound_needs_no_large_buffer(largest_tensor, monkeypatch):
     ("changes", "match"),
     [
         ({"window": 0}, "window must be at least 1, got 0"),
-        ({"first": -1}, "first must be at least 0, got -1"),
         ({"size": 0}, "at least 1 position, got size=0"),
         ({"global_tokens": -1}, "at least 0, got 1 and -1"),
         ({"alpha": 3.0}, r"alpha must be in \(1, 2\]"),

@@ -16,23 +16,12 @@ def seeded():
     torch.manual_seed(0)
 
 
-def padding(keys: int = KEYS) -> torch.Tensor:
-    valid = torch.ones(BATCH, keys, dtype=torch.bool)
-    valid[0, : keys // 3] = False
-    valid[1, -(keys // 4) :] = False
-    valid[2, 3:5] = False
-    return valid
-
-
-def gold(valid: torch.Tensor, rows: int, position: list[int], causal: bool) -> torch.Tensor:
+def gold(rows: int, position: list[int], causal: bool) -> torch.Tensor:
     """Random rows that sum to 1, with zeros, over allowed keys."""
     mass = torch.rand(BATCH, HEADS, rows, KEYS) * (torch.rand(BATCH, HEADS, rows, KEYS) < 0.5)
     mass += 1e-3 * torch.eye(KEYS)[position]  # every row has an edge
-    for row, at in enumerate(position):
-        keep = valid & valid[:, at, None]
-        if causal:
-            keep = keep & (torch.arange(KEYS) <= at)
-        mass[:, :, row] *= keep[:, None]
+    if causal:
+        mass *= torch.arange(KEYS) <= torch.tensor(position)[:, None]
     return mass / mass.sum(-1, keepdim=True).clamp(min=1e-9)
 
 
@@ -40,12 +29,11 @@ def gold(valid: torch.Tensor, rows: int, position: list[int], causal: bool) -> t
 @pytest.mark.parametrize("sampled", [None, [11, 2, 7], "last"])
 @pytest.mark.parametrize("heads", [HEADS, 2, 1])
 def test_graph_metrics(causal, sampled, heads):
-    valid = padding()
     position = list(range(KEYS)) if sampled is None else [9, 10, 11, 12] if sampled == "last" else sampled
-    mass = gold(valid, len(position), position, causal)
+    mass = gold(len(position), position, causal)
     edges = torch.rand(BATCH, heads, len(position), KEYS) < 0.6
     given = torch.tensor(position) if isinstance(sampled, list) else None
-    found = graph_metrics(edges, mass, causal=causal, valid=valid, position=given)
+    found = graph_metrics(edges, mass, causal=causal, position=given)
     for b in range(BATCH):
         for h in range(HEADS):
             pairs = predicted = truly = both = rows = exact = 0
@@ -53,7 +41,7 @@ def test_graph_metrics(causal, sampled, heads):
             for row, i in enumerate(position):
                 missed = False
                 for j in range(KEYS):
-                    if not (valid[b, i] and valid[b, j] and (j <= i or not causal)):
+                    if causal and j > i:
                         continue
                     p, edge = float(mass[b, h, row, j]), bool(edges[b, h // (HEADS // heads), row, j])
                     pairs, predicted, truly, both = (
@@ -64,7 +52,7 @@ def test_graph_metrics(causal, sampled, heads):
                     )
                     covered, whole = covered + p * edge, whole + p
                     missed = missed or (p > 0 and not edge)
-                rows, exact = rows + bool(valid[b, i]), exact + (bool(valid[b, i]) and not missed)
+                rows, exact = rows + 1, exact + (not missed)
             expected = {
                 "sparsity": 1 - predicted / pairs,
                 "gold_sparsity": 1 - truly / pairs,
@@ -76,34 +64,30 @@ def test_graph_metrics(causal, sampled, heads):
             assert {name: float(of[b, h]) for name, of in found.items()} == pytest.approx(expected, abs=1e-6)
 
 
-def test_a_superset_is_exact_and_a_text_of_padding_counts_nothing():
-    valid = padding()
-    valid[3] = False
-    mass = gold(valid, KEYS, list(range(KEYS)), True)
-    found = graph_metrics(mass > 0, mass, causal=True, valid=valid)
+def test_a_superset_is_exact_and_rows_without_gold_count_nothing():
+    mass = gold(KEYS, list(range(KEYS)), True)
+    mass[3] = 0
+    found = graph_metrics(mass > 0, mass, causal=True)
     for name in ("recall", "mass_recall", "exact_rows", "precision"):
         assert (found[name][:3] == 1).all() and found[name][3].isnan().all()
-    assert torch.equal(found["sparsity"][:3], found["gold_sparsity"][:3])
+    assert torch.equal(found["sparsity"], found["gold_sparsity"])
 
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("listed, rows", [(4, 4), (1, 4), (11, 1), (6, 2)])
 def test_tile_sparsity(causal, listed, rows):
-    valid, size = padding(), 4
+    size = 4
     mask = torch.rand(BATCH, 2, listed, 4) < 0.5
-    valid[0, :8] = False  # two tiles of padding
-    found = tile_sparsity(Tiles.of_mask(mask, size, rows), KEYS, causal=causal, valid=valid)
-    real = [[bool(valid[b, t * size : t * size + size].any()) for t in range(4)] for b in range(BATCH)]
+    found = tile_sparsity(Tiles.of_mask(mask, size, rows), KEYS, causal=causal)
     for b in range(BATCH):
         for h in range(2):
             kept = allowed = 0
             for row in range(listed):
                 at = (-(-KEYS // rows) - listed + row) * rows // size
                 for column in range(4):
-                    if real[b][at] and real[b][column] and (column <= at or not causal):
+                    if column <= at or not causal:
                         allowed, kept = allowed + 1, kept + bool(mask[b, h, row, column])
-            expected = 1 - kept / allowed if allowed else math.nan
-            assert float(found[b, h]) == pytest.approx(expected, nan_ok=True)
+            assert float(found[b, h]) == pytest.approx(1 - kept / allowed)
 
 
 def test_means_weigh_texts_equally_and_leave_out_what_is_not_there():

@@ -1,4 +1,4 @@
-"""The three predictors against loops over pairs of tokens."""
+"""What predictors compare, against loops over tokens and pairs of tokens."""
 
 import itertools
 import math
@@ -6,22 +6,20 @@ import math
 import pytest
 import torch
 
-from hf_sparse.ops.graphs.buckets import bucket_mass, key_counts, matching_pairs, query_counts
+from hf_sparse.ops.graphs.buckets import bucket_edges, described_counts, key_counts, matching_pairs, query_counts
 from hf_sparse.ops.graphs.clustering import (
     assign,
     assign_balanced,
     balanced_width,
-    clustering_edges,
-    clustering_scores,
     training_points,
 )
-from hf_sparse.ops.graphs.distance import distance_edges, distance_scores
-from hf_sparse.ops.graphs.kmeans import inertia, kmeans
+from hf_sparse.ops.graphs.distance import squared_distances, tile_log_mass
+from hf_sparse.ops.graphs.kmeans import kmeans
+from hf_sparse.ops.graphs.points import check_points, tile_means
 from hf_sparse.ops.graphs.quantization import (
     fit_boundaries,
+    fixed_bin_pairs,
     fixed_bins,
-    quantization_edges,
-    quantization_scores,
     shared_bins,
 )
 
@@ -45,25 +43,9 @@ def padding(keys: int) -> torch.Tensor:
     return valid
 
 
-def poisoned(query, key, valid):
+def poisoned(tensor, valid):
     """Padding holds NaN."""
-    of_query = valid[:, None, valid.shape[1] - query.shape[2] :, None]
-    return query.masked_fill(~of_query, torch.nan), key.masked_fill(~valid[:, None, :, None], torch.nan)
-
-
-def loop_edges(query, key, valid, causal, joined) -> torch.Tensor:
-    """`joined(b, head, query row, kv head, key)` for every allowed pair, False elsewhere."""
-    queries, keys = query.shape[2], key.shape[2]
-    edges = torch.zeros(BATCH, HEADS, queries, keys, dtype=torch.bool)
-    for b in range(BATCH):
-        for h in range(HEADS):
-            for i in range(queries):
-                position = keys - queries + i
-                for j in range(keys):
-                    allowed = valid[b, j] and valid[b, position] and (j <= position or not causal)
-                    if allowed and joined(b, h, i, h // (HEADS // KV_HEADS), j):
-                        edges[b, h, i, j] = True
-    return edges
+    return tensor.masked_fill(~valid[:, None, :, None], torch.nan)
 
 
 def pairs_of_tiles(matches: torch.Tensor, size: int, lag: int = 0) -> torch.Tensor:
@@ -79,86 +61,91 @@ def pairs_of_tiles(matches: torch.Tensor, size: int, lag: int = 0) -> torch.Tens
     return sums
 
 
-@pytest.mark.parametrize("causal", [True, False])
+def shared(of_query, of_key) -> torch.Tensor:
+    """Buckets that each query and key share, `[B, H, Tq, Tk]`; -1 is none."""
+    of_key = of_key.repeat_interleave(HEADS // KV_HEADS, 1)
+    pairs = of_query[..., :, None, :, None] == of_key[..., None, :, None, :]
+    return (pairs & (of_query[..., :, None, :, None] >= 0)).sum((-2, -1)).float()
+
+
+def test_distances_are_those_of_each_pair():
+    query, key = points(4, 13)
+    found = squared_distances(query, key)
+    for b, h, i, j in torch.cartesian_prod(*map(torch.arange, found.shape)).tolist():
+        torch.testing.assert_close(found[b, h, i, j], (query[b, h, i] - key[b, h // 2, j]).square().sum())
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_the_mass_of_a_tile_is_the_sum_over_its_keys(padded):
+    query, key = points(3, 13)
+    valid = padding(13) if padded else None
+    found = tile_log_mass(query, key, 4, valid)
+    real = torch.ones(BATCH, 13) if valid is None else valid.float()
+    mass = (-squared_distances(query, key).double()).exp() * real[:, None, None]
+    mass = torch.nn.functional.pad(mass, (0, 3)).unflatten(3, (4, 4)).sum(4)
+    assert (mass == 0).any() == padded  # the first row begins with a tile of padding
+    torch.testing.assert_close(found.double().exp(), mass, rtol=1e-5, atol=1e-12)
+
+
+def test_tiles_are_described_by_the_queries_that_exist():
+    query, exists = torch.randn(BATCH, HEADS, 12, RANK), torch.rand(BATCH, 12) < 0.6
+    exists[1, 4:8] = False
+    found = tile_means(poisoned(query, exists), exists, 4)
+    ids = torch.randint(5, (BATCH, HEADS, 12, 2))
+    counts = described_counts(ids, exists, 5, 4)
+    for b, h, tile in itertools.product(range(BATCH), range(HEADS), range(3)):
+        real = [t for t in range(4 * tile, 4 * tile + 4) if exists[b, t]]
+        mean = query[b, h, real].mean(0) if real else torch.zeros(RANK)
+        torch.testing.assert_close(found[b, h, tile], mean)
+        assert torch.equal(counts[b, h, tile], torch.bincount(ids[b, h, real].flatten(), minlength=5).float())
+
+
 @pytest.mark.parametrize(("queries", "keys"), [(13, 13), (4, 13)])
-class TestEdges:
-    def test_distance(self, queries, keys, causal):
-        query, key = points(queries, keys)
-        valid, threshold = padding(keys), torch.tensor([0.5, 2.0, 3.0, 9.0])
+def test_a_bin_lies_between_its_boundaries(queries, keys):
+    edge = torch.randn(KV_HEADS, RANK, 4).sort(-1).values
+    for tensor in points(queries, keys):
+        found = shared_bins(tensor, edge)
+        for b, h, t, d in torch.cartesian_prod(*map(torch.arange, tensor.shape)).tolist():
+            above = sum(float(tensor[b, h, t, d]) >= float(at) for at in edge[h * KV_HEADS // tensor.shape[1], d])
+            assert found[b, h, t, d] == 5 * d + above
 
-        def joined(b, h, i, g, j):
-            return (query[b, h, i] - key[b, g, j]).square().sum() < threshold[h]
 
-        expected = loop_edges(query, key, valid, causal, joined)
-        found = distance_edges(*poisoned(query, key, valid), threshold, causal=causal, valid=valid)
-        assert torch.equal(found, expected)
-        assert expected.any() and not torch.equal(expected[:, 0], expected[:, 3])
+@pytest.mark.parametrize("top", [1, 2, 5])
+def test_clusters_are_the_nearest(top):
+    centroids = torch.randn(KV_HEADS, 5, RANK)
+    for tensor in points(4, 13):
+        found = assign(tensor, centroids, top)
+        for b, h, t in torch.cartesian_prod(*map(torch.arange, tensor.shape[:3])).tolist():
+            distance = (centroids[h * KV_HEADS // tensor.shape[1]] - tensor[b, h, t]).square().sum(-1)
+            assert found[b, h, t].tolist() == distance.argsort()[:top].tolist()
 
-    def test_shared_bins(self, queries, keys, causal):
-        query, key = points(queries, keys)
-        valid = padding(keys)
-        edge = torch.randn(KV_HEADS, RANK, 4).sort(-1).values
 
-        def bin_of(point, g, dim):
-            return sum(float(point[dim]) >= float(at) for at in edge[g, dim])
-
-        def joined(b, h, i, g, j):
-            return any(bin_of(query[b, h, i], g, d) == bin_of(key[b, g, j], g, d) for d in range(RANK))
-
-        expected = loop_edges(query, key, valid, causal, joined)
-        found = quantization_edges(*poisoned(query, key, valid), edge, causal=causal, valid=valid)
-        assert torch.equal(found, expected)
-        assert expected.any()
-
-    @pytest.mark.parametrize("top", [1, 2, 5])
-    def test_clusters(self, queries, keys, causal, top):
-        query, key = points(queries, keys)
-        valid, centroids = padding(keys), torch.randn(KV_HEADS, 5, RANK)
-
-        def clusters(point, g):
-            return set((centroids[g] - point).square().sum(-1).argsort()[:top].tolist())
-
-        def joined(b, h, i, g, j):
-            return bool(clusters(query[b, h, i], g) & clusters(key[b, g, j], g))
-
-        expected = loop_edges(query, key, valid, causal, joined)
-        found = clustering_edges(*poisoned(query, key, valid), centroids, top=top, causal=causal, valid=valid)
-        assert torch.equal(found, expected)
-        assert expected.any()
+def test_pairs_with_a_common_bucket_are_joined():
+    of_query, of_key = torch.randint(-1, 6, (BATCH, HEADS, 4, 2)), torch.randint(-1, 6, (BATCH, KV_HEADS, 13, 3))
+    assert torch.equal(bucket_edges(of_query, of_key, 6), shared(of_query, of_key) > 0)
 
 
 def test_disjoint_clusters_never_match_not_even_on_the_diagonal():
     centroids = torch.tensor([[[0.0], [1.0], [10.0], [11.0]]])
     query, key = torch.zeros(1, 1, 6, 1), torch.full((1, 1, 6, 1), 10.2)
-    assert not clustering_edges(query, key, centroids, top=2, causal=False).any()
+    assert not bucket_edges(assign(query, centroids, 2), assign(key, centroids, 2), 4).any()
     # First of one and second of the other.
-    assert clustering_edges(query + 0.4, key * 0 + 0.6, centroids, top=2, causal=False).all()
+    assert bucket_edges(assign(query + 0.4, centroids, 2), assign(key * 0 + 0.6, centroids, 2), 4).all()
 
 
-@pytest.mark.parametrize("width", [1, 3, 4, 13])
+@pytest.mark.parametrize("width", [1, 3, 4, 9])
 def test_fixed_bins(width):
-    query, key = points(13, 13)
     valid = padding(13)
-
-    def ranks(tensor):  # [B, H, T, r], among the valid
-        found = torch.full(tensor.shape, -1)
-        for b in range(BATCH):
-            for h in range(tensor.shape[1]):
-                for d in range(RANK):
-                    order = sorted((float(tensor[b, h, t, d]), t) for t in range(13) if valid[b, t])
-                    for place, (_, t) in enumerate(order):
-                        found[b, h, t, d] = place
-        return found
-
-    of_query, of_key = ranks(query) // width, ranks(key) // width
-
-    def joined(b, h, i, g, j):
-        return any(of_query[b, h, i, d] == of_key[b, g, j, d] for d in range(RANK))
-
-    expected = loop_edges(query, key, valid, False, joined)
-    assert torch.equal(
-        quantization_edges(*poisoned(query, key, valid), width=width, causal=False, valid=valid), expected
-    )
+    for tensor in points(13, 13):
+        ids, buckets = fixed_bins(poisoned(tensor, valid), width, valid)
+        bins = -(-13 // width)
+        assert buckets == RANK * bins
+        for b, h, d in itertools.product(range(BATCH), range(tensor.shape[1]), range(RANK)):
+            expected = torch.full((13,), -1)
+            order = sorted((float(tensor[b, h, t, d]), t) for t in range(13) if valid[b, t])
+            for place, (_, t) in enumerate(order):
+                expected[t] = d * bins + place // width
+            assert torch.equal(ids[b, h, :, d], expected)
 
 
 def test_fixed_bins_hold_equal_numbers_and_do_not_know_padding():
@@ -182,75 +169,31 @@ def test_boundaries_split_the_training_points_evenly():
 
 
 @pytest.mark.parametrize("lag", ["own", "before"])
+@pytest.mark.parametrize("per_group", [True, False])
 @pytest.mark.parametrize(("queries", "keys", "size"), SHAPES)
-class TestScores:
-    """The score of two tiles is the number of matching pairs."""
+def test_the_score_of_two_tiles_is_the_number_of_matching_pairs(queries, keys, size, lag, per_group):
+    of_query, of_key = (
+        torch.randint(-1, 5, (BATCH, HEADS, queries, 2)),
+        torch.randint(-1, 5, (BATCH, KV_HEADS, keys, 2)),
+    )
+    lag = size - 1 if lag == "before" else 0
+    counts = query_counts(of_query, 5, keys=keys, size=size, lag=lag), key_counts(of_key, 5, size=size)
+    expected = pairs_of_tiles(shared(of_query, of_key), size, lag)
+    if per_group:
+        expected = expected.unflatten(1, (KV_HEADS, -1)).sum(2)
+    assert torch.equal(matching_pairs(*counts, per_group=per_group), expected)
 
-    def test_clusters(self, queries, keys, size, lag):
-        query, key = points(queries, keys)
-        valid, centroids = padding(keys), torch.randn(KV_HEADS, 5, RANK)
-        lag = size - 1 if lag == "before" else 0
-        matches = torch.zeros(BATCH, HEADS, queries, keys)
-        of_query, of_key = assign(query, centroids, 2, valid), assign(key, centroids, 2, valid)
-        for h in range(HEADS):
-            for a in range(2):
-                for b in range(2):
-                    left, right = of_query[:, h, :, None, a], of_key[:, h // 2, None, :, b]
-                    matches[:, h] += (left == right) & (left >= 0)
-        poison = poisoned(query, key, valid)
-        found = clustering_scores(*poison, centroids, top=2, size=size, causal=True, valid=valid, lag=lag)
-        expected = pairs_of_tiles(matches, size, lag)
-        assert torch.equal(found, expected)
-        shared = clustering_scores(
-            *poison, centroids, top=2, size=size, causal=True, valid=valid, lag=lag, per_group=True
-        )
-        assert torch.equal(shared, expected.unflatten(1, (KV_HEADS, -1)).sum(2))
 
-    @pytest.mark.parametrize("per_group", [True, False])
-    def test_bins(self, queries, keys, size, lag, per_group):
-        query, key = points(queries, keys)
-        valid, edge = padding(keys), torch.randn(KV_HEADS, RANK, 3).sort(-1).values
-        lag = size - 1 if lag == "before" else 0
-        poison = poisoned(query, key, valid)
-        arguments = {"size": size, "causal": False, "valid": valid, "lag": lag, "per_group": per_group}
-        kinds = [((edge,), {}, shared_bins(query, edge, valid), shared_bins(key, edge, valid))]
-        if queries == keys:
-            kinds.append(((), {"width": 3}, fixed_bins(query, 3, valid)[0], fixed_bins(key, 3, valid)[0]))
-        for given, more, of_query, of_key in kinds:
-            matches = (of_query[..., :, None, :] == of_key.repeat_interleave(2, 1)[..., None, :, :]).float()
-            real = (of_query[..., :, None, :] >= 0).float()
-            expected = pairs_of_tiles((matches * real).sum(-1), size, lag)
-            if per_group:
-                expected = expected.unflatten(1, (KV_HEADS, -1)).sum(2)
-            found = quantization_scores(*poison, *given, **more, **arguments)
-            assert torch.equal(found, expected)
-
-    def test_distance(self, queries, keys, size, lag):
-        query, key = points(queries, keys)
-        valid, parts = padding(keys), 2
-        lag = size - 1 if lag == "before" else 0
-        total, first = -(-keys // size), (keys - queries) // size
-        expected = torch.full((BATCH, HEADS, total - first, total), -torch.inf)
-
-        def means(tensor, b, begin, offset):  # of the stretches of a tile whose first position is `begin`
-            found = []
-            for part in range(parts):
-                low = begin + part * size // parts
-                inside = [t for t in range(low, low + size // parts) if offset <= t < keys and valid[b, t]]
-                if inside:
-                    found.append(tensor[:, [t - offset for t in inside]].mean(1))
-            return found
-
-        for b in range(BATCH):
-            for row in range(total - first):
-                of_query = means(query[b], b, (row + first) * size - lag, keys - queries)
-                for column in range(total):
-                    of_key = means(key[b].repeat_interleave(2, 0), b, column * size, 0)
-                    near = [(q - k).square().sum(-1) for q in of_query for k in of_key]
-                    if near:
-                        expected[b, :, row, column] = -torch.stack(near).amin(0)
-        found = distance_scores(*poisoned(query, key, valid), size=size, valid=valid, parts=parts, lag=lag)
-        torch.testing.assert_close(found, expected)
+@pytest.mark.parametrize("rows", [4, 2, 1])
+@pytest.mark.parametrize("padded", [True, False])
+def test_pairs_of_fixed_bins(rows, padded):
+    query, key = points(29, 29)
+    valid = padding(29) if padded else torch.ones(BATCH, 29, dtype=torch.bool)
+    ids = [fixed_bins(tensor, 3, valid)[0] for tensor in (query, key)]
+    matches = torch.nn.functional.pad(shared(*ids), (0, 3, 0, 3))
+    expected = matches.unflatten(3, (8, 4)).unflatten(2, (32 // rows, rows)).sum((3, 5))[:, :, : -(-29 // rows)]
+    found = fixed_bin_pairs(poisoned(query, valid), poisoned(key, valid), 3, 4, rows, valid if padded else None)
+    assert torch.equal(found, expected)
 
 
 def test_a_key_keeps_its_bucket():
@@ -265,57 +208,36 @@ def test_a_key_keeps_its_bucket():
 
 
 def test_lag_hides_the_future():
-    """With `lag = size - 1`, the scores of a query tile do not depend on queries after its first."""
-    query, key = points(32, 32)
-    centroids, size = torch.randn(KV_HEADS, 6, RANK), 8
-    later = query.clone()
-    later[:, :, 17:] = torch.randn(BATCH, HEADS, 15, RANK)
-    scores = [
-        clustering_scores(q, key, centroids, size=size, causal=True, lag=lag) for q in (query, later) for lag in (7, 0)
-    ]
-    assert torch.equal(scores[0][:, :, :3], scores[2][:, :, :3])  # tile 2 starts at 16
-    assert not torch.equal(scores[1][:, :, 2], scores[3][:, :, 2])
+    """With `lag = size - 1`, the counts of a query tile do not depend on queries after its first."""
+    ids = torch.randint(5, (BATCH, HEADS, 32, 1))
+    later = ids.clone()
+    later[:, :, 17:] = torch.randint(5, (BATCH, HEADS, 15, 1))
+    counts = [query_counts(of, 5, keys=32, size=8, lag=lag) for of in (ids, later) for lag in (7, 0)]
+    assert torch.equal(counts[0][:, :, :3], counts[2][:, :, :3])  # tile 2 starts at 16
+    assert not torch.equal(counts[1][:, :, 2], counts[3][:, :, 2])
 
 
+@pytest.mark.parametrize("per_text", [True, False])
 @pytest.mark.parametrize("tokens", [13, 16, 3])
-def test_balanced_clusters(tokens):
+def test_balanced_clusters(tokens, per_text):
     key, centroids, valid = torch.randn(BATCH, KV_HEADS, tokens, RANK), torch.randn(KV_HEADS, 4, RANK), padding(tokens)
-    width = balanced_width(tokens, 4, 2)
-    assert width == math.ceil(2 * tokens / 4)
-    found = assign_balanced(key.masked_fill(~valid[:, None, :, None], torch.nan), centroids, width, valid)
+    width = balanced_width(valid.sum(-1) if per_text else tokens, 4, 2)
+    widths = torch.as_tensor(width).expand(BATCH).tolist()
+    assert widths == [max(1, math.ceil(2 * int(n) / 4)) for n in (valid.sum(-1) if per_text else [tokens] * BATCH)]
+    found = assign_balanced(poisoned(key, valid), centroids, width, valid)
     for b in range(BATCH):
         real = [t for t in range(tokens) if valid[b, t]]
         for h in range(KV_HEADS):
             for c in range(4):
                 order = sorted((float((key[b, h, t] - centroids[h, c]).square().sum()), t) for t in real)
-                taken = {t for _, t in order[:width]}
+                taken = {t for _, t in order[: widths[b]]}
                 assert {t for t in range(tokens) if found[b, h, t, c] == c} == taken
                 assert {t for t in range(tokens) if found[b, h, t, c] == -1} == set(range(tokens)) - taken
-    edges = clustering_edges(key, key, centroids, top=2, balanced=True, causal=False, valid=valid)
-    member = found >= 0
-    expected = (member[..., :, None, :] & member[..., None, :, :]).any(-1)
-    assert torch.equal(edges, expected)
 
 
-def test_affinity_is_the_mean_mass_of_a_pair_of_buckets():
-    query, key, centroids = *points(9, 9), torch.randn(KV_HEADS, 4, RANK)
-    of_query, of_key = assign(query, centroids), assign(key, centroids)
-    allowed = torch.ones(9, 9).tril().expand(BATCH, HEADS, 9, 9)
-    mass = torch.rand(BATCH, HEADS, 9, 9) * allowed
-    found = bucket_mass(of_query, of_key, mass, 4) / bucket_mass(of_query, of_key, allowed, 4).clamp(min=1)
-    expected = torch.zeros(HEADS, 4, 4)
-    for h in range(HEADS):
-        for c in range(4):
-            for d in range(4):
-                pair = (of_query[:, h, :, None, 0] == c) & (of_key[:, h // 2, None, :, 0] == d) & (allowed[:, h] > 0)
-                expected[h, c, d] = mass[:, h][pair].mean() if pair.any() else 0
-    torch.testing.assert_close(found, expected)
-    counts = query_counts(of_query, 4, keys=9, size=3), key_counts(of_key, 4, size=3)
-    one_hot = torch.eye(4).expand(HEADS, 4, 4)
-    assert torch.equal(matching_pairs(*counts, affinity=one_hot), matching_pairs(*counts))
-    score = matching_pairs(*counts, affinity=found)
-    pair = [found[1, of_query[2, 1, i, 0], of_key[2, 0, j, 0]] for i in range(3, 6) for j in range(6, 9)]
-    torch.testing.assert_close(score[2, 1, 1, 2], torch.stack(pair).sum())
+def inertia(cloud, centroids) -> torch.Tensor:
+    """Mean squared distance to the nearest centroid, `[H]`."""
+    return (cloud[:, :, None] - centroids[:, None]).square().sum(-1).amin(-1).mean(-1)
 
 
 class TestKmeans:
@@ -326,11 +248,12 @@ class TestKmeans:
         distance = (found[:, :, None] - centre[:, None]).norm(dim=-1)
         assert (distance.amin(1) < 0.2).all()
 
-    def test_more_iterations_are_never_worse_and_end_at_the_means(self):
+    def test_more_iterations_are_never_worse_and_end_at_the_means(self, monkeypatch):
         cloud = torch.randn(3, 200, 4, dtype=torch.float64)
         costs = []
         for iterations in (0, 1, 2, 5, 200):
-            found = kmeans(cloud, 7, generator=torch.Generator().manual_seed(2), iterations=iterations)
+            monkeypatch.setattr("hf_sparse.ops.graphs.kmeans._ITERATIONS", iterations)
+            found = kmeans(cloud, 7, generator=torch.Generator().manual_seed(2))
             costs.append(inertia(cloud, found))
         assert all((late <= early + 1e-12).all() for early, late in itertools.pairwise(costs))
         nearest = (cloud[:, :, None] - found[:, None]).square().sum(-1).argmin(-1)
@@ -360,30 +283,24 @@ class TestKmeans:
         assert (inertia(cloud, kmeans(cloud, 6)) == 0).all()
 
 
-def test_training_points_are_the_valid_ones_of_each_group():
-    query, key, valid = *points(9, 9), padding(9)
-    found = training_points(query, key, valid)
-    assert found.shape == (KV_HEADS, 3 * int(valid.sum()), RANK)
+def test_training_points_are_those_of_each_group():
+    query, key = points(9, 9)
+    found = training_points(query, key)
+    assert found.shape == (KV_HEADS, 3 * BATCH * 9, RANK)
     for head in range(KV_HEADS):
-        expected = [*query[:, 2 * head][valid].tolist(), *query[:, 2 * head + 1][valid].tolist()]
-        expected += key[:, head][valid].tolist()
-        assert sorted(found[head].tolist()) == sorted(expected)
-    assert training_points(query, key).shape == (KV_HEADS, 3 * BATCH * 9, RANK)
+        parts = (query[:, 2 * head], query[:, 2 * head + 1], key[:, head])
+        assert sorted(found[head].tolist()) == sorted(torch.cat(parts).flatten(0, 1).tolist())
 
 
-@pytest.mark.parametrize("kind", ["clusters", "shared", "fixed"])
-def test_no_buffer_of_queries_times_keys(kind, largest_tensor):
+def test_no_buffer_of_queries_times_keys(largest_tensor):
     """16 times the text, 16 times the largest tensor: what grows with its square is left out of tiles."""
     peaks = []
     for length in (1024, 16384):
         query, key = torch.randn(1, 1, length, 4), torch.randn(1, 1, length, 4)
         with largest_tensor() as largest:
-            if kind == "clusters":
-                clustering_scores(query, key, torch.randn(1, 16, 4), top=2, size=128, causal=True)
-            elif kind == "shared":
-                quantization_scores(query, key, torch.randn(1, 4, 15).sort(-1).values, size=128, causal=True)
-            else:
-                quantization_scores(query, key, width=16, size=128, causal=False)
+            fixed_bin_pairs(query, key, 16, 128, 128)
+            ids = [shared_bins(tensor, torch.randn(1, 4, 15).sort(-1).values) for tensor in (query, key)]
+            matching_pairs(query_counts(ids[0], 64, keys=length, size=128), key_counts(ids[1], 64, size=128))
         peaks.append(largest.numel)
     assert peaks[1] <= 16 * peaks[0]
 
@@ -392,32 +309,27 @@ class TestBadInput:
     query, key = torch.randn(1, 2, 8, 3), torch.randn(1, 2, 8, 3)
 
     def test_points(self):
-        edge = torch.zeros(2, 3, 1)
         for query, key, message in (
             (self.query[..., :2], self.key, "same rank, got queries .*2.* and keys .*3"),
             (self.query[:, :1], self.key, "multiple of the KV heads"),
             (self.query, self.key[:, :, 1:], "Tq <= Tk"),
             (self.query[0], self.key, r"\[B, Hq, Tq, r\]"),
         ):
-            for call in (
-                lambda q, k: distance_edges(q, k, 1.0, causal=False),
-                lambda q, k: quantization_edges(q, k, edge, causal=False),
-                lambda q, k: clustering_scores(q, k, edge, size=4, causal=False),
-            ):
+            for call in (check_points, training_points, lambda q, k: fixed_bin_pairs(q, k, 2, 4, 4)):
                 with pytest.raises(ValueError, match=message):
                     call(query, key)
 
     def test_not_fitted(self):
         with pytest.raises(ValueError, match="no centroids yet: fit them"):
-            clustering_scores(self.query, self.key, None, size=4, causal=True)
+            assign(self.key, None)
         with pytest.raises(ValueError, match="no boundaries yet: fit them"):
-            quantization_scores(self.query, self.key, None, size=4, causal=True)
+            shared_bins(self.key, None)
 
     def test_fitted_for_another_model(self):
         with pytest.raises(ValueError, match=r"centroids \[H, C, 3\] with H a divisor of 2, got \(2, 5, 4\)"):
-            clustering_edges(self.query, self.key, torch.zeros(2, 5, 4), causal=True)
+            assign(self.key, torch.zeros(2, 5, 4))
         with pytest.raises(ValueError, match=r"boundaries \[H, 3, bins - 1\] with H a divisor of 2, got \(3, 3, 1\)"):
-            quantization_edges(self.query, self.key, torch.zeros(3, 3, 1), causal=True)
+            shared_bins(self.key, torch.zeros(3, 3, 1))
 
     def test_clusters(self):
         with pytest.raises(ValueError, match="1 to 8 clusters of 8 points, got 9"):
@@ -425,11 +337,7 @@ class TestBadInput:
         with pytest.raises(ValueError, match="finite points"):
             kmeans(self.key[0] * torch.nan, 2)
         with pytest.raises(ValueError, match="1 to 5 of the clusters, got top=6"):
-            clustering_edges(self.query, self.key, torch.zeros(2, 5, 3), top=6, causal=True)
-        with pytest.raises(ValueError, match="a causal model has not seen: use balanced=False"):
-            clustering_edges(self.query, self.key, torch.zeros(2, 5, 3), balanced=True, causal=True)
-        with pytest.raises(ValueError, match="3 queries of 8 keys"):
-            clustering_edges(self.query[:, :, 5:], self.key, torch.zeros(2, 5, 3), balanced=True, causal=False)
+            assign(self.key, torch.zeros(2, 5, 3), top=6)
         with pytest.raises(ValueError, match="at least 1 point, got width=0"):
             assign_balanced(self.key, torch.zeros(2, 5, 3), 0)
 
@@ -437,18 +345,13 @@ class TestBadInput:
         with pytest.raises(ValueError, match=r"2 to N bins, got .* and 9 bins"):
             fit_boundaries(self.key[0], 9)
         with pytest.raises(ValueError, match="1 to 8 of 8 tokens, got 9"):
-            quantization_edges(self.query, self.key, width=9, causal=False)
-        with pytest.raises(ValueError, match="use shared bins"):
-            quantization_scores(self.query, self.key, width=2, size=4, causal=True)
-        with pytest.raises(ValueError, match="got both"):
-            quantization_edges(self.query, self.key, torch.zeros(2, 3, 1), width=2, causal=False)
-        with pytest.raises(ValueError, match="3 queries of 8 keys"):
-            quantization_edges(self.query[:, :, 5:], self.key, width=2, causal=False)
+            fixed_bins(self.key, 9)
+        with pytest.raises(ValueError, match="1 to 5 of 5 tokens, got 6"):
+            fixed_bin_pairs(self.query, self.key, 6, 4, 4, torch.arange(8)[None] < 5)
 
     def test_tiles(self):
+        ids = torch.zeros(1, 2, 8, 1, dtype=torch.int64)
         with pytest.raises(ValueError, match="lag must be from 0 to 3"):
-            distance_scores(self.query, self.key, size=4, lag=4)
-        with pytest.raises(ValueError, match="parts=3 and size=4"):
-            distance_scores(self.query, self.key, size=4, parts=3)
+            query_counts(ids, 5, keys=8, size=4, lag=4)
         with pytest.raises(ValueError, match="got size=0"):
-            clustering_scores(self.query, self.key, torch.zeros(2, 5, 3), size=0, causal=True)
+            query_counts(ids, 5, keys=8, size=0)

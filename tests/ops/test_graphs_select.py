@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_sparse.ops.graphs.allowed import allowed_tiles, tiles_of_valid
-from hf_sparse.ops.graphs.select import best_tiles, tiles_for_sparsity
+from hf_sparse.ops.graphs.select import best_tiles, counts_for_sparsity, tiles_for_sparsity
 from hf_sparse.ops.graphs.tiles import Tiles, own_tiles, window_and_global
 
 SIZE = 4
@@ -32,7 +32,7 @@ def test_best_tiles(causal, listed, count):
     valid = padding(keys)
     if count == "per row":
         count = torch.randint(0, 5, (3, 1, listed))
-    always = window_and_global(listed * SIZE - 1, keys, SIZE, window=2, global_tokens=1, causal=causal, valid=valid)
+    always = window_and_global(listed * SIZE - 1, keys, SIZE, window=2, global_tokens=1, causal=causal)
     found = best_tiles(scores, count, size=SIZE, causal=causal, valid=valid, always=always)
     counts = torch.as_tensor(count).expand(3, 2, listed)
     allowed = allowed_tiles(
@@ -44,7 +44,7 @@ def test_best_tiles(causal, listed, count):
             for row in range(listed):
                 first = []
                 for tile in range(total):
-                    diagonal, forced = tile == total - listed + row, bool(fixed[b, 0, row, tile])
+                    diagonal, forced = tile == total - listed + row, bool(fixed[0, 0, row, tile])
                     score = float(scores[b, h, row, tile])
                     if allowed[b, 0, row, tile] and (diagonal or forced or score > -torch.inf):
                         first.append((-diagonal, -forced, -score, tile))
@@ -69,6 +69,24 @@ def test_smaller_tiles_of_queries_are_ranked_like_the_tile_they_lie_in(rows):
         assert not found.mask(total)[:, :, row, tile + 1 :].any()
 
 
+def test_own_tiles_may_differ_between_texts():
+    scores = torch.randint(9, (2, 3, 2, 6)).float()
+    first_query = torch.tensor([4, 14])
+    own = own_tiles(2, 23, SIZE, 2, first_query=first_query)
+    assert own.tolist() == [[1, 1], [3, 4]]
+    options = {"rows": 2, "window": 3, "global_tokens": 1, "causal": True}
+    always = window_and_global(4, 23, SIZE, first_query=first_query, **options)
+    found = best_tiles(scores, 3, size=SIZE, rows=2, own=own, causal=True, always=always)
+    for row, keys in enumerate((8, 18)):
+        near = window_and_global(4, keys, SIZE, **options)
+        total = -(-keys // SIZE)
+        alone = best_tiles(
+            scores[row, None, :, :, :total], 3, size=SIZE, rows=2, own=own[row], causal=True, always=near
+        )
+        assert torch.equal(found.mask(6)[row, None, ..., :total], alone.mask(total))
+        assert not found.mask(6)[row, ..., total:].any()
+
+
 def test_counts_of_smaller_tiles_of_queries():
     own = own_tiles(12, 23, SIZE, 2)  # two in each of six tiles
     counts = tiles_for_sparsity(0.5, 12, 6, own=own, causal=True)
@@ -85,34 +103,23 @@ def test_everything_and_nothing():
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("padded", [True, False])
-@pytest.mark.parametrize("spread", ["constant", "proportional"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.7, 0.8, 0.9, 0.99])
-def test_sparsity_is_hit_as_integers_allow(causal, padded, spread, sparsity):
+def test_sparsity_is_hit_as_integers_allow(causal, padded, sparsity):
     total = 17
     valid_tiles = tiles_of_valid(padding(total * SIZE), SIZE) if padded else None
-    counts = tiles_for_sparsity(sparsity, total, total, causal=causal, spread=spread, valid_tiles=valid_tiles)
     allowed = allowed_tiles(torch.arange(total), total, causal=causal, valid_tiles=valid_tiles).sum(-1)  # [B, 1, nq]
-    counts = counts.expand_as(allowed)
+    counts = counts_for_sparsity(allowed, sparsity)
+    if not padded:
+        assert torch.equal(tiles_for_sparsity(sparsity, total, total, causal=causal), counts[0, 0])
     assert (counts <= allowed).all() and (counts[allowed > 0] >= 1).all()
     wanted = ((1 - sparsity) * allowed.sum(-1).double()).round().long()
     rows = (allowed > 0).sum(-1)
-    if spread == "constant":
-        assert torch.equal(counts.sum(-1), wanted.maximum(rows))
-        whole = counts == allowed
-        for b in range(len(counts)):
-            level = counts[b][~whole[b]]
-            assert not len(level) or int(level.max() - level.min()) <= 1
-            assert not len(level) or counts[b].max() <= level.max() + 1
-    else:
-        used = 0
-        for b in range(len(counts)):
-            used = 0
-            for row in range(total):
-                reach = allowed[b, 0, : row + 1].tolist()
-                expected = max(round((1 - sparsity) * sum(reach)), used + 1) - used if reach[-1] else 0
-                assert counts[b, 0, row] == expected
-                used += expected
-            assert used == wanted[b] or sparsity > 0.5  # else no row needs more than its share
+    assert torch.equal(counts.sum(-1), wanted.maximum(rows))
+    whole = counts == allowed
+    for b in range(len(counts)):
+        level = counts[b][~whole[b]]
+        assert not len(level) or int(level.max() - level.min()) <= 1
+        assert not len(level) or counts[b].max() <= level.max() + 1
     tiles = best_tiles(
         torch.rand(len(counts), 2, total, total),
         counts,
@@ -123,15 +130,7 @@ def test_sparsity_is_hit_as_integers_allow(causal, padded, spread, sparsity):
     assert torch.equal(tiles.counts, counts.expand(-1, 2, -1))
 
 
-def test_proportional_counts_do_not_depend_on_what_comes_later():
-    whole = tiles_for_sparsity(0.8, 40, 40, causal=True, spread="proportional")
-    for total in (1, 7, 39):
-        for listed in (1, total):
-            part = tiles_for_sparsity(0.8, listed, total, causal=True, spread="proportional")
-            assert torch.equal(part, whole[total - listed : total])
-
-
-def test_constant_counts_do_not_grow_with_the_row():
+def test_counts_do_not_grow_with_the_row():
     assert tiles_for_sparsity(0.5, 6, 6, causal=True).tolist() == [1, 1, 2, 2, 2, 2]  # 10 of 21
     assert tiles_for_sparsity(0.5, 4, 4, causal=False).tolist() == [2, 2, 2, 2]
 
@@ -146,11 +145,7 @@ def test_bad_input():
         best_tiles(scores, 1, size=SIZE, causal=True, always=Tiles(torch.zeros(1, 1, 4, 1, dtype=torch.int64), 8))
     with pytest.raises(ValueError, match="own tiles of 4 query tiles, got 3"):
         best_tiles(scores, 1, size=SIZE, rows=2, own=torch.arange(3), causal=True)
-    with pytest.raises(ValueError, match="spread must be 'constant' where own is given, got 'proportional'"):
-        tiles_for_sparsity(0.5, 4, 4, own=torch.arange(4), causal=True, spread="proportional")
     with pytest.raises(ValueError, match="17 positions are 5 tiles of 4, got 4 tiles"):
         best_tiles(scores, 1, size=SIZE, causal=True, valid=torch.ones(1, 17, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"below 1, got 1\.0"):
         tiles_for_sparsity(1.0, 4, 4, causal=True)
-    with pytest.raises(ValueError, match="spread must be one of 'constant', 'proportional', got 'even'"):
-        tiles_for_sparsity(0.5, 4, 4, causal=True, spread="even")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_sparse.ops.graphs.allowed import allowed_edges, allowed_tiles, positions_of, tiles_of_valid
-from hf_sparse.ops.graphs.tiles import Tiles, joined, own_tiles, tile_counts, window_and_global
+from hf_sparse.ops.graphs.tiles import Tiles, joined, near_edges, own_tiles, tile_counts, window_and_global
 
 
 @pytest.fixture
@@ -68,19 +68,19 @@ def test_union_names_each_tile_once(random_mask, lead):
 )
 def test_edges_are_the_allowed_pairs_of_listed_tiles(random_mask, causal, queries, keys, size, rows):
     listed, total = tile_counts(queries, keys, size, rows)
-    mask, valid = random_mask(4, 2, listed, total), padding(keys)
-    found = Tiles.of_mask(mask, size, rows).edges(queries, keys, causal=causal, valid=valid)
+    mask = random_mask(4, 2, listed, total)
+    found = Tiles.of_mask(mask, size, rows).edges(queries, keys, causal=causal)
     expected = torch.zeros(4, 2, queries, keys, dtype=torch.bool)
     for b in range(4):
         for row in range(queries):
             position = keys - queries + row
             for j in range(keys):
-                if valid[b, j] and valid[b, position] and (not causal or j <= position):
+                if not causal or j <= position:
                     first = (keys - queries) // rows
                     expected[b, :, row, j] = mask[b, :, position // rows - first, j // size]
     assert torch.equal(found, expected)
     some = torch.tensor([queries - 1, 0])
-    found = Tiles.of_mask(mask, size, rows).edges(queries, keys, causal=causal, valid=valid, rows=some)
+    found = Tiles.of_mask(mask, size, rows).edges(queries, keys, causal=causal, rows=some)
     assert torch.equal(found, expected[:, :, some])
     own = own_tiles(listed, keys, size, rows)
     ends = [min(keys - 1, ((keys - queries) // rows + n) * rows + rows - 1) for n in range(listed)]
@@ -88,29 +88,38 @@ def test_edges_are_the_allowed_pairs_of_listed_tiles(random_mask, causal, querie
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("window", [0, 1, 2, 5, 8, 9, 100])
 @pytest.mark.parametrize("global_tokens", [0, 1, 6, 100])
 @pytest.mark.parametrize("rows", [4, 2, 1])
-def test_window_and_global(causal, padded, window, global_tokens, rows):
+def test_window_and_global(causal, window, global_tokens, rows):
     queries, keys, size = 17, 35, 4
-    valid = padding(keys) if padded else None
-    tiles = window_and_global(
-        queries, keys, size, rows=rows, window=window, global_tokens=global_tokens, causal=causal, valid=valid
-    )
+    tiles = window_and_global(queries, keys, size, rows=rows, window=window, global_tokens=global_tokens, causal=causal)
     listed, total = tile_counts(queries, keys, size, rows)
-    batch = 4 if padded else 1
-    expected = torch.zeros(batch, 1, listed, total, dtype=torch.bool)
-    for b in range(batch):
-        first = [j for j in range(keys) if valid is None or valid[b, j]][:global_tokens]
-        for row in range(listed):
-            start = ((keys - queries) // rows + row) * rows
-            for i in range(start, start + rows):
-                begin = i - window + 1 if causal else i - window // 2
-                for j in [*first, *range(max(0, begin), min(total * size, begin + window))]:
-                    expected[b, 0, row, j // size] = True
+    expected = torch.zeros(1, 1, listed, total, dtype=torch.bool)
+    for row in range(listed):
+        start = ((keys - queries) // rows + row) * rows
+        for i in range(start, start + rows):
+            begin = i - window + 1 if causal else i - window // 2
+            for j in [*range(min(keys, global_tokens)), *range(max(0, begin), min(total * size, begin + window))]:
+                expected[0, 0, row, j // size] = True
     assert in_order(tiles.index)
     assert torch.equal(tiles.mask(total), expected)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize(("window", "global_tokens"), [(1, 0), (4, 2), (5, 0), (100, 0)])
+def test_near_edges(causal, window, global_tokens):
+    options = {"window": window, "global_tokens": global_tokens, "causal": causal}
+    position = torch.tensor([[3, 7, 8], [0, 4, 11]])
+    found = near_edges(position, 12, **options)
+    assert found.shape == (2, 1, 3, 12)
+    assert torch.equal(found[:1], near_edges(position[0], 12, **options))
+    for (b, row), at in zip(
+        torch.cartesian_prod(torch.arange(2), torch.arange(3)), position.flatten().tolist(), strict=True
+    ):
+        begin = at - window + 1 if causal else at - window // 2
+        marked = [begin <= j < begin + window or j < global_tokens for j in range(12)]
+        assert found[b, 0, row].tolist() == marked
 
 
 def test_no_list_is_as_long_as_the_text(largest_tensor):

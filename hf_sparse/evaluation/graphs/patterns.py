@@ -19,8 +19,7 @@ from hf_sparse.evaluation.graphs.points import tiles_per_query
 from hf_sparse.methods.sparsefinder import SparsefinderAttention
 from hf_sparse.methods.sparsefinder.attention import Pattern, Text
 from hf_sparse.methods.sparsefinder.fit import fit_budgets
-from hf_sparse.methods.sparsefinder.predictors import divided_tiles
-from hf_sparse.methods.sparsefinder.predictors import tiles_per_query as predicted_counts
+from hf_sparse.methods.sparsefinder.predictors.budgets import divided_tiles
 from hf_sparse.ops.entmax import bound_scores, support
 from hf_sparse.ops.graphs import Tiles, window_and_global
 from hf_sparse.ops.graphs.clustering import training_points
@@ -61,9 +60,9 @@ class Patterns:
 
     def points(self, text: Text) -> tuple[Tensor, Tensor]:
         """What hashing and routing compare, `[B, Hq, Tq, r]` and `[B, Hkv, Tk, r]` float32."""
-        if not self.method.config.learns_graph:
-            return text.query.float(), text.key.float()
         learned = self.method.parameters_in_use
+        if not learned.predictor.learns_graph:
+            return text.query.float(), text.key.float()
         return learned.project_queries(text.query), learned.project_keys(text.key)
 
     def pattern(self, name: str) -> Pattern | None:
@@ -82,10 +81,11 @@ class Patterns:
         def graph(text: Text) -> Tiles | Tensor:
             config, causal = self.method.config, text.causal
             queries, keys, size = text.query.shape[2], text.key.shape[2], config.tile or 1
-            own, total = self._own(text)
+            own, _ = self._own(text)
             count = tiles_per_query(config, queries, keys, causal)
-            if name == "oracle" and config.tile and config.learns_graph:  # it has no fewer in any head
-                count = predicted_counts(self.method.parameters_in_use, own, total, causal)
+            learned = self.method.parameters_in_use
+            if name == "oracle" and hasattr(learned, "budgets"):  # it has no fewer in any head
+                count = divided_tiles(learned.budgets, count, len(own))
             if name == "windows":
                 assert self.budgets is not None
                 count = divided_tiles(self.budgets, count, len(own))

@@ -1,7 +1,7 @@
 """Sparsefinder attached to one attention module: code the new tokens, predict their graph, attend over it."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,33 +11,13 @@ from transformers.cache_utils import CacheLayerMixin
 from hf_sparse.methods.base import NO_CACHE, Site, SparseMethod
 from hf_sparse.methods.sparsefinder.cache import SparsefinderCacheLayer
 from hf_sparse.methods.sparsefinder.config import SparsefinderConfig
+from hf_sparse.methods.sparsefinder.padding import PackedBatch
 from hf_sparse.methods.sparsefinder.parameters import SparsefinderParameters
-from hf_sparse.methods.sparsefinder.predictors import key_codes, predicted_graph, query_codes
-from hf_sparse.ops.entmax import Certificate, bound_tiles, entmax_attention
+from hf_sparse.methods.sparsefinder.predictors import ProjectedPredictor, predictor_of
+from hf_sparse.methods.sparsefinder.predictors.base import Codes
+from hf_sparse.methods.sparsefinder.predictors.base import Text as Text
+from hf_sparse.ops.entmax import Certificate, entmax_attention
 from hf_sparse.ops.graphs import Tiles
-
-
-@dataclass(frozen=True)
-class Text:
-    """What entmax attention is computed from: texts of equal lengths, without padding.
-
-    Attributes:
-        query: `[B, Hq, Tq, D]`, the last tokens.
-        key, value: `[B, Hkv, Tk, D]`.
-        alpha: of entmax, a number or `[Hq]`.
-        scaling: of the logits, `[Hq]`, the learned scale included.
-        causal: whether queries see earlier keys only.
-        layer: number of the attention module.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    alpha: float | Tensor
-    scaling: Tensor
-    causal: bool
-    layer: int
-
 
 # A graph in place of the predicted one: tiles, or edges `[B, Hq, Tq, Tk]` bool, or None for all keys.
 Pattern = Callable[[Text], Tiles | Tensor | None]
@@ -50,7 +30,8 @@ class SparsefinderAttention(SparseMethod):
 
     In `train` mode attention is entmax over all keys, which is what the logit scales are trained with; in `eval` mode,
     and wherever a cache is filled without gradients, as in generation, over the predicted graph. Rows with padding are
-    attended one by one, so that padding moves no tile.
+    packed first, so that padding moves no tile; a `pattern` or an `observer`, which read whole texts, get them one by
+    one.
 
     Attributes:
         pattern: a graph of the analysis in place of the predicted one, see `Pattern`; also in `train` mode.
@@ -84,7 +65,7 @@ class SparsefinderAttention(SparseMethod):
             raise ValueError(
                 f"SparsefinderConfig.rank must be at most the size of a head, {site.head_dim}, got {config.rank}"
             )
-        if site.causal and config.needs_whole_text:
+        if site.causal and predictor_of(config).needs_whole_text:
             raise ValueError(
                 "fixed bins and balanced clusters rank the tokens of a whole text, which a causal model has not seen: "
                 "use bin_kind='shared' and balanced=False"
@@ -128,60 +109,79 @@ class SparsefinderAttention(SparseMethod):
         keys = key.shape[2]
         if valid is not None and valid.shape[1] != keys:
             raise ValueError(f"the attention mask must cover all {keys} keys, got {valid.shape[1]} columns")
-        if valid is not None and bool(valid.all()):
-            valid = None
+        if valid is not None and valid.device.type == "cpu" and bool(valid.all()):
+            valid = None  # packing copies all keys; on a GPU, asking would wait for the device
         learned = self.parameters_in_use
         options: dict[str, Any] = {"alpha": learned.alpha, "scaling": scaling * learned.scale, "causal": self.causal}
-        codes, sees_all = None, self.is_learning(cache) or self.config.predictor == "full"
-        if self.pattern is None and self.config.learns_graph and not self.is_learning(cache):
-            codes = self._codes(query, key, cache)
-        elif valid is not None and self.pattern is None and self.observer is None and sees_all:
-            return entmax_attention(query, key, value, valid=valid, **options)
+        text = Text(query, key, value, **options, layer=self.layer)
+        predicts = self.pattern is None and not self.is_learning(cache)
+        codes = self._codes(query, key, cache) if predicts and learned.predictor.learns_graph else None
         if valid is None:
-            return self._over_graph(Text(query, key, value, **options, layer=self.layer), codes, sees_all)
-        output = torch.zeros_like(query)
-        for row, real in enumerate(valid):
-            new = real[keys - query.shape[2] :]
-            if new.any():
-                tensors = (query[row, None, :, new], key[row, None, :, real], value[row, None, :, real])
-                of_row = None if codes is None else (codes[0][row, None, :, real], codes[1][row, None, :, real])
-                found = self._over_graph(Text(*tensors, **options, layer=self.layer), of_row, sees_all)
-                output[row, :, new] = found[0].to(output.dtype)
-        return output
+            return self._over_graph(text, codes, predicts)
+        if self.pattern is not None or self.observer is not None:
+            return self._one_by_one(text, codes, valid, predicts)
+        if not predicts or learned.predictor.sees_all:
+            return entmax_attention(query, key, value, valid=valid, **options)
+        return self._packed(text, codes, valid)
 
-    def _codes(self, query: Tensor, key: Tensor, cache: SparsefinderCacheLayer | None) -> tuple[Tensor, Tensor]:
-        """Codes of all tokens; the cache has those of the earlier ones."""
+    def _codes(self, query: Tensor, key: Tensor, cache: SparsefinderCacheLayer | None) -> Codes:
+        """Code the new tokens and return the codes of all; the cache has those of the earlier ones."""
         learned, new = self.parameters_in_use, query.shape[2]
+        predictor = learned.predictor
+        assert isinstance(predictor, ProjectedPredictor)
         if cache is None or cache.key_codes is None:
             learned.check_fitted()
         with torch.no_grad():
-            codes = query_codes(learned, query), key_codes(learned, key[:, :, key.shape[2] - new :])
+            codes = predictor.query_codes(learned, query), predictor.key_codes(learned, key[:, :, key.shape[2] - new :])
         return codes if cache is None else cache.append(*codes, self.identities[self.active])
 
-    def _over_graph(self, text: Text, codes: tuple[Tensor, Tensor] | None, sees_all: bool) -> Tensor:
-        config = self.config
+    def _packed(self, text: Text, codes: Codes | None, valid: Tensor) -> Tensor:
+        """Attend in all rows of a padded batch at once."""
+        batch = PackedBatch(valid, text.query.shape[2], self.config.rows or 1)
+        packed = replace(
+            text,
+            query=batch.queries(text.query),
+            key=batch.keys(text.key),
+            value=batch.keys(text.value),
+            first_query=batch.first_query,
+            valid=None if self.causal else batch.valid,
+        )
+        if codes is not None:
+            of_queries, of_keys = (batch.keys(part, 0 if part.is_floating_point() else -1) for part in codes)
+            codes = of_queries, of_keys
+        return batch.unpack(self._over_graph(packed, codes, predicts=True)).to(text.query.dtype)
+
+    def _one_by_one(self, text: Text, codes: Codes | None, valid: Tensor, predicts: bool) -> Tensor:
+        """Attend in each row of a padded batch by itself."""
+        output = torch.zeros_like(text.query)
+        for row, real in enumerate(valid):
+            new = real[len(real) - text.query.shape[2] :]
+            if new.any():
+                query, key, value = (
+                    text.query[row, None, :, new],
+                    text.key[row, None, :, real],
+                    text.value[row, None, :, real],
+                )
+                of_row = None if codes is None else (codes[0][row, None, :, real], codes[1][row, None, :, real])
+                attended = self._over_graph(replace(text, query=query, key=key, value=value), of_row, predicts)
+                output[row, :, new] = attended[0].to(output.dtype)
+        return output
+
+    def _over_graph(self, text: Text, codes: Codes | None, predicts: bool) -> Tensor:
+        config, learned = self.config, self.parameters_in_use
         graph: Tiles | Tensor | None = None
         if self.pattern is not None:
             graph = self.pattern(text)
-        elif codes is not None:
-            queries = text.query.shape[2]
-            graph = predicted_graph(self.parameters_in_use, *codes, queries=queries, causal=text.causal)
-        elif not sees_all:
-            assert config.tile is not None
-            graph = bound_tiles(
-                text.query,
-                text.key,
-                size=config.tile,
-                rows=config.rows,
-                alpha=text.alpha,
-                scaling=text.scaling,
-                causal=text.causal,
-                window=max(1, config.window),
-                global_tokens=config.global_tokens,
-                grouped=config.per_group,
-            )
+        elif predicts:
+            graph = learned.predictor.graph(learned, text, codes)
         tensors = text.query, text.key, text.value
-        options: dict[str, Any] = {"alpha": text.alpha, "scaling": text.scaling, "causal": text.causal}
+        options: dict[str, Any] = {
+            "alpha": text.alpha,
+            "scaling": text.scaling,
+            "causal": text.causal,
+            "valid": text.valid,
+            "first_query": text.first_query,
+        }
         certificate = None
         if isinstance(graph, Tiles):
             complete = config.complete and self.pattern is None

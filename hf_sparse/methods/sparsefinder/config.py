@@ -258,33 +258,3 @@ class SparsefinderConfig(LoraSettings, SavedModules):
     def rows(self) -> int | None:
         """Queries per tile; `None` for a graph of tokens."""
         return self.tile if self.query_tile is None else self.query_tile
-
-    @property
-    def learns_graph(self) -> bool:
-        """Whether the graph is predicted from projected points."""
-        return self.predictor not in ("bound", "full")
-
-    @property
-    def of_points(self) -> bool:
-        """Whether tiles are scored by the points of queries: by their distance to keys, or to the clusters of keys."""
-        return self.tile is not None and (
-            self.predictor == "distance" or (self.predictor == "clustering" and not self.balanced)
-        )
-
-    @property
-    def of_single_keys(self) -> bool:
-        """Whether tiles are scored by the point of each key, which takes the square of the length."""
-        return self.of_points and (self.predictor == "distance" or self.cluster_parts > 1)
-
-    @property
-    def points_needed(self) -> int:
-        """The least number of queries and keys that the predictor can be fitted to."""
-        if self.predictor == "clustering":
-            return self.clusters
-        return self.bins if self.predictor == "quantization" and self.bin_kind == "shared" else 1
-
-    @property
-    def needs_whole_text(self) -> bool:
-        """Whether the graph depends on later tokens too, so that it is for encoders only."""
-        fixed = self.predictor == "quantization" and self.bin_kind == "fixed"
-        return fixed or (self.predictor == "clustering" and self.balanced)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from hf_sparse.methods.sparsefinder.attention import SparsefinderAttention, Text
-from hf_sparse.methods.sparsefinder.parameters import MEANS
-from hf_sparse.methods.sparsefinder.predictors import always_joined, key_codes, query_codes, tile_scores
+from hf_sparse.methods.sparsefinder.predictors import ProjectedPredictor
+from hf_sparse.methods.sparsefinder.predictors.budgets import MEANS
+from hf_sparse.methods.sparsefinder.predictors.projected import Span, always_joined
 from hf_sparse.ops.entmax import support
 from hf_sparse.ops.graphs.allowed import allowed_edges, allowed_tiles, positions_of
 from hf_sparse.ops.graphs.clustering import training_points
@@ -44,7 +45,7 @@ def fit_predictors(
     Raises:
         ValueError: more clusters or bins than projected queries and keys, or no text.
     """
-    methods = [method for method in methods if method.config.learns_graph]
+    methods = [method for method in methods if method.parameters_in_use.predictor.learns_graph]
     points: dict[int, list[Tensor]] = {}
     profiles = _Profiles()
 
@@ -52,7 +53,7 @@ def fit_predictors(
         profiles.add(method, text)
         learned = method.parameters_in_use
         keys = learned.project_keys(text.key)
-        if method.config.of_points:
+        if _projected(method).fits_keys_only:
             found = keys.transpose(0, 1).flatten(1, 2)
         else:
             found = training_points(learned.project_queries(text.query), keys)
@@ -63,7 +64,8 @@ def fit_predictors(
     for method in methods:
         if id(method) not in points:
             raise ValueError("the model read no text: nothing to fit the predictors to")
-        method.parameters_in_use.fit(torch.cat(points[id(method)], 1), generator)
+        learned = method.parameters_in_use
+        learned.predictor.fit(learned, torch.cat(points[id(method)], 1), generator)
         profiles.settle(method)
     methods = [method for method in methods if hasattr(method.parameters_in_use, "budgets")]
     if methods:
@@ -137,7 +139,7 @@ def fit_budgets(
         mass = by_group(mass, scores.shape[1]).sum(2)
         own = own_tiles(listed, length, size, of_queries, device=chosen.device)
         reached = allowed_tiles(own, tiles, causal=text.causal)
-        near = always_joined(method.config, length, length, causal=text.causal, device=chosen.device).mask(tiles)
+        near = always_joined(method.config, Span(length, length, text.causal), chosen.device).mask(tiles)
         first = near.byte() + 2 * (torch.arange(tiles, device=chosen.device) == own[:, None]).byte()
         # As `best_tiles` ranks them: the diagonal, what is always joined, and the others by score.
         level = first.float().masked_fill(~reached, -1).expand_as(scores)[:, :, chosen]
@@ -160,9 +162,15 @@ def fit_budgets(
 
 
 def _predicted(method: SparsefinderAttention, text: Text) -> Tensor:
-    learned = method.parameters_in_use
-    codes = query_codes(learned, text.query), key_codes(learned, text.key)
-    return tile_scores(learned, *codes, queries=text.key.shape[2], causal=text.causal)
+    learned, predictor, length = method.parameters_in_use, _projected(method), text.key.shape[2]
+    codes = predictor.query_codes(learned, text.query), predictor.key_codes(learned, text.key)
+    return predictor.tile_scores(learned, *codes, Span(length, length, text.causal))
+
+
+def _projected(method: SparsefinderAttention) -> ProjectedPredictor:
+    predictor = method.parameters_in_use.predictor
+    assert isinstance(predictor, ProjectedPredictor)
+    return predictor
 
 
 def divided(gain: Tensor, cost: Tensor) -> Tensor:

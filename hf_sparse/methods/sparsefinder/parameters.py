@@ -12,19 +12,16 @@ from torch import Tensor, nn
 
 from hf_sparse.methods.base import Site
 from hf_sparse.methods.sparsefinder.config import LEAST_ALPHA, SparsefinderConfig
-from hf_sparse.ops.graphs.clustering import cut_into_parts
-from hf_sparse.ops.graphs.kmeans import kmeans
+from hf_sparse.methods.sparsefinder.predictors import predictor_of
+from hf_sparse.methods.sparsefinder.predictors.budgets import MEANS
 from hf_sparse.ops.graphs.profile import BINS
-from hf_sparse.ops.graphs.quantization import fit_boundaries
-
-#: Mean tiles per query tile for which `budgets` has a column; larger ones are in proportion to the last.
-MEANS = 64
 
 
 class SparsefinderParameters(nn.Module):
     """Logit scales, projections, and what a predictor was fitted to.
 
     Attributes:
+        predictor: what the configuration asks for.
         log_scale: `[Hq]`, logarithm of the logit scale.
         alpha_logit: `[Hq]`, with `learn_alpha`.
         projection: `[Hkv, D, r]`, with `shared_projection`.
@@ -50,7 +47,8 @@ class SparsefinderParameters(nn.Module):
         if config.learn_alpha:
             share = (config.alpha - LEAST_ALPHA) / (2 - LEAST_ALPHA)
             self.alpha_logit = nn.Parameter(torch.full((heads,), math.log(share / (1 - share))))
-        if not config.learns_graph:
+        self.predictor = predictor_of(config)
+        if not self.predictor.learns_graph:
             return
         common = torch.randn(kv_heads, site.head_dim, rank) * site.head_dim**-0.5
         if config.shared_projection:
@@ -59,10 +57,8 @@ class SparsefinderParameters(nn.Module):
             self.query_projection = nn.Parameter(common.repeat_interleave(heads // kv_heads, dim=0))
             self.query_bias = nn.Parameter(torch.zeros(heads, rank))
             self.key_projection = nn.Parameter(common.clone())
-        if config.predictor == "clustering":
-            self.register_buffer("centroids", torch.full((kv_heads, config.clusters, rank), torch.nan))
-        elif config.predictor == "quantization" and config.bin_kind == "shared":
-            self.register_buffer("boundaries", torch.full((kv_heads, rank, config.bins - 1), torch.nan))
+        for name, shape in self.predictor.buffers(kv_heads).items():
+            self.register_buffer(name, torch.full(shape, torch.nan))
         if config.tile is not None and config.profile:
             self.register_buffer("profile", torch.full((heads, BINS), torch.nan))
         if config.tile is not None and config.head_budgets:
@@ -104,25 +100,6 @@ class SparsefinderParameters(nn.Module):
     def project_keys(self, key: Tensor) -> Tensor:
         """Points `[B, Hkv, T, r]` float32 of keys `[B, Hkv, T, D]`."""
         return _project(key, self.projection if self.config.shared_projection else self.key_projection)
-
-    @torch.no_grad()
-    def fit(self, points: Tensor, generator: torch.Generator | None = None) -> None:
-        """Fit clusters or bins to projected queries and keys of training text; other predictors have nothing to fit.
-
-        Args:
-            points: `[Hkv, N, r]`, see `hf_sparse.ops.graphs.clustering.training_points`; for clusters of single keys,
-                only keys.
-            generator: for the seeds of k-means.
-
-        Raises:
-            ValueError: more clusters or bins than points.
-        """
-        config = self.config
-        if config.predictor == "clustering":
-            found = kmeans(cut_into_parts(points, config.cluster_parts), config.clusters, generator=generator)
-            self.centroids.copy_(found.unflatten(0, (len(points), -1)).transpose(1, 2).flatten(2))
-        elif config.predictor == "quantization" and config.bin_kind == "shared":
-            self.boundaries.copy_(fit_boundaries(points, config.bins))
 
     def check_fitted(self) -> None:
         """Raise `ValueError` if the predictor has clusters or bins that were never fitted."""

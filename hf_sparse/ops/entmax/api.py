@@ -8,7 +8,7 @@ by exactly 2d in L1. Treviso et al. 2022 (arXiv 2109.12188) for the former; the 
 """
 
 from dataclasses import dataclass
-from typing import Literal, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -54,6 +54,7 @@ def entmax_attention(
     scaling: float | Tensor,
     causal: bool,
     valid: Tensor | None = None,
+    first_query: Tensor | None = None,
     edges: Tensor | None = None,
     tiles: Tiles | None = None,
     certify: Literal[False] = False,
@@ -71,6 +72,7 @@ def entmax_attention(
     scaling: float | Tensor,
     causal: bool,
     valid: Tensor | None = None,
+    first_query: Tensor | None = None,
     edges: Tensor | None = None,
     tiles: Tiles,
     certify: bool = False,
@@ -87,6 +89,7 @@ def entmax_attention(
     scaling: float | Tensor,
     causal: bool,
     valid: Tensor | None = None,
+    first_query: Tensor | None = None,
     edges: Tensor | None = None,
     tiles: Tiles | None = None,
     certify: bool = False,
@@ -105,6 +108,10 @@ def entmax_attention(
         scaling: multiplies the logits, a number or `[Hq]`: learned logit scales go here.
         causal: whether a query sees the keys up to its own position, or all keys.
         valid: `[B, Tk]` bool, False for padding, wherever it is: never attended to, whatever it holds (even NaN).
+        first_query: `[B]` int64, position of the first query of each text, where the queries are not the last `Tq`
+            positions: for texts of different lengths, causal and with padding behind them, which is the future then.
+            With `tiles` it is where a tile of queries begins, unless there is one query. Positions from `Tk` on hold
+            no query.
         edges: bool, `[B, Hq, Tq, Tk]` or what expands to it; of these pairs, the allowed ones are attended.
         tiles: the key tiles of each query tile; of the keys in them, the allowed ones are attended. `H` is `Hq`, `Hkv`
             or 1, and `B` may be 1.
@@ -120,7 +127,7 @@ def entmax_attention(
         ValueError: shapes or dtypes that do not fit, alpha outside (1, 2], both `edges` and `tiles`, lists that are not
             ascending or name tiles that do not exist, or `certify` or `complete` without `tiles`.
     """
-    inputs = prepare(query, key, alpha, scaling, causal, valid)
+    inputs = prepare(query, key, alpha, scaling, causal, valid, first_query)
     if value.shape != key.shape:
         raise ValueError(f"value must have the shape of key, {tuple(key.shape)}, got {tuple(value.shape)}")
     if edges is not None and tiles is not None:
@@ -136,13 +143,14 @@ def entmax_attention(
 
     if tiles is None:
         tile = _dense_tile(query, key)
-        layout = layout_of(query, key, key.shape[1], tile, tile)
+        layout = layout_of(inputs, key.shape[1], tile, tile)
         output, _, _ = attend(inputs, value, Plan(layout, causal, valid, edges=edges))
         return output.to(dtype)
-    layout, given = listed_layout(tiles, query, key)
+    layout, given = listed_layout(tiles, inputs)
     used = given
     if complete:
-        used, exact = complete_tiles(query, key, given, alpha=alpha, scaling=scaling, causal=causal, valid=valid)
+        options: dict[str, Any] = {"causal": causal, "valid": valid, "first_query": first_query}
+        used, exact = complete_tiles(query, key, given, alpha=alpha, scaling=scaling, **options)
     output, tau, support = attend(inputs, value, Plan(layout, causal, valid, used))
     output = output.to(dtype)
     if not (certify or complete):

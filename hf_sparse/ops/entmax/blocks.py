@@ -83,7 +83,8 @@ class Plan:
         at = layout.positions(jobs)  # [n, rows]
         key = (tile[..., None] * layout.size + torch.arange(layout.size, device=jobs.device)).flatten(1)  # [n, S]
         key_exists = (key < layout.keys) & (listed >= 0).repeat_interleave(layout.size, dim=-1)
-        query_exists = (at >= layout.keys - layout.queries) & (at < layout.keys)
+        number = at - layout.first_of(jobs)  # of the query
+        query_exists = (number >= 0) & (at < layout.keys)
         if valid is not None:
             batch = layout.batch_of(jobs)[:, None]
             key_exists &= valid[batch, key]
@@ -98,7 +99,7 @@ class Plan:
                 (layout.list_of(jobs)[:, None] * layout.share + torch.arange(layout.share, device=jobs.device))[
                     ..., None
                 ],
-                (at - (layout.keys - layout.queries)).clamp(0, layout.queries - 1)[:, None],
+                number.clamp(0, layout.queries - 1)[:, None],
                 : key.shape[1],
             ]
             seen = seen & F.pad(edges, (0, key.shape[1] - edges.shape[-1]))

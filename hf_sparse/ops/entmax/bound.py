@@ -35,11 +35,12 @@ def complete_tiles(
     scaling: float | Tensor,
     causal: bool,
     valid: Tensor | None = None,
+    first_query: Tensor | None = None,
 ) -> tuple[Tiles, Tensor]:
     """Add to each list the tiles that the bound cannot exclude for some query: entmax over the result is full entmax.
 
     Args:
-        query, key, tiles, alpha, scaling, causal, valid: as in `entmax_attention`.
+        query, key, tiles, alpha, scaling, causal, valid, first_query: as in `entmax_attention`.
 
     Returns:
         The longer lists, with all batches and with as many heads as the given ones (KV heads if those have 1), and the
@@ -48,8 +49,8 @@ def complete_tiles(
     Raises:
         ValueError: as `entmax_attention`.
     """
-    inputs = prepare(query, key, alpha, scaling, causal, valid)
-    layout, tiles = listed_layout(tiles, query, key)
+    inputs = prepare(query, key, alpha, scaling, causal, valid, first_query)
+    layout, tiles = listed_layout(tiles, inputs)
     needed, certified = missing(inputs, layout, tiles, thresholds(inputs, Plan(layout, causal, valid, tiles)))
     return tiles.union(Tiles.of_mask(needed, tiles.size, tiles.rows)), certified
 
@@ -140,9 +141,12 @@ def _margin(inputs: Inputs, layout: Layout, tau: Tensor) -> Tensor:
     eps = torch.finfo(tau.dtype).eps
     longest = inputs.key.norm(dim=-1)
     longest = longest.cummax(-1).values if inputs.causal else longest.amax(-1, keepdim=True).expand_as(longest)
-    longest = longest[..., layout.keys - layout.queries :].repeat_interleave(
-        layout.query_heads // layout.kv_heads, dim=1
-    )
+    if layout.first_query is None:
+        longest = longest[..., layout.keys - layout.queries :]
+    else:
+        position = layout.first_query[:, None] + torch.arange(layout.queries, device=tau.device)
+        longest = longest.gather(-1, position.clamp(max=layout.keys - 1)[:, None].expand(-1, layout.kv_heads, -1))
+    longest = longest.repeat_interleave(layout.query_heads // layout.kv_heads, dim=1)
     product = 2 * inputs.key.shape[-1] * eps * inputs.query.norm(dim=-1) * longest
     # Without a key tau is -inf, and every tile lies above it.
     return product + 32 * eps * (2 + tau.abs().masked_fill(tau == -torch.inf, 0.0))

@@ -18,6 +18,7 @@ class Inputs:
     exponent: float | Tensor  # 1 / (alpha - 1), a number or [Hq]
     causal: bool
     valid: Tensor | None  # [B, Tk] bool
+    first_query: Tensor | None  # [B] int64, position of the first query; the last Tq positions by default
 
 
 def prepare(
@@ -26,7 +27,8 @@ def prepare(
     alpha: float | Tensor,
     scaling: float | Tensor,
     causal: bool,
-    valid: Tensor | None,
+    valid: Tensor | None = None,
+    first_query: Tensor | None = None,
 ) -> Inputs:
     """Raise `ValueError` for what does not fit; see `entmax_attention`."""
     if query.ndim != 4 or key.ndim != 4:
@@ -34,11 +36,17 @@ def prepare(
             f"expected query [B, Hq, Tq, D] and key [B, Hkv, Tk, D], got {tuple(query.shape)} and {tuple(key.shape)}"
         )
     batch, heads, queries, dim = query.shape
-    fits = key.shape[0] == batch and key.shape[3] == dim and queries <= key.shape[2]
+    placed = queries <= key.shape[2] if first_query is None else first_query.shape == (batch,)
+    fits = key.shape[0] == batch and key.shape[3] == dim and placed
     if not fits or not key.shape[1] or heads % key.shape[1]:
         raise ValueError(
             "query and key must share B and D, Hq must be a multiple of Hkv and Tq at most Tk, "
             f"got query {tuple(query.shape)} and key {tuple(key.shape)}"
+            + ("" if first_query is None else f" and first_query {tuple(first_query.shape)}")
+        )
+    if valid is not None and first_query is not None:
+        raise ValueError(
+            "valid marks padding among queries that are the last tokens: expected no first_query, got both"
         )
     for name, number in (("alpha", alpha), ("scaling", scaling)):
         if isinstance(number, Tensor) and number.shape != (heads,):
@@ -55,7 +63,7 @@ def prepare(
     scale = scaling * (alpha - 1)
     if isinstance(scale, Tensor):
         scale = scale.to(wide)[:, None, None]
-    return Inputs(query.to(wide) * scale, key.to(wide), 1 / (alpha - 1), causal, valid)
+    return Inputs(query.to(wide) * scale, key.to(wide), 1 / (alpha - 1), causal, valid, first_query)
 
 
 def without_padding(tensor: Tensor, valid: Tensor) -> Tensor:

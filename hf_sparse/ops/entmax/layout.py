@@ -11,13 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_sparse.ops.entmax.inputs import Inputs
 from hf_sparse.ops.graphs.tiles import Tiles, own_tiles, tile_counts
 
 
 @dataclass(frozen=True)
 class Layout:
     """`heads` is the number of lists: that of query heads, or that of KV heads; `size` and `query_size` are the
-    positions per tile of keys and of queries.
+    positions per tile of keys and of queries. The queries stand at the last positions, or from `first_query`, `[B]`
+    int64, on, where their first tile begins.
     """
 
     batch: int
@@ -28,6 +30,7 @@ class Layout:
     keys: int
     size: int
     query_size: int
+    first_query: Tensor | None = None
 
     @property
     def share(self) -> int:
@@ -35,11 +38,13 @@ class Layout:
 
     @property
     def query_tiles(self) -> int:
+        if self.first_query is not None:
+            return -(-self.queries // self.query_size)
         return tile_counts(self.queries, self.keys, self.size, self.query_size)[0]
 
     @property
     def key_tiles(self) -> int:
-        return tile_counts(self.queries, self.keys, self.size)[1]
+        return -(-self.keys // self.size)
 
     @property
     def jobs(self) -> int:
@@ -51,19 +56,26 @@ class Layout:
         return self.query_size if self.query_tiles > 1 else self.queries
 
     @property
-    def origin(self) -> int:
-        """Position of the first row of the first tile of queries, which may lie before the first query."""
-        first = self.keys - self.queries
-        return first - first % self.query_size if self.query_tiles > 1 else first
+    def lead(self) -> int:
+        """Rows of the first tile of queries that lie before the first query."""
+        if self.first_query is not None or self.query_tiles <= 1:
+            return 0
+        return (self.keys - self.queries) % self.query_size
+
+    def first_of(self, jobs: Tensor) -> int | Tensor:
+        """Find the position of the first query: a number, or `[n, 1]` int64 of the text of each job."""
+        return self.keys - self.queries if self.first_query is None else self.first_query[self.batch_of(jobs), None]
 
     def own_tiles(self, device: torch.device) -> Tensor:
-        """`[nq]` int64, see `hf_sparse.ops.graphs.tiles.own_tiles`."""
-        return own_tiles(self.query_tiles, self.keys, self.size, self.query_size, device=device)
+        """Find the own tiles, `[nq]` or `[B, nq]` int64, see `hf_sparse.ops.graphs.tiles.own_tiles`."""
+        return own_tiles(
+            self.query_tiles, self.keys, self.size, self.query_size, first_query=self.first_query, device=device
+        )
 
     def positions(self, jobs: Tensor) -> Tensor:
-        """`[n]` -> `[n, rows]` int64, where the queries of a job stand among the keys; some may not exist."""
-        step = torch.arange(self.rows, device=jobs.device)
-        return self.origin + (jobs % self.query_tiles)[:, None] * self.rows + step
+        """Find where the queries of a job stand among the keys, `[n]` -> `[n, rows]` int64; some may not exist."""
+        step = torch.arange(self.rows, device=jobs.device) - self.lead
+        return self.first_of(jobs) + (jobs % self.query_tiles)[:, None] * self.rows + step
 
     def list_of(self, jobs: Tensor) -> Tensor:
         return jobs // self.query_tiles % self.heads
@@ -77,17 +89,15 @@ class Layout:
 
     def fold_queries(self, tensor: Tensor) -> Tensor:
         """`[B, Hq, Tq, X]` -> `[jobs, share * rows, X]`, zeros where there is no query."""
-        lead = self.keys - self.queries - self.origin
-        tensor = F.pad(tensor, (0, 0, lead, self.query_tiles * self.rows - lead - self.queries))
+        tensor = F.pad(tensor, (0, 0, self.lead, self.query_tiles * self.rows - self.lead - self.queries))
         split = tensor.reshape(self.batch, self.heads, self.share, self.query_tiles, self.rows, tensor.shape[-1])
         return split.transpose(2, 3).reshape(self.jobs, self.share * self.rows, tensor.shape[-1])
 
     def unfold_queries(self, folded: Tensor) -> Tensor:
         """`[jobs, share * rows, X]` -> `[B, Hq, Tq, X]`."""
         split = folded.view(self.batch, self.heads, self.query_tiles, self.share, self.rows, folded.shape[-1])
-        lead = self.keys - self.queries - self.origin
         rows = split.transpose(2, 3).flatten(3, 4).flatten(1, 2)
-        return rows[:, :, lead : lead + self.queries]
+        return rows[:, :, self.lead : self.lead + self.queries]
 
     def fold_keys(self, tensor: Tensor) -> Tensor:
         """`[B, Hkv, Tk, X]` -> `[B * Hkv * nk, size, X]`, padded with zeros."""
@@ -99,20 +109,21 @@ class Layout:
         return table.view(self.heads, self.share)[self.list_of(jobs)][..., None, None]
 
 
-def layout_of(query: Tensor, key: Tensor, heads: int, size: int, query_size: int) -> Layout:
-    """Of query `[B, Hq, Tq, D]` and key `[B, Hkv, Tk, D]`."""
-    return Layout(query.shape[0], query.shape[1], key.shape[1], heads, query.shape[2], key.shape[2], size, query_size)
+def layout_of(inputs: Inputs, heads: int, size: int, query_size: int) -> Layout:
+    """Make the layout of `heads` lists of tiles."""
+    (batch, query_heads, queries, _), (_, kv_heads, keys, _) = inputs.query.shape, inputs.key.shape
+    return Layout(batch, query_heads, kv_heads, heads, queries, keys, size, query_size, inputs.first_query)
 
 
-def listed_layout(tiles: Tiles, query: Tensor, key: Tensor) -> tuple[Layout, Tiles]:
-    """The layout for `tiles`, and the same tiles with all batches, and all KV heads where all heads share one list.
+def listed_layout(tiles: Tiles, inputs: Inputs) -> tuple[Layout, Tiles]:
+    """Make the layout for `tiles`, and expand these over the batch, and over KV heads where all heads share one list.
 
     Raises:
         ValueError: lists that are not of these queries and keys, or that are not ascending.
     """
     index = tiles.index
-    heads = key.shape[1] if index.shape[1] == 1 else index.shape[1]
-    layout = layout_of(query, key, heads, tiles.size, tiles.rows)
+    heads = inputs.key.shape[1] if index.shape[1] == 1 else index.shape[1]
+    layout = layout_of(inputs, heads, tiles.size, tiles.rows)
     if index.shape[0] not in (1, layout.batch) or heads not in (layout.query_heads, layout.kv_heads):
         heads_known = f"H of 1, {layout.kv_heads} or {layout.query_heads}"
         raise ValueError(

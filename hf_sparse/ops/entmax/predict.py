@@ -13,6 +13,8 @@ from hf_sparse.ops.entmax.inputs import Inputs, prepare
 from hf_sparse.ops.entmax.layout import Layout, listed_layout
 from hf_sparse.ops.graphs.tiles import Tiles, window_and_global
 
+_FIRST = 4  # tiles that tau is taken from beside window and global tokens: they change the cost, not the attention
+
 
 @torch.no_grad()
 def bound_scores(
@@ -23,33 +25,33 @@ def bound_scores(
     alpha: float | Tensor,
     scaling: float | Tensor,
     causal: bool,
-    valid: Tensor | None = None,
     rows: int | None = None,
     window: int = 1,
     global_tokens: int = 1,
     lag: int = 0,
     grouped: bool = False,
 ) -> Tensor:
-    """How far the bound of each tile lies above tau over window and global tokens, for the query that needs it most.
+    """Score tiles by how far their bound lies above tau over window and global tokens, for the query most in need.
 
     Args:
-        query, key, alpha, scaling, causal, valid: as in `entmax_attention`.
+        query, key, alpha, scaling, causal: as in `entmax_attention`.
         size, rows: positions per tile, as in `hf_sparse.ops.graphs.tiles.tile_counts`.
         window, global_tokens: where tau is taken, as in `window_and_global`; a window of at least 1.
-        lag: which queries speak for a tile, as in `hf_sparse.ops.graphs.points.tile_of_query`: those that begin `lag`
-            positions before it. With `rows - 1` no list depends on later queries.
+        lag: how many positions before a tile the queries begin that describe it, as in
+            `hf_sparse.ops.graphs.points.tile_of_query`. With `rows - 1` no list depends on later queries.
         grouped: one score for all query heads of a group, the greatest.
 
     Returns:
         `[B, Hq, nq, nk]`, or `[B, Hkv, nq, nk]` if grouped, in float32 (float64 for float64), for `best_tiles`:
-        positive where a tile may hold support, `-inf` where it has no allowed key or nobody speaks for the row.
+        positive where a tile may hold support, `-inf` where it has no allowed key or no query describes the row.
 
     Raises:
         ValueError: as `entmax_attention` and `window_and_global`, a window below 1, or a lag outside 0 to `rows - 1`.
     """
     if not 0 <= lag < max(rows or size, 1):
         raise ValueError(f"lag must be from 0 to {(rows or size) - 1} for tiles of {rows or size}, got {lag}")
-    inputs, layout, near = _near(query, key, size, rows, alpha, scaling, causal, valid, window, global_tokens, grouped)
+    inputs = prepare(query, key, alpha, scaling, causal)
+    layout, near = _near(inputs, size, rows, window, global_tokens, grouped)
     return _scores(inputs, layout, near, lag)
 
 
@@ -63,33 +65,31 @@ def bound_tiles(
     scaling: float | Tensor,
     causal: bool,
     valid: Tensor | None = None,
+    first_query: Tensor | None = None,
     rows: int | None = None,
     window: int = 1,
     global_tokens: int = 1,
-    first: int = 4,
     grouped: bool = False,
 ) -> Tiles:
-    """All tiles that may hold support, so that entmax over them is full entmax.
+    """List all tiles that may hold support, so that entmax over them is full entmax.
 
-    tau over the window and the global tokens is a first lower bound. The `first` tiles that `bound_scores` puts before
-    the others raise it, and every tile whose bound lies above that is taken.
+    tau over the window and the global tokens is a first lower bound. The few tiles that `bound_scores` puts before the
+    others raise it, and every tile whose bound lies above that is taken.
 
     Args:
-        query, key, size, alpha, scaling, causal, valid, rows, window, global_tokens, grouped: as in `bound_scores`.
-        first: tiles that tau is taken from beside window and global tokens, at least 0. It changes the cost and the
-            length of the lists, not the result of the attention.
+        query, key, valid, first_query: as in `entmax_attention`.
+        size, alpha, scaling, causal, rows, window, global_tokens, grouped: as in `bound_scores`.
 
     Returns:
         Tiles with an index `[B, Hq, nq, m]`, or `[B, Hkv, nq, m]` if grouped; window and global tokens included.
 
     Raises:
-        ValueError: as `bound_scores`, or a negative `first`.
+        ValueError: as `bound_scores`.
     """
-    if first < 0:
-        raise ValueError(f"first must be at least 0, got {first}")
-    inputs, layout, near = _near(query, key, size, rows, alpha, scaling, causal, valid, window, global_tokens, grouped)
+    inputs = prepare(query, key, alpha, scaling, causal, valid, first_query)
+    layout, near = _near(inputs, size, rows, window, global_tokens, grouped)
     scores = _scores(inputs, layout, near, lag=0).masked_fill_(near.mask(layout.key_tiles), -torch.inf)
-    best = scores.topk(min(first, layout.key_tiles), dim=-1)
+    best = scores.topk(min(_FIRST, layout.key_tiles), dim=-1)
     ranked = Tiles(best.indices.masked_fill(best.values <= 0, -1), size, rows)
     tiles = near.union(ranked)
     needed, _ = missing(inputs, layout, tiles, thresholds(inputs, Plan(layout, causal, valid, tiles)))
@@ -97,22 +97,16 @@ def bound_tiles(
 
 
 def _near(
-    query: Tensor,
-    key: Tensor,
-    size: int,
-    rows: int | None,
-    alpha: float | Tensor,
-    scaling: float | Tensor,
-    causal: bool,
-    valid: Tensor | None,
-    window: int,
-    global_tokens: int,
-    grouped: bool,
-) -> tuple[Inputs, Layout, Tiles]:
-    """Arguments after checks, and the tiles of the window and the global tokens for every list."""
+    inputs: Inputs, size: int, rows: int | None, window: int, global_tokens: int, grouped: bool
+) -> tuple[Layout, Tiles]:
+    """List the tiles of the window and the global tokens for every list.
+
+    Raises:
+        ValueError: a window below 1, or as `window_and_global`.
+    """
     if window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
-    inputs = prepare(query, key, alpha, scaling, causal, valid)
+    query, key = inputs.query, inputs.key
     near = window_and_global(
         query.shape[2],
         key.shape[2],
@@ -120,18 +114,17 @@ def _near(
         rows=rows,
         window=window,
         global_tokens=global_tokens,
-        causal=causal,
-        valid=valid,
+        causal=inputs.causal,
+        first_query=inputs.first_query,
         device=query.device,
     )
     heads = key.shape[1] if grouped else query.shape[1]
-    layout, near = listed_layout(Tiles(near.index.expand(-1, heads, -1, -1), size, rows), query, key)
-    return inputs, layout, near
+    return listed_layout(Tiles(near.index.expand(-1, heads, -1, -1), size, rows), inputs)
 
 
 def _scores(inputs: Inputs, layout: Layout, near: Tiles, lag: int) -> Tensor:
     tau = without_queries_at_padding(thresholds(inputs, Plan(layout, inputs.causal, inputs.valid, near)), inputs)
-    if lag:  # each query stands `lag` positions later, and nobody at the first ones
+    if lag:  # each query stands `lag` positions later, and no query at the first ones
         inputs = replace(inputs, query=F.pad(inputs.query, (0, 0, lag, 0))[:, :, : layout.queries])
         tau = F.pad(tau, (lag, 0), value=torch.inf)[..., : layout.queries]
     scores = tau.new_empty((layout.jobs, layout.key_tiles))

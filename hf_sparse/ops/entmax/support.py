@@ -16,30 +16,28 @@ def support(
     alpha: float | Tensor,
     scaling: float | Tensor,
     causal: bool,
-    valid: Tensor | None = None,
     rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Edges with a probability above 0 under entmax over all allowed keys, for some queries or for all.
+    """Find the edges with a probability above 0 under entmax over all allowed keys, for some queries or for all.
 
     Args:
-        query, key, alpha, scaling, causal, valid: as in `entmax_attention`.
+        query, key, alpha, scaling, causal: as in `entmax_attention`.
         rows: `[R]` int64, the queries wanted, counted from 0 to `Tq - 1`; all by default, which takes `Tq x Tk`.
 
     Returns:
-        The support, `[B, Hq, R, Tk]` bool, and the probabilities, in float32 (float64 for float64). Rows at padding are
-        empty.
+        The support, `[B, Hq, R, Tk]` bool, and the probabilities, in float32 (float64 for float64).
 
     Raises:
         ValueError: as `entmax_attention`, or rows that are not `[R]` int64 from 0 to `Tq - 1`.
     """
-    inputs = prepare(query, key, alpha, scaling, causal, valid)
+    inputs = prepare(query, key, alpha, scaling, causal)
     queries, keys = query.shape[2], key.shape[2]
     if rows is not None:
         if rows.ndim != 1 or rows.dtype != torch.int64:
             raise ValueError(f"rows must be [R] int64, got {tuple(rows.shape)} {rows.dtype}")
         if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < queries:
             raise ValueError(f"rows must be from 0 to {queries - 1}, got {int(rows.min())} to {int(rows.max())}")
-    allowed = allowed_edges(positions_of(queries, keys, rows, device=query.device), keys, causal=causal, valid=valid)
+    allowed = allowed_edges(positions_of(queries, keys, rows, device=query.device), keys, causal=causal)
     wanted = inputs.query if rows is None else inputs.query[:, :, rows]
     grouped = wanted.unflatten(1, (key.shape[1], -1))
     with torch.autocast(query.device.type, enabled=False):

@@ -7,26 +7,26 @@ from torch import Tensor
 def positions_of(
     queries: int, keys: int, rows: Tensor | None = None, *, device: torch.device | str | None = None
 ) -> Tensor:
-    """Position among the keys, `[R]` int64, of the queries `rows` (`[R]` int64, 0 to `Tq - 1`; all by default)."""
+    """Find the positions among the keys, `[R]` int64, of the queries `rows` (`[R]` int64, from 0; all by default)."""
     offset = keys - queries
     return torch.arange(offset, keys, device=device) if rows is None else rows.to(device) + offset
 
 
 def allowed_edges(position: Tensor, keys: int, *, causal: bool, valid: Tensor | None = None) -> Tensor:
-    """Allowed pairs, `[B, 1, R, Tk]` bool; `B` is 1 without `valid`.
+    """Mark the allowed pairs, `[B, 1, R, Tk]` bool; `B` is 1 where all texts have the same.
 
     Args:
-        position: `[R]` int64, position of each query among the keys.
+        position: `[R]` or `[B, R]` int64, position of each query among the keys.
         keys: `Tk`.
         causal: whether a query sees the keys up to its own position, or all of them.
-        valid: `[B, Tk]` bool, False where there is padding. A query at padding has no allowed key.
+        valid: `[B, Tk]` bool, False where there is padding; for positions `[R]`. A query at padding has no allowed key.
 
     Raises:
         ValueError: a mask of another shape or dtype.
     """
     index = torch.arange(keys, device=position.device)
-    allowed = (index <= position[:, None]) if causal else index.new_ones((len(position), keys), dtype=torch.bool)
-    allowed = allowed[None, None]
+    allowed = (index <= position[..., None]) if causal else index.new_ones((*position.shape, keys), dtype=torch.bool)
+    allowed = allowed[None, None] if position.ndim == 1 else allowed[:, None]
     if valid is None:
         return allowed
     check_valid(valid, keys)
@@ -34,10 +34,10 @@ def allowed_edges(position: Tensor, keys: int, *, causal: bool, valid: Tensor | 
 
 
 def allowed_tiles(own: Tensor, tiles: int, *, causal: bool, valid_tiles: Tensor | None = None) -> Tensor:
-    """Tile pairs with an allowed pair in them, `[B, 1, nq, nk]` bool; `B` is 1 without `valid_tiles`.
+    """Mark the pairs of tiles with an allowed pair in them, `[B, 1, nq, nk]` bool; `B` is 1 where all texts agree.
 
     Args:
-        own: `[nq]` int64, the tile of keys in which each tile of queries lies, see `own_tiles`.
+        own: `[nq]` or `[B, nq]` int64, the tile of keys in which each tile of queries lies, see `own_tiles`.
         tiles: `nk`, see `tile_counts`.
         causal: as in `allowed_edges`.
         valid_tiles: `[B, nk]` bool, False for a tile of padding only; see `tiles_of_valid`. Queries in such a tile are
@@ -47,7 +47,7 @@ def allowed_tiles(own: Tensor, tiles: int, *, causal: bool, valid_tiles: Tensor 
 
 
 def tiles_of_valid(valid: Tensor, size: int) -> Tensor:
-    """`[B, nk]` bool from `[B, Tk]`: whether a tile holds anything but padding."""
+    """Mark the tiles that hold anything but padding, `[B, nk]` bool from `[B, Tk]`."""
     return torch.nn.functional.pad(valid, (0, -valid.shape[-1] % size)).unflatten(-1, (-1, size)).any(-1)
 
 

@@ -10,38 +10,30 @@ Between tiles, the number of joined pairs follows from how many points of each t
 import torch
 from torch import Tensor
 
-from hf_sparse.ops.graphs.allowed import allowed_edges, positions_of
 from hf_sparse.ops.graphs.points import by_group, tile_of_query
 from hf_sparse.ops.graphs.tiles import tile_counts
 
 
 def without_padding(ids: Tensor, valid: Tensor | None) -> Tensor:
-    """Buckets `[B, H, T, c]` of the last `T` positions, -1 (no bucket) where `valid`, `[B, Tk]`, is False."""
-    if valid is None:
-        return ids
-    return ids.masked_fill(~valid[:, None, valid.shape[1] - ids.shape[2] :, None], -1)
+    """Put -1 (no bucket) into buckets `[B, H, T, c]` where `valid`, `[B, T]`, is False."""
+    return ids if valid is None else ids.masked_fill(~valid[:, None, :, None], -1)
 
 
-def bucket_edges(
-    query_ids: Tensor, key_ids: Tensor, buckets: int, *, causal: bool, valid: Tensor | None = None
-) -> Tensor:
-    """Allowed pairs that share a bucket, `[B, Hq, Tq, Tk]` bool: for analysis and short texts.
+def bucket_edges(query_ids: Tensor, key_ids: Tensor, buckets: int) -> Tensor:
+    """Find the pairs that share a bucket, `[B, Hq, Tq, Tk]` bool: for analysis and short texts.
 
     Args:
         query_ids: `[B, Hq, Tq, c]` int64, the buckets of each query, -1 for none.
         key_ids: `[B, Hkv, Tk, c']` int64, those of each key.
         buckets: how many there are.
-        causal, valid: as in `allowed_edges`.
     """
-    queries, keys = query_ids.shape[2], key_ids.shape[2]
     of_query, of_key = _membership(query_ids, buckets), _membership(key_ids, buckets)
     shared = by_group(of_query, key_ids.shape[1]) @ of_key[:, :, None].transpose(-1, -2)
-    position = positions_of(queries, keys, device=key_ids.device)
-    return (shared > 0).flatten(1, 2) & allowed_edges(position, keys, causal=causal, valid=valid)
+    return (shared > 0).flatten(1, 2)
 
 
 def query_counts(ids: Tensor, buckets: int, *, keys: int, size: int, lag: int = 0) -> Tensor:
-    """How many of the queries that describe a tile are in each bucket, `[B, Hq, nq, buckets]` float32.
+    """Count the queries in each bucket among those that describe a tile, `[B, Hq, nq, buckets]` float32.
 
     Args:
         ids: `[B, Hq, Tq, c]` int64, -1 for none.
@@ -56,50 +48,38 @@ def query_counts(ids: Tensor, buckets: int, *, keys: int, size: int, lag: int = 
     )
 
 
+def described_counts(ids: Tensor, exists: Tensor, buckets: int, rows: int) -> Tensor:
+    """Count the queries in each bucket where `rows` queries in turn describe a tile, `[B, Hq, nq, buckets]` float32.
+
+    Args:
+        ids: `[B, Hq, nq * rows, c]` int64, -1 for none.
+        exists: `[B, nq * rows]` bool, False for a query that is not there.
+    """
+    tile = torch.arange(ids.shape[2], device=ids.device) // rows
+    return _counts(ids.masked_fill(~exists[:, None, :, None], -1), buckets, tile, ids.shape[2] // rows)
+
+
 def key_counts(ids: Tensor, buckets: int, *, size: int) -> Tensor:
-    """How many keys of each tile are in each bucket, `[B, Hkv, nk, buckets]` float32; see `query_counts`."""
+    """Count the keys of each tile in each bucket, `[B, Hkv, nk, buckets]` float32; see `query_counts`."""
     keys = ids.shape[2]
     return _counts(ids, buckets, torch.arange(keys, device=ids.device) // size, tile_counts(keys, keys, size)[1])
 
 
-def matching_pairs(
-    of_queries: Tensor, of_keys: Tensor, *, affinity: Tensor | None = None, per_group: bool = False
-) -> Tensor:
-    """Score of each pair of tiles: how many pairs of a query and a key share a bucket.
+def matching_pairs(of_queries: Tensor, of_keys: Tensor, *, per_group: bool = False) -> Tensor:
+    """Count the pairs of a query and a key that share a bucket, for each pair of tiles.
 
     Args:
         of_queries: `[B, Hq, nq, buckets]`, see `query_counts`.
         of_keys: `[B, Hkv, nk, buckets]`, see `key_counts`.
-        affinity: `[Hq, buckets, buckets]`, what a query of one bucket and a key of another are worth (ours, see
-            `bucket_mass`); by default 1 for the same bucket and 0 for two.
         per_group: add the scores of the query heads that share a KV head.
 
     Returns:
         `[B, Hq, nq, nk]` float32, or `[B, Hkv, nq, nk]` with `per_group`.
     """
-    if affinity is not None:
-        of_queries = of_queries @ affinity.to(of_queries.dtype)
     grouped = by_group(of_queries, of_keys.shape[1])
     if per_group:
         return grouped.sum(2) @ of_keys.transpose(-1, -2)
     return (grouped @ of_keys[:, :, None].transpose(-1, -2)).flatten(1, 2)
-
-
-def bucket_mass(query_ids: Tensor, key_ids: Tensor, probabilities: Tensor, buckets: int) -> Tensor:
-    """Attention that queries of one bucket give to keys of another, summed, `[Hq, buckets, buckets]` float32.
-
-    Called with the allowed pairs (as 0 and 1) in place of the probabilities it counts pairs; the ratio of both, each
-    summed over the training texts, is the `affinity` of `matching_pairs`: what a pair of two buckets is worth. Ours.
-
-    Args:
-        query_ids: `[B, Hq, R, c]` int64, buckets of a sample of queries, -1 for none.
-        key_ids: `[B, Hkv, Tk, c']` int64.
-        probabilities: `[B, Hq, R, Tk]`.
-        buckets: how many there are.
-    """
-    of_query, of_key = _membership(query_ids, buckets), _membership(key_ids, buckets)
-    received = by_group(probabilities.float(), key_ids.shape[1]) @ of_key[:, :, None]  # [B, Hkv, G, R, buckets]
-    return (of_query.transpose(-1, -2) @ received.flatten(1, 2)).sum(0)
 
 
 def _membership(ids: Tensor, buckets: int) -> Tensor:

@@ -6,10 +6,12 @@ Lloyd 1982; Arthur and Vassilvitskii 2007. The same points and generator state g
 import torch
 from torch import Tensor
 
+_ITERATIONS = 50  # at most; it ends when nothing moves
+
 
 @torch.no_grad()
-def kmeans(points: Tensor, clusters: int, *, generator: torch.Generator | None = None, iterations: int = 50) -> Tensor:
-    """Centroids that locally minimise the squared distance of each point to its nearest one.
+def kmeans(points: Tensor, clusters: int, *, generator: torch.Generator | None = None) -> Tensor:
+    """Find centroids that locally minimise the squared distance of each point to its nearest one.
 
     A cluster that loses all its points is moved to the point that is farthest from its own centroid, so none stays
     empty while there are enough different points.
@@ -18,7 +20,6 @@ def kmeans(points: Tensor, clusters: int, *, generator: torch.Generator | None =
         points: `[H, N, r]`, the training points of each head.
         clusters: 1 to `N`.
         generator: on any device, for the seeds; torch's own by default.
-        iterations: at most; it ends when nothing moves.
 
     Returns:
         `[H, clusters, r]` float32 (float64 for float64).
@@ -34,18 +35,13 @@ def kmeans(points: Tensor, clusters: int, *, generator: torch.Generator | None =
     if not points.isfinite().all():
         raise ValueError("expected finite points, got NaN or infinity: leave padding out (training_points does)")
     centroids = _seeds(points, clusters, generator)
-    for _ in range(iterations):
+    for _ in range(_ITERATIONS):
         distance, nearest = _nearest(points, centroids)
         moved = _means(points, nearest, distance, clusters)
         if torch.equal(moved, centroids):
             break
         centroids = moved
     return centroids
-
-
-def inertia(points: Tensor, centroids: Tensor) -> Tensor:
-    """`[H]`: mean squared distance of `[H, N, r]` points to the nearest of their `[H, C, r]` centroids."""
-    return _nearest(points, centroids)[0].mean(-1)
 
 
 def _nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:

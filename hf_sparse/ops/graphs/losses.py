@@ -15,6 +15,8 @@ from torch import Tensor
 
 from hf_sparse.ops.graphs.points import by_group, check_points
 
+_MARGIN = 1.0  # of the hinges
+
 
 def pair_hinge(
     query: Tensor,
@@ -22,27 +24,25 @@ def pair_hinge(
     probabilities: Tensor,
     allowed: Tensor,
     *,
-    margin: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Mean over the gold edges of a row of `max(0, margin + d(edge) - d(other))`, each with an other of its own.
+    """Compute the mean over the gold edges of a row of `max(0, 1 + d(edge) - d(other))`, each with an other of its own.
 
     Args:
         query: `[B, Hq, R, r]`, points of a sample of queries.
         key: `[B, Hkv, Tk, r]`, those of all keys.
         probabilities: `[B, Hq, R, Tk]`, entmax over all allowed keys.
         allowed: `[B, H, R, Tk]` bool; `B` and `H` may be 1. See `allowed_edges`.
-        margin: above 0.
         generator: on any device, for the others; they are drawn without replacement while there are enough.
 
     Returns:
         A scalar, float32 (float64 for float64).
 
     Raises:
-        ValueError: shapes that do not fit, or `margin` not above 0.
+        ValueError: shapes that do not fit.
     """
-    pairs = _draw(query, key, probabilities, allowed, margin, generator)
-    return _mean(pairs.hinges(margin).sum(-1) / pairs.exists.sum(-1).clamp(min=1), allowed)
+    pairs = _draw(query, key, probabilities, allowed, generator)
+    return _mean(pairs.hinges().sum(-1) / pairs.exists.sum(-1).clamp(min=1), allowed)
 
 
 def sum_hinge(
@@ -51,17 +51,16 @@ def sum_hinge(
     probabilities: Tensor,
     allowed: Tensor,
     *,
-    margin: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """`max(0, margin + sum of d(edge) - sum of d(other))` of each row, as the released code has it.
+    """Compute `max(0, 1 + sum of d(edge) - sum of d(other))` of each row, as the released code has it.
 
     Arguments, result and errors are those of `pair_hinge`. There are as many others as gold edges, so the query itself
     drops out of the gradient: `d/dq = 2 * (sum of others - sum of gold keys)` where the hinge is active.
     """
-    pairs = _draw(query, key, probabilities, allowed, margin, generator)
+    pairs = _draw(query, key, probabilities, allowed, generator)
     gap = (pairs.edge - pairs.other).masked_fill(~pairs.exists, 0.0).sum(-1)
-    return _mean((margin + gap).clamp(min=0).masked_fill(~pairs.exists.any(-1), 0.0), allowed)
+    return _mean((_MARGIN + gap).clamp(min=0).masked_fill(~pairs.exists.any(-1), 0.0), allowed)
 
 
 def mass_hinge(
@@ -70,26 +69,20 @@ def mass_hinge(
     probabilities: Tensor,
     allowed: Tensor,
     *,
-    margin: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """`pair_hinge` with the gold edges weighted by their probability instead of equally."""
-    pairs = _draw(query, key, probabilities, allowed, margin, generator)
-    return _mean((pairs.hinges(margin) * pairs.mass).sum(-1), allowed)
+    """Compute `pair_hinge` with the gold edges weighted by their probability instead of equally."""
+    pairs = _draw(query, key, probabilities, allowed, generator)
+    return _mean((pairs.hinges() * pairs.mass).sum(-1), allowed)
 
 
-def info_nce(query: Tensor, key: Tensor, probabilities: Tensor, allowed: Tensor, *, temperature: float = 1.0) -> Tensor:
-    """Cross entropy of the probabilities and `softmax(-d / temperature)` over all allowed keys.
+def info_nce(query: Tensor, key: Tensor, probabilities: Tensor, allowed: Tensor) -> Tensor:
+    """Compute the cross entropy of the probabilities and `softmax(-d)` over all allowed keys.
 
-    Arguments as in `pair_hinge`; `temperature` above 0. Nothing is drawn.
-
-    Raises:
-        ValueError: shapes that do not fit, or `temperature` not above 0.
+    Arguments and errors as in `pair_hinge`. Nothing is drawn.
     """
-    if temperature <= 0:
-        raise ValueError(f"temperature must be above 0, got {temperature}")
     distance, mass = _prepare(query, key, probabilities, allowed)
-    logits = (-distance / temperature).masked_fill(~allowed, torch.finfo(distance.dtype).min)
+    logits = (-distance).masked_fill(~allowed, torch.finfo(distance.dtype).min)
     # Where there is no mass the logarithm may be anything; 0 times it must be 0.
     surprise = -logits.log_softmax(-1).masked_fill(mass == 0, 0.0)
     return _mean((mass * surprise).sum(-1), allowed)
@@ -103,8 +96,8 @@ class _Pairs(NamedTuple):
     mass: Tensor  # of the edge, detached
     exists: Tensor  # bool
 
-    def hinges(self, margin: float) -> Tensor:
-        return (margin + self.edge - self.other).clamp(min=0).masked_fill(~self.exists, 0.0)
+    def hinges(self) -> Tensor:
+        return (_MARGIN + self.edge - self.other).clamp(min=0).masked_fill(~self.exists, 0.0)
 
 
 def _draw(
@@ -112,11 +105,8 @@ def _draw(
     key: Tensor,
     probabilities: Tensor,
     allowed: Tensor,
-    margin: float,
     generator: torch.Generator | None,
 ) -> _Pairs:
-    if margin <= 0:
-        raise ValueError(f"margin must be above 0, got {margin}")
     distance, mass = _prepare(query, key, probabilities, allowed)
     gold = mass > 0
     others = allowed & ~gold

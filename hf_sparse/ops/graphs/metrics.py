@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from hf_sparse.ops.graphs.allowed import allowed_edges, allowed_tiles, tiles_of_valid
+from hf_sparse.ops.graphs.allowed import allowed_edges, allowed_tiles
 from hf_sparse.ops.graphs.tiles import Tiles, own_tiles
 
 
@@ -22,19 +22,18 @@ def graph_metrics(
     probabilities: Tensor,
     *,
     causal: bool,
-    valid: Tensor | None = None,
     position: Tensor | None = None,
 ) -> dict[str, Tensor]:
-    """Ratios of each text and head, over the allowed pairs of its query rows.
+    """Compare a graph with the gold one, over the allowed pairs of its query rows.
 
     Args:
         edges: `[B, H, R, Tk]` bool, the predicted graph; `B` and `H` may be 1, and `H` the number of KV heads.
         probabilities: `[B, Hq, R, Tk]`, entmax over all allowed keys.
-        causal, valid: as in `allowed_edges`.
+        causal: as in `allowed_edges`.
         position: `[R]` int64, positions of the rows among the keys where they are a sample; the last `R` by default.
 
     Returns:
-        `[B, Hq]` float64 each, NaN where there is nothing to count (a text of padding only):
+        Ratios of each text and head, `[B, Hq]` float64 each, NaN where there is nothing to count:
 
         - `sparsity`: share of the allowed pairs that are not predicted.
         - `gold_sparsity`: share of them that have probability 0.
@@ -56,7 +55,7 @@ def graph_metrics(
         position = torch.arange(keys - rows, keys, device=edges.device)
     if position.shape != (rows,):
         raise ValueError(f"expected positions of {rows} rows, got {tuple(position.shape)}")
-    allowed = allowed_edges(position, keys, causal=causal, valid=valid)
+    allowed = allowed_edges(position, keys, causal=causal)
     predicted = edges.repeat_interleave(heads // edges.shape[1], 1) & allowed
     gold = (probabilities > 0) & allowed
     found = predicted & gold
@@ -77,18 +76,17 @@ def graph_metrics(
     }
 
 
-def tile_sparsity(tiles: Tiles, keys: int, *, causal: bool, valid: Tensor | None = None) -> Tensor:
-    """Share of the allowed pairs of tiles that a graph does not list, `[B, H]` float64; NaN where none is allowed.
+def tile_sparsity(tiles: Tiles, keys: int, *, causal: bool) -> Tensor:
+    """Compute the share of the allowed pairs of tiles that a graph does not list, `[B, H]` float64.
 
     Args:
         tiles: the graph.
         keys: `Tk`.
-        causal, valid: as in `allowed_edges`.
+        causal: as in `allowed_edges`.
     """
     total = -(-keys // tiles.size)
-    valid_tiles = None if valid is None else tiles_of_valid(valid, tiles.size)
     own = own_tiles(tiles.index.shape[2], keys, tiles.size, tiles.rows, device=tiles.index.device)
-    allowed = allowed_tiles(own, total, causal=causal, valid_tiles=valid_tiles)
+    allowed = allowed_tiles(own, total, causal=causal)
     listed = tiles.mask(total) & allowed
     return 1 - listed.sum((2, 3)).double() / allowed.sum((2, 3)).double()
 

@@ -1,4 +1,7 @@
-"""The patterns of `patterns` between tiles: scores for `best_tiles`, so that all have the same number of tiles.
+"""Graphs that others attend by, as scores of tiles for `best_tiles`, so that all have the same number of tiles.
+
+They are simulated on a trained entmax model, as Treviso et al. 2022 (arXiv 2109.12188) do; no model was trained with
+them. Hashing and routing compare points, see `patterns`.
 
 Global tokens are no score: pass `window_and_global` as `always` to every pattern that is to have them. Longformer is
 `nearest_scores`, BigBird is `random_scores`, each with window and global tiles as `always`.
@@ -73,21 +76,21 @@ def lsh_scores(
     *,
     size: int,
     rows: int | None = None,
-    valid: Tensor | None = None,
     lag: int = 0,
     per_group: bool = False,
 ) -> Tensor:
-    """Pairs of tokens with the same hash, once for each round, `[B, Hq, nq, nk]` (`Hkv` with `per_group`) float32.
+    """Count the pairs of tokens with the same hash in each round, `[B, Hq, nq, nk]` (`Hkv` with `per_group`) float32.
 
     Args:
-        query_points, key_points, rotations, valid: as in `lsh_edges`.
+        query_points: `[B, Hq, Tq, r]`, the last `Tq` of `Tk` positions; key_points: `[B, Hkv, Tk, r]`.
+        rotations: see `lsh_rotations`.
         size, rows: as in `tile_counts`.
         lag: see `tile_of_query`.
         per_group: add the scores of the query heads that share a KV head.
     """
-    check_points(query_points, key_points, valid)
+    check_points(query_points, key_points)
     buckets = 2 * rotations.shape[0] * rotations.shape[2]
-    query, key = (lsh_buckets(points, rotations, valid) for points in (query_points, key_points))
+    query, key = (lsh_buckets(points, rotations) for points in (query_points, key_points))
     of_queries = query_counts(query, buckets, keys=key.shape[2], size=rows or size, lag=lag)
     return matching_pairs(of_queries, key_counts(key, buckets, size=size), per_group=per_group)
 
@@ -99,17 +102,16 @@ def routing_scores(
     *,
     size: int,
     rows: int | None = None,
-    valid: Tensor | None = None,
     per_group: bool = False,
 ) -> Tensor:
-    """Pairs of tokens that a centroid takes both of, `[B, Hq, nq, nk]` (`Hkv` with `per_group`) float32.
+    """Count the pairs of tokens that a centroid takes both of, `[B, Hq, nq, nk]` (`Hkv` with `per_group`) float32.
 
     Args:
-        query_points, key_points, centroids, valid: as in `routing_clusters`.
+        query_points, key_points, centroids: as in `routing_clusters`.
         size, rows: as in `tile_counts`.
         per_group: add the scores of the query heads that share a KV head.
     """
-    query, key = routing_clusters(query_points, key_points, centroids, valid)
+    query, key = routing_clusters(query_points, key_points, centroids)
     of_queries = query_counts(query, centroids.shape[1], keys=key.shape[2], size=rows or size)
     return matching_pairs(of_queries, key_counts(key, centroids.shape[1], size=size), per_group=per_group)
 

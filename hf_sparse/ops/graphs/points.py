@@ -3,12 +3,11 @@
 import torch
 from torch import Tensor
 
-from hf_sparse.ops.graphs.allowed import check_valid
 from hf_sparse.ops.graphs.tiles import tile_counts
 
 
-def check_points(query: Tensor, key: Tensor, valid: Tensor | None = None) -> None:
-    """Raise `ValueError` unless the points are `[B, Hq, Tq, r]` and `[B, Hkv, Tk, r]`, and `valid` `[B, Tk]` bool."""
+def check_points(query: Tensor, key: Tensor) -> None:
+    """Raise `ValueError` unless the points are `[B, Hq, Tq, r]` and `[B, Hkv, Tk, r]`."""
     got = f"queries {tuple(query.shape)} and keys {tuple(key.shape)}"
     if query.ndim != 4 or key.ndim != 4 or query.shape[0] != key.shape[0]:
         raise ValueError(f"expected points of queries [B, Hq, Tq, r] and keys [B, Hkv, Tk, r], got {got}")
@@ -18,8 +17,6 @@ def check_points(query: Tensor, key: Tensor, valid: Tensor | None = None) -> Non
         raise ValueError(f"the query heads must be a multiple of the KV heads, got {got}")
     if query.shape[2] > key.shape[2]:
         raise ValueError(f"queries are the last of the keys: expected Tq <= Tk, got {got}")
-    if valid is not None:
-        check_valid(valid, key.shape[2])
 
 
 def by_group(query: Tensor, kv_heads: int) -> Tensor:
@@ -42,23 +39,18 @@ def tile_of_query(queries: int, keys: int, size: int, lag: int, device: torch.de
     return (position + lag) // size - (total - listed)
 
 
-def tile_means(points: Tensor, tile: Tensor, tiles: int, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Mean point of each tile, and whether the tile has a point.
+def tile_means(points: Tensor, exists: Tensor, rows: int) -> Tensor:
+    """Average the points of each tile, `[B, H, tiles, r]` in the dtype of `points`; 0 for a tile without any.
 
     Args:
-        points: `[B, H, T, r]`; the last `T` of `Tk` positions.
-        tile: `[T]` int64, the tile of each point; points of tile `tiles` and above are left out.
-        tiles: how many tiles.
-        valid: `[B, Tk]` bool, or None.
-
-    Returns:
-        `[B, H, tiles, r]` in the dtype of `points`, 0 for an empty tile, and `[B, 1, tiles]` bool.
+        points: `[B, H, tiles * rows, r]`.
+        exists: `[B, tiles * rows]` bool, False for a point that does not count.
+        rows: points per tile.
     """
     batch, heads, length, rank = points.shape
-    real = points.new_ones((batch, length), dtype=torch.bool) if valid is None else valid[:, valid.shape[1] - length :]
-    tile = tile.clamp(max=tiles)
-    count = points.new_zeros((batch, 1, tiles + 1)).index_add_(2, tile, real[:, None].to(points.dtype))[..., :tiles]
-    # Padding may hold NaN, which a weight of 0 would not remove.
-    kept = points.masked_fill(~real[:, None, :, None], 0.0)
-    total = points.new_zeros((batch, heads, tiles + 1, rank)).index_add_(2, tile, kept)[:, :, :tiles]
-    return total / count.clamp(min=1)[..., None], count > 0
+    tile, tiles = torch.arange(length, device=points.device) // rows, length // rows
+    count = points.new_zeros((batch, 1, tiles)).index_add_(2, tile, exists[:, None].to(points.dtype))
+    # A point that does not count may be NaN, which a weight of 0 would not remove.
+    kept = points.masked_fill(~exists[:, None, :, None], 0.0)
+    total = points.new_zeros((batch, heads, tiles, rank)).index_add_(2, tile, kept)
+    return total / count.clamp(min=1)[..., None]

@@ -1,14 +1,10 @@
 """A given number of key tiles per query tile, whatever the predictor: one rule, so that sparsities are equal."""
 
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor
 
 from hf_sparse.ops.graphs.allowed import allowed_tiles, tiles_of_valid
 from hf_sparse.ops.graphs.tiles import Tiles, each_once, own_tiles
-
-Spread = Literal["constant", "proportional"]
 
 _INDEX_BITS = 24  # tiles that fit beside a score and a level in 64 bits
 
@@ -38,7 +34,8 @@ def best_tiles(
         causal: as in `allowed_edges`.
         valid: `[B, Tk]` bool, or None. A tile of padding only is neither listed nor does it list any.
         always: tiles of window and global tokens, see `window_and_global`; `B` and `H` may be 1.
-        own: `[nq]` int64, see `own_tiles`; the last `nq` tiles by default, which they are where `rows` is `size`.
+        own: `[nq]` or `[B, nq]` int64, see `own_tiles`; the last `nq` tiles by default, which they are where `rows` is
+            `size`.
 
     Raises:
         ValueError: scores that are no `[B, H, nq, nk]` with as many queries as keys at most, `count` below 1, or tiles
@@ -49,8 +46,8 @@ def best_tiles(
     listed, total = scores.shape[2:]
     if own is None:
         own = own_tiles(listed, total, 1)
-    if len(own) != listed:
-        raise ValueError(f"expected the own tiles of {listed} query tiles, got {len(own)}")
+    if own.shape[-1] != listed:
+        raise ValueError(f"expected the own tiles of {listed} query tiles, got {own.shape[-1]}")
     if isinstance(count, int) and count < 1:
         raise ValueError(f"a query tile needs at least 1 key tile, got count={count}")
     wanted = (size if rows is None else rows, size)
@@ -68,7 +65,7 @@ def best_tiles(
             )
     own = own.to(scores.device)
     tile = torch.arange(total, device=scores.device)
-    first = (tile == own[:, None]).byte() * 2
+    first = (tile == own[..., None]).byte().unsqueeze(-3) * 2  # of [1, nq, nk] or [B, 1, nq, nk]
     if always is not None:
         first = first.maximum(always.mask(total).byte())
     if valid_tiles is not None:
@@ -96,54 +93,48 @@ def tiles_for_sparsity(
     tiles: int,
     *,
     causal: bool,
-    spread: Spread = "constant",
-    valid_tiles: Tensor | None = None,
     own: Tensor | None = None,
 ) -> Tensor:
-    """Key tiles per query tile at which a share of all allowed pairs of tiles is left out.
+    """Count the key tiles per query tile at which a share of all allowed pairs of tiles is left out.
 
-    The total is that of the wanted sparsity, rounded to the nearest integer, unless every row having at least 1 tile
-    needs more.
+    Every row gets the same number, or all it has: linear cost, and early causal rows are dense. The total is that of
+    the wanted sparsity, rounded to the nearest integer, unless every row having at least 1 tile needs more; what does
+    not divide goes to the last rows.
 
     Args:
         sparsity: share of allowed tile pairs that is not listed, at least 0 and below 1.
         queries_listed, tiles: `nq` and `nk`, see `tile_counts`.
         causal: as in `allowed_edges`.
-        spread: `"constant"` gives every row the same number, or all it has: linear cost, and early causal rows are
-            dense. What does not divide goes to the last rows. `"proportional"` gives every row its share; the number
-            of a row then depends on earlier rows only, as generation with a cache needs.
-        valid_tiles: `[B, nk]` bool, or None; see `tiles_of_valid`.
-        own: `[nq]` int64, see `own_tiles`; the last `nq` tiles by default. Only with `"constant"`.
+        own: `[nq]` int64, see `own_tiles`; the last `nq` tiles by default.
 
     Returns:
-        `[nq]` int64, or `[B, 1, nq]` with `valid_tiles`; 0 only for a row of padding.
+        `[nq]` int64, at least 1.
 
     Raises:
-        ValueError: a sparsity out of range, or a `spread` that is unknown or does not go with `own`.
+        ValueError: a sparsity out of range.
     """
-    if own is not None and spread != "constant":
-        raise ValueError(f"spread must be 'constant' where own is given, got {spread!r}")
+    if own is None:
+        own = own_tiles(queries_listed, tiles, 1)
+    return counts_for_sparsity(own + 1 if causal else torch.full_like(own, tiles), sparsity)
+
+
+def counts_for_sparsity(reach: Tensor, sparsity: float) -> Tensor:
+    """Count the key tiles per query tile from the tiles that each may attend to; see `tiles_for_sparsity`.
+
+    Args:
+        reach: `[..., nq]` int64, allowed key tiles of each query tile; 0 for a query tile of padding.
+        sparsity: at least 0 and below 1.
+
+    Returns:
+        `[..., nq]` int64, at least 1 where `reach` is.
+
+    Raises:
+        ValueError: a sparsity out of range.
+    """
     if not 0 <= sparsity < 1:
         raise ValueError(f"tile sparsity must be at least 0 and below 1, got {sparsity}")
-    if spread not in get_args(Spread):
-        raise ValueError(f"spread must be one of {', '.join(map(repr, get_args(Spread)))}, got {spread!r}")
-    exists = torch.ones(tiles, dtype=torch.int64) if valid_tiles is None else valid_tiles[:, None].long()
-    reach = (exists.cumsum(-1) if causal else exists.sum(-1, keepdim=True)) * exists  # [..., nk] allowed tiles
-    if spread == "constant":
-        reach = reach[..., tiles - queries_listed :] if own is None else reach[..., own.to(reach.device)]
-        return _constant(reach, _share(reach.sum(-1, keepdim=True), sparsity))
-    # used_i = max(share_i, used_{i - 1} + 1), written without a loop.
-    rows = exists.cumsum(-1)
-    used = rows + (_share(reach.cumsum(-1), sparsity) - rows).cummax(-1).values.clamp(min=0)
-    return used.diff(dim=-1, prepend=torch.zeros_like(used[..., :1]))[..., tiles - queries_listed :]
-
-
-def _share(pairs: Tensor, sparsity: float) -> Tensor:
-    return ((1 - sparsity) * pairs.double()).round().long()
-
-
-def _constant(reach: Tensor, wanted: Tensor) -> Tensor:
-    """The highest level `c` at which `min(reach, c)` sums to at most `wanted`, and one more for some rows."""
+    # The highest level at which `min(reach, level)` sums to at most what is wanted, and one more for some rows.
+    wanted = ((1 - sparsity) * reach.sum(-1, keepdim=True).double()).round().long()
     level = torch.arange(1, int(reach.max()) + 1 if reach.numel() else 1, device=reach.device)
     sums = torch.minimum(reach[..., None], level).sum(-2)  # [..., levels]
     level = (sums <= wanted).sum(-1, keepdim=True).clamp(min=1)

@@ -40,18 +40,29 @@ def tile_counts(queries: int, keys: int, size: int, rows: int | None = None) -> 
 
 
 def own_tiles(
-    listed: int, keys: int, size: int, rows: int | None = None, *, device: torch.device | str | None = None
+    listed: int,
+    keys: int,
+    size: int,
+    rows: int | None = None,
+    *,
+    first_query: Tensor | None = None,
+    device: torch.device | str | None = None,
 ) -> Tensor:
-    """The tile of keys in which each of the `listed` last tiles of queries lies, `[nq]` int64.
+    """Find the tile of keys in which each tile of queries lies, `[nq]` or `[B, nq]` int64.
 
     Args:
         listed, keys: `nq` and `Tk`.
         size, rows: as in `tile_counts`.
+        first_query: `[B]` int64, position of the first query of each text; the last `listed` tiles by default.
+        device: of the result, without `first_query`.
 
     >>> own_tiles(3, 70, 16, rows=4).tolist()  # those that begin at 60, 64 and 68
     [3, 4, 4]
     """
     rows = _rows(size, rows)
+    if first_query is not None:
+        number = first_query[:, None] // rows + torch.arange(listed, device=first_query.device)
+        return (number * rows // size).clamp(max=-(-keys // size) - 1)
     total = -(-keys // rows)
     return torch.arange(total - listed, total, device=device) * rows // size
 
@@ -137,14 +148,12 @@ class Tiles:
         both = torch.cat([part.index.expand(*lead, part.index.shape[3]) for part in (self, other)], -1)
         return Tiles(each_once(both), self.size, self.rows)
 
-    def edges(
-        self, queries: int, keys: int, *, causal: bool, valid: Tensor | None = None, rows: Tensor | None = None
-    ) -> Tensor:
-        """The allowed pairs inside listed tiles, `[B, H, Tq, Tk]` bool: for analysis and short texts.
+    def edges(self, queries: int, keys: int, *, causal: bool, rows: Tensor | None = None) -> Tensor:
+        """List the allowed pairs inside listed tiles, `[B, H, Tq, Tk]` bool: for analysis and short texts.
 
         Args:
             queries, keys: `Tq` and `Tk`.
-            causal, valid: as in `allowed_edges`.
+            causal: as in `allowed_edges`.
             rows: `[R]` int64, the queries wanted, counted from 0 to `Tq - 1`; all by default.
 
         Raises:
@@ -159,7 +168,7 @@ class Tiles:
         position = positions_of(queries, keys, rows, device=self.index.device)
         row = position // self.rows - (keys - queries) // self.rows
         column = torch.arange(keys, device=self.index.device) // self.size
-        return self.mask(total)[:, :, row][..., column] & allowed_edges(position, keys, causal=causal, valid=valid)
+        return self.mask(total)[:, :, row][..., column] & allowed_edges(position, keys, causal=causal)
 
 
 def window_and_global(
@@ -171,23 +180,25 @@ def window_and_global(
     window: int,
     global_tokens: int = 0,
     causal: bool,
-    valid: Tensor | None = None,
+    first_query: Tensor | None = None,
     device: torch.device | str | None = None,
 ) -> Tiles:
-    """Tiles that hold a key in the window of some query of the tile, or one of the first tokens of the text.
+    """List the tiles that hold a key in the window of some query of the tile, or one of the first tokens of the text.
 
     Args:
         queries, keys: `Tq` and `Tk`.
         size, rows: as in `tile_counts`.
         window: tokens, at least 0. A causal query sees the last `window` keys, its own included; without causal order
             those from `t - window // 2` to `t - window // 2 + window - 1`, as in `sparsek_attention`.
-        global_tokens: how many of the first valid tokens every query attends to, at least 0.
-        causal, valid: as in `allowed_edges`.
-        device: of the result, that of `valid` by default.
+        global_tokens: how many of the first tokens every query attends to, at least 0.
+        causal: as in `allowed_edges`.
+        first_query: `[B]` int64, position of the first query of each text, a multiple of `rows` where there are more
+            queries than one; by default the queries are the last positions.
+        device: of the result.
 
     Returns:
-        Tiles with an index `[B, 1, nq, m]`; `B` is 1 without `valid`. A global token is one that all attend to; that it
-        attends to all is not said here, because one row of `nk` tiles would make every list that long.
+        Tiles with an index `[B, 1, nq, m]`; `B` is 1 without `first_query`. A global token is one that all attend to;
+        that it attends to all is not said here, because one row of `nk` tiles would make every list that long.
 
     Raises:
         ValueError: a negative `window` or `global_tokens`, or see `tile_counts`.
@@ -195,25 +206,36 @@ def window_and_global(
     if window < 0 or global_tokens < 0:
         raise ValueError(f"window and global_tokens must be at least 0, got {window} and {global_tokens}")
     rows = _rows(size, rows)
-    listed, total = tile_counts(queries, keys, size, rows)
-    if device is None and valid is not None:
-        device = valid.device
-    first_query = (torch.arange(listed, device=device)[:, None] + (keys - queries) // rows) * rows
+    if first_query is None:
+        listed, total = tile_counts(queries, keys, size, rows)
+        number = torch.arange(listed, device=device)[None] + (keys - queries) // rows
+    else:
+        listed, total = -(-queries // rows), -(-keys // size)
+        number = torch.arange(listed, device=device) + first_query[:, None] // rows
+    begin = (number * rows)[:, None, :, None]
     left, right = (window - 1, 0) if causal else (window // 2, window - 1 - window // 2)
     # No further than there are tiles, however wide the window is.
-    lowest = ((first_query - left) // size).clamp(min=0)
-    highest = ((first_query + rows - 1 + right) // size).clamp(max=total - 1)
+    lowest = ((begin - left) // size).clamp(min=0)
+    highest = ((begin + rows - 1 + right) // size).clamp(max=total - 1)
     width = min(total, -(-(left + right + rows - 1) // size) + 1) if window else 0
     near = lowest + torch.arange(width, device=device)
-    near = near.masked_fill(near > highest, -1)[None, None]
-    if valid is None:
-        first = torch.arange(-(-min(global_tokens, keys) // size), device=device)[None]
-    else:
-        token = torch.arange(keys, device=device)
-        wanted = valid & (valid.cumsum(-1) <= global_tokens)
-        first = torch.where(wanted, token // size, -1).sort(dim=-1, descending=True).values[:, :global_tokens]
-    first = first[:, None, None].expand(-1, 1, listed, -1)
-    return Tiles(each_once(torch.cat([near.expand(len(first), -1, -1, -1), first], -1)), size, rows)
+    near = near.masked_fill(near > highest, -1)
+    first = torch.arange(-(-min(global_tokens, keys) // size), device=device).expand(*near.shape[:3], -1)
+    return Tiles(each_once(torch.cat([near, first], -1)), size, rows)
+
+
+def near_edges(position: Tensor, keys: int, *, window: int, global_tokens: int, causal: bool) -> Tensor:
+    """Mark the keys in the window of each query and the first ones, `[B, 1, R, Tk]` bool; `B` is 1 for positions `[R]`.
+
+    Args:
+        position: `[R]` or `[B, R]` int64, position of each query among the keys.
+        keys: `Tk`.
+        window, global_tokens, causal: as in `window_and_global`. Keys of the future may be marked.
+    """
+    key = torch.arange(keys, device=position.device)
+    begin = position[..., None] - (window - 1 if causal else window // 2)
+    near = (key >= begin) & (key < begin + window) | (key < global_tokens)
+    return near[None, None] if position.ndim == 1 else near[:, None]
 
 
 def joined(parts: Sequence[Tiles]) -> Tiles:

@@ -1,0 +1,87 @@
+"""The interface of predictors, and what they predict from."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_sparse.methods.sparsefinder.config import SparsefinderConfig
+from hf_sparse.ops.graphs import Tiles
+
+if TYPE_CHECKING:
+    from hf_sparse.methods.sparsefinder.parameters import SparsefinderParameters
+
+Codes = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Text:
+    """The arguments of entmax attention: texts of a batch, each beginning at position 0.
+
+    Attributes:
+        query: `[B, Hq, Tq, D]`, the last tokens, or those from `first_query` on.
+        key, value: `[B, Hkv, Tk, D]`.
+        alpha: of entmax, a number or `[Hq]`.
+        scaling: of the logits, `[Hq]`, the learned scale included.
+        causal: whether queries see earlier keys only.
+        layer: number of the attention module.
+        first_query: `[B]` int64, position of the first query of each text; by default the queries are the last tokens.
+        valid: `[B, Tk]` bool, False behind the last token of a shorter text, where an encoder would see it.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    alpha: float | Tensor
+    scaling: Tensor
+    causal: bool
+    layer: int
+    first_query: Tensor | None = None
+    valid: Tensor | None = None
+
+
+class Predictor:
+    """What decides which keys a query may attend to. It holds no tensors: these are in `SparsefinderParameters`.
+
+    Attributes:
+        learns_graph: whether the graph is predicted from learned projections, and tokens have codes.
+        needs_whole_text: whether the graph depends on later tokens too, so that it is for encoders only.
+        sees_all: whether every query attends to all keys.
+        points_needed: the least number of queries and keys that the predictor can be fitted to.
+    """
+
+    learns_graph: ClassVar[bool] = False
+    needs_whole_text: ClassVar[bool] = False
+    sees_all: ClassVar[bool] = False
+
+    def __init__(self, config: SparsefinderConfig) -> None:
+        self.config = config
+
+    @property
+    def points_needed(self) -> int:
+        return 1
+
+    def buffers(self, kv_heads: int) -> dict[str, tuple[int, ...]]:
+        """Name the tensors that the predictor is fitted to, with their shapes."""
+        return {}
+
+    def fit(self, learned: "SparsefinderParameters", points: Tensor, generator: torch.Generator | None) -> None:
+        """Fit the buffers to projected training text; see `fit_predictors`.
+
+        Args:
+            points: `[Hkv, N, r]`, see `hf_sparse.ops.graphs.clustering.training_points`, or only keys.
+            generator: for random choices.
+
+        Raises:
+            ValueError: more clusters or bins than points.
+        """
+
+    def graph(self, learned: "SparsefinderParameters", text: Text, codes: Codes | None) -> Tiles | Tensor | None:
+        """Predict the graph of texts: tiles, or edges `[B, Hq, Tq, Tk]` bool, or None for all keys.
+
+        Args:
+            codes: of queries `[B, Hq, Tk, c]` and keys `[B, Hkv, Tk, c]`, for all tokens of the texts; None where
+                `learns_graph` is False.
+        """
+        raise NotImplementedError

@@ -1,0 +1,17 @@
+"""All keys."""
+
+from typing import TYPE_CHECKING
+
+from hf_sparse.methods.sparsefinder.predictors.base import Codes, Predictor, Text
+
+if TYPE_CHECKING:
+    from hf_sparse.methods.sparsefinder.parameters import SparsefinderParameters
+
+
+class Full(Predictor):
+    """Attend to all keys: nothing is predicted, and nothing is learned."""
+
+    sees_all = True
+
+    def graph(self, learned: "SparsefinderParameters", text: Text, codes: Codes | None) -> None:
+        return None
