@@ -107,8 +107,9 @@ _CHANGES_THE_RESULT = {
 
 def _refuse_what_would_be_ignored(module: nn.Module, kwargs: dict[str, Any]) -> None:
     """Keywords of an attention function that change its result and that no sparse method knows."""
-    for name, meaning in _CHANGES_THE_RESULT.items():
-        if kwargs.get(name) is not None:
+    for name in _CHANGES_THE_RESULT.keys() & kwargs.keys():
+        if kwargs[name] is not None:
+            meaning = _CHANGES_THE_RESULT[name]
             raise ValueError(f"{type(module).__name__} asks for {meaning} ({name}), which sparse attention cannot do")
     causal = kwargs.get("is_causal")
     if causal is not None and causal != getattr(module, "is_causal", True):

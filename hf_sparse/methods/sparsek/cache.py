@@ -10,13 +10,16 @@ compiles, is never compiled twice, and waits for no value from the device.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from hf_sparse.ops.decode import insert_token
+
+if TYPE_CHECKING:
+    from hf_sparse.methods.sparsek.step import StepPlan
 
 _STATE = ("keys", "values", "scores", "positions", "seen", "padded_late", "memory")
 
@@ -40,6 +43,8 @@ class SparseKCacheLayer(CacheLayerMixin):
         remembers: whether scores depend on other tokens of the text, which `crop` could not undo.
         only_sparse: whether no layer of the same cache has full, dense attention.
         announced: see `SparseMethod.cache_layer`.
+        step: the plan of a decoding step in one kernel, see `methods.sparsek.step`; `None` before the first such step.
+        uncounted: tokens of the step in progress that `cumulative_length` does not have yet.
     """
 
     is_sliding = False
@@ -69,6 +74,8 @@ class SparseKCacheLayer(CacheLayerMixin):
         self.owner, self.only_sparse, self.remembers = owner, only_sparse, remembers
         self.empty = True
         self.announced = False
+        self.step: StepPlan | None = None
+        self.uncounted = 0
         self._offload_wanted = False
         self.scores = self.positions = self.seen = self.padded_late = self.memory = None
         self.cumulative_length = torch.zeros((), dtype=torch.int64)
@@ -112,7 +119,10 @@ class SparseKCacheLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         if self.keys.shape[0] != rows:
             raise ValueError(f"the cache holds {self.keys.shape[0]} rows, and {rows} rows came: start a new cache")
-        self.cumulative_length.add_(key_states.shape[-2])
+        if key_states.shape[-2] == 1 and not torch.compiler.is_compiling():
+            self.uncounted = 1  # the kernel of the step counts it; where another path is taken, `settle` does
+        else:
+            self.cumulative_length.add_(key_states.shape[-2])
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -138,6 +148,7 @@ class SparseKCacheLayer(CacheLayerMixin):
                 tensor.zero_()
             self.positions.fill_(-1)
         self.empty = True
+        self.uncounted = 0
 
     def offload(self) -> None:
         """Move the slots to the CPU; right after `update`, when the attention is still to come, `settle` does it."""
@@ -224,6 +235,9 @@ class SparseKCacheLayer(CacheLayerMixin):
     def settle(self) -> None:
         """The attention that was announced is done."""
         self.announced = False
+        if self.uncounted:
+            self.cumulative_length.add_(self.uncounted)
+            self.uncounted = 0
         if self._offload_wanted:
             self.offload()
 
