@@ -73,7 +73,9 @@ def attention_forward(
     columns = key.shape[2] if attention_mask is None else attention_mask.shape[1]
     if columns < key.shape[2] or (columns > key.shape[2] and not in_slots):
         raise ValueError(f"the attention mask must have a column for each of {key.shape[2]} tokens, got {columns}")
-    valid = None if attention_mask is None else attention_mask[:, -key.shape[2] :]
+    valid = attention_mask
+    if attention_mask is not None and columns > key.shape[2]:
+        valid = attention_mask[:, -key.shape[2] :]
     if length > 1 and not torch.compiler.is_compiling():  # a decoding step waits for no value from the device
         if cache is not None and in_slots:
             if attention_mask is not None and attention_mask.shape[1] > length:
@@ -174,8 +176,7 @@ def before_attention(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]] | None:
     """Forward pre-hook of a patched attention module."""
-    method = module.sparse_attention
-    assert isinstance(method, SparseMethod)
+    method: SparseMethod = module.sparse_attention  # type: ignore[assignment]
     if not method.is_active:
         return None
     current = module.config._attn_implementation  # type: ignore[union-attr]

@@ -2,7 +2,11 @@
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
 
+from hf_sparse import SparseKCache, SparseKConfig, patch
+from hf_sparse.methods.sparsek import attention, step
+from hf_sparse.methods.sparsek.selection import Recency
 from hf_sparse.ops import decode
 from hf_sparse.ops import scores as linear
 from hf_sparse.ops.triton import step as kernels
@@ -51,23 +55,27 @@ class Slots:
 # batch, KV heads, query heads per KV head, slots, head size, programs, slots searched at a time
 SHAPES = [
     (3, 2, 1, 11, 6, 1, 1024),
-    (2, 1, 4, 40, 80, 1, 16),
+    (2, 1, 4, 20, 80, 1, 16),
     (1, 2, 3, 50, 64, 256, 32),  # split over programs
     (2, 1, 8, 33, 16, 6, 16),
     (1, 1, 20, 17, 32, 256, 1024),
 ]
+KINDS = [
+    ("normal", False, torch.float32),
+    ("ties", True, HALF),
+    ("rising", False, HALF),
+    ("given", True, torch.float32),
+]
 
 
-@pytest.mark.parametrize("kind", ["normal", "ties", "rising", "given"])
-@pytest.mark.parametrize("padded", [False, True])
-@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("kind, padded, dtype", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_step_is_that_of_the_reference(plain, monkeypatch, poisoned_memory, shape, dtype, padded, kind):
     batch, heads, group, number, dim, programs, chunk = shape
     monkeypatch.setattr(kernels, "_PROGRAMS", programs)
     monkeypatch.setattr(kernels, "_CHUNK", chunk)
     monkeypatch.setattr(kernels, "_COLUMNS", 32)
-    length = number + 12
+    length = number + 6
     ours, theirs = Slots(batch, heads, number, dim, dtype), Slots(batch, heads, number, dim, dtype)
     # As a model hands them over: a view with heads and tokens swapped.
     query = torch.randn(batch, length, heads * group, dim, device=DEVICE).to(dtype).transpose(1, 2)
@@ -97,3 +105,119 @@ def test_every_step_is_that_of_the_reference(plain, monkeypatch, poisoned_memory
         assert error < (2e-6 if dtype == torch.float32 else 1e-2), t
     assert not kernel.scratch[2].any(), "the counters did not return to zero"
     assert padded or (ours.positions >= 0).all(), "the slots never filled up"
+
+
+@pytest.fixture
+def everywhere(monkeypatch):
+    """Lets a model take the kernel in the interpreter too, and counts its steps."""
+    steps = []
+    call = kernels.StepKernel.__call__
+
+    def counted(self, *arguments):
+        steps.append(self)
+        return call(self, *arguments)
+
+    monkeypatch.setattr(kernels.StepKernel, "__call__", counted)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(step, "_is_here", lambda query: True)
+        monkeypatch.setattr(step, "has_kernels", lambda *tensors: True)
+    return steps
+
+
+def model(**settings):
+    config = LlamaConfig(
+        vocab_size=101, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    budget = SparseKConfig(k=3, window=4, sinks=1, **settings)
+    patched = patch(AutoModelForCausalLM.from_config(config).to(DEVICE).eval(), budget)
+    with torch.no_grad():
+        for name, parameter in patched.named_parameters():
+            if "slope" in name:
+                parameter.normal_()
+    return patched
+
+
+def texts(model, padded=False, **options):
+    """Two turns of two rows, and the cache after them."""
+    ids = torch.randint(1, 101, (2, 14), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, :5] = 0
+    cache = SparseKCache(model)
+    options = {"do_sample": False, "disable_compile": True, "return_dict_in_generate": True, **options}
+    first = model.generate(ids[:, :9], attention_mask=mask[:, :9], past_key_values=cache, max_new_tokens=6, **options)
+    if options.get("num_beams"):
+        return first.sequences, cache
+    ids, mask = torch.cat([first.sequences, ids[:, 9:]], 1), torch.cat([mask, mask.new_ones(2, 6)], 1)
+    second = model.generate(ids, attention_mask=mask, past_key_values=cache, max_new_tokens=4, **options)
+    return second.sequences, cache
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    "settings, options",
+    [
+        ({"position_slope": 0.01, "learn_slope": True}, {}),
+        ({"scorer": "mlp", "learn_slope": True}, {}),
+        ({}, {"num_beams": 2}),
+        ({"lora_rank": 2}, {}),
+    ],
+)
+def test_a_model_goes_on_as_without_the_kernel(everywhere, monkeypatch, settings, options, padded):
+    patched = model(**settings)
+    ids, cache = texts(patched, padded, **options)
+    assert everywhere, "the kernel was not used"
+    with monkeypatch.context() as without:
+        without.setattr(attention, "step_in_one_kernel", lambda *_: None)
+        steps = len(everywhere)
+        expected, other = texts(patched, padded, **options)
+        assert len(everywhere) == steps
+    assert torch.equal(ids, expected)
+    for ours, theirs in zip(cache.layers, other.layers, strict=True):
+        for name in ("positions", "seen", "padded_late", "cumulative_length"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+        for name in ("keys", "values", "scores"):
+            torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_that_change_are_noticed(everywhere):
+    patched = model(position_slope=0.01)
+    ids, cache = texts(patched)
+    mask = torch.ones(2, ids.shape[1], device=DEVICE, dtype=torch.int64)
+    layer, scorer = cache.layers[0], patched.model.layers[0].self_attn.sparse_attention.sparsek_scorer["default"]
+    for change in (lambda: scorer.weight.data.mul_(2), lambda: setattr(scorer.weight, "data", scorer.weight.data * -1)):
+        change()
+        position = layer.seen[0].item()
+        with torch.no_grad():
+            patched(ids[:, -1:], attention_mask=torch.cat([mask, mask[:, :1]], 1), past_key_values=cache)
+            state = patched.model.layers[0].input_layernorm(patched.model.embed_tokens(ids[:, -1:]))
+            expected = scorer(state, torch.full_like(ids[:, -1:], position))
+        at = layer.positions == position
+        torch.testing.assert_close(layer.scores[at].view(2, 2), expected[..., 0])
+        mask = torch.cat([mask, mask[:, :1]], 1)
+
+
+@pytest.mark.parametrize("reason", ["gradients", "training", "policy"])
+def test_a_step_that_needs_more_takes_the_other_path(everywhere, reason):
+    patched = model()
+    ids, cache = texts(patched)
+    steps, layer = len(everywhere), patched.model.layers[0].self_attn.sparse_attention
+    mask = torch.ones(2, ids.shape[1] + 1, device=DEVICE, dtype=torch.int64)
+    if reason == "policy":
+        for module in patched.model.layers:
+            module.self_attn.sparse_attention.policy = Recency()
+        cache, mask = SparseKCache(patched), mask[:, :2]
+        with torch.no_grad():
+            patched(ids[:, :1], attention_mask=mask[:, :1], past_key_values=cache)
+    if reason == "training":
+        layer.train()
+        with pytest.raises(ValueError, match="decoding uses hard selection"), torch.no_grad():
+            patched(ids[:, -1:], attention_mask=mask, past_key_values=cache)
+        return
+    before = cache.layers[0].cumulative_length.item()
+    with torch.set_grad_enabled(reason == "gradients"):
+        patched(ids[:, -1:], attention_mask=mask, past_key_values=cache)
+    assert len(everywhere) == steps
+    assert cache.layers[0].cumulative_length.item() == before + 1

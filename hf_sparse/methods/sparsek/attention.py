@@ -146,7 +146,8 @@ class SparseKAttention(SparseMethod):
             if cache is not None:
                 positions = index if valid is None else index.masked_fill(~valid, -1)
                 positions = positions[:, None].expand_as(scores)
-                cache.fill(key, value, scores, positions, index[:, -1] + 1 if valid is None else valid.sum(-1))
+                count = index[:, -1] + 1 if valid is None else valid.sum(-1)
+                cache.fill(key, value, scores, positions, count, padded=valid is not None)
             return output
         assert cache is not None
         if length == 1:

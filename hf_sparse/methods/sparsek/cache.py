@@ -261,15 +261,32 @@ class SparseKCacheLayer(CacheLayerMixin):
             self.memory.copy_(memory)
 
     @torch.no_grad()
-    def fill(self, keys: Tensor, values: Tensor, scores: Tensor, positions: Tensor, seen: Tensor) -> None:
+    def fill(
+        self, keys: Tensor, values: Tensor, scores: Tensor, positions: Tensor, seen: Tensor, padded: bool = True
+    ) -> None:
         """Keep what a query after all these tokens could still reach.
 
         Args:
             keys, values: `[B, Hkv, N, D]`, `N` of any size, in the order of positions.
             scores, positions: `[B, Hkv, N]`; a position of -1 marks an entry that is not a token.
             seen: `[B]`, real tokens so far.
+            padded: whether any position may be -1. Without, fewer kernels are launched.
         """
-        self.padded_late |= ((positions[:, 0] < 0) & (positions[:, 0].cummax(-1).values >= 0)).any(-1)
+        number = keys.shape[2]
+        if not padded and number <= self.slots:  # nothing is evicted
+            self.positions.fill_(-1)
+            for slots, source in (
+                (self.keys, keys),
+                (self.values, values),
+                (self.scores, scores),
+                (self.positions, positions),
+            ):
+                slots[:, :, :number] = source
+            self.seen.copy_(seen)
+            self.empty = False
+            return
+        if padded:
+            self.padded_late |= ((positions[:, 0] < 0) & (positions[:, 0].cummax(-1).values >= 0)).any(-1)
         kept = _best(scores, positions, seen, self.window, self.sinks, self.slots)
         count = kept.shape[-1]
         filled = positions.gather(2, kept)
@@ -279,7 +296,9 @@ class SparseKCacheLayer(CacheLayerMixin):
         wide = kept[..., None]
         for slots, source in ((self.keys, keys), (self.values, values)):
             kept_source = source.gather(2, wide.expand(-1, -1, -1, source.shape[-1]))
-            slots[:, :, :count] = kept_source.masked_fill(filled[..., None] < 0, 0)  # padding may be anything
+            if padded:  # which may be anything
+                kept_source = kept_source.masked_fill(filled[..., None] < 0, 0)
+            slots[:, :, :count] = kept_source
         self.seen.copy_(seen)
         self.empty = False
 

@@ -57,7 +57,7 @@ def step_in_one_kernel(
         `[B, Hq, 1, D]`, contiguous; `None`, with nothing changed, if the step has to take another path: it is being
         compiled or differentiated, the cache is empty or of another adapter, or no kernel takes what came.
     """
-    if torch.compiler.is_compiling() or not query.is_cuda or torch.is_grad_enabled() or type(query) is not Tensor:
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _is_here(query):
         return None
     if attention.policy is not None or attention.observer is not None or attention.training:
         return None
@@ -72,7 +72,7 @@ def step_in_one_kernel(
         query.stride(), key.stride(), value.stride(), hidden_states.stride(),
         query.dtype, key.dtype, value.dtype, hidden_states.dtype,
         None if weight is None else (weight.dtype, weight.stride()), None if slope is None else slope.dtype,
-        scorer.position_slope, scaling, valid is None, torch.cuda.current_device(),
+        scorer.position_slope, scaling, valid is None,
     )  # fmt: skip
     plan = cache.step
     if plan is None or plan.keys is not cache.keys or plan.scorer is not scorer or plan.layout != layout:
@@ -81,9 +81,14 @@ def step_in_one_kernel(
     if plan.kernel is None:
         return None
     states = hidden_states if linear else scorer(hidden_states, cache.seen[:, None])
-    output = plan.kernel(query, key, value, states, weight, slope, None if valid is None else valid[:, 0])
+    output = plan.kernel(query, key, value, states, weight, slope, valid)
     cache.uncounted = 0
     return output
+
+
+def _is_here(query: Tensor) -> bool:
+    """Whether a tensor is one of CUDA's current device, where Triton launches."""
+    return query.is_cuda and type(query) is Tensor and query.device.index == torch.cuda.current_device()
 
 
 def _kernel(

@@ -95,6 +95,7 @@ class StepKernel:
             "COLUMNS": _COLUMNS,
             "ROWS": _ROWS,
         }
+        self.rest = (*self.layout, *self.constants.values())
         self.addresses: tuple[int, ...] = ()
         self.launch: Any = None  # made by the first step, which compiles
 
@@ -113,14 +114,14 @@ class StepKernel:
         Args:
             states: the input of the attention module `[B, 1, C]`, or scores `[B, Hkv, 1]` if there is no weight;
                 contiguous along the last two dimensions.
-            valid: `[B]` bool, rows whose token is real; `None` if all are.
+            valid: `[B]` or `[B, 1]` bool, rows whose token is real; `None` if all are.
         """
         output = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         tensors = (query, key, value, states, weight, slope, valid, output)
         rows = (states.stride(0), 0 if valid is None else valid.stride(0))
         if self.launch is not None:
             addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-            self.launch(*self.addresses, *addresses, *rows, *self.layout, *self.constants.values())
+            self.launch(*self.addresses, *addresses, *rows, *self.rest)
             return output
         there = [self.slots[0] if tensor is None else tensor for tensor in tensors]  # not read
         compiled = _step[self.grid](
