@@ -212,7 +212,7 @@ def first_call_table(first_calls: dict[str, Any]) -> str:
 
 
 def ratios(generate: dict[str, Any], call: int | None = None) -> dict[tuple[str, int, int], float]:
-    """Dense over sparse milliseconds of a step by shape, prompt and batch: of one call, or of the medians without it."""
+    """Divide dense by sparse milliseconds of a step, by shape, prompt and batch: of one call, or the medians."""
     found = {}
     for row in generate["rows"]:
         steps = [row[name]["step_ms"] if call is None else row[name]["steps_ms"][call] for name in ("dense", "sparse")]
@@ -252,8 +252,8 @@ random weights in {settings["dtype"]}. Calls of {settings["new_tokens"]} tokens 
 machine sets the pace, and single calls differ by up to half: only ratios count, and a single one to about 20 %.
 
 - Unseen lengths, the first call of each cell, are the text of a user. There the dense step waits in SDPA, for 1.8 ms a
-  layer under Python's profiler: presumably for cuDNN, which SDPA takes here, to plan for another length. Where SDPA takes another kernel, the
-  columns of seen lengths are what to expect.
+  layer under Python's profiler: presumably for cuDNN, which SDPA takes here, to plan for another length. Where SDPA
+  takes another kernel, the columns of seen lengths are what to expect.
 - Lengths that the process has seen before: dense and sparse steps take about the same time, since both wait for the
   CPU that launches the rest of the model.
 - A sparse step of a layer is one kernel, where a scorer gives the scores, no gradient is wanted and nothing is
