@@ -4,7 +4,7 @@
     python ../tables.py --kernels kernels-h200.json kernels-flash-h200.json --wider kernels-support4096-h200.json \\
         --model model-scores-h200.json model-h200.json model-eager-h200.json model-earlier-h200.json \\
         --profiles profiles-scores-h200.json profiles-h200.json --first-calls first_calls-h200.json \\
-        --sizes sizes-h200.json \\
+        --sizes sizes-h200.json --generate generate-h200.json generate-before-h200.json \\
         --page ../../docs/speed.md --figure ../../docs/speed.png
 
 Of several JSON of the same benchmark the first counts, and of each next one what those before it lack. It prints the
@@ -211,6 +211,71 @@ def first_call_table(first_calls: dict[str, Any]) -> str:
     return table(head, rows)
 
 
+def ratios(generate: dict[str, Any], call: int | None = None) -> dict[tuple[str, int, int], float]:
+    """Divide dense by sparse milliseconds of a step, by shape, prompt and batch: of one call, or the medians."""
+    found = {}
+    for row in generate["rows"]:
+        steps = [row[name]["step_ms"] if call is None else row[name]["steps_ms"][call] for name in ("dense", "sparse")]
+        found[row["shape"], row["prompt"], row["batch"]] = steps[0] / steps[1]
+    return found
+
+
+def generate_table(generate: dict[str, Any], before: dict[str, Any]) -> str:
+    again, unseen, earlier = ratios(generate), ratios(generate, 0), ratios(before)
+    rows = []
+    for row in generate["rows"]:
+        cell = (row["shape"], row["prompt"], row["batch"])
+        steps = [row["dense"]["steps_ms"][0], row["sparse"]["steps_ms"][0]]
+        steps += [row["dense"]["step_ms"], row["sparse"]["step_ms"]]
+        first = " / ".join(short(row[name]["first_token_ms"]) for name in ("dense", "sparse"))
+        times = [f"{value:.2f}" if value else "-" for value in (unseen[cell], again[cell], earlier.get(cell))]
+        rows.append([f"{cell[0]}, {cell[1]:,} x {cell[2]}", *map(short, steps), *times, first])
+    head = ["shape, prompt x batch", "dense, unseen lengths", "sparse", "dense, lengths seen before", "sparse"]
+    head += ["times as fast, unseen", "seen", "seen, before", "first token, ms: dense / sparse"]
+    return table(head, rows)
+
+
+def generate_section(generate: dict[str, Any], before: dict[str, Any]) -> str:
+    settings, profiles = generate["settings"], [row for row in generate["rows"] if "profile" in row]
+    launches = ",\n  ".join(
+        f"{row['profile']['sparse']['launches']:,} sparse and {row['profile']['dense']['launches']:,} dense "
+        f"({row['shape']})"
+        for row in profiles
+    )
+    old, old_shape = next((row["profile"], row["shape"]) for row in before["rows"] if "profile" in row)
+    slots = settings["k"] + settings["window"] + settings["sinks"]
+    return f"""## Default `generate`
+
+Eager steps of a user who passes nothing but a prompt: dense with a cache that grows, sparse with {slots:,} KV slots,
+random weights in {settings["dtype"]}. Calls of {settings["new_tokens"]} tokens alternate in one process
+(`benchmarks/generate.py`); milliseconds of a step, the median of {settings["rounds"]} calls. The CPU of a virtual
+machine sets the pace, and single calls differ by up to half: only ratios count, and a single one to about 20 %.
+
+- Unseen lengths, the first call of each cell, are the text of a user. There the dense step waits in SDPA, for 1.8 ms a
+  layer under Python's profiler: presumably for cuDNN, which SDPA takes here, to plan for another length. Where SDPA
+  takes another kernel, the columns of seen lengths are what to expect.
+- Lengths that the process has seen before: dense and sparse steps take about the same time, since both wait for the
+  CPU that launches the rest of the model.
+- A sparse step of a layer is one kernel, where a scorer gives the scores, no gradient is wanted and nothing is
+  compiled; baselines take several. Launches of a step:
+  {launches}. Before that kernel:
+  {old["sparse"]["launches"]:,} sparse and {old["dense"]["launches"]:,} dense ({old_shape}).
+- "Before" is the commit before that kernel, in the same session. What is missing was not measured.
+
+{generate_table(generate, before)}
+"""
+
+
+def generate_summary(generate: dict[str, Any]) -> str:
+    """The sentence of the README."""
+    again, unseen = sorted(ratios(generate).values()), sorted(ratios(generate, 0).values())
+    return (
+        f"Default `generate`, eager, is {again[0]:.2f} to {again[-1]:.2f} times as fast as the unpatched model (median "
+        f"{again[len(again) // 2]:.2f}, {len(again)} cells),\nand {unseen[0]:.1f} to {unseen[-1]:.1f} times at lengths "
+        "that the process has not seen, where the dense step waits in SDPA."
+    )
+
+
 def summary(kernels: dict[str, Any], model: dict[str, Any] | None) -> str:
     """The table of the README: a few of the numbers."""
     lengths = (16_384, 65_536, 131_072)
@@ -239,8 +304,9 @@ def page(
     first_calls: dict[str, Any] | None,
     sizes: dict[str, Any] | None,
     figure: str | None,
+    generate: Sequence[dict[str, Any]] = (),
 ) -> str:
-    """The whole page, Markdown; `wider` has soft gates over a larger support."""
+    """The whole page, Markdown; `wider` has soft gates over a larger support, `generate` two runs, now and before."""
     machine, versions, settings = kernels["machine"], kernels["versions"], kernels["settings"]
     errors = kernels["errors_against_float64"]
     worst = max(value for name, value in errors.items() if name != "tau")
@@ -311,6 +377,8 @@ forward and backward), and the teacher's forward alone, batch 1.
 
 {long_table(model, "train", {"scorers": "training step", "dense teacher": "dense teacher, of it"})}"""
         text += "\n"
+    if generate:
+        text += generate_section(*generate)
     if profiles:
         text += f"""## Where the time goes
 
@@ -375,6 +443,7 @@ def main() -> None:
     parser.add_argument("--profiles", type=Path, nargs="*", default=[])
     parser.add_argument("--first-calls", type=Path)
     parser.add_argument("--sizes", type=Path, help="JSON of a search for sizes of the kernels' programs")
+    parser.add_argument("--generate", type=Path, nargs=2, default=[], help="JSON of default generate, now and before")
     parser.add_argument("--page", type=Path, help="the Markdown to write")
     parser.add_argument("--figure", type=Path, help="the PNG to write, beside the page")
     options = parser.parse_args()
@@ -385,12 +454,15 @@ def main() -> None:
     first_calls = json.loads(options.first_calls.read_text("utf-8")) if options.first_calls else None
     sizes = json.loads(options.sizes.read_text("utf-8")) if options.sizes else None
     figure = options.figure.name if options.figure else None
-    text = page(kernels, wider, model, profiles, first_calls, sizes, figure)
+    generate = [json.loads(path.read_text("utf-8")) for path in options.generate]
+    text = page(kernels, wider, model, profiles, first_calls, sizes, figure, generate)
     if options.figure:
         draw(kernels, options.figure)
     if options.page:
         write_text(options.page, text)
     print(summary(kernels, model) if options.page else text)
+    if generate:
+        print(generate_summary(generate[0]))
 
 
 if __name__ == "__main__":

@@ -74,7 +74,9 @@ def attention_forward(
     columns = key.shape[2] if attention_mask is None else attention_mask.shape[1]
     if columns < key.shape[2] or (columns > key.shape[2] and not in_slots):
         raise ValueError(f"the attention mask must have a column for each of {key.shape[2]} tokens, got {columns}")
-    valid = None if attention_mask is None else attention_mask[:, -key.shape[2] :]
+    valid = attention_mask
+    if attention_mask is not None and columns > key.shape[2]:
+        valid = attention_mask[:, -key.shape[2] :]
     if length > 1 and not torch.compiler.is_compiling():  # a decoding step waits for no value from the device
         if cache is not None and in_slots:
             if attention_mask is not None and attention_mask.shape[1] > length:
@@ -108,8 +110,9 @@ _CHANGES_THE_RESULT = {
 
 def _refuse_what_would_be_ignored(module: nn.Module, kwargs: dict[str, Any]) -> None:
     """Keywords of an attention function that change its result and that no sparse method knows."""
-    for name, meaning in _CHANGES_THE_RESULT.items():
-        if kwargs.get(name) is not None:
+    for name in _CHANGES_THE_RESULT.keys() & kwargs.keys():
+        if kwargs[name] is not None:
+            meaning = _CHANGES_THE_RESULT[name]
             raise ValueError(f"{type(module).__name__} asks for {meaning} ({name}), which sparse attention cannot do")
     causal = kwargs.get("is_causal")
     if causal is not None and causal != getattr(module, "is_causal", True):
@@ -174,8 +177,7 @@ def before_attention(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]] | None:
     """Forward pre-hook of a patched attention module."""
-    method = module.sparse_attention
-    assert isinstance(method, SparseMethod)
+    method: SparseMethod = module.sparse_attention  # type: ignore[assignment]
     if not method.is_active:
         return None
     hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]

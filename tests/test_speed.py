@@ -27,6 +27,9 @@ def test_every_number_is_that_of_the_json():
     model = tables.joined([read(name) for name in models])
     profiles = [read("profiles-scores-h200.json"), read("profiles-h200.json")]
     first_calls, sizes = read("first_calls-h200.json"), read("sizes-h200.json")
-    page = tables.page(kernels, wider, model, profiles, first_calls, sizes, "speed.png")
+    generate = [read("generate-h200.json"), read("generate-before-h200.json")]
+    page = tables.page(kernels, wider, model, profiles, first_calls, sizes, "speed.png", generate)
     assert (ROOT / "docs" / "speed.md").read_text("utf-8") == page
-    assert tables.summary(kernels, model) in (ROOT / "README.md").read_text("utf-8")
+    readme = (ROOT / "README.md").read_text("utf-8")
+    assert tables.summary(kernels, model) in readme
+    assert tables.generate_summary(generate[0]) in readme

@@ -179,14 +179,19 @@ class SparseMethod(nn.Module, BaseTunerLayer):
     @property
     def is_used(self) -> bool:
         """Whether the adapter in use has parameters here; none is in use after the last one was deleted."""
-        return bool(self.active_adapters) and self.active in self.configs
+        names = self.active_adapters  # read once: a decoding step asks this of every layer
+        return bool(names) and self._only(names) in self.configs
 
     @property
     def active(self) -> str:
         """The name of the one adapter in use."""
-        if len(self.active_adapters) != 1:
-            raise ValueError(f"sparse attention needs exactly one active adapter, got {self.active_adapters}")
-        return self.active_adapters[0]
+        return self._only(self.active_adapters)
+
+    @staticmethod
+    def _only(names: list[str]) -> str:
+        if len(names) != 1:
+            raise ValueError(f"sparse attention needs exactly one active adapter, got {names}")
+        return names[0]
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch as `switch` does; PEFT calls this.

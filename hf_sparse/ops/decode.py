@@ -43,7 +43,7 @@ def insert_token(
         score: `[B, Hkv, 1]`.
         valid: `[B]` bool, rows whose token is real; the others write nothing. `None` if all are.
     """
-    if _has_kernels(keys, values, scores, positions):
+    if has_kernels(keys, values, scores, positions):
         from hf_sparse.ops.triton import decode
 
         decode.insert_token(keys, values, scores, positions, seen, key, value, score, valid, window=window, sinks=sinks)
@@ -82,7 +82,7 @@ def attend_slots(query: Tensor, keys: Tensor, values: Tensor, positions: Tensor,
         `[B, Hq, 1, D]` in the dtype of `query`.
     """
     trains = torch.is_grad_enabled() and query.requires_grad
-    if not trains and _has_kernels(keys, values, positions) and query.dtype == keys.dtype:
+    if not trains and has_kernels(keys, values, positions) and query.dtype == keys.dtype:
         from hf_sparse.ops.triton import decode
 
         return decode.attend_slots(query, keys, values, positions, scaling=scaling)
@@ -91,7 +91,7 @@ def attend_slots(query: Tensor, keys: Tensor, values: Tensor, positions: Tensor,
     return F.scaled_dot_product_attention(group, keys, values, filled, scale=scaling).flatten(1, 2).unsqueeze(2)
 
 
-def _has_kernels(keys: Tensor, *tables: Tensor) -> bool:
+def has_kernels(keys: Tensor, *tables: Tensor) -> bool:
     """Whether slots `[B, Hkv, S, D]` and their tables are where and how the kernels take them."""
     # Triton launches on the current device, and a compiled step could not change it.
     here = keys.is_cuda and keys.device.index == torch.cuda.current_device()

@@ -376,3 +376,18 @@ def test_it_says_whether_it_can_be_cropped():
     assert layer.is_croppable
     insert(layer, keys, values, scores, tokens=[SLOTS])
     assert not layer.is_croppable
+
+
+@pytest.mark.parametrize("number", [1, K + WINDOW + SINKS, K + WINDOW + SINKS + 7])
+def test_a_text_without_padding_fills_the_same_slots_with_fewer_kernels(number):
+    layers = []
+    keys, values = torch.randn(2, 2, 3, number, 4)
+    scores, positions = torch.randn(2, 3, number), torch.arange(number).expand(2, 3, -1)
+    for padded in (True, False):
+        layer = SparseKCacheLayer(K, WINDOW, SINKS)
+        layer.lazy_initialization(keys, values)
+        layer.fill(keys, values, scores, positions, torch.tensor([number, number]), padded=padded)
+        assert not layer.empty
+        layers.append(layer)
+    for name in STATE:
+        assert torch.equal(*(getattr(layer, name) for layer in layers)), name

@@ -468,4 +468,4 @@ def test_the_kernels_get_no_more_rows_than_a_grid_has(more, monkeypatch):
     keys.is_contiguous = lambda: True
     monkeypatch.setattr(decode, "_TRITON", True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    assert decode._has_kernels(keys) == (not more)
+    assert decode.has_kernels(keys) == (not more)

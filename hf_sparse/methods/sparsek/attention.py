@@ -15,6 +15,7 @@ from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
 from hf_sparse.methods.sparsek.config import SparseKConfig
 from hf_sparse.methods.sparsek.scorer import Scorer, make_scorer
 from hf_sparse.methods.sparsek.selection import AdaptivePolicy, Arrivals, Policy
+from hf_sparse.methods.sparsek.step import step_in_one_kernel
 from hf_sparse.ops.attention import sparsek_attention
 from hf_sparse.ops.decode import attend_slots
 
@@ -109,6 +110,10 @@ class SparseKAttention(SparseMethod):
         scaling: float,
     ) -> Tensor:
         batch, _, length, _ = query.shape
+        if length == 1 and isinstance(cache, SparseKCacheLayer):
+            step = step_in_one_kernel(self, query, key, value, hidden_states, valid, cache, scaling)
+            if step is not None:
+                return step
         config, policy, budget = self.config, self.policy, self.budget
         if cache is not None and not self.causal:
             raise ValueError(NO_CACHE)
@@ -158,7 +163,8 @@ class SparseKAttention(SparseMethod):
                 cache.soft = soft
                 positions = index if valid is None else index.masked_fill(~valid, -1)
                 positions = positions[:, None].expand_as(scores)
-                cache.fill(key, value, scores, positions, index[:, -1] + 1 if valid is None else valid.sum(-1))
+                count = index[:, -1] + 1 if valid is None else valid.sum(-1)
+                cache.fill(key, value, scores, positions, count, padded=valid is not None)
             return output
         assert cache is not None
         if length == 1:

@@ -12,13 +12,16 @@ compiles, is never compiled twice, and waits for no value from the device.
 import copy
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from hf_sparse.ops.decode import insert_token
+
+if TYPE_CHECKING:
+    from hf_sparse.methods.sparsek.step import StepPlan
 
 _STATE = ("keys", "values", "scores", "positions", "seen", "padded_late", "memory")
 
@@ -43,6 +46,8 @@ class SparseKCacheLayer(CacheLayerMixin):
         remembers: whether scores depend on other tokens of the text, which `crop` could not undo.
         only_sparse: whether no layer of the same cache has full, dense attention.
         announced: see `SparseMethod.cache_layer`.
+        step: the plan of a decoding step in one kernel, see `methods.sparsek.step`; `None` before the first such step.
+        uncounted: tokens of the step in progress that `cumulative_length` does not have yet.
     """
 
     is_sliding = False
@@ -72,6 +77,8 @@ class SparseKCacheLayer(CacheLayerMixin):
         self.empty = True
         self.soft = False
         self.announced = False
+        self.step: StepPlan | None = None
+        self.uncounted = 0
         self._offload_wanted = False
         self.scores = self.positions = self.seen = self.padded_late = self.memory = None
         self._length: int | None = 0  # cumulative_length, where no compiled or captured step can have changed it
@@ -119,11 +126,15 @@ class SparseKCacheLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         if self.keys.shape[0] != rows:
             raise ValueError(f"the cache holds {self.keys.shape[0]} rows, and {rows} rows came: start a new cache")
-        self.cumulative_length.add_(key_states.shape[-2])
+        length = key_states.shape[-2]
+        if length == 1 and not torch.compiler.is_compiling():
+            self.uncounted = 1  # the kernel of the step counts it; where another path is taken, `settle` does
+        else:
+            self.cumulative_length.add_(length)
         if _is_recorded(self.device):
             self._length = None  # a replay adds to the tensor alone
         elif self._length is not None:
-            self._length += key_states.shape[-2]
+            self._length += length
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -162,6 +173,7 @@ class SparseKCacheLayer(CacheLayerMixin):
                 tensor.zero_()
             self.positions.fill_(-1)
         self.empty, self.soft, self._length = True, False, 0
+        self.uncounted = 0
 
     def offload(self) -> None:
         """Move the slots to the CPU; right after `update`, when the attention is still to come, `settle` does it."""
@@ -183,11 +195,15 @@ class SparseKCacheLayer(CacheLayerMixin):
     def batch_select_indices(self, indices: Tensor) -> None:
         self._each(lambda t: t[indices.to(t.device)])
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a copy has; the kernel of a step writes to the memory of this layer, and a copy needs its own."""
+        return {**self.__dict__, "step": None}
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         with _lasting():
-            copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+            copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         return copied
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
@@ -263,6 +279,9 @@ class SparseKCacheLayer(CacheLayerMixin):
     def settle(self) -> None:
         """The attention that was announced is done."""
         self.announced = False
+        if self.uncounted:
+            self.cumulative_length.add_(self.uncounted)
+            self.uncounted = 0
         if self._offload_wanted:
             self.offload()
 
@@ -287,15 +306,32 @@ class SparseKCacheLayer(CacheLayerMixin):
             self.memory.copy_(memory)
 
     @torch.no_grad()
-    def fill(self, keys: Tensor, values: Tensor, scores: Tensor, positions: Tensor, seen: Tensor) -> None:
+    def fill(
+        self, keys: Tensor, values: Tensor, scores: Tensor, positions: Tensor, seen: Tensor, padded: bool = True
+    ) -> None:
         """Keep what a query after all these tokens could still reach.
 
         Args:
             keys, values: `[B, Hkv, N, D]`, `N` of any size, in the order of positions.
             scores, positions: `[B, Hkv, N]`; a position of -1 marks an entry that is not a token.
             seen: `[B]`, real tokens so far.
+            padded: whether any position may be -1. Without, fewer kernels are launched.
         """
-        self.padded_late |= ((positions[:, 0] < 0) & (positions[:, 0].cummax(-1).values >= 0)).any(-1)
+        number = keys.shape[2]
+        if not padded and number <= self.slots:  # nothing is evicted
+            self.positions.fill_(-1)
+            for slots, source in (
+                (self.keys, keys),
+                (self.values, values),
+                (self.scores, scores),
+                (self.positions, positions),
+            ):
+                slots[:, :, :number] = source
+            self.seen.copy_(seen)
+            self.empty = False
+            return
+        if padded:
+            self.padded_late |= ((positions[:, 0] < 0) & (positions[:, 0].cummax(-1).values >= 0)).any(-1)
         kept = _best(scores, positions, seen, self.window, self.sinks, self.slots)
         count = kept.shape[-1]
         filled = positions.gather(2, kept)
@@ -305,7 +341,9 @@ class SparseKCacheLayer(CacheLayerMixin):
         wide = kept[..., None]
         for slots, source in ((self.keys, keys), (self.values, values)):
             kept_source = source.gather(2, wide.expand(-1, -1, -1, source.shape[-1]))
-            slots[:, :, :count] = kept_source.masked_fill(filled[..., None] < 0, 0)  # padding may be anything
+            if padded:  # which may be anything
+                kept_source = kept_source.masked_fill(filled[..., None] < 0, 0)
+            slots[:, :, :count] = kept_source
         self.seen.copy_(seen)
         self.empty = False
 

@@ -24,7 +24,7 @@ from hf_sparse.methods.sparsek.config import SparseKConfig
 from hf_sparse.ops.scores import has_kernels, linear_scores, normalised
 
 _AT_ONCE = 1 << 24  # numbers of the input that are scored at a time
-_SLOPE_TOKENS = 256  # a learned slope is stored per so many tokens, so that it moves at the pace of the weights
+SLOPE_TOKENS = 256  # a learned slope is stored per so many tokens, so that it moves at the pace of the weights
 
 
 class Scorer(nn.Module):
@@ -43,7 +43,7 @@ class Scorer(nn.Module):
             scores = self._in_pieces(hidden_states)
         slope: float | Tensor = self.position_slope
         if self.slope is not None:
-            slope = slope + self.slope.to(scores.dtype)[:, None] / _SLOPE_TOKENS
+            slope = slope + self.slope.to(scores.dtype)[:, None] / SLOPE_TOKENS
         if isinstance(slope, Tensor) or slope:
             scores = scores + index.to(scores.dtype)[:, None] * slope
         return scores.float().contiguous()

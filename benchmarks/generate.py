@@ -1,0 +1,253 @@
+"""How fast default `generate` goes on with dense and with sparse attention, in calls that alternate in one process.
+
+    python benchmarks/generate.py --output generate.json
+
+Nothing is passed to `generate` but a prompt, its mask and a count of new tokens: it runs eager, dense with a cache that
+grows, sparse with KV slots. The dense model is the base model without a patch; the patched one shares its weights,
+which are random and change neither time nor memory. The host that launches the kernels sets the pace and varies, so
+only ratios of the same cell count: calls alternate, and each number is the median of several. The first call of each
+is kept apart, as the first of `steps_ms`: dense steps are slower at lengths that a process has not seen, which is
+every text of a user, since SDPA takes cuDNN there, which plans for every length.
+
+First, on two layers in float32: sparse steps equal dense ones over a text that fits into the slots, and over a longer
+one the step in one kernel fills the same slots as the step of several and has the same logits; without agreement
+nothing is measured. The JSON is written after every cell. A profile counts the launches of a step.
+"""
+
+import argparse
+import copy
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from attention_kernels import current_commit  # beside this file
+from model import LLAMA_8B, SMOLLM2, TINY
+from profiles import kernels_of, profiler
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+
+from hf_sparse import SparseKConfig, patch
+from hf_sparse._compat import cache_of
+from hf_sparse.files import write_json
+from hf_sparse.machine import describe
+from hf_sparse.methods.sparsek import attention
+
+TINYLLAMA = {
+    "hidden_size": 2048,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 4,
+    "intermediate_size": 5632,
+    "vocab_size": 32_000,
+}
+SHAPES = {"tinyllama": TINYLLAMA, "smollm2": SMOLLM2, "llama-8b": LLAMA_8B}
+SKIPPED = 4  # first steps of a call
+PROFILED = 4  # steps under the profiler
+CHECKED = 32  # steps of the comparison with dense attention
+ALLOWED = 1e-3  # largest relative difference of the comparison
+
+
+class Clock(LogitsProcessor):
+    """Reads the time after the first token, after the skipped steps and after the last one."""
+
+    def __init__(self, steps: int) -> None:
+        self.at, self.step, self.times = (1, SKIPPED, steps), 0, [time.perf_counter()]
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.step += 1
+        if self.step in self.at:
+            wait(scores.device.type)
+            self.times.append(time.perf_counter())
+        return scores
+
+
+class Follow(LogitsProcessor):
+    """Makes `generate` take given tokens `[B, N]`, and keeps the logits of every step."""
+
+    def __init__(self, tokens: Tensor) -> None:
+        self.tokens, self.logits = tokens, []
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        token = self.tokens[:, len(self.logits), None]
+        self.logits.append(scores.double())
+        return torch.full_like(scores, -torch.inf).scatter(1, token, 0.0)
+
+
+class Profiled(LogitsProcessor):
+    """Profiles the steps after the skipped ones."""
+
+    def __init__(self, device: str) -> None:
+        self.profiler, self.device, self.step = profiler(device), device, 0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self.step += 1
+        if self.step in (SKIPPED, SKIPPED + PROFILED):
+            wait(self.device)
+            self.profiler.start() if self.step == SKIPPED else self.profiler.stop()
+        return scores
+
+
+def wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def make_models(shape: dict[str, Any], options: argparse.Namespace, dtype: torch.dtype) -> dict[str, PreTrainedModel]:
+    """A Llama with random weights, and a patched copy that shares them."""
+    shape = shape | TINY if options.tiny else shape
+    longest = max(options.prompts) + options.new_tokens
+    config = LlamaConfig(**shape, max_position_embeddings=longest, bos_token_id=None, eos_token_id=None)
+    torch.manual_seed(0)
+    with torch.device(options.device):
+        dense = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    dense.generation_config.eos_token_id = None  # every call has the same number of steps
+    shared = {id(tensor): tensor for tensor in (*dense.parameters(), *dense.buffers())}
+    sparse = patch(copy.deepcopy(dense, shared), SparseKConfig(k=options.k, window=options.window, sinks=options.sinks))
+    return {"dense": dense, "sparse": sparse}
+
+
+def generate(model: PreTrainedModel, ids: Tensor, new: int, watch: LogitsProcessor, mask: Tensor | None = None) -> Any:
+    return model.generate(
+        ids,
+        attention_mask=torch.ones_like(ids) if mask is None else mask,
+        max_new_tokens=new,
+        do_sample=False,
+        return_dict_in_generate=True,
+        logits_processor=LogitsProcessorList([watch]),
+    )
+
+
+def check(shape: dict[str, Any], options: argparse.Namespace) -> dict[str, float]:
+    """Largest relative difference of a step's logits: sparse from dense, and one kernel from several.
+
+    Raises:
+        SystemExit: a difference that rounding does not explain, or slots that hold other tokens.
+    """
+    models = make_models(shape | {"num_hidden_layers": 2}, options, torch.float32)
+    slots = options.k + options.window + options.sinks
+    vocabulary = models["dense"].config.vocab_size
+
+    def relative(a: list[Tensor], b: list[Tensor]) -> float:
+        return max(float((x - y).norm() / y.norm()) for x, y in zip(a, b, strict=True))
+
+    short = torch.randint(0, vocabulary, (2, slots), device=options.device)
+    new = min(CHECKED, slots // 2)
+    mask = torch.ones_like(short)[:, :-new]
+    mask[1, :7] = 0
+    logits = []
+    for model in models.values():
+        follow = Follow(short[:, -new:])
+        generate(model, short[:, :-new], new, follow, mask)
+        logits.append(follow.logits)
+    differences = {"sparse from dense": relative(*reversed(logits))}
+    long = torch.randint(0, vocabulary, (2, 2 * slots), device=options.device)
+    ends = []
+    for several in (False, True):
+        follow = Follow(long[:, slots:])
+        name = "step_in_one_kernel"
+        present = hasattr(attention, name)
+        with mock.patch.object(attention, name, lambda *_: None) if several and present else mock.MagicMock():
+            cache = cache_of(generate(models["sparse"], long[:, :slots], slots, follow))
+        ends.append((follow.logits, [layer.positions for layer in cache.layers]))
+    differences["one kernel from several"] = relative(ends[0][0], ends[1][0])
+    if not all(torch.equal(*layers) for layers in zip(ends[0][1], ends[1][1], strict=True)):
+        sys.exit("the step in one kernel keeps other tokens than the step of several: nothing measured")
+    if not all(difference <= ALLOWED for difference in differences.values()):
+        sys.exit(f"steps differ by more than {ALLOWED}: {differences}; nothing measured")
+    return differences
+
+
+def measure(models: dict[str, PreTrainedModel], ids: Tensor, options: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of a step and to the first token, by variant, from calls that alternate."""
+    first, step = {name: [] for name in models}, {name: [] for name in models}
+    for _ in range(1 + options.rounds):
+        for name, model in models.items():
+            wait(options.device)
+            clock = Clock(options.new_tokens)
+            generate(model, ids, options.new_tokens, clock)
+            begin, token, settled, end = clock.times
+            first[name].append(1e3 * (token - begin))
+            step[name].append(1e3 * (end - settled) / (options.new_tokens - SKIPPED))
+    row: dict[str, Any] = {}
+    for name in models:
+        again = statistics.median(step[name][1:])
+        row[name] = {
+            "step_ms": again,
+            "steps_ms": step[name],
+            "first_token_ms": statistics.median(first[name][1:]),
+            "tokens_per_second": 1e3 * len(ids) / again,
+        }
+    return row | {"ratio": row["dense"]["step_ms"] / row["sparse"]["step_ms"]}
+
+
+def profiles(models: dict[str, PreTrainedModel], ids: Tensor, options: argparse.Namespace) -> dict[str, Any]:
+    """Kernels of one step, by variant."""
+    rows = {}
+    for name, model in models.items():
+        watch = Profiled(options.device)
+        generate(model, ids, SKIPPED + PROFILED + 1, watch)
+        rows[name] = kernels_of(watch.profiler.events() or [], PROFILED)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--prompts", type=int, nargs="+", default=[512, 2048, 8192], help="tokens")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8])
+    parser.add_argument("--new-tokens", type=int, default=48)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--k", type=int, default=508)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--sinks", type=int, default=4)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--tiny", action="store_true", help="two small layers, for a trial")
+    parser.add_argument("--no-check", action="store_true", help="measure without the comparison, for a trial")
+    parser.add_argument("--commit", default=None, help="of the code, where there is no git")
+    parser.add_argument("--output", type=Path, help="where to write the JSON")
+    options = parser.parse_args()
+    if options.new_tokens <= SKIPPED + PROFILED:
+        parser.error(f"more than {SKIPPED + PROFILED} new tokens are needed, got {options.new_tokens}")
+    named = ("prompts", "batches", "new_tokens", "rounds", "k", "window", "sinks", "device", "dtype", "tiny")
+    result: dict[str, Any] = {
+        "format": 1,
+        "benchmark": "generate",
+        "commit": options.commit or current_commit(),
+        "settings": {name: getattr(options, name) for name in named},
+        "differences": {},
+        "rows": [],
+        **describe(),
+    }
+    for name in options.shapes:
+        if not options.no_check:
+            result["differences"][name] = check(SHAPES[name], options)
+        models = make_models(SHAPES[name], options, getattr(torch, options.dtype))
+        layers = models["dense"].config.num_hidden_layers
+        for length in options.prompts:
+            for batch in options.batches:
+                ids = torch.randint(0, models["dense"].config.vocab_size, (batch, length), device=options.device)
+                row = {"shape": name, "layers": layers, "prompt": length, "batch": batch}
+                row |= measure(models, ids, options)
+                if length == min(options.prompts) and batch == min(options.batches):
+                    row["profile"] = profiles(models, ids, options)
+                result["rows"].append(row)
+                print(
+                    f"{name:10} {length:6} x {batch}  dense {row['dense']['step_ms']:7.2f} ms  sparse "
+                    f"{row['sparse']['step_ms']:7.2f} ms  {row['ratio']:.2f} times  first token "
+                    f"{row['dense']['first_token_ms']:.0f} and {row['sparse']['first_token_ms']:.0f} ms",
+                    flush=True,
+                )
+                if options.output:
+                    write_json(options.output, result)
+        del models
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

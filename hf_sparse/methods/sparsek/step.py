@@ -1,0 +1,136 @@
+"""A decoding step of SparseK as one launch, where it runs eager on a GPU with the scores of a scorer.
+
+All that does not change between two steps of a layer is decided once and kept in the cache layer: the checks of
+shapes and dtypes, the compiled kernel, the memory that it needs. What a step compares is what could change without
+notice: tensors that were replaced, the layout of the new token, the scorer in use.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
+from hf_sparse.methods.sparsek.scorer import SLOPE_TOKENS, LinearScorer, Scorer
+from hf_sparse.ops.decode import has_kernels
+from hf_sparse.ops.triton import DTYPES
+
+if TYPE_CHECKING:
+    from hf_sparse.methods.sparsek.attention import SparseKAttention
+    from hf_sparse.ops.triton.step import StepKernel
+
+
+@dataclass
+class StepPlan:
+    """The kernel of a layer's decoding steps, and what it was made for.
+
+    Attributes:
+        kernel: `None` if no kernel takes such a step.
+        keys: those of the cache layer; all tensors of a layer are replaced together.
+        scorer: whose parameters the kernel reads.
+        layout: of the new token and the parameters.
+    """
+
+    kernel: "StepKernel | None"
+    keys: Tensor
+    scorer: Scorer
+    layout: tuple[Any, ...]
+
+
+def step_in_one_kernel(
+    attention: "SparseKAttention",
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    hidden_states: Tensor,
+    valid: Tensor | None,
+    cache: SparseKCacheLayer,
+    scaling: float,
+) -> Tensor | None:
+    """Score the new token of each row, give it a slot and attend to the slots.
+
+    Args:
+        query, key, value, hidden_states, valid, scaling: see `SparseMethod.attend`, for one token.
+
+    Returns:
+        `[B, Hq, 1, D]`, contiguous; `None`, with nothing changed, if the step has to take another path: it is being
+        compiled or differentiated, the cache is empty or of another adapter, or no kernel takes what came.
+    """
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _is_here(query):
+        return None
+    if attention.policy is not None or attention.observer is not None:
+        return None
+    name = attention.active
+    if cache.empty or cache.soft or not cache.uncounted or cache.owner != (attention.identities[name], None):
+        return None
+    scorer: Any = attention.sparsek_scorer[name]
+    linear = isinstance(scorer, LinearScorer)
+    weight, slope = (scorer.weight, scorer.slope) if linear else (None, None)  # others hand over their scores
+    layout = (
+        query.shape, key.shape, value.shape, hidden_states.shape,
+        query.stride(), key.stride(), value.stride(), hidden_states.stride(),
+        query.dtype, key.dtype, value.dtype, hidden_states.dtype,
+        None if weight is None else (weight.dtype, weight.stride()), None if slope is None else slope.dtype,
+        scorer.position_slope, scaling, valid is None,
+    )  # fmt: skip
+    plan = cache.step
+    if plan is None or plan.keys is not cache.keys or plan.scorer is not scorer or plan.layout != layout:
+        kernel = _kernel(cache, query, key, value, hidden_states, valid, scorer, scaling)
+        plan = cache.step = StepPlan(kernel, cache.keys, scorer, layout)
+    if plan.kernel is None:
+        return None
+    states = hidden_states if linear else scorer(hidden_states, cache.seen[:, None])
+    output = plan.kernel(query, key, value, states, weight, slope, valid)
+    cache.uncounted = 0
+    return output
+
+
+def _is_here(query: Tensor) -> bool:
+    """Whether a tensor is one of CUDA's current device, where Triton launches."""
+    return query.is_cuda and type(query) is Tensor and query.device.index == torch.cuda.current_device()
+
+
+def _kernel(
+    cache: SparseKCacheLayer,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    hidden_states: Tensor,
+    valid: Tensor | None,
+    scorer: Any,
+    scaling: float,
+) -> "StepKernel | None":
+    """Make the kernel of a layer's steps; `None` if it does not take what came."""
+    tensors, tables = (query, key, value, hidden_states), (cache.scores, cache.positions)
+    linear = isinstance(scorer, LinearScorer)
+    weight, slope = (scorer.weight, scorer.slope) if linear else (None, None)
+    parameters = [parameter for parameter in (weight, slope) if parameter is not None]
+    taken = (
+        has_kernels(cache.keys, cache.values, *tables)
+        and cache.values.shape == cache.keys.shape
+        and query.dtype == key.dtype == value.dtype == cache.keys.dtype == cache.values.dtype
+        and all(tensor.device == query.device for tensor in (*parameters, *tensors, *tables))
+        and all(tensor.stride(-1) == 1 for tensor in tensors)
+        and all(parameter.dtype in DTYPES and parameter.is_contiguous() for parameter in parameters)
+        and hidden_states.dtype in DTYPES
+    )
+    if not taken:
+        return None
+    from hf_sparse.ops.triton.step import StepKernel
+
+    state = (*(cache.keys, cache.values), *tables, cache.seen, cache.padded_late, cache.cumulative_length)
+    return StepKernel(
+        state,
+        query,
+        key,
+        value,
+        weight,
+        slope,
+        position_slope=scorer.position_slope if linear else 0.0,
+        slope_tokens=SLOPE_TOKENS,
+        masked=valid is not None,
+        window=cache.window,
+        sinks=cache.sinks,
+        scaling=scaling,
+    )

@@ -1,0 +1,251 @@
+"""A decoding step in one kernel against the steps that it is made of: the same slots bit by bit, the same attention."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from hf_sparse import SparseKCache, SparseKConfig, patch
+from hf_sparse._compat import with_cache
+from hf_sparse.methods.sparsek import attention, step
+from hf_sparse.methods.sparsek.selection import Recency
+from hf_sparse.ops import decode
+from hf_sparse.ops import scores as linear
+from hf_sparse.ops.triton import step as kernels
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("interpreter")
+HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter cannot multiply bfloat16
+WINDOW, SINKS, COLUMNS = 5, 2, 70
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Makes the reference use PyTorch, on a GPU too."""
+    monkeypatch.setattr(decode, "_TRITON", False)
+    monkeypatch.setattr(linear, "_TRITON", False)
+
+
+class Slots:
+    """The state of a cache layer, and one step of it as the reference takes it."""
+
+    def __init__(self, batch: int, heads: int, number: int, dim: int, dtype: torch.dtype) -> None:
+        self.keys, self.values = torch.zeros(2, batch, heads, number, dim, dtype=dtype, device=DEVICE)
+        self.positions = torch.full((batch, heads, number), -1, device=DEVICE)
+        self.scores = torch.zeros(batch, heads, number, device=DEVICE)
+        self.seen = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
+        self.padded_late = torch.zeros(batch, dtype=torch.bool, device=DEVICE)
+        self.total = torch.zeros((), dtype=torch.int64, device=DEVICE)
+
+    def tensors(self) -> list[torch.Tensor]:
+        return [self.keys, self.values, self.scores, self.positions, self.seen, self.padded_late, self.total]
+
+    def step(self, query, key, value, states, weight, slope, valid, *, position_slope, scaling):
+        scores = states.double() if weight is None else linear.linear_scores(states, weight)
+        slopes = position_slope + (0 if slope is None else slope.double()[:, None] / 256)
+        scores = (scores + self.seen[:, None, None].double() * slopes).float()
+        if valid is not None:
+            self.padded_late |= ~valid & (self.seen > 0)
+        state = (self.keys, self.values, self.scores, self.positions, self.seen)
+        decode.insert_token(*state, key, value, scores, valid, window=WINDOW, sinks=SINKS)
+        self.seen += 1 if valid is None else valid.long()
+        self.total += 1
+        doubles = (query.double(), self.keys.double(), self.values.double())
+        return decode.attend_slots(*doubles, self.positions, scaling=scaling)
+
+
+# batch, KV heads, query heads per KV head, slots, head size, programs, slots searched at a time
+SHAPES = [
+    (3, 2, 1, 11, 6, 1, 1024),
+    (2, 1, 4, 20, 80, 1, 16),
+    (1, 2, 3, 50, 64, 256, 32),  # split over programs
+    (2, 1, 8, 33, 16, 6, 16),
+    (1, 1, 20, 17, 32, 256, 1024),
+]
+KINDS = [
+    ("normal", False, torch.float32),
+    ("ties", True, HALF),
+    ("rising", False, HALF),
+    ("given", True, torch.float32),
+]
+
+
+@pytest.mark.parametrize("kind, padded, dtype", KINDS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_step_is_that_of_the_reference(plain, monkeypatch, poisoned_memory, shape, dtype, padded, kind):
+    batch, heads, group, number, dim, programs, chunk = shape
+    monkeypatch.setattr(kernels, "_PROGRAMS", programs)
+    monkeypatch.setattr(kernels, "_CHUNK", chunk)
+    monkeypatch.setattr(kernels, "_COLUMNS", 32)
+    length = number + 6
+    ours, theirs = Slots(batch, heads, number, dim, dtype), Slots(batch, heads, number, dim, dtype)
+    # As a model hands them over: a view with heads and tokens swapped.
+    query = torch.randn(batch, length, heads * group, dim, device=DEVICE).to(dtype).transpose(1, 2)
+    key, value = torch.randn(2, batch, length, heads, dim, device=DEVICE).to(dtype).transpose(2, 3)
+    states = torch.randn(batch, length, COLUMNS, device=DEVICE).to(dtype) * 3 + 1
+    if kind == "ties":
+        states = states[:, :3].repeat(1, length // 3 + 1, 1)[:, :length].contiguous()
+    weight = None if kind == "given" else torch.randn(heads, COLUMNS, device=DEVICE)
+    given = torch.randn(batch, heads, length, device=DEVICE).round()
+    slope = torch.randn(heads, device=DEVICE) if kind == "rising" else None
+    valid = torch.rand(batch, length, device=DEVICE) < 0.8
+    options = {"position_slope": 0.013 if kind == "rising" else 0.0, "scaling": 0.3}
+    kernel = None
+    for t in range(length):
+        new = [tensor[:, :, t : t + 1] for tensor in (query, key, value)]
+        new.append(given[:, :, t : t + 1].contiguous() if weight is None else states[:, t : t + 1])
+        real = valid[:, t] if padded else None
+        if kernel is None:
+            more = {"slope_tokens": 256, "masked": padded, "window": WINDOW, "sinks": SINKS}
+            kernel = kernels.StepKernel(ours.tensors(), *new[:3], weight, slope, **more, **options)
+        output = kernel(*new, weight, slope, real)
+        expected = theirs.step(*new, weight, slope, real, **options)
+        for mine, other in zip(ours.tensors(), theirs.tensors(), strict=True):
+            assert torch.equal(mine, other), t
+        assert output.dtype == dtype and output.shape == new[0].shape and output.is_contiguous()
+        error = (output.double() - expected).norm() / expected.norm().clamp(min=1e-9)
+        assert error < (2e-6 if dtype == torch.float32 else 1e-2), t
+    assert not kernel.scratch[2].any(), "the counters did not return to zero"
+    assert padded or (ours.positions >= 0).all(), "the slots never filled up"
+
+
+@pytest.fixture
+def everywhere(monkeypatch):
+    """Lets a model take the kernel in the interpreter too, and counts its steps."""
+    steps = []
+    call = kernels.StepKernel.__call__
+
+    def counted(self, *arguments):
+        steps.append(self)
+        return call(self, *arguments)
+
+    monkeypatch.setattr(kernels.StepKernel, "__call__", counted)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(step, "_is_here", lambda query: True)
+        monkeypatch.setattr(step, "has_kernels", lambda *tensors: True)
+    return steps
+
+
+def model(**settings):
+    config = LlamaConfig(
+        vocab_size=101, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    budget = SparseKConfig(k=3, window=4, sinks=1, **settings)
+    patched = patch(AutoModelForCausalLM.from_config(config).to(DEVICE).eval(), budget)
+    with torch.no_grad():
+        for name, parameter in patched.named_parameters():
+            if "slope" in name:
+                parameter.normal_()
+    return patched
+
+
+def texts(model, padded=False, **options):
+    """Two turns of two rows, and the cache after them."""
+    ids = torch.randint(1, 101, (2, 14), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, :5] = 0
+    cache = SparseKCache(model)
+    options = {"do_sample": False, "disable_compile": True, "return_dict_in_generate": True, **options}
+    first = model.generate(ids[:, :9], attention_mask=mask[:, :9], **with_cache(cache), max_new_tokens=6, **options)
+    if options.get("num_beams"):
+        return first.sequences, cache
+    ids, mask = torch.cat([first.sequences, ids[:, 9:]], 1), torch.cat([mask, mask.new_ones(2, 6)], 1)
+    second = model.generate(ids, attention_mask=mask, **with_cache(cache), max_new_tokens=4, **options)
+    return second.sequences, cache
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    "settings, options",
+    [
+        ({"position_slope": 0.01, "learn_slope": True}, {}),
+        ({"scorer": "mlp", "learn_slope": True}, {}),
+        ({}, {"num_beams": 2}),
+        ({"lora_rank": 2}, {}),
+    ],
+)
+def test_a_model_goes_on_as_without_the_kernel(everywhere, monkeypatch, settings, options, padded):
+    patched = model(**settings)
+    ids, cache = texts(patched, padded, **options)
+    assert everywhere, "the kernel was not used"
+    with monkeypatch.context() as without:
+        without.setattr(attention, "step_in_one_kernel", lambda *_: None)
+        steps = len(everywhere)
+        expected, other = texts(patched, padded, **options)
+        assert len(everywhere) == steps
+    assert torch.equal(ids, expected)
+    for ours, theirs in zip(cache.layers, other.layers, strict=True):
+        for name in ("positions", "seen", "padded_late", "cumulative_length"):
+            assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+        for name in ("keys", "values", "scores"):
+            torch.testing.assert_close(getattr(ours, name), getattr(theirs, name), rtol=1e-4, atol=1e-5)
+
+
+def test_parameters_that_change_are_noticed(everywhere):
+    patched = model(position_slope=0.01)
+    ids, cache = texts(patched)
+    mask = torch.ones(2, ids.shape[1], device=DEVICE, dtype=torch.int64)
+    layer, scorer = cache.layers[0], patched.model.layers[0].self_attn.sparse_attention.sparsek_scorer["default"]
+    for change in (lambda: scorer.weight.data.mul_(2), lambda: setattr(scorer.weight, "data", scorer.weight.data * -1)):
+        change()
+        position = layer.seen[0].item()
+        with torch.no_grad():
+            patched(ids[:, -1:], attention_mask=torch.cat([mask, mask[:, :1]], 1), **with_cache(cache))
+            state = patched.model.layers[0].input_layernorm(patched.model.embed_tokens(ids[:, -1:]))
+            expected = scorer(state, torch.full_like(ids[:, -1:], position))
+        at = layer.positions == position
+        torch.testing.assert_close(layer.scores[at].view(2, 2), expected[..., 0])
+        mask = torch.cat([mask, mask[:, :1]], 1)
+
+
+def test_generation_in_train_mode_takes_the_kernel(everywhere):
+    patched = model()
+    expected, _ = texts(patched)
+    steps = len(everywhere)
+    for module in patched.model.layers:
+        module.self_attn.sparse_attention.train()
+    ids, _ = texts(patched)
+    assert torch.equal(ids, expected) and len(everywhere) == 2 * steps
+
+
+def test_a_copy_of_a_cache_has_a_kernel_of_its_own(everywhere):
+    patched = model()
+    ids, cache = texts(patched)
+    mask = torch.ones(2, ids.shape[1] + 1, device=DEVICE, dtype=torch.int64)
+    kept = [layer.keys.clone() for layer in cache.layers]
+    copied = copy.deepcopy(cache)
+    for other in (copied, pickle.loads(pickle.dumps(cache))):
+        assert all(layer.step is None for layer in other.layers)
+    with torch.no_grad():
+        patched(ids[:, -1:], attention_mask=mask, **with_cache(copied))
+    for layer, other, keys in zip(cache.layers, copied.layers, kept, strict=True):
+        assert torch.equal(layer.keys, keys) and not torch.equal(other.keys, keys)
+
+
+@pytest.mark.parametrize("reason", ["gradients", "training", "policy"])
+def test_a_step_that_needs_more_takes_the_other_path(everywhere, reason):
+    patched = model()
+    ids, cache = texts(patched)
+    steps, layer = len(everywhere), patched.model.layers[0].self_attn.sparse_attention
+    mask = torch.ones(2, ids.shape[1] + 1, device=DEVICE, dtype=torch.int64)
+    if reason == "policy":
+        for module in patched.model.layers:
+            module.self_attn.sparse_attention.policy = Recency()
+        cache, mask = SparseKCache(patched), mask[:, :2]
+        with torch.no_grad():
+            patched(ids[:, :1], attention_mask=mask[:, :1], **with_cache(cache))
+    if reason == "training":
+        layer.train()
+        with pytest.raises(ValueError, match="decoding uses hard selection"):
+            patched(ids[:, -1:], attention_mask=mask, **with_cache(cache))
+        return
+    before = cache.layers[0].cumulative_length.item()
+    with torch.set_grad_enabled(reason == "gradients"):
+        patched(ids[:, -1:], attention_mask=mask, **with_cache(cache))
+    assert len(everywhere) == steps
+    assert cache.layers[0].cumulative_length.item() == before + 1
