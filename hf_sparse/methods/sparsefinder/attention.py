@@ -131,8 +131,9 @@ class SparsefinderAttention(SparseMethod):
             valid = None
         learned = self.parameters_in_use
         options: dict[str, Any] = {"alpha": learned.alpha, "scaling": scaling * learned.scale, "causal": self.causal}
-        codes, sees_all = None, self.is_learning(cache) or self.config.predictor == "full"
-        if self.pattern is None and self.config.learns_graph and not self.is_learning(cache):
+        learning = self.is_learning(cache) or (self.training and self.observer is not None)  # finetune observes texts
+        codes, sees_all = None, learning or self.config.predictor == "full"
+        if self.pattern is None and self.config.learns_graph and not learning:
             codes = self._codes(query, key, cache)
         elif valid is not None and self.pattern is None and self.observer is None and sees_all:
             return entmax_attention(query, key, value, valid=valid, **options)
