@@ -158,7 +158,7 @@ class Measure:
         assert difference >= least, f"largest difference {difference:.3g}, expected at least {least:g}"
 
     @contextlib.contextmanager
-    def refused(self, error: type[Exception], match: str) -> Iterator[None]:
+    def refused(self, error: type[Exception] | tuple[type[Exception], ...], match: str) -> Iterator[None]:
         """One clear error instead of a wrong result."""
         with pytest.raises(error, match=match):
             yield

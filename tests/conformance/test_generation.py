@@ -9,6 +9,12 @@ from hf_sparse.methods.sparsek import SparseKCacheLayer
 KIND = "causal"
 ROOMY = 150  # slots for all that these tests write
 
+# Ours, or from transformers 5.24 on its own: it asks the cache after the prompt.
+NOT_CROPPABLE = (
+    (RuntimeError, ValueError),
+    "evicted for good, so it cannot be cropped|requires a cache that can be cropped",
+)
+
 
 def _generate(model, ids, **options):
     return model.generate(ids, max_new_tokens=24, do_sample=False, **options)
@@ -64,7 +70,7 @@ def test_assisted(subject, measure):
     roomy = subject.fresh(k=ROOMY)
     assistant = subject.fresh(seed=1)  # often right, often wrong
     measure.equal(_generate(roomy, ids, assistant_model=subject.base), _generate(roomy, ids))
-    with measure.refused(RuntimeError, "evicted for good, so it cannot be cropped"):
+    with measure.refused(*NOT_CROPPABLE):
         _generate(subject.sparse, ids, assistant_model=assistant)
 
 
@@ -73,7 +79,7 @@ def test_lookup(subject, measure):
     ids = subject.ids[:1, :8].repeat(1, 3)
     roomy = subject.fresh(k=ROOMY)
     measure.equal(_generate(roomy, ids, prompt_lookup_num_tokens=3), _generate(roomy, ids))
-    with measure.refused(RuntimeError, "evicted for good, so it cannot be cropped"):
+    with measure.refused(*NOT_CROPPABLE):
         _generate(subject.sparse, ids, prompt_lookup_num_tokens=3)
 
 

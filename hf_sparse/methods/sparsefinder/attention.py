@@ -114,7 +114,8 @@ class SparsefinderAttention(SparseMethod):
         learned = self.parameters_in_use
         options: dict[str, Any] = {"alpha": learned.alpha, "scaling": scaling * learned.scale, "causal": self.causal}
         text = Text(query, key, value, **options, layer=self.layer)
-        predicts = self.pattern is None and not self.is_learning(cache)
+        learning = self.is_learning(cache) or (self.training and self.observer is not None)  # finetune observes texts
+        predicts = self.pattern is None and not learning
         codes = self._codes(query, key, cache) if predicts and learned.predictor.learns_graph else None
         if valid is None:
             return self._over_graph(text, codes, predicts)
