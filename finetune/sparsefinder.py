@@ -65,7 +65,7 @@ class SparsefinderTraining(Training):
         return self.stages[-1].name == "graph"
 
     def identity(self) -> dict[str, Any]:
-        others = {f.name for f in fields(PeftConfig)} | {"target_modules"}
+        others = {f.name for f in fields(PeftConfig)} | {"target_modules", "saves_embeddings"}
         own = {f.name for f in fields(SparsefinderConfig)} - others
         return {name: getattr(self.methods[0].config, name) for name in sorted(own)}
 
