@@ -66,7 +66,7 @@ class SparsefinderTraining(Training):
         return self.stages[-1].name == "graph"
 
     def identity(self) -> dict[str, Any]:
-        others = {f.name for f in fields(PeftConfig)} | {"target_modules", "modules_to_save"}
+        others = {f.name for f in fields(PeftConfig)} | {"target_modules", "modules_to_save", "saves_embeddings"}
         own = {f.name for f in fields(SparsefinderConfig)} - others
         return {name: getattr(self.methods[0].config, name) for name in sorted(own)}
 

@@ -14,7 +14,9 @@ from hf_sparse.ops.graphs.tiles import own_tiles, tile_counts
 from hf_sparse.patches import methods_in_use
 
 # What says nothing about how the trained adapter attends.
-_ASIDE = {f.name for f in fields(PeftConfig)} | {"initial_scale", "target_modules", "base_shape"}
+_ASIDE = {f.name for f in fields(PeftConfig)} | {
+    *("initial_scale", "target_modules", "base_shape", "modules_to_save", "saves_embeddings")
+}
 
 
 @dataclass(frozen=True)
