@@ -255,6 +255,7 @@ def some(request: pytest.FixtureRequest, number: int) -> range:
     return range(0, number, 1 if whole else -(-number // LIMIT))
 
 
+@pytest.mark.fuzz
 @pytest.mark.parametrize("old", ["fresh", "whole"])
 def test_resumes_bit_for_bit_from_any_kill(place, tmp_path, request, old):
     folder = shutil.copytree(getattr(place, old), tmp_path / "adapter")
@@ -275,6 +276,7 @@ def test_resumes_bit_for_bit_from_any_kill(place, tmp_path, request, old):
     assert (from_another_run > 0) == (old == "whole")
 
 
+@pytest.mark.fuzz
 @pytest.mark.parametrize("verb", ["patch --force", "finetune with checkpoints", "write_repo", "report again"])
 def test_interrupted_before_any_call(place, tmp_path, request, verb):
     counted = shutil.copytree(place.whole, tmp_path / "counted")

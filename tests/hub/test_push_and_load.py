@@ -1,5 +1,6 @@
 """Adapters go all the way: pushed in one commit, loaded elsewhere with the same bits, every refusal explained."""
 
+import hashlib
 import json
 import re
 import subprocess
@@ -224,8 +225,12 @@ def test_one_commit_with_the_wanted_files(model, base_id, api, hub, repo_id):
     assert {"hf-sparse", "sparsek", "sparse-attention"} <= set(card.data.tags)
     assert f'hf_sparse.from_pretrained("{repo_id}")' in card.text
     published = json.loads(Path(hf_hub_download(repo_id, "eval.json")).read_text())
-    assert published == EVALUATION | {"base_model": base_id}  # no path of this machine
-    assert json.loads(Path(hf_hub_download(repo_id, "finetune.json")).read_text()) == TRAINING
+    weights = Path(hf_hub_download(repo_id, "adapter_model.safetensors")).read_bytes()
+    marks = {"weights_sha256": hashlib.sha256(weights).hexdigest()}
+    assert json.loads(Path(hf_hub_download(repo_id, "finetune.json")).read_text()) == TRAINING | marks
+    marks |= {"settings_sha256": published.get("settings_sha256")}
+    assert published == EVALUATION | marks | {"base_model": base_id}  # no path of this machine
+    assert re.fullmatch("[0-9a-f]{64}", published["settings_sha256"])
     assert AutoTokenizer.from_pretrained(card.data.base_model)("sparse attention")["input_ids"] == [1, 2]
 
     push_to_hub(model, repo_id, evaluation=EVALUATION, training=TRAINING)
