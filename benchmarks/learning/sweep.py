@@ -26,7 +26,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sparse import SparseKConfig
-from hf_sparse.adapter import resolve_base
+from hf_sparse.base import resolve_base
 from hf_sparse.data import fingerprint, pack, read_text, select_chunks
 from hf_sparse.demo.text import documents
 from hf_sparse.evaluation import budget_of, compare

@@ -155,7 +155,7 @@ def test_decoding_while_training_is_refused():
     module, tensors = method().train(), inputs(1, 3)
     cache = module.cache_layer()
     attend(module, tensors, cache=cache)
-    with pytest.raises(ValueError, match=r"decoding uses hard selection: call model.eval\(\) before generating"):
+    with pytest.raises(ValueError, match=r"call model.eval\(\) or use torch.no_grad\(\) before generating"):
         attend(module, inputs(1, 1), cache=cache)
 
 
