@@ -15,8 +15,6 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from hf_sparse.tokens import redact, scrub
-
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -37,7 +35,7 @@ class _Group(TyperGroup):
             raise typer.Exit(130) from None
         except Exception as error:
             if not _is_expected(error):
-                scrub(error)
+                _scrub(error)
                 raise
             _complain(f"[red]error:[/red] {escape(_line(error))}")
             raise typer.Exit(1) from None
@@ -583,7 +581,17 @@ def _is_expected(error: Exception) -> bool:
 
 
 def _line(error: Exception) -> str:
+    from hf_sparse.tokens import redact
+
     return redact(" ".join(str(error).split())) or type(error).__name__
+
+
+def _scrub(error: Exception) -> None:
+    """Take tokens out of an exception that is printed whole; where nothing of ours has run there are none."""
+    if "hf_sparse.tokens" in sys.modules:
+        from hf_sparse.tokens import scrub
+
+        scrub(error)
 
 
 @contextmanager
@@ -592,7 +600,7 @@ def _without_secrets() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        scrub(error)
+        _scrub(error)
         raise
 
 

@@ -6,11 +6,12 @@ Only safetensors and JSON are read or written, and no code from a repository run
 import copy
 import hashlib
 import json
+import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ from hf_sparse.demo import BASE_NAME
 from hf_sparse.embeddings import embeddings_of
 from hf_sparse.errors import AdapterMismatchError, HfSparseError, HubError
 from hf_sparse.files import read_object
+from hf_sparse.folders import locked
 from hf_sparse.machine import is_main_process
 from hf_sparse.methods import registered_methods
 from hf_sparse.patches import methods_of
@@ -125,7 +127,7 @@ def from_pretrained(
             if head:
                 head |= {key: kwargs[key] for key in ("num_labels", "id2label", "label2id") if key in kwargs}
                 kwargs = {"ignore_mismatched_sizes": True, **head, **kwargs}  # the adapter's head takes its place
-            opened = open_base(name, **options, **kwargs)
+            opened = open_base(name, **{**options, **kwargs})
             tokens = check_fit(adapter, opened.skeleton(adapter.model_class), name)
             base, missing = opened.load(adapter.model_class)
             check_loaded(adapter, base, missing)
@@ -308,9 +310,19 @@ def _active_adapter(model: Any) -> str:
 
 
 def _stage(folder: Path, stage: Path, base_model: str | None, token: str | bool | None) -> str:
-    """Copy an adapter and its measurements to a new folder; the name of its base model, which holds everywhere."""
+    """Copy an adapter and its measurements to a new folder; return the name of its base model, which holds everywhere.
+
+    Raises:
+        BusyError: another run holds the folder.
+    """
     if not folder.is_dir():
         raise HubError(f"{folder} is not a folder, so there is no adapter to push")
+    # Nobody replaces files between the reads; what takes no files is not replaced.
+    with locked(folder) if os.access(folder, os.W_OK) else nullcontext():
+        return _copy(folder, stage, base_model, token)
+
+
+def _copy(folder: Path, stage: Path, base_model: str | None, token: str | bool | None) -> str:
     adapter = read_adapter(folder, str(folder))
     name = base_model or adapter.base_model
     if name is None:

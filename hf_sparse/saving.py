@@ -51,7 +51,7 @@ class _OwnCard:
 
 #: The subclass of each class of PEFT's; pickle finds them in this module by their names.
 CLASSES: dict[type, type] = {
-    kind: type(kind.__name__, (_OwnCard, kind), {"__module__": __name__, "__doc__": kind.__doc__})
+    kind: type(kind.__name__, (_OwnCard, kind), {"__module__": __name__})
     for kind in vars(peft).values()
     if isinstance(kind, type) and issubclass(kind, PeftModel)
 }

@@ -4,7 +4,6 @@ import copy
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, TypeVar, overload
 
 import torch
@@ -67,15 +66,17 @@ def _name(layer: nn.Module) -> str:
     return f"{type(layer).__module__}.{type(layer).__name__}"
 
 
-def _refuse_training_around(model: nn.Module, module: nn.Module, args: Any) -> None:
+def _refuse_training_around(module: nn.Module, args: Any) -> None:
     """Forward pre-hook of the first patched attention module, for what PEFT wraps around a patched model later.
 
     Raises:
         ValueError: another PEFT adapter is trained around sparse attention in use. It would be saved as an adapter of
             its own method, from which PEFT drops the rest when it loads.
     """
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not getattr(module, CHILD).is_active:
+    method: Any = getattr(module, CHILD)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not method.is_active:
         return
+    model = method.on_toggle.model()
     if layer := next((m for m in _foreign(model) if any(p.requires_grad for p in m.parameters())), None):
         raise ValueError(
             f"a PEFT adapter ({_name(layer)}) is trained around sparse attention, and would be loaded without "
@@ -150,7 +151,7 @@ def attach(module: nn.Module, model: PreTrainedModel, adapter: str, config: Any)
         method.beside_local = any(family.is_local(other) for _, other in family.modules(model))
         method.hooks.append(module.register_forward_pre_hook(before_attention, with_kwargs=True))
         if not others:
-            method.hooks.append(module.register_forward_pre_hook(partial(_refuse_training_around, model)))
+            method.hooks.append(module.register_forward_pre_hook(_refuse_training_around))
         module.add_module(CHILD, method)
         method.enable_adapters(True)
     if config.lora_rank:

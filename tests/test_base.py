@@ -118,7 +118,8 @@ def test_kernels_from_the_hub_are_refused(folder):
 
 def test_options_of_a_configuration_change_it(base):
     opened = open_base(str(base), use_cache=False, dtype=torch.bfloat16)
-    model = opened.load()
+    model, missing = opened.load()
+    assert not missing
     assert model.config.use_cache is False and model.dtype == torch.bfloat16
 
 

@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -26,8 +27,9 @@ from transformers import (
 
 import hf_sparse
 from hf_sparse.demo import CHECKPOINT
-from hf_sparse.errors import AdapterMismatchError, DataError, HubError, UnsupportedModelError
+from hf_sparse.errors import AdapterMismatchError, BusyError, DataError, HubError, UnsupportedModelError
 from hf_sparse.evaluation import analyse
+from hf_sparse.folders import locked
 from hf_sparse.hub import from_pretrained, push_to_hub, resolve_base, write_repo
 from hf_sparse.methods.sparsefinder import SparsefinderAttention, fit_predictors
 from hf_sparse.patches import methods_in_use, methods_of
@@ -257,6 +259,19 @@ def test_folder(folder, api, repo_id):
     assert files(api, repo_id) == [name for name in FILES if name != "finetune.json"]
     assert "[More Information Needed]" not in ModelCard.load(repo_id).text  # not the card that PEFT wrote
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_folder_that_another_run_replaces_is_not_pushed(folder, api, hub, repo_id):
+    with ThreadPoolExecutor(1) as other, locked(folder):
+        pushed = other.submit(hf_sparse.push_to_hub, folder, repo_id)
+        with pytest.raises(BusyError, match=r"is in use by another run \(pid"):
+            pushed.result()
+    assert not api.repo_exists(repo_id)
+    folder.chmod(0o500)  # nobody replaces what takes no files
+    try:
+        hf_sparse.push_to_hub(folder, repo_id)
+    finally:
+        folder.chmod(0o700)
 
 
 def test_active_adapter_of_several(model, hub, repo_id):
