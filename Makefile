@@ -4,6 +4,10 @@ READY := .venv/.ready
 OLDEST := .venv/oldest
 TRITON := .venv/triton
 
+# Tests of what calls neither transformers nor PEFT nor the Hub's client; they do not run a second time.
+ONCE := tests/ops tests/test_doctests.py tests/test_escaping.py tests/test_figures.py tests/test_folders.py \
+	tests/test_layers.py tests/test_speed.py tests/test_wheel.py
+
 .DEFAULT_GOAL := help
 .PHONY: demo test kernels conformance lint format clean help
 
@@ -12,7 +16,7 @@ demo: $(READY) ## Patch, finetune and evaluate the bundled checkpoint, offline
 
 test: lint $(OLDEST)/.ready kernels ## Everything CI runs: lint, the tests on the newest and on the oldest versions, the kernels
 	$(BIN)/pytest -n auto --maxprocesses 4
-	PYTHONPATH=$(OLDEST) $(BIN)/pytest -n auto --maxprocesses 4
+	PYTHONPATH=$(OLDEST) $(BIN)/pytest -n auto --maxprocesses 4 $(addprefix --ignore=,$(ONCE))
 
 # Triton lies in a folder of its own, so that all other tests run without it. There are no wheels of it but for Linux.
 ifeq ($(shell uname -s),Linux)
