@@ -1,5 +1,6 @@
 """The training loop, flat: one function from checks to metrics."""
 
+import hashlib
 import json
 import math
 import os
@@ -258,11 +259,24 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
         }
         if accelerator.device.type == "cuda":
             metrics["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
-        # Where an adapter lies, it would be beside weights of which it does not tell.
-        if output and accelerator.is_main_process and not (output / "adapter_config.json").exists():
-            output.mkdir(parents=True, exist_ok=True)
-            write_json(output / "finetune.json", metrics)
+        if output and accelerator.is_main_process:
+            if (output / "adapter_config.json").exists():  # it would be beside weights of which it does not tell
+                _name_weights(output)
+            else:
+                output.mkdir(parents=True, exist_ok=True)
+                write_json(output / "finetune.json", metrics)
     return metrics
+
+
+def _name_weights(output: Path) -> None:
+    """Let the finetune.json of an earlier run say of which weights it tells, before others take their place."""
+    try:
+        metrics = json.loads((output / "finetune.json").read_text("utf-8"))
+        weights = (output / "adapter_model.safetensors").read_bytes()
+    except (OSError, ValueError, RecursionError):  # there is none, or it is damaged and nobody will show it
+        return
+    if isinstance(metrics, dict) and "weights_sha256" not in metrics:
+        write_json(output / "finetune.json", metrics | {"weights_sha256": hashlib.sha256(weights).hexdigest()})
 
 
 def _finished(output: Path | None, state: Mapping[str, Any]) -> str | None:

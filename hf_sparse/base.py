@@ -31,7 +31,7 @@ _MOST_LAYERS = 1024  # one Python object and more for each, while a skeleton is 
 _MOST_LABELS = 2**20
 _MOST_SIZE = 2**31 - 1
 
-_HUB = ("revision", "token", "cache_dir", "local_files_only")
+_HUB = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download", "proxies")
 _OF_LOADING = ("dtype", "torch_dtype", "quantization_config")  # in a configuration these mean something else
 
 

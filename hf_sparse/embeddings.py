@@ -39,6 +39,11 @@ def has_new_embeddings(base: PreTrainedModel, name: str | None, revision: str | 
     parameters = embeddings_of(base).values()
     if any(parameter.requires_grad for parameter in parameters):
         return True
+    # transformers marks what it has loaded, and resizing makes new ones.
+    if any(getattr(p, "_is_hf_initialized", False) for p in base.parameters()) and not all(
+        getattr(p, "_is_hf_initialized", False) for p in base.get_input_embeddings().parameters(recurse=False)
+    ):
+        return True
     if not parameters or not name:
         return False
     place = str(CHECKPOINT) if name == BASE_NAME else name

@@ -236,6 +236,8 @@ def _check_options(base_model: Any, kwargs: dict[str, Any]) -> PreTrainedModel |
         raise ValueError("use_kernels=True is refused: hf-sparse fetches no kernels, which are code from a repository")
     if kwargs.pop("allow_all_kernels", False):
         raise ValueError("allow_all_kernels=True is refused: hf-sparse fetches no kernels")
+    if "config" in kwargs:
+        raise TypeError("config= is not taken: load the base model with it, and pass that model as base_model=")
     if base_model is None or isinstance(base_model, str | Path):
         return None
     if not isinstance(base_model, PreTrainedModel):

@@ -45,7 +45,8 @@ class _OwnCard:
 
     def _upload_modified_files(self, working_dir: str, repo_id: str, *args: Any, **options: Any) -> Any:
         """Where `push_to_hub` has put its card, and uploads: the one moment in between."""
-        _write(Path(working_dir), repo_id)
+        if _is_replaceable(Path(working_dir, CARD)):
+            _write(Path(working_dir), repo_id)
         return super()._upload_modified_files(working_dir, repo_id, *args, **options)  # type: ignore[misc]
 
 

@@ -146,11 +146,16 @@ def train_adapter(
     """
     folder = Path(folder)
     earlier = read_json(folder / TRAINING)
+    if earlier is not None:
+        before = earlier.get("trained_on")
+        if before is not None and earlier.get("weights_sha256") != read_adapter(folder, str(folder)).weights_sha256:
+            before = None  # another loop has trained these weights since
+        if before is not None:
+            merged(before, before)  # a damaged one is an error now, and not after the training
     model, tokenizer = load_adapter(folder, device=device, dtype=dtype, trainable=True)
     data = _data(model, tokenizer, text, length, chunks, bos=bos, seed=config.seed, corrupt=True)
     metrics = finetune(model, data, replace(config, output_dir=str(folder), cpu=model.device.type == "cpu"))
     if earlier is not None:  # what these weights were trained on before; unknown where that was not recorded
-        before = earlier.get("trained_on")
         metrics["trained_on"] = merged(before, metrics["trained_on"]) if before else None
     if is_main_process():
         with staged(folder, removed=measurements(folder)) as stage:

@@ -181,8 +181,8 @@ def before_attention(
     if not method.is_active:
         return None
     hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    name = None  # a decoding step goes on as it began
-    if hidden_states.shape[1] > 1 and method.is_managed and method.is_managed():
+    name = None
+    if method.is_managed and method.is_managed() and not _goes_on(module, args, kwargs, hidden_states):
         name = _other_name(module, method)
     if name:
         method.set_adapter(name)
@@ -200,8 +200,17 @@ def before_attention(
         cache = cache.self_attention_cache  # the other half belongs to cross-attention, which stays dense
     layer = None if cache is None else own_layer(cache, int(module.layer_idx), method)  # type: ignore[arg-type]
     if layer is not None:
+        method.check_cache(layer)
         layer.announced = True
     return args, {**kwargs, "sparse_call": SparseCall(method, hidden_states, layer)}
+
+
+def _goes_on(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], hidden_states: Tensor) -> bool:
+    """Tell a decoding step, which goes on as its text began, from the first token of a text."""
+    if hidden_states.shape[1] > 1 or torch.compiler.is_compiling():
+        return hidden_states.shape[1] == 1
+    cache = cache_given(module, args, kwargs)
+    return cache is not None and cache.get_seq_length(int(module.layer_idx)) > 0  # type: ignore[arg-type]
 
 
 def _other_name(module: nn.Module, method: SparseMethod) -> list[str] | None:

@@ -165,3 +165,13 @@ def test_merged_lora_is_a_base_like_any_other(base, tmp_path):
     save_adapter(model, tmp_path / "adapter")
     loaded = hf_sparse.from_pretrained(tmp_path / "adapter")
     assert torch.equal(loaded(input_ids=TOKENS).logits, model(input_ids=TOKENS).logits)
+
+
+def test_a_subfolder_is_that_of_the_weights_too(tmp_path, tiny_llama):
+    root, inner = tiny_llama(), tiny_llama()
+    with torch.no_grad():
+        inner.lm_head.weight.fill_(7)
+    root.save_pretrained(tmp_path / "two")
+    inner.save_pretrained(tmp_path / "two" / "sub")
+    model, missing = open_base(str(tmp_path / "two"), subfolder="sub").load()
+    assert not missing and model.lm_head.weight[0, 0] == 7

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from hf_sparse import SparsefinderConfig, SparseKCache, SparseKConfig
-from hf_sparse._compat import cache_of
+from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.errors import AdapterMismatchError
 from hf_sparse.methods.sparsek import SparseKCacheLayer
 from hf_sparse.methods.sparsek.attention import _warn_of_short_text
@@ -452,3 +452,19 @@ def test_transformers_says_which_peft_its_own_methods_need(tiny_llama):
         with pytest.raises(ValueError, match=r"please use a version >= 0\.22"):
             model.add_adapter(config())
         assert methods_of(model) == []
+
+
+def test_a_refused_step_leaves_the_cache_as_it_was(tiny_llama):
+    model = get_peft_model(tiny_llama(), config()).eval()
+    model.add_adapter("other", config(k=8))
+    cache = SparseKCache(model)
+    with torch.no_grad():
+        expected = model(input_ids=IDS).logits[:, -1]
+        model(input_ids=IDS[:, :-1], **with_cache(cache))
+        model.set_adapter("other")
+        with pytest.raises(ValueError, match="another adapter chose"):
+            model(input_ids=IDS[:, -1:], **with_cache(cache))
+        model.set_adapter("default")
+        torch.testing.assert_close(
+            model(input_ids=IDS[:, -1:], **with_cache(cache)).logits[:, -1], expected, rtol=0, atol=1e-5
+        )

@@ -140,6 +140,13 @@ class SparseMethod(nn.Module, BaseTunerLayer):
         """
         raise NotImplementedError
 
+    def check_cache(self, cache: Any) -> None:
+        """Raise `ValueError` for a cache layer that this forward cannot go on with, before it counts new tokens.
+
+        Args:
+            cache: what `cache_layer` made.
+        """
+
     def cache_layer(self) -> CacheLayerMixin:
         """A new, empty cache layer for one sequence batch.
 

@@ -1,9 +1,10 @@
 """Modules of the base model, such as its head, that are trained and saved with an adapter."""
 
-from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from peft import PeftConfig
+
+from hf_sparse.methods.checks import shown
 
 # PEFT's task types whose classes add names to `modules_to_save`.
 TASKS_WITH_HEAD = frozenset({"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"})
@@ -30,7 +31,7 @@ class SavedModules(PeftConfig):
         super().__post_init__()
         names = self.modules_to_save
         if names is not None:
-            if isinstance(names, str) or not isinstance(names, Collection):
+            if not isinstance(names, list | tuple | set):
                 raise ValueError(self._not_names())
             if not all(isinstance(name, str) and name for name in names):
                 raise ValueError(self._not_names())
@@ -43,5 +44,5 @@ class SavedModules(PeftConfig):
     def _not_names(self) -> str:
         return (
             f"{type(self).__name__}.modules_to_save must be None or a list of names of modules, "
-            f"got {self.modules_to_save!r}"
+            f"got {shown(self.modules_to_save)}"
         )

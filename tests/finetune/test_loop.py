@@ -1,5 +1,6 @@
 """The loop: what changes, what does not, what it writes, and that a resumed run is the run."""
 
+import hashlib
 import json
 import os
 import signal
@@ -10,6 +11,7 @@ import warnings
 
 import accelerate
 import datasets
+import peft
 import pytest
 import torch
 from accelerate.utils import DistributedType
@@ -394,3 +396,15 @@ def test_float32_on_a_cpu_does_not_warn(sparse_llama, chunks):
         warnings.simplefilter("always")
         finetune(sparse_llama(), chunks, FinetuneConfig(steps=1, warm_start_steps=0, progress=False, cpu=True))
     assert not [w for w in told if "slower than in float32" in str(w.message)]
+
+
+def test_the_metrics_of_an_earlier_run_name_their_weights(tiny_llama, tmp_path):
+    model = peft.get_peft_model(tiny_llama(), SparseKConfig(k=4, window=4, sinks=1))
+    chunks = torch.randint(3, 64, (4, 32))
+    settings = {"warm_start_steps": 0, "batch_size": 2, "progress": False, "cpu": True, "output_dir": str(tmp_path)}
+    for steps in (1, 2):
+        finetune(model, chunks, FinetuneConfig(steps=steps, **settings))
+        model.save_pretrained(tmp_path)
+    told = json.loads((tmp_path / "finetune.json").read_text())
+    assert told["settings"]["steps"] == 1
+    assert told["weights_sha256"] != hashlib.sha256((tmp_path / "adapter_model.safetensors").read_bytes()).hexdigest()

@@ -167,3 +167,15 @@ def test_an_encoder_takes_no_cache():
     model = sparse("bert", model="BertModel")
     with pytest.raises(ValueError, match="has no KV cache: pass none"):
         model(IDS, **with_cache(DynamicCache()))
+
+
+@pytest.mark.parametrize("chunk", [7, 16])
+@pytest.mark.parametrize("settings", [{"predictor": "bound"}, {"predictor": "bound", "tile": 8, "query_tile": 1}])
+def test_padded_rows_in_chunks_and_turns(settings, chunk):
+    model = patch(FAMILIES["llama"].make().eval(), SparsefinderConfig(**settings))
+    ids = torch.randint(3, 64, (3, 30), generator=torch.Generator().manual_seed(2))
+    mask = torch.ones_like(ids)
+    mask[0, :7], mask[2, :3] = 0, 0
+    options = {"input_ids": ids, "attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    whole = model.generate(**options)
+    assert torch.equal(model.generate(**options, prefill_chunk_size=chunk), whole)

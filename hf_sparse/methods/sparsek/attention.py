@@ -94,6 +94,15 @@ class SparseKAttention(SparseMethod):
         scorer = self.sparsek_scorer[self.active]
         return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in scorer.parameters())
 
+    def check_cache(self, cache: SparseKCacheLayer) -> None:
+        if cache.owner != self._chooser:
+            raise ValueError("the cache holds what another adapter chose: start a new cache after switching adapters")
+        if not cache.empty and (cache.soft or (self.policy is None and self.is_learning(cache))):
+            raise ValueError(
+                "decoding uses hard selection, and a training forward has soft gates: call model.eval() or use "
+                "torch.no_grad() before generating, from the first token on"
+            )
+
     def score(self, hidden_states: Tensor, index: Tensor) -> Tensor:
         """The scorer's frozen scores `[B, Hkv, T]` float32 of tokens that stand at `index` `[B, T]` of their rows."""
         return self.sparsek_scorer[self.active](hidden_states, index)
@@ -124,8 +133,8 @@ class SparseKAttention(SparseMethod):
                 f"{type(policy).__name__} selects keys as a text grows, and a bidirectional attention module sees all "
                 "at once: the baselines of encoders are recency (a window) and random"
             )
-        if cache is not None and cache.owner != self._chooser:
-            raise ValueError("the cache holds what another adapter chose: start a new cache after switching adapters")
+        if cache is not None:
+            self.check_cache(cache)
         seen = 0 if cache is None else cache.seen
         index = token_index(valid, seen, batch, length, query.device)
         if policy is None:
@@ -138,11 +147,6 @@ class SparseKAttention(SparseMethod):
             dense: dict[str, Any] = {"k": max(1, length), "window": 1, "sinks": 0, "causal": self.causal}
             return _aligned(query, key, value, scores, valid, valid, scaling=scaling, **dense)
         soft = policy is None and self.is_learning(cache)
-        if cache is not None and not fresh and (soft or cache.soft):
-            raise ValueError(
-                "decoding uses hard selection, and a training forward has soft gates: call model.eval() or use "
-                "torch.no_grad() before generating, from the first token on"
-            )
 
         if policy is not None:
             budget = policy.budget(budget, self.causal)

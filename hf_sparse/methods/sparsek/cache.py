@@ -221,6 +221,7 @@ class SparseKCacheLayer(CacheLayerMixin):
             else:
                 setattr(self, name, new)
                 _fix_address(new)
+                self.step = None  # it holds the old memory
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens, as long as nothing has been evicted yet.

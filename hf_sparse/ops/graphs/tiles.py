@@ -123,13 +123,11 @@ class Tiles:
         """`[B, H, nq, nk]` bool, for `tiles` = `nk` tiles of keys.
 
         Raises:
-            ValueError: a listed tile does not exist, or there are more queries than keys.
+            ValueError: a listed tile does not exist.
         """
         highest = int(self.index.max()) if self.index.numel() else -1
-        if highest >= tiles or self.index.shape[2] > tiles * (self.size // self.rows):
-            raise ValueError(
-                f"the graph lists key tile {highest} and {self.index.shape[2]} query tiles, but there are {tiles} tiles"
-            )
+        if highest >= tiles:
+            raise ValueError(f"the graph lists key tile {highest}, but there are {tiles} tiles")
         listed = self.index.new_zeros((*self.index.shape[:3], tiles + 1), dtype=torch.bool)
         return listed.scatter_(-1, self.index.masked_fill(self.index < 0, tiles), True)[..., :tiles]
 
