@@ -1,4 +1,4 @@
-"""What a run began with, as sha256: the weights of the base model, and those of the adapter."""
+"""Hash what a run begins with: the weights of the base model, and those of the adapter."""
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence

@@ -88,7 +88,7 @@ class Base:
 
 
 def resolve_base(name: str) -> str:
-    """What transformers can load for the name of a base model: `"demo"` is the bundled checkpoint, always."""
+    """Return what transformers can load for the name of a base model: `"demo"` is the bundled checkpoint, always."""
     return str(CHECKPOINT) if name == BASE_NAME else name
 
 

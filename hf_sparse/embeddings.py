@@ -30,7 +30,7 @@ def embeddings_of(base: PreTrainedModel, prefix: str = "") -> dict[str, Tensor]:
 
 
 def has_new_embeddings(base: PreTrainedModel, name: str | None, revision: str | None) -> bool:
-    """Whether the embeddings of a base model are learning, or have another number of tokens than its checkpoint.
+    """Tell whether the embeddings of a base model are learning, or have another number of tokens than its checkpoint.
 
     Args:
         name: of the checkpoint: a folder, or an id on the Hub, whose configuration is in the cache. Without one there

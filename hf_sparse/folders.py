@@ -124,7 +124,7 @@ def settle(folder: Path) -> None:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether a folder holds nothing but what killed runs left."""
+    """Tell whether a folder holds nothing but what killed runs left."""
     return {path.name for path in folder.iterdir()} <= {LOCK, *(path.name for path in _stages(folder, ".stage"))}
 
 

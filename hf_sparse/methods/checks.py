@@ -1,4 +1,4 @@
-"""What the values of a configuration are; a bool is no number here.
+"""Check the values of a configuration; a bool is no number here.
 
 A configuration may come from a stranger's file: sizes have an upper end, so that none asks for memory that nobody has.
 """
