@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -88,7 +89,7 @@ def latest(output: Path) -> Path | None:
 
 
 def checkpoints(output: Path) -> list[str]:
-    """Relative paths of all checkpoints in a folder, and of what killed runs left of some."""
+    """List the relative paths of all checkpoints in a folder, and of what killed runs left of some."""
     return [f"{FOLDER}/{path.name}" for path in _named(output / FOLDER, r"\.?step-\d+|\.partial")]
 
 
@@ -117,7 +118,7 @@ def load_state(folder: Path) -> dict[str, Any]:
     rows = [row.get("step") if isinstance(row, dict) else None for row in state["history"]]
     if rows != list(range(1, step + 1)):
         raise _damaged(folder, f"its history is not that of steps 1 to {step}")
-    if not all(is_finite(row.get("loss")) for row in state["history"]):
+    if not all(isinstance(row.get("loss"), float) and math.isfinite(row["loss"]) for row in state["history"]):
         raise _damaged(folder, "its history has a step without a finite loss")
     if not all(isinstance(part, dict) for part in state["report"].values()):
         raise _damaged(folder, "its report is not one of hf-sparse")

@@ -28,7 +28,7 @@ _BLANK, _DRAFTED = "[More Information Needed]", "generated automatically accordi
 
 
 class _OwnCard:
-    """What differs from a `PeftModel`: the card."""
+    """Write the card of hf-sparse where a `PeftModel` writes its own."""
 
     def save_pretrained(self, save_directory: str, *args: Any, **options: Any) -> None:
         super().save_pretrained(save_directory, *args, **options)  # type: ignore[misc]
@@ -76,7 +76,7 @@ _registered = False
 
 
 def _is_replaceable(path: Path) -> bool:
-    """Whether a card is missing, blank or ours, and not one that a person wrote."""
+    """Tell whether a card is missing, blank or ours, and not one that a person wrote."""
     if not path.is_file():
         return True
     text = path.read_text("utf-8", errors="replace")

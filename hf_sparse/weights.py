@@ -1,4 +1,4 @@
-"""What the tensors of an adapter have to be: names, shapes and dtypes as expected, and every number finite.
+"""Check the tensors of an adapter: names, shapes and dtypes as expected, and every number finite.
 
 The same checks serve a file before anything is loaded from it, and a state dict that is saved or loaded.
 """

@@ -250,7 +250,7 @@ def patched(model: PreTrainedModel, config: Any) -> Iterator[PreTrainedModel]:
 
 
 class _Switch:
-    """What a patched model has once for all its layers.
+    """Hold what a patched model has once for all its layers.
 
     Called, it sets the attention implementation of the model's config: ours while the method is on, the base's while
     off. It stands in front of the model's `save_pretrained` and `push_to_hub`, which know nothing of the method, until

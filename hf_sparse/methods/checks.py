@@ -115,7 +115,7 @@ def check_peft_fields(config: Any) -> None:
 
 
 def _are_names(value: Any) -> bool:
-    """Whether a value is a string or a collection of strings."""
+    """Tell whether a value is a string or a collection of strings."""
     return isinstance(value, str) or (
         isinstance(value, list | tuple | set) and all(isinstance(name, str) for name in value)
     )

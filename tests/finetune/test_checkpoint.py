@@ -337,3 +337,11 @@ def test_damaged_checkpoints(run, tmp_path, request, old):
                 parameter.copy_(before[name])
         shutil.rmtree(tmp_path / str(seed))
     assert old or loaded <= count // 100
+
+
+def test_a_large_loss_is_no_damage(tmp_path):
+    parameter = torch.nn.Parameter(torch.zeros(2))
+    row = {"step": 1, "loss": 3e12}
+    state = {"settings": {}, "origin": {}, "history": [row], "report": {}, "seconds": 1.0}
+    checkpoint.save(tmp_path, 1, {"weight": parameter}, torch.optim.AdamW([parameter]), state)
+    assert checkpoint.load_state(checkpoint.latest(tmp_path))["history"] == [row]

@@ -90,7 +90,7 @@ class SparseKAttention(SparseMethod):
         )
 
     def _may_learn(self) -> bool:
-        """Whether a backward could follow, and the scorers are not frozen."""
+        """Tell whether a backward could follow, and the scorers are not frozen."""
         scorer = self.sparsek_scorer[self.active]
         return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in scorer.parameters())
 

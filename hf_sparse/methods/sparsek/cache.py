@@ -160,7 +160,7 @@ class SparseKCacheLayer(CacheLayerMixin):
 
     @property
     def is_croppable(self) -> bool:  # type: ignore[override]
-        """Whether `crop` can remove tokens now: asked once by assisted decoding, after the prompt."""
+        """Tell whether `crop` can remove tokens now: asked once by assisted decoding, after the prompt."""
         return not self.is_initialized or self._why_not_croppable() is None
 
     def _state(self) -> list[Tensor]:
@@ -379,7 +379,7 @@ def _lasting() -> AbstractContextManager[Any]:
 
 
 def _is_recorded(device: torch.device) -> bool:
-    """Whether what runs now is recorded, to be replayed without this code."""
+    """Tell whether what runs now is recorded, to be replayed without this code."""
     return torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 

@@ -87,7 +87,7 @@ def step_in_one_kernel(
 
 
 def _is_here(query: Tensor) -> bool:
-    """Whether a tensor is one of CUDA's current device, where Triton launches."""
+    """Tell whether a tensor is one of CUDA's current device, where Triton launches."""
     return query.is_cuda and type(query) is Tensor and query.device.index == torch.cuda.current_device()
 
 

@@ -312,7 +312,7 @@ def _score(states, weight, columns, EPS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _arrive(counter, EXPECTED):
-    """Whether all others have arrived; what they read and wrote lies before what this one does now."""
+    """Tell whether all others have arrived; what they read and wrote lies before what this one does now."""
     tl.debug_barrier()  # of all threads of this program, before one of them speaks for it
     last = tl.atomic_add(counter, 1, sem="acq_rel") == EXPECTED - 1
     if last:

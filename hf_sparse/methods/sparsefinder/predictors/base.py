@@ -42,7 +42,7 @@ class Text:
 
 
 class Predictor:
-    """What decides which keys a query may attend to. It holds no tensors: these are in `SparsefinderParameters`.
+    """Decide which keys a query may attend to. It holds no tensors: these are in `SparsefinderParameters`.
 
     Attributes:
         learns_graph: whether the graph is predicted from learned projections, and tokens have codes.
