@@ -31,9 +31,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from hf_sparse.files import write_json
-from hf_sparse.machine import describe
-from hf_sparse.ops import prefix, sparsek_attention
+from hf_sparse.atomic_files import write_json
+from hf_sparse.environment import describe
+from hf_sparse.ops import sparsek_attention
+from hf_sparse.ops.selection import thresholds
 
 BLOCK = 128  # of FlexAttention's mask; lengths are multiples of it
 QUANTILES = (0.5, 0.2, 0.8)
@@ -59,10 +60,10 @@ def attend(
     return sparsek_attention(*inputs, k=k, window=window, sinks=options.sinks, gates=gates, support=limit, **choice)
 
 
-def scanner(device: str) -> Callable[..., prefix.Scan]:
+def scanner(device: str) -> Callable[..., thresholds.Scan]:
     if device == "cpu":
-        return prefix.scan
-    from hf_sparse.ops.triton.scan import scan
+        return thresholds.scan
+    from hf_sparse.ops.selection.triton.scan import scan
 
     return scan
 
@@ -215,7 +216,7 @@ def check(options: argparse.Namespace) -> dict[str, float]:
         ):
             errors[f"{gates} {name}"] = float((ours - theirs).norm() / theirs.norm())
     arguments: dict[str, Any] = {"size": 200, "queries": CHECKED, "window": 61, "with_tau": True, "with_lists": True}
-    found, expected = (scan(inputs[3], 48, **arguments) for scan in (scanner(options.device), prefix.scan))
+    found, expected = (scan(inputs[3], 48, **arguments) for scan in (scanner(options.device), thresholds.scan))
     assert found.tau is not None and expected.tau is not None
     # As places in the order of all keys: ranks may be any integers.
     places = [torch.searchsorted(one.rank.sort(-1).values, one.floor) for one in (found, expected)]

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_sparse.machine import describe
+from hf_sparse.environment import describe
 from hf_sparse.ops import sparsek_attention
 
 BUDGET = {"k": 128, "window": 128, "sinks": 4}

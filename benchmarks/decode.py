@@ -25,10 +25,10 @@ from transformers import AutoModelForCausalLM, CompileConfig, LogitsProcessor, L
 
 from hf_sparse import SparseKConfig, patch, unpatch
 from hf_sparse._compat import cache_of
+from hf_sparse.atomic_files import write_json
 from hf_sparse.demo import BASE_NAME, CHECKPOINT
+from hf_sparse.environment import describe
 from hf_sparse.evaluation import kv_bytes
-from hf_sparse.files import write_json
-from hf_sparse.machine import describe
 
 SKIPPED = 8  # first steps of a run, in which CUDA graphs are recorded
 CHECKED = 48  # steps of the comparison

@@ -23,14 +23,14 @@ from attention_scaling import measure
 from torch import Tensor
 
 from hf_sparse import SparsefinderConfig
-from hf_sparse.machine import describe
-from hf_sparse.methods.base import Site
+from hf_sparse.core.layer import AttentionShape
+from hf_sparse.environment import describe
 from hf_sparse.methods.sparsefinder.parameters import SparsefinderParameters
 from hf_sparse.methods.sparsefinder.predictors import ProjectedPredictor
 from hf_sparse.methods.sparsefinder.predictors.projected import Span
 from hf_sparse.ops.entmax import bound_scores, entmax_attention
-from hf_sparse.ops.graphs import Tiles, window_and_global
-from hf_sparse.ops.graphs.select import best_tiles
+from hf_sparse.ops.tiles import Tiles, window_and_global
+from hf_sparse.ops.tiles.select import best_tiles
 
 SHAPE = {"batch": 1, "query_heads": 9, "kv_heads": 3, "dim": 64}
 CLUSTERS = {"rank": 4, "clusters": 64}
@@ -67,7 +67,7 @@ def clusters(method: str, device: torch.device) -> SparsefinderParameters:
     config = SparsefinderConfig(top_clusters=1, **REACH, **PREDICTORS[method])
     heads, kv_heads, dim = SHAPE["query_heads"], SHAPE["kv_heads"], SHAPE["dim"]
     torch.manual_seed(0)
-    learned = SparsefinderParameters(config, Site(heads * dim, heads, kv_heads, dim, layer=0))
+    learned = SparsefinderParameters(config, AttentionShape(heads * dim, heads, kv_heads, dim, layer=0))
     learned.profile.fill_(1.0)
     learned.centroids.normal_()
     return learned.to(device)

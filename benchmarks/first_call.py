@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from attention_kernels import current_commit  # beside this file
 
-from hf_sparse.files import write_json
-from hf_sparse.machine import describe
-from hf_sparse.ops import decode, sparsek_attention
+from hf_sparse.atomic_files import write_json
+from hf_sparse.environment import describe
+from hf_sparse.ops import sparsek_attention
 
 FAMILIES = {  # query heads, KV heads, head size, gates
     "hard gates, 32/8 heads of 128": (32, 8, 128, "hard"),
@@ -88,10 +88,10 @@ def step(heads: int, kv_heads: int, dim: int) -> dict[str, float]:
     query, key = draw(batch, heads, 1, dim), draw(batch, kv_heads, 1, dim)
 
     def run() -> None:
-        decode.insert_token(
+        slots.insert_token(
             keys, values, scores, positions, seen, key, key, scores[..., :1].contiguous(), None, window=512, sinks=4
         )
-        decode.attend_slots(query, keys, values, positions, scaling=dim**-0.5)
+        slots.attend_slots(query, keys, values, positions, scaling=dim**-0.5)
 
     return {"forward_s": seconds(run), "again_s": seconds(run)}
 

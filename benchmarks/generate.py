@@ -32,8 +32,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LogitsProcessor, Log
 
 from hf_sparse import SparseKConfig, patch
 from hf_sparse._compat import cache_of
-from hf_sparse.files import write_json
-from hf_sparse.machine import describe
+from hf_sparse.atomic_files import write_json
+from hf_sparse.environment import describe
 from hf_sparse.methods.sparsek import attention
 
 TINYLLAMA = {

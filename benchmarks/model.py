@@ -45,12 +45,12 @@ from transformers.cache_utils import Cache
 
 from hf_sparse import SparseKCache, SparseKConfig, patch, unpatch
 from hf_sparse._compat import with_cache
+from hf_sparse.atomic_files import write_json
+from hf_sparse.environment import describe
 from hf_sparse.evaluation import kv_bytes
-from hf_sparse.files import write_json
 from hf_sparse.finetune.objectives import distill, switched_off
 from hf_sparse.finetune.predictions import predict
-from hf_sparse.machine import describe
-from hf_sparse.patches import methods_in_use, methods_of
+from hf_sparse.patches import sparse_layers, sparse_layers_in_use
 
 SKIPPED = 8  # first steps of a run, in which CUDA graphs are recorded
 ALLOWED = 1e-3  # largest relative difference of the comparison
@@ -193,7 +193,7 @@ def start_over(model: PreTrainedModel) -> None:
 
 def prepare(model: PreTrainedModel, variant: str, options: argparse.Namespace) -> None:
     """Sparse attention on or off, and no compiled code."""
-    if methods_of(model):
+    if sparse_layers(model):
         unpatch(model)
     start_over(model)
     if variant not in ("dynamic", "static", "dense"):
@@ -280,7 +280,7 @@ def train(options: argparse.Namespace, model: PreTrainedModel, variant: str, con
     """Forward and backward of the scorers, or the forward of their dense teacher."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, model.config.vocab_size, (1, context), generator=generator).to(model.device)
-    for method in methods_in_use(model):
+    for method in sparse_layers_in_use(model):
         method.train()
     learned = [p for p in model.parameters() if p.requires_grad]
 

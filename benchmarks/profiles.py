@@ -24,11 +24,11 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
-from hf_sparse.files import write_json
+from hf_sparse.atomic_files import write_json
+from hf_sparse.environment import describe
 from hf_sparse.finetune.objectives import distill
-from hf_sparse.machine import describe
 from hf_sparse.ops import sparsek_attention
-from hf_sparse.patches import methods_in_use
+from hf_sparse.patches import sparse_layers_in_use
 
 NAMED = 20  # kernels of a call that are told apart
 CALLS = 3  # that are timed without a profiler
@@ -51,7 +51,7 @@ def attention(length: int, device: str) -> Callable[[], object]:
 def training(length: int, options: argparse.Namespace) -> Callable[[], object]:
     model = make_model(options, SMOLLM2, torch.bfloat16 if options.device == "cuda" else torch.float32)
     prepare(model, "scorers", options)
-    for method in methods_in_use(model):
+    for method in sparse_layers_in_use(model):
         method.train()
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ids = torch.randint(0, model.config.vocab_size, (1, length), device=options.device)

@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM
 
 from hf_sparse import SparseKCache, SparseKConfig, patch
 from hf_sparse._compat import with_cache
+from hf_sparse.atomic_files import write_json
 from hf_sparse.demo import BASE_NAME, CHECKPOINT
-from hf_sparse.files import write_json
-from hf_sparse.machine import describe
+from hf_sparse.environment import describe
 
 
 def memory(device: torch.device) -> dict[str, int]:

@@ -17,8 +17,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from hf_sparse.atomic_files import write_text
 from hf_sparse.figures.style import canvas
-from hf_sparse.files import write_text
 
 KERNELS = {  # contender: its name in tables
     "sparsek hard": "SparseK, hard gates",

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load, save_file
 from torch import Tensor
 
+from hf_sparse.core.checks import is_finite, is_integer
 from hf_sparse.errors import DataError
-from hf_sparse.methods.checks import is_finite, is_integer
 
 FOLDER = "checkpoints"
 

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, fields
 from typing import Literal, get_args
 
-from hf_sparse.methods.checks import is_finite, is_integer
+from hf_sparse.core.checks import is_finite, is_integer
 
 Objective = Literal["distill", "attention", "lm", "graph"]
 GraphLoss = Literal["profile_nce", "pair_hinge", "sum_hinge", "mass_hinge", "info_nce"]
@@ -63,7 +63,7 @@ class FinetuneConfig:
             `"info_nce"`: cross entropy of the probabilities and a softmax of minus the distances; `"profile_nce"`: the
             same with the distance profile of the head in the softmax, as in the predictors; `"pair_hinge"`: the
             paper's; `"sum_hinge"`: that of its released code; `"mass_hinge"`: edges weighted by probability. See
-            `hf_sparse.ops.graphs.losses`.
+            `hf_sparse.ops.predictors.losses`.
         graph_rows: Sparsefinder: queries per text and layer that `"graph"` looks at, drawn anew for each step; at least
             1.
         graph_learning_rate: Sparsefinder: the peak of `"graph"`.

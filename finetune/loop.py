@@ -19,9 +19,10 @@ from accelerate.utils import DistributedType, broadcast, tqdm
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler, TensorDataset
 
+from hf_sparse.atomic_files import write_json
 from hf_sparse.data import check_chunks, fingerprint, first_token, tensors
+from hf_sparse.environment import describe, is_main_process
 from hf_sparse.errors import DataError
-from hf_sparse.files import write_json
 from hf_sparse.finetune import checkpoint
 from hf_sparse.finetune.config import FinetuneConfig
 from hf_sparse.finetune.identity import adapter_sha256, adapter_tensors, base_sha256, changed
@@ -29,7 +30,6 @@ from hf_sparse.finetune.recompute import recomputed
 from hf_sparse.finetune.training import Stage, Training
 from hf_sparse.finetune.trainings import training_of, without_effect
 from hf_sparse.folders import locked
-from hf_sparse.machine import describe, is_main_process
 from hf_sparse.overlap import sketch
 from hf_sparse.patches.heads import parameters_saved, untrained_modules
 

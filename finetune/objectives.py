@@ -18,9 +18,9 @@ from hf_sparse.data import IGNORED
 from hf_sparse.finetune.config import Objective
 from hf_sparse.finetune.predictions import Predictions, predict
 from hf_sparse.methods.sparsek import SparseKAttention
-from hf_sparse.ops.attention.mass import far_attention_mass
-from hf_sparse.patches import methods_in_use, methods_of
-from hf_sparse.tasks import Kind, final_states, pooled
+from hf_sparse.model_kinds import Kind, final_states, pooled
+from hf_sparse.ops.selection.attention_mass import far_attention_mass
+from hf_sparse.patches import sparse_layers, sparse_layers_in_use
 
 _ROWS = 1024  # tokens that have logits at once
 
@@ -101,7 +101,7 @@ def attention(model: nn.Module, chunks: Tensor, labels: Tensor | None = None, **
         **options: for the model's forward.
     """
     losses: list[Tensor] = []
-    methods = methods_in_use(model, SparseKAttention)
+    methods = sparse_layers_in_use(model, SparseKAttention)
 
     def observe(method: SparseKAttention) -> Any:
         def observer(query: Tensor, key: Tensor, scores: Tensor, scaling: float) -> None:
@@ -141,7 +141,7 @@ OBJECTIVES: Mapping[Kind, dict[Objective, Callable[..., Tensor]]] = {
 @contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
     """The dense base model for the length of a `with` block; what is trainable stays trainable."""
-    on = [method for method in methods_of(model) if not method.disable_adapters]
+    on = [method for method in sparse_layers(model) if not method.disable_adapters]
     for method in on:
         method.switch(False)
     try:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from hf_sparse.data import IGNORED
 from hf_sparse.finetune.config import FinetuneConfig, Objective
 from hf_sparse.finetune.objectives import OBJECTIVES
-from hf_sparse.tasks import kind_of
+from hf_sparse.model_kinds import kind_of
 
 
 @dataclass(frozen=True)

@@ -2,19 +2,10 @@
 
 from torch import nn
 
+from hf_sparse.core.registry import method_of, registered_methods
 from hf_sparse.finetune.config import FinetuneConfig
-from hf_sparse.finetune.sparsefinder import SparsefinderTraining
-from hf_sparse.finetune.sparsek import SparseKTraining
 from hf_sparse.finetune.training import Training, foreign_settings
-from hf_sparse.methods.base import SparseMethod
-from hf_sparse.methods.sparsefinder import SparsefinderAttention
-from hf_sparse.methods.sparsek import SparseKAttention
-from hf_sparse.patches import methods_in_use
-
-TRAININGS: dict[type[SparseMethod], type[Training]] = {
-    SparseKAttention: SparseKTraining,
-    SparsefinderAttention: SparsefinderTraining,
-}
+from hf_sparse.patches import sparse_layers_in_use
 
 # Settings of `FinetuneConfig` that are for adapters with LoRA alone.
 _OF_LORA = frozenset({"lora_learning_rate", "lora_steps"})
@@ -26,13 +17,13 @@ def training_of(model: nn.Module, config: FinetuneConfig) -> Training:
     Raises:
         ValueError: a model without, or settings that have no effect on it.
     """
-    methods = methods_in_use(model)
+    methods = sparse_layers_in_use(model)
     if not methods:
         raise ValueError(
             "the model has no sparse attention: use peft.get_peft_model(model, hf_sparse.SparseKConfig(...)) or "
             "hf_sparse.SparsefinderConfig(...)"
         )
-    kind = TRAININGS[type(methods[0])]
+    kind: type[Training] = method_of(methods[0].config).training()
     if changed := foreign_settings(config, _foreign(kind)):
         raise ValueError(f"{', '.join(changed)}: no setting for {kind.label}, which this model has")
     training = kind(model, methods, config)
@@ -48,4 +39,5 @@ def without_effect(training: Training) -> frozenset[str]:
 
 def _foreign(kind: type[Training]) -> frozenset[str]:
     """Settings of other methods."""
-    return frozenset().union(*(other.own for other in TRAININGS.values() if other is not kind))
+    trainings = [method.training() for method in registered_methods().values()]
+    return frozenset().union(*(training.own for training in trainings if training is not kind))

@@ -5,6 +5,7 @@ Importing this registers the methods with PEFT and transformers; it changes no m
 
 from importlib.metadata import version as _version
 
+from hf_sparse.adapters.saving import register as _register_saving
 from hf_sparse.errors import HfSparseError as HfSparseError
 from hf_sparse.hub import from_pretrained as from_pretrained
 from hf_sparse.hub import push_to_hub as push_to_hub
@@ -14,10 +15,7 @@ from hf_sparse.patches import SparseKCache as SparseKCache
 from hf_sparse.patches import patch as patch
 from hf_sparse.patches import patched as patched
 from hf_sparse.patches import unpatch as unpatch
-from hf_sparse.saving import register as _register_saving
-from hf_sparse.tuner import register as _register
 
 __version__ = _version("hf-sparse")
 
-_register()
 _register_saving()

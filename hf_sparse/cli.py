@@ -72,7 +72,7 @@ def options(
     """Learned sparse attention for pretrained transformers: patch a checkpoint, train what is small, push it."""
     verb = context.invoked_subcommand
     if verb != "finetune" and "LOCAL_RANK" in os.environ:  # otherwise nobody waits for torch to be imported
-        from hf_sparse.machine import launched_processes
+        from hf_sparse.environment import launched_processes
 
         if (count := launched_processes()) > 1:
             raise ValueError(
@@ -292,9 +292,9 @@ def finetune(
     if not dataset:
         _only_with(context, "--dataset", "dataset_config", "split", "column")
     workflow = _workflow()
+    from hf_sparse.environment import is_main_process
     from hf_sparse.finetune import FinetuneConfig
     from hf_sparse.finetune.checkpoint import latest
-    from hf_sparse.machine import is_main_process
 
     config = FinetuneConfig(
         objective=objective,
@@ -441,10 +441,10 @@ def evaluate(
     if json and not json.parent.is_dir():
         raise typer.BadParameter(f"--json {json}: {json.parent} is no folder")
     workflow = _workflow()
+    from hf_sparse.atomic_files import write_json
     from hf_sparse.data import read_text
     from hf_sparse.evaluation import graph_table, sweep_table, table, task_table
     from hf_sparse.evaluation.tasks import Haystack, Suite, read_longbench
-    from hf_sparse.files import write_json
 
     words, name = workflow.read_texts(text) if text else (None, "")
     suite = None
@@ -506,7 +506,7 @@ def report(
     if not text:
         _only_with(context, "--text", "length", "chunks", "bos")
     _workflow()
-    from hf_sparse.report import write_report
+    from hf_sparse.adapters.report import write_report
     from hf_sparse.workflow import read_texts
 
     words, name = read_texts(text) if text else (None, "")
@@ -529,7 +529,7 @@ def push(
 ) -> None:
     """Publish the adapter in DIR with its card, in one commit. Log in with `hf auth login`, or set HF_TOKEN."""
     _workflow()
-    from hf_sparse.hub import push_to_hub
+    from hf_sparse.adapters.hub import push_to_hub
 
     url = push_to_hub(folder, repo_id, private=private, base_model=base_model, license=license)
     Console().print(f"pushed {escape(str(folder))} to {url}", soft_wrap=True)
@@ -581,15 +581,15 @@ def _is_expected(error: Exception) -> bool:
 
 
 def _line(error: Exception) -> str:
-    from hf_sparse.tokens import redact
+    from hf_sparse.access_tokens import redact
 
     return redact(" ".join(str(error).split())) or type(error).__name__
 
 
 def _scrub(error: Exception) -> None:
     """Take tokens out of an exception that is printed whole; where nothing of ours has run there are none."""
-    if "hf_sparse.tokens" in sys.modules:
-        from hf_sparse.tokens import scrub
+    if "hf_sparse.access_tokens" in sys.modules:
+        from hf_sparse.access_tokens import scrub
 
         scrub(error)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.errors import DataError
-from hf_sparse.tasks import kind_of
+from hf_sparse.model_kinds import kind_of
 
 IGNORED = -100  # the label of a token that is not to be predicted, as everywhere in transformers
 BYTE_ORDER_MARK = "\ufeff"  # some editors begin a file with it

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
-from hf_sparse.demo import BASE_NAME, CHECKPOINT
+from hf_sparse.bundled import BASE_NAME, CHECKPOINT
 
 
 def embeddings_of(base: PreTrainedModel, prefix: str = "") -> dict[str, Tensor]:

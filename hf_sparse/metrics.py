@@ -50,7 +50,7 @@ METRICS = {
 }
 
 
-#: The metric of each kind of models, see `hf_sparse.tasks.Kind`.
+#: The metric of each kind of models, see `hf_sparse.model_kinds.Kind`.
 METRIC_KEYS = {"causal": "perplexity", "masked": "masked_perplexity", "features": "embedding_similarity"}
 
 

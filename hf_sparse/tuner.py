@@ -11,11 +11,11 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from hf_sparse._compat import register_with_peft
+from hf_sparse.core.layer import SparseAttentionLayer
+from hf_sparse.core.registry import Method, add_method, method_of
 from hf_sparse.embeddings import embeddings_of, has_new_embeddings
 from hf_sparse.errors import WeightsError
-from hf_sparse.methods import method_of, registered_methods
-from hf_sparse.methods.base import SparseMethod
-from hf_sparse.patches.attach import attach, detach, methods_of, targets
+from hf_sparse.patches.attach import attach, detach, sparse_layers, targets
 from hf_sparse.patches.heads import choose_modules_to_save
 from hf_sparse.weights import check_names, check_values, layouts
 
@@ -24,9 +24,9 @@ PREFIX = "base_model.model."
 
 
 class SparseModel(BaseTuner):
-    """What `peft.get_peft_model` makes of a model and a method's configuration; `TUNERS` has one class per method."""
+    """Attach a method to a model for `peft.get_peft_model`; each method has a subclass with its `prefix`."""
 
-    tuner_layer_cls = SparseMethod
+    tuner_layer_cls = SparseAttentionLayer
 
     def __init__(self, model: Any, peft_config: Any, adapter_name: str, *args: Any, **options: Any) -> None:
         self.in_peft_model = isinstance(peft_config, dict)  # transformers passes the configuration alone
@@ -93,7 +93,7 @@ class SparseModel(BaseTuner):
             config.saves_embeddings = True
             names = {id(tensor): key for key, tensor in reversed(embeddings_of(base, prefix).items())}
             selected |= {key: state_dict[key] for key in names.values() if key in state_dict}
-        check_values(layouts(selected), selected.__getitem__, method_of(config).attention.unfitted)
+        check_values(layouts(selected), selected.__getitem__, method_of(config).layer.unfitted)
         return selected
 
     @classmethod
@@ -154,7 +154,7 @@ def _check_loaded(base: Any, prefix: str, adapter: str, config: Any, state: dict
     learned = tuple(
         f"{prefix}{name}.{container}.{adapter}."
         for name, module in base.named_modules()
-        if isinstance(module, SparseMethod)
+        if isinstance(module, SparseAttentionLayer)
         for container in module.adapter_layer_names
     )
     expected = {
@@ -178,7 +178,7 @@ def _check_loaded(base: Any, prefix: str, adapter: str, config: Any, state: dict
             f"the adapter brings embeddings of {tokens} tokens, and the base model has {size}: call "
             f"resize_token_embeddings({tokens}) on it first"
         )
-    check_values(layouts(state), state.__getitem__, method_of(config).attention.unfitted)
+    check_values(layouts(state), state.__getitem__, method_of(config).layer.unfitted)
     for key, tensor in embeddings.items():
         for other, same in embeddings.items():
             if tensor is same and key in given and other in given and not torch.equal(given[key], given[other]):
@@ -187,24 +187,22 @@ def _check_loaded(base: Any, prefix: str, adapter: str, config: Any, state: dict
 
 def _take_off(model: Any, base: Any, adapter: str) -> None:
     """Remove an adapter that could not be loaded, and with the last one all that was attached."""
-    for method in methods_of(base):
+    for method in sparse_layers(base):
         if adapter in method.configs:
             method.delete_adapter(adapter)
     model.peft_config.pop(adapter, None)
-    if not any(method.configs for method in methods_of(base)):
+    if not any(method.configs for method in sparse_layers(base)):
         detach(base)
         vars(base).pop("peft_config", None)
 
 
-#: The tuner of each method by the method's name in PEFT: PEFT reads the prefix of the learned parameters off the class.
-TUNERS: dict[str, type[SparseModel]] = {
-    name: type(f"{method.attention.label}Model", (SparseModel,), {"prefix": method.prefix, "__module__": __name__})
-    for name, method in registered_methods().items()
-}
-globals().update({tuner.__name__: tuner for tuner in TUNERS.values()})  # pickle looks for a class by its name
+def register_method(method: Method) -> Method:
+    """Add a method to the list that all code asks, and make it known to PEFT; the second time does nothing.
 
-
-def register() -> None:
-    """Make the methods known to PEFT."""
-    for name, method in registered_methods().items():
-        register_with_peft(name, config=method.config, tuner=TUNERS[name], prefix=method.prefix)
+    Raises:
+        ValueError: another method has its name in PEFT.
+        CompatibilityError: PEFT no longer registers methods as this function expects.
+    """
+    add_method(method)
+    register_with_peft(method.peft_type, config=method.config, tuner=method.tuner, prefix=method.prefix)
+    return method

@@ -16,25 +16,25 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
 
-from hf_sparse.adapter import CONFIG, EVALUATION, TRAINING, WEIGHTS, read_adapter
-from hf_sparse.base import open_base, resolve_base, usable
+from hf_sparse.access_tokens import redact
+from hf_sparse.adapters.folder import CONFIG, EVALUATION, TRAINING, WEIGHTS, read_adapter
+from hf_sparse.adapters.hub import from_pretrained
+from hf_sparse.adapters.repo import CARD, check_evaluation, check_training, measurements, read_json, write_repo
+from hf_sparse.adapters.results import results_of
+from hf_sparse.atomic_files import check_writable
+from hf_sparse.base_model import open_base, resolve_base, usable
 from hf_sparse.data import BYTE_ORDER_MARK, context_length, mask_tokens, pack, read_text, select_chunks, tensors
+from hf_sparse.environment import cuda_of_process, is_main_process
 from hf_sparse.errors import DataError, HubError, UnsupportedModelError
 from hf_sparse.evaluation import GENERATING, check_selections, divide_layers, evaluate
 from hf_sparse.evaluation.tasks import Suite
-from hf_sparse.files import check_writable
 from hf_sparse.finetune import FinetuneConfig, finetune
 from hf_sparse.finetune.checkpoint import checkpoints
 from hf_sparse.folders import is_empty, locked, settle, staged
-from hf_sparse.hub import from_pretrained
-from hf_sparse.machine import cuda_of_process, is_main_process
+from hf_sparse.model_kinds import kind_of
 from hf_sparse.overlap import merged, overlap
-from hf_sparse.patches import methods_of
+from hf_sparse.patches import sparse_layers
 from hf_sparse.patches.attach import targets
-from hf_sparse.repo import CARD, check_evaluation, check_training, measurements, read_json, write_repo
-from hf_sparse.results import results_of
-from hf_sparse.tasks import kind_of
-from hf_sparse.tokens import redact
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -202,7 +202,7 @@ def divide_adapter(
     training = read_json(folder / TRAINING)
     if training is not None:
         check_training(training, read_adapter(folder, str(folder)))
-    method = methods_of(model)[0]
+    method = sparse_layers(model)[0]
     if not method.has_slots:
         raise DataError(f"slots are divided among layers, and {folder} holds a {method.label} adapter, which has none")
     if kind_of(model) != "causal":
@@ -277,7 +277,7 @@ def evaluate_adapter(
     adapter = read_adapter(folder, str(folder))
     if (training := read_json(folder / TRAINING)) is not None:
         check_training(training, adapter)  # the card is made of it, after the work
-    method, results = methods_of(model)[0], results_of(adapter.config)
+    method, results = sparse_layers(model)[0], results_of(adapter.config)
     if suite is not None and not method.has_slots:
         raise DataError(
             f"tasks are answered at a number of slots, and {folder} holds a {method.label} adapter, which has none: "
@@ -477,7 +477,7 @@ def packed_chunks(
     Raises:
         DataError: a text that cannot be packed, or `bos` for an encoder.
     """
-    encoder = not methods_of(model)[0].causal
+    encoder = not sparse_layers(model)[0].causal
     if encoder and bos is not None:
         raise DataError("an encoder's chunks begin and end with its special tokens: bos is for decoders")
     return pack(tokenizer, text, tokens_per_chunk(model, length), special_tokens=encoder, stride=stride, bos=bos)

@@ -15,10 +15,10 @@ from hf_sparse.patches import phi3 as phi3
 from hf_sparse.patches import qwen2 as qwen2
 from hf_sparse.patches import qwen3 as qwen3
 from hf_sparse.patches import roberta as roberta
-from hf_sparse.patches.attach import methods_in_use as methods_in_use
-from hf_sparse.patches.attach import methods_of as methods_of
 from hf_sparse.patches.attach import patch as patch
 from hf_sparse.patches.attach import patched as patched
+from hf_sparse.patches.attach import sparse_layers as sparse_layers
+from hf_sparse.patches.attach import sparse_layers_in_use as sparse_layers_in_use
 from hf_sparse.patches.attach import unpatch as unpatch
 from hf_sparse.patches.base import Family as Family
 from hf_sparse.patches.base import register_family as register_family

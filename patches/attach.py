@@ -11,9 +11,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_sparse.core.layer import AttentionShape, SparseAttentionLayer
+from hf_sparse.core.registry import method_of
 from hf_sparse.errors import AdapterMismatchError, UnsupportedModelError
-from hf_sparse.methods.base import Site, SparseMethod
-from hf_sparse.methods.registry import method_of
 from hf_sparse.patches.base import family_of
 from hf_sparse.patches.interface import NAME, before_attention
 from hf_sparse.patches.lora import check_lora, enable_lora
@@ -21,25 +21,25 @@ from hf_sparse.patches.lora import check_lora, enable_lora
 CHILD = "sparse_attention"
 
 
-M = TypeVar("M", bound=SparseMethod)
+M = TypeVar("M", bound=SparseAttentionLayer)
 
 
 @overload
-def methods_of(model: nn.Module) -> list[SparseMethod]: ...
+def sparse_layers(model: nn.Module) -> list[SparseAttentionLayer]: ...
 @overload
-def methods_of(model: nn.Module, kind: type[M]) -> list[M]: ...
-def methods_of(model: nn.Module, kind: type[SparseMethod] = SparseMethod) -> list[Any]:
+def sparse_layers(model: nn.Module, kind: type[M]) -> list[M]: ...
+def sparse_layers(model: nn.Module, kind: type[SparseAttentionLayer] = SparseAttentionLayer) -> list[Any]:
     """The attached methods of a model, in the order of its layers; empty if it is not patched, or with another kind."""
     return [module for module in model.modules() if isinstance(module, kind)]
 
 
 @overload
-def methods_in_use(model: nn.Module) -> list[SparseMethod]: ...
+def sparse_layers_in_use(model: nn.Module) -> list[SparseAttentionLayer]: ...
 @overload
-def methods_in_use(model: nn.Module, kind: type[M]) -> list[M]: ...
-def methods_in_use(model: nn.Module, kind: type[SparseMethod] = SparseMethod) -> list[Any]:
+def sparse_layers_in_use(model: nn.Module, kind: type[M]) -> list[M]: ...
+def sparse_layers_in_use(model: nn.Module, kind: type[SparseAttentionLayer] = SparseAttentionLayer) -> list[Any]:
     """The attached methods that have the adapter in use; adapters may have been given different layers."""
-    return [method for method in methods_of(model, kind) if method.is_used]
+    return [method for method in sparse_layers(model, kind) if method.is_used]
 
 
 def check_no_adapters(model: nn.Module) -> None:
@@ -59,7 +59,7 @@ def check_no_adapters(model: nn.Module) -> None:
 
 def _foreign(model: nn.Module) -> Iterator[nn.Module]:
     """PEFT layers of a model that are not ours."""
-    return (m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, SparseMethod))
+    return (m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, SparseAttentionLayer))
 
 
 def _name(layer: nn.Module) -> str:
@@ -97,10 +97,10 @@ def targets(model: PreTrainedModel, config: Any) -> list[tuple[str, nn.Module]]:
         ValueError: `layers` names a layer that is not there, or one that attends locally; the model is patched with
             another method, or has another PEFT adapter; or the configuration does not fit the size of the model.
     """
-    kind = method_of(config).attention
+    kind = method_of(config).layer
     family = family_of(model)
     check_no_adapters(model)
-    if other := next((method for method in methods_of(model) if type(method) is not kind), None):
+    if other := next((method for method in sparse_layers(model) if type(method) is not kind), None):
         raise ValueError(
             f"the model has {other.label} attention already, and a model has one method at a time: take it off first "
             f"(unpatch, or unload of a PeftModel), then add {kind.label}"
@@ -136,15 +136,15 @@ def targets(model: PreTrainedModel, config: Any) -> list[tuple[str, nn.Module]]:
     return [found[i] for i in config.layers]
 
 
-def attach(module: nn.Module, model: PreTrainedModel, adapter: str, config: Any) -> SparseMethod:
+def attach(module: nn.Module, model: PreTrainedModel, adapter: str, config: Any) -> SparseAttentionLayer:
     """Attach one adapter to one attention module; a second adapter joins the first."""
     method = getattr(module, CHILD, None)
-    others = methods_of(model)
+    others = sparse_layers(model)
     if method is None:
         family = family_of(model)
         switch: Any = others[0].on_toggle if others else _Switch(model)  # one for all layers of a model
         layer = next(i for i, (_, other) in enumerate(family.modules(model)) if other is module)
-        method = method_of(config).attention.at(family.site(module, layer))
+        method = method_of(config).layer.at(family.site(module, layer))
         method.train(module.training)
         method.is_managed = switch.is_managed
         method.on_toggle = switch
@@ -179,7 +179,7 @@ def detach(model: nn.Module) -> None:
     """Remove every attached method: the module tree, hooks and attention implementation are as before."""
     for module in list(model.modules()):
         method = getattr(module, CHILD, None)
-        if isinstance(method, SparseMethod):
+        if isinstance(method, SparseAttentionLayer):
             for hook in method.hooks:
                 hook.remove()
             if isinstance(method.on_toggle, _Switch):
@@ -212,7 +212,7 @@ def patch(model: PreTrainedModel, config: Any, adapter: str = "default") -> PreT
         )
     config = copy.deepcopy(config)  # what it was attached to is noted in it
     modules = targets(model, config)
-    if any(adapter in method.configs for method in methods_of(model)):
+    if any(adapter in method.configs for method in sparse_layers(model)):
         raise ValueError(f"the model has an adapter {adapter!r} already; unpatch it first or choose another name")
     for _, module in modules:
         attach(module, model, adapter, config)
@@ -227,7 +227,7 @@ def unpatch(model: PreTrainedModel) -> PreTrainedModel:
         ValueError: the model is not patched.
     """
     family_of(model)
-    if not methods_of(model):
+    if not sparse_layers(model):
         raise ValueError("the model is not patched")
     detach(model)
     return model
@@ -240,7 +240,7 @@ def patched(model: PreTrainedModel, config: Any) -> Iterator[PreTrainedModel]:
     Raises:
         ValueError: the model is patched already; see `patch` for all else.
     """
-    if methods_of(model):
+    if sparse_layers(model):
         raise ValueError("the model is patched already: unpatch it first")
     patch(model, config)
     try:
@@ -291,7 +291,7 @@ class _Switch:
     def _save(self, name: str, *args: Any, **kwargs: Any) -> Any:
         model: Any = self.model()
         # transformers writes the adapters that it manages, and no base model; after the last one there is but the base.
-        if self.is_managed() or not any(method.configs for method in methods_of(model)):
+        if self.is_managed() or not any(method.configs for method in sparse_layers(model)):
             return getattr(type(model), name)(model, *args, **kwargs)
         raise ValueError(
             f"{name} of a model with sparse attention would write a checkpoint that loads as a dense model: to keep "
@@ -309,7 +309,9 @@ class _Switch:
         vars(self).update(state | {"model": weakref.ref(state["model"])})
 
 
-def _shape(model: PreTrainedModel, site: Site, layers: int, kind: type[SparseMethod]) -> dict[str, Any]:
+def _shape(
+    model: PreTrainedModel, site: AttentionShape, layers: int, kind: type[SparseAttentionLayer]
+) -> dict[str, Any]:
     """What an adapter depends on."""
     return {
         "model_type": model.config.model_type,

@@ -7,8 +7,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_sparse.core.layer import AttentionShape
 from hf_sparse.errors import UnsupportedModelError
-from hf_sparse.methods.base import Site
 
 
 def _is_causal(module: Any) -> bool:
@@ -66,9 +66,9 @@ class Family:
             if isinstance(module, kind) and not getattr(module, "is_cross_attention", False):
                 yield name, module
 
-    def site(self, module: nn.Module, layer: int) -> Site:
+    def site(self, module: nn.Module, layer: int) -> AttentionShape:
         """An attention module as a method sees it."""
-        return Site(
+        return AttentionShape(
             hidden_size=self.hidden_size(module),
             num_attention_heads=self.num_attention_heads(module),
             num_key_value_heads=self.num_key_value_heads(module),

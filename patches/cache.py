@@ -6,7 +6,7 @@ from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticLayer
 
-from hf_sparse.methods.base import SparseMethod
+from hf_sparse.core.layer import SparseAttentionLayer
 
 
 class SparseKCache(Cache):
@@ -38,7 +38,7 @@ class SparseKCache(Cache):
         found = False
         for module in model.modules():
             method = getattr(module, "sparse_attention", None)
-            if isinstance(method, SparseMethod) and method.is_active:
+            if isinstance(method, SparseAttentionLayer) and method.is_active:
                 own_layer(self, int(module.layer_idx), method)  # type: ignore[arg-type]
                 found = True
         if not found:
@@ -58,7 +58,7 @@ def kv_bytes(cache: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
-def own_layer(cache: Any, index: int, method: SparseMethod) -> Any:
+def own_layer(cache: Any, index: int, method: SparseAttentionLayer) -> Any:
     """The method's layer in the cache; put there when `generate` made an ordinary cache that is still empty.
 
     Raises:

@@ -13,8 +13,8 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_sparse.core.saved_modules import TASKS_WITH_HEAD
 from hf_sparse.errors import AdapterMismatchError
-from hf_sparse.methods.saved import TASKS_WITH_HEAD
 from hf_sparse.patches.base import family_of
 
 # What PEFT adds to `modules_to_save` for these task types, whatever the head of the model is called.

@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import EncoderDecoderCache
 
 from hf_sparse._compat import cache_given, private
-from hf_sparse.methods.base import SparseMethod
+from hf_sparse.core.layer import SparseAttentionLayer
 from hf_sparse.patches.cache import own_layer
 
 NAME = "hf_sparse"
@@ -34,7 +34,7 @@ sdpa_mask: Any = private("transformers.masking_utils", "sdpa_mask")
 class SparseCall:
     """What the hook knows and the attention function needs."""
 
-    method: SparseMethod
+    method: SparseAttentionLayer
     hidden_states: Tensor
     cache: Any  # what `method.cache_layer` made, or None
 
@@ -177,7 +177,7 @@ def before_attention(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]] | None:
     """Forward pre-hook of a patched attention module."""
-    method: SparseMethod = module.sparse_attention  # type: ignore[assignment]
+    method: SparseAttentionLayer = module.sparse_attention  # type: ignore[assignment]
     if not method.is_active:
         return None
     hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
@@ -213,7 +213,7 @@ def _goes_on(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], h
     return cache is not None and cache.get_seq_length(int(module.layer_idx)) > 0  # type: ignore[arg-type]
 
 
-def _other_name(module: nn.Module, method: SparseMethod) -> list[str] | None:
+def _other_name(module: nn.Module, method: SparseAttentionLayer) -> list[str] | None:
     """Find the active adapter of another type in the same attention module, where transformers manages both.
 
     Its `load_adapter` leaves two adapters of two types on, and reports one as active: that of the linear layers.

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_sparse.methods.base import SparseMethod
+from hf_sparse.core.layer import SparseAttentionLayer
 
 
 def linear_layers(module: nn.Module) -> dict[str, tuple[int, int]]:
@@ -35,7 +35,7 @@ def check_lora(module: nn.Module, rank: int) -> None:
         raise ValueError(f"lora_rank must be at most {min(size)}, the width of {name}, got {rank}")
 
 
-def enable_lora(module: nn.Module, method: SparseMethod) -> None:
+def enable_lora(module: nn.Module, method: SparseAttentionLayer) -> None:
     """Let the adapters of a method change the linear layers of its attention module; does nothing the second time."""
     if method.linears:
         return
@@ -45,7 +45,9 @@ def enable_lora(module: nn.Module, method: SparseMethod) -> None:
         method.hooks.append(hook)
 
 
-def _add(method: SparseMethod, name: str, linear: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+def _add(
+    method: SparseAttentionLayer, name: str, linear: nn.Module, args: tuple[Any, ...], output: Tensor
+) -> Tensor | None:
     """Forward hook of a linear layer."""
     change = method.low_rank(name, args[0])
     return None if change is None else output + change

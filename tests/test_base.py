@@ -9,9 +9,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import hf_sparse
-from hf_sparse.base import open_base
+from hf_sparse.base_model import open_base
 from hf_sparse.errors import HubError, UnsupportedModelError
-from hf_sparse.patches import methods_of
+from hf_sparse.patches import sparse_layers
 from hf_sparse.workflow import create_adapter, load_adapter, load_base, save_adapter
 
 TOKENS = torch.arange(1, 31)[None]
@@ -138,7 +138,7 @@ def test_lora_that_is_not_merged_is_refused(base, folder):
     ):
         with pytest.raises(ValueError, match=r"layers of another PEFT adapter \(peft\.tuners\.lora.*merge them first"):
             use()
-        assert methods_of(inside) == []
+        assert sparse_layers(inside) == []
     merged = lora.merge_and_unload()
     assert isinstance(hf_sparse.from_pretrained(folder, base_model=merged), PeftModel)
 

@@ -10,7 +10,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 import hf_sparse
-from hf_sparse.card import render
+from hf_sparse.adapters.card import render
 from hf_sparse.errors import DataError
 
 CONFIG = hf_sparse.SparseKConfig(k=124, window=128, sinks=4)

@@ -22,8 +22,8 @@ import hf_sparse
 from hf_sparse import cli, workflow
 from hf_sparse.errors import DataError
 from hf_sparse.evaluation import SELECTIONS
-from hf_sparse.evaluation.graphs import adapter_settings
 from hf_sparse.finetune import FinetuneConfig
+from hf_sparse.methods.sparsefinder.evaluation import adapter_settings
 
 VOCABULARY = 64
 BUDGET = ["--k", "4", "--window", "4", "--sinks", "1"]

@@ -6,10 +6,11 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from hf_sparse._compat import extend_peft_type, register_with_peft
+from hf_sparse.core.registry import registered_methods
 from hf_sparse.errors import CompatibilityError
-from hf_sparse.methods import registered_methods
-from hf_sparse.methods.sparsek.config import PEFT_TYPE, SparseKConfig
-from hf_sparse.tuner import TUNERS, register
+from hf_sparse.methods.sparsek import SparseKModel
+from hf_sparse.methods.sparsek.config import SparseKConfig
+from hf_sparse.tuner import register_method
 
 
 @pytest.fixture
@@ -44,13 +45,13 @@ def test_extending_twice_is_extending_once(new_type):
 
 def test_registering_twice_is_registering_once():
     count = len(PeftType)
-    register()
-    register()
+    for method in registered_methods().values():
+        assert register_method(register_method(method)) is method
     assert len(PeftType) == count
     for name, method in registered_methods().items():
         assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(name)] is method.config
-        assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType(name)] is TUNERS[name]
-        assert (TUNERS[name].prefix, TUNERS[name].__name__) == (method.prefix, f"{method.attention.label}Model")
+        assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType(name)] is method.tuner
+        assert (method.tuner.prefix, method.tuner.__name__) == (method.prefix, f"{method.layer.label}Model")
 
 
 @pytest.mark.parametrize("error", [TypeError("new signature"), ValueError("refused"), KeyError("gone")])
@@ -60,7 +61,7 @@ def test_a_peft_that_registers_differently_is_named(new_type, monkeypatch, error
 
     monkeypatch.setattr(peft.utils, "register_peft_method", refuse)
     with pytest.raises(CompatibilityError, match=f"PEFT {peft.__version__} registers its methods in a way") as caught:
-        register_with_peft(new_type, config=SparseKConfig, tuner=TUNERS[PEFT_TYPE], prefix="sparsek_")
+        register_with_peft(new_type, config=SparseKConfig, tuner=SparseKModel, prefix="sparsek_")
     assert caught.value.__cause__ is error
     assert isinstance(caught.value, ImportError)
     assert str(caught.value).endswith("(pip install 'peft>=0.21,<0.22') or a newer hf-sparse.")
@@ -69,7 +70,7 @@ def test_a_peft_that_registers_differently_is_named(new_type, monkeypatch, error
 def test_a_peft_without_the_function_is_named(new_type, monkeypatch):
     monkeypatch.delattr(peft.utils, "register_peft_method")
     with pytest.raises(CompatibilityError, match="registers its methods in a way"):
-        register_with_peft(new_type, config=SparseKConfig, tuner=TUNERS[PEFT_TYPE], prefix="sparsek_")
+        register_with_peft(new_type, config=SparseKConfig, tuner=SparseKModel, prefix="sparsek_")
 
 
 @pytest.mark.parametrize("table", ["_member_map_", "_member_names_", "_value2member_map_"])

@@ -26,12 +26,12 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 import hf_sparse
 from hf_sparse import cli, workflow
-from hf_sparse.adapter import CONFIG, EVALUATION, TRAINING, WEIGHTS
+from hf_sparse.adapters.folder import CONFIG, EVALUATION, TRAINING, WEIGHTS
+from hf_sparse.adapters.repo import REPORT, write_repo
+from hf_sparse.adapters.report import write_report
 from hf_sparse.errors import DataError
 from hf_sparse.finetune import FinetuneConfig
 from hf_sparse.folders import locked
-from hf_sparse.repo import REPORT, write_repo
-from hf_sparse.report import write_report
 
 LENGTH, LIMIT = 80, int(os.environ.get("HF_SPARSE_FUZZ", "4"))
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate", "os.link", "os.symlink"}

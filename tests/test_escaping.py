@@ -12,10 +12,10 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 
 import hf_sparse
-from hf_sparse.card import render
+from hf_sparse.adapters.card import render
+from hf_sparse.adapters.repo import write_repo
+from hf_sparse.adapters.report import write_report
 from hf_sparse.evaluation import table, task_table
-from hf_sparse.repo import write_repo
-from hf_sparse.report import write_report
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 HOSTILE = (

@@ -6,20 +6,19 @@ from typing import Any
 import pytest
 
 from hf_sparse.errors import DataError
-from hf_sparse.figures import (
+from hf_sparse.figures import style, training_figure
+from hf_sparse.methods.sparsek.baselines import POLICIES
+from hf_sparse.methods.sparsek.figures import (
     budgets_figure,
     divergence_figure,
     heads_figure,
     positions_figure,
     quality_figure,
     shade,
-    style,
     task_figure,
     tokens_figure,
-    training_figure,
 )
-from hf_sparse.figures.kept import legend_of
-from hf_sparse.methods.sparsek.selection import POLICIES
+from hf_sparse.methods.sparsek.figures.kept import legend_of
 
 EVALUATION: dict[str, Any] = {
     "budget": {"slots": 256},

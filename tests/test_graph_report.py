@@ -9,14 +9,14 @@ import pytest
 from huggingface_hub import ModelCard
 
 import hf_sparse
-from hf_sparse.card import render
+from hf_sparse.adapters.card import render
+from hf_sparse.adapters.repo import write_repo
+from hf_sparse.adapters.report import write_report
 from hf_sparse.errors import DataError
 from hf_sparse.evaluation import PATTERNS
-from hf_sparse.evaluation.graphs import adapter_settings
-from hf_sparse.figures import covered_figure, graphs_figure, pareto_figure
 from hf_sparse.figures.style import LOOKS, PATTERN_LOOKS
-from hf_sparse.repo import write_repo
-from hf_sparse.report import write_report
+from hf_sparse.methods.sparsefinder.evaluation import adapter_settings
+from hf_sparse.methods.sparsefinder.figures import covered_figure, graphs_figure, pareto_figure
 from hf_sparse.workflow import create_adapter
 
 CONFIG = hf_sparse.SparsefinderConfig(tile=16, sparsity=0.7, length=256, window=24, clusters=6)
@@ -292,13 +292,13 @@ class TestReport:
 
     def test_text_adds_graphs_that_stay_with_the_adapter(self, folder):
         from hf_sparse.methods.sparsefinder import SparsefinderAttention, fit_predictors
-        from hf_sparse.patches import methods_of
+        from hf_sparse.patches import sparse_layers
         from hf_sparse.workflow import load_adapter, save_adapter
 
         words = " ".join(f"The {number} apples fell from the tree." for number in range(200))
         model, tokenizer = load_adapter(folder, device="cpu")
         ids = tokenizer(words, return_tensors="pt")["input_ids"][:, :128]
-        fit_predictors(methods_of(model, SparsefinderAttention), lambda: model(input_ids=ids))
+        fit_predictors(sparse_layers(model, SparsefinderAttention), lambda: model(input_ids=ids))
         save_adapter(model, folder)
         page = write_report(folder, words, "apples", length=64, device="cpu").read_text("utf-8")
         assert "figures/" not in page and "the first 64 tokens of apples" in page

@@ -17,7 +17,7 @@ import hf_sparse
 from hf_sparse import SparsefinderConfig, SparseKConfig
 from hf_sparse.errors import AdapterMismatchError, HubError
 from hf_sparse.finetune import FinetuneConfig, finetune
-from hf_sparse.patches import methods_of
+from hf_sparse.patches import sparse_layers
 from hf_sparse.patches.heads import initialised
 
 FAMILIES = runpy.run_path(str(Path(__file__).with_name("families.py")))["FAMILIES"]
@@ -168,7 +168,7 @@ def test_a_base_with_other_labels_is_refused(labels, told, checkpoint, tmp_path)
         hf_sparse.from_pretrained(tmp_path / "adapter", base_model=other)
     with pytest.raises(AdapterMismatchError, match=wanted):
         PeftModel.from_pretrained(other, tmp_path / "adapter")
-    assert methods_of(other) == [] and not any("original_module" in name for name, _ in other.named_modules())
+    assert sparse_layers(other) == [] and not any("original_module" in name for name, _ in other.named_modules())
 
 
 def test_a_head_of_another_size_is_replaced_by_the_adapters(checkpoint, tmp_path):
@@ -189,7 +189,7 @@ def test_a_new_head_without_the_adapter_is_refused_when_it_is_made(kind, checkpo
     model = load(kind, checkpoint(family_of(kind)))
     with pytest.raises(ValueError, match=r"classifier of this .* just got random weights.* add modules_to_save=\["):
         get_peft_model(model, METHODS["sparsek"]())
-    assert methods_of(model) == []
+    assert sparse_layers(model) == []
 
 
 @pytest.mark.parametrize("modules", [["classifier"], []])
@@ -289,7 +289,7 @@ def test_patch_without_peft_refuses_modules_to_save(tiny_bert):
     model = tiny_bert("BertForTokenClassification")
     with pytest.raises(ValueError, match=r"modules_to_save=\['classifier'\] is for PEFT"):
         hf_sparse.patch(model, METHODS["sparsek"](modules_to_save=["classifier"]))
-    assert methods_of(model) == []
+    assert sparse_layers(model) == []
 
 
 @pytest.mark.parametrize("fault", ["missing", "unexpected"])
@@ -347,7 +347,7 @@ def test_life_of_a_model(method, checkpoint):
     model.eval()
     plain = model.unload()
     dense.classifier = head
-    assert methods_of(plain) == [] and isinstance(plain.classifier, type(head))
+    assert sparse_layers(plain) == [] and isinstance(plain.classifier, type(head))
     assert torch.equal(outputs(plain), outputs(dense))
 
 
@@ -382,7 +382,7 @@ def test_peft_inside_of_a_model_is_refused(task, checkpoint, tmp_path):
     for config in (METHODS["sparsek"](**task), PeftConfig.from_pretrained(str(tmp_path / "adapter"))):
         with pytest.raises(ValueError, match=r"modules_to_save=\['classifier'\] is for a PeftModel"):
             inject_adapter_in_model(config, model)
-        assert methods_of(model) == []
+        assert sparse_layers(model) == []
 
 
 # Training.

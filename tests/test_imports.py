@@ -88,7 +88,7 @@ before, expected = state(), outputs()
 import hf_sparse
 assert state() == before
 assert all(torch.equal(*pair) for pair in zip(outputs(), expected))
-assert hf_sparse.patches.methods_of(models[0]) == []
+assert hf_sparse.patches.sparse_layers(models[0]) == []
 
 # The import is not idle: asked to, it patches.
 hf_sparse.patch(models[0], hf_sparse.SparseKConfig(k=3, window=4, sinks=1))

@@ -7,8 +7,8 @@ from transformers import AutoTokenizer
 import hf_sparse
 from hf_sparse.demo import CHECKPOINT
 from hf_sparse.errors import DataError
-from hf_sparse.kept import describe_selection, kept_keys, pieces
-from hf_sparse.patches import methods_of
+from hf_sparse.methods.sparsek.kept_keys import describe_selection, kept_keys, pieces
+from hf_sparse.patches import sparse_layers
 
 LENGTH = 40
 
@@ -21,7 +21,7 @@ def chunks():
 def patched(model, **settings):
     """With scorers that differ from head to head."""
     model = hf_sparse.patch(model, hf_sparse.SparseKConfig(**settings)).eval()
-    for number, method in enumerate(methods_of(model)):
+    for number, method in enumerate(sparse_layers(model)):
         torch.manual_seed(number)
         for weight in method.sparsek_scorer.parameters():
             torch.nn.init.normal_(weight)
@@ -31,12 +31,12 @@ def patched(model, **settings):
 def scores_of(model, chunk):
     """The scores `[Hkv, T]` of each sparse layer, as the attention asked for them."""
     found = []
-    for method in methods_of(model):
+    for method in sparse_layers(model):
         score = method.score
         method.score = lambda *args, score=score, **kwargs: found.append(score(*args, **kwargs)) or found[-1]
     with torch.no_grad():
         model(input_ids=chunk)
-    for method in methods_of(model):
+    for method in sparse_layers(model):
         del method.score
     return [scores[0].tolist() for scores in found]
 
@@ -68,7 +68,7 @@ def test_encoder(tiny_bert, chunks, slope):
         for row in layer
     ]
     assert kept.tolist() == wanted and len(wanted) == 8
-    assert not any(method.sparsek_scorer["default"]._forward_hooks for method in methods_of(model))
+    assert not any(method.sparsek_scorer["default"]._forward_hooks for method in sparse_layers(model))
 
 
 def test_description(tiny_llama, bert_tokenizer, chunks):

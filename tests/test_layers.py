@@ -1,4 +1,4 @@
-"""Each layer imports only those above it in the list of CONTRIBUTING.md."""
+"""Each layer imports only those above it in the list of CONTRIBUTING.md, and neutral rooms know no method."""
 
 import ast
 from collections.abc import Iterator
@@ -8,16 +8,22 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = {"hf_sparse": "hf_sparse", "patches": "hf_sparse.patches", "finetune": "hf_sparse.finetune"}
 
 LAYERS = [
-    ("errors", "embeddings", "files", "folders", "machine", "metrics", "tokens", "weights", "demo.__init__", "_compat"),
+    ("_compat", "access_tokens", "atomic_files", "bundled", "embeddings", "environment", "errors", "folders"),
+    ("metrics", "weights"),
     ("ops",),
-    ("methods",),
+    ("core",),
     ("patches",),
     ("tuner",),
-    ("tasks", "base", "data", "overlap"),
+    ("model_kinds", "base_model", "data", "overlap"),
     ("finetune",),
-    ("evaluation", "figures", "adapter", "card", "results", "repo", "kept", "hub", "saving"),
-    ("workflow", "report", "demo", "cli", "__main__", "__init__"),
+    ("evaluation", "figures", "adapters", "hub"),
+    ("workflow",),
+    ("methods",),
+    ("demo", "cli", "__main__", "__init__"),
 ]
+
+#: The layers that may name a method; all others reach methods through `hf_sparse.core.registry`.
+METHODS, TOP = "methods", ("demo", "cli", "__main__", "__init__")
 
 
 def modules() -> dict[str, Path]:
@@ -57,9 +63,17 @@ def test_imports_go_up_the_list():
     assert not {(module, other) for module, other in pairs if layer(other) > layer(module)}
 
 
-def test_what_serves_all_methods_imports_none():
+def test_neutral_modules_import_no_method():
     known = modules()
-    neutral = ["tuner", "finetune.loop", "finetune.training", "adapter", "card", "repo", "hub", "workflow", "report"]
-    found = {name: set(imported(known[f"hf_sparse.{name}"], known)) for name in neutral}
-    methods = ("hf_sparse.methods.sparsek", "hf_sparse.methods.sparsefinder")
-    assert not {(name, other) for name, others in found.items() for other in others if other.startswith(methods)}
+    neutral = {name for name in known if name.split(".")[1] not in (METHODS, *TOP)}
+    pairs = {(module, other) for module in neutral for other in imported(known[module], known)}
+    assert not {(module, other) for module, other in pairs if other.split(".")[1] == METHODS}
+
+
+def test_methods_import_no_other_method():
+    known = modules()
+    for module in known:
+        parts = module.split(".")
+        if parts[1] == METHODS and len(parts) > 3:
+            others = {other.split(".")[2] for other in imported(known[module], known) if other.split(".")[1] == METHODS}
+            assert others <= {parts[2]}, module

@@ -8,12 +8,12 @@ import torch
 from rich.console import Console
 
 from hf_sparse import SparsefinderConfig, SparseKConfig, overlap
+from hf_sparse.adapters.report import write_report
 from hf_sparse.data import IGNORED
 from hf_sparse.errors import DataError
 from hf_sparse.evaluation import graph_table, table
 from hf_sparse.finetune import FinetuneConfig
 from hf_sparse.overlap import merged, sentence, sketch
-from hf_sparse.report import write_report
 from hf_sparse.workflow import create_adapter, evaluate_adapter, train_adapter
 
 CONFIGS = {

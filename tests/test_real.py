@@ -13,7 +13,7 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 from hf_sparse import SparseKConfig
 from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.demo.text import documents
-from hf_sparse.patches import methods_of
+from hf_sparse.patches import sparse_layers
 
 pytestmark = pytest.mark.real
 
@@ -84,7 +84,7 @@ def test_two_thousand_tokens_in_256_slots(base, ids):
         stopping_criteria=[watch],
     )
     assert output.shape[1] == 2_016
-    assert len(methods_of(model)) == 30
+    assert len(sparse_layers(model)) == 30
     per_layer = 2 * 3 * 256 * 64 * 4  # keys and values, KV heads, slots, head dimension, bytes
     assert set(seen) == {30 * per_layer} and len(seen) == 2_000
 

@@ -15,7 +15,7 @@ import hf_sparse
 from hf_sparse import SparsefinderConfig, SparseKConfig, patch
 from hf_sparse.errors import AdapterMismatchError, HubError
 from hf_sparse.methods.sparsefinder import SparsefinderAttention, fit_predictors
-from hf_sparse.patches import methods_in_use, methods_of
+from hf_sparse.patches import sparse_layers, sparse_layers_in_use
 
 FAMILIES = runpy.run_path(str(Path(__file__).parent / "families.py"))["FAMILIES"]
 IDS = torch.randint(3, 64, (2, 70), generator=torch.Generator().manual_seed(0))
@@ -40,7 +40,7 @@ def fitted(model, adapter="default", **settings):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.3 * torch.randn_like(parameter))
-    fit_predictors(methods_in_use(model, SparsefinderAttention), lambda: model(input_ids=IDS))
+    fit_predictors(sparse_layers_in_use(model, SparsefinderAttention), lambda: model(input_ids=IDS))
     return model
 
 
@@ -86,7 +86,7 @@ def test_families_round_trip(tmp_path, name, settings):
     model.save_pretrained(tmp_path)
     loaded = hf_sparse.from_pretrained(tmp_path / "mine", base_model=FAMILIES[name].make(), adapter_name="yours")
     assert torch.equal(logits(loaded), expected)
-    assert methods_of(loaded)[0].active == "yours"
+    assert sparse_layers(loaded)[0].active == "yours"
 
 
 def test_the_files_hold_what_was_learned_and_nothing_else(tiny_llama, tmp_path):
@@ -151,7 +151,7 @@ def test_off_it_is_the_base_model_and_unload_gives_it_back(tiny_llama):
         assert torch.equal(logits(model), expected)
     assert torch.equal(logits(model), sparse)
     base = model.unload()
-    assert methods_of(base) == [] and torch.equal(logits(base), expected)
+    assert sparse_layers(base) == [] and torch.equal(logits(base), expected)
 
 
 def test_two_adapters_switch_and_one_goes(tiny_llama):
@@ -166,7 +166,7 @@ def test_two_adapters_switch_and_one_goes(tiny_llama):
     model.delete_adapter("second")
     assert torch.equal(logits(model), first)
     assert not any("second" in name for name in model.state_dict())
-    assert all(list(method.identities) == ["default"] for method in methods_of(model))
+    assert all(list(method.identities) == ["default"] for method in sparse_layers(model))
 
 
 ONE_METHOD = r"the model has {} attention already, and a model has one method at a time: take it off first .* add {}"
@@ -184,7 +184,7 @@ def test_a_model_has_one_method_at_a_time(tiny_llama, here, other, names):
     model = patch(tiny_llama(), here)
     with pytest.raises(ValueError, match=ONE_METHOD.format(*names)):
         patch(model, other, adapter="other")
-    assert {tuple(method.configs) for method in methods_of(model)} == {("default",)}
+    assert {tuple(method.configs) for method in sparse_layers(model)} == {("default",)}
     with (
         pytest.warns(UserWarning, match="modify a model with PEFT for a second time"),
         pytest.raises(ValueError, match=ONE_METHOD.format(*names)),
@@ -208,7 +208,7 @@ def test_settings_that_do_not_fit_change_nothing(tiny_llama, settings, message):
     model = tiny_llama()
     with pytest.raises(ValueError, match=message):
         patch(model, SparsefinderConfig(**settings))
-    assert methods_of(model) == [] and model.config._attn_implementation == "sdpa"
+    assert sparse_layers(model) == [] and model.config._attn_implementation == "sdpa"
 
 
 # Training.

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 import hf_sparse
-from hf_sparse.tasks import attends_both_ways, final_states, kind_of, task_of, task_of_class
+from hf_sparse.model_kinds import attends_both_ways, final_states, kind_of, task_of, task_of_class
 
 
 @pytest.mark.parametrize(

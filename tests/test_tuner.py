@@ -18,7 +18,7 @@ from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.errors import AdapterMismatchError
 from hf_sparse.methods.sparsek import SparseKCacheLayer
 from hf_sparse.methods.sparsek.attention import _warn_of_short_text
-from hf_sparse.patches import methods_of
+from hf_sparse.patches import sparse_layers
 
 BUDGET = {"k": 6, "window": 8, "sinks": 2}
 IDS = torch.randint(2, 64, (2, 50), generator=torch.Generator().manual_seed(0))
@@ -85,7 +85,7 @@ def test_it_generates_with_constant_slots(model):
 
 def test_unload_gives_the_base_model_back(model, tiny_llama):
     base = model.unload()
-    assert methods_of(base) == []
+    assert sparse_layers(base) == []
     assert torch.equal(logits(base), logits(tiny_llama()))
 
 
@@ -154,7 +154,7 @@ def test_another_adapter_name_round_trips(base_folder, tmp_path, scorer):
         AutoModelForCausalLM.from_pretrained(base_folder), tmp_path / "mine", adapter_name="yours"
     )
     assert torch.equal(logits(loaded), expected)
-    assert methods_of(loaded)[0].active == "yours"
+    assert sparse_layers(loaded)[0].active == "yours"
 
 
 def test_an_adapter_of_another_base_is_refused(model, tiny_llama, tmp_path):
@@ -193,7 +193,7 @@ def test_two_adapters_switch_and_one_goes(model):
     model.delete_adapter("small")
     assert torch.equal(logits(model), first)
     assert not any("small" in name for name, _ in model.named_parameters())
-    assert all(list(method.configs) == ["default"] for method in methods_of(model))
+    assert all(list(method.configs) == ["default"] for method in sparse_layers(model))
 
 
 def test_deleting_the_active_adapter_goes_back_to_the_other(model):
@@ -257,7 +257,7 @@ def test_after_its_last_adapter_it_takes_another_for_other_layers(tiny_llama):
         SparseKCache(model)
     model.add_adapter(config(layers=[1]), "next")
     model.eval()
-    assert [method.is_active for method in methods_of(model)] == [False, True]
+    assert [method.is_active for method in sparse_layers(model)] == [False, True]
     assert (logits(model) - logits(tiny_llama())).abs().max() > 0.1
 
 
@@ -395,7 +395,7 @@ def test_a_frozen_adapter_lets_gradients_through(tiny_llama, recwarn):
 
 def test_adapters_for_some_layers_name_train_too(tiny_llama):
     model = get_peft_model(tiny_llama(num_hidden_layers=3), config(layers=[1, 0])).eval()
-    assert [method.last_for for method in methods_of(model)] == [set(), {"default"}]
+    assert [method.last_for for method in sparse_layers(model)] == [set(), {"default"}]
     with pytest.raises(ValueError, match=r"call model.train\(\)"):
         model(IDS, labels=IDS).loss.backward()
 
@@ -451,7 +451,7 @@ def test_transformers_says_which_peft_its_own_methods_need(tiny_llama):
     else:
         with pytest.raises(ValueError, match=r"please use a version >= 0\.22"):
             model.add_adapter(config())
-        assert methods_of(model) == []
+        assert sparse_layers(model) == []
 
 
 def test_a_refused_step_leaves_the_cache_as_it_was(tiny_llama):

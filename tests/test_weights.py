@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import hf_sparse
+from hf_sparse.adapters.repo import write_repo
 from hf_sparse.errors import HubError, WeightsError
-from hf_sparse.patches import methods_of
-from hf_sparse.repo import write_repo
+from hf_sparse.patches import sparse_layers
 from hf_sparse.workflow import save_adapter
 
 CONFIGS = {
@@ -86,7 +86,7 @@ def test_damaged_weights_are_loaded_by_nobody(method, folder, base, kind):
     expected = dense(input_ids=TOKENS).logits
     with pytest.raises(WeightsError, match=message):
         PeftModel.from_pretrained(dense, folder)
-    assert methods_of(dense) == [] and torch.equal(dense(input_ids=TOKENS).logits, expected)
+    assert sparse_layers(dense) == [] and torch.equal(dense(input_ids=TOKENS).logits, expected)
     two = get_peft_model(load_base(base), CONFIGS[method]())
     with in_use(two, method):
         before = two(input_ids=TOKENS).logits
@@ -110,7 +110,7 @@ def test_peft_refuses_missing_and_unexpected_weights(method, folder, base):
         dense = load_base(base)
         with pytest.raises(WeightsError, match=message):
             PeftModel.from_pretrained(dense, folder)
-        assert methods_of(dense) == []
+        assert sparse_layers(dense) == []
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -17,9 +17,9 @@ from arguments import adapter_and_text
 from torch import Tensor
 
 from hf_sparse.data import pack, read_text, select_chunks
-from hf_sparse.machine import describe
+from hf_sparse.environment import describe
 from hf_sparse.methods.sparsefinder import SparsefinderAttention
-from hf_sparse.patches import methods_in_use
+from hf_sparse.patches import sparse_layers_in_use
 from hf_sparse.workflow import load_adapter
 
 
@@ -29,7 +29,7 @@ def main() -> None:
     model = model.double().eval()
     text = pack(tokenizer, read_text(arguments.text), arguments.length)
     tokens = select_chunks(text, arguments.chunks).to(model.device)
-    methods = methods_in_use(model, SparsefinderAttention)
+    methods = sparse_layers_in_use(model, SparsefinderAttention)
     added, certified = [], []
 
     def note(text: Any, graph: Any, certificate: Any) -> None:

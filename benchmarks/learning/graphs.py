@@ -19,17 +19,17 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sparse import SparsefinderConfig, patch
-from hf_sparse.finetune.graph import graph_loss
-from hf_sparse.machine import describe
-from hf_sparse.methods.base import Site
+from hf_sparse.core.layer import AttentionShape
+from hf_sparse.environment import describe
 from hf_sparse.methods.sparsefinder import SparsefinderAttention, fit_predictors
+from hf_sparse.methods.sparsefinder.graph_loss import graph_loss
 from hf_sparse.methods.sparsefinder.predictors import ProjectedPredictor
 from hf_sparse.methods.sparsefinder.predictors.projected import Span
 from hf_sparse.ops.entmax import support
-from hf_sparse.ops.graphs import Tiles, window_and_global
-from hf_sparse.ops.graphs.pattern_tiles import nearest_scores
-from hf_sparse.ops.graphs.select import best_tiles
-from hf_sparse.patches import methods_of
+from hf_sparse.ops.predictors.pattern_tiles import nearest_scores
+from hf_sparse.ops.tiles import Tiles, window_and_global
+from hf_sparse.ops.tiles.select import best_tiles
+from hf_sparse.patches import sparse_layers
 
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
 TRAINED_FROM = 8192  # tokens of the text before this one train nothing
@@ -61,7 +61,7 @@ class Replay(nn.Module):
         super().__init__()
         (_, heads, _, dim), kv_heads = texts[0][0].shape, texts[0][1].shape[1]
         self.texts, self.scaling = texts, scaling
-        self.method = SparsefinderAttention.at(Site(heads * dim, heads, kv_heads, dim, layer))
+        self.method = SparsefinderAttention.at(AttentionShape(heads * dim, heads, kv_heads, dim, layer))
         self.method.add_adapter("default", config)
 
     def forward(self, input_ids: Tensor) -> None:
@@ -109,7 +109,7 @@ def read(options: argparse.Namespace, layers: list[int]) -> tuple[dict[int, Text
         tokens = AutoTokenizer.from_pretrained(options.model)(file.read(400_000), return_tensors="pt", verbose=False)
     found: dict[int, Texts] = {layer: [] for layer in layers}
     patch(model, SparsefinderConfig(predictor="full"))
-    for method in methods_of(model, SparsefinderAttention):
+    for method in sparse_layers(model, SparsefinderAttention):
         if method.layer in found:
             into = found[method.layer]
             method.observer = lambda text, *_, into=into: into.append((text.query.half(), text.key.half()))

@@ -22,11 +22,11 @@ from torch import Tensor
 
 import hf_sparse.methods.sparsek.attention as sparsek
 from hf_sparse.data import pack, read_text, select_chunks
+from hf_sparse.environment import describe
 from hf_sparse.evaluation import budget_of, compare
-from hf_sparse.evaluation.layers import best_shares
-from hf_sparse.machine import describe
 from hf_sparse.methods.sparsek import SparseKAttention
-from hf_sparse.patches import methods_in_use
+from hf_sparse.methods.sparsek.evaluation.layer_shares import best_shares
+from hf_sparse.patches import sparse_layers_in_use
 from hf_sparse.workflow import load_adapter
 
 Slots = dict[int, list[int]]  # by layer, of each KV head
@@ -65,7 +65,7 @@ def main() -> None:
     model, tokenizer = load_adapter(arguments.adapter, device=arguments.device, dtype="float32")
     text = pack(tokenizer, read_text(arguments.text), arguments.length)
     chunks, held_out = (select_chunks(text, part) for part in (arguments.chunks, arguments.held_out))
-    methods, run = methods_in_use(model, SparseKAttention), (budget_of(model), "learned")
+    methods, run = sparse_layers_in_use(model, SparseKAttention), (budget_of(model), "learned")
     heads = [(method.layer, head) for method in methods for head in range(method.num_key_value_heads)]
 
     def measured(slots: Slots, some: Tensor) -> dict[str, float]:

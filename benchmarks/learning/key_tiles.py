@@ -26,20 +26,20 @@ from transformers import AutoTokenizer
 
 from hf_sparse import from_pretrained
 from hf_sparse.data import pack, read_text
-from hf_sparse.evaluation.graphs import predicting_methods
-from hf_sparse.evaluation.graphs.quality import compared, output_of
-from hf_sparse.evaluation.graphs.record import GraphRecord
-from hf_sparse.machine import describe
+from hf_sparse.environment import describe
 from hf_sparse.methods.sparsefinder import SparsefinderAttention
-from hf_sparse.methods.sparsefinder.attention import Text
+from hf_sparse.methods.sparsefinder.attention import AttentionInputs
+from hf_sparse.methods.sparsefinder.evaluation import predicting_layers
+from hf_sparse.methods.sparsefinder.evaluation.quality import compared, output_of
+from hf_sparse.methods.sparsefinder.evaluation.record import GraphRecord
 from hf_sparse.methods.sparsefinder.predictors.projected import Span, always_joined
-from hf_sparse.ops.graphs import Tiles
-from hf_sparse.ops.graphs.clustering import assign_parts, cut_into_parts, points_of_parts
-from hf_sparse.ops.graphs.distance import squared_distances
-from hf_sparse.ops.graphs.kmeans import kmeans
-from hf_sparse.ops.graphs.profile import distance_bins
-from hf_sparse.ops.graphs.select import best_tiles
-from hf_sparse.ops.graphs.tiles import own_tiles
+from hf_sparse.ops.predictors.clustering import assign_parts, cut_into_parts, points_of_parts
+from hf_sparse.ops.predictors.distance import squared_distances
+from hf_sparse.ops.predictors.kmeans import kmeans
+from hf_sparse.ops.predictors.profile import distance_bins
+from hf_sparse.ops.tiles import Tiles
+from hf_sparse.ops.tiles.select import best_tiles
+from hf_sparse.ops.tiles.tiles import own_tiles
 
 KINDS = ("keys", "clusters 64", "clusters 256", "parts 8 x 64", "parts 32 x 16")
 
@@ -54,7 +54,7 @@ def centroids_of(kind: str, points: Tensor) -> tuple[Tensor, int] | None:
     return found.unflatten(0, (len(points), parts)).transpose(1, 2).flatten(2), parts
 
 
-def lists(method: SparsefinderAttention, text: Text, centroids: tuple[Tensor, int] | None) -> Tiles:
+def lists(method: SparsefinderAttention, text: AttentionInputs, centroids: tuple[Tensor, int] | None) -> Tiles:
     """The best tiles of each query."""
     config, learned, length = method.config, method.parameters_in_use, text.key.shape[2]
     size = config.tile
@@ -83,14 +83,14 @@ def main() -> None:
     model = from_pretrained(options.adapter, base_model=options.base_model, dtype=torch.float32)
     base = options.base_model or model.peft_config["default"].base_model_name_or_path
     chunks = pack(AutoTokenizer.from_pretrained(base), read_text(options.text), 1024)
-    methods = predicting_methods(model)
+    methods = predicting_layers(model)
     tile = methods[0].config.tile
     if tile is None or methods[0].config.rows != 1:
         parser.error("expected an adapter of tiles with a list for each query (query_tile=1)")
     by_layer = {method.layer: method for method in methods}
     points: dict[int, list[Tensor]] = {}
 
-    def all_keys(text: Text) -> None:
+    def all_keys(text: AttentionInputs) -> None:
         points.setdefault(text.layer, []).append(by_layer[text.layer].parameters_in_use.project_keys(text.key)[0])
 
     def read(pattern: Any, observer: Any, tokens: Tensor) -> Tensor:

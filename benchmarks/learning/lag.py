@@ -23,21 +23,23 @@ from transformers import AutoTokenizer
 
 from hf_sparse import from_pretrained
 from hf_sparse.data import pack, read_text
-from hf_sparse.evaluation.graphs import adapter_settings, predicting_methods
-from hf_sparse.evaluation.graphs.points import tiles_per_query
-from hf_sparse.evaluation.graphs.quality import compared, output_of
-from hf_sparse.machine import describe
+from hf_sparse.environment import describe
 from hf_sparse.methods.sparsefinder import SparsefinderConfig
-from hf_sparse.methods.sparsefinder.attention import Text
+from hf_sparse.methods.sparsefinder.attention import AttentionInputs
+from hf_sparse.methods.sparsefinder.evaluation import adapter_settings, predicting_layers
+from hf_sparse.methods.sparsefinder.evaluation.operating_points import tiles_per_query
+from hf_sparse.methods.sparsefinder.evaluation.quality import compared, output_of
 from hf_sparse.methods.sparsefinder.predictors.budgets import divided_tiles
 from hf_sparse.ops.entmax import support
-from hf_sparse.ops.graphs import Tiles, window_and_global
-from hf_sparse.ops.graphs.points import tile_of_query
-from hf_sparse.ops.graphs.select import best_tiles
-from hf_sparse.ops.graphs.tiles import own_tiles, tile_counts
+from hf_sparse.ops.predictors.projections import tile_of_query
+from hf_sparse.ops.tiles import Tiles, window_and_global
+from hf_sparse.ops.tiles.select import best_tiles
+from hf_sparse.ops.tiles.tiles import own_tiles, tile_counts
 
 
-def oracle(text: Text, config: SparsefinderConfig, lag: int, budgets: dict[int, Tensor] | None = None) -> Tiles:
+def oracle(
+    text: AttentionInputs, config: SparsefinderConfig, lag: int, budgets: dict[int, Tensor] | None = None
+) -> Tiles:
     """The tiles with the most attention of the queries that begin `lag` positions before each tile of queries.
 
     Args:
@@ -83,7 +85,7 @@ def main() -> None:
         options.base_model or model.peft_config["default"].base_model_name_or_path
     )
     tokens = pack(tokenizer, read_text(options.text), options.length)[:1]
-    methods = predicting_methods(model)
+    methods = predicting_layers(model)
     config = methods[0].config
     config.sparsity, config.length, config.tiles_per_query = options.sparsity, options.length, None
 

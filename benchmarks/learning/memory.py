@@ -18,10 +18,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from hf_sparse import SparseKConfig, patch
+from hf_sparse.environment import describe
 from hf_sparse.finetune.objectives import distill
 from hf_sparse.finetune.recompute import recomputed
-from hf_sparse.machine import describe
-from hf_sparse.patches import methods_of
+from hf_sparse.patches import sparse_layers
 
 SHAPE = {
     "vocab_size": 49152,
@@ -40,7 +40,7 @@ def step(variant: str, length: int, device: str) -> dict[str, float]:
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**SHAPE)).eval().requires_grad_(False).to(device)
     patch(model, SparseKConfig())
-    for method in methods_of(model):
+    for method in sparse_layers(model):
         method.train()
     if variant == "all logits":
         model.get_output_embeddings = lambda: None  # type: ignore[method-assign]

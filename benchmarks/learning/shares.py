@@ -11,9 +11,9 @@ import json
 from arguments import adapter_and_text
 
 from hf_sparse.data import pack, read_text, select_chunks
+from hf_sparse.environment import describe
 from hf_sparse.evaluation import budget_of, compare, divide_layers
-from hf_sparse.machine import describe
-from hf_sparse.patches import methods_in_use
+from hf_sparse.patches import sparse_layers_in_use
 from hf_sparse.workflow import load_adapter
 
 
@@ -23,7 +23,7 @@ def main() -> None:
     text = pack(tokenizer, read_text(arguments.text), arguments.length)
     chunks, held_out = (select_chunks(text, part) for part in (arguments.chunks, arguments.held_out))
     shares, damages = divide_layers(model, chunks, batch_size=arguments.batch_size)
-    config, run, whole = methods_in_use(model)[0].config, (budget_of(model), "learned"), {}
+    config, run, whole = sparse_layers_in_use(model)[0].config, (budget_of(model), "learned"), {}
     for name, some in (("equal", None), ("divided", shares)):
         config.layer_shares = some
         losses = compare(model, held_out, [run], batch_size=arguments.batch_size)[run]

@@ -19,9 +19,10 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from hf_sparse._compat import cache_of
-from hf_sparse.adapter import CONFIG, WEIGHTS
+from hf_sparse.adapters.folder import CONFIG, WEIGHTS
+from hf_sparse.adapters.repo import measurements, write_repo
+from hf_sparse.bundled import BASE_NAME, CHECKPOINT
 from hf_sparse.data import pack
-from hf_sparse.demo import BASE_NAME, CHECKPOINT
 from hf_sparse.demo.text import documents
 from hf_sparse.evaluation import evaluate, kv_bytes, perplexity, readable_bytes, selection
 from hf_sparse.finetune import FinetuneConfig, finetune
@@ -29,7 +30,6 @@ from hf_sparse.finetune.checkpoint import checkpoints
 from hf_sparse.folders import staged
 from hf_sparse.methods.sparsek import SparseKConfig
 from hf_sparse.overlap import overlap
-from hf_sparse.repo import measurements, write_repo
 from hf_sparse.workflow import create_adapter, save_adapter
 
 K, WINDOW, SINKS = 20, 8, 4  # 32 slots

@@ -10,25 +10,25 @@ from typing import TYPE_CHECKING, Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from hf_sparse import machine
+from hf_sparse import environment
 from hf_sparse.data import IGNORED, check_chunks, fingerprint, first_token, tensors
 from hf_sparse.errors import DataError
-from hf_sparse.evaluation.budgets import at_budget, budget_of
-from hf_sparse.evaluation.graphs.analyse import analyse
 from hf_sparse.evaluation.quality import compare, embeddings, masked_perplexity, position_edges
-from hf_sparse.evaluation.selections import (
+from hf_sparse.evaluation.speed import decoding, forward_speed
+from hf_sparse.methods.sparsefinder import SparsefinderAttention
+from hf_sparse.methods.sparsefinder.evaluation.analyse import analyse
+from hf_sparse.methods.sparsek import Budget
+from hf_sparse.methods.sparsek.evaluation.budgets import at_budget, budget_of
+from hf_sparse.methods.sparsek.evaluation.contenders import (
     check_selections,
     evaluating,
-    patched_methods,
+    patched_layers,
     selection,
     selections_of,
 )
-from hf_sparse.evaluation.speed import decoding, forward_speed
-from hf_sparse.methods.sparsefinder import SparsefinderAttention
-from hf_sparse.methods.sparsek import Budget
 from hf_sparse.metrics import METRIC_KEYS
-from hf_sparse.patches import methods_in_use
-from hf_sparse.tasks import kind_of
+from hf_sparse.model_kinds import kind_of
+from hf_sparse.patches import sparse_layers_in_use
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -55,7 +55,7 @@ def evaluate(
 
     The model comes back as it was: its mode, its policies, its budget, and whether it is switched on. One with
     Sparsefinder attention has no slots but graphs: what is said below is then that of
-    `hf_sparse.evaluation.graphs.analyse`, with `selections` as its `patterns`.
+    `hf_sparse.methods.sparsefinder.evaluation.analyse`, with `selections` as its `patterns`.
 
     Args:
         model: a `PeftModel` or a model patched by `hf_sparse.patch`.
@@ -86,7 +86,7 @@ def evaluate(
         DataError: chunks that cannot be measured.
         ValueError: a model that is not patched, or options out of range.
     """
-    if methods_in_use(model, SparsefinderAttention):
+    if sparse_layers_in_use(model, SparsefinderAttention):
         if slots or stride is not None:
             raise ValueError("slots and stride are SparseK's: a Sparsefinder model is measured at sparsities")
         return analyse(
@@ -131,14 +131,14 @@ def evaluate(
     sweep = [_entry(budget, found) for budget, found in zip(budgets[1:], qualities[1:], strict=True)]
     return {
         "format": FORMAT,
-        "base_model": patched_methods(model)[0].config.base_model_name_or_path or model.config.name_or_path,
+        "base_model": patched_layers(model)[0].config.base_model_name_or_path or model.config.name_or_path,
         "budget": _entry(own, {}),
         "text": text,
         "metric": metric,
         **qualities[0],
         **costs,
         **({"sweep": sweep} if sweep else {}),
-        **machine.describe(),
+        **environment.describe(),
     }
 
 

@@ -16,10 +16,10 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from hf_sparse.data import IGNORED
-from hf_sparse.evaluation.budgets import at_budget, budget_of
-from hf_sparse.evaluation.selections import selection
 from hf_sparse.methods.sparsek import Budget
-from hf_sparse.tasks import final_states, pooled
+from hf_sparse.methods.sparsek.evaluation.budgets import at_budget, budget_of
+from hf_sparse.methods.sparsek.evaluation.contenders import selection
+from hf_sparse.model_kinds import final_states, pooled
 
 _SLICE = 256  # positions whose logits are float32 at a time
 _BINS = 16

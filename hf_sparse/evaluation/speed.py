@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse._compat import cache_of, with_cache
-from hf_sparse.evaluation.selections import selection
 from hf_sparse.methods.sparsek import SparseKCacheLayer
+from hf_sparse.methods.sparsek.evaluation.contenders import selection
 from hf_sparse.patches.cache import kv_bytes
 
 _REPEATS = 3  # the median of three survives one slow start

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from hf_sparse import SparseKConfig, patch
 from hf_sparse._compat import cache_of, with_cache
-from hf_sparse.patches import methods_of
+from hf_sparse.patches import sparse_layers
 
 # Far fewer slots (13) than tokens, so that every layer must choose and every choice can be wrong.
 BUDGET = {"k": 5, "window": 6, "sinks": 2}
@@ -43,7 +43,7 @@ def randomise(model: torch.nn.Module, adapter: str = "default", seed: int = 0) -
     """Random scorers of their own for every layer and head, apart enough for the choice to matter."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for method in methods_of(model):
+        for method in sparse_layers(model):
             for parameter in method.sparsek_scorer[adapter].parameters():
                 parameter.normal_(std=0.3, generator=generator)
 
@@ -85,7 +85,7 @@ class Subject:
     @cached_property
     def last_layer(self) -> int:
         """The last layer that a patch does not leave alone."""
-        return methods_of(self.sparse)[-1].layer
+        return sparse_layers(self.sparse)[-1].layer
 
     @cached_property
     def ids(self) -> Tensor:

@@ -7,7 +7,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from hf_sparse import SparseKConfig, unpatch
-from hf_sparse.patches import methods_of
+from hf_sparse.patches import sparse_layers
 
 
 def _anatomy(model):
@@ -79,17 +79,17 @@ def test_dtype(subject, measure):
 
         return wrapper
 
-    for method in methods_of(model):
+    for method in sparse_layers(model):
         method.score = recorded(method.score)
     assert subject.logits(model, subject.ids).isfinite().all()
     if subject.causal:
         ids, mask = subject.padded("left")
         assert subject.in_chunks(model, ids, [50] + [1] * 21, mask)[0].isfinite().all()
-    assert len(scores) >= len(methods_of(model))
+    assert len(scores) >= len(sparse_layers(model))
     for score in scores:
         assert score.dtype == torch.float32 and score.isfinite().all()
         assert not torch.equal(score, score.bfloat16().float()), "the scores are float32 in name only"
-    for method in methods_of(model):
+    for method in sparse_layers(model):
         del method.score
     rounded = subject.fresh()
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_checkpointing(subject, measure):
         options = {"use_cache": False} if subject.causal else {}
         output = model(subject.ids, attention_mask=torch.ones_like(subject.ids), **options)
         output.logits.log_softmax(-1).gather(-1, subject.ids[..., None]).mean().backward()
-        gradients.append([p.grad for method in methods_of(model) for p in method.sparsek_scorer.parameters()])
+        gradients.append([p.grad for method in sparse_layers(model) for p in method.sparsek_scorer.parameters()])
     for without, checkpointed in zip(*gradients, strict=True):
         assert without.abs().max() > 1e-6
         measure.close(checkpointed, without)

@@ -3,8 +3,8 @@
 import torch
 
 from hf_sparse import unpatch
-from hf_sparse.methods.sparsek.selection import POLICIES
-from hf_sparse.patches import methods_of
+from hf_sparse.methods.sparsek.baselines import POLICIES
+from hf_sparse.patches import sparse_layers
 
 KIND = "encoder"
 HEADS = {
@@ -75,7 +75,7 @@ def test_whole_budget(subject, measure):
 def test_window_only(subject, measure):
     """The baseline `recency` is a window: what all layers together cannot reach changes nothing."""
     model = subject.fresh(sinks=0)
-    for method in methods_of(model):
+    for method in sparse_layers(model):
         method.policy = POLICIES["recency"]
     changed = subject.ids.clone()
     changed[:, -1] = (changed[:, -1] - 3) % 60 + 4  # another ordinary token
@@ -96,7 +96,7 @@ def test_some_layers(subject, measure):
 def test_training(subject, measure):
     """With the soft gates of training, padded rows equal each row alone."""
     model = subject.fresh()
-    for method in methods_of(model):  # the model around it stays in eval mode: no dropout
+    for method in sparse_layers(model):  # the model around it stays in eval mode: no dropout
         method.train()
     assert (subject.logits(model, subject.ids) - subject.logits(subject.sparse, subject.ids)).abs().max() > 0.01
     _rows_alone(subject, measure, model)

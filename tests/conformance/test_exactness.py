@@ -5,7 +5,7 @@ from itertools import pairwise
 
 import torch
 
-from hf_sparse.patches import methods_of
+from hf_sparse.patches import sparse_layers
 
 KIND = "causal"
 STEPS = 64
@@ -117,7 +117,7 @@ def test_some_layers(subject, measure):
 def test_training(subject, measure):
     """With the soft gates of training, padded rows equal each row alone."""
     model = subject.fresh()
-    for method in methods_of(model):  # the model around it stays in eval mode: no dropout
+    for method in sparse_layers(model):  # the model around it stays in eval mode: no dropout
         method.train()
     for side in ("left", "right"):
         ids, mask = subject.padded(side)

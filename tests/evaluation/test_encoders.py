@@ -23,7 +23,7 @@ from hf_sparse.evaluation import (
     selections_of,
     table,
 )
-from hf_sparse.patches import methods_of
+from hf_sparse.patches import sparse_layers
 
 K, WINDOW, SINKS = 5, 6, 1
 SLOTS = K + WINDOW + SINKS
@@ -133,9 +133,15 @@ def test_table(adapted, chunks, masked, kind):
 
 def test_the_model_comes_back(adapted, chunks):
     model = adapted("BertModel").train()
-    before = [(m.policy, m.disable_adapters, m.training) for m in methods_of(model)], model.config._attn_implementation
+    before = (
+        [(m.policy, m.disable_adapters, m.training) for m in sparse_layers(model)],
+        model.config._attn_implementation,
+    )
     evaluate(model, chunks, progress=False)
-    after = [(m.policy, m.disable_adapters, m.training) for m in methods_of(model)], model.config._attn_implementation
+    after = (
+        [(m.policy, m.disable_adapters, m.training) for m in sparse_layers(model)],
+        model.config._attn_implementation,
+    )
     assert before == after and all(module.training for module in model.modules())
 
 

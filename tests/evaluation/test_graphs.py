@@ -14,12 +14,12 @@ from hf_sparse import SparsefinderConfig, SparseKConfig, patch
 from hf_sparse.data import IGNORED
 from hf_sparse.errors import DataError
 from hf_sparse.evaluation import PATTERNS, analyse, evaluate, graph_table
-from hf_sparse.evaluation.graphs import describe_graphs
-from hf_sparse.evaluation.graphs.patterns import Patterns, fit_windows
 from hf_sparse.methods.sparsefinder import SparsefinderAttention, fit, fit_predictors
+from hf_sparse.methods.sparsefinder.evaluation import describe_graphs
+from hf_sparse.methods.sparsefinder.evaluation.patterns import Patterns, fit_windows
 from hf_sparse.ops.entmax import entmax
-from hf_sparse.ops.graphs import Tiles
-from hf_sparse.patches import methods_of
+from hf_sparse.ops.tiles import Tiles
+from hf_sparse.patches import sparse_layers
 
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
 LENGTH = 90
@@ -34,10 +34,10 @@ OPTIONS = {"progress": False, "sparsities": (0.5,)}
 def sparse(name="llama", changes=None, **settings):
     model = patch(FAMILIES[name].make(**changes or {}), SparsefinderConfig(**SIZES | settings))
     with torch.no_grad():
-        for method in methods_of(model, SparsefinderAttention):
+        for method in sparse_layers(model, SparsefinderAttention):
             method.parameters_in_use.log_scale.fill_(-0.5)
     text = torch.randint(3, 64, (2, 64), generator=torch.Generator().manual_seed(1))
-    fit_predictors(methods_of(model, SparsefinderAttention), lambda: model(text), generator=torch.Generator())
+    fit_predictors(sparse_layers(model, SparsefinderAttention), lambda: model(text), generator=torch.Generator())
     return model
 
 
@@ -47,7 +47,7 @@ def data(name):
 
 def captured(model, pattern="predicted", seed=0):
     """Texts and graphs of every layer, and the logits, of a forward in which a pattern attends."""
-    methods, seen = methods_of(model, SparsefinderAttention), []
+    methods, seen = sparse_layers(model, SparsefinderAttention), []
     for method in methods:
         method.pattern = Patterns(method, seed).pattern(pattern)
         method.observer = lambda text, graph, certificate: seen.append((text, graph))
@@ -173,7 +173,7 @@ def test_windows_are_the_nearest_tiles_divided_by_what_they_gain(monkeypatch, na
     """Of one layer, on the text that they are fitted to: no less than equal windows keep, for no more tiles."""
     monkeypatch.setattr(fit, "_POWER", 1.0)  # for the attention that is missed itself
     model = sparse(name, {"num_hidden_layers": 1}, window=0, global_tokens=0)
-    (method,) = methods_of(model, SparsefinderAttention)
+    (method,) = sparse_layers(model, SparsefinderAttention)
     with torch.no_grad():  # heads that attend to few keys and to many
         method.parameters_in_use.log_scale.copy_(torch.linspace(-3, 5, len(method.parameters_in_use.log_scale)))
     options = {"patterns": ["longformer", "windows"], "rows": LENGTH, "progress": False, "sparsities": (0.4,)}
@@ -270,7 +270,7 @@ def test_batches_change_nothing():
 
 
 def state(model):
-    methods = methods_of(model, SparsefinderAttention)
+    methods = sparse_layers(model, SparsefinderAttention)
     modes = [module.training for module in model.modules()]
     held = [(m.pattern, m.observer, m.certify, m.disable_adapters, copy.copy(vars(m.config))) for m in methods]
     return modes, held
@@ -278,7 +278,7 @@ def state(model):
 
 def test_the_model_comes_back_as_it_was(monkeypatch):
     model = sparse(tiles_per_query=2).train()
-    for method in methods_of(model, SparsefinderAttention):
+    for method in sparse_layers(model, SparsefinderAttention):
         method.pattern = lambda text: None
         method.observer = lambda *seen: None
         method.switch(False)

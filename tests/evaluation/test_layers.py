@@ -7,8 +7,8 @@ from hf_sparse import SparseKConfig, patch
 from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.errors import DataError
 from hf_sparse.evaluation import budget_of, compare, divide_layers, layer_damages
-from hf_sparse.evaluation.layers import best_shares
-from hf_sparse.patches import methods_of
+from hf_sparse.methods.sparsek.evaluation.layer_shares import best_shares
+from hf_sparse.patches import sparse_layers
 
 SHARES = [1.5, 0.5]
 
@@ -50,11 +50,13 @@ def test_a_wrong_number_of_shares_is_refused(tiny_llama):
 def test_damage_is_that_of_one_sparse_layer(tiny_llama, chunks):
     model = patched(tiny_llama)
     found = layer_damages(model, chunks, 12, progress=False)
-    assert list(found) == [0, 1] and budget_of(model) == (8, 6, 2) and methods_of(model)[0].config.layer_shares is None
+    assert (
+        list(found) == [0, 1] and budget_of(model) == (8, 6, 2) and sparse_layers(model)[0].config.layer_shares is None
+    )
     for layer, damage in found.items():
         alone = patch(tiny_llama(), SparseKConfig(**budget_of(model).resized(12)._asdict(), layers=[layer])).eval()
-        source = methods_of(model)[layer].sparsek_scorer
-        methods_of(alone)[0].sparsek_scorer.load_state_dict(source.state_dict())
+        source = sparse_layers(model)[layer].sparsek_scorer
+        sparse_layers(alone)[0].sparsek_scorer.load_state_dict(source.state_dict())
         run = (budget_of(alone), "learned")
         assert damage == pytest.approx(compare(alone, chunks, [run])[run].mean_divergence, abs=1e-6)
         assert damage > 0

@@ -15,8 +15,8 @@ from transformers import LlamaForCausalLM
 import hf_sparse
 from hf_sparse.errors import DataError
 from hf_sparse.evaluation import SELECTIONS, evaluate, perplexity, readable_bytes, selection, table
-from hf_sparse.methods.sparsek.selection import POLICIES
-from hf_sparse.patches import methods_of
+from hf_sparse.methods.sparsek.baselines import POLICIES
+from hf_sparse.patches import sparse_layers
 
 K, WINDOW, SINKS = 5, 6, 2
 SLOTS = K + WINDOW + SINKS
@@ -94,9 +94,9 @@ class TestSelections:
 
     def test_a_model_without_peft_measures_the_same(self, base, model, chunks):
         expected = evaluate(model, chunks, progress=False)["perplexity"]
-        weights = [method.sparsek_scorer["default"].state_dict() for method in methods_of(model)]
+        weights = [method.sparsek_scorer["default"].state_dict() for method in sparse_layers(model)]
         plain = hf_sparse.patch(model.unload(), hf_sparse.SparseKConfig(k=K, window=WINDOW, sinks=SINKS))
-        for method, weight in zip(methods_of(plain), weights, strict=True):
+        for method, weight in zip(sparse_layers(plain), weights, strict=True):
             method.sparsek_scorer["default"].load_state_dict(weight)
         assert evaluate(plain, chunks, progress=False)["perplexity"] == expected
 
@@ -115,7 +115,7 @@ def test_adapters_with_layers_of_their_own(base, chunks):
 class TestTheModelComesBack:
     @staticmethod
     def state(model):
-        methods = methods_of(model)
+        methods = sparse_layers(model)
         return (
             [(method.policy, method.disable_adapters) for method in methods],
             [module.training for module in model.modules()],
@@ -126,7 +126,7 @@ class TestTheModelComesBack:
     @pytest.mark.parametrize("disabled", [False, True])
     def test_after_evaluating(self, model, chunks, disabled):
         model.eval()
-        first, second = methods_of(model)
+        first, second = sparse_layers(model)
         first.train()
         second.policy = POLICIES["random"]
         for method in (first, second):
@@ -137,7 +137,7 @@ class TestTheModelComesBack:
 
     @pytest.mark.parametrize("name", SELECTIONS)
     def test_after_an_exception(self, model, name):
-        methods_of(model)[0].policy = POLICIES["random"]
+        sparse_layers(model)[0].policy = POLICIES["random"]
         before = self.state(model)
         with pytest.raises(KeyboardInterrupt), selection(model, name):
             raise KeyboardInterrupt
@@ -149,7 +149,7 @@ class TestTheModelComesBack:
         def fail(*args, **kwargs):
             raise RuntimeError("out of memory")
 
-        monkeypatch.setattr(methods_of(model)[1], "score", fail)
+        monkeypatch.setattr(sparse_layers(model)[1], "score", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             evaluate(model, chunks, progress=False)
         assert self.state(model) == before
@@ -157,7 +157,7 @@ class TestTheModelComesBack:
 
 class TestSweep:
     def test_each_budget_as_an_adapter_of_its_own(self, base, model, chunks):
-        scorers = [method.sparsek_scorer["default"].state_dict() for method in methods_of(model)]
+        scorers = [method.sparsek_scorer["default"].state_dict() for method in sparse_layers(model)]
         result = evaluate(model, chunks, selections=("dense", "learned", "h2o"), slots=(9, 20), progress=False)
         assert [(e["slots"], e["k"], e["window"], e["sinks"]) for e in result["sweep"]] == [
             (9, 3, 4, 2),
@@ -167,7 +167,7 @@ class TestSweep:
         for entry in result["sweep"]:
             own = hf_sparse.SparseKConfig(**{name: entry[name] for name in ("k", "window", "sinks")})
             hf_sparse.patch(base, own)
-            for method, weight in zip(methods_of(base), scorers, strict=True):
+            for method, weight in zip(sparse_layers(base), scorers, strict=True):
                 method.sparsek_scorer["default"].load_state_dict(weight)
             expected = evaluate(base, chunks, selections=("dense", "learned", "h2o"), progress=False)
             hf_sparse.unpatch(base)
@@ -178,7 +178,7 @@ class TestSweep:
         swept = evaluate(model, chunks, selections=("learned",), slots=(20,), progress=False)
         for name in ("budget", "perplexity", "divergence", "by_position", "kv_bytes"):
             assert swept[name] == alone[name]
-        assert "sweep" not in alone and methods_of(model)[0].config.slots == SLOTS
+        assert "sweep" not in alone and sparse_layers(model)[0].config.slots == SLOTS
 
     def test_refusals(self, model, chunks):
         with pytest.raises(DataError, match="nothing is evicted: the budget of 40 slots"):
@@ -190,10 +190,10 @@ class TestSweep:
         def fail(*args, **kwargs):
             raise RuntimeError("out of memory")
 
-        monkeypatch.setattr(methods_of(model)[1], "score", fail)
+        monkeypatch.setattr(sparse_layers(model)[1], "score", fail)
         with pytest.raises(RuntimeError, match="out of memory"):
             evaluate(model, chunks, selections=("learned",), slots=(20,), progress=False)
-        assert methods_of(model)[0].config.slots == SLOTS
+        assert sparse_layers(model)[0].config.slots == SLOTS
 
 
 class TestMemoryAndSpeed:

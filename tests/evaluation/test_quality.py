@@ -12,7 +12,7 @@ from hf_sparse._compat import cache_of
 from hf_sparse.evaluation import at_budget, budget_of, compare, divergence, perplexity, quality, selection
 from hf_sparse.evaluation.quality import Losses, position_edges
 from hf_sparse.methods.sparsek import Budget
-from hf_sparse.patches import methods_of
+from hf_sparse.patches import sparse_layers
 
 LENGTH = 40
 
@@ -102,4 +102,4 @@ class TestBudget:
         with pytest.raises(KeyboardInterrupt), at_budget(model, Budget(k=2, window=3, sinks=1)):
             assert cache_of(model(input_ids=chunks, use_cache=True)).layers[0].keys.shape[2] == 6
             raise KeyboardInterrupt
-        assert {method.config.slots for method in methods_of(model)} == {13}
+        assert {method.config.slots for method in sparse_layers(model)} == {13}

@@ -20,7 +20,7 @@ from hf_sparse.evaluation.tasks.haystack import fit, hide
 from hf_sparse.evaluation.tasks.longbench import Document, prompt
 from hf_sparse.evaluation.tasks.words import ADJECTIVES, KEYS, LISTED, NOUNS, PLACES, VERBS
 from hf_sparse.methods.sparsek import Budget
-from hf_sparse.patches import methods_of
+from hf_sparse.patches import sparse_layers
 
 DEPTHS = (0.0, 0.5, 1.0)
 
@@ -151,7 +151,7 @@ class TestRun:
 
         def use(reply):
             def fake(model, tokenizer, tokens, new_tokens):
-                seen.append((tokens, new_tokens, methods_of(model)[0].policy, methods_of(model)[0].is_active))
+                seen.append((tokens, new_tokens, sparse_layers(model)[0].policy, sparse_layers(model)[0].is_active))
                 return reply(tokenizer.decode(tokens))
 
             monkeypatch.setattr(run, "answer", fake)
@@ -277,9 +277,9 @@ class TestGeneration:
 
     def test_the_model_comes_back(self, model, tokenizer):
         model.train()
-        before = [(m.policy, m.disable_adapters, m.training) for m in methods_of(model)]
+        before = [(m.policy, m.disable_adapters, m.training) for m in sparse_layers(model)]
         run_task(model, tokenizer, "multi_key", lengths=(256,), samples=1, progress=False)
-        assert before == [(m.policy, m.disable_adapters, m.training) for m in methods_of(model)] and model.training
+        assert before == [(m.policy, m.disable_adapters, m.training) for m in sparse_layers(model)] and model.training
 
 
 class TestRefusals:

@@ -15,7 +15,7 @@ import hf_sparse
 from hf_sparse.errors import DataError
 from hf_sparse.finetune import FinetuneConfig, checkpoint, finetune
 from hf_sparse.finetune.identity import adapter_sha256, base_sha256
-from hf_sparse.patches import methods_of
+from hf_sparse.patches import sparse_layers
 
 SETTINGS = {
     "sparsek": {"warm_start_steps": 2, "steps": 4},
@@ -89,7 +89,7 @@ class TestIdentity:
         train(method, whole, chunks)
         metrics = train(method, resumed, chunks, output, resume=True)
         assert same(learned(whole), learned(resumed)) and len(metrics["history"]) == 6
-        assert adapter_sha256(methods_of(whole)) == adapter_sha256(methods_of(resumed))
+        assert adapter_sha256(sparse_layers(whole)) == adapter_sha256(sparse_layers(resumed))
 
     def test_a_run_that_ended_can_be_repeated(self, run, chunks):
         method, model, output = run
@@ -142,13 +142,13 @@ class TestIdentity:
 
     def test_base_sha256(self, tiny_llama):
         model = make("sparsek", tiny_llama)
-        first = base_sha256(model, methods_of(model))
+        first = base_sha256(model, sparse_layers(model))
         other = make("sparsek", tiny_llama, seed=5)
-        assert base_sha256(other, methods_of(other)) == first  # whatever the scorers are
+        assert base_sha256(other, sparse_layers(other)) == first  # whatever the scorers are
         weight = other.get_base_model().model.embed_tokens.weight
         with torch.no_grad():
             weight[[1, 2]] = weight[[2, 1]]  # the sum is the same
-        assert base_sha256(other, methods_of(other)) != first
+        assert base_sha256(other, sparse_layers(other)) != first
 
 
 class TestNames:

@@ -9,8 +9,8 @@ from hf_sparse import SparseKConfig
 from hf_sparse.data import IGNORED
 from hf_sparse.errors import DataError
 from hf_sparse.finetune import FinetuneConfig, finetune, objectives
-from hf_sparse.ops.attention.mass import far_attention_mass
-from hf_sparse.patches import methods_of
+from hf_sparse.ops.selection.attention_mass import far_attention_mass
+from hf_sparse.patches import sparse_layers
 
 SHORT = {"steps": 6, "warm_start_steps": 3, "batch_size": 2, "warmup_steps": 1, "progress": False}
 MASKED, BARE = "BertForMaskedLM", "BertModel"
@@ -42,7 +42,7 @@ def data(tokens):
 
 def soft(model):
     model.eval()
-    for method in methods_of(model):
+    for method in sparse_layers(model):
         method.train()
     return model
 
@@ -91,7 +91,7 @@ def test_feature_distill_is_the_distance_of_states(sparse_bert, tiny_bert, token
 
 def test_attention_reads_mass_from_both_sides(sparse_bert, tokens):
     model, seen = sparse_bert(BARE).eval(), []
-    for method in methods_of(model):
+    for method in sparse_layers(model):
         method.observer = lambda *call: seen.append(call)
     model(input_ids=tokens)
     expected = []

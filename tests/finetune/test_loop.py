@@ -23,7 +23,7 @@ from hf_sparse import patch
 from hf_sparse.errors import DataError
 from hf_sparse.finetune import FinetuneConfig, checkpoint, finetune
 from hf_sparse.methods.sparsek import SparseKConfig
-from hf_sparse.patches import methods_of
+from hf_sparse.patches import sparse_layers
 
 SHORT = {"steps": 6, "warm_start_steps": 3, "batch_size": 2, "warmup_steps": 1, "progress": False}
 
@@ -68,7 +68,7 @@ def test_scorers_change_and_nothing_else(sparse_llama, chunks, objective):
     metrics = train(model, chunks, objective=objective)
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, before[name]) != ("sparsek_scorer" in name), name
-    assert not model.training and not any(method.training for method in methods_of(model))
+    assert not model.training and not any(method.training for method in sparse_layers(model))
     assert all(p.grad is None or not p.grad.any() for p in model.parameters())
     assert metrics["trainable_parameters"] == sum(p.numel() for p in scorers(model).values()) == 2 * 2 * (32 + 1)
 
@@ -122,7 +122,7 @@ def test_scores_are_multiplied_while_training_and_not_afterwards(monkeypatch, sp
     real = objectives.OBJECTIVES["causal"]["distill"]
 
     def spy(model, batch):
-        method = methods_of(model)[0]
+        method = sparse_layers(model)[0]
         states = torch.ones(1, 12, 32) * torch.linspace(-1, 1, 32) ** torch.arange(1, 13)[:, None]
         with torch.no_grad():
             seen.append(method.score(states, torch.arange(12)[None]))
@@ -135,7 +135,7 @@ def test_scores_are_multiplied_while_training_and_not_afterwards(monkeypatch, sp
     torch.testing.assert_close(seen[1], 4 * seen[0])
     torch.testing.assert_close(seen[2], 16 * seen[0])
     assert [row.get("score_scale", 1) for row in metrics["history"]] == [1, 4, 16]
-    scorer = methods_of(model)[0].sparsek_scorer["default"]
+    scorer = sparse_layers(model)[0].sparsek_scorer["default"]
     assert not scorer._forward_hooks
 
 
@@ -380,7 +380,7 @@ def test_a_divided_model_is_refused(sparse_llama, chunks, monkeypatch):
 @pytest.mark.parametrize("dtype, mixed", [(torch.bfloat16, "no"), (torch.float16, "no"), (torch.float32, "bf16")])
 def test_half_precision_on_a_cpu_warns_once(sparse_llama, chunks, dtype, mixed):
     model = sparse_llama().to(dtype)
-    for method in methods_of(model):
+    for method in sparse_layers(model):
         method.float()  # scorers stay in float32, as PEFT keeps them
     config = FinetuneConfig(steps=2, warm_start_steps=1, mixed_precision=mixed, progress=False, cpu=True)
     with warnings.catch_warnings(record=True) as told:

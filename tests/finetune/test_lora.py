@@ -12,7 +12,7 @@ from hf_sparse import SparsefinderConfig
 from hf_sparse.finetune import FinetuneConfig, finetune
 from hf_sparse.finetune.objectives import distill
 from hf_sparse.finetune.recompute import recomputed
-from hf_sparse.patches import methods_of
+from hf_sparse.patches import sparse_layers
 
 SHORT = {"steps": 6, "warm_start_steps": 3, "batch_size": 2, "warmup_steps": 1, "progress": False}
 RANK = 2
@@ -133,7 +133,7 @@ def test_lora_after_the_scorers_learns_with_hard_selection(monkeypatch, sparse_l
     modes, real = [], loop._share_of_peak
 
     def watch(config, stage, step):
-        modes.append((stage.label, {method.training for method in methods_of(model)}))
+        modes.append((stage.label, {method.training for method in sparse_layers(model)}))
         return real(config, stage, step)
 
     monkeypatch.setattr(loop, "_share_of_peak", watch)
@@ -192,7 +192,7 @@ def test_layers_run_again_give_the_same_gradients(sparse_llama, chunks):
         for name, parameter in model.named_parameters():
             if name.endswith("_B"):
                 parameter.normal_(std=0.2)
-    for method in methods_of(model):
+    for method in sparse_layers(model):
         method.train()
     found = []
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -5,14 +5,14 @@ import torch
 import torch.nn.functional as F
 
 import hf_sparse.finetune.objectives as objectives
-from hf_sparse.ops.attention.mass import far_attention_mass
-from hf_sparse.patches import NAME, methods_of
+from hf_sparse.ops.selection.attention_mass import far_attention_mass
+from hf_sparse.patches import NAME, sparse_layers
 
 
 @pytest.fixture
 def model(sparse_llama):
     model = sparse_llama().eval()
-    for method in methods_of(model):
+    for method in sparse_layers(model):
         method.train()
     return model
 
@@ -52,7 +52,7 @@ def test_lm_is_the_loss_of_transformers(model, chunks):
 
 def test_attention_is_the_squared_error_of_centred_scores(model, chunks):
     seen = []
-    for method in methods_of(model):
+    for method in sparse_layers(model):
         method.observer = lambda *call: seen.append(call)
     model(input_ids=chunks[:2])
     expected = []
@@ -63,13 +63,13 @@ def test_attention_is_the_squared_error_of_centred_scores(model, chunks):
         expected.append(F.mse_loss(found - found.mean(-1, keepdim=True), target - target.mean(-1, keepdim=True)))
     loss = objectives.attention(model, chunks[:2])
     torch.testing.assert_close(loss, torch.stack(expected).mean())
-    assert all(method.observer is None for method in methods_of(model))
+    assert all(method.observer is None for method in sparse_layers(model))
 
 
 def test_the_observed_forward_is_dense(model, chunks):
     with torch.no_grad(), model.disable_adapter():
         dense = model(input_ids=chunks[:2]).logits
-    for method in methods_of(model):
+    for method in sparse_layers(model):
         method.observer = lambda *call: None
     with torch.no_grad():
         torch.testing.assert_close(model(input_ids=chunks[:2]).logits, dense, atol=1e-5, rtol=0)

@@ -11,7 +11,7 @@ from peft import get_peft_model
 from hf_sparse import SparseKConfig, patch
 from hf_sparse.finetune import objectives
 from hf_sparse.finetune.predictions import predict
-from hf_sparse.patches import methods_of
+from hf_sparse.patches import sparse_layers
 
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
 
@@ -71,7 +71,7 @@ def test_what_the_head_does_not_tell_is_read_from_the_logits(tiny_llama, chunks,
         expected = model(input_ids=chunks[:2]).logits
         found = predict(model, chunks[:2])
         assert torch.equal(found.states, expected) and torch.equal(found.logits(expected), expected)
-    for method in methods_of(model):
+    for method in sparse_layers(model):
         method.train()
     objectives.distill(model, chunks[:2]).backward()
     assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
@@ -84,7 +84,7 @@ def test_no_more_than_a_slice_has_logits(monkeypatch, tiny_llama, chunks, held, 
     kept = {}
     for vocabulary in (64, 4096):
         model = get_peft_model(tiny_llama(vocab_size=vocabulary), SparseKConfig(k=6, window=8, sinks=2)).eval()
-        for method in methods_of(model):
+        for method in sparse_layers(model):
             method.train()
         tokens = []
         head = model.get_output_embeddings()
@@ -103,7 +103,7 @@ def test_slices_make_no_difference_to_the_gradient(monkeypatch, sparse_llama, ch
     for rows in (7, 10_000):
         monkeypatch.setattr(objectives, "_ROWS", rows)
         model = sparse_llama().eval()
-        for method in methods_of(model):
+        for method in sparse_layers(model):
             method.train()
         objectives.distill(model, chunks[:2], lm_weight=0.3).backward()
         found.append([p.grad for p in model.parameters() if p.requires_grad])

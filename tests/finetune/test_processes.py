@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 
 import hf_sparse
 from hf_sparse.demo import CHECKPOINT
+from hf_sparse.environment import cuda_of_process, is_main_process
 from hf_sparse.finetune import FinetuneConfig, finetune, loop
-from hf_sparse.machine import cuda_of_process, is_main_process
 
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
 CONFIGS = {

@@ -14,7 +14,7 @@ from hf_sparse import SparseKConfig
 from hf_sparse.finetune import FinetuneConfig, finetune
 from hf_sparse.finetune.objectives import OBJECTIVES
 from hf_sparse.finetune.recompute import recomputed
-from hf_sparse.patches import methods_of
+from hf_sparse.patches import sparse_layers
 
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
 CAUSAL = [name for name, entry in FAMILIES.items() if entry.causal]
@@ -23,7 +23,7 @@ SHORT = {"steps": 4, "warm_start_steps": 2, "batch_size": 2, "warmup_steps": 1, 
 
 def soft(model):
     model.eval()
-    for method in methods_of(model):
+    for method in sparse_layers(model):
         method.train()
     return model
 

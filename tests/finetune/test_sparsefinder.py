@@ -14,12 +14,12 @@ from hf_sparse.demo import CHECKPOINT
 from hf_sparse.demo.text import documents
 from hf_sparse.errors import DataError
 from hf_sparse.finetune import FinetuneConfig, finetune
-from hf_sparse.finetune.graph import graph_loss
 from hf_sparse.methods.sparsefinder import SparsefinderAttention
+from hf_sparse.methods.sparsefinder.graph_loss import graph_loss
 from hf_sparse.ops.entmax import support
-from hf_sparse.ops.graphs.allowed import allowed_edges
-from hf_sparse.ops.graphs.losses import info_nce
-from hf_sparse.patches import methods_of
+from hf_sparse.ops.predictors.losses import info_nce
+from hf_sparse.ops.tiles.allowed import allowed_edges
+from hf_sparse.patches import sparse_layers
 
 SHORT = {"steps": 4, "graph_steps": 3, "batch_size": 2, "warmup_steps": 1, "graph_rows": 24, "progress": False}
 SIZES = {"tile": 16, "tiles_per_query": 2, "window": 1, "clusters": 4, "head_budgets": True}
@@ -67,9 +67,9 @@ def test_each_stage_trains_its_own_parameters(sparse, chunks, learn_alpha, share
     projections = {"projection"} if shared else {"query_projection", "query_bias", "key_projection"}
     assert changed(before, state(model)) == projections | unfitted
     assert not any(tensor.isnan().any() for tensor in state(model).values())
-    assert not model.training and not any(method.training for method in methods_of(model))
+    assert not model.training and not any(method.training for method in sparse_layers(model))
     assert all(p.requires_grad == ("sparsefinder_" in name) for name, p in model.named_parameters())
-    assert all(method.observer is None and method.pattern is None for method in methods_of(model))
+    assert all(method.observer is None and method.pattern is None for method in sparse_layers(model))
 
 
 @pytest.mark.parametrize("objective, share", [("distill", 0.5), ("lm", 0.96), ("graph", 0.5)])
@@ -104,7 +104,7 @@ def test_metrics(sparse, chunks, tmp_path):
 
 def test_density_is_the_share_of_allowed_pairs(sparse, chunks):
     model, seen = sparse(), []
-    for method in methods_of(model, SparsefinderAttention):
+    for method in sparse_layers(model, SparsefinderAttention):
         method.pattern = lambda text: None
         method.observer = lambda text, *_: seen.append(
             support(text.query, text.key, alpha=1.5, scaling=text.scaling, causal=True)[0].sum() / (2 * 4 * 64 * 65 / 2)
@@ -113,7 +113,7 @@ def test_density_is_the_share_of_allowed_pairs(sparse, chunks):
     with torch.no_grad():
         model(input_ids=short[:2])
     expected = float(torch.stack(seen).mean())
-    for method in methods_of(model, SparsefinderAttention):
+    for method in sparse_layers(model, SparsefinderAttention):
         method.pattern = method.observer = None
     found = train(model, short, graph_steps=0)["scales"]["before"]["density"]
     assert found == pytest.approx(expected)
@@ -121,7 +121,7 @@ def test_density_is_the_share_of_allowed_pairs(sparse, chunks):
 
 def test_the_graph_loss_is_the_mean_over_layers_and_has_its_gradient(sparse, chunks):
     model = sparse().eval()
-    methods, seen = methods_of(model, SparsefinderAttention), []
+    methods, seen = sparse_layers(model, SparsefinderAttention), []
     for method in methods:
         method.train()
         method.observer = lambda text, *_: seen.append(text)
@@ -191,7 +191,7 @@ def test_alpha_grows_to_its_own(sparse, chunks):
     model = sparse()
     history = train(model, chunks, steps=3, graph_steps=0, alpha_start=1.1)["history"]
     assert [row["alpha"] for row in history] == pytest.approx([1.1, 1.3, 1.5])
-    assert methods_of(model, SparsefinderAttention)[0].config.alpha == 1.5
+    assert sparse_layers(model, SparsefinderAttention)[0].config.alpha == 1.5
     plain = sparse()
     train(plain, chunks, steps=3, graph_steps=0)
     assert not same(state(plain), state(model))

@@ -15,8 +15,8 @@ from peft import PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_sparse
+from hf_sparse.adapters.hub import from_pretrained, push_to_hub
 from hf_sparse.errors import HubError
-from hf_sparse.hub import from_pretrained, push_to_hub
 
 BASE = "tester/faults-llama"
 CONFIGS = {

@@ -26,13 +26,13 @@ from transformers import (
 )
 
 import hf_sparse
+from hf_sparse.adapters.hub import from_pretrained, push_to_hub, resolve_base, write_repo
 from hf_sparse.demo import CHECKPOINT
 from hf_sparse.errors import AdapterMismatchError, BusyError, DataError, HubError, UnsupportedModelError
 from hf_sparse.evaluation import analyse
 from hf_sparse.folders import locked
-from hf_sparse.hub import from_pretrained, push_to_hub, resolve_base, write_repo
 from hf_sparse.methods.sparsefinder import SparsefinderAttention, fit_predictors
-from hf_sparse.patches import methods_in_use, methods_of
+from hf_sparse.patches import sparse_layers, sparse_layers_in_use
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "eval.json", "finetune.json", "quality.png"]
 TOKENS = torch.arange(1, 41)[None] * 7 % 64  # longer than the 9 slots below
@@ -178,7 +178,7 @@ def test_sparsefinder_goes_there_and_back(base_id, repo_id, api, hub_env, tmp_pa
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(0.3 * torch.randn_like(parameter))
-    fit_predictors(methods_in_use(model, SparsefinderAttention), lambda: model(input_ids=TOKENS))
+    fit_predictors(sparse_layers_in_use(model, SparsefinderAttention), lambda: model(input_ids=TOKENS))
     expected = logits(model)
     measured = analyse(model, TOKENS, patterns=["predicted", "oracle"], sparsities=(0.5,), progress=False)
     push_to_hub(model, repo_id, evaluation=measured)
@@ -411,7 +411,7 @@ def test_other_base_is_named_and_left_alone(model, folder, api, hub, repo_id, tm
     assert not any("wide-llama" in path and "safetensors" in path for method, path in hub.requests if method == "GET")
     with pytest.raises(AdapterMismatchError, match="hidden_size: 32 there, 64 here"):
         from_pretrained(folder, base_model=other)
-    assert methods_of(other) == [] and torch.equal(logits(other), expected)
+    assert sparse_layers(other) == [] and torch.equal(logits(other), expected)
     with pytest.raises(AdapterMismatchError, match=mismatch):
         push_to_hub(model, repo_id, base_model=f"{hub.user}/wide-llama")
     assert not api.repo_exists(repo_id)

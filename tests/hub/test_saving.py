@@ -13,9 +13,9 @@ from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import hf_sparse
-from hf_sparse.adapter import read_adapter
-from hf_sparse.hub import push_to_hub
-from hf_sparse.repo import write_repo
+from hf_sparse.adapters.folder import read_adapter
+from hf_sparse.adapters.hub import push_to_hub
+from hf_sparse.adapters.repo import write_repo
 
 BASE = "tester/saving-llama"
 CONFIGS = {

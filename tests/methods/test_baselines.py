@@ -8,10 +8,10 @@ from transformers import CompileConfig, DynamicCache
 from hf_sparse import SparseKConfig, patch
 from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.methods.sparsek import SparseKAttention
-from hf_sparse.methods.sparsek.selection import H2O, POLICIES, TOVA, AdaptivePolicy, SnapKV
-from hf_sparse.methods.sparsek.selection.adaptive import attention, visible
+from hf_sparse.methods.sparsek.baselines import H2O, POLICIES, TOVA, AdaptivePolicy, SnapKV
+from hf_sparse.methods.sparsek.baselines.adaptive import attention, visible
 from hf_sparse.ops import sparsek_attention
-from hf_sparse.patches import methods_of
+from hf_sparse.patches import sparse_layers
 
 HIDDEN, HEADS, GROUP, DIM = 16, 2, 2, 4
 K, WINDOW, SINKS = 4, 5, 2
@@ -309,7 +309,7 @@ def model(tiny_llama):
 
 
 def using(model, policy):
-    for each in methods_of(model):
+    for each in sparse_layers(model):
         each.policy = policy
     return model
 

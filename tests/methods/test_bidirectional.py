@@ -7,7 +7,7 @@ from transformers.cache_utils import DynamicLayer
 
 from hf_sparse import SparseKConfig
 from hf_sparse.methods.sparsek import SparseKAttention
-from hf_sparse.methods.sparsek.selection import POLICIES, Arrivals, random, recency
+from hf_sparse.methods.sparsek.baselines import POLICIES, Arrivals, random, recency
 from hf_sparse.ops import sparsek_attention
 
 HIDDEN, HEADS, GROUP, DIM = 16, 2, 2, 4

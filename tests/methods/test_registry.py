@@ -1,11 +1,13 @@
 """The list of methods that the layers above go through."""
 
+from dataclasses import replace
+
 import pytest
 
 from hf_sparse import SparsefinderConfig, SparseKConfig
-from hf_sparse.methods import method_of, registered_methods
-from hf_sparse.methods.base import Site, SparseMethod
-from hf_sparse.methods.registry import Method, register_method
+from hf_sparse.core.layer import AttentionShape
+from hf_sparse.core.registry import method_of, registered_methods
+from hf_sparse.tuner import register_method
 
 METHODS = registered_methods()
 
@@ -23,8 +25,8 @@ def test_a_method_is_found_by_its_configuration_and_says_what_the_layers_above_a
     config = method.config()
     assert method_of(config) is method
     assert config.peft_type == name
-    site = Site(32, 4, 2, 8, layer=3)
-    kind = method.attention
+    site = AttentionShape(32, 4, 2, 8, layer=3)
+    kind = method.layer
     assert isinstance(kind.label, str) and set(kind.fits) <= set(vars(site)) and isinstance(kind.has_slots, bool)
     module = kind.at(site)
     assert isinstance(module, kind) and (module.layer, module.causal) == (3, True) and module.configs == {}
@@ -32,7 +34,7 @@ def test_a_method_is_found_by_its_configuration_and_says_what_the_layers_above_a
     assert module.config is config
     assert type(module.cache_layer()) is kind.cache_layer_type
     assert all(parameter.startswith(method.prefix) for parameter, _ in module.named_parameters())
-    assert not kind.at(Site(32, 4, 4, 8, layer=0, causal=False)).causal
+    assert not kind.at(AttentionShape(32, 4, 4, 8, layer=0, causal=False)).causal
 
 
 def test_other_configurations_are_refused():
@@ -44,5 +46,5 @@ def test_a_name_is_registered_once():
     method = METHODS["HF_SPARSE_SPARSEK"]
     assert register_method(method) is method
     with pytest.raises(ValueError, match="a method 'HF_SPARSE_SPARSEK' is registered already"):
-        register_method(Method("HF_SPARSE_SPARSEK", dict, SparseMethod, "other_"))
+        register_method(replace(method, name="other"))
     assert registered_methods() == METHODS

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from hf_sparse import SparseKConfig
 from hf_sparse.methods.sparsek import SparseKAttention
-from hf_sparse.methods.sparsek.selection import POLICIES, Arrivals, KeyDifference, KeyNorm, Oracle, random, recency
+from hf_sparse.methods.sparsek.baselines import POLICIES, Arrivals, KeyDifference, KeyNorm, Oracle, random, recency
 from hf_sparse.ops import sparsek_attention
 
 HIDDEN, HEADS, GROUP, DIM = 16, 2, 2, 4

@@ -8,7 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers.cache_utils import DynamicLayer
 
 from hf_sparse import SparsefinderConfig
-from hf_sparse.methods.base import Site
+from hf_sparse.core.layer import AttentionShape
 from hf_sparse.methods.sparsefinder import (
     SparsefinderAttention,
     SparsefinderCacheLayer,
@@ -18,11 +18,11 @@ from hf_sparse.methods.sparsefinder import (
 )
 from hf_sparse.methods.sparsefinder.predictors import projected
 from hf_sparse.ops.entmax import entmax
-from hf_sparse.ops.graphs import Tiles
-from hf_sparse.ops.graphs.clustering import assign
-from hf_sparse.ops.graphs.profile import distance_bins
-from hf_sparse.ops.graphs.select import tiles_for_sparsity
-from hf_sparse.ops.graphs.tiles import own_tiles
+from hf_sparse.ops.predictors.clustering import assign
+from hf_sparse.ops.predictors.profile import distance_bins
+from hf_sparse.ops.tiles import Tiles
+from hf_sparse.ops.tiles.select import tiles_for_sparsity
+from hf_sparse.ops.tiles.tiles import own_tiles
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
 SCALING = DIM**-0.5
@@ -87,7 +87,7 @@ def attend(module, query, key, value, valid=None, cache=None):
 
 
 def build(causal=True, fitted=True, **changes):
-    module = SparsefinderAttention.at(Site(32, HEADS, KV_HEADS, DIM, layer=0, causal=causal))
+    module = SparsefinderAttention.at(AttentionShape(32, HEADS, KV_HEADS, DIM, layer=0, causal=causal))
     module.add_adapter("default", SparsefinderConfig(**{**SIZES, **changes}))
     module.eval()
     with torch.no_grad():
@@ -386,7 +386,7 @@ def test_training_attends_to_all_keys():
 
 @pytest.mark.parametrize("alpha", [1.2, 1.5, 1.9])
 def test_alpha_starts_where_it_is_set(alpha):
-    module = SparsefinderAttention.at(Site(32, HEADS, KV_HEADS, DIM, 0))
+    module = SparsefinderAttention.at(AttentionShape(32, HEADS, KV_HEADS, DIM, 0))
     module.add_adapter("a", SparsefinderConfig(alpha=alpha, learn_alpha=True, initial_scale=0.25))
     torch.testing.assert_close(module.parameters_in_use.alpha, torch.full((HEADS,), alpha))
     torch.testing.assert_close(module.parameters_in_use.scale, torch.full((HEADS,), 0.25))
@@ -443,7 +443,7 @@ def test_a_predictor_that_was_never_fitted_is_refused(predictor, what):
 
 
 def test_settings_that_do_not_fit_the_model_are_refused():
-    site = Site(32, HEADS, KV_HEADS, DIM, layer=0, causal=True)
+    site = AttentionShape(32, HEADS, KV_HEADS, DIM, layer=0, causal=True)
     with pytest.raises(ValueError, match="rank must be at most the size of a head, 8, got 9"):
         SparsefinderAttention.check(SparsefinderConfig(rank=9), site)
     with pytest.raises(ValueError, match="a causal model has not seen: use bin_kind='shared' and balanced=False"):

@@ -6,7 +6,7 @@ from transformers.cache_utils import DynamicLayer
 
 from hf_sparse import SparseKConfig
 from hf_sparse.methods.sparsek import SparseKAttention
-from hf_sparse.methods.sparsek.selection import recency
+from hf_sparse.methods.sparsek.baselines import recency
 from hf_sparse.ops import sparsek_attention
 
 HIDDEN, HEADS, GROUP, DIM = 16, 2, 2, 4

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from entmax import budget_bisect
 from torch import Tensor
 
-from hf_sparse.ops import decode, sparsek_attention
-from hf_sparse.ops.attention import api, tiled
-from hf_sparse.ops.attention.causal import causal_sparsek_attention
-from hf_sparse.ops.attention.dense import dense_sparsek_attention
+from hf_sparse.ops import sparsek_attention
+from hf_sparse.ops.selection import api, slots, tiled
+from hf_sparse.ops.selection.causal import causal_sparsek_attention
+from hf_sparse.ops.selection.reference import dense_sparsek_attention
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -466,6 +466,6 @@ def test_the_kernels_get_no_more_rows_than_a_grid_has(more, monkeypatch):
         is_cuda=True, device=SimpleNamespace(index=0), dtype=torch.float32, shape=(65_535 + more, 1, 4, 8)
     )
     keys.is_contiguous = lambda: True
-    monkeypatch.setattr(decode, "_TRITON", True)
+    monkeypatch.setattr(slots, "_TRITON", True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    assert decode.has_kernels(keys) == (not more)
+    assert slots.has_kernels(keys) == (not more)

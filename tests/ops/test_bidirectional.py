@@ -9,9 +9,9 @@ from entmax import budget_bisect
 from torch import Tensor
 
 from hf_sparse.ops import sparsek_attention
-from hf_sparse.ops.attention import tiled
-from hf_sparse.ops.attention.bidirectional import bidirectional_sparsek_attention
-from hf_sparse.ops.attention.dense import dense_sparsek_attention
+from hf_sparse.ops.selection import tiled
+from hf_sparse.ops.selection.bidirectional import bidirectional_sparsek_attention
+from hf_sparse.ops.selection.reference import dense_sparsek_attention
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

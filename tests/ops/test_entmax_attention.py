@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse.ops.entmax import blocks, entmax, entmax_attention, support
-from hf_sparse.ops.graphs.tiles import Tiles, tile_counts
+from hf_sparse.ops.tiles.tiles import Tiles, tile_counts
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

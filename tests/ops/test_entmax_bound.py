@@ -6,7 +6,7 @@ from torch import Tensor
 
 from hf_sparse.ops.entmax import blocks, bound_scores, bound_tiles, complete_tiles, entmax_attention, predict, support
 from hf_sparse.ops.entmax.bound import tile_extremes
-from hf_sparse.ops.graphs.tiles import Tiles, own_tiles, tile_counts, window_and_global
+from hf_sparse.ops.tiles.tiles import Tiles, own_tiles, tile_counts, window_and_global
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 

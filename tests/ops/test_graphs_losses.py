@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hf_sparse.ops.graphs import losses
-from hf_sparse.ops.graphs.losses import info_nce, mass_hinge, pair_hinge, sum_hinge
+from hf_sparse.ops.predictors import losses
+from hf_sparse.ops.predictors.losses import info_nce, mass_hinge, pair_hinge, sum_hinge
 
 BATCH, HEADS, KV_HEADS, ROWS, KEYS, RANK = 2, 4, 2, 5, 9, 3
 HINGES = [pair_hinge, sum_hinge, mass_hinge]

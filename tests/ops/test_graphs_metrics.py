@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from hf_sparse.ops.graphs.metrics import MetricMeans, graph_metrics, tile_sparsity
-from hf_sparse.ops.graphs.tiles import Tiles
+from hf_sparse.ops.predictors.metrics import MetricMeans, graph_metrics, tile_sparsity
+from hf_sparse.ops.tiles.tiles import Tiles
 
 BATCH, HEADS, KEYS = 4, 4, 13
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_sparse.ops.graphs import pattern_tiles, patterns
-from hf_sparse.ops.graphs.kmeans import kmeans
-from hf_sparse.ops.graphs.metrics import tile_sparsity
-from hf_sparse.ops.graphs.select import best_tiles, tiles_for_sparsity
-from hf_sparse.ops.graphs.tiles import window_and_global
+from hf_sparse.ops.predictors import pattern_tiles, patterns
+from hf_sparse.ops.predictors.kmeans import kmeans
+from hf_sparse.ops.predictors.metrics import tile_sparsity
+from hf_sparse.ops.tiles.select import best_tiles, tiles_for_sparsity
+from hf_sparse.ops.tiles.tiles import window_and_global
 
 BATCH, HEADS, KV_HEADS, RANK = 3, 4, 2, 3
 

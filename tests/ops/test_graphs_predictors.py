@@ -6,17 +6,17 @@ import math
 import pytest
 import torch
 
-from hf_sparse.ops.graphs.buckets import bucket_edges, described_counts, key_counts, matching_pairs, query_counts
-from hf_sparse.ops.graphs.clustering import (
+from hf_sparse.ops.predictors.buckets import bucket_edges, described_counts, key_counts, matching_pairs, query_counts
+from hf_sparse.ops.predictors.clustering import (
     assign,
     assign_balanced,
     balanced_width,
     training_points,
 )
-from hf_sparse.ops.graphs.distance import squared_distances, tile_log_mass
-from hf_sparse.ops.graphs.kmeans import kmeans
-from hf_sparse.ops.graphs.points import check_points, tile_means
-from hf_sparse.ops.graphs.quantization import (
+from hf_sparse.ops.predictors.distance import squared_distances, tile_log_mass
+from hf_sparse.ops.predictors.kmeans import kmeans
+from hf_sparse.ops.predictors.projections import check_points, tile_means
+from hf_sparse.ops.predictors.quantization import (
     fit_boundaries,
     fixed_bin_pairs,
     fixed_bins,
@@ -252,7 +252,7 @@ class TestKmeans:
         cloud = torch.randn(3, 200, 4, dtype=torch.float64)
         costs = []
         for iterations in (0, 1, 2, 5, 200):
-            monkeypatch.setattr("hf_sparse.ops.graphs.kmeans._ITERATIONS", iterations)
+            monkeypatch.setattr("hf_sparse.ops.predictors.kmeans._ITERATIONS", iterations)
             found = kmeans(cloud, 7, generator=torch.Generator().manual_seed(2))
             costs.append(inertia(cloud, found))
         assert all((late <= early + 1e-12).all() for early, late in itertools.pairwise(costs))

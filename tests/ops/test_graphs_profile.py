@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hf_sparse.ops.graphs.profile import BINS, distance_bins, fit_profile, profile_mass
+from hf_sparse.ops.predictors.profile import BINS, distance_bins, fit_profile, profile_mass
 
 
 @pytest.fixture(autouse=True)

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from hf_sparse.ops.graphs.allowed import allowed_tiles, tiles_of_valid
-from hf_sparse.ops.graphs.select import best_tiles, counts_for_sparsity, tiles_for_sparsity
-from hf_sparse.ops.graphs.tiles import Tiles, own_tiles, window_and_global
+from hf_sparse.ops.tiles.allowed import allowed_tiles, tiles_of_valid
+from hf_sparse.ops.tiles.select import best_tiles, counts_for_sparsity, tiles_for_sparsity
+from hf_sparse.ops.tiles.tiles import Tiles, own_tiles, window_and_global
 
 SIZE = 4
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hf_sparse.ops.graphs.allowed import allowed_edges, allowed_tiles, positions_of, tiles_of_valid
-from hf_sparse.ops.graphs.tiles import Tiles, joined, near_edges, own_tiles, tile_counts, window_and_global
+from hf_sparse.ops.tiles.allowed import allowed_edges, allowed_tiles, positions_of, tiles_of_valid
+from hf_sparse.ops.tiles.tiles import Tiles, joined, near_edges, own_tiles, tile_counts, window_and_global
 
 
 @pytest.fixture

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-import hf_sparse.ops.attention.mass as mass_module
-from hf_sparse.ops.attention.mass import far_attention_mass
+import hf_sparse.ops.selection.attention_mass as mass_module
+from hf_sparse.ops.selection.attention_mass import far_attention_mass
 
 
 @pytest.mark.parametrize("buffer", [1, 200, 1 << 26], ids=["row-by-row", "some-rows", "at-once"])

@@ -1,6 +1,6 @@
 import torch
 
-from hf_sparse.ops.scores import linear_scores, normalised
+from hf_sparse.ops.selection.linear_scores import linear_scores, normalised
 
 
 def test_gradients():

@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from hf_sparse.ops import sparsek_attention
-from hf_sparse.ops.attention.bidirectional import bidirectional_sparsek_attention as tiled_bidirectional
-from hf_sparse.ops.attention.causal import causal_sparsek_attention as tiled_causal
-from hf_sparse.ops.attention.dense import dense_sparsek_attention
-from hf_sparse.ops.triton import attention as kernels
+from hf_sparse.ops.selection.bidirectional import bidirectional_sparsek_attention as tiled_bidirectional
+from hf_sparse.ops.selection.causal import causal_sparsek_attention as tiled_causal
+from hf_sparse.ops.selection.reference import dense_sparsek_attention
+from hf_sparse.ops.selection.triton import attention as kernels
+from hf_sparse.ops.selection.triton.attention_forward import Blocks
+from hf_sparse.ops.selection.triton.lists import Tables, by_lifetime
 from hf_sparse.ops.triton import attention_backward, attention_forward
-from hf_sparse.ops.triton.attention_forward import Blocks
-from hf_sparse.ops.triton.lists import Tables, by_lifetime
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = Blocks(16, 16, 4, 1)  # several programs and blocks of keys even at the lengths of these tests

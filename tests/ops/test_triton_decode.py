@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hf_sparse.ops import decode
-from hf_sparse.ops.triton import decode as kernels
+from hf_sparse.ops.selection import slots as reference
+from hf_sparse.ops.selection.triton import slots as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("interpreter")
@@ -14,8 +14,8 @@ WINDOW, SINKS = 5, 2
 
 @pytest.fixture
 def plain(monkeypatch):
-    """Makes the functions of `ops.decode` use PyTorch, on a GPU too."""
-    monkeypatch.setattr(decode, "_TRITON", False)
+    """Makes the functions of `ops.selection.slots` use PyTorch, on a GPU too."""
+    monkeypatch.setattr(reference, "_TRITON", False)
 
 
 def slots(batch: int, heads: int, number: int, dim: int, dtype=torch.float32) -> list[torch.Tensor]:
@@ -43,7 +43,7 @@ def test_the_same_slots_are_replaced(plain, kind, padded):
     for t in range(length):
         new = [tensor[:, :, t : t + 1] for tensor in (key, value, scores)]
         real = valid[:, t] if padded else None
-        for step, state in ((kernels.insert_token, ours), (decode.insert_token, theirs)):
+        for step, state in ((kernels.insert_token, ours), (reference.insert_token, theirs)):
             step(*state, *new, real, window=WINDOW, sinks=SINKS)
             state[-1] += 1 if real is None else real.long()
         for mine, other in zip(ours, theirs, strict=True):
@@ -81,7 +81,7 @@ def test_attention(plain, monkeypatch, poisoned_memory, batch, heads, group, num
     positions[filled.expand_as(positions)] = 5
     keys[:], values[:] = torch.randn(2, *keys.shape, device=DEVICE).to(dtype)
     query = torch.randn(batch, 1, heads * group, dim, device=DEVICE).to(dtype).transpose(1, 2)
-    expected = decode.attend_slots(query.double(), keys.double(), values.double(), positions, scaling=0.3)
+    expected = reference.attend_slots(query.double(), keys.double(), values.double(), positions, scaling=0.3)
     poison = ~filled.expand_as(positions)
     keys[poison], values[poison] = torch.nan, torch.nan  # what an empty slot holds does not matter
     output = kernels.attend_slots(query, keys, values, positions, scaling=0.3)
@@ -110,7 +110,7 @@ def test_a_step_is_captured_in_a_cuda_graph(plain):
 
     for _ in range(3):  # compiles the kernels
         step(kernels, state)
-        expected = step(decode, twin)
+        expected = step(reference, twin)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         output = step(kernels, state)
@@ -118,7 +118,7 @@ def test_a_step_is_captured_in_a_cuda_graph(plain):
         for tensor in new:
             tensor.normal_()
         graph.replay()
-        expected = step(decode, twin)
+        expected = step(reference, twin)
     for mine, other in zip(state, twin, strict=True):
         assert torch.equal(mine, other)
     torch.testing.assert_close(output, expected, rtol=2e-2, atol=2e-2)

@@ -10,7 +10,8 @@ import triton.language as tl
 from triton import knobs
 from triton.runtime.jit import JITFunction
 
-from hf_sparse.ops import prefix, sparsek_attention
+from hf_sparse.ops import sparsek_attention
+from hf_sparse.ops.selection import thresholds
 from hf_sparse.ops.triton import attention_backward, attention_forward, launch, lists_kernels, scan_kernels
 
 compiles = pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter compiles nothing")
@@ -72,7 +73,7 @@ def test_the_plain_scan_needs_no_numbers():
     shapes = []
     for device in ("meta", "cpu"):
         scores = torch.randn(2, 300, requires_grad=True).to(device)
-        found = prefix.scan(scores, 5, **options)
+        found = thresholds.scan(scores, 5, **options)
         assert found.tau is not None
         torch.autograd.grad(found.tau.sum(), scores)
         shapes.append([found.rank.shape, found.floor.shape, found.tau.shape, found.lists.shape[:-1]])

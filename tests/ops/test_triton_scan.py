@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from hf_sparse.ops import prefix, sparsek, topk_thresholds
-from hf_sparse.ops.triton.scan import scan, supports
+from hf_sparse.ops import sparsek, topk_thresholds
+from hf_sparse.ops.selection import thresholds
+from hf_sparse.ops.selection.triton.scan import scan, supports
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("interpreter")
@@ -29,13 +30,13 @@ def random_scores(kind: str, *shape: int) -> torch.Tensor:
     return scores.to(DEVICE)
 
 
-def by_index(found: prefix.Scan) -> torch.Tensor:
+def by_index(found: thresholds.Scan) -> torch.Tensor:
     """Floors as indices of keys, -1 for none: ranks may be any integers."""
     same = (found.rank.unsqueeze(-2) == found.floor.unsqueeze(-1)) & (found.rank > 0).unsqueeze(-2)
     return torch.where(same.any(-1), same.int().argmax(-1), -1)
 
 
-def assert_same(ours: prefix.Scan, theirs: prefix.Scan) -> None:
+def assert_same(ours: thresholds.Scan, theirs: thresholds.Scan) -> None:
     assert torch.equal(ours.rank.argsort(dim=-1, stable=True), theirs.rank.argsort(dim=-1, stable=True))
     assert torch.equal(ours.rank > 0, theirs.rank > 0)
     assert torch.equal(by_index(ours), by_index(theirs))
@@ -52,7 +53,7 @@ def test_equals_the_scan_in_pytorch(kind):
     scores = random_scores(kind, 75)
     ours, theirs = scores.clone().requires_grad_(), scores.clone().requires_grad_()
     options = {"k": 4, "size": 9, "queries": 66, "window": 3, "tile": 16, "with_tau": True, "with_lists": True}
-    found, expected = scan(ours, **options), prefix.scan(theirs, **options)
+    found, expected = scan(ours, **options), thresholds.scan(theirs, **options)
     assert_same(found, expected)
     torch.testing.assert_close(found.tau, expected.tau.float(), rtol=1e-6, atol=1e-7)
     assert (found.tau.diff(dim=-1).nan_to_num(0) >= 0).all(), "tau fell"
@@ -80,7 +81,7 @@ SHAPES = [
 def test_shapes(keys, queries, window, size, tile):
     scores = random_scores("ties", 1, 2, keys)
     options = {"k": 1, "size": size, "queries": queries, "window": window, "tile": tile, "with_lists": True}
-    assert_same(scan(scores, **options), prefix.scan(scores, **options))
+    assert_same(scan(scores, **options), thresholds.scan(scores, **options))
 
 
 def test_support_as_large_as_the_text_is_exact():
@@ -100,7 +101,7 @@ def test_both_zeros_tie():
 def test_nothing_is_left_unwritten(poisoned_memory):
     scores = random_scores("holes", 2, 150)
     options = {"k": 2, "size": 40, "queries": 140, "window": 4, "tile": 16, "with_lists": True}
-    assert_same(scan(scores, **options), prefix.scan(scores, **options))
+    assert_same(scan(scores, **options), thresholds.scan(scores, **options))
 
 
 def test_what_the_kernels_do_not_take_goes_the_other_way():
@@ -122,7 +123,7 @@ def test_what_the_kernels_do_not_take_goes_the_other_way():
 def test_long(kind, size, with_tau):
     scores = random_scores(kind, 2, 3, 20_011)
     options = {"size": size, "queries": 19_000, "window": 512, "with_tau": with_tau, "with_lists": True}
-    found, expected = scan(scores, 512, **options), prefix.scan(scores, 512, **options)
+    found, expected = scan(scores, 512, **options), thresholds.scan(scores, 512, **options)
     places = [torch.searchsorted(one.rank.sort(-1).values, one.floor) for one in (found, expected)]
     assert torch.equal(*places)
     assert torch.equal(found.lists.long(), expected.lists)

@@ -7,8 +7,8 @@ import torch
 
 from hf_sparse import SparseKConfig
 from hf_sparse.methods.sparsek.scorer import make_scorer
-from hf_sparse.ops.scores import has_kernels, normalised
-from hf_sparse.ops.triton import scores as kernels
+from hf_sparse.ops.selection.linear_scores import has_kernels, normalised
+from hf_sparse.ops.selection.triton import linear_scores as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("interpreter")

@@ -10,10 +10,10 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from hf_sparse import SparseKCache, SparseKConfig, patch
 from hf_sparse._compat import with_cache
 from hf_sparse.methods.sparsek import attention, step
-from hf_sparse.methods.sparsek.selection import Recency
-from hf_sparse.ops import decode
-from hf_sparse.ops import scores as linear
-from hf_sparse.ops.triton import step as kernels
+from hf_sparse.methods.sparsek.baselines import Recency
+from hf_sparse.ops.selection import linear_scores as linear
+from hf_sparse.ops.selection import slots as reference
+from hf_sparse.ops.selection.triton import step as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("interpreter")
@@ -24,7 +24,7 @@ WINDOW, SINKS, COLUMNS = 5, 2, 70
 @pytest.fixture
 def plain(monkeypatch):
     """Makes the reference use PyTorch, on a GPU too."""
-    monkeypatch.setattr(decode, "_TRITON", False)
+    monkeypatch.setattr(reference, "_TRITON", False)
     monkeypatch.setattr(linear, "_TRITON", False)
 
 
@@ -49,11 +49,11 @@ class Slots:
         if valid is not None:
             self.padded_late |= ~valid & (self.seen > 0)
         state = (self.keys, self.values, self.scores, self.positions, self.seen)
-        decode.insert_token(*state, key, value, scores, valid, window=WINDOW, sinks=SINKS)
+        reference.insert_token(*state, key, value, scores, valid, window=WINDOW, sinks=SINKS)
         self.seen += 1 if valid is None else valid.long()
         self.total += 1
         doubles = (query.double(), self.keys.double(), self.values.double())
-        return decode.attend_slots(*doubles, self.positions, scaling=scaling)
+        return reference.attend_slots(*doubles, self.positions, scaling=scaling)
 
 
 # batch, KV heads, query heads per KV head, slots, head size, programs, slots searched at a time

@@ -14,11 +14,11 @@ from transformers import BloomConfig, BloomForCausalLM, LlamaForCausalLM
 
 from hf_sparse import SparsefinderConfig, SparseKConfig, patch, patched, unpatch
 from hf_sparse._compat import cache_of, with_cache
+from hf_sparse.core.layer import AttentionShape
 from hf_sparse.errors import AdapterMismatchError, UnsupportedModelError
-from hf_sparse.methods.base import Site
 from hf_sparse.methods.sparsefinder import SparsefinderAttention
 from hf_sparse.methods.sparsek import SparseKAttention
-from hf_sparse.patches import Family, methods_in_use, methods_of, register_family, supported_model_types
+from hf_sparse.patches import Family, register_family, sparse_layers, sparse_layers_in_use, supported_model_types
 
 BUDGET = {"k": 6, "window": 8, "sinks": 2}
 IDS = torch.randint(2, 64, (2, 50), generator=torch.Generator().manual_seed(0))
@@ -45,10 +45,10 @@ def test_unpatching_leaves_nothing_behind(tiny_llama, implementation, layers):
     model = tiny_llama(attn_implementation=implementation)
     before, expected = anatomy(model), logits(model)
     assert patch(model, SparseKConfig(**BUDGET, layers=layers)) is model
-    assert len(methods_of(model)) == (2 if layers is None else 1)
+    assert len(sparse_layers(model)) == (2 if layers is None else 1)
     assert (logits(model) - expected).abs().max() > 0.1, "the patch changed nothing"
     assert unpatch(model) is model
-    assert methods_of(model) == []
+    assert sparse_layers(model) == []
     assert anatomy(model) == before
     assert torch.equal(logits(model), expected)
 
@@ -57,7 +57,7 @@ def test_the_context_manager_unpatches_after_an_exception(tiny_llama):
     model = tiny_llama()
     before, expected = anatomy(model), logits(model)
     with pytest.raises(KeyError, match="mine"), patched(model, SparseKConfig(**BUDGET)) as inside:
-        assert inside is model and len(methods_of(model)) == 2
+        assert inside is model and len(sparse_layers(model)) == 2
         raise KeyError("mine")
     assert anatomy(model) == before
     assert torch.equal(logits(model), expected)
@@ -65,14 +65,14 @@ def test_the_context_manager_unpatches_after_an_exception(tiny_llama):
 
 def test_methods_come_in_the_order_of_the_layers(tiny_llama):
     model = patch(tiny_llama(num_hidden_layers=12), SparseKConfig(**BUDGET, layers=[10, 2, 9]))
-    assert [method.layer for method in methods_of(model)] == [2, 9, 10]
+    assert [method.layer for method in sparse_layers(model)] == [2, 9, 10]
 
 
 def test_the_configuration_is_filled_in(tiny_llama):
     config = SparseKConfig(**BUDGET)
     model = patch(tiny_llama(), config)
     assert config.base_shape is None  # the caller's own can serve for another model
-    assert methods_of(model)[0].config.base_shape == {
+    assert sparse_layers(model)[0].config.base_shape == {
         "model_type": "llama",
         "hidden_size": 32,
         "num_key_value_heads": 2,
@@ -82,7 +82,7 @@ def test_the_configuration_is_filled_in(tiny_llama):
 
 
 def test_an_adapter_of_another_base_is_refused_before_anything_changes(tiny_llama):
-    config = methods_of(patch(tiny_llama(), SparseKConfig(**BUDGET)))[0].config
+    config = sparse_layers(patch(tiny_llama(), SparseKConfig(**BUDGET)))[0].config
     other = tiny_llama(hidden_size=64, num_hidden_layers=3)
     before = anatomy(other)
     with pytest.raises(
@@ -96,7 +96,7 @@ def test_patching_twice_is_refused(tiny_llama):
     model = patch(tiny_llama(), SparseKConfig(**BUDGET))
     with pytest.raises(ValueError, match="has an adapter 'default' already; unpatch it first or choose another name"):
         patch(model, SparseKConfig(**BUDGET))
-    assert len(methods_of(model)) == 2
+    assert len(sparse_layers(model)) == 2
 
 
 def test_unpatching_a_model_that_is_not_patched_is_refused(tiny_llama):
@@ -160,15 +160,15 @@ def test_the_defaults_of_a_family():
 def test_a_family_tells_what_its_modules_look_like(name):
     family = Family(("some",), attention=lambda: _Attention, hidden_size=lambda m: 24, num_key_value_heads=lambda m: 2)
     module = _Attention(config=SimpleNamespace(num_attention_heads=6), is_causal=False, **{name: 4})
-    expected = Site(24, num_attention_heads=6, num_key_value_heads=2, head_dim=4, layer=5, causal=False)
+    expected = AttentionShape(24, num_attention_heads=6, num_key_value_heads=2, head_dim=4, layer=5, causal=False)
     assert family.site(module, layer=5) == expected
 
 
 def test_methods_are_found_by_kind(tiny_llama):
     model = patch(tiny_llama(), SparsefinderConfig())
-    assert methods_of(model, SparseKAttention) == methods_in_use(model, SparseKAttention) == []
-    assert len(methods_of(model, SparsefinderAttention)) == 2
-    assert methods_of(model, SparsefinderAttention) == methods_of(model) == methods_in_use(model)
+    assert sparse_layers(model, SparseKAttention) == sparse_layers_in_use(model, SparseKAttention) == []
+    assert len(sparse_layers(model, SparsefinderAttention)) == 2
+    assert sparse_layers(model, SparsefinderAttention) == sparse_layers(model) == sparse_layers_in_use(model)
 
 
 def test_families():
@@ -193,9 +193,9 @@ def test_layers_that_are_not_named_stay_dense(tiny_llama, layer, padded):
     """Compared with all layers patched, where the others have a budget that covers the sequence."""
     model = patch(tiny_llama(), SparseKConfig(**BUDGET, layers=[layer]))
     reference = patch(tiny_llama(), SparseKConfig(**BUDGET))
-    methods = methods_of(reference)
+    methods = sparse_layers(reference)
     methods[1 - layer].configs["default"] = SparseKConfig(k=500, window=1)
-    methods[layer].load_state_dict(methods_of(model)[0].state_dict())
+    methods[layer].load_state_dict(sparse_layers(model)[0].state_dict())
     mask = torch.ones_like(IDS)
     if padded:
         mask[1, :13] = 0
@@ -258,13 +258,13 @@ def test_a_deep_copy_is_independent(tiny_llama):
     twin = copy.deepcopy(model)
     assert torch.equal(logits(twin), expected)
     with torch.no_grad():
-        for method in methods_of(twin):
+        for method in sparse_layers(twin):
             method.sparsek_scorer["default"].weight.normal_()
     assert (logits(twin) - expected).abs().max() > 0.1
     unpatch(twin)
     assert torch.equal(logits(twin), logits(tiny_llama()))
     assert torch.equal(logits(model), expected)
-    assert methods_of(model) and not methods_of(twin)
+    assert sparse_layers(model) and not sparse_layers(twin)
 
 
 @pytest.mark.parametrize("order", ["patch, then move", "move, then patch"])
@@ -291,7 +291,7 @@ def test_bfloat16(tiny_llama, order, monkeypatch):
 def test_patching_follows_the_mode_of_the_model(tiny_llama):
     for training in (True, False):
         model = patch(tiny_llama().train(training), SparseKConfig(**BUDGET))
-        assert all(method.training == training for method in methods_of(model))
+        assert all(method.training == training for method in sparse_layers(model))
 
 
 def test_a_second_adapter_waits_until_it_is_chosen(tiny_llama):
@@ -299,7 +299,7 @@ def test_a_second_adapter_waits_until_it_is_chosen(tiny_llama):
     first = logits(model)
     patch(model, SparseKConfig(k=2, window=3, sinks=1), adapter="small")
     assert torch.equal(logits(model), first)
-    for method in methods_of(model):
+    for method in sparse_layers(model):
         method.set_adapter("small")
     assert (logits(model) - first).abs().max() > 0.1
     unpatch(model)
@@ -312,11 +312,11 @@ def test_an_adapter_for_other_layers_leaves_the_first_ones_dense(tiny_llama):
     patch(model, SparseKConfig(**BUDGET, layers=[1]), adapter="high")
     assert torch.equal(logits(model), low)
     for chosen, layer in (("high", 1), ("low", 0)):
-        for method in methods_of(model):
+        for method in sparse_layers(model):
             method.set_adapter(chosen)
         alone = patch(tiny_llama(), SparseKConfig(**BUDGET, layers=[layer]))
-        scorer = methods_of(model)[layer].sparsek_scorer[chosen]
-        methods_of(alone)[0].sparsek_scorer["default"].load_state_dict(scorer.state_dict())
+        scorer = sparse_layers(model)[layer].sparsek_scorer[chosen]
+        sparse_layers(alone)[0].sparsek_scorer["default"].load_state_dict(scorer.state_dict())
         torch.testing.assert_close(logits(model), logits(alone), rtol=0, atol=1e-6)
         assert torch.equal(
             model.generate(IDS, max_new_tokens=10, do_sample=False),
@@ -348,14 +348,14 @@ def test_patched_refuses_a_patched_model(tiny_llama):
     model = patch(tiny_llama(), SparseKConfig(**BUDGET), adapter="mine")
     with pytest.raises(ValueError, match="patched already"), patched(model, SparseKConfig(**BUDGET)):
         pass
-    assert all(method.active == "mine" for method in methods_of(model))
+    assert all(method.active == "mine" for method in sparse_layers(model))
 
 
 def test_unpatch_sends_peft_models_to_unload(tiny_llama):
     model = get_peft_model(tiny_llama(), SparseKConfig(**BUDGET))
     with pytest.raises(UnsupportedModelError, match=r"unload\(\) to drop it, returns the base model"):
         unpatch(model)
-    assert methods_of(model.unload()) == []
+    assert sparse_layers(model.unload()) == []
 
 
 # Saving.

@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from hf_sparse import SparseKConfig, patch, unpatch
 from hf_sparse._compat import cache_of, with_cache
-from hf_sparse.patches import methods_of
+from hf_sparse.patches import sparse_layers
 
 ENCODERS = {
     name: family
@@ -30,7 +30,7 @@ def encoder(name: str, head: str = "ForMaskedLM", **changes):
 def with_scorers(model, **settings):
     """Patched, with scorers that choose."""
     patch(model, SparseKConfig(**{**BUDGET, **settings}))
-    for method in methods_of(model):
+    for method in sparse_layers(model):
         torch.nn.init.normal_(method.sparsek_scorer["default"].weight)
     return model
 
@@ -54,7 +54,7 @@ def positions(name: str, mask: torch.Tensor) -> torch.Tensor:
 def test_only_global_layers_are_patched_and_see_both_sides(name):
     model = encoder(name)
     before = model(IDS).logits
-    methods = methods_of(with_scorers(model))
+    methods = sparse_layers(with_scorers(model))
     layers = set(range(model.config.num_hidden_layers)) - set(ENCODERS[name].local)
     assert {method.layer for method in methods} == layers
     assert not any(method.causal for method in methods)
@@ -114,7 +114,7 @@ def test_one_token(name):
 def test_every_scorer_is_trained(name):
     model = patch(encoder(name), SparseKConfig(**BUDGET)).train()
     model(IDS, labels=IDS).loss.backward()
-    for method in methods_of(model):
+    for method in sparse_layers(model):
         assert method.sparsek_scorer["default"].weight.grad.abs().amax(-1).min() > 0
 
 
@@ -152,7 +152,7 @@ def one_after_another(model, prefill: int = 30, **inputs) -> torch.Tensor:
 @pytest.mark.parametrize("name", DECODERS)
 def test_a_decoder_is_causal_and_decodes_from_its_slots(name):
     model = with_scorers(decoder(name))
-    assert all(method.causal for method in methods_of(model))
+    assert all(method.causal for method in sparse_layers(model))
     whole = model(IDS, use_cache=False).logits
     torch.testing.assert_close(one_after_another(model), whole, rtol=0, atol=1e-5)
     changed = IDS.clone()
@@ -169,7 +169,7 @@ def test_cross_attention_stays_dense(name, masked):
         inputs["encoder_attention_mask"] = (torch.arange(17) < torch.tensor([17, 9, 4])[:, None]).long()
     before = model(IDS, use_cache=False, **inputs).logits
     patch(model, SparseKConfig(k=LENGTH, window=1))
-    assert len(methods_of(model)) == model.config.num_hidden_layers
+    assert len(sparse_layers(model)) == model.config.num_hidden_layers
     torch.testing.assert_close(model(IDS, use_cache=False, **inputs).logits, before, rtol=0, atol=1e-5)
     unpatch(model)
 

@@ -16,7 +16,7 @@ from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.errors import CompatibilityError, UnsupportedModelError
 from hf_sparse.methods.sparsefinder import SparsefinderAttention
 from hf_sparse.methods.sparsek import SparseKAttention
-from hf_sparse.patches import methods_of, supported_model_types
+from hf_sparse.patches import sparse_layers, supported_model_types
 
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
 BUDGET = {"k": 5, "window": 6, "sinks": 2}
@@ -62,7 +62,7 @@ def sparse(make, **budget):
     model = patch(make(), SparseKConfig(**{**BUDGET, **budget}, position_slope=1e-3))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for method in methods_of(model):
+        for method in sparse_layers(model):
             method.sparsek_scorer["default"].weight.normal_(std=0.3, generator=generator)
     return model
 
@@ -102,7 +102,7 @@ def test_every_supported_model_type_has_a_tiny_model():
 
 def test_full_layers_are_patched_and_local_ones_left_alone(variant):
     model = sparse(variant)
-    layers = [method.layer for method in methods_of(model)]
+    layers = [method.layer for method in sparse_layers(model)]
     assert layers == [i for i in range(model.config.num_hidden_layers) if i not in variant.local]
     assert (logits(model) - logits(variant())).abs().max() > 0.1
 
@@ -165,7 +165,7 @@ def test_attention_matrices_are_refused(variant):
 @pytest.mark.parametrize("layers", [[1], [3], [1, 3]])
 def test_layers_are_numbered_as_the_model_numbers_them(layers):
     model = patch(FAMILIES["gemma3_text"].make(), SparseKConfig(**BUDGET, layers=layers))
-    assert [method.layer for method in methods_of(model)] == layers
+    assert [method.layer for method in sparse_layers(model)] == layers
     patched = [i for i, layer in enumerate(model.model.layers) if hasattr(layer.self_attn, "sparse_attention")]
     assert patched == layers
     close(in_chunks(model, [30, *[1] * 20]), logits(model))
@@ -175,7 +175,7 @@ def test_naming_a_local_layer_is_refused():
     model = FAMILIES["gemma3_text"].make()
     with pytest.raises(ValueError, match=r"layers \[0, 2\] attend within a sliding window.*choose among \[1, 3\]"):
         patch(model, SparseKConfig(**BUDGET, layers=[0, 1, 2]))
-    assert methods_of(model) == []
+    assert sparse_layers(model) == []
 
 
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
@@ -222,7 +222,7 @@ def test_cross_attention_stays_dense_and_works():
     base = logits(make(), **encoder)
     close(logits(sparse(make, k=LENGTH), **encoder), base)
     model = sparse(make)
-    assert len(methods_of(model)) == 2
+    assert len(sparse_layers(model)) == 2
     whole = logits(model, **encoder)
     assert (whole - base).abs().max() > 0.1 and (whole - logits(model)).abs().max() > 0.1
     close(logits(model, IDS[1:2], encoder_hidden_states=encoder["encoder_hidden_states"][1:2, :5]), whole[1:2])
@@ -246,7 +246,7 @@ def test_models_that_would_come_out_wrong_are_refused(family, changes, message):
     model = FAMILIES[family].make(**changes)
     with pytest.raises(UnsupportedModelError, match=rf"Gemma\d?ForCausalLM cannot be patched: .*{message}"):
         patch(model, SparseKConfig(**BUDGET))
-    assert methods_of(model) == []
+    assert sparse_layers(model) == []
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_no_patched_layer_keeps_an_ordinary_cache_layer(variant, config, filled_
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # from transformers 5.24 on
             model(IDS, **(with_cache(cache) if filled_by == "a dynamic cache" else {"past_key_values": cache}))
-    for method in methods_of(model):
+    for method in sparse_layers(model):
         assert type(cache.layers[method.layer]) is method.cache_layer_type
     assert [i for i, layer in enumerate(cache.layers) if type(layer) not in _OURS] == list(variant.local)
 

@@ -9,7 +9,7 @@ from transformers import DynamicCache, EncoderDecoderCache, LogitsProcessor, Log
 from hf_sparse import SparseKCache, SparseKConfig, patch
 from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.methods.sparsek import SparseKCacheLayer
-from hf_sparse.patches import methods_of, unpatch
+from hf_sparse.patches import sparse_layers, unpatch
 
 BUDGET = {"k": 6, "window": 8, "sinks": 2}
 LENGTH = 60
@@ -79,7 +79,7 @@ def test_all_that_changes_the_outcome_is_noticed(model, tiny_llama):
     expected = whole(model)
     assert (whole(patch(tiny_llama(), SparseKConfig(**{**BUDGET, "k": 5}))) - expected).abs().max() > 0.1
     with torch.no_grad():
-        methods_of(model)[0].sparsek_scorer["default"].weight.normal_()
+        sparse_layers(model)[0].sparsek_scorer["default"].weight.normal_()
     assert (whole(model) - expected).abs().max() > 0.1
 
 
@@ -338,8 +338,8 @@ def test_a_copied_cache_shares_nothing(model):
 def test_a_cache_for_a_dense_model_is_refused(model, tiny_llama):
     with pytest.raises(ValueError, match="no attention of the model is sparse now: patch it"):
         SparseKCache(tiny_llama())
-    methods_of(model)[0].enable_adapters(False)
-    methods_of(model)[1].enable_adapters(False)
+    sparse_layers(model)[0].enable_adapters(False)
+    sparse_layers(model)[1].enable_adapters(False)
     with pytest.raises(ValueError, match="no attention of the model is sparse now"):
         SparseKCache(model)
 
@@ -348,7 +348,7 @@ def test_a_base_with_eager_attention(tiny_llama):
     eager, sdpa = (tiny_llama(attn_implementation=name) for name in ("eager", "sdpa"))
     for model in (eager, sdpa):
         patch(model, SparseKConfig(**BUDGET))
-    for ours, theirs in zip(methods_of(eager), methods_of(sdpa), strict=True):
+    for ours, theirs in zip(sparse_layers(eager), sparse_layers(sdpa), strict=True):
         ours.load_state_dict(theirs.state_dict())
     torch.testing.assert_close(whole(eager), whole(sdpa), rtol=1e-5, atol=1e-5)
     unpatch(eager)

@@ -16,8 +16,8 @@ from torch.func import functional_call
 
 from hf_sparse import SparsefinderConfig, SparseKConfig, patch, unpatch
 from hf_sparse._compat import cache_of, with_cache
-from hf_sparse.evaluation.selections import selection
-from hf_sparse.patches import methods_of
+from hf_sparse.methods.sparsek.evaluation.contenders import selection
+from hf_sparse.patches import sparse_layers
 from hf_sparse.patches.lora import check_lora
 
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
@@ -44,7 +44,7 @@ def changes_of(model, adapter="default"):
     found = {}
     for module_name, module in model.named_modules():
         for method in (
-            methods_of(nn.ModuleList([module.sparse_attention])) if hasattr(module, "sparse_attention") else []
+            sparse_layers(nn.ModuleList([module.sparse_attention])) if hasattr(module, "sparse_attention") else []
         ):
             low_rank = method.lora[adapter]
             for name in method.linears:
@@ -92,9 +92,9 @@ def test_a_new_adapter_changes_nothing(family, method):
 def test_output_and_gradients_are_those_of_merged_weights(family, method, training):
     """Through soft gates and hard selection, and through entmax with learned scales."""
     model, plain = (one.double() for one in pair(family, method, lora_alpha=4.5))
-    assert methods_of(model)[0].lora["default"].scale == 1.5
+    assert sparse_layers(model)[0].lora["default"].scale == 1.5
     for one in (model, plain):
-        for attention in methods_of(one):
+        for attention in sparse_layers(one):
             attention.train(training)
     found, expected = model(IDS).logits, merged(model, plain)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
@@ -164,7 +164,7 @@ def test_adapters_of_different_ranks_switch(tiny_llama):
     for name, rank in (("three", 3), ("five", 5)):
         model.set_adapter(name)
         seen[name] = model(IDS).logits
-        assert methods_of(model)[0].lora[name].q_proj_A.shape == (rank, 32)
+        assert sparse_layers(model)[0].lora[name].q_proj_A.shape == (rank, 32)
         assert all(f".{name}." in n for n, p in model.named_parameters() if p.requires_grad)
     assert not torch.equal(seen["three"], seen["five"]) and not torch.equal(seen["three"], without)
     model.set_adapter("three")
@@ -200,7 +200,7 @@ def test_a_copy_has_changes_of_its_own(tiny_llama):
     twin = copy.deepcopy(model)
     assert torch.equal(twin(IDS).logits, expected)
     with torch.no_grad():
-        methods_of(model)[0].lora["default"].v_proj_B.zero_()
+        sparse_layers(model)[0].lora["default"].v_proj_B.zero_()
     assert not torch.equal(model(IDS).logits, expected)
     assert torch.equal(twin(IDS).logits, expected)
 
@@ -232,9 +232,9 @@ def test_refusals(tiny_llama, method):
     model = tiny_llama()
     with pytest.raises(ValueError, match=r"lora_rank must be at most 16, the width of k_proj, got 17"):
         patch(model, make(lora_rank=17))
-    assert methods_of(model) == []
+    assert sparse_layers(model) == []
     patch(model, make(lora_rank=16))
-    assert methods_of(model)[0].lora["default"].scale == 2  # lora_alpha is twice the rank
+    assert sparse_layers(model)[0].lora["default"].scale == 2  # lora_alpha is twice the rank
     unpatch(model)
     with pytest.raises(ValueError, match="lora_rank must be 0: Sequential has no linear layers of its own"):
         check_lora(nn.Sequential(nn.LayerNorm(4)), 1)

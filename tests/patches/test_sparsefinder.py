@@ -10,7 +10,7 @@ from transformers import DynamicCache
 from hf_sparse import SparsefinderConfig, SparseKCache, patch, unpatch
 from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.methods.sparsefinder import SparsefinderAttention, SparsefinderCacheLayer, fit_predictors
-from hf_sparse.patches import methods_of
+from hf_sparse.patches import sparse_layers
 
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
 # Of 6 tiles, each query tile lists its own, the first, and a predicted one.
@@ -30,7 +30,7 @@ IDS = torch.randint(3, 64, (3, LENGTH), generator=torch.Generator().manual_seed(
 def sparse(name="llama", predictor="clustering", layers=None, **changes):
     model = patch(FAMILIES[name].make(**changes), SparsefinderConfig(**SIZES | PREDICTORS[predictor], layers=layers))
     text = torch.randint(3, 64, (2, 64), generator=torch.Generator().manual_seed(1))
-    fit_predictors(methods_of(model, SparsefinderAttention), lambda: model(text))
+    fit_predictors(sparse_layers(model, SparsefinderAttention), lambda: model(text))
     return model
 
 
@@ -65,7 +65,7 @@ def test_every_family_is_patched_and_unpatched(name):
     model = family.make()
     before, config = logits(model), model.config.to_dict()
     patch(model, SparsefinderConfig(predictor="full"))
-    sites = [method.site for method in methods_of(model, SparsefinderAttention)]
+    sites = [method.site for method in sparse_layers(model, SparsefinderAttention)]
     query_heads, kv_heads = model.config.num_attention_heads, getattr(model.config, "num_key_value_heads", 4)
     assert {(site.num_attention_heads, site.num_key_value_heads) for site in sites} == {(query_heads, kv_heads)}
     assert {site.head_dim for site in sites} == {family.settings.get("head_dim", 8)}
@@ -113,7 +113,7 @@ def test_steps_with_a_cache_equal_one_forward(name, predictor):
         cache, begin = cache_of(output), new.stop
         parts.append(output.logits)
     torch.testing.assert_close(torch.cat(parts, 1)[mask.bool()], whole[mask.bool()], rtol=0, atol=1e-4)
-    patched = {method.layer for method in methods_of(model)}
+    patched = {method.layer for method in sparse_layers(model)}
     assert {i for i, layer in enumerate(cache.layers) if type(layer) is SparsefinderCacheLayer} == patched
 
 
@@ -148,11 +148,11 @@ def test_a_cache_of_ones_own_across_turns(make):
 def test_dense_steps_in_between_are_noticed():
     model = sparse()
     cache = cache_of(model(IDS[:, :30], use_cache=True))
-    for method in methods_of(model):
+    for method in sparse_layers(model):
         method.switch(False)
     dense = model(IDS[:, 30:40], **with_cache(cache)).logits
     assert torch.isfinite(dense).all() and cache.get_seq_length() == 40
-    for method in methods_of(model):
+    for method in sparse_layers(model):
         method.switch(True)
     with pytest.raises(ValueError, match="start a new cache after switching adapters"):
         model(IDS[:, 40:], **with_cache(cache))

@@ -10,15 +10,15 @@ from rich.progress import track
 
 from hf_sparse.data import context_length
 from hf_sparse.errors import DataError
-from hf_sparse.evaluation.budgets import budget_of
-from hf_sparse.evaluation.selections import GENERATING, check_selections, evaluating, selection
 from hf_sparse.evaluation.tasks import needles, ruler
 from hf_sparse.evaluation.tasks.base import Task
 from hf_sparse.evaluation.tasks.generate import answer
 from hf_sparse.evaluation.tasks.haystack import Haystack, fit
 from hf_sparse.evaluation.tasks.longbench import Document, prompt
 from hf_sparse.evaluation.tasks.scores import exact_match, f1
-from hf_sparse.tasks import kind_of
+from hf_sparse.methods.sparsek.evaluation.budgets import budget_of
+from hf_sparse.methods.sparsek.evaluation.contenders import GENERATING, check_selections, evaluating, selection
+from hf_sparse.model_kinds import kind_of
 
 if TYPE_CHECKING:
     from peft import PeftModel

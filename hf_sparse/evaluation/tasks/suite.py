@@ -4,12 +4,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from hf_sparse.evaluation.budgets import at_budget, budget_of
-from hf_sparse.evaluation.selections import GENERATING
 from hf_sparse.evaluation.tasks.haystack import Haystack
 from hf_sparse.evaluation.tasks.longbench import Document
 from hf_sparse.evaluation.tasks.run import check_tasks, run_longbench, run_task
 from hf_sparse.methods.sparsek import Budget
+from hf_sparse.methods.sparsek.evaluation.budgets import at_budget, budget_of
+from hf_sparse.methods.sparsek.evaluation.contenders import GENERATING
 
 if TYPE_CHECKING:
     from peft import PeftModel

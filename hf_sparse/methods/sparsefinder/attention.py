@@ -8,24 +8,24 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
-from hf_sparse.methods.base import NO_CACHE, Site, SparseMethod
+from hf_sparse.core.layer import NO_CACHE, AttentionShape, SparseAttentionLayer
 from hf_sparse.methods.sparsefinder.cache import SparsefinderCacheLayer
 from hf_sparse.methods.sparsefinder.config import SparsefinderConfig
 from hf_sparse.methods.sparsefinder.padding import PackedBatch
 from hf_sparse.methods.sparsefinder.parameters import SparsefinderParameters
 from hf_sparse.methods.sparsefinder.predictors import ProjectedPredictor, predictor_of
+from hf_sparse.methods.sparsefinder.predictors.base import AttentionInputs as AttentionInputs
 from hf_sparse.methods.sparsefinder.predictors.base import Codes
-from hf_sparse.methods.sparsefinder.predictors.base import Text as Text
 from hf_sparse.ops.entmax import Certificate, entmax_attention
-from hf_sparse.ops.graphs import Tiles
+from hf_sparse.ops.tiles import Tiles
 
 # A graph in place of the predicted one: tiles, or edges `[B, Hq, Tq, Tk]` bool, or None for all keys.
-Pattern = Callable[[Text], Tiles | Tensor | None]
+Pattern = Callable[[AttentionInputs], Tiles | Tensor | None]
 # Gets each text, the graph that was attended over (None for all keys), and with tiles that were certified their proof.
-Observer = Callable[[Text, Tiles | Tensor | None, Certificate | None], None]
+Observer = Callable[[AttentionInputs, Tiles | Tensor | None, Certificate | None], None]
 
 
-class SparsefinderAttention(SparseMethod):
+class SparsefinderAttention(SparseAttentionLayer):
     """Sparsefinder for one attention module.
 
     In `train` mode attention is entmax over all keys, which is what the logit scales are trained with; in `eval` mode,
@@ -46,7 +46,7 @@ class SparsefinderAttention(SparseMethod):
     cache_layer_type = SparsefinderCacheLayer
     has_slots = False
 
-    def __init__(self, site: Site) -> None:
+    def __init__(self, site: AttentionShape) -> None:
         super().__init__()
         self.site, self.layer, self.causal = site, site.layer, site.causal
         self.sparsefinder_parameters = nn.ModuleDict()
@@ -56,11 +56,11 @@ class SparsefinderAttention(SparseMethod):
         self.observer: Observer | None = None
 
     @classmethod
-    def at(cls, site: Site) -> "SparsefinderAttention":
+    def at(cls, site: AttentionShape) -> "SparsefinderAttention":
         return cls(site)
 
     @classmethod
-    def check(cls, config: SparsefinderConfig, site: Site) -> None:
+    def check(cls, config: SparsefinderConfig, site: AttentionShape) -> None:
         if config.rank > site.head_dim:
             raise ValueError(
                 f"SparsefinderConfig.rank must be at most the size of a head, {site.head_dim}, got {config.rank}"
@@ -113,7 +113,7 @@ class SparsefinderAttention(SparseMethod):
             valid = None  # packing copies all keys; on a GPU, asking would wait for the device
         learned = self.parameters_in_use
         options: dict[str, Any] = {"alpha": learned.alpha, "scaling": scaling * learned.scale, "causal": self.causal}
-        text = Text(query, key, value, **options, layer=self.layer)
+        text = AttentionInputs(query, key, value, **options, layer=self.layer)
         learning = self.is_learning(cache) or (self.training and self.observer is not None)  # finetune observes texts
         predicts = self.pattern is None and not learning
         codes = self._codes(query, key, cache) if predicts and learned.predictor.learns_graph else None
@@ -136,7 +136,7 @@ class SparsefinderAttention(SparseMethod):
             codes = predictor.query_codes(learned, query), predictor.key_codes(learned, key[:, :, key.shape[2] - new :])
         return codes if cache is None else cache.append(*codes, self.identities[self.active])
 
-    def _packed(self, text: Text, codes: Codes | None, valid: Tensor) -> Tensor:
+    def _packed(self, text: AttentionInputs, codes: Codes | None, valid: Tensor) -> Tensor:
         """Attend in all rows of a padded batch at once."""
         batch = PackedBatch(valid, text.query.shape[2], self.config.rows or 1)
         packed = replace(
@@ -152,7 +152,7 @@ class SparsefinderAttention(SparseMethod):
             codes = of_queries, of_keys
         return batch.unpack(self._over_graph(packed, codes, predicts=True)).to(text.query.dtype)
 
-    def _one_by_one(self, text: Text, codes: Codes | None, valid: Tensor, predicts: bool) -> Tensor:
+    def _one_by_one(self, text: AttentionInputs, codes: Codes | None, valid: Tensor, predicts: bool) -> Tensor:
         """Attend in each row of a padded batch by itself."""
         output = torch.zeros_like(text.query)
         for row, real in enumerate(valid):
@@ -168,7 +168,7 @@ class SparsefinderAttention(SparseMethod):
                 output[row, :, new] = attended[0].to(output.dtype)
         return output
 
-    def _over_graph(self, text: Text, codes: Codes | None, predicts: bool) -> Tensor:
+    def _over_graph(self, text: AttentionInputs, codes: Codes | None, predicts: bool) -> Tensor:
         config, learned = self.config, self.parameters_in_use
         graph: Tiles | Tensor | None = None
         if self.pattern is not None:

@@ -19,7 +19,7 @@ class SparsefinderCacheLayer(DynamicLayer):
         query_codes, key_codes: `[B, Hq, T, c]` and `[B, Hkv, T, c]`, int64 or float32; `None` before the first, and
             for a predictor without codes.
         owner: whose codes these are; those of two predictors do not compare.
-        announced: see `SparseMethod.cache_layer`; not needed here, where dense attention finds all that it wants.
+        announced: see `SparseAttentionLayer.cache_layer`; not needed here, where dense attention finds all keys.
     """
 
     def __init__(self) -> None:

@@ -7,16 +7,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_sparse.methods.sparsefinder.attention import SparsefinderAttention, Text
+from hf_sparse.methods.sparsefinder.attention import AttentionInputs, SparsefinderAttention
 from hf_sparse.methods.sparsefinder.predictors import ProjectedPredictor
 from hf_sparse.methods.sparsefinder.predictors.budgets import MEANS
 from hf_sparse.methods.sparsefinder.predictors.projected import Span, always_joined
 from hf_sparse.ops.entmax import support
-from hf_sparse.ops.graphs.allowed import allowed_edges, allowed_tiles, positions_of
-from hf_sparse.ops.graphs.clustering import training_points
-from hf_sparse.ops.graphs.points import by_group
-from hf_sparse.ops.graphs.profile import fit_profile, profile_mass
-from hf_sparse.ops.graphs.tiles import own_tiles, tile_counts
+from hf_sparse.ops.predictors.clustering import training_points
+from hf_sparse.ops.predictors.profile import fit_profile, profile_mass
+from hf_sparse.ops.predictors.projections import by_group
+from hf_sparse.ops.tiles.allowed import allowed_edges, allowed_tiles, positions_of
+from hf_sparse.ops.tiles.tiles import own_tiles, tile_counts
 
 # Queries per text that profiles and budgets are fitted to.
 _ROWS = 256
@@ -38,7 +38,7 @@ def fit_predictors(
     All projected queries and keys are held at once: `rank` numbers per token, head and module.
 
     Args:
-        methods: of one model, see `hf_sparse.patches.methods_in_use`; tiles are divided among the heads of all.
+        methods: of one model, see `hf_sparse.patches.sparse_layers_in_use`; tiles are divided among the heads of all.
         read: runs the model on training text, once or several times, without a cache; it is called twice.
         generator: for the seeds of k-means.
 
@@ -49,7 +49,7 @@ def fit_predictors(
     points: dict[int, list[Tensor]] = {}
     profiles = _Profiles()
 
-    def collect(method: SparsefinderAttention, text: Text) -> None:
+    def collect(method: SparsefinderAttention, text: AttentionInputs) -> None:
         profiles.add(method, text)
         learned = method.parameters_in_use
         keys = learned.project_keys(text.key)
@@ -89,7 +89,7 @@ class _Profiles:
     def __init__(self) -> None:
         self.sums: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def add(self, method: SparsefinderAttention, text: Text) -> None:
+    def add(self, method: SparsefinderAttention, text: AttentionInputs) -> None:
         length, size = text.key.shape[2], method.config.tile
         if size is None or not hasattr(method.parameters_in_use, "profile"):
             return
@@ -110,7 +110,7 @@ class _Profiles:
 def fit_budgets(
     methods: Sequence[SparsefinderAttention],
     read: Callable[[], Any],
-    rank: Callable[[SparsefinderAttention, Text], Tensor],
+    rank: Callable[[SparsefinderAttention, AttentionInputs], Tensor],
 ) -> list[Tensor]:
     """Divide tiles among the heads of all layers by the attention that they miss without more of them, on text.
 
@@ -125,7 +125,7 @@ def fit_budgets(
     gains: dict[int, Tensor] = {}
     costs: list[Tensor] = []
 
-    def collect(method: SparsefinderAttention, text: Text) -> None:
+    def collect(method: SparsefinderAttention, text: AttentionInputs) -> None:
         length, size, of_queries = text.key.shape[2], method.config.tile, method.config.rows
         assert size is not None and of_queries is not None
         listed, tiles = tile_counts(length, length, size, of_queries)
@@ -161,7 +161,7 @@ def fit_budgets(
     return list(table.split([len(gains[id(method)]) for method in methods]))
 
 
-def _predicted(method: SparsefinderAttention, text: Text) -> Tensor:
+def _predicted(method: SparsefinderAttention, text: AttentionInputs) -> Tensor:
     learned, predictor, length = method.parameters_in_use, _projected(method), text.key.shape[2]
     codes = predictor.query_codes(learned, text.query), predictor.key_codes(learned, text.key)
     return predictor.tile_scores(learned, *codes, Span(length, length, text.causal))
@@ -238,13 +238,13 @@ def _tile_mass(probabilities: Tensor, place: Tensor, count: int, size: int) -> T
     return found.index_add_(2, place, by_key)
 
 
-def _options(text: Text) -> dict[str, Any]:
+def _options(text: AttentionInputs) -> dict[str, Any]:
     return {"alpha": text.alpha, "scaling": text.scaling, "causal": text.causal}
 
 
 @contextmanager
 def _watched(
-    methods: Sequence[SparsefinderAttention], watch: Callable[[SparsefinderAttention, Text], None]
+    methods: Sequence[SparsefinderAttention], watch: Callable[[SparsefinderAttention, AttentionInputs], None]
 ) -> Iterator[None]:
     """Entmax over all keys within a `with` block, and `watch` sees every text."""
     before = [(method.pattern, method.observer) for method in methods]
@@ -258,5 +258,5 @@ def _watched(
             method.pattern, method.observer = pattern, observer
 
 
-def _all_keys(text: Text) -> None:
+def _all_keys(text: AttentionInputs) -> None:
     return None

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from hf_sparse.methods.base import Site
+from hf_sparse.core.layer import AttentionShape
 from hf_sparse.methods.sparsefinder.config import LEAST_ALPHA, SparsefinderConfig
 from hf_sparse.methods.sparsefinder.predictors import predictor_of
 from hf_sparse.methods.sparsefinder.predictors.budgets import MEANS
-from hf_sparse.ops.graphs.profile import BINS
+from hf_sparse.ops.predictors.profile import BINS
 
 
 class SparsefinderParameters(nn.Module):
@@ -29,7 +29,7 @@ class SparsefinderParameters(nn.Module):
             difference of a query's bias and a key's would matter, so there is one.
         centroids: `[Hkv, C, r]`, for clustering; with `cluster_parts` the columns of each part belong together.
         boundaries: `[Hkv, r, bins - 1]`, for quantization with shared bins.
-        profile: `[Hq, BINS]`, attention by the distance of tiles, see `hf_sparse.ops.graphs.profile`.
+        profile: `[Hq, BINS]`, attention by the distance of tiles, see `hf_sparse.ops.predictors.profile`.
         budgets: `[lists, MEANS]`, column `m - 1` has the tiles per query tile of each list where the mean over all
             heads and layers is `m`. There is a list per query head, or per KV head with `per_group`.
     """
@@ -39,7 +39,7 @@ class SparsefinderParameters(nn.Module):
     profile: Tensor
     budgets: Tensor
 
-    def __init__(self, config: SparsefinderConfig, site: Site) -> None:
+    def __init__(self, config: SparsefinderConfig, site: AttentionShape) -> None:
         super().__init__()
         self.config = config
         heads, kv_heads, rank = site.num_attention_heads, site.num_key_value_heads, config.rank

@@ -9,21 +9,21 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import CacheLayerMixin
 
-from hf_sparse.methods.base import NO_CACHE, Site, SparseMethod, token_index
+from hf_sparse.core.layer import NO_CACHE, AttentionShape, SparseAttentionLayer, token_index
+from hf_sparse.methods.sparsek.baselines import AdaptivePolicy, Arrivals, Policy
 from hf_sparse.methods.sparsek.budget import Budget
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
 from hf_sparse.methods.sparsek.config import SparseKConfig
 from hf_sparse.methods.sparsek.scorer import Scorer, make_scorer
-from hf_sparse.methods.sparsek.selection import AdaptivePolicy, Arrivals, Policy
 from hf_sparse.methods.sparsek.step import step_in_one_kernel
-from hf_sparse.ops.attention import sparsek_attention
-from hf_sparse.ops.decode import attend_slots
+from hf_sparse.ops.selection import sparsek_attention
+from hf_sparse.ops.selection.slots import attend_slots
 
 # (query [B, Hq, T, D], key [B, Hkv, T, D], scores [B, Hkv, T], scaling) of whole sequences without padding
 Observer = Callable[[Tensor, Tensor, Tensor, float], None]
 
 
-class SparseKAttention(SparseMethod):
+class SparseKAttention(SparseAttentionLayer):
     """SparseK for one attention module.
 
     In `train` mode the gates are soft and only whole sequences are possible; in `eval` mode, and wherever a cache is
@@ -43,11 +43,11 @@ class SparseKAttention(SparseMethod):
     has_slots = True
 
     @classmethod
-    def at(cls, site: Site) -> "SparseKAttention":
+    def at(cls, site: AttentionShape) -> "SparseKAttention":
         return cls(site.hidden_size, site.num_key_value_heads, site.layer, site.causal)
 
     @classmethod
-    def check(cls, config: SparseKConfig, site: Site) -> None:
+    def check(cls, config: SparseKConfig, site: AttentionShape) -> None:
         shares, layers = config.layer_shares, (config.base_shape or {}).get("num_attention_layers")
         if shares is not None and len(shares) != layers:
             raise ValueError(f"layer_shares has {len(shares)} entries, and the model has {layers} attention layers")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from hf_sparse.ops.decode import insert_token
+from hf_sparse.ops.selection.slots import insert_token
 
 if TYPE_CHECKING:
     from hf_sparse.methods.sparsek.step import StepPlan
@@ -45,7 +45,7 @@ class SparseKCacheLayer(CacheLayerMixin):
         owner: whose scores these are; scores of two scorers do not compare.
         remembers: whether scores depend on other tokens of the text, which `crop` could not undo.
         only_sparse: whether no layer of the same cache has full, dense attention.
-        announced: see `SparseMethod.cache_layer`.
+        announced: see `SparseAttentionLayer.cache_layer`.
         step: the plan of a decoding step in one kernel, see `methods.sparsek.step`; `None` before the first such step.
         uncounted: tokens of the step in progress that `cumulative_length` does not have yet.
     """

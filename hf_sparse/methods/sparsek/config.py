@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hf_sparse._compat import extend_peft_type
-from hf_sparse.methods.checks import (
+from hf_sparse.core.checks import (
     MOST_TOKENS,
     MOST_WIDTH,
     expected_integer,
@@ -14,8 +14,8 @@ from hf_sparse.methods.checks import (
     is_finite,
     is_integer,
 )
-from hf_sparse.methods.lora import LoraSettings
-from hf_sparse.methods.saved import SavedModules
+from hf_sparse.core.lora import LoraSettings
+from hf_sparse.core.saved_modules import SavedModules
 from hf_sparse.methods.sparsek.budget import Budget
 
 # PEFT's error for a type it does not know is nothing but this name, so the name says what to import.

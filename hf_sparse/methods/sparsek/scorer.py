@@ -2,8 +2,8 @@
 
 The input is layer-normalised once more, without parameters: hidden states grow about a hundredfold with depth, and
 the score scale is the temperature of SparseK. A bias would do nothing, SparseK is shift invariant. Scores are computed
-in float64 (`hf_sparse.ops.scores` says why) and are float32 whatever the model's dtype: in bfloat16 most keys of a long
-text tie.
+in float64 (`hf_sparse.ops.selection.linear_scores` says why) and are float32 whatever the model's dtype: in
+bfloat16 most keys of a long text tie.
 
 Copies of the input in float64 would take much memory: linear scores on a GPU make none, and of all others the backward
 keeps the input alone and computes the scores again, and long texts are scored piece by piece.
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from hf_sparse.methods.sparsek.config import SparseKConfig
-from hf_sparse.ops.scores import has_kernels, linear_scores, normalised
+from hf_sparse.ops.selection.linear_scores import has_kernels, linear_scores, normalised
 
 _AT_ONCE = 1 << 24  # numbers of the input that are scored at a time
 SLOPE_TOKENS = 256  # a learned slope is stored per so many tokens, so that it moves at the pace of the weights

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
 from hf_sparse.methods.sparsek.scorer import SLOPE_TOKENS, LinearScorer, Scorer
-from hf_sparse.ops.decode import has_kernels
+from hf_sparse.ops.selection.slots import has_kernels
 from hf_sparse.ops.triton import DTYPES
 
 if TYPE_CHECKING:
     from hf_sparse.methods.sparsek.attention import SparseKAttention
-    from hf_sparse.ops.triton.step import StepKernel
+    from hf_sparse.ops.selection.triton.step import StepKernel
 
 
 @dataclass
@@ -51,7 +51,7 @@ def step_in_one_kernel(
     """Score the new token of each row, give it a slot and attend to the slots.
 
     Args:
-        query, key, value, hidden_states, valid, scaling: see `SparseMethod.attend`, for one token.
+        query, key, value, hidden_states, valid, scaling: see `SparseAttentionLayer.attend`, for one token.
 
     Returns:
         `[B, Hq, 1, D]`, contiguous; `None`, with nothing changed, if the step has to take another path: it is being
@@ -117,7 +117,7 @@ def _kernel(
     )
     if not taken:
         return None
-    from hf_sparse.ops.triton.step import StepKernel
+    from hf_sparse.ops.selection.triton.step import StepKernel
 
     state = (*(cache.keys, cache.values), *tables, cache.seen, cache.padded_late, cache.cumulative_length)
     return StepKernel(

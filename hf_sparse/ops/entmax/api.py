@@ -18,7 +18,7 @@ from hf_sparse.ops.entmax.blocks import BUFFER, Plan
 from hf_sparse.ops.entmax.bound import complete_tiles, missing
 from hf_sparse.ops.entmax.inputs import prepare, without_padding
 from hf_sparse.ops.entmax.layout import layout_of, listed_layout
-from hf_sparse.ops.graphs.tiles import Tiles
+from hf_sparse.ops.tiles.tiles import Tiles
 
 _TILE = 64  # queries that share a pass over all keys
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_sparse.ops.entmax.layout import Layout
-from hf_sparse.ops.graphs.tiles import Tiles
+from hf_sparse.ops.tiles.tiles import Tiles
 
 # Logits held at once. Small buffers stay in the caches of a CPU; a GPU wants few launches.
 BUFFER = {"cpu": 1 << 19, "cuda": 1 << 26}

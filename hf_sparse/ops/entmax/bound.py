@@ -21,8 +21,8 @@ from hf_sparse.ops.entmax.attention import thresholds
 from hf_sparse.ops.entmax.blocks import BUFFER, Plan
 from hf_sparse.ops.entmax.inputs import Inputs, prepare
 from hf_sparse.ops.entmax.layout import Layout, listed_layout
-from hf_sparse.ops.graphs.allowed import allowed_tiles, tiles_of_valid
-from hf_sparse.ops.graphs.tiles import Tiles
+from hf_sparse.ops.tiles.allowed import allowed_tiles, tiles_of_valid
+from hf_sparse.ops.tiles.tiles import Tiles
 
 
 @torch.no_grad()

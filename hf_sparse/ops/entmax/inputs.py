@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse.ops.entmax.transform import check_alpha
-from hf_sparse.ops.graphs.allowed import check_valid
+from hf_sparse.ops.tiles.allowed import check_valid
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_sparse.ops.entmax.inputs import Inputs
-from hf_sparse.ops.graphs.tiles import Tiles, own_tiles, tile_counts
+from hf_sparse.ops.tiles.tiles import Tiles, own_tiles, tile_counts
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class Layout:
         return self.keys - self.queries if self.first_query is None else self.first_query[self.batch_of(jobs), None]
 
     def own_tiles(self, device: torch.device) -> Tensor:
-        """Find the own tiles, `[nq]` or `[B, nq]` int64, see `hf_sparse.ops.graphs.tiles.own_tiles`."""
+        """Find the own tiles, `[nq]` or `[B, nq]` int64, see `hf_sparse.ops.tiles.tiles.own_tiles`."""
         return own_tiles(
             self.query_tiles, self.keys, self.size, self.query_size, first_query=self.first_query, device=device
         )

@@ -11,7 +11,7 @@ from hf_sparse.ops.entmax.blocks import Plan
 from hf_sparse.ops.entmax.bound import excesses, missing, without_queries_at_padding
 from hf_sparse.ops.entmax.inputs import Inputs, prepare
 from hf_sparse.ops.entmax.layout import Layout, listed_layout
-from hf_sparse.ops.graphs.tiles import Tiles, window_and_global
+from hf_sparse.ops.tiles.tiles import Tiles, window_and_global
 
 _FIRST = 4  # tiles that tau is taken from beside window and global tokens: they change the cost, not the attention
 
@@ -35,10 +35,10 @@ def bound_scores(
 
     Args:
         query, key, alpha, scaling, causal: as in `entmax_attention`.
-        size, rows: positions per tile, as in `hf_sparse.ops.graphs.tiles.tile_counts`.
+        size, rows: positions per tile, as in `hf_sparse.ops.tiles.tiles.tile_counts`.
         window, global_tokens: where tau is taken, as in `window_and_global`; a window of at least 1.
         lag: how many positions before a tile the queries begin that describe it, as in
-            `hf_sparse.ops.graphs.points.tile_of_query`. With `rows - 1` no list depends on later queries.
+            `hf_sparse.ops.predictors.projections.tile_of_query`. With `rows - 1` no list depends on later queries.
         grouped: one score for all query heads of a group, the greatest.
 
     Returns:

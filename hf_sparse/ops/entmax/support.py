@@ -5,7 +5,7 @@ from torch import Tensor
 
 from hf_sparse.ops.entmax.inputs import prepare
 from hf_sparse.ops.entmax.threshold import distribution
-from hf_sparse.ops.graphs.allowed import allowed_edges, positions_of
+from hf_sparse.ops.tiles.allowed import allowed_edges, positions_of
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Triton kernels of the operators. Import a module of this package only where `available` says that it can run."""
+"""Decide whether Triton kernels can run, and compile and launch them."""
 
 import functools
 import importlib.util

@@ -2,8 +2,8 @@
 
 from hf_sparse.methods.sparsefinder.config import SparsefinderConfig
 from hf_sparse.methods.sparsefinder.predictors.balanced import BalancedClustering
+from hf_sparse.methods.sparsefinder.predictors.base import AttentionInputs as AttentionInputs
 from hf_sparse.methods.sparsefinder.predictors.base import Predictor as Predictor
-from hf_sparse.methods.sparsefinder.predictors.base import Text as Text
 from hf_sparse.methods.sparsefinder.predictors.bound import Bound
 from hf_sparse.methods.sparsefinder.predictors.clustering import Clustering
 from hf_sparse.methods.sparsefinder.predictors.distance import Distance

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from hf_sparse.methods.sparsefinder.predictors.projected import ProjectedPredictor, Span
-from hf_sparse.ops.graphs.buckets import bucket_edges, key_counts, matching_pairs, query_counts
-from hf_sparse.ops.graphs.clustering import assign_balanced, balanced_width
-from hf_sparse.ops.graphs.kmeans import kmeans
+from hf_sparse.ops.predictors.buckets import bucket_edges, key_counts, matching_pairs, query_counts
+from hf_sparse.ops.predictors.clustering import assign_balanced, balanced_width
+from hf_sparse.ops.predictors.kmeans import kmeans
 
 if TYPE_CHECKING:
     from hf_sparse.methods.sparsefinder.parameters import SparsefinderParameters

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse.methods.sparsefinder.config import SparsefinderConfig
-from hf_sparse.ops.graphs import Tiles
+from hf_sparse.ops.tiles import Tiles
 
 if TYPE_CHECKING:
     from hf_sparse.methods.sparsefinder.parameters import SparsefinderParameters
@@ -16,7 +16,7 @@ Codes = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class Text:
+class AttentionInputs:
     """The arguments of entmax attention: texts of a batch, each beginning at position 0.
 
     Attributes:
@@ -70,14 +70,16 @@ class Predictor:
         """Fit the buffers to projected training text; see `fit_predictors`.
 
         Args:
-            points: `[Hkv, N, r]`, see `hf_sparse.ops.graphs.clustering.training_points`, or only keys.
+            points: `[Hkv, N, r]`, see `hf_sparse.ops.predictors.clustering.training_points`, or only keys.
             generator: for random choices.
 
         Raises:
             ValueError: more clusters or bins than points.
         """
 
-    def graph(self, learned: "SparsefinderParameters", text: Text, codes: Codes | None) -> Tiles | Tensor | None:
+    def graph(
+        self, learned: "SparsefinderParameters", text: AttentionInputs, codes: Codes | None
+    ) -> Tiles | Tensor | None:
         """Predict the graph of texts: tiles, or edges `[B, Hq, Tq, Tk]` bool, or None for all keys.
 
         Args:

@@ -2,9 +2,9 @@
 
 from typing import TYPE_CHECKING
 
-from hf_sparse.methods.sparsefinder.predictors.base import Codes, Predictor, Text
+from hf_sparse.methods.sparsefinder.predictors.base import AttentionInputs, Codes, Predictor
 from hf_sparse.ops.entmax import bound_tiles
-from hf_sparse.ops.graphs import Tiles
+from hf_sparse.ops.tiles import Tiles
 
 if TYPE_CHECKING:
     from hf_sparse.methods.sparsefinder.parameters import SparsefinderParameters
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 class Bound(Predictor):
     """List every tile that may hold support, which is exact; nothing is learned. See `hf_sparse.ops.entmax.bound`."""
 
-    def graph(self, learned: "SparsefinderParameters", text: Text, codes: Codes | None) -> Tiles:
+    def graph(self, learned: "SparsefinderParameters", text: AttentionInputs, codes: Codes | None) -> Tiles:
         config = self.config
         assert config.tile is not None
         return bound_tiles(

@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 from hf_sparse.methods.sparsefinder.predictors.projected import ProjectedPredictor, Span
-from hf_sparse.ops.graphs.buckets import bucket_edges, key_counts
-from hf_sparse.ops.graphs.clustering import assign, assign_parts, cut_into_parts, points_of_parts
-from hf_sparse.ops.graphs.distance import squared_distances, tile_log_mass
-from hf_sparse.ops.graphs.kmeans import kmeans
-from hf_sparse.ops.graphs.points import by_group, tile_means
+from hf_sparse.ops.predictors.buckets import bucket_edges, key_counts
+from hf_sparse.ops.predictors.clustering import assign, assign_parts, cut_into_parts, points_of_parts
+from hf_sparse.ops.predictors.distance import squared_distances, tile_log_mass
+from hf_sparse.ops.predictors.kmeans import kmeans
+from hf_sparse.ops.predictors.projections import by_group, tile_means
 
 if TYPE_CHECKING:
     from hf_sparse.methods.sparsefinder.parameters import SparsefinderParameters

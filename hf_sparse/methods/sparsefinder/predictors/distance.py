@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from hf_sparse.methods.sparsefinder.predictors.projected import ProjectedPredictor, Span
-from hf_sparse.ops.graphs.distance import squared_distances, tile_log_mass
-from hf_sparse.ops.graphs.points import tile_means
+from hf_sparse.ops.predictors.distance import squared_distances, tile_log_mass
+from hf_sparse.ops.predictors.projections import tile_means
 
 if TYPE_CHECKING:
     from hf_sparse.methods.sparsefinder.parameters import SparsefinderParameters

@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from hf_sparse.methods.sparsefinder.predictors.projected import ProjectedPredictor, Span
-from hf_sparse.ops.graphs.buckets import bucket_edges
-from hf_sparse.ops.graphs.quantization import fixed_bin_pairs, fixed_bins
+from hf_sparse.ops.predictors.buckets import bucket_edges
+from hf_sparse.ops.predictors.quantization import fixed_bin_pairs, fixed_bins
 
 if TYPE_CHECKING:
     from hf_sparse.methods.sparsefinder.parameters import SparsefinderParameters

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from hf_sparse.methods.sparsefinder.predictors.base import Codes, Predictor, Text
+from hf_sparse.methods.sparsefinder.predictors.base import AttentionInputs, Codes, Predictor
 
 if TYPE_CHECKING:
     from hf_sparse.methods.sparsefinder.parameters import SparsefinderParameters
@@ -13,5 +13,5 @@ class Full(Predictor):
 
     sees_all = True
 
-    def graph(self, learned: "SparsefinderParameters", text: Text, codes: Codes | None) -> None:
+    def graph(self, learned: "SparsefinderParameters", text: AttentionInputs, codes: Codes | None) -> None:
         return None

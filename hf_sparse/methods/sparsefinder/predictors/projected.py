@@ -22,14 +22,14 @@ import torch
 from torch import Tensor
 
 from hf_sparse.methods.sparsefinder.config import SparsefinderConfig
-from hf_sparse.methods.sparsefinder.predictors.base import Codes, Predictor, Text
+from hf_sparse.methods.sparsefinder.predictors.base import AttentionInputs, Codes, Predictor
 from hf_sparse.methods.sparsefinder.predictors.budgets import divided_tiles
-from hf_sparse.ops.graphs import Tiles, window_and_global
-from hf_sparse.ops.graphs.allowed import allowed_edges, tiles_of_valid
-from hf_sparse.ops.graphs.points import by_group
-from hf_sparse.ops.graphs.profile import distance_bins
-from hf_sparse.ops.graphs.select import best_tiles, counts_for_sparsity
-from hf_sparse.ops.graphs.tiles import joined, near_edges, own_tiles, tile_counts
+from hf_sparse.ops.predictors.profile import distance_bins
+from hf_sparse.ops.predictors.projections import by_group
+from hf_sparse.ops.tiles import Tiles, window_and_global
+from hf_sparse.ops.tiles.allowed import allowed_edges, tiles_of_valid
+from hf_sparse.ops.tiles.select import best_tiles, counts_for_sparsity
+from hf_sparse.ops.tiles.tiles import joined, near_edges, own_tiles, tile_counts
 
 if TYPE_CHECKING:
     from hf_sparse.methods.sparsefinder.parameters import SparsefinderParameters
@@ -40,7 +40,7 @@ _PAIRS = {"cpu": 1 << 22, "cuda": 1 << 26}
 
 @dataclass(frozen=True)
 class Span:
-    """The queries of a batch among its keys; `first_query` and `valid` as in `Text`."""
+    """The queries of a batch among its keys; `first_query` and `valid` as in `AttentionInputs`."""
 
     queries: int
     keys: int
@@ -99,7 +99,7 @@ class ProjectedPredictor(Predictor):
         """
         raise NotImplementedError
 
-    def graph(self, learned: "SparsefinderParameters", text: Text, codes: Codes | None) -> Tiles | Tensor:
+    def graph(self, learned: "SparsefinderParameters", text: AttentionInputs, codes: Codes | None) -> Tiles | Tensor:
         assert codes is not None
         queries, keys = text.query.shape[2], text.key.shape[2]
         return self.predict(learned, *codes, Span(queries, keys, text.causal, text.first_query, text.valid))

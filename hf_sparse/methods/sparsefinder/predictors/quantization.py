@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from hf_sparse.methods.sparsefinder.predictors.projected import ProjectedPredictor, Span
-from hf_sparse.ops.graphs.buckets import bucket_edges, described_counts, key_counts, matching_pairs
-from hf_sparse.ops.graphs.quantization import fit_boundaries, shared_bins
+from hf_sparse.ops.predictors.buckets import bucket_edges, described_counts, key_counts, matching_pairs
+from hf_sparse.ops.predictors.quantization import fit_boundaries, shared_bins
 
 if TYPE_CHECKING:
     from hf_sparse.methods.sparsefinder.parameters import SparsefinderParameters

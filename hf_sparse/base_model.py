@@ -1,0 +1,181 @@
+"""A base model by its name, from its configuration to the loaded model, whatever its files say.
+
+They may be a stranger's, so the configuration is bounded before transformers builds anything from it, no pickle is
+read, and what it names as code is not fetched: neither modelling code nor kernels of attention.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import HTTPError
+from safetensors import SafetensorError
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers.utils import cached_file, find_adapter_config_file
+
+from hf_sparse.atomic_files import read_object
+from hf_sparse.bundled import BASE_NAME, CHECKPOINT
+from hf_sparse.core.checks import shown
+from hf_sparse.errors import HfSparseError, HubError
+from hf_sparse.model_kinds import task_of
+from hf_sparse.patches.base import check_model_type
+
+#: What transformers itself brings; every other name is of a kernel that it would fetch.
+ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
+
+_MOST_LAYERS = 1024  # one Python object and more for each, while a skeleton is built
+_MOST_LABELS = 2**20
+_MOST_SIZE = 2**31 - 1
+
+_HUB = ("revision", "token", "cache_dir", "local_files_only", "subfolder", "force_download", "proxies")
+_OF_LOADING = ("dtype", "torch_dtype", "quantization_config")  # in a configuration these mean something else
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model that is not loaded yet.
+
+    Attributes:
+        name: what `resolve_base` takes.
+        config: its configuration, without what would be fetched for it.
+        options: for `from_pretrained` of the model.
+    """
+
+    name: str
+    config: PreTrainedConfig
+    options: dict[str, Any]
+
+    def skeleton(self, model_class: str | None = None) -> PreTrainedModel:
+        """Build the model without weights, on the meta device.
+
+        Args:
+            model_class: see `hf_sparse.model_kinds.task_of`.
+
+        Raises:
+            ValueError: transformers has no class for its task, or cannot build one from the configuration.
+        """
+        config = copy.deepcopy(self.config)
+        with usable("its config.json"), torch.device("meta"):
+            return task_of(config, model_class).auto.from_config(config, trust_remote_code=False)
+
+    def load(self, model_class: str | None = None) -> tuple[PreTrainedModel, set[str]]:
+        """Load the model from safetensors.
+
+        Args:
+            model_class: see `hf_sparse.model_kinds.task_of`.
+
+        Returns:
+            The model, and the names of the parameters that the checkpoint did not hold, or in another shape.
+
+        Raises:
+            OSError, ValueError, HTTPError, SafetensorError: it cannot be loaded.
+        """
+        auto = task_of(self.config, model_class).auto
+        with usable("its files"):
+            model, info = auto.from_pretrained(
+                resolve_base(self.name),
+                config=copy.deepcopy(self.config),
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+                **self.options,
+            )
+        return model, {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+
+
+def resolve_base(name: str) -> str:
+    """Return what transformers can load for the name of a base model: `"demo"` is the bundled checkpoint, always."""
+    return str(CHECKPOINT) if name == BASE_NAME else name
+
+
+def open_base(name: str, **options: Any) -> Base:
+    """Read the configuration of a base model, and nothing else.
+
+    Args:
+        name: what `resolve_base` takes.
+        **options: for `from_pretrained` of the model. Those that name a field of the configuration change it, as
+            transformers does it.
+
+    Raises:
+        HubError: the base model is an adapter itself.
+        UnsupportedModelError: it has no sparse attention patch.
+        OSError, HTTPError: its configuration cannot be read.
+        ValueError: its configuration is damaged, or asks for what nobody has; it needs code from its repository, or a
+            pickle; or `attn_implementation` is none of `ATTENTION`.
+    """
+    place = resolve_base(name)
+    hub = {key: options[key] for key in _HUB if key in options}
+    if name.count("/") > 1 and not Path(place).is_dir():
+        raise FileNotFoundError("this names a folder, and it is not here")
+    attention = options.pop("attn_implementation", None)
+    if attention is not None and attention not in ATTENTION:
+        raise ValueError(
+            f"attn_implementation must be one of {', '.join(ATTENTION)}, got {shown(attention)}: hf-sparse fetches no "
+            "kernels"
+        )
+    adapted = HubError(f"the base model {name!r} holds an adapter itself; load it yourself and pass it as base_model=")
+    try:
+        path = cached_file(place, "config.json", _raise_exceptions_for_missing_entries=False, **hub)
+        if path is not None:
+            _check_sizes(read_object(Path(path)))
+        changes = {key: value for key, value in options.items() if key not in (*_HUB, *_OF_LOADING)}
+        with usable("its config.json"):
+            config, rest = AutoConfig.from_pretrained(
+                place, return_unused_kwargs=True, trust_remote_code=False, **hub, **changes
+            )
+    except (OSError, ValueError):
+        if (Path(place) / "adapter_config.json").is_file():
+            raise adapted from None
+        raise
+    # transformers would put that adapter on the base without a word, from a pickle if that is what there is.
+    if find_adapter_config_file(place, **hub) is not None:
+        raise adapted
+    check_model_type(config.model_type)
+    weights = getattr(config, "transformers_weights", None)
+    if weights is not None and not str(weights).endswith((".safetensors", ".safetensors.index.json")):
+        raise ValueError(f"its config.json names the weights {weights!r}, expected a file of safetensors")
+    # Whatever the configuration says: a name of its own could be that of a kernel on the Hub.
+    config._attn_implementation = attention
+    config._experts_implementation = None
+    kept = {key: options[key] for key in _OF_LOADING if key in options}
+    return Base(name, config, {**hub, **rest, **kept})
+
+
+@contextmanager
+def usable(what: str) -> Iterator[None]:
+    """Turn whatever transformers, tokenizers or torch raise for files that make no sense into one `ValueError`.
+
+    Errors that say what is wrong pass, and so does a device that is out of memory.
+    """
+    try:
+        yield
+    except (HfSparseError, HTTPError, OSError, SafetensorError, ValueError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # AttributeError, KeyError, RuntimeError, ZeroDivisionError, ...: there is no list
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{what} cannot be used: {type(error).__name__}: {reason[:300]}") from error
+
+
+def _check_sizes(config: dict[str, Any]) -> None:
+    """Raise `ValueError` for a size in a configuration that no model has, wherever it stands."""
+    stack: list[Any] = [config]
+    while stack:
+        part = stack.pop()
+        stack += [
+            value for value in (part.values() if isinstance(part, dict) else part) if isinstance(value, dict | list)
+        ]
+        for key, value in part.items() if isinstance(part, dict) else ((None, value) for value in part):
+            if isinstance(value, int):
+                most = _MOST_SIZE
+                if key is not None and "layer" in key:
+                    most = _MOST_LAYERS
+                elif key is not None and "label" in key:
+                    most = _MOST_LABELS
+                if abs(value) > most:
+                    raise ValueError(
+                        f"its config.json is damaged: {key or 'a list'} must be at most {most}, got {shown(value)}"
+                    )

@@ -1,0 +1,64 @@
+"""List the methods there are. Each registers itself in its package's `__init__`; all other code asks this list."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from hf_sparse.core.layer import SparseAttentionLayer
+
+
+@dataclass(frozen=True)
+class Method:
+    """Describe one sparse attention method.
+
+    Attributes:
+        name: what the command line, the tags of cards and messages call it: a lower-case word.
+        peft_type: its name in PEFT and in an `adapter_config.json`, such as `"HF_SPARSE_SPARSEK"`.
+        config: the class of its configurations, a `PeftConfig`.
+        layer: the class of what is attached to an attention module.
+        tuner: the class that PEFT makes of a model and a configuration, a `hf_sparse.tuner.SparseModel` with this
+            `prefix`.
+        prefix: how the names of its learned containers begin, different from those of all other methods of PEFT.
+        training: returns its `hf_sparse.finetune.training.Training` class; imported when a model is trained.
+        report: returns its `hf_sparse.adapters.results.Results`; imported when a card, a report or a push needs it.
+    """
+
+    name: str
+    peft_type: str
+    config: type
+    layer: type[SparseAttentionLayer]
+    tuner: type
+    prefix: str
+    training: Callable[[], Any]
+    report: Callable[[], Any]
+
+
+_METHODS: dict[str, Method] = {}
+
+
+def add_method(method: Method) -> None:
+    """Add a method to the list; `hf_sparse.tuner.register_method` makes it known to PEFT too.
+
+    Raises:
+        ValueError: another one has this name.
+    """
+    if _METHODS.setdefault(method.peft_type, method) != method:
+        raise ValueError(f"a method {method.peft_type!r} is registered already")
+
+
+def registered_methods() -> dict[str, Method]:
+    """All methods by their name in PEFT."""
+    return dict(_METHODS)
+
+
+def method_of(config: Any) -> Method:
+    """The method that a configuration is for.
+
+    Raises:
+        TypeError: it is for none of them.
+    """
+    for method in _METHODS.values():
+        if isinstance(config, method.config):
+            return method
+    known = " or a ".join(method.config.__name__ for method in _METHODS.values())
+    raise TypeError(f"expected a {known}, got {type(config).__name__}")

@@ -1,0 +1,94 @@
+"""Predicted and gold graphs of one text, for some heads: the content of graphs.json."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_sparse import environment
+from hf_sparse.data import check_chunks, fingerprint
+from hf_sparse.errors import DataError
+from hf_sparse.methods.sparsefinder.attention import AttentionInputs
+from hf_sparse.methods.sparsefinder.evaluation.analyse import observing
+from hf_sparse.methods.sparsefinder.evaluation.operating_points import predicting_layers
+from hf_sparse.methods.sparsek.evaluation.contenders import evaluating
+from hf_sparse.model_kinds import final_states
+from hf_sparse.ops.entmax import Certificate, support
+from hf_sparse.ops.predictors.metrics import graph_metrics
+from hf_sparse.ops.tiles import Tiles
+
+FORMAT = 1
+
+_HEADS = 6  # pictures that fit on a page
+_LENGTH = 512  # tokens of a picture, so that each still is a dot
+
+
+@torch.no_grad()
+def describe_graphs(model: nn.Module, chunks: Tensor, *, text_name: str = "") -> dict[str, Any]:
+    """The graphs of the beginning of a text, of heads from the best covered one to the worst.
+
+    Graphs compound through the layers, and gold is that of the queries and keys that arise; see `analyse`.
+
+    Args:
+        model: a patched model, its predictors fitted.
+        chunks: `[N, T]` int64; of the first, at most 512 tokens are described.
+        text_name: what the text is called.
+
+    Returns:
+        What graphs.json holds: `length`, `tile` and `query_tile` (1 for a graph of tokens), and for each of `heads` its
+        `layer`, `head`, `recall`, `mass_recall`, whether it is `causal`, the key tiles `predicted` for each query tile,
+        and the `gold` keys of each query.
+
+    Raises:
+        DataError: a chunk that the model cannot read, or an adapter that predicts nothing.
+    """
+    methods = predicting_layers(model)
+    if methods[0].config.predictor == "full":
+        raise DataError("the predictor 'full' attends to all keys: there is no predicted graph to draw")
+    tokens = chunks[:1, :_LENGTH]
+    check_chunks(model, tokens)
+    found: list[dict[str, Any]] = []
+    sizes: set[tuple[int, int]] = set()
+
+    def collect(text: AttentionInputs, graph: Tiles | Tensor | None, certificate: Certificate | None) -> None:
+        tiles = certificate.tiles if certificate is not None else graph
+        if not isinstance(tiles, Tiles):
+            assert tiles is not None
+            tiles = Tiles.of_mask(tiles, 1)
+        length, heads = text.key.shape[2], text.query.shape[1]
+        edges = tiles.edges(length, length, causal=text.causal)
+        options: dict[str, Any] = {"alpha": text.alpha, "scaling": text.scaling, "causal": text.causal}
+        gold, probabilities = support(text.query, text.key, **options)
+        metrics = graph_metrics(edges, probabilities, causal=text.causal)
+        sizes.add((tiles.size, tiles.rows))
+        for head in range(heads):
+            lists = tiles.index[0, head * tiles.index.shape[1] // heads]
+            found.append(
+                {
+                    "layer": text.layer,
+                    "head": head,
+                    "causal": text.causal,
+                    "recall": metrics["recall"][0, head].item(),
+                    "mass_recall": metrics["mass_recall"][0, head].item(),
+                    "predicted": [row[row >= 0].tolist() for row in lists],
+                    "gold": [row.nonzero().squeeze(1).tolist() for row in gold[0, head]],
+                }
+            )
+
+    with evaluating(model), observing(methods):
+        for method in methods:
+            method.observer, method.certify = collect, method.config.complete
+        final_states(model, tokens.to(next(model.parameters()).device))
+    found.sort(key=lambda head: -head["mass_recall"])
+    last = len(found) - 1
+    tile, query_tile = sizes.pop()
+    places = sorted({round(number * last / (_HEADS - 1)) for number in range(_HEADS)})
+    return {
+        "format": FORMAT,
+        "text": {"name": text_name, "sha256": fingerprint(tokens)},
+        "length": tokens.shape[1],
+        "tile": tile,
+        "query_tile": query_tile,
+        "heads": [found[place] for place in places],
+        **environment.describe(),
+    }

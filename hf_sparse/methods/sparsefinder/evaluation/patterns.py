@@ -1,0 +1,231 @@
+"""The graphs that a predicted one is compared with, on the same model and with as many tiles per query tile.
+
+Where the predictor divides its tiles among heads, others have the mean of them, and the oracle as many in each head;
+`windows` is the nearest tiles, divided among heads in the same way: what dividing gives is one thing, what predicting
+gives another. All have the window and the global tokens of the adapter, which count. Where hashing and routing compare
+points, these are the learned projections, or the queries and keys themselves if the adapter has none. In a causal model
+a tile is described by queries that are known when it begins, as the method does it; routing, whose centroids take
+points of the whole text, and the oracle of tiles of several queries see the future.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_sparse.methods.sparsefinder import SparsefinderAttention
+from hf_sparse.methods.sparsefinder.attention import AttentionInputs, Pattern
+from hf_sparse.methods.sparsefinder.evaluation.operating_points import tiles_per_query
+from hf_sparse.methods.sparsefinder.fit import fit_budgets
+from hf_sparse.methods.sparsefinder.predictors.budgets import divided_tiles
+from hf_sparse.ops.entmax import bound_scores, support
+from hf_sparse.ops.predictors.clustering import training_points
+from hf_sparse.ops.predictors.kmeans import kmeans
+from hf_sparse.ops.predictors.pattern_tiles import (
+    fixed_scores,
+    lsh_scores,
+    nearest_scores,
+    oracle_scores,
+    random_scores,
+    routing_scores,
+    strided_scores,
+)
+from hf_sparse.ops.predictors.patterns import lsh_rotations
+from hf_sparse.ops.tiles import Tiles, window_and_global
+from hf_sparse.ops.tiles.select import best_tiles
+from hf_sparse.ops.tiles.tiles import own_tiles, tile_counts
+
+#: What attends: the adapter's predictor, patterns that know nothing of the text, those that do, and the best there is.
+PATTERNS = ("predicted", "longformer", "windows", "bigbird", "strided", "fixed", "lsh", "routing", "bound", "oracle")
+
+_HASHES = 4  # rounds, as many as the projections have dimensions by default
+
+
+class Patterns:
+    """The patterns of one attention module.
+
+    Attributes:
+        method: the module.
+        centroids: `[Hkv, C, r]` for routing, see `fit_routing`.
+        budgets: `[H, MEANS]` for windows, see `fit_windows`.
+    """
+
+    def __init__(self, method: SparsefinderAttention, seed: int) -> None:
+        self.method = method
+        self.seed = seed * 100_003 + method.layer
+        self.centroids: Tensor | None = None
+        self.budgets: Tensor | None = None
+
+    def points(self, text: AttentionInputs) -> tuple[Tensor, Tensor]:
+        """What hashing and routing compare, `[B, Hq, Tq, r]` and `[B, Hkv, Tk, r]` float32."""
+        learned = self.method.parameters_in_use
+        if not learned.predictor.learns_graph:
+            return text.query.float(), text.key.float()
+        return learned.project_queries(text.query), learned.project_keys(text.key)
+
+    def pattern(self, name: str) -> Pattern | None:
+        """The pattern of a name; `None` is what the adapter predicts. The same tiles each time that it is asked for.
+
+        Args:
+            name: one of `PATTERNS`, or `"full"` for all keys.
+        """
+        if name == "predicted":
+            return None
+        if name == "full":
+            return lambda text: None
+        generator = torch.Generator().manual_seed(self.seed)
+        scores = getattr(self, f"_{name}")
+
+        def graph(text: AttentionInputs) -> Tiles | Tensor:
+            config, causal = self.method.config, text.causal
+            queries, keys, size = text.query.shape[2], text.key.shape[2], config.tile or 1
+            own, _ = self._own(text)
+            count = tiles_per_query(config, queries, keys, causal)
+            learned = self.method.parameters_in_use
+            if name == "oracle" and hasattr(learned, "budgets"):  # it has no fewer in any head
+                count = divided_tiles(learned.budgets, count, len(own))
+            if name == "windows":
+                assert self.budgets is not None
+                count = divided_tiles(self.budgets, count, len(own))
+            count = count.to(text.key.device) if isinstance(count, Tensor) else count
+            window = config.window if config.tile else max(1, config.window)
+            near = window_and_global(
+                queries,
+                keys,
+                size,
+                rows=config.rows,
+                window=window,
+                global_tokens=config.global_tokens,
+                causal=causal,
+                device=text.key.device,
+            )
+            found = scores(text, count, generator)
+            tiles = best_tiles(found, count, size=size, rows=config.rows, own=own, causal=causal, always=near)
+            return tiles if config.tile else tiles.edges(queries, keys, causal=causal)
+
+        return graph
+
+    def _longformer(self, text: AttentionInputs, *_: Any) -> Tensor:
+        return nearest_scores(*self._own(text))
+
+    def nearest(self, text: AttentionInputs) -> Tensor:
+        """What windows of each head are fitted by, `[B, H, nq, nk]`."""
+        return self._longformer(text).expand(len(text.key), self._heads(text), -1, -1)
+
+    def _windows(self, text: AttentionInputs, *_: Any) -> Tensor:
+        return self.nearest(text)
+
+    def _bigbird(self, text: AttentionInputs, count: int | Tensor, generator: torch.Generator) -> Tensor:
+        own, total = self._own(text)
+        grid = (len(text.key), self._heads(text), len(own), total)
+        return random_scores(*grid, generator=generator, device=text.key.device)
+
+    def _strided(self, text: AttentionInputs, count: int | Tensor, _: Any) -> Tensor:
+        return strided_scores(count, *self._own(text), causal=text.causal)
+
+    def _fixed(self, text: AttentionInputs, count: int | Tensor, _: Any) -> Tensor:
+        return fixed_scores(count, *self._own(text), causal=text.causal)
+
+    def _lsh(self, text: AttentionInputs, count: int | Tensor, _: Any) -> Tensor:
+        query, key = self.points(text)
+        config, generator = self.method.config, torch.Generator().manual_seed(self.seed)  # one hash for all texts
+        buckets = config.clusters + config.clusters % 2
+        rotations = lsh_rotations(query.shape[-1], buckets, _HASHES, generator=generator, device=query.device)
+        return lsh_scores(query, key, rotations, **self._tiles, lag=self._lag(text), per_group=config.per_group)
+
+    def _routing(self, text: AttentionInputs, *_: Any) -> Tensor:
+        assert self.centroids is not None
+        return routing_scores(*self.points(text), self.centroids, **self._tiles, per_group=self.method.config.per_group)
+
+    def _bound(self, text: AttentionInputs, *_: Any) -> Tensor:
+        config = self.method.config
+        return bound_scores(
+            text.query,
+            text.key,
+            **self._tiles,
+            alpha=text.alpha,
+            scaling=text.scaling,
+            causal=text.causal,
+            window=max(1, config.window),
+            global_tokens=config.global_tokens,
+            lag=self._lag(text),
+            grouped=config.per_group,
+        )
+
+    def _oracle(self, text: AttentionInputs, *_: Any) -> Tensor:
+        heads, kv_heads = text.query.shape[1], text.key.shape[1]
+        group, alpha = heads // kv_heads, text.alpha
+        parts = []
+        for number in range(kv_heads):  # a group at a time: probabilities take Tq x Tk
+            mine = slice(number * group, (number + 1) * group)
+            probabilities = support(
+                text.query[:, mine],
+                text.key[:, number, None],
+                alpha=alpha[mine] if isinstance(alpha, Tensor) else alpha,
+                scaling=text.scaling[mine],
+                causal=text.causal,
+            )[1]
+            kv_head = 1 if self.method.config.per_group else None
+            parts.append(oracle_scores(probabilities, **self._tiles, kv_heads=kv_head))
+        return torch.cat(parts, 1)
+
+    def _heads(self, text: AttentionInputs) -> int:
+        return (text.key if self.method.config.per_group else text.query).shape[1]
+
+    @property
+    def _tiles(self) -> dict[str, Any]:
+        return {"size": self.method.config.tile or 1, "rows": self.method.config.rows}
+
+    def _own(self, text: AttentionInputs) -> tuple[Tensor, int]:
+        """The own tile of each tile of queries, and the number of tiles of keys."""
+        keys = text.key.shape[2]
+        listed, total = tile_counts(text.query.shape[2], keys, **self._tiles)
+        return own_tiles(listed, keys, **self._tiles, device=text.key.device), total
+
+    def _lag(self, text: AttentionInputs) -> int:
+        return (self.method.config.rows or 1) - 1 if text.causal else 0
+
+
+@torch.no_grad()
+def fit_routing(patterns: Sequence[Patterns], read: Callable[[], Any], seed: int) -> None:
+    """Fit the centroids of routing, one k-means per KV head, to what the model reads with all keys.
+
+    Callers read some of the very texts that are measured: if anything, that favours this baseline.
+    """
+    found: dict[int, list[Tensor]] = {}
+
+    def collect(number: int) -> Pattern:
+        def all_keys(text: AttentionInputs) -> None:
+            query, key = (F.normalize(points, dim=-1) for points in patterns[number].points(text))
+            found.setdefault(number, []).append(training_points(query, key))
+
+        return all_keys
+
+    before = [of.method.pattern for of in patterns]
+    try:
+        for number, of in enumerate(patterns):
+            of.method.pattern = collect(number)
+        read()
+    finally:
+        for of, pattern in zip(patterns, before, strict=True):
+            of.method.pattern = pattern
+    for number, of in enumerate(patterns):
+        points = torch.cat(found[number], 1)
+        generator = torch.Generator().manual_seed(seed)
+        of.centroids = kmeans(points, min(of.method.config.clusters, points.shape[1]), generator=generator)
+
+
+def fit_windows(patterns: Sequence[Patterns], read: Callable[[], Any]) -> None:
+    """Fit how wide the window of each head is: tiles divided by what the nearest ones gain, as the predictor's are.
+
+    As for `fit_routing`, reading what is measured favours this baseline.
+    """
+    by_method = {id(of.method): of for of in patterns}
+
+    def nearest(method: SparsefinderAttention, text: AttentionInputs) -> Tensor:
+        return by_method[id(method)].nearest(text)
+
+    for of, table in zip(patterns, fit_budgets([of.method for of in patterns], read, nearest), strict=True):
+        of.budgets = table

@@ -1,0 +1,42 @@
+"""Baselines that look at nothing but where a key stands."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from hf_sparse.methods.sparsek.baselines.base import Arrivals, Policy
+from hf_sparse.methods.sparsek.budget import Budget
+
+
+@dataclass(frozen=True)
+class Recency(Policy):
+    """The nearest keys: a window of `window + k`, that is StreamingLLM (Xiao et al. 2023, 2309.17453).
+
+    In an encoder the nearest keys are those on both sides, which no score per key could say: there `window + k` is the
+    window of the attention, and nothing is selected.
+    """
+
+    bidirectional: ClassVar[bool] = True
+
+    def __call__(self, new: Arrivals) -> Tensor:
+        return new.index[:, None].expand(-1, new.key.shape[1], -1).float()
+
+    def budget(self, budget: Budget, causal: bool) -> Budget:
+        return budget if causal else Budget(0, budget.window + budget.k, budget.sinks)
+
+
+@dataclass(frozen=True)
+class Random(Policy):
+    """Uniform and independent per layer, head and position; a hash, so that it is frozen and needs no state."""
+
+    bidirectional: ClassVar[bool] = True
+
+    def __call__(self, new: Arrivals) -> Tensor:
+        heads = new.key.shape[1]
+        head = torch.arange(heads, device=new.index.device)[:, None] + heads * new.layer
+        mixed = new.index[:, None] * 2654435761 + head * 40503 + 12345
+        for shift, factor in ((15, 2246822519), (13, 3266489917)):
+            mixed = ((mixed ^ (mixed >> shift)) * factor) & 0xFFFFFFFF
+        return (mixed ^ (mixed >> 16)).to(torch.float64).div_(2**32).float()

@@ -1,0 +1,136 @@
+"""Which keys the trained scorers keep of a text, token by token and head by head: the content of selection.json."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_sparse import environment
+from hf_sparse._compat import cache_of
+from hf_sparse.data import check_chunks, fingerprint
+from hf_sparse.errors import DataError
+from hf_sparse.evaluation import selection
+from hf_sparse.methods.sparsek import SparseKAttention, SparseKCacheLayer
+from hf_sparse.patches import sparse_layers_in_use
+
+FORMAT = 1
+
+_BINS = 64  # along a text
+_BYTES = 4  # of the longest UTF-8 character, so that as many tokens at most share one
+
+
+@torch.no_grad()
+def kept_keys(model: nn.Module, chunk: Tensor) -> Tensor:
+    """What every head keeps of one chunk.
+
+    Args:
+        model: a patched model in `eval` mode, with its scorers switched on.
+        chunk: `[1, T]` int64.
+
+    Returns:
+        `[R, T]` bool with a row for every KV head of every sparse layer. For a causal model, what lies in its slots
+        after the text; for an encoder, sinks and selected keys, which all queries read (each has its window besides).
+    """
+    methods, tokens = sparse_layers_in_use(model, SparseKAttention), chunk.to(next(model.parameters()).device)
+    rows = _in_slots(model, tokens) if methods[0].causal else _selected(model, methods, tokens)
+    return torch.cat([row.cpu() for row in rows])
+
+
+def describe_selection(model: Any, tokenizer: Any, chunks: Tensor, *, text_name: str = "") -> dict[str, Any]:
+    """See what the scorers keep of a text.
+
+    Args:
+        model: a `PeftModel` or a model patched by `hf_sparse.patch`, in `eval` mode.
+        tokenizer: of the model.
+        chunks: `[N, T]` int64, `T` larger than the slots, see `hf_sparse.data.pack`.
+        text_name: what the text is called in the result.
+
+    Returns:
+        `edges`: positions that bound the bins of a text. `heads`: for every KV head of every sparse layer its `layer`,
+        `head` and `kept`, the share of the keys of each bin that it keeps, 0 to 1, a mean over the chunks. `tokens`:
+        the pieces of the first chunk in order, each with the number of heads that keep it; a character that several
+        tokens form is one piece, with the number of the most kept of them.
+
+    Raises:
+        DataError: chunks that the model cannot read, or that are no longer than the slots.
+        ValueError: a model without sparse attention, or one in `train` mode.
+    """
+    if not sparse_layers_in_use(model, SparseKAttention) or model.training:
+        raise ValueError("expected a model with sparse attention in eval mode")
+    check_chunks(model, chunks)
+    methods, (count, length) = sparse_layers_in_use(model, SparseKAttention), chunks.shape
+    config = methods[0].config
+    if length <= config.slots:
+        raise DataError(
+            f"nothing is evicted: the text has {length} tokens a chunk, and the budget {config.slots} slots"
+        )
+    edges = sorted({round(length * i / _BINS) for i in range(_BINS + 1)})
+    widths = torch.tensor(edges).diff()
+    with selection(model, "learned"):
+        kept = torch.stack([kept_keys(model, chunk) for chunk in chunks.split(1)])  # [N, R, T]
+    shares = torch.stack([part.sum(-1) for part in kept.split(widths.tolist(), -1)], -1).sum(0) / (count * widths)
+    names = [(method.layer, head) for method in methods for head in range(method.num_key_value_heads)]
+    heads = [
+        {"layer": layer, "head": head, "kept": [round(share, 5) for share in row]}
+        for (layer, head), row in zip(names, shares.tolist(), strict=True)
+    ]
+    votes = kept[0].sum(0).tolist()
+    return {
+        "format": FORMAT,
+        "budget": {"k": config.k, "window": config.window, "sinks": config.sinks, "slots": config.slots},
+        "causal": methods[0].causal,
+        "text": {"name": text_name, "sha256": fingerprint(chunks), "chunks": count, "length": length},
+        "edges": edges,
+        "heads": heads,
+        "tokens": [[text, max(votes[a:b])] for text, a, b in pieces(tokenizer, chunks[0].tolist())],
+        **environment.describe(),
+    }
+
+
+def pieces(tokenizer: Any, tokens: list[int]) -> Iterator[tuple[str, int, int]]:
+    """The text of tokens, cut where tokens end: `(text, start, stop)`, with spaces where the whole text has them.
+
+    Each piece is decoded after the one before it, because a token alone may lose its space or be part of a character.
+    """
+
+    def decode(start: int, stop: int) -> str:
+        return tokenizer.decode(tokens[start:stop], clean_up_tokenization_spaces=False)
+
+    before = done = 0
+    for stop in range(1, len(tokens) + 1):
+        text = decode(before, stop)
+        if text.endswith("\ufffd") and stop - done < _BYTES and stop < len(tokens):
+            continue  # the next token completes the character
+        yield text[len(decode(before, done)) :], done, stop
+        before, done = done, stop
+
+
+def _in_slots(model: nn.Module, tokens: Tensor) -> Iterator[Tensor]:
+    """`[Hkv, T]` of each sparse layer: what its cache holds after the text."""
+    cache = cache_of(model(input_ids=tokens, use_cache=True))
+    for layer in cache.layers:
+        if isinstance(layer, SparseKCacheLayer):
+            positions = layer.positions[0]  # [Hkv, S]
+            counts = positions.new_zeros(len(positions), tokens.shape[1])
+            yield counts.scatter_add(-1, positions.clamp(min=0), (positions >= 0).long()) > 0
+
+
+def _selected(model: nn.Module, methods: list[SparseKAttention], tokens: Tensor) -> Iterator[Tensor]:
+    """`[Hkv, T]` of each layer of an encoder: sinks and the best-scored others."""
+    found: dict[SparseKAttention, Tensor] = {}
+    with ExitStack() as hooks:
+        for method in methods:
+
+            def note(scorer: nn.Module, inputs: Any, scores: Tensor, method: SparseKAttention = method) -> None:
+                found[method] = scores[0]
+
+            hooks.callback(method.sparsek_scorer[method.active].register_forward_hook(note).remove)
+        model(input_ids=tokens)
+    for method in methods:
+        budget, scores = method.budget, found[method]
+        index = torch.arange(scores.shape[-1], device=scores.device)
+        scores = scores.masked_fill(index < budget.sinks, torch.inf)
+        best = scores.argsort(dim=-1, descending=True, stable=True)[:, : budget.sinks + budget.k]
+        yield torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)

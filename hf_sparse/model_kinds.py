@@ -1,0 +1,127 @@
+"""What a model is for, by the name of its class: how it is loaded, trained and measured."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForNextSentencePrediction,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
+
+from hf_sparse._compat import private
+from hf_sparse.patches import sparse_layers
+
+#: `"causal"` and `"masked"` language models; `"features"` is every other model, known by its last hidden states.
+Kind = Literal["causal", "masked", "features"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the models of one Auto class are for.
+
+    Attributes:
+        kind: how they are trained and measured.
+        auto: the Auto class that loads them.
+        pipeline: the Hub's name for the task.
+        models: their class, or classes, by model type.
+    """
+
+    kind: Kind
+    auto: Any
+    pipeline: str
+    models: Mapping[str, Sequence[str]]
+
+
+def _names(table: str) -> Any:
+    return private("transformers.models.auto.modeling_auto", table)
+
+
+_CAUSAL = Task("causal", AutoModelForCausalLM, "text-generation", _names("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"))
+_MASKED = Task("masked", AutoModelForMaskedLM, "fill-mask", _names("MODEL_FOR_MASKED_LM_MAPPING_NAMES"))
+_BARE = Task("features", AutoModel, "feature-extraction", _names("MODEL_MAPPING_NAMES"))
+_OTHERS = (
+    (
+        AutoModelForSequenceClassification,
+        "text-classification",
+        _names("MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES"),
+    ),
+    (AutoModelForTokenClassification, "token-classification", _names("MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES")),
+    (AutoModelForQuestionAnswering, "question-answering", _names("MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES")),
+    (
+        AutoModelForNextSentencePrediction,
+        "text-classification",
+        _names("MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES"),
+    ),
+    (AutoModelForMultipleChoice, "multiple-choice", _names("MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES")),
+)
+
+_BY_CLASS: dict[str, Task] = {}
+for _task in (_CAUSAL, _MASKED, *(Task("features", *other) for other in _OTHERS), _BARE):
+    for _found in _task.models.values():
+        for _name in (_found,) if isinstance(_found, str) else _found:
+            _BY_CLASS.setdefault(_name, _task)
+
+
+def task_of(config: Any, model_class: str | None = None) -> Task:
+    """The task of a checkpoint.
+
+    Args:
+        config: its configuration, whose `architectures` names the class that was saved.
+        model_class: a class to prefer, such as the one that an adapter was made for.
+    """
+    saved = config.architectures or []
+    for name in (model_class, *saved):
+        if name in _BY_CLASS:
+            return _BY_CLASS[name]
+    if config.model_type not in _MASKED.models:
+        return _CAUSAL
+    # A head for pretraining holds that for masked tokens; of any other head the encoder is what can be loaded.
+    return _MASKED if any(name.endswith("ForPreTraining") for name in saved) else _BARE
+
+
+def kind_of(model: nn.Module) -> Kind:
+    """How a model, with an adapter or without, is trained and measured.
+
+    Raises:
+        ValueError: a language model of next tokens that attends in both directions.
+    """
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    kind: Kind = next((_BY_CLASS[c.__name__].kind for c in type(base).__mro__ if c.__name__ in _BY_CLASS), "features")
+    if kind == "causal" and not all(method.causal for method in sparse_layers(base)):
+        raise ValueError(
+            f"a {type(base).__name__} whose attention has both directions sees the tokens that it predicts: load it "
+            "with is_decoder=True, or load the masked language model"
+        )
+    return kind
+
+
+def task_of_class(model_class: str | None) -> Task:
+    """The task of a class of models; causal language modelling where it is not known."""
+    return _BY_CLASS.get(model_class or "", _CAUSAL)
+
+
+def attends_both_ways(model_type: str | None, task: Task) -> bool:
+    """Whether the models of a type attend in both directions when they are used for a task."""
+    return task.kind != "causal" and model_type in _MASKED.models
+
+
+def final_states(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Last hidden states `[B, T, C]` of tokens `[B, T]`, whatever head the patched model has."""
+    caching = {"use_cache": False} if any(method.causal for method in sparse_layers(model)) else {}
+    # Asked for through the model itself: whoever wraps it (autocast, DDP) must see the call.
+    return model(input_ids=tokens, output_hidden_states=True, return_dict=True, **caching).hidden_states[-1]
+
+
+def pooled(states: Tensor) -> Tensor:
+    """Embeddings `[B, C]` float32 of texts without padding: the mean of their states `[B, T, C]`."""
+    return states.mean(1, dtype=torch.float32)

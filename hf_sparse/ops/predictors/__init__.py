@@ -1,0 +1,1 @@
+"""Predict which keys a query attends to, without the `Tq x Tk` logits: projections, clusters, bins, distances."""

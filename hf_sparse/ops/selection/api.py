@@ -1,0 +1,202 @@
+"""SparseK attention: one function, several implementations.
+
+Query t attends, in one softmax, to
+
+    the sinks            the first `sinks` keys
+    the window           the last `window` keys, its own included
+    the selected         the `k` best-scored keys that are neither
+
+so that up to `k + window + sinks` positions it is dense attention. A key enters the competition when it leaves the
+window; scores do not depend on queries and are frozen, so a key that loses its place never returns and removing it
+from the input changes nothing. That is why one function serves training, prefill, chunked prefill and decoding: the
+queries are the last `Tq` of `Tk` positions, and evicted keys are simply not there.
+
+An encoder (`causal=False`) has every token at once, so the window reaches to both sides and the `k` best-scored keys
+of the whole row that are no sinks are selected, one set per KV head for all queries. A selected key may stand in the
+window of some query, and counts once there. A row of at most `k + window + sinks` tokens is dense attention here too.
+
+Lou et al. 2024 (arXiv 2406.16747) for the causal case. The bidirectional one, and soft gates inside the softmax (see
+`gates`), are ours.
+"""
+
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_sparse.ops.selection.bidirectional import bidirectional_sparsek_attention
+from hf_sparse.ops.selection.causal import causal_sparsek_attention
+from hf_sparse.ops.selection.reference import dense_sparsek_attention
+from hf_sparse.ops.triton import DTYPES, MOST_ROWS, available
+
+Gates = Literal["hard", "soft"]
+Implementation = Literal["auto", "triton", "tiled", "dense"]
+
+
+def sparsek_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: Tensor,
+    *,
+    k: int,
+    window: int,
+    sinks: int,
+    scaling: float | None = None,
+    gates: Gates = "hard",
+    support: int | None = None,
+    start: Tensor | None = None,
+    causal: bool = True,
+    implementation: Implementation = "auto",
+) -> Tensor:
+    """Attend to sinks, window and the `k` best-scored other keys.
+
+    Args:
+        query: `[B, Hq, Tq, D]`; the queries stand at the last `Tq` of the `Tk` positions.
+        key, value: `[B, Hkv, Tk, D]` with `Hq` a multiple of `Hkv`, `Tq <= Tk`.
+        scores: `[B, Hkv, Tk]` float32 or float64, one frozen score per key; of equal scores the lower index wins.
+        k: selected keys per query, at least 1; without causal order 0 is possible too, and leaves window and sinks.
+        window: most recent keys that are always attended, at least 1. Without causal order those from
+            `t - window // 2` to `t - window // 2 + window - 1`.
+        sinks: first keys that are always attended, at least 0.
+        scaling: multiplies the logits; `D ** -0.5` by default.
+        gates: `"hard"` attends to exactly `k` selected keys (inference). `"soft"` (training) attends to the whole
+            support of SparseK and multiplies the softmax weight of key j by its gate `clip(z_j - tau_t, 0, 1)`;
+            window and sinks have gate 1. The gradient reaches the scores through the gates.
+        support: with soft gates, project onto the best `support` scores only (at least `k`), which keeps the cost
+            linear while score scales are small; `None` is exact SparseK.
+        start: `[B]` int64, index of the first key of each row; earlier ones are padding, never attended, whatever they
+            hold (even NaN). The output of padded queries is finite and meaningless.
+        causal: whether a query sees the keys up to its own position, or all keys of its row (then `Tq = Tk`).
+        implementation: `"dense"` builds `Tq x Tk` masks and is the reference; `"tiled"` gathers the keys of a tile of
+            queries and is linear in `Tq`; `"triton"` does so in fused kernels, on a CUDA device, for half precision
+            and float32 (scores in float32), `D` up to 256 and `B * Hkv` up to 65,535. `"auto"` is `"triton"` where
+            that runs and `"tiled"` elsewhere, or torch's own dense attention where the budget covers the whole sequence
+            (unless scores are trained: they get their gradient, 0, from the others).
+
+    Returns:
+        `[B, Hq, Tq, D]` in the dtype of `query`, or autocast's where that is on. Softmax and gates are computed in
+        float32 (float64 for float64). The kernels add up the gradients of key, value and scores in no fixed order,
+        unless `torch.use_deterministic_algorithms` asks for one.
+
+    Raises:
+        ValueError: shapes that do not fit, `k`, `window`, `sinks` or `support` out of range, an unknown `gates` or
+            `implementation`, or `"triton"` where it does not run.
+    """
+    for name, choice, known in (("gates", gates, Gates), ("implementation", implementation, Implementation)):
+        if choice not in get_args(known):
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(known)))}, got {choice!r}")
+    _check(query, key, value, scores, k, window, sinks, support, start, causal)
+    if query.numel() == 0:
+        return query.clone()
+    # What lies beyond the row changes nothing; the tiles would gather it, and positions are int32 in the kernels.
+    keys = key.shape[2]
+    window, sinks = min(window, keys if causal else 2 * keys), min(sinks, keys)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    soft = gates == "soft" and k > 0
+    support = support if soft else k
+    trains = soft and scores.requires_grad
+    device = query.device.type
+    if torch.is_autocast_enabled(device):  # as autocast does for torch's own attention
+        dtype = torch.get_autocast_dtype(device)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    if start is not None:
+        key, value, scores = (_without_padding(tensor, start) for tensor in (key, value, scores))
+        query = _without_padding(query, start - (key.shape[2] - query.shape[2]))
+    with torch.autocast(device, enabled=False):
+        if implementation == "auto" and keys <= k + window + sinks and not trains:
+            return _all_keys(query, key, value, scaling, start, causal)
+        arguments = (query, key, value, scores, k, window, sinks, scaling, soft, support, start)
+        if implementation == "dense":
+            return dense_sparsek_attention(*arguments, causal=causal)
+        if _takes_kernels(implementation, query, scores):
+            # Triton is there only beside a CUDA device.
+            from hf_sparse.ops.selection.triton import attention as kernels
+            from hf_sparse.ops.triton.launch import compile_ahead
+
+            fused = kernels.causal_sparsek_attention if causal else kernels.bidirectional_sparsek_attention
+            with torch.cuda.device_of(query):  # where Triton launches
+                compile_ahead(fused, *arguments)
+                return fused(*arguments)
+        return causal_sparsek_attention(*arguments) if causal else bidirectional_sparsek_attention(*arguments)
+
+
+def _takes_kernels(implementation: Implementation, query: Tensor, scores: Tensor) -> bool:
+    """Whether the Triton kernels are wanted and run; raises where they were asked for and do not."""
+    runs = available(query.device)
+    rows = scores.shape[0] * scores.shape[1]
+    fits = query.dtype in DTYPES and scores.dtype == torch.float32 and query.shape[-1] <= 256
+    fits = fits and rows <= MOST_ROWS
+    if implementation != "triton":
+        return implementation == "auto" and runs and fits and query.device.type == "cuda"
+    if not runs:
+        raise ValueError(f"implementation 'triton' needs Triton and a CUDA device, got {query.device.type}")
+    if not fits:
+        raise ValueError(
+            "implementation 'triton' needs query in float32, bfloat16 or float16, scores in float32, D of at most 256 "
+            f"and B * Hkv of at most {MOST_ROWS}, got {query.dtype}, {scores.dtype}, {query.shape[-1]} and {rows}"
+        )
+    return True
+
+
+def _without_padding(tensor: Tensor, start: Tensor) -> Tensor:
+    """Zeros in place of padding `[B, H, T, ...]`: a weight of 0 times NaN would be NaN."""
+    padding = torch.arange(tensor.shape[2], device=tensor.device) < start[:, None, None]
+    return tensor.masked_fill(padding if tensor.ndim == 3 else padding[..., None], 0.0)
+
+
+def _all_keys(query: Tensor, key: Tensor, value: Tensor, scaling: float, start: Tensor | None, causal: bool) -> Tensor:
+    """Dense attention, by the kernel that the base model itself would use."""
+    queries, keys = query.shape[2], key.shape[2]
+    index = torch.arange(keys, device=query.device)
+    mask = None
+    if causal and (start is not None or 1 < queries < keys):
+        mask = index <= index[keys - queries :, None]
+    if start is not None:
+        # A padded query sees itself, or the last key: its output is never used, but it must not be NaN.
+        exists = index >= start.clamp(max=keys - 1)[:, None, None, None]
+        mask = exists if mask is None else mask & (exists | (index == index[keys - queries :, None]))
+    grouped = query.shape[1] != key.shape[1]
+    in_order = causal and mask is None and queries > 1
+    return F.scaled_dot_product_attention(
+        query, key, value, mask, is_causal=in_order, scale=scaling, enable_gqa=grouped
+    )
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: Tensor,
+    k: int,
+    window: int,
+    sinks: int,
+    support: int | None,
+    start: Tensor | None,
+    causal: bool,
+) -> None:
+    if query.ndim != 4 or key.ndim != 4 or key.shape != value.shape:
+        shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
+        raise ValueError(f"expected query [B, Hq, Tq, D] and key, value [B, Hkv, Tk, D], got {shapes}")
+    batch, heads, queries, dim = query.shape
+    if key.shape[0] != batch or key.shape[3] != dim or heads % key.shape[1] or queries > key.shape[2]:
+        raise ValueError(
+            "query and key must share B and D, Hq must be a multiple of Hkv and Tq at most Tk, "
+            f"got query {tuple(query.shape)} and key {tuple(key.shape)}"
+        )
+    if not causal and queries != key.shape[2]:
+        raise ValueError(
+            f"without causal order every token is query and key: Tq must be Tk, got {queries} and {key.shape[2]}"
+        )
+    if scores.shape != key.shape[:3]:
+        raise ValueError(f"scores must be [B, Hkv, Tk] = {tuple(key.shape[:3])}, got {tuple(scores.shape)}")
+    if scores.dtype not in (torch.float32, torch.float64):
+        raise ValueError(f"scores must be float32 or float64 (bfloat16 makes most of them tie), got {scores.dtype}")
+    if start is not None and start.shape != (batch,):
+        raise ValueError(f"start must be [B] = ({batch},), got {tuple(start.shape)}")
+    for name, number, least in (("k", k, 1 if causal else 0), ("window", window, 1), ("sinks", sinks, 0)):
+        if number < least:
+            raise ValueError(f"{name} must be at least {least}, got {number}")
+    if support is not None and support < k:
+        raise ValueError(f"support must be at least k = {k}, got {support}")

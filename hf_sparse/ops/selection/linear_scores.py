@@ -1,0 +1,47 @@
+"""Scores that are linear in the layer-normalised input of an attention module.
+
+All of it is computed in float64. In the first layer every occurrence of a token has the same input, so equal scores
+are the rule there; sums in float32 get other last bits in another order, and prefill and decoding would break the ties
+differently.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_sparse.ops.triton import DTYPES, installed
+
+_TRITON = installed()
+
+
+def normalised(states: Tensor) -> Tensor:
+    """Layer norm of `[..., C]` without parameters (eps 1e-5), in float64; in float32 where a device has no float64."""
+    wide = states.float() if states.device.type == "mps" else states.double()
+    return F.layer_norm(wide, wide.shape[-1:])
+
+
+def linear_scores(states: Tensor, weight: Tensor) -> Tensor:
+    """The product of the normalised states with a weight per feature and KV head.
+
+    Args:
+        states: `[B, T, C]`, of any floating dtype.
+        weight: `[Hkv, C]`, of any floating dtype.
+
+    Returns:
+        `[B, Hkv, T]` in the dtype of `normalised`.
+    """
+    if has_kernels(states):
+        from hf_sparse.ops.selection.triton import linear_scores
+
+        with torch.cuda.device_of(states):  # where Triton launches
+            return linear_scores.linear_scores(states, weight)
+    wide = normalised(states)
+    weight = weight.to(wide.dtype)
+    if states.shape[1] == 1:  # a compiled decoding step makes one kernel of this and what is around it
+        return (wide * weight).sum(-1)[..., None]
+    return (wide @ weight.T).transpose(1, 2)
+
+
+def has_kernels(states: Tensor) -> bool:
+    """Whether `linear_scores` of these states runs as kernels, which keep no copy of them for the backward."""
+    return _TRITON and states.is_cuda and states.dtype in DTYPES and not torch.compiler.is_compiling()

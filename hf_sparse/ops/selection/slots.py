@@ -1,0 +1,99 @@
+"""One decoding step over a fixed number of KV slots: put the new token into a slot, attend to the slots.
+
+Shapes never change and nothing waits for a value from the device, so that a step can be compiled and captured in a
+CUDA graph. On a GPU both are Triton kernels; elsewhere, and for what those do not take, plain PyTorch.
+
+A slot has the position of its token in its row, -1 while it is empty. The first `sinks` tokens and the last `window`
+ones keep their slots; of the others the weakest leaves when a new one comes.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_sparse.ops.triton import DTYPES, MOST_ROWS, installed
+
+_TRITON = installed()
+
+
+def insert_token(
+    keys: Tensor,
+    values: Tensor,
+    scores: Tensor,
+    positions: Tensor,
+    seen: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score: Tensor,
+    valid: Tensor | None,
+    *,
+    window: int,
+    sinks: int,
+) -> None:
+    """Write the next token of each row into an empty slot, or into that of the weakest key outside the window.
+
+    Of equal scores the lower position wins, so the later key leaves. `seen` is not changed.
+
+    Args:
+        keys, values: `[B, Hkv, S, D]`, written in place.
+        scores: `[B, Hkv, S]` float32, written in place.
+        positions: `[B, Hkv, S]` int64, -1 for an empty slot, written in place.
+        seen: `[B]` int64, tokens of each row so far: the position of the new one.
+        key, value: `[B, Hkv, 1, D]` in the dtype of `keys`.
+        score: `[B, Hkv, 1]`.
+        valid: `[B]` bool, rows whose token is real; the others write nothing. `None` if all are.
+    """
+    if has_kernels(keys, values, scores, positions):
+        from hf_sparse.ops.selection.triton import slots
+
+        slots.insert_token(keys, values, scores, positions, seen, key, value, score, valid, window=window, sinks=sinks)
+        return
+    position = seen[:, None, None]
+    empty = positions < 0
+    eligible = (positions >= sinks) & (positions <= position - window)
+    old = scores.masked_fill(~eligible, torch.inf)
+    weakest = eligible & (old == old.amin(-1, keepdim=True))
+    # Of equal scores the lower index wins, so the later key leaves.
+    victim = positions.masked_fill(~weakest, -1).argmax(-1, keepdim=True)
+    slot = torch.where(empty.any(-1, keepdim=True), empty.int().argmax(-1, keepdim=True), victim)
+    wide = slot[..., None].expand_as(key)
+    if valid is not None:  # a padded row writes back what the slot holds
+        real = valid[:, None, None]
+        key = torch.where(real[..., None], key, keys.gather(2, wide))
+        value = torch.where(real[..., None], value, values.gather(2, wide))
+        score = torch.where(real, score, scores.gather(2, slot))
+        position = torch.where(real, position, positions.gather(2, slot))
+    keys.scatter_(2, wide, key)
+    values.scatter_(2, wide, value)
+    scores.scatter_(2, slot, score.float())
+    positions.scatter_(2, slot, position.expand_as(slot))
+
+
+def attend_slots(query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, *, scaling: float) -> Tensor:
+    """Attention of one query per row and head to all slots that are filled.
+
+    Args:
+        query: `[B, Hq, 1, D]`, `Hq` a multiple of `Hkv`.
+        keys, values: `[B, Hkv, S, D]`.
+        positions: `[B, Hkv, S]` int64, -1 for an empty slot. Every head of a row has the same empty slots.
+        scaling: multiplies the logits.
+
+    Returns:
+        `[B, Hq, 1, D]` in the dtype of `query`.
+    """
+    trains = torch.is_grad_enabled() and query.requires_grad
+    if not trains and has_kernels(keys, values, positions) and query.dtype == keys.dtype:
+        from hf_sparse.ops.selection.triton import slots
+
+        return slots.attend_slots(query, keys, values, positions, scaling=scaling)
+    filled = positions[:, :1, None] >= 0  # [B, 1, 1, S]
+    group = query.unflatten(1, (keys.shape[1], -1)).squeeze(3)  # the queries of a KV head share its keys
+    return F.scaled_dot_product_attention(group, keys, values, filled, scale=scaling).flatten(1, 2).unsqueeze(2)
+
+
+def has_kernels(keys: Tensor, *tables: Tensor) -> bool:
+    """Whether slots `[B, Hkv, S, D]` and their tables are where and how the kernels take them."""
+    # Triton launches on the current device, and a compiled step could not change it.
+    here = keys.is_cuda and keys.device.index == torch.cuda.current_device()
+    taken = here and keys.dtype in DTYPES and keys.shape[-1] <= 256 and keys.shape[0] <= MOST_ROWS
+    return _TRITON and taken and all(tensor.is_contiguous() for tensor in (keys, *tables))

@@ -1,0 +1,176 @@
+"""Kernels of linear scores; `hf_sparse.ops.selection.linear_scores` says what they compute.
+
+With `x` a row of the input, `m` its mean, `r` the inverse of its standard deviation and `w` the weight of a head,
+
+    score = r * (sum(w x) - m sum(w))
+
+so that one pass over the row is enough; its sums are in float64, where nothing cancels that matters. The backward
+reads the input once more. With the gradients `g` of a row's scores `s`,
+
+    d x_c  = r * (sum_h g_h (w_hc - mean(w_h)) - (x_c - m) r * sum_h g_h s_h / C)
+    d w_hc = sum over rows of g_h (x_c - m) r
+
+is in float32: it rounds to the dtypes of input and weight. Sums over rows are cut into as many parts as fill the GPU
+and added up in order, so the gradient is the same in every run.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+_EPS = 1e-5  # of the layer norm
+_ROWS, _HEADS, _COLUMNS = 4, 8, 64  # of a program of the forward
+_WARPS, _STAGES = 4, 3
+_STEP, _WIDTH = 16, 128  # rows of a step and columns of a program of the backward
+_PROGRAMS = 2048  # about fifteen for each multiprocessor of a large GPU
+
+
+def linear_scores(states: Tensor, weight: Tensor) -> Tensor:
+    """`[B, T, C]` float32, bfloat16 or float16 and `[Hkv, C]` -> `[B, Hkv, T]` float64."""
+    return _LinearScores.apply(states, weight)
+
+
+class _LinearScores(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, states: Tensor, weight: Tensor) -> Tensor:
+        batch, length, columns = states.shape
+        heads, rows = weight.shape[0], batch * length
+        flat, weight = states.reshape(rows, columns).contiguous(), weight.contiguous()
+        wide: dict[str, Any] = {"dtype": torch.float64, "device": states.device}
+        scores, sums = torch.empty((batch, heads, length), **wide), torch.empty(heads, **wide)
+        means, scales = torch.empty(rows, **wide), torch.empty(rows, **wide)
+        if rows:
+            _forward[(triton.cdiv(rows, _ROWS), triton.cdiv(heads, _HEADS))](
+                flat, weight, scores, sums, means, scales, rows, length, heads, columns,
+                EPS=_EPS, ROWS=_ROWS, HEADS=min(_HEADS, triton.next_power_of_2(heads)), COLUMNS=_COLUMNS,
+                STAGES=_STAGES, num_warps=_WARPS,
+            )  # fmt: skip
+        ctx.save_for_backward(states, weight, scores, sums, means, scales)
+        return scores
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        states, weight, scores, sums, means, scales = ctx.saved_tensors
+        batch, length, columns = states.shape
+        heads, rows = weight.shape[0], batch * length
+        of_states, of_weight = ctx.needs_input_grad
+        flat = states.reshape(rows, columns).contiguous()
+        blocks = triton.cdiv(columns, _WIDTH)
+        steps = triton.cdiv(rows, _STEP)
+        share = triton.cdiv(steps, max(1, min(steps, _PROGRAMS // blocks)))  # steps of a program
+        parts = triton.cdiv(steps, share) if steps else 0
+        d_states = torch.empty(states.shape, dtype=states.dtype, device=states.device) if of_states else flat
+        d_weight = torch.empty((parts if of_weight else 0, heads, columns), dtype=torch.float32, device=states.device)
+        if rows:
+            _backward[(parts, blocks)](
+                flat, weight, grad.contiguous(), scores, sums, means, scales, d_states, d_weight,
+                rows, length, heads, columns, share * _STEP,
+                HEADS=max(16, triton.next_power_of_2(heads)), STEP=_STEP, WIDTH=_WIDTH,
+                OF_STATES=of_states, OF_WEIGHT=of_weight, num_warps=4,
+            )  # fmt: skip
+        return d_states if of_states else None, d_weight.sum(0).to(weight.dtype) if of_weight else None
+
+
+@triton.jit(do_not_specialize=["rows", "length"])
+def _forward(
+    states,
+    weight,
+    scores,
+    sums,
+    means,
+    scales,
+    rows,
+    length,
+    heads,
+    columns,
+    EPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    inside, there = row < rows, head < heads
+    total, squares = tl.zeros([ROWS, COLUMNS], tl.float64), tl.zeros([ROWS, COLUMNS], tl.float64)
+    product, weights = tl.zeros([ROWS, HEADS, COLUMNS], tl.float64), tl.zeros([HEADS, COLUMNS], tl.float64)
+    for begin in tl.range(0, columns, COLUMNS, num_stages=STAGES):
+        column = begin + tl.arange(0, COLUMNS)
+        known = column[None, :] < columns
+        x = tl.load(states + row[:, None] * columns + column[None, :], mask=inside[:, None] & known, other=0.0)
+        w = tl.load(weight + head[:, None] * columns + column[None, :], mask=there[:, None] & known, other=0.0)
+        x, w = x.to(tl.float64), w.to(tl.float64)
+        total += x
+        squares += x * x
+        weights += w
+        product += x[:, None, :] * w[None, :, :]
+    mean = tl.sum(total, 1) / columns
+    variance = tl.maximum(tl.sum(squares, 1) / columns - mean * mean, 0.0)
+    scale = 1 / tl.sqrt(variance + EPS)
+    summed = tl.sum(weights, 1)
+    score = scale[:, None] * (tl.sum(product, 2) - mean[:, None] * summed[None, :])
+    at = (row[:, None] // length * heads + head[None, :]) * length + row[:, None] % length
+    tl.store(scores + at, score, mask=inside[:, None] & there[None, :])
+    if tl.program_id(0) == 0:
+        tl.store(sums + head, summed, mask=there)
+    if tl.program_id(1) == 0:
+        tl.store(means + row, mean, mask=inside)
+        tl.store(scales + row, scale, mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "length", "share"])
+def _backward(
+    states,
+    weight,
+    grads,
+    scores,
+    sums,
+    means,
+    scales,
+    d_states,
+    d_weight,
+    rows,
+    length,
+    heads,
+    columns,
+    share,
+    HEADS: tl.constexpr,
+    STEP: tl.constexpr,
+    WIDTH: tl.constexpr,
+    OF_STATES: tl.constexpr,
+    OF_WEIGHT: tl.constexpr,
+):
+    """`share` rows of `WIDTH` columns."""
+    part = tl.program_id(0).to(tl.int64)
+    head, column = tl.arange(0, HEADS), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    there, known = head < heads, column < columns
+    of_head = head[:, None] * columns + column[None, :]
+    w = tl.load(weight + of_head, mask=there[:, None] & known[None, :], other=0.0).to(tl.float32)
+    w -= (tl.load(sums + head, mask=there, other=0.0) / columns).to(tl.float32)[:, None]
+    gathered = tl.zeros([HEADS, WIDTH], tl.float32)
+    for begin in range(0, share, STEP):
+        row = part * share + begin + tl.arange(0, STEP)
+        inside = row < rows
+        at = row[:, None] * columns + column[None, :]
+        full = inside[:, None] & known[None, :]
+        mean = tl.load(means + row, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.load(scales + row, mask=inside, other=0.0).to(tl.float32)
+        x = tl.load(states + at, mask=full, other=0.0).to(tl.float32)
+        x = tl.where(full, (x - mean[:, None]) * scale[:, None], 0.0)
+        of_score = (row[:, None] // length * heads + head[None, :]) * length + row[:, None] % length
+        real = inside[:, None] & there[None, :]
+        g = tl.load(grads + of_score, mask=real, other=0.0).to(tl.float32)
+        if OF_STATES:
+            s = tl.load(scores + of_score, mask=real, other=0.0).to(tl.float32)
+            along = tl.sum(g * s, 1) / columns
+            d = (tl.dot(g, w, input_precision="ieee") - x * along[:, None]) * scale[:, None]
+            tl.store(d_states + at, d.to(d_states.dtype.element_ty), mask=full)
+        if OF_WEIGHT:
+            gathered += tl.dot(tl.trans(g), x, input_precision="ieee")
+    if OF_WEIGHT:
+        tl.store(d_weight + part * heads * columns + of_head, gathered, mask=there[:, None] & known[None, :])

@@ -1,0 +1,139 @@
+"""Which keys a query reaches, as two integers per key and one list per tile of queries.
+
+Scores are frozen and thresholds only rise, so every key is attended on one contiguous interval of positions,
+
+    key j is attended by the query at position p  iff  begin[j] <= p < until[j],
+
+causal or not, in the window, selected or a sink. Kernels need no other mask. What is left is to say where to look for
+the keys of a tile: in the tile's list, and in the keys around it.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from hf_sparse.ops.selection.thresholds import Scan
+from hf_sparse.ops.selection.triton.lists_kernels import in_list_order, intervals, leaving
+from hf_sparse.ops.triton.launch import launch
+
+# Before and after every position; their difference fits into int32.
+ALWAYS = -(1 << 29)
+NEVER_ENDS = 1 << 29
+_KEYS = 256  # per program that looks for intervals
+_ENTRIES = 1024  # and per program that reads in the order of lists
+
+
+class Tables(NamedTuple):
+    """What the kernels read about keys.
+
+    A query at position p finds its keys in the list of its tile (the first `sinks` keys of the row, then `lists`),
+    among the tile's `leavers`, and among the keys from `p - left` to `p + right`. Keys of the list do not stand in that
+    range, except those with `begin = ALWAYS`, which are skipped there.
+
+    Attributes:
+        begin: `[B, Hkv, Tk]` int32, or `None` for `begin[j] = j`, which is causal order.
+        until: `[B, Hkv, Tk]` int32; 0 for padding, which nobody attends to.
+        lists: `[B, Hkv, n_tiles, W]` int32 or int64, keys in the order of their scores, best first, -1 for none.
+        tile: queries that share a list.
+        left, right: the window of the query at position p is `p - left` to `p + right`; gates are 1 there.
+        sinks: of every row, from `first` on, in front of its lists.
+        first: `[B]` int64, the first key of each row that is no padding.
+        scores, ends: of soft gates in causal order, `scores` float32 and `until` in the order of `lists`; 0 is the end
+            of what is no candidate.
+    """
+
+    begin: Tensor | None
+    until: Tensor
+    lists: Tensor
+    tile: int
+    left: int
+    right: int
+    sinks: int
+    first: Tensor
+    scores: Tensor | None = None
+    ends: Tensor | None = None
+
+
+def causal_tables(
+    found: Scan, scores: Tensor, first: Tensor, *, queries: int, window: int, sinks: int, tile: int
+) -> Tables:
+    """Tables of causal attention, from the scan of `scores` `[B, Hkv, Tk]` with lists for tiles of `tile` queries.
+
+    `scores` are float32 without a gradient."""
+    batch, heads, keys = scores.shape
+    soft = found.tau is not None
+    scores = scores.contiguous()
+    rank, floor = found.rank.contiguous(), found.floor.contiguous()
+    lists = found.lists.contiguous()
+    if lists.dtype == torch.int64:  # of the plain scan, which fills short lists with keys that are no candidates
+        candidate = (lists >= first[:, None, None, None] + sinks) & (lists < keys)
+        lists = lists.where(candidate, -1).to(torch.int32)
+    tau = found.tau.detach().contiguous() if found.tau is not None else None
+    until = torch.empty(scores.shape, dtype=torch.int32, device=scores.device)
+    launch(intervals, (triton.cdiv(keys, _KEYS), batch * heads))(
+        rank, floor, scores if soft else None, tau, first, until, keys, queries, heads, window, sinks,
+        queries.bit_length(), SOFT=soft, BLOCK=_KEYS, num_warps=4,
+    )  # fmt: skip
+    tables = Tables(None, until, lists, tile, window - 1, 0, sinks, first)
+    if not soft:
+        return tables
+    size = lists.shape[-2] * lists.shape[-1]
+    of_lists = torch.empty(lists.shape, dtype=torch.float32, device=scores.device)
+    ends = torch.empty(lists.shape, dtype=torch.int32, device=scores.device)
+    launch(in_list_order, (triton.cdiv(size, _ENTRIES), batch * heads))(
+        lists, scores, until, of_lists, ends, size, keys, BLOCK=_ENTRIES, num_warps=4
+    )
+    return tables._replace(scores=of_lists, ends=ends)
+
+
+def leavers(tables: Tables, queries: int, tile: int) -> Tensor:
+    """Keys that leave the window between the first and the last query of a tile, and are attended after that.
+
+    In causal order. Of long sequences few keys are selected, so these are few of those that leave.
+
+    Returns:
+        `[B, Hkv, n_tiles, tile]` int32, in rising order, -1 after the last; of tiles of `tile` queries.
+    """
+    batch, heads, keys = tables.until.shape
+    tiles = triton.cdiv(queries, tile)
+    found = torch.empty((batch, heads, tiles, tile), dtype=torch.int32, device=tables.until.device)
+    launch(leaving, (tiles, batch * heads))(
+        tables.until, tables.first, found, keys, queries, heads, tiles, tile, tables.left, tables.sinks,
+        TILE=triton.next_power_of_2(tile), num_warps=4,
+    )  # fmt: skip
+    return found
+
+
+def bidirectional_tables(gates: Tensor, first: Tensor, *, window: int, width: int) -> Tables:
+    """Tables of an encoder.
+
+    Args:
+        gates: `[B, Hkv, T]`; keys with a gate above 0, sinks included, are shared by all queries of the row.
+        first: see `Tables`.
+        window: as in `sparsek_attention`.
+        width: no row has more shared keys than this.
+    """
+    length = gates.shape[-1]
+    left, right = window // 2, window - 1 - window // 2
+    index = torch.arange(length, device=gates.device)
+    shared = gates > 0
+    begin = (index - right).expand_as(gates).masked_fill(shared, ALWAYS).to(torch.int32)
+    until = (index + left + 1).masked_fill(index < first[:, None, None], 0)
+    until = until.expand_as(gates).masked_fill(shared, NEVER_ENDS).to(torch.int32)
+    best = gates.sort(dim=-1, descending=True, stable=True)
+    lists = best.indices[..., :width].masked_fill(best.values[..., :width] <= 0, -1)
+    return Tables(begin, until, lists.unsqueeze(-2).contiguous(), max(1, length), left, right, 0, first)
+
+
+def by_lifetime(tables: Tables) -> Tensor:
+    """`[B, Hkv, Tk]` int64: all keys, the longest attended first, and of about the same time the earlier ones first.
+
+    Consecutive keys of this order are attended by about the same queries, and the longest work comes first.
+    """
+    begin = tables.begin
+    if begin is None:
+        begin = torch.arange(tables.until.shape[-1], device=tables.until.device, dtype=torch.int32)
+    halves = (tables.until - begin).clamp(min=1).to(torch.float32).log2().mul(2).to(torch.uint8)
+    return halves.argsort(dim=-1, descending=True, stable=True)

@@ -1,0 +1,201 @@
+"""Scan prefixes as `hf_sparse.ops.selection.thresholds` does, on a GPU, in a number of launches that grows as log T.
+
+The best `size` keys of a prefix are an associative function of its parts: those of two neighbouring parts are the
+first `size` of their merged lists. So the keys are cut into chunks of a tile each, and
+
+    sort_chunks       sorts each chunk and each beginning of a block of 4 chunks                        1 launch
+    merge_earlier     makes the lists of the blocks those of all keys up to their end       log2(T / 512) launches
+    merge_for_tiles   joins both into the best keys before each tile                                    1 launch
+    tile_thresholds   solves for tau before each tile                                                   1 launch
+    thresholds        solves for floor and tau of all queries, from the list of their tile and its chunk
+
+Merging looks up each key's place in the other list, which needs no communication between threads. With
+`size` = s the work is O(T log s), plus O(T / 512 * s * log T) for the rounds, all of it parallel; nothing waits for
+the host. The derivation is ours.
+
+In the backward `free_intervals` finds the queries whose tau moves with a key, `shares` divides the gradient of each
+among its free keys, and `sum_shares` adds up those of every key; one launch each, and a running sum between them.
+"""
+
+import math
+
+import torch
+import triton
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from hf_sparse.ops.selection import thresholds as reference
+from hf_sparse.ops.selection.thresholds import Scan, _Plan
+from hf_sparse.ops.selection.triton.scan_kernels import (
+    free_intervals,
+    merge_earlier,
+    merge_for_tiles,
+    shares,
+    sort_chunks,
+    sum_lists,
+    sum_shares,
+    thresholds,
+    tile_thresholds,
+)
+from hf_sparse.ops.triton.launch import launch
+
+_CHUNK = 128  # keys that are sorted by counting
+_BLOCK = 4  # chunks per block
+_FLOORS = (64, 4)  # queries and warps of a program that looks for floors
+_TAUS = (64, 4)  # and of one that solves for tau as well
+_LISTS = 32  # per program that solves for their thresholds
+_KEYS = 256  # or queries, per program of the backward
+_LARGEST = 8192  # keys of a list
+
+
+def supports(scores: Tensor, *, size: int, queries: int, tile: int) -> bool:
+    """Whether the kernels take it: float32, tiles of 16, 32, 64 or a multiple of 128, lists of at most 8,192 keys."""
+    fits = tile in (16, 32, 64) or (tile > 0 and tile % _CHUNK == 0)
+    return fits and scores.dtype == torch.float32 and scores.numel() > 0 and queries > 0 and size <= _LARGEST
+
+
+def scan(
+    scores: Tensor,
+    k: int,
+    *,
+    size: int,
+    queries: int,
+    window: int,
+    tile: int = _CHUNK,
+    with_tau: bool = False,
+    with_lists: bool = False,
+) -> Scan:
+    """What `hf_sparse.ops.selection.thresholds.scan` returns, for the same arguments and by the same tie rule.
+
+    By kernels where `supports` says so, which must then run on the device of the scores; by that function elsewhere.
+    Of the kernels, ranks are other integers (they hold the score itself) with the same meaning, lists are int32, of
+    `min(size, Tk)` keys in the order of their ranks, best first, and tau is float32: scores that are large against 1
+    lose digits of it, unless a constant is subtracted from all of a row.
+
+    Args:
+        scores: `[..., Tk]` float32 or float64, `-inf` for keys that can never be selected.
+    """
+    size = min(size, scores.shape[-1])
+    if not supports(scores, size=size, queries=queries, tile=tile):
+        return reference.scan(
+            scores, k, size=size, queries=queries, window=window, tile=tile, with_tau=with_tau, with_lists=with_lists
+        )
+    plan = _Plan(k, size, queries, window, tile, with_tau, with_lists)
+    if not with_tau:
+        rank, floor, _, lists = _run(scores.detach(), plan)
+        return Scan(rank, floor, None, lists)
+    tau, rank, floor, lists = _TritonThresholds.apply(scores, plan)
+    return Scan(rank, floor, tau, lists)
+
+
+class _TritonThresholds(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: FunctionCtx, scores: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        rank, floor, tau, lists = _run(scores, plan)
+        ctx.save_for_backward(scores, rank, floor, tau)
+        ctx.first = plan.window - (scores.shape[-1] - plan.queries)  # type: ignore[attr-defined]
+        ctx.mark_non_differentiable(rank, floor, lists)
+        return tau, rank, floor, lists
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        """Move tau by one over the number of its free keys with each of them, as `ops.selection.thresholds` does."""
+        scores, rank, floor, tau = (tensor.contiguous() for tensor in ctx.saved_tensors)  # type: ignore[attr-defined]
+        keys, queries = scores.shape[-1], tau.shape[-1]
+        rows, device = math.prod(scores.shape[:-1]), scores.device
+        begin = torch.empty(scores.shape, dtype=torch.int32, device=device)
+        end, d_scores, share = torch.empty_like(begin), torch.empty_like(scores), torch.empty_like(tau)
+        change = torch.zeros((*tau.shape[:-1], queries + 1), dtype=torch.int32, device=device)
+        by_key, by_query = ((triton.cdiv(number, _KEYS), rows) for number in (keys, queries))
+        arrival, steps = ctx.first, queries.bit_length()  # type: ignore[attr-defined]
+        launch(free_intervals, by_key)(
+            scores, rank, floor, tau, begin, end, change, keys, queries, arrival, steps, BLOCK=_KEYS
+        )
+        free = change.cumsum(-1, dtype=torch.int32)
+        launch(shares, by_query)(grad.contiguous(), free, share, queries, BLOCK=_KEYS)
+        launch(sum_shares, by_key)(share.cumsum(-1), begin, end, d_scores, keys, queries, BLOCK=_KEYS)
+        return d_scores, None
+
+
+def _run(scores: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rank `[..., Tk]`, floor and tau `[..., Tq]` (tau is empty unless asked for) and lists."""
+    with torch.cuda.device_of(scores):  # where Triton launches
+        return _launch(scores, plan)
+
+
+def _launch(scores: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, keys, device = scores.shape[:-1], scores.shape[-1], scores.device
+    queries, size = plan.queries, plan.size
+    rows = math.prod(batch)
+    scores = scores.reshape(rows, keys).contiguous()
+    C = min(plan.tile, _CHUNK)
+    every = plan.tile // C
+    tiles = triton.cdiv(queries, plan.tile) * every  # of C queries each
+    # The newcomers of tile i are those of chunk `before + i`. The chunks before hold what every query sees.
+    newest = keys - queries - plan.window + 1
+    before = triton.cdiv(min(max(newest, 0), keys), C)
+    start = newest - before * C  # position of the first key of the first chunk
+    blocks = triton.cdiv(before + tiles, _BLOCK)
+    chunks = blocks * _BLOCK
+
+    def codes(*shape: int) -> Tensor:
+        return torch.empty((rows, *shape), dtype=torch.int64, device=device)
+
+    rank, floor, chunk_lists = codes(keys), codes(queries), codes(chunks, C)
+    width = min(size, _BLOCK * C)
+    lists = codes(chunks, width)
+    covered = max(chunks, triton.cdiv(keys - start, C))
+    launch(sort_chunks, (covered, rows))(
+        scores, rank, chunk_lists, lists, keys, chunks, start, width, C, _BLOCK, num_warps=4
+    )
+
+    # Lists of the blocks, and then of all keys up to the end of each. Nobody sees the end of the last block.
+    source, source_row, source_list, source_width = lists[:, _BLOCK - 1 :], chunks * width, _BLOCK * width, width
+    reach, last = 1, blocks - 1
+    while last and (reach < last or reach == 1):
+        target_width = min(size, 2 * source_width)
+        target = codes(last, target_width)
+        grid, shape = _merging(last, rows, target_width, source_width)
+        launch(merge_earlier, grid)(source, target, source_row, source_list, source_width, target_width, reach, **shape)
+        source, source_row, source_list, source_width = target, last * target_width, target_width, target_width
+        reach *= 2
+    best = codes(tiles, size)
+    index = torch.empty((rows, tiles // every if plan.with_lists else 0, size), dtype=torch.int32, device=device)
+    grid, shape = _merging(tiles, rows, size, max(source_width, width))
+    launch(merge_for_tiles, grid)(
+        source, lists, best, index, last, source_width, chunks, width, before, start, every, size, C, _BLOCK,
+        WITH_INDEX=plan.with_lists, **shape,
+    )  # fmt: skip
+
+    Q, warps = _TAUS if plan.with_tau else _FLOORS
+    Q = min(Q, C)
+    sums = bounds = tau = torch.empty((rows, 0), dtype=torch.float32, device=device)
+    longest, steps = triton.next_power_of_2(size), size.bit_length()
+    if plan.with_tau:
+        sums = torch.empty(best.shape, dtype=torch.float64, device=device)
+        launch(sum_lists, (tiles, rows))(best, sums, size, longest, num_warps=4)
+        bounds = torch.empty((rows, tiles), dtype=torch.float64, device=device)
+        launch(tile_thresholds, (triton.cdiv(tiles, _LISTS), rows))(
+            best, sums, bounds, tiles, size, plan.k, _LISTS, steps, num_warps=1
+        )
+        tau = torch.empty((rows, tiles * C), dtype=torch.float32, device=device)
+    launch(thresholds, (tiles * C // Q, rows))(
+        best, sums, chunk_lists, bounds, floor, tau, queries, chunks, before, size, plan.k, C, Q, longest, steps,
+        WITH_TAU=plan.with_tau, num_warps=warps,
+    )  # fmt: skip
+    if plan.with_tau:  # rounding could make it fall from one program to the next
+        pieces = tau.view(rows, -1, Q)
+        pieces[:, 1:].clamp_(min=pieces[:, :-1, -1:].cummax(1).values)
+        tau = tau[:, :queries].contiguous()
+    shapes = ((keys,), (queries,), tau.shape[1:], index.shape[1:])
+    parts = zip((rank, floor, tau, index), shapes, strict=True)
+    rank, floor, tau, index = (table.view(*batch, *shape) for table, shape in parts)
+    return rank, floor, tau, index
+
+
+def _merging(lists: int, rows: int, width: int, longest: int) -> tuple[tuple[int, int, int], dict[str, int]]:
+    """Grid and constants of a kernel that merges into lists of `width` from lists of at most `longest`."""
+    block = min(1024, triton.next_power_of_2(max(width, 16)))
+    constants = {"BLOCK": block, "STEPS": longest.bit_length(), "num_warps": max(1, min(4, block // 128))}
+    return (lists, rows, triton.cdiv(width, block)), constants

@@ -1,0 +1,349 @@
+"""Run a whole decoding step over KV slots in one kernel, as `ops.selection.slots` and `linear_scores` compute it.
+
+A step that runs eager waits for the CPU that launches it, so it is one launch, with a plan that is made once. Every
+program finds the slot that the new token takes and attends to its share of the slots, with the new key and value in
+place of what that slot holds: nothing is written yet, since the other programs of a head still read. The last program
+of a head to arrive joins their results and writes the slot; the last head to arrive counts the token. The counters of
+arrivals return to zero by themselves.
+
+Sums of a score are in float64, as in `hf_sparse.ops.selection.triton.linear_scores`, so that equal inputs have equal
+float32 scores.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+_PROGRAMS = 256  # about two for each multiprocessor of a large GPU
+_BYTES = 1 << 14  # of keys per step of a program
+_CHUNK = 1024  # slots that are searched at a time
+_COLUMNS = 512  # columns of the input that are summed at a time
+_ROWS = 128  # rows that are counted at a time
+_EPS = 1e-5  # of the layer norm of the scores
+
+
+class StepKernel:
+    """The kernel for slots at fixed addresses and new tokens of a fixed layout.
+
+    Args:
+        slots: keys and values `[B, Hkv, S, D]`, scores float32 and positions int64 `[B, Hkv, S]`, seen int64 `[B]`,
+            padded_late bool `[B]` and the count of all tokens, int64 without dimensions; contiguous.
+        query, key, value: of a new token as in `__call__`; the next ones have their shapes, dtypes and strides.
+        weight: `[Hkv, C]` of a linear scorer, contiguous, or `None`.
+        slope: `[Hkv]`, what each head adds per `slope_tokens` tokens of position, contiguous, or `None`.
+        position_slope: what all heads add per token of position.
+        masked: whether the steps come with `valid`.
+        window, sinks: see `hf_sparse.ops.selection.slots`.
+        scaling: multiplies the logits.
+    """
+
+    def __init__(
+        self,
+        slots: Sequence[Tensor],
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        weight: Tensor | None,
+        slope: Tensor | None,
+        *,
+        position_slope: float,
+        slope_tokens: int,
+        masked: bool,
+        window: int,
+        sinks: int,
+        scaling: float,
+    ) -> None:
+        batch, heads, number, dim = slots[0].shape
+        device, group, width = query.device, query.shape[1] // heads, triton.next_power_of_2(dim)
+        block = max(16, min(64, _BYTES // (width * query.element_size())))  # slots
+        steps = triton.cdiv(number, block)
+        share = triton.cdiv(steps, min(steps, triton.cdiv(_PROGRAMS, batch * heads)))  # steps of a program
+        splits = triton.cdiv(steps, share)
+        self.shape = (batch, heads * group, 1, dim)
+        self.dtype, self.device, self.masked = query.dtype, device, masked
+        parts = (batch * heads * group, splits if splits > 1 else 0)
+        self.scratch = (
+            torch.empty((*parts, dim), dtype=torch.float32, device=device),
+            torch.empty(parts, dtype=torch.float32, device=device),
+            torch.zeros(batch * heads + 1, dtype=torch.int32, device=device),
+        )
+        self.slots = slots  # keeps the memory
+        self.grid = (splits, heads, batch)
+        self.fixed = (*slots, *self.scratch)
+        self.layout = (
+            query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
+            number, window, sinks, 0 if weight is None else weight.shape[1], group, share * block,
+            scaling,
+        )  # fmt: skip
+        self.constants = {
+            "SLOPE": float(position_slope),
+            "SLOPE_TOKENS": slope_tokens,
+            "LEARNED": slope is not None,
+            "LINEAR": weight is not None,
+            "MASKED": masked,
+            "EPS": _EPS,
+            "SPLITS": splits,
+            "SPLITS_WIDE": triton.next_power_of_2(splits),
+            "GROUP": max(16, triton.next_power_of_2(group)),
+            "D": dim,
+            "DIM": max(16, width),
+            "BLOCK": block,
+            "CHUNK": min(_CHUNK, triton.next_power_of_2(number)),
+            "COLUMNS": _COLUMNS,
+            "ROWS": _ROWS,
+        }
+        self.rest = (*self.layout, *self.constants.values())
+        self.addresses: tuple[int, ...] = ()
+        self.launch: Any = None  # made by the first step, which compiles
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        states: Tensor,
+        weight: Tensor | None,
+        slope: Tensor | None,
+        valid: Tensor | None,
+    ) -> Tensor:
+        """Take the step: `[B, Hq, 1, D]`, `[B, Hkv, 1, D]` twice -> attention `[B, Hq, 1, D]`, contiguous.
+
+        Args:
+            states: the input of the attention module `[B, 1, C]`, or scores `[B, Hkv, 1]` if there is no weight;
+                contiguous along the last two dimensions.
+            valid: `[B]` or `[B, 1]` bool, rows whose token is real; `None` if all are.
+        """
+        output = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        tensors = (query, key, value, states, weight, slope, valid, output)
+        rows = (states.stride(0), 0 if valid is None else valid.stride(0))
+        if self.launch is not None:
+            addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+            self.launch(*self.addresses, *addresses, *rows, *self.rest)
+            return output
+        there = [self.slots[0] if tensor is None else tensor for tensor in tensors]  # not read
+        compiled = _step[self.grid](
+            *self.fixed, *there, *rows, *self.layout, **self.constants, num_warps=4, num_stages=3
+        )
+        if compiled is not None:  # not so in Triton's interpreter
+            # The binary was chosen by values that no later step changes, so the choice need not be made again.
+            self.addresses = tuple(tensor.data_ptr() for tensor in self.fixed)
+            self.launch = compiled[self.grid]
+        return output
+
+
+_ADDRESSES = ["query", "key", "value", "states", "weight", "slope", "valid"]  # of which nothing is known
+
+
+@triton.jit(do_not_specialize=["states_row", "valid_row"], do_not_specialize_on_alignment=_ADDRESSES)
+def _step(
+    keys,
+    values,
+    scores,
+    positions,
+    seen,
+    padded_late,
+    total,
+    parts,
+    masses,
+    arrived,
+    query,
+    key,
+    value,
+    states,
+    weight,
+    slope,
+    valid,
+    output,
+    states_row,
+    valid_row,
+    query_row,
+    query_head,
+    key_row,
+    key_head,
+    value_row,
+    value_head,
+    slots,
+    window,
+    sinks,
+    columns,
+    group,
+    share,
+    scaling,
+    SLOPE: tl.constexpr,
+    SLOPE_TOKENS: tl.constexpr,
+    LEARNED: tl.constexpr,
+    LINEAR: tl.constexpr,
+    MASKED: tl.constexpr,
+    EPS: tl.constexpr,
+    SPLITS: tl.constexpr,
+    SPLITS_WIDE: tl.constexpr,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNK: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    split, head, row = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    heads, rows = tl.num_programs(1), tl.num_programs(2)
+    pair = row * heads + head
+    position = tl.load(seen + row)
+    real = position >= 0
+    if MASKED:
+        real = tl.load(valid + row * valid_row) != 0
+    target = _slot_of_next(scores + pair * slots, positions + pair * slots, position, slots, window, sinks, CHUNK)
+
+    member, column = tl.arange(0, GROUP), tl.arange(0, DIM)
+    of_group, wide = member[:, None] < group, column[None, :] < D
+    at = row * query_row + (head * group + member[:, None]) * query_head + column[None, :]
+    q = tl.load(query + at, mask=of_group & wide, other=0.0)
+    new_key = tl.load(key + row * key_row + head * key_head + column, mask=column < D, other=0.0)
+    new_value = tl.load(value + row * value_row + head * value_head + column, mask=column < D, other=0.0)
+    peak = tl.full([GROUP], -float("inf"), tl.float32)
+    mass = tl.zeros([GROUP], tl.float32)
+    out = tl.zeros([GROUP, DIM], tl.float32)
+    for begin in range(0, share, BLOCK):
+        slot = split * share + begin + tl.arange(0, BLOCK)
+        fresh = (slot == target) & real
+        old = (tl.load(positions + pair * slots + slot, mask=slot < slots, other=-1) >= 0) & ~fresh
+        where = (pair * slots + slot[:, None]) * D + column[None, :]
+        k = tl.load(keys + where, mask=old[:, None] & wide, other=0.0)
+        v = tl.load(values + where, mask=old[:, None] & wide, other=0.0)
+        k = tl.where(fresh[:, None], new_key[None, :], k)
+        v = tl.where(fresh[:, None], new_value[None, :], v)
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
+        logits = tl.where((old | fresh)[None, :], logits, -float("inf"))
+        higher = tl.maximum(peak, tl.max(logits, 1))
+        anchor = tl.where(higher == -float("inf"), 0.0, higher)
+        weights = tl.exp(logits - anchor[:, None])
+        rescale = tl.exp(peak - anchor)
+        mass = mass * rescale + tl.sum(weights, 1)
+        out = out * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+        peak = higher
+    out = out / tl.where(mass == 0, 1.0, mass)[:, None]
+    first = pair * group  # query head
+    last = split >= 0
+    if SPLITS == 1:
+        at = (first + member[:, None]) * D + column[None, :]
+        tl.store(output + at, out.to(output.dtype.element_ty), mask=of_group & wide)
+    else:
+        number = (first + member) * SPLITS + split
+        tl.store(masses + number, peak + tl.log(mass), mask=member < group)
+        tl.store(parts + number[:, None] * D + column[None, :], out, mask=of_group & wide)
+        last = _arrive(arrived + pair, SPLITS)
+    if last:
+        if SPLITS > 1:
+            _join(parts, masses, output, first, group, SPLITS, SPLITS_WIDE, D, DIM)
+        to = pair * slots + target
+        write = (column < D) & real
+        tl.store(keys + to * D + column, new_key, mask=write)
+        tl.store(values + to * D + column, new_value, mask=write)
+        if LINEAR:
+            score = _score(states + row * states_row, weight + head * columns, columns, EPS, COLUMNS)
+        else:
+            score = tl.load(states + row * states_row + head).to(tl.float64)
+        if LEARNED:
+            score += position.to(tl.float64) * (tl.load(slope + head).to(tl.float64) / SLOPE_TOKENS + SLOPE)
+        else:
+            score += position.to(tl.float64) * SLOPE
+        tl.store(scores + to, score.to(tl.float32), mask=real)
+        tl.store(positions + to, position, mask=real)
+        if _arrive(arrived + rows * heads, rows * heads):
+            for begin in range(0, rows, ROWS):
+                index = begin + tl.arange(0, ROWS)
+                inside = index < rows
+                count = tl.load(seen + index, mask=inside, other=0)
+                if MASKED:
+                    given = tl.load(valid + index.to(tl.int64) * valid_row, mask=inside, other=0) != 0
+                    late = tl.load(padded_late + index, mask=inside, other=0) != 0
+                    tl.store(padded_late + index, late | (~given & (count > 0)), mask=inside)
+                    count += given.to(tl.int64)
+                else:
+                    count += 1
+                tl.store(seen + index, count, mask=inside)
+            tl.store(total, tl.load(total) + 1)
+
+
+@triton.jit
+def _slot_of_next(scores, positions, position, slots, window, sinks, CHUNK: tl.constexpr):
+    """An empty slot, or that of the weakest key outside the window, of equal ones the latest."""
+    free = tl.full([], 0, tl.int32) + slots
+    victim, latest = tl.full([], 0, tl.int32), tl.full([], -1, tl.int64)
+    worst = tl.full([], float("inf"), tl.float32)
+    for begin in range(0, slots, CHUNK):
+        index = begin + tl.arange(0, CHUNK)
+        inside = index < slots
+        held = tl.load(positions + index, mask=inside, other=0)
+        free = tl.minimum(free, tl.min(tl.where(inside & (held < 0), index, slots), 0))
+        eligible = inside & (held >= sinks) & (held <= position - window)
+        score = tl.load(scores + index, mask=inside, other=0.0)
+        score = tl.where(eligible, score, float("inf"))
+        low = tl.min(score, 0)
+        weakest = tl.where(eligible & (score == low), held, -1)
+        late = tl.max(weakest, 0)
+        better = (low < worst) | ((low == worst) & (late > latest))
+        place = tl.min(tl.where(inside & (weakest == late), index, slots), 0)
+        worst, latest = tl.where(better, low, worst), tl.where(better, late, latest)
+        victim = tl.where(better, place, victim)
+    return tl.where(free < slots, free, victim)
+
+
+@triton.jit
+def _score(states, weight, columns, EPS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The score of one row by one head, float64; see `hf_sparse.ops.selection.triton.linear_scores`."""
+    total, squares = tl.zeros([COLUMNS], tl.float64), tl.zeros([COLUMNS], tl.float64)
+    product, weights = tl.zeros([COLUMNS], tl.float64), tl.zeros([COLUMNS], tl.float64)
+    for begin in range(0, columns, COLUMNS):
+        column = begin + tl.arange(0, COLUMNS)
+        x = tl.load(states + column, mask=column < columns, other=0.0).to(tl.float64)
+        w = tl.load(weight + column, mask=column < columns, other=0.0).to(tl.float64)
+        total += x
+        squares += x * x
+        weights += w
+        product += x * w
+    mean = tl.sum(total, 0) / columns
+    variance = tl.maximum(tl.sum(squares, 0) / columns - mean * mean, 0.0)
+    return (tl.sum(product, 0) - mean * tl.sum(weights, 0)) / tl.sqrt(variance + EPS)
+
+
+@triton.jit
+def _arrive(counter, EXPECTED):
+    """Tell whether all others have arrived; what they read and wrote lies before what this one does now."""
+    tl.debug_barrier()  # of all threads of this program, before one of them speaks for it
+    last = tl.atomic_add(counter, 1, sem="acq_rel") == EXPECTED - 1
+    if last:
+        tl.store(counter, 0)
+    tl.debug_barrier()
+    return last
+
+
+@triton.jit
+def _join(
+    parts,
+    masses,
+    output,
+    first,
+    group,
+    SPLITS: tl.constexpr,
+    SPLITS_WIDE: tl.constexpr,
+    D: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """The mean of the results of all programs of each query head of a KV head, weighted by their masses."""
+    split, column = tl.arange(0, SPLITS_WIDE), tl.arange(0, DIM)
+    mask = (split[:, None] < SPLITS) & (column[None, :] < D)
+    for member in range(0, group):
+        number = (first + member) * SPLITS + split
+        # Others wrote them: never from this multiprocessor's own cache.
+        log_mass = tl.load(masses + number, mask=split < SPLITS, other=-float("inf"), cache_modifier=".cg")
+        part = tl.load(parts + number[:, None] * D + column[None, :], mask=mask, other=0.0, cache_modifier=".cg")
+        peak = tl.max(log_mass, 0)
+        weight = tl.exp(log_mass - tl.where(peak == -float("inf"), 0.0, peak))
+        total = tl.sum(weight, 0)
+        out = tl.sum(part * weight[:, None], 0) / tl.where(total == 0, 1.0, total)
+        tl.store(output + (first + member) * D + column, out.to(output.dtype.element_ty), mask=column < D)
