@@ -13,6 +13,7 @@ from torch import Tensor
 from hf_sparse.ops import sparsek_attention
 from hf_sparse.ops.selection import api, slots, tiled
 from hf_sparse.ops.selection.causal import causal_sparsek_attention
+from hf_sparse.ops.selection.problem import Problem
 from hf_sparse.ops.selection.reference import dense_sparsek_attention
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -61,9 +62,11 @@ class Case:
         position = torch.arange(self.keys - self.queries, self.keys)
         return (position >= first[:, None])[:, None, :, None]
 
-    def positional(self) -> tuple:
+    def problem(self, *inputs: Tensor) -> Problem:
         support = self.support if self.soft else self.k
-        return self.k, self.window, self.sinks, self.dim**-0.5, self.soft, support, self.first
+        return Problem(
+            *inputs, self.k, self.window, self.sinks, self.dim**-0.5, self.soft, support, self.first, causal=True
+        )
 
     def attend(self, implementation: str, inputs: list[Tensor] | None = None, **options) -> Tensor:
         options = {"k": self.k, "window": self.window, "sinks": self.sinks, "start": self.first, **options}
@@ -94,10 +97,10 @@ def as_case(case: Case, inputs: list[Tensor]) -> Case:
 
 def assert_same(case: Case, tolerance: float, tile: int | None = None) -> None:
     def dense(*inputs):
-        return dense_sparsek_attention(*inputs, *case.positional())
+        return dense_sparsek_attention(case.problem(*inputs))
 
     def tiles(*inputs):
-        return causal_sparsek_attention(*inputs, *case.positional(), tile=tile)
+        return causal_sparsek_attention(case.problem(*inputs), tile=tile)
 
     expected, expected_gradients = run(dense, case)
     output, gradients = run(tiles, case)
@@ -117,11 +120,11 @@ def test_large_scores_have_exact_gates(offset, slope, scale):
     scores = case.inputs[3] * scale + offset + slope * torch.arange(150.0)
     exact = [tensor.double() for tensor in (*case.inputs[:3], scores)]
     expected, expected_gradients = run(
-        lambda *inputs: dense_sparsek_attention(*inputs, *case.positional()), as_case(case, exact)
+        lambda *inputs: dense_sparsek_attention(case.problem(*inputs)), as_case(case, exact)
     )
     for attend in (dense_sparsek_attention, causal_sparsek_attention):
         output, gradients = run(
-            lambda *inputs, attend=attend: attend(*inputs, *case.positional()),
+            lambda *inputs, attend=attend: attend(case.problem(*inputs)),
             as_case(case, [*case.inputs[:3], scores]),
         )
         torch.testing.assert_close(output.double(), expected, rtol=1e-5, atol=1e-5)
@@ -255,7 +258,7 @@ def test_gradcheck():
     case = Case(queries=12, keys=16, dim=3, k=2, window=2, sinks=1, support=6)
     inputs = [tensor.clone().requires_grad_() for tensor in case.inputs]
     assert torch.autograd.gradcheck(
-        lambda *tensors: causal_sparsek_attention(*tensors, *case.positional(), tile=5), inputs, eps=1e-7, atol=1e-6
+        lambda *tensors: causal_sparsek_attention(case.problem(*tensors), tile=5), inputs, eps=1e-7, atol=1e-6
     )
 
 
@@ -314,10 +317,10 @@ def test_padded_queries_stay_finite(soft):
 def test_bfloat16_is_as_close_as_the_dense_path(soft):
     case = Case(kv_heads=2, group=3, queries=200, keys=200, dim=32, k=24, window=16, support=64, soft=soft)
     case.inputs = [tensor.to(torch.bfloat16).double() for tensor in case.inputs]
-    expected, expected_gradients = run(lambda *t: dense_sparsek_attention(*t, *case.positional()), case)
+    expected, expected_gradients = run(lambda *t: dense_sparsek_attention(case.problem(*t)), case)
     case.inputs = [tensor.to(torch.bfloat16) for tensor in case.inputs[:3]] + [case.inputs[3].float()]
-    dense, dense_gradients = run(lambda *t: dense_sparsek_attention(*t, *case.positional()), case)
-    ours, gradients = run(lambda *t: causal_sparsek_attention(*t, *case.positional()), case)
+    dense, dense_gradients = run(lambda *t: dense_sparsek_attention(case.problem(*t)), case)
+    ours, gradients = run(lambda *t: causal_sparsek_attention(case.problem(*t)), case)
     assert ours.dtype == torch.bfloat16
     for exact, reference, tensor in zip(
         [expected, *expected_gradients], [dense, *dense_gradients], [ours, *gradients], strict=True

@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_sparse.ops import sparsek_attention
 from hf_sparse.ops.selection import tiled
 from hf_sparse.ops.selection.bidirectional import bidirectional_sparsek_attention
+from hf_sparse.ops.selection.problem import Problem
 from hf_sparse.ops.selection.reference import dense_sparsek_attention
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -70,7 +71,7 @@ class Case:
         """Without the checks, and with the options that only the implementation has."""
         support = self.support if self.soft else self.k
         budget = (self.k, self.window, self.sinks, self.dim**-0.5, self.soft, support, self.first)
-        return implementation(*inputs, *budget, **options)
+        return implementation(Problem(*inputs, *budget, causal=False), **options)
 
 
 def run(attend, case: Case) -> tuple[Tensor, list[Tensor]]:
@@ -83,9 +84,7 @@ def run(attend, case: Case) -> tuple[Tensor, list[Tensor]]:
 
 
 def assert_same(case: Case, tolerance: float, tile: int | None = None) -> None:
-    expected, expected_gradients = run(
-        lambda *inputs: case.direct(dense_sparsek_attention, *inputs, causal=False), case
-    )
+    expected, expected_gradients = run(lambda *inputs: case.direct(dense_sparsek_attention, *inputs), case)
     output, gradients = run(lambda *inputs: case.direct(bidirectional_sparsek_attention, *inputs, tile=tile), case)
     torch.testing.assert_close(output, expected, rtol=tolerance, atol=tolerance)
     for name, ours, theirs in zip(("query", "key", "value", "scores"), gradients, expected_gradients, strict=False):
@@ -243,7 +242,7 @@ def test_gradcheck(shape):
         return case.direct(bidirectional_sparsek_attention, *tensors, tile=5) * case.real
 
     def dense(*tensors):
-        return case.direct(dense_sparsek_attention, *tensors, causal=False) * case.real
+        return case.direct(dense_sparsek_attention, *tensors) * case.real
 
     for attend in (tiles, dense):
         assert torch.autograd.gradcheck(attend, inputs, eps=1e-7, atol=1e-6)

@@ -9,11 +9,12 @@ from torch import Tensor
 from hf_sparse.ops import sparsek_attention
 from hf_sparse.ops.selection.bidirectional import bidirectional_sparsek_attention as tiled_bidirectional
 from hf_sparse.ops.selection.causal import causal_sparsek_attention as tiled_causal
+from hf_sparse.ops.selection.problem import Problem
 from hf_sparse.ops.selection.reference import dense_sparsek_attention
 from hf_sparse.ops.selection.triton import attention as kernels
+from hf_sparse.ops.selection.triton import attention_backward, attention_forward
 from hf_sparse.ops.selection.triton.attention_forward import Blocks
 from hf_sparse.ops.selection.triton.lists import Tables, by_lifetime
-from hf_sparse.ops.triton import attention_backward, attention_forward
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = Blocks(16, 16, 4, 1)  # several programs and blocks of keys even at the lengths of these tests
@@ -79,17 +80,20 @@ class Case:
         first = position.new_zeros(self.batch) if self.first is None else self.first
         return (position >= first[:, None])[:, None, :, None]
 
-    def positional(self) -> tuple:
+    def problem(self, *inputs: Tensor, scaling: float | None = None) -> Problem:
         support = self.support if self.soft else self.k
-        return self.k, self.window, self.sinks, self.dim**-0.5, self.soft, support, self.first
+        scaling = self.dim**-0.5 if scaling is None else scaling
+        return Problem(
+            *inputs, self.k, self.window, self.sinks, scaling, self.soft, support, self.first, causal=self.causal
+        )
 
     def tiled(self, *inputs: Tensor) -> Tensor:
-        return (tiled_causal if self.causal else tiled_bidirectional)(*inputs, *self.positional())
+        return (tiled_causal if self.causal else tiled_bidirectional)(self.problem(*inputs))
 
     def fused(self, *inputs: Tensor, blocks: Blocks | None = SMALL, tile: int = 16) -> Tensor:
         if self.causal:
-            return kernels.causal_sparsek_attention(*inputs, *self.positional(), blocks=blocks, tile=tile)
-        return kernels.bidirectional_sparsek_attention(*inputs, *self.positional(), blocks=blocks)
+            return kernels.causal_sparsek_attention(self.problem(*inputs), blocks=blocks, tile=tile)
+        return kernels.bidirectional_sparsek_attention(self.problem(*inputs), blocks=blocks)
 
 
 def run(attend, case: Case, wanted: str = "qkvz") -> dict[str, Tensor]:
@@ -245,7 +249,7 @@ def test_half_precision_is_as_good_as_its_inputs(dtype, soft, causal):
 @GATES
 def test_the_reference_agrees(soft):
     case = Case(batch=2, group=2, queries=size(45, 22), window=6, k=6, soft=soft, support=9)
-    expected = run(lambda *inputs: dense_sparsek_attention(*inputs, *case.positional()), case)
+    expected = run(lambda *inputs: dense_sparsek_attention(case.problem(*inputs)), case)
     torch.testing.assert_close(run(case.fused, case), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -282,12 +286,11 @@ def test_padding_may_hold_anything(causal):
 def test_any_factor_scales_the_logits(scaling, soft):
     case = Case(group=2, queries=size(40, 23), soft=soft)
 
-    def positional(k, window, sinks, _, *rest):
-        return k, window, sinks, scaling, *rest
+    def problem(*inputs):
+        return case.problem(*inputs, scaling=scaling)
 
-    arguments = positional(*case.positional())
-    expected = run(lambda *inputs: tiled_causal(*inputs, *arguments), case)
-    found = run(lambda *inputs: kernels.causal_sparsek_attention(*inputs, *arguments, blocks=SMALL, tile=16), case)
+    expected = run(lambda *inputs: tiled_causal(problem(*inputs)), case)
+    found = run(lambda *inputs: kernels.causal_sparsek_attention(problem(*inputs), blocks=SMALL, tile=16), case)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -376,7 +379,7 @@ def test_a_head_that_is_too_large():
 
 def test_auto_takes_the_kernels_on_a_gpu(monkeypatch):
     taken = []
-    monkeypatch.setattr(kernels, "causal_sparsek_attention", lambda query, *_: taken.append(1) or query)
+    monkeypatch.setattr(kernels, "causal_sparsek_attention", lambda problem: taken.append(1) or problem.query)
     case = Case()
     sparsek_attention(*case.inputs, k=5, window=4, sinks=2)
     assert bool(taken) == (DEVICE == "cuda")

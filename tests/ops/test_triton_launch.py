@@ -12,7 +12,8 @@ from triton.runtime.jit import JITFunction
 
 from hf_sparse.ops import sparsek_attention
 from hf_sparse.ops.selection import thresholds
-from hf_sparse.ops.triton import attention_backward, attention_forward, launch, lists_kernels, scan_kernels
+from hf_sparse.ops.selection.triton import attention_backward, attention_forward, lists_kernels, scan_kernels
+from hf_sparse.ops.triton import launch
 
 compiles = pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter compiles nothing")
 

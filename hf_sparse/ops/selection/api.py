@@ -1,4 +1,4 @@
-"""SparseK attention: one function, several implementations.
+"""Attend by SparseK: one function, several implementations.
 
 Query t attends, in one softmax, to
 
@@ -27,6 +27,7 @@ from torch import Tensor
 
 from hf_sparse.ops.selection.bidirectional import bidirectional_sparsek_attention
 from hf_sparse.ops.selection.causal import causal_sparsek_attention
+from hf_sparse.ops.selection.problem import Problem, check_budget, check_inputs
 from hf_sparse.ops.selection.reference import dense_sparsek_attention
 from hf_sparse.ops.triton import DTYPES, MOST_ROWS, available
 
@@ -87,7 +88,8 @@ def sparsek_attention(
     for name, choice, known in (("gates", gates, Gates), ("implementation", implementation, Implementation)):
         if choice not in get_args(known):
             raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(known)))}, got {choice!r}")
-    _check(query, key, value, scores, k, window, sinks, support, start, causal)
+    check_inputs(query, key, value, scores, start, causal)
+    check_budget(k, window, sinks, support, causal)
     if query.numel() == 0:
         return query.clone()
     # What lies beyond the row changes nothing; the tiles would gather it, and positions are int32 in the kernels.
@@ -95,35 +97,43 @@ def sparsek_attention(
     window, sinks = min(window, keys if causal else 2 * keys), min(sinks, keys)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     soft = gates == "soft" and k > 0
-    support = support if soft else k
-    trains = soft and scores.requires_grad
     device = query.device.type
     if torch.is_autocast_enabled(device):  # as autocast does for torch's own attention
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     if start is not None:
-        key, value, scores = (_without_padding(tensor, start) for tensor in (key, value, scores))
-        query = _without_padding(query, start - (key.shape[2] - query.shape[2]))
+        key, value, scores = (_zero_padding(tensor, start) for tensor in (key, value, scores))
+        query = _zero_padding(query, start - (key.shape[2] - query.shape[2]))
+    problem = Problem(query, key, value, scores, k, window, sinks, scaling, soft, support if soft else k, start, causal)
     with torch.autocast(device, enabled=False):
-        if implementation == "auto" and keys <= k + window + sinks and not trains:
-            return _all_keys(query, key, value, scaling, start, causal)
-        arguments = (query, key, value, scores, k, window, sinks, scaling, soft, support, start)
+        if implementation == "auto" and keys <= k + window + sinks and not (soft and scores.requires_grad):
+            return _all_keys(problem)
         if implementation == "dense":
-            return dense_sparsek_attention(*arguments, causal=causal)
+            return dense_sparsek_attention(problem)
         if _takes_kernels(implementation, query, scores):
-            # Triton is there only beside a CUDA device.
-            from hf_sparse.ops.selection.triton import attention as kernels
-            from hf_sparse.ops.triton.launch import compile_ahead
+            return _fused(problem)
+        return causal_sparsek_attention(problem) if causal else bidirectional_sparsek_attention(problem)
 
-            fused = kernels.causal_sparsek_attention if causal else kernels.bidirectional_sparsek_attention
-            with torch.cuda.device_of(query):  # where Triton launches
-                compile_ahead(fused, *arguments)
-                return fused(*arguments)
-        return causal_sparsek_attention(*arguments) if causal else bidirectional_sparsek_attention(*arguments)
+
+def _fused(problem: Problem) -> Tensor:
+    """Solve a problem by the Triton kernels, which are compiled side by side first."""
+    # Triton is there only beside a CUDA device.
+    from hf_sparse.ops.selection.triton import attention as kernels
+    from hf_sparse.ops.triton.launch import compile_ahead
+
+    solve = kernels.causal_sparsek_attention if problem.causal else kernels.bidirectional_sparsek_attention
+
+    def attention(query: Tensor, key: Tensor, value: Tensor, scores: Tensor, start: Tensor | None) -> Tensor:
+        return solve(problem._replace(query=query, key=key, value=value, scores=scores, start=start))
+
+    tensors = (problem.query, problem.key, problem.value, problem.scores, problem.start)
+    with torch.cuda.device_of(problem.query):  # where Triton launches
+        compile_ahead(attention, *tensors, family=(solve, problem.soft))
+        return solve(problem)
 
 
 def _takes_kernels(implementation: Implementation, query: Tensor, scores: Tensor) -> bool:
-    """Whether the Triton kernels are wanted and run; raises where they were asked for and do not."""
+    """Tell whether the Triton kernels are to be used; raises `ValueError` where they were asked for and cannot run."""
     runs = available(query.device)
     rows = scores.shape[0] * scores.shape[1]
     fits = query.dtype in DTYPES and scores.dtype == torch.float32 and query.shape[-1] <= 256
@@ -140,14 +150,15 @@ def _takes_kernels(implementation: Implementation, query: Tensor, scores: Tensor
     return True
 
 
-def _without_padding(tensor: Tensor, start: Tensor) -> Tensor:
-    """Zeros in place of padding `[B, H, T, ...]`: a weight of 0 times NaN would be NaN."""
+def _zero_padding(tensor: Tensor, start: Tensor) -> Tensor:
+    """Put zeros in place of padding `[B, H, T, ...]`: a weight of 0 times NaN would be NaN."""
     padding = torch.arange(tensor.shape[2], device=tensor.device) < start[:, None, None]
     return tensor.masked_fill(padding if tensor.ndim == 3 else padding[..., None], 0.0)
 
 
-def _all_keys(query: Tensor, key: Tensor, value: Tensor, scaling: float, start: Tensor | None, causal: bool) -> Tensor:
-    """Dense attention, by the kernel that the base model itself would use."""
+def _all_keys(problem: Problem) -> Tensor:
+    """Attend to all keys, by the kernel that the base model itself would use."""
+    query, key, start, causal = problem.query, problem.key, problem.start, problem.causal
     queries, keys = query.shape[2], key.shape[2]
     index = torch.arange(keys, device=query.device)
     mask = None
@@ -160,43 +171,5 @@ def _all_keys(query: Tensor, key: Tensor, value: Tensor, scaling: float, start: 
     grouped = query.shape[1] != key.shape[1]
     in_order = causal and mask is None and queries > 1
     return F.scaled_dot_product_attention(
-        query, key, value, mask, is_causal=in_order, scale=scaling, enable_gqa=grouped
+        query, key, problem.value, mask, is_causal=in_order, scale=problem.scaling, enable_gqa=grouped
     )
-
-
-def _check(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scores: Tensor,
-    k: int,
-    window: int,
-    sinks: int,
-    support: int | None,
-    start: Tensor | None,
-    causal: bool,
-) -> None:
-    if query.ndim != 4 or key.ndim != 4 or key.shape != value.shape:
-        shapes = f"query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}"
-        raise ValueError(f"expected query [B, Hq, Tq, D] and key, value [B, Hkv, Tk, D], got {shapes}")
-    batch, heads, queries, dim = query.shape
-    if key.shape[0] != batch or key.shape[3] != dim or heads % key.shape[1] or queries > key.shape[2]:
-        raise ValueError(
-            "query and key must share B and D, Hq must be a multiple of Hkv and Tq at most Tk, "
-            f"got query {tuple(query.shape)} and key {tuple(key.shape)}"
-        )
-    if not causal and queries != key.shape[2]:
-        raise ValueError(
-            f"without causal order every token is query and key: Tq must be Tk, got {queries} and {key.shape[2]}"
-        )
-    if scores.shape != key.shape[:3]:
-        raise ValueError(f"scores must be [B, Hkv, Tk] = {tuple(key.shape[:3])}, got {tuple(scores.shape)}")
-    if scores.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"scores must be float32 or float64 (bfloat16 makes most of them tie), got {scores.dtype}")
-    if start is not None and start.shape != (batch,):
-        raise ValueError(f"start must be [B] = ({batch},), got {tuple(start.shape)}")
-    for name, number, least in (("k", k, 1 if causal else 0), ("window", window, 1), ("sinks", sinks, 0)):
-        if number < least:
-            raise ValueError(f"{name} must be at least {least}, got {number}")
-    if support is not None and support < k:
-        raise ValueError(f"support must be at least k = {k}, got {support}")

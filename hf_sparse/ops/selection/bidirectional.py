@@ -14,55 +14,32 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_sparse.ops.selection.projection import sparsek
-from hf_sparse.ops.selection.thresholds import rank_scores
+from hf_sparse.ops.selection.gates import shared_gates
+from hf_sparse.ops.selection.problem import Problem
 from hf_sparse.ops.selection.tiled import Block, attend, flat_rows, spans
 
 # Queries per tile. Each tile gathers its own window, and most of that is shared by few of its queries.
 _TILE = {"cpu": 64, "cuda": 128}
 
 
-def bidirectional_sparsek_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scores: Tensor,
-    k: int,
-    window: int,
-    sinks: int,
-    scaling: float,
-    soft: bool,
-    support: int | None,
-    start: Tensor | None,
-    tile: int | None = None,
-) -> Tensor:
-    """See `sparsek_attention`, which checks the arguments. `tile` is for tests and benchmarks."""
-    batch, length = query.shape[0], query.shape[2]
+def bidirectional_sparsek_attention(problem: Problem, tile: int | None = None) -> Tensor:
+    """Solve the problem of an encoder tile by tile; returns `[B, Hq, T, D]` as `sparsek_attention`.
+
+    Args:
+        problem: what to attend to.
+        tile: queries per tile, for tests and benchmarks; by default what suits the device.
+    """
+    query, length, window = problem.query, problem.query.shape[2], problem.window
     tile = min(tile or _TILE.get(query.device.type, 128), max(1, length))
-    first = torch.zeros(batch, dtype=torch.int64, device=query.device) if start is None else start
-    gates = shared_gates(scores if soft else scores.detach(), first, k, window, sinks, soft, support)
+    gates = shared_gates(problem)
     reached = gates.detach() > 0
     width = int(reached.sum(-1).amax()) if reached.numel() else 0
     # In the order of positions; shorter lists go on with keys of gate 0.
     shared = reached.byte().argsort(dim=-1, descending=True, stable=True)[..., :width].contiguous()
     left, right = window // 2, window - 1 - window // 2
     reach = _Bidirectional(tile, min(left, length - 1), min(right, length - 1))
-    return attend(query, key, value, gates, None, (shared, first), reach, scaling)
-
-
-def shared_gates(
-    scores: Tensor, first: Tensor, k: int, window: int, sinks: int, soft: bool, support: int | None
-) -> Tensor:
-    """`[B, Hkv, T]`: 1 for sinks and for every token of a row that fits into the budget, the selection elsewhere."""
-    length = scores.shape[-1]
-    index, first = torch.arange(length, device=scores.device), first[:, None, None]
-    real, sink = index >= first, index < first + sinks
-    z = scores.masked_fill(~real | sink, -torch.inf)
-    if support is not None and support < length:
-        z = z.masked_fill(rank_scores(z.detach()) <= length - support, -torch.inf)
-    selected = sparsek(z, k) if soft else (z > -torch.inf).to(z.dtype)
-    whole = sink | (length - first <= sinks + window + k)
-    return selected.masked_fill(real & whole, 1.0)
+    tables = (shared, problem.first)
+    return attend(query, problem.key, problem.value, gates, None, tables, reach, problem.scaling)
 
 
 @dataclass(frozen=True)

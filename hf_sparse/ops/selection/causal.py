@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from hf_sparse.ops.selection.problem import Problem
 from hf_sparse.ops.selection.thresholds import scan
 from hf_sparse.ops.selection.tiled import Block, Span, attend, flat_rows, spans
 
@@ -21,39 +22,32 @@ from hf_sparse.ops.selection.tiled import Block, Span, attend, flat_rows, spans
 _TILE = {"cpu": 64, "cuda": 1024}
 
 
-def causal_sparsek_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scores: Tensor,
-    k: int,
-    window: int,
-    sinks: int,
-    scaling: float,
-    soft: bool,
-    support: int | None,
-    start: Tensor | None,
-    tile: int | None = None,
-) -> Tensor:
-    """See `sparsek_attention`, which checks the arguments. `tile` is for tests and benchmarks."""
-    batch, _, queries, _ = query.shape
-    keys = key.shape[2]
+def causal_sparsek_attention(problem: Problem, tile: int | None = None) -> Tensor:
+    """Solve a causal problem tile by tile; returns `[B, Hq, Tq, D]` as `sparsek_attention`.
+
+    Args:
+        problem: what to attend to.
+        tile: queries per tile, for tests and benchmarks; by default what suits the device.
+    """
+    query, scores = problem.query, problem.scores
+    queries, keys = query.shape[2], problem.key.shape[2]
     tile = min(tile or _TILE.get(query.device.type, 128), max(1, queries))
-    first = torch.zeros(batch, dtype=torch.int64, device=query.device) if start is None else start
-    fixed = torch.arange(keys, device=query.device) < first[:, None, None] + sinks  # padding and sinks: no candidates
-    found = scan(
+    first = problem.first
+    # Padding and sinks are no candidates.
+    fixed = torch.arange(keys, device=query.device) < first[:, None, None] + problem.sinks
+    result = scan(
         scores.masked_fill(fixed, -torch.inf),
-        k,
-        size=keys if support is None else min(support, keys),
+        problem.k,
+        size=keys if problem.support is None else min(problem.support, keys),
         queries=queries,
-        window=window,
+        window=problem.window,
         tile=tile,
-        with_tau=soft,
+        with_tau=problem.soft,
         with_lists=True,
     )
-    reach = _Causal(queries, tile, window, sinks)
-    tables = (found.rank, found.floor, found.lists, first)
-    return attend(query, key, value, scores if soft else scores.detach(), found.tau, tables, reach, scaling)
+    reach = _Causal(queries, tile, problem.window, problem.sinks)
+    tables = (result.rank, result.floor, result.lists, first)
+    return attend(query, problem.key, problem.value, problem.trained_scores, result.tau, tables, reach, problem.scaling)
 
 
 @dataclass(frozen=True)

@@ -1,35 +1,24 @@
-"""The reference: every mask written out as its definition says, `Tq x Tk`. Slow, obvious, differentiable."""
+"""Compute the reference: every mask written out as its definition says, `Tq x Tk`. Slow, obvious, differentiable."""
 
 import torch
 from torch import Tensor
 
+from hf_sparse.ops.selection.problem import Problem
 from hf_sparse.ops.selection.projection import sparsek
 
 
-def dense_sparsek_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scores: Tensor,
-    k: int,
-    window: int,
-    sinks: int,
-    scaling: float,
-    soft: bool,
-    support: int | None,
-    start: Tensor | None,
-    causal: bool = True,
-) -> Tensor:
-    """See `sparsek_attention`, which checks the arguments."""
+def dense_sparsek_attention(problem: Problem) -> Tensor:
+    """Solve a problem by its definition; returns `[B, Hq, Tq, D]` as `sparsek_attention`."""
+    query, key, value, scores = problem.query, problem.key, problem.value, problem.scores
+    k, window, sinks, support = problem.k, problem.window, problem.sinks, problem.support
     batch, heads, queries, dim = query.shape
     kv_heads, keys = key.shape[1:3]
     position = torch.arange(keys - queries, keys, device=query.device)[:, None]  # [Tq, 1]
     index = torch.arange(keys, device=query.device)  # [Tk]
-    first = index.new_zeros(batch) if start is None else start
-    first = first[:, None, None, None]  # [B, 1, 1, 1]
+    first = problem.first[:, None, None, None]  # [B, 1, 1, 1]
 
     sink = index < first + sinks
-    if causal:
+    if problem.causal:
         exists = (index >= first) & (index <= position)
         near = exists & ((index > position - window) | sink)
         eligible = exists & ~near  # [B, 1, Tq, Tk]
@@ -45,12 +34,12 @@ def dense_sparsek_attention(
         order = scored.detach().argsort(dim=-1, descending=True, stable=True)
         place = torch.empty_like(order).scatter_(-1, order, index.expand_as(order))
         scored = scored.masked_fill(place >= support, -torch.inf)
-    gate = sparsek(scored, k) if soft else (scored > -torch.inf).to(scored.dtype)
+    gate = sparsek(scored, k) if problem.soft else (scored > -torch.inf).to(scored.dtype)
     gate = torch.where(near, torch.ones_like(gate), gate)
 
     wide = torch.promote_types(query.dtype, torch.float32)
     grouped = query.to(wide).view(batch, kv_heads, heads // kv_heads, queries, dim)
-    logits = grouped @ key.to(wide)[:, :, None].transpose(-1, -2) * scaling
+    logits = grouped @ key.to(wide)[:, :, None].transpose(-1, -2) * problem.scaling
     gate = gate[:, :, None].to(wide)
     logits = logits.masked_fill(gate == 0, -torch.inf)
     weight = gate * torch.exp(logits - logits.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(wide).min))

@@ -1,4 +1,4 @@
-"""Launching kernels, and compiling all that a call will launch before it launches the first.
+"""Launch kernels, and compile all that a call will launch before it launches the first.
 
 Otherwise a first call meets its kernels one after the other, and those of its backward only when it gets there. The
 passes of the compiler, the assembler and the C compiler of the launchers let other threads run, so that kernels which
@@ -7,7 +7,7 @@ are known together are ready almost as soon as the slowest of them.
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -15,11 +15,11 @@ import torch
 import triton
 from torch import Tensor
 
-_seen: set[tuple[object, ...]] = set()  # families that have been compiled in this process
+_seen: set[Hashable] = set()  # families that have been compiled in this process
 
 
 def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
-    """`kernel[grid]`, for calls that may be made with meta tensors: these compute nothing, but compile the kernel."""
+    """Return `kernel[grid]`; called with meta tensors it computes nothing, but compiles the kernel."""
 
     def call(*arguments: Any, **constants: Any) -> None:
         if arguments[0].is_meta:
@@ -30,11 +30,16 @@ def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
     return call
 
 
-def compile_ahead(attention: Callable[..., Tensor], *arguments: Any) -> None:
+def compile_ahead(attention: Callable[..., Tensor], *arguments: Any, family: Hashable = None) -> None:
     """Compile, side by side, what `attention(*arguments)` and its backward launch; once for each family of shapes.
 
     Nothing depends on it: what is missing afterwards, the call compiles itself, and there an error of the compiler
     shows. The current device is that of the arguments.
+
+    Args:
+        attention: called with meta tensors in place of the arguments that are tensors.
+        *arguments: the first two are query and key.
+        family: what tells apart calls that launch other kernels; by default `attention` itself.
     """
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
     query, key = tensors[:2]
@@ -42,8 +47,9 @@ def compile_ahead(attention: Callable[..., Tensor], *arguments: Any) -> None:
     if not query.is_cuda or torch.compiler.is_compiling() or torch.is_anomaly_enabled():
         return
     wanted = [tensor.requires_grad and torch.is_grad_enabled() for tensor in tensors]
-    flags = [argument for argument in arguments if isinstance(argument, bool)]
-    family = (attention, query.device, query.dtype, query.shape[1] // key.shape[1], query.shape[3], *flags, *wanted)
+    kernels = attention if family is None else family
+    group, dim = query.shape[1] // key.shape[1], query.shape[3]
+    family = (kernels, query.device, query.dtype, group, dim, *wanted)
     # Binaries are loaded from other threads, which could break off the capture of a CUDA graph.
     if family in _seen or torch.cuda.is_current_stream_capturing():
         return
@@ -57,7 +63,7 @@ def compile_ahead(attention: Callable[..., Tensor], *arguments: Any) -> None:
 
 
 class _Loader:
-    """An executor, as Triton wants it, that loads each kernel after it was compiled."""
+    """Load each kernel after it was compiled: the executor that Triton asks for."""
 
     def __init__(self, pool: ThreadPoolExecutor) -> None:
         self.pool = pool

@@ -1,4 +1,4 @@
-"""SparseK attention by Triton kernels: which keys, and what autograd sees."""
+"""Run SparseK attention in Triton kernels: which keys, and what autograd sees."""
 
 from typing import Any
 
@@ -7,7 +7,8 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from hf_sparse.ops.selection import thresholds
-from hf_sparse.ops.selection.bidirectional import shared_gates
+from hf_sparse.ops.selection.gates import shared_gates
+from hf_sparse.ops.selection.problem import Problem
 from hf_sparse.ops.selection.triton import scan
 from hf_sparse.ops.selection.triton.attention_backward import backward
 from hf_sparse.ops.selection.triton.attention_forward import Blocks, forward
@@ -18,36 +19,28 @@ _TILE = 128
 _OF_KEYS = ("begin", "until", "lists", "first", "scores", "ends")  # tensors of `Tables`
 
 
-def causal_sparsek_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scores: Tensor,
-    k: int,
-    window: int,
-    sinks: int,
-    scaling: float,
-    soft: bool,
-    support: int | None,
-    start: Tensor | None,
-    *,
-    tile: int = _TILE,
-    blocks: Blocks | None = None,
-) -> Tensor:
-    """See `sparsek_attention`, which checks the arguments. `tile` and `blocks` are for tests and benchmarks."""
-    keys, queries = key.shape[2], query.shape[2]
-    first = _first(key, start)
+def causal_sparsek_attention(problem: Problem, *, tile: int = _TILE, blocks: Blocks | None = None) -> Tensor:
+    """Solve a causal problem in fused kernels; returns `[B, Hq, Tq, D]` as `sparsek_attention`.
+
+    Args:
+        problem: what to attend to.
+        tile: queries that share a list, for tests and benchmarks.
+        blocks: sizes of the programs, for tests and benchmarks; by default what suits dtype and head size.
+    """
+    query, k, window, sinks, soft = problem.query, problem.k, problem.window, problem.sinks, problem.soft
+    keys, queries = problem.key.shape[2], query.shape[2]
+    first, scores = problem.first, problem.scores
     fixed = None  # sinks and padding: no candidates
-    if start is not None:
+    if problem.start is not None:
         fixed = torch.arange(keys, device=query.device) < first[:, None, None] + sinks
     elif sinks:
         fixed = torch.arange(keys, device=query.device) < sinks
     if soft:
         scores = _near_zero(scores, fixed, k)
     candidates = scores if fixed is None else scores.masked_fill(fixed, -torch.inf)
-    size = keys if support is None else min(support, keys)
+    size = keys if problem.support is None else min(problem.support, keys)
     search = scan.scan if scan.supports(candidates, size=size, queries=queries, tile=tile) else thresholds.scan
-    found = search(
+    result = search(
         candidates if soft else candidates.detach(),
         k,
         size=size,
@@ -57,38 +50,29 @@ def causal_sparsek_attention(
         with_tau=soft,
         with_lists=True,
     )
-    tau = None if found.tau is None else found.tau.to(scores.dtype)
-    found = found._replace(tau=tau)
-    tables = causal_tables(found, candidates.detach(), first, queries=queries, window=window, sinks=sinks, tile=tile)
+    tau = None if result.tau is None else result.tau.to(scores.dtype)
+    result = result._replace(tau=tau)
+    tables = causal_tables(result, candidates.detach(), first, queries=queries, window=window, sinks=sinks, tile=tile)
     z = scores if soft else None
     if soft and fixed is not None:
         z = scores.masked_fill(fixed, torch.inf)  # the gate of a sink is 1, whatever tau is
-    return attend(query, key, value, z, tau, tables, scaling, blocks)
+    return attend(query, problem.key, problem.value, z, tau, tables, problem.scaling, blocks)
 
 
-def bidirectional_sparsek_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scores: Tensor,
-    k: int,
-    window: int,
-    sinks: int,
-    scaling: float,
-    soft: bool,
-    support: int | None,
-    start: Tensor | None,
-    *,
-    blocks: Blocks | None = None,
-) -> Tensor:
-    """See `sparsek_attention`, which checks the arguments. `blocks` is for tests and benchmarks."""
-    length = key.shape[2]
-    first = _first(key, start)
-    shared = shared_gates(scores if soft else scores.detach(), first, k, window, sinks, soft, support)
-    reached = length if support is None else max(support, window + k)
-    width = min(length, sinks + reached)  # a row that fits into the budget shares all of its tokens
-    tables = bidirectional_tables(shared.detach(), first, window=window, width=width)
-    return attend(query, key, value, shared if soft else None, None, tables, scaling, blocks)
+def bidirectional_sparsek_attention(problem: Problem, *, blocks: Blocks | None = None) -> Tensor:
+    """Solve the problem of an encoder in fused kernels; returns `[B, Hq, T, D]` as `sparsek_attention`.
+
+    Args:
+        problem: what to attend to.
+        blocks: sizes of the programs, for tests and benchmarks; by default what suits dtype and head size.
+    """
+    length, window, support = problem.key.shape[2], problem.window, problem.support
+    shared = shared_gates(problem)
+    reached = length if support is None else max(support, window + problem.k)
+    width = min(length, problem.sinks + reached)  # a row that fits into the budget shares all of its tokens
+    tables = bidirectional_tables(shared.detach(), problem.first, window=window, width=width)
+    gates = shared if problem.soft else None
+    return attend(problem.query, problem.key, problem.value, gates, None, tables, problem.scaling, blocks)
 
 
 def _near_zero(scores: Tensor, fixed: Tensor | None, k: int) -> Tensor:
@@ -99,10 +83,6 @@ def _near_zero(scores: Tensor, fixed: Tensor | None, k: int) -> Tensor:
     candidates = scores.detach() if fixed is None else scores.detach().masked_fill(fixed, -torch.inf)
     origin = candidates.topk(min(k, scores.shape[-1]), sorted=False).values.amin(-1, keepdim=True)
     return scores - origin.masked_fill(origin == -torch.inf, 0.0)
-
-
-def _first(key: Tensor, start: Tensor | None) -> Tensor:
-    return torch.zeros(key.shape[0], dtype=torch.int64, device=key.device) if start is None else start
 
 
 def attend(
