@@ -1,18 +1,20 @@
-"""The page about speed, from the JSON of the benchmarks: no number in a table is typed by hand.
+"""Fill the tables of documents in from the JSON of the benchmarks: no number in a table is typed by hand.
 
     cd benchmarks/results
     python ../tables.py --kernels kernels-h200.json kernels-flash-h200.json --wider kernels-support4096-h200.json \\
         --model model-scores-h200.json model-h200.json model-eager-h200.json model-earlier-h200.json \\
         --profiles profiles-scores-h200.json profiles-h200.json --first-calls first_calls-h200.json \\
         --sizes sizes-h200.json --generate generate-h200.json generate-before-h200.json \\
-        --page ../../docs/speed.md --figure ../../docs/speed.png
+        --fill ../../docs/speed.md ../../README.md --figure ../../docs/speed.png
 
-Of several JSON of the same benchmark the first counts, and of each next one what those before it lack. It prints the
-tables of the README.
+A document marks the place of a table: everything between `<!-- table: NAME -->` and `<!-- end -->` is replaced. The
+words around it belong to the document. Where several JSON files of one benchmark are given, the first one counts, and
+each next one adds the cells that those before it lack.
 """
 
 import argparse
 import json
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from hf_sparse.figures.style import canvas
 
 KERNELS = {  # contender: its name in tables
     "sparsek hard": "SparseK, hard gates",
-    "flex window": "FlexAttention, window of as many keys",
+    "flex window": "FlexAttention, window, same number of keys",
     "sdpa cudnn": "SDPA cuDNN, dense",
     "sdpa flash": "SDPA flash, dense",
     "sparsek soft": "SparseK, soft gates, gradient of the scores only",
@@ -35,40 +37,24 @@ CACHES = {
     "sparse eager": "sparse, eager",
     "sparse": "sparse, compiled",
 }
-CAVEATS = """Read the ratios with care:
-
-- The dynamic cache runs eager. Up to 16 rows of 4,096 tokens its step takes the same time whatever it reads:
-  presumably the CPU (of a virtual machine) does not launch kernels faster; that was not profiled. Compare it with the
-  sparse steps that run eager as well.
-- With a static cache there is a mask, and with a mask transformers repeats keys and values for every query head before
-  SDPA (`repeat_kv`, see its `use_gqa_in_sdpa`), four times here: the profile below has the copies and the attention
-  over them. A dense step at the roofline would take about as long at 32,768 x 4 as the sparse one takes now.
-- The sparse step reaches half of its own roofline, at any context: it reads as much at each of them, so that the
-  differences between them are noise. Its kernels take less than it does (below); between two steps the GPU waits for
-  Python, and most of the kernels' time goes to the products with the weights.
-- Rows are of one run on a machine that did nothing else; prefill, training and the compiled sparse steps of one text of
-  4,096 and of 32,768 tokens are of a later one, after the scores had got kernels. Between all runs, an earlier one and
-  one of the eager rows at 32,768 tokens too, steps that were measured again differed by up to
-  {spread}.
-  What runs eager is the least certain: the CPU alone sets its pace.
-"""
 PASSES = {"forward": "Forward", "forward_backward": "Forward and backward"}
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Return a Markdown table whose columns after the first are numbers."""
     lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def short(value: float | None) -> str:
-    """Three digits."""
+    """Write a number with three digits, and a dash for None."""
     if value is None:
         return "-"
     return f"{value:,.0f}" if value >= 100 else f"{value:.{2 if value < 10 else 1}f}"
 
 
 def firsts(rows: Iterable[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
-    """Of rows with the same content under these names the first."""
+    """Keep the first of all rows that agree in the columns `names`."""
     found: dict[tuple, dict[str, Any]] = {}
     for row in rows:
         found.setdefault(tuple(row.get(name) for name in names), row)
@@ -76,7 +62,7 @@ def firsts(rows: Iterable[dict[str, Any]], *names: str) -> list[dict[str, Any]]:
 
 
 def medians(kernels: dict[str, Any], which: str) -> dict[str, dict[int, float]]:
-    """Milliseconds by contender and length."""
+    """Return the milliseconds of one pass, by contender and length."""
     found: dict[str, dict[int, float]] = {}
     for row in kernels["rows"]:
         if row.get("pass") == which:
@@ -85,7 +71,7 @@ def medians(kernels: dict[str, Any], which: str) -> dict[str, dict[int, float]]:
 
 
 def joined_kernels(runs: list[dict[str, Any]]) -> dict[str, Any]:
-    """The first run, with rows of later ones that it lacks; `added` names their contenders."""
+    """Return the first run with the rows of later runs that it lacks; `added` names their contenders."""
     if any(run["settings"] != runs[0]["settings"] for run in runs):
         raise ValueError("the runs of attention_kernels.py have different settings")
     rows = firsts([row for run in runs for row in run["rows"]], "contender", "pass", "length")
@@ -93,30 +79,29 @@ def joined_kernels(runs: list[dict[str, Any]]) -> dict[str, Any]:
     return runs[0] | {"rows": rows, "added": list(added)}
 
 
-def kernel_tables(kernels: dict[str, Any]) -> str:
+def kernel_table(kernels: dict[str, Any], which: str) -> str:
     lengths = sorted({row["length"] for row in kernels["rows"]})
-    head = ["ms", *(f"{length:,}" for length in lengths)]
-    text = ""
-    for which, title in PASSES.items():
-        times = medians(kernels, which)
-        rows = [
-            [label, *(short(times[name].get(n)) for n in lengths)] for name, label in KERNELS.items() if name in times
-        ]
-        ours = times.get("sparsek hard", {})
-        for name, label in (("flex window", "times as long as the window"), ("sdpa cudnn", "times as fast as cuDNN")):
-            pairs = [(ours.get(n), times.get(name, {}).get(n)) for n in lengths]
-            cells = [short((a / b if name == "flex window" else b / a) if a and b else None) for a, b in pairs]
-            rows.append([f"*SparseK, hard gates: {label}*", *cells])
-        text += f"{title}:\n\n{table(head, rows)}\n"
-    return text
+    times = medians(kernels, which)
+    rows = [[label, *(short(times[name].get(n)) for n in lengths)] for name, label in KERNELS.items() if name in times]
+    ours = times.get("sparsek hard", {})
+    for name, label in (("flex window", "times as long as the window"), ("sdpa cudnn", "times as fast as cuDNN")):
+        pairs = [(ours.get(n), times.get(name, {}).get(n)) for n in lengths]
+        cells = [short((a / b if name == "flex window" else b / a) if a and b else None) for a, b in pairs]
+        rows.append([f"*SparseK, hard gates: {label}*", *cells])
+    return table(["ms", *(f"{n:,}" for n in lengths)], rows)
 
 
-def joined(models: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The first run, with cells of later ones that it lacks; each row with the bandwidth of its run.
+def wider_table(wider: dict[str, Any]) -> str:
+    lengths = sorted({row["length"] for row in wider["rows"]})
+    times = {title: medians(wider, which)["sparsek soft"] for which, title in PASSES.items()}
+    rows = [[title, *(short(found.get(n)) for n in lengths)] for title, found in times.items()]
+    return table(["ms", *(f"{n:,}" for n in lengths)], rows)
 
-    `spread` has the largest difference of a step between two runs, over the smaller one, by variant."""
-    if not models:
-        return None
+
+def joined(models: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the first run with the cells of later runs that it lacks, each row with the bandwidth of its run.
+
+    `spread` holds the largest relative difference of a step between two runs, by variant."""
     if any(model["settings"] != models[0]["settings"] for model in models):
         raise ValueError("the runs of model.py have different settings")
     rows = [row | {"bandwidth": model["bandwidth"]} for model in models for row in model["rows"]]
@@ -172,7 +157,7 @@ def long_table(model: dict[str, Any], part: str, names: dict[str, str]) -> str:
 
 
 def profile_table(profiles: list[dict[str, Any]]) -> str:
-    """Calls, the time of their kernels, and the kernels that take most of it; of equal calls the first."""
+    """Tabulate calls, the time of their kernels and the longest kernels; of equal calls the first one counts."""
     parts = ("attention", "training", "decoding")
     calls = firsts([row for one in profiles for row in one["rows"]], "part", "length", "variant", "batch")
     rows = []
@@ -189,7 +174,7 @@ def profile_table(profiles: list[dict[str, Any]]) -> str:
 
 
 def sizes_table(sizes: dict[str, Any]) -> str:
-    """Programs of the kernels in other sizes than they have."""
+    """Tabulate the time of each kernel in other tile sizes than those in use."""
     names = ("rows", "keys", "warps", "stages", "registers")
     rows = [
         [row["kernel"], *(str(row[name]) if row[name] else "any" for name in names), short(row["median_ms"])]
@@ -199,7 +184,7 @@ def sizes_table(sizes: dict[str, Any]) -> str:
 
 
 def first_call_table(first_calls: dict[str, Any]) -> str:
-    """Seconds of the first length, and the longest first call of another one."""
+    """Tabulate the seconds of the first length, and the longest first call of another length."""
     rows = []
     for row in first_calls["rows"]:
         first, *others = row["calls"].values()
@@ -235,179 +220,124 @@ def generate_table(generate: dict[str, Any], before: dict[str, Any]) -> str:
     return table(head, rows)
 
 
-def generate_section(generate: dict[str, Any], before: dict[str, Any]) -> str:
-    settings, profiles = generate["settings"], [row for row in generate["rows"] if "profile" in row]
-    launches = ",\n  ".join(
-        f"{row['profile']['sparse']['launches']:,} sparse and {row['profile']['dense']['launches']:,} dense "
-        f"({row['shape']})"
-        for row in profiles
-    )
-    old, old_shape = next((row["profile"], row["shape"]) for row in before["rows"] if "profile" in row)
-    slots = settings["k"] + settings["window"] + settings["sinks"]
-    return f"""## Default `generate`
-
-Eager steps of a user who passes nothing but a prompt: dense with a cache that grows, sparse with {slots:,} KV slots,
-random weights in {settings["dtype"]}. Calls of {settings["new_tokens"]} tokens alternate in one process
-(`benchmarks/generate.py`); milliseconds of a step, the median of {settings["rounds"]} calls. The CPU of a virtual
-machine sets the pace, and single calls differ by up to half: only ratios count, and a single one to about 20 %.
-
-- Unseen lengths, the first call of each cell, are the text of a user. There the dense step waits in SDPA, for 1.8 ms a
-  layer under Python's profiler: presumably for cuDNN, which SDPA takes here, to plan for another length. Where SDPA
-  takes another kernel, the columns of seen lengths are what to expect.
-- Lengths that the process has seen before: dense and sparse steps take about the same time, since both wait for the
-  CPU that launches the rest of the model.
-- A sparse step of a layer is one kernel, where a scorer gives the scores, no gradient is wanted and nothing is
-  compiled; baselines take several. Launches of a step:
-  {launches}. Before that kernel:
-  {old["sparse"]["launches"]:,} sparse and {old["dense"]["launches"]:,} dense ({old_shape}).
-- "Before" is the commit before that kernel, in the same session. What is missing was not measured.
-
-{generate_table(generate, before)}
-"""
+def launches_table(generate: dict[str, Any], before: dict[str, Any]) -> str:
+    """Tabulate the kernels that one decoding step launches; `before` is the run of an earlier commit."""
+    earlier = {row["shape"]: row["profile"]["sparse"]["launches"] for row in before["rows"] if "profile" in row}
+    rows = []
+    for row in generate["rows"]:
+        if "profile" in row:
+            counts = [row["profile"][name]["launches"] for name in ("dense", "sparse")]
+            rows.append(
+                [row["shape"], *(f"{count:,}" if count else "-" for count in (*counts, earlier.get(row["shape"])))]
+            )
+    return table(["launches of a step", "dense", "sparse", "sparse, before"], rows)
 
 
 def generate_summary(generate: dict[str, Any]) -> str:
-    """The sentence of the README."""
-    again, unseen = sorted(ratios(generate).values()), sorted(ratios(generate, 0).values())
-    return (
-        f"Default `generate`, eager, is {again[0]:.2f} to {again[-1]:.2f} times as fast as the unpatched model (median "
-        f"{again[len(again) // 2]:.2f}, {len(again)} cells),\nand {unseen[0]:.1f} to {unseen[-1]:.1f} times at lengths "
-        "that the process has not seen, where the dense step waits in SDPA."
-    )
-
-
-def summary(kernels: dict[str, Any], model: dict[str, Any] | None) -> str:
-    """The table of the README: a few of the numbers."""
-    lengths = (16_384, 65_536, 131_072)
+    """Tabulate the smallest, median and largest ratio of all cells, for the README."""
     rows = []
-    for which, title in PASSES.items():
-        times = medians(kernels, which)
-        for name in ("sparsek hard", "flex window", "sdpa cudnn"):
-            rows.append([f"{title}, ms: {KERNELS[name]}", *(short(times[name].get(n)) for n in lengths)])
-    text = table(["attention", *(f"{n:,} tokens" for n in lengths)], rows)
-    if model is None:
-        return text
+    for label, call in (("lengths that the process has seen before", None), ("lengths it has not seen", 0)):
+        found = sorted(ratios(generate, call).values())
+        rows.append(
+            [f"{label}, {len(found)} cells", *(f"{n:.2f}" for n in (found[0], found[len(found) // 2], found[-1]))]
+        )
+    return table(["sparse, times as fast as dense", "least", "median", "most"], rows)
+
+
+def attention_summary(kernels: dict[str, Any]) -> str:
+    """Tabulate a few lengths of the attention alone, for the README."""
+    lengths = (16_384, 65_536, 131_072)
+    times = [medians(kernels, which) for which in PASSES]
+    rows = []
+    for name in ("sparsek hard", "flex window", "sdpa cudnn"):
+        cells = (" / ".join(short(found[name].get(n)) for found in times) for n in lengths)
+        rows.append([KERNELS[name], *cells])
+    return table(["ms: forward / forward and backward", *(f"{n:,} tokens" for n in lengths)], rows)
+
+
+def decode_summary(model: dict[str, Any]) -> str:
+    """Tabulate a few cells of decoding, for the README."""
     cells = {(r["variant"], r["context"], r["batch"]): r for r in model["rows"] if r["part"] == "decode"}
     pairs = ((16_384, 8), (32_768, 4), (131_072, 4))
     rows = []
     for variant in ("sparse", "static", "dynamic"):
         found = [cells.get((variant, *pair), {}) for pair in pairs]
         rows.append([CACHES[variant], *(short(cell.get("tokens_per_second")) for cell in found)])
-    return f"{text}\n{table(['decoding, tokens/s', *(f'{n:,} x {batch}' for n, batch in pairs)], rows)}"
+    return table(["decoding, tokens/s", *(f"{n:,} x {batch}" for n, batch in pairs)], rows)
 
 
-def page(
+def machine_table(kernels: dict[str, Any], model: dict[str, Any]) -> str:
+    """Tabulate the machine, the shape of the attention that was measured, and the check that came first."""
+    versions, settings = kernels["versions"], kernels["settings"]
+    worst = max(value for name, value in kernels["errors_against_float64"].items() if name != "tau")
+    rows = [
+        ["GPU", f"one {kernels['machine']['accelerator']}"],
+        ["versions", ", ".join(f"{name} {versions[name]}" for name in ("torch", "cuda", "triton"))],
+        ["copy of 4 GiB in its memory", f"{model['bandwidth'] / 1e12:.2f} TB/s"],
+        ["query heads / KV heads x size", f"{settings['query_heads']} / {settings['kv_heads']} x {settings['dim']}"],
+        ["batch", f"{settings['batch']}"],
+        ["soft gates reach", f"{settings['support']:,} keys at most"],
+        ["largest relative error against float64", f"{worst:.1e}"],
+    ]
+    return table(["of all runs, and of the attention", "value"], rows)
+
+
+def settings_table(kernels: dict[str, Any], model: dict[str, Any], generate: dict[str, Any]) -> str:
+    """Tabulate the sizes that each benchmark ran with."""
+    rows = []
+    for name, run in (("attention", kernels), ("whole models", model), ("default `generate`", generate)):
+        settings = run["settings"]
+        sizes = [settings[key] for key in ("k", "window", "sinks")]
+        rows.append(
+            [name, *(f"{n:,}" for n in (*sizes, sum(sizes))), settings["dtype"], run["versions"]["transformers"]]
+        )
+    return table(["benchmark", "k", "window", "sinks", "keys of a query", "dtype", "transformers"], rows)
+
+
+def all_tables(
     kernels: dict[str, Any],
-    wider: dict[str, Any] | None,
-    model: dict[str, Any] | None,
+    wider: dict[str, Any],
+    model: dict[str, Any],
     profiles: list[dict[str, Any]],
-    first_calls: dict[str, Any] | None,
-    sizes: dict[str, Any] | None,
-    figure: str | None,
-    generate: Sequence[dict[str, Any]] = (),
-) -> str:
-    """The whole page, Markdown; `wider` has soft gates over a larger support, `generate` two runs, now and before."""
-    machine, versions, settings = kernels["machine"], kernels["versions"], kernels["settings"]
-    errors = kernels["errors_against_float64"]
-    worst = max(value for name, value in errors.items() if name != "tau")
-    text = f"""# Speed
+    first_calls: dict[str, Any],
+    sizes: dict[str, Any],
+    generate: Sequence[dict[str, Any]],
+) -> dict[str, str]:
+    """Return every table by the name that documents call it.
 
-Written by `benchmarks/tables.py` from `benchmarks/results/`. One {machine["accelerator"]}, torch {versions["torch"]},
-CUDA {versions["cuda"]}, Triton {versions["triton"]}, transformers {versions["transformers"]}; {settings["dtype"]}.
-Medians; what has a dash was not measured.
+    `wider` is a run of the kernels with soft gates over a larger support; `generate` holds two runs, now and before."""
+    spread = [[label, f"{model['spread'][name]:.0%}"] for name, label in CACHES.items()]
+    return {
+        "machine": machine_table(kernels, model),
+        "settings": settings_table(kernels, model, generate[0]),
+        "forward": kernel_table(kernels, "forward"),
+        "forward and backward": kernel_table(kernels, "forward_backward"),
+        "larger support": wider_table(wider),
+        "decoding": decode_table(model),
+        "spread": table(["decoding step", "largest difference between two runs"], spread),
+        "prefill": long_table(model, "prefill", {"dense": "dense (SDPA)", "sparse": "sparse"}),
+        "training": long_table(model, "train", {"scorers": "training step", "dense teacher": "dense teacher, of it"}),
+        "generate": generate_table(*generate),
+        "launches": launches_table(*generate),
+        "profiles": profile_table(profiles),
+        "sizes": sizes_table(sizes),
+        "first calls": first_call_table(first_calls),
+        "attention summary": attention_summary(kernels),
+        "decoding summary": decode_summary(model),
+        "generate summary": generate_summary(generate[0]),
+    }
 
-## Attention
 
-Batch {settings["batch"]}, {settings["query_heads"]} query heads and {settings["kv_heads"]} KV heads of size
-{settings["dim"]}; k = {settings["k"]}, window = {settings["window"]}, {settings["sinks"]} sinks; soft gates over
-{settings["support"]:,} keys at most. Times of SparseK include its selection. Measured after outputs and gradients
-agreed with float64 (largest relative error {worst:.1e}) and the selection with the one in plain PyTorch.
+def fill(text: str, tables: dict[str, str]) -> str:
+    """Return a document with the marked tables replaced; a name that `tables` does not hold is a KeyError.
 
-At 4,096 tokens the limit is the CPU that launches the kernels (see "Where the time goes"), and presumably for the
-selection alone as long as its time does not grow; how fast it launches differs from run to run.
-"""
-    if kernels["added"]:
-        text += f"""
-Of {", ".join(KERNELS[name] for name in kernels["added"])}: what this run lacks is of another run.
-"""
-    text += f"""
-{kernel_tables(kernels)}"""
-    if wider:
-        lengths = sorted({row["length"] for row in wider["rows"]})
-        rows = []
-        for which, title in PASSES.items():
-            times = medians(wider, which)["sparsek soft"]
-            rows.append([title, *(short(times.get(n)) for n in lengths)])
-        where = "" if wider["commit"] == kernels["commit"] else ", of another run"
-        text += f"""Soft gates over {wider["settings"]["support"]:,} keys at most, gradient of the scores only{where}:
-
-{table(["ms", *(f"{n:,}" for n in lengths)], rows)}
-"""
-    if figure:
-        text += f"![Time over length]({figure})\n\n"
-    if model is None:
-        return text
-    budget = model["settings"]
-    slots = budget["k"] + budget["window"] + budget["sinks"]
-    spread = ", ".join(f"{model['spread'][name]:.0%} ({label})" for name, label in CACHES.items())
-    text += f"""## Whole models
-
-Random weights; {slots:,} KV slots (k = {budget["k"]}, window = {budget["window"]}, {budget["sinks"]} sinks). A copy
-of 4 GiB moves {model["bandwidth"] / 1e12:.2f} TB/s.
-
-Decoding of an 8B-shaped Llama through `generate`, tokens per second; in brackets the share of the roofline (the time to
-read weights and KV once at that bandwidth) and the KV bytes. The caches were filled with random keys and values
-in place of a prompt.
-
-{decode_table(model)}
-{CAVEATS.format(spread=spread)}
-"""
-    measured = {row["part"] for row in model["rows"]}
-    missing = [name for name in ("prefill", "train") if name not in measured]
-    if missing:
-        text += f"Not measured yet: {' and '.join(missing)}, which `benchmarks/model.py` would.\n\n"
-    if "prefill" in measured:
-        text += f"""Prefill of the same model, batch 1: time and peak memory on top of the weights.
-
-{long_table(model, "prefill", {"dense": "dense (SDPA)", "sparse": "sparse"})}
-"""
-    if "train" in measured:
-        text += f"""Training step of the scorers of a SmolLM2-135M-shaped model (`distill`: teacher's forward, student's
-forward and backward), and the teacher's forward alone, batch 1.
-
-{long_table(model, "train", {"scorers": "training step", "dense teacher": "dense teacher, of it"})}"""
-        text += "\n"
-    if generate:
-        text += generate_section(*generate)
-    if profiles:
-        text += f"""## Where the time goes
-
-The attention of the first table, forward and backward with hard gates; the training step and the decoding step of the
-whole models: the time of a call without the profiler, and of the kernels of one with it. Where kernels take much less
-time than the call, the CPU that launches them is the limit.
-
-{profile_table(profiles)}
-"""
-    if sizes:
-        text += f"""Sizes of programs, searched at {sizes["length"]:,} tokens with hard gates; the first of each
-kernel are in use. With 128 registers a thread 16 warps share a multiprocessor. No script here repeats the search.
-
-{sizes_table(sizes)}
-"""
-    if first_calls:
-        text += f"""## First calls
-
-Seconds in a fresh process with empty caches, processes side by side on cores of their own. A call compiles its kernels,
-and those of its backward if something wants a gradient, side by side as well, as many at a time as there are cores.
-The kernels of the scores, which a model compiles besides, are not in it: the calls are of attention alone.
-
-{first_call_table(first_calls)}
-"""
-    return text.rstrip() + "\n"
+    Marks with names in any other form, such as those of `benchmarks/learning`, are left alone."""
+    place = re.compile(r"(<!-- table: ([a-z ]+) -->\n).*?(<!-- end -->)", re.DOTALL)
+    return place.sub(lambda found: f"{found[1]}{tables[found[2]]}{found[3]}", text)
 
 
 def draw(kernels: dict[str, Any], path: Path) -> None:
-    """Forward, and forward and backward, over the length."""
+    """Draw the time of the forward, and of forward and backward, over the length."""
     from matplotlib.ticker import StrMethodFormatter
 
     looks = {
@@ -438,31 +368,33 @@ def draw(kernels: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--kernels", type=Path, nargs="+", required=True)
-    parser.add_argument("--wider", type=Path, help="JSON of the kernels with a larger support")
-    parser.add_argument("--model", type=Path, nargs="+", default=[])
-    parser.add_argument("--profiles", type=Path, nargs="*", default=[])
-    parser.add_argument("--first-calls", type=Path)
-    parser.add_argument("--sizes", type=Path, help="JSON of a search for sizes of the kernels' programs")
-    parser.add_argument("--generate", type=Path, nargs=2, default=[], help="JSON of default generate, now and before")
-    parser.add_argument("--page", type=Path, help="the Markdown to write")
-    parser.add_argument("--figure", type=Path, help="the PNG to write, beside the page")
+    parser.add_argument("--wider", type=Path, required=True, help="JSON of the kernels with a larger support")
+    parser.add_argument("--model", type=Path, nargs="+", required=True)
+    parser.add_argument("--profiles", type=Path, nargs="+", required=True)
+    parser.add_argument("--first-calls", type=Path, required=True)
+    parser.add_argument("--sizes", type=Path, required=True, help="JSON of a search for sizes of the kernels' programs")
+    parser.add_argument(
+        "--generate", type=Path, nargs=2, required=True, help="JSON of default generate, now and before"
+    )
+    parser.add_argument(
+        "--fill", type=Path, nargs="*", default=[], help="Markdown files whose marked tables are replaced"
+    )
+    parser.add_argument("--figure", type=Path, help="the PNG to write")
     options = parser.parse_args()
-    kernels = joined_kernels([json.loads(path.read_text("utf-8")) for path in options.kernels])
-    wider = json.loads(options.wider.read_text("utf-8")) if options.wider else None
-    model = joined([json.loads(path.read_text("utf-8")) for path in options.model])
-    profiles = [json.loads(path.read_text("utf-8")) for path in options.profiles]
-    first_calls = json.loads(options.first_calls.read_text("utf-8")) if options.first_calls else None
-    sizes = json.loads(options.sizes.read_text("utf-8")) if options.sizes else None
-    figure = options.figure.name if options.figure else None
-    generate = [json.loads(path.read_text("utf-8")) for path in options.generate]
-    text = page(kernels, wider, model, profiles, first_calls, sizes, figure, generate)
+
+    def read(path: Path) -> dict[str, Any]:
+        return json.loads(path.read_text("utf-8"))
+
+    kernels, model = joined_kernels(list(map(read, options.kernels))), joined(list(map(read, options.model)))
+    profiles, generate = list(map(read, options.profiles)), list(map(read, options.generate))
+    wider, first_calls, sizes = read(options.wider), read(options.first_calls), read(options.sizes)
+    tables = all_tables(kernels, wider, model, profiles, first_calls, sizes, generate)
     if options.figure:
         draw(kernels, options.figure)
-    if options.page:
-        write_text(options.page, text)
-    print(summary(kernels, model) if options.page else text)
-    if generate:
-        print(generate_summary(generate[0]))
+    for document in options.fill:
+        write_text(document, fill(document.read_text("utf-8"), tables))
+    if not options.fill:
+        print("\n".join(f"{name}:\n\n{text}" for name, text in tables.items()))
 
 
 if __name__ == "__main__":

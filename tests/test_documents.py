@@ -1,25 +1,28 @@
-"""What documents say runs: the examples of the guide, the links, the options of the command line."""
+"""Check what documents say: examples run, links and options of the command line exist, lines are short."""
 
 import re
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 import typer.main
 
 from hf_sparse import cli
+from hf_sparse.demo import CHECKPOINT
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = sorted(
     path.relative_to(ROOT).as_posix()
-    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("model_cards/*.md"))
+    for pattern in ("*.md", "docs/*.md", "model_cards/*.md", ".github/*.md")
+    for path in ROOT.glob(pattern)
 )
 
 
 def blocks(document: str, language: str) -> list[str]:
-    return re.findall(
-        rf"^ *```{language}\n(.*?)^ *```$", (ROOT / document).read_text("utf-8"), re.MULTILINE | re.DOTALL
-    )
+    """Return the fenced blocks of a language; "" are those that name none."""
+    fenced = re.findall(r"^ *```(\w*)\n(.*?)^ *```$", (ROOT / document).read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    return [block for name, block in fenced if name == language]
 
 
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # the name that all versions know
@@ -32,13 +35,34 @@ def test_the_guide_runs(tmp_path, monkeypatch):
         assert (tmp_path / folder / "adapter_model.safetensors").exists()
 
 
+def test_the_first_lines_of_the_readme_run():
+    """Run the first Python block on the bundled checkpoint in place of the one that would be downloaded."""
+    lines, name = blocks("README.md", "python")[0], '"HuggingFaceTB/SmolLM2-135M"'
+    assert lines.count(name) == 1
+    namespace: dict[str, Any] = {}
+    exec(compile(lines.replace(name, repr(str(CHECKPOINT))), "README.md", "exec"), namespace)
+    model = namespace["model"]
+    names = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert names and all("sparsek_" in name for name in names)
+    config = model.peft_config["default"]
+    assert config.slots == 256 and "a KV cache of 256 slots" in lines
+
+
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+def test_the_offline_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(blocks("README.md", "python")[1], "README.md", "exec"), {})
+    assert (tmp_path / "my-adapter" / "adapter_model.safetensors").exists()
+    assert "import os" in capsys.readouterr().out
+
+
 def test_the_family_that_is_shown_is_that_of_the_repository():
     (shown,) = blocks("CONTRIBUTING.md", "python")
     assert textwrap.dedent(shown) == (ROOT / "patches" / "opt.py").read_text("utf-8")
 
 
 def anchors(text: str) -> set[str]:
-    """As GitHub makes them of headings."""
+    """Return the anchors that GitHub makes of headings."""
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in re.findall(r"^#+ (.*)$", text, re.M)}
 
 
@@ -52,13 +76,25 @@ def test_links(document):
         assert not anchor or anchor in anchors(linked.read_text("utf-8")), target
 
 
+@pytest.mark.parametrize("document", [name for name in DOCUMENTS if not name.startswith("model_cards/")])
+def test_lines_are_short(document):
+    """Lines end at column 120 where they can be broken: tables and single words (a long link) cannot."""
+    long = [
+        f"{document}:{number}: {len(line)} characters: {line[:60]}..."
+        for number, line in enumerate((ROOT / document).read_text("utf-8").splitlines(), 1)
+        if len(line) > 120 and not line.lstrip().startswith("|") and len(line.removeprefix("- ").split()) > 1
+    ]
+    assert not long, "\n".join(long)
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_commands(document):
-    """Verbs and options of every `hf-sparse ...` in a document."""
+    """Check the verbs and options of every `hf-sparse ...` in a document."""
     commands = typer.main.get_command(cli.app).commands
-    text = (ROOT / document).read_text("utf-8").replace("\\\n", " ")
-    quoted = "\n".join(re.findall(r"^hf-sparse .*|`hf-sparse [^`]*`", text, re.MULTILINE))
-    for verb, rest in re.findall(r"hf-sparse ([a-z]+)([^`\n#]*)", quoted):
+    inline = re.findall(r"`(hf-sparse [^`]*)`", (ROOT / document).read_text("utf-8"))
+    shell = [block.replace("\\\n", " ") for block in blocks(document, "")]
+    quoted = "\n".join([*shell, *(" ".join(command.split()) for command in inline)])
+    for verb, rest in re.findall(r"^hf-sparse ([a-z]+)([^`\n#]*)", quoted, re.MULTILINE):
         known = {name for option in commands[verb].params for name in (*option.opts, *option.secondary_opts)}
         unknown = set(re.findall(r"--[a-z][a-z-]*", rest)) - known - {"--help"}
         assert not unknown, (verb, unknown)

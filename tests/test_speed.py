@@ -1,35 +1,57 @@
-"""The page about speed and the table in the README are what `benchmarks/tables.py` makes of the JSON."""
+"""Check that the tables of speed in the documents are what `benchmarks/tables.py` makes of the JSON."""
 
 import importlib.util
 import json
+import re
 from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
+DOCUMENTS = ("docs/speed.md", "README.md")
 
 
-def load_tables():
+def load_script() -> ModuleType:
     spec = importlib.util.spec_from_file_location("speed_tables", ROOT / "benchmarks" / "tables.py")
+    assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def read(name):
-    return json.loads((RESULTS / name).read_text("utf-8"))
+SCRIPT = load_script()
 
 
-def test_every_number_is_that_of_the_json():
-    tables = load_tables()
-    kernels = tables.joined_kernels([read("kernels-h200.json"), read("kernels-flash-h200.json")])
-    wider = read("kernels-support4096-h200.json")
-    models = ("model-scores-h200.json", "model-h200.json", "model-eager-h200.json", "model-earlier-h200.json")
-    model = tables.joined([read(name) for name in models])
-    profiles = [read("profiles-scores-h200.json"), read("profiles-h200.json")]
-    first_calls, sizes = read("first_calls-h200.json"), read("sizes-h200.json")
-    generate = [read("generate-h200.json"), read("generate-before-h200.json")]
-    page = tables.page(kernels, wider, model, profiles, first_calls, sizes, "speed.png", generate)
-    assert (ROOT / "docs" / "speed.md").read_text("utf-8") == page
-    readme = (ROOT / "README.md").read_text("utf-8")
-    assert tables.summary(kernels, model) in readme
-    assert tables.generate_summary(generate[0]) in readme
+def read(*names: str) -> list[dict[str, Any]]:
+    return [json.loads((RESULTS / f"{name}-h200.json").read_text("utf-8")) for name in names]
+
+
+@pytest.fixture(scope="module")
+def tables() -> dict[str, str]:
+    kernels = SCRIPT.joined_kernels(read("kernels", "kernels-flash"))
+    model = SCRIPT.joined(read("model-scores", "model", "model-eager", "model-earlier"))
+    wider, first_calls, sizes = read("kernels-support4096", "first_calls", "sizes")
+    profiles, generate = read("profiles-scores", "profiles"), read("generate", "generate-before")
+    return SCRIPT.all_tables(kernels, wider, model, profiles, first_calls, sizes, generate)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_number_is_that_of_the_json(document, tables):
+    text = (ROOT / document).read_text("utf-8")
+    assert SCRIPT.fill(text, tables) == text
+
+
+def test_every_table_has_a_place(tables):
+    text = "".join((ROOT / document).read_text("utf-8") for document in DOCUMENTS)
+    places = re.findall(r"<!-- table: (.*) -->", text)
+    assert sorted(places) == sorted(tables)  # each once
+
+
+def test_fill_replaces_what_is_marked_and_nothing_else():
+    text = "before\n<!-- table: a -->\nold\n<!-- end -->\n<!-- table: a-b -->\nkept\n<!-- end -->\n"
+    assert SCRIPT.fill(text, {"a": "new\n"}) == text.replace("old", "new")
+    with pytest.raises(KeyError, match="'a'"):
+        SCRIPT.fill(text, {})
