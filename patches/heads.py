@@ -1,4 +1,4 @@
-"""The head of a model: what follows its encoder or decoder, and what of it was in no checkpoint.
+"""Find the head of a model: what follows its encoder or decoder, and what of it was in no checkpoint.
 
 PEFT trains and saves such modules with an adapter (`modules_to_save`). It finds them by the ends of their names, and
 says nothing where a name fits no module, or where a module that is not saved was just initialised and so is random at
@@ -13,7 +13,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_sparse.core.saved_modules import TASKS_WITH_HEAD
+from hf_sparse.core.config import TASKS_WITH_HEAD, SparseConfig
 from hf_sparse.errors import AdapterMismatchError
 from hf_sparse.patches.base import family_of
 
@@ -21,12 +21,12 @@ from hf_sparse.patches.base import family_of
 _PEFT_NAMES = frozenset({"classifier", "score", "qa_outputs"})
 
 
-def choose_modules_to_save(model: PreTrainedModel, config: Any, *, new: bool) -> None:
+def choose_modules_to_save(model: PreTrainedModel, config: SparseConfig, *, new: bool) -> None:
     """Replace `modules_to_save` of a configuration by the exact names of the modules, before PEFT wraps them.
 
     Args:
         model: the base model; it may have other adapters.
-        config: of a method.
+        config: of a method, with its `base_shape`.
         new: whether the adapter is made now: with one of PEFT's task types it then gets the head of the model. An
             adapter that was made before has the modules that its file names.
 
@@ -50,6 +50,7 @@ def choose_modules_to_save(model: PreTrainedModel, config: Any, *, new: bool) ->
                 f"{type(config).__name__}, or save the base model with a trained head and load that one"
             )
         raise AdapterMismatchError(random_weights(model, unsaved))
+    assert config.base_shape is not None
     if names and hasattr(model, "num_labels"):
         names_of: Any = model.config.id2label or {}
         labels = [names_of.get(number, f"LABEL_{number}") for number in range(model.config.num_labels or 0)]
