@@ -126,6 +126,7 @@ def untrained_modules(model: nn.Module) -> list[str]:
 
 
 def _saved(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """List names and modules that are saved with the adapter in use."""
     return [
         (name, module.modules_to_save[module.active_adapters[0]])
         for name, module in model.named_modules()
@@ -136,11 +137,11 @@ def _saved(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def random_weights(model: PreTrainedModel, parameters: list[str]) -> str:
     """Say which weights are in neither the checkpoint of a base model nor an adapter, and the two ways out."""
     modules = modules_of(model, parameters)
-    some = ", ".join(modules[:3]) + (f" and {len(modules) - 3} more" if len(modules) > 3 else "")
+    names = ", ".join(modules[:3]) + (f" and {len(modules) - 3} more" if len(modules) > 3 else "")
     return (
-        f"the checkpoint {model.name_or_path!r} has no weights for {some} of a {type(model).__name__}, and neither has "
-        "the adapter, so they would be random: load a base model that has them, or an adapter that was trained with "
-        f"modules_to_save={modules[:3]}"
+        f"the checkpoint {model.name_or_path!r} has no weights for {names} of a {type(model).__name__}, and neither "
+        "has the adapter, so they would be random: load a base model that has them, or an adapter that was trained "
+        f"with modules_to_save={modules[:3]}"
     )
 
 
@@ -159,7 +160,7 @@ def _some(labels: list[str]) -> str:
 
 
 def _matches(model: PreTrainedModel, asked: Iterable[str], error: type[ValueError]) -> list[str]:
-    """Names of the modules that PEFT would take for those asked for, without modules inside of others."""
+    """Find the names of the modules that PEFT would take for those asked for, without modules inside of others."""
     modules = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
@@ -186,7 +187,7 @@ def _matches(model: PreTrainedModel, asked: Iterable[str], error: type[ValueErro
 
 
 def _outermost(names: Iterable[str]) -> list[str]:
-    """Names in order, without those of modules inside of others."""
+    """Return names in order, without those of modules inside of others."""
     chosen: list[str] = []
     for name in sorted(names):
         if not any(name.startswith(f"{other}.") for other in chosen):

@@ -408,8 +408,8 @@ class SparseKCacheLayer(CacheLayerMixin):
 
 def _entries_to_keep(scores: Tensor, positions: Tensor, seen: Tensor, window: int, sinks: int, slots: int) -> Tensor:
     """Return the indices `[B, Hkv, min(N, slots)]` of the entries to keep, in the order of positions."""
-    near = (positions >= seen[:, None, None] - window) | (positions < sinks)
-    priority = scores.masked_fill(near, torch.inf).masked_fill(positions < 0, -torch.inf)
+    always_kept = (positions >= seen[:, None, None] - window) | (positions < sinks)
+    priority = scores.masked_fill(always_kept, torch.inf).masked_fill(positions < 0, -torch.inf)
     order = priority.argsort(dim=-1, descending=True, stable=True)[..., :slots]
     return order.sort(dim=-1).values
 
