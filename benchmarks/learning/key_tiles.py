@@ -27,10 +27,10 @@ from transformers import AutoTokenizer
 from hf_sparse import from_pretrained
 from hf_sparse.data import pack, read_text
 from hf_sparse.environment import describe
+from hf_sparse.evaluation.quality import compare_outputs, outputs
 from hf_sparse.methods.sparsefinder import SparsefinderAttention
 from hf_sparse.methods.sparsefinder.attention import AttentionInputs
 from hf_sparse.methods.sparsefinder.evaluation import predicting_layers
-from hf_sparse.methods.sparsefinder.evaluation.quality import compared, output_of
 from hf_sparse.methods.sparsefinder.evaluation.record import GraphRecord
 from hf_sparse.methods.sparsefinder.predictors.projected import Span, always_joined
 from hf_sparse.ops.predictors.clustering import assign_parts, cut_into_parts, points_of_parts
@@ -96,7 +96,7 @@ def main() -> None:
     def read(pattern: Any, observer: Any, tokens: Tensor) -> Tensor:
         for method in methods:
             method.pattern, method.observer = pattern, observer
-        return output_of(model, "causal", tokens, None)
+        return outputs(model, "causal", tokens, None)
 
     for chunk in chunks[8:12]:
         read(all_keys, None, chunk[None])
@@ -113,7 +113,8 @@ def main() -> None:
         record = GraphRecord(torch.arange(0, 1024, 8))
         found = read(lambda text, of=centroids: lists(by_layer[text.layer], text, of[text.layer]), record, chunks[:1])
         values = {
-            name: value.mean().item() for name, value in compared("causal", found, reference, chunks[:1], None).items()
+            name: value.mean().item()
+            for name, value in compare_outputs("causal", found, reference, chunks[:1], None).items()
         }
         row = {**record.mean(), "kind": kind, "tile": tile, "sparsity": options.sparsity}
         row |= {"perplexity": math.exp(values["nats"]), "divergence": values["divergence"], **describe()}
