@@ -358,8 +358,10 @@ def divide(
 ) -> None:
     """Divide the slots of the trained adapter in DIR among its layers, by what each loses; then finetune it again."""
     workflow = _workflow()
+    from hf_sparse.methods.sparsek.divide import divide_adapter
+
     words, _ = workflow.read_texts(text)
-    shares = workflow.divide_adapter(
+    shares = divide_adapter(
         folder, words, length=length, chunks=chunks, batch_size=batch_size, bos=bos, device=device, dtype=dtype
     )
     console = Console()
@@ -443,7 +445,7 @@ def evaluate(
     workflow = _workflow()
     from hf_sparse.atomic_files import write_json
     from hf_sparse.data import read_text
-    from hf_sparse.evaluation import graph_table, sweep_table, table, task_table
+    from hf_sparse.evaluation import tables, task_table
     from hf_sparse.evaluation.tasks import Haystack, Suite, read_longbench
 
     words, name = workflow.read_texts(text) if text else (None, "")
@@ -465,7 +467,7 @@ def evaluate(
         chunks=chunks,
         batch_size=batch_size,
         selections=selection,
-        slots=slots or (),
+        slots=slots,
         sparsities=sparsity,
         seed=seed,
         stride=stride,
@@ -476,12 +478,8 @@ def evaluate(
         dtype=dtype,
     )
     console = Console()
-    if "points" in result:
-        console.print(graph_table(result))
-    elif text:
-        console.print(table(result))
-        if slots:
-            console.print(sweep_table(result))
+    for view in tables(result) if text else ():
+        console.print(view)
     for asked, found in result.get("tasks", {}).items():
         console.print(task_table(asked, found))
     _wrote(console, folder, "eval.json, its figure and README.md")

@@ -19,15 +19,15 @@ from hf_sparse.access_tokens import redact
 from hf_sparse.adapters.folder import CONFIG, EVALUATION, TRAINING, WEIGHTS, read_adapter
 from hf_sparse.adapters.hub import from_pretrained
 from hf_sparse.adapters.repo import CARD, check_evaluation, check_training, measurements, read_json, write_repo
-from hf_sparse.adapters.results import results_of
 from hf_sparse.atomic_files import check_writable
 from hf_sparse.base_model import open_base, resolve_base, usable
 from hf_sparse.core.config import SparseConfig
-from hf_sparse.core.overrides import override
+from hf_sparse.core.registry import method_of
 from hf_sparse.data import BYTE_ORDER_MARK, context_length, mask_tokens, pack, read_text, select_chunks, tensors
 from hf_sparse.environment import cuda_of_process, is_main_process
 from hf_sparse.errors import DataError, HubError, UnsupportedModelError
-from hf_sparse.evaluation import GENERATING, check_selections, divide_layers, evaluate
+from hf_sparse.evaluation import evaluate, evaluation_of
+from hf_sparse.evaluation.settings import settings_from
 from hf_sparse.evaluation.tasks import Suite
 from hf_sparse.finetune import FinetuneConfig, finetune
 from hf_sparse.finetune.checkpoint import checkpoints
@@ -40,11 +40,6 @@ from hf_sparse.patches.attach import targets
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 Act = TypeVar("Act", bound=Callable[..., Any])
-
-LENGTH = 2048  # tokens per chunk, where the model has as many positions
-CHUNKS = 16  # of a text that is measured with all baselines, so that it takes minutes
-LOGITS = 2**26  # numbers; 256 MiB in float32
-DIVIDING = 4  # of a text on which every layer is measured
 
 
 def alone(act: Act) -> Act:
@@ -154,7 +149,7 @@ def train_adapter(
         if before is not None:
             merged(before, before)  # a damaged one is an error now, and not after the training
     model, tokenizer = load_adapter(folder, device=device, dtype=dtype, trainable=True)
-    data = _data(model, tokenizer, text, length, chunks, bos=bos, seed=config.seed, corrupt=True)
+    data = prepared_chunks(model, tokenizer, text, length, chunks, bos=bos, seed=config.seed, corrupt=True)
     metrics = finetune(model, data, replace(config, output_dir=str(folder), cpu=model.device.type == "cpu"))
     if earlier is not None:  # what these weights were trained on before; unknown where that was not recorded
         metrics["trained_on"] = merged(before, metrics["trained_on"]) if before else None
@@ -167,60 +162,6 @@ def train_adapter(
 
 
 @alone
-def divide_adapter(
-    folder: str | Path,
-    text: str,
-    *,
-    length: int | None = None,
-    chunks: str | None = None,
-    batch_size: int = 1,
-    bos: bool | None = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-) -> list[float]:
-    """Divide the slots of the adapter in a folder among its layers, by what each layer loses on a text.
-
-    The scorers stay as they are; train them again afterwards.
-
-    Args:
-        folder: holds a trained adapter of a causal language model.
-        text: text that the adapter was trained on; not the one that it is measured on.
-        length: tokens per chunk; by default 2048, or what the model's positions suffice for.
-        chunks: use chunks `START:STOP` of the text; by default at most 4, from all over it.
-        batch_size: chunks at a time.
-        bos: see `train_adapter`.
-        device, dtype: see `load_adapter`.
-
-    Returns:
-        `layer_shares`, as written to adapter_config.json.
-
-    Raises:
-        DataError: a text that cannot be measured, or a model that is no causal language model.
-        BusyError: another run holds the folder.
-    """
-    folder = Path(folder)
-    model, tokenizer = load_adapter(folder, device=device, dtype=dtype)
-    training = read_json(folder / TRAINING)
-    if training is not None:
-        check_training(training, read_adapter(folder, str(folder)))
-    method = sparse_layers(model)[0]
-    if not method.has_slots:
-        raise DataError(f"slots are divided among layers, and {folder} holds a {method.label} adapter, which has none")
-    if kind_of(model) != "causal":
-        raise DataError("slots are divided among the layers of causal language models, and this model is none")
-    data = _data(model, tokenizer, text, length, chunks, bos=bos, limit=DIVIDING)
-    shares, _ = divide_layers(model, data, batch_size=batch_size)
-    attached = [model.active_peft_config]
-    with override(attached, layer_shares=shares), staged(folder, removed=measurements(folder)) as stage:
-        save_adapter(model, stage)
-        shutil.copyfile(folder / WEIGHTS, stage / WEIGHTS)  # not those that were loaded, perhaps in another dtype
-        write_repo(stage, training=training, repo_id=folder.resolve().name)
-        for name in (WEIGHTS, TRAINING):  # they stay
-            (stage / name).unlink(missing_ok=True)
-    return shares
-
-
-@alone
 def evaluate_adapter(
     folder: str | Path,
     text: str | None,
@@ -230,15 +171,13 @@ def evaluate_adapter(
     chunks: str | None = None,
     batch_size: int | None = None,
     selections: Sequence[str] | None = None,
-    slots: Sequence[int] = (),
-    sparsities: Sequence[float] | None = None,
-    seed: int | None = None,
     stride: int | None = None,
     suite: Suite | None = None,
     note: str | None = None,
     bos: bool | None = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    **options: Any,
 ) -> dict[str, Any]:
     """Measure the adapter in a folder, and write eval.json, its figure and the model card there.
 
@@ -246,23 +185,20 @@ def evaluate_adapter(
         folder: holds an adapter.
         text: see `hf_sparse.data.pack`; `None` adds the suite's tasks to the eval.json that is there.
         name: what the text is called in the result.
-        length: tokens per chunk; by default 2048, for Sparsefinder the `length` of its settings, or what the model's
-            positions suffice for.
-        chunks: measure chunks `START:STOP` of the text; by default at most 16, for Sparsefinder 4, from all over it.
-            `":"` is all.
-        batch_size: chunks at a time; by default one, and of a causal language model with SparseK up to 8, as long as
-            their logits are few: to decide token by token what to keep costs little more for 8 chunks than for one.
-        selections: what to compare, of `hf_sparse.evaluation.selections_of(model)`, for Sparsefinder of `PATTERNS`;
-            all by default. The suite is answered by those that can generate.
-        slots: further budgets of SparseK to measure the text at.
+        length: tokens per chunk; by default what the method's `Evaluation` says (2048; of Sparsefinder the `length` of
+            its settings), or what the model's positions suffice for.
+        chunks: measure chunks `START:STOP` of the text; by default at most as many as the `Evaluation` says (16; of
+            Sparsefinder 4), from all over it. `":"` is all.
+        batch_size: chunks at a time; by default what the `Evaluation` says (1; of causal models with SparseK up to 8).
+        selections: the contenders to compare, of the `contenders` of the `Evaluation`; all by default. The suite is
+            answered by those that can generate.
         stride: let the chunks overlap, and count the last `stride` tokens of each only, which all have a long context.
-        sparsities: of Sparsefinder, shares of the pairs of tiles that are left out; `SPARSITIES` by default.
-        seed: of Sparsefinder, see `hf_sparse.evaluation.analyse`.
         suite: tasks that are scored by generation; without `lengths` of its own, prompts are as long as a chunk and
             half as long, where that is more than the slots.
         note: a sentence for the card, where the name of the base model does not tell all: quantised weights, say.
         bos: see `train_adapter`. Prompts of tasks begin as the tokenizer begins them.
         device, dtype: see `load_adapter`.
+        options: of the method, as for `hf_sparse.evaluation.evaluate`.
 
     Returns:
         The content of eval.json.
@@ -270,7 +206,8 @@ def evaluate_adapter(
     Raises:
         DataError: a text or tasks that cannot be measured; tasks alone without an eval.json of this adapter to add them
             to.
-        ValueError: options out of range.
+        ValueError: options out of range, or of another method.
+        TypeError: an option that no method has.
         BusyError: another run holds the folder.
     """
     folder = Path(folder)
@@ -278,48 +215,33 @@ def evaluate_adapter(
     adapter = read_adapter(folder, str(folder))
     if (training := read_json(folder / TRAINING)) is not None:
         check_training(training, adapter)  # the card is made of it, after the work
-    method, results = sparse_layers(model)[0], results_of(adapter.config)
-    if suite is not None and not method.has_slots:
-        raise DataError(
-            f"tasks are answered at a number of slots, and {folder} holds a {method.label} adapter, which has none: "
-            "measure a text"
-        )
-    if selections is not None:
-        check_selections(selections, results.selections(model))
+    evaluation = evaluation_of(model)
+    settings_from(evaluation, options)  # which `evaluate` does again, after the tasks were checked
     if suite is not None:
-        if selections is not None:
-            suite = replace(suite, selections=[chosen for chosen in selections if chosen in GENERATING])
-        if not suite.lengths:
-            whole, least = tokens_per_chunk(model, length), suite.budget(model).slots
-            suite = replace(suite, lengths=[own for own in (whole // 2, whole) if own > least] or [whole])
-        suite.check(model)
+        suite = _suite_of(suite, model, length, selections)
+    elif selections is not None:
+        evaluation.check_contenders(model, selections)
     if text is not None:
-        limit = results.chunks or CHUNKS
-        data = _data(model, tokenizer, text, length, chunks, bos=bos, limit=limit, stride=stride)
-        label = f"{name} (chunks {chunks})" if chunks else name
-        if batch_size is None:
-            batch_size = _batch(model, data.shape[1]) if method.has_slots and kind_of(model) == "causal" else 1
-        training = read_json(folder / TRAINING)
+        limit = evaluation.chunks
+        data = prepared_chunks(model, tokenizer, text, length, chunks, bos=bos, limit=limit, stride=stride)
         result = evaluate(
             model,
             data,
             selections=selections,
-            slots=slots,
-            sparsities=sparsities,
             stride=stride,
-            batch_size=batch_size,
-            seed=seed,
-            text_name=label,
+            batch_size=evaluation.batch_size(model, data.shape[1]) if batch_size is None else batch_size,
+            text_name=f"{name} (chunks {chunks})" if chunks else name,
+            **options,
         )
-        read = (training or {}).get("trained_on")
-        result["text"]["trained_on"] = overlap(read, *tensors(model, data)) if read else None
+        sample = (training or {}).get("trained_on")
+        result["text"]["trained_on"] = overlap(sample, *tensors(model, data)) if sample else None
     elif suite is None:
         raise DataError("nothing to measure: expected a text or tasks")
-    elif (there := read_json(folder / EVALUATION)) is None:
+    elif (earlier := read_json(folder / EVALUATION)) is None:
         raise DataError(f"tasks are added to an eval.json, and {folder} holds none: measure a text first")
     else:
-        check_evaluation(there, adapter)
-        result = there
+        check_evaluation(earlier, adapter)
+        result = earlier
     if suite is not None:
         result["tasks"] = {**result.get("tasks", {}), **suite.run(model, tokenizer)}
     if note:
@@ -329,9 +251,19 @@ def evaluate_adapter(
     return result
 
 
-def _batch(model: PeftModel, length: int) -> int:
-    vocabulary = model.config.get_text_config().vocab_size
-    return max(1, min(8, LOGITS // (length * vocabulary)))
+def _suite_of(suite: Suite, model: PeftModel, length: int | None, selections: Sequence[str] | None) -> Suite:
+    """Return a suite for the contenders that can generate and, where it has none, with lengths; it was checked."""
+    evaluation = evaluation_of(model)
+    generating = evaluation.generating(model)
+    if selections is not None:
+        evaluation.check_contenders(model, selections)
+        suite = replace(suite, selections=[name for name in selections if name in generating])
+    if not suite.lengths:
+        whole, budget = tokens_per_chunk(model, length), suite.budget(model)
+        least = 0 if budget is None else budget.slots
+        suite = replace(suite, lengths=[size for size in (whole // 2, whole) if size > least] or [whole])
+    suite.check(model)
+    return suite
 
 
 def load_base(name: str, config: SparseConfig, *, dtype: Dtype = "auto") -> PreTrainedModel:
@@ -444,7 +376,7 @@ def read_dataset(name: str, config: str | None = None, split: str = "train", col
     return "\n\n".join(texts)
 
 
-def _data(
+def prepared_chunks(
     model: PeftModel,
     tokenizer: Any,
     text: str,
@@ -488,5 +420,6 @@ def tokens_per_chunk(model: PeftModel, length: int | None) -> int:
     """The length that was asked for, or that which the settings are meant for, as far as the positions suffice."""
     if length is not None:
         return length
-    wanted: int = getattr(model.active_peft_config, "length", LENGTH)
-    return min(wanted, context_length(model) or wanted)
+    config = model.active_peft_config
+    default: int = method_of(config).evaluation().length(config)
+    return min(default, context_length(model) or default)

@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 import hf_sparse
 from hf_sparse import cli, workflow
 from hf_sparse.errors import DataError
-from hf_sparse.evaluation import SELECTIONS
 from hf_sparse.finetune import FinetuneConfig
 from hf_sparse.methods.sparsefinder.evaluation import adapter_settings
+from hf_sparse.methods.sparsek.evaluation import CONTENDERS, contenders
 
 VOCABULARY = 64
 BUDGET = ["--k", "4", "--window", "4", "--sinks", "1"]
@@ -281,7 +281,7 @@ class TestEval:
         result = json.loads((adapter / "eval.json").read_text())
         assert set(files(adapter)) == ADAPTER | {"eval.json", "quality.png", "README.md"}
         assert result["text"].items() >= {"name": "words.txt (chunks 1:4)", "chunks": 3, "length": LENGTH}.items()
-        assert tuple(result["perplexity"]) == SELECTIONS and result["budget"]["slots"] == SLOTS
+        assert tuple(result["perplexity"]) == CONTENDERS and result["budget"]["slots"] == SLOTS
         for name, value in result["perplexity"].items():
             assert re.search(rf"{name} .*{value:.2f}", shown)
         assert json.loads(copy.read_text()) == result
@@ -412,8 +412,8 @@ class TestEval:
 
         monkeypatch.setattr(workflow, "evaluate", spy)
         arguments = ["eval", adapter, "--text", text, "--length", LENGTH, "--selection", "dense", "--selection", "h2o"]
-        for limit, expected in ((workflow.LOGITS, 8), (1, 1)):
-            monkeypatch.setattr(workflow, "LOGITS", limit)
+        for limit, expected in ((contenders.LOGITS, 8), (1, 1)):
+            monkeypatch.setattr(contenders, "LOGITS", limit)
             assert invoke(*arguments).exit_code == 0 and seen[-1] == expected
 
     def test_no_such_device(self, adapter, text, monkeypatch):
@@ -510,8 +510,16 @@ class TestSparsefinder:
     @pytest.mark.parametrize(
         "verb, options, message",
         [
-            ("eval", ["--slots", "16"], "slots and stride are SparseK's"),
-            ("eval", ["--task", "passkey"], "tasks are answered at a number of slots, and .* holds a Sparsefinder"),
+            (
+                "eval",
+                ["--slots", "16"],
+                "'slots' is an option of sparsek: a sparsefinder model is measured with",
+            ),
+            (
+                "eval",
+                ["--task", "passkey"],
+                "tasks are answered at a number of slots, and a Sparsefinder",
+            ),
             ("eval", ["--selection", "h2o"], "selections must be among predicted"),
             ("eval", ["--sparsity", "1.5"], "sparsities must be at least 0 and below 1"),
             ("eval", [], "never fitted"),
@@ -526,10 +534,10 @@ class TestSparsefinder:
         assert files(graph) == before
 
     def test_sparsities_are_not_for_sparsek(self, adapter, text):
-        assert "sparsities and seed are Sparsefinder's" in fail(
+        assert "'sparsities' is an option of sparsefinder: a sparsek model is measured with slots" in fail(
             "eval", adapter, "--text", text, "--sparsity", "0.5", "--length", LENGTH, "--device", "cpu"
         )
-        assert "sparsities and seed are" in fail(
+        assert "'seed' is an option of sparsefinder" in fail(
             "eval", adapter, "--text", text, "--seed", "0", "--length", LENGTH, "--device", "cpu"
         )
         result = invoke("eval", adapter, "--text", text, "--sparsity", "half")

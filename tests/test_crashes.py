@@ -32,6 +32,7 @@ from hf_sparse.adapters.report import write_report
 from hf_sparse.errors import DataError
 from hf_sparse.finetune import FinetuneConfig
 from hf_sparse.folders import locked
+from hf_sparse.methods.sparsek.divide import divide_adapter
 
 LENGTH, LIMIT = 80, int(os.environ.get("HF_SPARSE_FUZZ", "4"))
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate", "os.link", "os.symlink"}
@@ -173,7 +174,7 @@ def train(place, folder, **changes):
 
 
 def divide(place, folder):
-    workflow.divide_adapter(folder, place.text, length=LENGTH, chunks=":1", device="cpu")
+    divide_adapter(folder, place.text, length=LENGTH, chunks=":1", device="cpu")
 
 
 def measure(place, folder):

@@ -16,7 +16,7 @@ import hf_sparse
 from hf_sparse import cli, workflow
 from hf_sparse.data import IGNORED
 from hf_sparse.errors import DataError
-from hf_sparse.evaluation import ENCODER_SELECTIONS
+from hf_sparse.methods.sparsek.evaluation import ENCODER_CONTENDERS
 
 BUDGET = ["--k", "4", "--window", "4", "--sinks", "1"]
 SLOTS, LENGTH = 9, 48
@@ -91,7 +91,7 @@ def test_from_nothing_to_the_hub(tmp_path, adapters, text, hub, kind):
 
     shown = succeed("eval", folder, "--text", text, "--length", LENGTH, "--device", "cpu")
     result = json.loads((folder / "eval.json").read_text())
-    assert result["metric"] == METRICS[kind] and tuple(result[METRICS[kind]]) == ENCODER_SELECTIONS
+    assert result["metric"] == METRICS[kind] and tuple(result[METRICS[kind]]) == ENCODER_CONTENDERS
     assert "window" in shown and "forward, tokens/s" in shown and (folder / "quality.png").exists()
 
     # The base goes to the Hub first, as a user would have it.

@@ -13,9 +13,8 @@ from hf_sparse.adapters.card import render
 from hf_sparse.adapters.repo import write_repo
 from hf_sparse.adapters.report import write_report
 from hf_sparse.errors import DataError
-from hf_sparse.evaluation import PATTERNS
 from hf_sparse.figures.style import LOOKS, PATTERN_LOOKS
-from hf_sparse.methods.sparsefinder.evaluation import adapter_settings
+from hf_sparse.methods.sparsefinder.evaluation import CONTENDERS, adapter_settings
 from hf_sparse.methods.sparsefinder.figures import covered_figure, graphs_figure, pareto_figure
 from hf_sparse.workflow import create_adapter
 
@@ -249,9 +248,9 @@ class TestFigures:
         ]
 
     def test_every_pattern_has_a_look_of_its_own(self):
-        assert tuple(PATTERN_LOOKS) == PATTERNS
+        assert tuple(PATTERN_LOOKS) == CONTENDERS
         for what in ("label", "colour", "marker"):
-            assert len({getattr(look, what) for look in PATTERN_LOOKS.values()}) == len(PATTERNS)
+            assert len({getattr(look, what) for look in PATTERN_LOOKS.values()}) == len(CONTENDERS)
         assert PATTERN_LOOKS["predicted"].colour == LOOKS["learned"].colour
 
     @pytest.mark.parametrize(

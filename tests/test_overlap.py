@@ -11,7 +11,7 @@ from hf_sparse import SparsefinderConfig, SparseKConfig, overlap
 from hf_sparse.adapters.report import write_report
 from hf_sparse.data import IGNORED
 from hf_sparse.errors import DataError
-from hf_sparse.evaluation import graph_table, table
+from hf_sparse.evaluation import table
 from hf_sparse.finetune import FinetuneConfig
 from hf_sparse.overlap import merged, sentence, sketch
 from hf_sparse.workflow import create_adapter, evaluate_adapter, train_adapter
@@ -87,7 +87,7 @@ def test_table_card_and_report_tell(method, tmp_path, tiny_llama, word_tokenizer
 
     def shown(result):
         console = Console(file=io.StringIO(), width=200)
-        console.print(graph_table(result) if method == "sparsefinder" else table(result))
+        console.print(table(result))
         return console.file.getvalue()
 
     if method == "sparsek":  # the other predicts nothing yet

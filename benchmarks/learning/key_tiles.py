@@ -25,13 +25,12 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from hf_sparse import from_pretrained
-from hf_sparse.core.overrides import override
 from hf_sparse.data import pack, read_text
 from hf_sparse.environment import describe
+from hf_sparse.evaluation.quality import compare_outputs, outputs
 from hf_sparse.methods.sparsefinder import SparsefinderAttention
 from hf_sparse.methods.sparsefinder.attention import AttentionInputs
 from hf_sparse.methods.sparsefinder.evaluation import predicting_layers
-from hf_sparse.methods.sparsefinder.evaluation.quality import compared, output_of
 from hf_sparse.methods.sparsefinder.evaluation.record import GraphRecord
 from hf_sparse.methods.sparsefinder.predictors.projected import Span, always_joined
 from hf_sparse.ops.predictors.clustering import assign_parts, cut_into_parts, points_of_parts
@@ -97,33 +96,34 @@ def main() -> None:
     def read(pattern: Any, observer: Any, tokens: Tensor) -> Tensor:
         for method in methods:
             method.pattern, method.observer = pattern, observer
-        return output_of(model, "causal", tokens, None)
+        return outputs(model, "causal", tokens, None)
 
     for chunk in chunks[8:12]:
         read(all_keys, None, chunk[None])
     keys = {layer: torch.cat(parts, 1) for layer, parts in points.items()}
     reference = read(lambda text: None, None, chunks[:1])
-    with override([method.config for method in methods], sparsity=options.sparsity):
-        there = options.output.read_text().splitlines() if options.output.exists() else []
-        done = [(row["kind"], row["tile"], row["sparsity"]) for row in map(json.loads, there)]
-        for kind in options.kinds:
-            if (kind, tile, options.sparsity) in done:
-                continue
-            centroids = {layer: centroids_of(kind, found) for layer, found in keys.items()}
-            record = GraphRecord(torch.arange(0, 1024, 8))
-            found = read(
-                lambda text, of=centroids: lists(by_layer[text.layer], text, of[text.layer]), record, chunks[:1]
-            )
-            comparison = compared("causal", found, reference, chunks[:1], None)
-            values = {name: value.mean().item() for name, value in comparison.items()}
-            row = {**record.mean(), "kind": kind, "tile": tile, "sparsity": options.sparsity}
-            row |= {"perplexity": math.exp(values["nats"]), "divergence": values["divergence"], **describe()}
-            with options.output.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            print(
-                {name: row[name] for name in ("kind", "tile", "sparsity", "perplexity", "divergence", "mass_recall")},
-                flush=True,
-            )
+    for method in methods:
+        method.config.sparsity = options.sparsity
+    there = options.output.read_text().splitlines() if options.output.exists() else []
+    done = [(row["kind"], row["tile"], row["sparsity"]) for row in map(json.loads, there)]
+    for kind in options.kinds:
+        if (kind, tile, options.sparsity) in done:
+            continue
+        centroids = {layer: centroids_of(kind, found) for layer, found in keys.items()}
+        record = GraphRecord(torch.arange(0, 1024, 8))
+        found = read(lambda text, of=centroids: lists(by_layer[text.layer], text, of[text.layer]), record, chunks[:1])
+        values = {
+            name: value.mean().item()
+            for name, value in compare_outputs("causal", found, reference, chunks[:1], None).items()
+        }
+        row = {**record.mean(), "kind": kind, "tile": tile, "sparsity": options.sparsity}
+        row |= {"perplexity": math.exp(values["nats"]), "divergence": values["divergence"], **describe()}
+        with options.output.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        print(
+            {name: row[name] for name in ("kind", "tile", "sparsity", "perplexity", "divergence", "mass_recall")},
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

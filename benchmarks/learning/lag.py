@@ -25,11 +25,11 @@ from hf_sparse import from_pretrained
 from hf_sparse.core.overrides import override
 from hf_sparse.data import pack, read_text
 from hf_sparse.environment import describe
+from hf_sparse.evaluation.quality import compare_outputs, outputs
 from hf_sparse.methods.sparsefinder import SparsefinderConfig
 from hf_sparse.methods.sparsefinder.attention import AttentionInputs
 from hf_sparse.methods.sparsefinder.evaluation import adapter_settings, predicting_layers
 from hf_sparse.methods.sparsefinder.evaluation.operating_points import tiles_per_query
-from hf_sparse.methods.sparsefinder.evaluation.quality import compared, output_of
 from hf_sparse.methods.sparsefinder.predictors.budgets import divided_tiles
 from hf_sparse.ops.entmax import support
 from hf_sparse.ops.predictors.projections import tile_of_query
@@ -67,8 +67,8 @@ def oracle(
 
 @torch.no_grad()
 def perplexity(model: Any, tokens: Tensor) -> float:
-    found = output_of(model, "causal", tokens, None)
-    return math.exp(compared("causal", found, found, tokens, None)["nats"].mean().item())
+    found = outputs(model, "causal", tokens, None)
+    return math.exp(compare_outputs("causal", found, found, tokens, None)["nats"].mean().item())
 
 
 def main() -> None:

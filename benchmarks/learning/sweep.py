@@ -31,8 +31,9 @@ from hf_sparse.base_model import resolve_base
 from hf_sparse.data import fingerprint, pack, read_text, select_chunks
 from hf_sparse.demo.text import documents
 from hf_sparse.environment import describe
-from hf_sparse.evaluation import budget_of, compare
+from hf_sparse.evaluation import compare
 from hf_sparse.finetune import FinetuneConfig, finetune
+from hf_sparse.methods.sparsek.evaluation import budget_of
 from hf_sparse.workflow import save_adapter
 
 BASELINES = ("dense", "recency")

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from hf_sparse.core.registry import method_of, registered_methods
 from hf_sparse.figures.style import DPI
 
@@ -66,7 +64,6 @@ class Results:
         name: of the method, and a tag of the card.
         templates: the folder of card.md.jinja and report.html.jinja.
         tags: of the card, besides those that all have.
-        selections: what `hf_sparse.evaluation.evaluate` can compare in a model.
         check: raises `DataError` for an eval.json that is not of the settings of a configuration.
         figure: file name of the picture of the card.
         draw_figure: draws it of eval.json, and of finetune.json where there is one, at a path.
@@ -77,13 +74,11 @@ class Results:
         pictures: names of the pictures of the report; `*` stands for anything.
         draw: draws them, of eval.json and of what `describe` returned, where there is some.
         report: what its template shows besides what all show, of the same two and of the pictures.
-        chunks: of a text that are measured by default, where each takes so long that they should be few.
     """
 
     name: str
     templates: Path
     tags: tuple[str, ...]
-    selections: Callable[[nn.Module], Sequence[str]]
     check: Callable[[Json, Any], None]
     figure: str
     draw_figure: Callable[[Json, Json | None, Path], None]
@@ -93,7 +88,6 @@ class Results:
     pictures: tuple[str, ...]
     draw: Callable[[Pictures, Json, Json | None], None]
     report: Callable[[Json, Json | None, Sequence[Picture]], Json]
-    chunks: int | None = None
 
 
 def results_of(config: Any) -> Results:

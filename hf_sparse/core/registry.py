@@ -21,6 +21,7 @@ class Method:
             `prefix`.
         prefix: how the names of its learned containers begin, different from those of all other methods of PEFT.
         training: returns its `hf_sparse.finetune.training.Training` class; imported when a model is trained.
+        evaluation: returns its `hf_sparse.evaluation.Evaluation`; imported when a model is measured.
         report: returns its `hf_sparse.adapters.results.Results`; imported when a card, a report or a push needs it.
     """
 
@@ -31,6 +32,7 @@ class Method:
     tuner: type
     prefix: str
     training: Callable[[], Any]
+    evaluation: Callable[[], Any]
     report: Callable[[], Any]
 
 

@@ -24,7 +24,7 @@ from hf_sparse.adapters.repo import measurements, write_repo
 from hf_sparse.bundled import BASE_NAME, CHECKPOINT
 from hf_sparse.data import pack
 from hf_sparse.demo.text import documents
-from hf_sparse.evaluation import evaluate, kv_bytes, perplexity, readable_bytes, selection
+from hf_sparse.evaluation import evaluate, kv_bytes, perplexity, readable_bytes, using
 from hf_sparse.finetune import FinetuneConfig, finetune
 from hf_sparse.finetune.checkpoint import checkpoints
 from hf_sparse.folders import staged
@@ -93,7 +93,7 @@ def run(output: Path, steps: int, seed: int, console: Console) -> dict[str, Any]
         before = {}
         model.eval()
         for name in COMPARED:
-            with selection(model, name):
+            with using(model, name):
                 before[name] = perplexity(model, held_out, batch_size=EVALUATION_BATCH, progress=name)
         console.print(_perplexities({"untrained scorer" if k == "learned" else k: v for k, v in before.items()}))
 
@@ -173,7 +173,7 @@ def _side_by_side(model: PeftModel, tokenizer: Any, prompt: Tensor) -> Table:
     """The same prompt `[T]` continued greedily with dense and with sparse attention, and what their caches weigh."""
     texts, weights = [], []
     for name in ("dense", "learned"):
-        with selection(model, name):
+        with using(model, name):
             output = model.generate(
                 input_ids=prompt[None],
                 attention_mask=torch.ones_like(prompt)[None],

@@ -1,4 +1,4 @@
-"""What was measured, for people."""
+"""Make tables for people of what was measured."""
 
 from statistics import fmean
 from typing import Any
@@ -6,22 +6,45 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from hf_sparse.core.registry import registered_methods
 from hf_sparse.metrics import metric_of
 from hf_sparse.overlap import sentence
 
 
 def table(result: dict[str, Any]) -> Table:
-    """What `evaluate` returned, for people."""
-    text, budget, speed = (result[key] for key in ("text", "budget", "tokens_per_second"))
+    """Return the first of the tables of what `evaluate` returned."""
+    return tables(result)[0]
+
+
+def tables(result: dict[str, Any]) -> list[Table]:
+    """Return the tables of what `evaluate` returned, as the method shows it.
+
+    Raises:
+        ValueError: the content is of a method that is not registered.
+    """
+    for method in registered_methods().values():
+        if (evaluation := method.evaluation()).made(result):
+            views: list[Table] = evaluation.tables(result)
+            return views
+    raise ValueError(f"the result is of the method {result.get('method')!r}, which is not registered")
+
+
+def comparison_table(result: dict[str, Any], title: str) -> Table:
+    """Return the table of contenders that attend to as many keys each.
+
+    Args:
+        result: what `evaluate` returned.
+        title: says, after the base model, how many keys that is.
+    """
+    text, budget, speed = result["text"], result.get("budget"), result["tokens_per_second"]
     memory, apart, metric = result.get("kv_bytes"), result.get("divergence"), metric_of(result)
     caption = f"{text['chunks']} chunks of {text['length']} tokens" + (
         f" of {escape(text['name'])}" if text["name"] else ""
     )
     caption += f"\n{told}" if (told := sentence(text)) else ""
-    parts = f"{budget['sinks']} sinks, window {budget['window']}, {budget['k']} selected"
-    view = Table(title=f"{escape(str(result['base_model']))}: {parts}", caption=caption)
+    view = Table(title=f"{escape(str(result['base_model']))}: {title}", caption=caption)
     view.add_column("attention", no_wrap=True)
-    headers = ["keys per query", metric.name, *(["KL from dense, nats"] if apart else [])]
+    headers = [*(["keys per query"] if budget else []), metric.name, *(["KL from dense, nats"] if apart else [])]
     headers += [f"KV cache at {memory['tokens']} tokens", "decoding, tokens/s"] if memory else ["forward, tokens/s"]
     for header in headers:
         view.add_column(header, justify="right")
@@ -29,7 +52,7 @@ def table(result: dict[str, Any]) -> Table:
         kind = "dense" if name == "dense" else "sparse"
         view.add_row(
             name,
-            f"up to {text['length'] if kind == 'dense' else budget['slots']}",
+            *([f"up to {text['length'] if kind == 'dense' else budget['slots']}"] if budget else []),
             metric.show(value),
             *([f"{apart[name]:.4f}"] if apart else []),
             *([readable_bytes(memory[kind])] if memory else []),
@@ -41,7 +64,7 @@ def table(result: dict[str, Any]) -> Table:
 
 
 def sweep_table(result: dict[str, Any]) -> Table:
-    """The `sweep` of what `evaluate` returned: quality by slots, with the divergence from dense in brackets."""
+    """Return the table of `sweep`: quality by slots, with the divergence from dense in brackets."""
     metric, sweep = metric_of(result), result["sweep"]
     brackets = " (KL from dense, nats per token)" if "divergence" in sweep[0] else ""
     title = f"{metric.name}{brackets} by slots"
@@ -58,11 +81,11 @@ def sweep_table(result: dict[str, Any]) -> Table:
 
 
 def task_table(name: str, task: dict[str, Any]) -> Table:
-    """One entry of `tasks`: a score per selection and length, the mean over depths where there are depths."""
+    """Return the table of one of `tasks`: scores by contender and length, means over depths if any."""
     results = task["results"]
     first = next(iter(results.values()))
     title, lengths = f"{name}: {task['metric']}", []
-    if not name.endswith(" slots"):  # otherwise the name says it
+    if "slots" in task["settings"] and not name.endswith(" slots"):  # otherwise the name says it
         title += f" with {task['settings']['slots']} slots"
     if isinstance(first, dict):
         title += ", mean over depths" if "depths" in first else ""
@@ -71,18 +94,19 @@ def task_table(name: str, task: dict[str, Any]) -> Table:
     view.add_column("attention", no_wrap=True)
     for header in lengths or ["score"]:
         view.add_column(header, justify="right")
-    for selection, found in results.items():
-        values = [found]
-        if isinstance(found, dict):
-            values = found["values"]
-            if "depths" in found:
+    for contender, scores in results.items():
+        values = [scores]
+        if isinstance(scores, dict):
+            values = scores["values"]
+            if "depths" in scores:
                 values = [fmean(column) for column in zip(*values, strict=True)]
-        view.add_row(selection, *(f"{value:.2f}" for value in values), style="bold" if selection == "learned" else None)
+        view.add_row(contender, *(f"{value:.2f}" for value in values), style="bold" if contender == "learned" else None)
     return view
 
 
 def readable_bytes(count: int) -> str:
-    """
+    """Return a number of bytes in the largest unit of which there is one.
+
     >>> readable_bytes(1_572_864)
     '1.50 MiB'
     """

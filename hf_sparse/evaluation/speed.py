@@ -1,4 +1,4 @@
-"""Bytes of keys and values, and tokens per second."""
+"""Measure bytes of keys and values, and tokens per second."""
 
 import statistics
 import time
@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse._compat import cache_of, with_cache
-from hf_sparse.methods.sparsek import SparseKCacheLayer
-from hf_sparse.methods.sparsek.evaluation.contenders import selection
+from hf_sparse.evaluation.switching import evaluation_of, using
 from hf_sparse.patches.cache import kv_bytes
 
 _REPEATS = 3  # the median of three survives one slow start
@@ -17,7 +16,7 @@ _REPEATS = 3  # the median of three survives one slow start
 
 @torch.no_grad()
 def decoding(model: nn.Module, chunk: Tensor, new_tokens: int) -> tuple[dict[str, int], dict[str, Any]]:
-    """KV bytes at the end of a chunk `[1, T]`, and the speed of decoding its last tokens, dense and sparse.
+    """Return KV bytes at the end of a chunk `[1, T]`, and the speed of decoding its last tokens, dense and sparse.
 
     The chunk's own tokens are fed, not sampled ones: both do exactly the same steps.
     """
@@ -25,13 +24,11 @@ def decoding(model: nn.Module, chunk: Tensor, new_tokens: int) -> tuple[dict[str
     times: dict[str, list[float]] = {"dense": [], "sparse": []}
     for _ in range(_REPEATS):
         for kind in times:  # in turn, so that a slow moment of the machine hits both
-            with selection(model, "dense" if kind == "dense" else "learned"):
+            with using(model, "dense" if kind == "dense" else "learned"):
                 cache, seconds = _decode(model, chunk, new_tokens)
             times[kind].append(seconds)
             memory[kind] = kv_bytes(cache)
-    slots = [layer for layer in cache.layers if isinstance(layer, SparseKCacheLayer)]
-    held = (tensor for layer in slots for tensor in (layer.scores, layer.positions) if tensor is not None)
-    memory["sparse_bookkeeping"] = sum(tensor.numel() * tensor.element_size() for tensor in held)
+    memory["sparse_bookkeeping"] = evaluation_of(model).bookkeeping_bytes(cache)
     memory["tokens"] = chunk.shape[1]
     speed: dict[str, Any] = {kind: new_tokens / statistics.median(values) for kind, values in times.items()}
     return memory, {**speed, "new_tokens": new_tokens}
@@ -39,12 +36,12 @@ def decoding(model: nn.Module, chunk: Tensor, new_tokens: int) -> tuple[dict[str
 
 @torch.no_grad()
 def forward_speed(model: nn.Module, chunks: Tensor) -> dict[str, Any]:
-    """Tokens per second of the forward over chunks `[B, T]`, dense and sparse."""
+    """Return the tokens per second of the forward over chunks `[B, T]`, dense and sparse."""
     tokens = chunks.to(next(model.parameters()).device)
     times: dict[str, list[float]] = {"dense": [], "sparse": []}
     for _ in range(_REPEATS):
         for kind in times:
-            with selection(model, "dense" if kind == "dense" else "learned"):
+            with using(model, "dense" if kind == "dense" else "learned"):
                 _finish(tokens.device)
                 start = time.perf_counter()
                 model(input_ids=tokens)
@@ -55,7 +52,7 @@ def forward_speed(model: nn.Module, chunks: Tensor) -> dict[str, Any]:
 
 
 def _decode(model: nn.Module, chunk: Tensor, new_tokens: int) -> tuple[Any, float]:
-    """The cache after a chunk `[1, T]`, and the seconds that its last `new_tokens` took, one by one."""
+    """Return the cache after a chunk `[1, T]`, and the seconds that its last `new_tokens` took, one by one."""
     tokens = chunk.to(next(model.parameters()).device)
     cache = cache_of(model(input_ids=tokens[:, :-new_tokens], use_cache=True))
     _finish(tokens.device)

@@ -46,7 +46,7 @@ LOOKS = {
 }
 DENSE = "dense (all keys)"
 
-#: Patterns of `hf_sparse.evaluation.PATTERNS`, in the same order.
+#: What graphs of entmax attention are called, in the order of the contenders of their method.
 PATTERN_LOOKS = {
     "predicted": Look("predicted graph", BLUE, "o"),
     "longformer": Look("window and global (Longformer)", ORANGE, "s"),

@@ -14,15 +14,14 @@ import hf_sparse
 from hf_sparse.data import IGNORED, fingerprint
 from hf_sparse.errors import DataError
 from hf_sparse.evaluation import (
-    ENCODER_SELECTIONS,
-    SELECTIONS,
     embeddings,
     evaluate,
+    evaluation_of,
     masked_perplexity,
-    selection,
-    selections_of,
     table,
+    using,
 )
+from hf_sparse.methods.sparsek.evaluation import CONTENDERS, ENCODER_CONTENDERS
 from hf_sparse.patches import sparse_layers
 
 K, WINDOW, SINKS = 5, 6, 1
@@ -65,7 +64,7 @@ class TestMaskedPerplexity:
         with torch.no_grad():
             expected = math.exp(tiny_bert()(**masked).loss)
         for size in (1, 2, 3):
-            with selection(model := adapted(), "dense"):
+            with using(model := adapted(), "dense"):
                 found = masked_perplexity(model, masked["input_ids"], masked["labels"], batch_size=size)
             assert found == pytest.approx(expected, rel=1e-5)
 
@@ -80,7 +79,7 @@ class TestMaskedPerplexity:
     def test_result(self, adapted, masked):
         result = evaluate(adapted(), masked, batch_size=2, progress=False, text_name="noise")
         assert json.loads(json.dumps(result, allow_nan=False)) == result
-        assert result["metric"] == "masked_perplexity" and tuple(result["masked_perplexity"]) == ENCODER_SELECTIONS
+        assert result["metric"] == "masked_perplexity" and tuple(result["masked_perplexity"]) == ENCODER_CONTENDERS
         assert result["text"]["predicted_tokens"] == int((masked["labels"] != IGNORED).sum())
         assert result["text"]["sha256"] == fingerprint(masked["input_ids"], masked["labels"])
         assert "kv_bytes" not in result and "perplexity" not in result
@@ -105,7 +104,7 @@ class TestEmbeddingSimilarity:
         with torch.no_grad():
             mask = reach(WINDOW + K)[None, None].expand(3, -1, -1, -1)
             expected = tiny_bert("BertModel")(input_ids=chunks, attention_mask=mask).last_hidden_state.mean(1)
-        with selection(model := adapted("BertModel"), "window"):
+        with using(model := adapted("BertModel"), "window"):
             torch.testing.assert_close(embeddings(model, chunks, batch_size=2), expected, atol=1e-5, rtol=0)
 
     def test_only_those_asked_for(self, adapted, chunks):
@@ -117,7 +116,7 @@ class TestEmbeddingSimilarity:
 def test_a_causal_model_without_a_head(tiny_llama, chunks):
     model = get_peft_model(tiny_llama().model, hf_sparse.SparseKConfig(k=K, window=WINDOW, sinks=SINKS)).eval()
     result = evaluate(model, chunks, progress=False)
-    assert tuple(result["embedding_similarity"]) == SELECTIONS
+    assert tuple(result["embedding_similarity"]) == CONTENDERS
 
 
 @pytest.mark.parametrize("kind", ["BertForMaskedLM", "BertModel"])
@@ -163,7 +162,7 @@ def test_sweep(adapted, masked):
 def test_refusals(adapted, chunks, masked):
     with pytest.raises(ValueError, match="selections must be among dense, window, random, learned"):
         evaluate(adapted(), masked, selections=("recency",), progress=False)
-    with pytest.raises(ValueError, match="got 'recency'"), selection(adapted(), "recency"):
+    with pytest.raises(ValueError, match="got 'recency'"), using(adapted(), "recency"):
         pytest.fail("entered the block")
     with pytest.raises(DataError, match="hidden tokens and their labels"):
         evaluate(adapted(), chunks, progress=False)
@@ -171,4 +170,4 @@ def test_refusals(adapted, chunks, masked):
         evaluate(adapted("BertModel"), torch.full((1, 129), 5), progress=False)
     with pytest.raises(DataError, match="nothing is evicted: the budget of 12 slots"):
         evaluate(adapted("BertModel"), chunks[:, :SLOTS], progress=False)
-    assert selections_of(adapted()) == ENCODER_SELECTIONS
+    assert evaluation_of(model := adapted()).contenders(model) == ENCODER_CONTENDERS

@@ -9,14 +9,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import hf_sparse
 from hf_sparse import SparsefinderConfig, SparseKConfig, patch
 from hf_sparse.data import IGNORED
 from hf_sparse.errors import DataError
-from hf_sparse.evaluation import PATTERNS, analyse, evaluate, graph_table
+from hf_sparse.evaluation import evaluate, tables, using
+from hf_sparse.evaluation.tasks import check_tasks
 from hf_sparse.methods.sparsefinder import SparsefinderAttention, fit, fit_predictors
-from hf_sparse.methods.sparsefinder.evaluation import describe_graphs
+from hf_sparse.methods.sparsefinder.evaluation import CONTENDERS, describe_graphs
 from hf_sparse.methods.sparsefinder.evaluation.patterns import Patterns, fit_windows
+from hf_sparse.methods.sparsek.evaluation import divide_layers
 from hf_sparse.ops.entmax import entmax
 from hf_sparse.ops.tiles import Tiles
 from hf_sparse.patches import sparse_layers
@@ -94,7 +95,7 @@ def by_hand(text, graph):
 def test_metrics_are_those_of_a_loop_over_the_pairs(name, pattern, query_tile):
     model = sparse(name, per_group=name == "llama", query_tile=query_tile)
     seen, logits = captured(model, pattern)
-    result = analyse(model, data(name), patterns=[pattern], rows=LENGTH, **OPTIONS)
+    result = evaluate(model, data(name), selections=[pattern], rows=LENGTH, **OPTIONS)
     found = result["points"][0]["results"][pattern]
     expected = [by_hand(*layer) for layer in seen]
     for key in expected[0]:
@@ -131,7 +132,7 @@ def test_errors_compound():
 @pytest.mark.parametrize("name", ["llama", "bert"])
 def test_references_are_the_model_itself(name):
     model = sparse(name)
-    result = analyse(model, data(name), patterns=["predicted"], **OPTIONS)
+    result = evaluate(model, data(name), selections=["predicted"], **OPTIONS)
     assert result["full"]["divergence"] == 0 and result["full"]["recall"] == 1 and result["full"]["exact_rows"] == 1
     base = FAMILIES[name].make()
     with torch.no_grad():
@@ -151,10 +152,10 @@ def test_references_are_the_model_itself(name):
 @pytest.mark.parametrize("query_tile", [None, 1])
 def test_all_patterns_list_as_many_tiles(name, query_tile):
     model = sparse(name, query_tile=query_tile)
-    result = analyse(model, data(name), progress=False, sparsities=(0.3, 0.6))
+    result = evaluate(model, data(name), progress=False, sparsities=(0.3, 0.6))
     assert [point["sparsity"] for point in result["points"][1:]] == [0.3, 0.6]
     for point in result["points"]:
-        assert set(point["results"]) == set(PATTERNS)
+        assert set(point["results"]) == set(CONTENDERS)
         point["results"].pop("windows")  # divided among heads, whatever the predictor does
         sparsities = {round(values["tile_sparsity"], 9) for values in point["results"].values()}
         assert len(sparsities) == 1
@@ -163,7 +164,7 @@ def test_all_patterns_list_as_many_tiles(name, query_tile):
 
 
 def test_divided_tiles_are_as_many_on_the_whole_and_the_oracle_has_the_same():
-    results = analyse(sparse(head_budgets=True), IDS, **OPTIONS)["points"][0]["results"]
+    results = evaluate(sparse(head_budgets=True), IDS, **OPTIONS)["points"][0]["results"]
     predicted, oracle, longformer = (results[name]["tile_sparsity"] for name in ("predicted", "oracle", "longformer"))
     assert predicted == pytest.approx(oracle) and predicted == pytest.approx(longformer, abs=0.1)
 
@@ -176,8 +177,8 @@ def test_windows_are_the_nearest_tiles_divided_by_what_they_gain(monkeypatch, na
     (method,) = sparse_layers(model, SparsefinderAttention)
     with torch.no_grad():  # heads that attend to few keys and to many
         method.parameters_in_use.log_scale.copy_(torch.linspace(-3, 5, len(method.parameters_in_use.log_scale)))
-    options = {"patterns": ["longformer", "windows"], "rows": LENGTH, "progress": False, "sparsities": (0.4,)}
-    results = analyse(model, data(name), **options)["points"][-1]["results"]
+    options = {"selections": ["longformer", "windows"], "rows": LENGTH, "progress": False, "sparsities": (0.4,)}
+    results = evaluate(model, data(name), **options)["points"][-1]["results"]
     equal, divided = results["longformer"], results["windows"]
     assert divided["mass_recall"] >= equal["mass_recall"] + (1e-3 if name == "bert" else 0)
     assert divided["tile_sparsity"] >= equal["tile_sparsity"] - 1e-6
@@ -196,7 +197,7 @@ def test_windows_are_the_nearest_tiles_divided_by_what_they_gain(monkeypatch, na
 
 def test_in_one_layer_nothing_keeps_more_mass_than_the_oracle():
     model = sparse(changes={"num_hidden_layers": 1}, window=0, global_tokens=0)
-    results = analyse(model, IDS, rows=LENGTH, **OPTIONS)["points"][0]["results"]
+    results = evaluate(model, IDS, rows=LENGTH, **OPTIONS)["points"][0]["results"]
     best = results.pop("oracle")["mass_recall"]
     assert all(values["mass_recall"] <= best + 1e-6 for values in results.values())
     assert best > 1.02 * results["bigbird"]["mass_recall"]
@@ -204,7 +205,7 @@ def test_in_one_layer_nothing_keeps_more_mass_than_the_oracle():
 
 def test_embeddings_are_compared_with_the_dense_models():
     model = sparse("bert", {"model": "BertModel"})
-    result = analyse(model, IDS, **OPTIONS)
+    result = evaluate(model, IDS, **OPTIONS)
     assert result["metric"] == "embedding_similarity"
     assert result["dense"]["embedding_similarity"] == pytest.approx(1)
     with torch.no_grad():
@@ -216,12 +217,12 @@ def test_embeddings_are_compared_with_the_dense_models():
 
 
 def test_completed_and_bounded_graphs_are_full_entmax():
-    result = analyse(sparse(complete=True, tiles_per_query=1), IDS, **OPTIONS)
+    result = evaluate(sparse(complete=True, tiles_per_query=1), IDS, **OPTIONS)
     for point in result["points"]:
         found = point["results"]["predicted"]
         assert found["perplexity"] == pytest.approx(result["full"]["perplexity"], rel=1e-5)
         assert found["exact_rows"] == 1 and found["added_tiles"] > 0 and found["certified_rows"] < 1
-    result = analyse(sparse(predictor="bound"), IDS, **OPTIONS)
+    result = evaluate(sparse(predictor="bound"), IDS, **OPTIONS)
     own = result["points"][0]
     assert own["own"] and own["sparsity"] is None and list(own["results"]) == ["predicted"]
     assert own["results"]["predicted"]["certified_rows"] == own["results"]["predicted"]["exact_rows"] == 1
@@ -229,24 +230,24 @@ def test_completed_and_bounded_graphs_are_full_entmax():
 
 
 def test_graphs_of_tokens():
-    result = analyse(sparse(tile=None), IDS, **OPTIONS)
+    result = evaluate(sparse(tile=None), IDS, **OPTIONS)
     own, half = result["points"]
     assert 0 < own["results"]["predicted"]["sparsity"] < 1 and "certified_rows" not in own["results"]["predicted"]
-    assert set(half["results"]) == set(PATTERNS) - {"predicted", "bound", "windows"}
+    assert set(half["results"]) == set(CONTENDERS) - {"predicted", "bound", "windows"}
     assert all(values["sparsity"] == pytest.approx(0.5, abs=0.01) for values in half["results"].values())
 
 
 def test_the_predictor_full_has_baselines_only():
-    results = analyse(sparse(predictor="full"), IDS, **OPTIONS)["points"][0]["results"]
-    assert set(results) == set(PATTERNS) - {"predicted"}
+    results = evaluate(sparse(predictor="full"), IDS, **OPTIONS)["points"][0]["results"]
+    assert set(results) == set(CONTENDERS) - {"predicted"}
 
 
 def test_own_settings_are_measured_beside_the_sparsities():
-    points = analyse(sparse(tiles_per_query=2), IDS, patterns=["predicted"], progress=False, sparsities=(0.1, 0.2))[
+    points = evaluate(sparse(tiles_per_query=2), IDS, selections=["predicted"], progress=False, sparsities=(0.1, 0.2))[
         "points"
     ]
     assert [(point["sparsity"], point["own"]) for point in points] == [(0.4762, True), (0.1, False), (0.2, False)]
-    points = analyse(sparse(), IDS, patterns=["predicted"], progress=False, sparsities=(0.5, 0.7))["points"]
+    points = evaluate(sparse(), IDS, selections=["predicted"], progress=False, sparsities=(0.5, 0.7))["points"]
     assert [(point["sparsity"], point["own"]) for point in points] == [(0.5, True), (0.7, False)]
 
 
@@ -255,16 +256,16 @@ def without_machine(result):
 
 
 def test_the_seed_decides():
-    model, options = sparse(), {"patterns": ["bigbird", "lsh", "routing"], "progress": False, "sparsities": (0.3,)}
-    first, again, other = (without_machine(analyse(model, IDS, seed=seed, **options)) for seed in (0, 0, 1))
+    model, options = sparse(), {"selections": ["bigbird", "lsh", "routing"], "progress": False, "sparsities": (0.3,)}
+    first, again, other = (without_machine(evaluate(model, IDS, seed=seed, **options)) for seed in (0, 0, 1))
     assert first == again
     for name in ("bigbird", "lsh"):
         assert first["points"][-1]["results"][name] != other["points"][-1]["results"][name]
 
 
 def test_batches_change_nothing():
-    model, options = sparse(), {"patterns": ["predicted", "strided"], **OPTIONS}
-    one, two = (analyse(model, IDS, batch_size=size, **options)["points"][0]["results"] for size in (1, 2))
+    model, options = sparse(), {"selections": ["predicted", "strided"], **OPTIONS}
+    one, two = (evaluate(model, IDS, batch_size=size, **options)["points"][0]["results"] for size in (1, 2))
     for name in one:
         assert one[name] == pytest.approx(two[name], rel=1e-4)
 
@@ -283,7 +284,7 @@ def test_the_model_comes_back_as_it_was(monkeypatch):
         method.observer = lambda *seen: None
         method.switch(False)
     before = state(model)
-    analyse(model, IDS, **OPTIONS)
+    evaluate(model, IDS, **OPTIONS)
     describe_graphs(model, IDS[:1])
     assert state(model) == before
 
@@ -292,25 +293,35 @@ def test_the_model_comes_back_as_it_was(monkeypatch):
 
     monkeypatch.setattr(Patterns, "_strided", fail)
     with pytest.raises(RuntimeError, match="in the middle"):
-        analyse(model, IDS, **OPTIONS)
+        evaluate(model, IDS, **OPTIONS)
     assert state(model) == before
 
 
-def test_evaluate_is_the_same_door():
-    model = sparse()
-    options = {"progress": False, "sparsities": (0.5,), "text_name": "words"}
-    expected = analyse(model, IDS, patterns=["predicted"], **options)
-    found = evaluate(model, IDS, selections=["predicted"], **options)
-    assert without_machine(found) == without_machine(expected)
-    assert found["method"] == "sparsefinder" and found["graphs"] == "compounded" and found["text"]["name"] == "words"
-    assert graph_table(found).row_count == 3
+def test_result():
+    result = evaluate(sparse(), IDS, selections=["predicted"], text_name="words", **OPTIONS)
+    assert result["method"] == "sparsefinder" and result["graphs"] == "compounded" and result["text"]["name"] == "words"
+    assert list(result)[:7] == ["format", "method", "base_model", "adapter", "causal", "text", "metric"]
+    (view,) = tables(result)
+    assert view.row_count == 3
+
+
+@pytest.mark.parametrize("name", ["predicted", "longformer", "oracle"])
+def test_a_contender_can_be_used_alone(name):
+    model = sparse().eval()
+    _, expected = captured(model, name)
+    before = state(model)
+    with torch.no_grad(), using(model, name):
+        assert torch.equal(model(IDS).logits, expected)
+    with torch.no_grad(), using(model, "dense"):
+        assert torch.equal(model(IDS).logits, FAMILIES["llama"].make()(IDS).logits)
+    assert state(model) == before
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
         ({"sparsities": (1.0,)}, r"sparsities must be at least 0 and below 1, got \[1.0\]"),
-        ({"patterns": ["nearest"]}, r"selections must be among predicted, .*got \['nearest'\]"),
+        ({"selections": ["nearest"]}, r"selections must be among predicted, .*got \['nearest'\]"),
         ({"rows": 0}, "rows must be at least 1, got 0"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
     ],
@@ -318,34 +329,43 @@ def test_evaluate_is_the_same_door():
 )
 def test_options_out_of_range(options, message):
     with pytest.raises(ValueError, match=message):
-        analyse(sparse(), IDS, progress=False, **options)
+        evaluate(sparse(), IDS, progress=False, **options)
 
 
 def test_what_cannot_be_measured():
-    with pytest.raises(ValueError, match="expected a model with Sparsefinder attention, got a LlamaForCausalLM"):
-        analyse(FAMILIES["llama"].make(), IDS)
+    with pytest.raises(ValueError, match="expected a model with sparse attention, got a LlamaForCausalLM without"):
+        evaluate(FAMILIES["llama"].make(), IDS)
     with pytest.raises(ValueError, match="expected a model with Sparsefinder attention"):
-        analyse(patch(FAMILIES["llama"].make(), SparseKConfig()), IDS)
+        describe_graphs(patch(FAMILIES["llama"].make(), SparseKConfig()), IDS[:1])
     with pytest.raises(ValueError, match="never fitted"):
-        analyse(patch(FAMILIES["llama"].make(), SparsefinderConfig(**SIZES)), IDS)
+        evaluate(patch(FAMILIES["llama"].make(), SparsefinderConfig(**SIZES)), IDS)
     with pytest.raises(DataError, match="a text of 16 tokens is one tile of 16; use longer chunks"):
-        analyse(sparse(), IDS[:, :16])
+        evaluate(sparse(), IDS[:, :16])
     for pattern in ("bound", "windows"):
         with pytest.raises(ValueError, match="of tiles of keys: not measured for an adapter with tile=None"):
-            analyse(sparse(tile=None), IDS, patterns=[pattern])
+            evaluate(sparse(tile=None), IDS, selections=[pattern])
     with pytest.raises(ValueError, match="there is no predicted graph to measure"):
-        analyse(sparse(predictor="full"), IDS, patterns=["predicted"])
+        evaluate(sparse(predictor="full"), IDS, selections=["predicted"])
     with pytest.raises(DataError, match="there is no predicted graph to draw"):
         describe_graphs(sparse(predictor="full"), IDS[:1])
 
 
 def test_what_belongs_to_the_other_method():
-    with pytest.raises(ValueError, match="slots and stride are SparseK's"):
+    with pytest.raises(ValueError, match="'slots' is an option of sparsek: a sparsefinder model is"):
         evaluate(sparse(), IDS, slots=[32])
-    with pytest.raises(ValueError, match="sparsities and seed are Sparsefinder's"):
+    with pytest.raises(ValueError, match="stride is no option of sparsefinder"):
+        evaluate(sparse(), IDS, stride=8)
+    with pytest.raises(ValueError, match="'sparsities' is an option of sparsefinder: a sparsek model is"):
         evaluate(patch(FAMILIES["llama"].make(), SparseKConfig(k=3, window=4, sinks=1)), IDS, sparsities=[0.5])
     with pytest.raises(ValueError, match="slots of SparseK attention, and the model has Sparsefinder attention"):
-        hf_sparse.evaluation.divide_layers(sparse(), IDS)
+        divide_layers(sparse(), IDS)
+    with pytest.raises(DataError, match="tasks are answered at a number of slots, and a Sparsefinder"):
+        check_tasks(sparse(), ["passkey"], lengths=[64])
+    with (
+        pytest.raises(ValueError, match="'routing' is fitted to the text"),
+        using(sparse(), "routing"),
+    ):
+        pytest.fail("entered the block")
 
 
 @pytest.mark.parametrize("query_tile", [None, 2])

@@ -6,7 +6,8 @@ import torch
 from hf_sparse import SparseKConfig, patch
 from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.errors import DataError
-from hf_sparse.evaluation import budget_of, compare, divide_layers, layer_damages
+from hf_sparse.evaluation import compare
+from hf_sparse.methods.sparsek.evaluation import budget_of, divide_layers, layer_damages
 from hf_sparse.methods.sparsek.evaluation.layer_shares import best_shares
 from hf_sparse.patches import sparse_layers
 

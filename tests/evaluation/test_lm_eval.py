@@ -8,7 +8,7 @@ from transformers import AutoTokenizer
 
 import hf_sparse
 from hf_sparse.demo import CHECKPOINT
-from hf_sparse.evaluation import selection
+from hf_sparse.evaluation import using
 from hf_sparse.evaluation.tasks.generate import answer
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs the extra `eval`")
@@ -63,7 +63,7 @@ def test_a_local_task(model, tokenizer, tmp_path, name, batch_size):
     (tmp_path / "local_choice.yaml").write_text(TASK.format(data=data))
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, device="cpu")
     manager = TaskManager(include_path=str(tmp_path), include_defaults=False)
-    with selection(model, name):
+    with using(model, name):
         found = lm_eval.simple_evaluate(
             model=harness, tasks=["local_choice"], task_manager=manager, bootstrap_iters=0, log_samples=True
         )
@@ -84,7 +84,7 @@ def test_generation(model, tokenizer):
     harness = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, device="cpu")
     settings = {"until": ["\n\n\n"], "max_gen_toks": 8, "do_sample": False}
     request = Instance("generate_until", {}, (QUESTIONS[0]["question"], settings), 0)
-    with selection(model, "learned"):
+    with using(model, "learned"):
         (said,) = harness.generate_until([request], disable_tqdm=True)
         prompt = tokenizer(QUESTIONS[0]["question"])["input_ids"]
         assert said and said == answer(model, tokenizer, prompt, 8)

@@ -14,8 +14,9 @@ from transformers import LlamaForCausalLM
 
 import hf_sparse
 from hf_sparse.errors import DataError
-from hf_sparse.evaluation import SELECTIONS, evaluate, perplexity, readable_bytes, selection, table
+from hf_sparse.evaluation import evaluate, perplexity, readable_bytes, table, using
 from hf_sparse.methods.sparsek.baselines import BASELINES
+from hf_sparse.methods.sparsek.evaluation import CONTENDERS
 from hf_sparse.patches import sparse_layers
 
 K, WINDOW, SINKS = 5, 6, 2
@@ -82,7 +83,7 @@ class TestSelections:
         model = get_peft_model(base, hf_sparse.SparseKConfig(k=K, window=WINDOW, sinks=SINKS))
         result = evaluate(model, chunks, progress=False)["perplexity"]
         assert result["dense"] == pytest.approx(expected, rel=1e-6)
-        assert len({round(value, 4) for value in result.values()}) == len(SELECTIONS)  # each is another one
+        assert len({round(value, 4) for value in result.values()}) == len(CONTENDERS)  # each is another one
 
     def test_recency_is_a_wider_window(self, base, chunks):
         query, key = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)
@@ -135,11 +136,11 @@ class TestTheModelComesBack:
         evaluate(model, chunks, progress=False)
         assert self.state(model) == before
 
-    @pytest.mark.parametrize("name", SELECTIONS)
+    @pytest.mark.parametrize("name", CONTENDERS)
     def test_after_an_exception(self, model, name):
         sparse_layers(model)[0].policy = BASELINES["random"]
         before = self.state(model)
-        with pytest.raises(KeyboardInterrupt), selection(model, name):
+        with pytest.raises(KeyboardInterrupt), using(model, name):
             raise KeyboardInterrupt
         assert self.state(model) == before
 
@@ -230,7 +231,7 @@ def test_result(model, chunks):
     assert json.loads(json.dumps(result, allow_nan=False)) == result
     assert result["budget"] == {"k": K, "window": WINDOW, "sinks": SINKS, "slots": SLOTS}
     assert result["text"].items() >= {"name": "noise", "chunks": 3, "length": LENGTH, "predicted_tokens": 117}.items()
-    assert tuple(result["perplexity"]) == SELECTIONS
+    assert tuple(result["perplexity"]) == CONTENDERS
     assert {"machine", "versions", "base_model", "format"} <= result.keys()
 
     console = Console(width=120, file=io.StringIO())
@@ -283,7 +284,7 @@ class TestRefusals:
             evaluate(base, chunks, progress=False)
 
     def test_unknown_selection(self, model):
-        with pytest.raises(ValueError, match="got 'newest'"), selection(model, "newest"):
+        with pytest.raises(ValueError, match="got 'newest'"), using(model, "newest"):
             pytest.fail("entered the block")
 
 
@@ -297,7 +298,7 @@ class TestStride:
         assert (edges[0], edges[-1]) == (LENGTH - 15, LENGTH) and len(found["by_position"]["learned"]) == 15
         with torch.no_grad():
             for name in ("dense", "learned"):
-                with selection(model, name):
+                with using(model, name):
                     logits = model(chunks).logits[:, :-1].log_softmax(-1)
                 nats = -logits.gather(-1, chunks[:, 1:, None])[..., 0][:, -15:].double()
                 assert found["perplexity"][name] == pytest.approx(math.exp(nats.mean()), rel=1e-5)

@@ -9,9 +9,10 @@ from peft import get_peft_model
 
 import hf_sparse
 from hf_sparse._compat import cache_of
-from hf_sparse.evaluation import at_budget, budget_of, compare, divergence, perplexity, quality, selection
+from hf_sparse.evaluation import compare, divergence, perplexity, quality, using
 from hf_sparse.evaluation.quality import Losses, position_edges
 from hf_sparse.methods.sparsek import Budget
+from hf_sparse.methods.sparsek.evaluation import at_budget, budget_of
 from hf_sparse.patches import sparse_layers
 
 LENGTH = 40
@@ -29,7 +30,7 @@ def chunks():
 
 @torch.no_grad()
 def log_probabilities(model, chunks, name):
-    with selection(model, name):
+    with using(model, name):
         return model(input_ids=chunks).logits[:, :-1].double().log_softmax(-1)
 
 
@@ -53,7 +54,7 @@ def test_compare_agrees_with_perplexity(model, chunks):
     runs = [(budget, name) for budget in budgets for name in ("dense", "learned")]
     found = compare(model, chunks, runs)
     for budget, name in runs:
-        with at_budget(model, budget), selection(model, name):
+        with at_budget(model, budget), using(model, name):
             assert found[budget, name].perplexity == pytest.approx(perplexity(model, chunks), rel=1e-6)
     assert found[budgets[0], "dense"].mean_divergence == found[budgets[1], "dense"].mean_divergence == 0
     assert found[runs[1]].mean_divergence < found[runs[3]].mean_divergence  # fewer slots are further from dense

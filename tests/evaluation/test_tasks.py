@@ -13,13 +13,14 @@ import hf_sparse
 from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.demo import CHECKPOINT
 from hf_sparse.errors import DataError
-from hf_sparse.evaluation import GENERATING, at_budget, budget_of, selection, task_table
+from hf_sparse.evaluation import task_table, using
 from hf_sparse.evaluation.tasks import TASKS, Haystack, Suite, check_tasks, read_longbench, run, run_longbench, run_task
 from hf_sparse.evaluation.tasks.generate import answer
 from hf_sparse.evaluation.tasks.haystack import fit, hide
 from hf_sparse.evaluation.tasks.longbench import Document, prompt
 from hf_sparse.evaluation.tasks.words import ADJECTIVES, KEYS, LISTED, NOUNS, PLACES, VERBS
 from hf_sparse.methods.sparsek import Budget
+from hf_sparse.methods.sparsek.evaluation import GENERATING, at_budget, budget_of
 from hf_sparse.patches import sparse_layers
 
 DEPTHS = (0.0, 0.5, 1.0)
@@ -252,7 +253,7 @@ class TestGeneration:
     @pytest.mark.parametrize("name", GENERATING)
     def test_greedy(self, model, tokenizer, name):
         tokens = self.prompt()
-        with selection(model, name):
+        with using(model, name):
             found = answer(model, tokenizer, tokens, 6)
             ids, cache = torch.tensor([tokens]), None
             for _ in range(6):
@@ -265,7 +266,7 @@ class TestGeneration:
     def test_the_selection_matters(self, model, tokenizer):
         said = set()
         for name in ("dense", "recency", "learned"):
-            with selection(model, name), at_budget(model, Budget(k=2, window=2, sinks=1)):
+            with using(model, name), at_budget(model, Budget(k=2, window=2, sinks=1)):
                 said.add(answer(model, tokenizer, self.prompt(), 12))
         assert len(said) > 1
 

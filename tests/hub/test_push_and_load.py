@@ -29,7 +29,7 @@ import hf_sparse
 from hf_sparse.adapters.hub import from_pretrained, push_to_hub, resolve_base, write_repo
 from hf_sparse.demo import CHECKPOINT
 from hf_sparse.errors import AdapterMismatchError, BusyError, DataError, HubError, UnsupportedModelError
-from hf_sparse.evaluation import analyse
+from hf_sparse.evaluation import evaluate
 from hf_sparse.folders import locked
 from hf_sparse.methods.sparsefinder import SparsefinderAttention, fit_predictors
 from hf_sparse.patches import sparse_layers, sparse_layers_in_use
@@ -180,7 +180,7 @@ def test_sparsefinder_goes_there_and_back(base_id, repo_id, api, hub_env, tmp_pa
                 parameter.add_(0.3 * torch.randn_like(parameter))
     fit_predictors(sparse_layers_in_use(model, SparsefinderAttention), lambda: model(input_ids=TOKENS))
     expected = logits(model)
-    measured = analyse(model, TOKENS, patterns=["predicted", "oracle"], sparsities=(0.5,), progress=False)
+    measured = evaluate(model, TOKENS, selections=["predicted", "oracle"], sparsities=(0.5,), progress=False)
     push_to_hub(model, repo_id, evaluation=measured)
     held = {"README.md", "adapter_config.json", "adapter_model.safetensors", "eval.json", "pareto.png"}
     assert set(files(api, repo_id)) == held

@@ -16,7 +16,7 @@ from torch.func import functional_call
 
 from hf_sparse import SparsefinderConfig, SparseKConfig, patch, unpatch
 from hf_sparse._compat import cache_of, with_cache
-from hf_sparse.methods.sparsek.evaluation.contenders import selection
+from hf_sparse.evaluation import using
 from hf_sparse.patches import sparse_layers
 from hf_sparse.patches.lora import check_lora
 
@@ -126,9 +126,9 @@ def test_a_baseline_has_the_lora_and_dense_has_not(tiny_llama):
     model = patch(tiny_llama(), SparseKConfig(k=64, lora_rank=3))
     disturb(model)
     learned = model(IDS).logits
-    with selection(model, "recency"):  # everything fits, so all that differs from the base is LoRA
+    with using(model, "recency"):  # everything fits, so all that differs from the base is LoRA
         torch.testing.assert_close(model(IDS).logits, learned, rtol=0, atol=1e-5)
-    with selection(model, "dense"):
+    with using(model, "dense"):
         dense = model(IDS).logits
     assert torch.equal(dense, tiny_llama()(IDS).logits)
     assert (learned - dense).abs().max() > 0.1

@@ -1,4 +1,4 @@
-"""Tasks that are scored by what a model generates: retrieval, tracing, aggregation, questions about documents."""
+"""Ask tasks that are scored by what a model generates: retrieval, tracing, aggregation, questions about documents."""
 
 from hf_sparse.evaluation.tasks.base import Draft as Draft
 from hf_sparse.evaluation.tasks.base import Task as Task

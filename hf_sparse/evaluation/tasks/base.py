@@ -1,4 +1,4 @@
-"""What a task is."""
+"""Define what a task is."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from hf_sparse.evaluation.tasks.haystack import Haystack
 
 @dataclass(frozen=True)
 class Draft:
-    """One example whose length is still open.
+    """Hold one example whose length is still open.
 
     Attributes:
         render: the prompt with `n` units of filler (sentences, or words of a list); more units, more tokens.
@@ -23,7 +23,7 @@ class Draft:
 
 @dataclass(frozen=True)
 class Task:
-    """A kind of examples that are made from a seed, and how an answer to one is scored.
+    """Describe a kind of examples that are made from a seed, and how an answer to one is scored.
 
     Attributes:
         name: in the registry, on the command line and in eval.json.

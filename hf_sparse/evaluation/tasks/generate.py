@@ -1,4 +1,4 @@
-"""Greedy answers of a patched model."""
+"""Generate greedy answers of a patched model."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from torch import nn
 
 @torch.no_grad()
 def answer(model: nn.Module, tokenizer: Any, prompt: list[int], new_tokens: int) -> str:
-    """What the model says after a prompt, with whatever selection is active.
+    """Return what the model says after a prompt, with whichever contender is active.
 
     Args:
         prompt: its tokens.

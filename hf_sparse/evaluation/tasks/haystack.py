@@ -1,4 +1,4 @@
-"""Filler text of any length, needles in it, and prompts of a wanted number of tokens."""
+"""Make filler text of any length, hide needles in it, and fit prompts to a number of tokens."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -13,7 +13,7 @@ Sentences = Callable[[int], list[str]]
 
 
 class Haystack:
-    """Sentences without end, of a text or made up.
+    """Draw sentences without end, of a text or made up.
 
     Args:
         text: taken sentence by sentence from a random place on, and around again at its end; by default sentences are
@@ -31,15 +31,16 @@ class Haystack:
             raise DataError("the haystack holds no text")
 
     def draw(self, random: Random) -> Sentences:
-        """A function to the first `n` sentences of one haystack; fewer are a prefix of more."""
+        """Return a function to the first `n` sentences of one haystack; fewer are a prefix of more."""
         drawn: list[str] = []
         start = None if self._sentences is None else random.randrange(len(self._sentences))
-        own = Random(random.random())  # what the caller draws next must not depend on how many sentences are asked for
+        # What the caller draws next must not depend on how many sentences are asked for.
+        filler = Random(random.random())
 
         def first(count: int) -> list[str]:
             while len(drawn) < count:
                 if self._sentences is None or start is None:
-                    drawn.append(_sentence(own))
+                    drawn.append(_sentence(filler))
                 else:
                     drawn.append(self._sentences[(start + len(drawn)) % len(self._sentences)])
             return drawn[:count]
@@ -48,19 +49,19 @@ class Haystack:
 
 
 def hide(sentences: Sequence[str], needles: Sequence[tuple[float, str]]) -> str:
-    """Sentences with needles between them, each after a share of the sentences; in order where shares are equal.
+    """Return sentences with needles between them, each after a share of the sentences; in order where shares are equal.
 
     >>> hide(["A.", "B."], [(0.5, "x"), (0, "y")])
     'y A. x B.'
     """
-    parts = list(sentences)
+    mixed = list(sentences)
     for depth, needle in reversed(sorted(needles, key=lambda pair: pair[0])):
-        parts.insert(round(depth * len(sentences)), needle)
-    return " ".join(parts)
+        mixed.insert(round(depth * len(sentences)), needle)
+    return " ".join(mixed)
 
 
 def fit(tokenizer: Any, render: Callable[[int], str], limit: int) -> list[int]:
-    """Tokens of the longest prompt of at most `limit` tokens, special ones included.
+    """Return the tokens of the longest prompt of at most `limit` tokens, special ones included.
 
     Raises:
         DataError: even the prompt without filler is longer.
@@ -77,8 +78,8 @@ def fit(tokenizer: Any, render: Callable[[int], str], limit: int) -> list[int]:
         low, high, best = high, 2 * high, longer
     while high - low > 1:
         middle = (low + high) // 2
-        if len(found := tokens(middle)) <= limit:
-            low, best = middle, found
+        if len(shorter := tokens(middle)) <= limit:
+            low, best = middle, shorter
         else:
             high = middle
     return best

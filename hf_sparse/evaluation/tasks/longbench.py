@@ -1,4 +1,4 @@
-"""Questions about long documents from files in LongBench's format (Bai et al. 2023, 2308.14508)."""
+"""Read questions about long documents from files in LongBench's format (Bai et al. 2023, 2308.14508)."""
 
 import json
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from hf_sparse.errors import DataError
 
 @dataclass(frozen=True)
 class Document:
-    """One line of a file: a `context`, a question (`input`, may be empty), and `answers` of which any will do."""
+    """Hold one line of a file: a `context`, a question (`input`, may be empty), and `answers` of which any will do."""
 
     context: str
     input: str
@@ -19,7 +19,7 @@ class Document:
 
 
 def read_longbench(path: str | Path) -> list[Document]:
-    """JSON lines with the fields `input`, `context` and `answers`; other fields are left alone.
+    """Read JSON lines with the fields `input`, `context` and `answers`; other fields are left alone.
 
     Raises:
         DataError: the file cannot be read, or a line of it is no such object.
@@ -44,7 +44,7 @@ def read_longbench(path: str | Path) -> list[Document]:
 
 
 def prompt(tokenizer: Any, document: Document, limit: int) -> list[int]:
-    """Tokens of a document and its question; the middle of a context too long for `limit` is left out.
+    """Return the tokens of a document and its question; the middle of a context too long for `limit` is left out.
 
     LongBench cuts the same way, and has a wording of its own for each data set; this one wording serves all.
 

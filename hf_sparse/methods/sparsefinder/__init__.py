@@ -23,6 +23,12 @@ def _training() -> Any:
     return SparsefinderTraining
 
 
+def _evaluation() -> Any:
+    from hf_sparse.methods.sparsefinder.evaluation import SparsefinderEvaluation
+
+    return SparsefinderEvaluation()
+
+
 def _report() -> Any:
     from hf_sparse.methods.sparsefinder.report import SPARSEFINDER
 
@@ -38,6 +44,7 @@ register_method(
         tuner=SparsefinderModel,
         prefix=SparsefinderModel.prefix,
         training=_training,
+        evaluation=_evaluation,
         report=_report,
     )
 )

@@ -9,7 +9,7 @@ from hf_sparse.adapters.results import Picture, Pictures, Results
 from hf_sparse.errors import DataError
 from hf_sparse.figures.style import PATTERN_LOOKS, reading
 from hf_sparse.methods.sparsefinder import SparsefinderConfig
-from hf_sparse.methods.sparsefinder.evaluation import PATTERNS, adapter_settings, describe_graphs
+from hf_sparse.methods.sparsefinder.evaluation import adapter_settings, describe_graphs
 from hf_sparse.methods.sparsefinder.figures import covered_figure, graphs_figure, pareto_figure
 from hf_sparse.methods.sparsefinder.figures.covered import covered_point
 from hf_sparse.methods.sparsefinder.predictors import predictor_of
@@ -123,7 +123,6 @@ SPARSEFINDER = Results(
     name="sparsefinder",
     templates=Path(__file__).parent,
     tags=("entmax",),
-    selections=lambda model: PATTERNS,
     check=_check,
     figure="pareto.png",
     draw_figure=lambda evaluation, training, path: pareto_figure(evaluation, path),
@@ -133,5 +132,4 @@ SPARSEFINDER = Results(
     pictures=("pareto", "covered", "graphs"),
     draw=_draw,
     report=_report,
-    chunks=4,  # each is read with all patterns at all sparsities
 )

@@ -23,6 +23,12 @@ def _training() -> Any:
     return SparseKTraining
 
 
+def _evaluation() -> Any:
+    from hf_sparse.methods.sparsek.evaluation import SparseKEvaluation
+
+    return SparseKEvaluation()
+
+
 def _report() -> Any:
     from hf_sparse.methods.sparsek.report import SPARSEK
 
@@ -38,6 +44,7 @@ register_method(
         tuner=SparseKModel,
         prefix=SparseKModel.prefix,
         training=_training,
+        evaluation=_evaluation,
         report=_report,
     )
 )

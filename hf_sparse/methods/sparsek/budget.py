@@ -1,10 +1,10 @@
-"""Say how many keys are attended to."""
+"""Count the keys that a query attends to."""
 
 from typing import NamedTuple
 
 
 class Budget(NamedTuple):
-    """Count the KV pairs per KV head of a layer: `k` selected keys, the last `window` ones, and the first `sinks`."""
+    """Hold the KV pairs per KV head of a layer: `k` selected keys, the last `window` ones, and the first `sinks`."""
 
     k: int
     window: int
@@ -12,11 +12,16 @@ class Budget(NamedTuple):
 
     @property
     def slots(self) -> int:
-        """Count all of them."""
+        """Return the number of all of them."""
         return self.k + self.window + self.sinks
 
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Return what JSON files hold of a budget."""
+        return {"k": self.k, "window": self.window, "sinks": self.sinks, "slots": self.slots}
+
     def resized(self, slots: int) -> "Budget":
-        """Return another number of slots with as many sinks, and the window's share of the slots.
+        """Return a budget of another number of slots with as many sinks, and the window's share of the slots.
 
         Raises:
             ValueError: too few for the sinks, a window and a selected key.

@@ -11,7 +11,7 @@ from hf_sparse import environment
 from hf_sparse._compat import cache_of
 from hf_sparse.data import check_chunks, fingerprint
 from hf_sparse.errors import DataError
-from hf_sparse.evaluation import selection
+from hf_sparse.evaluation import using
 from hf_sparse.methods.sparsek import SparseKAttention, SparseKCacheLayer
 from hf_sparse.patches import sparse_layers_in_use
 
@@ -68,7 +68,7 @@ def describe_selection(model: Any, tokenizer: Any, chunks: Tensor, *, text_name:
         )
     edges = sorted({round(length * i / _BINS) for i in range(_BINS + 1)})
     widths = torch.tensor(edges).diff()
-    with selection(model, "learned"):
+    with using(model, "learned"):
         kept = torch.stack([kept_keys(model, chunk) for chunk in chunks.split(1)])  # [N, R, T]
     shares = torch.stack([part.sum(-1) for part in kept.split(widths.tolist(), -1)], -1).sum(0) / (count * widths)
     names = [(method.layer, head) for method in methods for head in range(method.num_key_value_heads)]

@@ -9,7 +9,6 @@ from typing import Any
 from hf_sparse.adapters.folder import EVALUATION
 from hf_sparse.adapters.results import Picture, Pictures, Results
 from hf_sparse.errors import DataError
-from hf_sparse.evaluation import selections_of
 from hf_sparse.figures.style import DENSE, LOOKS, look, ordered, reading
 from hf_sparse.methods.sparsek import SparseKConfig
 from hf_sparse.methods.sparsek.figures import (
@@ -157,7 +156,6 @@ SPARSEK = Results(
     name="sparsek",
     templates=Path(__file__).parent,
     tags=(),
-    selections=selections_of,
     check=_check,
     figure="quality.png",
     draw_figure=quality_figure,

@@ -1,4 +1,4 @@
-"""Predicted and gold graphs of one text, for some heads: the content of graphs.json."""
+"""Describe the predicted and gold graphs of one text, for a few heads: the content of graphs.json."""
 
 from typing import Any
 
@@ -6,12 +6,12 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse import environment
+from hf_sparse.core.overrides import override
 from hf_sparse.data import check_chunks, fingerprint
 from hf_sparse.errors import DataError
+from hf_sparse.evaluation.switching import evaluating, switched
 from hf_sparse.methods.sparsefinder.attention import AttentionInputs
-from hf_sparse.methods.sparsefinder.evaluation.analyse import observing
 from hf_sparse.methods.sparsefinder.evaluation.operating_points import predicting_layers
-from hf_sparse.methods.sparsek.evaluation.contenders import evaluating
 from hf_sparse.model_kinds import final_states
 from hf_sparse.ops.entmax import Certificate, support
 from hf_sparse.ops.predictors.metrics import graph_metrics
@@ -25,9 +25,9 @@ _LENGTH = 512  # tokens of a picture, so that each still is a dot
 
 @torch.no_grad()
 def describe_graphs(model: nn.Module, chunks: Tensor, *, text_name: str = "") -> dict[str, Any]:
-    """The graphs of the beginning of a text, of heads from the best covered one to the worst.
+    """Describe the graphs of the beginning of a text, of heads from the best covered one to the worst.
 
-    Graphs compound through the layers, and gold is that of the queries and keys that arise; see `analyse`.
+    Graphs compound through the layers, and gold is that of the queries and keys that arise; see `measure_graphs`.
 
     Args:
         model: a patched model, its predictors fitted.
@@ -42,12 +42,12 @@ def describe_graphs(model: nn.Module, chunks: Tensor, *, text_name: str = "") ->
     Raises:
         DataError: a chunk that the model cannot read, or an adapter that predicts nothing.
     """
-    methods = predicting_layers(model)
-    if methods[0].config.predictor == "full":
+    layers = predicting_layers(model)
+    if layers[0].config.predictor == "full":
         raise DataError("the predictor 'full' attends to all keys: there is no predicted graph to draw")
     tokens = chunks[:1, :_LENGTH]
     check_chunks(model, tokens)
-    found: list[dict[str, Any]] = []
+    described: list[dict[str, Any]] = []
     sizes: set[tuple[int, int]] = set()
 
     def collect(text: AttentionInputs, graph: Tiles | Tensor | None, certificate: Certificate | None) -> None:
@@ -63,7 +63,7 @@ def describe_graphs(model: nn.Module, chunks: Tensor, *, text_name: str = "") ->
         sizes.add((tiles.size, tiles.rows))
         for head in range(heads):
             lists = tiles.index[0, head * tiles.index.shape[1] // heads]
-            found.append(
+            described.append(
                 {
                     "layer": text.layer,
                     "head": head,
@@ -75,12 +75,11 @@ def describe_graphs(model: nn.Module, chunks: Tensor, *, text_name: str = "") ->
                 }
             )
 
-    with evaluating(model), observing(methods):
-        for method in methods:
-            method.observer, method.certify = collect, method.config.complete
+    observed = override(layers, pattern=None, observer=collect, certify=layers[0].config.complete)
+    with evaluating(model), observed, switched(layers, True):
         final_states(model, tokens.to(next(model.parameters()).device))
-    found.sort(key=lambda head: -head["mass_recall"])
-    last = len(found) - 1
+    described.sort(key=lambda head: -head["mass_recall"])
+    last = len(described) - 1
     tile, query_tile = sizes.pop()
     places = sorted({round(number * last / (_HEADS - 1)) for number in range(_HEADS)})
     return {
@@ -89,6 +88,6 @@ def describe_graphs(model: nn.Module, chunks: Tensor, *, text_name: str = "") ->
         "length": tokens.shape[1],
         "tile": tile,
         "query_tile": query_tile,
-        "heads": [found[place] for place in places],
+        "heads": [described[place] for place in places],
         **environment.describe(),
     }

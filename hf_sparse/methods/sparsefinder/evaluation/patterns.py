@@ -1,4 +1,4 @@
-"""The graphs that a predicted one is compared with, on the same model and with as many tiles per query tile.
+"""Make the graphs that a predicted one is compared with, on the same model and with as many tiles per query tile.
 
 Where the predictor divides its tiles among heads, others have the mean of them, and the oracle as many in each head;
 `windows` is the nearest tiles, divided among heads in the same way: what dividing gives is one thing, what predicting
@@ -8,15 +8,17 @@ a tile is described by queries that are known when it begins, as the method does
 points of the whole text, and the oracle of tiles of several queries see the future.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_sparse.methods.sparsefinder import SparsefinderAttention
-from hf_sparse.methods.sparsefinder.attention import AttentionInputs, Pattern
+from hf_sparse.core.overrides import override
+from hf_sparse.evaluation.switching import switched
+from hf_sparse.methods.sparsefinder.attention import AttentionInputs, Pattern, SparsefinderAttention
 from hf_sparse.methods.sparsefinder.evaluation.operating_points import tiles_per_query
 from hf_sparse.methods.sparsefinder.fit import fit_budgets
 from hf_sparse.methods.sparsefinder.predictors.budgets import divided_tiles
@@ -38,52 +40,65 @@ from hf_sparse.ops.tiles.select import best_tiles
 from hf_sparse.ops.tiles.tiles import own_tiles, tile_counts
 
 #: What attends: the adapter's predictor, patterns that know nothing of the text, those that do, and the best there is.
-PATTERNS = ("predicted", "longformer", "windows", "bigbird", "strided", "fixed", "lsh", "routing", "bound", "oracle")
+CONTENDERS = ("predicted", "longformer", "windows", "bigbird", "strided", "fixed", "lsh", "routing", "bound", "oracle")
+
+#: Those that are fitted to the text that is measured, which if anything favours them.
+FITTED = ("windows", "routing")
 
 _HASHES = 4  # rounds, as many as the projections have dimensions by default
 
 
 class Patterns:
-    """The patterns of one attention module.
+    """Make the patterns of one attention module.
 
     Attributes:
-        method: the module.
+        layer: the module.
         centroids: `[Hkv, C, r]` for routing, see `fit_routing`.
         budgets: `[H, MEANS]` for windows, see `fit_windows`.
     """
 
-    def __init__(self, method: SparsefinderAttention, seed: int) -> None:
-        self.method = method
-        self.seed = seed * 100_003 + method.layer
+    def __init__(self, layer: SparsefinderAttention, seed: int) -> None:
+        self.layer = layer
+        self.seed = seed * 100_003 + layer.layer
         self.centroids: Tensor | None = None
         self.budgets: Tensor | None = None
 
     def points(self, text: AttentionInputs) -> tuple[Tensor, Tensor]:
-        """What hashing and routing compare, `[B, Hq, Tq, r]` and `[B, Hkv, Tk, r]` float32."""
-        learned = self.method.parameters_in_use
+        """Return what hashing and routing compare, `[B, Hq, Tq, r]` and `[B, Hkv, Tk, r]` float32."""
+        learned = self.layer.parameters_in_use
         if not learned.predictor.learns_graph:
             return text.query.float(), text.key.float()
         return learned.project_queries(text.query), learned.project_keys(text.key)
 
     def pattern(self, name: str) -> Pattern | None:
-        """The pattern of a name; `None` is what the adapter predicts. The same tiles each time that it is asked for.
+        """Return the pattern of a name; `None` is what the adapter predicts. Two of one name choose the same tiles.
 
         Args:
-            name: one of `PATTERNS`, or `"full"` for all keys.
+            name: one of `CONTENDERS`, or `"full"` for all keys.
         """
         if name == "predicted":
             return None
         if name == "full":
             return lambda text: None
         generator = torch.Generator().manual_seed(self.seed)
-        scores = getattr(self, f"_{name}")
+        scores = {
+            "longformer": self._longformer,
+            "windows": self._windows,
+            "bigbird": self._bigbird,
+            "strided": self._strided,
+            "fixed": self._fixed,
+            "lsh": self._lsh,
+            "routing": self._routing,
+            "bound": self._bound,
+            "oracle": self._oracle,
+        }[name]
 
         def graph(text: AttentionInputs) -> Tiles | Tensor:
-            config, causal = self.method.config, text.causal
+            config, causal = self.layer.config, text.causal
             queries, keys, size = text.query.shape[2], text.key.shape[2], config.tile or 1
             own, _ = self._own(text)
             count = tiles_per_query(config, queries, keys, causal)
-            learned = self.method.parameters_in_use
+            learned = self.layer.parameters_in_use
             if name == "oracle" and hasattr(learned, "budgets"):  # it has no fewer in any head
                 count = divided_tiles(learned.budgets, count, len(own))
             if name == "windows":
@@ -91,7 +106,7 @@ class Patterns:
                 count = divided_tiles(self.budgets, count, len(own))
             count = count.to(text.key.device) if isinstance(count, Tensor) else count
             window = config.window if config.tile else max(1, config.window)
-            near = window_and_global(
+            joined = window_and_global(
                 queries,
                 keys,
                 size,
@@ -101,8 +116,8 @@ class Patterns:
                 causal=causal,
                 device=text.key.device,
             )
-            found = scores(text, count, generator)
-            tiles = best_tiles(found, count, size=size, rows=config.rows, own=own, causal=causal, always=near)
+            ranks = scores(text, count, generator)
+            tiles = best_tiles(ranks, count, size=size, rows=config.rows, own=own, causal=causal, always=joined)
             return tiles if config.tile else tiles.edges(queries, keys, causal=causal)
 
         return graph
@@ -111,7 +126,7 @@ class Patterns:
         return nearest_scores(*self._own(text))
 
     def nearest(self, text: AttentionInputs) -> Tensor:
-        """What windows of each head are fitted by, `[B, H, nq, nk]`."""
+        """Return the scores that windows of each head are fitted by, `[B, H, nq, nk]`."""
         return self._longformer(text).expand(len(text.key), self._heads(text), -1, -1)
 
     def _windows(self, text: AttentionInputs, *_: Any) -> Tensor:
@@ -130,17 +145,17 @@ class Patterns:
 
     def _lsh(self, text: AttentionInputs, count: int | Tensor, _: Any) -> Tensor:
         query, key = self.points(text)
-        config, generator = self.method.config, torch.Generator().manual_seed(self.seed)  # one hash for all texts
+        config, generator = self.layer.config, torch.Generator().manual_seed(self.seed)  # one hash for all texts
         buckets = config.clusters + config.clusters % 2
         rotations = lsh_rotations(query.shape[-1], buckets, _HASHES, generator=generator, device=query.device)
         return lsh_scores(query, key, rotations, **self._tiles, lag=self._lag(text), per_group=config.per_group)
 
     def _routing(self, text: AttentionInputs, *_: Any) -> Tensor:
         assert self.centroids is not None
-        return routing_scores(*self.points(text), self.centroids, **self._tiles, per_group=self.method.config.per_group)
+        return routing_scores(*self.points(text), self.centroids, **self._tiles, per_group=self.layer.config.per_group)
 
     def _bound(self, text: AttentionInputs, *_: Any) -> Tensor:
-        config = self.method.config
+        config = self.layer.config
         return bound_scores(
             text.query,
             text.key,
@@ -159,33 +174,43 @@ class Patterns:
         group, alpha = heads // kv_heads, text.alpha
         parts = []
         for number in range(kv_heads):  # a group at a time: probabilities take Tq x Tk
-            mine = slice(number * group, (number + 1) * group)
+            group_heads = slice(number * group, (number + 1) * group)
             probabilities = support(
-                text.query[:, mine],
+                text.query[:, group_heads],
                 text.key[:, number, None],
-                alpha=alpha[mine] if isinstance(alpha, Tensor) else alpha,
-                scaling=text.scaling[mine],
+                alpha=alpha[group_heads] if isinstance(alpha, Tensor) else alpha,
+                scaling=text.scaling[group_heads],
                 causal=text.causal,
             )[1]
-            kv_head = 1 if self.method.config.per_group else None
+            kv_head = 1 if self.layer.config.per_group else None
             parts.append(oracle_scores(probabilities, **self._tiles, kv_heads=kv_head))
         return torch.cat(parts, 1)
 
     def _heads(self, text: AttentionInputs) -> int:
-        return (text.key if self.method.config.per_group else text.query).shape[1]
+        return (text.key if self.layer.config.per_group else text.query).shape[1]
 
     @property
     def _tiles(self) -> dict[str, Any]:
-        return {"size": self.method.config.tile or 1, "rows": self.method.config.rows}
+        return {"size": self.layer.config.tile or 1, "rows": self.layer.config.rows}
 
     def _own(self, text: AttentionInputs) -> tuple[Tensor, int]:
-        """The own tile of each tile of queries, and the number of tiles of keys."""
+        """Return the own tile of each tile of queries, and the number of tiles of keys."""
         keys = text.key.shape[2]
         listed, total = tile_counts(text.query.shape[2], keys, **self._tiles)
         return own_tiles(listed, keys, **self._tiles, device=text.key.device), total
 
     def _lag(self, text: AttentionInputs) -> int:
-        return (self.method.config.rows or 1) - 1 if text.causal else 0
+        return (self.layer.config.rows or 1) - 1 if text.causal else 0
+
+
+@contextmanager
+def attending(layers: Sequence[SparsefinderAttention], patterns: Sequence[Pattern | None]) -> Iterator[None]:
+    """Let each layer attend by a pattern of its own within a `with` block; `None` is the predicted graph."""
+    with ExitStack() as stack:
+        stack.enter_context(switched(layers, True))
+        for layer, pattern in zip(layers, patterns, strict=True):
+            stack.enter_context(override([layer], pattern=pattern))
+        yield
 
 
 @torch.no_grad()
@@ -194,38 +219,35 @@ def fit_routing(patterns: Sequence[Patterns], read: Callable[[], Any], seed: int
 
     Callers read some of the very texts that are measured: if anything, that favours this baseline.
     """
-    found: dict[int, list[Tensor]] = {}
+    points_of: dict[int, list[Tensor]] = {}
 
     def collect(number: int) -> Pattern:
         def all_keys(text: AttentionInputs) -> None:
             query, key = (F.normalize(points, dim=-1) for points in patterns[number].points(text))
-            found.setdefault(number, []).append(training_points(query, key))
+            points_of.setdefault(number, []).append(training_points(query, key))
 
         return all_keys
 
-    before = [of.method.pattern for of in patterns]
-    try:
-        for number, of in enumerate(patterns):
-            of.method.pattern = collect(number)
+    layers = [layer_patterns.layer for layer_patterns in patterns]
+    with attending(layers, [collect(number) for number in range(len(layers))]):
         read()
-    finally:
-        for of, pattern in zip(patterns, before, strict=True):
-            of.method.pattern = pattern
-    for number, of in enumerate(patterns):
-        points = torch.cat(found[number], 1)
+    for number, layer_patterns in enumerate(patterns):
+        points = torch.cat(points_of[number], 1)
         generator = torch.Generator().manual_seed(seed)
-        of.centroids = kmeans(points, min(of.method.config.clusters, points.shape[1]), generator=generator)
+        clusters = min(layer_patterns.layer.config.clusters, points.shape[1])
+        layer_patterns.centroids = kmeans(points, clusters, generator=generator)
 
 
 def fit_windows(patterns: Sequence[Patterns], read: Callable[[], Any]) -> None:
-    """Fit how wide the window of each head is: tiles divided by what the nearest ones gain, as the predictor's are.
+    """Fit the width of the window of each head: tiles divided by what the nearest ones gain, as the predictor's are.
 
     As for `fit_routing`, reading what is measured favours this baseline.
     """
-    by_method = {id(of.method): of for of in patterns}
+    patterns_of = {id(layer_patterns.layer): layer_patterns for layer_patterns in patterns}
+    layers = [layer_patterns.layer for layer_patterns in patterns]
 
-    def nearest(method: SparsefinderAttention, text: AttentionInputs) -> Tensor:
-        return by_method[id(method)].nearest(text)
+    def nearest(layer: SparsefinderAttention, text: AttentionInputs) -> Tensor:
+        return patterns_of[id(layer)].nearest(text)
 
-    for of, table in zip(patterns, fit_budgets([of.method for of in patterns], read, nearest), strict=True):
-        of.budgets = table
+    for layer_patterns, table in zip(patterns, fit_budgets(layers, read, nearest), strict=True):
+        layer_patterns.budgets = table

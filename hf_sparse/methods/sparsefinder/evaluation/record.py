@@ -1,4 +1,4 @@
-"""Metrics of the graphs that a model attends by, as it attends."""
+"""Measure the graphs that a model attends by, as it attends."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ from hf_sparse.ops.tiles import Tiles
 
 
 class GraphRecord:
-    """An observer of the attention modules of a model: compares each graph with the gold graph of the same text.
+    """Observe the attention modules of a model, and compare each graph with the gold graph of the same text.
 
     The gold graph is that of the queries and keys at hand: where earlier layers attend by a graph too, their errors are
     in it.
@@ -48,16 +48,16 @@ class GraphRecord:
         self.layers.setdefault(text.layer, MetricMeans()).add({name: value.cpu() for name, value in metrics.items()})
 
     def per_head(self) -> dict[str, list[list[float]]]:
-        """For each metric a list per layer of a value per query head: means over texts."""
-        found = [self.layers[layer].per_head() for layer in sorted(self.layers)]
-        return {name: [layer[name].tolist() for layer in found] for name in found[0]}
+        """Return for each metric a list per layer of a value per query head: means over texts."""
+        layers = [self.layers[layer].per_head() for layer in sorted(self.layers)]
+        return {name: [layer[name].tolist() for layer in layers] for name in layers[0]}
 
     def mean(self) -> dict[str, float]:
-        """Means over texts, then over the heads of all layers."""
-        found = [self.layers[layer].per_head() for layer in sorted(self.layers)]
-        return {name: float(torch.cat([layer[name] for layer in found]).nanmean()) for name in found[0]}
+        """Return the means over texts, then over the heads of all layers."""
+        layers = [self.layers[layer].per_head() for layer in sorted(self.layers)]
+        return {name: float(torch.cat([layer[name] for layer in layers]).nanmean()) for name in layers[0]}
 
 
 def _per_head(ratio: Tensor, heads: int, batch: int) -> Tensor:
-    """`[B or 1, H]` of graphs -> `[B, Hq]`."""
+    """Expand `[B or 1, H]` of graphs to `[B, Hq]`."""
     return ratio.repeat_interleave(heads // ratio.shape[1], 1).expand(batch, -1)

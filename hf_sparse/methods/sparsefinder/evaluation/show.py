@@ -1,4 +1,4 @@
-"""What was measured of graphs, for people."""
+"""Make tables for people of what was measured of graphs."""
 
 from typing import Any
 
@@ -17,12 +17,12 @@ _SHARES = {
 
 
 def point_name(point: dict[str, Any]) -> str:
-    """What a point of eval.json is called: `0.8`, or `own` for a graph that decides on its own size."""
+    """Name a point of eval.json: `0.8`, or `own` for a graph that decides on its own size."""
     return "own" if point["sparsity"] is None else f"{point['sparsity']:g}"
 
 
 def graph_table(result: dict[str, Any]) -> Table:
-    """What `analyse` returned, for people."""
+    """Return the table of all graphs of an eval.json."""
     text, metric, adapter = result["text"], metric_of(result), result["adapter"]
     caption = f"{text['chunks']} chunks of {text['length']} tokens" + (
         f" of {escape(text['name'])}" if text["name"] else ""

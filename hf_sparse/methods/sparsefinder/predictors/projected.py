@@ -23,7 +23,7 @@ from torch import Tensor
 
 from hf_sparse.methods.sparsefinder.config import SparsefinderConfig
 from hf_sparse.methods.sparsefinder.predictors.base import AttentionInputs, Codes, Predictor
-from hf_sparse.methods.sparsefinder.predictors.budgets import divided_tiles
+from hf_sparse.methods.sparsefinder.predictors.budgets import divided_tiles, mean_tiles
 from hf_sparse.ops.predictors.profile import distance_bins
 from hf_sparse.ops.predictors.projections import by_group
 from hf_sparse.ops.tiles import Tiles, window_and_global
@@ -176,10 +176,8 @@ class ProjectedPredictor(Predictor):
         """
         config = self.config
         mean: int | Tensor
-        if span.causal or config.tiles_per_query is not None:
-            mean = config.causal_tiles
-        elif span.valid is None:
-            mean = counts_for_sparsity(torch.full_like(own, total), config.sparsity)
+        if span.causal or config.tiles_per_query is not None or span.valid is None:
+            mean = mean_tiles(config, own, total, causal=span.causal)
         else:
             size, rows = self.tiles
             reach = tiles_of_valid(span.valid, size).sum(-1, keepdim=True) * tiles_of_valid(span.valid, rows)

@@ -1,7 +1,8 @@
-"""How much each layer minds having few slots, and how a budget is best divided among the layers."""
+"""Measure what each layer loses by having few slots, and divide a budget among the layers accordingly."""
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -12,8 +13,8 @@ from hf_sparse.core.overrides import override
 from hf_sparse.data import check_chunks
 from hf_sparse.errors import DataError
 from hf_sparse.evaluation.quality import kl, logits_of
-from hf_sparse.methods.sparsek.evaluation.budgets import at_budget, budget_of
-from hf_sparse.methods.sparsek.evaluation.contenders import evaluating, patched_layers, selection
+from hf_sparse.evaluation.switching import evaluating, using
+from hf_sparse.methods.sparsek.evaluation.contenders import budget_of, sparsek_layers
 
 _SLICE = 256  # positions whose logits are float32 at a time
 _POWERS = (0.2, 3.0)  # of damage against slots; what lies beyond is noise
@@ -24,7 +25,7 @@ _RANGE = 4.0  # no layer gets more than so many times the mean, or less than tha
 def layer_damages(
     model: nn.Module, chunks: Tensor, slots: int, *, batch_size: int = 1, progress: bool = True
 ) -> dict[int, float]:
-    """The KL divergence from dense attention, in nats per token, that each layer causes while all others are dense.
+    """Return the KL divergence from dense attention, in nats per token, that each layer causes while others are dense.
 
     An adapter's LoRA stays on in all of them.
 
@@ -45,31 +46,33 @@ def layer_damages(
     check_chunks(model, chunks)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    methods, length = patched_layers(model), chunks.shape[1]
+    sparse_layers, length = sparsek_layers(model), chunks.shape[1]
     if length <= slots:
         raise DataError(f"nothing is evicted: {slots} slots cover the whole text of {length} tokens")
-    config, layers = methods[0].config, [method.layer for method in methods]
-    sums = dict.fromkeys(layers, 0.0)
-    work = [(some, layer) for some in chunks.split(batch_size) for layer in (None, *layers)]
-    label = f"layers, {slots} slots"
-    with evaluating(model), at_budget(model, budget_of(model).resized(slots)), selection(model, "learned"):
-        for some, layer in track(work, label, console=Console(stderr=True), transient=True, disable=not progress):
+    config, layers = sparse_layers[0].config, [layer.layer for layer in sparse_layers]
+    sums, device = dict.fromkeys(layers, 0.0), next(model.parameters()).device
+    steps: list[tuple[Tensor, int | None]] = [
+        (tokens, layer) for tokens in chunks.split(batch_size) for layer in (None, *layers)
+    ]
+    bar: dict[str, Any] = {"console": Console(stderr=True), "transient": True, "disable": not progress}
+    with evaluating(model), using(model, "learned", budget_of(model).resized(slots)):
+        for tokens, layer in track(steps, f"layers, {slots} slots", **bar):
             # A layer whose budget covers the text is dense.
             shares = [1.0 if other == layer else float(length) for other in range(max(layers) + 1)]
             with override([config], layer_shares=shares):
-                logits = logits_of(model, some.to(next(model.parameters()).device))[:, :-1]
-            if layer is None:  # all are
+                logits = logits_of(model, tokens.to(device))[:, :-1]
+            if layer is None:  # all are dense
                 dense = logits
             else:
-                parts = zip(dense.split(_SLICE, 1), logits.split(_SLICE, 1), strict=True)
-                sums[layer] += sum(kl(*part).double().sum().item() for part in parts)
+                slices = zip(dense.split(_SLICE, 1), logits.split(_SLICE, 1), strict=True)
+                sums[layer] += sum(kl(*pair).double().sum().item() for pair in slices)
     return {layer: total / (len(chunks) * (length - 1)) for layer, total in sums.items()}
 
 
 def divide_layers(
     model: nn.Module, chunks: Tensor, *, batch_size: int = 1, progress: bool = True
 ) -> tuple[list[float], dict[int, dict[int, float]]]:
-    """Shares of the budget for the layers, by what each loses at half and at twice the adapter's slots.
+    """Return shares of the budget for the layers, by what each loses at half and at twice the adapter's slots.
 
     The damage of a layer is taken for a power law of its slots, and the sum of all damages is minimised for a fixed
     sum of slots. The shares returned are half way from equal ones to that minimum: the damages of layers do not just
@@ -84,20 +87,19 @@ def divide_layers(
     Raises:
         DataError, ValueError: as `layer_damages`.
     """
-    methods = patched_layers(model)
-    slots = budget_of(model).slots
-    sizes = (max(slots // 2, methods[0].config.sinks + 2), 2 * slots)
+    config, slots = sparsek_layers(model)[0].config, budget_of(model).slots
+    sizes = (max(slots // 2, config.sinks + 2), 2 * slots)
     damages = {
         size: layer_damages(model, chunks, size, batch_size=batch_size, progress=progress) for size in reversed(sizes)
     }
     few, many = (list(damages[size].values()) for size in sizes)
     shares = dict(zip(damages[sizes[0]], best_shares(few, many, sizes), strict=True))
-    total = (methods[0].config.base_shape or {})["num_attention_layers"]
+    total = (config.base_shape or {})["num_attention_layers"]
     return [shares.get(layer, 1.0) for layer in range(total)], damages
 
 
 def best_shares(few: Sequence[float], many: Sequence[float], sizes: tuple[int, int]) -> list[float]:
-    """Half way to the shares, 1 on average, for which damages `c n^-p` have the smallest sum.
+    """Return the shares half way to those, 1 on average, for which damages `c n^-p` have the smallest sum.
 
     Args:
         few, many: damages at the smaller and at the larger of two `sizes`.
@@ -108,12 +110,12 @@ def best_shares(few: Sequence[float], many: Sequence[float], sizes: tuple[int, i
     # Where the sum is smallest, one more slot gains every layer the same: c p n^-(p + 1) is a constant, exp(-level).
     gains = [max(a, 1e-9) * power for a, power in zip(few, powers, strict=True)]  # with n in units of `low`
     bottom, top = -60.0, 60.0
-    wanted = len(few) * math.sqrt(low * high) / low
+    total_slots = len(few) * math.sqrt(low * high) / low
     for _ in range(100):
         level = (bottom + top) / 2
         counts = [(math.exp(level) * gain) ** (1 / (1 + power)) for gain, power in zip(gains, powers, strict=True)]
-        bottom, top = (level, top) if sum(counts) < wanted else (bottom, level)
-    mean = wanted / len(few)
+        bottom, top = (level, top) if sum(counts) < total_slots else (bottom, level)
+    mean = total_slots / len(few)
     counts = [min(max(count / mean, 1 / _RANGE), _RANGE) for count in counts]
     scale = len(counts) / sum(counts)
     return [round((1 + count * scale) / 2, 4) for count in counts]

@@ -1,0 +1,70 @@
+"""Divide the slots of the adapter in a folder among its layers: the verb `divide`, which only SparseK has."""
+
+import shutil
+from pathlib import Path
+
+from hf_sparse.adapters.folder import TRAINING, WEIGHTS, read_adapter
+from hf_sparse.adapters.repo import check_training, measurements, read_json, write_repo
+from hf_sparse.errors import DataError
+from hf_sparse.folders import staged
+from hf_sparse.methods.sparsek.attention import SparseKAttention
+from hf_sparse.methods.sparsek.evaluation.layer_shares import divide_layers
+from hf_sparse.model_kinds import kind_of
+from hf_sparse.patches import sparse_layers
+from hf_sparse.workflow import Device, Dtype, alone, load_adapter, prepared_chunks, save_adapter
+
+_CHUNKS = 4  # of a text on which every layer is measured
+
+
+@alone
+def divide_adapter(
+    folder: str | Path,
+    text: str,
+    *,
+    length: int | None = None,
+    chunks: str | None = None,
+    batch_size: int = 1,
+    bos: bool | None = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+) -> list[float]:
+    """Divide the slots of the adapter in a folder among its layers, by what each layer loses on a text.
+
+    The scorers stay as they are; train them again afterwards.
+
+    Args:
+        folder: holds a trained adapter of a causal language model.
+        text: text that the adapter was trained on; not the one that it is measured on.
+        length: tokens per chunk; by default 2048, or what the model's positions suffice for.
+        chunks: use chunks `START:STOP` of the text; by default at most 4, from all over it.
+        batch_size: chunks at a time.
+        bos: see `train_adapter`.
+        device, dtype: see `load_adapter`.
+
+    Returns:
+        `layer_shares`, as written to adapter_config.json.
+
+    Raises:
+        DataError: a text that cannot be measured, or a model that is no causal language model.
+        BusyError: another run holds the folder.
+    """
+    folder = Path(folder)
+    model, tokenizer = load_adapter(folder, device=device, dtype=dtype)
+    training = read_json(folder / TRAINING)
+    if training is not None:
+        check_training(training, read_adapter(folder, str(folder)))
+    layer = sparse_layers(model)[0]
+    if not isinstance(layer, SparseKAttention):
+        raise DataError(f"slots are divided among layers, and {folder} holds a {layer.label} adapter, which has none")
+    if kind_of(model) != "causal":
+        raise DataError("slots are divided among the layers of causal language models, and this model is none")
+    data = prepared_chunks(model, tokenizer, text, length, chunks, bos=bos, limit=_CHUNKS)
+    shares, _ = divide_layers(model, data, batch_size=batch_size)
+    model.active_peft_config.layer_shares = shares
+    with staged(folder, removed=measurements(folder)) as stage:
+        save_adapter(model, stage)
+        shutil.copyfile(folder / WEIGHTS, stage / WEIGHTS)  # not those that were loaded, perhaps in another dtype
+        write_repo(stage, training=training, repo_id=folder.resolve().name)
+        for name in (WEIGHTS, TRAINING):  # they stay
+            (stage / name).unlink(missing_ok=True)
+    return shares
