@@ -7,8 +7,6 @@ import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from peft import TaskType
-
 #: The most of what is counted in tokens, keys, layers or bins.
 MOST_TOKENS = 2**24
 
@@ -93,6 +91,8 @@ def check_peft_fields(config: Any) -> None:
     Raises:
         ValueError: one of them is of another type, or a task that no model of ours is for.
     """
+    from peft import TaskType  # late: those who check other settings need not wait for torch
+
     # PEFT's class for sequence to sequence asks the base model for an encoder and a decoder.
     tasks = [task.value for task in TaskType if task != TaskType.SEQ_2_SEQ_LM]
     base = getattr(config, "base_shape", None)
