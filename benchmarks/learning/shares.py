@@ -10,11 +10,11 @@ import json
 
 from arguments import adapter_and_text
 
+from hf_sparse.adapters.load import load_adapter
 from hf_sparse.data import pack, read_text, select_chunks
 from hf_sparse.environment import describe
 from hf_sparse.evaluation import budget_of, compare, divide_layers
 from hf_sparse.patches import sparse_layers_in_use
-from hf_sparse.workflow import load_adapter
 
 
 def main() -> None:
