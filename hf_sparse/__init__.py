@@ -5,7 +5,7 @@ Importing this registers the methods with PEFT and transformers; it changes no m
 
 from importlib.metadata import version as _version
 
-from hf_sparse.adapters.saving import register as _register_saving
+from hf_sparse.adapters.peft_cards import register as _register_cards
 from hf_sparse.errors import HfSparseError as HfSparseError
 from hf_sparse.hub import from_pretrained as from_pretrained
 from hf_sparse.hub import push_to_hub as push_to_hub
@@ -19,4 +19,4 @@ from hf_sparse.patches import unpatch as unpatch
 
 __version__ = _version("hf-sparse")
 
-_register_saving()
+_register_cards()

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import cached_file, find_adapter_config_file
@@ -90,6 +91,17 @@ class Base:
 def resolve_base(name: str) -> str:
     """Return what transformers can load for the name of a base model: `"demo"` is the bundled checkpoint, always."""
     return str(CHECKPOINT) if name == BASE_NAME else name
+
+
+def is_public(name: str | None) -> bool:
+    """Tell whether the name of a base model is one that others can resolve, and not a folder of this machine."""
+    if name is None or name == BASE_NAME:
+        return name == BASE_NAME
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return not Path(name).exists()
 
 
 def open_base(name: str, **options: Any) -> Base:

@@ -295,6 +295,7 @@ def finetune(
     from hf_sparse.environment import is_main_process
     from hf_sparse.finetune import FinetuneConfig
     from hf_sparse.finetune.checkpoint import latest
+    from hf_sparse.texts import read_dataset, read_texts
 
     config = FinetuneConfig(
         objective=objective,
@@ -317,9 +318,9 @@ def finetune(
         resume=resume,
     )
     if dataset:
-        words = workflow.read_dataset(dataset, dataset_config, split, column)
+        words = read_dataset(dataset, dataset_config, split, column)
     else:
-        words, _ = workflow.read_texts(text)
+        words, _ = read_texts(text or [])
     try:
         metrics = workflow.train_adapter(
             folder, words, config, length=length, chunks=chunks, bos=bos, device=device, dtype=dtype
@@ -357,10 +358,11 @@ def divide(
     dtype: OfDtype = "auto",
 ) -> None:
     """Divide the slots of the trained adapter in DIR among its layers, by what each loses; then finetune it again."""
-    workflow = _workflow()
+    _workflow()
     from hf_sparse.methods.sparsek.divide import divide_adapter
+    from hf_sparse.texts import read_texts
 
-    words, _ = workflow.read_texts(text)
+    words, _ = read_texts(text)
     shares = divide_adapter(
         folder, words, length=length, chunks=chunks, batch_size=batch_size, bos=bos, device=device, dtype=dtype
     )
@@ -447,8 +449,9 @@ def evaluate(
     from hf_sparse.data import read_text
     from hf_sparse.evaluation import tables, task_table
     from hf_sparse.evaluation.tasks import Haystack, Suite, read_longbench
+    from hf_sparse.texts import read_texts
 
-    words, name = workflow.read_texts(text) if text else (None, "")
+    words, name = read_texts(text) if text else (None, "")
     suite = None
     if task or longbench:
         suite = Suite(
@@ -505,7 +508,7 @@ def report(
         _only_with(context, "--text", "length", "chunks", "bos")
     _workflow()
     from hf_sparse.adapters.report import write_report
-    from hf_sparse.workflow import read_texts
+    from hf_sparse.texts import read_texts
 
     words, name = read_texts(text) if text else (None, "")
     path = write_report(folder, words, name, length=length, chunks=chunks, bos=bos, device=device, dtype=dtype)
@@ -527,7 +530,7 @@ def push(
 ) -> None:
     """Publish the adapter in DIR with its card, in one commit. Log in with `hf auth login`, or set HF_TOKEN."""
     _workflow()
-    from hf_sparse.adapters.hub import push_to_hub
+    from hf_sparse.hub import push_to_hub
 
     url = push_to_hub(folder, repo_id, private=private, base_model=base_model, license=license)
     Console().print(f"pushed {escape(str(folder))} to {url}", soft_wrap=True)

@@ -1,8 +1,7 @@
-"""Text to packed chunks of tokens."""
+"""Make packed chunks of tokens from text."""
 
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,31 +9,12 @@ from torch import Tensor, nn
 
 from hf_sparse.errors import DataError
 from hf_sparse.model_kinds import kind_of
+from hf_sparse.texts import BYTE_ORDER_MARK
+from hf_sparse.texts import read_text as read_text
 
 IGNORED = -100  # the label of a token that is not to be predicted, as everywhere in transformers
-BYTE_ORDER_MARK = "\ufeff"  # some editors begin a file with it
 _MASKED_SHARE = 0.15
 _PROBE = 64  # characters of a text that show how a tokenizer begins one
-
-
-def read_text(path: str | Path) -> str:
-    """Read a UTF-8 text file.
-
-    Line ends of any kind become `\\n`, as everywhere in Python. A byte order mark at the head is no text.
-
-    Raises:
-        DataError: the file is missing, empty, or not UTF-8 text.
-    """
-    path = Path(path)
-    try:
-        text = path.read_text("utf-8").removeprefix(BYTE_ORDER_MARK)
-    except OSError as error:
-        raise DataError(f"cannot read the text {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from error
-    if not text.strip():
-        raise DataError(f"{path} holds no text")
-    return text
 
 
 def bos_tokens(tokenizer: Any, text: str, bos: bool | None = None) -> list[int]:

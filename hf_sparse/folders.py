@@ -13,14 +13,20 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from functools import wraps
 from pathlib import Path
+from typing import Any, TypeVar, cast
 
 from filelock import FileLock, Timeout
 
+from hf_sparse.atomic_files import check_writable
+from hf_sparse.environment import is_main_process
 from hf_sparse.errors import BusyError
+
+Verb = TypeVar("Verb", bound=Callable[..., Any])
 
 LOCK, PENDING = ".lock", ".pending"
 
@@ -63,9 +69,26 @@ def locked(folder: str | Path) -> Iterator[None]:
             folders.discard(folder)
 
 
+def exclusive(verb: Verb) -> Verb:
+    """Let a function hold the folder that is its first argument, which must take new files if it exists.
+
+    Of processes that were launched together the first one holds it.
+    """
+
+    @wraps(verb)
+    def holding(folder: str | Path, *args: Any, **options: Any) -> Any:
+        if not Path(folder).is_dir() or not is_main_process():
+            return verb(folder, *args, **options)
+        check_writable(Path(folder))
+        with locked(folder):
+            return verb(folder, *args, **options)
+
+    return cast(Verb, holding)
+
+
 @contextmanager
 def staged(folder: str | Path, *, first: Sequence[str] = (), removed: Iterable[str] = ()) -> Iterator[Path]:
-    """A new folder whose files replace those of `folder` at the end of the `with` block, or vanish if it fails.
+    """Give a new folder whose files replace those of `folder` at the end of the `with` block, or vanish if it fails.
 
     If there is no `folder` yet, it appears whole. Weights come before JSON, and JSON before what shows it.
 

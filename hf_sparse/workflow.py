@@ -1,59 +1,33 @@
-"""The folder of an adapter, from nothing to measured: what the verbs of the command line do."""
+"""Do what the verbs of the command line do to the folder of an adapter, from nothing to measured."""
 
-import glob
-import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import wraps
 from pathlib import Path
-from typing import Any, Literal, TypeVar, cast
+from typing import Any
 
 import torch
-from huggingface_hub.errors import HTTPError
 from peft import PeftModel, get_peft_model
-from safetensors import SafetensorError
-from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
 
-from hf_sparse.access_tokens import redact
-from hf_sparse.adapters.folder import CONFIG, EVALUATION, TRAINING, WEIGHTS, read_adapter
-from hf_sparse.adapters.hub import from_pretrained
-from hf_sparse.adapters.repo import CARD, check_evaluation, check_training, measurements, read_json, write_repo
-from hf_sparse.atomic_files import check_writable
-from hf_sparse.base_model import open_base, resolve_base, usable
+from hf_sparse.adapters.files import CARD, CONFIG, TRAINING, WEIGHTS, measurement_files
+from hf_sparse.adapters.folder import AdapterFolder
+from hf_sparse.adapters.load import Device, Dtype, load_adapter, load_base
+from hf_sparse.adapters.saving import check_free, save_adapter
+from hf_sparse.chunks import prepared_chunks, tokens_per_chunk
 from hf_sparse.core.config import SparseConfig
-from hf_sparse.core.registry import method_of
-from hf_sparse.data import BYTE_ORDER_MARK, context_length, mask_tokens, pack, read_text, select_chunks, tensors
-from hf_sparse.environment import cuda_of_process, is_main_process
-from hf_sparse.errors import DataError, HubError, UnsupportedModelError
+from hf_sparse.data import tensors
+from hf_sparse.environment import is_main_process
+from hf_sparse.errors import DataError
 from hf_sparse.evaluation import evaluate, evaluation_of
 from hf_sparse.evaluation.settings import settings_from
 from hf_sparse.evaluation.tasks import Suite
 from hf_sparse.finetune import FinetuneConfig, finetune
 from hf_sparse.finetune.checkpoint import checkpoints
-from hf_sparse.folders import is_empty, locked, settle, staged
-from hf_sparse.model_kinds import kind_of
+from hf_sparse.folders import exclusive, locked, staged
 from hf_sparse.overlap import merged, overlap
-from hf_sparse.patches import sparse_layers
-from hf_sparse.patches.attach import targets
 
-Device = Literal["auto", "cpu", "cuda"]
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-Act = TypeVar("Act", bound=Callable[..., Any])
-
-
-def alone(act: Act) -> Act:
-    """Let a verb hold the folder that is its first argument, which must take new files if it is there."""
-
-    @wraps(act)
-    def held(folder: str | Path, *args: Any, **options: Any) -> Any:
-        if not Path(folder).is_dir() or not is_main_process():
-            return act(folder, *args, **options)
-        check_writable(Path(folder))
-        with locked(folder):
-            return act(folder, *args, **options)
-
-    return cast(Act, held)
+CHUNKS = 16  # of a text that is measured with all baselines, so that it takes minutes
+LOGITS = 2**26  # numbers; 256 MiB in float32
+DIVIDING = 4  # of a text on which every layer is measured
 
 
 def create_adapter(
@@ -85,30 +59,23 @@ def create_adapter(
         UnsupportedModelError: the base model has no sparse attention patch.
     """
     folder = Path(folder)
-    _check_free(folder, force)
+    check_free(folder, force)
     base = load_base(model, config, dtype=dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         patched = get_peft_model(base, config)
-    patched.active_peft_config.base_model_name_or_path = model
+    config.base_model_name_or_path = model
     with locked(folder):
-        _check_free(folder, force)  # another run may have been faster
+        check_free(folder, force)  # another run may have been faster
         old: list[str] = []
         if (folder / CONFIG).exists():  # what measured and what resumes another adapter
-            old = [*measurements(folder), TRAINING, CARD, *checkpoints(folder)]
+            old = [*measurement_files(folder), TRAINING, CARD, *checkpoints(folder)]
         with staged(folder, first=(CONFIG, WEIGHTS), removed=old) as stage:
             save_adapter(patched, stage)
     return patched
 
 
-def _check_free(folder: Path, force: bool) -> None:
-    """Raise `ValueError` for a folder that a new adapter must not go to."""
-    settle(folder)
-    if folder.exists() and not (folder.is_dir() and (force or is_empty(folder))):
-        raise ValueError(f"{folder} exists and is not an empty folder; choose another, or use --force")
-
-
-@alone
+@exclusive
 def train_adapter(
     folder: str | Path,
     text: str,
@@ -140,28 +107,37 @@ def train_adapter(
     Raises:
         BusyError: another run holds the folder.
     """
-    folder = Path(folder)
-    earlier = read_json(folder / TRAINING)
-    if earlier is not None:
-        before = earlier.get("trained_on")
-        if before is not None and earlier.get("weights_sha256") != read_adapter(folder, str(folder)).weights_sha256:
-            before = None  # another loop has trained these weights since
-        if before is not None:
-            merged(before, before)  # a damaged one is an error now, and not after the training
-    model, tokenizer = load_adapter(folder, device=device, dtype=dtype, trainable=True)
+    adapter = AdapterFolder(folder)
+    trained_on = _trained_on(adapter)
+    model, tokenizer = load_adapter(adapter, device=device, dtype=dtype, trainable=True)
     data = prepared_chunks(model, tokenizer, text, length, chunks, bos=bos, seed=config.seed, corrupt=True)
     metrics = finetune(model, data, replace(config, output_dir=str(folder), cpu=model.device.type == "cpu"))
-    if earlier is not None:  # what these weights were trained on before; unknown where that was not recorded
-        metrics["trained_on"] = merged(before, metrics["trained_on"]) if before else None
+    if adapter.training is not None:
+        metrics["trained_on"] = merged(trained_on, metrics["trained_on"]) if trained_on else None
     if is_main_process():
-        with staged(folder, removed=measurements(folder)) as stage:
+        with adapter.replaced() as stage:
             save_adapter(model, stage)
-            metrics["weights_sha256"] = read_adapter(stage, str(folder)).weights_sha256
-            write_repo(stage, training=metrics, repo_id=folder.resolve().name)
+            trained = AdapterFolder(stage, adapter.source)
+            metrics["weights_sha256"] = trained.weights_sha256
+            trained.write_repo(training=metrics)
     return metrics
 
 
-@alone
+def _trained_on(adapter: AdapterFolder) -> dict[str, Any] | None:
+    """Return the sample of what the weights were trained on before; `None` where that was not recorded.
+
+    Raises:
+        DataError: it is damaged: an error now, and not after the training.
+    """
+    training = adapter.training or {}
+    sample: dict[str, Any] | None = training.get("trained_on")
+    if sample is None or training.get("weights_sha256") != adapter.weights_sha256:
+        return None  # or another loop has trained these weights since
+    merged(sample, sample)
+    return sample
+
+
+@exclusive
 def evaluate_adapter(
     folder: str | Path,
     text: str | None,
@@ -210,11 +186,9 @@ def evaluate_adapter(
         TypeError: an option that no method has.
         BusyError: another run holds the folder.
     """
-    folder = Path(folder)
-    model, tokenizer = load_adapter(folder, device=device, dtype=dtype)
-    adapter = read_adapter(folder, str(folder))
-    if (training := read_json(folder / TRAINING)) is not None:
-        check_training(training, adapter)  # the card is made of it, after the work
+    adapter = AdapterFolder(folder)
+    training = adapter.checked_training  # the card is made of it, after the work
+    model, tokenizer = load_adapter(adapter, device=device, dtype=dtype)
     evaluation = evaluation_of(model)
     settings_from(evaluation, options)  # which `evaluate` does again, after the tasks were checked
     if suite is not None:
@@ -237,17 +211,16 @@ def evaluate_adapter(
         result["text"]["trained_on"] = overlap(sample, *tensors(model, data)) if sample else None
     elif suite is None:
         raise DataError("nothing to measure: expected a text or tasks")
-    elif (earlier := read_json(folder / EVALUATION)) is None:
+    elif adapter.checked_evaluation is None:
         raise DataError(f"tasks are added to an eval.json, and {folder} holds none: measure a text first")
     else:
-        check_evaluation(earlier, adapter)
-        result = earlier
+        result = adapter.checked_evaluation
     if suite is not None:
         result["tasks"] = {**result.get("tasks", {}), **suite.run(model, tokenizer)}
     if note:
         result["note"] = note
     result |= {"weights_sha256": adapter.weights_sha256, "settings_sha256": adapter.settings_sha256}
-    write_repo(folder, evaluation=result)
+    adapter.write_repo(evaluation=result)
     return result
 
 
@@ -264,162 +237,3 @@ def _suite_of(suite: Suite, model: PeftModel, length: int | None, selections: Se
         suite = replace(suite, lengths=[size for size in (whole // 2, whole) if size > least] or [whole])
     suite.check(model)
     return suite
-
-
-def load_base(name: str, config: SparseConfig, *, dtype: Dtype = "auto") -> PreTrainedModel:
-    """A base model by the name that adapters use for it, on the CPU, if `config` can patch it.
-
-    Raises:
-        HubError: there is none of this name, it is an adapter, or its files are damaged.
-        UnsupportedModelError: there is no sparse attention patch for it.
-        ValueError: `config` names layers that it does not have.
-    """
-    try:
-        base = open_base(name, dtype=dtype)
-        skeleton = base.skeleton()
-    except (HubError, UnsupportedModelError):
-        raise
-    except (HTTPError, OSError, ValueError) as error:
-        raise HubError(f"the base model {name!r} cannot be read: {_line(error)}") from error
-    targets(skeleton, config)  # before gigabytes are read
-    try:
-        return base.load()[0]
-    except (HTTPError, OSError, ValueError, SafetensorError) as error:
-        raise HubError(f"the base model {name!r} cannot be loaded: {_line(error)}") from error
-
-
-def load_adapter(
-    folder: str | Path, *, device: Device = "auto", dtype: Dtype = "auto", trainable: bool = False
-) -> tuple[PeftModel, Any]:
-    """The adapter in a folder on its base model, and the base model's tokenizer.
-
-    Args:
-        device: `"auto"` is CUDA where there is a GPU; of processes that were launched together each has one of its own.
-        dtype: of the base model. `"auto"` is bfloat16 on CUDA if the checkpoint is bfloat16, and float32 otherwise.
-
-    Raises:
-        HubError: no such folder; files that are missing or damaged, of the adapter or of its base model.
-        AdapterMismatchError: the adapter was made for another base model.
-        ValueError: there is no such device.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise HubError(f"{folder} is no folder; `hf-sparse patch MODEL --output {folder}` makes one")
-    cuda = torch.cuda.is_available()
-    if device == "cuda" and not cuda:
-        raise ValueError("there is no CUDA device, or this torch cannot use it; use --device cpu")
-    place = ("cuda" if cuda else "cpu") if device == "auto" else device
-    model = from_pretrained(folder, dtype=dtype, is_trainable=trainable)
-    if dtype == "auto" and not (place == "cuda" and model.dtype == torch.bfloat16):
-        model.float()
-    config = model.active_peft_config
-    try:
-        with usable("its tokenizer"):
-            tokenizer = AutoTokenizer.from_pretrained(
-                resolve_base(config.base_model_name_or_path), revision=config.revision, trust_remote_code=False
-            )
-    except (HTTPError, OSError, ValueError) as error:
-        raise HubError(f"no tokenizer for the base model {config.base_model_name_or_path!r}: {_line(error)}") from error
-    return model.to(cuda_of_process() if place == "cuda" else place), tokenizer
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(redact(str(error)).split())
-
-
-def save_adapter(model: PeftModel, folder: str | Path) -> None:
-    """Write adapter_config.json and adapter_model.safetensors, both or none."""
-    with staged(folder, first=(CONFIG, WEIGHTS)) as stage:
-        model.save_pretrained(str(stage), save_embedding_layers=False)
-        (stage / CARD).unlink(missing_ok=True)  # it is written anew from the measurements of the folder
-        shutil.copymode(stage / CONFIG, stage / WEIGHTS)  # safetensors lets nobody but the owner read what it writes
-
-
-def read_texts(paths: Sequence[str | Path]) -> tuple[str, str]:
-    """Text files joined by an empty line, and their names.
-
-    Raises:
-        DataError: a file that is missing, empty or not UTF-8 text.
-    """
-    return "\n\n".join(read_text(path) for path in paths), ", ".join(Path(path).name for path in paths)
-
-
-def read_dataset(name: str, config: str | None = None, split: str = "train", column: str = "text") -> str:
-    """The rows of one column of a dataset, joined by an empty line.
-
-    Args:
-        name: id on the Hub, a folder, or a file (.jsonl, .csv, .parquet, ...), for `datasets.load_dataset`.
-        config: configuration of the dataset, if it has several.
-        split: which part; a slice such as `"train[:1%]"` reads less.
-        column: holds the text.
-
-    Raises:
-        DataError: no such dataset, split or column of text.
-    """
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    path = Path(name).absolute()
-    source: tuple[str, ...] = (str(path.parent), glob.escape(path.name)) if path.is_file() else (name,)
-    try:
-        rows = load_dataset(source[0], config, data_files=source[1:] or None, split=split)
-    except (DatasetsError, HTTPError, OSError, ValueError) as error:
-        raise DataError(f"the dataset {name!r} cannot be loaded: {redact(str(error.__cause__ or error))}") from error
-    if column not in rows.column_names:
-        raise DataError(f"the dataset {name!r} has no column {column!r}, it has {', '.join(rows.column_names)}")
-    texts = [row.removeprefix(BYTE_ORDER_MARK) if isinstance(row, str) else row for row in rows[column] if row]
-    if not all(isinstance(text, str) for text in texts):
-        raise DataError(
-            f"column {column!r} of the dataset {name!r} holds no text; chats become text by the tokenizer's "
-            "apply_chat_template(..., tokenize=False)"
-        )
-    return "\n\n".join(texts)
-
-
-def prepared_chunks(
-    model: PeftModel,
-    tokenizer: Any,
-    text: str,
-    length: int | None,
-    chunks: str | None,
-    *,
-    bos: bool | None = None,
-    limit: int | None = None,
-    stride: int | None = None,
-    **masking: Any,
-) -> Any:
-    """Pack a text as the model learns and is measured on it, with hidden tokens for a masked language model.
-
-    Where no `chunks` are named, at most `limit` are taken, at equal distances.
-
-    Raises:
-        DataError: a text that cannot be packed, or `bos` for an encoder.
-    """
-    packed = packed_chunks(model, tokenizer, text, length, bos=bos, stride=stride)
-    packed = select_chunks(packed, chunks)
-    if chunks is None and limit is not None and len(packed) > limit:
-        packed = packed[[i * len(packed) // limit for i in range(limit)]]
-    return mask_tokens(tokenizer, packed, **masking) if kind_of(model) == "masked" else packed
-
-
-def packed_chunks(
-    model: PeftModel, tokenizer: Any, text: str, length: int | None, *, bos: bool | None, stride: int | None = None
-) -> Tensor:
-    """Cut a text into chunks `[N, T]` that begin, and for an encoder end, as the model knows texts.
-
-    Raises:
-        DataError: a text that cannot be packed, or `bos` for an encoder.
-    """
-    encoder = not sparse_layers(model)[0].causal
-    if encoder and bos is not None:
-        raise DataError("an encoder's chunks begin and end with its special tokens: bos is for decoders")
-    return pack(tokenizer, text, tokens_per_chunk(model, length), special_tokens=encoder, stride=stride, bos=bos)
-
-
-def tokens_per_chunk(model: PeftModel, length: int | None) -> int:
-    """The length that was asked for, or that which the settings are meant for, as far as the positions suffice."""
-    if length is not None:
-        return length
-    config = model.active_peft_config
-    default: int = method_of(config).evaluation().length(config)
-    return min(default, context_length(model) or default)

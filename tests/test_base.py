@@ -9,10 +9,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
 import hf_sparse
+from hf_sparse.adapters.load import load_adapter, load_base
+from hf_sparse.adapters.saving import save_adapter
 from hf_sparse.base_model import open_base
 from hf_sparse.errors import HubError, UnsupportedModelError
 from hf_sparse.patches import sparse_layers
-from hf_sparse.workflow import create_adapter, load_adapter, load_base, save_adapter
+from hf_sparse.workflow import create_adapter
 
 TOKENS = torch.arange(1, 31)[None]
 CONFIGS = {

@@ -24,6 +24,7 @@ from hf_sparse.errors import DataError
 from hf_sparse.finetune import FinetuneConfig
 from hf_sparse.methods.sparsefinder.evaluation import adapter_settings
 from hf_sparse.methods.sparsek.evaluation import CONTENDERS, contenders
+from hf_sparse.texts import read_dataset
 
 VOCABULARY = 64
 BUDGET = ["--k", "4", "--window", "4", "--sinks", "1"]
@@ -189,7 +190,7 @@ class TestFinetune:
         assert "has no column 'text', it has body" in fail("finetune", adapter, "--dataset", folder, *QUICK)
         (tmp_path / "broken.jsonl").write_text('{"text": "w1"}\n{"te')
         with pytest.raises(DataError, match=r"broken\.jsonl' cannot be loaded: .*JSON"):
-            workflow.read_dataset(str(tmp_path / "broken.jsonl"))
+            read_dataset(str(tmp_path / "broken.jsonl"))
         (tmp_path / "chat.jsonl").write_text(json.dumps({"text": [{"role": "user", "content": "w1"}]}))
         assert "apply_chat_template" in fail("finetune", adapter, "--dataset", tmp_path / "chat.jsonl", *QUICK)
         assert "cannot be loaded" in fail("finetune", adapter, "--dataset", folder, "--split", "dev", *QUICK)

@@ -26,8 +26,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Pr
 
 import hf_sparse
 from hf_sparse import cli, workflow
-from hf_sparse.adapters.folder import CONFIG, EVALUATION, TRAINING, WEIGHTS
-from hf_sparse.adapters.repo import REPORT, write_repo
+from hf_sparse.adapters.files import CONFIG, EVALUATION, REPORT, TRAINING, WEIGHTS
+from hf_sparse.adapters.folder import write_repo
 from hf_sparse.adapters.report import write_report
 from hf_sparse.errors import DataError
 from hf_sparse.finetune import FinetuneConfig

@@ -18,7 +18,7 @@ from hf_sparse.data import (
     tensors,
 )
 from hf_sparse.errors import DataError
-from hf_sparse.workflow import read_dataset
+from hf_sparse.texts import read_dataset
 
 CLS, SEP, MASK = 2, 3, 4
 

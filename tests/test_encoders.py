@@ -14,6 +14,8 @@ from typer.testing import CliRunner
 
 import hf_sparse
 from hf_sparse import cli, workflow
+from hf_sparse.adapters.load import load_adapter
+from hf_sparse.chunks import packed_chunks
 from hf_sparse.data import IGNORED
 from hf_sparse.errors import DataError
 from hf_sparse.methods.sparsek.evaluation import ENCODER_CONTENDERS
@@ -96,7 +98,7 @@ def test_from_nothing_to_the_hub(tmp_path, adapters, text, hub, kind):
 
     # The base goes to the Hub first, as a user would have it.
     repo, name = f"{hub.user}/{kind.lower()}-sparse", f"{hub.user}/{kind.lower()}-base"
-    local = workflow.load_adapter(folder, device="cpu")[0]
+    local = load_adapter(folder, device="cpu")[0]
     HfApi().create_repo(name)
     HfApi().upload_folder(folder_path=tmp_path / kind, repo_id=name)
     succeed("push", folder, repo, "--base-model", name)
@@ -192,5 +194,5 @@ def test_no_mask_token(adapters, bert_tokenizer, text, tmp_path):
 def test_bos_is_refused_for_an_encoder(tiny_bert, bert_tokenizer):
     model = get_peft_model(tiny_bert(), hf_sparse.SparseKConfig(k=6, window=8, sinks=1))
     with pytest.raises(DataError, match="bos is for decoders"):
-        workflow.packed_chunks(model, bert_tokenizer, "w5 w6 " * 200, 64, bos=True)
-    assert workflow.packed_chunks(model, bert_tokenizer, "w5 w6 " * 200, 64, bos=None)[:, 0].tolist() == [2] * 6
+        packed_chunks(model, bert_tokenizer, "w5 w6 " * 200, 64, bos=True)
+    assert packed_chunks(model, bert_tokenizer, "w5 w6 " * 200, 64, bos=None)[:, 0].tolist() == [2] * 6

@@ -13,9 +13,9 @@ from rich.console import Console
 
 import hf_sparse
 from hf_sparse.adapters.card import render
-from hf_sparse.adapters.repo import write_repo
 from hf_sparse.adapters.report import write_report
 from hf_sparse.evaluation import table, task_table
+from hf_sparse.hub import write_repo
 
 CARDS = Path(__file__).parents[1] / "model_cards"
 HOSTILE = (

@@ -19,6 +19,7 @@ from hf_sparse.methods.sparsek.figures import (
     tokens_figure,
 )
 from hf_sparse.methods.sparsek.figures.kept import legend_of
+from hf_sparse.methods.sparsek.figures.looks import LOOKS, STAGES
 
 EVALUATION: dict[str, Any] = {
     "budget": {"slots": 256},
@@ -194,7 +195,7 @@ class TestDots:
         ]
 
     def test_more_selections_make_it_higher(self, tmp_path):
-        values = {"dense": 9.0, **{name: 10.0 for name in style.LOOKS}}
+        values = {"dense": 9.0, **{name: 10.0 for name in LOOKS.by_name}}
         quality_figure(EVALUATION, None, tmp_path / "few.png")
         quality_figure({**EVALUATION, "perplexity": values}, None, tmp_path / "many.png")
         assert size(tmp_path / "many.png")[1] > 1.3 * size(tmp_path / "few.png")[1]
@@ -208,8 +209,8 @@ class TestDots:
 
 
 def test_every_baseline_has_a_look_of_its_own():
-    assert set(BASELINES) <= set(style.LOOKS)
-    looks = [look for name, look in style.LOOKS.items() if name != "window"]  # an encoder's, which has no recency
+    assert set(BASELINES) <= set(LOOKS.by_name)
+    looks = [look for name, look in LOOKS.by_name.items() if name != "window"]  # an encoder's, which has no recency
     for what in ("label", "colour", "marker"):
         assert len({getattr(look, what) for look in looks}) == len(looks)
 
@@ -291,7 +292,7 @@ class TestTasks:
 
 
 def test_training_alone(drawn, tmp_path):
-    training_figure(TRAINING, tmp_path / "t.png", states=True)
+    training_figure(TRAINING, tmp_path / "t.png", states=True, stages=STAGES)
     assert [axes.get_title("left") for axes in drawn[0].axes] == ["Warm start", "Self-distillation"]
     assert "cosine" in drawn[0].axes[1].get_ylabel()
 

@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load, save
 
 import hf_sparse
+from hf_sparse.adapters.saving import save_adapter
 from hf_sparse.errors import HfSparseError
-from hf_sparse.workflow import save_adapter
 
 COUNT = int(os.environ.get("HF_SPARSE_FUZZ", "300"))
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

@@ -10,12 +10,13 @@ from huggingface_hub import ModelCard
 
 import hf_sparse
 from hf_sparse.adapters.card import render
-from hf_sparse.adapters.repo import write_repo
 from hf_sparse.adapters.report import write_report
 from hf_sparse.errors import DataError
-from hf_sparse.figures.style import LOOKS, PATTERN_LOOKS
+from hf_sparse.hub import write_repo
 from hf_sparse.methods.sparsefinder.evaluation import CONTENDERS, adapter_settings
 from hf_sparse.methods.sparsefinder.figures import covered_figure, graphs_figure, pareto_figure
+from hf_sparse.methods.sparsefinder.figures.looks import LOOKS as PATTERN_LOOKS
+from hf_sparse.methods.sparsek.figures.looks import LOOKS
 from hf_sparse.workflow import create_adapter
 
 CONFIG = hf_sparse.SparsefinderConfig(tile=16, sparsity=0.7, length=256, window=24, clusters=6)
@@ -248,10 +249,10 @@ class TestFigures:
         ]
 
     def test_every_pattern_has_a_look_of_its_own(self):
-        assert tuple(PATTERN_LOOKS) == CONTENDERS
+        assert tuple(PATTERN_LOOKS.by_name) == CONTENDERS
         for what in ("label", "colour", "marker"):
-            assert len({getattr(look, what) for look in PATTERN_LOOKS.values()}) == len(CONTENDERS)
-        assert PATTERN_LOOKS["predicted"].colour == LOOKS["learned"].colour
+            assert len({getattr(look, what) for look in PATTERN_LOOKS.by_name.values()}) == len(CONTENDERS)
+        assert PATTERN_LOOKS.of("predicted").colour == LOOKS.of("learned").colour
 
     @pytest.mark.parametrize(
         "draw, content, name",
@@ -290,9 +291,10 @@ class TestReport:
         assert verdict in page and "the best is “window and global (Longformer)” with 17.50" in page
 
     def test_text_adds_graphs_that_stay_with_the_adapter(self, folder):
+        from hf_sparse.adapters.load import load_adapter
+        from hf_sparse.adapters.saving import save_adapter
         from hf_sparse.methods.sparsefinder import SparsefinderAttention, fit_predictors
         from hf_sparse.patches import sparse_layers
-        from hf_sparse.workflow import load_adapter, save_adapter
 
         words = " ".join(f"The {number} apples fell from the tree." for number in range(200))
         model, tokenizer = load_adapter(folder, device="cpu")

@@ -14,7 +14,7 @@ LAYERS = [
     ("core",),
     ("patches",),
     ("tuner",),
-    ("model_kinds", "base_model", "data", "overlap"),
+    ("model_kinds", "base_model", "chunks", "data", "overlap", "texts"),
     ("finetune",),
     ("evaluation", "figures", "adapters", "hub"),
     ("workflow",),

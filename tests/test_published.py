@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hf_sparse.adapters.repo import write_repo
+from hf_sparse.hub import write_repo
 
 ROOT = Path(__file__).parents[1]
 CARDS = ROOT / "model_cards"

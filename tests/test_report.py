@@ -14,11 +14,12 @@ from typer.testing import CliRunner
 import hf_sparse
 from hf_sparse import cli
 from hf_sparse.adapters import report
+from hf_sparse.adapters.load import load_adapter
 from hf_sparse.adapters.report import write_report
 from hf_sparse.data import pack
 from hf_sparse.errors import DataError, HubError
 from hf_sparse.evaluation import evaluate
-from hf_sparse.workflow import create_adapter, load_adapter
+from hf_sparse.workflow import create_adapter
 
 BUDGET = {"k": 5, "window": 6, "sinks": 2, "slots": 13}
 LENGTH = 40

@@ -11,10 +11,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import hf_sparse
-from hf_sparse.adapters.repo import write_repo
+from hf_sparse.adapters.saving import save_adapter
 from hf_sparse.errors import HubError, WeightsError
+from hf_sparse.hub import write_repo
 from hf_sparse.patches import sparse_layers
-from hf_sparse.workflow import save_adapter
 
 CONFIGS = {
     "sparsek": lambda: hf_sparse.SparseKConfig(k=4, window=4, sinks=1),

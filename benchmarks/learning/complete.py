@@ -16,12 +16,12 @@ import torch
 from arguments import adapter_and_text
 from torch import Tensor
 
+from hf_sparse.adapters.load import load_adapter
 from hf_sparse.core.overrides import override
 from hf_sparse.data import pack, read_text, select_chunks
 from hf_sparse.environment import describe
 from hf_sparse.methods.sparsefinder import SparsefinderAttention
 from hf_sparse.patches import sparse_layers_in_use
-from hf_sparse.workflow import load_adapter
 
 
 def main() -> None:

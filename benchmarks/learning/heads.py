@@ -21,6 +21,7 @@ from rich.progress import track
 from torch import Tensor
 
 import hf_sparse.methods.sparsek.attention as sparsek
+from hf_sparse.adapters.load import load_adapter
 from hf_sparse.data import pack, read_text, select_chunks
 from hf_sparse.environment import describe
 from hf_sparse.evaluation import compare
@@ -28,7 +29,6 @@ from hf_sparse.methods.sparsek import SparseKAttention
 from hf_sparse.methods.sparsek.evaluation import budget_of
 from hf_sparse.methods.sparsek.evaluation.layer_shares import best_shares
 from hf_sparse.patches import sparse_layers_in_use
-from hf_sparse.workflow import load_adapter
 
 Slots = dict[int, list[int]]  # by layer, of each KV head
 

@@ -10,13 +10,13 @@ import json
 
 from arguments import adapter_and_text
 
+from hf_sparse.adapters.load import load_adapter
 from hf_sparse.core.overrides import override
 from hf_sparse.data import pack, read_text, select_chunks
 from hf_sparse.environment import describe
 from hf_sparse.evaluation import compare
 from hf_sparse.methods.sparsek.evaluation import budget_of, divide_layers
 from hf_sparse.patches import sparse_layers_in_use
-from hf_sparse.workflow import load_adapter
 
 
 def main() -> None:

@@ -26,7 +26,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_sparse import SparseKConfig
-from hf_sparse.adapters.repo import write_repo
+from hf_sparse.adapters.folder import write_repo
+from hf_sparse.adapters.saving import save_adapter
 from hf_sparse.base_model import resolve_base
 from hf_sparse.data import fingerprint, pack, read_text, select_chunks
 from hf_sparse.demo.text import documents
@@ -34,7 +35,6 @@ from hf_sparse.environment import describe
 from hf_sparse.evaluation import compare
 from hf_sparse.finetune import FinetuneConfig, finetune
 from hf_sparse.methods.sparsek.evaluation import budget_of
-from hf_sparse.workflow import save_adapter
 
 BASELINES = ("dense", "recency")
 

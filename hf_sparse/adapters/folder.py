@@ -1,74 +1,104 @@
-"""An adapter's two files, and whether they are whole, safe and made for a base model.
+"""Hold the folder of an adapter: every file is read once, checked, and replaced together with what depends on it."""
 
-Everything here happens before any weight of a base model is read. Only safetensors and JSON are opened.
-"""
-
-import copy
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, fields
-from difflib import get_close_matches
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PeftConfig, PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError
-from transformers import PreTrainedModel
-
-from hf_sparse.atomic_files import read_object
-from hf_sparse.base_model import usable
-from hf_sparse.bundled import BASE_NAME, CHECKPOINT
-from hf_sparse.core.checks import shown
-from hf_sparse.core.registry import method_of, registered_methods
-from hf_sparse.embeddings import embeddings_of
-from hf_sparse.errors import AdapterMismatchError, HubError, UnsupportedModelError, WeightsError
-from hf_sparse.folders import settle
+from hf_sparse.adapters.card import render
+from hf_sparse.adapters.files import (
+    CARD,
+    CONFIG,
+    EVALUATION,
+    TRAINING,
+    WEIGHTS,
+    measurement_files,
+)
+from hf_sparse.adapters.method_report import MethodReport, report_of
+from hf_sparse.adapters.read import check_complete, read_config, read_layouts, read_measurement
+from hf_sparse.atomic_files import write_json, write_text
+from hf_sparse.base_model import is_public
+from hf_sparse.core.registry import method_of
+from hf_sparse.errors import DataError, HubError
+from hf_sparse.folders import settle, staged
 from hf_sparse.patches.attach import CHILD
-from hf_sparse.patches.heads import random_weights, uncovered
-from hf_sparse.weights import Layout, check_names, check_values, opened
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+Json = dict[str, Any]
 
-#: What was measured of it, beside them.
-EVALUATION, TRAINING = "eval.json", "finetune.json"
-
-# Of a configuration, what changes no number.
+# Settings of a configuration that change no number.
 _NAMES = ("base_model_name_or_path", "revision", "peft_version", "inference_mode", "auto_mapping", "task_type")
 
+# In the file of details, whose key is older than methods without scorers.
+_WEIGHTS_OF_DETAILS = "scorers_sha256"
 
-@dataclass(frozen=True)
-class Adapter:
-    """The content of an adapter's folder.
+
+class AdapterFolder:
+    """Hold what an adapter's folder holds. A verb opens one and hands it on, so that each file is read once.
+
+    Configuration and weights are read when it is made, the other files when they are first asked for. What is written
+    is not read again: open the folder anew to see it.
 
     Attributes:
-        folder: where the files are.
-        source: how messages call it.
+        path: the folder.
+        source: the name of the adapter in messages.
+        config_content: adapter_config.json as it stands.
         config: the configuration of its method, such as a `SparseKConfig`.
         base_model: name of its base model, `"demo"` for the bundled checkpoint, `None` if it has none.
-        layouts: shape and dtype of every tensor by key.
         model_class: name of the class that it was trained on, if it says.
+        layouts: shape and dtype of every tensor by key.
     """
 
-    folder: Path
-    source: str
-    config: Any
-    base_model: str | None
-    layouts: dict[str, Layout]
-    model_class: str | None
+    def __init__(self, path: str | Path, source: str | None = None) -> None:
+        """Read the configuration and the weights of an adapter.
+
+        Args:
+            path: the folder.
+            source: the name of the adapter in messages; by default the path.
+
+        Raises:
+            HubError: there is no such folder, a file is missing or damaged, weights are of a dtype that adapters do not
+                have or not finite, or the adapter is none of hf-sparse's.
+            BusyError: another run is replacing it.
+        """
+        self.path = Path(path)
+        self.source = str(path) if source is None else source
+        if not self.path.is_dir():
+            raise HubError(f"{self.path} is no folder; `hf-sparse patch MODEL --output {self.path}` makes one")
+        settle(self.path)
+        check_complete(self.path, self.source)
+        file = read_config(self.path, self.source)
+        self.config_content, self.config = file.content, file.config
+        self.base_model, self.model_class = file.base_model, file.model_class
+        self.layouts = read_layouts(self.path, self.source, self.config)
+
+    @cached_property
+    def report(self) -> MethodReport:
+        """Return what its method tells cards and reports."""
+        return report_of(self.config)
+
+    @property
+    def name(self) -> str:
+        """Return the name of the folder."""
+        return self.path.resolve().name
+
+    @property
+    def public_base_model(self) -> str | None:
+        """Return the name of the base model where others can resolve it, `None` for a folder of this machine."""
+        return self.base_model if is_public(self.base_model) else None
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of what the method learns, by key; embeddings and heads that the adapter brings are not among them."""
+        """Return the shapes of what the method learns by key, without embeddings and heads that the adapter brings."""
         inside = f".{CHILD}."
         return {key: shape for key, (shape, _) in self.layouts.items() if inside in key}
 
     @property
-    def head(self) -> dict[str, Any]:
-        """Settings of the base model's configuration that belong to a head in the adapter; empty without one."""
+    def head(self) -> Json:
+        """Return the settings of the base model's configuration for a head in the adapter; empty without one."""
         noted = dict(self.config.base_shape or {}).get("head")
         if noted is None or not self.config.named_modules_to_save:
             return {}
@@ -79,149 +109,231 @@ class Adapter:
 
     @property
     def head_parameters(self) -> int:
-        """How many of its parameters belong to modules of the base model, such as a head, and not to the method."""
+        """Count the parameters of modules of the base model that it brings, such as a head."""
         modules = tuple(f"base_model.model.{name}." for name in self.config.named_modules_to_save)
         return sum(math.prod(shape) for key, (shape, _) in self.layouts.items() if key.startswith(modules))
 
     @cached_property
     def weights_sha256(self) -> str:
-        """sha256 of the file with the weights: two measurements can be told to be of the same adapter."""
-        return hashlib.sha256((self.folder / WEIGHTS).read_bytes()).hexdigest()
+        """Return the sha256 of the weights: two measurements can be told to be of the same adapter."""
+        return hashlib.sha256((self.path / WEIGHTS).read_bytes()).hexdigest()
 
     @cached_property
     def settings_sha256(self) -> str:
-        """sha256 of the settings in the configuration: weights stay where `divide` changes what they are used for."""
-        content = read_object(self.folder / CONFIG)
-        settings = {name: value for name, value in content.items() if name not in _NAMES}
+        """Return the sha256 of the settings: weights stay where `divide` changes what they are used for."""
+        settings = {name: value for name, value in self.config_content.items() if name not in _NAMES}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 
+    @cached_property
+    def evaluation(self) -> Json | None:
+        """Return the content of eval.json, of whatever weights it is; `None` without the file.
 
-def read_adapter(folder: Path, source: str) -> Adapter:
-    """Read an adapter's folder.
+        Raises:
+            DataError: it is damaged.
+        """
+        return read_measurement(self.path / EVALUATION)
 
-    Raises:
-        HubError: a file is missing or damaged, weights are of a dtype that adapters do not have or not finite, or the
-            adapter is none of hf-sparse's.
-        BusyError: another run is replacing it.
-    """
-    settle(folder)
-    missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
-    if missing:
-        pickled = missing == [WEIGHTS] and (folder / "adapter_model.bin").exists()
-        hint = "; its adapter_model.bin is a pickle, which hf-sparse does not load" if pickled else ""
-        raise HubError(f"{source} is not a complete adapter: {' and '.join(missing)} missing{hint}")
-    try:
-        content = read_object(folder / CONFIG)
-        kind = content.get("peft_type")
-        if not isinstance(kind, str):
-            raise ValueError(f"peft_type must be a string, got {shown(kind)}")
-    except (ValueError, OSError) as error:
-        raise HubError(f"{CONFIG} of {source} is damaged: {error}") from error
-    known = registered_methods()
-    if kind not in known:
-        advice = "a newer hf-sparse may know it" if str(kind).startswith("HF_SPARSE_") else "use peft.PeftModel"
-        raise HubError(f"{source} is an adapter of type {kind[:80]}, expected {' or '.join(known)}; {advice}")
-    try:
-        _check_keys(content, known[kind].config)
-        config = PeftConfig.from_peft_type(**{key: value for key, value in content.items() if key != "runtime_config"})
-        name = config.base_model_name_or_path or None
-        if name is not None and Path(name).resolve() == CHECKPOINT.resolve():
-            name = BASE_NAME
-        # PEFT notes the class too, but not where a configuration has a `task_type`.
-        noted = dict(config.auto_mapping or {}).get("base_model_class")
-        model_class = dict(config.base_shape or {}).get("model_class", noted)
-        if not isinstance(model_class, str | None):
-            raise ValueError(f"it names the class {shown(model_class)}")
-        _check_head(dict(config.base_shape or {}).get("head"))
-    except (ValueError, TypeError, OSError, RuntimeError) as error:  # RuntimeError: links in a circle
-        raise HubError(f"{CONFIG} of {source} is damaged: {error}") from error
-    try:
-        with opened(folder / WEIGHTS) as (held, read):
-            check_values(held, read, method_of(config).layer.unfitted)
-    except (SafetensorError, OSError, WeightsError) as error:
-        raise HubError(f"{WEIGHTS} of {source} is damaged: {error}") from error
-    return Adapter(folder, source, config, name, held, model_class)
+    @cached_property
+    def training(self) -> Json | None:
+        """Return the content of finetune.json, of whatever weights it is; `None` without the file.
+
+        Raises:
+            DataError: it is damaged.
+        """
+        return read_measurement(self.path / TRAINING)
+
+    @cached_property
+    def checked_evaluation(self) -> Json | None:
+        """Return the content of eval.json, if there is one, once it is known to be of this adapter.
+
+        Raises:
+            DataError: it is damaged, or see `check_evaluation`.
+        """
+        if self.evaluation is not None:
+            self.check_evaluation(self.evaluation)
+        return self.evaluation
+
+    @cached_property
+    def checked_training(self) -> Json | None:
+        """Return the content of finetune.json, if there is one, once it is known to be of these weights.
+
+        Raises:
+            DataError: it is damaged, or see `check_training`.
+        """
+        if self.training is not None:
+            self.check_training(self.training)
+        return self.training
+
+    @cached_property
+    def details(self) -> Json | None:
+        """Return what only the report shows, of the file that `MethodReport.details_file` names.
+
+        `None` without the file, or where it is of other weights or settings.
+
+        Raises:
+            DataError: it is damaged.
+        """
+        content = read_measurement(self.path / self.report.details_file)
+        if content is None:
+            return None
+        noted = {"settings_sha256": self.settings_sha256, **content}  # older files do not name the settings
+        hashes = self.note_details({})
+        return content if {name: noted.get(name) for name in hashes} == hashes else None
+
+    def note_details(self, details: Json) -> Json:
+        """Return details of the report with the hashes of the adapter that they are of."""
+        return {**details, _WEIGHTS_OF_DETAILS: self.weights_sha256, "settings_sha256": self.settings_sha256}
+
+    def check_evaluation(self, evaluation: Json) -> None:
+        """See that an eval.json was measured with these settings, and with these weights where it tells.
+
+        Raises:
+            DataError: it is one of another method, budget or graph, or of other weights.
+        """
+        if evaluation.get("weights_sha256", self.weights_sha256) != self.weights_sha256:
+            raise DataError(
+                f"{EVALUATION} was measured with other weights than {WEIGHTS} holds: measure these, or delete it"
+            )
+        self.report.check(evaluation, self.config)
+        if evaluation.get("settings_sha256", self.settings_sha256) != self.settings_sha256:
+            raise DataError(
+                f"{EVALUATION} was measured with other settings than {CONFIG} holds (layer_shares, say): measure "
+                "again, or delete it"
+            )
+
+    def check_training(self, training: Json) -> None:
+        """See that a finetune.json tells of these weights, where it says of which it tells.
+
+        Raises:
+            DataError: it tells of other weights.
+        """
+        if training.get("weights_sha256", self.weights_sha256) != self.weights_sha256:
+            raise DataError(
+                f"{TRAINING} tells of the training of other weights than {WEIGHTS} holds: train these, or delete it"
+            )
+
+    def replaced(self) -> AbstractContextManager[Path]:
+        """Give a new folder whose files replace those of this one, without what was measured of this adapter.
+
+        See `hf_sparse.folders.staged`; the weights and finetune.json stay, unless new ones are written.
+        """
+        return staged(self.path, removed=measurement_files(self.path))
+
+    def write_repo(
+        self,
+        *,
+        evaluation: Json | None = None,
+        training: Json | None = None,
+        repo_id: str | None = None,
+        license: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Write measurements, the figure and the card of this adapter; see the function `write_repo`."""
+        weights = {"weights_sha256": self.weights_sha256}
+        if training:
+            training = {**weights, **training}
+            self.check_training(training)
+        else:
+            training = self.checked_training
+        if evaluation:
+            evaluation = {**weights, "settings_sha256": self.settings_sha256, **evaluation}
+            self.check_evaluation(evaluation)
+        else:
+            evaluation = self.checked_evaluation
+        if evaluation is not None and self.public_base_model is not None:
+            evaluation = {**evaluation, "base_model": self.public_base_model}  # not the folder that it was loaded from
+        card = self._card(evaluation, training, repo_id, license)
+        with staged(self.path) as stage:
+            if evaluation is not None:
+                self.report.draw_figure(evaluation, training, stage / self.report.figure)
+            for name, content in ((EVALUATION, evaluation), (TRAINING, training)):
+                if content is not None:
+                    write_json(stage / name, content)
+            write_text(stage / CARD, card)
+
+    def write_card(
+        self,
+        evaluation: Json | None,
+        training: Json | None,
+        *,
+        repo_id: str | None = None,
+        license: Mapping[str, Any] | None = None,
+        tags: Sequence[str] = (),
+        left_out: Sequence[str] = (),
+    ) -> None:
+        """Write the card of this adapter alone, with those measurements that are certainly of its weights.
+
+        Args:
+            evaluation: content of eval.json; on the card if it names the hash of the weights, and its figure is there.
+            training: content of finetune.json; on the card if it names the hash of the weights.
+            repo_id: the name under which the card tells readers to load the adapter; by default that of the folder.
+            license: see `hf_sparse.adapters.card.render`.
+            tags: further tags of the card.
+            left_out: names of measurements that may lie where the card goes, and are of nobody knows which weights.
+
+        Raises:
+            DataError: a measurement is not what hf-sparse writes.
+        """
+        unknown = list(left_out)
+        if evaluation is not None and evaluation.get("weights_sha256") != self.weights_sha256:
+            evaluation, unknown = None, [*unknown, EVALUATION]
+        if training is not None and training.get("weights_sha256") != self.weights_sha256:
+            training, unknown = None, [*unknown, TRAINING]
+        if evaluation is not None:
+            self.check_evaluation(evaluation)
+            if not (self.path / self.report.figure).is_file():
+                evaluation, unknown = None, [*unknown, EVALUATION]
+        write_text(self.path / CARD, self._card(evaluation, training, repo_id, license, tags, unknown))
+
+    def _card(
+        self,
+        evaluation: Json | None,
+        training: Json | None,
+        repo_id: str | None,
+        license: Mapping[str, Any] | None,
+        tags: Sequence[str] = (),
+        left_out: Sequence[str] = (),
+    ) -> str:
+        shapes, lora = self.shapes, method_of(self.config).layer.adapter_layer_names[1]
+        return render(
+            self.config,
+            repo_id=repo_id or self.name,
+            base_model=self.public_base_model,
+            parameters=sum(math.prod(shape) for shape in shapes.values()),
+            lora_parameters=sum(math.prod(shape) for key, shape in shapes.items() if f".{lora}." in key),
+            head_parameters=self.head_parameters,
+            evaluation=evaluation,
+            training=training,
+            figure=self.report.figure,
+            model_class=self.model_class,
+            license=license,
+            tags=tags,
+            left_out=left_out,
+        )
 
 
-def _check_keys(content: Mapping[str, Any], kind: Any) -> None:
-    """Raise `ValueError` for a key that is nearly that of a field which is missing: PEFT would take the default.
+def write_repo(
+    folder: str | Path,
+    *,
+    evaluation: Json | None = None,
+    training: Json | None = None,
+    repo_id: str | None = None,
+    license: Mapping[str, Any] | None = None,
+) -> None:
+    """Complete a folder that holds an adapter: measurements, figure and model card. All of them appear, or none.
 
-    Other keys that are not known may be those of a newer version, and other fields of one that did not have them yet.
-    """
-    names = [field.name for field in fields(kind)]
-    missing = [name for name in names if name not in content]
-    for key in content.keys() - set(names):
-        near = get_close_matches(key, missing) or [name for name in missing if len(name) == len(key) == 1]
-        if near:
-            raise ValueError(f"it has {shown(key)}, expected {near[0]!r}")
-
-
-def _check_head(head: Any) -> None:
-    """Raise `ValueError` if this is not what is noted of a head: names of its labels, and the kind of problem."""
-    if head is None:
-        return
-    if not isinstance(head, dict) or not isinstance(head.get("problem_type"), str | None):
-        raise ValueError(f"it has the head {shown(head)}")
-    labels = head.get("labels")
-    if not isinstance(labels, list) or not labels or not all(isinstance(label, str | int) for label in labels):
-        raise ValueError(f"the labels of its head must be a list of names, got {shown(labels)}")
-
-
-def check_fit(adapter: Adapter, skeleton: PreTrainedModel, base: str) -> int | None:
-    """Check that an adapter holds exactly the keys and shapes that a base model asks for.
-
-    PEFT would leave what is missing random, and let any other key overwrite weights of the base.
+    The card and the figure are made from the JSON files and replace what is there, so that no number that they show is
+    older than its measurement. A measurement that is passed is noted as one of the weights in the folder.
 
     Args:
-        skeleton: the base model without weights; it is used up.
-        base: how messages call the base model.
-
-    Returns:
-        The number of tokens of the embeddings that the adapter brings, `None` if it leaves those of the base.
-
-    Raises:
-        AdapterMismatchError: the adapter was made for another base model, or its configuration does not fit this one.
-        UnsupportedModelError: the base model has no sparse attention patch.
-        HubError: keys are missing, unexpected or of another shape.
-    """
-    # The class that will be loaded: each asks something else of its base model.
-    kind = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(adapter.config.task_type, PeftModel)
-    try:
-        with usable(f"{adapter.source} on a {type(skeleton).__name__}"), torch.device("meta"):
-            model = kind(skeleton, copy.deepcopy(adapter.config))
-            state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    except UnsupportedModelError:
-        raise
-    except ValueError as error:  # another base model, or a layer that it does not have
-        raise AdapterMismatchError(f"{adapter.source} does not fit the base model {base}: {error}") from error
-    embeddings = embeddings_of(skeleton, "base_model.model.")  # without those in a head that PEFT has wrapped
-    expected = {key: tuple(value.shape) for key, value in state.items() if key not in embeddings}
-    try:
-        tokens = check_names(adapter.layouts, expected, embeddings)
-        if adapter.config.saves_embeddings and tokens is None:
-            raise WeightsError("missing: the embeddings that it brings")
-        return tokens
-    except WeightsError as error:
-        several = ";" in str(error)
-        made = f"; it was made on a {adapter.model_class}: pass one as base_model=" if several else ""
-        raise HubError(
-            f"{WEIGHTS} of {adapter.source} does not hold the parameters for {base}; {error}{made}"
-        ) from error
-
-
-def check_loaded(adapter: Adapter, model: PreTrainedModel, missing: Iterable[str]) -> None:
-    """Check that the base model or the adapter has every weight: transformers makes missing ones up.
-
-    A pooler that nothing follows is left out: it takes no part in the states that a bare encoder is used for.
-
-    Args:
-        missing: names of the parameters that the checkpoint of the base model did not hold, or in another shape.
+        folder: holds adapter_config.json and adapter_model.safetensors.
+        evaluation: becomes eval.json; by default the one that is there, if there is one.
+        training: becomes finetune.json; by default the one that is there, if there is one.
+        repo_id: the name under which the card tells readers to load the adapter; by default that of the folder.
+        license: of the card, see `hf_sparse.adapters.card.render`.
 
     Raises:
-        AdapterMismatchError: neither has them.
+        HubError: the folder holds no adapter of hf-sparse.
+        DataError: a measurement is damaged, or is one of another method, budget, graph or of other weights.
+        BusyError: another run holds the folder.
     """
-    made_up = uncovered(missing, adapter.config.named_modules_to_save)
-    if model.base_model is model:
-        made_up = uncovered(made_up, ["pooler"])
-    if made_up:
-        raise AdapterMismatchError(f"{adapter.source} does not fit: {random_weights(model, made_up)}")
+    AdapterFolder(folder).write_repo(evaluation=evaluation, training=training, repo_id=repo_id, license=license)

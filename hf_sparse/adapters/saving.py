@@ -1,121 +1,24 @@
-"""Our card, where PEFT's own methods or transformers' Trainer save and push an adapter.
+"""Write an adapter's two files into a folder."""
 
-They write a card of blanks, or keep the one that is there, whatever it claims, and have no place to ask a method for
-another. So a `PeftModel` that holds a method of hf-sparse becomes one of a subclass, at the moment when PEFT puts the
-tuner into it; classes of others stay as they are.
-"""
-
-import warnings
+import shutil
 from pathlib import Path
-from typing import Any
 
-import peft
-from huggingface_hub import ModelCard
 from peft import PeftModel
-from torch import nn
-from torch.nn.modules.module import register_module_module_registration_hook
 
-from hf_sparse.adapters.folder import EVALUATION, TRAINING, WEIGHTS
-from hf_sparse.adapters.repo import CARD, read_json, write_card
-from hf_sparse.errors import DataError, HfSparseError
-from hf_sparse.tuner import SparseModel
-
-# What a card that another wrote says of more than it can know of the method.
-_KEPT = ("license", "license_name", "license_link", "language", "datasets")
-
-# What cards hold that nobody wrote: PEFT's, and the Trainer's.
-_BLANK, _DRAFTED = "[More Information Needed]", "generated automatically according to the information the Trainer"
+from hf_sparse.adapters.files import CARD, CONFIG, WEIGHTS
+from hf_sparse.folders import is_empty, settle, staged
 
 
-class _OwnCard:
-    """Write the card of hf-sparse where a `PeftModel` writes its own."""
-
-    def save_pretrained(self, save_directory: str, *args: Any, **options: Any) -> None:
-        super().save_pretrained(save_directory, *args, **options)  # type: ignore[misc]
-        for name in options.get("selected_adapters") or self.peft_config:  # type: ignore[attr-defined]
-            folder = Path(save_directory, *([] if name == "default" else [name]))
-            if options.get("is_main_process", True) and _is_replaceable(folder / CARD):
-                _write(folder)
-
-    def create_or_update_model_card(self, output_dir: str) -> None:
-        """Write our card over what the Trainer drafted; `save_pretrained` calls this too, before there are weights."""
-        path = Path(output_dir, CARD)
-        if path.is_file() and _DRAFTED in path.read_text("utf-8", errors="replace"):
-            _write(Path(output_dir))
-
-    def _upload_modified_files(self, working_dir: str, repo_id: str, *args: Any, **options: Any) -> Any:
-        """Where `push_to_hub` has put its card, and uploads: the one moment in between."""
-        if _is_replaceable(Path(working_dir, CARD)):
-            _write(Path(working_dir), repo_id)
-        return super()._upload_modified_files(working_dir, repo_id, *args, **options)  # type: ignore[misc]
+def save_adapter(model: PeftModel, folder: str | Path) -> None:
+    """Write adapter_config.json and adapter_model.safetensors, both or none."""
+    with staged(folder, first=(CONFIG, WEIGHTS)) as stage:
+        model.save_pretrained(str(stage), save_embedding_layers=False)
+        (stage / CARD).unlink(missing_ok=True)  # it is written anew from the measurements of the folder
+        shutil.copymode(stage / CONFIG, stage / WEIGHTS)  # safetensors lets nobody but the owner read what it writes
 
 
-#: The subclass of each class of PEFT's; pickle finds them in this module by their names.
-CLASSES: dict[type, type] = {
-    kind: type(kind.__name__, (_OwnCard, kind), {"__module__": __name__})
-    for kind in vars(peft).values()
-    if isinstance(kind, type) and issubclass(kind, PeftModel)
-}
-globals().update({kind.__name__: kind for kind in CLASSES.values()})
-
-
-def _adopt(model: nn.Module, name: str, submodule: nn.Module | None) -> None:
-    if isinstance(submodule, SparseModel) and type(model) in CLASSES:
-        model.__class__ = CLASSES[type(model)]
-
-
-def register() -> None:
-    """Give every `PeftModel` that holds a method of hf-sparse from now on the card of hf-sparse."""
-    global _registered
-    if not _registered:
-        register_module_module_registration_hook(_adopt)
-        _registered = True
-
-
-_registered = False
-
-
-def _is_replaceable(path: Path) -> bool:
-    """Tell whether a card is missing, blank or ours, and not one that a person wrote."""
-    if not path.is_file():
-        return True
-    text = path.read_text("utf-8", errors="replace")
-    return _BLANK in text or _DRAFTED in text or "\n- hf-sparse\n" in text
-
-
-def _write(folder: Path, repo_id: str | None = None) -> None:
-    """Write the card of an adapter that was just saved; what was measured of other weights is not on it."""
-    if not (folder / WEIGHTS).is_file():
-        return  # PEFT saved a pickle, which hf-sparse does not read
-    measured = {}
-    for name in (EVALUATION, TRAINING):
-        try:
-            measured[name] = read_json(folder / name)
-        except DataError as error:
-            warnings.warn(f"the card of {folder} does without {name}: {error}", stacklevel=3)
-    try:
-        write_card(
-            folder,
-            measured.get(EVALUATION),
-            measured.get(TRAINING),
-            repo_id=repo_id,
-            left_out=(EVALUATION, TRAINING) if repo_id else (),  # an earlier push may have left them there
-            **_said(folder / CARD),
-        )
-    except HfSparseError as error:  # the weights are saved, and must not be lost for a page of text
-        warnings.warn(f"no card was written for {folder}: {error}", stacklevel=3)
-
-
-def _said(path: Path) -> dict[str, Any]:
-    """License and tags of the card that is replaced."""
-    if not path.is_file():
-        return {}
-    try:
-        data = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
-    except ValueError:
-        return {}
-    tags = data.get("tags")
-    return {
-        "license": {name: data[name] for name in _KEPT if name in data},
-        "tags": [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else [],
-    }
+def check_free(folder: Path, force: bool) -> None:
+    """Raise `ValueError` for a folder that a new adapter must not go to: one with something in it, without `force`."""
+    settle(folder)
+    if folder.exists() and not (folder.is_dir() and (force or is_empty(folder))):
+        raise ValueError(f"{folder} exists and is not an empty folder; choose another, or use --force")

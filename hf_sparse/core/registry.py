@@ -22,7 +22,8 @@ class Method:
         prefix: how the names of its learned containers begin, different from those of all other methods of PEFT.
         training: returns its `hf_sparse.finetune.stages.Training` class; imported when a model is trained.
         evaluation: returns its `hf_sparse.evaluation.Evaluation`; imported when a model is measured.
-        report: returns its `hf_sparse.adapters.results.Results`; imported when a card, a report or a push needs it.
+        report: returns its `hf_sparse.adapters.method_report.MethodReport`; imported when a card, a report or a push
+            needs it.
     """
 
     name: str

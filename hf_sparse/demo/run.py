@@ -19,8 +19,9 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from hf_sparse._compat import cache_of
-from hf_sparse.adapters.folder import CONFIG, WEIGHTS
-from hf_sparse.adapters.repo import measurements, write_repo
+from hf_sparse.adapters.files import CONFIG, WEIGHTS, measurement_files
+from hf_sparse.adapters.folder import write_repo
+from hf_sparse.adapters.saving import save_adapter
 from hf_sparse.bundled import BASE_NAME, CHECKPOINT
 from hf_sparse.data import pack
 from hf_sparse.demo.text import documents
@@ -30,7 +31,7 @@ from hf_sparse.finetune.checkpoint import checkpoints
 from hf_sparse.folders import staged
 from hf_sparse.methods.sparsek import SparseKConfig
 from hf_sparse.overlap import overlap
-from hf_sparse.workflow import create_adapter, save_adapter
+from hf_sparse.workflow import create_adapter
 
 K, WINDOW, SINKS = 20, 8, 4  # 32 slots
 # A small model attends mostly to what is near: the untrained scorer starts as recency, and learns which tokens should
@@ -75,7 +76,7 @@ def run(output: Path, steps: int, seed: int, console: Console) -> dict[str, Any]
     if output.exists() and not (output / CONFIG).is_file() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and holds no adapter that the demo could replace; choose another --output")
 
-    old = [*measurements(output), *checkpoints(output)]  # of the adapter that goes
+    old = [*measurement_files(output), *checkpoints(output)]  # of the adapter that goes
     with staged(output, first=(CONFIG, WEIGHTS), removed=old) as stage:
         config = SparseKConfig(k=K, window=WINDOW, sinks=SINKS, position_slope=POSITION_SLOPE)
         model = create_adapter(BASE_NAME, config, stage, seed=seed, dtype="float32")

@@ -1,7 +1,7 @@
-"""What all pictures share: colours, the names of the selections, type, and how a file is written."""
+"""Hold what all pictures share: colours, looks of contenders, type, and the writing of a file."""
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,41 +24,43 @@ DPI, WIDTH = 200, 8.0
 
 @dataclass(frozen=True)
 class Look:
-    """How a selection appears: its name in words, a colour, and a marker that tells it apart without the colour."""
+    """Hold the label, the colour and the marker of a contender; the marker tells it apart without the colour."""
 
     label: str
     colour: str
     marker: str
 
 
-#: Selections in the order in which charts and tables show them.
-LOOKS = {
-    "learned": Look("best by learned score", BLUE, "o"),
-    "recency": Look("most recent (StreamingLLM)", ORANGE, "s"),
-    "window": Look("nearest", ORANGE, "s"),
-    "key_norm": Look("smallest key norm", "#009e73", "^"),
-    "key_difference": Look("most unlike the mean key (KeyDiff)", "#56b4e9", "v"),
-    "h2o": Look("accumulated attention (H2O)", "#d55e00", "D"),
-    "tova": Look("last query's attention (TOVA)", "#cc79a7", "P"),
-    "snapkv": Look("prompt's last queries (SnapKV)", "#a68a00", "X"),
-    "random": Look("chosen at random", GREY, "d"),
-    "oracle": Look("future attention (oracle)", "#000000", "*"),
-}
-DENSE = "dense (all keys)"
+@dataclass(frozen=True)
+class Looks:
+    """Hold the looks of the contenders that a method is compared with.
 
-#: What graphs of entmax attention are called, in the order of the contenders of their method.
-PATTERN_LOOKS = {
-    "predicted": Look("predicted graph", BLUE, "o"),
-    "longformer": Look("window and global (Longformer)", ORANGE, "s"),
-    "windows": Look("windows of fitted widths", "#8c564b", "<"),
-    "bigbird": Look("window, global, random (BigBird)", GREY, "d"),
-    "strided": Look("strided (Sparse Transformer)", "#009e73", "^"),
-    "fixed": Look("fixed (Sparse Transformer)", "#56b4e9", "v"),
-    "lsh": Look("hashes (Reformer)", "#d55e00", "D"),
-    "routing": Look("k-means (Routing Transformer)", "#cc79a7", "P"),
-    "bound": Look("page bound", "#a68a00", "X"),
-    "oracle": Look("most mass (oracle)", "#000000", "*"),
-}
+    Attributes:
+        by_name: looks by the name of the contender, in the order in which charts and tables show them.
+        learned: name of the contender that the method learns, which stands out.
+        oracle: name of the contender that sees the future, which no method can be; drawn dotted.
+        dense: label of dense attention, whose name is `"dense"`: the line that the others are compared with.
+    """
+
+    by_name: Mapping[str, Look]
+    learned: str
+    oracle: str = "oracle"
+    dense: str = "dense (all keys)"
+
+    def of(self, name: str) -> Look:
+        """Return the look of a contender; one that has none of its own is grey and keeps its name."""
+        return self.by_name.get(name) or Look(name.replace("_", " "), GREY, "h")
+
+    def label(self, name: str) -> str:
+        """Return the label of a contender or of `"dense"`."""
+        return self.dense if name == "dense" else self.of(name).label
+
+    def ordered(self, names: Iterable[str]) -> list[str]:
+        """Return the names but `"dense"` in the order of `by_name`, then those that have no look of their own."""
+        others = [name for name in names if name != "dense"]
+        known = [name for name in self.by_name if name in others]
+        return known + [name for name in others if name not in self.by_name]
+
 
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -81,13 +83,8 @@ _STYLE: dict[Any, Any] = {
 }
 
 
-def look(name: str) -> Look:
-    """The look of a selection; one that has none of its own is grey and keeps its name."""
-    return LOOKS.get(name) or Look(name.replace("_", " "), GREY, "h")
-
-
 def on_scale(level: float) -> tuple[str, str]:
-    """A colour of `SCALE` at 0 to 1 and the ink that is readable on it, `#rrggbb`."""
+    """Return a colour of `SCALE` at 0 to 1 and the ink that is readable on it, `#rrggbb`."""
     from matplotlib import colormaps
     from matplotlib.colors import to_hex
 
@@ -97,15 +94,9 @@ def on_scale(level: float) -> tuple[str, str]:
     return to_hex(colour), "#ffffff" if luminance < 0.18 else "#000000"  # the greater contrast, at least 4.5 (WCAG)
 
 
-def ordered(names: Iterable[str]) -> list[str]:
-    """Selections but dense in the order of `LOOKS`, then the unknown ones."""
-    found = [name for name in names if name != "dense"]
-    return [*(name for name in LOOKS if name in found), *(name for name in found if name not in LOOKS)]
-
-
 @contextmanager
 def canvas(path: str | Path, width: float, height: float) -> Iterator["Figure"]:
-    """A figure in the house style, `width` x `height` inches, that becomes the PNG `path` whole or not at all.
+    """Give a figure in our style, `width` x `height` inches, that becomes the PNG `path` whole or not at all.
 
     The caller's settings of matplotlib stay as they are.
     """
@@ -137,10 +128,5 @@ def reading(name: str) -> Iterator[None]:
 
 
 def sample(evaluation: dict[str, Any]) -> str:
-    """What a number was measured on: `24 × 2048 tokens`."""
+    """Say on how many tokens a number was measured: `24 × 2048 tokens`."""
     return f"{evaluation['text']['chunks']} × {evaluation['text']['length']} tokens"
-
-
-def places(evaluation: dict[str, Any]) -> str:
-    """What a budget counts: slots of a KV cache, or keys that a query of an encoder reads."""
-    return "KV slots" if evaluation.get("metric", "perplexity") == "perplexity" else "keys per query"

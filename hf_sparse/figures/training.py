@@ -1,61 +1,77 @@
-"""The loss of a training."""
+"""Draw the loss of a training."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hf_sparse.figures.style import BLUE, canvas, reading
 
-Stages = dict[str, list[tuple[int, float]]]
+Points = list[tuple[int, float]]
 
-#: What each stage of a training minimises.
+#: Title and unit of the loss of each stage that every method can be trained in.
 _STAGES = {
-    "attention": ("Warm start", "squared error of scores"),
     "distill": ("Self-distillation", "KL from dense (nats per token)"),
     "lm": ("Language modelling", "cross-entropy (nats per token)"),
     "lora": ("LoRA, hard selection", "loss"),
-    "graph": ("Projections", "loss of the predicted graph"),
 }
 _DISTILLED_STATES = "1 - cosine to dense, tokens + texts"  # what `distill` is for a model that predicts no tokens
 
 
-def training_figure(training: dict[str, Any], path: str | Path, *, states: bool = False) -> None:
+def training_figure(
+    training: dict[str, Any],
+    path: str | Path,
+    *,
+    states: bool = False,
+    stages: Mapping[str, tuple[str, str]] | None = None,
+) -> None:
     """Draw the loss of every stage of a training.
 
     Args:
         training: content of finetune.json, with at least one step.
         path: the PNG to write.
         states: the model predicts no tokens, so that self-distillation compares hidden states.
+        stages: title and unit of the loss of the stages that only the method has.
 
     Raises:
         DataError: the content is not what hf-sparse writes.
     """
-    stages = stages_of(training)
-    with canvas(path, 3.4 * len(stages) if len(stages) > 1 else 5.4, 3.2) as figure:
-        draw_training(figure.subplots(1, len(stages), squeeze=False)[0], stages, states)
+    losses = losses_of(training)
+    with canvas(path, 3.4 * len(losses) if len(losses) > 1 else 5.4, 3.2) as figure:
+        draw_training(figure.subplots(1, len(losses), squeeze=False)[0], losses, states, stages)
 
 
-def stages_of(training: dict[str, Any] | None) -> Stages:
-    """(step, loss) of each stage of a training, in order.
+def losses_of(training: dict[str, Any] | None) -> dict[str, Points]:
+    """Return (step, loss) of each stage of a training, in order.
 
     Raises:
         DataError: the content is not what hf-sparse writes.
     """
-    stages: Stages = {}
+    losses: dict[str, Points] = {}
     with reading("finetune.json"):
         for row in [] if training is None else training["history"]:
-            stages.setdefault(row["stage"], []).append((int(row["step"]), float(row["loss"])))
-    return stages
+            losses.setdefault(row["stage"], []).append((int(row["step"]), float(row["loss"])))
+    return losses
 
 
-def draw_training(panels: Any, stages: Stages, states: bool) -> None:
-    """A panel of its own for each stage, because each minimises something else."""
-    for panel, (stage, points) in zip(panels, stages.items(), strict=True):
-        title, unit = _STAGES.get(stage, (stage, "loss"))
+def draw_training(
+    panels: Any, losses: Mapping[str, Points], states: bool, stages: Mapping[str, tuple[str, str]] | None = None
+) -> None:
+    """Draw each stage in a panel of its own, because each minimises something else.
+
+    Args:
+        panels: as many as there are stages.
+        losses: see `losses_of`.
+        states, stages: see `training_figure`.
+    """
+    known = {**_STAGES, **(stages or {})}
+    for panel, (stage, points) in zip(panels, losses.items(), strict=True):
+        title, unit = known.get(stage, (stage, "loss"))
         _draw(panel, title, _DISTILLED_STATES if states and stage == "distill" else unit, points)
 
 
-def _draw(axes: Any, title: str, unit: str, points: list[tuple[int, float]]) -> None:
+def _draw(axes: Any, title: str, unit: str, points: Points) -> None:
+    """Draw losses, and their running mean."""
     from matplotlib.ticker import MaxNLocator
 
     steps, losses = zip(*points, strict=True)
@@ -72,7 +88,7 @@ def _draw(axes: Any, title: str, unit: str, points: list[tuple[int, float]]) -> 
 
 
 def _smooth(values: tuple[float, ...]) -> list[float]:
-    """Centred running mean over about a tenth of the points; shorter at the ends, so that nothing is made up."""
+    """Return the centred running mean over about a tenth of the points; over fewer at the ends."""
     reach = len(values) // 20
     windows = (values[max(0, i - reach) : i + reach + 1] for i in range(len(values)))
     return [math.fsum(window) / len(window) for window in windows]

@@ -15,8 +15,8 @@ from peft import PeftModel, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_sparse
-from hf_sparse.adapters.hub import from_pretrained, push_to_hub
 from hf_sparse.errors import HubError
+from hf_sparse.hub import from_pretrained, push_to_hub
 
 BASE = "tester/faults-llama"
 CONFIGS = {
@@ -304,11 +304,11 @@ def test_token_in_an_answer(model, hub, repo_id):
 def test_token_in_a_printed_traceback(hub_env, tmp_path):
     """`--debug` shows exceptions of others, and those that led to them."""
     code = (
-        "import hf_sparse.workflow, hf_sparse.cli as cli\n"
+        "import hf_sparse.texts, hf_sparse.cli as cli\n"
         "def fail(*args, **options):\n"
         "    try: raise ValueError(\"Illegal header value b'Bearer hf_sec ret'\")\n"
         "    except ValueError as error: raise RuntimeError('for hf_test') from error\n"
-        "hf_sparse.workflow.read_texts = fail\n"
+        "hf_sparse.texts.read_texts = fail\n"
         "cli.main()"
     )
     for debug in ([], ["--debug"]):

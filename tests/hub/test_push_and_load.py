@@ -26,11 +26,11 @@ from transformers import (
 )
 
 import hf_sparse
-from hf_sparse.adapters.hub import from_pretrained, push_to_hub, resolve_base, write_repo
 from hf_sparse.demo import CHECKPOINT
 from hf_sparse.errors import AdapterMismatchError, BusyError, DataError, HubError, UnsupportedModelError
 from hf_sparse.evaluation import evaluate
 from hf_sparse.folders import locked
+from hf_sparse.hub import from_pretrained, push_to_hub, resolve_base, write_repo
 from hf_sparse.methods.sparsefinder import SparsefinderAttention, fit_predictors
 from hf_sparse.patches import sparse_layers, sparse_layers_in_use
 

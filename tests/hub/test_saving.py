@@ -13,9 +13,8 @@ from peft import LoraConfig, PeftModel, PeftModelForCausalLM, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 import hf_sparse
-from hf_sparse.adapters.folder import read_adapter
-from hf_sparse.adapters.hub import push_to_hub
-from hf_sparse.adapters.repo import write_repo
+from hf_sparse.adapters.folder import AdapterFolder
+from hf_sparse.hub import push_to_hub, write_repo
 
 BASE = "tester/saving-llama"
 CONFIGS = {
@@ -97,7 +96,7 @@ def test_blank_card_of_an_earlier_save_goes(method, tmp_path):
 def test_measurements_are_shown_of_the_same_weights_alone(tmp_path):
     model = make("sparsek")
     model.save_pretrained(tmp_path)
-    write_repo(tmp_path, evaluation={**MEASURED, "weights_sha256": read_adapter(tmp_path, "").weights_sha256})
+    write_repo(tmp_path, evaluation={**MEASURED, "weights_sha256": AdapterFolder(tmp_path).weights_sha256})
     model.save_pretrained(tmp_path)
     assert "10.500" in ModelCard.load(tmp_path / "README.md").text
     change(model)

@@ -30,9 +30,9 @@ def _evaluation() -> Any:
 
 
 def _report() -> Any:
-    from hf_sparse.methods.sparsefinder.report import SPARSEFINDER
+    from hf_sparse.methods.sparsefinder.report import SparsefinderReport
 
-    return SPARSEFINDER
+    return SparsefinderReport()
 
 
 register_method(

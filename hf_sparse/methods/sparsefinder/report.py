@@ -1,40 +1,77 @@
-"""What is measured of a Sparsefinder adapter, its card and its report."""
+"""Tell cards and reports of the measurements of a Sparsefinder adapter."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from hf_sparse.adapters.folder import EVALUATION
-from hf_sparse.adapters.results import Picture, Pictures, Results
+from torch import Tensor, nn
+
+from hf_sparse.adapters.files import EVALUATION
+from hf_sparse.adapters.method_report import Json, MethodReport, Picture, Pictures
 from hf_sparse.errors import DataError
-from hf_sparse.figures.style import PATTERN_LOOKS, reading
+from hf_sparse.figures.style import reading
 from hf_sparse.methods.sparsefinder import SparsefinderConfig
 from hf_sparse.methods.sparsefinder.evaluation import adapter_settings, describe_graphs
 from hf_sparse.methods.sparsefinder.figures import covered_figure, graphs_figure, pareto_figure
 from hf_sparse.methods.sparsefinder.figures.covered import covered_point
+from hf_sparse.methods.sparsefinder.figures.looks import LOOKS, STAGES
 from hf_sparse.methods.sparsefinder.predictors import predictor_of
 from hf_sparse.metrics import metric_of
 
 
-def _check(evaluation: dict[str, Any], config: SparsefinderConfig) -> None:
-    if evaluation.get("method") != "sparsefinder":
-        raise DataError(f"{EVALUATION} is not of a Sparsefinder adapter, but the adapter is one")
-    has, measured = adapter_settings(config), dict(evaluation.get("adapter") or {})
-    different = [name for name in has if name in measured and measured[name] != has[name]]
-    if different or not measured:
-        of, here = ({name: settings[name] for name in different} for settings in (measured, has))
-        raise DataError(f"{EVALUATION} is of the settings {of}, but the adapter has {here}")
+class SparsefinderReport(MethodReport):
+    """Show graphs of equal sparsity beside each other, and the predicted ones head by head."""
 
+    name = "sparsefinder"
+    templates = Path(__file__).parent
+    figure = "pareto.png"
+    details_file = "graphs.json"
+    pictures = ("pareto", "covered", "graphs")
+    objectives: ClassVar = {
+        "graph": "The objective was to predict the entmax graph of the model itself from the projections; the logit "
+        "scales stayed."
+    }
+    stages: ClassVar = STAGES
 
-def _card(config: SparsefinderConfig, evaluation: dict[str, Any] | None, encoder: bool) -> dict[str, Any]:
-    rows = _rows(evaluation) if evaluation else []
-    return {"budget": _budget(config), "rows": rows, "learns_graph": predictor_of(config).learns_graph}
+    def check(self, evaluation: Json, config: Any) -> None:
+        if evaluation.get("method") != "sparsefinder":
+            raise DataError(f"{EVALUATION} is not of a Sparsefinder adapter, but the adapter is one")
+        settings, measured = adapter_settings(config), dict(evaluation.get("adapter") or {})
+        different = [name for name in settings if name in measured and measured[name] != settings[name]]
+        if different or not measured:
+            of, here = ({name: values[name] for name in different} for values in (measured, settings))
+            raise DataError(f"{EVALUATION} is of the settings {of}, but the adapter has {here}")
+
+    def tags(self, both_ways: bool) -> Sequence[str]:
+        return ("entmax",)
+
+    def card(self, config: Any, evaluation: Json | None, both_ways: bool) -> Json:
+        rows = _rows(evaluation) if evaluation else []
+        return {"budget": _budget(config), "rows": rows, "learns_graph": predictor_of(config).learns_graph}
+
+    def draw_figure(self, evaluation: Json, training: Json | None, path: Path) -> None:
+        pareto_figure(evaluation, path)
+
+    def describe(self, model: nn.Module, tokenizer: Any, chunks: Tensor, text_name: str) -> Json:
+        return describe_graphs(model, chunks, text_name=text_name)
+
+    def draw(self, pictures: Pictures, evaluation: Json, details: Json | None) -> None:
+        with reading(EVALUATION):
+            predicted = any("heads" in point for point in evaluation["points"])
+        pictures.add("pareto", "sparsity of every graph against recall and quality", pareto_figure, evaluation)
+        if predicted:
+            pictures.add("covered", "mass recall and gold sparsity of every head", covered_figure, evaluation)
+        if details is not None:
+            pictures.add("graphs", "predicted and gold graphs of single heads", graphs_figure, details)
+
+    def report(self, evaluation: Json, details: Json | None, drawn: Sequence[Picture]) -> Json:
+        return {"rows": _rows(evaluation), "verdict": _verdict(evaluation), "graphs": details}
 
 
 def _budget(config: SparsefinderConfig) -> list[tuple[str, str]]:
-    """What a query attends to, by the settings of a Sparsefinder adapter."""
+    """List what a query attends to, by the settings of a Sparsefinder adapter."""
     first = [("first tokens of the text (global tokens)", str(config.global_tokens))]
-    near = [("most recent tokens, in an encoder the nearest (window)", str(config.window)), *first]
+    window = [("most recent tokens, in an encoder the nearest (window)", str(config.window)), *first]
     if config.predictor == "full":
         return [("keys", "all")]
     tile = "single tokens" if config.tile is None else f"{config.tile} tokens"
@@ -46,7 +83,7 @@ def _budget(config: SparsefinderConfig) -> list[tuple[str, str]]:
         "distance": f"squared distance below {config.threshold:g}" if config.tile is None else "squared distance",
         "bound": "extremes of the keys of a tile",
     }[config.predictor]
-    rows = [("predictor", f"{config.predictor}: {how}"), ("positions per tile", tile), *near]
+    rows = [("predictor", f"{config.predictor}: {how}"), ("positions per tile", tile), *window]
     if config.rows != config.tile:
         rows[1:2] = [("keys per tile", tile), ("queries that have their list of tiles in common", str(config.rows))]
     if config.tile is not None and config.predictor != "bound":
@@ -62,6 +99,7 @@ def _budget(config: SparsefinderConfig) -> list[tuple[str, str]]:
 
 
 def _clusters(config: SparsefinderConfig) -> str:
+    """Describe the clusters of the predictor `clustering`."""
     if config.cluster_parts > 1:
         return f"{config.clusters} clusters in each of {config.cluster_parts} parts of the points"
     several = config.balanced or config.tile is None
@@ -69,7 +107,7 @@ def _clusters(config: SparsefinderConfig) -> str:
 
 
 def _rows(evaluation: dict[str, Any]) -> list[tuple[str, str, str, dict[str, float]]]:
-    """Name, label, sparsity and measurements of each row of a table of graphs.
+    """Return name, label, sparsity and measurements of each row of a table of graphs.
 
     Raises:
         KeyError, TypeError, ValueError: the content is not what hf-sparse writes.
@@ -81,55 +119,26 @@ def _rows(evaluation: dict[str, Any]) -> list[tuple[str, str, str, dict[str, flo
     for point in evaluation["points"]:
         for name, values in point["results"].items():
             shown = values["sparsity"] if point["sparsity"] is None else point["sparsity"]
-            rows.append((name, PATTERN_LOOKS[name].label, f"{shown:.2f}{'*' if point['own'] else ''}", values))
+            rows.append((name, LOOKS.by_name[name].label, f"{shown:.2f}{'*' if point['own'] else ''}", values))
     return rows
 
 
-def _draw(pictures: Pictures, evaluation: dict[str, Any], graphs: dict[str, Any] | None) -> None:
-    """Draw all pictures for which there are measurements."""
-    with reading(EVALUATION):
-        predicted = any("heads" in point for point in evaluation["points"])
-    pictures.add("pareto", "sparsity of every graph against recall and quality", pareto_figure, evaluation)
-    if predicted:
-        pictures.add("covered", "mass recall and gold sparsity of every head", covered_figure, evaluation)
-    if graphs is not None:
-        pictures.add("graphs", "predicted and gold graphs of single heads", graphs_figure, graphs)
-
-
-def _report(evaluation: dict[str, Any], graphs: dict[str, Any] | None, drawn: Sequence[Picture]) -> dict[str, Any]:
-    return {"rows": _rows(evaluation), "verdict": _verdict(evaluation), "graphs": graphs}
-
-
 def _verdict(evaluation: dict[str, Any]) -> str:
-    """One sentence on what the predicted graph is worth at the adapter's own settings; empty if it was not measured."""
+    """Say in one sentence what the predicted graph is worth at the adapter's own settings; nothing if not measured."""
     metric = metric_of(evaluation)
     if not any("heads" in point for point in evaluation["points"]):
         return ""
     point = covered_point(evaluation)
     results = point["results"]
-    found, full = (metric.show(values[metric.key]) for values in (results["predicted"], evaluation["full"]))
-    said = (
-        f"With {100 * results['predicted']['sparsity']:.0f} % of the pairs left out it has a {metric.name} of {found}, "
-        f"full entmax {full}, dense softmax {metric.show(evaluation['dense'][metric.key])}"
+    predicted, full = (metric.show(values[metric.key]) for values in (results["predicted"], evaluation["full"]))
+    sentence = (
+        f"With {100 * results['predicted']['sparsity']:.0f} % of the pairs left out it has a {metric.name} of "
+        f"{predicted}, full entmax {full}, dense softmax {metric.show(evaluation['dense'][metric.key])}"
     )
     others = {name: values[metric.key] for name, values in results.items() if name not in ("predicted", "oracle")}
     if others:
         best = metric.best_of(others)
-        said += f"; of the other patterns the best is “{PATTERN_LOOKS[best].label}” with {metric.show(others[best])}"
-    return said + "."
-
-
-SPARSEFINDER = Results(
-    name="sparsefinder",
-    templates=Path(__file__).parent,
-    tags=("entmax",),
-    check=_check,
-    figure="pareto.png",
-    draw_figure=lambda evaluation, training, path: pareto_figure(evaluation, path),
-    card=_card,
-    aside="graphs.json",
-    describe=lambda model, tokenizer, chunks, text_name: describe_graphs(model, chunks, text_name=text_name),
-    pictures=("pareto", "covered", "graphs"),
-    draw=_draw,
-    report=_report,
-)
+        sentence += (
+            f"; of the other patterns the best is “{LOOKS.by_name[best].label}” with {metric.show(others[best])}"
+        )
+    return sentence + "."

@@ -30,9 +30,9 @@ def _evaluation() -> Any:
 
 
 def _report() -> Any:
-    from hf_sparse.methods.sparsek.report import SPARSEK
+    from hf_sparse.methods.sparsek.report import SparseKReport
 
-    return SPARSEK
+    return SparseKReport()
 
 
 register_method(

@@ -3,20 +3,22 @@
 import shutil
 from pathlib import Path
 
-from hf_sparse.adapters.folder import TRAINING, WEIGHTS, read_adapter
-from hf_sparse.adapters.repo import check_training, measurements, read_json, write_repo
+from hf_sparse.adapters.files import TRAINING, WEIGHTS
+from hf_sparse.adapters.folder import AdapterFolder
+from hf_sparse.adapters.load import Device, Dtype, load_adapter
+from hf_sparse.adapters.saving import save_adapter
+from hf_sparse.chunks import prepared_chunks
 from hf_sparse.errors import DataError
-from hf_sparse.folders import staged
+from hf_sparse.folders import exclusive
 from hf_sparse.methods.sparsek.attention import SparseKAttention
 from hf_sparse.methods.sparsek.evaluation.layer_shares import divide_layers
 from hf_sparse.model_kinds import kind_of
 from hf_sparse.patches import sparse_layers
-from hf_sparse.workflow import Device, Dtype, alone, load_adapter, prepared_chunks, save_adapter
 
 _CHUNKS = 4  # of a text on which every layer is measured
 
 
-@alone
+@exclusive
 def divide_adapter(
     folder: str | Path,
     text: str,
@@ -48,11 +50,9 @@ def divide_adapter(
         DataError: a text that cannot be measured, or a model that is no causal language model.
         BusyError: another run holds the folder.
     """
-    folder = Path(folder)
-    model, tokenizer = load_adapter(folder, device=device, dtype=dtype)
-    training = read_json(folder / TRAINING)
-    if training is not None:
-        check_training(training, read_adapter(folder, str(folder)))
+    adapter = AdapterFolder(folder)
+    model, tokenizer = load_adapter(adapter, device=device, dtype=dtype)
+    training = adapter.checked_training
     layer = sparse_layers(model)[0]
     if not isinstance(layer, SparseKAttention):
         raise DataError(f"slots are divided among layers, and {folder} holds a {layer.label} adapter, which has none")
@@ -61,10 +61,10 @@ def divide_adapter(
     data = prepared_chunks(model, tokenizer, text, length, chunks, bos=bos, limit=_CHUNKS)
     shares, _ = divide_layers(model, data, batch_size=batch_size)
     model.active_peft_config.layer_shares = shares
-    with staged(folder, removed=measurements(folder)) as stage:
+    with adapter.replaced() as stage:
         save_adapter(model, stage)
-        shutil.copyfile(folder / WEIGHTS, stage / WEIGHTS)  # not those that were loaded, perhaps in another dtype
-        write_repo(stage, training=training, repo_id=folder.resolve().name)
+        shutil.copyfile(adapter.path / WEIGHTS, stage / WEIGHTS)  # not those that were loaded, perhaps in another dtype
+        AdapterFolder(stage, adapter.source).write_repo(training=training)
         for name in (WEIGHTS, TRAINING):  # they stay
             (stage / name).unlink(missing_ok=True)
     return shares

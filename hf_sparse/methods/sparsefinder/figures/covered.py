@@ -1,4 +1,4 @@
-"""How much of its own weights each head's predicted graph holds: the `heads` of a Sparsefinder evaluation."""
+"""Draw how much of its own weights each head's predicted graph holds: the `heads` of a Sparsefinder evaluation."""
 
 from pathlib import Path
 from typing import Any
@@ -46,7 +46,7 @@ def covered_figure(evaluation: dict[str, Any], path: str | Path) -> None:
 
 
 def covered_point(evaluation: dict[str, Any]) -> dict[str, Any]:
-    """The point of the adapter's own settings, or the first with a predicted graph.
+    """Return the point of the adapter's own settings, or the first with a predicted graph.
 
     Raises:
         KeyError, TypeError, IndexError: there is none, or the content is not what hf-sparse writes.

@@ -1,4 +1,4 @@
-"""Predicted graphs beside the gold graph, head by head: the content of graphs.json."""
+"""Draw predicted graphs beside the gold graph, head by head: the content of graphs.json."""
 
 import math
 from pathlib import Path
@@ -56,7 +56,7 @@ def graphs_figure(content: dict[str, Any], path: str | Path) -> None:
 
 
 def _image(head: dict[str, Any], tile: int, query_tile: int, length: int) -> Any:
-    """`[T, T, 3]` colours from 0 to 1."""
+    """Return `[T, T, 3]` colours from 0 to 1."""
     import numpy as np
     from matplotlib.colors import to_rgb
 

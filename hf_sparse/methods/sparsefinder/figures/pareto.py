@@ -1,15 +1,15 @@
-"""What a graph keeps at a sparsity, beside the graphs of others: the figures of a Sparsefinder evaluation."""
+"""Draw what a graph keeps at a sparsity, beside the graphs of others."""
 
 import math
 from pathlib import Path
 from typing import Any
 
-from hf_sparse.figures.style import GREY, INK, PATTERN_LOOKS, WIDTH, Look, canvas, reading, sample
+from hf_sparse.figures.style import GREY, INK, WIDTH, canvas, reading, sample
+from hf_sparse.methods.sparsefinder.figures.looks import LOOKS
 from hf_sparse.metrics import metric_of
 
-_WIDE = 3.0  # from this ratio of the largest value to the smallest on, an axis is logarithmic
+_LOG_FROM = 3.0  # from this ratio of the largest value to the smallest on, an axis is logarithmic
 _FULL = "full entmax (all keys)"
-_DENSE = "dense softmax (base model)"
 _GOLD = "share of pairs without weight in full entmax"
 
 Curves = dict[str, list[tuple[float, float]]]
@@ -36,9 +36,9 @@ def pareto_figure(evaluation: dict[str, Any], path: str | Path) -> None:
         full, dense = (float(evaluation[name][metric.key]) for name in ("full", "dense"))
         gold = float(evaluation["full"]["gold_sparsity"])
     with canvas(path, WIDTH, 6.6) as figure, reading("eval.json"):
-        *found, rest = figure.subplots(2, 2).flat
-        for axes, (key, title, unit) in zip(found, panels, strict=True):
-            references = {_FULL: (full, (0, (4, 3))), _DENSE: (dense, (0, (1, 2)))} if key == metric.key else {}
+        *grid, rest = figure.subplots(2, 2).flat
+        for axes, (key, title, unit) in zip(grid, panels, strict=True):
+            references = {_FULL: (full, (0, (4, 3))), LOOKS.dense: (dense, (0, (1, 2)))} if key == metric.key else {}
             _draw(axes, curves[key], references)
             axes.axvline(gold, color=GREY, linewidth=0.9, linestyle=(0, (6, 2, 1, 2)), label=_GOLD, zorder=1)
             if key != metric.key:
@@ -46,8 +46,8 @@ def pareto_figure(evaluation: dict[str, Any], path: str | Path) -> None:
             axes.set_title(title)
             axes.set_xlabel("share of the pairs left out")
             axes.set_ylabel(unit)
-        handles, labels = found[-1].get_legend_handles_labels()
-        order = {look.label: place for place, look in enumerate(PATTERN_LOOKS.values())}
+        handles, labels = grid[-1].get_legend_handles_labels()
+        order = {look.label: place for place, look in enumerate(LOOKS.by_name.values())}
         shown = sorted(zip(labels, handles, strict=True), key=lambda pair: order.get(pair[0], len(order)))
         names, lines = [name for name, _ in shown], [line for _, line in shown]
         rest.set_axis_off()
@@ -56,7 +56,7 @@ def pareto_figure(evaluation: dict[str, Any], path: str | Path) -> None:
 
 
 def curves_of(evaluation: dict[str, Any], key: str) -> Curves:
-    """(sparsity, value) of each pattern, by sparsity.
+    """Return (sparsity, value) of each pattern, by sparsity.
 
     Raises:
         KeyError, TypeError, ValueError: the content is not what hf-sparse writes, or a value is not finite.
@@ -74,24 +74,25 @@ def curves_of(evaluation: dict[str, Any], key: str) -> Curves:
 
 
 def _draw(axes: Any, curves: Curves, references: dict[str, tuple[float, Any]]) -> None:
+    """Draw the curve of each pattern, and reference values as lines; label, value and dashes of each."""
     for label, (value, dashes) in references.items():
         axes.axhline(value, color=INK, linewidth=1.2, linestyle=dashes, label=label, zorder=2)
-    for name in reversed([*(name for name in PATTERN_LOOKS if name in curves), *(curves.keys() - PATTERN_LOOKS)]):
-        style, own = PATTERN_LOOKS.get(name) or Look(name, GREY, "h"), name == "predicted"
+    for name in reversed(LOOKS.ordered(curves)):
+        style, learned = LOOKS.of(name), name == LOOKS.learned
         across, up = zip(*curves[name], strict=True)
         axes.plot(
             across,
             up,
             color=style.colour,
             marker=style.marker,
-            markersize=6.5 if name == "oracle" or own else 4.5,
-            linewidth=2.4 if own else 1.2,
-            linestyle=":" if name == "oracle" else "-",
+            markersize=6.5 if name == LOOKS.oracle or learned else 4.5,
+            linewidth=2.4 if learned else 1.2,
+            linestyle=":" if name == LOOKS.oracle else "-",
             label=style.label,
-            zorder=4 if own else 3,
+            zorder=4 if learned else 3,
         )
     values = [value for pairs in curves.values() for _, value in pairs] + [value for value, _ in references.values()]
-    if references and min(values) > 0 and max(values) / min(values) > _WIDE:
+    if references and min(values) > 0 and max(values) / min(values) > _LOG_FROM:
         from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
         axes.set_yscale("log")

@@ -1,4 +1,4 @@
-"""Which tokens stay: for each head over positions, and in a text."""
+"""Draw which tokens stay: for each head over positions, and in a text."""
 
 import math
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ _SIZE = 8.55  # of which a character of DejaVu Sans Mono is `_ADVANCE` wide
 
 
 def shade(kept: int, heads: int) -> tuple[str, str]:
-    """Background and ink, `#rrggbb`, of a token that `kept` of all `heads` keep.
+    """Return background and ink, `#rrggbb`, of a token that `kept` of all `heads` keep.
 
     The scale is a square root: most tokens are kept by few heads, and it matters whether by one or by none.
     """
@@ -125,13 +125,13 @@ def tokens_figure(selection: dict[str, Any], path: str | Path) -> None:
 
 
 def legend_of(total: int) -> list[int]:
-    """Numbers of heads whose colours a legend shows: none, all, and up to seven between."""
+    """Return the numbers of heads whose colours a legend shows: none, all, and up to seven between."""
     between = {round(total * (step / 8) ** 2) for step in range(1, 8)}
     return sorted({0, 1, total} | between)
 
 
 def _cells(pieces: list[tuple[str, int]]) -> Iterator[tuple[int, int, str, int]]:
-    """Line, column, characters and token of a text on lines of equal length; a line break is shown as `↵`."""
+    """Yield line, column, characters and token of a text on lines of equal length; a line break is shown as `↵`."""
     line = column = 0
     for token, (piece, _) in enumerate(pieces):
         for part in piece.replace("\r", "").expandtabs(4).replace("\n", "↵\n").splitlines(keepends=True):
@@ -147,7 +147,7 @@ def _cells(pieces: list[tuple[str, int]]) -> Iterator[tuple[int, int, str, int]]
 
 
 def _glyphs() -> set[int]:
-    """The characters that the font of the text has."""
+    """Return the characters that the font of the text has."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     return set(get_font(findfont(FontProperties(family="DejaVu Sans Mono"))).get_charmap())

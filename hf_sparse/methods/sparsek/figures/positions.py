@@ -1,11 +1,12 @@
-"""Quality along a text: whether sparse attention gets worse as more keys have left."""
+"""Draw quality along a text: whether sparse attention gets worse as more keys have left."""
 
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from hf_sparse.figures.lines import draw_lines, legend
+from hf_sparse.figures.lines import draw_legend, draw_lines
 from hf_sparse.figures.style import GREY, WIDTH, canvas, reading, sample
+from hf_sparse.methods.sparsek.figures.looks import LOOKS
 from hf_sparse.metrics import metric_of
 
 
@@ -35,12 +36,12 @@ def positions_figure(evaluation: dict[str, Any], path: str | Path) -> None:
             }
             panels.append(("Against dense", f"{metric.name}, % above dense", change))
     with canvas(path, WIDTH if len(panels) > 1 else 5.6, 4.2) as figure, reading("eval.json"):
-        found = figure.subplots(1, len(panels), squeeze=False)[0]
-        for axes, (title, unit, values) in zip(found, panels, strict=True):
-            draw_lines(axes, middles, values, markers=len(middles) <= 20)
+        row_of_axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, (title, unit, values) in zip(row_of_axes, panels, strict=True):
+            draw_lines(axes, middles, values, LOOKS, markers=len(middles) <= 20)
             axes.axvline(slots, color=GREY, linewidth=0.8, zorder=1)
             axes.set_xlim(edges[0], edges[-1])
             axes.set_title(title)
             axes.set_xlabel(f"position in the text, tokens (line: {slots} slots full)")
             axes.set_ylabel(unit)
-        legend(figure, found[0])
+        draw_legend(figure, row_of_axes[0], LOOKS)

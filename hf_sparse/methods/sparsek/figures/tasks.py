@@ -1,4 +1,4 @@
-"""Scores of a task: heat maps over the length of a text and the depth of what is sought, or a dot per selection."""
+"""Draw scores of a task: heat maps over the length of a text and the depth of what is sought, or dots."""
 
 import math
 from collections.abc import Mapping
@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from hf_sparse.figures.dots import draw_dots, height
-from hf_sparse.figures.style import DENSE, SCALE, canvas, look, on_scale, ordered, reading
+from hf_sparse.figures.style import SCALE, canvas, on_scale, reading
+from hf_sparse.methods.sparsek.figures.looks import LOOKS
 
 _PANELS = 3  # per row
 
@@ -32,7 +33,7 @@ def task_figure(name: str, task: dict[str, Any], path: str | Path) -> None:
         if (slots := task["settings"].get("slots")) and not name.endswith(" slots"):  # otherwise the name says it
             title += f" with {slots} KV slots"
         title = title.encode("utf-8", "replace").decode()  # JSON can hold halves of characters
-        names = [*(["dense"] if "dense" in results else []), *ordered(results)]
+        names = [*(["dense"] if "dense" in results else []), *LOOKS.ordered(results)]
         if not names:
             raise ValueError(f"the task {name} has no results")
         first = results[names[0]]
@@ -40,9 +41,9 @@ def task_figure(name: str, task: dict[str, Any], path: str | Path) -> None:
             columns = [f"{length:,}" for length in first["lengths"]]
             if "depths" in first:
                 rows = [f"{depth:.0%}" for depth in first["depths"]]
-                grids = {_label(selection): results[selection]["values"] for selection in names}
+                grids = {LOOKS.label(selection): results[selection]["values"] for selection in names}
             else:
-                rows = [_label(selection) for selection in names]
+                rows = [LOOKS.label(selection) for selection in names]
                 grids = {"": [results[selection]["values"] for selection in names]}
     if not isinstance(first, Mapping):
         _dots(title, metric, results, path)
@@ -51,16 +52,13 @@ def task_figure(name: str, task: dict[str, Any], path: str | Path) -> None:
             _heat_maps(title, metric, rows, columns, grids, path)
 
 
-def _label(selection: str) -> str:
-    return DENSE if selection == "dense" else look(selection).label
-
-
 def _dots(title: str, metric: str, results: dict[str, float], path: str | Path) -> None:
+    """Draw a dot for each contender."""
     with reading("eval.json"):
         high = height(results)
     with canvas(path, 6.6, high) as figure, reading("eval.json"):
         axes = figure.subplots()
-        draw_dots(axes, results, lambda value: f"{value:.3g}")
+        draw_dots(axes, results, lambda value: f"{value:.3g}", LOOKS)
         axes.set_xlim(left=0)
         if max(results.values()) <= 1:
             axes.set_xticks([step / 5 for step in range(6)])
@@ -71,13 +69,13 @@ def _dots(title: str, metric: str, results: dict[str, float], path: str | Path) 
 def _heat_maps(
     title: str, metric: str, rows: list[str], columns: list[str], grids: dict[str, Grid], path: str | Path
 ) -> None:
-    """A panel for each grid, whose lines are `rows`."""
+    """Draw a panel for each grid, whose lines are `rows`."""
     for grid in grids.values():
-        found = [float(value) for line in grid for value in line]
+        scores = [float(value) for line in grid for value in line]
         if {len(line) for line in grid} != {len(columns)} or len(grid) != len(rows):
             raise ValueError(f"expected {len(rows)} x {len(columns)} values, got {grid}")
-        if not all(map(math.isfinite, found)):
-            raise ValueError(f"{metric} must be finite, got {found}")
+        if not all(map(math.isfinite, scores)):
+            raise ValueError(f"{metric} must be finite, got {scores}")
     across = min(_PANELS, len(grids))
     down = math.ceil(len(grids) / across)
     labels = 0.065 * max(map(len, rows))

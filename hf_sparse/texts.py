@@ -1,0 +1,73 @@
+"""Read texts: files, and columns of datasets."""
+
+import glob
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub.errors import HTTPError
+
+from hf_sparse.access_tokens import redact
+from hf_sparse.errors import DataError
+
+BYTE_ORDER_MARK = "\ufeff"  # some editors begin a file with it
+
+
+def read_text(path: str | Path) -> str:
+    """Read a UTF-8 text file.
+
+    Line ends of any kind become `\\n`, as everywhere in Python. A byte order mark at the head is no text.
+
+    Raises:
+        DataError: the file is missing, empty, or not UTF-8 text.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text("utf-8").removeprefix(BYTE_ORDER_MARK)
+    except OSError as error:
+        raise DataError(f"cannot read the text {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 text (byte {error.start})") from error
+    if not text.strip():
+        raise DataError(f"{path} holds no text")
+    return text
+
+
+def read_texts(paths: Sequence[str | Path]) -> tuple[str, str]:
+    """Join text files by an empty line; return the text and the names of the files.
+
+    Raises:
+        DataError: a file that is missing, empty or not UTF-8 text.
+    """
+    return "\n\n".join(read_text(path) for path in paths), ", ".join(Path(path).name for path in paths)
+
+
+def read_dataset(name: str, config: str | None = None, split: str = "train", column: str = "text") -> str:
+    """Join the rows of one column of a dataset by an empty line.
+
+    Args:
+        name: id on the Hub, a folder, or a file (.jsonl, .csv, .parquet, ...), for `datasets.load_dataset`.
+        config: configuration of the dataset, if it has several.
+        split: which part; a slice such as `"train[:1%]"` reads less.
+        column: holds the text.
+
+    Raises:
+        DataError: no such dataset, split or column of text.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    path = Path(name).absolute()
+    source: tuple[str, ...] = (str(path.parent), glob.escape(path.name)) if path.is_file() else (name,)
+    try:
+        rows = load_dataset(source[0], config, data_files=source[1:] or None, split=split)
+    except (DatasetsError, HTTPError, OSError, ValueError) as error:
+        raise DataError(f"the dataset {name!r} cannot be loaded: {redact(str(error.__cause__ or error))}") from error
+    if column not in rows.column_names:
+        raise DataError(f"the dataset {name!r} has no column {column!r}, it has {', '.join(rows.column_names)}")
+    texts = [row.removeprefix(BYTE_ORDER_MARK) if isinstance(row, str) else row for row in rows[column] if row]
+    if not all(isinstance(text, str) for text in texts):
+        raise DataError(
+            f"column {column!r} of the dataset {name!r} holds no text; chats become text by the tokenizer's "
+            "apply_chat_template(..., tokenize=False)"
+        )
+    return "\n\n".join(texts)
