@@ -14,6 +14,8 @@ from hf_sparse.errors import HubError, UnsupportedModelError
 from hf_sparse.patches import methods_of
 from hf_sparse.workflow import create_adapter, load_adapter, load_base, save_adapter
 
+pytestmark = pytest.mark.versions
+
 TOKENS = torch.arange(1, 31)[None]
 CONFIGS = {
     "sparsek": lambda: hf_sparse.SparseKConfig(k=4, window=4, sinks=1),

@@ -11,6 +11,8 @@ from hf_sparse.methods import registered_methods
 from hf_sparse.methods.sparsek.config import PEFT_TYPE, SparseKConfig
 from hf_sparse.tuner import TUNERS, register
 
+pytestmark = pytest.mark.versions
+
 
 @pytest.fixture
 def new_type():

@@ -70,6 +70,7 @@ def test_the_adapter_is_the_one_that_was_measured(told):
     assert learned == pytest.approx(evaluation["perplexity"]["learned"], rel=1e-5)
 
 
+@pytest.mark.full
 def test_one_seed_one_result(told):
     output, evaluation, _ = told
     (output / "quality.png").unlink()

@@ -73,7 +73,10 @@ def test_structure_is_that_of_plain_words(name, tmp_path):
             content = replaced(json.loads((CARDS / name / file).read_text("utf-8")), text)
             if file == "eval.json":
                 content["note"] = text
-                content["tasks"] = {f"{text} {key}": value for key, value in content.get("tasks", {}).items()}
+                tasks = list(content.get("tasks", {}).items())[
+                    :1
+                ]  # pictures of more take seconds and show nothing else
+                content["tasks"] = {f"{text} {key}": value for key, value in tasks}
             (folder / file).write_text(json.dumps(content), "utf-8")
         write_repo(folder)
         cards[text] = ModelCard.load(folder / "README.md")

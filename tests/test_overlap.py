@@ -16,6 +16,8 @@ from hf_sparse.overlap import merged, sentence, sketch
 from hf_sparse.report import write_report
 from hf_sparse.workflow import create_adapter, evaluate_adapter, train_adapter
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 CONFIGS = {
     "sparsek": SparseKConfig(k=6, window=8, sinks=2),
     "sparsefinder": SparsefinderConfig(rank=4, clusters=4, tile=8, window=8),

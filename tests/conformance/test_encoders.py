@@ -1,10 +1,13 @@
 """Encoders: padding, heads, and the whole budget. Attaching, switching and saving are in `test_adapter.py`."""
 
+import pytest
 import torch
 
 from hf_sparse import unpatch
 from hf_sparse.methods.sparsek.selection import POLICIES
 from hf_sparse.patches import methods_of
+
+pytestmark = pytest.mark.versions
 
 KIND = "encoder"
 HEADS = {

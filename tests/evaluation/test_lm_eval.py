@@ -11,6 +11,8 @@ from hf_sparse.demo import CHECKPOINT
 from hf_sparse.evaluation import selection
 from hf_sparse.evaluation.tasks.generate import answer
 
+pytestmark = pytest.mark.versions
+
 lm_eval = pytest.importorskip("lm_eval", reason="needs the extra `eval`")
 
 TASK = """

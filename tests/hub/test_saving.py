@@ -17,6 +17,8 @@ from hf_sparse.adapter import read_adapter
 from hf_sparse.hub import push_to_hub
 from hf_sparse.repo import write_repo
 
+pytestmark = [pytest.mark.usefixtures("blank_pictures"), pytest.mark.versions]
+
 BASE = "tester/saving-llama"
 CONFIGS = {
     "sparsek": lambda **task: hf_sparse.SparseKConfig(k=4, window=4, sinks=1, **task),
