@@ -20,7 +20,7 @@ FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "eval.
 def tell(output, steps=2, seed=0):
     console = Console(width=120, file=io.StringIO())
     evaluation = demo.run(output, steps, seed, console)
-    return evaluation, console.file.getvalue()
+    return evaluation, console.file.getvalue()  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -55,7 +55,7 @@ def test_links(document):
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_commands(document):
     """Verbs and options of every `hf-sparse ...` in a document."""
-    commands = typer.main.get_command(cli.app).commands
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
     text = (ROOT / document).read_text("utf-8").replace("\\\n", " ")
     quoted = "\n".join(re.findall(r"^hf-sparse .*|`hf-sparse [^`]*`", text, re.MULTILINE))
     for verb, rest in re.findall(r"hf-sparse ([a-z]+)([^`\n#]*)", quoted):

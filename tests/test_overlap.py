@@ -90,7 +90,7 @@ def test_table_card_and_report_tell(method, tmp_path, tiny_llama, word_tokenizer
     def shown(result):
         console = Console(file=io.StringIO(), width=200)
         console.print(graph_table(result) if method == "sparsefinder" else table(result))
-        return console.file.getvalue()
+        return console.file.getvalue()  # type: ignore[attr-defined]
 
     if method == "sparsek":  # the other predicts nothing yet
         result = evaluate_adapter(folder, text, "text", chunks=":6", **options)

@@ -128,7 +128,7 @@ def test_scores_are_multiplied_while_training_and_not_afterwards(monkeypatch, sp
         states = torch.ones(1, 12, 32) * torch.linspace(-1, 1, 32) ** torch.arange(1, 13)[:, None]
         with torch.no_grad():
             seen.append(method.score(states, torch.arange(12)[None]))
-        monkeypatch.setattr(method, "score", type(method).score.__get__(method))
+        monkeypatch.setattr(method, "score", type(method).score.__get__(method))  # type: ignore[attr-defined]
         return real(model, batch) * 0 + sum(p.sum() for p in model.parameters() if p.requires_grad) * 1e-9
 
     monkeypatch.setitem(objectives.OBJECTIVES["causal"], "distill", spy)

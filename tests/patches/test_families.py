@@ -55,7 +55,7 @@ def variant(request):
     def make():
         return FAMILIES[family].make(**changes)
 
-    make.local = local
+    make.local = local  # type: ignore[attr-defined]
     return make
 
 
