@@ -4,31 +4,34 @@ READY := .venv/.ready
 OLDEST := .venv/oldest
 TRITON := .venv/triton
 
-# Tests of what calls neither transformers nor PEFT nor the Hub's client; they do not run a second time.
-ONCE := tests/ops tests/test_doctests.py tests/test_escaping.py tests/test_figures.py tests/test_folders.py \
-	tests/test_layers.py tests/test_speed.py tests/test_wheel.py
+PYTEST := $(BIN)/pytest -n auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
-.PHONY: demo test kernels conformance lint format clean help
+.PHONY: demo test test-all kernels conformance lint format clean help
 
 demo: $(READY) ## Patch, finetune and evaluate the bundled checkpoint, offline
 	@$(BIN)/hf-sparse demo
 
-test: lint $(OLDEST)/.ready kernels ## Everything CI runs: lint, the tests on the newest and on the oldest versions, the kernels
-	$(BIN)/pytest -n auto --maxprocesses 4
-	PYTHONPATH=$(OLDEST) $(BIN)/pytest -n auto --maxprocesses 4 $(addprefix --ignore=,$(ONCE))
+test: lint $(OLDEST)/.ready kernels ## What CI runs, in minutes: lint, the kernels, the tests, and on the oldest versions those marked `versions`
+	$(PYTEST)
+	PYTHONPATH=$(OLDEST) $(PYTEST) -m "versions and not real"
+
+test-all: FULL := --full
+test-all: lint $(OLDEST)/.ready kernels ## Everything: all tests with all combinations of parameters, on the newest and on the oldest versions
+	$(PYTEST) --full
+	PYTHONPATH=$(OLDEST) $(PYTEST) --full
 
 # Triton lies in a folder of its own, so that all other tests run without it. There are no wheels of it but for Linux.
 ifeq ($(shell uname -s),Linux)
 kernels: $(TRITON)/.ready ## The tests of the Triton kernels in Triton's interpreter, on the CPU
-	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(BIN)/pytest -n auto --maxprocesses 4 tests/ops/test_triton_*.py
+	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(PYTEST) $(FULL) tests/ops/test_triton_*.py
 else
 kernels:
 	@echo "The kernels are not tested here: Triton has wheels for Linux only"
 endif
 
 conformance: $(READY) ## Every model family x every behaviour: the largest differences as a table
-	$(BIN)/pytest -q -n auto --maxprocesses 4 tests/conformance
+	$(PYTEST) -q --full tests/conformance
 
 lint: $(READY) ## Check formatting, style and types
 	$(BIN)/ruff format --check .

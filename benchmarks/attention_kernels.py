@@ -99,7 +99,8 @@ def window_mask(length: int, window: int, device: str) -> BlockMask:
         tables.append(blocks.sum(-1, dtype=torch.int32)[None, None])
         order = blocks.byte().argsort(dim=-1, descending=True, stable=True)
         tables.append(order.to(torch.int32)[None, None])
-    return BlockMask.from_kv_blocks(*tables, BLOCK_SIZE=BLOCK, mask_mod=inside)
+    some, some_index, all_of, all_index = tables
+    return BlockMask.from_kv_blocks(some, some_index, all_of, all_index, BLOCK_SIZE=BLOCK, mask_mod=inside)
 
 
 def contender(
@@ -135,7 +136,7 @@ def milliseconds(run: Callable[[], object], device: str, repeat_ms: int) -> dict
 
         median, low, high = do_bench(run, warmup=25, rep=repeat_ms, quantiles=list(QUANTILES))
     else:
-        times = []
+        times: list[float] = []
         while len(times) < 4 or sum(times) < repeat_ms:
             begin = time.perf_counter()
             run()

@@ -39,7 +39,8 @@ class Follow(LogitsProcessor):
     """Makes `generate` take given tokens, and keeps the logits of every step."""
 
     def __init__(self, tokens: Tensor) -> None:
-        self.tokens, self.logits = tokens, []
+        self.tokens = tokens
+        self.logits: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         token = self.tokens[len(self.logits)]
@@ -51,7 +52,8 @@ class Clock(LogitsProcessor):
     """Reads the time after the steps that are given."""
 
     def __init__(self, at: tuple[int, int]) -> None:
-        self.at, self.step, self.times = at, 0, []
+        self.at, self.step = at, 0
+        self.times: list[float] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         self.step += 1
@@ -67,7 +69,7 @@ def generate(
 ) -> Any:
     """`new` tokens after the prompt `ids` `[1, T]`; compiled with a static cache, or eager with an ordinary one."""
     static = {"cache_implementation": "static", "compile_config": compiled} if compiled else {}
-    return model.generate(
+    return model.generate(  # type: ignore[operator]
         ids,
         attention_mask=torch.ones_like(ids),
         max_new_tokens=new,
@@ -131,7 +133,7 @@ def measure(
 def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     device, dtype = torch.device(options.device), getattr(torch, options.dtype)
     folder = CHECKPOINT if options.model == BASE_NAME else options.model
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()  # type: ignore[arg-type]
     model.generation_config.eos_token_id = None  # every run has the same number of steps
     budget = SparseKConfig(k=options.k, window=options.window, sinks=options.sinks)
     longest = max(options.lengths)
@@ -140,8 +142,8 @@ def benchmark(options: argparse.Namespace) -> dict[str, Any]:
     distinct = torch.randperm(model.config.vocab_size, generator=generator)[None, : 4 * budget.slots].to(device)
     compiled = CompileConfig(fullgraph=True, backend=options.backend)
     if options.backend != "inductor" or device.type == "cpu":
-        compiled.mode = None  # CUDA graphs are inductor's
-    compiled._compile_all_devices = True
+        compiled.mode = None  # type: ignore[assignment]  # CUDA graphs are inductor's
+    compiled._compile_all_devices = True  # type: ignore[assignment]
 
     result: dict[str, Any] = {
         "format": 1,

@@ -34,7 +34,7 @@ from hf_sparse.ops.tiles.select import best_tiles
 
 SHAPE = {"batch": 1, "query_heads": 9, "kv_heads": 3, "dim": 64}
 CLUSTERS = {"rank": 4, "clusters": 64}
-REACH = {"window": 128, "global_tokens": 4}
+REACH: dict[str, Any] = {"window": 128, "global_tokens": 4}
 PREDICTORS: dict[str, dict[str, Any]] = {
     "clustering": {"tile": 64, "tiles_per_query": 12, **CLUSTERS},
     "clustering, a list per query": {"tile": 16, "query_tile": 1, "tiles_per_query": 16, **CLUSTERS},

@@ -88,10 +88,10 @@ def step(heads: int, kv_heads: int, dim: int) -> dict[str, float]:
     query, key = draw(batch, heads, 1, dim), draw(batch, kv_heads, 1, dim)
 
     def run() -> None:
-        slots.insert_token(
+        operators.insert_token(
             keys, values, scores, positions, seen, key, key, scores[..., :1].contiguous(), None, window=512, sinks=4
         )
-        slots.attend_slots(query, keys, values, positions, scaling=dim**-0.5)
+        operators.attend_slots(query, keys, values, positions, scaling=dim**-0.5)
 
     return {"forward_s": seconds(run), "again_s": seconds(run)}
 

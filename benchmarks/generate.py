@@ -44,7 +44,7 @@ TINYLLAMA = {
     "intermediate_size": 5632,
     "vocab_size": 32_000,
 }
-SHAPES = {"tinyllama": TINYLLAMA, "smollm2": SMOLLM2, "llama-8b": LLAMA_8B}
+SHAPES: dict[str, dict[str, Any]] = {"tinyllama": TINYLLAMA, "smollm2": SMOLLM2, "llama-8b": LLAMA_8B}
 SKIPPED = 4  # first steps of a call
 PROFILED = 4  # steps under the profiler
 CHECKED = 32  # steps of the comparison with dense attention
@@ -69,7 +69,8 @@ class Follow(LogitsProcessor):
     """Makes `generate` take given tokens `[B, N]`, and keeps the logits of every step."""
 
     def __init__(self, tokens: Tensor) -> None:
-        self.tokens, self.logits = tokens, []
+        self.tokens = tokens
+        self.logits: list[Tensor] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         token = self.tokens[:, len(self.logits), None]
@@ -111,7 +112,7 @@ def make_models(shape: dict[str, Any], options: argparse.Namespace, dtype: torch
 
 
 def generate(model: PreTrainedModel, ids: Tensor, new: int, watch: LogitsProcessor, mask: Tensor | None = None) -> Any:
-    return model.generate(
+    return model.generate(  # type: ignore[operator]
         ids,
         attention_mask=torch.ones_like(ids) if mask is None else mask,
         max_new_tokens=new,
@@ -163,7 +164,8 @@ def check(shape: dict[str, Any], options: argparse.Namespace) -> dict[str, float
 
 def measure(models: dict[str, PreTrainedModel], ids: Tensor, options: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds of a step and to the first token, by variant, from calls that alternate."""
-    first, step = {name: [] for name in models}, {name: [] for name in models}
+    first: dict[str, list[float]] = {name: [] for name in models}
+    step: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(1 + options.rounds):
         for name, model in models.items():
             wait(options.device)

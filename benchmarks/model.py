@@ -144,7 +144,9 @@ class Watch(LogitsProcessor):
     """Marks every step, and keeps its logits if asked to."""
 
     def __init__(self, keep: bool = False) -> None:
-        self.keep, self.logits, self.marks = keep, [], []
+        self.keep = keep
+        self.logits: list[Tensor] = []
+        self.marks: list[Any] = []
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         if scores.is_cuda:
@@ -170,7 +172,7 @@ def steps(model: PreTrainedModel, cache: Cache, batch: int, context: int, new: i
     """`new` tokens by `generate`, after `context` ones that the cache holds."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, model.config.vocab_size, (batch, context + 1), generator=generator).to(model.device)
-    model.generate(
+    model.generate(  # type: ignore[operator]
         ids,
         attention_mask=torch.ones_like(ids),
         **with_cache(cache),
@@ -253,7 +255,7 @@ def decode(options: argparse.Namespace, model: PreTrainedModel, variant: str, co
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     embedding = model.get_input_embeddings().weight
     if model.get_output_embeddings().weight is not embedding:
-        weights -= embedding.numel() * embedding.element_size()  # a row per token is read
+        weights -= embedding.numel() * embedding.element_size()  # type: ignore[operator]  # a row per token is read
     held = kv_bytes(cache)
     low, high = (found[int(q * (len(found) - 1))] for q in QUANTILES[1:])
     return {

@@ -36,7 +36,7 @@ STEPS = 8  # decoding steps under the profiler, and twice as many without
 
 
 def attention(length: int, device: str) -> Callable[[], object]:
-    make = {"device": device, "dtype": torch.bfloat16 if device == "cuda" else torch.float32}
+    make: dict[str, Any] = {"device": device, "dtype": torch.bfloat16 if device == "cuda" else torch.float32}
     query = torch.randn(1, 32, length, 128, **make).requires_grad_()
     key, value = (torch.randn(1, 8, length, 128, **make).requires_grad_() for _ in range(2))
     scores, upstream = torch.randn(1, 8, length, device=device), torch.randn_like(query)

@@ -40,7 +40,7 @@ def stream(options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     device = torch.device(options.device)
     folder = CHECKPOINT if options.model == BASE_NAME else options.model
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, options.dtype)).to(device).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, options.dtype)).to(device).eval()  # type: ignore[arg-type]
     patch(model, SparseKConfig(k=options.k, window=options.window, sinks=options.sinks))
     trained = model.config.max_position_embeddings
     cache = SparseKCache(model)

@@ -7,8 +7,10 @@ is set here, at import. Under pytest-xdist each worker imports this file and get
 import importlib.util
 import os
 import shutil
+import struct
 import sys
 import tempfile
+import zlib
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -28,6 +30,16 @@ def _load(path: Path) -> ModuleType:
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+_TIERS, _GOLDENS = (_load(Path(__file__).parent / name) for name in ("tiers.py", "goldens.py"))
+pytest_collection_modifyitems = _TIERS.pytest_collection_modifyitems
+golden = _GOLDENS.golden
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    for plugin in (_TIERS, _GOLDENS):
+        plugin.pytest_addoption(parser)
 
 
 _HUB = _load(Path(__file__).parent / "hub" / "loopback.py").LoopbackHub(parse_yaml=yaml.safe_load)
@@ -94,6 +106,20 @@ def _fresh_hub_trace():
     _HUB.reset_trace()
     yield
     _HUB.reset_trace()
+
+
+@pytest.fixture
+def blank_pictures(monkeypatch) -> None:
+    """Save every figure as the same picture of one pixel and 20 kB: laying out and drawing take most of a report."""
+    from matplotlib.figure import Figure
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0))
+    content = header + chunk(b"tEXt", b"Comment\0" + 20_000 * b".") + chunk(b"IDAT", zlib.compress(b"\0\0"))
+    picture = b"\x89PNG\r\n\x1a\n" + content + chunk(b"IEND", b"")
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **options: Path(path).write_bytes(picture))
 
 
 @pytest.fixture(autouse=True)

@@ -16,6 +16,8 @@ from hf_sparse.errors import HubError, UnsupportedModelError
 from hf_sparse.patches import sparse_layers
 from hf_sparse.workflow import create_adapter
 
+pytestmark = pytest.mark.versions
+
 TOKENS = torch.arange(1, 31)[None]
 CONFIGS = {
     "sparsek": lambda: hf_sparse.SparseKConfig(k=4, window=4, sinks=1),

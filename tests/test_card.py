@@ -2,8 +2,6 @@
 
 import copy
 import re
-import subprocess
-import sys
 from typing import Any
 
 import pytest
@@ -40,7 +38,7 @@ TRAINING: dict[str, Any] = {
 }
 
 
-def card(**changes: Any) -> ModelCard:
+def card(**changes: Any) -> Any:  # a ModelCard, whose metadata has attributes that its type does not tell
     values: dict[str, Any] = {
         "repo_id": "me/llama-sparsek",
         "base_model": "org/llama",
@@ -82,28 +80,21 @@ def test_tables_hold_the_measurements():
     assert found["learning_rate"] == ["0.02"]
 
 
-def test_provenance():
-    text = card().text
-    assert "`held_out`: 24 chunks of 2048 tokens" in text and "49,128 predicted tokens" in text
-    assert "c0ffee" * 10 in text
-    assert "Measured on: system Linux, cpus 4." in text and "Trained on: system Linux, cpus 8." in text
-    assert "3,072 of\n4,096,000 parameters (0.075 %), on 1,392,640 tokens, in 412 seconds" in text
-    assert "Made with python 3.11.7, hf-sparse 0.1.0." in text
+def test_whole(golden):
+    golden("card/sparsek.md", str(card()))
 
 
-def test_no_measurement_no_numbers():
+def test_no_measurement_no_numbers(golden):
     text = card(evaluation=None, training=None).text
-    assert "Nothing was measured: this repository has no `eval.json`." in text
-    assert "Nothing is recorded about the training: this repository has no `finetune.json`." in text
     assert "quality.png" not in text and "perplexity" not in text and not re.search(r"\d %", text)
+    golden("card/sparsek-unmeasured.md", text)
 
 
-def test_some_measurements_only():
+def test_some_measurements_only(golden):
     evaluation = {**EVALUATION, "perplexity": {"learned": 10.071}, "kv_bytes": None}
     text = card(evaluation=evaluation, training=None).text
-    assert "10.071" in text and "most recent ones" not in text and "%" not in text
-    assert "KV cache after" not in text and "74.9" in text
-    assert "and the training loss" not in text and "and the training loss" in card().text
+    assert "10.071" in text and "%" not in text and "74.9" in text
+    golden("card/sparsek-some-measured.md", text)
 
 
 def test_examples_are_python_and_import_hf_sparse_first():
@@ -117,7 +108,6 @@ def test_examples_are_python_and_import_hf_sparse_first():
         compile(code, "card", "exec")
         assert code.startswith("import hf_sparse") and loads in code
         assert "KeyError: 'HF_SPARSE_SPARSEK'" in text
-    assert "nothing is left out" in text and "never returns" in text and "assisted" in text
 
 
 ENCODER_EVALUATION: dict[str, Any] = {
@@ -130,7 +120,7 @@ ENCODER_EVALUATION: dict[str, Any] = {
 ENCODER_CONFIG = hf_sparse.SparseKConfig(k=124, window=128, sinks=4, base_shape={"model_type": "bert"})
 
 
-def test_other_budgets_and_tasks_are_told():
+def test_other_budgets_and_tasks_are_told(golden):
     learned = {"lengths": [2048, 4096], "depths": [0.0, 0.5], "values": [[0.0, 0.5], [1.0, 1.0]]}
     results = {
         "dense": {**learned, "values": [[1.0, 1.0], [1.0, 1.0]]},
@@ -152,18 +142,11 @@ def test_other_budgets_and_tasks_are_told():
     text = card(evaluation=evaluation).text
     found = rows(text.replace("perplexity per token, lower", ""))
     assert found["perplexity (KL from dense, nats)"] == ["128", "256"]
-    assert "| best by learned score | 10.500 (0.1000) | 10.071 (0.1000) |" in text
-    assert "| most recent (StreamingLLM) |  | 10.934 (0.2000) |" in text
     assert found["exact match, 512 slots"] == ["2,048 tokens", "4,096 tokens"]
-    assert "| best by learned score | 0.50 (0, 1) | 0.75 (0.5, 1) |" in text
-    assert "at the depths 0.0, 0.5 of the text, 2 texts each" in text
-    assert "**Ahead of the learned scorer on this task: at 2,048 tokens prompt's last queries (SnapKV).**" in text
-    assert text.count("Ahead of the learned scorer") == 1
-    assert text.count("The base model itself has 0.40 with all keys") == text.count("The base model itself") == 1
-    assert "| best by learned score | 0.30 |" in text and "other numbers of slots" not in card().text
+    golden("card/sparsek-budgets-and-tasks.md", text)
 
 
-def encoder_card(model_class: str, **changes: Any) -> ModelCard:
+def encoder_card(model_class: str, **changes: Any) -> Any:
     values: dict[str, Any] = {"repo_id": "me/x", "base_model": "org/bert", "parameters": 3072, "training": TRAINING}
     return ModelCard(
         render(ENCODER_CONFIG, **values | {"evaluation": ENCODER_EVALUATION, "model_class": model_class} | changes)
@@ -171,7 +154,7 @@ def encoder_card(model_class: str, **changes: Any) -> ModelCard:
 
 
 class TestEncoders:
-    def test_bare(self):
+    def test_bare(self, golden):
         card = encoder_card("BertModel")
         assert card.data.pipeline_tag == "feature-extraction" and "kv-cache" not in card.data.tags
         found = rows(card.text)
@@ -179,21 +162,20 @@ class TestEncoders:
         assert found["256: the nearest ones, and sinks"] == ["0.8927"]
         assert found["tokens per second, 4 x 512 tokens at a time"] == ["3885.7", "2439.4"]
         assert found["nearest tokens on both sides, its own included (window)"] == ["128"]
-        assert "cosine distance of the last hidden states" in card.text and "higher is better" in card.text
+        golden("card/encoder.md", str(card))
         for foreign in ("KV cache", "generat", "perplexity", "evicted", "predicted tokens"):
             assert foreign not in card.text, foreign
 
-    def test_masked(self):
+    def test_masked(self, golden):
         evaluation = {**ENCODER_EVALUATION, "metric": "masked_perplexity"}
         evaluation["masked_perplexity"] = {"dense": 8.0, "window": 10.0, "random": 12.0, "learned": 9.0}
         evaluation["text"] = {**evaluation["text"], "predicted_tokens": 1800}
         card = encoder_card("BertForMaskedLM", evaluation=evaluation)
         assert card.data.pipeline_tag == "fill-mask"
         assert rows(card.text)["256: the nearest ones, and sinks"] == ["10.000", "+25.0 %"]
-        assert "masked-token perplexity" in card.text and "1,800 predicted tokens" in card.text
-        assert "at hidden tokens" in card.text
+        golden("card/encoder-masked.md", str(card))
 
-    def test_a_causal_model_without_a_head(self):
+    def test_a_causal_model_without_a_head(self, golden):
         text = render(
             hf_sparse.SparseKConfig(base_shape={"model_type": "llama"}),
             repo_id="x",
@@ -201,7 +183,7 @@ class TestEncoders:
             parameters=1,
             model_class="LlamaModel",
         )
-        assert "most recent tokens (window)" in text and "feature-extraction" in text
+        golden("card/decoder-without-a-head.md", text)
 
     @pytest.mark.parametrize("model_class", ["BertModel", "BertForMaskedLM"])
     def test_the_example_is_python(self, model_class):
@@ -220,25 +202,19 @@ class TestEncoders:
             encoder_card("BertModel", evaluation={**ENCODER_EVALUATION, "metric": "beauty"})
 
 
-def test_lora():
+def test_lora(golden):
     """It is counted apart, and what does not hold with it is not said."""
     config = hf_sparse.SparseKConfig(k=124, window=128, sinks=4, lora_rank=8)
     training = {**TRAINING, "trainable_parameters": 13_072, "lora_parameters": 10_000}
     values: dict[str, Any] = {"repo_id": "me/x", "base_model": None, "parameters": 13_072, "lora_parameters": 10_000}
-    text = " ".join(render(config, **values, evaluation=EVALUATION, training=training).split())
-    assert "10,000 of the parameters are LoRA of rank 8" in text
-    assert "The scorers and LoRA were trained: 13,072 of 4,096,000 parameters (0.319 %), 10,000 of them LoRA's" in text
-    assert "all have the LoRA" in text and "those of the base model" not in text
-    without = " ".join(card().text.split())
-    assert "LoRA" not in without and "Only the scorers were trained" in without
-    assert "the outputs are those of the base model" in without
+    text = render(config, **values, evaluation=EVALUATION, training=training)
+    assert "10,000 of" in text and "LoRA" not in card().text
+    golden("card/sparsek-lora.md", text)
 
 
-def test_layers():
-    assert "Only layers 0, 3 (0 is the first)" in render(
-        hf_sparse.SparseKConfig(layers=[3, 0]), repo_id="x", base_model=None, parameters=1
-    )
-    assert "Only layers" not in card().text
+def test_layers(golden):
+    config = hf_sparse.SparseKConfig(layers=[3, 0])
+    golden("card/sparsek-some-layers.md", render(config, repo_id="x", base_model=None, parameters=1))
 
 
 @pytest.mark.parametrize(
@@ -263,14 +239,3 @@ def test_incomplete_measurement(name, path):
     del place[last]
     with pytest.raises(DataError, match=f"is not what hf-sparse writes: .*{last}"):
         card(**{name: broken})
-
-
-def test_import_leaves_drawing_and_templates_alone(tmp_path):
-    """`import hf_sparse` loads neither matplotlib nor, beyond what transformers loads itself, jinja2."""
-    code = (
-        "import sys, peft, transformers\nfrom transformers import AutoModelForCausalLM\nbefore = set(sys.modules)\n"
-        "import hf_sparse\nadded = {name.split('.')[0] for name in set(sys.modules) - before}\n"
-        "assert 'hf_sparse' in added and not added & {'matplotlib', 'jinja2'}, added"
-    )
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr

@@ -26,6 +26,8 @@ from hf_sparse.methods.sparsefinder.evaluation import adapter_settings
 from hf_sparse.methods.sparsek.evaluation import CONTENDERS, contenders
 from hf_sparse.texts import read_dataset
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 VOCABULARY = 64
 BUDGET = ["--k", "4", "--window", "4", "--sinks", "1"]
 SLOTS, LENGTH = 9, 96
@@ -606,18 +608,17 @@ class TestPush:
 
 
 class TestDebug:
-    def test_tracebacks_only_on_request(self, tmp_path):
-        def run(*arguments):
-            command = [str(Path(sys.executable).with_name("hf-sparse")), *arguments]
-            return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-
-        quiet, loud = (
-            run("eval", "missing", "--text", "none.txt"),
-            run("--debug", "eval", "missing", "--text", "none.txt"),
-        )
-        assert quiet.returncode == loud.returncode == 1
-        assert quiet.stderr == "error: cannot read the text none.txt: No such file or directory\n" and not quiet.stdout
-        assert "Traceback" in loud.stderr and "DataError" in loud.stderr
+    @pytest.mark.parametrize("debug", [False, pytest.param(True, marks=pytest.mark.full)])
+    def test_tracebacks_only_on_request(self, tmp_path, debug):
+        command = [str(Path(sys.executable).with_name("hf-sparse")), *(["--debug"] if debug else [])]
+        command += ["eval", "missing", "--text", "none.txt"]
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert run.returncode == 1
+        if debug:
+            assert "Traceback" in run.stderr and "DataError" in run.stderr
+        else:
+            line = "error: cannot read the text none.txt: No such file or directory\n"
+            assert run.stderr == line and not run.stdout
 
     def test_bugs_are_not_hidden(self, adapter, text, monkeypatch):
         def broken(*args, **kwargs):

@@ -12,6 +12,8 @@ from hf_sparse.methods.sparsek import SparseKModel
 from hf_sparse.methods.sparsek.config import SparseKConfig
 from hf_sparse.tuner import register_method
 
+pytestmark = pytest.mark.versions
+
 
 @pytest.fixture
 def new_type():

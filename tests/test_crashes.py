@@ -34,6 +34,8 @@ from hf_sparse.finetune import FinetuneConfig
 from hf_sparse.folders import locked
 from hf_sparse.methods.sparsek.divide import divide_adapter
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 LENGTH, LIMIT = 80, int(os.environ.get("HF_SPARSE_FUZZ", "4"))
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate", "os.link", "os.symlink"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
@@ -215,6 +217,7 @@ def check(state: Path, old: dict[str, bytes], new: dict[str, bytes]) -> None:
     assert all(name.startswith("checkpoints/.") for name in hidden), hidden  # go with the next training
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("verb", VERBS)
 def test_killed_before_any_call(place, tmp_path, verb):
     if verb == "divide" and place.method == "sparsefinder":
@@ -256,6 +259,7 @@ def some(request: pytest.FixtureRequest, number: int) -> range:
     return range(0, number, 1 if whole else -(-number // LIMIT))
 
 
+@pytest.mark.cross("values")
 @pytest.mark.fuzz
 @pytest.mark.parametrize("old", ["fresh", "whole"])
 def test_resumes_bit_for_bit_from_any_kill(place, tmp_path, request, old):
@@ -277,6 +281,7 @@ def test_resumes_bit_for_bit_from_any_kill(place, tmp_path, request, old):
     assert (from_another_run > 0) == (old == "whole")
 
 
+@pytest.mark.cross("values")
 @pytest.mark.fuzz
 @pytest.mark.parametrize("verb", ["patch --force", "finetune with checkpoints", "write_repo", "report again"])
 def test_interrupted_before_any_call(place, tmp_path, request, verb):
@@ -316,6 +321,7 @@ def test_a_push_publishes_what_was_committed(place, tmp_path, hub):
     assert not HfApi().file_exists(name, EVALUATION)
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("verb", ["patch --force", "finetune with checkpoints", "eval", "report again"])
 @pytest.mark.parametrize("size", [60, 2500, 9000])
 def test_a_disk_that_is_full(place, tmp_path, verb, size):

@@ -20,7 +20,7 @@ FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "eval.
 def tell(output, steps=2, seed=0):
     console = Console(width=120, file=io.StringIO())
     evaluation = demo.run(output, steps, seed, console)
-    return evaluation, console.file.getvalue()
+    return evaluation, console.file.getvalue()  # type: ignore[attr-defined]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -70,6 +70,7 @@ def test_the_adapter_is_the_one_that_was_measured(told):
     assert learned == pytest.approx(evaluation["perplexity"]["learned"], rel=1e-5)
 
 
+@pytest.mark.full
 def test_one_seed_one_result(told):
     output, evaluation, _ = told
     (output / "quality.png").unlink()

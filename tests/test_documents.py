@@ -90,7 +90,7 @@ def test_lines_are_short(document):
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_commands(document):
     """Check the verbs and options of every `hf-sparse ...` in a document."""
-    commands = typer.main.get_command(cli.app).commands
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
     inline = re.findall(r"`(hf-sparse [^`]*)`", (ROOT / document).read_text("utf-8"))
     shell = [block.replace("\\\n", " ") for block in blocks(document, "")]
     quoted = "\n".join([*shell, *(" ".join(command.split()) for command in inline)])

@@ -20,6 +20,8 @@ from hf_sparse.data import IGNORED
 from hf_sparse.errors import DataError
 from hf_sparse.methods.sparsek.evaluation import ENCODER_CONTENDERS
 
+pytestmark = [pytest.mark.usefixtures("blank_pictures"), pytest.mark.versions]
+
 BUDGET = ["--k", "4", "--window", "4", "--sinks", "1"]
 SLOTS, LENGTH = 9, 48
 QUICK = ["--steps", "2", "--warm-start-steps", "1", "--length", str(LENGTH), "--device", "cpu"]

@@ -73,7 +73,10 @@ def test_structure_is_that_of_plain_words(name, tmp_path):
             content = replaced(json.loads((CARDS / name / file).read_text("utf-8")), text)
             if file == "eval.json":
                 content["note"] = text
-                content["tasks"] = {f"{text} {key}": value for key, value in content.get("tasks", {}).items()}
+                tasks = list(content.get("tasks", {}).items())[
+                    :1
+                ]  # pictures of more take seconds and show nothing else
+                content["tasks"] = {f"{text} {key}": value for key, value in tasks}
             (folder / file).write_text(json.dumps(content), "utf-8")
         write_repo(folder)
         cards[text] = ModelCard.load(folder / "README.md")
@@ -110,7 +113,9 @@ def test_name_of_a_folder_is_a_string_in_the_example(config, name):
 )
 def test_any_text_of_a_license_leaves_the_metadata_whole(text):
     stated = {"license": "other", "license_name": text, "license_link": text}
-    card = ModelCard(render(hf_sparse.SparseKConfig(), repo_id="me/x", base_model="a/b", parameters=1, license=stated))
+    card: Any = ModelCard(
+        render(hf_sparse.SparseKConfig(), repo_id="me/x", base_model="a/b", parameters=1, license=stated)
+    )
     assert card.data.license == "other" and card.data.base_model == "a/b"
     assert card.data.license_name == card.data.license_link == text
     assert card.text.lstrip().startswith("# x")

@@ -20,6 +20,8 @@ from hf_sparse.finetune import FinetuneConfig, finetune
 from hf_sparse.patches import sparse_layers
 from hf_sparse.patches.heads import initialised
 
+pytestmark = pytest.mark.versions
+
 FAMILIES = runpy.run_path(str(Path(__file__).with_name("families.py")))["FAMILIES"]
 
 IDS = torch.randint(5, 64, (2, 40), generator=torch.Generator().manual_seed(0))
@@ -110,6 +112,7 @@ def trained(model):
     return {name for name, p in model.named_parameters() if p.requires_grad and "sparse_attention" not in name}
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", HEADS)
 def test_every_head_is_trained_saved_and_loaded(kind, method, checkpoint, tmp_path):

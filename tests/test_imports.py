@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.versions
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -23,6 +25,7 @@ def python(tmp_path):
     return run
 
 
+@pytest.mark.full  # test_import_changes_no_model_that_is_there blocks Triton too
 @pytest.mark.parametrize("name", ["hf_sparse", "hf_sparse.patches", "hf_sparse.finetune"])
 def test_imports_without_triton(python, name):
     run = python(f"import sys; sys.modules['triton'] = None; import {name}")
@@ -30,7 +33,10 @@ def test_imports_without_triton(python, name):
 
 
 def test_import_changes_no_model(python):
-    """Importing hf_sparse may add its own attention and mask functions; it replaces none and loads no model family."""
+    """Importing hf_sparse may add its own attention and mask functions; it replaces none and loads no model family.
+
+    It loads neither matplotlib nor, beyond what transformers loads itself, jinja2.
+    """
     run = python("""
 import sys
 import peft
@@ -42,7 +48,10 @@ def state():
     return families, dict(ALL_ATTENTION_FUNCTIONS), dict(ALL_MASK_ATTENTION_FUNCTIONS)
 
 families, *registries = state()
+loaded = set(sys.modules)
 import hf_sparse
+added = {name.split(".")[0] for name in set(sys.modules) - loaded}
+assert "hf_sparse" in added and not added & {"matplotlib", "jinja2"}, added
 families_after, *registries_after = state()
 
 assert families_after == families, families_after - families
@@ -96,6 +105,7 @@ assert not torch.equal(outputs()[0], expected[0])
 hf_sparse.unpatch(models[0])
 assert state() == before
 assert all(torch.equal(*pair) for pair in zip(outputs(), expected))
+import hf_sparse.finetune
 """)
     assert run.returncode == 0, run.stderr
 

@@ -16,6 +16,8 @@ from hf_sparse.finetune import FinetuneConfig
 from hf_sparse.overlap import merged, sentence, sketch
 from hf_sparse.workflow import create_adapter, evaluate_adapter, train_adapter
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 CONFIGS = {
     "sparsek": SparseKConfig(k=6, window=8, sinks=2),
     "sparsefinder": SparsefinderConfig(rank=4, clusters=4, tile=8, window=8),
@@ -88,7 +90,7 @@ def test_table_card_and_report_tell(method, tmp_path, tiny_llama, word_tokenizer
     def shown(result):
         console = Console(file=io.StringIO(), width=200)
         console.print(table(result))
-        return console.file.getvalue()
+        return console.file.getvalue()  # type: ignore[attr-defined]
 
     if method == "sparsek":  # the other predicts nothing yet
         result = evaluate_adapter(folder, text, "text", chunks=":6", **options)

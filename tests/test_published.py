@@ -11,6 +11,8 @@ import pytest
 
 from hf_sparse.hub import write_repo
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 ROOT = Path(__file__).parents[1]
 CARDS = ROOT / "model_cards"
 LEARNING = ROOT / "benchmarks" / "learning" / "results"

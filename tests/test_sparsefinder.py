@@ -17,6 +17,8 @@ from hf_sparse.errors import AdapterMismatchError, HubError
 from hf_sparse.methods.sparsefinder import SparsefinderAttention, fit_predictors
 from hf_sparse.patches import sparse_layers, sparse_layers_in_use
 
+pytestmark = [pytest.mark.usefixtures("blank_pictures"), pytest.mark.versions]
+
 FAMILIES = runpy.run_path(str(Path(__file__).parent / "families.py"))["FAMILIES"]
 IDS = torch.randint(3, 64, (2, 70), generator=torch.Generator().manual_seed(0))
 SIZES = {"tile": 16, "tiles_per_query": 3, "window": 1, "clusters": 5, "bins": 4}
@@ -67,6 +69,7 @@ LOADERS = {
 }
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_every_loader_brings_everything_back(base_folder, tmp_path, loader, settings):
@@ -78,6 +81,7 @@ def test_every_loader_brings_everything_back(base_folder, tmp_path, loader, sett
     assert not any(tensor.is_meta for tensor in (*loaded.parameters(), *loaded.buffers()))
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_families_round_trip(tmp_path, name, settings):

@@ -20,6 +20,8 @@ from hf_sparse.methods.sparsek import SparseKCacheLayer
 from hf_sparse.methods.sparsek.attention import _warn_of_short_text
 from hf_sparse.patches import sparse_layers
 
+pytestmark = pytest.mark.versions
+
 BUDGET = {"k": 6, "window": 8, "sinks": 2}
 IDS = torch.randint(2, 64, (2, 50), generator=torch.Generator().manual_seed(0))
 SCORERS = [f"base_model.model.model.layers.{i}.self_attn.sparse_attention.sparsek_scorer" for i in range(2)]

@@ -16,6 +16,8 @@ from hf_sparse.errors import HubError, WeightsError
 from hf_sparse.hub import write_repo
 from hf_sparse.patches import sparse_layers
 
+pytestmark = pytest.mark.versions
+
 CONFIGS = {
     "sparsek": lambda: hf_sparse.SparseKConfig(k=4, window=4, sinks=1),
     "sparsefinder": lambda: hf_sparse.SparsefinderConfig(tile=16, clusters=4, head_budgets=True),

@@ -2,12 +2,15 @@
 
 import copy
 
+import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from hf_sparse import SparseKConfig, unpatch
 from hf_sparse.patches import sparse_layers
+
+pytestmark = pytest.mark.versions
 
 
 def _anatomy(model):

@@ -1,10 +1,13 @@
 """Encoders: padding, heads, and the whole budget. Attaching, switching and saving are in `test_adapter.py`."""
 
+import pytest
 import torch
 
 from hf_sparse import unpatch
 from hf_sparse.methods.sparsek.baselines import BASELINES
 from hf_sparse.patches import sparse_layers
+
+pytestmark = pytest.mark.versions
 
 KIND = "encoder"
 HEADS = {

@@ -3,12 +3,15 @@
 import random
 from itertools import pairwise
 
+import pytest
 import torch
 
 from hf_sparse.patches import sparse_layers
 
+pytestmark = pytest.mark.versions
+
 KIND = "causal"
-STEPS = 64
+STEPS = 24
 
 
 def test_left_padding(subject, measure):
@@ -20,7 +23,7 @@ def test_right_padding(subject, measure):
 
 
 def _padding(subject, measure, side):
-    """A batch of mixed lengths equals each row alone, in the prefill and in 64 steps after it."""
+    """A batch of mixed lengths equals each row alone, in the prefill and in 24 steps after it."""
     ids, mask = subject.padded(side)
     more = torch.randint(4, 64, (len(ids), STEPS), generator=torch.Generator().manual_seed(1))
     if side == "right" and subject.local_layers:
@@ -37,9 +40,9 @@ def _padding(subject, measure, side):
 
 def test_decoding(subject, measure):
     """A prefill and single tokens after it equal one forward at every position, whatever makes the scores."""
-    for model in (subject.sparse, subject.fresh(scorer="mlp", position_slope=0.02)):
+    for model, prompts in ((subject.sparse, (1, 30)), (subject.fresh(scorer="mlp", position_slope=0.02), (30,))):
         expected = subject.logits(model, subject.ids)
-        for prompt in (1, 30):
+        for prompt in prompts:
             chunks = [prompt] + [1] * (subject.ids.shape[1] - prompt)
             measure.close(subject.in_chunks(model, subject.ids, chunks)[0], expected)
 
@@ -52,7 +55,8 @@ def test_chunked_prefill(subject, measure):
     for pieces in (2, 3, 6, 11, ids.shape[1]):
         cuts = [0, *sorted(draw.sample(range(1, ids.shape[1]), pieces - 1)), ids.shape[1]]
         chunks = [end - begin for begin, end in pairwise(cuts)]
-        measure.close(subject.in_chunks(subject.sparse, subject.ids, chunks)[0], expected[False])
+        if pieces < ids.shape[1]:  # single tokens are test_decoding's
+            measure.close(subject.in_chunks(subject.sparse, subject.ids, chunks)[0], expected[False])
         logits, _ = subject.in_chunks(subject.sparse, ids, chunks, mask)
         measure.close(logits[mask.bool()], expected[True][mask.bool()])
 

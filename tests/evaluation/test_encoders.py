@@ -124,7 +124,7 @@ def test_table(adapted, chunks, masked, kind):
     result = evaluate(adapted(kind), masked if kind == "BertForMaskedLM" else chunks, progress=False)
     console = Console(width=120, file=io.StringIO())
     console.print(table(result))
-    shown = console.file.getvalue()
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
     for name, value in result[result["metric"]].items():
         assert name in shown and f"{value:.{4 if kind == 'BertModel' else 2}f}" in shown
     assert "forward, tokens/s" in shown and "KV cache" not in shown and f"up to {SLOTS}" in shown

@@ -89,6 +89,7 @@ def by_hand(text, graph):
     return found
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
 @pytest.mark.parametrize("pattern", ["predicted", "longformer", "oracle"])
 @pytest.mark.parametrize("query_tile", [None, 1])
@@ -148,6 +149,7 @@ def test_references_are_the_model_itself(name):
     assert result["dense"]["divergence"] == pytest.approx(apart, rel=1e-4)
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("name", ["llama", "bert"])
 @pytest.mark.parametrize("query_tile", [None, 1])
 def test_all_patterns_list_as_many_tiles(name, query_tile):

@@ -1,6 +1,7 @@
 """lm-evaluation-harness runs a patched model as it is: `HFLM(pretrained=model, tokenizer=tokenizer)`."""
 
 import json
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ import hf_sparse
 from hf_sparse.demo import CHECKPOINT
 from hf_sparse.evaluation import using
 from hf_sparse.evaluation.tasks.generate import answer
+
+pytestmark = pytest.mark.versions
 
 lm_eval = pytest.importorskip("lm_eval", reason="needs the extra `eval`")
 
@@ -26,7 +29,7 @@ doc_to_choice: "{{{{choices}}}}"
 metric_list: [{{metric: acc, aggregation: mean, higher_is_better: true}}]
 """
 
-QUESTIONS = [
+QUESTIONS: list[dict[str, Any]] = [
     {"question": "one two three four " * 12 + "five", "choices": [" six", " seven eight"], "label": 0},
     {"question": "import", "choices": [" os", " ######"], "label": 0},
     {"question": "def name(self):\n" * 8 + "if", "choices": [" self", " banana", " not name"], "label": 0},

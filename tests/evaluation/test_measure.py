@@ -236,7 +236,7 @@ def test_result(model, chunks):
 
     console = Console(width=120, file=io.StringIO())
     console.print(table(result))
-    shown = console.file.getvalue()
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
     for name, value in result["perplexity"].items():
         assert f"{value:.2f}" in shown and f"{result['divergence'][name]:.4f}" in shown
     assert "noise" in shown and readable_bytes(result["kv_bytes"]["sparse"]) in shown

@@ -74,7 +74,9 @@ def test_scorers_change_and_nothing_else(sparse_llama, chunks, objective):
     assert metrics["trainable_parameters"] == sum(p.numel() for p in scorers(model).values()) == 2 * 2 * (32 + 1)
 
 
-@pytest.mark.parametrize(("objective", "rate"), [("distill", 5e-2), ("attention", 5e-2)])
+@pytest.mark.parametrize(
+    ("objective", "rate"), [("distill", 5e-2), pytest.param("attention", 5e-2, marks=pytest.mark.full)]
+)
 def test_the_loss_falls(sparse_llama, chunks, objective, rate):
     metrics = train(
         sparse_llama(), chunks, objective=objective, steps=25, warm_start_steps=0, batch_size=12, learning_rate=rate
@@ -127,7 +129,7 @@ def test_scores_are_multiplied_while_training_and_not_afterwards(monkeypatch, sp
         states = torch.ones(1, 12, 32) * torch.linspace(-1, 1, 32) ** torch.arange(1, 13)[:, None]
         with torch.no_grad():
             seen.append(method.score(states, torch.arange(12)[None]))
-        monkeypatch.setattr(method, "score", type(method).score.__get__(method))
+        monkeypatch.setattr(method, "score", type(method).score.__get__(method))  # type: ignore[attr-defined]
         return real(model, batch) * 0 + sum(p.sum() for p in model.parameters() if p.requires_grad) * 1e-9
 
     monkeypatch.setitem(objectives.OBJECTIVES["causal"], "distill", spy)
@@ -171,6 +173,7 @@ def test_every_chunk_is_seen_once_per_epoch_from_any_start():
     assert [index for index, _ in zip(ShuffledRows(5, 3, start=7), range(8), strict=False)] == first[7:]
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("stop", [1, 3, 5, 9], ids=["warm start", "stage boundary", "middle", "end"])
 def test_resumed_run_equals_uninterrupted(stopped, sparse_llama, chunks, tmp_path, stop):
     whole = sparse_llama()
@@ -185,6 +188,7 @@ def test_resumed_run_equals_uninterrupted(stopped, sparse_llama, chunks, tmp_pat
     assert [row["loss"] for row in history] == [row["loss"] for row in expected]
 
 
+@pytest.mark.full
 def test_killed_process_resumes_to_the_same_weights(sparse_llama, chunks, tmp_path, hub_env):
     """The same with a real kill, at whatever step it lands."""
     model = sparse_llama()

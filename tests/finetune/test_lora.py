@@ -114,6 +114,7 @@ def test_the_teacher_is_the_base_without_lora(sparse_llama, tiny_llama, chunks):
     torch.testing.assert_close(distill(model, chunks), expected, rtol=1e-4, atol=0)
 
 
+@pytest.mark.full
 def test_lora_lowers_the_loss_further(sparse_llama, chunks):
     options = {"steps": 15, "warm_start_steps": 0, "batch_size": 12, "learning_rate": 2e-2}
     plain, both = (
@@ -167,6 +168,7 @@ def test_steps_for_lora_need_lora_and_scorers(sparse_llama, sparse_finder, chunk
         train(sparse_finder(lora_rank=RANK), chunks, warm_start_steps=40, lora_steps=1)
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize(
     ("stop", "changes"),
     [(2, {}), (5, {}), (9, AFTER), (11, AFTER)],

@@ -74,10 +74,17 @@ def launch(*command):
     return done.stdout
 
 
-@pytest.mark.parametrize("method", CONFIGS)
-def test_two_processes_train_what_one_does(method, tmp_path):
-    launch(__file__, method, tmp_path)
-    (first, history), (second, other) = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
+def test_two_processes_do_what_one_does(tmp_path):
+    """One launch for all methods, since it takes longer than what is compared."""
+    launch(__file__, tmp_path)
+    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    for method in CONFIGS:
+        check_training(method, *(rank[f"train {method}"] for rank in found))
+        check_gradients(method, *(rank[f"masked {method}"] for rank in found))
+
+
+def check_training(method, one, two):
+    (first, history), (second, other) = one, two
     assert history == other
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
     alone, expected = train(method, 4)
@@ -88,6 +95,16 @@ def test_two_processes_train_what_one_does(method, tmp_path):
     assert history == pytest.approx(expected, rel=1e-5)
     for name in first:
         torch.testing.assert_close(first[name], alone[name], rtol=1e-4, atol=1e-6)
+
+
+def check_gradients(method, *ranks):
+    """Two processes that accumulate have the gradient of one batch of hidden tokens."""
+    expected, expected_loss = masked_gradients(method, "lm", 8, 1)
+    for gradients, loss in ranks:
+        assert loss == pytest.approx(expected_loss, rel=1e-6)
+        assert gradients.keys() == expected.keys()
+        for name in expected:
+            torch.testing.assert_close(gradients[name], expected[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("objective", ["distill", "lm"])
@@ -101,18 +118,7 @@ def test_accumulation_gives_the_gradient_of_one_batch_of_hidden_tokens(method, o
     assert any(gradient.abs().max() > 1e-4 for gradient in expected.values())
 
 
-@pytest.mark.parametrize("method", CONFIGS)
-def test_two_processes_that_accumulate_have_the_gradient_of_one_batch_of_hidden_tokens(method, tmp_path):
-    launch(__file__, f"masked {method}", tmp_path)
-    expected, expected_loss = masked_gradients(method, "lm", 8, 1)
-    for rank in (0, 1):
-        gradients, loss = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        assert loss == pytest.approx(expected_loss, rel=1e-6)
-        assert gradients.keys() == expected.keys()
-        for name in expected:
-            torch.testing.assert_close(gradients[name], expected[name], rtol=1e-5, atol=1e-6)
-
-
+@pytest.mark.full
 def test_the_command_line_writes_and_tells_once(tmp_path):
     text, adapter = tmp_path / "text.txt", tmp_path / "adapter"
     text.write_text("def twice(number):\n    return 2 * number\n" * 200)
@@ -138,6 +144,6 @@ def test_a_rank_without_a_local_one_is_no_launch(monkeypatch):
 
 
 if __name__ == "__main__":
-    rank, (kind, *method) = os.environ["RANK"], sys.argv[1].split()
-    found = masked_gradients(method[0], "lm", 2, 2) if method else train(kind, 2)
-    torch.save(found, Path(sys.argv[2]) / f"{rank}.pt")
+    found = {f"train {method}": train(method, 2) for method in CONFIGS}
+    found |= {f"masked {method}": masked_gradients(method, "lm", 2, 2) for method in CONFIGS}
+    torch.save(found, Path(sys.argv[1]) / f"{os.environ['RANK']}.pt")

@@ -72,7 +72,10 @@ def test_each_stage_trains_its_own_parameters(sparse, chunks, learn_alpha, share
     assert all(method.observer is None and method.pattern is None for method in sparse_layers(model))
 
 
-@pytest.mark.parametrize("objective, share", [("distill", 0.5), ("lm", 0.96), ("graph", 0.5)])
+@pytest.mark.parametrize(
+    "objective, share",
+    [("distill", 0.5), *(pytest.param(*case, marks=pytest.mark.full) for case in (("lm", 0.96), ("graph", 0.5)))],
+)
 def test_the_loss_falls(sparse, objective, share):
     """On the bundled model, whose attention matters: it has to learn that its logits are far too sharp for entmax."""
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
@@ -84,7 +87,14 @@ def test_the_loss_falls(sparse, objective, share):
     assert losses[-1] < share * losses[0]
 
 
-@pytest.mark.parametrize("loss", ["profile_nce", "info_nce", "pair_hinge", "mass_hinge", "sum_hinge"])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        "profile_nce",
+        "info_nce",
+        *(pytest.param(f"{name}_hinge", marks=pytest.mark.full) for name in ("pair", "mass", "sum")),
+    ],
+)
 def test_every_graph_loss_falls(sparse, chunks, loss):
     settings = {"objective": "graph", "steps": 30, "batch_size": 6, "graph_loss": loss, "graph_learning_rate": 3e-2}
     losses = [row["loss"] for row in train(sparse(), chunks, **settings)["history"]]
@@ -147,6 +157,7 @@ def test_the_graph_loss_is_the_mean_over_layers_and_has_its_gradient(sparse, chu
     torch.testing.assert_close(found, list(wanted))
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("stop", [2, 4, 5, 7], ids=["scales", "stage boundary", "graph", "end"])
 def test_resumed_run_equals_uninterrupted(stopped, sparse, chunks, tmp_path, stop):
     whole = sparse()

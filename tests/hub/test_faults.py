@@ -18,6 +18,8 @@ import hf_sparse
 from hf_sparse.errors import HubError
 from hf_sparse.hub import from_pretrained, push_to_hub
 
+pytestmark = pytest.mark.versions
+
 BASE = "tester/faults-llama"
 CONFIGS = {
     "sparsek": lambda: hf_sparse.SparseKConfig(k=4, window=4, sinks=1),
@@ -81,6 +83,7 @@ def state(api: HfApi, repo_id: str) -> dict[str, str]:
 UPLOADS = ["/objects/batch$", "^/lfs/", "/objects/verify$"]
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("status", [401, 403, 404, 409, 413, 503])
 @pytest.mark.parametrize("path", UPLOADS)
 def test_upload_of_the_weights_fails(model, hub, repo_id, path, status):
@@ -102,6 +105,7 @@ def test_upload_of_the_weights_fails(model, hub, repo_id, path, status):
     assert state(HfApi(), repo_id) == before
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("path", [*UPLOADS, "/preupload/", "/validate-yaml", "/repos/create"])
 def test_connection_is_cut(model, hub, repo_id, path):
     for method in ("POST", "PUT"):
@@ -151,6 +155,7 @@ def test_storage_that_refuses_in_its_answer(model, hub, repo_id, monkeypatch):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("when", ["/commit/", "/preupload/"])
 @pytest.mark.parametrize("start", ["new", "there", "branch"])
 def test_interleaved_pushes(model, base, hub, repo_id, start, when):
@@ -176,6 +181,7 @@ def test_interleaved_pushes(model, base, hub, repo_id, start, when):
     assert "finetune.json" not in HfApi().list_repo_files(repo_id, revision=revision)
 
 
+@pytest.mark.parametrize("model", ["sparsek", pytest.param("sparsefinder", marks=pytest.mark.full)], indirect=True)
 def test_failures_over_xet(model, hub, repo_id, hub_env, tmp_path):
     """The other transport, as far as its first request: hf_xet raises exceptions of its own."""
     model.save_pretrained(tmp_path / "adapter")
@@ -217,6 +223,7 @@ def test_other_content_comes_down(model, hub, repo_id, tmp_path, damage, message
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("fault", ["cut", "half", 401, 403, 404, 503])
 def test_download_fails(model, hub, repo_id, tmp_path, fault):
     push_to_hub(model, repo_id)
@@ -257,6 +264,7 @@ def everything(error: BaseException) -> str:
     return "".join(traceback.format_exception(error))
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("token", ["hf_secret\n", " hf_secret\t", "\r\nhf_secret"])
 def test_token_is_stripped(model, hub, repo_id, token):
     with pytest.raises(HubError, match=r"the token is not valid \(401\)") as error:
@@ -301,7 +309,8 @@ def test_token_in_an_answer(model, hub, repo_id):
     assert hub.token not in everything(error.value) and "hf_Ab1" not in everything(error.value)
 
 
-def test_token_in_a_printed_traceback(hub_env, tmp_path):
+@pytest.mark.parametrize("debug", [pytest.param([], marks=pytest.mark.full), ["--debug"]], ids=str)
+def test_token_in_a_printed_traceback(hub_env, tmp_path, debug):
     """`--debug` shows exceptions of others, and those that led to them."""
     code = (
         "import hf_sparse.texts, hf_sparse.cli as cli\n"
@@ -311,13 +320,7 @@ def test_token_in_a_printed_traceback(hub_env, tmp_path):
         "hf_sparse.texts.read_texts = fail\n"
         "cli.main()"
     )
-    for debug in ([], ["--debug"]):
-        run = subprocess.run(
-            [sys.executable, "-c", code, *debug, "report", "x", "--text", "y"],
-            env=hub_env,
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-        )
-        assert run.returncode and "RuntimeError" in run.stderr and "Bearer ***" in run.stderr
-        assert "hf_test" not in run.stderr.replace("'for hf_test'", "") and "hf_sec" not in run.stderr.replace(code, "")
+    command = [sys.executable, "-c", code, *debug, "report", "x", "--text", "y"]
+    run = subprocess.run(command, env=hub_env, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode and "RuntimeError" in run.stderr and "Bearer ***" in run.stderr
+    assert "hf_test" not in run.stderr.replace("'for hf_test'", "") and "hf_sec" not in run.stderr.replace(code, "")

@@ -37,6 +37,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+pytestmark = pytest.mark.versions
+
 TOKENS = torch.tensor([[1, 5, 9, 13, 2]])
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelCard, hf_hub_download
+from huggingface_hub import HfApi, ModelCard, hf_hub_download, snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -33,6 +33,8 @@ from hf_sparse.folders import locked
 from hf_sparse.hub import from_pretrained, push_to_hub, resolve_base, write_repo
 from hf_sparse.methods.sparsefinder import SparsefinderAttention, fit_predictors
 from hf_sparse.patches import sparse_layers, sparse_layers_in_use
+
+pytestmark = [pytest.mark.usefixtures("blank_pictures"), pytest.mark.versions]
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "eval.json", "finetune.json", "quality.png"]
 TOKENS = torch.arange(1, 41)[None] * 7 % 64  # longer than the 9 slots below
@@ -134,12 +136,20 @@ def edit_weights(folder: Path, change) -> None:
 
 LOAD = """
 import sys
-import torch, hf_sparse
+import torch
 from peft import PeftModel
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 base, repo, out = sys.argv[1:]
+try:  # what a user sees who forgot the import; the card says so
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), repo)
+except KeyError as error:
+    assert str(error) == "'HF_SPARSE_SPARSEK'", error
+else:
+    raise AssertionError("PEFT knows the adapter without hf_sparse")
+import hf_sparse
+
 tokens = torch.arange(1, 41)[None] * 7 % 64
 ours = hf_sparse.from_pretrained(repo)
 peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), repo)
@@ -150,26 +160,26 @@ save_file(results, out)
 """
 
 
-def test_fresh_process_gives_the_same_bits(model, base_id, repo_id, hub_env, tmp_path):
+@pytest.mark.parametrize("offline", [pytest.param(False, marks=pytest.mark.full), True], ids=["online", "offline"])
+def test_fresh_process_gives_the_same_bits(model, base_id, repo_id, hub_env, tmp_path, offline):
     push_to_hub(model, repo_id)
     expected = logits(model)
     with model.disable_adapter():
         assert not torch.equal(logits(model), expected)
-    for offline in ("0", "1"):  # the second time from the cache alone
-        out = tmp_path / f"{offline}.safetensors"
-        subprocess.run(
-            [sys.executable, "-c", LOAD, base_id, repo_id, str(out)],
-            env=hub_env | {"HF_HUB_OFFLINE": offline},
-            cwd=tmp_path,
-            check=True,
-        )
-        found = load_file(out)
-        assert torch.equal(found["ours"], expected) and torch.equal(found["peft"], expected)
-        generated = model.generate(input_ids=TOKENS, max_new_tokens=20, do_sample=False, pad_token_id=0)
-        assert torch.equal(found["generated"], generated)
+    if offline:
+        for name in (base_id, repo_id):
+            snapshot_download(name, cache_dir=f"{hub_env['HF_HOME']}/hub")
+    out = tmp_path / "found.safetensors"
+    environment = hub_env | {"HF_HUB_OFFLINE": str(int(offline))}
+    command = [sys.executable, "-c", LOAD, base_id, repo_id, str(out)]
+    subprocess.run(command, env=environment, cwd=tmp_path, check=True)
+    found = load_file(out)
+    assert torch.equal(found["ours"], expected) and torch.equal(found["peft"], expected)
+    generated = model.generate(input_ids=TOKENS, max_new_tokens=20, do_sample=False, pad_token_id=0)
+    assert torch.equal(found["generated"], generated)
 
 
-def test_sparsefinder_goes_there_and_back(base_id, repo_id, api, hub_env, tmp_path):
+def test_sparsefinder_goes_there_and_back(base_id, repo_id, api, tmp_path):
     """Scales, projections and centroids travel; card and figure are made from the measurement."""
     settings = {"tile": 16, "tiles_per_query": 2, "window": 1, "clusters": 4}
     base = AutoModelForCausalLM.from_pretrained(base_id)
@@ -187,12 +197,11 @@ def test_sparsefinder_goes_there_and_back(base_id, repo_id, api, hub_env, tmp_pa
     card = ModelCard.load(repo_id)
     assert card.data.base_model == base_id and "sparsefinder" in card.data.tags
     assert f"{measured['full']['perplexity']:.2f}" in card.text
-    out = tmp_path / "found.safetensors"
-    subprocess.run([sys.executable, "-c", LOAD, base_id, repo_id, str(out)], env=hub_env, cwd=tmp_path, check=True)
-    found = load_file(out)
-    assert torch.equal(found["ours"], expected) and torch.equal(found["peft"], expected)
-    generated = model.generate(input_ids=TOKENS, max_new_tokens=20, do_sample=False, pad_token_id=0)
-    assert torch.equal(found["generated"], generated)
+    ours = from_pretrained(repo_id, cache_dir=tmp_path)
+    peft = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base_id), repo_id, cache_dir=tmp_path)
+    assert torch.equal(logits(ours), expected) and torch.equal(logits(peft), expected)
+    options = {"input_ids": TOKENS, "max_new_tokens": 20, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(ours.generate(**options), model.generate(**options))
 
     push_to_hub(
         get_peft_model(AutoModelForCausalLM.from_pretrained(base_id), hf_sparse.SparseKConfig(**BUDGET)), repo_id
@@ -200,6 +209,7 @@ def test_sparsefinder_goes_there_and_back(base_id, repo_id, api, hub_env, tmp_pa
     assert set(files(api, repo_id)) == held - {"eval.json", "pareto.png"}  # they measured the other adapter
 
 
+@pytest.mark.full
 def test_without_the_import_peft_names_hf_sparse(model, base_id, repo_id, hub_env, tmp_path):
     """What a user sees who forgot `import hf_sparse`; the card says so."""
     push_to_hub(model, repo_id)
@@ -279,7 +289,7 @@ def test_active_adapter_of_several(model, hub, repo_id):
     model.set_adapter("stage")
     push_to_hub(model, repo_id)
     loaded = from_pretrained(repo_id, adapter_name="again")
-    assert loaded.active_adapters == ["again"] and loaded.peft_config["again"].slots == 5
+    assert loaded.active_adapters == ["again"] and loaded.peft_config["again"].slots == 5  # type: ignore[attr-defined]
     assert torch.equal(logits(loaded), logits(model))
 
 

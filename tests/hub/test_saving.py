@@ -16,6 +16,8 @@ import hf_sparse
 from hf_sparse.adapters.folder import AdapterFolder
 from hf_sparse.hub import push_to_hub, write_repo
 
+pytestmark = [pytest.mark.usefixtures("blank_pictures"), pytest.mark.versions]
+
 BASE = "tester/saving-llama"
 CONFIGS = {
     "sparsek": lambda **task: hf_sparse.SparseKConfig(k=4, window=4, sinks=1, **task),
@@ -62,8 +64,8 @@ def change(model: PeftModel) -> None:
 def check(card: ModelCard, method: str, repo_id: str = "") -> None:
     assert SAID[method] in card.text and "[More Information Needed]" not in card.text
     assert "generated automatically" not in card.text
-    assert card.data.library_name == "peft" and {"hf-sparse", method} <= set(card.data.tags)
-    assert card.data.base_model == BASE and f'from_pretrained("{repo_id}' in card.text
+    assert card.data.library_name == "peft" and {"hf-sparse", method} <= set(card.data.tags)  # type: ignore[attr-defined]
+    assert card.data.base_model == BASE and f'from_pretrained("{repo_id}' in card.text  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("task", [{}, {"task_type": "CAUSAL_LM"}])

@@ -319,6 +319,7 @@ FROZEN = ["recency", "random", "key_norm", "key_difference"]
 MASK = torch.arange(50) >= torch.tensor([0, 17, 45])[:, None]
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "left"])
 @pytest.mark.parametrize("policy", [*(BASELINES[name] for name in FROZEN), H2O(block=1), TOVA(block=1)], ids=repr)
 def test_generate_equals_whole_forwards(model, policy, padded):
@@ -381,7 +382,9 @@ def test_within_the_slots_every_baseline_is_the_base_model(tiny_llama, name):
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["key_difference", "h2o", "snapkv"])
+@pytest.mark.parametrize(
+    "name", ["h2o", *(pytest.param(name, marks=pytest.mark.full) for name in ("key_difference", "snapkv"))]
+)
 def test_decoding_steps_compile_once(model, name):
     using(model, BASELINES[name])
     torch._dynamo.reset()

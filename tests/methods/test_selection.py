@@ -166,6 +166,7 @@ def test_the_oracle_refuses_a_cache(length):
         attend(module, tensors, cache=module.cache_layer(), tokens=slice(length))
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("pieces", [[17, 23], [1, 3, 9, 1, 1, 12, 13], [10] + [1] * 30], ids=len)
 @pytest.mark.parametrize("padding", ["none", *VALID])
 @pytest.mark.parametrize("name", CAUSAL)

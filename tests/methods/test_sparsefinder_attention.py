@@ -125,6 +125,7 @@ def reached(causal):
 # What is attended.
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("exact", EXACT)
 @pytest.mark.parametrize("learn_alpha", [False, True])
@@ -268,6 +269,7 @@ def test_a_pattern_takes_the_place_of_the_prediction():
 # One text in many forms.
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("chunks", [[1] * LENGTH, [40] + [1] * 35, [16, 1, 15, 43], [LENGTH - 1, 1]], ids=str)
 def test_any_split_with_a_cache_equals_the_whole(causal_module, chunks):
     query, key, value = tensors()
@@ -282,6 +284,7 @@ def test_any_split_with_a_cache_equals_the_whole(causal_module, chunks):
     torch.testing.assert_close(torch.cat(parts, 2), whole, rtol=0, atol=1e-5)
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("at", [16, 50, LENGTH - 1])
 def test_nothing_depends_on_later_tokens(causal_module, at):
     inputs, others = tensors(), tensors(seed=5)
@@ -298,6 +301,7 @@ MASKS = {
 }
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("side", MASKS)
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_padding_equals_each_row_alone(any_module, side, training):
@@ -313,6 +317,7 @@ def test_padding_equals_each_row_alone(any_module, side, training):
             assert not together[row, :, ~real].any()
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("side", MASKS)
 def test_padding_with_a_cache(causal_module, side):
     """Steps of one token and of several, some of which are padding, and some rows of which have no token yet."""

@@ -34,7 +34,7 @@ def test_settings_are_frozen_and_no_shared_ones(name):
     settings = METHODS[name].training().settings_type()
     assert isinstance(settings, TrainingSettings)
     with pytest.raises(AttributeError):
-        settings.steps = 3
+        settings.steps = 3  # type: ignore[attr-defined]
     assert not {field.name for field in fields(settings)} & {field.name for field in fields(SharedSettings)}
 
 

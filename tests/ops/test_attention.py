@@ -209,6 +209,7 @@ CASES = {
 PRECISIONS = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("support", [None, 1, 2, 4], ids=lambda times: f"support-{times}k")
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
@@ -226,6 +227,7 @@ def test_hard_tiles_equal_the_reference(name, dtype):
     assert_same(Case(**shape, soft=False, dtype=dtype), PRECISIONS[dtype])
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("tile", [1, 2, 7, 37, 200])
 @pytest.mark.parametrize("buffer", [1, 1 << 21], ids=["a tile at once", "all tiles at once"])
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])

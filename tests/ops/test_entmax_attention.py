@@ -153,6 +153,7 @@ def test_all_keys(case, buffer):
     assert_equal(run(entmax_attention, case), run(lambda *x, **o: definition(*x, **o)[0], case))
 
 
+@pytest.mark.cross
 @every_case
 @pytest.mark.parametrize("lists", ["query heads", "kv heads", "one"])
 def test_tiles(case, lists, buffer):

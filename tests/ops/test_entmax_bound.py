@@ -69,6 +69,7 @@ def gold_support(query: Tensor, key: Tensor, valid: Tensor | None, **options) ->
     return gold
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("alpha", [1.2, 1.5, 2.0])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("kind", ["independent", "alike", "heavy tails", "far from zero", "equal keys"])
@@ -119,6 +120,7 @@ def test_a_certificate_is_not_wrong_by_rounding(alpha, shift):
     assert not bool((gold[..., 4:].any(-1) & certificate.exact).any())
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("heads", [4, 2, 1])
 @pytest.mark.parametrize("pad", [None, "left", "right", "anywhere"])
 @pytest.mark.parametrize("causal", [True, False])
@@ -170,6 +172,7 @@ def test_padding_is_certified_and_adds_nothing():
     assert not listed[0, :, :2].any() and not listed[0, ..., :2].any() and listed[0, :, 2:, 2:].all()
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("grouped", [False, True])
 @pytest.mark.parametrize("pad", [None, "left", "right", "anywhere"])
 @pytest.mark.parametrize("causal", [True, False])

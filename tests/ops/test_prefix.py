@@ -49,10 +49,11 @@ def random_scores(kind: str, *shape: int) -> torch.Tensor:
 KINDS = ["normal", "ties", "equal", "rising", "falling", "hard", "holes"]
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_thresholds_give_the_projection_of_every_prefix(kind, tile):
-    scores = random_scores(kind, 2, 3, 150)
+    scores = random_scores(kind, 3, 110)
     for k in (1, 9):
         tau = sparsek_thresholds(scores, k, tile=tile)
         torch.testing.assert_close(gates(scores, tau), sparsek(prefixes(scores), k), rtol=0, atol=1e-12)
@@ -61,6 +62,7 @@ def test_thresholds_give_the_projection_of_every_prefix(kind, tile):
         assert torch.equal(tau == -torch.inf, few)
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_topk_thresholds_select_what_sorting_selects(kind, tile):
@@ -89,6 +91,7 @@ def test_equal_to_the_stream(kind):
         assert torch.equal(topk_thresholds(scores, k)[0], kappa)
 
 
+@pytest.mark.full
 def test_a_hundred_thousand_steps_equal_the_stream():
     scores = torch.randn(100_000, dtype=torch.float64)
     stream = SparseKStream(64)
@@ -101,7 +104,7 @@ def test_a_hundred_thousand_steps_equal_the_stream():
 
 def test_stream_state_is_the_support():
     stream = SparseKStream(4)
-    scores = torch.randn(500, dtype=torch.float64)
+    scores = torch.randn(300, dtype=torch.float64)
     for t, z in enumerate(scores.tolist()):
         stream.push(z)
         expected = sparsek(scores[: t + 1], 4)
@@ -119,13 +122,14 @@ def test_stream_refuses_nan_and_bad_k():
         SparseKStream(0)
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("kind", ["normal", "rising", "falling", "hard", "holes", "ties", "equal"])
 @pytest.mark.parametrize("support", [None, 12])
 def test_gradient_equals_the_dense_construction(kind, tile, support):
     k = 6
-    scores = random_scores(kind, 2, 130)
-    upstream = torch.randn(2, 130, 130, dtype=torch.float64)
+    scores = random_scores(kind, 2, 100)
+    upstream = torch.randn(2, 100, 100, dtype=torch.float64)
     ours, dense = scores.clone().requires_grad_(), scores.clone().requires_grad_()
     inside = torch.isfinite(prefixes(scores, support))
     tau = sparsek_thresholds(ours, k, support=support, tile=tile)
@@ -139,7 +143,7 @@ def test_gradient_equals_the_dense_construction(kind, tile, support):
 
 @pytest.mark.parametrize("support", [None, 8])
 def test_gradcheck(support):
-    scores = torch.randn(2, 40, dtype=torch.float64, requires_grad=True)
+    scores = torch.randn(2, 24, dtype=torch.float64, requires_grad=True)
     # Where every gate is 0 or 1, the gradient of tau is 0 by definition: it changes no gate.
     some_free = ((sparsek(prefixes(scores.detach(), support), 4) % 1) > 0).any(-1)
     assert some_free[..., 4:].float().mean() > 0.9
@@ -150,6 +154,7 @@ def test_gradcheck(support):
     assert torch.autograd.gradcheck(finite, (scores,), eps=1e-7, atol=1e-6)
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("tile", [1, 5, 200])
 @pytest.mark.parametrize("kind", KINDS)
 def test_support_bounds_the_projection_to_the_best(kind, tile):

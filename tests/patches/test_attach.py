@@ -20,6 +20,8 @@ from hf_sparse.methods.sparsefinder import SparsefinderAttention
 from hf_sparse.methods.sparsek import SparseKAttention
 from hf_sparse.patches import Family, register_family, sparse_layers, sparse_layers_in_use, supported_model_types
 
+pytestmark = pytest.mark.versions
+
 BUDGET = {"k": 6, "window": 8, "sinks": 2}
 IDS = torch.randint(2, 64, (2, 50), generator=torch.Generator().manual_seed(0))
 

@@ -11,6 +11,8 @@ from hf_sparse import SparseKConfig, patch, unpatch
 from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.patches import sparse_layers
 
+pytestmark = pytest.mark.versions
+
 ENCODERS = {
     name: family
     for name, family in runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"].items()

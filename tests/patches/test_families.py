@@ -18,6 +18,8 @@ from hf_sparse.methods.sparsefinder import SparsefinderAttention
 from hf_sparse.methods.sparsek import SparseKAttention
 from hf_sparse.patches import sparse_layers, supported_model_types
 
+pytestmark = pytest.mark.versions
+
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
 BUDGET = {"k": 5, "window": 6, "sinks": 2}
 LENGTH = 50
@@ -45,15 +47,15 @@ VARIANTS = {name: (name, {}, family.local) for name, family in FAMILIES.items() 
 }
 
 
-@pytest.fixture(params=VARIANTS)
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.full if name in FAMILIES else ()) for name in VARIANTS])
 def variant(request):
-    """Makes base models of one variant."""
+    """Makes base models of one variant; by default `tests/conformance/` alone runs the families themselves."""
     family, changes, local = VARIANTS[request.param]
 
     def make():
         return FAMILIES[family].make(**changes)
 
-    make.local = local
+    make.local = local  # type: ignore[attr-defined]
     return make
 
 
@@ -118,6 +120,7 @@ def test_unpatching_restores_every_bit(variant):
     assert model.config._attn_implementation == base.config._attn_implementation
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("padding", [None, *MASKS])
 def test_budget_of_the_length_is_the_base_model(variant, padding):
     """The local layers' windows are far shorter than the text: had a patch widened them, it would show."""
@@ -128,6 +131,7 @@ def test_budget_of_the_length_is_the_base_model(variant, padding):
     close(in_chunks(model, [20, 10, *[1] * 20], mask)[shown], logits(variant(), mask=mask)[shown])
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("chunks", [[30, *[1] * 20], [7, 1, 22, 20]], ids=["decode", "pieces"])
 def test_any_split_equals_one_forward(variant, chunks):
     model = sparse(variant)
@@ -135,6 +139,7 @@ def test_any_split_equals_one_forward(variant, chunks):
     close(in_chunks(model, chunks, cache=DynamicCache()), logits(model))  # it does not know of local layers
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("padding", MASKS)
 def test_padding_equals_each_row_alone(variant, padding):
     model, mask = sparse(variant), MASKS[padding]
@@ -145,10 +150,11 @@ def test_padding_equals_each_row_alone(variant, padding):
         close(split[row, mask[row]], alone)
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_with_a_cache_equals_generation_without(variant, beams):
     model = sparse(variant)
-    settings = {"attention_mask": MASKS["left"].long(), "max_new_tokens": 20, "do_sample": False, "num_beams": beams}
+    settings = {"attention_mask": MASKS["left"].long(), "max_new_tokens": 10, "do_sample": False, "num_beams": beams}
     expected = model.generate(IDS, **settings, use_cache=False)
     assert torch.equal(model.generate(IDS, **settings), expected)
     assert torch.equal(model.generate(IDS, **settings, cache_implementation="static", disable_compile=True), expected)
@@ -279,6 +285,7 @@ def test_the_guide_shows_a_family_as_it_is():
     assert f"```python\n{(root / 'patches' / 'opt.py').read_text()}```\n" in guide
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("config", [SparseKConfig(**BUDGET), SparsefinderConfig(predictor="full")], ids=["k", "finder"])
 @pytest.mark.parametrize("filled_by", ["forward", "generate", "a dynamic cache", "the old name"])
 def test_no_patched_layer_keeps_an_ordinary_cache_layer(variant, config, filled_by):

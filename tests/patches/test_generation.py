@@ -11,6 +11,8 @@ from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.methods.sparsek import SparseKCacheLayer
 from hf_sparse.patches import sparse_layers, unpatch
 
+pytestmark = pytest.mark.versions
+
 BUDGET = {"k": 6, "window": 8, "sinks": 2}
 LENGTH = 60
 IDS = torch.randint(2, 64, (3, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -462,8 +464,9 @@ def test_a_mask_of_fewer_columns_than_new_tokens_is_refused(model):
             model(IDS[:, 20:], attention_mask=mask, **with_cache(cache))
 
 
-def test_compiled_without_mask_and_cache(model):
+def test_compiled_without_mask_and_cache(tiny_llama):
     """transformers cannot see then whether sequences are packed."""
+    model = patch(tiny_llama(num_hidden_layers=1), SparseKConfig(**BUDGET))  # one layer: tracing takes seconds
     compiled = torch.compile(model, backend="eager")
     with pytest.raises(ValueError, match="unless it gets an attention_mask"):
         compiled(IDS, use_cache=False)

@@ -20,6 +20,8 @@ from hf_sparse.evaluation import using
 from hf_sparse.patches import sparse_layers
 from hf_sparse.patches.lora import check_lora
 
+pytestmark = pytest.mark.versions
+
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
 IDS = torch.randint(5, 64, (2, 40), generator=torch.Generator().manual_seed(0))
 CONFIGS = {
@@ -87,6 +89,7 @@ def test_a_new_adapter_changes_nothing(family, method):
     assert (changed - expected).abs().max() > 1e-2
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("training", [True, False], ids=["soft", "hard"])
 @pytest.mark.parametrize(("family", "method"), PAIRS)
 def test_output_and_gradients_are_those_of_merged_weights(family, method, training):

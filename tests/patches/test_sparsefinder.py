@@ -12,6 +12,8 @@ from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.methods.sparsefinder import SparsefinderAttention, SparsefinderCacheLayer, fit_predictors
 from hf_sparse.patches import sparse_layers
 
+pytestmark = pytest.mark.versions
+
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
 # Of 6 tiles, each query tile lists its own, the first, and a predicted one.
 SIZES = {"tile": 16, "tiles_per_query": 3, "window": 1, "clusters": 5, "top_clusters": 1, "bins": 4}
@@ -85,6 +87,7 @@ def test_the_bound_is_exact_in_every_family(name):
     assert (logits(sparse(name, "clustering")) - dense).abs().max() > 1e-2
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "roberta", "modernbert"])
 def test_padding_equals_each_row_alone(name, side, predictor):
@@ -100,6 +103,7 @@ def test_padding_equals_each_row_alone(name, side, predictor):
 # Generation.
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_text"])
 def test_steps_with_a_cache_equal_one_forward(name, predictor):
     model = sparse(name, predictor)
@@ -119,6 +123,7 @@ def test_steps_with_a_cache_equal_one_forward(name, predictor):
     assert {i for i, layer in enumerate(cache.layers) if type(layer) is SparsefinderCacheLayer} == patched
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"num_beams": 2, "num_return_sequences": 2}], ids=str)
 @pytest.mark.parametrize("layers", [None, [1]], ids=["all layers", "one layer"])
 def test_generate_with_a_cache_equals_generate_without(predictor, layers, options):

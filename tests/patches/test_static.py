@@ -12,6 +12,8 @@ from transformers import CompileConfig
 from hf_sparse import SparseKCache, SparseKConfig, patch
 from hf_sparse._compat import with_cache
 
+pytestmark = pytest.mark.versions
+
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
 BUDGET = {"k": 6, "window": 8, "sinks": 2}
 LENGTH = 40
@@ -49,7 +51,7 @@ def decode(model, step, steps, mask=None):
     return torch.cat(parts, 1)
 
 
-@pytest.mark.parametrize("mask", [None, LEFT], ids=["full", "padded"])
+@pytest.mark.parametrize("mask", [pytest.param(None, marks=pytest.mark.full), LEFT], ids=["full", "padded"])
 def test_a_thousand_compiled_steps_are_one_graph_and_equal_eager(model, mask):
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     logits = decode(model, compiled, 1000, mask)
@@ -58,7 +60,7 @@ def test_a_thousand_compiled_steps_are_one_graph_and_equal_eager(model, mask):
     assert torch.equal(logits, decode(model, model, 1000, mask))
 
 
-@pytest.mark.parametrize("mask", [None, LEFT], ids=["full", "padded"])
+@pytest.mark.parametrize("mask", [pytest.param(None, marks=pytest.mark.full), LEFT], ids=["full", "padded"])
 def test_a_compiled_step_returns_its_logits_only(model, mask):
     """What the cache holds is written in place: a CUDA graph makes every other result anew, at every step."""
     results = []
@@ -84,6 +86,7 @@ def settings(**changes) -> CompileConfig:
     return config
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("rows", [slice(0, 3), slice(1, 2)], ids=["batch", "one row"])
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 def test_generate_compiles_its_steps_once(model, padded, rows):
@@ -117,7 +120,7 @@ def test_a_cache_of_ones_own_compiles_across_turns(model):
     assert counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("lora_rank", [0, 3])
+@pytest.mark.parametrize("lora_rank", [pytest.param(0, marks=pytest.mark.full), 3])
 def test_a_peft_model(tiny_llama, lora_rank):
     model = peft.get_peft_model(tiny_llama(), SparseKConfig(**BUDGET, lora_rank=lora_rank)).eval()
     with torch.no_grad():
