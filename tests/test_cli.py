@@ -23,7 +23,7 @@ from hf_sparse import cli, workflow
 from hf_sparse.errors import DataError
 from hf_sparse.finetune import FinetuneConfig
 from hf_sparse.methods.sparsefinder.evaluation import adapter_settings
-from hf_sparse.methods.sparsek.evaluation import CONTENDERS, contenders
+from hf_sparse.methods.sparsek.evaluation import CONTENDERS, SparseKEvaluation, contenders
 
 VOCABULARY = 64
 BUDGET = ["--k", "4", "--window", "4", "--sinks", "1"]
@@ -324,7 +324,7 @@ class TestEval:
         assert "tasks" not in result
 
     def test_takes_some_chunks_of_a_long_text(self, adapter, text, monkeypatch):
-        monkeypatch.setattr(workflow, "CHUNKS", 2)
+        monkeypatch.setattr(SparseKEvaluation, "chunks", 2)
         quick = ["--text", text, "--length", LENGTH, "--selection", "dense", "--device", "cpu"]
         sums = {}
         for options, count in (([], 2), (["--chunks", ":"], 5), (["--chunks", "0:1"], 1), (["--chunks", "2:3"], 1)):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from hf_sparse.adapters.folder import TRAINING, WEIGHTS, read_adapter
 from hf_sparse.adapters.repo import check_training, measurements, read_json, write_repo
+from hf_sparse.core.overrides import override
 from hf_sparse.errors import DataError
 from hf_sparse.folders import staged
 from hf_sparse.methods.sparsek.attention import SparseKAttention
@@ -60,8 +61,8 @@ def divide_adapter(
         raise DataError("slots are divided among the layers of causal language models, and this model is none")
     data = prepared_chunks(model, tokenizer, text, length, chunks, bos=bos, limit=_CHUNKS)
     shares, _ = divide_layers(model, data, batch_size=batch_size)
-    model.active_peft_config.layer_shares = shares
-    with staged(folder, removed=measurements(folder)) as stage:
+    attached = [model.active_peft_config]
+    with override(attached, layer_shares=shares), staged(folder, removed=measurements(folder)) as stage:
         save_adapter(model, stage)
         shutil.copyfile(folder / WEIGHTS, stage / WEIGHTS)  # not those that were loaded, perhaps in another dtype
         write_repo(stage, training=training, repo_id=folder.resolve().name)
