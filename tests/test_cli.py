@@ -23,7 +23,7 @@ from hf_sparse import cli, workflow
 from hf_sparse.errors import DataError
 from hf_sparse.finetune import FinetuneConfig
 from hf_sparse.methods.sparsefinder.evaluation import adapter_settings
-from hf_sparse.methods.sparsek.evaluation import CONTENDERS, contenders
+from hf_sparse.methods.sparsek.evaluation import CONTENDERS, SparseKEvaluation, contenders
 from hf_sparse.texts import read_dataset
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
@@ -327,7 +327,7 @@ class TestEval:
         assert "tasks" not in result
 
     def test_takes_some_chunks_of_a_long_text(self, adapter, text, monkeypatch):
-        monkeypatch.setattr(workflow, "CHUNKS", 2)
+        monkeypatch.setattr(SparseKEvaluation, "chunks", 2)
         quick = ["--text", text, "--length", LENGTH, "--selection", "dense", "--device", "cpu"]
         sums = {}
         for options, count in (([], 2), (["--chunks", ":"], 5), (["--chunks", "0:1"], 1), (["--chunks", "2:3"], 1)):

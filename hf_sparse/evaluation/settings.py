@@ -23,8 +23,8 @@ def settings_from(evaluation: "Evaluation", options: Mapping[str, Any]) -> Any:
     for name in [name for name in given if name not in known]:
         owners = [method for method in registered_methods().values() if name in _names(method.evaluation())]
         if not owners:
-            near = get_close_matches(name, known, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
+            similar = get_close_matches(name, known, n=1)
+            hint = f"; did you mean {similar[0]!r}?" if similar else ""
             raise TypeError(
                 f"{name!r} is no option of measuring a {evaluation.name} model: expected {_listed(known)}{hint}"
             )

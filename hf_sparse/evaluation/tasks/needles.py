@@ -1,4 +1,4 @@
-"""Retrieval: facts in a long text, and a question about them at its end."""
+"""Make tasks of retrieval: facts in a long text, and a question about them at its end."""
 
 from collections.abc import Sequence
 from random import Random
@@ -16,7 +16,7 @@ def number(random: Random) -> str:
 
 
 def passkey(random: Random, haystack: Haystack, depths: Sequence[float]) -> Draft:
-    """One number, told twice in a row (Mohtashami and Jaggi 2023, 2305.16300)."""
+    """Hide one number, told twice in a row (Mohtashami and Jaggi 2023, 2305.16300)."""
     key, filler = number(random), haystack.draw(random)
     needle = f"The pass key is {key}. Remember it. {key} is the pass key."
 
@@ -31,7 +31,7 @@ def passkey(random: Random, haystack: Haystack, depths: Sequence[float]) -> Draf
 
 
 def needles(random: Random, haystack: Haystack, depths: Sequence[float]) -> Draft:
-    """As many numbers of one key as there are depths, all of them asked for (RULER's multi-value retrieval)."""
+    """Hide as many numbers of one key as there are depths, all of them asked for (RULER's multi-value retrieval)."""
     key, filler = random.choice(KEYS), haystack.draw(random)
     values = [str(value) for value in random.sample(range(10_000, 100_000), len(depths))]
     told = [f"One of the magic numbers of {key} is {value}." for value in values]
@@ -47,7 +47,7 @@ def needles(random: Random, haystack: Haystack, depths: Sequence[float]) -> Draf
 
 
 def _keyed(random: Random, haystack: Haystack, count: int) -> Draft:
-    """`count` keys with a number each, one of them asked for."""
+    """Hide `count` keys with a number each, one of them asked for."""
     keys, filler = random.sample(KEYS, count), haystack.draw(random)
     values = [number(random) for _ in keys]
     told = [f"The magic number of {key} is {value}." for key, value in zip(keys, values, strict=True)]
@@ -64,12 +64,12 @@ def _keyed(random: Random, haystack: Haystack, count: int) -> Draft:
 
 
 def single_key(random: Random, haystack: Haystack, depths: Sequence[float]) -> Draft:
-    """One key and its number anywhere."""
+    """Hide one key and its number anywhere."""
     return _keyed(random, haystack, 1)
 
 
 def multi_key(random: Random, haystack: Haystack, depths: Sequence[float]) -> Draft:
-    """The same among seven other keys with numbers of their own."""
+    """Hide one key among seven other keys with numbers of their own."""
     return _keyed(random, haystack, 1 + _DISTRACTORS)
 
 

@@ -1,4 +1,4 @@
-"""Tracing and aggregation after RULER (Hsieh et al. 2024, 2404.06654), generated, with prompts of our own."""
+"""Generate tasks of tracing and aggregation after RULER (Hsieh et al. 2024, 2404.06654), with prompts of our own."""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -18,7 +18,7 @@ _CODED = 3  # coded words that are asked for
 
 
 def variable_tracking(random: Random, haystack: Haystack, depths: Sequence[float]) -> Draft:
-    """A value that is handed from variable to variable; asked for: every variable that has it."""
+    """Hand a value from variable to variable; asked for: every variable that has it."""
     names: list[str] = []
     while len(names) < _HOPS + 1:
         if (name := "".join(random.choices(ascii_uppercase, k=3))) not in names:
@@ -39,7 +39,7 @@ def variable_tracking(random: Random, haystack: Haystack, depths: Sequence[float
 
 
 def common_words(random: Random, haystack: Haystack, depths: Sequence[float]) -> Draft:
-    """A list of words; asked for: the few that fill half of it."""
+    """List words; asked for: the few that fill half of it."""
     words = random.sample(LISTED, len(LISTED))
     common, others, seed = words[:_COMMON], words[_COMMON:], random.random()
 
@@ -57,7 +57,7 @@ def common_words(random: Random, haystack: Haystack, depths: Sequence[float]) ->
 
 
 def frequent_words(random: Random, haystack: Haystack, depths: Sequence[float]) -> Draft:
-    """Coded words, the `i`-th with a frequency in proportion to `1 / i**2`; asked for: the first three."""
+    """List coded words, the `i`-th with a frequency in proportion to `1 / i**2`; asked for: the first three."""
     coded = ["".join(random.choices(ascii_lowercase, k=5)) for _ in range(50)]
     shares = [1 / (rank + 1) ** 2 for rank in range(len(coded))]
     seed = random.random()

@@ -1,4 +1,4 @@
-"""Scores of generated text, each in `[0, 1]`."""
+"""Score generated text, each score in `[0, 1]`."""
 
 import re
 import string
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 
 def first_word(text: str, answers: Sequence[str]) -> list[float]:
-    """Exact match of the first word or number with the one answer.
+    """Score the exact match of the first word or number with the one answer.
 
     >>> first_word(" 12345. The sky", ["12345"]), first_word(" 123456", ["12345"])
     ([1.0], [0.0])
@@ -16,7 +16,7 @@ def first_word(text: str, answers: Sequence[str]) -> list[float]:
 
 
 def recall(text: str, answers: Sequence[str]) -> list[float]:
-    """Whether each answer stands in the text as a whole word, as RULER scores (Hsieh et al. 2024, 2404.06654).
+    """Score whether each answer stands in the text as a whole word, as RULER scores (Hsieh et al. 2024, 2404.06654).
 
     >>> recall(" apple, Pear and plum", ["pear", "fig", "plum"])
     [1.0, 0.0, 1.0]
@@ -26,7 +26,7 @@ def recall(text: str, answers: Sequence[str]) -> list[float]:
 
 
 def f1(text: str, answers: Sequence[str]) -> float:
-    """F1 of the words in common with the best of several answers, normalised as for SQuAD (LongBench's English QA).
+    """Score the F1 of the words in common with the best of several answers, as LongBench does for English questions.
 
     >>> f1("The red house", ["a red car", "none"])
     0.5
@@ -35,7 +35,7 @@ def f1(text: str, answers: Sequence[str]) -> float:
 
 
 def exact_match(text: str, answers: Sequence[str]) -> float:
-    """Whether the whole text is one of the answers, normalised as for SQuAD.
+    """Score whether the whole text is one of the answers, normalised as for SQuAD.
 
     >>> exact_match("The Red House.", ["red house"])
     1.0
@@ -48,11 +48,11 @@ def _words(text: str) -> list[str]:
 
 
 def _normalised(text: str) -> str:
-    """Lower case without punctuation, articles and extra spaces (Rajpurkar et al. 2016, 1606.05250)."""
+    """Return lower case without punctuation, articles and extra spaces (Rajpurkar et al. 2016, 1606.05250)."""
     bare = "".join(letter for letter in text.lower() if letter not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", bare).split())
 
 
-def _f1(said: list[str], wanted: list[str]) -> float:
-    common = sum((Counter(said) & Counter(wanted)).values())
-    return 2 * common / (len(said) + len(wanted)) if common else 0.0
+def _f1(said: list[str], expected: list[str]) -> float:
+    common = sum((Counter(said) & Counter(expected)).values())
+    return 2 * common / (len(said) + len(expected)) if common else 0.0

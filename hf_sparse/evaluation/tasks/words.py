@@ -1,4 +1,4 @@
-"""Words that generated texts are made of; no two lists share one."""
+"""List the words that generated texts are made of; no two lists share one."""
 
 
 def _list(text: str, separator: str | None = None) -> list[str]:

@@ -1,12 +1,13 @@
 """Fit to text what predictors have besides projections: clusters or bins, the distance profile, budgets of heads."""
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_sparse.core.overrides import override
 from hf_sparse.methods.sparsefinder.attention import AttentionInputs, SparsefinderAttention
 from hf_sparse.methods.sparsefinder.predictors import ProjectedPredictor
 from hf_sparse.methods.sparsefinder.predictors.budgets import MEANS
@@ -246,16 +247,12 @@ def _options(text: AttentionInputs) -> dict[str, Any]:
 def _watched(
     methods: Sequence[SparsefinderAttention], watch: Callable[[SparsefinderAttention, AttentionInputs], None]
 ) -> Iterator[None]:
-    """Entmax over all keys within a `with` block, and `watch` sees every text."""
-    before = [(method.pattern, method.observer) for method in methods]
-    try:
+    """Attend by entmax over all keys within a `with` block, and show `watch` every text."""
+    with ExitStack() as stack:
         for method in methods:
-            method.pattern = _all_keys
-            method.observer = lambda text, *_, method=method: watch(method, text)
+            slots = {"pattern": _all_keys, "observer": lambda text, *_, method=method: watch(method, text)}
+            stack.enter_context(override([method], **slots))
         yield
-    finally:
-        for method, (pattern, observer) in zip(methods, before, strict=True):
-            method.pattern, method.observer = pattern, observer
 
 
 def _all_keys(text: AttentionInputs) -> None:

@@ -1,10 +1,10 @@
-"""Count the keys that a query attends to."""
+"""Say how many keys are attended to."""
 
 from typing import NamedTuple
 
 
 class Budget(NamedTuple):
-    """Hold the KV pairs per KV head of a layer: `k` selected keys, the last `window` ones, and the first `sinks`."""
+    """Count the KV pairs per KV head of a layer: `k` selected keys, the last `window` ones, and the first `sinks`."""
 
     k: int
     window: int
@@ -12,7 +12,7 @@ class Budget(NamedTuple):
 
     @property
     def slots(self) -> int:
-        """Return the number of all of them."""
+        """Count all of them."""
         return self.k + self.window + self.sinks
 
     @property
@@ -21,7 +21,7 @@ class Budget(NamedTuple):
         return {"k": self.k, "window": self.window, "sinks": self.sinks, "slots": self.slots}
 
     def resized(self, slots: int) -> "Budget":
-        """Return a budget of another number of slots with as many sinks, and the window's share of the slots.
+        """Return another number of slots with as many sinks, and the window's share of the slots.
 
         Raises:
             ValueError: too few for the sinks, a window and a selected key.

@@ -8,6 +8,7 @@ from hf_sparse.adapters.folder import AdapterFolder
 from hf_sparse.adapters.load import Device, Dtype, load_adapter
 from hf_sparse.adapters.saving import save_adapter
 from hf_sparse.chunks import prepared_chunks
+from hf_sparse.core.overrides import override
 from hf_sparse.errors import DataError
 from hf_sparse.folders import exclusive
 from hf_sparse.methods.sparsek.attention import SparseKAttention
@@ -60,8 +61,8 @@ def divide_adapter(
         raise DataError("slots are divided among the layers of causal language models, and this model is none")
     data = prepared_chunks(model, tokenizer, text, length, chunks, bos=bos, limit=_CHUNKS)
     shares, _ = divide_layers(model, data, batch_size=batch_size)
-    model.active_peft_config.layer_shares = shares
-    with adapter.replaced() as stage:
+    attached = [model.active_peft_config]
+    with override(attached, layer_shares=shares), adapter.replaced() as stage:
         save_adapter(model, stage)
         shutil.copyfile(adapter.path / WEIGHTS, stage / WEIGHTS)  # not those that were loaded, perhaps in another dtype
         AdapterFolder(stage, adapter.source).write_repo(training=training)

@@ -80,13 +80,13 @@ def points_of(
 ) -> list[Point]:
     """Return the points to measure: the sparsities, and the adapter's own settings if none of them is the same."""
     config = layers[0].config
-    own = listed_tiles(config, length, causal) if counted(config) else None
+    own_pairs = listed_tiles(config, length, causal) if counted(config) else None
     points = []
     for sparsity in sorted(set(sparsities)):
         with at_point(layers, Point(sparsity), length):
-            same = own is not None and listed_tiles(config, length, causal) == own
+            same = own_pairs is not None and listed_tiles(config, length, causal) == own_pairs
         points.append(Point(sparsity, own=same))
-        own = None if same else own
+        own_pairs = None if same else own_pairs
     if not any(point.own for point in points) and config.predictor != "full":
         points.insert(0, Point(None, own=True))
     return points

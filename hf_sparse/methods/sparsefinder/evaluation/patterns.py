@@ -172,7 +172,7 @@ class Patterns:
     def _oracle(self, text: AttentionInputs, *_: Any) -> Tensor:
         heads, kv_heads = text.query.shape[1], text.key.shape[1]
         group, alpha = heads // kv_heads, text.alpha
-        parts = []
+        scores = []
         for number in range(kv_heads):  # a group at a time: probabilities take Tq x Tk
             group_heads = slice(number * group, (number + 1) * group)
             probabilities = support(
@@ -183,8 +183,8 @@ class Patterns:
                 causal=text.causal,
             )[1]
             kv_head = 1 if self.layer.config.per_group else None
-            parts.append(oracle_scores(probabilities, **self._tiles, kv_heads=kv_head))
-        return torch.cat(parts, 1)
+            scores.append(oracle_scores(probabilities, **self._tiles, kv_heads=kv_head))
+        return torch.cat(scores, 1)
 
     def _heads(self, text: AttentionInputs) -> int:
         return (text.key if self.layer.config.per_group else text.query).shape[1]
