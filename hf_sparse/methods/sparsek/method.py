@@ -1,0 +1,43 @@
+"""Register SparseK with PEFT."""
+
+from typing import Any
+
+from hf_sparse.core.registry import Method
+from hf_sparse.methods.sparsek.attention import SparseKAttention as SparseKAttention
+from hf_sparse.methods.sparsek.budget import Budget as Budget
+from hf_sparse.methods.sparsek.cache import SparseKCacheLayer as SparseKCacheLayer
+from hf_sparse.methods.sparsek.config import PEFT_TYPE
+from hf_sparse.methods.sparsek.config import SparseKConfig as SparseKConfig
+from hf_sparse.tuner import SparseModel, register_method
+
+
+class SparseKModel(SparseModel):
+    """Attach SparseK to a model for `peft.get_peft_model`."""
+
+    prefix = "sparsek_"
+
+
+def _training() -> Any:
+    from hf_sparse.methods.sparsek.training import SparseKTraining
+
+    return SparseKTraining
+
+
+def _report() -> Any:
+    from hf_sparse.methods.sparsek.report import SPARSEK
+
+    return SPARSEK
+
+
+register_method(
+    Method(
+        name="sparsek",
+        peft_type=PEFT_TYPE,
+        config=SparseKConfig,
+        layer=SparseKAttention,
+        tuner=SparseKModel,
+        prefix=SparseKModel.prefix,
+        training=_training,
+        report=_report,
+    )
+)
