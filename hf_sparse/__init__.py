@@ -13,6 +13,7 @@ from hf_sparse.late_imports import late_imports
 
 __all__ = [
     "HfSparseError",
+    "SparseCache",
     "SparseKCache",
     "SparseKConfig",
     "SparsefinderConfig",
@@ -28,6 +29,7 @@ __version__ = _version("hf-sparse")
 if TYPE_CHECKING or not started_as_command_line():
     from hf_sparse.library import (
         HfSparseError,
+        SparseCache,
         SparsefinderConfig,
         SparseKCache,
         SparseKConfig,

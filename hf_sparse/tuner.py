@@ -1,16 +1,18 @@
-"""The PEFT tuner: a thin layer that lets PEFT drive `hf_sparse.patches`."""
+"""Let PEFT drive `hf_sparse.patches`, as a tuner."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from hf_sparse._compat import register_with_peft
+from hf_sparse.core.config import SparseConfig
 from hf_sparse.core.layer import SparseAttentionLayer
 from hf_sparse.core.registry import Method, add_method, method_of
 from hf_sparse.embeddings import embeddings_of, has_new_embeddings
@@ -40,12 +42,17 @@ class SparseModel(BaseTuner):
         low_cpu_mem_usage: bool = False,
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
-        config: Any = self.peft_config[adapter_name]
+        given = _sparse(self.peft_config[adapter_name])
+        # The caller may use the configuration again: this adapter has its own, which is read-only once it is attached.
+        config = self.peft_config[adapter_name] = copy.deepcopy(given)
         # The configuration and the model say which modules; the keys of a state dict could only disagree. PEFT
         # matches these names by suffix and shortens a long list to what is still unambiguous.
         new = config.base_shape is None
-        config.target_modules = [name for name, _ in targets(model, config)]
+        modules, config.base_shape = targets(model, config)
+        config.target_modules = [name for name, _ in modules]
         choose_modules_to_save(model, config, new=new)
+        # PEFT's classes for task types, which put names into it before, go on with those of the caller's object.
+        given.modules_to_save = copy.copy(config.modules_to_save)
         if config.modules_to_save and not self.in_peft_model:
             raise ValueError(
                 f"modules_to_save={config.modules_to_save} is for a PeftModel (peft.get_peft_model, "
@@ -56,7 +63,7 @@ class SparseModel(BaseTuner):
 
     def _create_and_replace(
         self,
-        peft_config: Any,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -64,13 +71,13 @@ class SparseModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        attach(target, self.model, adapter_name, peft_config)
+        attach(target, self.model, adapter_name, _sparse(peft_config))
 
     @classmethod
     def _get_adapter_state_dict(
         cls,
         model: nn.Module,
-        config: Any,
+        config: PeftConfig,
         adapter_name: str,
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
@@ -80,6 +87,7 @@ class SparseModel(BaseTuner):
         Raises:
             WeightsError: weights are of a dtype that adapters do not have, or not finite.
         """
+        config = _sparse(config)
         selected = super()._get_adapter_state_dict(
             model=model,
             config=config,
@@ -98,7 +106,7 @@ class SparseModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Give the weights that PEFT loads the names that they have in the model, if they are what it asks for.
 
@@ -111,7 +119,7 @@ class SparseModel(BaseTuner):
         )
         base, prefix = _base_of(model)
         try:
-            _check_loaded(base, prefix, adapter_name, config, state)
+            _check_loaded(base, prefix, adapter_name, _sparse(config), state)
         except WeightsError:
             _take_off(model, base, adapter_name)
             raise
@@ -119,7 +127,7 @@ class SparseModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Where PEFT asks a tuner for an adapter per row; it drops the names for tuners that do not answer."""
+        """Refuse an adapter per row, which PEFT asks for here; for tuners that do not answer it drops the names."""
         if kwargs.get("adapter_names") is not None:
             raise ValueError(
                 f"all rows of a batch have the adapter in use, {', '.join(self.active_adapters)!r}, and adapter_names "
@@ -139,17 +147,28 @@ class SparseModel(BaseTuner):
         return self.model
 
     def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Refuse to merge.
+
+        Raises:
+            ValueError: always.
+        """
         raise ValueError(
             "sparse attention selects keys, and there are no weights to merge that into; unload() gives the base model"
         )
 
 
+def _sparse(config: PeftConfig) -> SparseConfig:
+    """Return the configuration of a method, as which PEFT hands on what it only knows as one of its own."""
+    assert isinstance(config, SparseConfig), type(config)
+    return config
+
+
 def _base_of(model: Any) -> tuple[Any, str]:
-    """The base model in what PEFT hands on, and how the names of its parameters begin there."""
+    """Return the base model in what PEFT hands on, and how the names of its parameters begin there."""
     return (model.get_base_model(), PREFIX) if isinstance(model, PeftModel) else (model, "")
 
 
-def _check_loaded(base: Any, prefix: str, adapter: str, config: Any, state: dict[str, Tensor]) -> None:
+def _check_loaded(base: Any, prefix: str, adapter: str, config: SparseConfig, state: dict[str, Tensor]) -> None:
     """Check what PEFT is about to load into an adapter, by its names in the model."""
     learned = tuple(
         f"{prefix}{name}.{container}.{adapter}."
@@ -187,11 +206,11 @@ def _check_loaded(base: Any, prefix: str, adapter: str, config: Any, state: dict
 
 def _take_off(model: Any, base: Any, adapter: str) -> None:
     """Remove an adapter that could not be loaded, and with the last one all that was attached."""
-    for method in sparse_layers(base):
-        if adapter in method.configs:
-            method.delete_adapter(adapter)
+    for layer in sparse_layers(base):
+        if adapter in layer.configs:
+            layer.delete_adapter(adapter)
     model.peft_config.pop(adapter, None)
-    if not any(method.configs for method in sparse_layers(base)):
+    if not any(layer.configs for layer in sparse_layers(base)):
         detach(base)
         vars(base).pop("peft_config", None)
 

@@ -1,6 +1,5 @@
 """The folder of an adapter, from nothing to measured: what the verbs of the command line do."""
 
-import copy
 import glob
 import shutil
 from collections.abc import Callable, Sequence
@@ -11,7 +10,7 @@ from typing import Any, Literal, TypeVar, cast
 
 import torch
 from huggingface_hub.errors import HTTPError
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedModel
@@ -23,6 +22,8 @@ from hf_sparse.adapters.repo import CARD, check_evaluation, check_training, meas
 from hf_sparse.adapters.results import results_of
 from hf_sparse.atomic_files import check_writable
 from hf_sparse.base_model import open_base, resolve_base, usable
+from hf_sparse.core.config import SparseConfig
+from hf_sparse.core.overrides import override
 from hf_sparse.data import BYTE_ORDER_MARK, context_length, mask_tokens, pack, read_text, select_chunks, tensors
 from hf_sparse.environment import cuda_of_process, is_main_process
 from hf_sparse.errors import DataError, HubError, UnsupportedModelError
@@ -62,7 +63,7 @@ def alone(act: Act) -> Act:
 
 def create_adapter(
     model: str,
-    config: PeftConfig,
+    config: SparseConfig,
     folder: str | Path,
     *,
     seed: int = 0,
@@ -94,7 +95,7 @@ def create_adapter(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         patched = get_peft_model(base, config)
-    config.base_model_name_or_path = model
+    patched.active_peft_config.base_model_name_or_path = model
     with locked(folder):
         _check_free(folder, force)  # another run may have been faster
         old: list[str] = []
@@ -209,8 +210,8 @@ def divide_adapter(
         raise DataError("slots are divided among the layers of causal language models, and this model is none")
     data = _data(model, tokenizer, text, length, chunks, bos=bos, limit=DIVIDING)
     shares, _ = divide_layers(model, data, batch_size=batch_size)
-    model.active_peft_config.layer_shares = shares
-    with staged(folder, removed=measurements(folder)) as stage:
+    attached = [model.active_peft_config]
+    with override(attached, layer_shares=shares), staged(folder, removed=measurements(folder)) as stage:
         save_adapter(model, stage)
         shutil.copyfile(folder / WEIGHTS, stage / WEIGHTS)  # not those that were loaded, perhaps in another dtype
         write_repo(stage, training=training, repo_id=folder.resolve().name)
@@ -333,7 +334,7 @@ def _batch(model: PeftModel, length: int) -> int:
     return max(1, min(8, LOGITS // (length * vocabulary)))
 
 
-def load_base(name: str, config: PeftConfig, *, dtype: Dtype = "auto") -> PreTrainedModel:
+def load_base(name: str, config: SparseConfig, *, dtype: Dtype = "auto") -> PreTrainedModel:
     """A base model by the name that adapters use for it, on the CPU, if `config` can patch it.
 
     Raises:
@@ -348,7 +349,7 @@ def load_base(name: str, config: PeftConfig, *, dtype: Dtype = "auto") -> PreTra
         raise
     except (HTTPError, OSError, ValueError) as error:
         raise HubError(f"the base model {name!r} cannot be read: {_line(error)}") from error
-    targets(skeleton, copy.deepcopy(config))  # before gigabytes are read
+    targets(skeleton, config)  # before gigabytes are read
     try:
         return base.load()[0]
     except (HTTPError, OSError, ValueError, SafetensorError) as error:

@@ -4,13 +4,14 @@ import copy
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar, overload
+from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_sparse.core.config import SparseConfig
 from hf_sparse.core.layer import AttentionShape, SparseAttentionLayer
 from hf_sparse.core.registry import method_of
 from hf_sparse.errors import AdapterMismatchError, UnsupportedModelError
@@ -20,7 +21,6 @@ from hf_sparse.patches.lora import check_lora, enable_lora
 
 CHILD = "sparse_attention"
 
-
 M = TypeVar("M", bound=SparseAttentionLayer)
 
 
@@ -29,7 +29,7 @@ def sparse_layers(model: nn.Module) -> list[SparseAttentionLayer]: ...
 @overload
 def sparse_layers(model: nn.Module, kind: type[M]) -> list[M]: ...
 def sparse_layers(model: nn.Module, kind: type[SparseAttentionLayer] = SparseAttentionLayer) -> list[Any]:
-    """The attached methods of a model, in the order of its layers; empty if it is not patched, or with another kind."""
+    """Return the sparse attention layers of a model in order; none if it is not patched, or with another kind."""
     return [module for module in model.modules() if isinstance(module, kind)]
 
 
@@ -38,8 +38,8 @@ def sparse_layers_in_use(model: nn.Module) -> list[SparseAttentionLayer]: ...
 @overload
 def sparse_layers_in_use(model: nn.Module, kind: type[M]) -> list[M]: ...
 def sparse_layers_in_use(model: nn.Module, kind: type[SparseAttentionLayer] = SparseAttentionLayer) -> list[Any]:
-    """The attached methods that have the adapter in use; adapters may have been given different layers."""
-    return [method for method in sparse_layers(model, kind) if method.is_used]
+    """Return the sparse attention layers that have the adapter in use; adapters may be in different layers."""
+    return [layer for layer in sparse_layers(model, kind) if layer.is_used]
 
 
 def check_no_adapters(model: nn.Module) -> None:
@@ -58,25 +58,26 @@ def check_no_adapters(model: nn.Module) -> None:
 
 
 def _foreign(model: nn.Module) -> Iterator[nn.Module]:
-    """PEFT layers of a model that are not ours."""
+    """Yield the PEFT layers of a model that are not ours."""
     return (m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, SparseAttentionLayer))
 
 
 def _name(layer: nn.Module) -> str:
+    """Name the class of a layer with its module."""
     return f"{type(layer).__module__}.{type(layer).__name__}"
 
 
 def _refuse_training_around(module: nn.Module, args: Any) -> None:
-    """Forward pre-hook of the first patched attention module, for what PEFT wraps around a patched model later.
+    """Refuse to train what PEFT wraps around a patched model later, as a pre-hook of its first attention module.
 
     Raises:
         ValueError: another PEFT adapter is trained around sparse attention in use. It would be saved as an adapter of
             its own method, from which PEFT drops the rest when it loads.
     """
-    method: Any = getattr(module, CHILD)
-    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not method.is_active:
+    attention: Any = getattr(module, CHILD)
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not attention.is_active:
         return
-    model = method.on_toggle.model()
+    model = attention.on_toggle.model()
     if layer := next((m for m in _foreign(model) if any(p.requires_grad for p in m.parameters())), None):
         raise ValueError(
             f"a PEFT adapter ({_name(layer)}) is trained around sparse attention, and would be loaded without "
@@ -84,11 +85,24 @@ def _refuse_training_around(module: nn.Module, args: Any) -> None:
         )
 
 
-def targets(model: PreTrainedModel, config: Any) -> list[tuple[str, nn.Module]]:
-    """Names and attention modules that a configuration wants patched, with everything checked first.
+class Targets(NamedTuple):
+    """Hold what a configuration is to be attached to.
+
+    Attributes:
+        modules: names and attention modules to patch.
+        base_shape: what the adapter depends on, for `SparseConfig.base_shape`.
+    """
+
+    modules: list[tuple[str, nn.Module]]
+    base_shape: dict[str, Any]
+
+
+def targets(model: PreTrainedModel, config: SparseConfig) -> Targets:
+    """Find the attention modules that a configuration wants patched, with everything checked first.
 
     Args:
-        config: of a method, such as a `SparseKConfig`.
+        model: a transformers model of a supported family.
+        config: of a method; it is not changed.
 
     Raises:
         TypeError: the configuration is of no sparse attention method.
@@ -100,99 +114,107 @@ def targets(model: PreTrainedModel, config: Any) -> list[tuple[str, nn.Module]]:
     kind = method_of(config).layer
     family = family_of(model)
     check_no_adapters(model)
-    if other := next((method for method in sparse_layers(model) if type(method) is not kind), None):
+    if other := next((layer for layer in sparse_layers(model) if type(layer) is not kind), None):
         raise ValueError(
             f"the model has {other.label} attention already, and a model has one method at a time: take it off first "
             f"(unpatch, or unload of a PeftModel), then add {kind.label}"
         )
-    found = list(family.modules(model))
-    if not found:
+    modules = list(family.modules(model))
+    if not modules:
         raise UnsupportedModelError(f"{type(model).__name__} holds no attention module that can be patched")
     if reason := family.refusal(model):
         raise UnsupportedModelError(f"{type(model).__name__} cannot be patched: {reason}")
-    local = [i for i, (_, module) in enumerate(found) if family.is_local(module)]
-    if len(local) == len(found):
+    local = [i for i, (_, module) in enumerate(modules) if family.is_local(module)]
+    if len(local) == len(modules):
         window = getattr(model.config, "sliding_window", None)
         raise UnsupportedModelError(
             f"every attention layer of this {type(model).__name__} is local already (a sliding window of {window} "
             "tokens), and sparse attention replaces full attention; load the model with sliding_window=None, which "
             "changes nothing for texts that fit into the window"
         )
-    site = family.site(found[0][1], layer=0)
-    _check_shape(_shape(model, site, len(found), kind), config)
-    kind.check(config, site)
+    shape = family.shape_of(modules[0][1], layer=0)
+    base_shape = _base_shape(model, shape, len(modules), kind, config)
+    kind.check(config, shape, len(modules))
     if config.lora_rank:
-        check_lora(found[0][1], config.lora_rank)
+        check_lora(modules[0][1], config.lora_rank)
     if config.layers is None:
-        return [pair for i, pair in enumerate(found) if i not in local]
-    beyond = [i for i in config.layers if i >= len(found)]
+        return Targets([pair for i, pair in enumerate(modules) if i not in local], base_shape)
+    beyond = [i for i in config.layers if i >= len(modules)]
     if beyond:
-        raise ValueError(f"layers {beyond} do not exist: the model has {len(found)} attention layers, 0 first")
+        raise ValueError(f"layers {beyond} do not exist: the model has {len(modules)} attention layers, 0 first")
     if wrong := [i for i in config.layers if i in local]:
-        rest = [i for i in range(len(found)) if i not in local]
+        rest = [i for i in range(len(modules)) if i not in local]
         raise ValueError(
             f"layers {wrong} attend within a sliding window of their own and stay as they are; choose among {rest}"
         )
-    return [found[i] for i in config.layers]
+    return Targets([modules[i] for i in config.layers], base_shape)
 
 
-def attach(module: nn.Module, model: PreTrainedModel, adapter: str, config: Any) -> SparseAttentionLayer:
-    """Attach one adapter to one attention module; a second adapter joins the first."""
-    method = getattr(module, CHILD, None)
+def attach(module: nn.Module, model: PreTrainedModel, adapter: str, config: SparseConfig) -> SparseAttentionLayer:
+    """Attach one adapter to one attention module; a second adapter joins the first.
+
+    Args:
+        module: an attention module that `targets` returned.
+        model: that it belongs to.
+        adapter: name of the adapter.
+        config: of the adapter, the same object for all modules; it is read-only from now on.
+    """
+    attention = getattr(module, CHILD, None)
     others = sparse_layers(model)
-    if method is None:
+    if attention is None:
         family = family_of(model)
         switch: Any = others[0].on_toggle if others else _Switch(model)  # one for all layers of a model
         layer = next(i for i, (_, other) in enumerate(family.modules(model)) if other is module)
-        method = method_of(config).layer.at(family.site(module, layer))
-        method.train(module.training)
-        method.is_managed = switch.is_managed
-        method.on_toggle = switch
-        method.beside_local = any(family.is_local(other) for _, other in family.modules(model))
-        method.hooks.append(module.register_forward_pre_hook(before_attention, with_kwargs=True))
+        attention = method_of(config).layer.for_shape(family.shape_of(module, layer))
+        attention.train(module.training)
+        attention.is_managed = switch.is_managed
+        attention.on_toggle = switch
+        attention.has_local_neighbours = any(family.is_local(other) for _, other in family.modules(model))
+        attention.hooks.append(module.register_forward_pre_hook(before_attention, with_kwargs=True))
         if not others:
-            method.hooks.append(module.register_forward_pre_hook(_refuse_training_around))
-        module.add_module(CHILD, method)
-        method.enable_adapters(True)
+            attention.hooks.append(module.register_forward_pre_hook(_refuse_training_around))
+        module.add_module(CHILD, attention)
+        attention.enable_adapters(True)
     if config.lora_rank:
-        enable_lora(module, method)
-    method.add_adapter(adapter, config)
-    if not any(adapter in other.configs and other.layer > method.layer for other in others):
+        enable_lora(module, attention)
+    attention.add_adapter(adapter, config)
+    config.mark_attached()
+    if not any(adapter in other.configs and other.layer > attention.layer for other in others):
         for other in others:
             other.last_for.discard(adapter)
-        method.last_for.add(adapter)
-    if others and others[0].active_adapters not in ([], method.active_adapters):
+        attention.last_for.add(adapter)
+    if others and others[0].active_adapters not in ([], attention.active_adapters):
         # One adapter is in use, in the layers that have it and in those that do not.
-        method.set_adapter(others[0].active)
-    method.home = next(parameter.device for parameter in module.parameters())
-    if not any(parameter.is_meta for parameter in method.parameters()):  # PEFT may want them empty first
-        if method.home.type == "meta":
+        attention.set_adapter(others[0].active)
+    attention.base_device = next(parameter.device for parameter in module.parameters())
+    if not any(parameter.is_meta for parameter in attention.parameters()):  # PEFT may want them empty first
+        if attention.base_device.type == "meta":
             raise UnsupportedModelError(
                 "the base model is offloaded: its weights are on no device, and nothing could be trained or scored "
                 "there; load it without offloading"
             )
-        method.to(method.home)
-    return method
+        attention.to(attention.base_device)
+    return attention
 
 
 def detach(model: nn.Module) -> None:
     """Remove every attached method: the module tree, hooks and attention implementation are as before."""
     for module in list(model.modules()):
-        method = getattr(module, CHILD, None)
-        if isinstance(method, SparseAttentionLayer):
-            for hook in method.hooks:
+        attention = getattr(module, CHILD, None)
+        if isinstance(attention, SparseAttentionLayer):
+            for hook in attention.hooks:
                 hook.remove()
-            if isinstance(method.on_toggle, _Switch):
-                method.on_toggle.remove()
+            if isinstance(attention.on_toggle, _Switch):
+                attention.on_toggle.remove()
             delattr(module, CHILD)
 
 
-def patch(model: PreTrainedModel, config: Any, adapter: str = "default") -> PreTrainedModel:
+def patch(model: PreTrainedModel, config: SparseConfig, adapter: str = "default") -> PreTrainedModel:
     """Give a pretrained model sparse attention, in place.
 
     Args:
         model: a transformers model of a supported family.
-        config: the method and its budget.
+        config: the method and its budget. The adapter has a copy of it, whose fields are read-only.
         adapter: name of the adapter; a second name adds a second adapter, `set_adapter` switches.
 
     Returns:
@@ -205,14 +227,15 @@ def patch(model: PreTrainedModel, config: Any, adapter: str = "default") -> PreT
         ValueError: the model has an adapter of this name or of another method, or the configuration does not fit it or
             has `modules_to_save`.
     """
-    if getattr(config, "modules_to_save", None):
+    method_of(config)  # is it a configuration?
+    if config.modules_to_save:
         raise ValueError(
             f"modules_to_save={config.modules_to_save} is for PEFT, which trains and saves these modules: use "
             "peft.get_peft_model(model, config), or leave it out and train them yourself"
         )
-    config = copy.deepcopy(config)  # what it was attached to is noted in it
-    modules = targets(model, config)
-    if any(adapter in method.configs for method in sparse_layers(model)):
+    config = copy.deepcopy(config)  # what it is attached to is noted in it
+    modules, config.base_shape = targets(model, config)
+    if any(adapter in layer.configs for layer in sparse_layers(model)):
         raise ValueError(f"the model has an adapter {adapter!r} already; unpatch it first or choose another name")
     for _, module in modules:
         attach(module, model, adapter, config)
@@ -234,7 +257,7 @@ def unpatch(model: PreTrainedModel) -> PreTrainedModel:
 
 
 @contextmanager
-def patched(model: PreTrainedModel, config: Any) -> Iterator[PreTrainedModel]:
+def patched(model: PreTrainedModel, config: SparseConfig) -> Iterator[PreTrainedModel]:
     """Patch for the length of a `with` block.
 
     Raises:
@@ -291,7 +314,7 @@ class _Switch:
     def _save(self, name: str, *args: Any, **kwargs: Any) -> Any:
         model: Any = self.model()
         # transformers writes the adapters that it manages, and no base model; after the last one there is but the base.
-        if self.is_managed() or not any(method.configs for method in sparse_layers(model)):
+        if self.is_managed() or not any(layer.configs for layer in sparse_layers(model)):
             return getattr(type(model), name)(model, *args, **kwargs)
         raise ValueError(
             f"{name} of a model with sparse attention would write a checkpoint that loads as a dense model: to keep "
@@ -309,25 +332,29 @@ class _Switch:
         vars(self).update(state | {"model": weakref.ref(state["model"])})
 
 
-def _shape(
-    model: PreTrainedModel, site: AttentionShape, layers: int, kind: type[SparseAttentionLayer]
+def _base_shape(
+    model: PreTrainedModel,
+    shape: AttentionShape,
+    num_layers: int,
+    kind: type[SparseAttentionLayer],
+    config: SparseConfig,
 ) -> dict[str, Any]:
-    """What an adapter depends on."""
-    return {
+    """Describe what an adapter depends on: that of the configuration if it has been attached before, or a new one.
+
+    Raises:
+        AdapterMismatchError: the configuration was made for another base model.
+    """
+    base_shape = {
         "model_type": model.config.model_type,
-        **{name: getattr(site, name) for name in kind.fits},
-        "num_attention_layers": layers,
+        **{name: getattr(shape, name) for name in kind.shape_fields},
+        "num_attention_layers": num_layers,
         "model_class": type(model).__name__,
     }
-
-
-def _check_shape(shape: dict[str, Any], config: Any) -> None:
     if config.base_shape is None:
-        config.base_shape = shape
-        return
+        return base_shape
     wrong = [
         f"{key}: {config.base_shape.get(key)} there, {value} here"
-        for key, value in shape.items()
+        for key, value in base_shape.items()
         # The class is for loading; whether it fits is a matter of the weights' names.
         if key != "model_class" and config.base_shape.get(key) != value
     ]
@@ -337,3 +364,4 @@ def _check_shape(shape: dict[str, Any], config: Any) -> None:
             + "; ".join(wrong)
             + f"); a new adapter needs a {type(config).__name__} of its own"
         )
+    return config.base_shape

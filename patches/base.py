@@ -1,5 +1,6 @@
-"""What a model family tells: where its attention modules are and what they look like."""
+"""Describe model families: where their attention modules are and what they look like."""
 
+import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -34,12 +35,11 @@ def _no_refusal(model: Any) -> str | None:
 
 @dataclass(frozen=True)
 class Family:
-    """One model family.
+    """Describe one model family.
 
     Attributes:
         model_types: the `config.model_type` values it covers.
-        attention: returns the class of its attention modules; called late, so that importing a family imports no
-            model.
+        attention: `"module:Class"` of its attention modules; a name, so that importing a family imports no model.
         num_key_value_heads: reads the number of KV heads off an attention module.
         hidden_size: reads the size of the attention module's input off the module.
         num_attention_heads: reads the number of query heads off an attention module.
@@ -50,7 +50,7 @@ class Family:
     """
 
     model_types: tuple[str, ...]
-    attention: Callable[[], type[nn.Module]]
+    attention: str
     hidden_size: Callable[[Any], int]
     num_key_value_heads: Callable[[Any], int]
     num_attention_heads: Callable[[Any], int] = _num_attention_heads
@@ -60,14 +60,14 @@ class Family:
     refusal: Callable[[Any], str | None] = _no_refusal
 
     def modules(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-        """Name and module of every self-attention layer, local ones included; the n-th is layer n."""
-        kind = self.attention()
+        """Yield name and module of every self-attention layer, local ones included; the n-th is layer n."""
+        kind = pkgutil.resolve_name(self.attention)
         for name, module in model.named_modules():
             if isinstance(module, kind) and not getattr(module, "is_cross_attention", False):
                 yield name, module
 
-    def site(self, module: nn.Module, layer: int) -> AttentionShape:
-        """An attention module as a method sees it."""
+    def shape_of(self, module: nn.Module, layer: int) -> AttentionShape:
+        """Describe an attention module as a method sees it."""
         return AttentionShape(
             hidden_size=self.hidden_size(module),
             num_attention_heads=self.num_attention_heads(module),
@@ -95,12 +95,12 @@ def register_family(family: Family) -> Family:
 
 
 def supported_model_types() -> list[str]:
-    """The values of `config.model_type` that have a family, sorted."""
+    """Return the values of `config.model_type` that have a family, sorted."""
     return sorted(_FAMILIES)
 
 
 def family_of(model: nn.Module) -> Family:
-    """The family of a model.
+    """Return the family of a model.
 
     Raises:
         UnsupportedModelError: not a transformers model, or a family without a patch.
@@ -115,7 +115,7 @@ def family_of(model: nn.Module) -> Family:
 
 
 def check_model_type(model_type: str) -> Family:
-    """The family of a type of models.
+    """Return the family of a type of models.
 
     Raises:
         UnsupportedModelError: a family without a patch; lists those with one.

@@ -3,21 +3,12 @@
 Cross-attention modules have a class of their own and stay dense.
 """
 
-from torch import nn
-
 from hf_sparse.patches.base import Family, register_family
-
-
-def _attention() -> type[nn.Module]:
-    from transformers.models.bert.modeling_bert import BertSelfAttention
-
-    return BertSelfAttention
-
 
 BERT = register_family(
     Family(
         model_types=("bert",),
-        attention=_attention,
+        attention="transformers.models.bert.modeling_bert:BertSelfAttention",
         hidden_size=lambda module: module.query.in_features,
         num_key_value_heads=lambda module: module.num_attention_heads,
     )

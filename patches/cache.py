@@ -1,4 +1,4 @@
-"""How a method's layers get into a transformers cache, and a cache to hold across calls, such as turns of a chat."""
+"""Put the cache layers of a method into a transformers cache, and make one to hold across calls."""
 
 from typing import Any
 
@@ -9,8 +9,8 @@ from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, S
 from hf_sparse.core.layer import SparseAttentionLayer
 
 
-class SparseKCache(Cache):
-    """An empty cache for a patched model: the method's layer where one attends sparsely, an ordinary one elsewhere.
+class SparseCache(Cache):
+    """Make an empty cache for a patched model: a layer of the method where one attends sparsely, or an ordinary one.
 
     `generate` and a forward with `use_cache=True` make their own; this one is for who wants to keep it:
 
@@ -22,9 +22,8 @@ class SparseKCache(Cache):
 
     It belongs to the adapter that is active now. Rows of different lengths are padded and masked as ever; what was
     padding when it came stays padding. A row that ended before the others was fed pad tokens as real ones, and cannot
-    be continued from here. KV slots, which SparseK has, compile: on a GPU `generate` compiles the decoding steps that
-    use them, as it does with transformers' `StaticCache` (`disable_compile=True` forgoes that), unless the model has
-    layers that are not patched.
+    be continued from here. Where all its layers are of constant size, as KV slots are, on a GPU `generate` compiles the
+    decoding steps, as it does with transformers' `StaticCache` (`disable_compile=True` forgoes that).
 
     Args:
         model: a patched model, or a `PeftModel` of one.
@@ -35,31 +34,39 @@ class SparseKCache(Cache):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__(layers=DynamicCache(config=model.config).layers)  # type: ignore[arg-type]
-        found = False
+        is_sparse = False
         for module in model.modules():
-            method = getattr(module, "sparse_attention", None)
-            if isinstance(method, SparseAttentionLayer) and method.is_active:
-                own_layer(self, int(module.layer_idx), method)  # type: ignore[arg-type]
-                found = True
-        if not found:
+            attention = getattr(module, "sparse_attention", None)
+            if isinstance(attention, SparseAttentionLayer) and attention.is_active:
+                sparse_cache_layer(self, int(module.layer_idx), attention)  # type: ignore[arg-type]
+                is_sparse = True
+        if not is_sparse:
             raise ValueError(
                 "no attention of the model is sparse now: patch it or enable its adapter, then make the cache"
             )
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values."""
+        """Count the bytes of all keys and values."""
         return kv_bytes(self)
 
 
+SparseKCache = SparseCache  # the name that it had with the first method
+
+
 def kv_bytes(cache: Any) -> int:
-    """Bytes of all keys and values in a transformers cache."""
+    """Count the bytes of all keys and values in a transformers cache."""
     tensors = (tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
-def own_layer(cache: Any, index: int, method: SparseAttentionLayer) -> Any:
-    """The method's layer in the cache; put there when `generate` made an ordinary cache that is still empty.
+def sparse_cache_layer(cache: Any, index: int, attention: SparseAttentionLayer) -> Any:
+    """Return the method's layer in a cache; put it there if `generate` made an ordinary cache that is still empty.
+
+    Args:
+        cache: of transformers.
+        index: of the layer in the cache.
+        attention: the sparse attention that fills it.
 
     Raises:
         ValueError: a cache that has no place for the layer, or one that holds dense keys already.
@@ -70,21 +77,13 @@ def own_layer(cache: Any, index: int, method: SparseAttentionLayer) -> Any:
         cache.layers.append(DynamicLayer())
     layer: Any = cache.layers[index]
     if type(layer) in (DynamicLayer, StaticLayer) and layer.get_seq_length() == 0:
-        own: Any = method.cache_layer()
-        if type(layer) is StaticLayer and not method.has_slots:
-            raise ValueError(
-                f"{method.label} keeps every key in a cache that grows, which a static cache does not: use the "
-                "ordinary cache"
-            )
-        if type(layer) is StaticLayer and not own.only_sparse:
-            raise ValueError(
-                "a static cache needs every full-attention layer patched, and the adapter names some only (`layers`): "
-                "use the ordinary cache"
-            )
-        if method.has_slots and method.beside_local and not any(cache.is_sliding):
-            own.only_sparse = False  # in a cache that knows no local layers, this one may tell the size of their mask
-        cache.layers[index] = layer = own
-    if not isinstance(layer, method.cache_layer_type):
+        new: Any = attention.cache_layer()
+        if type(layer) is StaticLayer and (reason := new.refusal_of_static()):
+            raise ValueError(f"{attention.label} {reason}: use the ordinary cache")
+        if attention.has_local_neighbours and not any(cache.is_sliding):
+            new.share_mask_sizes()  # a cache that knows no local layers may take the size of their mask from this one
+        cache.layers[index] = layer = new
+    if not isinstance(layer, attention.cache_layer_type):
         raise ValueError(
             "sparse attention keeps a cache layer of its own in place of that of an ordinary, empty cache; "
             f"layer {index} is a {type(layer).__name__}{' that holds dense keys' if layer.get_seq_length() else ''}: "

@@ -3,30 +3,9 @@
 Gemma 2 caps its attention logits (`attn_logit_softcapping`), in all published checkpoints; sparse attention does not.
 """
 
-from collections.abc import Callable
 from typing import Any
 
-from torch import nn
-
 from hf_sparse.patches.base import Family, register_family
-
-
-def _gemma() -> type[nn.Module]:
-    from transformers.models.gemma.modeling_gemma import GemmaAttention
-
-    return GemmaAttention
-
-
-def _gemma2() -> type[nn.Module]:
-    from transformers.models.gemma2.modeling_gemma2 import Gemma2Attention
-
-    return Gemma2Attention
-
-
-def _gemma3() -> type[nn.Module]:
-    from transformers.models.gemma3.modeling_gemma3 import Gemma3Attention
-
-    return Gemma3Attention
 
 
 def _refusal(model: Any) -> str | None:
@@ -38,7 +17,7 @@ def _refusal(model: Any) -> str | None:
     return None
 
 
-def _family(model_type: str, attention: Callable[[], type[nn.Module]]) -> Family:
+def _family(model_type: str, attention: str) -> Family:
     return register_family(
         Family(
             model_types=(model_type,),
@@ -50,6 +29,6 @@ def _family(model_type: str, attention: Callable[[], type[nn.Module]]) -> Family
     )
 
 
-GEMMA = _family("gemma", _gemma)
-GEMMA2 = _family("gemma2", _gemma2)
-GEMMA3_TEXT = _family("gemma3_text", _gemma3)
+GEMMA = _family("gemma", "transformers.models.gemma.modeling_gemma:GemmaAttention")
+GEMMA2 = _family("gemma2", "transformers.models.gemma2.modeling_gemma2:Gemma2Attention")
+GEMMA3_TEXT = _family("gemma3_text", "transformers.models.gemma3.modeling_gemma3:Gemma3Attention")

@@ -6,21 +6,12 @@ has of its own (and PyTorch's SDPA, which takes the decoding steps and the layer
 stays dense.
 """
 
-from torch import nn
-
 from hf_sparse.patches.base import Family, register_family
-
-
-def _attention() -> type[nn.Module]:
-    from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
-
-    return GPT2Attention
-
 
 GPT2 = register_family(
     Family(
         model_types=("gpt2",),
-        attention=_attention,
+        attention="transformers.models.gpt2.modeling_gpt2:GPT2Attention",
         hidden_size=lambda module: module.embed_dim,
         num_key_value_heads=lambda module: module.num_heads,
     )

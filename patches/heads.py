@@ -1,4 +1,4 @@
-"""The head of a model: what follows its encoder or decoder, and what of it was in no checkpoint.
+"""Find the head of a model: what follows its encoder or decoder, and what of it was in no checkpoint.
 
 PEFT trains and saves such modules with an adapter (`modules_to_save`). It finds them by the ends of their names, and
 says nothing where a name fits no module, or where a module that is not saved was just initialised and so is random at
@@ -13,7 +13,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_sparse.core.saved_modules import TASKS_WITH_HEAD
+from hf_sparse.core.config import TASKS_WITH_HEAD, SparseConfig
 from hf_sparse.errors import AdapterMismatchError
 from hf_sparse.patches.base import family_of
 
@@ -21,12 +21,12 @@ from hf_sparse.patches.base import family_of
 _PEFT_NAMES = frozenset({"classifier", "score", "qa_outputs"})
 
 
-def choose_modules_to_save(model: PreTrainedModel, config: Any, *, new: bool) -> None:
+def choose_modules_to_save(model: PreTrainedModel, config: SparseConfig, *, new: bool) -> None:
     """Replace `modules_to_save` of a configuration by the exact names of the modules, before PEFT wraps them.
 
     Args:
         model: the base model; it may have other adapters.
-        config: of a method.
+        config: of a method, with its `base_shape`.
         new: whether the adapter is made now: with one of PEFT's task types it then gets the head of the model. An
             adapter that was made before has the modules that its file names.
 
@@ -50,6 +50,7 @@ def choose_modules_to_save(model: PreTrainedModel, config: Any, *, new: bool) ->
                 f"{type(config).__name__}, or save the base model with a trained head and load that one"
             )
         raise AdapterMismatchError(random_weights(model, unsaved))
+    assert config.base_shape is not None
     if names and hasattr(model, "num_labels"):
         names_of: Any = model.config.id2label or {}
         labels = [names_of.get(number, f"LABEL_{number}") for number in range(model.config.num_labels or 0)]
@@ -125,6 +126,7 @@ def untrained_modules(model: nn.Module) -> list[str]:
 
 
 def _saved(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """List names and modules that are saved with the adapter in use."""
     return [
         (name, module.modules_to_save[module.active_adapters[0]])
         for name, module in model.named_modules()
@@ -135,11 +137,11 @@ def _saved(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def random_weights(model: PreTrainedModel, parameters: list[str]) -> str:
     """Say which weights are in neither the checkpoint of a base model nor an adapter, and the two ways out."""
     modules = modules_of(model, parameters)
-    some = ", ".join(modules[:3]) + (f" and {len(modules) - 3} more" if len(modules) > 3 else "")
+    names = ", ".join(modules[:3]) + (f" and {len(modules) - 3} more" if len(modules) > 3 else "")
     return (
-        f"the checkpoint {model.name_or_path!r} has no weights for {some} of a {type(model).__name__}, and neither has "
-        "the adapter, so they would be random: load a base model that has them, or an adapter that was trained with "
-        f"modules_to_save={modules[:3]}"
+        f"the checkpoint {model.name_or_path!r} has no weights for {names} of a {type(model).__name__}, and neither "
+        "has the adapter, so they would be random: load a base model that has them, or an adapter that was trained "
+        f"with modules_to_save={modules[:3]}"
     )
 
 
@@ -158,7 +160,7 @@ def _some(labels: list[str]) -> str:
 
 
 def _matches(model: PreTrainedModel, asked: Iterable[str], error: type[ValueError]) -> list[str]:
-    """Names of the modules that PEFT would take for those asked for, without modules inside of others."""
+    """Find the names of the modules that PEFT would take for those asked for, without modules inside of others."""
     modules = {
         name: module
         for name, module in model.named_modules(remove_duplicate=False)
@@ -185,7 +187,7 @@ def _matches(model: PreTrainedModel, asked: Iterable[str], error: type[ValueErro
 
 
 def _outermost(names: Iterable[str]) -> list[str]:
-    """Names in order, without those of modules inside of others."""
+    """Return names in order, without those of modules inside of others."""
     chosen: list[str] = []
     for name in sorted(names):
         if not any(name.startswith(f"{other}.") for other in chosen):

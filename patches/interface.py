@@ -1,4 +1,4 @@
-"""How a method gets hold of a model's attention, through transformers' two registries and one hook.
+"""Give a method hold of a model's attention, through transformers' two registries and one hook.
 
 Under the name `hf_sparse`, an attention function and a mask function are registered with transformers; importing
 this changes no model. A patched model has that name as its attention implementation. In each patched attention
@@ -18,8 +18,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import EncoderDecoderCache
 
 from hf_sparse._compat import cache_given, private
+from hf_sparse.core.cache import SparseCacheLayer, mask_of_keys
 from hf_sparse.core.layer import SparseAttentionLayer
-from hf_sparse.patches.cache import own_layer
+from hf_sparse.patches.cache import sparse_cache_layer
 
 NAME = "hf_sparse"
 
@@ -32,11 +33,17 @@ sdpa_mask: Any = private("transformers.masking_utils", "sdpa_mask")
 
 @dataclass
 class SparseCall:
-    """What the hook knows and the attention function needs."""
+    """Carry what the hook knows to the attention function, which needs it.
 
-    method: SparseAttentionLayer
+    Attributes:
+        attention: the sparse attention of the module.
+        hidden_states: `[B, T, C]`, the input of the module.
+        cache: what `attention.cache_layer` made, or `None`.
+    """
+
+    attention: SparseAttentionLayer
     hidden_states: Tensor
-    cache: Any  # what `method.cache_layer` made, or None
+    cache: SparseCacheLayer | None
 
 
 def attention_forward(
@@ -50,7 +57,7 @@ def attention_forward(
     sparse_call: SparseCall | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function behind `hf_sparse`; returns `[B, T, Hq, D]` as transformers wants it.
+    """Attend as the attention function behind `hf_sparse`; returns `[B, T, Hq, D]` as transformers wants it.
 
     Attention dropout, if the base model has any, is not applied in patched modules.
 
@@ -70,22 +77,11 @@ def attention_forward(
         )
     _refuse_what_would_be_ignored(module, kwargs)
     length, cache = query.shape[2], sparse_call.cache
-    in_slots = cache is not None and sparse_call.method.has_slots and not cache.empty  # keys of earlier tokens
-    columns = key.shape[2] if attention_mask is None else attention_mask.shape[1]
-    if columns < key.shape[2] or (columns > key.shape[2] and not in_slots):
-        raise ValueError(f"the attention mask must have a column for each of {key.shape[2]} tokens, got {columns}")
-    valid = attention_mask
-    if attention_mask is not None and columns > key.shape[2]:
-        valid = attention_mask[:, -key.shape[2] :]
-    if length > 1 and not torch.compiler.is_compiling():  # a decoding step waits for no value from the device
-        if cache is not None and in_slots:
-            if attention_mask is not None and attention_mask.shape[1] > length:
-                cache.expect(attention_mask[:, :-length].sum(-1))
-            else:  # no mask: all is real
-                cache.expect((cache.cumulative_length - length).expand_as(cache.seen))
-        if valid is not None and bool(valid.all()):
-            valid = None
-    output = sparse_call.method.attend(
+    valid = mask_of_keys(attention_mask, key.shape[2]) if cache is None else cache.check_mask(attention_mask, length)
+    # A decoding step waits for no value from the device.
+    if valid is not None and length > 1 and not torch.compiler.is_compiling() and bool(valid.all()):
+        valid = None
+    output = sparse_call.attention.attend(
         query,
         key,
         value,
@@ -95,7 +91,7 @@ def attention_forward(
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
     )
     if cache is not None:
-        cache.settle()
+        cache.end_attention()
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -109,7 +105,7 @@ _CHANGES_THE_RESULT = {
 
 
 def _refuse_what_would_be_ignored(module: nn.Module, kwargs: dict[str, Any]) -> None:
-    """Keywords of an attention function that change its result and that no sparse method knows."""
+    """Refuse keywords of an attention function that change its result and that no sparse method knows."""
     for name in _CHANGES_THE_RESULT.keys() & kwargs.keys():
         if kwargs[name] is not None:
             meaning = _CHANGES_THE_RESULT[name]
@@ -127,7 +123,7 @@ def padding_mask(
     attention_mask: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """The mask function behind `hf_sparse`: the 2-D padding mask as it is, never `T x T`.
+    """Return the 2-D padding mask as it is, never `T x T`: the mask function behind `hf_sparse`.
 
     A mask that says more than padding and causality (sliding windows, packed sequences) is for modules that are not
     patched: those get transformers' own, and a patched module refuses it.
@@ -156,7 +152,7 @@ def padding_mask(
 
 
 def _dense_mask(module: nn.Module, query: Tensor, key: Tensor, valid: Tensor | None) -> Tensor | None:
-    """What a dense module needs beyond `is_causal`; `valid` is the padding mask of its keys, `[B, Tk]`."""
+    """Return the mask a dense module needs beyond `is_causal`; `valid` is the padding mask of its keys, `[B, Tk]`."""
     rows, columns = query.shape[2], key.shape[2]
     if not getattr(module, "is_causal", True):
         return None if valid is None else valid[:, None, None, :]
@@ -176,16 +172,16 @@ def _dense_mask(module: nn.Module, query: Tensor, key: Tensor, valid: Tensor | N
 def before_attention(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]] | None:
-    """Forward pre-hook of a patched attention module."""
-    method: SparseAttentionLayer = module.sparse_attention  # type: ignore[assignment]
-    if not method.is_active:
+    """Add what sparse attention needs to the keywords of a patched attention module, as its forward pre-hook."""
+    attention: SparseAttentionLayer = module.sparse_attention  # type: ignore[assignment]
+    if not attention.is_active:
         return None
     hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     name = None
-    if method.is_managed and method.is_managed() and not _goes_on(module, args, kwargs, hidden_states):
-        name = _other_name(module, method)
+    if attention.is_managed and attention.is_managed() and not _goes_on(module, args, kwargs, hidden_states):
+        name = _other_name(module, attention)
     if name:
-        method.set_adapter(name)
+        attention.set_adapter(name)
         return None
     current = module.config._attn_implementation  # type: ignore[union-attr]
     if current != NAME:
@@ -198,11 +194,12 @@ def before_attention(
     cache = cache_given(module, args, kwargs)
     if isinstance(cache, EncoderDecoderCache) and getattr(module.config, "add_cross_attention", False):
         cache = cache.self_attention_cache  # the other half belongs to cross-attention, which stays dense
-    layer = None if cache is None else own_layer(cache, int(module.layer_idx), method)  # type: ignore[arg-type]
-    if layer is not None:
-        method.check_cache(layer)
-        layer.announced = True
-    return args, {**kwargs, "sparse_call": SparseCall(method, hidden_states, layer)}
+    layer = None
+    if cache is not None:
+        layer = sparse_cache_layer(cache, int(module.layer_idx), attention)  # type: ignore[arg-type]
+        attention.check_cache(layer)
+        layer.begin_attention()
+    return args, {**kwargs, "sparse_call": SparseCall(attention, hidden_states, layer)}
 
 
 def _goes_on(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], hidden_states: Tensor) -> bool:
@@ -213,14 +210,14 @@ def _goes_on(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], h
     return cache is not None and cache.get_seq_length(int(module.layer_idx)) > 0  # type: ignore[arg-type]
 
 
-def _other_name(module: nn.Module, method: SparseAttentionLayer) -> list[str] | None:
+def _other_name(module: nn.Module, attention: SparseAttentionLayer) -> list[str] | None:
     """Find the active adapter of another type in the same attention module, where transformers manages both.
 
     Its `load_adapter` leaves two adapters of two types on, and reports one as active: that of the linear layers.
     """
     for layer in module.modules():
-        if isinstance(layer, BaseTunerLayer) and layer is not method and layer.active_adapters:
-            return None if method.active in layer.active_adapters else list(layer.active_adapters)
+        if isinstance(layer, BaseTunerLayer) and layer is not attention and layer.active_adapters:
+            return None if attention.active in layer.active_adapters else list(layer.active_adapters)
     return None
 
 

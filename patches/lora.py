@@ -15,7 +15,7 @@ from hf_sparse.core.layer import SparseAttentionLayer
 
 
 def linear_layers(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """Sizes (inputs, outputs) of the linear layers of an attention module, by name."""
+    """Return the sizes (inputs, outputs) of the linear layers of an attention module, by name."""
     sizes = {}
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
@@ -35,19 +35,19 @@ def check_lora(module: nn.Module, rank: int) -> None:
         raise ValueError(f"lora_rank must be at most {min(size)}, the width of {name}, got {rank}")
 
 
-def enable_lora(module: nn.Module, method: SparseAttentionLayer) -> None:
+def enable_lora(module: nn.Module, attention: SparseAttentionLayer) -> None:
     """Let the adapters of a method change the linear layers of its attention module; does nothing the second time."""
-    if method.linears:
+    if attention.linears:
         return
-    method.linears = linear_layers(module)
-    for name in method.linears:
-        hook = module.get_submodule(name).register_forward_hook(partial(_add, method, name))
-        method.hooks.append(hook)
+    attention.linears = linear_layers(module)
+    for name in attention.linears:
+        hook = module.get_submodule(name).register_forward_hook(partial(_add, attention, name))
+        attention.hooks.append(hook)
 
 
 def _add(
-    method: SparseAttentionLayer, name: str, linear: nn.Module, args: tuple[Any, ...], output: Tensor
+    attention: SparseAttentionLayer, name: str, linear: nn.Module, args: tuple[Any, ...], output: Tensor
 ) -> Tensor | None:
-    """Forward hook of a linear layer."""
-    change = method.low_rank(name, args[0])
+    """Add the change to the output of a linear layer, as its forward hook."""
+    change = attention.low_rank(name, args[0])
     return None if change is None else output + change

@@ -1,20 +1,11 @@
 """ModernBERT: an encoder with rotary positions and fused projections; its local layers stay as they are."""
 
-from torch import nn
-
 from hf_sparse.patches.base import Family, register_family
-
-
-def _attention() -> type[nn.Module]:
-    from transformers.models.modernbert.modeling_modernbert import ModernBertAttention
-
-    return ModernBertAttention
-
 
 MODERNBERT = register_family(
     Family(
         model_types=("modernbert",),
-        attention=_attention,
+        attention="transformers.models.modernbert.modeling_modernbert:ModernBertAttention",
         hidden_size=lambda module: module.Wqkv.in_features,
         num_key_value_heads=lambda module: module.config.num_attention_heads,
     )

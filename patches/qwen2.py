@@ -1,20 +1,11 @@
 """Qwen2 and Qwen2.5: biased projections; with `use_sliding_window`, the upper layers are local."""
 
-from torch import nn
-
 from hf_sparse.patches.base import Family, register_family
-
-
-def _attention() -> type[nn.Module]:
-    from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention
-
-    return Qwen2Attention
-
 
 QWEN2 = register_family(
     Family(
         model_types=("qwen2",),
-        attention=_attention,
+        attention="transformers.models.qwen2.modeling_qwen2:Qwen2Attention",
         hidden_size=lambda module: module.q_proj.in_features,
         num_key_value_heads=lambda module: module.config.num_key_value_heads,
     )

@@ -7,7 +7,7 @@ import pytest
 
 from hf_sparse.errors import DataError
 from hf_sparse.figures import style, training_figure
-from hf_sparse.methods.sparsek.baselines import POLICIES
+from hf_sparse.methods.sparsek.baselines import BASELINES
 from hf_sparse.methods.sparsek.figures import (
     budgets_figure,
     divergence_figure,
@@ -208,7 +208,7 @@ class TestDots:
 
 
 def test_every_baseline_has_a_look_of_its_own():
-    assert set(POLICIES) <= set(style.LOOKS)
+    assert set(BASELINES) <= set(style.LOOKS)
     looks = [look for name, look in style.LOOKS.items() if name != "window"]  # an encoder's, which has no recency
     for what in ("label", "colour", "marker"):
         assert len({getattr(look, what) for look in looks}) == len(looks)

@@ -16,6 +16,7 @@ import torch
 from arguments import adapter_and_text
 from torch import Tensor
 
+from hf_sparse.core.overrides import override
 from hf_sparse.data import pack, read_text, select_chunks
 from hf_sparse.environment import describe
 from hf_sparse.methods.sparsefinder import SparsefinderAttention
@@ -38,9 +39,9 @@ def main() -> None:
 
     def logits(predictor: str, complete: bool) -> Tensor:
         for method in methods:
-            method.config.predictor, method.config.complete = predictor, complete
             method.certify, method.observer = complete, note if complete else None
-        with torch.no_grad():
+        configs = [method.config for method in methods]
+        with torch.no_grad(), override(configs, predictor=predictor, complete=complete):
             return model(tokens).logits
 
     own = methods[0].config.predictor

@@ -61,7 +61,7 @@ class Replay(nn.Module):
         super().__init__()
         (_, heads, _, dim), kv_heads = texts[0][0].shape, texts[0][1].shape[1]
         self.texts, self.scaling = texts, scaling
-        self.method = SparsefinderAttention.at(AttentionShape(heads * dim, heads, kv_heads, dim, layer))
+        self.method = SparsefinderAttention.for_shape(AttentionShape(heads * dim, heads, kv_heads, dim, layer))
         self.method.add_adapter("default", config)
 
     def forward(self, input_ids: Tensor) -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from hf_sparse import from_pretrained
+from hf_sparse.core.overrides import override
 from hf_sparse.data import pack, read_text
 from hf_sparse.environment import describe
 from hf_sparse.methods.sparsefinder import SparsefinderAttention
@@ -102,27 +103,27 @@ def main() -> None:
         read(all_keys, None, chunk[None])
     keys = {layer: torch.cat(parts, 1) for layer, parts in points.items()}
     reference = read(lambda text: None, None, chunks[:1])
-    for method in methods:
-        method.config.sparsity = options.sparsity
-    there = options.output.read_text().splitlines() if options.output.exists() else []
-    done = [(row["kind"], row["tile"], row["sparsity"]) for row in map(json.loads, there)]
-    for kind in options.kinds:
-        if (kind, tile, options.sparsity) in done:
-            continue
-        centroids = {layer: centroids_of(kind, found) for layer, found in keys.items()}
-        record = GraphRecord(torch.arange(0, 1024, 8))
-        found = read(lambda text, of=centroids: lists(by_layer[text.layer], text, of[text.layer]), record, chunks[:1])
-        values = {
-            name: value.mean().item() for name, value in compared("causal", found, reference, chunks[:1], None).items()
-        }
-        row = {**record.mean(), "kind": kind, "tile": tile, "sparsity": options.sparsity}
-        row |= {"perplexity": math.exp(values["nats"]), "divergence": values["divergence"], **describe()}
-        with options.output.open("a") as file:
-            file.write(json.dumps(row) + "\n")
-        print(
-            {name: row[name] for name in ("kind", "tile", "sparsity", "perplexity", "divergence", "mass_recall")},
-            flush=True,
-        )
+    with override([method.config for method in methods], sparsity=options.sparsity):
+        there = options.output.read_text().splitlines() if options.output.exists() else []
+        done = [(row["kind"], row["tile"], row["sparsity"]) for row in map(json.loads, there)]
+        for kind in options.kinds:
+            if (kind, tile, options.sparsity) in done:
+                continue
+            centroids = {layer: centroids_of(kind, found) for layer, found in keys.items()}
+            record = GraphRecord(torch.arange(0, 1024, 8))
+            found = read(
+                lambda text, of=centroids: lists(by_layer[text.layer], text, of[text.layer]), record, chunks[:1]
+            )
+            comparison = compared("causal", found, reference, chunks[:1], None)
+            values = {name: value.mean().item() for name, value in comparison.items()}
+            row = {**record.mean(), "kind": kind, "tile": tile, "sparsity": options.sparsity}
+            row |= {"perplexity": math.exp(values["nats"]), "divergence": values["divergence"], **describe()}
+            with options.output.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            print(
+                {name: row[name] for name in ("kind", "tile", "sparsity", "perplexity", "divergence", "mass_recall")},
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

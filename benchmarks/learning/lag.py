@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from hf_sparse import from_pretrained
+from hf_sparse.core.overrides import override
 from hf_sparse.data import pack, read_text
 from hf_sparse.environment import describe
 from hf_sparse.methods.sparsefinder import SparsefinderConfig
@@ -86,8 +87,14 @@ def main() -> None:
     )
     tokens = pack(tokenizer, read_text(options.text), options.length)[:1]
     methods = predicting_layers(model)
+    with override([methods[0].config], sparsity=options.sparsity, length=options.length, tiles_per_query=None):
+        result = compare(model, tokens, methods, options)
+    options.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def compare(model: Any, tokens: Any, methods: Any, options: argparse.Namespace) -> dict[str, Any]:
+    """Measure the oracle with tiles of queries that choose their keys early, late, or each for itself."""
     config = methods[0].config
-    config.sparsity, config.length, config.tiles_per_query = options.sparsity, options.length, None
 
     def measured(pattern: Any) -> float:
         for method in methods:
@@ -107,14 +114,13 @@ def main() -> None:
         print(row, flush=True)
     for tile in options.tiles:
         for chosen, query_tile, early in settings:
-            config.tile, config.query_tile = tile, query_tile
             lag = early * (tile - 1)
-            found = measured(partial(oracle, config=config, lag=lag))
-            rows.append({"tile": tile, "query_tile": config.rows, "chosen": chosen, "lag": lag, "perplexity": found})
+            with override([config], tile=tile, query_tile=query_tile):
+                found, query_rows = measured(partial(oracle, config=config, lag=lag)), config.rows
+            rows.append({"tile": tile, "query_tile": query_rows, "chosen": chosen, "lag": lag, "perplexity": found})
             print(rows[-1], flush=True)
     result = {"format": 1, "benchmark": "lag", "sparsity": options.sparsity, "length": options.length, "rows": rows}
-    result |= {"adapter": adapter_settings(config) | {"tile": None, "query_tile": None}, **describe()}
-    options.output.write_text(json.dumps(result, indent=2) + "\n")
+    return result | {"adapter": adapter_settings(config) | {"tile": None, "query_tile": None}, **describe()}
 
 
 if __name__ == "__main__":

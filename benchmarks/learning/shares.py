@@ -10,6 +10,7 @@ import json
 
 from arguments import adapter_and_text
 
+from hf_sparse.core.overrides import override
 from hf_sparse.data import pack, read_text, select_chunks
 from hf_sparse.environment import describe
 from hf_sparse.evaluation import budget_of, compare, divide_layers
@@ -25,8 +26,8 @@ def main() -> None:
     shares, damages = divide_layers(model, chunks, batch_size=arguments.batch_size)
     config, run, whole = sparse_layers_in_use(model)[0].config, (budget_of(model), "learned"), {}
     for name, some in (("equal", None), ("divided", shares)):
-        config.layer_shares = some
-        losses = compare(model, held_out, [run], batch_size=arguments.batch_size)[run]
+        with override([config], layer_shares=some):
+            losses = compare(model, held_out, [run], batch_size=arguments.batch_size)[run]
         whole[name] = {"perplexity": losses.perplexity, "divergence": losses.mean_divergence}
     result = {"slots": run[0].slots, "damages": damages, "shares": shares, "whole": whole, **describe()}
     arguments.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -109,7 +109,7 @@ def render(
     results = results_of(config)
     task = task_of_class(model_class)
     encoder = attends_both_ways((config.base_shape or {}).get("model_type"), task)
-    slots = method_of(config).layer.has_slots and not encoder
+    slots = getattr(method_of(config).layer, "has_slots", False) and not encoder
     on_hub = base_model not in (None, BASE_NAME)
     all_tags = ["hf-sparse", results.name, "sparse-attention", *results.tags, *(SLOTS_TAGS if slots else []), *tags]
     data = ModelCardData(

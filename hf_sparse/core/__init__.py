@@ -1,1 +1,1 @@
-"""What a sparse attention method is: its configuration, its layer, and the list of the methods there are."""
+"""Define what a sparse attention method is: its configuration, its layer, its cache, and the list of all methods."""

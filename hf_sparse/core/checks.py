@@ -4,10 +4,8 @@ A configuration may come from a stranger's file: sizes have an upper end, so tha
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from typing import Any
-
-from peft import TaskType
 
 #: The most of what is counted in tokens, keys, layers or bins.
 MOST_TOKENS = 2**24
@@ -22,7 +20,8 @@ _SHOWN = 80  # characters of a value in a message
 
 
 def is_integer(value: Any, least: int, most: int = MOST_TOKENS) -> bool:
-    """
+    """Tell whether a value is an integer between two bounds, both included.
+
     >>> is_integer(3, least=1), is_integer(0, least=1), is_integer(True, least=1), is_integer(3.0, least=1)
     (True, False, False, False)
     >>> is_integer(10**30, least=1)
@@ -32,7 +31,8 @@ def is_integer(value: Any, least: int, most: int = MOST_TOKENS) -> bool:
 
 
 def is_finite(value: Any) -> bool:
-    """
+    """Tell whether a value is a number that float32 can hold and multiply.
+
     >>> is_finite(0.5), is_finite(float("nan")), is_finite("0.5"), is_finite(1e30), is_finite(10**400)
     (True, False, False, False, False)
     """
@@ -77,7 +77,7 @@ def shown(value: Any) -> str:
 
 
 def indices(value: Any) -> list[int] | None:
-    """Indices in order and each once; `None` if the value is no collection of at least one.
+    """Return indices in order and each once; `None` if the value is no collection of at least one.
 
     >>> indices([2, 0, 2]), indices([]), indices(3), indices([-1])
     ([0, 2], None, None, None)
@@ -85,37 +85,3 @@ def indices(value: Any) -> list[int] | None:
     if not isinstance(value, Collection) or not value or not all(is_integer(index, 0) for index in value):
         return None
     return sorted(set(value))
-
-
-def check_peft_fields(config: Any) -> None:
-    """Check the fields that every configuration has, from PEFT or filled in when it is attached.
-
-    Raises:
-        ValueError: one of them is of another type, or a task that no model of ours is for.
-    """
-    # PEFT's class for sequence to sequence asks the base model for an encoder and a decoder.
-    tasks = [task.value for task in TaskType if task != TaskType.SEQ_2_SEQ_LM]
-    base = getattr(config, "base_shape", None)
-    targets = getattr(config, "target_modules", None)
-    texts = ("base_model_name_or_path", "revision", "peft_version")
-    rules = [
-        *((name, "None or a string", isinstance(getattr(config, name, None), str | None)) for name in texts),
-        *(
-            (name, "True or False", isinstance(getattr(config, name), bool))
-            for name in ("inference_mode", "saves_embeddings")
-        ),
-        ("auto_mapping", "None or an object", isinstance(config.auto_mapping, Mapping | None)),
-        ("target_modules", "None, a name or names", targets is None or _are_names(targets)),
-        ("base_shape", "None or an object", base is None or (isinstance(base, Mapping) and _are_names(list(base)))),
-        ("task_type", f"None or one of {', '.join(tasks)}", config.task_type is None or config.task_type in tasks),
-    ]
-    for name, what, right in rules:
-        if not right:
-            raise ValueError(f"{type(config).__name__}.{name} must be {what}, got {shown(getattr(config, name))}")
-
-
-def _are_names(value: Any) -> bool:
-    """Tell whether a value is a string or a collection of strings."""
-    return isinstance(value, str) or (
-        isinstance(value, list | tuple | set) and all(isinstance(name, str) for name in value)
-    )

@@ -1,24 +1,27 @@
-"""What every method is to the layers above: a module attached to one attention module of a model."""
+"""Define what every method is to the layers above: a module attached to one attention module of a model."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Generic, Self, TypeVar
 from uuid import uuid4
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers.cache_utils import CacheLayerMixin
 
+from hf_sparse.core.cache import SparseCacheLayer
+from hf_sparse.core.config import SparseConfig
 from hf_sparse.core.lora import LowRank
 
-NO_CACHE = "a bidirectional attention module sees all tokens at once and has no KV cache: pass none"
+ConfigT = TypeVar("ConfigT", bound=SparseConfig)
+
+_NO_CACHE = "a bidirectional attention module sees all tokens at once and has no KV cache: pass none"
 
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """The attention module that a method is attached to.
+    """Describe the attention module that a method is attached to.
 
     Attributes:
         hidden_size: size of its input.
@@ -37,37 +40,47 @@ class AttentionShape:
     causal: bool = True
 
 
-class SparseAttentionLayer(nn.Module, BaseTunerLayer):
-    """One sparse attention method, attached to one attention module as its child `sparse_attention`.
+class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
+    """Hold one sparse attention method for one attention module, whose child `sparse_attention` it is.
 
     It speaks PEFT's layer protocol (`adapter_layer_names`, `set_adapter`, `enable_adapters`, ...), so that saving,
     switching and disabling need no second implementation; it works without a `PeftModel` all the same. Subclasses
     have two containers of learned modules by adapter, named in `adapter_layer_names`: their own, and one for LoRA, for
-    the adapters with a `lora_rank`. They write `at`, `make_parameters`, `attend` and `cache_layer`.
+    the adapters with a `lora_rank`. They write `for_shape`, `make_parameters`, `attend` and `make_cache_layer`.
 
     Attributes:
         label: what messages call the method.
-        fits: the fields of `AttentionShape` that the shapes of its parameters depend on.
+        shape_fields: the fields of `AttentionShape` that the shapes of its parameters depend on.
         unfitted: names of its buffers that are NaN until they are fitted.
-        cache_layer_type: the class of what `cache_layer` makes.
-        has_slots: whether it keeps a fixed number of keys and forgets the others; otherwise its cache holds them all.
+        cache_layer_type: the class of what `make_cache_layer` returns: a `CacheLayerMixin` of transformers that is a
+            `SparseCacheLayer`.
         layer, causal: see `AttentionShape`.
         configs: the configuration of each adapter.
+        identities: a text for each adapter that no other adapter has, for a name can be used again.
         last_for: the adapters for which no later layer is patched.
-        identities: of adapters: a name can be used again.
+
+    The patch that attaches the layer sets the rest:
+
+    Attributes:
+        is_managed: tells whether transformers manages the adapters of the model (its own `add_adapter` and
+            `load_adapter`).
+        on_toggle: is called when the method is switched on or off.
+        hooks: what to remove with the layer.
+        base_device: the device of the attention module.
+        linears: sizes (inputs, outputs) of the linear layers of the attention module where LoRA changes them, by name.
+        has_local_neighbours: whether the model has other layers with a sliding window of their own.
     """
 
     label: ClassVar[str]
-    fits: ClassVar[tuple[str, ...]]
+    shape_fields: ClassVar[tuple[str, ...]]
     unfitted: ClassVar[tuple[str, ...]] = ()
-    cache_layer_type: ClassVar[type[CacheLayerMixin]]
-    has_slots: ClassVar[bool]
+    cache_layer_type: ClassVar[type]
     layer: int
     causal: bool
 
     @classmethod
-    def at(cls, site: AttentionShape) -> Self:
-        """The method for one attention module, without adapters yet."""
+    def for_shape(cls, shape: AttentionShape) -> Self:
+        """Make the layer for one attention module, without adapters yet."""
         raise NotImplementedError
 
     def __init__(self) -> None:
@@ -75,28 +88,31 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer):
         self._disable_adapters = False
         self._active_adapter = []
         self.merged_adapters = []
-        self.configs: dict[str, Any] = {}
+        self.configs: dict[str, ConfigT] = {}
         self.identities: dict[str, str] = {}
-        # Set by the patch that attaches the method: whether transformers manages the adapters of the model (its own
-        # `add_adapter` and `load_adapter`), what to tell when the method is switched on or off, the hooks to remove,
-        # the device of the attention module, and the sizes of its linear layers where LoRA changes them.
+        self.last_for: set[str] = set()
         self.is_managed: Callable[[], bool] | None = None
         self.on_toggle: Callable[[bool], None] | None = None
         self.hooks: list[RemovableHandle] = []
-        self.home: torch.device | None = None
+        self.base_device: torch.device | None = None
         self.linears: dict[str, tuple[int, int]] = {}
-        self.last_for: set[str] = set()
-        self.beside_local = False  # whether the model has layers with a sliding window of their own
+        self.has_local_neighbours = False
 
     @classmethod
-    def check(cls, config: Any, site: AttentionShape) -> None:
-        """Raise `ValueError` for a configuration that does not fit the model; called before anything changes."""
+    def check(cls, config: ConfigT, shape: AttentionShape, num_layers: int) -> None:
+        """Raise `ValueError` for a configuration that does not fit the model; called before anything changes.
 
-    def make_parameters(self, config: Any) -> nn.Module:
-        """New learned parameters of one adapter."""
+        Args:
+            config: of the method.
+            shape: that of the first attention module.
+            num_layers: attention layers of the model.
+        """
+
+    def make_parameters(self, config: ConfigT) -> nn.Module:
+        """Make new learned parameters of one adapter."""
         raise NotImplementedError
 
-    def add_adapter(self, name: str, config: Any) -> None:
+    def add_adapter(self, name: str, config: ConfigT) -> None:
         """Create the learned parameters of one adapter. The first one becomes the active one."""
         self.configs[name] = config
         self.identities[name] = uuid4().hex
@@ -109,6 +125,7 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer):
             self.set_adapter(name, inference_mode=config.inference_mode)
 
     def delete_adapter(self, adapter_name: str) -> None:
+        """Remove the learned parameters of one adapter and all that is known of it."""
         self.configs.pop(adapter_name, None)
         self.identities.pop(adapter_name, None)
         self.last_for.discard(adapter_name)
@@ -122,7 +139,7 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer):
         *,
         hidden_states: Tensor,
         valid: Tensor | None,
-        cache: CacheLayerMixin | None,
+        cache: Any,
         scaling: float,
     ) -> Tensor:
         """Compute the attention of the new tokens.
@@ -132,7 +149,7 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer):
             key, value: `[B, Hkv, Tk, D]`, what the cache returned; without one, or of slots, those of the new tokens.
             hidden_states: `[B, T, C]`, the input of the attention module.
             valid: `[B, Tk]` bool, False for padding; `None` if every token is real.
-            cache: the layer that `cache_layer` made for this sequence, or `None`.
+            cache: the layer that `cache_layer` made for this sequence, a `SparseCacheLayer`, or `None`.
             scaling: multiplies the logits.
 
         Returns:
@@ -141,57 +158,68 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer):
         raise NotImplementedError
 
     def check_cache(self, cache: Any) -> None:
-        """Raise `ValueError` for a cache layer that this forward cannot go on with, before it counts new tokens.
+        """Refuse a cache layer that this forward cannot go on with, before it counts new tokens.
 
         Args:
-            cache: what `cache_layer` made.
-        """
+            cache: a cache layer, if all is well one that `cache_layer` made.
 
-    def cache_layer(self) -> CacheLayerMixin:
-        """A new, empty cache layer for one sequence batch.
-
-        Besides what transformers asks of a cache layer it has `announced` and `settle`. The patch sets `announced`
-        before each forward of the attention module and calls `settle` after the attention, so that `update` can tell a
-        model that attends densely by now. A layer of slots also has `empty`, `seen`, `cumulative_length`, `expect` and
-        `only_sparse`: `expect(real)` gets the count of real tokens per row that a mask shows before the new ones, and
-        `only_sparse` is False if dense layers with full attention may share the cache.
+        Raises:
+            ValueError: the attention is bidirectional, or the cache layer goes on with something else.
+            TypeError: it is not of `cache_layer_type`.
         """
+        if not self.causal:
+            raise ValueError(_NO_CACHE)
+        if not isinstance(cache, self.cache_layer_type):
+            raise TypeError(f"{self.label} needs its own cache layer, got {type(cache).__name__}")
+
+    def cache_layer(self) -> SparseCacheLayer:
+        """Make a new, empty cache layer for one batch of sequences.
+
+        Raises:
+            ValueError: the attention is bidirectional.
+        """
+        if not self.causal:
+            raise ValueError(_NO_CACHE)
+        return self.make_cache_layer()
+
+    def make_cache_layer(self) -> Any:
+        """Make the cache layer of this module, of `cache_layer_type`; called for causal attention alone."""
         raise NotImplementedError
 
     @property
     def lora(self) -> nn.ModuleDict:
-        """The `LowRank` of each adapter that has one."""
+        """Return the `LowRank` of each adapter that has one."""
         return getattr(self, self.adapter_layer_names[1])
 
     def low_rank(self, name: str, states: Tensor) -> Tensor | None:
-        """What LoRA adds to the output of the linear layer `name` for its input `[..., inputs]`; `None` for nothing."""
+        """Return what LoRA adds to the output of the linear layer `name` for its input `[..., inputs]`, or `None`."""
         if not self.is_active or self.active not in self.lora:
             return None
         return self.lora[self.active](name, states)
 
     @property
-    def config(self) -> Any:
-        """Configuration of the active adapter."""
+    def config(self) -> ConfigT:
+        """Return the configuration of the active adapter."""
         return self.configs[self.active]
 
     @property
     def is_active(self) -> bool:
-        """Whether this module attends sparsely: it is switched on, and the adapter in use has parameters here."""
+        """Tell whether this module attends sparsely: it is on, and the adapter in use has parameters here."""
         return not self.disable_adapters and self.is_used
 
-    def is_learning(self, cache: CacheLayerMixin | None) -> bool:
+    def is_learning(self, cache: Any) -> bool:
         """Tell a forward to learn from: in `train` mode, unless it generates, which fills a cache without gradients."""
         return self.training and (cache is None or torch.is_grad_enabled())
 
     @property
     def is_used(self) -> bool:
-        """Whether the adapter in use has parameters here; none is in use after the last one was deleted."""
+        """Tell whether the adapter in use has parameters here; none is in use after the last one was deleted."""
         names = self.active_adapters  # read once: a decoding step asks this of every layer
         return bool(names) and self._only(names) in self.configs
 
     @property
     def active(self) -> str:
-        """The name of the one adapter in use."""
+        """Return the name of the one adapter in use."""
         return self._only(self.active_adapters)
 
     @staticmethod
@@ -214,11 +242,11 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer):
             self.on_toggle(enabled)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """PEFT's last step for an adapter that it made without memory (`low_cpu_mem_usage`) and then loaded."""
-        self.to(device or self.home)
+        """Move an adapter that PEFT made without memory (`low_cpu_mem_usage`) and then loaded."""
+        self.to(device or self.base_device)
 
     def _replicate_for_data_parallel(self) -> nn.Module:
-        """Called by `torch.nn.DataParallel`, whose copies hold tensors in place of parameters: scorers would not learn.
+        """Refuse `torch.nn.DataParallel`, whose copies hold tensors in place of parameters: nothing would be learned.
 
         Raises:
             ValueError: always.
@@ -234,17 +262,3 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer):
 
     def unmerge(self) -> None:
         raise ValueError("sparse attention is never merged")
-
-
-def token_index(valid: Tensor | None, seen: Tensor | int, batch: int, length: int, device: torch.device) -> Tensor:
-    """Index of each new token among the real tokens of its row: `[B, T]` int64; padding repeats a neighbour's.
-
-    Args:
-        valid: `[B, T]` bool or `None`.
-        seen: real tokens of each row before these, `[B]` or one number.
-    """
-    if valid is None:
-        index = torch.arange(length, device=device).expand(batch, -1)
-    else:
-        index = (valid.cumsum(-1) - 1).clamp(min=0)
-    return index + (seen[:, None] if isinstance(seen, Tensor) else seen)

@@ -1,9 +1,10 @@
 """List the methods there are. Each registers itself in its package's `__init__`; all other code asks this list."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
+from hf_sparse.core.config import LAST_FIELDS, SparseConfig
 from hf_sparse.core.layer import SparseAttentionLayer
 
 
@@ -14,7 +15,7 @@ class Method:
     Attributes:
         name: what the command line, the tags of cards and messages call it: a lower-case word.
         peft_type: its name in PEFT and in an `adapter_config.json`, such as `"HF_SPARSE_SPARSEK"`.
-        config: the class of its configurations, a `PeftConfig`.
+        config: the class of its configurations.
         layer: the class of what is attached to an attention module.
         tuner: the class that PEFT makes of a model and a configuration, a `hf_sparse.tuner.SparseModel` with this
             `prefix`.
@@ -25,7 +26,7 @@ class Method:
 
     name: str
     peft_type: str
-    config: type
+    config: type[SparseConfig]
     layer: type[SparseAttentionLayer]
     tuner: type
     prefix: str
@@ -40,19 +41,26 @@ def add_method(method: Method) -> None:
     """Add a method to the list; `hf_sparse.tuner.register_method` makes it known to PEFT too.
 
     Raises:
+        TypeError: its configuration lacks the fields that every configuration ends with.
         ValueError: another one has this name.
     """
+    names = tuple(field.name for field in fields(method.config))
+    if names[-len(LAST_FIELDS) :] != LAST_FIELDS:
+        raise TypeError(
+            f"{method.config.__name__} must end with the fields {', '.join(LAST_FIELDS)} (see "
+            f"hf_sparse.core.config), got {', '.join(names[-len(LAST_FIELDS) :])}"
+        )
     if _METHODS.setdefault(method.peft_type, method) != method:
         raise ValueError(f"a method {method.peft_type!r} is registered already")
 
 
 def registered_methods() -> dict[str, Method]:
-    """All methods by their name in PEFT."""
+    """Return all methods by their name in PEFT."""
     return dict(_METHODS)
 
 
-def method_of(config: Any) -> Method:
-    """The method that a configuration is for.
+def method_of(config: object) -> Method:
+    """Return the method that a configuration is for.
 
     Raises:
         TypeError: it is for none of them.

@@ -3,7 +3,7 @@
 import torch
 
 from hf_sparse import unpatch
-from hf_sparse.methods.sparsek.baselines import POLICIES
+from hf_sparse.methods.sparsek.baselines import BASELINES
 from hf_sparse.patches import sparse_layers
 
 KIND = "encoder"
@@ -76,7 +76,7 @@ def test_window_only(subject, measure):
     """The baseline `recency` is a window: what all layers together cannot reach changes nothing."""
     model = subject.fresh(sinks=0)
     for method in sparse_layers(model):
-        method.policy = POLICIES["recency"]
+        method.policy = BASELINES["recency"]
     changed = subject.ids.clone()
     changed[:, -1] = (changed[:, -1] - 3) % 60 + 4  # another ordinary token
     window = 12  # that of the local layers of a hybrid model; one more than the budget's

@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 import hf_sparse
 from hf_sparse.errors import DataError
 from hf_sparse.evaluation import SELECTIONS, evaluate, perplexity, readable_bytes, selection, table
-from hf_sparse.methods.sparsek.baselines import POLICIES
+from hf_sparse.methods.sparsek.baselines import BASELINES
 from hf_sparse.patches import sparse_layers
 
 K, WINDOW, SINKS = 5, 6, 2
@@ -128,7 +128,7 @@ class TestTheModelComesBack:
         model.eval()
         first, second = sparse_layers(model)
         first.train()
-        second.policy = POLICIES["random"]
+        second.policy = BASELINES["random"]
         for method in (first, second):
             method.switch(not disabled)
         before = self.state(model)
@@ -137,7 +137,7 @@ class TestTheModelComesBack:
 
     @pytest.mark.parametrize("name", SELECTIONS)
     def test_after_an_exception(self, model, name):
-        sparse_layers(model)[0].policy = POLICIES["random"]
+        sparse_layers(model)[0].policy = BASELINES["random"]
         before = self.state(model)
         with pytest.raises(KeyboardInterrupt), selection(model, name):
             raise KeyboardInterrupt

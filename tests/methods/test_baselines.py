@@ -8,8 +8,9 @@ from transformers import CompileConfig, DynamicCache
 from hf_sparse import SparseKConfig, patch
 from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.methods.sparsek import SparseKAttention
-from hf_sparse.methods.sparsek.baselines import H2O, POLICIES, TOVA, AdaptivePolicy, SnapKV
+from hf_sparse.methods.sparsek.baselines import BASELINES, H2O, TOVA, AdaptiveBaseline, SnapKV
 from hf_sparse.methods.sparsek.baselines.adaptive import attention, visible
+from hf_sparse.methods.sparsek.budget import Budget
 from hf_sparse.ops import sparsek_attention
 from hf_sparse.patches import sparse_layers
 
@@ -18,7 +19,7 @@ K, WINDOW, SINKS = 4, 5, 2
 SLOTS = K + WINDOW + SINKS
 BUDGET = {"k": K, "window": WINDOW, "sinks": SINKS}
 LENGTH, SCALING = 40, 1.5
-ADAPTIVE = [name for name, policy in POLICIES.items() if policy.block is not None]
+ADAPTIVE = [name for name, policy in BASELINES.items() if policy.block is not None]
 
 
 def method(policy) -> SparseKAttention:
@@ -47,7 +48,7 @@ def take(tensors, rows, tokens):
 
 def attend(module, tensors, valid=None, cache=None):
     if cache is not None:
-        cache.announced = True
+        cache.begin_attention()
         cache.update(tensors["key"], tensors["value"])
     return module.attend(**tensors, valid=valid, cache=cache, scaling=SCALING)
 
@@ -110,7 +111,7 @@ def test_blocks_of_one_are_the_method_token_by_token(rule, pieces):
 
 def test_the_rules_differ_from_each_other_and_from_frozen_ones():
     tensors = inputs()
-    outputs = [attend(method(policy), tensors) for name, policy in POLICIES.items()]
+    outputs = [attend(method(policy), tensors) for name, policy in BASELINES.items()]
     for i, one in enumerate(outputs):
         assert all((one - other).abs().max() > 0.01 for other in outputs[:i])
 
@@ -179,7 +180,7 @@ def test_blocks_of_one_with_any_padding_equal_each_row_alone(rule, padding, piec
 
 @pytest.mark.parametrize("name", ADAPTIVE)
 def test_larger_blocks_with_padding_keep_the_slots_and_stay_finite(name):
-    module, tensors = method(POLICIES[name]), inputs()
+    module, tensors = method(BASELINES[name]), inputs()
     output, cache = in_pieces(module, tensors, [25, 1, 14], VALID["interior"])
     assert torch.isfinite(output).all()
     positions = cache.ordered()[3]
@@ -261,7 +262,7 @@ def test_the_attention_of_a_block_is_what_the_weights_say(name):
     query, key = torch.randn(1, HEADS * GROUP, 6, DIM), torch.randn(1, HEADS, 30, DIM)
     scores = torch.randn(1, HEADS, 30).round()  # with ties
     positions = torch.arange(30).expand(1, HEADS, -1)
-    seen = visible(scores, torch.arange(24, 30)[None], positions, **BUDGET)
+    seen = visible(scores, torch.arange(24, 30)[None], positions, Budget(**BUDGET))
     assert (seen.sum(-1) == SLOTS).all()
     value = torch.eye(30).expand(1, HEADS, -1, -1)
     wide = torch.nn.functional.pad(key, (0, 26)), torch.nn.functional.pad(query, (0, 26))
@@ -285,7 +286,7 @@ def test_snapkv_checks_its_options():
 
 @pytest.mark.parametrize("name", ADAPTIVE)
 def test_cropping_is_refused(name):
-    module, tensors = method(POLICIES[name]), inputs()
+    module, tensors = method(BASELINES[name]), inputs()
     _, cache = in_pieces(module, tensors, [6, 1])
     with pytest.raises(RuntimeError, match="the scores in this cache depend on all tokens so far"):
         cache.crop(-1)
@@ -319,7 +320,7 @@ MASK = torch.arange(50) >= torch.tensor([0, 17, 45])[:, None]
 
 
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "left"])
-@pytest.mark.parametrize("policy", [*(POLICIES[name] for name in FROZEN), H2O(block=1), TOVA(block=1)], ids=repr)
+@pytest.mark.parametrize("policy", [*(BASELINES[name] for name in FROZEN), H2O(block=1), TOVA(block=1)], ids=repr)
 def test_generate_equals_whole_forwards(model, policy, padded):
     using(model, policy)
     mask = MASK if padded else torch.ones_like(MASK)
@@ -333,7 +334,7 @@ def test_generate_equals_whole_forwards(model, policy, padded):
 
 @pytest.mark.parametrize("name", ["h2o", "tova", "snapkv"])
 def test_generate_equals_steps_through_a_cache(model, name):
-    using(model, POLICIES[name])
+    using(model, BASELINES[name])
     output = model.generate(IDS, max_new_tokens=20, do_sample=False)
     with torch.no_grad():
         cache, text = DynamicCache(config=model.config), IDS
@@ -345,7 +346,7 @@ def test_generate_equals_steps_through_a_cache(model, name):
     assert cache.layers[0].positions.amin() >= 0 and int(cache.layers[0].seen[0]) == 69
 
 
-@pytest.mark.parametrize("policy", [*(POLICIES[name] for name in FROZEN), H2O(block=1), TOVA(block=1)], ids=repr)
+@pytest.mark.parametrize("policy", [*(BASELINES[name] for name in FROZEN), H2O(block=1), TOVA(block=1)], ids=repr)
 def test_beams_carry_scores_and_memory(model, policy):
     """The best beam's score is that of a whole forward over its text."""
     using(model, policy)
@@ -358,7 +359,7 @@ def test_beams_carry_scores_and_memory(model, policy):
     torch.testing.assert_close(output.sequences_scores[0], total / 20, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("policy", [POLICIES[name] for name in FROZEN], ids=FROZEN)
+@pytest.mark.parametrize("policy", [BASELINES[name] for name in FROZEN], ids=FROZEN)
 @pytest.mark.parametrize("chunks", [[20, 30], [1, 2, 30, 1, 16]], ids=str)
 def test_frozen_policies_are_exact_in_chunks(model, policy, chunks):
     using(model, policy)
@@ -372,9 +373,9 @@ def test_frozen_policies_are_exact_in_chunks(model, policy, chunks):
     torch.testing.assert_close(torch.cat(parts, 1), whole, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("name", BASELINES)
 def test_within_the_slots_every_baseline_is_the_base_model(tiny_llama, name):
-    base, model = tiny_llama(), using(patch(tiny_llama(), SparseKConfig(k=30, window=20, sinks=2)), POLICIES[name])
+    base, model = tiny_llama(), using(patch(tiny_llama(), SparseKConfig(k=30, window=20, sinks=2)), BASELINES[name])
     with torch.no_grad():
         output, expected = model(IDS, use_cache=False).logits, base(IDS).logits
     torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
@@ -382,7 +383,7 @@ def test_within_the_slots_every_baseline_is_the_base_model(tiny_llama, name):
 
 @pytest.mark.parametrize("name", ["key_difference", "h2o", "snapkv"])
 def test_decoding_steps_compile_once(model, name):
-    using(model, POLICIES[name])
+    using(model, BASELINES[name])
     torch._dynamo.reset()
     counters.clear()
     config = CompileConfig(fullgraph=True, backend="eager", mode=None)
@@ -397,11 +398,11 @@ def test_decoding_steps_compile_once(model, name):
 
 def test_the_oracle_cannot_generate(model):
     with pytest.raises(ValueError, match="the oracle selects by the attention of queries to come"):
-        using(model, POLICIES["oracle"]).generate(IDS, max_new_tokens=2, do_sample=False)
+        using(model, BASELINES["oracle"]).generate(IDS, max_new_tokens=2, do_sample=False)
 
 
-def test_a_policy_of_ones_own_needs_an_update_alone(model):
-    class Received(AdaptivePolicy):
+def test_a_new_adaptive_baseline_needs_an_update_alone(model):
+    class Received(AdaptiveBaseline):
         def update(self, scores, weights, positions):
             return weights.amax(2)
 

@@ -7,7 +7,7 @@ from transformers.cache_utils import DynamicLayer
 
 from hf_sparse import SparseKConfig
 from hf_sparse.methods.sparsek import SparseKAttention
-from hf_sparse.methods.sparsek.baselines import POLICIES, Arrivals, random, recency
+from hf_sparse.methods.sparsek.baselines import BASELINES, Arrivals, random, recency
 from hf_sparse.ops import sparsek_attention
 
 HIDDEN, HEADS, GROUP, DIM = 16, 2, 2, 4
@@ -104,10 +104,10 @@ def test_random_keeps_window_and_k():
     assert torch.equal(attend(module.train(), tensors), output)
 
 
-@pytest.mark.parametrize("name", sorted(POLICIES.keys() - {"recency", "random"}))
+@pytest.mark.parametrize("name", sorted(BASELINES.keys() - {"recency", "random"}))
 def test_other_baselines_are_refused(name):
     module = method()
-    module.policy = POLICIES[name]
+    module.policy = BASELINES[name]
     with pytest.raises(ValueError, match="the baselines of encoders are recency \\(a window\\) and random"):
         attend(module, inputs())
 

@@ -24,9 +24,9 @@ def stream(length: int, kind: str = "normal"):
 
 
 def update(layer, keys, values):
-    layer.announced = True
+    layer.begin_attention()
     updated = layer.update(keys, values)
-    layer.settle()
+    layer.end_attention()
     return updated
 
 
@@ -262,11 +262,11 @@ def test_offloading_waits_for_the_attention():
     layer, (keys, values, _) = filled_layer()
     moves = []
     layer._each = lambda change: moves.append(change)
-    layer.announced = True
+    layer.begin_attention()
     layer.update(keys, values)
     layer.offload()
     assert not moves
-    layer.settle()
+    layer.end_attention()
     assert len(moves) == 1
     assert moves[0](torch.zeros(1)).device.type == "cpu"
     update(layer, keys, values)
@@ -284,9 +284,25 @@ def test_an_empty_layer_is_not_moved():
 
 def test_a_mask_may_not_change_what_has_come():
     layer, _ = filled_layer(30)
-    layer.expect(torch.tensor([30, 30, 30]))
+    mask = torch.ones(3, 35, dtype=torch.bool)
+    update(layer, torch.zeros(3, HEADS, 5, DIM), torch.zeros(3, HEADS, 5, DIM))
+    assert layer.check_mask(mask, 5).shape == (3, 5)
+    assert layer.check_mask(None, 5) is None
+    mask[1, 3:5] = False
     with pytest.raises(ValueError, match=r"\[30, 28, 30\] real tokens .* taken in \[30, 30, 30\] as real"):
-        layer.expect(torch.tensor([30, 28, 30]))
+        layer.check_mask(mask, 5)
+    assert torch.equal(layer.check_mask(mask, 1), mask[:, -1:])  # a single step does not wait for the device
+
+
+def test_a_mask_has_a_column_for_each_new_token():
+    layer, _ = filled_layer(30)
+    with pytest.raises(ValueError, match="must have a column for each of 5 tokens, got 4"):
+        layer.check_mask(torch.ones(3, 4, dtype=torch.bool), 5)
+    empty = SparseKCacheLayer(K, WINDOW, SINKS)
+    with pytest.raises(ValueError, match="must have a column for each of 5 tokens, got 6"):
+        empty.check_mask(torch.ones(3, 6, dtype=torch.bool), 5)
+    mask = torch.ones(3, 5, dtype=torch.bool)
+    assert empty.check_mask(mask, 5) is mask and empty.check_mask(None, 5) is None
 
 
 def test_counts():
@@ -297,7 +313,7 @@ def test_counts():
     assert new_keys is keys and new_values is values
     assert layer.get_seq_length() == 7
     assert layer.get_mask_sizes(3) == (3, 0)
-    layer.only_sparse = False
+    layer.share_mask_sizes()
     assert layer.get_mask_sizes(3) == (10, 0)
     assert layer.get_max_length() == -1
 
@@ -355,13 +371,13 @@ def test_after_compiled_steps_the_length_is_read_off_the_tensor():
 
     @torch.compile(backend="eager", fullgraph=True)
     def step(keys, values):
-        layer.announced = True
+        layer.begin_attention()
         layer.update(keys, values)
         return layer.get_seq_length() + 0
 
     for _ in range(4):
         lengths.append(int(step(keys, values)))
-        layer.settle()
+        layer.end_attention()
     assert lengths == [2, 3, 4, 5]
     assert type(layer.get_seq_length()) is int and layer.get_seq_length() == 5
     update(layer, keys, values)

@@ -25,16 +25,16 @@ def test_a_method_is_found_by_its_configuration_and_says_what_the_layers_above_a
     config = method.config()
     assert method_of(config) is method
     assert config.peft_type == name
-    site = AttentionShape(32, 4, 2, 8, layer=3)
+    shape = AttentionShape(32, 4, 2, 8, layer=3)
     kind = method.layer
-    assert isinstance(kind.label, str) and set(kind.fits) <= set(vars(site)) and isinstance(kind.has_slots, bool)
-    module = kind.at(site)
+    assert isinstance(kind.label, str) and set(kind.shape_fields) <= set(vars(shape))
+    module = kind.for_shape(shape)
     assert isinstance(module, kind) and (module.layer, module.causal) == (3, True) and module.configs == {}
     module.add_adapter("default", config)
     assert module.config is config
     assert type(module.cache_layer()) is kind.cache_layer_type
     assert all(parameter.startswith(method.prefix) for parameter, _ in module.named_parameters())
-    assert not kind.at(AttentionShape(32, 4, 4, 8, layer=0, causal=False)).causal
+    assert not kind.for_shape(AttentionShape(32, 4, 4, 8, layer=0, causal=False)).causal
 
 
 def test_other_configurations_are_refused():

@@ -72,7 +72,7 @@ def test_long_texts_are_scored_piece_by_piece(kind, monkeypatch):
     wanted, upstream = [inputs, *module.parameters()], torch.randn(2, 3, 23)
     whole = score(module, inputs)
     gradients = torch.autograd.grad(whole, wanted, upstream)
-    monkeypatch.setattr("hf_sparse.methods.sparsek.scorer._AT_ONCE", 2 * 16 * 5)
+    monkeypatch.setattr("hf_sparse.methods.sparsek.scorer._PIECE", 2 * 16 * 5)
     pieces = score(module, inputs)
     assert torch.equal(pieces, whole)
     for gradient, expected in zip(torch.autograd.grad(pieces, wanted, upstream), gradients, strict=True):
@@ -90,7 +90,7 @@ def test_the_backward_needs_the_input_only(kind, states, monkeypatch):
         scores = score(module, inputs)
     assert [t.dtype for t in kept if t.shape == inputs.shape] == [states] and all(t.numel() <= 24 * 16 for t in kept)
     gradients = torch.autograd.grad(scores, wanted, upstream)
-    monkeypatch.setattr(module, "_of_piece", module.score)
+    monkeypatch.setattr(module, "_score_piece", module.score)
     expected = score(module, inputs)
     assert torch.equal(scores, expected)
     for gradient, other in zip(gradients, torch.autograd.grad(expected, wanted, upstream), strict=True):

@@ -6,13 +6,13 @@ import torch.nn.functional as F
 
 from hf_sparse import SparseKConfig
 from hf_sparse.methods.sparsek import SparseKAttention
-from hf_sparse.methods.sparsek.baselines import POLICIES, Arrivals, KeyDifference, KeyNorm, Oracle, random, recency
+from hf_sparse.methods.sparsek.baselines import BASELINES, Arrivals, KeyDifference, KeyNorm, Oracle, random, recency
 from hf_sparse.ops import sparsek_attention
 
 HIDDEN, HEADS, GROUP, DIM = 16, 2, 2, 4
 BUDGET = {"k": 4, "window": 5, "sinks": 2}
 LENGTH = 40
-FROZEN = [name for name, policy in POLICIES.items() if policy.block is None]
+FROZEN = [name for name, policy in BASELINES.items() if policy.block is None]
 CAUSAL = [name for name in FROZEN if name != "oracle"]
 VALID = {
     "left": torch.arange(LENGTH) >= torch.tensor([0, 6, 30])[:, None],
@@ -48,7 +48,7 @@ def inputs(batch: int = 3) -> dict[str, torch.Tensor]:
 def attend(module, tensors, valid=None, cache=None, tokens=slice(None)):
     part = {name: t[:, tokens] if name == "hidden_states" else t[:, :, tokens] for name, t in tensors.items()}
     if cache is not None:
-        cache.announced = True
+        cache.begin_attention()
         cache.update(part["key"], part["value"])
     return module.attend(**part, valid=None if valid is None else valid[:, tokens], cache=cache, scaling=0.7)
 
@@ -64,7 +64,7 @@ def in_pieces(module, tensors, pieces, valid=None, cache=None):
 
 @pytest.mark.parametrize("name", FROZEN)
 def test_scores_are_float32_and_finite(name):
-    scores = POLICIES[name](arrivals(key=torch.randn(3, 2, 20, DIM), index=torch.arange(20).expand(3, -1), layer=5))
+    scores = BASELINES[name](arrivals(key=torch.randn(3, 2, 20, DIM), index=torch.arange(20).expand(3, -1), layer=5))
     assert scores.shape == (3, 2, 20) and scores.dtype == torch.float32 and torch.isfinite(scores).all()
 
 
@@ -170,7 +170,7 @@ def test_the_oracle_refuses_a_cache(length):
 @pytest.mark.parametrize("padding", ["none", *VALID])
 @pytest.mark.parametrize("name", CAUSAL)
 def test_any_pieces_and_any_padding_equal_each_row_alone(name, padding, pieces):
-    module, tensors = method(POLICIES[name]), inputs()
+    module, tensors = method(BASELINES[name]), inputs()
     valid = VALID.get(padding)
     output, cache = in_pieces(module, tensors, pieces, valid)
     real = torch.ones(3, LENGTH, dtype=torch.bool) if valid is None else valid
@@ -191,7 +191,7 @@ def test_any_pieces_and_any_padding_equal_each_row_alone(name, padding, pieces):
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_a_cache_that_was_reset_begins_anew(name):
-    module, tensors = method(POLICIES[name]), inputs()
+    module, tensors = method(BASELINES[name]), inputs()
     expected, cache = in_pieces(module, tensors, [20, 20])
     cache.reset()
     again, _ = in_pieces(module, tensors, [20, 20], cache=cache)
@@ -200,9 +200,9 @@ def test_a_cache_that_was_reset_begins_anew(name):
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_cropping_is_exact_or_refused(name):
-    module, tensors = method(POLICIES[name]), inputs()
+    module, tensors = method(BASELINES[name]), inputs()
     _, cache = in_pieces(module, tensors, [6, 1, 1])
-    if POLICIES[name].remembers:
+    if BASELINES[name].depends_on_text:
         with pytest.raises(RuntimeError, match="the scores in this cache depend on all tokens so far"):
             cache.crop(-3)
         return

@@ -87,7 +87,7 @@ def attend(module, query, key, value, valid=None, cache=None):
 
 
 def build(causal=True, fitted=True, **changes):
-    module = SparsefinderAttention.at(AttentionShape(32, HEADS, KV_HEADS, DIM, layer=0, causal=causal))
+    module = SparsefinderAttention.for_shape(AttentionShape(32, HEADS, KV_HEADS, DIM, layer=0, causal=causal))
     module.add_adapter("default", SparsefinderConfig(**{**SIZES, **changes}))
     module.eval()
     with torch.no_grad():
@@ -277,7 +277,7 @@ def test_any_split_with_a_cache_equals_the_whole(causal_module, chunks):
         new = slice(begin, begin + length)
         keys, values = cache.update(key[:, :, new], value[:, :, new])
         parts.append(attend(causal_module, query[:, :, new], keys, values, cache=cache))
-        cache.settle()
+        cache.end_attention()
         begin += length
     torch.testing.assert_close(torch.cat(parts, 2), whole, rtol=0, atol=1e-5)
 
@@ -386,7 +386,7 @@ def test_training_attends_to_all_keys():
 
 @pytest.mark.parametrize("alpha", [1.2, 1.5, 1.9])
 def test_alpha_starts_where_it_is_set(alpha):
-    module = SparsefinderAttention.at(AttentionShape(32, HEADS, KV_HEADS, DIM, 0))
+    module = SparsefinderAttention.for_shape(AttentionShape(32, HEADS, KV_HEADS, DIM, 0))
     module.add_adapter("a", SparsefinderConfig(alpha=alpha, learn_alpha=True, initial_scale=0.25))
     torch.testing.assert_close(module.parameters_in_use.alpha, torch.full((HEADS,), alpha))
     torch.testing.assert_close(module.parameters_in_use.scale, torch.full((HEADS,), 0.25))
@@ -443,11 +443,11 @@ def test_a_predictor_that_was_never_fitted_is_refused(predictor, what):
 
 
 def test_settings_that_do_not_fit_the_model_are_refused():
-    site = AttentionShape(32, HEADS, KV_HEADS, DIM, layer=0, causal=True)
+    shape = AttentionShape(32, HEADS, KV_HEADS, DIM, layer=0, causal=True)
     with pytest.raises(ValueError, match="rank must be at most the size of a head, 8, got 9"):
-        SparsefinderAttention.check(SparsefinderConfig(rank=9), site)
+        SparsefinderAttention.check(SparsefinderConfig(rank=9), shape, num_layers=2)
     with pytest.raises(ValueError, match="a causal model has not seen: use bin_kind='shared' and balanced=False"):
-        SparsefinderAttention.check(SparsefinderConfig(balanced=True), site)
+        SparsefinderAttention.check(SparsefinderConfig(balanced=True), shape, num_layers=2)
 
 
 def test_an_encoder_has_no_cache():

@@ -18,9 +18,9 @@ def feed(layer, begin, end, owner="me"):
     """One forward: the keys come, then their codes."""
     part = KEYS[:, :, begin:end]
     layer.update(part, -part)
-    layer.announced = True
+    layer.begin_attention()
     found = layer.append(*codes(part), owner)
-    layer.settle()
+    layer.end_attention()
     return found
 
 
@@ -40,7 +40,6 @@ def test_prefill_and_steps_append():
     for begin, end in ((0, 5), (5, 6), (6, 7), (7, 12)):
         found = feed(layer, begin, end)
         assert all(map(torch.equal, found, codes(KEYS[:, :, :end])))
-        assert not layer.announced
         check(layer, KEYS[:, :, :end])
     assert layer.get_seq_length() == 12 and layer.get_mask_sizes(1) == (13, 0)
 
@@ -109,7 +108,7 @@ def test_an_empty_layer_takes_every_operation():
     layer.crop(-1)
     layer.prefetch()
     layer.offload()
-    layer.settle()
+    layer.end_attention()
     layer.reset()
     assert layer.key_codes is None and layer.get_seq_length() == 0
 
@@ -117,7 +116,7 @@ def test_an_empty_layer_takes_every_operation():
 def test_a_predictor_without_codes_has_an_ordinary_cache():
     layer = SparsefinderCacheLayer()
     layer.update(KEYS, -KEYS)
-    layer.settle()
+    layer.end_attention()
     layer.crop(-2)
     layer.batch_select_indices(torch.tensor([1]))
     assert layer.key_codes is None and torch.equal(layer.keys, KEYS[1:2, :, :10])
@@ -133,7 +132,7 @@ def test_codes_follow_their_keys_off_the_device_and_back():
     assert places(layer) == {"meta"}
     layer = filled(5)
     layer.keys, layer.values = layer.keys.to("meta"), layer.values.to("meta")  # offloaded between update and attention
-    layer.settle()
+    layer.end_attention()
     assert places(layer) == {"meta"}
     layer = filled(5)
     layer.offload()

@@ -35,7 +35,7 @@ def take(tensors: dict[str, torch.Tensor], rows, tokens) -> dict[str, torch.Tens
 
 def attend(module, tensors, valid=None, cache=None):
     if cache is not None:
-        cache.announced = True
+        cache.begin_attention()
         cache.update(tensors["key"], tensors["value"])
     return module.attend(**tensors, valid=valid, cache=cache, scaling=0.7)
 

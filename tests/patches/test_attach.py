@@ -145,8 +145,11 @@ class _Attention(torch.nn.Module):
             setattr(self, name, value)
 
 
+_ATTENTION = f"{__name__}:_Attention"
+
+
 def test_the_defaults_of_a_family():
-    family = Family(("some",), attention=lambda: _Attention, hidden_size=lambda m: 1, num_key_value_heads=lambda m: 1)
+    family = Family(("some",), attention=_ATTENTION, hidden_size=lambda m: 1, num_key_value_heads=lambda m: 1)
     plain, encoder = _Attention(sliding_window=None), _Attention(is_causal=False)
     local, cross = _Attention(sliding_window=4, is_causal=True), _Attention(is_cross_attention=True)
     assert [family.causal(module) for module in (plain, encoder, local)] == [True, False, True]
@@ -158,10 +161,10 @@ def test_the_defaults_of_a_family():
 
 @pytest.mark.parametrize("name", ["head_dim", "attention_head_size", "head_size"])
 def test_a_family_tells_what_its_modules_look_like(name):
-    family = Family(("some",), attention=lambda: _Attention, hidden_size=lambda m: 24, num_key_value_heads=lambda m: 2)
+    family = Family(("some",), attention=_ATTENTION, hidden_size=lambda m: 24, num_key_value_heads=lambda m: 2)
     module = _Attention(config=SimpleNamespace(num_attention_heads=6), is_causal=False, **{name: 4})
     expected = AttentionShape(24, num_attention_heads=6, num_key_value_heads=2, head_dim=4, layer=5, causal=False)
-    assert family.site(module, layer=5) == expected
+    assert family.shape_of(module, layer=5) == expected
 
 
 def test_methods_are_found_by_kind(tiny_llama):
@@ -177,7 +180,7 @@ def test_families():
         register_family(
             Family(
                 model_types=("llama",),
-                attention=lambda: torch.nn.Module,
+                attention="torch.nn:Module",
                 hidden_size=lambda module: 1,
                 num_key_value_heads=lambda module: 1,
             )

@@ -265,7 +265,7 @@ def test_an_offloaded_cache(model, monkeypatch):
     moves = []
     each = SparseKCacheLayer._each
     monkeypatch.setattr(
-        SparseKCacheLayer, "_each", lambda layer, change: (moves.append(layer.announced), each(layer, change))
+        SparseKCacheLayer, "_each", lambda layer, change: (moves.append(layer.in_attention), each(layer, change))
     )
     offloaded = model.generate(IDS, **with_cache(cache), max_new_tokens=10, do_sample=False)
     assert torch.equal(offloaded, model.generate(IDS, max_new_tokens=10, do_sample=False))

@@ -65,11 +65,13 @@ def test_every_family_is_patched_and_unpatched(name):
     model = family.make()
     before, config = logits(model), model.config.to_dict()
     patch(model, SparsefinderConfig(predictor="full"))
-    sites = [method.site for method in sparse_layers(model, SparsefinderAttention)]
+    shapes = [method.shape for method in sparse_layers(model, SparsefinderAttention)]
     query_heads, kv_heads = model.config.num_attention_heads, getattr(model.config, "num_key_value_heads", 4)
-    assert {(site.num_attention_heads, site.num_key_value_heads) for site in sites} == {(query_heads, kv_heads)}
-    assert {site.head_dim for site in sites} == {family.settings.get("head_dim", 8)}
-    assert [site.layer for site in sites] == [i for i in range(len(sites) + len(family.local)) if i not in family.local]
+    assert {(shape.num_attention_heads, shape.num_key_value_heads) for shape in shapes} == {(query_heads, kv_heads)}
+    assert {shape.head_dim for shape in shapes} == {family.settings.get("head_dim", 8)}
+    assert [shape.layer for shape in shapes] == [
+        i for i in range(len(shapes) + len(family.local)) if i not in family.local
+    ]
     assert (logits(model) - before).abs().max() > 0.05
     unpatch(model)
     assert torch.equal(logits(model), before) and model.config.to_dict() == config

@@ -1,4 +1,4 @@
-"""Sparsefinder: entmax attention over a graph that is predicted from small projections of queries and keys."""
+"""Attend with entmax over a graph that is predicted from small projections of queries and keys: Sparsefinder."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Sparsefinder attached to one attention module: code the new tokens, predict their graph, attend over it."""
+"""Attach Sparsefinder to one attention module: code the new tokens, predict their graph, attend over it."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -6,9 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import CacheLayerMixin
 
-from hf_sparse.core.layer import NO_CACHE, AttentionShape, SparseAttentionLayer
+from hf_sparse.core.layer import AttentionShape, SparseAttentionLayer
 from hf_sparse.methods.sparsefinder.cache import SparsefinderCacheLayer
 from hf_sparse.methods.sparsefinder.config import SparsefinderConfig
 from hf_sparse.methods.sparsefinder.padding import PackedBatch
@@ -25,8 +24,8 @@ Pattern = Callable[[AttentionInputs], Tiles | Tensor | None]
 Observer = Callable[[AttentionInputs, Tiles | Tensor | None, Certificate | None], None]
 
 
-class SparsefinderAttention(SparseAttentionLayer):
-    """Sparsefinder for one attention module.
+class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
+    """Attend as Sparsefinder does, in one attention module.
 
     In `train` mode attention is entmax over all keys, which is what the logit scales are trained with; in `eval` mode,
     and wherever a cache is filled without gradients, as in generation, over the predicted graph. Rows with padding are
@@ -40,15 +39,15 @@ class SparsefinderAttention(SparseAttentionLayer):
     """
 
     label = "Sparsefinder"
-    fits = ("num_attention_heads", "num_key_value_heads", "head_dim")
+    shape_fields = ("num_attention_heads", "num_key_value_heads", "head_dim")
     unfitted = ("centroids", "boundaries", "profile", "budgets")
     adapter_layer_names = ("sparsefinder_parameters", "sparsefinder_lora")
     cache_layer_type = SparsefinderCacheLayer
-    has_slots = False
+    has_slots = False  # for what measures and describes adapters
 
-    def __init__(self, site: AttentionShape) -> None:
+    def __init__(self, shape: AttentionShape) -> None:
         super().__init__()
-        self.site, self.layer, self.causal = site, site.layer, site.causal
+        self.shape, self.layer, self.causal = shape, shape.layer, shape.causal
         self.sparsefinder_parameters = nn.ModuleDict()
         self.sparsefinder_lora = nn.ModuleDict()
         self.pattern: Pattern | None = None
@@ -56,39 +55,36 @@ class SparsefinderAttention(SparseAttentionLayer):
         self.observer: Observer | None = None
 
     @classmethod
-    def at(cls, site: AttentionShape) -> "SparsefinderAttention":
-        return cls(site)
+    def for_shape(cls, shape: AttentionShape) -> "SparsefinderAttention":
+        """Make the layer for one attention module, without adapters yet."""
+        return cls(shape)
 
     @classmethod
-    def check(cls, config: SparsefinderConfig, site: AttentionShape) -> None:
-        if config.rank > site.head_dim:
+    def check(cls, config: SparsefinderConfig, shape: AttentionShape, num_layers: int) -> None:
+        """Raise `ValueError` for a rank above the size of a head, or a predictor that a causal model cannot have."""
+        if config.rank > shape.head_dim:
             raise ValueError(
-                f"SparsefinderConfig.rank must be at most the size of a head, {site.head_dim}, got {config.rank}"
+                f"SparsefinderConfig.rank must be at most the size of a head, {shape.head_dim}, got {config.rank}"
             )
-        if site.causal and predictor_of(config).needs_whole_text:
+        if shape.causal and predictor_of(config).needs_whole_text:
             raise ValueError(
                 "fixed bins and balanced clusters rank the tokens of a whole text, which a causal model has not seen: "
                 "use bin_kind='shared' and balanced=False"
             )
 
     def make_parameters(self, config: SparsefinderConfig) -> SparsefinderParameters:
-        return SparsefinderParameters(config, self.site)
-
-    @property
-    def config(self) -> SparsefinderConfig:
-        """Configuration of the active adapter."""
-        return self.configs[self.active]
+        """Make new learned parameters of one adapter."""
+        return SparsefinderParameters(config, self.shape)
 
     @property
     def parameters_in_use(self) -> SparsefinderParameters:
-        """Parameters of the active adapter."""
+        """Return the parameters of the active adapter."""
         learned = self.sparsefinder_parameters[self.active]
         assert isinstance(learned, SparsefinderParameters)
         return learned
 
-    def cache_layer(self) -> SparsefinderCacheLayer:
-        if not self.causal:
-            raise ValueError(NO_CACHE)
+    def make_cache_layer(self) -> SparsefinderCacheLayer:
+        """Make a cache layer for all keys, values and codes."""
         return SparsefinderCacheLayer()
 
     def attend(
@@ -99,13 +95,12 @@ class SparsefinderAttention(SparseAttentionLayer):
         *,
         hidden_states: Tensor,
         valid: Tensor | None,
-        cache: CacheLayerMixin | None,
+        cache: Any,
         scaling: float,
     ) -> Tensor:
-        if cache is not None and not self.causal:
-            raise ValueError(NO_CACHE)
-        if cache is not None and not isinstance(cache, SparsefinderCacheLayer):
-            raise TypeError(f"Sparsefinder needs its own cache layer, got {type(cache).__name__}")
+        """Attend over all keys in training, and over the predicted graph elsewhere; see `SparseAttentionLayer`."""
+        if cache is not None:
+            self.check_cache(cache)
         keys = key.shape[2]
         if valid is not None and valid.shape[1] != keys:
             raise ValueError(f"the attention mask must cover all {keys} keys, got {valid.shape[1]} columns")
@@ -169,6 +164,7 @@ class SparsefinderAttention(SparseAttentionLayer):
         return output
 
     def _over_graph(self, text: AttentionInputs, codes: Codes | None, predicts: bool) -> Tensor:
+        """Attend over the predicted graph, over that of `pattern`, or over all keys."""
         config, learned = self.config, self.parameters_in_use
         graph: Tiles | Tensor | None = None
         if self.pattern is not None:

@@ -1,4 +1,4 @@
-"""All keys and values, as in an ordinary cache, and beside them the codes that the graph is predicted from.
+"""Keep all keys and values, as an ordinary cache, and beside them the codes that the graph is predicted from.
 
 A code (clusters, bins or the projected point) is a function of its token alone, so a token keeps it for as long as it
 stays. Queries keep theirs too: those of a few tokens describe the tile of queries that comes next.
@@ -8,18 +8,18 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import DynamicLayer
+
+from hf_sparse.core.cache import GrowingCacheLayer
 
 
-class SparsefinderCacheLayer(DynamicLayer):
-    """A `DynamicLayer` with codes.
+class SparsefinderCacheLayer(GrowingCacheLayer):
+    """Keep the codes of all tokens beside their keys and values.
 
     Attributes:
         keys, values: `[B, Hkv, T, D]`.
         query_codes, key_codes: `[B, Hq, T, c]` and `[B, Hkv, T, c]`, int64 or float32; `None` before the first, and
             for a predictor without codes.
         owner: whose codes these are; those of two predictors do not compare.
-        announced: see `SparseAttentionLayer.cache_layer`; not needed here, where dense attention finds all keys.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,6 @@ class SparsefinderCacheLayer(DynamicLayer):
         self.query_codes: Tensor | None = None
         self.key_codes: Tensor | None = None
         self.owner: object = None
-        self.announced = False
 
     def append(self, query_codes: Tensor, key_codes: Tensor, owner: object) -> tuple[Tensor, Tensor]:
         """Keep the codes of the tokens whose keys `update` has just taken in.
@@ -37,7 +36,7 @@ class SparsefinderCacheLayer(DynamicLayer):
             owner: identity of the predictor that made them.
 
         Returns:
-            Those of all tokens, `[B, Hq, T, c]` and `[B, Hkv, T, c]`.
+            The codes of all tokens, `[B, Hq, T, c]` and `[B, Hkv, T, c]`.
 
         Raises:
             ValueError: the codes that are here are another predictor's, or dense attention took tokens in.
@@ -55,9 +54,8 @@ class SparsefinderCacheLayer(DynamicLayer):
         self.query_codes, self.key_codes, self.owner = query_codes, key_codes, owner
         return query_codes, key_codes
 
-    def settle(self) -> None:
-        """The attention is done; where the keys were offloaded in the meantime, the codes follow them."""
-        self.announced = False
+    def end_attention(self) -> None:
+        """Move the codes where the keys are, if they were offloaded before the attention."""
         if self.keys is not None:
             device = self.keys.device
             self._each(lambda codes: codes.to(device, non_blocking=True))

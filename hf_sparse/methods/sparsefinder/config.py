@@ -10,12 +10,10 @@ from hf_sparse.core.checks import (
     MOST_WIDTH,
     expected_integer,
     expected_number,
-    indices,
     is_finite,
     is_integer,
 )
-from hf_sparse.core.lora import LoraSettings
-from hf_sparse.core.saved_modules import SavedModules
+from hf_sparse.core.config import BASE_SHAPE, LAYERS, TARGET_MODULES, SparseConfig
 
 # PEFT's error for a type it does not know is nothing but this name, so the name says what to import.
 PEFT_TYPE = "HF_SPARSE_SPARSEFINDER"
@@ -31,12 +29,13 @@ LEAST_ALPHA = 1.01
 
 
 def _is_tile(value: Any) -> bool:
+    """Tell whether a value is a size of tiles that there is."""
     return is_integer(value, 1) and value in TILES
 
 
 @dataclass
-class SparsefinderConfig(LoraSettings, SavedModules):
-    """Sparsefinder: alpha-entmax attention over a predicted graph of queries and keys.
+class SparsefinderConfig(SparseConfig):
+    """Configure Sparsefinder: alpha-entmax attention over a predicted graph of queries and keys.
 
     Treviso et al. 2022 (arXiv 2109.12188). Ours are the learned logit scale per head, which a softmax checkpoint needs,
     and the causal graph of tiles, which generation needs.
@@ -170,15 +169,9 @@ class SparsefinderConfig(LoraSettings, SavedModules):
     per_group: bool = field(
         default=False, metadata={"help": "One graph of tiles for the query heads that share a KV head."}
     )
-    layers: list[int] | None = field(
-        default=None, metadata={"help": "Indices of the layers to patch; None is all of them."}
-    )
-    target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Filled in when attached: names of the patched attention modules."}
-    )
-    base_shape: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Filled in when attached: what the base model must look like."}
-    )
+    layers: list[int] | None = field(default=None, metadata=LAYERS)
+    target_modules: list[str] | str | None = field(default=None, metadata=TARGET_MODULES)
+    base_shape: dict[str, Any] | None = field(default=None, metadata=BASE_SHAPE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -186,22 +179,18 @@ class SparsefinderConfig(LoraSettings, SavedModules):
         for name, options in (("predictor", get_args(Predictor)), ("bin_kind", get_args(Bins))):
             if getattr(self, name) not in options:
                 raise ValueError(self._expected(name, f"one of {', '.join(map(repr, options))}"))
-        for name, least, most in (
-            ("rank", 1, MOST_WIDTH),
-            ("clusters", 2, MOST_WIDTH),
-            ("top_clusters", 1, MOST_WIDTH),
-            ("cluster_parts", 1, MOST_WIDTH),
-            ("bins", 2, MOST_WIDTH),
-            ("bin_width", 1, MOST_TOKENS),
-            ("length", 1, MOST_TOKENS),
-            ("window", 0, MOST_TOKENS),
-            ("global_tokens", 0, MOST_TOKENS),
-        ):
-            if not is_integer(getattr(self, name), least, most):
-                raise ValueError(self._expected(name, expected_integer(getattr(self, name), least, most)))
-        for switch in (f.name for f in fields(self) if f.type in (bool, "bool")):
-            if not isinstance(getattr(self, switch), bool):
-                raise ValueError(self._expected(switch, "True or False"))
+        self._check_integers(
+            rank=(1, MOST_WIDTH),
+            clusters=(2, MOST_WIDTH),
+            top_clusters=(1, MOST_WIDTH),
+            cluster_parts=(1, MOST_WIDTH),
+            bins=(2, MOST_WIDTH),
+            bin_width=(1, MOST_TOKENS),
+            length=(1, MOST_TOKENS),
+            window=(0, MOST_TOKENS),
+            global_tokens=(0, MOST_TOKENS),
+        )
+        self._check_switches(*(f.name for f in fields(self) if f.type in (bool, "bool")))
         if self.top_clusters > self.clusters:
             raise ValueError(self._expected("top_clusters", f"at most the number of clusters, {self.clusters}"))
         if self.rank % self.cluster_parts:
@@ -232,16 +221,13 @@ class SparsefinderConfig(LoraSettings, SavedModules):
             raise ValueError(self._expected("sparsity", "at least 0 and below 1"))
         if self.tiles_per_query is not None and not is_integer(self.tiles_per_query, 1):
             raise ValueError(self._expected("tiles_per_query", f"None or {expected_integer(self.tiles_per_query, 1)}"))
-        if self.layers is not None:
-            layers = indices(self.layers)
-            if layers is None:
-                raise ValueError(self._expected("layers", "None or a list of indices of layers"))
-            self.layers = layers
 
     @property
     def causal_tiles(self) -> int:
-        """Key tiles per query tile of a causal model, `m`: of `n` tiles, `m n - m (m - 1) / 2` pairs are listed (with
-        smaller tiles of queries, as many more, of as many more).
+        """Return the key tiles per query tile of a causal model, `m`.
+
+        Of `n` tiles, `m n - m (m - 1) / 2` pairs are listed (with smaller tiles of queries, as many more, of as many
+        more).
 
         >>> SparsefinderConfig(tile=16, sparsity=0.8, length=1024).causal_tiles  # 427 of 2,080 pairs
         7
@@ -256,5 +242,5 @@ class SparsefinderConfig(LoraSettings, SavedModules):
 
     @property
     def rows(self) -> int | None:
-        """Queries per tile; `None` for a graph of tokens."""
+        """Return the queries per tile; `None` for a graph of tokens."""
         return self.tile if self.query_tile is None else self.query_tile

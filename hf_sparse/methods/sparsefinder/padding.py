@@ -1,4 +1,4 @@
-"""A padded batch as texts that begin at position 0, however long each is: tiles lie as in each text alone.
+"""Lay a padded batch out as texts that begin at position 0, however long each is: tiles lie as in each text alone.
 
 Real tokens move to the front. In a causal model the padding behind them is the future, which no query sees; new tokens
 of different rows stand at different positions then. Nothing here waits for the device.
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class PackedBatch:
-    """The rows of a padded batch, packed.
+    """Hold the rows of a padded batch, packed.
 
     Attributes:
         valid: `[B, Tk]` bool, the tokens that exist after packing: the first ones of each row.

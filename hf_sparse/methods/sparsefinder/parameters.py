@@ -1,4 +1,4 @@
-"""What Sparsefinder learns for one attention module.
+"""Hold what Sparsefinder learns for one attention module.
 
 Parameters and buffers lie directly on the module, not on submodules: PEFT strips the adapter's name from the
 next-to-last part of a key only. Buffers are NaN until they are fitted, and travel in the safetensors.
@@ -18,7 +18,7 @@ from hf_sparse.ops.predictors.profile import BINS
 
 
 class SparsefinderParameters(nn.Module):
-    """Logit scales, projections, and what a predictor was fitted to.
+    """Hold logit scales, projections, and what a predictor was fitted to.
 
     Attributes:
         predictor: what the configuration asks for.
@@ -39,10 +39,10 @@ class SparsefinderParameters(nn.Module):
     profile: Tensor
     budgets: Tensor
 
-    def __init__(self, config: SparsefinderConfig, site: AttentionShape) -> None:
+    def __init__(self, config: SparsefinderConfig, shape: AttentionShape) -> None:
         super().__init__()
         self.config = config
-        heads, kv_heads, rank = site.num_attention_heads, site.num_key_value_heads, config.rank
+        heads, kv_heads, rank = shape.num_attention_heads, shape.num_key_value_heads, config.rank
         self.log_scale = nn.Parameter(torch.full((heads,), math.log(config.initial_scale)))
         if config.learn_alpha:
             share = (config.alpha - LEAST_ALPHA) / (2 - LEAST_ALPHA)
@@ -50,15 +50,15 @@ class SparsefinderParameters(nn.Module):
         self.predictor = predictor_of(config)
         if not self.predictor.learns_graph:
             return
-        common = torch.randn(kv_heads, site.head_dim, rank) * site.head_dim**-0.5
+        common = torch.randn(kv_heads, shape.head_dim, rank) * shape.head_dim**-0.5
         if config.shared_projection:
             self.projection = nn.Parameter(common)
         else:  # a query and a key that are alike start near each other
             self.query_projection = nn.Parameter(common.repeat_interleave(heads // kv_heads, dim=0))
             self.query_bias = nn.Parameter(torch.zeros(heads, rank))
             self.key_projection = nn.Parameter(common.clone())
-        for name, shape in self.predictor.buffers(kv_heads).items():
-            self.register_buffer(name, torch.full(shape, torch.nan))
+        for name, size in self.predictor.buffers(kv_heads).items():
+            self.register_buffer(name, torch.full(size, torch.nan))
         if config.tile is not None and config.profile:
             self.register_buffer("profile", torch.full((heads, BINS), torch.nan))
         if config.tile is not None and config.head_budgets:
@@ -67,38 +67,38 @@ class SparsefinderParameters(nn.Module):
 
     @property
     def scale(self) -> Tensor:
-        """`[Hq]` float32: what multiplies the logits of each query head."""
+        """Return what multiplies the logits of each query head, `[Hq]` float32."""
         return self.log_scale.float().exp()
 
     @property
     def alpha(self) -> float | Tensor:
-        """Of entmax: a number, or `[Hq]` float32 where it is learned."""
+        """Return the alpha of entmax: a number, or `[Hq]` float32 where it is learned."""
         if not self.config.learn_alpha:
             return float(self.config.alpha)
         return LEAST_ALPHA + (2 - LEAST_ALPHA) * self.alpha_logit.float().sigmoid()
 
     @property
     def log_profile(self) -> Tensor:
-        """`[Hq, BINS]` float32: logarithm of the profile, nowhere below that of 1e-4."""
+        """Return the logarithm of the profile, nowhere below that of 1e-4, `[Hq, BINS]` float32."""
         return self.profile.float().clamp(min=1e-4).log()
 
     def scales(self) -> Iterator[nn.Parameter]:
-        """What decides the attention over all keys: logit scales, and alpha where it is learned."""
+        """Yield what decides the attention over all keys: logit scales, and alpha where it is learned."""
         return (p for name, p in self.named_parameters() if name in ("log_scale", "alpha_logit"))
 
     def projections(self) -> Iterator[nn.Parameter]:
-        """What decides where a query or key is projected to; none for a predictor without projections."""
+        """Yield what decides where a query or key is projected to; none for a predictor without projections."""
         return (p for name, p in self.named_parameters() if "projection" in name or name == "query_bias")
 
     def project_queries(self, query: Tensor) -> Tensor:
-        """Points `[B, Hq, T, r]` float32 of queries `[B, Hq, T, D]`."""
+        """Return the points `[B, Hq, T, r]` float32 of queries `[B, Hq, T, D]`."""
         if self.config.shared_projection:
             group = query.shape[1] // self.projection.shape[0]
             return _project(query, self.projection.repeat_interleave(group, dim=0))
         return _project(query, self.query_projection) + self.query_bias.float()[:, None]
 
     def project_keys(self, key: Tensor) -> Tensor:
-        """Points `[B, Hkv, T, r]` float32 of keys `[B, Hkv, T, D]`."""
+        """Return the points `[B, Hkv, T, r]` float32 of keys `[B, Hkv, T, D]`."""
         return _project(key, self.projection if self.config.shared_projection else self.key_projection)
 
     def check_fitted(self) -> None:

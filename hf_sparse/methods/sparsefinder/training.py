@@ -9,6 +9,7 @@ import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 
+from hf_sparse.core.overrides import override
 from hf_sparse.errors import DataError
 from hf_sparse.finetune.config import Objective
 from hf_sparse.finetune.training import Stage, Training
@@ -149,12 +150,5 @@ def _density(into: list[float]) -> Callable[[SparsefinderAttention], Callable[..
 @contextmanager
 def _with_alpha(methods: list[SparsefinderAttention], alpha: float) -> Iterator[None]:
     """Entmax with another alpha within a `with` block."""
-    configs = {id(method.config): method.config for method in methods}.values()
-    before = [config.alpha for config in configs]
-    try:
-        for config in configs:
-            config.alpha = alpha
+    with override([method.config for method in methods], alpha=alpha):
         yield
-    finally:
-        for config, previous in zip(configs, before, strict=True):
-            config.alpha = previous

@@ -1,4 +1,4 @@
-"""SparseK: a learned scorer keeps the k best older keys beside a sliding window and sinks."""
+"""Keep the k best older keys, by a learned scorer, beside a sliding window and sinks: SparseK."""
 
 from typing import TYPE_CHECKING
 

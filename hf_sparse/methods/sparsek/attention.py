@@ -1,4 +1,4 @@
-"""SparseK attached to one attention module: score the new tokens, attend, keep what is worth keeping."""
+"""Attach SparseK to one attention module: score the new tokens, attend, keep what is worth keeping."""
 
 import functools
 import warnings
@@ -7,15 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import CacheLayerMixin
 
-from hf_sparse.core.layer import NO_CACHE, AttentionShape, SparseAttentionLayer, token_index
-from hf_sparse.methods.sparsek.baselines import AdaptivePolicy, Arrivals, Policy
+from hf_sparse.core.layer import AttentionShape, SparseAttentionLayer
+from hf_sparse.methods.sparsek.baselines import AdaptiveBaseline, Arrivals, Baseline
 from hf_sparse.methods.sparsek.budget import Budget
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
 from hf_sparse.methods.sparsek.config import SparseKConfig
 from hf_sparse.methods.sparsek.scorer import Scorer, make_scorer
 from hf_sparse.methods.sparsek.step import step_in_one_kernel
+from hf_sparse.methods.sparsek.tokens import NewTokens, token_index
 from hf_sparse.ops.selection import sparsek_attention
 from hf_sparse.ops.selection.slots import attend_slots
 
@@ -23,34 +23,36 @@ from hf_sparse.ops.selection.slots import attend_slots
 Observer = Callable[[Tensor, Tensor, Tensor, float], None]
 
 
-class SparseKAttention(SparseAttentionLayer):
-    """SparseK for one attention module.
+class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
+    """Attend as SparseK does, in one attention module.
 
     In `train` mode the gates are soft and only whole sequences are possible; in `eval` mode, and wherever a cache is
     filled without gradients, as in generation, the selection is hard.
 
     Attributes:
         causal: whether queries see earlier keys only. An encoder's module sees all of them, and has no cache.
-        policy: a baseline's scores instead of the scorer's, see `selection`.
+        policy: a baseline, whose scores take the place of the scorer's; see `hf_sparse.methods.sparsek.baselines`.
         observer: when set, the module computes its dense attention and hands queries, keys and scores to the
             observer. The objective `attention` trains with it.
     """
 
     label = "SparseK"
-    fits = ("hidden_size", "num_key_value_heads")
+    shape_fields = ("hidden_size", "num_key_value_heads")
     adapter_layer_names = ("sparsek_scorer", "sparsek_lora")
     cache_layer_type = SparseKCacheLayer
-    has_slots = True
+    has_slots = True  # for what measures and describes adapters
 
     @classmethod
-    def at(cls, site: AttentionShape) -> "SparseKAttention":
-        return cls(site.hidden_size, site.num_key_value_heads, site.layer, site.causal)
+    def for_shape(cls, shape: AttentionShape) -> "SparseKAttention":
+        """Make the layer for one attention module, without adapters yet."""
+        return cls(shape.hidden_size, shape.num_key_value_heads, shape.layer, shape.causal)
 
     @classmethod
-    def check(cls, config: SparseKConfig, site: AttentionShape) -> None:
-        shares, layers = config.layer_shares, (config.base_shape or {}).get("num_attention_layers")
-        if shares is not None and len(shares) != layers:
-            raise ValueError(f"layer_shares has {len(shares)} entries, and the model has {layers} attention layers")
+    def check(cls, config: SparseKConfig, shape: AttentionShape, num_layers: int) -> None:
+        """Raise `ValueError` unless each attention layer of the model has its share of the budget."""
+        shares = config.layer_shares
+        if shares is not None and len(shares) != num_layers:
+            raise ValueError(f"layer_shares has {len(shares)} entries, and the model has {num_layers} attention layers")
 
     def __init__(self, hidden_size: int, num_key_value_heads: int, layer: int, causal: bool = True) -> None:
         super().__init__()
@@ -58,44 +60,36 @@ class SparseKAttention(SparseAttentionLayer):
         self.causal = causal
         self.sparsek_scorer = nn.ModuleDict()
         self.sparsek_lora = nn.ModuleDict()
-        self.policy: Policy | None = None
+        self.policy: Baseline | None = None
         self.observer: Observer | None = None
 
     def make_parameters(self, config: SparseKConfig) -> Scorer:
+        """Make a new scorer for one adapter."""
         return make_scorer(config, self.hidden_size, self.num_key_value_heads, self.causal)
 
     @property
-    def config(self) -> SparseKConfig:
-        """Configuration of the active adapter."""
-        return self.configs[self.active]
-
-    @property
     def budget(self) -> Budget:
-        """What the active adapter gives each KV head of this layer."""
+        """Return what the active adapter gives each KV head of this layer."""
         return self.config.budget(self.layer)
 
     @property
-    def _chooser(self) -> tuple[str, Policy | None]:
-        """Whose scores are used now: the adapter in use, or a baseline at its budget."""
+    def _owner(self) -> tuple[str, Baseline | None]:
+        """Return whose scores are used now: the adapter in use, or a baseline at its budget."""
         return self.identities[self.active], self.policy
 
-    def cache_layer(self) -> SparseKCacheLayer:
-        if not self.causal:
-            raise ValueError(NO_CACHE)
+    def make_cache_layer(self) -> SparseKCacheLayer:
+        """Make the KV slots of this module."""
         return SparseKCacheLayer(
             *self.budget,
-            owner=self._chooser,
-            only_sparse=self.config.layers is None,  # otherwise some layers are left dense
-            remembers=self.policy is not None and self.policy.remembers,
+            owner=self._owner,
+            all_sparse=self.config.layers is None,  # otherwise some layers are left dense
+            depends_on_text=self.policy is not None and self.policy.depends_on_text,
         )
 
-    def _may_learn(self) -> bool:
-        """Tell whether a backward could follow, and the scorers are not frozen."""
-        scorer = self.sparsek_scorer[self.active]
-        return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in scorer.parameters())
-
     def check_cache(self, cache: SparseKCacheLayer) -> None:
-        if cache.owner != self._chooser:
+        """Refuse a cache of another adapter, and hard selection after soft gates or before them."""
+        super().check_cache(cache)
+        if cache.owner != self._owner:
             raise ValueError("the cache holds what another adapter chose: start a new cache after switching adapters")
         if not cache.empty and (cache.soft or (self.policy is None and self.is_learning(cache))):
             raise ValueError(
@@ -104,7 +98,12 @@ class SparseKAttention(SparseAttentionLayer):
             )
 
     def score(self, hidden_states: Tensor, index: Tensor) -> Tensor:
-        """The scorer's frozen scores `[B, Hkv, T]` float32 of tokens that stand at `index` `[B, T]` of their rows."""
+        """Return the scorer's frozen scores `[B, Hkv, T]` float32 of tokens that stand at `index` of their rows.
+
+        Args:
+            hidden_states: `[B, T, C]`.
+            index: `[B, T]` int64.
+        """
         return self.sparsek_scorer[self.active](hidden_states, index)
 
     def attend(
@@ -115,129 +114,148 @@ class SparseKAttention(SparseAttentionLayer):
         *,
         hidden_states: Tensor,
         valid: Tensor | None,
-        cache: CacheLayerMixin | None,
+        cache: Any,
         scaling: float,
     ) -> Tensor:
-        batch, _, length, _ = query.shape
+        """Score the new tokens, attend, and keep what is worth keeping; see `SparseAttentionLayer`."""
+        length = query.shape[2]
         if length == 1 and isinstance(cache, SparseKCacheLayer):
-            step = step_in_one_kernel(self, query, key, value, hidden_states, valid, cache, scaling)
-            if step is not None:
-                return step
-        config, policy, budget = self.config, self.policy, self.budget
-        if cache is not None and not self.causal:
-            raise ValueError(NO_CACHE)
-        if cache is not None and not isinstance(cache, SparseKCacheLayer):
-            raise TypeError(f"SparseK needs its own cache layer, got {type(cache).__name__}")
-        if policy is not None and not self.causal and not policy.bidirectional:
-            raise ValueError(
-                f"{type(policy).__name__} selects keys as a text grows, and a bidirectional attention module sees all "
-                "at once: the baselines of encoders are recency (a window) and random"
-            )
+            output = step_in_one_kernel(self, query, key, value, hidden_states, valid, cache, scaling)
+            if output is not None:
+                return output
         if cache is not None:
             self.check_cache(cache)
-        seen = 0 if cache is None else cache.seen
-        index = token_index(valid, seen, batch, length, query.device)
-        if policy is None:
+        index = token_index(valid, 0 if cache is None else cache.seen, len(query), length, query.device)
+        if self.policy is None:
             scores = self.score(hidden_states, index)
         else:
-            scores = policy(Arrivals(query, key, index, valid, scaling, budget.window, self.layer, cache))
-        fresh = cache is None or cache.empty
+            scores = self._scores_of_baseline(self.policy, query, key, index, valid, scaling, cache)
+        tokens = NewTokens(query, key, value, scores, index, valid, scaling)
         if self.observer is not None:
-            self.observer(query, key, scores, scaling)
-            dense: dict[str, Any] = {"k": max(1, length), "window": 1, "sinks": 0, "causal": self.causal}
-            return _aligned(query, key, value, scores, valid, valid, scaling=scaling, **dense)
-        soft = policy is None and self.is_learning(cache)
-
-        if policy is not None:
-            budget = policy.budget(budget, self.causal)
-        options: dict[str, Any] = {**budget._asdict(), "scaling": scaling}
-        if isinstance(policy, AdaptivePolicy) and (fresh or length > 1):
-            return self._in_blocks(policy, query, key, value, scores, index, valid, cache, options)
-        if fresh:
-            gates: dict[str, Any] = {"gates": "hard"}
-            if soft:
-                gates = {"gates": "soft", "support": config.soft_support(budget.k)}
-            output = _aligned(query, key, value, scores, valid, valid, causal=self.causal, **options, **gates)
-            if policy is None and self._may_learn() and not torch.compiler.is_compiling():
-                if not soft and self.active in self.last_for:
-                    output = _Unlearned.apply(output, scores)
-                elif soft and length <= budget.slots:
-                    _warn_of_short_text(budget.slots)
-            if cache is not None:
-                cache.soft = soft
-                positions = index if valid is None else index.masked_fill(~valid, -1)
-                positions = positions[:, None].expand_as(scores)
-                count = index[:, -1] + 1 if valid is None else valid.sum(-1)
-                cache.fill(key, value, scores, positions, count, padded=valid is not None)
-            return output
-        assert cache is not None
+            return self._attend_observed(tokens, self.observer)
+        is_first = cache is None or cache.empty
+        if isinstance(self.policy, AdaptiveBaseline) and (is_first or length > 1):
+            return self._attend_in_blocks(tokens, cache, self.policy)
+        if is_first:
+            return self._attend_first(tokens, cache)
         if length == 1:
-            cache.insert(key, value, scores, None if valid is None else valid[:, 0])
-            output = attend_slots(query, cache.keys, cache.values, cache.positions, scaling=scaling)
-            if isinstance(policy, AdaptivePolicy) and policy.watches_steps:
-                at = index if valid is None else index.masked_fill(~valid, -1)
-                cache.scores.copy_(policy.watch(query, cache.keys, cache.scores, at, cache.positions, **options))
-            return output
-        return self._continue(query, key, value, scores, index, valid, cache, options)
+            return self._attend_step(tokens, cache)
+        return self._attend_more(tokens, cache, self._budget_in_use)
+
+    def _scores_of_baseline(
+        self,
+        baseline: Baseline,
+        query: Tensor,
+        key: Tensor,
+        index: Tensor,
+        valid: Tensor | None,
+        scaling: float,
+        cache: SparseKCacheLayer | None,
+    ) -> Tensor:
+        """Return the scores `[B, Hkv, T]` that a baseline gives to new tokens.
+
+        Raises:
+            ValueError: it cannot choose in an encoder.
+        """
+        if not self.causal and not baseline.bidirectional:
+            raise ValueError(
+                f"{type(baseline).__name__} selects keys as a text grows, and a bidirectional attention module sees "
+                "all at once: the baselines of encoders are recency (a window) and random"
+            )
+        return baseline(Arrivals(query, key, index, valid, scaling, self.budget.window, self.layer, cache))
+
+    @property
+    def _budget_in_use(self) -> Budget:
+        """Return how the budget of the layer is spent now, by the scorer or a baseline."""
+        return self.budget if self.policy is None else self.policy.budget(self.budget, self.causal)
+
+    def _attend_observed(self, tokens: NewTokens, observer: Observer) -> Tensor:
+        """Attend to all keys, for an observer that gets queries, keys and scores."""
+        observer(tokens.query, tokens.key, tokens.scores, tokens.scaling)
+        return _attend_whole_text(tokens, Budget(k=max(1, tokens.length), window=1, sinks=0), causal=self.causal)
+
+    def _attend_first(self, tokens: NewTokens, cache: SparseKCacheLayer | None) -> Tensor:
+        """Attend to the tokens of a text from its beginning on, and fill the cache with them if there is one."""
+        budget = self._budget_in_use
+        is_soft = self.policy is None and self.is_learning(cache)
+        if is_soft:
+            support = self.config.soft_support(budget.k)
+            output = _attend_whole_text(tokens, budget, causal=self.causal, gates="soft", support=support)
+        else:
+            output = _attend_whole_text(tokens, budget, causal=self.causal)
+        if self.policy is None and self._may_learn() and not torch.compiler.is_compiling():
+            if not is_soft and self.active in self.last_for:
+                output = _Unlearned.apply(output, tokens.scores)
+            elif is_soft and tokens.length <= budget.slots:
+                _warn_of_short_text(budget.slots)
+        if cache is not None:
+            cache.soft = is_soft
+            positions = tokens.positions[:, None].expand_as(tokens.scores)
+            count = tokens.index[:, -1] + 1 if tokens.valid is None else tokens.valid.sum(-1)
+            padded = tokens.valid is not None
+            cache.fill(tokens.key, tokens.value, tokens.scores, positions, count, padded=padded)
+        return output
+
+    def _may_learn(self) -> bool:
+        """Tell whether a backward could follow, and the scorers are not frozen."""
+        scorer = self.sparsek_scorer[self.active]
+        return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in scorer.parameters())
+
+    def _attend_step(self, tokens: NewTokens, cache: SparseKCacheLayer) -> Tensor:
+        """Give the one new token of each row a slot, and attend to the slots."""
+        valid = None if tokens.valid is None else tokens.valid[:, 0]
+        cache.insert(tokens.key, tokens.value, tokens.scores, valid)
+        output = attend_slots(tokens.query, cache.keys, cache.values, cache.positions, scaling=tokens.scaling)
+        if isinstance(self.policy, AdaptiveBaseline) and self.policy.watches_steps:
+            state = cache.keys, cache.scores, tokens.positions, cache.positions
+            budget = self._budget_in_use
+            cache.scores.copy_(self.policy.watch(tokens.query, *state, budget=budget, scaling=tokens.scaling))
+        return output
 
     @torch.compiler.disable
-    def _in_blocks(
-        self,
-        policy: AdaptivePolicy,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scores: Tensor,
-        index: Tensor,
-        valid: Tensor | None,
-        cache: SparseKCacheLayer | None,
-        options: dict[str, Any],
+    def _attend_in_blocks(
+        self, tokens: NewTokens, cache: SparseKCacheLayer | None, baseline: AdaptiveBaseline
     ) -> Tensor:
-        """Block after block through the slots, so that the attention of one chooses the keys of the next."""
-        length = query.shape[2]
-        step = min(policy.block, options["window"])
-        blocks = {**options, "implementation": "dense"}  # for a few queries, the fewest launches
+        """Attend block after block through the slots, so that the attention of one chooses the keys of the next."""
+        budget = self._budget_in_use
+        length, step = tokens.length, min(baseline.block, budget.window)
         if cache is None:
-            cache = self.cache_layer()
-            cache.lazy_initialization(key, value)
-        elif cache.empty and policy.dense_prompt:
-            step, blocks = length, {**options, "k": cache.slots + length}
-        outputs = []
-        for begin in range(0, length, step):
-            at = slice(begin, begin + step)
-            q, k, v, s = (tensor[:, :, at] for tensor in (query, key, value, scores))
-            real = None if valid is None else valid[:, at]
-            outputs.append(self._continue(q, k, v, s, index[:, at], real, cache, blocks))
-        return torch.cat(outputs, 2)
+            cache = self.make_cache_layer()
+            cache.lazy_initialization(tokens.key, tokens.value)
+        elif cache.empty and baseline.dense_prompt:
+            step, budget = length, budget._replace(k=cache.slots + length)
+        blocks = (tokens.part(begin, begin + step) for begin in range(0, length, step))
+        # For a few queries, the implementation "dense" has the fewest launches.
+        return torch.cat([self._attend_more(block, cache, budget, implementation="dense") for block in blocks], 2)
 
-    def _continue(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scores: Tensor,
-        index: Tensor,
-        valid: Tensor | None,
-        cache: SparseKCacheLayer,
-        options: dict[str, Any],
-    ) -> Tensor:
-        """Several tokens after others: the kept keys are all that they can reach, so they simply come first."""
+    def _attend_more(self, tokens: NewTokens, cache: SparseKCacheLayer, budget: Budget, **options: Any) -> Tensor:
+        """Attend to several tokens after others: the kept keys are all that they can reach, so they come first.
+
+        Args:
+            tokens: the new ones.
+            cache: holds the kept keys, and takes in the new ones.
+            budget: of the attention.
+            options: of `sparsek_attention`.
+        """
         old_keys, old_values, old_scores, old_positions = cache.ordered()
-        new_valid = torch.ones_like(index, dtype=torch.bool) if valid is None else valid
-        keys, values = torch.cat([old_keys, key], 2), torch.cat([old_values, value], 2)
-        all_scores = torch.cat([old_scores, scores], 2)
-        present = torch.cat([old_positions[:, 0] >= 0, new_valid], 1)  # the same for every head
-        output = _aligned(query, keys, values, all_scores, new_valid, present, **options)
-        new_positions = index.masked_fill(~new_valid, -1)
-        positions = torch.cat([old_positions, new_positions[:, None].expand_as(scores)], 2)
-        if isinstance(self.policy, AdaptivePolicy):
-            all_scores = self.policy.watch(query, keys, all_scores, new_positions, positions, **options)
-        cache.fill(keys, values, all_scores, positions, cache.seen + new_valid.sum(-1))
+        valid = torch.ones_like(tokens.index, dtype=torch.bool) if tokens.valid is None else tokens.valid
+        keys, values = torch.cat([old_keys, tokens.key], 2), torch.cat([old_values, tokens.value], 2)
+        scores = torch.cat([old_scores, tokens.scores], 2)
+        exists = torch.cat([old_positions[:, 0] >= 0, valid], 1)  # the same for every head
+        output = _attend_padded(
+            tokens.query, keys, values, scores, valid, exists, **budget._asdict(), scaling=tokens.scaling, **options
+        )
+        new_positions = tokens.index.masked_fill(~valid, -1)
+        positions = torch.cat([old_positions, new_positions[:, None].expand_as(tokens.scores)], 2)
+        if isinstance(self.policy, AdaptiveBaseline):
+            state = keys, scores, new_positions, positions
+            scores = self.policy.watch(tokens.query, *state, budget=budget, scaling=tokens.scaling)
+        cache.fill(keys, values, scores, positions, cache.seen + valid.sum(-1))
         return output
 
 
 class _Unlearned(torch.autograd.Function):
-    """The output of a hard selection as it is; a backward says what does not learn from it."""
+    """Return the output of a hard selection as it is; a backward says what does not learn from it."""
 
     @staticmethod
     def forward(ctx: Any, output: Tensor, scores: Tensor) -> Tensor:
@@ -257,6 +275,7 @@ class _Unlearned(torch.autograd.Function):
 
 @functools.cache
 def _warn_of_short_text(slots: int) -> None:
+    """Warn of a training text in which every key is kept."""
     warnings.warn(
         f"a training text fits into the {slots} KV slots (k + window + sinks), where every key is kept: the scorers "
         "learn nothing from it; train on longer texts, or with a smaller budget",
@@ -264,23 +283,31 @@ def _warn_of_short_text(slots: int) -> None:
     )
 
 
+def _attend_whole_text(tokens: NewTokens, budget: Budget, **options: Any) -> Tensor:
+    """Attend within texts that begin with these tokens; `options` are those of `sparsek_attention`."""
+    tensors = tokens.query, tokens.key, tokens.value, tokens.scores
+    settings = budget._asdict() | options
+    return _attend_padded(*tensors, tokens.valid, tokens.valid, scaling=tokens.scaling, **settings)
+
+
 @torch.compiler.disable  # its loops over tiles unroll into a graph of minutes, another one for every length
-def _aligned(
+def _attend_padded(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     scores: Tensor,
     valid: Tensor | None,
-    present: Tensor | None,
+    exists: Tensor | None,
     **options: Any,
 ) -> Tensor:
-    """`sparsek_attention` of rows that hold padding anywhere: the padding moves to the front and back again.
+    """Call `sparsek_attention` for rows that hold padding anywhere, which moves to the front and back again.
 
     Args:
         valid: `[B, Tq]` bool, real queries; `None` if there is no padding at all.
-        present: `[B, Tk]` bool, real keys.
+        exists: `[B, Tk]` bool, real keys.
+        options: of `sparsek_attention`.
     """
-    if valid is None or present is None:
+    if valid is None or exists is None:
         return sparsek_attention(query, key, value, scores, **options)
 
     def to_end(mask: Tensor) -> Tensor:  # a stable order, padding first
@@ -290,13 +317,13 @@ def _aligned(
         order = order[:, None, :, None] if tensor.ndim == 4 else order[:, None, :]
         return tensor.gather(2, order.expand_as(tensor))
 
-    rows, columns = to_end(valid), to_end(present)
+    query_order, key_order = to_end(valid), to_end(exists)
     output = sparsek_attention(
-        move(query, rows),
-        move(key, columns),
-        move(value, columns),
-        move(scores, columns),
-        start=(~present).sum(-1),
+        move(query, query_order),
+        move(key, key_order),
+        move(value, key_order),
+        move(scores, key_order),
+        start=(~exists).sum(-1),
         **options,
     )
-    return move(output, rows.argsort(dim=-1))
+    return move(output, query_order.argsort(dim=-1))

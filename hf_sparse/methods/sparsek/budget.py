@@ -1,10 +1,10 @@
-"""How many keys are attended to."""
+"""Say how many keys are attended to."""
 
 from typing import NamedTuple
 
 
 class Budget(NamedTuple):
-    """KV pairs per KV head of a layer: `k` selected keys, the last `window` ones, and the first `sinks`."""
+    """Count the KV pairs per KV head of a layer: `k` selected keys, the last `window` ones, and the first `sinks`."""
 
     k: int
     window: int
@@ -12,11 +12,11 @@ class Budget(NamedTuple):
 
     @property
     def slots(self) -> int:
-        """All of them."""
+        """Count all of them."""
         return self.k + self.window + self.sinks
 
     def resized(self, slots: int) -> "Budget":
-        """Another number of slots with as many sinks, and the window's share of the slots.
+        """Return another number of slots with as many sinks, and the window's share of the slots.
 
         Raises:
             ValueError: too few for the sinks, a window and a selected key.

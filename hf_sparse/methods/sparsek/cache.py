@@ -1,4 +1,4 @@
-"""A fixed set of KV slots: sinks, selected keys and window in one buffer that never grows.
+"""Keep a fixed set of KV slots: sinks, selected keys and window in one buffer that never grows.
 
 A slot remembers the score and the position of its key. What the key is follows from the position (sink, window or
 selected), so slots need no order, and rows of different lengths share one buffer. A key that is evicted can never be
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
+from hf_sparse.core.cache import mask_of_keys
 from hf_sparse.ops.selection.slots import insert_token
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ _STATE = ("keys", "values", "scores", "positions", "seen", "padded_late", "memor
 
 
 class SparseKCacheLayer(CacheLayerMixin):
-    """The KV slots of one layer, and the transformers cache layer that stands for it in a `Cache`.
+    """Hold the KV slots of one layer, as the transformers cache layer that stands for it in a `Cache`.
 
     transformers calls `update` before the attention function; it only counts, because which keys to keep depends on
     scores that `SparseKAttention` computes. That calls `fill` or `insert` with everything.
@@ -43,9 +44,10 @@ class SparseKCacheLayer(CacheLayerMixin):
         empty: whether nothing was written yet.
         soft: whether soft gates, which are for learning, were between the tokens so far.
         owner: whose scores these are; scores of two scorers do not compare.
-        remembers: whether scores depend on other tokens of the text, which `crop` could not undo.
-        only_sparse: whether no layer of the same cache has full, dense attention.
-        announced: see `SparseAttentionLayer.cache_layer`.
+        depends_on_text: whether scores depend on other tokens of the text, which `crop` could not undo.
+        all_sparse: whether every attention layer of the model without a window of its own is sparse.
+        shares_mask_sizes: whether layers with dense attention may take the size of their mask from this one.
+        in_attention: whether the patch announced sparse attention that is not done yet.
         step: the plan of a decoding step in one kernel, see `methods.sparsek.step`; `None` before the first such step.
         uncounted: tokens of the step in progress that `cumulative_length` does not have yet.
     """
@@ -68,15 +70,16 @@ class SparseKCacheLayer(CacheLayerMixin):
         window: int,
         sinks: int,
         owner: object = None,
-        only_sparse: bool = True,
-        remembers: bool = False,
+        all_sparse: bool = True,
+        depends_on_text: bool = False,
     ) -> None:
         super().__init__()
         self.k, self.window, self.sinks = k, window, sinks
-        self.owner, self.only_sparse, self.remembers = owner, only_sparse, remembers
+        self.owner, self.all_sparse, self.depends_on_text = owner, all_sparse, depends_on_text
+        self.shares_mask_sizes = not all_sparse
         self.empty = True
         self.soft = False
-        self.announced = False
+        self.in_attention = False
         self.step: StepPlan | None = None
         self.uncounted = 0
         self._offload_wanted = False
@@ -91,7 +94,7 @@ class SparseKCacheLayer(CacheLayerMixin):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of keys and values."""
+        """Count the bytes of keys and values."""
         return sum(t.numel() * t.element_size() for t in (self.keys, self.values) if t is not None)
 
     # What transformers calls.
@@ -116,7 +119,7 @@ class SparseKCacheLayer(CacheLayerMixin):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        if not self.announced:
+        if not self.in_attention:
             raise RuntimeError(
                 "this cache holds the KV slots of sparse attention, and the model continues it with dense attention: "
                 "start a new cache after switching adapters on or off"
@@ -128,7 +131,7 @@ class SparseKCacheLayer(CacheLayerMixin):
             raise ValueError(f"the cache holds {self.keys.shape[0]} rows, and {rows} rows came: start a new cache")
         length = key_states.shape[-2]
         if length == 1 and not torch.compiler.is_compiling():
-            self.uncounted = 1  # the kernel of the step counts it; where another path is taken, `settle` does
+            self.uncounted = 1  # the kernel of the step counts it; where another path is taken, `end_attention` does
         else:
             self.cumulative_length.add_(length)
         if _is_recorded(self.device):
@@ -138,10 +141,10 @@ class SparseKCacheLayer(CacheLayerMixin):
         return key_states, value_states
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Sparse attention reads the newest columns of a padding mask; dense layers that share the mask need all."""
-        if self.only_sparse:
-            return query_length, 0
-        return self.get_seq_length() + query_length, 0
+        """Ask for the newest columns of a padding mask, or for all where dense layers share the mask."""
+        if self.shares_mask_sizes:
+            return self.get_seq_length() + query_length, 0
+        return query_length, 0
 
     def get_seq_length(self) -> int:
         """Count the tokens so far, padding included.
@@ -176,9 +179,9 @@ class SparseKCacheLayer(CacheLayerMixin):
         self.uncounted = 0
 
     def offload(self) -> None:
-        """Move the slots to the CPU; right after `update`, when the attention is still to come, `settle` does it."""
-        self._offload_wanted = self.announced
-        if not self.announced:
+        """Move the slots to the CPU; right after `update`, before the attention, `end_attention` does it."""
+        self._offload_wanted = self.in_attention
+        if not self.in_attention:
             self._each(lambda t: t.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
@@ -245,7 +248,7 @@ class SparseKCacheLayer(CacheLayerMixin):
             self._length = max(0, self._length + tokens_to_remove)
 
     def _why_not_croppable(self) -> str | None:
-        if self.remembers:
+        if self.depends_on_text:
             return (
                 "the scores in this cache depend on all tokens so far, so it cannot be cropped: generate with this "
                 "baseline without an assistant"
@@ -262,12 +265,37 @@ class SparseKCacheLayer(CacheLayerMixin):
 
     # What the patch and the attention call.
 
-    def expect(self, real: Tensor) -> None:
-        """Check how many tokens of each row, `[B]`, a padding mask now calls real.
+    def begin_attention(self) -> None:
+        """Note that sparse attention follows the next `update`: dense attention would miss the keys that left."""
+        self.in_attention = True
+
+    def check_mask(self, attention_mask: Tensor | None, length: int) -> Tensor | None:
+        """Check that a padding mask calls as many earlier tokens real as came as real ones.
+
+        A single new token is not checked: it would wait for the device.
+
+        Args:
+            attention_mask: `[B, columns]` bool; as many columns as new tokens, or more that stand for earlier ones.
+            length: new tokens.
+
+        Returns:
+            `[B, length]` bool, the columns of the new tokens, or `None`.
 
         Raises:
-            ValueError: not those that came.
+            ValueError: too few columns, or other earlier tokens than those that came.
         """
+        columns = length if attention_mask is None else attention_mask.shape[1]
+        if self.empty or columns < length:
+            return mask_of_keys(attention_mask, length)
+        if length > 1 and not torch.compiler.is_compiling():
+            if attention_mask is not None and columns > length:
+                self._check_real_tokens(attention_mask[:, :-length].sum(-1))
+            else:  # no mask: all is real
+                self._check_real_tokens((self.cumulative_length - length).expand_as(self.seen))
+        return attention_mask[:, -length:] if attention_mask is not None and columns > length else attention_mask
+
+    def _check_real_tokens(self, real: Tensor) -> None:
+        """Raise `ValueError` unless each row has had as many real tokens, `[B]`, as a padding mask says now."""
         if not torch.equal(real.to(self.seen), self.seen):
             raise ValueError(
                 f"the attention mask has {real.tolist()} real tokens before the new ones, and the cache has taken in "
@@ -277,22 +305,35 @@ class SparseKCacheLayer(CacheLayerMixin):
                 "in the text for padding unless attention_mask says otherwise"
             )
 
-    def settle(self) -> None:
-        """The attention that was announced is done."""
-        self.announced = False
+    def end_attention(self) -> None:
+        """Count the token of a single step, and move the slots to the CPU if `offload` came before the attention."""
+        self.in_attention = False
         if self.uncounted:
             self.cumulative_length.add_(self.uncounted)
             self.uncounted = 0
         if self._offload_wanted:
             self.offload()
 
-    def ordered(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Keys, values, scores and positions in the order of positions, empty slots first."""
-        positions, order = self.positions.sort(dim=-1)
-        wide = order[..., None]
+    def refusal_of_static(self) -> str | None:
+        """Say why a static cache cannot hold these slots; `None` where every full-attention layer is sparse."""
+        if self.all_sparse:
+            return None
         return (
-            self.keys.gather(2, wide.expand_as(self.keys)),
-            self.values.gather(2, wide.expand_as(self.values)),
+            "cannot use a static cache, which needs every full-attention layer patched, and the adapter names some "
+            "only (`layers`)"
+        )
+
+    def share_mask_sizes(self) -> None:
+        """Ask for all columns of a padding mask from now on."""
+        self.shares_mask_sizes = True
+
+    def ordered(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return keys, values, scores and positions in the order of positions, empty slots first."""
+        positions, order = self.positions.sort(dim=-1)
+        columns = order[..., None]
+        return (
+            self.keys.gather(2, columns.expand_as(self.keys)),
+            self.values.gather(2, columns.expand_as(self.values)),
             self.scores.gather(2, order),
             positions,
         )
@@ -333,15 +374,15 @@ class SparseKCacheLayer(CacheLayerMixin):
             return
         if padded:
             self.padded_late |= ((positions[:, 0] < 0) & (positions[:, 0].cummax(-1).values >= 0)).any(-1)
-        kept = _best(scores, positions, seen, self.window, self.sinks, self.slots)
+        kept = _entries_to_keep(scores, positions, seen, self.window, self.sinks, self.slots)
         count = kept.shape[-1]
         filled = positions.gather(2, kept)
         self.positions.fill_(-1)
         self.positions[:, :, :count] = filled
         self.scores[:, :, :count] = scores.gather(2, kept).float()
-        wide = kept[..., None]
+        columns = kept[..., None]
         for slots, source in ((self.keys, keys), (self.values, values)):
-            kept_source = source.gather(2, wide.expand(-1, -1, -1, source.shape[-1]))
+            kept_source = source.gather(2, columns.expand(-1, -1, -1, source.shape[-1]))
             if padded:  # which may be anything
                 kept_source = kept_source.masked_fill(filled[..., None] < 0, 0)
             slots[:, :, :count] = kept_source
@@ -365,10 +406,10 @@ class SparseKCacheLayer(CacheLayerMixin):
         self.empty = False
 
 
-def _best(scores: Tensor, positions: Tensor, seen: Tensor, window: int, sinks: int, slots: int) -> Tensor:
-    """Indices `[B, Hkv, min(N, slots)]` of the entries to keep, in the order of positions."""
-    near = (positions >= seen[:, None, None] - window) | (positions < sinks)
-    priority = scores.masked_fill(near, torch.inf).masked_fill(positions < 0, -torch.inf)
+def _entries_to_keep(scores: Tensor, positions: Tensor, seen: Tensor, window: int, sinks: int, slots: int) -> Tensor:
+    """Return the indices `[B, Hkv, min(N, slots)]` of the entries to keep, in the order of positions."""
+    always_kept = (positions >= seen[:, None, None] - window) | (positions < sinks)
+    priority = scores.masked_fill(always_kept, torch.inf).masked_fill(positions < 0, -torch.inf)
     order = priority.argsort(dim=-1, descending=True, stable=True)[..., :slots]
     return order.sort(dim=-1).values
 
@@ -384,6 +425,6 @@ def _is_recorded(device: torch.device) -> bool:
 
 
 def _fix_address(tensor: Tensor) -> None:
-    """Tells CUDA graphs that the tensor stays where it is, so that they can write to it."""
+    """Tell CUDA graphs that the tensor stays where it is, so that they can write to it."""
     if not torch.compiler.is_compiling():
         torch._dynamo.mark_static_address(tensor)

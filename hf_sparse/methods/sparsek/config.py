@@ -10,12 +10,10 @@ from hf_sparse.core.checks import (
     MOST_WIDTH,
     expected_integer,
     expected_number,
-    indices,
     is_finite,
     is_integer,
 )
-from hf_sparse.core.lora import LoraSettings
-from hf_sparse.core.saved_modules import SavedModules
+from hf_sparse.core.config import BASE_SHAPE, LAYERS, TARGET_MODULES, SparseConfig
 from hf_sparse.methods.sparsek.budget import Budget
 
 # PEFT's error for a type it does not know is nothing but this name, so the name says what to import.
@@ -23,8 +21,8 @@ PEFT_TYPE = "HF_SPARSE_SPARSEK"
 
 
 @dataclass
-class SparseKConfig(LoraSettings, SavedModules):
-    """SparseK attention: every query attends to `sinks + window + k` keys, and the KV cache has as many slots.
+class SparseKConfig(SparseConfig):
+    """Configure SparseK: every query attends to `sinks + window + k` keys, and the KV cache has as many slots.
 
     Lou et al. 2024 (arXiv 2406.16747), with sinks, and with soft gates inside the softmax while training (ours). In an
     encoder, which is no part of the paper, the window reaches to both sides and one selection serves all queries.
@@ -78,35 +76,23 @@ class SparseKConfig(LoraSettings, SavedModules):
             "linear while score scales are small. None is exact SparseK."
         },
     )
-    layers: list[int] | None = field(
-        default=None, metadata={"help": "Indices of the layers to patch; None is all of them."}
-    )
-    target_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Filled in when attached: names of the patched attention modules."}
-    )
-    base_shape: dict[str, Any] | None = field(
-        default=None, metadata={"help": "Filled in when attached: what the base model must look like."}
-    )
+    layers: list[int] | None = field(default=None, metadata=LAYERS)
+    target_modules: list[str] | str | None = field(default=None, metadata=TARGET_MODULES)
+    base_shape: dict[str, Any] | None = field(default=None, metadata=BASE_SHAPE)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = extend_peft_type(PEFT_TYPE)
-        for name, least, most in (
-            ("k", 1, MOST_TOKENS),
-            ("window", 1, MOST_TOKENS),
-            ("sinks", 0, MOST_TOKENS),
-            ("scorer_hidden_size", 1, MOST_WIDTH),
-        ):
-            if not is_integer(getattr(self, name), least, most):
-                raise ValueError(self._expected(name, expected_integer(getattr(self, name), least, most)))
+        self._check_integers(
+            k=(1, MOST_TOKENS), window=(1, MOST_TOKENS), sinks=(0, MOST_TOKENS), scorer_hidden_size=(1, MOST_WIDTH)
+        )
         if self.support is not None and not is_integer(self.support, 1):
             raise ValueError(self._expected("support", f"None or {expected_integer(self.support, 1)}"))
         if self.scorer not in ("linear", "mlp"):
             raise ValueError(self._expected("scorer", "'linear' or 'mlp'"))
         if not is_finite(self.position_slope):
             raise ValueError(self._expected("position_slope", expected_number(self.position_slope, "a finite number")))
-        if not isinstance(self.learn_slope, bool):
-            raise ValueError(self._expected("learn_slope", "True or False"))
+        self._check_switches("learn_slope")
         if self.layer_shares is not None:
             shares = self.layer_shares
             if not isinstance(shares, Sequence) or not shares or not all(is_finite(s) and s > 0 for s in shares):
@@ -116,19 +102,14 @@ class SparseKConfig(LoraSettings, SavedModules):
                     f"SparseKConfig.layer_shares must be 1 on average, so that the budget is that of all layers; the "
                     f"mean is {sum(shares) / len(shares):.4f}"
                 )
-        if self.layers is not None:
-            layers = indices(self.layers)
-            if layers is None:
-                raise ValueError(self._expected("layers", "None or a list of indices of layers"))
-            self.layers = layers
 
     @property
     def slots(self) -> int:
-        """KV pairs per layer and KV head: `sinks + window + k`; the mean over layers where `layer_shares` differ."""
+        """Return the KV pairs per layer and KV head, `sinks + window + k`; the mean where `layer_shares` differ."""
         return self.sinks + self.window + self.k
 
     def budget(self, layer: int) -> Budget:
-        """What the KV heads of one attention layer have; the sum over all layers is that of equal shares.
+        """Return what the KV heads of one attention layer have; the sum over all layers is that of equal shares.
 
         Args:
             layer: index among the attention layers of the model.
@@ -144,5 +125,5 @@ class SparseKConfig(LoraSettings, SavedModules):
         return Budget(share(self.k), share(self.window), self.sinks)
 
     def soft_support(self, k: int) -> int | None:
-        """Keys over which the soft gates of `k` selected ones may spread, `None` without bound."""
+        """Return over how many keys the soft gates of `k` selected ones may spread, `None` without bound."""
         return None if self.support is None else self.support * k

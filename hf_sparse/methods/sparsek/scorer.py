@@ -1,4 +1,4 @@
-"""Scorers: one query-independent score per token and KV head, from the input of the attention module.
+"""Compute one query-independent score per token and KV head, from the input of the attention module.
 
 The input is layer-normalised once more, without parameters: hidden states grow about a hundredfold with depth, and
 the score scale is the temperature of SparseK. A bias would do nothing, SparseK is shift invariant. Scores are computed
@@ -23,12 +23,12 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from hf_sparse.methods.sparsek.config import SparseKConfig
 from hf_sparse.ops.selection.linear_scores import has_kernels, linear_scores, normalised
 
-_AT_ONCE = 1 << 24  # numbers of the input that are scored at a time
+_PIECE = 1 << 24  # numbers of the input that are scored at a time
 SLOPE_TOKENS = 256  # a learned slope is stored per so many tokens, so that it moves at the pace of the weights
 
 
 class Scorer(nn.Module):
-    """Inputs `[B, T, C]` of an attention module, at `index` `[B, T]` of their rows -> `[B, Hkv, T]` float32 scores.
+    """Map inputs `[B, T, C]` of an attention module, which stand at `index` `[B, T]`, to scores `[B, Hkv, T]` float32.
 
     A slope per token of absolute position is added: the same for all heads, and what each head has learned.
     """
@@ -39,6 +39,7 @@ class Scorer(nn.Module):
         self.slope = nn.Parameter(torch.zeros(num_key_value_heads)) if config.learn_slope and causal else None
 
     def forward(self, hidden_states: Tensor, index: Tensor) -> Tensor:
+        """Return the scores `[B, Hkv, T]` float32 of inputs `[B, T, C]` at `index` `[B, T]`."""
         with torch.autocast(hidden_states.device.type, enabled=False):
             scores = self._in_pieces(hidden_states)
         slope: float | Tensor = self.position_slope
@@ -49,24 +50,25 @@ class Scorer(nn.Module):
         return scores.float().contiguous()
 
     def _in_pieces(self, hidden_states: Tensor) -> Tensor:
-        """`[B, T, C]` inputs -> `[B, Hkv, T]` scores without slopes, in little memory."""
-        tokens = max(1, _AT_ONCE // max(1, hidden_states[:, :1].numel()))
+        """Return the scores `[B, Hkv, T]` of inputs `[B, T, C]`, without slopes, in little memory."""
+        tokens = max(1, _PIECE // max(1, hidden_states[:, :1].numel()))
         if hidden_states.shape[1] <= tokens:
-            return self._of_piece(hidden_states)
-        return torch.cat([self._of_piece(piece) for piece in hidden_states.split(tokens, 1)], 2)
+            return self._score_piece(hidden_states)
+        return torch.cat([self._score_piece(piece) for piece in hidden_states.split(tokens, 1)], 2)
 
-    def _of_piece(self, hidden_states: Tensor) -> Tensor:
+    def _score_piece(self, hidden_states: Tensor) -> Tensor:
+        """Return the scores of inputs that fit into memory; the backward computes them again."""
         if torch.is_grad_enabled():
-            return _Again.apply(self.score, hidden_states, *self.parameters())
+            return _Recomputed.apply(self.score, hidden_states, *self.parameters())
         return self.score(hidden_states)
 
     def score(self, hidden_states: Tensor) -> Tensor:
-        """`[B, T, C]` inputs -> `[B, Hkv, T]` in the dtype of `ops.scores.normalised`; subclasses write it."""
+        """Return the scores `[B, Hkv, T]` of inputs `[B, T, C]` in the dtype that `normalised` gives them."""
         raise NotImplementedError
 
 
-class _Again(torch.autograd.Function):
-    """`compute(states)`, which uses the parameters that follow; the backward computes it a second time."""
+class _Recomputed(torch.autograd.Function):
+    """Return `compute(states)`, which uses the parameters that follow; the backward computes it a second time."""
 
     @staticmethod
     def forward(ctx: FunctionCtx, compute: Callable[[Tensor], Tensor], states: Tensor, *parameters: Tensor) -> Tensor:
@@ -79,14 +81,14 @@ class _Again(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         states = ctx.saved_tensors[0]
         inputs = (states.detach().requires_grad_(), *ctx.parameters)
-        wanted = [x for x, needed in zip(inputs, ctx.needs_input_grad[1:], strict=True) if needed]
+        learned = [x for x, needed in zip(inputs, ctx.needs_input_grad[1:], strict=True) if needed]
         with torch.enable_grad(), torch.autocast(states.device.type, enabled=False):
-            found = iter(torch.autograd.grad(ctx.compute(inputs[0]), wanted, grad, allow_unused=True))
-        return None, *(next(found) if needed else None for needed in ctx.needs_input_grad[1:])
+            gradients = iter(torch.autograd.grad(ctx.compute(inputs[0]), learned, grad, allow_unused=True))
+        return None, *(next(gradients) if needed else None for needed in ctx.needs_input_grad[1:])
 
 
 class LinearScorer(Scorer):
-    """One weight per input feature and KV head, `weight` `[Hkv, C]`."""
+    """Learn one weight per input feature and KV head, `weight` `[Hkv, C]`."""
 
     def __init__(self, config: SparseKConfig, hidden_size: int, num_key_value_heads: int, causal: bool) -> None:
         super().__init__(config, num_key_value_heads, causal)
@@ -97,11 +99,12 @@ class LinearScorer(Scorer):
         return self.score(hidden_states) if has_kernels(hidden_states) else super()._in_pieces(hidden_states)
 
     def score(self, hidden_states: Tensor) -> Tensor:
+        """Return the scores of inputs, see `Scorer.score`."""
         return linear_scores(hidden_states, self.weight)
 
 
 class MLPScorer(Scorer):
-    """One hidden layer of `scorer_hidden_size` with GELU, the same for all KV heads of a layer."""
+    """Learn a hidden layer of `scorer_hidden_size` with GELU, the same for all KV heads of a layer."""
 
     def __init__(self, config: SparseKConfig, hidden_size: int, num_key_value_heads: int, causal: bool) -> None:
         super().__init__(config, num_key_value_heads, causal)
@@ -113,12 +116,13 @@ class MLPScorer(Scorer):
         nn.init.normal_(self.down, std=width**-0.5)
 
     def score(self, hidden_states: Tensor) -> Tensor:
+        """Return the scores of inputs, see `Scorer.score`."""
         states = normalised(hidden_states)
         up, bias, down = (p.to(states.dtype) for p in (self.up, self.up_bias, self.down))
         return (F.gelu(states @ up.T + bias) @ down.T).transpose(1, 2)
 
 
 def make_scorer(config: SparseKConfig, hidden_size: int, num_key_value_heads: int, causal: bool) -> Scorer:
-    """The scorer that a configuration names, for inputs of `hidden_size`."""
+    """Make the scorer that a configuration names, for inputs of `hidden_size`."""
     kind = MLPScorer if config.scorer == "mlp" else LinearScorer
     return kind(config, hidden_size, num_key_value_heads, causal)

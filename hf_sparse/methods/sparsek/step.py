@@ -1,4 +1,4 @@
-"""A decoding step of SparseK as one launch, where it runs eager on a GPU with the scores of a scorer.
+"""Run a decoding step of SparseK as one launch, where it runs eager on a GPU with the scores of a scorer.
 
 All that does not change between two steps of a layer is decided once and kept in the cache layer: the checks of
 shapes and dtypes, the compiled kernel, the memory that it needs. What a step compares is what could change without
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class StepPlan:
-    """The kernel of a layer's decoding steps, and what it was made for.
+    """Hold the kernel of a layer's decoding steps, and what it was made for.
 
     Attributes:
         kernel: `None` if no kernel takes such a step.
@@ -57,7 +57,7 @@ def step_in_one_kernel(
         `[B, Hq, 1, D]`, contiguous; `None`, with nothing changed, if the step has to take another path: it is being
         compiled or differentiated, the cache is empty or of another adapter, or no kernel takes what came.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _is_here(query):
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _is_on_current_device(query):
         return None
     if attention.policy is not None or attention.observer is not None:
         return None
@@ -86,7 +86,7 @@ def step_in_one_kernel(
     return output
 
 
-def _is_here(query: Tensor) -> bool:
+def _is_on_current_device(query: Tensor) -> bool:
     """Tell whether a tensor is one of CUDA's current device, where Triton launches."""
     return query.is_cuda and type(query) is Tensor and query.device.index == torch.cuda.current_device()
 
@@ -106,7 +106,7 @@ def _kernel(
     linear = isinstance(scorer, LinearScorer)
     weight, slope = (scorer.weight, scorer.slope) if linear else (None, None)
     parameters = [parameter for parameter in (weight, slope) if parameter is not None]
-    taken = (
+    fits_kernel = (
         has_kernels(cache.keys, cache.values, *tables)
         and cache.values.shape == cache.keys.shape
         and query.dtype == key.dtype == value.dtype == cache.keys.dtype == cache.values.dtype
@@ -115,7 +115,7 @@ def _kernel(
         and all(parameter.dtype in DTYPES and parameter.is_contiguous() for parameter in parameters)
         and hidden_states.dtype in DTYPES
     )
-    if not taken:
+    if not fits_kernel:
         return None
     from hf_sparse.ops.selection.triton.step import StepKernel
 

@@ -8,6 +8,7 @@ from typing import Any
 from peft import PeftConfig
 from torch import Tensor, nn
 
+from hf_sparse.core.overrides import override
 from hf_sparse.methods.sparsefinder import SparsefinderAttention, SparsefinderConfig
 from hf_sparse.ops.tiles.select import tiles_for_sparsity
 from hf_sparse.ops.tiles.tiles import own_tiles, tile_counts
@@ -98,13 +99,9 @@ def points_of(
 @contextmanager
 def at_point(methods: Sequence[SparsefinderAttention], point: Point, length: int) -> Iterator[None]:
     """Let the predictors list as many tiles as a point says, for texts of `length` tokens, within a `with` block."""
-    configs = list({id(method.config): method.config for method in methods}.values())
-    before = [(config, config.sparsity, config.length, config.tiles_per_query) for config in configs]
-    try:
-        if point.sparsity is not None:
-            for config in configs:
-                config.sparsity, config.length, config.tiles_per_query = point.sparsity, length, None
+    if point.sparsity is None:
         yield
-    finally:
-        for config, sparsity, own_length, count in before:
-            config.sparsity, config.length, config.tiles_per_query = sparsity, own_length, count
+        return
+    configs = [method.config for method in methods]
+    with override(configs, sparsity=point.sparsity, length=length, tiles_per_query=None):
+        yield

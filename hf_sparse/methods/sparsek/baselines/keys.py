@@ -1,4 +1,4 @@
-"""Baselines that look at the key itself, after rotary positions as it is cached."""
+"""Score a key by itself, after rotary positions as it is cached."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_sparse.methods.sparsek.baselines.base import Arrivals, Policy
+from hf_sparse.methods.sparsek.baselines.baseline import Arrivals, Baseline
 
 
 @dataclass(frozen=True)
-class KeyNorm(Policy):
-    """Keys of the smallest L2 norm stay (Devoto et al. 2024, 2406.11430).
+class KeyNorm(Baseline):
+    """Keep keys of the smallest L2 norm (Devoto et al. 2024, 2406.11430).
 
     Norms are rounded to 12 bits: in the first layer, occurrences of one token differ by their rotation alone, and last
     bits, which a prefill and a decoding step compute differently, must not decide which of them stays.
@@ -24,20 +24,20 @@ class KeyNorm(Policy):
 
 
 @dataclass(frozen=True)
-class KeyDifference(Policy):
-    """Keys least like the average key stay: KeyDiff (Park et al. 2025, 2504.15364).
+class KeyDifference(Baseline):
+    """Keep keys least like the average key: KeyDiff (Park et al. 2025, 2504.15364).
 
     A score is minus the cosine of the key to an anchor, the mean of normalised keys. In the paper the anchor is the
     mean of the keys that are cached when it evicts, and scores change with it. Here it is the mean of all keys of the
     row so far, the key's own included, so that scores are frozen and causal.
     """
 
-    remembers: ClassVar[bool] = True
+    depends_on_text: ClassVar[bool] = True
 
     def __call__(self, new: Arrivals) -> Tensor:
         # The sum is float64, so that chunks and single steps agree with one pass.
-        wide = torch.float32 if new.key.device.type == "mps" else torch.float64
-        unit = F.normalize(new.key.detach().to(wide), dim=-1)
+        dtype = torch.float32 if new.key.device.type == "mps" else torch.float64
+        unit = F.normalize(new.key.detach().to(dtype), dim=-1)
         if new.valid is not None:
             unit = unit.masked_fill(~new.valid[:, None, :, None], 0.0)
         total = unit.cumsum(2)  # the direction of the mean

@@ -1,17 +1,17 @@
-"""A reference that no cache can reach: it sees the future."""
+"""Score keys by what is to come: a reference that no cache can reach."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hf_sparse.methods.sparsek.baselines.base import Arrivals, Policy
+from hf_sparse.methods.sparsek.baselines.baseline import Arrivals, Baseline
 from hf_sparse.ops.selection.attention_mass import far_attention_mass
 
 
 @dataclass(frozen=True)
-class Oracle(Policy):
-    """Keys that will receive the most attention stay: the mean dense attention of the queries that are far from a key.
+class Oracle(Baseline):
+    """Keep keys that will receive the most attention: the mean dense attention of the queries that are far from a key.
 
     What the objective `attention` teaches a scorer, computed from the queries of the whole text. Time is quadratic in
     the length. One score per key all the same, so that a selection which changes with the query could be better.

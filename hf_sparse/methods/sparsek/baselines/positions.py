@@ -1,4 +1,4 @@
-"""Baselines that look at nothing but where a key stands."""
+"""Score a key by nothing but where it stands."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -6,13 +6,13 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_sparse.methods.sparsek.baselines.base import Arrivals, Policy
+from hf_sparse.methods.sparsek.baselines.baseline import Arrivals, Baseline
 from hf_sparse.methods.sparsek.budget import Budget
 
 
 @dataclass(frozen=True)
-class Recency(Policy):
-    """The nearest keys: a window of `window + k`, that is StreamingLLM (Xiao et al. 2023, 2309.17453).
+class Recency(Baseline):
+    """Keep the nearest keys: a window of `window + k`, that is StreamingLLM (Xiao et al. 2023, 2309.17453).
 
     In an encoder the nearest keys are those on both sides, which no score per key could say: there `window + k` is the
     window of the attention, and nothing is selected.
@@ -28,8 +28,8 @@ class Recency(Policy):
 
 
 @dataclass(frozen=True)
-class Random(Policy):
-    """Uniform and independent per layer, head and position; a hash, so that it is frozen and needs no state."""
+class Random(Baseline):
+    """Keep random keys: a hash of layer, head and position, uniform and independent, that needs no state."""
 
     bidirectional: ClassVar[bool] = True
 

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
+from hf_sparse.core.overrides import override
 from hf_sparse.methods.sparsek import Budget
 from hf_sparse.methods.sparsek.evaluation.contenders import patched_layers
 
@@ -18,12 +19,6 @@ def budget_of(model: nn.Module) -> Budget:
 @contextmanager
 def at_budget(model: nn.Module, budget: Budget) -> Iterator[None]:
     """Give the active adapter another budget within a `with` block; caches made outside it do not fit inside."""
-    configs = list({id(method.config): method.config for method in patched_layers(model)}.values())
-    before = [(config, config.k, config.window, config.sinks) for config in configs]
-    try:
-        for config in configs:
-            config.k, config.window, config.sinks = budget
+    configs = [method.config for method in patched_layers(model)]
+    with override(configs, k=budget.k, window=budget.window, sinks=budget.sinks):
         yield
-    finally:
-        for config, k, window, sinks in before:
-            config.k, config.window, config.sinks = k, window, sinks

@@ -6,19 +6,19 @@ from contextlib import contextmanager
 from torch import nn
 
 from hf_sparse.methods.sparsek import SparseKAttention
-from hf_sparse.methods.sparsek.baselines import POLICIES, Oracle
+from hf_sparse.methods.sparsek.baselines import BASELINES, Oracle
 from hf_sparse.patches import sparse_layers_in_use
 
 #: What attends: the base model, the baselines at equal slots, and the trained scorers.
-SELECTIONS = ("dense", *POLICIES, "learned")
+SELECTIONS = ("dense", *BASELINES, "learned")
 
 #: Those that can generate: all but the one that must see the whole text first.
-GENERATING = tuple(name for name in SELECTIONS if not isinstance(POLICIES.get(name), Oracle))
+GENERATING = tuple(name for name in SELECTIONS if not isinstance(BASELINES.get(name), Oracle))
 
 #: What attends in both directions, where the nearest keys of a query are those of a wider window.
 ENCODER_SELECTIONS = ("dense", "window", "random", "learned")
 
-_POLICY_OF = {"window": "recency"}
+_BASELINE_OF = {"window": "recency"}
 
 
 def selections_of(model: nn.Module) -> tuple[str, ...]:
@@ -50,7 +50,7 @@ def selection(model: nn.Module, name: str) -> Iterator[None]:
     before = [(method, method.policy, method.disable_adapters) for method in methods]
     try:
         for method in methods:
-            method.policy = POLICIES.get(_POLICY_OF.get(name, name))
+            method.policy = BASELINES.get(_BASELINE_OF.get(name, name))
             method.switch(name != "dense")
         yield
     finally:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
+from hf_sparse.core.overrides import override
 from hf_sparse.data import check_chunks
 from hf_sparse.errors import DataError
 from hf_sparse.evaluation.quality import kl, logits_of
@@ -48,22 +49,20 @@ def layer_damages(
     if length <= slots:
         raise DataError(f"nothing is evicted: {slots} slots cover the whole text of {length} tokens")
     config, layers = methods[0].config, [method.layer for method in methods]
-    before, sums = config.layer_shares, dict.fromkeys(layers, 0.0)
+    sums = dict.fromkeys(layers, 0.0)
     work = [(some, layer) for some in chunks.split(batch_size) for layer in (None, *layers)]
     label = f"layers, {slots} slots"
-    try:
-        with evaluating(model), at_budget(model, budget_of(model).resized(slots)), selection(model, "learned"):
-            for some, layer in track(work, label, console=Console(stderr=True), transient=True, disable=not progress):
-                # A layer whose budget covers the text is dense.
-                config.layer_shares = [1.0 if other == layer else float(length) for other in range(max(layers) + 1)]
+    with evaluating(model), at_budget(model, budget_of(model).resized(slots)), selection(model, "learned"):
+        for some, layer in track(work, label, console=Console(stderr=True), transient=True, disable=not progress):
+            # A layer whose budget covers the text is dense.
+            shares = [1.0 if other == layer else float(length) for other in range(max(layers) + 1)]
+            with override([config], layer_shares=shares):
                 logits = logits_of(model, some.to(next(model.parameters()).device))[:, :-1]
-                if layer is None:  # all are
-                    dense = logits
-                else:
-                    parts = zip(dense.split(_SLICE, 1), logits.split(_SLICE, 1), strict=True)
-                    sums[layer] += sum(kl(*part).double().sum().item() for part in parts)
-    finally:
-        config.layer_shares = before
+            if layer is None:  # all are
+                dense = logits
+            else:
+                parts = zip(dense.split(_SLICE, 1), logits.split(_SLICE, 1), strict=True)
+                sums[layer] += sum(kl(*part).double().sum().item() for part in parts)
     return {layer: total / (len(chunks) * (length - 1)) for layer, total in sums.items()}
 
 

@@ -1,4 +1,4 @@
-"""What every policy is, and what it may look at."""
+"""Define what a baseline is, and what it may look at."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Arrivals:
-    """The new tokens of one attention module.
+    """Hold the new tokens of one attention module.
 
     Attributes:
         query: `[B, Hq, T, D]`; key: `[B, Hkv, T, D]`, positions applied.
@@ -35,25 +35,25 @@ class Arrivals:
     cache: "SparseKCacheLayer | None"
 
 
-class Policy:
-    """A baseline: maps new tokens to their scores; the highest keep their places.
+class Baseline:
+    """Map new tokens to their scores, of which the highest keep their places.
 
-    Policies hold no state of a text: that is in the cache. Those that are equal may share a cache.
+    Baselines hold no state of a text: that is in the cache. Those that are equal may share a cache.
 
     Attributes:
-        block: `None` if scores are frozen on arrival; otherwise how many tokens an adaptive policy takes at a time.
+        block: `None` if scores are frozen on arrival; otherwise how many tokens an adaptive baseline takes at a time.
         bidirectional: whether it can choose in an encoder.
-        remembers: whether a score depends on other tokens of the text, so that removing tokens cannot undo it.
+        depends_on_text: whether a score depends on other tokens of the text, so that removing tokens cannot undo it.
     """
 
     block: int | None = None
     bidirectional: ClassVar[bool] = False
-    remembers: ClassVar[bool] = False
+    depends_on_text: ClassVar[bool] = False
 
     def __call__(self, new: Arrivals) -> Tensor:
-        """Scores `[B, Hkv, T]` float32 of new tokens; what stands at padding is meaningless."""
+        """Return the scores `[B, Hkv, T]` float32 of new tokens; what stands at padding is meaningless."""
         raise NotImplementedError
 
     def budget(self, budget: Budget, causal: bool) -> Budget:
-        """How the attention spends the budget of a layer."""
+        """Say how the attention spends the budget of a layer."""
         return budget

@@ -1,4 +1,4 @@
-"""The vote of the prompt's last queries."""
+"""Score keys by the attention that they receive: of all queries, of the last one, or of the last ones of a prompt."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -6,14 +6,43 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from hf_sparse.methods.sparsek.baselines.adaptive import AdaptivePolicy
+from hf_sparse.methods.sparsek.baselines.adaptive import AdaptiveBaseline
 
 
 @dataclass(frozen=True)
-class SnapKV(AdaptivePolicy):
-    """Keys that the last queries of a prompt attend to stay: SnapKV (Li et al. 2024, 2404.14469).
+class H2O(AdaptiveBaseline):
+    """Keep keys that have received the most attention: H2O (Zhang et al. 2023, 2306.14048).
 
-    A prompt, the first input to a cache, is attended densely, which no other policy does: it needs memory for all its
+    A score is the sum of a key's attention weights since it came, that in the window included. The paper halves the
+    budget between heavy hitters and recent keys and has no sinks; here `k`, `window` and `sinks` are the configured
+    ones.
+    """
+
+    def update(self, scores: Tensor, weights: Tensor, positions: Tensor) -> Tensor:
+        return scores + weights.sum(2)
+
+
+@dataclass(frozen=True)
+class TOVA(AdaptiveBaseline):
+    """Keep keys that the last query attends to most: TOVA (Oren et al. 2024, 2401.06104).
+
+    The paper averages over all heads of a layer and protects no key; here every KV head chooses for itself, and the
+    configured window and sinks stay, as under the other baselines.
+    """
+
+    @property
+    def watched(self) -> int | None:
+        return 1
+
+    def update(self, scores: Tensor, weights: Tensor, positions: Tensor) -> Tensor:
+        return weights[:, :, -1]
+
+
+@dataclass(frozen=True)
+class SnapKV(AdaptiveBaseline):
+    """Keep keys that the last queries of a prompt attend to: SnapKV (Li et al. 2024, 2404.14469).
+
+    A prompt, the first input to a cache, is attended densely, which no other baseline does: it needs memory for all its
     keys until its last `observation` queries have voted. A vote is the attention weights summed over those queries,
     averaged over `kernel` neighbouring positions. Later inputs of several tokens are taken in blocks, each of which
     votes anew on the keys that are there. A text without a cache is taken in blocks from the start.

@@ -1,0 +1,77 @@
+"""Say what the cache layer of a method owes to the patch, beside what transformers asks of every cache layer."""
+
+from typing import Protocol
+
+from torch import Tensor
+from transformers.cache_utils import DynamicLayer
+
+
+class SparseCacheLayer(Protocol):
+    """Describe a `CacheLayerMixin` of transformers that the sparse attention of one module fills.
+
+    transformers calls `update` with the keys and values of new tokens, and then the attention function. Around both the
+    patch calls `begin_attention` and `end_attention`, so that `update` can tell sparse attention from dense.
+    """
+
+    def get_seq_length(self) -> int:
+        """Count the tokens so far, padding included."""
+
+    def begin_attention(self) -> None:
+        """Note that sparse attention follows the next `update`."""
+
+    def check_mask(self, attention_mask: Tensor | None, length: int) -> Tensor | None:
+        """Check a padding mask against what the cache holds, after `update`.
+
+        Args:
+            attention_mask: `[B, columns]` bool, False for padding; `None` if every token is real.
+            length: tokens that are new in this forward.
+
+        Returns:
+            `[B, Tk]` bool with a column for each key that `update` returned, or `None`.
+
+        Raises:
+            ValueError: the mask lacks columns, or it contradicts an earlier one that the cache acted on.
+        """
+
+    def end_attention(self) -> None:
+        """Note that the attention is done."""
+
+    def refusal_of_static(self) -> str | None:
+        """Say why this layer cannot stand in a `StaticCache`, which compiles; `None` if it can."""
+
+    def share_mask_sizes(self) -> None:
+        """Note that layers with dense attention may take the size of their mask from this layer."""
+
+
+def mask_of_keys(attention_mask: Tensor | None, keys: int) -> Tensor | None:
+    """Return a padding mask `[B, Tk]` that has a column for each key.
+
+    Raises:
+        ValueError: it has another number of columns.
+    """
+    if attention_mask is not None and attention_mask.shape[1] != keys:
+        raise ValueError(
+            f"the attention mask must have a column for each of {keys} tokens, got {attention_mask.shape[1]}"
+        )
+    return attention_mask
+
+
+class GrowingCacheLayer(DynamicLayer):
+    """Keep all keys and values, as the ordinary cache layer does: what most methods need, or begin with."""
+
+    def begin_attention(self) -> None:
+        """Do nothing: dense attention would find all keys too."""
+
+    def check_mask(self, attention_mask: Tensor | None, length: int) -> Tensor | None:
+        """Return the padding mask of all keys, see `SparseCacheLayer`."""
+        return mask_of_keys(attention_mask, self.get_seq_length())
+
+    def end_attention(self) -> None:
+        """Do nothing: there is nothing to finish."""
+
+    def refusal_of_static(self) -> str | None:
+        """Say that a static cache does not grow."""
+        return "keeps every key in a cache that grows, which a static cache does not"
+
+    def share_mask_sizes(self) -> None:
+        """Change nothing: the mask has a column for every key."""
