@@ -1,91 +1,118 @@
-"""Settings of a training run."""
+"""Settings of a training run: those that every method has, and through them those of one method."""
 
-from collections.abc import Collection
-from dataclasses import dataclass, fields
-from typing import Literal, get_args
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from typing import Any, Literal, get_args
 
-from hf_sparse.core.checks import is_finite, is_integer
+from hf_sparse.core.settings import check_choice, check_integer, check_number, values_of
 
-Objective = Literal["distill", "attention", "lm", "graph"]
-GraphLoss = Literal["profile_nce", "pair_hinge", "sum_hinge", "mass_hinge", "info_nce"]
 Precision = Literal["no", "bf16"]
 
-# The least and the largest value of each setting. Beyond the largest nothing was ever learned, or no machine holds it.
-_INTEGERS = {
-    "steps": (1, 10**7),
-    "warm_start_steps": (0, 10**7),
-    "graph_steps": (0, 10**7),
-    "lora_steps": (0, 10**7),
-    "graph_rows": (1, 10**7),
-    "batch_size": (1, 10**7),
-    "gradient_accumulation_steps": (1, 10**7),
-    "warmup_steps": (0, 10**7),
-    "checkpoint_every": (0, 10**7),
-    "seed": (0, 2**32 - 1),
-}
-_NUMBERS = {
-    "learning_rate": ("above 0", 1.0),
-    "lora_learning_rate": ("above 0", 1.0),
-    "graph_learning_rate": ("above 0", 1.0),
-    "max_grad_norm": ("above 0", 1e9),
-    "weight_decay": ("at least 0", 1e3),
-    "lm_weight": ("at least 0", 1e6),
-    "hidden_weight": ("at least 0", 1e6),
-    "final_scale": ("above 0", 1e6),
-}
+#: The largest seed: generators are seeded with products of it, which must fit into 64 bits.
+MOST_SEED = 2**24
+
+# Settings that cannot change the result: where it is written, what is shown, what it takes.
+_WITHOUT_INFLUENCE = ("output_dir", "checkpoint_every", "resume", "progress", "gradient_checkpointing")
 
 
 @dataclass(frozen=True)
-class FinetuneConfig:
-    """Settings of `finetune`, for both methods. The defaults are the recipe that was measured (model_cards/).
+class SharedSettings:
+    """Hold the settings of a training run that every method has; `FinetuneConfig` says what each of them means.
 
-    SparseK learns scorers: `warm_start_steps` of `"attention"`, then `steps` of the objective. Sparsefinder learns
-    logit scales (and alpha, if it is to be learned) in `steps` of the objective, then projections in `graph_steps` of
-    `"graph"`; in the end its predictors are fitted to the text. A setting of the other method is an error.
+    The `metadata` of a field has `"help"`, a sentence for the command line; `"cli": False` where there is no option for
+    it; `"needs_lora": True` where it has no effect on an adapter without LoRA.
+    """
+
+    objective: str = field(
+        default="distill",
+        metadata={"help": "distill: stay close to dense attention. lm: predict tokens. A method may have others."},
+    )
+    lm_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the next-token cross-entropy that is added to `distill`."}
+    )
+    hidden_weight: float = field(
+        default=0.0, metadata={"help": "Weight of the distance of hidden states that is added to `distill`."}
+    )
+    steps: int = field(default=300, metadata={"help": "Optimiser steps of the objective."})
+    batch_size: int = field(default=2, metadata={"help": "Chunks per step and process."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Batches per optimiser step."})
+    learning_rate: float = field(default=2e-2, metadata={"help": "Peak of the schedule."})
+    lora_learning_rate: float = field(
+        default=2e-4, metadata={"help": "Peak for LoRA, if the adapter has it.", "needs_lora": True}
+    )
+    warmup_steps: int = field(default=10, metadata={"help": "Steps of linear warm-up, in each stage."})
+    weight_decay: float = field(default=0.0, metadata={"help": "AdamW's."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
+    seed: int = field(default=0, metadata={"help": "Of the order of the chunks, and of hidden tokens."})
+    mixed_precision: Precision = field(default="no", metadata={"help": "Accelerate's."})
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Run layers again in the backward: less memory, more time."}
+    )
+    cpu: bool = field(default=False, metadata={"help": "Stay on the CPU.", "cli": False})
+    output_dir: str | None = field(
+        default=None, metadata={"help": "Folder for checkpoints and finetune.json.", "cli": False}
+    )
+    checkpoint_every: int = field(default=0, metadata={"help": "Steps between checkpoints; 0: none.", "metavar": "N"})
+    resume: bool = field(default=False, metadata={"help": "Continue from the last checkpoint in DIR."})
+    progress: bool = field(default=True, metadata={"help": "Show a progress bar.", "cli": False})
+
+    def __post_init__(self) -> None:
+        check_choice("mixed_precision", self.mixed_precision, get_args(Precision))
+        for name in ("steps", "batch_size", "gradient_accumulation_steps"):
+            check_integer(name, getattr(self, name), least=1)
+        for name in ("warmup_steps", "checkpoint_every"):
+            check_integer(name, getattr(self, name), least=0)
+        check_integer("seed", self.seed, least=0, most=MOST_SEED)
+        # Beyond the largest value nothing was ever learned.
+        for name, most in (("learning_rate", 1.0), ("lora_learning_rate", 1.0), ("max_grad_norm", 1e9)):
+            check_number(name, getattr(self, name), most)
+        for name, most in (("weight_decay", 1e3), ("lm_weight", 1e6), ("hidden_weight", 1e6)):
+            check_number(name, getattr(self, name), most, or_zero=True)
+        if (self.lm_weight or self.hidden_weight) and self.objective != "distill":
+            raise ValueError(f"lm_weight and hidden_weight belong to 'distill', the objective is {self.objective!r}")
+        if self.output_dir is None and (self.checkpoint_every or self.resume):
+            raise ValueError("checkpoint_every and resume need an output_dir")
+
+
+# The constructor takes any keyword, because the names of a method's settings stand in the method's folder alone, and
+# all settings of a run are written in one place: FinetuneConfig(steps=300, seed=1, setting_of_the_method=2). One class
+# per method would make people import another name for each method, and whoever does not know the method, such as a
+# command line, could make none. The price: a type checker knows the fields, but not the keywords, so these are checked
+# as soon as the object is made.
+@dataclass(frozen=True, init=False)
+class FinetuneConfig(SharedSettings):
+    """Hold the settings of `finetune`. The defaults are the recipe that was measured (model_cards/).
+
+    The fields are for every method. Each method has settings and objectives besides, which its folder lists with their
+    meaning (`hf_sparse.methods.NAME.training_settings`); such a setting is given as a keyword like any other.
+    `finetune` refuses a setting of another method than the model has, unless it is at its default.
 
     Attributes:
         objective: `"distill"`: KL from the same model with sparse attention off (of a masked language model, at the
             hidden tokens); of a model without a language modelling head, 1 - cosine between their last hidden states
-            and between the means of these. `"lm"`: the loss of the language modelling head. `"attention"`: regress the
-            scores on the log of the dense attention that keys receive from queries outside the window (SparseK).
-            `"graph"`: projections only, with the logit scales as they are (Sparsefinder).
+            and between the means of these. `"lm"`: the loss of the language modelling head. A method may have others.
         lm_weight: of the next-token cross-entropy that is added to `"distill"` of a causal language model.
         hidden_weight: of the distance of the layers' hidden states from the dense model's that is added to
             `"distill"` of a causal language model; 0 for a layer that repeats them, about 1 for one that has nothing to
             do with them.
-        final_scale: SparseK: scores are multiplied by a factor that grows from 1 to this one over the steps of the
-            objective, geometrically: soft gates end as almost hard ones. Which keys are best does not depend on it.
         steps: optimiser steps of the objective.
-        warm_start_steps: SparseK: optimiser steps of `"attention"` before `"distill"` or `"lm"`.
-        graph_steps: Sparsefinder: optimiser steps of `"graph"` after `"distill"` or `"lm"`. With 0 the projections stay
-            as they are and nothing is fitted.
-        graph_loss: Sparsefinder: what projections are trained with, on the entmax probabilities of the model itself.
-            `"info_nce"`: cross entropy of the probabilities and a softmax of minus the distances; `"profile_nce"`: the
-            same with the distance profile of the head in the softmax, as in the predictors; `"pair_hinge"`: the
-            paper's; `"sum_hinge"`: that of its released code; `"mass_hinge"`: edges weighted by probability. See
-            `hf_sparse.ops.predictors.losses`.
-        graph_rows: Sparsefinder: queries per text and layer that `"graph"` looks at, drawn anew for each step; at least
-            1.
-        graph_learning_rate: Sparsefinder: the peak of `"graph"`.
-        alpha_start: Sparsefinder: alpha grows from this value, above 1, to its own over the steps of the objective;
-            not where it is learned. None: no annealing.
         batch_size: chunks per step and process.
         gradient_accumulation_steps: batches per optimiser step.
         learning_rate: AdamW's peak, at most 1; linear warm-up over `warmup_steps`, then linear decay to 0, in each
             stage.
         lora_learning_rate: the peak for LoRA, where the adapter has a `lora_rank`. It is trained with `"distill"` and
-            `"lm"`, in the same optimiser, beside the scorers or logit scales.
-        lora_steps: SparseK: with more than 0, LoRA is not trained beside the scorers but in so many optimiser steps
-            of its own after theirs, on the same objective, with the hard selection of inference in place of soft gates.
+            `"lm"`, in the same optimiser, beside what the method learns.
+        warmup_steps: see `learning_rate`.
         weight_decay: AdamW's.
         max_grad_norm: gradients are clipped to this norm, those of LoRA apart.
         seed: order of the chunks (and, from the command line, which tokens are hidden from a masked language model).
             Nothing else is random; on CUDA, sums in another order still differ in the last bits
             unless `torch.use_deterministic_algorithms(True)` is set.
-        mixed_precision: accelerate's `"bf16"`, or `"no"`: the dtype in which the model was loaded. Scores, gates and
-            thresholds are float32 in any case.
+        mixed_precision: accelerate's `"bf16"`, or `"no"`: the dtype in which the model was loaded. What a method
+            computes for itself, such as scores, is float32 in any case.
         gradient_checkpointing: keep the inputs of layers only, and run them again in the backward: less memory, more
-            time, the same result. `"attention"` holds no more than that anyway.
+            time, the same result.
         cpu: stay on the CPU although there is an accelerator.
         output_dir: folder for `checkpoints/` and `finetune.json`; nothing is written for `None`. Where it holds an
             adapter, finetune.json is left to whoever writes the new weights (`hf_sparse.hub.write_repo`). No other run
@@ -93,74 +120,67 @@ class FinetuneConfig:
         checkpoint_every: optimiser steps between checkpoints; 0 writes none.
         resume: continue from the last checkpoint in `output_dir`, if there is one.
         progress: show a progress bar.
+        method_settings: the settings of single methods that differ from their defaults, by name.
+
+    Raises:
+        TypeError: neither the fields nor a method have a setting of such a name.
+        ValueError: a value is out of range, or no method has such an objective.
     """
 
-    objective: Objective = "distill"
-    lm_weight: float = 0.0
-    hidden_weight: float = 0.0
-    final_scale: float = 1.0
-    steps: int = 300
-    warm_start_steps: int = 40
-    graph_steps: int = 100
-    graph_loss: GraphLoss = "profile_nce"
-    graph_rows: int = 128
-    graph_learning_rate: float = 1e-2
-    alpha_start: float | None = None
-    batch_size: int = 2
-    gradient_accumulation_steps: int = 1
-    learning_rate: float = 2e-2
-    lora_learning_rate: float = 2e-4
-    lora_steps: int = 0
-    warmup_steps: int = 10
-    weight_decay: float = 0.0
-    max_grad_norm: float = 1.0
-    seed: int = 0
-    mixed_precision: Precision = "no"
-    gradient_checkpointing: bool = False
-    cpu: bool = False
-    output_dir: str | None = None
-    checkpoint_every: int = 0
-    resume: bool = False
-    progress: bool = True
+    # A mapping cannot be hashed; equal configurations have equal shared fields too, whose hash is enough.
+    method_settings: Mapping[str, Any] = field(default_factory=dict, hash=False, metadata={"cli": False})
 
-    def __post_init__(self) -> None:
-        if self.objective not in get_args(Objective):
-            raise ValueError(f"objective must be one of {', '.join(get_args(Objective))}, got {self.objective!r}")
-        for name, options in (("mixed_precision", get_args(Precision)), ("graph_loss", get_args(GraphLoss))):
-            if getattr(self, name) not in options:
-                raise ValueError(f"{name} must be one of {', '.join(options)}, got {getattr(self, name)!r}")
-        for name, (fewest, most) in _INTEGERS.items():
-            value = getattr(self, name)
-            if not is_integer(value, fewest):
-                raise ValueError(f"{name} must be an integer of at least {fewest}, got {value!r}")
-            if value > most:
-                raise ValueError(f"{name} must be at most {most:,}, got {value!r}")
-        for name, (least, bound) in _NUMBERS.items():
-            value = getattr(self, name)
-            if not is_finite(value) or not (value >= 0 if least == "at least 0" else value > 0):
-                raise ValueError(f"{name} must be a number {least}, got {value!r}")
-            if value > bound:
-                raise ValueError(f"{name} must be at most {bound:g}, got {value!r}")
-        if self.alpha_start is not None and not (is_finite(self.alpha_start) and 1 < self.alpha_start < 2):
-            raise ValueError(f"alpha_start must be None or above 1 and below 2, got {self.alpha_start!r}")
-        if (self.lm_weight or self.hidden_weight) and self.objective != "distill":
-            raise ValueError(f"lm_weight and hidden_weight belong to 'distill', the objective is {self.objective!r}")
-        if self.final_scale != 1 and self.objective == "attention":
-            raise ValueError(
-                f"final_scale must be 1 for the objective 'attention', which has no gates; got {self.final_scale!r}"
-            )
-        if self.lora_steps and self.objective == "attention":
-            raise ValueError(
-                "lora_steps must be 0 for the objective 'attention', which reads the model and trains no LoRA"
-            )
-        if self.output_dir is None and (self.checkpoint_every or self.resume):
-            raise ValueError("checkpoint_every and resume need an output_dir")
+    def __init__(self, *shared: Any, method_settings: Mapping[str, Any] | None = None, **settings: Any) -> None:
+        names = {shared_field.name for shared_field in fields(SharedSettings)}
+        of_methods = {name: value for name, value in settings.items() if name not in names}
+        super().__init__(*shared, **{name: value for name, value in settings.items() if name in names})
+        of_methods = {**(method_settings or {}), **of_methods}
+        object.__setattr__(self, "method_settings", _check_method_settings(of_methods, self.objective))
 
-    def settings(self, without: Collection[str] = ()) -> dict[str, object]:
-        """What determines the result: everything but where it is written, what is shown and what it takes.
+    def settings(self) -> dict[str, object]:
+        """Return the fields that determine the result: not where it is written, what is shown and what it takes."""
+        return {f.name: getattr(self, f.name) for f in fields(SharedSettings) if f.name not in _WITHOUT_INFLUENCE}
 
-        Args:
-            without: fields that are left out too, such as those of another method.
-        """
-        shown = {"output_dir", "checkpoint_every", "resume", "progress", "gradient_checkpointing", *without}
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in shown}
+
+def _check_method_settings(given: Mapping[str, Any], objective: str) -> dict[str, Any]:
+    """Check objective and settings as far as that is possible before the model, and so the method, is known.
+
+    Two methods may have settings of one name: a value is refused here if none of them takes it.
+
+    Returns:
+        Those that differ from their default, in the order of the methods' fields.
+    """
+    # Late, for it imports torch: the command line reads the fields above without.
+    from hf_sparse.core.registry import registered_methods
+
+    trainings = [method.training() for method in registered_methods().values()]
+    check_choice("objective", objective, list(dict.fromkeys(name for t in trainings for name in t.objectives)))
+    defaults = [(training.settings_type, values_of(training.settings_type())) for training in trainings]
+    known = {name: None for _, settings in defaults for name in settings}
+    for name in given:
+        if name not in known:
+            raise TypeError(_unknown_setting(name, [*(f.name for f in fields(SharedSettings)), *known]))
+    accepted: set[str] = set()
+    refused: list[tuple[set[str], ValueError]] = []
+    for settings_type, default in defaults:
+        of_method = {name: given[name] for name in default if name in given}
+        try:
+            settings_type(**of_method).check_objective(objective)
+            accepted |= of_method.keys()
+        except ValueError as error:
+            refused.append((set(of_method), error))
+    for names, refusal in refused:
+        if not names <= accepted:
+            raise refusal
+    return {
+        name: given[name]
+        for name in known
+        if name in given and any(name in default and default[name] != given[name] for _, default in defaults)
+    }
+
+
+def _unknown_setting(name: str, known: Iterable[str]) -> str:
+    """Word the error for a keyword that is no setting."""
+    close = get_close_matches(name, list(known), n=1)
+    expected = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(known)}"
+    return f"FinetuneConfig has no setting {name!r}; {expected}"

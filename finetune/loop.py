@@ -27,8 +27,7 @@ from hf_sparse.finetune import checkpoint
 from hf_sparse.finetune.config import FinetuneConfig
 from hf_sparse.finetune.identity import adapter_sha256, adapter_tensors, base_sha256, changed
 from hf_sparse.finetune.recompute import recomputed
-from hf_sparse.finetune.training import Stage, Training
-from hf_sparse.finetune.trainings import training_of, without_effect
+from hf_sparse.finetune.stages import Stage, Training, training_of
 from hf_sparse.folders import locked
 from hf_sparse.overlap import sketch
 from hf_sparse.patches.heads import parameters_saved, untrained_modules
@@ -85,7 +84,7 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
             stacklevel=2,
         )
     output = Path(config.output_dir) if config.output_dir else None
-    settings = config.settings(without_effect(training))
+    settings = training.recorded_settings()
     identity = settings | {"chunks": fingerprint(chunks, labels), "adapter": training.identity()}
     state: dict[str, Any] = {"step": 0, "history": [], "seconds": 0.0}
 
@@ -106,10 +105,10 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
         _warn_of_slow_dtype(model, accelerator)
         identity["processes"] = accelerator.num_processes
         identity = json.loads(json.dumps(identity))  # as checkpoints hold it
-        began_with = adapter_sha256(training.methods)
+        began_with = adapter_sha256(training.layers)
         origin: dict[str, Any] = {}
         if output and (config.checkpoint_every or config.resume):
-            origin = {"base": base_sha256(model, training.methods), "first_weights": began_with}
+            origin = {"base": base_sha256(model, training.layers), "first_weights": began_with}
             if is_main_process():
                 output.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(locked(output))
@@ -221,7 +220,7 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
             bar.close()
             training.finish(prepared, read, *first, report=report)
             _as_the_first(training)  # each process has fitted what is fitted, with sums in another order on a GPU
-            for method in training.methods:
+            for method in training.layers:
                 # What was never fitted is NaN throughout.
                 if not _are_finite(t for t in adapter_tensors(method).values() if not t.isnan().all()):
                     raise ValueError(f"what was fitted after the last step is not finite in layer {method.layer}")
@@ -252,7 +251,7 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
             "history": history,
             "parameters_sha256": {
                 "before": origin.get("first_weights", began_with),
-                "after": adapter_sha256(training.methods),
+                "after": adapter_sha256(training.layers),
             },
             **report,
             **describe(),
@@ -318,7 +317,7 @@ def _are_finite(tensors: Iterable[Tensor]) -> bool:
 
 def _as_the_first(training: Training) -> None:
     """The tensors of the first process in all processes."""
-    for method in training.methods:
+    for method in training.layers:
         for tensor in (*method.parameters(), *method.buffers()):
             tensor.data = broadcast(tensor.data)
 
@@ -355,10 +354,10 @@ def _training(model: nn.Module, training: Training) -> Iterator[None]:
     What no stage trains, such as LoRA with the objective `attention`, or a head, gets no gradient meanwhile.
     """
     learned = {id(parameter) for parameter in training.parameters.values()}
-    own = [parameter for method in training.methods for parameter in method.parameters()] + parameters_saved(model)
+    own = [parameter for method in training.layers for parameter in method.parameters()] + parameters_saved(model)
     idle = [parameter for parameter in own if parameter.requires_grad and id(parameter) not in learned]
     model.eval()
-    for method in training.methods:
+    for method in training.layers:
         method.train()
     for parameter in idle:
         parameter.requires_grad_(False)
@@ -426,7 +425,7 @@ def _check_frozen(model: nn.Module, training: Training) -> None:
     """What is trained is trainable, and nothing else is but the adapter's own."""
     for parameter in training.parameters.values():
         parameter.requires_grad_(True)
-    own = {id(p) for method in training.methods for p in method.parameters()}
+    own = {id(p) for method in training.layers for p in method.parameters()}
     own |= {id(p) for p in parameters_saved(model)}
     others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in own]
     if others:

@@ -1,4 +1,4 @@
-"""What is minimised, for each kind of model.
+"""Objectives that every method has, for each kind of model.
 
 Each objective takes the model and a batch, and returns a scalar loss. A batch is chunks `[B, T]`; of a masked language
 model, chunks with hidden tokens, and their labels `[B, T]`.
@@ -6,7 +6,6 @@ model, chunks with hidden tokens, and their labels `[B, T]`.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,17 +14,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_sparse.data import IGNORED
-from hf_sparse.finetune.config import Objective
 from hf_sparse.finetune.predictions import Predictions, predict
-from hf_sparse.methods.sparsek import SparseKAttention
 from hf_sparse.model_kinds import Kind, final_states, pooled
-from hf_sparse.ops.selection.attention_mass import far_attention_mass
-from hf_sparse.patches import sparse_layers, sparse_layers_in_use
+from hf_sparse.patches import sparse_layers
 
 _ROWS = 1024  # tokens that have logits at once
-
-# The last keys of a chunk are behind too few queries for their mass to mean anything.
-UNSETTLED = 64
 
 
 def distill(model: nn.Module, chunks: Tensor, *, lm_weight: float = 0.0, hidden_weight: float = 0.0) -> Tensor:
@@ -92,49 +85,11 @@ def feature_distill(model: nn.Module, chunks: Tensor) -> Tensor:
     return tokens.mean() + texts.mean()
 
 
-def attention(model: nn.Module, chunks: Tensor, labels: Tensor | None = None, **options: Any) -> Tensor:
-    """Mean squared error of scores against log far-attention mass, both centred; the mean over layers.
-
-    The forward is dense, so the layers are independent and nothing but the scorers is differentiated.
-
-    Args:
-        **options: for the model's forward.
-    """
-    losses: list[Tensor] = []
-    methods = sparse_layers_in_use(model, SparseKAttention)
-
-    def observe(method: SparseKAttention) -> Any:
-        def observer(query: Tensor, key: Tensor, scores: Tensor, scaling: float) -> None:
-            budget = method.budget
-            mass = far_attention_mass(query, key, window=budget.window, scaling=scaling, causal=method.causal)
-            # In both directions, every key is far from about as many queries.
-            unsettled = budget.window + UNSETTLED if method.causal else 0
-            settled = slice(budget.sinks, max(budget.sinks + 1, scores.shape[-1] - unsettled))
-            target = (mass[..., settled] + 1e-6).log()
-            found = scores[..., settled]
-            error = (found - found.mean(-1, keepdim=True)) - (target - target.mean(-1, keepdim=True))
-            losses.append(error.square().mean().to(chunks.device))
-
-        return observer
-
-    try:
-        for method in methods:
-            method.observer = observe(method)
-        model(input_ids=chunks, **options)
-    finally:
-        for method in methods:
-            method.observer = None
-    return torch.stack(losses).mean()
-
-
-OBJECTIVES: Mapping[Kind, dict[Objective, Callable[..., Tensor]]] = {
-    "causal": {
-        "distill": distill,
-        "lm": lm,
-        "attention": partial(attention, use_cache=False, logits_to_keep=1),
-    },
-    "masked": {"distill": masked_distill, "lm": masked_lm, "attention": attention},
-    "features": {"distill": feature_distill, "attention": attention},
+#: The shared objectives of each kind of model by name; a method may have others, see `hf_sparse.finetune.stages`.
+OBJECTIVES: Mapping[Kind, dict[str, Callable[..., Tensor]]] = {
+    "causal": {"distill": distill, "lm": lm},
+    "masked": {"distill": masked_distill, "lm": masked_lm},
+    "features": {"distill": feature_distill},
 }
 
 

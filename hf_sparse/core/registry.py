@@ -20,7 +20,7 @@ class Method:
         tuner: the class that PEFT makes of a model and a configuration, a `hf_sparse.tuner.SparseModel` with this
             `prefix`.
         prefix: how the names of its learned containers begin, different from those of all other methods of PEFT.
-        training: returns its `hf_sparse.finetune.training.Training` class; imported when a model is trained.
+        training: returns its `hf_sparse.finetune.stages.Training` class; imported when a model is trained.
         report: returns its `hf_sparse.adapters.results.Results`; imported when a card, a report or a push needs it.
     """
 

@@ -9,6 +9,7 @@ from hf_sparse import SparseKConfig
 from hf_sparse.data import IGNORED
 from hf_sparse.errors import DataError
 from hf_sparse.finetune import FinetuneConfig, finetune, objectives
+from hf_sparse.methods.sparsek.attention_objective import attention
 from hf_sparse.ops.selection.attention_mass import far_attention_mass
 from hf_sparse.patches import sparse_layers
 
@@ -99,7 +100,7 @@ def test_attention_reads_mass_from_both_sides(sparse_bert, tokens):
         target = (far_attention_mass(query, key, window=8, scaling=scaling, causal=False) + 1e-6).log()[..., 1:]
         found = scores[..., 1:]
         expected.append(F.mse_loss(found - found.mean(-1, keepdim=True), target - target.mean(-1, keepdim=True)))
-    torch.testing.assert_close(objectives.attention(model, tokens), torch.stack(expected).mean())
+    torch.testing.assert_close(attention(model, tokens), torch.stack(expected).mean())
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 
 import hf_sparse.finetune.loop as loop
 import hf_sparse.finetune.objectives as objectives
+import hf_sparse.methods.sparsek.training
 from hf_sparse import patch
 from hf_sparse.errors import DataError
 from hf_sparse.finetune import FinetuneConfig, checkpoint, finetune
@@ -250,10 +251,10 @@ def test_an_interrupted_run_leaves_the_model_usable(monkeypatch, sparse_llama, c
     model = sparse_llama()
     expected = model(input_ids=chunks[:1]).logits
 
-    def interrupt(*_):
+    def interrupt(*_, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setitem(objectives.OBJECTIVES["causal"], "attention", interrupt)
+    monkeypatch.setattr(hf_sparse.methods.sparsek.training, "attention", interrupt)
     with pytest.raises(KeyboardInterrupt):
         train(model, chunks, mixed_precision="bf16")
     assert not any(module.training for module in model.modules())

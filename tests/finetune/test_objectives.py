@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 import hf_sparse.finetune.objectives as objectives
+from hf_sparse.methods.sparsek.attention_objective import attention
 from hf_sparse.ops.selection.attention_mass import far_attention_mass
 from hf_sparse.patches import NAME, sparse_layers
 
@@ -61,9 +62,11 @@ def test_attention_is_the_squared_error_of_centred_scores(model, chunks):
         target = (far_attention_mass(query, key, window=8, scaling=scaling) + 1e-6).log()[..., part]
         found = scores[..., part]
         expected.append(F.mse_loss(found - found.mean(-1, keepdim=True), target - target.mean(-1, keepdim=True)))
-    loss = objectives.attention(model, chunks[:2])
+    before = [layer.observer for layer in sparse_layers(model)]
+    loss = attention(model, chunks[:2])
     torch.testing.assert_close(loss, torch.stack(expected).mean())
-    assert all(method.observer is None for method in sparse_layers(model))
+    assert [layer.observer for layer in sparse_layers(model)] == before
+    assert len(seen) == 2  # of the two layers, before it was computed
 
 
 def test_the_observed_forward_is_dense(model, chunks):

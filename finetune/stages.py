@@ -1,0 +1,215 @@
+"""What the loop asks of a method: which parameters are trained, in which stages, and on which loss."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from peft import PeftConfig
+from torch import Tensor, nn
+
+from hf_sparse.core.layer import SparseAttentionLayer
+from hf_sparse.core.registry import method_of, registered_methods
+from hf_sparse.core.settings import TrainingSettings, values_of
+from hf_sparse.data import IGNORED
+from hf_sparse.finetune.config import FinetuneConfig, SharedSettings
+from hf_sparse.finetune.objectives import OBJECTIVES
+from hf_sparse.model_kinds import kind_of
+from hf_sparse.patches import sparse_layers_in_use
+
+# Fields of a method's configuration that say nothing about what is trained, besides those of PEFT.
+_FILLED_IN = {"target_modules", "modules_to_save", "saves_embeddings"}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Describe a number of optimiser steps on one loss.
+
+    Attributes:
+        name: of the loss.
+        steps: optimiser steps.
+        parameters: by name, those that it trains.
+        learning_rate: the peak; for LoRA's parameters it is `FinetuneConfig.lora_learning_rate`.
+        repeatable: whether layers can be run again in the backward (`gradient_checkpointing`).
+        hard: whether attention is that of inference, and not the one with a gradient for what a method learns.
+    """
+
+    name: str
+    steps: int
+    parameters: Mapping[str, nn.Parameter]
+    learning_rate: float
+    repeatable: bool = True
+    hard: bool = False
+
+    @property
+    def label(self) -> str:
+        """Return the name that the history has for it."""
+        return "lora" if self.hard else self.name
+
+
+class Training:
+    """Train what one method learns. A subclass knows its method; the loop knows none.
+
+    Attributes:
+        label: the method's name in messages.
+        learned: a word for the parameters that it trains.
+        objectives: the values of `FinetuneConfig.objective` that the method offers. `distill` and `lm` are those of
+            `hf_sparse.finetune.objectives`; a subclass computes others in `loss`.
+        settings_type: the class of the method's own settings.
+        layers: the model's sparse attention layers, from first to last.
+        settings: the method's own settings, an object of `settings_type`.
+        lora: LoRA's parameters by name in the model; none without a `lora_rank`.
+        stages: in the order in which they are trained.
+    """
+
+    label: ClassVar[str]
+    learned: str
+    objectives: ClassVar[tuple[str, ...]]
+    settings_type: ClassVar[type[TrainingSettings]]
+    layers: Sequence[Any]
+    settings: TrainingSettings
+
+    def __init__(self, model: nn.Module, layers: Sequence[SparseAttentionLayer], config: FinetuneConfig) -> None:
+        self.model, self.layers, self.config, self.kind = model, layers, config, kind_of(model)
+        self.settings = self._settings_of(config)
+        self._check_objective()
+        low_ranks = [layer.lora[layer.active] for layer in layers if layer.active in layer.lora]
+        self.lora = self._named(parameter for low_rank in low_ranks for parameter in low_rank.parameters())
+        self._check_lora_settings()
+        self.stages = self._stages()
+        if self.lora.keys() & self.parameters.keys():
+            self.learned = f"{self.learned} and LoRA"
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return all parameters that some stage trains, by name in the model."""
+        return {name: parameter for stage in self.stages for name, parameter in stage.parameters.items()}
+
+    def recorded_settings(self) -> dict[str, Any]:
+        """Return the settings that determine the result, as finetune.json and checkpoints hold them."""
+        settings = self.config.settings() | values_of(self.settings)
+        without_effect = set() if self.lora else {name for name, _ in self._lora_settings()}
+        return {name: value for name, value in settings.items() if name not in without_effect}
+
+    def identity(self) -> dict[str, Any]:
+        """Return the fields of the method's configuration for which the parameters of a checkpoint were trained."""
+        config = self.layers[0].config
+        ignored = {field.name for field in fields(PeftConfig)} | _FILLED_IN
+        return {name: value for name, value in values_of(config).items() if name not in ignored}
+
+    def check(self, chunks: Tensor) -> None:
+        """Raise `DataError` for chunks `[N, T]` that this method cannot learn from."""
+
+    def enter(self, stage: Stage, read: Callable[[], Any]) -> None:
+        """Prepare for a stage: called before its first step, and before the first step of a resumed run.
+
+        Args:
+            stage: that begins or goes on.
+            read: runs the model on training text.
+        """
+
+    @contextmanager
+    def step(self, stage: Stage, step: int, number: int, *, logged: bool) -> Iterator[dict[str, Any]]:
+        """Surround the forwards of one optimiser step; the dict that it yields joins the row of the history afterwards.
+
+        Args:
+            stage: of the step.
+            step: its number within the stage.
+            number: its number within the run.
+            logged: whether to measure what costs time.
+        """
+        yield {}
+
+    def loss(self, stage: Stage, model: nn.Module, *batch: Tensor) -> Tensor:
+        """Return the loss of a batch: chunks `[B, T]`, and the labels of a masked language model."""
+        options = self.mixture if stage.name == "distill" else {}
+        return OBJECTIVES[self.kind][stage.name](model, *batch, **options)
+
+    def targets(self, stage: Stage, *batch: Tensor) -> int:
+        """Count the tokens that the loss of a batch is the mean over, where batches have different numbers of them.
+
+        The loop weighs each batch of an optimiser step by it. Of a masked language model these are the hidden tokens;
+        losses over all tokens, or as many queries of each batch, count as 1.
+        """
+        if self.kind == "masked" and stage.name in OBJECTIVES["masked"]:
+            return int((batch[1] != IGNORED).sum())
+        return 1
+
+    def begin(self, model: nn.Module, *batch: Tensor) -> dict[str, Any]:
+        """Measure a batch before the first step, and return what `finetune.json` tells of it besides the history."""
+        return {}
+
+    def finish(self, model: nn.Module, read: Callable[[], Any], *batch: Tensor, report: dict[str, Any]) -> None:
+        """Measure the batch again after the last step, into the report, and fit what is fitted.
+
+        Args:
+            model: as in `loss`.
+            read: runs the model on training text.
+            *batch: that of `begin`.
+            report: what `begin` returned.
+        """
+
+    @property
+    def mixture(self) -> dict[str, float]:
+        """Return the weights of what is added to the objective `distill`, by name; those of 0 are left out."""
+        weights = {"lm_weight": self.config.lm_weight, "hidden_weight": self.config.hidden_weight}
+        return {name: weight for name, weight in weights.items() if weight}
+
+    def _stages(self) -> list[Stage]:
+        """Return the stages for the configuration, in order; raise `ValueError` for settings that do not fit."""
+        raise NotImplementedError
+
+    def _settings_of(self, config: FinetuneConfig) -> TrainingSettings:
+        """Return the method's own settings; those of another method are an error where they were changed."""
+        known = {field.name for field in fields(self.settings_type)}
+        if foreign := [name for name in config.method_settings if name not in known]:
+            raise ValueError(f"{', '.join(foreign)}: no setting for {self.label}, which this model has")
+        settings = self.settings_type(**config.method_settings)
+        settings.check_objective(config.objective)
+        return settings
+
+    def _check_objective(self) -> None:
+        config = self.config
+        if config.objective not in self.objectives:
+            raise ValueError(
+                f"{self.label} has no objective {config.objective!r}; choose one of {', '.join(self.objectives)}"
+            )
+        if config.objective == "lm" and "lm" not in OBJECTIVES[self.kind]:
+            possible = [name for name in self.objectives if name != "lm"]
+            raise ValueError(
+                "the objective 'lm' needs a model with a language modelling head, which this has not; "
+                f"choose one of {', '.join(possible)}"
+            )
+        if self.mixture and self.kind != "causal":
+            raise ValueError("lm_weight and hidden_weight are for causal language models, which this model is not")
+
+    def _check_lora_settings(self) -> None:
+        changed = [name for name, is_changed in self._lora_settings() if is_changed]
+        if changed and not self.lora:
+            raise ValueError(f"{', '.join(changed)}: the adapter has no LoRA, its lora_rank is 0")
+
+    def _lora_settings(self) -> Iterator[tuple[str, bool]]:
+        """Yield the name of each setting that is for adapters with LoRA alone, and whether it was changed."""
+        for settings_type, settings in ((SharedSettings, self.config), (self.settings_type, self.settings)):
+            for field in fields(settings_type):
+                if field.metadata.get("needs_lora"):
+                    yield field.name, getattr(settings, field.name) != field.default
+
+    def _named(self, parameters: Iterator[nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Return parameters by their names in the model, in its order."""
+        identities = {id(parameter) for parameter in parameters}
+        return {name: parameter for name, parameter in self.model.named_parameters() if id(parameter) in identities}
+
+
+def training_of(model: nn.Module, config: FinetuneConfig) -> Training:
+    """Return the training of the method that a model has.
+
+    Raises:
+        ValueError: the model has no sparse attention, or there are settings that have no effect on it.
+    """
+    layers = sparse_layers_in_use(model)
+    if not layers:
+        configs = " or ".join(f"{method.config.__name__}(...)" for method in registered_methods().values())
+        raise ValueError(f"the model has no sparse attention: use peft.get_peft_model(model, config), config={configs}")
+    training: type[Training] = method_of(layers[0].config).training()
+    return training(model, layers, config)
