@@ -7,6 +7,9 @@ registers it.
 from importlib import import_module
 from pkgutil import iter_modules
 
+#: The method of `hf-sparse patch` without `--method`.
+DEFAULT = "sparsek"
+
 
 def folders() -> list[str]:
     """Return the long names of the packages of the methods, in order.

@@ -5,9 +5,9 @@ from typing import Any
 from hf_sparse.core.registry import Method
 from hf_sparse.methods.sparsefinder.attention import SparsefinderAttention as SparsefinderAttention
 from hf_sparse.methods.sparsefinder.cache import SparsefinderCacheLayer as SparsefinderCacheLayer
-from hf_sparse.methods.sparsefinder.config import PEFT_TYPE
 from hf_sparse.methods.sparsefinder.config import SparsefinderConfig as SparsefinderConfig
 from hf_sparse.methods.sparsefinder.fit import fit_predictors as fit_predictors
+from hf_sparse.methods.sparsefinder.settings import SETTINGS
 from hf_sparse.tuner import SparseModel, register_method
 
 
@@ -31,8 +31,8 @@ def _report() -> Any:
 
 register_method(
     Method(
-        name="sparsefinder",
-        peft_type=PEFT_TYPE,
+        name=SETTINGS.name,
+        peft_type=SETTINGS.peft_type,
         config=SparsefinderConfig,
         layer=SparsefinderAttention,
         tuner=SparsefinderModel,

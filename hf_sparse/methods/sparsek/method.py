@@ -6,8 +6,8 @@ from hf_sparse.core.registry import Method
 from hf_sparse.methods.sparsek.attention import SparseKAttention as SparseKAttention
 from hf_sparse.methods.sparsek.budget import Budget as Budget
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer as SparseKCacheLayer
-from hf_sparse.methods.sparsek.config import PEFT_TYPE
 from hf_sparse.methods.sparsek.config import SparseKConfig as SparseKConfig
+from hf_sparse.methods.sparsek.settings import SETTINGS
 from hf_sparse.tuner import SparseModel, register_method
 
 
@@ -31,8 +31,8 @@ def _report() -> Any:
 
 register_method(
     Method(
-        name="sparsek",
-        peft_type=PEFT_TYPE,
+        name=SETTINGS.name,
+        peft_type=SETTINGS.peft_type,
         config=SparseKConfig,
         layer=SparseKAttention,
         tuner=SparseKModel,

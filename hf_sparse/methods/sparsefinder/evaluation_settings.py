@@ -1,0 +1,35 @@
+"""Define the options of measuring that only Sparsefinder has. Nothing here imports torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class SparsefinderEvaluationSettings:
+    """Hold the options of measuring a Sparsefinder model.
+
+    Raises:
+        ValueError: an option out of range.
+    """
+
+    sparsities: Sequence[float] = field(
+        default=(0.5, 0.7, 0.8, 0.9),
+        metadata={
+            "help": "Measure at these shares of the pairs of tiles left out; 0.5,0.7,0.8,0.9 by default.",
+            "option": "--sparsity",
+            "metavar": "S,S,...",
+        },
+    )
+    seed: int = field(
+        default=0, metadata={"help": "Of random patterns, and of the rows that are compared; 0 by default."}
+    )
+    rows: int = field(
+        default=256,
+        metadata={"help": "Queries of each chunk whose rows are compared with the gold graph.", "cli": False},
+    )
+
+    def __post_init__(self) -> None:
+        if not all(isinstance(value, int | float) and 0 <= value < 1 for value in self.sparsities):
+            raise ValueError(f"sparsities must be at least 0 and below 1, got {list(self.sparsities)}")
+        if self.rows < 1:
+            raise ValueError(f"rows must be at least 1, got {self.rows}")
