@@ -24,6 +24,7 @@ from attention_kernels import current_commit  # beside this file
 from hf_sparse.atomic_files import write_json
 from hf_sparse.environment import describe
 from hf_sparse.ops import sparsek_attention
+from hf_sparse.ops.selection import slots as operators
 
 FAMILIES = {  # query heads, KV heads, head size, gates
     "hard gates, 32/8 heads of 128": (32, 8, 128, "hard"),

@@ -1,7 +1,17 @@
+from typing import TYPE_CHECKING
+
 if __name__ != "hf_sparse.finetune":
     raise ImportError(
         f"import this package as hf_sparse.finetune, not as {__name__}: under two names its classes would exist twice"
     )
 
-from hf_sparse.finetune.config import FinetuneConfig as FinetuneConfig
-from hf_sparse.finetune.loop import finetune as finetune
+from hf_sparse.late_imports import late_imports
+
+__all__ = ["FinetuneConfig", "finetune"]
+
+from hf_sparse.finetune.config import FinetuneConfig
+
+if TYPE_CHECKING:
+    from hf_sparse.finetune.loop import finetune
+else:
+    __getattr__ = late_imports(__name__, f"{__name__}.loop", ["finetune"])

@@ -1,22 +1,43 @@
 """Learned sparse attention for pretrained transformers.
 
-Importing this registers the methods with PEFT and transformers; it changes no model.
+Importing this registers the methods with PEFT and transformers; it changes no model. The one exception is the process
+of the command line itself: it registers them (`import hf_sparse.library`) when a verb begins its work, so that help and
+mistakes in arguments need not wait for torch.
 """
 
 from importlib.metadata import version as _version
+from typing import TYPE_CHECKING
 
-from hf_sparse.adapters.peft_cards import register as _register_cards
-from hf_sparse.errors import HfSparseError as HfSparseError
-from hf_sparse.hub import from_pretrained as from_pretrained
-from hf_sparse.hub import push_to_hub as push_to_hub
-from hf_sparse.methods.sparsefinder import SparsefinderConfig as SparsefinderConfig
-from hf_sparse.methods.sparsek import SparseKConfig as SparseKConfig
-from hf_sparse.patches import SparseCache as SparseCache
-from hf_sparse.patches import SparseKCache as SparseKCache
-from hf_sparse.patches import patch as patch
-from hf_sparse.patches import patched as patched
-from hf_sparse.patches import unpatch as unpatch
+from hf_sparse.command_line import started_as_command_line
+from hf_sparse.late_imports import late_imports
+
+__all__ = [
+    "HfSparseError",
+    "SparseCache",
+    "SparseKCache",
+    "SparseKConfig",
+    "SparsefinderConfig",
+    "from_pretrained",
+    "patch",
+    "patched",
+    "push_to_hub",
+    "unpatch",
+]
 
 __version__ = _version("hf-sparse")
 
-_register_cards()
+if TYPE_CHECKING or not started_as_command_line():
+    from hf_sparse.library import (
+        HfSparseError,
+        SparseCache,
+        SparsefinderConfig,
+        SparseKCache,
+        SparseKConfig,
+        from_pretrained,
+        patch,
+        patched,
+        push_to_hub,
+        unpatch,
+    )
+else:
+    __getattr__ = late_imports(__name__, "hf_sparse.library", __all__)

@@ -20,9 +20,8 @@ from typer.testing import CliRunner
 
 import hf_sparse
 from hf_sparse import cli, workflow
+from hf_sparse.cli.push import push
 from hf_sparse.errors import DataError
-from hf_sparse.finetune import FinetuneConfig
-from hf_sparse.methods.sparsefinder.evaluation import adapter_settings
 from hf_sparse.methods.sparsek.evaluation import CONTENDERS, SparseKEvaluation, contenders
 from hf_sparse.texts import read_dataset
 
@@ -91,12 +90,27 @@ class TestPatch:
     def test_writes_an_untrained_adapter(self, tmp_path, base):
         folder = tmp_path / "new" / "adapter"
         shown = succeed(
-            "patch", base, *BUDGET, "--layers", "1", "--scorer", "mlp", "--support", "0", "--output", folder
+            "patch",
+            base,
+            *BUDGET,
+            "--layers",
+            "1",
+            "--scorer",
+            "mlp",
+            "--scorer-hidden-size",
+            "8",
+            "--support",
+            "0",
+            "--layer-shares",
+            "0.5,1.5",
+            "--output",
+            folder,
         )
         assert set(files(folder)) == ADAPTER
         config = PeftConfig.from_pretrained(str(folder))
         assert (config.k, config.window, config.sinks, config.slots) == (4, 4, 1, SLOTS)
         assert (config.layers, config.scorer, config.support) == ([1], "mlp", None)
+        assert (config.scorer_hidden_size, config.layer_shares) == (8, [0.5, 1.5])
         assert config.base_model_name_or_path == str(base)
         trainable = sum(tensor.numel() for tensor in load_file(folder / "adapter_model.safetensors").values())
         assert f"{trainable:,} trainable parameters" in shown
@@ -173,10 +187,20 @@ class TestFinetune:
         other = tmp_path / "other.txt"
         other.write_text(text.read_text())
         options = ["--objective", "lm", "--batch-size", "1", "--gradient-accumulation-steps", "2", "--seed", "3"]
-        options += ["--learning-rate", "0.5", "--chunks", "2:6", "--checkpoint-every", "1"]
+        options += ["--learning-rate", "0.5", "--chunks", "2:6", "--checkpoint-every", "1", "--final-scale", "2"]
+        options += [
+            "--warmup-steps",
+            "1",
+            "--weight-decay",
+            "0.1",
+            "--max-grad-norm",
+            "0.5",
+            "--gradient-checkpointing",
+        ]
         succeed("finetune", adapter, "--text", text, "--text", other, *QUICK, *options)
         settings = json.loads((adapter / "finetune.json").read_text())["settings"]
         expected = {"objective": "lm", "batch_size": 1, "gradient_accumulation_steps": 2, "learning_rate": 0.5}
+        expected |= {"final_scale": 2.0, "warmup_steps": 1, "weight_decay": 0.1, "max_grad_norm": 0.5}
         assert settings.items() >= {**expected, "seed": 3, "steps": 2, "warm_start_steps": 1, "chunks": 4}.items()
 
     def test_dataset(self, adapter, text, tmp_path):
@@ -513,21 +537,12 @@ class TestSparsefinder:
     @pytest.mark.parametrize(
         "verb, options, message",
         [
-            (
-                "eval",
-                ["--slots", "16"],
-                "'slots' is an option of sparsek: a sparsefinder model is measured with",
-            ),
-            (
-                "eval",
-                ["--task", "passkey"],
-                "tasks are answered at a number of slots, and a Sparsefinder",
-            ),
+            ("eval", ["--stride", "16"], "slots and stride are SparseK's"),
+            ("eval", ["--task", "passkey"], "tasks are answered at a number of slots, and .* holds a Sparsefinder"),
             ("eval", ["--selection", "h2o"], "selections must be among predicted"),
             ("eval", ["--sparsity", "1.5"], "sparsities must be at least 0 and below 1"),
             ("eval", [], "never fitted"),
             ("divide", [], "holds a Sparsefinder adapter, which has none"),
-            ("finetune", ["--warm-start-steps", "3"], "warm_start_steps"),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, list) else value[:10],
     )
@@ -536,13 +551,20 @@ class TestSparsefinder:
         assert re.search(message, fail(verb, graph, "--text", text, *options, "--device", "cpu"))
         assert files(graph) == before
 
-    def test_sparsities_are_not_for_sparsek(self, adapter, text):
-        assert "'sparsities' is an option of sparsefinder: a sparsek model is measured with slots" in fail(
-            "eval", adapter, "--text", text, "--sparsity", "0.5", "--length", LENGTH, "--device", "cpu"
-        )
-        assert "'seed' is an option of sparsefinder" in fail(
-            "eval", adapter, "--text", text, "--seed", "0", "--length", LENGTH, "--device", "cpu"
-        )
+    @pytest.mark.parametrize(
+        ("verb", "option"),
+        [("finetune", ["--warm-start-steps", "3"]), ("finetune", ["--final-scale", "2"]), ("eval", ["--slots", "16"])],
+    )
+    def test_options_of_sparsek(self, graph, text, verb, option):
+        result = invoke(verb, graph, "--text", text, *option)
+        message = f"{option[0]} is no option of sparsefinder: see 'Options of SparseK' in --help"
+        assert result.exit_code == 2 and message in " ".join(result.output.replace("│", " ").split())
+
+    @pytest.mark.parametrize("option", [["--sparsity", "0.5"], ["--seed", "0"]])
+    def test_sparsities_are_not_for_sparsek(self, adapter, text, option):
+        result = invoke("eval", adapter, "--text", text, *option)
+        message = f"{option[0]} is no option of sparsek: see 'Options of Sparsefinder' in --help"
+        assert result.exit_code == 2 and message in " ".join(result.output.replace("│", " ").split())
         result = invoke("eval", adapter, "--text", text, "--sparsity", "half")
         assert result.exit_code == 2 and "expected numbers such as 0.5,0.8" in result.output
 
@@ -604,7 +626,7 @@ class TestPush:
         assert "push that model to the Hub first" in fail("push", adapter, f"{hub.user}/local-base")
 
     def test_takes_no_token(self):
-        assert "token" not in inspect.signature(cli.push).parameters
+        assert "token" not in inspect.signature(push).parameters
 
 
 class TestDebug:
@@ -671,36 +693,3 @@ def test_version():
 def test_help(verb):
     assert verb in succeed("--help")
     assert "Usage" in succeed(verb, "--help")
-
-
-def test_the_module_loads_without_torch(tmp_path):
-    """Read as a file of its own: importing the package around it registers the methods, which takes torch."""
-    code = f"""
-import sys
-from importlib.util import module_from_spec, spec_from_file_location
-spec = spec_from_file_location("cli", {str(cli.__file__)!r})
-module = module_from_spec(spec)
-spec.loader.exec_module(module)
-from typer.testing import CliRunner
-assert CliRunner().invoke(module.app, ["patch", "--help"]).exit_code == 0
-heavy = {{"torch", "transformers", "peft", "hf_sparse", "huggingface_hub"}} & set(sys.modules)
-assert not heavy, heavy
-"""
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-
-
-def test_defaults_are_those_of_the_library():
-    shown = {name: parameter.default for name, parameter in inspect.signature(cli.finetune).parameters.items()}
-    library = FinetuneConfig().settings()
-    shared = shown.keys() & library.keys()
-    assert len(shared) >= 8 and {name: shown[name] for name in shared} == {name: library[name] for name in shared}
-
-    shown = {name: parameter.default for name, parameter in inspect.signature(cli.patch).parameters.items()}
-    config = hf_sparse.SparseKConfig()
-    names = ("k", "window", "sinks", "scorer", "layers", "position_slope", "learn_slope", "support")
-    for name in (*names, "lora_rank", "lora_alpha"):
-        assert shown[name] == getattr(config, name)
-    library = adapter_settings(hf_sparse.SparsefinderConfig()) | {"initial_scale": 0.3}
-    assert library.keys() <= shown.keys()
-    assert {name: shown[name] for name in library} == library

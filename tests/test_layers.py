@@ -8,7 +8,8 @@ ROOT = Path(__file__).parents[1]
 FOLDERS = {"hf_sparse": "hf_sparse", "patches": "hf_sparse.patches", "finetune": "hf_sparse.finetune"}
 
 LAYERS = [
-    ("_compat", "access_tokens", "atomic_files", "bundled", "embeddings", "environment", "errors", "folders"),
+    ("_compat", "access_tokens", "atomic_files", "bundled", "command_line", "embeddings", "environment", "errors"),
+    ("folders", "late_imports"),
     ("metrics", "weights"),
     ("ops",),
     ("core",),
@@ -19,11 +20,11 @@ LAYERS = [
     ("evaluation", "figures", "adapters", "hub"),
     ("workflow",),
     ("methods",),
-    ("demo", "cli", "__main__", "__init__"),
+    ("demo", "cli", "library", "__main__", "__init__"),
 ]
 
 #: The layers that may name a method; all others reach methods through `hf_sparse.core.registry`.
-METHODS, TOP = "methods", ("demo", "cli", "__main__", "__init__")
+METHODS, TOP = "methods", ("demo", "cli", "library", "__main__", "__init__")
 
 
 def modules() -> dict[str, Path]:

@@ -1,20 +1,12 @@
 """Hold what the configurations of all methods have in common."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields
+from typing import Any
 
 from peft import PeftConfig, TaskType
 
-from hf_sparse.core.checks import (
-    MOST_WIDTH,
-    expected_integer,
-    expected_number,
-    indices,
-    is_finite,
-    is_integer,
-    shown,
-)
+from hf_sparse.core.adapter_settings import AdapterSettings
 
 #: PEFT's task types whose classes add names to `modules_to_save`.
 TASKS_WITH_HEAD = frozenset({"SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS"})
@@ -24,21 +16,13 @@ FILLED_IN = frozenset(
     {*(f.name for f in fields(PeftConfig)), "modules_to_save", "saves_embeddings", "target_modules", "base_shape"}
 )
 
-#: The fields that the configuration of every method declares as its last ones.
-LAST_FIELDS = ("layers", "target_modules", "base_shape")
-
-#: What `--help` and the documentation say of these fields.
-LAYERS = {"help": "Indices of the layers to patch; None is all of them."}
-TARGET_MODULES = {"help": "Filled in when attached: names of the patched attention modules."}
-BASE_SHAPE = {"help": "Filled in when attached: what the base model must look like."}
-
 
 @dataclass
-class SparseConfig(PeftConfig):
+class SparseConfig(AdapterSettings, PeftConfig):
     """Hold the settings of one adapter. Each method has a subclass with fields of its own.
 
-    A subclass ends with the three fields of `LAST_FIELDS`, as `SparseKConfig` does. As dataclass fields of this class
-    they would come before those of the method, and the order of the fields is part of what adapters promise.
+    The fields that are not PEFT's, and their checks, are those of `AdapterSettings`, which the command line can read
+    without torch.
 
     Once it is attached to a model, the fields of the method are read-only: what was built from them would not follow.
 
@@ -47,50 +31,11 @@ class SparseConfig(PeftConfig):
             to `modules_to_save` before any model sees it, those of an adapter that was saved without a head too.
     """
 
-    if TYPE_CHECKING:
-        layers: list[int] | None = None
-        target_modules: list[str] | str | None = None
-        base_shape: dict[str, Any] | None = None
-
-    modules_to_save: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "Modules of the base model that are trained and saved with the adapter, such as its head. With the "
-            "task types SEQ_CLS, TOKEN_CLS and QUESTION_ANS the head is among them, and need not be named."
-        },
-    )
-    lora_rank: int = field(
-        default=0,
-        metadata={
-            "help": "Rank of a learned change of the linear layers (queries, keys, values, output) of every patched "
-            "attention module; 0 is none."
-        },
-    )
-    lora_alpha: float | None = field(
-        default=None, metadata={"help": "The change is multiplied by lora_alpha / lora_rank. None is twice the rank."}
-    )
-    saves_embeddings: bool = field(
-        default=False,
-        metadata={
-            "help": "Filled in when saved: the file also holds the embeddings of the base model, which are not those "
-            "of its checkpoint."
-        },
-    )
-
     def __post_init__(self) -> None:
         self._check_peft_fields()
-        super().__post_init__()
+        PeftConfig.__post_init__(self)
         self._check_modules_to_save()
-        rank, alpha = self.lora_rank, self.lora_alpha
-        if not is_integer(rank, 0, MOST_WIDTH):
-            raise ValueError(self._expected("lora_rank", expected_integer(rank, 0, MOST_WIDTH)))
-        if alpha is not None and not (is_finite(alpha) and alpha > 0):
-            raise ValueError(self._expected("lora_alpha", expected_number(alpha, "None or a number above 0")))
-        if self.layers is not None:
-            layers = indices(self.layers)
-            if layers is None:
-                raise ValueError(self._expected("layers", "None or a list of indices of layers"))
-            self.layers = layers
+        self.check_settings()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if self.is_attached and name in self.__dataclass_fields__ and name not in FILLED_IN:
@@ -114,23 +59,6 @@ class SparseConfig(PeftConfig):
     def lora_scale(self) -> float:
         """Return what multiplies the change by LoRA, with a rank above 0."""
         return 2.0 if self.lora_alpha is None else self.lora_alpha / self.lora_rank
-
-    def _expected(self, name: str, what: str) -> str:
-        """Say what was expected of a field, and what it holds."""
-        return f"{type(self).__name__}.{name} must be {what}, got {shown(getattr(self, name))}"
-
-    def _check_integers(self, **bounds: tuple[int, int]) -> None:
-        """Raise `ValueError` for a field that is no integer between its two bounds, both included."""
-        for name, (least, most) in bounds.items():
-            value = getattr(self, name)
-            if not is_integer(value, least, most):
-                raise ValueError(self._expected(name, expected_integer(value, least, most)))
-
-    def _check_switches(self, *names: str) -> None:
-        """Raise `ValueError` for a field that is neither True nor False."""
-        for name in names:
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(self._expected(name, "True or False"))
 
     def _check_peft_fields(self) -> None:
         """Check the fields that every configuration has, from PEFT or filled in when it is attached.

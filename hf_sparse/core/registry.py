@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
 
-from hf_sparse.core.config import LAST_FIELDS, SparseConfig
+from hf_sparse.core.adapter_settings import LAST_FIELDS
+from hf_sparse.core.config import SparseConfig
 from hf_sparse.core.layer import SparseAttentionLayer
 
 
@@ -51,7 +52,7 @@ def add_method(method: Method) -> None:
     if names[-len(LAST_FIELDS) :] != LAST_FIELDS:
         raise TypeError(
             f"{method.config.__name__} must end with the fields {', '.join(LAST_FIELDS)} (see "
-            f"hf_sparse.core.config), got {', '.join(names[-len(LAST_FIELDS) :])}"
+            f"hf_sparse.core.adapter_settings), got {', '.join(names[-len(LAST_FIELDS) :])}"
         )
     if _METHODS.setdefault(method.peft_type, method) != method:
         raise ValueError(f"a method {method.peft_type!r} is registered already")

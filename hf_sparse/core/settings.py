@@ -3,9 +3,9 @@
 Nothing here imports torch: the command line reads the fields of settings for its options and must not wait for it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, ClassVar
 
 from hf_sparse.core.checks import is_finite
 
@@ -19,7 +19,12 @@ class TrainingSettings:
 
     The `metadata` of a field has `"help"`, one sentence for the command line, and `"needs_lora": True` where it has no
     effect on an adapter without LoRA.
+
+    Attributes:
+        objectives: the objectives that only this method has, with a sentence on each.
     """
+
+    objectives: ClassVar[Mapping[str, str]] = {}
 
     def check_objective(self, objective: str) -> None:
         """Raise `ValueError` for settings that cannot go with an objective."""

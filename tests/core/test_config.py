@@ -8,7 +8,8 @@ import pytest
 from peft import get_peft_model
 
 from hf_sparse import SparsefinderConfig, SparseKConfig, patch
-from hf_sparse.core.config import FILLED_IN, LAST_FIELDS, SparseConfig
+from hf_sparse.core.adapter_settings import LAST_FIELDS
+from hf_sparse.core.config import FILLED_IN, SparseConfig
 from hf_sparse.core.overrides import override
 from hf_sparse.core.registry import registered_methods
 from hf_sparse.patches import sparse_layers

@@ -1,50 +1,24 @@
 """Attend with entmax over a graph that is predicted from small projections of queries and keys: Sparsefinder."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-from hf_sparse.core.registry import Method
-from hf_sparse.methods.sparsefinder.attention import SparsefinderAttention as SparsefinderAttention
-from hf_sparse.methods.sparsefinder.cache import SparsefinderCacheLayer as SparsefinderCacheLayer
-from hf_sparse.methods.sparsefinder.config import PEFT_TYPE
-from hf_sparse.methods.sparsefinder.config import SparsefinderConfig as SparsefinderConfig
-from hf_sparse.methods.sparsefinder.fit import fit_predictors as fit_predictors
-from hf_sparse.tuner import SparseModel, register_method
+from hf_sparse.late_imports import late_imports
 
+__all__ = [
+    "SparsefinderAttention",
+    "SparsefinderCacheLayer",
+    "SparsefinderConfig",
+    "SparsefinderModel",
+    "fit_predictors",
+]
 
-class SparsefinderModel(SparseModel):
-    """Attach Sparsefinder to a model for `peft.get_peft_model`."""
-
-    prefix = "sparsefinder_"
-
-
-def _training() -> Any:
-    from hf_sparse.methods.sparsefinder.training import SparsefinderTraining
-
-    return SparsefinderTraining
-
-
-def _evaluation() -> Any:
-    from hf_sparse.methods.sparsefinder.evaluation import SparsefinderEvaluation
-
-    return SparsefinderEvaluation()
-
-
-def _report() -> Any:
-    from hf_sparse.methods.sparsefinder.report import SparsefinderReport
-
-    return SparsefinderReport()
-
-
-register_method(
-    Method(
-        name="sparsefinder",
-        peft_type=PEFT_TYPE,
-        config=SparsefinderConfig,
-        layer=SparsefinderAttention,
-        tuner=SparsefinderModel,
-        prefix=SparsefinderModel.prefix,
-        training=_training,
-        evaluation=_evaluation,
-        report=_report,
+if TYPE_CHECKING:
+    from hf_sparse.methods.sparsefinder.method import (
+        SparsefinderAttention,
+        SparsefinderCacheLayer,
+        SparsefinderConfig,
+        SparsefinderModel,
+        fit_predictors,
     )
-)
+else:
+    __getattr__ = late_imports(__name__, f"{__name__}.method", __all__)

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.core.layer import AttentionShape
-from hf_sparse.methods.sparsefinder.config import LEAST_ALPHA, SparsefinderConfig
+from hf_sparse.methods.sparsefinder.config import SparsefinderConfig
 from hf_sparse.methods.sparsefinder.predictors import predictor_of
 from hf_sparse.methods.sparsefinder.predictors.budgets import MEANS
+from hf_sparse.methods.sparsefinder.settings import LEAST_ALPHA
 from hf_sparse.ops.predictors.profile import BINS
 
 

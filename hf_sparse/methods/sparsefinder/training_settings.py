@@ -1,7 +1,8 @@
 """Define the training settings of Sparsefinder; without torch, for the command line makes options of the fields."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import ClassVar, Literal, get_args
 
 from hf_sparse.core.checks import is_finite
 from hf_sparse.core.settings import TrainingSettings, check_choice, check_integer, check_number
@@ -27,6 +28,8 @@ class SparsefinderTrainingSettings(TrainingSettings):
         alpha_start: alpha grows from this value, above 1, to its own over the steps of the objective; not where it is
             learned. None: no annealing.
     """
+
+    objectives: ClassVar[Mapping[str, str]] = {"graph": "projections only."}
 
     graph_steps: int = field(default=100, metadata={"help": "Steps of `graph` after the others."})
     graph_loss: GraphLoss = field(default="profile_nce", metadata={"help": "Loss that trains the projections."})

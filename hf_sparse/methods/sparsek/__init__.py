@@ -1,50 +1,18 @@
 """Keep the k best older keys, by a learned scorer, beside a sliding window and sinks: SparseK."""
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-from hf_sparse.core.registry import Method
-from hf_sparse.methods.sparsek.attention import SparseKAttention as SparseKAttention
-from hf_sparse.methods.sparsek.budget import Budget as Budget
-from hf_sparse.methods.sparsek.cache import SparseKCacheLayer as SparseKCacheLayer
-from hf_sparse.methods.sparsek.config import PEFT_TYPE
-from hf_sparse.methods.sparsek.config import SparseKConfig as SparseKConfig
-from hf_sparse.tuner import SparseModel, register_method
+from hf_sparse.late_imports import late_imports
 
+__all__ = ["Budget", "SparseKAttention", "SparseKCacheLayer", "SparseKConfig", "SparseKModel"]
 
-class SparseKModel(SparseModel):
-    """Attach SparseK to a model for `peft.get_peft_model`."""
-
-    prefix = "sparsek_"
-
-
-def _training() -> Any:
-    from hf_sparse.methods.sparsek.training import SparseKTraining
-
-    return SparseKTraining
-
-
-def _evaluation() -> Any:
-    from hf_sparse.methods.sparsek.evaluation import SparseKEvaluation
-
-    return SparseKEvaluation()
-
-
-def _report() -> Any:
-    from hf_sparse.methods.sparsek.report import SparseKReport
-
-    return SparseKReport()
-
-
-register_method(
-    Method(
-        name="sparsek",
-        peft_type=PEFT_TYPE,
-        config=SparseKConfig,
-        layer=SparseKAttention,
-        tuner=SparseKModel,
-        prefix=SparseKModel.prefix,
-        training=_training,
-        evaluation=_evaluation,
-        report=_report,
+if TYPE_CHECKING:
+    from hf_sparse.methods.sparsek.method import (
+        Budget,
+        SparseKAttention,
+        SparseKCacheLayer,
+        SparseKConfig,
+        SparseKModel,
     )
-)
+else:
+    __getattr__ = late_imports(__name__, f"{__name__}.method", __all__)

@@ -1,6 +1,8 @@
 """Define the training settings of SparseK; without torch, for the command line makes options of the fields."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from hf_sparse.core.settings import TrainingSettings, check_integer, check_number
 
@@ -16,6 +18,8 @@ class SparseKTrainingSettings(TrainingSettings):
         lora_steps: with more than 0, LoRA is not trained beside the scorers but in so many optimiser steps of its own
             after theirs, on the same objective, with the hard selection of inference in place of soft gates.
     """
+
+    objectives: ClassVar[Mapping[str, str]] = {"attention": "regress the attention that keys receive."}
 
     final_scale: float = field(
         default=1.0,

@@ -1,0 +1,107 @@
+"""Train an adapter: `hf-sparse finetune`."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+from hf_sparse.cli.common import Folder, Texts, load_workflow, reading_options, say_written
+from hf_sparse.cli.errors import complain
+from hf_sparse.cli.methods import METHODS, method_in, options_of
+from hf_sparse.cli.options import option, refuse_without, with_options
+from hf_sparse.finetune.config import SharedSettings
+
+#: The objectives that only one method has, with the method's label and a few words on each.
+_OBJECTIVES = {
+    name: f"{name} ({method.label}): {summary}"
+    for method in METHODS.values()
+    for name, summary in method.training.objectives.items()
+}
+_SETTINGS = options_of(lambda method: [SharedSettings, method.training])
+_SETTINGS.replace(
+    option(
+        "objective",
+        Literal[("distill", "lm", *_OBJECTIVES)],
+        SharedSettings.objective,
+        " ".join(["distill: stay close to dense attention. lm: predict tokens.", *_OBJECTIVES.values()]),
+    )
+)
+_DATASET = [
+    option("dataset_config", str | None, None, "Configuration of the dataset."),
+    option("split", str, "train", "Part of the dataset, such as train[:1%]."),
+    option("column", str, "text", "Column of the dataset that holds the text."),
+]
+
+
+@with_options(part=_DATASET, settings=_SETTINGS.parameters, reading=reading_options())
+def finetune(
+    context: typer.Context,
+    folder: Folder,
+    part: dict[str, Any],
+    settings: dict[str, Any],
+    reading: dict[str, Any],
+    text: Texts = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Dataset on the Hub, or a folder or file (.jsonl, ...), instead of --text."),
+    ] = None,
+) -> None:
+    """Train the adapter in DIR and write it back, with finetune.json."""
+    if bool(text) == bool(dataset):
+        raise typer.BadParameter("expected either --text FILE or --dataset NAME")
+    if not dataset:
+        refuse_without(context, "--dataset", part)
+    given = _checked_settings(context, folder)
+    workflow = load_workflow()
+    from hf_sparse.environment import is_main_process
+    from hf_sparse.finetune import FinetuneConfig
+    from hf_sparse.texts import read_dataset, read_texts
+
+    config = FinetuneConfig(**given)
+    words = read_dataset(dataset, **part) if dataset else read_texts(text or [])[0]
+    try:
+        metrics = workflow.train_adapter(folder, words, config, **reading)
+    except KeyboardInterrupt:
+        complain(f"interrupted; the adapter in {folder} is as it was; {_way_to_go_on(folder)}")
+        raise typer.Exit(130) from None
+    if is_main_process():
+        console = Console()
+        first, last = metrics["history"][0], metrics["history"][-1]
+        console.print(
+            f"{last['step']} steps on {metrics['tokens']:,} tokens in {metrics['seconds']:.0f} s; loss of the first "
+            f"step {first['loss']:.4f} ({first['stage']}), of the last {last['loss']:.4f} ({last['stage']})",
+            soft_wrap=True,
+        )
+        say_written(console, folder, "trained adapter and finetune.json")
+
+
+def _checked_settings(context: typer.Context, folder: Path) -> dict[str, Any]:
+    """Return the settings that were given, as far as they can be checked without torch.
+
+    Raises:
+        typer.BadParameter: a setting of another method than that of the adapter in the folder.
+        ValueError: a value out of range.
+    """
+    method = method_in(folder)
+    given = {**_SETTINGS.given(context, method), "output_dir": str(folder)}
+    shared = SharedSettings(**{name: value for name, value in given.items() if hasattr(SharedSettings, name)})
+    if method is not None:
+        own = METHODS[method].training(
+            **{name: value for name, value in given.items() if not hasattr(SharedSettings, name)}
+        )
+        own.check_objective(shared.objective)
+        if shared.objective in _OBJECTIVES and shared.objective not in own.objectives:
+            choices = ", ".join(["distill", "lm", *own.objectives])
+            raise ValueError(f"{METHODS[method].label} has no objective {shared.objective!r}; choose one of {choices}")
+    return given
+
+
+def _way_to_go_on(folder: Path) -> str:
+    """Say how an interrupted run is continued."""
+    from hf_sparse.finetune.checkpoint import latest
+
+    saved = latest(folder)
+    if saved is None:
+        return "with --checkpoint-every N a run can be resumed"
+    return f"the same command with --resume continues from {saved.name}"

@@ -1,0 +1,40 @@
+"""Find the methods and what they can be told on the command line, without torch."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from importlib import import_module
+from pathlib import Path
+
+from hf_sparse import methods
+from hf_sparse.cli.options import SettingsOptions
+from hf_sparse.core.method_settings import MethodSettings
+
+#: The settings of every method that has a folder in `hf_sparse.methods`, by the method's name.
+METHODS: Mapping[str, MethodSettings] = {
+    settings.name: settings
+    for settings in (import_module(f"{folder}.settings").SETTINGS for folder in methods.folders())
+}
+
+
+def options_of(classes: Callable[[MethodSettings], Sequence[type]]) -> SettingsOptions:
+    """Return the options that follow from settings.
+
+    Args:
+        classes: tells which classes of settings a method has for the verb.
+    """
+    return SettingsOptions(
+        {name: classes(method) for name, method in METHODS.items()},
+        {name: method.label for name, method in METHODS.items()},
+    )
+
+
+def method_in(folder: Path) -> str | None:
+    """Return the name of the method of the adapter in a folder.
+
+    `None` where that cannot be told: whoever opens the adapter says what is wrong with it.
+    """
+    try:
+        peft_type = json.loads((folder / "adapter_config.json").read_text("utf-8"))["peft_type"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return next((name for name, method in METHODS.items() if method.peft_type == peft_type), None)

@@ -1,0 +1,17 @@
+"""Import what the library offers and register the methods with PEFT and transformers."""
+
+from hf_sparse import methods
+from hf_sparse.adapters.peft_cards import register
+from hf_sparse.errors import HfSparseError as HfSparseError
+from hf_sparse.hub import from_pretrained as from_pretrained
+from hf_sparse.hub import push_to_hub as push_to_hub
+from hf_sparse.methods.sparsefinder import SparsefinderConfig as SparsefinderConfig
+from hf_sparse.methods.sparsek import SparseKConfig as SparseKConfig
+from hf_sparse.patches import SparseCache as SparseCache
+from hf_sparse.patches import SparseKCache as SparseKCache
+from hf_sparse.patches import patch as patch
+from hf_sparse.patches import patched as patched
+from hf_sparse.patches import unpatch as unpatch
+
+methods.register_all()
+register()

@@ -1,0 +1,108 @@
+"""Describe SparseK and define the settings of its adapters. Nothing here imports torch."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from hf_sparse.core.adapter_settings import BASE_SHAPE, LAYERS, TARGET_MODULES, AdapterSettings
+from hf_sparse.core.checks import MOST_TOKENS, MOST_WIDTH, expected_integer, expected_number, is_finite, is_integer
+from hf_sparse.core.method_settings import MethodSettings
+from hf_sparse.methods.sparsek.evaluation_settings import SparseKEvaluationSettings
+from hf_sparse.methods.sparsek.training_settings import SparseKTrainingSettings
+
+# PEFT's error for a type it does not know is nothing but this name, so the name says what to import.
+PEFT_TYPE = "HF_SPARSE_SPARSEK"
+
+
+@dataclass
+class SparseKSettings(AdapterSettings):
+    """Hold the settings of a SparseK adapter; `SparseKConfig` is the configuration that has them."""
+
+    config_name: ClassVar[str] = "SparseKConfig"
+
+    k: int = field(
+        default=188,
+        metadata={
+            "help": "Older keys kept per KV head: the k best-scored; in an encoder, of the whole text. At least 1."
+        },
+    )
+    window: int = field(
+        default=64,
+        metadata={"help": "Most recent keys, always attended; in an encoder, the nearest on both sides. At least 1."},
+    )
+    sinks: int = field(
+        default=4, metadata={"help": "First keys of a sequence, such as [CLS], always attended. At least 0."}
+    )
+    scorer: Literal["linear", "mlp"] = field(
+        default="linear",
+        metadata={"help": "'linear': one weight per input feature and KV head. 'mlp': one hidden layer."},
+    )
+    scorer_hidden_size: int = field(default=128, metadata={"help": "Width of the hidden layer of the 'mlp' scorer."})
+    position_slope: float = field(
+        default=0.0,
+        metadata={
+            "help": "Added to a score per token of absolute position; positive values favour recent (later) keys."
+        },
+    )
+    learn_slope: bool = field(
+        default=True,
+        metadata={
+            "help": "Every KV head learns a slope of its own, beginning at position_slope. Not in an encoder, where no "
+            "key is older than another."
+        },
+    )
+    layer_shares: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Share of the budget for each attention layer of the model, 1 on average: layer n has about "
+            "layer_shares[n] * k selected keys and layer_shares[n] * window recent ones. None is 1 for all."
+        },
+    )
+    support: int | None = field(
+        default=4,
+        metadata={
+            "help": "While training, soft gates spread over the best support * k keys at most, which keeps the cost "
+            "linear while score scales are small. None is exact SparseK.",
+            "none_as": 0,
+        },
+    )
+    layers: list[int] | None = field(default=None, metadata=LAYERS)
+    target_modules: list[str] | str | None = field(default=None, metadata=TARGET_MODULES)
+    base_shape: dict[str, Any] | None = field(default=None, metadata=BASE_SHAPE)
+
+    def check_settings(self) -> None:
+        super().check_settings()
+        self._check_integers(
+            k=(1, MOST_TOKENS), window=(1, MOST_TOKENS), sinks=(0, MOST_TOKENS), scorer_hidden_size=(1, MOST_WIDTH)
+        )
+        if self.support is not None and not is_integer(self.support, 1):
+            raise ValueError(self._expected("support", f"None or {expected_integer(self.support, 1)}"))
+        if self.scorer not in ("linear", "mlp"):
+            raise ValueError(self._expected("scorer", "'linear' or 'mlp'"))
+        if not is_finite(self.position_slope):
+            raise ValueError(self._expected("position_slope", expected_number(self.position_slope, "a finite number")))
+        self._check_switches("learn_slope")
+        if self.layer_shares is not None:
+            shares = self.layer_shares
+            if not isinstance(shares, Sequence) or not shares or not all(is_finite(s) and s > 0 for s in shares):
+                raise ValueError(self._expected("layer_shares", "None or positive numbers"))
+            if abs(sum(shares) / len(shares) - 1) > 1e-3:
+                raise ValueError(
+                    f"SparseKConfig.layer_shares must be 1 on average, so that the budget is that of all layers; the "
+                    f"mean is {sum(shares) / len(shares):.4f}"
+                )
+
+    def attended(self) -> str:
+        slots = self.sinks + self.window + self.k
+        return f"{slots} keys per query and KV head: {self.sinks} sinks, window {self.window}, {self.k} selected"
+
+
+SETTINGS = MethodSettings(
+    name="sparsek",
+    label="SparseK",
+    summary="a fixed number of keys",
+    peft_type=PEFT_TYPE,
+    adapter=SparseKSettings,
+    training=SparseKTrainingSettings,
+    evaluation=SparseKEvaluationSettings,
+)

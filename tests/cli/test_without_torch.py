@@ -1,0 +1,116 @@
+"""Help and mistakes in arguments are answered without torch: none of these commands may import it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = [str(Path(sys.executable).with_name("hf-sparse"))]
+MODULE = [sys.executable, "-m", "hf_sparse"]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Run a command line in which the heavy libraries cannot be imported."""
+    blocked = tmp_path / "blocked"
+    blocked.mkdir()
+    for name in ("torch", "transformers", "peft", "accelerate", "datasets"):
+        (blocked / f"{name}.py").write_text(f"raise RuntimeError('{name} was imported')")
+    environment = {**os.environ, "PYTHONPATH": str(blocked), "COLUMNS": "200"}
+    for adapter, peft_type in (("sparsek", "HF_SPARSE_SPARSEK"), ("sparsefinder", "HF_SPARSE_SPARSEFINDER")):
+        (tmp_path / adapter).mkdir()
+        (tmp_path / adapter / "adapter_config.json").write_text(json.dumps({"peft_type": peft_type}))
+
+    def run(*command: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    return run
+
+
+def test_the_libraries_are_blocked(run):
+    completed = run(*SCRIPT, "demo")
+    assert completed.returncode != 0 and "was imported" in completed.stderr
+
+
+@pytest.mark.parametrize("program", [SCRIPT, MODULE], ids=["script", "module"])
+def test_version(run, program):
+    completed = run(*program, "--version")
+    assert completed.returncode == 0 and completed.stdout.startswith("hf-sparse "), completed.stderr
+
+
+@pytest.mark.parametrize("verb", ["", "patch", "finetune", "divide", "eval", "report", "push", "demo"])
+def test_help(run, verb):
+    completed = run(*SCRIPT, *verb.split(), "--help")
+    assert completed.returncode == 0 and "Usage: hf-sparse" in completed.stdout, completed.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ("train", 2, "No such command 'train'"),
+        ("patch demo", 2, "Missing option '--output'"),
+        ("patch demo --output out --kk 3", 2, "No such option: --kk"),
+        ("patch demo --output out --k many", 2, "Invalid value for '--k'"),
+        ("patch demo --output out --layers all", 2, "expected whole numbers such as 0,1, got 'all'"),
+        ("patch demo --output out --scorer tree", 2, "Invalid value for '--scorer'"),
+        ("patch demo --output out --k -3", 1, "SparseKConfig.k must be an integer of at least 1, got -3"),
+        (
+            "patch demo --output out --lora-rank -1",
+            1,
+            "SparseKConfig.lora_rank must be an integer of at least 0, got -1",
+        ),
+        ("patch demo --output out --tile 16", 2, "--tile is no option of sparsek: see 'Options of Sparsefinder'"),
+        ("patch demo --output out --method sparsefinder --tile 3", 1, "SparsefinderConfig.tile must be None or one of"),
+        ("finetune sparsek", 2, "expected either --text FILE or --dataset NAME"),
+        ("finetune sparsek --text t --split dev", 2, "--split has no effect without --dataset"),
+        ("finetune sparsek --text t --steps 0", 1, "steps must be an integer of at least 1, got 0"),
+        ("finetune sparsek --text t --graph-rows 3", 2, "--graph-rows is no option of sparsek"),
+        (
+            "finetune sparsek --text t --objective graph",
+            1,
+            "SparseK has no objective 'graph'; choose one of distill, lm",
+        ),
+        ("finetune sparsefinder --text t --graph-rows 0", 1, "graph_rows must be an integer of at least 1, got 0"),
+        (
+            "finetune sparsek --text t --objective lm --lm-weight 1",
+            1,
+            "lm_weight and hidden_weight belong to 'distill'",
+        ),
+        ("eval sparsek", 2, "expected --text FILE, --task NAME or --longbench FILE"),
+        ("eval sparsek --text t --sparsity half", 2, "expected numbers such as 0.5,0.8, got 'half'"),
+        ("eval sparsefinder --text t --slots 9", 2, "--slots is no option of sparsefinder: see 'Options of SparseK'"),
+        ("eval sparsefinder --text t --sparsity 1.5", 1, "sparsities must be at least 0 and below 1"),
+        ("report sparsek --chunks 0:2", 2, "--chunks has no effect without --text"),
+        ("push sparsek", 2, "Missing argument 'REPO_ID'"),
+    ],
+)
+def test_mistakes(run, arguments, code, message):
+    completed = run(*SCRIPT, *arguments.split())
+    shown = " ".join(completed.stderr.replace("│", " ").split())
+    assert completed.returncode == code and message in shown, completed.stderr
+
+
+def test_plain_imports_are_whole(tmp_path):
+    """A program of the user's has all names and registered methods, whatever its arguments are."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import hf_sparse, peft\n"
+        "assert {'HF_SPARSE_SPARSEK', 'HF_SPARSE_SPARSEFINDER'} <= set(peft.PeftType.__members__)\n"
+        "assert set(hf_sparse.__all__) <= set(vars(hf_sparse))\n"
+        "import hf_sparse.finetune\n"
+        "assert callable(hf_sparse.finetune.finetune) and not hasattr(hf_sparse, 'no_such_name')\n"
+    )
+    run = subprocess.run([sys.executable, program, "-m", "hf_sparse"], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_verb_completes_the_import(tmp_path):
+    """The methods are registered when a verb of the real program begins its work."""
+    run = subprocess.run(
+        [*SCRIPT, "patch", "demo", "--output", "adapter"], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.returncode == 0 and "256 keys per query and KV head" in run.stdout, run.stderr
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["peft_type"] == "HF_SPARSE_SPARSEK"
