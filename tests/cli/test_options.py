@@ -78,7 +78,7 @@ def test_help(invoke):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_setting_has_an_option(name):
     """But for those that say that they have none."""
-    commands = typer.main.get_command(app).commands
+    commands: Any = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     method = METHODS[name]
     for verb, kinds in {
         "patch": [method.adapter],
