@@ -1,5 +1,6 @@
 """Define what several verbs have in common: arguments, options, and how they begin and end their work."""
 
+from importlib import import_module
 from inspect import Parameter
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -46,11 +47,12 @@ def reading_options(chunks: str = "Only these chunks of the text.") -> list[Para
 
 
 def load_workflow() -> Any:
-    """Import the library, with transformers' own bars and notes off the screen.
+    """Import the library and register the methods, with transformers' own bars and notes off the screen.
 
     Returns:
         The module `hf_sparse.workflow`, whose functions are behind the verbs.
     """
+    import_module("hf_sparse.library")  # registers the methods, which `import hf_sparse` left to this function
     from transformers.utils import logging
 
     from hf_sparse import workflow

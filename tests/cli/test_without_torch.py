@@ -107,6 +107,25 @@ def test_plain_imports_are_whole(tmp_path):
     assert run.returncode == 0, run.stderr
 
 
+def test_the_import_is_completed_before_a_verb_works(tmp_path):
+    """In the process of the command line, which goes by the name of its script."""
+    program = tmp_path / "hf-sparse"
+    program.write_text(
+        "import sys\n"
+        "import hf_sparse\n"
+        "from hf_sparse.cli.common import load_workflow\n"
+        "assert not {'torch', 'peft', 'transformers', 'hf_sparse.library'} & set(sys.modules)\n"
+        "load_workflow()\n"
+        "assert 'hf_sparse.library' in sys.modules and hf_sparse.SparseKConfig(k=3).k == 3\n"
+        "from hf_sparse import patch, patches, unpatch\n"
+        "from hf_sparse.core.registry import registered_methods\n"
+        "assert {'HF_SPARSE_SPARSEK', 'HF_SPARSE_SPARSEFINDER'} == set(registered_methods())\n"
+        "assert patch is patches.patch and not hasattr(hf_sparse, 'no_such_name')\n"
+    )
+    run = subprocess.run([sys.executable, program], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
 def test_a_verb_completes_the_import(tmp_path):
     """The methods are registered when a verb of the real program begins its work."""
     run = subprocess.run(
