@@ -126,7 +126,7 @@ def run(
                 "peak_memory_bytes": metrics.get("peak_memory_bytes"),
             }
             if arguments.adapters:
-                config.base_model_name_or_path = arguments.model
+                model.active_peft_config.base_model_name_or_path = arguments.model
                 save_adapter(model, arguments.adapters / name)
                 write_repo(arguments.adapters / name, training=metrics)
         model.eval()
