@@ -1,4 +1,4 @@
-"""Checkpoints of a run: safetensors and JSON, each folder whole or not there, and its files of one step."""
+"""Write and read the checkpoints of a run: each a folder that is whole or not there, with the files of one step."""
 
 import hashlib
 import json
@@ -19,7 +19,8 @@ from hf_sparse.errors import DataError
 
 FOLDER = "checkpoints"
 
-_SCORERS, _OPTIMIZER, _STATE = "scorers.safetensors", "optimizer.safetensors", "state.json"
+_PARAMETERS, _OPTIMIZER, _STATE = "parameters.safetensors", "optimizer.safetensors", "state.json"
+_EARLIER_PARAMETERS = "scorers.safetensors"  # the name in checkpoints that were written before there were other methods
 _LONGEST = 1e10  # seconds, three centuries
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # what AdamW keeps of a parameter
 
@@ -47,9 +48,9 @@ def save(
         for key, value in values.items()
     }
     try:
-        save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, partial / _SCORERS)
+        save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, partial / _PARAMETERS)
         save_file(moments, partial / _OPTIMIZER)
-        files = {name: _sha256((partial / name).read_bytes()) for name in (_SCORERS, _OPTIMIZER)}
+        files = {name: _sha256((partial / name).read_bytes()) for name in (_PARAMETERS, _OPTIMIZER)}
         content = {"format": 2, "step": step, **state, "files": files}
         content = json.loads(json.dumps(content))  # tuples become lists, as they will be read
         (partial / _STATE).write_text(json.dumps({**content, "sha256": _state_sha256(content)}), "utf-8")
@@ -81,7 +82,7 @@ def settle(output: Path) -> None:
 
 
 def latest(output: Path) -> Path | None:
-    """The newest complete checkpoint of a run, if there is one."""
+    """Return the newest complete checkpoint of a run, if there is one."""
     hidden, shown = (
         [path for path in _named(output / FOLDER, pattern) if path.is_dir()] for pattern in (r"\.step-\d+", r"step-\d+")
     )
@@ -94,7 +95,7 @@ def checkpoints(output: Path) -> list[str]:
 
 
 def load_state(folder: Path) -> dict[str, Any]:
-    """What `save` was given as `state`, and `step`.
+    """Return what `save` was given as `state`, and `step`.
 
     Raises:
         DataError: the checkpoint is damaged.
@@ -149,7 +150,7 @@ def load_into(
     Raises:
         DataError: the checkpoint is damaged, its files are of several, or it has other parameters.
     """
-    weights, moments = (_tensors(folder, name, state) for name in (_SCORERS, _OPTIMIZER))
+    weights, moments = (_tensors(folder, name, state) for name in (_parameters_file(folder, state), _OPTIMIZER))
     if {name: w.shape for name, w in weights.items()} != {name: p.shape for name, p in parameters.items()}:
         raise DataError(f"the checkpoint {folder.name} belongs to another model: its parameters are not the same")
     for name, weight in weights.items():
@@ -193,7 +194,17 @@ def check_steps(folder: Path, optimizer: torch.optim.Optimizer, steps: int) -> N
         raise _damaged(folder, f"{_OPTIMIZER} has made {made} steps of the stage, and {_STATE} tells of {steps}")
 
 
+def _parameters_file(folder: Path, state: Mapping[str, Any]) -> str:
+    """Return the name of the file with the parameters of a checkpoint.
+
+    The state tells it; of the oldest ones, whose state names no files, it is that of the file that is there.
+    """
+    names = state["files"] if "files" in state else [path.name for path in folder.iterdir()]
+    return _EARLIER_PARAMETERS if _EARLIER_PARAMETERS in names else _PARAMETERS
+
+
 def _tensors(folder: Path, name: str, state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Read a file of a checkpoint, which must be the one that the state tells of."""
     try:
         content = (folder / name).read_bytes()
         if "files" in state and state["files"].get(name) != _sha256(content):
@@ -206,7 +217,7 @@ def _tensors(folder: Path, name: str, state: Mapping[str, Any]) -> dict[str, Ten
 
 
 def _named(root: Path, pattern: str) -> list[Path]:
-    """Entries of a folder whose names match; other names, and links, are somebody else's."""
+    """List the entries of a folder whose names match; other names, and links, are somebody else's."""
     if not root.is_dir():
         return []
     return [path for path in sorted(root.iterdir()) if re.fullmatch(pattern, path.name, re.A) and not path.is_symlink()]

@@ -1,4 +1,4 @@
-"""Settings of a training run: those that every method has, and through them those of one method."""
+"""Define the settings of a training run: those of every method, and how those of one method join them."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields

@@ -1,4 +1,4 @@
-"""Objectives that every method has, for each kind of model.
+"""Compute the objectives that every method has, for each kind of model.
 
 Each objective takes the model and a batch, and returns a scalar loss. A batch is chunks `[B, T]`; of a masked language
 model, chunks with hidden tokens, and their labels `[B, T]`.
@@ -22,9 +22,11 @@ _ROWS = 1024  # tokens that have logits at once
 
 
 def distill(model: nn.Module, chunks: Tensor, *, lm_weight: float = 0.0, hidden_weight: float = 0.0) -> Tensor:
-    """KL(dense teacher || sparse student) per token, the teacher being the same model with sparse attention off.
+    """Return KL(dense teacher || sparse student) per token; the teacher is the same model with sparse attention off.
 
     Args:
+        model: with sparse attention.
+        chunks: `[B, T]` int64.
         lm_weight: of the next-token cross-entropy, which is added.
         hidden_weight: of the distance of the hidden states, see `hidden_distance`, which is added.
     """
@@ -41,7 +43,7 @@ def distill(model: nn.Module, chunks: Tensor, *, lm_weight: float = 0.0, hidden_
 
 
 def hidden_distance(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Squared distance of hidden states by the teacher's squared norm; the mean over tokens and layers.
+    """Return the squared distance of hidden states by the teacher's squared norm; the mean over tokens and layers.
 
     Relative per token: a few tokens, the first above all, have states a hundred times as large as the others.
 
@@ -53,12 +55,12 @@ def hidden_distance(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Ten
 
 
 def lm(model: nn.Module, chunks: Tensor) -> Tensor:
-    """Next-token cross-entropy."""
+    """Return the next-token cross-entropy."""
     return _next_token(predict(model, chunks, use_cache=False), chunks)
 
 
 def masked_distill(model: nn.Module, chunks: Tensor, labels: Tensor) -> Tensor:
-    """KL(dense teacher || sparse student) per hidden token.
+    """Return KL(dense teacher || sparse student) per hidden token.
 
     Where nothing is hidden, a masked language model repeats what it sees: agreement there is cheap and would drown
     the positions that need context.
@@ -69,14 +71,14 @@ def masked_distill(model: nn.Module, chunks: Tensor, labels: Tensor) -> Tensor:
 
 
 def masked_lm(model: nn.Module, chunks: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of the hidden tokens."""
+    """Return the cross-entropy of the hidden tokens."""
     hidden = labels != IGNORED
-    found = predict(model, chunks)
-    return _cross_entropy(found, found.states[hidden], labels[hidden])
+    predictions = predict(model, chunks)
+    return _cross_entropy(predictions, predictions.states[hidden], labels[hidden])
 
 
 def feature_distill(model: nn.Module, chunks: Tensor) -> Tensor:
-    """1 - cosine between sparse and dense last hidden states, per token, plus that of their means over the text."""
+    """Return 1 - cosine of sparse and dense last hidden states, per token, plus that of their means over the text."""
     with torch.no_grad(), switched_off(model):
         teacher = final_states(model, chunks).float()
     student = final_states(model, chunks).float()
@@ -95,39 +97,41 @@ OBJECTIVES: Mapping[Kind, dict[str, Callable[..., Tensor]]] = {
 
 @contextmanager
 def switched_off(model: nn.Module) -> Iterator[None]:
-    """The dense base model for the length of a `with` block; what is trainable stays trainable."""
-    on = [method for method in sparse_layers(model) if not method.disable_adapters]
-    for method in on:
-        method.switch(False)
+    """Switch sparse attention off for the length of a `with` block; what is trainable stays trainable."""
+    layers = [layer for layer in sparse_layers(model) if not layer.disable_adapters]
+    for layer in layers:
+        layer.switch(False)
     try:
         yield
     finally:
-        for method in on:
-            method.switch(True)
+        for layer in layers:
+            layer.switch(True)
 
 
-def _divergence(student: Predictions, teacher: Predictions, where: Tensor | None = None) -> Tensor:
-    """Mean of KL(teacher || student) over tokens, those `where` `[B, T]` only."""
+def _divergence(student: Predictions, teacher: Predictions, mask: Tensor | None = None) -> Tensor:
+    """Return the mean of KL(teacher || student) over tokens, over those in `mask` `[B, T]` if there is one."""
 
-    def loss(found: Tensor, wanted: Tensor) -> Tensor:
+    def loss(student_states: Tensor, teacher_states: Tensor) -> Tensor:
         with torch.no_grad():
-            target = teacher.logits(wanted).float().log_softmax(-1)
-        return F.kl_div(student.logits(found).float().log_softmax(-1), target, log_target=True, reduction="sum")
+            target = teacher.logits(teacher_states).float().log_softmax(-1)
+        predicted = student.logits(student_states).float().log_softmax(-1)
+        return F.kl_div(predicted, target, log_target=True, reduction="sum")
 
-    if where is None:
+    if mask is None:
         return _mean_over_tokens(loss, student.states.flatten(0, 1), teacher.states.flatten(0, 1))
-    return _mean_over_tokens(loss, student.states[where], teacher.states[where])
+    return _mean_over_tokens(loss, student.states[mask], teacher.states[mask])
 
 
-def _next_token(found: Predictions, chunks: Tensor) -> Tensor:
-    return _cross_entropy(found, found.states[:, :-1].flatten(0, 1), chunks[:, 1:].flatten())
+def _next_token(predictions: Predictions, chunks: Tensor) -> Tensor:
+    """Return the cross-entropy of each token of chunks `[B, T]` but the first."""
+    return _cross_entropy(predictions, predictions.states[:, :-1].flatten(0, 1), chunks[:, 1:].flatten())
 
 
-def _cross_entropy(found: Predictions, states: Tensor, labels: Tensor) -> Tensor:
-    """Mean over tokens, states `[N, C]` and labels `[N]`."""
+def _cross_entropy(predictions: Predictions, states: Tensor, labels: Tensor) -> Tensor:
+    """Return the mean over tokens, of states `[N, C]` and labels `[N]`."""
 
     def loss(states: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(found.logits(states).float(), labels, reduction="sum")
+        return F.cross_entropy(predictions.logits(states).float(), labels, reduction="sum")
 
     return _mean_over_tokens(loss, states, labels)
 
@@ -138,12 +142,12 @@ def _relative_distance(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 def _mean_over_tokens(loss: Callable[[Tensor, Tensor], Tensor], states: Tensor, target: Tensor) -> Tensor:
-    """Mean of a summed loss over tokens `[N, ...]`, some rows at a time, so that few have logits at once."""
+    """Return the mean over tokens `[N, ...]` of a loss that sums; a slice has logits at a time."""
     return _SumOfSlices.apply(loss, states, target) / len(states)
 
 
 class _SumOfSlices(torch.autograd.Function):
-    """Sums a loss over slices of tokens, each with its gradient at once: no logits wait for the backward.
+    """Sum a loss over slices of tokens, each with its gradient at once: no logits wait for the backward.
 
     The gradient goes to the states alone; the head is frozen.
     """
@@ -151,15 +155,15 @@ class _SumOfSlices(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Callable[[Tensor, Tensor], Tensor], states: Tensor, target: Tensor) -> Tensor:
         total, gradients = states.new_zeros((), dtype=torch.float32), []
-        for some, wanted in zip(states.split(_ROWS), target.split(_ROWS), strict=True):
+        for state_slice, target_slice in zip(states.split(_ROWS), target.split(_ROWS), strict=True):
             if ctx.needs_input_grad[1]:
                 with torch.enable_grad():
-                    some = some.detach().requires_grad_()
-                    part = loss(some, wanted)
-                gradients += torch.autograd.grad(part, some)
+                    state_slice = state_slice.detach().requires_grad_()
+                    slice_loss = loss(state_slice, target_slice)
+                gradients += torch.autograd.grad(slice_loss, state_slice)
             else:
-                part = loss(some, wanted)
-            total += part.detach()
+                slice_loss = loss(state_slice, target_slice)
+            total += slice_loss.detach()
         if gradients:
             ctx.save_for_backward(torch.cat(gradients))
         return total

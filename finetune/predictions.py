@@ -1,4 +1,4 @@
-"""What a language model predicts, with its logits still to be computed, some tokens at a time.
+"""Run a language model and compute the logits of its predictions later, a few tokens at a time.
 
 Logits are `[B, T, V]`: for a large vocabulary many times what everything else of a forward takes. All that is needed
 of them here are sums over tokens, so the states before the head are kept instead, and the head runs per slice.
@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predictions of tokens `[B, T]`.
+    """Hold what a language model predicts for tokens `[B, T]`.
 
     Attributes:
         states: `[B, T, C]`, what the head reads; the logits themselves if the head does not give them alone.
@@ -52,8 +52,8 @@ def predict(model: nn.Module, tokens: Tensor, **options: Any) -> Predictions:
 
             def logits(states: Tensor) -> Tensor:
                 with torch.autocast(states.device.type, dtype=dtype, enabled=autocast):
-                    found = head(states)
-                    return found if cap is None else torch.tanh(found / cap) * cap
+                    scores = head(states)
+                    return scores if cap is None else torch.tanh(scores / cap) * cap
 
             if _agree(logits(states[:, -1:].detach()), output.logits.detach()):
                 return Predictions(states, logits, _hidden(output))
@@ -63,7 +63,7 @@ def predict(model: nn.Module, tokens: Tensor, **options: Any) -> Predictions:
 
 @contextmanager
 def _last_token_only(head: nn.Module, seen: list[tuple[Tensor, bool, torch.dtype]]) -> Any:
-    """The head keeps what it is called with, and the autocast it is called in, and reads the last token."""
+    """Let the head read the last token only, and note in `seen` the states and the autocast that it is called with."""
 
     def keep(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         states, *rest = args
@@ -78,17 +78,22 @@ def _last_token_only(head: nn.Module, seen: list[tuple[Tensor, bool, torch.dtype
         hook.remove()
 
 
-def _agree(found: Tensor, expected: Tensor) -> bool:
-    """Equal but for rounding: a scale, a bias or a cap that nobody told of changes far more."""
-    if found.shape != expected.shape:
+def _agree(computed: Tensor, expected: Tensor) -> bool:
+    """Tell whether logits are equal but for rounding.
+
+    A scale, a bias or a cap that the model applies after its head, and that is not known here, changes them far more.
+    """
+    if computed.shape != expected.shape:
         return False
-    difference = (found.float() - expected.float()).abs().max()
+    difference = (computed.float() - expected.float()).abs().max()
     return bool(difference <= 1e-3 * expected.float().abs().max())
 
 
 def _as_they_are(logits: Tensor) -> Tensor:
+    """Return logits for states that are the logits already."""
     return logits
 
 
 def _hidden(output: Any) -> tuple[Tensor, ...]:
+    """Return the hidden states of a model's output, none if they were not asked for."""
     return tuple(getattr(output, "hidden_states", None) or ())

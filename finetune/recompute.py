@@ -14,7 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 @contextmanager
 def recomputed(model: nn.Module) -> Iterator[None]:
-    """Forwards within a `with` block keep each layer's input only; the backward runs the layers again.
+    """Keep each layer's input only, in forwards within a `with` block; the backward runs the layers again.
 
     Raises:
         ValueError: the model has no layers that could be run again.
@@ -22,7 +22,8 @@ def recomputed(model: nn.Module) -> Iterator[None]:
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
         raise ValueError(f"gradient_checkpointing: {type(model).__name__} has no layers that can be run again")
-    own = [layer.__dict__.get("forward") for layer in layers]  # of whoever wrapped it, such as accelerate's offloading
+    # Set by whoever wrapped the layer, such as accelerate's offloading.
+    wrapped = [layer.__dict__.get("forward") for layer in layers]
     try:
         for layer in layers:
             # Nothing in a layer is random: dropout is off.
@@ -30,7 +31,7 @@ def recomputed(model: nn.Module) -> Iterator[None]:
             layer.forward = again
         yield
     finally:
-        for layer, forward in zip(layers, own, strict=True):
+        for layer, forward in zip(layers, wrapped, strict=True):
             if forward is not None:
                 layer.forward = forward
             else:

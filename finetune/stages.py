@@ -1,4 +1,4 @@
-"""What the loop asks of a method: which parameters are trained, in which stages, and on which loss."""
+"""Define what the loop asks of a method: which parameters are trained, in which stages, and on which loss."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -66,7 +66,7 @@ class Training:
     learned: str
     objectives: ClassVar[tuple[str, ...]]
     settings_type: ClassVar[type[TrainingSettings]]
-    layers: Sequence[Any]
+    layers: Sequence[SparseAttentionLayer]
     settings: TrainingSettings
 
     def __init__(self, model: nn.Module, layers: Sequence[SparseAttentionLayer], config: FinetuneConfig) -> None:
@@ -209,7 +209,9 @@ def training_of(model: nn.Module, config: FinetuneConfig) -> Training:
     """
     layers = sparse_layers_in_use(model)
     if not layers:
-        configs = " or ".join(f"{method.config.__name__}(...)" for method in registered_methods().values())
-        raise ValueError(f"the model has no sparse attention: use peft.get_peft_model(model, config), config={configs}")
+        configs = " or a ".join(method.config.__name__ for method in registered_methods().values())
+        raise ValueError(
+            f"the model has no sparse attention: use peft.get_peft_model(model, config) with a {configs} first"
+        )
     training: type[Training] = method_of(layers[0].config).training()
     return training(model, layers, config)

@@ -22,7 +22,8 @@ SETTINGS = {
     "sparsefinder": {"steps": 2, "graph_steps": 4, "graph_rows": 8},
 }
 COMMON = {"batch_size": 2, "warmup_steps": 0, "progress": False, "cpu": True}
-FILES = ("state.json", "scorers.safetensors", "optimizer.safetensors")
+PARAMETERS, EARLIER = "parameters.safetensors", "scorers.safetensors"
+FILES = ("state.json", PARAMETERS, "optimizer.safetensors")
 
 
 def make(method, tiny_llama, seed=1, base=None, **changes):
@@ -66,6 +67,13 @@ def as_before(folder):
     rewrite(folder, drop=("files", "origin"), format=1)
 
 
+def with_earlier_name(folder):
+    """A checkpoint as it was written when the file of the parameters had SparseK's word for them."""
+    (folder / PARAMETERS).rename(folder / EARLIER)
+    files = json.loads((folder / "state.json").read_text())["files"]
+    rewrite(folder, files={EARLIER if name == PARAMETERS else name: digest for name, digest in files.items()})
+
+
 @pytest.fixture(params=list(SETTINGS))
 def run(request, tiny_llama, chunks, stopped, tmp_path):
     """A run that was stopped after step 4 of 6: its method, a function that makes its model, and its folder."""
@@ -80,11 +88,14 @@ def folder_of(output):
 
 
 class TestIdentity:
-    @pytest.mark.parametrize("old", [False, True], ids=["", "without the notes"])
-    def test_resumes_to_the_same_weights(self, run, chunks, old):
+    @pytest.mark.parametrize(
+        "age", [(), (with_earlier_name,), (with_earlier_name, as_before)], ids=["", "earlier name", "without the notes"]
+    )
+    def test_resumes_to_the_same_weights(self, run, chunks, age):
         method, model, output = run
-        if old:
-            as_before(folder_of(output))
+        assert sorted(path.name for path in folder_of(output).iterdir()) == sorted(FILES)
+        for change in age:
+            change(folder_of(output))
         whole, resumed = model(), model()
         train(method, whole, chunks)
         metrics = train(method, resumed, chunks, output, resume=True)
@@ -126,8 +137,8 @@ class TestIdentity:
             train(method, model(), chunks, output, resume=True)
 
     @pytest.mark.parametrize(
-        ("name", "old"),  # nothing told before which scorers belong to a checkpoint
-        [*((name, False) for name in FILES), *((name, True) for name in FILES if name != "scorers.safetensors")],
+        ("name", "old"),  # nothing told before which parameters belong to a checkpoint
+        [*((name, False) for name in FILES), *((name, True) for name in FILES if name != PARAMETERS)],
     )
     def test_files_of_two_checkpoints(self, run, chunks, stopped, tmp_path, name, old):
         method, model, output = run

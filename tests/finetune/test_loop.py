@@ -17,12 +17,12 @@ import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 
-import hf_sparse.finetune.loop as loop
 import hf_sparse.finetune.objectives as objectives
 import hf_sparse.methods.sparsek.training
 from hf_sparse import patch
 from hf_sparse.errors import DataError
 from hf_sparse.finetune import FinetuneConfig, checkpoint, finetune
+from hf_sparse.finetune.order import ShuffledRows
 from hf_sparse.methods.sparsek import SparseKConfig
 from hf_sparse.patches import sparse_layers
 
@@ -165,10 +165,10 @@ def test_a_stage_begins_without_the_moments_of_another_loss(stopped, sparse_llam
 
 
 def test_every_chunk_is_seen_once_per_epoch_from_any_start():
-    whole = loop._Shuffled(5, seed=3, start=0)
+    whole = ShuffledRows(5, seed=3, start=0)
     first = [index for index, _ in zip(whole, range(15), strict=False)]
     assert sorted(first[:5]) == sorted(first[5:10]) == list(range(5)) and first[:5] != first[5:10]
-    assert [index for index, _ in zip(loop._Shuffled(5, 3, start=7), range(8), strict=False)] == first[7:]
+    assert [index for index, _ in zip(ShuffledRows(5, 3, start=7), range(8), strict=False)] == first[7:]
 
 
 @pytest.mark.parametrize("stop", [1, 3, 5, 9], ids=["warm start", "stage boundary", "middle", "end"])
@@ -332,7 +332,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run_before_the_step(sparse_llam
         train(bad, chunks, output_dir=str(tmp_path), **options)
     (folder,) = (tmp_path / "checkpoints").iterdir()
     assert folder.name == "step-000002"
-    before = load_file(folder / "scorers.safetensors")
+    before = load_file(folder / "parameters.safetensors")
     assert same(scorers(bad), before) and all(p.grad is None or not p.grad.any() for p in bad.parameters())
     train(good, chunks, output_dir=str(tmp_path), resume=True, **options)
     assert all(weights.isfinite().all() for weights in scorers(good).values())
@@ -373,7 +373,7 @@ def test_gradients_are_checked(monkeypatch, sparse_llama, chunks):
 
 
 def test_a_divided_model_is_refused(sparse_llama, chunks, monkeypatch):
-    monkeypatch.setattr(loop.Accelerator, "distributed_type", DistributedType.FSDP)
+    monkeypatch.setattr(accelerate.Accelerator, "distributed_type", DistributedType.FSDP)
     with pytest.raises(ValueError, match="whole models in each process, and accelerate was configured for FSDP"):
         train(sparse_llama(), chunks)
 

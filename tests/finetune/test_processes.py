@@ -55,14 +55,14 @@ def masked_gradients(method, objective, batch_size, accumulation):
         objective=objective, steps=1, **before, batch_size=batch_size, gradient_accumulation_steps=accumulation,
         learning_rate=1e-12, progress=False, cpu=ONE_GPU,
     )  # fmt: skip
-    gradients, mean = {}, loop._mean
+    gradients, mean = {}, loop.average_gradients
 
     def note(accelerator, parameters):
         mean(accelerator, parameters)
         gradients.update({name: p.grad.detach().cpu().clone() for name, p in parameters.items()})
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(loop, "_mean", note)
+        patched.setattr(loop, "average_gradients", note)
         loss = finetune(model, data, config)["history"][0]["loss"]
     return gradients, loss
 

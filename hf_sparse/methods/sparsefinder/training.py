@@ -1,4 +1,4 @@
-"""Training Sparsefinder: logit scales in the model, projections on its gold graph, then fitting the predictors."""
+"""Train Sparsefinder: logit scales in the model, projections on its gold graph, then fitting the predictors."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""Training settings of Sparsefinder. Nothing here imports torch: the command line reads the fields for its options."""
+"""Define the training settings of Sparsefinder; without torch, for the command line makes options of the fields."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""SparseK's objective `attention`: scores learn which keys the dense model attends to from far away."""
+"""Compute SparseK's objective `attention`: scores learn which keys the dense model attends to from far away."""
 
 from contextlib import ExitStack
 from typing import Any

@@ -1,4 +1,4 @@
-"""Training SparseK's scorers: an optional warm start on dense attention's mass, then soft gates in the model."""
+"""Train SparseK's scorers: an optional warm start on dense attention's mass, then soft gates in the model."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

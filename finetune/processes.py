@@ -1,0 +1,104 @@
+"""Set up accelerate for a run, and keep its processes alike."""
+
+import os
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType, broadcast
+from torch import nn
+
+from hf_sparse.finetune.config import FinetuneConfig
+
+# Ways to divide one model among processes.
+_SHARDING = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
+
+
+@contextmanager
+def separate_accelerate_state() -> Iterator[None]:
+    """Let accelerate begin anew within a `with` block, and give the caller's state back after it.
+
+    accelerate keeps device and precision of its first use for the whole process. Where processes were launched
+    together they keep the device, which is bound to their group.
+    """
+    kinds: list[Any] = [AcceleratorState] if "LOCAL_RANK" in os.environ else [AcceleratorState, PartialState]
+    before = [dict(kind._shared_state) for kind in kinds]
+    for kind in kinds:
+        kind._shared_state.clear()
+    try:
+        yield
+    finally:
+        for kind, state in zip(kinds, before, strict=True):
+            kind._shared_state.clear()
+            kind._shared_state.update(state)
+
+
+def make_accelerator(config: FinetuneConfig) -> Accelerator:
+    """Return an `Accelerator` for the settings of a run.
+
+    Raises:
+        ValueError: accelerate was configured to divide the model among processes.
+    """
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        # Of processes without an accelerator each would train alone, were it not told that there is none.
+        cpu=config.cpu or not torch.accelerator.is_available(),
+    )
+    if accelerator.distributed_type in _SHARDING:
+        raise ValueError(
+            f"finetune trains whole models in each process, and accelerate was configured for "
+            f"{accelerator.distributed_type.value}: launch it with torchrun, or another accelerate configuration"
+        )
+    return accelerator
+
+
+def warn_of_slow_dtype(model: nn.Module, accelerator: Accelerator) -> None:
+    """Warn that half precision is slow on a CPU: transformers loads checkpoints in the dtype they are stored in."""
+    halves = {p.dtype for p in model.parameters() if p.dtype in (torch.bfloat16, torch.float16)}
+    if accelerator.mixed_precision == "bf16":
+        halves.add(torch.bfloat16)
+    if halves and accelerator.device.type == "cpu" and accelerator.is_main_process:
+        names = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in halves))
+        warnings.warn(
+            f"training in {names} on a CPU is about 10 times slower than in float32: load the base model with "
+            'dtype="float32", and leave mixed_precision at "no"',
+            stacklevel=3,
+        )
+
+
+def batch_weights(accelerator: Accelerator, targets: Sequence[int]) -> list[float]:
+    """Return weights for the batches of an optimiser step, whose mean over all batches and processes is 1.
+
+    With them the mean of the losses is that over all targets of the step, however these lie in its batches.
+
+    Args:
+        accelerator: of the run.
+        targets: of each batch of this process, see `hf_sparse.finetune.stages.Training.targets`.
+    """
+    count = torch.tensor(sum(targets), device=accelerator.device)
+    mean = accelerator.reduce(count, "sum").item() / (len(targets) * accelerator.num_processes)
+    return [number / mean for number in targets]
+
+
+def average_gradients(accelerator: Accelerator, parameters: Mapping[str, nn.Parameter]) -> None:
+    """Replace gradients by their mean over all processes.
+
+    `DistributedDataParallel` would do it for losses that are made of what the model returns. These are also made of
+    what is read inside the model, whose own forward may run without gradients.
+    """
+    if accelerator.num_processes > 1:
+        for parameter in parameters.values():
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = accelerator.reduce(gradient, "mean")
+
+
+def copy_from_first_process(layers: Sequence[nn.Module]) -> None:
+    """Give parameters and buffers of layers in every process the values that they have in the first one."""
+    for layer in layers:
+        for tensor in (*layer.parameters(), *layer.buffers()):
+            tensor.data = broadcast(tensor.data)
