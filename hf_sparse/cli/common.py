@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from hf_sparse.cli.options import option
+from hf_sparse.cli.options import at_least, is_range, option
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -27,8 +27,9 @@ def reading_options(chunks: str = "Only these chunks of the text.") -> list[Para
             None,
             "Tokens per chunk, more than the slots; by default 2048, the length that the adapter's graph is meant for, "
             "or the model's context if shorter.",
+            callback=at_least(2, "length", "tokens"),
         ),
-        option("chunks", str | None, None, chunks, metavar="START:STOP"),
+        option("chunks", str | None, None, chunks, metavar="START:STOP", callback=is_range),
         option(
             "bos",
             bool | None,

@@ -22,7 +22,7 @@ def run(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(blocked), "COLUMNS": "200"}
     for adapter, peft_type in (("sparsek", "HF_SPARSE_SPARSEK"), ("sparsefinder", "HF_SPARSE_SPARSEFINDER")):
         (tmp_path / adapter).mkdir()
-        (tmp_path / adapter / "adapter_config.json").write_text(json.dumps({"peft_type": peft_type}))
+        (tmp_path / adapter / "adapter_config.json").write_text(json.dumps({"peft_type": peft_type, "lora_rank": 0}))
 
     def run(*command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -79,6 +79,10 @@ def test_help(run, verb):
             1,
             "lm_weight and hidden_weight belong to 'distill'",
         ),
+        ("finetune sparsek --text t --lora-steps 3", 1, "lora_steps: the adapter has no LoRA, its lora_rank is 0"),
+        ("finetune sparsek --text t --chunks some", 1, "chunks must be START:STOP, got 'some'"),
+        ("eval sparsek --text t --length 1", 1, "length must be at least 2 tokens, got 1"),
+        ("eval sparsek --text t --batch-size 0", 1, "batch_size must be at least 1, got 0"),
         ("eval sparsek", 2, "expected --text FILE, --task NAME or --longbench FILE"),
         ("eval sparsek --text t --sparsity half", 2, "expected numbers such as 0.5,0.8, got 'half'"),
         ("eval sparsefinder --text t --slots 9", 2, "--slots is no option of sparsefinder: see 'Options of SparseK'"),
