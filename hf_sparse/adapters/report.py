@@ -44,8 +44,8 @@ def write_report(
 
     Args:
         folder: holds an adapter and its eval.json.
-        text: shows which tokens the scorers keep, and becomes selection.json (of a Sparsefinder adapter, graphs of
-            single heads, and graphs.json); by default the file that is there, if it is of the same adapter.
+        text: shows what the adapter attends to (see `MethodReport.describe`), and becomes the method's file of
+            details; by default the file that is there, if it is of the same adapter.
         text_name: the name of the text on the page.
         length: tokens per chunk of the text; see `hf_sparse.chunks.tokens_per_chunk`.
         chunks: only chunks `START:STOP` of the text; by default the first 8.
