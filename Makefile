@@ -12,12 +12,14 @@ PYTEST := $(BIN)/pytest -n auto --maxprocesses 4
 demo: $(READY) ## Patch, finetune and evaluate the bundled checkpoint, offline
 	@$(BIN)/hf-sparse demo
 
-test: lint $(OLDEST)/.ready kernels ## What CI runs, in minutes: lint, the kernels, the tests, and on the oldest versions those marked `versions`
+# Types are checked on one core, so the kernels run beside.
+test: $(READY) $(OLDEST)/.ready ## What CI runs, in minutes: lint, the kernels, the tests, and on the oldest versions those marked `versions`
+	$(MAKE) -j2 lint kernels
 	$(PYTEST)
 	PYTHONPATH=$(OLDEST) $(PYTEST) -m "versions and not real"
 
-test-all: FULL := --full
-test-all: lint $(OLDEST)/.ready kernels ## Everything: all tests with all combinations of parameters, on the newest and on the oldest versions
+test-all: $(READY) $(OLDEST)/.ready ## Everything: all tests with all combinations of parameters, on the newest and on the oldest versions
+	$(MAKE) -j2 lint kernels FULL=--full
 	$(PYTEST) --full
 	PYTHONPATH=$(OLDEST) $(PYTEST) --full
 
@@ -47,7 +49,7 @@ clean: ## Remove caches and build products (keeps .venv and your runs)
 	find hf_sparse patches finetune tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # Without build isolation the pinned setuptools builds the package; an isolated build would fetch the newest one.
 # The stamp is written last, so an interrupted install starts over.

@@ -36,8 +36,8 @@ def bos_tokens(tokenizer: Any, text: str, bos: bool | None = None) -> list[int]:
         return []
     probe = text.removeprefix(BYTE_ORDER_MARK).lstrip()[:_PROBE]
     whole, plain = ((tokenizer(probe, add_special_tokens=add, verbose=False))["input_ids"] for add in (True, False))
-    places = range(len(whole) - len(plain) + 1)
-    start = next((at for at in places if whole[at : at + len(plain)] == plain), None)
+    starts = range(len(whole) - len(plain) + 1)
+    start = next((index for index in starts if whole[index : index + len(plain)] == plain), None)
     if start is None:
         raise DataError("the tokenizer does not tell how it begins a text: expected bos=True or bos=False")
     first = whole[:start]
@@ -94,17 +94,17 @@ def pack(
     text = text.removeprefix(BYTE_ORDER_MARK)
     if first is None:
         first = next(iter(bos_tokens(tokenizer, text, bos)), None)
-    own = length - (first is not None) - (last is not None)
-    if own < 2:
-        raise DataError(f"length must be at least {2 + length - own} tokens, got {length}")
-    stride = own if stride is None else stride
-    if not 1 <= stride <= own:
-        raise DataError(f"stride must be 1 to {own} tokens, got {stride}")
+    size = length - (first is not None) - (last is not None)  # tokens of the text in a chunk
+    if size < 2:
+        raise DataError(f"length must be at least {2 + length - size} tokens, got {length}")
+    stride = size if stride is None else stride
+    if not 1 <= stride <= size:
+        raise DataError(f"stride must be 1 to {size} tokens, got {stride}")
     # The length of the text is the point here: no warning that it exceeds the model's.
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if len(ids) < own:
-        raise DataError(f"the text has {len(ids)} tokens, fewer than one chunk of {own}")
-    chunks = torch.tensor(ids).unfold(0, own, stride)
+    if len(ids) < size:
+        raise DataError(f"the text has {len(ids)} tokens, fewer than one chunk of {size}")
+    chunks = torch.tensor(ids).unfold(0, size, stride)
     ends = [None if token is None else chunks.new_full((len(chunks), 1), token) for token in (first, last)]
     return torch.cat([part for part in (ends[0], chunks, ends[1]) if part is not None], 1)
 
@@ -151,7 +151,7 @@ def mask_tokens(tokenizer: Any, chunks: Tensor, *, seed: int = 0, corrupt: bool 
 
 
 def tensors(model: nn.Module, dataset: Any) -> tuple[Tensor, Tensor | None]:
-    """Tokens `[N, T]`, and labels `[N, T]` where the model is a masked language model, of anything that holds them.
+    """Return tokens `[N, T]`, and labels `[N, T]` for a masked language model, of anything that holds them.
 
     Args:
         dataset: chunks, or a mapping or `datasets.Dataset` with `input_ids` (and `labels`) of equal lengths.
@@ -179,11 +179,13 @@ def tensors(model: nn.Module, dataset: Any) -> tuple[Tensor, Tensor | None]:
 
 
 def _has(dataset: Any, name: str) -> bool:
+    """Tell whether a dataset or a mapping has a column."""
     columns = getattr(dataset, "column_names", None)
     return name in (dataset if columns is None and isinstance(dataset, Mapping) else columns or ())
 
 
 def _column(dataset: Any, name: str) -> Tensor:
+    """Return a column of a dataset as a tensor; `DataError` if it has none, or rows of several lengths."""
     try:
         rows = dataset[name]
     except (KeyError, IndexError, TypeError, ValueError) as error:
@@ -209,7 +211,7 @@ def first_token(model: Any, chunks: Tensor) -> int | None:
 
 
 def select_chunks(chunks: Tensor, which: str | None) -> Tensor:
-    """Chunks `START:STOP` of a text, as Python slices; all of them for `None`.
+    """Return chunks `START:STOP` of a text, as Python slices; all of them for `None`.
 
     Raises:
         DataError: not a slice, or one that is empty.
@@ -227,7 +229,7 @@ def select_chunks(chunks: Tensor, which: str | None) -> Tensor:
 
 
 def context_length(model: Any) -> int | None:
-    """Tokens that the model's positions suffice for, `None` if its configuration sets no limit."""
+    """Return how many tokens the model's positions suffice for, `None` if its configuration sets no limit."""
     positions = getattr(model.config, "max_position_embeddings", None)
     for name, module in model.named_modules():
         # RoBERTa and its relatives count from the one after padding's, which the configuration does not say.
@@ -249,11 +251,11 @@ def check_chunks(model: Any, chunks: Tensor, labels: Tensor | None = None) -> No
     if positions is not None and length > positions:
         raise DataError(f"chunks of {length} tokens are longer than the {positions} positions of the model")
     vocabulary = model.get_input_embeddings().num_embeddings
-    wanted = None if labels is None else labels[labels != IGNORED]
-    for found in (chunks, wanted):
-        if found is not None and len(found) and (found.min() < 0 or found.max() >= vocabulary):
+    targets = None if labels is None else labels[labels != IGNORED]
+    for tokens in (chunks, targets):
+        if tokens is not None and len(tokens) and (tokens.min() < 0 or tokens.max() >= vocabulary):
             raise DataError(
-                f"tokens must be 0 to {vocabulary - 1}, got {int(found.min())} to {int(found.max())}: "
+                f"tokens must be 0 to {vocabulary - 1}, got {int(tokens.min())} to {int(tokens.max())}: "
                 "was the text tokenised for another model?"
             )
     if labels is not None and not (labels != IGNORED).any(1).all():
@@ -261,7 +263,7 @@ def check_chunks(model: Any, chunks: Tensor, labels: Tensor | None = None) -> No
 
 
 def fingerprint(*chunks: Tensor | None) -> str:
-    """sha256 of the tokens, and of the labels if there are any: two measurements can be told to be of the same data."""
+    """Return the sha256 of tokens and labels: two measurements can be told to be of the same data."""
     digest = hashlib.sha256()
     for tensor in chunks:
         if tensor is not None:

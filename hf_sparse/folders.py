@@ -1,4 +1,4 @@
-"""A folder that changes as a whole, and by one process at a time.
+"""Change a folder as a whole, and by one process at a time.
 
 New files are written into a stage. One rename of the stage is the commit: before it the folder is as it was, after it
 the folder is the new one, though its files may still have to be moved into place. Whoever opens the folder next
@@ -177,6 +177,7 @@ def _lock(path: Path, folder: Path) -> Iterator[None]:
 
 
 def _holder(path: Path) -> str:
+    """Return the note of who holds a lock, for a message; empty if there is none."""
     try:
         note = path.read_text("utf-8")
     except (OSError, ValueError):
@@ -215,7 +216,7 @@ def remove(path: Path) -> None:
 
 
 def _files(stage: Path) -> list[str]:
-    """Relative paths of the files in a stage, in the order in which they come into place."""
+    """Return the relative paths of the files in a stage, in the order in which they come into place."""
     order = {".safetensors": 0, ".json": 1}
     names = [path.relative_to(stage).as_posix() for path in stage.rglob("*") if path.is_file()]
     return sorted(names, key=lambda name: (order.get(Path(name).suffix, 2), name))
@@ -228,7 +229,7 @@ def _sweep(place: Path, prefix: str) -> None:
 
 
 def _stages(place: Path, prefix: str) -> list[Path]:
-    """Stages in a folder; `tempfile` adds 8 letters to what their names begin with."""
+    """List the stages in a folder; `tempfile` adds 8 letters to what their names begin with."""
     names = rf"{re.escape(prefix)}\.[a-z0-9_]{{8}}"
     try:
         return [path for path in place.iterdir() if re.fullmatch(names, path.name) and path.is_dir()]
@@ -249,7 +250,7 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Ctrl-C comes too late within a `with` block: what was committed is done."""
+    """Ignore Ctrl-C within a `with` block: what was committed is done."""
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or before is None:
         yield

@@ -194,12 +194,15 @@ def evaluate_adapter(
     if text is not None:
         limit = evaluation.chunks
         data = prepared_chunks(model, tokenizer, text, length, chunks, bos=bos, limit=limit, stride=stride)
+        if batch_size is None:
+            tokens, _ = tensors(model, data)
+            batch_size = evaluation.batch_size(model, tokens.shape[1])
         result = evaluate(
             model,
             data,
             selections=selections,
             stride=stride,
-            batch_size=evaluation.batch_size(model, data.shape[1]) if batch_size is None else batch_size,
+            batch_size=batch_size,
             text_name=f"{name} (chunks {chunks})" if chunks else name,
             **options,
         )

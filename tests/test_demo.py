@@ -61,6 +61,7 @@ def test_says_what_it_measured(told):
     assert "hf-sparse push" in words
 
 
+@pytest.mark.full
 def test_the_adapter_is_the_one_that_was_measured(told):
     output, evaluation, _ = told
     model = hf_sparse.from_pretrained(output, dtype=torch.float32)

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.versions
-
 ROOT = Path(__file__).parents[1]
 
 
@@ -64,6 +62,7 @@ for before, after in zip(registries, registries_after):
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.versions
 def test_import_changes_no_model_that_is_there(python):
     """A model that was made before the import has the same bits, modules and functions after it; triton is blocked."""
     run = python("""

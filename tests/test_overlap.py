@@ -74,7 +74,7 @@ def test_a_damaged_sketch_is_an_error(stream, damage):
         overlap.overlap({**sketch(chunks_of(stream, 100)), **damage}, chunks_of(stream, 100))
 
 
-@pytest.mark.parametrize("method", CONFIGS)
+@pytest.mark.parametrize("method", ["sparsek", pytest.param("sparsefinder", marks=pytest.mark.full)])
 def test_table_card_and_report_tell(method, tmp_path, tiny_llama, word_tokenizer):
     base, folder = tmp_path / "base", tmp_path / "adapter"
     tiny_llama().save_pretrained(base)

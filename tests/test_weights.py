@@ -73,6 +73,7 @@ def damage(folder: Path, name: str, change) -> None:
     save_file(state | {key: change(state[key]).contiguous()}, path, metadata={"format": "pt"})
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("kind", sorted(DAMAGES))
 def test_damaged_weights_are_loaded_by_nobody(method, folder, base, kind):
     damage(folder, FIRST[method], DAMAGES[kind])

@@ -295,6 +295,7 @@ class AdapterFolder:
         tags: Sequence[str] = (),
         left_out: Sequence[str] = (),
     ) -> str:
+        """Return the text of the card; `left_out` names measurements that are not known to be of these weights."""
         shapes, lora = self.shapes, method_of(self.config).layer.adapter_layer_names[1]
         return render(
             self.config,

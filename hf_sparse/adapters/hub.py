@@ -144,6 +144,7 @@ def _stage(folder: Path, stage: Path, base_model: str | None, token: str | bool 
 
 
 def _copy(folder: Path, stage: Path, base_model: str | None, token: str | bool | None) -> str:
+    """Do what `_stage` does, in a folder that nobody changes meanwhile."""
     adapter = AdapterFolder(folder)
     name = base_model or adapter.base_model
     if name is None:

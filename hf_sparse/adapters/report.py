@@ -44,9 +44,8 @@ def write_report(
 
     Args:
         folder: holds an adapter and its eval.json.
-        text: what the method's report shows of a text is measured on it, and becomes the file that
-            `MethodReport.details_file` names; by default the file that is there, if it is of the same adapter. SparseK
-            shows which tokens the scorers keep, Sparsefinder the graphs of single heads; a method may show nothing.
+        text: shows what the adapter attends to (see `MethodReport.describe`), if its method can tell, and becomes the
+            method's file of details; by default the file that is there, if it is of the same adapter.
         text_name: the name of the text on the page.
         length: tokens per chunk of the text; see `hf_sparse.chunks.tokens_per_chunk`.
         chunks: only chunks `START:STOP` of the text; by default the first 8.

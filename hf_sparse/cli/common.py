@@ -1,5 +1,6 @@
 """Define what several verbs have in common: arguments, options, and how they begin and end their work."""
 
+from importlib import import_module
 from inspect import Parameter
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -8,7 +9,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from hf_sparse.cli.options import option
+from hf_sparse.cli.options import at_least, is_range, option
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -26,8 +27,9 @@ def reading_options(chunks: str = "Only these chunks of the text.") -> list[Para
             None,
             "Tokens per chunk, more than the slots; by default 2048, the length that the adapter's graph is meant for, "
             "or the model's context if shorter.",
+            callback=at_least(2, "length", "tokens"),
         ),
-        option("chunks", str | None, None, chunks, metavar="START:STOP"),
+        option("chunks", str | None, None, chunks, metavar="START:STOP", callback=is_range),
         option(
             "bos",
             bool | None,
@@ -46,11 +48,12 @@ def reading_options(chunks: str = "Only these chunks of the text.") -> list[Para
 
 
 def load_workflow() -> Any:
-    """Import the library, with transformers' own bars and notes off the screen.
+    """Import the library and register the methods, with transformers' own bars and notes off the screen.
 
     Returns:
         The module `hf_sparse.workflow`, whose functions are behind the verbs.
     """
+    import_module("hf_sparse.library")  # registers the methods, which `import hf_sparse` left to this function
     from transformers.utils import logging
 
     from hf_sparse import workflow

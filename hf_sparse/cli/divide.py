@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from hf_sparse.cli.common import Folder, load_workflow, reading_options, say_written
-from hf_sparse.cli.options import with_options
+from hf_sparse.cli.options import at_least, with_options
 
 
 @with_options(reading=reading_options())
@@ -15,7 +15,7 @@ def divide(
     folder: Folder,
     text: Annotated[list[Path], typer.Option(metavar="FILE", help="Training text, UTF-8; repeat for several.")],
     reading: dict[str, Any],
-    batch_size: Annotated[int, typer.Option(help="Chunks at a time.")] = 1,
+    batch_size: Annotated[int, typer.Option(help="Chunks at a time.", callback=at_least(1, "batch_size"))] = 1,
 ) -> None:
     """Divide the slots of the trained adapter in DIR among its layers, by what each loses; then finetune it again."""
     load_workflow()

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from hf_sparse.cli.common import Folder, Texts, load_workflow, reading_options, say_written
 from hf_sparse.cli.methods import METHODS, method_in, options_of
-from hf_sparse.cli.options import list_option, option, refuse_without, with_options
+from hf_sparse.cli.options import at_least, list_option, option, refuse_without, with_options
 
 _READING = reading_options(
     "Only these chunks; by default at most 16, of a method that takes longer fewer, from all over the text."
@@ -34,6 +34,7 @@ _MEASURING = [
         int | None,
         None,
         "Chunks at a time; by default 1, of a method that decides token by token up to 8 if the vocabulary is small.",
+        callback=at_least(1, "batch_size"),
     ),
     option("note", str | None, None, "A sentence for the card: what the name of the base model does not tell."),
 ]
@@ -60,7 +61,7 @@ _TASKS = [
         metavar="FILE",
     ),
     list_option("task_lengths", int, "Tokens of the prompts; by default half a chunk and a chunk."),
-    option("task_samples", int, 2, "Prompts per length and depth."),
+    option("task_samples", int, 2, "Prompts per length and depth.", callback=at_least(1, "samples")),
     option("task_slots", int | None, None, "Answer at this budget instead of the adapter's own."),
 ]
 

@@ -8,7 +8,7 @@ from rich.console import Console
 
 from hf_sparse.cli.common import Folder, Texts, load_workflow, reading_options, say_written
 from hf_sparse.cli.errors import complain
-from hf_sparse.cli.methods import METHODS, method_in, options_of
+from hf_sparse.cli.methods import METHODS, configuration_in, method_in, options_of
 from hf_sparse.cli.options import option, refuse_without, with_options
 from hf_sparse.finetune.config import SharedSettings
 
@@ -59,7 +59,10 @@ def finetune(
     from hf_sparse.texts import read_dataset, read_texts
 
     config = FinetuneConfig(**given)
-    words = read_dataset(dataset, **part) if dataset else read_texts(text or [])[0]
+    if dataset:
+        words = read_dataset(dataset, part["dataset_config"], part["split"], part["column"])
+    else:
+        words, _ = read_texts(text or [])
     try:
         metrics = workflow.train_adapter(folder, words, config, **reading)
     except KeyboardInterrupt:
@@ -81,7 +84,7 @@ def _checked_settings(context: typer.Context, folder: Path) -> dict[str, Any]:
 
     Raises:
         typer.BadParameter: a setting of another method than that of the adapter in the folder.
-        ValueError: a value out of range.
+        ValueError: a value out of range, or a setting of LoRA for an adapter without.
     """
     method = method_in(folder)
     given = {**_SETTINGS.given(context, method), "output_dir": str(folder)}
@@ -91,6 +94,9 @@ def _checked_settings(context: typer.Context, folder: Path) -> dict[str, Any]:
             **{name: value for name, value in given.items() if not hasattr(SharedSettings, name)}
         )
         own.check_objective(shared.objective)
+        for_lora = [name for name in given if name in _SETTINGS.marked("needs_lora")]
+        if for_lora and configuration_in(folder).get("lora_rank") == 0:
+            raise ValueError(f"{', '.join(for_lora)}: the adapter has no LoRA, its lora_rank is 0")
         if shared.objective in _OBJECTIVES and shared.objective not in own.objectives:
             choices = ", ".join(["distill", "lm", *own.objectives])
             raise ValueError(f"{METHODS[method].label} has no objective {shared.objective!r}; choose one of {choices}")

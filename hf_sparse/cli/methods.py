@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from hf_sparse import methods
 from hf_sparse.cli.options import SettingsOptions
@@ -28,13 +29,19 @@ def options_of(classes: Callable[[MethodSettings], Sequence[type]]) -> SettingsO
     )
 
 
-def method_in(folder: Path) -> str | None:
-    """Return the name of the method of the adapter in a folder.
+def configuration_in(folder: Path) -> dict[str, Any]:
+    """Return what adapter_config.json in a folder holds.
 
-    `None` where that cannot be told: whoever opens the adapter says what is wrong with it.
+    Nothing where it cannot be read: whoever opens the adapter says what is wrong with it.
     """
     try:
-        peft_type = json.loads((folder / "adapter_config.json").read_text("utf-8"))["peft_type"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+        content = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def method_in(folder: Path) -> str | None:
+    """Return the name of the method of the adapter in a folder, `None` where that cannot be told."""
+    peft_type = configuration_in(folder).get("peft_type")
     return next((name for name, method in METHODS.items() if method.peft_type == peft_type), None)

@@ -1,5 +1,6 @@
 """Make options of the command line, by hand or from the fields of settings."""
 
+import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
@@ -48,6 +49,30 @@ def with_options(**groups: Sequence[Parameter]) -> Callable[[Callable[..., None]
         return run
 
     return decorate
+
+
+def at_least(least: int, name: str, unit: str = "") -> Callable[[int | None], int | None]:
+    """Return a callback for an option that refuses small numbers before anything is loaded, as the library does after.
+
+    Args:
+        least: the smallest number.
+        name: what the message calls the number.
+        unit: what is counted.
+    """
+
+    def check(value: int | None) -> int | None:
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}{unit and f' {unit}'}, got {value}")
+        return value
+
+    return check
+
+
+def is_range(text: str | None) -> str | None:
+    """Refuse an option's value that is not `START:STOP` before anything is loaded, as the library does after."""
+    if text is not None and not re.fullmatch(r"\s*[+-]?\d*\s*:\s*[+-]?\d*\s*", text):
+        raise ValueError(f"chunks must be START:STOP, got {text!r}")
+    return text
 
 
 def was_given(context: typer.Context, name: str) -> bool:
@@ -120,6 +145,12 @@ class SettingsOptions:
             absent = next(iter(owners.values())).metadata.get("none_as", MISSING)
             values[name] = None if value == absent else value
         return values
+
+    def marked(self, mark: str) -> set[str]:
+        """Return the names of the options whose fields have a mark in their metadata."""
+        return {
+            name for name, owners in self._fields.items() if any(field.metadata.get(mark) for field in owners.values())
+        }
 
     def replace(self, parameter: Parameter) -> None:
         """Put an option that was made by hand in the place of the one that follows from its field."""

@@ -71,7 +71,7 @@ class GrowingCacheLayer(DynamicLayer):
 
     def refusal_of_static(self) -> str | None:
         """Say that a static cache does not grow."""
-        return "keeps every key in a cache that grows, which a static cache does not"
+        return "the method keeps every key in a cache that grows, which a static cache does not"
 
     def share_mask_sizes(self) -> None:
         """Change nothing: the mask has a column for every key."""

@@ -78,17 +78,18 @@ def test_help(invoke):
 @pytest.mark.parametrize("name", METHODS)
 def test_every_setting_has_an_option(name):
     """But for those that say that they have none."""
-    commands = typer.main.get_command(app).commands
+    commands: Any = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     method = METHODS[name]
-    for verb, kinds in {
+    settings: dict[str, list[Any]] = {
         "patch": [method.adapter],
         "finetune": [SharedSettings, method.training],
         "eval": [method.evaluation],
-    }.items():
+    }
+    for verb, kinds in settings.items():
         options = {parameter.name: parameter for parameter in commands[verb].params}
         expected = {f.name for kind in kinds for f in fields(kind) if f.metadata.get("cli", True)}
         assert expected <= options.keys()
-        assert all(options[setting].help for setting in expected)
+        assert all(options[option].help for option in expected)
 
 
 def test_methods_describe_themselves_as_they_are_registered():

@@ -22,7 +22,7 @@ def run(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(blocked), "COLUMNS": "200"}
     for adapter, peft_type in (("sparsek", "HF_SPARSE_SPARSEK"), ("sparsefinder", "HF_SPARSE_SPARSEFINDER")):
         (tmp_path / adapter).mkdir()
-        (tmp_path / adapter / "adapter_config.json").write_text(json.dumps({"peft_type": peft_type}))
+        (tmp_path / adapter / "adapter_config.json").write_text(json.dumps({"peft_type": peft_type, "lora_rank": 0}))
 
     def run(*command: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
@@ -79,6 +79,10 @@ def test_help(run, verb):
             1,
             "lm_weight and hidden_weight belong to 'distill'",
         ),
+        ("finetune sparsek --text t --lora-steps 3", 1, "lora_steps: the adapter has no LoRA, its lora_rank is 0"),
+        ("finetune sparsek --text t --chunks some", 1, "chunks must be START:STOP, got 'some'"),
+        ("eval sparsek --text t --length 1", 1, "length must be at least 2 tokens, got 1"),
+        ("eval sparsek --text t --batch-size 0", 1, "batch_size must be at least 1, got 0"),
         ("eval sparsek", 2, "expected --text FILE, --task NAME or --longbench FILE"),
         ("eval sparsek --text t --sparsity half", 2, "expected numbers such as 0.5,0.8, got 'half'"),
         ("eval sparsefinder --text t --slots 9", 2, "--slots is no option of sparsefinder: see 'Options of SparseK'"),
@@ -104,6 +108,25 @@ def test_plain_imports_are_whole(tmp_path):
         "assert callable(hf_sparse.finetune.finetune) and not hasattr(hf_sparse, 'no_such_name')\n"
     )
     run = subprocess.run([sys.executable, program, "-m", "hf_sparse"], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_import_is_completed_before_a_verb_works(tmp_path):
+    """In the process of the command line, which goes by the name of its script."""
+    program = tmp_path / "hf-sparse"
+    program.write_text(
+        "import sys\n"
+        "import hf_sparse\n"
+        "from hf_sparse.cli.common import load_workflow\n"
+        "assert not {'torch', 'peft', 'transformers', 'hf_sparse.library'} & set(sys.modules)\n"
+        "load_workflow()\n"
+        "assert 'hf_sparse.library' in sys.modules and hf_sparse.SparseKConfig(k=3).k == 3\n"
+        "from hf_sparse import patch, patches, unpatch\n"
+        "from hf_sparse.core.registry import registered_methods\n"
+        "assert {'HF_SPARSE_SPARSEK', 'HF_SPARSE_SPARSEFINDER'} == set(registered_methods())\n"
+        "assert patch is patches.patch and not hasattr(hf_sparse, 'no_such_name')\n"
+    )
+    run = subprocess.run([sys.executable, program], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
 
 

@@ -6,8 +6,6 @@ import torch
 from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.methods.sparsek import SparseKCacheLayer
 
-pytestmark = pytest.mark.versions
-
 KIND = "causal"
 ROOMY = 150  # slots for all that these tests write
 

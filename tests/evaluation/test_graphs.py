@@ -89,7 +89,7 @@ def by_hand(text, graph):
     return found
 
 
-@pytest.mark.cross
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert"])
 @pytest.mark.parametrize("pattern", ["predicted", "longformer", "oracle"])
 @pytest.mark.parametrize("query_tile", [None, 1])

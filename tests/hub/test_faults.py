@@ -18,8 +18,6 @@ import hf_sparse
 from hf_sparse.errors import HubError
 from hf_sparse.hub import from_pretrained, push_to_hub
 
-pytestmark = pytest.mark.versions
-
 BASE = "tester/faults-llama"
 CONFIGS = {
     "sparsek": lambda: hf_sparse.SparseKConfig(k=4, window=4, sinks=1),
@@ -83,6 +81,7 @@ def state(api: HfApi, repo_id: str) -> dict[str, str]:
 UPLOADS = ["/objects/batch$", "^/lfs/", "/objects/verify$"]
 
 
+@pytest.mark.versions
 @pytest.mark.cross("values")
 @pytest.mark.parametrize("status", [401, 403, 404, 409, 413, 503])
 @pytest.mark.parametrize("path", UPLOADS)
@@ -105,6 +104,7 @@ def test_upload_of_the_weights_fails(model, hub, repo_id, path, status):
     assert state(HfApi(), repo_id) == before
 
 
+@pytest.mark.versions
 @pytest.mark.cross("values")
 @pytest.mark.parametrize("path", [*UPLOADS, "/preupload/", "/validate-yaml", "/repos/create"])
 def test_connection_is_cut(model, hub, repo_id, path):
@@ -120,6 +120,7 @@ def test_connection_is_cut(model, hub, repo_id, path):
     assert HfApi().repo_exists(repo_id) == created
 
 
+@pytest.mark.versions
 def test_lost_answer_of_a_commit(model, hub, repo_id):
     """The commit was made, and nobody was told: the message must not say that nothing was published."""
     hub.cut_next("POST", "/commit/", answered=True)
@@ -155,6 +156,7 @@ def test_storage_that_refuses_in_its_answer(model, hub, repo_id, monkeypatch):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.versions
 @pytest.mark.cross
 @pytest.mark.parametrize("when", ["/commit/", "/preupload/"])
 @pytest.mark.parametrize("start", ["new", "there", "branch"])
@@ -181,7 +183,8 @@ def test_interleaved_pushes(model, base, hub, repo_id, start, when):
     assert "finetune.json" not in HfApi().list_repo_files(repo_id, revision=revision)
 
 
-@pytest.mark.parametrize("model", ["sparsek", pytest.param("sparsefinder", marks=pytest.mark.full)], indirect=True)
+@pytest.mark.versions
+@pytest.mark.full
 def test_failures_over_xet(model, hub, repo_id, hub_env, tmp_path):
     """The other transport, as far as its first request: hf_xet raises exceptions of its own."""
     model.save_pretrained(tmp_path / "adapter")
@@ -206,6 +209,7 @@ def test_failures_over_xet(model, hub, repo_id, hub_env, tmp_path):
 # Downloads.
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
@@ -223,6 +227,7 @@ def test_other_content_comes_down(model, hub, repo_id, tmp_path, damage, message
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.versions
 @pytest.mark.cross("values")
 @pytest.mark.parametrize("fault", ["cut", "half", 401, 403, 404, 503])
 def test_download_fails(model, hub, repo_id, tmp_path, fault):

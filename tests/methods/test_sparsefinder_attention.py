@@ -301,7 +301,7 @@ MASKS = {
 }
 
 
-@pytest.mark.cross
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("side", MASKS)
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 def test_padding_equals_each_row_alone(any_module, side, training):

@@ -159,6 +159,7 @@ GATES = pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
 ORDER = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 
 
+@pytest.mark.cross("values")
 @pytest.mark.usefixtures("scan_of_torch")
 @GATES
 @pytest.mark.parametrize("name", [*SHAPES, *CAUSAL_ONLY])
@@ -166,6 +167,7 @@ def test_causal_kernels_equal_the_tiles(name, soft):
     assert_same(Case(**{**SHAPES, **CAUSAL_ONLY}[name], soft=soft))
 
 
+@pytest.mark.cross("values")
 @GATES
 @pytest.mark.parametrize("name", SHAPES)
 def test_bidirectional_kernels_equal_the_tiles(name, soft):
@@ -173,6 +175,7 @@ def test_bidirectional_kernels_equal_the_tiles(name, soft):
     assert_same(case, tolerance=3e-5 if soft else 1e-5)  # the gates' own backward cancels
 
 
+@pytest.mark.cross("values")
 @pytest.mark.usefixtures("scan_of_torch")
 @pytest.mark.parametrize("tile", [16, 32, 64])
 @pytest.mark.parametrize("blocks", [Blocks(32, 16, 4, 1), Blocks(16, 64, 4, 2)], ids=str)
@@ -190,6 +193,7 @@ def test_the_sizes_that_run(soft, causal):
     assert_same(Case(queries=70, group=2, dim=64, k=20, window=16, soft=soft, causal=causal), blocks=None, tile=128)
 
 
+@pytest.mark.cross("values")
 @pytest.mark.usefixtures("scan_of_torch")
 @ORDER
 @pytest.mark.parametrize("wanted", ["z", "qz", "kz", "q", "v"])
@@ -228,6 +232,7 @@ def test_sums_in_a_fixed_order(wanted, causal, monkeypatch):
     assert all(torch.equal(found, second[name]) for name, found in first.items())
 
 
+@pytest.mark.cross("values")
 @pytest.mark.usefixtures("scan_of_torch")
 @GATES
 @ORDER

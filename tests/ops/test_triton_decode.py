@@ -71,6 +71,7 @@ SHAPES = [
 ]
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize("batch, heads, group, number, dim, programs", SHAPES)
 def test_attention(plain, monkeypatch, poisoned_memory, batch, heads, group, number, dim, programs, dtype):

@@ -117,6 +117,7 @@ def test_what_the_kernels_do_not_take_goes_the_other_way():
     assert supports(scores.float(), size=3, queries=40, tile=384)
 
 
+@pytest.mark.cross("values")
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 @pytest.mark.parametrize("size, with_tau", [(512, False), (2048, True)])
 @pytest.mark.parametrize("kind", ["normal", "ties", "rising"])

@@ -38,6 +38,7 @@ def test_scores(shape, dtype, poisoned_memory):
     torch.testing.assert_close(found, plain(states, weight), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("programs", [1, 16, 512])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

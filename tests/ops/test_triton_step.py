@@ -72,6 +72,7 @@ KINDS = [
 ]
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("kind, padded, dtype", KINDS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_every_step_is_that_of_the_reference(plain, monkeypatch, poisoned_memory, shape, dtype, padded, kind):
@@ -159,6 +160,7 @@ def texts(model, padded=False, **options):
     return second.sequences, cache
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize(
     "settings, options",

@@ -18,8 +18,6 @@ from hf_sparse.methods.sparsefinder import SparsefinderAttention
 from hf_sparse.methods.sparsek import SparseKAttention
 from hf_sparse.patches import sparse_layers, supported_model_types
 
-pytestmark = pytest.mark.versions
-
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
 BUDGET = {"k": 5, "window": 6, "sinks": 2}
 LENGTH = 50

@@ -464,6 +464,7 @@ def test_a_mask_of_fewer_columns_than_new_tokens_is_refused(model):
             model(IDS[:, 20:], attention_mask=mask, **with_cache(cache))
 
 
+@pytest.mark.full
 def test_compiled_without_mask_and_cache(tiny_llama):
     """transformers cannot see then whether sequences are packed."""
     model = patch(tiny_llama(num_hidden_layers=1), SparseKConfig(**BUDGET))  # one layer: tracing takes seconds

@@ -166,7 +166,7 @@ def test_dense_steps_in_between_are_noticed():
 
 
 def test_a_static_cache_is_refused():
-    with pytest.raises(ValueError, match=r"Sparsefinder keeps every key in a cache that grows, .* ordinary cache"):
+    with pytest.raises(ValueError, match=r"the method keeps every key in a cache that grows, .* ordinary cache"):
         sparse().generate(IDS, max_new_tokens=2, cache_implementation="static")
 
 

@@ -12,8 +12,6 @@ from transformers import CompileConfig
 from hf_sparse import SparseKCache, SparseKConfig, patch
 from hf_sparse._compat import with_cache
 
-pytestmark = pytest.mark.versions
-
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
 BUDGET = {"k": 6, "window": 8, "sinks": 2}
 LENGTH = 40
@@ -52,12 +50,13 @@ def decode(model, step, steps, mask=None):
 
 
 @pytest.mark.parametrize("mask", [pytest.param(None, marks=pytest.mark.full), LEFT], ids=["full", "padded"])
-def test_a_thousand_compiled_steps_are_one_graph_and_equal_eager(model, mask):
+@pytest.mark.parametrize("steps", [200, pytest.param(1000, marks=pytest.mark.full)])
+def test_a_thousand_compiled_steps_are_one_graph_and_equal_eager(model, mask, steps):
     compiled = torch.compile(model, backend="eager", fullgraph=True)
-    logits = decode(model, compiled, 1000, mask)
+    logits = decode(model, compiled, steps, mask)
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
-    assert torch.equal(logits, decode(model, model, 1000, mask))
+    assert torch.equal(logits, decode(model, model, steps, mask))
 
 
 @pytest.mark.parametrize("mask", [pytest.param(None, marks=pytest.mark.full), LEFT], ids=["full", "padded"])
@@ -73,6 +72,7 @@ def test_a_compiled_step_returns_its_logits_only(model, mask):
     assert results == [1]
 
 
+@pytest.mark.full
 def test_steps_through_autograds_tracer(model):
     """Writes in place survive being made functional."""
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
@@ -86,6 +86,7 @@ def settings(**changes) -> CompileConfig:
     return config
 
 
+@pytest.mark.versions
 @pytest.mark.cross("values")
 @pytest.mark.parametrize("rows", [slice(0, 3), slice(1, 2)], ids=["batch", "one row"])
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
@@ -120,6 +121,7 @@ def test_a_cache_of_ones_own_compiles_across_turns(model):
     assert counters["stats"]["unique_graphs"] == 1
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("lora_rank", [pytest.param(0, marks=pytest.mark.full), 3])
 def test_a_peft_model(tiny_llama, lora_rank):
     model = peft.get_peft_model(tiny_llama(), SparseKConfig(**BUDGET, lora_rank=lora_rank)).eval()

@@ -318,10 +318,7 @@ class SparseKCacheLayer(CacheLayerMixin):
         """Say why a static cache cannot hold these slots; `None` where every full-attention layer is sparse."""
         if self.all_sparse:
             return None
-        return (
-            "cannot use a static cache, which needs every full-attention layer patched, and the adapter names some "
-            "only (`layers`)"
-        )
+        return "a static cache needs every full-attention layer patched, and the adapter names some only (`layers`)"
 
     def share_mask_sizes(self) -> None:
         """Ask for all columns of a padding mask from now on."""

@@ -1,4 +1,4 @@
-"""The pictures of a Sparsefinder adapter, for its card and its report.
+"""Draw the pictures of a Sparsefinder adapter, for its card and its report.
 
 Each function takes the content of a JSON file and writes one PNG, which appears whole or not at all.
 """

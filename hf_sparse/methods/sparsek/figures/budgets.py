@@ -54,8 +54,11 @@ def budgets_of(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
     Raises:
         KeyError, TypeError, ValueError: the content is not what hf-sparse writes.
     """
-    own = {**evaluation["budget"], **{key: evaluation[key] for key in _measured(evaluation) if key in evaluation}}
-    rows = {int(row["slots"]): row for row in (*evaluation.get("sweep", ()), own)}  # the own split, not the sweep's
+    adapters_own = {
+        **evaluation["budget"],
+        **{key: evaluation[key] for key in _measured(evaluation) if key in evaluation},
+    }
+    rows = {int(row["slots"]): row for row in (*evaluation.get("sweep", ()), adapters_own)}  # last: its split counts
     return [rows[slots] for slots in sorted(rows)]
 
 
