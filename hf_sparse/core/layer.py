@@ -46,8 +46,8 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
     It speaks PEFT's layer protocol (`adapter_layer_names`, `set_adapter`, `enable_adapters`, ...), so that saving,
     switching and disabling need no second implementation; it works without a `PeftModel` all the same. Subclasses
     have two containers of learned modules by adapter, named in `adapter_layer_names`: their own, and one for LoRA, for
-    the adapters with a `lora_rank`. They write `for_shape`, `make_parameters` and `attend`, and `make_cache_layer` where
-    the cache keeps something else than all keys.
+    the adapters with a `lora_rank`. They write `for_shape`, `make_parameters` and `attend`, and `make_cache_layer`
+    where the cache keeps something else than all keys.
 
     Attributes:
         label: what messages call the method.

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
 from peft import PeftModel, get_peft_model
 from torch import nn
 
@@ -19,7 +18,7 @@ from hf_sparse.adapters.report import write_report
 from hf_sparse.core import registry
 from hf_sparse.core.cache import GrowingCacheLayer
 from hf_sparse.core.layer import AttentionShape
-from hf_sparse.errors import DataError, HubError
+from hf_sparse.errors import DataError
 from hf_sparse.evaluation import evaluate, tables
 from hf_sparse.finetune import FinetuneConfig, finetune
 from hf_sparse.patches import sparse_layers
@@ -165,7 +164,7 @@ def test_measured_against_dense_attention(trained):
 def test_the_card_shows_no_measurement_of_another_method(method, tmp_path):
     create_adapter("demo", method.WindowConfig(), tmp_path / "adapter")
     adapter = AdapterFolder(tmp_path / "adapter")
-    with pytest.raises(DataError, match="eval.json is of the method 'sparsefinder', but the adapter is of 'window'"):
+    with pytest.raises(DataError, match=r"eval\.json is of the method 'sparsefinder', but the adapter is of 'window'"):
         adapter.write_repo(evaluation={"method": "sparsefinder"})
 
 
