@@ -43,7 +43,6 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
     unfitted = ("centroids", "boundaries", "profile", "budgets")
     adapter_layer_names = ("sparsefinder_parameters", "sparsefinder_lora")
     cache_layer_type = SparsefinderCacheLayer
-    has_slots = False  # for what measures and describes adapters
 
     def __init__(self, shape: AttentionShape) -> None:
         super().__init__()
