@@ -24,7 +24,7 @@ LAYERS = [
     ("demo", "cli", "library", "__main__", "__init__"),
 ]
 
-#: The layers that may name a method; all others reach methods through `hf_sparse.core.registry`.
+#: The layers that may import a method; all others reach methods through `hf_sparse.core.registry`.
 METHODS, TOP = "methods", ("demo", "cli", "library", "__main__", "__init__")
 
 #: What belongs to one method: the names of the two, and what one of them calls its parts.

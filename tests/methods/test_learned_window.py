@@ -25,6 +25,7 @@ from hf_sparse.patches import sparse_layers
 from hf_sparse.workflow import create_adapter
 
 FOLDER = Path(__file__).parent / "learned_window"
+ROOT = Path(__file__).parents[2]
 TOKENS = torch.randint(0, 64, (4, 40), generator=torch.Generator().manual_seed(0))
 
 
@@ -41,6 +42,15 @@ def set_widths(model: nn.Module, *widths: float) -> None:
     with torch.no_grad():
         for layer in sparse_layers(model):
             layer.window_widths[layer.active].log_width.copy_(torch.tensor(widths).log())
+
+
+def test_nothing_outside_its_folder_knows_it():
+    """No source, template or metadata of the package has a line for it."""
+    files = [path for folder in ("hf_sparse", "patches", "finetune") for path in (ROOT / folder).rglob("*.*")]
+    sources = [path for path in files if path.suffix in (".py", ".jinja")]
+    assert len(sources) > 200
+    for path in [*sources, ROOT / "pyproject.toml", ROOT / "Makefile"]:
+        assert "learned_window" not in path.read_text("utf-8").lower(), path
 
 
 def test_it_is_registered_like_any_other(method):
@@ -212,6 +222,7 @@ def test_all_verbs_of_the_command_line(method, fresh_python, hub, tmp_path):
         "patch demo --method window --first-width 8 --output adapter",
         f"finetune adapter --text {text} --length 64 --steps 2 --width-price 0.5 --device cpu",
         f"eval adapter --text {text} --length 64 --chunks :2 --device cpu",
+        "eval adapter --task passkey --task-lengths 96 --task-samples 1 --device cpu",
         "report adapter",
         f"push adapter {repo}",
     ]
@@ -230,9 +241,11 @@ def test_all_verbs_of_the_command_line(method, fresh_python, hub, tmp_path):
     }
     evaluation = json.loads((folder / "eval.json").read_text())
     card, page = (folder / "README.md").read_text(), (folder / "report.html").read_text()
+    assert "|---|---:|---:|\n| dense (all keys) | " in card
     for value in evaluation["perplexity"].values():
         assert f"{value:.2f}" in card and f"{value:.2f}" in page
     assert "import learned_window.method" in card and "| first_width | 8 |" in card and "| width_price | 0.5 |" in card
+    assert list(evaluation["tasks"]) == ["passkey"] and "scores in `eval.json`: passkey" in card and ": passkey" in page
     published = hf_sparse.from_pretrained(repo)
     here = hf_sparse.from_pretrained(folder)
     tokens = TOKENS[:1]
