@@ -1,0 +1,277 @@
+"""Find the keys that may have weight: a lower bound of tau for every row, then one sweep of the products.
+
+tau over some keys is never above tau over all. `_start` takes it over the first keys of the text and those next to the
+query, both held in registers. `_sweep` compares every product with that bound. What passes is kept as bits: `N`
+consecutive keys are a block of `N / 32` words, and of the blocks of a row only those with a bit are stored, with their
+number, so that nothing grows with the square of the length. A row with more blocks than its buffer takes says so in its
+count, and goes to the kernel that needs no candidates.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hf_sparse.ops.entmax.triton.common import constants, load_rows, newton_step, powers
+
+
+class Blocks(NamedTuple):
+    """Hold the sizes of a program: rows, keys at a time, and Triton's warps and stages."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+class Candidates(NamedTuple):
+    """Hold what passed the lower bound.
+
+    words: `[rows, capacity, N / 32]` int32, bit i of word w is key `32 w + i` of the block.
+    blocks: `[rows, capacity]` int32, number of the block; its first key is that times `N`.
+    counts: `[rows]` int32, blocks with a bit; above `capacity` some are missing.
+    """
+
+    words: Tensor
+    blocks: Tensor
+    counts: Tensor
+
+
+LENGTHS = ["queries", "keys", "heads", "capacity", "width"]
+FIRST = 64  # keys of the beginning over which the lower bound is taken
+NEAR = 128  # keys around the rows of a program, likewise
+STEPS = 5  # of Newton's method: each gives a lower bound
+
+
+def start_blocks(query: Tensor) -> Blocks:
+    """Return the sizes of the kernel of the lower bound."""
+    return Blocks(64, NEAR, 4 if query.shape[3] <= 128 else 8, 1)
+
+
+def sweep_blocks(query: Tensor) -> Blocks:
+    """Return the sizes of the kernel that compares all products."""
+    if query.dtype == torch.float32:
+        return Blocks(64, 64, 4, 2)
+    return Blocks(128, 64, 4, 3) if query.shape[3] <= 128 else Blocks(128, 64, 8, 2)
+
+
+def candidates(
+    query: Tensor,
+    key: Tensor,
+    scale: Tensor,
+    exponent: Tensor,
+    kind: int,
+    first: Tensor,
+    valid: Tensor | None,
+    causal: bool,
+    capacity: int,
+    blocks: Blocks | None = None,
+    start: Blocks | None = None,
+    near: int = FIRST,
+) -> Candidates:
+    """Return the keys of every row that its lower bound does not exclude.
+
+    Args:
+        query, key: `[B, Hq, Tq, D]` and `[B, Hkv, Tk, D]`, the last dimension contiguous.
+        scale, exponent: `[Hq]` float32: z is `scale * <query, key>`, e is `exponent`.
+        kind: see `common.kind_of`.
+        first: `[B]` int32, position of the first query.
+        valid: `[B, Tk]` bool, False for padding.
+        causal: whether a query sees the keys up to its position only.
+        capacity: blocks kept for a row.
+        blocks, start: sizes of the programs.
+        near: keys of the beginning over which the bound is taken.
+    """
+    batch, heads, queries, _ = query.shape
+    keys = key.shape[2]
+    blocks, start = blocks or sweep_blocks(query), start or start_blocks(query)
+    rows = batch * heads * queries
+    bound = torch.empty(rows, dtype=torch.float32, device=query.device)
+    fixed = constants(query, key, kind, causal)
+    strides = (*query.stride()[:3], *key.stride()[:3])
+    grid = (triton.cdiv(queries, start.rows) * batch * heads,)
+    _start[grid](
+        query, key, scale, exponent, first, valid, bound, queries, keys, heads, *strides, **fixed,
+        M=start.rows, NEAR=start.keys, FIRST=near, STEPS=STEPS, num_warps=start.warps, num_stages=start.stages,
+    )  # fmt: skip
+    words = torch.empty((rows, capacity, blocks.keys // 32), dtype=torch.int32, device=query.device)
+    numbers = torch.empty((rows, capacity), dtype=torch.int32, device=query.device)
+    counts = torch.empty(rows, dtype=torch.int32, device=query.device)
+    packed = None if valid is None else packed_bits(valid, blocks.keys)
+    width = 0 if packed is None else packed.shape[1]
+    del fixed["KIND"]
+    grid = (triton.cdiv(queries, blocks.rows) * batch * heads,)
+    _sweep[grid](
+        query, key, scale, first, packed, bound, words, numbers, counts, queries, keys, heads, capacity, width,
+        *strides, **fixed, M=blocks.rows, N=blocks.keys, num_warps=blocks.warps, num_stages=blocks.stages,
+    )  # fmt: skip
+    return Candidates(words, numbers, counts)
+
+
+def packed_bits(valid: Tensor, multiple: int) -> Tensor:
+    """Return `[B, T]` bool as words `[B, ceil(T / multiple) * multiple / 32]` int32; bit i is position `32 w + i`."""
+    whole = torch.nn.functional.pad(valid, (0, -valid.shape[1] % multiple)).unflatten(1, (-1, 32))
+    shift = torch.arange(32, device=valid.device)
+    return (whole.long() << shift).sum(-1).to(torch.int32)
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _start(
+    Q,
+    K,
+    Scale,
+    Exponent,
+    First,
+    Valid,
+    Bound,
+    queries,
+    keys,
+    heads,
+    q_batch,
+    q_head,
+    q_row,
+    k_batch,
+    k_head,
+    k_row,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    PADDED: tl.constexpr,
+    KIND: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    M: tl.constexpr,
+    NEAR: tl.constexpr,
+    FIRST: tl.constexpr,
+    STEPS: tl.constexpr,
+):
+    """`Bound` of M rows: tau over FIRST keys of the beginning and NEAR keys around the rows, or an iterate below it.
+
+    It is `inf` where there is no query, and `-inf` for a query that sees none of these keys."""
+    tiles = tl.cdiv(queries, M)
+    row = (tl.program_id(0) // tiles).to(tl.int64)  # of [B, Hq]
+    batch, head = row // heads, row % heads
+    index = tl.program_id(0) % tiles * M + tl.arange(0, M)
+    origin = tl.load(First + batch)
+    position = origin + index
+    exists = (index < queries) & (position < keys) & (position >= 0)
+    if Valid is not None:
+        exists &= tl.load(Valid + batch * keys + position, mask=exists, other=0) != 0
+    scale, exponent = tl.load(Scale + head), tl.load(Exponent + head)
+    dim = tl.arange(0, PADDED)
+    q = load_rows(Q + batch * q_batch + head * q_head, index.to(tl.int64) * q_row, exists, dim, D)
+    K += batch * k_batch + head // GROUP * k_head
+
+    lowest = origin + tl.program_id(0) % tiles * M  # position of the first row
+    begin = lowest + M - NEAR if CAUSAL else lowest + M // 2 - NEAR // 2
+    begin = tl.maximum(tl.minimum(begin, keys - NEAR), 0)
+    early, near = tl.arange(0, FIRST), begin + tl.arange(0, NEAR)
+    z_early = _seen(q, K, early, early < keys, Valid, batch, keys, position, exists, scale, dim, k_row, D, CAUSAL,
+                    PRECISION)  # fmt: skip
+    z_near = _seen(q, K, near, (near < keys) & (near >= FIRST), Valid, batch, keys, position, exists, scale, dim,
+                   k_row, D, CAUSAL, PRECISION)  # fmt: skip
+
+    peak = tl.maximum(tl.max(z_early, 1), tl.max(z_near, 1))
+    some = peak > float("-inf")
+    tau = tl.where(some, peak, 0.0) - 1
+    for _ in range(STEPS):
+        weight, slope = powers(tl.maximum(z_early - tau[:, None], 0.0), exponent, KIND)
+        mass, total = tl.sum(weight, 1), tl.sum(slope, 1)
+        weight, slope = powers(tl.maximum(z_near - tau[:, None], 0.0), exponent, KIND)
+        tau += newton_step(mass + tl.sum(weight, 1), total + tl.sum(slope, 1), exponent, KIND)
+    tau -= 4e-6 * (1 + tl.abs(tau))  # what rounding may have added
+    tau = tl.where(exists, tl.where(some, tau, float("-inf")), float("inf"))
+    tl.store(Bound + row * queries + index, tau, mask=index < queries)
+
+
+@triton.jit
+def _seen(
+    q, K, key, there, Valid, batch, keys, position, exists, scale, dim, k_row, D: tl.constexpr, CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """z of the rows and keys of a program, `-inf` where a row does not see a key."""
+    if Valid is not None:
+        there &= tl.load(Valid + batch * keys + key, mask=there, other=0) != 0
+    k = load_rows(K, key.to(tl.int64) * k_row, there, dim, D)
+    sees = there[None, :] & exists[:, None]
+    if CAUSAL:
+        sees &= key[None, :] <= position[:, None]
+    return tl.where(sees, tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale, float("-inf"))
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _sweep(
+    Q,
+    K,
+    Scale,
+    First,
+    Packed,
+    Bound,
+    Words,
+    Numbers,
+    Counts,
+    queries,
+    keys,
+    heads,
+    capacity,
+    width,
+    q_batch,
+    q_head,
+    q_row,
+    k_batch,
+    k_head,
+    k_row,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    PADDED: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+):
+    """Words, numbers and counts of M rows. Programs with the most keys begin first."""
+    W: tl.constexpr = N // 32
+    pairs = tl.num_programs(0) // tl.cdiv(queries, M)  # B * Hq
+    tile = tl.cdiv(queries, M) - 1 - tl.program_id(0) // pairs
+    row = (tl.program_id(0) % pairs).to(tl.int64)
+    batch, head = row // heads, row % heads
+    index = tile * M + tl.arange(0, M)
+    inside = index < queries
+    position = tl.load(First + batch) + index
+    scale = tl.load(Scale + head)
+    dim = tl.arange(0, PADDED)
+    bound = tl.load(Bound + row * queries + index, mask=inside, other=float("inf"))
+    exists = bound < float("inf")
+    q = load_rows(Q + batch * q_batch + head * q_head, index.to(tl.int64) * q_row, exists, dim, D)
+    if scale < 0:  # products are compared before they are scaled
+        q = -q
+    limit = bound / tl.maximum(tl.abs(scale), 1e-30)
+    K += batch * k_batch + head // GROUP * k_head
+
+    last = tl.max(tl.where(exists, position, -1), 0)
+    end = tl.minimum(last + 1, keys) if CAUSAL else tl.where(last >= 0, keys, 0)
+    sees = tl.minimum(position + 1, keys) if CAUSAL else tl.full([M], 0, tl.int32) + keys
+    lane = tl.arange(0, N)
+    bit = tl.full([N], 1, tl.int32) << (lane % 32)
+    word_of = tl.arange(0, W)
+    out = (row * queries + index) * capacity
+    count = tl.zeros([M], tl.int32)
+    for begin in range(0, end, N):
+        key = begin + lane
+        k = load_rows(K, key.to(tl.int64) * k_row, key < keys, dim, D)
+        product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        passes = tl.where(product > limit[:, None], bit[None, :], 0)
+        words = tl.sum(tl.reshape(passes, [M, W, 32]), 2)
+        # The keys of a word that a row sees are its first ones.
+        seen = tl.minimum(tl.maximum(sees[:, None] - (begin + word_of * 32)[None, :], 0), 32)
+        words &= tl.where(seen == 32, -1, (1 << (seen % 32)) - 1)
+        if Packed is not None:
+            words &= tl.load(Packed + batch * width + begin // 32 + word_of)[None, :]
+        some = tl.max((words != 0).to(tl.int32), 1)
+        keep = (some > 0) & (count < capacity)
+        place = out + count
+        tl.store(Words + place[:, None] * W + word_of[None, :], words, mask=keep[:, None])
+        tl.store(Numbers + place, tl.zeros([M], tl.int32) + begin // N, mask=keep)
+        count += some
+    tl.store(Counts + row * queries + index, count, mask=inside)
