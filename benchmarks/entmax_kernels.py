@@ -38,6 +38,7 @@ ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 SUPPORTS = (10, 13, 16, 18, 21, 40, 75, 120, 180)
 GROWTH = 0.2  # supports grow with this power of the length: 33, 40, 49 and 55 were measured from 1,024 to 8,192
 TOPICS = 64
+TOPIC, DRIFT, POPULAR, KEY_NOISE, QUERY_NOISE = 0.5, 0.7, 0.15, 0.7, 0.3
 SAMPLED = 128  # queries from which a support is measured
 CONTENDERS = ("entmax exact", "sdpa flash", "sdpa cudnn")
 
@@ -47,7 +48,8 @@ def make_inputs(options: argparse.Namespace, length: int, dtype: torch.dtype) ->
 
     A text is a sequence of segments of 64 tokens, each of one of 64 topics, with a drift (autoregressive, 0.97) and
     noise on top. Keys show what their tokens are about, queries too, so that they find the same drift near by and the
-    same topic far away. The first key lies in a direction that all queries have in common.
+    same topic far away. All queries have a direction in common; the first key lies in it, and every key does somewhat
+    (exponentially distributed), so that some keys are sought by all.
     """
     generator = torch.Generator(options.device).manual_seed(length)
     draw = partial(torch.randn, generator=generator, device=options.device)
@@ -55,17 +57,18 @@ def make_inputs(options: argparse.Namespace, length: int, dtype: torch.dtype) ->
     topic = torch.randint(TOPICS, (batch, heads, -(-length // 64)), generator=generator, device=options.device)
     centers = draw(batch, heads, TOPICS, dim)
     content = centers.gather(2, topic[..., None].expand(-1, -1, -1, dim)).repeat_interleave(64, 2)[:, :, :length]
-    # A sum of exponentially fading noise, in segments: the filter is as long as what it forgets.
+    # A sum of exponentially fading noise: the filter is as long as what it forgets.
     kernel = 0.97 ** torch.arange(255, -1, -1, device=options.device, dtype=torch.float32)
     noise = draw(batch * heads * dim, 1, length + 255)
     drift = torch.nn.functional.conv1d(noise, kernel[None, None] * (1 - 0.97**2) ** 0.5)
-    content = 0.5 * content + drift.view(batch, heads, dim, length).transpose(2, 3)
-    key = content + 0.7 * draw(batch, heads, length, dim)
-    sink = draw(batch, heads, 1, dim)
-    key[:, :, :1] = 1.5 * sink
+    content = TOPIC * content + DRIFT * drift.view(batch, heads, dim, length).transpose(2, 3)
+    sought = torch.nn.functional.normalize(draw(batch, heads, 1, dim), dim=-1) * dim**0.5
+    popular = -torch.rand(batch, heads, length, 1, generator=generator, device=options.device).clamp(min=1e-9).log()
+    key = content + KEY_NOISE * draw(batch, heads, length, dim) + POPULAR * popular * sought
+    key[:, :, :1] = 1.5 * sought
     group = options.query_heads // heads
-    query = content.repeat_interleave(group, 1) + 0.3 * sink.repeat_interleave(group, 1)
-    query = query + 0.7 * draw(batch, options.query_heads, length, dim)
+    query = content.repeat_interleave(group, 1) + sought.repeat_interleave(group, 1)
+    query = query + QUERY_NOISE * draw(batch, options.query_heads, length, dim)
     value = draw(batch, heads, length, dim)
     tensors = [tensor.to(dtype) for tensor in (query, key, value)]
     goal = torch.tensor(SUPPORTS, device=options.device) * (length / 8192) ** GROWTH
@@ -103,11 +106,14 @@ def statistics_of(query: Tensor, key: Tensor, scaling: Tensor) -> dict[str, Any]
     ], 2)[..., : length // 64 * 64]  # fmt: skip
     keys = some.sum(-1).float().mean((0, 2))
     tiles = some.unflatten(-1, (-1, 64)).any(-1).unflatten(2, (-1, 64)).any(3).float().sum((-1, -2))
-    rows = some.unflatten(-1, (-1, 64)).any(-1).float().sum((-1, -2))
+    per_row = some.unflatten(-1, (-1, 64)).any(-1)
+    rows = per_row.float().sum((-1, -2))
+    sixteen = per_row.unflatten(2, (-1, 16)).any(3).float().sum((-1, -2))
     pairs = float((blocks + 1).sum())
     return {
         "keys_per_query": [round(float(number), 1) for number in keys],
         "tiles_64_64": round(float(tiles.mean()) / pairs, 4),
+        "tiles_16_64": round(float(sixteen.mean()) / pairs / 4, 4),
         "tiles_1_64": round(float(rows.mean()) / pairs / 64, 4),
     }
 

@@ -9,12 +9,13 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from hf_sparse.ops.entmax.triton.backward import gradients
 from hf_sparse.ops.entmax.triton.common import kind_of
-from hf_sparse.ops.entmax.triton.rows import Attended, attend_rows
+from hf_sparse.ops.entmax.triton.groups import Attended, attend_groups
+from hf_sparse.ops.entmax.triton.jobs import Lists
 from hf_sparse.ops.entmax.triton.sweep import FIRST, Blocks, candidates
-from hf_sparse.ops.entmax.triton.tiles import Lists, attend_tiles
+from hf_sparse.ops.entmax.triton.tiles import attend_tiles
 
-CAPACITY = 128  # blocks of keys with a candidate that are kept for a row
-MOST = 256  # candidates that are kept for a row
+CAPACITY = 1024  # blocks of keys with a candidate that are kept for a group of queries
+MOST = 4096  # candidates that are kept for a group
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class Plan:
         valid: `[B, Tk]` uint8, 0 for padding.
         causal: whether a query sees the keys up to its position only.
         lists: tiles of keys; all keys by default.
-        capacity, most: blocks and candidates that are kept for a row.
+        capacity, most: blocks and candidates that are kept for a group of queries.
         sweep, tiles: sizes of the programs; chosen by shape and dtype by default.
         near: keys of the beginning over which the first bound is taken.
         start: sizes of the kernel of the first bound.
@@ -88,13 +89,14 @@ def attend(
 def _forward(
     query: Tensor, key: Tensor, value: Tensor, scale: Tensor, exponent: Tensor, kind: int, plan: Plan, trains: bool
 ) -> Attended:
-    seen = plan.first, plan.valid, plan.causal
-    attended = None
+    arguments = (query, key, scale, exponent, kind, plan.first, plan.valid, plan.causal)
+    found = None
     if plan.lists is None:
-        numbers = (scale, exponent, kind)
-        found = candidates(query, key, *numbers, *seen, plan.capacity, plan.sweep, plan.start, plan.near)
-        attended = attend_rows(query, key, value, *numbers, found, plan.most, trains)
-    return attend_tiles(query, key, value, scale, exponent, kind, *seen, plan.lists, attended, trains, plan.tiles)
+        found = candidates(*arguments, plan.capacity, plan.sweep, plan.start, plan.near)
+    arguments = (query, key, value, *arguments[2:], plan.lists)
+    attended = attend_groups(*arguments, found, plan.most, trains)
+    attend_tiles(*arguments, attended, plan.tiles)
+    return attended
 
 
 class _Attention(torch.autograd.Function):
@@ -112,7 +114,7 @@ class _Attention(torch.autograd.Function):
         trains = any(ctx.needs_input_grad[:5])  # type: ignore[attr-defined]
         attended = _forward(query, key, value, scale, exponent, kind, plan, trains)
         if trains:
-            saved = (attended.tau, attended.counts, attended.support, attended.marked, attended.slopes)
+            saved = (attended.tau, attended.counts, attended.slopes, attended.support, attended.lengths)
             ctx.save_for_backward(query, key, value, scale, exponent, *saved)  # type: ignore[arg-type]
             ctx.kind, ctx.plan = kind, plan  # type: ignore[attr-defined]
         ctx.mark_non_differentiable(attended.tau, attended.counts)

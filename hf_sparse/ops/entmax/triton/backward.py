@@ -4,9 +4,9 @@ With u = [z - tau]_+, p = u ** e, U = u ** (e - 1), dp = <do, v> and delta = sum
 
     dz = e U (dp - delta),   de = sum(p log u (dp - delta))
 
-Only keys with weight count. `_rows_backward` gathers them from the list that the forward pass left; `_tiles_backward`
-walks over all keys or listed tiles, for lists and for the rows that have no list. Both add to float32 gradients of keys
-and values with atomic operations, in no fixed order.
+Only keys with weight count. `_groups_backward` gathers them from the list that the forward pass left for a group;
+`_tiles_backward` walks over all keys or listed tiles, for the groups that have no list. Both add to float32 gradients
+of keys and values with atomic operations, in no fixed order.
 """
 
 from typing import NamedTuple
@@ -17,9 +17,18 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_sparse.ops.entmax.triton.common import constants, load_rows, padded, powers
-from hf_sparse.ops.entmax.triton.rows import Attended, chunk_of
-from hf_sparse.ops.entmax.triton.sweep import Blocks
-from hf_sparse.ops.entmax.triton.tiles import LENGTHS, Lists, grid_and_arguments, logits, rows_of_job
+from hf_sparse.ops.entmax.triton.groups import Attended, chunk_of
+from hf_sparse.ops.entmax.triton.jobs import (
+    LENGTHS,
+    Lists,
+    arguments_of,
+    group_count,
+    marked_rows,
+    rows_of_group,
+    rows_of_job,
+)
+from hf_sparse.ops.entmax.triton.sweep import GROUP_ROWS, Blocks
+from hf_sparse.ops.entmax.triton.tiles import logits
 
 
 class Gradients(NamedTuple):
@@ -55,7 +64,8 @@ def gradients(
     with_scale: bool,
     with_exponent: bool,
     blocks: Blocks | None = None,
-    warps: int = 1,
+    warps: int = 4,
+    chunk: int | None = None,
 ) -> Gradients:
     """Return all gradients.
 
@@ -65,7 +75,7 @@ def gradients(
         d_output: `[B, Hq, Tq, D]`, the last dimension contiguous.
         with_scale, with_exponent: whether the gradients of these are wanted.
         blocks: sizes of a program that walks over tiles.
-        warps: of a program that gathers the keys of a row.
+        warps, chunk: of a program that gathers the keys of a group.
     """
     batch, heads, queries, _ = query.shape
     device = query.device
@@ -78,35 +88,34 @@ def gradients(
     into = (d_query, d_key, d_value, d_scale, d_exponent)
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *d_output.stride()[:3])
     fixed = constants(query, key, kind, causal)
-    if attended.support is not None:
-        rows, most = attended.support.shape
-        some = {name: fixed[name] for name in ("GROUP", "D", "PADDED", "KIND")}
-        _rows_backward[(rows,)](
-            query, key, value, scale, exponent, attended.support, attended.marked, attended.counts, attended.tau,
-            attended.slopes, d_output, *into, queries, heads, key.shape[2], most, *strides, **some,
-            C=chunk_of(fixed["PADDED"]) // 2, num_warps=warps, num_stages=1,
-        )  # fmt: skip
-    job = queries if lists is None else heads // lists.index.shape[1] * lists.rows
-    blocks = blocks or backward_blocks(query, job)
-    grid, arguments = grid_and_arguments(query, key, lists, blocks.rows)
-    _tiles_backward[grid](
-        query, key, value, scale, exponent, first, valid, attended.marked, attended.tau, attended.slopes, d_output,
-        *into, *arguments, *strides, **fixed, M=blocks.rows, N=blocks.keys, num_warps=blocks.warps,
+    assert attended.slopes is not None and attended.support is not None
+    arguments = arguments_of(query, key, lists)
+    groups, most = attended.support.shape
+    _groups_backward[(groups,)](
+        query, key, value, scale, exponent, first, valid, attended.support, attended.lengths, attended.tau,
+        attended.slopes, d_output, *into, most, *arguments, *strides, **fixed, M=GROUP_ROWS,
+        C=chunk or chunk_of(query), num_warps=warps, num_stages=1,
+    )  # fmt: skip
+    blocks = blocks or backward_blocks(query, rows_of_job(query, lists))
+    _tiles_backward[(group_count(query, lists, blocks.rows),)](
+        query, key, value, scale, exponent, first, valid, attended.lengths, attended.tau, attended.slopes, d_output,
+        *into, *arguments, *strides, **fixed, M=blocks.rows, N=blocks.keys, R=GROUP_ROWS, num_warps=blocks.warps,
         num_stages=blocks.stages,
     )  # fmt: skip
     return Gradients(*into)
 
 
-@triton.jit(do_not_specialize=["queries", "heads", "keys", "most"])
-def _rows_backward(
+@triton.jit(do_not_specialize=[*LENGTHS, "most"])
+def _groups_backward(
     Q,
     K,
     V,
     Scale,
     Exponent,
+    First,
+    Valid,
     Support,
-    Marked,
-    Sizes,
+    Lengths,
     Tau,
     Slopes,
     DOut,
@@ -115,10 +124,21 @@ def _rows_backward(
     DV,
     DScale,
     DExponent,
-    queries,
-    heads,
-    keys,
     most,
+    Index,
+    Listed,
+    i_batch,
+    i_list,
+    i_tile,
+    queries,
+    keys,
+    heads,
+    lists,
+    query_tiles,
+    rows,
+    lead,
+    size,
+    share,
     q_batch,
     q_head,
     q_row,
@@ -135,52 +155,64 @@ def _rows_backward(
     D: tl.constexpr,
     PADDED: tl.constexpr,
     KIND: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    M: tl.constexpr,
     C: tl.constexpr,
 ):
-    row = tl.program_id(0).to(tl.int64)
-    if tl.load(Marked + row) == 0:
-        pair, index = row // queries, row % queries
-        batch, head = pair // heads, pair % heads
-        kv = head // GROUP
+    group = tl.program_id(0)
+    length = tl.load(Lengths + group)
+    if length >= 0:
+        _, batch, number, _, head, index, position, exists, inside = rows_of_group(
+            group, First, Valid, queries, keys, heads, lists, query_tiles, rows, lead, share, M
+        )
+        row = (batch * heads + head) * queries + index
+        kv = number * share // GROUP
         K += batch * k_batch + kv * k_head
         V += batch * v_batch + kv * v_head
         shared = (batch * (heads // GROUP) + kv) * keys * D
-        size, tau = tl.load(Sizes + row), tl.load(Tau + row)
-        scale, exponent = tl.load(Scale + head), tl.load(Exponent + head)
-        dim = tl.arange(0, PADDED)
-        wide = dim < D
-        q = tl.load(Q + batch * q_batch + head * q_head + index * q_row + dim, mask=wide, other=0.0).to(tl.float32)
-        do = tl.load(DOut + batch * o_batch + head * o_head + index * o_row + dim, mask=wide, other=0.0).to(tl.float32)
-        delta = tl.sum(do * tl.load(Slopes + row * D + dim, mask=wide, other=0.0), 0)
-        step = tl.arange(0, C)
-        dq = tl.zeros([C, PADDED], tl.float32)
-        d_scale, d_exponent = 0.0, 0.0
-        for begin in range(0, size, C):
-            slot = begin + step
-            there = slot < size
-            key = tl.load(Support + row * most + slot, mask=there, other=0).to(tl.int64)
-            inside = there[:, None] & wide[None, :]
-            k = tl.load(K + key[:, None] * k_row + dim[None, :], mask=inside, other=0.0).to(tl.float32)
-            v = tl.load(V + key[:, None] * v_row + dim[None, :], mask=inside, other=0.0).to(tl.float32)
-            product = tl.sum(k * q[None, :], 1)
-            excess = tl.where(there, tl.maximum(product * scale - tau, 0.0), 0.0)
+        List = Support + group.to(tl.int64) * most
+        scale, exponent = tl.load(Scale + head), tl.load(Exponent + head)[:, None]
+        dim, step = tl.arange(0, PADDED), tl.arange(0, C)
+        wide = (dim < D)[None, :]
+        q = load_rows(Q, batch * q_batch + head * q_head + index.to(tl.int64) * q_row, exists, dim, D)
+        do = load_rows(DOut, batch * o_batch + head * o_head + index.to(tl.int64) * o_row, exists, dim, D)
+        place = row[:, None] * D + dim[None, :]
+        slopes = tl.load(Slopes + place, mask=exists[:, None] & wide, other=0.0)
+        delta = tl.sum(do.to(tl.float32) * slopes, 1)
+        tau = tl.load(Tau + row, mask=exists, other=0.0)
+        tau = tl.where(tau > float("-inf"), tau, 0.0)  # such a row sees no key
+        dq = tl.zeros([M, PADDED], tl.float32)
+        d_scale, d_exponent = tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
+        for begin in range(0, length, C):
+            there = begin + step < length
+            key = tl.load(List + begin + step, mask=there, other=0)
+            k = load_rows(K, key.to(tl.int64) * k_row, there, dim, D)
+            v = load_rows(V, key.to(tl.int64) * v_row, there, dim, D)
+            sees = there[None, :] & exists[:, None]
+            if CAUSAL:
+                sees &= key[None, :] <= position[:, None]
+            product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            excess = tl.where(sees, tl.maximum(product * scale[:, None] - tau[:, None], 0.0), 0.0)
             weight, slope = powers(excess, exponent, KIND)
-            credit = tl.sum(v * do[None, :], 1) - delta
+            credit = tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None]
             d_z = exponent * slope * credit
-            dq += k * (d_z * scale)[:, None]
-            place = shared + key[:, None] * D + dim[None, :]
-            tl.atomic_add(DK + place, (d_z * scale)[:, None] * q[None, :], mask=inside, sem="relaxed")
-            tl.atomic_add(DV + place, weight[:, None] * do[None, :], mask=inside, sem="relaxed")
+            scaled = (d_z * scale[:, None]).to(q.dtype)
+            dq = tl.dot(scaled, k, dq, input_precision=PRECISION)
+            at = shared + key.to(tl.int64)[:, None] * D + dim[None, :]
+            d_k = tl.dot(tl.trans(scaled), q, input_precision=PRECISION)
+            tl.atomic_add(DK + at, d_k, mask=there[:, None] & wide, sem="relaxed")
+            d_v = tl.dot(tl.trans(weight.to(do.dtype)), do, input_precision=PRECISION)
+            tl.atomic_add(DV + at, d_v, mask=there[:, None] & wide, sem="relaxed")
             if DScale is not None:
-                d_scale += tl.sum(d_z * product, 0)
+                d_scale += tl.sum(d_z * product, 1)
             if DExponent is not None:
-                logarithm = tl.log(tl.maximum(excess, 1e-37))
-                d_exponent += tl.sum(weight * logarithm * credit, 0)
-        tl.store(DQ + row * D + dim, tl.sum(dq, 0).to(DQ.dtype.element_ty), mask=wide)
+                d_exponent += tl.sum(weight * tl.log(tl.maximum(excess, 1e-37)) * credit, 1)
+        tl.store(DQ + place, dq.to(DQ.dtype.element_ty), mask=inside[:, None] & wide)
         if DScale is not None:
-            tl.store(DScale + row, d_scale)
+            tl.store(DScale + row, d_scale, mask=inside)
         if DExponent is not None:
-            tl.store(DExponent + row, d_exponent)
+            tl.store(DExponent + row, d_exponent, mask=inside)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -192,7 +224,7 @@ def _tiles_backward(
     Exponent,
     First,
     Valid,
-    Marked,
+    Lengths,
     Tau,
     Slopes,
     DOut,
@@ -235,14 +267,14 @@ def _tiles_backward(
     PRECISION: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
+    R: tl.constexpr,
 ):
-    job, batch, number, tile, head, index, position, exists, inside = rows_of_job(
-        First, Valid, queries, keys, heads, lists, query_tiles, rows, lead, share, M
+    job, batch, number, tile, head, index, position, exists, inside = rows_of_group(
+        tl.program_id(0), First, Valid, queries, keys, heads, lists, query_tiles, rows, lead, share, M
     )
     row = (batch * heads + head) * queries + index
-    if Marked is not None:
-        inside &= tl.load(Marked + row, mask=inside, other=0) != 0
-        exists &= inside
+    inside &= marked_rows(tl.program_id(0), Lengths, rows, share, M, R)
+    exists &= inside
     if tl.max(inside.to(tl.int32), 0) > 0:
         kv = number * share // GROUP
         K += batch * k_batch + kv * k_head

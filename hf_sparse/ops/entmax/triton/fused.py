@@ -6,7 +6,7 @@ from torch import Tensor
 from hf_sparse.ops.entmax.inputs import Inputs
 from hf_sparse.ops.entmax.layout import listed_layout
 from hf_sparse.ops.entmax.triton.attention import attend
-from hf_sparse.ops.entmax.triton.tiles import Lists
+from hf_sparse.ops.entmax.triton.jobs import Lists
 from hf_sparse.ops.graphs.tiles import Tiles
 
 

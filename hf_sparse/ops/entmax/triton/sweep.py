@@ -1,10 +1,10 @@
 """Find the keys that may have weight: a lower bound of tau for every row, then one sweep of the products.
 
 tau over some keys is never above tau over all. `_start` takes it over the first keys of the text and those next to the
-query, both held in registers. `_sweep` compares every product with that bound. What passes is kept as bits: `N`
-consecutive keys are a block of `N / 32` words, and of the blocks of a row only those with a bit are stored, with their
-number, so that nothing grows with the square of the length. A row with more blocks than its buffer takes says so in its
-count, and goes to the kernel that needs no candidates.
+query, both held in registers. `_sweep` compares every product with that bound. What passes is kept for `GROUP_ROWS`
+consecutive queries of a head together, as bits: `N` consecutive keys are a block of four words, and of the blocks of a
+group only those with a bit are stored, with their number. A group with more blocks than its buffer takes says so in
+its count, and goes to the kernel that needs no candidates.
 """
 
 from typing import NamedTuple
@@ -29,17 +29,22 @@ class Blocks(NamedTuple):
 class Candidates(NamedTuple):
     """Hold what passed the lower bound.
 
-    words: `[rows, capacity, N / 32]` int32, bit i of word w is key `32 w + i` of the block.
-    blocks: `[rows, capacity]` int32, number of the block; its first key is that times `N`.
-    counts: `[rows]` int32, blocks with a bit; above `capacity` some are missing.
+    bound: `[B, Hq, Tq]` float32, `inf` where there is no query, `-inf` for a query of which nothing is known.
+    words: `[groups, capacity, 4]` int32, see `key_of_bit`.
+    blocks: `[groups, capacity]` int32, number of the block; its first key is that times `size`.
+    counts: `[groups]` int32, blocks with a bit; above `capacity` some are missing.
+    size: keys of a block.
     """
 
+    bound: Tensor
     words: Tensor
     blocks: Tensor
     counts: Tensor
+    size: int
 
 
 LENGTHS = ["queries", "keys", "heads", "capacity", "width"]
+GROUP_ROWS = 16  # queries that share a list of candidates: the rows of a matrix product
 FIRST = 64  # keys of the beginning over which the lower bound is taken
 NEAR = 128  # keys around the rows of a program, likewise
 STEPS = 5  # of Newton's method: each gives a lower bound
@@ -54,7 +59,7 @@ def sweep_blocks(query: Tensor) -> Blocks:
     """Return the sizes of the kernel that compares all products."""
     if query.dtype == torch.float32:
         return Blocks(64, 64, 4, 2)
-    return Blocks(128, 64, 4, 3) if query.shape[3] <= 128 else Blocks(128, 64, 8, 2)
+    return Blocks(128, 128, 8, 3) if query.shape[3] <= 128 else Blocks(128, 64, 8, 2)
 
 
 def candidates(
@@ -71,24 +76,23 @@ def candidates(
     start: Blocks | None = None,
     near: int = FIRST,
 ) -> Candidates:
-    """Return the keys of every row that its lower bound does not exclude.
+    """Return the keys of every group of queries that the lower bounds do not exclude.
 
     Args:
         query, key: `[B, Hq, Tq, D]` and `[B, Hkv, Tk, D]`, the last dimension contiguous.
         scale, exponent: `[Hq]` float32: z is `scale * <query, key>`, e is `exponent`.
         kind: see `common.kind_of`.
         first: `[B]` int32, position of the first query.
-        valid: `[B, Tk]` bool, False for padding.
+        valid: `[B, Tk]` uint8, 0 for padding.
         causal: whether a query sees the keys up to its position only.
-        capacity: blocks kept for a row.
+        capacity: the most blocks that are kept for a group.
         blocks, start: sizes of the programs.
         near: keys of the beginning over which the bound is taken.
     """
     batch, heads, queries, _ = query.shape
-    keys = key.shape[2]
+    keys, device = key.shape[2], query.device
     blocks, start = blocks or sweep_blocks(query), start or start_blocks(query)
-    rows = batch * heads * queries
-    bound = torch.empty(rows, dtype=torch.float32, device=query.device)
+    bound = torch.empty((batch, heads, queries), dtype=torch.float32, device=device)
     fixed = constants(query, key, kind, causal)
     strides = (*query.stride()[:3], *key.stride()[:3])
     grid = (triton.cdiv(queries, start.rows) * batch * heads,)
@@ -96,25 +100,41 @@ def candidates(
         query, key, scale, exponent, first, valid, bound, queries, keys, heads, *strides, **fixed,
         M=start.rows, NEAR=start.keys, FIRST=near, STEPS=STEPS, num_warps=start.warps, num_stages=start.stages,
     )  # fmt: skip
-    words = torch.empty((rows, capacity, blocks.keys // 32), dtype=torch.int32, device=query.device)
-    numbers = torch.empty((rows, capacity), dtype=torch.int32, device=query.device)
-    counts = torch.empty(rows, dtype=torch.int32, device=query.device)
+    groups = batch * heads * triton.cdiv(queries, GROUP_ROWS)
+    capacity = min(capacity, triton.cdiv(keys, blocks.keys))
+    words = torch.empty((groups, capacity, 4), dtype=torch.int32, device=device)
+    numbers = torch.empty((groups, capacity), dtype=torch.int32, device=device)
+    counts = torch.empty(groups, dtype=torch.int32, device=device)
     packed = None if valid is None else packed_bits(valid, blocks.keys)
     width = 0 if packed is None else packed.shape[1]
     del fixed["KIND"]
     grid = (triton.cdiv(queries, blocks.rows) * batch * heads,)
     _sweep[grid](
         query, key, scale, first, packed, bound, words, numbers, counts, queries, keys, heads, capacity, width,
-        *strides, **fixed, M=blocks.rows, N=blocks.keys, num_warps=blocks.warps, num_stages=blocks.stages,
+        *strides, **fixed, M=blocks.rows, N=blocks.keys, R=GROUP_ROWS, num_warps=blocks.warps,
+        num_stages=blocks.stages,
     )  # fmt: skip
-    return Candidates(words, numbers, counts)
+    return Candidates(bound, words, numbers, counts, blocks.keys)
 
 
-def packed_bits(valid: Tensor, multiple: int) -> Tensor:
-    """Return `[B, T]` bool as words `[B, ceil(T / multiple) * multiple / 32]` int32; bit i is position `32 w + i`."""
-    whole = torch.nn.functional.pad(valid, (0, -valid.shape[1] % multiple)).unflatten(1, (-1, 32))
-    shift = torch.arange(32, device=valid.device)
-    return (whole.long() << shift).sum(-1).to(torch.int32)
+def packed_bits(valid: Tensor, size: int) -> Tensor:
+    """Return `[B, T]` as words `[B, blocks * 4]` int32, see `key_of_bit`."""
+    whole = torch.nn.functional.pad(valid, (0, -valid.shape[1] % size)).view(len(valid), -1, size // 8, 4, 2)
+    bits = whole.transpose(2, 3).flatten(3).long()
+    return (bits << torch.arange(size // 4, device=valid.device)).sum(-1).flatten(1).to(torch.int32)
+
+
+@triton.jit
+def key_of_bit(block, word, bit, N: tl.constexpr):
+    """Return the key that a bit stands for: word w of a block has the keys 2 w and 2 w + 1 of every 8.
+
+    These are the columns of a matrix product that one thread holds, so that it makes its word without asking others."""
+    return block * N + bit // 2 * 8 + word * 2 + bit % 2
+
+
+@triton.jit
+def _or(a, b):
+    return a | b
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -229,9 +249,9 @@ def _sweep(
     PRECISION: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
+    R: tl.constexpr,
 ):
-    """Words, numbers and counts of M rows. Programs with the most keys begin first."""
-    W: tl.constexpr = N // 32
+    """Words, numbers and counts of the groups of M rows. Programs with the most keys begin first."""
     pairs = tl.num_programs(0) // tl.cdiv(queries, M)  # B * Hq
     tile = tl.cdiv(queries, M) - 1 - tl.program_id(0) // pairs
     row = (tl.program_id(0) % pairs).to(tl.int64)
@@ -249,29 +269,53 @@ def _sweep(
     limit = bound / tl.maximum(tl.abs(scale), 1e-30)
     K += batch * k_batch + head // GROUP * k_head
 
-    last = tl.max(tl.where(exists, position, -1), 0)
-    end = tl.minimum(last + 1, keys) if CAUSAL else tl.where(last >= 0, keys, 0)
-    sees = tl.minimum(position + 1, keys) if CAUSAL else tl.full([M], 0, tl.int32) + keys
     lane = tl.arange(0, N)
-    bit = tl.full([N], 1, tl.int32) << (lane % 32)
-    word_of = tl.arange(0, W)
-    out = (row * queries + index) * capacity
-    count = tl.zeros([M], tl.int32)
-    for begin in range(0, end, N):
+    bit = tl.full([N], 1, tl.int32) << (lane // 8 * 2 + lane % 2)
+    word_of = tl.arange(0, 4)
+    group = tile * (M // R) + tl.arange(0, M // R)
+    last_group = tl.cdiv(queries, R)
+    there = group < last_group
+    out = (row * last_group + group) * capacity
+    count = tl.zeros([M // R], tl.int32)
+    # All rows see the keys before `full`, which need no mask.
+    first, last = tl.min(tl.where(exists, position, keys), 0), tl.max(tl.where(exists, position, -1), 0)
+    end = tl.minimum(last + 1, keys) if CAUSAL else tl.where(last >= 0, keys, 0)
+    full = tl.minimum(first + 1, end) // N * N if CAUSAL else end // N * N
+    for begin in range(0, full, N):
+        k = tl.load(K + (begin + lane).to(tl.int64)[:, None] * k_row + dim[None, :], mask=(dim < D)[None, :], other=0.0)
+        product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        passes = tl.where(product > limit[:, None], bit[None, :], 0)
+        count = _keep(
+            passes, begin, Packed, batch, width, Words, Numbers, out, count, capacity, there, word_of, M, N, R
+        )  # fmt: skip
+    for begin in tl.range(full, end, N, num_stages=1):
         key = begin + lane
         k = load_rows(K, key.to(tl.int64) * k_row, key < keys, dim, D)
         product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        passes = tl.where(product > limit[:, None], bit[None, :], 0)
-        words = tl.sum(tl.reshape(passes, [M, W, 32]), 2)
-        # The keys of a word that a row sees are its first ones.
-        seen = tl.minimum(tl.maximum(sees[:, None] - (begin + word_of * 32)[None, :], 0), 32)
-        words &= tl.where(seen == 32, -1, (1 << (seen % 32)) - 1)
-        if Packed is not None:
-            words &= tl.load(Packed + batch * width + begin // 32 + word_of)[None, :]
-        some = tl.max((words != 0).to(tl.int32), 1)
-        keep = (some > 0) & (count < capacity)
-        place = out + count
-        tl.store(Words + place[:, None] * W + word_of[None, :], words, mask=keep[:, None])
-        tl.store(Numbers + place, tl.zeros([M], tl.int32) + begin // N, mask=keep)
-        count += some
-    tl.store(Counts + row * queries + index, count, mask=inside)
+        sees = (product > limit[:, None]) & (key < keys)[None, :]
+        if CAUSAL:
+            sees &= key[None, :] <= position[:, None]
+        passes = tl.where(sees, bit[None, :], 0)
+        count = _keep(
+            passes, begin, Packed, batch, width, Words, Numbers, out, count, capacity, there, word_of, M, N, R
+        )  # fmt: skip
+    tl.store(Counts + row * last_group + group, count, mask=there)
+
+
+@triton.jit
+def _keep(
+    passes, begin, Packed, batch, width, Words, Numbers, out, count, capacity, there, word_of, M: tl.constexpr,
+    N: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """Store the block of keys from `begin` on for the groups that have a bit in it; return their counts."""
+    columns = tl.permute(tl.reshape(passes, [M, N // 8, 4, 2]), [0, 2, 1, 3])
+    words = tl.reduce(tl.reshape(columns, [M, 4, N // 4]), 2, _or)
+    words = tl.reduce(tl.reshape(words, [M // R, R, 4]), 1, _or)
+    if Packed is not None:
+        words &= tl.load(Packed + batch * width + begin // N * 4 + word_of)[None, :]
+    some = tl.max((words != 0).to(tl.int32), 1)
+    keep = there & (some > 0) & (count < capacity)
+    place = out + count
+    tl.store(Words + place[:, None] * 4 + word_of[None, :], words, mask=keep[:, None])
+    tl.store(Numbers + place, tl.zeros([M // R], tl.int32) + begin // N, mask=keep)
+    return count + some

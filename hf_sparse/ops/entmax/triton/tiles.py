@@ -1,42 +1,27 @@
 """Entmax over all keys or over listed tiles of keys, for a tile of queries at a time, with nothing kept per pair.
 
 Every sweep over the keys computes the products again: one for the largest, one for each step of Newton's method until
-all rows of the program have arrived, one for the output. This serves lists of tiles, and the rows that have too many
-candidates for the buffers of `rows`.
-
-A job is one tile of queries of one list, see `hf_sparse.ops.entmax.layout`; its rows are those of all query heads that
-share the list. Without lists a job is all queries of a head.
+all rows of the program have arrived, one for the output. This serves the groups that have too many keys for the buffers
+of `groups`.
 """
 
-from typing import Any, NamedTuple
-
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from hf_sparse.ops.entmax.triton.common import CLOSE, STEPS, constants, load_rows, newton_step, padded, powers
-from hf_sparse.ops.entmax.triton.rows import Attended
-from hf_sparse.ops.entmax.triton.sweep import Blocks
-
-
-class Lists(NamedTuple):
-    """Hold tiles of keys for every tile of queries.
-
-    index: `[B, H, nq, m]` int64, ascending, -1 behind the last.
-    counts: `[B, H, nq]` int32, how many are listed, contiguous.
-    size, rows: keys and queries of a tile.
-    lead: rows of the first tile of queries that lie before the first query.
-    """
-
-    index: Tensor
-    counts: Tensor
-    size: int
-    rows: int
-    lead: int
-
-
-LENGTHS = ["queries", "keys", "heads", "lists", "query_tiles", "rows", "lead", "size", "share"]
+from hf_sparse.ops.entmax.triton.groups import Attended
+from hf_sparse.ops.entmax.triton.jobs import (
+    LENGTHS,
+    Lists,
+    arguments_of,
+    group_count,
+    keys_of_slots,
+    marked_rows,
+    rows_of_group,
+    rows_of_job,
+)
+from hf_sparse.ops.entmax.triton.sweep import GROUP_ROWS, Blocks
 
 
 def tile_blocks(query: Tensor, rows: int) -> Blocks:
@@ -44,25 +29,6 @@ def tile_blocks(query: Tensor, rows: int) -> Blocks:
     dim = padded(query.shape[3])
     most = 64 if dim <= 128 else 32
     return Blocks(min(most, max(16, triton.next_power_of_2(rows))), 64 if dim <= 128 else 32, 4, 2)
-
-
-def grid_and_arguments(
-    query: Tensor, key: Tensor, lists: Lists | None, rows: int
-) -> tuple[tuple[int, ...], tuple[Any, ...]]:
-    """Return the grid of programs of so many rows, and the arguments from `Index` to `share`."""
-    batch, heads, queries, _ = query.shape
-    keys = key.shape[2]
-    if lists is None:
-        arguments = (None, None, 0, 0, 0, queries, keys, heads, heads, 1, queries, 0, 1, 1)
-        return (triton.cdiv(queries, rows) * batch * heads,), arguments
-    number, tiles = lists.index.shape[1:3]
-    share = heads // number
-    strides = lists.index.stride()[:3]
-    arguments = (
-        lists.index, lists.counts, *strides, queries, keys, heads, number, tiles, lists.rows, lists.lead, lists.size,
-        share,
-    )  # fmt: skip
-    return (triton.cdiv(share * lists.rows, rows) * batch * number * tiles,), arguments
 
 
 def attend_tiles(
@@ -76,68 +42,23 @@ def attend_tiles(
     valid: Tensor | None,
     causal: bool,
     lists: Lists | None,
-    into: Attended | None,
-    with_slopes: bool,
+    into: Attended,
     blocks: Blocks | None = None,
-) -> Attended:
-    """Return output and thresholds over the listed keys, or over all.
+) -> None:
+    """Write output and thresholds of the marked groups, over the listed keys or over all.
 
     Args:
-        query, key, value, scale, exponent, kind, first, valid, causal: as in `sweep.candidates`.
-        lists: the tiles of keys of each tile of queries; all keys by default.
-        into: what `rows.attend_rows` returned: marked rows are written there, others are left.
-        with_slopes: whether there will be a backward.
-        blocks: sizes of a program.
+        query, key, value, scale, exponent, kind, first, valid, causal, lists: as in `groups.attend_groups`.
+        into: what that returned.
+        blocks: sizes of a program; rows a multiple of `GROUP_ROWS`.
     """
-    batch, heads, queries, _ = query.shape
-    job = queries if lists is None else heads // lists.index.shape[1] * lists.rows
-    blocks = blocks or tile_blocks(query, job)
-    if into is None:
-        device = query.device
-        output = torch.empty(query.shape, dtype=query.dtype, device=device)
-        tau = torch.empty((batch, heads, queries), dtype=torch.float32, device=device)
-        counts = torch.empty((batch, heads, queries), dtype=torch.int32, device=device)
-        slopes = torch.empty(query.shape, dtype=torch.float32, device=device) if with_slopes else None
-        into = Attended(output, tau, counts, None, None, slopes)
-    grid, arguments = grid_and_arguments(query, key, lists, blocks.rows)
-    _tiles[grid](
-        query, key, value, scale, exponent, first, valid, into.marked, into.output, into.tau, into.counts, into.slopes,
-        *arguments, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        **constants(query, key, kind, causal), M=blocks.rows, N=blocks.keys, num_warps=blocks.warps,
+    blocks = blocks or tile_blocks(query, rows_of_job(query, lists))
+    _tiles[(group_count(query, lists, blocks.rows),)](
+        query, key, value, scale, exponent, first, valid, into.lengths, into.output, into.tau, into.counts, into.slopes,
+        *arguments_of(query, key, lists), *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+        **constants(query, key, kind, causal), M=blocks.rows, N=blocks.keys, R=GROUP_ROWS, num_warps=blocks.warps,
         num_stages=blocks.stages,
     )  # fmt: skip
-    return into
-
-
-@triton.jit
-def rows_of_job(First, Valid, queries, keys, heads, lists, query_tiles, rows, lead, share, M: tl.constexpr):
-    """Job, batch, list, head of each row, its index among the queries, position, and whether it exists."""
-    blocks = tl.cdiv(share * rows, M)
-    job = (tl.program_id(0) // blocks).to(tl.int64)
-    tile, number, batch = job % query_tiles, job // query_tiles % lists, job // (query_tiles * lists)
-    row = tl.program_id(0) % blocks * M + tl.arange(0, M)
-    index = (tile * rows - lead).to(tl.int32) + row % rows
-    position = tl.load(First + batch) + index
-    exists = (row < share * rows) & (index >= 0) & (index < queries) & (position >= 0) & (position < keys)
-    if Valid is not None:
-        exists &= tl.load(Valid + batch * keys + position, mask=exists, other=0) != 0
-    head = number * share + tl.minimum(row // rows, share - 1)
-    inside = (row < share * rows) & (index >= 0) & (index < queries)
-    return job, batch, number, tile, head, index, position, exists, inside
-
-
-@triton.jit
-def keys_of_slots(slot, end, Index, Valid, batch, keys, size):
-    """Return the key of each slot of a list, or of all keys, and whether there is one."""
-    if Index is None:
-        key, there = slot, slot < end
-    else:
-        tile = tl.load(Index + slot // size, mask=slot < end, other=0).to(tl.int32)
-        key = tile * size + slot % size
-        there = (slot < end) & (key < keys)
-    if Valid is not None:
-        there &= tl.load(Valid + batch * keys + key, mask=there, other=0) != 0
-    return key, there
 
 
 @triton.jit
@@ -164,7 +85,7 @@ def _tiles(
     Exponent,
     First,
     Valid,
-    Marked,
+    Lengths,
     Out,
     Tau,
     Sizes,
@@ -200,14 +121,14 @@ def _tiles(
     PRECISION: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
+    R: tl.constexpr,
 ):
-    job, batch, number, tile, head, index, position, exists, inside = rows_of_job(
-        First, Valid, queries, keys, heads, lists, query_tiles, rows, lead, share, M
+    job, batch, number, tile, head, index, position, exists, inside = rows_of_group(
+        tl.program_id(0), First, Valid, queries, keys, heads, lists, query_tiles, rows, lead, share, M
     )
     row = (batch * heads + head) * queries + index
-    if Marked is not None:
-        inside &= tl.load(Marked + row, mask=inside, other=0) != 0
-        exists &= inside
+    inside &= marked_rows(tl.program_id(0), Lengths, rows, share, M, R)
+    exists &= inside
     if tl.max(inside.to(tl.int32), 0) > 0:
         kv = number * share // GROUP
         K += batch * k_batch + kv * k_head
