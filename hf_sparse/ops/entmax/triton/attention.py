@@ -11,11 +11,11 @@ from hf_sparse.ops.entmax.triton.backward import gradients
 from hf_sparse.ops.entmax.triton.common import kind_of
 from hf_sparse.ops.entmax.triton.groups import Attended, attend_groups
 from hf_sparse.ops.entmax.triton.jobs import Lists
-from hf_sparse.ops.entmax.triton.sweep import FIRST, Blocks, candidates
+from hf_sparse.ops.entmax.triton.sweep import EVERY, FIRST, Blocks, candidates
 from hf_sparse.ops.entmax.triton.tiles import attend_tiles
 
 CAPACITY = 1024  # blocks of keys with a candidate that are kept for a group of queries
-MOST = 4096  # candidates that are kept for a group
+MOST = 8192  # candidates that are kept for a group
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Plan:
         sweep, tiles: sizes of the programs; chosen by shape and dtype by default.
         near: keys of the beginning over which the first bound is taken.
         start: sizes of the kernel of the first bound.
+        every: blocks of keys after which the bound rises.
     """
 
     first: Tensor
@@ -43,6 +44,7 @@ class Plan:
     tiles: Blocks | None = None
     near: int = FIRST
     start: Blocks | None = None
+    every: int = EVERY
 
 
 def attend(
@@ -92,7 +94,7 @@ def _forward(
     arguments = (query, key, scale, exponent, kind, plan.first, plan.valid, plan.causal)
     found = None
     if plan.lists is None:
-        found = candidates(*arguments, plan.capacity, plan.sweep, plan.start, plan.near)
+        found = candidates(*arguments, plan.capacity, plan.sweep, plan.start, plan.near, plan.every)
     arguments = (query, key, value, *arguments[2:], plan.lists)
     attended = attend_groups(*arguments, found, plan.most, trains)
     attend_tiles(*arguments, attended, plan.tiles)

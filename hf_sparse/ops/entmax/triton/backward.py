@@ -90,10 +90,10 @@ def gradients(
     fixed = constants(query, key, kind, causal)
     assert attended.slopes is not None and attended.support is not None
     arguments = arguments_of(query, key, lists)
-    groups, most = attended.support.shape
+    groups, kept = attended.support.shape
     _groups_backward[(groups,)](
         query, key, value, scale, exponent, first, valid, attended.support, attended.lengths, attended.tau,
-        attended.slopes, d_output, *into, most, *arguments, *strides, **fixed, M=GROUP_ROWS,
+        attended.slopes, d_output, *into, kept, *arguments, *strides, **fixed, M=GROUP_ROWS,
         C=chunk or chunk_of(query), num_warps=warps, num_stages=1,
     )  # fmt: skip
     blocks = blocks or backward_blocks(query, rows_of_job(query, lists))
@@ -105,7 +105,7 @@ def gradients(
     return Gradients(*into)
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, "most"])
+@triton.jit(do_not_specialize=[*LENGTHS, "kept"])
 def _groups_backward(
     Q,
     K,
@@ -124,7 +124,7 @@ def _groups_backward(
     DV,
     DScale,
     DExponent,
-    most,
+    kept,
     Index,
     Listed,
     i_batch,
@@ -171,7 +171,7 @@ def _groups_backward(
         K += batch * k_batch + kv * k_head
         V += batch * v_batch + kv * v_head
         shared = (batch * (heads // GROUP) + kv) * keys * D
-        List = Support + group.to(tl.int64) * most
+        List = Support + group.to(tl.int64) * kept
         scale, exponent = tl.load(Scale + head), tl.load(Exponent + head)[:, None]
         dim, step = tl.arange(0, PADDED), tl.arange(0, C)
         wide = (dim < D)[None, :]

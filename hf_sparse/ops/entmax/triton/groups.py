@@ -27,6 +27,7 @@ from hf_sparse.ops.entmax.triton.jobs import LENGTHS, Lists, arguments_of, group
 from hf_sparse.ops.entmax.triton.sweep import GROUP_ROWS, Candidates, key_of_bit
 
 PROGRAMS = 8  # on a multiprocessor
+KEPT = 2048  # keys of a group that may have weight when all products are known
 
 
 class Attended(NamedTuple):
@@ -72,6 +73,7 @@ def attend_groups(
     warps: int = 4,
     chunk: int | None = None,
     programs: int = PROGRAMS,
+    kept: int | None = None,
 ) -> Attended:
     """Return output and thresholds of all groups whose keys fit into the buffer.
 
@@ -79,15 +81,17 @@ def attend_groups(
         query, key, value, scale, exponent, kind, first, valid, causal: as in `sweep.candidates`.
         lists: tiles of keys for every tile of queries, or
         found: candidates of every group.
-        most: keys of a group that the buffer takes.
+        most: keys of a group that the list takes.
         trains: whether there will be a backward.
         warps, chunk: of a program: Triton's warps, and keys at a time.
         programs: how many share a multiprocessor.
+        kept: keys of a group that are left when all products are known, of which the buffers take so many.
     """
     batch, heads, queries, _ = query.shape
     device = query.device
     chunk = chunk or chunk_of(query)
     most = triton.cdiv(min(most, key.shape[2]), chunk) * chunk
+    kept = triton.cdiv(min(kept or KEPT, most), chunk) * chunk
     groups = group_count(query, lists)
     at_once = min(groups, programs * _multiprocessors(device))
     shape = (batch, heads, queries)
@@ -95,13 +99,15 @@ def attend_groups(
     tau = torch.empty(shape, dtype=torch.float32, device=device)
     counts = torch.empty(shape, dtype=torch.int32, device=device)
     slopes = torch.empty(query.shape, dtype=torch.float32, device=device) if trains else None
-    support = torch.empty((groups if trains else at_once, most), dtype=torch.int32, device=device)
-    products = torch.empty((at_once, GROUP_ROWS, most), dtype=torch.float32, device=device)
+    found_keys = torch.empty((at_once, most), dtype=torch.int32, device=device)
+    support = torch.empty((groups if trains else at_once, kept), dtype=torch.int32, device=device)
+    products = torch.empty((at_once, GROUP_ROWS, kept), dtype=torch.float32, device=device)
     lengths = torch.empty(groups, dtype=torch.int32, device=device)
     bits = (None, None, None, None) if found is None else (found.bound, found.words, found.blocks, found.counts)
     _groups[(at_once,)](
-        query, key, value, scale, exponent, first, valid, *bits, support, products, lengths, output, tau, counts,
-        slopes, groups, 0 if found is None else found.blocks.shape[1], most, *arguments_of(query, key, lists),
+        query, key, value, scale, exponent, first, valid, *bits, found_keys, support, products, lengths, output, tau,
+        counts, slopes, groups, 0 if found is None else found.blocks.shape[1], most, kept,
+        *arguments_of(query, key, lists),
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], **constants(query, key, kind, causal),
         N=0 if found is None else found.size, M=GROUP_ROWS, C=chunk, SAVE=trains, num_warps=warps, num_stages=1,
     )  # fmt: skip
@@ -152,7 +158,7 @@ def _keys_of_tiles(Index, List, end, Valid, batch, keys, size, last, most, CAUSA
     return total
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, "groups", "capacity", "most"])
+@triton.jit(do_not_specialize=[*LENGTHS, "groups", "capacity", "most", "kept"])
 def _groups(
     Q,
     K,
@@ -165,6 +171,7 @@ def _groups(
     Words,
     Numbers,
     Counts,
+    Found,
     Support,
     Products,
     Lengths,
@@ -175,6 +182,7 @@ def _groups(
     groups,
     capacity,
     most,
+    kept,
     Index,
     Listed,
     i_batch,
@@ -211,59 +219,77 @@ def _groups(
 ):
     dim, step = tl.arange(0, PADDED), tl.arange(0, C)
     wide = (dim < D)[None, :]
-    Products += tl.program_id(0).to(tl.int64) * M * most
-    z_place = Products + tl.arange(0, M)[:, None] * most + step[None, :]
+    Products += tl.program_id(0).to(tl.int64) * M * kept
+    Found += tl.program_id(0).to(tl.int64) * most
+    lane = tl.arange(0, M)[:, None] * kept
+    z_place = Products + lane + step[None, :]
     for turn in range(tl.cdiv(groups - tl.program_id(0), tl.num_programs(0))):
-        group = tl.program_id(0) + turn * tl.num_programs(0)
+        # The last rows of all jobs first: in causal order they have the most keys.
+        each = tl.cdiv(share * rows, M)
+        turn = tl.program_id(0) + turn * tl.num_programs(0)
+        group = turn % (groups // each) * each + each - 1 - turn // (groups // each)
         job, batch, number, tile, head, index, position, exists, inside = rows_of_group(
             group, First, Valid, queries, keys, heads, lists, query_tiles, rows, lead, share, M
         )
         row = (batch * heads + head) * queries + index
         last = tl.max(tl.where(exists, position, -1), 0)
-        List = Support + (group if SAVE else tl.program_id(0)).to(tl.int64) * most
+        List = Support + (group if SAVE else tl.program_id(0)).to(tl.int64) * kept
         total = most + 1
         tl.debug_barrier()  # the buffers of the last group have been read
         if Index is None:
             blocks = tl.load(Counts + group)
             if blocks <= capacity:
                 bits = group.to(tl.int64) * capacity
-                total = _keys_of_bits(Words + bits * 4, Numbers + bits, List, blocks, most, N)
+                total = _keys_of_bits(Words + bits * 4, Numbers + bits, Found, blocks, most, N)
         else:
             end = tl.where(last >= 0, tl.load(Listed + job) * size, 0)
             listed = Index + batch * i_batch + number * i_list + tile * i_tile
-            total = _keys_of_tiles(listed, List, end, Valid, batch, keys, size, last, most, CAUSAL)
-        if total > most:
+            total = _keys_of_tiles(listed, Found, end, Valid, batch, keys, size, last, most, CAUSAL)
+        over = total > most
+        total = tl.where(over, 0, total)
+        scale, exponent = tl.load(Scale + head), tl.load(Exponent + head)
+        q = load_rows(Q, batch * q_batch + head * q_head + index.to(tl.int64) * q_row, exists, dim, D)
+        kv = number * share // GROUP
+        k_base, v_base = K + batch * k_batch + kv * k_head, V + batch * v_batch + kv * v_head
+        peaks = tl.full([M, C], float("-inf"), tl.float32)
+        if Bound is not None:
+            bound = tl.load(Bound + row, mask=inside, other=float("inf"))
+        else:
+            bound = tl.full([M], float("-inf"), tl.float32)
+        left = 0
+        tl.debug_barrier()  # the list is written
+        for begin in range(0, total, C):
+            there = begin + step < total
+            key = tl.load(Found + begin + step, mask=there, other=0)
+            k = load_rows(k_base, key.to(tl.int64) * k_row, there, dim, D)
+            sees = there[None, :] & exists[:, None]
+            if CAUSAL:
+                sees &= key[None, :] <= position[:, None]
+            z = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale[:, None]
+            z = tl.where(sees, z, float("-inf"))
+            peaks = tl.maximum(peaks, z)
+            # The bound has risen since the key passed it.
+            one = tl.max((z > bound[:, None]).to(tl.int32), 0)
+            place = left + tl.cumsum(one, 0) - one
+            left += tl.sum(one, 0)
+            keep = (one > 0) & (place < kept)
+            tl.store(List + place, key, mask=keep)
+            tl.store(Products + lane + place[None, :], z, mask=keep[None, :])
+        total = left
+        if over | (total > kept):
             tl.store(Lengths + group, -1)
         else:
-            scale, exponent = tl.load(Scale + head), tl.load(Exponent + head)
-            q = load_rows(Q, batch * q_batch + head * q_head + index.to(tl.int64) * q_row, exists, dim, D)
-            kv = number * share // GROUP
-            k_base, v_base = K + batch * k_batch + kv * k_head, V + batch * v_batch + kv * v_head
-            peaks = tl.full([M, C], float("-inf"), tl.float32)
-            tl.debug_barrier()  # the list is written
-            for begin in range(0, total, C):
-                there = begin + step < total
-                key = tl.load(List + begin + step, mask=there, other=0)
-                k = load_rows(k_base, key.to(tl.int64) * k_row, there, dim, D)
-                sees = there[None, :] & exists[:, None]
-                if CAUSAL:
-                    sees &= key[None, :] <= position[:, None]
-                z = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale[:, None]
-                z = tl.where(sees, z, float("-inf"))
-                peaks = tl.maximum(peaks, z)
-                tl.store(z_place + begin, z)
             peak = tl.max(peaks, 1)
             some = peak > float("-inf")
             tau = tl.where(some, peak, 0.0) - 1
             if Bound is not None:
-                bound = tl.load(Bound + row, mask=inside, other=float("-inf"))
                 tau = tl.where(some, tl.maximum(tau, bound), tau)
             tl.debug_barrier()
             rises, steps = tl.max(some.to(tl.int32), 0), 0
             while (rises > 0) & (steps < STEPS):
                 masses, gradients = tl.zeros([M, C], tl.float32), tl.zeros([M, C], tl.float32)
                 for begin in range(0, total, C):
-                    z = tl.load(z_place + begin)
+                    z = tl.load(z_place + begin, mask=(begin + step < total)[None, :], other=float("-inf"))
                     weight, gradient = powers(tl.maximum(z - tau[:, None], 0.0), exponent[:, None], KIND)
                     masses += weight
                     gradients += gradient
@@ -278,7 +304,7 @@ def _groups(
             out_slopes = tl.zeros([M, PADDED], tl.float32)
             length = 0
             for begin in range(0, total, C):
-                z = tl.load(z_place + begin)
+                z = tl.load(z_place + begin, mask=(begin + step < total)[None, :], other=float("-inf"))
                 weight, gradient = powers(tl.maximum(z - tau[:, None], 0.0), exponent[:, None], KIND)
                 masses += weight
                 gradients += gradient

@@ -1,10 +1,12 @@
 """Find the keys that may have weight: a lower bound of tau for every row, then one sweep of the products.
 
 tau over some keys is never above tau over all. `_start` takes it over the first keys of the text and those next to the
-query, both held in registers. `_sweep` compares every product with that bound. What passes is kept for `GROUP_ROWS`
-consecutive queries of a head together, as bits: `N` consecutive keys are a block of four words, and of the blocks of a
-group only those with a bit are stored, with their number. A group with more blocks than its buffer takes says so in
-its count, and goes to the kernel that needs no candidates.
+query, both held in registers. `_sweep` compares every product with that bound, which rises on the way: the largest
+product of every four parts of a block of keys is one more key, and a step of Newton's method over these, from a point
+where their mass is at least 1, is a lower bound too. What passes is kept for `GROUP_ROWS` consecutive queries of a head
+together, as bits: `N` consecutive keys are a block of four words, and of the blocks of a group only those with a bit
+are stored, with their number. A group with more blocks than its buffer takes says so in its count, and goes to the
+kernel that needs no candidates.
 """
 
 from typing import NamedTuple
@@ -48,6 +50,8 @@ GROUP_ROWS = 16  # queries that share a list of candidates: the rows of a matrix
 FIRST = 64  # keys of the beginning over which the lower bound is taken
 NEAR = 128  # keys around the rows of a program, likewise
 STEPS = 5  # of Newton's method: each gives a lower bound
+HIGHER = 0.06  # how far above the first bound a step of Newton's method begins as well
+EVERY = 4  # blocks of keys after which the bound rises
 
 
 def start_blocks(query: Tensor) -> Blocks:
@@ -75,6 +79,7 @@ def candidates(
     blocks: Blocks | None = None,
     start: Blocks | None = None,
     near: int = FIRST,
+    every: int = EVERY,
 ) -> Candidates:
     """Return the keys of every group of queries that the lower bounds do not exclude.
 
@@ -88,17 +93,20 @@ def candidates(
         capacity: the most blocks that are kept for a group.
         blocks, start: sizes of the programs.
         near: keys of the beginning over which the bound is taken.
+        every: blocks of keys after which the bound rises; 0 for never.
     """
     batch, heads, queries, _ = query.shape
     keys, device = key.shape[2], query.device
     blocks, start = blocks or sweep_blocks(query), start or start_blocks(query)
     bound = torch.empty((batch, heads, queries), dtype=torch.float32, device=device)
+    sums = torch.empty((4, batch, heads, queries), dtype=torch.float32, device=device) if every else None
     fixed = constants(query, key, kind, causal)
     strides = (*query.stride()[:3], *key.stride()[:3])
     grid = (triton.cdiv(queries, start.rows) * batch * heads,)
     _start[grid](
-        query, key, scale, exponent, first, valid, bound, queries, keys, heads, *strides, **fixed,
-        M=start.rows, NEAR=start.keys, FIRST=near, STEPS=STEPS, num_warps=start.warps, num_stages=start.stages,
+        query, key, scale, exponent, first, valid, bound, sums, queries, keys, heads, *strides, **fixed,
+        M=start.rows, NEAR=start.keys, FIRST=near, STEPS=STEPS, HIGHER=HIGHER, num_warps=start.warps,
+        num_stages=start.stages,
     )  # fmt: skip
     groups = batch * heads * triton.cdiv(queries, GROUP_ROWS)
     capacity = min(capacity, triton.cdiv(keys, blocks.keys))
@@ -107,12 +115,11 @@ def candidates(
     counts = torch.empty(groups, dtype=torch.int32, device=device)
     packed = None if valid is None else packed_bits(valid, blocks.keys)
     width = 0 if packed is None else packed.shape[1]
-    del fixed["KIND"]
     grid = (triton.cdiv(queries, blocks.rows) * batch * heads,)
     _sweep[grid](
-        query, key, scale, first, packed, bound, words, numbers, counts, queries, keys, heads, capacity, width,
-        *strides, **fixed, M=blocks.rows, N=blocks.keys, R=GROUP_ROWS, num_warps=blocks.warps,
-        num_stages=blocks.stages,
+        query, key, scale, exponent, first, packed, bound, sums, words, numbers, counts, queries, keys, heads, capacity,
+        width, *strides, **fixed, M=blocks.rows, N=blocks.keys, R=GROUP_ROWS, START=start.rows, NEAR=start.keys,
+        FIRST=near, HIGHER=HIGHER, EVERY=every, num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     return Candidates(bound, words, numbers, counts, blocks.keys)
 
@@ -146,6 +153,7 @@ def _start(
     First,
     Valid,
     Bound,
+    Sums,
     queries,
     keys,
     heads,
@@ -165,6 +173,7 @@ def _start(
     NEAR: tl.constexpr,
     FIRST: tl.constexpr,
     STEPS: tl.constexpr,
+    HIGHER: tl.constexpr,
 ):
     """`Bound` of M rows: tau over FIRST keys of the beginning and NEAR keys around the rows, or an iterate below it.
 
@@ -201,6 +210,16 @@ def _start(
         weight, slope = powers(tl.maximum(z_near - tau[:, None], 0.0), exponent, KIND)
         tau += newton_step(mass + tl.sum(weight, 1), total + tl.sum(slope, 1), exponent, KIND)
     tau -= 4e-6 * (1 + tl.abs(tau))  # what rounding may have added
+    if Sums is not None:
+        total = tl.num_programs(0) // tiles * queries
+        for above in tl.static_range(2):
+            origins = (tau + above * HIGHER)[:, None]
+            weight, slope = powers(tl.maximum(z_early - origins, 0.0), exponent, KIND)
+            mass, gradient = tl.sum(weight, 1), tl.sum(slope, 1)
+            weight, slope = powers(tl.maximum(z_near - origins, 0.0), exponent, KIND)
+            place = Sums + 2 * above * total + row * queries + index
+            tl.store(place, mass + tl.sum(weight, 1), mask=index < queries)
+            tl.store(place + total, gradient + tl.sum(slope, 1), mask=index < queries)
     tau = tl.where(exists, tl.where(some, tau, float("-inf")), float("inf"))
     tl.store(Bound + row * queries + index, tau, mask=index < queries)
 
@@ -225,9 +244,11 @@ def _sweep(
     Q,
     K,
     Scale,
+    Exponent,
     First,
     Packed,
     Bound,
+    Sums,
     Words,
     Numbers,
     Counts,
@@ -245,11 +266,17 @@ def _sweep(
     GROUP: tl.constexpr,
     D: tl.constexpr,
     PADDED: tl.constexpr,
+    KIND: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     R: tl.constexpr,
+    START: tl.constexpr,
+    NEAR: tl.constexpr,
+    FIRST: tl.constexpr,
+    HIGHER: tl.constexpr,
+    EVERY: tl.constexpr,
 ):
     """Words, numbers and counts of the groups of M rows. Programs with the most keys begin first."""
     pairs = tl.num_programs(0) // tl.cdiv(queries, M)  # B * Hq
@@ -266,7 +293,8 @@ def _sweep(
     q = load_rows(Q + batch * q_batch + head * q_head, index.to(tl.int64) * q_row, exists, dim, D)
     if scale < 0:  # products are compared before they are scaled
         q = -q
-    limit = bound / tl.maximum(tl.abs(scale), 1e-30)
+    scale = tl.maximum(tl.abs(scale), 1e-30)
+    limit = bound / scale
     K += batch * k_batch + head // GROUP * k_head
 
     lane = tl.arange(0, N)
@@ -281,6 +309,16 @@ def _sweep(
     first, last = tl.min(tl.where(exists, position, keys), 0), tl.max(tl.where(exists, position, -1), 0)
     end = tl.minimum(last + 1, keys) if CAUSAL else tl.where(last >= 0, keys, 0)
     full = tl.minimum(first + 1, end) // N * N if CAUSAL else end // N * N
+    # Keys over which the first bound was taken are counted already: those before `FIRST` and near the rows.
+    lowest = tl.load(First + batch) + tile * M
+    near_begin = tl.minimum(lowest + START - NEAR if CAUSAL else lowest + START // 2 - NEAR // 2, keys - NEAR)
+    near_end = lowest + M + NEAR
+    if Sums is not None:
+        exponent = tl.load(Exponent + head)
+        total, place = pairs * queries, Sums + row * queries + index
+        start, higher = bound[:, None], bound[:, None] + HIGHER
+        low_mass, low_slope = tl.zeros([M, 4], tl.float32), tl.zeros([M, 4], tl.float32)
+        high_mass, high_slope = tl.zeros([M, 4], tl.float32), tl.zeros([M, 4], tl.float32)
     for begin in range(0, full, N):
         k = tl.load(K + (begin + lane).to(tl.int64)[:, None] * k_row + dim[None, :], mask=(dim < D)[None, :], other=0.0)
         product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -288,6 +326,26 @@ def _sweep(
         count = _keep(
             passes, begin, Packed, batch, width, Words, Numbers, out, count, capacity, there, word_of, M, N, R
         )  # fmt: skip
+        if Sums is not None:
+            whole = (begin >= FIRST) & ((begin + N <= near_begin) | (begin >= near_end))
+            if Packed is not None:
+                words = tl.load(Packed + batch * width + begin // N * 4 + word_of)
+                whole &= tl.min((words == ((1 << (N // 4 - 1)) * 2 - 1)).to(tl.int32), 0) > 0
+            columns = tl.permute(tl.reshape(product, [M, N // 8, 4, 2]), [0, 2, 1, 3])
+            largest = tl.max(tl.reshape(columns, [M, 4, N // 4]), 2) * scale
+            largest = tl.where(whole, largest, float("-inf"))
+            weight, slope = powers(tl.maximum(largest - start, 0.0), exponent, KIND)
+            low_mass += weight
+            low_slope += slope
+            weight, slope = powers(tl.maximum(largest - higher, 0.0), exponent, KIND)
+            high_mass += weight
+            high_slope += slope
+            if begin // N % EVERY == EVERY - 1:
+                bound = _risen(bound, start, low_mass, low_slope, place, total, inside, exponent, KIND)
+                bound = _risen(bound, higher, high_mass, high_slope, place + 2 * total, total, inside, exponent, KIND)
+                limit = bound / scale
+    if Sums is not None:
+        tl.store(Bound + row * queries + index, bound, mask=inside)
     for begin in tl.range(full, end, N, num_stages=1):
         key = begin + lane
         k = load_rows(K, key.to(tl.int64) * k_row, key < keys, dim, D)
@@ -319,3 +377,13 @@ def _keep(
     tl.store(Words + place[:, None] * 4 + word_of[None, :], words, mask=keep[:, None])
     tl.store(Numbers + place, tl.zeros([M // R], tl.int32) + begin // N, mask=keep)
     return count + some
+
+
+@triton.jit
+def _risen(bound, origin, mass, slope, Sums, total, inside, exponent, KIND: tl.constexpr):
+    """Return the bound after a step of Newton's method from an origin, where the mass is at least 1 there."""
+    mass = tl.sum(mass, 1) + tl.load(Sums, mask=inside, other=0.0)
+    slope = tl.sum(slope, 1) + tl.load(Sums + total, mask=inside, other=0.0)
+    risen = tl.sum(origin, 1) + newton_step(mass, slope, exponent, KIND)
+    risen -= 4e-6 * (1 + tl.abs(risen))
+    return tl.where((mass >= 1) & (bound > float("-inf")), tl.maximum(bound, risen), bound)
