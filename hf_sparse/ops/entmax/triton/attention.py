@@ -9,13 +9,13 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from hf_sparse.ops.entmax.triton.backward import gradients
 from hf_sparse.ops.entmax.triton.common import kind_of
-from hf_sparse.ops.entmax.triton.groups import Attended, attend_groups
+from hf_sparse.ops.entmax.triton.groups import KEPT, Attended, attend_groups
 from hf_sparse.ops.entmax.triton.jobs import Lists
 from hf_sparse.ops.entmax.triton.sweep import EVERY, FIRST, Blocks, candidates
 from hf_sparse.ops.entmax.triton.tiles import attend_tiles
 
 CAPACITY = 1024  # blocks of keys with a candidate that are kept for a group of queries
-MOST = 8192  # candidates that are kept for a group
+MOST = 16384  # candidates that are kept for a group
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Plan:
         valid: `[B, Tk]` uint8, 0 for padding.
         causal: whether a query sees the keys up to its position only.
         lists: tiles of keys; all keys by default.
-        capacity, most: blocks and candidates that are kept for a group of queries.
+        capacity, most, kept: blocks, candidates, and keys with or almost with weight that a group of queries may have.
         sweep, tiles: sizes of the programs; chosen by shape and dtype by default.
         near: keys of the beginning over which the first bound is taken.
         start: sizes of the kernel of the first bound.
@@ -40,6 +40,7 @@ class Plan:
     lists: Lists | None = None
     capacity: int = CAPACITY
     most: int = MOST
+    kept: int = KEPT
     sweep: Blocks | None = None
     tiles: Blocks | None = None
     near: int = FIRST
@@ -60,7 +61,7 @@ def attend(
     lists: Lists | None = None,
     **sizes: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the output `[B, Hq, Tq, D]`, tau `[B, Hq, Tq]` float32 and the size of the support `[B, Hq, Tq]` int64.
+    """Return the output `[B, Hq, Tq, D]`, tau `[B, Hq, Tq]` float32 and the size of the support `[B, Hq, Tq]` int32.
 
     Args:
         query, key, value, alpha, scaling, causal, valid, first_query: as in `hf_sparse.ops.entmax.entmax_attention`,
@@ -85,7 +86,7 @@ def attend(
     plan = replace(Plan(first, known, causal, lists), **sizes)
     query, key, value = (part if part.stride(-1) == 1 else part.contiguous() for part in (query, key, value))
     output, tau, counts = _Attention.apply(query, key, value, scale, exponent, kind, plan)
-    return output, tau, counts.long()
+    return output, tau, counts
 
 
 def _forward(
@@ -96,7 +97,7 @@ def _forward(
     if plan.lists is None:
         found = candidates(*arguments, plan.capacity, plan.sweep, plan.start, plan.near, plan.every)
     arguments = (query, key, value, *arguments[2:], plan.lists)
-    attended = attend_groups(*arguments, found, plan.most, trains)
+    attended = attend_groups(*arguments, found, plan.most, trains, kept=plan.kept)
     attend_tiles(*arguments, attended, plan.tiles)
     return attended
 

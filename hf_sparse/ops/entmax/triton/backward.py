@@ -66,6 +66,7 @@ def gradients(
     blocks: Blocks | None = None,
     warps: int = 4,
     chunk: int | None = None,
+    stages: int = 1,
 ) -> Gradients:
     """Return all gradients.
 
@@ -75,7 +76,7 @@ def gradients(
         d_output: `[B, Hq, Tq, D]`, the last dimension contiguous.
         with_scale, with_exponent: whether the gradients of these are wanted.
         blocks: sizes of a program that walks over tiles.
-        warps, chunk: of a program that gathers the keys of a group.
+        warps, chunk, stages: of a program that gathers the keys of a group.
     """
     batch, heads, queries, _ = query.shape
     device = query.device
@@ -94,7 +95,7 @@ def gradients(
     _groups_backward[(groups,)](
         query, key, value, scale, exponent, first, valid, attended.support, attended.lengths, attended.tau,
         attended.slopes, d_output, *into, kept, *arguments, *strides, **fixed, M=GROUP_ROWS,
-        C=chunk or chunk_of(query), num_warps=warps, num_stages=1,
+        C=chunk or max(16, chunk_of(query) // 2), STAGES=stages, num_warps=warps, num_stages=1,
     )  # fmt: skip
     blocks = blocks or backward_blocks(query, rows_of_job(query, lists))
     _tiles_backward[(group_count(query, lists, blocks.rows),)](
@@ -159,6 +160,7 @@ def _groups_backward(
     PRECISION: tl.constexpr,
     M: tl.constexpr,
     C: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     group = tl.program_id(0)
     length = tl.load(Lengths + group)
@@ -184,7 +186,7 @@ def _groups_backward(
         tau = tl.where(tau > float("-inf"), tau, 0.0)  # such a row sees no key
         dq = tl.zeros([M, PADDED], tl.float32)
         d_scale, d_exponent = tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
-        for begin in range(0, length, C):
+        for begin in tl.range(0, length, C, num_stages=STAGES):
             there = begin + step < length
             key = tl.load(List + begin + step, mask=there, other=0)
             k = load_rows(K, key.to(tl.int64) * k_row, there, dim, D)

@@ -27,7 +27,8 @@ from hf_sparse.ops.entmax.triton.jobs import LENGTHS, Lists, arguments_of, group
 from hf_sparse.ops.entmax.triton.sweep import GROUP_ROWS, Candidates, key_of_bit
 
 PROGRAMS = 8  # on a multiprocessor
-KEPT = 2048  # keys of a group that may have weight when all products are known
+KEPT = 4096  # keys of a group that may have weight when all products are known
+WIDE = 64  # products of a row that are held in registers while the threshold is searched
 
 
 class Attended(NamedTuple):
@@ -70,10 +71,12 @@ def attend_groups(
     found: Candidates | None,
     most: int,
     trains: bool,
-    warps: int = 4,
+    warps: int = 2,
     chunk: int | None = None,
     programs: int = PROGRAMS,
-    kept: int | None = None,
+    kept: int = KEPT,
+    wide: int = WIDE,
+    stages: int = 1,
 ) -> Attended:
     """Return output and thresholds of all groups whose keys fit into the buffer.
 
@@ -86,12 +89,14 @@ def attend_groups(
         warps, chunk: of a program: Triton's warps, and keys at a time.
         programs: how many share a multiprocessor.
         kept: keys of a group that are left when all products are known, of which the buffers take so many.
+        wide: products of a row that are held in registers.
+        stages: of Triton, in the loops that gather.
     """
     batch, heads, queries, _ = query.shape
     device = query.device
     chunk = chunk or chunk_of(query)
     most = triton.cdiv(min(most, key.shape[2]), chunk) * chunk
-    kept = triton.cdiv(min(kept or KEPT, most), chunk) * chunk
+    kept = triton.cdiv(min(kept, most), chunk) * chunk
     groups = group_count(query, lists)
     at_once = min(groups, programs * _multiprocessors(device))
     shape = (batch, heads, queries)
@@ -101,15 +106,17 @@ def attend_groups(
     slopes = torch.empty(query.shape, dtype=torch.float32, device=device) if trains else None
     found_keys = torch.empty((at_once, most), dtype=torch.int32, device=device)
     support = torch.empty((groups if trains else at_once, kept), dtype=torch.int32, device=device)
-    products = torch.empty((at_once, GROUP_ROWS, kept), dtype=torch.float32, device=device)
+    products = torch.empty((at_once, kept, GROUP_ROWS), dtype=torch.float32, device=device)
+    turn = torch.zeros(1, dtype=torch.int32, device=device)
     lengths = torch.empty(groups, dtype=torch.int32, device=device)
     bits = (None, None, None, None) if found is None else (found.bound, found.words, found.blocks, found.counts)
     _groups[(at_once,)](
-        query, key, value, scale, exponent, first, valid, *bits, found_keys, support, products, lengths, output, tau,
-        counts, slopes, groups, 0 if found is None else found.blocks.shape[1], most, kept,
+        query, key, value, scale, exponent, first, valid, *bits, found_keys, support, products, turn, lengths, output,
+        tau, counts, slopes, groups, 0 if found is None else found.blocks.shape[1], most, kept,
         *arguments_of(query, key, lists),
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], **constants(query, key, kind, causal),
-        N=0 if found is None else found.size, M=GROUP_ROWS, C=chunk, SAVE=trains, num_warps=warps, num_stages=1,
+        N=0 if found is None else found.size, M=GROUP_ROWS, C=chunk, WIDE=wide, STAGES=stages, SAVE=trains,
+        num_warps=warps, num_stages=1,
     )  # fmt: skip
     return Attended(output, tau, counts, slopes, support if trains else None, lengths)
 
@@ -174,6 +181,7 @@ def _groups(
     Found,
     Support,
     Products,
+    Turn,
     Lengths,
     Out,
     Tau,
@@ -215,18 +223,23 @@ def _groups(
     N: tl.constexpr,
     M: tl.constexpr,
     C: tl.constexpr,
+    WIDE: tl.constexpr,
+    STAGES: tl.constexpr,
     SAVE: tl.constexpr,
 ):
     dim, step = tl.arange(0, PADDED), tl.arange(0, C)
     wide = (dim < D)[None, :]
     Products += tl.program_id(0).to(tl.int64) * M * kept
     Found += tl.program_id(0).to(tl.int64) * most
-    lane = tl.arange(0, M)[:, None] * kept
-    z_place = Products + lane + step[None, :]
-    for turn in range(tl.cdiv(groups - tl.program_id(0), tl.num_programs(0))):
+    # The rows of a key lie side by side.
+    lane = tl.arange(0, M)[:, None]
+    z_place = Products + lane + step[None, :] * M
+    many = tl.arange(0, WIDE)
+    z_wide = Products + lane + many[None, :] * M
+    each = tl.cdiv(share * rows, M)
+    turn = tl.atomic_add(Turn, 1, sem="relaxed")
+    while turn < groups:
         # The last rows of all jobs first: in causal order they have the most keys.
-        each = tl.cdiv(share * rows, M)
-        turn = tl.program_id(0) + turn * tl.num_programs(0)
         group = turn % (groups // each) * each + each - 1 - turn // (groups // each)
         job, batch, number, tile, head, index, position, exists, inside = rows_of_group(
             group, First, Valid, queries, keys, heads, lists, query_tiles, rows, lead, share, M
@@ -258,7 +271,7 @@ def _groups(
             bound = tl.full([M], float("-inf"), tl.float32)
         left = 0
         tl.debug_barrier()  # the list is written
-        for begin in range(0, total, C):
+        for begin in tl.range(0, total, C, num_stages=STAGES):
             there = begin + step < total
             key = tl.load(Found + begin + step, mask=there, other=0)
             k = load_rows(k_base, key.to(tl.int64) * k_row, there, dim, D)
@@ -268,13 +281,15 @@ def _groups(
             z = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale[:, None]
             z = tl.where(sees, z, float("-inf"))
             peaks = tl.maximum(peaks, z)
-            # The bound has risen since the key passed it.
+            if Bound is None:  # no threshold is below the largest product so far less 1
+                bound = tl.maximum(bound, tl.max(z, 1) - 1 - 4e-6)
+            # Otherwise the bound has risen since the key passed it.
             one = tl.max((z > bound[:, None]).to(tl.int32), 0)
             place = left + tl.cumsum(one, 0) - one
             left += tl.sum(one, 0)
             keep = (one > 0) & (place < kept)
             tl.store(List + place, key, mask=keep)
-            tl.store(Products + lane + place[None, :], z, mask=keep[None, :])
+            tl.store(Products + lane + place[None, :] * M, z, mask=keep[None, :])
         total = left
         if over | (total > kept):
             tl.store(Lengths + group, -1)
@@ -286,14 +301,17 @@ def _groups(
                 tau = tl.where(some, tl.maximum(tau, bound), tau)
             tl.debug_barrier()
             rises, steps = tl.max(some.to(tl.int32), 0), 0
+            # Most groups have no more than these, which stay in registers.
+            near = tl.load(z_wide, mask=(many < total)[None, :], other=float("-inf"))
             while (rises > 0) & (steps < STEPS):
-                masses, gradients = tl.zeros([M, C], tl.float32), tl.zeros([M, C], tl.float32)
-                for begin in range(0, total, C):
-                    z = tl.load(z_place + begin, mask=(begin + step < total)[None, :], other=float("-inf"))
+                weight, gradient = powers(tl.maximum(near - tau[:, None], 0.0), exponent[:, None], KIND)
+                mass, slope = tl.sum(weight, 1), tl.sum(gradient, 1)
+                for begin in range(WIDE, total, WIDE):
+                    z = tl.load(z_wide + begin * M, mask=(begin + many < total)[None, :], other=float("-inf"))
                     weight, gradient = powers(tl.maximum(z - tau[:, None], 0.0), exponent[:, None], KIND)
-                    masses += weight
-                    gradients += gradient
-                rise = newton_step(tl.sum(masses, 1), tl.sum(gradients, 1), exponent, KIND)
+                    mass += tl.sum(weight, 1)
+                    slope += tl.sum(gradient, 1)
+                rise = newton_step(mass, slope, exponent, KIND)
                 tau += rise
                 rises = tl.max((rise > CLOSE * (1 + tl.abs(tau))).to(tl.int32), 0)
                 steps += 1
@@ -303,8 +321,8 @@ def _groups(
             out = tl.zeros([M, PADDED], tl.float32)
             out_slopes = tl.zeros([M, PADDED], tl.float32)
             length = 0
-            for begin in range(0, total, C):
-                z = tl.load(z_place + begin, mask=(begin + step < total)[None, :], other=float("-inf"))
+            for begin in tl.range(0, total, C, num_stages=STAGES):
+                z = tl.load(z_place + begin * M, mask=(begin + step < total)[None, :], other=float("-inf"))
                 weight, gradient = powers(tl.maximum(z - tau[:, None], 0.0), exponent[:, None], KIND)
                 masses += weight
                 gradients += gradient
@@ -330,3 +348,4 @@ def _groups(
             tl.store(Tau + row, tl.where(some, tau, float("-inf")), mask=inside)
             tl.store(Sizes + row, tl.sum(count, 1), mask=inside)
             tl.store(Lengths + group, length)
+        turn = tl.atomic_add(Turn, 1, sem="relaxed")

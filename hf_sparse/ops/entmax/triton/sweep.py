@@ -63,6 +63,8 @@ def sweep_blocks(query: Tensor) -> Blocks:
     """Return the sizes of the kernel that compares all products."""
     if query.dtype == torch.float32:
         return Blocks(64, 64, 4, 2)
+    if query.shape[3] <= 64:
+        return Blocks(128, 128, 4, 3)
     return Blocks(128, 128, 8, 3) if query.shape[3] <= 128 else Blocks(128, 64, 8, 2)
 
 
