@@ -23,7 +23,7 @@ class Plan:
     """Describe who attends to whom, and the sizes of the programs.
 
     Attributes:
-        first: `[B]` int32, position of the first query.
+        first: `[B]` int32, position of the first query; None where the queries are the last positions.
         valid: `[B, Tk]` uint8, 0 for padding.
         causal: whether a query sees the keys up to its position only.
         lists: tiles of keys; all keys by default.
@@ -34,7 +34,7 @@ class Plan:
         every: blocks of keys after which the bound rises.
     """
 
-    first: Tensor
+    first: Tensor | None
     valid: Tensor | None
     causal: bool
     lists: Lists | None = None
@@ -69,19 +69,11 @@ def attend(
         lists: tiles of keys; all keys by default.
         sizes: fields of `Plan`, for tests.
     """
-    heads, queries, keys = query.shape[1], query.shape[2], key.shape[2]
-    device = query.device
+    heads, device = query.shape[1], query.device
     kind = kind_of(1.0 / (alpha - 1.0))
-    scale, exponent = (
-        number.float().contiguous()
-        if isinstance(number, Tensor)
-        else torch.full((heads,), number, dtype=torch.float32, device=device)
-        for number in (scaling * (alpha - 1), 1 / (alpha - 1))
-    )
-    if first_query is None:
-        first = torch.full((len(query),), keys - queries, dtype=torch.int32, device=device)
-    else:
-        first = first_query.to(torch.int32)
+    scale = _per_head(scaling * (alpha - 1), heads, device)
+    exponent = None if kind else _per_head(1 / (alpha - 1), heads, device)
+    first = None if first_query is None else first_query.to(torch.int32)
     known = None if valid is None else valid.to(torch.uint8).contiguous()
     plan = replace(Plan(first, known, causal, lists), **sizes)
     query, key, value = (part if part.stride(-1) == 1 else part.contiguous() for part in (query, key, value))
@@ -89,8 +81,22 @@ def attend(
     return output, tau, counts
 
 
+def _per_head(number: float | Tensor, heads: int, device: torch.device) -> Tensor:
+    """Return `[Hq]` float32, contiguous."""
+    if isinstance(number, Tensor):
+        return number.float().contiguous()
+    return torch.full((heads,), number, dtype=torch.float32, device=device)
+
+
 def _forward(
-    query: Tensor, key: Tensor, value: Tensor, scale: Tensor, exponent: Tensor, kind: int, plan: Plan, trains: bool
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: Tensor,
+    exponent: Tensor | None,
+    kind: int,
+    plan: Plan,
+    trains: bool,
 ) -> Attended:
     arguments = (query, key, scale, exponent, kind, plan.first, plan.valid, plan.causal)
     found = None
@@ -110,7 +116,7 @@ class _Attention(torch.autograd.Function):
         key: Tensor,
         value: Tensor,
         scale: Tensor,
-        exponent: Tensor,
+        exponent: Tensor | None,
         kind: int,
         plan: Plan,
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -119,7 +125,7 @@ class _Attention(torch.autograd.Function):
         if trains:
             saved = (attended.tau, attended.counts, attended.slopes, attended.support, attended.lengths)
             ctx.save_for_backward(query, key, value, scale, exponent, *saved)  # type: ignore[arg-type]
-            ctx.kind, ctx.plan = kind, plan  # type: ignore[attr-defined]
+            ctx.kind, ctx.plan, ctx.room = kind, plan, attended.room  # type: ignore[attr-defined]
         ctx.mark_non_differentiable(attended.tau, attended.counts)
         return attended.output, attended.tau, attended.counts
 
@@ -129,7 +135,7 @@ class _Attention(torch.autograd.Function):
         query, key, value, scale, exponent, *saved = ctx.saved_tensors  # type: ignore[attr-defined]
         plan: Plan = ctx.plan  # type: ignore[attr-defined]
         wants = ctx.needs_input_grad  # type: ignore[attr-defined]
-        attended = Attended(query, *saved)  # the output is not needed
+        attended = Attended(query, *saved, ctx.room)  # type: ignore[attr-defined]  # the output is not needed
         found = gradients(
             query, key, value, scale, exponent, ctx.kind,  # type: ignore[attr-defined]
             plan.first, plan.valid, plan.causal, plan.lists, attended,

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_sparse.ops.entmax.triton.common import constants, load_rows, padded, powers
+from hf_sparse.ops.entmax.triton.common import constants, exponent_of, load_rows, padded, powers
 from hf_sparse.ops.entmax.triton.groups import Attended, chunk_of
 from hf_sparse.ops.entmax.triton.jobs import (
     LENGTHS,
@@ -53,9 +53,9 @@ def gradients(
     key: Tensor,
     value: Tensor,
     scale: Tensor,
-    exponent: Tensor,
+    exponent: Tensor | None,
     kind: int,
-    first: Tensor,
+    first: Tensor | None,
     valid: Tensor | None,
     causal: bool,
     lists: Lists | None,
@@ -81,8 +81,7 @@ def gradients(
     batch, heads, queries, _ = query.shape
     device = query.device
     d_query = torch.empty(query.shape, dtype=query.dtype, device=device)
-    d_key = torch.zeros(key.shape, dtype=torch.float32, device=device)
-    d_value = torch.zeros(value.shape, dtype=torch.float32, device=device)
+    d_key, d_value = torch.zeros((2, *key.shape), dtype=torch.float32, device=device)
     shape = (batch, heads, queries)
     d_scale = torch.empty(shape, dtype=torch.float32, device=device) if with_scale else None
     d_exponent = torch.empty(shape, dtype=torch.float32, device=device) if with_exponent else None
@@ -97,6 +96,8 @@ def gradients(
         attended.slopes, d_output, *into, kept, *arguments, *strides, **fixed, M=GROUP_ROWS,
         C=chunk or max(16, chunk_of(query) // 2), STAGES=stages, num_warps=warps, num_stages=1,
     )  # fmt: skip
+    if attended.room >= key.shape[2]:
+        return Gradients(*into)  # no group is marked
     blocks = blocks or backward_blocks(query, rows_of_job(query, lists))
     _tiles_backward[(group_count(query, lists, blocks.rows),)](
         query, key, value, scale, exponent, first, valid, attended.lengths, attended.tau, attended.slopes, d_output,
@@ -174,7 +175,7 @@ def _groups_backward(
         V += batch * v_batch + kv * v_head
         shared = (batch * (heads // GROUP) + kv) * keys * D
         List = Support + group.to(tl.int64) * kept
-        scale, exponent = tl.load(Scale + head), tl.load(Exponent + head)[:, None]
+        scale, exponent = tl.load(Scale + head), exponent_of(Exponent, head, KIND)[:, None]
         dim, step = tl.arange(0, PADDED), tl.arange(0, C)
         wide = (dim < D)[None, :]
         q = load_rows(Q, batch * q_batch + head * q_head + index.to(tl.int64) * q_row, exists, dim, D)
@@ -282,7 +283,7 @@ def _tiles_backward(
         K += batch * k_batch + kv * k_head
         V += batch * v_batch + kv * v_head
         shared = (batch * (heads // GROUP) + kv) * keys * D
-        scale, exponent = tl.load(Scale + head), tl.load(Exponent + head)[:, None]
+        scale, exponent = tl.load(Scale + head), exponent_of(Exponent, head, KIND)[:, None]
         dim = tl.arange(0, PADDED)
         wide = (dim < D)[None, :]
         q = load_rows(Q, batch * q_batch + head * q_head + index.to(tl.int64) * q_row, exists, dim, D)

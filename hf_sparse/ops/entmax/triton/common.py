@@ -57,6 +57,20 @@ def powers(excess, exponent, KIND: tl.constexpr):
 
 
 @triton.jit
+def exponent_of(Exponent, head, KIND: tl.constexpr):
+    """Return e of a head, or of the heads of some rows."""
+    exponent = tl.load(Exponent + head) if KIND == 0 else (head * 0 + KIND).to(tl.float32)
+    return exponent
+
+
+@triton.jit
+def origin_of(First, batch, queries, keys):
+    """Return the position of the first query of a text: the queries are the last ones unless it is given."""
+    origin = keys - queries if First is None else tl.load(First + batch)
+    return origin
+
+
+@triton.jit
 def newton_step(mass, slope, exponent, KIND: tl.constexpr):
     """Return by how much tau rises, from the sums of the powers over a row; 0 for a row without any."""
     some = mass > 0

@@ -30,13 +30,20 @@ def fused_attention(
     if torch.is_autocast_enabled(device):  # as autocast does for torch's own attention
         dtype = torch.get_autocast_dtype(device)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    lists = None
-    if tiles is not None:
-        layout, tiles = listed_layout(tiles, Inputs(query, key, 1.0, causal, valid, first_query))
-        lists = Lists(tiles.index, tiles.counts.to(torch.int32).contiguous(), tiles.size, layout.rows, layout.lead)
+    lists = None if tiles is None else lists_of(tiles, Inputs(query, key, 1.0, causal, valid, first_query))
     with torch.autocast(device, enabled=False), torch.cuda.device_of(query):  # where Triton launches
         output, _, _ = attend(
             query, key, value, alpha=alpha, scaling=scaling, causal=causal, valid=valid, first_query=first_query,
             lists=lists,
         )  # fmt: skip
     return output
+
+
+def lists_of(tiles: Tiles, inputs: Inputs) -> Lists:
+    """Return lists of tiles as the kernels take them.
+
+    Raises:
+        ValueError: lists that are not of these queries and keys, or that are not ascending.
+    """
+    layout, tiles = listed_layout(tiles, inputs)
+    return Lists(tiles.index, tiles.counts.to(torch.int32).contiguous(), tiles.size, layout.rows, layout.lead)

@@ -17,6 +17,7 @@ from hf_sparse.ops.entmax.triton.common import (
     CLOSE,
     STEPS,
     constants,
+    exponent_of,
     load_rows,
     newton_step,
     ones_of,
@@ -28,7 +29,7 @@ from hf_sparse.ops.entmax.triton.sweep import GROUP_ROWS, Candidates, key_of_bit
 
 PROGRAMS = 8  # on a multiprocessor
 KEPT = 4096  # keys of a group that may have weight when all products are known
-WIDE = 64  # products of a row that are held in registers while the threshold is searched
+WIDE = 128  # products of a row that are held in registers while the threshold is searched
 
 
 class Attended(NamedTuple):
@@ -40,6 +41,7 @@ class Attended(NamedTuple):
     slopes: `[B, Hq, Tq, D]` float32, values averaged with `[z - tau]_+ ** (e - 1)`, for the backward.
     support: `[groups, most]` int32, the keys with weight in any row of a group, for the backward.
     lengths: `[groups]` int32, how many these are; -1 for a group that is marked.
+    room: how many keys the buffers take: with no more in a text, no group is marked.
     """
 
     output: Tensor
@@ -48,6 +50,7 @@ class Attended(NamedTuple):
     slopes: Tensor | None
     support: Tensor | None
     lengths: Tensor
+    room: int
 
 
 def chunk_of(query: Tensor) -> int:
@@ -62,9 +65,9 @@ def attend_groups(
     key: Tensor,
     value: Tensor,
     scale: Tensor,
-    exponent: Tensor,
+    exponent: Tensor | None,
     kind: int,
-    first: Tensor,
+    first: Tensor | None,
     valid: Tensor | None,
     causal: bool,
     lists: Lists | None,
@@ -98,6 +101,8 @@ def attend_groups(
     most = triton.cdiv(min(most, key.shape[2]), chunk) * chunk
     kept = triton.cdiv(min(kept, most), chunk) * chunk
     groups = group_count(query, lists)
+    # Without lists, the blocks of `found` may be too few as well.
+    room = min(most, kept, found.blocks.shape[1] * found.size) if found is not None else min(most, kept)
     at_once = min(groups, programs * _multiprocessors(device))
     shape = (batch, heads, queries)
     output = torch.empty(query.shape, dtype=query.dtype, device=device)
@@ -118,7 +123,7 @@ def attend_groups(
         N=0 if found is None else found.size, M=GROUP_ROWS, C=chunk, WIDE=wide, STAGES=stages, SAVE=trains,
         num_warps=warps, num_stages=1,
     )  # fmt: skip
-    return Attended(output, tau, counts, slopes, support if trains else None, lengths)
+    return Attended(output, tau, counts, slopes, support if trains else None, lengths, room)
 
 
 def _multiprocessors(device: torch.device) -> int:
@@ -260,7 +265,7 @@ def _groups(
             total = _keys_of_tiles(listed, Found, end, Valid, batch, keys, size, last, most, CAUSAL)
         over = total > most
         total = tl.where(over, 0, total)
-        scale, exponent = tl.load(Scale + head), tl.load(Exponent + head)
+        scale, exponent = tl.load(Scale + head), exponent_of(Exponent, head, KIND)
         q = load_rows(Q, batch * q_batch + head * q_head + index.to(tl.int64) * q_row, exists, dim, D)
         kv = number * share // GROUP
         k_base, v_base = K + batch * k_batch + kv * k_head, V + batch * v_batch + kv * v_head

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_sparse.ops.entmax.triton.common import origin_of
 from hf_sparse.ops.entmax.triton.sweep import GROUP_ROWS
 
 
@@ -65,7 +66,7 @@ def rows_of_group(group, First, Valid, queries, keys, heads, lists, query_tiles,
     tile, number, batch = job % query_tiles, job // query_tiles % lists, job // (query_tiles * lists)
     row = group % blocks * M + tl.arange(0, M)
     index = (tile * rows - lead).to(tl.int32) + row % rows
-    position = tl.load(First + batch) + index
+    position = origin_of(First, batch, queries, keys) + index
     inside = (row < share * rows) & (index >= 0) & (index < queries)
     exists = inside & (position >= 0) & (position < keys)
     if Valid is not None:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_sparse.ops.entmax.triton.common import constants, load_rows, newton_step, powers
+from hf_sparse.ops.entmax.triton.common import constants, exponent_of, load_rows, newton_step, origin_of, powers
 
 
 class Blocks(NamedTuple):
@@ -72,9 +72,9 @@ def candidates(
     query: Tensor,
     key: Tensor,
     scale: Tensor,
-    exponent: Tensor,
+    exponent: Tensor | None,
     kind: int,
-    first: Tensor,
+    first: Tensor | None,
     valid: Tensor | None,
     causal: bool,
     capacity: int,
@@ -87,9 +87,9 @@ def candidates(
 
     Args:
         query, key: `[B, Hq, Tq, D]` and `[B, Hkv, Tk, D]`, the last dimension contiguous.
-        scale, exponent: `[Hq]` float32: z is `scale * <query, key>`, e is `exponent`.
+        scale, exponent: `[Hq]` float32: z is `scale * <query, key>`, e is `exponent`; None where `kind` says it.
         kind: see `common.kind_of`.
-        first: `[B]` int32, position of the first query.
+        first: `[B]` int32, position of the first query; None where the queries are the last positions.
         valid: `[B, Tk]` uint8, 0 for padding.
         causal: whether a query sees the keys up to its position only.
         capacity: the most blocks that are kept for a group.
@@ -184,12 +184,12 @@ def _start(
     row = (tl.program_id(0) // tiles).to(tl.int64)  # of [B, Hq]
     batch, head = row // heads, row % heads
     index = tl.program_id(0) % tiles * M + tl.arange(0, M)
-    origin = tl.load(First + batch)
+    origin = origin_of(First, batch, queries, keys)
     position = origin + index
     exists = (index < queries) & (position < keys) & (position >= 0)
     if Valid is not None:
         exists &= tl.load(Valid + batch * keys + position, mask=exists, other=0) != 0
-    scale, exponent = tl.load(Scale + head), tl.load(Exponent + head)
+    scale, exponent = tl.load(Scale + head), exponent_of(Exponent, head, KIND)
     dim = tl.arange(0, PADDED)
     q = load_rows(Q + batch * q_batch + head * q_head, index.to(tl.int64) * q_row, exists, dim, D)
     K += batch * k_batch + head // GROUP * k_head
@@ -287,7 +287,7 @@ def _sweep(
     batch, head = row // heads, row % heads
     index = tile * M + tl.arange(0, M)
     inside = index < queries
-    position = tl.load(First + batch) + index
+    position = origin_of(First, batch, queries, keys) + index
     scale = tl.load(Scale + head)
     dim = tl.arange(0, PADDED)
     bound = tl.load(Bound + row * queries + index, mask=inside, other=float("inf"))
@@ -312,11 +312,11 @@ def _sweep(
     end = tl.minimum(last + 1, keys) if CAUSAL else tl.where(last >= 0, keys, 0)
     full = tl.minimum(first + 1, end) // N * N if CAUSAL else end // N * N
     # Keys over which the first bound was taken are counted already: those before `FIRST` and near the rows.
-    lowest = tl.load(First + batch) + tile * M
+    lowest = origin_of(First, batch, queries, keys) + tile * M
     near_begin = tl.minimum(lowest + START - NEAR if CAUSAL else lowest + START // 2 - NEAR // 2, keys - NEAR)
     near_end = lowest + M + NEAR
     if Sums is not None:
-        exponent = tl.load(Exponent + head)
+        exponent = exponent_of(Exponent, head, KIND)
         total, place = pairs * queries, Sums + row * queries + index
         start, higher = bound[:, None], bound[:, None] + HIGHER
         low_mass, low_slope = tl.zeros([M, 4], tl.float32), tl.zeros([M, 4], tl.float32)

@@ -9,7 +9,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_sparse.ops.entmax.triton.common import CLOSE, STEPS, constants, load_rows, newton_step, padded, powers
+from hf_sparse.ops.entmax.triton.common import (
+    CLOSE,
+    STEPS,
+    constants,
+    exponent_of,
+    load_rows,
+    newton_step,
+    padded,
+    powers,
+)
 from hf_sparse.ops.entmax.triton.groups import Attended
 from hf_sparse.ops.entmax.triton.jobs import (
     LENGTHS,
@@ -36,9 +45,9 @@ def attend_tiles(
     key: Tensor,
     value: Tensor,
     scale: Tensor,
-    exponent: Tensor,
+    exponent: Tensor | None,
     kind: int,
-    first: Tensor,
+    first: Tensor | None,
     valid: Tensor | None,
     causal: bool,
     lists: Lists | None,
@@ -52,6 +61,8 @@ def attend_tiles(
         into: what that returned.
         blocks: sizes of a program; rows a multiple of `GROUP_ROWS`.
     """
+    if into.room >= key.shape[2]:
+        return  # no group can be marked
     blocks = blocks or tile_blocks(query, rows_of_job(query, lists))
     _tiles[(group_count(query, lists, blocks.rows),)](
         query, key, value, scale, exponent, first, valid, into.lengths, into.output, into.tau, into.counts, into.slopes,
@@ -133,7 +144,7 @@ def _tiles(
         kv = number * share // GROUP
         K += batch * k_batch + kv * k_head
         V += batch * v_batch + kv * v_head
-        scale, exponent = tl.load(Scale + head), tl.load(Exponent + head)[:, None]
+        scale, exponent = tl.load(Scale + head), exponent_of(Exponent, head, KIND)[:, None]
         dim = tl.arange(0, PADDED)
         q = load_rows(Q, batch * q_batch + head * q_head + index.to(tl.int64) * q_row, exists, dim, D)
         last = tl.max(tl.where(exists, position, -1), 0)
