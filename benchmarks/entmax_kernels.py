@@ -220,7 +220,10 @@ def main() -> None:
             rows = measure(options, name, inputs, scaling)
             result["rows"] += rows
             for row in rows:
-                told = row.get("error") or f"{row['pass']:16} {row['median_ms']:10.3f} ms, captured {row['captured_ms']:.3f}"
+                told = (
+                    row.get("error")
+                    or f"{row['pass']:16} {row['median_ms']:9.3f} ms, {row['captured_ms']:9.3f} captured"
+                )
                 print(f"{length:7}  {name:13}  {told}", flush=True)
             if options.output:
                 write_json(options.output, result)

@@ -9,13 +9,14 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from hf_sparse.ops.entmax.triton.backward import gradients
 from hf_sparse.ops.entmax.triton.common import kind_of
-from hf_sparse.ops.entmax.triton.groups import KEPT, Attended, attend_groups
+from hf_sparse.ops.entmax.triton.groups import Attended, attend_groups
 from hf_sparse.ops.entmax.triton.jobs import Lists
 from hf_sparse.ops.entmax.triton.sweep import EVERY, FIRST, Blocks, candidates
 from hf_sparse.ops.entmax.triton.tiles import attend_tiles
 
 CAPACITY = 1024  # blocks of keys with a candidate that are kept for a group of queries
-MOST = 16384  # candidates that are kept for a group
+MOST = 16384  # candidates that are kept for a group, or half of all keys
+KEPT = 4096  # keys of a group that may have weight when all products are known, or an eighth of all keys
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Plan:
     causal: bool
     lists: Lists | None = None
     capacity: int = CAPACITY
-    most: int = MOST
-    kept: int = KEPT
+    most: int | None = None
+    kept: int | None = None
     sweep: Blocks | None = None
     tiles: Blocks | None = None
     near: int = FIRST
@@ -98,13 +99,15 @@ def _forward(
     plan: Plan,
     trains: bool,
 ) -> Attended:
-    arguments = (query, key, scale, exponent, kind, plan.first, plan.valid, plan.causal)
+    numbers: tuple[Any, ...] = (scale, exponent, kind, plan.first, plan.valid, plan.causal)
     found = None
     if plan.lists is None:
-        found = candidates(*arguments, plan.capacity, plan.sweep, plan.start, plan.near, plan.every)
-    arguments = (query, key, value, *arguments[2:], plan.lists)
-    attended = attend_groups(*arguments, found, plan.most, trains, kept=plan.kept)
-    attend_tiles(*arguments, attended, plan.tiles)
+        found = candidates(query, key, *numbers, plan.capacity, plan.sweep, plan.start, plan.near, plan.every)
+    keys = key.shape[2]
+    most = max(MOST, keys // 2) if plan.most is None else plan.most
+    kept = max(KEPT, keys // 8) if plan.kept is None else plan.kept
+    attended = attend_groups(query, key, value, *numbers, plan.lists, found, most, kept, trains)
+    attend_tiles(query, key, value, *numbers, plan.lists, attended, plan.tiles)
     return attended
 
 
@@ -134,8 +137,10 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, scale, exponent, *saved = ctx.saved_tensors  # type: ignore[attr-defined]
         plan: Plan = ctx.plan  # type: ignore[attr-defined]
+        room: int = ctx.room  # type: ignore[attr-defined]
         wants = ctx.needs_input_grad  # type: ignore[attr-defined]
-        attended = Attended(query, *saved, ctx.room)  # type: ignore[attr-defined]  # the output is not needed
+        tau, counts, slopes, support, lengths = saved
+        attended = Attended(query, tau, counts, slopes, support, lengths, room)  # the output is not needed
         found = gradients(
             query, key, value, scale, exponent, ctx.kind,  # type: ignore[attr-defined]
             plan.first, plan.valid, plan.causal, plan.lists, attended,

@@ -28,7 +28,6 @@ from hf_sparse.ops.entmax.triton.jobs import LENGTHS, Lists, arguments_of, group
 from hf_sparse.ops.entmax.triton.sweep import GROUP_ROWS, Candidates, key_of_bit
 
 PROGRAMS = 8  # on a multiprocessor
-KEPT = 4096  # keys of a group that may have weight when all products are known
 WIDE = 128  # products of a row that are held in registers while the threshold is searched
 
 
@@ -73,13 +72,13 @@ def attend_groups(
     lists: Lists | None,
     found: Candidates | None,
     most: int,
+    kept: int,
     trains: bool,
     warps: int = 2,
     chunk: int | None = None,
     programs: int = PROGRAMS,
-    kept: int = KEPT,
     wide: int = WIDE,
-    stages: int = 1,
+    stages: int = 2,
 ) -> Attended:
     """Return output and thresholds of all groups whose keys fit into the buffer.
 
@@ -87,11 +86,11 @@ def attend_groups(
         query, key, value, scale, exponent, kind, first, valid, causal: as in `sweep.candidates`.
         lists: tiles of keys for every tile of queries, or
         found: candidates of every group.
-        most: keys of a group that the list takes.
+        most: candidates of a group that the list takes.
+        kept: keys of a group that may have weight when all products are known, of which the buffers take so many.
         trains: whether there will be a backward.
         warps, chunk: of a program: Triton's warps, and keys at a time.
         programs: how many share a multiprocessor.
-        kept: keys of a group that are left when all products are known, of which the buffers take so many.
         wide: products of a row that are held in registers.
         stages: of Triton, in the loops that gather.
     """

@@ -5,7 +5,8 @@ heads that share the list. Without lists a job is all queries of a head. A group
 job, the last one of a job may have fewer.
 """
 
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -15,7 +16,8 @@ from hf_sparse.ops.entmax.triton.common import origin_of
 from hf_sparse.ops.entmax.triton.sweep import GROUP_ROWS
 
 
-class Lists(NamedTuple):
+@dataclass(frozen=True)
+class Lists:
     """Hold tiles of keys for every tile of queries.
 
     index: `[B, H, nq, m]` int64, ascending, -1 behind the last.
