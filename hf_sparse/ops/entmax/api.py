@@ -8,7 +8,7 @@ by exactly 2d in L1. Treviso et al. 2022 (arXiv 2109.12188) for the former; the 
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -16,8 +16,9 @@ from torch import Tensor
 from hf_sparse.ops.entmax.attention import attend
 from hf_sparse.ops.entmax.blocks import BUFFER, Plan
 from hf_sparse.ops.entmax.bound import complete_tiles, missing
-from hf_sparse.ops.entmax.inputs import prepare, without_padding
+from hf_sparse.ops.entmax.inputs import check, fold, without_padding
 from hf_sparse.ops.entmax.layout import layout_of, listed_layout
+from hf_sparse.ops.entmax.triton import takes_kernels
 from hf_sparse.ops.tiles.tiles import Tiles
 
 _TILE = 64  # queries that share a pass over all keys
@@ -127,13 +128,18 @@ def entmax_attention(
         ValueError: shapes or dtypes that do not fit, alpha outside (1, 2], both `edges` and `tiles`, lists that are not
             ascending or name tiles that do not exist, or `certify` or `complete` without `tiles`.
     """
-    inputs = prepare(query, key, alpha, scaling, causal, valid, first_query)
+    check(query, key, alpha, scaling, valid, first_query)
     if value.shape != key.shape:
         raise ValueError(f"value must have the shape of key, {tuple(key.shape)}, got {tuple(value.shape)}")
     if edges is not None and tiles is not None:
         raise ValueError("edges and tiles exclude each other: expected one of them, got both")
     if (certify or complete) and tiles is None:
         raise ValueError("certify and complete tell whether lists of tiles suffice: expected tiles, got None")
+    if edges is None and not (certify or complete) and takes_kernels(query, key, value):
+        from hf_sparse.ops.entmax.triton.fused import fused_attention  # Triton is there only beside a CUDA device
+
+        return fused_attention(query, key, value, alpha, scaling, causal, valid, first_query, tiles)
+    inputs = fold(query, key, alpha, scaling, causal, valid, first_query)
     if edges is not None:
         edges = _expanded(edges, (*query.shape[:3], key.shape[2]))
     device = query.device.type
@@ -149,8 +155,9 @@ def entmax_attention(
     layout, given = listed_layout(tiles, inputs)
     used = given
     if complete:
-        options: dict[str, Any] = {"causal": causal, "valid": valid, "first_query": first_query}
-        used, exact = complete_tiles(query, key, given, alpha=alpha, scaling=scaling, **options)
+        used, exact = complete_tiles(
+            query, key, given, alpha=alpha, scaling=scaling, causal=causal, valid=valid, first_query=first_query
+        )
     output, tau, support = attend(inputs, value, Plan(layout, causal, valid, used))
     output = output.to(dtype)
     if not (certify or complete):
