@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_sparse.ops.entmax import entmax_attention
+from hf_sparse.ops.entmax import certified_entmax_attention, entmax_attention
 from hf_sparse.ops.entmax.inputs import Inputs
 from hf_sparse.ops.entmax.threshold import distribution
 from hf_sparse.ops.entmax.triton import takes_kernels
@@ -150,7 +150,7 @@ def test_thresholds_and_supports():
     _, tau, count = attend(query, key, value, **options, **SMALL)
     everything = Tiles(torch.zeros(2, 1, 1, 1, dtype=torch.int64, device=DEVICE), case.keys)
     exact = [tensor.double() for tensor in (query, key, value)]
-    _, certificate = entmax_attention(*exact, tiles=everything, certify=True, **options)
+    _, certificate = certified_entmax_attention(*exact, everything, **options)
     torch.testing.assert_close(tau.double(), certificate.tau, rtol=1e-5, atol=1e-5)
     assert torch.equal(count.long(), certificate.support)
 
