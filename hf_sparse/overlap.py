@@ -88,7 +88,7 @@ def sentence(text: dict[str, Any]) -> str:
 
 
 def _plain(chunks: Tensor, labels: Tensor | None) -> Tensor:
-    """The tokens before some were hidden."""
+    """Put hidden tokens back in the place of their masks."""
     return chunks if labels is None else torch.where(labels == IGNORED, chunks, labels)
 
 
@@ -98,7 +98,7 @@ def _split(chunks: Tensor) -> tuple[Tensor, ...]:
 
 
 def _hashes(chunks: Tensor) -> Tensor:
-    """Hashes `[N, T - 15]` int64, 0 to 2^48 - 1, of the windows of each chunk; products wrap around."""
+    """Hash the windows of each chunk, `[N, T - 15]` int64, 0 to 2^48 - 1; products wrap around."""
     windows = chunks.unfold(1, _WINDOW, 1)
     value = torch.zeros(windows.shape[:2], dtype=torch.int64)
     for at in range(_WINDOW):

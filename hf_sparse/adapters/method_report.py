@@ -86,7 +86,7 @@ class MethodReport(ABC):
 
     @abstractmethod
     def check(self, evaluation: Json, config: SparseConfig) -> None:
-        """See that an eval.json was measured with the settings of a configuration.
+        """Check that an eval.json was measured with the settings of a configuration.
 
         Raises:
             DataError: it is one of another method, or of other settings.

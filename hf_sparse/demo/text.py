@@ -1,4 +1,4 @@
-"""Text that every Python installation already holds: the sources of its standard library and the topics of `help()`.
+"""Read text that every Python installation holds: the sources of its standard library and the topics of `help()`.
 
 The bundled checkpoint was trained on the `train` part. The `held_out` part is whole modules (with their tests) that
 training never saw; the demo and the card measure on it. Splitting by module name, not by file or chunk, keeps the two
@@ -18,7 +18,7 @@ _SKIPPED = {"site-packages", "dist-packages", "encodings", "pydoc_data", "__pyca
 
 
 def is_held_out(module: str) -> bool:
-    """Whether a top-level module of the standard library, tests included, is kept out of training (about 1 in 12)."""
+    """Tell whether a top-level standard library module, tests included, is kept out of training (about 1 in 12)."""
     return zlib.crc32(module.removeprefix("test_").encode()) % 12 == 0
 
 

@@ -85,7 +85,7 @@ def fit_profiles(methods: Sequence[SparsefinderAttention], read: Callable[[], An
 
 
 class _Profiles:
-    """Sums of attention by distance, of each method that has a profile."""
+    """Sum attention by distance, for each layer that has a profile."""
 
     def __init__(self) -> None:
         self.sums: dict[int, tuple[Tensor, Tensor]] = {}
@@ -175,7 +175,7 @@ def _projected(method: SparsefinderAttention) -> ProjectedPredictor:
 
 
 def divided(gain: Tensor, cost: Tensor) -> Tensor:
-    """How many tiles each list gets so that the gain of all is the most, for each mean number of tiles. Ours.
+    """Divide tiles among lists so that the total gain is the greatest, for each mean number of tiles. Ours.
 
     Args:
         gain: `[L, n]`, of the best 1 to `n` tiles of each list.
@@ -208,7 +208,9 @@ def _best(gain: Tensor, cost: Tensor, price: float) -> Tensor:
 
 
 def _filled(gain: Tensor, cost: Tensor, count: Tensor, limit: float) -> Tensor:
-    """Single tiles for what a price leaves over: where several more only pay together, it takes them all or none."""
+    """Spend what a price leaves over on single tiles, the best gain per cost first.
+
+    Where several more tiles of a list only pay together, a price buys all of them or none."""
     count, spent = count.clone(), float(cost[count].sum())
     step_gain = torch.nn.functional.pad(gain.diff(dim=-1), (0, 1))
     step_cost = torch.nn.functional.pad(cost.diff(), (0, 1), value=torch.inf)
@@ -227,7 +229,7 @@ def _at(table: Tensor, column: Tensor) -> Tensor:
 
 
 def _tile_mass(probabilities: Tensor, place: Tensor, count: int, size: int) -> Tensor:
-    """`[B, Hq, count, nk]`: attention of the queries of some tiles to the keys of each tile.
+    """Sum the attention of the queries of some tiles to the keys of each tile, `[B, Hq, count, nk]`.
 
     Args:
         probabilities: `[B, Hq, R, Tk]`.

@@ -1,4 +1,4 @@
-"""Which keys the trained scorers keep of a text, token by token and head by head: the content of selection.json."""
+"""Describe which keys the trained scorers keep of a text, per token and head: the content of selection.json."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -23,7 +23,7 @@ _BYTES = 4  # of the longest UTF-8 character, so that as many tokens at most sha
 
 @torch.no_grad()
 def kept_keys(model: nn.Module, chunk: Tensor) -> Tensor:
-    """What every head keeps of one chunk.
+    """Mark the keys of one chunk that each head keeps.
 
     Args:
         model: a patched model in `eval` mode, with its scorers switched on.
@@ -39,7 +39,7 @@ def kept_keys(model: nn.Module, chunk: Tensor) -> Tensor:
 
 
 def describe_selection(model: Any, tokenizer: Any, chunks: Tensor, *, text_name: str = "") -> dict[str, Any]:
-    """See what the scorers keep of a text.
+    """Describe which keys of a text the scorers keep.
 
     Args:
         model: a `PeftModel` or a model patched by `hf_sparse.patch`, in `eval` mode.
@@ -90,7 +90,7 @@ def describe_selection(model: Any, tokenizer: Any, chunks: Tensor, *, text_name:
 
 
 def pieces(tokenizer: Any, tokens: list[int]) -> Iterator[tuple[str, int, int]]:
-    """The text of tokens, cut where tokens end: `(text, start, stop)`, with spaces where the whole text has them.
+    """Cut a text where its tokens end: `(text, start, stop)`, with spaces where the whole text has them.
 
     Each piece is decoded after the one before it, because a token alone may lose its space or be part of a character.
     """
@@ -108,7 +108,7 @@ def pieces(tokenizer: Any, tokens: list[int]) -> Iterator[tuple[str, int, int]]:
 
 
 def _in_slots(model: nn.Module, tokens: Tensor) -> Iterator[Tensor]:
-    """`[Hkv, T]` of each sparse layer: what its cache holds after the text."""
+    """Yield the keys in the cache of each sparse layer after the text, `[Hkv, T]` bool."""
     cache = cache_of(model(input_ids=tokens, use_cache=True))
     for layer in cache.layers:
         if isinstance(layer, SparseKCacheLayer):
@@ -118,7 +118,7 @@ def _in_slots(model: nn.Module, tokens: Tensor) -> Iterator[Tensor]:
 
 
 def _selected(model: nn.Module, methods: list[SparseKAttention], tokens: Tensor) -> Iterator[Tensor]:
-    """`[Hkv, T]` of each layer of an encoder: sinks and the best-scored others."""
+    """Yield the sinks and the best-scored other keys of each layer of an encoder, `[Hkv, T]` bool."""
     found: dict[SparseKAttention, Tensor] = {}
     with ExitStack() as hooks:
         for method in methods:

@@ -25,7 +25,7 @@ _SPARE = {"cuda": 1 << 24}
 
 @dataclass(frozen=True)
 class Block:
-    """`n` jobs with the `S = c * size` keys that they list."""
+    """Hold `n` jobs with the `S = c * size` keys that they list."""
 
     jobs: Tensor  # [n] int64
     tiles: Tensor  # [n, c] int64, index into [B * Hkv * nk] tiles of keys
@@ -34,7 +34,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Plan:
-    """Who attends to whom."""
+    """Hold which keys each query attends to: in all tiles or listed ones, before padding and, if causal, the future."""
 
     layout: Layout
     causal: bool
@@ -43,7 +43,7 @@ class Plan:
     edges: Tensor | None = None  # [B, Hq, Tq, Tk] bool, only with all tiles
 
     def _lists(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """Length of the list of each job, `[jobs]`, and the lists, `[jobs, m]`, or None for all tiles in order."""
+        """Count the tiles of each job, `[jobs]`, and return their lists, `[jobs, m]`, or None for all in order."""
         layout = self.layout
         if self.tiles is not None:
             index = self.tiles.index.flatten(0, 2)
@@ -54,7 +54,7 @@ class Plan:
         return last // layout.size + 1, None
 
     def blocks(self, device: torch.device) -> Iterator[Block]:
-        """All jobs whose list is not empty, those with the longest lists first."""
+        """Yield all jobs whose list is not empty, those with the longest lists first."""
         layout = self.layout
         if not layout.jobs:
             return

@@ -1,4 +1,4 @@
-"""The page bound alone as a predictor of tiles: nothing is trained."""
+"""Predict tiles by the page bound alone: nothing is trained."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""The gold graph: which keys full entmax attends to."""
+"""Find the gold graph: the keys that full entmax attends to."""
 
 import torch
 from torch import Tensor

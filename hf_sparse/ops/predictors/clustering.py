@@ -1,4 +1,4 @@
-"""Clustering: a query and a key are joined iff their nearest centroids have one in common.
+"""Join a query and a key iff they share one of their nearest centroids.
 
 Centroids come from k-means on the projected queries and keys of training text, together, one set per KV head. Each
 point belongs to its `top` nearest centroids, and any of the query's with any of the key's joins them (the released code
@@ -53,7 +53,7 @@ def assign(points: Tensor, centroids: Tensor | None, top: int = 1) -> Tensor:
 
 
 def assign_parts(points: Tensor, centroids: Tensor | None, parts: int) -> Tensor:
-    """The nearest centroid of each part of each point: product quantization (Jegou et al. 2011).
+    """Find the nearest centroid of each part of each point: product quantization (Jegou et al. 2011).
 
     Args:
         points, centroids: as in `assign`; the columns of each part are clustered by themselves.
@@ -75,12 +75,12 @@ def assign_parts(points: Tensor, centroids: Tensor | None, parts: int) -> Tensor
 
 
 def cut_into_parts(points: Tensor, parts: int) -> Tensor:
-    """`[H, N, r]` -> `[H * parts, N, r / parts]`, the parts of a head one after the other."""
+    """Cut `[H, N, r]` into `[H * parts, N, r / parts]`, the parts of a head one after the other."""
     return points.unflatten(-1, (parts, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def points_of_parts(ids: Tensor, centroids: Tensor) -> Tensor:
-    """The points that centroids make up, `[B, H, T, r]`: what `assign_parts` stands for.
+    """Put together the points `[B, H, T, r]` whose parts are the centroids that `assign_parts` found.
 
     Args:
         ids: `[B, H, T, parts]` int64, as from `assign_parts`.
@@ -138,7 +138,7 @@ def _fitted(points: Tensor, centroids: Tensor | None) -> Tensor:
 
 
 def _distances(points: Tensor, centroids: Tensor | None) -> Tensor:
-    """Squared, `[B, H, T, C]`; point by point, so that no result depends on which others are there."""
+    """Compute squared distances `[B, H, T, C]`, each from its own point alone, whatever the other points are."""
     centroids = _fitted(points, centroids)
     grouped = by_group(points.to(centroids.dtype), centroids.shape[0])[..., None, :]
     return (grouped - centroids[:, None, None]).square().sum(-1).flatten(1, 2)

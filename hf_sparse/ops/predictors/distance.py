@@ -1,4 +1,4 @@
-"""Distance: a query and a key are near where their projected points are. Every pair costs, between tiles too.
+"""Join queries and keys whose projected points are near. Every pair costs, between tiles too.
 
 Treviso et al. 2022 (arXiv 2109.12188), squared Euclidean distance, the one that the projections are trained with.
 """

@@ -1,4 +1,4 @@
-"""How well a predicted graph covers the gold graph of entmax, whose edges are the pairs with a probability above 0.
+"""Measure how well a predicted graph covers the gold graph of entmax: the pairs with a probability above 0.
 
 A query row whose gold edges are all predicted has exactly the entmax output that it has with all keys. Where mass is
 missed, the output is off by at most twice that mass times the largest value vector, so mass recall says more about the
@@ -93,7 +93,7 @@ def tile_sparsity(tiles: Tiles, keys: int, *, causal: bool) -> Tensor:
 
 @dataclass
 class MetricMeans:
-    """Means over texts of the ratios of each head, as the paper takes them: every text weighs the same.
+    """Average the ratios of each head over texts, as the paper does: every text weighs the same.
 
     Attributes:
         sums, counts: of each metric, `[H]`; a ratio that is NaN is left out.
@@ -110,9 +110,9 @@ class MetricMeans:
             self.counts[name] = self.counts.get(name, 0) + there.sum(0)
 
     def per_head(self) -> dict[str, Tensor]:
-        """`[H]` each, means over texts; NaN for a head without any."""
+        """Return the means over texts, `[H]` for each metric; NaN for a head without a text to average."""
         return {name: self.sums[name] / self.counts[name] for name in self.sums}
 
     def mean(self) -> dict[str, float]:
-        """The headline: means over heads of the means over texts."""
+        """Return the mean over heads of the means over texts, the number that reports lead with."""
         return {name: float(ratio.nanmean()) for name, ratio in self.per_head().items()}

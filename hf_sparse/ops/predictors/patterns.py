@@ -1,4 +1,4 @@
-"""Buckets of the patterns that compare points: the hashes of the Reformer, the clusters of the Routing Transformer."""
+"""Find the buckets of patterns that compare points: hashes of the Reformer, clusters of the Routing Transformer."""
 
 import torch
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""Projected queries and keys, the points that a predictor compares, and what stands for a tile of them."""
+"""Check and average projected queries and keys, the points that a predictor compares."""
 
 import torch
 from torch import Tensor
@@ -20,12 +20,12 @@ def check_points(query: Tensor, key: Tensor) -> None:
 
 
 def by_group(query: Tensor, kv_heads: int) -> Tensor:
-    """`[B, Hq, ...]` -> `[B, Hkv, Hq / Hkv, ...]`."""
+    """Split the query heads by KV head: `[B, Hq, ...]` to `[B, Hkv, Hq / Hkv, ...]`."""
     return query.unflatten(1, (kv_heads, -1))
 
 
 def tile_of_query(queries: int, keys: int, size: int, lag: int, device: torch.device) -> Tensor:
-    """`[Tq]` int64: the row, among the listed query tiles, of the tile that each query describes.
+    """Find the tile that each query describes, `[Tq]` int64, as a row of the listed query tiles.
 
     A tile of `size` queries is described by as many queries that begin `lag` positions before it. With `lag = 0` these
     are its own, as in the released code; its first query then depends on those after it. `lag = size - 1` is the least

@@ -1,4 +1,4 @@
-"""Quantization: a query and a key are joined iff they are in the same bin in at least one dimension.
+"""Join a query and a key iff they are in the same bin in at least one dimension (quantization).
 
 `shared` bins lie between boundaries that were fitted on training points, the same for queries and keys. A point's bins
 depend on nothing but the point, so a cached key keeps them, and they fit causal models.
@@ -19,7 +19,7 @@ from hf_sparse.ops.tiles.tiles import tile_counts
 
 
 def fit_boundaries(points: Tensor, bins: int) -> Tensor:
-    """Boundaries at the quantiles of training points, so that bins hold equal shares of them.
+    """Place boundaries at the quantiles of training points, so that bins hold equal shares of them.
 
     Args:
         points: `[H, N, r]`, queries and keys of the heads together; see `clustering.training_points`.
@@ -107,7 +107,7 @@ def _check_width(width: int, length: int, valid: Tensor | None) -> None:
 
 
 def _order(points: Tensor, valid: Tensor | None) -> Tensor:
-    """`[B, H, T, r]` int64: the tokens by rank in each dimension, padding behind all others."""
+    """Sort the tokens by rank in each dimension, `[B, H, T, r]` int64, padding behind all others."""
     last = points if valid is None else points.masked_fill(~valid[:, None, :, None], torch.inf)
     return last.argsort(dim=2, stable=True)
 
@@ -146,7 +146,7 @@ def fixed_bin_pairs(
 
 
 def _tiles_in_bins(points: Tensor, width: int, tile: Tensor, tiles: int, valid: Tensor | None) -> Tensor:
-    """`[B, H, r * bins, width]` int64: the tile of each member of each bin, `tiles` where there is none."""
+    """Find the tile of each member of each bin, `[B, H, r * bins, width]` int64; `tiles` for no member."""
     order = _order(points, valid)
     member = tile.clamp(max=tiles)[order]
     if valid is not None:

@@ -1,4 +1,4 @@
-"""Linear-time SparseK attention of an encoder: which keys a tile of queries reaches.
+"""Compute SparseK attention of an encoder in linear time, by the keys that a tile of queries reaches.
 
 Nothing arrives late here, so there is one selection per row and KV head, for all its queries, and one gate per key. A
 tile of `C` consecutive queries needs
@@ -44,14 +44,14 @@ def bidirectional_sparsek_attention(problem: Problem, tile: int | None = None) -
 
 @dataclass(frozen=True)
 class _Bidirectional:
-    """A query at position i has the keys from `i - left` to `i + right` in its window."""
+    """Find the keys of tiles whose query at position i has the keys `i - left` to `i + right` in its window."""
 
     tile: int
     left: int
     right: int
 
     def blocks(self, scores: Tensor, limit: Tensor | None, tables: tuple[Tensor, ...], group: int) -> Iterator[Block]:
-        """The shared keys and those around every tile, in this order; `scores` are gates here."""
+        """Yield the shared keys of every tile, and then those around it; `scores` are gates here."""
         shared, first = tables
         batch, heads, length = scores.shape
         row = flat_rows(batch, heads, length, scores.device)

@@ -1,4 +1,4 @@
-"""Linear-time causal SparseK attention: which keys a tile of queries reaches.
+"""Compute causal SparseK attention in linear time, by the keys that a tile of queries reaches.
 
 The selected set of query t + 1 is a subset of that of t plus the newest eligible key, so a tile of `C` consecutive
 queries needs at most
@@ -58,7 +58,7 @@ class _Causal:
     sinks: int
 
     def blocks(self, scores: Tensor, limit: Tensor | None, tables: tuple[Tensor, ...], group: int) -> Iterator[Block]:
-        """The sinks, the candidates and the window of every tile, in this order."""
+        """Yield the sinks, the candidates and the window of every tile, in this order."""
         rank, floor, lists, first = tables
         batch, heads, keys = scores.shape
         row = flat_rows(batch, heads, keys, scores.device)
@@ -89,7 +89,7 @@ class _Causal:
             )
 
     def _candidates(self, span: Span, lists: Tensor, begin: Tensor, keys: int) -> tuple[Tensor, Tensor]:
-        """Keys `[B, Hkv, n, c]` that some query of the tile may have selected, and whether each exists."""
+        """List the keys `[B, Hkv, n, c]` that some query of a tile may have selected, and whether each exists."""
         leaving = span.position[:, :-1] - self.window + 1  # [n, tile - 1], eligible from some query of the tile on
         chosen = lists[:, :, span.tiles]
         batch, heads = lists.shape[:2]
@@ -108,7 +108,7 @@ class _Causal:
         floor: Tensor,
         row: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        """Gates `[B, Hkv, n, tile, c]` of the candidates, and where they are strictly between 0 and 1."""
+        """Compute the gates `[B, Hkv, n, tile, c]` of the candidates, and mark those strictly between 0 and 1."""
         key, inside = candidate.unsqueeze(-2), inside.unsqueeze(-2)
         at = span.position[..., None]
         old = key <= at - self.window

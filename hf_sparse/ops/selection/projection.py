@@ -1,4 +1,4 @@
-"""SparseK: the Euclidean projection onto the k-capped simplex, exact and differentiable.
+"""Project scores onto the k-capped simplex (SparseK): exact and differentiable.
 
     sparsek(z, k) = argmin_p ||p - z||^2   subject to   0 <= p <= 1,  sum(p) = k
                   = clip(z - tau, 0, 1)    with tau the root of  f(tau) = sum_i clip(z_i - tau, 0, 1) = k

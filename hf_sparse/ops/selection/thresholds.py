@@ -1,4 +1,4 @@
-"""Thresholds of every prefix of a sequence, without a buffer of length x length.
+"""Compute the thresholds of every prefix of a sequence, without a buffer of length x length.
 
 For frozen scores both thresholds only rise as tokens arrive: `tau_t` of SparseK and `kappa_t`, the k-th best score. A
 key that falls out never returns, so a scan over tiles of queries carries only the best candidates forward, and every
@@ -22,7 +22,7 @@ _TILE = 128
 
 
 class Scan(NamedTuple):
-    """What a query needs to know about the keys that left its window.
+    """Hold what a query needs to know about the keys that left its window.
 
     Attributes:
         rank: `[..., Tk]` int64, unique and higher is better; 0 marks a key that can never be selected.
@@ -42,7 +42,7 @@ class Scan(NamedTuple):
 
 
 def rank_scores(scores: Tensor) -> Tensor:
-    """Unique integer ranks of `[..., T]` scores: higher is better, the lower index wins a tie, 0 for `-inf`."""
+    """Rank `[..., T]` scores by unique integers: higher is better, the lower index wins a tie, 0 for `-inf`."""
     length = scores.shape[-1]
     order = scores.argsort(dim=-1, descending=True, stable=True)
     ranks = torch.arange(length, 0, -1, device=scores.device).expand_as(order)
@@ -83,7 +83,7 @@ def scan(
 
 
 def sparsek_thresholds(scores: Tensor, k: int, *, support: int | None = None, tile: int = _TILE) -> Tensor:
-    """Threshold `tau_t` of SparseK for every prefix: `sparsek(scores[..., :t + 1], k) = clip(scores - tau_t, 0, 1)`.
+    """Compute `tau_t` of SparseK for each prefix: `sparsek(scores[..., :t + 1], k) = clip(scores - tau_t, 0, 1)`.
 
     Args:
         scores: `[..., T]` float32 or float64.
@@ -104,7 +104,7 @@ def sparsek_thresholds(scores: Tensor, k: int, *, support: int | None = None, ti
 
 
 def topk_thresholds(scores: Tensor, k: int, *, tile: int = _TILE) -> tuple[Tensor, Tensor]:
-    """The k-th best score of every prefix and its index; ties go to the lower index.
+    """Find the k-th best score of every prefix and its index; ties go to the lower index.
 
     Args:
         scores: `[..., T]` float32 or float64.
@@ -191,7 +191,7 @@ def _scan(scores: Tensor, rank: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Te
 
 
 def _wide(scores: Tensor) -> Tensor:
-    """An empty tensor of the dtype in which `threshold` solves."""
+    """Make an empty tensor of the dtype in which `threshold` solves."""
     return scores.new_empty(0, dtype=scores.dtype if scores.device.type == "mps" else torch.float64)
 
 

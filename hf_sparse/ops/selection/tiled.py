@@ -1,4 +1,4 @@
-"""SparseK attention in plain PyTorch: gather the keys that a tile of queries can reach, then dense maths on the tile.
+"""Compute SparseK attention in plain PyTorch: gather the keys that a tile of queries can reach, then attend densely.
 
 Which keys those are, and with which gates, is told by a `Reach`: `causal` or `bidirectional`. A tile's share of the
 keys does not grow with the length, so time is linear in it. The backward recomputes the tile instead of storing it:
@@ -23,7 +23,7 @@ _BUFFER = {"cpu": 1 << 21, "cuda": 1 << 27}
 
 @dataclass(frozen=True)
 class Block:
-    """Some consecutive tiles, `n` of them, with the `S` keys that each can reach.
+    """Hold `n` consecutive tiles of queries with the `S` keys that each can reach.
 
     The gate of a free key is `score - limit`, with the scores `[B, Hkv, Tk]` and limits `[B, Hkv, Tq]` (0 if there are
     none) that `attend` was given. All others are constant.
@@ -37,14 +37,14 @@ class Block:
 
 
 class Reach(Protocol):
-    """Which keys the tiles reach; everything that is a tensor comes as an argument, so that autograd can hold it."""
+    """Find the keys that tiles of queries reach; all tensors come as arguments, so that autograd can hold them."""
 
     @property
     def tile(self) -> int:
-        """Queries per tile."""
+        """Return the queries per tile."""
 
     def blocks(self, scores: Tensor, limit: Tensor | None, tables: tuple[Tensor, ...], group: int) -> Iterator[Block]:
-        """All queries, block by block; `group` is the number of query heads per KV head."""
+        """Yield all queries, block by block; `group` is the number of query heads per KV head."""
 
 
 def attend(
@@ -57,7 +57,7 @@ def attend(
     reach: Reach,
     scaling: float,
 ) -> Tensor:
-    """Attention `[B, Hq, Tq, D]` of the tiles; a query without a key gets 0.
+    """Attend tile by tile, `[B, Hq, Tq, D]`; a query without a key gets 0.
 
     Args:
         query, key, value: as in `sparsek_attention`.
@@ -69,14 +69,14 @@ def attend(
 
 @dataclass(frozen=True)
 class Span:
-    """Some consecutive tiles."""
+    """Hold the extent of some consecutive tiles of queries."""
 
     tiles: slice
     rows: slice  # their queries that exist
     position: Tensor  # [n, tile] int64, of each query among the keys
 
     def per_query(self, table: Tensor) -> Tensor:
-        """`[B, Hkv, Tq]` -> `[B, Hkv, n, tile, 1]`, padded with zeros."""
+        """Cut a number per query, `[B, Hkv, Tq]`, into tiles `[B, Hkv, n, tile, 1]`, padded with zeros."""
         part = torch.nn.functional.pad(
             table[..., self.rows], (0, self.position.numel() - self.rows.stop + self.rows.start)
         )
@@ -99,12 +99,12 @@ def spans(queries: int, keys: int, tile: int, logits: int, device: torch.device)
 
 
 def flat_rows(batch: int, heads: int, keys: int, device: torch.device) -> Tensor:
-    """`[B, Hkv, 1, 1]`: where each row begins in a flattened `[B * Hkv * Tk]`."""
+    """Find where each row begins in a flattened `[B * Hkv * Tk]`: `[B, Hkv, 1, 1]`."""
     return (torch.arange(batch * heads, device=device) * keys).view(batch, heads, 1, 1)
 
 
 def _tiles(tensor: Tensor, rows: slice, heads: int, tile: int) -> Tensor:
-    """`[B, Hq, Tq, X]` -> `[B, Hkv, n, G, tile, X]` of the given rows, padded with zeros."""
+    """Cut the given rows of `[B, Hq, Tq, X]` into tiles `[B, Hkv, n, G, tile, X]`, padded with zeros."""
     part = tensor[:, :, rows]
     part = torch.nn.functional.pad(part, (0, 0, 0, -part.shape[2] % tile))
     batch, _, length, width = part.shape
@@ -112,7 +112,7 @@ def _tiles(tensor: Tensor, rows: slice, heads: int, tile: int) -> Tensor:
 
 
 def _rows(tiles: Tensor, length: int) -> Tensor:
-    """The inverse of `_tiles`."""
+    """Undo `_tiles`: put tiles together into rows `[B, Hq, length, X]`."""
     batch, heads, n, group, tile, width = tiles.shape
     return tiles.transpose(2, 3).reshape(batch, heads * group, n * tile, width)[:, :, :length]
 
@@ -214,7 +214,7 @@ class _Tiled(torch.autograd.Function):
 def _logits(
     query: Tensor, flat_key: Tensor, block: Block, heads: int, tile: int, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """Logits `[B, Hkv, n, G, tile, S]`, `-inf` where the gate is 0, and the gates `[B, Hkv, n, 1, tile, S]`."""
+    """Compute the logits `[B, Hkv, n, G, tile, S]`, `-inf` for a gate of 0, and the gates `[B, Hkv, n, 1, tile, S]`."""
     queries = _tiles(query, block.rows, heads, tile).to(flat_key.dtype)
     logits = _matmul(queries, flat_key[block.index].transpose(-1, -2)).mul_(scaling)
     gate = block.gate.unsqueeze(3).to(logits.dtype)
@@ -222,5 +222,5 @@ def _logits(
 
 
 def _matmul(rows: Tensor, shared: Tensor) -> Tensor:
-    """`[B, Hkv, n, G, tile, X] @ [B, Hkv, n, X, Y]`, without a copy of `shared` for each of the G query heads."""
+    """Multiply `[B, Hkv, n, G, tile, X]` by `[B, Hkv, n, X, Y]` without a copy of `shared` for each of G heads."""
     return (rows.flatten(3, 4) @ shared).unflatten(3, rows.shape[3:5])

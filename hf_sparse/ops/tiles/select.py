@@ -1,4 +1,4 @@
-"""A given number of key tiles per query tile, whatever the predictor: one rule, so that sparsities are equal."""
+"""Select a given number of key tiles per query tile by one rule for all predictors, so that sparsities are equal."""
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ def best_tiles(
     rows: int | None = None,
     own: Tensor | None = None,
 ) -> Tiles:
-    """The best `count` key tiles of every query tile.
+    """Select the best `count` key tiles of every query tile.
 
     First the tile of the query itself, then those of `always`, then the others, each by score, compared in float32; of
     equal scores the lower index wins. Only allowed tiles are listed, so early rows of a causal graph list fewer.
@@ -79,8 +79,9 @@ def best_tiles(
 
 
 def _rank(scores: Tensor, level: Tensor) -> Tensor:
-    """Whole numbers `[B, H, nq, nk]` int64, all different within a row: by level, then score, then index; negative for
-    a level of -1."""
+    """Rank the tiles of a row by level, then score, then index: `[B, H, nq, nk]` int64, all different within a row.
+
+    A tile of level -1 has a negative rank."""
     bits = (scores.float() + 0.0).contiguous().view(torch.int32).long()  # adding 0 leaves one zero of the two there are
     ascending = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) + (1 << 31)
     last = torch.arange(scores.shape[-1], device=scores.device).flip(-1)

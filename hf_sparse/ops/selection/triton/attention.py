@@ -95,7 +95,7 @@ def attend(
     scaling: float,
     blocks: Blocks | None = None,
 ) -> Tensor:
-    """Attention `[B, Hq, Tq, D]` of every query to the keys of the tables; a query without a key gets 0.
+    """Attend to the keys of the tables, `[B, Hq, Tq, D]`; a query without a key gets 0.
 
     Args:
         query, key, value: as in `sparsek_attention`; float32, bfloat16 or float16, `D` at most 256.

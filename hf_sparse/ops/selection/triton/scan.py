@@ -49,7 +49,7 @@ _LARGEST = 8192  # keys of a list
 
 
 def supports(scores: Tensor, *, size: int, queries: int, tile: int) -> bool:
-    """Whether the kernels take it: float32, tiles of 16, 32, 64 or a multiple of 128, lists of at most 8,192 keys."""
+    """Tell whether the kernels run: float32, tiles of 16, 32, 64 or n * 128, lists of at most 8,192 keys."""
     fits = tile in (16, 32, 64) or (tile > 0 and tile % _CHUNK == 0)
     return fits and scores.dtype == torch.float32 and scores.numel() > 0 and queries > 0 and size <= _LARGEST
 
@@ -65,7 +65,7 @@ def scan(
     with_tau: bool = False,
     with_lists: bool = False,
 ) -> Scan:
-    """What `hf_sparse.ops.selection.thresholds.scan` returns, for the same arguments and by the same tie rule.
+    """Scan as `hf_sparse.ops.selection.thresholds.scan` does, with the same arguments and tie rule.
 
     By kernels where `supports` says so, which must then run on the device of the scores; by that function elsewhere.
     Of the kernels, ranks are other integers (they hold the score itself) with the same meaning, lists are int32, of
@@ -119,7 +119,7 @@ class _TritonThresholds(torch.autograd.Function):
 
 
 def _run(scores: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rank `[..., Tk]`, floor and tau `[..., Tq]` (tau is empty unless asked for) and lists."""
+    """Compute ranks `[..., Tk]`, floors and tau `[..., Tq]` (tau is empty unless asked for) and lists."""
     with torch.cuda.device_of(scores):  # where Triton launches
         return _launch(scores, plan)
 
@@ -195,7 +195,7 @@ def _launch(scores: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 
 def _merging(lists: int, rows: int, width: int, longest: int) -> tuple[tuple[int, int, int], dict[str, int]]:
-    """Grid and constants of a kernel that merges into lists of `width` from lists of at most `longest`."""
+    """Return the grid and constants of a kernel that merges into lists of `width` from lists of at most `longest`."""
     block = min(1024, triton.next_power_of_2(max(width, 16)))
     constants = {"BLOCK": block, "STEPS": longest.bit_length(), "num_warps": max(1, min(4, block // 128))}
     return (lists, rows, triton.cdiv(width, block)), constants
