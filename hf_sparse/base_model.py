@@ -153,8 +153,8 @@ def open_base(name: str, **options: Any) -> Base:
     # Whatever the configuration says: a name of its own could be that of a kernel on the Hub.
     config._attn_implementation = attention
     config._experts_implementation = None
-    kept = {key: options[key] for key in _OF_LOADING if key in options}
-    return Base(name, config, {**hub, **rest, **kept})
+    loading = {key: options[key] for key in _OF_LOADING if key in options}
+    return Base(name, config, {**hub, **rest, **loading})
 
 
 @contextmanager

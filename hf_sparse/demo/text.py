@@ -30,13 +30,13 @@ def documents(split: Split, *, tests: bool = False) -> Iterator[str]:
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).with_suffix("").parts
-        if _SKIPPED.intersection(parts):
+        names = path.relative_to(root).with_suffix("").parts
+        if _SKIPPED.intersection(names):
             continue
-        is_test = parts[0] == "test" or "tests" in parts or "idle_test" in parts
+        is_test = names[0] == "test" or "tests" in names or "idle_test" in names
         if is_test and not tests:
             continue
-        module = parts[1] if parts[0] == "test" and len(parts) > 1 else parts[0]
+        module = names[1] if names[0] == "test" and len(names) > 1 else names[0]
         if is_held_out(module) != (split == "held_out"):
             continue
         text = path.read_text("utf-8", errors="replace").strip()

@@ -69,14 +69,14 @@ def describe_selection(model: Any, tokenizer: Any, chunks: Tensor, *, text_name:
     edges = sorted({round(length * i / _BINS) for i in range(_BINS + 1)})
     widths = torch.tensor(edges).diff()
     with using(model, "learned"):
-        kept = torch.stack([kept_keys(model, chunk) for chunk in chunks.split(1)])  # [N, R, T]
-    shares = torch.stack([part.sum(-1) for part in kept.split(widths.tolist(), -1)], -1).sum(0) / (count * widths)
+        marks = torch.stack([kept_keys(model, chunk) for chunk in chunks.split(1)])  # [N, R, T]
+    shares = torch.stack([part.sum(-1) for part in marks.split(widths.tolist(), -1)], -1).sum(0) / (count * widths)
     names = [(method.layer, head) for method in methods for head in range(method.num_key_value_heads)]
     heads = [
         {"layer": layer, "head": head, "kept": [round(share, 5) for share in row]}
         for (layer, head), row in zip(names, shares.tolist(), strict=True)
     ]
-    votes = kept[0].sum(0).tolist()
+    votes = marks[0].sum(0).tolist()
     return {
         "format": FORMAT,
         "budget": {"k": config.k, "window": config.window, "sinks": config.sinks, "slots": config.slots},
@@ -119,17 +119,17 @@ def _in_slots(model: nn.Module, tokens: Tensor) -> Iterator[Tensor]:
 
 def _selected(model: nn.Module, methods: list[SparseKAttention], tokens: Tensor) -> Iterator[Tensor]:
     """Yield the sinks and the best-scored other keys of each layer of an encoder, `[Hkv, T]` bool."""
-    found: dict[SparseKAttention, Tensor] = {}
+    scores_of: dict[SparseKAttention, Tensor] = {}
     with ExitStack() as hooks:
         for method in methods:
 
             def note(scorer: nn.Module, inputs: Any, scores: Tensor, method: SparseKAttention = method) -> None:
-                found[method] = scores[0]
+                scores_of[method] = scores[0]
 
             hooks.callback(method.sparsek_scorer[method.active].register_forward_hook(note).remove)
         model(input_ids=tokens)
     for method in methods:
-        budget, scores = method.budget, found[method]
+        budget, scores = method.budget, scores_of[method]
         index = torch.arange(scores.shape[-1], device=scores.device)
         scores = scores.masked_fill(index < budget.sinks, torch.inf)
         best = scores.argsort(dim=-1, descending=True, stable=True)[:, : budget.sinks + budget.k]

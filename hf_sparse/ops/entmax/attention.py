@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from hf_sparse.ops.entmax.blocks import Block, Plan
+from hf_sparse.ops.entmax.blocks import JobBlock, Plan
 from hf_sparse.ops.entmax.inputs import Inputs
 from hf_sparse.ops.entmax.threshold import powers, relative_threshold
 
@@ -39,7 +39,7 @@ def attend(inputs: Inputs, value: Tensor, plan: Plan) -> tuple[Tensor, Tensor, T
 
 
 @torch.no_grad()
-def thresholds(inputs: Inputs, plan: Plan) -> Tensor:
+def entmax_thresholds(inputs: Inputs, plan: Plan) -> Tensor:
     """Compute tau `[B, Hq, Tq]` over the keys of the plan: a lower bound of the tau over more keys."""
     layout = plan.layout
     query, key = layout.fold_queries(inputs.query), layout.fold_keys(inputs.key)
@@ -51,7 +51,7 @@ def thresholds(inputs: Inputs, plan: Plan) -> Tensor:
     return layout.unfold_queries(tau).squeeze(-1)
 
 
-def _scores(query: Tensor, key: Tensor, block: Block) -> tuple[Tensor, Tensor]:
+def _scores(query: Tensor, key: Tensor, block: JobBlock) -> tuple[Tensor, Tensor]:
     """Compute z less its maximum, `[n, share, rows, S]`, and the maximum, `[n, share, rows, 1]`.
 
     A key that the query does not see has `-inf`."""
@@ -65,7 +65,7 @@ def _absolute(tau: Tensor, peak: Tensor) -> Tensor:
     return (tau + peak).flatten(1, 2)
 
 
-def _exponent(exponent: float | Tensor, plan: Plan, block: Block) -> float | Tensor:
+def _exponent(exponent: float | Tensor, plan: Plan, block: JobBlock) -> float | Tensor:
     return plan.layout.per_head(exponent, block.jobs) if isinstance(exponent, Tensor) else exponent
 
 

@@ -24,7 +24,7 @@ _SPARE = {"cuda": 1 << 24}
 
 
 @dataclass(frozen=True)
-class Block:
+class JobBlock:
     """Hold `n` jobs with the `S = c * size` keys that they list."""
 
     jobs: Tensor  # [n] int64
@@ -53,7 +53,7 @@ class Plan:
         last = layout.positions(torch.arange(layout.jobs, device=device))[:, -1].clamp(max=layout.keys - 1)
         return last // layout.size + 1, None
 
-    def blocks(self, device: torch.device) -> Iterator[Block]:
+    def blocks(self, device: torch.device) -> Iterator[JobBlock]:
         """Yield all jobs whose list is not empty, those with the longest lists first."""
         layout = self.layout
         if not layout.jobs:
@@ -77,21 +77,21 @@ class Plan:
             yield self._block(jobs, first if index is None else index[jobs, :width], valid)
             low = high
 
-    def _block(self, jobs: Tensor, listed: Tensor, valid: Tensor | None) -> Block:
+    def _block(self, jobs: Tensor, listed: Tensor, valid: Tensor | None) -> JobBlock:
         layout = self.layout
         tile = listed.clamp(min=0)
-        at = layout.positions(jobs)  # [n, rows]
+        position = layout.positions(jobs)  # [n, rows]
         key = (tile[..., None] * layout.size + torch.arange(layout.size, device=jobs.device)).flatten(1)  # [n, S]
         key_exists = (key < layout.keys) & (listed >= 0).repeat_interleave(layout.size, dim=-1)
-        number = at - layout.first_of(jobs)  # of the query
-        query_exists = (number >= 0) & (at < layout.keys)
+        number = position - layout.first_of(jobs)  # of the query
+        query_exists = (number >= 0) & (position < layout.keys)
         if valid is not None:
             batch = layout.batch_of(jobs)[:, None]
             key_exists &= valid[batch, key]
-            query_exists &= valid[batch, at.clamp(max=layout.keys - 1)]
+            query_exists &= valid[batch, position.clamp(max=layout.keys - 1)]
         seen = query_exists[..., None] & key_exists[:, None]
         if self.causal:
-            seen &= key[:, None] <= at[..., None]
+            seen &= key[:, None] <= position[..., None]
         seen = seen[:, None]
         if self.edges is not None:  # all tiles in order, so the first keys
             edges = self.edges[
@@ -103,4 +103,4 @@ class Plan:
                 : key.shape[1],
             ]
             seen = seen & F.pad(edges, (0, key.shape[1] - edges.shape[-1]))
-        return Block(jobs, layout.kv_of(jobs)[:, None] * layout.key_tiles + tile, seen)
+        return JobBlock(jobs, layout.kv_of(jobs)[:, None] * layout.key_tiles + tile, seen)

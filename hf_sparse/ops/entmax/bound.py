@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_sparse.ops.entmax.attention import thresholds
+from hf_sparse.ops.entmax.attention import entmax_thresholds
 from hf_sparse.ops.entmax.blocks import BUFFER, Plan
 from hf_sparse.ops.entmax.inputs import Inputs, prepare
 from hf_sparse.ops.entmax.layout import Layout, listed_layout
@@ -51,7 +51,7 @@ def complete_tiles(
     """
     inputs = prepare(query, key, alpha, scaling, causal, valid, first_query)
     layout, tiles = listed_layout(tiles, inputs)
-    needed, certified = missing(inputs, layout, tiles, thresholds(inputs, Plan(layout, causal, valid, tiles)))
+    needed, certified = missing(inputs, layout, tiles, entmax_thresholds(inputs, Plan(layout, causal, valid, tiles)))
     return tiles.union(Tiles.of_mask(needed, tiles.size, tiles.rows)), certified
 
 
@@ -98,8 +98,8 @@ def excesses(inputs: Inputs, layout: Layout, limit: Tensor) -> Iterator[tuple[sl
     limit, exists = layout.fold_queries(torch.stack([limit, torch.ones_like(limit)], -1)).split(1, dim=-1)
     limit = limit.masked_fill(exists == 0, torch.inf)
     filled = None if inputs.valid is None else tiles_of_valid(inputs.valid, layout.size)
-    own = layout.own_tiles(device)
-    allowed = allowed_tiles(own, layout.key_tiles, causal=inputs.causal, valid_tiles=filled)
+    own_tile = layout.own_tiles(device)
+    allowed = allowed_tiles(own_tile, layout.key_tiles, causal=inputs.causal, valid_tiles=filled)
     # Extremes are copied for each job: with few queries in it, these take the memory, not the bounds.
     held = max(layout.share * layout.rows, 2 * low.shape[-1])
     at_once = max(1, BUFFER.get(device.type, 1 << 24) // (held * layout.key_tiles))

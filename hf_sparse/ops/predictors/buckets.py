@@ -14,7 +14,7 @@ from hf_sparse.ops.predictors.projections import by_group, tile_of_query
 from hf_sparse.ops.tiles.tiles import tile_counts
 
 
-def without_padding(ids: Tensor, valid: Tensor | None) -> Tensor:
+def clear_padding(ids: Tensor, valid: Tensor | None) -> Tensor:
     """Put -1 (no bucket) into buckets `[B, H, T, c]` where `valid`, `[B, T]`, is False."""
     return ids if valid is None else ids.masked_fill(~valid[:, None, :, None], -1)
 

@@ -14,7 +14,7 @@ Treviso et al. 2022 (arXiv 2109.12188); balancing as in the Routing Transformer 
 import torch
 from torch import Tensor
 
-from hf_sparse.ops.predictors.buckets import without_padding
+from hf_sparse.ops.predictors.buckets import clear_padding
 from hf_sparse.ops.predictors.projections import by_group, check_points
 
 
@@ -70,8 +70,8 @@ def assign_parts(points: Tensor, centroids: Tensor | None, parts: int) -> Tensor
         raise ValueError(f"points of rank {rank} cannot be cut into {parts} equal parts")
     centroids = _fitted(points, centroids)
     tables = cut_into_parts(centroids.repeat_interleave(points.shape[1] // len(centroids), 0), parts)
-    found = assign(cut_into_parts(points.flatten(0, 1), parts).unflatten(0, (len(points), -1)), tables)
-    return found[..., 0].unflatten(1, (-1, parts)).transpose(2, 3)
+    nearest = assign(cut_into_parts(points.flatten(0, 1), parts).unflatten(0, (len(points), -1)), tables)
+    return nearest[..., 0].unflatten(1, (-1, parts)).transpose(2, 3)
 
 
 def cut_into_parts(points: Tensor, parts: int) -> Tensor:
@@ -119,7 +119,7 @@ def assign_balanced(
     if isinstance(width, Tensor):
         place = torch.arange(taken.shape[2], device=points.device)[:, None]
         cluster = cluster.masked_fill(place >= width[:, None, None, None], -1)
-    return without_padding(torch.full_like(distance, -1, dtype=torch.int64).scatter_(2, taken, cluster), valid)
+    return clear_padding(torch.full_like(distance, -1, dtype=torch.int64).scatter_(2, taken, cluster), valid)
 
 
 def balanced_width(tokens: int | Tensor, clusters: int, top: int = 1) -> int | Tensor:

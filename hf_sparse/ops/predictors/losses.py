@@ -138,15 +138,15 @@ def _prepare(query: Tensor, key: Tensor, probabilities: Tensor, allowed: Tensor)
             f"got {tuple(probabilities.shape)} and {tuple(allowed.shape)} {allowed.dtype}"
         )
     with torch.autocast(query.device.type, enabled=False):
-        wide = torch.promote_types(query.dtype, torch.float32)
+        dtype = torch.promote_types(query.dtype, torch.float32)
         # Padding may hold anything, and a weight of 0 would not keep NaN out of the gradients.
         seen, sees = allowed.any(1).any(1), allowed.any(-1)
-        key = key.to(wide).masked_fill(~seen[:, None, :, None], 0.0)
-        query = by_group(query.to(wide).masked_fill(~sees[..., None], 0.0), key.shape[1])
+        key = key.to(dtype).masked_fill(~seen[:, None, :, None], 0.0)
+        query = by_group(query.to(dtype).masked_fill(~sees[..., None], 0.0), key.shape[1])
         inner = query @ key[:, :, None].transpose(-1, -2)
         norms = query.square().sum(-1)[..., None] + key.square().sum(-1)[:, :, None, None]
         distance = (norms - 2 * inner).flatten(1, 2)
-        return distance, probabilities.detach().to(wide).masked_fill(~allowed, 0.0)
+        return distance, probabilities.detach().to(dtype).masked_fill(~allowed, 0.0)
 
 
 def _mean(loss: Tensor, allowed: Tensor) -> Tensor:

@@ -51,10 +51,10 @@ def strided_scores(count: int | Tensor, own: Tensor, tiles: int, *, causal: bool
         tiles: `nk`.
         causal: as in `allowed_edges`.
     """
-    place, reach, near, far = _halves(count, own, tiles, causal)
-    stride = -(-(reach - near).clamp(min=1) // far.clamp(min=1))
-    regular = (place - near + 1) % stride == 0
-    return _in_order(place, (place < near) | (regular & (far > 0)), place < near, tiles)
+    place, reach, near_count, far_count = _halves(count, own, tiles, causal)
+    stride = -(-(reach - near_count).clamp(min=1) // far_count.clamp(min=1))
+    regular = (place - near_count + 1) % stride == 0
+    return _in_order(place, (place < near_count) | (regular & (far_count > 0)), place < near_count, tiles)
 
 
 def fixed_scores(count: int | Tensor, own: Tensor, tiles: int, *, causal: bool) -> Tensor:
@@ -63,10 +63,10 @@ def fixed_scores(count: int | Tensor, own: Tensor, tiles: int, *, causal: bool) 
     Sparse Transformer "fixed" (Child et al. 2019) at a given number of tiles; what is left goes to the nearest.
     Arguments as in `strided_scores`.
     """
-    place, _, near, far = _halves(count, own, tiles, causal)
-    stride = max(1, -(-tiles // max(1, int(far.max()))))
+    place, _, near_count, far_count = _halves(count, own, tiles, causal)
+    stride = max(1, -(-tiles // max(1, int(far_count.max()))))
     column = torch.arange(tiles, device=own.device) % stride == stride - 1
-    return _in_order(place, (place < near) | (column & (far > 0)), place < near, tiles)
+    return _in_order(place, (place < near_count) | (column & (far_count > 0)), place < near_count, tiles)
 
 
 def lsh_scores(
@@ -146,11 +146,11 @@ def _halves(count: int | Tensor, own: Tensor, tiles: int, causal: bool) -> tuple
     reach = own + 1 if causal else torch.full_like(own, tiles)
     room = torch.as_tensor(count, device=own.device)
     room = (room if room.ndim else room.expand(len(own)))[..., None].minimum(reach)
-    near = (room + 1) // 2
-    return place, reach, near, room - near
+    near_count = (room + 1) // 2
+    return place, reach, near_count, room - near_count
 
 
-def _in_order(place: Tensor, wanted: Tensor, first: Tensor, tiles: int) -> Tensor:
+def _in_order(place: Tensor, listed: Tensor, first: Tensor, tiles: int) -> Tensor:
     """Score the tiles `first`, then the other `listed` ones, then the rest, each by its place."""
-    score = wanted.float() + first.float() - place.float() / (tiles + 1)
+    score = listed.float() + first.float() - place.float() / (tiles + 1)
     return score if score.ndim == 4 else score[None, None]

@@ -61,8 +61,8 @@ def fit_profile(mass: Tensor, pairs: Tensor) -> Tensor:
             f"expected mass and pairs [H, {BINS}] with pairs at distance 0, got {tuple(mass.shape)} and "
             f"{tuple(pairs.shape)}: sum profile_mass over training text first"
         )
-    there = pairs > 0
-    last = torch.where(there, torch.arange(pairs.shape[1], device=pairs.device), 0).cummax(-1).values
+    has_pairs = pairs > 0
+    last = torch.where(has_pairs, torch.arange(pairs.shape[1], device=pairs.device), 0).cummax(-1).values
     mean = (mass / pairs.clamp(min=1)).gather(-1, last)
     overall = mass.sum(-1, keepdim=True) / pairs.sum(-1, keepdim=True)
     return mean / overall.clamp(min=torch.finfo(mean.dtype).tiny)

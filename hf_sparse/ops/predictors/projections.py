@@ -51,6 +51,6 @@ def tile_means(points: Tensor, exists: Tensor, rows: int) -> Tensor:
     tile, tiles = torch.arange(length, device=points.device) // rows, length // rows
     count = points.new_zeros((batch, 1, tiles)).index_add_(2, tile, exists[:, None].to(points.dtype))
     # A point that does not count may be NaN, which a weight of 0 would not remove.
-    kept = points.masked_fill(~exists[:, None, :, None], 0.0)
-    total = points.new_zeros((batch, heads, tiles, rank)).index_add_(2, tile, kept)
+    counted = points.masked_fill(~exists[:, None, :, None], 0.0)
+    total = points.new_zeros((batch, heads, tiles, rank)).index_add_(2, tile, counted)
     return total / count.clamp(min=1)[..., None]

@@ -13,7 +13,7 @@ Treviso et al. 2022 (arXiv 2109.12188); boundaries at quantiles are ours.
 import torch
 from torch import Tensor
 
-from hf_sparse.ops.predictors.buckets import without_padding
+from hf_sparse.ops.predictors.buckets import clear_padding
 from hf_sparse.ops.predictors.projections import by_group, check_points
 from hf_sparse.ops.tiles.tiles import tile_counts
 
@@ -35,8 +35,8 @@ def fit_boundaries(points: Tensor, bins: int) -> Tensor:
         raise ValueError(f"expected points [H, N, r] and 2 to N bins, got {tuple(points.shape)} and {bins} bins")
     # Ranks of a sort: torch.quantile refuses large inputs.
     ordered = points.sort(dim=1).values
-    at = torch.arange(1, bins, device=points.device) * points.shape[1] // bins
-    return ((ordered[:, at - 1] + ordered[:, at]) / 2).transpose(1, 2).contiguous()
+    cut = torch.arange(1, bins, device=points.device) * points.shape[1] // bins
+    return ((ordered[:, cut - 1] + ordered[:, cut]) / 2).transpose(1, 2).contiguous()
 
 
 def shared_bins(points: Tensor, boundaries: Tensor | None) -> Tensor:
@@ -55,11 +55,11 @@ def shared_bins(points: Tensor, boundaries: Tensor | None) -> Tensor:
     boundaries = _fitted(points, boundaries)
     bins = boundaries.shape[-1] + 1
     grouped = by_group(points, boundaries.shape[0]).to(boundaries.dtype)  # [B, Hb, G, T, r]
-    found = torch.zeros_like(grouped, dtype=torch.int64)
+    buckets = torch.zeros_like(grouped, dtype=torch.int64)
     for edge in range(bins - 1):
-        found += grouped >= boundaries[:, None, None, :, edge]
-    found += torch.arange(points.shape[3], device=points.device) * bins
-    return found.flatten(1, 2)
+        buckets += grouped >= boundaries[:, None, None, :, edge]
+    buckets += torch.arange(points.shape[3], device=points.device) * bins
+    return buckets.flatten(1, 2)
 
 
 def fixed_bins(points: Tensor, width: int, valid: Tensor | None = None) -> tuple[Tensor, int]:
@@ -81,9 +81,9 @@ def fixed_bins(points: Tensor, width: int, valid: Tensor | None = None) -> tuple
     order = _order(points, valid)
     place = torch.arange(length, device=points.device)[:, None].expand_as(order)
     bins = -(-length // width)
-    found = torch.empty_like(order).scatter_(2, order, place) // width
-    found = found + torch.arange(rank, device=points.device) * bins
-    return without_padding(found, valid), rank * bins
+    buckets = torch.empty_like(order).scatter_(2, order, place) // width
+    buckets = buckets + torch.arange(rank, device=points.device) * bins
+    return clear_padding(buckets, valid), rank * bins
 
 
 def _fitted(points: Tensor, boundaries: Tensor | None) -> Tensor:

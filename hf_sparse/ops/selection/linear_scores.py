@@ -16,8 +16,8 @@ _TRITON = installed()
 
 def normalised(states: Tensor) -> Tensor:
     """Normalise `[..., C]` by a layer norm without parameters (eps 1e-5), in float64, or float32 on MPS."""
-    wide = states.float() if states.device.type == "mps" else states.double()
-    return F.layer_norm(wide, wide.shape[-1:])
+    exact = states.float() if states.device.type == "mps" else states.double()
+    return F.layer_norm(exact, exact.shape[-1:])
 
 
 def linear_scores(states: Tensor, weight: Tensor) -> Tensor:
@@ -35,11 +35,11 @@ def linear_scores(states: Tensor, weight: Tensor) -> Tensor:
 
         with torch.cuda.device_of(states):  # where Triton launches
             return linear_scores.linear_scores(states, weight)
-    wide = normalised(states)
-    weight = weight.to(wide.dtype)
+    normal = normalised(states)
+    weight = weight.to(normal.dtype)
     if states.shape[1] == 1:  # a compiled decoding step makes one kernel of this and what is around it
-        return (wide * weight).sum(-1)[..., None]
-    return (wide @ weight.T).transpose(1, 2)
+        return (normal * weight).sum(-1)[..., None]
+    return (normal @ weight.T).transpose(1, 2)
 
 
 def has_kernels(states: Tensor) -> bool:

@@ -56,15 +56,15 @@ def insert_token(
     # Of equal scores the lower index wins, so the later key leaves.
     victim = positions.masked_fill(~weakest, -1).argmax(-1, keepdim=True)
     slot = torch.where(empty.any(-1, keepdim=True), empty.int().argmax(-1, keepdim=True), victim)
-    wide = slot[..., None].expand_as(key)
+    slot_index = slot[..., None].expand_as(key)
     if valid is not None:  # a padded row writes back what the slot holds
         real = valid[:, None, None]
-        key = torch.where(real[..., None], key, keys.gather(2, wide))
-        value = torch.where(real[..., None], value, values.gather(2, wide))
+        key = torch.where(real[..., None], key, keys.gather(2, slot_index))
+        value = torch.where(real[..., None], value, values.gather(2, slot_index))
         score = torch.where(real, score, scores.gather(2, slot))
         position = torch.where(real, position, positions.gather(2, slot))
-    keys.scatter_(2, wide, key)
-    values.scatter_(2, wide, value)
+    keys.scatter_(2, slot_index, key)
+    values.scatter_(2, slot_index, value)
     scores.scatter_(2, slot, score.float())
     positions.scatter_(2, slot, position.expand_as(slot))
 

@@ -50,10 +50,10 @@ def best_tiles(
         raise ValueError(f"expected the own tiles of {listed} query tiles, got {own.shape[-1]}")
     if isinstance(count, int) and count < 1:
         raise ValueError(f"a query tile needs at least 1 key tile, got count={count}")
-    wanted = (size if rows is None else rows, size)
-    if always is not None and ((always.rows, always.size), always.index.shape[2]) != (wanted, listed):
+    tile_shape = (size if rows is None else rows, size)
+    if always is not None and ((always.rows, always.size), always.index.shape[2]) != (tile_shape, listed):
         raise ValueError(
-            f"expected always-attended tiles of {wanted[0]} by {size} for {listed} query tiles, "
+            f"expected always-attended tiles of {tile_shape[0]} by {size} for {listed} query tiles, "
             f"got tiles of {always.rows} by {always.size} for {always.index.shape[2]}"
         )
     valid_tiles = None
@@ -135,12 +135,12 @@ def counts_for_sparsity(reach: Tensor, sparsity: float) -> Tensor:
     if not 0 <= sparsity < 1:
         raise ValueError(f"tile sparsity must be at least 0 and below 1, got {sparsity}")
     # The highest level at which `min(reach, level)` sums to at most what is wanted, and one more for some rows.
-    wanted = ((1 - sparsity) * reach.sum(-1, keepdim=True).double()).round().long()
+    target = ((1 - sparsity) * reach.sum(-1, keepdim=True).double()).round().long()
     level = torch.arange(1, int(reach.max()) + 1 if reach.numel() else 1, device=reach.device)
     sums = torch.minimum(reach[..., None], level).sum(-2)  # [..., levels]
-    level = (sums <= wanted).sum(-1, keepdim=True).clamp(min=1)
+    level = (sums <= target).sum(-1, keepdim=True).clamp(min=1)
     counts = torch.minimum(reach, level)
-    left = wanted - counts.sum(-1, keepdim=True)
+    left = target - counts.sum(-1, keepdim=True)
     more = reach > level
     place = more.flip(-1).cumsum(-1).flip(-1)
     return counts + (more & (place <= left)).long()

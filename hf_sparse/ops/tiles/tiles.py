@@ -216,10 +216,10 @@ def window_and_global(
     lowest = ((begin - left) // size).clamp(min=0)
     highest = ((begin + rows - 1 + right) // size).clamp(max=total - 1)
     width = min(total, -(-(left + right + rows - 1) // size) + 1) if window else 0
-    near = lowest + torch.arange(width, device=device)
-    near = near.masked_fill(near > highest, -1)
-    first = torch.arange(-(-min(global_tokens, keys) // size), device=device).expand(*near.shape[:3], -1)
-    return Tiles(each_once(torch.cat([near, first], -1)), size, rows)
+    window_tiles = lowest + torch.arange(width, device=device)
+    window_tiles = window_tiles.masked_fill(window_tiles > highest, -1)
+    first = torch.arange(-(-min(global_tokens, keys) // size), device=device).expand(*window_tiles.shape[:3], -1)
+    return Tiles(each_once(torch.cat([window_tiles, first], -1)), size, rows)
 
 
 def near_edges(position: Tensor, keys: int, *, window: int, global_tokens: int, causal: bool) -> Tensor:
@@ -232,8 +232,8 @@ def near_edges(position: Tensor, keys: int, *, window: int, global_tokens: int, 
     """
     key = torch.arange(keys, device=position.device)
     begin = position[..., None] - (window - 1 if causal else window // 2)
-    near = (key >= begin) & (key < begin + window) | (key < global_tokens)
-    return near[None, None] if position.ndim == 1 else near[:, None]
+    marked = (key >= begin) & (key < begin + window) | (key < global_tokens)
+    return marked[None, None] if position.ndim == 1 else marked[:, None]
 
 
 def joined(parts: Sequence[Tiles]) -> Tiles:

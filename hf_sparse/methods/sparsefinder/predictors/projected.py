@@ -114,10 +114,10 @@ class ProjectedPredictor(Predictor):
         """
         if self.config.tile is None:
             return self._token_graph(learned, of_queries, of_keys, span)
-        parts = []
+        graphs = []
         for part in self._pieces(of_queries, span):
-            parts.append(self._lists(learned, of_queries[:, :, : part.keys], of_keys[:, :, : part.keys], part))
-        return joined(parts)
+            graphs.append(self._lists(learned, of_queries[:, :, : part.keys], of_keys[:, :, : part.keys], part))
+        return joined(graphs)
 
     def tile_scores(self, learned: "SparsefinderParameters", of_queries: Tensor, of_keys: Tensor, span: Span) -> Tensor:
         """Estimate how much attention each pair of tiles has, `[B, H, nq, nk]`, in an order of its own.
@@ -188,13 +188,13 @@ class ProjectedPredictor(Predictor):
         """Predict tiles, all at once."""
         size, rows = self.tiles
         scores = self.tile_scores(learned, of_queries, of_keys, span)
-        own = self.own_tiles(span, scores.device)
+        own_tile = self.own_tiles(span, scores.device)
         return best_tiles(
             scores,
-            self.tiles_per_query(learned, own, scores.shape[3], span),
+            self.tiles_per_query(learned, own_tile, scores.shape[3], span),
             size=size,
             rows=rows,
-            own=own,
+            own=own_tile,
             causal=span.causal,
             valid=span.valid,
             always=always_joined(self.config, span, scores.device),

@@ -28,7 +28,7 @@ from hf_sparse.ops.triton.launch import launch
 LOG2_E = 1.4426950408889634
 
 
-class Blocks(NamedTuple):
+class ProgramSizes(NamedTuple):
     """Hold the sizes of a program: rows, keys at a time, Triton's warps and stages, most registers of a thread.
 
     With 128 registers 16 warps share a multiprocessor; some values are then kept in memory, which costs less."""
@@ -70,23 +70,23 @@ def constants(query: Tensor, key: Tensor, scores: Tensor | None, tables: Tables)
     }
 
 
-def mixed_stages(blocks: Blocks, tables: Tables) -> int:
+def mixed_stages(blocks: ProgramSizes, tables: Tables) -> int:
     """Return the pipeline stages of the loop over the mixed keys.
 
     In causal order these keys are few: the registers that fetching them ahead takes are needed by the other loops."""
     return 1 if tables.begin is None else blocks.stages
 
 
-def blocks_for(query: Tensor, soft: bool, causal: bool) -> Blocks:
+def blocks_for(query: Tensor, soft: bool, causal: bool) -> ProgramSizes:
     """Choose the sizes for a dtype, a head size, the kind of gates and the order."""
     dim = padded(query.shape[-1])
     if query.dtype == torch.float32:
-        return Blocks(64, 32, 4, 2) if dim <= 128 else Blocks(64, 32, 8, 1)
+        return ProgramSizes(64, 32, 4, 2) if dim <= 128 else ProgramSizes(64, 32, 8, 1)
     if dim > 128:
-        return Blocks(128, 32, 8, 2)
+        return ProgramSizes(128, 32, 8, 2)
     if dim > 64:
-        return Blocks(128, 32, 4, 3) if soft else Blocks(128, 32, 8, 3, 128)
-    return Blocks(64, 64, 4, 2, 128) if causal and not soft else Blocks(64, 32, 4, 3, 128)
+        return ProgramSizes(128, 32, 4, 3) if soft else ProgramSizes(128, 32, 8, 3, 128)
+    return ProgramSizes(64, 64, 4, 2, 128) if causal and not soft else ProgramSizes(64, 32, 4, 3, 128)
 
 
 def forward(
@@ -97,13 +97,13 @@ def forward(
     tau: Tensor | None,
     tables: Tables,
     scaling: float,
-    blocks: Blocks | None = None,
+    blocks: ProgramSizes | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return the output and, for every row, the base-2 logarithm of its softmax mass, 0 without a key.
 
     The logarithms are `[B, Hkv, Tq, group]` float32: in this order the rows of a program lie side by side.
 
-    Arguments as in `attention.attend`; `scores` and `tau` contiguous, the last dimension of the others too.
+    Arguments as in `attention.attend_listed`; `scores` and `tau` contiguous, the last dimension of the others too.
     """
     batch, heads, queries, _ = query.shape
     blocks = blocks or blocks_for(query, scores is not None, tables.begin is None)

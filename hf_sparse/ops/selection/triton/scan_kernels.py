@@ -268,7 +268,7 @@ def tile_thresholds(codes, sums, bounds, tiles, size, k, Q: tl.constexpr, STEPS:
 
 
 @triton.jit(do_not_specialize=["queries", "chunks", "before", "size", "k"])
-def thresholds(
+def query_thresholds(
     codes,
     sums,
     chunk_lists,
