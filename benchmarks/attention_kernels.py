@@ -62,10 +62,10 @@ def attend(
 
 def scanner(device: str) -> Callable[..., thresholds.Scan]:
     if device == "cpu":
-        return thresholds.scan
-    from hf_sparse.ops.selection.triton.scan import scan
+        return thresholds.scan_prefixes
+    from hf_sparse.ops.selection.triton.scan import scan_prefixes
 
-    return scan
+    return scan_prefixes
 
 
 def select(options: argparse.Namespace, scores: Tensor, gates: str) -> Tensor:
@@ -217,7 +217,7 @@ def check(options: argparse.Namespace) -> dict[str, float]:
         ):
             errors[f"{gates} {name}"] = float((ours - theirs).norm() / theirs.norm())
     arguments: dict[str, Any] = {"size": 200, "queries": CHECKED, "window": 61, "with_tau": True, "with_lists": True}
-    found, expected = (scan(inputs[3], 48, **arguments) for scan in (scanner(options.device), thresholds.scan))
+    found, expected = (scan(inputs[3], 48, **arguments) for scan in (scanner(options.device), thresholds.scan_prefixes))
     assert found.tau is not None and expected.tau is not None
     # As places in the order of all keys: ranks may be any integers.
     places = [torch.searchsorted(one.rank.sort(-1).values, one.floor) for one in (found, expected)]

@@ -183,7 +183,7 @@ def load_into(
 
 
 def check_steps(folder: Path, optimizer: torch.optim.Optimizer, steps: int) -> None:
-    """See that an optimiser that was loaded has made as many steps as the stage that the checkpoint is in.
+    """Check that a loaded optimiser has made as many steps as the stage that the checkpoint is in.
 
     Raises:
         DataError: it has made another number.

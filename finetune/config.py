@@ -180,7 +180,7 @@ def _check_method_settings(given: Mapping[str, Any], objective: str) -> dict[str
 
 
 def _unknown_setting(name: str, known: Iterable[str]) -> str:
-    """Word the error for a keyword that is no setting."""
+    """Make the error for a keyword that is no setting."""
     close = get_close_matches(name, list(known), n=1)
     expected = f"did you mean {close[0]!r}?" if close else f"expected one of {', '.join(known)}"
     return f"FinetuneConfig has no setting {name!r}; {expected}"

@@ -1,4 +1,4 @@
-"""Train: one function from checks to metrics, and the optimiser step that it repeats."""
+"""Train a model in one function from checks to metrics, and repeat the optimiser step."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Gradient checkpointing of a frozen model in `eval` mode.
+"""Recompute the layers of a frozen model in `eval` mode in the backward (gradient checkpointing).
 
 transformers' own works in `train` mode only, where a base model would also drop out.
 """

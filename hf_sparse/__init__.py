@@ -1,4 +1,4 @@
-"""Learned sparse attention for pretrained transformers.
+"""Give pretrained transformers learned sparse attention.
 
 Importing this registers the methods with PEFT and transformers; it changes no model. The one exception is the process
 of the command line itself: it registers them (`import hf_sparse.library`) when a verb begins its work, so that help and

@@ -1,4 +1,4 @@
-"""`python -m hf_sparse`: the command line, for launchers of several processes too."""
+"""Run the command line as `python -m hf_sparse`, for launchers of several processes too."""
 
 from hf_sparse.cli import main
 

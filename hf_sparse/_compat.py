@@ -1,4 +1,4 @@
-"""The one place that reaches into what others do not promise: names of transformers, and an enum of PEFT's.
+"""Reach into what other libraries do not promise: names of transformers, and an enum of PEFT's. Only this file does.
 
 transformers 5.24 calls `cache` what was `past_key_values` before, in forwards, `generate` and their outputs. Either
 name is taken from callers as transformers takes it; `with_cache` and `cache_of` use the one of the installed version.
@@ -57,7 +57,7 @@ def cache_given(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
 
 
 def private(module: str, name: str) -> Any:
-    """A name of transformers that it does not promise to keep.
+    """Import a name of transformers that it does not promise to keep.
 
     Raises:
         CompatibilityError: it is not there.

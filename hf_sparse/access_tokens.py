@@ -1,4 +1,4 @@
-"""Tokens of the Hub: checked before they are used, and taken out of every message."""
+"""Check access tokens of the Hub before they are used, and take them out of every message."""
 
 import os
 import re
@@ -104,7 +104,7 @@ def _check_characters(token: str, what: str) -> None:
 
 
 def _known() -> set[str]:
-    """Tokens that were passed or are saved."""
+    """Return the tokens that were passed or are saved."""
     saved = [os.environ.get(name, "") for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")]
     with suppress(OSError, ValueError):
         saved.append(Path(constants.HF_TOKEN_PATH).read_text("utf-8"))

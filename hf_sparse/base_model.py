@@ -1,4 +1,4 @@
-"""A base model by its name, from its configuration to the loaded model, whatever its files say.
+"""Open a base model by its name, from the configuration to the loaded model, whatever its files say.
 
 They may be a stranger's, so the configuration is bounded before transformers builds anything from it, no pickle is
 read, and what it names as code is not fetched: neither modelling code nor kernels of attention.
@@ -38,7 +38,7 @@ _OF_LOADING = ("dtype", "torch_dtype", "quantization_config")  # in a configurat
 
 @dataclass(frozen=True)
 class Base:
-    """A base model that is not loaded yet.
+    """Describe a base model that is not loaded yet.
 
     Attributes:
         name: what `resolve_base` takes.
@@ -153,8 +153,8 @@ def open_base(name: str, **options: Any) -> Base:
     # Whatever the configuration says: a name of its own could be that of a kernel on the Hub.
     config._attn_implementation = attention
     config._experts_implementation = None
-    kept = {key: options[key] for key in _OF_LOADING if key in options}
-    return Base(name, config, {**hub, **rest, **kept})
+    loading = {key: options[key] for key in _OF_LOADING if key in options}
+    return Base(name, config, {**hub, **rest, **loading})
 
 
 @contextmanager

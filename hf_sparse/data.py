@@ -239,7 +239,7 @@ def context_length(model: Any) -> int | None:
 
 
 def check_chunks(model: Any, chunks: Tensor, labels: Tensor | None = None) -> None:
-    """See that a model can read chunks of tokens.
+    """Check that a model can read chunks of tokens.
 
     Raises:
         DataError: not `[N, T]` int64, nothing in them, longer than the model's positions, tokens of another model, or

@@ -1,4 +1,4 @@
-"""The embeddings of a base model, which an adapter brings where they are not those of the base's checkpoint."""
+"""Find embeddings of a base model that its checkpoint does not hold, so that the adapter must bring them."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from hf_sparse.bundled import BASE_NAME, CHECKPOINT
 
 
 def embeddings_of(base: PreTrainedModel, prefix: str = "") -> dict[str, Tensor]:
-    """The parameters of the input and output embeddings of a base model by name, those of the input first.
+    """Return the parameters of a base model's input and output embeddings by name, those of the input first.
 
     Those within a module that an adapter trains and saves (`modules_to_save`) are that adapter's and left out.
 

@@ -1,4 +1,4 @@
-"""On what machine and versions a number was measured, without host names and paths, and which process this is there.
+"""Describe the machine and versions of a measurement, without host names and paths, and the role of this process.
 
 Launchers (`torchrun`, `accelerate launch`) tell the processes that they start together by `RANK` and `LOCAL_RANK`.
 """
@@ -12,7 +12,7 @@ import torch
 
 
 def describe() -> dict[str, Any]:
-    """`{"machine": ..., "versions": ...}` for the JSON of a measurement."""
+    """Return `{"machine": ..., "versions": ...}` for the JSON of a measurement."""
     machine: dict[str, Any] = {
         "system": platform.system(),
         "architecture": platform.machine(),
@@ -26,12 +26,12 @@ def describe() -> dict[str, Any]:
 
 
 def launched_processes() -> int:
-    """How many processes were launched together, this one included."""
+    """Count the processes that were launched together, this one included."""
     return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
 
 
 def is_main_process() -> bool:
-    """Whether it is for this process to write and to print, of those that were launched together.
+    """Tell whether this process is the one that writes and prints, of those that were launched together.
 
     Clusters set `RANK` alone where every process works for itself.
     """
@@ -39,5 +39,5 @@ def is_main_process() -> bool:
 
 
 def cuda_of_process() -> str:
-    """The GPU of this process: the current one, or its own if several were launched together."""
+    """Name the GPU of this process: the current one, or its own if several were launched together."""
     return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"

@@ -1,4 +1,4 @@
-"""What eval.json measures, and how people read it."""
+"""Define the measures of eval.json, and how people read them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Metric:
-    """One measure of quality.
+    """Describe one measure of quality.
 
     Attributes:
         key: of its values in eval.json, and the value of `metric` there.
@@ -29,7 +29,7 @@ class Metric:
         return f"{value:.{self.digits}f}"
 
     def best_of(self, values: Mapping[str, float]) -> str:
-        """The name of the best value."""
+        """Return the name of the best value."""
         return (min if self.best is None else max)(values, key=lambda name: values[name])
 
 
@@ -55,7 +55,7 @@ METRIC_KEYS = {"causal": "perplexity", "masked": "masked_perplexity", "features"
 
 
 def metric_of(evaluation: Mapping[str, Any]) -> Metric:
-    """The metric of an eval.json; files from before there were several have perplexities.
+    """Return the metric of an eval.json; files from before there were several have perplexities.
 
     Raises:
         KeyError: an unknown metric.

@@ -1,4 +1,4 @@
-"""What a model is for, by the name of its class: how it is loaded, trained and measured."""
+"""Find how a model is loaded, trained and measured from the name of its class."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ Kind = Literal["causal", "masked", "features"]
 
 @dataclass(frozen=True)
 class Task:
-    """What the models of one Auto class are for.
+    """Describe the models of one Auto class of transformers.
 
     Attributes:
         kind: how they are trained and measured.
@@ -73,7 +73,7 @@ for _task in (_CAUSAL, _MASKED, *(Task("features", *other) for other in _OTHERS)
 
 
 def task_of(config: Any, model_class: str | None = None) -> Task:
-    """The task of a checkpoint.
+    """Find the task of a checkpoint.
 
     Args:
         config: its configuration, whose `architectures` names the class that was saved.
@@ -90,7 +90,7 @@ def task_of(config: Any, model_class: str | None = None) -> Task:
 
 
 def kind_of(model: nn.Module) -> Kind:
-    """How a model, with an adapter or without, is trained and measured.
+    """Find how a model, with an adapter or without, is trained and measured.
 
     Raises:
         ValueError: a language model of next tokens that attends in both directions.
@@ -106,22 +106,22 @@ def kind_of(model: nn.Module) -> Kind:
 
 
 def task_of_class(model_class: str | None) -> Task:
-    """The task of a class of models; causal language modelling where it is not known."""
+    """Find the task of a class of models; causal language modelling where the class is not known."""
     return _BY_CLASS.get(model_class or "", _CAUSAL)
 
 
 def attends_both_ways(model_type: str | None, task: Task) -> bool:
-    """Whether the models of a type attend in both directions when they are used for a task."""
+    """Tell whether the models of a type attend in both directions when they are used for a task."""
     return task.kind != "causal" and model_type in _MASKED.models
 
 
 def final_states(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Last hidden states `[B, T, C]` of tokens `[B, T]`, whatever head the patched model has."""
+    """Compute the last hidden states `[B, T, C]` of tokens `[B, T]`, whatever head the patched model has."""
     caching = {"use_cache": False} if any(method.causal for method in sparse_layers(model)) else {}
     # Asked for through the model itself: whoever wraps it (autocast, DDP) must see the call.
     return model(input_ids=tokens, output_hidden_states=True, return_dict=True, **caching).hidden_states[-1]
 
 
 def pooled(states: Tensor) -> Tensor:
-    """Embeddings `[B, C]` float32 of texts without padding: the mean of their states `[B, T, C]`."""
+    """Embed texts without padding, `[B, C]` float32, by the mean of their states `[B, T, C]`."""
     return states.mean(1, dtype=torch.float32)

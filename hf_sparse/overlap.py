@@ -88,7 +88,7 @@ def sentence(text: dict[str, Any]) -> str:
 
 
 def _plain(chunks: Tensor, labels: Tensor | None) -> Tensor:
-    """The tokens before some were hidden."""
+    """Put hidden tokens back in the place of their masks."""
     return chunks if labels is None else torch.where(labels == IGNORED, chunks, labels)
 
 
@@ -98,11 +98,11 @@ def _split(chunks: Tensor) -> tuple[Tensor, ...]:
 
 
 def _hashes(chunks: Tensor) -> Tensor:
-    """Hashes `[N, T - 15]` int64, 0 to 2^48 - 1, of the windows of each chunk; products wrap around."""
+    """Hash the windows of each chunk, `[N, T - 15]` int64, 0 to 2^48 - 1; products wrap around."""
     windows = chunks.unfold(1, _WINDOW, 1)
     value = torch.zeros(windows.shape[:2], dtype=torch.int64)
-    for at in range(_WINDOW):
-        value = (value + windows[..., at] + 1) * 0x2545F4914F6CDD1D
+    for column in range(_WINDOW):
+        value = (value + windows[..., column] + 1) * 0x2545F4914F6CDD1D
         value ^= (value >> 32) & 0xFFFFFFFF
     return (value >> 8) & (_LIMIT - 1)
 
@@ -124,5 +124,5 @@ def _decoded(trained: dict[str, Any]) -> tuple[np.ndarray, int]:
             raise ValueError(f"windows of {trained['window']!r} tokens below {below!r}")
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"finetune.json does not tell what was trained on as hf-sparse writes it: {error!r}") from error
-    wide = np.pad(digits, ((0, 0), (8 - _BYTES, 0)))
-    return np.ascontiguousarray(wide).view(">u8").astype(np.int64).reshape(-1), below
+    padded = np.pad(digits, ((0, 0), (8 - _BYTES, 0)))
+    return np.ascontiguousarray(padded).view(">u8").astype(np.int64).reshape(-1), below

@@ -19,7 +19,7 @@ DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 class Layout(NamedTuple):
-    """Shape of a tensor, and its dtype by the name of torch, or of safetensors where it is none of `DTYPES`."""
+    """Hold the shape of a tensor, and its dtype by the name of torch, or of safetensors if it is none of `DTYPES`."""
 
     shape: tuple[int, ...]
     dtype: str

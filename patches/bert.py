@@ -1,4 +1,4 @@
-"""BERT: learned positions, one KV head per query head; an encoder, or a causal decoder with `is_decoder=True`.
+"""Patch BERT: learned positions, one KV head per query head; an encoder, or a causal decoder with `is_decoder=True`.
 
 Cross-attention modules have a class of their own and stay dense.
 """

@@ -1,4 +1,4 @@
-"""Gemma, Gemma 2 and the text models of Gemma 3, whose local layers stay as they are.
+"""Patch Gemma, Gemma 2 and the text models of Gemma 3, whose local layers stay as they are.
 
 Gemma 2 caps its attention logits (`attn_logit_softcapping`), in all published checkpoints; sparse attention does not.
 """

@@ -1,4 +1,4 @@
-"""GPT-2: learned positions, one projection for queries, keys and values.
+"""Patch GPT-2: learned positions, one projection for queries, keys and values.
 
 Logit scales (`scale_attn_weights`, `scale_attn_by_inverse_layer_idx`) reach the attention function as `scaling`.
 `reorder_and_upcast_attn` acts in transformers' eager attention only: it forces float32 logits, which sparse attention

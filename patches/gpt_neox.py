@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia: one projection for queries, keys and values, rotary positions on a part of each head."""
+"""Patch GPT-NeoX and Pythia: one projection for queries, keys and values, rotary positions on a part of each head."""
 
 from hf_sparse.patches.base import Family, register_family
 

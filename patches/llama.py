@@ -1,4 +1,4 @@
-"""Llama: rotary positions, grouped-query attention. Also SmolLM, TinyLlama and others whose model type is `llama`."""
+"""Patch Llama: rotary positions, grouped-query attention; SmolLM, TinyLlama and others have its model type too."""
 
 from hf_sparse.patches.base import Family, register_family
 

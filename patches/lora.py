@@ -1,4 +1,4 @@
-"""LoRA on the linear layers of an attention module, through forward hooks: the module tree of the base stays as it is.
+"""Apply LoRA to linear layers of an attention module by forward hooks: the module tree of the base stays as it is.
 
 The layers are the direct children of the attention module; queries, keys and values that are one layer of the base have
 one change together. BERT and RoBERTa keep the output projection outside of the attention module, so there LoRA changes

@@ -1,4 +1,4 @@
-"""Mistral: Llama with a sliding window in some checkpoints, which then holds in every layer."""
+"""Patch Mistral: Llama with a sliding window in some checkpoints, which then holds in every layer."""
 
 from hf_sparse.patches.base import Family, register_family
 

@@ -1,4 +1,4 @@
-"""ModernBERT: an encoder with rotary positions and fused projections; its local layers stay as they are."""
+"""Patch ModernBERT: an encoder with rotary positions and fused projections; its local layers stay as they are."""
 
 from hf_sparse.patches.base import Family, register_family
 

@@ -1,4 +1,4 @@
-"""OPT: learned positions; queries are scaled before the attention function, which then scales by 1."""
+"""Patch OPT: learned positions; queries are scaled before the attention function, which then scales by 1."""
 
 from hf_sparse.patches.base import Family, register_family
 

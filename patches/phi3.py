@@ -1,4 +1,4 @@
-"""Phi-3 and Phi-4: one projection for queries, keys and values; a sliding window, if any, holds in every layer."""
+"""Patch Phi-3 and Phi-4: one projection for queries, keys and values; a sliding window, if any, is in every layer."""
 
 from hf_sparse.patches.base import Family, register_family
 

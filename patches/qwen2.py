@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5: biased projections; with `use_sliding_window`, the upper layers are local."""
+"""Patch Qwen2 and Qwen2.5: biased projections; with `use_sliding_window`, the upper layers are local."""
 
 from hf_sparse.patches.base import Family, register_family
 

@@ -1,4 +1,4 @@
-"""Qwen3: normalised queries and keys; with `use_sliding_window`, the upper layers are local."""
+"""Patch Qwen3: normalised queries and keys; with `use_sliding_window`, the upper layers are local."""
 
 from hf_sparse.patches.base import Family, register_family
 

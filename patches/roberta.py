@@ -1,4 +1,4 @@
-"""RoBERTa: BERT with positions counted from `pad_token_id + 1`; an encoder, or a causal decoder with `is_decoder=True`.
+"""Patch RoBERTa: BERT with positions from `pad_token_id + 1`; an encoder, or a decoder with `is_decoder=True`.
 
 Cross-attention modules have a class of their own and stay dense.
 """

@@ -1,4 +1,4 @@
-"""See that an adapter was made for a base model, before any weight of the base model is read."""
+"""Check that an adapter was made for a base model, before any weight of the base model is read."""
 
 import copy
 from collections.abc import Iterable

@@ -187,7 +187,7 @@ class AdapterFolder:
         return {**details, _WEIGHTS_OF_DETAILS: self.weights_sha256, "settings_sha256": self.settings_sha256}
 
     def check_evaluation(self, evaluation: Json) -> None:
-        """See that an eval.json was measured with these settings, and with these weights where it tells.
+        """Check that an eval.json was measured with these settings, and with these weights where it names any.
 
         Raises:
             DataError: it is one of another method, budget or graph, or of other weights.
@@ -204,7 +204,7 @@ class AdapterFolder:
             )
 
     def check_training(self, training: Json) -> None:
-        """See that a finetune.json tells of these weights, where it says of which it tells.
+        """Check that a finetune.json belongs to these weights, where it names any.
 
         Raises:
             DataError: it tells of other weights.

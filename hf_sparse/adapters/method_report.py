@@ -94,7 +94,7 @@ class MethodReport:
     stages: ClassVar[Mapping[str, tuple[str, str]]] = {}
 
     def check(self, evaluation: Json, config: SparseConfig) -> None:
-        """See that an eval.json was measured with the settings of a configuration.
+        """Check that an eval.json was measured with the settings of a configuration.
 
         Raises:
             DataError: it is one of another method, or of other settings.

@@ -43,7 +43,7 @@ def check_processes(
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
-    """Learned sparse attention for pretrained transformers: patch a checkpoint, train what is small, push it."""
+    """Patch a pretrained transformer with learned sparse attention, train what is small, push it."""
     verb = context.invoked_subcommand
     if verb != "finetune" and "LOCAL_RANK" in os.environ:  # otherwise nobody waits for torch to be imported
         from hf_sparse.environment import launched_processes

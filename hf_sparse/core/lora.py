@@ -1,4 +1,4 @@
-"""LoRA beside what a method learns: low-rank changes of the linear layers of an attention module.
+"""Train low-rank changes (LoRA) of the linear layers of an attention module beside what a method learns.
 
 Hu et al. 2021 (arXiv 2106.09685): a linear layer `W x` becomes `W x + scale B A x`. Here the change lasts while the
 method is switched on and its adapter in use, so the dense teacher and the base model are without it. PEFT's own LoRA

@@ -1,4 +1,4 @@
-"""All of hf-sparse in about two minutes, offline: patch, measure, train, measure again, generate, write what to push.
+"""Show all of hf-sparse in about two minutes, offline: patch, measure, train, measure again, generate, write.
 
 The base is the bundled checkpoint, the text is the standard library of the Python that runs this, so the numbers
 differ a little between Python versions; for one version they follow from the seed.
@@ -143,7 +143,7 @@ def run(output: Path, steps: int, seed: int, console: Console) -> dict[str, Any]
 
 
 def _held_out(tokenizer: Any) -> Tensor:
-    """`[EVALUATION_CHUNKS, EVALUATION_LENGTH]` tokens from all over the text that the checkpoint never saw."""
+    """Return `[EVALUATION_CHUNKS, EVALUATION_LENGTH]` tokens from all over the text that the checkpoint never saw."""
     chunks = pack(tokenizer, "\n\n".join(documents("held_out")), EVALUATION_LENGTH)
     return chunks[:: max(1, len(chunks) // EVALUATION_CHUNKS)][:EVALUATION_CHUNKS]
 
@@ -171,7 +171,7 @@ def _verdict(dense: float, recency: float, learned: float) -> str:
 
 @torch.no_grad()
 def _side_by_side(model: PeftModel, tokenizer: Any, prompt: Tensor) -> Table:
-    """The same prompt `[T]` continued greedily with dense and with sparse attention, and what their caches weigh."""
+    """Continue a prompt `[T]` greedily with dense and with sparse attention, and compare the sizes of their caches."""
     texts, weights = [], []
     for name in ("dense", "learned"):
         with using(model, name):

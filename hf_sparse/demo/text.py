@@ -1,4 +1,4 @@
-"""Text that every Python installation already holds: the sources of its standard library and the topics of `help()`.
+"""Read text that every Python installation holds: the sources of its standard library and the topics of `help()`.
 
 The bundled checkpoint was trained on the `train` part. The `held_out` part is whole modules (with their tests) that
 training never saw; the demo and the card measure on it. Splitting by module name, not by file or chunk, keeps the two
@@ -18,7 +18,7 @@ _SKIPPED = {"site-packages", "dist-packages", "encodings", "pydoc_data", "__pyca
 
 
 def is_held_out(module: str) -> bool:
-    """Whether a top-level module of the standard library, tests included, is kept out of training (about 1 in 12)."""
+    """Tell whether a top-level standard library module, tests included, is kept out of training (about 1 in 12)."""
     return zlib.crc32(module.removeprefix("test_").encode()) % 12 == 0
 
 
@@ -30,13 +30,13 @@ def documents(split: Split, *, tests: bool = False) -> Iterator[str]:
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
-        parts = path.relative_to(root).with_suffix("").parts
-        if _SKIPPED.intersection(parts):
+        names = path.relative_to(root).with_suffix("").parts
+        if _SKIPPED.intersection(names):
             continue
-        is_test = parts[0] == "test" or "tests" in parts or "idle_test" in parts
+        is_test = names[0] == "test" or "tests" in names or "idle_test" in names
         if is_test and not tests:
             continue
-        module = parts[1] if parts[0] == "test" and len(parts) > 1 else parts[0]
+        module = names[1] if names[0] == "test" and len(names) > 1 else names[0]
         if is_held_out(module) != (split == "held_out"):
             continue
         text = path.read_text("utf-8", errors="replace").strip()

@@ -144,7 +144,7 @@ class Evaluation:
         return 0
 
     def check(self, model: nn.Module, request: Request) -> None:
-        """See that a measurement can be made, before it is; what all methods ask of it has been checked.
+        """Check that a measurement can be made, before it is; the checks of all methods have passed already.
 
         Raises:
             DataError: chunks that cannot be measured.

@@ -1,4 +1,4 @@
-"""Sparse attention methods, each in one folder.
+"""Import the sparse attention methods, each in one folder.
 
 A folder NAME has a module `settings`, which describes the method and imports no torch, and a module `method`, which
 registers it. Other packages bring methods by entry points of the group `hf_sparse.methods`, whose values are the names

@@ -1,4 +1,4 @@
-"""Mathematics on tensors: no model, no configuration, no file. Shapes are `[B, H, T, D]` throughout."""
+"""Compute on tensors alone: no model, no configuration, no file. Shapes are `[B, H, T, D]` throughout."""
 
 from hf_sparse.ops.selection import sparsek_attention as sparsek_attention
 from hf_sparse.ops.selection.projection import sparsek as sparsek

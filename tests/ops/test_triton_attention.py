@@ -13,11 +13,11 @@ from hf_sparse.ops.selection.problem import Problem
 from hf_sparse.ops.selection.reference import dense_sparsek_attention
 from hf_sparse.ops.selection.triton import attention as kernels
 from hf_sparse.ops.selection.triton import attention_backward, attention_forward
-from hf_sparse.ops.selection.triton.attention_forward import Blocks
+from hf_sparse.ops.selection.triton.attention_forward import ProgramSizes
 from hf_sparse.ops.selection.triton.lists import Tables, by_lifetime
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-SMALL = Blocks(16, 16, 4, 1)  # several programs and blocks of keys even at the lengths of these tests
+SMALL = ProgramSizes(16, 16, 4, 1)  # several programs and blocks of keys even at the lengths of these tests
 
 
 def size(on_a_gpu: int, interpreted: int) -> int:
@@ -90,7 +90,7 @@ class Case:
     def tiled(self, *inputs: Tensor) -> Tensor:
         return (tiled_causal if self.causal else tiled_bidirectional)(self.problem(*inputs))
 
-    def fused(self, *inputs: Tensor, blocks: Blocks | None = SMALL, tile: int = 16) -> Tensor:
+    def fused(self, *inputs: Tensor, blocks: ProgramSizes | None = SMALL, tile: int = 16) -> Tensor:
         if self.causal:
             return kernels.causal_sparsek_attention(self.problem(*inputs), blocks=blocks, tile=tile)
         return kernels.bidirectional_sparsek_attention(self.problem(*inputs), blocks=blocks)
@@ -178,7 +178,7 @@ def test_bidirectional_kernels_equal_the_tiles(name, soft):
 @pytest.mark.cross("values")
 @pytest.mark.usefixtures("scan_of_torch")
 @pytest.mark.parametrize("tile", [16, 32, 64])
-@pytest.mark.parametrize("blocks", [Blocks(32, 16, 4, 1), Blocks(16, 64, 4, 2)], ids=str)
+@pytest.mark.parametrize("blocks", [ProgramSizes(32, 16, 4, 1), ProgramSizes(16, 64, 4, 2)], ids=str)
 def test_sizes_change_nothing(tile, blocks, monkeypatch):
     monkeypatch.setattr(attention_backward, "_TILES_AT_ONCE", 1)  # several sums of d key and d value for each key
     for soft in (False, True):

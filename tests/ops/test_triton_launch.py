@@ -74,7 +74,7 @@ def test_the_plain_scan_needs_no_numbers():
     shapes = []
     for device in ("meta", "cpu"):
         scores = torch.randn(2, 300, requires_grad=True).to(device)
-        found = thresholds.scan(scores, 5, **options)
+        found = thresholds.scan_prefixes(scores, 5, **options)
         assert found.tau is not None
         torch.autograd.grad(found.tau.sum(), scores)
         shapes.append([found.rank.shape, found.floor.shape, found.tau.shape, found.lists.shape[:-1]])

@@ -5,7 +5,7 @@ import torch
 
 from hf_sparse.ops import sparsek, topk_thresholds
 from hf_sparse.ops.selection import thresholds
-from hf_sparse.ops.selection.triton.scan import scan, supports
+from hf_sparse.ops.selection.triton.scan import scan_prefixes, supports
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("interpreter")
@@ -53,7 +53,7 @@ def test_equals_the_scan_in_pytorch(kind):
     scores = random_scores(kind, 75)
     ours, theirs = scores.clone().requires_grad_(), scores.clone().requires_grad_()
     options = {"k": 4, "size": 9, "queries": 66, "window": 3, "tile": 16, "with_tau": True, "with_lists": True}
-    found, expected = scan(ours, **options), thresholds.scan(theirs, **options)
+    found, expected = scan_prefixes(ours, **options), thresholds.scan_prefixes(theirs, **options)
     assert_same(found, expected)
     torch.testing.assert_close(found.tau, expected.tau.float(), rtol=1e-6, atol=1e-7)
     assert (found.tau.diff(dim=-1).nan_to_num(0) >= 0).all(), "tau fell"
@@ -81,12 +81,12 @@ SHAPES = [
 def test_shapes(keys, queries, window, size, tile):
     scores = random_scores("ties", 1, 2, keys)
     options = {"k": 1, "size": size, "queries": queries, "window": window, "tile": tile, "with_lists": True}
-    assert_same(scan(scores, **options), thresholds.scan(scores, **options))
+    assert_same(scan_prefixes(scores, **options), thresholds.scan_prefixes(scores, **options))
 
 
 def test_support_as_large_as_the_text_is_exact():
     scores = random_scores("normal", 50)
-    tau = scan(scores, 5, size=50, queries=50, window=0, tile=16, with_tau=True).tau
+    tau = scan_prefixes(scores, 5, size=50, queries=50, window=0, tile=16, with_tau=True).tau
     for t in (5, 20, 49):
         gates = (scores[: t + 1] - tau[t]).clamp(0, 1)
         torch.testing.assert_close(gates, sparsek(scores[: t + 1], 5), rtol=0, atol=1e-6)
@@ -94,21 +94,21 @@ def test_support_as_large_as_the_text_is_exact():
 
 def test_both_zeros_tie():
     scores = torch.tensor([-0.0, 0.0, -0.0, 0.0] * 8, device=DEVICE)
-    found = scan(scores, 2, size=2, queries=32, window=0, tile=16)
+    found = scan_prefixes(scores, 2, size=2, queries=32, window=0, tile=16)
     assert by_index(found).tolist() == [-1, *[1] * 31]
 
 
 def test_nothing_is_left_unwritten(poisoned_memory):
     scores = random_scores("holes", 2, 150)
     options = {"k": 2, "size": 40, "queries": 140, "window": 4, "tile": 16, "with_lists": True}
-    assert_same(scan(scores, **options), thresholds.scan(scores, **options))
+    assert_same(scan_prefixes(scores, **options), thresholds.scan_prefixes(scores, **options))
 
 
 def test_what_the_kernels_do_not_take_goes_the_other_way():
     scores = torch.randn(40, dtype=torch.float64, device=DEVICE)
     assert not supports(scores, size=3, queries=40, tile=16)
     kappa, _ = topk_thresholds(scores, 3)
-    found = scan(scores, 3, size=3, queries=40, window=0, tile=16)
+    found = scan_prefixes(scores, 3, size=3, queries=40, window=0, tile=16)
     selected = (found.rank >= found.floor.unsqueeze(-1)) & (found.rank > 0)
     past = torch.ones(40, 40, dtype=torch.bool, device=DEVICE).tril()
     assert torch.equal(selected & past, (scores >= kappa.unsqueeze(-1)) & past)
@@ -124,7 +124,7 @@ def test_what_the_kernels_do_not_take_goes_the_other_way():
 def test_long(kind, size, with_tau):
     scores = random_scores(kind, 2, 3, 20_011)
     options = {"size": size, "queries": 19_000, "window": 512, "with_tau": with_tau, "with_lists": True}
-    found, expected = scan(scores, 512, **options), thresholds.scan(scores, 512, **options)
+    found, expected = scan_prefixes(scores, 512, **options), thresholds.scan_prefixes(scores, 512, **options)
     places = [torch.searchsorted(one.rank.sort(-1).values, one.floor) for one in (found, expected)]
     assert torch.equal(*places)
     assert torch.equal(found.lists.long(), expected.lists)

@@ -18,7 +18,7 @@ _CODED = 3  # coded words that are asked for
 
 
 def variable_tracking(random: Random, haystack: Haystack, depths: Sequence[float]) -> Draft:
-    """Hand a value from variable to variable; asked for: every variable that has it."""
+    """Ask for every variable that has a value, which each hands to the next."""
     names: list[str] = []
     while len(names) < _HOPS + 1:
         if (name := "".join(random.choices(ascii_uppercase, k=3))) not in names:

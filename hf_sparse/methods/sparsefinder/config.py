@@ -1,4 +1,4 @@
-"""Configuration of Sparsefinder."""
+"""Configure Sparsefinder."""
 
 import math
 from dataclasses import dataclass

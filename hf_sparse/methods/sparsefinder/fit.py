@@ -55,10 +55,10 @@ def fit_predictors(
         learned = method.parameters_in_use
         keys = learned.project_keys(text.key)
         if _projected(method).fits_keys_only:
-            found = keys.transpose(0, 1).flatten(1, 2)
+            fitted_points = keys.transpose(0, 1).flatten(1, 2)
         else:
-            found = training_points(learned.project_queries(text.query), keys)
-        points.setdefault(id(method), []).append(found)
+            fitted_points = training_points(learned.project_queries(text.query), keys)
+        points.setdefault(id(method), []).append(fitted_points)
 
     with _watched(methods, collect):
         read()
@@ -85,7 +85,7 @@ def fit_profiles(methods: Sequence[SparsefinderAttention], read: Callable[[], An
 
 
 class _Profiles:
-    """Sums of attention by distance, of each method that has a profile."""
+    """Sum attention by distance, for each layer that has a profile."""
 
     def __init__(self) -> None:
         self.sums: dict[int, tuple[Tensor, Tensor]] = {}
@@ -97,10 +97,10 @@ class _Profiles:
         rows = torch.linspace(0, length - 1, min(length, _ROWS), device=text.key.device).round().long()
         _, probabilities = support(text.query, text.key, rows=rows, **_options(text))
         allowed = allowed_edges(positions_of(length, length, rows), length, causal=text.causal)
-        found = profile_mass(probabilities, rows, size)
+        gained = profile_mass(probabilities, rows, size)
         pairs = profile_mass(allowed.expand_as(probabilities), rows, size)
         mass, count = self.sums.get(id(method), (0, 0))
-        self.sums[id(method)] = (mass + found, count + pairs)
+        self.sums[id(method)] = (mass + gained, count + pairs)
 
     def settle(self, method: SparsefinderAttention) -> None:
         if hasattr(method.parameters_in_use, "profile"):
@@ -130,18 +130,18 @@ def fit_budgets(
         length, size, of_queries = text.key.shape[2], method.config.tile, method.config.rows
         assert size is not None and of_queries is not None
         listed, tiles = tile_counts(length, length, size, of_queries)
-        some = min(listed, max(1, _ROWS // of_queries))
-        chosen = torch.linspace(0, listed - 1, some, device=text.key.device).round().long()
+        sampled = min(listed, max(1, _ROWS // of_queries))
+        chosen = torch.linspace(0, listed - 1, sampled, device=text.key.device).round().long()
         rows = (chosen[:, None] * of_queries + torch.arange(of_queries, device=chosen.device)).flatten()
         rows = rows[rows < length]
         _, probabilities = support(text.query, text.key, rows=rows, **_options(text))
-        mass = _tile_mass(probabilities, torch.searchsorted(chosen, rows // of_queries), some, size)
+        mass = _tile_mass(probabilities, torch.searchsorted(chosen, rows // of_queries), sampled, size)
         scores = rank(method, text)
         mass = by_group(mass, scores.shape[1]).sum(2)
-        own = own_tiles(listed, length, size, of_queries, device=chosen.device)
-        reached = allowed_tiles(own, tiles, causal=text.causal)
-        near = always_joined(method.config, Span(length, length, text.causal), chosen.device).mask(tiles)
-        first = near.byte() + 2 * (torch.arange(tiles, device=chosen.device) == own[:, None]).byte()
+        own_tile = own_tiles(listed, length, size, of_queries, device=chosen.device)
+        reached = allowed_tiles(own_tile, tiles, causal=text.causal)
+        always = always_joined(method.config, Span(length, length, text.causal), chosen.device).mask(tiles)
+        first = always.byte() + 2 * (torch.arange(tiles, device=chosen.device) == own_tile[:, None]).byte()
         # As `best_tiles` ranks them: the diagonal, what is always joined, and the others by score.
         level = first.float().masked_fill(~reached, -1).expand_as(scores)[:, :, chosen]
         order = scores[:, :, chosen].argsort(dim=-1, descending=True, stable=True)
@@ -175,7 +175,7 @@ def _projected(method: SparsefinderAttention) -> ProjectedPredictor:
 
 
 def divided(gain: Tensor, cost: Tensor) -> Tensor:
-    """How many tiles each list gets so that the gain of all is the most, for each mean number of tiles. Ours.
+    """Divide tiles among lists so that the total gain is the greatest, for each mean number of tiles. Ours.
 
     Args:
         gain: `[L, n]`, of the best 1 to `n` tiles of each list.
@@ -199,7 +199,7 @@ def divided(gain: Tensor, cost: Tensor) -> Tensor:
                 high = price
         count = _filled(gain, cost, _best(gain, cost, high), limit)
         equal = torch.full_like(count, mean - 1)
-        table[:, mean - 1] = 1.0 + max(count, equal, key=lambda some: float(_at(gain, some).sum()))
+        table[:, mean - 1] = 1.0 + max(count, equal, key=lambda counts: float(_at(gain, counts).sum()))
     return table.to(device)
 
 
@@ -208,7 +208,9 @@ def _best(gain: Tensor, cost: Tensor, price: float) -> Tensor:
 
 
 def _filled(gain: Tensor, cost: Tensor, count: Tensor, limit: float) -> Tensor:
-    """Single tiles for what a price leaves over: where several more only pay together, it takes them all or none."""
+    """Spend what a price leaves over on single tiles, the best gain per cost first.
+
+    Where several more tiles of a list only pay together, a price buys all of them or none."""
     count, spent = count.clone(), float(cost[count].sum())
     step_gain = torch.nn.functional.pad(gain.diff(dim=-1), (0, 1))
     step_cost = torch.nn.functional.pad(cost.diff(), (0, 1), value=torch.inf)
@@ -227,7 +229,7 @@ def _at(table: Tensor, column: Tensor) -> Tensor:
 
 
 def _tile_mass(probabilities: Tensor, place: Tensor, count: int, size: int) -> Tensor:
-    """`[B, Hq, count, nk]`: attention of the queries of some tiles to the keys of each tile.
+    """Sum the attention of the queries of some tiles to the keys of each tile, `[B, Hq, count, nk]`.
 
     Args:
         probabilities: `[B, Hq, R, Tk]`.
@@ -235,8 +237,8 @@ def _tile_mass(probabilities: Tensor, place: Tensor, count: int, size: int) -> T
         count, size: tiles of queries, and keys per tile.
     """
     by_key = torch.nn.functional.pad(probabilities, (0, -probabilities.shape[3] % size)).unflatten(3, (-1, size)).sum(4)
-    found = by_key.new_zeros((*by_key.shape[:2], count, by_key.shape[3]))
-    return found.index_add_(2, place, by_key)
+    mass = by_key.new_zeros((*by_key.shape[:2], count, by_key.shape[3]))
+    return mass.index_add_(2, place, by_key)
 
 
 def _options(text: AttentionInputs) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Lay a padded batch out as texts that begin at position 0, however long each is: tiles lie as in each text alone.
+"""Move a padded batch so that each text begins at position 0: its tiles are those of the text alone.
 
 Real tokens move to the front. In a causal model the padding behind them is the future, which no query sees; new tokens
 of different rows stand at different positions then. Nothing here waits for the device.

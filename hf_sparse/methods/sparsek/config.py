@@ -1,4 +1,4 @@
-"""Configuration of SparseK attention."""
+"""Configure SparseK attention."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""Which keys the trained scorers keep of a text, token by token and head by head: the content of selection.json."""
+"""Describe which keys the trained scorers keep of a text, per token and head: the content of selection.json."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -23,7 +23,7 @@ _BYTES = 4  # of the longest UTF-8 character, so that as many tokens at most sha
 
 @torch.no_grad()
 def kept_keys(model: nn.Module, chunk: Tensor) -> Tensor:
-    """What every head keeps of one chunk.
+    """Mark the keys of one chunk that each head keeps.
 
     Args:
         model: a patched model in `eval` mode, with its scorers switched on.
@@ -39,7 +39,7 @@ def kept_keys(model: nn.Module, chunk: Tensor) -> Tensor:
 
 
 def describe_selection(model: Any, tokenizer: Any, chunks: Tensor, *, text_name: str = "") -> dict[str, Any]:
-    """See what the scorers keep of a text.
+    """Describe which keys of a text the scorers keep.
 
     Args:
         model: a `PeftModel` or a model patched by `hf_sparse.patch`, in `eval` mode.
@@ -69,14 +69,14 @@ def describe_selection(model: Any, tokenizer: Any, chunks: Tensor, *, text_name:
     edges = sorted({round(length * i / _BINS) for i in range(_BINS + 1)})
     widths = torch.tensor(edges).diff()
     with using(model, "learned"):
-        kept = torch.stack([kept_keys(model, chunk) for chunk in chunks.split(1)])  # [N, R, T]
-    shares = torch.stack([part.sum(-1) for part in kept.split(widths.tolist(), -1)], -1).sum(0) / (count * widths)
+        marks = torch.stack([kept_keys(model, chunk) for chunk in chunks.split(1)])  # [N, R, T]
+    shares = torch.stack([part.sum(-1) for part in marks.split(widths.tolist(), -1)], -1).sum(0) / (count * widths)
     names = [(method.layer, head) for method in methods for head in range(method.num_key_value_heads)]
     heads = [
         {"layer": layer, "head": head, "kept": [round(share, 5) for share in row]}
         for (layer, head), row in zip(names, shares.tolist(), strict=True)
     ]
-    votes = kept[0].sum(0).tolist()
+    votes = marks[0].sum(0).tolist()
     return {
         "format": FORMAT,
         "budget": {"k": config.k, "window": config.window, "sinks": config.sinks, "slots": config.slots},
@@ -90,7 +90,7 @@ def describe_selection(model: Any, tokenizer: Any, chunks: Tensor, *, text_name:
 
 
 def pieces(tokenizer: Any, tokens: list[int]) -> Iterator[tuple[str, int, int]]:
-    """The text of tokens, cut where tokens end: `(text, start, stop)`, with spaces where the whole text has them.
+    """Cut a text where its tokens end: `(text, start, stop)`, with spaces where the whole text has them.
 
     Each piece is decoded after the one before it, because a token alone may lose its space or be part of a character.
     """
@@ -108,7 +108,7 @@ def pieces(tokenizer: Any, tokens: list[int]) -> Iterator[tuple[str, int, int]]:
 
 
 def _in_slots(model: nn.Module, tokens: Tensor) -> Iterator[Tensor]:
-    """`[Hkv, T]` of each sparse layer: what its cache holds after the text."""
+    """Yield the keys in the cache of each sparse layer after the text, `[Hkv, T]` bool."""
     cache = cache_of(model(input_ids=tokens, use_cache=True))
     for layer in cache.layers:
         if isinstance(layer, SparseKCacheLayer):
@@ -118,18 +118,18 @@ def _in_slots(model: nn.Module, tokens: Tensor) -> Iterator[Tensor]:
 
 
 def _selected(model: nn.Module, methods: list[SparseKAttention], tokens: Tensor) -> Iterator[Tensor]:
-    """`[Hkv, T]` of each layer of an encoder: sinks and the best-scored others."""
-    found: dict[SparseKAttention, Tensor] = {}
+    """Yield the sinks and the best-scored other keys of each layer of an encoder, `[Hkv, T]` bool."""
+    scores_of: dict[SparseKAttention, Tensor] = {}
     with ExitStack() as hooks:
         for method in methods:
 
             def note(scorer: nn.Module, inputs: Any, scores: Tensor, method: SparseKAttention = method) -> None:
-                found[method] = scores[0]
+                scores_of[method] = scores[0]
 
             hooks.callback(method.sparsek_scorer[method.active].register_forward_hook(note).remove)
         model(input_ids=tokens)
     for method in methods:
-        budget, scores = method.budget, found[method]
+        budget, scores = method.budget, scores_of[method]
         index = torch.arange(scores.shape[-1], device=scores.device)
         scores = scores.masked_fill(index < budget.sinks, torch.inf)
         best = scores.argsort(dim=-1, descending=True, stable=True)[:, : budget.sinks + budget.k]

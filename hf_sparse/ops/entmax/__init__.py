@@ -1,4 +1,4 @@
-"""Entmax attention over all keys, over given edges or over listed tiles, and what proves a list complete.
+"""Attend by entmax to all keys, given edges or listed tiles, and prove that a list of tiles is complete.
 
 `transform` is the distribution itself, `threshold` finds where it is cut off, `blocks` and `attention` run it on tiles,
 `bound` and `predict` tell from the extremes of the keys of a tile what cannot be attended to.

@@ -1,4 +1,4 @@
-"""Entmax attention: one function for all keys, some edges, or listed tiles.
+"""Attend by entmax: one function for all keys, some edges, or listed tiles.
 
     output_t = sum_j p_tj value_j,   p_t = entmax(scaling * <query_t, key_j> over the keys j that t may attend to)
 
@@ -26,7 +26,7 @@ _TILE = 64  # queries that share a pass over all keys
 
 @dataclass(frozen=True)
 class Certificate:
-    """What the page bound proves about entmax over listed tiles, and the statistics of its rows.
+    """Hold what the page bound proves about entmax over listed tiles, and the statistics of its rows.
 
     Attributes:
         exact: `[B, Hq, Tq]` bool; True where no tile outside the given lists can hold support, so that the row is that
@@ -190,6 +190,6 @@ def _expanded(edges: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _dense_tile(query: Tensor, key: Tensor) -> int:
-    """Queries at a time when all keys are attended: fewer, the longer the text."""
+    """Return the number of queries to compute at a time when all keys are attended: fewer, the longer the text."""
     group = query.shape[1] // key.shape[1]
     return max(1, min(_TILE, BUFFER.get(query.device.type, 1 << 24) // max(1, group * key.shape[2])))

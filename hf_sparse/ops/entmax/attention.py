@@ -1,4 +1,4 @@
-"""Entmax attention of folded queries and keys, block by block, with a backward that recomputes the block.
+"""Compute entmax attention of folded queries and keys block by block; the backward recomputes each block.
 
 With u = [z - tau]_+, e = 1 / (alpha - 1), p = u ** e and U = u ** (e - 1), and dp = <do, v>:
 
@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from hf_sparse.ops.entmax.blocks import Block, Plan
+from hf_sparse.ops.entmax.blocks import JobBlock, Plan
 from hf_sparse.ops.entmax.inputs import Inputs
 from hf_sparse.ops.entmax.threshold import powers, relative_threshold
 
 
 def attend(inputs: Inputs, value: Tensor, plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
-    """Output `[B, Hq, Tq, D]`, tau `[B, Hq, Tq]` and the size of the support `[B, Hq, Tq]` int64.
+    """Return the output `[B, Hq, Tq, D]`, tau `[B, Hq, Tq]` and the size of the support `[B, Hq, Tq]` int64.
 
     tau is that of z = (alpha - 1) * logit, `-inf` for a query without a key, whose output is 0.
     """
@@ -39,8 +39,8 @@ def attend(inputs: Inputs, value: Tensor, plan: Plan) -> tuple[Tensor, Tensor, T
 
 
 @torch.no_grad()
-def thresholds(inputs: Inputs, plan: Plan) -> Tensor:
-    """tau `[B, Hq, Tq]` over the keys of the plan: a lower bound of the tau over more keys."""
+def entmax_thresholds(inputs: Inputs, plan: Plan) -> Tensor:
+    """Compute tau `[B, Hq, Tq]` over the keys of the plan: a lower bound of the tau over more keys."""
     layout = plan.layout
     query, key = layout.fold_queries(inputs.query), layout.fold_keys(inputs.key)
     tau = query.new_full((*query.shape[:2], 1), -torch.inf)
@@ -51,8 +51,10 @@ def thresholds(inputs: Inputs, plan: Plan) -> Tensor:
     return layout.unfold_queries(tau).squeeze(-1)
 
 
-def _scores(query: Tensor, key: Tensor, block: Block) -> tuple[Tensor, Tensor]:
-    """z less its maximum, `[n, share, rows, S]`, `-inf` where nothing is seen; the maximum, `[n, share, rows, 1]`."""
+def _scores(query: Tensor, key: Tensor, block: JobBlock) -> tuple[Tensor, Tensor]:
+    """Compute z less its maximum, `[n, share, rows, S]`, and the maximum, `[n, share, rows, 1]`.
+
+    A key that the query does not see has `-inf`."""
     z = query[block.jobs] @ key[block.tiles].flatten(1, 2).transpose(-1, -2)
     z = z.unflatten(1, (-1, block.seen.shape[2])).masked_fill_(~block.seen, -torch.inf)
     peak = z.amax(-1, keepdim=True)
@@ -63,7 +65,7 @@ def _absolute(tau: Tensor, peak: Tensor) -> Tensor:
     return (tau + peak).flatten(1, 2)
 
 
-def _exponent(exponent: float | Tensor, plan: Plan, block: Block) -> float | Tensor:
+def _exponent(exponent: float | Tensor, plan: Plan, block: JobBlock) -> float | Tensor:
     return plan.layout.per_head(exponent, block.jobs) if isinstance(exponent, Tensor) else exponent
 
 

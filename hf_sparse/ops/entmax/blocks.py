@@ -24,8 +24,8 @@ _SPARE = {"cuda": 1 << 24}
 
 
 @dataclass(frozen=True)
-class Block:
-    """`n` jobs with the `S = c * size` keys that they list."""
+class JobBlock:
+    """Hold `n` jobs with the `S = c * size` keys that they list."""
 
     jobs: Tensor  # [n] int64
     tiles: Tensor  # [n, c] int64, index into [B * Hkv * nk] tiles of keys
@@ -34,7 +34,7 @@ class Block:
 
 @dataclass(frozen=True)
 class Plan:
-    """Who attends to whom."""
+    """Hold which keys each query attends to: in all tiles or listed ones, before padding and, if causal, the future."""
 
     layout: Layout
     causal: bool
@@ -43,7 +43,7 @@ class Plan:
     edges: Tensor | None = None  # [B, Hq, Tq, Tk] bool, only with all tiles
 
     def _lists(self, device: torch.device) -> tuple[Tensor, Tensor | None]:
-        """Length of the list of each job, `[jobs]`, and the lists, `[jobs, m]`, or None for all tiles in order."""
+        """Count the tiles of each job, `[jobs]`, and return their lists, `[jobs, m]`, or None for all in order."""
         layout = self.layout
         if self.tiles is not None:
             index = self.tiles.index.flatten(0, 2)
@@ -53,8 +53,8 @@ class Plan:
         last = layout.positions(torch.arange(layout.jobs, device=device))[:, -1].clamp(max=layout.keys - 1)
         return last // layout.size + 1, None
 
-    def blocks(self, device: torch.device) -> Iterator[Block]:
-        """All jobs whose list is not empty, those with the longest lists first."""
+    def blocks(self, device: torch.device) -> Iterator[JobBlock]:
+        """Yield all jobs whose list is not empty, those with the longest lists first."""
         layout = self.layout
         if not layout.jobs:
             return
@@ -77,21 +77,21 @@ class Plan:
             yield self._block(jobs, first if index is None else index[jobs, :width], valid)
             low = high
 
-    def _block(self, jobs: Tensor, listed: Tensor, valid: Tensor | None) -> Block:
+    def _block(self, jobs: Tensor, listed: Tensor, valid: Tensor | None) -> JobBlock:
         layout = self.layout
         tile = listed.clamp(min=0)
-        at = layout.positions(jobs)  # [n, rows]
+        position = layout.positions(jobs)  # [n, rows]
         key = (tile[..., None] * layout.size + torch.arange(layout.size, device=jobs.device)).flatten(1)  # [n, S]
         key_exists = (key < layout.keys) & (listed >= 0).repeat_interleave(layout.size, dim=-1)
-        number = at - layout.first_of(jobs)  # of the query
-        query_exists = (number >= 0) & (at < layout.keys)
+        number = position - layout.first_of(jobs)  # of the query
+        query_exists = (number >= 0) & (position < layout.keys)
         if valid is not None:
             batch = layout.batch_of(jobs)[:, None]
             key_exists &= valid[batch, key]
-            query_exists &= valid[batch, at.clamp(max=layout.keys - 1)]
+            query_exists &= valid[batch, position.clamp(max=layout.keys - 1)]
         seen = query_exists[..., None] & key_exists[:, None]
         if self.causal:
-            seen &= key[:, None] <= at[..., None]
+            seen &= key[:, None] <= position[..., None]
         seen = seen[:, None]
         if self.edges is not None:  # all tiles in order, so the first keys
             edges = self.edges[
@@ -103,4 +103,4 @@ class Plan:
                 : key.shape[1],
             ]
             seen = seen & F.pad(edges, (0, key.shape[1] - edges.shape[-1]))
-        return Block(jobs, layout.kv_of(jobs)[:, None] * layout.key_tiles + tile, seen)
+        return JobBlock(jobs, layout.kv_of(jobs)[:, None] * layout.key_tiles + tile, seen)

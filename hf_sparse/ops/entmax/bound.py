@@ -1,4 +1,4 @@
-"""What the extremes of the keys of a tile prove about the support (the "page bound").
+"""Bound the logits of a tile by the extremes of its keys, and so its support (the "page bound").
 
 With the least and the greatest value of each feature over the keys of a tile, no logit of query q exceeds
 
@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_sparse.ops.entmax.attention import thresholds
+from hf_sparse.ops.entmax.attention import entmax_thresholds
 from hf_sparse.ops.entmax.blocks import BUFFER, Plan
 from hf_sparse.ops.entmax.inputs import Inputs, prepare
 from hf_sparse.ops.entmax.layout import Layout, listed_layout
@@ -51,13 +51,13 @@ def complete_tiles(
     """
     inputs = prepare(query, key, alpha, scaling, causal, valid, first_query)
     layout, tiles = listed_layout(tiles, inputs)
-    needed, certified = missing(inputs, layout, tiles, thresholds(inputs, Plan(layout, causal, valid, tiles)))
+    needed, certified = missing(inputs, layout, tiles, entmax_thresholds(inputs, Plan(layout, causal, valid, tiles)))
     return tiles.union(Tiles.of_mask(needed, tiles.size, tiles.rows)), certified
 
 
 @torch.no_grad()
 def missing(inputs: Inputs, layout: Layout, tiles: Tiles, tau: Tensor) -> tuple[Tensor, Tensor]:
-    """Tiles off the list that may hold support, and the queries for which there is none.
+    """Find the tiles off the list that may hold support, and the queries for which no such tile exists.
 
     Args:
         tau: `[B, Hq, Tq]` over the listed tiles.
@@ -78,14 +78,16 @@ def missing(inputs: Inputs, layout: Layout, tiles: Tiles, tau: Tensor) -> tuple[
 
 
 def without_queries_at_padding(limit: Tensor, inputs: Inputs) -> Tensor:
-    """`inf` for queries `[B, Hq, Tq]` that are padding: nothing is above it."""
+    """Raise the limit `[B, Hq, Tq]` of queries at padding to `inf`, which no bound exceeds."""
     if inputs.valid is None:
         return limit
     return limit.masked_fill(~inputs.valid[:, None, inputs.valid.shape[1] - limit.shape[2] :], torch.inf)
 
 
 def excesses(inputs: Inputs, layout: Layout, limit: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """How far the bound of every tile lies above a limit `[B, Hq, Tq]`: `[n, share * rows, nk]`, some jobs at a time.
+    """Yield by how much the bound of every tile exceeds a limit `[B, Hq, Tq]`, for some jobs at a time.
+
+    Each item is a slice of jobs and their excesses `[n, share * rows, nk]`.
 
     It is `-inf` for tiles without an allowed key and for queries that do not exist.
     """
@@ -96,8 +98,8 @@ def excesses(inputs: Inputs, layout: Layout, limit: Tensor) -> Iterator[tuple[sl
     limit, exists = layout.fold_queries(torch.stack([limit, torch.ones_like(limit)], -1)).split(1, dim=-1)
     limit = limit.masked_fill(exists == 0, torch.inf)
     filled = None if inputs.valid is None else tiles_of_valid(inputs.valid, layout.size)
-    own = layout.own_tiles(device)
-    allowed = allowed_tiles(own, layout.key_tiles, causal=inputs.causal, valid_tiles=filled)
+    own_tile = layout.own_tiles(device)
+    allowed = allowed_tiles(own_tile, layout.key_tiles, causal=inputs.causal, valid_tiles=filled)
     # Extremes are copied for each job: with few queries in it, these take the memory, not the bounds.
     held = max(layout.share * layout.rows, 2 * low.shape[-1])
     at_once = max(1, BUFFER.get(device.type, 1 << 24) // (held * layout.key_tiles))
@@ -114,7 +116,7 @@ def excesses(inputs: Inputs, layout: Layout, limit: Tensor) -> Iterator[tuple[sl
 
 
 def tile_extremes(key: Tensor, size: int, valid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Least and greatest value of each feature over the valid keys of each tile, two of `[B, Hkv, nk, D]`.
+    """Compute the least and greatest value of each feature over the valid keys of a tile, `[B, Hkv, nk, D]` each.
 
     Args:
         key: `[B, Hkv, Tk, D]`.
@@ -132,7 +134,7 @@ def tile_extremes(key: Tensor, size: int, valid: Tensor | None = None) -> tuple[
 
 
 def _margin(inputs: Inputs, layout: Layout, tau: Tensor) -> Tensor:
-    """What rounding may have added to tau or taken from the bound, `[B, Hq, Tq]`.
+    """Bound what rounding may have added to tau or taken from the page bound, `[B, Hq, Tq]`.
 
     Products of length D are off by at most `D eps |q| |k| / 2`; the bound takes two, the logits behind tau one. tau is
     found to a few `eps` after a shift by the largest logit, which lies within 1 of it. Only keys that a query sees

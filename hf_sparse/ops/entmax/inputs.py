@@ -1,4 +1,4 @@
-"""What every function of this folder does with its arguments first: check them, and fold all scales into the query."""
+"""Check the arguments of entmax attention, and fold all scales into the query."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ from hf_sparse.ops.tiles.allowed import check_valid
 
 @dataclass(frozen=True)
 class Inputs:
-    """Arguments after checks. Padding is zero: a weight of 0 times NaN would be NaN."""
+    """Hold the arguments after the checks. Padding is zero: a weight of 0 times NaN would be NaN."""
 
     query: Tensor  # [B, Hq, Tq, D] float32 or float64, times scaling and alpha - 1: its products with keys are z
     key: Tensor  # [B, Hkv, Tk, D]
@@ -93,5 +93,5 @@ def check(
 
 
 def without_padding(tensor: Tensor, valid: Tensor) -> Tensor:
-    """Zeros in place of padding `[B, H, T, X]`."""
+    """Put zeros in place of padding `[B, H, T, X]`."""
     return tensor.masked_fill(~valid[:, None, :, None], 0.0)

@@ -1,4 +1,4 @@
-"""How heads and positions are folded into independent pieces of work.
+"""Fold heads and positions into independent pieces of work (jobs).
 
 A job is one tile of queries of one list of tiles. It has `share * rows` queries: those of `share` query heads, which
 have the list in common, at `rows` consecutive positions. Tiles of queries and of keys may differ in size. Jobs are
@@ -17,9 +17,13 @@ from hf_sparse.ops.tiles.tiles import Tiles, own_tiles, tile_counts
 
 @dataclass(frozen=True)
 class Layout:
-    """`heads` is the number of lists: that of query heads, or that of KV heads; `size` and `query_size` are the
-    positions per tile of keys and of queries. The queries stand at the last positions, or from `first_query`, `[B]`
-    int64, on, where their first tile begins.
+    """Describe the jobs of a call.
+
+    Attributes:
+        heads: lists of tiles per text, as many as there are query heads, or KV heads.
+        size, query_size: positions per tile of keys and of queries.
+        first_query: `[B]` int64, position of the first query of each text, where its first tile begins; by default the
+            queries stand at the last positions.
     """
 
     batch: int
@@ -52,12 +56,12 @@ class Layout:
 
     @property
     def rows(self) -> int:
-        """Positions per tile of queries; a single one has no more than there are, which is what decoding needs."""
+        """Return the queries per tile; a single tile has no more than the call has queries (one, in decoding)."""
         return self.query_size if self.query_tiles > 1 else self.queries
 
     @property
     def lead(self) -> int:
-        """Rows of the first tile of queries that lie before the first query."""
+        """Count the rows of the first tile of queries that lie before the first query."""
         if self.first_query is not None or self.query_tiles <= 1:
             return 0
         return (self.keys - self.queries) % self.query_size
@@ -84,28 +88,28 @@ class Layout:
         return jobs // (self.query_tiles * self.heads)
 
     def kv_of(self, jobs: Tensor) -> Tensor:
-        """Index into a flat `[B * Hkv]`."""
+        """Find the index of each job's KV head in a flat `[B * Hkv]`."""
         return self.batch_of(jobs) * self.kv_heads + self.list_of(jobs) // (self.heads // self.kv_heads)
 
     def fold_queries(self, tensor: Tensor) -> Tensor:
-        """`[B, Hq, Tq, X]` -> `[jobs, share * rows, X]`, zeros where there is no query."""
+        """Fold `[B, Hq, Tq, X]` into `[jobs, share * rows, X]`, with zeros where there is no query."""
         tensor = F.pad(tensor, (0, 0, self.lead, self.query_tiles * self.rows - self.lead - self.queries))
         split = tensor.reshape(self.batch, self.heads, self.share, self.query_tiles, self.rows, tensor.shape[-1])
         return split.transpose(2, 3).reshape(self.jobs, self.share * self.rows, tensor.shape[-1])
 
     def unfold_queries(self, folded: Tensor) -> Tensor:
-        """`[jobs, share * rows, X]` -> `[B, Hq, Tq, X]`."""
+        """Unfold `[jobs, share * rows, X]` into `[B, Hq, Tq, X]`."""
         split = folded.view(self.batch, self.heads, self.query_tiles, self.share, self.rows, folded.shape[-1])
         rows = split.transpose(2, 3).flatten(3, 4).flatten(1, 2)
         return rows[:, :, self.lead : self.lead + self.queries]
 
     def fold_keys(self, tensor: Tensor) -> Tensor:
-        """`[B, Hkv, Tk, X]` -> `[B * Hkv * nk, size, X]`, padded with zeros."""
+        """Fold `[B, Hkv, Tk, X]` into `[B * Hkv * nk, size, X]`, padded with zeros."""
         tensor = F.pad(tensor, (0, 0, 0, self.key_tiles * self.size - self.keys))
         return tensor.unflatten(2, (self.key_tiles, self.size)).flatten(0, 2)
 
     def per_head(self, table: Tensor, jobs: Tensor) -> Tensor:
-        """`[Hq]` -> `[n, share, 1, 1]`."""
+        """Look up a number per query head, `[Hq]`, for each job: `[n, share, 1, 1]`."""
         return table.view(self.heads, self.share)[self.list_of(jobs)][..., None, None]
 
 

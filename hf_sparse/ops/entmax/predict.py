@@ -1,4 +1,4 @@
-"""The page bound alone as a predictor of tiles: nothing is trained."""
+"""Predict tiles by the page bound alone: nothing is trained."""
 
 from dataclasses import replace
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_sparse.ops.entmax.attention import thresholds
+from hf_sparse.ops.entmax.attention import entmax_thresholds
 from hf_sparse.ops.entmax.blocks import Plan
 from hf_sparse.ops.entmax.bound import excesses, missing, without_queries_at_padding
 from hf_sparse.ops.entmax.inputs import Inputs, prepare
@@ -51,8 +51,8 @@ def bound_scores(
     if not 0 <= lag < max(rows or size, 1):
         raise ValueError(f"lag must be from 0 to {(rows or size) - 1} for tiles of {rows or size}, got {lag}")
     inputs = prepare(query, key, alpha, scaling, causal)
-    layout, near = _near(inputs, size, rows, window, global_tokens, grouped)
-    return _scores(inputs, layout, near, lag)
+    layout, local_tiles = _local_tiles(inputs, size, rows, window, global_tokens, grouped)
+    return _scores(inputs, layout, local_tiles, lag)
 
 
 @torch.no_grad()
@@ -87,16 +87,16 @@ def bound_tiles(
         ValueError: as `bound_scores`.
     """
     inputs = prepare(query, key, alpha, scaling, causal, valid, first_query)
-    layout, near = _near(inputs, size, rows, window, global_tokens, grouped)
-    scores = _scores(inputs, layout, near, lag=0).masked_fill_(near.mask(layout.key_tiles), -torch.inf)
+    layout, local_tiles = _local_tiles(inputs, size, rows, window, global_tokens, grouped)
+    scores = _scores(inputs, layout, local_tiles, lag=0).masked_fill_(local_tiles.mask(layout.key_tiles), -torch.inf)
     best = scores.topk(min(_FIRST, layout.key_tiles), dim=-1)
     ranked = Tiles(best.indices.masked_fill(best.values <= 0, -1), size, rows)
-    tiles = near.union(ranked)
-    needed, _ = missing(inputs, layout, tiles, thresholds(inputs, Plan(layout, causal, valid, tiles)))
+    tiles = local_tiles.union(ranked)
+    needed, _ = missing(inputs, layout, tiles, entmax_thresholds(inputs, Plan(layout, causal, valid, tiles)))
     return tiles.union(Tiles.of_mask(needed, size, rows))
 
 
-def _near(
+def _local_tiles(
     inputs: Inputs, size: int, rows: int | None, window: int, global_tokens: int, grouped: bool
 ) -> tuple[Layout, Tiles]:
     """List the tiles of the window and the global tokens for every list.
@@ -107,7 +107,7 @@ def _near(
     if window < 1:
         raise ValueError(f"window must be at least 1, got {window}")
     query, key = inputs.query, inputs.key
-    near = window_and_global(
+    local_tiles = window_and_global(
         query.shape[2],
         key.shape[2],
         size,
@@ -119,11 +119,13 @@ def _near(
         device=query.device,
     )
     heads = key.shape[1] if grouped else query.shape[1]
-    return listed_layout(Tiles(near.index.expand(-1, heads, -1, -1), size, rows), inputs)
+    return listed_layout(Tiles(local_tiles.index.expand(-1, heads, -1, -1), size, rows), inputs)
 
 
-def _scores(inputs: Inputs, layout: Layout, near: Tiles, lag: int) -> Tensor:
-    tau = without_queries_at_padding(thresholds(inputs, Plan(layout, inputs.causal, inputs.valid, near)), inputs)
+def _scores(inputs: Inputs, layout: Layout, local_tiles: Tiles, lag: int) -> Tensor:
+    tau = without_queries_at_padding(
+        entmax_thresholds(inputs, Plan(layout, inputs.causal, inputs.valid, local_tiles)), inputs
+    )
     if lag:  # each query stands `lag` positions later, and no query at the first ones
         inputs = replace(inputs, query=F.pad(inputs.query, (0, 0, lag, 0))[:, :, : layout.queries])
         tau = F.pad(tau, (lag, 0), value=torch.inf)[..., : layout.queries]

@@ -1,4 +1,4 @@
-"""The gold graph: which keys full entmax attends to."""
+"""Find the gold graph: the keys that full entmax attends to."""
 
 import torch
 from torch import Tensor
@@ -38,8 +38,8 @@ def support(
         if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < queries:
             raise ValueError(f"rows must be from 0 to {queries - 1}, got {int(rows.min())} to {int(rows.max())}")
     allowed = allowed_edges(positions_of(queries, keys, rows, device=query.device), keys, causal=causal)
-    wanted = inputs.query if rows is None else inputs.query[:, :, rows]
-    grouped = wanted.unflatten(1, (key.shape[1], -1))
+    chosen = inputs.query if rows is None else inputs.query[:, :, rows]
+    grouped = chosen.unflatten(1, (key.shape[1], -1))
     with torch.autocast(query.device.type, enabled=False):
         z = (grouped @ inputs.key[:, :, None].transpose(-1, -2)).flatten(1, 2)
     exponent = inputs.exponent

@@ -1,4 +1,4 @@
-"""The threshold tau of entmax, without sorting and without bisection.
+"""Solve for the threshold tau of entmax, without sorting and without bisection.
 
 With z = (alpha - 1) s and e = 1 / (alpha - 1) >= 1, tau solves
 
@@ -21,7 +21,7 @@ _UNSEEN = {"cuda": 6}
 
 
 def powers(excess: Tensor, exponent: float | Tensor) -> tuple[Tensor, Tensor]:
-    """`excess ** exponent` and `excess ** (exponent - 1)`, both 0 where `excess` is 0.
+    """Compute `excess ** exponent` and `excess ** (exponent - 1)`, both 0 where `excess` is 0.
 
     Args:
         excess: non-negative.
@@ -36,7 +36,7 @@ def powers(excess: Tensor, exponent: float | Tensor) -> tuple[Tensor, Tensor]:
 
 
 def relative_threshold(z: Tensor, exponent: float | Tensor) -> Tensor:
-    """Thresholds of rows whose largest entry is 0.
+    """Solve for the thresholds of rows whose largest entry is 0.
 
     Args:
         z: `[..., S]` float32 or float64, the largest of each row 0, or all `-inf`.
@@ -62,7 +62,7 @@ def relative_threshold(z: Tensor, exponent: float | Tensor) -> Tensor:
 
 
 def distribution(z: Tensor, exponent: float | Tensor) -> Tensor:
-    """Probabilities of rows `[..., S]`; a row of `-inf` alone, or of nothing, gets zeros. Not differentiable."""
+    """Compute the probabilities of rows `[..., S]`; zeros for a row of `-inf` alone or of nothing. No gradient."""
     if z.numel() == 0:
         return torch.zeros_like(z)
     z = z - z.amax(-1, keepdim=True).clamp(min=torch.finfo(z.dtype).min)

@@ -1,4 +1,4 @@
-"""alpha-entmax of a row of logits, as the `entmax` package computes it, and safe where a row has nothing to choose.
+"""Compute alpha-entmax of a row of logits, as the `entmax` package does, and zeros where every logit is `-inf`.
 
     entmax(s) = argmax_p  <p, s> + H_alpha(p)   over distributions p,   H_alpha the Tsallis entropy
               = [(alpha - 1) s - tau]_+ ^ (1 / (alpha - 1))             tau such that it sums to 1
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def entmax(logits: Tensor, alpha: float | Tensor, dim: int = -1) -> Tensor:
-    """Sparse probabilities: the reference that entmax attention answers to.
+    """Compute sparse probabilities: the reference that entmax attention is tested against.
 
     Args:
         logits: any shape, any float dtype. `-inf` marks entries that cannot be chosen; they get 0.

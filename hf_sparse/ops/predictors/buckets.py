@@ -1,4 +1,4 @@
-"""Graphs of buckets: a query and a key are joined iff they share a bucket, any of the query's with any of the key's.
+"""Join a query and a key iff they share a bucket, any of the query's with any of the key's.
 
 Quantization (a bucket per dimension and bin), clustering (a bucket per centroid) and hashing (a bucket per round and
 hash) differ only in how a point gets its buckets.
@@ -14,7 +14,7 @@ from hf_sparse.ops.predictors.projections import by_group, tile_of_query
 from hf_sparse.ops.tiles.tiles import tile_counts
 
 
-def without_padding(ids: Tensor, valid: Tensor | None) -> Tensor:
+def clear_padding(ids: Tensor, valid: Tensor | None) -> Tensor:
     """Put -1 (no bucket) into buckets `[B, H, T, c]` where `valid`, `[B, T]`, is False."""
     return ids if valid is None else ids.masked_fill(~valid[:, None, :, None], -1)
 
@@ -83,7 +83,7 @@ def matching_pairs(of_queries: Tensor, of_keys: Tensor, *, per_group: bool = Fal
 
 
 def _membership(ids: Tensor, buckets: int) -> Tensor:
-    """`[B, H, T, buckets]` float32 of 0 and 1."""
+    """Mark the buckets of each token, `[B, H, T, buckets]` float32 of 0 and 1."""
     member = torch.zeros((*ids.shape[:3], buckets + 1), device=ids.device)
     return member.scatter_(-1, ids.masked_fill(ids < 0, buckets), 1.0)[..., :buckets]
 

@@ -1,4 +1,4 @@
-"""Clustering: a query and a key are joined iff their nearest centroids have one in common.
+"""Join a query and a key iff they share one of their nearest centroids.
 
 Centroids come from k-means on the projected queries and keys of training text, together, one set per KV head. Each
 point belongs to its `top` nearest centroids, and any of the query's with any of the key's joins them (the released code
@@ -14,7 +14,7 @@ Treviso et al. 2022 (arXiv 2109.12188); balancing as in the Routing Transformer 
 import torch
 from torch import Tensor
 
-from hf_sparse.ops.predictors.buckets import without_padding
+from hf_sparse.ops.predictors.buckets import clear_padding
 from hf_sparse.ops.predictors.projections import by_group, check_points
 
 
@@ -53,7 +53,7 @@ def assign(points: Tensor, centroids: Tensor | None, top: int = 1) -> Tensor:
 
 
 def assign_parts(points: Tensor, centroids: Tensor | None, parts: int) -> Tensor:
-    """The nearest centroid of each part of each point: product quantization (Jegou et al. 2011).
+    """Find the nearest centroid of each part of each point: product quantization (Jegou et al. 2011).
 
     Args:
         points, centroids: as in `assign`; the columns of each part are clustered by themselves.
@@ -70,17 +70,17 @@ def assign_parts(points: Tensor, centroids: Tensor | None, parts: int) -> Tensor
         raise ValueError(f"points of rank {rank} cannot be cut into {parts} equal parts")
     centroids = _fitted(points, centroids)
     tables = cut_into_parts(centroids.repeat_interleave(points.shape[1] // len(centroids), 0), parts)
-    found = assign(cut_into_parts(points.flatten(0, 1), parts).unflatten(0, (len(points), -1)), tables)
-    return found[..., 0].unflatten(1, (-1, parts)).transpose(2, 3)
+    nearest = assign(cut_into_parts(points.flatten(0, 1), parts).unflatten(0, (len(points), -1)), tables)
+    return nearest[..., 0].unflatten(1, (-1, parts)).transpose(2, 3)
 
 
 def cut_into_parts(points: Tensor, parts: int) -> Tensor:
-    """`[H, N, r]` -> `[H * parts, N, r / parts]`, the parts of a head one after the other."""
+    """Cut `[H, N, r]` into `[H * parts, N, r / parts]`, the parts of a head one after the other."""
     return points.unflatten(-1, (parts, -1)).transpose(1, 2).flatten(0, 1)
 
 
 def points_of_parts(ids: Tensor, centroids: Tensor) -> Tensor:
-    """The points that centroids make up, `[B, H, T, r]`: what `assign_parts` stands for.
+    """Put together the points `[B, H, T, r]` whose parts are the centroids that `assign_parts` found.
 
     Args:
         ids: `[B, H, T, parts]` int64, as from `assign_parts`.
@@ -119,7 +119,7 @@ def assign_balanced(
     if isinstance(width, Tensor):
         place = torch.arange(taken.shape[2], device=points.device)[:, None]
         cluster = cluster.masked_fill(place >= width[:, None, None, None], -1)
-    return without_padding(torch.full_like(distance, -1, dtype=torch.int64).scatter_(2, taken, cluster), valid)
+    return clear_padding(torch.full_like(distance, -1, dtype=torch.int64).scatter_(2, taken, cluster), valid)
 
 
 def balanced_width(tokens: int | Tensor, clusters: int, top: int = 1) -> int | Tensor:
@@ -138,7 +138,7 @@ def _fitted(points: Tensor, centroids: Tensor | None) -> Tensor:
 
 
 def _distances(points: Tensor, centroids: Tensor | None) -> Tensor:
-    """Squared, `[B, H, T, C]`; point by point, so that no result depends on which others are there."""
+    """Compute squared distances `[B, H, T, C]`, each from its own point alone, whatever the other points are."""
     centroids = _fitted(points, centroids)
     grouped = by_group(points.to(centroids.dtype), centroids.shape[0])[..., None, :]
     return (grouped - centroids[:, None, None]).square().sum(-1).flatten(1, 2)

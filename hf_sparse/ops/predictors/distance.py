@@ -1,4 +1,4 @@
-"""Distance: a query and a key are near where their projected points are. Every pair costs, between tiles too.
+"""Join queries and keys whose projected points are near. Every pair costs, between tiles too.
 
 Treviso et al. 2022 (arXiv 2109.12188), squared Euclidean distance, the one that the projections are trained with.
 """
@@ -18,8 +18,8 @@ def squared_distances(query: Tensor, key: Tensor) -> Tensor:
     In float32, or float64 for float64; dimension by dimension, so that the distance of two points does not depend on
     which others are there.
     """
-    wide = torch.promote_types(query.dtype, torch.float32)
-    of_query, of_key = by_group(query.to(wide), key.shape[1]), key.to(wide)[:, :, None]
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    of_query, of_key = by_group(query.to(dtype), key.shape[1]), key.to(dtype)[:, :, None]
     total = of_query.new_zeros((*of_query.shape[:4], key.shape[2]))
     for dim in range(query.shape[3]):
         total += (of_query[..., dim, None] - of_key[..., None, :, dim]).square()
@@ -46,5 +46,5 @@ def tile_log_mass(query: Tensor, key: Tensor, size: int, valid: Tensor | None = 
     key = torch.cat([key, length, torch.ones_like(length)], -1)
     length = query.square().sum(-1, keepdim=True)
     query = by_group(torch.cat([2 * query, -torch.ones_like(length), -length], -1), key.shape[1])
-    near = (query @ key[:, :, None].transpose(-1, -2)).float().flatten(1, 2)
-    return near.unflatten(3, (-1, size)).logsumexp(4)
+    logits = (query @ key[:, :, None].transpose(-1, -2)).float().flatten(1, 2)
+    return logits.unflatten(3, (-1, size)).logsumexp(4)

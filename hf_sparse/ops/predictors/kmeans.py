@@ -1,4 +1,4 @@
-"""k-means for all heads of a layer at once: k-means++ seeds, then Lloyd's iterations.
+"""Run k-means for all heads of a layer at once: k-means++ seeds, then Lloyd's iterations.
 
 Lloyd 1982; Arthur and Vassilvitskii 2007. The same points and generator state give the same centroids.
 """
@@ -45,7 +45,7 @@ def kmeans(points: Tensor, clusters: int, *, generator: torch.Generator | None =
 
 
 def _nearest(points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared distance to the nearest centroid, and which one that is, `[H, N]` each."""
+    """Find the squared distance to the nearest centroid, and its index, `[H, N]` each."""
     best = torch.full(points.shape[:2], torch.inf, dtype=points.dtype, device=points.device)
     which = torch.zeros(points.shape[:2], dtype=torch.int64, device=points.device)
     for index in range(centroids.shape[1]):
@@ -60,7 +60,7 @@ def _seeds(points: Tensor, clusters: int, generator: torch.Generator | None) -> 
     head = torch.arange(heads, device=points.device)
 
     def draw(weight: Tensor) -> Tensor:
-        """One point per head, `[H, r]`, with a probability in proportion to its weight `[H, N]`."""
+        """Draw one point per head, `[H, r]`, with a probability in proportion to its weight `[H, N]`."""
         where = points.device if generator is None else generator.device
         share = torch.rand((heads, 1), generator=generator, device=where, dtype=torch.float64).to(points.device)
         total = weight.double().cumsum(-1)

@@ -1,4 +1,4 @@
-"""What projections are trained with: a query should be nearer to the keys of its gold edges than to others.
+"""Compute the losses of projections: a query should be nearer to the keys of its gold edges than to others.
 
 All losses take a sample of query rows, the squared distance `d` of projected points, and gold edges, the pairs with an
 entmax probability above 0. Others are drawn from allowed keys only, never from padding or the future. Every loss is the
@@ -89,7 +89,7 @@ def info_nce(query: Tensor, key: Tensor, probabilities: Tensor, allowed: Tensor)
 
 
 class _Pairs(NamedTuple):
-    """Gold edges of each row, each with an other; as many columns as the row with most edges needs."""
+    """Hold the gold edges of each row, each with another key; as many columns as the row with most edges needs."""
 
     edge: Tensor  # [B, Hq, R, m], squared distance
     other: Tensor
@@ -128,7 +128,7 @@ def _draw(
 
 
 def _prepare(query: Tensor, key: Tensor, probabilities: Tensor, allowed: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared distances and probabilities, `[B, Hq, R, Tk]`; the latter 0 wherever not allowed."""
+    """Compute squared distances and probabilities, `[B, Hq, R, Tk]`; the latter 0 wherever not allowed."""
     check_points(query, key)
     shape = (*query.shape[:3], key.shape[2])
     fits = allowed.dtype == torch.bool and allowed.ndim == 4 and allowed.shape[2:] == shape[2:]
@@ -138,18 +138,18 @@ def _prepare(query: Tensor, key: Tensor, probabilities: Tensor, allowed: Tensor)
             f"got {tuple(probabilities.shape)} and {tuple(allowed.shape)} {allowed.dtype}"
         )
     with torch.autocast(query.device.type, enabled=False):
-        wide = torch.promote_types(query.dtype, torch.float32)
+        dtype = torch.promote_types(query.dtype, torch.float32)
         # Padding may hold anything, and a weight of 0 would not keep NaN out of the gradients.
         seen, sees = allowed.any(1).any(1), allowed.any(-1)
-        key = key.to(wide).masked_fill(~seen[:, None, :, None], 0.0)
-        query = by_group(query.to(wide).masked_fill(~sees[..., None], 0.0), key.shape[1])
+        key = key.to(dtype).masked_fill(~seen[:, None, :, None], 0.0)
+        query = by_group(query.to(dtype).masked_fill(~sees[..., None], 0.0), key.shape[1])
         inner = query @ key[:, :, None].transpose(-1, -2)
         norms = query.square().sum(-1)[..., None] + key.square().sum(-1)[:, :, None, None]
         distance = (norms - 2 * inner).flatten(1, 2)
-        return distance, probabilities.detach().to(wide).masked_fill(~allowed, 0.0)
+        return distance, probabilities.detach().to(dtype).masked_fill(~allowed, 0.0)
 
 
 def _mean(loss: Tensor, allowed: Tensor) -> Tensor:
-    """Mean of `[B, Hq, R]` over the rows that have an allowed key."""
+    """Average `[B, Hq, R]` over the rows that have an allowed key."""
     rows = allowed.any(-1).expand_as(loss)
     return loss.masked_fill(~rows, 0.0).sum() / rows.sum().clamp(min=1)

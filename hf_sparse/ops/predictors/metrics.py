@@ -1,4 +1,4 @@
-"""How well a predicted graph covers the gold graph of entmax, whose edges are the pairs with a probability above 0.
+"""Measure how well a predicted graph covers the gold graph of entmax: the pairs with a probability above 0.
 
 A query row whose gold edges are all predicted has exactly the entmax output that it has with all keys. Where mass is
 missed, the output is off by at most twice that mass times the largest value vector, so mass recall says more about the
@@ -58,21 +58,21 @@ def graph_metrics(
     allowed = allowed_edges(position, keys, causal=causal)
     predicted = edges.repeat_interleave(heads // edges.shape[1], 1) & allowed
     gold = (probabilities > 0) & allowed
-    found = predicted & gold
+    hits = predicted & gold
     mass = probabilities.double().masked_fill(~allowed, 0.0)
     counted = gold.any(-1)
-    exact = counted & (found == gold).all(-1)
+    exact = counted & (hits == gold).all(-1)
 
-    def total(of: Tensor) -> Tensor:
-        return of.expand(batch, heads, *of.shape[2:]).flatten(2).sum(-1, dtype=torch.float64)
+    def total(pairs: Tensor) -> Tensor:
+        return pairs.expand(batch, heads, *pairs.shape[2:]).flatten(2).sum(-1, dtype=torch.float64)
 
     return {
         "sparsity": 1 - total(predicted) / total(allowed),
         "gold_sparsity": 1 - total(gold) / total(allowed),
-        "recall": total(found) / total(gold),
+        "recall": total(hits) / total(gold),
         "mass_recall": total(mass.masked_fill(~predicted, 0.0)) / total(mass),
         "exact_rows": total(exact) / total(counted),
-        "precision": total(found) / total(predicted),
+        "precision": total(hits) / total(predicted),
     }
 
 
@@ -85,15 +85,15 @@ def tile_sparsity(tiles: Tiles, keys: int, *, causal: bool) -> Tensor:
         causal: as in `allowed_edges`.
     """
     total = -(-keys // tiles.size)
-    own = own_tiles(tiles.index.shape[2], keys, tiles.size, tiles.rows, device=tiles.index.device)
-    allowed = allowed_tiles(own, total, causal=causal)
+    own_tile = own_tiles(tiles.index.shape[2], keys, tiles.size, tiles.rows, device=tiles.index.device)
+    allowed = allowed_tiles(own_tile, total, causal=causal)
     listed = tiles.mask(total) & allowed
     return 1 - listed.sum((2, 3)).double() / allowed.sum((2, 3)).double()
 
 
 @dataclass
 class MetricMeans:
-    """Means over texts of the ratios of each head, as the paper takes them: every text weighs the same.
+    """Average the ratios of each head over texts, as the paper does: every text weighs the same.
 
     Attributes:
         sums, counts: of each metric, `[H]`; a ratio that is NaN is left out.
@@ -105,14 +105,14 @@ class MetricMeans:
     def add(self, metrics: Mapping[str, Tensor]) -> None:
         """Take in ratios `[B, H]` of more texts."""
         for name, ratio in metrics.items():
-            there = ~ratio.isnan()
+            exists = ~ratio.isnan()
             self.sums[name] = self.sums.get(name, 0) + ratio.nan_to_num(0.0).sum(0)
-            self.counts[name] = self.counts.get(name, 0) + there.sum(0)
+            self.counts[name] = self.counts.get(name, 0) + exists.sum(0)
 
     def per_head(self) -> dict[str, Tensor]:
-        """`[H]` each, means over texts; NaN for a head without any."""
+        """Return the means over texts, `[H]` for each metric; NaN for a head without a text to average."""
         return {name: self.sums[name] / self.counts[name] for name in self.sums}
 
     def mean(self) -> dict[str, float]:
-        """The headline: means over heads of the means over texts."""
+        """Return the mean over heads of the means over texts, the number that reports lead with."""
         return {name: float(ratio.nanmean()) for name, ratio in self.per_head().items()}

@@ -1,4 +1,4 @@
-"""Graphs that others attend by, as scores of tiles for `best_tiles`, so that all have the same number of tiles.
+"""Score tiles by published attention patterns, for `best_tiles`, so that all have the same number of tiles.
 
 They are simulated on a trained entmax model, as Treviso et al. 2022 (arXiv 2109.12188) do; no model was trained with
 them. Hashing and routing compare points, see `patterns`.
@@ -17,7 +17,7 @@ from hf_sparse.ops.tiles.tiles import tile_counts
 
 
 def nearest_scores(own: Tensor, tiles: int) -> Tensor:
-    """Nearer tiles first, `[1, 1, nq, nk]` float32: the widest window that the number of tiles allows.
+    """Score nearer tiles higher, `[1, 1, nq, nk]` float32: the widest window that the number of tiles allows.
 
     Args:
         own: `[nq]` int64, see `own_tiles`.
@@ -35,13 +35,13 @@ def random_scores(
     generator: torch.Generator | None = None,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Tiles at random, drawn for each row and head, `[B, H, nq, nk]` float32."""
+    """Score tiles at random for each row and head, `[B, H, nq, nk]` float32."""
     where = device if generator is None else generator.device
     return torch.rand((batch, heads, listed, tiles), generator=generator, device=where).to(device or where)
 
 
 def strided_scores(count: int | Tensor, own: Tensor, tiles: int, *, causal: bool) -> Tensor:
-    """Half of a row's tiles next to the query, the others at equal distances from there on, `[B, 1, nq, nk]` float32.
+    """Score half of a row's tiles next to the query and the rest at equal distances, `[B, 1, nq, nk]` float32.
 
     Sparse Transformer "strided" (Child et al. 2019) at a given number of tiles; what is left goes to the nearest.
 
@@ -51,22 +51,22 @@ def strided_scores(count: int | Tensor, own: Tensor, tiles: int, *, causal: bool
         tiles: `nk`.
         causal: as in `allowed_edges`.
     """
-    place, reach, near, far = _halves(count, own, tiles, causal)
-    stride = -(-(reach - near).clamp(min=1) // far.clamp(min=1))
-    regular = (place - near + 1) % stride == 0
-    return _in_order(place, (place < near) | (regular & (far > 0)), place < near, tiles)
+    place, reach, near_count, far_count = _halves(count, own, tiles, causal)
+    stride = -(-(reach - near_count).clamp(min=1) // far_count.clamp(min=1))
+    regular = (place - near_count + 1) % stride == 0
+    return _in_order(place, (place < near_count) | (regular & (far_count > 0)), place < near_count, tiles)
 
 
 def fixed_scores(count: int | Tensor, own: Tensor, tiles: int, *, causal: bool) -> Tensor:
-    """Half of a row's tiles next to the query, the others in columns that are the same for all, `[B, 1, nq, nk]`.
+    """Score half of a row's tiles next to the query and the rest in columns that all share, `[B, 1, nq, nk]`.
 
     Sparse Transformer "fixed" (Child et al. 2019) at a given number of tiles; what is left goes to the nearest.
     Arguments as in `strided_scores`.
     """
-    place, _, near, far = _halves(count, own, tiles, causal)
-    stride = max(1, -(-tiles // max(1, int(far.max()))))
+    place, _, near_count, far_count = _halves(count, own, tiles, causal)
+    stride = max(1, -(-tiles // max(1, int(far_count.max()))))
     column = torch.arange(tiles, device=own.device) % stride == stride - 1
-    return _in_order(place, (place < near) | (column & (far > 0)), place < near, tiles)
+    return _in_order(place, (place < near_count) | (column & (far_count > 0)), place < near_count, tiles)
 
 
 def lsh_scores(
@@ -117,7 +117,7 @@ def routing_scores(
 
 
 def oracle_scores(probabilities: Tensor, *, size: int, rows: int | None = None, kv_heads: int | None = None) -> Tensor:
-    """Entmax mass of each pair of tiles, `[B, Hq, nq, nk]` in the dtype given: no graph of tiles can keep more.
+    """Sum the entmax mass of each pair of tiles, `[B, Hq, nq, nk]` in the given dtype, which no list can exceed.
 
     Args:
         probabilities: `[B, Hq, Tq, Tk]`, 0 in rows that do not count.
@@ -135,19 +135,22 @@ def oracle_scores(probabilities: Tensor, *, size: int, rows: int | None = None, 
 
 
 def _halves(count: int | Tensor, own: Tensor, tiles: int, causal: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Place of each key tile by distance from the query tile, `[nq, nk]`, and how many tiles a row may have, `[nq, 1]`;
-    how many of its count stay next to the query and how many go farther off, `[..., nq, 1]` each."""
+    """Divide the tiles of each row into those next to the query and those farther away.
+
+    Returns:
+        The place of each key tile by its distance from the query tile, `[nq, nk]`; how many tiles a row may have,
+        `[nq, 1]`; and how many of its count lie next to the query and farther away, `[..., nq, 1]` each."""
     own = own[:, None]
     distance = (torch.arange(tiles, device=own.device) - own).abs()
     place = distance if causal else distance.argsort(dim=-1, stable=True).argsort(dim=-1)
     reach = own + 1 if causal else torch.full_like(own, tiles)
     room = torch.as_tensor(count, device=own.device)
     room = (room if room.ndim else room.expand(len(own)))[..., None].minimum(reach)
-    near = (room + 1) // 2
-    return place, reach, near, room - near
+    near_count = (room + 1) // 2
+    return place, reach, near_count, room - near_count
 
 
-def _in_order(place: Tensor, wanted: Tensor, first: Tensor, tiles: int) -> Tensor:
-    """Scores: `first`, then the others `wanted`, then the rest, each by place."""
-    score = wanted.float() + first.float() - place.float() / (tiles + 1)
+def _in_order(place: Tensor, listed: Tensor, first: Tensor, tiles: int) -> Tensor:
+    """Score the tiles `first`, then the other `listed` ones, then the rest, each by its place."""
+    score = listed.float() + first.float() - place.float() / (tiles + 1)
     return score if score.ndim == 4 else score[None, None]

@@ -1,4 +1,4 @@
-"""Buckets of the patterns that compare points: the hashes of the Reformer, the clusters of the Routing Transformer."""
+"""Find the buckets of patterns that compare points: hashes of the Reformer, clusters of the Routing Transformer."""
 
 import torch
 import torch.nn.functional as F
@@ -44,8 +44,8 @@ def lsh_buckets(points: Tensor, rotations: Tensor) -> Tensor:
     if points.shape[-1] != rank:
         raise ValueError(f"the rotations are for rank {rank}, got points {tuple(points.shape)}")
     turned = torch.einsum("bhtr,nrc->bhtnc", points.to(rotations.dtype), rotations)
-    found = torch.cat([turned, -turned], -1).argmax(-1)
-    return found + torch.arange(rounds, device=points.device) * 2 * half
+    hashes = torch.cat([turned, -turned], -1).argmax(-1)
+    return hashes + torch.arange(rounds, device=points.device) * 2 * half
 
 
 def routing_clusters(query_points: Tensor, key_points: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""How attention falls off with distance, per head: what scores of content do not know.
+"""Measure how attention falls off with distance, per head, which the scores of content do not show.
 
 Numbers of matching pairs alone can rank tiles worse than "the nearest first" does, because most heads of a language
 model attend near by. Multiplied by the profile of the head they no longer have to find that out. Ours.
@@ -15,7 +15,7 @@ _EXACT = 4
 
 
 def distance_bins(distance: Tensor) -> Tensor:
-    """Bins, 0 to `BINS - 1`, of distances between tiles (int64, any shape; the sign does not matter).
+    """Find the bins, 0 to `BINS - 1`, of distances between tiles (int64, any shape; the sign does not matter).
 
     >>> distance_bins(torch.tensor([0, 1, 3, 4, 5, 7, 8, 9, 10, 16, -16])).tolist()
     [0, 1, 3, 4, 5, 7, 8, 8, 9, 12, 12]
@@ -31,7 +31,7 @@ def distance_bins(distance: Tensor) -> Tensor:
 
 
 def profile_mass(probabilities: Tensor, position: Tensor, size: int) -> Tensor:
-    """Attention that queries give to keys at each distance, summed, `[H, BINS]` float32.
+    """Sum the attention that queries give to keys at each distance, `[H, BINS]` float32.
 
     Called with the allowed pairs (as 0 and 1) in place of the probabilities it counts pairs; `fit_profile` takes both,
     each summed over the training texts.
@@ -48,7 +48,7 @@ def profile_mass(probabilities: Tensor, position: Tensor, size: int) -> Tensor:
 
 
 def fit_profile(mass: Tensor, pairs: Tensor) -> Tensor:
-    """Mean attention of a pair at each distance, `[H, BINS]`, as a share of the mean at all distances.
+    """Average the attention of a pair at each distance, `[H, BINS]`, as a share of the mean at all distances.
 
     Args:
         mass, pairs: `[H, BINS]`, see `profile_mass`; a bin without pairs takes the value of the one before.
@@ -61,8 +61,8 @@ def fit_profile(mass: Tensor, pairs: Tensor) -> Tensor:
             f"expected mass and pairs [H, {BINS}] with pairs at distance 0, got {tuple(mass.shape)} and "
             f"{tuple(pairs.shape)}: sum profile_mass over training text first"
         )
-    there = pairs > 0
-    last = torch.where(there, torch.arange(pairs.shape[1], device=pairs.device), 0).cummax(-1).values
+    has_pairs = pairs > 0
+    last = torch.where(has_pairs, torch.arange(pairs.shape[1], device=pairs.device), 0).cummax(-1).values
     mean = (mass / pairs.clamp(min=1)).gather(-1, last)
     overall = mass.sum(-1, keepdim=True) / pairs.sum(-1, keepdim=True)
     return mean / overall.clamp(min=torch.finfo(mean.dtype).tiny)

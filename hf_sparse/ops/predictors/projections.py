@@ -1,4 +1,4 @@
-"""Projected queries and keys, the points that a predictor compares, and what stands for a tile of them."""
+"""Check and average projected queries and keys, the points that a predictor compares."""
 
 import torch
 from torch import Tensor
@@ -20,12 +20,12 @@ def check_points(query: Tensor, key: Tensor) -> None:
 
 
 def by_group(query: Tensor, kv_heads: int) -> Tensor:
-    """`[B, Hq, ...]` -> `[B, Hkv, Hq / Hkv, ...]`."""
+    """Split the query heads by KV head: `[B, Hq, ...]` to `[B, Hkv, Hq / Hkv, ...]`."""
     return query.unflatten(1, (kv_heads, -1))
 
 
 def tile_of_query(queries: int, keys: int, size: int, lag: int, device: torch.device) -> Tensor:
-    """`[Tq]` int64: the row, among the listed query tiles, of the tile that each query describes.
+    """Find the tile that each query describes, `[Tq]` int64, as a row of the listed query tiles.
 
     A tile of `size` queries is described by as many queries that begin `lag` positions before it. With `lag = 0` these
     are its own, as in the released code; its first query then depends on those after it. `lag = size - 1` is the least
@@ -51,6 +51,6 @@ def tile_means(points: Tensor, exists: Tensor, rows: int) -> Tensor:
     tile, tiles = torch.arange(length, device=points.device) // rows, length // rows
     count = points.new_zeros((batch, 1, tiles)).index_add_(2, tile, exists[:, None].to(points.dtype))
     # A point that does not count may be NaN, which a weight of 0 would not remove.
-    kept = points.masked_fill(~exists[:, None, :, None], 0.0)
-    total = points.new_zeros((batch, heads, tiles, rank)).index_add_(2, tile, kept)
+    counted = points.masked_fill(~exists[:, None, :, None], 0.0)
+    total = points.new_zeros((batch, heads, tiles, rank)).index_add_(2, tile, counted)
     return total / count.clamp(min=1)[..., None]

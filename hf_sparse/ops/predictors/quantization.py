@@ -1,4 +1,4 @@
-"""Quantization: a query and a key are joined iff they are in the same bin in at least one dimension.
+"""Join a query and a key iff they are in the same bin in at least one dimension (quantization).
 
 `shared` bins lie between boundaries that were fitted on training points, the same for queries and keys. A point's bins
 depend on nothing but the point, so a cached key keeps them, and they fit causal models.
@@ -13,13 +13,13 @@ Treviso et al. 2022 (arXiv 2109.12188); boundaries at quantiles are ours.
 import torch
 from torch import Tensor
 
-from hf_sparse.ops.predictors.buckets import without_padding
+from hf_sparse.ops.predictors.buckets import clear_padding
 from hf_sparse.ops.predictors.projections import by_group, check_points
 from hf_sparse.ops.tiles.tiles import tile_counts
 
 
 def fit_boundaries(points: Tensor, bins: int) -> Tensor:
-    """Boundaries at the quantiles of training points, so that bins hold equal shares of them.
+    """Place boundaries at the quantiles of training points, so that bins hold equal shares of them.
 
     Args:
         points: `[H, N, r]`, queries and keys of the heads together; see `clustering.training_points`.
@@ -35,8 +35,8 @@ def fit_boundaries(points: Tensor, bins: int) -> Tensor:
         raise ValueError(f"expected points [H, N, r] and 2 to N bins, got {tuple(points.shape)} and {bins} bins")
     # Ranks of a sort: torch.quantile refuses large inputs.
     ordered = points.sort(dim=1).values
-    at = torch.arange(1, bins, device=points.device) * points.shape[1] // bins
-    return ((ordered[:, at - 1] + ordered[:, at]) / 2).transpose(1, 2).contiguous()
+    cut = torch.arange(1, bins, device=points.device) * points.shape[1] // bins
+    return ((ordered[:, cut - 1] + ordered[:, cut]) / 2).transpose(1, 2).contiguous()
 
 
 def shared_bins(points: Tensor, boundaries: Tensor | None) -> Tensor:
@@ -55,11 +55,11 @@ def shared_bins(points: Tensor, boundaries: Tensor | None) -> Tensor:
     boundaries = _fitted(points, boundaries)
     bins = boundaries.shape[-1] + 1
     grouped = by_group(points, boundaries.shape[0]).to(boundaries.dtype)  # [B, Hb, G, T, r]
-    found = torch.zeros_like(grouped, dtype=torch.int64)
+    buckets = torch.zeros_like(grouped, dtype=torch.int64)
     for edge in range(bins - 1):
-        found += grouped >= boundaries[:, None, None, :, edge]
-    found += torch.arange(points.shape[3], device=points.device) * bins
-    return found.flatten(1, 2)
+        buckets += grouped >= boundaries[:, None, None, :, edge]
+    buckets += torch.arange(points.shape[3], device=points.device) * bins
+    return buckets.flatten(1, 2)
 
 
 def fixed_bins(points: Tensor, width: int, valid: Tensor | None = None) -> tuple[Tensor, int]:
@@ -81,9 +81,9 @@ def fixed_bins(points: Tensor, width: int, valid: Tensor | None = None) -> tuple
     order = _order(points, valid)
     place = torch.arange(length, device=points.device)[:, None].expand_as(order)
     bins = -(-length // width)
-    found = torch.empty_like(order).scatter_(2, order, place) // width
-    found = found + torch.arange(rank, device=points.device) * bins
-    return without_padding(found, valid), rank * bins
+    buckets = torch.empty_like(order).scatter_(2, order, place) // width
+    buckets = buckets + torch.arange(rank, device=points.device) * bins
+    return clear_padding(buckets, valid), rank * bins
 
 
 def _fitted(points: Tensor, boundaries: Tensor | None) -> Tensor:
@@ -107,7 +107,7 @@ def _check_width(width: int, length: int, valid: Tensor | None) -> None:
 
 
 def _order(points: Tensor, valid: Tensor | None) -> Tensor:
-    """`[B, H, T, r]` int64: the tokens by rank in each dimension, padding behind all others."""
+    """Sort the tokens by rank in each dimension, `[B, H, T, r]` int64, padding behind all others."""
     last = points if valid is None else points.masked_fill(~valid[:, None, :, None], torch.inf)
     return last.argsort(dim=2, stable=True)
 
@@ -146,7 +146,7 @@ def fixed_bin_pairs(
 
 
 def _tiles_in_bins(points: Tensor, width: int, tile: Tensor, tiles: int, valid: Tensor | None) -> Tensor:
-    """`[B, H, r * bins, width]` int64: the tile of each member of each bin, `tiles` where there is none."""
+    """Find the tile of each member of each bin, `[B, H, r * bins, width]` int64; `tiles` for no member."""
     order = _order(points, valid)
     member = tile.clamp(max=tiles)[order]
     if valid is not None:

@@ -1,4 +1,4 @@
-"""SparseK attention: `api` checks and dispatches, `reference` is the reference, `tiled` and `triton` run.
+"""Compute SparseK attention: `api` checks and dispatches, `reference` defines, `tiled` and `triton` run.
 
 What the tiles reach is told by `causal` and `bidirectional`.
 """

@@ -1,4 +1,4 @@
-"""How much dense attention a key receives from queries that are far from it: what a scorer is warmed up on."""
+"""Measure how much dense attention a key receives from distant queries: the target on which a scorer is warmed up."""
 
 import torch
 from torch import Tensor
@@ -8,7 +8,7 @@ _BUFFER = 1 << 26  # logits held at once
 
 @torch.no_grad()
 def far_attention_mass(query: Tensor, key: Tensor, *, window: int, scaling: float, causal: bool = True) -> Tensor:
-    """Mean dense attention that each key receives from queries whose window does not hold it.
+    """Average the dense attention that each key receives from queries whose window does not hold it.
 
     Summed over the query heads of the key's group, averaged over those queries.
     Needs time quadratic in `T`, as dense attention does, and memory linear in it.

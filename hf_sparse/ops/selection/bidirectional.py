@@ -1,4 +1,4 @@
-"""Linear-time SparseK attention of an encoder: which keys a tile of queries reaches.
+"""Compute SparseK attention of an encoder in linear time, by the keys that a tile of queries reaches.
 
 Nothing arrives late here, so there is one selection per row and KV head, for all its queries, and one gate per key. A
 tile of `C` consecutive queries needs
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from hf_sparse.ops.selection.gates import shared_gates
 from hf_sparse.ops.selection.problem import Problem
-from hf_sparse.ops.selection.tiled import Block, attend, flat_rows, spans
+from hf_sparse.ops.selection.tiled import TileBlock, attend_tiled, flat_rows, spans
 
 # Queries per tile. Each tile gathers its own window, and most of that is shared by few of its queries.
 _TILE = {"cpu": 64, "cuda": 128}
@@ -39,19 +39,21 @@ def bidirectional_sparsek_attention(problem: Problem, tile: int | None = None) -
     left, right = window // 2, window - 1 - window // 2
     reach = _Bidirectional(tile, min(left, length - 1), min(right, length - 1))
     tables = (shared, problem.first)
-    return attend(query, problem.key, problem.value, gates, None, tables, reach, problem.scaling)
+    return attend_tiled(query, problem.key, problem.value, gates, None, tables, reach, problem.scaling)
 
 
 @dataclass(frozen=True)
 class _Bidirectional:
-    """A query at position i has the keys from `i - left` to `i + right` in its window."""
+    """Find the keys of tiles whose query at position i has the keys `i - left` to `i + right` in its window."""
 
     tile: int
     left: int
     right: int
 
-    def blocks(self, scores: Tensor, limit: Tensor | None, tables: tuple[Tensor, ...], group: int) -> Iterator[Block]:
-        """The shared keys and those around every tile, in this order; `scores` are gates here."""
+    def blocks(
+        self, scores: Tensor, limit: Tensor | None, tables: tuple[Tensor, ...], group: int
+    ) -> Iterator[TileBlock]:
+        """Yield the shared keys of every tile, and then those around it; `scores` are gates here."""
         shared, first = tables
         batch, heads, length = scores.shape
         row = flat_rows(batch, heads, length, scores.device)
@@ -63,19 +65,19 @@ class _Bidirectional:
         logits = batch * heads * group * self.tile * width
         for span in spans(length, length, self.tile, logits, scores.device):
             lead = (batch, heads, len(span.position))
-            at = span.position[..., None]  # [n, tile, 1]
-            near = self._in_window(common.unsqueeze(-2), at)  # [B, Hkv, n, tile, G]
-            there = (gate > 0).unsqueeze(-2)
-            free = there & ~near
-            known = torch.where(near & there, 1.0, gate.unsqueeze(-2))
+            position = span.position[..., None]  # [n, tile, 1]
+            in_window = self._in_window(common.unsqueeze(-2), position)  # [B, Hkv, n, tile, G]
+            selected = (gate > 0).unsqueeze(-2)
+            free = selected & ~in_window
+            known = torch.where(in_window & selected, 1.0, gate.unsqueeze(-2))
 
             band = span.position[:, :1] + around  # [n, tile - 1 + window]
             exists = (band >= first) & (band < length)
             band = band.clamp(0, length - 1).expand(*lead, -1)
             # What all queries have already counts once.
             new = exists & (scores.flatten()[band + row] == 0)
-            local = self._in_window(band.unsqueeze(-2), at) & new.unsqueeze(-2)
-            yield Block(
+            local = self._in_window(band.unsqueeze(-2), position) & new.unsqueeze(-2)
+            yield TileBlock(
                 span.rows,
                 torch.cat([common.expand(*lead, -1), band], -1) + row,
                 torch.cat([known, local.to(known.dtype)], -1),
@@ -83,5 +85,5 @@ class _Bidirectional:
                 slice(0, common.shape[-1]),
             )
 
-    def _in_window(self, key: Tensor, at: Tensor) -> Tensor:
-        return (key >= at - self.left) & (key <= at + self.right)
+    def _in_window(self, key: Tensor, position: Tensor) -> Tensor:
+        return (key >= position - self.left) & (key <= position + self.right)

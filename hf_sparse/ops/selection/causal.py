@@ -1,4 +1,4 @@
-"""Linear-time causal SparseK attention: which keys a tile of queries reaches.
+"""Compute causal SparseK attention in linear time, by the keys that a tile of queries reaches.
 
 The selected set of query t + 1 is a subset of that of t plus the newest eligible key, so a tile of `C` consecutive
 queries needs at most
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from hf_sparse.ops.selection.problem import Problem
-from hf_sparse.ops.selection.thresholds import scan
-from hf_sparse.ops.selection.tiled import Block, Span, attend, flat_rows, spans
+from hf_sparse.ops.selection.thresholds import scan_prefixes
+from hf_sparse.ops.selection.tiled import Span, TileBlock, attend_tiled, flat_rows, spans
 
 # Queries per tile. The scan goes from tile to tile, so a GPU wants few of them.
 _TILE = {"cpu": 64, "cuda": 1024}
@@ -35,7 +35,7 @@ def causal_sparsek_attention(problem: Problem, tile: int | None = None) -> Tenso
     first = problem.first
     # Padding and sinks are no candidates.
     fixed = torch.arange(keys, device=query.device) < first[:, None, None] + problem.sinks
-    result = scan(
+    result = scan_prefixes(
         scores.masked_fill(fixed, -torch.inf),
         problem.k,
         size=keys if problem.support is None else min(problem.support, keys),
@@ -47,7 +47,9 @@ def causal_sparsek_attention(problem: Problem, tile: int | None = None) -> Tenso
     )
     reach = _Causal(queries, tile, problem.window, problem.sinks)
     tables = (result.rank, result.floor, result.lists, first)
-    return attend(query, problem.key, problem.value, problem.trained_scores, result.tau, tables, reach, problem.scaling)
+    return attend_tiled(
+        query, problem.key, problem.value, problem.trained_scores, result.tau, tables, reach, problem.scaling
+    )
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,10 @@ class _Causal:
     window: int
     sinks: int
 
-    def blocks(self, scores: Tensor, limit: Tensor | None, tables: tuple[Tensor, ...], group: int) -> Iterator[Block]:
-        """The sinks, the candidates and the window of every tile, in this order."""
+    def blocks(
+        self, scores: Tensor, limit: Tensor | None, tables: tuple[Tensor, ...], group: int
+    ) -> Iterator[TileBlock]:
+        """Yield the sinks, the candidates and the window of every tile, in this order."""
         rank, floor, lists, first = tables
         batch, heads, keys = scores.shape
         row = flat_rows(batch, heads, keys, scores.device)
@@ -69,18 +73,18 @@ class _Causal:
         for span in spans(self.queries, keys, self.tile, logits, scores.device):
             candidate, inside = self._candidates(span, lists, begin, keys)
             gate, free = self._gates(span, candidate, inside, scores, limit, rank, floor, row)
-            at = span.position[..., None]  # [n, tile, 1]
+            position = span.position[..., None]  # [n, tile, 1]
             # No query of the tile has left these behind.
-            near = span.position[:, -1:] + 1 - self.window + torch.arange(self.window, device=scores.device)
-            sees = ((near >= begin) & (near < keys)).unsqueeze(-2) & (near.unsqueeze(-2) <= at)
+            window_key = span.position[:, -1:] + 1 - self.window + torch.arange(self.window, device=scores.device)
+            sees = ((window_key >= begin) & (window_key < keys)).unsqueeze(-2) & (window_key.unsqueeze(-2) <= position)
             lead = (batch, heads, len(span.position))
             gates = [
-                (sink.unsqueeze(-2) <= at).expand(*lead, -1, -1).to(gate.dtype),
+                (sink.unsqueeze(-2) <= position).expand(*lead, -1, -1).to(gate.dtype),
                 gate,
                 sees.expand(*lead, -1, -1).to(gate.dtype),
             ]
-            index = [sink.clamp(max=keys - 1), candidate, near.clamp(0, keys - 1)]
-            yield Block(
+            index = [sink.clamp(max=keys - 1), candidate, window_key.clamp(0, keys - 1)]
+            yield TileBlock(
                 span.rows,
                 torch.cat([part.expand(*lead, -1) for part in index], -1) + row,
                 torch.cat(gates, -1),
@@ -89,7 +93,7 @@ class _Causal:
             )
 
     def _candidates(self, span: Span, lists: Tensor, begin: Tensor, keys: int) -> tuple[Tensor, Tensor]:
-        """Keys `[B, Hkv, n, c]` that some query of the tile may have selected, and whether each exists."""
+        """List the keys `[B, Hkv, n, c]` that some query of a tile may have selected, and whether each exists."""
         leaving = span.position[:, :-1] - self.window + 1  # [n, tile - 1], eligible from some query of the tile on
         chosen = lists[:, :, span.tiles]
         batch, heads = lists.shape[:2]
@@ -108,11 +112,11 @@ class _Causal:
         floor: Tensor,
         row: Tensor,
     ) -> tuple[Tensor, Tensor | None]:
-        """Gates `[B, Hkv, n, tile, c]` of the candidates, and where they are strictly between 0 and 1."""
+        """Compute the gates `[B, Hkv, n, tile, c]` of the candidates, and mark those strictly between 0 and 1."""
         key, inside = candidate.unsqueeze(-2), inside.unsqueeze(-2)
-        at = span.position[..., None]
-        old = key <= at - self.window
-        recent = inside & ~old & (key <= at)
+        position = span.position[..., None]
+        old = key <= position - self.window
+        recent = inside & ~old & (key <= position)
         reached = rank.flatten()[candidate + row].unsqueeze(-2)
         eligible = inside & old & (reached >= span.per_query(floor)) & (reached > 0)
         if limit is None:

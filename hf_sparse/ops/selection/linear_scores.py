@@ -1,4 +1,4 @@
-"""Scores that are linear in the layer-normalised input of an attention module.
+"""Compute scores that are linear in the layer-normalised input of an attention module.
 
 All of it is computed in float64. In the first layer every occurrence of a token has the same input, so equal scores
 are the rule there; sums in float32 get other last bits in another order, and prefill and decoding would break the ties
@@ -15,13 +15,13 @@ _TRITON = installed()
 
 
 def normalised(states: Tensor) -> Tensor:
-    """Layer norm of `[..., C]` without parameters (eps 1e-5), in float64; in float32 where a device has no float64."""
-    wide = states.float() if states.device.type == "mps" else states.double()
-    return F.layer_norm(wide, wide.shape[-1:])
+    """Normalise `[..., C]` by a layer norm without parameters (eps 1e-5), in float64, or float32 on MPS."""
+    exact = states.float() if states.device.type == "mps" else states.double()
+    return F.layer_norm(exact, exact.shape[-1:])
 
 
 def linear_scores(states: Tensor, weight: Tensor) -> Tensor:
-    """The product of the normalised states with a weight per feature and KV head.
+    """Multiply the normalised states by a weight per feature and KV head.
 
     Args:
         states: `[B, T, C]`, of any floating dtype.
@@ -35,13 +35,13 @@ def linear_scores(states: Tensor, weight: Tensor) -> Tensor:
 
         with torch.cuda.device_of(states):  # where Triton launches
             return linear_scores.linear_scores(states, weight)
-    wide = normalised(states)
-    weight = weight.to(wide.dtype)
+    normal = normalised(states)
+    weight = weight.to(normal.dtype)
     if states.shape[1] == 1:  # a compiled decoding step makes one kernel of this and what is around it
-        return (wide * weight).sum(-1)[..., None]
-    return (wide @ weight.T).transpose(1, 2)
+        return (normal * weight).sum(-1)[..., None]
+    return (normal @ weight.T).transpose(1, 2)
 
 
 def has_kernels(states: Tensor) -> bool:
-    """Whether `linear_scores` of these states runs as kernels, which keep no copy of them for the backward."""
+    """Tell whether `linear_scores` of these states runs as kernels, which keep no copy of them for the backward."""
     return _TRITON and states.is_cuda and states.dtype in DTYPES and not torch.compiler.is_compiling()

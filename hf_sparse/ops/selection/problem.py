@@ -38,14 +38,14 @@ class Problem(NamedTuple):
 
     @property
     def first(self) -> Tensor:
-        """`[B]` int64: `start`, or zeros."""
+        """Return the first key of each row that is no padding, `[B]` int64: `start`, or zeros."""
         if self.start is not None:
             return self.start
         return torch.zeros(self.key.shape[0], dtype=torch.int64, device=self.key.device)
 
     @property
     def trained_scores(self) -> Tensor:
-        """The scores, detached where nothing learns from them."""
+        """Return the scores, detached where nothing learns from them."""
         return self.scores if self.soft else self.scores.detach()
 
 

@@ -1,4 +1,4 @@
-"""SparseK: the Euclidean projection onto the k-capped simplex, exact and differentiable.
+"""Project scores onto the k-capped simplex (SparseK): exact and differentiable.
 
     sparsek(z, k) = argmin_p ||p - z||^2   subject to   0 <= p <= 1,  sum(p) = k
                   = clip(z - tau, 0, 1)    with tau the root of  f(tau) = sum_i clip(z_i - tau, 0, 1) = k
@@ -51,7 +51,7 @@ class _SparseK(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, scores: Tensor, k: int) -> Tensor:
         ordered = scores.sort(dim=-1, descending=True).values
-        origin, tau = threshold(ordered, (ordered > -torch.inf).unsqueeze(-2), k)
+        origin, tau = subset_thresholds(ordered, (ordered > -torch.inf).unsqueeze(-2), k)
         # Relative to the k-th best score, which is within 1 of the threshold: scores of any size lose no digits.
         gates = ((scores - origin) - tau.to(scores.dtype)).clamp(0, 1)
         # Everything is selected where tau is -inf; -inf minus -inf is not a number.
@@ -68,7 +68,7 @@ class _SparseK(torch.autograd.Function):
         return free * (grad - mean), None
 
 
-def threshold(ordered: Tensor, member: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def subset_thresholds(ordered: Tensor, member: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Find the thresholds tau of several subsets of one sorted list of scores.
 
     The threshold lies between the k-th best score of its subset and 1 below it. It is returned relative to that score:
@@ -84,18 +84,18 @@ def threshold(ordered: Tensor, member: Tensor, k: int) -> tuple[Tensor, Tensor]:
         to 0, in float64 (float32 on MPS): the gate of a score `z` is `clip((z - origin) - tau, 0, 1)`. A subset of at
         most `k` members has the origin 0 and a tau of `-inf`.
     """
-    wide = ordered.dtype if ordered.device.type == "mps" else torch.float64
-    zero = member.new_zeros((*member.shape[:-1], 1), dtype=wide)
-    count = torch.cat([zero, member.to(wide).cumsum(-1)], -1)  # [..., C, N + 1]: members among the first j
+    dtype = ordered.dtype if ordered.device.type == "mps" else torch.float64
+    zero = member.new_zeros((*member.shape[:-1], 1), dtype=dtype)
+    count = torch.cat([zero, member.to(dtype).cumsum(-1)], -1)  # [..., C, N + 1]: members among the first j
     full = count[..., -1] <= k
 
-    def at(table: Tensor, index: Tensor) -> Tensor:
+    def pick(table: Tensor, index: Tensor) -> Tensor:
         return table.gather(-1, index.unsqueeze(-1)).squeeze(-1)
 
     best = (count[..., 1:] < k).sum(-1).clamp(max=ordered.shape[-1] - 1)  # index of the k-th best member
     origin = ordered.gather(-1, best).masked_fill(full, 0.0)
     # Scores further than 1 from the k-th best are saturated or 0 whatever tau is: prefix sums stay small.
-    z = (ordered.to(wide).unsqueeze(-2) - origin.to(wide).unsqueeze(-1)).clamp_(-1.0, 1.0)  # [..., C, N]
+    z = (ordered.to(dtype).unsqueeze(-2) - origin.to(dtype).unsqueeze(-1)).clamp_(-1.0, 1.0)  # [..., C, N]
     total = torch.cat([zero, (member * z).cumsum(-1)], -1)
     # Both searches compare with the breakpoints as they were rounded: (z - 1) + 1 need not be z.
     falling, shifted = (-z).contiguous(), (1 - z).contiguous()
@@ -107,30 +107,30 @@ def threshold(ordered: Tensor, member: Tensor, k: int) -> tuple[Tensor, Tensor]:
         return torch.searchsorted(shifted, -tau.unsqueeze(-1)).squeeze(-1)
 
     def overflow(limit: Tensor, index: Tensor) -> Tensor:  # sum of z - limit over the members among the first `index`
-        return at(total, index) - at(count, index) * limit
+        return pick(total, index) - pick(count, index) * limit
 
     # The root lies just above the largest breakpoint where f is still at least k, found by bisection for all subsets at
     # once, among the `z` and among the `z - 1`. Non-members are breakpoints too: they are harmless, f is linear across
     # them. Rounding must not push a breakpoint with f = k below k.
-    slack = 1e-12 if wide == torch.float64 else 1e-5
+    slack = 1e-12 if dtype == torch.float64 else 1e-5
 
     def largest(points: Tensor) -> Tensor:
         first = torch.zeros(count.shape[:-1], dtype=torch.int64, device=z.device)
         last = torch.full_like(first, points.shape[-1])  # none of them: f is at least k at -1
         for _ in range((points.shape[-1] + 1).bit_length()):
             middle = (first + last) // 2
-            point = at(points, middle.clamp(max=points.shape[-1] - 1))
+            point = pick(points, middle.clamp(max=points.shape[-1] - 1))
             tau = point.clamp(min=-1.0)
             mass = overflow(tau, support(tau)) - overflow(tau + 1, saturated(tau))
             reached = (mass >= k * (1 - slack)) | (point <= -1) | (middle == points.shape[-1])
             first, last = torch.where(reached, first, middle + 1), torch.where(reached, middle, last)
-        point = at(points, last.clamp(max=points.shape[-1] - 1))
+        point = pick(points, last.clamp(max=points.shape[-1] - 1))
         return torch.where(last == points.shape[-1], -1.0, point.clamp(min=-1.0))
 
     limit = torch.maximum(largest(z), largest(-shifted))
     w, u = support(limit), saturated(limit)
-    in_u = at(count, u)
-    free = at(count, w) - in_u
-    inside = at(total, w) - at(total, u)
+    in_u = pick(count, u)
+    free = pick(count, w) - in_u
+    inside = pick(total, w) - pick(total, u)
     root = torch.where(free > 0, (inside + in_u - k) / free.clamp(min=1), limit)
     return origin, root.masked_fill(full, -torch.inf)

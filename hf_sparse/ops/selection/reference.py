@@ -20,13 +20,13 @@ def dense_sparsek_attention(problem: Problem) -> Tensor:
     sink = index < first + sinks
     if problem.causal:
         exists = (index >= first) & (index <= position)
-        near = exists & ((index > position - window) | sink)
-        eligible = exists & ~near  # [B, 1, Tq, Tk]
+        always = exists & ((index > position - window) | sink)
+        eligible = exists & ~always  # [B, 1, Tq, Tk]
     else:
         exists = (index >= first).expand(-1, -1, queries, -1)
         begin = position - window // 2
         fits = keys - first <= sinks + window + k
-        near = exists & (((index >= begin) & (index < begin + window)) | sink | fits)
+        always = exists & (((index >= begin) & (index < begin + window)) | sink | fits)
         eligible = exists & ~sink
 
     scored = scores[:, :, None].masked_fill(~eligible, -torch.inf)  # [B, Hkv, Tq, Tk]
@@ -35,13 +35,13 @@ def dense_sparsek_attention(problem: Problem) -> Tensor:
         place = torch.empty_like(order).scatter_(-1, order, index.expand_as(order))
         scored = scored.masked_fill(place >= support, -torch.inf)
     gate = sparsek(scored, k) if problem.soft else (scored > -torch.inf).to(scored.dtype)
-    gate = torch.where(near, torch.ones_like(gate), gate)
+    gate = torch.where(always, torch.ones_like(gate), gate)
 
-    wide = torch.promote_types(query.dtype, torch.float32)
-    grouped = query.to(wide).view(batch, kv_heads, heads // kv_heads, queries, dim)
-    logits = grouped @ key.to(wide)[:, :, None].transpose(-1, -2) * problem.scaling
-    gate = gate[:, :, None].to(wide)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    grouped = query.to(dtype).view(batch, kv_heads, heads // kv_heads, queries, dim)
+    logits = grouped @ key.to(dtype)[:, :, None].transpose(-1, -2) * problem.scaling
+    gate = gate[:, :, None].to(dtype)
     logits = logits.masked_fill(gate == 0, -torch.inf)
-    weight = gate * torch.exp(logits - logits.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(wide).min))
-    weight = weight / weight.sum(-1, keepdim=True).clamp(min=torch.finfo(wide).tiny)
-    return (weight @ value.to(wide)[:, :, None]).view(batch, heads, queries, dim).to(query.dtype)
+    weight = gate * torch.exp(logits - logits.detach().amax(-1, keepdim=True).clamp(min=torch.finfo(dtype).min))
+    weight = weight / weight.sum(-1, keepdim=True).clamp(min=torch.finfo(dtype).tiny)
+    return (weight @ value.to(dtype)[:, :, None]).view(batch, heads, queries, dim).to(query.dtype)

@@ -1,4 +1,4 @@
-"""One decoding step over a fixed number of KV slots: put the new token into a slot, attend to the slots.
+"""Take one decoding step over a fixed number of KV slots: put the new token into a slot, attend to the slots.
 
 Shapes never change and nothing waits for a value from the device, so that a step can be compiled and captured in a
 CUDA graph. On a GPU both are Triton kernels; elsewhere, and for what those do not take, plain PyTorch.
@@ -56,21 +56,21 @@ def insert_token(
     # Of equal scores the lower index wins, so the later key leaves.
     victim = positions.masked_fill(~weakest, -1).argmax(-1, keepdim=True)
     slot = torch.where(empty.any(-1, keepdim=True), empty.int().argmax(-1, keepdim=True), victim)
-    wide = slot[..., None].expand_as(key)
+    slot_index = slot[..., None].expand_as(key)
     if valid is not None:  # a padded row writes back what the slot holds
         real = valid[:, None, None]
-        key = torch.where(real[..., None], key, keys.gather(2, wide))
-        value = torch.where(real[..., None], value, values.gather(2, wide))
+        key = torch.where(real[..., None], key, keys.gather(2, slot_index))
+        value = torch.where(real[..., None], value, values.gather(2, slot_index))
         score = torch.where(real, score, scores.gather(2, slot))
         position = torch.where(real, position, positions.gather(2, slot))
-    keys.scatter_(2, wide, key)
-    values.scatter_(2, wide, value)
+    keys.scatter_(2, slot_index, key)
+    values.scatter_(2, slot_index, value)
     scores.scatter_(2, slot, score.float())
     positions.scatter_(2, slot, position.expand_as(slot))
 
 
 def attend_slots(query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, *, scaling: float) -> Tensor:
-    """Attention of one query per row and head to all slots that are filled.
+    """Attend with one query per row and head to all slots that are filled.
 
     Args:
         query: `[B, Hq, 1, D]`, `Hq` a multiple of `Hkv`.
@@ -92,7 +92,7 @@ def attend_slots(query: Tensor, keys: Tensor, values: Tensor, positions: Tensor,
 
 
 def has_kernels(keys: Tensor, *tables: Tensor) -> bool:
-    """Whether slots `[B, Hkv, S, D]` and their tables are where and how the kernels take them."""
+    """Tell whether the kernels take slots `[B, Hkv, S, D]` and their tables: device, dtype, sizes and layout."""
     # Triton launches on the current device, and a compiled step could not change it.
     here = keys.is_cuda and keys.device.index == torch.cuda.current_device()
     taken = here and keys.dtype in DTYPES and keys.shape[-1] <= 256 and keys.shape[0] <= MOST_ROWS

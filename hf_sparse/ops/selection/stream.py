@@ -1,4 +1,4 @@
-"""SparseK one score at a time: the two-heap algorithm.
+"""Evaluate SparseK one score at a time: the two-heap algorithm.
 
 Scores are frozen on arrival, so the threshold only rises and a score that it has passed can be forgotten. The state
 is the support of the gates, not the sequence: amortised O(log support) per token, at most two moves per score.
@@ -11,7 +11,7 @@ import math
 
 
 class SparseKStream:
-    """Thresholds of SparseK and of the hard top-k after every pushed score.
+    """Track the thresholds of SparseK and of the hard top-k after every pushed score.
 
     Equal to `sparsek_thresholds` and `topk_thresholds` on the same scores. Scores are Python floats (float64).
 
@@ -46,11 +46,11 @@ class SparseKStream:
 
     @property
     def support(self) -> int:
-        """How many scores have a gate above 0."""
+        """Count the scores with a gate above 0."""
         return len(self._saturated) + len(self._free)
 
     def gate(self, score: float) -> float:
-        """The gate that a score pushed earlier has now."""
+        """Return the present gate of a score that was pushed earlier."""
         return min(max(score - self.tau, 0.0), 1.0)
 
     def push(self, score: float) -> float:

@@ -1,4 +1,4 @@
-"""Thresholds of every prefix of a sequence, without a buffer of length x length.
+"""Compute the thresholds of every prefix of a sequence, without a buffer of length x length.
 
 For frozen scores both thresholds only rise as tokens arrive: `tau_t` of SparseK and `kappa_t`, the k-th best score. A
 key that falls out never returns, so a scan over tiles of queries carries only the best candidates forward, and every
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from hf_sparse.ops.selection.projection import threshold
+from hf_sparse.ops.selection.projection import subset_thresholds
 
 _TILE = 128
 
 
 class Scan(NamedTuple):
-    """What a query needs to know about the keys that left its window.
+    """Hold what a query needs to know about the keys that left its window.
 
     Attributes:
         rank: `[..., Tk]` int64, unique and higher is better; 0 marks a key that can never be selected.
@@ -42,14 +42,14 @@ class Scan(NamedTuple):
 
 
 def rank_scores(scores: Tensor) -> Tensor:
-    """Unique integer ranks of `[..., T]` scores: higher is better, the lower index wins a tie, 0 for `-inf`."""
+    """Rank `[..., T]` scores by unique integers: higher is better, the lower index wins a tie, 0 for `-inf`."""
     length = scores.shape[-1]
     order = scores.argsort(dim=-1, descending=True, stable=True)
     ranks = torch.arange(length, 0, -1, device=scores.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, ranks).masked_fill_(scores == -torch.inf, 0)
 
 
-def scan(
+def scan_prefixes(
     scores: Tensor,
     k: int,
     *,
@@ -73,7 +73,7 @@ def scan(
         with_tau: also compute `tau`.
         with_lists: also return `lists`, a buffer of `Tq / tile * size`.
     """
-    plan = _Plan(k, size, queries, window, tile, with_tau, with_lists)
+    plan = ScanPlan(k, size, queries, window, tile, with_tau, with_lists)
     rank = rank_scores(scores.detach())
     if not with_tau:
         floor, _, lists = _scan(scores.detach(), rank, plan)
@@ -83,7 +83,7 @@ def scan(
 
 
 def sparsek_thresholds(scores: Tensor, k: int, *, support: int | None = None, tile: int = _TILE) -> Tensor:
-    """Threshold `tau_t` of SparseK for every prefix: `sparsek(scores[..., :t + 1], k) = clip(scores - tau_t, 0, 1)`.
+    """Compute `tau_t` of SparseK for each prefix: `sparsek(scores[..., :t + 1], k) = clip(scores - tau_t, 0, 1)`.
 
     Args:
         scores: `[..., T]` float32 or float64.
@@ -98,13 +98,13 @@ def sparsek_thresholds(scores: Tensor, k: int, *, support: int | None = None, ti
     _check(k, support)
     length = scores.shape[-1]
     size = length if support is None else min(support, length)
-    tau = scan(scores, k, size=max(size, 1), queries=length, window=0, tile=tile, with_tau=True).tau
+    tau = scan_prefixes(scores, k, size=max(size, 1), queries=length, window=0, tile=tile, with_tau=True).tau
     assert tau is not None
     return tau.to(scores.dtype)
 
 
 def topk_thresholds(scores: Tensor, k: int, *, tile: int = _TILE) -> tuple[Tensor, Tensor]:
-    """The k-th best score of every prefix and its index; ties go to the lower index.
+    """Find the k-th best score of every prefix and its index; ties go to the lower index.
 
     Args:
         scores: `[..., T]` float32 or float64.
@@ -116,10 +116,10 @@ def topk_thresholds(scores: Tensor, k: int, *, tile: int = _TILE) -> tuple[Tenso
     """
     _check(k, None)
     length = scores.shape[-1]
-    found = scan(scores, k, size=k, queries=length, window=0, tile=tile)
+    result = scan_prefixes(scores, k, size=k, queries=length, window=0, tile=tile)
     by_rank = torch.full((*scores.shape[:-1], length + 1), -1, device=scores.device)
-    by_rank.scatter_(-1, found.rank, torch.arange(length, device=scores.device).expand_as(found.rank))
-    index = by_rank.gather(-1, found.floor).masked_fill(found.floor == 0, -1)
+    by_rank.scatter_(-1, result.rank, torch.arange(length, device=scores.device).expand_as(result.rank))
+    index = by_rank.gather(-1, result.floor).masked_fill(result.floor == 0, -1)
     kappa = scores.gather(-1, index.clamp(min=0)).masked_fill(index < 0, -torch.inf)
     return kappa, index
 
@@ -131,7 +131,7 @@ def _check(k: int, support: int | None) -> None:
         raise ValueError(f"support must be at least k = {k}, got {support}")
 
 
-class _Plan(NamedTuple):
+class ScanPlan(NamedTuple):
     k: int
     size: int
     queries: int
@@ -141,14 +141,14 @@ class _Plan(NamedTuple):
     with_lists: bool
 
 
-def _scan(scores: Tensor, rank: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor]:
+def _scan(scores: Tensor, rank: Tensor, plan: ScanPlan) -> tuple[Tensor, Tensor, Tensor]:
     k, size, queries, window, tile, with_tau, with_lists = plan
     keys = scores.shape[-1]
     offset, device, batch = keys - queries, scores.device, scores.shape[:-1]
     tiles = -(-queries // tile)
     if scores.is_meta:  # kernels that go on from here are compiled ahead, and need shapes only
-        wide = (*batch, tiles if with_lists else 0, min(size, keys))
-        return rank.new_empty((*batch, queries)), _wide(scores).new_empty((*batch, queries)), rank.new_empty(wide)
+        list_shape = (*batch, tiles if with_lists else 0, min(size, keys))
+        return rank.new_empty((*batch, queries)), _wide(scores).new_empty((*batch, queries)), rank.new_empty(list_shape)
     # One spare column at the end: rank 0 and score -inf, which index -1 and positions off the end point to.
     rank_of = torch.cat([rank, rank.new_zeros((*batch, 1))], -1)
     score_of = torch.cat([scores, scores.new_full((*batch, 1), -torch.inf)], -1)
@@ -174,7 +174,7 @@ def _scan(scores: Tensor, rank: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Te
         # The rank of the size-th member, 0 while there are fewer.
         floors.append(torch.where(member & (count == size), ranks.unsqueeze(-2), 0).amax(-1))
         if with_tau:
-            origin, relative = threshold(score_of.gather(-1, candidates), member & (count <= size), k)
+            origin, relative = subset_thresholds(score_of.gather(-1, candidates), member & (count <= size), k)
             taus.append(origin + relative)
         carried = candidates[..., :size]
         if with_tau and size >= keys:
@@ -184,20 +184,20 @@ def _scan(scores: Tensor, rank: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Te
     shape = (*batch, 0)
     floor = torch.cat(floors, -1)[..., :queries].contiguous() if floors else rank.new_zeros(shape)
     tau = torch.cat(taus, -1)[..., :queries].cummax(-1).values.contiguous() if taus else _wide(scores).new_zeros(shape)
-    width = max((found.shape[-1] for found in lists), default=0)
-    padded = [torch.nn.functional.pad(found, (0, width - found.shape[-1]), value=keys) for found in lists]
+    width = max((entries.shape[-1] for entries in lists), default=0)
+    padded = [torch.nn.functional.pad(entries, (0, width - entries.shape[-1]), value=keys) for entries in lists]
     stacked = torch.stack(padded, -2) if padded else rank.new_zeros((*batch, 0, width))
     return floor, tau, stacked.masked_fill(stacked == keys, -1)
 
 
 def _wide(scores: Tensor) -> Tensor:
-    """An empty tensor of the dtype in which `threshold` solves."""
+    """Make an empty tensor of the dtype in which `subset_thresholds` solves."""
     return scores.new_empty(0, dtype=scores.dtype if scores.device.type == "mps" else torch.float64)
 
 
 class _Thresholds(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, scores: Tensor, rank: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: FunctionCtx, scores: Tensor, rank: Tensor, plan: ScanPlan) -> tuple[Tensor, Tensor, Tensor]:
         floor, tau, lists = _scan(scores, rank, plan)
         ctx.save_for_backward(scores, rank, floor, tau)
         ctx.first = plan.window - (scores.shape[-1] - plan.queries)  # type: ignore[attr-defined]

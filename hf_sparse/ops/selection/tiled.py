@@ -1,4 +1,4 @@
-"""SparseK attention in plain PyTorch: gather the keys that a tile of queries can reach, then dense maths on the tile.
+"""Compute SparseK attention in plain PyTorch: gather the keys that a tile of queries can reach, then attend densely.
 
 Which keys those are, and with which gates, is told by a `Reach`: `causal` or `bidirectional`. A tile's share of the
 keys does not grow with the length, so time is linear in it. The backward recomputes the tile instead of storing it:
@@ -22,11 +22,11 @@ _BUFFER = {"cpu": 1 << 21, "cuda": 1 << 27}
 
 
 @dataclass(frozen=True)
-class Block:
-    """Some consecutive tiles, `n` of them, with the `S` keys that each can reach.
+class TileBlock:
+    """Hold `n` consecutive tiles of queries with the `S` keys that each can reach.
 
     The gate of a free key is `score - limit`, with the scores `[B, Hkv, Tk]` and limits `[B, Hkv, Tq]` (0 if there are
-    none) that `attend` was given. All others are constant.
+    none) that `attend_tiled` was given. All others are constant.
     """
 
     rows: slice  # the queries
@@ -37,17 +37,19 @@ class Block:
 
 
 class Reach(Protocol):
-    """Which keys the tiles reach; everything that is a tensor comes as an argument, so that autograd can hold it."""
+    """Find the keys that tiles of queries reach; all tensors come as arguments, so that autograd can hold them."""
 
     @property
     def tile(self) -> int:
-        """Queries per tile."""
+        """Return the queries per tile."""
 
-    def blocks(self, scores: Tensor, limit: Tensor | None, tables: tuple[Tensor, ...], group: int) -> Iterator[Block]:
-        """All queries, block by block; `group` is the number of query heads per KV head."""
+    def blocks(
+        self, scores: Tensor, limit: Tensor | None, tables: tuple[Tensor, ...], group: int
+    ) -> Iterator[TileBlock]:
+        """Yield all queries, block by block; `group` is the number of query heads per KV head."""
 
 
-def attend(
+def attend_tiled(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -57,11 +59,11 @@ def attend(
     reach: Reach,
     scaling: float,
 ) -> Tensor:
-    """Attention `[B, Hq, Tq, D]` of the tiles; a query without a key gets 0.
+    """Attend tile by tile, `[B, Hq, Tq, D]`; a query without a key gets 0.
 
     Args:
         query, key, value: as in `sparsek_attention`.
-        scores, limit: differentiable, see `Block`.
+        scores, limit: differentiable, see `TileBlock`.
         tables: integers that `reach` needs.
     """
     return _Tiled.apply(query, key, value, scores, limit, reach, scaling, *tables)
@@ -69,14 +71,14 @@ def attend(
 
 @dataclass(frozen=True)
 class Span:
-    """Some consecutive tiles."""
+    """Hold the extent of some consecutive tiles of queries."""
 
     tiles: slice
     rows: slice  # their queries that exist
     position: Tensor  # [n, tile] int64, of each query among the keys
 
     def per_query(self, table: Tensor) -> Tensor:
-        """`[B, Hkv, Tq]` -> `[B, Hkv, n, tile, 1]`, padded with zeros."""
+        """Cut a number per query, `[B, Hkv, Tq]`, into tiles `[B, Hkv, n, tile, 1]`, padded with zeros."""
         part = torch.nn.functional.pad(
             table[..., self.rows], (0, self.position.numel() - self.rows.stop + self.rows.start)
         )
@@ -99,12 +101,12 @@ def spans(queries: int, keys: int, tile: int, logits: int, device: torch.device)
 
 
 def flat_rows(batch: int, heads: int, keys: int, device: torch.device) -> Tensor:
-    """`[B, Hkv, 1, 1]`: where each row begins in a flattened `[B * Hkv * Tk]`."""
+    """Find where each row begins in a flattened `[B * Hkv * Tk]`: `[B, Hkv, 1, 1]`."""
     return (torch.arange(batch * heads, device=device) * keys).view(batch, heads, 1, 1)
 
 
 def _tiles(tensor: Tensor, rows: slice, heads: int, tile: int) -> Tensor:
-    """`[B, Hq, Tq, X]` -> `[B, Hkv, n, G, tile, X]` of the given rows, padded with zeros."""
+    """Cut the given rows of `[B, Hq, Tq, X]` into tiles `[B, Hkv, n, G, tile, X]`, padded with zeros."""
     part = tensor[:, :, rows]
     part = torch.nn.functional.pad(part, (0, 0, 0, -part.shape[2] % tile))
     batch, _, length, width = part.shape
@@ -112,7 +114,7 @@ def _tiles(tensor: Tensor, rows: slice, heads: int, tile: int) -> Tensor:
 
 
 def _rows(tiles: Tensor, length: int) -> Tensor:
-    """The inverse of `_tiles`."""
+    """Undo `_tiles`: put tiles together into rows `[B, Hq, length, X]`."""
     batch, heads, n, group, tile, width = tiles.shape
     return tiles.transpose(2, 3).reshape(batch, heads * group, n * tile, width)[:, :, :length]
 
@@ -132,13 +134,13 @@ class _Tiled(torch.autograd.Function):
     ) -> Tensor:
         heads, dim = key.shape[1], key.shape[3]
         group = query.shape[1] // heads
-        wide = torch.promote_types(query.dtype, torch.float32)
-        flat_key, flat_value = key.to(wide).reshape(-1, dim), value.to(wide).reshape(-1, dim)
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        flat_key, flat_value = key.to(dtype).reshape(-1, dim), value.to(dtype).reshape(-1, dim)
         output = torch.empty_like(query, memory_format=torch.contiguous_format)
-        lse = torch.empty(query.shape[:3], dtype=wide, device=query.device)
+        lse = torch.empty(query.shape[:3], dtype=dtype, device=query.device)
         for block in reach.blocks(scores, limit, tables, group):
             logits, gate = _logits(query, flat_key, block, heads, reach.tile, scaling)
-            peak = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(wide).min)
+            peak = logits.amax(-1, keepdim=True).clamp(min=torch.finfo(dtype).min)
             weight = logits.sub_(peak).exp_().mul_(gate)
             mass = weight.sum(-1, keepdim=True)
             mass = mass.masked_fill(mass == 0, 1.0)  # no key: a padded query, or one past the end
@@ -164,20 +166,20 @@ class _Tiled(torch.autograd.Function):
         want_query, want_key, want_value, want_scores, want_limit, *_ = ctx.needs_input_grad  # type: ignore[attr-defined]
         heads, dim = key.shape[1], key.shape[3]
         group = query.shape[1] // heads
-        wide = lse.dtype
-        flat_key, flat_value = key.to(wide).reshape(-1, dim), value.to(wide).reshape(-1, dim)
+        dtype = lse.dtype
+        flat_key, flat_value = key.to(dtype).reshape(-1, dim), value.to(dtype).reshape(-1, dim)
         d_query = torch.empty_like(query, memory_format=torch.contiguous_format) if want_query else None
-        d_key = torch.zeros(flat_key.shape, dtype=wide, device=key.device) if want_key else None
-        d_value = torch.zeros(flat_value.shape, dtype=wide, device=key.device) if want_value else None
+        d_key = torch.zeros(flat_key.shape, dtype=dtype, device=key.device) if want_key else None
+        d_value = torch.zeros(flat_value.shape, dtype=dtype, device=key.device) if want_value else None
         d_scores = torch.zeros(scores.numel(), dtype=scores.dtype, device=key.device) if want_scores else None
         d_limit = torch.empty_like(limit) if want_limit else None
-        delta = (grad.to(wide) * output.to(wide)).sum(-1, keepdim=True)
+        delta = (grad.to(dtype) * output.to(dtype)).sum(-1, keepdim=True)
 
         for block in reach.blocks(scores, limit, tuple(tables), group):
             length = block.rows.stop - block.rows.start
             logits, gate = _logits(query, flat_key, block, heads, reach.tile, scaling)
             log_mass = _tiles(lse.unsqueeze(-1), block.rows, heads, reach.tile)
-            d_out = _tiles(grad, block.rows, heads, reach.tile).to(wide)
+            d_out = _tiles(grad, block.rows, heads, reach.tile).to(dtype)
             share = logits.sub_(log_mass).exp_()  # e
             credit = _matmul(d_out, flat_value[block.index].transpose(-1, -2))
             credit = credit.sub_(_tiles(delta, block.rows, heads, reach.tile))
@@ -187,9 +189,13 @@ class _Tiled(torch.autograd.Function):
                 d_value.index_add_(0, where, part.reshape(-1, dim))
             credit = credit.mul_(share)  # d gate
             if block.free is not None and d_scores is not None:
-                at = block.candidates
-                d_gate = credit[..., at].sum(3).masked_fill_(~block.free, 0.0)  # summed over the group's query heads
-                d_scores.index_add_(0, block.index[..., at].flatten(), d_gate.sum(-2).flatten().to(scores.dtype))
+                candidates = block.candidates
+                d_gate = (
+                    credit[..., candidates].sum(3).masked_fill_(~block.free, 0.0)
+                )  # summed over the group's query heads
+                d_scores.index_add_(
+                    0, block.index[..., candidates].flatten(), d_gate.sum(-2).flatten().to(scores.dtype)
+                )
                 if d_limit is not None:
                     d_limit[:, :, block.rows] = -d_gate.sum(-1).flatten(2)[..., :length].to(scores.dtype)
             d_logits = credit.mul_(gate).mul_(scaling)
@@ -197,7 +203,7 @@ class _Tiled(torch.autograd.Function):
                 part = _matmul(d_logits, flat_key[block.index])
                 d_query[:, :, block.rows] = _rows(part, length).to(query.dtype)
             if d_key is not None:
-                queries = _tiles(query, block.rows, heads, reach.tile).to(wide)
+                queries = _tiles(query, block.rows, heads, reach.tile).to(dtype)
                 part = torch.einsum("bhngts,bhngtd->bhnsd", d_logits, queries)
                 d_key.index_add_(0, where, part.reshape(-1, dim))
 
@@ -212,9 +218,9 @@ class _Tiled(torch.autograd.Function):
 
 
 def _logits(
-    query: Tensor, flat_key: Tensor, block: Block, heads: int, tile: int, scaling: float
+    query: Tensor, flat_key: Tensor, block: TileBlock, heads: int, tile: int, scaling: float
 ) -> tuple[Tensor, Tensor]:
-    """Logits `[B, Hkv, n, G, tile, S]`, `-inf` where the gate is 0, and the gates `[B, Hkv, n, 1, tile, S]`."""
+    """Compute the logits `[B, Hkv, n, G, tile, S]`, `-inf` for a gate of 0, and the gates `[B, Hkv, n, 1, tile, S]`."""
     queries = _tiles(query, block.rows, heads, tile).to(flat_key.dtype)
     logits = _matmul(queries, flat_key[block.index].transpose(-1, -2)).mul_(scaling)
     gate = block.gate.unsqueeze(3).to(logits.dtype)
@@ -222,5 +228,5 @@ def _logits(
 
 
 def _matmul(rows: Tensor, shared: Tensor) -> Tensor:
-    """`[B, Hkv, n, G, tile, X] @ [B, Hkv, n, X, Y]`, without a copy of `shared` for each of the G query heads."""
+    """Multiply `[B, Hkv, n, G, tile, X]` by `[B, Hkv, n, X, Y]` without a copy of `shared` for each of G heads."""
     return (rows.flatten(3, 4) @ shared).unflatten(3, rows.shape[3:5])

@@ -1,4 +1,4 @@
-"""Which pairs of a query and a key may be joined at all: no padding and, in a causal model, no future."""
+"""Mark the pairs of a query and a key that may be joined at all: no padding and, in a causal model, no future."""
 
 import torch
 from torch import Tensor

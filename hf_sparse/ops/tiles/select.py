@@ -1,4 +1,4 @@
-"""A given number of key tiles per query tile, whatever the predictor: one rule, so that sparsities are equal."""
+"""Select a given number of key tiles per query tile by one rule for all predictors, so that sparsities are equal."""
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ def best_tiles(
     rows: int | None = None,
     own: Tensor | None = None,
 ) -> Tiles:
-    """The best `count` key tiles of every query tile.
+    """Select the best `count` key tiles of every query tile.
 
     First the tile of the query itself, then those of `always`, then the others, each by score, compared in float32; of
     equal scores the lower index wins. Only allowed tiles are listed, so early rows of a causal graph list fewer.
@@ -50,10 +50,10 @@ def best_tiles(
         raise ValueError(f"expected the own tiles of {listed} query tiles, got {own.shape[-1]}")
     if isinstance(count, int) and count < 1:
         raise ValueError(f"a query tile needs at least 1 key tile, got count={count}")
-    wanted = (size if rows is None else rows, size)
-    if always is not None and ((always.rows, always.size), always.index.shape[2]) != (wanted, listed):
+    tile_shape = (size if rows is None else rows, size)
+    if always is not None and ((always.rows, always.size), always.index.shape[2]) != (tile_shape, listed):
         raise ValueError(
-            f"expected always-attended tiles of {wanted[0]} by {size} for {listed} query tiles, "
+            f"expected always-attended tiles of {tile_shape[0]} by {size} for {listed} query tiles, "
             f"got tiles of {always.rows} by {always.size} for {always.index.shape[2]}"
         )
     valid_tiles = None
@@ -79,8 +79,9 @@ def best_tiles(
 
 
 def _rank(scores: Tensor, level: Tensor) -> Tensor:
-    """Whole numbers `[B, H, nq, nk]` int64, all different within a row: by level, then score, then index; negative for
-    a level of -1."""
+    """Rank the tiles of a row by level, then score, then index: `[B, H, nq, nk]` int64, all different within a row.
+
+    A tile of level -1 has a negative rank."""
     bits = (scores.float() + 0.0).contiguous().view(torch.int32).long()  # adding 0 leaves one zero of the two there are
     ascending = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits) + (1 << 31)
     last = torch.arange(scores.shape[-1], device=scores.device).flip(-1)
@@ -134,12 +135,12 @@ def counts_for_sparsity(reach: Tensor, sparsity: float) -> Tensor:
     if not 0 <= sparsity < 1:
         raise ValueError(f"tile sparsity must be at least 0 and below 1, got {sparsity}")
     # The highest level at which `min(reach, level)` sums to at most what is wanted, and one more for some rows.
-    wanted = ((1 - sparsity) * reach.sum(-1, keepdim=True).double()).round().long()
+    target = ((1 - sparsity) * reach.sum(-1, keepdim=True).double()).round().long()
     level = torch.arange(1, int(reach.max()) + 1 if reach.numel() else 1, device=reach.device)
     sums = torch.minimum(reach[..., None], level).sum(-2)  # [..., levels]
-    level = (sums <= wanted).sum(-1, keepdim=True).clamp(min=1)
+    level = (sums <= target).sum(-1, keepdim=True).clamp(min=1)
     counts = torch.minimum(reach, level)
-    left = wanted - counts.sum(-1, keepdim=True)
+    left = target - counts.sum(-1, keepdim=True)
     more = reach > level
     place = more.flip(-1).cumsum(-1).flip(-1)
     return counts + (more & (place <= left)).long()

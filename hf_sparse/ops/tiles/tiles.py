@@ -1,4 +1,4 @@
-"""A graph of tiles: which tiles of keys each tile of queries attends to.
+"""Describe a graph of tiles: which tiles of keys each tile of queries attends to.
 
 Positions are cut into tiles of `size` keys, and of `rows` queries, which is `size` or a divisor of it; the last tile
 may be partial. Queries are counted by their position among the keys: with `Tq < Tk` they are the last ones, and only
@@ -18,7 +18,7 @@ from hf_sparse.ops.tiles.allowed import allowed_edges, positions_of
 
 
 def tile_counts(queries: int, keys: int, size: int, rows: int | None = None) -> tuple[int, int]:
-    """`(nq, nk)`: how many tiles of queries are listed, and how many tiles of keys there are.
+    """Count the tiles of queries that are listed and the tiles of keys: `(nq, nk)`.
 
     Args:
         queries, keys: `Tq` and `Tk`; the queries are the last ones.
@@ -68,7 +68,7 @@ def own_tiles(
 
 
 def _rows(size: int, rows: int | None) -> int:
-    """Queries per tile, checked."""
+    """Check the sizes of tiles, and return the queries per tile."""
     if size < 1:
         raise ValueError(f"a tile must hold at least 1 position, got size={size}")
     if rows is None:
@@ -80,7 +80,7 @@ def _rows(size: int, rows: int | None) -> int:
 
 @dataclass(frozen=True)
 class Tiles:
-    """The key tiles that each query tile attends to.
+    """List the key tiles that each query tile attends to.
 
     Inside a listed tile every allowed key is attended; see `allowed_edges`. A list may name tiles without allowed keys.
 
@@ -103,12 +103,12 @@ class Tiles:
 
     @property
     def rows(self) -> int:
-        """Queries per tile."""
+        """Return the queries per tile."""
         return _rows(self.size, self.query_size)
 
     @classmethod
     def of_mask(cls, mask: Tensor, size: int, rows: int | None = None) -> "Tiles":
-        """Lists of the tiles that are True in `mask`, `[B, H, nq, nk]` bool; `size` and `rows` as in `tile_counts`."""
+        """List the tiles that are True in `mask`, `[B, H, nq, nk]` bool; `size` and `rows` as in `tile_counts`."""
         if mask.ndim != 4 or mask.dtype != torch.bool:
             raise ValueError(f"expected a tile mask [B, H, nq, nk] bool, got {tuple(mask.shape)} {mask.dtype}")
         tile = torch.arange(mask.shape[-1], device=mask.device)
@@ -116,11 +116,11 @@ class Tiles:
 
     @property
     def counts(self) -> Tensor:
-        """`[B, H, nq]` int64, listed tiles per query tile."""
+        """Count the listed tiles per query tile, `[B, H, nq]` int64."""
         return (self.index >= 0).sum(-1)
 
     def mask(self, tiles: int) -> Tensor:
-        """`[B, H, nq, nk]` bool, for `tiles` = `nk` tiles of keys.
+        """Mark the listed tiles, `[B, H, nq, nk]` bool, for `tiles` = `nk` tiles of keys.
 
         Raises:
             ValueError: a listed tile does not exist.
@@ -132,7 +132,7 @@ class Tiles:
         return listed.scatter_(-1, self.index.masked_fill(self.index < 0, tiles), True)[..., :tiles]
 
     def union(self, other: "Tiles") -> "Tiles":
-        """The tiles that are in either list, each once; `B` and `H` may be 1 in one of the two.
+        """Unite the lists of two graphs, each tile once; `B` and `H` may be 1 in one of the two.
 
         Raises:
             ValueError: tiles of different sizes, or of graphs that do not broadcast.
@@ -216,10 +216,10 @@ def window_and_global(
     lowest = ((begin - left) // size).clamp(min=0)
     highest = ((begin + rows - 1 + right) // size).clamp(max=total - 1)
     width = min(total, -(-(left + right + rows - 1) // size) + 1) if window else 0
-    near = lowest + torch.arange(width, device=device)
-    near = near.masked_fill(near > highest, -1)
-    first = torch.arange(-(-min(global_tokens, keys) // size), device=device).expand(*near.shape[:3], -1)
-    return Tiles(each_once(torch.cat([near, first], -1)), size, rows)
+    window_tiles = lowest + torch.arange(width, device=device)
+    window_tiles = window_tiles.masked_fill(window_tiles > highest, -1)
+    first = torch.arange(-(-min(global_tokens, keys) // size), device=device).expand(*window_tiles.shape[:3], -1)
+    return Tiles(each_once(torch.cat([window_tiles, first], -1)), size, rows)
 
 
 def near_edges(position: Tensor, keys: int, *, window: int, global_tokens: int, causal: bool) -> Tensor:
@@ -232,19 +232,19 @@ def near_edges(position: Tensor, keys: int, *, window: int, global_tokens: int, 
     """
     key = torch.arange(keys, device=position.device)
     begin = position[..., None] - (window - 1 if causal else window // 2)
-    near = (key >= begin) & (key < begin + window) | (key < global_tokens)
-    return near[None, None] if position.ndim == 1 else near[:, None]
+    marked = (key >= begin) & (key < begin + window) | (key < global_tokens)
+    return marked[None, None] if position.ndim == 1 else marked[:, None]
 
 
 def joined(parts: Sequence[Tiles]) -> Tiles:
-    """The lists of consecutive query tiles, one graph after the other; of equal tiles, `B` and `H`."""
+    """Join the lists of consecutive query tiles, of graphs with equal tiles, `B` and `H`."""
     width = max(part.index.shape[3] for part in parts)
     lists = [F.pad(part.index, (0, width - part.index.shape[3]), value=-1) for part in parts]
     return Tiles(torch.cat(lists, 2), parts[0].size, parts[0].rows)
 
 
 def each_once(tile: Tensor) -> Tensor:
-    """Lists `[..., m]` sorted, without duplicates, -1 at the end, and no longer than the longest needs."""
+    """Sort lists `[..., m]` and drop duplicates; -1 stands at the end, and `m` shrinks to what the longest needs."""
     ordered = tile.sort(dim=-1).values
     again = torch.zeros_like(ordered, dtype=torch.bool)
     again[..., 1:] = ordered[..., 1:] == ordered[..., :-1]

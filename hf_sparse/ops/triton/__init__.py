@@ -14,11 +14,11 @@ MOST_ROWS = 65_535
 
 
 def available(device: torch.device) -> bool:
-    """Whether kernels can run on tensors of this device: CUDA with Triton, or any with Triton's interpreter."""
+    """Tell whether kernels run on tensors of this device: CUDA with Triton, or any device with Triton's interpreter."""
     return (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1") and installed()
 
 
 @functools.cache
 def installed() -> bool:
-    """Whether there is Triton, on whatever device."""
+    """Tell whether Triton is installed, on whatever device."""
     return importlib.util.find_spec("triton") is not None

@@ -46,10 +46,10 @@ def compile_ahead(attention: Callable[..., Tensor], *arguments: Any, family: Has
     # Anomaly detection would look for NaN in the gradients, and meta tensors hold nothing.
     if not query.is_cuda or torch.compiler.is_compiling() or torch.is_anomaly_enabled():
         return
-    wanted = [tensor.requires_grad and torch.is_grad_enabled() for tensor in tensors]
+    trained = [tensor.requires_grad and torch.is_grad_enabled() for tensor in tensors]
     kernels = attention if family is None else family
     group, dim = query.shape[1] // key.shape[1], query.shape[3]
-    family = (kernels, query.device, query.dtype, group, dim, *wanted)
+    family = (kernels, query.device, query.dtype, group, dim, *trained)
     # Binaries are loaded from other threads, which could break off the capture of a CUDA graph.
     if family in _seen or torch.cuda.is_current_stream_capturing():
         return
@@ -57,7 +57,7 @@ def compile_ahead(attention: Callable[..., Tensor], *arguments: Any, family: Has
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with ThreadPoolExecutor(cores + 1, initializer=torch.cuda.set_device, initargs=(query.device,)) as pool:
         # A thread of its own has none of the caller's modes and hooks, such as those of gradient checkpointing.
-        error = pool.submit(_compile, _Loader(pool), attention, arguments, wanted).exception()
+        error = pool.submit(_compile, _Loader(pool), attention, arguments, trained).exception()
     if error is not None:
         warnings.warn(f"kernels are compiled one after the other, ahead of the call it failed: {error!r}", stacklevel=2)
 
@@ -77,8 +77,10 @@ class _Loader:
         return self.pool.submit(load)
 
 
-def _compile(loader: _Loader, attention: Callable[..., Tensor], arguments: tuple[Any, ...], wanted: list[bool]) -> None:
-    wants = iter(wanted)
+def _compile(
+    loader: _Loader, attention: Callable[..., Tensor], arguments: tuple[Any, ...], trained: list[bool]
+) -> None:
+    wants = iter(trained)
     meta = [
         torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta", requires_grad=next(wants))
         if isinstance(x, Tensor)

@@ -45,7 +45,7 @@ class SparsefinderEvaluation(Evaluation):
         return tuple(name for name in CONTENDERS if name not in left_out)
 
     def generating(self, model: nn.Module) -> NoReturn:
-        """Refuse: tasks are compared at equal slots.
+        """Refuse tasks, which are compared at equal slots.
 
         Raises:
             DataError: always.
@@ -76,7 +76,7 @@ class SparsefinderEvaluation(Evaluation):
         return attending(layers, [Patterns(layer, seed=0).pattern(name) for layer in layers])
 
     def check(self, model: nn.Module, request: Request) -> None:
-        """See that a text is longer than a tile, and that the predictors were fitted.
+        """Check that a text is longer than a tile, and that the predictors were fitted.
 
         Raises:
             DataError: chunks that are too short.

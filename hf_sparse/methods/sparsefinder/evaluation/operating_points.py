@@ -69,8 +69,8 @@ def listed_tiles(config: SparsefinderConfig, length: int, causal: bool) -> tuple
     """Count the pairs of tiles that are listed for a text, and those that are allowed."""
     listed, total = tile_counts(length, length, config.tile or 1, config.rows)
     count = tiles_per_query(config, length, length, causal)
-    own = own_tiles(listed, length, config.tile or 1, config.rows).tolist()
-    reach = [tile + 1 if causal else total for tile in own]
+    own_tile = own_tiles(listed, length, config.tile or 1, config.rows).tolist()
+    reach = [tile + 1 if causal else total for tile in own_tile]
     counts = [count] * listed if isinstance(count, int) else count.tolist()
     return sum(map(min, reach, counts)), sum(reach)
 

@@ -1,4 +1,4 @@
-"""Predictors: from queries and keys to a graph. Each is a class in a file of its own, made of a configuration."""
+"""Predict a graph from queries and keys. Each predictor is a class in a file of its own, made of a configuration."""
 
 from hf_sparse.methods.sparsefinder.config import SparsefinderConfig
 from hf_sparse.methods.sparsefinder.predictors.balanced import BalancedClustering

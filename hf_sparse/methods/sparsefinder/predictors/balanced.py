@@ -1,4 +1,4 @@
-"""Clusters of equal size, for encoders: which points a centroid takes depends on the whole text."""
+"""Predict by clusters of equal size, for encoders: which points a centroid takes depends on the whole text."""
 
 from typing import TYPE_CHECKING
 

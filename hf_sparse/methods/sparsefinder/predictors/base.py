@@ -1,4 +1,4 @@
-"""The interface of predictors, and what they predict from."""
+"""Define the interface of predictors, and their input."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
@@ -17,7 +17,7 @@ Codes = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class AttentionInputs:
-    """The arguments of entmax attention: texts of a batch, each beginning at position 0.
+    """Hold the arguments of entmax attention: texts of a batch, each beginning at position 0.
 
     Attributes:
         query: `[B, Hq, Tq, D]`, the last tokens, or those from `first_query` on.

@@ -1,4 +1,4 @@
-"""Every tile that the extremes of its keys do not exclude."""
+"""Predict every tile that the extremes of its keys do not exclude."""
 
 from typing import TYPE_CHECKING
 

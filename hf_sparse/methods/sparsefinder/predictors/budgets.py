@@ -31,7 +31,7 @@ def divided_tiles(budgets: Tensor, mean: int | Tensor, listed: int) -> Tensor:
         mean: tiles per query tile, over heads the mean: a number, or int64 `[nq]` or `[B, 1, nq]`; `B` is 1 otherwise.
         listed: `nq`.
     """
-    wanted = torch.as_tensor(mean, device=budgets.device)
-    wanted = (wanted if wanted.ndim else wanted.expand(listed)).reshape(-1, listed)
-    counts = budgets[:, wanted.clamp(1, MEANS) - 1].transpose(0, 1) * (wanted / MEANS).clamp(min=1)[:, None]
+    means = torch.as_tensor(mean, device=budgets.device)
+    means = (means if means.ndim else means.expand(listed)).reshape(-1, listed)
+    counts = budgets[:, means.clamp(1, MEANS) - 1].transpose(0, 1) * (means / MEANS).clamp(min=1)[:, None]
     return counts.round().long()

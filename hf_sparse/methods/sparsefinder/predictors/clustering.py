@@ -1,4 +1,4 @@
-"""Clusters: tokens that share one match, and a tile is scored by the clusters of its keys."""
+"""Predict by clusters: tokens that share one match, and a tile is scored by the clusters of its keys."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Distance: tokens whose points are near match; between tiles every key is scored, at a quadratic cost."""
+"""Predict by distance: tokens with near points match; between tiles every key is scored, at a quadratic cost."""
 
 from typing import TYPE_CHECKING
 

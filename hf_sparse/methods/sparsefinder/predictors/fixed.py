@@ -1,4 +1,4 @@
-"""Bins of equally many tokens, for encoders: the rank of a token depends on the whole text."""
+"""Predict by bins of equally many tokens, for encoders: the rank of a token depends on the whole text."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""All keys."""
+"""Predict all keys."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""Graphs that are predicted from projected queries and keys: tokens are coded one by one, and codes are compared.
+"""Predict graphs from projected queries and keys: each token gets a code, and codes are compared.
 
 The code of a token decides its place in the graph: its clusters, its bins, or its point. A code depends on its token
 alone, so a cache keeps it.
@@ -40,7 +40,7 @@ _PAIRS = {"cpu": 1 << 22, "cuda": 1 << 26}
 
 @dataclass(frozen=True)
 class Span:
-    """The queries of a batch among its keys; `first_query` and `valid` as in `AttentionInputs`."""
+    """Place the queries of a batch among its keys; `first_query` and `valid` as in `AttentionInputs`."""
 
     queries: int
     keys: int
@@ -50,12 +50,12 @@ class Span:
 
     @property
     def first(self) -> int | Tensor:
-        """Position of the first query: a number, or `[B, 1]` int64."""
+        """Return the position of the first query: a number, or `[B, 1]` int64."""
         return self.keys - self.queries if self.first_query is None else self.first_query[:, None]
 
 
 class ProjectedPredictor(Predictor):
-    """A graph that is predicted from the codes of queries and keys.
+    """Predict a graph from the codes of queries and keys.
 
     Subclasses say what a code is (`query_codes`, `key_codes`), which tokens match (`edges`), and how much attention a
     tile is expected to have (`log_scores`).
@@ -114,10 +114,10 @@ class ProjectedPredictor(Predictor):
         """
         if self.config.tile is None:
             return self._token_graph(learned, of_queries, of_keys, span)
-        parts = []
+        graphs = []
         for part in self._pieces(of_queries, span):
-            parts.append(self._lists(learned, of_queries[:, :, : part.keys], of_keys[:, :, : part.keys], part))
-        return joined(parts)
+            graphs.append(self._lists(learned, of_queries[:, :, : part.keys], of_keys[:, :, : part.keys], part))
+        return joined(graphs)
 
     def tile_scores(self, learned: "SparsefinderParameters", of_queries: Tensor, of_keys: Tensor, span: Span) -> Tensor:
         """Estimate how much attention each pair of tiles has, `[B, H, nq, nk]`, in an order of its own.
@@ -140,7 +140,7 @@ class ProjectedPredictor(Predictor):
 
     @property
     def tiles(self) -> tuple[int, int]:
-        """Keys and queries per tile."""
+        """Return the keys and the queries per tile."""
         assert self.config.tile is not None and self.config.rows is not None
         return self.config.tile, self.config.rows
 
@@ -188,13 +188,13 @@ class ProjectedPredictor(Predictor):
         """Predict tiles, all at once."""
         size, rows = self.tiles
         scores = self.tile_scores(learned, of_queries, of_keys, span)
-        own = self.own_tiles(span, scores.device)
+        own_tile = self.own_tiles(span, scores.device)
         return best_tiles(
             scores,
-            self.tiles_per_query(learned, own, scores.shape[3], span),
+            self.tiles_per_query(learned, own_tile, scores.shape[3], span),
             size=size,
             rows=rows,
-            own=own,
+            own=own_tile,
             causal=span.causal,
             valid=span.valid,
             always=always_joined(self.config, span, scores.device),

@@ -1,4 +1,4 @@
-"""Bins between fitted boundaries: tokens that share one in some dimension match."""
+"""Predict by bins between fitted boundaries: tokens that share one in some dimension match."""
 
 from typing import TYPE_CHECKING
 

@@ -86,11 +86,11 @@ def tokens_figure(selection: dict[str, Any], path: str | Path) -> None:
             cells = [cell for cell in cells if cell[0] < _HEAD or cell[0] >= _HEAD + gap]
             lines = _HEAD + _TAIL + 1
     high, top = lines * _HEIGHT, 0.75
-    wide = _COLUMNS * _ADVANCE
+    width = _COLUMNS * _ADVANCE
     margin = 0.12
-    with canvas(path, wide + 2 * margin, high + top + margin) as figure, reading("selection.json"):
+    with canvas(path, width + 2 * margin, high + top + margin) as figure, reading("selection.json"):
         figure.set_layout_engine("none")
-        whole = (margin / figure.get_figwidth(), 0, wide / figure.get_figwidth(), 1)
+        whole = (margin / figure.get_figwidth(), 0, width / figure.get_figwidth(), 1)
         axes = figure.add_axes(whole)
         axes.set_xlim(0, _COLUMNS)
         axes.set_ylim((high + margin) / _HEIGHT, -top / _HEIGHT)

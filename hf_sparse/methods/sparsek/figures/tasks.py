@@ -79,9 +79,9 @@ def _heat_maps(
     across = min(_PANELS, len(grids))
     down = math.ceil(len(grids) / across)
     labels = 0.065 * max(map(len, rows))
-    wide, high = max(2.0, 0.3 + 0.5 * len(columns)), 0.7 + 0.26 * len(rows)
+    width, high = max(2.0, 0.3 + 0.5 * len(columns)), 0.7 + 0.26 * len(rows)
     top = max(1.0, *(value for grid in grids.values() for line in grid for value in line))
-    with canvas(path, max(4.2, across * wide + labels + 1.4), max(2.9, down * high + 0.9)) as figure:
+    with canvas(path, max(4.2, across * width + labels + 1.4), max(2.9, down * high + 0.9)) as figure:
         panels = figure.subplots(down, across, squeeze=False, sharex=True, sharey=True)
         for axes in panels.flat[len(grids) :]:
             axes.set_visible(False)

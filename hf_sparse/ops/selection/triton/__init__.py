@@ -1,1 +1,1 @@
-"""Triton kernels of SparseK attention. Import a module of this package only where `available` says that it can run."""
+"""Run SparseK attention in Triton kernels. Import a module of this package only where `available` is true."""

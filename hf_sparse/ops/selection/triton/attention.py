@@ -11,7 +11,7 @@ from hf_sparse.ops.selection.gates import shared_gates
 from hf_sparse.ops.selection.problem import Problem
 from hf_sparse.ops.selection.triton import scan
 from hf_sparse.ops.selection.triton.attention_backward import backward
-from hf_sparse.ops.selection.triton.attention_forward import Blocks, forward
+from hf_sparse.ops.selection.triton.attention_forward import ProgramSizes, forward
 from hf_sparse.ops.selection.triton.lists import Tables, bidirectional_tables, causal_tables
 
 # Queries that share a list. A program also looks at the keys that left the window since its tile began.
@@ -19,7 +19,7 @@ _TILE = 128
 _OF_KEYS = ("begin", "until", "lists", "first", "scores", "ends")  # tensors of `Tables`
 
 
-def causal_sparsek_attention(problem: Problem, *, tile: int = _TILE, blocks: Blocks | None = None) -> Tensor:
+def causal_sparsek_attention(problem: Problem, *, tile: int = _TILE, blocks: ProgramSizes | None = None) -> Tensor:
     """Solve a causal problem in fused kernels; returns `[B, Hq, Tq, D]` as `sparsek_attention`.
 
     Args:
@@ -39,7 +39,11 @@ def causal_sparsek_attention(problem: Problem, *, tile: int = _TILE, blocks: Blo
         scores = _near_zero(scores, fixed, k)
     candidates = scores if fixed is None else scores.masked_fill(fixed, -torch.inf)
     size = keys if problem.support is None else min(problem.support, keys)
-    search = scan.scan if scan.supports(candidates, size=size, queries=queries, tile=tile) else thresholds.scan
+    search = (
+        scan.scan_prefixes
+        if scan.supports(candidates, size=size, queries=queries, tile=tile)
+        else thresholds.scan_prefixes
+    )
     result = search(
         candidates if soft else candidates.detach(),
         k,
@@ -56,10 +60,10 @@ def causal_sparsek_attention(problem: Problem, *, tile: int = _TILE, blocks: Blo
     z = scores if soft else None
     if soft and fixed is not None:
         z = scores.masked_fill(fixed, torch.inf)  # the gate of a sink is 1, whatever tau is
-    return attend(query, problem.key, problem.value, z, tau, tables, problem.scaling, blocks)
+    return attend_listed(query, problem.key, problem.value, z, tau, tables, problem.scaling, blocks)
 
 
-def bidirectional_sparsek_attention(problem: Problem, *, blocks: Blocks | None = None) -> Tensor:
+def bidirectional_sparsek_attention(problem: Problem, *, blocks: ProgramSizes | None = None) -> Tensor:
     """Solve the problem of an encoder in fused kernels; returns `[B, Hq, T, D]` as `sparsek_attention`.
 
     Args:
@@ -72,7 +76,7 @@ def bidirectional_sparsek_attention(problem: Problem, *, blocks: Blocks | None =
     width = min(length, problem.sinks + reached)  # a row that fits into the budget shares all of its tokens
     tables = bidirectional_tables(shared.detach(), problem.first, window=window, width=width)
     gates = shared if problem.soft else None
-    return attend(problem.query, problem.key, problem.value, gates, None, tables, problem.scaling, blocks)
+    return attend_listed(problem.query, problem.key, problem.value, gates, None, tables, problem.scaling, blocks)
 
 
 def _near_zero(scores: Tensor, fixed: Tensor | None, k: int) -> Tensor:
@@ -85,7 +89,7 @@ def _near_zero(scores: Tensor, fixed: Tensor | None, k: int) -> Tensor:
     return scores - origin.masked_fill(origin == -torch.inf, 0.0)
 
 
-def attend(
+def attend_listed(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -93,9 +97,9 @@ def attend(
     tau: Tensor | None,
     tables: Tables,
     scaling: float,
-    blocks: Blocks | None = None,
+    blocks: ProgramSizes | None = None,
 ) -> Tensor:
-    """Attention `[B, Hq, Tq, D]` of every query to the keys of the tables; a query without a key gets 0.
+    """Attend to the keys of the tables, `[B, Hq, Tq, D]`; a query without a key gets 0.
 
     Args:
         query, key, value: as in `sparsek_attention`; float32, bfloat16 or float16, `D` at most 256.
@@ -120,7 +124,7 @@ class _Attention(torch.autograd.Function):
         tau: Tensor | None,
         tables: Tables,
         scaling: float,
-        blocks: Blocks | None,
+        blocks: ProgramSizes | None,
     ) -> Tensor:
         query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
         scores, tau = (None if x is None else x.contiguous() for x in (scores, tau))

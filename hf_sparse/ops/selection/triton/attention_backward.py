@@ -1,4 +1,4 @@
-"""Backward kernels of SparseK attention. Both recompute the weights from the stored logarithm of the softmax mass.
+"""Compute the gradients of SparseK attention. Both kernels recompute the weights from the stored log mass.
 
 `_by_query` goes over the keys of a block of rows, as the forward does: d query, and the gradients of thresholds and
 gates. `_by_key` goes over the queries of a block of keys: d key, d value and d scores. It runs twice, for the pairs in
@@ -23,7 +23,7 @@ from torch import Tensor
 from hf_sparse.ops.selection.triton.attention_forward import (
     LENGTHS,
     LOG2_E,
-    Blocks,
+    ProgramSizes,
     constants,
     lengths,
     mixed_stages,
@@ -49,7 +49,7 @@ _QUERIES_AT_ONCE = 1024
 
 
 class Gradients(NamedTuple):
-    """Of the inputs of `attention.attend`, `None` where not wanted."""
+    """Hold the gradients of the inputs of `attention.attend_listed`, `None` where not needed."""
 
     query: Tensor | None
     key: Tensor | None
@@ -58,26 +58,26 @@ class Gradients(NamedTuple):
     tau: Tensor | None
 
 
-def by_query_blocks(query: Tensor, wanted: bool) -> Blocks:
-    """Sizes of a program that owns rows of queries, whose gradient is wanted or not."""
+def by_query_blocks(query: Tensor, wanted: bool) -> ProgramSizes:
+    """Choose the sizes of a program that owns rows of queries, with the gradient of the query or without."""
     dim = padded(query.shape[-1])
     if query.dtype == torch.float32:
-        return Blocks(64, 32, 4, 1) if dim <= 128 else Blocks(64, 32, 8, 1)
+        return ProgramSizes(64, 32, 4, 1) if dim <= 128 else ProgramSizes(64, 32, 8, 1)
     if dim > 128:
-        return Blocks(64, 32, 8, 2)
+        return ProgramSizes(64, 32, 8, 2)
     if dim > 64:
-        return Blocks(128, 32, 8, 3, 128) if wanted else Blocks(128, 32, 8, 2, 128)
-    return Blocks(64, 32, 4, 3, 128)
+        return ProgramSizes(128, 32, 8, 3, 128) if wanted else ProgramSizes(128, 32, 8, 2, 128)
+    return ProgramSizes(64, 32, 4, 3, 128)
 
 
-def by_key_blocks(query: Tensor) -> Blocks:
-    """Sizes of a program that owns keys."""
+def by_key_blocks(query: Tensor) -> ProgramSizes:
+    """Choose the sizes of a program that owns keys."""
     dim = padded(query.shape[-1])
     if query.dtype == torch.float32:
-        return Blocks(32, 32, 4, 1) if dim <= 128 else Blocks(32, 32, 8, 1)
+        return ProgramSizes(32, 32, 4, 1) if dim <= 128 else ProgramSizes(32, 32, 8, 1)
     if dim > 128:
-        return Blocks(32, 64, 8, 2)
-    return Blocks(32, 64, 4, 3) if dim > 64 else Blocks(64, 64, 4, 2)
+        return ProgramSizes(32, 64, 8, 2)
+    return ProgramSizes(32, 64, 4, 3) if dim > 64 else ProgramSizes(64, 64, 4, 2)
 
 
 def backward(
@@ -94,13 +94,13 @@ def backward(
     *,
     want: tuple[bool, bool, bool, bool, bool],
     deterministic: bool,
-    blocks: Blocks | None = None,
+    blocks: ProgramSizes | None = None,
 ) -> Gradients:
-    """Gradients of `attention.attend`; nothing is computed for those that nobody wants (key and value go together).
+    """Compute the gradients of `attention.attend_listed` that are asked for (key and value go together).
 
     Args:
         grad: `[B, Hq, Tq, D]`, of the output.
-        query, key, value, scores, tau, tables, scaling: what `attend` was given; scores and tau contiguous.
+        query, key, value, scores, tau, tables, scaling: what `attend_listed` was given; scores and tau contiguous.
         output, lse: what `attention_forward.forward` returned.
         want: whether the gradient of query, key, value, scores and tau is wanted.
         deterministic: sum in a fixed order, without atomic additions.
@@ -406,8 +406,10 @@ def _pairs(
     PRECISION: tl.constexpr,
     MASKED: tl.constexpr,
 ):
-    """Rows `[M, PADDED]` of the query and of the output's gradient, from row `start` on, and with MASKED up to `end`;
-    `[N, M]`, of every pair of key and row, its logit less the logarithm of the mass, and `<do, v> - delta`."""
+    """Load rows of queries from `start` on (up to `end` with MASKED), and compute their pairs with N keys.
+
+    Returns rows `[M, PADDED]` of the query and of the output's gradient; and for every pair of key and row, `[N, M]`,
+    its logit less the logarithm of the mass, and `<do, v> - delta`."""
     step = tl.arange(0, M)
     row = start + step
     if M % GROUP == 0:  # whole queries: from block to block only the first changes
@@ -495,7 +497,7 @@ def _by_key(
     SCORES: tl.constexpr,
     SOURCE: tl.constexpr,
 ):
-    """The keys of a program, and the part of their intervals that it goes over, are told by `SOURCE`:
+    """Compute d key, d value and d scores of a block of keys; `SOURCE` selects the keys and parts of their intervals.
 
     "all"     blocks of the order `Lists`, whole intervals
     "window"  consecutive keys, in the window of the query

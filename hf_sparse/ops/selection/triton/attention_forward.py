@@ -1,4 +1,4 @@
-"""Forward kernel of SparseK attention.
+"""Compute the output of SparseK attention in one kernel.
 
 One program per block of rows (see `walk`) gathers the keys of its list and of its window, with one online softmax over
 all of them. Everything is accumulated in float32; float32 inputs are multiplied as three products of TF32, which loses
@@ -28,8 +28,8 @@ from hf_sparse.ops.triton.launch import launch
 LOG2_E = 1.4426950408889634
 
 
-class Blocks(NamedTuple):
-    """Sizes of a program: rows, keys at a time, Triton's warps and stages, and the most registers of a thread.
+class ProgramSizes(NamedTuple):
+    """Hold the sizes of a program: rows, keys at a time, Triton's warps and stages, most registers of a thread.
 
     With 128 registers 16 warps share a multiprocessor; some values are then kept in memory, which costs less."""
 
@@ -41,7 +41,7 @@ class Blocks(NamedTuple):
 
 
 def padded(dim: int) -> int:
-    """The head size inside the kernels: a power of two that their matrix products take."""
+    """Round the head size up to a power of two that the kernels' matrix products take."""
     return max(16, triton.next_power_of_2(dim))
 
 
@@ -50,14 +50,14 @@ LENGTHS = ["queries", "keys", "heads", "width", "tiles", "tile", "left", "right"
 
 
 def lengths(query: Tensor, key: Tensor, tables: Tables) -> tuple[int, ...]:
-    """Arguments of a kernel, in the order of `LENGTHS`."""
+    """Return the arguments of a kernel that are named in `LENGTHS`, in that order."""
     tiles, width = tables.lists.shape[-2:]
     window = (tables.left, tables.right)
     return query.shape[2], key.shape[2], key.shape[1], width, tiles, tables.tile, *window, tables.sinks
 
 
 def constants(query: Tensor, key: Tensor, scores: Tensor | None, tables: Tables) -> dict[str, Any]:
-    """What a kernel is compiled for, besides its sizes."""
+    """Return the constants that a kernel is compiled for, besides its sizes."""
     return {
         "GROUP": query.shape[1] // key.shape[1],
         "D": query.shape[3],
@@ -70,22 +70,23 @@ def constants(query: Tensor, key: Tensor, scores: Tensor | None, tables: Tables)
     }
 
 
-def mixed_stages(blocks: Blocks, tables: Tables) -> int:
-    """Stages of the loop over the mixed keys. In causal order these are few: what it takes to fetch them ahead would
-    fill the registers that the other loops need."""
+def mixed_stages(blocks: ProgramSizes, tables: Tables) -> int:
+    """Return the pipeline stages of the loop over the mixed keys.
+
+    In causal order these keys are few: the registers that fetching them ahead takes are needed by the other loops."""
     return 1 if tables.begin is None else blocks.stages
 
 
-def blocks_for(query: Tensor, soft: bool, causal: bool) -> Blocks:
-    """Sizes for a dtype, a head size, the kind of gates and the order."""
+def blocks_for(query: Tensor, soft: bool, causal: bool) -> ProgramSizes:
+    """Choose the sizes for a dtype, a head size, the kind of gates and the order."""
     dim = padded(query.shape[-1])
     if query.dtype == torch.float32:
-        return Blocks(64, 32, 4, 2) if dim <= 128 else Blocks(64, 32, 8, 1)
+        return ProgramSizes(64, 32, 4, 2) if dim <= 128 else ProgramSizes(64, 32, 8, 1)
     if dim > 128:
-        return Blocks(128, 32, 8, 2)
+        return ProgramSizes(128, 32, 8, 2)
     if dim > 64:
-        return Blocks(128, 32, 4, 3) if soft else Blocks(128, 32, 8, 3, 128)
-    return Blocks(64, 64, 4, 2, 128) if causal and not soft else Blocks(64, 32, 4, 3, 128)
+        return ProgramSizes(128, 32, 4, 3) if soft else ProgramSizes(128, 32, 8, 3, 128)
+    return ProgramSizes(64, 64, 4, 2, 128) if causal and not soft else ProgramSizes(64, 32, 4, 3, 128)
 
 
 def forward(
@@ -96,12 +97,13 @@ def forward(
     tau: Tensor | None,
     tables: Tables,
     scaling: float,
-    blocks: Blocks | None = None,
+    blocks: ProgramSizes | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Output, and the logarithm to base 2 of the softmax mass of every row: `[B, Hkv, Tq, group]` float32, 0 without a
-    key. In this order the rows of a program lie side by side.
+    """Return the output and, for every row, the base-2 logarithm of its softmax mass, 0 without a key.
 
-    Arguments as in `attention.attend`; `scores` and `tau` contiguous, the last dimension of the others too.
+    The logarithms are `[B, Hkv, Tq, group]` float32: in this order the rows of a program lie side by side.
+
+    Arguments as in `attention.attend_listed`; `scores` and `tau` contiguous, the last dimension of the others too.
     """
     batch, heads, queries, _ = query.shape
     blocks = blocks or blocks_for(query, scores is not None, tables.begin is None)
@@ -143,7 +145,7 @@ def forward(
 
 @triton.jit
 def _weigh(logits, peak, scale):
-    """The largest scaled logit of each row so far, weights against it, and the factor of what was summed before."""
+    """Return each row's largest scaled logit so far, weights against it, and the factor for the sums before it."""
     top = tl.maximum(peak, tl.max(logits, 1) * scale)
     return top, tl.exp2(logits * scale - top[:, None]), tl.exp2(peak - top)
 

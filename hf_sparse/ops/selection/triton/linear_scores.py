@@ -1,4 +1,4 @@
-"""Kernels of linear scores; `hf_sparse.ops.selection.linear_scores` says what they compute.
+"""Compute linear scores in kernels; `hf_sparse.ops.selection.linear_scores` defines them.
 
 With `x` a row of the input, `m` its mean, `r` the inverse of its standard deviation and `w` the weight of a head,
 
@@ -30,7 +30,7 @@ _PROGRAMS = 2048  # about fifteen for each multiprocessor of a large GPU
 
 
 def linear_scores(states: Tensor, weight: Tensor) -> Tensor:
-    """`[B, T, C]` float32, bfloat16 or float16 and `[Hkv, C]` -> `[B, Hkv, T]` float64."""
+    """Score `[B, T, C]` float32, bfloat16 or float16 states by weights `[Hkv, C]`: `[B, Hkv, T]` float64."""
     return _LinearScores.apply(states, weight)
 
 
@@ -145,7 +145,7 @@ def _backward(
     OF_STATES: tl.constexpr,
     OF_WEIGHT: tl.constexpr,
 ):
-    """`share` rows of `WIDTH` columns."""
+    """Compute the gradients for `share` rows of `WIDTH` columns."""
     part = tl.program_id(0).to(tl.int64)
     head, column = tl.arange(0, HEADS), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     there, known = head < heads, column < columns

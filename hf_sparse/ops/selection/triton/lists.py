@@ -1,4 +1,4 @@
-"""Which keys a query reaches, as two integers per key and one list per tile of queries.
+"""List the keys that a query reaches, as two integers per key and one list per tile of queries.
 
 Scores are frozen and thresholds only rise, so every key is attended on one contiguous interval of positions,
 
@@ -26,7 +26,7 @@ _ENTRIES = 1024  # and per program that reads in the order of lists
 
 
 class Tables(NamedTuple):
-    """What the kernels read about keys.
+    """Hold the intervals and lists of keys that the kernels read.
 
     A query at position p finds its keys in the list of its tile (the first `sinks` keys of the row, then `lists`),
     among the tile's `leavers`, and among the keys from `p - left` to `p + right`. Keys of the list do not stand in that
@@ -59,7 +59,7 @@ class Tables(NamedTuple):
 def causal_tables(
     found: Scan, scores: Tensor, first: Tensor, *, queries: int, window: int, sinks: int, tile: int
 ) -> Tables:
-    """Tables of causal attention, from the scan of `scores` `[B, Hkv, Tk]` with lists for tiles of `tile` queries.
+    """Make the tables of causal attention from a scan of `scores` `[B, Hkv, Tk]` with a list per `tile` queries.
 
     `scores` are float32 without a gradient."""
     batch, heads, keys = scores.shape
@@ -89,7 +89,7 @@ def causal_tables(
 
 
 def leavers(tables: Tables, queries: int, tile: int) -> Tensor:
-    """Keys that leave the window between the first and the last query of a tile, and are attended after that.
+    """Find the keys that leave the window between the first and last query of a tile and are attended after that.
 
     In causal order. Of long sequences few keys are selected, so these are few of those that leave.
 
@@ -107,7 +107,7 @@ def leavers(tables: Tables, queries: int, tile: int) -> Tensor:
 
 
 def bidirectional_tables(gates: Tensor, first: Tensor, *, window: int, width: int) -> Tables:
-    """Tables of an encoder.
+    """Make the tables of an encoder.
 
     Args:
         gates: `[B, Hkv, T]`; keys with a gate above 0, sinks included, are shared by all queries of the row.
@@ -128,7 +128,7 @@ def bidirectional_tables(gates: Tensor, first: Tensor, *, window: int, width: in
 
 
 def by_lifetime(tables: Tables) -> Tensor:
-    """`[B, Hkv, Tk]` int64: all keys, the longest attended first, and of about the same time the earlier ones first.
+    """Sort all keys, `[B, Hkv, Tk]` int64: the longest attended first, and of about the same time the earlier ones.
 
     Consecutive keys of this order are attended by about the same queries, and the longest work comes first.
     """

@@ -1,4 +1,4 @@
-"""Kernels of `lists`: intervals of keys, what soft gates read in the order of a list, and leavers; one launch each."""
+"""Find intervals of keys, leavers, and the values that soft gates read in list order; one launch each."""
 
 import triton
 import triton.language as tl
@@ -23,7 +23,7 @@ def intervals(
     SOFT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """`until` `[B, Hkv, Tk]` of BLOCK keys, in causal order: the first position that does not see the key.
+    """Find `until` `[B, Hkv, Tk]` of BLOCK keys in causal order: the first position that does not see the key.
 
     Floors and thresholds rise, so the queries that select a key are those before a place in a sorted row."""
     row = tl.program_id(1).to(tl.int64)
@@ -44,7 +44,7 @@ def intervals(
 
 @triton.jit(do_not_specialize=["size", "keys"])
 def in_list_order(Lists, Scores, Until, ListScores, Ends, size, keys, BLOCK: tl.constexpr):
-    """Scores, and `until` or 0 for no key, of BLOCK entries of the lists of a row, `size` in all."""
+    """Gather the scores, and `until` or 0 for no key, of BLOCK of the `size` entries of a row's lists."""
     row = tl.program_id(1).to(tl.int64)
     entry = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = entry < size
@@ -57,7 +57,7 @@ def in_list_order(Lists, Scores, Until, ListScores, Ends, size, keys, BLOCK: tl.
 
 @triton.jit(do_not_specialize=["keys", "queries", "heads", "tiles", "tile", "left", "sinks"])
 def leaving(Until, First, Leavers, keys, queries, heads, tiles, tile, left, sinks, TILE: tl.constexpr):
-    """`Leavers` `[B, Hkv, n_tiles, tile]` of one tile: see `lists.leavers`."""
+    """Find the leavers of one tile, a row of `Leavers` `[B, Hkv, n_tiles, tile]`; `lists.leavers` defines them."""
     number, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     first = tl.load(First + row // heads).to(tl.int32)
     index = tl.arange(0, TILE)

@@ -7,7 +7,7 @@ first `size` of their merged lists. So the keys are cut into chunks of a tile ea
     merge_earlier     makes the lists of the blocks those of all keys up to their end       log2(T / 512) launches
     merge_for_tiles   joins both into the best keys before each tile                                    1 launch
     tile_thresholds   solves for tau before each tile                                                   1 launch
-    thresholds        solves for floor and tau of all queries, from the list of their tile and its chunk
+    query_thresholds  solves for floor and tau of all queries, from the list of their tile and its chunk
 
 Merging looks up each key's place in the other list, which needs no communication between threads. With
 `size` = s the work is O(T log s), plus O(T / 512 * s * log T) for the rounds, all of it parallel; nothing waits for
@@ -25,16 +25,16 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from hf_sparse.ops.selection import thresholds as reference
-from hf_sparse.ops.selection.thresholds import Scan, _Plan
+from hf_sparse.ops.selection.thresholds import Scan, ScanPlan
 from hf_sparse.ops.selection.triton.scan_kernels import (
     free_intervals,
     merge_earlier,
     merge_for_tiles,
+    query_thresholds,
     shares,
     sort_chunks,
     sum_lists,
     sum_shares,
-    thresholds,
     tile_thresholds,
 )
 from hf_sparse.ops.triton.launch import launch
@@ -49,12 +49,12 @@ _LARGEST = 8192  # keys of a list
 
 
 def supports(scores: Tensor, *, size: int, queries: int, tile: int) -> bool:
-    """Whether the kernels take it: float32, tiles of 16, 32, 64 or a multiple of 128, lists of at most 8,192 keys."""
+    """Tell whether the kernels run: float32, tiles of 16, 32, 64 or n * 128, lists of at most 8,192 keys."""
     fits = tile in (16, 32, 64) or (tile > 0 and tile % _CHUNK == 0)
     return fits and scores.dtype == torch.float32 and scores.numel() > 0 and queries > 0 and size <= _LARGEST
 
 
-def scan(
+def scan_prefixes(
     scores: Tensor,
     k: int,
     *,
@@ -65,7 +65,7 @@ def scan(
     with_tau: bool = False,
     with_lists: bool = False,
 ) -> Scan:
-    """What `hf_sparse.ops.selection.thresholds.scan` returns, for the same arguments and by the same tie rule.
+    """Scan as `hf_sparse.ops.selection.thresholds.scan_prefixes` does, with the same arguments and tie rule.
 
     By kernels where `supports` says so, which must then run on the device of the scores; by that function elsewhere.
     Of the kernels, ranks are other integers (they hold the score itself) with the same meaning, lists are int32, of
@@ -77,10 +77,10 @@ def scan(
     """
     size = min(size, scores.shape[-1])
     if not supports(scores, size=size, queries=queries, tile=tile):
-        return reference.scan(
+        return reference.scan_prefixes(
             scores, k, size=size, queries=queries, window=window, tile=tile, with_tau=with_tau, with_lists=with_lists
         )
-    plan = _Plan(k, size, queries, window, tile, with_tau, with_lists)
+    plan = ScanPlan(k, size, queries, window, tile, with_tau, with_lists)
     if not with_tau:
         rank, floor, _, lists = _run(scores.detach(), plan)
         return Scan(rank, floor, None, lists)
@@ -90,7 +90,7 @@ def scan(
 
 class _TritonThresholds(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, scores: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(ctx: FunctionCtx, scores: Tensor, plan: ScanPlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rank, floor, tau, lists = _run(scores, plan)
         ctx.save_for_backward(scores, rank, floor, tau)
         ctx.first = plan.window - (scores.shape[-1] - plan.queries)  # type: ignore[attr-defined]
@@ -118,13 +118,13 @@ class _TritonThresholds(torch.autograd.Function):
         return d_scores, None
 
 
-def _run(scores: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Rank `[..., Tk]`, floor and tau `[..., Tq]` (tau is empty unless asked for) and lists."""
+def _run(scores: Tensor, plan: ScanPlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Compute ranks `[..., Tk]`, floors and tau `[..., Tq]` (tau is empty unless asked for) and lists."""
     with torch.cuda.device_of(scores):  # where Triton launches
         return _launch(scores, plan)
 
 
-def _launch(scores: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _launch(scores: Tensor, plan: ScanPlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, keys, device = scores.shape[:-1], scores.shape[-1], scores.device
     queries, size = plan.queries, plan.size
     rows = math.prod(batch)
@@ -180,7 +180,7 @@ def _launch(scores: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor, Tensor
             best, sums, bounds, tiles, size, plan.k, _LISTS, steps, num_warps=1
         )
         tau = torch.empty((rows, tiles * C), dtype=torch.float32, device=device)
-    launch(thresholds, (tiles * C // Q, rows))(
+    launch(query_thresholds, (tiles * C // Q, rows))(
         best, sums, chunk_lists, bounds, floor, tau, queries, chunks, before, size, plan.k, C, Q, longest, steps,
         WITH_TAU=plan.with_tau, num_warps=warps,
     )  # fmt: skip
@@ -195,7 +195,7 @@ def _launch(scores: Tensor, plan: _Plan) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 
 def _merging(lists: int, rows: int, width: int, longest: int) -> tuple[tuple[int, int, int], dict[str, int]]:
-    """Grid and constants of a kernel that merges into lists of `width` from lists of at most `longest`."""
+    """Return the grid and constants of a kernel that merges into lists of `width` from lists of at most `longest`."""
     block = min(1024, triton.next_power_of_2(max(width, 16)))
     constants = {"BLOCK": block, "STEPS": longest.bit_length(), "num_warps": max(1, min(4, block // 128))}
     return (lists, rows, triton.cdiv(width, block)), constants

@@ -1,4 +1,4 @@
-"""Kernels of the threshold scan; `scan` says how they fit together.
+"""Scan for thresholds in kernels; the docstring of `scan` says how they fit together.
 
 A key travels as its code, one int64 that holds all there is to know about it:
 
@@ -40,7 +40,7 @@ def _place(code):
 
 @triton.jit
 def _load_codes(scores, chunk, start, keys, C: tl.constexpr):
-    """Codes of a chunk, and the positions of its keys."""
+    """Load the codes of a chunk, and the positions of its keys."""
     place = chunk * C + tl.arange(0, C)
     position = place + start
     inside = (position >= 0) & (position < keys)
@@ -50,7 +50,7 @@ def _load_codes(scores, chunk, start, keys, C: tl.constexpr):
 
 @triton.jit
 def _count_above(codes, length, limit, EQUAL: tl.constexpr, STEPS: tl.constexpr):
-    """How many of a descending list of codes lie above each limit, or are equal to it if `EQUAL`."""
+    """Count the codes of a descending list that lie above each limit, or are equal to it if `EQUAL`."""
     found = limit.to(tl.int32) * 0
     for step in range(STEPS):
         probe = found + (1 << (STEPS - 1 - step))
@@ -87,7 +87,7 @@ def sort_chunks(scores, rank, chunk_lists, lists, keys, chunks, start, width, C:
 
 @triton.jit
 def _merge(a, length_a, b, length_b, entry, width, STEPS: tl.constexpr):
-    """Places in the merged list, of `width`, of what stands at `entry` of two lists; -1 where it falls out."""
+    """Find the places of both lists' codes at `entry` in the merged list of `width`; the masks drop the rest."""
     in_a, in_b = entry < length_a, entry < length_b
     code_a = tl.load(a + entry, mask=in_a, other=0)
     code_b = tl.load(b + entry, mask=in_b, other=0)
@@ -100,7 +100,7 @@ def _merge(a, length_a, b, length_b, entry, width, STEPS: tl.constexpr):
 def merge_earlier(
     source, target, source_row, source_list, source_width, target_width, reach, BLOCK: tl.constexpr, STEPS: tl.constexpr
 ):
-    """One round of a prefix scan: list i is merged with list `i - reach`, if there is one."""
+    """Run one round of a prefix scan: merge list i with list `i - reach`, if that exists."""
     number, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     entry = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     a = source + row * source_row + number.to(tl.int64) * source_list
@@ -133,7 +133,7 @@ def merge_for_tiles(
     STEPS: tl.constexpr,
     WITH_INDEX: tl.constexpr,
 ):
-    """The best `size` keys before each chunk: those of the blocks before its block, and of the chunks in between.
+    """Merge the best `size` keys before each chunk: of the blocks before its block, and of the chunks in between.
 
     target `[rows, tiles, size]`; index `[rows, tiles / every, size]` int32, positions, -1 for none.
     """
@@ -161,7 +161,7 @@ def merge_for_tiles(
 
 @triton.jit(do_not_specialize=["size"])
 def sum_lists(codes, sums, size, SIZE: tl.constexpr):
-    """Prefix sums of the scores of every list, float64: tau is a small difference of them."""
+    """Sum the scores of every list up to each entry, in float64: tau is a small difference of these sums."""
     base = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * size
     entry = tl.arange(0, SIZE)
     code = tl.load(codes + base + entry, mask=entry < size, other=0)
@@ -171,7 +171,7 @@ def sum_lists(codes, sums, size, SIZE: tl.constexpr):
 
 @triton.jit
 def _mass(codes, sums, limit, least_w, most_w, least_u, most_u, bits, member, score, NEW: tl.constexpr):
-    """Free keys, saturated keys, sum of the free scores and lowest saturated score at a threshold, per query.
+    """Count free and saturated keys at a threshold, per query; sum the free scores, find the lowest saturated one.
 
     Of the list, w keys are above the threshold and u of them are saturated; both are looked for between two counts that
     are less than `2^bits` apart. `NEW` adds the members `[Q, C]` of the chunk.
@@ -215,7 +215,7 @@ def _solve(
     score,
     NEW: tl.constexpr,
 ):
-    """Thresholds between `low` and `high`, float64, of the active queries; the others get `low`.
+    """Solve for thresholds between `low` and `high`, float64, of the active queries; the others get `low`.
 
     f is piecewise linear: the root of the line through a point is exact as soon as the point lies on the right piece.
     Every third step halves the interval, so that it gets there. A last look beyond the root: where f stays at k for a
@@ -249,7 +249,7 @@ def _solve(
 
 @triton.jit(do_not_specialize=["tiles", "size", "k"])
 def tile_thresholds(codes, sums, bounds, tiles, size, k, Q: tl.constexpr, STEPS: tl.constexpr):
-    """Threshold of every list, `[rows, tiles]` float64, `-inf` of one of at most k keys; Q lists per program.
+    """Solve for the threshold of every list, `[rows, tiles]` float64, `-inf` for at most k keys; Q lists a program.
 
     Those before and after a tile enclose the thresholds of its queries.
     """
@@ -268,7 +268,7 @@ def tile_thresholds(codes, sums, bounds, tiles, size, k, Q: tl.constexpr, STEPS:
 
 
 @triton.jit(do_not_specialize=["queries", "chunks", "before", "size", "k"])
-def thresholds(
+def query_thresholds(
     codes,
     sums,
     chunk_lists,
@@ -286,7 +286,7 @@ def thresholds(
     STEPS: tl.constexpr,
     WITH_TAU: tl.constexpr,
 ):
-    """Floor and tau of Q queries of one tile, all at once.
+    """Compute the floor and tau of Q queries of one tile at once.
 
     Query q of the tile sees the list of the tile and the first q keys of the chunk. Its best keys are the first ones
     of the list and some of the chunk; which ones follows from how many stand before each in the union of both.
@@ -372,7 +372,7 @@ def thresholds(
 
 @triton.jit
 def count_before(Sorted, value, low, high, steps, RIGHT: tl.constexpr):
-    """How many of the entries from `low` to `high` of a sorted row stand before each value; with RIGHT, up to it."""
+    """Count the entries from `low` to `high` of a sorted row before each value, or up to it with RIGHT."""
     for _ in range(0, steps):
         middle = (low + high) // 2
         inside = low < high
@@ -385,7 +385,7 @@ def count_before(Sorted, value, low, high, steps, RIGHT: tl.constexpr):
 
 @triton.jit(do_not_specialize=["keys", "queries", "arrival", "steps"])
 def free_intervals(Scores, Rank, Floor, Tau, Begin, End, Change, keys, queries, arrival, steps, BLOCK: tl.constexpr):
-    """Queries from `Begin` to `End` `[rows, keys]` int32 move with the key's score: its gate is between 0 and 1.
+    """Find the queries from `Begin` to `End` `[rows, keys]` int32 at which a key's gate is between 0 and 1.
 
     `Change` `[rows, queries + 1]` int32, of zeros, gets 1 at the beginning and -1 at the end of each interval. Key j is
     eligible from query `j + arrival` on."""
@@ -411,7 +411,7 @@ def free_intervals(Scores, Rank, Floor, Tau, Begin, End, Change, keys, queries, 
 
 @triton.jit(do_not_specialize=["queries"])
 def shares(Grad, Free, Share, queries, BLOCK: tl.constexpr):
-    """`Grad` over the number of free keys of each query, 0 without one."""
+    """Divide `Grad` by the number of free keys of each query; 0 without one."""
     row = tl.program_id(1).to(tl.int64)
     query = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = query < queries
@@ -423,7 +423,7 @@ def shares(Grad, Free, Share, queries, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["keys", "queries"])
 def sum_shares(Total, Begin, End, DScores, keys, queries, BLOCK: tl.constexpr):
-    """The sum of the shares of every key's interval, from their running sums `Total` `[rows, queries]`."""
+    """Sum the shares over every key's interval, from their running sums `Total` `[rows, queries]`."""
     row = tl.program_id(1).to(tl.int64)
     key = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = key < keys

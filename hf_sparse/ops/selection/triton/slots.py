@@ -1,4 +1,4 @@
-"""Kernels of a decoding step over KV slots; `hf_sparse.ops.selection.slots` says what they compute.
+"""Take a decoding step over KV slots in kernels; `hf_sparse.ops.selection.slots` defines it.
 
 One program per row and KV head finds the slot for the new token. Attention reads keys and values once for all query
 heads of a KV head; where rows and heads are too few to fill the GPU, several programs share the slots of a head, and a
@@ -28,7 +28,7 @@ def insert_token(
     window: int,
     sinks: int,
 ) -> None:
-    """See `hf_sparse.ops.selection.slots.insert_token`; `keys`, `values`, `scores` and `positions` are contiguous."""
+    """Insert as `ops.selection.slots.insert_token`; `keys`, `values`, `scores` and `positions` are contiguous."""
     batch, heads, slots, dim = keys.shape
     key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (key, value))
     _insert[(batch, heads)](
@@ -140,7 +140,7 @@ def _attend(
     BLOCK: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
-    """Attention of the query heads `[group]` of one KV head to `share` of its slots."""
+    """Attend with the query heads `[group]` of one KV head to `share` of its slots."""
     scaling = tl.cast(scaling, tl.float32)  # float64 when torch.compile calls the kernel
     split, row, head = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     pair = row * tl.num_programs(2) + head
@@ -177,7 +177,7 @@ def _attend(
 
 @triton.jit
 def _join(parts, masses, output, splits, dim, SPLITS: tl.constexpr, DIM: tl.constexpr):
-    """The mean of the results of all programs of a query head, weighted by their masses."""
+    """Average the results of all programs of a query head, weighted by their masses."""
     number = tl.program_id(0).to(tl.int64)
     split, column = tl.arange(0, SPLITS), tl.arange(0, DIM)
     log_mass = tl.load(masses + number * splits + split, mask=split < splits, other=-float("inf"))

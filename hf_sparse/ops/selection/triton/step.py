@@ -27,7 +27,7 @@ _EPS = 1e-5  # of the layer norm of the scores
 
 
 class StepKernel:
-    """The kernel for slots at fixed addresses and new tokens of a fixed layout.
+    """Launch the kernel for slots at fixed addresses and new tokens of a fixed layout.
 
     Args:
         slots: keys and values `[B, Hkv, S, D]`, scores float32 and positions int64 `[B, Hkv, S]`, seen int64 `[B]`,
@@ -271,7 +271,7 @@ def _step(
 
 @triton.jit
 def _slot_of_next(scores, positions, position, slots, window, sinks, CHUNK: tl.constexpr):
-    """An empty slot, or that of the weakest key outside the window, of equal ones the latest."""
+    """Find an empty slot, or that of the weakest key outside the window, of equal ones the latest."""
     free = tl.full([], 0, tl.int32) + slots
     victim, latest = tl.full([], 0, tl.int32), tl.full([], -1, tl.int64)
     worst = tl.full([], float("inf"), tl.float32)
@@ -295,7 +295,7 @@ def _slot_of_next(scores, positions, position, slots, window, sinks, CHUNK: tl.c
 
 @triton.jit
 def _score(states, weight, columns, EPS: tl.constexpr, COLUMNS: tl.constexpr):
-    """The score of one row by one head, float64; see `hf_sparse.ops.selection.triton.linear_scores`."""
+    """Score one row by one head in float64; `hf_sparse.ops.selection.triton.linear_scores` defines the score."""
     total, squares = tl.zeros([COLUMNS], tl.float64), tl.zeros([COLUMNS], tl.float64)
     product, weights = tl.zeros([COLUMNS], tl.float64), tl.zeros([COLUMNS], tl.float64)
     for begin in range(0, columns, COLUMNS):
@@ -334,7 +334,7 @@ def _join(
     D: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    """The mean of the results of all programs of each query head of a KV head, weighted by their masses."""
+    """Average the results of all programs of each query head of a KV head, weighted by their masses."""
     split, column = tl.arange(0, SPLITS_WIDE), tl.arange(0, DIM)
     mask = (split[:, None] < SPLITS) & (column[None, :] < D)
     for member in range(0, group):

@@ -1,4 +1,4 @@
-"""The keys of a block of queries as two axes of slots, shared by the kernels that go from queries to keys.
+"""Walk over the keys of a block of queries as two axes of slots; the kernels from queries to keys share it.
 
 A program owns `M` rows, a row being one query of one of the query heads that share a KV head: row r of that KV head is
 query `r // GROUP` of head `r % GROUP`. So a whole group shares what is gathered, whatever its size. The program reads
@@ -18,7 +18,7 @@ import triton.language as tl
 
 @triton.jit
 def rows_of(block, queries, GROUP: tl.constexpr, M: tl.constexpr):
-    """Number, query, head inside the group, and whether it exists, of each row; the block's first and last query."""
+    """Return each row's number, query, head in the group and existence, and the block's first and last query."""
     row = block * M + tl.arange(0, M)
     query = row // GROUP
     first = block * M // GROUP
@@ -28,7 +28,7 @@ def rows_of(block, queries, GROUP: tl.constexpr, M: tl.constexpr):
 
 @triton.jit
 def listed(slot, limit, Lists, first, sinks, width, keys):
-    """Keys of the slots below `limit` of a list, sinks in front; -1 for none."""
+    """Load the keys of the slots below `limit` of a list, sinks in front; -1 for none."""
     inside = (slot >= sinks) & (slot < tl.minimum(limit, sinks + width))
     key = tl.load(Lists + slot - sinks, mask=inside, other=-1).to(tl.int32)
     own = tl.minimum(tl.minimum(sinks, limit), keys - first)  # sinks that the row has
@@ -37,7 +37,9 @@ def listed(slot, limit, Lists, first, sinks, width, keys):
 
 @triton.jit
 def listed_gates(slot, limit, Scores, Ends, sinks, width, position, tau):
-    """Gates `[M, N]` of the slots below `limit` of a causal list, without its sinks; 0 where nothing is attended.
+    """Compute the gates `[M, N]` and scores `[N]` of the slots below `limit` of a causal list, without its sinks.
+
+    A gate is 0 where the query does not attend to the key.
 
     And their scores `[N]`."""
     inside = (slot >= sinks) & (slot < sinks + width) & (slot < limit)
@@ -49,7 +51,7 @@ def listed_gates(slot, limit, Scores, Ends, sinks, width, position, tau):
 
 @triton.jit
 def begins(key, there, Begin, CAUSAL: tl.constexpr):
-    """The first position that sees each key."""
+    """Load the first position that sees each key."""
     return key if CAUSAL else tl.load(Begin + key, mask=there, other=0)
 
 
@@ -72,8 +74,10 @@ def survey(
     CAUSAL: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """How many slots in front of the list every position from `low` to `high` attends to with gate 1, and how many
-    slots from the front on hold all keys that any of them attends to; `tau` is the threshold of `high`, the highest."""
+    """Count the slots that every position from `low` to `high` attends to, and those that any of them does.
+
+    Returns how many slots in front of the list every position attends to with gate 1, and how many slots from the
+    front on hold all keys that any of them attends to; `tau` is the threshold of `high`, the highest."""
     full = sinks + width
     live = 0
     for start in range(0, sinks + width, CHUNK):
@@ -104,7 +108,7 @@ def survey(
 
 @triton.jit
 def left_before(Leavers, tile, low, left, TILE: tl.constexpr):
-    """How many of a tile's leavers stand before the window of position `low`."""
+    """Count the leavers of a tile that stand before the window of position `low`."""
     entry = tl.arange(0, TILE)
     key = tl.load(Leavers + entry, mask=entry < tile, other=-1)
     return tl.sum(((key >= 0) & (key < low - left)).to(tl.int32), 0)
@@ -112,7 +116,10 @@ def left_before(Leavers, tile, low, left, TILE: tl.constexpr):
 
 @triton.jit
 def window_of(low, high, first, left, right, sinks, keys, CAUSAL: tl.constexpr):
-    """Keys around positions `low` to `high`: from, where all of them see it with gate 1 from, until, and until."""
+    """Bound the keys around positions `low` to `high`.
+
+    Returns the first key and, among the keys, the first and the end of those that all positions see with gate 1; then
+    the end of all."""
     begin = tl.maximum(low - left, first + sinks)
     end = tl.minimum(high + right + 1, keys)
     begin = tl.minimum(begin, end)
@@ -154,8 +161,10 @@ def reach(
     CAUSAL: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """What a block of rows has to know of its KV head `row`: the tables of that head and of the tile; positions and
-    thresholds `[M, 1]`; its first key; and the bounds of both axes, see `survey`, `left_before` and `window_of`."""
+    """Load what a block of rows has to know of its KV head `row`.
+
+    Returns the tables of that head and of the tile; positions and thresholds `[M, 1]`; its first key; and the bounds of
+    both axes, see `survey`, `left_before` and `window_of`."""
     offset = keys - queries
     low, high = t_first + offset, t_last + offset
     first = tl.load(First + batch).to(tl.int32)
@@ -210,7 +219,7 @@ def mixed(
     ALWAYS: tl.constexpr,
     CAUSAL: tl.constexpr,
 ):
-    """Keys of the slots of the mixed axis, -1 for none, and which positions see them; `gone` of them are leavers."""
+    """Load the keys of slots of the mixed axis, -1 for none, and which positions see them; `gone` are leavers."""
     rest = live - front
     around = slot + (begin - rest - gone)
     around = tl.where(around < left_end, around, around + (right_begin - left_end))
@@ -228,14 +237,14 @@ def mixed(
 
 @triton.jit
 def gates(position, tau, key, z, left, right):
-    """Gates `[M, N]` of the pairs that are attended: 1 in the window, `clip(z - tau, 0, 1)` outside."""
+    """Compute the gates `[M, N]` of attended pairs: 1 in the window, `clip(z - tau, 0, 1)` outside."""
     near = (key >= position - left) & (key <= position + right)
     return tl.where(near, 1.0, tl.minimum(tl.maximum(z - tau, 0.0), 1.0)), near
 
 
 @triton.jit
 def gather(Base, key, there, stride, D: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr):
-    """Rows `[N, PADDED]` of a `[Tk, D]` tensor, zeros beyond `D` and where nothing is there."""
+    """Gather rows `[N, PADDED]` of a `[Tk, D]` tensor, zeros beyond `D` and, with MASKED, for keys that are missing."""
     dim = tl.arange(0, PADDED)
     pointer = Base + key.to(tl.int64)[:, None] * stride + dim[None, :]
     if MASKED and PADDED != D:
@@ -251,7 +260,7 @@ def gather(Base, key, there, stride, D: tl.constexpr, PADDED: tl.constexpr, MASK
 
 @triton.jit
 def consecutive(Base, first, stride, N: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr):
-    """Rows `[N, PADDED]` of a `[Tk, D]` tensor from `first` on, zeros beyond `D`."""
+    """Load rows `[N, PADDED]` of a `[Tk, D]` tensor from `first` on, zeros beyond `D`."""
     dim = tl.arange(0, PADDED)
     pointer = Base + first.to(tl.int64) * stride + (tl.arange(0, N)[:, None] * stride + dim[None, :])
     return tl.load(pointer, mask=(dim < D)[None, :], other=0.0) if PADDED != D else tl.load(pointer)
