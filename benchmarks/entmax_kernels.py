@@ -214,7 +214,7 @@ def main() -> None:
     result |= {"supports": {}, "rows": []}
     for length in sorted(options.lengths):
         inputs, scaling = make_inputs(options, length, getattr(torch, options.dtype))
-        result["supports"][str(length)] = statistics_of(*inputs[:2], scaling)
+        result["supports"][str(length)] = statistics_of(inputs[0], inputs[1], scaling)
         print(f"{length:7}  {result['supports'][str(length)]}", flush=True)
         for name in options.only or CONTENDERS:
             rows = measure(options, name, inputs, scaling)

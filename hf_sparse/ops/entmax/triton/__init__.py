@@ -1,4 +1,4 @@
-"""Entmax attention in Triton kernels. Import a module of this package only where `takes_kernels` says that they run."""
+"""Run entmax attention in Triton kernels; import its modules only where `takes_kernels` says that they run."""
 
 import torch
 from torch import Tensor

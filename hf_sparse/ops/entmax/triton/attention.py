@@ -1,4 +1,4 @@
-"""Entmax attention on the GPU as one differentiable function: over all keys, or over listed tiles of keys."""
+"""Attend with entmax on the GPU, as one differentiable function: over all keys, or over listed tiles of keys."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -99,7 +99,7 @@ def _forward(
     plan: Plan,
     trains: bool,
 ) -> Attended:
-    numbers: tuple[Any, ...] = (scale, exponent, kind, plan.first, plan.valid, plan.causal)
+    numbers = (scale, exponent, kind, plan.first, plan.valid, plan.causal)
     found = None
     if plan.lists is None:
         found = candidates(query, key, *numbers, plan.capacity, plan.sweep, plan.start, plan.near, plan.every)

@@ -1,4 +1,4 @@
-"""Gradients of entmax attention, from the thresholds that the forward pass found.
+"""Compute the gradients of entmax attention from the thresholds that the forward pass found.
 
 With u = [z - tau]_+, p = u ** e, U = u ** (e - 1), dp = <do, v> and delta = sum(U dp) / sum(U) = <do, slopes>:
 

@@ -1,4 +1,4 @@
-"""What the kernels of this folder share: powers of an excess, one step of Newton's method, rows and keys of a program.
+"""Define what these kernels share: powers of an excess, a step of Newton's method, rows and keys of a program.
 
 With z = scale * <query, key> and e = 1 / (alpha - 1), the threshold tau of a row solves || [z - tau]_+ ||_e = 1. Steps
 of Newton's method from the left never pass it, see `hf_sparse.ops.entmax.threshold`.

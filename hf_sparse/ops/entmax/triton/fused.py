@@ -1,4 +1,4 @@
-"""What `entmax_attention` calls where the kernels run: its arguments as theirs, autocast included."""
+"""Run the kernels with the arguments of `entmax_attention`, autocast included."""
 
 import torch
 from torch import Tensor

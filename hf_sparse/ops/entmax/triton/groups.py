@@ -1,4 +1,4 @@
-"""Entmax over the candidates of a group of rows: products, thresholds, weights, and the values of keys that have one.
+"""Attend with entmax over the candidates of a group of rows: products, thresholds, weights, and values.
 
 A program takes one group after the other. It writes the keys that any row of the group may attend to out as a list,
 from the bits of `sweep` or from listed tiles, gathers them once for all rows, keeps the products in a buffer of its

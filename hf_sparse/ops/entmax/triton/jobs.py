@@ -1,4 +1,4 @@
-"""Who attends to whom, as the kernels see it: jobs, groups of rows, and the keys of a list.
+"""Describe who attends to whom, as the kernels see it: jobs, groups of rows, and the keys of a list.
 
 A job is one tile of queries of one list of tiles, see `hf_sparse.ops.entmax.layout`; its rows are those of all query
 heads that share the list. Without lists a job is all queries of a head. A group is a number of consecutive rows of a

@@ -177,7 +177,7 @@ def _start(
     STEPS: tl.constexpr,
     HIGHER: tl.constexpr,
 ):
-    """`Bound` of M rows: tau over FIRST keys of the beginning and NEAR keys around the rows, or an iterate below it.
+    """Find the `Bound` of M rows: tau over FIRST first keys and NEAR keys around the rows, or an iterate below.
 
     It is `inf` where there is no query, and `-inf` for a query that sees none of these keys."""
     tiles = tl.cdiv(queries, M)
@@ -231,7 +231,7 @@ def _seen(
     q, K, key, there, Valid, batch, keys, position, exists, scale, dim, k_row, D: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """z of the rows and keys of a program, `-inf` where a row does not see a key."""
+    """Compute z of the rows and keys of a program, `-inf` where a row does not see a key."""
     if Valid is not None:
         there &= tl.load(Valid + batch * keys + key, mask=there, other=0) != 0
     k = load_rows(K, key.to(tl.int64) * k_row, there, dim, D)
@@ -280,7 +280,7 @@ def _sweep(
     HIGHER: tl.constexpr,
     EVERY: tl.constexpr,
 ):
-    """Words, numbers and counts of the groups of M rows. Programs with the most keys begin first."""
+    """Write words, numbers and counts of the groups of M rows. Programs with the most keys begin first."""
     pairs = tl.num_programs(0) // tl.cdiv(queries, M)  # B * Hq
     tile = tl.cdiv(queries, M) - 1 - tl.program_id(0) // pairs
     row = (tl.program_id(0) % pairs).to(tl.int64)
