@@ -1,4 +1,4 @@
-"""Attend with entmax over all keys or over listed tiles of keys, for a tile of queries at a time, with nothing kept per pair.
+"""Attend with entmax over all keys or over listed tiles, a tile of queries at a time, with nothing kept per pair.
 
 Every sweep over the keys computes the products again: one for the largest, one for each step of Newton's method until
 all rows of the program have arrived, one for the output. This serves the groups that have too many keys for the buffers
