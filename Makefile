@@ -32,7 +32,7 @@ kernels:
 	@echo "The kernels are not tested here: Triton has wheels for Linux only"
 endif
 
-conformance: $(READY) ## Every model family x every behaviour: the largest differences as a table
+conformance: $(READY) ## Every model family x every behaviour x every method: the largest differences as tables
 	$(PYTEST) -q --full tests/conformance
 
 lint: $(READY) ## Check formatting, style and types

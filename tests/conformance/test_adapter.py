@@ -97,7 +97,7 @@ def test_dtype(subject, measure):
     assert subject.logits(model, subject.ids).isfinite().all()
     if subject.causal:
         ids, mask = subject.padded("left")
-        assert subject.in_chunks(model, ids, [50] + [1] * 21, mask)[0].isfinite().all()
+        assert subject.in_chunks(model, ids, [60] + [1] * 11, mask)[0].isfinite().all()
     assert len(scores) >= len(scorers)
     for score in scores:
         assert score.dtype == torch.float32 and score.isfinite().all()

@@ -11,7 +11,7 @@ from hf_sparse.patches import sparse_layers
 pytestmark = [pytest.mark.versions, pytest.mark.cross("values")]
 
 KIND = "causal"
-STEPS = 24
+STEPS = 16
 
 
 def test_left_padding(subject, measure):
@@ -23,7 +23,7 @@ def test_right_padding(subject, measure):
 
 
 def _padding(subject, measure, side):
-    """A batch of mixed lengths equals each row alone, in the prefill and in 24 steps after it."""
+    """A batch of mixed lengths equals each row alone, in the prefill and in 16 steps after it."""
     ids, mask = subject.padded(side)
     more = torch.randint(4, 64, (len(ids), STEPS), generator=torch.Generator().manual_seed(1))
     if side == "right" and subject.local_layers:
@@ -40,26 +40,29 @@ def _padding(subject, measure, side):
 
 def test_decoding(subject, measure):
     """A prefill and single tokens after it equal one forward at every position, whatever makes the choice."""
-    variants = [(subject.fresh(**settings), (30,)) for settings in subject.method.variants]
-    for model, prompts in ((subject.sparse, (1, 30)), *variants):
+    length = subject.ids.shape[1]
+    variants = [(subject.fresh(**settings), (length - 11,)) for settings in subject.method.variants]
+    for model, prompts in ((subject.sparse, (1, length - STEPS)), *variants):
         expected = subject.logits(model, subject.ids)
         for prompt in prompts:
-            chunks = [prompt] + [1] * (subject.ids.shape[1] - prompt)
+            chunks = [prompt] + [1] * (length - prompt)
             measure.close(subject.in_chunks(model, subject.ids, chunks)[0], expected)
 
 
 def test_chunked_prefill(subject, measure):
     """Any split of a text equals one shot, and so do left-padded rows, whose first pieces are nothing but padding."""
     ids, mask = subject.padded("left")
-    expected = {False: subject.logits(subject.sparse, subject.ids), True: subject.logits(subject.sparse, ids, mask)}
-    draw = random.Random(0)
-    for pieces in (2, 3, 6, 11, ids.shape[1]):
-        cuts = [0, *sorted(draw.sample(range(1, ids.shape[1]), pieces - 1)), ids.shape[1]]
-        chunks = [end - begin for begin, end in pairwise(cuts)]
-        if pieces < ids.shape[1]:  # single tokens are test_decoding's
-            measure.close(subject.in_chunks(subject.sparse, subject.ids, chunks)[0], expected[False])
+    whole, padded = subject.logits(subject.sparse, subject.ids), subject.logits(subject.sparse, ids, mask)
+    draw, length = random.Random(0), ids.shape[1]
+    splits = []
+    for pieces in (2, 6, 11):
+        cuts = [0, *sorted(draw.sample(range(1, length), pieces - 1)), length]
+        splits.append([end - begin for begin, end in pairwise(cuts)])
+    for chunks in splits:
+        measure.close(subject.in_chunks(subject.sparse, subject.ids, chunks)[0], whole)
+    for chunks in (*splits, [1] * 35 + [length - 35]):
         logits, _ = subject.in_chunks(subject.sparse, ids, chunks, mask)
-        measure.close(logits[mask.bool()], expected[True][mask.bool()])
+        measure.close(logits[mask.bool()], padded[mask.bool()])
 
 
 def test_beams(subject, measure):
@@ -70,7 +73,7 @@ def test_beams(subject, measure):
         attention_mask=mask,
         num_beams=4,
         num_return_sequences=2,
-        max_new_tokens=20,
+        max_new_tokens=16,
         do_sample=False,
         length_penalty=1.0,
         no_repeat_ngram_size=2,  # text that goes round in circles would be a poor test
@@ -98,7 +101,7 @@ def test_sampling(subject, measure):
         attention_mask=mask,
         do_sample=True,
         num_return_sequences=3,
-        max_new_tokens=20,
+        max_new_tokens=16,
         return_dict_in_generate=True,
         output_logits=True,
     )
@@ -138,7 +141,7 @@ def test_dense_limit(subject, measure):
     for settings in subject.method.whole:
         model = subject.fresh(**settings)
         measure.close(subject.logits(model, subject.ids), expected)
-        chunks = [40] + [1] * (subject.ids.shape[1] - 40)
+        chunks = [60] + [1] * (subject.ids.shape[1] - 60)
         measure.close(subject.in_chunks(model, subject.ids, chunks)[0], expected)
     measure.close(subject.logits(subject.sparse, subject.ids)[:, :fits], expected[:, :fits])
 

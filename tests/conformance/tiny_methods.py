@@ -158,10 +158,9 @@ SPARSEFINDER = TinyMethod(
     whole=({"predictor": "full"}, {"complete": True}, {"predictor": "bound"}),
     second={"tiles_per_query": 4},
     variants=(
-        {"query_tile": 1},
-        {"predictor": "quantization", "shared_projection": True},
-        {"predictor": "distance", "tile": None, "per_group": False},
-        {"learn_alpha": True, "per_group": True},
+        {"query_tile": 1, "per_group": True},
+        {"predictor": "quantization", "shared_projection": True, "learn_alpha": True},
+        {"predictor": "distance", "tile": None},
     ),
     dense=_entmax_model,
     near=lambda subject: subject.fresh(tiles_per_query=1, window=0, global_tokens=0),
