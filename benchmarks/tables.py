@@ -4,7 +4,10 @@
     python ../tables.py --kernels kernels-h200.json kernels-flash-h200.json --wider kernels-support4096-h200.json \\
         --model model-scores-h200.json model-h200.json model-eager-h200.json model-earlier-h200.json \\
         --profiles profiles-scores-h200.json profiles-h200.json --first-calls first_calls-h200.json \\
-        --sizes sizes-h200.json --generate generate-h200.json generate-before-h200.json \\
+        --sizes sizes-h200.json \\
+        --entmax entmax_kernels-h200.json entmax_kernels-earlier-h200.json \\
+        --entmax entmax_kernels-128-h200.json entmax_kernels-128-earlier-h200.json \\
+        --generate generate-h200.json generate-before-h200.json \\
         --page ../../docs/speed.md --figure ../../docs/speed.png
 
 Of several JSON of the same benchmark the first counts, and of each next one what those before it lack. It prints the
@@ -296,6 +299,46 @@ def summary(kernels: dict[str, Any], model: dict[str, Any] | None) -> str:
     return f"{text}\n{table(['decoding, tokens/s', *(f'{n:,} x {batch}' for n, batch in pairs)], rows)}"
 
 
+ENTMAX = {
+    "entmax exact": "entmax, all keys, exact",
+    "sdpa flash": "SDPA flash, dense softmax",
+    "sdpa cudnn": "SDPA cuDNN, dense softmax",
+}
+
+
+def entmax_section(shapes: Sequence[Sequence[dict[str, Any]]]) -> str:
+    """Return the section about entmax over all keys: for each shape its runs, of which the first counts."""
+    first = shapes[0][0]
+    keys = first["supports"]["8192"]["keys_per_query"]
+    worst = max(max(run["errors_against_float64"].values()) for runs in shapes for run in runs)
+    text = f"""## Entmax over all keys
+
+`entmax_attention` with neither edges nor tiles, alpha {first["settings"]["alpha"]}, every row exact. Queries and keys
+are drawn (`benchmarks/entmax_kernels.py` says how): {sum(keys) / len(keys):.0f} keys with weight per query in the mean
+at 8,192 tokens, from {min(keys):.0f} to {max(keys):.0f} by head. No trained model is behind them. In each cell the time
+inside a CUDA graph and, in brackets, as called from Python: up to 8,192 tokens the CPU that launches the kernels is the
+limit. Measured after outputs and gradients agreed with float64 (largest relative error {worst:.1e}). What a run lacks is
+of an earlier one, in which a forward without gradients did what only a backward needs.
+"""
+    for runs in shapes:
+        settings = runs[0]["settings"]
+        cells: dict[tuple[str, str, int], str] = {}
+        for row in (row for run in runs for row in run["rows"] if "error" not in row):
+            cell = f"{short(row['captured_ms'])} ({short(row['median_ms'])})"
+            cells.setdefault((row["pass"], row["contender"], row["length"]), cell)
+        lengths = sorted({length for _, _, length in cells})
+        text += f"""
+{settings["query_heads"]} query heads and {settings["kv_heads"]} KV heads of size {settings["dim"]}, {settings["dtype"]}:
+
+"""
+        for which, title in PASSES.items():
+            rows = [
+                [name, *(cells.get((which, contender, n), "-") for n in lengths)] for contender, name in ENTMAX.items()
+            ]
+            text += table([f"{title}, ms", *(f"{n:,}" for n in lengths)], rows) + "\n"
+    return text
+
+
 def page(
     kernels: dict[str, Any],
     wider: dict[str, Any] | None,
@@ -305,6 +348,7 @@ def page(
     sizes: dict[str, Any] | None,
     figure: str | None,
     generate: Sequence[dict[str, Any]] = (),
+    entmax: Sequence[Sequence[dict[str, Any]]] = (),
 ) -> str:
     """The whole page, Markdown; `wider` has soft gates over a larger support, `generate` two runs, now and before."""
     machine, versions, settings = kernels["machine"], kernels["versions"], kernels["settings"]
@@ -345,6 +389,8 @@ Of {", ".join(KERNELS[name] for name in kernels["added"])}: what this run lacks 
 """
     if figure:
         text += f"![Time over length]({figure})\n\n"
+    if entmax:
+        text += entmax_section(entmax)
     if model is None:
         return text
     budget = model["settings"]
@@ -444,6 +490,9 @@ def main() -> None:
     parser.add_argument("--first-calls", type=Path)
     parser.add_argument("--sizes", type=Path, help="JSON of a search for sizes of the kernels' programs")
     parser.add_argument("--generate", type=Path, nargs=2, default=[], help="JSON of default generate, now and before")
+    parser.add_argument(
+        "--entmax", type=Path, nargs="+", action="append", default=[], help="JSON of entmax_kernels.py, for each shape"
+    )
     parser.add_argument("--page", type=Path, help="the Markdown to write")
     parser.add_argument("--figure", type=Path, help="the PNG to write, beside the page")
     options = parser.parse_args()
@@ -455,7 +504,8 @@ def main() -> None:
     sizes = json.loads(options.sizes.read_text("utf-8")) if options.sizes else None
     figure = options.figure.name if options.figure else None
     generate = [json.loads(path.read_text("utf-8")) for path in options.generate]
-    text = page(kernels, wider, model, profiles, first_calls, sizes, figure, generate)
+    entmax = [[json.loads(path.read_text("utf-8")) for path in runs] for runs in options.entmax]
+    text = page(kernels, wider, model, profiles, first_calls, sizes, figure, generate, entmax)
     if options.figure:
         draw(kernels, options.figure)
     if options.page:

@@ -28,7 +28,9 @@ def test_every_number_is_that_of_the_json():
     profiles = [read("profiles-scores-h200.json"), read("profiles-h200.json")]
     first_calls, sizes = read("first_calls-h200.json"), read("sizes-h200.json")
     generate = [read("generate-h200.json"), read("generate-before-h200.json")]
-    page = tables.page(kernels, wider, model, profiles, first_calls, sizes, "speed.png", generate)
+    runs = ("entmax_kernels{}-h200.json", "entmax_kernels{}-earlier-h200.json")
+    entmax = [[read(name.format(shape)) for name in runs] for shape in ("", "-128")]
+    page = tables.page(kernels, wider, model, profiles, first_calls, sizes, "speed.png", generate, entmax)
     assert (ROOT / "docs" / "speed.md").read_text("utf-8") == page
     readme = (ROOT / "README.md").read_text("utf-8")
     assert tables.summary(kernels, model) in readme
