@@ -315,10 +315,10 @@ def entmax_section(shapes: Sequence[Sequence[dict[str, Any]]]) -> str:
 
 `entmax_attention` with neither edges nor tiles, alpha {first["settings"]["alpha"]}, every row exact. Queries and keys
 are drawn (`benchmarks/entmax_kernels.py` says how): {sum(keys) / len(keys):.0f} keys with weight per query in the mean
-at 8,192 tokens, from {min(keys):.0f} to {max(keys):.0f} by head. No trained model is behind them. In each cell the time
-inside a CUDA graph and, in brackets, as called from Python: up to 8,192 tokens the CPU that launches the kernels is the
-limit. Measured after outputs and gradients agreed with float64 (largest relative error {worst:.1e}). What a run lacks is
-of an earlier one, in which a forward without gradients did what only a backward needs.
+at 8,192 tokens, from {min(keys):.0f} to {max(keys):.0f} by head. No trained model is behind them. In each cell the
+time inside a CUDA graph and, in brackets, as called from Python: up to 8,192 tokens the CPU that launches the
+kernels is the limit. Measured after outputs and gradients agreed with float64 (largest relative error {worst:.1e}).
+What a run lacks is of an earlier one, in which a forward without gradients did what only a backward needs.
 """
     for runs in shapes:
         settings = runs[0]["settings"]
@@ -328,7 +328,7 @@ of an earlier one, in which a forward without gradients did what only a backward
             cells.setdefault((row["pass"], row["contender"], row["length"]), cell)
         lengths = sorted({length for _, _, length in cells})
         text += f"""
-{settings["query_heads"]} query heads and {settings["kv_heads"]} KV heads of size {settings["dim"]}, {settings["dtype"]}:
+{settings["query_heads"]} query heads and {settings["kv_heads"]} KV heads of size {settings["dim"]}:
 
 """
         for which, title in PASSES.items():
