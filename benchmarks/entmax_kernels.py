@@ -6,8 +6,9 @@
     sdpa cudnn, flash   torch's dense causal attention
 
 Queries and keys are drawn so that their support is about that of a converted SmolLM2-135M at 8,192 tokens: 55 keys per
-query in the mean over heads, 21 in the median head. Every head has a scale that is searched until this holds; see
-`make_inputs`. What came out is in the JSON: keys with weight per head, and the share of tiles of 64 x 64 that hold any.
+query in the mean over heads, 21 in the median head. Every head has a scale that is searched until this holds for the
+second half of the text (over all of it there are about 44), see `make_inputs`.
+What came out is in the JSON: keys with weight per head, and the share of tiles of 64 x 64 that hold any.
 
 First, outputs and gradients are compared with float64 at an odd length, at the same supports; without agreement nothing
 is measured. The JSON is written after every row.

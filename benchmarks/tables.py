@@ -5,6 +5,8 @@
         --model model-scores-h200.json model-h200.json model-eager-h200.json model-earlier-h200.json \\
         --profiles profiles-scores-h200.json profiles-h200.json --first-calls first_calls-h200.json \\
         --sizes sizes-h200.json --generate generate-h200.json generate-before-h200.json \\
+        --entmax entmax_kernels-h200.json entmax_kernels-earlier-h200.json \\
+        --entmax entmax_kernels-128-h200.json entmax_kernels-128-earlier-h200.json \\
         --fill ../../docs/speed.md ../../README.md --figure ../../docs/speed.png
 
 A document marks the place of a table: everything between `<!-- table: NAME -->` and `<!-- end -->` is replaced. The
@@ -36,6 +38,11 @@ CACHES = {
     "static": "dense, static cache, compiled",
     "sparse eager": "sparse, eager",
     "sparse": "sparse, compiled",
+}
+ENTMAX = {
+    "entmax exact": "entmax, all keys, exact",
+    "sdpa flash": "SDPA flash, dense softmax",
+    "sdpa cudnn": "SDPA cuDNN, dense softmax",
 }
 PASSES = {"forward": "Forward", "forward_backward": "Forward and backward"}
 
@@ -266,6 +273,30 @@ def decode_summary(model: dict[str, Any]) -> str:
     return table(["decoding, tokens/s", *(f"{n:,} x {batch}" for n, batch in pairs)], rows)
 
 
+def entmax_table(runs: Sequence[dict[str, Any]], which: str) -> str:
+    """Tabulate one pass of entmax over all keys: milliseconds inside a CUDA graph and, in brackets, from Python."""
+    cells: dict[tuple[str, int], str] = {}
+    for row in (row for run in runs for row in run["rows"] if row.get("pass") == which and "error" not in row):
+        cell = f"{short(row['captured_ms'])} ({short(row['median_ms'])})"
+        cells.setdefault((row["contender"], row["length"]), cell)
+    lengths = sorted({length for _, length in cells})
+    rows = [[name, *(cells.get((contender, n), "-") for n in lengths)] for contender, name in ENTMAX.items()]
+    return table([f"{PASSES[which]}, ms", *(f"{n:,}" for n in lengths)], rows)
+
+
+def entmax_setting_table(shapes: Sequence[Sequence[dict[str, Any]]]) -> str:
+    """Tabulate the shapes that entmax was measured with, and the support that the drawn queries and keys have."""
+    rows = []
+    for runs in shapes:
+        settings, keys = runs[0]["settings"], runs[0]["supports"]["8192"]["keys_per_query"]
+        worst = max(max(run["errors_against_float64"].values()) for run in runs)
+        heads = f"{settings['query_heads']} / {settings['kv_heads']} x {settings['dim']}"
+        spread = f"{sum(keys) / len(keys):.0f} ({min(keys):.0f} to {max(keys):.0f})"
+        rows.append([heads, f"{settings['alpha']}", spread, f"{worst:.1e}"])
+    head = ["query heads / KV heads x size", "alpha", "keys with weight at 8,192 tokens (by head)", "largest error"]
+    return table(head, rows)
+
+
 def machine_table(kernels: dict[str, Any], model: dict[str, Any]) -> str:
     """Tabulate the machine, the shape of the attention that was measured, and the check that came first."""
     versions, settings = kernels["versions"], kernels["settings"]
@@ -302,10 +333,12 @@ def all_tables(
     first_calls: dict[str, Any],
     sizes: dict[str, Any],
     generate: Sequence[dict[str, Any]],
+    entmax: Sequence[Sequence[dict[str, Any]]],
 ) -> dict[str, str]:
     """Return every table by the name that documents call it.
 
-    `wider` is a run of the kernels with soft gates over a larger support; `generate` holds two runs, now and before."""
+    `wider` is a run of the kernels with soft gates over a larger support; `generate` holds two runs, now and before;
+    `entmax` holds the runs of each of two shapes, of which the first counts."""
     spread = [[label, f"{model['spread'][name]:.0%}"] for name, label in CACHES.items()]
     return {
         "machine": machine_table(kernels, model),
@@ -322,6 +355,11 @@ def all_tables(
         "profiles": profile_table(profiles),
         "sizes": sizes_table(sizes),
         "first calls": first_call_table(first_calls),
+        "entmax settings": entmax_setting_table(entmax),
+        "entmax forward": entmax_table(entmax[0], "forward"),
+        "entmax forward and backward": entmax_table(entmax[0], "forward_backward"),
+        "entmax forward of large heads": entmax_table(entmax[1], "forward"),
+        "entmax forward and backward of large heads": entmax_table(entmax[1], "forward_backward"),
         "attention summary": attention_summary(kernels),
         "decoding summary": decode_summary(model),
         "generate summary": generate_summary(generate[0]),
@@ -377,6 +415,9 @@ def main() -> None:
         "--generate", type=Path, nargs=2, required=True, help="JSON of default generate, now and before"
     )
     parser.add_argument(
+        "--entmax", type=Path, nargs="+", action="append", required=True, help="JSON of entmax_kernels.py, per shape"
+    )
+    parser.add_argument(
         "--fill", type=Path, nargs="*", default=[], help="Markdown files whose marked tables are replaced"
     )
     parser.add_argument("--figure", type=Path, help="the PNG to write")
@@ -388,7 +429,8 @@ def main() -> None:
     kernels, model = joined_kernels(list(map(read, options.kernels))), joined(list(map(read, options.model)))
     profiles, generate = list(map(read, options.profiles)), list(map(read, options.generate))
     wider, first_calls, sizes = read(options.wider), read(options.first_calls), read(options.sizes)
-    tables = all_tables(kernels, wider, model, profiles, first_calls, sizes, generate)
+    entmax = [list(map(read, paths)) for paths in options.entmax]
+    tables = all_tables(kernels, wider, model, profiles, first_calls, sizes, generate, entmax)
     if options.figure:
         draw(kernels, options.figure)
     for document in options.fill:

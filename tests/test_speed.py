@@ -35,7 +35,8 @@ def tables() -> dict[str, str]:
     model = SCRIPT.joined(read("model-scores", "model", "model-eager", "model-earlier"))
     wider, first_calls, sizes = read("kernels-support4096", "first_calls", "sizes")
     profiles, generate = read("profiles-scores", "profiles"), read("generate", "generate-before")
-    return SCRIPT.all_tables(kernels, wider, model, profiles, first_calls, sizes, generate)
+    entmax = [read(f"entmax_kernels{shape}", f"entmax_kernels{shape}-earlier") for shape in ("", "-128")]
+    return SCRIPT.all_tables(kernels, wider, model, profiles, first_calls, sizes, generate, entmax)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -94,7 +94,8 @@ def entmax_attention(
 
     Returns:
         `[B, Hq, Tq, D]` in the dtype of `query`, or autocast's where that is on; computed in float32 (float64 for
-        float64). A query with no key, or at padding, gets zeros.
+        float64). A query with no key, or at padding, gets zeros. The kernels multiply in the dtype of the tensors, and
+        add up the gradients of keys and values in no fixed order.
 
     Raises:
         ValueError: shapes or dtypes that do not fit, alpha outside (1, 2], both `edges` and `tiles`, or lists that are

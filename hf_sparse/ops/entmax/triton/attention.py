@@ -78,7 +78,10 @@ def attend(
     known = None if valid is None else valid.to(torch.uint8).contiguous()
     plan = replace(Plan(first, known, causal, lists), **sizes)
     query, key, value = (part if part.stride(-1) == 1 else part.contiguous() for part in (query, key, value))
-    output, tau, counts = _Attention.apply(query, key, value, scale, exponent, kind, plan)
+    # Asked here: inside the function gradients are off, and its context does not know of `no_grad`.
+    leaves = (query, key, value, scale, exponent)
+    trains = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
+    output, tau, counts = _Attention.apply(query, key, value, scale, exponent, kind, plan, trains)
     return output, tau, counts
 
 
@@ -99,15 +102,20 @@ def _forward(
     plan: Plan,
     trains: bool,
 ) -> Attended:
-    numbers = (scale, exponent, kind, plan.first, plan.valid, plan.causal)
+    first, valid, causal, lists = plan.first, plan.valid, plan.causal, plan.lists
     found = None
-    if plan.lists is None:
-        found = candidates(query, key, *numbers, plan.capacity, plan.sweep, plan.start, plan.near, plan.every)
+    if lists is None:
+        found = candidates(
+            query, key, scale, exponent, kind, first, valid, causal, plan.capacity, plan.sweep, plan.start, plan.near,
+            plan.every,
+        )  # fmt: skip
     keys = key.shape[2]
     most = max(MOST, keys // 2) if plan.most is None else plan.most
     kept = max(KEPT, keys // 8) if plan.kept is None else plan.kept
-    attended = attend_groups(query, key, value, *numbers, plan.lists, found, most, kept, trains)
-    attend_tiles(query, key, value, *numbers, plan.lists, attended, plan.tiles)
+    attended = attend_groups(
+        query, key, value, scale, exponent, kind, first, valid, causal, lists, found, most, kept, trains
+    )
+    attend_tiles(query, key, value, scale, exponent, kind, first, valid, causal, lists, attended, plan.tiles)
     return attended
 
 
@@ -122,8 +130,8 @@ class _Attention(torch.autograd.Function):
         exponent: Tensor | None,
         kind: int,
         plan: Plan,
+        trains: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        trains = any(ctx.needs_input_grad[:5])  # type: ignore[attr-defined]
         attended = _forward(query, key, value, scale, exponent, kind, plan, trains)
         if trains:
             saved = (attended.tau, attended.counts, attended.slopes, attended.support, attended.lengths)
@@ -152,6 +160,7 @@ class _Attention(torch.autograd.Function):
             found.value.to(value.dtype) if wants[2] else None,
             None if found.scale is None else found.scale.sum((0, 2)),
             None if found.exponent is None else found.exponent.sum((0, 2)),
+            None,
             None,
             None,
         )
