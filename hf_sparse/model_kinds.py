@@ -30,7 +30,7 @@ class Task:
     """Describe the models of one Auto class of transformers.
 
     Attributes:
-        kind: how they are trained and measured.
+        kind: the way in which they are trained and measured.
         auto: the Auto class that loads them.
         pipeline: the Hub's name for the task.
         models: their class, or classes, by model type.
@@ -118,7 +118,7 @@ def attends_both_ways(model_type: str | None, task: Task) -> bool:
 def final_states(model: nn.Module, tokens: Tensor) -> Tensor:
     """Compute the last hidden states `[B, T, C]` of tokens `[B, T]`, whatever head the patched model has."""
     caching = {"use_cache": False} if any(method.causal for method in sparse_layers(model)) else {}
-    # Asked for through the model itself: whoever wraps it (autocast, DDP) must see the call.
+    # The call goes through the model itself, so that wrappers (autocast, DDP) see it.
     return model(input_ids=tokens, output_hidden_states=True, return_dict=True, **caching).hidden_states[-1]
 
 

@@ -259,7 +259,10 @@ class TestFinetune:
             ([*short, SLOTS], f"a budget of {SLOTS} slots"),
             (["--text", tmp_path / "none.txt"], "cannot read the text"),
             (["--text", empty], "holds no text"),
-            ([*short, LENGTH, "--chunks", "7:9"], "chunks 7:9 of a text that has 5 chunks are none"),
+            (
+                [*short, LENGTH, "--chunks", "7:9"],
+                "expected some of the 5 chunks of the text, got 7:9: none",
+            ),
             ([*short, LENGTH, "--steps", "0"], "steps must be an integer of at least 1, got 0"),
         ]
         for arguments, message in cases:
