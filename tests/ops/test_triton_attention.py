@@ -335,7 +335,7 @@ def test_a_table_of_intervals_is_all_a_kernel_knows():
     at = torch.arange(queries, device=DEVICE)[:, None]
     mask = (index <= at) & (at < until)
     expected = torch.nn.functional.scaled_dot_product_attention(q, k, v, mask)
-    found = kernels.attend(q, k, v, None, None, tables, 0.25, SMALL)
+    found = kernels.attend_listed(q, k, v, None, None, tables, 0.25, SMALL)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     order = by_lifetime(tables)
     assert (order.sort(-1).values == index).all()
