@@ -50,8 +50,10 @@ class Stage:
 class Training:
     """Train what one method learns. A subclass knows its method; the loop knows none.
 
+    What is here trains all that a method learns, with LoRA where there is one, in one stage on `distill` or `lm`. A
+    subclass adds settings, stages and objectives.
+
     Attributes:
-        label: the method's name in messages.
         learned: a word for the parameters that it trains.
         objectives: the values of `FinetuneConfig.objective` that the method offers. `distill` and `lm` are those of
             `hf_sparse.finetune.objectives`; a subclass computes others in `loss`.
@@ -62,10 +64,9 @@ class Training:
         stages: in the order in which they are trained.
     """
 
-    label: ClassVar[str]
-    learned: str
-    objectives: ClassVar[tuple[str, ...]]
-    settings_type: ClassVar[type[TrainingSettings]]
+    learned: str = "parameters"
+    objectives: ClassVar[tuple[str, ...]] = ("distill", "lm")
+    settings_type: ClassVar[type[TrainingSettings]] = TrainingSettings
     layers: Sequence[SparseAttentionLayer]
     settings: TrainingSettings
 
@@ -157,13 +158,15 @@ class Training:
 
     def _stages(self) -> list[Stage]:
         """Return the stages for the configuration, in order; raise `ValueError` for settings that do not fit."""
-        raise NotImplementedError
+        containers = [getattr(layer, layer.adapter_layer_names[0])[layer.active] for layer in self.layers]
+        learned = self._named(parameter for container in containers for parameter in container.parameters())
+        return [Stage(self.config.objective, self.config.steps, learned | self.lora, self.config.learning_rate)]
 
     def _settings_of(self, config: FinetuneConfig) -> TrainingSettings:
         """Return the method's own settings; those of another method are an error where they were changed."""
         known = {field.name for field in fields(self.settings_type)}
         if foreign := [name for name in config.method_settings if name not in known]:
-            raise ValueError(f"{', '.join(foreign)}: no setting for {self.label}, which this model has")
+            raise ValueError(f"{', '.join(foreign)}: no setting for {self.layers[0].label}, which this model has")
         settings = self.settings_type(**config.method_settings)
         settings.check_objective(config.objective)
         return settings
@@ -172,7 +175,8 @@ class Training:
         config = self.config
         if config.objective not in self.objectives:
             raise ValueError(
-                f"{self.label} has no objective {config.objective!r}; choose one of {', '.join(self.objectives)}"
+                f"{self.layers[0].label} has no objective {config.objective!r}; choose one of "
+                f"{', '.join(self.objectives)}"
             )
         if config.objective == "lm" and "lm" not in OBJECTIVES[self.kind]:
             possible = [name for name in self.objectives if name != "lm"]

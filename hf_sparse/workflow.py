@@ -25,10 +25,6 @@ from hf_sparse.finetune.checkpoint import checkpoints
 from hf_sparse.folders import exclusive, locked, staged
 from hf_sparse.overlap import merged, overlap
 
-CHUNKS = 16  # of a text that is measured with all baselines, so that it takes minutes
-LOGITS = 2**26  # numbers; 256 MiB in float32
-DIVIDING = 4  # of a text on which every layer is measured
-
 
 def create_adapter(
     model: str,

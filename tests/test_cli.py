@@ -540,8 +540,8 @@ class TestSparsefinder:
     @pytest.mark.parametrize(
         "verb, options, message",
         [
-            ("eval", ["--stride", "16"], "slots and stride are SparseK's"),
-            ("eval", ["--task", "passkey"], "tasks are answered at a number of slots, and .* holds a Sparsefinder"),
+            ("eval", ["--stride", "16"], "stride is no option of sparsefinder, whose graphs"),
+            ("eval", ["--task", "passkey"], "tasks compare contenders at a number of KV slots, got a Sparsefinder"),
             ("eval", ["--selection", "h2o"], "selections must be among predicted"),
             ("eval", ["--sparsity", "1.5"], "sparsities must be at least 0 and below 1"),
             ("eval", [], "never fitted"),

@@ -56,9 +56,11 @@ def test_the_offline_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
     assert "import os" in capsys.readouterr().out
 
 
-def test_the_family_that_is_shown_is_that_of_the_repository():
-    (shown,) = blocks("CONTRIBUTING.md", "python")
-    assert textwrap.dedent(shown) == (ROOT / "patches" / "opt.py").read_text("utf-8")
+def test_the_files_that_are_shown_are_those_of_the_repository():
+    method = "tests/methods/learned_window"
+    files = ["patches/opt.py", f"{method}/settings.py", f"{method}/method.py"]
+    shown = [textwrap.dedent(block) for block in blocks("CONTRIBUTING.md", "python")]
+    assert shown == [(ROOT / file).read_text("utf-8") for file in files]
 
 
 def anchors(text: str) -> set[str]:

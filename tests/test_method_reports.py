@@ -4,14 +4,15 @@ import pytest
 
 from hf_sparse.adapters.method_report import MethodReport, all_reports
 from hf_sparse.core.registry import registered_methods
+from hf_sparse.finetune.stages import Training
 
 
 @pytest.mark.parametrize("name", registered_methods())
 def test_every_method_can_be_trained_and_shown(name):
     method = registered_methods()[name]
     report = method.report()
-    assert method.training().label == method.layer.label and report.name == method.name
-    assert isinstance(report, MethodReport)
+    assert issubclass(method.training(), Training) and isinstance(report, MethodReport)
+    assert report.name == method.evaluation().name == method.name
 
 
 def test_every_template_is_there():

@@ -65,7 +65,6 @@ def render(
     head_parameters: int = 0,
     evaluation: dict[str, Any] | None = None,
     training: dict[str, Any] | None = None,
-    figure: str = "quality.png",
     model_class: str | None = None,
     license: Mapping[str, Any] | None = None,
     tags: Sequence[str] = (),
@@ -82,7 +81,6 @@ def render(
         head_parameters: their number in a head that was trained and saved with the adapter.
         evaluation: content of eval.json; without it the card says that nothing was measured.
         training: content of finetune.json; without it the card says so.
-        figure: name of the figure file, shown if there is an evaluation.
         model_class: the class that the adapter was made for; by default a causal language model's.
         license: `license`, `license_name` and `license_link` of the metadata, those that are known.
         tags: further tags of the metadata.
@@ -131,7 +129,7 @@ def render(
             lora_parameters=lora_parameters,
             head_parameters=head_parameters,
             peft_type=str(getattr(config.peft_type, "value", config.peft_type)),
-            figure=figure,
+            figure=report.figure,
             evaluation=evaluation,
             training=training,
             objective=objective,

@@ -23,7 +23,7 @@ def published_files() -> tuple[str, ...]:
 def measurement_files(folder: Path) -> list[str]:
     """List what was measured of the adapter in a folder, and the report that shows it, as relative paths."""
     names = [EVALUATION, *(name for report in all_reports() for name in (report.figure, report.details_file)), REPORT]
-    return [*(name for name in names if (folder / name).exists()), *report_pictures(folder)]
+    return [*(name for name in names if name is not None and (folder / name).exists()), *report_pictures(folder)]
 
 
 def report_pictures(folder: Path, without: Collection[str] = ()) -> Iterator[str]:

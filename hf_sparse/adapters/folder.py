@@ -173,6 +173,8 @@ class AdapterFolder:
         Raises:
             DataError: it is damaged.
         """
+        if self.report.details_file is None:
+            return None
         content = read_measurement(self.path / self.report.details_file)
         if content is None:
             return None
@@ -304,7 +306,6 @@ class AdapterFolder:
             head_parameters=self.head_parameters,
             evaluation=evaluation,
             training=training,
-            figure=self.report.figure,
             model_class=self.model_class,
             license=license,
             tags=tags,

@@ -114,9 +114,10 @@ def _active_adapter(model: Any) -> str:
     if isinstance(model, str | Path):
         return ""
     if not isinstance(model, PeftModel):
+        configs = " or a ".join(method.config.__name__ for method in registered_methods().values())
         raise TypeError(
-            f"expected a PeftModel or a folder, got {type(model).__name__}; peft.get_peft_model(model, "
-            "hf_sparse.SparseKConfig(...)) makes a model that can be pushed"
+            f"expected a PeftModel or a folder, got {type(model).__name__}; peft.get_peft_model(model, config) with a "
+            f"{configs} makes a model that can be pushed"
         )
     active = model.active_adapters
     if len(active) != 1:

@@ -44,8 +44,8 @@ def write_report(
 
     Args:
         folder: holds an adapter and its eval.json.
-        text: shows what the adapter attends to (see `MethodReport.describe`), and becomes the method's file of
-            details; by default the file that is there, if it is of the same adapter.
+        text: shows what the adapter attends to (see `MethodReport.describe`), if its method can tell, and becomes the
+            method's file of details; by default the file that is there, if it is of the same adapter.
         text_name: the name of the text on the page.
         length: tokens per chunk of the text; see `hf_sparse.chunks.tokens_per_chunk`.
         chunks: only chunks `START:STOP` of the text; by default the first 8.
@@ -57,8 +57,8 @@ def write_report(
 
     Raises:
         HubError: the folder holds no adapter, or its base model cannot be loaded.
-        DataError: there is no eval.json, a measurement is damaged, or of other weights or settings, or a text is too
-            short.
+        DataError: there is no eval.json, a measurement is damaged, or of other weights or settings, a text is too
+            short, or the method shows nothing of a text.
         BusyError: another run holds the folder.
     """
     adapter = AdapterFolder(folder)
@@ -81,7 +81,7 @@ def write_report(
         pictures.folder.mkdir()
         _draw(adapter.report, pictures, evaluation, training, details)
         write_text(stage / REPORT, _page(adapter, pictures, evaluation, training, details))
-        if details is not None:
+        if details is not None and adapter.report.details_file is not None:
             write_json(stage / adapter.report.details_file, details)
         old += report_pictures(adapter.path, without={picture.name for picture in pictures.drawn})
     return adapter.path / REPORT
@@ -105,7 +105,8 @@ def _page(
     """Render the page of an adapter; `DataError` if the content of the JSON files is not for it."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
 
-    sources = f"{EVALUATION}, {TRAINING} or {adapter.report.details_file}"
+    details_file = adapter.report.details_file
+    sources = f"{EVALUATION} or {TRAINING}" if details_file is None else f"{EVALUATION}, {TRAINING} or {details_file}"
     with reading(sources):
         content = adapter.report.report(evaluation, details, pictures.drawn)
     environment = Environment(

@@ -25,8 +25,8 @@ def reading_options(chunks: str = "Only these chunks of the text.") -> list[Para
             "length",
             int | None,
             None,
-            "Tokens per chunk, more than the slots; by default 2048, the length that the adapter's graph is meant for, "
-            "or the model's context if shorter.",
+            "Tokens per chunk, more than a query attends to at most; by default 2048, or what the adapter's method is "
+            "meant for, or the model's context if shorter.",
             callback=at_least(2, "length", "tokens"),
         ),
         option("chunks", str | None, None, chunks, metavar="START:STOP", callback=is_range),

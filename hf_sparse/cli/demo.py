@@ -12,7 +12,7 @@ from hf_sparse.cli.common import Output, load_workflow
 def demo(
     output: Output = Path("demo-output"),
     steps: Annotated[int | None, typer.Option(help="Training steps; fewer are faster and worse.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the scorers' first weights and of the order of the text.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the first weights and of the order of the text.")] = 0,
 ) -> None:
     """Patch the bundled checkpoint, train, measure, and write what could be pushed, all of it offline."""
     load_workflow()

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hf_sparse.core.cache import SparseCacheLayer
+from hf_sparse.core.cache import GrowingCacheLayer, SparseCacheLayer
 from hf_sparse.core.config import SparseConfig
 from hf_sparse.core.lora import LowRank
 
@@ -46,14 +46,15 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
     It speaks PEFT's layer protocol (`adapter_layer_names`, `set_adapter`, `enable_adapters`, ...), so that saving,
     switching and disabling need no second implementation; it works without a `PeftModel` all the same. Subclasses
     have two containers of learned modules by adapter, named in `adapter_layer_names`: their own, and one for LoRA, for
-    the adapters with a `lora_rank`. They write `for_shape`, `make_parameters`, `attend` and `make_cache_layer`.
+    the adapters with a `lora_rank`. They write `for_shape`, `make_parameters` and `attend`, and `make_cache_layer`
+    where the cache keeps something else than all keys.
 
     Attributes:
         label: what messages call the method.
         shape_fields: the fields of `AttentionShape` that the shapes of its parameters depend on.
         unfitted: names of its buffers that are NaN until they are fitted.
         cache_layer_type: the class of what `make_cache_layer` returns: a `CacheLayerMixin` of transformers that is a
-            `SparseCacheLayer`.
+            `SparseCacheLayer`. By default it keeps all keys.
         layer, causal: see `AttentionShape`.
         configs: the configuration of each adapter.
         identities: a text for each adapter that no other adapter has, for a name can be used again.
@@ -74,7 +75,7 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
     label: ClassVar[str]
     shape_fields: ClassVar[tuple[str, ...]]
     unfitted: ClassVar[tuple[str, ...]] = ()
-    cache_layer_type: ClassVar[type]
+    cache_layer_type: ClassVar[type] = GrowingCacheLayer
     layer: int
     causal: bool
 
@@ -184,7 +185,7 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
 
     def make_cache_layer(self) -> Any:
         """Make the cache layer of this module, of `cache_layer_type`; called for causal attention alone."""
-        raise NotImplementedError
+        return self.cache_layer_type()
 
     @property
     def lora(self) -> nn.ModuleDict:

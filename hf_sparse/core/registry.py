@@ -1,4 +1,4 @@
-"""List the methods there are. Each registers itself in its package's `__init__`; all other code asks this list."""
+"""List the methods there are. The module `method` of each registers it; all other code asks this list."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -46,7 +46,7 @@ def add_method(method: Method) -> None:
 
     Raises:
         TypeError: its configuration lacks the fields that every configuration ends with.
-        ValueError: another one has this name.
+        ValueError: another one has its name, its name in PEFT or its prefix.
     """
     names = tuple(field.name for field in fields(method.config))
     if names[-len(LAST_FIELDS) :] != LAST_FIELDS:
@@ -54,8 +54,11 @@ def add_method(method: Method) -> None:
             f"{method.config.__name__} must end with the fields {', '.join(LAST_FIELDS)} (see "
             f"hf_sparse.core.adapter_settings), got {', '.join(names[-len(LAST_FIELDS) :])}"
         )
-    if _METHODS.setdefault(method.peft_type, method) != method:
-        raise ValueError(f"a method {method.peft_type!r} is registered already")
+    for other in _METHODS.values():
+        for taken in (other.peft_type, other.name, other.prefix):
+            if other != method and taken in (method.peft_type, method.name, method.prefix):
+                raise ValueError(f"a method {taken!r} is registered already")
+    _METHODS[method.peft_type] = method
 
 
 def registered_methods() -> dict[str, Method]:

@@ -13,7 +13,7 @@ Points = list[tuple[int, float]]
 _STAGES = {
     "distill": ("Self-distillation", "KL from dense (nats per token)"),
     "lm": ("Language modelling", "cross-entropy (nats per token)"),
-    "lora": ("LoRA, hard selection", "loss"),
+    "lora": ("LoRA, attention of inference", "loss"),
 }
 _DISTILLED_STATES = "1 - cosine to dense, tokens + texts"  # unit of `distill` for a model that predicts no tokens
 

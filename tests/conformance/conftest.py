@@ -1,13 +1,18 @@
-"""One table: every model family crossed with every behaviour, and the largest difference that was measured.
+"""Tables: every model family crossed with every behaviour, for every method, and the largest difference measured.
 
-A test asks for `subject` (a family with its models) and `measure` (checks a result and notes it for the table). Its
-name is the name of its column, its file is one band of the table. A family without a patch fails here, it is never
-skipped.
+A test asks for `subject` (a family and a method, with models) and `measure` (checks a result and notes it for the
+table). Its name is the name of its column; its file and the method are one table. A family without a patch and a method
+without an entry in `tiny_methods.py` fail here, nothing is skipped: what a method refuses is a cell, and its reason is
+printed below the table.
+
+Without `--full` a behaviour takes every family once, with one method each; over all behaviours every family has met
+every method (`tests/tiers.py`).
 """
 
 import contextlib
 import importlib.util
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -18,42 +23,40 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hf_sparse import SparseKConfig, patch
+from hf_sparse import patch
 from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.patches import sparse_layers
 
-# Far fewer slots (13) than tokens, so that every layer must choose and every choice can be wrong.
-BUDGET = {"k": 5, "window": 6, "sinks": 2}
 LENGTHS = (71, 40, 56)
 BOUND = 1e-5
 _PROPERTY = "conformance"
 
 
-def _families() -> dict[str, Any]:
-    name = "hf_sparse_tests_families"
+def _load(path: Path) -> Any:
+    """Import a file by path, once: the tests are no package, so that they also run against an installed wheel."""
+    name = f"hf_sparse_tests_{path.stem}"
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "families.py")
+        spec = importlib.util.spec_from_file_location(name, path)
         assert spec is not None and spec.loader is not None
         sys.modules[name] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    return sys.modules[name].FAMILIES
+    return sys.modules[name]
 
 
-def randomise(model: torch.nn.Module, adapter: str = "default", seed: int = 0) -> None:
-    """Random scorers of their own for every layer and head, apart enough for the choice to matter."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for method in sparse_layers(model):
-            for parameter in method.sparsek_scorer[adapter].parameters():
-                parameter.normal_(std=0.3, generator=generator)
+def _families() -> dict[str, Any]:
+    return _load(Path(__file__).parents[1] / "families.py").FAMILIES
+
+
+def _methods() -> dict[str, Any]:
+    return _load(Path(__file__).parent / "tiny_methods.py").METHODS
 
 
 class Subject:
-    """A family's tiny model: dense (`base`) and patched (`sparse`). Both are shared: a test that changes one uses
-    `make` or `fresh`."""
+    """Hold a family's tiny model, unpatched (`base`) and patched with a method (`sparse`), and what this must equal
+    where it attends to all keys (`dense`). They are shared: a test that changes one uses `make` or `fresh`."""
 
-    def __init__(self, name: str, family: Any) -> None:
-        self.name, self.family, self.causal = name, family, family.causal
+    def __init__(self, name: str, family: Any, method: Any) -> None:
+        self.name, self.family, self.method, self.causal = name, family, method, family.causal
 
     def make(self, **overrides: Any) -> PreTrainedModel:
         """The base model, or another class of the family with `model=`; the same weights every time."""
@@ -65,9 +68,20 @@ class Subject:
 
     def fresh(self, seed: int = 0, model: PreTrainedModel | None = None, **config: Any) -> PreTrainedModel:
         """A patched model; the same weights for the same arguments."""
-        model = patch(self.make() if model is None else model, SparseKConfig(**{**BUDGET, **config}))
-        randomise(model, seed=seed)
+        model = patch(self.make() if model is None else model, self.method.config(**config))
+        self.randomise(model, seed=seed)
         return model
+
+    def randomise(self, model: torch.nn.Module, adapter: str = "default", seed: int = 0) -> None:
+        """Give every layer and head random parameters of their own, apart enough for the choice to matter.
+
+        What is called the same gets the same values, whatever else the configuration has.
+        """
+        with torch.no_grad():
+            for layer in sparse_layers(model):
+                for name, tensor in self.method.learned(layer)[adapter].state_dict(keep_vars=True).items():
+                    start = zlib.crc32(f"{seed} {layer.layer} {name}".encode())
+                    self.method.randomise(name, tensor, torch.Generator().manual_seed(start))
 
     @cached_property
     def base(self) -> PreTrainedModel:
@@ -76,6 +90,10 @@ class Subject:
     @cached_property
     def sparse(self) -> PreTrainedModel:
         return self.fresh()
+
+    @cached_property
+    def dense(self) -> PreTrainedModel:
+        return self.method.dense(self)
 
     @property
     def local_layers(self) -> bool:
@@ -160,21 +178,22 @@ class Measure:
     @contextlib.contextmanager
     def refused(self, error: type[Exception] | tuple[type[Exception], ...], match: str) -> Iterator[None]:
         """One clear error instead of a wrong result."""
-        with pytest.raises(error, match=match):
+        with pytest.raises(error, match=match) as raised:
             yield
-        self.note["refused"] = True
+        self.note.setdefault("refused", " ".join(f"{type(raised.value).__name__}: {raised.value}".split()))
 
 
-_SUBJECTS: dict[str, Subject] = {}
+_SUBJECTS: dict[tuple[str, str], Subject] = {}
 
 
 @pytest.fixture
-def measure(request: pytest.FixtureRequest, family: str) -> Measure:
+def measure(request: pytest.FixtureRequest, family: str, method: str) -> Measure:
     node: Any = request.node
     column = node.originalname.removeprefix("test_").replace("_", " ")
     note = {
         "band": node.path.stem.removeprefix("test_").replace("_", " "),
         "family": family,
+        "method": method,
         "column": column,
         "order": node.function.__code__.co_firstlineno,
         "largest": None,
@@ -184,42 +203,62 @@ def measure(request: pytest.FixtureRequest, family: str) -> Measure:
 
 
 @pytest.fixture
-def subject(measure: Measure, family: str) -> Subject:
+def subject(measure: Measure, family: str, method: str) -> Subject:
     # After `measure`, so that a family whose model cannot even be made has its cells in the table.
-    if family not in _SUBJECTS:
-        _SUBJECTS[family] = Subject(family, _families()[family])
-    return _SUBJECTS[family]
+    if (family, method) not in _SUBJECTS:
+        _SUBJECTS[family, method] = Subject(family, _families()[family], _methods()[method])
+    return _SUBJECTS[family, method]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """`family` runs over all families; a file narrows it with `KIND = "causal"` or `KIND = "encoder"`."""
+    """`family` and `method` run over all there are; a file takes some families: `KIND = "causal"` or `"encoder"`."""
     if "family" in metafunc.fixturenames:
         kind = getattr(metafunc.module, "KIND", None)
         wanted = [
             name for name, family in _families().items() if kind in (None, "causal" if family.causal else "encoder")
         ]
         metafunc.parametrize("family", wanted)
+        metafunc.parametrize("method", list(_methods()))
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     reports = [report for group in ("passed", "failed", "error") for report in terminalreporter.stats.get(group, [])]
-    cells: dict[str, dict[tuple[int, str], dict[str, str]]] = {}
-    for report in reports:
-        for name, note in getattr(report, "user_properties", []):
-            if name != _PROPERTY:
-                continue
-            column = cells.setdefault(note["band"], {}).setdefault((note["order"], note["column"]), {})
-            column[note["family"]] = "FAILED" if report.failed else column.get(note["family"]) or _cell(note)
-    for band, columns in sorted(cells.items()):
-        rows = [name for name in _families() if any(name in column for column in columns.values())]
-        table = [[band, *(column for _, column in sorted(columns))]]
-        table += [[row, *(columns[key].get(row, "") for key in sorted(columns))] for row in rows]
-        widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
-        table.insert(1, ["-" * width for width in widths])
-        terminalreporter.section(f"conformance: {band}")
-        for line in table:
-            padded = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
-            terminalreporter.write_line("| " + " | ".join(padded) + " |")
+    notes = [
+        (report.failed, note)
+        for report in reports
+        for name, note in getattr(report, "user_properties", [])
+        if name == _PROPERTY
+    ]
+    for method in _methods():
+        for band in sorted({note["band"] for _, note in notes if note["method"] == method}):
+            chosen = [(failed, note) for failed, note in notes if (note["method"], note["band"]) == (method, band)]
+            terminalreporter.section(f"conformance of {method}: {band}")
+            for line in (*_table(band, chosen), *_reasons(chosen)):
+                terminalreporter.write_line(line)
+
+
+def _table(band: str, notes: list[tuple[bool, dict[str, Any]]]) -> Iterator[str]:
+    """Lay out one table: a row per family, a column per behaviour."""
+    columns: dict[tuple[int, str], dict[str, str]] = {}
+    for failed, note in notes:
+        column = columns.setdefault((note["order"], note["column"]), {})
+        column[note["family"]] = "FAILED" if failed else column.get(note["family"]) or _cell(note)
+    rows = [name for name in _families() if any(name in column for column in columns.values())]
+    table = [[band, *(column for _, column in sorted(columns))]]
+    table += [[row, *(columns[key].get(row, "") for key in sorted(columns))] for row in rows]
+    widths = [max(len(line[i]) for line in table) for i in range(len(table[0]))]
+    table.insert(1, ["-" * width for width in widths])
+    for line in table:
+        yield "| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |"
+
+
+def _reasons(notes: list[tuple[bool, dict[str, Any]]]) -> list[str]:
+    """Say what the refusals of one table are: a line for each behaviour."""
+    reasons = {}
+    for _, note in notes:
+        if "refused" in note:
+            reasons.setdefault((note["order"], note["column"]), note["refused"])
+    return [f"refused, {column}: {reasons[order, column]}" for order, column in sorted(reasons)]
 
 
 def _cell(note: dict[str, Any]) -> str:
@@ -234,7 +273,7 @@ def _cell(note: dict[str, Any]) -> str:
     return ", ".join(parts)
 
 
-@pytest.fixture(name="randomise")
-def _randomise() -> Any:
-    """`randomise(model, adapter, seed)`."""
-    return randomise
+@pytest.fixture(name="methods")
+def _tiny_methods() -> dict[str, Any]:
+    """All entries of `tiny_methods.py`, by name."""
+    return _methods()

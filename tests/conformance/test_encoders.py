@@ -4,10 +4,9 @@ import pytest
 import torch
 
 from hf_sparse import unpatch
-from hf_sparse.methods.sparsek.baselines import BASELINES
 from hf_sparse.patches import sparse_layers
 
-pytestmark = pytest.mark.versions
+pytestmark = [pytest.mark.versions, pytest.mark.cross("values")]
 
 KIND = "encoder"
 HEADS = {
@@ -61,28 +60,25 @@ def test_heads(subject, measure):
         measure.equal(subject.logits(unpatch(model), ids, mask), dense)
 
 
-def test_whole_budget(subject, measure):
-    """With slots for the whole text, the base model; so are the rows that fit, beside others that do not."""
+def test_dense_limit(subject, measure):
+    """With a budget for all keys, dense attention; so are the rows that fit, beside others that do not."""
     ids, mask = subject.padded("right")
-    expected = subject.logits(subject.base, ids, mask)[mask.bool()]
-    measure.close(subject.logits(subject.fresh(k=64), ids, mask)[mask.bool()], expected)
+    expected = subject.logits(subject.dense, ids, mask)
+    for settings in subject.method.whole:
+        measure.close(subject.logits(subject.fresh(**settings), ids, mask)[mask.bool()], expected[mask.bool()])
     shortest = mask.sum(-1).argmin()
     real = mask[shortest].bool()
-    fitting = subject.fresh(k=int(real.sum()) - 8)
-    expected = subject.logits(subject.base, ids, mask)
-    actual = subject.logits(fitting, ids, mask)
+    actual = subject.logits(subject.fresh(**subject.method.fitting(int(real.sum()))), ids, mask)
     measure.close(actual[shortest, real], expected[shortest, real])
     assert (actual - expected)[mask.bool()].abs().max() > 0.01
 
 
-def test_window_only(subject, measure):
-    """The baseline `recency` is a window: what all layers together cannot reach changes nothing."""
-    model = subject.fresh(sinks=0)
-    for method in sparse_layers(model):
-        method.policy = BASELINES["recency"]
+def test_nearest_only(subject, measure):
+    """With the nearest keys alone, what all layers together cannot reach changes nothing."""
+    model = subject.method.near(subject)
     changed = subject.ids.clone()
     changed[:, -1] = (changed[:, -1] - 3) % 60 + 4  # another ordinary token
-    window = 12  # that of the local layers of a hybrid model; one more than the budget's
+    window = 12  # that of the local layers of a hybrid model, and no less than that of the sparse ones
     beyond = subject.ids.shape[1] - 1 - window * subject.base.config.num_hidden_layers
     expected, actual = subject.logits(model, subject.ids), subject.logits(model, changed)
     measure.equal(actual[:, :beyond], expected[:, :beyond])
@@ -97,7 +93,7 @@ def test_some_layers(subject, measure):
 
 
 def test_training(subject, measure):
-    """With the soft gates of training, padded rows equal each row alone."""
+    """With the attention of training (soft gates, all keys), padded rows equal each row alone."""
     model = subject.fresh()
     for method in sparse_layers(model):  # the model around it stays in eval mode: no dropout
         method.train()
@@ -108,8 +104,9 @@ def test_training(subject, measure):
 def test_sparsity(subject, measure):
     """The tolerances above mean something: without the selection, or with another one, the logits are far away."""
     sparse = subject.logits(subject.sparse, subject.ids)
-    measure.apart(sparse, subject.logits(subject.base, subject.ids))
+    measure.apart(sparse, subject.logits(subject.dense, subject.ids))
     measure.apart(sparse, subject.logits(subject.fresh(seed=1), subject.ids))
+    measure.apart(sparse, subject.logits(subject.fresh(**subject.method.second), subject.ids))
 
 
 def test_attention_matrices(subject, measure):

@@ -8,7 +8,7 @@ import torch
 
 from hf_sparse.patches import sparse_layers
 
-pytestmark = pytest.mark.versions
+pytestmark = [pytest.mark.versions, pytest.mark.cross("values")]
 
 KIND = "causal"
 STEPS = 24
@@ -39,8 +39,9 @@ def _padding(subject, measure, side):
 
 
 def test_decoding(subject, measure):
-    """A prefill and single tokens after it equal one forward at every position, whatever makes the scores."""
-    for model, prompts in ((subject.sparse, (1, 30)), (subject.fresh(scorer="mlp", position_slope=0.02), (30,))):
+    """A prefill and single tokens after it equal one forward at every position, whatever makes the choice."""
+    variants = [(subject.fresh(**settings), (30,)) for settings in subject.method.variants]
+    for model, prompts in ((subject.sparse, (1, 30)), *variants):
         expected = subject.logits(model, subject.ids)
         for prompt in prompts:
             chunks = [prompt] + [1] * (subject.ids.shape[1] - prompt)
@@ -119,7 +120,7 @@ def test_some_layers(subject, measure):
 
 
 def test_training(subject, measure):
-    """With the soft gates of training, padded rows equal each row alone."""
+    """With the attention of training (soft gates, all keys), padded rows equal each row alone."""
     model = subject.fresh()
     for method in sparse_layers(model):  # the model around it stays in eval mode: no dropout
         method.train()
@@ -131,14 +132,15 @@ def test_training(subject, measure):
             measure.close(logits[row : row + 1, real], subject.logits(model, ids[row : row + 1, real]))
 
 
-def test_whole_budget(subject, measure):
-    """With slots for the whole text, and in the first rows otherwise, the base model."""
-    expected = subject.logits(subject.base, subject.ids)
-    roomy = subject.fresh(k=64)
-    measure.close(subject.logits(roomy, subject.ids), expected)
-    chunks = [40] + [1] * (subject.ids.shape[1] - 40)
-    measure.close(subject.in_chunks(roomy, subject.ids, chunks)[0], expected)
-    measure.close(subject.logits(subject.sparse, subject.ids)[:, :13], expected[:, :13])
+def test_dense_limit(subject, measure):
+    """With a budget for all keys, and in the first rows otherwise, dense attention."""
+    expected, fits = subject.logits(subject.dense, subject.ids), subject.method.fits
+    for settings in subject.method.whole:
+        model = subject.fresh(**settings)
+        measure.close(subject.logits(model, subject.ids), expected)
+        chunks = [40] + [1] * (subject.ids.shape[1] - 40)
+        measure.close(subject.in_chunks(model, subject.ids, chunks)[0], expected)
+    measure.close(subject.logits(subject.sparse, subject.ids)[:, :fits], expected[:, :fits])
 
 
 def test_no_future_leak(subject, measure):
@@ -155,5 +157,6 @@ def test_no_future_leak(subject, measure):
 def test_sparsity(subject, measure):
     """The tolerances above mean something: without the selection, or with another one, the logits are far away."""
     sparse = subject.logits(subject.sparse, subject.ids)
-    measure.apart(sparse, subject.logits(subject.base, subject.ids))
+    measure.apart(sparse, subject.logits(subject.dense, subject.ids))
     measure.apart(sparse, subject.logits(subject.fresh(seed=1), subject.ids))
+    measure.apart(sparse, subject.logits(subject.fresh(**subject.method.second), subject.ids))

@@ -4,16 +4,10 @@ import pytest
 import torch
 
 from hf_sparse._compat import cache_of, with_cache
-from hf_sparse.methods.sparsek import SparseKCacheLayer
+
+pytestmark = [pytest.mark.versions, pytest.mark.cross("values")]
 
 KIND = "causal"
-ROOMY = 150  # slots for all that these tests write
-
-# Ours, or from transformers 5.24 on its own: it asks the cache after the prompt.
-NOT_CROPPABLE = (
-    (RuntimeError, ValueError),
-    "evicted for good, so it cannot be cropped|requires a cache that can be cropped",
-)
 
 
 def _generate(model, ids, **options):
@@ -42,45 +36,61 @@ def test_turns(subject, measure):
         measure.close(torch.stack(turn.logits, 1), whole[:, end - 25 : end - 1])
 
 
+def _steps(subject, cache, begin, end):
+    """Return the logits of single tokens `begin` to `end` of the text after a cache."""
+    logits = []
+    for i in range(begin, end):
+        new, position = subject.ids[:, i : i + 1], torch.full((len(subject.ids), 1), i)
+        with torch.no_grad():
+            output = subject.sparse(new, position_ids=position, **with_cache(cache), use_cache=True)
+        logits.append(output.logits)
+    return torch.cat(logits, 1)
+
+
 def test_crop(subject, measure):
-    """The last tokens can be taken back until a key is evicted, after that it is refused."""
-    ids = subject.ids  # 11 tokens fit into the 13 slots, and into the local windows of a hybrid model
+    """The last tokens can be taken back until a key is evicted: after that it is refused, or there is no such time."""
+    ids = subject.ids  # 11 tokens fit into every budget, and into the local windows of a hybrid model
     expected = subject.logits(subject.sparse, ids)
     _, cache = subject.in_chunks(subject.sparse, torch.cat([ids[:, :7], ids[:, -4:]], 1), [11])
     cache.crop(-4)
-    for begin in range(7, 30):
-        with torch.no_grad():
-            step = subject.sparse(
-                ids[:, begin : begin + 1],
-                position_ids=torch.full((len(ids), 1), begin),
-                **with_cache(cache),
-                use_cache=True,
-            ).logits
-        measure.close(step[:, 0], expected[:, begin])
-    # transformers refuses for its own sliding windows unless it was told before that a crop will come
+    measure.close(_steps(subject, cache, 7, 30), expected[:, 7:30])
     _, cache = subject.in_chunks(subject.sparse, ids, [ids.shape[1]])
-    layer = next(layer for layer in cache.layers if isinstance(layer, SparseKCacheLayer))
-    with measure.refused(RuntimeError, "evicted for good, so it cannot be cropped"):
-        layer.crop(-1)
+    kind = subject.method.registered.layer.cache_layer_type
+    if "crop" in subject.method.refusals:
+        layer = next(layer for layer in cache.layers if isinstance(layer, kind))
+        with measure.refused(*subject.method.refusals["crop"]):
+            layer.crop(-1)
+    elif not subject.local_layers:
+        # transformers refuses for its own sliding windows unless it was told before that a crop will come; with
+        # drafts it is told so, see below
+        cache.crop(-9)
+        begin = ids.shape[1] - 9
+        measure.close(_steps(subject, cache, begin, ids.shape[1]), expected[:, begin:])
 
 
 def test_assisted(subject, measure):
     """A draft model's guesses are taken back while nothing is evicted, after that it is refused."""
     ids = subject.ids[:1]
-    roomy = subject.fresh(k=ROOMY)
+    whole = subject.fresh(**subject.method.whole[0])
     assistant = subject.fresh(seed=1)  # often right, often wrong
-    measure.equal(_generate(roomy, ids, assistant_model=subject.base), _generate(roomy, ids))
-    with measure.refused(*NOT_CROPPABLE):
-        _generate(subject.sparse, ids, assistant_model=assistant)
+    measure.equal(_generate(whole, ids, assistant_model=subject.base), _generate(whole, ids))
+    _speculate(subject, measure, "assisted", ids, assistant_model=assistant)
 
 
 def test_lookup(subject, measure):
     """Guesses copied from the prompt, likewise."""
     ids = subject.ids[:1, :8].repeat(1, 3)
-    roomy = subject.fresh(k=ROOMY)
-    measure.equal(_generate(roomy, ids, prompt_lookup_num_tokens=3), _generate(roomy, ids))
-    with measure.refused(*NOT_CROPPABLE):
-        _generate(subject.sparse, ids, prompt_lookup_num_tokens=3)
+    whole = subject.fresh(**subject.method.whole[0])
+    measure.equal(_generate(whole, ids, prompt_lookup_num_tokens=3), _generate(whole, ids))
+    _speculate(subject, measure, "lookup", ids, prompt_lookup_num_tokens=3)
+
+
+def _speculate(subject, measure, name, ids, **options):
+    if name in subject.method.refusals:
+        with measure.refused(*subject.method.refusals[name]):
+            _generate(subject.sparse, ids, **options)
+    else:
+        measure.equal(_generate(subject.sparse, ids, **options), _generate(subject.sparse, ids))
 
 
 def test_without_cache(subject, measure):
@@ -96,13 +106,18 @@ def test_without_cache(subject, measure):
 def test_static_cache(subject, measure):
     """`cache_implementation="static"`, with buffers of fixed shapes, has the logits of the default cache."""
     ids, mask = subject.padded("left")
-    for model in (subject.sparse, subject.fresh(k=ROOMY)):
+    refusals = subject.method.refusals
+    if "static cache" in refusals:
+        with measure.refused(*refusals["static cache"]):
+            _sample(subject.sparse, ids, mask, cache_implementation="static")
+        return
+    for model in (subject.sparse, subject.fresh(**subject.method.whole[0])):
         expected = _sample(model, ids, mask)
         static = _sample(model, ids, mask, cache_implementation="static")
         assert type(cache_of(static)).__name__ == "StaticCache"
         assert torch.equal(static.sequences, expected.sequences)
         measure.close(torch.stack(static.logits), torch.stack(expected.logits))
-    with measure.refused(ValueError, "a static cache needs every full-attention layer patched"):
+    with measure.refused(*refusals["static cache of some layers"]):
         _sample(subject.fresh(layers=[subject.last_layer]), ids, mask, cache_implementation="static")
 
 
@@ -122,7 +137,9 @@ def test_packed_sequences(subject, measure):
             with measure.refused(ValueError, "packed sequences"):
                 subject.sparse(ids, position_ids=restarts, use_cache=False)
         else:
-            measure.close(subject.fresh(k=ROOMY)(ids, position_ids=restarts, use_cache=False).logits, first)
+            expected = subject.dense(ids, position_ids=restarts, use_cache=False).logits
+            whole = subject.fresh(**subject.method.whole[0])
+            measure.close(whole(ids, position_ids=restarts, use_cache=False).logits, expected)
 
 
 @pytest.mark.parametrize(

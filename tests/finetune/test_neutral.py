@@ -17,7 +17,7 @@ SHARED = {name for objectives in OBJECTIVES.values() for name in objectives}
 def words():
     for method in METHODS:
         training = method.training()
-        yield from (method.name, training.label, method.config.__name__, method.layer.__name__)
+        yield from (method.name, method.layer.label, method.config.__name__, method.layer.__name__)
         yield from (f"`{name}`" for name in training.objectives if name not in SHARED)
         yield from (f'"{name}"' for name in training.objectives if name not in SHARED)
         yield from (field.name for field in fields(training.settings_type))

@@ -47,4 +47,9 @@ def test_a_name_is_registered_once():
     assert register_method(method) is method
     with pytest.raises(ValueError, match="a method 'HF_SPARSE_SPARSEK' is registered already"):
         register_method(replace(method, name="other"))
+    others = {"name": "other", "peft_type": "OTHER", "prefix": "other_"}
+    for field in ("name", "prefix"):
+        taken = {**others, field: getattr(method, field)}
+        with pytest.raises(ValueError, match=f"a method '{getattr(method, field)}' is registered already"):
+            register_method(replace(method, **taken))
     assert registered_methods() == METHODS

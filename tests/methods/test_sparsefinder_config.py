@@ -1,10 +1,12 @@
 import json
+from dataclasses import fields
 
 import pytest
 from peft import PeftConfig
 
 from hf_sparse import SparsefinderConfig
 from hf_sparse.methods.sparsefinder.predictors import predictor_of
+from hf_sparse.methods.sparsefinder.settings import SparsefinderSettings
 
 
 def test_defaults():
@@ -73,9 +75,8 @@ def test_tokens_have_no_tiles():
 
 
 def test_every_field_says_what_it_is():
-    fields = SparsefinderConfig.__dataclass_fields__
-    own = [name for name in SparsefinderConfig.__annotations__ if name in fields]
-    assert len(own) > 20 and all(len(fields[name].metadata["help"]) > 20 for name in own)
+    declared = [field for field in fields(SparsefinderSettings) if field.name in SparsefinderSettings.__annotations__]
+    assert len(declared) > 20 and all(len(field.metadata["help"]) > 20 for field in declared)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_sparse.ops.entmax import blocks, entmax, entmax_attention, support
+from hf_sparse.ops.entmax import blocks, certified_entmax_attention, entmax, entmax_attention, support
 from hf_sparse.ops.tiles.tiles import Tiles, tile_counts
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -275,11 +275,11 @@ def test_queries_may_stand_at_other_positions_in_each_text(graph, firsts, querie
             "edges": {"edges": edges[row, :, :, :keys]},
             "tiles": {"tiles": Tiles(tiles.index[row].clone().masked_fill_(tiles.index[row] * 8 >= keys, -1), 8, rows)},
         }
-        graphs["complete"] = graphs["tiles"] | {"complete": True}
-        output = entmax_attention(
-            query[row], key[row, :, :keys], value[row, :, :keys], **graphs[graph], **options, **more
-        )
-        return output[0] if graph == "complete" else output
+        inputs = query[row], key[row, :, :keys], value[row, :, :keys]
+        if graph == "complete":
+            completed = certified_entmax_attention(*inputs, **graphs["tiles"], complete=True, **options, **more)
+            return completed.output
+        return entmax_attention(*inputs, **graphs[graph], **options, **more)
 
     together = attend(slice(0, 2), 40, first_query=torch.tensor(firsts))
     alone = torch.cat([attend(slice(b, b + 1), first + queries) for b, first in enumerate(firsts)])
@@ -395,8 +395,6 @@ def bad(match: str, **changes):
         bad("tiles 0 to 4, or -1 for none, got 0 to 5", tiles=Tiles(torch.arange(6).expand(2, 2, 5, 6), 8)),
         bad("ascending, without duplicates", tiles=Tiles(torch.zeros(2, 2, 5, 2, dtype=torch.int64), 8)),
         bad("every -1 at its end", tiles=Tiles(torch.tensor([-1, 2]).expand(2, 2, 5, 2), 8)),
-        bad("expected tiles, got None", certify=True),
-        bad("expected tiles, got None", complete=True),
     ],
 )
 def test_bad_input(changes, match):

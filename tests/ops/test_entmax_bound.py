@@ -4,7 +4,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from hf_sparse.ops.entmax import blocks, bound_scores, bound_tiles, complete_tiles, entmax_attention, predict, support
+from hf_sparse.ops.entmax import (
+    blocks,
+    bound_scores,
+    bound_tiles,
+    certified_entmax_attention,
+    complete_tiles,
+    entmax_attention,
+    predict,
+    support,
+)
 from hf_sparse.ops.entmax.bound import tile_extremes
 from hf_sparse.ops.tiles.tiles import Tiles, own_tiles, tile_counts, window_and_global
 
@@ -85,7 +94,7 @@ def test_a_certificate_is_never_wrong(kind, causal, alpha):
         valid = padding(pad, len(q), length)
         options = {"alpha": alpha, "scaling": 0.4, "causal": causal}
         tiles = random_tiles(len(q), heads if turn % 2 else kv_heads, length)
-        _, certificate = entmax_attention(q, k, torch.zeros_like(k), tiles=tiles, certify=True, valid=valid, **options)
+        _, certificate = certified_entmax_attention(q, k, torch.zeros_like(k), tiles, valid=valid, **options)
         gold = gold_support(q.double(), k.double(), valid, **options)
         reached = tiles.edges(length, length, causal=causal)
         missed = gold & ~reached.repeat_interleave(heads // reached.shape[1], 1)
@@ -108,13 +117,13 @@ def test_a_certificate_is_not_wrong_by_rounding(alpha, shift):
     tiles = Tiles(torch.zeros(rows, 1, 1, 1, dtype=torch.int64), 4)
 
     def tau_of_first() -> Tensor:
-        wide = entmax_attention(query.double(), key.float().double(), key, tiles=tiles, certify=True, **options)[1]
+        wide = certified_entmax_attention(query.double(), key.float().double(), key, tiles, **options)[1]
         return wide.tau[..., None]
 
     offset = torch.linspace(-3e-6, 3e-6, rows, dtype=torch.float64)[:, None, None, None] * (1 + shift)
     key[:, :, 4:] = towards * (tau_of_first() + offset) / (alpha - 1)
     key = key.float()
-    _, certificate = entmax_attention(query, key, key, tiles=tiles, certify=True, **options)
+    _, certificate = certified_entmax_attention(query, key, key, tiles, **options)
     gold, _ = support(query.double(), key.double(), **options)
     assert 0.3 < float(gold[..., 4:].any(-1).double().mean()) < 0.7  # the offsets straddle tau
     assert not bool((gold[..., 4:].any(-1) & certificate.exact).any())
@@ -134,9 +143,9 @@ def test_complete_is_full_entmax(causal, pad, heads, rows):
     options = {"alpha": 1.5, "scaling": 0.4, "causal": causal, "valid": padding(pad, 2, 203)}
     tiles = random_tiles(2, heads, 203, share=0.1, rows=rows)
     full = entmax_attention(query, key, value, **options)
-    output, certificate = entmax_attention(query, key, value, tiles=tiles, complete=True, **options)
+    output, certificate = certified_entmax_attention(query, key, value, tiles, complete=True, **options)
     torch.testing.assert_close(output, full, rtol=0, atol=1e-6)
-    less = entmax_attention(query, key, value, tiles=tiles, certify=True, **options)
+    less = certified_entmax_attention(query, key, value, tiles, **options)
     assert torch.equal(less[1].exact, certificate.exact) and not less[1].added.any()
     assert float((less[0] - full).abs().max()) > 0.01 and not bool(certificate.exact.all())
     torch.testing.assert_close(*(out[certificate.exact] for out in (less[0], full)), rtol=0, atol=1e-6)
@@ -152,7 +161,7 @@ def test_a_complete_list_trains():
     query, key = (tensor.double().requires_grad_() for tensor in draw("alike", 1, 2, 1, 70))
     options = {"alpha": 1.5, "scaling": 0.4, "causal": True}
     tiles = random_tiles(1, 2, 70, share=0.1)
-    output, _ = entmax_attention(query, key, key, tiles=tiles, complete=True, **options)
+    output, _ = certified_entmax_attention(query, key, key, tiles, complete=True, **options)
     full = entmax_attention(query, key, key, **options)
     upstream = torch.randn_like(full)
     for ours, theirs in zip(*(torch.autograd.grad(out, (query, key), upstream) for out in (output, full)), strict=True):
@@ -217,7 +226,7 @@ def test_scores_are_those_of_the_rule(queries, lag, rows, grouped):
     reach = {"window": 3, "global_tokens": 2, "rows": rows}
     scores = bound_scores(query, key, size=SIZE, grouped=grouped, lag=lag, **reach, **options)
     near = window_and_global(queries, 75, SIZE, causal=True, **reach)
-    _, certificate = entmax_attention(query, key, key, tiles=near, certify=True, **options)
+    _, certificate = certified_entmax_attention(query, key, key, near, **options)
     low, high = tile_extremes(key, SIZE)
     listed, total = tile_counts(queries, 75, SIZE, rows)
     expected = torch.full((1, 4, listed, total), -torch.inf, dtype=torch.float64)

@@ -15,7 +15,7 @@ from hf_sparse.methods.sparsefinder.parameters import SparsefinderParameters
 from hf_sparse.methods.sparsefinder.predictors import ProjectedPredictor, predictor_of
 from hf_sparse.methods.sparsefinder.predictors.base import AttentionInputs as AttentionInputs
 from hf_sparse.methods.sparsefinder.predictors.base import Codes
-from hf_sparse.ops.entmax import Certificate, entmax_attention
+from hf_sparse.ops.entmax import Certificate, certified_entmax_attention, entmax_attention
 from hf_sparse.ops.tiles import Tiles
 
 # A graph in place of the predicted one: tiles, or edges `[B, Hq, Tq, Tk]` bool, or None for all keys.
@@ -43,7 +43,6 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
     unfitted = ("centroids", "boundaries", "profile", "budgets")
     adapter_layer_names = ("sparsefinder_parameters", "sparsefinder_lora")
     cache_layer_type = SparsefinderCacheLayer
-    has_slots = False  # for what measures and describes adapters
 
     def __init__(self, shape: AttentionShape) -> None:
         super().__init__()
@@ -183,9 +182,7 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
         if isinstance(graph, Tiles):
             complete = config.complete and self.pattern is None
             if complete or self.certify:
-                output, certificate = entmax_attention(
-                    *tensors, tiles=graph, certify=self.certify, complete=complete, **options
-                )
+                output, certificate = certified_entmax_attention(*tensors, graph, complete=complete, **options)
             else:
                 output = entmax_attention(*tensors, tiles=graph, **options)
         else:

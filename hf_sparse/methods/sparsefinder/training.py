@@ -28,7 +28,6 @@ class SparsefinderTraining(Training):
     projections, with the scales as they are. In the end the predictors are fitted to the text.
     """
 
-    label = "Sparsefinder"
     learned = "logit scales and projections"
     objectives = ("distill", "lm", "graph")
     settings_type = SparsefinderTrainingSettings

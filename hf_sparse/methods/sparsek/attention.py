@@ -40,7 +40,6 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
     shape_fields = ("hidden_size", "num_key_value_heads")
     adapter_layer_names = ("sparsek_scorer", "sparsek_lora")
     cache_layer_type = SparseKCacheLayer
-    has_slots = True  # for what measures and describes adapters
 
     @classmethod
     def for_shape(cls, shape: AttentionShape) -> "SparseKAttention":

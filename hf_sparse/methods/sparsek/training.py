@@ -21,7 +21,6 @@ class SparseKTraining(Training):
     outside the window. `FinetuneConfig.gradient_checkpointing` has no effect on it, for it holds no more than that.
     """
 
-    label = "SparseK"
     learned = "scorers"
     objectives = ("distill", "attention", "lm")
     settings_type = SparseKTrainingSettings

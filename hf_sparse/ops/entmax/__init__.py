@@ -5,6 +5,8 @@
 """
 
 from hf_sparse.ops.entmax.api import Certificate as Certificate
+from hf_sparse.ops.entmax.api import CertifiedAttention as CertifiedAttention
+from hf_sparse.ops.entmax.api import certified_entmax_attention as certified_entmax_attention
 from hf_sparse.ops.entmax.api import entmax_attention as entmax_attention
 from hf_sparse.ops.entmax.bound import complete_tiles as complete_tiles
 from hf_sparse.ops.entmax.predict import bound_scores as bound_scores

@@ -8,7 +8,7 @@ by exactly 2d in L1. Treviso et al. 2022 (arXiv 2109.12188) for the former; the 
 """
 
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,9 @@ from torch import Tensor
 from hf_sparse.ops.entmax.attention import attend
 from hf_sparse.ops.entmax.blocks import BUFFER, Plan
 from hf_sparse.ops.entmax.bound import complete_tiles, missing
-from hf_sparse.ops.entmax.inputs import prepare, without_padding
+from hf_sparse.ops.entmax.inputs import check, fold, without_padding
 from hf_sparse.ops.entmax.layout import layout_of, listed_layout
+from hf_sparse.ops.entmax.triton import takes_kernels
 from hf_sparse.ops.tiles.tiles import Tiles
 
 _TILE = 64  # queries that share a pass over all keys
@@ -44,40 +45,16 @@ class Certificate:
     support: Tensor
 
 
-@overload
-def entmax_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    alpha: float | Tensor,
-    scaling: float | Tensor,
-    causal: bool,
-    valid: Tensor | None = None,
-    first_query: Tensor | None = None,
-    edges: Tensor | None = None,
-    tiles: Tiles | None = None,
-    certify: Literal[False] = False,
-    complete: Literal[False] = False,
-) -> Tensor: ...
+class CertifiedAttention(NamedTuple):
+    """Hold the output of attention over listed tiles, and what is proved of it.
 
+    Attributes:
+        output: `[B, Hq, Tq, D]`, see `entmax_attention`.
+        certificate: which rows are provably those of full entmax, and how they were made.
+    """
 
-@overload
-def entmax_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    *,
-    alpha: float | Tensor,
-    scaling: float | Tensor,
-    causal: bool,
-    valid: Tensor | None = None,
-    first_query: Tensor | None = None,
-    edges: Tensor | None = None,
-    tiles: Tiles,
-    certify: bool = False,
-    complete: bool = False,
-) -> tuple[Tensor, Certificate]: ...
+    output: Tensor
+    certificate: Certificate
 
 
 def entmax_attention(
@@ -92,14 +69,13 @@ def entmax_attention(
     first_query: Tensor | None = None,
     edges: Tensor | None = None,
     tiles: Tiles | None = None,
-    certify: bool = False,
-    complete: bool = False,
-) -> Tensor | tuple[Tensor, Certificate]:
+) -> Tensor:
     """Attend with alpha-entmax to all allowed keys, or to those among them that a graph names.
 
     Allowed is a key that is no padding and, if causal, does not come after the query. Differentiable in query, key,
     value, and in alpha and scaling where they are tensors; the graph is a constant. Memory is linear in the length,
-    backwards too; work is that of the tiles listed, or of all allowed keys.
+    backwards too; work is that of the tiles listed, or of all allowed keys. On a CUDA device Triton kernels do it,
+    where they take the dtypes and sizes (`hf_sparse.ops.entmax.triton`).
 
     Args:
         query: `[B, Hq, Tq, D]`; the queries stand at the last `Tq` of the `Tk` positions.
@@ -115,49 +91,93 @@ def entmax_attention(
         edges: bool, `[B, Hq, Tq, Tk]` or what expands to it; of these pairs, the allowed ones are attended.
         tiles: the key tiles of each query tile; of the keys in them, the allowed ones are attended. `H` is `Hq`, `Hkv`
             or 1, and `B` may be 1.
-        certify: with `tiles`, also return which rows are provably those of full entmax.
-        complete: with `tiles`, add the tiles that may hold support, so that every row is that of full entmax, and
-            return the certificate of the lists as they were given, with how many tiles were added.
 
     Returns:
         `[B, Hq, Tq, D]` in the dtype of `query`, or autocast's where that is on; computed in float32 (float64 for
-        float64). A query with no key, or at padding, gets zeros. With `certify` or `complete` also a `Certificate`.
+        float64). A query with no key, or at padding, gets zeros.
 
     Raises:
-        ValueError: shapes or dtypes that do not fit, alpha outside (1, 2], both `edges` and `tiles`, lists that are not
-            ascending or name tiles that do not exist, or `certify` or `complete` without `tiles`.
+        ValueError: shapes or dtypes that do not fit, alpha outside (1, 2], both `edges` and `tiles`, or lists that are
+            not ascending or name tiles that do not exist.
     """
-    inputs = prepare(query, key, alpha, scaling, causal, valid, first_query)
-    if value.shape != key.shape:
-        raise ValueError(f"value must have the shape of key, {tuple(key.shape)}, got {tuple(value.shape)}")
+    _check(query, key, value, alpha, scaling, valid, first_query)
     if edges is not None and tiles is not None:
         raise ValueError("edges and tiles exclude each other: expected one of them, got both")
-    if (certify or complete) and tiles is None:
-        raise ValueError("certify and complete tell whether lists of tiles suffice: expected tiles, got None")
-    if edges is not None:
-        edges = _expanded(edges, (*query.shape[:3], key.shape[2]))
-    device = query.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
-    if valid is not None:
-        value = without_padding(value, valid)
+    if edges is None and takes_kernels(query, key, value):
+        from hf_sparse.ops.entmax.triton.fused import fused_attention  # Triton is there only beside a CUDA device
 
-    if tiles is None:
+        return fused_attention(query, key, value, alpha, scaling, causal, valid, first_query, tiles)
+    inputs = fold(query, key, alpha, scaling, causal, valid, first_query)
+    value = value if valid is None else without_padding(value, valid)
+    if tiles is not None:
+        layout, lists = listed_layout(tiles, inputs)
+        plan = Plan(layout, causal, valid, lists)
+    else:
+        if edges is not None:
+            edges = _expanded(edges, (*query.shape[:3], key.shape[2]))
         tile = _dense_tile(query, key)
-        layout = layout_of(inputs, key.shape[1], tile, tile)
-        output, _, _ = attend(inputs, value, Plan(layout, causal, valid, edges=edges))
-        return output.to(dtype)
+        plan = Plan(layout_of(inputs, key.shape[1], tile, tile), causal, valid, edges=edges)
+    return attend(inputs, value, plan)[0].to(_output_dtype(query))
+
+
+def certified_entmax_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tiles: Tiles,
+    *,
+    alpha: float | Tensor,
+    scaling: float | Tensor,
+    causal: bool,
+    valid: Tensor | None = None,
+    first_query: Tensor | None = None,
+    complete: bool = False,
+) -> CertifiedAttention:
+    """Attend with alpha-entmax over listed tiles, and tell which rows are provably those of full entmax.
+
+    Args:
+        query, key, value, tiles, alpha, scaling, causal, valid, first_query: as for `entmax_attention`.
+        complete: add the tiles that may hold support, so that every row is that of full entmax. The certificate is
+            that of the lists as they were given, and says how many tiles were added.
+
+    Raises:
+        ValueError: as `entmax_attention`.
+    """
+    _check(query, key, value, alpha, scaling, valid, first_query)
+    inputs = fold(query, key, alpha, scaling, causal, valid, first_query)
+    value = value if valid is None else without_padding(value, valid)
     layout, given = listed_layout(tiles, inputs)
     used = given
     if complete:
-        options: dict[str, Any] = {"causal": causal, "valid": valid, "first_query": first_query}
-        used, exact = complete_tiles(query, key, given, alpha=alpha, scaling=scaling, **options)
+        used, exact = complete_tiles(
+            query, key, given, alpha=alpha, scaling=scaling, causal=causal, valid=valid, first_query=first_query
+        )
     output, tau, support = attend(inputs, value, Plan(layout, causal, valid, used))
-    output = output.to(dtype)
-    if not (certify or complete):
-        return output
     if not complete:
         _, exact = missing(inputs, layout, given, tau)
-    return output, Certificate(exact, used.counts - given.counts, used, tau, support)
+    certificate = Certificate(exact, used.counts - given.counts, used, tau, support)
+    return CertifiedAttention(output.to(_output_dtype(query)), certificate)
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: float | Tensor,
+    scaling: float | Tensor,
+    valid: Tensor | None,
+    first_query: Tensor | None,
+) -> None:
+    """Raise `ValueError` for shapes and dtypes that do not fit, and for alpha outside (1, 2]."""
+    check(query, key, alpha, scaling, valid, first_query)
+    if value.shape != key.shape:
+        raise ValueError(f"value must have the shape of key, {tuple(key.shape)}, got {tuple(value.shape)}")
+
+
+def _output_dtype(query: Tensor) -> torch.dtype:
+    """Return autocast's dtype where that is on, and the dtype of the query elsewhere."""
+    device = query.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
 
 
 def _expanded(edges: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -31,6 +31,40 @@ def prepare(
     first_query: Tensor | None = None,
 ) -> Inputs:
     """Raise `ValueError` for what does not fit; see `entmax_attention`."""
+    check(query, key, alpha, scaling, valid, first_query)
+    return fold(query, key, alpha, scaling, causal, valid, first_query)
+
+
+def fold(
+    query: Tensor,
+    key: Tensor,
+    alpha: float | Tensor,
+    scaling: float | Tensor,
+    causal: bool,
+    valid: Tensor | None,
+    first_query: Tensor | None,
+) -> Inputs:
+    """Fold all scales into the query, for arguments that have been checked."""
+    if valid is not None:
+        query = without_padding(query, valid[:, key.shape[2] - query.shape[2] :])
+        key = without_padding(key, valid)
+    wide = torch.promote_types(query.dtype, torch.float32)
+    alpha = alpha.to(wide) if isinstance(alpha, Tensor) else float(alpha)
+    scale = scaling * (alpha - 1)
+    if isinstance(scale, Tensor):
+        scale = scale.to(wide)[:, None, None]
+    return Inputs(query.to(wide) * scale, key.to(wide), 1 / (alpha - 1), causal, valid, first_query)
+
+
+def check(
+    query: Tensor,
+    key: Tensor,
+    alpha: float | Tensor,
+    scaling: float | Tensor,
+    valid: Tensor | None,
+    first_query: Tensor | None,
+) -> None:
+    """Raise `ValueError` for what does not fit; see `entmax_attention`."""
     if query.ndim != 4 or key.ndim != 4:
         raise ValueError(
             f"expected query [B, Hq, Tq, D] and key [B, Hkv, Tk, D], got {tuple(query.shape)} and {tuple(key.shape)}"
@@ -56,14 +90,6 @@ def prepare(
         check_valid(valid, key.shape[2])
         if len(valid) != batch:
             raise ValueError(f"valid must be [B, Tk] = ({batch}, {key.shape[2]}), got {tuple(valid.shape)}")
-        query = without_padding(query, valid[:, key.shape[2] - queries :])
-        key = without_padding(key, valid)
-    wide = torch.promote_types(query.dtype, torch.float32)
-    alpha = alpha.to(wide) if isinstance(alpha, Tensor) else float(alpha)
-    scale = scaling * (alpha - 1)
-    if isinstance(scale, Tensor):
-        scale = scale.to(wide)[:, None, None]
-    return Inputs(query.to(wide) * scale, key.to(wide), 1 / (alpha - 1), causal, valid, first_query)
 
 
 def without_padding(tensor: Tensor, valid: Tensor) -> Tensor:

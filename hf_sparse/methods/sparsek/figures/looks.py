@@ -20,8 +20,8 @@ LOOKS = Looks(
     learned="learned",
 )
 
-#: Title and unit of the loss of the training stage that only SparseK has.
-STAGES = {"attention": ("Warm start", "squared error of scores")}
+#: Title and unit of the loss of the training stages that only SparseK has, or calls by a name of its own.
+STAGES = {"attention": ("Warm start", "squared error of scores"), "lora": ("LoRA, hard selection", "loss")}
 
 
 def budget_unit(evaluation: dict[str, Any]) -> str:

@@ -3,11 +3,10 @@
 from pathlib import Path
 from typing import Any
 
+from hf_sparse.figures.contenders import contenders_figure
 from hf_sparse.figures.dots import draw_dots, height
 from hf_sparse.figures.style import canvas, reading, sample
-from hf_sparse.figures.training import draw_training, losses_of
 from hf_sparse.methods.sparsek.figures.looks import LOOKS, STAGES, budget_unit
-from hf_sparse.metrics import metric_of
 
 
 def quality_figure(evaluation: dict[str, Any], training: dict[str, Any] | None, path: str | Path) -> None:
@@ -21,21 +20,11 @@ def quality_figure(evaluation: dict[str, Any], training: dict[str, Any] | None, 
     Raises:
         DataError: the content is not what hf-sparse writes.
     """
-    losses = losses_of(training)
     with reading("eval.json"):
-        metric = metric_of(evaluation)
-        values = evaluation[metric.key]
-        high = height(values)
-    widths = [5.4] + [2.6 if len(losses) > 1 else 4.0] * len(losses)
-    with canvas(path, sum(widths), high) as figure:
-        axes, *panels = figure.subplots(1, len(widths), squeeze=False, width_ratios=widths)[0]
-        with reading("eval.json"):
-            draw_dots(axes, values, metric.show, LOOKS, relative=metric.relative, best=metric.best)
-            unit = budget_unit(evaluation)
-            kept = f"{unit}, by the keys they hold" if unit == "KV slots" else unit
-            axes.set_title(f"{metric.name.capitalize()} with {evaluation['budget']['slots']} {kept}")
-            axes.set_xlabel(f"{metric.unit} ({sample(evaluation)})")
-        draw_training(panels, losses, metric.key == "embedding_similarity", STAGES)
+        unit = budget_unit(evaluation)
+        kept = f"{unit}, by the keys they hold" if unit == "KV slots" else unit
+        conditions = f" with {evaluation['budget']['slots']} {kept}"
+    contenders_figure(evaluation, training, path, LOOKS, conditions=conditions, stages=STAGES)
 
 
 def divergence_figure(evaluation: dict[str, Any], path: str | Path) -> None:

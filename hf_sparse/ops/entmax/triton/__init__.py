@@ -1,0 +1,18 @@
+"""Run entmax attention in Triton kernels; import its modules only where `takes_kernels` says that they run."""
+
+import torch
+from torch import Tensor
+
+from hf_sparse.ops.triton import DTYPES, available
+
+_WIDEST = 256  # the largest head size
+
+
+def takes_kernels(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Tell whether entmax attention of these tensors runs in the kernels: on CUDA, but not with deterministic sums.
+
+    The kernels add up the gradients of keys and values in no fixed order.
+    """
+    fits = query.dtype == key.dtype == value.dtype and query.dtype in DTYPES and query.shape[-1] <= _WIDEST
+    exact_order = torch.is_grad_enabled() and torch.are_deterministic_algorithms_enabled()
+    return query.device.type == "cuda" and fits and query.numel() > 0 and not exact_order and available(query.device)

@@ -1,0 +1,100 @@
+"""Define what these kernels share: powers of an excess, a step of Newton's method, rows and keys of a program.
+
+With z = scale * <query, key> and e = 1 / (alpha - 1), the threshold tau of a row solves || [z - tau]_+ ||_e = 1. Steps
+of Newton's method from the left never pass it, see `hf_sparse.ops.entmax.threshold`.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+STEPS = tl.constexpr(60)  # a guard: far more steps than the digits of float32 take
+CLOSE = tl.constexpr(1e-6)  # a step below it ends the search; the probabilities are normalised afterwards
+
+
+def padded(dim: int) -> int:
+    """Return the head size inside the kernels: a power of two that matrix products take."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def kind_of(exponent: float | Tensor) -> int:
+    """Return 2 or 1 where e is that number, for which powers are products, and 0 otherwise."""
+    return int(exponent) if isinstance(exponent, float) and exponent in (1.0, 2.0) else 0
+
+
+def precision_of(dtype: torch.dtype) -> str:
+    """Return how matrix products treat float32: as three products of TF32. In half precision there is no choice."""
+    return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def constants(query: Tensor, key: Tensor, kind: int, causal: bool) -> dict[str, Any]:
+    """Return what every kernel is compiled for."""
+    return {
+        "GROUP": query.shape[1] // key.shape[1],
+        "D": query.shape[3],
+        "PADDED": padded(query.shape[3]),
+        "KIND": kind,
+        "CAUSAL": causal,
+        "PRECISION": precision_of(query.dtype),
+    }
+
+
+@triton.jit
+def powers(excess, exponent, KIND: tl.constexpr):
+    """Return `excess ** e` and `excess ** (e - 1)`, both 0 where the excess is 0."""
+    if KIND == 2:
+        weight, slope = excess * excess, excess
+    elif KIND == 1:
+        weight, slope = excess, tl.where(excess > 0, 1.0, 0.0)
+    else:
+        logarithm = tl.log2(tl.maximum(excess, 1e-37))
+        slope = tl.where(excess > 0, tl.exp2(logarithm * (exponent - 1)), 0.0)
+        weight = slope * excess
+    return weight, slope
+
+
+@triton.jit
+def exponent_of(Exponent, head, KIND: tl.constexpr):
+    """Return e of a head, or of the heads of some rows."""
+    exponent = tl.load(Exponent + head) if KIND == 0 else (head * 0 + KIND).to(tl.float32)
+    return exponent
+
+
+@triton.jit
+def origin_of(First, batch, queries, keys):
+    """Return the position of the first query of a text: the queries are the last ones unless it is given."""
+    origin = keys - queries if First is None else tl.load(First + batch)
+    return origin
+
+
+@triton.jit
+def newton_step(mass, slope, exponent, KIND: tl.constexpr):
+    """Return by how much tau rises, from the sums of the powers over a row; 0 for a row without any."""
+    some = mass > 0
+    mass, slope = tl.where(some, mass, 1.0), tl.where(some, slope, 1.0)
+    if KIND == 2:
+        norm = tl.sqrt(mass)
+    elif KIND == 1:
+        norm = mass
+    else:
+        norm = tl.exp2(tl.log2(mass) / exponent)
+    return tl.where(some, tl.maximum((norm - 1) * mass / (norm * slope), 0.0), 0.0)
+
+
+@triton.jit
+def load_rows(Base, offset, exists, dim, D: tl.constexpr):
+    """Load rows `[M, PADDED]`, zeros for those that do not exist and behind the head size."""
+    return tl.load(Base + offset[:, None] + dim[None, :], mask=exists[:, None] & (dim < D)[None, :], other=0.0)
+
+
+@triton.jit
+def ones_of(word):
+    """Return how many bits of a uint32 are 1."""
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    word = (word + (word >> 4)) & 0x0F0F0F0F
+    word = word + (word >> 8)
+    return ((word + (word >> 16)) & 0x3F).to(tl.int32)

@@ -1,0 +1,355 @@
+"""Attend with entmax over the candidates of a group of rows: products, thresholds, weights, and values.
+
+A program takes one group after the other. It writes the keys that any row of the group may attend to out as a list,
+from the bits of `sweep` or from listed tiles, gathers them once for all rows, keeps the products in a buffer of its
+own, finds every tau there, and gathers the values of the keys with weight. Groups with more keys than the buffer takes
+are marked and left to the kernel in `tiles`.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hf_sparse.ops.entmax.triton.common import (
+    CLOSE,
+    STEPS,
+    constants,
+    exponent_of,
+    load_rows,
+    newton_step,
+    ones_of,
+    padded,
+    powers,
+)
+from hf_sparse.ops.entmax.triton.jobs import LENGTHS, Lists, arguments_of, group_count, keys_of_slots, rows_of_group
+from hf_sparse.ops.entmax.triton.sweep import GROUP_ROWS, Candidates, key_of_bit
+
+PROGRAMS = 8  # on a multiprocessor
+WIDE = 128  # products of a row that are held in registers while the threshold is searched
+
+
+class Attended(NamedTuple):
+    """Hold the result of a forward pass.
+
+    output: `[B, Hq, Tq, D]`.
+    tau: `[B, Hq, Tq]` float32, `-inf` for a row without a key.
+    counts: `[B, Hq, Tq]` int32, keys with weight.
+    slopes: `[B, Hq, Tq, D]` float32, values averaged with `[z - tau]_+ ** (e - 1)`, for the backward.
+    support: `[groups, most]` int32, the keys with weight in any row of a group, for the backward.
+    lengths: `[groups]` int32, how many these are; -1 for a group that is marked.
+    room: how many keys the buffers take: with no more in a text, no group is marked.
+    """
+
+    output: Tensor
+    tau: Tensor
+    counts: Tensor
+    slopes: Tensor | None
+    support: Tensor | None
+    lengths: Tensor
+    room: int
+
+
+def chunk_of(query: Tensor) -> int:
+    """Return how many keys a program gathers at a time."""
+    dim = padded(query.shape[3])
+    most = 64 if dim <= 64 else 32
+    return most if query.dtype != torch.float32 else most // 2
+
+
+def attend_groups(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: Tensor,
+    exponent: Tensor | None,
+    kind: int,
+    first: Tensor | None,
+    valid: Tensor | None,
+    causal: bool,
+    lists: Lists | None,
+    found: Candidates | None,
+    most: int,
+    kept: int,
+    trains: bool,
+    warps: int = 2,
+    chunk: int | None = None,
+    programs: int = PROGRAMS,
+    wide: int = WIDE,
+    stages: int = 2,
+) -> Attended:
+    """Return output and thresholds of all groups whose keys fit into the buffer.
+
+    Args:
+        query, key, value, scale, exponent, kind, first, valid, causal: as in `sweep.candidates`.
+        lists: tiles of keys for every tile of queries, or
+        found: candidates of every group.
+        most: candidates of a group that the list takes.
+        kept: keys of a group that may have weight when all products are known, of which the buffers take so many.
+        trains: whether there will be a backward.
+        warps, chunk: of a program: Triton's warps, and keys at a time.
+        programs: how many share a multiprocessor.
+        wide: products of a row that are held in registers.
+        stages: of Triton, in the loops that gather.
+    """
+    batch, heads, queries, _ = query.shape
+    device = query.device
+    chunk = chunk or chunk_of(query)
+    most = triton.cdiv(min(most, key.shape[2]), chunk) * chunk
+    kept = triton.cdiv(min(kept, most), chunk) * chunk
+    groups = group_count(query, lists)
+    # Without lists, the blocks of `found` may be too few as well.
+    room = min(most, kept, found.blocks.shape[1] * found.size) if found is not None else min(most, kept)
+    at_once = min(groups, programs * _multiprocessors(device))
+    shape = (batch, heads, queries)
+    output = torch.empty(query.shape, dtype=query.dtype, device=device)
+    tau = torch.empty(shape, dtype=torch.float32, device=device)
+    counts = torch.empty(shape, dtype=torch.int32, device=device)
+    slopes = torch.empty(query.shape, dtype=torch.float32, device=device) if trains else None
+    found_keys = torch.empty((at_once, most), dtype=torch.int32, device=device)
+    support = torch.empty((groups if trains else at_once, kept), dtype=torch.int32, device=device)
+    products = torch.empty((at_once, kept, GROUP_ROWS), dtype=torch.float32, device=device)
+    turn = torch.zeros(1, dtype=torch.int32, device=device)
+    lengths = torch.empty(groups, dtype=torch.int32, device=device)
+    bits = (None, None, None, None) if found is None else (found.bound, found.words, found.blocks, found.counts)
+    _groups[(at_once,)](
+        query, key, value, scale, exponent, first, valid, *bits, found_keys, support, products, turn, lengths, output,
+        tau, counts, slopes, groups, 0 if found is None else found.blocks.shape[1], most, kept,
+        *arguments_of(query, key, lists),
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], **constants(query, key, kind, causal),
+        N=0 if found is None else found.size, M=GROUP_ROWS, C=chunk, WIDE=wide, STAGES=stages, SAVE=trains,
+        num_warps=warps, num_stages=1,
+    )  # fmt: skip
+    return Attended(output, tau, counts, slopes, support if trains else None, lengths, room)
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@triton.jit
+def _keys_of_bits(Words, Numbers, List, blocks, most, N: tl.constexpr):
+    """Write the keys of the bits of a group to `List`, and return how many there are."""
+    total = 0
+    lane = tl.arange(0, 128)
+    for begin in range(0, blocks * 4, 128):
+        number = begin + lane
+        word = tl.load(Words + number, mask=number < blocks * 4, other=0).to(tl.uint32, bitcast=True)
+        block = tl.load(Numbers + number // 4, mask=number < blocks * 4, other=0)
+        ones = ones_of(word)
+        place = total + tl.cumsum(ones, 0) - ones
+        total += tl.sum(ones, 0)
+        for _ in range(tl.max(ones, 0)):
+            rest = word & (word - 1)  # without the lowest bit
+            bit = ones_of((word ^ rest) - 1)
+            key = key_of_bit(block, number % 4, bit, N)
+            tl.store(List + place, key, mask=(word != 0) & (place < most))
+            place += 1
+            word = tl.where(word == 0, word, rest)
+    return total
+
+
+@triton.jit
+def _keys_of_tiles(Index, List, end, Valid, batch, keys, size, last, most, CAUSAL: tl.constexpr):
+    """Write the keys of listed tiles up to `last` to `List`, without padding, and return how many there are."""
+    total = 0
+    lane = tl.arange(0, 128)
+    for begin in range(0, end, 128):
+        key, there = keys_of_slots(begin + lane, end, Index, Valid, batch, keys, size)
+        if CAUSAL:
+            there &= key <= last
+        one = there.to(tl.int32)
+        place = total + tl.cumsum(one, 0) - one
+        total += tl.sum(one, 0)
+        tl.store(List + place, key, mask=there & (place < most))
+    return total
+
+
+@triton.jit(do_not_specialize=[*LENGTHS, "groups", "capacity", "most", "kept"])
+def _groups(
+    Q,
+    K,
+    V,
+    Scale,
+    Exponent,
+    First,
+    Valid,
+    Bound,
+    Words,
+    Numbers,
+    Counts,
+    Found,
+    Support,
+    Products,
+    Turn,
+    Lengths,
+    Out,
+    Tau,
+    Sizes,
+    Slopes,
+    groups,
+    capacity,
+    most,
+    kept,
+    Index,
+    Listed,
+    i_batch,
+    i_list,
+    i_tile,
+    queries,
+    keys,
+    heads,
+    lists,
+    query_tiles,
+    rows,
+    lead,
+    size,
+    share,
+    q_batch,
+    q_head,
+    q_row,
+    k_batch,
+    k_head,
+    k_row,
+    v_batch,
+    v_head,
+    v_row,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    PADDED: tl.constexpr,
+    KIND: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    C: tl.constexpr,
+    WIDE: tl.constexpr,
+    STAGES: tl.constexpr,
+    SAVE: tl.constexpr,
+):
+    dim, step = tl.arange(0, PADDED), tl.arange(0, C)
+    wide = (dim < D)[None, :]
+    Products += tl.program_id(0).to(tl.int64) * M * kept
+    Found += tl.program_id(0).to(tl.int64) * most
+    # The rows of a key lie side by side.
+    lane = tl.arange(0, M)[:, None]
+    z_place = Products + lane + step[None, :] * M
+    many = tl.arange(0, WIDE)
+    z_wide = Products + lane + many[None, :] * M
+    each = tl.cdiv(share * rows, M)
+    turn = tl.atomic_add(Turn, 1, sem="relaxed")
+    while turn < groups:
+        # The last rows of all jobs first: in causal order they have the most keys.
+        group = turn % (groups // each) * each + each - 1 - turn // (groups // each)
+        job, batch, number, tile, head, index, position, exists, inside = rows_of_group(
+            group, First, Valid, queries, keys, heads, lists, query_tiles, rows, lead, share, M
+        )
+        row = (batch * heads + head) * queries + index
+        last = tl.max(tl.where(exists, position, -1), 0)
+        List = Support + (group if SAVE else tl.program_id(0)).to(tl.int64) * kept
+        total = most + 1
+        tl.debug_barrier()  # the buffers of the last group have been read
+        if Index is None:
+            blocks = tl.load(Counts + group)
+            if blocks <= capacity:
+                bits = group.to(tl.int64) * capacity
+                total = _keys_of_bits(Words + bits * 4, Numbers + bits, Found, blocks, most, N)
+        else:
+            end = tl.where(last >= 0, tl.load(Listed + job) * size, 0)
+            listed = Index + batch * i_batch + number * i_list + tile * i_tile
+            total = _keys_of_tiles(listed, Found, end, Valid, batch, keys, size, last, most, CAUSAL)
+        over = total > most
+        total = tl.where(over, 0, total)
+        scale, exponent = tl.load(Scale + head), exponent_of(Exponent, head, KIND)
+        q = load_rows(Q, batch * q_batch + head * q_head + index.to(tl.int64) * q_row, exists, dim, D)
+        kv = number * share // GROUP
+        k_base, v_base = K + batch * k_batch + kv * k_head, V + batch * v_batch + kv * v_head
+        peaks = tl.full([M, C], float("-inf"), tl.float32)
+        if Bound is not None:
+            bound = tl.load(Bound + row, mask=inside, other=float("inf"))
+        else:
+            bound = tl.full([M], float("-inf"), tl.float32)
+        left = 0
+        tl.debug_barrier()  # the list is written
+        for begin in tl.range(0, total, C, num_stages=STAGES):
+            there = begin + step < total
+            key = tl.load(Found + begin + step, mask=there, other=0)
+            k = load_rows(k_base, key.to(tl.int64) * k_row, there, dim, D)
+            sees = there[None, :] & exists[:, None]
+            if CAUSAL:
+                sees &= key[None, :] <= position[:, None]
+            z = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale[:, None]
+            z = tl.where(sees, z, float("-inf"))
+            peaks = tl.maximum(peaks, z)
+            if Bound is None:  # no threshold is below the largest product so far less 1
+                bound = tl.maximum(bound, tl.max(z, 1) - 1 - 4e-6)
+            # Otherwise the bound has risen since the key passed it.
+            one = tl.max((z > bound[:, None]).to(tl.int32), 0)
+            place = left + tl.cumsum(one, 0) - one
+            left += tl.sum(one, 0)
+            keep = (one > 0) & (place < kept)
+            tl.store(List + place, key, mask=keep)
+            tl.store(Products + lane + place[None, :] * M, z, mask=keep[None, :])
+        total = left
+        if over | (total > kept):
+            tl.store(Lengths + group, -1)
+        else:
+            peak = tl.max(peaks, 1)
+            some = peak > float("-inf")
+            tau = tl.where(some, peak, 0.0) - 1
+            if Bound is not None:
+                tau = tl.where(some, tl.maximum(tau, bound), tau)
+            tl.debug_barrier()
+            rises, steps = tl.max(some.to(tl.int32), 0), 0
+            # Most groups have no more than these, which stay in registers.
+            near = tl.load(z_wide, mask=(many < total)[None, :], other=float("-inf"))
+            while (rises > 0) & (steps < STEPS):
+                weight, gradient = powers(tl.maximum(near - tau[:, None], 0.0), exponent[:, None], KIND)
+                mass, slope = tl.sum(weight, 1), tl.sum(gradient, 1)
+                for begin in range(WIDE, total, WIDE):
+                    z = tl.load(z_wide + begin * M, mask=(begin + many < total)[None, :], other=float("-inf"))
+                    weight, gradient = powers(tl.maximum(z - tau[:, None], 0.0), exponent[:, None], KIND)
+                    mass += tl.sum(weight, 1)
+                    slope += tl.sum(gradient, 1)
+                rise = newton_step(mass, slope, exponent, KIND)
+                tau += rise
+                rises = tl.max((rise > CLOSE * (1 + tl.abs(tau))).to(tl.int32), 0)
+                steps += 1
+
+            masses, gradients = tl.zeros([M, C], tl.float32), tl.zeros([M, C], tl.float32)
+            count = tl.zeros([M, C], tl.int32)
+            out = tl.zeros([M, PADDED], tl.float32)
+            out_slopes = tl.zeros([M, PADDED], tl.float32)
+            length = 0
+            for begin in tl.range(0, total, C, num_stages=STAGES):
+                z = tl.load(z_place + begin * M, mask=(begin + step < total)[None, :], other=float("-inf"))
+                weight, gradient = powers(tl.maximum(z - tau[:, None], 0.0), exponent[:, None], KIND)
+                masses += weight
+                gradients += gradient
+                count += (weight > 0).to(tl.int32)
+                has = tl.max(weight, 0) > 0
+                key = tl.load(List + begin + step, mask=begin + step < total, other=0)
+                v = load_rows(v_base, key.to(tl.int64) * v_row, has, dim, D)
+                out = tl.dot(weight.to(v.dtype), v, out, input_precision=PRECISION)
+                if Slopes is not None:
+                    out_slopes = tl.dot(gradient.to(v.dtype), v, out_slopes, input_precision=PRECISION)
+                if SAVE:  # keys with weight move to the front of the list
+                    one = has.to(tl.int32)
+                    place = length + tl.cumsum(one, 0) - one
+                    length += tl.sum(one, 0)
+                    tl.debug_barrier()
+                    tl.store(List + place, key, mask=has)
+            mass, slope = tl.sum(masses, 1), tl.sum(gradients, 1)
+            mass, slope = tl.where(some, mass, 1.0), tl.where(some, slope, 1.0)
+            spot, mask = row[:, None] * D + dim[None, :], inside[:, None] & wide
+            tl.store(Out + spot, (out / mass[:, None]).to(Out.dtype.element_ty), mask=mask)
+            if Slopes is not None:
+                tl.store(Slopes + spot, out_slopes / slope[:, None], mask=mask)
+            tl.store(Tau + row, tl.where(some, tau, float("-inf")), mask=inside)
+            tl.store(Sizes + row, tl.sum(count, 1), mask=inside)
+            tl.store(Lengths + group, length)
+        turn = tl.atomic_add(Turn, 1, sem="relaxed")

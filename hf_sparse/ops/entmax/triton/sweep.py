@@ -1,0 +1,391 @@
+"""Find the keys that may have weight: a lower bound of tau for every row, then one sweep of the products.
+
+tau over some keys is never above tau over all. `_start` takes it over the first keys of the text and those next to the
+query, both held in registers. `_sweep` compares every product with that bound, which rises on the way: the largest
+product of every four parts of a block of keys is one more key, and a step of Newton's method over these, from a point
+where their mass is at least 1, is a lower bound too. What passes is kept for `GROUP_ROWS` consecutive queries of a head
+together, as bits: `N` consecutive keys are a block of four words, and of the blocks of a group only those with a bit
+are stored, with their number. A group with more blocks than its buffer takes says so in its count, and goes to the
+kernel that needs no candidates.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hf_sparse.ops.entmax.triton.common import constants, exponent_of, load_rows, newton_step, origin_of, powers
+
+
+class Blocks(NamedTuple):
+    """Hold the sizes of a program: rows, keys at a time, and Triton's warps and stages."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+class Candidates(NamedTuple):
+    """Hold what passed the lower bound.
+
+    bound: `[B, Hq, Tq]` float32, `inf` where there is no query, `-inf` for a query of which nothing is known.
+    words: `[groups, capacity, 4]` int32, see `key_of_bit`.
+    blocks: `[groups, capacity]` int32, number of the block; its first key is that times `size`.
+    counts: `[groups]` int32, blocks with a bit; above `capacity` some are missing.
+    size: keys of a block.
+    """
+
+    bound: Tensor
+    words: Tensor
+    blocks: Tensor
+    counts: Tensor
+    size: int
+
+
+LENGTHS = ["queries", "keys", "heads", "capacity", "width"]
+GROUP_ROWS = 16  # queries that share a list of candidates: the rows of a matrix product
+FIRST = 64  # keys of the beginning over which the lower bound is taken
+NEAR = 128  # keys around the rows of a program, likewise
+STEPS = 5  # of Newton's method: each gives a lower bound
+HIGHER = 0.06  # how far above the first bound a step of Newton's method begins as well
+EVERY = 4  # blocks of keys after which the bound rises
+
+
+def start_blocks(query: Tensor) -> Blocks:
+    """Return the sizes of the kernel of the lower bound."""
+    return Blocks(64, NEAR, 4 if query.shape[3] <= 128 else 8, 1)
+
+
+def sweep_blocks(query: Tensor) -> Blocks:
+    """Return the sizes of the kernel that compares all products."""
+    if query.dtype == torch.float32:
+        return Blocks(64, 64, 4, 2)
+    if query.shape[3] <= 64:
+        return Blocks(128, 128, 4, 3)
+    return Blocks(128, 128, 8, 3) if query.shape[3] <= 128 else Blocks(128, 64, 8, 2)
+
+
+def candidates(
+    query: Tensor,
+    key: Tensor,
+    scale: Tensor,
+    exponent: Tensor | None,
+    kind: int,
+    first: Tensor | None,
+    valid: Tensor | None,
+    causal: bool,
+    capacity: int,
+    blocks: Blocks | None = None,
+    start: Blocks | None = None,
+    near: int = FIRST,
+    every: int = EVERY,
+) -> Candidates:
+    """Return the keys of every group of queries that the lower bounds do not exclude.
+
+    Args:
+        query, key: `[B, Hq, Tq, D]` and `[B, Hkv, Tk, D]`, the last dimension contiguous.
+        scale, exponent: `[Hq]` float32: z is `scale * <query, key>`, e is `exponent`; None where `kind` says it.
+        kind: see `common.kind_of`.
+        first: `[B]` int32, position of the first query; None where the queries are the last positions.
+        valid: `[B, Tk]` uint8, 0 for padding.
+        causal: whether a query sees the keys up to its position only.
+        capacity: the most blocks that are kept for a group.
+        blocks, start: sizes of the programs.
+        near: keys of the beginning over which the bound is taken.
+        every: blocks of keys after which the bound rises; 0 for never.
+    """
+    batch, heads, queries, _ = query.shape
+    keys, device = key.shape[2], query.device
+    blocks, start = blocks or sweep_blocks(query), start or start_blocks(query)
+    bound = torch.empty((batch, heads, queries), dtype=torch.float32, device=device)
+    sums = torch.empty((4, batch, heads, queries), dtype=torch.float32, device=device) if every else None
+    fixed = constants(query, key, kind, causal)
+    strides = (*query.stride()[:3], *key.stride()[:3])
+    grid = (triton.cdiv(queries, start.rows) * batch * heads,)
+    _start[grid](
+        query, key, scale, exponent, first, valid, bound, sums, queries, keys, heads, *strides, **fixed,
+        M=start.rows, NEAR=start.keys, FIRST=near, STEPS=STEPS, HIGHER=HIGHER, num_warps=start.warps,
+        num_stages=start.stages,
+    )  # fmt: skip
+    groups = batch * heads * triton.cdiv(queries, GROUP_ROWS)
+    capacity = min(capacity, triton.cdiv(keys, blocks.keys))
+    words = torch.empty((groups, capacity, 4), dtype=torch.int32, device=device)
+    numbers = torch.empty((groups, capacity), dtype=torch.int32, device=device)
+    counts = torch.empty(groups, dtype=torch.int32, device=device)
+    packed = None if valid is None else packed_bits(valid, blocks.keys)
+    width = 0 if packed is None else packed.shape[1]
+    grid = (triton.cdiv(queries, blocks.rows) * batch * heads,)
+    _sweep[grid](
+        query, key, scale, exponent, first, packed, bound, sums, words, numbers, counts, queries, keys, heads, capacity,
+        width, *strides, **fixed, M=blocks.rows, N=blocks.keys, R=GROUP_ROWS, START=start.rows, NEAR=start.keys,
+        FIRST=near, HIGHER=HIGHER, EVERY=every, num_warps=blocks.warps, num_stages=blocks.stages,
+    )  # fmt: skip
+    return Candidates(bound, words, numbers, counts, blocks.keys)
+
+
+def packed_bits(valid: Tensor, size: int) -> Tensor:
+    """Return `[B, T]` as words `[B, blocks * 4]` int32, see `key_of_bit`."""
+    whole = torch.nn.functional.pad(valid, (0, -valid.shape[1] % size)).view(len(valid), -1, size // 8, 4, 2)
+    bits = whole.transpose(2, 3).flatten(3).long()
+    return (bits << torch.arange(size // 4, device=valid.device)).sum(-1).flatten(1).to(torch.int32)
+
+
+@triton.jit
+def key_of_bit(block, word, bit, N: tl.constexpr):
+    """Return the key that a bit stands for: word w of a block has the keys 2 w and 2 w + 1 of every 8.
+
+    These are the columns of a matrix product that one thread holds, so that it makes its word without asking others."""
+    return block * N + bit // 2 * 8 + word * 2 + bit % 2
+
+
+@triton.jit
+def _or(a, b):
+    return a | b
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _start(
+    Q,
+    K,
+    Scale,
+    Exponent,
+    First,
+    Valid,
+    Bound,
+    Sums,
+    queries,
+    keys,
+    heads,
+    q_batch,
+    q_head,
+    q_row,
+    k_batch,
+    k_head,
+    k_row,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    PADDED: tl.constexpr,
+    KIND: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    M: tl.constexpr,
+    NEAR: tl.constexpr,
+    FIRST: tl.constexpr,
+    STEPS: tl.constexpr,
+    HIGHER: tl.constexpr,
+):
+    """Find the `Bound` of M rows: tau over FIRST first keys and NEAR keys around the rows, or an iterate below.
+
+    It is `inf` where there is no query, and `-inf` for a query that sees none of these keys."""
+    tiles = tl.cdiv(queries, M)
+    row = (tl.program_id(0) // tiles).to(tl.int64)  # of [B, Hq]
+    batch, head = row // heads, row % heads
+    index = tl.program_id(0) % tiles * M + tl.arange(0, M)
+    origin = origin_of(First, batch, queries, keys)
+    position = origin + index
+    exists = (index < queries) & (position < keys) & (position >= 0)
+    if Valid is not None:
+        exists &= tl.load(Valid + batch * keys + position, mask=exists, other=0) != 0
+    scale, exponent = tl.load(Scale + head), exponent_of(Exponent, head, KIND)
+    dim = tl.arange(0, PADDED)
+    q = load_rows(Q + batch * q_batch + head * q_head, index.to(tl.int64) * q_row, exists, dim, D)
+    K += batch * k_batch + head // GROUP * k_head
+
+    lowest = origin + tl.program_id(0) % tiles * M  # position of the first row
+    begin = lowest + M - NEAR if CAUSAL else lowest + M // 2 - NEAR // 2
+    begin = tl.maximum(tl.minimum(begin, keys - NEAR), 0)
+    early, near = tl.arange(0, FIRST), begin + tl.arange(0, NEAR)
+    z_early = _seen(q, K, early, early < keys, Valid, batch, keys, position, exists, scale, dim, k_row, D, CAUSAL,
+                    PRECISION)  # fmt: skip
+    z_near = _seen(q, K, near, (near < keys) & (near >= FIRST), Valid, batch, keys, position, exists, scale, dim,
+                   k_row, D, CAUSAL, PRECISION)  # fmt: skip
+
+    peak = tl.maximum(tl.max(z_early, 1), tl.max(z_near, 1))
+    some = peak > float("-inf")
+    tau = tl.where(some, peak, 0.0) - 1
+    for _ in range(STEPS):
+        weight, slope = powers(tl.maximum(z_early - tau[:, None], 0.0), exponent, KIND)
+        mass, total = tl.sum(weight, 1), tl.sum(slope, 1)
+        weight, slope = powers(tl.maximum(z_near - tau[:, None], 0.0), exponent, KIND)
+        tau += newton_step(mass + tl.sum(weight, 1), total + tl.sum(slope, 1), exponent, KIND)
+    tau -= 4e-6 * (1 + tl.abs(tau))  # what rounding may have added
+    if Sums is not None:
+        total = tl.num_programs(0) // tiles * queries
+        for above in tl.static_range(2):
+            origins = (tau + above * HIGHER)[:, None]
+            weight, slope = powers(tl.maximum(z_early - origins, 0.0), exponent, KIND)
+            mass, gradient = tl.sum(weight, 1), tl.sum(slope, 1)
+            weight, slope = powers(tl.maximum(z_near - origins, 0.0), exponent, KIND)
+            place = Sums + 2 * above * total + row * queries + index
+            tl.store(place, mass + tl.sum(weight, 1), mask=index < queries)
+            tl.store(place + total, gradient + tl.sum(slope, 1), mask=index < queries)
+    tau = tl.where(exists, tl.where(some, tau, float("-inf")), float("inf"))
+    tl.store(Bound + row * queries + index, tau, mask=index < queries)
+
+
+@triton.jit
+def _seen(
+    q, K, key, there, Valid, batch, keys, position, exists, scale, dim, k_row, D: tl.constexpr, CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Compute z of the rows and keys of a program, `-inf` where a row does not see a key."""
+    if Valid is not None:
+        there &= tl.load(Valid + batch * keys + key, mask=there, other=0) != 0
+    k = load_rows(K, key.to(tl.int64) * k_row, there, dim, D)
+    sees = there[None, :] & exists[:, None]
+    if CAUSAL:
+        sees &= key[None, :] <= position[:, None]
+    return tl.where(sees, tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale, float("-inf"))
+
+
+@triton.jit(do_not_specialize=LENGTHS)
+def _sweep(
+    Q,
+    K,
+    Scale,
+    Exponent,
+    First,
+    Packed,
+    Bound,
+    Sums,
+    Words,
+    Numbers,
+    Counts,
+    queries,
+    keys,
+    heads,
+    capacity,
+    width,
+    q_batch,
+    q_head,
+    q_row,
+    k_batch,
+    k_head,
+    k_row,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    PADDED: tl.constexpr,
+    KIND: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    R: tl.constexpr,
+    START: tl.constexpr,
+    NEAR: tl.constexpr,
+    FIRST: tl.constexpr,
+    HIGHER: tl.constexpr,
+    EVERY: tl.constexpr,
+):
+    """Write words, numbers and counts of the groups of M rows. Programs with the most keys begin first."""
+    pairs = tl.num_programs(0) // tl.cdiv(queries, M)  # B * Hq
+    tile = tl.cdiv(queries, M) - 1 - tl.program_id(0) // pairs
+    row = (tl.program_id(0) % pairs).to(tl.int64)
+    batch, head = row // heads, row % heads
+    index = tile * M + tl.arange(0, M)
+    inside = index < queries
+    position = origin_of(First, batch, queries, keys) + index
+    scale = tl.load(Scale + head)
+    dim = tl.arange(0, PADDED)
+    bound = tl.load(Bound + row * queries + index, mask=inside, other=float("inf"))
+    exists = bound < float("inf")
+    q = load_rows(Q + batch * q_batch + head * q_head, index.to(tl.int64) * q_row, exists, dim, D)
+    if scale < 0:  # products are compared before they are scaled
+        q = -q
+    scale = tl.maximum(tl.abs(scale), 1e-30)
+    limit = bound / scale
+    K += batch * k_batch + head // GROUP * k_head
+
+    lane = tl.arange(0, N)
+    bit = tl.full([N], 1, tl.int32) << (lane // 8 * 2 + lane % 2)
+    word_of = tl.arange(0, 4)
+    group = tile * (M // R) + tl.arange(0, M // R)
+    last_group = tl.cdiv(queries, R)
+    there = group < last_group
+    out = (row * last_group + group) * capacity
+    count = tl.zeros([M // R], tl.int32)
+    # All rows see the keys before `full`, which need no mask.
+    first, last = tl.min(tl.where(exists, position, keys), 0), tl.max(tl.where(exists, position, -1), 0)
+    end = tl.minimum(last + 1, keys) if CAUSAL else tl.where(last >= 0, keys, 0)
+    full = tl.minimum(first + 1, end) // N * N if CAUSAL else end // N * N
+    # Keys over which the first bound was taken are counted already: those before `FIRST` and near the rows.
+    lowest = origin_of(First, batch, queries, keys) + tile * M
+    near_begin = tl.minimum(lowest + START - NEAR if CAUSAL else lowest + START // 2 - NEAR // 2, keys - NEAR)
+    near_end = lowest + M + NEAR
+    if Sums is not None:
+        exponent = exponent_of(Exponent, head, KIND)
+        total, place = pairs * queries, Sums + row * queries + index
+        start, higher = bound[:, None], bound[:, None] + HIGHER
+        low_mass, low_slope = tl.zeros([M, 4], tl.float32), tl.zeros([M, 4], tl.float32)
+        high_mass, high_slope = tl.zeros([M, 4], tl.float32), tl.zeros([M, 4], tl.float32)
+    for begin in range(0, full, N):
+        k = tl.load(K + (begin + lane).to(tl.int64)[:, None] * k_row + dim[None, :], mask=(dim < D)[None, :], other=0.0)
+        product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        passes = tl.where(product > limit[:, None], bit[None, :], 0)
+        count = _keep(
+            passes, begin, Packed, batch, width, Words, Numbers, out, count, capacity, there, word_of, M, N, R
+        )  # fmt: skip
+        if Sums is not None:
+            whole = (begin >= FIRST) & ((begin + N <= near_begin) | (begin >= near_end))
+            if Packed is not None:
+                words = tl.load(Packed + batch * width + begin // N * 4 + word_of)
+                whole &= tl.min((words == ((1 << (N // 4 - 1)) * 2 - 1)).to(tl.int32), 0) > 0
+            columns = tl.permute(tl.reshape(product, [M, N // 8, 4, 2]), [0, 2, 1, 3])
+            largest = tl.max(tl.reshape(columns, [M, 4, N // 4]), 2) * scale
+            largest = tl.where(whole, largest, float("-inf"))
+            weight, slope = powers(tl.maximum(largest - start, 0.0), exponent, KIND)
+            low_mass += weight
+            low_slope += slope
+            weight, slope = powers(tl.maximum(largest - higher, 0.0), exponent, KIND)
+            high_mass += weight
+            high_slope += slope
+            if begin // N % EVERY == EVERY - 1:
+                bound = _risen(bound, start, low_mass, low_slope, place, total, inside, exponent, KIND)
+                bound = _risen(bound, higher, high_mass, high_slope, place + 2 * total, total, inside, exponent, KIND)
+                limit = bound / scale
+    if Sums is not None:
+        tl.store(Bound + row * queries + index, bound, mask=inside)
+    for begin in tl.range(full, end, N, num_stages=1):
+        key = begin + lane
+        k = load_rows(K, key.to(tl.int64) * k_row, key < keys, dim, D)
+        product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        sees = (product > limit[:, None]) & (key < keys)[None, :]
+        if CAUSAL:
+            sees &= key[None, :] <= position[:, None]
+        passes = tl.where(sees, bit[None, :], 0)
+        count = _keep(
+            passes, begin, Packed, batch, width, Words, Numbers, out, count, capacity, there, word_of, M, N, R
+        )  # fmt: skip
+    tl.store(Counts + row * last_group + group, count, mask=there)
+
+
+@triton.jit
+def _keep(
+    passes, begin, Packed, batch, width, Words, Numbers, out, count, capacity, there, word_of, M: tl.constexpr,
+    N: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
+    """Store the block of keys from `begin` on for the groups that have a bit in it; return their counts."""
+    columns = tl.permute(tl.reshape(passes, [M, N // 8, 4, 2]), [0, 2, 1, 3])
+    words = tl.reduce(tl.reshape(columns, [M, 4, N // 4]), 2, _or)
+    words = tl.reduce(tl.reshape(words, [M // R, R, 4]), 1, _or)
+    if Packed is not None:
+        words &= tl.load(Packed + batch * width + begin // N * 4 + word_of)[None, :]
+    some = tl.max((words != 0).to(tl.int32), 1)
+    keep = there & (some > 0) & (count < capacity)
+    place = out + count
+    tl.store(Words + place[:, None] * 4 + word_of[None, :], words, mask=keep[:, None])
+    tl.store(Numbers + place, tl.zeros([M // R], tl.int32) + begin // N, mask=keep)
+    return count + some
+
+
+@triton.jit
+def _risen(bound, origin, mass, slope, Sums, total, inside, exponent, KIND: tl.constexpr):
+    """Return the bound after a step of Newton's method from an origin, where the mass is at least 1 there."""
+    mass = tl.sum(mass, 1) + tl.load(Sums, mask=inside, other=0.0)
+    slope = tl.sum(slope, 1) + tl.load(Sums + total, mask=inside, other=0.0)
+    risen = tl.sum(origin, 1) + newton_step(mass, slope, exponent, KIND)
+    risen -= 4e-6 * (1 + tl.abs(risen))
+    return tl.where((mass >= 1) & (bound > float("-inf")), tl.maximum(bound, risen), bound)

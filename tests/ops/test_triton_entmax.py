@@ -1,0 +1,248 @@
+"""The entmax kernels against plain PyTorch in float64: over all keys and over listed tiles, outputs and gradients."""
+
+from dataclasses import dataclass, field
+
+import pytest
+import torch
+from torch import Tensor
+
+from hf_sparse.ops.entmax import certified_entmax_attention, entmax_attention
+from hf_sparse.ops.entmax.inputs import Inputs
+from hf_sparse.ops.entmax.threshold import distribution
+from hf_sparse.ops.entmax.triton import takes_kernels
+from hf_sparse.ops.entmax.triton.attention import attend
+from hf_sparse.ops.entmax.triton.fused import fused_attention, lists_of
+from hf_sparse.ops.entmax.triton.sweep import Blocks, candidates, packed_bits
+from hf_sparse.ops.tiles.tiles import Tiles, tile_counts
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Several programs and blocks of keys even at the lengths of these tests, and a bound that rises.
+SMALL = {"sweep": Blocks(16, 32, 4, 1), "start": Blocks(16, 16, 4, 1), "near": 16, "every": 1}
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter")
+
+
+def size(on_a_gpu: int, interpreted: int) -> int:
+    """Return a length: the interpreter takes time by the pair of a query and a key."""
+    return on_a_gpu if DEVICE == "cuda" else interpreted
+
+
+@dataclass
+class Case:
+    """Random inputs of one shape, and what the reference and the kernels make of them."""
+
+    batch: int = 1
+    kv_heads: int = 1
+    group: int = 1
+    queries: int = size(77, 18)
+    keys: int | None = None
+    dim: int = 8
+    alpha: float | str = 1.5  # "heads" is one for each head, with a gradient
+    scaling: float | str = 0.3
+    causal: bool = True
+    padding: bool = False
+    ties: bool = False
+    dtype: torch.dtype = torch.float32
+    inputs: list[Tensor] = field(init=False)
+
+    def __post_init__(self) -> None:
+        torch.manual_seed(0)
+        heads = self.kv_heads * self.group
+        self.keys = self.keys or self.queries
+        query = torch.randn(self.batch, heads, self.queries, self.dim) * 2
+        key, value = torch.randn(2, self.batch, self.kv_heads, self.keys, self.dim)
+        if self.ties:
+            query, key = query.round(), key.round()
+        if self.padding:  # whatever stands there
+            hidden = ~self.valid[:, None, :, None]
+            key, value = key.masked_fill(hidden, torch.nan), value.masked_fill(hidden, torch.nan)
+            query = query.masked_fill(hidden[:, :, self.keys - self.queries :], torch.nan)
+        self.inputs = [tensor.to(self.dtype) for tensor in (query, key, value)]
+
+    @property
+    def valid(self) -> Tensor | None:
+        """`[B, Tk]`: a text that begins late, one with holes, one without any token."""
+        if not self.padding:
+            return None
+        position = torch.arange(self.keys)
+        rows = [position >= self.keys // 3, position % 3 > 0, position < 0]
+        return torch.stack([rows[row % 3] for row in range(self.batch)])
+
+    def run(self, attend, dtype: torch.dtype, gradients: bool) -> dict[str, Tensor]:
+        """Return the output, and the gradients for a fixed upstream gradient."""
+        heads = self.kv_heads * self.group
+        numbers = {
+            name: torch.linspace(*ends, heads, dtype=torch.promote_types(dtype, torch.float32)).to(DEVICE)
+            if choice == "heads"
+            else choice
+            for name, choice, ends in (("alpha", self.alpha, (1.2, 1.9)), ("scaling", self.scaling, (0.5, -0.2)))
+        }
+        leaves = dict(zip(("query", "key", "value"), (x.to(DEVICE, dtype) for x in self.inputs), strict=True))
+        leaves |= {name: number for name, number in numbers.items() if isinstance(number, Tensor)}
+        for leaf in leaves.values():
+            leaf.requires_grad_(gradients)
+        valid = None if self.valid is None else self.valid.to(DEVICE)
+        tensors = (leaves["query"], leaves["key"], leaves["value"])
+        output = attend(*tensors, causal=self.causal, valid=valid, **numbers)
+        found = {"output": output.detach()}
+        if gradients:
+            upstream = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
+            wanted = torch.autograd.grad(output, list(leaves.values()), upstream)
+            found |= {f"d {name}": gradient for name, gradient in zip(leaves, wanted, strict=True)}
+        return found
+
+
+def assert_same(case: Case, kernels, reference=entmax_attention, gradients: bool = True) -> None:
+    tolerance = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}[case.dtype]
+    expected = case.run(reference, torch.float64, gradients)
+    for name, found in case.run(kernels, case.dtype, gradients).items():
+        assert found.dtype == (case.dtype if name in ("output", "d query", "d key", "d value") else torch.float32)
+        scale = max(0.1, float(expected[name].abs().max()))
+        error = float((found.double() - expected[name]).abs().max()) / scale
+        assert error < tolerance, f"{name}: {error:.1e}"  # a NaN fails too
+
+
+def exact(**sizes):
+    def kernels(*tensors, **options):
+        return attend(*tensors, **options, **{**SMALL, **sizes})[0]
+
+    return kernels
+
+
+# Triton's interpreter multiplies no bfloat16.
+HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16
+
+SHAPES = {
+    "plain": {"queries": size(150, 37)},
+    "group of three, scales and alphas of heads": {"group": 3, "alpha": "heads", "scaling": "heads"},
+    "eight query heads": {"group": size(8, 2), "queries": size(300, 3)},
+    "sparsemax": {"alpha": 2.0, "dim": 20},
+    "one token": {"queries": 1},
+    "one query of several keys": {"queries": 1, "keys": size(90, 37), "group": 2},
+    "fewer queries than keys": {"queries": 5, "keys": size(90, 37)},
+    "both directions": {"causal": False, "queries": size(150, 33)},
+    "padding": {"padding": True, "batch": 3, "queries": size(170, 3), "keys": size(190, 19)},
+    "padding, both directions": {"padding": True, "batch": 2, "causal": False, "queries": size(170, 13)},
+    "ties": {"ties": True, "dim": 4},
+    "equal logits": {"scaling": 0.0, "queries": 18},
+    "head size 80": {"dim": 80, "queries": 9},
+    "head size 256": {"dim": 256, "queries": size(200, 3), "scaling": 0.05},
+    "half precision": {"dtype": HALF, "dim": 32},
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_all_keys(shape):
+    assert_same(Case(**shape), exact())
+
+
+@pytest.mark.parametrize("limit", ["capacity", "most", "kept"])
+def test_more_candidates_than_the_buffers_take(limit):
+    """Groups of queries near the beginning fit, the others go to the kernel that keeps nothing."""
+    blocks = 1 if limit == "capacity" else 16  # of keys, or keys
+    assert_same(Case(queries=size(150, 37), alpha=1.3), exact(**{limit: blocks}))
+
+
+def test_thresholds_and_supports():
+    case = Case(queries=size(90, 17), padding=True, batch=2)
+    query, key, value = (tensor.to(DEVICE) for tensor in case.inputs)
+    options = {"alpha": 1.5, "scaling": 0.3, "causal": True, "valid": case.valid.to(DEVICE)}
+    _, tau, count = attend(query, key, value, **options, **SMALL)
+    everything = Tiles(torch.zeros(2, 1, 1, 1, dtype=torch.int64, device=DEVICE), case.keys)
+    exact = [tensor.double() for tensor in (query, key, value)]
+    _, certificate = certified_entmax_attention(*exact, everything, **options)
+    torch.testing.assert_close(tau.double(), certificate.tau, rtol=1e-5, atol=1e-5)
+    assert torch.equal(count.long(), certificate.support)
+
+
+def test_the_bound_rises_and_stays_below_the_threshold():
+    """Queries in the direction of keys that are neither first nor near: the first bound does not know of these."""
+    torch.manual_seed(0)
+    length, dim = size(256, 80), 16
+    query, key = torch.randn(2, 1, 1, length, dim)
+    query[..., 0], key[..., 0] = 8, 0
+    key[:, :, 16:32, 0] = torch.rand(16)
+    query, key, one = query.to(DEVICE), key.to(DEVICE), torch.ones(1, device=DEVICE)
+    arguments = (query, key, 0.15 * one, None, 2, None, None, True)
+    first, risen = (
+        candidates(*arguments, 64, Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1), near=16, every=every).bound[0, 0]
+        for every in (0, 1)
+    )
+    z = 0.15 * query[0, 0] @ key[0, 0].T
+    z = z.masked_fill(~torch.ones_like(z).tril().bool(), -torch.inf).double()
+    weight = distribution(z, 2.0)
+    tau = torch.where(weight > 0, z - weight.sqrt(), -torch.inf).amax(-1)
+    assert bool((first <= tau).all()) and bool((risen <= tau).all()) and bool((risen >= first).all())
+    last = slice(-16, None)
+    assert float((tau - risen)[last].mean()) < 0.5 * float((tau - first)[last].mean())
+
+
+def test_bits_of_padding_are_those_of_products():
+    valid = torch.zeros(1, 70, dtype=torch.bool)
+    valid[0, [0, 9, 34, 69]] = True  # word w has columns 2 w and 2 w + 1 of every 8
+    words = packed_bits(valid, 32).view(-1, 4)
+    assert words.tolist() == [[0b1001, 0, 0, 0], [0, 0b1, 0, 0], [0, 0, 0b10, 0]]
+
+
+def test_on_a_cpu_nothing_changes():
+    tensors = [torch.randn(1, 1, 4, 8) for _ in range(3)]
+    assert not takes_kernels(*tensors)
+    if DEVICE == "cuda":
+        assert takes_kernels(*(tensor.cuda() for tensor in tensors))
+        assert not takes_kernels(*(tensor.cuda().double() for tensor in tensors))
+
+
+LISTS = {
+    "a list for all heads": {"group": 3, "heads": 1},
+    "a list per query and head": {"group": 2, "heads": 2, "rows": 1, "queries": 3, "keys": 19, "padding": True},
+    "lists for KV heads": {"kv_heads": 2, "group": 2, "heads": 2, "rows": 4, "causal": False, "queries": 9},
+    "one query": {"queries": 1, "keys": 30, "heads": 1},
+    "first tile of queries begins before them": {"queries": 11, "keys": 30, "heads": 1, "alpha": "heads"},
+}
+
+
+@pytest.mark.parametrize("shape", LISTS.values(), ids=LISTS)
+def test_listed_tiles(shape):
+    assert_listed(shape)
+
+
+def test_lists_of_more_keys_than_the_buffers_take():
+    assert_listed({"group": 3, "heads": 1, "queries": size(90, 9), "keys": size(90, 37)}, kept=16)
+
+
+def assert_listed(shape: dict, **sizes) -> None:
+    shape = dict(shape)
+    heads, rows = shape.pop("heads"), shape.pop("rows", None)
+    case = Case(**shape)
+    listed, total = tile_counts(case.queries, case.keys, 8, rows)
+    tiles = Tiles.of_mask(torch.rand(case.batch, heads, listed, total) < 0.5, 8, rows)
+    tiles = Tiles(tiles.index.to(DEVICE), 8, rows)
+
+    def kernels(query, key, value, **options):
+        lists = lists_of(tiles, Inputs(query, key, 1.0, options["causal"], options["valid"], None))
+        return attend(query, key, value, lists=lists, **options, **sizes)[0]
+
+    def reference(*tensors, **options):
+        return entmax_attention(*tensors, tiles=tiles, **options)
+
+    assert_same(case, kernels, reference)
+
+
+def test_autocast_chooses_the_dtype():
+    tensors = [torch.randn(1, 1, 5, 16, device=DEVICE) for _ in range(3)]
+    with torch.autocast(DEVICE, dtype=HALF):
+        output = fused_attention(*tensors, 1.5, 0.3, True, None, None, None)
+    assert output.dtype == HALF
+    expected = entmax_attention(*(x.double() for x in tensors), alpha=1.5, scaling=0.3, causal=True)
+    torch.testing.assert_close(output.double(), expected, rtol=3e-2, atol=3e-2)
+
+
+def test_queries_somewhere_in_the_text():
+    """Two texts of different lengths, padded at the end: positions behind the last key hold no query."""
+    case = Case(batch=2, group=2, queries=size(40, 6), keys=size(60, 24))
+    first = torch.tensor([3, case.keys - 4], device=DEVICE)
+    assert_same(
+        case,
+        lambda *tensors, **options: attend(*tensors, first_query=first, **options, **SMALL)[0],
+        lambda *tensors, **options: entmax_attention(*tensors, first_query=first, **options),
+    )
