@@ -42,10 +42,10 @@ class SharedSettings:
         default=2e-4, metadata={"help": "Peak for LoRA, if the adapter has it.", "needs_lora": True}
     )
     warmup_steps: int = field(default=10, metadata={"help": "Steps of linear warm-up, in each stage."})
-    weight_decay: float = field(default=0.0, metadata={"help": "AdamW's."})
+    weight_decay: float = field(default=0.0, metadata={"help": "Weight decay of AdamW."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm."})
-    seed: int = field(default=0, metadata={"help": "Of the order of the chunks, and of hidden tokens."})
-    mixed_precision: Precision = field(default="no", metadata={"help": "Accelerate's."})
+    seed: int = field(default=0, metadata={"help": "Seed of the order of the chunks and of the hidden tokens."})
+    mixed_precision: Precision = field(default="no", metadata={"help": "Mixed precision of accelerate."})
     gradient_checkpointing: bool = field(
         default=False, metadata={"help": "Run layers again in the backward: less memory, more time."}
     )
@@ -104,7 +104,7 @@ class FinetuneConfig(SharedSettings):
         lora_learning_rate: the peak for LoRA, where the adapter has a `lora_rank`. It is trained with `"distill"` and
             `"lm"`, in the same optimiser, beside what the method learns.
         warmup_steps: see `learning_rate`.
-        weight_decay: AdamW's.
+        weight_decay: weight decay of AdamW.
         max_grad_norm: gradients are clipped to this norm, those of LoRA apart.
         seed: order of the chunks (and, from the command line, which tokens are hidden from a masked language model).
             Nothing else is random; on CUDA, sums in another order still differ in the last bits

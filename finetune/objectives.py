@@ -27,8 +27,8 @@ def distill(model: nn.Module, chunks: Tensor, *, lm_weight: float = 0.0, hidden_
     Args:
         model: with sparse attention.
         chunks: `[B, T]` int64.
-        lm_weight: of the next-token cross-entropy, which is added.
-        hidden_weight: of the distance of the hidden states, see `hidden_distance`, which is added.
+        lm_weight: weight of the next-token cross-entropy, which is added.
+        hidden_weight: weight of the distance of the hidden states, see `hidden_distance`, which is added.
     """
     options = {"use_cache": False, "output_hidden_states": bool(hidden_weight)}
     with torch.no_grad(), switched_off(model):

@@ -21,8 +21,10 @@ def recomputed(model: nn.Module) -> Iterator[None]:
     """
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     if not layers:
-        raise ValueError(f"gradient_checkpointing: {type(model).__name__} has no layers that can be run again")
-    # Set by whoever wrapped the layer, such as accelerate's offloading.
+        raise ValueError(
+            f"gradient_checkpointing needs layers that can be run again, got a {type(model).__name__} without any"
+        )
+    # A layer may have a `forward` of its own already, such as that of accelerate's offloading.
     wrapped = [layer.__dict__.get("forward") for layer in layers]
     try:
         for layer in layers:

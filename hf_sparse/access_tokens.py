@@ -14,7 +14,7 @@ HIDDEN = "***"
 
 _SHORTEST = 6  # characters; shorter strings are no tokens, and would be found in ordinary words
 
-# What looks like a credential, and what is left of it. Addresses of storage are signed in their query.
+# Patterns of credentials, and the text that replaces them. Addresses of storage are signed in their query.
 _SECRETS = (
     (re.compile(r"(?i)(bearer\s+)[^'\"\r\n]+"), rf"\1{HIDDEN}"),
     (re.compile(r"\b(?:hf|api_org)_(?:jwt_|oauth_)?[A-Za-z0-9]{16,}[\w.-]*"), HIDDEN),
@@ -36,7 +36,7 @@ def check_token(token: str | bool | None) -> str | bool | None:
         token: the token, `True` or `None` for the saved one, `False` for none.
 
     Returns:
-        The token without spaces and line ends around it; what is no string as it is.
+        The token without spaces and line ends around it; other values unchanged.
 
     Raises:
         HubError: the token is empty or holds what no token can hold, or the saved one cannot be read. The message does

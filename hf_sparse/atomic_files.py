@@ -40,7 +40,7 @@ def read_object(path: Path, most: int = 2**24) -> dict[str, Any]:
     with path.open("rb") as file:
         data = file.read(most + 1)
     if len(data) > most:
-        raise ValueError(f"it must have at most {most} bytes, and has {path.stat().st_size}")
+        raise ValueError(f"it must have at most {most} bytes, got {path.stat().st_size}")
     try:
         content = json.loads(data, object_pairs_hook=_unique)
     except RecursionError:

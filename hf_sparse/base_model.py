@@ -1,7 +1,7 @@
 """Open a base model by its name, from the configuration to the loaded model, whatever its files say.
 
 They may be a stranger's, so the configuration is bounded before transformers builds anything from it, no pickle is
-read, and what it names as code is not fetched: neither modelling code nor kernels of attention.
+read, and no code that it names is fetched: neither modelling code nor kernels of attention.
 """
 
 import copy
@@ -25,7 +25,7 @@ from hf_sparse.errors import HfSparseError, HubError
 from hf_sparse.model_kinds import task_of
 from hf_sparse.patches.base import check_model_type
 
-#: What transformers itself brings; every other name is of a kernel that it would fetch.
+#: Attention functions of transformers itself; it would fetch a kernel for any other name.
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
 
 _MOST_LAYERS = 1024  # one Python object and more for each, while a skeleton is built
@@ -41,7 +41,7 @@ class Base:
     """Describe a base model that is not loaded yet.
 
     Attributes:
-        name: what `resolve_base` takes.
+        name: a folder, an id on the Hub or `"demo"`, as for `resolve_base`.
         config: its configuration, without what would be fetched for it.
         options: for `from_pretrained` of the model.
     """
@@ -108,7 +108,7 @@ def open_base(name: str, **options: Any) -> Base:
     """Read the configuration of a base model, and nothing else.
 
     Args:
-        name: what `resolve_base` takes.
+        name: a folder, an id on the Hub or `"demo"`, as for `resolve_base`.
         **options: for `from_pretrained` of the model. Those that name a field of the configuration change it, as
             transformers does it.
 
@@ -116,13 +116,13 @@ def open_base(name: str, **options: Any) -> Base:
         HubError: the base model is an adapter itself.
         UnsupportedModelError: it has no sparse attention patch.
         OSError, HTTPError: its configuration cannot be read.
-        ValueError: its configuration is damaged, or asks for what nobody has; it needs code from its repository, or a
-            pickle; or `attn_implementation` is none of `ATTENTION`.
+        ValueError: its configuration is damaged, or has sizes that no model has; it needs code from its repository, or
+            a pickle; or `attn_implementation` is none of `ATTENTION`.
     """
     place = resolve_base(name)
     hub = {key: options[key] for key in _HUB if key in options}
     if name.count("/") > 1 and not Path(place).is_dir():
-        raise FileNotFoundError("this names a folder, and it is not here")
+        raise FileNotFoundError("expected a folder that exists, or an id on the Hub with one `/` at most")
     attention = options.pop("attn_implementation", None)
     if attention is not None and attention not in ATTENTION:
         raise ValueError(
@@ -143,7 +143,7 @@ def open_base(name: str, **options: Any) -> Base:
         if (Path(place) / "adapter_config.json").is_file():
             raise adapted from None
         raise
-    # transformers would put that adapter on the base without a word, from a pickle if that is what there is.
+    # transformers would put that adapter on the base in silence, from a pickle if there is no other file.
     if find_adapter_config_file(place, **hub) is not None:
         raise adapted
     check_model_type(config.model_type)

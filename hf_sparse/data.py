@@ -24,8 +24,8 @@ def bos_tokens(tokenizer: Any, text: str, bos: bool | None = None) -> list[int]:
     tokenizer is asked, for only it knows. Tokens that it appends are left out, for they say that the text ends.
 
     Args:
-        tokenizer: of a decoder. The `cls_token` of an encoder's is no beginning, see `special_tokens` of `pack`.
-        text: what is begun.
+        tokenizer: tokenizer of a decoder. An encoder's `cls_token` is no beginning, see `special_tokens` of `pack`.
+        text: the text that is begun.
         bos: whether to begin with BOS; `None` is as the tokenizer does.
 
     Raises:
@@ -174,7 +174,7 @@ def tensors(model: nn.Module, dataset: Any) -> tuple[Tensor, Tensor | None]:
         raise DataError("labels other than the tokens themselves are not supported: every token is predicted")
     labels = _column(dataset, "labels") if masked else None
     if labels is not None and labels.shape != tokens.shape:
-        raise DataError(f"labels must be as many as the tokens, got {list(labels.shape)} and {list(tokens.shape)}")
+        raise DataError(f"labels must have the shape of the tokens, {list(tokens.shape)}, got {list(labels.shape)}")
     return tokens, labels
 
 
@@ -224,7 +224,7 @@ def select_chunks(chunks: Tensor, which: str | None) -> Tensor:
         raise DataError(f"chunks must be START:STOP, got {which!r}") from None
     chosen = chunks[start:stop]
     if len(chosen) == 0:
-        raise DataError(f"chunks {which} of a text that has {len(chunks)} chunks are none")
+        raise DataError(f"expected some of the {len(chunks)} chunks of the text, got {which}: none")
     return chosen
 
 
@@ -263,7 +263,7 @@ def check_chunks(model: Any, chunks: Tensor, labels: Tensor | None = None) -> No
 
 
 def fingerprint(*chunks: Tensor | None) -> str:
-    """Return the sha256 of tokens and labels: two measurements can be told to be of the same data."""
+    """Return the sha256 of tokens and labels: equal for measurements on the same data."""
     digest = hashlib.sha256()
     for tensor in chunks:
         if tensor is not None:

@@ -14,7 +14,7 @@ def embeddings_of(base: PreTrainedModel, prefix: str = "") -> dict[str, Tensor]:
     Those within a module that an adapter trains and saves (`modules_to_save`) are that adapter's and left out.
 
     Args:
-        prefix: of the names.
+        prefix: prefix of the names.
 
     Returns:
         Parameters; one that is tied is there under both names.
@@ -39,7 +39,7 @@ def has_new_embeddings(base: PreTrainedModel, name: str | None, revision: str | 
     parameters = embeddings_of(base).values()
     if any(parameter.requires_grad for parameter in parameters):
         return True
-    # transformers marks what it has loaded, and resizing makes new ones.
+    # transformers marks parameters that it has loaded; resizing makes new ones without a mark.
     if any(getattr(p, "_is_hf_initialized", False) for p in base.parameters()) and not all(
         getattr(p, "_is_hf_initialized", False) for p in base.get_input_embeddings().parameters(recurse=False)
     ):
@@ -52,5 +52,5 @@ def has_new_embeddings(base: PreTrainedModel, name: str | None, revision: str | 
             place, revision=revision, local_files_only=True, trust_remote_code=False
         )
         return stored.get_text_config().vocab_size != base.config.get_text_config().vocab_size
-    except Exception:  # whoever loads the adapter will hear of a configuration that cannot be read
+    except Exception:  # loading the adapter reports a configuration that cannot be read
         return False

@@ -250,7 +250,7 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Ignore Ctrl-C within a `with` block: what was committed is done."""
+    """Ignore Ctrl-C within a `with` block, so that committed files all come into place."""
     before = signal.getsignal(signal.SIGINT)
     if threading.current_thread() is not threading.main_thread() or before is None:
         yield

@@ -10,11 +10,11 @@ class Metric:
     """Describe one measure of quality.
 
     Attributes:
-        key: of its values in eval.json, and the value of `metric` there.
+        key: key of its values in eval.json, and the value of `metric` there.
         name: in a sentence.
-        unit: what a value is, and which direction is good.
+        unit: the unit of a value, and which direction is better.
         digits: after the point.
-        relative: whether a difference from dense attention is told in percent.
+        relative: whether a difference from dense attention is shown in percent.
         best: the value that nothing exceeds, if there is one.
     """
 

@@ -26,11 +26,11 @@ Kind = Literal["causal", "masked", "features"]
 
 
 @dataclass(frozen=True)
-class Task:
+class ModelKind:
     """Describe the models of one Auto class of transformers.
 
     Attributes:
-        kind: how they are trained and measured.
+        kind: the way in which they are trained and measured.
         auto: the Auto class that loads them.
         pipeline: the Hub's name for the task.
         models: their class, or classes, by model type.
@@ -46,9 +46,9 @@ def _names(table: str) -> Any:
     return private("transformers.models.auto.modeling_auto", table)
 
 
-_CAUSAL = Task("causal", AutoModelForCausalLM, "text-generation", _names("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"))
-_MASKED = Task("masked", AutoModelForMaskedLM, "fill-mask", _names("MODEL_FOR_MASKED_LM_MAPPING_NAMES"))
-_BARE = Task("features", AutoModel, "feature-extraction", _names("MODEL_MAPPING_NAMES"))
+_CAUSAL = ModelKind("causal", AutoModelForCausalLM, "text-generation", _names("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"))
+_MASKED = ModelKind("masked", AutoModelForMaskedLM, "fill-mask", _names("MODEL_FOR_MASKED_LM_MAPPING_NAMES"))
+_BARE = ModelKind("features", AutoModel, "feature-extraction", _names("MODEL_MAPPING_NAMES"))
 _OTHERS = (
     (
         AutoModelForSequenceClassification,
@@ -65,14 +65,14 @@ _OTHERS = (
     (AutoModelForMultipleChoice, "multiple-choice", _names("MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES")),
 )
 
-_BY_CLASS: dict[str, Task] = {}
-for _task in (_CAUSAL, _MASKED, *(Task("features", *other) for other in _OTHERS), _BARE):
-    for _found in _task.models.values():
-        for _name in (_found,) if isinstance(_found, str) else _found:
+_BY_CLASS: dict[str, ModelKind] = {}
+for _task in (_CAUSAL, _MASKED, *(ModelKind("features", *other) for other in _OTHERS), _BARE):
+    for _names_of_type in _task.models.values():
+        for _name in (_names_of_type,) if isinstance(_names_of_type, str) else _names_of_type:
             _BY_CLASS.setdefault(_name, _task)
 
 
-def task_of(config: Any, model_class: str | None = None) -> Task:
+def task_of(config: Any, model_class: str | None = None) -> ModelKind:
     """Find the task of a checkpoint.
 
     Args:
@@ -105,12 +105,12 @@ def kind_of(model: nn.Module) -> Kind:
     return kind
 
 
-def task_of_class(model_class: str | None) -> Task:
+def task_of_class(model_class: str | None) -> ModelKind:
     """Find the task of a class of models; causal language modelling where the class is not known."""
     return _BY_CLASS.get(model_class or "", _CAUSAL)
 
 
-def attends_both_ways(model_type: str | None, task: Task) -> bool:
+def attends_both_ways(model_type: str | None, task: ModelKind) -> bool:
     """Tell whether the models of a type attend in both directions when they are used for a task."""
     return task.kind != "causal" and model_type in _MASKED.models
 
@@ -118,7 +118,7 @@ def attends_both_ways(model_type: str | None, task: Task) -> bool:
 def final_states(model: nn.Module, tokens: Tensor) -> Tensor:
     """Compute the last hidden states `[B, T, C]` of tokens `[B, T]`, whatever head the patched model has."""
     caching = {"use_cache": False} if any(method.causal for method in sparse_layers(model)) else {}
-    # Asked for through the model itself: whoever wraps it (autocast, DDP) must see the call.
+    # The call goes through the model itself, so that wrappers (autocast, DDP) see it.
     return model(input_ids=tokens, output_hidden_states=True, return_dict=True, **caching).hidden_states[-1]
 
 

@@ -16,7 +16,7 @@ from hf_sparse.errors import DataError
 
 _WINDOW = 16  # tokens; hardly any two texts share so many in a row by chance
 _MOST = 2**15  # hashes in finetune.json, 256 KiB there
-_BYTES = 6  # of a hash
+_BYTES = 6  # bytes of a hash
 _LIMIT = 2 ** (8 * _BYTES)
 _AT_ONCE = 2**22  # tokens that are hashed at a time
 
@@ -49,7 +49,7 @@ def overlap(trained: dict[str, Any], chunks: Tensor, labels: Tensor | None = Non
     """Count the chunks that were trained on, and their tokens.
 
     Args:
-        trained: what `sketch` returned.
+        trained: the result of `sketch`.
         chunks, labels: as for `sketch`.
 
     Returns:
@@ -123,6 +123,6 @@ def _decoded(trained: dict[str, Any]) -> tuple[np.ndarray, int]:
         if trained["window"] != _WINDOW or not isinstance(below, int):
             raise ValueError(f"windows of {trained['window']!r} tokens below {below!r}")
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"finetune.json does not tell what was trained on as hf-sparse writes it: {error!r}") from error
+        raise DataError(f"`trained_on` of finetune.json is not what hf-sparse writes: {error!r}") from error
     padded = np.pad(digits, ((0, 0), (8 - _BYTES, 0)))
     return np.ascontiguousarray(padded).view(">u8").astype(np.int64).reshape(-1), below

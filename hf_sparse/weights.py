@@ -50,7 +50,7 @@ def check_values(held: Mapping[str, Layout], read: Callable[[str], Tensor], unfi
     """Check that tensors are of a dtype that adapters are written in, and finite.
 
     Args:
-        held: what there is.
+        held: the tensors that are there.
         read: gives the tensor of a key, called once its dtype is known to be right; one on the meta device has no
             values to check.
         unfitted: names of buffers, the last part of a key, that are NaN all over until they are fitted.
@@ -77,10 +77,10 @@ def check_names(
     """Check that the tensors that are there are those that a model asks for, by name and shape.
 
     Args:
-        held: what there is.
-        expected: shapes of what is asked for.
-        embeddings: those of the base model, see `hf_sparse.embeddings.embeddings_of`. All of them may be there too,
-            a tied one under both names or one, with another number of tokens, the same for all.
+        held: the tensors that are there.
+        expected: shapes of the tensors that the model asks for.
+        embeddings: embeddings of the base model, see `hf_sparse.embeddings.embeddings_of`. All of them may be there
+            too, a tied one under both names or one, with another number of tokens, the same for all.
 
     Returns:
         The number of tokens of the embeddings that are there, `None` without embeddings.

@@ -45,7 +45,7 @@ def sparse_layers_in_use(model: nn.Module, kind: type[SparseAttentionLayer] = Sp
 def check_no_adapters(model: nn.Module) -> None:
     """Refuse a model with another method's PEFT layers in it, such as LoRA that is not merged.
 
-    Sparse attention works there, and is saved; but the adapter would belong to a base model that nobody can load.
+    Sparse attention works there, and is saved; but the adapter would belong to a base model that cannot be loaded.
 
     Raises:
         ValueError: there are such layers.
@@ -90,7 +90,7 @@ class Targets(NamedTuple):
 
     Attributes:
         modules: names and attention modules to patch.
-        base_shape: what the adapter depends on, for `SparseConfig.base_shape`.
+        base_shape: sizes of the base model that the adapter depends on, for `SparseConfig.base_shape`.
     """
 
     modules: list[tuple[str, nn.Module]]
@@ -233,7 +233,7 @@ def patch(model: PreTrainedModel, config: SparseConfig, adapter: str = "default"
             f"modules_to_save={config.modules_to_save} is for PEFT, which trains and saves these modules: use "
             "peft.get_peft_model(model, config), or leave it out and train them yourself"
         )
-    config = copy.deepcopy(config)  # what it is attached to is noted in it
+    config = copy.deepcopy(config)  # `base_shape` of the copy is written below
     modules, config.base_shape = targets(model, config)
     if any(adapter in layer.configs for layer in sparse_layers(model)):
         raise ValueError(f"the model has an adapter {adapter!r} already; unpatch it first or choose another name")
@@ -251,7 +251,7 @@ def unpatch(model: PreTrainedModel) -> PreTrainedModel:
     """
     family_of(model)
     if not sparse_layers(model):
-        raise ValueError("the model is not patched")
+        raise ValueError(f"expected a patched model, got a {type(model).__name__} without sparse attention")
     detach(model)
     return model
 

@@ -1,4 +1,4 @@
-"""Describe model families: where their attention modules are and what they look like."""
+"""Describe model families: the class of their attention modules, and how to read sizes off them."""
 
 import pkgutil
 from collections.abc import Callable, Iterator

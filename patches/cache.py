@@ -12,7 +12,7 @@ from hf_sparse.core.layer import SparseAttentionLayer
 class SparseCache(Cache):
     """Make an empty cache for a patched model: a layer of the method where one attends sparsely, or an ordinary one.
 
-    `generate` and a forward with `use_cache=True` make their own; this one is for who wants to keep it:
+    `generate` and a forward with `use_cache=True` make a cache of their own. Make one here to keep it between calls:
 
         cache = hf_sparse.SparseKCache(model)
         ids = model.generate(first_turn, past_key_values=cache)
@@ -64,8 +64,8 @@ def sparse_cache_layer(cache: Any, index: int, attention: SparseAttentionLayer) 
     """Return the method's layer in a cache; put it there if `generate` made an ordinary cache that is still empty.
 
     Args:
-        cache: of transformers.
-        index: of the layer in the cache.
+        cache: a cache of transformers.
+        index: index of the layer in the cache.
         attention: the sparse attention that fills it.
 
     Raises:

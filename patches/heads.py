@@ -17,7 +17,7 @@ from hf_sparse.core.config import TASKS_WITH_HEAD, SparseConfig
 from hf_sparse.errors import AdapterMismatchError
 from hf_sparse.patches.base import family_of
 
-# What PEFT adds to `modules_to_save` for these task types, whatever the head of the model is called.
+# Names that PEFT adds to `modules_to_save` for these task types, whatever the name of the model's head.
 _PEFT_NAMES = frozenset({"classifier", "score", "qa_outputs"})
 
 
@@ -33,7 +33,7 @@ def choose_modules_to_save(model: PreTrainedModel, config: SparseConfig, *, new:
     Raises:
         ValueError: a name that fits no module or one with sparse attention inside; a new adapter would leave out
             modules that were just initialised.
-        AdapterMismatchError: the same of an adapter that was made before.
+        AdapterMismatchError: the same, for an adapter that was made before.
     """
     error = ValueError if new else AdapterMismatchError
     names = _matches(model, config.modules_to_save or () if new else config.named_modules_to_save, error)
@@ -146,7 +146,7 @@ def random_weights(model: PreTrainedModel, parameters: list[str]) -> str:
 
 
 def _check_labels(here: list[str], noted: list[str]) -> None:
-    """Raise `AdapterMismatchError` for other labels; names that nobody chose say nothing."""
+    """Raise `AdapterMismatchError` for other labels; transformers' default names are not compared."""
     unnamed = [f"LABEL_{number}" for number in range(len(here))]
     if len(here) != len(noted) or (here != noted and unnamed not in (here, noted)):
         raise AdapterMismatchError(

@@ -38,7 +38,7 @@ class SparseCall:
     Attributes:
         attention: the sparse attention of the module.
         hidden_states: `[B, T, C]`, the input of the module.
-        cache: what `attention.cache_layer` made, or `None`.
+        cache: the cache layer of the module, or `None`.
     """
 
     attention: SparseAttentionLayer

@@ -80,7 +80,7 @@ def test_large_file_is_not_read(folder, base):
         before = path.read_bytes()
         with path.open("wb") as file:
             file.truncate(2**29)
-        with pytest.raises(HubError, match="must have at most 16777216 bytes, and has 536870912"):
+        with pytest.raises(HubError, match="must have at most 16777216 bytes, got 536870912"):
             hf_sparse.from_pretrained(folder)
         path.write_bytes(before)
 

@@ -259,7 +259,10 @@ class TestFinetune:
             ([*short, SLOTS], f"a budget of {SLOTS} slots"),
             (["--text", tmp_path / "none.txt"], "cannot read the text"),
             (["--text", empty], "holds no text"),
-            ([*short, LENGTH, "--chunks", "7:9"], "chunks 7:9 of a text that has 5 chunks are none"),
+            (
+                [*short, LENGTH, "--chunks", "7:9"],
+                "expected some of the 5 chunks of the text, got 7:9: none",
+            ),
             ([*short, LENGTH, "--steps", "0"], "steps must be an integer of at least 1, got 0"),
         ]
         for arguments, message in cases:
@@ -538,7 +541,7 @@ class TestSparsefinder:
         "verb, options, message",
         [
             ("eval", ["--stride", "16"], "stride is no option of sparsefinder, whose graphs"),
-            ("eval", ["--task", "passkey"], "tasks are answered at a number of slots, and a Sparsefinder"),
+            ("eval", ["--task", "passkey"], "tasks compare contenders at a number of KV slots, got a Sparsefinder"),
             ("eval", ["--selection", "h2o"], "selections must be among predicted"),
             ("eval", ["--sparsity", "1.5"], "sparsities must be at least 0 and below 1"),
             ("eval", [], "never fitted"),

@@ -178,7 +178,7 @@ class TestTensors:
             tensors(tiny_bert(), chunks)
         with pytest.raises(DataError, match="a dataset with `labels`, got dict"):
             tensors(tiny_bert(), {"input_ids": chunks})
-        with pytest.raises(DataError, match="labels must be as many as the tokens"):
+        with pytest.raises(DataError, match="labels must have the shape of the tokens"):
             tensors(tiny_bert(), {"input_ids": chunks, "labels": chunks[:, 1:]})
 
     def test_check(self, tiny_bert, bert_tokenizer, chunks):

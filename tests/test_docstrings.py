@@ -13,12 +13,12 @@ VERBS = frozenset(
     """
     Add Apply Ask Attach Attend Average Bound Bring Build Call Carry Change Check Choose Clip Code Collect Compare
     Compile Complete Compute Configure Continue Copy Count Create Cut Decide Define Describe Divide Do Draw Embed
-    Estimate Evaluate Expand Find Finish Fit Fold Forget Gather Generate Give Group Hash Hide Hold Ignore Import
-    Insert Join Keep Launch Learn Leave Let List Load Look Make Map Mark Measure Merge Move Multiply Name Normalise
-    Note Observe Open Pack Patch Place Predict Prepare Print Project Publish Put Raise Rank Reach Read Recompute
-    Redact Refuse Register Remove Render Replace Report Return Round Run Sample Save Say Scan Score Select Set
-    Shorten Show Solve Sort Spend Split State Store Strip Subtract Sum Surround Switch Take Tell Tokenise Track Train
-    Turn Undo Unfold Unite Wait Walk Warn Write Yield
+    Estimate Evaluate Expand Fill Find Finish Fit Fold Forget Gather Generate Give Group Hash Hide Hold Ignore
+    Import Insert Join Keep Launch Learn Leave Let List Load Look Make Map Mark Measure Merge Move Multiply Name
+    Normalise Note Observe Open Pack Patch Place Predict Prepare Print Project Publish Put Raise Rank Reach Read
+    Recompute Redact Refuse Register Remove Render Replace Report Return Round Run Sample Save Say Scan Score Select
+    Set Shorten Show Solve Sort Spend Split State Store Strip Subtract Sum Surround Switch Take Tell Tokenise Track
+    Train Turn Undo Unfold Unite Wait Walk Warn Write Yield
     """.split()  # noqa: SIM905 (a list of strings would be one line for each verb)
 )
 

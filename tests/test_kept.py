@@ -120,7 +120,7 @@ def test_refuses(tiny_llama, bert_tokenizer, chunks):
         describe_selection(tiny_llama(), bert_tokenizer, chunks)
     with pytest.raises(ValueError, match="eval mode"):
         describe_selection(patched(tiny_llama(), k=5).train(), bert_tokenizer, chunks)
-    with pytest.raises(DataError, match="40 tokens a chunk, and the budget 193 slots"):
+    with pytest.raises(DataError, match="expected chunks of more than the budget's 193 slots, got 40 tokens"):
         describe_selection(patched(tiny_llama(), k=125), bert_tokenizer, chunks)
     with pytest.raises(DataError, match="another model"):
         describe_selection(patched(tiny_llama(), k=2, window=2), bert_tokenizer, chunks + 100)

@@ -70,7 +70,7 @@ def test_too_few_tokens_tell_nothing(stream):
 
 @pytest.mark.parametrize("damage", [{"hashes": "AAAA!"}, {"hashes": "AAAA"}, {"below": "x"}, {"window": 5}])
 def test_a_damaged_sketch_is_an_error(stream, damage):
-    with pytest.raises(DataError, match="does not tell what was trained on"):
+    with pytest.raises(DataError, match=r"`trained_on` of finetune\.json is not what hf-sparse writes"):
         overlap.overlap({**sketch(chunks_of(stream, 100)), **damage}, chunks_of(stream, 100))
 
 

@@ -22,8 +22,8 @@ def check_fit(adapter: AdapterFolder, skeleton: PreTrainedModel, base: str) -> i
     PEFT would leave what is missing random, and let any other key overwrite weights of the base.
 
     Args:
-        skeleton: the base model without weights; it is used up.
-        base: how messages call the base model.
+        skeleton: the base model without weights, on the meta device; PEFT changes it, so it serves one check only.
+        base: the name of the base model in error messages.
 
     Returns:
         The number of tokens of the embeddings that the adapter brings, `None` if it leaves those of the base.

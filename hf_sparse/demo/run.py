@@ -34,7 +34,7 @@ from hf_sparse.overlap import overlap
 from hf_sparse.workflow import create_adapter
 
 K, WINDOW, SINKS = 20, 8, 4  # 32 slots
-# A small model attends mostly to what is near: the untrained scorer starts as recency, and learns which tokens should
+# A small model attends mostly to near tokens: the untrained scorer starts as recency, and learns which tokens should
 # outlive their neighbours. A warm start on attention mass would first unlearn that.
 POSITION_SLOPE, WARM_START_STEPS = 0.05, 0
 
@@ -43,7 +43,7 @@ EVALUATION_CHUNKS, EVALUATION_LENGTH, EVALUATION_BATCH = 16, 1024, 4
 
 STEPS, BATCH_SIZE, LEARNING_RATE = 100, 2, 1e-2
 TRAINING_LENGTH = 512  # a score does not depend on later queries: what is learned on short text serves long text
-EVERY_NTH_DOCUMENT = 8  # of the training text; still more than the steps read
+EVERY_NTH_DOCUMENT = 8  # one training document in 8 is read, still more than the steps need
 
 PROMPT_TOKENS, NEW_TOKENS = 512, 64
 
@@ -55,8 +55,8 @@ def run(output: Path, steps: int, seed: int, console: Console) -> dict[str, Any]
         output: folder for the adapter, its measurements and card; appears at the end. A new or empty one, or one that
             holds an adapter, which is replaced.
         steps: training steps after the warm start, at least 1. `STEPS` is what the demo was tuned for.
-        seed: of the scorers' first weights and of the order of the training text.
-        console: where to tell the story.
+        seed: seed of the scorers' first weights and of the order of the training text.
+        console: prints the steps and their results.
 
     Returns:
         What eval.json holds.
@@ -76,7 +76,7 @@ def run(output: Path, steps: int, seed: int, console: Console) -> dict[str, Any]
     if output.exists() and not (output / CONFIG).is_file() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"{output} exists and holds no adapter that the demo could replace; choose another --output")
 
-    old = [*measurement_files(output), *checkpoints(output)]  # of the adapter that goes
+    old = [*measurement_files(output), *checkpoints(output)]  # files of the adapter that is replaced
     with staged(output, first=(CONFIG, WEIGHTS), removed=old) as stage:
         config = SparseKConfig(k=K, window=WINDOW, sinks=SINKS, position_slope=POSITION_SLOPE)
         model = create_adapter(BASE_NAME, config, stage, seed=seed, dtype="float32")

@@ -25,9 +25,9 @@ def draw_dots(
     """Draw a dot for each contender; the stem from the dense line to the dot is what sparsity costs.
 
     Args:
-        values: of contenders; `dense` becomes a line.
+        values: a number for each contender; `dense` becomes a line.
         show: writes a value as a label.
-        looks: of the contenders.
+        looks: labels, colours and markers of the contenders.
         relative: tell the difference from dense in percent.
         best: the value that nothing exceeds, if there is one.
 

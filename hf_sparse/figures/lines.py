@@ -30,7 +30,7 @@ def draw_lines(
         raise ValueError(f"values must be finite numbers, got {dict(series)}")
     if "dense" in series:
         axes.plot(places, series["dense"], color=INK, linewidth=1.3, linestyle=(0, (4, 3)), label=looks.dense, zorder=2)
-    for name in reversed(looks.ordered(series)):  # what is learned on top of the others
+    for name in reversed(looks.ordered(series)):  # the learned contender last, on top of the others
         style, learned = looks.of(name), name == looks.learned
         values = [math.nan if value is None else value for value in series[name]]
         axes.plot(

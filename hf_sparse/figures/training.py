@@ -15,7 +15,7 @@ _STAGES = {
     "lm": ("Language modelling", "cross-entropy (nats per token)"),
     "lora": ("LoRA, attention of inference", "loss"),
 }
-_DISTILLED_STATES = "1 - cosine to dense, tokens + texts"  # what `distill` is for a model that predicts no tokens
+_DISTILLED_STATES = "1 - cosine to dense, tokens + texts"  # unit of `distill` for a model that predicts no tokens
 
 
 def training_figure(
@@ -60,7 +60,7 @@ def draw_training(
     """Draw each stage in a panel of its own, because each minimises something else.
 
     Args:
-        panels: as many as there are stages.
+        panels: one for each stage.
         losses: see `losses_of`.
         states, stages: see `training_figure`.
     """

@@ -344,7 +344,7 @@ def test_what_cannot_be_measured():
     with pytest.raises(DataError, match="a text of 16 tokens is one tile of 16; use longer chunks"):
         evaluate(sparse(), IDS[:, :16])
     for pattern in ("bound", "windows"):
-        with pytest.raises(ValueError, match="of tiles of keys: not measured for an adapter with tile=None"):
+        with pytest.raises(ValueError, match="chooses tiles of keys: expected an adapter with tiles, got tile=None"):
             evaluate(sparse(tile=None), IDS, selections=[pattern])
     with pytest.raises(ValueError, match="there is no predicted graph to measure"):
         evaluate(sparse(predictor="full"), IDS, selections=["predicted"])
@@ -361,7 +361,7 @@ def test_what_belongs_to_the_other_method():
         evaluate(patch(FAMILIES["llama"].make(), SparseKConfig(k=3, window=4, sinks=1)), IDS, sparsities=[0.5])
     with pytest.raises(ValueError, match="slots of SparseK attention, and the model has Sparsefinder attention"):
         divide_layers(sparse(), IDS)
-    with pytest.raises(DataError, match="tasks are answered at a number of slots, and a Sparsefinder"):
+    with pytest.raises(DataError, match="tasks compare contenders at a number of KV slots, got a Sparsefinder adapter"):
         check_tasks(sparse(), ["passkey"], lengths=[64])
     with (
         pytest.raises(ValueError, match="'routing' is fitted to the text"),

@@ -436,7 +436,7 @@ def test_too_little_text_to_fit_is_refused(settings, message):
     module = build(fitted=False, **settings)
     with pytest.raises(ValueError, match=message):
         fit_predictors([module], lambda: attend(module, *tensors(1, 12)))
-    with pytest.raises(ValueError, match="the model read no text"):
+    with pytest.raises(ValueError, match="expected `read` to run the model on text"):
         fit_predictors([module], lambda: None)
 
 

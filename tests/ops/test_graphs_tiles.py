@@ -167,7 +167,7 @@ def test_bad_input():
         Tiles(index.int(), 4)
     with pytest.raises(ValueError, match=r"\[B, H, nq, nk\] bool, got \(2, 2\) torch.float32"):
         Tiles.of_mask(torch.ones(2, 2), 4)
-    with pytest.raises(ValueError, match="lists key tile 3, but there are 2"):
+    with pytest.raises(ValueError, match="expected a graph of key tiles 0 to 1, got tile 3"):
         Tiles(index[:, :, :1] + 3, 4).mask(2)
     for rows in (0, 3, 8):
         with pytest.raises(ValueError, match=f"a tile of queries must divide a tile of 4 keys, got rows={rows}"):

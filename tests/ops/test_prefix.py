@@ -116,7 +116,7 @@ def test_stream_state_is_the_support():
 
 
 def test_stream_refuses_nan_and_bad_k():
-    with pytest.raises(ValueError, match="must not be NaN"):
+    with pytest.raises(ValueError, match="expected a score that is a number, got NaN"):
         SparseKStream(1).push(math.nan)
     with pytest.raises(ValueError, match="k must be at least 1, got 0"):
         SparseKStream(0)

@@ -102,7 +102,7 @@ def test_patching_twice_is_refused(tiny_llama):
 
 
 def test_unpatching_a_model_that_is_not_patched_is_refused(tiny_llama):
-    with pytest.raises(ValueError, match="the model is not patched"):
+    with pytest.raises(ValueError, match="expected a patched model, got a LlamaForCausalLM without sparse attention"):
         unpatch(tiny_llama())
 
 

@@ -14,7 +14,7 @@ class Draft:
 
     Attributes:
         render: the prompt with `n` units of filler (sentences, or words of a list); more units, more tokens.
-        answers: what the model should say.
+        answers: the expected answers.
     """
 
     render: Callable[[int], str]
@@ -28,7 +28,7 @@ class Task:
     Attributes:
         name: in the registry, on the command line and in eval.json.
         about: one line for people.
-        metric: what a score is called; each is in `[0, 1]`, and more is better.
+        metric: name of a score; each is in `[0, 1]`, and more is better.
         depths: whether a needle's depth matters: `"each"` has an example per depth, `"all"` one needle at every depth
             of the same example, `"none"` no depth.
         make: `(random, haystack, depths)` to a draft. Depths are shares of the text, 0 the beginning; empty for

@@ -18,7 +18,7 @@ class Haystack:
     Args:
         text: taken sentence by sentence from a random place on, and around again at its end; by default sentences are
             generated, in which no number and no rare word ever stands.
-        name: what it is called in a result.
+        name: name of the text in a result.
 
     Raises:
         DataError: a text without a sentence.
@@ -34,7 +34,7 @@ class Haystack:
         """Return a function to the first `n` sentences of one haystack; fewer are a prefix of more."""
         drawn: list[str] = []
         start = None if self._sentences is None else random.randrange(len(self._sentences))
-        # What the caller draws next must not depend on how many sentences are asked for.
+        # The caller's next random numbers must not depend on the number of sentences.
         filler = Random(random.random())
 
         def first(count: int) -> list[str]:
@@ -72,7 +72,7 @@ def fit(tokenizer: Any, render: Callable[[int], str], limit: int) -> list[int]:
 
     best = tokens(0)
     if len(best) > limit:
-        raise DataError(f"a prompt without filler has {len(best)} tokens, and there is room for {limit}")
+        raise DataError(f"expected a prompt of at most {limit} tokens, got {len(best)} without any filler")
     low, high = 0, 1
     while len(longer := tokens(high)) <= limit:
         low, high, best = high, 2 * high, longer

@@ -58,6 +58,6 @@ def prompt(tokenizer: Any, document: Document, limit: int) -> list[int]:
     end = tokenizer(question, add_special_tokens=False)["input_ids"]
     room = limit - len(end)
     if room < 2:
-        raise DataError(f"a question has {len(end)} tokens, and there is room for {limit}")
+        raise DataError(f"expected a question of at most {limit - 2} tokens, got {len(end)}: use longer prompts")
     start = prompt_tokens(tokenizer, document.context)
     return start[: room - room // 2] + start[-(room // 2) :] + end

@@ -13,7 +13,7 @@ from hf_sparse.evaluation.tasks.words import LISTED
 
 _HOPS = 4
 _COMMON = 5  # words that are asked for
-_COMMON_SHARE = 0.5  # of the list
+_COMMON_SHARE = 0.5  # share of the list that common words fill
 _CODED = 3  # coded words that are asked for
 
 
@@ -67,7 +67,7 @@ def frequent_words(random: Random, haystack: Haystack, depths: Sequence[float]) 
             word for word, share in zip(coded, shares, strict=True) for _ in range(int(count * share / sum(shares)))
         ]
         rare = coded[len(coded) // 2 :]
-        listed += [rare[i % len(rare)] for i in range(count - len(listed))]  # what rounding left
+        listed += [rare[i % len(rare)] for i in range(count - len(listed))]  # places that rounding left over
         Random(seed).shuffle(listed)
         return (
             f"Read the coded text and count its words.\n\n{' '.join(listed)}\n\n"

@@ -24,13 +24,13 @@ PLACES = _list(
     ";",
 )
 
-#: What numbers belong to.
+#: Keys that numbers belong to.
 KEYS = _list("""
     amber basil cedar copper coral daisy ember falcon ginger hazel indigo ivory jasper juniper lemon lotus maple marble
     nutmeg olive onyx opal pepper poppy quartz raven saffron tulip velvet willow
 """)
 
-#: What lists are made of.
+#: Words that lists are made of.
 LISTED = _list("""
     anchor apron arrow badge barrel basket beacon blanket bottle bucket button cabin candle canvas carton castle chapel
     circle cobweb collar compass cotton cradle cushion dagger desert dragon drawer feather fiddle flagon flower fountain

@@ -21,7 +21,7 @@ class SparsefinderEvaluationSettings:
         },
     )
     seed: int = field(
-        default=0, metadata={"help": "Of random patterns, and of the rows that are compared; 0 by default."}
+        default=0, metadata={"help": "Seed of random patterns and of the rows that are compared; 0 by default."}
     )
     rows: int = field(
         default=256,

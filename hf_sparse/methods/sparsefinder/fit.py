@@ -64,7 +64,7 @@ def fit_predictors(
         read()
     for method in methods:
         if id(method) not in points:
-            raise ValueError("the model read no text: nothing to fit the predictors to")
+            raise ValueError("expected `read` to run the model on text to fit the predictors to, got no text")
         learned = method.parameters_in_use
         learned.predictor.fit(learned, torch.cat(points[id(method)], 1), generator)
         profiles.settle(method)
@@ -142,7 +142,7 @@ def fit_budgets(
         reached = allowed_tiles(own_tile, tiles, causal=text.causal)
         always = always_joined(method.config, Span(length, length, text.causal), chosen.device).mask(tiles)
         first = always.byte() + 2 * (torch.arange(tiles, device=chosen.device) == own_tile[:, None]).byte()
-        # As `best_tiles` ranks them: the diagonal, what is always joined, and the others by score.
+        # As `best_tiles` ranks them: the diagonal, then the window and global tokens, then the others by score.
         level = first.float().masked_fill(~reached, -1).expand_as(scores)[:, :, chosen]
         order = scores[:, :, chosen].argsort(dim=-1, descending=True, stable=True)
         order = order.gather(-1, level.gather(-1, order).argsort(dim=-1, descending=True, stable=True))
@@ -190,7 +190,7 @@ def divided(gain: Tensor, cost: Tensor) -> Tensor:
     table = sizes.expand(len(gain), -1).clone()
     for mean in range(1, min(MEANS, gain.shape[1] - 1) + 1):
         limit = float(cost[mean - 1]) * len(gain)
-        low, high = 0.0, float(gain.max()) + 1.0  # of a price per pair: the higher, the fewer
+        low, high = 0.0, float(gain.max()) + 1.0  # bounds of a price per pair: the higher the price, the fewer tiles
         for _ in range(60):
             price = (low + high) / 2
             if float(cost[_best(gain, cost, price)].sum()) > limit:

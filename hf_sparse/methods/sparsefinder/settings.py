@@ -35,7 +35,7 @@ class SparsefinderSettings(AdapterSettings):
 
     alpha: float = field(
         default=1.5,
-        metadata={"help": "Of entmax, above 1 (softmax, which has no zeros) and at most 2 (sparsemax)."},
+        metadata={"help": "Alpha of entmax, above 1 (softmax, which has no zeros) and at most 2 (sparsemax)."},
     )
     learn_alpha: bool = field(
         default=False, metadata={"help": f"Learn alpha per query head, from {LEAST_ALPHA} to 2, starting at `alpha`."}

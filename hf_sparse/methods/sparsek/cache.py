@@ -210,7 +210,10 @@ class SparseKCacheLayer(CacheLayerMixin):
         return copied
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Change every tensor that has rows, at its address as long as shape and device stay."""
+        """Replace every tensor of the state by what `change` makes of it.
+
+        Where shape and device stay, the result is written into the old tensor: compiled steps keep its address.
+        """
         if not self.is_initialized:
             return
         for name in _STATE:
@@ -348,7 +351,7 @@ class SparseKCacheLayer(CacheLayerMixin):
     def fill(
         self, keys: Tensor, values: Tensor, scores: Tensor, positions: Tensor, seen: Tensor, padded: bool = True
     ) -> None:
-        """Keep what a query after all these tokens could still reach.
+        """Fill the slots with the sinks, the window and the best-scored other tokens that a later query can attend to.
 
         Args:
             keys, values: `[B, Hkv, N, D]`, `N` of any size, in the order of positions.

@@ -18,7 +18,7 @@ from hf_sparse.patches import sparse_layers_in_use
 FORMAT = 1
 
 _BINS = 64  # along a text
-_BYTES = 4  # of the longest UTF-8 character, so that as many tokens at most share one
+_BYTES = 4  # bytes of the longest UTF-8 character, so that at most 4 tokens share one
 
 
 @torch.no_grad()
@@ -43,9 +43,9 @@ def describe_selection(model: Any, tokenizer: Any, chunks: Tensor, *, text_name:
 
     Args:
         model: a `PeftModel` or a model patched by `hf_sparse.patch`, in `eval` mode.
-        tokenizer: of the model.
+        tokenizer: tokenizer of the model.
         chunks: `[N, T]` int64, `T` larger than the slots, see `hf_sparse.data.pack`.
-        text_name: what the text is called in the result.
+        text_name: name of the text in the result.
 
     Returns:
         `edges`: positions that bound the bins of a text. `heads`: for every KV head of every sparse layer its `layer`,
@@ -58,13 +58,14 @@ def describe_selection(model: Any, tokenizer: Any, chunks: Tensor, *, text_name:
         ValueError: a model without sparse attention, or one in `train` mode.
     """
     if not sparse_layers_in_use(model, SparseKAttention) or model.training:
-        raise ValueError("expected a model with sparse attention in eval mode")
+        got = "one in train mode" if model.training else f"a {type(model).__name__} without"
+        raise ValueError(f"expected a model with sparse attention in eval mode, got {got}")
     check_chunks(model, chunks)
     methods, (count, length) = sparse_layers_in_use(model, SparseKAttention), chunks.shape
     config = methods[0].config
     if length <= config.slots:
         raise DataError(
-            f"nothing is evicted: the text has {length} tokens a chunk, and the budget {config.slots} slots"
+            f"expected chunks of more than the budget's {config.slots} slots, got {length} tokens: nothing is evicted"
         )
     edges = sorted({round(length * i / _BINS) for i in range(_BINS + 1)})
     widths = torch.tensor(edges).diff()

@@ -68,7 +68,10 @@ class Scorer(nn.Module):
 
 
 class _Recomputed(torch.autograd.Function):
-    """Return `compute(states)`, which uses the parameters that follow; the backward computes it a second time."""
+    """Call `compute(states)` in the forward, and again in the backward, which takes less memory than its inner results.
+
+    The parameters that `compute` uses are arguments too, so that autograd gives them a gradient.
+    """
 
     @staticmethod
     def forward(ctx: FunctionCtx, compute: Callable[[Tensor], Tensor], states: Tensor, *parameters: Tensor) -> Tensor:

@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 @dataclass
 class StepPlan:
-    """Hold the kernel of a layer's decoding steps, and what it was made for.
+    """Hold the kernel of a layer's decoding steps, and the tensors and layout that it was made for.
 
     Attributes:
         kernel: `None` if no kernel takes such a step.
-        keys: those of the cache layer; all tensors of a layer are replaced together.
+        keys: keys of the cache layer; all tensors of a layer are replaced together.
         scorer: whose parameters the kernel reads.
-        layout: of the new token and the parameters.
+        layout: shapes and strides of the new token and the parameters.
     """
 
     kernel: "StepKernel | None"

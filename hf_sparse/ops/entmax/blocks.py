@@ -16,7 +16,7 @@ BUFFER = {"cpu": 1 << 19, "cuda": 1 << 26}
 # Queries of a job below which copying its keys takes more than their logits do.
 _FEW = 32
 
-# Jobs of one block have lists at least this share as long as the longest: what is padded is computed in vain.
+# The shortest list of a block is at least this share of the longest: padding costs time and gives no result.
 _SIMILAR = 0.75
 
 # Padded logits of a block that cost less than the launches of one more block would.
@@ -62,7 +62,7 @@ class Plan:
         counts, index = self._lists(device)
         order = counts.argsort(descending=True)
         lengths = counts[order].cpu()
-        # Logits of a job and a tile, or what is copied for it.
+        # Numbers that a tile of a job takes: its logits, or the copy of its keys.
         held = layout.size * max(_FEW, layout.share * layout.rows)
         low, end = 0, int((lengths > 0).sum())
         while low < end:
@@ -83,7 +83,7 @@ class Plan:
         position = layout.positions(jobs)  # [n, rows]
         key = (tile[..., None] * layout.size + torch.arange(layout.size, device=jobs.device)).flatten(1)  # [n, S]
         key_exists = (key < layout.keys) & (listed >= 0).repeat_interleave(layout.size, dim=-1)
-        number = position - layout.first_of(jobs)  # of the query
+        number = position - layout.first_of(jobs)  # index of the query
         query_exists = (number >= 0) & (position < layout.keys)
         if valid is not None:
             batch = layout.batch_of(jobs)[:, None]

@@ -36,7 +36,7 @@ def bound_scores(
     Args:
         query, key, alpha, scaling, causal: as in `entmax_attention`.
         size, rows: positions per tile, as in `hf_sparse.ops.tiles.tiles.tile_counts`.
-        window, global_tokens: where tau is taken, as in `window_and_global`; a window of at least 1.
+        window, global_tokens: keys over which tau is taken, as in `window_and_global`; a window of at least 1.
         lag: how many positions before a tile the queries begin that describe it, as in
             `hf_sparse.ops.predictors.projections.tile_of_query`. With `rows - 1` no list depends on later queries.
         grouped: one score for all query heads of a group, the greatest.

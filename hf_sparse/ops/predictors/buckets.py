@@ -25,7 +25,7 @@ def bucket_edges(query_ids: Tensor, key_ids: Tensor, buckets: int) -> Tensor:
     Args:
         query_ids: `[B, Hq, Tq, c]` int64, the buckets of each query, -1 for none.
         key_ids: `[B, Hkv, Tk, c']` int64, those of each key.
-        buckets: how many there are.
+        buckets: number of buckets.
     """
     of_query, of_key = _membership(query_ids, buckets), _membership(key_ids, buckets)
     shared = by_group(of_query, key_ids.shape[1]) @ of_key[:, :, None].transpose(-1, -2)
@@ -37,7 +37,7 @@ def query_counts(ids: Tensor, buckets: int, *, keys: int, size: int, lag: int = 
 
     Args:
         ids: `[B, Hq, Tq, c]` int64, -1 for none.
-        buckets: how many there are.
+        buckets: number of buckets.
         keys: `Tk`.
         size: positions per tile.
         lag: see `tile_of_query`.

@@ -57,7 +57,7 @@ def assign_parts(points: Tensor, centroids: Tensor | None, parts: int) -> Tensor
 
     Args:
         points, centroids: as in `assign`; the columns of each part are clustered by themselves.
-        parts: of equal rank.
+        parts: number of parts, which have equal rank.
 
     Returns:
         `[B, H, T, parts]` int64.
@@ -67,7 +67,7 @@ def assign_parts(points: Tensor, centroids: Tensor | None, parts: int) -> Tensor
     """
     rank = points.shape[-1]
     if parts < 1 or rank % parts:
-        raise ValueError(f"points of rank {rank} cannot be cut into {parts} equal parts")
+        raise ValueError(f"expected parts that divide the rank {rank} of the points, got parts={parts}")
     centroids = _fitted(points, centroids)
     tables = cut_into_parts(centroids.repeat_interleave(points.shape[1] // len(centroids), 0), parts)
     nearest = assign(cut_into_parts(points.flatten(0, 1), parts).unflatten(0, (len(points), -1)), tables)
@@ -130,7 +130,7 @@ def balanced_width(tokens: int | Tensor, clusters: int, top: int = 1) -> int | T
 
 def _fitted(points: Tensor, centroids: Tensor | None) -> Tensor:
     if centroids is None:
-        raise ValueError("the clusters have no centroids yet: fit them on training text first (kmeans)")
+        raise ValueError("expected fitted centroids, got None: fit them to training text first (kmeans)")
     heads, rank = points.shape[1], points.shape[3]
     if centroids.ndim != 3 or heads % centroids.shape[0] or centroids.shape[2] != rank:
         raise ValueError(f"expected centroids [H, C, {rank}] with H a divisor of {heads}, got {tuple(centroids.shape)}")

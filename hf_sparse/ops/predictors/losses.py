@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hf_sparse.ops.predictors.projections import by_group, check_points
 
-_MARGIN = 1.0  # of the hinges
+_MARGIN = 1.0  # margin of the hinges
 
 
 def pair_hinge(
@@ -83,7 +83,7 @@ def info_nce(query: Tensor, key: Tensor, probabilities: Tensor, allowed: Tensor)
     """
     distance, mass = _prepare(query, key, probabilities, allowed)
     logits = (-distance).masked_fill(~allowed, torch.finfo(distance.dtype).min)
-    # Where there is no mass the logarithm may be anything; 0 times it must be 0.
+    # A key without mass may have any logarithm, even infinity; its product with the mass 0 must be 0.
     surprise = -logits.log_softmax(-1).masked_fill(mass == 0, 0.0)
     return _mean((mass * surprise).sum(-1), allowed)
 
@@ -93,7 +93,7 @@ class _Pairs(NamedTuple):
 
     edge: Tensor  # [B, Hq, R, m], squared distance
     other: Tensor
-    mass: Tensor  # of the edge, detached
+    mass: Tensor  # probability of the edge, detached
     exists: Tensor  # bool
 
     def hinges(self) -> Tensor:

@@ -96,7 +96,7 @@ class MetricMeans:
     """Average the ratios of each head over texts, as the paper does: every text weighs the same.
 
     Attributes:
-        sums, counts: of each metric, `[H]`; a ratio that is NaN is left out.
+        sums, counts: sum and number of the ratios of each metric, `[H]`; a ratio that is NaN is left out.
     """
 
     sums: dict[str, Tensor] = field(default_factory=dict)

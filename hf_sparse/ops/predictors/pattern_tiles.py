@@ -43,7 +43,7 @@ def random_scores(
 def strided_scores(count: int | Tensor, own: Tensor, tiles: int, *, causal: bool) -> Tensor:
     """Score half of a row's tiles next to the query and the rest at equal distances, `[B, 1, nq, nk]` float32.
 
-    Sparse Transformer "strided" (Child et al. 2019) at a given number of tiles; what is left goes to the nearest.
+    Sparse Transformer "strided" (Child et al. 2019) at a given number of tiles; tiles that remain go to the nearest.
 
     Args:
         count: tiles per query tile, or `[nq]` or `[B, 1, nq]` int64, the same as `best_tiles` is given.
@@ -60,7 +60,7 @@ def strided_scores(count: int | Tensor, own: Tensor, tiles: int, *, causal: bool
 def fixed_scores(count: int | Tensor, own: Tensor, tiles: int, *, causal: bool) -> Tensor:
     """Score half of a row's tiles next to the query and the rest in columns that all share, `[B, 1, nq, nk]`.
 
-    Sparse Transformer "fixed" (Child et al. 2019) at a given number of tiles; what is left goes to the nearest.
+    Sparse Transformer "fixed" (Child et al. 2019) at a given number of tiles; tiles that remain go to the nearest.
     Arguments as in `strided_scores`.
     """
     place, _, near_count, far_count = _halves(count, own, tiles, causal)

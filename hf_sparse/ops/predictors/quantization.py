@@ -88,7 +88,7 @@ def fixed_bins(points: Tensor, width: int, valid: Tensor | None = None) -> tuple
 
 def _fitted(points: Tensor, boundaries: Tensor | None) -> Tensor:
     if boundaries is None:
-        raise ValueError("the bins have no boundaries yet: fit them on training text first (fit_boundaries)")
+        raise ValueError("expected fitted boundaries, got None: fit them to training text first (fit_boundaries)")
     heads, rank = points.shape[1], points.shape[3]
     if boundaries.ndim != 3 or heads % boundaries.shape[0] or boundaries.shape[1] != rank:
         raise ValueError(
@@ -137,7 +137,7 @@ def fixed_bin_pairs(
     listed, tiles = tile_counts(length, length, size, rows)
     of_query = _tiles_in_bins(query_points, width, torch.arange(length, device=device) // rows, listed, valid)
     of_key = _tiles_in_bins(key_points, width, torch.arange(length, device=device) // size, tiles, valid)
-    # The last row and column take what is in no tile.
+    # The last row and column count the members that are in no tile.
     cell = by_group(of_query, kv_heads)[..., None] * (tiles + 1) + of_key[:, :, None, :, None, :]
     cell = cell.flatten(1, 2).flatten(2)
     count = torch.zeros((batch, heads, (listed + 1) * (tiles + 1)), device=device)

@@ -92,7 +92,7 @@ def sparsek_attention(
     check_budget(k, window, sinks, support, causal)
     if query.numel() == 0:
         return query.clone()
-    # What lies beyond the row changes nothing; the tiles would gather it, and positions are int32 in the kernels.
+    # A larger window or more sinks change nothing; tiles would gather them, and positions are int32 in the kernels.
     keys = key.shape[2]
     window, sinks = min(window, keys if causal else 2 * keys), min(sinks, keys)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling

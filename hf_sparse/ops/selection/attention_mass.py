@@ -15,7 +15,7 @@ def far_attention_mass(query: Tensor, key: Tensor, *, window: int, scaling: floa
 
     Args:
         query: `[B, Hq, T, D]`; key: `[B, Hkv, T, D]`, both of a whole sequence.
-        window: of the queries, as in `sparsek_attention`.
+        window: window of the queries, as in `sparsek_attention`.
         scaling: multiplies the logits.
         causal: whether queries see earlier keys only.
 

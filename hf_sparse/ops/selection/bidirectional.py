@@ -26,7 +26,7 @@ def bidirectional_sparsek_attention(problem: Problem, tile: int | None = None) -
     """Solve the problem of an encoder tile by tile; returns `[B, Hq, T, D]` as `sparsek_attention`.
 
     Args:
-        problem: what to attend to.
+        problem: tensors and settings of the call.
         tile: queries per tile, for tests and benchmarks; by default what suits the device.
     """
     query, length, window = problem.query, problem.query.shape[2], problem.window
@@ -74,7 +74,7 @@ class _Bidirectional:
             band = span.position[:, :1] + around  # [n, tile - 1 + window]
             exists = (band >= first) & (band < length)
             band = band.clamp(0, length - 1).expand(*lead, -1)
-            # What all queries have already counts once.
+            # A key that all queries share counts once.
             new = exists & (scores.flatten()[band + row] == 0)
             local = self._in_window(band.unsqueeze(-2), position) & new.unsqueeze(-2)
             yield TileBlock(

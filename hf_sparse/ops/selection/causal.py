@@ -26,7 +26,7 @@ def causal_sparsek_attention(problem: Problem, tile: int | None = None) -> Tenso
     """Solve a causal problem tile by tile; returns `[B, Hq, Tq, D]` as `sparsek_attention`.
 
     Args:
-        problem: what to attend to.
+        problem: tensors and settings of the call.
         tile: queries per tile, for tests and benchmarks; by default what suits the device.
     """
     query, scores = problem.query, problem.scores
@@ -123,6 +123,6 @@ class _Causal:
             return (eligible | recent).to(scores.dtype), None
         tau = span.per_query(limit)  # float64: a float32 next to a large threshold would not do
         z = scores.flatten()[candidate + row].unsqueeze(-2).to(tau.dtype)
-        # The comparisons of the threshold's own backward, so that both agree on who is free to the last bit.
+        # The comparisons of the threshold's own backward, so that both agree to the last bit on which keys are free.
         free = eligible & (z > tau) & (z - 1 < tau)
         return (z - tau).clamp(0, 1).masked_fill(~eligible, 0.0).to(scores.dtype) + recent, free

@@ -37,7 +37,7 @@ def linear_scores(states: Tensor, weight: Tensor) -> Tensor:
             return linear_scores.linear_scores(states, weight)
     normal = normalised(states)
     weight = weight.to(normal.dtype)
-    if states.shape[1] == 1:  # a compiled decoding step makes one kernel of this and what is around it
+    if states.shape[1] == 1:  # torch.compile fuses this with its neighbours in a decoding step
         return (normal * weight).sum(-1)[..., None]
     return (normal @ weight.T).transpose(1, 2)
 

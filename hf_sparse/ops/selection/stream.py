@@ -19,7 +19,7 @@ class SparseKStream:
         k: sum of the gates and number of selected scores, at least 1.
 
     Attributes:
-        count: how many scores were pushed.
+        count: number of scores that were pushed.
         tau: threshold of SparseK, `-inf` until more than `k` scores came. A score `z` has the gate
             `min(max(z - tau, 0), 1)`.
         kappa: the k-th best score, `-inf` until `k` scores came.
@@ -56,7 +56,7 @@ class SparseKStream:
     def push(self, score: float) -> float:
         """Take the next score and return the new threshold `tau`. NaN is refused with a ValueError."""
         if math.isnan(score):
-            raise ValueError("a score must not be NaN")
+            raise ValueError("expected a score that is a number, got NaN")
         if score == -math.inf:
             return self.tau
         self.count += 1

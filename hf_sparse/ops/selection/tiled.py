@@ -1,7 +1,7 @@
 """Compute SparseK attention in plain PyTorch: gather the keys that a tile of queries can reach, then attend densely.
 
-Which keys those are, and with which gates, is told by a `Reach`: `causal` or `bidirectional`. A tile's share of the
-keys does not grow with the length, so time is linear in it. The backward recomputes the tile instead of storing it:
+A `Reach` (of `causal` or `bidirectional`) finds these keys and their gates. The number of keys that a tile reaches does
+not grow with the length, so time is linear in the length. The backward recomputes the tile instead of storing it:
 memory is linear too. Everything is float32 inside (float64 for float64). With e = exp(logit) / Z and P = gate * e,
 
     d gate = e * (<do, v> - delta),   d logit = P * (<do, v> - delta),   delta = <do, o>
@@ -86,10 +86,10 @@ class Span:
 
 
 def spans(queries: int, keys: int, tile: int, logits: int, device: torch.device) -> Iterator[Span]:
-    """Cut the queries, the last ones of the keys, into as many tiles at once as the buffer has room for.
+    """Cut the queries, the last ones of the keys, into groups of tiles whose logits fit into the buffer.
 
     Args:
-        logits: how many a tile has.
+        logits: number of logits of a tile.
     """
     tiles = -(-queries // tile)
     at_once = max(1, _BUFFER.get(device.type, 1 << 24) // logits)

@@ -38,7 +38,7 @@ def best_tiles(
             `size`.
 
     Raises:
-        ValueError: scores that are no `[B, H, nq, nk]` with as many queries as keys at most, `count` below 1, or tiles
+        ValueError: scores that are no `[B, H, nq, nk]` with `nq` at most `nk`, `count` below 1, or tiles
             of another size.
     """
     if scores.ndim != 4 or (own is None and scores.shape[2] > scores.shape[3]):
@@ -99,8 +99,8 @@ def tiles_for_sparsity(
     """Count the key tiles per query tile at which a share of all allowed pairs of tiles is left out.
 
     Every row gets the same number, or all it has: linear cost, and early causal rows are dense. The total is that of
-    the wanted sparsity, rounded to the nearest integer, unless every row having at least 1 tile needs more; what does
-    not divide goes to the last rows.
+    the given sparsity, rounded to the nearest integer, unless every row having at least 1 tile needs more; the
+    remainder of the division goes to the last rows.
 
     Args:
         sparsity: share of allowed tile pairs that is not listed, at least 0 and below 1.
@@ -134,7 +134,7 @@ def counts_for_sparsity(reach: Tensor, sparsity: float) -> Tensor:
     """
     if not 0 <= sparsity < 1:
         raise ValueError(f"tile sparsity must be at least 0 and below 1, got {sparsity}")
-    # The highest level at which `min(reach, level)` sums to at most what is wanted, and one more for some rows.
+    # The highest level at which `min(reach, level)` sums to at most the target; some rows then get one tile more.
     target = ((1 - sparsity) * reach.sum(-1, keepdim=True).double()).round().long()
     level = torch.arange(1, int(reach.max()) + 1 if reach.numel() else 1, device=reach.device)
     sums = torch.minimum(reach[..., None], level).sum(-2)  # [..., levels]

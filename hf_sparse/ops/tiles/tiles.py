@@ -54,7 +54,7 @@ def own_tiles(
         listed, keys: `nq` and `Tk`.
         size, rows: as in `tile_counts`.
         first_query: `[B]` int64, position of the first query of each text; the last `listed` tiles by default.
-        device: of the result, without `first_query`.
+        device: device of the result, if `first_query` is not given.
 
     >>> own_tiles(3, 70, 16, rows=4).tolist()  # those that begin at 60, 64 and 68
     [3, 4, 4]
@@ -127,7 +127,7 @@ class Tiles:
         """
         highest = int(self.index.max()) if self.index.numel() else -1
         if highest >= tiles:
-            raise ValueError(f"the graph lists key tile {highest}, but there are {tiles} tiles")
+            raise ValueError(f"expected a graph of key tiles 0 to {tiles - 1}, got tile {highest}")
         listed = self.index.new_zeros((*self.index.shape[:3], tiles + 1), dtype=torch.bool)
         return listed.scatter_(-1, self.index.masked_fill(self.index < 0, tiles), True)[..., :tiles]
 
@@ -188,11 +188,11 @@ def window_and_global(
         size, rows: as in `tile_counts`.
         window: tokens, at least 0. A causal query sees the last `window` keys, its own included; without causal order
             those from `t - window // 2` to `t - window // 2 + window - 1`, as in `sparsek_attention`.
-        global_tokens: how many of the first tokens every query attends to, at least 0.
+        global_tokens: number of first tokens that every query attends to, at least 0.
         causal: as in `allowed_edges`.
         first_query: `[B]` int64, position of the first query of each text, a multiple of `rows` where there are more
             queries than one; by default the queries are the last positions.
-        device: of the result.
+        device: device of the result.
 
     Returns:
         Tiles with an index `[B, 1, nq, m]`; `B` is 1 without `first_query`. A global token is one that all attend to;

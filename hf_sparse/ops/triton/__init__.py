@@ -6,7 +6,7 @@ import os
 
 import torch
 
-#: Of the tensors that the kernels take.
+#: Dtypes of the tensors that the kernels take.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 #: Programs along all but the first dimension of a grid, where CUDA ends: there is one for each batch row and KV head.

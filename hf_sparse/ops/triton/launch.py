@@ -1,6 +1,6 @@
 """Launch kernels, and compile all that a call will launch before it launches the first.
 
-Otherwise a first call meets its kernels one after the other, and those of its backward only when it gets there. The
+Otherwise a first call compiles its kernels one after the other, and the backward's only when the backward runs. The
 passes of the compiler, the assembler and the C compiler of the launchers let other threads run, so that kernels which
 are known together are ready almost as soon as the slowest of them.
 """
@@ -33,13 +33,13 @@ def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
 def compile_ahead(attention: Callable[..., Tensor], *arguments: Any, family: Hashable = None) -> None:
     """Compile, side by side, what `attention(*arguments)` and its backward launch; once for each family of shapes.
 
-    Nothing depends on it: what is missing afterwards, the call compiles itself, and there an error of the compiler
-    shows. The current device is that of the arguments.
+    No result depends on it: a call compiles each kernel that is still missing, and raises the compiler's error if there
+    is one. The current device must be the device of the arguments.
 
     Args:
         attention: called with meta tensors in place of the arguments that are tensors.
         *arguments: the first two are query and key.
-        family: what tells apart calls that launch other kernels; by default `attention` itself.
+        family: a key that differs between calls that launch different kernels; by default `attention` itself.
     """
     tensors = [argument for argument in arguments if isinstance(argument, Tensor)]
     query, key = tensors[:2]

@@ -1,4 +1,4 @@
-"""Compare predicted graphs with full entmax, dense softmax, and other patterns of as many tiles."""
+"""Compare predicted graphs with full entmax, dense softmax, and other patterns of the same number of tiles."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
@@ -19,12 +19,12 @@ from hf_sparse.methods.sparsefinder.evaluation_settings import SparsefinderEvalu
 if TYPE_CHECKING:
     from rich.table import Table
 
-# The contenders that exist only between tiles, and what messages call them.
-_OF_TILES = {"bound": "page bound is", "windows": "windows of each head are"}
+# Contenders that exist between tiles only, not between single tokens.
+_OF_TILES = ("bound", "windows")
 
 
 class SparsefinderEvaluation(Evaluation):
-    """Measure graphs at several sparsities: what they cover of the gold graph, and what becomes of the model's metric.
+    """Measure graphs at several sparsities: the share of the gold graph that they cover, and the model's metric.
 
     Dense softmax and full entmax are always measured, and are no contenders.
     """
@@ -50,7 +50,9 @@ class SparsefinderEvaluation(Evaluation):
         Raises:
             DataError: always.
         """
-        raise DataError("tasks are answered at a number of slots, and a Sparsefinder adapter has none: measure a text")
+        raise DataError(
+            "tasks compare contenders at a number of KV slots, got a Sparsefinder adapter, which has none; measure text"
+        )
 
     def check_contenders(self, model: nn.Module, names: Sequence[str]) -> None:
         """Raise `ValueError` for names that are unknown, or that the settings of the adapter leave out."""
@@ -58,7 +60,9 @@ class SparsefinderEvaluation(Evaluation):
         config = predicting_layers(model)[0].config
         for name in _OF_TILES:
             if config.tile is None and name in names:
-                raise ValueError(f"the {_OF_TILES[name]} of tiles of keys: not measured for an adapter with tile=None")
+                raise ValueError(
+                    f"the contender {name!r} chooses tiles of keys: expected an adapter with tiles, got tile=None"
+                )
         if config.predictor == "full" and "predicted" in names:
             raise ValueError("the predictor 'full' attends to all keys: there is no predicted graph to measure")
 
@@ -98,7 +102,7 @@ class SparsefinderEvaluation(Evaluation):
         return {"method": self.name, "base_model": base_model_of(model), "adapter": adapter, "causal": layer.causal}
 
     def measure(self, model: nn.Module, request: Request) -> dict[str, Any]:
-        """Return what was measured of graphs, see `measure_graphs`."""
+        """Return the measurements of graphs, see `measure_graphs`."""
         return measure_graphs(model, request)
 
     def tables(self, result: dict[str, Any]) -> list["Table"]:

@@ -1,8 +1,8 @@
-"""Measure predicted graphs, beside full entmax, dense softmax and other patterns of as many tiles.
+"""Measure predicted graphs, beside full entmax, dense softmax and other patterns of the same number of tiles.
 
 Treviso et al. 2022 (arXiv 2109.12188) for the metrics and their averages; patterns as masks on the same trained model.
-Graphs compound: each layer gets what the layers before it make of their own graphs, as it is in use, and gold is that
-of the queries and keys that arise.
+Graphs compound: each layer gets what the layers before it make of their own graphs, as it is in use, and the
+gold graph is that of the queries and keys of that forward.
 """
 
 from collections.abc import Iterator, Sequence

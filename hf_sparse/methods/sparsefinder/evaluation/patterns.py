@@ -1,4 +1,4 @@
-"""Make the graphs that a predicted one is compared with, on the same model and with as many tiles per query tile.
+"""Make the graphs that a predicted one is compared with, on the same model and with the same number of tiles.
 
 Where the predictor divides its tiles among heads, others have the mean of them, and the oracle as many in each head;
 `windows` is the nearest tiles, divided among heads in the same way: what dividing gives is one thing, what predicting
@@ -39,13 +39,13 @@ from hf_sparse.ops.tiles import Tiles, window_and_global
 from hf_sparse.ops.tiles.select import best_tiles
 from hf_sparse.ops.tiles.tiles import own_tiles, tile_counts
 
-#: What attends: the adapter's predictor, patterns that know nothing of the text, those that do, and the best there is.
+#: The adapter's predictor, patterns that ignore the text, patterns that use it, and the oracle, which no list exceeds.
 CONTENDERS = ("predicted", "longformer", "windows", "bigbird", "strided", "fixed", "lsh", "routing", "bound", "oracle")
 
-#: Those that are fitted to the text that is measured, which if anything favours them.
+#: Contenders that are fitted to the measured text, which if anything favours them.
 FITTED = ("windows", "routing")
 
-_HASHES = 4  # rounds, as many as the projections have dimensions by default
+_HASHES = 4  # rounds: the default number of dimensions of the projections
 
 
 class Patterns:

@@ -1,4 +1,4 @@
-"""Make tables for people of what was measured of graphs."""
+"""Make tables of the measurements of graphs."""
 
 from typing import Any
 

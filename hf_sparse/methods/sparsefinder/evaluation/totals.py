@@ -1,4 +1,4 @@
-"""Add up what is measured of a model under one kind of attention, batch by batch."""
+"""Add up the measurements of a model under one kind of attention, batch by batch."""
 
 import math
 from collections.abc import Mapping

@@ -7,7 +7,7 @@ from typing import Any
 from hf_sparse.figures.style import INK, canvas, reading
 
 _ACROSS = 3
-_PREDICTED = "#bcd7ea"  # light enough for what is drawn on it
+_PREDICTED = "#bcd7ea"  # light enough to draw on
 _MISSED = "#d55e00"
 
 
@@ -15,7 +15,7 @@ def graphs_figure(content: dict[str, Any], path: str | Path) -> None:
     """Draw, for some heads, the predicted pairs as areas and on them the pairs with a weight in full entmax.
 
     Args:
-        content: of graphs.json.
+        content: content of graphs.json.
         path: the PNG to write.
 
     Raises:
@@ -24,7 +24,7 @@ def graphs_figure(content: dict[str, Any], path: str | Path) -> None:
     with reading("graphs.json"):
         heads, length = list(content["heads"]), int(content["length"])
         if not heads:
-            raise ValueError("there are no heads")
+            raise ValueError("expected the graphs of at least one head, got none")
     across = min(_ACROSS, len(heads))
     down = math.ceil(len(heads) / across)
     with canvas(path, 2.75 * across + 0.5, 2.95 * down + 0.9) as figure, reading("graphs.json"):

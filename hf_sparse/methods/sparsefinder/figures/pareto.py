@@ -69,7 +69,7 @@ def curves_of(evaluation: dict[str, Any], key: str) -> Curves:
                 raise ValueError(f"values must be finite numbers, got {pair} for {name}")
             curves.setdefault(name, []).append(pair)
     if not curves:
-        raise ValueError("no pattern was measured")
+        raise ValueError("expected at least one measured pattern, got none")
     return {name: sorted(pairs) for name, pairs in curves.items()}
 
 

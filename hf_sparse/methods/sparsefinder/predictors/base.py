@@ -22,8 +22,8 @@ class AttentionInputs:
     Attributes:
         query: `[B, Hq, Tq, D]`, the last tokens, or those from `first_query` on.
         key, value: `[B, Hkv, Tk, D]`.
-        alpha: of entmax, a number or `[Hq]`.
-        scaling: of the logits, `[Hq]`, the learned scale included.
+        alpha: alpha of entmax, a number or `[Hq]`.
+        scaling: factor of the logits, `[Hq]`, the learned scale included.
         causal: whether queries see earlier keys only.
         layer: number of the attention module.
         first_query: `[B]` int64, position of the first query of each text; by default the queries are the last tokens.
@@ -83,7 +83,7 @@ class Predictor:
         """Predict the graph of texts: tiles, or edges `[B, Hq, Tq, Tk]` bool, or None for all keys.
 
         Args:
-            codes: of queries `[B, Hq, Tk, c]` and keys `[B, Hkv, Tk, c]`, for all tokens of the texts; None where
+            codes: codes of queries `[B, Hq, Tk, c]` and keys `[B, Hkv, Tk, c]`, for all tokens of the texts; None where
                 `learns_graph` is False.
         """
         raise NotImplementedError

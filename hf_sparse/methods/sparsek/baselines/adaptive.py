@@ -50,7 +50,7 @@ class AdaptiveBaseline(Baseline):
         Args:
             scores: `[B, Hkv, N]` before it, 0 for its own keys.
             weights: `[B, Hkv, M, N]`, attention of the watched queries, in order; rows of padding are 0.
-            positions: `[B, Hkv, N]` int64, rising; -1 for what is no token.
+            positions: `[B, Hkv, N]` int64, rising; -1 where there is no token.
         """
         raise NotImplementedError
 
@@ -74,7 +74,7 @@ class AdaptiveBaseline(Baseline):
         Args:
             query: `[B, Hq, T, D]`; keys: `[B, Hkv, N, D]`, the kept ones and the block's own; scores: `[B, Hkv, N]`.
             query_positions: `[B, T]` int64, -1 for padding; positions: `[B, Hkv, N]` int64, of the keys.
-            budget: of the attention; scaling: multiplies its logits.
+            budget: budget of the attention; scaling: multiplies its logits.
         """
         real = query_positions >= 0
         last = real.int().argsort(dim=-1, stable=True)[:, -(self.watched or query.shape[2]) :]  # padding in front
@@ -91,7 +91,7 @@ def visible(scores: Tensor, query_positions: Tensor, positions: Tensor, budget: 
     Args:
         scores, positions: `[B, Hkv, N]`, in the order of positions; -1 is no token.
         query_positions: `[B, M]`; -1 is padding.
-        budget: of the attention.
+        budget: budget of the attention.
     """
     k, window, sinks = budget
     query_positions, positions = query_positions[:, None, :, None], positions.unsqueeze(2)

@@ -1,4 +1,4 @@
-"""Define what a baseline is, and what it may look at."""
+"""Define the interface of baselines, and the input that they may use."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar

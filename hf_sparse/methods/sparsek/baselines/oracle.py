@@ -1,4 +1,4 @@
-"""Score keys by what is to come: a reference that no cache can reach."""
+"""Score keys by the attention of later queries: a reference that no cache can reach."""
 
 from dataclasses import dataclass
 

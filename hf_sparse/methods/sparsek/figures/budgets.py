@@ -47,7 +47,7 @@ def budgets_figure(evaluation: dict[str, Any], path: str | Path) -> None:
 
 
 def budgets_of(evaluation: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return what was measured at each budget, the adapter's own among them, in the order of slots.
+    """Return the measurements at each budget, the adapter's own among them, in the order of slots.
 
     Each is an entry of `sweep` of eval.json: `slots`, the metric of every selection, and maybe `divergence`.
 

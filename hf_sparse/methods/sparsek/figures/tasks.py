@@ -1,4 +1,4 @@
-"""Draw scores of a task: heat maps over the length of a text and the depth of what is sought, or dots."""
+"""Draw scores of a task: heat maps over the length of a text and the depth of a needle, or dots."""
 
 import math
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ def task_figure(name: str, task: dict[str, Any], path: str | Path) -> None:
     """Draw the results of a task: an entry of `tasks` of eval.json.
 
     Args:
-        name: of the task.
+        name: name of the task.
         task: `metric`, `settings` and `results`. The result of a selection is a number; or `lengths` and as many
             `values`, which become a row of one heat map; or `depths` too, and for each depth a list of `values`, which
             become a heat map of their own.
@@ -35,7 +35,7 @@ def task_figure(name: str, task: dict[str, Any], path: str | Path) -> None:
         title = title.encode("utf-8", "replace").decode()  # JSON can hold halves of characters
         names = [*(["dense"] if "dense" in results else []), *LOOKS.ordered(results)]
         if not names:
-            raise ValueError(f"the task {name} has no results")
+            raise ValueError(f"expected results of the task {name}, got none")
         first = results[names[0]]
         if isinstance(first, Mapping):
             columns = [f"{length:,}" for length in first["lengths"]]
@@ -97,7 +97,7 @@ def _heat_maps(
             axes.set_yticks(range(len(rows)), rows)
             axes.tick_params(length=0)
             axes.spines[:].set_visible(False)
-        for axes in panels.flat[max(0, len(grids) - across) : len(grids)]:  # what has no panel below
+        for axes in panels.flat[max(0, len(grids) - across) : len(grids)]:  # panels with no panel below
             axes.tick_params(labelbottom=True)
         figure.suptitle(title, x=0.02, ha="left", fontsize=10)
         figure.supxlabel("length of the prompt, tokens", fontsize=9)

@@ -23,7 +23,7 @@ def causal_sparsek_attention(problem: Problem, *, tile: int = _TILE, blocks: Pro
     """Solve a causal problem in fused kernels; returns `[B, Hq, Tq, D]` as `sparsek_attention`.
 
     Args:
-        problem: what to attend to.
+        problem: tensors and settings of the call.
         tile: queries that share a list, for tests and benchmarks.
         blocks: sizes of the programs, for tests and benchmarks; by default what suits dtype and head size.
     """
@@ -67,7 +67,7 @@ def bidirectional_sparsek_attention(problem: Problem, *, blocks: ProgramSizes | 
     """Solve the problem of an encoder in fused kernels; returns `[B, Hq, T, D]` as `sparsek_attention`.
 
     Args:
-        problem: what to attend to.
+        problem: tensors and settings of the call.
         blocks: sizes of the programs, for tests and benchmarks; by default what suits dtype and head size.
     """
     length, window, support = problem.key.shape[2], problem.window, problem.support
@@ -106,9 +106,9 @@ def attend_listed(
         scores: `[B, Hkv, Tk]` float32, differentiable: the gate of a key is `clip(scores - tau, 0, 1)` outside the
             window and 1 inside. `None` makes every gate 1.
         tau: `[B, Hkv, Tq]` float32, differentiable and non-decreasing; `None` is 0.
-        tables: who attends to whom.
+        tables: the keys that each query attends to.
         scaling: multiplies the logits.
-        blocks: sizes of the programs, if not those of the dtype and head size.
+        blocks: sizes of the programs; by default what suits dtype and head size.
     """
     return _Attention.apply(query, key, value, scores, tau, tables, scaling, blocks)
 

@@ -100,11 +100,11 @@ def backward(
 
     Args:
         grad: `[B, Hq, Tq, D]`, of the output.
-        query, key, value, scores, tau, tables, scaling: what `attend_listed` was given; scores and tau contiguous.
-        output, lse: what `attention_forward.forward` returned.
-        want: whether the gradient of query, key, value, scores and tau is wanted.
+        query, key, value, scores, tau, tables, scaling: the arguments of `attend_listed`; scores and tau contiguous.
+        output, lse: the results of `attention_forward.forward`.
+        want: whether to compute the gradients of query, key, value, scores and tau.
         deterministic: sum in a fixed order, without atomic additions.
-        blocks: sizes of the programs, if not those of the dtype and head size.
+        blocks: sizes of the programs; by default what suits dtype and head size.
     """
     want_query, want_key, want_value, want_scores, want_tau = want
     grad = grad if grad.stride(-1) == 1 else grad.contiguous()
@@ -501,7 +501,7 @@ def _by_key(
 
     "all"     blocks of the order `Lists`, whole intervals
     "window"  consecutive keys, in the window of the query
-    "list"    keys that some of `span` queries have in their lists, outside the window; added to what is there
+    "list"    keys that some of `span` queries have in their lists, outside the window; added to what memory holds
     """
     row = tl.program_id(1).to(tl.int64)  # of [B, Hkv]
     batch, head = row // heads, row % heads
@@ -518,7 +518,7 @@ def _by_key(
         first = tl.load(First + batch).to(tl.int32)
         Lists += (row * tiles + t_low // tile) * width
         key = listed(place, sinks + width, Lists, first, sinks, width, keys)
-        if CAUSAL:  # and those that leave the window meanwhile
+        if CAUSAL:  # and the leavers of these queries
             Leavers += (row * tl.num_programs(2) + tl.program_id(2)) * span
             entry = place - sinks - width
             key = tl.maximum(key, tl.load(Leavers + entry, mask=(entry >= 0) & (entry < span), other=-1))

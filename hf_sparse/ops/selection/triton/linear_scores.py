@@ -22,8 +22,8 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-_EPS = 1e-5  # of the layer norm
-_ROWS, _HEADS, _COLUMNS = 4, 8, 64  # of a program of the forward
+_EPS = 1e-5  # epsilon of the layer norm
+_ROWS, _HEADS, _COLUMNS = 4, 8, 64  # sizes of a program of the forward
 _WARPS, _STAGES = 4, 3
 _STEP, _WIDTH = 16, 128  # rows of a step and columns of a program of the backward
 _PROGRAMS = 2048  # about fifteen for each multiprocessor of a large GPU

@@ -22,7 +22,7 @@ from hf_sparse.ops.triton.launch import launch
 ALWAYS = -(1 << 29)
 NEVER_ENDS = 1 << 29
 _KEYS = 256  # per program that looks for intervals
-_ENTRIES = 1024  # and per program that reads in the order of lists
+_ENTRIES = 1024  # entries of lists per program that reads in their order
 
 
 class Tables(NamedTuple):
@@ -34,14 +34,14 @@ class Tables(NamedTuple):
 
     Attributes:
         begin: `[B, Hkv, Tk]` int32, or `None` for `begin[j] = j`, which is causal order.
-        until: `[B, Hkv, Tk]` int32; 0 for padding, which nobody attends to.
+        until: `[B, Hkv, Tk]` int32; 0 for padding, which no query attends to.
         lists: `[B, Hkv, n_tiles, W]` int32 or int64, keys in the order of their scores, best first, -1 for none.
         tile: queries that share a list.
         left, right: the window of the query at position p is `p - left` to `p + right`; gates are 1 there.
-        sinks: of every row, from `first` on, in front of its lists.
+        sinks: number of sinks of every row, from `first` on, in front of its lists.
         first: `[B]` int64, the first key of each row that is no padding.
         scores, ends: of soft gates in causal order, `scores` float32 and `until` in the order of `lists`; 0 is the end
-            of what is no candidate.
+            of a key that is no candidate.
     """
 
     begin: Tensor | None

@@ -42,9 +42,9 @@ from hf_sparse.ops.triton.launch import launch
 _CHUNK = 128  # keys that are sorted by counting
 _BLOCK = 4  # chunks per block
 _FLOORS = (64, 4)  # queries and warps of a program that looks for floors
-_TAUS = (64, 4)  # and of one that solves for tau as well
+_TAUS = (64, 4)  # queries and warps of a program that solves for tau as well
 _LISTS = 32  # per program that solves for their thresholds
-_KEYS = 256  # or queries, per program of the backward
+_KEYS = 256  # keys or queries per program of the backward
 _LARGEST = 8192  # keys of a list
 
 

@@ -62,7 +62,7 @@ def _count_above(codes, length, limit, EQUAL: tl.constexpr, STEPS: tl.constexpr)
 
 @triton.jit(do_not_specialize=["keys", "chunks", "start", "width"])
 def sort_chunks(scores, rank, chunk_lists, lists, keys, chunks, start, width, C: tl.constexpr, R: tl.constexpr):
-    """Sort every chunk of C keys, and every beginning of R chunks; sorting is counting who is better.
+    """Sort every chunk of C keys, and every beginning of R chunks; a key's place is the number of better keys.
 
     rank `[rows, keys]`, chunk_lists `[rows, chunks, C]`, lists `[rows, chunks, width]`: the best keys of the chunk and
     of those before it in its block of R.
@@ -300,7 +300,7 @@ def query_thresholds(
     code = tl.load(chunk_lists + number)
     arrival = _place(code) - (before + tile) * C
     arrived = arrival[None, :] < query[:, None]
-    # How many have arrived up to each, in the order of the chunk's list: a matrix product is the fastest sum there is.
+    # Count the keys that have arrived up to each, in the order of the chunk's list; a matrix product sums fastest.
     up_to = (number[:, None] <= number[None, :]).to(tl.float16)
     ahead = tl.dot(arrived.to(tl.float16), up_to).to(tl.int32)
     place = _count_above(codes, size, code, False, STEPS)[None, :] + ahead  # from 1
@@ -332,7 +332,7 @@ def query_thresholds(
         best = tl.minimum(tl.where(rest > 0, best, float("inf")), tl.where(worst >= 0, other, float("inf")))
         high = tl.where(active, best, 0.0)
         low = high - 1
-        # What stands before and after the tile is closer, but for rounding.
+        # The thresholds before and after the tile bound more closely, but for rounding.
         since = tl.load(bounds + row * tiles + tile)
         until = tl.load(bounds + row * tiles + tile + 1, mask=tile + 1 < tiles, other=float("inf"))
         low = tl.where(active, tl.maximum(low, since - 1e-12 * (1 + tl.abs(since))), low)

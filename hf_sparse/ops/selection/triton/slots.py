@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 _PROGRAMS = 256  # about two for each multiprocessor of a large GPU
-_BYTES = 1 << 14  # of keys per step of a program
+_BYTES = 1 << 14  # bytes of keys per step of a program
 
 
 def insert_token(

@@ -19,11 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 _PROGRAMS = 256  # about two for each multiprocessor of a large GPU
-_BYTES = 1 << 14  # of keys per step of a program
+_BYTES = 1 << 14  # bytes of keys per step of a program
 _CHUNK = 1024  # slots that are searched at a time
 _COLUMNS = 512  # columns of the input that are summed at a time
 _ROWS = 128  # rows that are counted at a time
-_EPS = 1e-5  # of the layer norm of the scores
+_EPS = 1e-5  # epsilon of the layer norm of the scores
 
 
 class StepKernel:
@@ -32,10 +32,10 @@ class StepKernel:
     Args:
         slots: keys and values `[B, Hkv, S, D]`, scores float32 and positions int64 `[B, Hkv, S]`, seen int64 `[B]`,
             padded_late bool `[B]` and the count of all tokens, int64 without dimensions; contiguous.
-        query, key, value: of a new token as in `__call__`; the next ones have their shapes, dtypes and strides.
+        query, key, value: tensors of a new token as in `__call__`; the next ones have their shapes, dtypes and strides.
         weight: `[Hkv, C]` of a linear scorer, contiguous, or `None`.
         slope: `[Hkv]`, what each head adds per `slope_tokens` tokens of position, contiguous, or `None`.
-        position_slope: what all heads add per token of position.
+        position_slope: number that all heads add to a score per token of position.
         masked: whether the steps come with `valid`.
         window, sinks: see `hf_sparse.ops.selection.slots`.
         scaling: multiplies the logits.
@@ -135,7 +135,7 @@ class StepKernel:
         return output
 
 
-_ADDRESSES = ["query", "key", "value", "states", "weight", "slope", "valid"]  # of which nothing is known
+_ADDRESSES = ["query", "key", "value", "states", "weight", "slope", "valid"]  # of unknown alignment
 
 
 @triton.jit(do_not_specialize=["states_row", "valid_row"], do_not_specialize_on_alignment=_ADDRESSES)
@@ -313,8 +313,8 @@ def _score(states, weight, columns, EPS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _arrive(counter, EXPECTED):
-    """Tell whether all others have arrived; what they read and wrote lies before what this one does now."""
-    tl.debug_barrier()  # of all threads of this program, before one of them speaks for it
+    """Count this program as done, and tell whether it is the last: then all others have read and written."""
+    tl.debug_barrier()  # all threads of this program are done before one of them counts it
     last = tl.atomic_add(counter, 1, sem="acq_rel") == EXPECTED - 1
     if last:
         tl.store(counter, 0)

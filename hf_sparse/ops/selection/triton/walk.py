@@ -189,7 +189,7 @@ def reach(
         Leavers += number * tile
         gone = left_before(Leavers, tile, low, left, TILE)
     begin, full_begin, full_end, end = window_of(low, high, first, left, right, sinks, keys, CAUSAL)
-    # A tuple holds no None: `Until` stands in for what nobody reads.
+    # A tuple holds no None: `Until` takes the place of tables that no kernel reads.
     z = Z if SOFT else Until
     scores, ends = (Scores, Ends) if SOFT and CAUSAL else (Until, Until)
     start, leavers = (Until, Leavers) if CAUSAL else (Begin, Until)
