@@ -152,18 +152,27 @@ def _randomise_sparsefinder(name: str, tensor: Tensor, generator: torch.Generato
 
 SPARSEFINDER = TinyMethod(
     name="sparsefinder",
-    settings={"tile": 8, "tiles_per_query": 3, "window": 4, "clusters": 6, "bins": 5, "initial_scale": 1.0},
+    # Of the three tiles of a list only the query's own is given: the other two are predicted.
+    settings={
+        "tile": 8,
+        "tiles_per_query": 3,
+        "window": 1,
+        "global_tokens": 0,
+        "clusters": 6,
+        "bins": 5,
+        "initial_scale": 1.0,
+    },
     fits=24,
     fitting=lambda length: {"tiles_per_query": math.ceil(length / 8)},
     whole=({"predictor": "full"}, {"complete": True}, {"predictor": "bound"}),
-    second={"tiles_per_query": 4},
+    second={"predictor": "distance"},
     variants=(
         {"query_tile": 1, "per_group": True},
         {"predictor": "quantization", "shared_projection": True, "learn_alpha": True},
         {"predictor": "distance", "tile": None},
     ),
     dense=_entmax_model,
-    near=lambda subject: subject.fresh(tiles_per_query=1, window=0, global_tokens=0),
+    near=lambda subject: subject.fresh(tiles_per_query=1),
     scores=lambda layer: (layer.parameters_in_use, "project_keys"),
     randomise=_randomise_sparsefinder,
     # The projections decide the graph, which has no gradient; they learn from a loss of their own (graph_loss.py).
