@@ -122,17 +122,17 @@ SPARSEK = TinyMethod(
 def _full_entmax(
     layer: SparsefinderAttention, query: Tensor, key: Tensor, value: Tensor, *, valid: Any, scaling: float, **_: Any
 ) -> Tensor:
-    """Attend by the definition: the reference operator on all logits."""
+    """Attend by the definition: the reference operator on all logits, in float64."""
     learned, new, total = layer.parameters_in_use, query.shape[2], key.shape[2]
     key, value = (tensor.repeat_interleave(query.shape[1] // tensor.shape[1], 1) for tensor in (key, value))
-    logits = query @ key.transpose(-1, -2) * scaling * learned.log_scale.exp()[:, None, None]
+    logits = query.double() @ key.double().transpose(-1, -2) * scaling * learned.scale.double()[:, None, None]
     edges = torch.ones(1, 1, new, total, dtype=torch.bool)
     if layer.causal:
         edges = edges.tril(total - new)
     if valid is not None:
         own = torch.eye(total, dtype=torch.bool)[total - new :]  # padding attends to itself, so that it is finite
         edges = edges & valid[:, None, None] | own
-    return entmax(logits.masked_fill(~edges, -torch.inf), learned.alpha) @ value
+    return (entmax(logits.masked_fill(~edges, -torch.inf), learned.alpha) @ value.double()).to(value.dtype)
 
 
 def _entmax_model(subject: Any) -> PreTrainedModel:
@@ -143,6 +143,8 @@ def _entmax_model(subject: Any) -> PreTrainedModel:
 
 
 def _randomise_sparsefinder(name: str, tensor: Tensor, generator: torch.Generator) -> Tensor:
+    if name == "log_scale":  # about the scale that trained heads have; sharper logits amplify rounding
+        return tensor.normal_(-1.0, 0.3, generator=generator)
     if name == "profile":  # a share of attention at each distance
         return tensor.uniform_(0.1, 1.0, generator=generator)
     if name == "boundaries":  # in order
@@ -160,7 +162,6 @@ SPARSEFINDER = TinyMethod(
         "global_tokens": 0,
         "clusters": 6,
         "bins": 5,
-        "initial_scale": 1.0,
     },
     fits=24,
     fitting=lambda length: {"tiles_per_query": math.ceil(length / 8)},
