@@ -96,14 +96,14 @@ class Patterns:
         def graph(text: AttentionInputs) -> Tiles | Tensor:
             config, causal = self.layer.config, text.causal
             queries, keys, size = text.query.shape[2], text.key.shape[2], config.tile or 1
-            own, _ = self._own(text)
+            own_tile, _ = self._own(text)
             count = tiles_per_query(config, queries, keys, causal)
             learned = self.layer.parameters_in_use
             if name == "oracle" and hasattr(learned, "budgets"):  # it has no fewer in any head
-                count = divided_tiles(learned.budgets, count, len(own))
+                count = divided_tiles(learned.budgets, count, len(own_tile))
             if name == "windows":
                 assert self.budgets is not None
-                count = divided_tiles(self.budgets, count, len(own))
+                count = divided_tiles(self.budgets, count, len(own_tile))
             count = count.to(text.key.device) if isinstance(count, Tensor) else count
             window = config.window if config.tile else max(1, config.window)
             joined = window_and_global(
@@ -117,7 +117,7 @@ class Patterns:
                 device=text.key.device,
             )
             ranks = scores(text, count, generator)
-            tiles = best_tiles(ranks, count, size=size, rows=config.rows, own=own, causal=causal, always=joined)
+            tiles = best_tiles(ranks, count, size=size, rows=config.rows, own=own_tile, causal=causal, always=joined)
             return tiles if config.tile else tiles.edges(queries, keys, causal=causal)
 
         return graph
@@ -133,8 +133,8 @@ class Patterns:
         return self.nearest(text)
 
     def _bigbird(self, text: AttentionInputs, count: int | Tensor, generator: torch.Generator) -> Tensor:
-        own, total = self._own(text)
-        grid = (len(text.key), self._heads(text), len(own), total)
+        own_tile, total = self._own(text)
+        grid = (len(text.key), self._heads(text), len(own_tile), total)
         return random_scores(*grid, generator=generator, device=text.key.device)
 
     def _strided(self, text: AttentionInputs, count: int | Tensor, _: Any) -> Tensor:
