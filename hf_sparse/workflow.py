@@ -60,7 +60,7 @@ def create_adapter(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         patched = get_peft_model(base, config)
-    config.base_model_name_or_path = model
+    patched.active_peft_config.base_model_name_or_path = model
     with locked(folder):
         check_free(folder, force)  # another run may have been faster
         old: list[str] = []

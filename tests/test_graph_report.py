@@ -104,7 +104,6 @@ def card(config: Any = CONFIG, **changes: Any) -> Any:
         "parameters": 3072,
         "evaluation": EVALUATION,
         "training": TRAINING,
-        "figure": "pareto.png",
     }
     return ModelCard(render(config, **values | changes))
 

@@ -134,7 +134,7 @@ def load_base(name: str, config: SparseConfig, *, dtype: Dtype = "auto") -> PreT
         raise
     except (HTTPError, OSError, ValueError) as error:
         raise HubError(f"the base model {name!r} cannot be read: {_line(error)}") from error
-    targets(skeleton, copy.deepcopy(config))  # before gigabytes are read
+    targets(skeleton, config)  # before gigabytes are read
     try:
         return base.load()[0]
     except (HTTPError, OSError, ValueError, SafetensorError) as error:

@@ -111,7 +111,7 @@ SPARSEK = TinyMethod(
         "crop": Refusal(RuntimeError, _EVICTED),
         "assisted": _NOT_CROPPABLE,
         "lookup": _NOT_CROPPABLE,
-        "static cache of some layers": Refusal(ValueError, "static cache, which needs every full-attention layer"),
+        "static cache of some layers": Refusal(ValueError, "static cache needs every full-attention layer"),
     },
 )
 
