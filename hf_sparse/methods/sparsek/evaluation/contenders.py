@@ -79,7 +79,7 @@ class SparseKEvaluation(Evaluation):
     def attending(self, model: nn.Module, name: str) -> Iterator[None]:
         """Let dense attention, the scorers or a baseline choose the keys within a `with` block."""
         layers = sparsek_layers(model)
-        with override(layers, policy=BASELINES.get(_BASELINE_OF.get(name, name))), switched(layers, name != DENSE):
+        with override(layers, baseline=BASELINES.get(_BASELINE_OF.get(name, name))), switched(layers, name != DENSE):
             yield
 
     def bookkeeping_bytes(self, cache: Any) -> int:
