@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from torch import Tensor, nn
 
+from hf_sparse.core.method_settings import NoSettings
 from hf_sparse.errors import DataError
 from hf_sparse.evaluation.comparison import compare_contenders
 from hf_sparse.evaluation.show import comparison_table, sweep_table
@@ -32,11 +33,6 @@ class Budget(Protocol):
 
     def resized(self, slots: int) -> Self:
         """Return a budget of another number of keys, divided in the same way; `ValueError` for too few."""
-
-
-@dataclass(frozen=True)
-class NoSettings:
-    """Hold the options of a method that has none of its own."""
 
 
 @dataclass(frozen=True)
