@@ -160,7 +160,7 @@ def test_decoding_while_training_is_refused():
 
 
 def test_another_cache_is_refused():
-    with pytest.raises(TypeError, match="SparseK needs its own cache layer, got DynamicLayer"):
+    with pytest.raises(TypeError, match="SparseK needs a SparseKCacheLayer as its cache layer, got DynamicLayer"):
         method().attend(**inputs(1, 3), valid=None, cache=DynamicLayer(), scaling=1.0)
 
 
