@@ -145,7 +145,7 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
                         parameter.requires_grad_(name in stage.parameters)
                     training.enter(stage, read)
                 if step == 0:
-                    adamw.state.clear()  # moments of another loss
+                    adamw.state.clear()  # it holds moments of the loss of the stage before
                 share = _share_of_peak(config, stage, step)
                 for group in adamw.param_groups:
                     group["lr"] = share * (config.lora_learning_rate if group["is_lora"] else stage.learning_rate)
@@ -156,7 +156,7 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
                 speed = tokens_per_step / (time.perf_counter() - tick)
                 bar.update()
                 bar.set_postfix(stage=stage.label, loss=f"{loss:.4f}", tokens_s=f"{speed:,.0f}")
-                rate = share * stage.learning_rate  # beside LoRA, that of what the method itself learns
+                rate = share * stage.learning_rate  # of what the method itself learns; LoRA has its own
                 row = {"step": number + 1, "stage": stage.label, "loss": loss, "learning_rate": rate}
                 history.append(row | {"tokens_per_second": speed} | measured)
                 if output and config.checkpoint_every and (number + 1) % config.checkpoint_every == 0:
@@ -167,7 +167,7 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
                         checkpoint.save(output, number + 1, learned, adamw, content)
             bar.close()
             training.finish(prepared, read, *first, report=report)
-            # Each process has fitted what is fitted, on a GPU with sums in another order.
+            # Each process has fitted its own buffers; on GPUs the order of sums, and so the last bits, differ.
             copy_from_first_process(training.layers)
             _check_fitted(training)
         finally:
@@ -367,14 +367,16 @@ def _check_resumable(
         different = [key for key, value in identity.items() if state["settings"].get(key) != value]
         raise ValueError(f"cannot resume with other settings than the checkpoint's; different: {', '.join(different)}")
     names = {"base": "another base model (weights or dtype)", "first_weights": "other first weights"}
-    noted = state["origin"] if state["format"] > 1 else {}  # an older hf-sparse did not
+    noted = state["origin"] if state["format"] > 1 else {}  # an older hf-sparse noted nothing
     if others := changed(noted, origin):
         raise DataError(
             f"cannot resume from {folder.name}: it began with {names[others[0]]} than this run; load what it began "
             "with, or start over without resume"
         )
     if state["step"] > steps:
-        raise DataError(f"cannot resume from {folder.name}: the run has {steps} steps")
+        raise DataError(
+            f"cannot resume from {folder.name}: expected at most the {steps} steps of this run, got {state['step']}"
+        )
 
 
 def _check_gradients(model: nn.Module, trained: Mapping[str, nn.Parameter]) -> None:

@@ -46,7 +46,7 @@ def make_accelerator(config: FinetuneConfig) -> Accelerator:
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,
-        # Of processes without an accelerator each would train alone, were it not told that there is none.
+        # Without `cpu=True`, several processes on a machine without an accelerator would each train alone.
         cpu=config.cpu or not torch.accelerator.is_available(),
     )
     if accelerator.distributed_type in _SHARDING:

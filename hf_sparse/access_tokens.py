@@ -77,6 +77,11 @@ def redact(text: str) -> str:
     return text
 
 
+def one_line(error: object) -> str:
+    """Return the message of an exception in one line, without secrets."""
+    return redact(" ".join(str(error).split()))
+
+
 def scrub(error: BaseException) -> None:
     """Redact an exception, and those that led to it, in place: a traceback prints them all."""
     waiting: list[object] = [error]

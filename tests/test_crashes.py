@@ -29,7 +29,7 @@ from hf_sparse import workflow
 from hf_sparse.adapters.files import CONFIG, EVALUATION, REPORT, TRAINING, WEIGHTS
 from hf_sparse.adapters.folder import write_repo
 from hf_sparse.adapters.report import write_report
-from hf_sparse.cli.errors import is_expected, one_line
+from hf_sparse.cli.errors import is_expected, message_of
 from hf_sparse.errors import DataError
 from hf_sparse.finetune import FinetuneConfig
 from hf_sparse.folders import locked
@@ -349,7 +349,7 @@ def in_a_child(act: Callable[[], Any], size: int) -> str:
             act()
             ending = "done"
         except BaseException as error:
-            ending = f"{type(error).__name__}|{is_expected(error)}|{one_line(error)}"
+            ending = f"{type(error).__name__}|{is_expected(error)}|{message_of(error)}"
         os.write(writer, ending.encode()[:4000])
         os._exit(0)
     os.close(writer)

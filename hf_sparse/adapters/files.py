@@ -8,10 +8,10 @@ from hf_sparse.adapters.method_report import all_reports
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
-#: What was measured of the weights, and how they were trained.
+#: The measurements of the weights, and the record of their training.
 EVALUATION, TRAINING = "eval.json", "finetune.json"
 
-#: What shows that to people: the card is published, the report and its folder of pictures are not.
+#: Pages for people: the card is published, the report and its folder of pictures are not.
 CARD, REPORT, PICTURES = "README.md", "report.html", "figures"
 
 

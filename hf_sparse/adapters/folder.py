@@ -32,12 +32,12 @@ Json = dict[str, Any]
 # Settings of a configuration that change no number.
 _NAMES = ("base_model_name_or_path", "revision", "peft_version", "inference_mode", "auto_mapping", "task_type")
 
-# In the file of details, whose key is older than methods without scorers.
+# The key of the hash of the weights in the file of details; it is older than methods without scorers.
 _WEIGHTS_OF_DETAILS = "scorers_sha256"
 
 
 class AdapterFolder:
-    """Hold what an adapter's folder holds. A verb opens one and hands it on, so that each file is read once.
+    """Hold the content of an adapter's folder. A verb opens one and hands it on, so that each file is read once.
 
     Configuration and weights are read when it is made, the other files when they are first asked for. What is written
     is not read again: open the folder anew to see it.
@@ -77,7 +77,7 @@ class AdapterFolder:
 
     @cached_property
     def report(self) -> MethodReport:
-        """Return what its method tells cards and reports."""
+        """Return the `MethodReport` of its method, which fills cards and reports."""
         return report_of(self.config)
 
     @property
@@ -115,12 +115,12 @@ class AdapterFolder:
 
     @cached_property
     def weights_sha256(self) -> str:
-        """Return the sha256 of the weights: two measurements can be told to be of the same adapter."""
+        """Return the sha256 of the weights, by which measurements of the same weights are known."""
         return hashlib.sha256((self.path / WEIGHTS).read_bytes()).hexdigest()
 
     @cached_property
     def settings_sha256(self) -> str:
-        """Return the sha256 of the settings: weights stay where `divide` changes what they are used for."""
+        """Return the sha256 of the settings, which `divide` changes without changing the weights."""
         settings = {name: value for name, value in self.config_content.items() if name not in _NAMES}
         return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
 

@@ -19,7 +19,7 @@ from hf_sparse.access_tokens import check_token
 from hf_sparse.adapters.files import CARD, CONFIG, EVALUATION, TRAINING, WEIGHTS, published_files
 from hf_sparse.adapters.fit import check_fit
 from hf_sparse.adapters.folder import AdapterFolder, write_repo
-from hf_sparse.adapters.hub_errors import explained, one_line
+from hf_sparse.adapters.hub_errors import explained, short_line
 from hf_sparse.base_model import is_public, open_base
 from hf_sparse.bundled import BASE_NAME
 from hf_sparse.core.registry import registered_methods
@@ -82,7 +82,7 @@ def push_to_hub(
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise HubError(f"{repo_id!r} is not a repository id such as 'user/name': {one_line(error)}") from error
+        raise HubError(f"{repo_id!r} is not a repository id such as 'user/name': {short_line(error)}") from error
     if license is not None and not _LICENSE.fullmatch(license):
         raise HubError(f"expected the Hub's name of a license, such as 'apache-2.0' or 'other', got {license!r}")
     token = check_token(token)
@@ -202,7 +202,7 @@ def _check_card(api: HfApi, card: str) -> None:
             reasons = "; ".join(str(error["message"]) for error in answer.json()["errors"])
         except (ValueError, LookupError, TypeError):
             reasons = answer.text
-        raise HubError(f"the Hub does not take the card: {one_line(reasons)}; nothing was created")
+        raise HubError(f"the Hub does not take the card: {short_line(reasons)}; nothing was created")
     hf_raise_for_status(answer)
 
 

@@ -13,7 +13,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from hf_sparse.access_tokens import redact, scrub
+from hf_sparse.access_tokens import one_line, scrub
 from hf_sparse.errors import HfSparseError, HubError
 
 _LONGEST = 500  # characters of a message that others wrote
@@ -45,8 +45,8 @@ def _advice(error: BaseException) -> str:
     if isinstance(error, OfflineModeIsEnabled):
         return "HF_HUB_OFFLINE is set"
     if isinstance(error, HTTPError):
-        return f"the Hub cannot be reached ({one_line(error)}): check the network"
-    message = one_line(error).removesuffix(".") or type(error).__name__
+        return f"the Hub cannot be reached ({short_line(error)}): check the network"
+    message = short_line(error).removesuffix(".") or type(error).__name__
     if not isinstance(error, OSError | ValueError) and error.__cause__ is not None:  # says what failed, but not why
         return f"{message}: {_advice(error.__cause__)}"
     return message
@@ -76,10 +76,10 @@ def _advice_on_status(error: HfHubHTTPError) -> str:
         return refused[status]
     if not at_hub:
         return f"the storage of the Hub refused ({status}): try again"
-    return known.get(status, one_line(error))
+    return known.get(status, short_line(error))
 
 
-def one_line(error: object) -> str:
-    """Return the message of an exception without line ends and secrets, and not longer than a person reads."""
-    text = redact(" ".join(str(error).split()))
+def short_line(error: object) -> str:
+    """Return the message of an exception in one line, without secrets, and cut where it is very long."""
+    text = one_line(error)
     return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} ..."

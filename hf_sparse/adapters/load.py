@@ -17,7 +17,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel
 
-from hf_sparse.access_tokens import check_token, redact
+from hf_sparse.access_tokens import check_token, one_line
 from hf_sparse.adapters.files import CONFIG, WEIGHTS
 from hf_sparse.adapters.fit import check_fit, check_loaded
 from hf_sparse.adapters.folder import AdapterFolder
@@ -115,7 +115,9 @@ def load_adapter(
                 resolve_base(config.base_model_name_or_path), revision=config.revision, trust_remote_code=False
             )
     except (HTTPError, OSError, ValueError) as error:
-        raise HubError(f"no tokenizer for the base model {config.base_model_name_or_path!r}: {_line(error)}") from error
+        raise HubError(
+            f"no tokenizer for the base model {config.base_model_name_or_path!r}: {one_line(error)}"
+        ) from error
     return model.to(cuda_of_process() if kind == "cuda" else kind), tokenizer
 
 
@@ -133,12 +135,12 @@ def load_base(name: str, config: SparseConfig, *, dtype: Dtype = "auto") -> PreT
     except (HubError, UnsupportedModelError):
         raise
     except (HTTPError, OSError, ValueError) as error:
-        raise HubError(f"the base model {name!r} cannot be read: {_line(error)}") from error
+        raise HubError(f"the base model {name!r} cannot be read: {one_line(error)}") from error
     targets(skeleton, config)  # before gigabytes are read
     try:
         return base.load()[0]
     except (HTTPError, OSError, ValueError, SafetensorError) as error:
-        raise HubError(f"the base model {name!r} cannot be loaded: {_line(error)}") from error
+        raise HubError(f"the base model {name!r} cannot be loaded: {one_line(error)}") from error
 
 
 def _load_base_of(
@@ -205,11 +207,6 @@ def _attach(
 def _tokens(base: PreTrainedModel) -> int | None:
     """Count the tokens that the embeddings of a base model have, `None` without embeddings."""
     return next((len(parameter) for parameter in embeddings_of(base).values()), None)
-
-
-def _line(error: BaseException) -> str:
-    """Return the message of an exception on one line, without secrets."""
-    return " ".join(redact(str(error)).split())
 
 
 def _check_options(base_model: Any, kwargs: dict[str, Any]) -> PreTrainedModel | None:

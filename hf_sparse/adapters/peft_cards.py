@@ -21,10 +21,10 @@ from hf_sparse.adapters.folder import AdapterFolder
 from hf_sparse.errors import DataError, HfSparseError
 from hf_sparse.tuner import SparseModel
 
-# What a card that another wrote says of more than it can know of the method.
+# Metadata of a replaced card that stays, for hf-sparse cannot know it.
 _KEPT = ("license", "license_name", "license_link", "language", "datasets")
 
-# What cards hold that nobody wrote: PEFT's, and the Trainer's.
+# Texts by which the cards are known that PEFT and the Trainer generate.
 _BLANK, _DRAFTED = "[More Information Needed]", "generated automatically according to the information the Trainer"
 
 
@@ -32,7 +32,7 @@ class _OwnCard:
     """Write the card of hf-sparse where a `PeftModel` writes its own."""
 
     def save_pretrained(self, save_directory: str, *args: Any, **options: Any) -> None:
-        """Save, and write our card beside every adapter that has none of a person's."""
+        """Save, and write our card beside every adapter that has no card written by a person."""
         super().save_pretrained(save_directory, *args, **options)  # type: ignore[misc]
         for name in options.get("selected_adapters") or self.peft_config:  # type: ignore[attr-defined]
             folder = Path(save_directory, *([] if name == "default" else [name]))

@@ -31,7 +31,7 @@ class OneLineErrors(TyperGroup):
             if not is_expected(error):
                 _scrub(error)
                 raise
-            complain(f"[red]error:[/red] {escape(one_line(error))}")
+            complain(f"[red]error:[/red] {escape(message_of(error))}")
             raise typer.Exit(1) from None
 
 
@@ -56,11 +56,11 @@ def is_expected(error: Exception) -> bool:
     return isinstance(error, kinds)
 
 
-def one_line(error: Exception) -> str:
-    """Return the message of an error in one line, without access tokens."""
-    from hf_sparse.access_tokens import redact
+def message_of(error: Exception) -> str:
+    """Return the message of an error in one line, without access tokens; its kind where it has no message."""
+    from hf_sparse.access_tokens import one_line
 
-    return redact(" ".join(str(error).split())) or type(error).__name__
+    return one_line(error) or type(error).__name__
 
 
 def complain(message: str) -> None:

@@ -171,7 +171,8 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
         if not self.causal:
             raise ValueError(_NO_CACHE)
         if not isinstance(cache, self.cache_layer_type):
-            raise TypeError(f"{self.label} needs its own cache layer, got {type(cache).__name__}")
+            expected = self.cache_layer_type.__name__
+            raise TypeError(f"{self.label} needs a {expected} as its cache layer, got {type(cache).__name__}")
 
     def cache_layer(self) -> SparseCacheLayer:
         """Make a new, empty cache layer for one batch of sequences.
@@ -209,7 +210,7 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
         return not self.disable_adapters and self.is_used
 
     def is_learning(self, cache: Any) -> bool:
-        """Tell a forward to learn from: in `train` mode, unless it generates, which fills a cache without gradients."""
+        """Tell whether a forward is one to learn from: in `train` mode, unless it fills a cache without gradients."""
         return self.training and (cache is None or torch.is_grad_enabled())
 
     @property

@@ -5,8 +5,8 @@ generation, bytes of keys and values, and speed; every one for the dense model, 
 equal size. What is compared and what else is measured is the method's: its `Evaluation` says so.
 """
 
+from hf_sparse.evaluation.base import Request as Request
 from hf_sparse.evaluation.contenders import Evaluation as Evaluation
-from hf_sparse.evaluation.contenders import Request as Request
 from hf_sparse.evaluation.measure import FORMAT as FORMAT
 from hf_sparse.evaluation.measure import evaluate as evaluate
 from hf_sparse.evaluation.quality import compare as compare

@@ -1,20 +1,18 @@
 """Compare contenders by the predictions or embeddings of one model, and weigh what sparse attention saves."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.nn.functional as F
 from torch import nn
 
+from hf_sparse.evaluation.base import AbstractEvaluation, Request
 from hf_sparse.evaluation.quality import compare, embeddings, masked_perplexity, position_edges
 from hf_sparse.evaluation.speed import decoding, forward_speed
 from hf_sparse.metrics import METRIC_KEYS
 
-if TYPE_CHECKING:
-    from hf_sparse.evaluation.contenders import Evaluation, Request
 
-
-def compare_contenders(evaluation: "Evaluation", model: nn.Module, request: "Request") -> dict[str, Any]:
+def compare_contenders(evaluation: AbstractEvaluation, model: nn.Module, request: Request) -> dict[str, Any]:
     """Measure the quality of every contender at every budget, bytes of keys and values, and speed.
 
     Returns:
@@ -35,7 +33,7 @@ def compare_contenders(evaluation: "Evaluation", model: nn.Module, request: "Req
     return {**qualities[0], **costs, **({"sweep": sweep} if sweep else {})}
 
 
-def _predictions(model: nn.Module, budgets: Sequence[Any], request: "Request") -> list[dict[str, Any]]:
+def _predictions(model: nn.Module, budgets: Sequence[Any], request: Request) -> list[dict[str, Any]]:
     """Return the perplexities and divergences of a causal language model at each budget; by position at the first."""
     names, length = request.contenders, request.tokens.shape[1]
     runs = list(dict.fromkeys((budget, name) for budget in budgets for name in names))
@@ -56,7 +54,7 @@ def _predictions(model: nn.Module, budgets: Sequence[Any], request: "Request") -
 
 
 def _encodings(
-    evaluation: "Evaluation", model: nn.Module, budgets: Sequence[Any], request: "Request"
+    evaluation: AbstractEvaluation, model: nn.Module, budgets: Sequence[Any], request: Request
 ) -> list[dict[str, Any]]:
     """Return the metric of an encoder, or of a model without a head, of every contender at each budget."""
     tokens, labels = request.tokens, request.labels

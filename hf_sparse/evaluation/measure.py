@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from hf_sparse import environment
 from hf_sparse.data import IGNORED, check_chunks, fingerprint, first_token, tensors
-from hf_sparse.evaluation.contenders import Request
+from hf_sparse.evaluation.base import Request
 from hf_sparse.evaluation.settings import settings_from
 from hf_sparse.evaluation.switching import evaluating, evaluation_of
 from hf_sparse.metrics import METRIC_KEYS

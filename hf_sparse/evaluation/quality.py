@@ -25,7 +25,7 @@ _BINS = 16
 
 @dataclass(frozen=True)
 class Losses:
-    """Hold what one contender makes of every token of `N` chunks but the first of each.
+    """Hold the losses of one contender on every token of `N` chunks but the first of each.
 
     Attributes:
         nats: `[N, T - 1]` float32, negative log-likelihoods.
@@ -42,11 +42,11 @@ class Losses:
 
     @property
     def mean_divergence(self) -> float:
-        """Return the mean over all tokens."""
+        """Return the mean divergence over all tokens."""
         return self.divergence.double().mean().item()
 
     def last(self, count: int) -> "Losses":
-        """Return those of the last `count` tokens of each chunk."""
+        """Return the losses of the last `count` tokens of each chunk."""
         return Losses(self.nats[:, -count:], self.divergence[:, -count:])
 
     def by_position(self, edges: Sequence[int]) -> list[float]:

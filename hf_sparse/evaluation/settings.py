@@ -3,15 +3,13 @@
 from collections.abc import Mapping
 from dataclasses import fields
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from hf_sparse.core.registry import registered_methods
-
-if TYPE_CHECKING:
-    from hf_sparse.evaluation.contenders import Evaluation
+from hf_sparse.evaluation.base import AbstractEvaluation
 
 
-def settings_from(evaluation: "Evaluation", options: Mapping[str, Any]) -> Any:
+def settings_from(evaluation: AbstractEvaluation, options: Mapping[str, Any]) -> Any:
     """Return the settings of a method with the options that were given; one that is `None` was not.
 
     Raises:
@@ -34,7 +32,7 @@ def settings_from(evaluation: "Evaluation", options: Mapping[str, Any]) -> Any:
     return evaluation.settings_type(**given)
 
 
-def _names(evaluation: "Evaluation") -> list[str]:
+def _names(evaluation: AbstractEvaluation) -> list[str]:
     return [field.name for field in fields(evaluation.settings_type)]
 
 

@@ -2,26 +2,24 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
 from hf_sparse.core.layer import SparseAttentionLayer
 from hf_sparse.core.overrides import override
 from hf_sparse.core.registry import method_of
+from hf_sparse.evaluation.base import AbstractEvaluation
 from hf_sparse.patches import sparse_layers_in_use
 
-if TYPE_CHECKING:
-    from hf_sparse.evaluation.contenders import Evaluation
 
-
-def evaluation_of(model: nn.Module) -> "Evaluation":
+def evaluation_of(model: nn.Module) -> AbstractEvaluation:
     """Return how a patched model is measured, by the method of its active adapter.
 
     Raises:
         ValueError: a model without sparse attention.
     """
-    evaluation: Evaluation = method_of(layers_to_measure(model)[0].config).evaluation()
+    evaluation: AbstractEvaluation = method_of(layers_to_measure(model)[0].config).evaluation()
     return evaluation
 
 

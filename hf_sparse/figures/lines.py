@@ -7,7 +7,7 @@ from typing import Any
 from hf_sparse.figures.style import INK, Looks
 
 # From this ratio of the largest value to the smallest on, a linear axis would hide what is close to dense.
-_LOG_FROM = 3.0
+LOG_FROM = 3.0
 
 
 def draw_lines(
@@ -45,7 +45,7 @@ def draw_lines(
             zorder=4 if learned else 3,
         )
     low, high = min(numbers), max(numbers)
-    if low > 0 and high / low > _LOG_FROM:
+    if low > 0 and high / low > LOG_FROM:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))

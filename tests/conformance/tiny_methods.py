@@ -91,7 +91,7 @@ _NOT_CROPPABLE = Refusal((RuntimeError, ValueError), f"{_EVICTED}|requires a cac
 def _only_recent(subject: Any) -> PreTrainedModel:
     model = subject.fresh(sinks=0)
     for layer in sparse_layers(model):
-        layer.policy = BASELINES["recency"]
+        layer.baseline = BASELINES["recency"]
     return model
 
 

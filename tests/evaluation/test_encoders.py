@@ -133,12 +133,12 @@ def test_table(adapted, chunks, masked, kind):
 def test_the_model_comes_back(adapted, chunks):
     model = adapted("BertModel").train()
     before = (
-        [(m.policy, m.disable_adapters, m.training) for m in sparse_layers(model)],
+        [(m.baseline, m.disable_adapters, m.training) for m in sparse_layers(model)],
         model.config._attn_implementation,
     )
     evaluate(model, chunks, progress=False)
     after = (
-        [(m.policy, m.disable_adapters, m.training) for m in sparse_layers(model)],
+        [(m.baseline, m.disable_adapters, m.training) for m in sparse_layers(model)],
         model.config._attn_implementation,
     )
     assert before == after and all(module.training for module in model.modules())

@@ -118,7 +118,7 @@ class TestTheModelComesBack:
     def state(model):
         methods = sparse_layers(model)
         return (
-            [(method.policy, method.disable_adapters) for method in methods],
+            [(method.baseline, method.disable_adapters) for method in methods],
             [module.training for module in model.modules()],
             [parameter.requires_grad for parameter in model.parameters()],
             model.config._attn_implementation,
@@ -129,7 +129,7 @@ class TestTheModelComesBack:
         model.eval()
         first, second = sparse_layers(model)
         first.train()
-        second.policy = BASELINES["random"]
+        second.baseline = BASELINES["random"]
         for method in (first, second):
             method.switch(not disabled)
         before = self.state(model)
@@ -138,7 +138,7 @@ class TestTheModelComesBack:
 
     @pytest.mark.parametrize("name", CONTENDERS)
     def test_after_an_exception(self, model, name):
-        sparse_layers(model)[0].policy = BASELINES["random"]
+        sparse_layers(model)[0].baseline = BASELINES["random"]
         before = self.state(model)
         with pytest.raises(KeyboardInterrupt), using(model, name):
             raise KeyboardInterrupt

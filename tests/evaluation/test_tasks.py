@@ -152,7 +152,7 @@ class TestRun:
 
         def use(reply):
             def fake(model, tokenizer, tokens, new_tokens):
-                seen.append((tokens, new_tokens, sparse_layers(model)[0].policy, sparse_layers(model)[0].is_active))
+                seen.append((tokens, new_tokens, sparse_layers(model)[0].baseline, sparse_layers(model)[0].is_active))
                 return reply(tokenizer.decode(tokens))
 
             monkeypatch.setattr(run, "answer", fake)
@@ -168,7 +168,7 @@ class TestRun:
         assert all(0 <= length - size < 40 for length, size in zip([128] * 6 + [256] * 6, sizes[:12], strict=True))
         assert len({tuple(tokens) for tokens, *_ in seen[:12]}) == 12  # each is another example
         assert [tokens for tokens, *_ in seen[12:24]] == [tokens for tokens, *_ in seen[:12]]  # for each selection
-        assert not seen[0][3] and seen[12][3] and len({policy for *_, policy, _ in seen}) == len(GENERATING) - 1
+        assert not seen[0][3] and seen[12][3] and len({baseline for *_, baseline, _ in seen}) == len(GENERATING) - 1
 
     def test_each_depth_has_its_cell(self, model, tokenizer, answered):
         def early(text):
@@ -278,9 +278,9 @@ class TestGeneration:
 
     def test_the_model_comes_back(self, model, tokenizer):
         model.train()
-        before = [(m.policy, m.disable_adapters, m.training) for m in sparse_layers(model)]
+        before = [(m.baseline, m.disable_adapters, m.training) for m in sparse_layers(model)]
         run_task(model, tokenizer, "multi_key", lengths=(256,), samples=1, progress=False)
-        assert before == [(m.policy, m.disable_adapters, m.training) for m in sparse_layers(model)] and model.training
+        assert before == [(m.baseline, m.disable_adapters, m.training) for m in sparse_layers(model)] and model.training
 
 
 class TestRefusals:

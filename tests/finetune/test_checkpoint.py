@@ -133,7 +133,7 @@ class TestIdentity:
         history = [{"step": step, "loss": 1.0} for step in range(1, 9)]
         rewrite(folder_of(output), step=8, history=history)
         folder_of(output).rename(output / "checkpoints" / "step-000008")
-        with pytest.raises(DataError, match="cannot resume from step-000008: the run has 6 steps"):
+        with pytest.raises(DataError, match="step-000008: expected at most the 6 steps of this run, got 8"):
             train(method, model(), chunks, output, resume=True)
 
     @pytest.mark.parametrize(

@@ -19,13 +19,13 @@ K, WINDOW, SINKS = 4, 5, 2
 SLOTS = K + WINDOW + SINKS
 BUDGET = {"k": K, "window": WINDOW, "sinks": SINKS}
 LENGTH, SCALING = 40, 1.5
-ADAPTIVE = [name for name, policy in BASELINES.items() if policy.block is not None]
+ADAPTIVE = [name for name, baseline in BASELINES.items() if baseline.block is not None]
 
 
-def method(policy) -> SparseKAttention:
+def method(baseline) -> SparseKAttention:
     module = SparseKAttention(HIDDEN, HEADS, layer=0)
     module.add_adapter("default", SparseKConfig(**BUDGET))
-    module.policy = policy
+    module.baseline = baseline
     return module.eval()
 
 
@@ -111,7 +111,7 @@ def test_blocks_of_one_are_the_method_token_by_token(rule, pieces):
 
 def test_the_rules_differ_from_each_other_and_from_frozen_ones():
     tensors = inputs()
-    outputs = [attend(method(policy), tensors) for name, policy in BASELINES.items()]
+    outputs = [attend(method(baseline), tensors) for name, baseline in BASELINES.items()]
     for i, one in enumerate(outputs):
         assert all((one - other).abs().max() > 0.01 for other in outputs[:i])
 
@@ -309,9 +309,9 @@ def model(tiny_llama):
     return patch(tiny_llama(), SparseKConfig(k=6, window=8, sinks=2))
 
 
-def using(model, policy):
+def using(model, baseline):
     for each in sparse_layers(model):
-        each.policy = policy
+        each.baseline = baseline
     return model
 
 
@@ -321,9 +321,9 @@ MASK = torch.arange(50) >= torch.tensor([0, 17, 45])[:, None]
 
 @pytest.mark.cross("values")
 @pytest.mark.parametrize("padded", [False, True], ids=["whole", "left"])
-@pytest.mark.parametrize("policy", [*(BASELINES[name] for name in FROZEN), H2O(block=1), TOVA(block=1)], ids=repr)
-def test_generate_equals_whole_forwards(model, policy, padded):
-    using(model, policy)
+@pytest.mark.parametrize("baseline", [*(BASELINES[name] for name in FROZEN), H2O(block=1), TOVA(block=1)], ids=repr)
+def test_generate_equals_whole_forwards(model, baseline, padded):
+    using(model, baseline)
     mask = MASK if padded else torch.ones_like(MASK)
     output = model.generate(IDS, attention_mask=mask.long(), max_new_tokens=20, do_sample=False)
     for row in range(3):
@@ -347,10 +347,10 @@ def test_generate_equals_steps_through_a_cache(model, name):
     assert cache.layers[0].positions.amin() >= 0 and int(cache.layers[0].seen[0]) == 69
 
 
-@pytest.mark.parametrize("policy", [*(BASELINES[name] for name in FROZEN), H2O(block=1), TOVA(block=1)], ids=repr)
-def test_beams_carry_scores_and_memory(model, policy):
+@pytest.mark.parametrize("baseline", [*(BASELINES[name] for name in FROZEN), H2O(block=1), TOVA(block=1)], ids=repr)
+def test_beams_carry_scores_and_memory(model, baseline):
     """The best beam's score is that of a whole forward over its text."""
-    using(model, policy)
+    using(model, baseline)
     output = model.generate(
         IDS[:1], num_beams=4, max_new_tokens=20, do_sample=False, output_scores=True, return_dict_in_generate=True
     )
@@ -360,10 +360,10 @@ def test_beams_carry_scores_and_memory(model, policy):
     torch.testing.assert_close(output.sequences_scores[0], total / 20, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("policy", [BASELINES[name] for name in FROZEN], ids=FROZEN)
+@pytest.mark.parametrize("baseline", [BASELINES[name] for name in FROZEN], ids=FROZEN)
 @pytest.mark.parametrize("chunks", [[20, 30], [1, 2, 30, 1, 16]], ids=str)
-def test_frozen_policies_are_exact_in_chunks(model, policy, chunks):
-    using(model, policy)
+def test_frozen_baselines_are_exact_in_chunks(model, baseline, chunks):
+    using(model, baseline)
     cache, parts = None, []
     with torch.no_grad():
         for part in IDS.split(chunks, 1):

@@ -82,7 +82,7 @@ def test_training_uses_soft_gates_within_the_support(padding):
 
 def test_recency_is_a_window_as_large_as_all_slots_but_the_sinks():
     module, tensors = method(), inputs()
-    module.policy = recency
+    module.baseline = recency
     i, j = torch.arange(LENGTH)[:, None], torch.arange(LENGTH)
     mask = (j < 2) | ((j >= i - 4) & (j <= i + 4))  # 9 = window + k
     query, key, value = (tensors[name] for name in ("query", "key", "value"))
@@ -94,7 +94,7 @@ def test_recency_is_a_window_as_large_as_all_slots_but_the_sinks():
 
 def test_random_keeps_window_and_k():
     module, tensors = method(), inputs()
-    module.policy = random
+    module.baseline = random
     output = attend(module, tensors)
     query, key, value = (tensors[name] for name in ("query", "key", "value"))
     scores = random(Arrivals(query, key, torch.arange(LENGTH).expand(3, -1), None, 0.7, 5, layer=0, cache=None))
@@ -107,7 +107,7 @@ def test_random_keeps_window_and_k():
 @pytest.mark.parametrize("name", sorted(BASELINES.keys() - {"recency", "random"}))
 def test_other_baselines_are_refused(name):
     module = method()
-    module.policy = BASELINES[name]
+    module.baseline = BASELINES[name]
     with pytest.raises(ValueError, match="the baselines of encoders are recency \\(a window\\) and random"):
         attend(module, inputs())
 

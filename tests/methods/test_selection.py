@@ -12,7 +12,7 @@ from hf_sparse.ops import sparsek_attention
 HIDDEN, HEADS, GROUP, DIM = 16, 2, 2, 4
 BUDGET = {"k": 4, "window": 5, "sinks": 2}
 LENGTH = 40
-FROZEN = [name for name, policy in BASELINES.items() if policy.block is None]
+FROZEN = [name for name, baseline in BASELINES.items() if baseline.block is None]
 CAUSAL = [name for name in FROZEN if name != "oracle"]
 VALID = {
     "left": torch.arange(LENGTH) >= torch.tensor([0, 6, 30])[:, None],
@@ -29,10 +29,10 @@ def arrivals(index=None, heads=HEADS, layer=0, query=None, key=None, valid=None,
     return Arrivals(query, key, index, valid, 0.7, BUDGET["window"], layer, cache)
 
 
-def method(policy) -> SparseKAttention:
+def method(baseline) -> SparseKAttention:
     module = SparseKAttention(HIDDEN, HEADS, layer=0)
     module.add_adapter("default", SparseKConfig(**BUDGET))
-    module.policy = policy
+    module.baseline = baseline
     return module.eval()
 
 
@@ -78,13 +78,13 @@ def test_recency_is_a_wider_window():
     torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("policy", [recency, random])
-def test_a_score_depends_on_the_position_alone(policy):
+@pytest.mark.parametrize("baseline", [recency, random])
+def test_a_score_depends_on_the_position_alone(baseline):
     """So it is frozen on arrival, and the same in one pass, in chunks, in a padded row and while decoding."""
-    whole = policy(arrivals(torch.arange(1000)[None], 3, 4))
-    parts = [policy(arrivals(torch.arange(a, b)[None], 3, 4)) for a, b in ((0, 1), (1, 400), (400, 1000))]
+    whole = baseline(arrivals(torch.arange(1000)[None], 3, 4))
+    parts = [baseline(arrivals(torch.arange(a, b)[None], 3, 4)) for a, b in ((0, 1), (1, 400), (400, 1000))]
     assert torch.equal(torch.cat(parts, -1), whole)
-    rows = policy(arrivals(torch.stack([torch.arange(10), torch.arange(90, 100)]), 3, 4))
+    rows = baseline(arrivals(torch.stack([torch.arange(10), torch.arange(90, 100)]), 3, 4))
     assert torch.equal(rows[1], whole[0, :, 90:100])
 
 

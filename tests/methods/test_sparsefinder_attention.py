@@ -21,7 +21,7 @@ from hf_sparse.ops.entmax import entmax
 from hf_sparse.ops.predictors.clustering import assign
 from hf_sparse.ops.predictors.profile import distance_bins
 from hf_sparse.ops.tiles import Tiles
-from hf_sparse.ops.tiles.select import tiles_for_sparsity
+from hf_sparse.ops.tiles.select import counts_for_sparsity
 from hf_sparse.ops.tiles.tiles import own_tiles
 
 HEADS, KV_HEADS, DIM = 4, 2, 8
@@ -240,7 +240,7 @@ def test_an_encoder_has_the_wanted_sparsity():
     module, graphs = build(causal=False, sparsity=0.6), []
     module.observer = lambda text, graph, certificate: graphs.append(graph)
     attend(module, *tensors())
-    wanted = tiles_for_sparsity(0.6, 5, 5, causal=False)
+    wanted = counts_for_sparsity(torch.full((5,), 5), 0.6)
     assert wanted.sum() == 10 and torch.equal(graphs[0].counts, wanted.expand(2, HEADS, 5))
 
 
@@ -468,7 +468,7 @@ def test_an_encoder_has_no_cache():
 
 def test_another_cache_or_a_short_mask_is_refused():
     module = build()
-    with pytest.raises(TypeError, match="needs its own cache layer, got DynamicLayer"):
+    with pytest.raises(TypeError, match="needs a SparsefinderCacheLayer as its cache layer, got DynamicLayer"):
         attend(module, *tensors(), cache=DynamicLayer())
     with pytest.raises(ValueError, match="must cover all 75 keys, got 1 columns"):
         attend(module, *tensors(), valid=torch.ones(2, 1, dtype=torch.bool))

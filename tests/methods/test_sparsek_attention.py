@@ -119,14 +119,14 @@ def test_training_uses_soft_gates_within_the_support(valid):
 
 def test_a_baseline_is_hard_in_training_too():
     module, tensors = method(), inputs(2, LENGTH)
-    module.policy = recency
+    module.baseline = recency
     expected = attend(module, tensors)
     assert torch.equal(attend(module.train(), tensors), expected)
 
 
 def test_a_baseline_decodes_through_the_same_cache():
     module, tensors = method(), inputs(2, LENGTH)
-    module.policy = recency
+    module.baseline = recency
     whole, cache = attend(module, tensors), module.cache_layer()
     steps = [attend(module, take(tensors, slice(None), torch.tensor([t])), cache=cache) for t in range(LENGTH)]
     torch.testing.assert_close(torch.cat(steps, 2), whole, rtol=0, atol=2e-6)
@@ -160,7 +160,7 @@ def test_decoding_while_training_is_refused():
 
 
 def test_another_cache_is_refused():
-    with pytest.raises(TypeError, match="SparseK needs its own cache layer, got DynamicLayer"):
+    with pytest.raises(TypeError, match="SparseK needs a SparseKCacheLayer as its cache layer, got DynamicLayer"):
         method().attend(**inputs(1, 3), valid=None, cache=DynamicLayer(), scaling=1.0)
 
 

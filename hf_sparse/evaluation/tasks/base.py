@@ -27,7 +27,6 @@ class Task:
 
     Attributes:
         name: in the registry, on the command line and in eval.json.
-        about: one line for people.
         metric: name of a score; each is in `[0, 1]`, and more is better.
         depths: whether a needle's depth matters: `"each"` has an example per depth, `"all"` one needle at every depth
             of the same example, `"none"` no depth.
@@ -37,7 +36,6 @@ class Task:
     """
 
     name: str
-    about: str
     metric: str
     depths: Literal["each", "all", "none"]
     make: Callable[[Random, Haystack, Sequence[float]], Draft]

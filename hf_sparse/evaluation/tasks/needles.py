@@ -74,8 +74,8 @@ def multi_key(random: Random, haystack: Haystack, depths: Sequence[float]) -> Dr
 
 
 TASKS = (
-    Task("passkey", "a five-digit number at a depth of the text", "exact match", "each", passkey, first_word),
-    Task("needles", "numbers at all depths of the text at once", "recall", "all", needles, recall),
-    Task("single_key", "the number of the only key", "exact match", "none", single_key, first_word),
-    Task("multi_key", "the number of one of eight keys", "exact match", "none", multi_key, first_word),
+    Task("passkey", "exact match", "each", passkey, first_word),
+    Task("needles", "recall", "all", needles, recall),
+    Task("single_key", "exact match", "none", single_key, first_word),
+    Task("multi_key", "exact match", "none", multi_key, first_word),
 )

@@ -78,7 +78,7 @@ def frequent_words(random: Random, haystack: Haystack, depths: Sequence[float]) 
 
 
 TASKS = (
-    Task("variable_tracking", "the variables that a value was handed to", "recall", "none", variable_tracking, recall),
-    Task("common_words", "the five words that fill half of a list", "recall", "none", common_words, recall),
-    Task("frequent_words", "the three most frequent coded words", "recall", "none", frequent_words, recall),
+    Task("variable_tracking", "recall", "none", variable_tracking, recall),
+    Task("common_words", "recall", "none", common_words, recall),
+    Task("frequent_words", "recall", "none", frequent_words, recall),
 )

@@ -10,7 +10,7 @@ from rich.progress import track
 
 from hf_sparse.data import context_length
 from hf_sparse.errors import DataError
-from hf_sparse.evaluation.contenders import check_names
+from hf_sparse.evaluation.base import check_names
 from hf_sparse.evaluation.switching import evaluating, evaluation_of, using
 from hf_sparse.evaluation.tasks import needles, ruler
 from hf_sparse.evaluation.tasks.base import Task

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from hf_sparse.errors import DataError
-from hf_sparse.evaluation.contenders import Budget
+from hf_sparse.evaluation.base import Budget
 from hf_sparse.evaluation.switching import evaluation_of
 from hf_sparse.evaluation.tasks.haystack import Haystack
 from hf_sparse.evaluation.tasks.longbench import Document

@@ -31,7 +31,7 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
 
     Attributes:
         causal: whether queries see earlier keys only. An encoder's module sees all of them, and has no cache.
-        policy: a baseline, whose scores take the place of the scorer's; see `hf_sparse.methods.sparsek.baselines`.
+        baseline: when set, its scores take the place of the scorer's; see `hf_sparse.methods.sparsek.baselines`.
         observer: when set, the module computes its dense attention and hands queries, keys and scores to the
             observer. The objective `attention` trains with it.
     """
@@ -59,7 +59,7 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         self.causal = causal
         self.sparsek_scorer = nn.ModuleDict()
         self.sparsek_lora = nn.ModuleDict()
-        self.policy: Baseline | None = None
+        self.baseline: Baseline | None = None
         self.observer: Observer | None = None
 
     def make_parameters(self, config: SparseKConfig) -> Scorer:
@@ -74,7 +74,7 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
     @property
     def _owner(self) -> tuple[str, Baseline | None]:
         """Return whose scores are used now: the adapter in use, or a baseline at its budget."""
-        return self.identities[self.active], self.policy
+        return self.identities[self.active], self.baseline
 
     def make_cache_layer(self) -> SparseKCacheLayer:
         """Make the KV slots of this module."""
@@ -82,7 +82,7 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
             *self.budget,
             owner=self._owner,
             all_sparse=self.config.layers is None,  # otherwise some layers are left dense
-            depends_on_text=self.policy is not None and self.policy.depends_on_text,
+            depends_on_text=self.baseline is not None and self.baseline.depends_on_text,
         )
 
     def check_cache(self, cache: SparseKCacheLayer) -> None:
@@ -90,7 +90,7 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         super().check_cache(cache)
         if cache.owner != self._owner:
             raise ValueError("the cache holds what another adapter chose: start a new cache after switching adapters")
-        if not cache.empty and (cache.soft or (self.policy is None and self.is_learning(cache))):
+        if not cache.empty and (cache.soft or (self.baseline is None and self.is_learning(cache))):
             raise ValueError(
                 "decoding uses hard selection, and a training forward has soft gates: call model.eval() or use "
                 "torch.no_grad() before generating, from the first token on"
@@ -125,16 +125,16 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         if cache is not None:
             self.check_cache(cache)
         index = token_index(valid, 0 if cache is None else cache.seen, len(query), length, query.device)
-        if self.policy is None:
+        if self.baseline is None:
             scores = self.score(hidden_states, index)
         else:
-            scores = self._scores_of_baseline(self.policy, query, key, index, valid, scaling, cache)
+            scores = self._scores_of_baseline(self.baseline, query, key, index, valid, scaling, cache)
         tokens = NewTokens(query, key, value, scores, index, valid, scaling)
         if self.observer is not None:
             return self._attend_observed(tokens, self.observer)
         is_first = cache is None or cache.empty
-        if isinstance(self.policy, AdaptiveBaseline) and (is_first or length > 1):
-            return self._attend_in_blocks(tokens, cache, self.policy)
+        if isinstance(self.baseline, AdaptiveBaseline) and (is_first or length > 1):
+            return self._attend_in_blocks(tokens, cache, self.baseline)
         if is_first:
             return self._attend_first(tokens, cache)
         if length == 1:
@@ -166,7 +166,7 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
     @property
     def _budget_in_use(self) -> Budget:
         """Return how the budget of the layer is spent now, by the scorer or a baseline."""
-        return self.budget if self.policy is None else self.policy.budget(self.budget, self.causal)
+        return self.budget if self.baseline is None else self.baseline.budget(self.budget, self.causal)
 
     def _attend_observed(self, tokens: NewTokens, observer: Observer) -> Tensor:
         """Attend to all keys, for an observer that gets queries, keys and scores."""
@@ -176,13 +176,13 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
     def _attend_first(self, tokens: NewTokens, cache: SparseKCacheLayer | None) -> Tensor:
         """Attend to the tokens of a text from its beginning on, and fill the cache with them if there is one."""
         budget = self._budget_in_use
-        is_soft = self.policy is None and self.is_learning(cache)
+        is_soft = self.baseline is None and self.is_learning(cache)
         if is_soft:
             support = self.config.soft_support(budget.k)
             output = _attend_whole_text(tokens, budget, causal=self.causal, gates="soft", support=support)
         else:
             output = _attend_whole_text(tokens, budget, causal=self.causal)
-        if self.policy is None and self._may_learn() and not torch.compiler.is_compiling():
+        if self.baseline is None and self._may_learn() and not torch.compiler.is_compiling():
             if not is_soft and self.active in self.last_for:
                 output = _Unlearned.apply(output, tokens.scores)
             elif is_soft and tokens.length <= budget.slots:
@@ -205,10 +205,10 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         valid = None if tokens.valid is None else tokens.valid[:, 0]
         cache.insert(tokens.key, tokens.value, tokens.scores, valid)
         output = attend_slots(tokens.query, cache.keys, cache.values, cache.positions, scaling=tokens.scaling)
-        if isinstance(self.policy, AdaptiveBaseline) and self.policy.watches_steps:
+        if isinstance(self.baseline, AdaptiveBaseline) and self.baseline.watches_steps:
             state = cache.keys, cache.scores, tokens.positions, cache.positions
             budget = self._budget_in_use
-            cache.scores.copy_(self.policy.watch(tokens.query, *state, budget=budget, scaling=tokens.scaling))
+            cache.scores.copy_(self.baseline.watch(tokens.query, *state, budget=budget, scaling=tokens.scaling))
         return output
 
     @torch.compiler.disable
@@ -246,9 +246,9 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         )
         new_positions = tokens.index.masked_fill(~valid, -1)
         positions = torch.cat([old_positions, new_positions[:, None].expand_as(tokens.scores)], 2)
-        if isinstance(self.policy, AdaptiveBaseline):
+        if isinstance(self.baseline, AdaptiveBaseline):
             state = keys, scores, new_positions, positions
-            scores = self.policy.watch(tokens.query, *state, budget=budget, scaling=tokens.scaling)
+            scores = self.baseline.watch(tokens.query, *state, budget=budget, scaling=tokens.scaling)
         cache.fill(keys, values, scores, positions, cache.seen + valid.sum(-1))
         return output
 

@@ -59,7 +59,7 @@ def step_in_one_kernel(
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or not _is_on_current_device(query):
         return None
-    if attention.policy is not None or attention.observer is not None:
+    if attention.baseline is not None or attention.observer is not None:
         return None
     name = attention.active
     if cache.empty or cache.soft or not cache.uncounted or cache.owner != (attention.identities[name], None):

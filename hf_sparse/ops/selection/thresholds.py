@@ -132,6 +132,8 @@ def _check(k: int, support: int | None) -> None:
 
 
 class ScanPlan(NamedTuple):
+    """Hold the arguments of `scan_prefixes` besides the scores."""
+
     k: int
     size: int
     queries: int

@@ -29,7 +29,7 @@ def best_tiles(
         scores: `[B, H, nq, nk]`, `B` may be 1; `-inf` for a tile that must not be listed unless `always` names it or
             the query lies in it.
         count: tiles per query tile in all, `always` included, at least 1; or int64 that broadcasts to `[B, H, nq]`,
-            see `tiles_for_sparsity`.
+            see `counts_for_sparsity`.
         size, rows: as in `tile_counts`.
         causal: as in `allowed_edges`.
         valid: `[B, Tk]` bool, or None. A tile of padding only is neither listed nor does it list any.
@@ -88,14 +88,7 @@ def _rank(scores: Tensor, level: Tensor) -> Tensor:
     return (level.long() << (32 + _INDEX_BITS)) + (ascending << _INDEX_BITS) + last
 
 
-def tiles_for_sparsity(
-    sparsity: float,
-    queries_listed: int,
-    tiles: int,
-    *,
-    causal: bool,
-    own: Tensor | None = None,
-) -> Tensor:
+def counts_for_sparsity(reach: Tensor, sparsity: float) -> Tensor:
     """Count the key tiles per query tile at which a share of all allowed pairs of tiles is left out.
 
     Every row gets the same number, or all it has: linear cost, and early causal rows are dense. The total is that of
@@ -103,28 +96,8 @@ def tiles_for_sparsity(
     remainder of the division goes to the last rows.
 
     Args:
-        sparsity: share of allowed tile pairs that is not listed, at least 0 and below 1.
-        queries_listed, tiles: `nq` and `nk`, see `tile_counts`.
-        causal: as in `allowed_edges`.
-        own: `[nq]` int64, see `own_tiles`; the last `nq` tiles by default.
-
-    Returns:
-        `[nq]` int64, at least 1.
-
-    Raises:
-        ValueError: a sparsity out of range.
-    """
-    if own is None:
-        own = own_tiles(queries_listed, tiles, 1)
-    return counts_for_sparsity(own + 1 if causal else torch.full_like(own, tiles), sparsity)
-
-
-def counts_for_sparsity(reach: Tensor, sparsity: float) -> Tensor:
-    """Count the key tiles per query tile from the tiles that each may attend to; see `tiles_for_sparsity`.
-
-    Args:
         reach: `[..., nq]` int64, allowed key tiles of each query tile; 0 for a query tile of padding.
-        sparsity: at least 0 and below 1.
+        sparsity: share of allowed tile pairs that is not listed, at least 0 and below 1.
 
     Returns:
         `[..., nq]` int64, at least 1 where `reach` is.

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from hf_sparse.ops.predictors import pattern_tiles, patterns
 from hf_sparse.ops.predictors.kmeans import kmeans
 from hf_sparse.ops.predictors.metrics import tile_sparsity
-from hf_sparse.ops.tiles.select import best_tiles, tiles_for_sparsity
+from hf_sparse.ops.tiles.select import best_tiles, counts_for_sparsity
 from hf_sparse.ops.tiles.tiles import window_and_global
 
 BATCH, HEADS, KV_HEADS, RANK = 3, 4, 2, 3
@@ -84,7 +84,7 @@ def all_scores(query, key, counts) -> dict[str, torch.Tensor]:
 def test_all_tiles_have_the_same_sparsity(sparsity):
     query, key = torch.randn(BATCH, HEADS, LENGTH, RANK), torch.randn(BATCH, KV_HEADS, LENGTH, RANK)
     total = -(-LENGTH // SIZE)
-    counts = tiles_for_sparsity(sparsity, total, total, causal=True)
+    counts = counts_for_sparsity(torch.arange(total) + 1, sparsity)
     always = window_and_global(LENGTH, LENGTH, SIZE, window=2, global_tokens=1, causal=True)
     found = {}
     for name, scores in all_scores(query, key, counts).items():

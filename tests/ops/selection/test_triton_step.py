@@ -229,15 +229,15 @@ def test_a_copy_of_a_cache_has_a_kernel_of_its_own(everywhere):
         assert torch.equal(layer.keys, keys) and not torch.equal(other.keys, keys)
 
 
-@pytest.mark.parametrize("reason", ["gradients", "training", "policy"])
+@pytest.mark.parametrize("reason", ["gradients", "training", "baseline"])
 def test_a_step_that_needs_more_takes_the_other_path(everywhere, reason):
     patched = model()
     ids, cache = texts(patched)
     steps, layer = len(everywhere), patched.model.layers[0].self_attn.sparse_attention
     mask = torch.ones(2, ids.shape[1] + 1, device=DEVICE, dtype=torch.int64)
-    if reason == "policy":
+    if reason == "baseline":
         for module in patched.model.layers:
-            module.self_attn.sparse_attention.policy = Recency()
+            module.self_attn.sparse_attention.baseline = Recency()
         cache, mask = SparseKCache(patched), mask[:, :2]
         with torch.no_grad():
             patched(ids[:, :1], attention_mask=mask[:, :1], **with_cache(cache))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_sparse.ops.tiles.allowed import allowed_tiles, tiles_of_valid
-from hf_sparse.ops.tiles.select import best_tiles, counts_for_sparsity, tiles_for_sparsity
+from hf_sparse.ops.tiles.select import best_tiles, counts_for_sparsity
 from hf_sparse.ops.tiles.tiles import Tiles, own_tiles, window_and_global
 
 SIZE = 4
@@ -89,9 +89,9 @@ def test_own_tiles_may_differ_between_texts():
 
 def test_counts_of_smaller_tiles_of_queries():
     own = own_tiles(12, 23, SIZE, 2)  # two in each of six tiles
-    counts = tiles_for_sparsity(0.5, 12, 6, own=own, causal=True)
+    counts = counts_for_sparsity(own + 1, 0.5)
     assert counts.sum() == 21 and (counts <= own + 1).all()  # of 42
-    assert tiles_for_sparsity(0.5, 12, 6, own=own, causal=False).tolist() == [3] * 12
+    assert counts_for_sparsity(torch.full((12,), 6), 0.5).tolist() == [3] * 12
 
 
 def test_everything_and_nothing():
@@ -109,8 +109,6 @@ def test_sparsity_is_hit_as_integers_allow(causal, padded, sparsity):
     valid_tiles = tiles_of_valid(padding(total * SIZE), SIZE) if padded else None
     allowed = allowed_tiles(torch.arange(total), total, causal=causal, valid_tiles=valid_tiles).sum(-1)  # [B, 1, nq]
     counts = counts_for_sparsity(allowed, sparsity)
-    if not padded:
-        assert torch.equal(tiles_for_sparsity(sparsity, total, total, causal=causal), counts[0, 0])
     assert (counts <= allowed).all() and (counts[allowed > 0] >= 1).all()
     wanted = ((1 - sparsity) * allowed.sum(-1).double()).round().long()
     rows = (allowed > 0).sum(-1)
@@ -131,8 +129,8 @@ def test_sparsity_is_hit_as_integers_allow(causal, padded, sparsity):
 
 
 def test_counts_do_not_grow_with_the_row():
-    assert tiles_for_sparsity(0.5, 6, 6, causal=True).tolist() == [1, 1, 2, 2, 2, 2]  # 10 of 21
-    assert tiles_for_sparsity(0.5, 4, 4, causal=False).tolist() == [2, 2, 2, 2]
+    assert counts_for_sparsity(torch.arange(6) + 1, 0.5).tolist() == [1, 1, 2, 2, 2, 2]  # 10 of 21
+    assert counts_for_sparsity(torch.full((4,), 4), 0.5).tolist() == [2, 2, 2, 2]
 
 
 def test_bad_input():
@@ -148,4 +146,4 @@ def test_bad_input():
     with pytest.raises(ValueError, match="17 positions are 5 tiles of 4, got 4 tiles"):
         best_tiles(scores, 1, size=SIZE, causal=True, valid=torch.ones(1, 17, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"below 1, got 1\.0"):
-        tiles_for_sparsity(1.0, 4, 4, causal=True)
+        counts_for_sparsity(torch.arange(4) + 1, 1.0)

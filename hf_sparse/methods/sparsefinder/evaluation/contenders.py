@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from torch import nn
 
 from hf_sparse.errors import DataError
-from hf_sparse.evaluation.contenders import DENSE, Evaluation, Request, base_model_of, check_names
+from hf_sparse.evaluation.base import DENSE, Request, check_names
+from hf_sparse.evaluation.contenders import Evaluation, base_model_of
 from hf_sparse.evaluation.switching import switched
 from hf_sparse.methods.sparsefinder.config import SparsefinderConfig
 from hf_sparse.methods.sparsefinder.evaluation.measure import measure_graphs
@@ -74,7 +75,9 @@ class SparsefinderEvaluation(Evaluation):
         """
         layers = predicting_layers(model)
         if name in FITTED:
-            raise ValueError(f"{name!r} is fitted to the text that is measured, as hf_sparse.evaluation.evaluate does")
+            raise ValueError(
+                f"{name!r} is fitted to the text that is measured: call hf_sparse.evaluation.evaluate, which does that"
+            )
         if name == DENSE:
             return switched(layers, False)
         return attending(layers, [Patterns(layer, seed=0).pattern(name) for layer in layers])
@@ -87,7 +90,10 @@ class SparsefinderEvaluation(Evaluation):
             ValueError: a `stride`, or predictors that were not fitted.
         """
         if request.stride is not None:
-            raise ValueError("stride is no option of sparsefinder, whose graphs are measured on all tokens of a chunk")
+            raise ValueError(
+                "stride is no option of sparsefinder, whose graphs are measured on all tokens of a chunk: "
+                f"expected None, got {request.stride}"
+            )
         layers = predicting_layers(model)
         tile, length = layers[0].config.tile, request.tokens.shape[1]
         if length <= (tile or 1):

@@ -16,7 +16,7 @@ from rich.progress import track
 from torch import Tensor
 
 from hf_sparse.core.overrides import override
-from hf_sparse.evaluation.contenders import Request
+from hf_sparse.evaluation.base import Request
 from hf_sparse.evaluation.quality import compare_outputs, outputs
 from hf_sparse.evaluation.switching import switched
 from hf_sparse.methods.sparsefinder.attention import SparsefinderAttention

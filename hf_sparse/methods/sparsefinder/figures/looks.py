@@ -1,4 +1,4 @@
-"""Hold how the patterns of `hf_sparse.methods.sparsefinder.evaluation.PATTERNS` look in pictures, in the same order."""
+"""Hold how the `CONTENDERS` of `hf_sparse.methods.sparsefinder.evaluation` look in pictures, in the same order."""
 
 from hf_sparse.figures.style import BLUE, GREY, ORANGE, Look, Looks
 

@@ -4,11 +4,11 @@ import math
 from pathlib import Path
 from typing import Any
 
+from hf_sparse.figures.lines import LOG_FROM
 from hf_sparse.figures.style import GREY, INK, WIDTH, canvas, reading, sample
 from hf_sparse.methods.sparsefinder.figures.looks import LOOKS
 from hf_sparse.metrics import metric_of
 
-_LOG_FROM = 3.0  # from this ratio of the largest value to the smallest on, an axis is logarithmic
 _FULL = "full entmax (all keys)"
 _GOLD = "share of pairs without weight in full entmax"
 
@@ -92,7 +92,7 @@ def _draw(axes: Any, curves: Curves, references: dict[str, tuple[float, Any]]) -
             zorder=4 if learned else 3,
         )
     values = [value for pairs in curves.values() for _, value in pairs] + [value for value, _ in references.values()]
-    if references and min(values) > 0 and max(values) / min(values) > _LOG_FROM:
+    if references and min(values) > 0 and max(values) / min(values) > LOG_FROM:
         from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
         axes.set_yscale("log")

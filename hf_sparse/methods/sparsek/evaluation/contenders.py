@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from hf_sparse.core.overrides import override
-from hf_sparse.evaluation.contenders import DENSE, LEARNED, Evaluation, base_model_of
+from hf_sparse.evaluation.base import DENSE, LEARNED
+from hf_sparse.evaluation.contenders import Evaluation, base_model_of
 from hf_sparse.evaluation.show import comparison_table, sweep_table
 from hf_sparse.evaluation.switching import layers_to_measure, switched
 from hf_sparse.methods.sparsek.attention import SparseKAttention
@@ -79,7 +80,7 @@ class SparseKEvaluation(Evaluation):
     def attending(self, model: nn.Module, name: str) -> Iterator[None]:
         """Let dense attention, the scorers or a baseline choose the keys within a `with` block."""
         layers = sparsek_layers(model)
-        with override(layers, policy=BASELINES.get(_BASELINE_OF.get(name, name))), switched(layers, name != DENSE):
+        with override(layers, baseline=BASELINES.get(_BASELINE_OF.get(name, name))), switched(layers, name != DENSE):
             yield
 
     def bookkeeping_bytes(self, cache: Any) -> int:

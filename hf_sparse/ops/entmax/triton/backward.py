@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_sparse.ops.entmax.triton.common import constants, exponent_of, load_rows, padded, powers
+from hf_sparse.ops.entmax.triton.common import constants, exponent_of, load_rows, powers
 from hf_sparse.ops.entmax.triton.groups import Attended, chunk_of
 from hf_sparse.ops.entmax.triton.jobs import (
     LENGTHS,
@@ -29,6 +29,7 @@ from hf_sparse.ops.entmax.triton.jobs import (
 )
 from hf_sparse.ops.entmax.triton.sweep import GROUP_ROWS, Blocks
 from hf_sparse.ops.entmax.triton.tiles import logits
+from hf_sparse.ops.triton.sizes import padded
 
 
 class Gradients(NamedTuple):

@@ -11,13 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_sparse.ops.triton.sizes import padded
+
 STEPS = tl.constexpr(60)  # a guard: far more steps than the digits of float32 take
 CLOSE = tl.constexpr(1e-6)  # a step below it ends the search; the probabilities are normalised afterwards
-
-
-def padded(dim: int) -> int:
-    """Return the head size inside the kernels: a power of two that matrix products take."""
-    return max(16, triton.next_power_of_2(dim))
 
 
 def kind_of(exponent: float | Tensor) -> int:

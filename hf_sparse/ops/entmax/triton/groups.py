@@ -21,11 +21,11 @@ from hf_sparse.ops.entmax.triton.common import (
     load_rows,
     newton_step,
     ones_of,
-    padded,
     powers,
 )
 from hf_sparse.ops.entmax.triton.jobs import LENGTHS, Lists, arguments_of, group_count, keys_of_slots, rows_of_group
 from hf_sparse.ops.entmax.triton.sweep import GROUP_ROWS, Candidates, key_of_bit
+from hf_sparse.ops.triton.sizes import padded
 
 PROGRAMS = 8  # on a multiprocessor
 WIDE = 128  # products of a row that are held in registers while the threshold is searched

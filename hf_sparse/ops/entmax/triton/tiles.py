@@ -16,7 +16,6 @@ from hf_sparse.ops.entmax.triton.common import (
     exponent_of,
     load_rows,
     newton_step,
-    padded,
     powers,
 )
 from hf_sparse.ops.entmax.triton.groups import Attended
@@ -31,6 +30,7 @@ from hf_sparse.ops.entmax.triton.jobs import (
     rows_of_job,
 )
 from hf_sparse.ops.entmax.triton.sweep import GROUP_ROWS, Blocks
+from hf_sparse.ops.triton.sizes import padded
 
 
 def tile_blocks(query: Tensor, rows: int) -> Blocks:

@@ -27,7 +27,6 @@ from hf_sparse.ops.selection.triton.attention_forward import (
     constants,
     lengths,
     mixed_stages,
-    padded,
 )
 from hf_sparse.ops.selection.triton.lists import Tables, by_lifetime, leavers
 from hf_sparse.ops.selection.triton.walk import (
@@ -42,6 +41,7 @@ from hf_sparse.ops.selection.triton.walk import (
     rows_of,
 )
 from hf_sparse.ops.triton.launch import launch
+from hf_sparse.ops.triton.sizes import padded
 
 # Queries whose part of d key and d value is summed before it is added to memory: in tiles of a list, and without.
 _TILES_AT_ONCE = 4

@@ -24,6 +24,7 @@ from hf_sparse.ops.selection.triton.walk import (
     rows_of,
 )
 from hf_sparse.ops.triton.launch import launch
+from hf_sparse.ops.triton.sizes import padded
 
 LOG2_E = 1.4426950408889634
 
@@ -38,11 +39,6 @@ class ProgramSizes(NamedTuple):
     warps: int
     stages: int
     registers: int | None = None
-
-
-def padded(dim: int) -> int:
-    """Round the head size up to a power of two that the kernels' matrix products take."""
-    return max(16, triton.next_power_of_2(dim))
 
 
 # No length is worth a compilation of its own.
