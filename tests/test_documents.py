@@ -3,6 +3,7 @@
 import re
 import textwrap
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
@@ -100,3 +101,10 @@ def test_commands(document):
         known = {name for option in commands[verb].params for name in (*option.opts, *option.secondary_opts)}
         unknown = set(re.findall(r"--[a-z][a-z-]*", rest)) - known - {"--help"}
         assert not unknown, (verb, unknown)
+
+
+@pytest.mark.parametrize("document", [name for name in DOCUMENTS if name != "CHANGELOG.md"])
+def test_names_of_the_library(document):
+    """Check that each `hf_sparse.NAME` in a document exists; the changelog names what is gone as well."""
+    for name in set(re.findall(r"`(hf_sparse(?:\.\w+)+)", (ROOT / document).read_text("utf-8"))):
+        resolve_name(name)

@@ -114,3 +114,9 @@ def test_short_name_is_refused(python, folder):
     run = python(f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {folder}")
     assert run.returncode != 0
     assert f"ImportError: import this package as hf_sparse.{folder}, not as {folder}" in run.stderr
+
+
+def test_submodules_are_attributes(python):
+    """Check that programs which import hf_sparse alone reach the modules that hold its offline text and measures."""
+    run = python("import hf_sparse; hf_sparse.demo.CHECKPOINT, hf_sparse.evaluation.evaluate, hf_sparse.data.pack")
+    assert run.returncode == 0, run.stderr
