@@ -320,7 +320,7 @@ class TestBadInput:
                     call(query, key)
 
     def test_not_fitted(self):
-        with pytest.raises(ValueError, match="no centroids yet: fit them"):
+        with pytest.raises(ValueError, match="expected fitted centroids, got None: fit them"):
             assign(self.key, None)
         with pytest.raises(ValueError, match="no boundaries yet: fit them"):
             shared_bins(self.key, None)
