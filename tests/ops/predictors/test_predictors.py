@@ -322,7 +322,7 @@ class TestBadInput:
     def test_not_fitted(self):
         with pytest.raises(ValueError, match="expected fitted centroids, got None: fit them"):
             assign(self.key, None)
-        with pytest.raises(ValueError, match="no boundaries yet: fit them"):
+        with pytest.raises(ValueError, match="expected fitted boundaries, got None: fit them"):
             shared_bins(self.key, None)
 
     def test_fitted_for_another_model(self):
