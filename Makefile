@@ -4,7 +4,8 @@ READY := .venv/.ready
 OLDEST := .venv/oldest
 TRITON := .venv/triton
 
-PYTEST := $(BIN)/pytest -n auto --maxprocesses 4
+# One thread a process: several processes with a thread for every core would wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
 .PHONY: demo test test-all kernels conformance lint format clean help
