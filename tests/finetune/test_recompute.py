@@ -69,7 +69,7 @@ def test_the_layers_are_as_before(sparse_llama, chunks):
 
 def test_nothing_to_run_again():
     with (
-        pytest.raises(ValueError, match="gradient_checkpointing needs layers .* got a Linear"),
+        pytest.raises(ValueError, match=r"gradient_checkpointing needs layers .* got a Linear"),
         recomputed(nn.Linear(1, 1)),
     ):
         pass
