@@ -97,7 +97,7 @@ def test_methods_import_no_other_method():
 
 
 def is_neutral(module: str) -> bool:
-    """Whether a module may name no method: all below the methods but the mathematics, and the command line."""
+    """Tell whether a module may name no method: all below the methods but the mathematics, and the command line."""
     room = module.split(".")[1]
     return room == "cli" or (room != "ops" and layer(module) < layer(METHODS))
 

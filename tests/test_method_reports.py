@@ -21,7 +21,7 @@ def test_every_template_is_there():
 
 
 def test_methods_share_no_files():
-    """What one method removes or replaces in a folder is never another's."""
+    """Check that what one method removes or replaces in a folder is never another's."""
     files = [name for report in all_reports() for name in (report.figure, report.details_file, *report.pictures)]
     assert len(files) == len(set(files)) and "training" not in files
 

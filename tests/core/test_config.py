@@ -1,4 +1,4 @@
-"""What adapters promise of configurations, and that an attached one is read-only."""
+"""Check what adapters promise of configurations, and that an attached one is read-only."""
 
 import copy
 import pickle

@@ -1,4 +1,4 @@
-"""What a method brings to be measured: defaults that need no code, options of its own, and clear refusals."""
+"""Check what a method brings to be measured: defaults that need no code, options of its own, and clear refusals."""
 
 from dataclasses import fields, replace
 
