@@ -86,7 +86,9 @@ READ = {
 }
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize(
+    "verb", [pytest.param(verb, marks=[pytest.mark.full] * (verb in ("finetune", "report"))) for verb in VERBS]
+)
 def test_each_json_file_is_read_once(folder, verb):
     with opened() as counts:
         VERBS[verb](folder)

@@ -633,7 +633,8 @@ class TestPush:
 
 
 class TestDebug:
-    @pytest.mark.parametrize("debug", [False, pytest.param(True, marks=pytest.mark.full)])
+    @pytest.mark.full  # the tests of what is refused read the same line from `invoke`
+    @pytest.mark.parametrize("debug", [False, True])
     def test_tracebacks_only_on_request(self, tmp_path, debug):
         command = [str(Path(sys.executable).with_name("hf-sparse")), *(["--debug"] if debug else [])]
         command += ["eval", "missing", "--text", "none.txt"]

@@ -37,7 +37,7 @@ from hf_sparse.methods.sparsek.divide import divide_adapter
 
 pytestmark = pytest.mark.usefixtures("blank_pictures")
 
-LENGTH, LIMIT = 80, int(os.environ.get("HF_SPARSE_FUZZ", "4"))
+LENGTH, LIMIT = 80, int(os.environ.get("HF_SPARSE_FUZZ", "2"))
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate", "os.link", "os.symlink"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
@@ -219,7 +219,10 @@ def check(state: Path, old: dict[str, bytes], new: dict[str, bytes]) -> None:
 
 
 @pytest.mark.cross("values")
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize(
+    "verb",
+    [pytest.param(verb, marks=[pytest.mark.full] * (verb in ("finetune", "finetune --resume"))) for verb in VERBS],
+)
 def test_killed_before_any_call(place, tmp_path, verb):
     if verb == "divide" and place.method == "sparsefinder":
         with pytest.raises(DataError, match="has none"):

@@ -30,47 +30,22 @@ def test_imports_without_triton(python, name):
     assert run.returncode == 0, run.stderr
 
 
-def test_import_changes_no_model(python):
-    """Importing hf_sparse may add its own attention and mask functions; it replaces none and loads no model family.
+@pytest.mark.versions
+def test_import_changes_no_model_that_is_there(python):
+    """A model that was made before the import has the same bits, modules and functions after it; triton is blocked.
 
-    It loads neither matplotlib nor, beyond what transformers loads itself, jinja2.
+    The import may add its own attention and mask functions; it replaces none and loads no other model family, nor
+    matplotlib, nor, beyond what transformers loads itself, jinja2.
     """
     run = python("""
 import sys
-import peft
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-
-def state():
-    families = {name for name in sys.modules if name.startswith("transformers.models.") and ".modeling_" in name}
-    return families, dict(ALL_ATTENTION_FUNCTIONS), dict(ALL_MASK_ATTENTION_FUNCTIONS)
-
-families, *registries = state()
-loaded = set(sys.modules)
-import hf_sparse
-added = {name.split(".")[0] for name in set(sys.modules) - loaded}
-assert "hf_sparse" in added and not added & {"matplotlib", "jinja2"}, added
-families_after, *registries_after = state()
-
-assert families_after == families, families_after - families
-for before, after in zip(registries, registries_after):
-    replaced = [name for name in before if after.get(name) is not before[name]]
-    assert not replaced, replaced
-    added = after.keys() - before.keys()
-    assert all(name.startswith("hf_sparse") for name in added), added
-""")
-    assert run.returncode == 0, run.stderr
-
-
-@pytest.mark.versions
-def test_import_changes_no_model_that_is_there(python):
-    """A model that was made before the import has the same bits, modules and functions after it; triton is blocked."""
-    run = python("""
-import sys
 sys.modules["triton"] = None
+import peft
 import torch
 from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM
 from transformers.integrations import sdpa_attention
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert import modeling_bert
 from transformers.models.llama import modeling_llama
 
@@ -92,9 +67,22 @@ def state():
 def outputs():
     return [model(ids, attention_mask=mask).logits for model in models]
 
+def families():
+    return {name for name in sys.modules if name.startswith("transformers.models.") and ".modeling_" in name}
+
+def registries():
+    return dict(ALL_ATTENTION_FUNCTIONS), dict(ALL_MASK_ATTENTION_FUNCTIONS)
+
 before, expected = state(), outputs()
+loaded, families_before, registries_before = set(sys.modules), families(), registries()
 import hf_sparse
 assert state() == before
+assert families() == families_before, families() - families_before
+added = {name.split(".")[0] for name in set(sys.modules) - loaded}
+assert "hf_sparse" in added and not added & {"matplotlib", "jinja2"}, added
+for functions_before, functions in zip(registries_before, registries()):
+    assert all(functions[name] is function for name, function in functions_before.items())
+    assert all(name.startswith("hf_sparse") for name in functions.keys() - functions_before.keys())
 assert all(torch.equal(*pair) for pair in zip(outputs(), expected))
 assert hf_sparse.patches.sparse_layers(models[0]) == []
 
@@ -114,9 +102,3 @@ def test_short_name_is_refused(python, folder):
     run = python(f"import sys; sys.path.insert(0, {str(ROOT)!r}); import {folder}")
     assert run.returncode != 0
     assert f"ImportError: import this package as hf_sparse.{folder}, not as {folder}" in run.stderr
-
-
-def test_submodules_are_attributes(python):
-    """Check that programs which import hf_sparse alone reach the modules that hold its offline text and measures."""
-    run = python("import hf_sparse; hf_sparse.demo.CHECKPOINT, hf_sparse.evaluation.evaluate, hf_sparse.data.pack")
-    assert run.returncode == 0, run.stderr

@@ -79,13 +79,15 @@ def test_what_runs(tiers, pytester):
     pytester.makeini("[pytest]\nmarkers =\n  full: x\n  cross: x\naddopts = --strict-markers")
     pytester.makepyfile(test_crossed=MODULE)
     found = {}
-    for options in ([], ["--full"]):
+    for options in ([], ["--full"], ["--values"]):
         result = pytester.inline_run("-p", "no:cacheprovider", *options, plugins=[tiers])
         names = [report.nodeid.split("::")[-1] for report in result.getreports("pytest_runtest_logreport")
                  if report.when == "call" and report.passed]  # fmt: skip
-        found[bool(options)] = names
-    assert len(found[True]) == 18 + 12 + 12 + 1 + 6 + 4 and set(found[False]) < set(found[True])
-    assert 3 * 3 <= sum(name.startswith("test_pairs") for name in found[False]) < 18
-    counts = {test: sum(name.startswith(test) for name in found[False]) for test in
-              ("test_values", "test_the_nearest", "test_slow", "test_both", "test_plain")}  # fmt: skip
-    assert counts == {"test_values": 4, "test_the_nearest": 12, "test_slow": 0, "test_both": 4, "test_plain": 4}
+        found[" ".join(options)] = names
+    assert len(found["--full"]) == 18 + 12 + 12 + 1 + 6 + 4 and set(found[""]) < set(found["--full"])
+    assert 3 * 3 <= sum(name.startswith("test_pairs") for name in found[""]) < 18
+    tests = ("test_values", "test_the_nearest", "test_slow", "test_both", "test_plain")
+    counts = {option: [sum(name.startswith(test) for name in names) for test in tests]
+              for option, names in found.items()}  # fmt: skip
+    assert counts[""] == [4, 12, 0, 4, 4] and counts["--values"] == [4, 4, 0, 2, 4]
+    assert sum(name.startswith("test_pairs") for name in found["--values"]) == 3

@@ -1,4 +1,4 @@
-"""Choose what runs by default: `pytest` and `make test` take a part of the large crosses, `--full` takes every test.
+"""Choose what runs: by default a part of the large crosses, with `--values` less, with `--full` every test.
 
 Two markers say what is left out without `--full`:
 
@@ -7,7 +7,10 @@ Two markers say what is left out without `--full`:
   `cross("values")` stops as soon as every value has been there. A parameter is one `parametrize` (or one fixture with
   `params`), of one name or several.
 
-Both choices depend on nothing but the names of tests and parameters, so every process chooses the same tests.
+With `--values` all tests with several parameters are taken as `cross("values")` ones. `make test` runs those marked
+`versions` so on the oldest versions, after the newest have had all that runs by default.
+
+The choices depend on nothing but the names of tests and parameters, so every process chooses the same tests.
 """
 
 import zlib
@@ -25,31 +28,33 @@ STRENGTHS = {"values": 1, "pairs": 2}
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="run every test and every combination of parameters")
+    parser.addoption("--values", action="store_true", help="run no more combinations than have every value once")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Take out what is left to `--full`."""
     if config.getoption("full"):
         return
+    values_only = config.getoption("values")
     crosses: dict[tuple[Path, str], list[pytest.Item]] = {}
     chosen: set[pytest.Item] = set()
     for item in items:
         if item.get_closest_marker("full"):
             continue
-        if item.get_closest_marker("cross"):
+        if item.get_closest_marker("cross") or (values_only and hasattr(item, "callspec")):
             crosses.setdefault((item.path, item.nodeid.partition("[")[0]), []).append(item)
         else:
             chosen.add(item)
     for cross in crosses.values():
-        chosen.update(_chosen(cross))
+        chosen.update(_chosen(cross, values_only))
     config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
     items[:] = [item for item in items if item in chosen]
 
 
-def _chosen(cross: list[Any]) -> list[pytest.Item]:
-    """Return the combinations of one test that cover what its nearest marker asks for."""
+def _chosen(cross: list[Any], values_only: bool) -> list[pytest.Item]:
+    """Return the combinations of one test that cover every value, or what its nearest marker asks for."""
     marker = cross[0].get_closest_marker("cross")
-    strength = STRENGTHS[marker.args[0] if marker.args else "pairs"]
+    strength = STRENGTHS["values" if values_only else marker.args[0] if marker.args else "pairs"]
     rows = [tuple(item.callspec._idlist) for item in cross]  # one id for each `parametrize`, however many names it has
     # Tests begin at different places, so that values which are together in one are apart in another.
     first = zlib.crc32(cross[0].originalname.encode()) % len(rows)

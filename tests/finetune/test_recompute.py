@@ -42,6 +42,7 @@ def run(model, chunks, held, again, **weights):
     return loss, {name: p.grad.clone() for name, p in scorers(model).items()}, kept
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("family", CAUSAL)
 @pytest.mark.parametrize("weights", [{}, {"lm_weight": 0.5, "hidden_weight": 0.5}], ids=["plain", "mixed"])
 def test_the_same_loss_and_gradients_for_less_memory(held, family, weights):

@@ -314,7 +314,8 @@ def test_token_in_an_answer(model, hub, repo_id):
     assert hub.token not in everything(error.value) and "hf_Ab1" not in everything(error.value)
 
 
-@pytest.mark.parametrize("debug", [pytest.param([], marks=pytest.mark.full), ["--debug"]], ids=str)
+@pytest.mark.full  # test_token_is_stripped runs by default
+@pytest.mark.parametrize("debug", [[], ["--debug"]], ids=str)
 def test_token_in_a_printed_traceback(hub_env, tmp_path, debug):
     """`--debug` shows exceptions of others, and those that led to them."""
     code = (

@@ -270,6 +270,7 @@ with torch.no_grad():
 """
 
 
+@pytest.mark.full  # test_all_verbs_of_the_command_line imports the module in a fresh interpreter too
 def test_a_fresh_interpreter_that_imports_the_module_loads_it(method, fresh_python, tmp_path):
     model = create_adapter("demo", method.WindowConfig(first_width=3), tmp_path / "saved")
     assert "saved is an adapter of type HF_SPARSE_LEARNED_WINDOW, expected" in fresh_python(LOADING)
