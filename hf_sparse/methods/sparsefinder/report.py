@@ -12,7 +12,12 @@ from hf_sparse.errors import DataError
 from hf_sparse.figures.style import reading
 from hf_sparse.methods.sparsefinder import SparsefinderConfig
 from hf_sparse.methods.sparsefinder.evaluation import adapter_settings, describe_graphs
-from hf_sparse.methods.sparsefinder.figures import covered_figure, graphs_figure, pareto_figure
+from hf_sparse.methods.sparsefinder.figures import (
+    covered_figure,
+    graphs_figure,
+    pareto_figure,
+    weights_figure,
+)
 from hf_sparse.methods.sparsefinder.figures.covered import covered_point
 from hf_sparse.methods.sparsefinder.figures.looks import LOOKS, STAGES
 from hf_sparse.methods.sparsefinder.predictors import predictor_of
@@ -26,7 +31,7 @@ class SparsefinderReport(MethodReport):
     templates = Path(__file__).parent
     figure = "pareto.png"
     details_file = "graphs.json"
-    pictures = ("pareto", "covered", "graphs")
+    pictures = ("pareto", "covered", "graphs", "weights")
     objectives: ClassVar = {
         "graph": "The objective was to predict the entmax graph of the model itself from the projections; the logit "
         "scales stayed."
@@ -53,7 +58,7 @@ class SparsefinderReport(MethodReport):
         pareto_figure(evaluation, path)
 
     def describe(self, model: nn.Module, tokenizer: Any, chunks: Tensor, text_name: str) -> Json:
-        return describe_graphs(model, chunks, text_name=text_name)
+        return describe_graphs(model, chunks, tokenizer=tokenizer, text_name=text_name)
 
     def draw(self, pictures: Pictures, evaluation: Json, details: Json | None) -> None:
         with reading(EVALUATION):
@@ -63,6 +68,8 @@ class SparsefinderReport(MethodReport):
             pictures.add("covered", "mass recall and gold sparsity of every head", covered_figure, evaluation)
         if details is not None:
             pictures.add("graphs", "predicted and gold graphs of single heads", graphs_figure, details)
+            if "weights" in details:
+                pictures.add("weights", "weights of single heads, with the tokens of a text", weights_figure, details)
 
     def report(self, evaluation: Json, details: Json | None, drawn: Sequence[Picture]) -> Json:
         return {"rows": _rows(evaluation), "verdict": _verdict(evaluation), "graphs": details}
