@@ -122,6 +122,14 @@ def card(config: Any = CONFIG, **changes: Any) -> Any:
     return ModelCard(render(config, **values | changes))
 
 
+def native() -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """Settings, eval.json and finetune.json of an adapter for a checkpoint that was trained with entmax."""
+    config = hf_sparse.SparsefinderConfig(tile=16, sparsity=0.7, length=256, window=24, clusters=6, entmax_native=1.5)
+    evaluation = {name: value for name, value in EVALUATION.items() if name != "dense"}
+    training = {name: value for name, value in TRAINING.items() if name != "scales"} | {"objective": "graph"}
+    return config, {**evaluation, "adapter": adapter_settings(config)}, training
+
+
 def rows(text: str) -> list[list[str]]:
     return [[cell.strip(" *") for cell in line.strip("| ").split(" | ")] for line in text.splitlines() if "|" in line]
 
@@ -155,6 +163,14 @@ class TestCard:
     def test_whole(self, golden):
         golden("card/sparsefinder.md", str(card()))
 
+    def test_a_checkpoint_that_was_trained_with_entmax(self, golden):
+        """Nothing is called dense, nor compared with softmax; the row of full entmax is the base model."""
+        config, evaluation, training = native()
+        text = card(config, evaluation=evaluation, training=training).text
+        golden("card/sparsefinder-entmax-native-measured.md", text)
+        assert "dense" not in text and "logit scales" not in text and "before | after" not in text
+        assert ["full entmax (the base model)", "", "15.12"] in [row[:3] for row in rows(text)]
+
     def test_no_measurement_no_numbers(self, golden):
         text = card(evaluation=None, training=None).text
         assert "pareto.png" not in text and not re.search(r"\d %", text)
@@ -173,6 +189,7 @@ class TestCard:
             ({"learn_alpha": True}, "card/sparsefinder-learned-alpha.md"),
             ({"complete": True}, "card/sparsefinder-complete.md"),
             ({"layers": [3]}, "card/sparsefinder-some-layers.md"),
+            ({"entmax_native": 2.0}, "card/sparsefinder-entmax-native.md"),
         ],
         ids=str,
     )
@@ -225,6 +242,11 @@ class TestFigures:
         names = [text.get_text() for text in rest.get_legend().get_texts()]
         assert names[0] == "predicted graph" and len(names) == 6
         assert "lower is better" in quality.get_ylabel() and "3 × 256 tokens" in drawn[0].get_suptitle()
+
+    def test_pareto_of_a_checkpoint_that_was_trained_with_entmax(self, drawn, tmp_path):
+        pareto_figure(native()[1], tmp_path / "p.png")
+        labels = {line.get_label() for line in drawn[0].axes[2].lines}
+        assert "full entmax (all keys)" in labels and not any("dense" in label for label in labels)
 
     def test_heads(self, drawn, tmp_path):
         covered_figure(EVALUATION, tmp_path / "c.png")
@@ -315,6 +337,14 @@ class TestReport:
         assert page.count("data:image/png;base64,") == 3 and "<script" not in page
         assert "15.92" in page and "0.873" in page and "held &lt;out&gt;" in page
         golden("report/sparsefinder.html", re.sub(r"(data:image/png;base64,)[^\"]*", r"\1...", page))
+
+    def test_page_of_a_checkpoint_that_was_trained_with_entmax(self, tmp_path):
+        config, evaluation, training = native()
+        create_adapter("demo", config, tmp_path / "adapter")
+        for name, content in (("eval", evaluation), ("finetune", training)):
+            (tmp_path / "adapter" / f"{name}.json").write_text(json.dumps(content))
+        page = write_report(tmp_path / "adapter").read_text("utf-8")
+        assert "full entmax (the base model)" in page and "dense" not in page.lower()
 
     def test_page_with_graphs_and_weights(self, folder, golden):
         from hf_sparse.adapters.folder import AdapterFolder

@@ -119,15 +119,23 @@ def _rows(evaluation: dict[str, Any]) -> list[tuple[str, str, str, dict[str, flo
     Raises:
         KeyError, TypeError, ValueError: the content is not what hf-sparse writes.
     """
-    rows = [
-        ("dense", "dense softmax (the base model)", "", evaluation["dense"]),
-        ("full", "full entmax", "", evaluation["full"]),
-    ]
+    if _native(evaluation):
+        rows = [("full", "full entmax (the base model)", "", evaluation["full"])]
+    else:
+        rows = [
+            ("dense", "dense softmax (the base model)", "", evaluation["dense"]),
+            ("full", "full entmax", "", evaluation["full"]),
+        ]
     for point in evaluation["points"]:
         for name, values in point["results"].items():
             shown = values["sparsity"] if point["sparsity"] is None else point["sparsity"]
             rows.append((name, LOOKS.by_name[name].label, f"{shown:.2f}{'*' if point['own'] else ''}", values))
     return rows
+
+
+def _native(evaluation: dict[str, Any]) -> bool:
+    """Tell whether the base model was trained with entmax, so that there is no dense model to compare with."""
+    return evaluation["adapter"].get("entmax_native") is not None
 
 
 def _verdict(evaluation: dict[str, Any]) -> str:
@@ -140,8 +148,10 @@ def _verdict(evaluation: dict[str, Any]) -> str:
     predicted, full = (metric.show(values[metric.key]) for values in (results["predicted"], evaluation["full"]))
     sentence = (
         f"With {100 * results['predicted']['sparsity']:.0f} % of the pairs left out it has a {metric.name} of "
-        f"{predicted}, full entmax {full}, dense softmax {metric.show(evaluation['dense'][metric.key])}"
+        f"{predicted}, full entmax {full}"
     )
+    if not _native(evaluation):
+        sentence += f", dense softmax {metric.show(evaluation['dense'][metric.key])}"
     others = {name: values[metric.key] for name, values in results.items() if name not in ("predicted", "oracle")}
     if others:
         best = metric.best_of(others)

@@ -49,6 +49,10 @@ def describe_graphs(model: nn.Module, chunks: Tensor, *, tokenizer: Any = None, 
     layers = predicting_layers(model)
     if layers[0].config.predictor == "full":
         raise DataError("the predictor 'full' attends to all keys: there is no predicted graph to draw")
+    if layers[0].config.entmax_native is not None and not layers[0].parameters_in_use.is_fitted:
+        raise DataError(
+            "the predictor was never fitted: there is no predicted graph to draw; finetune the adapter first"
+        )
     tokens = chunks[:1, :_LENGTH]
     check_chunks(model, tokens)
     described: list[dict[str, Any]] = []
