@@ -1,5 +1,6 @@
 """A checkpoint that was trained with entmax, patched with `entmax_native`, is the model that it was trained as."""
 
+import json
 import math
 import runpy
 from pathlib import Path
@@ -9,9 +10,10 @@ import torch
 from entmax import entmax15, entmax_bisect, sparsemax
 from peft import PeftModel, get_peft_model
 from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_emb
+from typer.testing import CliRunner
 
 import hf_sparse
-from hf_sparse import SparsefinderConfig, attention_graphs, patch
+from hf_sparse import SparsefinderConfig, attention_graphs, cli, patch
 from hf_sparse.data import IGNORED
 from hf_sparse.errors import DataError
 from hf_sparse.evaluation import evaluate, tables, using
@@ -86,12 +88,29 @@ def test_the_model_is_the_one_that_was_trained(alpha, side, predictor):
 
 def test_scale_and_alpha_are_frozen():
     model = get_peft_model(modernbert(), SparsefinderConfig(entmax_native=2.0, learn_alpha=False, **SIZES))
-    config = model.peft_config["default"]
-    assert (config.alpha, config.initial_scale) == (2.0, 1.0)
+    layer = sparse_layers(model, SparsefinderAttention)[0]
+    assert (layer.config.alpha, layer.config.initial_scale) == (2.0, 1.0)
     trained = {name.rpartition(".")[2] for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert not any("log_scale" in name or "alpha" in name for name, _ in model.named_parameters()) and trained
-    layer = sparse_layers(model, SparsefinderAttention)[0]
     assert torch.equal(layer.parameters_in_use.scale, torch.ones(4)) and layer.parameters_in_use.alpha == 2.0
+
+
+def test_the_command_line_patches_a_checkpoint_of_the_authors_own_class(tmp_path):
+    """Its config names a class that transformers does not know; it is a masked language model all the same."""
+    model = modernbert()
+    model.save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    config["architectures"] = ["CustomModernBertForMaskedLM"]
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config))
+    command = ["patch", str(tmp_path / "base"), "--method", "sparsefinder", "--entmax-native", "1.5", "--tile", "8"]
+    result = CliRunner().invoke(cli.app, [*command, "--output", str(tmp_path / "adapter")])
+    assert result.exit_code == 0, result.output
+    assert "entmax as the checkpoint was trained with" in " ".join(result.output.split())
+    patched = hf_sparse.from_pretrained(tmp_path / "adapter").eval()
+    assert type(patched.get_base_model()).__name__ == "ModernBertForMaskedLM"
+    with torch.no_grad():
+        expected = as_trained(model, IDS, torch.ones_like(IDS), 1.5)
+        torch.testing.assert_close(patched(IDS).logits, expected, rtol=0, atol=2e-4)
 
 
 def trained(**changes):
