@@ -9,6 +9,7 @@ from hf_sparse.errors import HfSparseError as HfSparseError
 from hf_sparse.hub import from_pretrained as from_pretrained
 from hf_sparse.hub import push_to_hub as push_to_hub
 from hf_sparse.methods.sparsefinder import SparsefinderConfig as SparsefinderConfig
+from hf_sparse.methods.sparsefinder.evaluation import attention_graphs as attention_graphs
 from hf_sparse.methods.sparsek import SparseKConfig as SparseKConfig
 from hf_sparse.patches import SparseCache as SparseCache
 from hf_sparse.patches import SparseKCache as SparseKCache

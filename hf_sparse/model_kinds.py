@@ -85,8 +85,9 @@ def task_of(config: Any, model_class: str | None = None) -> ModelKind:
             return _BY_CLASS[name]
     if config.model_type not in _MASKED.models:
         return _CAUSAL
-    # A head for pretraining holds that for masked tokens; of any other head the encoder is what can be loaded.
-    return _MASKED if any(name.endswith("ForPreTraining") for name in saved) else _BARE
+    # A head for pretraining holds that for masked tokens, and a class of somebody's own may be named after one for
+    # masked tokens; of any other head the encoder is what can be loaded.
+    return _MASKED if any(name.endswith(("ForPreTraining", "ForMaskedLM")) for name in saved) else _BARE
 
 
 def kind_of(model: nn.Module) -> Kind:

@@ -50,11 +50,16 @@ def test_the_first_lines_of_the_readme_run():
 
 
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
-def test_the_offline_example_of_the_readme_runs(tmp_path, monkeypatch, capsys):
+def test_the_offline_examples_of_the_readme_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    exec(compile(blocks("README.md", "python")[1], "README.md", "exec"), {})
+    namespace: dict[str, Any] = {}
+    examples = blocks("README.md", "python")[1:]
+    exec(compile("\n".join(examples), "README.md", "exec"), namespace)
     assert (tmp_path / "my-adapter" / "adapter_model.safetensors").exists()
-    assert "import os" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "import os" in shown and "layout=torch.sparse_coo" in shown
+    graph = namespace["graph"]
+    assert graph.layer == 3 and graph.weights.shape[-1] == namespace["prompt"]["input_ids"].shape[1]
 
 
 def test_the_files_that_are_shown_are_those_of_the_repository():

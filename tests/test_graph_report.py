@@ -14,7 +14,7 @@ from hf_sparse.adapters.report import write_report
 from hf_sparse.errors import DataError
 from hf_sparse.hub import write_repo
 from hf_sparse.methods.sparsefinder.evaluation import CONTENDERS, adapter_settings
-from hf_sparse.methods.sparsefinder.figures import covered_figure, graphs_figure, pareto_figure
+from hf_sparse.methods.sparsefinder.figures import covered_figure, graphs_figure, pareto_figure, weights_figure
 from hf_sparse.methods.sparsefinder.figures.looks import LOOKS as PATTERN_LOOKS
 from hf_sparse.methods.sparsek.figures.looks import LOOKS
 from hf_sparse.workflow import create_adapter
@@ -95,6 +95,20 @@ GRAPHS: dict[str, Any] = {
         for layer in (0, 2)
     ],
 }
+WEIGHTS: dict[str, Any] = {
+    **GRAPHS,
+    "weights": {
+        "tokens": ["the", " apple tree of knowledge", "\n", " fell"],
+        "heads": [
+            {
+                "layer": layer,
+                "head": 1,
+                "weights": [[[0, 1.0]], [[0, 0.25], [1, 0.75]], [[2, 1.0]], [[0, 0.5], [2, 0.1], [3, 0.4]]],
+            }
+            for layer in (0, 2)
+        ],
+    },
+}
 
 
 def card(config: Any = CONFIG, **changes: Any) -> Any:
@@ -106,6 +120,14 @@ def card(config: Any = CONFIG, **changes: Any) -> Any:
         "training": TRAINING,
     }
     return ModelCard(render(config, **values | changes))
+
+
+def native() -> tuple[Any, dict[str, Any], dict[str, Any]]:
+    """Settings, eval.json and finetune.json of an adapter for a checkpoint that was trained with entmax."""
+    config = hf_sparse.SparsefinderConfig(tile=16, sparsity=0.7, length=256, window=24, clusters=6, entmax_native=1.5)
+    evaluation = {name: value for name, value in EVALUATION.items() if name != "dense"}
+    training = {name: value for name, value in TRAINING.items() if name != "scales"} | {"objective": "graph"}
+    return config, {**evaluation, "adapter": adapter_settings(config)}, training
 
 
 def rows(text: str) -> list[list[str]]:
@@ -141,6 +163,14 @@ class TestCard:
     def test_whole(self, golden):
         golden("card/sparsefinder.md", str(card()))
 
+    def test_a_checkpoint_that_was_trained_with_entmax(self, golden):
+        """Nothing is called dense, nor compared with softmax; the row of full entmax is the base model."""
+        config, evaluation, training = native()
+        text = card(config, evaluation=evaluation, training=training).text
+        golden("card/sparsefinder-entmax-native-measured.md", text)
+        assert "dense" not in text and "logit scales" not in text and "before | after" not in text
+        assert ["full entmax (the base model)", "", "15.12"] in [row[:3] for row in rows(text)]
+
     def test_no_measurement_no_numbers(self, golden):
         text = card(evaluation=None, training=None).text
         assert "pareto.png" not in text and not re.search(r"\d %", text)
@@ -159,6 +189,7 @@ class TestCard:
             ({"learn_alpha": True}, "card/sparsefinder-learned-alpha.md"),
             ({"complete": True}, "card/sparsefinder-complete.md"),
             ({"layers": [3]}, "card/sparsefinder-some-layers.md"),
+            ({"entmax_native": 2.0}, "card/sparsefinder-entmax-native.md"),
         ],
         ids=str,
     )
@@ -212,6 +243,11 @@ class TestFigures:
         assert names[0] == "predicted graph" and len(names) == 6
         assert "lower is better" in quality.get_ylabel() and "3 × 256 tokens" in drawn[0].get_suptitle()
 
+    def test_pareto_of_a_checkpoint_that_was_trained_with_entmax(self, drawn, tmp_path):
+        pareto_figure(native()[1], tmp_path / "p.png")
+        labels = {line.get_label() for line in drawn[0].axes[2].lines}
+        assert "full entmax (all keys)" in labels and not any("dense" in label for label in labels)
+
     def test_heads(self, drawn, tmp_path):
         covered_figure(EVALUATION, tmp_path / "c.png")
         mass, gold, *_ = drawn[0].axes
@@ -244,6 +280,20 @@ class TestFigures:
             [True, True, True, True],
         ]
 
+    def test_weights(self, drawn, tmp_path):
+        weights_figure(WEIGHTS, tmp_path / "w.png")
+        first, second, bar = [axes for axes in drawn[0].axes if axes.get_visible()]
+        assert [axes.get_title("left") for axes in (first, second)] == ["layer 0, head 1", "layer 2, head 1"]
+        labels = ["the", "apple tree …", "\\n", "fell"]
+        assert [label.get_text() for label in first.get_yticklabels()] == labels
+        assert [label.get_text() for label in second.get_xticklabels()] == labels
+        shown = first.images[0].get_array()
+        assert (~shown.mask).astype(int).tolist() == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [1, 0, 1, 1]]
+        assert shown[1, 1] == 0.75 and shown[3, 2] == 0.1
+        colours = first.images[0].cmap(first.images[0].norm([0.0001, 1.0]))
+        assert colours[0, :3].max() - colours[0, :3].min() > 0.05  # the smallest weight does not look like none
+        assert "white is exactly 0" in bar.get_xlabel() and "first 4 tokens" in drawn[0].get_suptitle()
+
     def test_every_pattern_has_a_look_of_its_own(self):
         assert tuple(PATTERN_LOOKS.by_name) == CONTENDERS
         for what in ("label", "colour", "marker"):
@@ -259,6 +309,9 @@ class TestFigures:
             (covered_figure, {**EVALUATION, "points": [{"own": True}]}, "eval"),
             (graphs_figure, {**GRAPHS, "heads": []}, "graphs"),
             (graphs_figure, {**GRAPHS, "heads": [{"layer": 0}]}, "graphs"),
+            (weights_figure, GRAPHS, "graphs"),
+            (weights_figure, {"weights": {"tokens": ["a"], "heads": []}}, "graphs"),
+            (weights_figure, {"weights": {"tokens": ["a"], "heads": [{"layer": 0, "weights": [[[1, 1]]]}]}}, "graphs"),
         ],
     )
     def test_damaged_measurement(self, draw, content, name, tmp_path):
@@ -285,6 +338,22 @@ class TestReport:
         assert "15.92" in page and "0.873" in page and "held &lt;out&gt;" in page
         golden("report/sparsefinder.html", re.sub(r"(data:image/png;base64,)[^\"]*", r"\1...", page))
 
+    def test_page_of_a_checkpoint_that_was_trained_with_entmax(self, tmp_path):
+        config, evaluation, training = native()
+        create_adapter("demo", config, tmp_path / "adapter")
+        for name, content in (("eval", evaluation), ("finetune", training)):
+            (tmp_path / "adapter" / f"{name}.json").write_text(json.dumps(content))
+        page = write_report(tmp_path / "adapter").read_text("utf-8")
+        assert "full entmax (the base model)" in page and "dense" not in page.lower()
+
+    def test_page_with_graphs_and_weights(self, folder, golden):
+        from hf_sparse.adapters.folder import AdapterFolder
+
+        (folder / "graphs.json").write_text(json.dumps(AdapterFolder(folder).note_details(WEIGHTS)))
+        page = write_report(folder).read_text("utf-8")
+        assert {"graphs.png", "weights.png"} <= {path.name for path in (folder / "figures").iterdir()}
+        golden("report/sparsefinder-graphs.html", re.sub(r"(data:image/png;base64,)[^\"]*", r"\1...", page))
+
     def test_text_adds_graphs_that_stay_with_the_adapter(self, folder):
         from hf_sparse.adapters.load import load_adapter
         from hf_sparse.adapters.saving import save_adapter
@@ -298,12 +367,14 @@ class TestReport:
         save_adapter(model, folder)
         page = write_report(folder, words, "apples", length=64, device="cpu").read_text("utf-8")
         assert "figures/" not in page and "the first 64 tokens of apples" in page
-        assert json.loads((folder / "graphs.json").read_text())["length"] == 64
+        details = json.loads((folder / "graphs.json").read_text())
+        assert details["length"] == 64 and len(details["weights"]["tokens"]) == 32
+        assert "".join(details["weights"]["tokens"]).startswith(words[:20])
         assert "apples" in write_report(folder).read_text("utf-8") and (folder / "figures" / "graphs.png").exists()
         create_adapter("demo", copy.deepcopy(CONFIG), folder, seed=1, force=True)
         (folder / "eval.json").write_text(json.dumps(EVALUATION))
         assert "apples" not in write_report(folder).read_text("utf-8")
-        assert not (folder / "figures" / "graphs.png").exists()
+        assert not list((folder / "figures").glob("[gw]*.png"))
 
     @pytest.mark.parametrize("missing", ["full", "text", "versions"])
     def test_damaged_measurement(self, folder, missing):

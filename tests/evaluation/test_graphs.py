@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_sparse import SparsefinderConfig, SparseKConfig, patch
+from hf_sparse import SparsefinderConfig, SparseKConfig, attention_graphs, patch
 from hf_sparse.data import IGNORED
 from hf_sparse.errors import DataError
 from hf_sparse.evaluation import evaluate, tables, using
@@ -386,3 +386,22 @@ def test_described_graphs_are_those_that_attend(query_tile):
         logits = text.scaling[head["head"]] * (text.query[0, head["head"]] @ text.key[0, head["head"] // 2].T)
         for i, keys in enumerate(head["gold"]):
             assert keys == entmax(logits[i, : i + 1], text.alpha).nonzero().squeeze(1).tolist()
+
+
+def test_described_weights_are_those_of_attention_graphs():
+    class Tokenizer:
+        def decode(self, ids):
+            return f"<{ids[0]}>"
+
+    model = sparse("llama")
+    weights = describe_graphs(model, IDS[:1], tokenizer=Tokenizer())["weights"]
+    assert weights["tokens"] == [f"<{token}>" for token in IDS[0, :32].tolist()] and len(weights["heads"]) == 6
+    graphs = attention_graphs(model, IDS[:1, :32])
+    for head in weights["heads"]:
+        dense = graphs[head["layer"]].weights.to_dense()[0, head["head"]]
+        rows = [
+            [[key, round(dense[i, key].item(), 4)] for key in row.nonzero()[:, 0].tolist()]
+            for i, row in enumerate(dense)
+        ]
+        assert [[list(pair) for pair in row] for row in head["weights"]] == rows
+    assert "weights" not in describe_graphs(model, IDS[:1])

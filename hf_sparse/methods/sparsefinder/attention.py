@@ -28,7 +28,8 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
     """Attend as Sparsefinder does, in one attention module.
 
     In `train` mode attention is entmax over all keys, which is what the logit scales are trained with; in `eval` mode,
-    and wherever a cache is filled without gradients, as in generation, over the predicted graph. Rows with padding are
+    and wherever a cache is filled without gradients, as in generation, over the predicted graph. In a checkpoint that
+    was trained with entmax (`entmax_native`) it is over all keys until the predictor is fitted. Rows with padding are
     packed first, so that padding moves no tile; a `pattern` or an `observer`, which read whole texts, get them one by
     one.
 
@@ -109,7 +110,7 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
         options: dict[str, Any] = {"alpha": learned.alpha, "scaling": scaling * learned.scale, "causal": self.causal}
         text = AttentionInputs(query, key, value, **options, layer=self.layer)
         learning = self.is_learning(cache) or (self.training and self.observer is not None)  # finetune observes texts
-        predicts = self.pattern is None and not learning
+        predicts = self.pattern is None and not learning and (self.config.entmax_native is None or learned.is_fitted)
         codes = self._codes(query, key, cache) if predicts and learned.predictor.learns_graph else None
         if valid is None:
             return self._over_graph(text, codes, predicts)

@@ -23,7 +23,7 @@ class SparsefinderParameters(nn.Module):
 
     Attributes:
         predictor: what the configuration asks for.
-        log_scale: `[Hq]`, logarithm of the logit scale.
+        log_scale: `[Hq]`, logarithm of the logit scale; with `entmax_native` a buffer of zeros, which nothing trains.
         alpha_logit: `[Hq]`, with `learn_alpha`.
         projection: `[Hkv, D, r]`, with `shared_projection`.
         query_projection, query_bias, key_projection: `[Hq, D, r]`, `[Hq, r]` and `[Hkv, D, r]`, otherwise. Only the
@@ -35,6 +35,7 @@ class SparsefinderParameters(nn.Module):
             heads and layers is `m`. There is a list per query head, or per KV head with `per_group`.
     """
 
+    log_scale: Tensor
     centroids: Tensor
     boundaries: Tensor
     profile: Tensor
@@ -44,7 +45,11 @@ class SparsefinderParameters(nn.Module):
         super().__init__()
         self.config = config
         heads, kv_heads, rank = shape.num_attention_heads, shape.num_key_value_heads, config.rank
-        self.log_scale = nn.Parameter(torch.full((heads,), math.log(config.initial_scale)))
+        log_scale = torch.full((heads,), math.log(config.initial_scale))
+        if config.entmax_native is None:
+            self.log_scale = nn.Parameter(log_scale)
+        else:
+            self.register_buffer("log_scale", log_scale)
         if config.learn_alpha:
             share = (config.alpha - LEAST_ALPHA) / (2 - LEAST_ALPHA)
             self.alpha_logit = nn.Parameter(torch.full((heads,), math.log(share / (1 - share))))
@@ -84,7 +89,7 @@ class SparsefinderParameters(nn.Module):
         return self.profile.float().clamp(min=1e-4).log()
 
     def scales(self) -> Iterator[nn.Parameter]:
-        """Yield what decides the attention over all keys: logit scales, and alpha where it is learned."""
+        """Yield what is learned of the attention over all keys: logit scales, and alpha where it is learned."""
         return (p for name, p in self.named_parameters() if name in ("log_scale", "alpha_logit"))
 
     def projections(self) -> Iterator[nn.Parameter]:
@@ -102,15 +107,24 @@ class SparsefinderParameters(nn.Module):
         """Return the points `[B, Hkv, T, r]` float32 of keys `[B, Hkv, T, D]`."""
         return _project(key, self.projection if self.config.shared_projection else self.key_projection)
 
+    @property
+    def is_fitted(self) -> bool:
+        """Tell whether the clusters, bins and profiles of the predictor were fitted, as far as it has any."""
+        return self._unfitted() is None
+
+    def _unfitted(self) -> str | None:
+        """Return the name of a buffer that was never fitted."""
+        return next((name for name, buffer in self.named_buffers() if bool(buffer.isnan().any())), None)
+
     def check_fitted(self) -> None:
         """Raise `ValueError` if the predictor has clusters or bins that were never fitted."""
-        for name, buffer in self.named_buffers():
-            if bool(buffer.isnan().any()):
-                raise ValueError(
-                    f"the {name} of this {self.config.predictor} predictor were never fitted: fit them to text with "
-                    "hf_sparse.methods.sparsefinder.fit_predictors, load an adapter that was trained, or choose "
-                    "SparsefinderConfig(predictor='bound') or 'full', which have nothing to fit"
-                )
+        name = self._unfitted()
+        if name is not None:
+            raise ValueError(
+                f"the {name} of this {self.config.predictor} predictor were never fitted: fit them to text with "
+                "hf_sparse.methods.sparsefinder.fit_predictors, load an adapter that was trained, or choose "
+                "SparsefinderConfig(predictor='bound') or 'full', which have nothing to fit"
+            )
 
 
 def _project(tensor: Tensor, weight: Tensor) -> Tensor:

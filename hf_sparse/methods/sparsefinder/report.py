@@ -12,7 +12,12 @@ from hf_sparse.errors import DataError
 from hf_sparse.figures.style import reading
 from hf_sparse.methods.sparsefinder import SparsefinderConfig
 from hf_sparse.methods.sparsefinder.evaluation import adapter_settings, describe_graphs
-from hf_sparse.methods.sparsefinder.figures import covered_figure, graphs_figure, pareto_figure
+from hf_sparse.methods.sparsefinder.figures import (
+    covered_figure,
+    graphs_figure,
+    pareto_figure,
+    weights_figure,
+)
 from hf_sparse.methods.sparsefinder.figures.covered import covered_point
 from hf_sparse.methods.sparsefinder.figures.looks import LOOKS, STAGES
 from hf_sparse.methods.sparsefinder.predictors import predictor_of
@@ -26,7 +31,7 @@ class SparsefinderReport(MethodReport):
     templates = Path(__file__).parent
     figure = "pareto.png"
     details_file = "graphs.json"
-    pictures = ("pareto", "covered", "graphs")
+    pictures = ("pareto", "covered", "graphs", "weights")
     objectives: ClassVar = {
         "graph": "The objective was to predict the entmax graph of the model itself from the projections; the logit "
         "scales stayed."
@@ -53,7 +58,7 @@ class SparsefinderReport(MethodReport):
         pareto_figure(evaluation, path)
 
     def describe(self, model: nn.Module, tokenizer: Any, chunks: Tensor, text_name: str) -> Json:
-        return describe_graphs(model, chunks, text_name=text_name)
+        return describe_graphs(model, chunks, tokenizer=tokenizer, text_name=text_name)
 
     def draw(self, pictures: Pictures, evaluation: Json, details: Json | None) -> None:
         with reading(EVALUATION):
@@ -63,6 +68,8 @@ class SparsefinderReport(MethodReport):
             pictures.add("covered", "mass recall and gold sparsity of every head", covered_figure, evaluation)
         if details is not None:
             pictures.add("graphs", "predicted and gold graphs of single heads", graphs_figure, details)
+            if "weights" in details:
+                pictures.add("weights", "weights of single heads, with the tokens of a text", weights_figure, details)
 
     def report(self, evaluation: Json, details: Json | None, drawn: Sequence[Picture]) -> Json:
         return {"rows": _rows(evaluation), "verdict": _verdict(evaluation), "graphs": details}
@@ -112,15 +119,23 @@ def _rows(evaluation: dict[str, Any]) -> list[tuple[str, str, str, dict[str, flo
     Raises:
         KeyError, TypeError, ValueError: the content is not what hf-sparse writes.
     """
-    rows = [
-        ("dense", "dense softmax (the base model)", "", evaluation["dense"]),
-        ("full", "full entmax", "", evaluation["full"]),
-    ]
+    if _native(evaluation):
+        rows = [("full", "full entmax (the base model)", "", evaluation["full"])]
+    else:
+        rows = [
+            ("dense", "dense softmax (the base model)", "", evaluation["dense"]),
+            ("full", "full entmax", "", evaluation["full"]),
+        ]
     for point in evaluation["points"]:
         for name, values in point["results"].items():
             shown = values["sparsity"] if point["sparsity"] is None else point["sparsity"]
             rows.append((name, LOOKS.by_name[name].label, f"{shown:.2f}{'*' if point['own'] else ''}", values))
     return rows
+
+
+def _native(evaluation: dict[str, Any]) -> bool:
+    """Tell whether the base model was trained with entmax, so that there is no dense model to compare with."""
+    return evaluation["adapter"].get("entmax_native") is not None
 
 
 def _verdict(evaluation: dict[str, Any]) -> str:
@@ -133,8 +148,10 @@ def _verdict(evaluation: dict[str, Any]) -> str:
     predicted, full = (metric.show(values[metric.key]) for values in (results["predicted"], evaluation["full"]))
     sentence = (
         f"With {100 * results['predicted']['sparsity']:.0f} % of the pairs left out it has a {metric.name} of "
-        f"{predicted}, full entmax {full}, dense softmax {metric.show(evaluation['dense'][metric.key])}"
+        f"{predicted}, full entmax {full}"
     )
+    if not _native(evaluation):
+        sentence += f", dense softmax {metric.show(evaluation['dense'][metric.key])}"
     others = {name: values[metric.key] for name, values in results.items() if name not in ("predicted", "oracle")}
     if others:
         best = metric.best_of(others)

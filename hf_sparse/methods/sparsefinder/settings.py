@@ -159,6 +159,15 @@ class SparsefinderSettings(AdapterSettings):
     per_group: bool = field(
         default=False, metadata={"help": "One graph of tiles for the query heads that share a KV head."}
     )
+    entmax_native: float | None = field(
+        default=None,
+        metadata={
+            "help": "Alpha of the entmax that the checkpoint was trained with; transformers loads it as a softmax "
+            "model. Logits keep their scale, nothing but the predictor (and LoRA) is learned, and until the predictor "
+            "is fitted all keys are attended to: the model as it was trained.",
+            "metavar": "ALPHA",
+        },
+    )
     layers: list[int] | None = field(default=None, metadata=LAYERS)
     target_modules: list[str] | str | None = field(default=None, metadata=TARGET_MODULES)
     base_shape: dict[str, Any] | None = field(default=None, metadata=BASE_SHAPE)
@@ -188,6 +197,8 @@ class SparsefinderSettings(AdapterSettings):
             raise ValueError(
                 self._expected("cluster_parts", "1 but for the predictor 'clustering' of tiles that is not balanced")
             )
+        if self.entmax_native is not None:
+            self._check_native(self.entmax_native)
         low, high = (LEAST_ALPHA, 2) if self.learn_alpha else (1, 2)
         if not is_finite(self.alpha) or not low < self.alpha <= high or (self.learn_alpha and self.alpha == high):
             range_of = f"above {low} and {'below' if self.learn_alpha else 'at most'} {high}"
@@ -211,9 +222,35 @@ class SparsefinderSettings(AdapterSettings):
         if self.tiles_per_query is not None and not is_integer(self.tiles_per_query, 1):
             raise ValueError(self._expected("tiles_per_query", f"None or {expected_integer(self.tiles_per_query, 1)}"))
 
+    def _check_native(self, native: float) -> None:
+        """Raise `ValueError` for what contradicts `entmax_native`, and fill in the alpha and scale that follow."""
+        if not is_finite(native) or not 1 < native <= 2:
+            raise ValueError(self._expected("entmax_native", "None or a number above 1 and at most 2"))
+        if self.learn_alpha:
+            raise ValueError(
+                f"SparsefinderConfig.learn_alpha must be False for a checkpoint that was trained with entmax of alpha "
+                f"{native:g} (entmax_native)"
+            )
+        for name, value in (("alpha", float(native)), ("initial_scale", 1.0)):
+            if getattr(self, name) not in (value, getattr(SparsefinderSettings, name)):
+                raise ValueError(self._expected(name, f"{value:g}, or left out, where entmax_native is {native:g}"))
+            setattr(self, name, value)
+        without_buckets = self.predictor == "distance" or (
+            self.predictor == "quantization" and self.bin_kind == "fixed"
+        )
+        if without_buckets and (self.tile is None or not (self.profile or self.head_budgets)):
+            raise ValueError(
+                f"entmax_native attends to all keys until a predictor is fitted, and nothing is fitted for "
+                f"{self.predictor!r} without a tile and profile=True: expected these, got tile={self.tile} and "
+                f"profile={self.profile}"
+            )
+
     def attended(self) -> str:
         graph = f"tiles of {self.tile}" if self.tile else "single tokens"
-        return f"{self.predictor}, {graph}, window {self.window}"
+        graph = f"{self.predictor}, {graph}, window {self.window}"
+        if self.entmax_native is None:
+            return graph
+        return f"entmax as the checkpoint was trained with, over all keys until a graph is fitted: {graph}"
 
 
 SETTINGS = MethodSettings(

@@ -25,7 +25,8 @@ class SparsefinderTraining(Training):
     """Train the logit scales, then the projections.
 
     `distill` and `lm` train the scales, alpha where it is learned, and LoRA where there is one; `graph` trains the
-    projections, with the scales as they are. In the end the predictors are fitted to the text.
+    projections, with the scales as they are. In the end the predictors are fitted to the text. A checkpoint that was
+    trained with entmax (`entmax_native`) has no scales to train: it is its own teacher.
     """
 
     learned = "logit scales and projections"
@@ -38,13 +39,20 @@ class SparsefinderTraining(Training):
         config, settings, adapter = self.config, self.settings, self.layers[0].config
         learned = [layer.parameters_in_use for layer in self.layers]
         learns_graph = learned[0].predictor.learns_graph
+        if adapter.entmax_native is not None:
+            self.learned = "projections"
+            self._check_native()
         if config.objective == "graph" and not learns_graph:
             raise ValueError(
                 f"the objective 'graph' trains projections, and the predictor {adapter.predictor!r} has none: choose "
                 "'distill' or 'lm'"
             )
-        if settings.alpha_start is not None and (adapter.learn_alpha or config.objective == "graph"):
-            why = "alpha is learned here" if adapter.learn_alpha else "the objective 'graph' does not train with it"
+        if settings.alpha_start is not None and (
+            adapter.learn_alpha or adapter.entmax_native is not None or config.objective == "graph"
+        ):
+            why = "the objective 'graph' does not train with it"
+            if adapter.learn_alpha or adapter.entmax_native is not None:
+                why = f"alpha is {'learned here' if adapter.learn_alpha else 'that of the checkpoint (entmax_native)'}"
             raise ValueError(f"alpha_start must be None, for {why}; got {settings.alpha_start}")
         profiled = adapter.tile is not None and adapter.profile
         if learns_graph and settings.graph_loss == "profile_nce" and not profiled:
@@ -59,6 +67,20 @@ class SparsefinderTraining(Training):
         if not learns_graph or not settings.graph_steps:
             return [main]
         return [main, Stage("graph", settings.graph_steps, graph, settings.graph_learning_rate, repeatable=False)]
+
+    def _check_native(self) -> None:
+        """Raise `ValueError` for an objective with nothing to learn in a checkpoint that was trained with entmax."""
+        objective = self.config.objective
+        if objective == "distill":
+            raise ValueError(
+                "the objective 'distill' has nothing to learn: this checkpoint was trained with entmax (entmax_native) "
+                "and with sparse attention off it is no teacher; choose 'graph', which trains the projections"
+            )
+        if objective == "lm" and not self.lora:
+            raise ValueError(
+                "the objective 'lm' has nothing to learn: this checkpoint was trained with entmax (entmax_native), and "
+                "the adapter has no LoRA; choose 'graph', which trains the projections, or patch with a lora_rank"
+            )
 
     @property
     def fits(self) -> bool:
@@ -109,11 +131,19 @@ class SparsefinderTraining(Training):
         self._batch += 1
         return graph_loss(model, self.layers, *batch, kind=settings.graph_loss, rows=settings.graph_rows, seed=seed)
 
+    @property
+    def _measures(self) -> bool:
+        """Tell whether entmax over all keys is compared with what was there before: not where it was there before."""
+        return self.layers[0].config.entmax_native is None or self.config.objective != "graph"
+
     def begin(self, model: nn.Module, *batch: Tensor) -> dict[str, Any]:
+        if not self._measures:
+            return {}
         return {"scales": {"before": self._measure(model, *batch)}}
 
     def finish(self, model: nn.Module, read: Callable[[], Any], *batch: Tensor, report: dict[str, Any]) -> None:
-        report.setdefault("scales", {})["after"] = self._measure(model, *batch)
+        if self._measures:
+            report.setdefault("scales", {})["after"] = self._measure(model, *batch)
         if self.fits:
             fit_predictors(self.layers, read, generator=torch.Generator().manual_seed(self.config.seed))
 

@@ -13,3 +13,4 @@ from hf_sparse.ops.entmax.predict import bound_scores as bound_scores
 from hf_sparse.ops.entmax.predict import bound_tiles as bound_tiles
 from hf_sparse.ops.entmax.support import support as support
 from hf_sparse.ops.entmax.transform import entmax as entmax
+from hf_sparse.ops.entmax.weights import entmax_weights as entmax_weights

@@ -1,5 +1,7 @@
 """Measure what a predicted graph of entmax attention is worth, beside the graphs that others attend by."""
 
+from hf_sparse.methods.sparsefinder.evaluation.attention_graph import AttentionGraph as AttentionGraph
+from hf_sparse.methods.sparsefinder.evaluation.attention_graph import attention_graphs as attention_graphs
 from hf_sparse.methods.sparsefinder.evaluation.contenders import SparsefinderEvaluation as SparsefinderEvaluation
 from hf_sparse.methods.sparsefinder.evaluation.describe import describe_graphs as describe_graphs
 from hf_sparse.methods.sparsefinder.evaluation.measure import measure_graphs as measure_graphs

@@ -27,7 +27,8 @@ _OF_TILES = ("bound", "windows")
 class SparsefinderEvaluation(Evaluation):
     """Measure graphs at several sparsities: the share of the gold graph that they cover, and the model's metric.
 
-    Dense softmax and full entmax are always measured, and are no contenders.
+    Dense softmax and full entmax are always measured, and are no contenders. A checkpoint that was trained with entmax
+    is compared with full entmax alone.
     """
 
     name = "sparsefinder"
@@ -71,12 +72,18 @@ class SparsefinderEvaluation(Evaluation):
         """Let dense attention, the predicted graph or another pattern attend within a `with` block.
 
         Raises:
-            ValueError: a pattern that is fitted to the very text that is measured.
+            ValueError: a pattern that is fitted to the very text that is measured, or dense attention of a checkpoint
+                that was trained with entmax.
         """
         layers = predicting_layers(model)
         if name in FITTED:
             raise ValueError(
                 f"{name!r} is fitted to the text that is measured: call hf_sparse.evaluation.evaluate, which does that"
+            )
+        if name == DENSE and layers[0].config.entmax_native is not None:
+            raise ValueError(
+                "this checkpoint was trained with entmax (entmax_native), and with softmax it is no model to compare "
+                "with: expected a pattern, or a model with the predictor 'full', got 'dense'"
             )
         if name == DENSE:
             return switched(layers, False)

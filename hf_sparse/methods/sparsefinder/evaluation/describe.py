@@ -11,6 +11,7 @@ from hf_sparse.data import check_chunks, fingerprint
 from hf_sparse.errors import DataError
 from hf_sparse.evaluation.switching import evaluating, switched
 from hf_sparse.methods.sparsefinder.attention import AttentionInputs
+from hf_sparse.methods.sparsefinder.evaluation.attention_graph import attention_graphs
 from hf_sparse.methods.sparsefinder.evaluation.operating_points import predicting_layers
 from hf_sparse.model_kinds import final_states
 from hf_sparse.ops.entmax import Certificate, support
@@ -21,10 +22,11 @@ FORMAT = 1
 
 _HEADS = 6  # pictures that fit on a page
 _LENGTH = 512  # tokens of a picture, so that each still is a dot
+_READABLE = 32  # tokens of a picture whose tokens are written beside it
 
 
 @torch.no_grad()
-def describe_graphs(model: nn.Module, chunks: Tensor, *, text_name: str = "") -> dict[str, Any]:
+def describe_graphs(model: nn.Module, chunks: Tensor, *, tokenizer: Any = None, text_name: str = "") -> dict[str, Any]:
     """Describe the graphs of the beginning of a text, of heads from the best covered one to the worst.
 
     Graphs compound through the layers, and gold is that of the queries and keys that arise; see `measure_graphs`.
@@ -32,12 +34,14 @@ def describe_graphs(model: nn.Module, chunks: Tensor, *, text_name: str = "") ->
     Args:
         model: a patched model, its predictors fitted.
         chunks: `[N, T]` int64; of the first, at most 512 tokens are described.
+        tokenizer: of the model, to describe the weights of the first 32 tokens, and those tokens, as well.
         text_name: what the text is called.
 
     Returns:
         What graphs.json holds: `length`, `tile` and `query_tile` (1 for a graph of tokens), and for each of `heads` its
         `layer`, `head`, `recall`, `mass_recall`, whether it is `causal`, the key tiles `predicted` for each query tile,
-        and the `gold` keys of each query.
+        and the `gold` keys of each query. With a tokenizer also `weights`: the `tokens` as texts, and for each of
+        `heads` its `layer`, `head` and `weights`, for each query a list of keys and their weights above 0.
 
     Raises:
         DataError: a chunk that the model cannot read, or an adapter that predicts nothing.
@@ -45,6 +49,10 @@ def describe_graphs(model: nn.Module, chunks: Tensor, *, text_name: str = "") ->
     layers = predicting_layers(model)
     if layers[0].config.predictor == "full":
         raise DataError("the predictor 'full' attends to all keys: there is no predicted graph to draw")
+    if layers[0].config.entmax_native is not None and not layers[0].parameters_in_use.is_fitted:
+        raise DataError(
+            "the predictor was never fitted: there is no predicted graph to draw; finetune the adapter first"
+        )
     tokens = chunks[:1, :_LENGTH]
     check_chunks(model, tokens)
     described: list[dict[str, Any]] = []
@@ -82,12 +90,27 @@ def describe_graphs(model: nn.Module, chunks: Tensor, *, text_name: str = "") ->
     last = len(described) - 1
     tile, query_tile = sizes.pop()
     places = sorted({round(number * last / (_HEADS - 1)) for number in range(_HEADS)})
+    heads = [described[place] for place in places]
     return {
         "format": FORMAT,
         "text": {"name": text_name, "sha256": fingerprint(tokens)},
         "length": tokens.shape[1],
         "tile": tile,
         "query_tile": query_tile,
-        "heads": [described[place] for place in places],
+        "heads": heads,
+        **({} if tokenizer is None else {"weights": _weights(model, tokenizer, tokens[:, :_READABLE], heads)}),
         **environment.describe(),
     }
+
+
+def _weights(model: nn.Module, tokenizer: Any, tokens: Tensor, heads: list[dict[str, Any]]) -> dict[str, Any]:
+    """Describe the weights of some heads for a text `[1, T]`, see `describe_graphs`."""
+    graphs = attention_graphs(model, tokens, sorted({head["layer"] for head in heads}))
+    described = []
+    for head in heads:
+        rows: list[list[tuple[int, float]]] = [[] for _ in range(tokens.shape[1])]
+        weights = graphs[head["layer"]].weights[0, head["head"]].coalesce()
+        for query, key, weight in zip(*weights.indices().tolist(), weights.values().tolist(), strict=True):
+            rows[query].append((key, round(weight, 4)))
+        described.append({"layer": head["layer"], "head": head["head"], "weights": rows})
+    return {"tokens": [tokenizer.decode([token]) for token in tokens[0].tolist()], "heads": described}

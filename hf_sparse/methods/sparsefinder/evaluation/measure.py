@@ -56,7 +56,8 @@ def measure_graphs(model: Any, request: Request) -> dict[str, Any]:
         request: its settings are `SparsefinderEvaluationSettings`.
 
     Returns:
-        `dense` and `full` (entmax over all keys), and for each of `points` the `results` of each contender: the model's
+        `dense` (not of a checkpoint that was trained with entmax, which is no model with softmax) and `full` (entmax
+        over all keys), and for each of `points` the `results` of each contender: the model's
         metric, for language models also `divergence` (mean KL from full entmax, nats per prediction) and for masked
         ones `accuracy`; and of the graphs `sparsity`, `gold_sparsity`, `recall`, `mass_recall`, `exact_rows`,
         `precision` (`hf_sparse.ops.predictors.metrics`), and for tiles `tile_sparsity`, `certified_rows` (rows that the
@@ -70,6 +71,8 @@ def measure_graphs(model: Any, request: Request) -> dict[str, Any]:
     points = points_of(layers, settings.sparsities, length, causal)
     # The first run is what the others are compared with.
     runs: list[Run] = [_DENSE, _FULL] if request.kind == "features" else [_FULL, _DENSE]
+    if config.entmax_native is not None:
+        runs.remove(_DENSE)
     runs += [(point, name) for point in points for name in names if _has(config, point, name)]
     with certifying(layers):
         totals, records = _measure(model, layers, request, runs)
@@ -86,7 +89,7 @@ def measure_graphs(model: Any, request: Request) -> dict[str, Any]:
         "graphs": "compounded",
         "rows": min(settings.rows, length),
         "seed": settings.seed,
-        "dense": result(_DENSE),
+        **({"dense": result(_DENSE)} if _DENSE in runs else {}),
         "full": result(_FULL),
         "layers": sorted(records[_FULL].layers),
         "gold_heads": _rounded(records[_FULL].per_head())["gold_sparsity"],

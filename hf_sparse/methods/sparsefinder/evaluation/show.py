@@ -50,7 +50,8 @@ def graph_table(result: dict[str, Any]) -> Table:
         cells += [f"{values['divergence']:.4f}"] if apart else []
         view.add_row(name, sparsity, *cells, *shares, style="bold" if name == "predicted" else None)
 
-    add("dense softmax", "", result["dense"])
+    if adapter.get("entmax_native") is None:
+        add("dense softmax", "", result["dense"])
     add("full entmax", f"gold {result['full']['gold_sparsity']:.3f}", result["full"])
     for point in result["points"]:
         view.add_section()

@@ -33,13 +33,14 @@ def pareto_figure(evaluation: dict[str, Any], path: str | Path) -> None:
             (metric.key, metric.name.capitalize(), metric.unit),
         ]
         curves = {key: curves_of(evaluation, key) for key, _, _ in panels}
-        full, dense = (float(evaluation[name][metric.key]) for name in ("full", "dense"))
+        references = {_FULL: (float(evaluation["full"][metric.key]), (0, (4, 3)))}
+        if evaluation["adapter"].get("entmax_native") is None:
+            references[LOOKS.dense] = float(evaluation["dense"][metric.key]), (0, (1, 2))
         gold = float(evaluation["full"]["gold_sparsity"])
     with canvas(path, WIDTH, 6.6) as figure, reading("eval.json"):
         *grid, rest = figure.subplots(2, 2).flat
         for axes, (key, title, unit) in zip(grid, panels, strict=True):
-            references = {_FULL: (full, (0, (4, 3))), LOOKS.dense: (dense, (0, (1, 2)))} if key == metric.key else {}
-            _draw(axes, curves[key], references)
+            _draw(axes, curves[key], references if key == metric.key else {})
             axes.axvline(gold, color=GREY, linewidth=0.9, linestyle=(0, (6, 2, 1, 2)), label=_GOLD, zorder=1)
             if key != metric.key:
                 axes.set_ylim(top=1.02)
