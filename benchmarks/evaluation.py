@@ -6,7 +6,8 @@ The model is random and has TinyLlama's shape; neither time nor memory depends o
 forward without a cache of every contender, in calls that alternate in one process, median of several. The baselines
 `h2o`, `tova` and `snapkv` are also measured in the general way, which rows with padding need, with as many chunks at a
 time as eval took before it knew the short way. First, both ways have to keep the same keys of a short text, or nothing
-is measured. `whole` is one call of `hf_sparse.evaluation.evaluate`: every contender, all budgets, the speed of decoding included.
+is measured. `whole` is one call of `hf_sparse.evaluation.evaluate`: every contender, all budgets, and the speed of
+decoding.
 """
 
 import argparse

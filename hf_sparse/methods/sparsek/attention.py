@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.core.layer import AttentionShape, SparseAttentionLayer
+from hf_sparse.methods.sparsek.ahead import step_ahead
 from hf_sparse.methods.sparsek.baselines import AdaptiveBaseline, Arrivals, Baseline
 from hf_sparse.methods.sparsek.baselines.blocks import attend_in_blocks
 from hf_sparse.methods.sparsek.budget import Budget
@@ -120,9 +121,10 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         """Score the new tokens, attend, and keep what is worth keeping; see `SparseAttentionLayer`."""
         length = query.shape[2]
         if length == 1 and isinstance(cache, SparseKCacheLayer):
-            output = step_in_one_kernel(self, query, key, value, hidden_states, valid, cache, scaling)
-            if output is not None:
-                return output
+            for step in (step_in_one_kernel, step_ahead):  # on a GPU, on the CPU
+                output = step(self, query, key, value, hidden_states, valid, cache, scaling)
+                if output is not None:
+                    return output
         if cache is not None:
             self.check_cache(cache)
         index = token_index(valid, 0 if cache is None else cache.seen, len(query), length, query.device)
@@ -267,15 +269,13 @@ def _attend_plain_text(
     tokens: NewTokens, cache: SparseKCacheLayer | None, baseline: AdaptiveBaseline, budget: Budget
 ) -> Tensor:
     """Attend block after block to a text from its beginning on, without padding, and fill the cache if there is one."""
-    output, (index, scores) = attend_in_blocks(
-        tokens.query, tokens.key, tokens.value, baseline, budget, scaling=tokens.scaling
-    )
+    output, kept = attend_in_blocks(tokens.query, tokens.key, tokens.value, baseline, budget, scaling=tokens.scaling)
     if cache is not None:
         keys, values = (
-            states.gather(2, index.unsqueeze(-1).expand(-1, -1, -1, states.shape[-1]))
+            states.gather(2, kept.index.unsqueeze(-1).expand(-1, -1, -1, states.shape[-1]))
             for states in (tokens.key, tokens.value)
         )
-        cache.fill(keys, values, scores, index, tokens.index[:, -1] + 1, padded=False)
+        cache.fill(keys, values, kept.scores, kept.index, tokens.index[:, -1] + 1, padded=False)
     return output
 
 

@@ -6,7 +6,7 @@ sees is what the next block begins with. The attention weights that give the out
 `SparseKAttention` keeps another way for texts with padding and for texts that go on from a cache.
 """
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ from hf_sparse.methods.sparsek.baselines.adaptive import AdaptiveBaseline
 from hf_sparse.methods.sparsek.budget import Budget
 
 
-class Kept(NamedTuple):
+@dataclass(frozen=True)
+class Kept:
     """Hold the keys that are left after a text.
 
     Attributes:
