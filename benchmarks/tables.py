@@ -7,6 +7,7 @@
         --sizes sizes-h200.json --generate generate-h200.json generate-before-h200.json \\
         --entmax entmax_kernels-h200.json entmax_kernels-earlier-h200.json \\
         --entmax entmax_kernels-128-h200.json entmax_kernels-128-earlier-h200.json \\
+        --evaluation evaluation-h200.json --cpu generate-cpu.json generate-before-cpu.json --busy busy-cpu.json \\
         --fill ../../docs/speed.md ../../README.md --figure ../../docs/speed.png
 
 A document marks the place of a table: everything between `<!-- table: NAME -->` and `<!-- end -->` is replaced. The
@@ -325,6 +326,50 @@ def settings_table(kernels: dict[str, Any], model: dict[str, Any], generate: dic
     return table(["benchmark", "k", "window", "sinks", "keys of a query", "dtype", "transformers"], rows)
 
 
+def evaluation_table(evaluation: dict[str, Any]) -> str:
+    """Tabulate seconds per chunk of the forward of every contender, in the short and in the general way."""
+    cells = {(row["contender"], row["general"]): row["seconds_per_chunk"] for row in evaluation["rows"]}
+    names = dict.fromkeys(name for name, _ in cells)
+    rows = [[name, *(short_of_seconds(cells.get((name, general))) for general in (False, True))] for name in names]
+    return table(["contender, seconds per chunk", "now", "general way, a chunk at a time"], rows)
+
+
+def short_of_seconds(value: float | None) -> str:
+    """Write seconds with three decimals below a second, and a dash for None."""
+    return f"{value:.3f}" if value is not None and value < 1 else short(value)
+
+
+def evaluation_summary(evaluation: dict[str, Any]) -> str:
+    """Tabulate the duration of one whole call of `evaluate`, and what it measured."""
+    settings, whole = evaluation["settings"], evaluation["whole"]
+    text = f"{settings['chunks']} of {settings['length']:,}"
+    cells = [text, f"{whole['budgets']}", f"{whole['batch']}", short(whole["seconds"])]
+    shape = f"{settings['shape']}, {settings['layers']} layers, one {evaluation['machine']['accelerator']}"
+    return table(["model", "chunks", "budgets", "chunks at a time", "seconds"], [[shape, *cells]])
+
+
+def cpu_table(now: dict[str, Any], before: dict[str, Any]) -> str:
+    """Tabulate milliseconds of a step of default `generate` on a CPU, and ratios now and before."""
+    earlier, again = ratios(before), ratios(now)
+    rows = []
+    for row in now["rows"]:
+        cell = (row["shape"], row["prompt"], row["batch"])
+        steps = [short(row[name]["step_ms"]) for name in ("dense", "sparse")]
+        times = [f"{value:.2f}" if value else "-" for value in (again[cell], earlier.get(cell))]
+        rows.append([f"{cell[0]}, {cell[1]:,} x {cell[2]}", *steps, *times])
+    return table(["shape, prompt x batch", "dense, ms", "sparse, ms", "times as fast", "before"], rows)
+
+
+def busy_table(busy: dict[str, Any]) -> str:
+    """Tabulate seconds of a training step by setting and number of competing processes."""
+    cells = {(row["setting"], row["competing"]): row["step_s"] for row in busy["rows"]}
+    numbers = sorted({number for _, number in cells})
+    rows = [
+        [name, *(short(cells.get((name, number))) for number in numbers)] for name in dict.fromkeys(n for n, _ in cells)
+    ]
+    return table(["seconds of a step, beside other processes", *map(str, numbers)], rows)
+
+
 def all_tables(
     kernels: dict[str, Any],
     wider: dict[str, Any],
@@ -334,10 +379,14 @@ def all_tables(
     sizes: dict[str, Any],
     generate: Sequence[dict[str, Any]],
     entmax: Sequence[Sequence[dict[str, Any]]],
+    evaluation: dict[str, Any],
+    cpu: Sequence[dict[str, Any]],
+    busy: dict[str, Any],
 ) -> dict[str, str]:
     """Return every table by the name that documents call it.
 
-    `wider` is a run of the kernels with soft gates over a larger support; `generate` holds two runs, now and before;
+    `wider` is a run of the kernels with soft gates over a larger support; `generate` and `cpu` hold two runs of
+    generate.py each, now and before;
     `entmax` holds the runs of each of two shapes, of which the first counts."""
     spread = [[label, f"{model['spread'][name]:.0%}"] for name, label in CACHES.items()]
     return {
@@ -363,6 +412,10 @@ def all_tables(
         "attention summary": attention_summary(kernels),
         "decoding summary": decode_summary(model),
         "generate summary": generate_summary(generate[0]),
+        "evaluation": evaluation_summary(evaluation),
+        "evaluation by contender": evaluation_table(evaluation),
+        "generate on a cpu": cpu_table(*cpu),
+        "busy cpu": busy_table(busy),
     }
 
 
@@ -417,6 +470,9 @@ def main() -> None:
     parser.add_argument(
         "--entmax", type=Path, nargs="+", action="append", required=True, help="JSON of entmax_kernels.py, per shape"
     )
+    parser.add_argument("--evaluation", type=Path, required=True, help="JSON of evaluation.py")
+    parser.add_argument("--cpu", type=Path, nargs=2, required=True, help="JSON of generate.py on a CPU, now and before")
+    parser.add_argument("--busy", type=Path, required=True, help="JSON of busy.py")
     parser.add_argument(
         "--fill", type=Path, nargs="*", default=[], help="Markdown files whose marked tables are replaced"
     )
@@ -430,7 +486,8 @@ def main() -> None:
     profiles, generate = list(map(read, options.profiles)), list(map(read, options.generate))
     wider, first_calls, sizes = read(options.wider), read(options.first_calls), read(options.sizes)
     entmax = [list(map(read, paths)) for paths in options.entmax]
-    tables = all_tables(kernels, wider, model, profiles, first_calls, sizes, generate, entmax)
+    evaluation, cpu, busy = read(options.evaluation), list(map(read, options.cpu)), read(options.busy)
+    tables = all_tables(kernels, wider, model, profiles, first_calls, sizes, generate, entmax, evaluation, cpu, busy)
     if options.figure:
         draw(kernels, options.figure)
     for document in options.fill:

@@ -144,8 +144,13 @@ def padding_mask(
         return None
     if q_length == 1:
         # A decoding step. The mask grows, but the cache may have asked for its newest column only (`get_mask_sizes`),
-        # and a step of constant shape and strides can be compiled. Nothing here waits for the device.
-        return attention_mask[:, -kv_length:].bool().clone(memory_format=torch.contiguous_format)
+        # and a step of constant shape and strides can be compiled. Nothing here waits for the device; on the CPU there
+        # is nothing to wait for, and a mask that says nothing is left out.
+        columns = attention_mask[:, -kv_length:].bool()
+        is_readable = columns.device.type == "cpu" and not torch.compiler.is_compiling()
+        if is_readable and columns.shape[1] == kv_length and bool(columns.all()):
+            return None
+        return columns.clone(memory_format=torch.contiguous_format)
     if attention_mask.shape[1] == q_length and not torch.compiler.is_compiling() and bool(attention_mask.all()):
         return None
     return attention_mask.bool()

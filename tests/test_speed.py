@@ -25,8 +25,8 @@ def load_script() -> ModuleType:
 SCRIPT = load_script()
 
 
-def read(*names: str) -> list[dict[str, Any]]:
-    return [json.loads((RESULTS / f"{name}-h200.json").read_text("utf-8")) for name in names]
+def read(*names: str, machine: str = "h200") -> list[dict[str, Any]]:
+    return [json.loads((RESULTS / f"{name}-{machine}.json").read_text("utf-8")) for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,12 @@ def tables() -> dict[str, str]:
     wider, first_calls, sizes = read("kernels-support4096", "first_calls", "sizes")
     profiles, generate = read("profiles-scores", "profiles"), read("generate", "generate-before")
     entmax = [read(f"entmax_kernels{shape}", f"entmax_kernels{shape}-earlier") for shape in ("", "-128")]
-    return SCRIPT.all_tables(kernels, wider, model, profiles, first_calls, sizes, generate, entmax)
+    (evaluation,) = read("evaluation")
+    generate_cpu, before_cpu, busy = read("generate", "generate-before", "busy", machine="cpu")
+    cpu = [generate_cpu, before_cpu]
+    return SCRIPT.all_tables(
+        kernels, wider, model, profiles, first_calls, sizes, generate, entmax, evaluation, cpu, busy
+    )
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

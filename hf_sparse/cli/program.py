@@ -14,6 +14,7 @@ from hf_sparse.cli.finetune import finetune
 from hf_sparse.cli.patch import patch
 from hf_sparse.cli.push import push
 from hf_sparse.cli.report import report
+from hf_sparse.cli.threads import wait_briefly
 
 app = typer.Typer(
     cls=OneLineErrors,
@@ -26,6 +27,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Run `hf-sparse`."""
+    wait_briefly(os.environ)
     app(prog_name="hf-sparse")
 
 

@@ -215,14 +215,20 @@ def prediction_losses(
     references = logits.split(_SLICE, -2) if reference is None else reference.split(_SLICE, -2)
     slices = zip(logits.split(_SLICE, -2), targets.split(_SLICE, -1), references, strict=True)
     for predicted, target, expected in slices:
-        nats = F.cross_entropy(predicted.float().movedim(-1, 1), target, reduction="none")
-        yield nats, torch.zeros_like(nats) if reference is None else kl(expected, predicted)
+        log_predicted = predicted.float().log_softmax(-1)  # once, for both
+        nats = -log_predicted.gather(-1, target.unsqueeze(-1)).squeeze(-1)
+        yield nats, torch.zeros_like(nats) if reference is None else _divergence(expected, log_predicted)
 
 
 def kl(reference: Tensor, logits: Tensor) -> Tensor:
     """Return the KL divergence `[..., n]` of predictions from reference predictions, logits `[..., n, V]`, in nats."""
-    expected, predicted = reference.float().log_softmax(-1), logits.float().log_softmax(-1)
-    return F.kl_div(predicted, expected, log_target=True, reduction="none").sum(-1)
+    return _divergence(reference, logits.float().log_softmax(-1))
+
+
+def _divergence(reference: Tensor, log_predicted: Tensor) -> Tensor:
+    """Return the KL divergence `[..., n]` of log-probabilities from reference logits, `[..., n, V]` each, in nats."""
+    expected = reference.float().log_softmax(-1)
+    return F.kl_div(log_predicted, expected, log_target=True, reduction="none").sum(-1)
 
 
 def _joined(slices: Iterator[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:

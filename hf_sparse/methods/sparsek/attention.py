@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.core.layer import AttentionShape, SparseAttentionLayer
+from hf_sparse.methods.sparsek.ahead import step_ahead
 from hf_sparse.methods.sparsek.baselines import AdaptiveBaseline, Arrivals, Baseline
+from hf_sparse.methods.sparsek.baselines.blocks import attend_in_blocks
 from hf_sparse.methods.sparsek.budget import Budget
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
 from hf_sparse.methods.sparsek.config import SparseKConfig
@@ -119,9 +121,10 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         """Score the new tokens, attend, and keep what is worth keeping; see `SparseAttentionLayer`."""
         length = query.shape[2]
         if length == 1 and isinstance(cache, SparseKCacheLayer):
-            output = step_in_one_kernel(self, query, key, value, hidden_states, valid, cache, scaling)
-            if output is not None:
-                return output
+            for step in (step_in_one_kernel, step_ahead):  # on a GPU, on the CPU
+                output = step(self, query, key, value, hidden_states, valid, cache, scaling)
+                if output is not None:
+                    return output
         if cache is not None:
             self.check_cache(cache)
         index = token_index(valid, 0 if cache is None else cache.seen, len(query), length, query.device)
@@ -218,6 +221,8 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         """Attend block after block through the slots, so that the attention of one chooses the keys of the next."""
         budget = self._budget_in_use
         length, step = tokens.length, min(baseline.block, budget.window)
+        if _is_plain_text(tokens, cache, baseline):
+            return _attend_plain_text(tokens, cache, baseline, budget)
         if cache is None:
             cache = self.make_cache_layer()
             cache.lazy_initialization(tokens.key, tokens.value)
@@ -251,6 +256,27 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
             scores = self.baseline.watch(tokens.query, *state, budget=budget, scaling=tokens.scaling)
         cache.fill(keys, values, scores, positions, cache.seen + valid.sum(-1))
         return output
+
+
+def _is_plain_text(tokens: NewTokens, cache: SparseKCacheLayer | None, baseline: AdaptiveBaseline) -> bool:
+    """Tell whether `attend_in_blocks` takes the tokens: a text begins here, without padding, and not as one block."""
+    if tokens.valid is not None or torch.is_autocast_enabled(tokens.query.device.type):
+        return False
+    return cache is None or (cache.empty and not baseline.dense_prompt)
+
+
+def _attend_plain_text(
+    tokens: NewTokens, cache: SparseKCacheLayer | None, baseline: AdaptiveBaseline, budget: Budget
+) -> Tensor:
+    """Attend block after block to a text from its beginning on, without padding, and fill the cache if there is one."""
+    output, kept = attend_in_blocks(tokens.query, tokens.key, tokens.value, baseline, budget, scaling=tokens.scaling)
+    if cache is not None:
+        keys, values = (
+            states.gather(2, kept.index.unsqueeze(-1).expand(-1, -1, -1, states.shape[-1]))
+            for states in (tokens.key, tokens.value)
+        )
+        cache.fill(keys, values, kept.scores, kept.index, tokens.index[:, -1] + 1, padded=False)
+    return output
 
 
 class _Unlearned(torch.autograd.Function):

@@ -22,6 +22,7 @@ from hf_sparse.core.cache import mask_of_keys
 from hf_sparse.ops.selection.slots import insert_token
 
 if TYPE_CHECKING:
+    from hf_sparse.methods.sparsek.ahead import Ahead
     from hf_sparse.methods.sparsek.step import StepPlan
 
 _STATE = ("keys", "values", "scores", "positions", "seen", "padded_late", "memory")
@@ -35,7 +36,7 @@ class SparseKCacheLayer(CacheLayerMixin):
 
     Attributes:
         keys, values: `[B, Hkv, S, D]` with `S = sinks + window + k`.
-        scores: `[B, Hkv, S]` float32.
+        scores: `[B, Hkv, S]` float32. To read them ends what was foreseen of the next steps.
         positions: `[B, Hkv, S]` int64, index of the token in its row, -1 for an empty slot.
         seen: `[B]` int64, real tokens so far.
         padded_late: `[B]` bool, rows with padding after a real token.
@@ -49,6 +50,7 @@ class SparseKCacheLayer(CacheLayerMixin):
         shares_mask_sizes: whether layers with dense attention may take the size of their mask from this one.
         in_attention: whether the patch announced sparse attention that is not done yet.
         step: the plan of a decoding step in one kernel, see `methods.sparsek.step`; `None` before the first such step.
+        ahead: what is foreseen of the next steps on the CPU, see `methods.sparsek.ahead`, or `None`.
         uncounted: tokens of the step in progress that `cumulative_length` does not have yet.
     """
 
@@ -57,7 +59,6 @@ class SparseKCacheLayer(CacheLayerMixin):
     # Tensors; all but the last are None until the first token, and memory until something is remembered.
     keys: Any
     values: Any
-    scores: Any
     positions: Any
     seen: Any
     padded_late: Any
@@ -81,9 +82,11 @@ class SparseKCacheLayer(CacheLayerMixin):
         self.soft = False
         self.in_attention = False
         self.step: StepPlan | None = None
+        self.ahead: Ahead | None = None
+        self._scores: Any = None
         self.uncounted = 0
         self._offload_wanted = False
-        self.scores = self.positions = self.seen = self.padded_late = self.memory = None
+        self.positions = self.seen = self.padded_late = self.memory = None
         self._length: int | None = 0  # cumulative_length, where no compiled or captured step can have changed it
         with _lasting():
             self.cumulative_length = torch.zeros((), dtype=torch.int64)
@@ -91,6 +94,17 @@ class SparseKCacheLayer(CacheLayerMixin):
     @property
     def slots(self) -> int:
         return self.sinks + self.window + self.k
+
+    @property
+    def scores(self) -> Any:
+        if self.ahead is not None:
+            ahead, self.ahead = self.ahead, None
+            ahead.write_scores(self._scores)
+        return self._scores
+
+    @scores.setter
+    def scores(self, scores: Tensor) -> None:
+        self.ahead, self._scores = None, scores
 
     @property
     def nbytes(self) -> int:
@@ -171,6 +185,7 @@ class SparseKCacheLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Forget everything and keep the buffers."""
+        self.ahead = None
         if self.is_initialized:
             for tensor in self._state():
                 tensor.zero_()
@@ -200,6 +215,7 @@ class SparseKCacheLayer(CacheLayerMixin):
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy has; the kernel of a step writes to the memory of this layer, and a copy needs its own."""
+        _ = self.scores  # all of them, before they are copied
         return {**self.__dict__, "step": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -244,6 +260,7 @@ class SparseKCacheLayer(CacheLayerMixin):
             return
         if reason := self._why_not_croppable():
             raise RuntimeError(reason)
+        _ = self.scores  # of the tokens that stay
         self.seen.add_(tokens_to_remove).clamp_(min=0)
         self.positions.masked_fill_(self.positions >= self.seen[:, None, None], -1)
         self.cumulative_length.add_(tokens_to_remove).clamp_(min=0)

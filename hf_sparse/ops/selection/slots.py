@@ -69,25 +69,26 @@ def insert_token(
     positions.scatter_(2, slot, position.expand_as(slot))
 
 
-def attend_slots(query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, *, scaling: float) -> Tensor:
+def attend_slots(query: Tensor, keys: Tensor, values: Tensor, positions: Tensor | None, *, scaling: float) -> Tensor:
     """Attend with one query per row and head to all slots that are filled.
 
     Args:
         query: `[B, Hq, 1, D]`, `Hq` a multiple of `Hkv`.
         keys, values: `[B, Hkv, S, D]`.
-        positions: `[B, Hkv, S]` int64, -1 for an empty slot. Every head of a row has the same empty slots.
+        positions: `[B, Hkv, S]` int64, -1 for an empty slot, of which every head of a row has the same; `None` if no
+            slot is empty.
         scaling: multiplies the logits.
 
     Returns:
         `[B, Hq, 1, D]` in the dtype of `query`.
     """
     trains = torch.is_grad_enabled() and query.requires_grad
-    if not trains and has_kernels(keys, values, positions) and query.dtype == keys.dtype:
+    if not trains and positions is not None and has_kernels(keys, values, positions) and query.dtype == keys.dtype:
         from hf_sparse.ops.selection.triton import slots
 
         return slots.attend_slots(query, keys, values, positions, scaling=scaling)
-    filled = positions[:, :1, None] >= 0  # [B, 1, 1, S]
-    group = query.unflatten(1, (keys.shape[1], -1)).squeeze(3)  # the queries of a KV head share its keys
+    filled = None if positions is None else positions[:, :1, None] >= 0  # [B, 1, 1, S]
+    group = query.reshape(len(query), keys.shape[1], -1, query.shape[-1])  # the queries of a KV head share its keys
     return F.scaled_dot_product_attention(group, keys, values, filled, scale=scaling).flatten(1, 2).unsqueeze(2)
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hf_sparse.methods.sparsek.baselines.adaptive import AdaptiveBaseline
@@ -74,12 +74,10 @@ class SnapKV(AdaptiveBaseline):
         return self.observation
 
     def update(self, scores: Tensor, weights: Tensor, positions: Tensor) -> Tensor:
-        votes = weights.sum(2)
-        total, reach = votes.clone(), self.kernel // 2
-        # Neighbours in position, which evicted keys between two slots are not.
-        for shift in range(1, min(reach, votes.shape[-1] - 1) + 1):
-            left, right = slice(None, -shift), slice(shift, None)
-            close = positions[..., right] - positions[..., left] <= reach
-            total[..., right] += torch.where(close, votes[..., left], 0.0)
-            total[..., left] += torch.where(close, votes[..., right], 0.0)
-        return total / self.kernel
+        votes, reach = weights.sum(2), self.kernel // 2
+        # Neighbours in position, which evicted keys between two slots are not. They are added in the order of
+        # positions: keys with the same neighbours tie to the last bit, and the lower position wins, however rounded.
+        near = F.pad(positions, (reach, reach)).unfold(-1, self.kernel, 1)
+        close = (near - positions.unsqueeze(-1)).abs() <= reach
+        parts = F.pad(votes, (reach, reach)).unfold(-1, self.kernel, 1).masked_fill(~close, 0.0).unbind(-1)
+        return sum(parts[1:], parts[0]) / self.kernel

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from hf_sparse.core.overrides import override
@@ -33,6 +34,8 @@ ENCODER_CONTENDERS = (DENSE, "window", "random", LEARNED)
 _BASELINE_OF = {"window": "recency"}  # in an encoder
 
 LOGITS = 2**26  # numbers of a batch; 256 MiB in float32
+_MOST_CHUNKS = 8  # at a time: more hardly save time
+_LOGIT_BYTES = 16  # of an accelerator's free memory per logit: two of them are held, and what the forward needs
 
 
 class SparseKEvaluation(Evaluation):
@@ -46,14 +49,17 @@ class SparseKEvaluation(Evaluation):
     settings_type = SparseKEvaluationSettings
 
     def batch_size(self, model: nn.Module, length: int) -> int:
-        """Return up to 8 for a causal language model, as long as its logits are few, and 1 for others.
+        """Return up to 8 for a causal language model, as long as its logits are few for the memory, and 1 for others.
 
-        To decide token by token what to keep costs little more for 8 chunks than for one.
+        To decide block by block what to keep costs little more for 8 chunks than for one.
         """
         if kind_of(model) != "causal":
             return 1
         config: Any = model.config
-        return max(1, min(8, LOGITS // (length * config.get_text_config().vocab_size)))
+        logits, device = LOGITS, next(model.parameters()).device
+        if device.type == "cuda":
+            logits = max(logits, torch.cuda.mem_get_info(device)[0] // _LOGIT_BYTES)
+        return max(1, min(_MOST_CHUNKS, logits // (length * config.get_text_config().vocab_size)))
 
     def contenders(self, model: nn.Module) -> tuple[str, ...]:
         """Return the names of all that can be compared in a model, which are fewer in an encoder."""

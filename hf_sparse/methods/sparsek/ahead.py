@@ -1,0 +1,109 @@
+"""Take decoding steps on the CPU with the bookkeeping of many steps done at once.
+
+A score is frozen and not needed before its token leaves the window. So the inputs of new tokens are kept until
+`STEPS` of them came and are scored together, and the slots of the next tokens are found in one go (`next_slots`). A
+step writes a key, a value and a position, and attends. Whoever reads the scores in between, as copying and cropping
+do, has them computed first (`SparseKCacheLayer.scores`).
+"""
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hf_sparse.methods.sparsek.scorer import Scorer
+from hf_sparse.ops.selection.next_slots import next_slots
+from hf_sparse.ops.selection.slots import attend_slots
+
+if TYPE_CHECKING:
+    from hf_sparse.methods.sparsek.attention import SparseKAttention
+    from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
+
+STEPS = 32  # that are foreseen, or as many as the window has
+_LEAST_WINDOW = 8  # of fewer steps the overhead is larger than the gain
+_MOST_ROWS = 64  # rows times KV heads, each of which has a queue in Python
+
+
+@dataclass
+class Ahead:
+    """Hold what is known of the next steps of a layer, and what is left to do for those that were.
+
+    Attributes:
+        scorer: gives the tokens their scores.
+        slots: `[B, Hkv, n]` int64, of the next `n` tokens from the first one that was foreseen.
+        first: `[B]` int64, position of that token.
+        is_full: whether no slot is empty.
+        columns: `[B, Hkv, 1, D]` for each step, the slots as an index of keys and values.
+        states: `[B, 1, C]` for each step that was, inputs of the attention module.
+    """
+
+    scorer: Scorer
+    slots: Tensor
+    first: Tensor
+    is_full: bool
+    columns: list[Tensor]
+    states: list[Tensor] = field(default_factory=list)
+
+    @torch.no_grad()
+    def write_scores(self, scores: Tensor) -> None:
+        """Score the tokens that came and write to the buffer `[B, Hkv, S]`."""
+        if not self.states:
+            return
+        count = len(self.states)
+        index = self.first[:, None] + torch.arange(count)
+        scores.scatter_(2, self.slots[..., :count], self.scorer(torch.cat(self.states, 1), index))
+
+
+def step_ahead(
+    attention: "SparseKAttention",
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    hidden_states: Tensor,
+    valid: Tensor | None,
+    cache: "SparseKCacheLayer",
+    scaling: float,
+) -> Tensor | None:
+    """Give the one new token of each row its slot, and attend to the slots; the token is scored later.
+
+    Args:
+        query, key, value, hidden_states, valid, scaling: see `SparseAttentionLayer.attend`, for one token.
+
+    Returns:
+        `[B, Hq, 1, D]`; `None`, with nothing changed, if the step has to take another path: it is not on the CPU, or
+        compiled, differentiated or padded, or a baseline chooses, or the cache is empty or of another adapter.
+    """
+    is_plain = type(query) is Tensor and query.device.type == "cpu" and valid is None
+    if not is_plain or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return None
+    if attention.baseline is not None or attention.observer is not None:
+        return None
+    name = attention.active
+    if cache.empty or cache.soft or cache.owner != (attention.identities[name], None):
+        return None
+    if cache.window < _LEAST_WINDOW or cache.keys.shape[0] * cache.keys.shape[1] > _MOST_ROWS:
+        return None
+    scorer: Scorer = attention.sparsek_scorer[name]  # type: ignore[assignment]
+    ahead = cache.ahead
+    if ahead is None or len(ahead.states) == len(ahead.columns) or ahead.scorer is not scorer:
+        ahead = _look_ahead(cache, scorer)
+    step = len(ahead.states)
+    column = ahead.columns[step]
+    ahead.states.append(hidden_states.clone())
+    cache.keys.scatter_(2, column, key)
+    cache.values.scatter_(2, column, value)
+    cache.positions.scatter_(2, column[..., 0], cache.seen[:, None, None].expand(column.shape[:3]))
+    cache.seen.add_(1)
+    positions = None if ahead.is_full else cache.positions
+    return attend_slots(query, cache.keys, cache.values, positions, scaling=scaling)
+
+
+def _look_ahead(cache: "SparseKCacheLayer", scorer: Scorer) -> Ahead:
+    """Find the slots of the next steps of a layer, all of whose tokens have scores then."""
+    count = min(STEPS, cache.window)
+    slots = next_slots(cache.scores, cache.positions, cache.seen, count, window=cache.window, sinks=cache.sinks)
+    columns = slots.unsqueeze(-1).expand(-1, -1, -1, cache.keys.shape[-1]).split(1, 2)
+    is_full = bool(cache.positions.min() >= 0)
+    cache.ahead = Ahead(scorer, slots, cache.seen.clone(), is_full, list(columns))
+    return cache.ahead

@@ -1,0 +1,17 @@
+"""The padding mask that modules of a patched model get."""
+
+import torch
+
+from hf_sparse.patches.interface import padding_mask
+
+COLUMNS = torch.tensor([[1, 1, 1], [0, 1, 1]])
+
+
+def test_a_step_on_the_cpu_has_no_mask_where_nothing_is_padded():
+    assert padding_mask(q_length=1, kv_length=1, attention_mask=COLUMNS) is None
+    assert padding_mask(q_length=1, kv_length=2, attention_mask=COLUMNS) is None
+    assert torch.equal(padding_mask(q_length=1, kv_length=3, attention_mask=COLUMNS), COLUMNS.bool())
+
+
+def test_a_mask_that_lacks_columns_is_kept_for_those_who_refuse_it():
+    assert padding_mask(q_length=1, kv_length=4, attention_mask=COLUMNS[:1]).shape == (1, 3)
