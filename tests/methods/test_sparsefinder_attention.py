@@ -9,6 +9,7 @@ from transformers.cache_utils import DynamicLayer
 
 from hf_sparse import SparsefinderConfig
 from hf_sparse.core.layer import AttentionShape
+from hf_sparse.core.overrides import override
 from hf_sparse.methods.sparsefinder import (
     SparsefinderAttention,
     SparsefinderCacheLayer,
@@ -133,6 +134,46 @@ def test_exact_predictors_are_entmax_over_all_keys(causal, exact, learn_alpha):
     module, inputs = build(causal, learn_alpha=learn_alpha, **EXACT[exact]), tensors()
     expected = reference(module, *inputs, reached(causal))
     torch.testing.assert_close(attend(module, *inputs), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("pad", [False, True])
+@pytest.mark.parametrize("causal", [True, False])
+def test_complete_attention_predicts_no_graph_unless_it_is_observed(causal, pad):
+    module, inputs, calls = build(causal, complete=True), tensors(), []
+    valid = torch.ones(2, LENGTH, dtype=torch.bool)
+    valid[0, :7] = not pad
+
+    def predict(*arguments):
+        calls.append(arguments)
+        return type(predictor).graph(predictor, *arguments)
+
+    predictor = module.parameters_in_use.predictor
+    with override([predictor], graph=predict, query_codes=None):
+        unobserved = attend(module, *inputs, valid=valid)
+    with override([predictor], graph=predict):
+        assert not calls
+        module.observer = lambda text, graph, certificate: calls.append(certificate.exact)
+        observed = attend(module, *inputs, valid=valid)
+        assert len(calls) == (4 if pad else 2)  # one by one where there is padding
+        module.observer, module.certify = None, True
+        attend(module, *inputs)
+    assert len(calls) == (5 if pad else 3)
+    rows = valid[:, None, :, None].expand_as(observed)
+    torch.testing.assert_close(unobserved[rows], observed[rows], rtol=0, atol=1e-5)
+
+
+def test_a_cache_of_complete_attention_goes_on_with_a_graph():
+    module, (query, key, value) = build(complete=True, query_tile=1), tensors()
+    cache, first = module.make_cache_layer(), LENGTH - 5
+    cache.update(key[:, :, :first], value[:, :, :first])
+    attend(module, query[:, :, :first], key[:, :, :first], value[:, :, :first], cache=cache)
+    whole = build(query_tile=1)
+    whole.load_state_dict(module.state_dict())
+    expected = attend(whole, query, key, value)[:, :, first:]
+    with override([module.config], complete=False):
+        keys, values = cache.update(key[:, :, first:], value[:, :, first:])
+        found = attend(module, query[:, :, first:], keys, values, cache=cache)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("causal", [True, False])

@@ -110,14 +110,22 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
         text = AttentionInputs(query, key, value, **options, layer=self.layer)
         learning = self.is_learning(cache) or (self.training and self.observer is not None)  # finetune observes texts
         predicts = self.pattern is None and not learning
-        codes = self._codes(query, key, cache) if predicts and learned.predictor.learns_graph else None
+        sees_all = learned.predictor.sees_all or self._is_complete
+        # Complete attention reads no codes, but a cache keeps them for an observer that comes later.
+        coded = predicts and learned.predictor.learns_graph and (cache is not None or not sees_all)
+        codes = self._codes(query, key, cache) if coded else None
         if valid is None:
             return self._over_graph(text, codes, predicts)
         if self.pattern is not None or self.observer is not None:
             return self._one_by_one(text, codes, valid, predicts)
-        if not predicts or learned.predictor.sees_all:
+        if not predicts or sees_all:
             return entmax_attention(query, key, value, valid=valid, **options)
         return self._packed(text, codes, valid)
+
+    @property
+    def _is_complete(self) -> bool:
+        """Tell whether all keys are attended to and nobody asks for the graph or its certificate."""
+        return self.config.complete and self.observer is None and not self.certify
 
     def _codes(self, query: Tensor, key: Tensor, cache: SparsefinderCacheLayer | None) -> Codes:
         """Code the new tokens and return the codes of all; the cache has those of the earlier ones."""
@@ -168,7 +176,7 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
         graph: Tiles | Tensor | None = None
         if self.pattern is not None:
             graph = self.pattern(text)
-        elif predicts:
+        elif predicts and not self._is_complete:
             graph = learned.predictor.graph(learned, text, codes)
         tensors = text.query, text.key, text.value
         options: dict[str, Any] = {
