@@ -466,6 +466,24 @@ def test_fitting_restores_what_was_set():
     assert module.parameters_in_use.centroids.isnan().all()
 
 
+def test_buffers_are_looked_at_again_when_they_have_changed(monkeypatch):
+    learned, looks = build().parameters_in_use, []
+    isnan = torch.Tensor.isnan
+    monkeypatch.setattr(torch.Tensor, "isnan", lambda tensor: looks.append(tensor) or isnan(tensor))
+    learned.check_fitted()
+    count = len(looks)
+    learned.check_fitted()
+    assert len(looks) == count
+    learned.centroids[0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="the centroids of this clustering predictor were never fitted"):
+        learned.check_fitted()
+    learned.centroids = torch.zeros_like(learned.centroids)
+    learned.check_fitted()
+    learned.centroids = torch.full_like(learned.centroids, torch.nan)
+    with pytest.raises(ValueError, match="the centroids"):
+        learned.check_fitted()
+
+
 @pytest.mark.parametrize(
     "settings, message",
     [
