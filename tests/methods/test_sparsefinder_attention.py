@@ -162,18 +162,20 @@ def test_complete_attention_predicts_no_graph_unless_it_is_observed(causal, pad)
     torch.testing.assert_close(unobserved[rows], observed[rows], rtol=0, atol=1e-5)
 
 
-def test_a_cache_of_complete_attention_goes_on_with_a_graph():
-    module, (query, key, value) = build(complete=True, query_tile=1), tensors()
+def test_a_cache_of_complete_attention_has_no_codes():
+    module, (query, key, value) = build(complete=True, fitted=False), tensors()
     cache, first = module.make_cache_layer(), LENGTH - 5
     cache.update(key[:, :, :first], value[:, :, :first])
     attend(module, query[:, :, :first], key[:, :, :first], value[:, :, :first], cache=cache)
-    whole = build(query_tile=1)
-    whole.load_state_dict(module.state_dict())
-    expected = attend(whole, query, key, value)[:, :, first:]
-    with override([module.config], complete=False):
-        keys, values = cache.update(key[:, :, first:], value[:, :, first:])
-        found = attend(module, query[:, :, first:], keys, values, cache=cache)
+    keys, values = cache.update(key[:, :, first:], value[:, :, first:])
+    found = attend(module, query[:, :, first:], keys, values, cache=cache)
+    expected = reference(module, query, key, value, reached(True))[:, :, first:]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert cache.key_codes is None
+    module = build(complete=True)
+    module.observer = lambda *found: None
+    with pytest.raises(ValueError, match="filled by dense or complete attention"):
+        attend(module, query[:, :, -1:], keys, values, cache=cache)
 
 
 @pytest.mark.parametrize("causal", [True, False])

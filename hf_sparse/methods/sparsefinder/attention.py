@@ -111,8 +111,7 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
         learning = self.is_learning(cache) or (self.training and self.observer is not None)  # finetune observes texts
         predicts = self.pattern is None and not learning
         sees_all = learned.predictor.sees_all or self._is_complete
-        # Complete attention reads no codes, but a cache keeps them for an observer that comes later.
-        coded = predicts and learned.predictor.learns_graph and (cache is not None or not sees_all)
+        coded = predicts and learned.predictor.learns_graph and not sees_all
         codes = self._codes(query, key, cache) if coded else None
         if valid is None:
             return self._over_graph(text, codes, predicts)

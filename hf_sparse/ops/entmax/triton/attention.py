@@ -11,7 +11,7 @@ from hf_sparse.ops.entmax.triton.backward import gradients
 from hf_sparse.ops.entmax.triton.common import kind_of
 from hf_sparse.ops.entmax.triton.groups import Attended, attend_groups
 from hf_sparse.ops.entmax.triton.jobs import Lists
-from hf_sparse.ops.entmax.triton.sweep import EVERY, FIRST, Blocks, candidates
+from hf_sparse.ops.entmax.triton.sweep import EVERY, FIRST, Blocks, Candidates, candidates
 from hf_sparse.ops.entmax.triton.tiles import attend_tiles
 
 CAPACITY = 1024  # blocks of keys with a candidate that are kept for a group of queries
@@ -103,7 +103,7 @@ def _forward(
     trains: bool,
 ) -> Attended:
     first, valid, causal, lists = plan.first, plan.valid, plan.causal, plan.lists
-    found = None
+    found: Candidates | None = None
     if lists is None:
         found = candidates(
             query, key, scale, exponent, kind, first, valid, causal, plan.capacity, plan.sweep, plan.start, plan.near,
@@ -115,7 +115,8 @@ def _forward(
     attended = attend_groups(
         query, key, value, scale, exponent, kind, first, valid, causal, lists, found, most, kept, trains
     )
-    attend_tiles(query, key, value, scale, exponent, kind, first, valid, causal, lists, attended, plan.tiles)
+    bound = None if found is None else found.bound
+    attend_tiles(query, key, value, scale, exponent, kind, first, valid, causal, lists, bound, attended, plan.tiles)
     return attended
 
 
