@@ -67,8 +67,8 @@ def attend_tiles(
         return  # no group can be marked
     blocks = blocks or tile_blocks(query, rows_of_job(query, lists))
     _tiles[(group_count(query, lists, blocks.rows),)](
-        query, key, value, scale, exponent, first, valid, bound, into.lengths, into.output, into.tau, into.counts, into.slopes,
-        *arguments_of(query, key, lists), *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+        query, key, value, scale, exponent, first, valid, bound, into.lengths, into.output, into.tau, into.counts,
+        into.slopes, *arguments_of(query, key, lists), *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         **constants(query, key, kind, causal), M=blocks.rows, N=blocks.keys, R=GROUP_ROWS, num_warps=blocks.warps,
         num_stages=blocks.stages,
     )  # fmt: skip
