@@ -37,7 +37,7 @@ def tile_blocks(query: Tensor, rows: int) -> Blocks:
     """Return the sizes of a program for jobs of so many rows."""
     dim = padded(query.shape[3])
     most = 64 if dim <= 128 else 32
-    return Blocks(min(most, max(16, triton.next_power_of_2(rows))), 64 if dim <= 128 else 32, 4, 2)
+    return Blocks(min(most, padded(rows)), 64 if dim <= 128 else 32, 4, 2)
 
 
 def attend_tiles(
@@ -207,7 +207,8 @@ def _tiles(
                 out_slopes = tl.dot(gradient.to(v.dtype), v, out_slopes, input_precision=PRECISION)
         mass, slope = tl.where(some, mass, 1.0), tl.where(some, slope, 1.0)
         place, mask = row[:, None] * D + dim[None, :], inside[:, None] & (dim < D)[None, :]
-        tl.store(Out + place, (out / mass[:, None]).to(Out.dtype.element_ty), mask=mask)
+        out_place = ((batch * queries + index) * heads + head)[:, None] * D + dim[None, :]
+        tl.store(Out + out_place, (out / mass[:, None]).to(Out.dtype.element_ty), mask=mask)
         if Slopes is not None:
             tl.store(Slopes + place, out_slopes / slope[:, None], mask=mask)
         tl.store(Tau + row, tl.where(some, tau, float("-inf")), mask=inside)
