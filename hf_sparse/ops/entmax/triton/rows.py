@@ -43,7 +43,7 @@ def _distribution(Z, Exponent, Out, length, KIND: tl.constexpr, N: tl.constexpr)
     row = tl.program_id(0).to(tl.int64)
     Z += row * length
     Out += row * length
-    exponent = tl.load(Exponent + row) if KIND == 0 else tl.full([], KIND, tl.float32)
+    exponent = tl.load(Exponent + row) if KIND == 0 else (row * 0 + KIND).to(tl.float32)
     step = tl.arange(0, N)
     peaks = tl.full([N], float("-inf"), tl.float32)
     for begin in range(0, length, N):
@@ -52,8 +52,8 @@ def _distribution(Z, Exponent, Out, length, KIND: tl.constexpr, N: tl.constexpr)
     some = peak > float("-inf")
     peak = tl.where(some, peak, 0.0)  # taken off before anything else: the digits are needed around the threshold
     tau = peak * 0 - 1
-    rises, steps = some, 0
-    while rises & (steps < STEPS):
+    rises, steps = some.to(tl.int32), 0
+    while (rises > 0) & (steps < STEPS):
         mass, slope = tl.zeros([N], tl.float32), tl.zeros([N], tl.float32)
         for begin in range(0, length, N):
             z = tl.load(Z + begin + step, mask=begin + step < length, other=float("-inf")) - peak
@@ -62,16 +62,16 @@ def _distribution(Z, Exponent, Out, length, KIND: tl.constexpr, N: tl.constexpr)
             slope += gradient
         rise = newton_step(tl.sum(mass, 0), tl.sum(slope, 0), exponent, KIND)
         tau += rise
-        rises = rise > CLOSE * (1 + tl.abs(tau))
+        rises = (rise > CLOSE * (1 + tl.abs(tau))).to(tl.int32)
         steps += 1
     mass = tl.zeros([N], tl.float32)
     for begin in range(0, length, N):
         z = tl.load(Z + begin + step, mask=begin + step < length, other=float("-inf")) - peak
-        weight, _ = powers(tl.maximum(z - tau, 0.0), exponent, KIND)
+        weight, gradient = powers(tl.maximum(z - tau, 0.0), exponent, KIND)
         mass += weight
     total = tl.sum(mass, 0)
     total = tl.where(some, total, 1.0)
     for begin in range(0, length, N):
         z = tl.load(Z + begin + step, mask=begin + step < length, other=float("-inf")) - peak
-        weight, _ = powers(tl.maximum(z - tau, 0.0), exponent, KIND)
+        weight, gradient = powers(tl.maximum(z - tau, 0.0), exponent, KIND)
         tl.store(Out + begin + step, weight / total, mask=begin + step < length)
