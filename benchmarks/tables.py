@@ -8,6 +8,7 @@
         --entmax entmax_kernels-h200.json entmax_kernels-earlier-h200.json \\
         --entmax entmax_kernels-128-h200.json entmax_kernels-128-earlier-h200.json \\
         --evaluation evaluation-h200.json --cpu generate-cpu.json generate-before-cpu.json --busy busy-cpu.json \\
+        --entmax-model entmax_model-h200.json --conversion conversion-h200.json \\
         --fill ../../docs/speed.md ../../README.md --figure ../../docs/speed.png
 
 A document marks the place of a table: everything between `<!-- table: NAME -->` and `<!-- end -->` is replaced. The
@@ -20,6 +21,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from hf_sparse.atomic_files import write_text
@@ -44,6 +46,12 @@ ENTMAX = {
     "entmax exact": "entmax, all keys, exact",
     "sdpa flash": "SDPA flash, dense softmax",
     "sdpa cudnn": "SDPA cuDNN, dense softmax",
+}
+ENTMAX_MODEL = {
+    "dense": "dense (SDPA)",
+    "full": 'entmax, predictor "full"',
+    "complete": "entmax, `complete=True`",
+    "predicted": "entmax, predicted graph",
 }
 PASSES = {"forward": "Forward", "forward_backward": "Forward and backward"}
 
@@ -298,6 +306,31 @@ def entmax_setting_table(shapes: Sequence[Sequence[dict[str, Any]]]) -> str:
     return table(head, rows)
 
 
+def entmax_model_table(run: dict[str, Any]) -> str:
+    """Tabulate milliseconds of a forward of a patched model, and how they compare with the dense one."""
+    rows = []
+    for row in run["rows"]:
+        times = {name: row[name]["ms"] for name in ENTMAX_MODEL if name in row}
+        cells = [short(times.get(name)) for name in ENTMAX_MODEL]
+        ratios_of = [f"{times[name] / times['dense']:.2f}" if name in times else "-" for name in ("full", "complete")]
+        rows.append([f"{row['length']:,} x {row['batch']}", *cells, *ratios_of])
+    head = ["tokens x batch", *ENTMAX_MODEL.values(), "*full / dense*", "*complete / dense*"]
+    return table(head, rows)
+
+
+def conversion_table(run: dict[str, Any]) -> str:
+    """Tabulate where the seconds of a training run went, stage by stage; the rest is fitting and measuring."""
+    settings, rows, total = run["settings"], [], 0.0
+    tokens = settings["length"] * settings["batch_size"] * settings["gradient_accumulation_steps"]
+    for stage in dict.fromkeys(row["stage"] for row in run["history"]):
+        seconds = [tokens / row["tokens_per_second"] for row in run["history"] if row["stage"] == stage]
+        total += sum(seconds)
+        rows.append([f"`{stage}`", f"{len(seconds)}", f"{1e3 * median(seconds):.0f}", f"{sum(seconds):.0f}"])
+    rows.append(["fitting the predictors, and measuring", "", "", f"{run['seconds'] - total:.0f}"])
+    rows.append(["all", "", "", f"{run['seconds']:.0f}"])
+    return table(["stage", "steps", "ms per step", "seconds"], rows)
+
+
 def machine_table(kernels: dict[str, Any], model: dict[str, Any]) -> str:
     """Tabulate the machine, the shape of the attention that was measured, and the check that came first."""
     versions, settings = kernels["versions"], kernels["settings"]
@@ -382,12 +415,14 @@ def all_tables(
     evaluation: dict[str, Any],
     cpu: Sequence[dict[str, Any]],
     busy: dict[str, Any],
+    entmax_model: dict[str, Any],
+    conversion: dict[str, Any],
 ) -> dict[str, str]:
     """Return every table by the name that documents call it.
 
     `wider` is a run of the kernels with soft gates over a larger support; `generate` and `cpu` hold two runs of
-    generate.py each, now and before;
-    `entmax` holds the runs of each of two shapes, of which the first counts."""
+    generate.py each, now and before; `entmax` holds the runs of each of two shapes, of which the first counts;
+    `entmax_model` is a run of whole models, and `conversion` the finetune.json of a training run."""
     spread = [[label, f"{model['spread'][name]:.0%}"] for name, label in CACHES.items()]
     return {
         "machine": machine_table(kernels, model),
@@ -409,6 +444,8 @@ def all_tables(
         "entmax forward and backward": entmax_table(entmax[0], "forward_backward"),
         "entmax forward of large heads": entmax_table(entmax[1], "forward"),
         "entmax forward and backward of large heads": entmax_table(entmax[1], "forward_backward"),
+        "entmax models": entmax_model_table(entmax_model),
+        "conversion": conversion_table(conversion),
         "attention summary": attention_summary(kernels),
         "decoding summary": decode_summary(model),
         "generate summary": generate_summary(generate[0]),
@@ -473,6 +510,8 @@ def main() -> None:
     parser.add_argument("--evaluation", type=Path, required=True, help="JSON of evaluation.py")
     parser.add_argument("--cpu", type=Path, nargs=2, required=True, help="JSON of generate.py on a CPU, now and before")
     parser.add_argument("--busy", type=Path, required=True, help="JSON of busy.py")
+    parser.add_argument("--entmax-model", type=Path, required=True, help="JSON of entmax_model.py")
+    parser.add_argument("--conversion", type=Path, required=True, help="finetune.json of a Sparsefinder adapter")
     parser.add_argument(
         "--fill", type=Path, nargs="*", default=[], help="Markdown files whose marked tables are replaced"
     )
@@ -487,7 +526,10 @@ def main() -> None:
     wider, first_calls, sizes = read(options.wider), read(options.first_calls), read(options.sizes)
     entmax = [list(map(read, paths)) for paths in options.entmax]
     evaluation, cpu, busy = read(options.evaluation), list(map(read, options.cpu)), read(options.busy)
-    tables = all_tables(kernels, wider, model, profiles, first_calls, sizes, generate, entmax, evaluation, cpu, busy)
+    models = read(options.entmax_model), read(options.conversion)
+    tables = all_tables(
+        kernels, wider, model, profiles, first_calls, sizes, generate, entmax, evaluation, cpu, busy, *models
+    )
     if options.figure:
         draw(kernels, options.figure)
     for document in options.fill:

@@ -14,6 +14,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import tqdm
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader, TensorDataset
 
 from hf_sparse.data import check_chunks, fingerprint, first_token, tensors
@@ -398,5 +399,6 @@ def _check_fitted(training: Training) -> None:
 
 
 def _are_finite(tensors: Iterable[Tensor]) -> bool:
-    """Tell whether all numbers of all tensors are finite."""
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+    """Tell whether all numbers of all tensors are finite; the device is waited for once."""
+    largest = get_total_norm([tensor.detach() for tensor in tensors if tensor.numel()], torch.inf)
+    return bool(largest.isfinite())

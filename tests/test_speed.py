@@ -39,8 +39,9 @@ def tables() -> dict[str, str]:
     (evaluation,) = read("evaluation")
     generate_cpu, before_cpu, busy = read("generate", "generate-before", "busy", machine="cpu")
     cpu = [generate_cpu, before_cpu]
+    models = read("entmax_model", "conversion")
     return SCRIPT.all_tables(
-        kernels, wider, model, profiles, first_calls, sizes, generate, entmax, evaluation, cpu, busy
+        kernels, wider, model, profiles, first_calls, sizes, generate, entmax, evaluation, cpu, busy, *models
     )
 
 

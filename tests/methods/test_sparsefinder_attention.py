@@ -9,6 +9,7 @@ from transformers.cache_utils import DynamicLayer
 
 from hf_sparse import SparsefinderConfig
 from hf_sparse.core.layer import AttentionShape
+from hf_sparse.core.overrides import override
 from hf_sparse.methods.sparsefinder import (
     SparsefinderAttention,
     SparsefinderCacheLayer,
@@ -133,6 +134,48 @@ def test_exact_predictors_are_entmax_over_all_keys(causal, exact, learn_alpha):
     module, inputs = build(causal, learn_alpha=learn_alpha, **EXACT[exact]), tensors()
     expected = reference(module, *inputs, reached(causal))
     torch.testing.assert_close(attend(module, *inputs), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("pad", [False, True])
+@pytest.mark.parametrize("causal", [True, False])
+def test_complete_attention_predicts_no_graph_unless_it_is_observed(causal, pad):
+    module, inputs, calls = build(causal, complete=True), tensors(), []
+    valid = torch.ones(2, LENGTH, dtype=torch.bool)
+    valid[0, :7] = not pad
+
+    def predict(*arguments):
+        calls.append(arguments)
+        return type(predictor).graph(predictor, *arguments)
+
+    predictor = module.parameters_in_use.predictor
+    with override([predictor], graph=predict, query_codes=None):
+        unobserved = attend(module, *inputs, valid=valid)
+    with override([predictor], graph=predict):
+        assert not calls
+        module.observer = lambda text, graph, certificate: calls.append(certificate.exact)
+        observed = attend(module, *inputs, valid=valid)
+        assert len(calls) == (4 if pad else 2)  # one by one where there is padding
+        module.observer, module.certify = None, True
+        attend(module, *inputs)
+    assert len(calls) == (5 if pad else 3)
+    rows = valid[:, None, :, None].expand_as(observed)
+    torch.testing.assert_close(unobserved[rows], observed[rows], rtol=0, atol=1e-5)
+
+
+def test_a_cache_of_complete_attention_has_no_codes():
+    module, (query, key, value) = build(complete=True, fitted=False), tensors()
+    cache, first = module.make_cache_layer(), LENGTH - 5
+    cache.update(key[:, :, :first], value[:, :, :first])
+    attend(module, query[:, :, :first], key[:, :, :first], value[:, :, :first], cache=cache)
+    keys, values = cache.update(key[:, :, first:], value[:, :, first:])
+    found = attend(module, query[:, :, first:], keys, values, cache=cache)
+    expected = reference(module, query, key, value, reached(True))[:, :, first:]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    assert cache.key_codes is None
+    module = build(complete=True)
+    module.observer = lambda *found: None
+    with pytest.raises(ValueError, match="filled by dense or complete attention"):
+        attend(module, query[:, :, -1:], keys, values, cache=cache)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -423,6 +466,24 @@ def test_fitting_restores_what_was_set():
         fit_predictors([module], lambda: {}["missing"])
     assert (module.pattern, module.observer) == marks
     assert module.parameters_in_use.centroids.isnan().all()
+
+
+def test_buffers_are_looked_at_again_when_they_have_changed(monkeypatch):
+    learned, looks = build().parameters_in_use, []
+    isnan = torch.Tensor.isnan
+    monkeypatch.setattr(torch.Tensor, "isnan", lambda tensor: looks.append(tensor) or isnan(tensor))
+    learned.check_fitted()
+    count = len(looks)
+    learned.check_fitted()
+    assert len(looks) == count
+    learned.centroids[0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="the centroids of this clustering predictor were never fitted"):
+        learned.check_fitted()
+    learned.centroids = torch.zeros_like(learned.centroids)
+    learned.check_fitted()
+    learned.centroids = torch.full_like(learned.centroids, torch.nan)
+    with pytest.raises(ValueError, match="the centroids"):
+        learned.check_fitted()
 
 
 @pytest.mark.parametrize(

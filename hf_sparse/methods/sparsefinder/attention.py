@@ -106,19 +106,21 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
             raise ValueError(f"the attention mask must cover all {keys} keys, got {valid.shape[1]} columns")
         if valid is not None and valid.device.type == "cpu" and bool(valid.all()):
             valid = None  # packing copies all keys; on a GPU, asking would wait for the device
-        learned = self.parameters_in_use
+        learned, observed = self.parameters_in_use, self.pattern is not None or self.observer is not None
         options: dict[str, Any] = {"alpha": learned.alpha, "scaling": scaling * learned.scale, "causal": self.causal}
-        text = AttentionInputs(query, key, value, **options, layer=self.layer)
         learning = self.is_learning(cache) or (self.training and self.observer is not None)  # finetune observes texts
-        predicts = self.pattern is None and not learning and (self.config.entmax_native is None or learned.is_fitted)
+        # A checkpoint that was trained with entmax attends to all keys until a graph is fitted.
+        unfitted = self.config.entmax_native is not None and not learned.is_fitted
+        # Complete attention has a graph only for those who look at it.
+        sees_all = learned.predictor.sees_all or unfitted or (learned.config.complete and not self.certify)
+        if not observed and (learning or sees_all):
+            return entmax_attention(query, key, value, valid=valid, **options)
+        text = AttentionInputs(query, key, value, **options, layer=self.layer)
+        predicts = self.pattern is None and not learning and not unfitted
         codes = self._codes(query, key, cache) if predicts and learned.predictor.learns_graph else None
         if valid is None:
             return self._over_graph(text, codes, predicts)
-        if self.pattern is not None or self.observer is not None:
-            return self._one_by_one(text, codes, valid, predicts)
-        if not predicts or learned.predictor.sees_all:
-            return entmax_attention(query, key, value, valid=valid, **options)
-        return self._packed(text, codes, valid)
+        return self._one_by_one(text, codes, valid, predicts) if observed else self._packed(text, codes, valid)
 
     def _codes(self, query: Tensor, key: Tensor, cache: SparsefinderCacheLayer | None) -> Codes:
         """Code the new tokens and return the codes of all; the cache has those of the earlier ones."""

@@ -39,13 +39,14 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
             The codes of all tokens, `[B, Hq, T, c]` and `[B, Hkv, T, c]`.
 
         Raises:
-            ValueError: the codes that are here are another predictor's, or dense attention took tokens in.
+            ValueError: the codes that are here are another predictor's, or attention that needs no graph (dense or
+                complete) took tokens in.
         """
         before = 0 if self.key_codes is None else self.key_codes.shape[2]
         if before + key_codes.shape[2] != self.get_seq_length() or (before and self.owner != owner):
             raise ValueError(
-                "the cache was filled by dense attention or with another adapter, and the graph of its tokens is not "
-                "known: start a new cache after switching adapters"
+                "the cache was filled by dense or complete attention or with another adapter, and the graph of its "
+                "tokens is not known: start a new cache after switching adapters, and observe it from the start"
             )
         if self.query_codes is not None and self.key_codes is not None:
             device = query_codes.device  # offloaded ones have not come back where only keys are waited for

@@ -26,6 +26,9 @@ _ROWS = 256
 # up as squares do, and with a power of 1 broad heads are left with next to nothing.
 _POWER = 2.0
 
+# Numbers that are held at once while tiles are divided among heads.
+_HELD = 1 << 22
+
 
 @torch.no_grad()
 def fit_predictors(
@@ -188,23 +191,24 @@ def divided(gain: Tensor, cost: Tensor) -> Tensor:
     device, gain, cost = gain.device, gain.cpu(), cost.cpu()  # small, and one number after the other
     sizes = torch.arange(1, MEANS + 1, dtype=gain.dtype)
     table = sizes.expand(len(gain), -1).clone()
-    for mean in range(1, min(MEANS, gain.shape[1] - 1) + 1):
-        limit = float(cost[mean - 1]) * len(gain)
-        low, high = 0.0, float(gain.max()) + 1.0  # bounds of a price per pair: the higher the price, the fewer tiles
-        for _ in range(60):
-            price = (low + high) / 2
-            if float(cost[_best(gain, cost, price)].sum()) > limit:
-                low = price
-            else:
-                high = price
-        count = _filled(gain, cost, _best(gain, cost, high), limit)
-        equal = torch.full_like(count, mean - 1)
-        table[:, mean - 1] = 1.0 + max(count, equal, key=lambda counts: float(_at(gain, counts).sum()))
+    limits = cost[: min(MEANS, gain.shape[1] - 1)] * len(gain)
+    # Bounds of a price per pair, for each mean: the higher the price, the fewer tiles.
+    low, high = torch.zeros_like(limits), torch.full_like(limits, float(gain.max()) + 1.0)
+    for _ in range(60):
+        price = (low + high) / 2
+        over = cost[_best(gain, cost, price)].sum(-1) > limits
+        low, high = torch.where(over, price, low), torch.where(over, high, price)
+    for column, affordable in enumerate(_best(gain, cost, high)):
+        count = _filled(gain, cost, affordable, float(limits[column]))
+        equal = torch.full_like(count, column)
+        table[:, column] = 1.0 + max(count, equal, key=lambda counts: float(_at(gain, counts).sum()))
     return table.to(device)
 
 
-def _best(gain: Tensor, cost: Tensor, price: float) -> Tensor:
-    return (gain - price * cost).argmax(-1)
+def _best(gain: Tensor, cost: Tensor, price: Tensor) -> Tensor:
+    """Return the column `[p, L]` that each list would buy at each price `[p]`."""
+    prices = price.split(max(1, _HELD // gain.numel()))
+    return torch.cat([(gain - part[:, None, None] * cost).argmax(-1) for part in prices])
 
 
 def _filled(gain: Tensor, cost: Tensor, count: Tensor, limit: float) -> Tensor:

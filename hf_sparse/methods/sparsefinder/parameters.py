@@ -54,6 +54,7 @@ class SparsefinderParameters(nn.Module):
             share = (config.alpha - LEAST_ALPHA) / (2 - LEAST_ALPHA)
             self.alpha_logit = nn.Parameter(torch.full((heads,), math.log(share / (1 - share))))
         self.predictor = predictor_of(config)
+        self._fitted: dict[str, tuple[Tensor, int]] = {}  # buffers that were not NaN, with their versions
         if not self.predictor.learns_graph:
             return
         common = torch.randn(kv_heads, shape.head_dim, rank) * shape.head_dim**-0.5
@@ -113,8 +114,20 @@ class SparsefinderParameters(nn.Module):
         return self._unfitted() is None
 
     def _unfitted(self) -> str | None:
-        """Return the name of a buffer that was never fitted."""
-        return next((name for name, buffer in self.named_buffers() if bool(buffer.isnan().any())), None)
+        """Return the name of a buffer that was never fitted.
+
+        A buffer that has not changed since is not looked at again, for looking waits for the device.
+        """
+        for name, buffer in self.named_buffers():
+            version = None if buffer.is_inference() else buffer._version
+            known, when = self._fitted.get(name, (None, None))
+            if known is buffer and version is not None and when == version:
+                continue
+            if bool(buffer.isnan().any()):
+                return name
+            if version is not None:
+                self._fitted[name] = (buffer, version)
+        return None
 
     def check_fitted(self) -> None:
         """Raise `ValueError` if the predictor has clusters or bins that were never fitted."""

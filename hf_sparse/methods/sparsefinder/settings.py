@@ -154,7 +154,10 @@ class SparsefinderSettings(AdapterSettings):
     )
     complete: bool = field(
         default=False,
-        metadata={"help": "Add the tiles that may hold support by the extremes of their keys, which makes it exact."},
+        metadata={
+            "help": "Attend by entmax over all keys, which is exact. The graph is predicted for reports alone, where "
+            "the extremes of the keys tell the tiles that it lacks."
+        },
     )
     per_group: bool = field(
         default=False, metadata={"help": "One graph of tiles for the query heads that share a KV head."}

@@ -35,8 +35,9 @@ def support(
     if rows is not None:
         if rows.ndim != 1 or rows.dtype != torch.int64:
             raise ValueError(f"rows must be [R] int64, got {tuple(rows.shape)} {rows.dtype}")
-        if len(rows) and not 0 <= int(rows.min()) <= int(rows.max()) < queries:
-            raise ValueError(f"rows must be from 0 to {queries - 1}, got {int(rows.min())} to {int(rows.max())}")
+        low, high = torch.stack(rows.aminmax()).tolist() if len(rows) else (0, 0)  # waits for the device once
+        if len(rows) and not 0 <= low <= high < queries:
+            raise ValueError(f"rows must be from 0 to {queries - 1}, got {low} to {high}")
     allowed = allowed_edges(positions_of(queries, keys, rows, device=query.device), keys, causal=causal)
     chosen = inputs.query if rows is None else inputs.query[:, :, rows]
     grouped = chosen.unflatten(1, (key.shape[1], -1))

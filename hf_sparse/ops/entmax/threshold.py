@@ -14,6 +14,8 @@ The norm form is ours; the bracket is that of Peters et al. 2019 (arXiv 1905.057
 import torch
 from torch import Tensor
 
+from hf_sparse.ops.triton import available
+
 _STEPS = 100  # a guard: far more than the rate above needs for the digits of float64
 
 # Steps that are taken without asking whether all rows have arrived: asking waits for the device.
@@ -65,6 +67,10 @@ def distribution(z: Tensor, exponent: float | Tensor) -> Tensor:
     """Compute the probabilities of rows `[..., S]`; zeros for a row of `-inf` alone or of nothing. No gradient."""
     if z.numel() == 0:
         return torch.zeros_like(z)
+    if z.device.type == "cuda" and z.dtype == torch.float32 and available(z.device):
+        from hf_sparse.ops.entmax.triton.rows import distribution_of_rows  # Triton is there only beside a CUDA device
+
+        return distribution_of_rows(z, exponent)
     z = z - z.amax(-1, keepdim=True).clamp(min=torch.finfo(z.dtype).min)
     weight, _ = powers((z - relative_threshold(z, exponent)).clamp_(min=0), exponent)
     mass = weight.sum(-1, keepdim=True)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_sparse.ops.entmax import certified_entmax_attention, entmax_attention
 from hf_sparse.ops.entmax.inputs import Inputs
@@ -190,6 +191,15 @@ def test_on_a_cpu_nothing_changes():
     if DEVICE == "cuda":
         assert takes_kernels(*(tensor.cuda() for tensor in tensors))
         assert not takes_kernels(*(tensor.cuda().double() for tensor in tensors))
+
+
+def test_autocast_gives_tensors_one_dtype(monkeypatch):
+    with FakeTensorMode():
+        query, key, value = (torch.empty(1, 1, 4, 8, device="cuda", dtype=HALF) for _ in range(3))
+        assert takes_kernels(query, key, value) and not takes_kernels(query.float(), key.float(), value)
+        monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: device == "cuda")
+        assert takes_kernels(query.float(), key.float(), value)
+        assert not takes_kernels(query.double(), key.double(), value.double())
 
 
 LISTS = {

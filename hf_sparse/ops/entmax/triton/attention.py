@@ -1,6 +1,6 @@
 """Attend with entmax on the GPU, as one differentiable function: over all keys, or over listed tiles of keys."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,12 +11,15 @@ from hf_sparse.ops.entmax.triton.backward import gradients
 from hf_sparse.ops.entmax.triton.common import kind_of
 from hf_sparse.ops.entmax.triton.groups import Attended, attend_groups
 from hf_sparse.ops.entmax.triton.jobs import Lists
-from hf_sparse.ops.entmax.triton.sweep import EVERY, FIRST, Blocks, candidates
+from hf_sparse.ops.entmax.triton.sweep import EVERY, FIRST, Blocks, Candidates, candidates
 from hf_sparse.ops.entmax.triton.tiles import attend_tiles
 
 CAPACITY = 1024  # blocks of keys with a candidate that are kept for a group of queries
 MOST = 16384  # candidates that are kept for a group, or half of all keys
 KEPT = 4096  # keys of a group that may have weight when all products are known, or an eighth of all keys
+# Texts of which all keys are kept, where no backward will read the lists: a group of heads that attend to most keys
+# takes less time so than without buffers.
+WHOLE = 8192
 
 
 @dataclass(frozen=True)
@@ -76,12 +79,14 @@ def attend(
     exponent = None if kind else _per_head(1 / (alpha - 1), heads, device)
     first = None if first_query is None else first_query.to(torch.int32)
     known = None if valid is None else valid.to(torch.uint8).contiguous()
-    plan = replace(Plan(first, known, causal, lists), **sizes)
+    plan = Plan(first, known, causal, lists, **sizes)
     query, key, value = (part if part.stride(-1) == 1 else part.contiguous() for part in (query, key, value))
     # Asked here: inside the function gradients are off, and its context does not know of `no_grad`.
     leaves = (query, key, value, scale, exponent)
     trains = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
-    output, tau, counts = _Attention.apply(query, key, value, scale, exponent, kind, plan, trains)
+    if not trains:
+        return _forward(query, key, value, scale, exponent, kind, plan, trains)[:3]
+    output, tau, counts = _Attention.apply(query, key, value, scale, exponent, kind, plan)
     return output, tau, counts
 
 
@@ -103,7 +108,7 @@ def _forward(
     trains: bool,
 ) -> Attended:
     first, valid, causal, lists = plan.first, plan.valid, plan.causal, plan.lists
-    found = None
+    found: Candidates | None = None
     if lists is None:
         found = candidates(
             query, key, scale, exponent, kind, first, valid, causal, plan.capacity, plan.sweep, plan.start, plan.near,
@@ -111,11 +116,14 @@ def _forward(
         )  # fmt: skip
     keys = key.shape[2]
     most = max(MOST, keys // 2) if plan.most is None else plan.most
-    kept = max(KEPT, keys // 8) if plan.kept is None else plan.kept
+    kept = plan.kept
+    if kept is None:
+        kept = keys if keys <= WHOLE and not trains else max(KEPT, keys // 8)
     attended = attend_groups(
         query, key, value, scale, exponent, kind, first, valid, causal, lists, found, most, kept, trains
     )
-    attend_tiles(query, key, value, scale, exponent, kind, first, valid, causal, lists, attended, plan.tiles)
+    bound = None if found is None else found.bound
+    attend_tiles(query, key, value, scale, exponent, kind, first, valid, causal, lists, bound, attended, plan.tiles)
     return attended
 
 
@@ -130,13 +138,11 @@ class _Attention(torch.autograd.Function):
         exponent: Tensor | None,
         kind: int,
         plan: Plan,
-        trains: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        attended = _forward(query, key, value, scale, exponent, kind, plan, trains)
-        if trains:
-            saved = (attended.tau, attended.counts, attended.slopes, attended.support, attended.lengths)
-            ctx.save_for_backward(query, key, value, scale, exponent, *saved)  # type: ignore[arg-type]
-            ctx.kind, ctx.plan, ctx.room = kind, plan, attended.room  # type: ignore[attr-defined]
+        attended = _forward(query, key, value, scale, exponent, kind, plan, trains=True)
+        saved = (attended.tau, attended.counts, attended.slopes, attended.support, attended.lengths)
+        ctx.save_for_backward(query, key, value, scale, exponent, *saved)  # type: ignore[arg-type]
+        ctx.kind, ctx.plan, ctx.room = kind, plan, attended.room  # type: ignore[attr-defined]
         ctx.mark_non_differentiable(attended.tau, attended.counts)
         return attended.output, attended.tau, attended.counts
 
@@ -160,7 +166,6 @@ class _Attention(torch.autograd.Function):
             found.value.to(value.dtype) if wants[2] else None,
             None if found.scale is None else found.scale.sum((0, 2)),
             None if found.exponent is None else found.exponent.sum((0, 2)),
-            None,
             None,
             None,
         )

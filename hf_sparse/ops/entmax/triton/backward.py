@@ -46,7 +46,7 @@ def backward_blocks(query: Tensor, rows: int) -> Blocks:
     """Return the sizes of a program of `_tiles_backward` for jobs of so many rows."""
     dim = padded(query.shape[3])
     most = 64 if dim <= 64 else 32 if dim <= 128 else 16
-    return Blocks(min(most, max(16, triton.next_power_of_2(rows))), 64 if dim <= 64 else 32 if dim <= 128 else 16, 4, 1)
+    return Blocks(min(most, padded(rows)), 64 if dim <= 64 else 32 if dim <= 128 else 16, 4, 1)
 
 
 def gradients(

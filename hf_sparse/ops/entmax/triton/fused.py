@@ -29,14 +29,15 @@ def fused_attention(
     device = query.device.type
     if torch.is_autocast_enabled(device):  # as autocast does for torch's own attention
         dtype = torch.get_autocast_dtype(device)
-        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        with torch.autocast(device, enabled=False):
+            tensors = (query.to(dtype), key.to(dtype), value.to(dtype))
+            return fused_attention(*tensors, alpha, scaling, causal, valid, first_query, tiles)
     lists = None if tiles is None else lists_of(tiles, Inputs(query, key, 1.0, causal, valid, first_query))
-    with torch.autocast(device, enabled=False), torch.cuda.device_of(query):  # where Triton launches
-        output, _, _ = attend(
+    with torch.cuda.device_of(query):  # where Triton launches
+        return attend(
             query, key, value, alpha=alpha, scaling=scaling, causal=causal, valid=valid, first_query=first_query,
             lists=lists,
-        )  # fmt: skip
-    return output
+        )[0]  # fmt: skip
 
 
 def lists_of(tiles: Tiles, inputs: Inputs) -> Lists:

@@ -6,6 +6,7 @@ own, finds every tau there, and gathers the values of the keys with weight. Grou
 are marked and left to the kernel in `tiles`.
 """
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -25,7 +26,7 @@ from hf_sparse.ops.entmax.triton.common import (
 )
 from hf_sparse.ops.entmax.triton.jobs import LENGTHS, Lists, arguments_of, group_count, keys_of_slots, rows_of_group
 from hf_sparse.ops.entmax.triton.sweep import GROUP_ROWS, Candidates, key_of_bit
-from hf_sparse.ops.triton.sizes import padded
+from hf_sparse.ops.triton.sizes import padded, pieces
 
 PROGRAMS = 8  # on a multiprocessor
 WIDE = 128  # products of a row that are held in registers while the threshold is searched
@@ -34,7 +35,7 @@ WIDE = 128  # products of a row that are held in registers while the threshold i
 class Attended(NamedTuple):
     """Hold the result of a forward pass.
 
-    output: `[B, Hq, Tq, D]`.
+    output: `[B, Hq, Tq, D]`, in memory `[B, Tq, Hq, D]`.
     tau: `[B, Hq, Tq]` float32, `-inf` for a row without a key.
     counts: `[B, Hq, Tq]` int32, keys with weight.
     slopes: `[B, Hq, Tq, D]` float32, values averaged with `[z - tau]_+ ** (e - 1)`, for the backward.
@@ -94,24 +95,26 @@ def attend_groups(
         wide: products of a row that are held in registers.
         stages: of Triton, in the loops that gather.
     """
-    batch, heads, queries, _ = query.shape
+    batch, heads, queries, dim = query.shape
     device = query.device
     chunk = chunk or chunk_of(query)
-    most = triton.cdiv(min(most, key.shape[2]), chunk) * chunk
-    kept = triton.cdiv(min(kept, most), chunk) * chunk
+    most = pieces(min(most, key.shape[2]), chunk) * chunk
+    kept = pieces(min(kept, most), chunk) * chunk
     groups = group_count(query, lists)
     # Without lists, the blocks of `found` may be too few as well.
     room = min(most, kept, found.blocks.shape[1] * found.size) if found is not None else min(most, kept)
     at_once = min(groups, programs * _multiprocessors(device))
     shape = (batch, heads, queries)
-    output = torch.empty(query.shape, dtype=query.dtype, device=device)
+    # Heads lie beside one another, as models want them afterwards.
+    strides = (queries * heads * dim, dim, heads * dim, 1)
+    output = torch.empty_strided(query.shape, strides, dtype=query.dtype, device=device)
     tau = torch.empty(shape, dtype=torch.float32, device=device)
     counts = torch.empty(shape, dtype=torch.int32, device=device)
     slopes = torch.empty(query.shape, dtype=torch.float32, device=device) if trains else None
     found_keys = torch.empty((at_once, most), dtype=torch.int32, device=device)
     support = torch.empty((groups if trains else at_once, kept), dtype=torch.int32, device=device)
     products = torch.empty((at_once, kept, GROUP_ROWS), dtype=torch.float32, device=device)
-    turn = torch.zeros(1, dtype=torch.int32, device=device)
+    turn = torch.zeros(1, dtype=torch.int32, device=device) if found is None else found.turn
     lengths = torch.empty(groups, dtype=torch.int32, device=device)
     bits = (None, None, None, None) if found is None else (found.bound, found.words, found.blocks, found.counts)
     _groups[(at_once,)](
@@ -125,6 +128,7 @@ def attend_groups(
     return Attended(output, tau, counts, slopes, support if trains else None, lengths, room)
 
 
+@functools.cache
 def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
@@ -346,7 +350,8 @@ def _groups(
             mass, slope = tl.sum(masses, 1), tl.sum(gradients, 1)
             mass, slope = tl.where(some, mass, 1.0), tl.where(some, slope, 1.0)
             spot, mask = row[:, None] * D + dim[None, :], inside[:, None] & wide
-            tl.store(Out + spot, (out / mass[:, None]).to(Out.dtype.element_ty), mask=mask)
+            out_spot = ((batch * queries + index) * heads + head)[:, None] * D + dim[None, :]
+            tl.store(Out + out_spot, (out / mass[:, None]).to(Out.dtype.element_ty), mask=mask)
             if Slopes is not None:
                 tl.store(Slopes + spot, out_slopes / slope[:, None], mask=mask)
             tl.store(Tau + row, tl.where(some, tau, float("-inf")), mask=inside)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_sparse.ops.entmax.triton.common import origin_of
 from hf_sparse.ops.entmax.triton.sweep import GROUP_ROWS
+from hf_sparse.ops.triton.sizes import pieces
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ def rows_of_job(query: Tensor, lists: Lists | None) -> int:
 def group_count(query: Tensor, lists: Lists | None, rows: int = GROUP_ROWS) -> int:
     """Return how many groups of so many rows there are."""
     jobs = query.shape[0] * query.shape[1] if lists is None else lists.counts.numel()
-    return jobs * triton.cdiv(rows_of_job(query, lists), rows)
+    return jobs * pieces(rows_of_job(query, lists), rows)
 
 
 def arguments_of(query: Tensor, key: Tensor, lists: Lists | None) -> tuple[Any, ...]:

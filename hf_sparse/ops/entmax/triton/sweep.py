@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_sparse.ops.entmax.triton.common import constants, exponent_of, load_rows, newton_step, origin_of, powers
+from hf_sparse.ops.triton.sizes import pieces
 
 
 class Blocks(NamedTuple):
@@ -36,6 +37,7 @@ class Candidates(NamedTuple):
     blocks: `[groups, capacity]` int32, number of the block; its first key is that times `size`.
     counts: `[groups]` int32, blocks with a bit; above `capacity` some are missing.
     size: keys of a block.
+    turn: `[1]` int32, the next group to attend to: 0.
     """
 
     bound: Tensor
@@ -43,6 +45,7 @@ class Candidates(NamedTuple):
     blocks: Tensor
     counts: Tensor
     size: int
+    turn: Tensor
 
 
 LENGTHS = ["queries", "keys", "heads", "capacity", "width"]
@@ -102,28 +105,29 @@ def candidates(
     blocks, start = blocks or sweep_blocks(query), start or start_blocks(query)
     bound = torch.empty((batch, heads, queries), dtype=torch.float32, device=device)
     sums = torch.empty((4, batch, heads, queries), dtype=torch.float32, device=device) if every else None
+    turn = torch.empty(1, dtype=torch.int32, device=device)
     fixed = constants(query, key, kind, causal)
     strides = (*query.stride()[:3], *key.stride()[:3])
-    grid = (triton.cdiv(queries, start.rows) * batch * heads,)
+    grid = (pieces(queries, start.rows) * batch * heads,)
     _start[grid](
-        query, key, scale, exponent, first, valid, bound, sums, queries, keys, heads, *strides, **fixed,
+        query, key, scale, exponent, first, valid, bound, sums, turn, queries, keys, heads, *strides, **fixed,
         M=start.rows, NEAR=start.keys, FIRST=near, STEPS=STEPS, HIGHER=HIGHER, num_warps=start.warps,
         num_stages=start.stages,
     )  # fmt: skip
-    groups = batch * heads * triton.cdiv(queries, GROUP_ROWS)
-    capacity = min(capacity, triton.cdiv(keys, blocks.keys))
+    groups = batch * heads * pieces(queries, GROUP_ROWS)
+    capacity = min(capacity, pieces(keys, blocks.keys))
     words = torch.empty((groups, capacity, 4), dtype=torch.int32, device=device)
     numbers = torch.empty((groups, capacity), dtype=torch.int32, device=device)
     counts = torch.empty(groups, dtype=torch.int32, device=device)
     packed = None if valid is None else packed_bits(valid, blocks.keys)
     width = 0 if packed is None else packed.shape[1]
-    grid = (triton.cdiv(queries, blocks.rows) * batch * heads,)
+    grid = (pieces(queries, blocks.rows) * batch * heads,)
     _sweep[grid](
         query, key, scale, exponent, first, packed, bound, sums, words, numbers, counts, queries, keys, heads, capacity,
         width, *strides, **fixed, M=blocks.rows, N=blocks.keys, R=GROUP_ROWS, START=start.rows, NEAR=start.keys,
         FIRST=near, HIGHER=HIGHER, EVERY=every, num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
-    return Candidates(bound, words, numbers, counts, blocks.keys)
+    return Candidates(bound, words, numbers, counts, blocks.keys, turn)
 
 
 def packed_bits(valid: Tensor, size: int) -> Tensor:
@@ -156,6 +160,7 @@ def _start(
     Valid,
     Bound,
     Sums,
+    Turn,
     queries,
     keys,
     heads,
@@ -180,6 +185,8 @@ def _start(
     """Find the `Bound` of M rows: tau over FIRST first keys and NEAR keys around the rows, or an iterate below.
 
     It is `inf` where there is no query, and `-inf` for a query that sees none of these keys."""
+    if tl.program_id(0) == 0:
+        tl.store(Turn, 0)
     tiles = tl.cdiv(queries, M)
     row = (tl.program_id(0) // tiles).to(tl.int64)  # of [B, Hq]
     batch, head = row // heads, row % heads

@@ -37,7 +37,7 @@ def tile_blocks(query: Tensor, rows: int) -> Blocks:
     """Return the sizes of a program for jobs of so many rows."""
     dim = padded(query.shape[3])
     most = 64 if dim <= 128 else 32
-    return Blocks(min(most, max(16, triton.next_power_of_2(rows))), 64 if dim <= 128 else 32, 4, 2)
+    return Blocks(min(most, padded(rows)), 64 if dim <= 128 else 32, 4, 2)
 
 
 def attend_tiles(
@@ -51,6 +51,7 @@ def attend_tiles(
     valid: Tensor | None,
     causal: bool,
     lists: Lists | None,
+    bound: Tensor | None,
     into: Attended,
     blocks: Blocks | None = None,
 ) -> None:
@@ -58,6 +59,7 @@ def attend_tiles(
 
     Args:
         query, key, value, scale, exponent, kind, first, valid, causal, lists: as in `groups.attend_groups`.
+        bound: `[B, Hq, Tq]`, that of `sweep.Candidates`, from where the search for the thresholds goes on.
         into: what that returned.
         blocks: sizes of a program; rows a multiple of `GROUP_ROWS`.
     """
@@ -65,8 +67,8 @@ def attend_tiles(
         return  # no group can be marked
     blocks = blocks or tile_blocks(query, rows_of_job(query, lists))
     _tiles[(group_count(query, lists, blocks.rows),)](
-        query, key, value, scale, exponent, first, valid, into.lengths, into.output, into.tau, into.counts, into.slopes,
-        *arguments_of(query, key, lists), *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+        query, key, value, scale, exponent, first, valid, bound, into.lengths, into.output, into.tau, into.counts,
+        into.slopes, *arguments_of(query, key, lists), *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
         **constants(query, key, kind, causal), M=blocks.rows, N=blocks.keys, R=GROUP_ROWS, num_warps=blocks.warps,
         num_stages=blocks.stages,
     )  # fmt: skip
@@ -96,6 +98,7 @@ def _tiles(
     Exponent,
     First,
     Valid,
+    Bound,
     Lengths,
     Out,
     Tau,
@@ -155,13 +158,24 @@ def _tiles(
             end = tl.where(last >= 0, tl.load(Listed + job) * size, 0)
         step = tl.arange(0, N)
 
+        # A bound below the threshold saves the sweep for the largest product; there is none where it is infinite.
+        if Bound is not None:
+            bound = tl.load(Bound + row, mask=inside, other=float("inf"))
+            known = tl.abs(bound) < float("inf")
+            unknown = tl.max((exists & (bound == float("-inf"))).to(tl.int32), 0)
+            sought = tl.where(unknown > 0, end, 0)
+        else:
+            sought = end
         peak = tl.full([M], float("-inf"), tl.float32)
-        for begin in range(0, end, N):
+        for begin in range(0, sought, N):
             z, _, _, _, _ = logits(q, K, begin + step, end, Index, Valid, batch, keys, size, position, exists, scale,
                                    dim, k_row, D, CAUSAL, PRECISION)  # fmt: skip
             peak = tl.maximum(peak, tl.max(z, 1))
         some = peak > float("-inf")
         tau = tl.where(some, peak, 0.0) - 1
+        if Bound is not None:
+            some |= known
+            tau = tl.where(known, bound, tau)
         rises, steps = tl.max(some.to(tl.int32), 0), 0
         while (rises > 0) & (steps < STEPS):
             mass, slope = tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
@@ -193,7 +207,8 @@ def _tiles(
                 out_slopes = tl.dot(gradient.to(v.dtype), v, out_slopes, input_precision=PRECISION)
         mass, slope = tl.where(some, mass, 1.0), tl.where(some, slope, 1.0)
         place, mask = row[:, None] * D + dim[None, :], inside[:, None] & (dim < D)[None, :]
-        tl.store(Out + place, (out / mass[:, None]).to(Out.dtype.element_ty), mask=mask)
+        out_place = ((batch * queries + index) * heads + head)[:, None] * D + dim[None, :]
+        tl.store(Out + out_place, (out / mass[:, None]).to(Out.dtype.element_ty), mask=mask)
         if Slopes is not None:
             tl.store(Slopes + place, out_slopes / slope[:, None], mask=mask)
         tl.store(Tau + row, tl.where(some, tau, float("-inf")), mask=inside)
