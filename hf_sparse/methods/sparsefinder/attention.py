@@ -16,6 +16,7 @@ from hf_sparse.methods.sparsefinder.predictors import ProjectedPredictor, predic
 from hf_sparse.methods.sparsefinder.predictors.base import AttentionInputs as AttentionInputs
 from hf_sparse.methods.sparsefinder.predictors.base import Codes
 from hf_sparse.ops.entmax import Certificate, certified_entmax_attention, entmax_attention
+from hf_sparse.ops.entmax.step import attend_few, is_step
 from hf_sparse.ops.tiles import Tiles
 
 # A graph in place of the predicted one: tiles, or edges `[B, Hq, Tq, Tk]` bool, or None for all keys.
@@ -106,10 +107,13 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
         if valid is not None and valid.device.type == "cpu" and bool(valid.all()):
             valid = None  # packing copies all keys; on a GPU, asking would wait for the device
         learned = self.parameters_in_use
-        options: dict[str, Any] = {"alpha": learned.alpha, "scaling": scaling * learned.scale, "causal": self.causal}
-        text = AttentionInputs(query, key, value, **options, layer=self.layer)
         learning = self.is_learning(cache) or (self.training and self.observer is not None)  # finetune observes texts
         predicts = self.pattern is None and not learning
+        if predicts and self._takes_exact_step(query, key):
+            scales = learned.step_scales(query, scaling)
+            return attend_few(query, key, value, scales, causal=True, valid=valid)
+        options: dict[str, Any] = {"alpha": learned.alpha, "scaling": scaling * learned.scale, "causal": self.causal}
+        text = AttentionInputs(query, key, value, **options, layer=self.layer)
         codes = self._codes(query, key, cache) if predicts and learned.predictor.learns_graph else None
         if valid is None:
             return self._over_graph(text, codes, predicts)
@@ -118,6 +122,11 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
         if not predicts or learned.predictor.sees_all:
             return entmax_attention(query, key, value, valid=valid, **options)
         return self._packed(text, codes, valid)
+
+    def _takes_exact_step(self, query: Tensor, key: Tensor) -> bool:
+        """Tell whether few queries come without gradients whose attention is that over all keys."""
+        is_exact = self.causal and self.parameters_in_use.predictor.finds_support and self.observer is None
+        return is_exact and not torch.is_grad_enabled() and is_step(query, key)
 
     def _codes(self, query: Tensor, key: Tensor, cache: SparsefinderCacheLayer | None) -> Codes:
         """Code the new tokens and return the codes of all; the cache has those of the earlier ones."""
