@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -144,8 +145,12 @@ def padding_mask(
         return None
     if q_length == 1:
         # A decoding step. The mask grows, but the cache may have asked for its newest column only (`get_mask_sizes`),
-        # and a step of constant shape and strides can be compiled. Nothing here waits for the device.
-        return attention_mask[:, -kv_length:].bool().clone(memory_format=torch.contiguous_format)
+        # and a step of constant shape and strides can be compiled. Nothing here waits for the device. Columns that a
+        # cache of fixed size has more are the future.
+        newest = attention_mask[:, -kv_length:].bool()
+        if newest.shape[1] < kv_length:
+            return F.pad(newest, (0, kv_length - newest.shape[1]), value=True)
+        return newest.clone(memory_format=torch.contiguous_format)
     if attention_mask.shape[1] == q_length and not torch.compiler.is_compiling() and bool(attention_mask.all()):
         return None
     return attention_mask.bool()

@@ -53,7 +53,7 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
         label: what messages call the method.
         shape_fields: the fields of `AttentionShape` that the shapes of its parameters depend on.
         unfitted: names of its buffers that are NaN until they are fitted.
-        cache_layer_type: the class of what `make_cache_layer` returns: a `CacheLayerMixin` of transformers that is a
+        cache_layer_type: the class, or classes, of what `make_cache_layer` returns: a `CacheLayerMixin` of transformers that is a
             `SparseCacheLayer`. By default it keeps all keys.
         layer, causal: see `AttentionShape`.
         configs: the configuration of each adapter.
@@ -75,7 +75,7 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
     label: ClassVar[str]
     shape_fields: ClassVar[tuple[str, ...]]
     unfitted: ClassVar[tuple[str, ...]] = ()
-    cache_layer_type: ClassVar[type] = GrowingCacheLayer
+    cache_layer_type: ClassVar[type | tuple[type, ...]] = GrowingCacheLayer
     layer: int
     causal: bool
 
@@ -171,7 +171,8 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
         if not self.causal:
             raise ValueError(_NO_CACHE)
         if not isinstance(cache, self.cache_layer_type):
-            expected = self.cache_layer_type.__name__
+            types = self.cache_layer_type
+            expected = " or ".join(t.__name__ for t in (types if isinstance(types, tuple) else (types,)))
             raise TypeError(f"{self.label} needs a {expected} as its cache layer, got {type(cache).__name__}")
 
     def cache_layer(self) -> SparseCacheLayer:
@@ -184,8 +185,22 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
             raise ValueError(_NO_CACHE)
         return self.make_cache_layer()
 
+    def static_cache_layer(self, tokens: int) -> SparseCacheLayer:
+        """Make a new, empty cache layer to stand in a `StaticCache`, which has room for `tokens` tokens and compiles.
+
+        By default it is the ordinary one, where that says that it can stand there.
+
+        Raises:
+            ValueError: the attention is bidirectional, or the method cannot go on in a static cache.
+        """
+        layer = self.cache_layer()
+        if reason := layer.refusal_of_static():
+            raise ValueError(f"{reason}: use the ordinary cache")
+        return layer
+
     def make_cache_layer(self) -> Any:
         """Make the cache layer of this module, of `cache_layer_type`; called for causal attention alone."""
+        assert isinstance(self.cache_layer_type, type)
         return self.cache_layer_type()
 
     @property

@@ -15,6 +15,7 @@ from hf_sparse.methods.sparsefinder.parameters import SparsefinderParameters
 from hf_sparse.methods.sparsefinder.predictors import ProjectedPredictor, predictor_of
 from hf_sparse.methods.sparsefinder.predictors.base import AttentionInputs as AttentionInputs
 from hf_sparse.methods.sparsefinder.predictors.base import Codes
+from hf_sparse.methods.sparsefinder.static_cache import StaticSparsefinderCacheLayer
 from hf_sparse.ops.entmax import Certificate, certified_entmax_attention, entmax_attention
 from hf_sparse.ops.entmax.step import attend_few, is_step
 from hf_sparse.ops.tiles import Tiles
@@ -43,7 +44,7 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
     shape_fields = ("num_attention_heads", "num_key_value_heads", "head_dim")
     unfitted = ("centroids", "boundaries", "profile", "budgets")
     adapter_layer_names = ("sparsefinder_parameters", "sparsefinder_lora")
-    cache_layer_type = SparsefinderCacheLayer
+    cache_layer_type = (SparsefinderCacheLayer, StaticSparsefinderCacheLayer)
 
     def __init__(self, shape: AttentionShape) -> None:
         super().__init__()
@@ -87,6 +88,22 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
         """Make a cache layer for all keys, values and codes."""
         return SparsefinderCacheLayer()
 
+    def static_cache_layer(self, tokens: int) -> StaticSparsefinderCacheLayer:
+        """Make a cache layer of fixed size, for attention over all keys.
+
+        Raises:
+            ValueError: as `SparseAttentionLayer.static_cache_layer`; the graph is predicted from codes, or other layers
+                attend densely.
+        """
+        if not self.parameters_in_use.predictor.sees_all:
+            super().static_cache_layer(tokens)
+        if self.config.layers is not None:
+            raise ValueError(
+                "a static cache needs every full-attention layer patched, and the adapter names some only (`layers`): "
+                "use the ordinary cache"
+            )
+        return StaticSparsefinderCacheLayer(tokens)
+
     def attend(
         self,
         query: Tensor,
@@ -104,14 +121,16 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
         keys = key.shape[2]
         if valid is not None and valid.shape[1] != keys:
             raise ValueError(f"the attention mask must cover all {keys} keys, got {valid.shape[1]} columns")
-        if valid is not None and valid.device.type == "cpu" and bool(valid.all()):
+        waits = torch.compiler.is_compiling() or key.device.type != "cpu"
+        if valid is not None and not waits and bool(valid.all()):
             valid = None  # packing copies all keys; on a GPU, asking would wait for the device
         learned = self.parameters_in_use
         learning = self.is_learning(cache) or (self.training and self.observer is not None)  # finetune observes texts
         predicts = self.pattern is None and not learning
         if predicts and self._takes_exact_step(query, key):
             scales = learned.step_scales(query, scaling)
-            return attend_few(query, key, value, scales, causal=True, valid=valid)
+            newest = cache.newest if isinstance(cache, StaticSparsefinderCacheLayer) and query.shape[2] == 1 else None
+            return attend_few(query, key, value, scales, causal=True, valid=valid, first_query=newest)
         options: dict[str, Any] = {"alpha": learned.alpha, "scaling": scaling * learned.scale, "causal": self.causal}
         text = AttentionInputs(query, key, value, **options, layer=self.layer)
         codes = self._codes(query, key, cache) if predicts and learned.predictor.learns_graph else None
