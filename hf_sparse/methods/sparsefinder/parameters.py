@@ -6,7 +6,6 @@ next-to-last part of a key only. Buffers are NaN until they are fitted, and trav
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +44,6 @@ class SparsefinderParameters(nn.Module):
     def __init__(self, config: SparsefinderConfig, shape: AttentionShape) -> None:
         super().__init__()
         self.config = config
-        self._step_scales: tuple[Any, Scales] | None = None
         heads, kv_heads, rank = shape.num_attention_heads, shape.num_key_value_heads, config.rank
         self.log_scale = nn.Parameter(torch.full((heads,), math.log(config.initial_scale)))
         if config.learn_alpha:
@@ -87,22 +85,15 @@ class SparsefinderParameters(nn.Module):
         return self.profile.float().clamp(min=1e-4).log()
 
     def step_scales(self, query: Tensor, scaling: float) -> Scales:
-        """Return alpha and the scales for a decoding step; computed again when a parameter has changed.
+        """Return alpha and the scales for a decoding step with queries `[B, Hq, Tq, D]`.
 
         Args:
-            query: `[B, Hq, Tq, D]`, whose dtype and device are theirs.
+            query: whose dtype and device are theirs.
             scaling: multiplies the logits, beside the learned scale.
         """
-        alpha_logit = self.alpha_logit if self.config.learn_alpha else None
-        tensors = [tensor for tensor in (self.log_scale, alpha_logit) if tensor is not None]
-        # A tensor of inference mode does not count its changes.
-        if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors):
+        if self.config.learn_alpha:
             return Scales.of(self.alpha, scaling * self.scale, query)
-        made_from = (scaling, query.dtype, query.device, *((t.data_ptr(), t._version) for t in tensors))
-        if self._step_scales is None or self._step_scales[0] != made_from:
-            with torch.no_grad():
-                self._step_scales = made_from, Scales.of(self.alpha, scaling * self.scale, query)
-        return self._step_scales[1]
+        return Scales.of_logarithm(float(self.config.alpha), scaling, self.log_scale)
 
     def scales(self) -> Iterator[nn.Parameter]:
         """Yield what decides the attention over all keys: logit scales, and alpha where it is learned."""

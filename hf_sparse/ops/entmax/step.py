@@ -23,14 +23,18 @@ class Scales:
     """Hold alpha and the scale of every query head as a step takes them.
 
     Attributes:
-        scale: `[Hq]`, z is `scale * <query, key>`; float32, or float64 for float64.
-        exponent: `[Hq]` of that dtype, 1 / (alpha - 1); `None` where `kind` says it.
+        scale: `[Hq]`, contiguous; z is `factor * scale * <query, key>`.
+        exponent: `[Hq]`, contiguous, 1 / (alpha - 1); `None` where `kind` says it.
         kind: 2 or 1 where the exponent of all heads is that number, and 0 otherwise.
+        factor: see `scale`.
+        is_log: whether `scale` holds logarithms.
     """
 
     scale: Tensor
     exponent: Tensor | None
     kind: int
+    factor: float = 1.0
+    is_log: bool = False
 
     @classmethod
     def of(cls, alpha: float | Tensor, scaling: float | Tensor, query: Tensor) -> "Scales":
@@ -43,9 +47,21 @@ class Scales:
             return torch.full((heads,), number, dtype=dtype, device=device)
 
         alpha = alpha.to(dtype) if isinstance(alpha, Tensor) else float(alpha)
-        exponent = 1 / (alpha - 1)
-        kind = int(exponent) if isinstance(exponent, float) and exponent in (1.0, 2.0) else 0
-        return cls(per_head(scaling * (alpha - 1)), None if kind else per_head(exponent), kind)
+        kind = _kind(alpha)
+        return cls(per_head(scaling * (alpha - 1)), None if kind else per_head(1 / (alpha - 1)), kind)
+
+    @classmethod
+    def of_logarithm(cls, alpha: float, scaling: float, log_scale: Tensor) -> "Scales":
+        """Make them from a number alpha and logarithms of scales, `[Hq]`, which a step reads as they are then."""
+        kind = _kind(alpha)
+        exponent = None if kind else torch.full_like(log_scale, 1 / (alpha - 1), dtype=torch.float32)
+        return cls(log_scale.detach(), exponent, kind, scaling * (alpha - 1), True)
+
+
+def _kind(alpha: float | Tensor) -> int:
+    """Return the exponent 1 / (alpha - 1) where it is 1 or 2 for all heads, and 0 otherwise."""
+    exponent = 1 / (alpha - 1) if isinstance(alpha, float) else 0.0
+    return int(exponent) if exponent in (1.0, 2.0) else 0
 
 
 def is_step(query: Tensor, key: Tensor) -> bool:
@@ -81,7 +97,7 @@ def attend_few(
     Returns:
         `[B, Hq, Tq, D]` in the dtype of `query`, contiguous; zeros for a query without a key, or at padding.
     """
-    tensors = (query, key, value, scales.scale, scales.exponent, scales.kind)
+    tensors = (query, key, value, scales.scale, scales.exponent, scales.kind, scales.factor, scales.is_log)
     if torch.compiler.is_compiling():
         return torch.ops.hf_sparse.entmax_few(*tensors, causal, valid, first_query, index, size)
     return _attend(*tensors, causal, valid, first_query, index, size)
@@ -94,13 +110,15 @@ def _attend(
     scale: Tensor,
     exponent: Tensor | None,
     kind: int,
+    factor: float,
+    is_log: bool,
     causal: bool,
     valid: Tensor | None,
     first_query: Tensor | None,
     index: Tensor | None,
     size: int,
 ) -> Tensor:
-    arguments = (query, key, value, scale, exponent, kind, causal, valid, first_query, index, size)
+    arguments = (query, key, value, scale, exponent, kind, factor, is_log, causal, valid, first_query, index, size)
     if not takes_kernels(query, key, value):
         return _plain(*arguments)
     from hf_sparse.ops.entmax.triton.step import step  # Triton is there only beside a CUDA device
@@ -127,6 +145,8 @@ def _plain(
     scale: Tensor,
     exponent: Tensor | None,
     kind: int,
+    factor: float,
+    is_log: bool,
     causal: bool,
     valid: Tensor | None,
     first_query: Tensor | None,
@@ -134,7 +154,8 @@ def _plain(
     size: int,
 ) -> Tensor:
     (batch, heads, queries, dim), (_, kv_heads, keys, _) = query.shape, key.shape
-    device, dtype = query.device, scale.dtype
+    device, dtype = query.device, torch.promote_types(query.dtype, torch.float32)
+    scale = factor * (scale.to(dtype).exp() if is_log else scale.to(dtype))
     if valid is not None:
         query_position = _positions(queries, keys, first_query, device).expand(batch, -1)
         exists = valid.gather(1, query_position.clamp(0, keys - 1))
@@ -157,7 +178,7 @@ def _plain(
         if seen is not None:
             z = z.masked_fill_(~seen[:, :, None], -torch.inf)
         z -= z.amax(-1, keepdim=True).clamp(min=torch.finfo(dtype).min)
-        power: float | Tensor = float(kind) if exponent is None else exponent.view(1, lists, -1, 1, 1)
+        power: float | Tensor = float(kind) if exponent is None else exponent.to(dtype).view(1, lists, -1, 1, 1)
         weight, _ = powers(z.sub_(relative_threshold(z, power)).clamp_(min=0), power)
         mass = weight.sum(-1, keepdim=True)
         weight /= mass.masked_fill_(mass == 0, 1.0)

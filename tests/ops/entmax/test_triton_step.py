@@ -1,5 +1,7 @@
 """A decoding step of entmax in its kernels against plain PyTorch in float64."""
 
+from dataclasses import astuple
+
 import pytest
 import torch
 
@@ -15,8 +17,10 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter")
 
 
 def scales_of(alpha, scaling, query):
-    """"heads" is a number for each head."""
+    """"heads" is a number for each head, "log" a logarithm for each."""
     heads = query.shape[1]
+    if scaling == "log":
+        return Scales.of_logarithm(alpha, 0.3, torch.linspace(-1, 0.5, heads, device=query.device))
     alpha = torch.linspace(1.2, 1.9, heads) if alpha == "heads" else alpha
     scaling = torch.linspace(0.5, -0.2, heads) if scaling == "heads" else scaling
     return Scales.of(alpha, scaling, query)
@@ -61,7 +65,7 @@ def assert_same(
 
     def run(attend, tensors, **sizes):
         scales = scales_of(alpha, scaling, tensors[0])
-        numbers = (scales.scale, scales.exponent, scales.kind, causal, valid, first, index, size)
+        numbers = (*astuple(scales), causal, valid, first, index, size)
         return attend(*tensors, *numbers, **sizes)
 
     expected = run(_plain, [tensor.double() for tensor in tensors])
@@ -77,6 +81,8 @@ SHAPES = {
     "one head": {},
     "one key": {"keys": 1},
     "a group of three, scales and alphas of heads": {"group": 3, "kv_heads": 2, "alpha": "heads", "scaling": "heads"},
+    "logarithms of scales": {"group": 3, "scaling": "log"},
+    "logarithms of scales, another alpha": {"group": 2, "scaling": "log", "alpha": 1.7},
     "a group of eight": {"group": 8, "keys": 33},
     "sparsemax": {"alpha": 2.0, "dim": 20, "group": 2},
     "almost softmax": {"alpha": 1.05},
@@ -93,6 +99,7 @@ SHAPES = {
     "half precision": {"dtype": HALF, "dim": 32, "group": 4, "kv_heads": 2},
     "a cache of fixed size": {"first": [40], "group": 2},
     "texts of different lengths": {"first": [0, 17, 74], "batch": 3, "group": 2},
+    "one position for all texts": {"first": [40], "batch": 3},
     "several queries in a cache of fixed size": {"first": [3, 70], "batch": 2, "queries": 5},
     "a cache of fixed size with padding": {"first": [60, 61, 9], "batch": 3, "padding": True, "queries": 2},
     "no query in the text": {"first": [75], "group": 2},
@@ -144,7 +151,7 @@ def test_a_captured_step_follows_the_text():
     torch.manual_seed(0)
     query, key, value = (torch.randn(2, heads, n, 64, device="cuda") for heads, n in ((4, 1), (2, 300), (2, 300)))
     scales, first = Scales.of(1.5, 0.1, query), torch.tensor([5, 5], device="cuda")
-    arguments = (query, key, value, scales.scale, scales.exponent, scales.kind, True, None, first, None, 1)
+    arguments = (query, key, value, *astuple(scales), True, None, first, None, 1)
     step(*arguments)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -51,6 +51,8 @@ def step(
     scale: Tensor,
     exponent: Tensor | None,
     kind: int,
+    factor: float,
+    is_log: bool,
     causal: bool,
     valid: Tensor | None,
     first: Tensor | None,
@@ -66,7 +68,7 @@ def step(
     """Return the output `[B, Hq, Tq, D]`, contiguous.
 
     Args:
-        query, key, value, scale, exponent, kind, causal, valid, first, index, size: as in
+        query, key, value, scale, exponent, kind, factor, is_log, causal, valid, first, index, size: as in
             `hf_sparse.ops.entmax.step._plain`.
         block, programs, stages: keys at a time, programs and Triton's stages of the kernel that multiplies.
         wide, gathered: products and values at a time of the kernel of the rows; `wide` is a multiple of `block`.
@@ -91,16 +93,18 @@ def step(
     if align > 1:
         k_strides, v_strides = (tuple(number // align for number in part) for part in (k_strides, v_strides))
     splits = max(1, min(triton.cdiv(slots, block), triton.cdiv(programs, batch * lists)))
-    listed = (first, index, scratch, queries, keys, heads, room, width, i_batch, i_list, i_tile, tiles, size)
+    listed = (first, index, scratch, queries, keys, heads, room, width, f_batch, i_batch, i_list, i_tile, tiles, size)
     group, wide_dim = heads // kv_heads, padded(dim)
     members = max(16, triton.next_power_of_2(share * queries))
     shared = (group, share, dim, wide_dim, causal, align, block)
     device = query.device
-    family = (device.index, query.dtype, None if valid is None else valid.dtype, first is None, index is None)
+    f_batch = 0 if first is None or first.numel() == 1 else 1
+    dtypes = (query.dtype, scale.dtype, *(None if part is None else part.dtype for part in (exponent, valid, first)))
+    family = (device.index, dtypes, index is None)
     _launch(
         _products, (splits, lists, batch), family, 4,
-        (*listed, query, key, scale, valid, *query.stride()[:3], *k_strides, 0 if valid is None else valid.stride(0)),
-        (*shared, members, precision_of(query.dtype), stages),
+        (*listed, query, key, scale, valid, float(factor), *query.stride()[:3], *k_strides, 0 if valid is None else valid.stride(0)),
+        (*shared, is_log, members, precision_of(query.dtype), stages),
     )  # fmt: skip
     _launch(
         _attend, (rows, 1, 1), family, 4,
@@ -132,8 +136,8 @@ def _launch(
         _compiled[name] = compiled
 
 
-_NUMBERS = ["queries", "keys", "heads", "room", "width", "i_batch", "i_list", "i_tile", "tiles", "size"]
-_STRIDES = ["q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "m_batch"]
+_NUMBERS = ["queries", "keys", "heads", "room", "width", "f_batch", "i_batch", "i_list", "i_tile", "tiles", "size"]
+_STRIDES = ["factor", "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "m_batch"]
 _ADDRESSES = ["First", "Index", "Scratch", "Q", "Scale", "Valid"]
 
 
@@ -147,6 +151,7 @@ def _products(
     heads,
     room,
     width,
+    f_batch,
     i_batch,
     i_list,
     i_tile,
@@ -156,6 +161,7 @@ def _products(
     K,
     Scale,
     Valid,
+    factor,
     q_batch,
     q_head,
     q_row,
@@ -170,12 +176,13 @@ def _products(
     CAUSAL: tl.constexpr,
     ALIGN: tl.constexpr,
     N: tl.constexpr,
+    LOG: tl.constexpr,
     M: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     number, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
-    first = origin_of(First, batch, queries, keys).to(tl.int32)
+    first = origin_of(First, batch * f_batch, queries, keys).to(tl.int32)
     lane, dim, step = tl.arange(0, M), tl.arange(0, PADDED), tl.arange(0, N)
     head, index = number * SHARE + lane // queries, lane % queries
     inside = lane < SHARE * queries
@@ -183,7 +190,8 @@ def _products(
     exists = inside & (position >= 0) & (position < keys)
     if Valid is not None:
         exists &= tl.load(Valid + batch * m_batch + position, mask=exists, other=0) != 0
-    scale = tl.load(Scale + head, mask=inside, other=0.0)
+    scale = tl.load(Scale + head, mask=inside, other=0.0).to(tl.float32)
+    scale = factor * (tl.exp(scale) if LOG else scale)
     q = load_rows(Q, batch * q_batch + head.to(tl.int64) * q_head + index * q_row, inside, dim, D)
     K += (batch * k_batch + (number * SHARE // GROUP).to(tl.int64) * k_head) * ALIGN
     row = (batch * heads + head) * queries + index
@@ -240,6 +248,7 @@ def _attend(
     heads,
     room,
     width,
+    f_batch,
     i_batch,
     i_list,
     i_tile,
@@ -264,7 +273,7 @@ def _attend(
 ):
     row = tl.program_id(0).to(tl.int64)
     head, batch = (row // queries % heads).to(tl.int32), row // (queries * heads)
-    first = origin_of(First, batch, queries, keys).to(tl.int32)
+    first = origin_of(First, batch * f_batch, queries, keys).to(tl.int32)
     exponent = exponent_of(Exponent, head, KIND)
     products = Scratch + row * width  # of all keys; later of those that pass the bound
     passed, greatest = products + room, products + 2 * room
