@@ -93,17 +93,18 @@ def step(
     if align > 1:
         k_strides, v_strides = (tuple(number // align for number in part) for part in (k_strides, v_strides))
     splits = max(1, min(triton.cdiv(slots, block), triton.cdiv(programs, batch * lists)))
+    f_batch = 0 if first is None or first.numel() == 1 else 1
     listed = (first, index, scratch, queries, keys, heads, room, width, f_batch, i_batch, i_list, i_tile, tiles, size)
     group, wide_dim = heads // kv_heads, padded(dim)
     members = max(16, triton.next_power_of_2(share * queries))
     shared = (group, share, dim, wide_dim, causal, align, block)
     device = query.device
-    f_batch = 0 if first is None or first.numel() == 1 else 1
     dtypes = (query.dtype, scale.dtype, *(None if part is None else part.dtype for part in (exponent, valid, first)))
     family = (device.index, dtypes, index is None)
     _launch(
         _products, (splits, lists, batch), family, 4,
-        (*listed, query, key, scale, valid, float(factor), *query.stride()[:3], *k_strides, 0 if valid is None else valid.stride(0)),
+        (*listed, query, key, scale, valid, float(factor), *query.stride()[:3], *k_strides,
+         0 if valid is None else valid.stride(0)),
         (*shared, is_log, members, precision_of(query.dtype), stages),
     )  # fmt: skip
     _launch(
