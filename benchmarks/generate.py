@@ -124,7 +124,7 @@ def configuration(options: argparse.Namespace) -> SparseKConfig | SparsefinderCo
     """Return the settings of the sparse model."""
     if options.method == "sparsek":
         return SparseKConfig(k=options.k, window=options.window, sinks=options.sinks)
-    graph = {"tile": 8, "query_tile": 1, "sparsity": 0.8, "clusters": 16, "window": 64}
+    graph: dict[str, Any] = {"tile": 8, "query_tile": 1, "sparsity": 0.8, "clusters": 16, "window": 64}
     return SparsefinderConfig(predictor=options.predictor, complete=options.complete, **graph)
 
 
@@ -132,12 +132,12 @@ def fit(model: PreTrainedModel, ids: Tensor, options: argparse.Namespace) -> Non
     """Give every head a scale at which about `options.support` keys have weight, and fit what predicts graphs."""
 
     def scale(layer: SparsefinderAttention) -> Observer:
-        def observe(text: AttentionInputs, *_: Any) -> None:
-            query, key = text.query[:, :, -64:].float(), text.key.float().repeat_interleave(
-                text.query.shape[1] // text.key.shape[1], 1
-            )
+        def observe(text: AttentionInputs, *rest: Any) -> None:
+            query, key = text.query[:, :, -64:].float(), text.key.float()
+            key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
             z = query @ key.transpose(-1, -2) * 0.5 * query.shape[-1] ** -0.5
-            z = z.masked_fill_(~torch.ones_like(z[0, 0], dtype=torch.bool).tril(z.shape[3] - z.shape[2]), -torch.inf)
+            seen = torch.ones(z.shape[2:], dtype=torch.bool, device=z.device).tril(z.size(3) - z.size(2))
+            z = z.masked_fill_(~seen, -torch.inf)
             low, high = torch.full_like(z[0, :, 0, 0], 1e-2), torch.full_like(z[0, :, 0, 0], 1e3)
             for _ in range(14):
                 middle = (low * high).sqrt()
@@ -292,7 +292,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.new_tokens <= SKIPPED + PROFILED:
         parser.error(f"more than {SKIPPED + PROFILED} new tokens are needed, got {options.new_tokens}")
-    of_method = {
+    of_method: dict[str, tuple[str, ...]] = {
         "sparsek": ("k", "window", "sinks"),
         "sparsefinder": ("method", "predictor", "complete", "support", "fitted"),
     }

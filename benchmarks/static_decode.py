@@ -7,8 +7,9 @@ of this length would take most of the time, and nothing here depends on what it 
 first step so that `--support` keys have weight in the mean. Both models are compiled as `generate` compiles them, take
 the same steps, and alternate; each number is the median of several runs.
 
-First the logits of compiled steps are compared with those of the same steps in plain PyTorch, on two layers in float32;
-without agreement nothing is measured. The bytes that the attention of a step reads are counted from shapes and supports.
+First the logits of compiled steps are compared with those of the same steps in plain PyTorch, on two layers in
+float32; without agreement nothing is measured. The bytes that the attention of a step reads follow from shapes and
+supports.
 """
 
 import argparse
@@ -41,7 +42,7 @@ ATTENTION = ("dense", "entmax")
 
 
 def make_model(options: argparse.Namespace, layers: int, dtype: torch.dtype) -> PreTrainedModel:
-    shape = LLAMA_8B | (TINY if options.tiny else {}) | {"num_hidden_layers": layers}
+    shape: dict[str, Any] = LLAMA_8B | (TINY if options.tiny else {}) | {"num_hidden_layers": layers}
     config = LlamaConfig(**shape, max_position_embeddings=options.length + options.steps + 8)
     torch.manual_seed(0)
     with torch.device(options.device):
@@ -51,15 +52,18 @@ def make_model(options: argparse.Namespace, layers: int, dtype: torch.dtype) -> 
 class Steps:
     """Take steps after a text that is `length` tokens long, from the same state each time."""
 
-    def __init__(self, model: PreTrainedModel, options: argparse.Namespace, length: int, compiled: bool) -> None:
+    def __init__(self, model: Any, options: argparse.Namespace, length: int, compiled: bool) -> None:
         self.model, self.length, self.device = model, length, options.device
         self.room = length + options.steps
         self.ids = torch.zeros((options.batch, 1), dtype=torch.int64, device=options.device)
         self.cache: Any = StaticCache(config=model.config, max_cache_len=self.room)
-        self.run = torch.compile(model, mode=options.mode, backend=options.backend, fullgraph=True) if compiled else model
+        self.run = (
+            torch.compile(model, mode=options.mode, backend=options.backend, fullgraph=True) if compiled else model
+        )
         self.step(0)  # makes the cache's tensors; its token is overwritten
         generator = torch.Generator(options.device).manual_seed(0)
-        for layer in self.cache.layers:
+        layers: Any = self.cache.layers
+        for layer in layers:
             for tensor in (layer.keys, layer.values):
                 tensor.normal_(generator=generator)
         self.reset()
@@ -144,7 +148,7 @@ def check(options: argparse.Namespace) -> float:
 
 
 def bytes_read(options: argparse.Namespace, config: Any, supports: list[float] | None) -> int:
-    """Count the bytes of keys and values that the attention of a step reads in all layers; each product counts twice."""
+    """Count the bytes that the attention of a step reads in all layers: keys, products and values."""
     heads, group = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
     dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     size, rows = getattr(torch, options.dtype).itemsize, options.batch * heads

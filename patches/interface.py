@@ -146,10 +146,10 @@ def padding_mask(
     if q_length == 1:
         # A decoding step. The mask grows, but the cache may have asked for its newest column only (`get_mask_sizes`),
         # and a step of constant shape and strides can be compiled. Nothing here waits for the device. Columns that a
-        # cache of fixed size has more are the future.
+        # cache of fixed size has beyond the mask are the future.
         newest = attention_mask[:, -kv_length:].bool()
         if newest.shape[1] < kv_length:
-            return F.pad(newest, (0, kv_length - newest.shape[1]), value=True)
+            return F.pad(newest, (0, kv_length - newest.shape[1]))
         return newest.clone(memory_format=torch.contiguous_format)
     if attention_mask.shape[1] == q_length and not torch.compiler.is_compiling() and bool(attention_mask.all()):
         return None

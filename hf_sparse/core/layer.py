@@ -53,8 +53,8 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
         label: what messages call the method.
         shape_fields: the fields of `AttentionShape` that the shapes of its parameters depend on.
         unfitted: names of its buffers that are NaN until they are fitted.
-        cache_layer_type: the class, or classes, of what `make_cache_layer` returns: a `CacheLayerMixin` of transformers that is a
-            `SparseCacheLayer`. By default it keeps all keys.
+        cache_layer_type: the class of what `make_cache_layer` returns, or several: a `CacheLayerMixin` of transformers
+            that is a `SparseCacheLayer`. By default it keeps all keys.
         layer, causal: see `AttentionShape`.
         configs: the configuration of each adapter.
         identities: a text for each adapter that no other adapter has, for a name can be used again.

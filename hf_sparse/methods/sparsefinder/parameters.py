@@ -91,7 +91,7 @@ class SparsefinderParameters(nn.Module):
             query: whose dtype and device are theirs.
             scaling: multiplies the logits, beside the learned scale.
         """
-        if self.config.learn_alpha:
+        if self.config.learn_alpha or query.dtype == torch.float64:
             return Scales.of(self.alpha, scaling * self.scale, query)
         return Scales.of_logarithm(float(self.config.alpha), scaling, self.log_scale)
 

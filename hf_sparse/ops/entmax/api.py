@@ -149,8 +149,10 @@ def _attend_few(
     if query.is_cuda:  # as autocast does for torch's own attention
         query, key, value = (part.to(dtype) for part in (query, key, value))
     scales = Scales.of(alpha, scaling, query)
-    options = {"causal": causal, "valid": valid, "first_query": first_query}
-    return attend_few(query, key, value, scales, **options, index=index, size=size).to(dtype)
+    output = attend_few(
+        query, key, value, scales, causal=causal, valid=valid, first_query=first_query, index=index, size=size
+    )
+    return output.to(dtype)
 
 
 def certified_entmax_attention(

@@ -211,8 +211,11 @@ def _seen(
         if valid is not None:
             batch = torch.arange(len(valid), device=column.device)[:, None, None]
             exists = exists & valid[batch, column][:, :, None]
-            exists = exists & valid.gather(1, position.expand(len(valid), -1, -1, -1)[:, 0, :, 0].clamp(0, keys - 1))[
-                :, None, :, None
-            ]
+            exists = (
+                exists
+                & valid.gather(1, position.expand(len(valid), -1, -1, -1)[:, 0, :, 0].clamp(0, keys - 1))[
+                    :, None, :, None
+                ]
+            )
         seen = exists if seen is None else seen & exists
     return seen

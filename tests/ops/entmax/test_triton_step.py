@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter")
 
 
 def scales_of(alpha, scaling, query):
-    """"heads" is a number for each head, "log" a logarithm for each."""
+    """ "heads" is a number for each head, "log" a logarithm for each."""
     heads = query.shape[1]
     if scaling == "log":
         return Scales.of_logarithm(alpha, 0.3, torch.linspace(-1, 0.5, heads, device=query.device))

@@ -229,10 +229,9 @@ def _products(
 @triton.jit
 def _slots(first, queries, keys, tiles, size, Index, CAUSAL: tl.constexpr):
     """Return how many keys a step looks at: those of listed tiles, or those up to the last query."""
+    end = tiles * size
     if Index is None:
         end = tl.maximum(tl.minimum(first + queries, keys), 0) if CAUSAL else keys
-    else:
-        end = tiles * size
     return end
 
 
