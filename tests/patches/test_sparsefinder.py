@@ -233,7 +233,7 @@ def test_dense_steps_in_a_static_cache_are_noticed():
     model(IDS[:, :30], **with_cache(cache))
     for method in sparse_layers(model):
         method.switch(False)
-    with pytest.raises(RuntimeError, match="static cache belongs to sparse attention.*: start a new cache"):
+    with pytest.raises(RuntimeError, match=r"static cache belongs to sparse attention.*: start a new cache"):
         model(IDS[:, 30:40], **with_cache(cache))
 
 

@@ -328,7 +328,7 @@ def _attend(
         for begin in range(0, total, C):
             there = begin + few < total
             z = tl.load(products + begin + few, mask=there, other=float("-inf"))
-            weight, slope = powers(tl.maximum(z - tau, 0.0), exponent, KIND)
+            weight, _slope = powers(tl.maximum(z - tau, 0.0), exponent, KIND)
             mass += weight
             key = tl.load(passed + begin + few, mask=there, other=0.0).to(tl.int32, bitcast=True)
             if Index is not None:
