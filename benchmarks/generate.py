@@ -19,7 +19,7 @@ import copy
 import statistics
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -37,6 +37,7 @@ from hf_sparse.atomic_files import write_json
 from hf_sparse.environment import describe
 from hf_sparse.methods.sparsefinder import SparsefinderAttention, fit_predictors
 from hf_sparse.methods.sparsefinder.attention import AttentionInputs, Observer
+from hf_sparse.methods.sparsefinder.predictors import clustering
 from hf_sparse.methods.sparsek import attention
 from hf_sparse.ops.entmax import step as few
 from hf_sparse.ops.entmax.threshold import distribution
@@ -225,7 +226,10 @@ def check_kernels(model: PreTrainedModel, options: argparse.Namespace) -> dict[s
     logits = []
     for kernels in (True, False):
         follow = Follow(ids[:, -CHECKED:])
-        with nullcontext() if kernels else mock.patch.object(few, "takes_kernels", lambda *_: False):
+        with ExitStack() as plain:
+            if not kernels:
+                plain.enter_context(mock.patch.object(few, "takes_kernels", lambda *_: False))
+                plain.enter_context(mock.patch.object(clustering, "installed", lambda: False))
             generate(model, ids[:, :-CHECKED], CHECKED, follow, mask)
         logits.append(follow.logits)
     difference = max(float((x - y).norm() / y.norm()) for x, y in zip(*logits, strict=True))

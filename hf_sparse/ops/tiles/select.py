@@ -108,11 +108,23 @@ def step_tiles(
         always |= tile >= (position // rows * rows - (window - 1)).clamp(min=0) // size
     eligible = ((scores > -torch.inf) | always) & (tile <= position // size)
     rank = _rank(scores, torch.where(eligible, always.to(torch.int8) + own.to(torch.int8), -1))
+    return highest_ranks(rank, count)
+
+
+def highest_ranks(rank: Tensor, count: int | Tensor) -> Tensor:
+    """Return the tiles of the highest ranks, `[B, H, 1, m]` int64, see `step_tiles`.
+
+    Args:
+        rank: `[B, H, 1, nk]` int64, negative for a tile that must not be listed.
+        count: as in `step_tiles`.
+    """
+    total = rank.shape[3]
     if isinstance(count, int):
         best = rank.topk(min(total, count), dim=-1)
         return best.indices.masked_fill(best.values < 0, -1)
     best = rank.topk(total, dim=-1)
-    return best.indices.masked_fill((best.values < 0) | (tile >= count[..., None]), -1)
+    place = torch.arange(total, device=rank.device)
+    return best.indices.masked_fill((best.values < 0) | (place >= count[..., None]), -1)
 
 
 def _rank(scores: Tensor, level: Tensor) -> Tensor:
