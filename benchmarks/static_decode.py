@@ -58,7 +58,9 @@ class Steps:
         self.ids = torch.zeros((options.batch, 1), dtype=torch.int64, device=options.device)
         self.cache: Any = StaticCache(config=model.config, max_cache_len=self.room)
         self.run = (
-            torch.compile(model, mode=options.mode, backend=options.backend, fullgraph=True) if compiled else model
+            torch.compile(model.__call__, mode=options.mode, backend=options.backend, fullgraph=True)
+            if compiled
+            else model
         )
         self.step(0)  # makes the cache's tensors; its token is overwritten
         generator = torch.Generator(options.device).manual_seed(0)
