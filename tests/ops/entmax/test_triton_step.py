@@ -10,7 +10,7 @@ from hf_sparse.ops.entmax.triton.step import step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Several programs, blocks of keys, and rounds of each loop even at the lengths of these tests.
-SMALL = {"block": 16, "programs": 3, "wide": 32, "gathered": 4, "stages": 1}
+SMALL = {"block": 16, "greatest": 4, "programs": 3, "wide": 32, "gathered": 4, "stages": 1}
 HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # Triton's interpreter multiplies no bfloat16
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter")
