@@ -82,7 +82,7 @@ def sparse_cache_layer(cache: Any, index: int, attention: SparseAttentionLayer) 
         if attention.has_local_neighbours and not any(cache.is_sliding):
             new.share_mask_sizes()  # a cache that knows no local layers may take the size of their mask from this one
         cache.layers[index] = layer = new
-    if not isinstance(layer, attention.cache_layer_type):
+    if not attention.has_made(layer):
         raise ValueError(
             "sparse attention keeps a cache layer of its own in place of that of an ordinary, empty cache; "
             f"layer {index} is a {type(layer).__name__}{' that holds dense keys' if layer.get_seq_length() else ''}: "

@@ -53,8 +53,9 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
         label: what messages call the method.
         shape_fields: the fields of `AttentionShape` that the shapes of its parameters depend on.
         unfitted: names of its buffers that are NaN until they are fitted.
-        cache_layer_type: the class of what `make_cache_layer` returns, or several: a `CacheLayerMixin` of transformers
-            that is a `SparseCacheLayer`. By default it keeps all keys.
+        cache_layer_type: the class of what `make_cache_layer` returns: a `CacheLayerMixin` of transformers that is a
+            `SparseCacheLayer`. By default it keeps all keys.
+        static_cache_layer_type: that of what `static_cache_layer` returns, where it is another.
         layer, causal: see `AttentionShape`.
         configs: the configuration of each adapter.
         identities: a text for each adapter that no other adapter has, for a name can be used again.
@@ -75,7 +76,8 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
     label: ClassVar[str]
     shape_fields: ClassVar[tuple[str, ...]]
     unfitted: ClassVar[tuple[str, ...]] = ()
-    cache_layer_type: ClassVar[type | tuple[type, ...]] = GrowingCacheLayer
+    cache_layer_type: ClassVar[type] = GrowingCacheLayer
+    static_cache_layer_type: ClassVar[type | None] = None
     layer: int
     causal: bool
 
@@ -170,10 +172,14 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
         """
         if not self.causal:
             raise ValueError(_NO_CACHE)
-        if not isinstance(cache, self.cache_layer_type):
-            types = self.cache_layer_type
-            expected = " or ".join(t.__name__ for t in (types if isinstance(types, tuple) else (types,)))
+        if not self.has_made(cache):
+            expected = self.cache_layer_type.__name__
             raise TypeError(f"{self.label} needs a {expected} as its cache layer, got {type(cache).__name__}")
+
+    def has_made(self, cache: Any) -> bool:
+        """Tell whether a cache layer is of the kinds that `cache_layer` and `static_cache_layer` make."""
+        static = self.static_cache_layer_type
+        return isinstance(cache, self.cache_layer_type) or (static is not None and isinstance(cache, static))
 
     def cache_layer(self) -> SparseCacheLayer:
         """Make a new, empty cache layer for one batch of sequences.
@@ -200,7 +206,6 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
 
     def make_cache_layer(self) -> Any:
         """Make the cache layer of this module, of `cache_layer_type`; called for causal attention alone."""
-        assert isinstance(self.cache_layer_type, type)
         return self.cache_layer_type()
 
     @property

@@ -44,7 +44,8 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
     shape_fields = ("num_attention_heads", "num_key_value_heads", "head_dim")
     unfitted = ("centroids", "boundaries", "profile", "budgets")
     adapter_layer_names = ("sparsefinder_parameters", "sparsefinder_lora")
-    cache_layer_type = (SparsefinderCacheLayer, StaticSparsefinderCacheLayer)
+    cache_layer_type = SparsefinderCacheLayer
+    static_cache_layer_type = StaticSparsefinderCacheLayer
 
     def __init__(self, shape: AttentionShape) -> None:
         super().__init__()

@@ -44,6 +44,7 @@ class SparsefinderParameters(nn.Module):
     def __init__(self, config: SparsefinderConfig, shape: AttentionShape) -> None:
         super().__init__()
         self.config = config
+        self._step_scales: tuple[tuple[float, int], Scales] | None = None
         heads, kv_heads, rank = shape.num_attention_heads, shape.num_key_value_heads, config.rank
         self.log_scale = nn.Parameter(torch.full((heads,), math.log(config.initial_scale)))
         if config.learn_alpha:
@@ -93,7 +94,12 @@ class SparsefinderParameters(nn.Module):
         """
         if self.config.learn_alpha or query.dtype == torch.float64:
             return Scales.of(self.alpha, scaling * self.scale, query)
-        return Scales.of_logarithm(float(self.config.alpha), scaling, self.log_scale)
+        if torch.compiler.is_compiling():
+            return Scales.of_logarithm(float(self.config.alpha), scaling, self.log_scale)
+        made_of = (scaling, self.log_scale.data_ptr())  # where a step reads them, whatever they are then
+        if self._step_scales is None or self._step_scales[0] != made_of:
+            self._step_scales = made_of, Scales.of_logarithm(float(self.config.alpha), scaling, self.log_scale)
+        return self._step_scales[1]
 
     def scales(self) -> Iterator[nn.Parameter]:
         """Yield what decides the attention over all keys: logit scales, and alpha where it is learned."""

@@ -12,7 +12,7 @@ from hf_sparse.core.cache import mask_of_keys
 
 
 class StaticSparsefinderCacheLayer(StaticLayer):
-    """Stand for the layer of a `StaticCache`.
+    """Keep keys, values and codes as the layer of a `StaticCache` does.
 
     Attributes:
         keys, values: `[B, Hkv, S, D]`, of which the first `cumulative_length` are tokens.
