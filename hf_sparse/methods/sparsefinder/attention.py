@@ -134,11 +134,12 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
         predicts = self.pattern is None and not learning
         static = isinstance(cache, StaticSparsefinderCacheLayer)
         newest = cache.newest if static and query.shape[2] == 1 else None
-        if predicts and self._finds_support and is_step(query, key) and not torch.is_grad_enabled():
+        finds_support = predicts and self._finds_support(learned)
+        if finds_support and is_step(query, key) and not torch.is_grad_enabled():
             scales = learned.step_scales(query, scaling)
             return attend_few(query, key, value, scales, causal=True, valid=valid, first_query=newest)
         # Steps keep no codes, so there may be none for a graph that would then be completed.
-        predicts = predicts and not (self.config.complete and self._finds_support and cache is not None)
+        predicts = predicts and not (finds_support and learned.config.complete and cache is not None)
         options: dict[str, Any] = {"alpha": learned.alpha, "scaling": scaling * learned.scale, "causal": self.causal}
         text = AttentionInputs(query, key, value, **options, layer=self.layer)
         codes = self._codes(query, key, cache) if predicts and learned.predictor.learns_graph else None
@@ -157,10 +158,9 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
             return entmax_attention(query, key, value, valid=valid, **options)
         return self._packed(text, codes, valid)
 
-    @property
-    def _finds_support(self) -> bool:
+    def _finds_support(self, learned: SparsefinderParameters) -> bool:
         """Tell whether causal attention equals that over all keys, and nobody observes the graph that leads there."""
-        is_exact = self.parameters_in_use.predictor.finds_support or self.config.complete
+        is_exact = learned.predictor.finds_support or learned.config.complete
         return is_exact and self.causal and self.observer is None and not self.certify
 
     def _listed_step(self, text: AttentionInputs, codes: Codes, valid: Tensor | None = None) -> Tensor:

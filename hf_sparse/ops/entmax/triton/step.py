@@ -110,8 +110,8 @@ def step(
         i_tile = index.stride(3)
     k_batch, k_head, k_row, _ = key.stride()
     v_batch, v_head, v_row, _ = value.stride()
-    align = 1
-    if not (k_batch | k_head | k_row | v_batch | v_head | v_row | key.data_ptr() | value.data_ptr()) % ALIGNED:
+    align, addresses = 1, (key.data_ptr() % ALIGNED, value.data_ptr() % ALIGNED)
+    if not (k_batch | k_head | k_row | v_batch | v_head | v_row | addresses[0] | addresses[1]) % ALIGNED:
         align = ALIGNED
         k_batch, k_head, k_row = k_batch // align, k_head // align, k_row // align
         v_batch, v_head, v_row = v_batch // align, v_head // align, v_row // align
@@ -119,7 +119,7 @@ def step(
     name = (
         query.device, query.dtype, heads, queries, dim, kv_heads, lists, index is None, scale.dtype,
         None if exponent is None else exponent.dtype, None if valid is None else valid.dtype,
-        None if first is None else first.dtype, *choices,
+        None if first is None else first.dtype, addresses[0] == 0, addresses[1] == 0, *choices,
     )  # fmt: skip
     plan = _plans.get(name)
     if plan is None:

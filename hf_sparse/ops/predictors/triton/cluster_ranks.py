@@ -5,6 +5,9 @@ It computes what `hf_sparse.methods.sparsefinder` defines for clusters of any si
 `hf_sparse.ops.tiles.select.step_tiles` takes tiles.
 """
 
+from collections.abc import Hashable
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -13,6 +16,8 @@ from torch import Tensor
 from hf_sparse.ops.predictors.profile import BINS
 
 _AT_ONCE = 1024  # keys
+
+_compiled: dict[Hashable, Any] = {}
 
 
 def cluster_ranks(
@@ -41,17 +46,24 @@ def cluster_ranks(
     """
     (batch, heads, rank), (_, kv_heads, keys, _) = points.shape, codes.shape
     group, clusters = heads // kv_heads, centroids.shape[1]
-    total = triton.cdiv(keys, size)
+    total = -(-keys // size)
     lists, share = (kv_heads, group) if grouped else (heads, 1)
     ranks = torch.empty((batch, lists, 1, total), dtype=torch.int64, device=codes.device)
     tables = torch.empty((batch, heads, clusters), dtype=torch.float64, device=codes.device)
     points, centroids = points.contiguous(), centroids.contiguous()
-    _ranks[(batch, lists)](
+    constants = (group, share, size, BINS, triton.next_power_of_2(clusters), max(1, _AT_ONCE // size))
+    arguments = (
         points, codes, centroids, profile, position, tables, ranks, *codes.stride()[:3], position.stride(0),
-        keys, total, heads, clusters, rank, window, global_tokens, rows,
-        GROUP=group, SHARE=share, SIZE=size, BINS=BINS,
-        CLUSTERS=triton.next_power_of_2(clusters), W=max(1, _AT_ONCE // size), num_warps=4,
+        keys, total, heads, clusters, rank, window, global_tokens, rows, *constants,
     )  # fmt: skip
+    dtypes = (centroids.dtype, None if profile is None else profile.dtype)
+    name = (codes.device, dtypes, heads, clusters, rank, rows, constants)
+    if name in _compiled:  # Triton would look at every argument again
+        _compiled[name][batch, lists, 1](*arguments)
+        return ranks
+    binary = _ranks[batch, lists, 1](*arguments, num_warps=4)
+    if binary is not None:  # not so in Triton's interpreter
+        _compiled[name] = binary
     return ranks
 
 
