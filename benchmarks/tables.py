@@ -7,7 +7,7 @@
         --sizes sizes-h200.json --generate generate-h200.json generate-before-h200.json \\
         --entmax entmax_kernels-h200.json entmax_kernels-earlier-h200.json \\
         --entmax entmax_kernels-128-h200.json entmax_kernels-128-earlier-h200.json \\
-        --steps generate-entmax-h200.json generate-predicted-h200.json --static static_decode-h200.json \\
+        --steps generate-entmax-h200.json generate-predicted-h200.json \\
         --fill ../../docs/speed.md ../../README.md --figure ../../docs/speed.png
 
 A document marks the place of a table: everything between `<!-- table: NAME -->` and `<!-- end -->` is replaced. The
@@ -310,16 +310,6 @@ def step_table(runs: Sequence[dict[str, Any]]) -> str:
     return table(["SmolLM2's shape, prompt x batch", "keys", "dense, ms", "Sparsefinder, ms", "times as fast"], rows)
 
 
-def static_table(static: dict[str, Any]) -> str:
-    """Tabulate compiled steps in a static cache: dense, and entmax over all keys."""
-    names = {"dense": "dense (SDPA)", "entmax": "Sparsefinder, all keys"}
-    rows = []
-    for row in static["rows"]:
-        cells = (short(row["step_ms"]), short(row["tokens_per_second"]), f"{row['bytes_read'] / 2**30:.1f}")
-        rows.append([names[row["attention"]], *cells])
-    return table(["compiled step", "ms", "tokens/s", "GiB that attention reads"], rows)
-
-
 def machine_table(kernels: dict[str, Any], model: dict[str, Any]) -> str:
     """Tabulate the machine, the shape of the attention that was measured, and the check that came first."""
     versions, settings = kernels["versions"], kernels["settings"]
@@ -358,13 +348,12 @@ def all_tables(
     generate: Sequence[dict[str, Any]],
     entmax: Sequence[Sequence[dict[str, Any]]],
     steps: Sequence[dict[str, Any]],
-    static: dict[str, Any],
 ) -> dict[str, str]:
     """Return every table by the name that documents call it.
 
     `wider` is a run of the kernels with soft gates over a larger support; `generate` holds two runs, now and before;
-    `entmax` holds the runs of each of two shapes, of which the first counts; `steps` holds runs of default generate with
-    Sparsefinder, and `static` is one of compiled steps."""
+    `entmax` holds the runs of each of two shapes, of which the first counts; `steps` holds runs of default generate
+    with Sparsefinder."""
     spread = [[label, f"{model['spread'][name]:.0%}"] for name, label in CACHES.items()]
     return {
         "machine": machine_table(kernels, model),
@@ -387,7 +376,6 @@ def all_tables(
         "entmax forward of large heads": entmax_table(entmax[1], "forward"),
         "entmax forward and backward of large heads": entmax_table(entmax[1], "forward_backward"),
         "entmax steps": step_table(steps),
-        "entmax steps in a static cache": static_table(static),
         "attention summary": attention_summary(kernels),
         "decoding summary": decode_summary(model),
         "generate summary": generate_summary(generate[0]),
@@ -446,7 +434,6 @@ def main() -> None:
         "--entmax", type=Path, nargs="+", action="append", required=True, help="JSON of entmax_kernels.py, per shape"
     )
     parser.add_argument("--steps", type=Path, nargs="+", required=True, help="JSON of default generate, Sparsefinder")
-    parser.add_argument("--static", type=Path, required=True, help="JSON of static_decode.py")
     parser.add_argument(
         "--fill", type=Path, nargs="*", default=[], help="Markdown files whose marked tables are replaced"
     )
@@ -460,8 +447,8 @@ def main() -> None:
     profiles, generate = list(map(read, options.profiles)), list(map(read, options.generate))
     wider, first_calls, sizes = read(options.wider), read(options.first_calls), read(options.sizes)
     entmax = [list(map(read, paths)) for paths in options.entmax]
-    steps, static = list(map(read, options.steps)), read(options.static)
-    tables = all_tables(kernels, wider, model, profiles, first_calls, sizes, generate, entmax, steps, static)
+    steps = list(map(read, options.steps))
+    tables = all_tables(kernels, wider, model, profiles, first_calls, sizes, generate, entmax, steps)
     if options.figure:
         draw(kernels, options.figure)
     for document in options.fill:

@@ -36,8 +36,8 @@ def tables() -> dict[str, str]:
     wider, first_calls, sizes = read("kernels-support4096", "first_calls", "sizes")
     profiles, generate = read("profiles-scores", "profiles"), read("generate", "generate-before")
     entmax = [read(f"entmax_kernels{shape}", f"entmax_kernels{shape}-earlier") for shape in ("", "-128")]
-    steps, static = read("generate-entmax", "generate-predicted"), read("static_decode")[0]
-    return SCRIPT.all_tables(kernels, wider, model, profiles, first_calls, sizes, generate, entmax, steps, static)
+    steps = read("generate-entmax", "generate-predicted")
+    return SCRIPT.all_tables(kernels, wider, model, profiles, first_calls, sizes, generate, entmax, steps)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -31,7 +31,7 @@ from hf_sparse.ops.entmax.triton.common import (
 from hf_sparse.ops.triton.sizes import padded
 
 BLOCK = 64  # keys that a program of `_products` takes at a time
-GREATEST = 16  # keys of which the greatest product is kept
+GREATEST = 8  # keys of which the greatest product is kept
 PROGRAMS = 512  # of `_products`: about four for each multiprocessor of a large GPU
 WIDE = 1024  # products that a program of `_attend` holds at a time
 GATHERED = 128  # values that it holds at a time, of heads of up to 128
