@@ -32,11 +32,17 @@ from profiles import kernels_of, profiler
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
-from hf_sparse import SparseKConfig, patch
+from hf_sparse import SparsefinderConfig, SparseKConfig, patch
 from hf_sparse._compat import cache_of
 from hf_sparse.atomic_files import write_json
 from hf_sparse.environment import describe
+from hf_sparse.methods.sparsefinder import SparsefinderAttention, fit_predictors
+from hf_sparse.methods.sparsefinder.attention import AttentionInputs, Observer
+from hf_sparse.methods.sparsefinder.predictors import clustering
 from hf_sparse.methods.sparsek import attention
+from hf_sparse.ops.entmax import step as few
+from hf_sparse.ops.entmax.threshold import distribution
+from hf_sparse.patches import sparse_layers
 
 TINYLLAMA = {
     "hidden_size": 2048,
@@ -102,15 +108,58 @@ def wait(device: str) -> None:
 def make_models(shape: dict[str, Any], options: argparse.Namespace, dtype: torch.dtype) -> dict[str, PreTrainedModel]:
     """A Llama with random weights, and a patched copy that shares them."""
     shape = shape | TINY if options.tiny else shape
-    longest = max(options.prompts) + options.new_tokens
+    longest = max(*options.prompts, options.fitted) + options.new_tokens
     config = LlamaConfig(**shape, max_position_embeddings=longest, bos_token_id=None, eos_token_id=None)
     torch.manual_seed(0)
     with torch.device(options.device):
         dense = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     dense.generation_config.eos_token_id = None  # every call has the same number of steps
     shared = {id(tensor): tensor for tensor in (*dense.parameters(), *dense.buffers())}
-    sparse = patch(copy.deepcopy(dense, shared), SparseKConfig(k=options.k, window=options.window, sinks=options.sinks))
+    sparse = patch(copy.deepcopy(dense, shared), configuration(options))
+    if options.method == "sparsefinder":
+        ids = torch.randint(0, config.vocab_size, (1, options.fitted), device=options.device)
+        fit(sparse, ids, options)
     return {"dense": dense, "sparse": sparse}
+
+
+def configuration(options: argparse.Namespace) -> SparseKConfig | SparsefinderConfig:
+    """Return the settings of the sparse model."""
+    if options.method == "sparsek":
+        return SparseKConfig(k=options.k, window=options.window, sinks=options.sinks)
+    graph: dict[str, Any] = {"tile": 8, "query_tile": 1, "sparsity": 0.8, "clusters": 16, "window": 64}
+    return SparsefinderConfig(predictor=options.predictor, complete=options.complete, **graph)
+
+
+def fit(model: PreTrainedModel, ids: Tensor, options: argparse.Namespace) -> None:
+    """Give every head a scale at which about `options.support` keys have weight, and fit what predicts graphs."""
+
+    def scale(layer: SparsefinderAttention) -> Observer:
+        def observe(text: AttentionInputs, *rest: Any) -> None:
+            query, key = text.query[:, :, -64:].float(), text.key.float()
+            key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
+            z = query @ key.transpose(-1, -2) * 0.5 * query.shape[-1] ** -0.5
+            seen = torch.ones(z.shape[2:], dtype=torch.bool, device=z.device).tril(z.size(3) - z.size(2))
+            z = z.masked_fill_(~seen, -torch.inf)
+            low, high = torch.full_like(z[0, :, 0, 0], 1e-2), torch.full_like(z[0, :, 0, 0], 1e3)
+            for _ in range(14):
+                middle = (low * high).sqrt()
+                support = (distribution(z * middle[:, None, None], 2.0) > 0).sum(-1).float().mean((0, 2))
+                more = support > options.support
+                low, high = torch.where(more, middle, low), torch.where(more, high, middle)
+            layer.parameters_in_use.log_scale.data.copy_(middle.log())
+
+        return observe
+
+    layers = sparse_layers(model, SparsefinderAttention)
+    learned = [layer.parameters_in_use.predictor for layer in layers]
+    if learned[0].learns_graph:
+        fit_predictors(layers, lambda: model(ids, use_cache=False))
+    for layer in layers:
+        layer.pattern, layer.observer = (lambda text: None), scale(layer)
+    with torch.no_grad():
+        model(ids, use_cache=False, logits_to_keep=1)
+    for layer in layers:
+        layer.pattern = layer.observer = None
 
 
 def generate(model: PreTrainedModel, ids: Tensor, new: int, watch: LogitsProcessor, mask: Tensor | None = None) -> Any:
@@ -131,6 +180,8 @@ def check(shape: dict[str, Any], options: argparse.Namespace) -> dict[str, float
         SystemExit: a difference that rounding does not explain, or slots that hold other tokens.
     """
     models = make_models(shape | {"num_hidden_layers": 2}, options, torch.float32)
+    if options.method == "sparsefinder":
+        return check_kernels(models["sparse"], options)
     slots = options.k + options.window + options.sinks
     vocabulary = models["dense"].config.vocab_size
 
@@ -163,6 +214,30 @@ def check(shape: dict[str, Any], options: argparse.Namespace) -> dict[str, float
     if not all(difference <= ALLOWED for difference in differences.values()):
         sys.exit(f"steps differ by more than {ALLOWED}: {differences}; nothing measured")
     return differences
+
+
+def check_kernels(model: PreTrainedModel, options: argparse.Namespace) -> dict[str, float]:
+    """Return the largest relative difference of a step's logits in the kernels from those in plain PyTorch.
+
+    Raises:
+        SystemExit: a difference that rounding does not explain.
+    """
+    ids = torch.randint(0, model.config.vocab_size, (2, options.fitted), device=options.device)
+    mask = torch.ones_like(ids)[:, :-CHECKED]
+    mask[1, :7] = 0
+    logits = []
+    for kernels in (True, False):
+        follow = Follow(ids[:, -CHECKED:])
+        with ExitStack() as plain:
+            if not kernels:
+                plain.enter_context(mock.patch.object(few, "takes_kernels", lambda *_: False))
+                plain.enter_context(mock.patch.object(clustering, "installed", lambda: False))
+            generate(model, ids[:, :-CHECKED], CHECKED, follow, mask)
+        logits.append(follow.logits)
+    difference = max(float((x - y).norm() / y.norm()) for x, y in zip(*logits, strict=True))
+    if not difference <= ALLOWED:
+        sys.exit(f"steps in the kernels differ by {difference}, more than {ALLOWED}; nothing measured")
+    return {"kernels from plain": difference}
 
 
 def measure(models: dict[str, PreTrainedModel], ids: Tensor, options: argparse.Namespace) -> dict[str, Any]:
@@ -209,6 +284,11 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=508)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--sinks", type=int, default=4)
+    parser.add_argument("--method", choices=["sparsek", "sparsefinder"], default="sparsek")
+    parser.add_argument("--predictor", default="full", help="Sparsefinder's; 'full' attends to all keys by entmax")
+    parser.add_argument("--complete", action="store_true", help="complete Sparsefinder's graphs")
+    parser.add_argument("--support", type=float, default=55.0, help="keys with weight per query, for Sparsefinder")
+    parser.add_argument("--fitted", type=int, default=2048, help="tokens that Sparsefinder is fitted to and checked on")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--tiny", action="store_true", help="two small layers, for a trial")
@@ -218,7 +298,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.new_tokens <= SKIPPED + PROFILED:
         parser.error(f"more than {SKIPPED + PROFILED} new tokens are needed, got {options.new_tokens}")
-    named = ("prompts", "batches", "new_tokens", "rounds", "k", "window", "sinks", "device", "dtype", "tiny")
+    of_method: dict[str, tuple[str, ...]] = {
+        "sparsek": ("k", "window", "sinks"),
+        "sparsefinder": ("method", "predictor", "complete", "support", "fitted"),
+    }
+    named = ("prompts", "batches", "new_tokens", "rounds", *of_method[options.method], "device", "dtype", "tiny")
     result: dict[str, Any] = {
         "format": 1,
         "benchmark": "generate",

@@ -9,6 +9,7 @@
         --entmax entmax_kernels-128-h200.json entmax_kernels-128-earlier-h200.json \\
         --evaluation evaluation-h200.json --cpu generate-cpu.json generate-before-cpu.json --busy busy-cpu.json \\
         --entmax-model entmax_model-h200.json --conversion conversion-h200.json \\
+        --steps generate-entmax-h200.json generate-predicted-h200.json \\
         --fill ../../docs/speed.md ../../README.md --figure ../../docs/speed.png
 
 A document marks the place of a table: everything between `<!-- table: NAME -->` and `<!-- end -->` is replaced. The
@@ -331,6 +332,18 @@ def conversion_table(run: dict[str, Any]) -> str:
     return table(["stage", "steps", "ms per step", "seconds"], rows)
 
 
+def step_table(runs: Sequence[dict[str, Any]]) -> str:
+    """Tabulate steps of default `generate` with Sparsefinder: over all keys, and over predicted graphs."""
+    rows = []
+    for run in runs:
+        graph = "all keys" if run["settings"]["predictor"] == "full" else f"predicted, {run['settings']['predictor']}"
+        for row in run["rows"]:
+            steps = [row[name]["step_ms"] for name in ("dense", "sparse")]
+            cell = f"{row['prompt']:,} x {row['batch']}"
+            rows.append([cell, graph, *map(short, steps), f"{steps[0] / steps[1]:.2f}"])
+    return table(["SmolLM2's shape, prompt x batch", "keys", "dense, ms", "Sparsefinder, ms", "times as fast"], rows)
+
+
 def machine_table(kernels: dict[str, Any], model: dict[str, Any]) -> str:
     """Tabulate the machine, the shape of the attention that was measured, and the check that came first."""
     versions, settings = kernels["versions"], kernels["settings"]
@@ -417,12 +430,14 @@ def all_tables(
     busy: dict[str, Any],
     entmax_model: dict[str, Any],
     conversion: dict[str, Any],
+    steps: Sequence[dict[str, Any]],
 ) -> dict[str, str]:
     """Return every table by the name that documents call it.
 
     `wider` is a run of the kernels with soft gates over a larger support; `generate` and `cpu` hold two runs of
     generate.py each, now and before; `entmax` holds the runs of each of two shapes, of which the first counts;
-    `entmax_model` is a run of whole models, and `conversion` the finetune.json of a training run."""
+    `entmax_model` is a run of whole models, `conversion` the finetune.json of a training run, and `steps` holds runs of
+    default generate with Sparsefinder."""
     spread = [[label, f"{model['spread'][name]:.0%}"] for name, label in CACHES.items()]
     return {
         "machine": machine_table(kernels, model),
@@ -446,6 +461,7 @@ def all_tables(
         "entmax forward and backward of large heads": entmax_table(entmax[1], "forward_backward"),
         "entmax models": entmax_model_table(entmax_model),
         "conversion": conversion_table(conversion),
+        "entmax steps": step_table(steps),
         "attention summary": attention_summary(kernels),
         "decoding summary": decode_summary(model),
         "generate summary": generate_summary(generate[0]),
@@ -512,6 +528,7 @@ def main() -> None:
     parser.add_argument("--busy", type=Path, required=True, help="JSON of busy.py")
     parser.add_argument("--entmax-model", type=Path, required=True, help="JSON of entmax_model.py")
     parser.add_argument("--conversion", type=Path, required=True, help="finetune.json of a Sparsefinder adapter")
+    parser.add_argument("--steps", type=Path, nargs="+", required=True, help="JSON of default generate, Sparsefinder")
     parser.add_argument(
         "--fill", type=Path, nargs="*", default=[], help="Markdown files whose marked tables are replaced"
     )
@@ -526,9 +543,9 @@ def main() -> None:
     wider, first_calls, sizes = read(options.wider), read(options.first_calls), read(options.sizes)
     entmax = [list(map(read, paths)) for paths in options.entmax]
     evaluation, cpu, busy = read(options.evaluation), list(map(read, options.cpu)), read(options.busy)
-    models = read(options.entmax_model), read(options.conversion)
+    models, steps = (read(options.entmax_model), read(options.conversion)), list(map(read, options.steps))
     tables = all_tables(
-        kernels, wider, model, profiles, first_calls, sizes, generate, entmax, evaluation, cpu, busy, *models
+        kernels, wider, model, profiles, first_calls, sizes, generate, entmax, evaluation, cpu, busy, *models, steps
     )
     if options.figure:
         draw(kernels, options.figure)

@@ -77,13 +77,12 @@ def sparse_cache_layer(cache: Any, index: int, attention: SparseAttentionLayer) 
         cache.layers.append(DynamicLayer())
     layer: Any = cache.layers[index]
     if type(layer) in (DynamicLayer, StaticLayer) and layer.get_seq_length() == 0:
-        new: Any = attention.cache_layer()
-        if type(layer) is StaticLayer and (reason := new.refusal_of_static()):
-            raise ValueError(f"{reason}: use the ordinary cache")
+        is_static = type(layer) is StaticLayer
+        new: Any = attention.static_cache_layer(layer.max_cache_len) if is_static else attention.cache_layer()
         if attention.has_local_neighbours and not any(cache.is_sliding):
             new.share_mask_sizes()  # a cache that knows no local layers may take the size of their mask from this one
         cache.layers[index] = layer = new
-    if not isinstance(layer, attention.cache_layer_type):
+    if not attention.has_made(layer):
         raise ValueError(
             "sparse attention keeps a cache layer of its own in place of that of an ordinary, empty cache; "
             f"layer {index} is a {type(layer).__name__}{' that holds dense keys' if layer.get_seq_length() else ''}: "

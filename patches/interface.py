@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -144,11 +145,13 @@ def padding_mask(
         return None
     if q_length == 1:
         # A decoding step. The mask grows, but the cache may have asked for its newest column only (`get_mask_sizes`),
-        # and a step of constant shape and strides can be compiled. Nothing here waits for the device; on the CPU there
-        # is nothing to wait for, and a mask that says nothing is left out.
+        # and a step of constant shape and strides can be compiled. Columns that a cache of fixed size has beyond the
+        # mask are the future. Nothing here waits for the device; on the CPU there is nothing to wait for, and a mask
+        # that says nothing is left out.
         columns = attention_mask[:, -kv_length:].bool()
-        is_readable = columns.device.type == "cpu" and not torch.compiler.is_compiling()
-        if is_readable and columns.shape[1] == kv_length and bool(columns.all()):
+        if columns.shape[1] < kv_length:
+            return F.pad(columns, (0, kv_length - columns.shape[1]))
+        if columns.device.type == "cpu" and not torch.compiler.is_compiling() and bool(columns.all()):
             return None
         return columns.clone(memory_format=torch.contiguous_format)
     if attention_mask.shape[1] == q_length and not torch.compiler.is_compiling() and bool(attention_mask.all()):

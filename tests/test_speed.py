@@ -38,10 +38,10 @@ def tables() -> dict[str, str]:
     entmax = [read(f"entmax_kernels{shape}", f"entmax_kernels{shape}-earlier") for shape in ("", "-128")]
     (evaluation,) = read("evaluation")
     generate_cpu, before_cpu, busy = read("generate", "generate-before", "busy", machine="cpu")
-    cpu = [generate_cpu, before_cpu]
+    cpu, steps = [generate_cpu, before_cpu], read("generate-entmax", "generate-predicted")
     models = read("entmax_model", "conversion")
     return SCRIPT.all_tables(
-        kernels, wider, model, profiles, first_calls, sizes, generate, entmax, evaluation, cpu, busy, *models
+        kernels, wider, model, profiles, first_calls, sizes, generate, entmax, evaluation, cpu, busy, *models, steps
     )
 
 

@@ -55,6 +55,7 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
         unfitted: names of its buffers that are NaN until they are fitted.
         cache_layer_type: the class of what `make_cache_layer` returns: a `CacheLayerMixin` of transformers that is a
             `SparseCacheLayer`. By default it keeps all keys.
+        static_cache_layer_type: that of what `static_cache_layer` returns, where it is another.
         layer, causal: see `AttentionShape`.
         configs: the configuration of each adapter.
         identities: a text for each adapter that no other adapter has, for a name can be used again.
@@ -76,6 +77,7 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
     shape_fields: ClassVar[tuple[str, ...]]
     unfitted: ClassVar[tuple[str, ...]] = ()
     cache_layer_type: ClassVar[type] = GrowingCacheLayer
+    static_cache_layer_type: ClassVar[type | None] = None
     layer: int
     causal: bool
 
@@ -170,9 +172,14 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
         """
         if not self.causal:
             raise ValueError(_NO_CACHE)
-        if not isinstance(cache, self.cache_layer_type):
+        if not self.has_made(cache):
             expected = self.cache_layer_type.__name__
             raise TypeError(f"{self.label} needs a {expected} as its cache layer, got {type(cache).__name__}")
+
+    def has_made(self, cache: Any) -> bool:
+        """Tell whether a cache layer is of the kinds that `cache_layer` and `static_cache_layer` make."""
+        static = self.static_cache_layer_type
+        return isinstance(cache, self.cache_layer_type) or (static is not None and isinstance(cache, static))
 
     def cache_layer(self) -> SparseCacheLayer:
         """Make a new, empty cache layer for one batch of sequences.
@@ -183,6 +190,19 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
         if not self.causal:
             raise ValueError(_NO_CACHE)
         return self.make_cache_layer()
+
+    def static_cache_layer(self, tokens: int) -> SparseCacheLayer:
+        """Make a new, empty cache layer to stand in a `StaticCache`, which has room for `tokens` tokens and compiles.
+
+        By default it is the ordinary one, where that says that it can stand there.
+
+        Raises:
+            ValueError: the attention is bidirectional, or the method cannot go on in a static cache.
+        """
+        layer = self.cache_layer()
+        if reason := layer.refusal_of_static():
+            raise ValueError(f"{reason}: use the ordinary cache")
+        return layer
 
     def make_cache_layer(self) -> Any:
         """Make the cache layer of this module, of `cache_layer_type`; called for causal attention alone."""

@@ -179,7 +179,7 @@ SPARSEFINDER = TinyMethod(
     # The projections decide the graph, which has no gradient; they learn from a loss of their own (graph_loss.py).
     trained=frozenset({"log_scale"}),
     refusals={
-        "static cache": Refusal(ValueError, "keeps every key in a cache that grows, which a static cache does not"),
+        "static cache": Refusal(ValueError, "static cache of predicted graphs takes texts without padding"),
     },
 )
 

@@ -137,3 +137,24 @@ def test_codes_follow_their_keys_off_the_device_and_back():
     layer = filled(5)
     layer.offload()
     check(layer, KEYS[:, :, :5])
+
+
+def test_codes_of_a_growing_text_stay_where_they_are():
+    layer = SparsefinderCacheLayer()
+    with torch.inference_mode():
+        feed(layer, 0, 4)
+    feed(layer, 4, 5)
+    place = layer.key_codes.data_ptr()
+    for length in range(5, 8):
+        feed(layer, length, length + 1)
+        assert layer.key_codes.data_ptr() == place
+    layer.crop(-2)
+    feed(layer, 6, 9)
+    assert layer.key_codes.data_ptr() == place
+    check(layer, KEYS[:, :, :9])
+    order = torch.tensor([1, 1, 0])
+    layer.reorder_cache(order)
+    part = KEYS[order, :, 9:]
+    layer.update(part, -part)
+    layer.append(*codes(part), "me")
+    check(layer, KEYS[order])

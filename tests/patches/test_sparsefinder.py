@@ -5,11 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import CompileConfig, DynamicCache, StaticCache
 
 from hf_sparse import SparsefinderConfig, SparseKCache, patch, unpatch
 from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.methods.sparsefinder import SparsefinderAttention, SparsefinderCacheLayer, fit_predictors
+from hf_sparse.methods.sparsefinder.static_cache import StaticSparsefinderCacheLayer
 from hf_sparse.patches import sparse_layers
 
 pytestmark = pytest.mark.versions
@@ -165,9 +166,94 @@ def test_dense_steps_in_between_are_noticed():
         model(IDS[:, 40:], **with_cache(cache))
 
 
-def test_a_static_cache_is_refused():
-    with pytest.raises(ValueError, match=r"the method keeps every key in a cache that grows, .* ordinary cache"):
-        sparse().generate(IDS, max_new_tokens=2, cache_implementation="static")
+STATIC = {
+    "clustering": {"tile": 8, "window": 1, "global_tokens": 0},
+    "a list per query, of a group": {"tile": 8, "query_tile": 1, "per_group": True, "global_tokens": 9},
+    "quantization, budgets of heads": {"tile": 8, "predictor": "quantization", "head_budgets": True},
+    "distance": {"tile": 8, "query_tile": 2, "predictor": "distance", "learn_alpha": True, "window": 12},
+    "complete": {"tile": 8, "complete": True},
+    "bound": {"predictor": "bound"},
+    "all keys": {"predictor": "full"},
+}
+
+
+@pytest.fixture
+def nothing_is_compiled_twice():
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("settings", STATIC.values(), ids=STATIC)
+def test_a_static_cache_compiles_and_equals_the_ordinary_one(settings, nothing_is_compiled_twice):
+    model = patch(FAMILIES["llama"].make().eval(), SparsefinderConfig(**SIZES | settings, initial_scale=3.0))
+    fit_predictors(sparse_layers(model, SparsefinderAttention), lambda: model(IDS, use_cache=False))
+    ids, mask, _ = padded("left")
+    predicts = settings.get("predictor", "clustering") not in ("bound", "full") and "complete" not in settings
+    text = {"input_ids": IDS} if predicts else {"input_ids": ids, "attention_mask": mask}
+    options = {"max_new_tokens": 12, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    expected = model.generate(**text, **options)
+    compiled = CompileConfig(fullgraph=True, backend="eager", mode=None)
+    compiled._compile_all_devices = True
+    for changes in ({"disable_compile": True}, {"compile_config": compiled}):
+        output = model.generate(**text, **options, **changes, cache_implementation="static")
+        assert {type(layer) for layer in cache_of(output).layers} == {StaticSparsefinderCacheLayer}
+        assert torch.equal(output.sequences, expected.sequences)
+        torch.testing.assert_close(torch.stack(output.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-4)
+
+
+def test_a_static_cache_in_chunks_beams_and_again():
+    model = sparse(predictor="quantization by group")
+    options = {"max_new_tokens": 10, "do_sample": False}
+    for changes in ({"prefill_chunk_size": 16}, {"num_beams": 2}):
+        expected = model.generate(IDS, **options, **changes)
+        assert torch.equal(model.generate(IDS, **options, **changes, cache_implementation="static"), expected)
+    cache = StaticCache(config=model.config, max_cache_len=LENGTH + 10)
+    for begin in (0, 7):
+        text = IDS[:, begin:]
+        assert torch.equal(model.generate(text, **options, **with_cache(cache)), model.generate(text, **options))
+        cache.reset()
+
+
+def test_what_a_static_cache_refuses():
+    ids, mask, _ = padded("left")
+    options = {"max_new_tokens": 2, "cache_implementation": "static"}
+    with pytest.raises(ValueError, match=r"predicted graphs takes texts without padding, .* use the ordinary cache"):
+        sparse().generate(ids, attention_mask=mask, **options)
+    with pytest.raises(ValueError, match=r"joins single tokens \(`tile=None`\): use the ordinary cache"):
+        sparse(predictor="clustering of tokens").generate(IDS, **options)
+    with pytest.raises(ValueError, match=r"needs every full-attention layer patched, .* use the ordinary cache"):
+        sparse(layers=[0]).generate(IDS, **options)
+
+
+def test_dense_steps_in_a_static_cache_are_noticed():
+    model = sparse(predictor="bound")
+    cache = StaticCache(config=model.config, max_cache_len=LENGTH)
+    model(IDS[:, :30], **with_cache(cache))
+    for method in sparse_layers(model):
+        method.switch(False)
+    with pytest.raises(RuntimeError, match=r"static cache belongs to sparse attention.*: start a new cache"):
+        model(IDS[:, 30:40], **with_cache(cache))
+
+
+def test_switched_off_a_static_cache_is_dense():
+    model = sparse()
+    for method in sparse_layers(model):
+        method.switch(False)
+    ids, mask, _ = padded("left")
+    options = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(model.generate(ids, **options, cache_implementation="static"), model.generate(ids, **options))
+
+
+def test_complete_goes_on_after_steps():
+    """Steps keep no codes; what comes after them is exact all the same."""
+    model = sparse(predictor="complete")
+    cache = cache_of(model(IDS[:, :30], use_cache=True))
+    with torch.no_grad():
+        for begin, end in ((30, 31), (31, 32), (32, 80), (80, LENGTH)):
+            logits = model(IDS[:, begin:end], **with_cache(cache)).logits
+    torch.testing.assert_close(logits, model(IDS).logits[:, 80:], rtol=1e-4, atol=1e-4)
 
 
 def test_an_encoder_takes_no_cache():

@@ -15,7 +15,9 @@ from hf_sparse.methods.sparsefinder.parameters import SparsefinderParameters
 from hf_sparse.methods.sparsefinder.predictors import ProjectedPredictor, predictor_of
 from hf_sparse.methods.sparsefinder.predictors.base import AttentionInputs as AttentionInputs
 from hf_sparse.methods.sparsefinder.predictors.base import Codes
+from hf_sparse.methods.sparsefinder.static_cache import StaticSparsefinderCacheLayer
 from hf_sparse.ops.entmax import Certificate, certified_entmax_attention, entmax_attention
+from hf_sparse.ops.entmax.step import Scales, attend_few, is_step
 from hf_sparse.ops.tiles import Tiles
 
 # A graph in place of the predicted one: tiles, or edges `[B, Hq, Tq, Tk]` bool, or None for all keys.
@@ -44,6 +46,7 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
     unfitted = ("centroids", "boundaries", "profile", "budgets")
     adapter_layer_names = ("sparsefinder_parameters", "sparsefinder_lora")
     cache_layer_type = SparsefinderCacheLayer
+    static_cache_layer_type = StaticSparsefinderCacheLayer
 
     def __init__(self, shape: AttentionShape) -> None:
         super().__init__()
@@ -87,6 +90,26 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
         """Make a cache layer for all keys, values and codes."""
         return SparsefinderCacheLayer()
 
+    def static_cache_layer(self, tokens: int) -> StaticSparsefinderCacheLayer:
+        """Make a cache layer of fixed size.
+
+        Raises:
+            ValueError: the attention is bidirectional, the graph joins single tokens, or other layers attend densely.
+        """
+        if not self.causal:
+            super().static_cache_layer(tokens)
+        if self.config.tile is None and self.parameters_in_use.predictor.learns_graph:
+            raise ValueError(
+                "a static cache takes graphs of tiles, and this one joins single tokens (`tile=None`): use the "
+                "ordinary cache"
+            )
+        if self.config.layers is not None:
+            raise ValueError(
+                "a static cache needs every full-attention layer patched, and the adapter names some only (`layers`): "
+                "use the ordinary cache"
+            )
+        return StaticSparsefinderCacheLayer(tokens)
+
     def attend(
         self,
         query: Tensor,
@@ -104,33 +127,81 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
         keys = key.shape[2]
         if valid is not None and valid.shape[1] != keys:
             raise ValueError(f"the attention mask must cover all {keys} keys, got {valid.shape[1]} columns")
-        if valid is not None and valid.device.type == "cpu" and bool(valid.all()):
+        waits = torch.compiler.is_compiling() or key.device.type != "cpu"
+        if valid is not None and not waits and bool(valid.all()):
             valid = None  # packing copies all keys; on a GPU, asking would wait for the device
         learned, observed = self.parameters_in_use, self.pattern is not None or self.observer is not None
-        options: dict[str, Any] = {"alpha": learned.alpha, "scaling": scaling * learned.scale, "causal": self.causal}
         learning = self.is_learning(cache) or (self.training and self.observer is not None)  # finetune observes texts
         # A checkpoint that was trained with entmax attends to all keys until a graph is fitted.
         unfitted = self.config.entmax_native is not None and not learned.is_fitted
-        # Complete attention has a graph only for those who look at it.
-        sees_all = learned.predictor.sees_all or unfitted or (learned.config.complete and not self.certify)
-        if not observed and (learning or sees_all):
-            return entmax_attention(query, key, value, valid=valid, **options)
-        text = AttentionInputs(query, key, value, **options, layer=self.layer)
         predicts = self.pattern is None and not learning and not unfitted
+        static = isinstance(cache, StaticSparsefinderCacheLayer)
+        newest = cache.newest if static and query.shape[2] == 1 else None
+        if predicts and self._finds_support(learned) and is_step(query, key) and not torch.is_grad_enabled():
+            scales = learned.step_scales(query, scaling)
+            return attend_few(query, key, value, scales, causal=True, valid=valid, first_query=newest)
+        options: dict[str, Any] = {"alpha": learned.alpha, "scaling": scaling * learned.scale, "causal": self.causal}
+        # Complete attention has a graph only for those who look at it.
+        sees_all = learned.predictor.sees_all or unfitted or (self.config.complete and not self.certify)
+        first_query = None if newest is None else newest.expand(len(query))
+        if not observed and (learning or sees_all):
+            return entmax_attention(query, key, value, valid=valid, first_query=first_query, **options)
+        text = AttentionInputs(query, key, value, **options, layer=self.layer, first_query=first_query)
         codes = self._codes(query, key, cache) if predicts and learned.predictor.learns_graph else None
+        if newest is not None and codes is not None:
+            return self._listed_step(text, codes, valid)
+        if static and codes is not None and valid is not None:
+            raise ValueError(
+                "a static cache of predicted graphs takes texts without padding, and the attention mask has some: "
+                "use the ordinary cache, or SparsefinderConfig(predictor='full')"
+            )
         if valid is None:
             return self._over_graph(text, codes, predicts)
         return self._one_by_one(text, codes, valid, predicts) if observed else self._packed(text, codes, valid)
 
-    def _codes(self, query: Tensor, key: Tensor, cache: SparsefinderCacheLayer | None) -> Codes:
+    def _finds_support(self, learned: SparsefinderParameters) -> bool:
+        """Tell whether causal attention equals that over all keys, and nobody observes the graph that leads there."""
+        is_exact = learned.predictor.finds_support or learned.config.complete
+        return is_exact and self.causal and self.observer is None and not self.certify
+
+    def _listed_step(self, text: AttentionInputs, codes: Codes, valid: Tensor | None = None) -> Tensor:
+        """Attend with one causal query per text over its predicted tiles; nothing waits for the device.
+
+        Args:
+            text: `first_query` says where the queries stand, by default at the last position.
+            codes: for all positions of the keys; there may be anything behind the queries.
+            valid: `[B, Tk]` bool, False for padding, which moves no tile here.
+        """
+        learned, position = self.parameters_in_use, text.first_query
+        assert isinstance(learned.predictor, ProjectedPredictor) and self.config.tile is not None
+        if position is None:
+            position = torch.full((1,), text.key.shape[2] - 1, device=text.key.device).expand(len(text.query))
+        return attend_few(
+            text.query,
+            text.key,
+            text.value,
+            Scales.of(text.alpha, text.scaling, text.query),
+            causal=True,
+            valid=valid,
+            first_query=position,
+            index=learned.predictor.step_lists(learned, *codes, position),
+            size=self.config.tile,
+        )
+
+    def _codes(
+        self, query: Tensor, key: Tensor, cache: SparsefinderCacheLayer | StaticSparsefinderCacheLayer | None
+    ) -> Codes:
         """Code the new tokens and return the codes of all; the cache has those of the earlier ones."""
         learned, new = self.parameters_in_use, query.shape[2]
         predictor = learned.predictor
         assert isinstance(predictor, ProjectedPredictor)
         if cache is None or cache.key_codes is None:
             learned.check_fitted()
+        new_key = key[:, :, key.shape[2] - new :]
+        if isinstance(cache, StaticSparsefinderCacheLayer) and new == 1:
+            new_key = key.index_select(2, cache.newest)
         with torch.no_grad():
-            codes = predictor.query_codes(learned, query), predictor.key_codes(learned, key[:, :, key.shape[2] - new :])
+            codes = predictor.query_codes(learned, query), predictor.key_codes(learned, new_key)
         return codes if cache is None else cache.append(*codes, self.identities[self.active])
 
     def _packed(self, text: AttentionInputs, codes: Codes | None, valid: Tensor) -> Tensor:
@@ -168,6 +239,10 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
     def _over_graph(self, text: AttentionInputs, codes: Codes | None, predicts: bool) -> Tensor:
         """Attend over the predicted graph, over that of `pattern`, or over all keys."""
         config, learned = self.config, self.parameters_in_use
+        is_one = self.causal and text.query.shape[2] == 1 and config.tile is not None and not torch.is_grad_enabled()
+        watched = self.pattern is not None or self.observer is not None or config.complete or self.certify
+        if codes is not None and is_one and not watched:
+            return self._listed_step(text, codes)
         graph: Tiles | Tensor | None = None
         if self.pattern is not None:
             graph = self.pattern(text)

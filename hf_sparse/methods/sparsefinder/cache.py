@@ -11,6 +11,8 @@ from torch import Tensor
 
 from hf_sparse.core.cache import GrowingCacheLayer
 
+_ROOM = 256  # codes that are made room for when a text begins to grow
+
 
 class SparsefinderCacheLayer(GrowingCacheLayer):
     """Keep the codes of all tokens beside their keys and values.
@@ -27,6 +29,8 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
         self.query_codes: Tensor | None = None
         self.key_codes: Tensor | None = None
         self.owner: object = None
+        self._query_room: Tensor | None = None
+        self._key_room: Tensor | None = None
 
     def append(self, query_codes: Tensor, key_codes: Tensor, owner: object) -> tuple[Tensor, Tensor]:
         """Keep the codes of the tokens whose keys `update` has just taken in.
@@ -48,12 +52,10 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
                 "the cache was filled by dense or complete attention or with another adapter, and the graph of its "
                 "tokens is not known: start a new cache after switching adapters, and observe it from the start"
             )
-        if self.query_codes is not None and self.key_codes is not None:
-            device = query_codes.device  # offloaded ones have not come back where only keys are waited for
-            query_codes = torch.cat([self.query_codes.to(device), query_codes], 2)
-            key_codes = torch.cat([self.key_codes.to(device), key_codes], 2)
-        self.query_codes, self.key_codes, self.owner = query_codes, key_codes, owner
-        return query_codes, key_codes
+        self.query_codes, self._query_room = _extended(self.query_codes, self._query_room, query_codes)
+        self.key_codes, self._key_room = _extended(self.key_codes, self._key_room, key_codes)
+        self.owner = owner
+        return self.query_codes, self.key_codes
 
     def end_attention(self) -> None:
         """Move the codes where the keys are, if they were offloaded before the attention."""
@@ -95,3 +97,27 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.query_codes is not None and self.key_codes is not None:
             self.query_codes, self.key_codes = change(self.query_codes), change(self.key_codes)
+
+
+def _extended(codes: Tensor | None, room: Tensor | None, new: Tensor) -> tuple[Tensor, Tensor]:
+    """Put codes `[B, H, n, c]` behind those that are there.
+
+    Args:
+        codes: `[B, H, T, c]`; the first ones of `room` unless rows or devices have changed.
+        room: what `codes` lie in, where there may be room for more.
+        new: those to append.
+
+    Returns:
+        All codes, `[B, H, T + n, c]`, and the tensor that they lie in.
+    """
+    before = 0 if codes is None else codes.shape[2]
+    length = before + new.shape[2]
+    places = {(part.device, part.data_ptr()) for part in (codes, room) if part is not None}
+    if room is None or len(places) > 1 or room.device != new.device or room.shape[2] < length:
+        shape = (*new.shape[:2], length + (_ROOM if before else 0), new.shape[3])
+        with torch.inference_mode(False):  # tensors of that mode could not be written to after it
+            room = torch.empty(shape, dtype=new.dtype, device=new.device)
+        if codes is not None:
+            room[:, :, :before] = codes  # offloaded ones have not come back where only keys are waited for
+    room[:, :, before:length] = new
+    return room[:, :, :length], room

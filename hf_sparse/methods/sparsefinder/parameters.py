@@ -15,6 +15,7 @@ from hf_sparse.methods.sparsefinder.config import SparsefinderConfig
 from hf_sparse.methods.sparsefinder.predictors import predictor_of
 from hf_sparse.methods.sparsefinder.predictors.budgets import MEANS
 from hf_sparse.methods.sparsefinder.settings import LEAST_ALPHA
+from hf_sparse.ops.entmax.step import Scales
 from hf_sparse.ops.predictors.profile import BINS
 
 
@@ -44,6 +45,7 @@ class SparsefinderParameters(nn.Module):
     def __init__(self, config: SparsefinderConfig, shape: AttentionShape) -> None:
         super().__init__()
         self.config = config
+        self._step_scales: tuple[tuple[float, int], Scales] | None = None
         heads, kv_heads, rank = shape.num_attention_heads, shape.num_key_value_heads, config.rank
         log_scale = torch.full((heads,), math.log(config.initial_scale))
         if config.entmax_native is None:
@@ -88,6 +90,22 @@ class SparsefinderParameters(nn.Module):
     def log_profile(self) -> Tensor:
         """Return the logarithm of the profile, nowhere below that of 1e-4, `[Hq, BINS]` float32."""
         return self.profile.float().clamp(min=1e-4).log()
+
+    def step_scales(self, query: Tensor, scaling: float) -> Scales:
+        """Return alpha and the scales for a decoding step with queries `[B, Hq, Tq, D]`.
+
+        Args:
+            query: whose dtype and device are theirs.
+            scaling: multiplies the logits, beside the learned scale.
+        """
+        if self.config.learn_alpha or query.dtype == torch.float64:
+            return Scales.of(self.alpha, scaling * self.scale, query)
+        if torch.compiler.is_compiling():
+            return Scales.of_logarithm(float(self.config.alpha), scaling, self.log_scale)
+        made_of = (scaling, self.log_scale.data_ptr())  # where a step reads them, whatever they are then
+        if self._step_scales is None or self._step_scales[0] != made_of:
+            self._step_scales = made_of, Scales.of_logarithm(float(self.config.alpha), scaling, self.log_scale)
+        return self._step_scales[1]
 
     def scales(self) -> Iterator[nn.Parameter]:
         """Yield what is learned of the attention over all keys: logit scales, and alpha where it is learned."""

@@ -16,8 +16,9 @@ from torch import Tensor
 from hf_sparse.ops.entmax.attention import attend
 from hf_sparse.ops.entmax.blocks import BUFFER, Plan
 from hf_sparse.ops.entmax.bound import complete_tiles, missing
-from hf_sparse.ops.entmax.inputs import check, fold, without_padding
+from hf_sparse.ops.entmax.inputs import Inputs, check, fold, without_padding
 from hf_sparse.ops.entmax.layout import layout_of, listed_layout
+from hf_sparse.ops.entmax.step import Scales, attend_few, is_step
 from hf_sparse.ops.entmax.triton import takes_kernels
 from hf_sparse.ops.tiles.tiles import Tiles
 
@@ -104,6 +105,9 @@ def entmax_attention(
     _check(query, key, value, alpha, scaling, valid, first_query)
     if edges is not None and tiles is not None:
         raise ValueError("edges and tiles exclude each other: expected one of them, got both")
+    few = is_step(query, key) and (tiles is None or query.shape[2] == 1)
+    if edges is None and few and not _trains(query, key, value, alpha, scaling):
+        return _attend_few(query, key, value, alpha, scaling, causal, valid, first_query, tiles)
     if edges is None and takes_kernels(query, key, value):
         from hf_sparse.ops.entmax.triton.fused import fused_attention  # Triton is there only beside a CUDA device
 
@@ -119,6 +123,36 @@ def entmax_attention(
         tile = _dense_tile(query, key)
         plan = Plan(layout_of(inputs, key.shape[1], tile, tile), causal, valid, edges=edges)
     return attend(inputs, value, plan)[0].to(_output_dtype(query))
+
+
+def _trains(*arguments: float | Tensor) -> bool:
+    """Tell whether a backward could follow."""
+    return torch.is_grad_enabled() and any(isinstance(part, Tensor) and part.requires_grad for part in arguments)
+
+
+def _attend_few(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: float | Tensor,
+    scaling: float | Tensor,
+    causal: bool,
+    valid: Tensor | None,
+    first_query: Tensor | None,
+    tiles: Tiles | None,
+) -> Tensor:
+    """Attend with few queries and without gradients, see `hf_sparse.ops.entmax.step`."""
+    index, size, dtype = None, 1, _output_dtype(query)
+    if tiles is not None:
+        index = listed_layout(tiles, Inputs(query, key, 1.0, causal, valid, first_query))[1].index
+        size = tiles.size
+    if query.is_cuda:  # as autocast does for torch's own attention
+        query, key, value = (part.to(dtype) for part in (query, key, value))
+    scales = Scales.of(alpha, scaling, query)
+    output = attend_few(
+        query, key, value, scales, causal=causal, valid=valid, first_query=first_query, index=index, size=size
+    )
+    return output.to(dtype)
 
 
 def certified_entmax_attention(

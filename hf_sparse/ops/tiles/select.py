@@ -78,6 +78,55 @@ def best_tiles(
     return Tiles(each_once(best.indices.masked_fill(~fits, -1)), size, rows)
 
 
+def step_tiles(
+    scores: Tensor,
+    count: int | Tensor,
+    position: Tensor,
+    *,
+    size: int,
+    rows: int,
+    window: int,
+    global_tokens: int,
+) -> Tensor:
+    """Select the tiles of one causal query per list as `best_tiles` does, in a fixed shape and waiting for nothing.
+
+    Args:
+        scores: `[B, H, 1, nk]`, see `best_tiles`.
+        count: tiles of each list in all, at least 1, or int64 that broadcasts to `[B, H, 1]`; the own tile and those of
+            window and global tokens included.
+        position: `[B]` int64, where the queries stand.
+        size, rows, window, global_tokens: as in `hf_sparse.ops.tiles.tiles.window_and_global`.
+
+    Returns:
+        `[B, H, 1, m]` int64, the best tile first, -1 behind the last; `m` is at most the count, or `nk` for a tensor.
+    """
+    total = scores.shape[3]
+    tile, position = torch.arange(total, device=scores.device), position[:, None, None, None]
+    own = tile == position // size
+    always = own | (tile < -(-global_tokens // size))
+    if window:
+        always |= tile >= (position // rows * rows - (window - 1)).clamp(min=0) // size
+    eligible = ((scores > -torch.inf) | always) & (tile <= position // size)
+    rank = _rank(scores, torch.where(eligible, always.to(torch.int8) + own.to(torch.int8), -1))
+    return highest_ranks(rank, count)
+
+
+def highest_ranks(rank: Tensor, count: int | Tensor) -> Tensor:
+    """Return the tiles of the highest ranks, `[B, H, 1, m]` int64, see `step_tiles`.
+
+    Args:
+        rank: `[B, H, 1, nk]` int64, negative for a tile that must not be listed.
+        count: as in `step_tiles`.
+    """
+    total = rank.shape[3]
+    if isinstance(count, int):
+        best = rank.topk(min(total, count), dim=-1)
+        return best.indices.masked_fill(best.values < 0, -1)
+    best = rank.topk(total, dim=-1)
+    place = torch.arange(total, device=rank.device)
+    return best.indices.masked_fill((best.values < 0) | (place >= count[..., None]), -1)
+
+
 def _rank(scores: Tensor, level: Tensor) -> Tensor:
     """Rank the tiles of a row by level, then score, then index: `[B, H, nq, nk]` int64, all different within a row.
 

@@ -48,12 +48,14 @@ class Predictor:
         learns_graph: whether the graph is predicted from learned projections, and tokens have codes.
         needs_whole_text: whether the graph depends on later tokens too, so that it is for encoders only.
         sees_all: whether every query attends to all keys.
+        finds_support: whether no key with weight is missing in the graph, so that attention equals that over all keys.
         points_needed: the least number of queries and keys that the predictor can be fitted to.
     """
 
     learns_graph: ClassVar[bool] = False
     needs_whole_text: ClassVar[bool] = False
     sees_all: ClassVar[bool] = False
+    finds_support: ClassVar[bool] = False
 
     def __init__(self, config: SparsefinderConfig) -> None:
         self.config = config

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 class Bound(Predictor):
     """List every tile that may hold support, which is exact; nothing is learned. See `hf_sparse.ops.entmax.bound`."""
 
+    finds_support = True
+
     def graph(self, learned: "SparsefinderParameters", text: AttentionInputs, codes: Codes | None) -> Tiles:
         config = self.config
         assert config.tile is not None

@@ -12,6 +12,7 @@ class Full(Predictor):
     """Attend to all keys: nothing is predicted, and nothing is learned."""
 
     sees_all = True
+    finds_support = True
 
     def graph(self, learned: "SparsefinderParameters", text: AttentionInputs, codes: Codes | None) -> None:
         return None

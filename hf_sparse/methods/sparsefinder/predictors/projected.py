@@ -28,7 +28,7 @@ from hf_sparse.ops.predictors.profile import distance_bins
 from hf_sparse.ops.predictors.projections import by_group
 from hf_sparse.ops.tiles import Tiles, window_and_global
 from hf_sparse.ops.tiles.allowed import allowed_edges, tiles_of_valid
-from hf_sparse.ops.tiles.select import best_tiles, counts_for_sparsity
+from hf_sparse.ops.tiles.select import best_tiles, counts_for_sparsity, step_tiles
 from hf_sparse.ops.tiles.tiles import joined, near_edges, own_tiles, tile_counts
 
 if TYPE_CHECKING:
@@ -118,6 +118,32 @@ class ProjectedPredictor(Predictor):
         for part in self._pieces(of_queries, span):
             graphs.append(self._lists(learned, of_queries[:, :, : part.keys], of_keys[:, :, : part.keys], part))
         return joined(graphs)
+
+    def step_lists(
+        self, learned: "SparsefinderParameters", of_queries: Tensor, of_keys: Tensor, position: Tensor
+    ) -> Tensor:
+        """List the tiles of one causal query per text as `predict` does, in a fixed shape, and with no wait for them.
+
+        Args:
+            of_queries, of_keys: `[B, Hq, S, c]` and `[B, Hkv, S, c]`; there may be anything behind the position.
+            position: `[B]` int64, where the queries stand.
+
+        Returns:
+            `[B, H, 1, m]` int64, see `hf_sparse.ops.tiles.select.step_tiles`.
+        """
+        config, (size, rows) = self.config, self.tiles
+        span = Span(1, of_keys.shape[2], True, position)
+        scores = self.tile_scores(learned, of_queries, of_keys, span)
+        own_tile = self.own_tiles(span, scores.device)
+        return step_tiles(
+            scores,
+            self.tiles_per_query(learned, own_tile, scores.shape[3], span),
+            position,
+            size=size,
+            rows=rows,
+            window=config.window,
+            global_tokens=config.global_tokens,
+        )
 
     def tile_scores(self, learned: "SparsefinderParameters", of_queries: Tensor, of_keys: Tensor, span: Span) -> Tensor:
         """Estimate how much attention each pair of tiles has, `[B, H, nq, nk]`, in an order of its own.

@@ -1,0 +1,225 @@
+"""How fast steps go in a static cache, compiled and captured: dense attention, and exact entmax of Sparsefinder.
+
+    python benchmarks/static_decode.py --output static_decode.json
+
+The model has the shape of Llama 3.1 8B and random weights, and its cache is filled with drawn keys and values: a prompt
+of this length would take most of the time, and nothing here depends on what it says. Logit scales are searched in the
+first step so that `--support` keys have weight in the mean. Both models are compiled as `generate` compiles them, take
+the same steps, and alternate; each number is the median of several runs.
+
+First the logits of compiled steps are compared with those of the same steps in plain PyTorch, on two layers in
+float32; without agreement nothing is measured. The bytes that the attention of a step reads follow from shapes and
+supports.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from attention_kernels import current_commit  # beside this file
+from model import LLAMA_8B, TINY
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, StaticCache
+
+from hf_sparse import SparsefinderConfig, patch, unpatch
+from hf_sparse._compat import with_cache
+from hf_sparse.atomic_files import write_json
+from hf_sparse.environment import describe
+from hf_sparse.methods.sparsefinder import SparsefinderAttention
+from hf_sparse.methods.sparsefinder import attention as sparsefinder
+from hf_sparse.ops.entmax import step as few
+from hf_sparse.ops.entmax.threshold import distribution
+from hf_sparse.patches import sparse_layers
+
+ALLOWED = 1e-3  # largest relative difference of the comparison
+CHECKED = 4  # steps of the comparison
+ATTENTION = ("dense", "entmax")
+
+
+def make_model(options: argparse.Namespace, layers: int, dtype: torch.dtype) -> PreTrainedModel:
+    shape: dict[str, Any] = LLAMA_8B | (TINY if options.tiny else {}) | {"num_hidden_layers": layers}
+    config = LlamaConfig(**shape, max_position_embeddings=options.length + options.steps + 8)
+    torch.manual_seed(0)
+    with torch.device(options.device):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+
+
+class Steps:
+    """Take steps after a text that is `length` tokens long, from the same state each time."""
+
+    def __init__(self, model: Any, options: argparse.Namespace, length: int, compiled: bool) -> None:
+        self.model, self.length, self.device = model, length, options.device
+        self.room = length + options.steps
+        self.ids = torch.zeros((options.batch, 1), dtype=torch.int64, device=options.device)
+        self.cache: Any = StaticCache(config=model.config, max_cache_len=self.room)
+        self.run = (
+            torch.compile(model.__call__, mode=options.mode, backend=options.backend, fullgraph=True)
+            if compiled
+            else model
+        )
+        self.step(0)  # makes the cache's tensors; its token is overwritten
+        generator = torch.Generator(options.device).manual_seed(0)
+        layers: Any = self.cache.layers
+        for layer in layers:
+            for tensor in (layer.keys, layer.values):
+                tensor.normal_(generator=generator)
+        self.reset()
+
+    def reset(self) -> None:
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(self.length)
+
+    @torch.no_grad()
+    def step(self, number: int) -> Tensor:
+        position = torch.full_like(self.ids, self.length + number)
+        mask = torch.ones((len(self.ids), self.room), dtype=torch.bool, device=self.device)
+        mask[:, self.length + number + 1 :] = False
+        if self.model.config._attn_implementation == "sdpa":
+            mask = mask[:, None, None]
+        else:
+            mask[:, self.length + number + 1 :] = True  # the future
+        model = self.run if number else self.model
+        return model(self.ids, attention_mask=mask, position_ids=position, **with_cache(self.cache)).logits.clone()
+
+    def seconds(self, steps: int) -> float:
+        """Return the time of a step."""
+        self.reset()
+        begin = time.perf_counter()
+        for number in range(1, steps):
+            self.step(number)
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        return (time.perf_counter() - begin) / (steps - 1)
+
+
+def find_scales(steps: Steps, support: float) -> list[float]:
+    """Set logit scales at which so many keys have weight; returns what came out, layer by layer."""
+    layers = iter(sparse_layers(steps.model, SparsefinderAttention))
+    supports = []
+    attend = sparsefinder.attend_few
+
+    def observe(query: Tensor, key: Tensor, value: Tensor, scales: few.Scales, **options: Any) -> Tensor:
+        learned = next(layers).parameters_in_use
+        group = query.shape[1] // key.shape[1]
+        seen = key[:, :, : steps.length]
+        of_lists = query.float().unflatten(1, (-1, group)).squeeze(3)
+        z = (of_lists.to(key.dtype) @ seen.transpose(-1, -2)).float().flatten(1, 2) * 0.5 * query.shape[3] ** -0.5
+        low, high = torch.full_like(z[0, :, 0], 1e-3), torch.full_like(z[0, :, 0], 1e4)
+        for _ in range(16):
+            middle = (low * high).sqrt()
+            count = (distribution(z * middle[:, None], 2.0) > 0).sum(-1).float().mean(0)
+            low, high = torch.where(count > support, middle, low), torch.where(count > support, high, middle)
+        learned.log_scale.data.copy_(middle.log())
+        supports.append(float(count.mean()))
+        return attend(query, key, value, learned.step_scales(query, query.shape[3] ** -0.5), **options)
+
+    steps.reset()
+    with mock.patch.object(sparsefinder, "attend_few", observe):
+        steps.step(0)
+    steps.reset()
+    return supports
+
+
+def sparse_steps(options: argparse.Namespace, model: PreTrainedModel, length: int, compiled: bool) -> Steps:
+    return Steps(patch(model, SparsefinderConfig(predictor="full")), options, length, compiled)
+
+
+def check(options: argparse.Namespace) -> float:
+    """Return the largest relative difference of logits.
+
+    Raises:
+        SystemExit: a difference that rounding does not explain.
+    """
+    length = min(options.length, 1024)
+    steps = sparse_steps(options, make_model(options, 2, torch.float32), length, True)
+    find_scales(steps, options.support)
+    logits = [steps.step(number) for number in range(1, CHECKED)]
+    steps.reset()
+    steps.run = steps.model
+    with mock.patch.object(few, "takes_kernels", lambda *_: False):
+        plain = [steps.step(number) for number in range(1, CHECKED)]
+    difference = max(float((a - b).norm() / b.norm()) for a, b in zip(logits, plain, strict=True))
+    if not difference <= ALLOWED:
+        sys.exit(f"compiled steps differ from plain ones by {difference}, more than {ALLOWED}; nothing measured")
+    return difference
+
+
+def bytes_read(options: argparse.Namespace, config: Any, supports: list[float] | None) -> int:
+    """Count the bytes that the attention of a step reads in all layers: keys, products and values."""
+    heads, group = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
+    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size, rows = getattr(torch, options.dtype).itemsize, options.batch * heads
+    keys = rows * options.length * dim * size * config.num_hidden_layers
+    if supports is None:
+        return 2 * keys
+    products = rows * group * options.length * 4 * config.num_hidden_layers
+    return keys + products + int(sum(supports) * rows * group * dim * size)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--length", type=int, default=32768)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--support", type=float, default=55.0, help="keys with weight per query")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--backend", default="inductor", choices=["inductor", "eager"])
+    parser.add_argument("--tiny", action="store_true", help="small layers, for a trial")
+    parser.add_argument("--commit", default=None, help="of the code, where there is no git")
+    parser.add_argument("--output", type=Path, help="where to write the JSON")
+    options = parser.parse_args()
+    options.mode = "reduce-overhead" if options.device == "cuda" and options.backend == "inductor" else None
+    named = ("length", "batch", "layers", "steps", "runs", "support", "device", "dtype", "backend", "mode", "tiny")
+    result: dict[str, Any] = {
+        "format": 1,
+        "benchmark": "static_decode",
+        "commit": options.commit or current_commit(),
+        "settings": {name: getattr(options, name) for name in named},
+        "difference": check(options),
+        "rows": [],
+        **describe(),
+    }
+    print(f"difference {result['difference']:.1e}", flush=True)
+    model = make_model(options, options.layers, getattr(torch, options.dtype))
+    for attention in ATTENTION:
+        torch._dynamo.reset()
+        supports = None
+        if attention == "dense":
+            steps = Steps(model, options, options.length, True)
+        else:
+            steps = sparse_steps(options, model, options.length, True)
+            supports = find_scales(steps, options.support)
+        begin = time.perf_counter()
+        steps.seconds(5)
+        compiled = time.perf_counter() - begin
+        runs = [steps.seconds(options.steps) for _ in range(options.runs)]
+        row = {
+            "attention": attention,
+            "step_ms": 1e3 * statistics.median(runs),
+            "steps_ms": [1e3 * run for run in runs],
+            "tokens_per_second": options.batch / statistics.median(runs),
+            "bytes_read": bytes_read(options, model.config, supports),
+            "compiling_s": compiled,
+        }
+        if supports:
+            row["supports"] = supports
+            unpatch(model)
+        result["rows"].append(row)
+        print({name: value for name, value in row.items() if name != "supports"}, flush=True)
+        if options.output:
+            write_json(options.output, result)
+        del steps
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
