@@ -11,7 +11,7 @@ from hf_sparse.ops.entmax.triton.backward import gradients
 from hf_sparse.ops.entmax.triton.common import kind_of
 from hf_sparse.ops.entmax.triton.groups import Attended, attend_groups
 from hf_sparse.ops.entmax.triton.jobs import Lists
-from hf_sparse.ops.entmax.triton.sweep import EVERY, FIRST, Blocks, candidates
+from hf_sparse.ops.entmax.triton.sweep import EVERY, FIRST, Blocks, candidates, takes_lists
 from hf_sparse.ops.entmax.triton.tiles import attend_tiles
 
 CAPACITY = 1024  # blocks of keys with a candidate that are kept for a group of queries
@@ -104,10 +104,10 @@ def _forward(
 ) -> Attended:
     first, valid, causal, lists = plan.first, plan.valid, plan.causal, plan.lists
     found = None
-    if lists is None:
+    if lists is None or takes_lists(lists):
         found = candidates(
             query, key, scale, exponent, kind, first, valid, causal, plan.capacity, plan.sweep, plan.start, plan.near,
-            plan.every,
+            plan.every, lists,
         )  # fmt: skip
     keys = key.shape[2]
     most = max(MOST, keys // 2) if plan.most is None else plan.most
