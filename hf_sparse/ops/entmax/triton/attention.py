@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from hf_sparse.ops.entmax.triton.backward import gradients
-from hf_sparse.ops.entmax.triton.common import kind_of
+from hf_sparse.ops.entmax.triton.common import kind_of, per_head
 from hf_sparse.ops.entmax.triton.groups import Attended, attend_groups
 from hf_sparse.ops.entmax.triton.jobs import Lists
 from hf_sparse.ops.entmax.triton.sweep import EVERY, FIRST, Blocks, candidates, takes_lists
@@ -72,8 +72,8 @@ def attend(
     """
     heads, device = query.shape[1], query.device
     kind = kind_of(1.0 / (alpha - 1.0))
-    scale = _per_head(scaling * (alpha - 1), heads, device)
-    exponent = None if kind else _per_head(1 / (alpha - 1), heads, device)
+    scale = per_head(scaling * (alpha - 1), heads, device)
+    exponent = None if kind else per_head(1 / (alpha - 1), heads, device)
     first = None if first_query is None else first_query.to(torch.int32)
     known = None if valid is None else valid.to(torch.uint8).contiguous()
     plan = replace(Plan(first, known, causal, lists), **sizes)
@@ -83,13 +83,6 @@ def attend(
     trains = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
     output, tau, counts = _Attention.apply(query, key, value, scale, exponent, kind, plan, trains)
     return output, tau, counts
-
-
-def _per_head(number: float | Tensor, heads: int, device: torch.device) -> Tensor:
-    """Return `[Hq]` float32, contiguous."""
-    if isinstance(number, Tensor):
-        return number.float().contiguous()
-    return torch.full((heads,), number, dtype=torch.float32, device=device)
 
 
 def _forward(

@@ -9,14 +9,14 @@ are stored, with their number. A group with more blocks than its buffer takes sa
 kernel that needs no candidates.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_sparse.ops.entmax.triton.common import constants, exponent_of, load_rows, newton_step, origin_of, powers
+from hf_sparse.ops.entmax.triton.common import Lists, constants, exponent_of, load_rows, newton_step, origin_of, powers
 
 
 class Blocks(NamedTuple):
@@ -82,7 +82,7 @@ def candidates(
     start: Blocks | None = None,
     near: int = FIRST,
     every: int = EVERY,
-    lists: "Lists | None" = None,
+    lists: Lists | None = None,
 ) -> Candidates:
     """Return the keys of every group of queries that the lower bounds do not exclude.
 
@@ -104,7 +104,8 @@ def candidates(
     blocks, start = blocks or sweep_blocks(query), start or start_blocks(query)
     capacity = min(capacity, triton.cdiv(keys, blocks.keys))
     groups = batch * heads * triton.cdiv(queries, GROUP_ROWS)
-    length, listed = queries, (None, None, 0, 0, 0, 1, 1, queries, 0, 1)
+    length = queries
+    listed: tuple[Any, ...] = (None, None, 0, 0, 0, 1, 1, queries, 0, 1)
     if lists is not None:
         number, tiles, width = lists.index.shape[1:]
         blocks = blocks._replace(rows=min(blocks.rows, lists.rows), keys=min(blocks.keys, lists.size))
@@ -132,8 +133,8 @@ def candidates(
     grid = (triton.cdiv(length, blocks.rows) * batch * heads,)
     _sweep[grid](
         query, key, scale, exponent, first, packed, bound, sums, words, numbers, counts, *listed, queries, keys, heads,
-        capacity, width, *strides, **fixed, M=blocks.rows, N=blocks.keys, R=GROUP_ROWS, START=start.rows, NEAR=start.keys,
-        FIRST=near, HIGHER=HIGHER, EVERY=every, num_warps=blocks.warps, num_stages=blocks.stages,
+        capacity, width, *strides, **fixed, M=blocks.rows, N=blocks.keys, R=GROUP_ROWS, START=start.rows,
+        NEAR=start.keys, FIRST=near, HIGHER=HIGHER, EVERY=every, num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     return Candidates(bound, words, numbers, counts, blocks.keys)
 
@@ -442,14 +443,13 @@ def _sweep(
 @triton.jit
 def _begin_of(Index, step, size, N: tl.constexpr):
     """Return the first key of a block of N keys, counted in all keys or in listed tiles."""
-    if Index is None:
-        begin = step * N
-    else:
-        begin = tl.load(Index + step * N // size).to(tl.int32) * size + step * N % size
+    begin = step * N
+    if Index is not None:
+        begin = tl.load(Index + begin // size).to(tl.int32) * size + begin % size
     return begin
 
 
-def takes_lists(lists: "Lists") -> bool:
+def takes_lists(lists: Lists) -> bool:
     """Tell whether the sweep runs over such tiles: of a group of queries and 16 keys at least."""
     return all(size >= GROUP_ROWS and size & (size - 1) == 0 for size in (lists.rows, lists.size))
 

@@ -1,0 +1,167 @@
+"""Predict tiles from mean queries: the products of a few of them with all keys stand for those of all queries.
+
+The queries of a tile are cut into groups of `pool` consecutive ones, and the mean of a group is a query like others. A
+tile of keys counts by its largest z with a mean query, less the threshold that entmax over these largest ones has: it
+is positive where the mean query would attend to the tile. Of the scores of all groups of a tile of queries the greatest
+counts. This takes `1 / pool` of the products of full attention, and nothing is learned. Ours; means of blocks of
+queries choose blocks of keys in SeerAttention (arXiv 2410.13276) and MInference (arXiv 2407.02490) too.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_sparse.ops.entmax.inputs import Inputs, check, prepare
+from hf_sparse.ops.entmax.layout import Layout, layout_of
+from hf_sparse.ops.entmax.threshold import relative_threshold
+from hf_sparse.ops.entmax.triton import takes_kernels
+from hf_sparse.ops.predictors.projections import by_group
+from hf_sparse.ops.tiles.select import best_tiles
+from hf_sparse.ops.tiles.tiles import Tiles, window_and_global
+
+_PAIRS = {"cpu": 1 << 24, "cuda": 1 << 28}  # of a mean query and a key, that are computed at once
+
+
+@torch.no_grad()
+def pooled_tiles(
+    query: Tensor,
+    key: Tensor,
+    *,
+    size: int,
+    count: int,
+    pool: int,
+    alpha: float | Tensor,
+    scaling: float | Tensor,
+    causal: bool,
+    valid: Tensor | None = None,
+    first_query: Tensor | None = None,
+    rows: int | None = None,
+    window: int = 1,
+    global_tokens: int = 1,
+    grouped: bool = False,
+) -> Tiles:
+    """List the tiles of the window and the global tokens, and those that mean queries attend to most.
+
+    The list of a tile of queries is made from all of its queries, in a causal model too.
+
+    Args:
+        query, key, alpha, scaling, causal, valid, first_query: as in `entmax_attention`. A query of zeros counts as
+            none.
+        size, rows: positions per tile, as in `hf_sparse.ops.tiles.tiles.tile_counts`.
+        count: tiles of keys per tile of queries, and at least those of the window and the global tokens.
+        pool: queries per group; a tile that has fewer is one group.
+        window, global_tokens: as in `window_and_global`.
+        grouped: one list for all query heads of a KV head, by the greatest of their scores.
+
+    Returns:
+        Tiles with an index `[B, Hq, nq, m]`, or `[B, Hkv, nq, m]` if grouped.
+
+    Raises:
+        ValueError: as `entmax_attention` and `window_and_global`, or a `count` or `pool` below 1.
+    """
+    if count < 1 or pool < 1:
+        raise ValueError(f"count and pool must be at least 1, got {count} and {pool}")
+    check(query, key, alpha, scaling, valid, first_query)
+    heads = key.shape[1] if grouped else query.shape[1]
+    layout = layout_of(Inputs(query, key, 1.0, causal, valid, first_query), heads, size, size if rows is None else rows)
+    count = max(count, least_count(layout, window, global_tokens))
+    if takes_kernels(query, key, key):
+        from hf_sparse.ops.entmax.triton.pooled import fused_pooled_tiles, takes_pooled  # Triton is beside CUDA only
+
+        if takes_pooled(layout, pool, valid):
+            return fused_pooled_tiles(query, key, alpha, scaling, layout, causal, count, pool, window, global_tokens)
+    scores = pooled_scores(query, key, layout, pool=pool, alpha=alpha, scaling=scaling, causal=causal, valid=valid)
+    always = window_and_global(
+        query.shape[2],
+        key.shape[2],
+        size,
+        rows=rows,
+        window=window,
+        global_tokens=global_tokens,
+        causal=causal,
+        first_query=first_query,
+        device=query.device,
+    )
+    own = layout.own_tiles(query.device)
+    return best_tiles(scores, count, size=size, rows=rows, causal=causal, valid=valid, always=always, own=own)
+
+
+def least_count(layout: Layout, window: int, global_tokens: int) -> int:
+    """Return how many tiles hold the window, the first tokens, and the queries themselves, at most."""
+    size, rows = layout.size, layout.query_size
+    near = -(-(window + rows - 2) // size) + 1 if window else 1
+    return min(layout.key_tiles, near + -(-global_tokens // size))
+
+
+@torch.no_grad()
+def pooled_scores(
+    query: Tensor,
+    key: Tensor,
+    layout: Layout,
+    *,
+    pool: int,
+    alpha: float | Tensor,
+    scaling: float | Tensor,
+    causal: bool,
+    valid: Tensor | None = None,
+) -> Tensor:
+    """Score all pairs of tiles, `[B, H, nq, nk]`, `-inf` where no mean query sees a key; see `pooled_tiles`.
+
+    Args:
+        layout: of the lists; `H` are its heads.
+    """
+    inputs = prepare(query, key, alpha, scaling, causal, valid, layout.first_query)
+    mean, last = pooled_queries(inputs, layout, pool)
+    batch, heads, groups, _ = mean.shape
+    share = heads // key.shape[1]
+    exponent = inputs.exponent
+    if isinstance(exponent, Tensor):
+        exponent = exponent[:, None, None]
+    padding = layout.key_tiles * layout.size - layout.keys
+    position = torch.arange(layout.keys, device=query.device)
+    step = max(1, _PAIRS.get(query.device.type, 1 << 24) // max(1, batch * heads * layout.keys))
+    scores = []
+    for part, end in zip(mean.split(step, 2), last.split(step, 1), strict=True):
+        z = part.unflatten(1, (-1, share)) @ inputs.key.transpose(-1, -2)[:, :, None]
+        sees = (position <= end[..., None]) if causal else (end[..., None] >= 0).expand(-1, -1, layout.keys)
+        if valid is not None:
+            sees = sees & valid[:, None]
+        z = z.flatten(1, 2).masked_fill_(~sees[:, None], -torch.inf)
+        peaks = F.pad(z, (0, padding), value=-torch.inf).unflatten(-1, (-1, layout.size)).amax(-1)
+        top = peaks.amax(-1, keepdim=True)
+        relative = peaks - top.clamp(min=torch.finfo(z.dtype).min)
+        scores.append(relative - relative_threshold(relative.clone(), exponent))
+    joined = torch.cat(scores, 2).unflatten(2, (layout.query_tiles, groups // layout.query_tiles)).amax(3)
+    return by_group(joined, layout.heads).amax(2)
+
+
+def pooled_queries(inputs: Inputs, layout: Layout, pool: int) -> tuple[Tensor, Tensor]:
+    """Return the mean query of each group, `[B, Hq, n, D]`, and the position of its last query, `[B, n]`.
+
+    -1 stands for a group without a query. `n` is `nq` times the groups of a tile."""
+    query = inputs.query
+    batch, _, queries, _ = query.shape
+    position = torch.arange(queries, device=query.device) + (
+        layout.keys - queries if layout.first_query is None else layout.first_query[:, None]
+    )
+    position = position.expand(batch, -1)
+    exists = (query != 0).any(-1).any(1) & (position < layout.keys)
+    if inputs.valid is not None:
+        exists = exists & inputs.valid.gather(1, position.clamp(max=layout.keys - 1))
+    pool = min(pool, layout.rows)
+    groups = -(-layout.rows // pool)
+    behind = layout.query_tiles * layout.rows - layout.lead - queries
+
+    def cut(tensor: Tensor, value: float = 0) -> Tensor:
+        """Cut the queries `[..., Tq, X]` into groups, `[..., nq * groups, pool, X]`."""
+        tiles = F.pad(tensor, (0, 0, layout.lead, behind), value=value).unflatten(-2, (-1, layout.rows))
+        return (
+            F.pad(tiles, (0, 0, 0, groups * pool - layout.rows), value=value)
+            .unflatten(-2, (groups, pool))
+            .flatten(-4, -3)
+        )
+
+    number = cut(exists[:, :, None].to(query.dtype)).sum(-2)  # [B, nq * groups, 1]
+    mean = cut(query * exists[:, None, :, None]).sum(-2) / number.clamp(min=1)[:, None]
+    last = cut(position.masked_fill(~exists, -1)[..., None], -1).amax(-2).squeeze(-1)
+    return mean, last
