@@ -96,7 +96,7 @@ def fused_pooled_tiles(
         KIND=kind, CAUSAL=causal, G=rows // pool, T=wide, STEPS=STEPS, WINDOW=window > 0,
         num_warps=4 if wide * rows // pool <= 8192 else 8,
     )  # fmt: skip
-    return Tiles(index, size, layout.query_size)
+    return Tiles(index, size, layout.query_size, checked=True)
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "heads", "groups", "lead"])
