@@ -215,7 +215,7 @@ class SparsefinderSettings(AdapterSettings):
             raise ValueError(self._expected("tile", f"None or one of {', '.join(map(str, TILES))}"))
         if self.tile is None and (self.complete or self.predictor in ("bound", "pooled")):
             raise ValueError(
-                "SparsefinderConfig.tile must be a number for complete=True and for the predictors 'bound' and 'pooled', "
+                "SparsefinderConfig.tile must be a number for complete=True and for the predictors 'pooled' and 'bound', "
                 "which are about tiles, got None"
             )
         if self.query_tile is not None and (
