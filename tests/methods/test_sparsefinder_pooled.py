@@ -10,7 +10,7 @@ from hf_sparse.ops.entmax import entmax_attention
 from hf_sparse.ops.tiles.tiles import tile_counts
 
 HEADS, KV_HEADS, DIM, LENGTH, SCALING = 4, 2, 8, 75, 0.5
-SIZES = {"predictor": "pooled", "tile": 16, "tiles_per_query": 3, "window": 4, "pool": 4, "exact_up_to": 20}
+SIZES = {"predictor": "pooled", "tile": 16, "tiles_per_query": 3, "window": 4, "exact_up_to": 20}
 
 
 def build(causal=True, **changes):
@@ -36,7 +36,7 @@ def full(module, query, key, value):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("changes", [{}, {"per_group": True}, {"query_tile": 4}, {"pool": 16, "window": 0}], ids=str)
+@pytest.mark.parametrize("changes", [{}, {"per_group": True}, {"query_tile": 4}, {"window": 0}], ids=str)
 def test_lists_have_window_first_and_best_tiles(causal, changes):
     module, seen = build(causal, **changes), []
     module.observer = lambda text, graph, certificate: seen.append(graph)

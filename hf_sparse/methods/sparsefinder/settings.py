@@ -59,7 +59,7 @@ class SparsefinderSettings(AdapterSettings):
             "help": "What joins a query and a key: a common cluster ('clustering'), a common bin in some dimension "
             "('quantization'), or a small distance ('distance', whose cost is quadratic). Nothing is learned for "
             "'bound', every tile that the extremes of its keys do not exclude, which is exact, for 'full', all "
-            "keys, nor for 'pooled', the tiles that the means of `pool` queries attend to most: the one that saves time."
+            "keys, nor for 'pooled', tiles by the mean query, which saves time in long texts."
         },
     )
     clusters: int = field(default=16, metadata={"help": "Clusters per KV head, at least 2."})
@@ -159,13 +159,6 @@ class SparsefinderSettings(AdapterSettings):
     per_group: bool = field(
         default=False, metadata={"help": "One graph of tiles for the query heads that share a KV head."}
     )
-    pool: int = field(
-        default=16,
-        metadata={
-            "help": "Queries whose mean stands for them, for the predictor 'pooled'. At least 1; prediction takes "
-            "`1 / pool` of the products of all queries and keys."
-        },
-    )
     exact_up_to: int = field(
         default=8192,
         metadata={
@@ -192,7 +185,6 @@ class SparsefinderSettings(AdapterSettings):
             length=(1, MOST_TOKENS),
             window=(0, MOST_TOKENS),
             global_tokens=(0, MOST_TOKENS),
-            pool=(1, MOST_TOKENS),
             exact_up_to=(0, MOST_TOKENS),
         )
         self._check_switches(*(f.name for f in fields(self) if f.type in (bool, "bool")))
@@ -215,7 +207,7 @@ class SparsefinderSettings(AdapterSettings):
             raise ValueError(self._expected("tile", f"None or one of {', '.join(map(str, TILES))}"))
         if self.tile is None and (self.complete or self.predictor in ("bound", "pooled")):
             raise ValueError(
-                "SparsefinderConfig.tile must be a number for complete=True and for the predictors 'pooled' and 'bound', "
+                "SparsefinderConfig.tile must be a number for complete=True and for 'pooled' and 'bound', "
                 "which are about tiles, got None"
             )
         if self.query_tile is not None and (

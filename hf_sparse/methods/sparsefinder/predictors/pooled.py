@@ -29,7 +29,6 @@ class Pooled(Predictor):
             size=config.tile,
             rows=config.rows,
             count=config.causal_tiles,
-            pool=min(config.pool, config.rows),
             alpha=text.alpha,
             scaling=text.scaling,
             causal=text.causal,

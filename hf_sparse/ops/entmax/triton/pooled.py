@@ -1,4 +1,4 @@
-"""Predict tiles from mean queries on the GPU: means, largest products, lists; see `hf_sparse.ops.entmax.pooled`.
+"""Predict tiles by mean queries on the GPU: means, largest products, lists; see `hf_sparse.ops.entmax.pooled`.
 
 What lies between the kernels is one number per mean query and tile of keys. Lists are made without a sort: the least
 score that is listed is found by halving the range of its bits.
@@ -21,17 +21,15 @@ from hf_sparse.ops.entmax.triton.common import (
     powers,
 )
 from hf_sparse.ops.tiles.tiles import Tiles
-from hf_sparse.ops.triton.sizes import padded
 
 MOST_TILES = 4096  # tiles of keys that a list is chosen from
 STEPS = 6  # of Newton's method, for the threshold of a mean query
-_CHUNK = 32  # blocks of keys of a program
-_BLOCK = 128  # keys of a block, or those of a tile if these are more
+_CHUNK = 16  # blocks of keys of a program
 
 
-def takes_pooled(layout: Layout, pool: int, valid: Tensor | None) -> bool:
-    """Tell whether the kernels list such tiles: whole groups, and no padding but behind a causal text."""
-    return valid is None and layout.key_tiles <= MOST_TILES and all(map(_is_power, (layout.rows, layout.size, pool)))
+def takes_pooled(layout: Layout, valid: Tensor | None) -> bool:
+    """Tell whether the kernels list such tiles: powers of 2, and no padding but behind a causal text."""
+    return valid is None and layout.key_tiles <= MOST_TILES and _is_power(layout.rows) and _is_power(layout.size)
 
 
 def _is_power(number: int) -> bool:
@@ -46,7 +44,6 @@ def fused_pooled_tiles(
     layout: Layout,
     causal: bool,
     count: int,
-    pool: int,
     window: int,
     global_tokens: int,
 ) -> Tiles:
@@ -56,7 +53,7 @@ def fused_pooled_tiles(
         query, key, alpha, scaling, causal: as in `hf_sparse.ops.entmax.entmax_attention`, of equal dtype and checked.
         layout: of the lists, see `takes_pooled`.
         count: tiles of a list, those of the window and the global tokens included.
-        pool, window, global_tokens: as in `pooled_tiles`.
+        window, global_tokens: as in `pooled_tiles`.
     """
     batch, heads, queries, dim = query.shape
     keys, device = key.shape[2], query.device
@@ -64,89 +61,84 @@ def fused_pooled_tiles(
     kind = kind_of(1.0 / (alpha - 1.0))
     scale = per_head(scaling * (alpha - 1), heads, device)
     exponent = None if kind else per_head(1 / (alpha - 1), heads, device)
-    rows, size = layout.rows, layout.size
-    pool = min(pool, rows)
-    groups = layout.query_tiles * rows // pool
+    rows, size, tiles = layout.rows, layout.size, layout.query_tiles
     first = None if layout.first_query is None else layout.first_query.to(torch.int32)
-    mean = torch.empty((batch, heads, groups, dim), dtype=query.dtype, device=device)
-    last = torch.empty((batch, heads, groups), dtype=torch.int32, device=device)
+    mean = torch.empty((batch, heads, tiles, dim), dtype=query.dtype, device=device)
+    last = torch.empty((batch, heads, tiles), dtype=torch.int32, device=device)
     fixed = constants(query, key, kind, causal)
-    at_once = max(64, pool)
-    _means[(batch * heads * triton.cdiv(groups * pool, at_once),)](
-        query, first, mean, last, queries, keys, heads, groups, layout.lead, *query.stride()[:3], D=dim,
-        PADDED=padded(dim), POOL=pool, M=at_once // pool, num_warps=4,
+    _means[(batch * heads * tiles,)](
+        query, first, mean, last, queries, keys, heads, tiles, layout.lead, *query.stride()[:3], D=dim,
+        PADDED=fixed["PADDED"], CAUSAL=causal, M=rows, num_warps=4,
     )  # fmt: skip
-    peaks = torch.empty((batch, heads, groups, layout.key_tiles), dtype=torch.float32, device=device)
-    taken = min(64 if query.dtype == torch.float32 else 128, max(16, triton.next_power_of_2(groups)))
-    block = min(max(_BLOCK, size), 64 if query.dtype == torch.float32 or dim > 128 else 128)
-    grid = (triton.cdiv(groups, taken) * batch * heads, triton.cdiv(keys, max(block, size) * _CHUNK))
+    peaks = torch.empty((batch, heads, tiles, layout.key_tiles), dtype=torch.float32, device=device)
+    wide = query.dtype == torch.float32 or dim > 128
+    taken = min(64, max(16, triton.next_power_of_2(tiles)))
+    block = max(64 if wide else 128, size)
+    grid = (triton.cdiv(tiles, taken) * batch * heads, triton.cdiv(keys, block * _CHUNK))
     _peaks[grid](
-        mean, key, scale, last, peaks, keys, heads, groups, layout.key_tiles, *key.stride()[:3], GROUP=fixed["GROUP"],
-        D=dim, PADDED=fixed["PADDED"], CAUSAL=causal, PRECISION=fixed["PRECISION"], M=taken, N=max(block, size),
-        SIZE=size, CHUNK=_CHUNK, num_warps=8 if taken == 128 else 4, num_stages=3 if dim <= 128 else 2,
+        mean, key, scale, last, peaks, keys, heads, tiles, layout.key_tiles, *key.stride()[:3], GROUP=fixed["GROUP"],
+        D=dim, PADDED=fixed["PADDED"], CAUSAL=causal, PRECISION=fixed["PRECISION"], M=taken, N=block, SIZE=size,
+        CHUNK=_CHUNK, num_warps=4, num_stages=2 if wide else 3,
     )  # fmt: skip
     width = min(layout.key_tiles, count)
     index = torch.empty((batch, layout.heads, layout.query_tiles, width), dtype=torch.int64, device=device)
-    wide = max(16, triton.next_power_of_2(layout.key_tiles))
     before, after = (window - 1, 0) if causal else (window // 2, window - 1 - window // 2)
-    _lists[(batch * layout.heads * layout.query_tiles,)](
-        peaks, last, exponent, first, index, queries, keys, heads, layout.heads, layout.query_tiles, groups,
-        layout.key_tiles, width, rows, layout.query_size, layout.lead, size, count, before, after,
-        -(-min(global_tokens, keys) // size),
-        KIND=kind, CAUSAL=causal, G=rows // pool, T=wide, STEPS=STEPS, WINDOW=window > 0,
-        num_warps=4 if wide * rows // pool <= 8192 else 8,
+    _lists[(batch * layout.heads * tiles,)](
+        peaks, last, exponent, first, index, queries, keys, heads, layout.heads, tiles, layout.key_tiles, width, rows,
+        layout.query_size, layout.lead, size, count, before, after, -(-min(global_tokens, keys) // size), KIND=kind,
+        CAUSAL=causal, T=max(16, triton.next_power_of_2(layout.key_tiles)), STEPS=STEPS, WINDOW=window > 0,
+        num_warps=4 if layout.key_tiles <= 1024 else 8,
     )  # fmt: skip
     return Tiles(index, size, layout.query_size, checked=True)
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "heads", "groups", "lead"])
+@triton.jit(do_not_specialize=["queries", "keys", "heads", "tiles", "lead"])
 def _means(
-    Q, First, Mean, Last, queries, keys, heads, groups, lead, q_batch, q_head, q_row, D: tl.constexpr,
-    PADDED: tl.constexpr, POOL: tl.constexpr, M: tl.constexpr,
+    Q, First, Mean, Last, queries, keys, heads, tiles, lead, q_batch, q_head, q_row, D: tl.constexpr,
+    PADDED: tl.constexpr, CAUSAL: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """Write the mean query of M groups of a head, and the position of the last query of each; -1 for none."""
-    parts = tl.cdiv(groups, M)
-    row = (tl.program_id(0) // parts).to(tl.int64)
-    batch, head = row // heads, row % heads
-    begin = tl.program_id(0) % parts * M
-    index = begin * POOL - lead + tl.arange(0, M * POOL)
+    """Write the mean query of a tile of M, and the position of the last one in it; -1 for none."""
+    row = (tl.program_id(0) // tiles).to(tl.int64)
+    batch, head, tile = row // heads, row % heads, tl.program_id(0) % tiles
+    begin = tile * M - lead
+    if CAUSAL:  # the queries up to the first one of the tile
+        begin -= tl.where(tile > 0, M - 1, 0)
+    index = begin + tl.arange(0, M)
     position = origin_of(First, batch, queries, keys) + index
     inside = (index >= 0) & (index < queries) & (position >= 0) & (position < keys)
     dim = tl.arange(0, PADDED)
     q = load_rows(Q, batch * q_batch + head * q_head + index.to(tl.int64) * q_row, inside, dim, D).to(tl.float32)
     exists = inside & (tl.max(tl.abs(q), 1) > 0)
-    number = tl.sum(tl.reshape(exists.to(tl.float32), [M, POOL]), 1)
-    mean = tl.sum(tl.reshape(q, [M, POOL, PADDED]), 1) / tl.maximum(number, 1.0)[:, None]
-    group = begin + tl.arange(0, M)
-    place = (row * groups + group)[:, None] * D + dim[None, :]
-    tl.store(Mean + place, mean.to(Mean.dtype.element_ty), mask=(group < groups)[:, None] & (dim < D)[None, :])
-    last = tl.max(tl.reshape(tl.where(exists, position, -1), [M, POOL]), 1)
-    tl.store(Last + row * groups + group, last.to(tl.int32), mask=group < groups)
+    mean = tl.sum(q, 0) / tl.maximum(tl.sum(exists.to(tl.float32), 0), 1.0)
+    place = row * tiles + tile
+    tl.store(Mean + place * D + dim, mean.to(Mean.dtype.element_ty), mask=dim < D)
+    tl.store(Last + place, tl.max(tl.where(exists, position, -1), 0).to(tl.int32))
 
 
-@triton.jit(do_not_specialize=["keys", "heads", "groups", "tiles"])
+@triton.jit(do_not_specialize=["keys", "heads", "query_tiles", "tiles"])
 def _peaks(
-    Mean, K, Scale, Last, Peaks, keys, heads, groups, tiles, k_batch, k_head, k_row, GROUP: tl.constexpr,
+    Mean, K, Scale, Last, Peaks, keys, heads, query_tiles, tiles, k_batch, k_head, k_row, GROUP: tl.constexpr,
     D: tl.constexpr, PADDED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr,
     N: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Write the largest z of M mean queries with the keys of each tile of a part of the text.
 
     Tiles behind the last query of all are left as they are."""
-    parts = tl.cdiv(groups, M)
+    parts = tl.cdiv(query_tiles, M)
     pairs = tl.num_programs(0) // parts
     row = (tl.program_id(0) % pairs).to(tl.int64)
     batch, head = row // heads, row % heads
-    group = (parts - 1 - tl.program_id(0) // pairs) * M + tl.arange(0, M)
-    last = tl.load(Last + row * groups + group, mask=group < groups, other=-1)
+    mean = (parts - 1 - tl.program_id(0) // pairs) * M + tl.arange(0, M)
+    exists = mean < query_tiles
+    last = tl.load(Last + row * query_tiles + mean, mask=exists, other=-1)
     end = tl.max(last, 0) + 1 if CAUSAL else tl.where(tl.max(last, 0) >= 0, keys, 0)
     begin, end = tl.program_id(1) * N * CHUNK, tl.minimum(end, (tl.program_id(1) + 1) * N * CHUNK)
     if begin < end:
         scale = tl.load(Scale + head)
         dim, lane, tile = tl.arange(0, PADDED), tl.arange(0, N), tl.arange(0, N // SIZE)
-        q = load_rows(Mean, (row * groups + group) * D, group < groups, dim, D)
+        q = load_rows(Mean, (row * query_tiles + mean) * D, exists, dim, D)
         K += batch * k_batch + head // GROUP * k_head
-        Peaks += (row * groups + group)[:, None] * tiles + tile[None, :]
+        Peaks += (row * query_tiles + mean)[:, None] * tiles + tile[None, :]
         for start in range(begin, end, N):
             key = start + lane
             k = load_rows(K, key.to(tl.int64) * k_row, key < keys, dim, D)
@@ -157,39 +149,40 @@ def _peaks(
             z = tl.where(sees, z, float("-inf"))
             peak = tl.max(tl.reshape(z, [M, N // SIZE, SIZE]), 2)
             number = start // SIZE + tile
-            tl.store(Peaks + start // SIZE, peak, mask=(group < groups)[:, None] & (number < tiles)[None, :])
+            tl.store(Peaks + start // SIZE, peak, mask=exists[:, None] & (number < tiles)[None, :])
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "heads", "lists", "query_tiles", "groups", "tiles", "width", "rows",
+@triton.jit(do_not_specialize=["queries", "keys", "heads", "lists", "query_tiles", "tiles", "width", "rows",
                                "query_size", "lead", "size", "count", "before", "after", "always"])  # fmt: skip
 def _lists(
-    Peaks, Last, Exponent, First, Index, queries, keys, heads, lists, query_tiles, groups, tiles, width, rows,
-    query_size, lead, size, count, before, after, always, KIND: tl.constexpr, CAUSAL: tl.constexpr, G: tl.constexpr,
-    T: tl.constexpr, STEPS: tl.constexpr, WINDOW: tl.constexpr,
+    Peaks, Last, Exponent, First, Index, queries, keys, heads, lists, query_tiles, tiles, width, rows, query_size, lead,
+    size, count, before, after, always, KIND: tl.constexpr, CAUSAL: tl.constexpr, T: tl.constexpr, STEPS: tl.constexpr,
+    WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Write one list: tiles of the window and the first tokens, and the others by score."""
     job = tl.program_id(0).to(tl.int64)
     number, batch = job // query_tiles % lists, job // (query_tiles * lists)
     query_tile = job % query_tiles
     share = heads // lists
-    tile, group = tl.arange(0, T), tl.arange(0, G)
+    tile = tl.arange(0, T)
     score = tl.full([T], float("-inf"), tl.float32)
     for member in range(0, share):
         head = number * share + member
-        row = (batch * heads + head) * groups + query_tile * G + group
+        row = (batch * heads + head) * query_tiles + query_tile
         last = tl.load(Last + row)
-        there = (tile < tiles)[None, :] & (last >= 0)[:, None]
+        there = (tile < tiles) & (last >= 0)
         if CAUSAL:
-            there &= (tile * size)[None, :] <= last[:, None]
-        peak = tl.load(Peaks + row[:, None] * tiles + tile[None, :], mask=there, other=float("-inf"))
-        exponent = exponent_of(Exponent, head, KIND)
-        top = tl.max(peak, 1)
-        tau = tl.where(top > float("-inf"), top, 0.0) - 1
-        for _ in range(STEPS):
-            weight, slope = powers(tl.maximum(peak - tau[:, None], 0.0), exponent, KIND)
-            tau += newton_step(tl.sum(weight, 1), tl.sum(slope, 1), exponent, KIND)
-        score = tl.maximum(score, tl.max(peak - tau[:, None], 0))
-    # Position of the first row of the tile, though there may be no query.
+            there &= tile * size <= last
+        peak = tl.load(Peaks + row * tiles + tile, mask=there, other=float("-inf"))
+        if share > 1:  # of several heads the excess over their thresholds compares
+            exponent = exponent_of(Exponent, head, KIND)
+            top = tl.max(peak, 0)
+            tau = tl.where(top > float("-inf"), top, 0.0) - 1
+            for _ in range(STEPS):
+                weight, slope = powers(tl.maximum(peak - tau, 0.0), exponent, KIND)
+                tau += newton_step(tl.sum(weight, 0), tl.sum(slope, 0), exponent, KIND)
+            peak -= tau
+        score = tl.maximum(score, peak)
     begin = (origin_of(First, batch, queries, keys) + query_tile * rows - lead) // query_size * query_size
     own = tl.minimum(begin // size, tiles - 1)
     known = (tile == own) | (tile < always)
