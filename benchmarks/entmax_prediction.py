@@ -39,13 +39,13 @@ SAMPLED = 256  # queries over which the recall is measured
 DIFFERENT = 0.01  # of the listed pairs of tiles may differ from those of float64: scores that are almost equal
 
 
-def predict(options: argparse.Namespace, query: Tensor, key: Tensor, scaling: Tensor) -> Tiles:
+def predict(options: argparse.Namespace, count: int, query: Tensor, key: Tensor, scaling: Tensor) -> Tiles:
     return pooled_tiles(
         query,
         key,
         size=options.tile,
         rows=options.query_tile,
-        count=options.tiles_per_query,
+        count=count,
         alpha=1.5,
         scaling=scaling,
         causal=True,
@@ -53,16 +53,18 @@ def predict(options: argparse.Namespace, query: Tensor, key: Tensor, scaling: Te
     )
 
 
-def attend(options: argparse.Namespace, inputs: list[Tensor], scaling: Tensor) -> Tensor:
+def attend(options: argparse.Namespace, count: int, inputs: list[Tensor], scaling: Tensor) -> Tensor:
     """Predict tiles, and attend over them."""
     query, key, value = inputs
-    tiles = predict(options, query.detach(), key.detach(), scaling)
+    tiles = predict(options, count, query.detach(), key.detach(), scaling)
     return entmax_attention(query, key, value, alpha=1.5, scaling=scaling, causal=True, tiles=tiles)
 
 
-def statistics_of(options: argparse.Namespace, query: Tensor, key: Tensor, scaling: Tensor) -> dict[str, Any]:
+def statistics_of(
+    options: argparse.Namespace, count: int, query: Tensor, key: Tensor, scaling: Tensor
+) -> dict[str, Any]:
     """Return what the predicted tiles hold: their share of the allowed pairs, and the mass, also per head."""
-    tiles, length = predict(options, query, key, scaling), key.shape[2]
+    tiles, length = predict(options, count, query, key, scaling), key.shape[2]
     allowed = torch.arange(tiles.index.shape[2], device=query.device) * tiles.rows // tiles.size + 1
     share = (tiles.index >= 0).sum((0, 2, 3)) / allowed.sum()
     total = -(-length // tiles.size)
@@ -88,8 +90,9 @@ def check(options: argparse.Namespace) -> dict[str, float]:
     dtype = getattr(torch, options.dtype)
     inputs, scaling = make_inputs(options, CHECKED, dtype)
     query, key = inputs[:2]
-    tiles = predict(options, query, key, scaling)
-    precise = predict(options, query.double(), key.double(), scaling.double())
+    count = min(options.tiles_per_query)
+    tiles = predict(options, count, query, key, scaling)
+    precise = predict(options, count, query.double(), key.double(), scaling.double())
     total = -(-CHECKED // options.tile)
     one, other = tiles.mask(total), precise.mask(total)
     errors = {"lists": float((one != other).sum() / other.sum())}
@@ -110,13 +113,14 @@ def check(options: argparse.Namespace) -> dict[str, float]:
     return errors
 
 
-def measure(options: argparse.Namespace, name: str, inputs: list[Tensor], scaling: Tensor) -> list[dict[str, Any]]:
-    """Return rows of a contender: forward, and forward with backward."""
+def measure(
+    options: argparse.Namespace, name: str, count: int | None, inputs: list[Tensor], scaling: Tensor
+) -> list[dict[str, Any]]:
+    """Return rows of a contender: forward, and forward with backward; where tiles are predicted, prediction alone."""
     rows: list[dict[str, Any]] = []
     leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
-    run: Callable[[], Tensor] = contender(name, leaves, scaling) if name != "predicted" else partial(
-        attend, options, leaves, scaling
-    )  # fmt: skip
+    run: Callable[[], Tensor]
+    run = contender(name, leaves, scaling) if count is None else partial(attend, options, count, leaves, scaling)
 
     def forward() -> Tensor:
         with torch.no_grad():
@@ -126,18 +130,19 @@ def measure(options: argparse.Namespace, name: str, inputs: list[Tensor], scalin
         return torch.autograd.grad(run(), leaves, upstream)
 
     functions: list[tuple[str, Callable[[], Any]]] = [("forward", forward), ("forward_backward", both)]
-    if name == "predicted":
+    if count is not None:
         query, key, _ = (leaf.detach() for leaf in leaves)
-        functions.append(("prediction", lambda: predict(options, query, key, scaling)))
+        functions.append(("prediction", partial(predict, options, count, query, key, scaling)))
     try:
         upstream = torch.randn_like(forward())
         for label, function in functions:
             function()
             median = do_bench(function, warmup=10, rep=options.repeat_ms, return_mode="median")
             captured = do_bench_cudagraph(function, rep=options.repeat_ms)
-            rows.append({"contender": name, "pass": label, "median_ms": median, "captured_ms": captured})
+            rows.append({"contender": name, "tiles_per_query": count, "pass": label})
+            rows[-1] |= {"median_ms": median, "captured_ms": captured}
     except (RuntimeError, NotImplementedError) as error:  # a kernel of torch that does not take the shape, or no memory
-        rows.append({"contender": name, "error": str(error).splitlines()[0]})
+        rows.append({"contender": name, "tiles_per_query": count, "error": str(error).splitlines()[0]})
     return rows
 
 
@@ -166,7 +171,7 @@ def main() -> None:
     parser.add_argument("--inputs", type=Path, nargs="*", default=[], help="safetensors with queries and keys")
     parser.add_argument("--tile", type=int, default=64, help="keys per tile")
     parser.add_argument("--query-tile", type=int, help="queries per tile; --tile by default")
-    parser.add_argument("--tiles-per-query", type=int, default=32)
+    parser.add_argument("--tiles-per-query", type=int, nargs="+", default=[16, 32, 64])
     parser.add_argument("--window", type=int, default=64)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--query-heads", type=int, default=9, help="of the drawn queries")
@@ -193,13 +198,20 @@ def main() -> None:
         inputs, scaling = make()
         (heads, length, dim), kv_heads = inputs[0].shape[1:], inputs[1].shape[1]
         shape = {"length": length, "query_heads": heads, "kv_heads": kv_heads, "dim": dim}
-        result["texts"][text] = shape | statistics_of(options, inputs[0], inputs[1], scaling)
-        print(f"{text:20}  {result['texts'][text]}", flush=True)
+        predicted = {
+            str(count): statistics_of(options, count, inputs[0], inputs[1], scaling)
+            for count in options.tiles_per_query
+        }
+        result["texts"][text] = shape | {"predicted": predicted}
+        print(text, shape, flush=True)
+        for listed, held in predicted.items():
+            print(f"  {listed:>4} tiles: {held}", flush=True)
         for name in options.only or CONTENDERS:
-            for row in measure(options, name, inputs, scaling):
-                result["rows"].append({"text": text, **row})
-                told = row.get("error") or f"{row['pass']:16} {row['median_ms']:9.3f}, {row['captured_ms']:9.3f} ms"
-                print(f"{text:20}  {name:13}  {told}", flush=True)
+            for count in options.tiles_per_query if name == "predicted" else [None]:
+                for row in measure(options, name, count, inputs, scaling):
+                    result["rows"].append({"text": text, **row})
+                    told = row.get("error") or f"{row['pass']:16} {row['median_ms']:9.3f}, {row['captured_ms']:9.3f} ms"
+                    print(f"{text:24}  {name:13} {count or '':4}  {told}", flush=True)
             if options.output:
                 write_json(options.output, result)
 
