@@ -7,6 +7,7 @@
         --sizes sizes-h200.json --generate generate-h200.json generate-before-h200.json \\
         --entmax entmax_kernels-h200.json entmax_kernels-earlier-h200.json \\
         --entmax entmax_kernels-128-h200.json entmax_kernels-128-earlier-h200.json \\
+        --prediction entmax_prediction-h200.json \\
         --fill ../../docs/speed.md ../../README.md --figure ../../docs/speed.png
 
 A document marks the place of a table: everything between `<!-- table: NAME -->` and `<!-- end -->` is replaced. The
@@ -297,6 +298,43 @@ def entmax_setting_table(shapes: Sequence[Sequence[dict[str, Any]]]) -> str:
     return table(head, rows)
 
 
+def prediction_table(run: dict[str, Any], which: str) -> str:
+    """Tabulate one pass over predicted tiles of the drawn texts: milliseconds in a CUDA graph and, in brackets, from
+    Python."""
+    lengths = sorted(text["length"] for name, text in run["texts"].items() if name.startswith("drawn "))
+    cells: dict[tuple[str, int], str] = {}
+    for row in run["rows"]:
+        if row.get("pass") == which and row["text"].startswith("drawn "):
+            cell = f"{short(row['captured_ms'])} ({short(row['median_ms'])})"
+            cells[_predicted_name(row), run["texts"][row["text"]]["length"]] = cell
+    rows = [[name, *(cells.get((name, n), "-") for n in lengths)] for name in dict.fromkeys(name for name, _ in cells)]
+    return table([f"{PASSES.get(which, 'Prediction alone')}, ms", *(f"{n:,}" for n in lengths)], rows)
+
+
+def _predicted_name(row: dict[str, Any]) -> str:
+    count = row["tiles_per_query"]
+    return ENTMAX[row["contender"]] if count is None else f"entmax, {count} tiles predicted"
+
+
+def predicted_text_table(run: dict[str, Any]) -> str:
+    """Tabulate what predicted tiles hold in every text, and the forward of the contenders in a CUDA graph."""
+    times = {
+        (row["text"], _predicted_name(row)): short(row["captured_ms"])
+        for row in run["rows"]
+        if row.get("pass") == "forward"
+    }
+    others = [ENTMAX[name] for name in ("entmax exact", "sdpa flash", "sdpa cudnn")]
+    rows = []
+    for name, text in run["texts"].items():
+        for count, held in text["predicted"].items():
+            predicted = times.get((name, f"entmax, {count} tiles predicted"), "-")
+            cells = [f"{held['listed']:.0%}", f"{held['recall']:.1%}", predicted]
+            rows.append([name, f"{text['length']:,}", count, f"{held['keys_per_query']:.0f}", *cells])
+            rows[-1] += [times.get((name, other), "-") for other in others]
+    head = ["queries and keys", "tokens", "tiles", "keys with weight", "pairs listed", "mass held", "predicted, ms"]
+    return table([*head, "all keys, ms", "flash, ms", "cuDNN, ms"], rows)
+
+
 def machine_table(kernels: dict[str, Any], model: dict[str, Any]) -> str:
     """Tabulate the machine, the shape of the attention that was measured, and the check that came first."""
     versions, settings = kernels["versions"], kernels["settings"]
@@ -334,11 +372,12 @@ def all_tables(
     sizes: dict[str, Any],
     generate: Sequence[dict[str, Any]],
     entmax: Sequence[Sequence[dict[str, Any]]],
+    prediction: dict[str, Any],
 ) -> dict[str, str]:
     """Return every table by the name that documents call it.
 
     `wider` is a run of the kernels with soft gates over a larger support; `generate` holds two runs, now and before;
-    `entmax` holds the runs of each of two shapes, of which the first counts."""
+    `entmax` holds the runs of each of two shapes, of which the first counts; `prediction` is of predicted tiles."""
     spread = [[label, f"{model['spread'][name]:.0%}"] for name, label in CACHES.items()]
     return {
         "machine": machine_table(kernels, model),
@@ -360,6 +399,10 @@ def all_tables(
         "entmax forward and backward": entmax_table(entmax[0], "forward_backward"),
         "entmax forward of large heads": entmax_table(entmax[1], "forward"),
         "entmax forward and backward of large heads": entmax_table(entmax[1], "forward_backward"),
+        "prediction": prediction_table(prediction, "forward"),
+        "prediction forward and backward": prediction_table(prediction, "forward_backward"),
+        "prediction alone": prediction_table(prediction, "prediction"),
+        "predicted texts": predicted_text_table(prediction),
         "attention summary": attention_summary(kernels),
         "decoding summary": decode_summary(model),
         "generate summary": generate_summary(generate[0]),
@@ -417,6 +460,7 @@ def main() -> None:
     parser.add_argument(
         "--entmax", type=Path, nargs="+", action="append", required=True, help="JSON of entmax_kernels.py, per shape"
     )
+    parser.add_argument("--prediction", type=Path, required=True, help="JSON of entmax_prediction.py")
     parser.add_argument(
         "--fill", type=Path, nargs="*", default=[], help="Markdown files whose marked tables are replaced"
     )
@@ -430,7 +474,8 @@ def main() -> None:
     profiles, generate = list(map(read, options.profiles)), list(map(read, options.generate))
     wider, first_calls, sizes = read(options.wider), read(options.first_calls), read(options.sizes)
     entmax = [list(map(read, paths)) for paths in options.entmax]
-    tables = all_tables(kernels, wider, model, profiles, first_calls, sizes, generate, entmax)
+    prediction = read(options.prediction)
+    tables = all_tables(kernels, wider, model, profiles, first_calls, sizes, generate, entmax, prediction)
     if options.figure:
         draw(kernels, options.figure)
     for document in options.fill:

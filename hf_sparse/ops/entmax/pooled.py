@@ -64,7 +64,7 @@ def pooled_tiles(
     check(query, key, alpha, scaling, valid, first_query)
     heads = key.shape[1] if grouped else query.shape[1]
     layout = layout_of(Inputs(query, key, 1.0, causal, valid, first_query), heads, size, size if rows is None else rows)
-    count = max(count, least_count(layout, window, global_tokens))
+    count = max(count, least_count(layout, window, global_tokens, causal=causal))
     if takes_kernels(query, key, key):
         from hf_sparse.ops.entmax.triton.pooled import fused_pooled_tiles, takes_pooled  # Triton is beside CUDA only
 
@@ -86,10 +86,12 @@ def pooled_tiles(
     return best_tiles(scores, count, size=size, rows=rows, causal=causal, valid=valid, always=always, own=own)
 
 
-def least_count(layout: Layout, window: int, global_tokens: int) -> int:
-    """Return how many tiles hold the window, the first tokens, and the queries themselves, at most."""
+def least_count(layout: Layout, window: int, global_tokens: int, *, causal: bool) -> int:
+    """Return how many tiles hold the window of a tile of queries and the first tokens, at most."""
     size, rows = layout.size, layout.query_size
-    near = -(-(window + rows - 2) // size) + 1 if window else 1
+    left, right = (window - 1, 0) if causal else (window // 2, window - 1 - window // 2)
+    begins = range(0, size, rows)  # of a tile of queries in one of keys
+    near = max((begin + rows - 1 + right) // size - (begin - left) // size for begin in begins) + 1 if window else 1
     return min(layout.key_tiles, near + -(-global_tokens // size))
 
 

@@ -47,7 +47,8 @@ def assert_equal(
     assert takes_pooled(layout, None)
     del options["first_query"]
     # What `pooled_tiles` adds to the count.
-    options["count"] = max(options["count"], least_count(layout, options["window"], options["global_tokens"]))
+    near = {name: options[name] for name in ("window", "global_tokens", "causal")}
+    options["count"] = max(options["count"], least_count(layout, **near))
     found = fused_pooled_tiles(query, key, layout=layout, **options)
     width = max(found.index.shape[3], expected.index.shape[3])
     padded = [torch.nn.functional.pad(x.index, (0, width - x.index.shape[3]), value=-1) for x in (found, expected)]
