@@ -77,7 +77,7 @@ def test_short_texts_and_single_queries_see_all_keys():
 
 def test_padding_moves_no_tile():
     """A text in a padded batch has the lists that it has alone."""
-    module, inputs = build(), tensors()
+    module, inputs = build(tiles_per_query=3, window=1), tensors()
     valid = torch.ones(2, LENGTH, dtype=torch.bool)
     valid[1, :13] = False
     together = attend(module, *inputs, valid=valid)
