@@ -137,11 +137,11 @@ def _peaks(
         scale = tl.load(Scale + head)
         dim, lane, tile = tl.arange(0, PADDED), tl.arange(0, N), tl.arange(0, N // SIZE)
         q = load_rows(Mean, (row * query_tiles + mean) * D, exists, dim, D)
-        K += batch * k_batch + head // GROUP * k_head
-        Peaks += (row * query_tiles + mean)[:, None] * tiles + tile[None, :]
+        base = K + batch * k_batch + head // GROUP * k_head
+        place = Peaks + (row * query_tiles + mean)[:, None] * tiles + tile[None, :]
         for start in range(begin, end, N):
             key = start + lane
-            k = load_rows(K, key.to(tl.int64) * k_row, key < keys, dim, D)
+            k = load_rows(base, key.to(tl.int64) * k_row, key < keys, dim, D)
             z = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
             sees = (key < keys)[None, :] & (last >= 0)[:, None]
             if CAUSAL:
@@ -149,7 +149,7 @@ def _peaks(
             z = tl.where(sees, z, float("-inf"))
             peak = tl.max(tl.reshape(z, [M, N // SIZE, SIZE]), 2)
             number = start // SIZE + tile
-            tl.store(Peaks + start // SIZE, peak, mask=exists[:, None] & (number < tiles)[None, :])
+            tl.store(place + start // SIZE, peak, mask=exists[:, None] & (number < tiles)[None, :])
 
 
 @triton.jit(do_not_specialize=["queries", "keys", "heads", "lists", "query_tiles", "tiles", "width", "rows",
