@@ -6,6 +6,7 @@ import torch
 from hf_sparse.ops.entmax.inputs import Inputs
 from hf_sparse.ops.entmax.layout import layout_of
 from hf_sparse.ops.entmax.pooled import least_count, pooled_tiles
+from hf_sparse.ops.entmax.triton import pooled
 from hf_sparse.ops.entmax.triton.pooled import fused_pooled_tiles, takes_pooled
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -63,3 +64,8 @@ def test_lists(shape):
 
 def test_queries_somewhere_in_the_text():
     assert_equal(batch=2, queries=64, keys=150, first=torch.tensor([32, 64], device=DEVICE))
+
+
+def test_products_are_held_for_some_tiles_of_queries_at_once(monkeypatch):
+    monkeypatch.setattr(pooled, "_PAIRS", 1)
+    assert_equal(queries=150, rows=2)  # 75 tiles, of which 64 are listed at once

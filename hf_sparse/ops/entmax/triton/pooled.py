@@ -25,6 +25,7 @@ from hf_sparse.ops.tiles.tiles import Tiles
 MOST_TILES = 4096  # tiles of keys that a list is chosen from
 STEPS = 6  # of Newton's method, for the threshold of a mean query
 _CHUNK = 16  # blocks of keys of a program
+_PAIRS = 1 << 25  # of a mean query and a tile of keys, whose largest products are held at once
 
 
 def takes_pooled(layout: Layout, valid: Tensor | None) -> bool:
@@ -70,25 +71,28 @@ def fused_pooled_tiles(
         query, first, mean, last, queries, keys, heads, tiles, layout.lead, *query.stride()[:3], D=dim,
         PADDED=fixed["PADDED"], CAUSAL=causal, M=rows, num_warps=4,
     )  # fmt: skip
-    peaks = torch.empty((batch, heads, tiles, layout.key_tiles), dtype=torch.float32, device=device)
-    wide = query.dtype == torch.float32 or dim > 128
-    taken = min(64, max(16, triton.next_power_of_2(tiles)))
-    block = max(64 if wide else 128, size)
-    grid = (triton.cdiv(tiles, taken) * batch * heads, triton.cdiv(keys, block * _CHUNK))
-    _peaks[grid](
-        mean, key, scale, last, peaks, keys, heads, tiles, layout.key_tiles, *key.stride()[:3], GROUP=fixed["GROUP"],
-        D=dim, PADDED=fixed["PADDED"], CAUSAL=causal, PRECISION=fixed["PRECISION"], M=taken, N=block, SIZE=size,
-        CHUNK=_CHUNK, num_warps=4, num_stages=2 if wide else 3,
-    )  # fmt: skip
     width = min(layout.key_tiles, count)
-    index = torch.empty((batch, layout.heads, layout.query_tiles, width), dtype=torch.int64, device=device)
+    index = torch.empty((batch, layout.heads, tiles, width), dtype=torch.int64, device=device)
+    part = min(tiles, max(64, _PAIRS // (batch * heads * layout.key_tiles)))
+    peaks = torch.empty((batch, heads, part, layout.key_tiles), dtype=torch.float32, device=device)
+    wide = query.dtype == torch.float32 or dim > 128
+    taken = min(64, max(16, triton.next_power_of_2(part)))
+    block = max(64 if wide else 128, size)
     before, after = (window - 1, 0) if causal else (window // 2, window - 1 - window // 2)
-    _lists[(batch * layout.heads * tiles,)](
-        peaks, last, exponent, first, index, queries, keys, heads, layout.heads, tiles, layout.key_tiles, width, rows,
-        layout.query_size, layout.lead, size, count, before, after, -(-min(global_tokens, keys) // size), KIND=kind,
-        CAUSAL=causal, T=max(16, triton.next_power_of_2(layout.key_tiles)), STEPS=STEPS, WINDOW=window > 0,
-        num_warps=4 if layout.key_tiles <= 1024 else 8,
-    )  # fmt: skip
+    for begin in range(0, tiles, part):
+        listed = min(part, tiles - begin)
+        _peaks[triton.cdiv(listed, taken) * batch * heads, triton.cdiv(keys, block * _CHUNK)](
+            mean, key, scale, last, peaks, keys, heads, tiles, layout.key_tiles, begin, listed, *key.stride()[:3],
+            GROUP=fixed["GROUP"], D=dim, PADDED=fixed["PADDED"], CAUSAL=causal, PRECISION=fixed["PRECISION"], M=taken,
+            N=block, SIZE=size, CHUNK=_CHUNK, num_warps=4, num_stages=2 if wide else 3,
+        )  # fmt: skip
+        _lists[(batch * layout.heads * listed,)](
+            peaks, last, exponent, first, index, queries, keys, heads, layout.heads, tiles, layout.key_tiles, begin,
+            listed, width, rows, layout.query_size, layout.lead, size, count, before, after,
+            -(-min(global_tokens, keys) // size), KIND=kind, CAUSAL=causal,
+            T=max(16, triton.next_power_of_2(layout.key_tiles)), STEPS=STEPS, WINDOW=window > 0,
+            num_warps=4 if layout.key_tiles <= 1024 else 8,
+        )  # fmt: skip
     return Tiles(index, size, layout.query_size, checked=True)
 
 
@@ -115,30 +119,31 @@ def _means(
     tl.store(Last + place, tl.max(tl.where(exists, position, -1), 0).to(tl.int32))
 
 
-@triton.jit(do_not_specialize=["keys", "heads", "query_tiles", "tiles"])
+@triton.jit(do_not_specialize=["keys", "heads", "query_tiles", "tiles", "first_tile", "listed"])
 def _peaks(
-    Mean, K, Scale, Last, Peaks, keys, heads, query_tiles, tiles, k_batch, k_head, k_row, GROUP: tl.constexpr,
-    D: tl.constexpr, PADDED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr,
-    N: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr,
+    Mean, K, Scale, Last, Peaks, keys, heads, query_tiles, tiles, first_tile, listed, k_batch, k_head, k_row,
+    GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Write the largest z of M mean queries with the keys of each tile of a part of the text.
+    """Write the largest z of M mean queries, of those that are listed at once, with the keys of each tile of a part.
 
     Tiles behind the last query of all are left as they are."""
-    parts = tl.cdiv(query_tiles, M)
+    parts = tl.cdiv(listed, M)
     pairs = tl.num_programs(0) // parts
     row = (tl.program_id(0) % pairs).to(tl.int64)
     batch, head = row // heads, row % heads
-    mean = (parts - 1 - tl.program_id(0) // pairs) * M + tl.arange(0, M)
-    exists = mean < query_tiles
-    last = tl.load(Last + row * query_tiles + mean, mask=exists, other=-1)
+    place = (parts - 1 - tl.program_id(0) // pairs) * M + tl.arange(0, M)
+    exists = place < listed
+    mean = row * query_tiles + first_tile + place
+    last = tl.load(Last + mean, mask=exists, other=-1)
     end = tl.max(last, 0) + 1 if CAUSAL else tl.where(tl.max(last, 0) >= 0, keys, 0)
     begin, end = tl.program_id(1) * N * CHUNK, tl.minimum(end, (tl.program_id(1) + 1) * N * CHUNK)
     if begin < end:
         scale = tl.load(Scale + head)
         dim, lane, tile = tl.arange(0, PADDED), tl.arange(0, N), tl.arange(0, N // SIZE)
-        q = load_rows(Mean, (row * query_tiles + mean) * D, exists, dim, D)
+        q = load_rows(Mean, mean * D, exists, dim, D)
         base = K + batch * k_batch + head // GROUP * k_head
-        place = Peaks + (row * query_tiles + mean)[:, None] * tiles + tile[None, :]
+        into = Peaks + (row * listed + place)[:, None] * tiles + tile[None, :]
         for start in range(begin, end, N):
             key = start + lane
             k = load_rows(base, key.to(tl.int64) * k_row, key < keys, dim, D)
@@ -149,31 +154,32 @@ def _peaks(
             z = tl.where(sees, z, float("-inf"))
             peak = tl.max(tl.reshape(z, [M, N // SIZE, SIZE]), 2)
             number = start // SIZE + tile
-            tl.store(place + start // SIZE, peak, mask=exists[:, None] & (number < tiles)[None, :])
+            tl.store(into + start // SIZE, peak, mask=exists[:, None] & (number < tiles)[None, :])
 
 
-@triton.jit(do_not_specialize=["queries", "keys", "heads", "lists", "query_tiles", "tiles", "width", "rows",
-                               "query_size", "lead", "size", "count", "before", "after", "always"])  # fmt: skip
+@triton.jit(do_not_specialize=["queries", "keys", "heads", "lists", "query_tiles", "tiles", "first_tile",
+                               "listed", "width", "rows", "query_size", "lead", "size", "count", "before", "after",
+                               "always"])  # fmt: skip
 def _lists(
-    Peaks, Last, Exponent, First, Index, queries, keys, heads, lists, query_tiles, tiles, width, rows, query_size, lead,
-    size, count, before, after, always, KIND: tl.constexpr, CAUSAL: tl.constexpr, T: tl.constexpr, STEPS: tl.constexpr,
-    WINDOW: tl.constexpr,
+    Peaks, Last, Exponent, First, Index, queries, keys, heads, lists, query_tiles, tiles, first_tile, listed, width,
+    rows, query_size, lead, size, count, before, after, always, KIND: tl.constexpr, CAUSAL: tl.constexpr,
+    T: tl.constexpr, STEPS: tl.constexpr, WINDOW: tl.constexpr,
 ):  # fmt: skip
     """Write one list: tiles of the window and the first tokens, and the others by score."""
     job = tl.program_id(0).to(tl.int64)
-    number, batch = job // query_tiles % lists, job // (query_tiles * lists)
-    query_tile = job % query_tiles
+    number, batch = job // listed % lists, job // (listed * lists)
+    query_tile = first_tile + job % listed
     share = heads // lists
     tile = tl.arange(0, T)
     score = tl.full([T], float("-inf"), tl.float32)
     for member in range(0, share):
         head = number * share + member
-        row = (batch * heads + head) * query_tiles + query_tile
-        last = tl.load(Last + row)
+        row = batch * heads + head
+        last = tl.load(Last + row * query_tiles + query_tile)
         there = (tile < tiles) & (last >= 0)
         if CAUSAL:
             there &= tile * size <= last
-        peak = tl.load(Peaks + row * tiles + tile, mask=there, other=float("-inf"))
+        peak = tl.load(Peaks + (row * listed + job % listed) * tiles + tile, mask=there, other=float("-inf"))
         if share > 1:  # of several heads the excess over their thresholds compares
             exponent = exponent_of(Exponent, head, KIND)
             top = tl.max(peak, 0)
@@ -207,6 +213,6 @@ def _lists(
     left = count - tl.sum(above.to(tl.int32), 0)
     keep = (above | (level & (tl.cumsum(level.to(tl.int32), 0) <= left))).to(tl.int32)
     place = tl.cumsum(keep, 0) - keep
-    Index += job * width
+    Index += ((batch * lists + number) * query_tiles + query_tile) * width
     tl.store(Index + place, tile.to(tl.int64), mask=(keep > 0) & (place < width))
     tl.store(Index + tile, tl.full([T], -1, tl.int64), mask=(tile >= tl.sum(keep, 0)) & (tile < width))
