@@ -7,7 +7,6 @@
         --sizes sizes-h200.json --generate generate-h200.json generate-before-h200.json \\
         --entmax entmax_kernels-h200.json entmax_kernels-earlier-h200.json \\
         --entmax entmax_kernels-128-h200.json entmax_kernels-128-earlier-h200.json \\
-        --prediction entmax_prediction-h200.json \\
         --fill ../../docs/speed.md ../../README.md --figure ../../docs/speed.png
 
 A document marks the place of a table: everything between `<!-- table: NAME -->` and `<!-- end -->` is replaced. The
@@ -372,12 +371,20 @@ def all_tables(
     sizes: dict[str, Any],
     generate: Sequence[dict[str, Any]],
     entmax: Sequence[Sequence[dict[str, Any]]],
-    prediction: dict[str, Any],
+    prediction: dict[str, Any] | None = None,
 ) -> dict[str, str]:
     """Return every table by the name that documents call it.
 
     `wider` is a run of the kernels with soft gates over a larger support; `generate` holds two runs, now and before;
     `entmax` holds the runs of each of two shapes, of which the first counts; `prediction` is of predicted tiles."""
+    predicted = {}
+    if prediction is not None:
+        predicted = {
+            "prediction": prediction_table(prediction, "forward"),
+            "prediction forward and backward": prediction_table(prediction, "forward_backward"),
+            "prediction alone": prediction_table(prediction, "prediction"),
+            "predicted texts": predicted_text_table(prediction),
+        }
     spread = [[label, f"{model['spread'][name]:.0%}"] for name, label in CACHES.items()]
     return {
         "machine": machine_table(kernels, model),
@@ -399,13 +406,10 @@ def all_tables(
         "entmax forward and backward": entmax_table(entmax[0], "forward_backward"),
         "entmax forward of large heads": entmax_table(entmax[1], "forward"),
         "entmax forward and backward of large heads": entmax_table(entmax[1], "forward_backward"),
-        "prediction": prediction_table(prediction, "forward"),
-        "prediction forward and backward": prediction_table(prediction, "forward_backward"),
-        "prediction alone": prediction_table(prediction, "prediction"),
-        "predicted texts": predicted_text_table(prediction),
         "attention summary": attention_summary(kernels),
         "decoding summary": decode_summary(model),
         "generate summary": generate_summary(generate[0]),
+        **predicted,
     }
 
 
@@ -460,7 +464,7 @@ def main() -> None:
     parser.add_argument(
         "--entmax", type=Path, nargs="+", action="append", required=True, help="JSON of entmax_kernels.py, per shape"
     )
-    parser.add_argument("--prediction", type=Path, required=True, help="JSON of entmax_prediction.py")
+    parser.add_argument("--prediction", type=Path, help="JSON of entmax_prediction.py")
     parser.add_argument(
         "--fill", type=Path, nargs="*", default=[], help="Markdown files whose marked tables are replaced"
     )
@@ -474,7 +478,7 @@ def main() -> None:
     profiles, generate = list(map(read, options.profiles)), list(map(read, options.generate))
     wider, first_calls, sizes = read(options.wider), read(options.first_calls), read(options.sizes)
     entmax = [list(map(read, paths)) for paths in options.entmax]
-    prediction = read(options.prediction)
+    prediction = read(options.prediction) if options.prediction else None
     tables = all_tables(kernels, wider, model, profiles, first_calls, sizes, generate, entmax, prediction)
     if options.figure:
         draw(kernels, options.figure)

@@ -36,8 +36,7 @@ def tables() -> dict[str, str]:
     wider, first_calls, sizes = read("kernels-support4096", "first_calls", "sizes")
     profiles, generate = read("profiles-scores", "profiles"), read("generate", "generate-before")
     entmax = [read(f"entmax_kernels{shape}", f"entmax_kernels{shape}-earlier") for shape in ("", "-128")]
-    (prediction,) = read("entmax_prediction")
-    return SCRIPT.all_tables(kernels, wider, model, profiles, first_calls, sizes, generate, entmax, prediction)
+    return SCRIPT.all_tables(kernels, wider, model, profiles, first_calls, sizes, generate, entmax)
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
