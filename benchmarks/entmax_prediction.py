@@ -46,6 +46,7 @@ def predict(options: argparse.Namespace, count: int, query: Tensor, key: Tensor,
         size=options.tile,
         rows=options.query_tile,
         count=count,
+        pool=options.pool,
         alpha=1.5,
         scaling=scaling,
         causal=True,
@@ -172,6 +173,7 @@ def main() -> None:
     parser.add_argument("--tile", type=int, default=64, help="keys per tile")
     parser.add_argument("--query-tile", type=int, help="queries per tile; --tile by default")
     parser.add_argument("--tiles-per-query", type=int, nargs="+", default=[16, 32, 64])
+    parser.add_argument("--pool", type=int, default=8, help="queries whose mean stands for them")
     parser.add_argument("--window", type=int, default=64)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--query-heads", type=int, default=9, help="of the drawn queries")
@@ -186,7 +188,7 @@ def main() -> None:
     options = parser.parse_args()
     options.query_tile = options.query_tile or options.tile
 
-    names = ("tile", "query_tile", "tiles_per_query", "window", "batch", "query_heads", "kv_heads", "dim")
+    names = ("tile", "query_tile", "tiles_per_query", "pool", "window", "batch", "query_heads", "kv_heads", "dim")
     settings = {name: getattr(options, name) for name in (*names, "dtype", "repeat_ms")} | {"alpha": 1.5}
     result: dict[str, Any] = {"format": 1, "benchmark": "entmax_prediction", "settings": settings}
     result |= {"commit": options.commit, **describe()}

@@ -10,7 +10,7 @@ from hf_sparse.ops.entmax import entmax_attention
 from hf_sparse.ops.tiles.tiles import tile_counts
 
 HEADS, KV_HEADS, DIM, LENGTH, SCALING = 4, 2, 8, 75, 0.5
-SIZES = {"predictor": "pooled", "tile": 16, "tiles_per_query": 4, "window": 4, "exact_up_to": 20}
+SIZES = {"predictor": "pooled", "tile": 16, "tiles_per_query": 4, "window": 4, "pool": 4, "exact_up_to": 20}
 
 
 def build(causal=True, **changes):

@@ -59,7 +59,7 @@ class SparsefinderSettings(AdapterSettings):
             "help": "What joins a query and a key: a common cluster ('clustering'), a common bin in some dimension "
             "('quantization'), or a small distance ('distance', whose cost is quadratic). Nothing is learned for "
             "'bound', every tile that the extremes of its keys do not exclude, which is exact, for 'full', all "
-            "keys, nor for 'pooled', tiles by the mean query, which saves time in long texts."
+            "keys, nor for 'pooled', tiles by means of `pool` queries, which saves time in long texts."
         },
     )
     clusters: int = field(default=16, metadata={"help": "Clusters per KV head, at least 2."})
@@ -159,6 +159,13 @@ class SparsefinderSettings(AdapterSettings):
     per_group: bool = field(
         default=False, metadata={"help": "One graph of tiles for the query heads that share a KV head."}
     )
+    pool: int = field(
+        default=8,
+        metadata={
+            "help": "Queries whose mean stands for them, for the predictor 'pooled'. At least 1; prediction takes "
+            "`1 / pool` of the products of all queries and keys."
+        },
+    )
     exact_up_to: int = field(
         default=8192,
         metadata={
@@ -185,6 +192,7 @@ class SparsefinderSettings(AdapterSettings):
             length=(1, MOST_TOKENS),
             window=(0, MOST_TOKENS),
             global_tokens=(0, MOST_TOKENS),
+            pool=(1, MOST_TOKENS),
             exact_up_to=(0, MOST_TOKENS),
         )
         self._check_switches(*(f.name for f in fields(self) if f.type in (bool, "bool")))

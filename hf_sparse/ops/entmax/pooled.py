@@ -1,13 +1,13 @@
-"""Predict tiles from mean queries: the products of one per tile with all keys stand for those of all its queries.
+"""Predict tiles from mean queries: the products of a few of them with all keys stand for those of all queries.
 
-The mean of the queries of a tile is a query like others. A tile of keys counts by the largest z of its keys with it.
-That takes `1 / rows` of the products of full attention, and nothing is learned; at equal numbers of tiles it finds
-almost as much attention as the best tiles hold (docs/speed.md). Ours; means of blocks of queries choose blocks of keys
-in SeerAttention (arXiv 2410.13276) and MInference (arXiv 2407.02490) too.
+The queries of a tile are cut into groups of `pool` consecutive ones, and the mean of a group is a query like others. A
+tile of keys counts by the largest z of its keys with a mean query, less the threshold that entmax over these largest
+ones has: it is positive where the mean query attends to the tile. Of the scores of all groups of a tile of queries the
+greatest counts. This takes `1 / pool` of the products of full attention, and nothing is learned. Ours; means of blocks
+of queries choose blocks of keys in SeerAttention (arXiv 2410.13276) and MInference (arXiv 2407.02490) too.
 
-In a causal model a tile is described by queries that are known when its first one comes: as many as it has, up to and
-with its first one, so that no list depends on later tokens. Only the first tile of a call, which has none before it, is
-described by its own queries; at the beginning of a text it lists all there is.
+A list is made from all queries of its tile, in a causal model too: which keys a query may attend to depends on later
+queries of its tile. Lists made from earlier queries alone miss what single queries seek far away.
 """
 
 import torch
@@ -32,6 +32,7 @@ def pooled_tiles(
     *,
     size: int,
     count: int,
+    pool: int,
     alpha: float | Tensor,
     scaling: float | Tensor,
     causal: bool,
@@ -49,6 +50,7 @@ def pooled_tiles(
             none.
         size, rows: positions per tile, as in `hf_sparse.ops.tiles.tiles.tile_counts`.
         count: tiles of keys per tile of queries, and at least those of the window and the global tokens.
+        pool: queries per group; a tile that has fewer is one group.
         window, global_tokens: as in `window_and_global`.
         grouped: one list for all query heads of a KV head, by the greatest of their z less
             thresholds.
@@ -57,10 +59,10 @@ def pooled_tiles(
         Tiles with an index `[B, Hq, nq, m]`, or `[B, Hkv, nq, m]` if grouped.
 
     Raises:
-        ValueError: as `entmax_attention` and `window_and_global`, or a `count` below 1.
+        ValueError: as `entmax_attention` and `window_and_global`, or a `count` or `pool` below 1.
     """
-    if count < 1:
-        raise ValueError(f"count must be at least 1, got {count}")
+    if count < 1 or pool < 1:
+        raise ValueError(f"count and pool must be at least 1, got {count} and {pool}")
     check(query, key, alpha, scaling, valid, first_query)
     heads = key.shape[1] if grouped else query.shape[1]
     layout = layout_of(Inputs(query, key, 1.0, causal, valid, first_query), heads, size, size if rows is None else rows)
@@ -68,9 +70,9 @@ def pooled_tiles(
     if takes_kernels(query, key, key):
         from hf_sparse.ops.entmax.triton.pooled import fused_pooled_tiles, takes_pooled  # Triton is beside CUDA only
 
-        if takes_pooled(layout, valid):
-            return fused_pooled_tiles(query, key, alpha, scaling, layout, causal, count, window, global_tokens)
-    scores = pooled_scores(query, key, layout, alpha=alpha, scaling=scaling, causal=causal, valid=valid)
+        if takes_pooled(layout, pool, valid):
+            return fused_pooled_tiles(query, key, alpha, scaling, layout, causal, count, pool, window, global_tokens)
+    scores = pooled_scores(query, key, layout, pool=pool, alpha=alpha, scaling=scaling, causal=causal, valid=valid)
     always = window_and_global(
         query.shape[2],
         key.shape[2],
@@ -101,6 +103,7 @@ def pooled_scores(
     key: Tensor,
     layout: Layout,
     *,
+    pool: int,
     alpha: float | Tensor,
     scaling: float | Tensor,
     causal: bool,
@@ -108,14 +111,11 @@ def pooled_scores(
 ) -> Tensor:
     """Score all pairs of tiles, `[B, H, nq, nk]`, `-inf` where no mean query sees a key; see `pooled_tiles`.
 
-    A score is the largest z less the threshold that entmax over these largest ones has: it is positive where the mean
-    query attends to the tile, and so those of several heads compare.
-
     Args:
         layout: of the lists; `H` are its heads.
     """
     inputs = prepare(query, key, alpha, scaling, causal, valid, layout.first_query)
-    mean, last = pooled_queries(inputs, layout)
+    mean, last = pooled_queries(inputs, layout, pool)
     batch, heads = mean.shape[:2]
     share = heads // key.shape[1]
     exponent = inputs.exponent
@@ -135,13 +135,14 @@ def pooled_scores(
         top = peaks.amax(-1, keepdim=True)
         relative = peaks - top.clamp(min=torch.finfo(z.dtype).min)
         scores.append(relative - relative_threshold(relative.clone(), exponent))
-    return by_group(torch.cat(scores, 2), layout.heads).amax(2)
+    joined = torch.cat(scores, 2).unflatten(2, (layout.query_tiles, -1)).amax(3)
+    return by_group(joined, layout.heads).amax(2)
 
 
-def pooled_queries(inputs: Inputs, layout: Layout) -> tuple[Tensor, Tensor]:
-    """Return the mean query of each tile, `[B, Hq, nq, D]`, and the position of the last one in it, `[B, nq]`.
+def pooled_queries(inputs: Inputs, layout: Layout, pool: int) -> tuple[Tensor, Tensor]:
+    """Return the mean query of each group, `[B, Hq, n, D]`, and the position of its last query, `[B, n]`.
 
-    -1 stands for a tile that no query describes."""
+    -1 stands for a group without a query. `n` is `nq` times the groups of a tile."""
     query, rows = inputs.query, layout.rows
     batch, _, queries, _ = query.shape
     position = torch.arange(queries, device=query.device) + (
@@ -151,12 +152,14 @@ def pooled_queries(inputs: Inputs, layout: Layout) -> tuple[Tensor, Tensor]:
     exists = (query != 0).any(-1).any(1) & (position < layout.keys)
     if inputs.valid is not None:
         exists = exists & inputs.valid.gather(1, position.clamp(max=layout.keys - 1))
-    tile = torch.arange(layout.query_tiles, device=query.device)
-    begin = tile * rows - (tile > 0) * (rows - 1) * inputs.causal - layout.lead
-    index = begin[:, None] + torch.arange(rows, device=query.device)
-    inside = (index >= 0) & (index < queries)
+    pool = min(pool, rows)
+    begin = torch.arange(0, layout.query_tiles * rows, rows, device=query.device)[:, None, None] - layout.lead
+    within = torch.arange(-(-rows // pool) * pool, device=query.device).view(-1, pool)  # of the rows of a tile
+    index = (begin + within).flatten(0, 1)  # [n, pool]
+    within = within.expand(layout.query_tiles, -1, -1).flatten(0, 1)
+    inside = (index >= 0) & (index < queries) & (within < rows)
     index = index.clamp(0, queries - 1)
-    exists = exists[:, index] & inside  # [B, nq, rows]
+    exists = exists[:, index] & inside  # [B, n, pool]
     number = exists.sum(-1)[:, None, :, None].clamp(min=1)
     mean = (query[:, :, index] * exists[:, None, ..., None]).sum(3) / number
     return mean, position[:, index].masked_fill(~exists, -1).amax(-1)

@@ -19,11 +19,11 @@ SHAPES = {
     "alphas and scales of heads": {"alpha": "heads", "scaling": "heads"},
     "both directions": {"causal": False, "window": 9},
     "fewer queries than keys": {"queries": 45, "keys": 150, "global_tokens": 20},
-    "small tiles of queries": {"rows": 16},
+    "small tiles of queries": {"rows": 16, "pool": 4},
     "one query": {"queries": 1, "keys": 90},
-    "a tile in which the queries begin": {"queries": 8, "keys": 90},
+    "a tile in which the queries begin": {"queries": 8, "keys": 90, "pool": 16},
     "as many tiles as there are": {"count": 100},
-    "batch": {"batch": 2},
+    "batch": {"batch": 2, "pool": 32},
 }
 
 
@@ -32,7 +32,7 @@ def assert_equal(
 ):
     torch.manual_seed(0)
     keys, heads, size = keys or queries, 4, 32
-    options = {"causal": True, "count": 3, "window": 1, "global_tokens": 1} | choice
+    options = {"causal": True, "pool": 8, "count": 3, "window": 1, "global_tokens": 1} | choice
     query = torch.randn(batch, heads, queries, 20, device=DEVICE)
     query = query + 2 * torch.randn(batch, heads, 1, 20, device=DEVICE)
     key = torch.randn(batch, 2, keys, 20, device=DEVICE)
@@ -45,7 +45,7 @@ def assert_equal(
         query.double(), key.double(), size=size, rows=rows, grouped=grouped, **options
     )  # no kernel takes float64
     layout = layout_of(Inputs(query, key, 1.0, True, None, first), 2 if grouped else heads, size, rows or size)
-    assert takes_pooled(layout, None)
+    assert takes_pooled(layout, options["pool"], None)
     del options["first_query"]
     # What `pooled_tiles` adds to the count.
     near = {name: options[name] for name in ("window", "global_tokens", "causal")}

@@ -29,6 +29,7 @@ class Pooled(Predictor):
             size=config.tile,
             rows=config.rows,
             count=config.causal_tiles,
+            pool=config.pool,
             alpha=text.alpha,
             scaling=text.scaling,
             causal=text.causal,
