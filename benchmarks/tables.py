@@ -344,6 +344,43 @@ def step_table(runs: Sequence[dict[str, Any]]) -> str:
     return table(["SmolLM2's shape, prompt x batch", "keys", "dense, ms", "Sparsefinder, ms", "times as fast"], rows)
 
 
+def prediction_table(run: dict[str, Any], which: str) -> str:
+    """Tabulate one pass over predicted tiles of the drawn texts: milliseconds in a CUDA graph and, in brackets, from
+    Python."""
+    lengths = sorted(text["length"] for name, text in run["texts"].items() if name.startswith("drawn "))
+    cells: dict[tuple[str, int], str] = {}
+    for row in run["rows"]:
+        if row.get("pass") == which and row["text"].startswith("drawn "):
+            cell = f"{short(row['captured_ms'])} ({short(row['median_ms'])})"
+            cells[_predicted_name(row), run["texts"][row["text"]]["length"]] = cell
+    rows = [[name, *(cells.get((name, n), "-") for n in lengths)] for name in dict.fromkeys(name for name, _ in cells)]
+    return table([f"{PASSES.get(which, 'Prediction alone')}, ms", *(f"{n:,}" for n in lengths)], rows)
+
+
+def _predicted_name(row: dict[str, Any]) -> str:
+    count = row["tiles_per_query"]
+    return ENTMAX[row["contender"]] if count is None else f"entmax, {count} tiles predicted"
+
+
+def predicted_text_table(run: dict[str, Any]) -> str:
+    """Tabulate what predicted tiles hold in every text, and the forward of the contenders in a CUDA graph."""
+    times = {
+        (row["text"], _predicted_name(row)): short(row["captured_ms"])
+        for row in run["rows"]
+        if row.get("pass") == "forward"
+    }
+    others = [ENTMAX[name] for name in ("entmax exact", "sdpa flash", "sdpa cudnn")]
+    rows = []
+    for name, text in run["texts"].items():
+        for count, held in text["predicted"].items():
+            predicted = times.get((name, f"entmax, {count} tiles predicted"), "-")
+            cells = [f"{held['listed']:.0%}", f"{held['recall']:.1%}", predicted]
+            rows.append([name, f"{text['length']:,}", count, f"{held['keys_per_query']:.0f}", *cells])
+            rows[-1] += [times.get((name, other), "-") for other in others]
+    head = ["queries and keys", "tokens", "tiles", "keys with weight", "pairs listed", "mass held", "predicted, ms"]
+    return table([*head, "all keys, ms", "flash, ms", "cuDNN, ms"], rows)
+
+
 def machine_table(kernels: dict[str, Any], model: dict[str, Any]) -> str:
     """Tabulate the machine, the shape of the attention that was measured, and the check that came first."""
     versions, settings = kernels["versions"], kernels["settings"]
@@ -431,13 +468,22 @@ def all_tables(
     entmax_model: dict[str, Any],
     conversion: dict[str, Any],
     steps: Sequence[dict[str, Any]],
+    prediction: dict[str, Any] | None = None,
 ) -> dict[str, str]:
     """Return every table by the name that documents call it.
 
     `wider` is a run of the kernels with soft gates over a larger support; `generate` and `cpu` hold two runs of
     generate.py each, now and before; `entmax` holds the runs of each of two shapes, of which the first counts;
-    `entmax_model` is a run of whole models, `conversion` the finetune.json of a training run, and `steps` holds runs of
-    default generate with Sparsefinder."""
+    `entmax_model` is a run of whole models, `conversion` the finetune.json of a training run, `steps` holds runs of
+    default generate with Sparsefinder, and `prediction` is of predicted tiles."""
+    predicted = {}
+    if prediction is not None:
+        predicted = {
+            "prediction": prediction_table(prediction, "forward"),
+            "prediction forward and backward": prediction_table(prediction, "forward_backward"),
+            "prediction alone": prediction_table(prediction, "prediction"),
+            "predicted texts": predicted_text_table(prediction),
+        }
     spread = [[label, f"{model['spread'][name]:.0%}"] for name, label in CACHES.items()]
     return {
         "machine": machine_table(kernels, model),
@@ -469,6 +515,7 @@ def all_tables(
         "evaluation by contender": evaluation_table(evaluation),
         "generate on a cpu": cpu_table(*cpu),
         "busy cpu": busy_table(busy),
+        **predicted,
     }
 
 
@@ -529,6 +576,7 @@ def main() -> None:
     parser.add_argument("--entmax-model", type=Path, required=True, help="JSON of entmax_model.py")
     parser.add_argument("--conversion", type=Path, required=True, help="finetune.json of a Sparsefinder adapter")
     parser.add_argument("--steps", type=Path, nargs="+", required=True, help="JSON of default generate, Sparsefinder")
+    parser.add_argument("--prediction", type=Path, help="JSON of entmax_prediction.py")
     parser.add_argument(
         "--fill", type=Path, nargs="*", default=[], help="Markdown files whose marked tables are replaced"
     )
@@ -544,8 +592,22 @@ def main() -> None:
     entmax = [list(map(read, paths)) for paths in options.entmax]
     evaluation, cpu, busy = read(options.evaluation), list(map(read, options.cpu)), read(options.busy)
     models, steps = (read(options.entmax_model), read(options.conversion)), list(map(read, options.steps))
+    prediction = read(options.prediction) if options.prediction else None
     tables = all_tables(
-        kernels, wider, model, profiles, first_calls, sizes, generate, entmax, evaluation, cpu, busy, *models, steps
+        kernels,
+        wider,
+        model,
+        profiles,
+        first_calls,
+        sizes,
+        generate,
+        entmax,
+        evaluation,
+        cpu,
+        busy,
+        *models,
+        steps,
+        prediction,
     )
     if options.figure:
         draw(kernels, options.figure)

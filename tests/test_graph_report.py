@@ -181,6 +181,7 @@ class TestCard:
         [
             ({"predictor": "full"}, "card/sparsefinder-full.md"),
             ({"predictor": "bound"}, "card/sparsefinder-bound.md"),
+            ({"predictor": "pooled"}, "card/sparsefinder-pooled.md"),
             ({"predictor": "quantization"}, "card/sparsefinder-quantization.md"),
             ({"predictor": "distance", "tile": None}, "card/sparsefinder-distance-of-tokens.md"),
             ({"tiles_per_query": 7}, "card/sparsefinder-seven-tiles.md"),

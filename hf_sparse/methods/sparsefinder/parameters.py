@@ -154,7 +154,7 @@ class SparsefinderParameters(nn.Module):
             raise ValueError(
                 f"the {name} of this {self.config.predictor} predictor were never fitted: fit them to text with "
                 "hf_sparse.methods.sparsefinder.fit_predictors, load an adapter that was trained, or choose "
-                "SparsefinderConfig(predictor='bound') or 'full', which have nothing to fit"
+                "SparsefinderConfig(predictor='bound'), 'full' or 'pooled', which have nothing to fit"
             )
 
 

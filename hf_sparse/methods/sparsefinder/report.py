@@ -89,6 +89,7 @@ def _budget(config: SparsefinderConfig) -> list[tuple[str, str]]:
         else f"bins of {config.bin_width} tokens",
         "distance": f"squared distance below {config.threshold:g}" if config.tile is None else "squared distance",
         "bound": "extremes of the keys of a tile",
+        "pooled": f"means of {config.pool} queries, in texts of more than {config.exact_up_to} tokens",
     }[config.predictor]
     rows = [("predictor", f"{config.predictor}: {how}"), ("positions per tile", tile), *window]
     if config.rows != config.tile:

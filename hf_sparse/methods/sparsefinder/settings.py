@@ -12,7 +12,7 @@ from hf_sparse.methods.sparsefinder.training_settings import SparsefinderTrainin
 # PEFT's error for a type it does not know is nothing but this name, so the name says what to import.
 PEFT_TYPE = "HF_SPARSE_SPARSEFINDER"
 
-Predictor = Literal["clustering", "quantization", "distance", "bound", "full"]
+Predictor = Literal["clustering", "quantization", "distance", "bound", "full", "pooled"]
 Bins = Literal["shared", "fixed"]
 
 #: Positions per tile that there are.
@@ -58,8 +58,8 @@ class SparsefinderSettings(AdapterSettings):
         metadata={
             "help": "What joins a query and a key: a common cluster ('clustering'), a common bin in some dimension "
             "('quantization'), or a small distance ('distance', whose cost is quadratic). Nothing is learned for "
-            "'bound', every tile that the extremes of its keys do not exclude, which is exact, nor for 'full', all "
-            "keys."
+            "'bound', every tile that the extremes of its keys do not exclude, which is exact, for 'full', all "
+            "keys, nor for 'pooled', tiles by means of `pool` queries, which saves time in long texts."
         },
     )
     clusters: int = field(default=16, metadata={"help": "Clusters per KV head, at least 2."})
@@ -171,6 +171,20 @@ class SparsefinderSettings(AdapterSettings):
             "metavar": "ALPHA",
         },
     )
+    pool: int = field(
+        default=8,
+        metadata={
+            "help": "Queries whose mean stands for them, for the predictor 'pooled'. At least 1; prediction takes "
+            "`1 / pool` of the products of all queries and keys."
+        },
+    )
+    exact_up_to: int = field(
+        default=8192,
+        metadata={
+            "help": "Keys up to which the predictor 'pooled' predicts nothing, and all are attended: lists save no "
+            "time there (docs/speed.md). At least 0."
+        },
+    )
     layers: list[int] | None = field(default=None, metadata=LAYERS)
     target_modules: list[str] | str | None = field(default=None, metadata=TARGET_MODULES)
     base_shape: dict[str, Any] | None = field(default=None, metadata=BASE_SHAPE)
@@ -190,6 +204,8 @@ class SparsefinderSettings(AdapterSettings):
             length=(1, MOST_TOKENS),
             window=(0, MOST_TOKENS),
             global_tokens=(0, MOST_TOKENS),
+            pool=(1, MOST_TOKENS),
+            exact_up_to=(0, MOST_TOKENS),
         )
         self._check_switches(*(f.name for f in fields(self) if f.type in (bool, "bool")))
         if self.top_clusters > self.clusters:
@@ -211,9 +227,9 @@ class SparsefinderSettings(AdapterSettings):
                 raise ValueError(self._expected(name, expected_number(getattr(self, name), "a number above 0")))
         if self.tile is not None and not _is_tile(self.tile):
             raise ValueError(self._expected("tile", f"None or one of {', '.join(map(str, TILES))}"))
-        if self.tile is None and (self.complete or self.predictor == "bound"):
+        if self.tile is None and (self.complete or self.predictor in ("bound", "pooled")):
             raise ValueError(
-                "SparsefinderConfig.tile must be a number for complete=True and for the predictor 'bound', "
+                "SparsefinderConfig.tile must be a number for complete=True and for 'pooled' and 'bound', "
                 "which are about tiles, got None"
             )
         if self.query_tile is not None and (

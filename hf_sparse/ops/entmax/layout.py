@@ -123,7 +123,7 @@ def listed_layout(tiles: Tiles, inputs: Inputs) -> tuple[Layout, Tiles]:
     """Make the layout for `tiles`, and expand these over the batch, and over KV heads where all heads share one list.
 
     Raises:
-        ValueError: lists that are not of these queries and keys, or that are not ascending.
+        ValueError: lists that are not of these queries and keys, or that are not ascending, unless they were checked.
     """
     index = tiles.index
     heads = inputs.key.shape[1] if index.shape[1] == 1 else index.shape[1]
@@ -138,11 +138,11 @@ def listed_layout(tiles: Tiles, inputs: Inputs) -> tuple[Layout, Tiles]:
             f"{layout.queries} queries of {layout.keys} keys are {layout.query_tiles} tiles of {tiles.rows}, "
             f"got lists for {index.shape[2]}"
         )
-    if index.numel():
+    if index.numel() and not tiles.checked:
         low, high = map(int, index.aminmax())
         if low < -1 or high >= layout.key_tiles:
             raise ValueError(f"expected tiles 0 to {layout.key_tiles - 1}, or -1 for none, got {low} to {high}")
         follows, ends = index[..., 1:] > index[..., :-1], index[..., 1:] < 0
         if not bool((follows & (index[..., :-1] >= 0) | ends).all()):
             raise ValueError("each list of tiles must be ascending, without duplicates, and with every -1 at its end")
-    return layout, Tiles(index.expand(layout.batch, heads, -1, -1), tiles.size, tiles.rows)
+    return layout, Tiles(index.expand(layout.batch, heads, -1, -1), tiles.size, tiles.rows, tiles.checked)

@@ -89,11 +89,14 @@ class Tiles:
             heads, or that of KV heads if the heads of a group share their graph, or 1.
         size: keys per tile.
         query_size: queries per tile, a divisor of `size`, which is the default.
+        checked: whether the lists are known to be of the described form and to name tiles that exist. Otherwise
+            attention over them looks, for which it waits for the device.
     """
 
     index: Tensor
     size: int
     query_size: int | None = None
+    checked: bool = False
 
     def __post_init__(self) -> None:
         _rows(self.size, self.query_size)

@@ -220,13 +220,37 @@ def test_lists_of_more_keys_than_the_buffers_take():
     assert_listed({"group": 3, "heads": 1, "queries": size(90, 9), "keys": size(90, 37)}, kept=16)
 
 
+# The sweep over listed tiles: its lists are of 16 queries and keys or more.
+LARGE = {
+    "a list per head": {"group": 2, "heads": 2, "queries": size(300, 37)},
+    "a list for all heads": {"group": 3, "heads": 1, "alpha": "heads", "scaling": "heads"},
+    "fewer queries than keys": {"queries": 21, "keys": size(300, 60), "heads": 1},
+    "fewer queries than keys in a tile": {"queries": 33, "keys": size(300, 70), "heads": 1, "rows": 16, "tile": 32},
+    "a block of several tiles": {"queries": size(300, 40), "heads": 1, "tile": 32},
+    "both directions": {"causal": False, "queries": size(150, 33), "heads": 1},
+    "padding": {"padding": True, "batch": 3, "queries": size(170, 3), "keys": size(190, 19), "heads": 1},
+    "sparsemax, half precision": {"alpha": 2.0, "dtype": HALF, "dim": 32, "heads": 1},
+}
+
+
+@pytest.mark.parametrize("shape", LARGE.values(), ids=LARGE)
+def test_listed_large_tiles(shape):
+    assert_listed({"tile": 16, **shape}, **SMALL)
+
+
+@pytest.mark.parametrize("limit", ["capacity", "kept"])
+def test_large_tiles_of_more_candidates_than_the_buffers_take(limit):
+    shape = {"tile": 16, "heads": 1, "group": 2, "queries": size(150, 37), "alpha": 1.3}
+    assert_listed(shape, **{**SMALL, limit: 1 if limit == "capacity" else 16})
+
+
 def assert_listed(shape: dict, **sizes) -> None:
     shape = dict(shape)
-    heads, rows = shape.pop("heads"), shape.pop("rows", None)
+    heads, rows, tile = shape.pop("heads"), shape.pop("rows", None), shape.pop("tile", 8)
     case = Case(**shape)
-    listed, total = tile_counts(case.queries, case.keys, 8, rows)
-    tiles = Tiles.of_mask(torch.rand(case.batch, heads, listed, total) < 0.5, 8, rows)
-    tiles = Tiles(tiles.index.to(DEVICE), 8, rows)
+    listed, total = tile_counts(case.queries, case.keys, tile, rows)
+    tiles = Tiles.of_mask(torch.rand(case.batch, heads, listed, total) < 0.5, tile, rows)
+    tiles = Tiles(tiles.index.to(DEVICE), tile, rows)
 
     def kernels(query, key, value, **options):
         lists = lists_of(tiles, Inputs(query, key, 1.0, options["causal"], options["valid"], None))

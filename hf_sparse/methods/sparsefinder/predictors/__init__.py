@@ -9,6 +9,7 @@ from hf_sparse.methods.sparsefinder.predictors.clustering import Clustering
 from hf_sparse.methods.sparsefinder.predictors.distance import Distance
 from hf_sparse.methods.sparsefinder.predictors.fixed import FixedBins
 from hf_sparse.methods.sparsefinder.predictors.full import Full
+from hf_sparse.methods.sparsefinder.predictors.pooled import Pooled
 from hf_sparse.methods.sparsefinder.predictors.projected import ProjectedPredictor as ProjectedPredictor
 from hf_sparse.methods.sparsefinder.predictors.quantization import Quantization
 
@@ -20,6 +21,7 @@ def predictor_of(config: SparsefinderConfig) -> Predictor:
         "quantization": FixedBins if config.bin_kind == "fixed" else Quantization,
         "distance": Distance,
         "bound": Bound,
+        "pooled": Pooled,
         "full": Full,
     }
     return kinds[config.predictor](config)

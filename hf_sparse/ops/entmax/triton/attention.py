@@ -8,10 +8,10 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from hf_sparse.ops.entmax.triton.backward import gradients
-from hf_sparse.ops.entmax.triton.common import kind_of
+from hf_sparse.ops.entmax.triton.common import kind_of, per_head
 from hf_sparse.ops.entmax.triton.groups import Attended, attend_groups
 from hf_sparse.ops.entmax.triton.jobs import Lists
-from hf_sparse.ops.entmax.triton.sweep import EVERY, FIRST, Blocks, Candidates, candidates
+from hf_sparse.ops.entmax.triton.sweep import EVERY, FIRST, Blocks, Candidates, candidates, takes_lists
 from hf_sparse.ops.entmax.triton.tiles import attend_tiles
 
 CAPACITY = 1024  # blocks of keys with a candidate that are kept for a group of queries
@@ -75,8 +75,8 @@ def attend(
     """
     heads, device = query.shape[1], query.device
     kind = kind_of(1.0 / (alpha - 1.0))
-    scale = _per_head(scaling * (alpha - 1), heads, device)
-    exponent = None if kind else _per_head(1 / (alpha - 1), heads, device)
+    scale = per_head(scaling * (alpha - 1), heads, device)
+    exponent = None if kind else per_head(1 / (alpha - 1), heads, device)
     first = None if first_query is None else first_query.to(torch.int32)
     known = None if valid is None else valid.to(torch.uint8).contiguous()
     plan = Plan(first, known, causal, lists, **sizes)
@@ -88,13 +88,6 @@ def attend(
         return _forward(query, key, value, scale, exponent, kind, plan, trains)[:3]
     output, tau, counts = _Attention.apply(query, key, value, scale, exponent, kind, plan)
     return output, tau, counts
-
-
-def _per_head(number: float | Tensor, heads: int, device: torch.device) -> Tensor:
-    """Return `[Hq]` float32, contiguous."""
-    if isinstance(number, Tensor):
-        return number.float().contiguous()
-    return torch.full((heads,), number, dtype=torch.float32, device=device)
 
 
 def _forward(
@@ -109,10 +102,10 @@ def _forward(
 ) -> Attended:
     first, valid, causal, lists = plan.first, plan.valid, plan.causal, plan.lists
     found: Candidates | None = None
-    if lists is None:
+    if lists is None or takes_lists(lists):
         found = candidates(
             query, key, scale, exponent, kind, first, valid, causal, plan.capacity, plan.sweep, plan.start, plan.near,
-            plan.every,
+            plan.every, lists,
         )  # fmt: skip
     keys = key.shape[2]
     most = max(MOST, keys // 2) if plan.most is None else plan.most

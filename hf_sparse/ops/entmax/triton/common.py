@@ -4,6 +4,7 @@ With z = scale * <query, key> and e = 1 / (alpha - 1), the threshold tau of a ro
 of Newton's method from the left never pass it, see `hf_sparse.ops.entmax.threshold`.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,6 +18,23 @@ STEPS = tl.constexpr(60)  # a guard: far more steps than the digits of float32 t
 CLOSE = tl.constexpr(1e-6)  # a step below it ends the search; the probabilities are normalised afterwards
 
 
+@dataclass(frozen=True)
+class Lists:
+    """Hold tiles of keys for every tile of queries.
+
+    index: `[B, H, nq, m]` int64, ascending, -1 behind the last.
+    counts: `[B, H, nq]` int32, how many are listed, contiguous.
+    size, rows: keys and queries of a tile.
+    lead: rows of the first tile of queries that lie before the first query.
+    """
+
+    index: Tensor
+    counts: Tensor
+    size: int
+    rows: int
+    lead: int
+
+
 def kind_of(exponent: float | Tensor) -> int:
     """Return 2 or 1 where e is that number, for which powers are products, and 0 otherwise."""
     return int(exponent) if isinstance(exponent, float) and exponent in (1.0, 2.0) else 0
@@ -25,6 +43,13 @@ def kind_of(exponent: float | Tensor) -> int:
 def precision_of(dtype: torch.dtype) -> str:
     """Return how matrix products treat float32: as three products of TF32. In half precision there is no choice."""
     return "tf32x3" if dtype == torch.float32 else "tf32"
+
+
+def per_head(number: float | Tensor, heads: int, device: torch.device) -> Tensor:
+    """Return `[Hq]` float32, contiguous."""
+    if isinstance(number, Tensor):
+        return number.float().contiguous()
+    return torch.full((heads,), number, dtype=torch.float32, device=device)
 
 
 def constants(query: Tensor, key: Tensor, kind: int, causal: bool) -> dict[str, Any]:

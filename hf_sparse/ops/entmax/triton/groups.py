@@ -85,7 +85,7 @@ def attend_groups(
 
     Args:
         query, key, value, scale, exponent, kind, first, valid, causal: as in `sweep.candidates`.
-        lists: tiles of keys for every tile of queries, or
+        lists: tiles of keys for every tile of queries, and or
         found: candidates of every group.
         most: candidates of a group that the list takes.
         kept: keys of a group that may have weight when all products are known, of which the buffers take so many.
@@ -257,7 +257,7 @@ def _groups(
         List = Support + (group if SAVE else tl.program_id(0)).to(tl.int64) * kept
         total = most + 1
         tl.debug_barrier()  # the buffers of the last group have been read
-        if Index is None:
+        if Words is not None:
             blocks = tl.load(Counts + group)
             if blocks <= capacity:
                 bits = group.to(tl.int64) * capacity

@@ -5,34 +5,15 @@ heads that share the list. Without lists a job is all queries of a head. A group
 job, the last one of a job may have fewer.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_sparse.ops.entmax.triton.common import origin_of
+from hf_sparse.ops.entmax.triton.common import Lists, origin_of
 from hf_sparse.ops.entmax.triton.sweep import GROUP_ROWS
 from hf_sparse.ops.triton.sizes import pieces
-
-
-@dataclass(frozen=True)
-class Lists:
-    """Hold tiles of keys for every tile of queries.
-
-    index: `[B, H, nq, m]` int64, ascending, -1 behind the last.
-    counts: `[B, H, nq]` int32, how many are listed, contiguous.
-    size, rows: keys and queries of a tile.
-    lead: rows of the first tile of queries that lie before the first query.
-    """
-
-    index: Tensor
-    counts: Tensor
-    size: int
-    rows: int
-    lead: int
-
 
 LENGTHS = ["queries", "keys", "heads", "lists", "query_tiles", "rows", "lead", "size", "share"]
 

@@ -9,14 +9,14 @@ are stored, with their number. A group with more blocks than its buffer takes sa
 kernel that needs no candidates.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_sparse.ops.entmax.triton.common import constants, exponent_of, load_rows, newton_step, origin_of, powers
+from hf_sparse.ops.entmax.triton.common import Lists, constants, exponent_of, load_rows, newton_step, origin_of, powers
 from hf_sparse.ops.triton.sizes import pieces
 
 
@@ -48,7 +48,7 @@ class Candidates(NamedTuple):
     turn: Tensor
 
 
-LENGTHS = ["queries", "keys", "heads", "capacity", "width"]
+LENGTHS = ["queries", "keys", "heads", "capacity", "width", "lists", "query_tiles", "rows", "lead", "size"]
 GROUP_ROWS = 16  # queries that share a list of candidates: the rows of a matrix product
 FIRST = 64  # keys of the beginning over which the lower bound is taken
 NEAR = 128  # keys around the rows of a program, likewise
@@ -85,6 +85,7 @@ def candidates(
     start: Blocks | None = None,
     near: int = FIRST,
     every: int = EVERY,
+    lists: Lists | None = None,
 ) -> Candidates:
     """Return the keys of every group of queries that the lower bounds do not exclude.
 
@@ -99,33 +100,45 @@ def candidates(
         blocks, start: sizes of the programs.
         near: keys of the beginning over which the bound is taken.
         every: blocks of keys after which the bound rises; 0 for never.
+        lists: tiles of keys, for which `takes_lists` is true; all keys by default.
     """
     batch, heads, queries, _ = query.shape
     keys, device = key.shape[2], query.device
     blocks, start = blocks or sweep_blocks(query), start or start_blocks(query)
+    capacity = min(capacity, pieces(keys, blocks.keys))
+    groups = batch * heads * pieces(queries, GROUP_ROWS)
+    length = queries
+    listed: tuple[Any, ...] = (None, None, 0, 0, 0, 1, 1, queries, 0, 1)
+    if lists is not None:
+        number, tiles, width = lists.index.shape[1:]
+        blocks = blocks._replace(rows=min(blocks.rows, lists.rows), keys=min(blocks.keys, lists.size))
+        start = start._replace(rows=min(start.rows, lists.rows))
+        capacity = min(capacity, width * lists.size // blocks.keys)
+        length = tiles * lists.rows  # the tiles of queries are whole
+        groups = batch * heads * length // GROUP_ROWS
+        strides = lists.index.stride()[:3]
+        listed = (lists.index, lists.counts, *strides, number, tiles, lists.rows, lists.lead, lists.size)
     bound = torch.empty((batch, heads, queries), dtype=torch.float32, device=device)
     sums = torch.empty((4, batch, heads, queries), dtype=torch.float32, device=device) if every else None
     turn = torch.empty(1, dtype=torch.int32, device=device)
     fixed = constants(query, key, kind, causal)
     strides = (*query.stride()[:3], *key.stride()[:3])
-    grid = (pieces(queries, start.rows) * batch * heads,)
+    grid = (pieces(length, start.rows) * batch * heads,)
     _start[grid](
-        query, key, scale, exponent, first, valid, bound, sums, turn, queries, keys, heads, *strides, **fixed,
+        query, key, scale, exponent, first, valid, bound, sums, turn, *listed, queries, keys, heads, *strides, **fixed,
         M=start.rows, NEAR=start.keys, FIRST=near, STEPS=STEPS, HIGHER=HIGHER, num_warps=start.warps,
         num_stages=start.stages,
     )  # fmt: skip
-    groups = batch * heads * pieces(queries, GROUP_ROWS)
-    capacity = min(capacity, pieces(keys, blocks.keys))
     words = torch.empty((groups, capacity, 4), dtype=torch.int32, device=device)
     numbers = torch.empty((groups, capacity), dtype=torch.int32, device=device)
     counts = torch.empty(groups, dtype=torch.int32, device=device)
     packed = None if valid is None else packed_bits(valid, blocks.keys)
     width = 0 if packed is None else packed.shape[1]
-    grid = (pieces(queries, blocks.rows) * batch * heads,)
+    grid = (pieces(length, blocks.rows) * batch * heads,)
     _sweep[grid](
-        query, key, scale, exponent, first, packed, bound, sums, words, numbers, counts, queries, keys, heads, capacity,
-        width, *strides, **fixed, M=blocks.rows, N=blocks.keys, R=GROUP_ROWS, START=start.rows, NEAR=start.keys,
-        FIRST=near, HIGHER=HIGHER, EVERY=every, num_warps=blocks.warps, num_stages=blocks.stages,
+        query, key, scale, exponent, first, packed, bound, sums, words, numbers, counts, *listed, queries, keys, heads,
+        capacity, width, *strides, **fixed, M=blocks.rows, N=blocks.keys, R=GROUP_ROWS, START=start.rows,
+        NEAR=start.keys, FIRST=near, HIGHER=HIGHER, EVERY=every, num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
     return Candidates(bound, words, numbers, counts, blocks.keys, turn)
 
@@ -161,6 +174,16 @@ def _start(
     Bound,
     Sums,
     Turn,
+    Index,
+    Listed,
+    i_batch,
+    i_list,
+    i_tile,
+    lists,
+    query_tiles,
+    rows,
+    lead,
+    size,
     queries,
     keys,
     heads,
@@ -187,13 +210,15 @@ def _start(
     It is `inf` where there is no query, and `-inf` for a query that sees none of these keys."""
     if tl.program_id(0) == 0:
         tl.store(Turn, 0)
-    tiles = tl.cdiv(queries, M)
+    tiles = tl.cdiv(queries, M) if Index is None else query_tiles * (rows // M)
     row = (tl.program_id(0) // tiles).to(tl.int64)  # of [B, Hq]
     batch, head = row // heads, row % heads
-    index = tl.program_id(0) % tiles * M + tl.arange(0, M)
+    begin = tl.program_id(0) % tiles * M - lead
+    index = begin + tl.arange(0, M)
     origin = origin_of(First, batch, queries, keys)
     position = origin + index
-    exists = (index < queries) & (position < keys) & (position >= 0)
+    inside = (index >= 0) & (index < queries)
+    exists = inside & (position < keys) & (position >= 0)
     if Valid is not None:
         exists &= tl.load(Valid + batch * keys + position, mask=exists, other=0) != 0
     scale, exponent = tl.load(Scale + head), exponent_of(Exponent, head, KIND)
@@ -201,14 +226,22 @@ def _start(
     q = load_rows(Q + batch * q_batch + head * q_head, index.to(tl.int64) * q_row, exists, dim, D)
     K += batch * k_batch + head // GROUP * k_head
 
-    lowest = origin + tl.program_id(0) % tiles * M  # position of the first row
+    lowest = origin + begin  # position of the first row
     begin = lowest + M - NEAR if CAUSAL else lowest + M // 2 - NEAR // 2
     begin = tl.maximum(tl.minimum(begin, keys - NEAR), 0)
     early, near = tl.arange(0, FIRST), begin + tl.arange(0, NEAR)
-    z_early = _seen(q, K, early, early < keys, Valid, batch, keys, position, exists, scale, dim, k_row, D, CAUSAL,
+    see_early, see_near = early < keys, (near < keys) & (near >= FIRST)
+    if Index is not None:
+        tile = tl.program_id(0) % tiles * M // rows
+        job = (batch * lists + head // (heads // lists)) * query_tiles + tile
+        Index += batch * i_batch + head // (heads // lists) * i_list + tile * i_tile
+        count = tl.load(Listed + job)
+        see_early &= _is_listed(Index, count, early // size, (FIRST + size - 1) // size)
+        see_near &= _is_listed(Index, count, near // size, (NEAR + size - 2) // size + 1)
+    z_early = _seen(q, K, early, see_early, Valid, batch, keys, position, exists, scale, dim, k_row, D, CAUSAL,
                     PRECISION)  # fmt: skip
-    z_near = _seen(q, K, near, (near < keys) & (near >= FIRST), Valid, batch, keys, position, exists, scale, dim,
-                   k_row, D, CAUSAL, PRECISION)  # fmt: skip
+    z_near = _seen(q, K, near, see_near, Valid, batch, keys, position, exists, scale, dim, k_row, D, CAUSAL,
+                   PRECISION)  # fmt: skip
 
     peak = tl.maximum(tl.max(z_early, 1), tl.max(z_near, 1))
     some = peak > float("-inf")
@@ -227,10 +260,24 @@ def _start(
             mass, gradient = tl.sum(weight, 1), tl.sum(slope, 1)
             weight, slope = powers(tl.maximum(z_near - origins, 0.0), exponent, KIND)
             place = Sums + 2 * above * total + row * queries + index
-            tl.store(place, mass + tl.sum(weight, 1), mask=index < queries)
-            tl.store(place + total, gradient + tl.sum(slope, 1), mask=index < queries)
+            tl.store(place, mass + tl.sum(weight, 1), mask=inside)
+            tl.store(place + total, gradient + tl.sum(slope, 1), mask=inside)
     tau = tl.where(exists, tl.where(some, tau, float("-inf")), float("inf"))
-    tl.store(Bound + row * queries + index, tau, mask=index < queries)
+    tl.store(Bound + row * queries + index, tau, mask=inside)
+
+
+@triton.jit
+def _is_listed(Index, count, tile, most):
+    """Tell which of some tiles, of which at most so many consecutive ones differ, an ascending list names."""
+    lowest = tl.min(tile, 0)
+    lane = tl.arange(0, 128)
+    listed = tile < 0
+    for begin in range(0, count, 128):
+        named = tl.load(Index + begin + lane, mask=begin + lane < count, other=-1).to(tl.int32)
+        for number in range(most):
+            one = tl.max((named == lowest + number).to(tl.int32), 0) > 0
+            listed |= (tile == lowest + number) & one
+    return listed
 
 
 @triton.jit
@@ -261,6 +308,16 @@ def _sweep(
     Words,
     Numbers,
     Counts,
+    Index,
+    Listed,
+    i_batch,
+    i_list,
+    i_tile,
+    lists,
+    query_tiles,
+    rows,
+    lead,
+    size,
     queries,
     keys,
     heads,
@@ -288,12 +345,13 @@ def _sweep(
     EVERY: tl.constexpr,
 ):
     """Write words, numbers and counts of the groups of M rows. Programs with the most keys begin first."""
-    pairs = tl.num_programs(0) // tl.cdiv(queries, M)  # B * Hq
-    tile = tl.cdiv(queries, M) - 1 - tl.program_id(0) // pairs
+    parts = tl.cdiv(queries, M) if Index is None else query_tiles * (rows // M)
+    pairs = tl.num_programs(0) // parts  # B * Hq
+    tile = parts - 1 - tl.program_id(0) // pairs
     row = (tl.program_id(0) % pairs).to(tl.int64)
     batch, head = row // heads, row % heads
-    index = tile * M + tl.arange(0, M)
-    inside = index < queries
+    index = tile * M - lead + tl.arange(0, M)
+    inside = (index >= 0) & (index < queries)
     position = origin_of(First, batch, queries, keys) + index
     scale = tl.load(Scale + head)
     dim = tl.arange(0, PADDED)
@@ -310,16 +368,26 @@ def _sweep(
     bit = tl.full([N], 1, tl.int32) << (lane // 8 * 2 + lane % 2)
     word_of = tl.arange(0, 4)
     group = tile * (M // R) + tl.arange(0, M // R)
-    last_group = tl.cdiv(queries, R)
-    there = group < last_group
-    out = (row * last_group + group) * capacity
+    if Index is None:
+        last_group = tl.cdiv(queries, R)
+        there = group < last_group
+        group += row * last_group
+        steps = 0
+    else:
+        share = heads // lists
+        job = (batch * lists + head // share) * query_tiles + tile * M // rows
+        there = group >= 0
+        group = (job * share + head % share) * (rows // R) + group % (rows // R)
+        Index += batch * i_batch + head // share * i_list + tile * M // rows * i_tile
+        steps = tl.load(Listed + job) * (size // N)
+    out = group.to(tl.int64) * capacity
     count = tl.zeros([M // R], tl.int32)
     # All rows see the keys before `full`, which need no mask.
     first, last = tl.min(tl.where(exists, position, keys), 0), tl.max(tl.where(exists, position, -1), 0)
     end = tl.minimum(last + 1, keys) if CAUSAL else tl.where(last >= 0, keys, 0)
     full = tl.minimum(first + 1, end) // N * N if CAUSAL else end // N * N
     # Keys over which the first bound was taken are counted already: those before `FIRST` and near the rows.
-    lowest = origin_of(First, batch, queries, keys) + tile * M
+    lowest = origin_of(First, batch, queries, keys) + tile * M - lead
     near_begin = tl.minimum(lowest + START - NEAR if CAUSAL else lowest + START // 2 - NEAR // 2, keys - NEAR)
     near_end = lowest + M + NEAR
     if Sums is not None:
@@ -328,7 +396,16 @@ def _sweep(
         start, higher = bound[:, None], bound[:, None] + HIGHER
         low_mass, low_slope = tl.zeros([M, 4], tl.float32), tl.zeros([M, 4], tl.float32)
         high_mass, high_slope = tl.zeros([M, 4], tl.float32), tl.zeros([M, 4], tl.float32)
-    for begin in range(0, full, N):
+    whole_steps = full // N
+    if Index is None:
+        steps = tl.cdiv(end, N)
+    else:
+        whole_steps = steps
+        if steps > 0:
+            while (whole_steps > 0) & (_begin_of(Index, tl.maximum(whole_steps - 1, 0), size, N) + N > full):
+                whole_steps -= 1
+    for step in range(0, whole_steps):
+        begin = _begin_of(Index, step, size, N)
         k = tl.load(K + (begin + lane).to(tl.int64)[:, None] * k_row + dim[None, :], mask=(dim < D)[None, :], other=0.0)
         product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         passes = tl.where(product > limit[:, None], bit[None, :], 0)
@@ -349,13 +426,14 @@ def _sweep(
             weight, slope = powers(tl.maximum(largest - higher, 0.0), exponent, KIND)
             high_mass += weight
             high_slope += slope
-            if begin // N % EVERY == EVERY - 1:
+            if step % EVERY == EVERY - 1:
                 bound = _risen(bound, start, low_mass, low_slope, place, total, inside, exponent, KIND)
                 bound = _risen(bound, higher, high_mass, high_slope, place + 2 * total, total, inside, exponent, KIND)
                 limit = bound / scale
     if Sums is not None:
         tl.store(Bound + row * queries + index, bound, mask=inside)
-    for begin in tl.range(full, end, N, num_stages=1):
+    for step in tl.range(whole_steps, steps, num_stages=1):
+        begin = _begin_of(Index, step, size, N)
         key = begin + lane
         k = load_rows(K, key.to(tl.int64) * k_row, key < keys, dim, D)
         product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -366,7 +444,21 @@ def _sweep(
         count = _keep(
             passes, begin, Packed, batch, width, Words, Numbers, out, count, capacity, there, word_of, M, N, R
         )  # fmt: skip
-    tl.store(Counts + row * last_group + group, count, mask=there)
+    tl.store(Counts + group, count, mask=there)
+
+
+@triton.jit
+def _begin_of(Index, step, size, N: tl.constexpr):
+    """Return the first key of a block of N keys, counted in all keys or in listed tiles."""
+    begin = step * N
+    if Index is not None:
+        begin = tl.load(Index + begin // size).to(tl.int32) * size + begin % size
+    return begin
+
+
+def takes_lists(lists: Lists) -> bool:
+    """Tell whether the sweep runs over such tiles: of a group of queries and 16 keys at least."""
+    return all(size >= GROUP_ROWS and size & (size - 1) == 0 for size in (lists.rows, lists.size))
 
 
 @triton.jit

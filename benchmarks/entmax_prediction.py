@@ -1,0 +1,222 @@
+"""How fast entmax attention over predicted tiles is, prediction included, and how much attention the tiles hold.
+
+    python benchmarks/entmax_prediction.py --output entmax_prediction.json [--inputs queries_and_keys.safetensors]
+
+    predicted           `pooled_tiles`, and `entmax_attention` over its tiles
+    entmax exact        `entmax_attention` over all keys
+    sdpa flash, cudnn   torch's dense causal attention
+
+Queries and keys are those of `entmax_kernels.py`, which says how they are drawn, and those of a file: tensors
+`NAME.query` `[1, Hq, T, D]`, `NAME.key` `[1, Hkv, T, D]` and `NAME.scaling` `[Hq]`, as the layers of a model had them;
+values are drawn. Beside the time stand the share of the allowed pairs of tiles that is listed, and the mass that full
+entmax gives to listed keys, over some queries of all parts of the text.
+
+First, the lists of the kernels are compared with those of plain PyTorch, and outputs and gradients over them with
+float64, at an odd length; without agreement nothing is measured. The JSON is written after every row.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from entmax_kernels import ALLOWED, CHECKED, contender, make_inputs, sampled_weights
+from safetensors.torch import load_file
+from torch import Tensor
+from triton.testing import do_bench, do_bench_cudagraph
+
+from hf_sparse.atomic_files import write_json
+from hf_sparse.environment import describe
+from hf_sparse.ops.entmax import entmax_attention, pooled_tiles
+from hf_sparse.ops.tiles import Tiles
+
+CONTENDERS = ("predicted", "entmax exact", "sdpa flash", "sdpa cudnn")
+SAMPLED = 256  # queries over which the recall is measured
+DIFFERENT = 0.01  # of the listed pairs of tiles may differ from those of float64: scores that are almost equal
+
+
+def predict(options: argparse.Namespace, count: int, query: Tensor, key: Tensor, scaling: Tensor) -> Tiles:
+    return pooled_tiles(
+        query,
+        key,
+        size=options.tile,
+        rows=options.query_tile,
+        count=count,
+        pool=options.pool,
+        alpha=1.5,
+        scaling=scaling,
+        causal=True,
+        window=options.window,
+    )
+
+
+def attend(options: argparse.Namespace, count: int, inputs: list[Tensor], scaling: Tensor) -> Tensor:
+    """Predict tiles, and attend over them."""
+    query, key, value = inputs
+    tiles = predict(options, count, query.detach(), key.detach(), scaling)
+    return entmax_attention(query, key, value, alpha=1.5, scaling=scaling, causal=True, tiles=tiles)
+
+
+def statistics_of(
+    options: argparse.Namespace, count: int, query: Tensor, key: Tensor, scaling: Tensor
+) -> dict[str, Any]:
+    """Return what the predicted tiles hold: their share of the allowed pairs, and the mass, also per head."""
+    tiles, length = predict(options, count, query, key, scaling), key.shape[2]
+    allowed = torch.arange(tiles.index.shape[2], device=query.device) * tiles.rows // tiles.size + 1
+    share = (tiles.index >= 0).sum((0, 2, 3)) / allowed.sum()
+    total = -(-length // tiles.size)
+    mass: list[Tensor] = []
+    support: list[Tensor] = []
+    for position in torch.linspace(0, length - 1, SAMPLED, device=query.device).long().split(32):
+        weights = sampled_weights(query.float(), key.float(), scaling, position)[0]
+        support.append((weights > 0).sum(-1).float())
+        padded = torch.nn.functional.pad(weights, (0, total * tiles.size - length))
+        listed = tiles.mask(total)[0][:, position // tiles.rows]
+        mass.append((padded.unflatten(-1, (total, tiles.size)).sum(-1) * listed).sum(-1))
+    per_head = torch.cat(mass, 1).mean(1)
+    return {
+        "listed": round(float(share.mean()), 4),
+        "recall": round(float(per_head.mean()), 4),
+        "recall_per_head": [round(float(number), 4) for number in per_head],
+        "keys_per_query": round(float(torch.cat(support, 1).mean()), 1),
+    }
+
+
+def check(options: argparse.Namespace) -> dict[str, float]:
+    """Return the share of different pairs, and relative errors; exit where rounding does not explain one."""
+    dtype = getattr(torch, options.dtype)
+    inputs, scaling = make_inputs(options, CHECKED, dtype)
+    query, key = inputs[:2]
+    count = min(options.tiles_per_query)
+    tiles = predict(options, count, query, key, scaling)
+    precise = predict(options, count, query.double(), key.double(), scaling.double())
+    total = -(-CHECKED // options.tile)
+    one, other = tiles.mask(total), precise.mask(total)
+    errors = {"lists": float((one != other).sum() / other.sum())}
+
+    def outcome(dtype: torch.dtype) -> list[Tensor]:
+        leaves = [tensor.to(dtype).requires_grad_() for tensor in inputs]
+        wide = scaling.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
+        output = entmax_attention(*leaves, alpha=1.5, scaling=wide, causal=True, tiles=tiles)
+        weights = torch.linspace(-1, 1, output[0, 0].numel(), device=output.device).sin().view(output.shape[2:])
+        found = (output, *torch.autograd.grad((output.double() * weights.double()).sum(), [*leaves, wide]))
+        return [tensor.detach().double() for tensor in found]
+
+    names = ("output", "d_query", "d_key", "d_value", "d_scaling")
+    for name, ours, exact in zip(names, outcome(dtype), outcome(torch.float64), strict=True):
+        errors[name] = float((ours - exact).norm() / exact.norm())
+    if errors["lists"] > DIFFERENT or not all(errors[name] <= ALLOWED[dtype] for name in names):
+        sys.exit(f"nothing measured: errors {errors}")
+    return errors
+
+
+def measure(
+    options: argparse.Namespace, name: str, count: int | None, inputs: list[Tensor], scaling: Tensor
+) -> list[dict[str, Any]]:
+    """Return rows of a contender: forward, and forward with backward; where tiles are predicted, prediction alone."""
+    rows: list[dict[str, Any]] = []
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    run: Callable[[], Tensor]
+    run = contender(name, leaves, scaling) if count is None else partial(attend, options, count, leaves, scaling)
+
+    def forward() -> Tensor:
+        with torch.no_grad():
+            return run()
+
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(run(), leaves, upstream)
+
+    functions: list[tuple[str, Callable[[], Any]]] = [("forward", forward), ("forward_backward", both)]
+    if count is not None:
+        query, key, _ = (leaf.detach() for leaf in leaves)
+        functions.append(("prediction", partial(predict, options, count, query, key, scaling)))
+    try:
+        upstream = torch.randn_like(forward())
+        for label, function in functions:
+            function()
+            median = do_bench(function, warmup=10, rep=options.repeat_ms, return_mode="median")
+            captured = do_bench_cudagraph(function, rep=options.repeat_ms)
+            rows.append({"contender": name, "tiles_per_query": count, "pass": label})
+            rows[-1] |= {"median_ms": median, "captured_ms": captured}
+    except (RuntimeError, NotImplementedError) as error:  # a kernel of torch that does not take the shape, or no memory
+        rows.append({"contender": name, "tiles_per_query": count, "error": str(error).splitlines()[0]})
+    return rows
+
+
+def texts(options: argparse.Namespace) -> dict[str, Callable[[], tuple[list[Tensor], Tensor]]]:
+    """Return what makes the inputs of each text, by its name: those of the file, and the drawn ones."""
+    dtype = getattr(torch, options.dtype)
+    made: dict[str, Callable[[], tuple[list[Tensor], Tensor]]] = {}
+
+    def read(tensors: dict[str, Tensor], name: str) -> tuple[list[Tensor], Tensor]:
+        query, key, scaling = (tensors[f"{name}.{part}"].to(options.device) for part in ("query", "key", "scaling"))
+        value = torch.randn(key.shape, device=key.device, generator=torch.Generator(key.device).manual_seed(0))
+        return [query.to(dtype), key.to(dtype), value.to(dtype)], scaling.float()
+
+    for path in options.inputs:
+        tensors = load_file(path)
+        for name in sorted({name.rsplit(".", 1)[0] for name in tensors}):
+            made[name] = partial(read, tensors, name)
+    for length in sorted(options.lengths):
+        made[f"drawn {length}"] = partial(make_inputs, options, length, dtype)
+    return made
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--lengths", type=int, nargs="*", default=[4096, 8192, 16384, 32768, 65536])
+    parser.add_argument("--inputs", type=Path, nargs="*", default=[], help="safetensors with queries and keys")
+    parser.add_argument("--tile", type=int, default=64, help="keys per tile")
+    parser.add_argument("--query-tile", type=int, help="queries per tile; --tile by default")
+    parser.add_argument("--tiles-per-query", type=int, nargs="+", default=[16, 32, 64])
+    parser.add_argument("--pool", type=int, default=8, help="queries whose mean stands for them")
+    parser.add_argument("--window", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--query-heads", type=int, default=9, help="of the drawn queries")
+    parser.add_argument("--kv-heads", type=int, default=3)
+    parser.add_argument("--dim", type=int, default=64)
+    parser.add_argument("--device", default="cuda", choices=["cuda"])
+    parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
+    parser.add_argument("--only", nargs="+", choices=CONTENDERS, help="contenders to measure")
+    parser.add_argument("--repeat-ms", type=int, default=100, help="how long each is repeated")
+    parser.add_argument("--commit", help="to write into the JSON, where there is no repository to ask")
+    parser.add_argument("--output", type=Path, help="the JSON to write")
+    options = parser.parse_args()
+    options.query_tile = options.query_tile or options.tile
+
+    names = ("tile", "query_tile", "tiles_per_query", "pool", "window", "batch", "query_heads", "kv_heads", "dim")
+    settings = {name: getattr(options, name) for name in (*names, "dtype", "repeat_ms")} | {"alpha": 1.5}
+    result: dict[str, Any] = {"format": 1, "benchmark": "entmax_prediction", "settings": settings}
+    result |= {"commit": options.commit, **describe()}
+    result["versions"] |= {"cuda": torch.version.cuda, "triton": version("triton")}
+    result["errors_against_float64"] = check(options)
+    print("errors:", {name: f"{error:.1e}" for name, error in result["errors_against_float64"].items()}, flush=True)
+    result |= {"texts": {}, "rows": []}
+    for text, make in texts(options).items():
+        inputs, scaling = make()
+        (heads, length, dim), kv_heads = inputs[0].shape[1:], inputs[1].shape[1]
+        shape = {"length": length, "query_heads": heads, "kv_heads": kv_heads, "dim": dim}
+        predicted = {
+            str(count): statistics_of(options, count, inputs[0], inputs[1], scaling)
+            for count in options.tiles_per_query
+        }
+        result["texts"][text] = shape | {"predicted": predicted}
+        print(text, shape, flush=True)
+        for listed, held in predicted.items():
+            print(f"  {listed:>4} tiles: {held}", flush=True)
+        for name in options.only or CONTENDERS:
+            for count in options.tiles_per_query if name == "predicted" else [None]:
+                for row in measure(options, name, count, inputs, scaling):
+                    result["rows"].append({"text": text, **row})
+                    told = row.get("error") or f"{row['pass']:16} {row['median_ms']:9.3f}, {row['captured_ms']:9.3f} ms"
+                    print(f"{text:24}  {name:13} {count or '':4}  {told}", flush=True)
+            if options.output:
+                write_json(options.output, result)
+
+
+if __name__ == "__main__":
+    main()

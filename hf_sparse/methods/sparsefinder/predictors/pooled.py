@@ -1,0 +1,41 @@
+"""Predict tiles from mean queries, and attend to all keys where that is as cheap."""
+
+from typing import TYPE_CHECKING
+
+from hf_sparse.methods.sparsefinder.predictors.base import AttentionInputs, Codes, Predictor
+from hf_sparse.ops.entmax import pooled_tiles
+from hf_sparse.ops.tiles import Tiles
+
+if TYPE_CHECKING:
+    from hf_sparse.methods.sparsefinder.parameters import SparsefinderParameters
+
+
+class Pooled(Predictor):
+    """List the tiles that mean queries attend to most; nothing is learned. See `hf_sparse.ops.entmax.pooled`.
+
+    Fewer queries than a tile has, as in decoding, attend to all keys, and so do short texts: `exact_up_to`. So a text
+    has another graph when it comes token by token, a better one.
+    """
+
+    def graph(self, learned: "SparsefinderParameters", text: AttentionInputs, codes: Codes | None) -> Tiles | None:
+        config = self.config
+        assert config.tile is not None and config.rows is not None
+        queries, keys = text.query.shape[2], text.key.shape[2]
+        if queries < config.rows or keys <= config.exact_up_to:
+            return None
+        return pooled_tiles(
+            text.query,
+            text.key,
+            size=config.tile,
+            rows=config.rows,
+            count=config.causal_tiles,
+            pool=config.pool,
+            alpha=text.alpha,
+            scaling=text.scaling,
+            causal=text.causal,
+            valid=text.valid,
+            first_query=text.first_query,
+            window=config.window,
+            global_tokens=config.global_tokens,
+            grouped=config.per_group,
+        )

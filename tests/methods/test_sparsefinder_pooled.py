@@ -1,0 +1,86 @@
+"""Sparsefinder with tiles by mean queries: which are listed, and where all keys are attended."""
+
+import pytest
+import torch
+
+from hf_sparse.core.layer import AttentionShape
+from hf_sparse.methods.sparsefinder import SparsefinderConfig
+from hf_sparse.methods.sparsefinder.attention import SparsefinderAttention
+from hf_sparse.ops.entmax import entmax_attention
+from hf_sparse.ops.tiles.tiles import tile_counts
+
+HEADS, KV_HEADS, DIM, LENGTH, SCALING = 4, 2, 8, 75, 0.5
+SIZES = {"predictor": "pooled", "tile": 16, "tiles_per_query": 4, "window": 4, "pool": 4, "exact_up_to": 20}
+
+
+def build(causal=True, **changes):
+    module = SparsefinderAttention.for_shape(AttentionShape(32, HEADS, KV_HEADS, DIM, layer=0, causal=causal))
+    module.add_adapter("default", SparsefinderConfig(**{**SIZES, **changes}))
+    return module.eval()
+
+
+def tensors(batch=2, length=LENGTH):
+    torch.manual_seed(0)
+    query = 3 * torch.randn(batch, HEADS, length, DIM) + 3 * torch.randn(batch, HEADS, 1, DIM)
+    key, value = torch.randn(2, batch, KV_HEADS, length, DIM)
+    return query, key, value
+
+
+def attend(module, query, key, value, valid=None):
+    return module.attend(query, key, value, hidden_states=None, valid=valid, cache=None, scaling=SCALING)
+
+
+def full(module, query, key, value):
+    scaling = SCALING * module.parameters_in_use.scale
+    return entmax_attention(query, key, value, alpha=1.5, scaling=scaling, causal=module.causal)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("changes", [{}, {"per_group": True}, {"query_tile": 4}, {"window": 0}], ids=str)
+def test_lists_have_window_first_and_best_tiles(causal, changes):
+    module, seen = build(causal, **changes), []
+    module.observer = lambda text, graph, certificate: seen.append(graph)
+    query, key, value = tensors()
+    output = attend(module, query, key, value)
+    (graph,) = seen
+    config = module.config
+    assert graph.index.shape[1] == (KV_HEADS if config.per_group else HEADS)
+    _, total = tile_counts(LENGTH, LENGTH, config.tile, config.rows)
+    mask = graph.mask(total)
+    own = torch.arange(mask.shape[2]) * config.rows // config.tile
+    assert bool(mask[:, :, torch.arange(len(own)), own].all()) and bool(mask[..., 0].all())
+    room = own + 1 if causal else torch.full_like(own, total)
+    assert torch.equal(graph.counts, room.clamp(max=config.tiles_per_query).expand_as(graph.counts))
+    edges = graph.edges(LENGTH, LENGTH, causal=causal).repeat_interleave(HEADS // graph.index.shape[1], 1)
+    scaling = SCALING * module.parameters_in_use.scale
+    expected = entmax_attention(query, key, value, alpha=1.5, scaling=scaling, causal=causal, edges=edges)
+    torch.testing.assert_close(output, expected, rtol=0, atol=1e-5)
+
+
+def test_a_tile_that_all_queries_seek_is_listed():
+    query, key, value = tensors(batch=1)
+    key[:, :, 20] = 4 * query[:, ::2].mean(2)  # tile 1, far from the last queries
+    module, seen = build(per_group=False), []
+    module.observer = lambda text, graph, certificate: seen.append(graph)
+    attend(module, query, key, value)
+    assert bool(seen[0].mask(5)[0, ::2, 4, 1].all())
+
+
+def test_short_texts_and_single_queries_see_all_keys():
+    module, inputs = build(), tensors(length=20)
+    torch.testing.assert_close(attend(module, *inputs), full(module, *inputs))
+    query, key, value = tensors()
+    one = query[:, :, -1:], key, value
+    torch.testing.assert_close(attend(module, *one), full(module, *one))
+    assert not torch.allclose(attend(module, query, key, value), full(module, query, key, value), atol=1e-3)
+
+
+def test_padding_moves_no_tile():
+    """A text in a padded batch has the lists that it has alone."""
+    module, inputs = build(tiles_per_query=3, window=1), tensors()
+    valid = torch.ones(2, LENGTH, dtype=torch.bool)
+    valid[1, :13] = False
+    together = attend(module, *inputs, valid=valid)
+    for row, real in enumerate(valid):
+        alone = attend(module, *(tensor[row, None][:, :, real] for tensor in inputs))
+        torch.testing.assert_close(together[row, None][:, :, real], alone, rtol=0, atol=1e-5)
