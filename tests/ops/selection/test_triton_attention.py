@@ -13,8 +13,8 @@ from hf_sparse.ops.selection.problem import Problem
 from hf_sparse.ops.selection.reference import dense_sparsek_attention
 from hf_sparse.ops.selection.triton import attention as kernels
 from hf_sparse.ops.selection.triton import attention_backward, attention_forward
-from hf_sparse.ops.selection.triton.attention_forward import ProgramSizes
 from hf_sparse.ops.selection.triton.lists import Tables, by_lifetime
+from hf_sparse.ops.selection.triton.program_sizes import ProgramSizes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = ProgramSizes(16, 16, 4, 1)  # several programs and blocks of keys even at the lengths of these tests
