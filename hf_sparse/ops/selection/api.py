@@ -19,6 +19,7 @@ Lou et al. 2024 (arXiv 2406.16747) for the causal case. The bidirectional one, a
 `gates`), are ours.
 """
 
+from contextlib import nullcontext
 from typing import Literal, get_args
 
 import torch
@@ -105,7 +106,7 @@ def sparsek_attention(
         key, value, scores = (_zero_padding(tensor, start) for tensor in (key, value, scores))
         query = _zero_padding(query, start - (key.shape[2] - query.shape[2]))
     problem = Problem(query, key, value, scores, k, window, sinks, scaling, soft, support if soft else k, start, causal)
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
         if implementation == "auto" and keys <= k + window + sinks and not (soft and scores.requires_grad):
             return _all_keys(problem)
         if implementation == "dense":
@@ -160,10 +161,10 @@ def _all_keys(problem: Problem) -> Tensor:
     """Attend to all keys, by the kernel that the base model itself would use."""
     query, key, start, causal = problem.query, problem.key, problem.start, problem.causal
     queries, keys = query.shape[2], key.shape[2]
-    index = torch.arange(keys, device=query.device)
     mask = None
-    if causal and (start is not None or 1 < queries < keys):
-        mask = index <= index[keys - queries :, None]
+    if start is not None or (causal and 1 < queries < keys):
+        index = torch.arange(keys, device=query.device)
+        mask = index <= index[keys - queries :, None] if causal else None
     if start is not None:
         # A padded query sees itself, or the last key: its output is never used, but it must not be NaN.
         exists = index >= start.clamp(max=keys - 1)[:, None, None, None]

@@ -22,6 +22,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from hf_sparse.ops.triton.launch import launch
+from hf_sparse.ops.triton.replay import empty, replayed
+
 _EPS = 1e-5  # epsilon of the layer norm
 _ROWS, _HEADS, _COLUMNS = 4, 8, 64  # sizes of a program of the forward
 _WARPS, _STAGES = 4, 3
@@ -32,6 +35,31 @@ _PROGRAMS = 2048  # about fifteen for each multiprocessor of a large GPU
 def linear_scores(states: Tensor, weight: Tensor) -> Tensor:
     """Score `[B, T, C]` float32, bfloat16 or float16 states by weights `[Hkv, C]`: `[B, Hkv, T]` float64."""
     return _LinearScores.apply(states, weight)
+
+
+def token_scores(
+    states: Tensor, weight: Tensor, slope: Tensor | None, index: Tensor, *, position_slope: float, slope_tokens: int
+) -> Tensor:
+    """Score as `ops.selection.linear_scores.token_scores`, in one launch."""
+    inputs = (states.contiguous(), weight.contiguous(), slope, index)
+    (scores,) = replayed(_token_scores, inputs, position_slope, slope_tokens)
+    assert scores is not None
+    return scores
+
+
+def _token_scores(
+    states: Tensor, weight: Tensor, slope: Tensor | None, index: Tensor, position_slope: float, slope_tokens: int
+) -> tuple[Tensor | None, ...]:
+    batch, length, columns = states.shape
+    heads, rows = weight.shape[0], batch * length
+    scores = empty((batch, heads, length), torch.float32, states.device)
+    if rows:
+        launch(_forward, (triton.cdiv(rows, _ROWS), triton.cdiv(heads, _HEADS)))(
+            states, weight, scores, None, None, None, slope, index, index.stride(0), rows, length, heads, columns,
+            EPS=_EPS, ROWS=_ROWS, HEADS=min(_HEADS, triton.next_power_of_2(heads)), COLUMNS=_COLUMNS, STAGES=_STAGES,
+            SLOPE=position_slope, SLOPE_TOKENS=slope_tokens, num_warps=_WARPS,
+        )  # fmt: skip
+    return (scores,)
 
 
 class _LinearScores(torch.autograd.Function):
@@ -45,9 +73,9 @@ class _LinearScores(torch.autograd.Function):
         means, scales = torch.empty(rows, **wide), torch.empty(rows, **wide)
         if rows:
             _forward[(triton.cdiv(rows, _ROWS), triton.cdiv(heads, _HEADS))](
-                flat, weight, scores, sums, means, scales, rows, length, heads, columns,
+                flat, weight, scores, sums, means, scales, None, None, 0, rows, length, heads, columns,
                 EPS=_EPS, ROWS=_ROWS, HEADS=min(_HEADS, triton.next_power_of_2(heads)), COLUMNS=_COLUMNS,
-                STAGES=_STAGES, num_warps=_WARPS,
+                STAGES=_STAGES, SLOPE=0.0, SLOPE_TOKENS=1, num_warps=_WARPS,
             )  # fmt: skip
         ctx.save_for_backward(states, weight, scores, sums, means, scales)
         return scores
@@ -76,7 +104,7 @@ class _LinearScores(torch.autograd.Function):
         return d_states if of_states else None, d_weight.sum(0).to(weight.dtype) if of_weight else None
 
 
-@triton.jit(do_not_specialize=["rows", "length"])
+@triton.jit(do_not_specialize=["index_row", "rows", "length"])
 def _forward(
     states,
     weight,
@@ -84,6 +112,9 @@ def _forward(
     sums,
     means,
     scales,
+    Slope,
+    Index,
+    index_row,
     rows,
     length,
     heads,
@@ -93,7 +124,10 @@ def _forward(
     HEADS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
+    SLOPE: tl.constexpr,
+    SLOPE_TOKENS: tl.constexpr,
 ):
+    """Score ROWS rows by HEADS heads; `Index` adds slopes, and `sums`, `means` and `scales` are for a backward."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     inside, there = row < rows, head < heads
@@ -114,13 +148,20 @@ def _forward(
     scale = 1 / tl.sqrt(variance + EPS)
     summed = tl.sum(weights, 1)
     score = scale[:, None] * (tl.sum(product, 2) - mean[:, None] * summed[None, :])
+    if Index is not None:
+        place = tl.load(Index + row // length * index_row + row % length, mask=inside, other=0).to(tl.float64)
+        slope = tl.zeros([HEADS], tl.float64) + SLOPE
+        if Slope is not None:
+            slope += tl.load(Slope + head, mask=there, other=0.0).to(tl.float64) / SLOPE_TOKENS
+        score += place[:, None] * slope[None, :]
     at = (row[:, None] // length * heads + head[None, :]) * length + row[:, None] % length
-    tl.store(scores + at, score, mask=inside[:, None] & there[None, :])
-    if tl.program_id(0) == 0:
-        tl.store(sums + head, summed, mask=there)
-    if tl.program_id(1) == 0:
-        tl.store(means + row, mean, mask=inside)
-        tl.store(scales + row, scale, mask=inside)
+    tl.store(scores + at, score.to(scores.dtype.element_ty), mask=inside[:, None] & there[None, :])
+    if sums is not None:
+        if tl.program_id(0) == 0:
+            tl.store(sums + head, summed, mask=there)
+        if tl.program_id(1) == 0:
+            tl.store(means + row, mean, mask=inside)
+            tl.store(scales + row, scale, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "length", "share"])
