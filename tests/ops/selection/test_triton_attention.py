@@ -25,7 +25,7 @@ def size(on_a_gpu: int, interpreted: int) -> int:
     return on_a_gpu if DEVICE == "cuda" else interpreted
 
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter", "nothing_noted")
 
 
 @pytest.fixture
@@ -210,6 +210,8 @@ def test_no_kernel_for_what_nobody_wants(wanted, monkeypatch):
         kernel = getattr(attention_backward, name)
 
         class Spy:
+            arg_names = kernel.arg_names
+
             def __getitem__(self, grid, kernel=kernel, name=name):
                 launched.append(name)
                 return kernel[grid]

@@ -65,43 +65,64 @@ def _token_scores(
 class _LinearScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, states: Tensor, weight: Tensor) -> Tensor:
-        batch, length, columns = states.shape
-        heads, rows = weight.shape[0], batch * length
-        flat, weight = states.reshape(rows, columns).contiguous(), weight.contiguous()
-        wide: dict[str, Any] = {"dtype": torch.float64, "device": states.device}
-        scores, sums = torch.empty((batch, heads, length), **wide), torch.empty(heads, **wide)
-        means, scales = torch.empty(rows, **wide), torch.empty(rows, **wide)
-        if rows:
-            _forward[(triton.cdiv(rows, _ROWS), triton.cdiv(heads, _HEADS))](
-                flat, weight, scores, sums, means, scales, None, None, 0, rows, length, heads, columns,
-                EPS=_EPS, ROWS=_ROWS, HEADS=min(_HEADS, triton.next_power_of_2(heads)), COLUMNS=_COLUMNS,
-                STAGES=_STAGES, SLOPE=0.0, SLOPE_TOKENS=1, num_warps=_WARPS,
-            )  # fmt: skip
-        ctx.save_for_backward(states, weight, scores, sums, means, scales)
+        scores, *statistics = replayed(_scores_and_statistics, (states.contiguous(), weight.contiguous()))
+        saved: tuple[Any, ...] = (states, weight, scores, *statistics)
+        ctx.save_for_backward(*saved)
+        assert scores is not None
         return scores
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        states, weight, scores, sums, means, scales = ctx.saved_tensors
-        batch, length, columns = states.shape
-        heads, rows = weight.shape[0], batch * length
-        of_states, of_weight = ctx.needs_input_grad
-        flat = states.reshape(rows, columns).contiguous()
-        blocks = triton.cdiv(columns, _WIDTH)
-        steps = triton.cdiv(rows, _STEP)
-        share = triton.cdiv(steps, max(1, min(steps, _PROGRAMS // blocks)))  # steps of a program
-        parts = triton.cdiv(steps, share) if steps else 0
-        d_states = torch.empty(states.shape, dtype=states.dtype, device=states.device) if of_states else flat
-        d_weight = torch.empty((parts if of_weight else 0, heads, columns), dtype=torch.float32, device=states.device)
-        if rows:
-            _backward[(parts, blocks)](
-                flat, weight, grad.contiguous(), scores, sums, means, scales, d_states, d_weight,
-                rows, length, heads, columns, share * _STEP,
-                HEADS=max(16, triton.next_power_of_2(heads)), STEP=_STEP, WIDTH=_WIDTH,
-                OF_STATES=of_states, OF_WEIGHT=of_weight, num_warps=4,
-            )  # fmt: skip
-        return d_states if of_states else None, d_weight.sum(0).to(weight.dtype) if of_weight else None
+        states, weight, *results = ctx.saved_tensors
+        inputs = (grad.contiguous(), states.contiguous(), weight.contiguous(), *results)
+        d_states, d_weight = replayed(_gradients, inputs, *ctx.needs_input_grad)
+        return d_states, None if d_weight is None else d_weight.sum(0).to(weight.dtype)
+
+
+def _scores_and_statistics(states: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
+    """Return scores, and what the backward needs: sums of the weights, means and inverse deviations of the rows."""
+    batch, length, columns = states.shape
+    heads, rows, device = weight.shape[0], batch * length, states.device
+    scores, sums = empty((batch, heads, length), torch.float64, device), empty((heads,), torch.float64, device)
+    means, scales = empty((rows,), torch.float64, device), empty((rows,), torch.float64, device)
+    if rows:
+        launch(_forward, (triton.cdiv(rows, _ROWS), triton.cdiv(heads, _HEADS)))(
+            states, weight, scores, sums, means, scales, None, None, 0, rows, length, heads, columns,
+            EPS=_EPS, ROWS=_ROWS, HEADS=min(_HEADS, triton.next_power_of_2(heads)), COLUMNS=_COLUMNS,
+            STAGES=_STAGES, SLOPE=0.0, SLOPE_TOKENS=1, num_warps=_WARPS,
+        )  # fmt: skip
+    return scores, sums, means, scales
+
+
+def _gradients(
+    grad: Tensor,
+    states: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    sums: Tensor,
+    means: Tensor,
+    scales: Tensor,
+    of_states: bool,
+    of_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of states and, in parts of rows that are still to be added up, of the weight."""
+    batch, length, columns = states.shape
+    heads, rows, device = weight.shape[0], batch * length, states.device
+    blocks = triton.cdiv(columns, _WIDTH)
+    steps = triton.cdiv(rows, _STEP)
+    share = triton.cdiv(steps, max(1, min(steps, _PROGRAMS // blocks)))  # steps of a program
+    parts = triton.cdiv(steps, share) if steps else 0
+    d_states = empty(states.shape, states.dtype, device) if of_states else None
+    d_weight = empty((parts, heads, columns), torch.float32, device) if of_weight else None
+    if rows:
+        launch(_backward, (parts, blocks))(
+            states, weight, grad, scores, sums, means, scales, d_states, d_weight,
+            rows, length, heads, columns, share * _STEP,
+            HEADS=max(16, triton.next_power_of_2(heads)), STEP=_STEP, WIDTH=_WIDTH,
+            OF_STATES=of_states, OF_WEIGHT=of_weight, num_warps=4,
+        )  # fmt: skip
+    return d_states, d_weight
 
 
 @triton.jit(do_not_specialize=["index_row", "rows", "length"])
