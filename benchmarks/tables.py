@@ -7,6 +7,7 @@
         --sizes sizes-h200.json --generate generate-h200.json generate-before-h200.json \\
         --entmax entmax_kernels-h200.json entmax_kernels-earlier-h200.json \\
         --entmax entmax_kernels-128-h200.json entmax_kernels-128-earlier-h200.json \\
+        --shapes kernels-shape-*-h200.json --first-tokens generate-short-h200.json \\
         --fill ../../docs/speed.md ../../README.md --figure ../../docs/speed.png
 
 A document marks the place of a table: everything between `<!-- table: NAME -->` and `<!-- end -->` is replaced. The
@@ -181,13 +182,61 @@ def profile_table(profiles: list[dict[str, Any]]) -> str:
 
 
 def sizes_table(sizes: dict[str, Any]) -> str:
-    """Tabulate the time of each kernel in other tile sizes than those in use."""
+    """Tabulate the sizes in use for every shape and kernel, and the fastest ones of the search."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for row in sizes["rows"]:
+        groups.setdefault(tuple(row[name] for name in ("shape", "gates", "kernel", "length")), []).append(row)
     names = ("rows", "keys", "warps", "stages", "registers")
-    rows = [
-        [row["kernel"], *(str(row[name]) if row[name] else "any" for name in names), short(row["median_ms"])]
-        for row in sizes["rows"]
-    ]
-    return table(["kernel", *names, "ms"], rows)
+
+    def written(row: dict[str, Any]) -> list[str]:
+        numbers = (str(row[name]) if row[name] else "any" for name in names)
+        return [" x ".join(numbers), short(row["median_ms"])]
+
+    rows = []
+    for (shape, gates, kernel, length), found in groups.items():
+        used = next(row for row in found if row["in_use"])
+        best = min(found, key=lambda row: row["median_ms"])
+        ratio = f"{used['median_ms'] / best['median_ms']:.2f}"
+        rows.append([shape, gates, kernel, f"{length:,}", *written(used), *written(best), ratio])
+    return table(["heads x size", "gates", "kernel", "tokens", "in use", "ms", "fastest", "ms", "ratio"], rows)
+
+
+def shapes_table(runs: Sequence[dict[str, Any]]) -> str:
+    """Tabulate runs of `attention_kernels.py` for several shapes: hard gates beside a window and dense attention."""
+    names = ("sparsek hard", "flex window", "sdpa cudnn")
+    rows = []
+    for run in runs:
+        settings = run["settings"]
+        shape = f"{settings['query_heads']}/{settings['kv_heads']} x {settings['dim']}"
+        times = {which: medians(run, which) for which in PASSES}
+        for length in sorted({row["length"] for row in run["rows"]}):
+            cells = []
+            for found in times.values():
+                ours, window, dense = (found.get(name, {}).get(length) for name in names)
+                cells += [short(value) for value in (ours, window, dense)]
+                cells.append(short(ours / window if ours and window else None))
+            rows.append([shape, f"{length:,}", *cells])
+    head = ["SparseK", "window", "cuDNN", "SparseK / window"]
+    return table(
+        ["heads x size", "tokens", *(f"{name}, {PASSES[which].lower()}" for which in PASSES for name in head)], rows
+    )
+
+
+def first_tokens_table(generate: dict[str, Any], before: Sequence[dict[str, Any]]) -> str:
+    """Tabulate the milliseconds to the first token, and what earlier runs had."""
+    earlier: dict[tuple, dict[str, Any]] = {}
+    for row in (row for run in before for row in run["rows"]):
+        earlier.setdefault((row["shape"], row["prompt"], row["batch"]), row)
+    rows = []
+    for row in generate["rows"]:
+        cell = (row["shape"], row["prompt"], row["batch"])
+        dense, sparse = (row[name]["first_token_ms"] for name in ("dense", "sparse"))
+        old = earlier.get(cell)
+        ratio = old["dense"]["first_token_ms"] / old["sparse"]["first_token_ms"] if old else None
+        rows.append(
+            [f"{cell[0]}, {cell[1]:,} x {cell[2]}", short(dense), short(sparse), f"{dense / sparse:.2f}", short(ratio)]
+        )
+    return table(["first token, ms: shape, prompt x batch", "dense", "sparse", "times as fast", "before"], rows)
 
 
 def first_call_table(first_calls: dict[str, Any]) -> str:
@@ -334,11 +383,14 @@ def all_tables(
     sizes: dict[str, Any],
     generate: Sequence[dict[str, Any]],
     entmax: Sequence[Sequence[dict[str, Any]]],
+    shapes: Sequence[dict[str, Any]],
+    first_tokens: dict[str, Any],
 ) -> dict[str, str]:
     """Return every table by the name that documents call it.
 
     `wider` is a run of the kernels with soft gates over a larger support; `generate` holds two runs, now and before;
-    `entmax` holds the runs of each of two shapes, of which the first counts."""
+    `entmax` holds the runs of each of two shapes, of which the first counts; `shapes` one run of the kernels for each
+    shape; `first_tokens` is a run of `generate.py` for short prompts."""
     spread = [[label, f"{model['spread'][name]:.0%}"] for name, label in CACHES.items()]
     return {
         "machine": machine_table(kernels, model),
@@ -354,6 +406,8 @@ def all_tables(
         "launches": launches_table(*generate),
         "profiles": profile_table(profiles),
         "sizes": sizes_table(sizes),
+        "shapes": shapes_table(shapes),
+        "first tokens": first_tokens_table(first_tokens, generate),
         "first calls": first_call_table(first_calls),
         "entmax settings": entmax_setting_table(entmax),
         "entmax forward": entmax_table(entmax[0], "forward"),
@@ -414,6 +468,8 @@ def main() -> None:
     parser.add_argument(
         "--generate", type=Path, nargs=2, required=True, help="JSON of default generate, now and before"
     )
+    parser.add_argument("--shapes", type=Path, nargs="+", required=True, help="JSON of the kernels, one per shape")
+    parser.add_argument("--first-tokens", type=Path, required=True, help="JSON of default generate, short prompts")
     parser.add_argument(
         "--entmax", type=Path, nargs="+", action="append", required=True, help="JSON of entmax_kernels.py, per shape"
     )
@@ -430,7 +486,8 @@ def main() -> None:
     profiles, generate = list(map(read, options.profiles)), list(map(read, options.generate))
     wider, first_calls, sizes = read(options.wider), read(options.first_calls), read(options.sizes)
     entmax = [list(map(read, paths)) for paths in options.entmax]
-    tables = all_tables(kernels, wider, model, profiles, first_calls, sizes, generate, entmax)
+    shapes, first_tokens = list(map(read, options.shapes)), read(options.first_tokens)
+    tables = all_tables(kernels, wider, model, profiles, first_calls, sizes, generate, entmax, shapes, first_tokens)
     if options.figure:
         draw(kernels, options.figure)
     for document in options.fill:
