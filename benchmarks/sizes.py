@@ -39,21 +39,15 @@ CHECKED = 777  # tokens of the comparison
 ALLOWED = 2e-2  # largest relative error of bfloat16
 
 
-def grid(kernel: str, dim: int, quick: bool) -> list[ProgramSizes]:
+def grid(kernel: str, quick: bool) -> list[ProgramSizes]:
     """Return the sizes to try."""
     if kernel == "d key and d value":
-        pairs = [(32, 64), (64, 64), (32, 128), (64, 128), (128, 64), (128, 128)]
-        pairs = [(rows, keys) for rows, keys in pairs if rows * keys * max(dim, 64) <= 128 * 128 * 64]
-        registers: tuple[int | None, ...] = (None,)
+        pairs = [(32, 64), (64, 64), (32, 128), (64, 128)]
+        sizes = [ProgramSizes(*pair, warps, stages) for pair in pairs for warps in (4, 8) for stages in (2, 3)]
     else:
-        pairs = list(itertools.product((64, 128), (32, 64) if dim > 64 else (32, 64, 128)))
-        registers = (None, 128)
-    sizes = [
-        ProgramSizes(rows, keys, warps, stages, most)
-        for (rows, keys), warps, stages, most in itertools.product(pairs, (4, 8), (2, 3), registers)
-        # Two groups of four warps share rows of 64 at best; with 8 warps a thread has few registers anyway.
-        if not (warps == 8 and kernel != "d key and d value" and rows == 64)
-    ]
+        settings = itertools.product((64, 128), (32, 64), (4, 8), (2, 3), (None, 128))
+        # Eight warps are two groups that multiply 64 rows each.
+        sizes = [ProgramSizes(*one) for one in settings if one[0] == 128 or one[2] == 4]
     return sizes[::6] if quick else sizes
 
 
@@ -111,11 +105,13 @@ class Call:
         compile_ahead(all_sizes, *self.tensors, family=(kernel, self.soft, *sizes))
 
     def in_use(self, kernel: str) -> ProgramSizes:
-        query = self.inputs[1]
-        assert query is not None
+        query, key = self.inputs[1:3]
+        assert query is not None and key is not None
         if kernel == "forward":
             return forward_sizes(query, self.soft, True)
-        return by_query_sizes(query, True) if kernel == "d query" else by_key_sizes(query)
+        if kernel == "d query":
+            return by_query_sizes(query, True)
+        return by_key_sizes(query, query.shape[1] // key.shape[1])
 
 
 def errors(call: Call, kernel: str, sizes: list[ProgramSizes], reference: list[Tensor]) -> dict[ProgramSizes, float]:
@@ -176,7 +172,7 @@ def search(shape: str, options: argparse.Namespace, soft: bool, add: Callable[[l
     calls = {length: make(length=length) for length in options.lengths}
     for kernel in options.kernels:
         used = small.in_use(kernel)
-        sizes = [used, *(one for one in grid(kernel, int(dim), options.quick) if one != used)]
+        sizes = [used, *(one for one in grid(kernel, options.quick) if one != used)]
         small.compile(kernel, sizes)
         differences = errors(small, kernel, sizes, expected[kernel])
         rows = []

@@ -139,7 +139,7 @@ class _Recorder:
                         return None
                     pointers.append((index, *base))
                     template[index] = 0
-            steps.append((compiled[(*grid, 1, 1)[:3]], template, tuple(pointers)))
+            steps.append((*_direct_launch(compiled, (*grid, 1, 1)[:3]), template, tuple(pointers)))
         order = tuple(None if result is None else number_of[id(result)] for result in results)
         return _Program(device, used, tuple(made), order, tuple(steps))
 
@@ -157,6 +157,24 @@ class _Recorder:
         return None
 
 
+def _direct_launch(
+    compiled: Any, grid: tuple[int, ...]
+) -> tuple[Callable[..., None], tuple[int, ...], tuple[Any, ...]]:
+    """Return what launches a binary on a grid, and its arguments before and after the stream.
+
+    That is the function which Triton's launcher calls in the end. No hooks of a profiler are called; a binary that
+    needs scratch memory of its own, or comes from a Triton that keeps this elsewhere, goes through the launcher.
+    """
+    launcher: Any = getattr(compiled, "run", None)
+    sizes = [getattr(launcher, f"{name}_scratch_size", 1) for name in ("global", "profile")]
+    names = ("launch", "launch_cooperative_grid", "launch_pdl")
+    if any(sizes) or not all(hasattr(launcher, name) for name in names):
+        runner = compiled[grid]
+        return lambda stream, *arguments: runner(*arguments, stream=stream), (), ()
+    after = (compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl, None, None)
+    return launcher.launch, grid, (*after, compiled.packed_metadata, None, None, None)
+
+
 class _Program:
     """Hold the launches of a function for one layout of its tensors.
 
@@ -169,7 +187,7 @@ class _Program:
         used: int,
         made: tuple[_Made, ...],
         order: tuple[int | None, ...],
-        steps: tuple[tuple[Callable[..., None], list[Any], tuple[tuple[int, int, int], ...]], ...],
+        steps: tuple[tuple[Any, ...], ...],
     ) -> None:
         self.device, self.used, self.made, self.order, self.steps = device, max(used, 1), made, order, steps
 
@@ -185,9 +203,9 @@ class _Program:
         bases.append(memory.data_ptr())
         bases.extend([tensor.data_ptr() for tensor in made])
         stream = torch._C._cuda_getCurrentRawStream(device.index)
-        for launch, template, pointers in self.steps:
+        for launch, grid, setting, template, pointers in self.steps:
             arguments = template.copy()
             for index, base, offset in pointers:
                 arguments[index] = bases[base] + offset
-            launch(*arguments, stream=stream)
+            launch(*grid, stream, *setting, *arguments)
         return tuple(None if number is None else made[number] for number in self.order)

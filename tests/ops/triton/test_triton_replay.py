@@ -11,7 +11,7 @@ on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpr
 
 
 class Kernel:
-    """Takes the place of a kernel: its binary keeps the arguments of every launch."""
+    """Takes the place of a kernel and of its binary, which keeps the arguments of every launch."""
 
     arg_names = ("source", "scratch", "target", "count", "SIZE")
 
@@ -19,7 +19,31 @@ class Kernel:
         self.launched: list[tuple] = []
 
     def __getitem__(self, grid):
-        return lambda *arguments, stream=None: self.launched.append((grid, arguments))
+        return lambda *arguments, stream: self.launched.append((grid, stream, arguments))
+
+
+class Direct(Kernel):
+    """Has what `_direct_launch` looks for."""
+
+    function, packed_metadata = "function", "metadata"
+    global_scratch_size = profile_scratch_size = 0
+    launch_cooperative_grid = launch_pdl = False
+
+    @property
+    def run(self):
+        return self
+
+    def launch(self, x, y, z, stream, function, cooperative, pdl, scratch, profile, metadata, *rest):
+        assert (function, cooperative, pdl, scratch, profile, metadata) == (
+            "function",
+            False,
+            False,
+            None,
+            None,
+            "metadata",
+        )
+        assert (metadata, *rest[:3]) == ("metadata", None, None, None)  # no hooks
+        self.launched.append(((x, y, z), stream, rest[3:]))
 
 
 def recorded(kernel, results=lambda target, scratch, source: (target,), arguments=None):
@@ -36,12 +60,13 @@ def recorded(kernel, results=lambda target, scratch, source: (target,), argument
     return recorder.program(results(target, scratch, source), source.device)
 
 
-def test_a_program_launches_with_the_addresses_of_new_tensors(monkeypatch):
+@pytest.mark.parametrize("kind", [Kernel, Direct])
+def test_a_program_launches_with_the_addresses_of_new_tensors(kind, monkeypatch):
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 3, raising=False)
-    kernel, source = Kernel(), torch.arange(4.0)
+    kernel, source = kind(), torch.arange(4.0)
     (target,) = recorded(kernel).run((source, None))
-    ((grid, arguments),) = kernel.launched
-    assert grid == (5, 1, 1) and arguments[0] == source.data_ptr() and arguments[2] == target.data_ptr()
+    ((grid, stream, arguments),) = kernel.launched
+    assert grid == (5, 1, 1) and stream == 3 and arguments[0] == source.data_ptr() and arguments[2] == target.data_ptr()
     assert arguments[3:] == (7, 16) and target.shape == source.shape and target.dtype == source.dtype
     assert arguments[1] % 16 == 0 and arguments[1] not in (arguments[0], arguments[2])
 

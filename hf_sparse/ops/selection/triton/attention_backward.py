@@ -207,7 +207,7 @@ def by_key(
         d_key, d_value = empty_like(key, wide), empty_like(value, wide)
     strides = [stride for x in (query, key, value, output, grad) for stride in x.stride()[:3]]
     compiled = constants(query, key, scores, tables)
-    columns = blocks or by_key_sizes(query)
+    columns = blocks or by_key_sizes(query, compiled["GROUP"])
     slots = tables.sinks + tables.lists.shape[-1]
     span, gone = _QUERIES_AT_ONCE, None
     if compiled["CAUSAL"]:

@@ -44,11 +44,15 @@ def by_query_sizes(query: Tensor, wanted: bool) -> ProgramSizes:
     return ProgramSizes(64, 32, 4, 3, 128)
 
 
-def by_key_sizes(query: Tensor) -> ProgramSizes:
-    """Choose the sizes of a program that owns keys."""
+def by_key_sizes(query: Tensor, group: int) -> ProgramSizes:
+    """Choose the sizes of a program that owns keys; `group` query heads share a KV head.
+
+    Rows that begin in the middle of a query take more registers, which a third stage would need."""
     dim = padded(query.shape[-1])
     if query.dtype == torch.float32:
         return ProgramSizes(32, 32, 4, 1) if dim <= 128 else ProgramSizes(32, 32, 8, 1)
     if dim > 128:
         return ProgramSizes(32, 64, 8, 2)
-    return ProgramSizes(32, 64, 4, 3) if dim > 64 else ProgramSizes(64, 64, 4, 2)
+    if dim > 64:
+        return ProgramSizes(32, 64, 4, 3)
+    return ProgramSizes(64, 64, 4, 3 if 64 % group == 0 else 2)
