@@ -44,6 +44,7 @@ from hf_sparse.ops.triton.replay import empty, zeros
 
 _CHUNK = 128  # keys that are sorted by counting
 _BLOCK = 4  # chunks per block
+_SORT_WARPS = 4
 _FLOORS = (64, 4)  # queries and warps of a program that looks for floors
 _TAUS = (64, 4)  # queries and warps of a program that solves for tau as well
 _LISTS = 32  # per program that solves for their thresholds
@@ -187,7 +188,20 @@ def launch_scan(
     covered = max(chunks, triton.cdiv(keys - start, C))
     heads = 1 if first is None else rows // len(first)
     launch(sort_chunks, (covered, rows))(
-        scores, first, rank, chunk_lists, lists, heads, sinks, keys, chunks, start, width, C, _BLOCK, num_warps=4
+        scores,
+        first,
+        rank,
+        chunk_lists,
+        lists,
+        heads,
+        sinks,
+        keys,
+        chunks,
+        start,
+        width,
+        C,
+        _BLOCK,
+        num_warps=_SORT_WARPS,
     )
 
     # Lists of the blocks, and then of all keys up to the end of each. Nobody sees the end of the last block.
