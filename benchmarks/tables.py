@@ -4,7 +4,8 @@
     python ../tables.py --kernels kernels-h200.json kernels-flash-h200.json --wider kernels-support4096-h200.json \\
         --model model-scores-h200.json model-h200.json model-eager-h200.json model-earlier-h200.json \\
         --profiles profiles-scores-h200.json profiles-h200.json --first-calls first_calls-h200.json \\
-        --sizes sizes-h200.json --generate generate-h200.json generate-before-h200.json \\
+        --sizes sizes-by-key-h200.json sizes-h200.json sizes-more-h200.json sizes-soft-h200.json \\
+        --generate generate-h200.json generate-before-h200.json \\
         --entmax entmax_kernels-h200.json entmax_kernels-earlier-h200.json \\
         --entmax entmax_kernels-128-h200.json entmax_kernels-128-earlier-h200.json \\
         --shapes kernels-shape-*-h200.json --first-tokens generate-short-h200.json \\
@@ -181,11 +182,14 @@ def profile_table(profiles: list[dict[str, Any]]) -> str:
     return table(head, rows)
 
 
-def sizes_table(sizes: dict[str, Any]) -> str:
-    """Tabulate the sizes in use for every shape and kernel, and the fastest ones of the search."""
+def sizes_table(runs: Sequence[dict[str, Any]]) -> str:
+    """Tabulate the sizes in use for every shape and kernel, and the fastest ones of the search, of the first run."""
     groups: dict[tuple, list[dict[str, Any]]] = {}
-    for row in sizes["rows"]:
-        groups.setdefault(tuple(row[name] for name in ("shape", "gates", "kernel", "length")), []).append(row)
+    for run in runs:
+        of_run: dict[tuple, list[dict[str, Any]]] = {}
+        for row in run["rows"]:
+            of_run.setdefault(tuple(row[name] for name in ("gates", "shape", "kernel", "length")), []).append(row)
+        groups = of_run | groups
     names = ("rows", "keys", "warps", "stages", "registers")
 
     def written(row: dict[str, Any]) -> list[str]:
@@ -193,7 +197,7 @@ def sizes_table(sizes: dict[str, Any]) -> str:
         return [" x ".join(numbers), short(row["median_ms"])]
 
     rows = []
-    for (shape, gates, kernel, length), found in groups.items():
+    for (gates, shape, kernel, length), found in sorted(groups.items()):
         used = next(row for row in found if row["in_use"])
         best = min(found, key=lambda row: row["median_ms"])
         ratio = f"{used['median_ms'] / best['median_ms']:.2f}"
@@ -380,7 +384,7 @@ def all_tables(
     model: dict[str, Any],
     profiles: list[dict[str, Any]],
     first_calls: dict[str, Any],
-    sizes: dict[str, Any],
+    sizes: Sequence[dict[str, Any]],
     generate: Sequence[dict[str, Any]],
     entmax: Sequence[Sequence[dict[str, Any]]],
     shapes: Sequence[dict[str, Any]],
@@ -464,7 +468,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, nargs="+", required=True)
     parser.add_argument("--profiles", type=Path, nargs="+", required=True)
     parser.add_argument("--first-calls", type=Path, required=True)
-    parser.add_argument("--sizes", type=Path, required=True, help="JSON of a search for sizes of the kernels' programs")
+    parser.add_argument("--sizes", type=Path, nargs="+", required=True, help="JSON of searches for sizes of programs")
     parser.add_argument(
         "--generate", type=Path, nargs=2, required=True, help="JSON of default generate, now and before"
     )
@@ -484,7 +488,7 @@ def main() -> None:
 
     kernels, model = joined_kernels(list(map(read, options.kernels))), joined(list(map(read, options.model)))
     profiles, generate = list(map(read, options.profiles)), list(map(read, options.generate))
-    wider, first_calls, sizes = read(options.wider), read(options.first_calls), read(options.sizes)
+    wider, first_calls, sizes = read(options.wider), read(options.first_calls), list(map(read, options.sizes))
     entmax = [list(map(read, paths)) for paths in options.entmax]
     shapes, first_tokens = list(map(read, options.shapes)), read(options.first_tokens)
     tables = all_tables(kernels, wider, model, profiles, first_calls, sizes, generate, entmax, shapes, first_tokens)
