@@ -110,7 +110,7 @@ class Call:
         if kernel == "forward":
             return forward_sizes(query, self.soft, True)
         if kernel == "d query":
-            return by_query_sizes(query, True)
+            return by_query_sizes(query, True, self.soft)
         return by_key_sizes(query, query.shape[1] // key.shape[1])
 
 

@@ -136,7 +136,7 @@ def by_query(
     delta = empty_like(lse)
     strides = [stride for x in (query, key, value, output, grad) for stride in x.stride()[:3]]
     compiled = constants(query, key, scores, tables)
-    rows = blocks or by_query_sizes(query, want_query)
+    rows = blocks or by_query_sizes(query, want_query, scores is not None)
     launch(_by_query, (triton.cdiv(query.shape[2] * compiled["GROUP"], rows.rows), key.shape[0] * key.shape[1]))(
         query,
         key,

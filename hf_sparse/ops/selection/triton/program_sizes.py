@@ -29,10 +29,12 @@ def forward_sizes(query: Tensor, soft: bool, causal: bool) -> ProgramSizes:
         return ProgramSizes(128, 32, 8, 2)
     if dim > 64:
         return ProgramSizes(128, 32, 4, 3) if soft else ProgramSizes(128, 32, 8, 3, 128)
-    return ProgramSizes(64, 64, 4, 2, 128) if causal and not soft else ProgramSizes(64, 32, 4, 3, 128)
+    if not causal:
+        return ProgramSizes(64, 32, 4, 3, 128)
+    return ProgramSizes(64, 32, 4, 2, 128) if soft else ProgramSizes(64, 64, 4, 2, 128)
 
 
-def by_query_sizes(query: Tensor, wanted: bool) -> ProgramSizes:
+def by_query_sizes(query: Tensor, wanted: bool, soft: bool) -> ProgramSizes:
     """Choose the sizes of a program that owns rows of queries, with the gradient of the query or without."""
     dim = padded(query.shape[-1])
     if query.dtype == torch.float32:
@@ -40,6 +42,8 @@ def by_query_sizes(query: Tensor, wanted: bool) -> ProgramSizes:
     if dim > 128:
         return ProgramSizes(64, 32, 8, 2)
     if dim > 64:
+        if soft and wanted:
+            return ProgramSizes(128, 64, 8, 3)
         return ProgramSizes(128, 32, 8, 3, 128) if wanted else ProgramSizes(128, 32, 8, 2, 128)
     return ProgramSizes(64, 32, 4, 3, 128)
 
@@ -47,7 +51,7 @@ def by_query_sizes(query: Tensor, wanted: bool) -> ProgramSizes:
 def by_key_sizes(query: Tensor, group: int) -> ProgramSizes:
     """Choose the sizes of a program that owns keys; `group` query heads share a KV head.
 
-    Rows that begin in the middle of a query take more registers, which a third stage would need."""
+    A third stage pays where a block of rows is a few whole queries, whose addresses take no registers."""
     dim = padded(query.shape[-1])
     if query.dtype == torch.float32:
         return ProgramSizes(32, 32, 4, 1) if dim <= 128 else ProgramSizes(32, 32, 8, 1)
@@ -55,4 +59,4 @@ def by_key_sizes(query: Tensor, group: int) -> ProgramSizes:
         return ProgramSizes(32, 64, 8, 2)
     if dim > 64:
         return ProgramSizes(32, 64, 4, 3)
-    return ProgramSizes(64, 64, 4, 3 if 64 % group == 0 else 2)
+    return ProgramSizes(64, 64, 4, 3 if group >= 4 and 64 % group == 0 else 2)
