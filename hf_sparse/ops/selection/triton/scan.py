@@ -14,7 +14,7 @@ Merging looks up each key's place in the other list, which needs no communicatio
 the host. The derivation is ours.
 
 In the backward `free_intervals` finds the queries whose tau moves with a key, `shares` divides the gradient of each
-among its free keys, and `sum_shares` adds up those of every key; one launch each.
+among its free keys, `sum_totals` and `sum_shares` add up those of every key; one launch each.
 """
 
 import math
@@ -37,6 +37,7 @@ from hf_sparse.ops.selection.triton.scan_kernels import (
     sort_chunks,
     sum_lists,
     sum_shares,
+    sum_totals,
     tile_thresholds,
 )
 from hf_sparse.ops.triton.launch import launch
@@ -49,7 +50,7 @@ _FLOORS = (64, 4)  # queries and warps of a program that looks for floors
 _TAUS = (64, 4)  # queries and warps of a program that solves for tau as well
 _LISTS = 32  # per program that solves for their thresholds
 _KEYS = 256  # keys or queries per program of the backward
-_BLOCKS = 64  # sums of so many programs are added up at a time
+_BLOCKS = 256  # sums of so many programs are added up at a time
 _LARGEST = 8192  # keys of a list
 
 
@@ -137,9 +138,9 @@ def launch_backward(
     )
     launch(shares, by_query)(grad, change, share, total, queries, GROUP=grad.shape[-1], BLOCK=_KEYS)
     d_scores = empty(scores.shape, torch.float32, device) if d_scores is None else d_scores
-    launch(sum_shares, by_key)(
-        share, total, begin, end, d_scores, keys, queries, by_query[0], ADD=add, BLOCK=_KEYS, MANY=_BLOCKS
-    )
+    before = empty((rows, by_query[0] + 1), torch.float32, device)
+    launch(sum_totals, (rows,))(total, before, by_query[0], MANY=_BLOCKS)
+    launch(sum_shares, by_key)(share, before, begin, end, d_scores, keys, queries, by_query[0], ADD=add, BLOCK=_KEYS)
     return d_scores
 
 

@@ -511,27 +511,36 @@ def shares(Grad, Change, Share, Total, queries, GROUP: tl.constexpr, BLOCK: tl.c
     tl.store(Total + row * tl.num_programs(0) + block, tl.sum(share, 0))
 
 
+@triton.jit(do_not_specialize=["blocks"])
+def sum_totals(Total, Before, blocks, MANY: tl.constexpr):
+    """Sum `Total` `[rows, blocks]` up to each block: `Before` `[rows, blocks + 1]`, 0 first."""
+    row = tl.program_id(0).to(tl.int64)
+    index = tl.arange(0, MANY)
+    sum_before = tl.full([], 0.0, tl.float32)
+    tl.store(Before + row * (blocks + 1), sum_before)
+    for start in range(0, blocks, MANY):
+        block = start + index
+        total = tl.load(Total + row * blocks + block, mask=block < blocks, other=0.0)
+        tl.store(Before + row * (blocks + 1) + block + 1, sum_before + tl.cumsum(total, 0), mask=block < blocks)
+        sum_before += tl.sum(total, 0)
+
+
 @triton.jit(do_not_specialize=["keys", "queries", "blocks"])
-def sum_shares(
-    Share, Total, Begin, End, DScores, keys, queries, blocks, ADD: tl.constexpr, BLOCK: tl.constexpr, MANY: tl.constexpr
-):
-    """Sum the shares over every key's interval, from the sums of `shares`; ADD adds to what is there."""
+def sum_shares(Share, Before, Begin, End, DScores, keys, queries, blocks, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum the shares over every key's interval, from the sums of `shares` and `sum_totals`; ADD adds to what is there.
+
+    Sums are those from the beginning of a block on; the first query of a block has none before it."""
     row = tl.program_id(1).to(tl.int64)
     key = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = key < keys
     begin = tl.load(Begin + row * keys + key, mask=there, other=0)
     end = tl.load(End + row * keys + key, mask=there, other=0)
     Share += row * queries - 1
-    # Sums from the beginning of a block on; the first query of a block has none before it.
-    upper = tl.load(Share + end, mask=there & (end % BLOCK > 0), other=0.0)
-    lower = tl.load(Share + begin, mask=there & (begin % BLOCK > 0), other=0.0)
-    d_score = upper - lower
-    first, last = tl.min(tl.where(there, begin, queries), 0) // BLOCK, tl.max(tl.where(there, end, 0), 0) // BLOCK
-    for start in range(first, last, MANY):
-        block = start + tl.arange(0, MANY)
-        total = tl.load(Total + row * blocks + block, mask=block < last, other=0.0)
-        whole = (block[None, :] >= begin[:, None] // BLOCK) & (block[None, :] < end[:, None] // BLOCK)
-        d_score += tl.sum(tl.where(whole, total[None, :], 0.0), 1)
+    Before += row * (blocks + 1)
+    d_score = tl.load(Before + end // BLOCK, mask=there, other=0.0)
+    d_score -= tl.load(Before + begin // BLOCK, mask=there, other=0.0)
+    d_score += tl.load(Share + end, mask=there & (end % BLOCK > 0), other=0.0)
+    d_score -= tl.load(Share + begin, mask=there & (begin % BLOCK > 0), other=0.0)
     to = DScores + row * keys + key
     if ADD:
         d_score += tl.load(to, mask=there, other=0.0)
