@@ -15,10 +15,12 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 _MOST_PROGRAMS = 512  # that are remembered; one has some kilobytes
 _ALIGNMENT = 512  # bytes, that of torch's own allocations
+_DIRECT = "3.6."  # the version of Triton whose launcher for CUDA takes the arguments of `_direct_launch`
 
 _programs: dict[Hashable, "_Program | None"] = {}
 
@@ -81,7 +83,7 @@ def replayed(
     finally:
         _state.recorder = None
     if len(_programs) >= _MOST_PROGRAMS:
-        _programs.pop(next(iter(_programs)))
+        _programs.pop(next(iter(_programs)), None)
     _programs[key] = recorder.program(results, first.device)
     return results
 
@@ -162,13 +164,14 @@ def _direct_launch(
 ) -> tuple[Callable[..., None], tuple[int, ...], tuple[Any, ...]]:
     """Return what launches a binary on a grid, and its arguments before and after the stream.
 
-    That is the function which Triton's launcher calls in the end. No hooks of a profiler are called; a binary that
-    needs scratch memory of its own, or comes from a Triton that keeps this elsewhere, goes through the launcher.
+    That is the function which Triton's launcher calls in the end. No hooks of a profiler are called. A binary that
+    needs scratch memory of its own, or is of another backend or version of Triton, goes through the launcher.
     """
     launcher: Any = getattr(compiled, "run", None)
     sizes = [getattr(launcher, f"{name}_scratch_size", 1) for name in ("global", "profile")]
     names = ("launch", "launch_cooperative_grid", "launch_pdl")
-    if any(sizes) or not all(hasattr(launcher, name) for name in names):
+    known = triton.__version__.startswith(_DIRECT) and all(hasattr(launcher, name) for name in names)
+    if any(sizes) or not known:
         runner = compiled[grid]
         return lambda stream, *arguments: runner(*arguments, stream=stream), (), ()
     after = (compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl, None, None)
