@@ -1,20 +1,13 @@
 """Fill the tables of documents in from the JSON of the benchmarks: no number in a table is typed by hand.
 
     cd benchmarks/results
-    python ../tables.py --kernels kernels-launches-h200.json kernels-h200.json kernels-flash-h200.json \\
-        --wider kernels-support4096-h200.json \\
-        --model model-launches-h200.json model-scores-h200.json model-h200.json model-eager-h200.json \\
-        model-earlier-h200.json \\
-        --profiles profiles-launches-h200.json profiles-scores-h200.json profiles-h200.json \\
-        --first-calls first_calls-h200.json \\
-        --sizes sizes-in-use-h200.json sizes-soft-in-use-h200.json sizes-h200.json sizes-more-h200.json \\
-        sizes-soft-h200.json \\
-        --generate generate-h200.json generate-before-h200.json \\
-        --entmax entmax_kernels-h200.json entmax_kernels-earlier-h200.json \\
-        --entmax entmax_kernels-128-h200.json entmax_kernels-128-earlier-h200.json \\
-        --shapes kernels-launches-h200.json kernels-shape-28-4-128-h200.json kernels-shape-32-8-64-h200.json \\
-        kernels-shape-32-4-64-h200.json kernels-shape-12-12-64-h200.json kernels-shape-9-3-64-h200.json \\
-        --first-tokens generate-short-h200.json \\
+    python ../tables.py --kernels kernels-launches-h200.json kernels-h200.json kernels-flash-h200.json --wider \\
+        kernels-support4096-h200.json --model model-scores-h200.json model-h200.json model-eager-h200.json \\
+        model-earlier-h200.json --profiles profiles-launches-h200.json profiles-scores-h200.json profiles-h200.json \\
+        --first-calls first_calls-h200.json --sizes sizes-h200.json sizes-more-h200.json sizes-soft-h200.json \\
+        --generate generate-h200.json generate-before-h200.json --entmax entmax_kernels-h200.json \\
+        entmax_kernels-earlier-h200.json --entmax entmax_kernels-128-h200.json entmax_kernels-128-earlier-h200.json \\
+        --shapes kernels-launches-h200.json --first-tokens generate-short-h200.json \\
         --fill ../../docs/speed.md ../../README.md --figure ../../docs/speed.png
 
 A document marks the place of a table: everything between `<!-- table: NAME -->` and `<!-- end -->` is replaced. The
@@ -87,7 +80,8 @@ def medians(kernels: dict[str, Any], which: str) -> dict[str, dict[int, float]]:
 
 def joined_kernels(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the first run with the rows of later runs that it lacks; `added` names their contenders."""
-    if any(run["settings"] != runs[0]["settings"] for run in runs):
+    settings = [{**run["settings"], "repeat_ms": None} for run in runs]  # how long each was repeated may differ
+    if any(one != settings[0] for one in settings):
         raise ValueError("the runs of attention_kernels.py have different settings")
     rows = firsts([row for run in runs for row in run["rows"]], "contender", "pass", "length")
     added = dict.fromkeys(row["contender"] for row in rows if row not in runs[0]["rows"])

@@ -12,7 +12,6 @@ import pytest
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 DOCUMENTS = ("docs/speed.md", "README.md")
-SHAPES = ("28-4-128", "32-8-64", "32-4-64", "12-12-64", "9-3-64")
 
 
 def load_script() -> ModuleType:
@@ -33,12 +32,12 @@ def read(*names: str) -> list[dict[str, Any]]:
 @pytest.fixture(scope="module")
 def tables() -> dict[str, str]:
     kernels = SCRIPT.joined_kernels(read("kernels-launches", "kernels", "kernels-flash"))
-    model = SCRIPT.joined(read("model-launches", "model-scores", "model", "model-eager", "model-earlier"))
+    model = SCRIPT.joined(read("model-scores", "model", "model-eager", "model-earlier"))
     wider, first_calls = read("kernels-support4096", "first_calls")
-    sizes = read("sizes-in-use", "sizes-soft-in-use", "sizes", "sizes-more", "sizes-soft")
+    sizes = read("sizes", "sizes-more", "sizes-soft")
     profiles, generate = read("profiles-launches", "profiles-scores", "profiles"), read("generate", "generate-before")
+    shapes = read("kernels-launches")
     (first_tokens,) = read("generate-short")
-    shapes = read("kernels-launches", *(f"kernels-shape-{shape}" for shape in SHAPES))
     entmax = [read(f"entmax_kernels{shape}", f"entmax_kernels{shape}-earlier") for shape in ("", "-128")]
     return SCRIPT.all_tables(
         kernels, wider, model, profiles, first_calls, sizes, generate, entmax, shapes, first_tokens
