@@ -1,12 +1,13 @@
 """Fill the tables of documents in from the JSON of the benchmarks: no number in a table is typed by hand.
 
     cd benchmarks/results
-    python ../tables.py --kernels kernels-h200.json kernels-flash-h200.json --wider kernels-support4096-h200.json \\
-        --model model-scores-h200.json model-h200.json model-eager-h200.json model-earlier-h200.json \\
-        --profiles profiles-scores-h200.json profiles-h200.json --first-calls first_calls-h200.json \\
-        --sizes sizes-h200.json --generate generate-h200.json generate-before-h200.json \\
-        --entmax entmax_kernels-h200.json entmax_kernels-earlier-h200.json \\
-        --entmax entmax_kernels-128-h200.json entmax_kernels-128-earlier-h200.json \\
+    python ../tables.py --kernels kernels-launches-h200.json kernels-h200.json kernels-flash-h200.json --wider \\
+        kernels-support4096-h200.json --model model-scores-h200.json model-h200.json model-eager-h200.json \\
+        model-earlier-h200.json --profiles profiles-launches-h200.json profiles-scores-h200.json profiles-h200.json \\
+        --first-calls first_calls-h200.json --sizes sizes-h200.json sizes-more-h200.json sizes-soft-h200.json \\
+        --generate generate-h200.json generate-before-h200.json --entmax entmax_kernels-h200.json \\
+        entmax_kernels-earlier-h200.json --entmax entmax_kernels-128-h200.json entmax_kernels-128-earlier-h200.json \\
+        --shapes kernels-launches-h200.json --first-tokens generate-short-h200.json \\
         --evaluation evaluation-h200.json --cpu generate-cpu.json generate-before-cpu.json --busy busy-cpu.json \\
         --entmax-model entmax_model-h200.json --conversion conversion-h200.json \\
         --steps generate-entmax-h200.json generate-predicted-h200.json \\
@@ -89,7 +90,8 @@ def medians(kernels: dict[str, Any], which: str) -> dict[str, dict[int, float]]:
 
 def joined_kernels(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the first run with the rows of later runs that it lacks; `added` names their contenders."""
-    if any(run["settings"] != runs[0]["settings"] for run in runs):
+    settings = [{**run["settings"], "repeat_ms": None} for run in runs]  # how long each was repeated may differ
+    if any(one != settings[0] for one in settings):
         raise ValueError("the runs of attention_kernels.py have different settings")
     rows = firsts([row for run in runs for row in run["rows"]], "contender", "pass", "length")
     added = dict.fromkeys(row["contender"] for row in rows if row not in runs[0]["rows"])
@@ -190,14 +192,65 @@ def profile_table(profiles: list[dict[str, Any]]) -> str:
     return table(head, rows)
 
 
-def sizes_table(sizes: dict[str, Any]) -> str:
-    """Tabulate the time of each kernel in other tile sizes than those in use."""
+def sizes_table(runs: Sequence[dict[str, Any]]) -> str:
+    """Tabulate the sizes in use for every shape and kernel, and the fastest ones of the search, of the first run."""
+    groups: dict[tuple, list[dict[str, Any]]] = {}
+    for run in runs:
+        of_run: dict[tuple, list[dict[str, Any]]] = {}
+        for row in run["rows"]:
+            of_run.setdefault(tuple(row[name] for name in ("gates", "shape", "kernel", "length")), []).append(row)
+        groups = of_run | groups
     names = ("rows", "keys", "warps", "stages", "registers")
-    rows = [
-        [row["kernel"], *(str(row[name]) if row[name] else "any" for name in names), short(row["median_ms"])]
-        for row in sizes["rows"]
-    ]
-    return table(["kernel", *names, "ms"], rows)
+
+    def written(row: dict[str, Any]) -> list[str]:
+        numbers = (str(row[name]) if row[name] else "any" for name in names)
+        return [" x ".join(numbers), short(row["median_ms"])]
+
+    rows = []
+    for (gates, shape, kernel, length), found in sorted(groups.items()):
+        used = next(row for row in found if row["in_use"])
+        best = min(found, key=lambda row: row["median_ms"])
+        ratio = f"{used['median_ms'] / best['median_ms']:.2f}"
+        rows.append([shape, gates, kernel, f"{length:,}", *written(used), *written(best), ratio])
+    return table(["heads x size", "gates", "kernel", "tokens", "in use", "ms", "fastest", "ms", "ratio"], rows)
+
+
+def shapes_table(runs: Sequence[dict[str, Any]]) -> str:
+    """Tabulate runs of `attention_kernels.py` for several shapes: hard gates beside a window and dense attention."""
+    names = ("sparsek hard", "flex window", "sdpa cudnn")
+    rows = []
+    for run in runs:
+        settings = run["settings"]
+        shape = f"{settings['query_heads']}/{settings['kv_heads']} x {settings['dim']}"
+        times = {which: medians(run, which) for which in PASSES}
+        for length in sorted({row["length"] for row in run["rows"]}):
+            cells = []
+            for found in times.values():
+                ours, window, dense = (found.get(name, {}).get(length) for name in names)
+                cells += [short(value) for value in (ours, window, dense)]
+                cells.append(short(ours / window if ours and window else None))
+            rows.append([shape, f"{length:,}", *cells])
+    head = ["SparseK", "window", "cuDNN", "SparseK / window"]
+    return table(
+        ["heads x size", "tokens", *(f"{name}, {PASSES[which].lower()}" for which in PASSES for name in head)], rows
+    )
+
+
+def first_tokens_table(generate: dict[str, Any], before: Sequence[dict[str, Any]]) -> str:
+    """Tabulate the milliseconds to the first token, and what earlier runs had."""
+    earlier: dict[tuple, dict[str, Any]] = {}
+    for row in (row for run in before for row in run["rows"]):
+        earlier.setdefault((row["shape"], row["prompt"], row["batch"]), row)
+    rows = []
+    for row in generate["rows"]:
+        cell = (row["shape"], row["prompt"], row["batch"])
+        dense, sparse = (row[name]["first_token_ms"] for name in ("dense", "sparse"))
+        old = earlier.get(cell)
+        ratio = old["dense"]["first_token_ms"] / old["sparse"]["first_token_ms"] if old else None
+        rows.append(
+            [f"{cell[0]}, {cell[1]:,} x {cell[2]}", short(dense), short(sparse), f"{dense / sparse:.2f}", short(ratio)]
+        )
+    return table(["first token, ms: shape, prompt x batch", "dense", "sparse", "times as fast", "before"], rows)
 
 
 def first_call_table(first_calls: dict[str, Any]) -> str:
@@ -454,12 +507,13 @@ def busy_table(busy: dict[str, Any]) -> str:
 
 
 def all_tables(
+    *,
     kernels: dict[str, Any],
     wider: dict[str, Any],
     model: dict[str, Any],
     profiles: list[dict[str, Any]],
     first_calls: dict[str, Any],
-    sizes: dict[str, Any],
+    sizes: Sequence[dict[str, Any]],
     generate: Sequence[dict[str, Any]],
     entmax: Sequence[Sequence[dict[str, Any]]],
     evaluation: dict[str, Any],
@@ -468,6 +522,8 @@ def all_tables(
     entmax_model: dict[str, Any],
     conversion: dict[str, Any],
     steps: Sequence[dict[str, Any]],
+    shapes: Sequence[dict[str, Any]],
+    first_tokens: dict[str, Any],
     prediction: dict[str, Any] | None = None,
 ) -> dict[str, str]:
     """Return every table by the name that documents call it.
@@ -475,7 +531,8 @@ def all_tables(
     `wider` is a run of the kernels with soft gates over a larger support; `generate` and `cpu` hold two runs of
     generate.py each, now and before; `entmax` holds the runs of each of two shapes, of which the first counts;
     `entmax_model` is a run of whole models, `conversion` the finetune.json of a training run, `steps` holds runs of
-    default generate with Sparsefinder, and `prediction` is of predicted tiles."""
+    default generate with Sparsefinder, `shapes` one run of the kernels for each shape, `first_tokens` is a run of
+    `generate.py` for short prompts, and `prediction` one of predicted tiles."""
     predicted = {}
     if prediction is not None:
         predicted = {
@@ -499,6 +556,8 @@ def all_tables(
         "launches": launches_table(*generate),
         "profiles": profile_table(profiles),
         "sizes": sizes_table(sizes),
+        "shapes": shapes_table(shapes),
+        "first tokens": first_tokens_table(first_tokens, generate),
         "first calls": first_call_table(first_calls),
         "entmax settings": entmax_setting_table(entmax),
         "entmax forward": entmax_table(entmax[0], "forward"),
@@ -563,10 +622,12 @@ def main() -> None:
     parser.add_argument("--model", type=Path, nargs="+", required=True)
     parser.add_argument("--profiles", type=Path, nargs="+", required=True)
     parser.add_argument("--first-calls", type=Path, required=True)
-    parser.add_argument("--sizes", type=Path, required=True, help="JSON of a search for sizes of the kernels' programs")
+    parser.add_argument("--sizes", type=Path, nargs="+", required=True, help="JSON of searches for sizes of programs")
     parser.add_argument(
         "--generate", type=Path, nargs=2, required=True, help="JSON of default generate, now and before"
     )
+    parser.add_argument("--shapes", type=Path, nargs="+", required=True, help="JSON of the kernels, one per shape")
+    parser.add_argument("--first-tokens", type=Path, required=True, help="JSON of default generate, short prompts")
     parser.add_argument(
         "--entmax", type=Path, nargs="+", action="append", required=True, help="JSON of entmax_kernels.py, per shape"
     )
@@ -588,26 +649,27 @@ def main() -> None:
 
     kernels, model = joined_kernels(list(map(read, options.kernels))), joined(list(map(read, options.model)))
     profiles, generate = list(map(read, options.profiles)), list(map(read, options.generate))
-    wider, first_calls, sizes = read(options.wider), read(options.first_calls), read(options.sizes)
+    wider, first_calls, sizes = read(options.wider), read(options.first_calls), list(map(read, options.sizes))
     entmax = [list(map(read, paths)) for paths in options.entmax]
-    evaluation, cpu, busy = read(options.evaluation), list(map(read, options.cpu)), read(options.busy)
-    models, steps = (read(options.entmax_model), read(options.conversion)), list(map(read, options.steps))
     prediction = read(options.prediction) if options.prediction else None
     tables = all_tables(
-        kernels,
-        wider,
-        model,
-        profiles,
-        first_calls,
-        sizes,
-        generate,
-        entmax,
-        evaluation,
-        cpu,
-        busy,
-        *models,
-        steps,
-        prediction,
+        kernels=kernels,
+        wider=wider,
+        model=model,
+        profiles=profiles,
+        first_calls=first_calls,
+        sizes=sizes,
+        generate=generate,
+        entmax=entmax,
+        evaluation=read(options.evaluation),
+        cpu=list(map(read, options.cpu)),
+        busy=read(options.busy),
+        entmax_model=read(options.entmax_model),
+        conversion=read(options.conversion),
+        steps=list(map(read, options.steps)),
+        shapes=list(map(read, options.shapes)),
+        first_tokens=read(options.first_tokens),
+        prediction=prediction,
     )
     if options.figure:
         draw(kernels, options.figure)

@@ -31,17 +31,34 @@ def read(*names: str, machine: str = "h200") -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def tables() -> dict[str, str]:
-    kernels = SCRIPT.joined_kernels(read("kernels", "kernels-flash"))
+    kernels = SCRIPT.joined_kernels(read("kernels-launches", "kernels", "kernels-flash"))
     model = SCRIPT.joined(read("model-scores", "model", "model-eager", "model-earlier"))
-    wider, first_calls, sizes = read("kernels-support4096", "first_calls", "sizes")
-    profiles, generate = read("profiles-scores", "profiles"), read("generate", "generate-before")
+    wider, first_calls = read("kernels-support4096", "first_calls")
+    sizes = read("sizes", "sizes-more", "sizes-soft")
+    profiles, generate = read("profiles-launches", "profiles-scores", "profiles"), read("generate", "generate-before")
+    shapes = read("kernels-launches")
+    (first_tokens,) = read("generate-short")
     entmax = [read(f"entmax_kernels{shape}", f"entmax_kernels{shape}-earlier") for shape in ("", "-128")]
     (evaluation,) = read("evaluation")
     generate_cpu, before_cpu, busy = read("generate", "generate-before", "busy", machine="cpu")
-    cpu, steps = [generate_cpu, before_cpu], read("generate-entmax", "generate-predicted")
-    models = read("entmax_model", "conversion")
+    entmax_model, conversion = read("entmax_model", "conversion")
     return SCRIPT.all_tables(
-        kernels, wider, model, profiles, first_calls, sizes, generate, entmax, evaluation, cpu, busy, *models, steps
+        kernels=kernels,
+        wider=wider,
+        model=model,
+        profiles=profiles,
+        first_calls=first_calls,
+        sizes=sizes,
+        generate=generate,
+        entmax=entmax,
+        evaluation=evaluation,
+        cpu=[generate_cpu, before_cpu],
+        busy=busy,
+        entmax_model=entmax_model,
+        conversion=conversion,
+        steps=read("generate-entmax", "generate-predicted"),
+        shapes=shapes,
+        first_tokens=first_tokens,
     )
 
 

@@ -399,10 +399,13 @@ def test_a_text_without_padding_fills_the_same_slots_with_fewer_kernels(number):
     layers = []
     keys, values = torch.randn(2, 2, 3, number, 4)
     scores, positions = torch.randn(2, 3, number), torch.arange(number).expand(2, 3, -1)
-    for padded in (True, False):
+    for whole in (True, False):
         layer = SparseKCacheLayer(K, WINDOW, SINKS)
         layer.lazy_initialization(keys, values)
-        layer.fill(keys, values, scores, positions, torch.tensor([number, number]), padded=padded)
+        if whole:
+            layer.fill_whole(keys, values, scores)
+        else:
+            layer.fill(keys, values, scores, positions, torch.tensor([number, number]))
         assert not layer.empty
         layers.append(layer)
     for name in STATE:

@@ -56,8 +56,17 @@ def poisoned_memory(monkeypatch):
 
         return wrapped
 
-    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+    names = ("empty", "empty_like", "empty_strided")
+    for owner, name in (*((torch, name) for name in names), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+@pytest.fixture
+def nothing_noted(monkeypatch):
+    """Forgets which launches earlier calls noted, so that the next call of any layout runs in full."""
+    from hf_sparse.ops.triton import replay
+
+    monkeypatch.setattr(replay, "_programs", {})
 
 
 @pytest.fixture

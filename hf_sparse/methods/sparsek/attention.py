@@ -127,7 +127,8 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
                     return output
         if cache is not None:
             self.check_cache(cache)
-        index = token_index(valid, 0 if cache is None else cache.seen, len(query), length, query.device)
+        seen = None if cache is None or cache.empty else cache.seen
+        index = token_index(valid, seen, len(query), length, query.device)
         if self.baseline is None:
             scores = self.score(hidden_states, index)
         else:
@@ -192,10 +193,11 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
                 _warn_of_short_text(budget.slots)
         if cache is not None:
             cache.soft = is_soft
-            positions = tokens.positions[:, None].expand_as(tokens.scores)
-            count = tokens.index[:, -1] + 1 if tokens.valid is None else tokens.valid.sum(-1)
-            padded = tokens.valid is not None
-            cache.fill(tokens.key, tokens.value, tokens.scores, positions, count, padded=padded)
+            if tokens.valid is None:
+                cache.fill_whole(tokens.key, tokens.value, tokens.scores)
+            else:
+                positions = tokens.positions[:, None].expand_as(tokens.scores)
+                cache.fill(tokens.key, tokens.value, tokens.scores, positions, tokens.valid.sum(-1))
         return output
 
     def _may_learn(self) -> bool:

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from hf_sparse.core.cache import mask_of_keys
-from hf_sparse.ops.selection.slots import insert_token
+from hf_sparse.ops.selection.slots import fill_slots, insert_token
 
 if TYPE_CHECKING:
     from hf_sparse.methods.sparsek.ahead import Ahead
@@ -365,32 +365,27 @@ class SparseKCacheLayer(CacheLayerMixin):
             self.memory.copy_(memory)
 
     @torch.no_grad()
-    def fill(
-        self, keys: Tensor, values: Tensor, scores: Tensor, positions: Tensor, seen: Tensor, padded: bool = True
-    ) -> None:
+    def fill_whole(self, keys: Tensor, values: Tensor, scores: Tensor) -> None:
+        """Fill the slots, as `fill` does, with the first tokens of rows without padding.
+
+        Args:
+            keys, values: `[B, Hkv, N, D]`, `N` of any size.
+            scores: `[B, Hkv, N]`.
+        """
+        slots = (self.keys, self.values, self.scores, self.positions, self.seen)
+        fill_slots(*slots, keys, values, scores, window=self.window, sinks=self.sinks)
+        self.empty = False
+
+    @torch.no_grad()
+    def fill(self, keys: Tensor, values: Tensor, scores: Tensor, positions: Tensor, seen: Tensor) -> None:
         """Fill the slots with the sinks, the window and the best-scored other tokens that a later query can attend to.
 
         Args:
             keys, values: `[B, Hkv, N, D]`, `N` of any size, in the order of positions.
             scores, positions: `[B, Hkv, N]`; a position of -1 marks an entry that is not a token.
             seen: `[B]`, real tokens so far.
-            padded: whether any position may be -1. Without, fewer kernels are launched.
         """
-        number = keys.shape[2]
-        if not padded and number <= self.slots:  # nothing is evicted
-            self.positions.fill_(-1)
-            for slots, source in (
-                (self.keys, keys),
-                (self.values, values),
-                (self.scores, scores),
-                (self.positions, positions),
-            ):
-                slots[:, :, :number] = source
-            self.seen.copy_(seen)
-            self.empty = False
-            return
-        if padded:
-            self.padded_late |= ((positions[:, 0] < 0) & (positions[:, 0].cummax(-1).values >= 0)).any(-1)
+        self.padded_late |= ((positions[:, 0] < 0) & (positions[:, 0].cummax(-1).values >= 0)).any(-1)
         kept = _entries_to_keep(scores, positions, seen, self.window, self.sinks, self.slots)
         count = kept.shape[-1]
         filled = positions.gather(2, kept)
@@ -400,9 +395,7 @@ class SparseKCacheLayer(CacheLayerMixin):
         columns = kept[..., None]
         for slots, source in ((self.keys, keys), (self.values, values)):
             kept_source = source.gather(2, columns.expand(-1, -1, -1, source.shape[-1]))
-            if padded:  # which may be anything
-                kept_source = kept_source.masked_fill(filled[..., None] < 0, 0)
-            slots[:, :, :count] = kept_source
+            slots[:, :, :count] = kept_source.masked_fill(filled[..., None] < 0, 0)  # padding may be anything
         self.seen.copy_(seen)
         self.empty = False
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from hf_sparse.methods.sparsek.config import SparseKConfig
-from hf_sparse.ops.selection.linear_scores import has_kernels, linear_scores, normalised
+from hf_sparse.ops.selection.linear_scores import has_kernels, linear_scores, normalised, token_scores
 
 _PIECE = 1 << 24  # numbers of the input that are scored at a time
 SLOPE_TOKENS = 256  # a learned slope is stored per so many tokens, so that it moves at the pace of the weights
@@ -97,6 +97,15 @@ class LinearScorer(Scorer):
         super().__init__(config, num_key_value_heads, causal)
         self.weight = nn.Parameter(torch.empty(num_key_value_heads, hidden_size))
         nn.init.normal_(self.weight, std=0.02)
+
+    def forward(self, hidden_states: Tensor, index: Tensor) -> Tensor:
+        """Return the scores of inputs as `Scorer.forward`, without a gradient in one launch where kernels run."""
+        if torch.is_grad_enabled() or not has_kernels(hidden_states):
+            return super().forward(hidden_states, index)
+        return token_scores(
+            hidden_states, self.weight, self.slope, index,
+            position_slope=float(self.position_slope), slope_tokens=SLOPE_TOKENS,
+        )  # fmt: skip
 
     def _in_pieces(self, hidden_states: Tensor) -> Tensor:
         return self.score(hidden_states) if has_kernels(hidden_states) else super()._in_pieces(hidden_states)

@@ -49,12 +49,12 @@ class NewTokens:
         )
 
 
-def token_index(valid: Tensor | None, seen: Tensor | int, batch: int, length: int, device: torch.device) -> Tensor:
+def token_index(valid: Tensor | None, seen: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
     """Return the index of each new token among the real tokens of its row, `[B, T]` int64.
 
     Args:
         valid: `[B, T]` bool or `None`; padding repeats a neighbour's index.
-        seen: real tokens of each row before these, `[B]` or one number.
+        seen: real tokens of each row before these, `[B]`; `None` for 0.
         batch, length: `B` and `T`.
         device: of the result.
     """
@@ -62,4 +62,4 @@ def token_index(valid: Tensor | None, seen: Tensor | int, batch: int, length: in
         index = torch.arange(length, device=device).expand(batch, -1)
     else:
         index = (valid.cumsum(-1) - 1).clamp(min=0)
-    return index + (seen[:, None] if isinstance(seen, Tensor) else seen)
+    return index if seen is None else index + seen[:, None]

@@ -19,7 +19,8 @@ Lou et al. 2024 (arXiv 2406.16747) for the causal case. The bidirectional one, a
 `gates`), are ours.
 """
 
-from typing import Literal, get_args
+from contextlib import nullcontext
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -74,7 +75,7 @@ def sparsek_attention(
             queries and is linear in `Tq`; `"triton"` does so in fused kernels, on a CUDA device, for half precision
             and float32 (scores in float32), `D` up to 256 and `B * Hkv` up to 65,535. `"auto"` is `"triton"` where
             that runs and `"tiled"` elsewhere, or torch's own dense attention where the budget covers the whole sequence
-            (unless scores are trained: they get their gradient, 0, from the others).
+            (the gradient of the scores is 0 there).
 
     Returns:
         `[B, Hq, Tq, D]` in the dtype of `query`, or autocast's where that is on. Softmax and gates are computed in
@@ -105,14 +106,28 @@ def sparsek_attention(
         key, value, scores = (_zero_padding(tensor, start) for tensor in (key, value, scores))
         query = _zero_padding(query, start - (key.shape[2] - query.shape[2]))
     problem = Problem(query, key, value, scores, k, window, sinks, scaling, soft, support if soft else k, start, causal)
-    with torch.autocast(device, enabled=False):
-        if implementation == "auto" and keys <= k + window + sinks and not (soft and scores.requires_grad):
-            return _all_keys(problem)
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
+        if implementation == "auto" and keys <= k + window + sinks:
+            output = _all_keys(problem)
+            return _Unmoved.apply(output, scores) if soft and scores.requires_grad else output
         if implementation == "dense":
             return dense_sparsek_attention(problem)
         if _takes_kernels(implementation, query, scores):
             return _fused(problem)
         return causal_sparsek_attention(problem) if causal else bidirectional_sparsek_attention(problem)
+
+
+class _Unmoved(torch.autograd.Function):
+    """Return an output that no score can move as it is; the gradient of the scores is 0."""
+
+    @staticmethod
+    def forward(ctx: Any, output: Tensor, scores: Tensor) -> Tensor:
+        ctx.scores = scores.new_zeros(()).expand_as(scores)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        return gradient, torch.zeros_like(ctx.scores, memory_format=torch.contiguous_format)
 
 
 def _fused(problem: Problem) -> Tensor:
@@ -160,10 +175,10 @@ def _all_keys(problem: Problem) -> Tensor:
     """Attend to all keys, by the kernel that the base model itself would use."""
     query, key, start, causal = problem.query, problem.key, problem.start, problem.causal
     queries, keys = query.shape[2], key.shape[2]
-    index = torch.arange(keys, device=query.device)
     mask = None
-    if causal and (start is not None or 1 < queries < keys):
-        mask = index <= index[keys - queries :, None]
+    if start is not None or (causal and 1 < queries < keys):
+        index = torch.arange(keys, device=query.device)
+        mask = index <= index[keys - queries :, None] if causal else None
     if start is not None:
         # A padded query sees itself, or the last key: its output is never used, but it must not be NaN.
         exists = index >= start.clamp(max=keys - 1)[:, None, None, None]

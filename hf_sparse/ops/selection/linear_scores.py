@@ -42,6 +42,28 @@ def linear_scores(states: Tensor, weight: Tensor) -> Tensor:
     return (normal @ weight.T).transpose(1, 2)
 
 
+def token_scores(
+    states: Tensor, weight: Tensor, slope: Tensor | None, index: Tensor, *, position_slope: float, slope_tokens: int
+) -> Tensor:
+    """Score tokens by kernels, without a gradient: `linear_scores`, and slopes over the positions of the tokens.
+
+    Args:
+        states, weight: of `linear_scores`, for which `has_kernels` holds.
+        slope: `[Hkv]`, what each head adds per `slope_tokens` tokens of position, or `None`.
+        index: `[B, T]` int64, the positions; its last dimension is contiguous.
+        position_slope: number that all heads add per token of position.
+
+    Returns:
+        `[B, Hkv, T]` float32, contiguous, rounded once.
+    """
+    from hf_sparse.ops.selection.triton import linear_scores
+
+    with torch.cuda.device_of(states):  # where Triton launches
+        return linear_scores.token_scores(
+            states, weight, slope, index, position_slope=position_slope, slope_tokens=slope_tokens
+        )
+
+
 def has_kernels(states: Tensor) -> bool:
     """Tell whether `linear_scores` of these states runs as kernels, which keep no copy of them for the backward."""
     return _TRITON and states.is_cuda and states.dtype in DTYPES and not torch.compiler.is_compiling()

@@ -69,6 +69,49 @@ def insert_token(
     positions.scatter_(2, slot, position.expand_as(slot))
 
 
+def fill_slots(
+    keys: Tensor,
+    values: Tensor,
+    scores: Tensor,
+    positions: Tensor,
+    seen: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score: Tensor,
+    *,
+    window: int,
+    sinks: int,
+) -> None:
+    """Write the sinks, the window and the best-scored other tokens of a text without padding, in order, into slots.
+
+    Args:
+        keys, values, scores, positions, seen: as in `insert_token`, written in place; what empty slots hold as keys
+            and values stays.
+        key, value: `[B, Hkv, N, D]`, all tokens of the text.
+        score: `[B, Hkv, N]` float32.
+    """
+    slots, number = keys.shape[2], key.shape[2]
+    same = key.dtype == value.dtype == keys.dtype == values.dtype and values.shape == keys.shape
+    fits = same and score.dtype == torch.float32 and number > 0 and not torch.compiler.is_compiling()
+    if fits and has_kernels(keys, values, scores, positions):
+        from hf_sparse.ops.selection.triton import slot_filling
+
+        state = (keys, values, scores, positions, seen)
+        slot_filling.fill_slots(*state, key, value, score, window=window, sinks=sinks)
+        return
+    index = torch.arange(number, device=key.device)
+    if number > slots:
+        always_kept = (index >= number - window) | (index < sinks)
+        order = score.masked_fill(always_kept, torch.inf).argsort(dim=-1, descending=True, stable=True)
+        kept = order[..., :slots].sort(dim=-1).values
+        key, value = (x.gather(2, kept[..., None].expand(-1, -1, -1, x.shape[-1])) for x in (key, value))
+        score, index = score.gather(2, kept), kept
+    positions.fill_(-1)
+    for target, source in ((keys, key), (values, value), (scores, score), (positions, index)):
+        target[:, :, : min(number, slots)] = source
+    seen.fill_(number)
+
+
 def attend_slots(query: Tensor, keys: Tensor, values: Tensor, positions: Tensor | None, *, scaling: float) -> Tensor:
     """Attend with one query per row and head to all slots that are filled.
 

@@ -15,6 +15,8 @@ import torch
 import triton
 from torch import Tensor
 
+from hf_sparse.ops.triton.replay import note_launch
+
 _seen: set[Hashable] = set()  # families that have been compiled in this process
 
 
@@ -25,7 +27,7 @@ def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
         if arguments[0].is_meta:
             kernel.warmup(*arguments, grid=grid, **constants)
         else:
-            kernel[grid](*arguments, **constants)
+            note_launch(kernel, kernel[grid](*arguments, **constants), grid, arguments, constants)
 
     return call
 

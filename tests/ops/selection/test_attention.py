@@ -264,8 +264,9 @@ def test_gradcheck():
     )
 
 
-def test_scores_get_a_gradient_of_zero_where_everything_is_selected():
-    """A batch of short sequences must not stop a training run for want of a gradient."""
+def test_scores_get_a_gradient_of_zero_where_everything_is_selected(monkeypatch):
+    """A batch of short sequences must not stop a training run for want of a gradient; torch's own attention does it."""
+    monkeypatch.setattr(api, "causal_sparsek_attention", None)
     case = Case(k=100)
     scores = case.inputs[3].requires_grad_()
     case.attend("auto").sum().backward()

@@ -13,8 +13,8 @@ from hf_sparse.ops.selection.problem import Problem
 from hf_sparse.ops.selection.reference import dense_sparsek_attention
 from hf_sparse.ops.selection.triton import attention as kernels
 from hf_sparse.ops.selection.triton import attention_backward, attention_forward
-from hf_sparse.ops.selection.triton.attention_forward import ProgramSizes
 from hf_sparse.ops.selection.triton.lists import Tables, by_lifetime
+from hf_sparse.ops.selection.triton.program_sizes import ProgramSizes
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SMALL = ProgramSizes(16, 16, 4, 1)  # several programs and blocks of keys even at the lengths of these tests
@@ -25,7 +25,7 @@ def size(on_a_gpu: int, interpreted: int) -> int:
     return on_a_gpu if DEVICE == "cuda" else interpreted
 
 
-pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter")
+pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter", "nothing_noted")
 
 
 @pytest.fixture
@@ -210,6 +210,8 @@ def test_no_kernel_for_what_nobody_wants(wanted, monkeypatch):
         kernel = getattr(attention_backward, name)
 
         class Spy:
+            arg_names = kernel.arg_names
+
             def __getitem__(self, grid, kernel=kernel, name=name):
                 launched.append(name)
                 return kernel[grid]

@@ -38,6 +38,20 @@ def test_scores(shape, dtype, poisoned_memory):
     torch.testing.assert_close(found, plain(states, weight), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_scores_with_slopes_are_rounded_once(shape, learned, poisoned_memory):
+    states, weight = (tensor.detach() for tensor in inputs(shape, torch.float16))
+    batch, length, _, heads = shape
+    slope = torch.randn(heads, device=DEVICE) if learned else None
+    index = torch.arange(length, device=DEVICE).expand(batch, -1)
+    found = kernels.token_scores(states, weight, slope, index, position_slope=0.01, slope_tokens=256)
+    slopes = 0.01 + (0 if slope is None else slope.double()[:, None] / 256)
+    expected = (plain(states, weight) + index.double()[:, None] * slopes).float()
+    assert found.dtype == torch.float32 and found.is_contiguous()
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.cross("values")
 @pytest.mark.parametrize("programs", [1, 16, 512])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

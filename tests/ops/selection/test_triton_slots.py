@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_sparse.ops.selection import slots as reference
+from hf_sparse.ops.selection.triton import slot_filling
 from hf_sparse.ops.selection.triton import slots as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,6 +50,26 @@ def test_the_same_slots_are_replaced(plain, kind, padded):
         for mine, other in zip(ours, theirs, strict=True):
             assert torch.equal(mine, other), t
     assert (ours[3] >= 0).all(), "the slots never filled up"
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "equal", "signs"])
+@pytest.mark.parametrize("length", [1, 10, 11, 12, 70])
+def test_a_whole_text_fills_the_same_slots(plain, kind, length, monkeypatch, poisoned_memory):
+    monkeypatch.setattr(slot_filling, "_KEYS", 32)  # a text of several parts
+    batch, heads, number, dim = 2, 3, 11, 6
+    ours, theirs = slots(batch, heads, number, dim), slots(batch, heads, number, dim)
+    key, value = torch.randn(2, batch, length, heads, dim, device=DEVICE).transpose(2, 3)
+    scores = torch.randn(batch, heads, length, device=DEVICE)
+    if kind == "ties":
+        scores = scores.round()
+    elif kind == "equal":
+        scores = torch.zeros_like(scores)
+    elif kind == "signs":
+        scores = scores.sign() * 0.0
+    slot_filling.fill_slots(*ours, key, value, scores, window=WINDOW, sinks=SINKS)
+    reference.fill_slots(*theirs, key, value, scores, window=WINDOW, sinks=SINKS)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine, other)
 
 
 def test_a_padded_row_writes_nothing():

@@ -19,7 +19,7 @@ compiles = pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpr
 
 
 @pytest.fixture
-def nothing_compiled(monkeypatch, tmp_path):
+def nothing_compiled(monkeypatch, tmp_path, nothing_noted):
     """Forgets what was compiled; returns the threads that compile from now on, by kernel."""
     for module in (attention_backward, attention_forward, lists_kernels, scan_kernels):
         for kernel in vars(module).values():

@@ -1,6 +1,6 @@
 """Run SparseK attention in Triton kernels: which keys, and what autograd sees."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,14 +9,38 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from hf_sparse.ops.selection import thresholds
 from hf_sparse.ops.selection.gates import shared_gates
 from hf_sparse.ops.selection.problem import Problem
+from hf_sparse.ops.selection.thresholds import ScanPlan
 from hf_sparse.ops.selection.triton import scan
 from hf_sparse.ops.selection.triton.attention_backward import backward
-from hf_sparse.ops.selection.triton.attention_forward import ProgramSizes, forward
-from hf_sparse.ops.selection.triton.lists import Tables, bidirectional_tables, causal_tables
+from hf_sparse.ops.selection.triton.attention_forward import forward
+from hf_sparse.ops.selection.triton.lists import Tables, bidirectional_tables, causal_tables, leavers
+from hf_sparse.ops.selection.triton.program_sizes import ProgramSizes
+from hf_sparse.ops.triton.replay import replayed
 
 # Queries that share a list. A program also looks at the keys that left the window since its tile began.
 _TILE = 128
-_OF_KEYS = ("begin", "until", "lists", "first", "scores", "ends")  # tensors of `Tables`
+# Tensors of `Tables`.
+_OF_KEYS = ("begin", "until", "lists", "first", "scores", "ends", "leavers")
+
+
+class CausalSettings(NamedTuple):
+    """Hold the settings of a causal call.
+
+    Attributes:
+        k, window, sinks, soft, scaling: see `Problem`.
+        size: keys that a query may select.
+        tile: queries that share a list.
+        blocks: sizes of the programs; `None` for what suits dtype and head size.
+    """
+
+    k: int
+    window: int
+    sinks: int
+    soft: bool
+    scaling: float
+    size: int
+    tile: int
+    blocks: ProgramSizes | None
 
 
 def causal_sparsek_attention(problem: Problem, *, tile: int = _TILE, blocks: ProgramSizes | None = None) -> Tensor:
@@ -27,40 +51,54 @@ def causal_sparsek_attention(problem: Problem, *, tile: int = _TILE, blocks: Pro
         tile: queries that share a list, for tests and benchmarks.
         blocks: sizes of the programs, for tests and benchmarks; by default what suits dtype and head size.
     """
-    query, k, window, sinks, soft = problem.query, problem.k, problem.window, problem.sinks, problem.soft
-    keys, queries = problem.key.shape[2], query.shape[2]
-    first, scores = problem.first, problem.scores
-    fixed = None  # sinks and padding: no candidates
-    if problem.start is not None:
-        fixed = torch.arange(keys, device=query.device) < first[:, None, None] + sinks
-    elif sinks:
-        fixed = torch.arange(keys, device=query.device) < sinks
-    if soft:
-        scores = _near_zero(scores, fixed, k)
-    candidates = scores if fixed is None else scores.masked_fill(fixed, -torch.inf)
+    keys, queries = problem.key.shape[2], problem.query.shape[2]
     size = keys if problem.support is None else min(problem.support, keys)
-    search = (
-        scan.scan_prefixes
-        if scan.supports(candidates, size=size, queries=queries, tile=tile)
-        else thresholds.scan_prefixes
+    settings = CausalSettings(
+        problem.k, problem.window, problem.sinks, problem.soft, problem.scaling, size, tile, blocks
     )
-    result = search(
-        candidates if soft else candidates.detach(),
-        k,
-        size=size,
-        queries=queries,
-        window=window,
-        tile=tile,
+    if not scan.supports(problem.scores, size=size, queries=queries, tile=tile):
+        return _by_the_plain_scan(problem, settings)
+    query, key, value = (_with_whole_rows(x) for x in (problem.query, problem.key, problem.value))
+    inputs = (query, key, value, problem.trained_scores.contiguous(), problem.start)
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs[:4]):
+        return _CausalAttention.apply(*inputs, settings)
+    (output,) = replayed(_causal_forward, inputs, settings, False)
+    assert output is not None
+    return output
+
+
+def _by_the_plain_scan(problem: Problem, settings: CausalSettings) -> Tensor:
+    """Solve a causal problem with the selection of plain PyTorch, which takes lists of any length."""
+    keys, soft, sinks = problem.key.shape[2], problem.soft, problem.sinks
+    fixed = torch.arange(keys, device=problem.key.device) < problem.first[:, None, None] + sinks  # no candidates
+    scores = _near_zero(problem.scores, fixed, problem.k) if soft else problem.scores.detach()
+    candidates = scores.masked_fill(fixed, -torch.inf)
+    result = thresholds.scan_prefixes(
+        candidates,
+        problem.k,
+        size=settings.size,
+        queries=problem.query.shape[2],
+        window=problem.window,
+        tile=settings.tile,
         with_tau=soft,
         with_lists=True,
     )
     tau = None if result.tau is None else result.tau.to(scores.dtype)
-    result = result._replace(tau=tau)
-    tables = causal_tables(result, candidates.detach(), first, queries=queries, window=window, sinks=sinks, tile=tile)
-    z = scores if soft else None
-    if soft and fixed is not None:
-        z = scores.masked_fill(fixed, torch.inf)  # the gate of a sink is 1, whatever tau is
-    return attend_listed(query, problem.key, problem.value, z, tau, tables, problem.scaling, blocks)
+    tables, _ = causal_tables(
+        result.rank.contiguous(),
+        result.floor.contiguous(),
+        None if tau is None else tau.detach().contiguous(),
+        result.lists.contiguous(),
+        candidates.detach().contiguous(),
+        None,
+        problem.first,
+        window=problem.window,
+        sinks=sinks,
+        tile=settings.tile,
+    )
+    z = scores.masked_fill(fixed, torch.inf) if soft else None  # the gate of a sink is 1, whatever tau is
+    query, key, value = problem.query, problem.key, problem.value
+    return attend_listed(query, key, value, z, tau, tables, problem.scaling, settings.blocks)
 
 
 def bidirectional_sparsek_attention(problem: Problem, *, blocks: ProgramSizes | None = None) -> Tensor:
@@ -79,12 +117,12 @@ def bidirectional_sparsek_attention(problem: Problem, *, blocks: ProgramSizes | 
     return attend_listed(problem.query, problem.key, problem.value, gates, None, tables, problem.scaling, blocks)
 
 
-def _near_zero(scores: Tensor, fixed: Tensor | None, k: int) -> Tensor:
+def _near_zero(scores: Tensor, fixed: Tensor, k: int) -> Tensor:
     """Subtract from each row its k-th best candidate, which changes no gate.
 
     The kernels hold thresholds in float32: next to a large score they would be rounded.
     """
-    candidates = scores.detach() if fixed is None else scores.detach().masked_fill(fixed, -torch.inf)
+    candidates = scores.detach().masked_fill(fixed, -torch.inf)
     origin = candidates.topk(min(k, scores.shape[-1]), sorted=False).values.amin(-1, keepdim=True)
     return scores - origin.masked_fill(origin == -torch.inf, 0.0)
 
@@ -110,7 +148,127 @@ def attend_listed(
         scaling: multiplies the logits.
         blocks: sizes of the programs; by default what suits dtype and head size.
     """
+    if tables.begin is None and tables.leavers is None:
+        tables = tables._replace(leavers=leavers(tables, query.shape[2], tables.tile))
     return _Attention.apply(query, key, value, scores, tau, tables, scaling, blocks)
+
+
+class _CausalAttention(torch.autograd.Function):
+    """Select keys and attend to them; the gradient of the scores goes through the gates and through tau."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scores: Tensor,
+        start: Tensor | None,
+        settings: CausalSettings,
+    ) -> Tensor:
+        output, *rest = replayed(_causal_forward, (query, key, value, scores, start), settings, True)
+        saved: tuple[Any, ...] = (query, key, value, start, output, *rest)
+        ctx.save_for_backward(*saved)
+        ctx.settings = settings  # type: ignore[attr-defined]
+        assert output is not None
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        want = ctx.needs_input_grad[:4]  # type: ignore[attr-defined]
+        inputs: tuple[Any, ...] = (_with_whole_rows(grad), *ctx.saved_tensors)  # type: ignore[attr-defined]
+        settings = ctx.settings  # type: ignore[attr-defined]
+        if torch.are_deterministic_algorithms_enabled():  # sorts keys, and so cannot run again by its launches alone
+            run: Any = _causal_backward
+            gradients = run(*inputs, settings, want, True)
+        else:
+            gradients = replayed(_causal_backward, inputs, settings, want, False)
+        return (*_as_inputs(gradients, ctx.saved_tensors), None, None)  # type: ignore[attr-defined]
+
+
+def _causal_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: Tensor,
+    start: Tensor | None,
+    settings: CausalSettings,
+    wanted: bool,
+) -> tuple[Tensor | None, ...]:
+    """Return the output and, if a gradient is wanted, what the backward needs besides the inputs."""
+    k, window, sinks, soft, scaling, size, tile, blocks = settings
+    plan = ScanPlan(k, size, query.shape[2], window, tile, soft, True)
+    rank, floor, tau, lists, origin = scan.launch_scan(scores, plan, start, sinks, shift=soft)
+    tables, z = causal_tables(rank, floor, tau, lists, scores, origin, start, window=window, sinks=sinks, tile=tile)
+    output, lse = forward(query, key, value, z, tau, tables, scaling, blocks)
+    if not wanted:
+        return (output,)
+    of_tau = (z, tau, tables.scores, tables.ends, rank, floor) if soft else (None,) * 6
+    return (output, lse, tables.until, tables.lists, tables.leavers, *of_tau)
+
+
+def _causal_backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    start: Tensor | None,
+    output: Tensor,
+    lse: Tensor,
+    until: Tensor,
+    lists: Tensor,
+    of_tiles: Tensor,
+    z: Tensor | None,
+    tau: Tensor | None,
+    of_lists: Tensor | None,
+    ends: Tensor | None,
+    rank: Tensor | None,
+    floor: Tensor | None,
+    settings: CausalSettings,
+    want: tuple[bool, bool, bool, bool],
+    deterministic: bool,
+) -> tuple[Tensor | None, ...]:
+    """Return the gradients of query, key, value and scores that are wanted, those of key and value in any dtype."""
+    window, sinks = settings.window, settings.sinks
+    tables = Tables(None, until, lists, settings.tile, window - 1, 0, sinks, start, of_lists, ends, of_tiles)
+    of_scores = want[3] and z is not None
+    gradients = backward(
+        grad,
+        query,
+        key,
+        value,
+        z,
+        tau,
+        output,
+        lse,
+        tables,
+        settings.scaling,
+        want=(*want[:3], of_scores, of_scores),
+        deterministic=deterministic,
+        blocks=settings.blocks,
+    )
+    if of_scores:
+        assert z is not None and tau is not None and rank is not None and floor is not None
+        assert gradients.tau is not None and gradients.scores is not None
+        arrival = window - (key.shape[2] - query.shape[2])
+        scan.launch_backward(z, rank, floor, tau, gradients.tau, arrival, gradients.scores)
+    return gradients[:4]
+
+
+def _with_whole_rows(tensor: Tensor) -> Tensor:
+    """Return a tensor whose last dimension is contiguous."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _as_inputs(gradients: tuple[Tensor | None, ...], inputs: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    """Return gradients of query, key, value and scores, those of key and value in the dtype of these."""
+    d_query, d_key, d_value, d_scores = gradients
+    d_key, d_value = (
+        None if gradient is None or tensor is None else gradient.to(tensor.dtype)
+        for gradient, tensor in ((d_key, inputs[1]), (d_value, inputs[2]))
+    )
+    return d_query, d_key, d_value, d_scores
 
 
 class _Attention(torch.autograd.Function):
@@ -126,7 +284,7 @@ class _Attention(torch.autograd.Function):
         scaling: float,
         blocks: ProgramSizes | None,
     ) -> Tensor:
-        query, key, value = (x if x.stride(-1) == 1 else x.contiguous() for x in (query, key, value))
+        query, key, value = (_with_whole_rows(x) for x in (query, key, value))
         scores, tau = (None if x is None else x.contiguous() for x in (scores, tau))
         output, lse = forward(query, key, value, scores, tau, tables, scaling, blocks)
         of_keys = tuple(getattr(tables, name) for name in _OF_KEYS)
@@ -142,7 +300,7 @@ class _Attention(torch.autograd.Function):
         query, key, value, scores, tau, output, lse, *of_keys = ctx.saved_tensors  # type: ignore[attr-defined]
         tables = ctx.tables._replace(**dict(zip(_OF_KEYS, of_keys, strict=True)))  # type: ignore[attr-defined]
         gradients = backward(
-            grad,
+            _with_whole_rows(grad),
             query,
             key,
             value,
@@ -156,4 +314,5 @@ class _Attention(torch.autograd.Function):
             deterministic=torch.are_deterministic_algorithms_enabled(),
             blocks=ctx.blocks,  # type: ignore[attr-defined]
         )
-        return (*gradients, None, None, None)
+        d_tau = None if gradients.tau is None else gradients.tau.sum(-1)
+        return (*_as_inputs(gradients[:4], (query, key, value)), d_tau, None, None, None)

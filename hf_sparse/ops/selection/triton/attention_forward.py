@@ -5,14 +5,15 @@ all of them. Everything is accumulated in float32; float32 inputs are multiplied
 hardly more than float32 itself. A gate multiplies the weight after the exponential, so it may be 0.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_sparse.ops.selection.triton.lists import ALWAYS, Tables, leavers
+from hf_sparse.ops.selection.triton.lists import ALWAYS, Tables
+from hf_sparse.ops.selection.triton.program_sizes import ProgramSizes, forward_sizes
 from hf_sparse.ops.selection.triton.walk import (
     consecutive,
     gates,
@@ -24,21 +25,10 @@ from hf_sparse.ops.selection.triton.walk import (
     rows_of,
 )
 from hf_sparse.ops.triton.launch import launch
+from hf_sparse.ops.triton.replay import empty, empty_like
 from hf_sparse.ops.triton.sizes import padded
 
 LOG2_E = 1.4426950408889634
-
-
-class ProgramSizes(NamedTuple):
-    """Hold the sizes of a program: rows, keys at a time, Triton's warps and stages, most registers of a thread.
-
-    With 128 registers 16 warps share a multiprocessor; some values are then kept in memory, which costs less."""
-
-    rows: int
-    keys: int
-    warps: int
-    stages: int
-    registers: int | None = None
 
 
 # No length is worth a compilation of its own.
@@ -73,18 +63,6 @@ def mixed_stages(blocks: ProgramSizes, tables: Tables) -> int:
     return 1 if tables.begin is None else blocks.stages
 
 
-def blocks_for(query: Tensor, soft: bool, causal: bool) -> ProgramSizes:
-    """Choose the sizes for a dtype, a head size, the kind of gates and the order."""
-    dim = padded(query.shape[-1])
-    if query.dtype == torch.float32:
-        return ProgramSizes(64, 32, 4, 2) if dim <= 128 else ProgramSizes(64, 32, 8, 1)
-    if dim > 128:
-        return ProgramSizes(128, 32, 8, 2)
-    if dim > 64:
-        return ProgramSizes(128, 32, 4, 3) if soft else ProgramSizes(128, 32, 8, 3, 128)
-    return ProgramSizes(64, 64, 4, 2, 128) if causal and not soft else ProgramSizes(64, 32, 4, 3, 128)
-
-
 def forward(
     query: Tensor,
     key: Tensor,
@@ -102,10 +80,10 @@ def forward(
     Arguments as in `attention.attend_listed`; `scores` and `tau` contiguous, the last dimension of the others too.
     """
     batch, heads, queries, _ = query.shape
-    blocks = blocks or blocks_for(query, scores is not None, tables.begin is None)
-    output = torch.empty_like(query)
+    blocks = blocks or forward_sizes(query, scores is not None, tables.begin is None)
+    output = empty_like(query)
     group = heads // key.shape[1]
-    lse = torch.empty((batch, key.shape[1], queries, group), dtype=torch.float32, device=query.device)
+    lse = empty((batch, key.shape[1], queries, group), torch.float32, query.device)
     launch(_forward, (triton.cdiv(queries * group, blocks.rows), batch * key.shape[1]))(
         query,
         key,
@@ -115,7 +93,7 @@ def forward(
         tables.begin,
         tables.until,
         tables.lists,
-        leavers(tables, queries, tables.tile) if tables.begin is None else None,
+        tables.leavers,
         tables.scores,
         tables.ends,
         tables.first,

@@ -22,6 +22,9 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from hf_sparse.ops.triton.launch import launch
+from hf_sparse.ops.triton.replay import empty, replayed
+
 _EPS = 1e-5  # epsilon of the layer norm
 _ROWS, _HEADS, _COLUMNS = 4, 8, 64  # sizes of a program of the forward
 _WARPS, _STAGES = 4, 3
@@ -34,49 +37,95 @@ def linear_scores(states: Tensor, weight: Tensor) -> Tensor:
     return _LinearScores.apply(states, weight)
 
 
+def token_scores(
+    states: Tensor, weight: Tensor, slope: Tensor | None, index: Tensor, *, position_slope: float, slope_tokens: int
+) -> Tensor:
+    """Score as `ops.selection.linear_scores.token_scores`, in one launch."""
+    inputs = (states.contiguous(), weight.contiguous(), slope, index)
+    (scores,) = replayed(_token_scores, inputs, position_slope, slope_tokens)
+    assert scores is not None
+    return scores
+
+
+def _token_scores(
+    states: Tensor, weight: Tensor, slope: Tensor | None, index: Tensor, position_slope: float, slope_tokens: int
+) -> tuple[Tensor | None, ...]:
+    batch, length, columns = states.shape
+    heads, rows = weight.shape[0], batch * length
+    scores = empty((batch, heads, length), torch.float32, states.device)
+    if rows:
+        launch(_forward, (triton.cdiv(rows, _ROWS), triton.cdiv(heads, _HEADS)))(
+            states, weight, scores, None, None, None, slope, index, index.stride(0), rows, length, heads, columns,
+            EPS=_EPS, ROWS=_ROWS, HEADS=min(_HEADS, triton.next_power_of_2(heads)), COLUMNS=_COLUMNS, STAGES=_STAGES,
+            SLOPE=position_slope, SLOPE_TOKENS=slope_tokens, num_warps=_WARPS,
+        )  # fmt: skip
+    return (scores,)
+
+
 class _LinearScores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, states: Tensor, weight: Tensor) -> Tensor:
-        batch, length, columns = states.shape
-        heads, rows = weight.shape[0], batch * length
-        flat, weight = states.reshape(rows, columns).contiguous(), weight.contiguous()
-        wide: dict[str, Any] = {"dtype": torch.float64, "device": states.device}
-        scores, sums = torch.empty((batch, heads, length), **wide), torch.empty(heads, **wide)
-        means, scales = torch.empty(rows, **wide), torch.empty(rows, **wide)
-        if rows:
-            _forward[(triton.cdiv(rows, _ROWS), triton.cdiv(heads, _HEADS))](
-                flat, weight, scores, sums, means, scales, rows, length, heads, columns,
-                EPS=_EPS, ROWS=_ROWS, HEADS=min(_HEADS, triton.next_power_of_2(heads)), COLUMNS=_COLUMNS,
-                STAGES=_STAGES, num_warps=_WARPS,
-            )  # fmt: skip
-        ctx.save_for_backward(states, weight, scores, sums, means, scales)
+        scores, *statistics = replayed(_scores_and_statistics, (states.contiguous(), weight.contiguous()))
+        saved: tuple[Any, ...] = (states, weight, scores, *statistics)
+        ctx.save_for_backward(*saved)
+        assert scores is not None
         return scores
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        states, weight, scores, sums, means, scales = ctx.saved_tensors
-        batch, length, columns = states.shape
-        heads, rows = weight.shape[0], batch * length
-        of_states, of_weight = ctx.needs_input_grad
-        flat = states.reshape(rows, columns).contiguous()
-        blocks = triton.cdiv(columns, _WIDTH)
-        steps = triton.cdiv(rows, _STEP)
-        share = triton.cdiv(steps, max(1, min(steps, _PROGRAMS // blocks)))  # steps of a program
-        parts = triton.cdiv(steps, share) if steps else 0
-        d_states = torch.empty(states.shape, dtype=states.dtype, device=states.device) if of_states else flat
-        d_weight = torch.empty((parts if of_weight else 0, heads, columns), dtype=torch.float32, device=states.device)
-        if rows:
-            _backward[(parts, blocks)](
-                flat, weight, grad.contiguous(), scores, sums, means, scales, d_states, d_weight,
-                rows, length, heads, columns, share * _STEP,
-                HEADS=max(16, triton.next_power_of_2(heads)), STEP=_STEP, WIDTH=_WIDTH,
-                OF_STATES=of_states, OF_WEIGHT=of_weight, num_warps=4,
-            )  # fmt: skip
-        return d_states if of_states else None, d_weight.sum(0).to(weight.dtype) if of_weight else None
+        states, weight, *results = ctx.saved_tensors
+        inputs = (grad.contiguous(), states.contiguous(), weight.contiguous(), *results)
+        d_states, d_weight = replayed(_gradients, inputs, *ctx.needs_input_grad)
+        return d_states, None if d_weight is None else d_weight.sum(0).to(weight.dtype)
 
 
-@triton.jit(do_not_specialize=["rows", "length"])
+def _scores_and_statistics(states: Tensor, weight: Tensor) -> tuple[Tensor | None, ...]:
+    """Return scores, and what the backward needs: sums of the weights, means and inverse deviations of the rows."""
+    batch, length, columns = states.shape
+    heads, rows, device = weight.shape[0], batch * length, states.device
+    scores, sums = empty((batch, heads, length), torch.float64, device), empty((heads,), torch.float64, device)
+    means, scales = empty((rows,), torch.float64, device), empty((rows,), torch.float64, device)
+    if rows:
+        launch(_forward, (triton.cdiv(rows, _ROWS), triton.cdiv(heads, _HEADS)))(
+            states, weight, scores, sums, means, scales, None, None, 0, rows, length, heads, columns,
+            EPS=_EPS, ROWS=_ROWS, HEADS=min(_HEADS, triton.next_power_of_2(heads)), COLUMNS=_COLUMNS,
+            STAGES=_STAGES, SLOPE=0.0, SLOPE_TOKENS=1, num_warps=_WARPS,
+        )  # fmt: skip
+    return scores, sums, means, scales
+
+
+def _gradients(
+    grad: Tensor,
+    states: Tensor,
+    weight: Tensor,
+    scores: Tensor,
+    sums: Tensor,
+    means: Tensor,
+    scales: Tensor,
+    of_states: bool,
+    of_weight: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return the gradients of states and, in parts of rows that are still to be added up, of the weight."""
+    batch, length, columns = states.shape
+    heads, rows, device = weight.shape[0], batch * length, states.device
+    blocks = triton.cdiv(columns, _WIDTH)
+    steps = triton.cdiv(rows, _STEP)
+    share = triton.cdiv(steps, max(1, min(steps, _PROGRAMS // blocks)))  # steps of a program
+    parts = triton.cdiv(steps, share) if steps else 0
+    d_states = empty(states.shape, states.dtype, device) if of_states else None
+    d_weight = empty((parts, heads, columns), torch.float32, device) if of_weight else None
+    if rows:
+        launch(_backward, (parts, blocks))(
+            states, weight, grad, scores, sums, means, scales, d_states, d_weight,
+            rows, length, heads, columns, share * _STEP,
+            HEADS=max(16, triton.next_power_of_2(heads)), STEP=_STEP, WIDTH=_WIDTH,
+            OF_STATES=of_states, OF_WEIGHT=of_weight, num_warps=4,
+        )  # fmt: skip
+    return d_states, d_weight
+
+
+@triton.jit(do_not_specialize=["index_row", "rows", "length"])
 def _forward(
     states,
     weight,
@@ -84,6 +133,9 @@ def _forward(
     sums,
     means,
     scales,
+    Slope,
+    Index,
+    index_row,
     rows,
     length,
     heads,
@@ -93,7 +145,10 @@ def _forward(
     HEADS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
+    SLOPE: tl.constexpr,
+    SLOPE_TOKENS: tl.constexpr,
 ):
+    """Score ROWS rows by HEADS heads; `Index` adds slopes, and `sums`, `means` and `scales` are for a backward."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     inside, there = row < rows, head < heads
@@ -114,13 +169,20 @@ def _forward(
     scale = 1 / tl.sqrt(variance + EPS)
     summed = tl.sum(weights, 1)
     score = scale[:, None] * (tl.sum(product, 2) - mean[:, None] * summed[None, :])
+    if Index is not None:
+        place = tl.load(Index + row // length * index_row + row % length, mask=inside, other=0).to(tl.float64)
+        slope = tl.zeros([HEADS], tl.float64) + SLOPE
+        if Slope is not None:
+            slope += tl.load(Slope + head, mask=there, other=0.0).to(tl.float64) / SLOPE_TOKENS
+        score += place[:, None] * slope[None, :]
     at = (row[:, None] // length * heads + head[None, :]) * length + row[:, None] % length
-    tl.store(scores + at, score, mask=inside[:, None] & there[None, :])
-    if tl.program_id(0) == 0:
-        tl.store(sums + head, summed, mask=there)
-    if tl.program_id(1) == 0:
-        tl.store(means + row, mean, mask=inside)
-        tl.store(scales + row, scale, mask=inside)
+    tl.store(scores + at, score.to(scores.dtype.element_ty), mask=inside[:, None] & there[None, :])
+    if sums is not None:
+        if tl.program_id(0) == 0:
+            tl.store(sums + head, summed, mask=there)
+        if tl.program_id(1) == 0:
+            tl.store(means + row, mean, mask=inside)
+            tl.store(scales + row, scale, mask=inside)
 
 
 @triton.jit(do_not_specialize=["rows", "length", "share"])

@@ -14,9 +14,9 @@ import torch
 import triton
 from torch import Tensor
 
-from hf_sparse.ops.selection.thresholds import Scan
 from hf_sparse.ops.selection.triton.lists_kernels import in_list_order, intervals, leaving
 from hf_sparse.ops.triton.launch import launch
+from hf_sparse.ops.triton.replay import empty
 
 # Before and after every position; their difference fits into int32.
 ALWAYS = -(1 << 29)
@@ -39,9 +39,10 @@ class Tables(NamedTuple):
         tile: queries that share a list.
         left, right: the window of the query at position p is `p - left` to `p + right`; gates are 1 there.
         sinks: number of sinks of every row, from `first` on, in front of its lists.
-        first: `[B]` int64, the first key of each row that is no padding.
+        first: `[B]` int64, the first key of each row that is no padding; `None` for 0.
         scores, ends: of soft gates in causal order, `scores` float32 and `until` in the order of `lists`; 0 is the end
             of a key that is no candidate.
+        leavers: `[B, Hkv, n_tiles, tile]` int32, in causal order, see `leavers`.
     """
 
     begin: Tensor | None
@@ -51,41 +52,57 @@ class Tables(NamedTuple):
     left: int
     right: int
     sinks: int
-    first: Tensor
+    first: Tensor | None
     scores: Tensor | None = None
     ends: Tensor | None = None
+    leavers: Tensor | None = None
 
 
 def causal_tables(
-    found: Scan, scores: Tensor, first: Tensor, *, queries: int, window: int, sinks: int, tile: int
-) -> Tables:
-    """Make the tables of causal attention from a scan of `scores` `[B, Hkv, Tk]` with a list per `tile` queries.
+    rank: Tensor,
+    floor: Tensor,
+    tau: Tensor | None,
+    lists: Tensor,
+    scores: Tensor,
+    origin: Tensor | None,
+    first: Tensor | None,
+    *,
+    window: int,
+    sinks: int,
+    tile: int,
+) -> tuple[Tables, Tensor | None]:
+    """Make the tables of causal attention from a scan of scores with a list per `tile` queries.
 
-    `scores` are float32 without a gradient."""
-    batch, heads, keys = scores.shape
-    soft = found.tau is not None
-    scores = scores.contiguous()
-    rank, floor = found.rank.contiguous(), found.floor.contiguous()
-    lists = found.lists.contiguous()
+    Args:
+        rank, floor, tau, lists: of the scan, contiguous; tau float32, `None` for hard gates.
+        scores: `[B, Hkv, Tk]` float32, contiguous, without a gradient.
+        origin: `[B * Hkv]` float32, what was subtracted from the scores of a row before tau was solved; `None` for 0.
+        first: see `Tables`.
+
+    Returns:
+        The tables and, for soft gates, the scores that tau is compared with, infinite for sinks and padding.
+    """
+    (batch, heads, keys), queries, device = scores.shape, floor.shape[-1], scores.device
+    soft = tau is not None
     if lists.dtype == torch.int64:  # of the plain scan, which fills short lists with keys that are no candidates
-        candidate = (lists >= first[:, None, None, None] + sinks) & (lists < keys)
-        lists = lists.where(candidate, -1).to(torch.int32)
-    tau = found.tau.detach().contiguous() if found.tau is not None else None
-    until = torch.empty(scores.shape, dtype=torch.int32, device=scores.device)
+        least = sinks if first is None else first[:, None, None, None] + sinks
+        lists = lists.where((lists >= least) & (lists < keys), -1).to(torch.int32)
+    until = empty(scores.shape, torch.int32, device)
+    shifted = empty(scores.shape, torch.float32, device) if soft else None
     launch(intervals, (triton.cdiv(keys, _KEYS), batch * heads))(
-        rank, floor, scores if soft else None, tau, first, until, keys, queries, heads, window, sinks,
+        rank, floor, scores if soft else None, origin, tau, first, until, shifted, keys, queries, heads, window, sinks,
         queries.bit_length(), SOFT=soft, BLOCK=_KEYS, num_warps=4,
     )  # fmt: skip
     tables = Tables(None, until, lists, tile, window - 1, 0, sinks, first)
-    if not soft:
-        return tables
+    tables = tables._replace(leavers=leavers(tables, queries, tile))
+    if shifted is None:
+        return tables, None
     size = lists.shape[-2] * lists.shape[-1]
-    of_lists = torch.empty(lists.shape, dtype=torch.float32, device=scores.device)
-    ends = torch.empty(lists.shape, dtype=torch.int32, device=scores.device)
+    of_lists, ends = empty(lists.shape, torch.float32, device), empty(lists.shape, torch.int32, device)
     launch(in_list_order, (triton.cdiv(size, _ENTRIES), batch * heads))(
-        lists, scores, until, of_lists, ends, size, keys, BLOCK=_ENTRIES, num_warps=4
+        lists, shifted, until, of_lists, ends, size, keys, BLOCK=_ENTRIES, num_warps=4
     )
-    return tables._replace(scores=of_lists, ends=ends)
+    return tables._replace(scores=of_lists, ends=ends), shifted
 
 
 def leavers(tables: Tables, queries: int, tile: int) -> Tensor:
@@ -98,7 +115,7 @@ def leavers(tables: Tables, queries: int, tile: int) -> Tensor:
     """
     batch, heads, keys = tables.until.shape
     tiles = triton.cdiv(queries, tile)
-    found = torch.empty((batch, heads, tiles, tile), dtype=torch.int32, device=tables.until.device)
+    found = empty((batch, heads, tiles, tile), torch.int32, tables.until.device)
     launch(leaving, (tiles, batch * heads))(
         tables.until, tables.first, found, keys, queries, heads, tiles, tile, tables.left, tables.sinks,
         TILE=triton.next_power_of_2(tile), num_warps=4,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from hf_sparse.ops.selection.triton.scan_kernels import count_before
+from hf_sparse.ops.selection.triton.scan_kernels import count_before, first_of, origin_of
 
 
 @triton.jit(do_not_specialize=["keys", "queries", "heads", "window", "sinks", "steps"])
@@ -11,9 +11,11 @@ def intervals(
     Rank,
     Floor,
     Scores,
+    Origin,
     Tau,
     First,
     Until,
+    Shifted,
     keys,
     queries,
     heads,
@@ -25,16 +27,19 @@ def intervals(
 ):
     """Find `until` `[B, Hkv, Tk]` of BLOCK keys in causal order: the first position that does not see the key.
 
-    Floors and thresholds rise, so the queries that select a key are those before a place in a sorted row."""
+    Floors and thresholds rise, so the queries that select a key are those before a place in a sorted row. With SOFT
+    also write `Shifted` `[B, Hkv, Tk]`: scores less the origin of their row, and infinity for sinks and padding, whose
+    gate is 1 whatever tau is."""
     row = tl.program_id(1).to(tl.int64)
     key = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = key < keys
-    first = tl.load(First + row // heads).to(tl.int32)
+    first = first_of(First, row // heads)
     rank = tl.load(Rank + row * keys + key, mask=there, other=0)
     none = tl.zeros([BLOCK], tl.int32)
     end = count_before(Floor + row * queries, rank, none, none + queries, steps, True)
     if SOFT:
-        score = tl.load(Scores + row * keys + key, mask=there, other=0.0)
+        score = tl.load(Scores + row * keys + key, mask=there, other=0.0) - origin_of(Origin, row)
+        tl.store(Shifted + row * keys + key, tl.where(key < first + sinks, float("inf"), score), mask=there)
         end = count_before(Tau + row * queries, score, none, end, steps, False)
     end = tl.where(rank == 0, 0, end + keys - queries)  # rank 0 is no candidate
     end = tl.maximum(end, key + window)
@@ -59,7 +64,7 @@ def in_list_order(Lists, Scores, Until, ListScores, Ends, size, keys, BLOCK: tl.
 def leaving(Until, First, Leavers, keys, queries, heads, tiles, tile, left, sinks, TILE: tl.constexpr):
     """Find the leavers of one tile, a row of `Leavers` `[B, Hkv, n_tiles, tile]`; `lists.leavers` defines them."""
     number, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    first = tl.load(First + row // heads).to(tl.int32)
+    first = first_of(First, row // heads)
     index = tl.arange(0, TILE)
     key = number * tile + keys - queries - left + index
     there = (index < tile - 1) & (key >= first + sinks) & (key < keys)

@@ -14,7 +14,7 @@ Merging looks up each key's place in the other list, which needs no communicatio
 the host. The derivation is ours.
 
 In the backward `free_intervals` finds the queries whose tau moves with a key, `shares` divides the gradient of each
-among its free keys, and `sum_shares` adds up those of every key; one launch each, and a running sum between them.
+among its free keys, `sum_totals` and `sum_shares` add up those of every key; one launch each.
 """
 
 import math
@@ -27,24 +27,30 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from hf_sparse.ops.selection import thresholds as reference
 from hf_sparse.ops.selection.thresholds import Scan, ScanPlan
 from hf_sparse.ops.selection.triton.scan_kernels import (
+    find_origins,
     free_intervals,
     merge_earlier,
     merge_for_tiles,
     query_thresholds,
+    raise_thresholds,
     shares,
     sort_chunks,
     sum_lists,
     sum_shares,
+    sum_totals,
     tile_thresholds,
 )
 from hf_sparse.ops.triton.launch import launch
+from hf_sparse.ops.triton.replay import empty, zeros
 
 _CHUNK = 128  # keys that are sorted by counting
 _BLOCK = 4  # chunks per block
+_SORT_WARPS = 4
 _FLOORS = (64, 4)  # queries and warps of a program that looks for floors
 _TAUS = (64, 4)  # queries and warps of a program that solves for tau as well
 _LISTS = 32  # per program that solves for their thresholds
 _KEYS = 256  # keys or queries per program of the backward
+_BLOCKS = 256  # sums of so many programs are added up at a time
 _LARGEST = 8192  # keys of a list
 
 
@@ -92,6 +98,7 @@ class _TritonThresholds(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, scores: Tensor, plan: ScanPlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         rank, floor, tau, lists = _run(scores, plan)
+        assert tau is not None
         ctx.save_for_backward(scores, rank, floor, tau)
         ctx.first = plan.window - (scores.shape[-1] - plan.queries)  # type: ignore[attr-defined]
         ctx.mark_non_differentiable(rank, floor, lists)
@@ -101,34 +108,67 @@ class _TritonThresholds(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         """Move tau by one over the number of its free keys with each of them, as `ops.selection.thresholds` does."""
-        scores, rank, floor, tau = (tensor.contiguous() for tensor in ctx.saved_tensors)  # type: ignore[attr-defined]
-        keys, queries = scores.shape[-1], tau.shape[-1]
-        rows, device = math.prod(scores.shape[:-1]), scores.device
-        begin = torch.empty(scores.shape, dtype=torch.int32, device=device)
-        end, d_scores, share = torch.empty_like(begin), torch.empty_like(scores), torch.empty_like(tau)
-        change = torch.zeros((*tau.shape[:-1], queries + 1), dtype=torch.int32, device=device)
-        by_key, by_query = ((triton.cdiv(number, _KEYS), rows) for number in (keys, queries))
-        arrival, steps = ctx.first, queries.bit_length()  # type: ignore[attr-defined]
-        launch(free_intervals, by_key)(
-            scores, rank, floor, tau, begin, end, change, keys, queries, arrival, steps, BLOCK=_KEYS
-        )
-        free = change.cumsum(-1, dtype=torch.int32)
-        launch(shares, by_query)(grad.contiguous(), free, share, queries, BLOCK=_KEYS)
-        launch(sum_shares, by_key)(share.cumsum(-1), begin, end, d_scores, keys, queries, BLOCK=_KEYS)
-        return d_scores, None
+        scores, rank, floor, tau = ctx.saved_tensors  # type: ignore[attr-defined]
+        arguments = (scores.contiguous(), rank, floor, tau, grad.contiguous()[..., None])
+        return launch_backward(*arguments, ctx.first), None  # type: ignore[attr-defined]
 
 
-def _run(scores: Tensor, plan: ScanPlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute ranks `[..., Tk]`, floors and tau `[..., Tq]` (tau is empty unless asked for) and lists."""
+def launch_backward(
+    scores: Tensor, rank: Tensor, floor: Tensor, tau: Tensor, grad: Tensor, arrival: int, d_scores: Tensor | None = None
+) -> Tensor:
+    """Launch the backward of tau: `[..., Tk]`, added to `d_scores` in place if that is given.
+
+    Args:
+        scores: `[..., Tk]`, less what was subtracted from tau.
+        rank, floor, tau: of the scan.
+        grad: `[..., Tq, G]` float32, of tau; it is summed over the last dimension.
+        arrival: key j is eligible from query `j + arrival` on.
+        d_scores: `[..., Tk]` float32, what is there already.
+    """
+    keys, queries, device = scores.shape[-1], tau.shape[-1], scores.device
+    rows = math.prod(scores.shape[:-1])
+    begin = empty(scores.shape, torch.int32, device)
+    end, share = empty(scores.shape, torch.int32, device), empty(tau.shape, torch.float32, device)
+    change = zeros((*tau.shape[:-1], queries + 1), torch.int32, device)
+    by_key, by_query = ((triton.cdiv(number, _KEYS), rows) for number in (keys, queries))
+    total = empty((rows, by_query[0]), torch.float32, device)
+    steps, add = queries.bit_length(), d_scores is not None
+    launch(free_intervals, by_key)(
+        scores, rank, floor, tau, begin, end, change, keys, queries, arrival, steps, BLOCK=_KEYS
+    )
+    launch(shares, by_query)(grad, change, share, total, queries, GROUP=grad.shape[-1], BLOCK=_KEYS)
+    d_scores = empty(scores.shape, torch.float32, device) if d_scores is None else d_scores
+    before = empty((rows, by_query[0] + 1), torch.float32, device)
+    launch(sum_totals, (rows,))(total, before, by_query[0], MANY=_BLOCKS)
+    launch(sum_shares, by_key)(share, before, begin, end, d_scores, keys, queries, by_query[0], ADD=add, BLOCK=_KEYS)
+    return d_scores
+
+
+def _run(scores: Tensor, plan: ScanPlan) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Compute ranks `[..., Tk]`, floors `[..., Tq]`, tau if asked for, and lists."""
     with torch.cuda.device_of(scores):  # where Triton launches
-        return _launch(scores, plan)
+        return launch_scan(scores.contiguous(), plan)[:4]
 
 
-def _launch(scores: Tensor, plan: ScanPlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def launch_scan(
+    scores: Tensor, plan: ScanPlan, first: Tensor | None = None, sinks: int = 0, shift: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+    """Launch the scan of scores that `supports` takes, on their device.
+
+    Args:
+        scores: `[..., Tk]`, contiguous; of padding and sinks they may be anything.
+        plan: see `ScanPlan`, `size` at most `Tk`.
+        first: `[B]`, the first key of each row of the batch that is no padding; `None` for 0.
+        sinks: so many keys from there on are no candidates.
+        shift: subtract a score near the thresholds of a row from tau.
+
+    Returns:
+        Ranks `[..., Tk]`, floors `[..., Tq]`, tau `[..., Tq]` or `None`, lists, and what was subtracted, `[rows]`
+        or `None`.
+    """
     batch, keys, device = scores.shape[:-1], scores.shape[-1], scores.device
     queries, size = plan.queries, plan.size
     rows = math.prod(batch)
-    scores = scores.reshape(rows, keys).contiguous()
     C = min(plan.tile, _CHUNK)
     every = plan.tile // C
     tiles = triton.cdiv(queries, plan.tile) * every  # of C queries each
@@ -140,28 +180,46 @@ def _launch(scores: Tensor, plan: ScanPlan) -> tuple[Tensor, Tensor, Tensor, Ten
     chunks = blocks * _BLOCK
 
     def codes(*shape: int) -> Tensor:
-        return torch.empty((rows, *shape), dtype=torch.int64, device=device)
+        return empty((rows, *shape), torch.int64, device)
 
-    rank, floor, chunk_lists = codes(keys), codes(queries), codes(chunks, C)
+    rank, floor = empty((*batch, keys), torch.int64, device), empty((*batch, queries), torch.int64, device)
+    chunk_lists = codes(chunks, C)
     width = min(size, _BLOCK * C)
     lists = codes(chunks, width)
     covered = max(chunks, triton.cdiv(keys - start, C))
+    heads = 1 if first is None else rows // len(first)
     launch(sort_chunks, (covered, rows))(
-        scores, rank, chunk_lists, lists, keys, chunks, start, width, C, _BLOCK, num_warps=4
+        scores,
+        first,
+        rank,
+        chunk_lists,
+        lists,
+        heads,
+        sinks,
+        keys,
+        chunks,
+        start,
+        width,
+        C,
+        _BLOCK,
+        num_warps=_SORT_WARPS,
     )
 
     # Lists of the blocks, and then of all keys up to the end of each. Nobody sees the end of the last block.
     source, source_row, source_list, source_width = lists[:, _BLOCK - 1 :], chunks * width, _BLOCK * width, width
     reach, last = 1, blocks - 1
+    targets: list[Tensor] = []  # two, which take turns
     while last and (reach < last or reach == 1):
         target_width = min(size, 2 * source_width)
-        target = codes(last, target_width)
+        if len(targets) < 2:
+            targets.append(codes(last, size))
+        target = targets[0 if source is not targets[0] else 1]
         grid, shape = _merging(last, rows, target_width, source_width)
         launch(merge_earlier, grid)(source, target, source_row, source_list, source_width, target_width, reach, **shape)
         source, source_row, source_list, source_width = target, last * target_width, target_width, target_width
         reach *= 2
     best = codes(tiles, size)
-    index = torch.empty((rows, tiles // every if plan.with_lists else 0, size), dtype=torch.int32, device=device)
+    index = empty((*batch, tiles // every if plan.with_lists else 0, size), torch.int32, device)
     grid, shape = _merging(tiles, rows, size, max(source_width, width))
     launch(merge_for_tiles, grid)(
         source, lists, best, index, last, source_width, chunks, width, before, start, every, size, C, _BLOCK,
@@ -170,28 +228,29 @@ def _launch(scores: Tensor, plan: ScanPlan) -> tuple[Tensor, Tensor, Tensor, Ten
 
     Q, warps = _TAUS if plan.with_tau else _FLOORS
     Q = min(Q, C)
-    sums = bounds = tau = torch.empty((rows, 0), dtype=torch.float32, device=device)
     longest, steps = triton.next_power_of_2(size), size.bit_length()
+    sums = bounds = raw = tau = origin = None
     if plan.with_tau:
-        sums = torch.empty(best.shape, dtype=torch.float64, device=device)
-        launch(sum_lists, (tiles, rows))(best, sums, size, longest, num_warps=4)
-        bounds = torch.empty((rows, tiles), dtype=torch.float64, device=device)
+        if shift:
+            origin = empty((rows,), torch.float32, device)
+            launch(find_origins, (rows,))(
+                best, chunk_lists, origin, tiles, chunks, size, plan.k, C, longest, num_warps=4
+            )
+        sums = empty(best.shape, torch.float64, device)
+        launch(sum_lists, (tiles, rows))(best, origin, sums, size, longest, num_warps=4)
+        bounds = empty((rows, tiles), torch.float64, device)
         launch(tile_thresholds, (triton.cdiv(tiles, _LISTS), rows))(
-            best, sums, bounds, tiles, size, plan.k, _LISTS, steps, num_warps=1
+            best, sums, origin, bounds, tiles, size, plan.k, _LISTS, steps, num_warps=1
         )
-        tau = torch.empty((rows, tiles * C), dtype=torch.float32, device=device)
+        raw = empty((rows, tiles * C), torch.float32, device)
     launch(query_thresholds, (tiles * C // Q, rows))(
-        best, sums, chunk_lists, bounds, floor, tau, queries, chunks, before, size, plan.k, C, Q, longest, steps,
-        WITH_TAU=plan.with_tau, num_warps=warps,
+        best, sums, chunk_lists, origin, bounds, floor, raw, queries, chunks, before, size, plan.k, C, Q, longest,
+        steps, WITH_TAU=plan.with_tau, num_warps=warps,
     )  # fmt: skip
-    if plan.with_tau:  # rounding could make it fall from one program to the next
-        pieces = tau.view(rows, -1, Q)
-        pieces[:, 1:].clamp_(min=pieces[:, :-1, -1:].cummax(1).values)
-        tau = tau[:, :queries].contiguous()
-    shapes = ((keys,), (queries,), tau.shape[1:], index.shape[1:])
-    parts = zip((rank, floor, tau, index), shapes, strict=True)
-    rank, floor, tau, index = (table.view(*batch, *shape) for table, shape in parts)
-    return rank, floor, tau, index
+    if raw is not None:
+        tau = empty((*batch, queries), torch.float32, device)
+        launch(raise_thresholds, (tiles * C // Q, rows))(raw, tau, queries, Q, num_warps=4)
+    return rank, floor, tau, index, origin
 
 
 def _merging(lists: int, rows: int, width: int, longest: int) -> tuple[tuple[int, int, int], dict[str, int]]:

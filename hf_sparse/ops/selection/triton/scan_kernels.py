@@ -34,17 +34,32 @@ def _score(code):
 
 
 @triton.jit
+def _shifted(code, origin):
+    """Return a score less the origin of its row, rounded to float32 as every kernel reads it, in float64."""
+    return (_score(code) - origin).to(tl.float64)
+
+
+@triton.jit
 def _place(code):
     return ((code & LOW) ^ LOW).to(tl.int32)
 
 
 @triton.jit
-def _load_codes(scores, chunk, start, keys, C: tl.constexpr):
-    """Load the codes of a chunk, and the positions of its keys."""
+def first_of(First, batch):
+    """Load the first key of a row that is no padding: 0 where `First` `[B]` is `None`."""
+    first = batch.to(tl.int32) * 0
+    if First is not None:
+        first = tl.load(First + batch).to(tl.int32)
+    return first
+
+
+@triton.jit
+def _load_codes(scores, chunk, start, least, keys, C: tl.constexpr):
+    """Load the codes of a chunk, and the positions of its keys; those before `least` are no candidates."""
     place = chunk * C + tl.arange(0, C)
     position = place + start
     inside = (position >= 0) & (position < keys)
-    score = tl.load(scores + position, mask=inside, other=-float("inf"))
+    score = tl.load(scores + position, mask=inside & (position >= least), other=-float("inf"))
     return _encode(score, place.to(tl.int64)), position, inside
 
 
@@ -60,23 +75,38 @@ def _count_above(codes, length, limit, EQUAL: tl.constexpr, STEPS: tl.constexpr)
     return found
 
 
-@triton.jit(do_not_specialize=["keys", "chunks", "start", "width"])
-def sort_chunks(scores, rank, chunk_lists, lists, keys, chunks, start, width, C: tl.constexpr, R: tl.constexpr):
+@triton.jit(do_not_specialize=["heads", "sinks", "keys", "chunks", "start", "width"])
+def sort_chunks(
+    scores,
+    First,
+    rank,
+    chunk_lists,
+    lists,
+    heads,
+    sinks,
+    keys,
+    chunks,
+    start,
+    width,
+    C: tl.constexpr,
+    R: tl.constexpr,
+):
     """Sort every chunk of C keys, and every beginning of R chunks; a key's place is the number of better keys.
 
     rank `[rows, keys]`, chunk_lists `[rows, chunks, C]`, lists `[rows, chunks, width]`: the best keys of the chunk and
-    of those before it in its block of R.
+    of those before it in its block of R. Padding and sinks are no candidates.
     """
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     scores += row * keys
-    code, position, inside = _load_codes(scores, chunk, start, keys, C)
+    least = first_of(First, row // heads) + sinks
+    code, position, inside = _load_codes(scores, chunk, start, least, keys, C)
     tl.store(rank + row * keys + position, tl.where(code >= SELECTABLE, code, 0), mask=inside)
     if chunk < chunks:
         first = chunk // R * R
         above = tl.zeros([C], tl.int32)
         for step in range(R):
             other = first + step
-            rival, _, _ = _load_codes(scores, other, start, keys, C)
+            rival, _, _ = _load_codes(scores, other, start, least, keys, C)
             better = tl.sum((rival[:, None] > code[None, :]).to(tl.int32), 0)
             above += better
             if other == chunk:
@@ -159,18 +189,42 @@ def merge_for_tiles(
         tl.store(indices + entry, -1, mask=rest)
 
 
+@triton.jit
+def origin_of(Origin, row):
+    """Load what is subtracted from the scores of a row: 0 where `Origin` `[rows]` is `None`."""
+    origin = row.to(tl.float32) * 0.0
+    if Origin is not None:
+        origin = tl.load(Origin + row)
+    return origin
+
+
+@triton.jit(do_not_specialize=["tiles", "chunks", "size", "k"])
+def find_origins(codes, chunk_lists, Origin, tiles, chunks, size, k, C: tl.constexpr, SIZE: tl.constexpr):
+    """Choose a score near the thresholds of a row, `[rows]`: next to a large score float32 would round tau.
+
+    The k-th best key before the last tile, or the last one there is; without one the best key of the last chunk."""
+    row = tl.program_id(0).to(tl.int64)
+    entry = tl.arange(0, SIZE)
+    code = tl.load(codes + (row * tiles + tiles - 1) * size + entry, mask=(entry < size) & (entry < k), other=0)
+    newest = tl.load(chunk_lists + (row * chunks + chunks - 1) * C)
+    lowest = tl.min(tl.where(code >= SELECTABLE, code, HIGHEST), 0)
+    lowest = tl.where(lowest == HIGHEST, newest, lowest)
+    tl.store(Origin + row, tl.where(lowest >= SELECTABLE, _score(lowest), 0.0))
+
+
 @triton.jit(do_not_specialize=["size"])
-def sum_lists(codes, sums, size, SIZE: tl.constexpr):
+def sum_lists(codes, Origin, sums, size, SIZE: tl.constexpr):
     """Sum the scores of every list up to each entry, in float64: tau is a small difference of these sums."""
-    base = (tl.program_id(1).to(tl.int64) * tl.num_programs(0) + tl.program_id(0)) * size
+    row = tl.program_id(1).to(tl.int64)
+    base = (row * tl.num_programs(0) + tl.program_id(0)) * size
     entry = tl.arange(0, SIZE)
     code = tl.load(codes + base + entry, mask=entry < size, other=0)
-    score = tl.where(code >= SELECTABLE, _score(code), 0.0).to(tl.float64)
+    score = tl.where(code >= SELECTABLE, _shifted(code, origin_of(Origin, row)), 0.0)
     tl.store(sums + base + entry, tl.cumsum(score, 0), mask=entry < size)
 
 
 @triton.jit
-def _mass(codes, sums, limit, least_w, most_w, least_u, most_u, bits, member, score, NEW: tl.constexpr):
+def _mass(codes, sums, origin, limit, least_w, most_w, least_u, most_u, bits, member, score, NEW: tl.constexpr):
     """Count free and saturated keys at a threshold, per query; sum the free scores, find the lowest saturated one.
 
     Of the list, w keys are above the threshold and u of them are saturated; both are looked for between two counts that
@@ -180,12 +234,12 @@ def _mass(codes, sums, limit, least_w, most_w, least_u, most_u, bits, member, sc
     while bits > 0:
         bits -= 1
         next_w, next_u = w + (1 << bits), u + (1 << bits)
-        at_w = _score(tl.load(codes + next_w - 1, mask=next_w <= most_w, other=0)).to(tl.float64)
-        at_u = _score(tl.load(codes + next_u - 1, mask=next_u <= most_u, other=0)).to(tl.float64)
+        at_w = _shifted(tl.load(codes + next_w - 1, mask=next_w <= most_w, other=0), origin)
+        at_u = _shifted(tl.load(codes + next_u - 1, mask=next_u <= most_u, other=0), origin)
         w = tl.where((next_w <= most_w) & (at_w > limit), next_w, w)
         u = tl.where((next_u <= most_u) & (at_u - 1 > limit), next_u, u)
     inside = tl.load(sums + w - 1, mask=w > 0, other=0.0) - tl.load(sums + u - 1, mask=u > 0, other=0.0)
-    lowest = _score(tl.load(codes + u - 1, mask=u > 0, other=0)).to(tl.float64)
+    lowest = _shifted(tl.load(codes + u - 1, mask=u > 0, other=0), origin)
     lowest = tl.where(u > 0, lowest, float("inf"))
     free, full = w - u, u
     if NEW:
@@ -202,6 +256,7 @@ def _mass(codes, sums, limit, least_w, most_w, least_u, most_u, bits, member, sc
 def _solve(
     codes,
     sums,
+    origin,
     active,
     low,
     high,
@@ -227,7 +282,7 @@ def _solve(
     count = 0
     while (count < 120) & (tl.max(active.to(tl.int32), 0) > 0):
         free, full, inside, lowest = _mass(
-            codes, sums, limit, least_w, most_w, least_u, most_u, bits, member, score, NEW
+            codes, sums, origin, limit, least_w, most_w, least_u, most_u, bits, member, score, NEW
         )
         line = (inside + full - wanted) / tl.maximum(free, 1).to(tl.float64)
         flat = (free == 0) & (full == k)
@@ -248,22 +303,26 @@ def _solve(
 
 
 @triton.jit(do_not_specialize=["tiles", "size", "k"])
-def tile_thresholds(codes, sums, bounds, tiles, size, k, Q: tl.constexpr, STEPS: tl.constexpr):
+def tile_thresholds(codes, sums, Origin, bounds, tiles, size, k, Q: tl.constexpr, STEPS: tl.constexpr):
     """Solve for the threshold of every list, `[rows, tiles]` float64, `-inf` for at most k keys; Q lists a program.
 
     Those before and after a tile enclose the thresholds of its queries.
     """
     tile = tl.program_id(0) * Q + tl.arange(0, Q)
     there = tile < tiles
-    at = tl.program_id(1).to(tl.int64) * tiles + tile
+    row = tl.program_id(1).to(tl.int64)
+    origin = origin_of(Origin, row)
+    at = row * tiles + tile
     codes += tl.where(there, at, 0) * size
     sums += tl.where(there, at, 0) * size
     none = tl.zeros([Q], tl.int32)
     length = _count_above(codes, size, tl.zeros([Q], tl.int64) + SELECTABLE, True, STEPS)
     active = there & (length > k)
-    best = _score(tl.load(codes + k - 1, mask=active, other=0)).to(tl.float64)
+    best = _shifted(tl.load(codes + k - 1, mask=active, other=0), origin)
     high = tl.where(active, best, 0.0)
-    root = _solve(codes, sums, active, high - 1, high, k, none, length, none, length, k * 0 + STEPS, none, none, False)
+    root = _solve(
+        codes, sums, origin, active, high - 1, high, k, none, length, none, length, k * 0 + STEPS, none, none, False
+    )
     tl.store(bounds + at, tl.where(length > k, root, -float("inf")), mask=there)
 
 
@@ -272,6 +331,7 @@ def query_thresholds(
     codes,
     sums,
     chunk_lists,
+    Origin,
     bounds,
     floor,
     tau,
@@ -320,15 +380,16 @@ def query_thresholds(
         selectable = listed >= SELECTABLE
         length = tl.minimum(length, tl.sum(selectable.to(tl.int32), 0))
         member = kept & (code >= SELECTABLE)[None, :]
-        score = tl.where(code >= SELECTABLE, _score(code).to(tl.float64), 0.0)
+        origin = origin_of(Origin, row)
+        score = tl.where(code >= SELECTABLE, _shifted(code, origin), 0.0)
         active = length + tl.sum(member.to(tl.int32), 1) > k
 
         # The k-th best score: f is at least k one below it, and less than k at it.
         top = arrived & (place <= k)
         rest = k - tl.sum(top.to(tl.int32), 1)
-        best = _score(tl.load(codes + rest - 1, mask=active & (rest > 0), other=0)).to(tl.float64)
+        best = _shifted(tl.load(codes + rest - 1, mask=active & (rest > 0), other=0), origin)
         worst = tl.max(tl.where(top, number[None, :], -1), 1)
-        other = _score(tl.load(chunk_lists + worst, mask=worst >= 0, other=0)).to(tl.float64)
+        other = _shifted(tl.load(chunk_lists + worst, mask=worst >= 0, other=0), origin)
         best = tl.minimum(tl.where(rest > 0, best, float("inf")), tl.where(worst >= 0, other, float("inf")))
         high = tl.where(active, best, 0.0)
         low = high - 1
@@ -341,7 +402,7 @@ def query_thresholds(
         lowest = tl.min(tl.where(active, low, float("inf")), 0)
         highest = tl.max(tl.where(active, high, -float("inf")), 0)
         highest += 1e-11 * k * (1 + tl.abs(highest))
-        z = tl.where(selectable, _score(listed).to(tl.float64), -float("inf"))
+        z = tl.where(selectable, _shifted(listed, origin), -float("inf"))
         least_w = tl.sum((z > highest).to(tl.int32), 0)
         least_u = tl.sum((z - 1 > highest).to(tl.int32), 0)
         most_w = tl.sum((z > lowest).to(tl.int32), 0)
@@ -352,6 +413,7 @@ def query_thresholds(
         root = _solve(
             codes,
             sums,
+            origin,
             active,
             low,
             high,
@@ -368,6 +430,22 @@ def query_thresholds(
         value = tl.where(length + tl.sum(member.to(tl.int32), 1) > k, root, -float("inf")).to(tl.float32)
         value = tl.max(tl.where(query[None, :] <= query[:, None], value[None, :], -float("inf")), 1)
         tl.store(tau + row * (tl.num_programs(0) * Q) + at, value)
+
+
+@triton.jit(do_not_specialize=["queries"])
+def raise_thresholds(Raw, Tau, queries, Q: tl.constexpr):
+    """Copy Q thresholds `[rows, queries]`, none below those of earlier programs of `query_thresholds`.
+
+    `Raw` `[rows, n * Q]` rises within each Q; rounding could make it fall from one Q to the next."""
+    piece, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    query = piece * Q + tl.arange(0, Q)
+    Raw += row * tl.num_programs(0) * Q
+    value = tl.load(Raw + query)
+    for start in range(0, piece, 512):
+        earlier = start + tl.arange(0, 512)
+        last = tl.load(Raw + earlier * Q + (Q - 1), mask=earlier < piece, other=-float("inf"))
+        value = tl.maximum(value, tl.max(last, 0))
+    tl.store(Tau + row * queries + query, value, mask=query < queries)
 
 
 @triton.jit
@@ -410,26 +488,60 @@ def free_intervals(Scores, Rank, Floor, Tau, Begin, End, Change, keys, queries, 
 
 
 @triton.jit(do_not_specialize=["queries"])
-def shares(Grad, Free, Share, queries, BLOCK: tl.constexpr):
-    """Divide `Grad` by the number of free keys of each query; 0 without one."""
-    row = tl.program_id(1).to(tl.int64)
-    query = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+def shares(Grad, Change, Share, Total, queries, GROUP: tl.constexpr, BLOCK: tl.constexpr):
+    """Divide the gradient of BLOCK queries by the number of free keys of each, 0 without one, and sum that up.
+
+    `Grad` `[rows, queries, GROUP]` is summed over the group. `Share` `[rows, queries]` gets the sums from the first of
+    the BLOCK queries on, `Total` `[rows, blocks]` the sum of all of them.
+    """
+    block, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    index = tl.arange(0, BLOCK)
+    query = block * BLOCK + index
     there = query < queries
-    grad = tl.load(Grad + row * queries + query, mask=there, other=0.0)
-    free = tl.load(Free + row * (queries + 1) + query, mask=there, other=0)
-    share = tl.where(free > 0, grad / tl.maximum(free, 1).to(grad.dtype), 0.0)
-    tl.store(Share + row * queries + query, share, mask=there)
+    Change += row * (queries + 1)
+    before = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, block * BLOCK, BLOCK):
+        before += tl.load(Change + start + index)
+    free = tl.sum(before, 0) + tl.cumsum(tl.load(Change + query, mask=there, other=0), 0)
+    grad = tl.zeros([BLOCK], tl.float32)
+    for member in range(GROUP):
+        grad += tl.load(Grad + (row * queries + query) * GROUP + member, mask=there, other=0.0)
+    share = tl.where(free > 0, grad / tl.maximum(free, 1).to(tl.float32), 0.0)
+    tl.store(Share + row * queries + query, tl.cumsum(share, 0), mask=there)
+    tl.store(Total + row * tl.num_programs(0) + block, tl.sum(share, 0))
 
 
-@triton.jit(do_not_specialize=["keys", "queries"])
-def sum_shares(Total, Begin, End, DScores, keys, queries, BLOCK: tl.constexpr):
-    """Sum the shares over every key's interval, from their running sums `Total` `[rows, queries]`."""
+@triton.jit(do_not_specialize=["blocks"])
+def sum_totals(Total, Before, blocks, MANY: tl.constexpr):
+    """Sum `Total` `[rows, blocks]` up to each block: `Before` `[rows, blocks + 1]`, 0 first."""
+    row = tl.program_id(0).to(tl.int64)
+    index = tl.arange(0, MANY)
+    sum_before = tl.full([], 0.0, tl.float32)
+    tl.store(Before + row * (blocks + 1), sum_before)
+    for start in range(0, blocks, MANY):
+        block = start + index
+        total = tl.load(Total + row * blocks + block, mask=block < blocks, other=0.0)
+        tl.store(Before + row * (blocks + 1) + block + 1, sum_before + tl.cumsum(total, 0), mask=block < blocks)
+        sum_before += tl.sum(total, 0)
+
+
+@triton.jit(do_not_specialize=["keys", "queries", "blocks"])
+def sum_shares(Share, Before, Begin, End, DScores, keys, queries, blocks, ADD: tl.constexpr, BLOCK: tl.constexpr):
+    """Sum the shares over every key's interval, from the sums of `shares` and `sum_totals`; ADD adds to what is there.
+
+    Sums are those from the beginning of a block on; the first query of a block has none before it."""
     row = tl.program_id(1).to(tl.int64)
     key = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     there = key < keys
     begin = tl.load(Begin + row * keys + key, mask=there, other=0)
     end = tl.load(End + row * keys + key, mask=there, other=0)
-    Total += row * queries - 1
-    upper = tl.load(Total + end, mask=end > 0, other=0.0)
-    lower = tl.load(Total + begin, mask=begin > 0, other=0.0)
-    tl.store(DScores + row * keys + key, upper - lower, mask=there)
+    Share += row * queries - 1
+    Before += row * (blocks + 1)
+    d_score = tl.load(Before + end // BLOCK, mask=there, other=0.0)
+    d_score -= tl.load(Before + begin // BLOCK, mask=there, other=0.0)
+    d_score += tl.load(Share + end, mask=there & (end % BLOCK > 0), other=0.0)
+    d_score -= tl.load(Share + begin, mask=there & (begin % BLOCK > 0), other=0.0)
+    to = DScores + row * keys + key
+    if ADD:
+        d_score += tl.load(to, mask=there, other=0.0)
+    tl.store(to, d_score, mask=there)

@@ -15,6 +15,8 @@ other mask than their gate, and what that needs is read in the order of the list
 import triton
 import triton.language as tl
 
+from hf_sparse.ops.selection.triton.scan_kernels import first_of
+
 
 @triton.jit
 def rows_of(block, queries, GROUP: tl.constexpr, M: tl.constexpr):
@@ -167,7 +169,7 @@ def reach(
     both axes, see `survey`, `left_before` and `window_of`."""
     offset = keys - queries
     low, high = t_first + offset, t_last + offset
-    first = tl.load(First + batch).to(tl.int32)
+    first = first_of(First, batch)
     Until += row * keys
     number = row * tiles + t_first // tile
     Lists += number * width
