@@ -62,6 +62,9 @@ SPARSEFINDER = {
     "head_budgets": False,
     "complete": False,
     "per_group": False,
+    "entmax_native": None,
+    "pool": 8,
+    "exact_up_to": 8192,
 }
 CONFIGS = [(SparseKConfig, SPARSEK), (SparsefinderConfig, SPARSEFINDER)]
 KINDS = [kind for kind, _ in CONFIGS]

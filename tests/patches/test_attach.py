@@ -288,7 +288,8 @@ def test_bfloat16(tiny_llama, order, monkeypatch):
 
     monkeypatch.setattr(SparseKAttention, "score", watched)
     output = model.generate(IDS, max_new_tokens=5, do_sample=False, return_dict_in_generate=True)
-    assert {scores.dtype for scores in seen} == {torch.float32} and len(seen) == 10
+    assert {scores.dtype for scores in seen} == {torch.float32} and len(seen) >= 2  # of the prompt, in two layers
+    assert {layer.scores.dtype for layer in cache_of(output).layers} == {torch.float32}
     assert {layer.keys.dtype for layer in cache_of(output).layers} == {torch.bfloat16}
     assert logits(model).dtype == torch.bfloat16
 

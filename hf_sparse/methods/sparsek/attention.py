@@ -277,7 +277,7 @@ def _attend_plain_text(
             states.gather(2, kept.index.unsqueeze(-1).expand(-1, -1, -1, states.shape[-1]))
             for states in (tokens.key, tokens.value)
         )
-        cache.fill(keys, values, kept.scores, kept.index, tokens.index[:, -1] + 1, padded=False)
+        cache.fill(keys, values, kept.scores, kept.index, tokens.index[:, -1] + 1)
     return output
 
 
