@@ -11,7 +11,8 @@ ROOT = Path(__file__).parents[1]
 #: All first words that docstrings may have. A new verb is one line here; a noun, a question word or an article is none.
 VERBS = frozenset(
     """
-    Add Allocate Apply Ask Attach Attend Average Bound Bring Build Call Carry Change Check Choose Clip Code Collect Compare
+    Add Allocate Apply Ask Attach Attend Average Bound Bring Build Call Carry Change Check Choose Clip Code Collect
+    Compare
     Compile Complete Compute Configure Continue Copy Count Create Cut Decide Define Describe Divide Do Draw Embed
     Estimate Evaluate Expand Fill Find Finish Fit Fold Forget Gather Generate Give Group Hash Hide Hold Ignore
     Import Insert Join Keep Launch Learn Leave Let List Load Look Make Map Mark Measure Merge Move Multiply Name
