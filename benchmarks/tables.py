@@ -10,7 +10,7 @@
         --shapes kernels-launches-h200.json --first-tokens generate-short-h200.json \\
         --evaluation evaluation-h200.json --cpu generate-cpu.json generate-before-cpu.json --busy busy-cpu.json \\
         --entmax-model entmax_model-h200.json --conversion conversion-h200.json \\
-        --steps generate-entmax-h200.json generate-predicted-h200.json \\
+        --steps generate-entmax-h200.json generate-predicted-h200.json --prediction entmax_prediction-h200.json \\
         --fill ../../docs/speed.md ../../README.md --figure ../../docs/speed.png
 
 A document marks the place of a table: everything between `<!-- table: NAME -->` and `<!-- end -->` is replaced. The
@@ -524,7 +524,7 @@ def all_tables(
     steps: Sequence[dict[str, Any]],
     shapes: Sequence[dict[str, Any]],
     first_tokens: dict[str, Any],
-    prediction: dict[str, Any] | None = None,
+    prediction: dict[str, Any],
 ) -> dict[str, str]:
     """Return every table by the name that documents call it.
 
@@ -533,14 +533,6 @@ def all_tables(
     `entmax_model` is a run of whole models, `conversion` the finetune.json of a training run, `steps` holds runs of
     default generate with Sparsefinder, `shapes` one run of the kernels for each shape, `first_tokens` is a run of
     `generate.py` for short prompts, and `prediction` one of predicted tiles."""
-    predicted = {}
-    if prediction is not None:
-        predicted = {
-            "prediction": prediction_table(prediction, "forward"),
-            "prediction forward and backward": prediction_table(prediction, "forward_backward"),
-            "prediction alone": prediction_table(prediction, "prediction"),
-            "predicted texts": predicted_text_table(prediction),
-        }
     spread = [[label, f"{model['spread'][name]:.0%}"] for name, label in CACHES.items()]
     return {
         "machine": machine_table(kernels, model),
@@ -574,7 +566,10 @@ def all_tables(
         "evaluation by contender": evaluation_table(evaluation),
         "generate on a cpu": cpu_table(*cpu),
         "busy cpu": busy_table(busy),
-        **predicted,
+        "prediction": prediction_table(prediction, "forward"),
+        "prediction forward and backward": prediction_table(prediction, "forward_backward"),
+        "prediction alone": prediction_table(prediction, "prediction"),
+        "predicted texts": predicted_text_table(prediction),
     }
 
 
@@ -637,7 +632,7 @@ def main() -> None:
     parser.add_argument("--entmax-model", type=Path, required=True, help="JSON of entmax_model.py")
     parser.add_argument("--conversion", type=Path, required=True, help="finetune.json of a Sparsefinder adapter")
     parser.add_argument("--steps", type=Path, nargs="+", required=True, help="JSON of default generate, Sparsefinder")
-    parser.add_argument("--prediction", type=Path, help="JSON of entmax_prediction.py")
+    parser.add_argument("--prediction", type=Path, required=True, help="JSON of entmax_prediction.py")
     parser.add_argument(
         "--fill", type=Path, nargs="*", default=[], help="Markdown files whose marked tables are replaced"
     )
@@ -651,7 +646,6 @@ def main() -> None:
     profiles, generate = list(map(read, options.profiles)), list(map(read, options.generate))
     wider, first_calls, sizes = read(options.wider), read(options.first_calls), list(map(read, options.sizes))
     entmax = [list(map(read, paths)) for paths in options.entmax]
-    prediction = read(options.prediction) if options.prediction else None
     tables = all_tables(
         kernels=kernels,
         wider=wider,
@@ -669,7 +663,7 @@ def main() -> None:
         steps=list(map(read, options.steps)),
         shapes=list(map(read, options.shapes)),
         first_tokens=read(options.first_tokens),
-        prediction=prediction,
+        prediction=read(options.prediction),
     )
     if options.figure:
         draw(kernels, options.figure)
