@@ -13,5 +13,7 @@ def test_a_step_on_the_cpu_has_no_mask_where_nothing_is_padded():
     assert torch.equal(padding_mask(q_length=1, kv_length=3, attention_mask=COLUMNS), COLUMNS.bool())
 
 
-def test_a_mask_that_lacks_columns_is_kept_for_those_who_refuse_it():
-    assert padding_mask(q_length=1, kv_length=4, attention_mask=COLUMNS[:1]).shape == (1, 3)
+def test_a_mask_that_lacks_columns_is_padded_as_transformers_does():
+    """A static cache has room for tokens that the mask does not know yet."""
+    padded = padding_mask(q_length=1, kv_length=4, attention_mask=COLUMNS[:1])
+    assert padded.tolist() == [[*COLUMNS[0].bool().tolist(), False]]
