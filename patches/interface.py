@@ -146,12 +146,13 @@ def padding_mask(
     if q_length == 1:
         # A decoding step. The mask grows, but the cache may have asked for its newest column only (`get_mask_sizes`),
         # and a step of constant shape and strides can be compiled. Columns that a cache of fixed size has beyond the
-        # mask are the future. Nothing here waits for the device; on the CPU there is nothing to wait for, and a mask
-        # that says nothing is left out.
+        # mask are the future. Nothing here waits for the device; on the CPU there is nothing to wait for, and a newest
+        # column that says nothing is left out. A longer mask stays, so that no step of a cache of fixed size lacks it.
         columns = attention_mask[:, -kv_length:].bool()
         if columns.shape[1] < kv_length:
             return F.pad(columns, (0, kv_length - columns.shape[1]))
-        if columns.device.type == "cpu" and not torch.compiler.is_compiling() and bool(columns.all()):
+        is_readable = columns.device.type == "cpu" and not torch.compiler.is_compiling()
+        if kv_length == 1 and is_readable and bool(columns.all()):
             return None
         return columns.clone(memory_format=torch.contiguous_format)
     if attention_mask.shape[1] == q_length and not torch.compiler.is_compiling() and bool(attention_mask.all()):

@@ -191,7 +191,8 @@ def test_a_static_cache_compiles_and_equals_the_ordinary_one(settings, nothing_i
     fit_predictors(sparse_layers(model, SparsefinderAttention), lambda: model(IDS, use_cache=False))
     ids, mask, _ = padded("left")
     predicts = settings.get("predictor", "clustering") not in ("bound", "full") and "complete" not in settings
-    text = {"input_ids": IDS} if predicts else {"input_ids": ids, "attention_mask": mask}
+    ids, mask = (IDS, torch.ones_like(IDS)) if predicts else (ids, mask)
+    text = {"input_ids": ids, "attention_mask": mask}
     options = {"max_new_tokens": 12, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     expected = model.generate(**text, **options)
     compiled = CompileConfig(fullgraph=True, backend="eager", mode=None)
