@@ -51,7 +51,7 @@ def padded(side):
 
 @torch.no_grad()
 def attended(model, inputs):
-    """Return what each layer attends to in one forward, text by text: inputs of the attention, its graph, its output."""
+    """Return what each layer attends to in a forward, text by text: inputs of the attention, its graph, its output."""
     layers, seen = sparse_layers(model, SparsefinderAttention), []
 
     def observe(text, graph, certificate):
