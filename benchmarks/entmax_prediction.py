@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--pool", type=int, default=8, help="queries whose mean stands for them")
     parser.add_argument("--window", type=int, default=64)
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--query-heads", type=int, default=9, help="of the drawn queries")
+    parser.add_argument("--query-heads", type=int, default=9, help="number of heads of the drawn queries")
     parser.add_argument("--kv-heads", type=int, default=3)
     parser.add_argument("--dim", type=int, default=64)
     parser.add_argument("--device", default="cuda", choices=["cuda"])

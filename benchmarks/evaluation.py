@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--slots", type=int, nargs="*", default=[128, 512], help="further budgets")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--general-rounds", type=int, default=1, help="of the general way, beside the first")
+    parser.add_argument("--general-rounds", type=int, default=1, help="count calls of the general way after the first")
     parser.add_argument("--general-batch", type=int, default=1, help="chunks at a time in the general way")
     parser.add_argument("--k", type=int, default=124)
     parser.add_argument("--window", type=int, default=128)
