@@ -12,6 +12,7 @@ from hf_sparse.command_line import started_as_command_line
 from hf_sparse.late_imports import late_imports
 
 __all__ = [
+    "CapturedDecoding",
     "HfSparseError",
     "SparseCache",
     "SparseKCache",
@@ -29,6 +30,7 @@ __version__ = _version("hf-sparse")
 
 if TYPE_CHECKING or not started_as_command_line():
     from hf_sparse.library import (
+        CapturedDecoding,
         HfSparseError,
         SparseCache,
         SparsefinderConfig,

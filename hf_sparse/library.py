@@ -11,6 +11,7 @@ from hf_sparse.hub import push_to_hub as push_to_hub
 from hf_sparse.methods.sparsefinder import SparsefinderConfig as SparsefinderConfig
 from hf_sparse.methods.sparsefinder.evaluation import attention_graphs as attention_graphs
 from hf_sparse.methods.sparsek import SparseKConfig as SparseKConfig
+from hf_sparse.patches import CapturedDecoding as CapturedDecoding
 from hf_sparse.patches import SparseCache as SparseCache
 from hf_sparse.patches import SparseKCache as SparseKCache
 from hf_sparse.patches import patch as patch

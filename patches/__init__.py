@@ -25,4 +25,5 @@ from hf_sparse.patches.base import register_family as register_family
 from hf_sparse.patches.base import supported_model_types as supported_model_types
 from hf_sparse.patches.cache import SparseCache as SparseCache
 from hf_sparse.patches.cache import SparseKCache as SparseKCache
+from hf_sparse.patches.captured import CapturedDecoding as CapturedDecoding
 from hf_sparse.patches.interface import NAME as NAME

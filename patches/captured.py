@@ -1,9 +1,9 @@
 """Decode with one CUDA graph per token that holds the whole step, from a token to the next one.
 
 Between two steps of `generate`, compiled or not, the GPU waits for Python: for that of the model, or for masks, lists
-and criteria of the loop. With KV slots no shape changes from step to step. So a step can be recorded as it runs, eager,
-with the choice of the next token, and played again without Python; the host looks once in several steps whether all
-texts have ended.
+and criteria of the loop. In a cache of constant size no shape changes from step to step. So a step can be recorded as
+it runs, eager, with the choice of the next token, and played again without Python; the host looks once in several steps
+whether all texts have ended.
 """
 
 from collections.abc import Callable
@@ -11,8 +11,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import EosTokenCriteria, MaxLengthCriteria
-from transformers import MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+from transformers import (
+    EosTokenCriteria,
+    MaxLengthCriteria,
+    MinPLogitsWarper,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from hf_sparse._compat import with_cache
 from hf_sparse.patches.cache import SparseCache
@@ -36,7 +42,7 @@ class CapturedDecoding:
     Weights that change in place are seen; after any other change of the model, make a new one.
 
     Args:
-        model: a patched model with KV slots in every attention layer.
+        model: a patched model whose layers all keep a cache of constant size, as those with KV slots do.
         steps: tokens between two looks whether all texts have ended.
         compiled: whether the step goes through `torch.compile` before it is recorded: the first call takes longer, and
             each step less.
@@ -86,7 +92,7 @@ class CapturedDecoding:
 
 
 def _new_cache(model: nn.Module) -> SparseCache:
-    """Make a cache of KV slots.
+    """Make a cache of constant size.
 
     Raises:
         ValueError: a layer of it grows.
@@ -94,7 +100,7 @@ def _new_cache(model: nn.Module) -> SparseCache:
     cache = SparseCache(model)
     if grows := next((layer for layer in cache.layers if not layer.is_compileable), None):
         raise ValueError(
-            "recorded steps need KV slots in every attention layer of the model, and a layer keeps its keys in a "
+            "recorded steps need a cache of constant size in every layer of the model, and a layer has a "
             f"{type(grows).__name__}, which grows: use generate without custom_generate"
         )
     return cache
@@ -118,7 +124,9 @@ def _ends(criteria: Any) -> tuple[int, tuple[int, ...]]:
 def _refuse_others(processors: Any, config: Any, model_kwargs: dict[str, Any]) -> None:
     """Refuse options that would be ignored, or that the host has to act on after every token."""
     if config.num_beams > 1 or config.return_dict_in_generate or getattr(config, "assistant_model", None):
-        raise ValueError("recorded steps return tokens only, and know no beams: num_beams=1, no return_dict_in_generate")
+        raise ValueError(
+            "recorded steps return tokens only, and know no beams: num_beams=1, no return_dict_in_generate"
+        )
     if other := next((one for one in processors if type(one) not in _PROCESSORS), None):
         known = ", ".join(kind.__name__ for kind in _PROCESSORS)
         raise ValueError(f"recorded steps know the logits processors {known}, got {type(other).__name__}")
@@ -130,6 +138,8 @@ def _refuse_others(processors: Any, config: Any, model_kwargs: dict[str, Any]) -
 
 
 def _greedy(processors: Any) -> Callable[[Tensor], Tensor]:
+    """Return what chooses the likeliest token of each row of logits `[B, V]`."""
+
     def choose(logits: Tensor) -> Tensor:
         return processors(None, logits).argmax(-1)
 
@@ -137,6 +147,8 @@ def _greedy(processors: Any) -> Callable[[Tensor], Tensor]:
 
 
 def _sampled(processors: Any) -> Callable[[Tensor], Tensor]:
+    """Return what draws a token for each row of logits `[B, V]`."""
+
     def choose(logits: Tensor) -> Tensor:
         weights = processors(None, logits).softmax(-1)
         # What torch.multinomial does, without its look at the weights on the host.
@@ -212,6 +224,7 @@ class _Loop:
         return token
 
     def _step(self) -> None:
+        """Feed the newest tokens to the model, and note those that follow."""
         output = self.run(self.token, position_ids=self.position, **with_cache(self.cache))
         self.tokens.index_copy_(1, self.place, self._next(output.logits)[:, None])
         self.place.add_(1)

@@ -148,6 +148,17 @@ def test_local_layers_keep_their_static_windows():
     assert torch.equal(model.generate(IDS, **with_cache(cache), **options), model.generate(IDS, **options))
 
 
+def test_a_whole_text_without_gradients_is_one_graph(model):
+    """A second length makes one more, for all lengths."""
+    with torch._dynamo.config.patch(error_on_recompile=False), torch.no_grad():
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        for length in (40, 37, 29):
+            ids, mask = IDS[:, :length], LEFT[:, :length]
+            found, expected = (one(ids, attention_mask=mask, use_cache=False).logits for one in (compiled, model))
+            torch.testing.assert_close(found[mask > 0], expected[mask > 0])
+    assert counters["stats"]["unique_graphs"] == 2
+
+
 def test_the_ordinary_cache_is_not_compiled(model):
     model.generate(IDS, max_new_tokens=5, do_sample=False)
     assert not counters["stats"]

@@ -314,7 +314,42 @@ def _attend_whole_text(tokens: NewTokens, budget: Budget, **options: Any) -> Ten
     """Attend within texts that begin with these tokens; `options` are those of `sparsek_attention`."""
     tensors = tokens.query, tokens.key, tokens.value, tokens.scores
     settings = budget._asdict() | options
+    differs = torch.is_grad_enabled() or torch.is_autocast_enabled(tokens.query.device.type)
+    if torch.compiler.is_compiling() and not differs:
+        arguments = {"gates": "hard", "support": None, **settings, "scaling": tokens.scaling}
+        return _attend_as_one_operator(*tensors, tokens.valid, **arguments).transpose(1, 2)
     return _attend_padded(*tensors, tokens.valid, tokens.valid, scaling=tokens.scaling, **settings)
+
+
+@torch.library.custom_op("hf_sparse::sparsek_attention", mutates_args=())
+def _attend_as_one_operator(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scores: Tensor,
+    valid: Tensor | None,
+    *,
+    k: int,
+    window: int,
+    sinks: int,
+    scaling: float,
+    causal: bool,
+    gates: str,
+    support: int | None,
+) -> Tensor:
+    """Attend within whole texts as an operator that compiled code calls and does not look into, without gradients.
+
+    Returns:
+        `[B, T, Hq, D]`.
+    """
+    options = {"k": k, "window": window, "sinks": sinks, "causal": causal, "gates": gates, "support": support}
+    output = _attend_padded(query, key, value, scores, valid, valid, scaling=scaling, **options)
+    return output.transpose(1, 2).clone(memory_format=torch.contiguous_format)
+
+
+@_attend_as_one_operator.register_fake
+def _(query: Tensor, *args: Any, **options: Any) -> Tensor:
+    return query.new_empty((query.shape[0], query.shape[2], query.shape[1], query.shape[3]))
 
 
 @torch.compiler.disable  # its loops over tiles unroll into a graph of minutes, another one for every length

@@ -58,7 +58,7 @@ class Scorer(nn.Module):
 
     def _score_piece(self, hidden_states: Tensor) -> Tensor:
         """Return the scores of inputs that fit into memory; the backward computes them again."""
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # compiled code decides what to keep
             return _Recomputed.apply(self.score, hidden_states, *self.parameters())
         return self.score(hidden_states)
 
