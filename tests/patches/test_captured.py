@@ -2,6 +2,7 @@
 
 import functools
 
+import peft
 import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
@@ -69,6 +70,17 @@ def test_it_reads_weights_as_they_are(model):
     after = model.generate(IDS, custom_generate=decode, **options)
     assert torch.equal(after, model.generate(IDS, **options))
     assert not torch.equal(before, after)
+
+
+def test_a_peft_model_and_its_switches(tiny_llama):
+    model = peft.get_peft_model(tiny_llama().to(DEVICE), SparseKConfig(**BUDGET)).eval()
+    decode = CapturedDecoding(model)
+    options = {"input_ids": IDS, "max_new_tokens": 12, "do_sample": False}
+    expected = model.generate(**options)
+    assert torch.equal(model.generate(custom_generate=decode, **options), expected)
+    with model.disable_adapter(), pytest.raises(RuntimeError, match="start a new cache after switching"):
+        model.generate(custom_generate=decode, **options)
+    assert torch.equal(model.generate(custom_generate=decode, **options), expected)
 
 
 class Nothing(LogitsProcessor):
