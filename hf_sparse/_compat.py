@@ -1,4 +1,6 @@
-"""Reach into what other libraries do not promise: names of transformers, and an enum of PEFT's. Only this file does.
+"""Reach into what other libraries do not promise: names of transformers and torch, and an enum of PEFT's.
+
+Only this file does.
 
 transformers 5.24 calls `cache` what was `past_key_values` before, in forwards, `generate` and their outputs. Either
 name is taken from callers as transformers takes it; `with_cache` and `cache_of` use the one of the installed version.
@@ -9,9 +11,12 @@ transformers' `load_adapter` alike. Enums are meant to be closed, so this writes
 one. Checked by `tests/test_compat.py` on the versions that CI runs; drop it when PEFT offers entry points.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from typing import Any
 
+import torch
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -71,6 +76,14 @@ def private(module: str, name: str) -> Any:
             f"transformers {__version__} has no {module}.{name}, which hf-sparse needs. Install a transformers in the "
             "range that hf-sparse declares (pip install 'transformers>=5.17,<5.25') or a newer hf-sparse."
         ) from error
+
+
+@contextmanager
+def recorded_gradients() -> Iterator[None]:
+    """Let autograd record within an operator of `torch.library`, which runs below it."""
+    keys = torch._C.DispatchKey
+    with torch._C._SetExcludeDispatchKeyGuard(keys.AutogradFunctionality, False), torch.enable_grad():
+        yield
 
 
 def extend_peft_type(name: str) -> Any:

@@ -14,11 +14,12 @@ from hf_sparse.methods.sparsek.baselines import AdaptiveBaseline, Arrivals, Base
 from hf_sparse.methods.sparsek.baselines.blocks import attend_in_blocks
 from hf_sparse.methods.sparsek.budget import Budget
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
+from hf_sparse.methods.sparsek.compiled import attend_compiled
 from hf_sparse.methods.sparsek.config import SparseKConfig
+from hf_sparse.methods.sparsek.padded import attend_padded
 from hf_sparse.methods.sparsek.scorer import Scorer, make_scorer
 from hf_sparse.methods.sparsek.step import step_in_one_kernel
 from hf_sparse.methods.sparsek.tokens import NewTokens, token_index
-from hf_sparse.ops.selection import sparsek_attention
 from hf_sparse.ops.selection.slots import attend_slots
 
 # (query [B, Hq, T, D], key [B, Hkv, T, D], scores [B, Hkv, T], scaling) of whole sequences without padding
@@ -248,7 +249,7 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         keys, values = torch.cat([old_keys, tokens.key], 2), torch.cat([old_values, tokens.value], 2)
         scores = torch.cat([old_scores, tokens.scores], 2)
         exists = torch.cat([old_positions[:, 0] >= 0, valid], 1)  # the same for every head
-        output = _attend_padded(
+        output = attend_padded(
             tokens.query, keys, values, scores, valid, exists, **budget._asdict(), scaling=tokens.scaling, **options
         )
         new_positions = tokens.index.masked_fill(~valid, -1)
@@ -314,78 +315,6 @@ def _attend_whole_text(tokens: NewTokens, budget: Budget, **options: Any) -> Ten
     """Attend within texts that begin with these tokens; `options` are those of `sparsek_attention`."""
     tensors = tokens.query, tokens.key, tokens.value, tokens.scores
     settings = budget._asdict() | options
-    differs = torch.is_grad_enabled() or torch.is_autocast_enabled(tokens.query.device.type)
-    if torch.compiler.is_compiling() and not differs:
-        arguments = {"gates": "hard", "support": None, **settings, "scaling": tokens.scaling}
-        return _attend_as_one_operator(*tensors, tokens.valid, **arguments).transpose(1, 2)
-    return _attend_padded(*tensors, tokens.valid, tokens.valid, scaling=tokens.scaling, **settings)
-
-
-@torch.library.custom_op("hf_sparse::sparsek_attention", mutates_args=())
-def _attend_as_one_operator(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scores: Tensor,
-    valid: Tensor | None,
-    *,
-    k: int,
-    window: int,
-    sinks: int,
-    scaling: float,
-    causal: bool,
-    gates: str,
-    support: int | None,
-) -> Tensor:
-    """Attend within whole texts as an operator that compiled code calls and does not look into, without gradients.
-
-    Returns:
-        `[B, T, Hq, D]`.
-    """
-    options = {"k": k, "window": window, "sinks": sinks, "causal": causal, "gates": gates, "support": support}
-    output = _attend_padded(query, key, value, scores, valid, valid, scaling=scaling, **options)
-    return output.transpose(1, 2).clone(memory_format=torch.contiguous_format)
-
-
-@_attend_as_one_operator.register_fake
-def _(query: Tensor, *args: Any, **options: Any) -> Tensor:
-    return query.new_empty((query.shape[0], query.shape[2], query.shape[1], query.shape[3]))
-
-
-@torch.compiler.disable  # its loops over tiles unroll into a graph of minutes, another one for every length
-def _attend_padded(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scores: Tensor,
-    valid: Tensor | None,
-    exists: Tensor | None,
-    **options: Any,
-) -> Tensor:
-    """Call `sparsek_attention` for rows that hold padding anywhere, which moves to the front and back again.
-
-    Args:
-        valid: `[B, Tq]` bool, real queries; `None` if there is no padding at all.
-        exists: `[B, Tk]` bool, real keys.
-        options: of `sparsek_attention`.
-    """
-    if valid is None or exists is None:
-        return sparsek_attention(query, key, value, scores, **options)
-
-    def to_end(mask: Tensor) -> Tensor:  # a stable order, padding first
-        return mask.int().argsort(dim=-1, stable=True)
-
-    def move(tensor: Tensor, order: Tensor) -> Tensor:
-        order = order[:, None, :, None] if tensor.ndim == 4 else order[:, None, :]
-        return tensor.gather(2, order.expand_as(tensor))
-
-    query_order, key_order = to_end(valid), to_end(exists)
-    output = sparsek_attention(
-        move(query, query_order),
-        move(key, key_order),
-        move(value, key_order),
-        move(scores, key_order),
-        start=(~exists).sum(-1),
-        **options,
-    )
-    return move(output, query_order.argsort(dim=-1))
+    if torch.compiler.is_compiling() and not torch.is_autocast_enabled(tokens.query.device.type):
+        return attend_compiled(*tensors, tokens.valid, scaling=tokens.scaling, **settings)
+    return attend_padded(*tensors, tokens.valid, tokens.valid, scaling=tokens.scaling, **settings)
