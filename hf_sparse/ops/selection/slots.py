@@ -3,6 +3,8 @@
 Shapes never change and nothing waits for a value from the device, so that a step can be compiled and captured in a
 CUDA graph. On a GPU both are Triton kernels; elsewhere, and for what those do not take, plain PyTorch.
 
+Compiled code calls both as operators that it does not look into: tracing the kernels of every layer took seconds.
+
 A slot has the position of its token in its row, -1 while it is empty. The first `sinks` tokens and the last `window`
 ones keep their slots; of the others the weakest leaves when a new one comes.
 """
@@ -43,6 +45,24 @@ def insert_token(
         score: `[B, Hkv, 1]`.
         valid: `[B]` bool, rows whose token is real; the others write nothing. `None` if all are.
     """
+    insert = _insert_operator if torch.compiler.is_compiling() else _insert
+    insert(keys, values, scores, positions, seen, key, value, score, valid, window, sinks)
+
+
+def _insert(
+    keys: Tensor,
+    values: Tensor,
+    scores: Tensor,
+    positions: Tensor,
+    seen: Tensor,
+    key: Tensor,
+    value: Tensor,
+    score: Tensor,
+    valid: Tensor | None,
+    window: int,
+    sinks: int,
+) -> None:
+    """Insert as `insert_token`, in one kernel or in plain PyTorch."""
     if has_kernels(keys, values, scores, positions):
         from hf_sparse.ops.selection.triton import slots
 
@@ -67,6 +87,12 @@ def insert_token(
     values.scatter_(2, slot_index, value)
     scores.scatter_(2, slot, score.float())
     positions.scatter_(2, slot, position.expand_as(slot))
+
+
+_insert_operator = torch.library.custom_op(
+    "hf_sparse::insert_token", _insert, mutates_args=("keys", "values", "scores", "positions")
+)
+_insert_operator.register_fake(lambda *tensors: None)
 
 
 def fill_slots(
@@ -126,6 +152,15 @@ def attend_slots(query: Tensor, keys: Tensor, values: Tensor, positions: Tensor 
         `[B, Hq, 1, D]` in the dtype of `query`.
     """
     trains = torch.is_grad_enabled() and query.requires_grad
+    if torch.compiler.is_compiling() and not trains:
+        return _attend_operator(query, keys, values, positions, scaling)
+    return _attend(query, keys, values, positions, scaling, trains)
+
+
+def _attend(
+    query: Tensor, keys: Tensor, values: Tensor, positions: Tensor | None, scaling: float, trains: bool
+) -> Tensor:
+    """Attend as `attend_slots`, in kernels or in plain PyTorch."""
     if not trains and positions is not None and has_kernels(keys, values, positions) and query.dtype == keys.dtype:
         from hf_sparse.ops.selection.triton import slots
 
@@ -133,6 +168,17 @@ def attend_slots(query: Tensor, keys: Tensor, values: Tensor, positions: Tensor 
     filled = None if positions is None else positions[:, :1, None] >= 0  # [B, 1, 1, S]
     group = query.reshape(len(query), keys.shape[1], -1, query.shape[-1])  # the queries of a KV head share its keys
     return F.scaled_dot_product_attention(group, keys, values, filled, scale=scaling).flatten(1, 2).unsqueeze(2)
+
+
+@torch.library.custom_op("hf_sparse::attend_slots", mutates_args=())
+def _attend_operator(query: Tensor, keys: Tensor, values: Tensor, positions: Tensor | None, scaling: float) -> Tensor:
+    """Attend as `attend_slots` without a gradient; the result is contiguous."""
+    return _attend(query, keys, values, positions, scaling, trains=False).contiguous()
+
+
+@_attend_operator.register_fake
+def _(query: Tensor, *others: object) -> Tensor:
+    return query.new_empty(query.shape)
 
 
 def has_kernels(keys: Tensor, *tables: Tensor) -> bool:
