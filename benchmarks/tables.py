@@ -8,6 +8,7 @@
         --generate generate-h200.json generate-before-h200.json --entmax entmax_kernels-h200.json \\
         entmax_kernels-earlier-h200.json --entmax entmax_kernels-128-h200.json entmax_kernels-128-earlier-h200.json \\
         --shapes kernels-launches-h200.json --first-tokens generate-short-h200.json \\
+        --recorded recorded-h200.json --first-static first_static-h200.json \\
         --evaluation evaluation-h200.json --cpu generate-cpu.json generate-before-cpu.json --busy busy-cpu.json \\
         --entmax-model entmax_model-h200.json --conversion conversion-h200.json \\
         --steps generate-entmax-h200.json generate-predicted-h200.json --prediction entmax_prediction-h200.json \\
@@ -264,6 +265,30 @@ def first_call_table(first_calls: dict[str, Any]) -> str:
         rows.append([row["family"], str(row["cores"]), *map(short, cells)])
     head = ["family, seconds", "cores", "first forward", "first with backward after it", "both", "another length"]
     return table(head, rows)
+
+
+def recorded_table(recorded: dict[str, Any]) -> str:
+    """Tabulate the milliseconds of a step by recorded steps and by `generate`, and shares of the roofline."""
+    names = ("dense", "sparse", "recorded", "recorded compiled")
+    rows = []
+    for row in recorded["rows"]:
+        times = {name: row[name]["step_ms"] for name in names if name in row}
+        fastest = min(time for name, time in times.items() if name.startswith("recorded"))
+        ratios = [times["dense"] / times["recorded"], times["dense"] / fastest]
+        cells = [*(short(times.get(name)) for name in names), *map(short, ratios), f"{row['ideal_ms'] / fastest:.0%}"]
+        rows.append([f"{row['shape']}, {row['prompt']:,} x {row['batch']}", *cells])
+    head = ["shape, prompt x batch", "dense, ms", "sparse, ms", "recorded, ms", "recorded, compiled, ms"]
+    return table([*head, "dense / recorded", "dense / fastest", "fastest, of the roofline"], rows)
+
+
+def first_static_table(first_static: dict[str, Any]) -> str:
+    """Tabulate the seconds of the first calls of compiled or recorded decoding, and the graphs that were compiled."""
+    rows = []
+    for row in first_static["rows"]:
+        seconds = [*row["calls_s"].values(), max(row["lengths_s"].values())]
+        rows.append([row["way"], *map(short, seconds), str(row["graphs"]), str(row["more_graphs"])])
+    head = ["seconds", "prompt alone", "first call, 8 tokens", "first of 64 tokens", "again", "slowest of 10 lengths"]
+    return table([*head, "graphs", "more for 10 lengths"], rows)
 
 
 def ratios(generate: dict[str, Any], call: int | None = None) -> dict[tuple[str, int, int], float]:
@@ -524,6 +549,8 @@ def all_tables(
     steps: Sequence[dict[str, Any]],
     shapes: Sequence[dict[str, Any]],
     first_tokens: dict[str, Any],
+    recorded: dict[str, Any],
+    first_static: dict[str, Any],
     prediction: dict[str, Any],
 ) -> dict[str, str]:
     """Return every table by the name that documents call it.
@@ -532,7 +559,8 @@ def all_tables(
     generate.py each, now and before; `entmax` holds the runs of each of two shapes, of which the first counts;
     `entmax_model` is a run of whole models, `conversion` the finetune.json of a training run, `steps` holds runs of
     default generate with Sparsefinder, `shapes` one run of the kernels for each shape, `first_tokens` is a run of
-    `generate.py` for short prompts, and `prediction` one of predicted tiles."""
+    `generate.py` for short prompts, `prediction` one of predicted tiles, and `recorded` and `first_static` are runs of
+    the scripts of these names."""
     spread = [[label, f"{model['spread'][name]:.0%}"] for name, label in CACHES.items()]
     return {
         "machine": machine_table(kernels, model),
@@ -562,6 +590,8 @@ def all_tables(
         "attention summary": attention_summary(kernels),
         "decoding summary": decode_summary(model),
         "generate summary": generate_summary(generate[0]),
+        "recorded": recorded_table(recorded),
+        "first static": first_static_table(first_static),
         "evaluation": evaluation_summary(evaluation),
         "evaluation by contender": evaluation_table(evaluation),
         "generate on a cpu": cpu_table(*cpu),
@@ -626,6 +656,8 @@ def main() -> None:
     parser.add_argument(
         "--entmax", type=Path, nargs="+", action="append", required=True, help="JSON of entmax_kernels.py, per shape"
     )
+    parser.add_argument("--recorded", type=Path, required=True, help="JSON of recorded.py")
+    parser.add_argument("--first-static", type=Path, required=True, help="JSON of first_static.py")
     parser.add_argument("--evaluation", type=Path, required=True, help="JSON of evaluation.py")
     parser.add_argument("--cpu", type=Path, nargs=2, required=True, help="JSON of generate.py on a CPU, now and before")
     parser.add_argument("--busy", type=Path, required=True, help="JSON of busy.py")
@@ -663,6 +695,8 @@ def main() -> None:
         steps=list(map(read, options.steps)),
         shapes=list(map(read, options.shapes)),
         first_tokens=read(options.first_tokens),
+        recorded=read(options.recorded),
+        first_static=read(options.first_static),
         prediction=read(options.prediction),
     )
     if options.figure:

@@ -38,6 +38,7 @@ def tables() -> dict[str, str]:
     profiles, generate = read("profiles-launches", "profiles-scores", "profiles"), read("generate", "generate-before")
     shapes = read("kernels-launches")
     (first_tokens,) = read("generate-short")
+    recorded, first_static = read("recorded", "first_static")
     entmax = [read(f"entmax_kernels{shape}", f"entmax_kernels{shape}-earlier") for shape in ("", "-128")]
     (evaluation,) = read("evaluation")
     generate_cpu, before_cpu, busy = read("generate", "generate-before", "busy", machine="cpu")
@@ -59,6 +60,8 @@ def tables() -> dict[str, str]:
         steps=read("generate-entmax", "generate-predicted"),
         shapes=shapes,
         first_tokens=first_tokens,
+        recorded=recorded,
+        first_static=first_static,
         prediction=prediction,
     )
 
