@@ -322,7 +322,13 @@ class _Switch:
             "take sparse attention off first (unload of the PeftModel, or hf_sparse.unpatch)"
         )
 
+    @torch.compiler.assume_constant_result  # torch 2.11 cannot trace the weak reference
     def is_managed(self) -> bool:
+        """Tell whether transformers manages the adapters of the model.
+
+        A compiled forward keeps the answer it was traced with. It changes only with the modules of the model, as
+        adapters come and go, and a compiled forward is traced anew for those.
+        """
         return getattr(self.model(), "_hf_peft_config_loaded", False)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -187,7 +187,9 @@ def before_attention(
         return None
     hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     name = None
-    if attention.is_managed and attention.is_managed() and not _goes_on(module, args, kwargs, hidden_states):
+    is_compiled_step = torch.compiler.is_compiling() and hidden_states.shape[1] == 1
+    may_switch = not is_compiled_step and attention.is_managed is not None and attention.is_managed()
+    if may_switch and not _goes_on(module, args, kwargs, hidden_states):
         name = _other_name(module, attention)
     if name:
         attention.set_adapter(name)
@@ -213,8 +215,8 @@ def before_attention(
 
 def _goes_on(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], hidden_states: Tensor) -> bool:
     """Tell a decoding step, which goes on as its text began, from the first token of a text."""
-    if hidden_states.shape[1] > 1 or torch.compiler.is_compiling():
-        return hidden_states.shape[1] == 1
+    if hidden_states.shape[1] > 1:
+        return False
     cache = cache_given(module, args, kwargs)
     return cache is not None and cache.get_seq_length(int(module.layer_idx)) > 0  # type: ignore[arg-type]
 

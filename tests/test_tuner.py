@@ -444,6 +444,27 @@ def test_of_two_types_the_one_that_is_reported_runs(base_folder, tmp_path, tiny_
             )
 
 
+def test_a_compiled_forward_knows_which_of_two_types_runs(base_folder, tmp_path, tiny_llama):
+    """torch 2.11 cannot trace the weak reference to the model, so that no torch may see it."""
+    lora = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    lora.save_pretrained(tmp_path / "lora")
+    get_peft_model(tiny_llama(), config()).save_pretrained(tmp_path / "sparse")
+    model = AutoModelForCausalLM.from_pretrained(base_folder)
+    traced = []
+
+    def reference():
+        traced.append(torch.compiler.is_dynamo_compiling())
+        return model
+
+    for name in ("sparse", "lora"):
+        model.load_adapter(str(tmp_path / name), adapter_name=name)
+        sparse_layers(model)[0].on_toggle.model = reference
+        compiled = torch.compile(model, backend="eager")(IDS, attention_mask=torch.ones_like(IDS), use_cache=False)
+        torch.testing.assert_close(compiled.logits, logits(model))
+    assert traced
+    assert not any(traced)
+
+
 def test_transformers_says_which_peft_its_own_methods_need(tiny_llama):
     """`load_adapter` works with every supported PEFT; the others need 0.22 from transformers 5.24 on."""
     model = tiny_llama()
