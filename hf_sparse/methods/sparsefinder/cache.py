@@ -1,17 +1,21 @@
 """Keep all keys and values, as an ordinary cache, and beside them the codes that the graph is predicted from.
 
+Where nothing is learned, a text grows token by token in tensors with room for more, so that a step copies no key of the
+tokens before it. A step whose kernels write the newest key and value themselves finds them in `newest`.
+
 A code (clusters, bins or the projected point) is a function of its token alone, so a token keeps it for as long as it
 stays. Queries keep theirs too: those of a few tokens describe the tile of queries that comes next.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_sparse.core.cache import GrowingCacheLayer
 
-_ROOM = 256  # codes that are made room for when a text begins to grow
+_ROOM = 256  # tokens that are made room for when a text begins to grow
 
 
 class SparsefinderCacheLayer(GrowingCacheLayer):
@@ -22,6 +26,9 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
         query_codes, key_codes: `[B, Hq, T, c]` and `[B, Hkv, T, c]`, int64 or float32; `None` before the first, and
             for a predictor without codes.
         owner: whose codes these are; those of two predictors do not compare.
+        newest: key and value `[B, Hkv, 1, D]` of the last token, where they are still to be written to `keys` and
+            `values`; see `write_newest`.
+        plan: what the steps of this layer have in common, see `hf_sparse.methods.sparsefinder.step`.
     """
 
     def __init__(self) -> None:
@@ -29,8 +36,57 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
         self.query_codes: Tensor | None = None
         self.key_codes: Tensor | None = None
         self.owner: object = None
+        self.newest: tuple[Tensor, Tensor] | None = None
+        self.plan: Any = None
+        self._rooms: tuple[Tensor, Tensor] | None = None
         self._query_room: Tensor | None = None
         self._key_room: Tensor | None = None
+        self._may_wait = False
+
+    def begin_attention(self) -> None:
+        """Note that sparse attention follows the next `update`, which can leave writing to it."""
+        self._may_wait = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        self.write_newest()
+        may_wait, self._may_wait = self._may_wait, False
+        if not self._can_grow(key_states, value_states):
+            self._rooms = None
+            return super().update(key_states, value_states, *args, **kwargs)
+        assert self.keys is not None and self.values is not None
+        length = self.keys.shape[2] + 1
+        rooms = self._rooms
+        if rooms is None or rooms[0].shape[2] < length or not all(map(_lies_in, (self.keys, self.values), rooms)):
+            rooms = self._rooms = _room_behind(self.keys), _room_behind(self.values)
+        self.keys, self.values = rooms[0].narrow(2, 0, length), rooms[1].narrow(2, 0, length)
+        self.newest = key_states, value_states
+        if not (may_wait and key_states.is_cuda):
+            self.write_newest()
+        return self.keys, self.values
+
+    def _can_grow(self, key: Tensor, value: Tensor) -> bool:
+        """Tell whether one token comes to others of the same kind, and nothing is learned or compiled."""
+        if key.shape[2] != 1 or not self.is_initialized or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return False
+        old_key, old_value = self.keys, self.values
+        return (
+            type(key) is type(old_key) is Tensor
+            and old_key.ndim == 4
+            and old_key.shape[2] > 0
+            and old_key.dtype == key.dtype
+            and old_value.dtype == value.dtype
+            and old_key.device == key.device
+            and len(old_key) == len(key)
+        )
+
+    def write_newest(self) -> None:
+        """Write the key and the value of the last token, if that is still to be done."""
+        if self.newest is not None:
+            newest, self.newest = self.newest, None
+            for tensor, new in zip((self.keys, self.values), newest, strict=True):
+                tensor[:, :, -1:] = new
 
     def append(self, query_codes: Tensor, key_codes: Tensor, owner: object) -> tuple[Tensor, Tensor]:
         """Keep the codes of the tokens whose keys `update` has just taken in.
@@ -59,44 +115,66 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
 
     def end_attention(self) -> None:
         """Move the codes where the keys are, if they were offloaded before the attention."""
-        if self.keys is not None:
+        self.write_newest()
+        if self.query_codes is not None and self.keys is not None:
             device = self.keys.device
             self._each(lambda codes: codes.to(device, non_blocking=True))
 
     def offload(self) -> None:
+        self.write_newest()
         super().offload()
         self._each(lambda codes: codes.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
+        self.write_newest()
         super().prefetch()
         self._each(lambda codes: codes.to(self.device, non_blocking=True))
 
     def reset(self) -> None:
         super().reset()
+        self.newest = self.plan = self._rooms = None
         self.keys = self.values = self.query_codes = self.key_codes = None  # older transformers keep zeros
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
         if not self.is_initialized:  # older transformers would crop what is not there
             return
+        self.write_newest()
         super().crop(tokens_to_remove)
         self._each(lambda codes: codes[:, :, : self.get_seq_length()])
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.write_newest()
         super().reorder_cache(beam_idx)
         self._each(lambda codes: codes.index_select(0, beam_idx.to(codes.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        self.write_newest()
         super().batch_repeat_interleave(repeats)
         self._each(lambda codes: codes.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        self.write_newest()
         super().batch_select_indices(indices)
         self._each(lambda codes: codes[indices.to(codes.device)])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.query_codes is not None and self.key_codes is not None:
             self.query_codes, self.key_codes = change(self.query_codes), change(self.key_codes)
+
+
+def _lies_in(tensor: Tensor, room: Tensor) -> bool:
+    """Tell whether `[B, H, T, X]` are the first tokens of a room."""
+    return tensor.data_ptr() == room.data_ptr() and tensor.stride() == room.stride() and len(tensor) == len(room)
+
+
+def _room_behind(tensor: Tensor) -> Tensor:
+    """Copy `[B, H, T, X]` to a tensor that has room for more tokens."""
+    batch, heads, length, dim = tensor.shape
+    with torch.inference_mode(False):  # tensors of that mode could not be written to after it
+        room = torch.empty((batch, heads, length + _ROOM, dim), dtype=tensor.dtype, device=tensor.device)
+    room[:, :, :length] = tensor
+    return room
 
 
 def _extended(codes: Tensor | None, room: Tensor | None, new: Tensor) -> tuple[Tensor, Tensor]:
