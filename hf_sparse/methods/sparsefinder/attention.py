@@ -16,7 +16,7 @@ from hf_sparse.methods.sparsefinder.predictors import ProjectedPredictor, predic
 from hf_sparse.methods.sparsefinder.predictors.base import AttentionInputs as AttentionInputs
 from hf_sparse.methods.sparsefinder.predictors.base import Codes
 from hf_sparse.methods.sparsefinder.static_cache import StaticSparsefinderCacheLayer
-from hf_sparse.methods.sparsefinder.step import step_over_all_keys
+from hf_sparse.methods.sparsefinder.step import take_step
 from hf_sparse.ops.entmax import Certificate, certified_entmax_attention, entmax_attention
 from hf_sparse.ops.entmax.step import Scales, attend_few, is_step
 from hf_sparse.ops.tiles import Tiles
@@ -123,6 +123,11 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
         scaling: float,
     ) -> Tensor:
         """Attend over all keys in training, and over the predicted graph elsewhere; see `SparseAttentionLayer`."""
+        if isinstance(cache, SparsefinderCacheLayer):
+            output = take_step(self, query, key, value, valid, cache, scaling) if query.shape[2] == 1 else None
+            if output is not None:
+                return output
+            cache.write_newest()
         if cache is not None:
             self.check_cache(cache)
         keys = key.shape[2]
@@ -136,12 +141,6 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
         # A checkpoint that was trained with entmax attends to all keys until a graph is fitted.
         unfitted = self.config.entmax_native is not None and not learned.is_fitted
         predicts = self.pattern is None and not learning and not unfitted
-        if query.shape[2] == 1 and isinstance(cache, SparsefinderCacheLayer):
-            if predicts and self._finds_support(learned):
-                output = step_over_all_keys(self, query, key, value, valid, cache, scaling)
-                if output is not None:
-                    return output
-            cache.write_newest()
         static = isinstance(cache, StaticSparsefinderCacheLayer)
         newest = cache.newest if static and query.shape[2] == 1 else None
         if predicts and self._finds_support(learned) and is_step(query, key) and not torch.is_grad_enabled():

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse.core.cache import GrowingCacheLayer
+from hf_sparse.ops.triton import available
 
 _ROOM = 256  # tokens that are made room for when a text begins to grow
 
@@ -28,6 +29,7 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
         owner: whose codes these are; those of two predictors do not compare.
         newest: key and value `[B, Hkv, 1, D]` of the last token, where they are still to be written to `keys` and
             `values`; see `write_newest`.
+        rooms: what `keys` and `values` lie in, with room for more tokens; `None` where they lie in nothing larger.
         plan: what the steps of this layer have in common, see `hf_sparse.methods.sparsefinder.step`.
     """
 
@@ -38,10 +40,15 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
         self.owner: object = None
         self.newest: tuple[Tensor, Tensor] | None = None
         self.plan: Any = None
-        self._rooms: tuple[Tensor, Tensor] | None = None
+        self.rooms: tuple[Tensor, Tensor] | None = None
         self._query_room: Tensor | None = None
         self._key_room: Tensor | None = None
         self._may_wait = False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out of a copy what only this layer may write to, and what it can make again."""
+        self.write_newest()
+        return vars(self) | {"plan": None, "rooms": None, "_query_room": None, "_key_room": None}
 
     def begin_attention(self) -> None:
         """Note that sparse attention follows the next `update`, which can leave writing to it."""
@@ -53,16 +60,16 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
         self.write_newest()
         may_wait, self._may_wait = self._may_wait, False
         if not self._can_grow(key_states, value_states):
-            self._rooms = None
+            self.rooms = None
             return super().update(key_states, value_states, *args, **kwargs)
         assert self.keys is not None and self.values is not None
         length = self.keys.shape[2] + 1
-        rooms = self._rooms
+        rooms = self.rooms
         if rooms is None or rooms[0].shape[2] < length or not all(map(_lies_in, (self.keys, self.values), rooms)):
-            rooms = self._rooms = _room_behind(self.keys), _room_behind(self.values)
+            rooms = self.rooms = _room_behind(self.keys), _room_behind(self.values)
         self.keys, self.values = rooms[0].narrow(2, 0, length), rooms[1].narrow(2, 0, length)
         self.newest = key_states, value_states
-        if not (may_wait and key_states.is_cuda):
+        if not (may_wait and available(key_states.device)):
             self.write_newest()
         return self.keys, self.values
 
@@ -73,6 +80,7 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
         old_key, old_value = self.keys, self.values
         return (
             type(key) is type(old_key) is Tensor
+            and old_value is not None
             and old_key.ndim == 4
             and old_key.shape[2] > 0
             and old_key.dtype == key.dtype
@@ -85,8 +93,8 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
         """Write the key and the value of the last token, if that is still to be done."""
         if self.newest is not None:
             newest, self.newest = self.newest, None
-            for tensor, new in zip((self.keys, self.values), newest, strict=True):
-                tensor[:, :, -1:] = new
+            assert self.keys is not None and self.values is not None
+            self.keys[:, :, -1:], self.values[:, :, -1:] = newest
 
     def append(self, query_codes: Tensor, key_codes: Tensor, owner: object) -> tuple[Tensor, Tensor]:
         """Keep the codes of the tokens whose keys `update` has just taken in.
@@ -113,6 +121,25 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
         self.owner = owner
         return self.query_codes, self.key_codes
 
+    def codes_to_write(self, owner: object) -> tuple[Tensor, Tensor] | None:
+        """Return the codes of all tokens, of which those of the newest one are still to be written.
+
+        `None` where `append` would refuse them, or the codes are not where the keys are.
+        """
+        of_queries, of_keys = self.query_codes, self.key_codes
+        if of_queries is None or of_keys is None or self.keys is None or self.owner != owner:
+            return None
+        length = self.keys.shape[2]
+        if of_keys.shape[2] + 1 != length or of_keys.device != self.keys.device or len(of_keys) != len(self.keys):
+            return None
+        rooms = self._query_room, self._key_room
+        if any([room is None or room.shape[2] < length for room in rooms]) or not all(
+            map(_lies_in, (of_queries, of_keys), rooms)  # type: ignore[arg-type]
+        ):
+            rooms = self._query_room, self._key_room = _room_behind(of_queries), _room_behind(of_keys)
+        self.query_codes, self.key_codes = (room.narrow(2, 0, length) for room in rooms if room is not None)
+        return self.query_codes, self.key_codes
+
     def end_attention(self) -> None:
         """Move the codes where the keys are, if they were offloaded before the attention."""
         self.write_newest()
@@ -132,7 +159,7 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.newest = self.plan = self._rooms = None
+        self.newest = self.plan = self.rooms = None
         self.keys = self.values = self.query_codes = self.key_codes = None  # older transformers keep zeros
         self.is_initialized = False
 
