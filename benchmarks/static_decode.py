@@ -7,7 +7,7 @@ Entmax is over all keys, which is exact, or over the tiles of 8 keys that cluste
 The model has the shape of Llama 3.1 8B and random weights, and its cache is filled with drawn keys, values and clusters
 of keys: a prompt of this length would take most of the time, and nothing here depends on what it says. Logit scales are
 searched in the first step so that `--support` keys have weight in the mean. All models are compiled as `generate`
-compiles them, take the same steps, and alternate; each number is the median of several runs.
+compiles them and take the same steps, one model after the other; each number is the median of several runs.
 
 First the logits of compiled steps are compared with those of the same steps in plain PyTorch, on two layers in
 float32; without agreement nothing is measured. The bytes that the attention of a step reads follow from shapes and

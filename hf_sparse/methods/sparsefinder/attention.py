@@ -83,7 +83,7 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
     @property
     def parameters_in_use(self) -> SparsefinderParameters:
         """Return the parameters of the active adapter."""
-        learned = self.sparsefinder_parameters[self.active]
+        learned = self._modules["sparsefinder_parameters"]._modules[self.active]  # type: ignore[union-attr] # in each step
         assert isinstance(learned, SparsefinderParameters)
         return learned
 

@@ -29,6 +29,7 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
         owner: whose codes these are; those of two predictors do not compare.
         newest: key and value `[B, Hkv, 1, D]` of the last token, where they are still to be written to `keys` and
             `values`; see `write_newest`.
+        checked: layout of the query of the last step that kernels took.
         rooms: what `keys` and `values` lie in, with room for more tokens; `None` where they lie in nothing larger.
         plan: what the steps of this layer have in common, see `hf_sparse.methods.sparsefinder.step`.
     """
@@ -40,15 +41,19 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
         self.owner: object = None
         self.newest: tuple[Tensor, Tensor] | None = None
         self.plan: Any = None
+        self.checked: Any = None
         self.rooms: tuple[Tensor, Tensor] | None = None
         self._query_room: Tensor | None = None
         self._key_room: Tensor | None = None
         self._may_wait = False
+        self._grown: tuple[Tensor, Tensor] | None = None  # what the last step returned
+        self._kind: tuple[Any, ...] | None = None  # of its token
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out of a copy what only this layer may write to, and what it can make again."""
         self.write_newest()
-        return vars(self) | {"plan": None, "rooms": None, "_query_room": None, "_key_room": None}
+        names = ("plan", "rooms", "_query_room", "_key_room", "_grown")
+        return vars(self) | dict.fromkeys(names)
 
     def begin_attention(self) -> None:
         """Note that sparse attention follows the next `update`, which can leave writing to it."""
@@ -59,35 +64,45 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
     ) -> tuple[Tensor, Tensor]:
         self.write_newest()
         may_wait, self._may_wait = self._may_wait, False
-        if not self._can_grow(key_states, value_states):
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._grows(key_states, value_states):
             self.rooms = None
             return super().update(key_states, value_states, *args, **kwargs)
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None and self.rooms is not None
         length = self.keys.shape[2] + 1
-        rooms = self.rooms
-        if rooms is None or rooms[0].shape[2] < length or not all(map(_lies_in, (self.keys, self.values), rooms)):
-            rooms = self.rooms = _room_behind(self.keys), _room_behind(self.values)
-        self.keys, self.values = rooms[0].narrow(2, 0, length), rooms[1].narrow(2, 0, length)
+        keys, values = self.rooms
+        self.keys, self.values = self._grown = keys.narrow(2, 0, length), values.narrow(2, 0, length)
         self.newest = key_states, value_states
         if not (may_wait and available(key_states.device)):
             self.write_newest()
-        return self.keys, self.values
+        return self._grown
 
-    def _can_grow(self, key: Tensor, value: Tensor) -> bool:
-        """Tell whether one token comes to others of the same kind, and nothing is learned or compiled."""
-        if key.shape[2] != 1 or not self.is_initialized or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return False
+    def _grows(self, key: Tensor, value: Tensor) -> bool:
+        """Tell whether one token comes to others of the same kind, and see to it that there is room for it."""
+        kind = (key.shape, value.shape, key.stride(), value.stride(), key.dtype, value.dtype, key.device, type(key))
+        grown, rooms = self._grown, self.rooms
+        is_next = grown is not None and self.keys is grown[0] and self.values is grown[1] and kind == self._kind
+        if is_next and rooms is not None and grown is not None and grown[0].shape[2] < rooms[0].shape[2]:
+            return True
         old_key, old_value = self.keys, self.values
-        return (
+        if key.shape[2] != 1 or not self.is_initialized or old_key is None or old_value is None or old_key.ndim != 4:
+            return False
+        is_same = (
             type(key) is type(old_key) is Tensor
-            and old_value is not None
-            and old_key.ndim == 4
+            and (old_key.dtype, old_value.dtype, old_key.device) == (key.dtype, value.dtype, key.device)
+            and old_key.shape[:2] == key.shape[:2]
             and old_key.shape[2] > 0
-            and old_key.dtype == key.dtype
-            and old_value.dtype == value.dtype
-            and old_key.device == key.device
-            and len(old_key) == len(key)
         )
+        if not is_same:
+            return False
+        rooms = self.rooms
+        if (
+            rooms is None
+            or rooms[0].shape[2] == old_key.shape[2]
+            or not all(map(_lies_in, (old_key, old_value), rooms))
+        ):
+            self.rooms = _room_behind(old_key), _room_behind(old_value)
+        self._kind, self.checked = kind, None
+        return True
 
     def write_newest(self) -> None:
         """Write the key and the value of the last token, if that is still to be done."""
@@ -130,7 +145,11 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
         if of_queries is None or of_keys is None or self.keys is None or self.owner != owner:
             return None
         length = self.keys.shape[2]
-        if of_keys.shape[2] + 1 != length or of_keys.device != self.keys.device or len(of_keys) != len(self.keys):
+        if (
+            of_keys.shape[2] + 1 != length
+            or of_keys.device != self.keys.device
+            or of_keys.shape[0] != self.keys.shape[0]
+        ):
             return None
         rooms = self._query_room, self._key_room
         if any([room is None or room.shape[2] < length for room in rooms]) or not all(
@@ -159,7 +178,7 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
 
     def reset(self) -> None:
         super().reset()
-        self.newest = self.plan = self.rooms = None
+        self.newest = self.plan = self.rooms = self._grown = None
         self.keys = self.values = self.query_codes = self.key_codes = None  # older transformers keep zeros
         self.is_initialized = False
 
@@ -192,7 +211,9 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
 
 def _lies_in(tensor: Tensor, room: Tensor) -> bool:
     """Tell whether `[B, H, T, X]` are the first tokens of a room."""
-    return tensor.data_ptr() == room.data_ptr() and tensor.stride() == room.stride() and len(tensor) == len(room)
+    return (
+        tensor.data_ptr() == room.data_ptr() and tensor.stride() == room.stride() and tensor.shape[0] == room.shape[0]
+    )
 
 
 def _room_behind(tensor: Tensor) -> Tensor:

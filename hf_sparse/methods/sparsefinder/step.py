@@ -20,6 +20,7 @@ from hf_sparse.ops.triton import DTYPES, installed
 
 if TYPE_CHECKING:
     from hf_sparse.methods.sparsefinder.attention import SparsefinderAttention
+    from hf_sparse.ops.entmax.triton.step import StepPlan
     from hf_sparse.ops.predictors.triton.cluster_step import ClusterStep, Projections
 
 # Settings that the kernels of a predicted step depend on.
@@ -51,21 +52,19 @@ def take_step(
         return None
     if attention.pattern is not None or attention.observer is not None or attention.certify:
         return None
-    if not _has_kernels(query, key, value, cache.newest):
+    layout = (query.shape, query.stride(), query.dtype, query.device)
+    if cache.checked != layout or cache.newest is None:
+        if not _has_kernels(query, key, value, cache.newest):
+            return None
+        cache.checked = layout  # what `update` lets pass is as the token before was
+    elif not _launches_on(query):
         return None
     learned = attention.parameters_in_use
     config, predictor = learned.config, learned.predictor
     scales = learned.step_scales(query, scaling)
     unfitted = config.entmax_native is not None and not learned.is_fitted
     if config.complete or unfitted or predictor.sees_all_in_step(key.shape[2]):
-        from hf_sparse.ops.entmax.triton.step import step  # Triton is there only beside a CUDA device
-
-        output = step(
-            query, key, value, scales.scale, scales.exponent, scales.kind, scales.factor, scales.is_log, True, valid,
-            None, None, 1, newest=cache.newest,
-        )  # fmt: skip
-        cache.newest = None
-        return output
+        return _over_all_keys(query, key, value, valid, cache, scales)
     if type(predictor) is Clustering and cache.newest is not None:
         return _over_clusters(attention, learned, query, key, value, valid, cache, scales)
     return None
@@ -86,6 +85,39 @@ def _launches_on(query: Tensor) -> bool:
     if not query.is_cuda or query.device.index != torch.cuda.current_device() or not query.numel():
         return False
     return not torch.is_autocast_enabled("cuda") and installed()
+
+
+@dataclass
+class _ExactPlan:
+    """Hold the kernels of a layer's steps over all keys, and what they were made for."""
+
+    kernels: "StepPlan"
+    rooms: Any
+    layout: tuple[Any, ...]
+
+
+def _over_all_keys(
+    query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, cache: SparsefinderCacheLayer, scales: Scales
+) -> Tensor:
+    """Take the step over all keys, see `take_step`."""
+    from hf_sparse.ops.entmax.triton.step import StepPlan, step  # Triton is there only beside a CUDA device
+
+    newest, plan = cache.newest, cache.plan
+    if newest is None:  # after a change of rows, say
+        numbers = (scales.scale, scales.exponent, scales.kind, scales.factor, scales.is_log)
+        return step(query, key, value, *numbers, True, valid, None, None, 1)
+    layout = (
+        query.shape, query.dtype, None if valid is None else valid.dtype, scales.kind, scales.is_log,
+        scales.scale.dtype, None if scales.exponent is None else scales.exponent.dtype,
+    )  # fmt: skip
+    if type(plan) is not _ExactPlan or plan.rooms is not cache.rooms or plan.layout != layout:
+        kernels = StepPlan(query, key, value, key.shape[1], kind=scales.kind, is_log=scales.is_log, causal=True)
+        plan = cache.plan = _ExactPlan(kernels, cache.rooms, layout)
+    output = plan.kernels.run(
+        query, key, value, scales.scale, scales.exponent, scales.factor, valid, None, None, 1, newest
+    )
+    cache.newest = None
+    return output
 
 
 @dataclass
@@ -124,7 +156,7 @@ def _over_clusters(
     tensors = [(t, None if t is None else t.dtype) for t in (*learned._parameters.values(), *learned._buffers.values())]
     plan = cache.plan
     is_same = (
-        plan is not None
+        type(plan) is _Plan
         and plan.learned is learned
         and plan.rooms is cache.rooms
         and plan.layout == layout

@@ -134,7 +134,8 @@ def test_listed_tiles(shape, size):
 
 
 @pytest.mark.parametrize("shape", [
-    {"keys": 1}, {"keys": 33, "group": 3, "kv_heads": 2, "batch": 2}, {"keys": 64, "dim": 20}, {"keys": 48, "padding": True},
+    {"keys": 1}, {"keys": 33, "group": 3, "kv_heads": 2, "batch": 2}, {"keys": 64, "dim": 20},
+    {"keys": 48, "padding": True},
     {"keys": 70, "dtype": HALF, "dim": 32, "group": 4, "alpha": "heads"}, {"keys": 40, "padding": True, "alpha": 2.0},
 ])  # fmt: skip
 def test_the_newest_token_is_written_by_the_way(shape):
@@ -160,7 +161,7 @@ def test_the_newest_token_is_written_by_the_way(shape):
         output = step(query, *kept, *scales, True, valid, None, None, 1, newest=newest, **variant)
         assert all(map(torch.equal, kept, (key, value)))
         assert all(bool(room[:, :, keys:].isnan().all()) for room in rooms)
-        tolerance = 2e-5 if dtype == torch.float32 else 5e-3
+        tolerance = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}[dtype]
         assert float((output.double() - expected).abs().max()) < tolerance
 
 
