@@ -27,7 +27,7 @@ test-all: $(READY) $(OLDEST)/.ready ## Everything: all tests with all combinatio
 # Triton lies in a folder of its own, so that all other tests run without it. There are no wheels of it but for Linux.
 ifeq ($(shell uname -s),Linux)
 kernels: $(TRITON)/.ready ## The tests of the Triton kernels in Triton's interpreter, on the CPU
-	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(PYTEST) $(FULL) tests/ops/*/test_triton_*.py
+	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(PYTEST) $(FULL) tests/ops/*/test_triton_*.py tests/methods/test_triton_*.py
 else
 kernels:
 	@echo "The kernels are not tested here: Triton has wheels for Linux only"

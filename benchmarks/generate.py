@@ -37,6 +37,7 @@ from hf_sparse._compat import cache_of
 from hf_sparse.atomic_files import write_json
 from hf_sparse.environment import describe
 from hf_sparse.methods.sparsefinder import SparsefinderAttention, fit_predictors
+from hf_sparse.methods.sparsefinder import attention as sparsefinder
 from hf_sparse.methods.sparsefinder.attention import AttentionInputs, Observer
 from hf_sparse.methods.sparsefinder.predictors import clustering
 from hf_sparse.methods.sparsek import attention
@@ -231,7 +232,8 @@ def check_kernels(model: PreTrainedModel, options: argparse.Namespace) -> dict[s
         with ExitStack() as plain:
             if not kernels:
                 plain.enter_context(mock.patch.object(few, "takes_kernels", lambda *_: False))
-                plain.enter_context(mock.patch.object(clustering, "installed", lambda: False))
+                plain.enter_context(mock.patch.object(clustering, "takes_kernel", lambda *_: False))
+                plain.enter_context(mock.patch.object(sparsefinder, "take_step", lambda *_: None))
             generate(model, ids[:, :-CHECKED], CHECKED, follow, mask)
         logits.append(follow.logits)
     difference = max(float((x - y).norm() / y.norm()) for x, y in zip(*logits, strict=True))

@@ -1,11 +1,13 @@
-"""How fast steps go in a static cache, compiled and captured: dense attention, and exact entmax of Sparsefinder.
+"""How fast steps go in a static cache, compiled and captured: dense attention, and entmax of Sparsefinder.
+
+Entmax is over all keys, which is exact, or over the tiles of 8 keys that clusters predict, `--tiles` for each query.
 
     python benchmarks/static_decode.py --output static_decode.json
 
-The model has the shape of Llama 3.1 8B and random weights, and its cache is filled with drawn keys and values: a prompt
-of this length would take most of the time, and nothing here depends on what it says. Logit scales are searched in the
-first step so that `--support` keys have weight in the mean. Both models are compiled as `generate` compiles them, take
-the same steps, and alternate; each number is the median of several runs.
+The model has the shape of Llama 3.1 8B and random weights, and its cache is filled with drawn keys, values and clusters
+of keys: a prompt of this length would take most of the time, and nothing here depends on what it says. Logit scales are
+searched in the first step so that `--support` keys have weight in the mean. All models are compiled as `generate`
+compiles them and take the same steps, one model after the other; each number is the median of several runs.
 
 First the logits of compiled steps are compared with those of the same steps in plain PyTorch, on two layers in
 float32; without agreement nothing is measured. The bytes that the attention of a step reads follow from shapes and
@@ -30,15 +32,17 @@ from hf_sparse import SparsefinderConfig, patch, unpatch
 from hf_sparse._compat import with_cache
 from hf_sparse.atomic_files import write_json
 from hf_sparse.environment import describe
-from hf_sparse.methods.sparsefinder import SparsefinderAttention
+from hf_sparse.methods.sparsefinder import SparsefinderAttention, fit_predictors
 from hf_sparse.methods.sparsefinder import attention as sparsefinder
+from hf_sparse.methods.sparsefinder.predictors import clustering
 from hf_sparse.ops.entmax import step as few
 from hf_sparse.ops.entmax.threshold import distribution
 from hf_sparse.patches import sparse_layers
 
 ALLOWED = 1e-3  # largest relative difference of the comparison
 CHECKED = 4  # steps of the comparison
-ATTENTION = ("dense", "entmax")
+ATTENTION = ("dense", "entmax", "predicted")
+TILE, CLUSTERS = 8, 16
 
 
 def make_model(options: argparse.Namespace, layers: int, dtype: torch.dtype) -> PreTrainedModel:
@@ -68,6 +72,8 @@ class Steps:
         for layer in layers:
             for tensor in (layer.keys, layer.values):
                 tensor.normal_(generator=generator)
+            if getattr(layer, "key_codes", None) is not None:
+                layer.key_codes.random_(CLUSTERS, generator=generator)
         self.reset()
 
     def reset(self) -> None:
@@ -125,23 +131,35 @@ def find_scales(steps: Steps, support: float) -> list[float]:
     return supports
 
 
-def sparse_steps(options: argparse.Namespace, model: PreTrainedModel, length: int, compiled: bool) -> Steps:
-    return Steps(patch(model, SparsefinderConfig(predictor="full")), options, length, compiled)
+def sparse_steps(
+    options: argparse.Namespace, model: PreTrainedModel, attention: str, length: int, compiled: bool
+) -> Steps:
+    """Patch a model and prepare its steps."""
+    if attention == "entmax":
+        return Steps(patch(model, SparsefinderConfig(predictor="full")), options, length, compiled)
+    graph: dict[str, Any] = {"tile": TILE, "query_tile": 1, "clusters": CLUSTERS, "tiles_per_query": options.tiles}
+    model = patch(model, SparsefinderConfig(**graph, window=64))
+    ids = torch.randint(0, model.config.vocab_size, (1, min(512, length)), device=options.device)
+    fit_predictors(sparse_layers(model, SparsefinderAttention), lambda: model(ids, use_cache=False, logits_to_keep=1))
+    return Steps(model, options, length, compiled)
 
 
-def check(options: argparse.Namespace) -> float:
+def check(options: argparse.Namespace, attention: str) -> float:
     """Return the largest relative difference of logits.
 
     Raises:
         SystemExit: a difference that rounding does not explain.
     """
     length = min(options.length, 1024)
-    steps = sparse_steps(options, make_model(options, 2, torch.float32), length, True)
+    steps = sparse_steps(options, make_model(options, 2, torch.float32), attention, length, True)
     find_scales(steps, options.support)
     logits = [steps.step(number) for number in range(1, CHECKED)]
     steps.reset()
     steps.run = steps.model
-    with mock.patch.object(few, "takes_kernels", lambda *_: False):
+    with (
+        mock.patch.object(few, "takes_kernels", lambda *_: False),
+        mock.patch.object(clustering, "takes_kernel", lambda *_: False),
+    ):
         plain = [steps.step(number) for number in range(1, CHECKED)]
     difference = max(float((a - b).norm() / b.norm()) for a, b in zip(logits, plain, strict=True))
     if not difference <= ALLOWED:
@@ -149,16 +167,21 @@ def check(options: argparse.Namespace) -> float:
     return difference
 
 
-def bytes_read(options: argparse.Namespace, config: Any, supports: list[float] | None) -> int:
-    """Count the bytes that the attention of a step reads in all layers: keys, products and values."""
-    heads, group = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
-    dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    size, rows = getattr(torch, options.dtype).itemsize, options.batch * heads
-    keys = rows * options.length * dim * size * config.num_hidden_layers
-    if supports is None:
-        return 2 * keys
-    products = rows * group * options.length * 4 * config.num_hidden_layers
-    return keys + products + int(sum(supports) * rows * group * dim * size)
+def bytes_read(options: argparse.Namespace, config: Any, attention: str, supports: list[float]) -> int:
+    """Count the bytes that the attention of a step reads in all layers: keys, products, codes, ranks and values."""
+    heads, query_heads, layers = config.num_key_value_heads, config.num_attention_heads, config.num_hidden_layers
+    dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
+    row = dim * getattr(torch, options.dtype).itemsize
+    keys = options.batch * heads * options.length * layers
+    if attention == "dense":
+        return 2 * keys * row
+    values = int(sum(supports) * options.batch * query_heads * row)
+    if attention == "entmax":
+        return keys * row + options.batch * query_heads * options.length * layers * 4 + values
+    lists = options.batch * query_heads * layers
+    codes, ranks = lists * options.length * 8, lists * options.length // TILE * 8
+    listed = lists * options.tiles * TILE * row
+    return codes + ranks + 2 * listed  # of the listed keys at most all have weight
 
 
 def main() -> None:
@@ -168,7 +191,9 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=32)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--support", type=float, default=55.0, help="keys with weight per query")
+    parser.add_argument("--support", type=float, default=55.0, help="keys with weight per query, of all")
+    parser.add_argument("--tiles", type=int, default=16, help="tiles of 8 keys per query, where they are predicted")
+    parser.add_argument("--attention", nargs="+", choices=ATTENTION, default=list(ATTENTION))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--backend", default="inductor", choices=["inductor", "eager"])
@@ -177,25 +202,38 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="where to write the JSON")
     options = parser.parse_args()
     options.mode = "reduce-overhead" if options.device == "cuda" and options.backend == "inductor" else None
-    named = ("length", "batch", "layers", "steps", "runs", "support", "device", "dtype", "backend", "mode", "tiny")
+    named = (
+        "length",
+        "batch",
+        "layers",
+        "steps",
+        "runs",
+        "support",
+        "tiles",
+        "device",
+        "dtype",
+        "backend",
+        "mode",
+        "tiny",
+    )
     result: dict[str, Any] = {
         "format": 1,
         "benchmark": "static_decode",
         "commit": options.commit or current_commit(),
         "settings": {name: getattr(options, name) for name in named},
-        "difference": check(options),
+        "differences": {name: check(options, name) for name in options.attention if name != "dense"},
         "rows": [],
         **describe(),
     }
-    print(f"difference {result['difference']:.1e}", flush=True)
+    print(result["differences"], flush=True)
     model = make_model(options, options.layers, getattr(torch, options.dtype))
-    for attention in ATTENTION:
+    for attention in options.attention:
         torch._dynamo.reset()
-        supports = None
+        supports: list[float] = []
         if attention == "dense":
             steps = Steps(model, options, options.length, True)
         else:
-            steps = sparse_steps(options, model, options.length, True)
+            steps = sparse_steps(options, model, attention, options.length, True)
             supports = find_scales(steps, options.support)
         begin = time.perf_counter()
         steps.seconds(5)
@@ -206,7 +244,7 @@ def main() -> None:
             "step_ms": 1e3 * statistics.median(runs),
             "steps_ms": [1e3 * run for run in runs],
             "tokens_per_second": options.batch / statistics.median(runs),
-            "bytes_read": bytes_read(options, model.config, supports),
+            "bytes_read": bytes_read(options, model.config, attention, supports),
             "compiling_s": compiled,
         }
         if supports:

@@ -1,5 +1,7 @@
 """The codes of a cache stay those of its tokens, whatever transformers does with the rows."""
 
+import copy
+
 import pytest
 import torch
 
@@ -158,3 +160,34 @@ def test_codes_of_a_growing_text_stay_where_they_are():
     layer.update(part, -part)
     layer.append(*codes(part), "me")
     check(layer, KEYS[order])
+
+
+@pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy])
+def test_a_copy_grows_by_itself(copied):
+    layer = filled(8)
+    with torch.no_grad():
+        feed(layer, 8, 9)
+        place = layer.keys.data_ptr()
+        other = copied(layer)
+        feed(layer, 9, 10)
+        assert layer.keys.data_ptr() == place  # nothing was copied but the new token
+        other.update(KEYS[:, :, 11:], -KEYS[:, :, 11:])
+        other.append(*codes(KEYS[:, :, 11:]), "me")
+    check(layer, KEYS[:, :, :10])
+    check(other, torch.cat([KEYS[:, :, :9], KEYS[:, :, 11:]], 2))
+
+
+def test_a_text_grows_in_place_after_any_change_of_its_rows():
+    layer = filled(6)
+    with torch.no_grad():
+        feed(layer, 6, 7)
+        layer.crop(-2)
+        feed(layer, 5, 6)
+        check(layer, KEYS[:, :, :6])
+        layer.reorder_cache(torch.tensor([0, 1, 2]))
+        feed(layer, 6, 7)
+    feed(layer, 7, 12)
+    check(layer, KEYS)
+    layer.reset()
+    feed(layer, 0, 12)
+    check(layer, KEYS)

@@ -16,6 +16,7 @@ from hf_sparse.methods.sparsefinder.predictors import ProjectedPredictor, predic
 from hf_sparse.methods.sparsefinder.predictors.base import AttentionInputs as AttentionInputs
 from hf_sparse.methods.sparsefinder.predictors.base import Codes
 from hf_sparse.methods.sparsefinder.static_cache import StaticSparsefinderCacheLayer
+from hf_sparse.methods.sparsefinder.step import take_step
 from hf_sparse.ops.entmax import Certificate, certified_entmax_attention, entmax_attention
 from hf_sparse.ops.entmax.step import Scales, attend_few, is_step
 from hf_sparse.ops.tiles import Tiles
@@ -82,7 +83,7 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
     @property
     def parameters_in_use(self) -> SparsefinderParameters:
         """Return the parameters of the active adapter."""
-        learned = self.sparsefinder_parameters[self.active]
+        learned = self._modules["sparsefinder_parameters"]._modules[self.active]  # type: ignore[union-attr] # in each step
         assert isinstance(learned, SparsefinderParameters)
         return learned
 
@@ -122,6 +123,11 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
         scaling: float,
     ) -> Tensor:
         """Attend over all keys in training, and over the predicted graph elsewhere; see `SparseAttentionLayer`."""
+        if isinstance(cache, SparsefinderCacheLayer):
+            output = take_step(self, query, key, value, valid, cache, scaling) if query.shape[2] == 1 else None
+            if output is not None:
+                return output
+            cache.write_newest()
         if cache is not None:
             self.check_cache(cache)
         keys = key.shape[2]

@@ -1,17 +1,22 @@
 """Keep all keys and values, as an ordinary cache, and beside them the codes that the graph is predicted from.
 
+Where nothing is learned, a text grows token by token in tensors with room for more, so that a step copies no key of the
+tokens before it. A step whose kernels write the newest key and value themselves finds them in `newest`.
+
 A code (clusters, bins or the projected point) is a function of its token alone, so a token keeps it for as long as it
 stays. Queries keep theirs too: those of a few tokens describe the tile of queries that comes next.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_sparse.core.cache import GrowingCacheLayer
+from hf_sparse.ops.triton import available
 
-_ROOM = 256  # codes that are made room for when a text begins to grow
+_ROOM = 256  # tokens that are made room for when a text begins to grow
 
 
 class SparsefinderCacheLayer(GrowingCacheLayer):
@@ -22,6 +27,11 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
         query_codes, key_codes: `[B, Hq, T, c]` and `[B, Hkv, T, c]`, int64 or float32; `None` before the first, and
             for a predictor without codes.
         owner: whose codes these are; those of two predictors do not compare.
+        newest: key and value `[B, Hkv, 1, D]` of the last token, where they are still to be written to `keys` and
+            `values`; see `write_newest`.
+        checked: layout of the query of the last step that kernels took.
+        rooms: what `keys` and `values` lie in, with room for more tokens; `None` where they lie in nothing larger.
+        plan: what the steps of this layer have in common, see `hf_sparse.methods.sparsefinder.step`.
     """
 
     def __init__(self) -> None:
@@ -29,8 +39,77 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
         self.query_codes: Tensor | None = None
         self.key_codes: Tensor | None = None
         self.owner: object = None
+        self.newest: tuple[Tensor, Tensor] | None = None
+        self.plan: Any = None
+        self.checked: Any = None
+        self.rooms: tuple[Tensor, Tensor] | None = None
         self._query_room: Tensor | None = None
         self._key_room: Tensor | None = None
+        self._may_wait = False
+        self._grown: tuple[Tensor, Tensor] | None = None  # what the last step returned
+        self._kind: tuple[Any, ...] | None = None  # of its token
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out of a copy what only this layer may write to, and what it can make again."""
+        self.write_newest()
+        names = ("plan", "rooms", "_query_room", "_key_room", "_grown")
+        return vars(self) | dict.fromkeys(names)
+
+    def begin_attention(self) -> None:
+        """Note that sparse attention follows the next `update`, which can leave writing to it."""
+        self._may_wait = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        self.write_newest()
+        may_wait, self._may_wait = self._may_wait, False
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._grows(key_states, value_states):
+            self.rooms = None
+            return super().update(key_states, value_states, *args, **kwargs)
+        assert self.keys is not None and self.rooms is not None
+        length = self.keys.shape[2] + 1
+        keys, values = self.rooms
+        self.keys, self.values = self._grown = keys.narrow(2, 0, length), values.narrow(2, 0, length)
+        self.newest = key_states, value_states
+        if not (may_wait and available(key_states.device)):
+            self.write_newest()
+        return self._grown
+
+    def _grows(self, key: Tensor, value: Tensor) -> bool:
+        """Tell whether one token comes to others of the same kind, and see to it that there is room for it."""
+        kind = (key.shape, value.shape, key.stride(), value.stride(), key.dtype, value.dtype, key.device, type(key))
+        grown, rooms = self._grown, self.rooms
+        is_next = grown is not None and self.keys is grown[0] and self.values is grown[1] and kind == self._kind
+        if is_next and rooms is not None and grown is not None and grown[0].shape[2] < rooms[0].shape[2]:
+            return True
+        old_key, old_value = self.keys, self.values
+        if key.shape[2] != 1 or not self.is_initialized or old_key is None or old_value is None or old_key.ndim != 4:
+            return False
+        is_same = (
+            type(key) is type(old_key) is Tensor
+            and (old_key.dtype, old_value.dtype, old_key.device) == (key.dtype, value.dtype, key.device)
+            and old_key.shape[:2] == key.shape[:2]
+            and old_key.shape[2] > 0
+        )
+        if not is_same:
+            return False
+        rooms = self.rooms
+        if (
+            rooms is None
+            or rooms[0].shape[2] == old_key.shape[2]
+            or not all(map(_lies_in, (old_key, old_value), rooms))
+        ):
+            self.rooms = _room_behind(old_key), _room_behind(old_value)
+        self._kind, self.checked = kind, None
+        return True
+
+    def write_newest(self) -> None:
+        """Write the key and the value of the last token, if that is still to be done."""
+        if self.newest is not None:
+            newest, self.newest = self.newest, None
+            assert self.keys is not None and self.values is not None
+            self.keys[:, :, -1:], self.values[:, :, -1:] = newest
 
     def append(self, query_codes: Tensor, key_codes: Tensor, owner: object) -> tuple[Tensor, Tensor]:
         """Keep the codes of the tokens whose keys `update` has just taken in.
@@ -57,46 +136,93 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
         self.owner = owner
         return self.query_codes, self.key_codes
 
+    def codes_to_write(self, owner: object) -> tuple[Tensor, Tensor] | None:
+        """Return the codes of all tokens, of which those of the newest one are still to be written.
+
+        `None` where `append` would refuse them, or the codes are not where the keys are.
+        """
+        of_queries, of_keys = self.query_codes, self.key_codes
+        if of_queries is None or of_keys is None or self.keys is None or self.owner != owner:
+            return None
+        length = self.keys.shape[2]
+        if (
+            of_keys.shape[2] + 1 != length
+            or of_keys.device != self.keys.device
+            or of_keys.shape[0] != self.keys.shape[0]
+        ):
+            return None
+        rooms = self._query_room, self._key_room
+        if any([room is None or room.shape[2] < length for room in rooms]) or not all(
+            map(_lies_in, (of_queries, of_keys), rooms)  # type: ignore[arg-type]
+        ):
+            rooms = self._query_room, self._key_room = _room_behind(of_queries), _room_behind(of_keys)
+        self.query_codes, self.key_codes = (room.narrow(2, 0, length) for room in rooms if room is not None)
+        return self.query_codes, self.key_codes
+
     def end_attention(self) -> None:
         """Move the codes where the keys are, if they were offloaded before the attention."""
-        if self.keys is not None:
+        self.write_newest()
+        if self.query_codes is not None and self.keys is not None:
             device = self.keys.device
             self._each(lambda codes: codes.to(device, non_blocking=True))
 
     def offload(self) -> None:
+        self.write_newest()
         super().offload()
         self._each(lambda codes: codes.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
+        self.write_newest()
         super().prefetch()
         self._each(lambda codes: codes.to(self.device, non_blocking=True))
 
     def reset(self) -> None:
         super().reset()
+        self.newest = self.plan = self.rooms = self._grown = None
         self.keys = self.values = self.query_codes = self.key_codes = None  # older transformers keep zeros
         self.is_initialized = False
 
     def crop(self, tokens_to_remove: int) -> None:
         if not self.is_initialized:  # older transformers would crop what is not there
             return
+        self.write_newest()
         super().crop(tokens_to_remove)
         self._each(lambda codes: codes[:, :, : self.get_seq_length()])
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
+        self.write_newest()
         super().reorder_cache(beam_idx)
         self._each(lambda codes: codes.index_select(0, beam_idx.to(codes.device)))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
+        self.write_newest()
         super().batch_repeat_interleave(repeats)
         self._each(lambda codes: codes.repeat_interleave(repeats, dim=0))
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        self.write_newest()
         super().batch_select_indices(indices)
         self._each(lambda codes: codes[indices.to(codes.device)])
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.query_codes is not None and self.key_codes is not None:
             self.query_codes, self.key_codes = change(self.query_codes), change(self.key_codes)
+
+
+def _lies_in(tensor: Tensor, room: Tensor) -> bool:
+    """Tell whether `[B, H, T, X]` are the first tokens of a room."""
+    return (
+        tensor.data_ptr() == room.data_ptr() and tensor.stride() == room.stride() and tensor.shape[0] == room.shape[0]
+    )
+
+
+def _room_behind(tensor: Tensor) -> Tensor:
+    """Copy `[B, H, T, X]` to a tensor that has room for more tokens."""
+    batch, heads, length, dim = tensor.shape
+    with torch.inference_mode(False):  # tensors of that mode could not be written to after it
+        room = torch.empty((batch, heads, length + _ROOM, dim), dtype=tensor.dtype, device=tensor.device)
+    room[:, :, :length] = tensor
+    return room
 
 
 def _extended(codes: Tensor | None, room: Tensor | None, new: Tensor) -> tuple[Tensor, Tensor]:

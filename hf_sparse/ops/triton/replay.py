@@ -20,7 +20,7 @@ from torch import Tensor
 
 _MOST_PROGRAMS = 512  # that are remembered; one has some kilobytes
 _ALIGNMENT = 512  # bytes, that of torch's own allocations
-_DIRECT = "3.6."  # the version of Triton whose launcher for CUDA takes the arguments of `_direct_launch`
+_DIRECT = "3.6."  # the version of Triton whose launcher for CUDA takes the arguments of `direct_launch`
 
 _programs: dict[Hashable, "_Program | None"] = {}
 
@@ -143,7 +143,8 @@ class _Recorder:
                         return None
                     pointers.append((index, *base))
                     template[index] = 0
-            steps.append((*_direct_launch(compiled, (*grid, 1, 1)[:3]), template, tuple(pointers)))
+            launch, setting = direct_launch(compiled)
+            steps.append((launch, (*grid, 1, 1)[:3], setting, template, tuple(pointers)))
         order = tuple(None if result is None else number_of[id(result)] for result in results)
         return _Program(device, used, tuple(made), order, tuple(steps))
 
@@ -161,11 +162,10 @@ class _Recorder:
         return None
 
 
-def _direct_launch(
-    compiled: Any, grid: tuple[int, ...]
-) -> tuple[Callable[..., None], tuple[int, ...], tuple[Any, ...]]:
-    """Return what launches a binary on a grid, and its arguments before and after the stream.
+def direct_launch(compiled: Any) -> tuple[Callable[..., None], tuple[Any, ...]]:
+    """Return what launches a binary, and what it takes between the stream and the kernel's arguments.
 
+    It is called with the three numbers of a grid, the stream, these, and the arguments, of which addresses are numbers.
     That is the function which Triton's launcher calls in the end. No hooks of a profiler are called. A binary that
     needs scratch memory of its own, or is of another backend or version of Triton, goes through the launcher.
     """
@@ -174,10 +174,9 @@ def _direct_launch(
     names = ("launch", "launch_cooperative_grid", "launch_pdl")
     known = triton.__version__.startswith(_DIRECT) and all(hasattr(launcher, name) for name in names)
     if any(sizes) or not known:
-        runner = compiled[grid]
-        return lambda stream, *arguments: runner(*arguments, stream=stream), (), ()
+        return lambda x, y, z, stream, *arguments: compiled[x, y, z](*arguments, stream=stream), ()
     after = (compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl, None, None)
-    return launcher.launch, grid, (*after, compiled.packed_metadata, None, None, None)
+    return launcher.launch, (*after, compiled.packed_metadata, None, None, None)
 
 
 class _Program:

@@ -133,6 +133,38 @@ def test_listed_tiles(shape, size):
     assert_same(**shape, index=index, size=size)
 
 
+@pytest.mark.parametrize("shape", [
+    {"keys": 1}, {"keys": 33, "group": 3, "kv_heads": 2, "batch": 2}, {"keys": 64, "dim": 20},
+    {"keys": 48, "padding": True},
+    {"keys": 70, "dtype": HALF, "dim": 32, "group": 4, "alpha": "heads"}, {"keys": 40, "padding": True, "alpha": 2.0},
+])  # fmt: skip
+def test_the_newest_token_is_written_by_the_way(shape):
+    """It comes beside a cache that has room for more, where anything may stand in its place."""
+    torch.manual_seed(0)
+    shape = {"batch": 3, "kv_heads": 2, "group": 2, "dim": 8, "dtype": torch.float32, "alpha": 1.5} | shape
+    batch, kv_heads, keys, dim, dtype = (shape[name] for name in ("batch", "kv_heads", "keys", "dim", "dtype"))
+    query = torch.randn(batch, kv_heads * shape["group"], 1, dim, device=DEVICE).to(dtype)
+    key, value = torch.randn(2, batch, kv_heads, keys, dim, device=DEVICE).to(dtype)
+    valid = None
+    if shape.get("padding"):  # a text that begins late, and one whose newest token is padding
+        valid = torch.arange(keys, device=DEVICE).expand(batch, -1) >= keys // 3
+        valid = valid & ~(torch.arange(batch, device=DEVICE) == 1)[:, None]
+    scales = astuple(scales_of(shape["alpha"], 0.4, query))
+    expected = _plain(*(part.double() for part in (query, key, value)), *scales, True, valid, None, None, 1)
+    for variant in (SMALL, {}):
+        rooms = [torch.full((batch, kv_heads, keys + 5, dim), torch.nan, dtype=dtype, device=DEVICE) for _ in range(2)]
+        for room, part in zip(rooms, (key, value), strict=True):
+            room[:, :, : keys - 1] = part[:, :, :-1]
+        kept = [room[:, :, :keys] for room in rooms]
+        # As a layer of a model hands them over: heads inside tokens.
+        newest = tuple(part[:, :, -1:].transpose(1, 2).contiguous().transpose(1, 2) for part in (key, value))
+        output = step(query, *kept, *scales, True, valid, None, None, 1, newest=newest, **variant)
+        assert all(map(torch.equal, kept, (key, value)))
+        assert all(bool(room[:, :, keys:].isnan().all()) for room in rooms)
+        tolerance = {torch.float32: 2e-5, torch.float16: 5e-3, torch.bfloat16: 3e-2}[dtype]
+        assert float((output.double() - expected).abs().max()) < tolerance
+
+
 @pytest.mark.parametrize("change", [
     lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
     lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),

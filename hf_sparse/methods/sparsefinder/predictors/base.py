@@ -64,6 +64,10 @@ class Predictor:
     def points_needed(self) -> int:
         return 1
 
+    def sees_all_in_step(self, keys: int) -> bool:
+        """Tell whether a decoding step with so many keys attends to all of them, or as if it did."""
+        return self.finds_support
+
     def buffers(self, kv_heads: int) -> dict[str, tuple[int, ...]]:
         """Name the tensors that the predictor is fitted to, with their shapes."""
         return {}

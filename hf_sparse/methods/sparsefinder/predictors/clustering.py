@@ -7,12 +7,11 @@ from torch import Tensor
 
 from hf_sparse.methods.sparsefinder.predictors.projected import ProjectedPredictor, Span
 from hf_sparse.ops.predictors.buckets import bucket_edges, key_counts
+from hf_sparse.ops.predictors.cluster_lists import cluster_lists, takes_kernel
 from hf_sparse.ops.predictors.clustering import assign, assign_parts, cut_into_parts, points_of_parts
 from hf_sparse.ops.predictors.distance import squared_distances, tile_log_mass
 from hf_sparse.ops.predictors.kmeans import kmeans
 from hf_sparse.ops.predictors.projections import by_group, tile_means
-from hf_sparse.ops.tiles.select import highest_ranks
-from hf_sparse.ops.triton import installed
 
 if TYPE_CHECKING:
     from hf_sparse.methods.sparsefinder.parameters import SparsefinderParameters
@@ -68,29 +67,18 @@ class Clustering(ProjectedPredictor):
     def step_lists(
         self, learned: "SparsefinderParameters", of_queries: Tensor, of_keys: Tensor, position: Tensor
     ) -> Tensor:
-        if self.scores_single_keys or not of_keys.is_cuda or torch.compiler.is_compiling() or not installed():
+        if self.scores_single_keys or self.config.head_budgets or not takes_kernel(of_keys, learned.centroids):
             return super().step_lists(learned, of_queries, of_keys, position)
-        from hf_sparse.ops.predictors.triton.cluster_ranks import cluster_ranks
-
-        (size, rows), span = self.tiles, Span(1, of_keys.shape[2], True, position)
+        config, (size, rows) = self.config, self.tiles
         if rows == 1:
             points = of_queries[torch.arange(len(position), device=position.device), :, position]
         else:
-            points = tile_means(*self.described(of_queries, span), rows)[:, :, 0]
-        ranks = cluster_ranks(
-            points,
-            of_keys,
-            learned.centroids,
-            learned.profile if self.config.profile else None,
-            position,
-            size=size,
-            rows=rows,
-            window=self.config.window,
-            global_tokens=self.config.global_tokens,
-            grouped=self.config.per_group,
+            points = tile_means(*self.described(of_queries, Span(1, of_keys.shape[2], True, position)), rows)[:, :, 0]
+        profile = learned.profile if config.profile else None
+        tensors = (points, of_keys, learned.centroids, profile, position)
+        return cluster_lists(
+            *tensors, size, rows, config.window, config.global_tokens, config.causal_tiles, config.per_group
         )
-        own = position[:, None] // size
-        return highest_ranks(ranks, self.tiles_per_query(learned, own, ranks.shape[3], span))
 
     def _clusters(self, learned: "SparsefinderParameters", points: Tensor) -> Tensor:
         return assign(points, learned.centroids.float(), self.config.top_clusters)

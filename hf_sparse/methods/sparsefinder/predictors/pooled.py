@@ -17,6 +17,10 @@ class Pooled(Predictor):
     has another graph when it comes token by token, a better one.
     """
 
+    def sees_all_in_step(self, keys: int) -> bool:
+        assert self.config.rows is not None
+        return self.config.rows > 1 or keys <= self.config.exact_up_to
+
     def graph(self, learned: "SparsefinderParameters", text: AttentionInputs, codes: Codes | None) -> Tiles | None:
         config = self.config
         assert config.tile is not None and config.rows is not None

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from hf_sparse.ops.triton import DTYPES, available
 
-_WIDEST = 256  # the largest head size
+WIDEST = 256  # the largest head size
 
 
 def takes_kernels(query: Tensor, key: Tensor, value: Tensor) -> bool:
@@ -19,6 +19,6 @@ def takes_kernels(query: Tensor, key: Tensor, value: Tensor) -> bool:
     dtypes = {query.dtype, key.dtype, value.dtype}
     if torch.is_autocast_enabled("cuda") and dtypes <= set(DTYPES):
         dtypes = {torch.get_autocast_dtype("cuda")}
-    fits = len(dtypes) == 1 and dtypes <= set(DTYPES) and query.shape[-1] <= _WIDEST
+    fits = len(dtypes) == 1 and dtypes <= set(DTYPES) and query.shape[-1] <= WIDEST
     exact_order = torch.is_grad_enabled() and torch.are_deterministic_algorithms_enabled()
     return fits and query.numel() > 0 and not exact_order and available(query.device)

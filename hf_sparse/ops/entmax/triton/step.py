@@ -7,11 +7,11 @@ looked at again, and those that pass it are written out side by side. Over these
 keys with weight are added up.
 
 Lengths are numbers that no kernel is compiled for, and positions may lie on the device alone, so a step can be captured
-in a CUDA graph and replayed while a text grows in a cache of fixed size.
+in a CUDA graph and replayed while a text grows in a cache of fixed size. In a cache that grows, the first kernel writes
+the key and the value of the newest token where the cache keeps them, which saves the launches for that.
 """
 
 from collections.abc import Hashable
-from typing import Any
 
 import torch
 import triton
@@ -28,6 +28,7 @@ from hf_sparse.ops.entmax.triton.common import (
     powers,
     precision_of,
 )
+from hf_sparse.ops.triton.repeated import RepeatedLaunch
 from hf_sparse.ops.triton.sizes import padded
 
 BLOCK = 64  # keys that a program of `_products` takes at a time
@@ -43,28 +44,100 @@ _FIRST_STEPS = tl.constexpr(4)  # of Newton's method over the greatest products
 _MARGIN = tl.constexpr(4e-6)  # more than the rounding of a lower bound
 
 
-class _Plan:
-    """Hold what two steps have in common that differ in length and addresses alone.
+class StepPlan:
+    """Launch the steps that differ in length, strides and addresses alone.
 
-    Attributes:
-        share: query heads of a list.
-        of_keys, of_rows: constants of the two kernels.
-        warps: of a program of `_attend`.
-        compiled: the two binaries after the first step; Triton would look at every argument again.
+    Args:
+        query, key, value: of the first step; see `step`.
+        lists: lists of keys per text, one for each KV head unless tiles are listed.
+        kind, is_log, causal: see `step`.
+        sizes: `block`, `greatest`, `programs`, `wide`, `gathered`, `stages` and `warps` as in `step`.
     """
 
-    def __init__(self, query: Tensor, kv_heads: int, lists: int, *choices: Any) -> None:
-        kind, is_log, causal, align, block, greatest, wide, gathered, stages, self.warps = choices
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        lists: int,
+        *,
+        kind: int,
+        is_log: bool,
+        causal: bool,
+        block: int = BLOCK,
+        greatest: int = GREATEST,
+        programs: int = PROGRAMS,
+        wide: int = WIDE,
+        gathered: int = GATHERED,
+        stages: int = STAGES,
+        warps: int = 4,
+    ) -> None:
         heads, queries, dim = query.shape[1:]
-        self.share = heads // lists
-        members = max(16, triton.next_power_of_2(self.share * queries))
-        shared = (heads // kv_heads, self.share, dim, padded(dim), causal, align, block, greatest)
-        self.of_keys = (*shared, is_log, members, precision_of(query.dtype), stages)
-        self.of_rows = (*shared, kind, wide, gathered if dim <= 128 else gathered // 2)
-        self.compiled: list[Any] = []
+        share, self.align = heads // lists, _alignment(key, value)
+        members = max(16, triton.next_power_of_2(share * queries))
+        shared = (heads // key.shape[1], share, dim, padded(dim), causal, self.align, block, greatest)
+        self.block, self.greatest, self.programs = block, greatest, programs
+        of_keys = (*shared, is_log, members, precision_of(query.dtype), stages)
+        self._products = RepeatedLaunch(_products, of_keys)
+        self._attend = RepeatedLaunch(
+            _attend, (*shared, kind, wide, gathered if dim <= 128 else gathered // 2), warps=warps
+        )
+
+    def run(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scale: Tensor,
+        exponent: Tensor | None,
+        factor: float,
+        valid: Tensor | None,
+        first: Tensor | None,
+        index: Tensor | None,
+        size: int,
+        newest: tuple[Tensor, Tensor] | None,
+    ) -> Tensor:
+        """Return the output `[B, Hq, Tq, D]`, contiguous; the arguments are those of `step`."""
+        batch, heads, queries, dim = query.shape
+        lists, keys = key.shape[1:3]
+        tiles, slots, i_batch, i_list, i_tile = 0, keys, 0, 0, 0
+        if index is not None:
+            lists, tiles, slots = max(lists, index.shape[1]), index.shape[3], index.shape[3] * size
+            i_batch, i_list = (index.stride(place) if index.shape[place] > 1 else 0 for place in (0, 1))
+            i_tile = index.stride(3)
+        k_batch, k_head, k_row, _ = key.stride()
+        v_batch, v_head, v_row, _ = value.stride()
+        new_key, new_value, n_batch, n_head, w_batch, w_head = None, None, 0, 0, 0, 0
+        if newest is not None:
+            new_key, new_value = newest
+            n_batch, n_head, _, _ = new_key.stride()
+            w_batch, w_head, _, _ = new_value.stride()
+        align = self.align
+        if align > 1:
+            k_batch, k_head, k_row = k_batch // align, k_head // align, k_row // align
+            v_batch, v_head, v_row = v_batch // align, v_head // align, v_row // align
+        rows = batch * heads * queries
+        room = max(1, -(-slots // ROUNDED)) * ROUNDED
+        width = 2 * (room + room // self.greatest)
+        scratch = torch.empty(rows * width, dtype=torch.float32, device=query.device)
+        output = torch.empty((batch, heads, queries, dim), dtype=query.dtype, device=query.device)
+        splits = max(1, min(-(-slots // self.block), -(-self.programs // (batch * lists))))
+        f_batch = 0 if first is None or first.numel() == 1 else 1
+        q_batch, q_head, q_row, _ = query.stride()
+        m_batch = 0 if valid is None else valid.stride(0)
+        listed = [
+            first, index, scratch, queries, keys, heads, room, width, f_batch, i_batch, i_list, i_tile, tiles, size,
+        ]  # fmt: skip
+        of_keys = [
+            *listed, query, key, value, new_key, new_value, scale, valid, factor, q_batch, q_head, q_row, k_batch,
+            k_head, k_row, v_batch, v_head, v_row, n_batch, n_head, w_batch, w_head, m_batch,
+        ]  # fmt: skip
+        self._products((splits, lists, batch), of_keys)
+        self._attend((rows, 1, 1), [*listed, value, exponent, output, v_batch, v_head, v_row])
+        return output
 
 
-_plans: dict[Hashable, _Plan] = {}
+_plans: dict[Hashable, StepPlan] = {}
 
 
 def step(
@@ -82,78 +155,50 @@ def step(
     index: Tensor | None,
     size: int,
     *,
-    block: int = BLOCK,
-    greatest: int = GREATEST,
-    programs: int = PROGRAMS,
-    wide: int = WIDE,
-    gathered: int = GATHERED,
-    stages: int = STAGES,
-    warps: int = 4,
+    newest: tuple[Tensor, Tensor] | None = None,
+    **sizes: int,
 ) -> Tensor:
     """Return the output `[B, Hq, Tq, D]`, contiguous.
 
     Args:
         query, key, value, scale, exponent, kind, factor, is_log, causal, valid, first, index, size: as in
             `hf_sparse.ops.entmax.step._plain`.
-        block, programs, stages: keys at a time, programs and Triton's stages of the kernel that multiplies.
-        greatest: keys of which the greatest product is kept, a divisor of `block`.
-        wide, gathered, warps: products and values at a time, and Triton's warps, of the kernel of the rows.
+        newest: key and value `[B, Hkv, 1, D]` of the last of the keys, to be written there by the way; whatever is
+            there is not read. For one causal query at the last position, without lists.
+        sizes: `block`, `programs`, `stages`: keys at a time, programs and Triton's stages of the kernel that
+            multiplies. `greatest`: keys of which the greatest product is kept, a divisor of `block`. `wide`,
+            `gathered`, `warps`: products and values at a time, and Triton's warps, of the kernel of the rows.
     """
-    batch, heads, queries, dim = query.shape
-    kv_heads, keys = key.shape[1:3]
     if query.stride(3) != 1 or key.stride(3) != 1 or value.stride(3) != 1:
         query, key, value = (part if part.stride(3) == 1 else part.contiguous() for part in (query, key, value))
-    lists, tiles, slots, i_batch, i_list, i_tile = kv_heads, 0, keys, 0, 0, 0
-    if index is not None:
-        lists, tiles, slots = max(kv_heads, index.shape[1]), index.shape[3], index.shape[3] * size
-        i_batch, i_list = (index.stride(place) if index.shape[place] > 1 else 0 for place in (0, 1))
-        i_tile = index.stride(3)
-    k_batch, k_head, k_row, _ = key.stride()
-    v_batch, v_head, v_row, _ = value.stride()
-    align, addresses = 1, (key.data_ptr() % ALIGNED, value.data_ptr() % ALIGNED)
-    if not (k_batch | k_head | k_row | v_batch | v_head | v_row | addresses[0] | addresses[1]) % ALIGNED:
-        align = ALIGNED
-        k_batch, k_head, k_row = k_batch // align, k_head // align, k_row // align
-        v_batch, v_head, v_row = v_batch // align, v_head // align, v_row // align
-    choices = (kind, is_log, causal, align, block, greatest, wide, gathered, stages, warps)
+    lists = key.shape[1] if index is None else max(key.shape[1], index.shape[1])
     name = (
-        query.device, query.dtype, heads, queries, dim, kv_heads, lists, index is None, scale.dtype,
+        query.device, query.dtype, query.shape[1:], key.shape[1], lists, index is None, scale.dtype,
         None if exponent is None else exponent.dtype, None if valid is None else valid.dtype,
-        None if first is None else first.dtype, addresses[0] == 0, addresses[1] == 0, *choices,
+        None if first is None else first.dtype, newest is None, key.data_ptr() % ALIGNED == 0,
+        value.data_ptr() % ALIGNED == 0, _alignment(key, value), kind, is_log, causal, *sizes.items(),
     )  # fmt: skip
     plan = _plans.get(name)
     if plan is None:
-        plan = _plans[name] = _Plan(query, kv_heads, lists, *choices)
-    rows = batch * heads * queries
-    room = max(1, -(-slots // ROUNDED)) * ROUNDED
-    width = 2 * (room + room // greatest)
-    scratch = torch.empty(rows * width, dtype=torch.float32, device=query.device)
-    output = torch.empty((batch, heads, queries, dim), dtype=query.dtype, device=query.device)
-    splits = max(1, min(-(-slots // block), -(-programs // (batch * lists))))
-    f_batch = 0 if first is None or first.numel() == 1 else 1
-    listed = (first, index, scratch, queries, keys, heads, room, width, f_batch, i_batch, i_list, i_tile, tiles, size)
-    of_keys = (
-        *listed, query, key, scale, valid, factor, query.stride(0), query.stride(1), query.stride(2), k_batch, k_head,
-        k_row, 0 if valid is None else valid.stride(0), *plan.of_keys,
-    )  # fmt: skip
-    of_rows = (*listed, value, exponent, output, v_batch, v_head, v_row, *plan.of_rows)
-    grids = (splits, lists, batch), (rows, 1, 1)
-    if plan.compiled:
-        plan.compiled[0][grids[0]](*of_keys)
-        plan.compiled[1][grids[1]](*of_rows)
-        return output
-    binaries = _products[grids[0]](*of_keys, num_warps=4), _attend[grids[1]](*of_rows, num_warps=warps)
-    if binaries[0] is not None:  # not so in Triton's interpreter
-        plan.compiled.extend(binaries)
-    return output
+        plan = _plans[name] = StepPlan(query, key, value, lists, kind=kind, is_log=is_log, causal=causal, **sizes)
+    return plan.run(query, key, value, scale, exponent, factor, valid, first, index, size, newest)
+
+
+def _alignment(key: Tensor, value: Tensor) -> int:
+    """Return `ALIGNED` if all addresses of rows are multiples of it, and 1 otherwise."""
+    k_batch, k_head, k_row, _ = key.stride()
+    v_batch, v_head, v_row, _ = value.stride()
+    together = k_batch | k_head | k_row | v_batch | v_head | v_row | key.data_ptr() | value.data_ptr()
+    return 1 if together % ALIGNED else ALIGNED
 
 
 _NUMBERS = ["queries", "keys", "heads", "room", "width", "f_batch", "i_batch", "i_list", "i_tile", "tiles", "size"]
-_STRIDES = ["factor", "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "m_batch"]
-_ADDRESSES = ["First", "Index", "Scratch", "Q", "Scale", "Valid"]
+_STRIDES = ["factor", "q_batch", "q_head", "q_row", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row"]
+_OF_NEWEST = ["n_batch", "n_head", "w_batch", "w_head", "m_batch"]
+_ADDRESSES = ["First", "Index", "Scratch", "Q", "NewK", "NewV", "Scale", "Valid"]
 
 
-@triton.jit(do_not_specialize=[*_NUMBERS, *_STRIDES], do_not_specialize_on_alignment=_ADDRESSES)
+@triton.jit(do_not_specialize=[*_NUMBERS, *_STRIDES, *_OF_NEWEST], do_not_specialize_on_alignment=_ADDRESSES)
 def _products(
     First,
     Index,
@@ -171,6 +216,9 @@ def _products(
     size,
     Q,
     K,
+    V,
+    NewK,
+    NewV,
     Scale,
     Valid,
     factor,
@@ -180,6 +228,13 @@ def _products(
     k_batch,
     k_head,
     k_row,
+    v_batch,
+    v_head,
+    v_row,
+    n_batch,
+    n_head,
+    w_batch,
+    w_head,
     m_batch,
     GROUP: tl.constexpr,
     SHARE: tl.constexpr,
@@ -206,7 +261,8 @@ def _products(
     scale = tl.load(Scale + head, mask=inside, other=0.0).to(tl.float32)
     scale = factor * (tl.exp(scale) if LOG else scale)
     q = load_rows(Q, batch * q_batch + head.to(tl.int64) * q_head + index * q_row, inside, dim, D)
-    K += (batch * k_batch + (number * SHARE // GROUP).to(tl.int64) * k_head) * ALIGN
+    kv = (number * SHARE // GROUP).to(tl.int64)
+    K += (batch * k_batch + kv * k_head) * ALIGN
     row = (batch * heads + head) * queries + index
     products = Scratch + row * width
     greatest = products + 2 * room
@@ -214,6 +270,13 @@ def _products(
     blocks = tl.cdiv(end, N)
     share = tl.cdiv(blocks, tl.num_programs(0))
     begin = tl.program_id(0) * share
+    if NewK is not None:  # the last key: nothing reads where it is written before this kernel ends
+        new_key = tl.load(NewK + batch * n_batch + kv * n_head + dim, mask=dim < D, other=0.0)
+        if begin + share >= blocks and begin < blocks:
+            new_value = tl.load(NewV + batch * w_batch + kv * w_head + dim, mask=dim < D, other=0.0)
+            last = (keys - 1).to(tl.int64)
+            tl.store(K + last * k_row * ALIGN + dim, new_key, mask=dim < D)
+            tl.store(V + (batch * v_batch + kv * v_head + last * v_row) * ALIGN + dim, new_value, mask=dim < D)
     for block in tl.range(begin, tl.minimum(begin + share, blocks), num_stages=STAGES):
         slot = block * N + step
         key, there = slot, slot < end
@@ -225,10 +288,15 @@ def _products(
             there &= (tile >= 0) & (key < keys)
         if Valid is not None:
             there &= tl.load(Valid + batch * m_batch + key, mask=there, other=0) != 0
+        kept = there
+        if NewK is not None:
+            kept &= key < keys - 1
         k = tl.load(
             K + (key.to(tl.int64) * k_row * ALIGN)[:, None] + dim[None, :],
-            mask=there[:, None] & (dim < D)[None, :], other=0.0,
+            mask=kept[:, None] & (dim < D)[None, :], other=0.0,
         )  # fmt: skip
+        if NewK is not None:
+            k = tl.where((key == keys - 1)[:, None], new_key[None, :], k)
         z = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale[:, None]
         sees = there[None, :] & exists[:, None]
         if CAUSAL:

@@ -1,128 +1,174 @@
-"""Rank the tiles of keys for one causal query per head in one kernel, from the clusters of the keys.
+"""Rank the tiles of keys for one causal query per head from the clusters of the keys.
 
-It computes what `hf_sparse.methods.sparsefinder` defines for clusters of any size: the mass of a tile is the sum of
-`exp(-|q - c|^2)` over the centroids c of its keys, times the profile of the distance; and then the order in which
-`hf_sparse.ops.tiles.select.step_tiles` takes tiles.
+The kernel computes what `hf_sparse.methods.sparsefinder` defines for clusters of any size: the mass of a tile is the
+sum of `exp(-|q - c|^2)` over the centroids c of its keys, times the profile of the distance; and then the order in
+which `hf_sparse.ops.tiles.select.step_tiles` takes tiles. It either gets the points that describe the queries, or
+projects the newest query and key itself and puts their codes, the key and the value where a cache keeps them.
 """
 
-from collections.abc import Hashable
-from typing import Any
-
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from hf_sparse.ops.predictors.profile import BINS
-
-_AT_ONCE = 1024  # keys
-
-_compiled: dict[Hashable, Any] = {}
-
-
-def cluster_ranks(
-    points: Tensor,
-    codes: Tensor,
-    centroids: Tensor,
-    profile: Tensor | None,
-    position: Tensor,
-    *,
-    size: int,
-    rows: int,
-    window: int,
-    global_tokens: int,
-    grouped: bool,
-) -> Tensor:
-    """Return the ranks of all tiles, `[B, H, 1, nk]` int64; negative for those that may not be listed.
-
-    Args:
-        points: `[B, Hq, r]` float32, mean points of the queries that describe each list.
-        codes: `[B, Hkv, S, 1]` int64, the cluster of each key; there may be anything behind the position.
-        centroids: `[Hkv, C, r]`.
-        profile: `[Hq, BINS]`, see `hf_sparse.ops.predictors.profile`, or None.
-        position: `[B]` int64, where the queries stand.
-        size, rows, window, global_tokens: as in `step_tiles`.
-        grouped: one list for the query heads of a KV head.
-    """
-    (batch, heads, rank), (_, kv_heads, keys, _) = points.shape, codes.shape
-    group, clusters = heads // kv_heads, centroids.shape[1]
-    total = -(-keys // size)
-    lists, share = (kv_heads, group) if grouped else (heads, 1)
-    ranks = torch.empty((batch, lists, 1, total), dtype=torch.int64, device=codes.device)
-    tables = torch.empty((batch, heads, clusters), dtype=torch.float64, device=codes.device)
-    points, centroids = points.contiguous(), centroids.contiguous()
-    constants = (group, share, size, BINS, triton.next_power_of_2(clusters), max(1, _AT_ONCE // size))
-    arguments = (
-        points, codes, centroids, profile, position, tables, ranks, *codes.stride()[:3], position.stride(0),
-        keys, total, heads, clusters, rank, window, global_tokens, rows, *constants,
-    )  # fmt: skip
-    dtypes = (centroids.dtype, None if profile is None else profile.dtype)
-    name = (codes.device, dtypes, heads, clusters, rank, rows, constants)
-    if name in _compiled:  # Triton would look at every argument again
-        _compiled[name][batch, lists, 1](*arguments)
-        return ranks
-    binary = _ranks[batch, lists, 1](*arguments, num_warps=4)
-    if binary is not None:  # not so in Triton's interpreter
-        _compiled[name] = binary
-    return ranks
+_NUMBERS = [
+    "keys", "total", "width", "tables", "heads", "clusters", "rank", "window", "global_tokens", "q_batch", "q_head",
+    "n_batch", "n_head", "w_batch", "w_head", "k_batch", "k_head", "k_row", "v_batch", "v_head", "v_row", "x_batch",
+    "x_head", "x_row", "c_batch", "c_head", "c_row", "o_batch", "p_batch",
+]  # fmt: skip
+_ADDRESSES = [
+    "Points", "Q", "NewK", "NewV", "K", "V", "QueryCodes", "KeyCodes", "QueryWeight", "Bias", "KeyWeight", "Centroids",
+    "Profile", "Order", "Position", "Scratch",
+]  # fmt: skip
 
 
-@triton.jit(
-    do_not_specialize=["c_batch", "c_head", "c_row", "p_batch", "keys", "total", "window", "global_tokens"],
-    do_not_specialize_on_alignment=["Codes", "Position"],
-)
-def _ranks(
+@triton.jit(do_not_specialize=_NUMBERS, do_not_specialize_on_alignment=_ADDRESSES)
+def rank_tiles(
     Points,
-    Codes,
+    Q,
+    NewK,
+    NewV,
+    K,
+    V,
+    QueryCodes,
+    KeyCodes,
+    QueryWeight,
+    Bias,
+    KeyWeight,
     Centroids,
     Profile,
+    Order,
     Position,
-    Tables,
-    Ranks,
-    c_batch,
-    c_head,
-    c_row,
-    p_batch,
+    Scratch,
     keys,
     total,
+    width,
+    tables,
     heads,
     clusters,
     rank,
     window,
     global_tokens,
-    rows,
+    q_batch,
+    q_head,
+    n_batch,
+    n_head,
+    w_batch,
+    w_head,
+    k_batch,
+    k_head,
+    k_row,
+    v_batch,
+    v_head,
+    v_row,
+    x_batch,
+    x_head,
+    x_row,
+    c_batch,
+    c_head,
+    c_row,
+    o_batch,
+    p_batch,
     GROUP: tl.constexpr,
     SHARE: tl.constexpr,
     SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
     BINS: tl.constexpr,
     CLUSTERS: tl.constexpr,
     W: tl.constexpr,
+    D: tl.constexpr,
+    PADDED: tl.constexpr,
+    SHARED: tl.constexpr,
 ):
-    batch, number, lists = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    """Write the ranks of a share of the tiles of one list, negative for those that may not be listed.
+
+    Program: part of the tiles, list, text.
+    """
+    split, splits = tl.program_id(0), tl.num_programs(0)
+    number, lists = tl.program_id(1), tl.num_programs(1)
+    batch = tl.program_id(2).to(tl.int64)
+    pair = batch * lists + number
     first_head = number * SHARE
-    kv = first_head // GROUP
-    cluster, tile, inside = tl.arange(0, CLUSTERS), tl.arange(0, W), tl.arange(0, SIZE)
+    kv = (first_head // GROUP).to(tl.int64)
+    position = keys - 1
+    if Position is not None:
+        position = tl.load(Position + batch * p_batch).to(tl.int32)
+    newest = (keys - 1).to(tl.int64)  # where the newest token lies, whatever padding is before it
+    cluster, tile, inside, dim = tl.arange(0, CLUSTERS), tl.arange(0, W), tl.arange(0, SIZE), tl.arange(0, PADDED)
+    tables += (pair * splits + split) * SHARE * clusters
+    KeyCodes += batch * c_batch + kv * c_head
+
+    # A list is described by the queries up to the first one of its tile of queries.
+    start = position // ROWS * ROWS
+    described = start - (ROWS - 1) + tl.arange(0, ROWS)
+    earlier = (described >= 0) & (described < position)
+    place_of = described.to(tl.int64)
+    if Order is not None:
+        place_of = tl.load(Order + batch * o_batch + described, mask=earlier, other=0)
+    number_of = tl.sum(((described >= 0) & (described <= position)).to(tl.int32), 0).to(tl.float32)
     for member in range(SHARE):  # the weight of every cluster for every head
-        row = batch * heads + first_head + member
+        head = (first_head + member).to(tl.int64)
+        query_codes = QueryCodes
+        if Points is None:
+            q = tl.load(Q + batch * q_batch + head * q_head + dim, mask=dim < D, other=0.0).to(tl.float32)
+            query_codes = QueryCodes + batch * x_batch + head * x_head
         distance = tl.zeros([CLUSTERS], tl.float32)
         for place in range(rank):
+            if Points is None:
+                weight_head = kv if SHARED else head
+                weights = tl.load(QueryWeight + (weight_head * D + dim) * rank + place, mask=dim < D, other=0.0)
+                point = tl.sum(q * weights.to(tl.float32), 0)
+                if Bias is not None:
+                    point += tl.load(Bias + head * rank + place).to(tl.float32)
+                if split == 0:
+                    tl.store(query_codes + newest * x_row + place, point)
+                if ROWS > 1:
+                    points = tl.load(query_codes + place_of * x_row + place, mask=earlier, other=0.0)
+                    point = (tl.sum(points, 0) + tl.where(start == position, point, 0.0)) / number_of
+            else:
+                point = tl.load(Points + (batch * heads + head) * rank + place)
             center = tl.load(Centroids + (kv * clusters + cluster) * rank + place, mask=cluster < clusters, other=0.0)
-            away = tl.load(Points + row * rank + place) - center.to(tl.float32)
+            away = point - center.to(tl.float32)
             distance += away * away
         distance = tl.where(cluster < clusters, distance, float("inf"))
         weight = tl.exp((tl.min(distance, 0) - distance).to(tl.float64))
-        tl.store(Tables + row * clusters + cluster, weight, mask=cluster < clusters)
+        tl.store(
+            Scratch + tables + member * clusters + cluster, weight.to(tl.int64, bitcast=True), mask=cluster < clusters
+        )
+    new_code = position * 0
+    if Points is None:
+        k = tl.load(NewK + batch * n_batch + kv * n_head + dim, mask=dim < D, other=0.0)
+        distance = tl.zeros([CLUSTERS], tl.float32)
+        for place in range(rank):
+            weights = tl.load(KeyWeight + (kv * D + dim) * rank + place, mask=dim < D, other=0.0)
+            point = tl.sum(k.to(tl.float32) * weights.to(tl.float32), 0)
+            center = tl.load(Centroids + (kv * clusters + cluster) * rank + place, mask=cluster < clusters, other=0.0)
+            away = point - center.to(tl.float32)
+            distance += away * away
+        distance = tl.where(cluster < clusters, distance, float("inf"))
+        new_code = tl.argmin(distance, 0).to(tl.int32)
+        if (split == 0) & (first_head % GROUP == 0):
+            v = tl.load(NewV + batch * w_batch + kv * w_head + dim, mask=dim < D, other=0.0)
+            tl.store(K + batch * k_batch + kv * k_head + newest * k_row + dim, k, mask=dim < D)
+            tl.store(V + batch * v_batch + kv * v_head + newest * v_row + dim, v, mask=dim < D)
+            tl.store(KeyCodes + newest * c_row, new_code.to(tl.int64))
     tl.debug_barrier()  # the tables are written
 
-    position = tl.load(Position + batch * p_batch).to(tl.int32)
     own = position // SIZE
-    near = tl.maximum(position // rows * rows - (window - 1), 0) // SIZE
-    Codes += batch * c_batch + kv.to(tl.int64) * c_head
-    for begin in range(0, total, W):
-        index = begin + tile
+    near = tl.maximum(position // ROWS * ROWS - (window - 1), 0) // SIZE
+    blocks = tl.cdiv(total, W)
+    share = tl.cdiv(blocks, splits)
+    for block in range(split * share, tl.minimum(split * share + share, blocks)):
+        index = block * W + tile
         key = index[:, None] * SIZE + inside[None, :]
         there = (key < keys) & (key <= position)
-        code = tl.load(Codes + key.to(tl.int64) * c_row, mask=there, other=-1)
+        coded = there
+        if Points is None:
+            coded &= key < position  # the code of the newest key may not be written yet
+        place_of_key = key.to(tl.int64)
+        if Order is not None:
+            place_of_key = tl.load(Order + batch * o_batch + key, mask=coded, other=0)
+        code = tl.load(KeyCodes + place_of_key * c_row, mask=coded, other=-1).to(tl.int32)
+        if Points is None:
+            code = tl.where(key == position, new_code, code)
         there &= (code >= 0) & (code < clusters)
         away = tl.abs(index - own)
         octave = tl.zeros([W], tl.int32)
@@ -133,11 +179,12 @@ def _ranks(
         peak = tl.full([W], float("-inf"), tl.float32)
         mass = tl.zeros([W], tl.float32)
         for member in range(SHARE):
-            head = first_head + member
-            weight = tl.load(Tables + (batch * heads + head) * clusters + code, mask=there, other=0.0)
-            score = tl.log(tl.maximum(tl.sum(weight, 1), 1e-30)).to(tl.float32)
+            weight = tl.load(Scratch + tables + member * clusters + code, mask=there, other=0)
+            score = tl.log(tl.maximum(tl.sum(weight.to(tl.float64, bitcast=True), 1), 1e-30)).to(tl.float32)
             if Profile is not None:
-                score += tl.log(tl.maximum(tl.load(Profile + head * BINS + column).to(tl.float32), 1e-4))
+                score += tl.log(
+                    tl.maximum(tl.load(Profile + (first_head + member) * BINS + column).to(tl.float32), 1e-4)
+                )
             higher = tl.maximum(peak, score)
             mass = mass * tl.exp(peak - higher) + tl.exp(score - higher)
             peak = higher
@@ -148,4 +195,4 @@ def _ranks(
         bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True).to(tl.int64)
         ascending = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits) + 2147483648
         value = (level << 56) + (ascending << 24) + (total - 1 - index).to(tl.int64)
-        tl.store(Ranks + (batch * lists + number) * total + index, value, mask=index < total)
+        tl.store(Scratch + pair * width + index, value, mask=index < total)
