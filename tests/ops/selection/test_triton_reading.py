@@ -65,7 +65,7 @@ def test_reading(batch, heads, kv_heads, length, dim, dtype, learned, poisoned_m
         assert torch.equal(slots.keys, keys) and torch.equal(slots.values, values)
         torch.testing.assert_close(slots.scores, kept, rtol=1e-6, atol=1e-6)
         assert not slots.padded_late.any() and slots.padded_late.dtype == torch.bool
-        assert slots.count == length and slots.count.shape == ()
+        assert slots.tokens == length and slots.tokens.shape == ()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="models take this path on a GPU alone")

@@ -5,7 +5,7 @@ more time on the host than the rest of a layer; here the launches of all are not
 the slots are allocated among the buffers of the kernels that fill them.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -50,7 +50,7 @@ class Slots(NamedTuple):
         keys, values, scores, positions: those of the slots; of empty ones 0, 0, 0 and -1.
         seen: `[B]` int64, tokens of each row.
         padded_late: `[B]` bool, False.
-        count: int64 without dimensions, tokens.
+        tokens: int64 without dimensions, the number of tokens.
     """
 
     keys: Tensor
@@ -59,7 +59,7 @@ class Slots(NamedTuple):
     positions: Tensor
     seen: Tensor
     padded_late: Tensor
-    count: Tensor
+    tokens: Tensor
 
 
 def read_text(
@@ -128,9 +128,11 @@ def _select(
     settings: ReadingSettings,
 ) -> tuple[Tensor | None, ...]:
     """Score the tokens, attend, and keep those that later tokens can attend to."""
-    if query.is_cuda:
-        tensors = (query, key, value, states, weight, slope)
-        compile_ahead(lambda *given: _launch(*given, settings)[0], *tensors, family=read_text)  # type: ignore[arg-type,return-value]
+
+    def output(*tensors: Any) -> Any:
+        return _launch(*tensors, settings)[0]
+
+    compile_ahead(output, query, key, value, states, weight, slope, family=read_text)
     return _launch(query, key, value, states, weight, slope, settings)
 
 
@@ -150,7 +152,7 @@ def _launch(
     (output,) = _causal_forward(query, key, value, scores, None, causal, False)
     slots = _new_slots(key, settings)
     state = (slots.keys, slots.values, slots.scores, slots.positions, slots.seen)
-    fill(*state, key, value, scores, window, sinks, slots.padded_late, slots.count)
+    fill(*state, key, value, scores, window, sinks, slots.padded_late, slots.tokens)
     return (output, *slots)
 
 
