@@ -130,7 +130,8 @@ def _select(
     """Score the tokens, attend, and keep those that later tokens can attend to."""
 
     def output(*tensors: Any) -> Any:
-        return _launch(*tensors, settings)[0]
+        arguments: tuple[Any, ...] = (*tensors, settings)
+        return _launch(*arguments)[0]
 
     compile_ahead(output, query, key, value, states, weight, slope, family=read_text)
     return _launch(query, key, value, states, weight, slope, settings)
