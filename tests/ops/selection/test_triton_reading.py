@@ -106,3 +106,16 @@ def test_a_model_reads_as_by_the_longer_path(length, monkeypatch):
     torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-3, atol=1e-3)
     for one, other in zip(results[0][1:], results[1][1:], strict=True):
         assert torch.equal(one, other)
+
+
+def test_scores_that_are_no_numbers_leave_slots_in_order(poisoned_memory):
+    """Every slot holds a position of the text in rising order or none, and nothing beside the slots is written."""
+    settings = ReadingSettings(k=5, window=7, sinks=2, scaling=0.2, position_slope=0.0, slope_tokens=256)
+    inputs_ = list(inputs(2, 2, 2, 60, 16, 32, torch.float32, False))
+    inputs_[3][0, 10:30] = torch.nan
+    _, slots = read_text(*inputs_, settings)
+    for row in slots.positions.flatten(0, 1).tolist():
+        kept = [position for position in row if position >= 0]
+        assert kept == sorted(set(kept)) and all(position < 60 for position in kept)
+        assert row == kept + [-1] * (len(row) - len(kept)) and row[:2] == [0, 1]
+    assert slots.keys.isfinite().all() and slots.seen.tolist() == [60, 60]

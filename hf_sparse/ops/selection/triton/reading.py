@@ -12,13 +12,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_sparse.ops.selection.triton.attention import _TILE, CausalSettings, _causal_forward
+from hf_sparse.ops.selection.thresholds import ScanPlan
+from hf_sparse.ops.selection.triton.attention import TILE
+from hf_sparse.ops.selection.triton.attention_forward import forward
 from hf_sparse.ops.selection.triton.linear_scores import write_scores
-from hf_sparse.ops.selection.triton.slot_filling import fill
+from hf_sparse.ops.selection.triton.lists import causal_tables
+from hf_sparse.ops.selection.triton.scan import launch_scan
+from hf_sparse.ops.selection.triton.slot_filling import copy_kept
 from hf_sparse.ops.triton.launch import compile_ahead, launch
 from hf_sparse.ops.triton.replay import empty, replayed
 
 _ROWS = 32  # slots that a program copies
+_KEYS = 2048  # that a program looks at together
 
 
 class ReadingSettings(NamedTuple):
@@ -149,11 +154,19 @@ def _launch(
     k, window, sinks, scaling, position_slope, slope_tokens = settings
     scores = empty((*key.shape[:2], key.shape[2]), torch.float32, key.device)
     write_scores(states, weight, slope, None, scores, position_slope=position_slope, slope_tokens=slope_tokens)
-    causal = CausalSettings(k, window, sinks, False, scaling, k, _TILE, None)
-    (output,) = _causal_forward(query, key, value, scores, None, causal, False)
+    plan = ScanPlan(k, k, query.shape[2], window, TILE, False, True)
+    rank, floor, _, lists, _ = launch_scan(scores, plan, None, sinks)
+    tables, _ = causal_tables(
+        rank, floor, None, lists, scores, None, None, window=window, sinks=sinks, tile=TILE
+    )  # fmt: skip
+    output, _ = forward(query, key, value, None, None, tables, scaling)
     slots = _new_slots(key, settings)
-    state = (slots.keys, slots.values, slots.scores, slots.positions, slots.seen)
-    fill(*state, key, value, scores, window, sinks, slots.padded_late, slots.tokens)
+    kept = empty(slots.positions.shape, torch.int64, key.device)
+    launch(_keep, key.shape[:2])(
+        tables.until, scores, kept, slots.scores, slots.positions, slots.seen, slots.padded_late, slots.tokens,
+        key.shape[2], settings.slots, KEYS=_KEYS, num_warps=8,
+    )  # fmt: skip
+    copy_kept(kept, key, value, slots.keys, slots.values)
     return (output, *slots)
 
 
@@ -194,6 +207,40 @@ def _copy_all(
     of_value = row * value_batch + head * value_head + of * value_row + column[None, :]
     tl.store(values + to, tl.load(Value + of_value, mask=source, other=0.0), mask=target)
     if tl.program_id(0) + head == 0:
+        tl.store(seen + row, length.to(tl.int64))
+        tl.store(Late + row, 0)
+        tl.store(Count, length.to(tl.int64), mask=row == 0)
+
+
+@triton.jit(do_not_specialize=["length", "slots"])
+def _keep(Until, Score, Kept, scores, positions, seen, Late, Count, length, slots, KEYS: tl.constexpr):
+    """Write the positions and scores of the keys that the last query attends to, in rising order: they fill the slots.
+
+    They are what a later query can attend to: the sinks, the window and the best of the others."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    number = row * tl.num_programs(1) + head
+    Until += number * length
+    Score += number * length
+    base = number * slots
+    place = tl.full([], 0, tl.int32)
+    for begin in range(0, length, KEYS):
+        key = begin + tl.arange(0, KEYS)
+        stays = tl.load(Until + key, mask=key < length, other=0) >= length
+        score = tl.load(Score + key, mask=stays, other=0.0)
+        slot = place + tl.cumsum(stays.to(tl.int32), 0) - 1
+        to = base + slot
+        place += tl.sum(stays.to(tl.int32), 0)
+        stays = stays & (slot < slots)  # scores that are no numbers have no order
+        tl.store(Kept + to, key.to(tl.int64), mask=stays)
+        tl.store(positions + to, key.to(tl.int64), mask=stays)
+        tl.store(scores + to, score, mask=stays)
+    for begin in range(0, slots, KEYS):
+        slot = begin + tl.arange(0, KEYS)
+        empty = (slot >= place) & (slot < slots)
+        tl.store(Kept + base + slot, tl.zeros([KEYS], tl.int64), mask=empty)
+        tl.store(positions + base + slot, tl.full([KEYS], -1, tl.int64), mask=empty)
+        tl.store(scores + base + slot, tl.zeros([KEYS], tl.float32), mask=empty)
+    if head == 0:
         tl.store(seen + row, length.to(tl.int64))
         tl.store(Late + row, 0)
         tl.store(Count, length.to(tl.int64), mask=row == 0)

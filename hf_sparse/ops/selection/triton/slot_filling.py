@@ -31,10 +31,10 @@ def fill_slots(
 ) -> None:
     """Fill as `ops.selection.slots.fill_slots`; keys, values, their tables and `seen` are contiguous."""
     key, value, score = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value, score))
-    replayed(fill, (keys, values, scores, positions, seen, key, value, score), window, sinks)
+    replayed(_fill, (keys, values, scores, positions, seen, key, value, score), window, sinks)
 
 
-def fill(
+def _fill(
     keys: Tensor,
     values: Tensor,
     scores: Tensor,
@@ -45,23 +45,27 @@ def fill(
     score: Tensor,
     window: int,
     sinks: int,
-    late: Tensor | None = None,
-    count: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Launch both kernels; `late` `[B]` bool and `count`, a number of tokens, are written too if they are given."""
-    batch, heads, slots, dim = keys.shape
+    batch, heads, slots, _ = keys.shape
     length = key.shape[2]
     kept = empty((batch, heads, slots), positions.dtype, keys.device)
     launch(_choose, (batch, heads))(
-        score, kept, scores, positions, seen, late, count, *score.stride()[:2], length, slots, window, sinks,
+        score, kept, scores, positions, seen, *score.stride()[:2], length, slots, window, sinks,
         KEYS=_KEYS, num_warps=8,
     )  # fmt: skip
+    copy_kept(kept, key, value, keys, values)
+    return ()
+
+
+def copy_kept(kept: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Launch the kernel that copies the keys and values at the positions `kept` `[B, Hkv, S]` into slots."""
+    batch, heads, slots, dim = keys.shape
+    length = key.shape[2]
     strides = (*key.stride()[:3], *value.stride()[:3])
     launch(_copy, (triton.cdiv(min(length, slots), _ROWS), batch, heads))(
         kept, key, value, keys, values, *strides, min(length, slots), slots, dim,
         ROWS=_ROWS, DIM=triton.next_power_of_2(dim), num_warps=4,
     )  # fmt: skip
-    return ()
 
 
 @triton.jit
@@ -79,8 +83,6 @@ def _choose(
     scores,
     positions,
     seen,
-    Late,
-    Count,
     score_batch,
     score_head,
     length,
@@ -135,10 +137,6 @@ def _choose(
         tl.store(positions + base + slot, -1, mask=(slot >= length) & (slot < slots))
     if head == 0:
         tl.store(seen + row, length.to(tl.int64))
-        if Late is not None:
-            tl.store(Late + row, 0)
-        if Count is not None:
-            tl.store(Count, length.to(tl.int64), mask=row == 0)
 
 
 @triton.jit(do_not_specialize=["filled", "slots"])
