@@ -96,7 +96,7 @@ def _is_recordable(base: PreTrainedModel, weights: list[Tensor], tokens: Tensor)
 
 
 def _record(teacher: _Teacher, model: nn.Module, tokens: Tensor, options: dict[str, Any]) -> Predictions:
-    """Capture the forward, run it once and return what it predicts."""
+    """Run the forward while it is recorded, replay it once and return what it predicts."""
     teacher.tokens = tokens.clone()
     graph = torch.cuda.CUDAGraph()
     # Other threads, such as those that load data, may use the device meanwhile.
