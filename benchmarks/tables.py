@@ -7,8 +7,9 @@
         --first-calls first_calls-h200.json --sizes sizes-h200.json sizes-more-h200.json sizes-soft-h200.json \\
         --generate generate-h200.json generate-before-h200.json --entmax entmax_kernels-h200.json \\
         entmax_kernels-earlier-h200.json --entmax entmax_kernels-128-h200.json entmax_kernels-128-earlier-h200.json \\
-        --shapes kernels-launches-h200.json --first-tokens generate-short-h200.json \\
         --recorded recorded-h200.json --first-static first_static-h200.json \\
+        --shapes kernels-launches-h200.json kernels-shape-*-h200.json --first-tokens generate-short-h200.json \\
+        --prefills prefill-h200.json \\
         --evaluation evaluation-h200.json --cpu generate-cpu.json generate-before-cpu.json --busy busy-cpu.json \\
         --entmax-model entmax_model-h200.json --conversion conversion-h200.json \\
         --steps generate-entmax-h200.json generate-predicted-h200.json --prediction entmax_prediction-h200.json \\
@@ -252,6 +253,21 @@ def first_tokens_table(generate: dict[str, Any], before: Sequence[dict[str, Any]
             [f"{cell[0]}, {cell[1]:,} x {cell[2]}", short(dense), short(sparse), f"{dense / sparse:.2f}", short(ratio)]
         )
     return table(["first token, ms: shape, prompt x batch", "dense", "sparse", "times as fast", "before"], rows)
+
+
+def prefill_call_table(run: dict[str, Any]) -> str:
+    """Tabulate a run of `prefill.py`: milliseconds and ratios of both calls, and the kernels of a forward."""
+    rows = []
+    for row in run["rows"]:
+        cells = [f"{row['shape']}, {row['prompt']:,}"]
+        for call in ("forward", "generate"):
+            dense, sparse = row[call]["dense_ms"], row[call]["sparse_ms"]
+            cells += [short(dense), short(sparse), f"{row[call]['ratio']:.2f}"]
+        profile = [row["profile"][name] for name in ("dense", "sparse")]
+        cells.append(" / ".join(short(one["kernels_ms"]) for one in profile))
+        rows.append([*cells, " / ".join(f"{one['launches']:,}" for one in profile)])
+    calls = [f"{name}, {what}" for name in ("forward", "first token") for what in ("dense", "sparse", "times as fast")]
+    return table(["ms: shape, prompt", *calls, "kernels, dense / sparse", "launches, dense / sparse"], rows)
 
 
 def first_call_table(first_calls: dict[str, Any]) -> str:
@@ -551,6 +567,7 @@ def all_tables(
     first_tokens: dict[str, Any],
     recorded: dict[str, Any],
     first_static: dict[str, Any],
+    prefills: dict[str, Any],
     prediction: dict[str, Any],
 ) -> dict[str, str]:
     """Return every table by the name that documents call it.
@@ -559,8 +576,8 @@ def all_tables(
     generate.py each, now and before; `entmax` holds the runs of each of two shapes, of which the first counts;
     `entmax_model` is a run of whole models, `conversion` the finetune.json of a training run, `steps` holds runs of
     default generate with Sparsefinder, `shapes` one run of the kernels for each shape, `first_tokens` is a run of
-    `generate.py` for short prompts, `prediction` one of predicted tiles, and `recorded` and `first_static` are runs of
-    the scripts of these names."""
+    `generate.py` for short prompts, `prefills` one of `prefill.py`, `prediction` one of predicted tiles, and `recorded`
+    and `first_static` are runs of the scripts of these names."""
     spread = [[label, f"{model['spread'][name]:.0%}"] for name, label in CACHES.items()]
     return {
         "machine": machine_table(kernels, model),
@@ -578,6 +595,7 @@ def all_tables(
         "sizes": sizes_table(sizes),
         "shapes": shapes_table(shapes),
         "first tokens": first_tokens_table(first_tokens, generate),
+        "prefill calls": prefill_call_table(prefills),
         "first calls": first_call_table(first_calls),
         "entmax settings": entmax_setting_table(entmax),
         "entmax forward": entmax_table(entmax[0], "forward"),
@@ -653,6 +671,7 @@ def main() -> None:
     )
     parser.add_argument("--shapes", type=Path, nargs="+", required=True, help="JSON of the kernels, one per shape")
     parser.add_argument("--first-tokens", type=Path, required=True, help="JSON of default generate, short prompts")
+    parser.add_argument("--prefills", type=Path, required=True, help="JSON of prefill.py")
     parser.add_argument(
         "--entmax", type=Path, nargs="+", action="append", required=True, help="JSON of entmax_kernels.py, per shape"
     )
@@ -697,6 +716,7 @@ def main() -> None:
         first_tokens=read(options.first_tokens),
         recorded=read(options.recorded),
         first_static=read(options.first_static),
+        prefills=read(options.prefills),
         prediction=read(options.prediction),
     )
     if options.figure:

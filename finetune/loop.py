@@ -251,11 +251,11 @@ def _optimiser_step(
         with accelerator.accumulate(run.model):
             with recomputed(training.model) if repeated else nullcontext():
                 loss = training.loss(stage, run.model, *batch)
+            accelerator.backward(weight * loss)
+            # To look at the loss waits for the device, which by now has the backward to do.
             if not torch.isfinite(loss):
                 raise _diverged(f"the loss of step {number + 1} ({stage.label}) is {loss.item()}", training)
-            loss = weight * loss
-            accelerator.backward(loss)
-            losses.append(accelerator.gather(loss.detach()).mean())
+            losses.append(accelerator.gather((weight * loss).detach()).mean())
             if accelerator.sync_gradients:
                 if check_gradients:
                     _check_gradients(training.model, stage.parameters)

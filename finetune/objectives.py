@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from hf_sparse.data import IGNORED
 from hf_sparse.finetune.predictions import Predictions, predict
 from hf_sparse.model_kinds import Kind, final_states, pooled
+from hf_sparse.ops.divergence import divergence
 from hf_sparse.patches import sparse_layers
 
 _ROWS = 1024  # tokens that have logits at once
@@ -113,9 +114,8 @@ def _divergence(student: Predictions, teacher: Predictions, mask: Tensor | None 
 
     def loss(student_states: Tensor, teacher_states: Tensor) -> Tensor:
         with torch.no_grad():
-            target = teacher.logits(teacher_states).float().log_softmax(-1)
-        predicted = student.logits(student_states).float().log_softmax(-1)
-        return F.kl_div(predicted, target, log_target=True, reduction="sum")
+            target = teacher.logits(teacher_states)
+        return divergence(student.logits(student_states), target)
 
     if mask is None:
         return _mean_over_tokens(loss, student.states.flatten(0, 1), teacher.states.flatten(0, 1))

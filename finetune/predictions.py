@@ -4,6 +4,7 @@ Logits are `[B, T, V]`: for a large vocabulary many times what everything else o
 of them here are sums over tokens, so the states before the head are kept instead, and the head runs per slice.
 """
 
+import weakref
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+#: Models whose logits were seen to follow from their head alone, and that head: to compare waits for the device.
+_known_heads: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -33,7 +37,8 @@ def predict(model: nn.Module, tokens: Tensor, **options: Any) -> Predictions:
     """Run a language model without its head, where that is possible without knowing the family.
 
     The model runs as it is, but for its head, which gets the last token only. The logits of this token tell whether
-    head and final softcap are all that follows the states; otherwise the model runs again, with all logits.
+    head and final softcap are all that follows the states; otherwise the model runs again, with all logits. Where that
+    was so once, it is taken to be so for the same model and head from then on.
 
     Args:
         model: a language model, maybe wrapped (PEFT, DDP).
@@ -55,8 +60,17 @@ def predict(model: nn.Module, tokens: Tensor, **options: Any) -> Predictions:
                     scores = head(states)
                     return scores if cap is None else torch.tanh(scores / cap) * cap
 
-            if _agree(logits(states[:, -1:].detach()), output.logits.detach()):
-                return Predictions(states, logits, _hidden(output))
+            known = _known_heads.get(base)
+            if known is None or known() is not head:
+                if not _agree(logits(states[:, -1:].detach()), output.logits.detach()):
+                    return _all_logits(model, tokens, **options)
+                _known_heads[base] = weakref.ref(head)
+            return Predictions(states, logits, _hidden(output))
+    return _all_logits(model, tokens, **options)
+
+
+def _all_logits(model: nn.Module, tokens: Tensor, **options: Any) -> Predictions:
+    """Run the model as it is, with the logits of all tokens."""
     output = model(input_ids=tokens, **options)
     return Predictions(output.logits, _as_they_are, _hidden(output))
 

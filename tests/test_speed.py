@@ -36,9 +36,10 @@ def tables() -> dict[str, str]:
     wider, first_calls = read("kernels-support4096", "first_calls")
     sizes = read("sizes", "sizes-more", "sizes-soft")
     profiles, generate = read("profiles-launches", "profiles-scores", "profiles"), read("generate", "generate-before")
-    shapes = read("kernels-launches")
-    (first_tokens,) = read("generate-short")
     recorded, first_static = read("recorded", "first_static")
+    of_shapes = sorted(path.name.removesuffix("-h200.json") for path in RESULTS.glob("kernels-shape-*-h200.json"))
+    shapes = read("kernels-launches", *of_shapes)
+    first_tokens, prefills = read("generate-short", "prefill")
     entmax = [read(f"entmax_kernels{shape}", f"entmax_kernels{shape}-earlier") for shape in ("", "-128")]
     (evaluation,) = read("evaluation")
     generate_cpu, before_cpu, busy = read("generate", "generate-before", "busy", machine="cpu")
@@ -62,6 +63,7 @@ def tables() -> dict[str, str]:
         first_tokens=first_tokens,
         recorded=recorded,
         first_static=first_static,
+        prefills=prefills,
         prediction=prediction,
     )
 

@@ -1,5 +1,6 @@
 """Logits per slice: the same as the model's own in every family, and never all at once."""
 
+import copy
 import runpy
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import transformers
 from peft import get_peft_model
 
 from hf_sparse import SparseKConfig, patch
-from hf_sparse.finetune import objectives
+from hf_sparse.finetune import objectives, predictions
 from hf_sparse.finetune.predictions import predict
 from hf_sparse.patches import sparse_layers
 
@@ -116,3 +117,23 @@ def test_slices_make_no_difference_to_the_gradient(monkeypatch, sparse_llama, ch
     for sliced, whole, written_out in zip(*found, [p.grad for p in model.parameters() if p.requires_grad], strict=True):
         torch.testing.assert_close(sliced, whole, rtol=1e-4, atol=1e-7)
         torch.testing.assert_close(sliced, written_out, rtol=1e-4, atol=1e-7)
+
+
+def test_a_model_and_its_head_are_compared_once(monkeypatch, tiny_llama, chunks):
+    """Later calls read no value back; another head is compared again, and a copy of the model too."""
+    compared = []
+
+    def agree(computed, expected):
+        compared.append(computed.shape)
+        return True
+
+    monkeypatch.setattr(predictions, "_agree", agree)
+    model = patch(tiny_llama().eval(), SparseKConfig(k=6, window=8, sinks=2))
+    with torch.no_grad():
+        for number in (1, 1, 1):
+            predict(model, chunks[:2])
+            assert len(compared) == number
+        model.set_output_embeddings(copy.deepcopy(model.get_output_embeddings()))
+        predict(model, chunks[:2])
+        predict(copy.deepcopy(model), chunks[:2])
+    assert len(compared) == 3

@@ -17,6 +17,7 @@ from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
 from hf_sparse.methods.sparsek.compiled import attend_compiled
 from hf_sparse.methods.sparsek.config import SparseKConfig
 from hf_sparse.methods.sparsek.padded import attend_padded
+from hf_sparse.methods.sparsek.reading import read_in_few_launches
 from hf_sparse.methods.sparsek.scorer import Scorer, make_scorer
 from hf_sparse.methods.sparsek.step import step_in_one_kernel
 from hf_sparse.methods.sparsek.tokens import NewTokens, token_index
@@ -126,6 +127,11 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
                 output = step(self, query, key, value, hidden_states, valid, cache, scaling)
                 if output is not None:
                     return output
+        if isinstance(cache, SparseKCacheLayer) and not cache.is_initialized:
+            output = read_in_few_launches(self, query, key, value, hidden_states, valid, cache, scaling)
+            if output is not None:
+                return output
+            cache.begin_text(key, value)
         if cache is not None:
             self.check_cache(cache)
         seen = None if cache is None or cache.empty else cache.seen

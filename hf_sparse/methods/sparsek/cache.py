@@ -56,7 +56,7 @@ class SparseKCacheLayer(CacheLayerMixin):
 
     is_sliding = False
     is_compileable = True
-    # Tensors; all but the last are None until the first token, and memory until something is remembered.
+    # Tensors; all are None until the first token, and memory until something is remembered.
     keys: Any
     values: Any
     positions: Any
@@ -87,9 +87,8 @@ class SparseKCacheLayer(CacheLayerMixin):
         self.uncounted = 0
         self._offload_wanted = False
         self.positions = self.seen = self.padded_late = self.memory = None
+        self.cumulative_length = None
         self._length: int | None = 0  # cumulative_length, where no compiled or captured step can have changed it
-        with _lasting():
-            self.cumulative_length = torch.zeros((), dtype=torch.int64)
 
     @property
     def slots(self) -> int:
@@ -116,7 +115,7 @@ class SparseKCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         batch, heads = key_states.shape[:2]
-        with _lasting():
+        with lasting():
             self.keys = key_states.new_zeros((batch, heads, self.slots, key_states.shape[-1]))
             self.values = value_states.new_zeros((batch, heads, self.slots, value_states.shape[-1]))
             self.scores = torch.zeros((batch, heads, self.slots), dtype=torch.float32, device=self.device)
@@ -130,6 +129,31 @@ class SparseKCacheLayer(CacheLayerMixin):
             _fix_address(tensor)
         self.is_initialized = True
 
+    def begin_text(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Allocate the slots, still empty, for the tokens that `update` has counted."""
+        length = self._length
+        self.lazy_initialization(key_states, value_states)
+        self.cumulative_length.fill_(length)
+        self._length = length
+
+    def take(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        scores: Tensor,
+        positions: Tensor,
+        seen: Tensor,
+        padded_late: Tensor,
+        cumulative_length: Tensor,
+    ) -> None:
+        """Take slots that were made with their content, for the tokens that `update` has counted."""
+        self.dtype, self.device = keys.dtype, keys.device
+        self.keys, self.values, self.scores, self.positions = keys, values, scores, positions
+        self.seen, self.padded_late, self.cumulative_length = seen, padded_late, cumulative_length
+        for tensor in (keys, values, scores, positions, seen, padded_late, cumulative_length):
+            _fix_address(tensor)
+        self.is_initialized, self.empty, self.soft = True, False, False
+
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
@@ -138,12 +162,16 @@ class SparseKCacheLayer(CacheLayerMixin):
                 "this cache holds the KV slots of sparse attention, and the model continues it with dense attention: "
                 "start a new cache after switching adapters on or off"
             )
-        rows = key_states.shape[0]
+        rows, length = key_states.shape[0], key_states.shape[-2]
+        if not self.is_initialized and self._length:
+            self.begin_text(key_states, value_states)  # the attention of the tokens before was never computed
+        elif not self.is_initialized and length > 1 and not _is_recorded(key_states.device):
+            self._length = length  # the attention makes the slots, with their content or by `begin_text`
+            return key_states, value_states
         if not self.is_initialized or (self.empty and self.keys.shape[0] != rows):
             self.lazy_initialization(key_states, value_states)
         if self.keys.shape[0] != rows:
             raise ValueError(f"the cache holds {self.keys.shape[0]} rows, and {rows} rows came: start a new cache")
-        length = key_states.shape[-2]
         if length == 1 and not torch.compiler.is_compiling():
             self.uncounted = 1  # the kernel of the step counts it; where another path is taken, `end_attention` does
         else:
@@ -167,7 +195,7 @@ class SparseKCacheLayer(CacheLayerMixin):
         number would be the same in every step. After such a step, reading the number waits for the device.
         """
         if not self.is_initialized:
-            return 0
+            return self._length or 0
         if _is_recorded(self.device):
             return self.cumulative_length.clone()
         return int(self.cumulative_length) if self._length is None else self._length
@@ -221,7 +249,7 @@ class SparseKCacheLayer(CacheLayerMixin):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
-        with _lasting():
+        with lasting():
             copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         return copied
 
@@ -236,7 +264,7 @@ class SparseKCacheLayer(CacheLayerMixin):
             old = getattr(self, name)
             if old is None:
                 continue
-            with _lasting():
+            with lasting():
                 new = change(old)
             if new.shape == old.shape and new.device == old.device:
                 old.copy_(new)
@@ -358,7 +386,7 @@ class SparseKCacheLayer(CacheLayerMixin):
     def remember(self, memory: Tensor) -> None:
         """Keep `[B, Hkv, D]` for the next tokens, at an address that stays."""
         if self.memory is None:
-            with _lasting():
+            with lasting():
                 self.memory = memory.clone()
             _fix_address(self.memory)
         else:
@@ -372,6 +400,8 @@ class SparseKCacheLayer(CacheLayerMixin):
             keys, values: `[B, Hkv, N, D]`, `N` of any size.
             scores: `[B, Hkv, N]`.
         """
+        if not self.is_initialized:
+            self.begin_text(keys, values)
         slots = (self.keys, self.values, self.scores, self.positions, self.seen)
         fill_slots(*slots, keys, values, scores, window=self.window, sinks=self.sinks)
         self.empty = False
@@ -385,6 +415,8 @@ class SparseKCacheLayer(CacheLayerMixin):
             scores, positions: `[B, Hkv, N]`; a position of -1 marks an entry that is not a token.
             seen: `[B]`, real tokens so far.
         """
+        if not self.is_initialized:
+            self.begin_text(keys, values)
         self.padded_late |= ((positions[:, 0] < 0) & (positions[:, 0].cummax(-1).values >= 0)).any(-1)
         kept = _entries_to_keep(scores, positions, seen, self.window, self.sinks, self.slots)
         count = kept.shape[-1]
@@ -408,6 +440,8 @@ class SparseKCacheLayer(CacheLayerMixin):
             score: `[B, Hkv, 1]`.
             valid: `[B]` bool, rows whose token is real; `None` if all are.
         """
+        if not self.is_initialized:
+            self.begin_text(key, value)
         if valid is not None:
             self.padded_late.logical_or_(~valid & (self.seen > 0))
         slots = (self.keys, self.values, self.scores, self.positions)
@@ -424,7 +458,7 @@ def _entries_to_keep(scores: Tensor, positions: Tensor, seen: Tensor, window: in
     return order.sort(dim=-1).values
 
 
-def _lasting() -> AbstractContextManager[Any]:
+def lasting() -> AbstractContextManager[Any]:
     """Make tensors that can be written to in any mode: those of `torch.inference_mode` could not be after it."""
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
 

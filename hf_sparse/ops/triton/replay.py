@@ -72,7 +72,9 @@ def replayed(
         for tensor in tensors
     ]
     # Launches of a call in which two inputs are one tensor would read the same one in all later calls.
-    same = tuple([next(i for i, other in enumerate(tensors) if other is tensor) for tensor in tensors])
+    same: tuple[int, ...] = ()
+    if len(set(map(id, tensors))) < len(tensors):
+        same = tuple([next(i for i, other in enumerate(tensors) if other is tensor) for tensor in tensors])
     key = (function, first.device.index, settings, same, *layouts)
     if key in _programs:
         program = _programs[key]
@@ -193,18 +195,18 @@ class _Program:
         order: tuple[int | None, ...],
         steps: tuple[tuple[Any, ...], ...],
     ) -> None:
-        self.device, self.used, self.made, self.order, self.steps = device, max(used, 1), made, order, steps
+        self.device, self.used, self.made, self.order, self.steps = device, used, made, order, steps
 
     def run(self, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         """Launch all for these tensors, and return the results."""
         device = self.device
-        memory = torch.empty(self.used, dtype=torch.uint8, device=device)
+        memory = torch.empty(self.used, dtype=torch.uint8, device=device) if self.used else None
         made = []
         for shape, stride, dtype, zero in self.made:
             tensor = torch.empty_strided(shape, stride, dtype=dtype, device=device)
             made.append(tensor.zero_() if zero else tensor)
         bases = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        bases.append(memory.data_ptr())
+        bases.append(0 if memory is None else memory.data_ptr())
         bases.extend([tensor.data_ptr() for tensor in made])
         stream = torch._C._cuda_getCurrentRawStream(device.index)
         for launch, grid, setting, template, pointers in self.steps:

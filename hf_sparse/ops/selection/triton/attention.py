@@ -18,7 +18,7 @@ from hf_sparse.ops.selection.triton.program_sizes import ProgramSizes
 from hf_sparse.ops.triton.replay import replayed
 
 # Queries that share a list. A program also looks at the keys that left the window since its tile began.
-_TILE = 128
+TILE = 128
 # Tensors of `Tables`.
 _OF_KEYS = ("begin", "until", "lists", "first", "scores", "ends", "leavers")
 
@@ -43,7 +43,7 @@ class CausalSettings(NamedTuple):
     blocks: ProgramSizes | None
 
 
-def causal_sparsek_attention(problem: Problem, *, tile: int = _TILE, blocks: ProgramSizes | None = None) -> Tensor:
+def causal_sparsek_attention(problem: Problem, *, tile: int = TILE, blocks: ProgramSizes | None = None) -> Tensor:
     """Solve a causal problem in fused kernels; returns `[B, Hq, Tq, D]` as `sparsek_attention`.
 
     Args:

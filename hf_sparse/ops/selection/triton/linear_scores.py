@@ -50,16 +50,38 @@ def token_scores(
 def _token_scores(
     states: Tensor, weight: Tensor, slope: Tensor | None, index: Tensor, position_slope: float, slope_tokens: int
 ) -> tuple[Tensor | None, ...]:
+    batch, length, _ = states.shape
+    scores = empty((batch, weight.shape[0], length), torch.float32, states.device)
+    if batch * length:
+        write_scores(states, weight, slope, index, scores, position_slope=position_slope, slope_tokens=slope_tokens)
+    return (scores,)
+
+
+def write_scores(
+    states: Tensor,
+    weight: Tensor,
+    slope: Tensor | None,
+    index: Tensor | None,
+    scores: Tensor,
+    *,
+    position_slope: float,
+    slope_tokens: int,
+) -> None:
+    """Launch the kernel that scores tokens, see `token_scores`.
+
+    Args:
+        states, weight: contiguous.
+        index: positions `[B, T]`; `None` for 0 to T - 1 in every row.
+        scores: `[B, Hkv, room]` float32, contiguous, whose first `T` columns are written.
+    """
     batch, length, columns = states.shape
     heads, rows = weight.shape[0], batch * length
-    scores = empty((batch, heads, length), torch.float32, states.device)
-    if rows:
-        launch(_forward, (triton.cdiv(rows, _ROWS), triton.cdiv(heads, _HEADS)))(
-            states, weight, scores, None, None, None, slope, index, index.stride(0), rows, length, heads, columns,
-            EPS=_EPS, ROWS=_ROWS, HEADS=min(_HEADS, triton.next_power_of_2(heads)), COLUMNS=_COLUMNS, STAGES=_STAGES,
-            SLOPE=position_slope, SLOPE_TOKENS=slope_tokens, num_warps=_WARPS,
-        )  # fmt: skip
-    return (scores,)
+    launch(_forward, (triton.cdiv(rows, _ROWS), triton.cdiv(heads, _HEADS)))(
+        states, weight, scores, None, None, None, slope, index, 0 if index is None else index.stride(0), rows, length,
+        scores.shape[-1], heads, columns,
+        EPS=_EPS, ROWS=_ROWS, HEADS=min(_HEADS, triton.next_power_of_2(heads)), COLUMNS=_COLUMNS, STAGES=_STAGES,
+        SLOPED=True, SLOPE=position_slope, SLOPE_TOKENS=slope_tokens, num_warps=_WARPS,
+    )  # fmt: skip
 
 
 class _LinearScores(torch.autograd.Function):
@@ -88,9 +110,9 @@ def _scores_and_statistics(states: Tensor, weight: Tensor) -> tuple[Tensor | Non
     means, scales = empty((rows,), torch.float64, device), empty((rows,), torch.float64, device)
     if rows:
         launch(_forward, (triton.cdiv(rows, _ROWS), triton.cdiv(heads, _HEADS)))(
-            states, weight, scores, sums, means, scales, None, None, 0, rows, length, heads, columns,
+            states, weight, scores, sums, means, scales, None, None, 0, rows, length, length, heads, columns,
             EPS=_EPS, ROWS=_ROWS, HEADS=min(_HEADS, triton.next_power_of_2(heads)), COLUMNS=_COLUMNS,
-            STAGES=_STAGES, SLOPE=0.0, SLOPE_TOKENS=1, num_warps=_WARPS,
+            STAGES=_STAGES, SLOPED=False, SLOPE=0.0, SLOPE_TOKENS=1, num_warps=_WARPS,
         )  # fmt: skip
     return scores, sums, means, scales
 
@@ -125,7 +147,7 @@ def _gradients(
     return d_states, d_weight
 
 
-@triton.jit(do_not_specialize=["index_row", "rows", "length"])
+@triton.jit(do_not_specialize=["index_row", "rows", "length", "room"])
 def _forward(
     states,
     weight,
@@ -138,6 +160,7 @@ def _forward(
     index_row,
     rows,
     length,
+    room,
     heads,
     columns,
     EPS: tl.constexpr,
@@ -145,10 +168,13 @@ def _forward(
     HEADS: tl.constexpr,
     COLUMNS: tl.constexpr,
     STAGES: tl.constexpr,
+    SLOPED: tl.constexpr,
     SLOPE: tl.constexpr,
     SLOPE_TOKENS: tl.constexpr,
 ):
-    """Score ROWS rows by HEADS heads; `Index` adds slopes, and `sums`, `means` and `scales` are for a backward."""
+    """Score ROWS rows by HEADS heads, with slopes if SLOPED; `sums`, `means` and `scales` are for a backward.
+
+    The scores of a head have `room` columns."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     inside, there = row < rows, head < heads
@@ -169,13 +195,16 @@ def _forward(
     scale = 1 / tl.sqrt(variance + EPS)
     summed = tl.sum(weights, 1)
     score = scale[:, None] * (tl.sum(product, 2) - mean[:, None] * summed[None, :])
-    if Index is not None:
-        place = tl.load(Index + row // length * index_row + row % length, mask=inside, other=0).to(tl.float64)
+    if SLOPED:
+        place = row % length
+        if Index is not None:
+            place = tl.load(Index + row // length * index_row + place, mask=inside, other=0)
+        place = place.to(tl.float64)
         slope = tl.zeros([HEADS], tl.float64) + SLOPE
         if Slope is not None:
             slope += tl.load(Slope + head, mask=there, other=0.0).to(tl.float64) / SLOPE_TOKENS
         score += place[:, None] * slope[None, :]
-    at = (row[:, None] // length * heads + head[None, :]) * length + row[:, None] % length
+    at = (row[:, None] // length * heads + head[None, :]) * room + row[:, None] % length
     tl.store(scores + at, score.to(scores.dtype.element_ty), mask=inside[:, None] & there[None, :])
     if sums is not None:
         if tl.program_id(0) == 0:

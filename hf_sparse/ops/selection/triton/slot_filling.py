@@ -46,19 +46,26 @@ def _fill(
     window: int,
     sinks: int,
 ) -> tuple[Tensor | None, ...]:
-    batch, heads, slots, dim = keys.shape
+    batch, heads, slots, _ = keys.shape
     length = key.shape[2]
     kept = empty((batch, heads, slots), positions.dtype, keys.device)
     launch(_choose, (batch, heads))(
-        score, kept, scores, positions, seen, score.stride(0), score.stride(1), length, slots, window, sinks,
+        score, kept, scores, positions, seen, *score.stride()[:2], length, slots, window, sinks,
         KEYS=_KEYS, num_warps=8,
     )  # fmt: skip
+    copy_kept(kept, key, value, keys, values)
+    return ()
+
+
+def copy_kept(kept: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> None:
+    """Launch the kernel that copies the keys and values at the positions `kept` `[B, Hkv, S]` into slots."""
+    batch, heads, slots, dim = keys.shape
+    length = key.shape[2]
     strides = (*key.stride()[:3], *value.stride()[:3])
     launch(_copy, (triton.cdiv(min(length, slots), _ROWS), batch, heads))(
         kept, key, value, keys, values, *strides, min(length, slots), slots, dim,
         ROWS=_ROWS, DIM=triton.next_power_of_2(dim), num_warps=4,
     )  # fmt: skip
-    return ()
 
 
 @triton.jit

@@ -1,0 +1,159 @@
+"""How long a text takes until its first token, with dense and with sparse attention, in calls that alternate.
+
+    python benchmarks/prefill.py --output prefill.json
+
+    forward   `model(ids, use_cache=True, logits_to_keep=1)`: the text is read, and a cache holds it
+    generate  default `generate` of one new token
+
+The dense model is the base model without a patch; the patched one shares its weights, which are random and change
+neither time nor memory. The host that launches the kernels sets the pace of short texts and varies, so only ratios of
+one cell count: calls alternate, each time is the median of several, and the ratio is that of the medians.
+
+First, on two layers in float32: the logits of a text that fits into the slots equal dense ones, and those of a longer
+one the logits of the plain PyTorch path; without agreement nothing is measured. A profile counts the kernels of a
+forward and their time. The JSON is written after every cell.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from attention_kernels import current_commit  # beside this file
+from generate import SHAPES, make_models, wait
+from profiles import kernels_of, profiler
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_sparse._compat import cache_of
+from hf_sparse.atomic_files import write_json
+from hf_sparse.environment import describe
+from hf_sparse.ops.selection import api
+
+ALLOWED = 1e-3  # largest relative difference of the comparison
+
+
+def forward(model: PreTrainedModel, ids: Tensor) -> Any:
+    with torch.no_grad():
+        return model(ids, use_cache=True, logits_to_keep=1)
+
+
+def generate(model: PreTrainedModel, ids: Tensor) -> Any:
+    mask = torch.ones_like(ids)
+    return model.generate(ids, attention_mask=mask, max_new_tokens=1, do_sample=False)  # type: ignore[operator]
+
+
+CALLS: dict[str, Callable[[PreTrainedModel, Tensor], Any]] = {"forward": forward, "generate": generate}
+
+
+def check(shape: dict[str, Any], options: argparse.Namespace) -> dict[str, float]:
+    """Largest relative difference of the last token's logits, from dense ones and from the plain PyTorch path.
+
+    Raises:
+        SystemExit: a difference that rounding does not explain, or slots that hold other tokens.
+    """
+    models = make_models(shape | {"num_hidden_layers": 2}, options, torch.float32)
+    slots = options.k + options.window + options.sinks
+
+    def relative(a: Tensor, b: Tensor) -> float:
+        return float((a.double() - b.double()).norm() / b.double().norm())
+
+    short, long = (torch.randint(0, 100, (2, n), device=options.device) for n in (slots, 3 * slots + 7))
+    differences = {"short from dense": relative(*(forward(models[name], short).logits for name in ("sparse", "dense")))}
+    kernels = forward(models["sparse"], long)
+    with mock.patch.object(api, "_takes_kernels", lambda *_: False):
+        plain = forward(models["sparse"], long)
+    differences["long from plain"] = relative(kernels.logits, plain.logits)
+    kept = [[layer.positions.sort(-1).values for layer in cache_of(one).layers] for one in (kernels, plain)]
+    if not all(torch.equal(a, b) for a, b in zip(*kept, strict=True)):
+        sys.exit("the cache keeps other tokens than that of the plain path: nothing measured")
+    if not all(difference <= ALLOWED for difference in differences.values()):
+        sys.exit(f"logits differ by more than {ALLOWED}: {differences}; nothing measured")
+    return differences
+
+
+def measure(models: dict[str, PreTrainedModel], ids: Tensor, options: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of both calls by variant, from calls that alternate, and the kernels of a forward."""
+    row: dict[str, Any] = {}
+    for call, run in CALLS.items():
+        times: dict[str, list[float]] = {name: [] for name in models}
+        for number in range(2 + options.rounds):
+            for name in sorted(models, reverse=number % 2 == 1):  # each is the first of a pair as often
+                wait(options.device)
+                begin = time.perf_counter()
+                run(models[name], ids)
+                wait(options.device)
+                times[name].append(1e3 * (time.perf_counter() - begin))
+        medians = {name: statistics.median(of_name[2:]) for name, of_name in times.items()}
+        row[call] = {f"{name}_ms": ms for name, ms in medians.items()} | {
+            "first_ms": {n: t[0] for n, t in times.items()}
+        }
+        row[call]["ratio"] = medians["dense"] / medians["sparse"]
+    row["profile"] = {}
+    for name, model in models.items():
+        with profiler(options.device) as seen:
+            forward(model, ids)
+            wait(options.device)
+        row["profile"][name] = kernels_of(seen.events() or [], 1)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--prompts", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384], help="tokens")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--k", type=int, default=508)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--sinks", type=int, default=4)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--tiny", action="store_true", help="two small layers, for a trial")
+    parser.add_argument("--no-check", action="store_true", help="measure without the comparison, for a trial")
+    parser.add_argument("--commit", default=None, help="of the code, where there is no git")
+    parser.add_argument("--output", type=Path, help="where to write the JSON")
+    options = parser.parse_args()
+    options.method, options.fitted, options.new_tokens = "sparsek", 1, 1  # what `make_models` of `generate.py` asks for
+    named = ("prompts", "batch", "rounds", "k", "window", "sinks", "device", "dtype", "tiny")
+    result: dict[str, Any] = {
+        "format": 1,
+        "benchmark": "prefill",
+        "commit": options.commit or current_commit(),
+        "settings": {name: getattr(options, name) for name in named},
+        "differences": {},
+        "rows": [],
+        **describe(),
+    }
+    for shape in options.shapes:
+        if not options.no_check:
+            result["differences"][shape] = check(SHAPES[shape], options)
+        models = make_models(SHAPES[shape], options, getattr(torch, options.dtype))
+        layers = models["dense"].config.num_hidden_layers
+        for length in options.prompts:
+            ids = torch.randint(0, models["dense"].config.vocab_size, (options.batch, length), device=options.device)
+            row = {"shape": shape, "layers": layers, "prompt": length, "batch": options.batch}
+            row |= measure(models, ids, options)
+            result["rows"].append(row)
+            told = [
+                f"{call} {row[call]['dense_ms']:.2f} / {row[call]['sparse_ms']:.2f} ms ({row[call]['ratio']:.2f})"
+                for call in CALLS
+            ]
+            counts = [
+                f"{name} {p['launches']} launches, {p['kernels_ms']:.2f} ms" for name, p in row["profile"].items()
+            ]
+            print(f"{shape:10} {length:6}  {'  '.join((*told, *counts))}", flush=True)
+            if options.output:
+                write_json(options.output, result)
+        del models
+        if options.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()

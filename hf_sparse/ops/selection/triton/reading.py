@@ -1,0 +1,246 @@
+"""Read a text from its beginning on in few launches: score its tokens, attend if keys leave, and fill new KV slots.
+
+That is what the layer of a prefill does without gradients. Called one after another, the functions that do it take
+more time on the host than the rest of a layer; here the launches of all are noted together (`ops.triton.replay`), and
+the slots are allocated among the buffers of the kernels that fill them.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hf_sparse.ops.selection.thresholds import ScanPlan
+from hf_sparse.ops.selection.triton.attention import TILE
+from hf_sparse.ops.selection.triton.attention_forward import forward
+from hf_sparse.ops.selection.triton.linear_scores import write_scores
+from hf_sparse.ops.selection.triton.lists import causal_tables
+from hf_sparse.ops.selection.triton.scan import launch_scan
+from hf_sparse.ops.selection.triton.slot_filling import copy_kept
+from hf_sparse.ops.triton.launch import compile_ahead, launch
+from hf_sparse.ops.triton.replay import empty, replayed
+
+_ROWS = 32  # slots that a program copies
+_KEYS = 2048  # that a program looks at together
+
+
+class ReadingSettings(NamedTuple):
+    """Hold the settings of a call.
+
+    Attributes:
+        k, window, sinks: the budget.
+        scaling: multiplies the logits.
+        position_slope, slope_tokens: of the scores, see `ops.selection.linear_scores.token_scores`.
+    """
+
+    k: int
+    window: int
+    sinks: int
+    scaling: float
+    position_slope: float
+    slope_tokens: int
+
+    @property
+    def slots(self) -> int:
+        """Return the number of slots."""
+        return self.k + self.window + self.sinks
+
+
+class Slots(NamedTuple):
+    """Hold new slots and what belongs to them; shapes as in `ops.selection.slots.fill_slots`.
+
+    Attributes:
+        keys, values, scores, positions: those of the slots; of empty ones 0, 0, 0 and -1.
+        seen: `[B]` int64, tokens of each row.
+        padded_late: `[B]` bool, False.
+        tokens: int64 without dimensions, the number of tokens.
+    """
+
+    keys: Tensor
+    values: Tensor
+    scores: Tensor
+    positions: Tensor
+    seen: Tensor
+    padded_late: Tensor
+    tokens: Tensor
+
+
+def read_text(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    states: Tensor,
+    weight: Tensor,
+    slope: Tensor | None,
+    settings: ReadingSettings,
+) -> tuple[Tensor | None, Slots]:
+    """Read texts without padding, hard gates, no gradient.
+
+    Args:
+        query: `[B, Hq, T, D]`; key, value: `[B, Hkv, T, D]`, of one dtype, their last dimension contiguous.
+        states: `[B, T, C]`, contiguous; weight, slope: of the scores, contiguous.
+        settings: see `ReadingSettings`.
+
+    Returns:
+        The output `[B, Hq, T, D]`, `None` where all keys fit into the slots, so that dense attention has it, and the
+        new slots.
+    """
+    if key.shape[2] <= settings.slots:
+        results = replayed(_take_all, (key, value, states, weight, slope), settings)
+        return None, Slots(*results)  # type: ignore[arg-type]
+    output, *slots = replayed(_select, (query, key, value, states, weight, slope), settings)
+    return output, Slots(*slots)  # type: ignore[arg-type]
+
+
+def _new_slots(key: Tensor, settings: ReadingSettings) -> Slots:
+    batch, heads, _, dim = key.shape
+    shape, device = (batch, heads, settings.slots), key.device
+    return Slots(
+        empty((*shape, dim), key.dtype, device),
+        empty((*shape, dim), key.dtype, device),
+        empty(shape, torch.float32, device),
+        empty(shape, torch.int64, device),
+        empty((batch,), torch.int64, device),
+        empty((batch,), torch.bool, device),
+        empty((), torch.int64, device),
+    )
+
+
+def _take_all(
+    key: Tensor, value: Tensor, states: Tensor, weight: Tensor, slope: Tensor | None, settings: ReadingSettings
+) -> tuple[Tensor | None, ...]:
+    """Score the tokens and give each a slot."""
+    slots = _new_slots(key, settings)
+    (batch, heads, number), dim = slots.scores.shape, key.shape[3]
+    slopes = {"position_slope": settings.position_slope, "slope_tokens": settings.slope_tokens}
+    write_scores(states, weight, slope, None, slots.scores, **slopes)  # type: ignore[arg-type]
+    launch(_copy_all, (triton.cdiv(number, _ROWS), batch, heads))(
+        key, value, *slots, *key.stride()[:3], *value.stride()[:3], key.shape[2], number, dim,
+        ROWS=_ROWS, DIM=triton.next_power_of_2(dim), num_warps=4,
+    )  # fmt: skip
+    return tuple(slots)
+
+
+def _select(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    states: Tensor,
+    weight: Tensor,
+    slope: Tensor | None,
+    settings: ReadingSettings,
+) -> tuple[Tensor | None, ...]:
+    """Score the tokens, attend, and keep those that later tokens can attend to."""
+
+    def output(*tensors: Any) -> Any:
+        arguments: tuple[Any, ...] = (*tensors, settings)
+        return _launch(*arguments)[0]
+
+    compile_ahead(output, query, key, value, states, weight, slope, family=read_text)
+    return _launch(query, key, value, states, weight, slope, settings)
+
+
+def _launch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    states: Tensor,
+    weight: Tensor,
+    slope: Tensor | None,
+    settings: ReadingSettings,
+) -> tuple[Tensor | None, ...]:
+    k, window, sinks, scaling, position_slope, slope_tokens = settings
+    scores = empty((*key.shape[:2], key.shape[2]), torch.float32, key.device)
+    write_scores(states, weight, slope, None, scores, position_slope=position_slope, slope_tokens=slope_tokens)
+    plan = ScanPlan(k, k, query.shape[2], window, TILE, False, True)
+    rank, floor, _, lists, _ = launch_scan(scores, plan, None, sinks)
+    tables, _ = causal_tables(
+        rank, floor, None, lists, scores, None, None, window=window, sinks=sinks, tile=TILE
+    )  # fmt: skip
+    output, _ = forward(query, key, value, None, None, tables, scaling)
+    slots = _new_slots(key, settings)
+    kept = empty(slots.positions.shape, torch.int64, key.device)
+    launch(_keep, key.shape[:2])(
+        tables.until, scores, kept, slots.scores, slots.positions, slots.seen, slots.padded_late, slots.tokens,
+        key.shape[2], settings.slots, KEYS=_KEYS, num_warps=8,
+    )  # fmt: skip
+    copy_kept(kept, key, value, slots.keys, slots.values)
+    return (output, *slots)
+
+
+@triton.jit(do_not_specialize=["length", "slots"])
+def _copy_all(
+    Key,
+    Value,
+    keys,
+    values,
+    scores,
+    positions,
+    seen,
+    Late,
+    Count,
+    key_batch,
+    key_head,
+    key_row,
+    value_batch,
+    value_head,
+    value_row,
+    length,
+    slots,
+    dim,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """Copy keys and values into ROWS slots, and write what belongs to these; the scores of tokens are there already."""
+    row, head = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    base = (row * tl.num_programs(2) + head) * slots
+    slot, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, DIM)
+    taken, there = slot < length, slot < slots
+    tl.store(positions + base + slot, tl.where(taken, slot, -1).to(tl.int64), mask=there)
+    tl.store(scores + base + slot, tl.zeros([ROWS], tl.float32), mask=there & (slot >= length))
+    source, target = taken[:, None] & (column < dim)[None, :], there[:, None] & (column < dim)[None, :]
+    to, of = (base + slot)[:, None] * dim + column[None, :], slot.to(tl.int64)[:, None]
+    of_key = row * key_batch + head * key_head + of * key_row + column[None, :]
+    tl.store(keys + to, tl.load(Key + of_key, mask=source, other=0.0), mask=target)
+    of_value = row * value_batch + head * value_head + of * value_row + column[None, :]
+    tl.store(values + to, tl.load(Value + of_value, mask=source, other=0.0), mask=target)
+    if tl.program_id(0) + head == 0:
+        tl.store(seen + row, length.to(tl.int64))
+        tl.store(Late + row, 0)
+        tl.store(Count, length.to(tl.int64), mask=row == 0)
+
+
+@triton.jit(do_not_specialize=["length", "slots"])
+def _keep(Until, Score, Kept, scores, positions, seen, Late, Count, length, slots, KEYS: tl.constexpr):
+    """Write the positions and scores of the keys that the last query attends to, in rising order: they fill the slots.
+
+    They are what a later query can attend to: the sinks, the window and the best of the others."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    number = row * tl.num_programs(1) + head
+    Until += number * length
+    Score += number * length
+    base = number * slots
+    place = tl.full([], 0, tl.int32)
+    for begin in range(0, length, KEYS):
+        key = begin + tl.arange(0, KEYS)
+        stays = tl.load(Until + key, mask=key < length, other=0) >= length
+        score = tl.load(Score + key, mask=stays, other=0.0)
+        slot = place + tl.cumsum(stays.to(tl.int32), 0) - 1
+        to = base + slot
+        place += tl.sum(stays.to(tl.int32), 0)
+        stays = stays & (slot < slots)  # scores that are no numbers have no order
+        tl.store(Kept + to, key.to(tl.int64), mask=stays)
+        tl.store(positions + to, key.to(tl.int64), mask=stays)
+        tl.store(scores + to, score, mask=stays)
+    for begin in range(0, slots, KEYS):
+        slot = begin + tl.arange(0, KEYS)
+        empty = (slot >= place) & (slot < slots)
+        tl.store(Kept + base + slot, tl.zeros([KEYS], tl.int64), mask=empty)
+        tl.store(positions + base + slot, tl.full([KEYS], -1, tl.int64), mask=empty)
+        tl.store(scores + base + slot, tl.zeros([KEYS], tl.float32), mask=empty)
+    if head == 0:
+        tl.store(seen + row, length.to(tl.int64))
+        tl.store(Late + row, 0)
+        tl.store(Count, length.to(tl.int64), mask=row == 0)

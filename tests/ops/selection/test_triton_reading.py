@@ -1,0 +1,121 @@
+"""A text that is read in few launches, against the functions that do the same one after another."""
+
+import pytest
+import torch
+
+from hf_sparse.ops import sparsek_attention
+from hf_sparse.ops.selection import slots as reference
+from hf_sparse.ops.selection.linear_scores import normalised
+from hf_sparse.ops.selection.triton.reading import ReadingSettings, read_text
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("interpreter", "nothing_noted")
+
+
+def inputs(batch, heads, kv_heads, length, dim, columns, dtype, learned):
+    """Query, key, value as a model has them, `[B, T, H, D]` in memory; states, weight and slope."""
+    torch.manual_seed(length)
+    query, key, value = (
+        torch.randn(batch, length, number, dim, device=DEVICE, dtype=dtype).transpose(1, 2)
+        for number in (heads, kv_heads, kv_heads)
+    )
+    states = torch.randn(batch, length, columns, device=DEVICE, dtype=dtype)
+    weight = torch.randn(kv_heads, columns, device=DEVICE)
+    return query, key, value, states, weight, torch.randn(kv_heads, device=DEVICE) if learned else None
+
+
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("batch", "heads", "kv_heads", "length", "dim"),
+    [
+        (1, 4, 2, 25, 16),  # fits into the slots, and leaves some empty
+        (2, 3, 3, 38, 24),  # fills them
+        (2, 3, 1, 39, 16),  # one key leaves
+        (1, 6, 2, 150, 40),
+        (2, 2, 2, 2, 16),
+    ],
+)
+def test_reading(batch, heads, kv_heads, length, dim, dtype, learned, poisoned_memory):
+    settings = ReadingSettings(k=13, window=21, sinks=4, scaling=0.2, position_slope=0.01, slope_tokens=256)
+    query, key, value, states, weight, slope = inputs(batch, heads, kv_heads, length, dim, 48, dtype, learned)
+    slopes = 0.01 + (0 if slope is None else slope.double()[:, None] / 256)
+    scores = torch.einsum("btc,hc->bht", normalised(states), weight.double())
+    scores = (scores + torch.arange(length, device=DEVICE).double() * slopes).float()
+    shape = (batch, kv_heads, settings.slots)
+    keys, values = (torch.zeros(*shape, dim, device=DEVICE, dtype=dtype) for _ in range(2))
+    kept, positions = torch.zeros(shape, device=DEVICE), torch.full(shape, -1, device=DEVICE)
+    seen = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
+    for _ in range(2):  # on a GPU the second time by the launches that the first one noted
+        output, slots = read_text(query, key, value, states, weight, slope, settings)
+        torch.testing.assert_close(slots.scores, slots.scores.nan_to_num(7.0, 7.0, 7.0), rtol=0, atol=0)
+        if length <= settings.slots:
+            assert output is None
+        else:
+            expected = sparsek_attention(
+                query.double(), key.double(), value.double(), scores.double(), k=13, window=21, sinks=4, scaling=0.2,
+                implementation="dense",
+            )  # fmt: skip
+            tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 5e-3, "atol": 5e-3}
+            torch.testing.assert_close(output.double(), expected, **tolerance)
+        with pytest.MonkeyPatch.context() as plain:
+            plain.setattr(reference, "_TRITON", False)
+            reference.fill_slots(keys, values, kept, positions, seen, key, value, scores, window=21, sinks=4)
+        assert torch.equal(slots.positions, positions) and torch.equal(slots.seen, seen)
+        assert torch.equal(slots.keys, keys) and torch.equal(slots.values, values)
+        torch.testing.assert_close(slots.scores, kept, rtol=1e-6, atol=1e-6)
+        assert not slots.padded_late.any() and slots.padded_late.dtype == torch.bool
+        assert slots.tokens == length and slots.tokens.shape == ()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="models take this path on a GPU alone")
+@pytest.mark.parametrize("length", [17, 90])
+def test_a_model_reads_as_by_the_longer_path(length, monkeypatch):
+    """Logits of the text and of the tokens after it, and what the cache holds; a copy of the cache goes on too."""
+    import copy
+
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from hf_sparse import SparseKConfig, patch
+    from hf_sparse._compat import cache_of, with_cache
+    from hf_sparse.methods.sparsek import attention
+
+    config = LlamaConfig(
+        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64,
+        vocab_size=100,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = patch(LlamaForCausalLM(config).to(DEVICE).eval(), SparseKConfig(k=8, window=12, sinks=2))
+    ids = torch.randint(0, 100, (2, length + 30), device=DEVICE)
+    results = []
+    for long_path in (False, True):
+        if long_path:
+            monkeypatch.setattr(attention, "read_in_few_launches", lambda *_: None)
+        with torch.inference_mode():
+            output = model(ids[:, :length], use_cache=True)
+        logits, caches = [output.logits], [cache_of(output)]
+        with torch.no_grad():
+            caches.append(copy.deepcopy(caches[0]))
+            for cache in caches:
+                for token in ids[:, length:].split(1, 1):
+                    logits.append(model(token, **with_cache(cache)).logits)
+        layers = caches[0].layers
+        assert layers[0].get_seq_length() == length + 30 == layers[0].cumulative_length
+        state = [torch.stack([getattr(layer, name) for layer in layers]) for name in ("positions", "seen")]
+        results.append((torch.cat(logits, 1), *state))
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-3, atol=1e-3)
+    for one, other in zip(results[0][1:], results[1][1:], strict=True):
+        assert torch.equal(one, other)
+
+
+def test_scores_that_are_no_numbers_leave_slots_in_order(poisoned_memory):
+    """Every slot holds a position of the text in rising order or none, and nothing beside the slots is written."""
+    settings = ReadingSettings(k=5, window=7, sinks=2, scaling=0.2, position_slope=0.0, slope_tokens=256)
+    inputs_ = list(inputs(2, 2, 2, 60, 16, 32, torch.float32, False))
+    inputs_[3][0, 10:30] = torch.nan
+    _, slots = read_text(*inputs_, settings)
+    for row in slots.positions.flatten(0, 1).tolist():
+        kept = [position for position in row if position >= 0]
+        assert kept == sorted(set(kept)) and all(position < 60 for position in kept)
+        assert row == kept + [-1] * (len(row) - len(kept)) and row[:2] == [0, 1]
+    assert slots.keys.isfinite().all() and slots.seen.tolist() == [60, 60]
