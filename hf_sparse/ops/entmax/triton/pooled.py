@@ -25,6 +25,7 @@ from hf_sparse.ops.tiles.tiles import Tiles
 MOST_TILES = 4096  # tiles of keys that a list is chosen from
 STEPS = 6  # of Newton's method, for the threshold of a mean query
 _CHUNK = 16  # blocks of keys of a program
+_ROWS, _KEYS, _WARPS, _STAGES = 64, 128, 4, 3  # of a program that multiplies mean queries with keys
 _PAIRS = 1 << 25  # of a mean query and a tile of keys, whose largest products are held at once
 
 
@@ -73,7 +74,7 @@ def fused_pooled_tiles(
     fixed = constants(query, key, kind, causal)
     at_once = max(1, 64 // pool)
     _means[(batch * heads * triton.cdiv(groups, at_once),)](
-        query, first, mean, last, queries, keys, heads, groups, layout.lead, *query.stride()[:3], D=dim,
+        query, scale, first, mean, last, queries, keys, heads, groups, layout.lead, *query.stride()[:3], D=dim,
         PADDED=fixed["PADDED"], POOL=pool, M=at_once, num_warps=4,
     )  # fmt: skip
     width = min(layout.key_tiles, count)
@@ -81,16 +82,16 @@ def fused_pooled_tiles(
     part = min(tiles, max(64, _PAIRS // (batch * heads * each * layout.key_tiles)))
     peaks = torch.empty((batch, heads, part * each, layout.key_tiles), dtype=torch.float32, device=device)
     wide = query.dtype == torch.float32 or dim > 128
-    taken = min(64, max(16, triton.next_power_of_2(part * each)))
-    block = max(64 if wide else 128, size)
+    taken = min(_ROWS, max(16, triton.next_power_of_2(part * each)))
+    block = max(64 if wide else _KEYS, size)
     before, after = (window - 1, 0) if causal else (window // 2, window - 1 - window // 2)
     for begin in range(0, tiles, part):
         listed = min(part, tiles - begin)
         _peaks[triton.cdiv(listed * each, taken) * batch * heads, triton.cdiv(keys, block * _CHUNK)](
-            mean, key, scale, last, peaks, keys, heads, groups, layout.key_tiles, begin * each, listed * each,
+            mean, key, last, peaks, keys, heads, groups, layout.key_tiles, begin * each, listed * each,
             *key.stride()[:3], GROUP=fixed["GROUP"], D=dim, PADDED=fixed["PADDED"], CAUSAL=causal,
-            PRECISION=fixed["PRECISION"], M=taken, N=block, SIZE=size, CHUNK=_CHUNK, num_warps=4,
-            num_stages=2 if wide else 3,
+            PRECISION=fixed["PRECISION"], M=taken, N=block, SIZE=size, CHUNK=_CHUNK, num_warps=_WARPS,
+            num_stages=2 if wide else _STAGES,
         )  # fmt: skip
         _lists[(batch * layout.heads * listed,)](
             peaks, last, exponent, first, index, queries, keys, heads, layout.heads, tiles, layout.key_tiles, begin,
@@ -104,10 +105,10 @@ def fused_pooled_tiles(
 
 @triton.jit(do_not_specialize=["queries", "keys", "heads", "groups", "lead"])
 def _means(
-    Q, First, Mean, Last, queries, keys, heads, groups, lead, q_batch, q_head, q_row, D: tl.constexpr,
+    Q, Scale, First, Mean, Last, queries, keys, heads, groups, lead, q_batch, q_head, q_row, D: tl.constexpr,
     PADDED: tl.constexpr, POOL: tl.constexpr, M: tl.constexpr,
 ):  # fmt: skip
-    """Write the mean query of M groups of a head, and the position of the last query of each; -1 for none."""
+    """Write the mean query of M groups of a head, times the scale, and where the last query of each is; -1 for none."""
     parts = tl.cdiv(groups, M)
     row = (tl.program_id(0) // parts).to(tl.int64)
     batch, head = row // heads, row % heads
@@ -119,7 +120,7 @@ def _means(
     q = load_rows(Q, batch * q_batch + head * q_head + index.to(tl.int64) * q_row, inside, dim, D).to(tl.float32)
     exists = inside & (tl.max(tl.abs(q), 1) > 0)
     number = tl.sum(tl.reshape(exists.to(tl.float32), [M, POOL]), 1)
-    mean = tl.sum(tl.reshape(q, [M, POOL, PADDED]), 1) / tl.maximum(number, 1.0)[:, None]
+    mean = tl.sum(tl.reshape(q, [M, POOL, PADDED]), 1) * (tl.load(Scale + head) / tl.maximum(number, 1.0))[:, None]
     group = begin + tl.arange(0, M)
     place = row * groups + group
     wanted = (group < groups)[:, None] & (dim < D)[None, :]
@@ -130,7 +131,7 @@ def _means(
 
 @triton.jit(do_not_specialize=["keys", "heads", "groups", "tiles", "first_group", "listed"])
 def _peaks(
-    Mean, K, Scale, Last, Peaks, keys, heads, groups, tiles, first_group, listed, k_batch, k_head, k_row,
+    Mean, K, Last, Peaks, keys, heads, groups, tiles, first_group, listed, k_batch, k_head, k_row,
     GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, SIZE: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -147,16 +148,25 @@ def _peaks(
     last = tl.load(Last + mean, mask=exists, other=-1)
     end = tl.max(last, 0) + 1 if CAUSAL else tl.where(tl.max(last, 0) >= 0, keys, 0)
     begin, end = tl.program_id(1) * N * CHUNK, tl.minimum(end, (tl.program_id(1) + 1) * N * CHUNK)
+    # Up to here every query sees every key of a block. A mean of no queries has any product; nobody reads it.
+    clear = tl.minimum(keys, tl.min(tl.where(last >= 0, last, keys), 0) + 1) if CAUSAL else keys
+    clear = tl.minimum(end, clear // N * N)
     if begin < end:
-        scale = tl.load(Scale + head)
         dim, lane, tile = tl.arange(0, PADDED), tl.arange(0, N), tl.arange(0, N // SIZE)
         q = load_rows(Mean, mean * D, exists, dim, D)
         base = K + batch * k_batch + head // GROUP * k_head
         into = Peaks + (row * listed + place)[:, None] * tiles + tile[None, :]
-        for start in range(begin, end, N):
+        for start in range(begin, clear, N):
+            k = tl.load(
+                base + (start + lane).to(tl.int64)[:, None] * k_row + dim[None, :], mask=(dim < D)[None, :], other=0.0
+            )
+            z = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            peak = tl.max(tl.reshape(z, [M, N // SIZE, SIZE]), 2)
+            tl.store(into + start // SIZE, peak, mask=exists[:, None])
+        for start in range(tl.maximum(begin, clear), end, N):
             key = start + lane
             k = load_rows(base, key.to(tl.int64) * k_row, key < keys, dim, D)
-            z = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale
+            z = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             sees = (key < keys)[None, :] & (last >= 0)[:, None]
             if CAUSAL:
                 sees &= key[None, :] <= last[:, None]
@@ -205,19 +215,18 @@ def _lists(
     reach = tile < tiles
     if CAUSAL:
         reach &= tile <= own
-    # Bits that are ordered as the scores are; listed at all events, or not at all.
-    bits = score.to(tl.int32, bitcast=True)
-    bits = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    bits = tl.where(known, 0x7FFFFFFF, bits)
+    # Bits that are ordered as the distances to the best score are, from 1 on; 0 for what is listed at all events.
     reach &= known | (score > float("-inf"))
-    low, high = tl.full([], -0x7FFFFFFF, tl.int64), tl.full([], 0x7FFFFFFF, tl.int64)
-    while low < high:  # the greatest number that at least `count` bits reach, or the least of all
-        middle = low + (high - low + 1) // 2
-        enough = tl.sum((reach & (bits >= middle.to(tl.int32))).to(tl.int32), 0) >= count
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle - 1)
-    least = low.to(tl.int32)
-    above, level = reach & (bits > least), reach & (bits == least)
+    best = tl.max(tl.where(reach & (score > float("-inf")), score, float("-inf")), 0)
+    distance = tl.where(known, 0.0, 1.0 + best - score)
+    bits = tl.where(reach, distance, 0.0).to(tl.int32, bitcast=True)
+    low, high = tl.full([], 0, tl.int32), tl.max(bits, 0)
+    while low < high:  # the least number that at least `count` bits do not exceed, or the greatest of all
+        middle = low + (high - low) // 2
+        below = tl.sum((reach & (bits <= middle)).to(tl.int32), 0)
+        low = tl.where(below < count, middle + 1, tl.where(below == count, middle, low))
+        high = tl.where(below < count, high, middle)
+    above, level = reach & (bits < low), reach & (bits == low)
     left = count - tl.sum(above.to(tl.int32), 0)
     keep = (above | (level & (tl.cumsum(level.to(tl.int32), 0) <= left))).to(tl.int32)
     slot = tl.cumsum(keep, 0) - keep
