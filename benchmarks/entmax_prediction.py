@@ -14,7 +14,8 @@ values are drawn. Beside the time stand the share of the allowed pairs of tiles 
 entmax gives to listed keys, over some queries of all parts of the text.
 
 First, the lists of the kernels are compared with those of plain PyTorch, and outputs and gradients over them with
-float64, at an odd length; without agreement nothing is measured. The JSON is written after every row.
+float64, at an odd length; without agreement nothing is measured. Errors of AdaSplash and FlexAttention are written down
+too. The JSON is written after every row.
 """
 
 import argparse
@@ -27,7 +28,7 @@ from typing import Any
 
 import adasplash_contender as ada  # beside this file
 import torch
-from entmax_kernels import ALLOWED, CHECKED, contender, make_inputs, sampled_weights
+from entmax_kernels import ALLOWED, CHECKED, check_others, contender, make_inputs, sampled_weights
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -91,6 +92,7 @@ def flex(options: argparse.Namespace, count: int, inputs: list[Tensor], scaling:
     rows, size = options.query_tile, options.tile
     sizes = {"fwd_BLOCK_M": rows, "fwd_BLOCK_N": size, "bwd_BLOCK_M1": min(rows, 32), "bwd_BLOCK_N1": size}
     sizes |= {"bwd_BLOCK_M2": rows, "bwd_BLOCK_N2": min(size, 32)}
+    torch._dynamo.config.recompile_limit = 100  # every length is compiled on its own, with gradients and without
     compiled: Any = torch.compile(flex_attention, dynamic=False)
     return partial(compiled, query, key, value, block_mask=mask, enable_gqa=True, kernel_options=sizes)
 
@@ -257,6 +259,8 @@ def main() -> None:
     result["versions"] |= {"adasplash": ada.installed_version()}
     result["errors_against_float64"] = check(options)
     print("errors:", {name: f"{error:.1e}" for name, error in result["errors_against_float64"].items()}, flush=True)
+    result["errors_of_others"] = check_others(options, contenders)
+    print("errors of others:", result["errors_of_others"], flush=True)
     if "flex tiles" in contenders:
         result["flex_error"] = flex_error(options, min(options.tiles_per_query))
         print("FlexAttention:", result["flex_error"], flush=True)
