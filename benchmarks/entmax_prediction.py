@@ -108,7 +108,8 @@ def flex_error(options: argparse.Namespace, count: int) -> float | str:
     tiles = predict(options, count, inputs[0], inputs[1], scaling)
     listed = tiles.mask(2048 // options.tile).repeat_interleave(tiles.rows, 2).repeat_interleave(options.tile, 3)
     listed &= torch.ones(2048, 2048, dtype=torch.bool, device=listed.device).tril()
-    exact = scaled_dot_product_attention(*(tensor.double() for tensor in inputs), attn_mask=listed, enable_gqa=True)
+    query, key, value = (tensor.double() for tensor in inputs)
+    exact = scaled_dot_product_attention(query, key, value, attn_mask=listed, enable_gqa=True)
     try:
         return float((flex(options, count, inputs, scaling)().double() - exact).norm() / exact.norm())
     except Exception as error:  # whatever the compiler raises

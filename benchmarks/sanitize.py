@@ -105,16 +105,21 @@ def rows() -> None:
 
 def sparsek(gates: Any, causal: bool, dim: int, dtype: torch.dtype = torch.bfloat16) -> None:
     """Run SparseK's attention, forward and backward."""
-    inputs = draw(6, 2, 333, 333, dim, dtype, 2)
+    query, key, value = draw(6, 2, 333, 333, dim, dtype, 2)
     scores = torch.randn(2, 2, 333, device=DEVICE, requires_grad=True)
     options: dict[str, Any] = {"k": 21, "window": 17, "sinks": 3, "gates": gates, "causal": causal}
-    sparsek_attention(*inputs, scores, implementation="triton", **options).float().square().sum().backward()
+    sparsek_attention(query, key, value, scores, implementation="triton", **options).float().square().sum().backward()
 
 
 def model(config: Any, length: int) -> None:
     """Train and generate with a small patched model."""
     torch.manual_seed(0)
-    shape = {"hidden_size": 128, "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    shape: dict[str, Any] = {
+        "hidden_size": 128,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     base = LlamaConfig(**shape, intermediate_size=64, vocab_size=97)
     patched: Any = get_peft_model(AutoModelForCausalLM.from_config(base, dtype=torch.bfloat16), config).to(DEVICE)
     ids = torch.randint(97, (2, length), device=DEVICE)
