@@ -9,8 +9,10 @@
         entmax_kernels-earlier-h200.json --entmax entmax_kernels-128-h200.json entmax_kernels-128-earlier-h200.json \\
         --shapes kernels-launches-h200.json --first-tokens generate-short-h200.json \\
         --evaluation evaluation-h200.json --cpu generate-cpu.json generate-before-cpu.json --busy busy-cpu.json \\
-        --entmax-model entmax_model-h200.json --conversion conversion-h200.json \\
+        --entmax-model entmax_model-h200.json --conversion conversion-h200.json conversion-qwen-h200.json \\
         --steps generate-entmax-h200.json generate-predicted-h200.json --prediction entmax_prediction-h200.json \\
+        entmax_prediction-qwen-h200.json --flex entmax_prediction-flex-h200.json --bidirectional \\
+        entmax_bidirectional-1-h200.json entmax_bidirectional-8-h200.json \\
         --fill ../../docs/speed.md ../../README.md --figure ../../docs/speed.png
 
 A document marks the place of a table: everything between `<!-- table: NAME -->` and `<!-- end -->` is replaced. The
@@ -46,6 +48,8 @@ CACHES = {
 }
 ENTMAX = {
     "entmax exact": "entmax, all keys, exact",
+    "adasplash 1": "AdaSplash 1, entmax over all keys",
+    "adasplash 2": "AdaSplash 2, entmax over all keys",
     "sdpa flash": "SDPA flash, dense softmax",
     "sdpa cudnn": "SDPA cuDNN, dense softmax",
 }
@@ -342,8 +346,12 @@ def entmax_table(runs: Sequence[dict[str, Any]], which: str) -> str:
     for row in (row for run in runs for row in run["rows"] if row.get("pass") == which and "error" not in row):
         cell = f"{short(row['captured_ms'])} ({short(row['median_ms'])})"
         cells.setdefault((row["contender"], row["length"]), cell)
-    lengths = sorted({length for _, length in cells})
-    rows = [[name, *(cells.get((contender, n), "-") for n in lengths)] for contender, name in ENTMAX.items()]
+    lengths, measured = sorted({length for _, length in cells}), {contender for contender, _ in cells}
+    rows = [
+        [name, *(cells.get((contender, n), "-") for n in lengths)]
+        for contender, name in ENTMAX.items()
+        if contender in measured
+    ]
     return table([f"{PASSES[which]}, ms", *(f"{n:,}" for n in lengths)], rows)
 
 
@@ -404,7 +412,8 @@ def prediction_table(run: dict[str, Any], which: str) -> str:
     cells: dict[tuple[str, int], str] = {}
     for row in run["rows"]:
         if row.get("pass") == which and row["text"].startswith("drawn "):
-            cell = f"{short(row['captured_ms'])} ({short(row['median_ms'])})"
+            captured = "-" if row["captured_ms"] is None else short(row["captured_ms"])
+            cell = f"{captured} ({short(row['median_ms'])})"
             cells[_predicted_name(row), run["texts"][row["text"]]["length"]] = cell
     rows = [[name, *(cells.get((name, n), "-") for n in lengths)] for name in dict.fromkeys(name for name, _ in cells)]
     return table([f"{PASSES.get(which, 'Prediction alone')}, ms", *(f"{n:,}" for n in lengths)], rows)
@@ -412,26 +421,109 @@ def prediction_table(run: dict[str, Any], which: str) -> str:
 
 def _predicted_name(row: dict[str, Any]) -> str:
     count = row["tiles_per_query"]
-    return ENTMAX[row["contender"]] if count is None else f"entmax, {count} tiles predicted"
+    if count is None:
+        return ENTMAX[row["contender"]]
+    if row["contender"] == "flex tiles":
+        return f"FlexAttention, softmax over the same {count} tiles"
+    return f"entmax, {count} tiles predicted"
 
 
-def predicted_text_table(run: dict[str, Any]) -> str:
-    """Tabulate what predicted tiles hold in every text, and the forward of the contenders in a CUDA graph."""
-    times = {
-        (row["text"], _predicted_name(row)): short(row["captured_ms"])
-        for row in run["rows"]
-        if row.get("pass") == "forward"
-    }
-    others = [ENTMAX[name] for name in ("entmax exact", "sdpa flash", "sdpa cudnn")]
+def entmax_ratio_table(runs: Sequence[dict[str, Any]]) -> str:
+    """Divide the time of entmax over all keys and over predicted tiles by that of others, in CUDA graphs.
+
+    Texts that are layers of one model and length are one row: the sums of their times."""
+    times: dict[tuple[str, int], dict[tuple[str, str], float]] = {}
+    for run in runs:
+        for row in (row for row in run["rows"] if "error" not in row and row["captured_ms"] is not None):
+            text, column = run["texts"][row["text"]]["length"], (_predicted_name(row), row["pass"])
+            cells = times.setdefault((row["text"].split(" layer ")[0].rsplit(" ", 1)[0], text), {})
+            cells[column] = cells.get(column, 0.0) + row["captured_ms"]
+    others = {"adasplash 2": "AdaSplash 2", "sdpa flash": "flash", "sdpa cudnn": "cuDNN"}
     rows = []
-    for name, text in run["texts"].items():
-        for count, held in text["predicted"].items():
-            predicted = times.get((name, f"entmax, {count} tiles predicted"), "-")
-            cells = [f"{held['listed']:.0%}", f"{held['recall']:.1%}", predicted]
-            rows.append([name, f"{text['length']:,}", count, f"{held['keys_per_query']:.0f}", *cells])
-            rows[-1] += [times.get((name, other), "-") for other in others]
+    for (text, length), cells in times.items():
+        for name in dict.fromkeys(name for name, _ in cells):
+            if name == ENTMAX["entmax exact"] or name.endswith("predicted"):
+                both = [(cells.get((name, p)), cells.get((ENTMAX[other], p))) for p in PASSES for other in others]
+                ratios_of = [f"{ours / theirs:.2f}" if ours and theirs else "-" for ours, theirs in both]
+                rows.append([text, f"{length:,}", name, *ratios_of])
+    head = [f"{PASSES[which].lower()} / {other}" for which in PASSES for other in others.values()]
+    return table(["queries and keys", "tokens", "ours", *head], rows)
+
+
+def flex_table(run: dict[str, Any]) -> str:
+    """Tabulate entmax over predicted tiles, prediction included, beside softmax over the same tiles, in CUDA graphs."""
+    cells: dict[tuple[str, int, str, str], float] = {}
+    for row in (row for row in run["rows"] if "error" not in row and row["tiles_per_query"] is not None):
+        cells[row["text"], row["tiles_per_query"], row["contender"], row["pass"]] = row["captured_ms"]
+    rows = []
+    for text, count in dict.fromkeys((text, count) for text, count, *_ in cells):
+        found: list[str] = []
+        for which in PASSES:
+            ours, flex = (cells.get((text, count, name, which)) for name in ("predicted", "flex tiles"))
+            found += [short(ours), short(flex), short(ours / flex if ours and flex else None)]
+        rows.append([text, f"{run['texts'][text]['length']:,}", f"{count}", *found])
+    head = [f"{name}, {PASSES[which].lower()}" for which in PASSES for name in ("entmax", "FlexAttention", "ratio")]
+    return table(["queries and keys", "tokens", "tiles", *head], rows)
+
+
+def bidirectional_table(runs: Sequence[dict[str, Any]], which: str) -> str:
+    """Tabulate one pass without a causal mask, as encoders have it, and what entmax takes beside the others.
+
+    Cells are those of `entmax_table`. A ratio to SDPA is of times in a CUDA graph, that to AdaSplash 1, which a graph
+    cannot hold, of times as called from Python."""
+    names = ("entmax exact", "adasplash 1", "sdpa flash", "sdpa cudnn")
+    rows = []
+    for run in runs:
+        measured = [row for row in run["rows"] if row.get("pass") == which and "error" not in row]
+        for length in sorted({row["length"] for row in measured}):
+            of = {row["contender"]: row for row in measured if row["length"] == length}
+            cells = [f"{short(of[n]['captured_ms'])} ({short(of[n]['median_ms'])})" if n in of else "-" for n in names]
+            for other in names[1:]:
+                column = "median_ms" if other == "adasplash 1" else "captured_ms"
+                both = other in of and names[0] in of
+                cells.append(f"{of[names[0]][column] / of[other][column]:.2f}" if both else "-")
+            rows.append([f"{length:,} x {run['settings']['batch']}", *cells])
+    head = ["entmax, ms", "AdaSplash 1", "SDPA flash", "SDPA cuDNN"]
+    head += ["*entmax / AdaSplash 1*", "*/ flash*", "*/ cuDNN*"]
+    return table([f"{PASSES[which]}: tokens x batch", *head], rows)
+
+
+def other_error_table(runs: Sequence[dict[str, Any]]) -> str:
+    """Tabulate the errors of entmax and AdaSplash against float64."""
+    rows = []
+    for run in runs:
+        settings = run["settings"]
+        shape = f"{settings['query_heads']} / {settings['kv_heads']} x {settings['dim']}"
+        if settings.get("bidirectional"):
+            shape += f", both directions, batch {settings['batch']}"
+        every = {"entmax exact": run["errors_against_float64"], **run["errors_of_others"]}
+        for name, errors in every.items():
+            if isinstance(errors, str):
+                rows.append([shape, ENTMAX[name], errors, "-"])
+                continue
+            gradients = max(value for key, value in errors.items() if key.startswith("d_"))
+            rows.append([shape, ENTMAX[name], f"{errors['output']:.1e}", f"{gradients:.1e}"])
+    return table(["heads", "contender", "error of the output", "largest error of a gradient"], rows)
+
+
+def predicted_text_table(runs: Sequence[dict[str, Any]]) -> str:
+    """Tabulate what predicted tiles hold in every text, and the forward of the contenders in a CUDA graph."""
+    others = [ENTMAX[name] for name in ("entmax exact", "adasplash 2", "sdpa flash", "sdpa cudnn")]
+    rows = []
+    for run in runs:
+        times = {
+            (row["text"], _predicted_name(row)): short(row["captured_ms"])
+            for row in run["rows"]
+            if row.get("pass") == "forward" and "error" not in row
+        }
+        for name, text in run["texts"].items():
+            for count, held in text["predicted"].items():
+                predicted = times.get((name, f"entmax, {count} tiles predicted"), "-")
+                cells = [f"{held['listed']:.0%}", f"{held['recall']:.1%}", predicted]
+                rows.append([name, f"{text['length']:,}", count, f"{held['keys_per_query']:.0f}", *cells])
+                rows[-1] += [times.get((name, other), "-") for other in others]
     head = ["queries and keys", "tokens", "tiles", "keys with weight", "pairs listed", "mass held", "predicted, ms"]
-    return table([*head, "all keys, ms", "flash, ms", "cuDNN, ms"], rows)
+    return table([*head, "all keys, ms", "AdaSplash 2, ms", "flash, ms", "cuDNN, ms"], rows)
 
 
 def machine_table(kernels: dict[str, Any], model: dict[str, Any]) -> str:
@@ -520,19 +612,22 @@ def all_tables(
     cpu: Sequence[dict[str, Any]],
     busy: dict[str, Any],
     entmax_model: dict[str, Any],
-    conversion: dict[str, Any],
+    conversion: Sequence[dict[str, Any]],
     steps: Sequence[dict[str, Any]],
     shapes: Sequence[dict[str, Any]],
     first_tokens: dict[str, Any],
-    prediction: dict[str, Any],
+    prediction: Sequence[dict[str, Any]],
+    flex: dict[str, Any],
+    bidirectional: Sequence[dict[str, Any]],
 ) -> dict[str, str]:
     """Return every table by the name that documents call it.
 
     `wider` is a run of the kernels with soft gates over a larger support; `generate` and `cpu` hold two runs of
     generate.py each, now and before; `entmax` holds the runs of each of two shapes, of which the first counts;
-    `entmax_model` is a run of whole models, `conversion` the finetune.json of a training run, `steps` holds runs of
+    `entmax_model` is a run of whole models, `conversion` holds the finetune.json of two training runs, `steps` runs of
     default generate with Sparsefinder, `shapes` one run of the kernels for each shape, `first_tokens` is a run of
-    `generate.py` for short prompts, and `prediction` one of predicted tiles."""
+    `generate.py` for short prompts, `prediction` holds runs of predicted tiles, of which the first has drawn texts too,
+    `flex` is one beside FlexAttention, and `bidirectional` holds runs of entmax_kernels.py without a causal mask."""
     spread = [[label, f"{model['spread'][name]:.0%}"] for name, label in CACHES.items()]
     return {
         "machine": machine_table(kernels, model),
@@ -557,7 +652,8 @@ def all_tables(
         "entmax forward of large heads": entmax_table(entmax[1], "forward"),
         "entmax forward and backward of large heads": entmax_table(entmax[1], "forward_backward"),
         "entmax models": entmax_model_table(entmax_model),
-        "conversion": conversion_table(conversion),
+        "conversion": conversion_table(conversion[0]),
+        "conversion of qwen": conversion_table(conversion[1]),
         "entmax steps": step_table(steps),
         "attention summary": attention_summary(kernels),
         "decoding summary": decode_summary(model),
@@ -566,10 +662,15 @@ def all_tables(
         "evaluation by contender": evaluation_table(evaluation),
         "generate on a cpu": cpu_table(*cpu),
         "busy cpu": busy_table(busy),
-        "prediction": prediction_table(prediction, "forward"),
-        "prediction forward and backward": prediction_table(prediction, "forward_backward"),
-        "prediction alone": prediction_table(prediction, "prediction"),
+        "prediction": prediction_table(prediction[0], "forward"),
+        "prediction forward and backward": prediction_table(prediction[0], "forward_backward"),
+        "prediction alone": prediction_table(prediction[0], "prediction"),
         "predicted texts": predicted_text_table(prediction),
+        "entmax ratios": entmax_ratio_table(prediction),
+        "errors of entmax": other_error_table([prediction[0], *bidirectional]),
+        "flex tiles": flex_table(flex),
+        "both directions": bidirectional_table(bidirectional, "forward"),
+        "both directions and backward": bidirectional_table(bidirectional, "forward_backward"),
     }
 
 
@@ -630,9 +731,11 @@ def main() -> None:
     parser.add_argument("--cpu", type=Path, nargs=2, required=True, help="JSON of generate.py on a CPU, now and before")
     parser.add_argument("--busy", type=Path, required=True, help="JSON of busy.py")
     parser.add_argument("--entmax-model", type=Path, required=True, help="JSON of entmax_model.py")
-    parser.add_argument("--conversion", type=Path, required=True, help="finetune.json of a Sparsefinder adapter")
+    parser.add_argument("--conversion", type=Path, nargs=2, required=True, help="finetune.json of SmolLM2 and of Qwen")
     parser.add_argument("--steps", type=Path, nargs="+", required=True, help="JSON of default generate, Sparsefinder")
-    parser.add_argument("--prediction", type=Path, required=True, help="JSON of entmax_prediction.py")
+    parser.add_argument("--prediction", type=Path, nargs="+", required=True, help="JSON of entmax_prediction.py")
+    parser.add_argument("--flex", type=Path, required=True, help="JSON of entmax_prediction.py beside FlexAttention")
+    parser.add_argument("--bidirectional", type=Path, nargs="+", required=True, help="JSON of entmax_kernels.py")
     parser.add_argument(
         "--fill", type=Path, nargs="*", default=[], help="Markdown files whose marked tables are replaced"
     )
@@ -659,11 +762,13 @@ def main() -> None:
         cpu=list(map(read, options.cpu)),
         busy=read(options.busy),
         entmax_model=read(options.entmax_model),
-        conversion=read(options.conversion),
+        conversion=list(map(read, options.conversion)),
         steps=list(map(read, options.steps)),
         shapes=list(map(read, options.shapes)),
         first_tokens=read(options.first_tokens),
-        prediction=read(options.prediction),
+        prediction=list(map(read, options.prediction)),
+        flex=read(options.flex),
+        bidirectional=list(map(read, options.bidirectional)),
     )
     if options.figure:
         draw(kernels, options.figure)
