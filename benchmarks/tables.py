@@ -419,6 +419,16 @@ def prediction_table(run: dict[str, Any], which: str) -> str:
     return table([f"{PASSES.get(which, 'Prediction alone')}, ms", *(f"{n:,}" for n in lengths)], rows)
 
 
+def joined_texts(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Join runs of predicted tiles; of a text that several have, the rows of the first count."""
+    texts: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    for run in runs:
+        rows += [row for row in run["rows"] if row["text"] not in texts]
+        texts = {**run["texts"], **texts}
+    return {"texts": texts, "rows": rows}
+
+
 def _predicted_name(row: dict[str, Any]) -> str:
     count = row["tiles_per_query"]
     if count is None:
@@ -428,19 +438,18 @@ def _predicted_name(row: dict[str, Any]) -> str:
     return f"entmax, {count} tiles predicted"
 
 
-def entmax_ratio_table(runs: Sequence[dict[str, Any]]) -> str:
+def entmax_ratio_table(run: dict[str, Any]) -> str:
     """Divide the time of entmax over all keys and over predicted tiles by that of others, in CUDA graphs.
 
     Texts that are layers of one model and length are one row: the sums of their times."""
     times: dict[tuple[str, int], dict[tuple[str, str], float]] = {}
-    for run in runs:
-        for row in (row for row in run["rows"] if "error" not in row and row["captured_ms"] is not None):
-            text, column = run["texts"][row["text"]]["length"], (_predicted_name(row), row["pass"])
-            cells = times.setdefault((row["text"].split(" layer ")[0].rsplit(" ", 1)[0], text), {})
-            cells[column] = cells.get(column, 0.0) + row["captured_ms"]
+    for row in (row for row in run["rows"] if "error" not in row and row["captured_ms"] is not None):
+        column, length = (_predicted_name(row), row["pass"]), run["texts"][row["text"]]["length"]
+        cells = times.setdefault((row["text"].split(" layer ")[0].rsplit(" ", 1)[0], length), {})
+        cells[column] = cells.get(column, 0.0) + row["captured_ms"]
     others = {"adasplash 2": "AdaSplash 2", "sdpa flash": "flash", "sdpa cudnn": "cuDNN"}
     rows = []
-    for (text, length), cells in times.items():
+    for (text, length), cells in sorted(times.items()):
         for name in dict.fromkeys(name for name, _ in cells):
             if name == ENTMAX["entmax exact"] or name.endswith("predicted"):
                 both = [(cells.get((name, p)), cells.get((ENTMAX[other], p))) for p in PASSES for other in others]
@@ -506,22 +515,21 @@ def other_error_table(runs: Sequence[dict[str, Any]]) -> str:
     return table(["heads", "contender", "error of the output", "largest error of a gradient"], rows)
 
 
-def predicted_text_table(runs: Sequence[dict[str, Any]]) -> str:
+def predicted_text_table(run: dict[str, Any]) -> str:
     """Tabulate what predicted tiles hold in every text, and the forward of the contenders in a CUDA graph."""
     others = [ENTMAX[name] for name in ("entmax exact", "adasplash 2", "sdpa flash", "sdpa cudnn")]
+    times = {
+        (row["text"], _predicted_name(row)): short(row["captured_ms"])
+        for row in run["rows"]
+        if row.get("pass") == "forward"
+    }
     rows = []
-    for run in runs:
-        times = {
-            (row["text"], _predicted_name(row)): short(row["captured_ms"])
-            for row in run["rows"]
-            if row.get("pass") == "forward" and "error" not in row
-        }
-        for name, text in run["texts"].items():
-            for count, held in text["predicted"].items():
-                predicted = times.get((name, f"entmax, {count} tiles predicted"), "-")
-                cells = [f"{held['listed']:.0%}", f"{held['recall']:.1%}", predicted]
-                rows.append([name, f"{text['length']:,}", count, f"{held['keys_per_query']:.0f}", *cells])
-                rows[-1] += [times.get((name, other), "-") for other in others]
+    for name, text in sorted(run["texts"].items(), key=lambda item: (item[0].split(" ")[0], item[1]["length"])):
+        for count, held in text["predicted"].items():
+            predicted = times.get((name, f"entmax, {count} tiles predicted"), "-")
+            cells = [f"{held['listed']:.0%}", f"{held['recall']:.1%}", predicted]
+            rows.append([name, f"{text['length']:,}", count, f"{held['keys_per_query']:.0f}", *cells])
+            rows[-1] += [times.get((name, other), "-") for other in others]
     head = ["queries and keys", "tokens", "tiles", "keys with weight", "pairs listed", "mass held", "predicted, ms"]
     return table([*head, "all keys, ms", "AdaSplash 2, ms", "flash, ms", "cuDNN, ms"], rows)
 
@@ -626,7 +634,7 @@ def all_tables(
     generate.py each, now and before; `entmax` holds the runs of each of two shapes, of which the first counts;
     `entmax_model` is a run of whole models, `conversion` holds the finetune.json of two training runs, `steps` runs of
     default generate with Sparsefinder, `shapes` one run of the kernels for each shape, `first_tokens` is a run of
-    `generate.py` for short prompts, `prediction` holds runs of predicted tiles, of which the first has drawn texts too,
+    `generate.py` for short prompts, `prediction` holds runs of predicted tiles, of which the first with a text counts,
     `flex` is one beside FlexAttention, and `bidirectional` holds runs of entmax_kernels.py without a causal mask."""
     spread = [[label, f"{model['spread'][name]:.0%}"] for name, label in CACHES.items()]
     return {
@@ -662,11 +670,11 @@ def all_tables(
         "evaluation by contender": evaluation_table(evaluation),
         "generate on a cpu": cpu_table(*cpu),
         "busy cpu": busy_table(busy),
-        "prediction": prediction_table(prediction[0], "forward"),
-        "prediction forward and backward": prediction_table(prediction[0], "forward_backward"),
-        "prediction alone": prediction_table(prediction[0], "prediction"),
-        "predicted texts": predicted_text_table(prediction),
-        "entmax ratios": entmax_ratio_table(prediction),
+        "prediction": prediction_table(joined_texts(prediction), "forward"),
+        "prediction forward and backward": prediction_table(joined_texts(prediction), "forward_backward"),
+        "prediction alone": prediction_table(joined_texts(prediction), "prediction"),
+        "predicted texts": predicted_text_table(joined_texts(prediction)),
+        "entmax ratios": entmax_ratio_table(joined_texts(prediction)),
         "errors of entmax": other_error_table([prediction[0], *bidirectional]),
         "flex tiles": flex_table(flex),
         "both directions": bidirectional_table(bidirectional, "forward"),
