@@ -9,10 +9,9 @@
         entmax_kernels-earlier-h200.json --entmax entmax_kernels-128-h200.json entmax_kernels-128-earlier-h200.json \\
         --shapes kernels-launches-h200.json --first-tokens generate-short-h200.json \\
         --evaluation evaluation-h200.json --cpu generate-cpu.json generate-before-cpu.json --busy busy-cpu.json \\
-        --entmax-model entmax_model-h200.json --conversion conversion-h200.json conversion-qwen-h200.json \\
+        --entmax-model entmax_model-h200.json --conversion conversion-h200.json \\
         --steps generate-entmax-h200.json generate-predicted-h200.json --prediction entmax_prediction-h200.json \\
-        entmax_prediction-qwen-h200.json --flex entmax_prediction-flex-h200.json --bidirectional \\
-        entmax_bidirectional-1-h200.json entmax_bidirectional-8-h200.json \\
+        entmax_prediction-earlier-h200.json \\
         --fill ../../docs/speed.md ../../README.md --figure ../../docs/speed.png
 
 A document marks the place of a table: everything between `<!-- table: NAME -->` and `<!-- end -->` is replaced. The
@@ -459,44 +458,6 @@ def entmax_ratio_table(run: dict[str, Any]) -> str:
     return table(["queries and keys", "tokens", "ours", *head], rows)
 
 
-def flex_table(run: dict[str, Any]) -> str:
-    """Tabulate entmax over predicted tiles, prediction included, beside softmax over the same tiles, in CUDA graphs."""
-    cells: dict[tuple[str, int, str, str], float] = {}
-    for row in (row for row in run["rows"] if "error" not in row and row["tiles_per_query"] is not None):
-        cells[row["text"], row["tiles_per_query"], row["contender"], row["pass"]] = row["captured_ms"]
-    rows = []
-    for text, count in dict.fromkeys((text, count) for text, count, *_ in cells):
-        found: list[str] = []
-        for which in PASSES:
-            ours, flex = (cells.get((text, count, name, which)) for name in ("predicted", "flex tiles"))
-            found += [short(ours), short(flex), short(ours / flex if ours and flex else None)]
-        rows.append([text, f"{run['texts'][text]['length']:,}", f"{count}", *found])
-    head = [f"{name}, {PASSES[which].lower()}" for which in PASSES for name in ("entmax", "FlexAttention", "ratio")]
-    return table(["queries and keys", "tokens", "tiles", *head], rows)
-
-
-def bidirectional_table(runs: Sequence[dict[str, Any]], which: str) -> str:
-    """Tabulate one pass without a causal mask, as encoders have it, and what entmax takes beside the others.
-
-    Cells are those of `entmax_table`. A ratio to SDPA is of times in a CUDA graph, that to AdaSplash 1, which a graph
-    cannot hold, of times as called from Python."""
-    names = ("entmax exact", "adasplash 1", "sdpa flash", "sdpa cudnn")
-    rows = []
-    for run in runs:
-        measured = [row for row in run["rows"] if row.get("pass") == which and "error" not in row]
-        for length in sorted({row["length"] for row in measured}):
-            of = {row["contender"]: row for row in measured if row["length"] == length}
-            cells = [f"{short(of[n]['captured_ms'])} ({short(of[n]['median_ms'])})" if n in of else "-" for n in names]
-            for other in names[1:]:
-                column = "median_ms" if other == "adasplash 1" else "captured_ms"
-                both = other in of and names[0] in of
-                cells.append(f"{of[names[0]][column] / of[other][column]:.2f}" if both else "-")
-            rows.append([f"{length:,} x {run['settings']['batch']}", *cells])
-    head = ["entmax, ms", "AdaSplash 1", "SDPA flash", "SDPA cuDNN"]
-    head += ["*entmax / AdaSplash 1*", "*/ flash*", "*/ cuDNN*"]
-    return table([f"{PASSES[which]}: tokens x batch", *head], rows)
-
-
 def other_error_table(runs: Sequence[dict[str, Any]]) -> str:
     """Tabulate the errors of entmax and AdaSplash against float64."""
     rows = []
@@ -620,22 +581,20 @@ def all_tables(
     cpu: Sequence[dict[str, Any]],
     busy: dict[str, Any],
     entmax_model: dict[str, Any],
-    conversion: Sequence[dict[str, Any]],
+    conversion: dict[str, Any],
     steps: Sequence[dict[str, Any]],
     shapes: Sequence[dict[str, Any]],
     first_tokens: dict[str, Any],
     prediction: Sequence[dict[str, Any]],
-    flex: dict[str, Any],
-    bidirectional: Sequence[dict[str, Any]],
 ) -> dict[str, str]:
     """Return every table by the name that documents call it.
 
     `wider` is a run of the kernels with soft gates over a larger support; `generate` and `cpu` hold two runs of
     generate.py each, now and before; `entmax` holds the runs of each of two shapes, of which the first counts;
-    `entmax_model` is a run of whole models, `conversion` holds the finetune.json of two training runs, `steps` runs of
+    `entmax_model` is a run of whole models, `conversion` the finetune.json of a training run, `steps` holds runs of
     default generate with Sparsefinder, `shapes` one run of the kernels for each shape, `first_tokens` is a run of
-    `generate.py` for short prompts, `prediction` holds runs of predicted tiles, of which the first with a text counts,
-    `flex` is one beside FlexAttention, and `bidirectional` holds runs of entmax_kernels.py without a causal mask."""
+    `generate.py` for short prompts, `prediction` holds runs of predicted tiles, of which the first
+    with a text counts."""
     spread = [[label, f"{model['spread'][name]:.0%}"] for name, label in CACHES.items()]
     return {
         "machine": machine_table(kernels, model),
@@ -660,8 +619,7 @@ def all_tables(
         "entmax forward of large heads": entmax_table(entmax[1], "forward"),
         "entmax forward and backward of large heads": entmax_table(entmax[1], "forward_backward"),
         "entmax models": entmax_model_table(entmax_model),
-        "conversion": conversion_table(conversion[0]),
-        "conversion of qwen": conversion_table(conversion[1]),
+        "conversion": conversion_table(conversion),
         "entmax steps": step_table(steps),
         "attention summary": attention_summary(kernels),
         "decoding summary": decode_summary(model),
@@ -675,10 +633,7 @@ def all_tables(
         "prediction alone": prediction_table(joined_texts(prediction), "prediction"),
         "predicted texts": predicted_text_table(joined_texts(prediction)),
         "entmax ratios": entmax_ratio_table(joined_texts(prediction)),
-        "errors of entmax": other_error_table([prediction[0], *bidirectional]),
-        "flex tiles": flex_table(flex),
-        "both directions": bidirectional_table(bidirectional, "forward"),
-        "both directions and backward": bidirectional_table(bidirectional, "forward_backward"),
+        "errors of entmax": other_error_table(prediction[:1]),
     }
 
 
@@ -739,11 +694,9 @@ def main() -> None:
     parser.add_argument("--cpu", type=Path, nargs=2, required=True, help="JSON of generate.py on a CPU, now and before")
     parser.add_argument("--busy", type=Path, required=True, help="JSON of busy.py")
     parser.add_argument("--entmax-model", type=Path, required=True, help="JSON of entmax_model.py")
-    parser.add_argument("--conversion", type=Path, nargs=2, required=True, help="finetune.json of SmolLM2 and of Qwen")
+    parser.add_argument("--conversion", type=Path, required=True, help="finetune.json of a Sparsefinder adapter")
     parser.add_argument("--steps", type=Path, nargs="+", required=True, help="JSON of default generate, Sparsefinder")
     parser.add_argument("--prediction", type=Path, nargs="+", required=True, help="JSON of entmax_prediction.py")
-    parser.add_argument("--flex", type=Path, required=True, help="JSON of entmax_prediction.py beside FlexAttention")
-    parser.add_argument("--bidirectional", type=Path, nargs="+", required=True, help="JSON of entmax_kernels.py")
     parser.add_argument(
         "--fill", type=Path, nargs="*", default=[], help="Markdown files whose marked tables are replaced"
     )
@@ -770,13 +723,11 @@ def main() -> None:
         cpu=list(map(read, options.cpu)),
         busy=read(options.busy),
         entmax_model=read(options.entmax_model),
-        conversion=list(map(read, options.conversion)),
+        conversion=read(options.conversion),
         steps=list(map(read, options.steps)),
         shapes=list(map(read, options.shapes)),
         first_tokens=read(options.first_tokens),
         prediction=list(map(read, options.prediction)),
-        flex=read(options.flex),
-        bidirectional=list(map(read, options.bidirectional)),
     )
     if options.figure:
         draw(kernels, options.figure)

@@ -41,7 +41,7 @@ def tables() -> dict[str, str]:
     entmax = [read(f"entmax_kernels{shape}", f"entmax_kernels{shape}-earlier") for shape in ("", "-128")]
     (evaluation,) = read("evaluation")
     generate_cpu, before_cpu, busy = read("generate", "generate-before", "busy", machine="cpu")
-    entmax_model, flex = read("entmax_model", "entmax_prediction-flex")
+    entmax_model, conversion = read("entmax_model", "conversion")
     return SCRIPT.all_tables(
         kernels=kernels,
         wider=wider,
@@ -55,13 +55,11 @@ def tables() -> dict[str, str]:
         cpu=[generate_cpu, before_cpu],
         busy=busy,
         entmax_model=entmax_model,
-        conversion=read("conversion", "conversion-qwen"),
+        conversion=conversion,
         steps=read("generate-entmax", "generate-predicted"),
         shapes=shapes,
         first_tokens=first_tokens,
-        prediction=read("entmax_prediction", "entmax_prediction-qwen"),
-        flex=flex,
-        bidirectional=read("entmax_bidirectional-1", "entmax_bidirectional-8"),
+        prediction=read("entmax_prediction", "entmax_prediction-earlier"),
     )
 
 
