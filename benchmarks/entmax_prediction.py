@@ -3,7 +3,9 @@
     python benchmarks/entmax_prediction.py --output entmax_prediction.json [--inputs queries_and_keys.safetensors]
 
     predicted           `pooled_tiles`, and `entmax_attention` over its tiles
+    flex tiles          softmax over the same tiles in FlexAttention; neither prediction nor its mask is included
     entmax exact        `entmax_attention` over all keys
+    adasplash 1, 2      entmax over all keys of the package `adasplash`, where it is installed
     sdpa flash, cudnn   torch's dense causal attention
 
 Queries and keys are those of `entmax_kernels.py`, which says how they are drawn, and those of a file: tensors
@@ -12,7 +14,8 @@ values are drawn. Beside the time stand the share of the allowed pairs of tiles 
 entmax gives to listed keys, over some queries of all parts of the text.
 
 First, the lists of the kernels are compared with those of plain PyTorch, and outputs and gradients over them with
-float64, at an odd length; without agreement nothing is measured. The JSON is written after every row.
+float64, at an odd length; without agreement nothing is measured. Errors of AdaSplash and FlexAttention are written down
+too. The JSON is written after every row.
 """
 
 import argparse
@@ -23,10 +26,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import adasplash_contender as ada  # beside this file
 import torch
-from entmax_kernels import ALLOWED, CHECKED, contender, make_inputs, sampled_weights
+from entmax_kernels import ALLOWED, CHECKED, check_others, contender, make_inputs, sampled_weights
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
 from triton.testing import do_bench, do_bench_cudagraph
 
 from hf_sparse.atomic_files import write_json
@@ -34,7 +40,8 @@ from hf_sparse.environment import describe
 from hf_sparse.ops.entmax import entmax_attention, pooled_tiles
 from hf_sparse.ops.tiles import Tiles
 
-CONTENDERS = ("predicted", "entmax exact", "sdpa flash", "sdpa cudnn")
+WITH_TILES = ("predicted", "flex tiles")
+CONTENDERS = (*WITH_TILES, "entmax exact", *ada.VERSIONS, "sdpa flash", "sdpa cudnn")
 SAMPLED = 256  # queries over which the recall is measured
 DIFFERENT = 0.01  # of the listed pairs of tiles may differ from those of float64: scores that are almost equal
 
@@ -59,6 +66,54 @@ def attend(options: argparse.Namespace, count: int, inputs: list[Tensor], scalin
     query, key, value = inputs
     tiles = predict(options, count, query.detach(), key.detach(), scaling)
     return entmax_attention(query, key, value, alpha=1.5, scaling=scaling, causal=True, tiles=tiles)
+
+
+def seen(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    """Let a query see itself and older keys, for FlexAttention."""
+    return query >= key
+
+
+def flex(options: argparse.Namespace, count: int, inputs: list[Tensor], scaling: Tensor) -> Callable[[], Tensor]:
+    """Return softmax over the predicted tiles in FlexAttention."""
+    query, key, value = inputs
+    tiles, length = predict(options, count, query.detach(), key.detach(), scaling), key.shape[2]
+    listed = tiles.mask(-(-length // options.tile))
+    # Only the tile of keys in which a query lies needs the causal mask.
+    diagonal = torch.arange(listed.shape[2], device=key.device) * options.query_tile // options.tile
+    masked = listed & (torch.arange(listed.shape[3], device=key.device) == diagonal[:, None])
+    mask = BlockMask.from_kv_blocks(
+        *_ordered(masked),
+        *_ordered(listed & ~masked),
+        BLOCK_SIZE=(options.query_tile, options.tile),
+        mask_mod=seen,
+        seq_lengths=(length, length),
+    )
+    # Programs must not be larger than the tiles, whatever size FlexAttention would choose.
+    rows, size = options.query_tile, options.tile
+    sizes = {"fwd_BLOCK_M": rows, "fwd_BLOCK_N": size, "bwd_BLOCK_M1": min(rows, 32), "bwd_BLOCK_N1": size}
+    sizes |= {"bwd_BLOCK_M2": rows, "bwd_BLOCK_N2": min(size, 32)}
+    torch._dynamo.config.recompile_limit = 100  # every length is compiled on its own, with gradients and without
+    compiled: Any = torch.compile(flex_attention, dynamic=False)
+    return partial(compiled, query, key, value, block_mask=mask, enable_gqa=True, kernel_options=sizes)
+
+
+def _ordered(listed: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the number of listed tiles of each row, and all tiles with the listed ones first."""
+    return listed.sum(-1, dtype=torch.int32), listed.int().argsort(dim=-1, descending=True, stable=True).int()
+
+
+def flex_error(options: argparse.Namespace, count: int) -> float | str:
+    """Return the relative error of FlexAttention over the tiles, or why it did not run. It decides nothing."""
+    inputs, scaling = make_inputs(options, 2048, getattr(torch, options.dtype))
+    tiles = predict(options, count, inputs[0], inputs[1], scaling)
+    listed = tiles.mask(2048 // options.tile).repeat_interleave(tiles.rows, 2).repeat_interleave(options.tile, 3)
+    listed &= torch.ones(2048, 2048, dtype=torch.bool, device=listed.device).tril()
+    query, key, value = (tensor.double() for tensor in inputs)
+    exact = scaled_dot_product_attention(query, key, value, attn_mask=listed, enable_gqa=True)
+    try:
+        return float((flex(options, count, inputs, scaling)().double() - exact).norm() / exact.norm())
+    except Exception as error:  # whatever the compiler raises
+        return str(error).splitlines()[0]
 
 
 def statistics_of(
@@ -119,9 +174,15 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Return rows of a contender: forward, and forward with backward; where tiles are predicted, prediction alone."""
     rows: list[dict[str, Any]] = []
-    leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs]
+    tensors = ada.prepared(name, inputs, scaling) if name in ada.VERSIONS else inputs
+    leaves = [tensor.detach().clone().requires_grad_() for tensor in tensors]
     run: Callable[[], Tensor]
-    run = contender(name, leaves, scaling) if count is None else partial(attend, options, count, leaves, scaling)
+    if count is None:
+        run = contender(name, leaves, scaling)
+    elif name == "flex tiles":
+        run = flex(options, count, leaves, scaling)
+    else:
+        run = partial(attend, options, count, leaves, scaling)
 
     def forward() -> Tensor:
         with torch.no_grad():
@@ -131,7 +192,7 @@ def measure(
         return torch.autograd.grad(run(), leaves, upstream)
 
     functions: list[tuple[str, Callable[[], Any]]] = [("forward", forward), ("forward_backward", both)]
-    if count is not None:
+    if name == "predicted" and count is not None:
         query, key, _ = (leaf.detach() for leaf in leaves)
         functions.append(("prediction", partial(predict, options, count, query, key, scaling)))
     try:
@@ -139,10 +200,11 @@ def measure(
         for label, function in functions:
             function()
             median = do_bench(function, warmup=10, rep=options.repeat_ms, return_mode="median")
-            captured = do_bench_cudagraph(function, rep=options.repeat_ms)
+            # AdaSplash 1 waits for the GPU, which a CUDA graph cannot hold.
+            captured = None if name == "adasplash 1" else do_bench_cudagraph(function, rep=options.repeat_ms)
             rows.append({"contender": name, "tiles_per_query": count, "pass": label})
             rows[-1] |= {"median_ms": median, "captured_ms": captured}
-    except (RuntimeError, NotImplementedError) as error:  # a kernel of torch that does not take the shape, or no memory
+    except (AssertionError, RuntimeError, NotImplementedError) as error:  # a shape that is not taken, or no memory
         rows.append({"contender": name, "tiles_per_query": count, "error": str(error).splitlines()[0]})
     return rows
 
@@ -187,14 +249,22 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="the JSON to write")
     options = parser.parse_args()
     options.query_tile = options.query_tile or options.tile
+    options.alpha, options.bidirectional = 1.5, False  # for make_inputs
+    contenders = options.only or [n for n in CONTENDERS if n not in ada.VERSIONS or ada.installed_version()]
 
     names = ("tile", "query_tile", "tiles_per_query", "pool", "window", "batch", "query_heads", "kv_heads", "dim")
     settings = {name: getattr(options, name) for name in (*names, "dtype", "repeat_ms")} | {"alpha": 1.5}
     result: dict[str, Any] = {"format": 1, "benchmark": "entmax_prediction", "settings": settings}
     result |= {"commit": options.commit, **describe()}
     result["versions"] |= {"cuda": torch.version.cuda, "triton": version("triton")}
+    result["versions"] |= {"adasplash": ada.installed_version()}
     result["errors_against_float64"] = check(options)
     print("errors:", {name: f"{error:.1e}" for name, error in result["errors_against_float64"].items()}, flush=True)
+    result["errors_of_others"] = check_others(options, contenders)
+    print("errors of others:", result["errors_of_others"], flush=True)
+    if "flex tiles" in contenders:
+        result["flex_error"] = flex_error(options, min(options.tiles_per_query))
+        print("FlexAttention:", result["flex_error"], flush=True)
     result |= {"texts": {}, "rows": []}
     for text, make in texts(options).items():
         inputs, scaling = make()
@@ -208,11 +278,13 @@ def main() -> None:
         print(text, shape, flush=True)
         for listed, held in predicted.items():
             print(f"  {listed:>4} tiles: {held}", flush=True)
-        for name in options.only or CONTENDERS:
-            for count in options.tiles_per_query if name == "predicted" else [None]:
+        for name in contenders:
+            for count in options.tiles_per_query if name in WITH_TILES else [None]:
                 for row in measure(options, name, count, inputs, scaling):
                     result["rows"].append({"text": text, **row})
-                    told = row.get("error") or f"{row['pass']:16} {row['median_ms']:9.3f}, {row['captured_ms']:9.3f} ms"
+                    told = row.get("error") or (
+                        f"{row['pass']:16} {row['median_ms']:9.3f}, {row['captured_ms'] or float('nan'):9.3f} ms"
+                    )
                     print(f"{text:24}  {name:13} {count or '':4}  {told}", flush=True)
             if options.output:
                 write_json(options.output, result)

@@ -13,6 +13,7 @@
         --evaluation evaluation-h200.json --cpu generate-cpu.json generate-before-cpu.json --busy busy-cpu.json \\
         --entmax-model entmax_model-h200.json --conversion conversion-h200.json \\
         --steps generate-entmax-h200.json generate-predicted-h200.json --prediction entmax_prediction-h200.json \\
+        entmax_prediction-earlier-h200.json \\
         --fill ../../docs/speed.md ../../README.md --figure ../../docs/speed.png
 
 A document marks the place of a table: everything between `<!-- table: NAME -->` and `<!-- end -->` is replaced. The
@@ -48,6 +49,8 @@ CACHES = {
 }
 ENTMAX = {
     "entmax exact": "entmax, all keys, exact",
+    "adasplash 1": "AdaSplash 1, entmax over all keys",
+    "adasplash 2": "AdaSplash 2, entmax over all keys",
     "sdpa flash": "SDPA flash, dense softmax",
     "sdpa cudnn": "SDPA cuDNN, dense softmax",
 }
@@ -383,8 +386,12 @@ def entmax_table(runs: Sequence[dict[str, Any]], which: str) -> str:
     for row in (row for run in runs for row in run["rows"] if row.get("pass") == which and "error" not in row):
         cell = f"{short(row['captured_ms'])} ({short(row['median_ms'])})"
         cells.setdefault((row["contender"], row["length"]), cell)
-    lengths = sorted({length for _, length in cells})
-    rows = [[name, *(cells.get((contender, n), "-") for n in lengths)] for contender, name in ENTMAX.items()]
+    lengths, measured = sorted({length for _, length in cells}), {contender for contender, _ in cells}
+    rows = [
+        [name, *(cells.get((contender, n), "-") for n in lengths)]
+        for contender, name in ENTMAX.items()
+        if contender in measured
+    ]
     return table([f"{PASSES[which]}, ms", *(f"{n:,}" for n in lengths)], rows)
 
 
@@ -445,34 +452,89 @@ def prediction_table(run: dict[str, Any], which: str) -> str:
     cells: dict[tuple[str, int], str] = {}
     for row in run["rows"]:
         if row.get("pass") == which and row["text"].startswith("drawn "):
-            cell = f"{short(row['captured_ms'])} ({short(row['median_ms'])})"
+            captured = "-" if row["captured_ms"] is None else short(row["captured_ms"])
+            cell = f"{captured} ({short(row['median_ms'])})"
             cells[_predicted_name(row), run["texts"][row["text"]]["length"]] = cell
     rows = [[name, *(cells.get((name, n), "-") for n in lengths)] for name in dict.fromkeys(name for name, _ in cells)]
     return table([f"{PASSES.get(which, 'Prediction alone')}, ms", *(f"{n:,}" for n in lengths)], rows)
 
 
+def joined_texts(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Join runs of predicted tiles; of a text that several have, the rows of the first count."""
+    texts: dict[str, Any] = {}
+    rows: list[dict[str, Any]] = []
+    for run in runs:
+        rows += [row for row in run["rows"] if row["text"] not in texts]
+        texts = {**run["texts"], **texts}
+    return {"texts": texts, "rows": rows}
+
+
 def _predicted_name(row: dict[str, Any]) -> str:
     count = row["tiles_per_query"]
-    return ENTMAX[row["contender"]] if count is None else f"entmax, {count} tiles predicted"
+    if count is None:
+        return ENTMAX[row["contender"]]
+    if row["contender"] == "flex tiles":
+        return f"FlexAttention, softmax over the same {count} tiles"
+    return f"entmax, {count} tiles predicted"
+
+
+def entmax_ratio_table(run: dict[str, Any]) -> str:
+    """Divide the time of entmax over all keys and over predicted tiles by that of others, in CUDA graphs.
+
+    Texts that are layers of one model and length are one row: the sums of their times."""
+    times: dict[tuple[str, int], dict[tuple[str, str], float]] = {}
+    for row in (row for row in run["rows"] if "error" not in row and row["captured_ms"] is not None):
+        column, length = (_predicted_name(row), row["pass"]), run["texts"][row["text"]]["length"]
+        cells = times.setdefault((row["text"].split(" layer ")[0].rsplit(" ", 1)[0], length), {})
+        cells[column] = cells.get(column, 0.0) + row["captured_ms"]
+    others = {"adasplash 2": "AdaSplash 2", "sdpa flash": "flash", "sdpa cudnn": "cuDNN"}
+    rows = []
+    for (text, length), cells in sorted(times.items()):
+        for name in dict.fromkeys(name for name, _ in cells):
+            if name == ENTMAX["entmax exact"] or name.endswith("predicted"):
+                both = [(cells.get((name, p)), cells.get((ENTMAX[other], p))) for p in PASSES for other in others]
+                ratios_of = [f"{ours / theirs:.2f}" if ours and theirs else "-" for ours, theirs in both]
+                rows.append([text, f"{length:,}", name, *ratios_of])
+    head = [f"{PASSES[which].lower()} / {other}" for which in PASSES for other in others.values()]
+    return table(["queries and keys", "tokens", "ours", *head], rows)
+
+
+def other_error_table(runs: Sequence[dict[str, Any]]) -> str:
+    """Tabulate the errors of entmax and AdaSplash against float64."""
+    rows = []
+    for run in runs:
+        settings = run["settings"]
+        shape = f"{settings['query_heads']} / {settings['kv_heads']} x {settings['dim']}"
+        if settings.get("bidirectional"):
+            shape += f", both directions, batch {settings['batch']}"
+        ours = "entmax, tiles predicted" if run["benchmark"] == "entmax_prediction" else ENTMAX["entmax exact"]
+        others = {ENTMAX[name]: errors for name, errors in run["errors_of_others"].items()}
+        for name, errors in {ours: run["errors_against_float64"], **others}.items():
+            if isinstance(errors, str):
+                rows.append([shape, name, errors, "-"])
+                continue
+            gradients = max(value for key, value in errors.items() if key.startswith("d_"))
+            rows.append([shape, name, f"{errors['output']:.1e}", f"{gradients:.1e}"])
+    return table(["heads", "contender", "error of the output", "largest error of a gradient"], rows)
 
 
 def predicted_text_table(run: dict[str, Any]) -> str:
     """Tabulate what predicted tiles hold in every text, and the forward of the contenders in a CUDA graph."""
+    others = [ENTMAX[name] for name in ("entmax exact", "adasplash 2", "sdpa flash", "sdpa cudnn")]
     times = {
         (row["text"], _predicted_name(row)): short(row["captured_ms"])
         for row in run["rows"]
         if row.get("pass") == "forward"
     }
-    others = [ENTMAX[name] for name in ("entmax exact", "sdpa flash", "sdpa cudnn")]
     rows = []
-    for name, text in run["texts"].items():
+    for name, text in sorted(run["texts"].items(), key=lambda item: (item[0].split(" ")[0], item[1]["length"])):
         for count, held in text["predicted"].items():
             predicted = times.get((name, f"entmax, {count} tiles predicted"), "-")
             cells = [f"{held['listed']:.0%}", f"{held['recall']:.1%}", predicted]
             rows.append([name, f"{text['length']:,}", count, f"{held['keys_per_query']:.0f}", *cells])
             rows[-1] += [times.get((name, other), "-") for other in others]
     head = ["queries and keys", "tokens", "tiles", "keys with weight", "pairs listed", "mass held", "predicted, ms"]
-    return table([*head, "all keys, ms", "flash, ms", "cuDNN, ms"], rows)
+    return table([*head, "all keys, ms", "AdaSplash 2, ms", "flash, ms", "cuDNN, ms"], rows)
 
 
 def machine_table(kernels: dict[str, Any], model: dict[str, Any]) -> str:
@@ -568,7 +630,7 @@ def all_tables(
     recorded: dict[str, Any],
     first_static: dict[str, Any],
     prefills: dict[str, Any],
-    prediction: dict[str, Any],
+    prediction: Sequence[dict[str, Any]],
 ) -> dict[str, str]:
     """Return every table by the name that documents call it.
 
@@ -576,8 +638,8 @@ def all_tables(
     generate.py each, now and before; `entmax` holds the runs of each of two shapes, of which the first counts;
     `entmax_model` is a run of whole models, `conversion` the finetune.json of a training run, `steps` holds runs of
     default generate with Sparsefinder, `shapes` one run of the kernels for each shape, `first_tokens` is a run of
-    `generate.py` for short prompts, `prefills` one of `prefill.py`, `prediction` one of predicted tiles, and `recorded`
-    and `first_static` are runs of the scripts of these names."""
+    `generate.py` for short prompts, `prefills` one of `prefill.py`, `recorded` and `first_static` are runs of the scripts
+    of these names, and `prediction` holds runs of predicted tiles, of which the first with a text counts."""
     spread = [[label, f"{model['spread'][name]:.0%}"] for name, label in CACHES.items()]
     return {
         "machine": machine_table(kernels, model),
@@ -614,10 +676,12 @@ def all_tables(
         "evaluation by contender": evaluation_table(evaluation),
         "generate on a cpu": cpu_table(*cpu),
         "busy cpu": busy_table(busy),
-        "prediction": prediction_table(prediction, "forward"),
-        "prediction forward and backward": prediction_table(prediction, "forward_backward"),
-        "prediction alone": prediction_table(prediction, "prediction"),
-        "predicted texts": predicted_text_table(prediction),
+        "prediction": prediction_table(joined_texts(prediction), "forward"),
+        "prediction forward and backward": prediction_table(joined_texts(prediction), "forward_backward"),
+        "prediction alone": prediction_table(joined_texts(prediction), "prediction"),
+        "predicted texts": predicted_text_table(joined_texts(prediction)),
+        "entmax ratios": entmax_ratio_table(joined_texts(prediction)),
+        "errors of entmax": other_error_table(prediction[:1]),
     }
 
 
@@ -683,7 +747,7 @@ def main() -> None:
     parser.add_argument("--entmax-model", type=Path, required=True, help="JSON of entmax_model.py")
     parser.add_argument("--conversion", type=Path, required=True, help="finetune.json of a Sparsefinder adapter")
     parser.add_argument("--steps", type=Path, nargs="+", required=True, help="JSON of default generate, Sparsefinder")
-    parser.add_argument("--prediction", type=Path, required=True, help="JSON of entmax_prediction.py")
+    parser.add_argument("--prediction", type=Path, nargs="+", required=True, help="JSON of entmax_prediction.py")
     parser.add_argument(
         "--fill", type=Path, nargs="*", default=[], help="Markdown files whose marked tables are replaced"
     )
@@ -717,7 +781,7 @@ def main() -> None:
         recorded=read(options.recorded),
         first_static=read(options.first_static),
         prefills=read(options.prefills),
-        prediction=read(options.prediction),
+        prediction=list(map(read, options.prediction)),
     )
     if options.figure:
         draw(kernels, options.figure)

@@ -43,7 +43,7 @@ def tables() -> dict[str, str]:
     entmax = [read(f"entmax_kernels{shape}", f"entmax_kernels{shape}-earlier") for shape in ("", "-128")]
     (evaluation,) = read("evaluation")
     generate_cpu, before_cpu, busy = read("generate", "generate-before", "busy", machine="cpu")
-    entmax_model, conversion, prediction = read("entmax_model", "conversion", "entmax_prediction")
+    entmax_model, conversion = read("entmax_model", "conversion")
     return SCRIPT.all_tables(
         kernels=kernels,
         wider=wider,
@@ -64,7 +64,7 @@ def tables() -> dict[str, str]:
         recorded=recorded,
         first_static=first_static,
         prefills=prefills,
-        prediction=prediction,
+        prediction=read("entmax_prediction", "entmax_prediction-earlier"),
     )
 
 
