@@ -17,7 +17,7 @@ demo: $(READY) ## Patch, finetune and evaluate the bundled checkpoint, offline
 test: $(READY) $(OLDEST)/.ready ## What CI runs, in minutes: lint, the kernels, the tests, and on the oldest versions those marked `versions`
 	$(MAKE) -j2 lint kernels
 	$(PYTEST)
-	PYTHONPATH=$(OLDEST) $(PYTEST) --values -m "versions and not real"
+	PYTHONPATH=$(OLDEST) $(PYTEST) --values -m "versions and not real" $$(grep -rl --include="test_*.py" mark.versions tests)
 
 test-all: $(READY) $(OLDEST)/.ready ## Everything: all tests with all combinations of parameters, on the newest and on the oldest versions
 	$(MAKE) -j2 lint kernels FULL=--full

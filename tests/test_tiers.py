@@ -54,6 +54,10 @@ class TestValues:
     def test_values(self, letter, number):
         pass
 
+    @pytest.mark.parametrize("number", range(4))
+    def test_sharing_values(self, letter, number):
+        pass
+
     @pytest.mark.cross
     @pytest.mark.parametrize("number", range(4))
     def test_the_nearest_marker_counts(self, letter, number):
@@ -84,10 +88,13 @@ def test_what_runs(tiers, pytester):
         names = [report.nodeid.split("::")[-1] for report in result.getreports("pytest_runtest_logreport")
                  if report.when == "call" and report.passed]  # fmt: skip
         found[" ".join(options)] = names
-    assert len(found["--full"]) == 18 + 12 + 12 + 1 + 6 + 4 and set(found[""]) < set(found["--full"])
+    assert len(found["--full"]) == 18 + 12 + 12 + 12 + 1 + 6 + 4 and set(found[""]) < set(found["--full"])
     assert 3 * 3 <= sum(name.startswith("test_pairs") for name in found[""]) < 18
-    tests = ("test_values", "test_the_nearest", "test_slow", "test_both", "test_plain")
+    tests = ("test_values", "test_sharing", "test_the_nearest", "test_slow", "test_both", "test_plain")
     counts = {option: [sum(name.startswith(test) for name in names) for test in tests]
               for option, names in found.items()}  # fmt: skip
-    assert counts[""] == [4, 12, 0, 4, 4] and counts["--values"] == [4, 4, 0, 2, 4]
+    assert counts[""] == [4, 4, 12, 0, 4, 4] and counts["--values"][2:] == [4, 0, 2, 4]
+    shared = [name for name in found["--values"] if name.startswith(("test_values", "test_sharing"))]
+    assert len(shared) == 4 and all(counts["--values"][:2])
+    assert all(any(value in name.partition("[")[2] for name in shared) for value in "xyz0123")
     assert sum(name.startswith("test_pairs") for name in found["--values"]) == 3

@@ -7,8 +7,9 @@ Two markers say what is left out without `--full`:
   `cross("values")` stops as soon as every value has been there. A parameter is one `parametrize` (or one fixture with
   `params`), of one name or several.
 
-With `--values` all tests with several parameters are taken as `cross("values")` ones. `make test` runs those marked
-`versions` so on the oldest versions, after the newest have had all that runs by default.
+With `--values` all tests with several parameters are taken as `cross("values")` ones, and the `cross("values")` tests of
+one file share their values: every test runs, and every value of every parameter is in one of them. `make test` runs
+those marked `versions` so on the oldest versions, after the newest have had all that runs by default.
 
 The choices depend on nothing but the names of tests and parameters, so every process chooses the same tests.
 """
@@ -41,7 +42,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if item.get_closest_marker("full"):
             continue
-        if item.get_closest_marker("cross") or (values_only and hasattr(item, "callspec")):
+        marker = item.get_closest_marker("cross")
+        if values_only and marker and marker.args == ("values",) and hasattr(item, "callspec"):
+            crosses.setdefault((item.path, "all tests"), []).append(item)
+        elif marker or (values_only and hasattr(item, "callspec")):
             crosses.setdefault((item.path, item.nodeid.partition("[")[0]), []).append(item)
         else:
             chosen.add(item)
@@ -52,10 +56,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def _chosen(cross: list[Any], values_only: bool) -> list[pytest.Item]:
-    """Return the combinations of one test that cover every value, or what its nearest marker asks for."""
+    """Return the combinations that cover every value and every test, or the pairs that the nearest marker asks for."""
     marker = cross[0].get_closest_marker("cross")
     strength = STRENGTHS["values" if values_only else marker.args[0] if marker.args else "pairs"]
-    rows = [tuple(item.callspec._idlist) for item in cross]  # one id for each `parametrize`, however many names it has
+    # One id for each `parametrize`, however many names it has.
+    rows = [(item.nodeid.partition("[")[0], *item.callspec._idlist) for item in cross]
     # Tests begin at different places, so that values which are together in one are apart in another.
     first = zlib.crc32(cross[0].originalname.encode()) % len(rows)
     return [cross[(first + i) % len(rows)] for i in covering(rows[first:] + rows[:first], strength)]

@@ -185,7 +185,13 @@ def nothing_is_compiled_twice():
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("settings", STATIC.values(), ids=STATIC)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        pytest.param(settings, id=name, marks=[pytest.mark.full] * (name not in ("clustering", "distance", "all keys")))
+        for name, settings in STATIC.items()
+    ],
+)
 def test_a_static_cache_compiles_and_equals_the_ordinary_one(settings, nothing_is_compiled_twice):
     model = patch(FAMILIES["llama"].make().eval(), SparsefinderConfig(**SIZES | settings, initial_scale=3.0))
     fit_predictors(sparse_layers(model, SparsefinderAttention), lambda: model(IDS, use_cache=False))
