@@ -638,8 +638,8 @@ def all_tables(
     generate.py each, now and before; `entmax` holds the runs of each of two shapes, of which the first counts;
     `entmax_model` is a run of whole models, `conversion` the finetune.json of a training run, `steps` holds runs of
     default generate with Sparsefinder, `shapes` one run of the kernels for each shape, `first_tokens` is a run of
-    `generate.py` for short prompts, `prefills` one of `prefill.py`, `recorded` and `first_static` are runs of the scripts
-    of these names, and `prediction` holds runs of predicted tiles, of which the first with a text counts."""
+    `generate.py` for short prompts, `prefills` one of `prefill.py`, `recorded` and `first_static` are runs of the
+    scripts of these names, and `prediction` holds runs of predicted tiles, of which the first with a text counts."""
     spread = [[label, f"{model['spread'][name]:.0%}"] for name, label in CACHES.items()]
     return {
         "machine": machine_table(kernels, model),
