@@ -7,8 +7,8 @@ Two markers say what is left out without `--full`:
   `cross("values")` stops as soon as every value has been there. A parameter is one `parametrize` (or one fixture with
   `params`), of one name or several.
 
-With `--values` all tests with several parameters are taken as `cross("values")` ones, and the `cross("values")` tests of
-one file share their values: every test runs, and every value of every parameter is in one of them. `make test` runs
+With `--values` all tests with several parameters are taken as `cross("values")` ones, and the `cross("values")` tests
+of one file share their values: every test runs, and every value of every parameter is in one of them. `make test` runs
 those marked `versions` so on the oldest versions, after the newest have had all that runs by default.
 
 The choices depend on nothing but the names of tests and parameters, so every process chooses the same tests.
