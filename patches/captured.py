@@ -1,4 +1,4 @@
-"""Decode with one CUDA graph per token that holds the whole step, from a token to the next one.
+"""Run decoding as one CUDA graph per token that holds the whole step, from a token to the next one.
 
 Between two steps of `generate`, compiled or not, the GPU waits for Python: for that of the model, or for masks, lists
 and criteria of the loop. In a cache of constant size no shape changes from step to step. So a step can be recorded as
@@ -224,7 +224,7 @@ class _Loop:
         return token
 
     def _step(self) -> None:
-        """Feed the newest tokens to the model, and note those that follow."""
+        """Run the model on the newest tokens, and note those that follow."""
         output = self.run(self.token, position_ids=self.position, **with_cache(self.cache))
         self.tokens.index_copy_(1, self.place, self._next(output.logits)[:, None])
         self.place.add_(1)
