@@ -13,7 +13,7 @@
         --evaluation evaluation-h200.json --cpu generate-cpu.json generate-before-cpu.json --busy busy-cpu.json \\
         --entmax-model entmax_model-h200.json --conversion conversion-h200.json \\
         --steps generate-entmax-h200.json generate-predicted-h200.json --prediction entmax_prediction-h200.json \\
-        entmax_prediction-earlier-h200.json \\
+        entmax_prediction-earlier-h200.json --static static_decode-8-layers-h200.json \\
         --fill ../../docs/speed.md ../../README.md --figure ../../docs/speed.png
 
 A document marks the place of a table: everything between `<!-- table: NAME -->` and `<!-- end -->` is replaced. The
@@ -445,6 +445,22 @@ def step_table(runs: Sequence[dict[str, Any]]) -> str:
     return table(["SmolLM2's shape, prompt x batch", "keys", "dense, ms", "Sparsefinder, ms", "times as fast"], rows)
 
 
+def static_table(run: dict[str, Any]) -> str:
+    """Tabulate compiled and captured steps in a static cache, dense and with Sparsefinder, and the bytes they read."""
+    names = {
+        "dense": "dense (SDPA)",
+        "entmax": "entmax, all keys",
+        "predicted": f"entmax, {run['settings'].get('tiles')} predicted tiles of 8",
+    }
+    dense = run["rows"][0]
+    rows = []
+    for row in run["rows"]:
+        read = [f"{row['bytes_read'] / 1e9:.2f}", f"{row['bytes_read'] / dense['bytes_read']:.2f}"]
+        speed = [f"{row['tokens_per_second']:.0f}", f"{row['tokens_per_second'] / dense['tokens_per_second']:.2f}"]
+        rows.append([names[row["attention"]], short(row["step_ms"]), *read, *speed])
+    return table(["attention", "ms per step", "GB read", "of dense", "tokens/s", "times as fast"], rows)
+
+
 def prediction_table(run: dict[str, Any], which: str) -> str:
     """Tabulate one pass over predicted tiles of the drawn texts: milliseconds in a CUDA graph and, in brackets, from
     Python."""
@@ -629,6 +645,7 @@ def all_tables(
     first_tokens: dict[str, Any],
     recorded: dict[str, Any],
     first_static: dict[str, Any],
+    static: dict[str, Any],
     prefills: dict[str, Any],
     prediction: Sequence[dict[str, Any]],
 ) -> dict[str, str]:
@@ -639,7 +656,8 @@ def all_tables(
     `entmax_model` is a run of whole models, `conversion` the finetune.json of a training run, `steps` holds runs of
     default generate with Sparsefinder, `shapes` one run of the kernels for each shape, `first_tokens` is a run of
     `generate.py` for short prompts, `prefills` one of `prefill.py`, `recorded` and `first_static` are runs of the
-    scripts of these names, and `prediction` holds runs of predicted tiles, of which the first with a text counts."""
+    scripts of these names, `static` is one of `static_decode.py`, and `prediction` holds runs of predicted tiles, of
+    which the first with a text counts."""
     spread = [[label, f"{model['spread'][name]:.0%}"] for name, label in CACHES.items()]
     return {
         "machine": machine_table(kernels, model),
@@ -667,6 +685,7 @@ def all_tables(
         "entmax models": entmax_model_table(entmax_model),
         "conversion": conversion_table(conversion),
         "entmax steps": step_table(steps),
+        "compiled entmax steps": static_table(static),
         "attention summary": attention_summary(kernels),
         "decoding summary": decode_summary(model),
         "generate summary": generate_summary(generate[0]),
@@ -748,6 +767,7 @@ def main() -> None:
     parser.add_argument("--conversion", type=Path, required=True, help="finetune.json of a Sparsefinder adapter")
     parser.add_argument("--steps", type=Path, nargs="+", required=True, help="JSON of default generate, Sparsefinder")
     parser.add_argument("--prediction", type=Path, nargs="+", required=True, help="JSON of entmax_prediction.py")
+    parser.add_argument("--static", type=Path, required=True, help="JSON of static_decode.py")
     parser.add_argument(
         "--fill", type=Path, nargs="*", default=[], help="Markdown files whose marked tables are replaced"
     )
@@ -780,6 +800,7 @@ def main() -> None:
         first_tokens=read(options.first_tokens),
         recorded=read(options.recorded),
         first_static=read(options.first_static),
+        static=read(options.static),
         prefills=read(options.prefills),
         prediction=list(map(read, options.prediction)),
     )

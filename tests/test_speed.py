@@ -63,6 +63,7 @@ def tables() -> dict[str, str]:
         first_tokens=first_tokens,
         recorded=recorded,
         first_static=first_static,
+        static=read("static_decode-8-layers")[0],
         prefills=prefills,
         prediction=read("entmax_prediction", "entmax_prediction-earlier"),
     )
