@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from hf_sparse._compat import with_cache
+from hf_sparse.patches.attach import sparse_layers
 from hf_sparse.patches.cache import SparseCache
 
 _WARM_UP = 2  # steps before one is recorded: they compile kernels and allocate what stays
@@ -38,8 +39,9 @@ class CapturedDecoding:
     step, and later calls with as many rows and the same settings play it again, whatever the lengths of their texts.
     Elsewhere the steps run one by one. transformers hands no streamer to such a loop.
 
-    Its cache and graph belong to the adapter that is active when they are made, and stay in memory as long as it does.
-    Weights that change in place are seen; after any other change of the model, make a new one.
+    Its cache and graph belong to one model and the adapters active in it: another model, or other adapters, have them
+    made anew. They stay in memory as long as it does. Weights that change in place are seen; after any other change of
+    the model, make a new one.
 
     Args:
         model: a patched model whose layers all keep a cache of constant size, as those with KV slots do.
@@ -80,8 +82,10 @@ class CapturedDecoding:
         pad = getattr(generation_config, "_pad_token_tensor", None)
         pad = 0 if pad is None else int(pad)
         processors = [(type(one), sorted(vars(one).items())) for one in logits_processor]
-        settings = (len(input_ids), generation_config.do_sample, processors, end_tokens, pad, input_ids.device)
-        if self._loop is None or settings != self._settings:
+        adapters = [tuple(layer.active_adapters) for layer in sparse_layers(model)]
+        samples, device = generation_config.do_sample, input_ids.device
+        settings = (len(input_ids), samples, processors, end_tokens, pad, device, adapters)
+        if self._loop is None or self._loop.model is not model or settings != self._settings:
             self._loop = None  # its memory goes before the next one needs some
             self._loop = _Loop(model, len(input_ids), choose, end_tokens, pad, self.steps, self.compiled)
             self._settings = settings

@@ -75,6 +75,7 @@ def run(model, mask, **options):
     return result, torch.stack(keep.logits)
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("mask", [None, MASK], ids=["one length", "padding"])
 def test_steps_are_those_of_plain_pytorch(settings, mask, launched, monkeypatch):

@@ -83,6 +83,22 @@ def test_a_peft_model_and_its_switches(tiny_llama):
     assert torch.equal(model.generate(custom_generate=decode, **options), expected)
 
 
+def test_other_models_and_adapters_are_told_apart(tiny_llama):
+    one, other = (peft.get_peft_model(tiny_llama().to(DEVICE), SparseKConfig(**BUDGET)).eval() for _ in range(2))
+    one.add_adapter("narrow", SparseKConfig(k=2, window=3, sinks=1))
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    decode = CapturedDecoding(one)
+    options = {"input_ids": IDS, "max_new_tokens": 12, "do_sample": False}
+    found = []
+    for model, adapter in ((one, "default"), (other, "default"), (one, "narrow"), (one, "default")):
+        model.set_adapter(adapter)
+        found.append(model.generate(custom_generate=decode, **options))
+        assert torch.equal(found[-1], model.generate(**options))
+    assert torch.equal(found[3], found[0]) and not torch.equal(found[1], found[0])
+
+
 class Nothing(LogitsProcessor):
     def __call__(self, input_ids, scores):
         return scores

@@ -41,6 +41,7 @@ def lists_of(config):
     return Lists(config.tile, config.rows, config.window, config.global_tokens, config.causal_tiles, config.per_group)
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("keys", [1, 7, 150])
 def test_lists_are_those_of_plain_pytorch(settings, keys):
@@ -74,6 +75,7 @@ def expected_of(learned, query, key, value, real):
     return _plain(*tensors, *numbers, True, None, None, index, config.tile)[0, :, 0]
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("keys, dim, padding", [(1, 8, False), (43, 20, False), (75, 8, True), (72, 16, True)])
 def test_a_step_is_that_of_plain_pytorch(settings, keys, dim, padding):

@@ -17,6 +17,7 @@ def exact(student, teacher):
     return total.detach(), torch.autograd.grad(total, student)[0]
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 7), (2, 4096), (5, 9001)])
 def test_sum_and_gradient(rows, columns, dtype, poisoned_memory):
