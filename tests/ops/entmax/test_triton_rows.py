@@ -12,6 +12,7 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter")
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("exponent", [2.0, 1.0, 1 / 0.3, "heads"])
 @pytest.mark.parametrize("length", [1, 37, 128])
 def test_rows_are_those_of_plain_pytorch(monkeypatch, exponent, length):

@@ -120,6 +120,7 @@ LISTS = {
 }
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("shape", LISTS.values(), ids=LISTS)
 @pytest.mark.parametrize("size", [1, 8])
 def test_listed_tiles(shape, size):

@@ -22,6 +22,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
 @pytest.mark.parametrize("keys", [1, 7, 150])
 def test_lists_are_those_of_plain_pytorch(settings, keys):

@@ -29,6 +29,7 @@ def inputs(shape, dtype, weights=torch.float32):
     return states.to(dtype).requires_grad_(), weight.to(weights).requires_grad_()
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_scores(shape, dtype, poisoned_memory):
@@ -38,6 +39,7 @@ def test_scores(shape, dtype, poisoned_memory):
     torch.testing.assert_close(found, plain(states, weight), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_scores_with_slopes_are_rounded_once(shape, learned, poisoned_memory):

@@ -26,6 +26,7 @@ def slots(batch: int, heads: int, number: int, dim: int, dtype=torch.float32) ->
     return [keys, values, torch.zeros(batch, heads, number, device=DEVICE), positions, positions.new_zeros(batch)]
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("kind", ["normal", "ties", "equal", "rising"])
 @pytest.mark.parametrize("padded", [False, True])
 def test_the_same_slots_are_replaced(plain, kind, padded):
@@ -52,6 +53,7 @@ def test_the_same_slots_are_replaced(plain, kind, padded):
     assert (ours[3] >= 0).all(), "the slots never filled up"
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("kind", ["normal", "ties", "equal", "signs"])
 @pytest.mark.parametrize("length", [1, 10, 11, 12, 70])
 def test_a_whole_text_fills_the_same_slots(plain, kind, length, monkeypatch, poisoned_memory):
