@@ -4,8 +4,9 @@ READY := .venv/.ready
 OLDEST := .venv/oldest
 TRITON := .venv/triton
 
-# One thread a process: several processes with a thread for every core would wait for each other.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4
+# One thread a process: several processes with a thread for every core would wait for each other. Compiled tests are
+# kept, also where the environment says otherwise: every process of every run would compile all of them again.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
 .PHONY: demo test test-all kernels conformance lint format clean help

@@ -11,6 +11,8 @@ import struct
 import sys
 import tempfile
 import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -109,8 +111,21 @@ def _fresh_hub_trace():
 
 
 @pytest.fixture
-def blank_pictures(monkeypatch) -> None:
+def blank_pictures() -> Iterator[None]:
     """Save every figure as the same picture of one pixel and 20 kB: laying out and drawing take most of a report."""
+    with _blank_pictures():
+        yield
+
+
+@pytest.fixture(scope="module")
+def blank_pictures_in_module() -> Iterator[None]:
+    """Do what `blank_pictures` does in all of a module, its fixtures included."""
+    with _blank_pictures():
+        yield
+
+
+@contextmanager
+def _blank_pictures() -> Iterator[None]:
     from matplotlib.figure import Figure
 
     def chunk(kind: bytes, data: bytes) -> bytes:
@@ -119,7 +134,17 @@ def blank_pictures(monkeypatch) -> None:
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0))
     content = header + chunk(b"tEXt", b"Comment\0" + 20_000 * b".") + chunk(b"IDAT", zlib.compress(b"\0\0"))
     picture = b"\x89PNG\r\n\x1a\n" + content + chunk(b"IEND", b"")
-    monkeypatch.setattr(Figure, "savefig", lambda self, path, **options: Path(path).write_bytes(picture))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(Figure, "savefig", lambda self, path, **options: Path(path).write_bytes(picture))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _speed_is_measured_once() -> Iterator[None]:
+    """Decode once where a user gets the median of three runs: no test is of how fast this machine is."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr("hf_sparse.evaluation.speed._REPEATS", 1)
+        yield
 
 
 @pytest.fixture(autouse=True)

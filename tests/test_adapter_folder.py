@@ -20,6 +20,8 @@ from hf_sparse.errors import DataError, HubError
 from hf_sparse.finetune import FinetuneConfig
 from hf_sparse.workflow import create_adapter, evaluate_adapter, train_adapter
 
+pytestmark = pytest.mark.usefixtures("blank_pictures_in_module")
+
 LENGTH = 40
 TEXT = Path(__file__).read_text("utf-8")[: 16 * LENGTH]
 STEPS = FinetuneConfig(steps=2, warm_start_steps=0, warmup_steps=0, progress=False)

@@ -35,7 +35,7 @@ from hf_sparse.finetune import FinetuneConfig
 from hf_sparse.folders import locked
 from hf_sparse.methods.sparsek.divide import divide_adapter
 
-pytestmark = pytest.mark.usefixtures("blank_pictures")
+pytestmark = pytest.mark.usefixtures("blank_pictures_in_module")
 
 LENGTH, LIMIT = 80, int(os.environ.get("HF_SPARSE_FUZZ", "4"))
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate", "os.link", "os.symlink"}

@@ -16,7 +16,7 @@ from hf_sparse.finetune import FinetuneConfig
 from hf_sparse.overlap import merged, sentence, sketch
 from hf_sparse.workflow import create_adapter, evaluate_adapter, train_adapter
 
-pytestmark = pytest.mark.usefixtures("blank_pictures")
+pytestmark = pytest.mark.usefixtures("blank_pictures_in_module")
 
 CONFIGS = {
     "sparsek": SparseKConfig(k=6, window=8, sinks=2),

@@ -8,8 +8,9 @@ Two markers say what is left out without `--full`:
   `params`), of one name or several.
 
 With `--values` all tests with several parameters are taken as `cross("values")` ones, and the `cross("values")` tests
-of one file share their values: every test runs, and every value of every parameter is in one of them. `make test` runs
-those marked `versions` so on the oldest versions, after the newest have had all that runs by default.
+of one file with the same names of parameters share their values: every test runs, and every value of every parameter is
+in one of them. `make test` runs those marked `versions` so on the oldest versions, after the newest have had all that
+runs by default.
 
 The choices depend on nothing but the names of tests and parameters, so every process chooses the same tests.
 """
@@ -44,7 +45,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             continue
         marker = item.get_closest_marker("cross")
         if values_only and marker and marker.args == ("values",) and hasattr(item, "callspec"):
-            crosses.setdefault((item.path, "all tests"), []).append(item)
+            crosses.setdefault((item.path, " ".join(sorted(item.callspec.params))), []).append(item)
         elif marker or (values_only and hasattr(item, "callspec")):
             crosses.setdefault((item.path, item.nodeid.partition("[")[0]), []).append(item)
         else:

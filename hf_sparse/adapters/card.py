@@ -1,7 +1,9 @@
 """Write the model card: a template for each method, filled from the measurements and from nothing else."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCardData
 from markupsafe import Markup
@@ -14,6 +16,9 @@ from hf_sparse.errors import DataError
 from hf_sparse.metrics import metric_of
 from hf_sparse.model_kinds import Kind, attends_both_ways, task_of_class
 from hf_sparse.overlap import sentence
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 #: The sentence of each objective that every method can be trained with, by the kind of the model.
 _OBJECTIVES: dict[Kind, dict[str, str]] = {
@@ -89,7 +94,7 @@ def render(
     Raises:
         DataError: a measurement lacks something that the card shows.
     """
-    from jinja2 import Environment, StrictUndefined, UndefinedError
+    from jinja2 import UndefinedError
 
     report = report_of(config)
     task = task_of_class(model_class)
@@ -105,15 +110,7 @@ def render(
         tags=list(dict.fromkeys(all_tags)),
         **(license or {}),
     )
-    environment = Environment(
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        autoescape=False,  # of HTML; this is Markdown
-        finalize=escape,
-    )
-    environment.globals.update(change=_change, code=code, count=_count, machine=_machine, seen=sentence)
-    template = environment.from_string((report.templates / "card.md.jinja").read_text("utf-8"))
+    template = _template(report.templates / "card.md.jinja")
     example = _WITH_LABELS.get(task.pipeline, _EXAMPLES[task.kind]) if head_parameters else _EXAMPLES[task.kind]
     try:
         objectives = {**_OBJECTIVES[task.kind], **report.objectives}
@@ -141,6 +138,22 @@ def render(
     except (UndefinedError, KeyError, AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
         raise DataError(f"eval.json or finetune.json is not what hf-sparse writes: {error!r}") from error
     return f"---\n{data.to_yaml()}\n---\n\n{text.rstrip()}\n"
+
+
+@cache
+def _template(path: Path) -> "Template":
+    """Return the compiled template of a file: compiling takes longer than filling it."""
+    from jinja2 import Environment, StrictUndefined
+
+    environment = Environment(
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=False,  # of HTML; this is Markdown
+        finalize=escape,
+    )
+    environment.globals.update(change=_change, code=code, count=_count, machine=_machine, seen=sentence)
+    return environment.from_string(path.read_text("utf-8"))
 
 
 def _base(repo_id: str, base_model: str | None) -> dict[str, Markup]:

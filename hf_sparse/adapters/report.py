@@ -6,8 +6,9 @@ method names their file.
 """
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_sparse.adapters.files import EVALUATION, PICTURES, REPORT, TRAINING, report_pictures
 from hf_sparse.adapters.folder import AdapterFolder
@@ -22,6 +23,9 @@ from hf_sparse.figures.style import reading
 from hf_sparse.folders import exclusive, staged
 from hf_sparse.metrics import metric_of
 from hf_sparse.overlap import sentence
+
+if TYPE_CHECKING:
+    from jinja2 import Template
 
 _CHUNKS = ":8"  # of a text, unless told otherwise: enough for a mean, and few seconds
 
@@ -103,22 +107,15 @@ def _page(
     adapter: AdapterFolder, pictures: Pictures, evaluation: Json, training: Json | None, details: Json | None
 ) -> str:
     """Render the page of an adapter; `DataError` if the content of the JSON files is not for it."""
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined, UndefinedError
+    from jinja2 import UndefinedError
 
     details_file = adapter.report.details_file
     sources = f"{EVALUATION} or {TRAINING}" if details_file is None else f"{EVALUATION}, {TRAINING} or {details_file}"
     with reading(sources):
         content = adapter.report.report(evaluation, details, pictures.drawn)
-    environment = Environment(
-        loader=FileSystemLoader([adapter.report.templates, Path(__file__).parent]),
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        autoescape=True,
-    )
-    environment.globals.update(listed=_listed, seen=sentence)
+    template = _template(adapter.report.templates)
     try:
-        return environment.get_template("report.html.jinja").render(
+        return template.render(
             name=adapter.name,
             base_model=adapter.public_base_model,
             evaluation=evaluation,
@@ -130,6 +127,22 @@ def _page(
         )
     except (UndefinedError, LookupError, AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
         raise DataError(f"{sources} is not what hf-sparse writes: {error!r}") from error
+
+
+@cache
+def _template(folder: Path) -> "Template":
+    """Return the compiled page of the method whose templates lie in a folder: compiling takes more time than filling."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader([folder, Path(__file__).parent]),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        autoescape=True,
+    )
+    environment.globals.update(listed=_listed, seen=sentence)
+    return environment.get_template("report.html.jinja")
 
 
 def _listed(content: Mapping[str, Any]) -> str:

@@ -34,7 +34,7 @@ from hf_sparse.hub import from_pretrained, push_to_hub, resolve_base, write_repo
 from hf_sparse.methods.sparsefinder import SparsefinderAttention, fit_predictors
 from hf_sparse.patches import sparse_layers, sparse_layers_in_use
 
-pytestmark = [pytest.mark.usefixtures("blank_pictures"), pytest.mark.versions]
+pytestmark = [pytest.mark.usefixtures("blank_pictures_in_module"), pytest.mark.versions]
 
 FILES = ["README.md", "adapter_config.json", "adapter_model.safetensors", "eval.json", "finetune.json", "quality.png"]
 TOKENS = torch.arange(1, 41)[None] * 7 % 64  # longer than the 9 slots below

@@ -16,7 +16,7 @@ import hf_sparse
 from hf_sparse.adapters.folder import AdapterFolder
 from hf_sparse.hub import push_to_hub, write_repo
 
-pytestmark = [pytest.mark.usefixtures("blank_pictures"), pytest.mark.versions]
+pytestmark = [pytest.mark.usefixtures("blank_pictures_in_module"), pytest.mark.versions]
 
 BASE = "tester/saving-llama"
 CONFIGS = {

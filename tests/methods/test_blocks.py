@@ -67,6 +67,7 @@ RULES = [
 BUDGETS = [Budget(6, 8, 2), Budget(1, 1, 0), Budget(20, 3, 0), Budget(5, 32, 1), Budget(3, 4, 9), Budget(200, 20, 4)]
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("budget", BUDGETS, ids=lambda budget: "-".join(map(str, budget)))
 @pytest.mark.parametrize("baseline", RULES, ids=repr)
 def test_the_short_way_keeps_the_keys_of_the_general_one(baseline, budget):

@@ -187,6 +187,7 @@ def test_sizes_change_nothing(tile, blocks, monkeypatch):
         )
 
 
+@pytest.mark.cross("values")
 @GATES
 @ORDER
 def test_the_sizes_that_run(soft, causal):
@@ -221,6 +222,7 @@ def test_no_kernel_for_what_nobody_wants(wanted, monkeypatch):
     assert launched == (["_by_query"] if wanted == "z" else ["_by_query", "_by_key", "_by_key"])
 
 
+@pytest.mark.cross("values")
 @pytest.mark.usefixtures("scan_of_torch")
 @ORDER
 @pytest.mark.parametrize("wanted", ["z", "qkvz"])
@@ -287,6 +289,7 @@ def test_padding_may_hold_anything(causal):
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
+@pytest.mark.cross("values")
 @pytest.mark.usefixtures("scan_of_torch")
 @GATES
 @pytest.mark.parametrize("scaling", [-0.7, 0.0])
@@ -301,6 +304,7 @@ def test_any_factor_scales_the_logits(scaling, soft):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.cross("values")
 @GATES
 @ORDER
 def test_a_window_beyond_the_row(soft, causal):
