@@ -27,6 +27,8 @@ def tell(output, steps=2, seed=0):
 def _small():
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setattr(demo, "EVALUATION_CHUNKS", 2)
+        monkeypatch.setattr(demo, "EVALUATION_LENGTH", 256)
+        monkeypatch.setattr(demo, "TRAINING_LENGTH", 128)
         monkeypatch.setattr(demo, "EVERY_NTH_DOCUMENT", 50)
         monkeypatch.setattr(demo, "PROMPT_TOKENS", 128)
         monkeypatch.setattr(demo, "NEW_TOKENS", 16)

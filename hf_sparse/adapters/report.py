@@ -131,7 +131,7 @@ def _page(
 
 @cache
 def _template(folder: Path) -> "Template":
-    """Return the compiled page of the method whose templates lie in a folder: compiling takes longer than filling it."""
+    """Return the compiled page of the method whose templates lie in a folder: compiling takes longer than filling."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     environment = Environment(
