@@ -68,4 +68,5 @@ def test_queries_somewhere_in_the_text():
 
 def test_products_are_held_for_some_tiles_of_queries_at_once(monkeypatch):
     monkeypatch.setattr(pooled, "_PAIRS", 1)
-    assert_equal(queries=150, rows=2)  # 75 tiles, of which 64 are listed at once
+    monkeypatch.setattr(pooled, "_LEAST_TILES", 4)
+    assert_equal(queries=150, rows=16)  # 10 tiles, of which 4 are listed at once

@@ -27,6 +27,7 @@ STEPS = 6  # of Newton's method, for the threshold of a mean query
 _CHUNK = 16  # blocks of keys of a program
 _ROWS, _KEYS, _WARPS, _STAGES = 64, 128, 4, 3  # of a program that multiplies mean queries with keys
 _PAIRS = 1 << 25  # of a mean query and a tile of keys, whose largest products are held at once
+_LEAST_TILES = 64  # of queries that are listed at once, however many such pairs they have
 
 
 def takes_pooled(layout: Layout, pool: int, valid: Tensor | None) -> bool:
@@ -79,7 +80,7 @@ def fused_pooled_tiles(
     )  # fmt: skip
     width = min(layout.key_tiles, count)
     index = torch.empty((batch, layout.heads, tiles, width), dtype=torch.int64, device=device)
-    part = min(tiles, max(64, _PAIRS // (batch * heads * each * layout.key_tiles)))
+    part = min(tiles, max(_LEAST_TILES, _PAIRS // (batch * heads * each * layout.key_tiles)))
     peaks = torch.empty((batch, heads, part * each, layout.key_tiles), dtype=torch.float32, device=device)
     wide = query.dtype == torch.float32 or dim > 128
     taken = min(_ROWS, max(16, triton.next_power_of_2(part * each)))
