@@ -4,7 +4,8 @@ import glob
 from collections.abc import Sequence
 from pathlib import Path
 
-from huggingface_hub.errors import HTTPError
+from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
 
 from hf_sparse.access_tokens import redact
 from hf_sparse.errors import DataError
@@ -39,6 +40,20 @@ def read_texts(paths: Sequence[str | Path]) -> tuple[str, str]:
         DataError: a file that is missing, empty or not UTF-8 text.
     """
     return "\n\n".join(read_text(path) for path in paths), ", ".join(Path(path).name for path in paths)
+
+
+def hub_dataset(name: str, config: str | None, split: str, column: str) -> dict[str, str] | None:
+    """Describe a part of a dataset on the Hub for a record of training; `None` for a file or a folder.
+
+    A path of this machine would mean nothing elsewhere.
+    """
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    if Path(name).exists():
+        return None
+    return {"name": name, **({"config": config} if config else {}), "split": split, "column": column}
 
 
 def read_dataset(name: str, config: str | None = None, split: str = "train", column: str = "text") -> str:

@@ -1,6 +1,6 @@
 """Do what the verbs of the command line do to the folder of an adapter, from nothing to measured."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -80,6 +80,7 @@ def train_adapter(
     length: int | None = None,
     chunks: str | None = None,
     bos: bool | None = None,
+    dataset: Mapping[str, str] | None = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> dict[str, Any]:
@@ -95,6 +96,8 @@ def train_adapter(
         length: tokens per chunk; by default 2048, or what the model's positions suffice for.
         chunks: train on chunks `START:STOP` of the text only.
         bos: whether the chunks of a decoder begin with BOS; by default as its tokenizer begins a text.
+        dataset: `name`, `split` and `column` on the Hub that the text was read from; noted in finetune.json, and named
+            on the card.
         device, dtype: see `load_adapter`.
 
     Returns:
@@ -110,6 +113,8 @@ def train_adapter(
     metrics = finetune(model, data, replace(config, output_dir=str(folder), cpu=model.device.type == "cpu"))
     if adapter.training is not None:
         metrics["trained_on"] = merged(trained_on, metrics["trained_on"]) if trained_on else None
+    if dataset is not None:
+        metrics["dataset"] = dict(dataset)
     if is_main_process():
         with adapter.replaced() as stage:
             save_adapter(model, stage)

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from huggingface_hub import HfApi
 from peft import PeftConfig
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -203,7 +204,7 @@ class TestFinetune:
         expected |= {"final_scale": 2.0, "warmup_steps": 1, "weight_decay": 0.1, "max_grad_norm": 0.5}
         assert settings.items() >= {**expected, "seed": 3, "steps": 2, "warm_start_steps": 1, "chunks": 4}.items()
 
-    def test_dataset(self, adapter, text, tmp_path):
+    def test_dataset(self, adapter, text, tmp_path, monkeypatch):
         folder = tmp_path / "dataset"
         folder.mkdir()
         rows = [{"body": text.read_text()}, {"body": ""}, {"body": text.read_text()}]
@@ -213,6 +214,13 @@ class TestFinetune:
         one = shutil.copy(folder / "train.jsonl", tmp_path / "one [1].jsonl")  # the name of a file, and no pattern
         succeed("finetune", adapter, "--dataset", one, "--column", "body", *QUICK)
         assert json.loads((adapter / "finetune.json").read_text())["settings"]["chunks"] == 10
+        assert "dataset" not in json.loads((adapter / "finetune.json").read_text())  # a path means nothing elsewhere
+        monkeypatch.setattr("hf_sparse.texts.read_dataset", lambda *part: text.read_text())
+        succeed("finetune", adapter, "--dataset", "me/books", "--split", "train[:1%]", *QUICK)
+        source = {"name": "me/books", "split": "train[:1%]", "column": "text"}
+        assert json.loads((adapter / "finetune.json").read_text())["dataset"] == source
+        assert "datasets:\n- me/books" in (adapter / "README.md").read_text()
+        monkeypatch.undo()
         assert "has no column 'text', it has body" in fail("finetune", adapter, "--dataset", folder, *QUICK)
         (tmp_path / "broken.jsonl").write_text('{"text": "w1"}\n{"te')
         with pytest.raises(DataError, match=r"broken\.jsonl' cannot be loaded: .*JSON"):
@@ -615,6 +623,20 @@ class TestPush:
         assert f"{hub.endpoint}/{hub.user}/from-the-command-line" in shown
         model = hf_sparse.from_pretrained(f"{hub.user}/from-the-command-line")
         assert model.active_peft_config.slots == SLOTS
+
+    def test_dry_run_and_pull_request(self, tmp_path, hub):
+        folder, name = tmp_path / "adapter", f"{hub.user}/planned"
+        succeed("patch", "demo", *BUDGET, "--output", folder)
+        shown = succeed("push", folder, name, "--dry-run", "--revision", "v2")
+        assert f"creates the repository {name}" in shown and "creates the branch v2" in shown
+        assert "uploads adapter_model.safetensors (" in shown
+        assert not HfApi().repo_exists(name)
+        assert "does not: push without" in fail("push", folder, name, "--create-pr")
+        succeed("push", folder, name)
+        assert "nothing to open a pull request for" in fail("push", folder, name, "--create-pr")
+        succeed("patch", "demo", *BUDGET, "--sinks", "0", "--output", folder, "--force")
+        shown = succeed("push", folder, name, "--create-pr", "--revision", "main")
+        assert f"opened a pull request with {folder}: {hub.endpoint}/{name}/discussions/1" in shown
 
     def test_refused(self, tmp_path, hub):
         folder = tmp_path / "adapter"

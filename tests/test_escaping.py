@@ -122,7 +122,7 @@ def test_name_of_a_folder_is_a_string_in_the_example(config, name):
 def test_any_text_of_a_license_leaves_the_metadata_whole(text):
     stated = {"license": "other", "license_name": text, "license_link": text}
     card: Any = ModelCard(
-        render(hf_sparse.SparseKConfig(), repo_id="me/x", base_model="a/b", parameters=1, license=stated)
+        render(hf_sparse.SparseKConfig(), repo_id="me/x", base_model="a/b", parameters=1, metadata=stated)
     )
     assert card.data.license == "other" and card.data.base_model == "a/b"
     assert card.data.license_name == card.data.license_link == text

@@ -71,7 +71,7 @@ def render(
     evaluation: dict[str, Any] | None = None,
     training: dict[str, Any] | None = None,
     model_class: str | None = None,
-    license: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
     tags: Sequence[str] = (),
     left_out: Sequence[str] = (),
 ) -> str:
@@ -87,7 +87,7 @@ def render(
         evaluation: content of eval.json; without it the card says that nothing was measured.
         training: content of finetune.json; without it the card says so.
         model_class: the class that the adapter was made for; by default a causal language model's.
-        license: `license`, `license_name` and `license_link` of the metadata, those that are known.
+        metadata: further entries of the metadata that are known, such as `license`, `license_link`, `language`.
         tags: further tags of the metadata.
         left_out: files beside the card that are of other weights, or of nobody knows which.
 
@@ -101,14 +101,16 @@ def render(
     base_shape = config.base_shape or {}
     encoder = attends_both_ways(base_shape.get("model_type"), task)
     on_hub = base_model not in (None, BASE_NAME)
-    all_tags = ["hf-sparse", report.name, "sparse-attention", *report.tags(encoder), *tags]
+    relation = [f"base_model:adapter:{base_model}"] if on_hub else []  # the Hub finds the adapters of a base by it
+    all_tags = ["hf-sparse", report.name, "sparse-attention", *report.tags(encoder), *relation, *tags]
+    known: dict[str, Any] = {"datasets": _datasets(training), "metrics": _metrics(evaluation), **(metadata or {})}
     data = ModelCardData(
         base_model=base_model if on_hub else None,
         base_model_relation="adapter" if on_hub else None,
         library_name="peft",
         pipeline_tag=task.pipeline,
         tags=list(dict.fromkeys(all_tags)),
-        **(license or {}),
+        **{name: value for name, value in known.items() if value},
     )
     template = _template(report.templates / "card.md.jinja")
     example = _WITH_LABELS.get(task.pipeline, _EXAMPLES[task.kind]) if head_parameters else _EXAMPLES[task.kind]
@@ -176,6 +178,17 @@ def _base(repo_id: str, base_model: str | None) -> dict[str, Markup]:
         "tokenizer": python_string(base_model),
         "arguments": repo,
     }
+
+
+def _datasets(training: dict[str, Any] | None) -> list[str]:
+    """List the dataset on the Hub that an adapter was trained on; nothing where it was a file or is not known."""
+    name = (training or {}).get("dataset", {}).get("name")
+    return [name] if isinstance(name, str) else []
+
+
+def _metrics(evaluation: dict[str, Any] | None) -> list[str]:
+    """List the metric of a measurement as the Hub names it; nothing where the Hub has no name for it."""
+    return ["perplexity"] if evaluation and "perplexity" in evaluation else []
 
 
 def _change(value: float, reference: float) -> str:

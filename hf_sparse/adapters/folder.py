@@ -227,7 +227,7 @@ class AdapterFolder:
         evaluation: Json | None = None,
         training: Json | None = None,
         repo_id: str | None = None,
-        license: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
     ) -> None:
         """Write measurements, the figure and the card of this adapter; see the function `write_repo`."""
         weights = {"weights_sha256": self.weights_sha256}
@@ -243,7 +243,7 @@ class AdapterFolder:
             evaluation = self.checked_evaluation
         if evaluation is not None and self.public_base_model is not None:
             evaluation = {**evaluation, "base_model": self.public_base_model}  # not the folder that it was loaded from
-        card = self._card(evaluation, training, repo_id, license)
+        card = self._card(evaluation, training, repo_id, metadata)
         with staged(self.path) as stage:
             if evaluation is not None:
                 self.report.draw_figure(evaluation, training, stage / self.report.figure)
@@ -258,7 +258,7 @@ class AdapterFolder:
         training: Json | None,
         *,
         repo_id: str | None = None,
-        license: Mapping[str, Any] | None = None,
+        metadata: Mapping[str, Any] | None = None,
         tags: Sequence[str] = (),
         left_out: Sequence[str] = (),
     ) -> None:
@@ -268,7 +268,7 @@ class AdapterFolder:
             evaluation: content of eval.json; on the card if it names the hash of the weights, and its figure is there.
             training: content of finetune.json; on the card if it names the hash of the weights.
             repo_id: the name under which the card tells readers to load the adapter; by default that of the folder.
-            license: see `hf_sparse.adapters.card.render`.
+            metadata: see `hf_sparse.adapters.card.render`.
             tags: further tags of the card.
             left_out: names of measurements that may lie where the card goes, and are of nobody knows which weights.
 
@@ -284,14 +284,14 @@ class AdapterFolder:
             self.check_evaluation(evaluation)
             if not (self.path / self.report.figure).is_file():
                 evaluation, unknown = None, [*unknown, EVALUATION]
-        write_text(self.path / CARD, self._card(evaluation, training, repo_id, license, tags, unknown))
+        write_text(self.path / CARD, self._card(evaluation, training, repo_id, metadata, tags, unknown))
 
     def _card(
         self,
         evaluation: Json | None,
         training: Json | None,
         repo_id: str | None,
-        license: Mapping[str, Any] | None,
+        metadata: Mapping[str, Any] | None,
         tags: Sequence[str] = (),
         left_out: Sequence[str] = (),
     ) -> str:
@@ -307,7 +307,7 @@ class AdapterFolder:
             evaluation=evaluation,
             training=training,
             model_class=self.model_class,
-            license=license,
+            metadata=metadata,
             tags=tags,
             left_out=left_out,
         )
@@ -319,7 +319,7 @@ def write_repo(
     evaluation: Json | None = None,
     training: Json | None = None,
     repo_id: str | None = None,
-    license: Mapping[str, Any] | None = None,
+    metadata: Mapping[str, Any] | None = None,
 ) -> None:
     """Complete a folder that holds an adapter: measurements, figure and model card. All of them appear, or none.
 
@@ -331,11 +331,11 @@ def write_repo(
         evaluation: becomes eval.json; by default the one that is there, if there is one.
         training: becomes finetune.json; by default the one that is there, if there is one.
         repo_id: the name under which the card tells readers to load the adapter; by default that of the folder.
-        license: of the card, see `hf_sparse.adapters.card.render`.
+        metadata: further entries of the card's metadata, see `hf_sparse.adapters.card.render`.
 
     Raises:
         HubError: the folder holds no adapter of hf-sparse.
         DataError: a measurement is damaged, or is one of another method, budget, graph or of other weights.
         BusyError: another run holds the folder.
     """
-    AdapterFolder(folder).write_repo(evaluation=evaluation, training=training, repo_id=repo_id, license=license)
+    AdapterFolder(folder).write_repo(evaluation=evaluation, training=training, repo_id=repo_id, metadata=metadata)

@@ -5,21 +5,22 @@ import os
 import re
 import shutil
 import tempfile
-from contextlib import nullcontext
-from functools import partial
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi, get_token
-from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status, validate_repo_id
+from huggingface_hub import HfApi, get_token
+from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
 
 from hf_sparse.access_tokens import check_token
-from hf_sparse.adapters.files import CARD, CONFIG, EVALUATION, TRAINING, WEIGHTS, published_files
+from hf_sparse.adapters.files import CONFIG, EVALUATION, TRAINING, WEIGHTS
 from hf_sparse.adapters.fit import check_fit
 from hf_sparse.adapters.folder import AdapterFolder, write_repo
 from hf_sparse.adapters.hub_errors import explained, short_line
+from hf_sparse.adapters.push_plan import PushPlan, carry_out, plan_of
 from hf_sparse.base_model import is_public, open_base
 from hf_sparse.bundled import BASE_NAME
 from hf_sparse.core.registry import registered_methods
@@ -43,6 +44,7 @@ def push_to_hub(
     token: str | bool | None = None,
     commit_message: str = "Upload sparse attention adapter with hf-sparse",
     revision: str | None = None,
+    create_pr: bool = False,
 ) -> str:
     """Publish an adapter with its card, measurements and figure: one commit, or none.
 
@@ -68,15 +70,72 @@ def push_to_hub(
         token: a token with write access; the saved one by default.
         commit_message: title of the commit.
         revision: branch to push to, created if it does not exist.
+        create_pr: open a pull request against `revision` in place of pushing to it; the repository and the branch have
+            to exist, and the token need not be their owner's.
 
     Returns:
-        URL of the repository.
+        URL of the repository, or of the pull request.
 
     Raises:
         HubError: the Hub cannot be reached or refuses; the message says what to do, and what was created already.
         AdapterMismatchError: `base_model` is not what the adapter was made for.
         DataError: a measurement is damaged, or is one of another budget.
         TypeError: neither a `PeftModel` with one active adapter of hf-sparse nor a folder.
+    """
+    options: dict[str, Any] = {
+        "base_model": base_model,
+        "evaluation": evaluation,
+        "training": training,
+        "license": license,
+    }
+    with _prepared(model_or_dir, repo_id, token, **options) as (api, stage, repo_id):
+        if not is_main_process():
+            return f"{api.endpoint}/{repo_id}"
+        plan = plan_of(api, stage, repo_id, private, revision, create_pr)
+        return carry_out(api, stage, plan, private, commit_message)
+
+
+def plan_push(
+    model_or_dir: PeftModel | str | Path,
+    repo_id: str,
+    *,
+    base_model: str | None = None,
+    evaluation: dict[str, Any] | None = None,
+    training: dict[str, Any] | None = None,
+    license: str | None = None,
+    private: bool = False,
+    token: str | bool | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+) -> PushPlan:
+    """Check everything that `push_to_hub` checks and say what it would do; nothing is created or uploaded.
+
+    The arguments and errors are those of `push_to_hub`. The Hub is asked, so a token is needed here too.
+    """
+    options: dict[str, Any] = {
+        "base_model": base_model,
+        "evaluation": evaluation,
+        "training": training,
+        "license": license,
+    }
+    with _prepared(model_or_dir, repo_id, token, **options) as (api, stage, repo_id):
+        return plan_of(api, stage, repo_id, private, revision, create_pr)
+
+
+@contextmanager
+def _prepared(
+    model_or_dir: PeftModel | str | Path,
+    repo_id: str,
+    token: str | bool | None,
+    *,
+    base_model: str | None,
+    evaluation: dict[str, Any] | None,
+    training: dict[str, Any] | None,
+    license: str | None,
+) -> Iterator[tuple[HfApi, Path, str]]:
+    """Check a push and lay its files out: yield the client, the folder with the files, and the full name of the repo.
+
+    Processes that were launched beside the main one get an empty folder.
     """
     name = _active_adapter(model_or_dir)
     try:
@@ -92,21 +151,22 @@ def push_to_hub(
     if "/" not in repo_id:
         with explained(f"cannot push to {repo_id}"):
             repo_id = f"{api.whoami()['name']}/{repo_id}"
-    if not is_main_process():
-        return f"{api.endpoint}/{repo_id}"
-
     with tempfile.TemporaryDirectory(prefix="hf-sparse-") as temporary:
         stage, saved = Path(temporary, "stage"), Path(temporary, "saved")
-        if isinstance(model_or_dir, PeftModel):
-            model_or_dir.save_pretrained(str(saved), selected_adapters=[name], save_embedding_layers=False)
-            folder = saved if name == "default" else saved / name  # PEFT's rule
-        else:
-            folder = Path(model_or_dir)
-        name = _stage(folder, stage, base_model, token)
-        with explained(f"cannot push to {repo_id}"):
-            stated = {"license": license} if license else _license_of(api, name)
-        write_repo(stage, evaluation=evaluation, training=training, repo_id=repo_id, license=stated)
-        return _commit(api, stage, repo_id, private, commit_message, revision)
+        if is_main_process():
+            if isinstance(model_or_dir, PeftModel):
+                model_or_dir.save_pretrained(str(saved), selected_adapters=[name], save_embedding_layers=False)
+                folder = saved if name == "default" else saved / name  # PEFT's rule
+            else:
+                folder = Path(model_or_dir)
+            base = _stage(folder, stage, base_model, token)
+            with explained(f"cannot push to {repo_id}"):
+                metadata = _metadata_of(api, base)
+            if license:  # with the name and link of the base's license left out
+                metadata = {name: value for name, value in metadata.items() if not name.startswith("license")}
+                metadata["license"] = license
+            write_repo(stage, evaluation=evaluation, training=training, repo_id=repo_id, metadata=metadata)
+        yield api, stage, repo_id
 
 
 def _active_adapter(model: Any) -> str:
@@ -168,8 +228,8 @@ def _copy(folder: Path, stage: Path, base_model: str | None, token: str | bool |
     return name
 
 
-def _license_of(api: HfApi, base_model: str) -> dict[str, Any]:
-    """Return what the page of a base model on the Hub says of its license."""
+def _metadata_of(api: HfApi, base_model: str) -> dict[str, Any]:
+    """Return what the page of a base model on the Hub says of its license and its languages."""
     if base_model == BASE_NAME:
         return {}
     try:
@@ -177,79 +237,12 @@ def _license_of(api: HfApi, base_model: str) -> dict[str, Any]:
     except RepositoryNotFoundError:  # or not for this token; what was read of it is in the cache
         return {}
     # Nothing checked what people wrote there: a license may be a list, or what YAML makes of `no`.
-    named = {name: page.get(name) for name in ("license", "license_name", "license_link")}
+    named = {name: page.get(name) for name in ("license", "license_name", "license_link", "language")}
     stated: dict[str, Any] = {name: value for name, value in named.items() if isinstance(value, str) and value}
-    several = named["license"]
-    if isinstance(several, list) and several and all(isinstance(one, str) for one in several):
-        stated["license"] = several
+    for name in ("license", "language"):
+        several = named[name]
+        if isinstance(several, list) and several and all(isinstance(one, str) for one in several):
+            stated[name] = several
     if (link := stated.get("license_link")) and "://" not in link:  # a file of that repository
         stated["license_link"] = f"https://huggingface.co/{base_model}/blob/main/{link}"
     return stated
-
-
-def _check_card(api: HfApi, card: str) -> None:
-    """Ask the Hub whether it takes a card, before anything is created there.
-
-    Raises:
-        HubError: it does not.
-        HTTPError: it cannot be asked.
-    """
-    headers = build_hf_headers(token=api.token)
-    body = {"content": card, "repoType": "model"}
-    answer = get_session().post(f"{api.endpoint}/api/validate-yaml", json=body, headers=headers)
-    if answer.status_code == 400:
-        try:
-            reasons = "; ".join(str(error["message"]) for error in answer.json()["errors"])
-        except (ValueError, LookupError, TypeError):
-            reasons = answer.text
-        raise HubError(f"the Hub does not take the card: {short_line(reasons)}; nothing was created")
-    hf_raise_for_status(answer)
-
-
-def _commit(api: HfApi, stage: Path, repo_id: str, private: bool, message: str, revision: str | None) -> str:
-    """Bring the staged files to the Hub and return the repository's URL.
-
-    The commit names as its parent the commit that was looked at, so of two pushes at the same time one is refused.
-    """
-    created: list[str] = []
-    with explained(f"cannot push to {repo_id}", lambda: _left(created)):
-        _check_card(api, (stage / CARD).read_text("utf-8"))
-        try:
-            seen = api.model_info(repo_id)
-            if private and not seen.private:
-                raise HubError(f"{repo_id} exists and is public: make it private first, or push without private=True")
-        except RepositoryNotFoundError:
-            api.create_repo(repo_id, private=private)
-            created.append(f"the empty repository {repo_id}")
-            seen = api.model_info(repo_id)
-        if revision is not None:
-            try:
-                seen = api.model_info(repo_id, revision=revision)
-            except RevisionNotFoundError:
-                api.create_branch(repo_id, branch=revision, revision=seen.sha)
-                created.append(f"the branch {revision}")
-        published = {file.rfilename for file in seen.siblings or ()}
-        new = {path.name for path in stage.iterdir()}
-        old = [name for name in published_files() if name in published and name not in new]
-        operations: list[Any] = [CommitOperationAdd(name, stage / name) for name in sorted(new)]
-        operations += [CommitOperationDelete(name) for name in old]
-    with explained(f"cannot push to {repo_id}", partial(_after_commit, api, repo_id, revision, seen.sha, created)):
-        # Not upload_folder, which makes several commits where Xet is installed.
-        api.create_commit(repo_id, operations, commit_message=message, revision=revision, parent_commit=seen.sha)
-    return f"{api.endpoint}/{repo_id}"
-
-
-def _left(created: list[str]) -> str:
-    """Say what a push that failed had created."""
-    return f" (created before that: {' and '.join(created)}; push again or delete)" if created else ""
-
-
-def _after_commit(api: HfApi, repo_id: str, revision: str | None, parent: str | None, created: list[str]) -> str:
-    """Say what exists after a commit that failed, as the Hub has it: an answer may be lost when the commit is not."""
-    try:
-        newest = api.model_info(repo_id, revision=revision).sha
-    except Exception:
-        return f"; whether anything was published is not known{_left(created)}"
-    if newest == parent:
-        return f"; nothing was published{_left(created)}"
-    return f"; the newest commit of {repo_id} is now {str(newest)[:7]}, of this push or of another: look at it first"

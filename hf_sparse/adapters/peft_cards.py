@@ -97,7 +97,7 @@ def _write(folder: Path, repo_id: str | None = None) -> None:
             _unless_damaged(folder / TRAINING, lambda: adapter.training),
             repo_id=repo_id,
             left_out=(EVALUATION, TRAINING) if repo_id else (),  # an earlier push may have left them there
-            **_license_and_tags(folder / CARD),
+            **_metadata_and_tags(folder / CARD),
         )
     except HfSparseError as error:  # the weights are saved, and must not be lost for a page of text
         warnings.warn(f"no card was written for {folder}: {error}", stacklevel=3)
@@ -112,8 +112,8 @@ def _unless_damaged(path: Path, read: Callable[[], dict[str, Any] | None]) -> di
         return None
 
 
-def _license_and_tags(path: Path) -> dict[str, Any]:
-    """Return license and tags of the card that is replaced."""
+def _metadata_and_tags(path: Path) -> dict[str, Any]:
+    """Return tags of the card that is replaced, and the metadata that hf-sparse cannot know."""
     if not path.is_file():
         return {}
     try:
@@ -122,6 +122,6 @@ def _license_and_tags(path: Path) -> dict[str, Any]:
         return {}
     tags = data.get("tags")
     return {
-        "license": {name: data[name] for name in _KEPT if name in data},
+        "metadata": {name: data[name] for name in _KEPT if name in data},
         "tags": [tag for tag in tags if isinstance(tag, str)] if isinstance(tags, list) else [],
     }

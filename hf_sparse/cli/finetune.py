@@ -56,15 +56,17 @@ def finetune(
     workflow = load_workflow()
     from hf_sparse.environment import is_main_process
     from hf_sparse.finetune import FinetuneConfig
-    from hf_sparse.texts import read_dataset, read_texts
+    from hf_sparse.texts import hub_dataset, read_dataset, read_texts
 
     config = FinetuneConfig(**given)
+    source = None
     if dataset:
+        source = hub_dataset(dataset, part["dataset_config"], part["split"], part["column"])
         words = read_dataset(dataset, part["dataset_config"], part["split"], part["column"])
     else:
         words, _ = read_texts(text or [])
     try:
-        metrics = workflow.train_adapter(folder, words, config, **reading)
+        metrics = workflow.train_adapter(folder, words, config, dataset=source, **reading)
     except KeyboardInterrupt:
         complain(f"interrupted; the adapter in {folder} is as it was; {_way_to_go_on(folder)}")
         raise typer.Exit(130) from None

@@ -1,8 +1,9 @@
 """A test Hub: one threaded HTTP server on 127.0.0.1 that unmodified Hugging Face clients can push to and pull from.
 
 It speaks the classic LFS transport only (clients run with `HF_HUB_DISABLE_XET=1`), keeps everything in memory and uses
-only the standard library. It holds models and datasets, with branches and tags. Left out on purpose: Xet, pull
-requests, LFS multipart, gating, pagination. The card rules are a guess, as the real ones are not public.
+only the standard library. It holds models and datasets, with branches and tags; a pull request is a branch
+`refs/pr/N` that nobody merges. Left out on purpose: Xet, LFS multipart, gating, pagination. The card rules are a guess,
+as the real ones are not public.
 
 Requests are answered one at a time, so a commit is seen whole or not at all, whatever the clients do in parallel.
 """
@@ -366,7 +367,10 @@ class LoopbackHub:
     def _info(self, request: Request, repo: Repo, rev: str = "main") -> Response:
         commit = repo.at(rev)
         readme = commit.files.get("README.md", Blob(b""))
-        card = self._read_card(readme.data.decode()) or {}
+        try:
+            card = self._read_card(readme.data.decode()) or {}
+        except HubError:  # the rules were others when it was committed
+            card = {}
         siblings = [
             {"rfilename": path, "size": len(blob.data), "blobId": blob.oid, "lfs": blob.lfs if blob.sha256 else None}
             for path, blob in commit.files.items()
@@ -468,8 +472,8 @@ class LoopbackHub:
     @route("POST", "{api}/commit/{rev}", write=True)
     def _commit(self, request: Request, repo: Repo, rev: str) -> Response:
         head = repo.at(rev)
-        if "create_pr" in request.query or rev not in repo.branches:
-            raise HubError(400, "the loopback Hub commits to branches only, and has no pull requests")
+        if rev not in repo.branches:
+            raise HubError(400, "the loopback Hub commits to branches only")
         lines = [json.loads(line) for line in request.body.splitlines()]
         header = lines[0]["value"]
         if not head.id.startswith(header.get("parentCommit", "")):
@@ -479,9 +483,15 @@ class LoopbackHub:
             apply_operation(files, self._objects, line["key"], line["value"])
         if "README.md" in files:
             self._read_card(files["README.md"].data.decode())
+        answer = {"success": True}
+        if "create_pr" in request.query:
+            number = 1 + sum(name.startswith("refs/pr/") for name in repo.branches)
+            rev = f"refs/pr/{number}"
+            repo.branches[rev] = head
+            answer["pullRequestUrl"] = f"{self.endpoint}{repo.url_path}/discussions/{number}"
         repo.add_commit(rev, files, header["summary"], header.get("description", ""))
         oid = repo.branches[rev].id
-        return reply({"success": True, "commitOid": oid, "commitUrl": f"{self.endpoint}{repo.url_path}/commit/{oid}"})
+        return reply({**answer, "commitOid": oid, "commitUrl": f"{self.endpoint}{repo.url_path}/commit/{oid}"})
 
     @route("GET HEAD", "{site}/(?:resolve|raw)/{rev}/{path}")
     def _resolve(self, request: Request, repo: Repo, rev: str, path: str) -> Response:

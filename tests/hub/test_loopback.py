@@ -314,8 +314,9 @@ def test_writing_errors(api, hub, repo):
     with pytest.raises(HfHubHTTPError) as error:
         api.create_branch(repo, branch="side")
     assert status_of(error) == 409
-    with pytest.raises(BadRequestError, match="has no pull requests"):
-        api.upload_file(path_or_fileobj=b"x", path_in_repo="x", repo_id=repo, create_pr=True)
+    opened = api.upload_file(path_or_fileobj=b"x", path_in_repo="x", repo_id=repo, create_pr=True)
+    assert opened.pr_url == f"{api.endpoint}/{repo}/discussions/1" and opened.pr_revision == "refs/pr/1"
+    assert not api.file_exists(repo, "x") and api.file_exists(repo, "x", revision="refs/pr/1")
 
 
 def test_commit_of_an_lfs_object_that_was_not_uploaded(api, repo):

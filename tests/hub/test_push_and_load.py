@@ -30,7 +30,7 @@ from hf_sparse.demo import CHECKPOINT
 from hf_sparse.errors import AdapterMismatchError, BusyError, DataError, HubError, UnsupportedModelError
 from hf_sparse.evaluation import evaluate
 from hf_sparse.folders import locked
-from hf_sparse.hub import from_pretrained, push_to_hub, resolve_base, write_repo
+from hf_sparse.hub import from_pretrained, plan_push, push_to_hub, resolve_base, write_repo
 from hf_sparse.methods.sparsefinder import SparsefinderAttention, fit_predictors
 from hf_sparse.patches import sparse_layers, sparse_layers_in_use
 
@@ -351,6 +351,55 @@ def test_bundled_base_is_called_demo(api, repo_id, tmp_path):
     assert ModelCard.load(repo_id).data.base_model is None
     assert torch.equal(logits(from_pretrained(repo_id)), logits(model))
     assert resolve_base("demo") == str(CHECKPOINT) and resolve_base("me/demo") == "me/demo"
+
+
+def test_pull_request_leaves_the_branch_alone(model, api, hub, repo_id):
+    with pytest.raises(HubError, match=f"a pull request changes what exists, and the repository {repo_id} does not"):
+        push_to_hub(model, repo_id, create_pr=True)
+    assert not api.repo_exists(repo_id)
+    push_to_hub(model, repo_id, evaluation=EVALUATION)
+    with pytest.raises(HubError, match="the branch v2 does not"):
+        push_to_hub(model, repo_id, create_pr=True, revision="v2")
+    before = api.model_info(repo_id).sha
+    with torch.no_grad():
+        for parameter in (p for name, p in model.named_parameters() if "sparsek_" in name):
+            parameter.neg_()
+    url = push_to_hub(model, repo_id, create_pr=True)
+    assert url == f"{hub.endpoint}/{repo_id}/discussions/1"
+    assert api.model_info(repo_id).sha == before and "eval.json" in files(api, repo_id)
+    assert "eval.json" not in files(api, repo_id, revision="refs/pr/1")  # measured on other weights
+    opened = from_pretrained(repo_id, revision="refs/pr/1")
+    assert torch.equal(logits(opened), logits(model))
+    assert not torch.equal(logits(from_pretrained(repo_id)), logits(model))
+
+
+def test_plan_says_what_a_push_does_and_changes_nothing(model, api, hub, repo_id):
+    plan = plan_push(model, repo_id, evaluation=EVALUATION, revision="v2")
+    assert plan.creates == (f"the repository {repo_id}", "the branch v2") and plan.parent is None
+    assert not api.repo_exists(repo_id)
+    push_to_hub(model, repo_id, evaluation=EVALUATION)
+    hub.reset_trace()
+    plan = plan_push(model, repo_id, create_pr=True)
+    assert {method for method, _ in hub.requests} <= {"GET", "HEAD", "POST"}
+    assert {path for method, path in hub.requests if method == "POST"} == {"/api/validate-yaml"}
+    assert plan.creates == () and plan.create_pr and plan.parent == api.model_info(repo_id).sha
+    assert plan.deletes == ("eval.json", "quality.png")
+    assert list(plan.uploads) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
+    push_to_hub(model, repo_id)
+    sizes = {file.rfilename: file.size for file in api.model_info(repo_id, files_metadata=True).siblings}
+    assert plan.uploads.items() <= sizes.items()
+
+
+def test_metadata_names_base_dataset_language_and_metric(model, base_id, api, repo_id):
+    api.upload_file(path_or_fileobj=b"---\nlanguage:\n- en\n- de\n---\n", path_in_repo="README.md", repo_id=base_id)
+    trained = TRAINING | {"dataset": {"name": "me/books", "split": "train", "column": "text"}}
+    try:
+        push_to_hub(model, repo_id, evaluation=EVALUATION, training=trained)
+    finally:
+        api.delete_file("README.md", base_id)
+    data = ModelCard.load(repo_id).data
+    assert f"base_model:adapter:{base_id}" in data.tags
+    assert (data.language, data.datasets, data.metrics) == (["en", "de"], ["me/books"], ["perplexity"])
 
 
 def test_license_is_that_of_the_base_or_the_one_given(model, base_id, api, repo_id):
