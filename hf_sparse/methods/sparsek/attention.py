@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,14 +17,16 @@ from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
 from hf_sparse.methods.sparsek.compiled import attend_compiled
 from hf_sparse.methods.sparsek.config import SparseKConfig
 from hf_sparse.methods.sparsek.padded import attend_padded
+from hf_sparse.methods.sparsek.ragged_cache import RaggedCacheLayer
 from hf_sparse.methods.sparsek.reading import read_in_few_launches
 from hf_sparse.methods.sparsek.scorer import Scorer, make_scorer
 from hf_sparse.methods.sparsek.step import step_in_one_kernel
 from hf_sparse.methods.sparsek.tokens import NewTokens, token_index
-from hf_sparse.ops.selection.slots import attend_slots
 
 # (query [B, Hq, T, D], key [B, Hkv, T, D], scores [B, Hkv, T], scaling) of whole sequences without padding
 Observer = Callable[[Tensor, Tensor, Tensor, float], None]
+# New tokens, the slots that they go into, and the budget that these have for each head
+_Part = tuple[NewTokens, Any, Budget]
 
 
 class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
@@ -52,10 +54,21 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
 
     @classmethod
     def check(cls, config: SparseKConfig, shape: AttentionShape, num_layers: int) -> None:
-        """Raise `ValueError` unless each attention layer of the model has its share of the budget."""
+        """Raise `ValueError` unless each attention layer, or each KV head, of the model has its share of the budget."""
         shares = config.layer_shares
         if shares is not None and len(shares) != num_layers:
             raise ValueError(f"layer_shares has {len(shares)} entries, and the model has {num_layers} attention layers")
+        if config.head_shares is not None:
+            heads, given = shape.num_key_value_heads, [len(row) for row in config.head_shares]
+            if len(given) != num_layers:
+                raise ValueError(
+                    f"head_shares has {len(given)} layers, and the model has {num_layers} attention layers"
+                )
+            if other := next((number for number in given if number != heads), None):
+                raise ValueError(
+                    f"head_shares has {other} shares for layer {given.index(other)}, and the model has {heads} KV heads "
+                    "in each attention layer"
+                )
 
     def __init__(self, hidden_size: int, num_key_value_heads: int, layer: int, causal: bool = True) -> None:
         super().__init__()
@@ -82,12 +95,15 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
 
     def make_cache_layer(self) -> SparseKCacheLayer:
         """Make the KV slots of this module."""
-        return SparseKCacheLayer(
-            *self.budget,
-            owner=self._owner,
-            all_sparse=self.config.layers is None,  # otherwise some layers are left dense
-            depends_on_text=self.baseline is not None and self.baseline.depends_on_text,
-        )
+        k, window, sinks = self.budget
+        options: dict[str, Any] = {
+            "owner": self._owner,
+            "all_sparse": self.config.layers is None,  # otherwise some layers are left dense
+            "depends_on_text": self.baseline is not None and self.baseline.depends_on_text,
+        }
+        if isinstance(k, tuple):
+            return RaggedCacheLayer(k, window, sinks, **options)
+        return SparseKCacheLayer(k, window, sinks, **options)
 
     def check_cache(self, cache: SparseKCacheLayer) -> None:
         """Refuse a cache of another adapter, and hard selection after soft gates or before them."""
@@ -150,7 +166,7 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
             return self._attend_first(tokens, cache)
         if length == 1:
             return self._attend_step(tokens, cache)
-        return self._attend_more(tokens, cache, self._budget_in_use)
+        return self._attend_more(tokens, cache)
 
     def _scores_of_baseline(
         self,
@@ -196,8 +212,8 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         if self.baseline is None and self._may_learn() and not torch.compiler.is_compiling():
             if not is_soft and self.active in self.last_for:
                 output = _Unlearned.apply(output, tokens.scores)
-            elif is_soft and tokens.length <= budget.slots:
-                _warn_of_short_text(budget.slots)
+            elif is_soft and tokens.length <= budget.fewest_slots:
+                _warn_of_short_text(budget.fewest_slots)
         if cache is not None:
             cache.soft = is_soft
             if tokens.valid is None:
@@ -216,32 +232,53 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         """Give the one new token of each row a slot, and attend to the slots."""
         valid = None if tokens.valid is None else tokens.valid[:, 0]
         cache.insert(tokens.key, tokens.value, tokens.scores, valid)
-        output = attend_slots(tokens.query, cache.keys, cache.values, cache.positions, scaling=tokens.scaling)
+        output = cache.attend(tokens.query, scaling=tokens.scaling)
         if isinstance(self.baseline, AdaptiveBaseline) and self.baseline.watches_steps:
-            state = cache.keys, cache.scores, tokens.positions, cache.positions
-            budget = self._budget_in_use
-            cache.scores.copy_(self.baseline.watch(tokens.query, *state, budget=budget, scaling=tokens.scaling))
+            for part, slots, budget in self._parts(tokens, cache):
+                state = slots.keys, slots.scores, part.positions, slots.positions
+                slots.scores.copy_(self.baseline.watch(part.query, *state, budget=budget, scaling=part.scaling))
         return output
+
+    def _parts(self, tokens: NewTokens, cache: SparseKCacheLayer | None) -> Iterator[_Part]:
+        """Yield new tokens with their slots and budget: all at once, or head by head where the heads' budgets differ."""
+        budget = self._budget_in_use
+        if isinstance(budget.k, int):
+            yield tokens, cache, budget
+            return
+        slots = cache.heads() if isinstance(cache, RaggedCacheLayer) else [None] * len(budget.k)
+        for head, of_head in enumerate(slots):
+            yield tokens.of_head(head), of_head, budget.of_head(head)
 
     @torch.compiler.disable
     def _attend_in_blocks(
         self, tokens: NewTokens, cache: SparseKCacheLayer | None, baseline: AdaptiveBaseline
     ) -> Tensor:
         """Attend block after block through the slots, so that the attention of one chooses the keys of the next."""
-        budget = self._budget_in_use
+        outputs = [self._attend_in_equal_blocks(*part, baseline) for part in self._parts(tokens, cache)]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+    def _attend_in_equal_blocks(
+        self, tokens: NewTokens, cache: Any, budget: Budget, baseline: AdaptiveBaseline
+    ) -> Tensor:
+        """Attend block after block with a budget that is the same for all heads."""
         length, step = tokens.length, min(baseline.block, budget.window)
         if _is_plain_text(tokens, cache, baseline):
             return _attend_plain_text(tokens, cache, baseline, budget)
         if cache is None:
-            cache = self.make_cache_layer()
+            cache = SparseKCacheLayer(*budget)
             cache.lazy_initialization(tokens.key, tokens.value)
         elif cache.empty and baseline.dense_prompt:
             step, budget = length, budget._replace(k=cache.slots + length)
         blocks = (tokens.part(begin, begin + step) for begin in range(0, length, step))
         # For a few queries, the implementation "dense" has the fewest launches.
-        return torch.cat([self._attend_more(block, cache, budget, implementation="dense") for block in blocks], 2)
+        return torch.cat([self._attend_after(block, cache, budget, implementation="dense") for block in blocks], 2)
 
-    def _attend_more(self, tokens: NewTokens, cache: SparseKCacheLayer, budget: Budget, **options: Any) -> Tensor:
+    def _attend_more(self, tokens: NewTokens, cache: SparseKCacheLayer) -> Tensor:
+        """Attend to several tokens after others, head by head where heads differ, and take them in."""
+        outputs = [self._attend_after(*part) for part in self._parts(tokens, cache)]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+    def _attend_after(self, tokens: NewTokens, cache: Any, budget: Budget, **options: Any) -> Tensor:
         """Attend to several tokens after others: the kept keys are all that they can reach, so they come first.
 
         Args:

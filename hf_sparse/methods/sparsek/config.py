@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from hf_sparse._compat import extend_peft_type
 from hf_sparse.core.config import SparseConfig
-from hf_sparse.methods.sparsek.budget import Budget
+from hf_sparse.methods.sparsek.budget import Budget, Counts, divided
 from hf_sparse.methods.sparsek.settings import PEFT_TYPE, SparseKSettings
 
 
@@ -25,7 +25,7 @@ class SparseKConfig(SparseKSettings, SparseConfig):
 
     @property
     def slots(self) -> int:
-        """Return the KV pairs per layer and KV head, `sinks + window + k`; the mean where `layer_shares` differ."""
+        """Return the KV pairs per layer and KV head, `sinks + window + k`; the mean where shares differ."""
         return self.sinks + self.window + self.k
 
     def budget(self, layer: int) -> Budget:
@@ -34,6 +34,9 @@ class SparseKConfig(SparseKSettings, SparseConfig):
         Args:
             layer: index among the attention layers of the model.
         """
+        if self.head_shares is not None:
+            counts = divided(tuple(map(tuple, self.head_shares)), self.k)[layer]
+            return Budget(counts[0] if len(set(counts)) == 1 else counts, self.window, self.sinks)
         if self.layer_shares is None:
             return Budget(self.k, self.window, self.sinks)
         before = sum(self.layer_shares[:layer])
@@ -44,6 +47,8 @@ class SparseKConfig(SparseKSettings, SparseConfig):
 
         return Budget(share(self.k), share(self.window), self.sinks)
 
-    def soft_support(self, k: int) -> int | None:
+    def soft_support(self, k: Counts) -> Counts | None:
         """Return over how many keys the soft gates of `k` selected ones may spread, `None` without bound."""
-        return None if self.support is None else self.support * k
+        if self.support is None:
+            return None
+        return self.support * k if isinstance(k, int) else tuple(self.support * count for count in k)

@@ -24,7 +24,10 @@ class Recency(Baseline):
         return new.index[:, None].expand(-1, new.key.shape[1], -1).float()
 
     def budget(self, budget: Budget, causal: bool) -> Budget:
-        return budget if causal else Budget(0, budget.window + budget.k, budget.sinks)
+        if causal:
+            return budget
+        counts = budget.per_head(1)  # a window is that of all heads
+        return Budget(0, budget.window + round(sum(counts) / len(counts)), budget.sinks)
 
 
 @dataclass(frozen=True)
