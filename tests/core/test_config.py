@@ -35,6 +35,7 @@ SPARSEK = {
     "learn_slope": True,
     "layer_shares": None,
     "support": 4,
+    "head_shares": None,
 }
 SPARSEFINDER = {
     "alpha": 1.5,

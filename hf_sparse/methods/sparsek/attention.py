@@ -110,6 +110,9 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         super().check_cache(cache)
         if cache.owner != self._owner:
             raise ValueError("the cache holds what another adapter chose: start a new cache after switching adapters")
+        k = self.budget.k
+        if isinstance(cache, RaggedCacheLayer) != isinstance(k, tuple) or (isinstance(k, tuple) and cache.k != k):
+            raise ValueError("the cache was made for other shares of the heads: start a new cache")
         if not cache.empty and (cache.soft or (self.baseline is None and self.is_learning(cache))):
             raise ValueError(
                 "decoding uses hard selection, and a training forward has soft gates: call model.eval() or use "
