@@ -134,9 +134,9 @@ SPARSEK_BY_HEADS = replace(
     SPARSEK,
     variety="sparsek by heads",
     of_model=_head_shares,
-    settings={"k": 4, "window": 6, "sinks": 2},  # 2 or 6 keys
-    fits=10,
-    fitting=lambda length: {"k": 2 * (length - 8)},
+    settings={"k": 4, "window": 6, "sinks": 3},  # 2 or 6 keys
+    fits=11,
+    fitting=lambda length: {"k": 2 * (length - 9)},
 )
 
 

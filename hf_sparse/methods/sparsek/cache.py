@@ -52,6 +52,8 @@ class SparseKCacheLayer(CacheLayerMixin):
         in_attention: whether the patch announced sparse attention that is not done yet.
         step: the plan of a decoding step in one kernel, see `methods.sparsek.step`; `None` before the first such step.
         ahead: what is foreseen of the next steps on the CPU, see `methods.sparsek.ahead`, or `None`.
+        counts: slots of each KV head where they differ, see `RaggedCacheLayer`; `None` here.
+        offsets: where these begin; `None` here.
         uncounted: tokens of the step in progress that `cumulative_length` does not have yet.
     """
 
@@ -65,6 +67,8 @@ class SparseKCacheLayer(CacheLayerMixin):
     padded_late: Any
     memory: Any
     cumulative_length: Any
+    counts: tuple[int, ...] | None = None
+    offsets: Tensor | None = None
 
     def __init__(
         self,

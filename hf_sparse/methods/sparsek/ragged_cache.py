@@ -25,6 +25,7 @@ class RaggedCacheLayer(SparseKCacheLayer):
     """
 
     k: tuple[int, ...]  # type: ignore[assignment]
+    counts: tuple[int, ...]
 
     def __init__(
         self,
@@ -37,7 +38,7 @@ class RaggedCacheLayer(SparseKCacheLayer):
     ) -> None:
         super().__init__(k, window, sinks, owner, all_sparse, depends_on_text)  # type: ignore[arg-type]
         self.counts = tuple(sinks + window + count for count in k)
-        self.offsets: Tensor | None = None
+        self.offsets = None
 
     @property
     def slots(self) -> int:
