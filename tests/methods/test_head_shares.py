@@ -13,7 +13,7 @@ from hf_sparse.core.overrides import override
 from hf_sparse.evaluation import using
 from hf_sparse.methods.sparsek import SparseKAttention, SparseKCacheLayer
 from hf_sparse.methods.sparsek.baselines import BASELINES
-from hf_sparse.methods.sparsek.budget import divided
+from hf_sparse.methods.sparsek.budget import HeadShares
 from hf_sparse.methods.sparsek.kept_keys import kept_keys
 from hf_sparse.methods.sparsek.ragged_cache import RaggedCacheLayer
 from hf_sparse.patches import sparse_layers
@@ -168,7 +168,7 @@ class TestCache:
 
     def test_rows_move_together(self):
         module, tensors = method(), inputs()
-        output, cache = attend(module, tensors, [LENGTH])
+        _, cache = attend(module, tensors, [LENGTH])
         order = torch.tensor([2, 0, 0])
         before = {name: getattr(cache, name).clone() for name in ("keys", "values", "scores", "positions", "seen")}
         cache.reorder_cache(order)
@@ -204,9 +204,9 @@ class TestCache:
     def test_a_cache_of_another_layout_is_refused(self):
         module, tensors = method(), inputs()
         _, cache = attend(module, tensors, [LENGTH])
-        with override([module.config], head_shares=None):
-            with pytest.raises(ValueError, match="made for other shares of the heads: start a new cache"):
-                module.check_cache(cache)
+        refused = pytest.raises(ValueError, match="made for other shares of the heads: start a new cache")
+        with override([module.config], head_shares=None), refused:
+            module.check_cache(cache)
 
     def test_equal_heads_keep_their_layout(self):
         assert type(_equal().cache_layer()) is SparseKCacheLayer
@@ -221,11 +221,12 @@ def _equal() -> SparseKAttention:
     return other.eval()
 
 
-class TestModel:
-    SHARES = [[0.5, 1.25], [1.75, 0.5]]
+OF_MODEL = [[0.5, 1.25], [1.75, 0.5]]
 
+
+class TestModel:
     def patched(self, tiny_llama, **settings):
-        return patch(tiny_llama(), SparseKConfig(k=8, window=6, sinks=2, head_shares=self.SHARES, **settings)).eval()
+        return patch(tiny_llama(), SparseKConfig(k=8, window=6, sinks=2, head_shares=OF_MODEL, **settings)).eval()
 
     @pytest.fixture
     def chunks(self):
@@ -270,12 +271,12 @@ class TestModel:
         from peft import PeftModel, get_peft_model
 
         base = tiny_llama()
-        model = get_peft_model(base, SparseKConfig(k=8, window=6, sinks=2, head_shares=self.SHARES)).eval()
+        model = get_peft_model(base, SparseKConfig(k=8, window=6, sinks=2, head_shares=OF_MODEL)).eval()
         with torch.no_grad():
             expected = model(chunks).logits
         model.save_pretrained(tmp_path)
         loaded = PeftModel.from_pretrained(tiny_llama(), str(tmp_path)).eval()
-        assert loaded.active_peft_config.head_shares == self.SHARES
+        assert loaded.active_peft_config.head_shares == OF_MODEL
         with torch.no_grad():
             assert torch.equal(loaded(chunks).logits, expected)
 
@@ -300,7 +301,8 @@ class TestConfig:
         shares = [[round(1 / k + (share - 1 / k) * (1 - 1 / k) / (mean - 1 / k), 4) for share in row] for row in shares]
         if k == 1:
             shares = [[1.0] * 3] * 5
-        counts = divided(tuple(map(tuple, shares)), k)
+        divided = HeadShares(shares)
+        counts = [divided.of_layer(layer, k) for layer in range(5)]
         assert sum(map(sum, counts)) == 15 * k and min(map(min, counts)) >= 1
         for row, numbers in zip(shares, counts, strict=True):
             assert all(abs(share * k - number) <= 1 for share, number in zip(row, numbers, strict=True))
@@ -315,7 +317,10 @@ class TestConfig:
             ({"head_shares": [[1.0, -1.0]]}, "must be None or a list of positive numbers for each layer"),
             ({"head_shares": [[1.0, "1"]]}, "must be None or a list of positive numbers for each layer"),
             ({"head_shares": [[1.0, 1.5]]}, "must be 1 on average over all heads.*the mean is 1.2500"),
-            ({"head_shares": [[0.01, 1.99]], "k": 50}, "k is 50, so the smallest share must be at least 0.0200, got 0.01"),
+            (
+                {"head_shares": [[0.01, 1.99]], "k": 50},
+                "k is 50, so the smallest share must be at least 0.0200, got 0.01",
+            ),
             ({"head_shares": [[1.0]], "layer_shares": [1.0]}, "give one of the two"),
         ],
     )
@@ -324,9 +329,10 @@ class TestConfig:
             SparseKConfig(**settings)
 
     def test_the_words_for_people(self):
-        assert "10 keys per query and KV head on average" in SparseKConfig(
-            k=4, window=4, sinks=2, head_shares=[[0.5, 1.5]]
-        ).attended()
+        assert (
+            "10 keys per query and KV head on average"
+            in SparseKConfig(k=4, window=4, sinks=2, head_shares=[[0.5, 1.5]]).attended()
+        )
 
 
 def test_generation_with_beams(tiny_llama):

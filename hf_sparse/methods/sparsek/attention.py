@@ -66,8 +66,8 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
                 )
             if other := next((number for number in given if number != heads), None):
                 raise ValueError(
-                    f"head_shares has {other} shares for layer {given.index(other)}, and the model has {heads} KV heads "
-                    "in each attention layer"
+                    f"head_shares has {other} shares for layer {given.index(other)}, and the model has {heads} KV "
+                    "heads in each attention layer"
                 )
 
     def __init__(self, hidden_size: int, num_key_value_heads: int, layer: int, causal: bool = True) -> None:
@@ -110,7 +110,7 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         super().check_cache(cache)
         if cache.owner != self._owner:
             raise ValueError("the cache holds what another adapter chose: start a new cache after switching adapters")
-        k = self.budget.k
+        k = cache.k if torch.compiler.is_compiling() else self.budget.k  # a compiled step goes on from another one
         if isinstance(cache, RaggedCacheLayer) != isinstance(k, tuple) or (isinstance(k, tuple) and cache.k != k):
             raise ValueError("the cache was made for other shares of the heads: start a new cache")
         if not cache.empty and (cache.soft or (self.baseline is None and self.is_learning(cache))):
@@ -243,7 +243,7 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         return output
 
     def _parts(self, tokens: NewTokens, cache: SparseKCacheLayer | None) -> Iterator[_Part]:
-        """Yield new tokens with their slots and budget: all at once, or head by head where the heads' budgets differ."""
+        """Yield new tokens with their slots and budget: all at once, or head by head where budgets differ."""
         budget = self._budget_in_use
         if isinstance(budget.k, int):
             yield tokens, cache, budget
@@ -268,7 +268,7 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         if _is_plain_text(tokens, cache, baseline):
             return _attend_plain_text(tokens, cache, baseline, budget)
         if cache is None:
-            cache = SparseKCacheLayer(*budget)
+            cache = SparseKCacheLayer(*budget)  # type: ignore[arg-type]
             cache.lazy_initialization(tokens.key, tokens.value)
         elif cache.empty and baseline.dense_prompt:
             step, budget = length, budget._replace(k=cache.slots + length)

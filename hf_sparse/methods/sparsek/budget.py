@@ -1,6 +1,7 @@
 """Say how many keys are attended to."""
 
-from functools import lru_cache
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 #: A number of keys for all KV heads of a layer, or one for each of them.
@@ -9,7 +10,7 @@ Counts = int | tuple[int, ...]
 #: By so much the mean of shares may differ from 1, for they are written with few digits.
 ROUNDING = 1e-3
 
-_UNITS = 1 << 20  # of a share; whole numbers add up the same in any order
+_UNITS = 1 << 20  # of a share
 
 
 class Budget(NamedTuple):
@@ -61,33 +62,35 @@ class Budget(NamedTuple):
         return Budget(slots - window - self.sinks, window, self.sinks)
 
 
-@lru_cache(maxsize=256)
-def divided(shares: tuple[tuple[float, ...], ...], k: int) -> tuple[tuple[int, ...], ...]:
-    """Divide `k` keys for each KV head of a model among all of its heads.
+class HeadShares:
+    """Divide `k` keys for each KV head of a model among all of its heads, by shares.
 
-    Args:
+    What does not depend on `k` is added up once, so that the keys of a layer take few operations, also where a compiler
+    traces them.
+
+    Attributes:
         shares: for each layer, the share of each of its heads.
-        k: mean number of keys, so large that every head's share is at least one.
 
-    Returns:
-        The keys of each head. Of shares with a mean of 1, give or take their rounding, the sum is exactly `k` times the
-        number of heads. A share of less than one key, which an adapter may have that is measured at another budget, is
-        one key all the same.
-
-    >>> divided(((1.5, 0.7), (0.3, 1.5)), 10)
+    >>> divided = HeadShares([[1.5, 0.7], [0.3, 1.5]])
+    >>> divided.of_layer(0, k=10), divided.of_layer(1, k=10)
     ((15, 7), (3, 15))
     """
-    units = [[round(share * _UNITS) for share in row] for row in shares]
-    total, equal = sum(map(sum, units)), _UNITS * sum(map(len, units))
-    whole = total if abs(total - equal) <= ROUNDING * equal else equal
-    keys = k * sum(map(len, units))
-    counts, before, taken = [], 0, 0
-    for row in units:
-        of_layer = []
-        for share in row:
-            before += share
-            end = (2 * keys * before + whole) // (2 * whole)  # rounded
-            of_layer.append(max(1, end - taken))
-            taken = end
-        counts.append(tuple(of_layer))
-    return tuple(counts)
+
+    def __init__(self, shares: Sequence[Sequence[float]]) -> None:
+        self.shares = shares
+        units = [round(share * _UNITS) for row in shares for share in row]
+        self._ends = list(accumulate(units, initial=0))  # whole numbers add up the same in any order
+        self._first = list(accumulate(map(len, shares), initial=0))  # head of each layer
+        equal = _UNITS * len(units)
+        self._whole = self._ends[-1] if abs(self._ends[-1] - equal) <= ROUNDING * equal else equal
+
+    def of_layer(self, layer: int, k: int) -> tuple[int, ...]:
+        """Return the keys of each head of a layer.
+
+        Of shares with a mean of 1, give or take their rounding, the sum over all layers is exactly `k` times the number
+        of heads. A share of less than one key, which an adapter may have that is measured at another budget, is one key
+        all the same.
+        """
+        first, end, keys = self._first[layer], self._first[layer + 1], k * self._first[-1]
+        ends = [(2 * keys * units + self._whole) // (2 * self._whole) for units in self._ends[first : end + 1]]
+        return tuple([max(1, after - before) for before, after in pairwise(ends)])

@@ -1,10 +1,11 @@
 """Configure SparseK attention."""
 
 from dataclasses import dataclass
+from typing import cast
 
 from hf_sparse._compat import extend_peft_type
 from hf_sparse.core.config import SparseConfig
-from hf_sparse.methods.sparsek.budget import Budget, Counts, divided
+from hf_sparse.methods.sparsek.budget import Budget, Counts, HeadShares
 from hf_sparse.methods.sparsek.settings import PEFT_TYPE, SparseKSettings
 
 
@@ -18,6 +19,8 @@ class SparseKConfig(SparseKSettings, SparseConfig):
     >>> SparseKConfig(k=188, window=64, sinks=4).slots
     256
     """
+
+    _divided = cast("HeadShares | None", None)  # those of `head_shares`, once they were asked for; no field
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -35,7 +38,9 @@ class SparseKConfig(SparseKSettings, SparseConfig):
             layer: index among the attention layers of the model.
         """
         if self.head_shares is not None:
-            counts = divided(tuple(map(tuple, self.head_shares)), self.k)[layer]
+            if self._divided is None or self._divided.shares is not self.head_shares:
+                self._divided = HeadShares(self.head_shares)
+            counts = self._divided.of_layer(layer, self.k)
             return Budget(counts[0] if len(set(counts)) == 1 else counts, self.window, self.sinks)
         if self.layer_shares is None:
             return Budget(self.k, self.window, self.sinks)

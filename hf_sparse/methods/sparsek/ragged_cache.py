@@ -83,8 +83,8 @@ class RaggedCacheLayer(SparseKCacheLayer):
 
     def _fill(self, keys: Tensor, values: Tensor, scores: Tensor, positions: Tensor, seen: Tensor) -> None:
         for number, head in enumerate(self.heads()):
-            of_head = (tensor[:, number : number + 1] for tensor in (keys, values, scores, positions))
-            head._fill(*of_head, seen)
+            one = slice(number, number + 1)
+            head._fill(keys[:, one], values[:, one], scores[:, one], positions[:, one], seen)
 
     def _insert(self, key: Tensor, value: Tensor, score: Tensor, valid: Tensor | None) -> None:
         slots = (self.keys, self.values, self.scores, self.positions)
@@ -100,8 +100,10 @@ class RaggedCacheLayer(SparseKCacheLayer):
 
     def next_slots(self, count: int) -> Tensor:
         tables = (ragged.of_heads(tensor, self.counts) for tensor in (self.scores, self.positions))
-        options = {"window": self.window, "sinks": self.sinks}
-        heads = [next_slots(*head, self.seen, count, **options) for head in zip(*tables, strict=True)]
+        heads = [
+            next_slots(scores, positions, self.seen, count, window=self.window, sinks=self.sinks)
+            for scores, positions in zip(*tables, strict=True)
+        ]
         return torch.cat(heads, 1) + torch.tensor([0, *accumulate(self.counts[:-1])])[:, None]
 
     def by_head(self, slots: Tensor) -> tuple[Tensor, ...]:

@@ -40,10 +40,10 @@ def attend_by_heads(
         ValueError: `k` or `support` is not for each KV head.
     """
     heads, group = key.shape[1], query.shape[1] // key.shape[1]
-    supports = support if isinstance(support, Sequence) else [support] * heads
-    for name, counts in (("k", k), ("support", supports)):
-        if len(counts) != heads:
-            raise ValueError(f"{name} must be a number, or one for each of {heads} KV heads, got {len(counts)} numbers")
+    supports: Sequence[int | None] = support if isinstance(support, Sequence) else [support] * heads
+    for name, number in (("k", len(k)), ("support", len(supports))):
+        if number != heads:
+            raise ValueError(f"{name} must be a number, or one for each of {heads} KV heads, got {number} numbers")
     counts = list(zip(k, supports, strict=True))
     bounds = [0, *(head for head in range(1, heads) if counts[head] != counts[head - 1]), heads]
     outputs = [

@@ -1,9 +1,9 @@
 """Take decoding steps over KV slots of which each head has a number of its own, one after another in one buffer.
 
-`[B, R, ...]` in place of the `[B, Hkv, S, ...]` of `slots`, with `R` the slots of all heads: those of head h stand from
-`offsets[h]` up to `offsets[h + 1]`. The numbers are fixed before a text begins, so shapes never change and nothing waits
-for a value from the device here either. On a GPU all heads run in one kernel; elsewhere, and for what the kernels do
-not take, one after another as `slots` has it.
+`[B, R, ...]` in place of the `[B, Hkv, S, ...]` of `slots`, with `R` the slots of all heads: those of head h stand
+from `offsets[h]` up to `offsets[h + 1]`. The numbers are fixed before a text begins, so shapes never change and nothing
+waits for a value from the device here either. On a GPU all heads run in one kernel; elsewhere, and for what the kernels
+do not take, one after another as `slots` has it.
 """
 
 from collections.abc import Iterator, Sequence
@@ -80,9 +80,10 @@ def _insert(
         )  # fmt: skip
         return
     buffers = (of_heads(tensor, counts) for tensor in (keys, values, scores, positions))
-    for head, state in enumerate(zip(*buffers, strict=True)):
-        token = (tensor[:, head : head + 1] for tensor in (key, value, score))
-        slots.insert_token(*state, seen, *token, valid, window=window, sinks=sinks)
+    for head, (k, v, s, p) in enumerate(zip(*buffers, strict=True)):
+        one = slice(head, head + 1)
+        token = (key[:, one], value[:, one], score[:, one], valid)
+        slots.insert_token(k, v, s, p, seen, *token, window=window, sinks=sinks)
 
 
 _insert_operator = torch.library.custom_op(
@@ -129,13 +130,11 @@ def _attend(
 ) -> Tensor:
     """Attend as `attend_slots`, in kernels or head by head."""
     trains = torch.is_grad_enabled() and query.requires_grad
-    if not trains and positions is not None and slots.has_kernels(keys, values, positions):
-        if query.dtype == keys.dtype:
-            from hf_sparse.ops.selection.triton import slots as kernels
+    fits = not trains and query.dtype == keys.dtype
+    if fits and positions is not None and slots.has_kernels(keys, values, positions):
+        from hf_sparse.ops.selection.triton import slots as kernels
 
-            return kernels.attend_slots(
-                query, keys, values, positions, scaling=scaling, counts=counts, offsets=offsets
-            )
+        return kernels.attend_slots(query, keys, values, positions, scaling=scaling, counts=counts, offsets=offsets)
     tables = [None] * len(counts) if positions is None else of_heads(positions, counts)
     buffers = zip(query.chunk(len(counts), 1), of_heads(keys, counts), of_heads(values, counts), tables, strict=True)
     return torch.cat([slots.attend_slots(*head, scaling=scaling) for head in buffers], 1)
@@ -182,6 +181,6 @@ def fill_slots(
         seen, key, value, score, window, sinks: as in `slots.fill_slots`.
     """
     buffers = (of_heads(tensor, counts) for tensor in (keys, values, scores, positions))
-    for head, state in enumerate(zip(*buffers, strict=True)):
-        text = (tensor[:, head : head + 1] for tensor in (key, value, score))
-        slots.fill_slots(*state, seen, *text, window=window, sinks=sinks)
+    for head, (k, v, s, p) in enumerate(zip(*buffers, strict=True)):
+        one = slice(head, head + 1)
+        slots.fill_slots(k, v, s, p, seen, key[:, one], value[:, one], score[:, one], window=window, sinks=sinks)
