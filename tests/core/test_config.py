@@ -36,6 +36,7 @@ SPARSEK = {
     "layer_shares": None,
     "support": 4,
     "head_shares": None,
+    "pin_prompt": 0,
 }
 SPARSEFINDER = {
     "alpha": 1.5,

@@ -20,6 +20,7 @@ from hf_sparse.methods.sparsek.padded import attend_padded
 from hf_sparse.methods.sparsek.ragged_cache import RaggedCacheLayer
 from hf_sparse.methods.sparsek.reading import read_in_few_launches
 from hf_sparse.methods.sparsek.scorer import Scorer, make_scorer
+from hf_sparse.methods.sparsek.settings import WHOLE_PROMPT
 from hf_sparse.methods.sparsek.step import step_in_one_kernel
 from hf_sparse.methods.sparsek.tokens import NewTokens, token_index
 
@@ -55,6 +56,8 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
     @classmethod
     def check(cls, config: SparseKConfig, shape: AttentionShape, num_layers: int) -> None:
         """Raise `ValueError` unless each attention layer, or each KV head, of the model has its share of the budget."""
+        if config.pin_prompt == WHOLE_PROMPT and not shape.causal:
+            raise ValueError("an encoder has no prompt that could be pinned: pin_prompt=-1 is for causal models")
         shares = config.layer_shares
         if shares is not None and len(shares) != num_layers:
             raise ValueError(f"layer_shares has {len(shares)} entries, and the model has {num_layers} attention layers")
@@ -146,6 +149,36 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
                 output = step(self, query, key, value, hidden_states, valid, cache, scaling)
                 if output is not None:
                     return output
+        if not isinstance(cache, SparseKCacheLayer) or not cache.empty or self.config.pin_prompt != WHOLE_PROMPT:
+            return self._attend(query, key, value, hidden_states, valid, cache, scaling)
+        self._check_prompt(length, valid)
+        output = self._attend(query, key, value, hidden_states, valid, cache, scaling)
+        cache.pin()
+        return output
+
+    def _check_prompt(self, length: int, valid: Tensor | None) -> None:
+        """Raise `ValueError` if a prompt of `length` tokens does not fit into sinks and selected keys of each head."""
+        most = self.budget.fewest_slots - self.budget.window
+        if length > most and valid is not None:
+            length = int(valid.sum(-1).max())
+        if length > most:
+            raise ValueError(
+                f"pin_prompt keeps the whole prompt, and the {most} slots of a KV head for sinks and selected keys "
+                f"(sinks + k) cannot hold its {length} tokens: give a larger budget, or the number of first tokens to pin"
+            )
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        hidden_states: Tensor,
+        valid: Tensor | None,
+        cache: Any,
+        scaling: float,
+    ) -> Tensor:
+        """Attend as `attend`, where no step is quicker, and keep no prompt beyond its scores."""
+        length = query.shape[2]
         if isinstance(cache, SparseKCacheLayer) and not cache.is_initialized:
             output = read_in_few_launches(self, query, key, value, hidden_states, valid, cache, scaling)
             if output is not None:
@@ -191,7 +224,10 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
                 f"{type(baseline).__name__} selects keys as a text grows, and a bidirectional attention module sees "
                 "all at once: the baselines of encoders are recency (a window) and random"
             )
-        return baseline(Arrivals(query, key, index, valid, scaling, self.budget.window, self.layer, cache))
+        budget = self.budget
+        least = budget.k if isinstance(budget.k, int) else min(budget.k)
+        places = budget.sinks + least, budget.window
+        return baseline(Arrivals(query, key, index, valid, scaling, *places, self.layer, cache))
 
     @property
     def _budget_in_use(self) -> Budget:
@@ -239,7 +275,8 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         if isinstance(self.baseline, AdaptiveBaseline) and self.baseline.watches_steps:
             for part, slots, budget in self._parts(tokens, cache):
                 state = slots.keys, slots.scores, part.positions, slots.positions
-                slots.scores.copy_(self.baseline.watch(part.query, *state, budget=budget, scaling=part.scaling))
+                scores = self.baseline.watch(part.query, *state, budget=budget, scaling=part.scaling)
+                slots.scores.copy_(_still_pinned(scores, slots.scores))
         return output
 
     def _parts(self, tokens: NewTokens, cache: SparseKCacheLayer | None) -> Iterator[_Part]:
@@ -302,9 +339,15 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         positions = torch.cat([old_positions, new_positions[:, None].expand_as(tokens.scores)], 2)
         if isinstance(self.baseline, AdaptiveBaseline):
             state = keys, scores, new_positions, positions
-            scores = self.baseline.watch(tokens.query, *state, budget=budget, scaling=tokens.scaling)
+            watched = self.baseline.watch(tokens.query, *state, budget=budget, scaling=tokens.scaling)
+            scores = _still_pinned(watched, scores)
         cache.fill(keys, values, scores, positions, cache.seen + valid.sum(-1))
         return output
+
+
+def _still_pinned(scores: Tensor, before: Tensor) -> Tensor:
+    """Return new scores of keys, but the old ones of those that were pinned."""
+    return scores.masked_fill(before == torch.inf, torch.inf)
 
 
 def _is_plain_text(tokens: NewTokens, cache: SparseKCacheLayer | None, baseline: AdaptiveBaseline) -> bool:

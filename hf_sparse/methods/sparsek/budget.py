@@ -47,6 +47,25 @@ class Budget(NamedTuple):
         """Return the budget of one KV head."""
         return self if isinstance(self.k, int) else self._replace(k=self.k[head])
 
+    def pinned(self, tokens: int) -> "Budget":
+        """Return a budget with so many sinks, in places of selected keys.
+
+        Raises:
+            ValueError: no selected key is left.
+
+        >>> Budget(k=(10, 30), window=8, sinks=4).pinned(9)
+        Budget(k=(5, 25), window=8, sinks=9)
+        """
+        more = tokens - self.sinks
+        if self.fewest_slots - self.window - self.sinks <= more:
+            fewest = self.fewest_slots - self.window
+            raise ValueError(
+                f"pin_prompt is {tokens}, and a KV head has {fewest} slots for sinks and selected keys: at least one "
+                f"selected key must be left, so pin at most {fewest - 1}, or give a larger budget"
+            )
+        k = self.k - more if isinstance(self.k, int) else tuple(count - more for count in self.k)
+        return Budget(k, self.window, tokens)
+
     def resized(self, slots: int) -> "Budget":
         """Return another number of slots with as many sinks, and the window's share of the slots.
 

@@ -468,6 +468,11 @@ class SparseKCacheLayer(CacheLayerMixin):
         self.seen.add_(1 if valid is None else valid.long())
         self.empty = False
 
+    @torch.no_grad()
+    def pin(self) -> None:
+        """Keep what the slots hold now for good: no score is as high as theirs."""
+        self.scores.masked_fill_(self.positions >= 0, torch.inf)
+
     def _insert(self, key: Tensor, value: Tensor, score: Tensor, valid: Tensor | None) -> None:
         """Write the next token to its slot."""
         slots = (self.keys, self.values, self.scores, self.positions)

@@ -25,6 +25,8 @@ class SparseKConfig(SparseKSettings, SparseConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = extend_peft_type(PEFT_TYPE)
+        for layer in range(len(self.layer_shares or self.head_shares or [1.0])):
+            self.budget(layer)
 
     @property
     def slots(self) -> int:
@@ -34,9 +36,19 @@ class SparseKConfig(SparseKSettings, SparseConfig):
     def budget(self, layer: int) -> Budget:
         """Return what the KV heads of one attention layer have; the sum over all layers is that of equal shares.
 
+        The first tokens of a text that are pinned are sinks here, in places of selected keys.
+
         Args:
             layer: index among the attention layers of the model.
+
+        Raises:
+            ValueError: the pinned tokens leave a head no selected key.
         """
+        budget = self._without_pins(layer)
+        return budget if self.pin_prompt <= budget.sinks else budget.pinned(self.pin_prompt)
+
+    def _without_pins(self, layer: int) -> Budget:
+        """Return the budget of a layer with the sinks of the configuration."""
         if self.head_shares is not None:
             if self._divided is None or self._divided.shares is not self.head_shares:
                 self._divided = HeadShares(self.head_shares)

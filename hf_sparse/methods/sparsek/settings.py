@@ -14,6 +14,9 @@ from hf_sparse.methods.sparsek.training_settings import SparseKTrainingSettings
 # PEFT's error for a type it does not know is nothing but this name, so the name says what to import.
 PEFT_TYPE = "HF_SPARSE_SPARSEK"
 
+#: The value of `pin_prompt` that stands for all tokens of a prompt.
+WHOLE_PROMPT = -1
+
 
 @dataclass
 class SparseKSettings(AdapterSettings):
@@ -76,6 +79,13 @@ class SparseKSettings(AdapterSettings):
             "cli": False,
         },
     )
+    pin_prompt: int = field(
+        default=0,
+        metadata={
+            "help": "First tokens of a text that are always kept, in places of selected keys. -1 stands for the "
+            "whole prompt: the first input to a KV cache."
+        },
+    )
     layers: list[int] | None = field(default=None, metadata=LAYERS)
     target_modules: list[str] | str | None = field(default=None, metadata=TARGET_MODULES)
     base_shape: dict[str, Any] | None = field(default=None, metadata=BASE_SHAPE)
@@ -102,6 +112,13 @@ class SparseKSettings(AdapterSettings):
                     f"mean is {sum(shares) / len(shares):.4f}"
                 )
 
+        if not is_integer(self.pin_prompt, -1):
+            raise ValueError(self._expected("pin_prompt", f"{WHOLE_PROMPT} or {expected_integer(self.pin_prompt, 0)}"))
+        if self.pin_prompt >= self.k + self.sinks:
+            raise ValueError(
+                f"SparseKConfig.pin_prompt is {self.pin_prompt}, and the budget has {self.k} selected keys and "
+                f"{self.sinks} sinks: at least one selected key must be left, so pin at most {self.k + self.sinks - 1}"
+            )
         if self.head_shares is not None:
             self._check_head_shares(self.head_shares)
 

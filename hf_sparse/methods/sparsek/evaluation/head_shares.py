@@ -15,7 +15,7 @@ Head = tuple[int, int]  # layer, and head in it
 def head_damages(
     model: nn.Module, chunks: Tensor, k: int, *, batch_size: int = 1, progress: bool = True
 ) -> dict[Head, float]:
-    """Return the KL divergence from dense attention, in nats per token, that each KV head causes while others are dense.
+    """Return the KL divergence from dense attention that each KV head causes while others are dense, in nats per token.
 
     Args:
         model: a patched causal language model; it comes back as it was.
