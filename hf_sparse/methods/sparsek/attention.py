@@ -164,7 +164,7 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         if length > most:
             raise ValueError(
                 f"pin_prompt keeps the whole prompt, and the {most} slots of a KV head for sinks and selected keys "
-                f"(sinks + k) cannot hold its {length} tokens: give a larger budget, or the number of first tokens to pin"
+                f"(sinks + k) cannot hold its {length} tokens: give a larger budget, or a number of first tokens"
             )
 
     def _attend(
