@@ -303,6 +303,24 @@ class TestDivide:
         card = (adapter / "README.md").read_text()
         assert f"a layer has {min(shares):.2f} to\n{max(shares):.2f} times as many" in card
 
+    def test_among_heads(self, adapter, text):
+        options = ["--text", text, "--length", LENGTH, "--device", "cpu"]
+        succeed("divide", adapter, *options)
+        shown = succeed("divide", adapter, *options, "--among", "heads")
+        config = PeftConfig.from_pretrained(str(adapter))
+        shares = config.head_shares
+        heads = [share for row in shares for share in row]
+        assert config.layer_shares is None and len(shares) == 2 and len(set(heads)) > 1
+        assert sum(heads) / len(heads) == pytest.approx(1, abs=1e-3)
+        assert f"0: {' '.join(f'{share:.2f}' for share in shares[0])}, 1: " in shown
+        succeed("finetune", adapter, "--text", text, *QUICK)
+        assert PeftConfig.from_pretrained(str(adapter)).head_shares == shares
+        succeed("eval", adapter, *options, "--selection", "learned", "--selection", "h2o")
+        card = " ".join((adapter / "README.md").read_text().split())
+        assert f"a head has {min(heads):.2f} to {max(heads):.2f} times as many" in card
+        succeed("divide", adapter, *options)
+        assert PeftConfig.from_pretrained(str(adapter)).head_shares is None
+
     def test_refuses(self, adapter, tmp_path):
         short = tmp_path / "short.txt"
         short.write_text(" ".join(["w1"] * 40))

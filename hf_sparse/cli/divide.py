@@ -1,7 +1,7 @@
-"""Divide the slots of an adapter among its layers: `hf-sparse divide`."""
+"""Divide the slots of an adapter among its layers or heads: `hf-sparse divide`."""
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -15,16 +15,25 @@ def divide(
     folder: Folder,
     text: Annotated[list[Path], typer.Option(metavar="FILE", help="Training text, UTF-8; repeat for several.")],
     reading: dict[str, Any],
+    among: Annotated[
+        Literal["layers", "heads"],
+        typer.Option(help="'heads' gives every KV head a number of selected keys of its own; it measures longer."),
+    ] = "layers",
     batch_size: Annotated[int, typer.Option(help="Chunks at a time.", callback=at_least(1, "batch_size"))] = 1,
 ) -> None:
-    """Divide the slots of the trained adapter in DIR among its layers, by what each loses; then finetune it again."""
+    """Divide the slots of the trained adapter in DIR among its parts, by what each loses; then finetune it again."""
     load_workflow()
     from hf_sparse.methods.sparsek.divide import divide_adapter
     from hf_sparse.texts import read_texts
 
     words, _ = read_texts(text)
-    shares = divide_adapter(folder, words, batch_size=batch_size, **reading)
+    shares = divide_adapter(folder, words, among=among, batch_size=batch_size, **reading)
     console = Console()
-    listed = ", ".join(f"{layer}: {share:.2f}" for layer, share in enumerate(shares))
-    console.print(f"share of the slots by layer: {listed}", soft_wrap=True)
-    say_written(console, folder, "adapter with layer_shares")
+    if among == "heads":
+        rows = [" ".join(f"{share:.2f}" for share in row) for row in shares]
+        listed = ", ".join(f"{layer}: {row}" for layer, row in enumerate(rows))
+        console.print(f"share of the selected keys by layer and KV head: {listed}", soft_wrap=True)
+    else:
+        listed = ", ".join(f"{layer}: {share:.2f}" for layer, share in enumerate(shares))
+        console.print(f"share of the slots by layer: {listed}", soft_wrap=True)
+    say_written(console, folder, f"adapter with {'head' if among == 'heads' else 'layer'}_shares")

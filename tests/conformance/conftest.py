@@ -68,7 +68,8 @@ class Subject:
 
     def fresh(self, seed: int = 0, model: PreTrainedModel | None = None, **config: Any) -> PreTrainedModel:
         """A patched model; the same weights for the same arguments."""
-        model = patch(self.make() if model is None else model, self.method.config(**config))
+        model = self.make() if model is None else model
+        model = patch(model, self.method.config(model, **config))
         self.randomise(model, seed=seed)
         return model
 

@@ -42,8 +42,9 @@ def test_detach(subject, measure):
 
 def _with_adapters(subject, *names):
     """Make a PEFT model with one adapter per name; the second one is of other settings and has other parameters."""
-    configs = [subject.method.config(), subject.method.config(**subject.method.second)][: len(names)]
-    model = get_peft_model(subject.make(), configs[0], adapter_name=names[0])
+    base = subject.make()
+    configs = [subject.method.config(base, **changes) for changes in ({}, subject.method.second)][: len(names)]
+    model = get_peft_model(base, configs[0], adapter_name=names[0])
     for name, config in zip(names[1:], configs[1:], strict=True):
         model.add_adapter(name, config)
     for seed, name in enumerate(names):

@@ -6,8 +6,9 @@ its definition decides what "dense" or "near" means, the entry has the function 
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import cycle
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ from hf_sparse.methods.sparsefinder import SparsefinderAttention
 from hf_sparse.methods.sparsek.baselines import BASELINES
 from hf_sparse.ops.entmax import entmax
 from hf_sparse.patches import sparse_layers
+from hf_sparse.patches.base import family_of
 
 Settings = dict[str, Any]
 
@@ -36,6 +38,8 @@ class TinyMethod:
 
     Attributes:
         name: its name in the registry.
+        variety: what the table calls these adapters of it, where the method has another entry.
+        of_model: returns the settings that depend on the model.
         settings: far fewer keys than tokens, so that every layer must choose and every choice can be wrong.
         fits: tokens of a text that `settings` attend to whole.
         fitting: returns what to change for texts of up to so many tokens to be attended to whole, and longer ones not.
@@ -62,6 +66,8 @@ class TinyMethod:
     near: Callable[[Any], PreTrainedModel]
     scores: Callable[[Any], tuple[Any, str]]
     randomise: Callable[[str, Tensor, torch.Generator], object]
+    variety: str = ""
+    of_model: Callable[[PreTrainedModel], Settings] = lambda model: {}
     trained: frozenset[str] | None = None
     refusals: Mapping[str, Refusal] = field(default_factory=dict)
 
@@ -70,9 +76,9 @@ class TinyMethod:
         """Return its entry in the registry."""
         return next(method for method in registered_methods().values() if method.name == self.name)
 
-    def config(self, **changes: Any) -> Any:
-        """Make a configuration: `settings`, changed."""
-        return self.registered.config(**{**self.settings, **changes})
+    def config(self, model: PreTrainedModel, **changes: Any) -> Any:
+        """Make a configuration for a model: `settings`, changed."""
+        return self.registered.config(**{**self.settings, **self.of_model(model), **changes})
 
     def learned(self, layer: Any) -> nn.ModuleDict:
         """Return what a layer learns, by adapter."""
@@ -113,6 +119,24 @@ SPARSEK = TinyMethod(
         "lookup": _NOT_CROPPABLE,
         "static cache of some layers": Refusal(ValueError, "static cache needs every full-attention layer"),
     },
+)
+
+
+def _head_shares(model: PreTrainedModel) -> Settings:
+    """Give every other KV head of a model three times as many keys as the ones between."""
+    family = family_of(model)
+    heads = [family.num_key_value_heads(module) for _, module in family.modules(model)]
+    shares = cycle((0.5, 1.5))
+    return {"head_shares": [[next(shares) for _ in range(number)] for number in heads]}
+
+
+SPARSEK_BY_HEADS = replace(
+    SPARSEK,
+    variety="sparsek by heads",
+    of_model=_head_shares,
+    settings={"k": 4, "window": 6, "sinks": 3},  # 2 or 6 keys
+    fits=11,
+    fitting=lambda length: {"k": 2 * (length - 9)},
 )
 
 
@@ -183,4 +207,6 @@ SPARSEFINDER = TinyMethod(
     },
 )
 
-METHODS: dict[str, TinyMethod] = {method.name: method for method in (SPARSEK, SPARSEFINDER)}
+METHODS: dict[str, TinyMethod] = {
+    method.variety or method.name: method for method in (SPARSEK, SPARSEK_BY_HEADS, SPARSEFINDER)
+}

@@ -35,6 +35,8 @@ SPARSEK = {
     "learn_slope": True,
     "layer_shares": None,
     "support": 4,
+    "head_shares": None,
+    "pin_prompt": 0,
 }
 SPARSEFINDER = {
     "alpha": 1.5,

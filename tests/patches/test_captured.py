@@ -22,6 +22,18 @@ def model(tiny_llama):
     return patch(tiny_llama().to(DEVICE), SparseKConfig(**BUDGET))
 
 
+HEADS = [[0.5, 1.5], [1.25, 0.75]]
+
+
+def test_heads_with_budgets_of_their_own(tiny_llama):
+    model = patch(tiny_llama().to(DEVICE), SparseKConfig(**BUDGET, head_shares=HEADS))
+    options = {"attention_mask": LEFT, "max_new_tokens": 30, "do_sample": False}
+    expected = model.generate(IDS, **options)
+    assert torch.equal(model.generate(IDS, custom_generate=CapturedDecoding(model, steps=7), **options), expected)
+    equal = patch(tiny_llama().to(DEVICE), SparseKConfig(**BUDGET))
+    assert not torch.equal(equal.generate(IDS, **options), expected)
+
+
 @pytest.mark.versions
 @pytest.mark.parametrize("steps", [1, 7, 16])
 def test_greedy_tokens_are_those_of_generate(model, steps):

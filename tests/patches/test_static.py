@@ -28,9 +28,17 @@ def _nothing_is_compiled_twice():
     torch._dynamo.reset()
 
 
+HEADS = [[0.5, 1.5], [1.25, 0.75]]
+
+
 @pytest.fixture
 def model(tiny_llama):
     return patch(tiny_llama(), SparseKConfig(**BUDGET, position_slope=1e-3))
+
+
+@pytest.fixture
+def by_heads(tiny_llama):
+    return patch(tiny_llama(), SparseKConfig(**BUDGET, position_slope=1e-3, head_shares=HEADS))
 
 
 @torch.no_grad()
@@ -57,6 +65,19 @@ def test_a_thousand_compiled_steps_are_one_graph_and_equal_eager(model, mask, st
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
     assert torch.equal(logits, decode(model, model, steps, mask))
+
+
+def test_heads_with_budgets_of_their_own(by_heads):
+    compiled = torch.compile(by_heads, backend="eager", fullgraph=True)
+    logits = decode(by_heads, compiled, 60, LEFT)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert torch.equal(logits, decode(by_heads, by_heads, 60, LEFT))
+
+
+def test_generate_compiles_heads_with_budgets_of_their_own(by_heads):
+    options = {"attention_mask": LEFT, "max_new_tokens": 40, "do_sample": False}
+    static = by_heads.generate(IDS, cache_implementation="static", compile_config=settings(), **options)
+    assert torch.equal(static, by_heads.generate(IDS, **options))
 
 
 @pytest.mark.parametrize("mask", [pytest.param(None, marks=pytest.mark.full), LEFT], ids=["full", "padded"])

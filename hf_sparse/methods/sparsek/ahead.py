@@ -13,8 +13,6 @@ import torch
 from torch import Tensor
 
 from hf_sparse.methods.sparsek.scorer import Scorer
-from hf_sparse.ops.selection.next_slots import next_slots
-from hf_sparse.ops.selection.slots import attend_slots
 
 if TYPE_CHECKING:
     from hf_sparse.methods.sparsek.attention import SparseKAttention
@@ -31,10 +29,11 @@ class Ahead:
 
     Attributes:
         scorer: gives the tokens their scores.
-        slots: `[B, Hkv, n]` int64, of the next `n` tokens from the first one that was foreseen.
+        slots: `[B, Hkv, n]` int64, of the next `n` tokens from the first one that was foreseen, as indices into all
+            slots of a row.
         first: `[B]` int64, position of that token.
         is_full: whether no slot is empty.
-        columns: `[B, Hkv, 1, D]` for each step, the slots as an index of keys and values.
+        columns: `[B, Hkv, D]` for each step, the slots as an index of keys and values.
         states: `[B, 1, C]` for each step that was, inputs of the attention module.
     """
 
@@ -47,12 +46,13 @@ class Ahead:
 
     @torch.no_grad()
     def write_scores(self, scores: Tensor) -> None:
-        """Score the tokens that came and write to the buffer `[B, Hkv, S]`."""
+        """Score the tokens that came and write to the scores of all slots."""
         if not self.states:
             return
         count = len(self.states)
         index = self.first[:, None] + torch.arange(count)
-        scores.scatter_(2, self.slots[..., :count], self.scorer(torch.cat(self.states, 1), index))
+        new = self.scorer(torch.cat(self.states, 1), index)
+        scores.view(len(scores), -1).scatter_(1, self.slots[..., :count].flatten(1), new.flatten(1))
 
 
 def step_ahead(
@@ -82,7 +82,7 @@ def step_ahead(
     name = attention.active
     if cache.empty or cache.soft or cache.owner != (attention.identities[name], None):
         return None
-    if cache.window < _LEAST_WINDOW or cache.keys.shape[0] * cache.keys.shape[1] > _MOST_ROWS:
+    if cache.window < _LEAST_WINDOW or key.shape[0] * key.shape[1] > _MOST_ROWS:
         return None
     scorer: Scorer = attention.sparsek_scorer[name]  # type: ignore[assignment]
     ahead = cache.ahead
@@ -91,19 +91,19 @@ def step_ahead(
     step = len(ahead.states)
     column = ahead.columns[step]
     ahead.states.append(hidden_states.clone())
-    cache.keys.scatter_(2, column, key)
-    cache.values.scatter_(2, column, value)
-    cache.positions.scatter_(2, column[..., 0], cache.seen[:, None, None].expand(column.shape[:3]))
+    rows = len(column)
+    cache.keys.view(rows, -1, column.shape[-1]).scatter_(1, column, key[:, :, 0])
+    cache.values.view(rows, -1, column.shape[-1]).scatter_(1, column, value[:, :, 0])
+    cache.positions.view(rows, -1).scatter_(1, column[..., 0], cache.seen[:, None].expand(column.shape[:2]))
     cache.seen.add_(1)
-    positions = None if ahead.is_full else cache.positions
-    return attend_slots(query, cache.keys, cache.values, positions, scaling=scaling)
+    return cache.attend(query, scaling=scaling, is_full=ahead.is_full)
 
 
 def _look_ahead(cache: "SparseKCacheLayer", scorer: Scorer) -> Ahead:
     """Find the slots of the next steps of a layer, all of whose tokens have scores then."""
     count = min(STEPS, cache.window)
-    slots = next_slots(cache.scores, cache.positions, cache.seen, count, window=cache.window, sinks=cache.sinks)
-    columns = slots.unsqueeze(-1).expand(-1, -1, -1, cache.keys.shape[-1]).split(1, 2)
+    slots = cache.next_slots(count)
+    columns = slots.unsqueeze(-1).expand(-1, -1, -1, cache.keys.shape[-1]).unbind(2)
     is_full = bool(cache.positions.min() >= 0)
     cache.ahead = Ahead(scorer, slots, cache.seen.clone(), is_full, list(columns))
     return cache.ahead

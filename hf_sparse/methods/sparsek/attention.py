@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,14 +17,17 @@ from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
 from hf_sparse.methods.sparsek.compiled import attend_compiled
 from hf_sparse.methods.sparsek.config import SparseKConfig
 from hf_sparse.methods.sparsek.padded import attend_padded
+from hf_sparse.methods.sparsek.ragged_cache import RaggedCacheLayer
 from hf_sparse.methods.sparsek.reading import read_in_few_launches
 from hf_sparse.methods.sparsek.scorer import Scorer, make_scorer
+from hf_sparse.methods.sparsek.settings import WHOLE_PROMPT
 from hf_sparse.methods.sparsek.step import step_in_one_kernel
 from hf_sparse.methods.sparsek.tokens import NewTokens, token_index
-from hf_sparse.ops.selection.slots import attend_slots
 
 # (query [B, Hq, T, D], key [B, Hkv, T, D], scores [B, Hkv, T], scaling) of whole sequences without padding
 Observer = Callable[[Tensor, Tensor, Tensor, float], None]
+# New tokens, the slots that they go into, and the budget that these have for each head
+_Part = tuple[NewTokens, Any, Budget]
 
 
 class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
@@ -52,10 +55,23 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
 
     @classmethod
     def check(cls, config: SparseKConfig, shape: AttentionShape, num_layers: int) -> None:
-        """Raise `ValueError` unless each attention layer of the model has its share of the budget."""
+        """Raise `ValueError` unless each attention layer, or each KV head, of the model has its share of the budget."""
+        if config.pin_prompt == WHOLE_PROMPT and not shape.causal:
+            raise ValueError("an encoder has no prompt that could be pinned: pin_prompt=-1 is for causal models")
         shares = config.layer_shares
         if shares is not None and len(shares) != num_layers:
             raise ValueError(f"layer_shares has {len(shares)} entries, and the model has {num_layers} attention layers")
+        if config.head_shares is not None:
+            heads, given = shape.num_key_value_heads, [len(row) for row in config.head_shares]
+            if len(given) != num_layers:
+                raise ValueError(
+                    f"head_shares has {len(given)} layers, and the model has {num_layers} attention layers"
+                )
+            if other := next((number for number in given if number != heads), None):
+                raise ValueError(
+                    f"head_shares has {other} shares for layer {given.index(other)}, and the model has {heads} KV "
+                    "heads in each attention layer"
+                )
 
     def __init__(self, hidden_size: int, num_key_value_heads: int, layer: int, causal: bool = True) -> None:
         super().__init__()
@@ -82,18 +98,24 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
 
     def make_cache_layer(self) -> SparseKCacheLayer:
         """Make the KV slots of this module."""
-        return SparseKCacheLayer(
-            *self.budget,
-            owner=self._owner,
-            all_sparse=self.config.layers is None,  # otherwise some layers are left dense
-            depends_on_text=self.baseline is not None and self.baseline.depends_on_text,
-        )
+        k, window, sinks = self.budget
+        options: dict[str, Any] = {
+            "owner": self._owner,
+            "all_sparse": self.config.layers is None,  # otherwise some layers are left dense
+            "depends_on_text": self.baseline is not None and self.baseline.depends_on_text,
+        }
+        if isinstance(k, tuple):
+            return RaggedCacheLayer(k, window, sinks, **options)
+        return SparseKCacheLayer(k, window, sinks, **options)
 
     def check_cache(self, cache: SparseKCacheLayer) -> None:
         """Refuse a cache of another adapter, and hard selection after soft gates or before them."""
         super().check_cache(cache)
         if cache.owner != self._owner:
             raise ValueError("the cache holds what another adapter chose: start a new cache after switching adapters")
+        k = cache.k if torch.compiler.is_compiling() else self.budget.k  # a compiled step goes on from another one
+        if isinstance(cache, RaggedCacheLayer) != isinstance(k, tuple) or (isinstance(k, tuple) and cache.k != k):
+            raise ValueError("the cache was made for other shares of the heads: start a new cache")
         if not cache.empty and (cache.soft or (self.baseline is None and self.is_learning(cache))):
             raise ValueError(
                 "decoding uses hard selection, and a training forward has soft gates: call model.eval() or use "
@@ -127,6 +149,36 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
                 output = step(self, query, key, value, hidden_states, valid, cache, scaling)
                 if output is not None:
                     return output
+        if not isinstance(cache, SparseKCacheLayer) or not cache.empty or self.config.pin_prompt != WHOLE_PROMPT:
+            return self._attend(query, key, value, hidden_states, valid, cache, scaling)
+        self._check_prompt(length, valid)
+        output = self._attend(query, key, value, hidden_states, valid, cache, scaling)
+        cache.pin()
+        return output
+
+    def _check_prompt(self, length: int, valid: Tensor | None) -> None:
+        """Raise `ValueError` if a prompt of `length` tokens does not fit into sinks and selected keys of each head."""
+        most = self.budget.fewest_slots - self.budget.window
+        if length > most and valid is not None:
+            length = int(valid.sum(-1).max())
+        if length > most:
+            raise ValueError(
+                f"pin_prompt keeps the whole prompt, and the {most} slots of a KV head for sinks and selected keys "
+                f"(sinks + k) cannot hold its {length} tokens: give a larger budget, or a number of first tokens"
+            )
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        hidden_states: Tensor,
+        valid: Tensor | None,
+        cache: Any,
+        scaling: float,
+    ) -> Tensor:
+        """Attend as `attend`, where no step is quicker, and keep no prompt beyond its scores."""
+        length = query.shape[2]
         if isinstance(cache, SparseKCacheLayer) and not cache.is_initialized:
             output = read_in_few_launches(self, query, key, value, hidden_states, valid, cache, scaling)
             if output is not None:
@@ -150,7 +202,7 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
             return self._attend_first(tokens, cache)
         if length == 1:
             return self._attend_step(tokens, cache)
-        return self._attend_more(tokens, cache, self._budget_in_use)
+        return self._attend_more(tokens, cache)
 
     def _scores_of_baseline(
         self,
@@ -172,7 +224,10 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
                 f"{type(baseline).__name__} selects keys as a text grows, and a bidirectional attention module sees "
                 "all at once: the baselines of encoders are recency (a window) and random"
             )
-        return baseline(Arrivals(query, key, index, valid, scaling, self.budget.window, self.layer, cache))
+        budget = self.budget
+        least = budget.k if isinstance(budget.k, int) else min(budget.k)
+        places = budget.sinks + least, budget.window
+        return baseline(Arrivals(query, key, index, valid, scaling, *places, self.layer, cache))
 
     @property
     def _budget_in_use(self) -> Budget:
@@ -196,8 +251,8 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         if self.baseline is None and self._may_learn() and not torch.compiler.is_compiling():
             if not is_soft and self.active in self.last_for:
                 output = _Unlearned.apply(output, tokens.scores)
-            elif is_soft and tokens.length <= budget.slots:
-                _warn_of_short_text(budget.slots)
+            elif is_soft and tokens.length <= budget.fewest_slots:
+                _warn_of_short_text(budget.fewest_slots)
         if cache is not None:
             cache.soft = is_soft
             if tokens.valid is None:
@@ -216,32 +271,54 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         """Give the one new token of each row a slot, and attend to the slots."""
         valid = None if tokens.valid is None else tokens.valid[:, 0]
         cache.insert(tokens.key, tokens.value, tokens.scores, valid)
-        output = attend_slots(tokens.query, cache.keys, cache.values, cache.positions, scaling=tokens.scaling)
+        output = cache.attend(tokens.query, scaling=tokens.scaling)
         if isinstance(self.baseline, AdaptiveBaseline) and self.baseline.watches_steps:
-            state = cache.keys, cache.scores, tokens.positions, cache.positions
-            budget = self._budget_in_use
-            cache.scores.copy_(self.baseline.watch(tokens.query, *state, budget=budget, scaling=tokens.scaling))
+            for part, slots, budget in self._parts(tokens, cache):
+                state = slots.keys, slots.scores, part.positions, slots.positions
+                scores = self.baseline.watch(part.query, *state, budget=budget, scaling=part.scaling)
+                slots.scores.copy_(_still_pinned(scores, slots.scores))
         return output
+
+    def _parts(self, tokens: NewTokens, cache: SparseKCacheLayer | None) -> Iterator[_Part]:
+        """Yield new tokens with their slots and budget: all at once, or head by head where budgets differ."""
+        budget = self._budget_in_use
+        if isinstance(budget.k, int):
+            yield tokens, cache, budget
+            return
+        slots = cache.heads() if isinstance(cache, RaggedCacheLayer) else [None] * len(budget.k)
+        for head, of_head in enumerate(slots):
+            yield tokens.of_head(head), of_head, budget.of_head(head)
 
     @torch.compiler.disable
     def _attend_in_blocks(
         self, tokens: NewTokens, cache: SparseKCacheLayer | None, baseline: AdaptiveBaseline
     ) -> Tensor:
         """Attend block after block through the slots, so that the attention of one chooses the keys of the next."""
-        budget = self._budget_in_use
+        outputs = [self._attend_in_equal_blocks(*part, baseline) for part in self._parts(tokens, cache)]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+    def _attend_in_equal_blocks(
+        self, tokens: NewTokens, cache: Any, budget: Budget, baseline: AdaptiveBaseline
+    ) -> Tensor:
+        """Attend block after block with a budget that is the same for all heads."""
         length, step = tokens.length, min(baseline.block, budget.window)
         if _is_plain_text(tokens, cache, baseline):
             return _attend_plain_text(tokens, cache, baseline, budget)
         if cache is None:
-            cache = self.make_cache_layer()
+            cache = SparseKCacheLayer(*budget)  # type: ignore[arg-type]
             cache.lazy_initialization(tokens.key, tokens.value)
         elif cache.empty and baseline.dense_prompt:
             step, budget = length, budget._replace(k=cache.slots + length)
         blocks = (tokens.part(begin, begin + step) for begin in range(0, length, step))
         # For a few queries, the implementation "dense" has the fewest launches.
-        return torch.cat([self._attend_more(block, cache, budget, implementation="dense") for block in blocks], 2)
+        return torch.cat([self._attend_after(block, cache, budget, implementation="dense") for block in blocks], 2)
 
-    def _attend_more(self, tokens: NewTokens, cache: SparseKCacheLayer, budget: Budget, **options: Any) -> Tensor:
+    def _attend_more(self, tokens: NewTokens, cache: SparseKCacheLayer) -> Tensor:
+        """Attend to several tokens after others, head by head where heads differ, and take them in."""
+        outputs = [self._attend_after(*part) for part in self._parts(tokens, cache)]
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+
+    def _attend_after(self, tokens: NewTokens, cache: Any, budget: Budget, **options: Any) -> Tensor:
         """Attend to several tokens after others: the kept keys are all that they can reach, so they come first.
 
         Args:
@@ -262,9 +339,15 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         positions = torch.cat([old_positions, new_positions[:, None].expand_as(tokens.scores)], 2)
         if isinstance(self.baseline, AdaptiveBaseline):
             state = keys, scores, new_positions, positions
-            scores = self.baseline.watch(tokens.query, *state, budget=budget, scaling=tokens.scaling)
+            watched = self.baseline.watch(tokens.query, *state, budget=budget, scaling=tokens.scaling)
+            scores = _still_pinned(watched, scores)
         cache.fill(keys, values, scores, positions, cache.seen + valid.sum(-1))
         return output
+
+
+def _still_pinned(scores: Tensor, before: Tensor) -> Tensor:
+    """Return new scores of keys, but the old ones of those that were pinned."""
+    return scores.masked_fill(before == torch.inf, torch.inf)
 
 
 def _is_plain_text(tokens: NewTokens, cache: SparseKCacheLayer | None, baseline: AdaptiveBaseline) -> bool:

@@ -19,7 +19,8 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from hf_sparse.core.cache import mask_of_keys
-from hf_sparse.ops.selection.slots import fill_slots, insert_token
+from hf_sparse.ops.selection.next_slots import next_slots
+from hf_sparse.ops.selection.slots import attend_slots, fill_slots, insert_token
 
 if TYPE_CHECKING:
     from hf_sparse.methods.sparsek.ahead import Ahead
@@ -51,6 +52,8 @@ class SparseKCacheLayer(CacheLayerMixin):
         in_attention: whether the patch announced sparse attention that is not done yet.
         step: the plan of a decoding step in one kernel, see `methods.sparsek.step`; `None` before the first such step.
         ahead: what is foreseen of the next steps on the CPU, see `methods.sparsek.ahead`, or `None`.
+        counts: slots of each KV head where they differ, see `RaggedCacheLayer`; `None` here.
+        offsets: where these begin; `None` here.
         uncounted: tokens of the step in progress that `cumulative_length` does not have yet.
     """
 
@@ -64,6 +67,8 @@ class SparseKCacheLayer(CacheLayerMixin):
     padded_late: Any
     memory: Any
     cumulative_length: Any
+    counts: tuple[int, ...] | None = None
+    offsets: Tensor | None = None
 
     def __init__(
         self,
@@ -92,7 +97,12 @@ class SparseKCacheLayer(CacheLayerMixin):
 
     @property
     def slots(self) -> int:
+        """Return the number of slots of a KV head; of the head that has the fewest where they differ."""
         return self.sinks + self.window + self.k
+
+    def _shape(self, heads: int) -> tuple[int, ...]:
+        """Return the shape of the slots of one row."""
+        return heads, self.slots
 
     @property
     def scores(self) -> Any:
@@ -115,18 +125,19 @@ class SparseKCacheLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
         batch, heads = key_states.shape[:2]
+        shape = (batch, *self._shape(heads))
         with lasting():
-            self.keys = key_states.new_zeros((batch, heads, self.slots, key_states.shape[-1]))
-            self.values = value_states.new_zeros((batch, heads, self.slots, value_states.shape[-1]))
-            self.scores = torch.zeros((batch, heads, self.slots), dtype=torch.float32, device=self.device)
-            self.positions = torch.full((batch, heads, self.slots), -1, device=self.device)
+            self.keys = key_states.new_zeros((*shape, key_states.shape[-1]))
+            self.values = value_states.new_zeros((*shape, value_states.shape[-1]))
+            self.scores = torch.zeros(shape, dtype=torch.float32, device=self.device)
+            self.positions = torch.full(shape, -1, device=self.device)
             self.seen = torch.zeros(batch, dtype=torch.int64, device=self.device)
             self.padded_late = torch.zeros(batch, dtype=torch.bool, device=self.device)
             self.memory = None
             self.cumulative_length = torch.zeros((), dtype=torch.int64, device=self.device)
         self._length = 0
         for tensor in self._state():
-            _fix_address(tensor)
+            fix_address(tensor)
         self.is_initialized = True
 
     def begin_text(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -151,7 +162,7 @@ class SparseKCacheLayer(CacheLayerMixin):
         self.keys, self.values, self.scores, self.positions = keys, values, scores, positions
         self.seen, self.padded_late, self.cumulative_length = seen, padded_late, cumulative_length
         for tensor in (keys, values, scores, positions, seen, padded_late, cumulative_length):
-            _fix_address(tensor)
+            fix_address(tensor)
         self.is_initialized, self.empty, self.soft = True, False, False
 
     def update(
@@ -270,7 +281,7 @@ class SparseKCacheLayer(CacheLayerMixin):
                 old.copy_(new)
             else:
                 setattr(self, name, new)
-                _fix_address(new)
+                fix_address(new)
                 self.step = None  # it holds the old memory
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -290,7 +301,8 @@ class SparseKCacheLayer(CacheLayerMixin):
             raise RuntimeError(reason)
         _ = self.scores  # of the tokens that stay
         self.seen.add_(tokens_to_remove).clamp_(min=0)
-        self.positions.masked_fill_(self.positions >= self.seen[:, None, None], -1)
+        seen = self.seen.view(-1, *[1] * (self.positions.ndim - 1))
+        self.positions.masked_fill_(self.positions >= seen, -1)
         self.cumulative_length.add_(tokens_to_remove).clamp_(min=0)
         if self._length is not None:
             self._length = max(0, self._length + tokens_to_remove)
@@ -388,7 +400,7 @@ class SparseKCacheLayer(CacheLayerMixin):
         if self.memory is None:
             with lasting():
                 self.memory = memory.clone()
-            _fix_address(self.memory)
+            fix_address(self.memory)
         else:
             self.memory.copy_(memory)
 
@@ -402,9 +414,13 @@ class SparseKCacheLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             self.begin_text(keys, values)
+        self._fill_whole(keys, values, scores)
+        self.empty = False
+
+    def _fill_whole(self, keys: Tensor, values: Tensor, scores: Tensor) -> None:
+        """Write to the slots what `fill_whole` keeps, and count the tokens."""
         slots = (self.keys, self.values, self.scores, self.positions, self.seen)
         fill_slots(*slots, keys, values, scores, window=self.window, sinks=self.sinks)
-        self.empty = False
 
     @torch.no_grad()
     def fill(self, keys: Tensor, values: Tensor, scores: Tensor, positions: Tensor, seen: Tensor) -> None:
@@ -418,6 +434,12 @@ class SparseKCacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             self.begin_text(keys, values)
         self.padded_late |= ((positions[:, 0] < 0) & (positions[:, 0].cummax(-1).values >= 0)).any(-1)
+        self._fill(keys, values, scores, positions, seen)
+        self.seen.copy_(seen)
+        self.empty = False
+
+    def _fill(self, keys: Tensor, values: Tensor, scores: Tensor, positions: Tensor, seen: Tensor) -> None:
+        """Write to the slots what `fill` keeps."""
         kept = _entries_to_keep(scores, positions, seen, self.window, self.sinks, self.slots)
         count = kept.shape[-1]
         filled = positions.gather(2, kept)
@@ -428,8 +450,6 @@ class SparseKCacheLayer(CacheLayerMixin):
         for slots, source in ((self.keys, keys), (self.values, values)):
             kept_source = source.gather(2, columns.expand(-1, -1, -1, source.shape[-1]))
             slots[:, :, :count] = kept_source.masked_fill(filled[..., None] < 0, 0)  # padding may be anything
-        self.seen.copy_(seen)
-        self.empty = False
 
     @torch.no_grad()
     def insert(self, key: Tensor, value: Tensor, score: Tensor, valid: Tensor | None) -> None:
@@ -444,10 +464,39 @@ class SparseKCacheLayer(CacheLayerMixin):
             self.begin_text(key, value)
         if valid is not None:
             self.padded_late.logical_or_(~valid & (self.seen > 0))
-        slots = (self.keys, self.values, self.scores, self.positions)
-        insert_token(*slots, self.seen, key, value, score, valid, window=self.window, sinks=self.sinks)
+        self._insert(key, value, score, valid)
         self.seen.add_(1 if valid is None else valid.long())
         self.empty = False
+
+    @torch.no_grad()
+    def pin(self) -> None:
+        """Keep what the slots hold now for good: no score is as high as theirs."""
+        self.scores.masked_fill_(self.positions >= 0, torch.inf)
+
+    def _insert(self, key: Tensor, value: Tensor, score: Tensor, valid: Tensor | None) -> None:
+        """Write the next token to its slot."""
+        slots = (self.keys, self.values, self.scores, self.positions)
+        insert_token(*slots, self.seen, key, value, score, valid, window=self.window, sinks=self.sinks)
+
+    def attend(self, query: Tensor, *, scaling: float, is_full: bool = False) -> Tensor:
+        """Attend with the one new query of each row to all filled slots, see `ops.selection.slots.attend_slots`.
+
+        Args:
+            query: `[B, Hq, 1, D]`.
+            scaling: multiplies the logits.
+            is_full: no slot is empty.
+        """
+        positions = None if is_full else self.positions
+        return attend_slots(query, self.keys, self.values, positions, scaling=scaling)
+
+    def next_slots(self, count: int) -> Tensor:
+        """Return the slots of the next `count` tokens, `[B, Hkv, count]`, as indices into all slots of a row."""
+        slots = next_slots(self.scores, self.positions, self.seen, count, window=self.window, sinks=self.sinks)
+        return slots + torch.arange(slots.shape[1])[:, None] * self.slots
+
+    def by_head(self, slots: Tensor) -> tuple[Tensor, ...]:
+        """Return the part `[B, S, ...]` of each KV head of a tensor that has a place for every slot."""
+        return slots.unbind(1)
 
 
 def _entries_to_keep(scores: Tensor, positions: Tensor, seen: Tensor, window: int, sinks: int, slots: int) -> Tensor:
@@ -468,7 +517,7 @@ def _is_recorded(device: torch.device) -> bool:
     return torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
-def _fix_address(tensor: Tensor) -> None:
+def fix_address(tensor: Tensor) -> None:
     """Tell CUDA graphs that the tensor stays where it is, so that they can write to it."""
     if not torch.compiler.is_compiling():
         torch._dynamo.mark_static_address(tensor)

@@ -24,9 +24,16 @@ def attend_compiled(
         options: of `sparsek_attention`.
     """
     settings = {"gates": "hard", "support": None, **options}
+    for name in ("k", "support"):  # operators take lists of numbers
+        settings[name] = [settings[name]] if isinstance(settings[name], int) else settings[name]
     if settings["gates"] == "hard":
         scores = scores.detach()  # they get no gradient there, rather than one of 0
     return _attend(query, key, value, scores, valid, **settings).transpose(1, 2)
+
+
+def _same(counts: Sequence[int]) -> int | Sequence[int]:
+    """Return the number of keys for all heads, or one for each."""
+    return counts[0] if len(counts) == 1 else counts
 
 
 @torch.library.custom_op("hf_sparse::sparsek_attention", mutates_args=())
@@ -37,16 +44,17 @@ def _attend(
     scores: Tensor,
     valid: Tensor | None,
     *,
-    k: int,
+    k: Sequence[int],
     window: int,
     sinks: int,
     scaling: float,
     causal: bool,
     gates: str,
-    support: int | None,
+    support: Sequence[int] | None,
 ) -> Tensor:
     """Return `[B, T, Hq, D]`, which is how the layers of transformers go on."""
-    options = {"k": k, "window": window, "sinks": sinks, "causal": causal, "gates": gates, "support": support}
+    counts = {"k": _same(k), "support": None if support is None else _same(support)}
+    options = {**counts, "window": window, "sinks": sinks, "causal": causal, "gates": gates}
     output = attend_padded(query, key, value, scores, valid, valid, scaling=scaling, **options)
     return output.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
@@ -66,16 +74,17 @@ def _differentiate(
     valid: Tensor | None,
     needed: Sequence[bool],
     *,
-    k: int,
+    k: Sequence[int],
     window: int,
     sinks: int,
     scaling: float,
     causal: bool,
     gates: str,
-    support: int | None,
+    support: Sequence[int] | None,
 ) -> list[Tensor]:
     """Return the gradients of those of `query`, `key`, `value` and `scores` for which `needed` says so."""
-    options = {"k": k, "window": window, "sinks": sinks, "causal": causal, "gates": gates, "support": support}
+    counts = {"k": _same(k), "support": None if support is None else _same(support)}
+    options: dict[str, Any] = {**counts, "window": window, "sinks": sinks, "causal": causal, "gates": gates}
     with recorded_gradients():
         inputs = [
             tensor.detach().requires_grad_(is_needed)

@@ -1,10 +1,11 @@
 """Configure SparseK attention."""
 
 from dataclasses import dataclass
+from typing import cast
 
 from hf_sparse._compat import extend_peft_type
 from hf_sparse.core.config import SparseConfig
-from hf_sparse.methods.sparsek.budget import Budget
+from hf_sparse.methods.sparsek.budget import Budget, Counts, HeadShares
 from hf_sparse.methods.sparsek.settings import PEFT_TYPE, SparseKSettings
 
 
@@ -19,21 +20,40 @@ class SparseKConfig(SparseKSettings, SparseConfig):
     256
     """
 
+    _divided = cast("HeadShares | None", None)  # those of `head_shares`, once they were asked for; no field
+
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = extend_peft_type(PEFT_TYPE)
+        for layer in range(len(self.layer_shares or self.head_shares or [1.0])):
+            self.budget(layer)
 
     @property
     def slots(self) -> int:
-        """Return the KV pairs per layer and KV head, `sinks + window + k`; the mean where `layer_shares` differ."""
+        """Return the KV pairs per layer and KV head, `sinks + window + k`; the mean where shares differ."""
         return self.sinks + self.window + self.k
 
     def budget(self, layer: int) -> Budget:
         """Return what the KV heads of one attention layer have; the sum over all layers is that of equal shares.
 
+        The first tokens of a text that are pinned are sinks here, in places of selected keys.
+
         Args:
             layer: index among the attention layers of the model.
+
+        Raises:
+            ValueError: the pinned tokens leave a head no selected key.
         """
+        budget = self._without_pins(layer)
+        return budget if self.pin_prompt <= budget.sinks else budget.pinned(self.pin_prompt)
+
+    def _without_pins(self, layer: int) -> Budget:
+        """Return the budget of a layer with the sinks of the configuration."""
+        if self.head_shares is not None:
+            if self._divided is None or self._divided.shares is not self.head_shares:
+                self._divided = HeadShares(self.head_shares)
+            counts = self._divided.of_layer(layer, self.k)
+            return Budget(counts[0] if len(set(counts)) == 1 else counts, self.window, self.sinks)
         if self.layer_shares is None:
             return Budget(self.k, self.window, self.sinks)
         before = sum(self.layer_shares[:layer])
@@ -44,6 +64,8 @@ class SparseKConfig(SparseKSettings, SparseConfig):
 
         return Budget(share(self.k), share(self.window), self.sinks)
 
-    def soft_support(self, k: int) -> int | None:
+    def soft_support(self, k: Counts) -> Counts | None:
         """Return over how many keys the soft gates of `k` selected ones may spread, `None` without bound."""
-        return None if self.support is None else self.support * k
+        if self.support is None:
+            return None
+        return self.support * k if isinstance(k, int) else tuple(self.support * count for count in k)

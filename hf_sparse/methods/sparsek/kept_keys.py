@@ -113,9 +113,8 @@ def _in_slots(model: nn.Module, tokens: Tensor) -> Iterator[Tensor]:
     cache = cache_of(model(input_ids=tokens, use_cache=True))
     for layer in cache.layers:
         if isinstance(layer, SparseKCacheLayer):
-            positions = layer.positions[0]  # [Hkv, S]
-            counts = positions.new_zeros(len(positions), tokens.shape[1])
-            yield counts.scatter_add(-1, positions.clamp(min=0), (positions >= 0).long()) > 0
+            rows = [positions[0] for positions in layer.by_head(layer.positions)]
+            yield torch.stack([_marked(row[row >= 0], tokens.shape[1]) for row in rows])
 
 
 def _selected(model: nn.Module, methods: list[SparseKAttention], tokens: Tensor) -> Iterator[Tensor]:
@@ -133,5 +132,11 @@ def _selected(model: nn.Module, methods: list[SparseKAttention], tokens: Tensor)
         budget, scores = method.budget, scores_of[method]
         index = torch.arange(scores.shape[-1], device=scores.device)
         scores = scores.masked_fill(index < budget.sinks, torch.inf)
-        best = scores.argsort(dim=-1, descending=True, stable=True)[:, : budget.sinks + budget.k]
-        yield torch.zeros_like(scores, dtype=torch.bool).scatter(-1, best, True)
+        order = scores.argsort(dim=-1, descending=True, stable=True)
+        best = [row[: budget.sinks + k] for row, k in zip(order, budget.per_head(len(order)), strict=True)]
+        yield torch.stack([_marked(row, scores.shape[-1]) for row in best])
+
+
+def _marked(positions: Tensor, length: int) -> Tensor:
+    """Mark the given positions of a text of `length` tokens, `[T]` bool."""
+    return torch.zeros(length, dtype=torch.bool, device=positions.device).index_fill(0, positions, True)

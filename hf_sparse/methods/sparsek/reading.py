@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer, lasting
+from hf_sparse.methods.sparsek.ragged_cache import RaggedCacheLayer
 from hf_sparse.methods.sparsek.scorer import SLOPE_TOKENS, LinearScorer
 from hf_sparse.ops.triton import DTYPES, MOST_ROWS, installed
 
@@ -44,6 +45,8 @@ def read_in_few_launches(
         return None
     name = attention.active
     # The cache layer may be that of another adapter, or of a budget that was overridden since.
+    if isinstance(cache, RaggedCacheLayer):
+        return None  # one list of keys for all heads: `SparseKAttention` calls the kernels head by head
     if cache.owner != (attention.identities[name], None) or attention.budget != (cache.k, cache.window, cache.sinks):
         return None
     scorer: Any = attention.sparsek_scorer[name]

@@ -36,6 +36,7 @@ _ROWS = {
     "recency": "{}: the most recent ones, and sinks",
     "window": "{}: the nearest ones, and sinks",
     "random": "{}: window, sinks, and {} ones at random",
+    "prompt_random": "{}: window, sinks, the beginning of the text and random ones in {} places",
     "key_norm": "{}: window, sinks, and the {} keys of smallest norm",
     "key_difference": "{}: window, sinks, and the {} keys least like the others (KeyDiff)",
     "h2o": "{}: window, sinks, and the {} ones most attended so far (H2O)",

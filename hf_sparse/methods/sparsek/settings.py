@@ -7,11 +7,15 @@ from typing import Any, ClassVar, Literal
 from hf_sparse.core.adapter_settings import BASE_SHAPE, LAYERS, TARGET_MODULES, AdapterSettings
 from hf_sparse.core.checks import MOST_TOKENS, MOST_WIDTH, expected_integer, expected_number, is_finite, is_integer
 from hf_sparse.core.method_settings import MethodSettings
+from hf_sparse.methods.sparsek.budget import ROUNDING
 from hf_sparse.methods.sparsek.evaluation_settings import SparseKEvaluationSettings
 from hf_sparse.methods.sparsek.training_settings import SparseKTrainingSettings
 
 # PEFT's error for a type it does not know is nothing but this name, so the name says what to import.
 PEFT_TYPE = "HF_SPARSE_SPARSEK"
+
+#: The value of `pin_prompt` that stands for all tokens of a prompt.
+WHOLE_PROMPT = -1
 
 
 @dataclass
@@ -66,6 +70,22 @@ class SparseKSettings(AdapterSettings):
             "none_as": 0,
         },
     )
+    head_shares: list[list[float]] | None = field(
+        default=None,
+        metadata={
+            "help": "For each attention layer of the model, the share of k for each of its KV heads, 1 on average over "
+            "all: head h of layer n has about head_shares[n][h] * k selected keys. Window and sinks are those of all "
+            "heads. None is 1 for all.",
+            "cli": False,
+        },
+    )
+    pin_prompt: int = field(
+        default=0,
+        metadata={
+            "help": "First tokens of a text that are always kept, in places of selected keys. -1 stands for the "
+            "whole prompt: the first input to a KV cache."
+        },
+    )
     layers: list[int] | None = field(default=None, metadata=LAYERS)
     target_modules: list[str] | str | None = field(default=None, metadata=TARGET_MODULES)
     base_shape: dict[str, Any] | None = field(default=None, metadata=BASE_SHAPE)
@@ -86,15 +106,53 @@ class SparseKSettings(AdapterSettings):
             shares = self.layer_shares
             if not isinstance(shares, Sequence) or not shares or not all(is_finite(s) and s > 0 for s in shares):
                 raise ValueError(self._expected("layer_shares", "None or positive numbers"))
-            if abs(sum(shares) / len(shares) - 1) > 1e-3:
+            if abs(sum(shares) / len(shares) - 1) > ROUNDING:
                 raise ValueError(
                     f"SparseKConfig.layer_shares must be 1 on average, so that the budget is that of all layers; the "
                     f"mean is {sum(shares) / len(shares):.4f}"
                 )
 
+        if not is_integer(self.pin_prompt, -1):
+            raise ValueError(self._expected("pin_prompt", f"{WHOLE_PROMPT} or {expected_integer(self.pin_prompt, 0)}"))
+        if self.pin_prompt >= self.k + self.sinks:
+            raise ValueError(
+                f"SparseKConfig.pin_prompt is {self.pin_prompt}, and the budget has {self.k} selected keys and "
+                f"{self.sinks} sinks: at least one selected key must be left, so pin at most {self.k + self.sinks - 1}"
+            )
+        if self.head_shares is not None:
+            self._check_head_shares(self.head_shares)
+
+    def _check_head_shares(self, rows: Any) -> None:
+        """Raise `ValueError` unless every KV head has a share that is at least one key, and the mean of all is 1."""
+        if not _is_list(rows) or not all(_is_list(row) and all(is_finite(s) and s > 0 for s in row) for row in rows):
+            raise ValueError(self._expected("head_shares", "None or a list of positive numbers for each layer"))
+        if self.layer_shares is not None:
+            raise ValueError(
+                "SparseKConfig.head_shares divides k among the heads of all layers, and layer_shares among the layers: "
+                "give one of the two"
+            )
+        shares = [share for row in rows for share in row]
+        mean = sum(shares) / len(shares)
+        if abs(mean - 1) > ROUNDING:
+            raise ValueError(
+                "SparseKConfig.head_shares must be 1 on average over all heads, so that the budget is that of equal "
+                f"shares; the mean is {mean:.4f}"
+            )
+        if min(shares) * self.k / mean < 1 - 1e-9:
+            raise ValueError(
+                f"SparseKConfig.head_shares must leave every head a selected key: k is {self.k}, so the smallest share "
+                f"must be at least {mean / self.k:.4f}, got {min(shares)}"
+            )
+
     def attended(self) -> str:
         slots = self.sinks + self.window + self.k
-        return f"{slots} keys per query and KV head: {self.sinks} sinks, window {self.window}, {self.k} selected"
+        means = "" if self.layer_shares is None and self.head_shares is None else " on average"
+        return f"{slots} keys per query and KV head{means}: {self.sinks} sinks, window {self.window}, {self.k} selected"
+
+
+def _is_list(value: Any) -> bool:
+    """Tell whether a value is a sequence with something in it, and no text."""
+    return isinstance(value, Sequence) and not isinstance(value, str | bytes) and len(value) > 0
 
 
 SETTINGS = MethodSettings(

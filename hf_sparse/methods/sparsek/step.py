@@ -133,4 +133,6 @@ def _kernel(
         window=cache.window,
         sinks=cache.sinks,
         scaling=scaling,
+        counts=cache.counts,
+        offsets=cache.offsets,
     )

@@ -48,6 +48,18 @@ class NewTokens:
             valid=None if self.valid is None else self.valid[:, begin:end],
         )
 
+    def of_head(self, head: int) -> "NewTokens":
+        """Return what one KV head and its query heads have of the tokens."""
+        group = self.query.shape[1] // self.key.shape[1]
+        one = slice(head, head + 1)
+        return replace(
+            self,
+            query=self.query[:, head * group : (head + 1) * group],
+            key=self.key[:, one],
+            value=self.value[:, one],
+            scores=self.scores[:, one],
+        )
+
 
 def token_index(valid: Tensor | None, seen: Tensor | None, batch: int, length: int, device: torch.device) -> Tensor:
     """Return the index of each new token among the real tokens of its row, `[B, T]` int64.

@@ -108,15 +108,21 @@ def _measured(layers: Sequence[SparseKAttention], supports: list[float]) -> Iter
             budget = layer.budget
             end = scores.shape[-1] - (budget.window if layer.causal else 0)
             eligible = scores.detach()[..., budget.sinks : end]
-            bound = layer.config.soft_support(budget.k)
-            if bound is not None:
-                eligible = eligible.topk(min(bound, eligible.shape[-1])).values
-            supports.append(float((sparsek(eligible, budget.k) > 0).sum(-1).float().mean()))
+            counts = budget.per_head(eligible.shape[1])
+            sizes = [_support(eligible[:, h], k, layer.config.soft_support(k)) for h, k in enumerate(counts)]
+            supports.append(sum(sizes) / len(sizes))
 
         return hook
 
     with _hooked(layers, measure):
         yield
+
+
+def _support(scores: Tensor, k: int, bound: Any) -> float:
+    """Return over how many keys the gates of scores `[B, N]` spread, a mean over the rows; of the best `bound`."""
+    if bound is not None:
+        scores = scores.topk(min(bound, scores.shape[-1])).values
+    return float((sparsek(scores, k) > 0).sum(-1).float().mean())
 
 
 @contextmanager

@@ -19,6 +19,7 @@ Lou et al. 2024 (arXiv 2406.16747) for the causal case. The bidirectional one, a
 `gates`), are ours.
 """
 
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, get_args
 
@@ -28,6 +29,7 @@ from torch import Tensor
 
 from hf_sparse.ops.selection.bidirectional import bidirectional_sparsek_attention
 from hf_sparse.ops.selection.causal import causal_sparsek_attention
+from hf_sparse.ops.selection.heads import Counts, attend_by_heads
 from hf_sparse.ops.selection.problem import Problem, check_budget, check_inputs
 from hf_sparse.ops.selection.reference import dense_sparsek_attention
 from hf_sparse.ops.triton import DTYPES, MOST_ROWS, available
@@ -42,12 +44,12 @@ def sparsek_attention(
     value: Tensor,
     scores: Tensor,
     *,
-    k: int,
+    k: Counts,
     window: int,
     sinks: int,
     scaling: float | None = None,
     gates: Gates = "hard",
-    support: int | None = None,
+    support: Counts | None = None,
     start: Tensor | None = None,
     causal: bool = True,
     implementation: Implementation = "auto",
@@ -59,6 +61,7 @@ def sparsek_attention(
         key, value: `[B, Hkv, Tk, D]` with `Hq` a multiple of `Hkv`, `Tq <= Tk`.
         scores: `[B, Hkv, Tk]` float32 or float64, one frozen score per key; of equal scores the lower index wins.
         k: selected keys per query, at least 1; without causal order 0 is possible too, and leaves window and sinks.
+            A sequence has a number for each KV head; the heads then run one after another.
         window: most recent keys that are always attended, at least 1. Without causal order those from
             `t - window // 2` to `t - window // 2 + window - 1`.
         sinks: first keys that are always attended, at least 0.
@@ -67,7 +70,7 @@ def sparsek_attention(
             support of SparseK and multiplies the softmax weight of key j by its gate `clip(z_j - tau_t, 0, 1)`;
             window and sinks have gate 1. The gradient reaches the scores through the gates.
         support: with soft gates, project onto the best `support` scores only (at least `k`), which keeps the cost
-            linear while score scales are small; `None` is exact SparseK.
+            linear while score scales are small; `None` is exact SparseK. A sequence has a number for each KV head.
         start: `[B]` int64, index of the first key of each row; earlier ones are padding, never attended, whatever they
             hold (even NaN). The output of padded queries is finite and meaningless.
         causal: whether a query sees the keys up to its own position, or all keys of its row (then `Tq = Tk`).
@@ -90,6 +93,12 @@ def sparsek_attention(
         if choice not in get_args(known):
             raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(known)))}, got {choice!r}")
     check_inputs(query, key, value, scores, start, causal)
+    if isinstance(k, Sequence) or isinstance(support, Sequence):
+        counts = k if isinstance(k, Sequence) else [k] * key.shape[1]
+        return attend_by_heads(
+            sparsek_attention, query, key, value, scores, counts, support, window=window, sinks=sinks, scaling=scaling,
+            gates=gates, start=start, causal=causal, implementation=implementation,
+        )  # fmt: skip
     check_budget(k, window, sinks, support, causal)
     if query.numel() == 0:
         return query.clone()

@@ -169,6 +169,7 @@ def texts(model, padded=False, **options):
         ({"scorer": "mlp", "learn_slope": True}, {}),
         ({}, {"num_beams": 2}),
         ({"lora_rank": 2}, {}),
+        ({"head_shares": [[0.5, 1.5], [1.0, 1.0]]}, {}),
     ],
 )
 def test_a_model_goes_on_as_without_the_kernel(everywhere, monkeypatch, settings, options, padded):

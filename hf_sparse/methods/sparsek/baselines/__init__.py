@@ -16,6 +16,7 @@ from hf_sparse.methods.sparsek.baselines.baseline import Baseline as Baseline
 from hf_sparse.methods.sparsek.baselines.keys import KeyDifference as KeyDifference
 from hf_sparse.methods.sparsek.baselines.keys import KeyNorm as KeyNorm
 from hf_sparse.methods.sparsek.baselines.oracle import Oracle as Oracle
+from hf_sparse.methods.sparsek.baselines.positions import PromptRandom as PromptRandom
 from hf_sparse.methods.sparsek.baselines.positions import Random as Random
 from hf_sparse.methods.sparsek.baselines.positions import Recency as Recency
 
@@ -25,6 +26,7 @@ recency, random = Recency(), Random()
 BASELINES: dict[str, Baseline] = {
     "recency": recency,
     "random": random,
+    "prompt_random": PromptRandom(),
     "key_norm": KeyNorm(),
     "key_difference": KeyDifference(),
     "oracle": Oracle(),

@@ -94,6 +94,7 @@ def visible(scores: Tensor, query_positions: Tensor, positions: Tensor, budget: 
         budget: budget of the attention.
     """
     k, window, sinks = budget
+    assert isinstance(k, int)  # heads with different budgets come one by one
     query_positions, positions = query_positions[:, None, :, None], positions.unsqueeze(2)
     exists = (positions >= 0) & (positions <= query_positions)
     always = exists & ((positions > query_positions - window) | (positions < sinks))

@@ -20,6 +20,7 @@ class Arrivals:
         index: `[B, T]` int64, of each token among the real tokens of its row.
         valid: `[B, T]` bool, False for padding; `None` if every token is real.
         scaling: multiplies the logits.
+        places: sinks and selected keys of a KV head, of the one that has the fewest.
         window: most recent keys that are always attended.
         layer: index of the layer in the model.
         cache: the slots that these tokens go into, `None` for whole texts without a cache.
@@ -30,6 +31,7 @@ class Arrivals:
     index: Tensor
     valid: Tensor | None
     scaling: float
+    places: int
     window: int
     layer: int
     cache: "SparseKCacheLayer | None"

@@ -81,6 +81,7 @@ def _evicted(index: Tensor, scores: Tensor, queries: Tensor, budget: Budget) -> 
         `[B, Hkv, t, N]` bool.
     """
     k, window, sinks = budget
+    assert isinstance(k, int)  # heads with different budgets come one by one
     order = scores[..., sinks:].argsort(dim=-1, descending=True, stable=True)  # of equal scores the lower position wins
     left_window = index[..., sinks:].gather(-1, order).unsqueeze(2) <= (queries - window)[:, None]
     lost = left_window & (left_window.cumsum(-1, dtype=torch.int32) > k)

@@ -13,7 +13,7 @@ from hf_sparse.evaluation.contenders import Evaluation, base_model_of
 from hf_sparse.evaluation.show import comparison_table, sweep_table
 from hf_sparse.evaluation.switching import layers_to_measure, switched
 from hf_sparse.methods.sparsek.attention import SparseKAttention
-from hf_sparse.methods.sparsek.baselines import BASELINES, Oracle
+from hf_sparse.methods.sparsek.baselines import BASELINES, Oracle, PromptRandom
 from hf_sparse.methods.sparsek.budget import Budget
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
 from hf_sparse.methods.sparsek.evaluation_settings import SparseKEvaluationSettings
@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 #: What attends: the base model, the baselines at equal slots, and the trained scorers.
 CONTENDERS = (DENSE, *BASELINES, LEARNED)
 
-#: Those that can generate: all but the one that must see the whole text first.
-GENERATING = tuple(name for name in CONTENDERS if not isinstance(BASELINES.get(name), Oracle))
+#: Those that can answer tasks: not the one that must see the whole text first, nor the one whose slots must hold a
+#: whole prompt, for the prompts of tasks are longer than the slots.
+GENERATING = tuple(name for name in CONTENDERS if not isinstance(BASELINES.get(name), Oracle | PromptRandom))
 
 #: What attends in both directions, where the nearest keys of a query are those of a wider window.
 ENCODER_CONTENDERS = (DENSE, "window", "random", LEARNED)
@@ -66,7 +67,7 @@ class SparseKEvaluation(Evaluation):
         return CONTENDERS if sparsek_layers(model)[0].causal else ENCODER_CONTENDERS
 
     def generating(self, model: nn.Module) -> tuple[str, ...]:
-        """Return the names of those that can generate: all but the oracle."""
+        """Return the names of those that can generate: all but the oracle and `prompt_random`."""
         return GENERATING
 
     def budget(self, model: nn.Module) -> Budget:

@@ -4,24 +4,16 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
-from hf_sparse.core.overrides import override
-from hf_sparse.data import check_chunks
 from hf_sparse.errors import DataError
-from hf_sparse.evaluation.quality import kl, logits_of
-from hf_sparse.evaluation.switching import evaluating, using
 from hf_sparse.methods.sparsek.evaluation.contenders import budget_of, sparsek_layers
+from hf_sparse.methods.sparsek.evaluation.damages import damages
 
-_SLICE = 256  # positions whose logits are float32 at a time
 _POWERS = (0.2, 3.0)  # of damage against slots; what lies beyond is noise
 _RANGE = 4.0  # no layer gets more than so many times the mean, or less than that part of it
 
 
-@torch.no_grad()
 def layer_damages(
     model: nn.Module, chunks: Tensor, slots: int, *, batch_size: int = 1, progress: bool = True
 ) -> dict[int, float]:
@@ -43,30 +35,18 @@ def layer_damages(
         DataError: chunks that cannot be measured.
         ValueError: a model that is not patched, or a `batch_size` below 1.
     """
-    check_chunks(model, chunks)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     sparse_layers, length = sparsek_layers(model), chunks.shape[1]
     if length <= slots:
         raise DataError(f"nothing is evicted: {slots} slots cover the whole text of {length} tokens")
-    config, layers = sparse_layers[0].config, [layer.layer for layer in sparse_layers]
-    sums, device = dict.fromkeys(layers, 0.0), next(model.parameters()).device
-    steps: list[tuple[Tensor, int | None]] = [
-        (tokens, layer) for tokens in chunks.split(batch_size) for layer in (None, *layers)
-    ]
-    bar: dict[str, Any] = {"console": Console(stderr=True), "transient": True, "disable": not progress}
-    with evaluating(model), using(model, "learned", budget_of(model).resized(slots)):
-        for tokens, layer in track(steps, f"layers, {slots} slots", **bar):
-            # A layer whose budget covers the text is dense.
-            shares = [1.0 if other == layer else float(length) for other in range(max(layers) + 1)]
-            with override([config], layer_shares=shares):
-                logits = logits_of(model, tokens.to(device))[:, :-1]
-            if layer is None:  # all are dense
-                dense = logits
-            else:
-                slices = zip(dense.split(_SLICE, 1), logits.split(_SLICE, 1), strict=True)
-                sums[layer] += sum(kl(*pair).double().sum().item() for pair in slices)
-    return {layer: total / (len(chunks) * (length - 1)) for layer, total in sums.items()}
+    layers = [layer.layer for layer in sparse_layers]
+
+    def alone(layer: int | None) -> dict[str, Any]:  # a layer whose budget covers the text is dense
+        shares = [1.0 if other == layer else float(length) for other in range(max(layers) + 1)]
+        return {**budget_of(model).resized(slots)._asdict(), "layer_shares": shares, "head_shares": None}
+
+    ways = {layer: alone(layer) for layer in layers}
+    label = f"layers, {slots} slots"
+    return damages(model, chunks, ways, alone(None), label, batch_size=batch_size, progress=progress)
 
 
 def divide_layers(
@@ -89,13 +69,13 @@ def divide_layers(
     """
     config, slots = sparsek_layers(model)[0].config, budget_of(model).slots
     sizes = (max(slots // 2, config.sinks + 2), 2 * slots)
-    damages = {
+    by_size = {
         size: layer_damages(model, chunks, size, batch_size=batch_size, progress=progress) for size in reversed(sizes)
     }
-    few, many = (list(damages[size].values()) for size in sizes)
-    shares = dict(zip(damages[sizes[0]], best_shares(few, many, sizes), strict=True))
+    few, many = (list(by_size[size].values()) for size in sizes)
+    shares = dict(zip(by_size[sizes[0]], best_shares(few, many, sizes), strict=True))
     total = (config.base_shape or {})["num_attention_layers"]
-    return [shares.get(layer, 1.0) for layer in range(total)], damages
+    return [shares.get(layer, 1.0) for layer in range(total)], by_size
 
 
 def best_shares(few: Sequence[float], many: Sequence[float], sizes: tuple[int, int]) -> list[float]:

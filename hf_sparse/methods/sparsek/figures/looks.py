@@ -15,6 +15,7 @@ LOOKS = Looks(
         "tova": Look("last query's attention (TOVA)", "#cc79a7", "P"),
         "snapkv": Look("prompt's last queries (SnapKV)", "#a68a00", "X"),
         "random": Look("chosen at random", GREY, "d"),
+        "prompt_random": Look("beginning, and at random", "#555555", "<"),
         "oracle": Look("future attention (oracle)", "#000000", "*"),
     },
     learned="learned",

@@ -5,6 +5,8 @@ heads of a KV head; where rows and heads are too few to fill the GPU, several pr
 second kernel joins their results by their log masses.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -27,35 +29,55 @@ def insert_token(
     *,
     window: int,
     sinks: int,
+    counts: Sequence[int] | None = None,
+    offsets: Tensor | None = None,
 ) -> None:
-    """Insert as `ops.selection.slots.insert_token`; `keys`, `values`, `scores` and `positions` are contiguous."""
-    batch, heads, slots, dim = keys.shape
+    """Insert as `ops.selection.slots.insert_token`; `keys`, `values`, `scores` and `positions` are contiguous.
+
+    With `counts` and `offsets` they are buffers of heads with different numbers of slots, see `ops.selection.ragged`.
+    """
+    batch, heads, dim = keys.shape[0], key.shape[1], keys.shape[-1]
+    slots = keys.shape[2] if counts is None else max(counts)
     key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (key, value))
     _insert[(batch, heads)](
-        keys, values, scores, positions, seen, key, value, score, seen if valid is None else valid,
+        keys, values, scores, positions, seen, key, value, score, seen if valid is None else valid, offsets,
         key.stride(0), key.stride(1), value.stride(0), value.stride(1), score.stride(0), score.stride(1),
         0 if valid is None else valid.stride(0), slots, window, sinks, dim,
         DIM=triton.next_power_of_2(dim), SLOTS=triton.next_power_of_2(slots), MASKED=valid is not None, num_warps=4,
     )  # fmt: skip
 
 
-def attend_slots(query: Tensor, keys: Tensor, values: Tensor, positions: Tensor, *, scaling: float) -> Tensor:
-    """Attend as `ops.selection.slots.attend_slots`; `keys`, `values`, `positions` are contiguous, `D` at most 256."""
-    batch, heads, slots, dim = keys.shape
+def attend_slots(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    positions: Tensor,
+    *,
+    scaling: float,
+    counts: Sequence[int] | None = None,
+    offsets: Tensor | None = None,
+) -> Tensor:
+    """Attend as `ops.selection.slots.attend_slots`; `keys`, `values`, `positions` are contiguous, `D` at most 256.
+
+    With `counts` and `offsets` they are buffers of heads with different numbers of slots, see `ops.selection.ragged`.
+    """
+    batch, dim = keys.shape[0], keys.shape[-1]
+    counts = [keys.shape[2]] * keys.shape[1] if counts is None else counts
+    heads = len(counts)
     query = query if query.stride(-1) == 1 else query.contiguous()
     group = query.shape[1] // heads
     width = triton.next_power_of_2(dim)
     step = max(16, min(64, _BYTES // (width * keys.element_size())))  # slots
-    steps = triton.cdiv(slots, step)
-    share = triton.cdiv(steps, min(steps, triton.cdiv(_PROGRAMS, batch * heads)))  # steps of a program
-    splits = triton.cdiv(steps, share)
+    share = steps_of_program(counts, step, batch, _PROGRAMS)
+    slots = max(counts)
+    splits = triton.cdiv(triton.cdiv(slots, step), share)
     output = torch.empty((batch, heads * group, 1, dim), dtype=query.dtype, device=query.device)
     parts, masses = output, positions  # not used by the only program of a head
     if splits > 1:
         parts = torch.empty((batch * heads * group, splits, dim), dtype=torch.float32, device=query.device)
         masses = torch.empty((batch * heads * group, splits), dtype=torch.float32, device=query.device)
     _attend[(splits, batch, heads)](
-        query, keys, values, positions, parts, masses, query.stride(0), query.stride(1), slots, group,
+        query, keys, values, positions, offsets, parts, masses, query.stride(0), query.stride(1), slots, group,
         share * step, scaling,
         GROUP=max(16, triton.next_power_of_2(group)), D=dim, DIM=max(16, width), BLOCK=step, SPLIT=splits > 1,
         num_warps=4, num_stages=3,
@@ -65,6 +87,27 @@ def attend_slots(query: Tensor, keys: Tensor, values: Tensor, positions: Tensor,
             parts, masses, output, splits, dim, SPLITS=triton.next_power_of_2(splits), DIM=width, num_warps=2
         )
     return output
+
+
+def steps_of_program(counts: Sequence[int], step: int, batch: int, programs: int) -> int:
+    """Return how many steps of `step` slots a program takes, so that about so many share the slots of all heads.
+
+    Heads with many slots have more programs, not longer ones.
+    """
+    steps = [triton.cdiv(count, step) for count in counts]
+    wanted = triton.cdiv(programs, batch * len(counts))  # for a head, on average
+    return triton.cdiv(sum(steps), len(steps) * min(max(steps), wanted))
+
+
+@triton.jit
+def slots_of_head(Offsets, row, head, heads, slots):
+    """Return where the slots of a head begin, and how many it has: `slots`, or what `Offsets` `[heads + 1]` says."""
+    base = (row * heads + head) * slots
+    if Offsets is not None:
+        begin = tl.load(Offsets + head)
+        base = row * tl.load(Offsets + heads) + begin
+        slots = tl.load(Offsets + head + 1) - begin
+    return base, slots
 
 
 @triton.jit
@@ -78,6 +121,7 @@ def _insert(
     value,
     score,
     valid,
+    Offsets,
     key_row,
     key_head,
     value_row,
@@ -94,7 +138,7 @@ def _insert(
     MASKED: tl.constexpr,
 ):
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    base = (row * tl.num_programs(1) + head) * slots
+    base, slots = slots_of_head(Offsets, row, head, tl.num_programs(1), slots)
     index = tl.arange(0, SLOTS)
     inside = index < slots
     position = tl.load(seen + row)
@@ -126,6 +170,7 @@ def _attend(
     keys,
     values,
     positions,
+    Offsets,
     parts,
     masses,
     query_row,
@@ -144,6 +189,7 @@ def _attend(
     scaling = tl.cast(scaling, tl.float32)  # float64 when torch.compile calls the kernel
     split, row, head = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     pair = row * tl.num_programs(2) + head
+    base, slots = slots_of_head(Offsets, row, head, tl.num_programs(2), slots)
     member, column = tl.arange(0, GROUP), tl.arange(0, DIM)
     rows = member[:, None] < group
     wide = column[None, :] < D
@@ -154,8 +200,8 @@ def _attend(
     out = tl.zeros([GROUP, DIM], tl.float32)
     for begin in range(0, share, BLOCK):
         slot = split * share + begin + tl.arange(0, BLOCK)
-        filled = tl.load(positions + pair * slots + slot, mask=slot < slots, other=-1) >= 0
-        where = (pair * slots + slot[:, None]) * D + column[None, :]
+        filled = tl.load(positions + base + slot, mask=slot < slots, other=-1) >= 0
+        where = (base + slot[:, None]) * D + column[None, :]
         k = tl.load(keys + where, mask=filled[:, None] & wide, other=0.0)
         v = tl.load(values + where, mask=filled[:, None] & wide, other=0.0)
         logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling

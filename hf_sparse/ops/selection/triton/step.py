@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_sparse.ops.selection.triton.slots import slots_of_head, steps_of_program
+
 _PROGRAMS = 256  # about two for each multiprocessor of a large GPU
 _BYTES = 1 << 14  # bytes of keys per step of a program
 _CHUNK = 1024  # slots that are searched at a time
@@ -39,6 +41,8 @@ class StepKernel:
         masked: whether the steps come with `valid`.
         window, sinks: see `hf_sparse.ops.selection.slots`.
         scaling: multiplies the logits.
+        counts, offsets: where heads have different numbers of slots, in buffers `[B, R, ...]`; see
+            `hf_sparse.ops.selection.ragged`.
     """
 
     def __init__(
@@ -56,13 +60,16 @@ class StepKernel:
         window: int,
         sinks: int,
         scaling: float,
+        counts: Sequence[int] | None = None,
+        offsets: Tensor | None = None,
     ) -> None:
-        batch, heads, number, dim = slots[0].shape
-        device, group, width = query.device, query.shape[1] // heads, triton.next_power_of_2(dim)
+        batch, heads, dim = len(slots[0]), key.shape[1], slots[0].shape[-1]
+        counts = [slots[0].shape[2]] * heads if counts is None else counts
+        number, device, group = max(counts), query.device, query.shape[1] // heads
+        width = triton.next_power_of_2(dim)
         block = max(16, min(64, _BYTES // (width * query.element_size())))  # slots
-        steps = triton.cdiv(number, block)
-        share = triton.cdiv(steps, min(steps, triton.cdiv(_PROGRAMS, batch * heads)))  # steps of a program
-        splits = triton.cdiv(steps, share)
+        share = steps_of_program(counts, block, batch, _PROGRAMS)
+        splits = triton.cdiv(triton.cdiv(number, block), share)
         self.shape = (batch, heads * group, 1, dim)
         self.dtype, self.device, self.masked = query.dtype, device, masked
         parts = (batch * heads * group, splits if splits > 1 else 0)
@@ -73,7 +80,7 @@ class StepKernel:
         )
         self.slots = slots  # keeps the memory
         self.grid = (splits, heads, batch)
-        self.fixed = (*slots, *self.scratch)
+        self.fixed = (*slots, *self.scratch, offsets)
         self.layout = (
             query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
             number, window, sinks, 0 if weight is None else weight.shape[1], group, share * block,
@@ -97,7 +104,7 @@ class StepKernel:
             "ROWS": _ROWS,
         }
         self.rest = (*self.layout, *self.constants.values())
-        self.addresses: tuple[int, ...] = ()
+        self.addresses: tuple[int | None, ...] = ()
         self.launch: Any = None  # made by the first step, which compiles
 
     def __call__(
@@ -130,7 +137,7 @@ class StepKernel:
         )
         if compiled is not None:  # not so in Triton's interpreter
             # The binary was chosen by values that no later step changes, so the choice need not be made again.
-            self.addresses = tuple(tensor.data_ptr() for tensor in self.fixed)
+            self.addresses = tuple(None if tensor is None else tensor.data_ptr() for tensor in self.fixed)
             self.launch = compiled[self.grid]
         return output
 
@@ -150,6 +157,7 @@ def _step(
     parts,
     masses,
     arrived,
+    Offsets,
     query,
     key,
     value,
@@ -192,11 +200,15 @@ def _step(
     split, head, row = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     heads, rows = tl.num_programs(1), tl.num_programs(2)
     pair = row * heads + head
+    base, slots = slots_of_head(Offsets, row, head, heads, slots)
+    splits = tl.cdiv(slots, share)  # of this head
+    if split >= splits:
+        return
     position = tl.load(seen + row)
     real = position >= 0
     if MASKED:
         real = tl.load(valid + row * valid_row) != 0
-    target = _slot_of_next(scores + pair * slots, positions + pair * slots, position, slots, window, sinks, CHUNK)
+    target = _slot_of_next(scores + base, positions + base, position, slots, window, sinks, CHUNK)
 
     member, column = tl.arange(0, GROUP), tl.arange(0, DIM)
     of_group, wide = member[:, None] < group, column[None, :] < D
@@ -210,8 +222,8 @@ def _step(
     for begin in range(0, share, BLOCK):
         slot = split * share + begin + tl.arange(0, BLOCK)
         fresh = (slot == target) & real
-        old = (tl.load(positions + pair * slots + slot, mask=slot < slots, other=-1) >= 0) & ~fresh
-        where = (pair * slots + slot[:, None]) * D + column[None, :]
+        old = (tl.load(positions + base + slot, mask=slot < slots, other=-1) >= 0) & ~fresh
+        where = (base + slot[:, None]) * D + column[None, :]
         k = tl.load(keys + where, mask=old[:, None] & wide, other=0.0)
         v = tl.load(values + where, mask=old[:, None] & wide, other=0.0)
         k = tl.where(fresh[:, None], new_key[None, :], k)
@@ -235,11 +247,11 @@ def _step(
         number = (first + member) * SPLITS + split
         tl.store(masses + number, peak + tl.log(mass), mask=member < group)
         tl.store(parts + number[:, None] * D + column[None, :], out, mask=of_group & wide)
-        last = _arrive(arrived + pair, SPLITS)
+        last = _arrive(arrived + pair, splits)
     if last:
         if SPLITS > 1:
-            _join(parts, masses, output, first, group, SPLITS, SPLITS_WIDE, D, DIM)
-        to = pair * slots + target
+            _join(parts, masses, output, first, group, splits, SPLITS, SPLITS_WIDE, D, DIM)
+        to = base + target
         write = (column < D) & real
         tl.store(keys + to * D + column, new_key, mask=write)
         tl.store(values + to * D + column, new_value, mask=write)
@@ -329,6 +341,7 @@ def _join(
     output,
     first,
     group,
+    splits,
     SPLITS: tl.constexpr,
     SPLITS_WIDE: tl.constexpr,
     D: tl.constexpr,
@@ -336,11 +349,11 @@ def _join(
 ):
     """Average the results of all programs of each query head of a KV head, weighted by their masses."""
     split, column = tl.arange(0, SPLITS_WIDE), tl.arange(0, DIM)
-    mask = (split[:, None] < SPLITS) & (column[None, :] < D)
+    mask = (split[:, None] < splits) & (column[None, :] < D)
     for member in range(0, group):
         number = (first + member) * SPLITS + split
         # Others wrote them: never from this multiprocessor's own cache.
-        log_mass = tl.load(masses + number, mask=split < SPLITS, other=-float("inf"), cache_modifier=".cg")
+        log_mass = tl.load(masses + number, mask=split < splits, other=-float("inf"), cache_modifier=".cg")
         part = tl.load(parts + number[:, None] * D + column[None, :], mask=mask, other=0.0, cache_modifier=".cg")
         peak = tl.max(log_mass, 0)
         weight = tl.exp(log_mass - tl.where(peak == -float("inf"), 0.0, peak))

@@ -1,0 +1,70 @@
+"""Measure what a part of a model loses by having few slots while the rest attends to all keys."""
+
+from collections.abc import Hashable, Mapping
+from typing import Any, TypeVar
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from hf_sparse.core.overrides import override
+from hf_sparse.data import check_chunks
+from hf_sparse.evaluation.quality import kl, logits_of
+from hf_sparse.evaluation.switching import evaluating, using
+from hf_sparse.methods.sparsek.evaluation.contenders import sparsek_layers
+
+Part = TypeVar("Part", bound=Hashable)
+
+_SLICE = 256  # positions whose logits are float32 at a time
+
+
+@torch.no_grad()
+def damages(
+    model: nn.Module,
+    chunks: Tensor,
+    ways: Mapping[Part, Mapping[str, Any]],
+    whole: Mapping[str, Any],
+    label: str,
+    *,
+    batch_size: int = 1,
+    progress: bool = True,
+) -> dict[Part, float]:
+    """Return the KL divergence from attention to all keys, in nats per token, that each part of a model causes alone.
+
+    An adapter's LoRA stays on.
+
+    Args:
+        model: a patched causal language model; it comes back as it was.
+        chunks: `[N, T]` int64.
+        ways: for each part the settings of the configuration with which it alone has few slots.
+        whole: those with which nothing is evicted.
+        label: what the progress bar says.
+        batch_size: chunks at a time.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        DataError: chunks that cannot be measured.
+        ValueError: a model that is not patched, or a `batch_size` below 1.
+    """
+    check_chunks(model, chunks)
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    config, device = sparsek_layers(model)[0].config, next(model.parameters()).device
+    sums = dict.fromkeys(ways, 0.0)
+    steps = [
+        (tokens, part, settings)
+        for tokens in chunks.split(batch_size)
+        for part, settings in ((None, whole), *ways.items())
+    ]
+    bar: dict[str, Any] = {"console": Console(stderr=True), "transient": True, "disable": not progress}
+    with evaluating(model), using(model, "learned"):
+        for tokens, part, settings in track(steps, label, **bar):
+            with override([config], **settings):
+                logits = logits_of(model, tokens.to(device))[:, :-1]
+            if part is None:
+                dense = logits
+            else:
+                slices = zip(dense.split(_SLICE, 1), logits.split(_SLICE, 1), strict=True)
+                sums[part] += sum(kl(*pair).double().sum().item() for pair in slices)
+    return {part: total / (len(chunks) * (chunks.shape[1] - 1)) for part, total in sums.items()}

@@ -1,0 +1,121 @@
+"""The kernels of a decoding step where heads have different numbers of slots, against every head alone in PyTorch."""
+
+import pytest
+import torch
+
+from hf_sparse.ops.selection import linear_scores as linear
+from hf_sparse.ops.selection import ragged
+from hf_sparse.ops.selection import slots as reference
+from hf_sparse.ops.selection.triton import slots as kernels
+from hf_sparse.ops.selection.triton import step
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("interpreter")
+HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter cannot multiply bfloat16
+WINDOW, SINKS, COLUMNS = 5, 2, 40
+
+
+@pytest.fixture
+def plain(monkeypatch):
+    """Makes the reference use PyTorch, on a GPU too."""
+    monkeypatch.setattr(reference, "_TRITON", False)
+    monkeypatch.setattr(linear, "_TRITON", False)
+
+
+def buffers(batch: int, counts, dim: int, dtype=torch.float32) -> list[torch.Tensor]:
+    """Empty keys, values, scores, positions and seen."""
+    total = sum(counts)
+    keys, values = torch.zeros(2, batch, total, dim, dtype=dtype, device=DEVICE)
+    positions = torch.full((batch, total), -1, device=DEVICE)
+    return [keys, values, torch.zeros(batch, total, device=DEVICE), positions, positions.new_zeros(batch)]
+
+
+@pytest.mark.cross("values")
+@pytest.mark.parametrize("kind", ["normal", "ties"])
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("counts", [(8, 17, 11), (40, 8)])
+def test_the_same_slots_are_replaced(plain, counts, kind, padded):
+    batch, heads, dim, length = 3, len(counts), 6, 50
+    ours, theirs = buffers(batch, counts, dim), buffers(batch, counts, dim)
+    key, value = torch.randn(2, batch, length, heads, dim, device=DEVICE).transpose(2, 3)
+    scores = torch.randn(batch, heads, length, device=DEVICE)
+    scores = scores.round() if kind == "ties" else scores
+    valid = torch.rand(batch, length, device=DEVICE) < 0.8
+    layout = {"counts": counts, "offsets": ragged.offsets_of(counts, torch.device(DEVICE))}
+    for t in range(length):
+        new = [tensor[:, :, t : t + 1] for tensor in (key, value, scores)]
+        real = valid[:, t] if padded else None
+        for insert, state in ((kernels.insert_token, ours), (ragged.insert_token, theirs)):
+            insert(*state, *new, real, window=WINDOW, sinks=SINKS, **layout)
+            state[-1] += 1 if real is None else real.long()
+        for mine, other in zip(ours, theirs, strict=True):
+            assert torch.equal(mine, other), t
+    assert padded or (ours[3] >= 0).all(), "the slots never filled up"
+
+
+# batch, slots of each KV head, query heads per KV head, head size, programs
+SHAPES = [
+    (2, (11, 30), 1, 32, 1),
+    (1, (130, 20, 64), 3, 64, 256),  # split over programs
+    (2, (16, 193), 8, 96, 5),
+]
+
+
+@pytest.mark.cross("values")
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("batch, counts, group, dim, programs", SHAPES)
+def test_attention(plain, monkeypatch, poisoned_memory, batch, counts, group, dim, programs, dtype):
+    monkeypatch.setattr(kernels, "_PROGRAMS", programs)
+    keys, values, _, positions, _ = buffers(batch, counts, dim, dtype)
+    keys.normal_(), values.normal_()
+    for row in range(batch):
+        for head in ragged.of_heads(positions, counts):
+            filled = min(head.shape[2], 9 + 40 * row)
+            head[row, 0, :filled] = torch.arange(filled, device=DEVICE)
+    query = torch.randn(batch, 1, len(counts) * group, dim, device=DEVICE).to(dtype).transpose(1, 2)
+    layout = {"counts": counts, "offsets": ragged.offsets_of(counts, torch.device(DEVICE))}
+    output = kernels.attend_slots(query, keys, values, positions, scaling=0.3, **layout)
+    doubles = (query.double(), keys.double(), values.double())
+    expected = ragged.attend_slots(*doubles, positions, scaling=0.3, **layout)
+    error = (output.double() - expected).norm() / expected.norm()
+    assert output.shape == query.shape and error < (2e-6 if dtype == torch.float32 else 1e-2)
+
+
+@pytest.mark.cross("values")
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("batch, counts, group, dim, programs", [(2, (10, 40, 17), 2, 16, 256), (1, (50, 9), 3, 6, 7)])
+def test_a_step_in_one_kernel(plain, monkeypatch, poisoned_memory, batch, counts, group, dim, programs, dtype, padded):
+    monkeypatch.setattr(step, "_PROGRAMS", programs)
+    monkeypatch.setattr(step, "_CHUNK", 16)
+    heads, length = len(counts), max(counts) + 5
+    ours, theirs = buffers(batch, counts, dim, dtype), buffers(batch, counts, dim, dtype)
+    counted = [torch.zeros(batch, dtype=torch.bool, device=DEVICE), torch.zeros((), dtype=torch.int64, device=DEVICE)]
+    query = torch.randn(batch, length, heads * group, dim, device=DEVICE).to(dtype).transpose(1, 2)
+    key, value = torch.randn(2, batch, length, heads, dim, device=DEVICE).to(dtype).transpose(2, 3)
+    states = torch.randn(batch, length, COLUMNS, device=DEVICE).to(dtype)
+    weight, slope = torch.randn(heads, COLUMNS, device=DEVICE), torch.randn(heads, device=DEVICE)
+    valid = torch.rand(batch, length, device=DEVICE) < 0.9
+    layout = {"counts": counts, "offsets": ragged.offsets_of(counts, torch.device(DEVICE))}
+    kernel = None
+    for t in range(length):
+        q, k, v = new = [tensor[:, :, t : t + 1] for tensor in (query, key, value)]
+        real = valid[:, t] if padded else None
+        if kernel is None:
+            kernel = step.StepKernel(
+                [*ours, *counted], *new, weight, slope, position_slope=0.01, slope_tokens=256, masked=padded,
+                window=WINDOW, sinks=SINKS, scaling=0.3, **layout,
+            )  # fmt: skip
+        output = kernel(*new, states[:, t : t + 1], weight, slope, real)
+        scores = linear.linear_scores(states[:, t : t + 1], weight)
+        scores = (scores + theirs[-1][:, None, None].double() * (0.01 + slope.double()[:, None] / 256)).float()
+        ragged.insert_token(*theirs, k, v, scores, real, window=WINDOW, sinks=SINKS, **layout)
+        theirs[-1] += 1 if real is None else real.long()
+        doubles = (q.double(), theirs[0].double(), theirs[1].double())
+        expected = ragged.attend_slots(*doubles, theirs[3], scaling=0.3, **layout)
+        for mine, other in zip(ours, theirs, strict=True):
+            assert torch.equal(mine, other), t
+        error = (output.double() - expected).norm() / expected.norm().clamp(min=1e-9)
+        assert error < (2e-6 if dtype == torch.float32 else 1e-2), t
+    assert not kernel.scratch[2].any(), "the counters did not return to zero"
+    assert counted[1] == length
