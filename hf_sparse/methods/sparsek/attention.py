@@ -2,13 +2,15 @@
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_sparse.core.layer import AttentionShape, SparseAttentionLayer
+from hf_sparse.core.request_state import StateTensor
+from hf_sparse.methods.sparsek import rows
 from hf_sparse.methods.sparsek.ahead import step_ahead
 from hf_sparse.methods.sparsek.baselines import AdaptiveBaseline, Arrivals, Baseline
 from hf_sparse.methods.sparsek.baselines.blocks import attend_in_blocks
@@ -99,6 +101,18 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
                 "decoding uses hard selection, and a training forward has soft gates: call model.eval() or use "
                 "torch.no_grad() before generating, from the first token on"
             )
+
+    def request_state(self, head_dim: int, dtype: torch.dtype) -> tuple[StateTensor, ...]:
+        """Describe the KV slots of one request, see `SparseAttentionLayer`."""
+        return rows.request_state(self, head_dim, dtype)
+
+    def attend_chunk(self, states: Sequence[Tensor], row: Tensor, is_first: bool, *tokens: Any) -> Tensor:
+        """Attend with the next tokens of one request of a pool, see `SparseAttentionLayer`."""
+        return rows.attend_chunk(self, states, row, is_first, *tokens)
+
+    def attend_steps(self, states: Sequence[Tensor], index: Tensor, *tokens: Any) -> Tensor:
+        """Take a decoding step of several requests of a pool, see `SparseAttentionLayer`."""
+        return rows.attend_steps(self, states, index, *tokens)
 
     def score(self, hidden_states: Tensor, index: Tensor) -> Tensor:
         """Return the scorer's frozen scores `[B, Hkv, T]` float32 of tokens that stand at `index` of their rows.

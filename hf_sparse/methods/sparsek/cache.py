@@ -51,6 +51,7 @@ class SparseKCacheLayer(CacheLayerMixin):
         in_attention: whether the patch announced sparse attention that is not done yet.
         step: the plan of a decoding step in one kernel, see `methods.sparsek.step`; `None` before the first such step.
         ahead: what is foreseen of the next steps on the CPU, see `methods.sparsek.ahead`, or `None`.
+        may_look_ahead: whether the layer lasts long enough for steps to be foreseen.
         uncounted: tokens of the step in progress that `cumulative_length` does not have yet.
     """
 
@@ -83,6 +84,7 @@ class SparseKCacheLayer(CacheLayerMixin):
         self.in_attention = False
         self.step: StepPlan | None = None
         self.ahead: Ahead | None = None
+        self.may_look_ahead = True
         self._scores: Any = None
         self.uncounted = 0
         self._offload_wanted = False

@@ -1,0 +1,1 @@
+"""Serve patched models in vLLM."""
