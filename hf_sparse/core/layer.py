@@ -220,10 +220,20 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
         """
         return None
 
+    def shard(self, index: int, count: int) -> Self:
+        """Return what one of `count` processes attends with that share the KV heads: the layer itself if it is one.
+
+        Where there are more processes than KV heads, several have the same head.
+        """
+        if count == 1:
+            return self
+        raise NotImplementedError
+
     def attend_chunk(
         self,
         states: Sequence[Tensor],
         row: Tensor,
+        source: Tensor,
         is_first: bool,
         query: Tensor,
         key: Tensor,
@@ -236,7 +246,8 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
         Args:
             states: `[rows, *shape]` for each tensor of `request_state`, in a dense order from the second dimension on.
             row: `[1]` int64, the row of the request.
-            is_first: whether the text begins with these tokens; what the row holds is then not read.
+            source: `[1]` int64, the row that its state is read from, mostly the same.
+            is_first: whether the text begins with these tokens; no state is then read.
         """
         raise NotImplementedError
 
@@ -244,6 +255,7 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
         self,
         states: Sequence[Tensor],
         rows: Tensor,
+        sources: Tensor,
         query: Tensor,
         key: Tensor,
         value: Tensor,
@@ -254,7 +266,8 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
 
         Args:
             states: as for `attend_chunk`.
-            rows: `[B]` int64, the row of each request, at most once; one below 0 stands for no request.
+            rows: `[B]` int64, the row of each request.
+            sources: `[B]` int64, the rows that the states are read from, mostly the same.
         """
         raise NotImplementedError
 

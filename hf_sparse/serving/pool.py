@@ -34,15 +34,18 @@ class Batch:
     """Describe packed tokens.
 
     Attributes:
-        rows: `[requests]` int64, the row of each request in the pool: first those that decode one token each, then
+        rows: `[requests]` int64 or int32, the row of each request in the pool: first those that decode one token each, then
             those with a piece of a prompt.
         steps: number of those that decode. Their tokens are the first ones.
         chunks: the pieces of prompts, in the order of `rows`.
+        sources: `[requests]` int64, the rows that states are read from; by default `rows`. So a text can go on from
+            the state of another one, which stays.
     """
 
     rows: Tensor
     steps: int
     chunks: tuple[Chunk, ...] = ()
+    sources: Tensor | None = None
 
 
 def state_of_request(attention: SparseAttentionLayer, head_dim: int, dtype: torch.dtype) -> tuple[StateTensor, ...]:
@@ -92,16 +95,17 @@ def attend_packed(
         `[N, Hq, D]`.
     """
     result = torch.zeros_like(query) if output is None else output
+    sources = batch.rows if batch.sources is None else batch.sources
     if batch.steps:
         tokens = [tensor[: batch.steps, :, None] for tensor in (query, key, value)]  # [requests, H, 1, D]
         states_of_steps = hidden_states[: batch.steps, None]
-        rows = batch.rows[: batch.steps]
-        result[: batch.steps] = attention.attend_steps(states, rows, *tokens, states_of_steps, scaling)[:, :, 0]
+        rows = batch.rows[: batch.steps], sources[: batch.steps]
+        result[: batch.steps] = attention.attend_steps(states, *rows, *tokens, states_of_steps, scaling)[:, :, 0]
     for number, chunk in enumerate(batch.chunks, batch.steps):
         piece = slice(chunk.begin, chunk.end)
         tokens = [tensor[piece].transpose(0, 1)[None] for tensor in (query, key, value)]  # [1, H, T, D]
-        row = batch.rows[number : number + 1]
-        attended = attention.attend_chunk(states, row, chunk.is_first, *tokens, hidden_states[None, piece], scaling)
+        rows = batch.rows[number : number + 1], sources[number : number + 1]
+        attended = attention.attend_chunk(states, *rows, chunk.is_first, *tokens, hidden_states[None, piece], scaling)
         result[piece] = attended[0].transpose(0, 1)
     return result
 

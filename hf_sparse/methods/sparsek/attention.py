@@ -1,5 +1,6 @@
 """Attach SparseK to one attention module: score the new tokens, attend, keep what is worth keeping."""
 
+import copy
 import functools
 import warnings
 from collections.abc import Callable, Sequence
@@ -106,13 +107,26 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         """Describe the KV slots of one request, see `SparseAttentionLayer`."""
         return rows.request_state(self, head_dim, dtype)
 
-    def attend_chunk(self, states: Sequence[Tensor], row: Tensor, is_first: bool, *tokens: Any) -> Tensor:
-        """Attend with the next tokens of one request of a pool, see `SparseAttentionLayer`."""
-        return rows.attend_chunk(self, states, row, is_first, *tokens)
+    def shard(self, index: int, count: int) -> "SparseKAttention":
+        """Return a copy with a part of the KV heads, see `SparseAttentionLayer`."""
+        if count == 1:
+            return self
+        layer = copy.deepcopy(self)
+        layer.num_key_value_heads = max(1, self.num_key_value_heads // count)
+        first = index * self.num_key_value_heads // count
+        for scorer in layer.sparsek_scorer.values():
+            scorer.keep_heads(first, layer.num_key_value_heads)
+        return layer
 
-    def attend_steps(self, states: Sequence[Tensor], index: Tensor, *tokens: Any) -> Tensor:
+    def attend_chunk(
+        self, states: Sequence[Tensor], row: Tensor, source: Tensor, is_first: bool, *tokens: Any
+    ) -> Tensor:
+        """Attend with the next tokens of one request of a pool, see `SparseAttentionLayer`."""
+        return rows.attend_chunk(self, states, row, source, is_first, *tokens)
+
+    def attend_steps(self, states: Sequence[Tensor], index: Tensor, sources: Tensor, *tokens: Any) -> Tensor:
         """Take a decoding step of several requests of a pool, see `SparseAttentionLayer`."""
-        return rows.attend_steps(self, states, index, *tokens)
+        return rows.attend_steps(self, states, index, sources, *tokens)
 
     def score(self, hidden_states: Tensor, index: Tensor) -> Tensor:
         """Return the scorer's frozen scores `[B, Hkv, T]` float32 of tokens that stand at `index` of their rows.

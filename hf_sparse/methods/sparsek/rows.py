@@ -39,6 +39,7 @@ def attend_chunk(
     attention: "SparseKAttention",
     states: Sequence[Tensor],
     row: Tensor,
+    source: Tensor,
     is_first: bool,
     query: Tensor,
     key: Tensor,
@@ -47,7 +48,7 @@ def attend_chunk(
     scaling: float,
 ) -> Tensor:
     """Attend with the next tokens of one request; see `SparseAttentionLayer.attend_chunk`."""
-    cache = attention.make_cache_layer() if is_first else _gathered(attention, states, row)
+    cache = attention.make_cache_layer() if is_first else _gathered(attention, states, source)
     return _attended(attention, states, row, cache, query, key, value, hidden_states, scaling)
 
 
@@ -56,6 +57,7 @@ def attend_steps(
     attention: "SparseKAttention",
     states: Sequence[Tensor],
     rows: Tensor,
+    sources: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -63,7 +65,7 @@ def attend_steps(
     scaling: float,
 ) -> Tensor:
     """Take a decoding step of several requests; see `SparseAttentionLayer.attend_steps`."""
-    cache = _gathered(attention, states, rows)
+    cache = _gathered(attention, states, sources)
     return _attended(attention, states, rows, cache, query, key, value, hidden_states, scaling)
 
 
@@ -92,5 +94,5 @@ def _attended(
     output = attention.attend(query, key, value, hidden_states=hidden_states, valid=None, cache=cache, scaling=scaling)
     held = (cache.positions, cache.seen[:, None], cache.scores, cache.keys, cache.values)
     for state, tensor in zip(states, held, strict=True):
-        state.index_copy_(0, rows, tensor)
+        state.index_copy_(0, rows.long(), tensor)
     return output
