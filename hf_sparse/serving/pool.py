@@ -99,7 +99,8 @@ def attend_packed(
     if batch.steps:
         tokens = [tensor[: batch.steps, :, None] for tensor in (query, key, value)]  # [requests, H, 1, D]
         states_of_steps = hidden_states[: batch.steps, None]
-        rows = batch.rows[: batch.steps], sources[: batch.steps]
+        steps = batch.rows[: batch.steps]
+        rows = steps, steps if batch.sources is None else batch.sources[: batch.steps]
         result[: batch.steps] = attention.attend_steps(states, *rows, *tokens, states_of_steps, scaling)[:, :, 0]
     for number, chunk in enumerate(batch.chunks, batch.steps):
         piece = slice(chunk.begin, chunk.end)

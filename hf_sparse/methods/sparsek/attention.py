@@ -41,6 +41,7 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         baseline: when set, its scores take the place of the scorer's; see `hf_sparse.methods.sparsek.baselines`.
         observer: when set, the module computes its dense attention and hands queries, keys and scores to the
             observer. The objective `attention` trains with it.
+        row_kernels: the kernels of decoding steps in the rows of a pool, see `methods.sparsek.step`.
     """
 
     label = "SparseK"
@@ -68,6 +69,7 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         self.sparsek_lora = nn.ModuleDict()
         self.baseline: Baseline | None = None
         self.observer: Observer | None = None
+        self.row_kernels: dict[object, Any] = {}
 
     def make_parameters(self, config: SparseKConfig) -> Scorer:
         """Make a new scorer for one adapter."""

@@ -1,7 +1,7 @@
 """Keep the KV slots of many requests in the rows of a pool, as an engine that serves them needs it.
 
 A forward gathers the rows of its requests into a cache layer, runs the attention of the module as it is, and writes the
-rows back. What the rows of others hold is never read.
+rows back. What the rows of others hold is never read. On a GPU a decoding step finds its rows in the pool itself.
 """
 
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_sparse.core.request_state import StateTensor
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
+from hf_sparse.methods.sparsek.step import step_in_rows
 
 if TYPE_CHECKING:
     from hf_sparse.methods.sparsek.attention import SparseKAttention
@@ -65,6 +66,10 @@ def attend_steps(
     scaling: float,
 ) -> Tensor:
     """Take a decoding step of several requests; see `SparseAttentionLayer.attend_steps`."""
+    if sources is rows:
+        output = step_in_rows(attention, states, rows, query, key, value, hidden_states, scaling)
+        if output is not None:
+            return output
     cache = _gathered(attention, states, sources)
     return _attended(attention, states, rows, cache, query, key, value, hidden_states, scaling)
 
