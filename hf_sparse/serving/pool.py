@@ -34,8 +34,8 @@ class Batch:
     """Describe packed tokens.
 
     Attributes:
-        rows: `[requests]` int64 or int32, the row of each request in the pool: first those that decode one token each, then
-            those with a piece of a prompt.
+        rows: `[requests]` int64 or int32, the row of each request in the pool: first those that decode one token each,
+            then those with a piece of a prompt.
         steps: number of those that decode. Their tokens are the first ones.
         chunks: the pieces of prompts, in the order of `rows`.
         sources: `[requests]` int64, the rows that states are read from; by default `rows`. So a text can go on from
@@ -94,14 +94,18 @@ def attend_packed(
     Returns:
         `[N, Hq, D]`.
     """
-    result = torch.zeros_like(query) if output is None else output
+    is_plain = output is None and not batch.chunks and batch.steps == len(query)
+    result = query if is_plain else torch.zeros_like(query) if output is None else output
     sources = batch.rows if batch.sources is None else batch.sources
     if batch.steps:
         tokens = [tensor[: batch.steps, :, None] for tensor in (query, key, value)]  # [requests, H, 1, D]
         states_of_steps = hidden_states[: batch.steps, None]
         steps = batch.rows[: batch.steps]
         rows = steps, steps if batch.sources is None else batch.sources[: batch.steps]
-        result[: batch.steps] = attention.attend_steps(states, *rows, *tokens, states_of_steps, scaling)[:, :, 0]
+        attended = attention.attend_steps(states, *rows, *tokens, states_of_steps, scaling)[:, :, 0]
+        if is_plain:
+            return attended
+        result[: batch.steps] = attended
     for number, chunk in enumerate(batch.chunks, batch.steps):
         piece = slice(chunk.begin, chunk.end)
         tokens = [tensor[piece].transpose(0, 1)[None] for tensor in (query, key, value)]  # [1, H, T, D]

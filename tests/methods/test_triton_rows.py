@@ -101,3 +101,31 @@ def test_a_row_below_0_is_none(kernel_everywhere):
     memory.copy_(before)
     alone = [tensor[:1] for tensor in new]
     torch.testing.assert_close(rows.attend_steps(layer, states, index[:1], index[:1], *alone, 0.3), output[:1])
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU; the interpreter runs what they record above")
+def test_a_replayed_graph_reads_the_rows_that_are_there_then():
+    layer = make()
+    _, states = pages(layer, torch.bfloat16)
+    for row in range(ROWS):
+        index = torch.tensor([row], device=DEVICE)
+        rows.attend_chunk(layer, states, index, index, True, *tokens(1, 6 + row, torch.bfloat16), 0.3)
+    new, index = tokens(3, 1, torch.bfloat16), torch.tensor([0, 1, 2], device=DEVICE, dtype=torch.int32)
+    rows.attend_steps(layer, states, index, index, *new, 0.3)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = rows.attend_steps(layer, states, index, index, *new, 0.3)
+    for order in ([6, 2, 4], [1, 6, -1], [5, 0, 3]):
+        index.copy_(torch.tensor(order))
+        for tensor in new:
+            tensor.normal_()
+        memory = states[0].untyped_storage()
+        before = torch.empty(0, dtype=torch.uint8, device=DEVICE).set_(memory).clone()
+        graph.replay()
+        replayed = torch.empty(0, dtype=torch.uint8, device=DEVICE).set_(memory).clone()
+        result = output.clone()
+        torch.empty(0, dtype=torch.uint8, device=DEVICE).set_(memory).copy_(before)
+        expected = rows.attend_steps(layer, states, index, index, *new, 0.3)
+        assert torch.equal(replayed, torch.empty(0, dtype=torch.uint8, device=DEVICE).set_(memory))
+        assert torch.equal(result[index >= 0], expected[index >= 0])

@@ -29,14 +29,15 @@ class Engine:
         self.model, self.most_tokens = model, most_tokens
         attentions = [layer.self_attn.sparse_attention for layer in model.model.layers]
         head_dim = model.model.layers[0].self_attn.head_dim
-        self.pool = RowPool(attentions, head_dim, rows, model.dtype)
+        self.pool = RowPool(attentions, head_dim, rows, model.dtype, model.device)
         self.waiting, self.running = [], []
         self.kinds = set()  # (steps, pieces of prompts) of the forwards
 
     @torch.no_grad()
     def forward(self, tokens, positions, batch):
-        hidden = self.model.model.embed_tokens(torch.tensor(tokens))
-        cos, sin = (x[0] for x in self.model.model.rotary_emb(hidden, torch.tensor(positions)[None]))
+        hidden = self.model.model.embed_tokens(torch.tensor(tokens, device=self.model.device))
+        places = torch.tensor(positions, device=hidden.device)[None]
+        cos, sin = (x[0] for x in self.model.model.rotary_emb(hidden, places))
         for number, layer in enumerate(self.model.model.layers):
             module, states = layer.self_attn, layer.input_layernorm(hidden)
             query, key, value = (
@@ -70,7 +71,7 @@ class Engine:
             request.computed += count
             reading.append(request)
             last.append(len(tokens) - 1)
-        rows = torch.tensor([r.row for r in (*decoding, *reading)])
+        rows = torch.tensor([r.row for r in (*decoding, *reading)], device=self.model.device)
         self.kinds.add((len(decoding), len(reading)))
         logits = self.forward(tokens, positions, Batch(rows, len(decoding), tuple(chunks)))
         for request, place in zip((*decoding, *reading), last, strict=True):

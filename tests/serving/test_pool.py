@@ -7,6 +7,7 @@ from hf_sparse import SparsefinderConfig, SparseKConfig, patch
 from hf_sparse.serving.pool import Batch, Chunk, RowPool, state_of_request
 
 SETTINGS = {"k": 6, "window": 8, "sinks": 2}
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS = [1, 3, 40, 16, 17, 90, 5, 61, 33, 120, 2, 75]  # below and above the 16 slots
 
 
@@ -22,7 +23,7 @@ def make(tiny_llama, **changes):
         scorer = layer.self_attn.sparse_attention.sparsek_scorer["default"]
         if scorer.slope is not None:
             scorer.slope.data.normal_()
-    return model
+    return model.to(DEVICE)
 
 
 def prompts(lengths=LENGTHS):
@@ -32,7 +33,7 @@ def prompts(lengths=LENGTHS):
 
 def generated(model, prompt, tokens=12):
     with torch.no_grad():
-        output = model.generate(torch.tensor([prompt]), max_new_tokens=tokens, do_sample=False)
+        output = model.generate(torch.tensor([prompt], device=DEVICE), max_new_tokens=tokens, do_sample=False)
     return output[0, len(prompt) :].tolist()
 
 
@@ -62,7 +63,7 @@ def test_kinds_of_adapters_equal_generate(tiny_llama, engine, request_of, change
 def test_the_slots_evict(model, tiny_llama):
     """The comparisons above would not notice a pool that keeps all keys, if dense attention gave the same."""
     prompt = prompts([90])[0]
-    assert generated(model, prompt) != generated(tiny_llama(), prompt)
+    assert generated(model, prompt) != generated(tiny_llama().to(DEVICE), prompt)
 
 
 def test_rows_of_others_are_neither_read_nor_written(model, engine, request_of):
@@ -122,14 +123,15 @@ def test_rows_may_be_views_of_pages(model):
     attention = model.model.layers[0].self_attn.sparse_attention
     state = state_of_request(attention, 8, torch.float32)
     page = sum(part.nbytes for part in state) + 24
-    pages = torch.full((4, page), 255, dtype=torch.uint8)
+    pages = torch.full((4, page), 255, dtype=torch.uint8, device=DEVICE)
     views, offset = [], 0
     for part in state:
         views.append(pages[:, offset : offset + part.nbytes].view(part.dtype).view(4, *part.shape))
         offset += part.nbytes
-    pool = RowPool([attention], 8, 4, torch.float32)
-    tokens = torch.randn(30, 4, 8), torch.randn(30, 2, 8), torch.randn(30, 2, 8), torch.randn(30, 32)
-    batches = [Batch(torch.tensor([2]), 0, (Chunk(0, 30, True),)), Batch(torch.tensor([2]), 1)]
+    pool = RowPool([attention], 8, 4, torch.float32, DEVICE)
+    tokens = [torch.randn(30, *shape, device=DEVICE) for shape in ((4, 8), (2, 8), (2, 8), (32,))]
+    row = torch.tensor([2], device=DEVICE)
+    batches = [Batch(row, 0, (Chunk(0, 30, True),)), Batch(row, 1)]
     for batch in batches:
         expected = pool.attend(0, batch, *tokens, 0.3)
         pool.layers[0], kept = views, pool.layers[0]
