@@ -4,9 +4,9 @@
 
 One step takes a token of every request: embedding, 32 layers with the kernel that finds its rows in the pool, the
 logits, and the next token. Weights are random. So are the states, which are those of requests that have read
-`--context` tokens: all rows are full, and positions lie between 0 and the context, so that a step does exactly the work
-that it does after a prompt of this length. Prompts themselves are not measured. Rows are taken in a random order from a pool
-with as many rows as are measured at most.
+`--context` tokens: all rows are full, and positions lie between 0 and the context, so that a step does exactly the
+work that it does after a prompt of this length. Prompts themselves are not measured. Rows are taken in a random order
+from a pool with as many rows as are measured at most.
 
 The roofline of a step adds up the weights (read once, or multiplied with at the speed of a large product, whichever
 takes longer) and the rows of its requests, read once, at the bandwidth of a large copy in the same run. First, on one

@@ -62,9 +62,11 @@ def open_adapter(folder: str | Path, config: PreTrainedConfig, source: str | Non
         UnsupportedModelError: the model or the adapter is of a kind that cannot be served.
     """
     adapter = AdapterFolder(folder, source)
+    check_method(adapter)
     _check_kind(adapter, config)
     config = copy.deepcopy(config)
     config.architectures = [SERVED[config.model_type]]
+    config._attn_implementation = None  # that of a copy of a patched model's, or one that would be fetched
     skeleton = Base(adapter.source, config, {}).skeleton(SERVED[config.model_type])
     heads = family_of(skeleton)
     modules = list(heads.modules(skeleton))
@@ -83,8 +85,22 @@ def open_adapter(folder: str | Path, config: PreTrainedConfig, source: str | Non
     changes = {}
     for name, layer in attached:
         layer.requires_grad_(False).eval()
+        layer.on_toggle, layer.is_managed, layer.hooks = None, None, []  # the model without weights is not kept
         changes.update(_changes(name.rpartition(".")[0], layer))
     return ServedAdapter(tuple(layer for _, layer in attached), head_dim, changes)
+
+
+def check_method(adapter: AdapterFolder) -> None:
+    """Check that the method of an adapter has a state of a fixed size for each request.
+
+    Raises:
+        UnsupportedModelError: it has not.
+    """
+    if method_of(adapter.config).layer.request_state is SparseAttentionLayer.request_state:
+        raise UnsupportedModelError(
+            f"{adapter.source} is a {method_of(adapter.config).layer.label} adapter, whose state of a request grows "
+            "with the text: it cannot be served from memory of a fixed size"
+        )
 
 
 def _check_kind(adapter: AdapterFolder, config: PreTrainedConfig) -> None:
@@ -93,11 +109,6 @@ def _check_kind(adapter: AdapterFolder, config: PreTrainedConfig) -> None:
     Raises:
         UnsupportedModelError: it cannot.
     """
-    if method_of(adapter.config).layer.request_state is SparseAttentionLayer.request_state:
-        raise UnsupportedModelError(
-            f"{adapter.source} is a {method_of(adapter.config).layer.label} adapter, whose state of a request grows "
-            "with the text: it cannot be served from memory of a fixed size"
-        )
     if config.model_type not in SERVED:
         raise UnsupportedModelError(
             f"a model of type {config.model_type!r} cannot be served yet; supported: {', '.join(SERVED)}"

@@ -19,14 +19,12 @@ from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 from hf_sparse.adapters.load import fetch_adapter
 from hf_sparse.errors import UnsupportedModelError
 from hf_sparse.serving.adapter import ServedAdapter, open_adapter
+from hf_sparse.serving.export import KEY
 from hf_sparse.serving.pool import state_of_request
 from hf_sparse.serving.vllm.layer import RowAttention, page_bytes
 
 #: What vLLM asks a model for that has states of a fixed size and no pages of keys.
 STATEFUL = (HasInnerState, IsAttentionFree, SupportsMambaPrefixCaching)
-
-#: The key of a model's configuration that names its adapter.
-KEY = "hf_sparse_adapter"
 
 
 def adapter_of(config: VllmConfig) -> ServedAdapter:
@@ -57,6 +55,12 @@ def adapter_of(config: VllmConfig) -> ServedAdapter:
 
 class SparseAttention(nn.Module):
     """Attend with the projections of a dense attention module of vLLM, whose names of weights stay."""
+
+    qkv_proj: Any
+    q_norm: Any
+    k_norm: Any
+    rotary_emb: Any
+    o_proj: Any
 
     def __init__(self, dense: Any, rows: RowAttention) -> None:
         super().__init__()
