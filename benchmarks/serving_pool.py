@@ -152,17 +152,18 @@ def check(args: argparse.Namespace, device: str, dtype: torch.dtype) -> float:
     pool = RowPool(decoder.attentions, args.head_dim, 12, dtype, device)
     fill(pool, args.context, args.window, args.sinks)
     count, worst = 5, 0.0
-    tensors = [
+    query, key, value = (
         torch.randn(count, heads, args.head_dim, device=device, dtype=dtype)
         for heads in (args.heads, args.kv_heads, args.kv_heads)
-    ]
+    )
     states = torch.randn(count, args.hidden, device=device, dtype=dtype)
     index = torch.arange(count, device=device)
     batch = Batch(index, count)
 
     def run() -> Tensor:
-        return pool.attend(0, batch, *tensors, states, args.head_dim**-0.5)
+        return pool.attend(0, batch, query, key, value, states, args.head_dim**-0.5)
 
+    gathered: Callable[..., Tensor] = rows.attend_steps
     graph, output = graph_of(run) if device == "cuda" else (None, run())
     for order in ([3, 1, 11, 0, 7], [0, 2, 4, 6, 8]):
         index.copy_(torch.tensor(order))
@@ -171,17 +172,10 @@ def check(args: argparse.Namespace, device: str, dtype: torch.dtype) -> float:
             output = run()
         else:
             graph.replay()
-        moved = [tensor[:, :, None] for tensor in tensors]
-        in_rows, rows.step_in_rows = rows.step_in_rows, lambda *arguments: None  # type: ignore[assignment]
-        expected = rows.attend_steps(
-            decoder.attentions[0],
-            kept,
-            index,
-            index,
-            *moved,
-            states[:, None],
-            args.head_dim**-0.5,  # type: ignore
-        )[:, :, 0]
+        in_rows, rows.step_in_rows = rows.step_in_rows, lambda *arguments: None
+        new = (tensor[:, :, None] for tensor in (query, key, value))
+        expected = gathered(decoder.attentions[0], kept, index, index, *new, states[:, None], args.head_dim**-0.5)
+        expected = expected[:, :, 0]
         rows.step_in_rows = in_rows
         for part, ours, theirs in zip(pool.state[0], pool.layers[0], kept, strict=True):
             if part.name != "scores":

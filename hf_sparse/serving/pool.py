@@ -98,19 +98,19 @@ def attend_packed(
     result = query if is_plain else torch.zeros_like(query) if output is None else output
     sources = batch.rows if batch.sources is None else batch.sources
     if batch.steps:
-        tokens = [tensor[: batch.steps, :, None] for tensor in (query, key, value)]  # [requests, H, 1, D]
+        q, k, v = (tensor[: batch.steps, :, None] for tensor in (query, key, value))  # [requests, H, 1, D]
         states_of_steps = hidden_states[: batch.steps, None]
         steps = batch.rows[: batch.steps]
         rows = steps, steps if batch.sources is None else batch.sources[: batch.steps]
-        attended = attention.attend_steps(states, *rows, *tokens, states_of_steps, scaling)[:, :, 0]
+        attended = attention.attend_steps(states, *rows, q, k, v, states_of_steps, scaling)[:, :, 0]
         if is_plain:
             return attended
         result[: batch.steps] = attended
     for number, chunk in enumerate(batch.chunks, batch.steps):
         piece = slice(chunk.begin, chunk.end)
-        tokens = [tensor[piece].transpose(0, 1)[None] for tensor in (query, key, value)]  # [1, H, T, D]
+        q, k, v = (tensor[piece].transpose(0, 1)[None] for tensor in (query, key, value))  # [1, H, T, D]
         rows = batch.rows[number : number + 1], sources[number : number + 1]
-        attended = attention.attend_chunk(states, *rows, chunk.is_first, *tokens, hidden_states[None, piece], scaling)
+        attended = attention.attend_chunk(states, *rows, chunk.is_first, q, k, v, hidden_states[None, piece], scaling)
         result[piece] = attended[0].transpose(0, 1)
     return result
 

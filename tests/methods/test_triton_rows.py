@@ -65,14 +65,14 @@ def test_steps_in_rows_are_those_of_gathered_rows(kernel_everywhere, monkeypatch
         torch.manual_seed(1)
         monkeypatch.setattr(rows, "step_in_rows", counted if kernel else lambda *arguments: None)
         memory, states = pages(layer, dtype)
-        outputs = []
+        steps = []
         for row, length in ((5, 3), (1, 12), (2, 8)):
             index = torch.tensor([row], device=DEVICE)
             rows.attend_chunk(layer, states, index, index, True, *tokens(1, length, dtype), 0.3)
         for number in range(12):
             index = torch.tensor([[5, 1, 2], [2, 5, 1], [1, 2, 5]][number % 3], dtype=torch.int32, device=DEVICE)
-            outputs.append(rows.attend_steps(layer, states, index, index, *tokens(3, 1, dtype), 0.3))
-        results.append((memory, states, torch.stack(outputs)))
+            steps.append(rows.attend_steps(layer, states, index, index, *tokens(3, 1, dtype), 0.3))
+        results.append((memory, states, torch.stack(steps)))
     assert taken == 12 * [True] and len(layer.row_kernels) == 1
     (memory, states, outputs), (_, expected, expected_outputs) = results
     for ours, theirs, part in zip(states, expected, layer.request_state(DIM, dtype), strict=True):
@@ -81,7 +81,8 @@ def test_steps_in_rows_are_those_of_gathered_rows(kernel_everywhere, monkeypatch
         else:
             assert torch.equal(ours[[1, 2, 5]], theirs[[1, 2, 5]]), part.name
     tolerance = 2e-6 if dtype == torch.float32 else 1e-2
-    assert (outputs.double() - expected_outputs.double()).norm() < tolerance * expected_outputs.double().norm()
+    outputs, expected_outputs = (output.double() for output in (outputs, expected_outputs))
+    assert (outputs - expected_outputs).norm() < tolerance * expected_outputs.norm()
     assert bool((memory[[0, 3, 4, 6]] == 0x7F).all()) and bool((memory[:, -48:] == 0x7F).all())
 
 

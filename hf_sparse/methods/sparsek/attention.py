@@ -116,6 +116,7 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         layer = copy.deepcopy(self)
         layer.num_key_value_heads = max(1, self.num_key_value_heads // count)
         first = index * self.num_key_value_heads // count
+        scorer: Any
         for scorer in layer.sparsek_scorer.values():
             scorer.keep_heads(first, layer.num_key_value_heads)
         return layer

@@ -193,12 +193,12 @@ class RowAttention(MambaBase, nn.Module):
         if not isinstance(metadata, RowsMetadata) or metadata.batch is None or not self.states:
             output.zero_()  # vLLM measures its memory
             return
-        tensors = (
+        q, k, v = (
             tensor.view(len(tensor), heads, self.head_dim)
             for tensor, heads in ((query, self.num_heads), (key, self.num_kv_heads), (value, self.num_kv_heads))
         )
         result = output.view(len(output), self.num_heads, self.head_dim)
-        attend_packed(self.hidden[0], self.states, metadata.batch, *tensors, hidden_states, self.scaling, result)
+        attend_packed(self.hidden[0], self.states, metadata.batch, q, k, v, hidden_states, self.scaling, result)
 
 
 @torch.library.custom_op("hf_sparse::attend_rows", mutates_args=("output",))

@@ -23,9 +23,6 @@ from hf_sparse.serving.export import KEY
 from hf_sparse.serving.pool import state_of_request
 from hf_sparse.serving.vllm.layer import RowAttention, page_bytes
 
-#: What vLLM asks a model for that has states of a fixed size and no pages of keys.
-STATEFUL = (HasInnerState, IsAttentionFree, SupportsMambaPrefixCaching)
-
 
 def adapter_of(config: VllmConfig) -> ServedAdapter:
     """Open the adapter that the configuration of a model names.
@@ -166,17 +163,25 @@ def _check_dense(dense: Any) -> None:
             )
 
 
-class HfSparseLlamaForCausalLM(SparseModel, LlamaForCausalLM, *STATEFUL):
+class HfSparseLlamaForCausalLM(
+    SparseModel, LlamaForCausalLM, HasInnerState, IsAttentionFree, SupportsMambaPrefixCaching
+):
     """Serve Llama with sparse attention."""
 
 
-class HfSparseMistralForCausalLM(SparseModel, MistralForCausalLM, *STATEFUL):
+class HfSparseMistralForCausalLM(
+    SparseModel, MistralForCausalLM, HasInnerState, IsAttentionFree, SupportsMambaPrefixCaching
+):
     """Serve Mistral with sparse attention."""
 
 
-class HfSparseQwen2ForCausalLM(SparseModel, Qwen2ForCausalLM, *STATEFUL):
+class HfSparseQwen2ForCausalLM(
+    SparseModel, Qwen2ForCausalLM, HasInnerState, IsAttentionFree, SupportsMambaPrefixCaching
+):
     """Serve Qwen2 with sparse attention."""
 
 
-class HfSparseQwen3ForCausalLM(SparseModel, Qwen3ForCausalLM, *STATEFUL):
+class HfSparseQwen3ForCausalLM(
+    SparseModel, Qwen3ForCausalLM, HasInnerState, IsAttentionFree, SupportsMambaPrefixCaching
+):
     """Serve Qwen3 with sparse attention."""

@@ -80,7 +80,7 @@ class StepKernel:
         )
         self.slots = slots  # keeps the memory
         self.grid = (splits, heads, batch)
-        self.fixed = (*slots, *(slots[4:] * 2 if indexed else ()), *self.scratch)  # no padding in a pool
+        self.fixed = (*slots, *((slots[4], slots[4]) if indexed else ()), *self.scratch)  # no padding in a pool
         self.layout = (
             query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
             *(tensor.stride(0) for tensor in slots[:5]),
