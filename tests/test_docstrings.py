@@ -18,8 +18,8 @@ VERBS = frozenset(
     Import Insert Join Keep Launch Learn Leave Let List Load Look Make Map Mark Measure Merge Move Multiply Name
     Normalise Note Observe Open Pack Patch Place Predict Prepare Print Project Publish Put Raise Rank Reach Read
     Recompute Redact Refuse Register Remove Render Replace Report Return Round Run Sample Save Say Scan Score Select
-    Set Shorten Show Solve Sort Spend Split State Store Strip Subtract Sum Surround Switch Take Tell Tokenise Track
-    Train Turn Undo Unfold Unite Wait Walk Warn Write Yield
+    Serve Set Shorten Show Solve Sort Spend Split State Store Strip Subtract Sum Surround Switch Take Tell Tokenise
+    Track Train Turn Undo Unfold Unite Wait Walk Warn Write Yield
     """.split()  # noqa: SIM905 (a list of strings would be one line for each verb)
 )
 

@@ -19,7 +19,7 @@ LAYERS = [
     ("model_kinds", "base_model", "chunks", "data", "overlap", "texts"),
     ("finetune",),
     ("evaluation", "figures", "adapters", "hub"),
-    ("workflow",),
+    ("workflow", "serving"),
     ("methods",),
     ("demo", "cli", "library", "__main__", "__init__"),
 ]

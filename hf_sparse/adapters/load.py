@@ -76,7 +76,7 @@ def from_pretrained(
     if isinstance(token, str):  # the saved one is checked where it is needed
         token = check_token(token)
     places: dict[str, Any] = {key: kwargs[key] for key in ("cache_dir", "local_files_only") if key in kwargs}
-    adapter = AdapterFolder(_fetch(repo_or_dir, revision, token, places), str(repo_or_dir))
+    adapter = AdapterFolder(fetch_adapter(repo_or_dir, revision, token, **places), str(repo_or_dir))
     if base is None:
         base = _load_base_of(adapter, str(base_model) if base_model else None, token=token, **kwargs)
     else:
@@ -239,8 +239,15 @@ def _check_options(base_model: Any, kwargs: dict[str, Any]) -> PreTrainedModel |
     return base_model
 
 
-def _fetch(repo_or_dir: str | Path, revision: str | None, token: str | bool | None, places: dict[str, Any]) -> Path:
-    """Return the folder with the adapter's two files, downloaded if need be, both of one commit."""
+def fetch_adapter(
+    repo_or_dir: str | Path, revision: str | None = None, token: str | bool | None = None, **places: Any
+) -> Path:
+    """Return the folder with the adapter's two files, downloaded if need be, both of one commit.
+
+    Args:
+        repo_or_dir, revision, token: see `from_pretrained`.
+        **places: for `snapshot_download`.
+    """
     if Path(repo_or_dir).is_dir():
         if revision is not None:
             raise ValueError(f"revision={revision!r} is of no use: {repo_or_dir} is a folder, which has no revisions")

@@ -10,10 +10,12 @@ from hf_sparse.cli.demo import demo
 from hf_sparse.cli.divide import divide
 from hf_sparse.cli.errors import OneLineErrors
 from hf_sparse.cli.evaluate import evaluate
+from hf_sparse.cli.export import export
 from hf_sparse.cli.finetune import finetune
 from hf_sparse.cli.patch import patch
 from hf_sparse.cli.push import push
 from hf_sparse.cli.report import report
+from hf_sparse.cli.serve import serve
 from hf_sparse.cli.threads import wait_briefly
 
 app = typer.Typer(
@@ -60,5 +62,7 @@ def check_processes(
 for verb in (patch, finetune, divide):
     app.command()(verb)
 app.command("eval")(evaluate)
-for verb in (report, push, demo):
+for verb in (report, push, export):
     app.command()(verb)
+app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
+app.command()(demo)

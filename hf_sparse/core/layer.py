@@ -1,6 +1,6 @@
 """Define what every method is to the layers above: a module attached to one attention module of a model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Self, TypeVar
 from uuid import uuid4
@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from hf_sparse.core.cache import GrowingCacheLayer, SparseCacheLayer
 from hf_sparse.core.config import SparseConfig
 from hf_sparse.core.lora import LowRank
+from hf_sparse.core.request_state import StateTensor
 
 ConfigT = TypeVar("ConfigT", bound=SparseConfig)
 
@@ -207,6 +208,68 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
     def make_cache_layer(self) -> Any:
         """Make the cache layer of this module, of `cache_layer_type`; called for causal attention alone."""
         return self.cache_layer_type()
+
+    def request_state(self, head_dim: int, dtype: torch.dtype) -> tuple[StateTensor, ...] | None:
+        """Describe the state of one request, which a pool holds a row for; `None` if it grows with the text.
+
+        Tensors with larger numbers come first, so that those of a row can lie one after another in memory.
+
+        Args:
+            head_dim: size of a key or value of one head.
+            dtype: of keys and values.
+        """
+        return None
+
+    def shard(self, index: int, count: int) -> Self:
+        """Return what one of `count` processes attends with that share the KV heads: the layer itself if it is one.
+
+        Where there are more processes than KV heads, several have the same head.
+        """
+        if count == 1:
+            return self
+        raise NotImplementedError
+
+    def attend_chunk(
+        self,
+        states: Sequence[Tensor],
+        row: Tensor,
+        source: Tensor,
+        is_first: bool,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        hidden_states: Tensor,
+        scaling: float,
+    ) -> Tensor:
+        """Attend with the next tokens of one request, and write its state; see `attend` for the tensors, with `B` 1.
+
+        Args:
+            states: `[rows, *shape]` for each tensor of `request_state`, in a dense order from the second dimension on.
+            row: `[1]` int64, the row of the request.
+            source: `[1]` int64, the row that its state is read from, mostly the same.
+            is_first: whether the text begins with these tokens; no state is then read.
+        """
+        raise NotImplementedError
+
+    def attend_steps(
+        self,
+        states: Sequence[Tensor],
+        rows: Tensor,
+        sources: Tensor,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        hidden_states: Tensor,
+        scaling: float,
+    ) -> Tensor:
+        """Take a decoding step of several requests, and write their states; see `attend` for the tensors.
+
+        Args:
+            states: as for `attend_chunk`.
+            rows: `[B]` int64, the row of each request.
+            sources: `[B]` int64, the rows that the states are read from, mostly the same.
+        """
+        raise NotImplementedError
 
     @property
     def lora(self) -> nn.ModuleDict:

@@ -73,7 +73,7 @@ def test_version(run, program):
 
 
 def test_help(run, run_all):
-    verbs = ["", "patch", "finetune", "divide", "eval", "report", "push", "demo"]
+    verbs = ["", "patch", "finetune", "divide", "eval", "report", "push", "export", "serve", "demo"]
     for verb, (code, output, errors) in zip(verbs, run_all(f"{verb} --help" for verb in verbs), strict=True):
         assert code == 0 and f"Usage: hf-sparse {verb}" in output, (verb, output, errors)
     assert "Usage: hf-sparse patch" in run(*SCRIPT, "patch", "--help").stdout
@@ -119,6 +119,8 @@ MISTAKES = [
     ("eval sparsefinder --text t --sparsity 1.5", 1, "sparsities must be at least 0 and below 1"),
     ("report sparsek --chunks 0:2", 2, "--chunks has no effect without --text"),
     ("push sparsek", 2, "Missing argument 'REPO_ID'"),
+    ("export sparsek", 2, "Missing argument 'OUT'"),
+    ("serve", 2, "Missing argument 'DIR'"),
 ]
 
 

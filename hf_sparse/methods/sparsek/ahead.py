@@ -72,7 +72,8 @@ def step_ahead(
 
     Returns:
         `[B, Hq, 1, D]`; `None`, with nothing changed, if the step has to take another path: it is not on the CPU, or
-        compiled, differentiated or padded, or a baseline chooses, or the cache is empty or of another adapter.
+        compiled, differentiated or padded, or a baseline chooses, or the cache is empty, of another adapter or for a
+        single step.
     """
     is_plain = type(query) is Tensor and query.device.type == "cpu" and valid is None
     if not is_plain or torch.compiler.is_compiling() or torch.is_grad_enabled():
@@ -80,7 +81,7 @@ def step_ahead(
     if attention.baseline is not None or attention.observer is not None:
         return None
     name = attention.active
-    if cache.empty or cache.soft or cache.owner != (attention.identities[name], None):
+    if not cache.may_look_ahead or cache.empty or cache.soft or cache.owner != (attention.identities[name], None):
         return None
     if cache.window < _LEAST_WINDOW or key.shape[0] * key.shape[1] > _MOST_ROWS:
         return None

@@ -1,14 +1,17 @@
 """Attach SparseK to one attention module: score the new tokens, attend, keep what is worth keeping."""
 
+import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_sparse.core.layer import AttentionShape, SparseAttentionLayer
+from hf_sparse.core.request_state import StateTensor
+from hf_sparse.methods.sparsek import rows
 from hf_sparse.methods.sparsek.ahead import step_ahead
 from hf_sparse.methods.sparsek.baselines import AdaptiveBaseline, Arrivals, Baseline
 from hf_sparse.methods.sparsek.baselines.blocks import attend_in_blocks
@@ -41,6 +44,7 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         baseline: when set, its scores take the place of the scorer's; see `hf_sparse.methods.sparsek.baselines`.
         observer: when set, the module computes its dense attention and hands queries, keys and scores to the
             observer. The objective `attention` trains with it.
+        row_kernels: the kernels of decoding steps in the rows of a pool, see `methods.sparsek.step`.
     """
 
     label = "SparseK"
@@ -81,6 +85,7 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         self.sparsek_lora = nn.ModuleDict()
         self.baseline: Baseline | None = None
         self.observer: Observer | None = None
+        self.row_kernels: dict[object, Any] = {}
 
     def make_parameters(self, config: SparseKConfig) -> Scorer:
         """Make a new scorer for one adapter."""
@@ -121,6 +126,32 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
                 "decoding uses hard selection, and a training forward has soft gates: call model.eval() or use "
                 "torch.no_grad() before generating, from the first token on"
             )
+
+    def request_state(self, head_dim: int, dtype: torch.dtype) -> tuple[StateTensor, ...]:
+        """Describe the KV slots of one request, see `SparseAttentionLayer`."""
+        return rows.request_state(self, head_dim, dtype)
+
+    def shard(self, index: int, count: int) -> "SparseKAttention":
+        """Return a copy with a part of the KV heads, see `SparseAttentionLayer`."""
+        if count == 1:
+            return self
+        layer = copy.deepcopy(self)
+        layer.num_key_value_heads = max(1, self.num_key_value_heads // count)
+        first = index * self.num_key_value_heads // count
+        scorer: Any
+        for scorer in layer.sparsek_scorer.values():
+            scorer.keep_heads(first, layer.num_key_value_heads)
+        return layer
+
+    def attend_chunk(
+        self, states: Sequence[Tensor], row: Tensor, source: Tensor, is_first: bool, *tokens: Any
+    ) -> Tensor:
+        """Attend with the next tokens of one request of a pool, see `SparseAttentionLayer`."""
+        return rows.attend_chunk(self, states, row, source, is_first, *tokens)
+
+    def attend_steps(self, states: Sequence[Tensor], index: Tensor, sources: Tensor, *tokens: Any) -> Tensor:
+        """Take a decoding step of several requests of a pool, see `SparseAttentionLayer`."""
+        return rows.attend_steps(self, states, index, sources, *tokens)
 
     def score(self, hidden_states: Tensor, index: Tensor) -> Tensor:
         """Return the scorer's frozen scores `[B, Hkv, T]` float32 of tokens that stand at `index` of their rows.

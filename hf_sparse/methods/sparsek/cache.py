@@ -54,6 +54,7 @@ class SparseKCacheLayer(CacheLayerMixin):
         ahead: what is foreseen of the next steps on the CPU, see `methods.sparsek.ahead`, or `None`.
         counts: slots of each KV head where they differ, see `RaggedCacheLayer`; `None` here.
         offsets: where these begin; `None` here.
+        may_look_ahead: whether the layer lasts long enough for steps to be foreseen.
         uncounted: tokens of the step in progress that `cumulative_length` does not have yet.
     """
 
@@ -88,6 +89,7 @@ class SparseKCacheLayer(CacheLayerMixin):
         self.in_attention = False
         self.step: StepPlan | None = None
         self.ahead: Ahead | None = None
+        self.may_look_ahead = True
         self._scores: Any = None
         self.uncounted = 0
         self._offload_wanted = False

@@ -31,7 +31,12 @@ class Scorer(nn.Module):
     """Map inputs `[B, T, C]` of an attention module, which stand at `index` `[B, T]`, to scores `[B, Hkv, T]` float32.
 
     A slope per token of absolute position is added: the same for all heads, and what each head has learned.
+
+    Attributes:
+        by_head: the parameters `[Hkv, ...]`.
     """
+
+    by_head = ("slope", "weight", "down")
 
     def __init__(self, config: SparseKConfig, num_key_value_heads: int, causal: bool) -> None:
         super().__init__()
@@ -48,6 +53,13 @@ class Scorer(nn.Module):
         if isinstance(slope, Tensor) or slope:
             scores = scores + index.to(scores.dtype)[:, None] * slope
         return scores.float().contiguous()
+
+    def keep_heads(self, first: int, count: int) -> None:
+        """Keep the parameters of `count` KV heads from the head `first` on, and score for those alone."""
+        for name, parameter in self.named_parameters():
+            if name in self.by_head:
+                kept = parameter.detach()[first : first + count].clone()
+                self.register_parameter(name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
 
     def _in_pieces(self, hidden_states: Tensor) -> Tensor:
         """Return the scores `[B, Hkv, T]` of inputs `[B, T, C]`, without slopes, in little memory."""

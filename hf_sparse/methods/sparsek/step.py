@@ -5,6 +5,7 @@ shapes and dtypes, the compiled kernel, the memory that it needs. What a step co
 notice: tensors that were replaced, the layout of the new token, the scorer in use.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
 from hf_sparse.methods.sparsek.scorer import SLOPE_TOKENS, LinearScorer, Scorer
 from hf_sparse.ops.selection.slots import has_kernels
-from hf_sparse.ops.triton import DTYPES
+from hf_sparse.ops.triton import DTYPES, MOST_ROWS
 
 if TYPE_CHECKING:
     from hf_sparse.methods.sparsek.attention import SparseKAttention
@@ -135,4 +136,90 @@ def _kernel(
         scaling=scaling,
         counts=cache.counts,
         offsets=cache.offsets,
+    )
+
+
+def step_in_rows(
+    attention: "SparseKAttention",
+    states: Sequence[Tensor],
+    rows: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    hidden_states: Tensor,
+    scaling: float,
+) -> Tensor | None:
+    """Take a decoding step with slots that lie in rows of a pool, without copying them.
+
+    The kernels of the pool are kept with the attention, one for each number of requests.
+
+    Args:
+        states: positions, seen, scores, keys and values `[rows, ...]`, see `methods.sparsek.rows`.
+        rows: `[B]` of integers, the row of each request.
+        query, key, value, hidden_states, scaling: see `SparseAttentionLayer.attend`, for one token.
+
+    Returns:
+        `[B, Hq, 1, D]`; `None`, with nothing changed, if no kernel takes what came.
+    """
+    if attention.baseline is not None or not _is_on_current_device(query):
+        return None
+    scorer: Any = attention.sparsek_scorer[attention.active]
+    linear = isinstance(scorer, LinearScorer)
+    weight, slope = (scorer.weight, scorer.slope) if linear else (None, None)
+    tensors = (query, key, value, hidden_states)
+    layout = (
+        *(tensor.shape for tensor in tensors), *(tensor.stride() for tensor in tensors),
+        *(tensor.dtype for tensor in tensors), *(state.data_ptr() for state in states),
+        states[3].shape, states[3].stride(), scorer, scaling,
+    )  # fmt: skip
+    if layout not in attention.row_kernels:
+        attention.row_kernels[layout] = _kernel_of_rows(attention, states, tensors, scorer, scaling)
+    kernel = attention.row_kernels[layout]
+    if kernel is None:
+        return None
+    if not linear:
+        hidden_states = scorer(hidden_states, states[1].index_select(0, rows.clamp(min=0)))
+    return kernel(query, key, value, hidden_states, weight, slope, None, rows)
+
+
+def _kernel_of_rows(
+    attention: "SparseKAttention",
+    states: Sequence[Tensor],
+    tensors: Sequence[Tensor],
+    scorer: Any,
+    scaling: float,
+) -> "StepKernel | None":
+    """Make the kernel of the steps of a pool; `None` if it does not take what came."""
+    positions, seen, scores, keys, values = states
+    query, key, value, hidden_states = tensors
+    linear = isinstance(scorer, LinearScorer)
+    weight, slope = (scorer.weight, scorer.slope) if linear else (None, None)
+    parameters = [parameter for parameter in (weight, slope) if parameter is not None]
+    fits_kernel = (
+        has_kernels(keys[0], *(state[0] for state in states))  # dense from the second dimension on
+        and query.shape[0] <= MOST_ROWS
+        and query.dtype == key.dtype == value.dtype == keys.dtype
+        and all(tensor.stride(-1) == 1 for tensor in tensors)
+        and all(parameter.dtype in DTYPES and parameter.is_contiguous() for parameter in parameters)
+        and hidden_states.dtype in DTYPES
+    )
+    if not fits_kernel:
+        return None
+    from hf_sparse.ops.selection.triton.step import StepKernel
+
+    budget = attention.budget
+    return StepKernel(
+        (keys, values, scores, positions, seen),
+        query,
+        key,
+        value,
+        weight,
+        slope,
+        position_slope=scorer.position_slope if linear else 0.0,
+        slope_tokens=SLOPE_TOKENS,
+        masked=False,
+        window=budget.window,
+        sinks=budget.sinks,
+        scaling=scaling,
+        indexed=True,
     )

@@ -6,6 +6,9 @@ place of what that slot holds: nothing is written yet, since the other programs 
 of a head to arrive joins their results and writes the slot; the last head to arrive counts the token. The counters of
 arrivals return to zero by themselves.
 
+The slots may be rows of a pool, which an index chooses: so requests that come and go share a kernel and its memory, and
+a captured graph reads the index when it is replayed.
+
 Sums of a score are in float64, as in `hf_sparse.ops.selection.triton.linear_scores`, so that equal inputs have equal
 float32 scores.
 """
@@ -33,12 +36,14 @@ class StepKernel:
 
     Args:
         slots: keys and values `[B, Hkv, S, D]`, scores float32 and positions int64 `[B, Hkv, S]`, seen int64 `[B]`,
-            padded_late bool `[B]` and the count of all tokens, int64 without dimensions; contiguous.
+            padded_late bool `[B]` and the count of all tokens, int64 without dimensions; contiguous. Of a pool only
+            the first five, with any number of rows, each dense from the second dimension on.
         query, key, value: tensors of a new token as in `__call__`; the next ones have their shapes, dtypes and strides.
         weight: `[Hkv, C]` of a linear scorer, contiguous, or `None`.
         slope: `[Hkv]`, what each head adds per `slope_tokens` tokens of position, contiguous, or `None`.
         position_slope: number that all heads add to a score per token of position.
         masked: whether the steps come with `valid`.
+        indexed: whether they come with `rows`, the rows of a pool.
         window, sinks: see `hf_sparse.ops.selection.slots`.
         scaling: multiplies the logits.
         counts, offsets: where heads have different numbers of slots, in buffers `[B, R, ...]`; see
@@ -60,10 +65,11 @@ class StepKernel:
         window: int,
         sinks: int,
         scaling: float,
+        indexed: bool = False,
         counts: Sequence[int] | None = None,
         offsets: Tensor | None = None,
     ) -> None:
-        batch, heads, dim = len(slots[0]), key.shape[1], slots[0].shape[-1]
+        batch, heads, dim = query.shape[0], key.shape[1], slots[0].shape[-1]
         counts = [slots[0].shape[2]] * heads if counts is None else counts
         number, device, group = max(counts), query.device, query.shape[1] // heads
         width = triton.next_power_of_2(dim)
@@ -71,7 +77,7 @@ class StepKernel:
         share = steps_of_program(counts, block, batch, _PROGRAMS)
         splits = triton.cdiv(triton.cdiv(number, block), share)
         self.shape = (batch, heads * group, 1, dim)
-        self.dtype, self.device, self.masked = query.dtype, device, masked
+        self.dtype, self.device, self.masked, self.indexed = query.dtype, device, masked, indexed
         parts = (batch * heads * group, splits if splits > 1 else 0)
         self.scratch = (
             torch.empty((*parts, dim), dtype=torch.float32, device=device),
@@ -80,9 +86,11 @@ class StepKernel:
         )
         self.slots = slots  # keeps the memory
         self.grid = (splits, heads, batch)
-        self.fixed = (*slots, *self.scratch, offsets)
+        unused = (slots[4], slots[4]) if indexed else ()  # there is no padding in a pool
+        self.fixed = (*slots, *unused, *self.scratch, offsets)
         self.layout = (
             query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
+            *(tensor.stride(0) for tensor in slots[:5]),
             number, window, sinks, 0 if weight is None else weight.shape[1], group, share * block,
             scaling,
         )  # fmt: skip
@@ -92,6 +100,7 @@ class StepKernel:
             "LEARNED": slope is not None,
             "LINEAR": weight is not None,
             "MASKED": masked,
+            "INDEXED": indexed,
             "EPS": _EPS,
             "SPLITS": splits,
             "SPLITS_WIDE": triton.next_power_of_2(splits),
@@ -116,6 +125,7 @@ class StepKernel:
         weight: Tensor | None,
         slope: Tensor | None,
         valid: Tensor | None,
+        rows: Tensor | None = None,
     ) -> Tensor:
         """Take the step: `[B, Hq, 1, D]`, `[B, Hkv, 1, D]` twice -> attention `[B, Hq, 1, D]`, contiguous.
 
@@ -123,17 +133,20 @@ class StepKernel:
             states: the input of the attention module `[B, 1, C]`, or scores `[B, Hkv, 1]` if there is no weight;
                 contiguous along the last two dimensions.
             valid: `[B]` or `[B, 1]` bool, rows whose token is real; `None` if all are.
+            rows: `[B]` of integers, the rows of a pool, no row twice; one below 0 stands for none.
         """
         output = torch.empty(self.shape, dtype=self.dtype, device=self.device)
-        tensors = (query, key, value, states, weight, slope, valid, output)
-        rows = (states.stride(0), 0 if valid is None else valid.stride(0))
+        tensors = (query, key, value, states, weight, slope, valid, rows, output)
+        strides = (
+            states.stride(0), 0 if valid is None else valid.stride(0), 0 if rows is None else rows.stride(0),
+        )  # fmt: skip
         if self.launch is not None:
             addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-            self.launch(*self.addresses, *addresses, *rows, *self.rest)
+            self.launch(*self.addresses, *addresses, *strides, *self.rest)
             return output
         there = [self.slots[0] if tensor is None else tensor for tensor in tensors]  # not read
         compiled = _step[self.grid](
-            *self.fixed, *there, *rows, *self.layout, **self.constants, num_warps=4, num_stages=3
+            *self.fixed, *there, *strides, *self.layout, **self.constants, num_warps=4, num_stages=3
         )
         if compiled is not None:  # not so in Triton's interpreter
             # The binary was chosen by values that no later step changes, so the choice need not be made again.
@@ -142,10 +155,10 @@ class StepKernel:
         return output
 
 
-_ADDRESSES = ["query", "key", "value", "states", "weight", "slope", "valid"]  # of unknown alignment
+_ADDRESSES = ["query", "key", "value", "states", "weight", "slope", "valid", "rows"]  # of unknown alignment
 
 
-@triton.jit(do_not_specialize=["states_row", "valid_row"], do_not_specialize_on_alignment=_ADDRESSES)
+@triton.jit(do_not_specialize=["states_row", "valid_row", "rows_step"], do_not_specialize_on_alignment=_ADDRESSES)
 def _step(
     keys,
     values,
@@ -165,15 +178,22 @@ def _step(
     weight,
     slope,
     valid,
+    rows,
     output,
     states_row,
     valid_row,
+    rows_step,
     query_row,
     query_head,
     key_row,
     key_head,
     value_row,
     value_head,
+    keys_row,
+    values_row,
+    scores_row,
+    positions_row,
+    seen_row,
     slots,
     window,
     sinks,
@@ -186,6 +206,7 @@ def _step(
     LEARNED: tl.constexpr,
     LINEAR: tl.constexpr,
     MASKED: tl.constexpr,
+    INDEXED: tl.constexpr,
     EPS: tl.constexpr,
     SPLITS: tl.constexpr,
     SPLITS_WIDE: tl.constexpr,
@@ -198,17 +219,26 @@ def _step(
     ROWS: tl.constexpr,
 ):
     split, head, row = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    heads, rows = tl.num_programs(1), tl.num_programs(2)
+    heads, batch = tl.num_programs(1), tl.num_programs(2)
     pair = row * heads + head
-    base, slots = slots_of_head(Offsets, row, head, heads, slots)
+    held = row  # where the slots lie
+    real = row >= 0
+    if INDEXED:
+        held = tl.load(rows + row * rows_step).to(tl.int64)
+        real = held >= 0
+        held = tl.maximum(held, 0)
+    base, slots = slots_of_head(Offsets, 0, head, heads, slots)
     splits = tl.cdiv(slots, share)  # of this head
     if split >= splits:
         return
-    position = tl.load(seen + row)
-    real = position >= 0
+    position = tl.load(seen + held * seen_row)
+    keys += held * keys_row + base * D
+    values += held * values_row + base * D
+    scores += held * scores_row + base
+    positions += held * positions_row + base
     if MASKED:
         real = tl.load(valid + row * valid_row) != 0
-    target = _slot_of_next(scores + base, positions + base, position, slots, window, sinks, CHUNK)
+    target = _slot_of_next(scores, positions, position, slots, window, sinks, CHUNK)
 
     member, column = tl.arange(0, GROUP), tl.arange(0, DIM)
     of_group, wide = member[:, None] < group, column[None, :] < D
@@ -222,8 +252,8 @@ def _step(
     for begin in range(0, share, BLOCK):
         slot = split * share + begin + tl.arange(0, BLOCK)
         fresh = (slot == target) & real
-        old = (tl.load(positions + base + slot, mask=slot < slots, other=-1) >= 0) & ~fresh
-        where = (base + slot[:, None]) * D + column[None, :]
+        old = (tl.load(positions + slot, mask=slot < slots, other=-1) >= 0) & ~fresh
+        where = slot[:, None] * D + column[None, :]
         k = tl.load(keys + where, mask=old[:, None] & wide, other=0.0)
         v = tl.load(values + where, mask=old[:, None] & wide, other=0.0)
         k = tl.where(fresh[:, None], new_key[None, :], k)
@@ -251,7 +281,7 @@ def _step(
     if last:
         if SPLITS > 1:
             _join(parts, masses, output, first, group, splits, SPLITS, SPLITS_WIDE, D, DIM)
-        to = base + target
+        to = target.to(tl.int64)
         write = (column < D) & real
         tl.store(keys + to * D + column, new_key, mask=write)
         tl.store(values + to * D + column, new_value, mask=write)
@@ -265,20 +295,26 @@ def _step(
             score += position.to(tl.float64) * SLOPE
         tl.store(scores + to, score.to(tl.float32), mask=real)
         tl.store(positions + to, position, mask=real)
-        if _arrive(arrived + rows * heads, rows * heads):
-            for begin in range(0, rows, ROWS):
+        if _arrive(arrived + batch * heads, batch * heads):
+            for begin in range(0, batch, ROWS):
                 index = begin + tl.arange(0, ROWS)
-                inside = index < rows
-                count = tl.load(seen + index, mask=inside, other=0)
-                if MASKED:
-                    given = tl.load(valid + index.to(tl.int64) * valid_row, mask=inside, other=0) != 0
-                    late = tl.load(padded_late + index, mask=inside, other=0) != 0
-                    tl.store(padded_late + index, late | (~given & (count > 0)), mask=inside)
-                    count += given.to(tl.int64)
+                inside = index < batch
+                if INDEXED:
+                    state = tl.load(rows + index * rows_step, mask=inside, other=-1).to(tl.int64)
+                    count = tl.load(seen + state * seen_row, mask=state >= 0, other=0)
+                    tl.store(seen + state * seen_row, count + 1, mask=state >= 0)
                 else:
-                    count += 1
-                tl.store(seen + index, count, mask=inside)
-            tl.store(total, tl.load(total) + 1)
+                    count = tl.load(seen + index, mask=inside, other=0)
+                    if MASKED:
+                        given = tl.load(valid + index.to(tl.int64) * valid_row, mask=inside, other=0) != 0
+                        late = tl.load(padded_late + index, mask=inside, other=0) != 0
+                        tl.store(padded_late + index, late | (~given & (count > 0)), mask=inside)
+                        count += given.to(tl.int64)
+                    else:
+                        count += 1
+                    tl.store(seen + index, count, mask=inside)
+            if not INDEXED:
+                tl.store(total, tl.load(total) + 1)
 
 
 @triton.jit

@@ -1,0 +1,13 @@
+"""Start vLLM's server for an adapter: `hf-sparse serve`."""
+
+import typer
+
+from hf_sparse.cli.common import Folder, load_workflow
+
+
+def serve(context: typer.Context, folder: Folder) -> None:
+    """Serve the adapter in DIR, or a folder of `export`, with vLLM. Further options are those of `vllm serve`."""
+    load_workflow()
+    from hf_sparse.serving.export import server_command, start
+
+    start(server_command(folder, context.args))

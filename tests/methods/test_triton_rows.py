@@ -1,0 +1,132 @@
+"""Decoding steps in the rows of a pool, by the kernel that finds its rows itself, against gathered rows."""
+
+import pytest
+import torch
+
+from hf_sparse import SparseKConfig
+from hf_sparse.core.layer import AttentionShape
+from hf_sparse.methods.sparsek import SparseKAttention, rows, step
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HALF = torch.bfloat16 if DEVICE == "cuda" else torch.float16  # the interpreter cannot multiply bfloat16
+HIDDEN, HEADS, DIM, ROWS = 40, 2, 16, 7
+pytestmark = pytest.mark.usefixtures("interpreter")
+
+
+@pytest.fixture
+def kernel_everywhere(monkeypatch):
+    """Lets the interpreter take the kernel too."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(step, "_is_on_current_device", lambda query: True)
+        monkeypatch.setattr(step, "has_kernels", lambda *tensors: all(t.is_contiguous() for t in tensors))
+
+
+def make(**settings):
+    layer = SparseKAttention.for_shape(AttentionShape(HIDDEN, 4, HEADS, DIM, 0))
+    layer.add_adapter("default", SparseKConfig(k=3, window=4, sinks=1, **settings))
+    torch.manual_seed(0)
+    for parameter in layer.parameters():
+        parameter.data.normal_()
+    return layer.to(DEVICE).eval()
+
+
+def pages(layer, dtype):
+    """The rows of a pool as an engine keeps them, and all of the memory, which is poisoned."""
+    parts = layer.request_state(DIM, dtype)
+    size = sum(part.nbytes for part in parts) + 48
+    memory = torch.full((ROWS, size), 0x7F, dtype=torch.uint8, device=DEVICE)
+    views, offset = [], 0
+    for part in parts:
+        views.append(memory[:, offset : offset + part.nbytes].view(part.dtype).view(ROWS, *part.shape))
+        offset += part.nbytes
+    return memory, views
+
+
+def tokens(count, length, dtype):
+    query = torch.randn(count, length, 4, DIM, device=DEVICE).to(dtype).transpose(1, 2)
+    key, value = torch.randn(2, count, length, HEADS, DIM, device=DEVICE).to(dtype).transpose(2, 3)
+    return query, key, value, torch.randn(count, length, HIDDEN, device=DEVICE).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+@pytest.mark.parametrize("settings", [{"position_slope": 0.01}, {"scorer": "mlp", "scorer_hidden_size": 8}])
+def test_steps_in_rows_are_those_of_gathered_rows(kernel_everywhere, monkeypatch, settings, dtype):
+    layer = make(**settings)
+    taken = []
+    in_rows = rows.step_in_rows
+
+    def counted(*arguments):
+        output = in_rows(*arguments)
+        taken.append(output is not None)
+        return output
+
+    results = []
+    for kernel in (True, False):
+        torch.manual_seed(1)
+        monkeypatch.setattr(rows, "step_in_rows", counted if kernel else lambda *arguments: None)
+        memory, states = pages(layer, dtype)
+        steps = []
+        for row, length in ((5, 3), (1, 12), (2, 8)):
+            index = torch.tensor([row], device=DEVICE)
+            rows.attend_chunk(layer, states, index, index, True, *tokens(1, length, dtype), 0.3)
+        for number in range(12):
+            index = torch.tensor([[5, 1, 2], [2, 5, 1], [1, 2, 5]][number % 3], dtype=torch.int32, device=DEVICE)
+            steps.append(rows.attend_steps(layer, states, index, index, *tokens(3, 1, dtype), 0.3))
+        results.append((memory, states, torch.stack(steps)))
+    assert taken == 12 * [True] and len(layer.row_kernels) == 1
+    (memory, states, outputs), (_, expected, expected_outputs) = results
+    for ours, theirs, part in zip(states, expected, layer.request_state(DIM, dtype), strict=True):
+        if part.name == "scores":  # the first tokens are scored by another kernel
+            torch.testing.assert_close(ours[[1, 2, 5]], theirs[[1, 2, 5]], rtol=1e-5, atol=1e-5)
+        else:
+            assert torch.equal(ours[[1, 2, 5]], theirs[[1, 2, 5]]), part.name
+    tolerance = 2e-6 if dtype == torch.float32 else 1e-2
+    outputs, expected_outputs = (output.double() for output in (outputs, expected_outputs))
+    assert (outputs - expected_outputs).norm() < tolerance * expected_outputs.norm()
+    assert bool((memory[[0, 3, 4, 6]] == 0x7F).all()) and bool((memory[:, -48:] == 0x7F).all())
+
+
+def test_a_row_below_0_is_none(kernel_everywhere):
+    """A captured graph of more requests than there are is replayed with such rows."""
+    layer = make()
+    memory, states = pages(layer, torch.float32)
+    for row in (0, 3):
+        index = torch.tensor([row], device=DEVICE)
+        rows.attend_chunk(layer, states, index, index, True, *tokens(1, 10, torch.float32), 0.3)
+    before = memory.clone()
+    new = tokens(4, 1, torch.float32)
+    index = torch.tensor([3, -1, -1, -1], device=DEVICE)
+    output = rows.attend_steps(layer, states, index, index, *new, 0.3)
+    assert bool((memory[[0, 1, 2, 4, 5, 6]] == before[[0, 1, 2, 4, 5, 6]]).all())
+    assert int(states[1][3]) == 11
+    memory.copy_(before)
+    alone = [tensor[:1] for tensor in new]
+    torch.testing.assert_close(rows.attend_steps(layer, states, index[:1], index[:1], *alone, 0.3), output[:1])
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU; the interpreter runs what they record above")
+def test_a_replayed_graph_reads_the_rows_that_are_there_then():
+    layer = make()
+    _, states = pages(layer, torch.bfloat16)
+    for row in range(ROWS):
+        index = torch.tensor([row], device=DEVICE)
+        rows.attend_chunk(layer, states, index, index, True, *tokens(1, 6 + row, torch.bfloat16), 0.3)
+    new, index = tokens(3, 1, torch.bfloat16), torch.tensor([0, 1, 2], device=DEVICE, dtype=torch.int32)
+    rows.attend_steps(layer, states, index, index, *new, 0.3)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = rows.attend_steps(layer, states, index, index, *new, 0.3)
+    for order in ([6, 2, 4], [1, 6, -1], [5, 0, 3]):
+        index.copy_(torch.tensor(order))
+        for tensor in new:
+            tensor.normal_()
+        memory = states[0].untyped_storage()
+        before = torch.empty(0, dtype=torch.uint8, device=DEVICE).set_(memory).clone()
+        graph.replay()
+        replayed = torch.empty(0, dtype=torch.uint8, device=DEVICE).set_(memory).clone()
+        result = output.clone()
+        torch.empty(0, dtype=torch.uint8, device=DEVICE).set_(memory).copy_(before)
+        expected = rows.attend_steps(layer, states, index, index, *new, 0.3)
+        assert torch.equal(replayed, torch.empty(0, dtype=torch.uint8, device=DEVICE).set_(memory))
+        assert torch.equal(result[index >= 0], expected[index >= 0])
