@@ -301,7 +301,6 @@ def test_an_attention_module_without_the_interface_is_refused(monkeypatch):
         ({"s_aux": torch.zeros(4)}, r"learned attention sinks \(s_aux\)"),
         ({"position_bias": torch.zeros(1, 4, LENGTH, LENGTH)}, r"a position bias \(position_bias\)"),
         ({"sliding_window": 8}, r"a sliding window \(sliding_window\)"),
-        ({"cu_seq_lens_q": torch.tensor([0, 20, LENGTH])}, r"packed sequences \(cu_seq_lens_q\)"),
         ({"is_causal": False}, "is_causal=False was asked of a LlamaAttention patched as is_causal=True"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -309,13 +308,6 @@ def test_an_attention_module_without_the_interface_is_refused(monkeypatch):
 def test_what_would_be_ignored_is_refused(keywords, message):
     with pytest.raises(ValueError, match=message):
         logits(sparse(FAMILIES["llama"].make), **keywords)
-
-
-@pytest.mark.parametrize("family", ["gpt2", "gemma3_text"])
-def test_packed_sequences_are_refused(family):
-    restarts = torch.cat([torch.arange(20), torch.arange(LENGTH - 20)]).expand(3, -1)
-    with pytest.raises(ValueError, match=r"packed sequences .* not supported"):
-        logits(sparse(FAMILIES[family].make), position_ids=restarts)
 
 
 def test_the_guide_shows_a_family_as_it_is():
