@@ -37,8 +37,8 @@ def predict(model: nn.Module, tokens: Tensor, **options: Any) -> Predictions:
     """Run a language model without its head, where that is possible without knowing the family.
 
     The model runs as it is, but for its head, which gets the last token only. The logits of this token tell whether
-    head and final softcap are all that follows the states; otherwise the model runs again, with all logits. Where that
-    was so once, it is taken to be so for the same model and head from then on.
+    head, final scale and softcap are all that follows the states; otherwise the model runs again, with all logits.
+    Where that was so once, it is taken to be so for the same model and head from then on.
 
     Args:
         model: a language model, maybe wrapped (PEFT, DDP).
@@ -53,11 +53,14 @@ def predict(model: nn.Module, tokens: Tensor, **options: Any) -> Predictions:
             output = model(input_ids=tokens, **options)
         if len(seen) == 1 and seen[0][0].shape[:2] == tokens.shape:
             states, autocast, dtype = seen[0]
-            cap = getattr(base.config.get_text_config(), "final_logit_softcapping", None)
+            config = base.config.get_text_config()
+            cap = getattr(config, "final_logit_softcapping", None)
+            # The names of Cohere and of Granite.
+            scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
 
             def logits(states: Tensor) -> Tensor:
                 with torch.autocast(states.device.type, dtype=dtype, enabled=autocast):
-                    scores = head(states)
+                    scores = head(states) if scale == 1 else head(states) * scale
                     return scores if cap is None else torch.tanh(scores / cap) * cap
 
             known = _known_heads.get(base)

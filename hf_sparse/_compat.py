@@ -11,12 +11,15 @@ transformers' `load_adapter` alike. Enums are meant to be closed, so this writes
 one. Checked by `tests/test_compat.py` on the versions that CI runs; drop it when PEFT offers entry points.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
+from inspect import getclosurevars
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import masking_utils
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
@@ -76,6 +79,29 @@ def private(module: str, name: str) -> Any:
             f"transformers {__version__} has no {module}.{name}, which hf-sparse needs. Install a transformers in the "
             "range that hf-sparse declares (pip install 'transformers>=5.17,<5.25') or a newer hf-sparse."
         ) from error
+
+
+def texts_in_mask(mask_function: Any) -> Tensor | None:
+    """Read which text each token belongs to, `[B, T]` int64, off a mask function: causal within packed texts.
+
+    Returns `None` for every other mask function, and where transformers makes it in a way that is not known here.
+    """
+    functions = _caught(mask_function, "and_masks").get("mask_functions", ())
+    if len(functions) != 2:
+        return None
+    within, texts = functions
+    # From transformers 5.18 or later on, positions are those of the texts; within one, causal is the same.
+    within = _caught(within, "remap_positions_for_packed_sequence").get("mask_function", within)
+    if within is not getattr(masking_utils, "causal_mask_function", None):
+        return None
+    return _caught(texts, "packed_sequence_mask_function").get("packed_sequence_mask")
+
+
+def _caught(function: Any, maker: str) -> Mapping[str, Any]:
+    """Return the variables that a function holds of the function of transformers that made it; none of another."""
+    if getattr(function, "__qualname__", "").startswith(f"{maker}.<locals>."):
+        return getclosurevars(function).nonlocals
+    return {}
 
 
 @contextmanager

@@ -93,6 +93,11 @@ def resolve_base(name: str) -> str:
     return str(CHECKPOINT) if name == BASE_NAME else name
 
 
+def stored_name(name: str) -> str:
+    """Return the name under which an adapter stores its base model: that of a folder is absolute, others stay."""
+    return str(Path(name).resolve()) if name != BASE_NAME and Path(name).is_dir() else name
+
+
 def is_public(name: str | None) -> bool:
     """Tell whether the name of a base model is one that others can resolve, and not a folder of this machine."""
     if name is None or name == BASE_NAME:

@@ -12,6 +12,7 @@ from hf_sparse.adapters.files import CARD, CONFIG, TRAINING, WEIGHTS, measuremen
 from hf_sparse.adapters.folder import AdapterFolder
 from hf_sparse.adapters.load import Device, Dtype, load_adapter, load_base
 from hf_sparse.adapters.saving import check_free, save_adapter
+from hf_sparse.base_model import stored_name
 from hf_sparse.chunks import prepared_chunks, tokens_per_chunk
 from hf_sparse.core.config import SparseConfig
 from hf_sparse.data import tensors
@@ -38,7 +39,7 @@ def create_adapter(
     """Write an untrained adapter for a base model.
 
     Args:
-        model: id on the Hub, a folder, or `"demo"`; the adapter names its base exactly like this.
+        model: id on the Hub, a folder, or `"demo"`; the adapter names its base like this, a folder by its whole path.
         config: the method and its settings, such as a `SparseKConfig`.
         folder: where the adapter goes; it appears whole or not at all.
         seed: of the first weights of what is learned.
@@ -60,7 +61,7 @@ def create_adapter(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         patched = get_peft_model(base, config)
-    patched.active_peft_config.base_model_name_or_path = model
+    patched.active_peft_config.base_model_name_or_path = stored_name(model)
     with locked(folder):
         check_free(folder, force)  # another run may have been faster
         old: list[str] = []

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_sparse.core.layer import AttentionShape
 from hf_sparse.errors import UnsupportedModelError
+from hf_sparse.patches.unsupported import REASONS
 
 
 def _is_causal(module: Any) -> bool:
@@ -118,10 +119,12 @@ def check_model_type(model_type: str) -> Family:
     """Return the family of a type of models.
 
     Raises:
-        UnsupportedModelError: a family without a patch; lists those with one.
+        UnsupportedModelError: a family without a patch; says why if that is known, and lists those with one.
     """
     if model_type not in _FAMILIES:
+        reason = f" ({REASONS[model_type]})" if model_type in REASONS else ""
         raise UnsupportedModelError(
-            f"no sparse attention patch for model type {model_type!r}; supported: {', '.join(supported_model_types())}"
+            f"no sparse attention patch for model type {model_type!r}{reason}; supported: "
+            f"{', '.join(supported_model_types())}"
         )
     return _FAMILIES[model_type]

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import EncoderDecoderCache
 
-from hf_sparse._compat import cache_given, private
+from hf_sparse._compat import cache_given, private, texts_in_mask
 from hf_sparse.core.cache import SparseCacheLayer, mask_of_keys
 from hf_sparse.core.layer import SparseAttentionLayer
+from hf_sparse.core.packed_texts import PackedTexts, packed_texts
 from hf_sparse.patches.cache import sparse_cache_layer
 
 NAME = "hf_sparse"
@@ -62,22 +63,37 @@ def attention_forward(
 
     Attention dropout, if the base model has any, is not applied in patched modules.
 
+    Packed texts, several in a row, attend each within itself. The mask then numbers them (see `padding_mask`), or
+    `cu_seq_lens_q` says where each of them begins, as flash attention takes it.
+
     Raises:
-        ValueError: a mask that says more than padding, or a keyword that would change the result and is not known.
+        ValueError: a mask that says more than padding and packed texts, packed texts that cannot be told apart here, or
+            a keyword that would change the result and is not known.
     """
+    texts = _packed(query, attention_mask, kwargs)
     if sparse_call is None:
         # An attention module of a patched model that is not patched itself.
         if attention_mask is None or attention_mask.ndim == 2:
-            attention_mask = _dense_mask(module, query, key, attention_mask)
+            padding = None if attention_mask is None or attention_mask.dtype != torch.bool else attention_mask
+            attention_mask = _dense_mask(module, query, key, padding)
+        if texts is not None:
+            attention_mask = _within_texts(module, attention_mask, texts)
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError(
-            f"sparse attention takes a padding mask [B, T], got a mask of shape {tuple(attention_mask.shape)}: packed "
-            "sequences (position_ids that restart) and custom masks are not supported. A compiled forward without a "
-            "cache is packed to transformers, unless it gets an attention_mask"
+            f"sparse attention takes a padding mask [B, T], got a mask of shape {tuple(attention_mask.shape)}: custom "
+            "masks are not supported, nor packed sequences (position_ids that restart) in a compiled forward. A "
+            "compiled forward without a cache is packed to transformers, unless it gets an attention_mask"
         )
     _refuse_what_would_be_ignored(module, kwargs)
     length, cache = query.shape[2], sparse_call.cache
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if texts is not None:
+        if cache is not None:
+            raise ValueError("packed sequences (cu_seq_lens_q) have no cache: call the model with use_cache=False")
+        attend, states = sparse_call.attention.attend, sparse_call.hidden_states
+        output = texts.attend(attend, query, key, value, hidden_states=states, scaling=scaling)
+        return output.transpose(1, 2).contiguous(), None
     valid = mask_of_keys(attention_mask, key.shape[2]) if cache is None else cache.check_mask(attention_mask, length)
     # A decoding step waits for no value from the device.
     if valid is not None and length > 1 and not torch.compiler.is_compiling() and bool(valid.all()):
@@ -89,7 +105,7 @@ def attention_forward(
         hidden_states=sparse_call.hidden_states,
         valid=valid,
         cache=cache,
-        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        scaling=scaling,
     )
     if cache is not None:
         cache.end_attention()
@@ -101,8 +117,37 @@ _CHANGES_THE_RESULT = {
     "s_aux": "learned attention sinks",
     "position_bias": "a position bias",
     "sliding_window": "a sliding window",
-    "cu_seq_lens_q": "packed sequences",
 }
+
+
+def _packed(query: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> PackedTexts | None:
+    """Return the texts of packed rows, or `None` where each row is one text.
+
+    Raises:
+        ValueError: boundaries of texts that do not fit, or with padding, or in a compiled forward.
+    """
+    shape, boundaries = (len(query), query.shape[2]), kwargs.get("cu_seq_lens_q")
+    flat = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
+    if boundaries is None:
+        return None if flat is None or flat.dtype == torch.bool else packed_texts(flat, shape)
+    if torch.compiler.is_compiling():
+        raise ValueError("packed sequences (cu_seq_lens_q) cannot be told apart in a compiled forward")
+    if flat is not None and flat.dtype == torch.bool:
+        raise ValueError("packed sequences (cu_seq_lens_q) have no padding: leave the attention_mask out")
+    keys = kwargs.get("cu_seq_lens_k")
+    if keys is not None and keys is not boundaries and not torch.equal(keys, boundaries):
+        raise ValueError(
+            "packed sequences need the same boundaries for queries and keys (cu_seq_lens_q, cu_seq_lens_k)"
+        )
+    return packed_texts(boundaries, shape)
+
+
+def _within_texts(module: nn.Module, mask: Tensor | None, texts: PackedTexts) -> Tensor:
+    """Return the mask `[B, 1, T, T]` of a dense module, without the pairs of tokens of different texts."""
+    same = texts.numbers[:, None, :, None] == texts.numbers[:, None, None, :]
+    if mask is not None:
+        return mask & same
+    return same.tril() if getattr(module, "is_causal", True) else same
 
 
 def _refuse_what_would_be_ignored(module: nn.Module, kwargs: dict[str, Any]) -> None:
@@ -126,13 +171,17 @@ def padding_mask(
 ) -> Tensor | None:
     """Return the 2-D padding mask as it is, never `T x T`: the mask function behind `hf_sparse`.
 
-    A mask that says more than padding and causality (sliding windows, packed sequences) is for modules that are not
+    A mask that says more than padding, causality and packed texts (a sliding window) is for modules that are not
     patched: those get transformers' own, and a patched module refuses it.
 
     Returns:
-        `[B, Tk]` bool, or `None` where nothing is padded; `[B, 1, Tq, Tk]` bool for every other mask function.
+        `[B, Tk]` bool, or `None` where nothing is padded; `[B, T]` int64 that numbers the texts of packed rows;
+        `[B, 1, Tq, Tk]` bool for every other mask function.
     """
     if mask_function not in (causal_mask_function, bidirectional_mask_function):
+        texts = None if attention_mask is not None or torch.compiler.is_compiling() else texts_in_mask(mask_function)
+        if texts is not None:
+            return texts
         settings = {**kwargs, "allow_is_causal_skip": False}  # no mask would read as a plain causal one
         return sdpa_mask(
             q_length=q_length,

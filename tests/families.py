@@ -28,6 +28,12 @@ COMMON = {
     "pad_token_id": 0,
 }
 GROUPED = {**COMMON, "num_key_value_heads": 2}
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+HALF_LOCAL = {
+    "num_hidden_layers": 4,
+    "sliding_window": 12,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +43,7 @@ class TinyFamily:
     Attributes:
         causal: a decoder; the others are encoders.
         local: layers with a sliding window of their own, which a patch leaves alone.
+        kin: a near relative of another family, which takes only a part of the tests without `--full`.
     """
 
     name: str
@@ -45,6 +52,7 @@ class TinyFamily:
     settings: dict[str, Any]
     causal: bool = True
     local: tuple[int, ...] = ()
+    kin: bool = False
 
     def make(self, **overrides: Any) -> PreTrainedModel:
         """A new model; `overrides` go to its config. `model=` names another class of the family, such as a head."""
@@ -152,6 +160,89 @@ _ENTRIES = (
         causal=False,
         local=(1, 3),
     ),
+    # Kin of the families above: without `--full` they take the behaviours that are marked `every_family`.
+    # Every second layer has no rotary positions.
+    TinyFamily("smollm3", "SmolLM3Config", "SmolLM3ForCausalLM", {**GROUPED, "no_rope_layers": [1, 0]}, kin=True),
+    TinyFamily("qwen3_moe", "Qwen3MoeConfig", "Qwen3MoeForCausalLM", {**GROUPED, **EXPERTS, "head_dim": 16}, kin=True),
+    TinyFamily(
+        "mixtral", "MixtralConfig", "MixtralForCausalLM", {**GROUPED, **EXPERTS, "sliding_window": None}, kin=True
+    ),
+    TinyFamily(
+        "granite",
+        "GraniteConfig",
+        "GraniteForCausalLM",
+        {**GROUPED, "attention_multiplier": 0.2, "logits_scaling": 2.0},
+        kin=True,
+    ),
+    TinyFamily("olmo2", "Olmo2Config", "Olmo2ForCausalLM", GROUPED, kin=True),
+    TinyFamily("olmo3", "Olmo3Config", "Olmo3ForCausalLM", {**GROUPED, **HALF_LOCAL}, local=(0, 2), kin=True),
+    TinyFamily(
+        "cohere", "CohereConfig", "CohereForCausalLM", {**GROUPED, "use_qk_norm": True, "logit_scale": 0.5}, kin=True
+    ),
+    TinyFamily(
+        "cohere2",
+        "Cohere2Config",
+        "Cohere2ForCausalLM",
+        {**GROUPED, **HALF_LOCAL, "logit_scale": 0.5},
+        local=(0, 2),
+        kin=True,
+    ),
+    TinyFamily("glm", "GlmConfig", "GlmForCausalLM", {**GROUPED, "head_dim": 16}, kin=True),
+    TinyFamily("glm4", "Glm4Config", "Glm4ForCausalLM", {**GROUPED, "head_dim": 16}, kin=True),
+    TinyFamily("phi", "PhiConfig", "PhiForCausalLM", {**COMMON, "qk_layernorm": True}, kin=True),
+    TinyFamily("stablelm", "StableLmConfig", "StableLmForCausalLM", {**GROUPED, "qk_layernorm": True}, kin=True),
+    TinyFamily(
+        "starcoder2", "Starcoder2Config", "Starcoder2ForCausalLM", {**GROUPED, "sliding_window": None}, kin=True
+    ),
+    TinyFamily(
+        "gptj",
+        "GPTJConfig",
+        "GPTJForCausalLM",
+        {
+            "vocab_size": VOCABULARY,
+            "n_positions": CONTEXT,
+            "n_embd": 32,
+            "n_layer": 2,
+            "n_head": 4,
+            "rotary_dim": 4,
+            "initializer_range": 0.2,
+            "bos_token_id": 1,
+            "eos_token_id": None,
+            "pad_token_id": 0,
+        },
+        kin=True,
+    ),
+    TinyFamily(
+        "distilbert",
+        "DistilBertConfig",
+        "DistilBertForMaskedLM",
+        {
+            "vocab_size": VOCABULARY,
+            "max_position_embeddings": CONTEXT,
+            "dim": 32,
+            "hidden_dim": 64,
+            "n_layers": 2,
+            "n_heads": 4,
+            "initializer_range": 0.2,
+            "pad_token_id": 0,
+        },
+        causal=False,
+        kin=True,
+    ),
+    TinyFamily(
+        "xlm-roberta",
+        "XLMRobertaConfig",
+        "XLMRobertaForMaskedLM",
+        {**COMMON, "max_position_embeddings": CONTEXT + 1},
+        causal=False,
+        kin=True,
+    ),
+    # Embeddings narrower than the layers, as in the small one.
+    TinyFamily(
+        "electra", "ElectraConfig", "ElectraForMaskedLM", {**COMMON, "embedding_size": 16}, causal=False, kin=True
+    ),
 )
 
-FAMILIES: dict[str, TinyFamily] = {entry.name: entry for entry in _ENTRIES}
+# GPT-J of older versions of transformers computes attention by itself.
+NOT_HERE = () if transformers.GPTJForCausalLM._supports_attention_backend else ("gptj",)
+FAMILIES: dict[str, TinyFamily] = {entry.name: entry for entry in _ENTRIES if entry.name not in NOT_HERE}

@@ -37,6 +37,13 @@ def reading_options(chunks: str = "Only these chunks of the text.") -> list[Para
             "Begin the chunks of a decoder with the BOS token, or not; by default as its tokenizer begins a text.",
             "--bos/--no-bos",
         ),
+        *model_options(),
+    ]
+
+
+def model_options() -> list[Parameter]:
+    """Return the options of verbs that load an adapter with its base model."""
+    return [
         option("device", Literal["auto", "cpu", "cuda"], "auto", "auto: CUDA where there is a GPU."),
         option(
             "dtype",

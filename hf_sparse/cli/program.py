@@ -6,12 +6,15 @@ from typing import Annotated
 
 import typer
 
+from hf_sparse.cli.chat import chat
 from hf_sparse.cli.demo import demo
 from hf_sparse.cli.divide import divide
 from hf_sparse.cli.errors import OneLineErrors
 from hf_sparse.cli.evaluate import evaluate
 from hf_sparse.cli.export import export
 from hf_sparse.cli.finetune import finetune
+from hf_sparse.cli.generate import generate
+from hf_sparse.cli.info import info
 from hf_sparse.cli.patch import patch
 from hf_sparse.cli.push import push
 from hf_sparse.cli.report import report
@@ -62,7 +65,7 @@ def check_processes(
 for verb in (patch, finetune, divide):
     app.command()(verb)
 app.command("eval")(evaluate)
-for verb in (report, push, export):
+for verb in (report, info, generate, chat, push, export):
     app.command()(verb)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(serve)
 app.command()(demo)

@@ -6,7 +6,8 @@ without an entry in `tiny_methods.py` fail here, nothing is skipped: what a meth
 printed below the table.
 
 Without `--full` a behaviour takes every family once, with one method each; over all behaviours every family has met
-every method (`tests/tiers.py`).
+every method (`tests/tiers.py`). The kin of other families (`tests/families.py`) then have a cell only in the cheap
+behaviours that are marked `every_family`.
 """
 
 import contextlib
@@ -215,10 +216,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """`family` and `method` run over all there are; a file takes some families: `KIND = "causal"` or `"encoder"`."""
     if "family" in metafunc.fixturenames:
         kind = getattr(metafunc.module, "KIND", None)
-        wanted = [
-            name for name, family in _families().items() if kind in (None, "causal" if family.causal else "encoder")
+        takes_kin = metafunc.definition.get_closest_marker("every_family") is not None
+        chosen = [
+            pytest.param(name, marks=pytest.mark.full if family.kin and not takes_kin else ())
+            for name, family in _families().items()
+            if kind in (None, "causal" if family.causal else "encoder")
         ]
-        metafunc.parametrize("family", wanted)
+        metafunc.parametrize("family", chosen)
         metafunc.parametrize("method", list(_methods()))
 
 

@@ -121,6 +121,7 @@ def _backward(subject, model):
     output.logits.log_softmax(-1).gather(-1, subject.ids[..., None]).mean().backward()
 
 
+@pytest.mark.every_family
 def test_gradients(subject, measure):
     """Training reaches parameters of the adapter in use, of every layer, and nothing else."""
     model = _with_adapters(subject, "one", "two").train()
@@ -154,6 +155,7 @@ def test_checkpointing(subject, measure):
         measure.close(checkpointed, without)
 
 
+@pytest.mark.every_family
 def test_round_trip(subject, measure, tmp_path):
     """Saved as safetensors and loaded onto a new base model: the same bits. The file holds nothing of the base."""
     model = _with_adapters(subject, "default")

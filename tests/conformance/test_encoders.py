@@ -9,21 +9,7 @@ from hf_sparse.patches import sparse_layers
 pytestmark = [pytest.mark.versions, pytest.mark.cross("values")]
 
 KIND = "encoder"
-HEADS = {
-    "bert": ("BertModel", "BertForMaskedLM", "BertForSequenceClassification", "BertForTokenClassification"),
-    "roberta": (
-        "RobertaModel",
-        "RobertaForMaskedLM",
-        "RobertaForSequenceClassification",
-        "RobertaForTokenClassification",
-    ),
-    "modernbert": (
-        "ModernBertModel",
-        "ModernBertForMaskedLM",
-        "ModernBertForSequenceClassification",
-        "ModernBertForTokenClassification",
-    ),
-}
+HEADS = ("Model", "ForMaskedLM", "ForSequenceClassification", "ForTokenClassification")
 
 
 def _rows_alone(subject, measure, model, sides=("left", "right")):
@@ -36,6 +22,7 @@ def _rows_alone(subject, measure, model, sides=("left", "right")):
             measure.close(logits[row : row + 1, real], alone)
 
 
+@pytest.mark.every_family
 def test_left_padding(subject, measure):
     _rows_alone(subject, measure, subject.sparse, ["left"])
 
@@ -47,8 +34,8 @@ def test_right_padding(subject, measure):
 def test_heads(subject, measure):
     """Every head of the family works patched, padded or not, and takes the patch off again."""
     ids, mask = subject.padded("right")
-    for head in HEADS[subject.name]:
-        base = subject.make(model=head)
+    for head in HEADS:
+        base = subject.make(model=subject.family.model.removesuffix("ForMaskedLM") + head)
         dense = subject.logits(base, ids, mask)
         model = subject.fresh(model=base)
         sparse = subject.logits(model, ids, mask)
@@ -60,6 +47,7 @@ def test_heads(subject, measure):
         measure.equal(subject.logits(unpatch(model), ids, mask), dense)
 
 
+@pytest.mark.every_family
 def test_dense_limit(subject, measure):
     """With a budget for all keys, dense attention; so are the rows that fit, beside others that do not."""
     ids, mask = subject.padded("right")

@@ -14,6 +14,7 @@ KIND = "causal"
 STEPS = 16
 
 
+@pytest.mark.every_family
 def test_left_padding(subject, measure):
     _padding(subject, measure, "left")
 
@@ -135,6 +136,7 @@ def test_training(subject, measure):
             measure.close(logits[row : row + 1, real], subject.logits(model, ids[row : row + 1, real]))
 
 
+@pytest.mark.every_family
 def test_dense_limit(subject, measure):
     """With a budget for all keys, and in the first rows otherwise, dense attention."""
     expected, fits = subject.logits(subject.dense, subject.ids), subject.method.fits

@@ -17,7 +17,9 @@ from hf_sparse.finetune.recompute import recomputed
 from hf_sparse.patches import sparse_layers
 
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
-CAUSAL = [name for name, entry in FAMILIES.items() if entry.causal]
+CAUSAL = [
+    pytest.param(name, marks=pytest.mark.full if entry.kin else ()) for name, entry in FAMILIES.items() if entry.causal
+]
 SHORT = {"steps": 4, "warm_start_steps": 2, "batch_size": 2, "warmup_steps": 1, "progress": False}
 
 

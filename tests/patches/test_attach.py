@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from peft import get_peft_model
-from transformers import BloomConfig, BloomForCausalLM, LlamaForCausalLM
+from transformers import CTRLConfig, CTRLLMHeadModel, LlamaForCausalLM
 
 from hf_sparse import SparsefinderConfig, SparseKConfig, patch, patched, unpatch
 from hf_sparse._compat import cache_of, with_cache
@@ -115,9 +115,9 @@ def test_a_layer_that_is_not_there_is_refused(tiny_llama):
 
 
 def test_a_family_without_a_patch_is_refused_with_a_list_of_those_with_one():
-    model = BloomForCausalLM(BloomConfig(vocab_size=64, hidden_size=32, n_layer=1, n_head=2))
+    model = CTRLLMHeadModel(CTRLConfig(vocab_size=64, n_embd=32, dff=32, n_layer=1, n_head=2))
     with pytest.raises(
-        UnsupportedModelError, match=r"no sparse attention patch for model type 'bloom'; supported: .*gpt2, .*llama"
+        UnsupportedModelError, match=r"no sparse attention patch for model type 'ctrl'; supported: .*gpt2, .*llama"
     ):
         patch(model, SparseKConfig(**BUDGET))
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from transformers import DynamicCache
 
 from hf_sparse import SparsefinderConfig, SparseKConfig, patch, unpatch
@@ -17,8 +18,10 @@ from hf_sparse.errors import CompatibilityError, UnsupportedModelError
 from hf_sparse.methods.sparsefinder import SparsefinderAttention
 from hf_sparse.methods.sparsek import SparseKAttention
 from hf_sparse.patches import sparse_layers, supported_model_types
+from hf_sparse.patches.unsupported import REASONS
 
-FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
+_ENTRIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))
+FAMILIES, NOT_HERE = _ENTRIES["FAMILIES"], _ENTRIES["NOT_HERE"]
 BUDGET = {"k": 5, "window": 6, "sinks": 2}
 LENGTH = 50
 IDS = torch.randint(3, 64, (3, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -41,6 +44,11 @@ VARIANTS = {name: (name, {}, family.local) for name, family in FAMILIES.items() 
         "gemma3_text",
         {"layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]},
         (1, 2),
+    ),
+    "smollm3, upper layer local": (
+        "smollm3",
+        {"use_sliding_window": True, "sliding_window": 12, "layer_types": ["full_attention", "sliding_attention"]},
+        (1,),
     ),
 }
 
@@ -96,7 +104,7 @@ def close(actual, expected):
 
 
 def test_every_supported_model_type_has_a_tiny_model():
-    assert sorted(FAMILIES) == supported_model_types()
+    assert sorted([*FAMILIES, *NOT_HERE]) == supported_model_types()
     assert all(family.make().config.model_type == name for name, family in FAMILIES.items())
 
 
@@ -191,7 +199,7 @@ def test_a_prompt_shorter_than_the_local_window(window, cache):
     assert torch.equal(tokens, model.generate(IDS[:, :20], **settings, use_cache=False))
 
 
-@pytest.mark.parametrize("family", ["mistral", "phi3"])
+@pytest.mark.parametrize("family", ["mistral", "phi3", "mixtral", "starcoder2"])
 def test_a_model_with_local_layers_only_is_refused(family):
     with pytest.raises(UnsupportedModelError, match=r"every attention layer .* local already .*20 tokens.*=None"):
         patch(FAMILIES[family].make(sliding_window=20), SparseKConfig(**BUDGET))
@@ -253,6 +261,39 @@ def test_models_that_would_come_out_wrong_are_refused(family, changes, message):
     assert sparse_layers(model) == []
 
 
+SMALL = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+@pytest.mark.parametrize(
+    "config, model, settings, message",
+    [
+        ("BloomConfig", "BloomForCausalLM", {}, "ALiBi adds a bias by distance"),
+        ("MptConfig", "MptForCausalLM", {"d_model": 32, "n_heads": 4, "n_layers": 2}, "ALiBi adds a bias by distance"),
+        ("FalconConfig", "FalconForCausalLM", {}, "without the AttentionInterface, with ALiBi in some checkpoints"),
+        ("GPTNeoConfig", "GPTNeoForCausalLM", {"num_layers": 2, "attention_types": [[["global"], 2]]}, "Interface"),
+        ("GptOssConfig", "GptOssForCausalLM", {"num_local_experts": 2, "intermediate_size": 32}, "a learned sink"),
+        ("DebertaConfig", "DebertaForMaskedLM", {}, "logits depend on relative positions"),
+        ("DebertaV2Config", "DebertaV2ForMaskedLM", {}, "logits depend on relative positions"),
+    ],
+)
+def test_a_family_that_cannot_be_patched_is_refused_with_the_reason(config, model, settings, message):
+    config = getattr(transformers, config)(**SMALL | settings)
+    with pytest.raises(UnsupportedModelError, match=rf"'{config.model_type}' \(.*{message}.*\); supported: .*llama"):
+        patch(getattr(transformers, model)(config), SparseKConfig(**BUDGET))
+
+
+def test_reasons_are_of_families_without_a_patch():
+    assert not REASONS.keys() & set(supported_model_types())
+    assert REASONS.keys() <= set(transformers.CONFIG_MAPPING)
+
+
+def test_an_attention_module_without_the_interface_is_refused(monkeypatch):
+    monkeypatch.setattr(transformers.GPTJForCausalLM, "_supports_attention_backend", False)
+    config = transformers.GPTJConfig(vocab_size=64, n_embd=32, n_layer=1, n_head=4, rotary_dim=4)
+    with pytest.raises(UnsupportedModelError, match=r"GPTJForCausalLM cannot .* without the AttentionInterface"):
+        patch(transformers.GPTJForCausalLM(config), SparseKConfig(**BUDGET))
+
+
 @pytest.mark.parametrize(
     "keywords, message",
     [
@@ -260,7 +301,6 @@ def test_models_that_would_come_out_wrong_are_refused(family, changes, message):
         ({"s_aux": torch.zeros(4)}, r"learned attention sinks \(s_aux\)"),
         ({"position_bias": torch.zeros(1, 4, LENGTH, LENGTH)}, r"a position bias \(position_bias\)"),
         ({"sliding_window": 8}, r"a sliding window \(sliding_window\)"),
-        ({"cu_seq_lens_q": torch.tensor([0, 20, LENGTH])}, r"packed sequences \(cu_seq_lens_q\)"),
         ({"is_causal": False}, "is_causal=False was asked of a LlamaAttention patched as is_causal=True"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
@@ -268,13 +308,6 @@ def test_models_that_would_come_out_wrong_are_refused(family, changes, message):
 def test_what_would_be_ignored_is_refused(keywords, message):
     with pytest.raises(ValueError, match=message):
         logits(sparse(FAMILIES["llama"].make), **keywords)
-
-
-@pytest.mark.parametrize("family", ["gpt2", "gemma3_text"])
-def test_packed_sequences_are_refused(family):
-    restarts = torch.cat([torch.arange(20), torch.arange(LENGTH - 20)]).expand(3, -1)
-    with pytest.raises(ValueError, match=r"packed sequences .* not supported"):
-        logits(sparse(FAMILIES[family].make), position_ids=restarts)
 
 
 def test_the_guide_shows_a_family_as_it_is():

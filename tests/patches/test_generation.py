@@ -435,12 +435,6 @@ def test_the_cache_of_an_encoder_and_decoder_is_refused(model):
         model(IDS, **with_cache(EncoderDecoderCache(DynamicCache(), DynamicCache())))
 
 
-def test_packed_sequences_are_refused(model):
-    restarts = torch.cat([torch.arange(20), torch.arange(40)]).expand(3, -1)
-    with pytest.raises(ValueError, match=r"packed sequences \(position_ids that restart\).* not supported"):
-        whole(model, position_ids=restarts)
-
-
 def test_a_mask_of_four_dimensions_is_refused(model):
     mask = torch.ones(3, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
     with pytest.raises(ValueError, match=r"takes a padding mask \[B, T\], got .*\(3, 1, 60, 60\)"):

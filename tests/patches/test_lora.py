@@ -28,7 +28,11 @@ CONFIGS = {
     "sparsek": lambda **changes: SparseKConfig(**{"k": 5, "window": 6, "sinks": 2, **changes}),
     "sparsefinder": lambda **changes: SparsefinderConfig(**{"predictor": "full", **changes}),
 }
-PAIRS = [(family, method) for family in FAMILIES for method in CONFIGS]
+PAIRS = [
+    pytest.param(name, method, marks=pytest.mark.full if family.kin else ())
+    for name, family in FAMILIES.items()
+    for method in CONFIGS
+]
 
 
 def disturb(model):

@@ -1,0 +1,83 @@
+"""Say what an adapter is: `hf-sparse info`."""
+
+import math
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from hf_sparse.cli.common import Folder, load_workflow
+
+
+def info(
+    folder: Folder,
+    json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """Say what the adapter in DIR is: method, base model, budget, parameters, and what it was trained and measured on.
+
+    Neither the base model nor the network is needed.
+    """
+    load_workflow()
+    from json import dumps
+
+    from hf_sparse.adapters.folder import AdapterFolder
+
+    adapter = AdapterFolder(folder)
+    content = describe(adapter)
+    if json:
+        typer.echo(dumps(content, indent=2))
+        return
+    console, view = Console(), Table.grid(padding=(0, 2))
+    for name, value in content.items():
+        if value is not None:
+            shown = f"{value:,}" if isinstance(value, int) else str(value)
+            view.add_row(name.replace("_", " "), escape(shown))
+    console.print(view)
+    if content["measured"] is not None and adapter.evaluation is not None and "measurement_problem" not in content:
+        from hf_sparse.evaluation import tables
+
+        for table in tables(adapter.evaluation):
+            console.print(table)
+
+
+def describe(adapter: Any) -> dict[str, Any]:
+    """Return what is known of an adapter, of an `AdapterFolder`; `None` for what is not there."""
+    from hf_sparse.core.registry import method_of
+    from hf_sparse.errors import DataError
+
+    method, config = method_of(adapter.config), adapter.config
+    shapes, lora = adapter.shapes, method.layer.adapter_layer_names[1]
+    of_lora = sum(math.prod(shape) for key, shape in shapes.items() if f".{lora}." in key)
+    content = {
+        "method": method.layer.label,
+        "base_model": adapter.base_model,
+        "model_class": adapter.model_class,
+        "attends_to": config.attended(),
+        "layers": "all" if config.layers is None else ", ".join(map(str, config.layers)),
+        "parameters": sum(math.prod(shape) for shape in shapes.values()) - of_lora,
+        "lora_parameters": of_lora or None,
+        "head_parameters": adapter.head_parameters or None,
+        "trained": None if adapter.training is None else _training(adapter.training),
+        "measured": None if adapter.evaluation is None else _measured(adapter.evaluation),
+    }
+    for problem, check in (("training_problem", "checked_training"), ("measurement_problem", "checked_evaluation")):
+        try:
+            getattr(adapter, check)
+        except DataError as error:
+            content[problem] = str(error)
+    return content
+
+
+def _training(training: dict[str, Any]) -> str:
+    """Return a few words on a finetune.json."""
+    history = training.get("history") or []
+    loss = f", loss {history[0]['loss']:.4g} to {history[-1]['loss']:.4g}" if history else ""
+    return f"{training['objective']}, {len(history)} steps, {training['tokens']:,} tokens{loss}"
+
+
+def _measured(evaluation: dict[str, Any]) -> str:
+    """Return a few words on an eval.json."""
+    text = evaluation.get("text") or {}
+    return f"{text.get('name')}: {text.get('chunks')} chunks of {text.get('length')} tokens"

@@ -1,0 +1,12 @@
+"""Patch Granite: logits are scaled by `attention_multiplier`, which the attention function gets as `scaling`."""
+
+from hf_sparse.patches.base import Family, register_family
+
+GRANITE = register_family(
+    Family(
+        model_types=("granite",),
+        attention="transformers.models.granite.modeling_granite:GraniteAttention",
+        hidden_size=lambda module: module.q_proj.in_features,
+        num_key_value_heads=lambda module: module.config.num_key_value_heads,
+    )
+)
