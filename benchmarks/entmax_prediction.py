@@ -45,9 +45,8 @@ def predict(options: argparse.Namespace, count: int, query: Tensor, key: Tensor,
         key,
         size=options.tile,
         rows=options.query_tile,
-        count=count,
+        choices=count,
         pool=options.pool,
-        alpha=1.5,
         scaling=scaling,
         causal=True,
         window=options.window,
@@ -80,6 +79,7 @@ def statistics_of(
     per_head = torch.cat(mass, 1).mean(1)
     return {
         "listed": round(float(share.mean()), 4),
+        "tiles_per_list": round(float(tiles.counts.float().mean()), 1),
         "recall": round(float(per_head.mean()), 4),
         "recall_per_head": [round(float(number), 4) for number in per_head],
         "keys_per_query": round(float(torch.cat(support, 1).mean()), 1),
@@ -91,7 +91,7 @@ def check(options: argparse.Namespace) -> dict[str, float]:
     dtype = getattr(torch, options.dtype)
     inputs, scaling = make_inputs(options, CHECKED, dtype)
     query, key = inputs[:2]
-    count = min(options.tiles_per_query)
+    count = min(options.choices)
     tiles = predict(options, count, query, key, scaling)
     precise = predict(options, count, query.double(), key.double(), scaling.double())
     total = -(-CHECKED // options.tile)
@@ -140,10 +140,10 @@ def measure(
             function()
             median = do_bench(function, warmup=10, rep=options.repeat_ms, return_mode="median")
             captured = do_bench_cudagraph(function, rep=options.repeat_ms)
-            rows.append({"contender": name, "tiles_per_query": count, "pass": label})
+            rows.append({"contender": name, "choices": count, "pass": label})
             rows[-1] |= {"median_ms": median, "captured_ms": captured}
     except (RuntimeError, NotImplementedError) as error:  # a kernel of torch that does not take the shape, or no memory
-        rows.append({"contender": name, "tiles_per_query": count, "error": str(error).splitlines()[0]})
+        rows.append({"contender": name, "choices": count, "error": str(error).splitlines()[0]})
     return rows
 
 
@@ -172,8 +172,8 @@ def main() -> None:
     parser.add_argument("--inputs", type=Path, nargs="*", default=[], help="safetensors with queries and keys")
     parser.add_argument("--tile", type=int, default=64, help="keys per tile")
     parser.add_argument("--query-tile", type=int, help="queries per tile; --tile by default")
-    parser.add_argument("--tiles-per-query", type=int, nargs="+", default=[16, 32, 64])
-    parser.add_argument("--pool", type=int, default=8, help="queries whose mean stands for them")
+    parser.add_argument("--choices", type=int, nargs="+", default=[4, 8], help="tiles that each query chooses")
+    parser.add_argument("--pool", type=int, default=16, help="keys whose mean stands for them")
     parser.add_argument("--window", type=int, default=64)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--query-heads", type=int, default=9, help="number of heads of the drawn queries")
@@ -188,7 +188,7 @@ def main() -> None:
     options = parser.parse_args()
     options.query_tile = options.query_tile or options.tile
 
-    names = ("tile", "query_tile", "tiles_per_query", "pool", "window", "batch", "query_heads", "kv_heads", "dim")
+    names = ("tile", "query_tile", "choices", "pool", "window", "batch", "query_heads", "kv_heads", "dim")
     settings = {name: getattr(options, name) for name in (*names, "dtype", "repeat_ms")} | {"alpha": 1.5}
     result: dict[str, Any] = {"format": 1, "benchmark": "entmax_prediction", "settings": settings}
     result |= {"commit": options.commit, **describe()}
@@ -201,15 +201,14 @@ def main() -> None:
         (heads, length, dim), kv_heads = inputs[0].shape[1:], inputs[1].shape[1]
         shape = {"length": length, "query_heads": heads, "kv_heads": kv_heads, "dim": dim}
         predicted = {
-            str(count): statistics_of(options, count, inputs[0], inputs[1], scaling)
-            for count in options.tiles_per_query
+            str(count): statistics_of(options, count, inputs[0], inputs[1], scaling) for count in options.choices
         }
         result["texts"][text] = shape | {"predicted": predicted}
         print(text, shape, flush=True)
         for listed, held in predicted.items():
             print(f"  {listed:>4} tiles: {held}", flush=True)
         for name in options.only or CONTENDERS:
-            for count in options.tiles_per_query if name == "predicted" else [None]:
+            for count in options.choices if name == "predicted" else [None]:
                 for row in measure(options, name, count, inputs, scaling):
                     result["rows"].append({"text": text, **row})
                     told = row.get("error") or f"{row['pass']:16} {row['median_ms']:9.3f}, {row['captured_ms']:9.3f} ms"
