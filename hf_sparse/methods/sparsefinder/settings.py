@@ -181,8 +181,8 @@ class SparsefinderSettings(AdapterSettings):
     choices: int = field(
         default=4,
         metadata={
-            "help": "Key tiles that each query chooses for its tile of queries, for the predictor 'pooled', in place of "
-            "`sparsity` and `tiles_per_query`. At least 1; those of `window` and `global_tokens` come in addition."
+            "help": "Key tiles that each query chooses for its tile of queries, for the predictor 'pooled', in place "
+            "of `sparsity` and `tiles_per_query`. At least 1; those of `window` and `global_tokens` come in addition."
         },
     )
     exact_up_to: int = field(

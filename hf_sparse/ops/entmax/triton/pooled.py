@@ -14,7 +14,8 @@ from hf_sparse.ops.entmax.triton.common import constants, load_rows, origin_of, 
 from hf_sparse.ops.tiles.tiles import Tiles
 
 MOST_TILES = 4096  # tiles of keys whose number stands in the last bits of a score
-_MEANS = 128  # mean keys that are multiplied at once
+_ROWS, _MEANS = 64, 128  # queries and mean keys that a program multiplies at once
+_WARPS, _STAGES = 4, 3
 _NONE = tl.constexpr(-(1 << 31) + 64)  # below it is no score
 
 
@@ -67,14 +68,14 @@ def fused_pooled_tiles(
     near = min(key_tiles, max(0, before + after + rows - 1) // size + 2) if window else 1
     marks = torch.zeros((batch, layout.heads, tiles, key_tiles), dtype=torch.uint8, device=device)
     wide = query.dtype == torch.float32 or dim > 128
-    taken = min(64, max(16, triton.next_power_of_2(tiles * rows)))
+    taken = min(_ROWS, max(16, triton.next_power_of_2(tiles * rows)))
     block = max(32 if wide else _MEANS, each)
     _choose[(triton.cdiv(tiles * rows, taken) * batch * heads,)](
         query, mean, scale, first, marks, queries, keys, heads, layout.heads, tiles, key_tiles, means, rows,
         layout.query_size, layout.lead, size, before, after, always, *query.stride()[:3], GROUP=fixed["GROUP"], D=dim,
         PADDED=fixed["PADDED"], CAUSAL=causal, PRECISION=fixed["PRECISION"], WINDOW=window > 0, POOL=pool, M=taken,
-        N=block, EACH=each, CHOICES=choices, C=triton.next_power_of_2(choices), num_warps=4,
-        num_stages=2 if wide else 3,
+        N=block, EACH=each, CHOICES=choices, C=triton.next_power_of_2(choices), num_warps=_WARPS,
+        num_stages=2 if wide else _STAGES,
     )  # fmt: skip
     width = min(key_tiles, near + always + rows * choices * layout.share)
     index = torch.empty((batch, layout.heads, tiles, width), dtype=torch.int64, device=device)
@@ -146,8 +147,8 @@ def _choose(
     scale = tl.load(Scale + head)
     if scale < 0:
         q = -q
-    own, low, high = _near_tiles(First, batch, query_tile, queries, keys, tiles, rows, query_size, lead, size, before,
-                                 after, CAUSAL, WINDOW)  # fmt: skip
+    _, low, high = _near_tiles(First, batch, query_tile, queries, keys, tiles, rows, query_size, lead, size, before,
+                               after, CAUSAL, WINDOW)  # fmt: skip
     end = tl.max(tl.where(exists, low, 0), 0) if CAUSAL else tl.where(tl.max(exists.to(tl.int32), 0) > 0, tiles, 0)
     Mean += (batch * (heads // GROUP) + head // GROUP) * means * D
     lane, slot, in_block = tl.arange(0, N), tl.arange(0, C), tl.arange(0, N // EACH)
