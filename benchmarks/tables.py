@@ -11,6 +11,8 @@
         --evaluation evaluation-h200.json --cpu generate-cpu.json generate-before-cpu.json --busy busy-cpu.json \\
         --entmax-model entmax_model-h200.json --conversion conversion-h200.json \\
         --steps generate-entmax-h200.json generate-predicted-h200.json --prediction entmax_prediction-h200.json \\
+        --quality predicted_quality-smollm2-h200.json predicted_quality-smollm2-lora-h200.json \\
+        predicted_quality-qwen-h200.json \\
         --fill ../../docs/speed.md ../../README.md --figure ../../docs/speed.png
 
 A document marks the place of a table: everything between `<!-- table: NAME -->` and `<!-- end -->` is replaced. The
@@ -411,8 +413,8 @@ def prediction_table(run: dict[str, Any], which: str) -> str:
 
 
 def _predicted_name(row: dict[str, Any]) -> str:
-    count = row["tiles_per_query"]
-    return ENTMAX[row["contender"]] if count is None else f"entmax, {count} tiles predicted"
+    count = row["choices"]
+    return ENTMAX[row["contender"]] if count is None else f"entmax, {count} choices of a query"
 
 
 def predicted_text_table(run: dict[str, Any]) -> str:
@@ -426,12 +428,31 @@ def predicted_text_table(run: dict[str, Any]) -> str:
     rows = []
     for name, text in run["texts"].items():
         for count, held in text["predicted"].items():
-            predicted = times.get((name, f"entmax, {count} tiles predicted"), "-")
+            predicted = times.get((name, f"entmax, {count} choices of a query"), "-")
             cells = [f"{held['listed']:.0%}", f"{held['recall']:.1%}", predicted]
             rows.append([name, f"{text['length']:,}", count, f"{held['keys_per_query']:.0f}", *cells])
             rows[-1] += [times.get((name, other), "-") for other in others]
-    head = ["queries and keys", "tokens", "tiles", "keys with weight", "pairs listed", "mass held", "predicted, ms"]
+    head = ["queries and keys", "tokens", "choices", "keys with weight", "pairs listed", "mass held", "predicted, ms"]
     return table([*head, "all keys, ms", "flash, ms", "cuDNN, ms"], rows)
+
+
+def predicted_quality_table(runs: Sequence[dict[str, Any]]) -> str:
+    """Tabulate the perplexity over predicted tiles beside that over all keys, with the standard error over chunks."""
+    rows = []
+    for run in runs:
+        perplexity = {(row["length"], row["attention"]): row["perplexity"] for row in run["rows"]}
+        predicted = [row for row in run["rows"] if row["attention"] == "predicted"]
+        for row in sorted(predicted, key=lambda row: (row["length"], row["choices"], "exact_layers" in row)):
+            length = row["length"]
+            exact = ", ".join(map(str, row.get("exact_layers", ()))) or "none"
+            cells = [f"{perplexity[length, name]:.2f}" for name in ("dense", "all keys")] + [f"{row['perplexity']:.2f}"]
+            above = f"{row['above_all_keys']:+.2%}".replace("%", " %")
+            error = f"{row['standard_error']:.2%}".replace("%", " %")
+            rows.append([run["settings"]["adapter"], f"{length:,} x {row['chunks']}", f"{row['choices']}", exact])
+            rows[-1] += [f"{row['tiles']:.1f}", f"{row['share_of_pairs']:.0%}", *cells, f"{above} ({error})"]
+    head = ["adapter", "tokens x chunks", "choices", "layers over all keys", "tiles per list", "pairs listed"]
+    head += ["dense", "entmax, all keys", "predicted", "above all keys"]
+    return table(head, rows)
 
 
 def machine_table(kernels: dict[str, Any], model: dict[str, Any]) -> str:
@@ -525,6 +546,7 @@ def all_tables(
     shapes: Sequence[dict[str, Any]],
     first_tokens: dict[str, Any],
     prediction: dict[str, Any],
+    quality: Sequence[dict[str, Any]],
 ) -> dict[str, str]:
     """Return every table by the name that documents call it.
 
@@ -532,7 +554,7 @@ def all_tables(
     generate.py each, now and before; `entmax` holds the runs of each of two shapes, of which the first counts;
     `entmax_model` is a run of whole models, `conversion` the finetune.json of a training run, `steps` holds runs of
     default generate with Sparsefinder, `shapes` one run of the kernels for each shape, `first_tokens` is a run of
-    `generate.py` for short prompts, and `prediction` one of predicted tiles."""
+    `generate.py` for short prompts, `prediction` one of predicted tiles, and `quality` runs of what these cost."""
     spread = [[label, f"{model['spread'][name]:.0%}"] for name, label in CACHES.items()]
     return {
         "machine": machine_table(kernels, model),
@@ -570,6 +592,7 @@ def all_tables(
         "prediction forward and backward": prediction_table(prediction, "forward_backward"),
         "prediction alone": prediction_table(prediction, "prediction"),
         "predicted texts": predicted_text_table(prediction),
+        "predicted quality": predicted_quality_table(quality),
     }
 
 
@@ -633,6 +656,7 @@ def main() -> None:
     parser.add_argument("--conversion", type=Path, required=True, help="finetune.json of a Sparsefinder adapter")
     parser.add_argument("--steps", type=Path, nargs="+", required=True, help="JSON of default generate, Sparsefinder")
     parser.add_argument("--prediction", type=Path, required=True, help="JSON of entmax_prediction.py")
+    parser.add_argument("--quality", type=Path, nargs="+", required=True, help="JSON of predicted_quality.py")
     parser.add_argument(
         "--fill", type=Path, nargs="*", default=[], help="Markdown files whose marked tables are replaced"
     )
@@ -664,6 +688,7 @@ def main() -> None:
         shapes=list(map(read, options.shapes)),
         first_tokens=read(options.first_tokens),
         prediction=read(options.prediction),
+        quality=list(map(read, options.quality)),
     )
     if options.figure:
         draw(kernels, options.figure)

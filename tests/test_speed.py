@@ -60,6 +60,7 @@ def tables() -> dict[str, str]:
         shapes=shapes,
         first_tokens=first_tokens,
         prediction=prediction,
+        quality=read(*(f"predicted_quality-{name}" for name in ("smollm2", "smollm2-lora", "qwen"))),
     )
 
 

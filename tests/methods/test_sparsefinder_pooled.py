@@ -113,3 +113,12 @@ def test_padding_moves_no_tile():
     for row, real in enumerate(valid):
         alone = attend(module, *(tensor[row, None][:, :, real] for tensor in inputs))
         torch.testing.assert_close(together[row, None][:, :, real], alone, rtol=0, atol=1e-5)
+
+
+def test_with_a_list_for_each_query_nothing_depends_on_later_tokens():
+    query, key, value = tensors()
+    module, before = build(query_tile=1), 50
+    whole = attend(module, query, key, value)
+    changed = [torch.cat([tensor[:, :, :before], 9 * tensor[:, :, before:]], 2) for tensor in (query, key, value)]
+    torch.testing.assert_close(attend(module, *changed)[:, :, :before], whole[:, :, :before], rtol=0, atol=1e-5)
+    assert not torch.allclose(whole, full(module, query, key, value), atol=1e-3)
