@@ -10,9 +10,7 @@
         --shapes kernels-launches-h200.json --first-tokens generate-short-h200.json \\
         --evaluation evaluation-h200.json --cpu generate-cpu.json generate-before-cpu.json --busy busy-cpu.json \\
         --entmax-model entmax_model-h200.json --conversion conversion-h200.json \\
-        --steps generate-entmax-h200.json generate-predicted-h200.json --prediction entmax_prediction-h200.json \\
-        --quality predicted_quality-smollm2-h200.json predicted_quality-smollm2-lora-h200.json \\
-        predicted_quality-qwen-h200.json \\
+        --steps generate-entmax-h200.json generate-predicted-h200.json \\
         --fill ../../docs/speed.md ../../README.md --figure ../../docs/speed.png
 
 A document marks the place of a table: everything between `<!-- table: NAME -->` and `<!-- end -->` is replaced. The
@@ -545,8 +543,8 @@ def all_tables(
     steps: Sequence[dict[str, Any]],
     shapes: Sequence[dict[str, Any]],
     first_tokens: dict[str, Any],
-    prediction: dict[str, Any],
-    quality: Sequence[dict[str, Any]],
+    prediction: dict[str, Any] | None = None,
+    quality: Sequence[dict[str, Any]] = (),
 ) -> dict[str, str]:
     """Return every table by the name that documents call it.
 
@@ -588,11 +586,18 @@ def all_tables(
         "evaluation by contender": evaluation_table(evaluation),
         "generate on a cpu": cpu_table(*cpu),
         "busy cpu": busy_table(busy),
+        **(prediction_tables(prediction) if prediction else {}),
+        **({"predicted quality": predicted_quality_table(quality)} if quality else {}),
+    }
+
+
+def prediction_tables(prediction: dict[str, Any]) -> dict[str, str]:
+    """Return the tables of a run of predicted tiles."""
+    return {
         "prediction": prediction_table(prediction, "forward"),
         "prediction forward and backward": prediction_table(prediction, "forward_backward"),
         "prediction alone": prediction_table(prediction, "prediction"),
         "predicted texts": predicted_text_table(prediction),
-        "predicted quality": predicted_quality_table(quality),
     }
 
 
@@ -655,8 +660,8 @@ def main() -> None:
     parser.add_argument("--entmax-model", type=Path, required=True, help="JSON of entmax_model.py")
     parser.add_argument("--conversion", type=Path, required=True, help="finetune.json of a Sparsefinder adapter")
     parser.add_argument("--steps", type=Path, nargs="+", required=True, help="JSON of default generate, Sparsefinder")
-    parser.add_argument("--prediction", type=Path, required=True, help="JSON of entmax_prediction.py")
-    parser.add_argument("--quality", type=Path, nargs="+", required=True, help="JSON of predicted_quality.py")
+    parser.add_argument("--prediction", type=Path, help="JSON of entmax_prediction.py")
+    parser.add_argument("--quality", type=Path, nargs="+", default=[], help="JSON of predicted_quality.py")
     parser.add_argument(
         "--fill", type=Path, nargs="*", default=[], help="Markdown files whose marked tables are replaced"
     )
@@ -687,7 +692,7 @@ def main() -> None:
         steps=list(map(read, options.steps)),
         shapes=list(map(read, options.shapes)),
         first_tokens=read(options.first_tokens),
-        prediction=read(options.prediction),
+        prediction=read(options.prediction) if options.prediction else None,
         quality=list(map(read, options.quality)),
     )
     if options.figure:

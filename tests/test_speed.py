@@ -41,7 +41,7 @@ def tables() -> dict[str, str]:
     entmax = [read(f"entmax_kernels{shape}", f"entmax_kernels{shape}-earlier") for shape in ("", "-128")]
     (evaluation,) = read("evaluation")
     generate_cpu, before_cpu, busy = read("generate", "generate-before", "busy", machine="cpu")
-    entmax_model, conversion, prediction = read("entmax_model", "conversion", "entmax_prediction")
+    entmax_model, conversion = read("entmax_model", "conversion")
     return SCRIPT.all_tables(
         kernels=kernels,
         wider=wider,
@@ -59,8 +59,6 @@ def tables() -> dict[str, str]:
         steps=read("generate-entmax", "generate-predicted"),
         shapes=shapes,
         first_tokens=first_tokens,
-        prediction=prediction,
-        quality=read(*(f"predicted_quality-{name}" for name in ("smollm2", "smollm2-lora", "qwen"))),
     )
 
 
