@@ -486,12 +486,12 @@ def joined_texts(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _predicted_name(row: dict[str, Any]) -> str:
-    count = row["tiles_per_query"]
+    count = row["choices"]
     if count is None:
         return ENTMAX[row["contender"]]
     if row["contender"] == "flex tiles":
-        return f"FlexAttention, softmax over the same {count} tiles"
-    return f"entmax, {count} tiles predicted"
+        return f"FlexAttention, softmax over the tiles of {count} choices"
+    return f"entmax, {count} choices of a query"
 
 
 def entmax_ratio_table(run: dict[str, Any]) -> str:
@@ -507,7 +507,7 @@ def entmax_ratio_table(run: dict[str, Any]) -> str:
     rows = []
     for (text, length), cells in sorted(times.items()):
         for name in dict.fromkeys(name for name, _ in cells):
-            if name == ENTMAX["entmax exact"] or name.endswith("predicted"):
+            if name == ENTMAX["entmax exact"] or name.endswith("choices of a query"):
                 both = [(cells.get((name, p)), cells.get((ENTMAX[other], p))) for p in PASSES for other in others]
                 ratios_of = [f"{ours / theirs:.2f}" if ours and theirs else "-" for ours, theirs in both]
                 rows.append([text, f"{length:,}", name, *ratios_of])
@@ -545,12 +545,31 @@ def predicted_text_table(run: dict[str, Any]) -> str:
     rows = []
     for name, text in sorted(run["texts"].items(), key=lambda item: (item[0].split(" ")[0], item[1]["length"])):
         for count, held in text["predicted"].items():
-            predicted = times.get((name, f"entmax, {count} tiles predicted"), "-")
+            predicted = times.get((name, f"entmax, {count} choices of a query"), "-")
             cells = [f"{held['listed']:.0%}", f"{held['recall']:.1%}", predicted]
             rows.append([name, f"{text['length']:,}", count, f"{held['keys_per_query']:.0f}", *cells])
             rows[-1] += [times.get((name, other), "-") for other in others]
-    head = ["queries and keys", "tokens", "tiles", "keys with weight", "pairs listed", "mass held", "predicted, ms"]
+    head = ["queries and keys", "tokens", "choices", "keys with weight", "pairs listed", "mass held", "predicted, ms"]
     return table([*head, "all keys, ms", "AdaSplash 2, ms", "flash, ms", "cuDNN, ms"], rows)
+
+
+def predicted_quality_table(runs: Sequence[dict[str, Any]]) -> str:
+    """Tabulate the perplexity over predicted tiles beside that over all keys, with the standard error over chunks."""
+    rows = []
+    for run in runs:
+        perplexity = {(row["length"], row["attention"]): row["perplexity"] for row in run["rows"]}
+        predicted = [row for row in run["rows"] if row["attention"] == "predicted"]
+        for row in sorted(predicted, key=lambda row: (row["length"], row["choices"], "exact_layers" in row)):
+            length = row["length"]
+            exact = ", ".join(map(str, row.get("exact_layers", ()))) or "none"
+            cells = [f"{perplexity[length, name]:.2f}" for name in ("dense", "all keys")] + [f"{row['perplexity']:.2f}"]
+            above = f"{row['above_all_keys']:+.2%}".replace("%", " %")
+            error = f"{row['standard_error']:.2%}".replace("%", " %")
+            rows.append([run["settings"]["adapter"], f"{length:,} x {row['chunks']}", f"{row['choices']}", exact])
+            rows[-1] += [f"{row['tiles']:.1f}", f"{row['share_of_pairs']:.0%}", *cells, f"{above} ({error})"]
+    head = ["adapter", "tokens x chunks", "choices", "layers over all keys", "tiles per list", "pairs listed"]
+    head += ["dense", "entmax, all keys", "predicted", "above all keys"]
+    return table(head, rows)
 
 
 def machine_table(kernels: dict[str, Any], model: dict[str, Any]) -> str:
@@ -648,6 +667,7 @@ def all_tables(
     static: dict[str, Any],
     prefills: dict[str, Any],
     prediction: Sequence[dict[str, Any]],
+    quality: Sequence[dict[str, Any]] = (),
 ) -> dict[str, str]:
     """Return every table by the name that documents call it.
 
@@ -657,7 +677,7 @@ def all_tables(
     default generate with Sparsefinder, `shapes` one run of the kernels for each shape, `first_tokens` is a run of
     `generate.py` for short prompts, `prefills` one of `prefill.py`, `recorded` and `first_static` are runs of the
     scripts of these names, `static` is one of `static_decode.py`, and `prediction` holds runs of predicted tiles, of
-    which the first with a text counts."""
+    which the first with a text counts; `quality` holds runs of what predicted tiles cost in perplexity."""
     spread = [[label, f"{model['spread'][name]:.0%}"] for name, label in CACHES.items()]
     return {
         "machine": machine_table(kernels, model),
@@ -701,6 +721,7 @@ def all_tables(
         "predicted texts": predicted_text_table(joined_texts(prediction)),
         "entmax ratios": entmax_ratio_table(joined_texts(prediction)),
         "errors of entmax": other_error_table(prediction[:1]),
+        **({"predicted quality": predicted_quality_table(quality)} if quality else {}),
     }
 
 
@@ -768,6 +789,7 @@ def main() -> None:
     parser.add_argument("--steps", type=Path, nargs="+", required=True, help="JSON of default generate, Sparsefinder")
     parser.add_argument("--prediction", type=Path, nargs="+", required=True, help="JSON of entmax_prediction.py")
     parser.add_argument("--static", type=Path, required=True, help="JSON of static_decode.py")
+    parser.add_argument("--quality", type=Path, nargs="+", default=[], help="JSON of predicted_quality.py")
     parser.add_argument(
         "--fill", type=Path, nargs="*", default=[], help="Markdown files whose marked tables are replaced"
     )
@@ -803,6 +825,7 @@ def main() -> None:
         static=read(options.static),
         prefills=read(options.prefills),
         prediction=list(map(read, options.prediction)),
+        quality=list(map(read, options.quality)),
     )
     if options.figure:
         draw(kernels, options.figure)
