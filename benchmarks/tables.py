@@ -14,6 +14,7 @@
         --entmax-model entmax_model-h200.json --conversion conversion-h200.json \\
         --steps generate-entmax-h200.json generate-predicted-h200.json --prediction entmax_prediction-h200.json \\
         entmax_prediction-earlier-h200.json --static static_decode-8-layers-h200.json \\
+        --quality predicted_quality-*-h200.json \\
         --fill ../../docs/speed.md ../../README.md --figure ../../docs/speed.png
 
 A document marks the place of a table: everything between `<!-- table: NAME -->` and `<!-- end -->` is replaced. The
@@ -515,6 +516,53 @@ def entmax_ratio_table(run: dict[str, Any]) -> str:
     return table(["queries and keys", "tokens", "ours", *head], rows)
 
 
+def bidirectional_table(runs: Sequence[dict[str, Any]], which: str) -> str:
+    """Tabulate one pass without a causal mask, as encoders have it, and what entmax takes beside the others.
+
+    Cells are those of `entmax_table`. A ratio to SDPA is of times in a CUDA graph, that to AdaSplash 1, which a graph
+    cannot hold, of times as called from Python."""
+    names = ("entmax exact", "adasplash 1", "sdpa flash", "sdpa cudnn")
+    rows = []
+    for run in runs:
+        measured = [row for row in run["rows"] if row.get("pass") == which and "error" not in row]
+        for length in sorted({row["length"] for row in measured}):
+            of = {row["contender"]: row for row in measured if row["length"] == length}
+            cells = [f"{short(of[n]['captured_ms'])} ({short(of[n]['median_ms'])})" if n in of else "-" for n in names]
+            for other in names[1:]:
+                column = "median_ms" if other == "adasplash 1" else "captured_ms"
+                both = other in of and names[0] in of
+                cells.append(f"{of[names[0]][column] / of[other][column]:.2f}" if both else "-")
+            rows.append([f"{length:,} x {run['settings']['batch']}", *cells])
+    head = ["entmax, ms", "AdaSplash 1", "SDPA flash", "SDPA cuDNN"]
+    head += ["*entmax / AdaSplash 1*", "*/ flash*", "*/ cuDNN*"]
+    return table([f"{PASSES[which]}: tokens x batch", *head], rows)
+
+
+def bidirectional_tables(runs: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Return the tables of attention without a causal mask, and of its errors."""
+    return {
+        "both directions": bidirectional_table(runs, "forward"),
+        "both directions and backward": bidirectional_table(runs, "forward_backward"),
+        "errors of both directions": other_error_table(runs[:1]),
+    }
+
+
+def flex_table(run: dict[str, Any]) -> str:
+    """Tabulate entmax over predicted tiles, prediction included, beside softmax over the same tiles, in CUDA graphs."""
+    cells: dict[tuple[str, int, str, str], float] = {}
+    for row in (row for row in run["rows"] if "error" not in row and row["choices"] is not None):
+        cells[row["text"], row["choices"], row["contender"], row["pass"]] = row["captured_ms"]
+    rows = []
+    for text, count in dict.fromkeys((text, count) for text, count, *_ in cells):
+        columns: list[str] = []
+        for which in PASSES:
+            ours, flex = (cells.get((text, count, name, which)) for name in ("predicted", "flex tiles"))
+            columns += [short(ours), short(flex), short(ours / flex if ours and flex else None)]
+        rows.append([text, f"{run['texts'][text]['length']:,}", f"{count}", *columns])
+    head = [f"{name}, {PASSES[which].lower()}" for which in PASSES for name in ("entmax", "FlexAttention", "ratio")]
+    return table(["queries and keys", "tokens", "choices", *head], rows)
+
+
 def other_error_table(runs: Sequence[dict[str, Any]]) -> str:
     """Tabulate the errors of entmax and AdaSplash against float64."""
     rows = []
@@ -668,6 +716,8 @@ def all_tables(
     prefills: dict[str, Any],
     prediction: Sequence[dict[str, Any]],
     quality: Sequence[dict[str, Any]] = (),
+    bidirectional: Sequence[dict[str, Any]] = (),
+    flex: dict[str, Any] | None = None,
 ) -> dict[str, str]:
     """Return every table by the name that documents call it.
 
@@ -677,7 +727,9 @@ def all_tables(
     default generate with Sparsefinder, `shapes` one run of the kernels for each shape, `first_tokens` is a run of
     `generate.py` for short prompts, `prefills` one of `prefill.py`, `recorded` and `first_static` are runs of the
     scripts of these names, `static` is one of `static_decode.py`, and `prediction` holds runs of predicted tiles, of
-    which the first with a text counts; `quality` holds runs of what predicted tiles cost in perplexity."""
+    which the first with a text counts; `quality` holds runs of what predicted tiles cost in perplexity,
+    `bidirectional` runs of entmax_kernels.py without a causal mask, and `flex` is one of predicted tiles beside
+    FlexAttention."""
     spread = [[label, f"{model['spread'][name]:.0%}"] for name, label in CACHES.items()]
     return {
         "machine": machine_table(kernels, model),
@@ -722,6 +774,8 @@ def all_tables(
         "entmax ratios": entmax_ratio_table(joined_texts(prediction)),
         "errors of entmax": other_error_table(prediction[:1]),
         **({"predicted quality": predicted_quality_table(quality)} if quality else {}),
+        **({"flex tiles": flex_table(flex)} if flex else {}),
+        **(bidirectional_tables(bidirectional) if bidirectional else {}),
     }
 
 
@@ -790,6 +844,8 @@ def main() -> None:
     parser.add_argument("--prediction", type=Path, nargs="+", required=True, help="JSON of entmax_prediction.py")
     parser.add_argument("--static", type=Path, required=True, help="JSON of static_decode.py")
     parser.add_argument("--quality", type=Path, nargs="+", default=[], help="JSON of predicted_quality.py")
+    parser.add_argument("--bidirectional", type=Path, nargs="+", default=[], help="JSON of entmax_kernels.py")
+    parser.add_argument("--flex", type=Path, help="JSON of entmax_prediction.py beside FlexAttention")
     parser.add_argument(
         "--fill", type=Path, nargs="*", default=[], help="Markdown files whose marked tables are replaced"
     )
@@ -826,6 +882,8 @@ def main() -> None:
         prefills=read(options.prefills),
         prediction=list(map(read, options.prediction)),
         quality=list(map(read, options.quality)),
+        bidirectional=list(map(read, options.bidirectional)),
+        flex=read(options.flex) if options.flex else None,
     )
     if options.figure:
         draw(kernels, options.figure)
