@@ -52,9 +52,8 @@ def predict(options: argparse.Namespace, count: int, query: Tensor, key: Tensor,
         key,
         size=options.tile,
         rows=options.query_tile,
-        count=count,
+        choices=count,
         pool=options.pool,
-        alpha=1.5,
         scaling=scaling,
         causal=True,
         window=options.window,
@@ -135,6 +134,7 @@ def statistics_of(
     per_head = torch.cat(mass, 1).mean(1)
     return {
         "listed": round(float(share.mean()), 4),
+        "tiles_per_list": round(float(tiles.counts.float().mean()), 1),
         "recall": round(float(per_head.mean()), 4),
         "recall_per_head": [round(float(number), 4) for number in per_head],
         "keys_per_query": round(float(torch.cat(support, 1).mean()), 1),
@@ -146,7 +146,7 @@ def check(options: argparse.Namespace) -> dict[str, float]:
     dtype = getattr(torch, options.dtype)
     inputs, scaling = make_inputs(options, CHECKED, dtype)
     query, key = inputs[:2]
-    count = min(options.tiles_per_query)
+    count = min(options.choices)
     tiles = predict(options, count, query, key, scaling)
     precise = predict(options, count, query.double(), key.double(), scaling.double())
     total = -(-CHECKED // options.tile)
@@ -202,10 +202,10 @@ def measure(
             median = do_bench(function, warmup=10, rep=options.repeat_ms, return_mode="median")
             # AdaSplash 1 waits for the GPU, which a CUDA graph cannot hold.
             captured = None if name == "adasplash 1" else do_bench_cudagraph(function, rep=options.repeat_ms)
-            rows.append({"contender": name, "tiles_per_query": count, "pass": label})
+            rows.append({"contender": name, "choices": count, "pass": label})
             rows[-1] |= {"median_ms": median, "captured_ms": captured}
     except (AssertionError, RuntimeError, NotImplementedError) as error:  # a shape that is not taken, or no memory
-        rows.append({"contender": name, "tiles_per_query": count, "error": str(error).splitlines()[0]})
+        rows.append({"contender": name, "choices": count, "error": str(error).splitlines()[0]})
     return rows
 
 
@@ -234,8 +234,8 @@ def main() -> None:
     parser.add_argument("--inputs", type=Path, nargs="*", default=[], help="safetensors with queries and keys")
     parser.add_argument("--tile", type=int, default=64, help="keys per tile")
     parser.add_argument("--query-tile", type=int, help="queries per tile; --tile by default")
-    parser.add_argument("--tiles-per-query", type=int, nargs="+", default=[16, 32, 64])
-    parser.add_argument("--pool", type=int, default=8, help="queries whose mean stands for them")
+    parser.add_argument("--choices", type=int, nargs="+", default=[4, 8], help="tiles that each query chooses")
+    parser.add_argument("--pool", type=int, default=16, help="keys whose mean stands for them")
     parser.add_argument("--window", type=int, default=64)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--query-heads", type=int, default=9, help="number of heads of the drawn queries")
@@ -252,7 +252,7 @@ def main() -> None:
     options.alpha, options.bidirectional = 1.5, False  # for make_inputs
     contenders = options.only or [n for n in CONTENDERS if n not in ada.VERSIONS or ada.installed_version()]
 
-    names = ("tile", "query_tile", "tiles_per_query", "pool", "window", "batch", "query_heads", "kv_heads", "dim")
+    names = ("tile", "query_tile", "choices", "pool", "window", "batch", "query_heads", "kv_heads", "dim")
     settings = {name: getattr(options, name) for name in (*names, "dtype", "repeat_ms")} | {"alpha": 1.5}
     result: dict[str, Any] = {"format": 1, "benchmark": "entmax_prediction", "settings": settings}
     result |= {"commit": options.commit, **describe()}
@@ -263,7 +263,7 @@ def main() -> None:
     result["errors_of_others"] = check_others(options, contenders)
     print("errors of others:", result["errors_of_others"], flush=True)
     if "flex tiles" in contenders:
-        result["flex_error"] = flex_error(options, min(options.tiles_per_query))
+        result["flex_error"] = flex_error(options, min(options.choices))
         print("FlexAttention:", result["flex_error"], flush=True)
     result |= {"texts": {}, "rows": []}
     for text, make in texts(options).items():
@@ -271,15 +271,14 @@ def main() -> None:
         (heads, length, dim), kv_heads = inputs[0].shape[1:], inputs[1].shape[1]
         shape = {"length": length, "query_heads": heads, "kv_heads": kv_heads, "dim": dim}
         predicted = {
-            str(count): statistics_of(options, count, inputs[0], inputs[1], scaling)
-            for count in options.tiles_per_query
+            str(count): statistics_of(options, count, inputs[0], inputs[1], scaling) for count in options.choices
         }
         result["texts"][text] = shape | {"predicted": predicted}
         print(text, shape, flush=True)
         for listed, held in predicted.items():
             print(f"  {listed:>4} tiles: {held}", flush=True)
         for name in contenders:
-            for count in options.tiles_per_query if name in WITH_TILES else [None]:
+            for count in options.choices if name in WITH_TILES else [None]:
                 for row in measure(options, name, count, inputs, scaling):
                     result["rows"].append({"text": text, **row})
                     told = row.get("error") or (

@@ -94,13 +94,13 @@ def step(index: bool, dtype: torch.dtype = torch.bfloat16) -> None:
 
 
 def rows() -> None:
-    """Find supports, and list tiles by mean queries."""
+    """Find supports, and list tiles by mean keys."""
     query, key, _ = (tensor.detach() for tensor in draw(6, 2, 333, 333, 40, torch.float32, 2))
     wanted = torch.arange(0, 333, 7, device=DEVICE)
     support(query, key, rows=wanted, alpha=1.5, scaling=0.3, causal=True)
     for size, number in ((64, 64), (32, 16)):
-        options: dict[str, Any] = {"size": size, "rows": number, "count": 3, "pool": 8, "window": 9}
-        pooled_tiles(query, key, alpha=1.5, scaling=0.3, causal=True, **options)
+        options: dict[str, Any] = {"size": size, "rows": number, "choices": 3, "pool": 8, "window": 9}
+        pooled_tiles(query, key, scaling=0.3, causal=True, **options)
 
 
 def sparsek(gates: Any, causal: bool, dim: int, dtype: torch.dtype = torch.bfloat16) -> None:
@@ -141,7 +141,7 @@ case("lists of tiles of 16", entmax, 333, 333, 64, tiles=(16, 16))
 case("lists of tiles of 64, alphas, padding", entmax, 333, 333, 40, SINGLE, alpha="heads", tiles=(64, 64), padded=True)
 case("a step", step, False)
 case("a step over lists", step, True)
-case("supports and lists by mean queries", rows)
+case("supports and lists by mean keys", rows)
 case("SparseK, hard", sparsek, "hard", True, 64)
 case("SparseK, soft", sparsek, "soft", True, 40)
 case("SparseK, both directions", sparsek, "soft", False, 64)

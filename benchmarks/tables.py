@@ -14,6 +14,7 @@
         --entmax-model entmax_model-h200.json --conversion conversion-h200.json \\
         --steps generate-entmax-h200.json generate-predicted-h200.json --prediction entmax_prediction-h200.json \\
         entmax_prediction-earlier-h200.json --static static_decode-8-layers-h200.json \\
+        --quality predicted_quality-*-h200.json \\
         --fill ../../docs/speed.md ../../README.md --figure ../../docs/speed.png
 
 A document marks the place of a table: everything between `<!-- table: NAME -->` and `<!-- end -->` is replaced. The
@@ -486,12 +487,12 @@ def joined_texts(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _predicted_name(row: dict[str, Any]) -> str:
-    count = row["tiles_per_query"]
+    count = row["choices"]
     if count is None:
         return ENTMAX[row["contender"]]
     if row["contender"] == "flex tiles":
-        return f"FlexAttention, softmax over the same {count} tiles"
-    return f"entmax, {count} tiles predicted"
+        return f"FlexAttention, softmax over the tiles of {count} choices"
+    return f"entmax, {count} choices of a query"
 
 
 def entmax_ratio_table(run: dict[str, Any]) -> str:
@@ -507,12 +508,59 @@ def entmax_ratio_table(run: dict[str, Any]) -> str:
     rows = []
     for (text, length), cells in sorted(times.items()):
         for name in dict.fromkeys(name for name, _ in cells):
-            if name == ENTMAX["entmax exact"] or name.endswith("predicted"):
+            if name == ENTMAX["entmax exact"] or name.endswith("choices of a query"):
                 both = [(cells.get((name, p)), cells.get((ENTMAX[other], p))) for p in PASSES for other in others]
                 ratios_of = [f"{ours / theirs:.2f}" if ours and theirs else "-" for ours, theirs in both]
                 rows.append([text, f"{length:,}", name, *ratios_of])
     head = [f"{PASSES[which].lower()} / {other}" for which in PASSES for other in others.values()]
     return table(["queries and keys", "tokens", "ours", *head], rows)
+
+
+def bidirectional_table(runs: Sequence[dict[str, Any]], which: str) -> str:
+    """Tabulate one pass without a causal mask, as encoders have it, and what entmax takes beside the others.
+
+    Cells are those of `entmax_table`. A ratio to SDPA is of times in a CUDA graph, that to AdaSplash 1, which a graph
+    cannot hold, of times as called from Python."""
+    names = ("entmax exact", "adasplash 1", "sdpa flash", "sdpa cudnn")
+    rows = []
+    for run in runs:
+        measured = [row for row in run["rows"] if row.get("pass") == which and "error" not in row]
+        for length in sorted({row["length"] for row in measured}):
+            of = {row["contender"]: row for row in measured if row["length"] == length}
+            cells = [f"{short(of[n]['captured_ms'])} ({short(of[n]['median_ms'])})" if n in of else "-" for n in names]
+            for other in names[1:]:
+                column = "median_ms" if other == "adasplash 1" else "captured_ms"
+                both = other in of and names[0] in of
+                cells.append(f"{of[names[0]][column] / of[other][column]:.2f}" if both else "-")
+            rows.append([f"{length:,} x {run['settings']['batch']}", *cells])
+    head = ["entmax, ms", "AdaSplash 1", "SDPA flash", "SDPA cuDNN"]
+    head += ["*entmax / AdaSplash 1*", "*/ flash*", "*/ cuDNN*"]
+    return table([f"{PASSES[which]}: tokens x batch", *head], rows)
+
+
+def bidirectional_tables(runs: Sequence[dict[str, Any]]) -> dict[str, str]:
+    """Return the tables of attention without a causal mask, and of its errors."""
+    return {
+        "both directions": bidirectional_table(runs, "forward"),
+        "both directions and backward": bidirectional_table(runs, "forward_backward"),
+        "errors of both directions": other_error_table(runs[:1]),
+    }
+
+
+def flex_table(run: dict[str, Any]) -> str:
+    """Tabulate entmax over predicted tiles, prediction included, beside softmax over the same tiles, in CUDA graphs."""
+    cells: dict[tuple[str, int, str, str], float] = {}
+    for row in (row for row in run["rows"] if "error" not in row and row["choices"] is not None):
+        cells[row["text"], row["choices"], row["contender"], row["pass"]] = row["captured_ms"]
+    rows = []
+    for text, count in dict.fromkeys((text, count) for text, count, *_ in cells):
+        columns: list[str] = []
+        for which in PASSES:
+            ours, flex = (cells.get((text, count, name, which)) for name in ("predicted", "flex tiles"))
+            columns += [short(ours), short(flex), short(ours / flex if ours and flex else None)]
+        rows.append([text, f"{run['texts'][text]['length']:,}", f"{count}", *columns])
+    head = [f"{name}, {PASSES[which].lower()}" for which in PASSES for name in ("entmax", "FlexAttention", "ratio")]
+    return table(["queries and keys", "tokens", "choices", *head], rows)
 
 
 def other_error_table(runs: Sequence[dict[str, Any]]) -> str:
@@ -545,12 +593,31 @@ def predicted_text_table(run: dict[str, Any]) -> str:
     rows = []
     for name, text in sorted(run["texts"].items(), key=lambda item: (item[0].split(" ")[0], item[1]["length"])):
         for count, held in text["predicted"].items():
-            predicted = times.get((name, f"entmax, {count} tiles predicted"), "-")
+            predicted = times.get((name, f"entmax, {count} choices of a query"), "-")
             cells = [f"{held['listed']:.0%}", f"{held['recall']:.1%}", predicted]
             rows.append([name, f"{text['length']:,}", count, f"{held['keys_per_query']:.0f}", *cells])
             rows[-1] += [times.get((name, other), "-") for other in others]
-    head = ["queries and keys", "tokens", "tiles", "keys with weight", "pairs listed", "mass held", "predicted, ms"]
+    head = ["queries and keys", "tokens", "choices", "keys with weight", "pairs listed", "mass held", "predicted, ms"]
     return table([*head, "all keys, ms", "AdaSplash 2, ms", "flash, ms", "cuDNN, ms"], rows)
+
+
+def predicted_quality_table(runs: Sequence[dict[str, Any]]) -> str:
+    """Tabulate the perplexity over predicted tiles beside that over all keys, with the standard error over chunks."""
+    rows = []
+    for run in runs:
+        perplexity = {(row["length"], row["attention"]): row["perplexity"] for row in run["rows"]}
+        predicted = [row for row in run["rows"] if row["attention"] == "predicted"]
+        for row in sorted(predicted, key=lambda row: (row["length"], row["choices"], "exact_layers" in row)):
+            length = row["length"]
+            exact = ", ".join(map(str, row.get("exact_layers", ()))) or "none"
+            cells = [f"{perplexity[length, name]:.2f}" for name in ("dense", "all keys")] + [f"{row['perplexity']:.2f}"]
+            above = f"{row['above_all_keys']:+.2%}".replace("%", " %")
+            error = f"{row['standard_error']:.2%}".replace("%", " %")
+            rows.append([run["settings"]["adapter"], f"{length:,} x {row['chunks']}", f"{row['choices']}", exact])
+            rows[-1] += [f"{row['tiles']:.1f}", f"{row['share_of_pairs']:.0%}", *cells, f"{above} ({error})"]
+    head = ["adapter", "tokens x chunks", "choices", "layers over all keys", "tiles per list", "pairs listed"]
+    head += ["dense", "entmax, all keys", "predicted", "above all keys"]
+    return table(head, rows)
 
 
 def machine_table(kernels: dict[str, Any], model: dict[str, Any]) -> str:
@@ -648,6 +715,9 @@ def all_tables(
     static: dict[str, Any],
     prefills: dict[str, Any],
     prediction: Sequence[dict[str, Any]],
+    quality: Sequence[dict[str, Any]] = (),
+    bidirectional: Sequence[dict[str, Any]] = (),
+    flex: dict[str, Any] | None = None,
 ) -> dict[str, str]:
     """Return every table by the name that documents call it.
 
@@ -657,7 +727,9 @@ def all_tables(
     default generate with Sparsefinder, `shapes` one run of the kernels for each shape, `first_tokens` is a run of
     `generate.py` for short prompts, `prefills` one of `prefill.py`, `recorded` and `first_static` are runs of the
     scripts of these names, `static` is one of `static_decode.py`, and `prediction` holds runs of predicted tiles, of
-    which the first with a text counts."""
+    which the first with a text counts; `quality` holds runs of what predicted tiles cost in perplexity,
+    `bidirectional` runs of entmax_kernels.py without a causal mask, and `flex` is one of predicted tiles beside
+    FlexAttention."""
     spread = [[label, f"{model['spread'][name]:.0%}"] for name, label in CACHES.items()]
     return {
         "machine": machine_table(kernels, model),
@@ -701,6 +773,9 @@ def all_tables(
         "predicted texts": predicted_text_table(joined_texts(prediction)),
         "entmax ratios": entmax_ratio_table(joined_texts(prediction)),
         "errors of entmax": other_error_table(prediction[:1]),
+        **({"predicted quality": predicted_quality_table(quality)} if quality else {}),
+        **({"flex tiles": flex_table(flex)} if flex else {}),
+        **(bidirectional_tables(bidirectional) if bidirectional else {}),
     }
 
 
@@ -768,6 +843,9 @@ def main() -> None:
     parser.add_argument("--steps", type=Path, nargs="+", required=True, help="JSON of default generate, Sparsefinder")
     parser.add_argument("--prediction", type=Path, nargs="+", required=True, help="JSON of entmax_prediction.py")
     parser.add_argument("--static", type=Path, required=True, help="JSON of static_decode.py")
+    parser.add_argument("--quality", type=Path, nargs="+", default=[], help="JSON of predicted_quality.py")
+    parser.add_argument("--bidirectional", type=Path, nargs="+", default=[], help="JSON of entmax_kernels.py")
+    parser.add_argument("--flex", type=Path, help="JSON of entmax_prediction.py beside FlexAttention")
     parser.add_argument(
         "--fill", type=Path, nargs="*", default=[], help="Markdown files whose marked tables are replaced"
     )
@@ -803,6 +881,9 @@ def main() -> None:
         static=read(options.static),
         prefills=read(options.prefills),
         prediction=list(map(read, options.prediction)),
+        quality=list(map(read, options.quality)),
+        bidirectional=list(map(read, options.bidirectional)),
+        flex=read(options.flex) if options.flex else None,
     )
     if options.figure:
         draw(kernels, options.figure)

@@ -328,6 +328,38 @@ class TestDivide:
         assert "nothing is evicted: 18 slots cover the whole text of 18 tokens" in error
 
 
+class TestUnpatch:
+    def test_takes_the_layers_out_that_are_not_sparse(self, tmp_path, base, text):
+        folder = tmp_path / "graph"
+        succeed("patch", base, *GRAPH, "--lora-rank", "2", "--output", folder)
+        succeed("finetune", folder, "--text", text, "--steps", "2", "--graph-steps", "1", *QUICK[4:])
+        options = ["--text", text, "--length", LENGTH, "--device", "cpu", "--above", "0.9"]
+        before = files(folder)
+        shown = succeed("unpatch", folder, *options)
+        assert "no layer is above 90%: nothing was changed" in shown and files(folder) == before
+        weights = load_file(folder / "adapter_model.safetensors")
+        name = next(name for name in weights if name.endswith(".log_scale") and ".layers.0." in name)
+        weights[name] -= 5  # next to no logit is left, and almost all keys have weight
+        save_file(weights, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        (folder / "finetune.json").unlink()
+        assert "left dense: 0" in succeed("unpatch", folder, *options)
+        assert PeftConfig.from_pretrained(str(folder)).layers == [1]
+        left = load_file(folder / "adapter_model.safetensors")
+        assert left.keys() == {name for name in weights if ".layers.1." in name} and left
+        assert all((left[name] == weights[name]).all() for name in left)
+        succeed("eval", folder, "--text", text, "--length", LENGTH, "--chunks", "0:1", "--device", "cpu")
+
+    def test_refuses_an_adapter_of_another_method(self, adapter, text):
+        error = fail("unpatch", adapter, "--text", text, "--length", LENGTH, "--device", "cpu")
+        assert "holds a SparseK adapter, where all that are attended to have some" in error
+
+    def test_refuses_a_checkpoint_that_was_trained_with_entmax(self, tmp_path, base, text):
+        folder = tmp_path / "graph"
+        succeed("patch", base, *GRAPH, "--entmax-native", "1.5", "--output", folder)
+        error = fail("unpatch", folder, "--text", text, "--length", LENGTH, "--device", "cpu")
+        assert "layers that are left dense attend by softmax" in error and "was trained with entmax" in error
+
+
 class TestEval:
     def test_measures(self, adapter, text, tmp_path):
         copy = tmp_path / "copy.json"
@@ -572,6 +604,8 @@ class TestSparsefinder:
             ("eval", ["--sparsity", "1.5"], "sparsities must be at least 0 and below 1"),
             ("eval", [], "never fitted"),
             ("divide", [], "holds a Sparsefinder adapter, which has none"),
+            ("unpatch", ["--above", "1.5"], "above must be a share above 0 and below 1, got 1.5"),
+            ("unpatch", ["--above", "0.0001"], "no layer would be left: in each of 2 layers more than 0% of the keys"),
         ],
         ids=lambda value: " ".join(value) if isinstance(value, list) else value[:10],
     )
@@ -603,7 +637,7 @@ class TestDamage:
         succeed("eval", adapter, "--text", text, "--length", LENGTH, "--selection", "learned")
         monkeypatch.setattr(workflow, "load_adapter", lambda *args, **kwargs: pytest.fail("the work began"))
         monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
-        for verb in ("finetune", "divide", "eval", "report"):
+        for verb in ("finetune", "divide", "unpatch", "eval", "report"):
             assert "adapter cannot be written to" in fail(verb, adapter, "--text", text)
 
     def test_weights(self, adapter, text):
@@ -717,7 +751,7 @@ def test_options_about_what_is_not_there(tmp_path, arguments, message):
     assert result.exit_code == 2 and message in " ".join(result.output.replace("│", " ").split())
 
 
-@pytest.mark.parametrize("verb", ["eval", "report", "divide", "push", "patch", "demo"])
+@pytest.mark.parametrize("verb", ["eval", "report", "divide", "unpatch", "push", "patch", "demo"])
 def test_one_process_does_what_cannot_be_shared(adapter, text, verb, monkeypatch):
     """Several would write the same files."""
     for name, value in (("RANK", "1"), ("LOCAL_RANK", "1"), ("WORLD_SIZE", "2")):
@@ -733,7 +767,7 @@ def test_version():
     assert succeed("--version") == f"hf-sparse {hf_sparse.__version__}\n"
 
 
-@pytest.mark.parametrize("verb", ["patch", "finetune", "divide", "eval", "push", "demo"])
+@pytest.mark.parametrize("verb", ["patch", "finetune", "divide", "unpatch", "eval", "push", "demo"])
 def test_help(verb):
     assert verb in succeed("--help")
     assert "Usage" in succeed(verb, "--help")

@@ -33,6 +33,7 @@ from hf_sparse.cli.errors import is_expected, message_of
 from hf_sparse.errors import DataError
 from hf_sparse.finetune import FinetuneConfig
 from hf_sparse.folders import locked
+from hf_sparse.methods.sparsefinder.unpatch import unpatch_adapter
 from hf_sparse.methods.sparsek.divide import divide_adapter
 
 pytestmark = pytest.mark.usefixtures("blank_pictures_in_module")
@@ -180,6 +181,12 @@ def divide(place, folder):
     divide_adapter(folder, place.text, length=LENGTH, chunks=":1", device="cpu")
 
 
+def unpatch(place, folder):
+    options = {"length": LENGTH, "chunks": ":1", "device": "cpu"}
+    densities = unpatch_adapter(folder, place.text, above=0.9999, **options)  # changes nothing
+    unpatch_adapter(folder, place.text, above=sum(densities.values()) / 2, **options)
+
+
 def measure(place, folder):
     options = {"length": LENGTH, "chunks": ":1", "device": "cpu", **MEASURED[place.method]}
     workflow.evaluate_adapter(folder, place.text, "words", **options)
@@ -195,6 +202,7 @@ VERBS: dict[str, Callable[[Any, Path], Any]] = {
     "finetune with checkpoints": lambda place, folder: train(place, folder, seed=1, checkpoint_every=1),
     "finetune --resume": lambda place, folder: train(place, folder, resume=True),
     "divide": divide,
+    "unpatch": unpatch,
     "eval": lambda place, folder: measure(place, folder),
     "report": report,
     "report again": lambda place, folder: write_report(folder),
@@ -224,9 +232,9 @@ def check(state: Path, old: dict[str, bytes], new: dict[str, bytes]) -> None:
     [pytest.param(verb, marks=[pytest.mark.full] * (verb in ("finetune", "finetune --resume"))) for verb in VERBS],
 )
 def test_killed_before_any_call(place, tmp_path, verb):
-    if verb == "divide" and place.method == "sparsefinder":
-        with pytest.raises(DataError, match="has none"):
-            divide(place, place.whole)
+    if (verb, place.method) in (("divide", "sparsefinder"), ("unpatch", "sparsek")):
+        with pytest.raises(DataError, match="adapter, w"):
+            VERBS[verb](place, place.whole)
         return
     folder = shutil.copytree(place.whole, tmp_path / "adapter")
     (folder / "notes.txt").write_text("mine")

@@ -34,6 +34,7 @@ WORDS = re.compile("sparsek|sparsefinder|scorer|slots|selection", re.IGNORECASE)
 EXCEPTIONS = [
     ("adapters.folder", "scorers_sha256", "a key of selection.json and graphs.json, which keep their keys"),
     ("cli.divide", "hf_sparse.methods.sparsek.divide|share of the slots by layer: ", "a verb for SparseK alone"),
+    ("cli.unpatch", "hf_sparse.methods.sparsefinder.unpatch", "a verb for Sparsefinder alone"),
     ("cli.evaluate", "selections|--selection|task_slots|slots", "options of `hf-sparse eval`, which keep their names"),
     ("evaluation", "selections|selections must be among ", "an argument of `evaluate`, which keeps its name"),
     ("evaluation", "(.* )?_?slots( .*|=.*)?", "what a budget counts: `Budget.slots`, and keys of eval.json"),

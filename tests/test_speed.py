@@ -66,6 +66,7 @@ def tables() -> dict[str, str]:
         static=read("static_decode-8-layers")[0],
         prefills=prefills,
         prediction=read("entmax_prediction", "entmax_prediction-earlier"),
+        quality=read("predicted_quality-smollm2"),
     )
 
 

@@ -20,6 +20,7 @@ from hf_sparse.cli.push import push
 from hf_sparse.cli.report import report
 from hf_sparse.cli.serve import serve
 from hf_sparse.cli.threads import wait_briefly
+from hf_sparse.cli.unpatch import unpatch
 
 app = typer.Typer(
     cls=OneLineErrors,
@@ -62,7 +63,7 @@ def check_processes(
             )
 
 
-for verb in (patch, finetune, divide):
+for verb in (patch, finetune, divide, unpatch):
     app.command()(verb)
 app.command("eval")(evaluate)
 for verb in (report, info, generate, chat, push, export):

@@ -89,12 +89,14 @@ def _budget(config: SparsefinderConfig) -> list[tuple[str, str]]:
         else f"bins of {config.bin_width} tokens",
         "distance": f"squared distance below {config.threshold:g}" if config.tile is None else "squared distance",
         "bound": "extremes of the keys of a tile",
-        "pooled": f"means of {config.pool} queries, in texts of more than {config.exact_up_to} tokens",
+        "pooled": f"means of {config.pool} keys, in texts of more than {config.exact_up_to} tokens",
     }[config.predictor]
     rows = [("predictor", f"{config.predictor}: {how}"), ("positions per tile", tile), *window]
     if config.rows != config.tile:
         rows[1:2] = [("keys per tile", tile), ("queries that have their list of tiles in common", str(config.rows))]
-    if config.tile is not None and config.predictor != "bound":
+    if config.predictor == "pooled":
+        rows.append(("key tiles that each query chooses for its tile of queries", f"**{config.choices}**"))
+    elif config.tile is not None and config.predictor != "bound":
         if config.tiles_per_query is not None:
             rows.append(("key tiles per query tile, all counted", f"**{config.tiles_per_query}**"))
         else:

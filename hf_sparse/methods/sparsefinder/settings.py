@@ -59,7 +59,7 @@ class SparsefinderSettings(AdapterSettings):
             "help": "What joins a query and a key: a common cluster ('clustering'), a common bin in some dimension "
             "('quantization'), or a small distance ('distance', whose cost is quadratic). Nothing is learned for "
             "'bound', every tile that the extremes of its keys do not exclude, which is exact, for 'full', all "
-            "keys, nor for 'pooled', tiles by means of `pool` queries, which saves time in long texts."
+            "keys, nor for 'pooled', tiles by means of `pool` keys, which saves time in long texts."
         },
     )
     clusters: int = field(default=16, metadata={"help": "Clusters per KV head, at least 2."})
@@ -172,10 +172,17 @@ class SparsefinderSettings(AdapterSettings):
         },
     )
     pool: int = field(
-        default=8,
+        default=16,
         metadata={
-            "help": "Queries whose mean stands for them, for the predictor 'pooled'. At least 1; prediction takes "
+            "help": "Keys whose mean stands for them, for the predictor 'pooled'. At least 1; prediction takes "
             "`1 / pool` of the products of all queries and keys."
+        },
+    )
+    choices: int = field(
+        default=4,
+        metadata={
+            "help": "Key tiles that each query chooses for its tile of queries, for the predictor 'pooled', in place "
+            "of `sparsity` and `tiles_per_query`. At least 1; those of `window` and `global_tokens` come in addition."
         },
     )
     exact_up_to: int = field(
@@ -205,6 +212,7 @@ class SparsefinderSettings(AdapterSettings):
             window=(0, MOST_TOKENS),
             global_tokens=(0, MOST_TOKENS),
             pool=(1, MOST_TOKENS),
+            choices=(1, MOST_TOKENS),
             exact_up_to=(0, MOST_TOKENS),
         )
         self._check_switches(*(f.name for f in fields(self) if f.type in (bool, "bool")))

@@ -10,15 +10,11 @@ from torch import Tensor, nn
 from hf_sparse.core.overrides import override
 from hf_sparse.errors import DataError
 from hf_sparse.finetune.stages import Stage, Training
-from hf_sparse.methods.sparsefinder.attention import AttentionInputs, Observer, SparsefinderAttention
+from hf_sparse.methods.sparsefinder.attention import SparsefinderAttention
+from hf_sparse.methods.sparsefinder.density import density_observer
 from hf_sparse.methods.sparsefinder.fit import fit_predictors, fit_profiles
 from hf_sparse.methods.sparsefinder.graph_loss import graph_loss, observed
 from hf_sparse.methods.sparsefinder.training_settings import SparsefinderTrainingSettings
-from hf_sparse.ops.entmax import support
-from hf_sparse.ops.tiles.allowed import allowed_edges, positions_of
-
-# The density is measured on so many queries per text.
-_QUERIES = 64
 
 
 class SparsefinderTraining(Training):
@@ -117,7 +113,7 @@ class SparsefinderTraining(Training):
         densities: list[float] = []
         with (
             override([layer.config for layer in self.layers], alpha=alpha),
-            observed(self.layers if logged else (), _density(densities)),
+            observed(self.layers if logged else (), lambda layer: density_observer(densities)),
         ):
             yield row
         if densities:
@@ -152,26 +148,6 @@ class SparsefinderTraining(Training):
         """Measure the loss with entmax over all keys, and the density, on a batch."""
         densities: list[float] = []
         name = "distill" if self.config.objective == "graph" else self.config.objective
-        with observed(self.layers, _density(densities)):
+        with observed(self.layers, lambda layer: density_observer(densities)):
             loss = super().loss(Stage(name, 1, {}, 1.0), model, *batch)
         return {"loss": float(loss), "density": sum(densities) / len(densities)}
-
-
-def _density(densities: list[float]) -> Callable[[SparsefinderAttention], Observer]:
-    """Make observers that append, for each text, the share of its allowed pairs whose probability is above 0.
-
-    It is measured on a sample of the queries.
-    """
-
-    def observer_of(layer: SparsefinderAttention) -> Observer:
-        def observe(text: AttentionInputs, *_: Any) -> None:
-            length = text.key.shape[2]
-            queries = torch.linspace(0, length - 1, min(length, _QUERIES), device=text.key.device).round().long()
-            options: dict[str, Any] = {"alpha": text.alpha, "scaling": text.scaling, "causal": text.causal}
-            edges = support(text.query, text.key, rows=queries, **options)[0]
-            allowed = allowed_edges(positions_of(length, length, queries), length, causal=text.causal).sum()
-            densities.append(float(edges.sum() / (allowed * edges.shape[0] * edges.shape[1])))
-
-        return observe
-
-    return observer_of

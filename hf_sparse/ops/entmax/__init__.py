@@ -2,7 +2,7 @@
 
 `transform` is the distribution itself, `threshold` finds where it is cut off, `blocks` and `attention` run it on tiles,
 `bound` and `predict` tell from the extremes of the keys of a tile what cannot be attended to, `pooled` tells from mean
-queries what is attended to most.
+keys what is attended to most.
 """
 
 from hf_sparse.ops.entmax.api import Certificate as Certificate

@@ -1,28 +1,30 @@
-"""Predict tiles from mean queries: the products of a few of them with all keys stand for those of all queries.
+"""Predict tiles from mean keys: the products of every query with a few of them stand for those with all keys.
 
-The queries of a tile are cut into groups of `pool` consecutive ones, and the mean of a group is a query like others. A
-tile of keys counts by the largest z of its keys with a mean query, less the threshold that entmax over these largest
-ones has: it is positive where the mean query attends to the tile. Of the scores of all groups of a tile of queries the
-greatest counts. This takes `1 / pool` of the products of full attention, and nothing is learned. Ours; means of blocks
-of queries choose blocks of keys in SeerAttention (arXiv 2410.13276) and MInference (arXiv 2407.02490) too.
+The keys of a tile are cut into groups of `pool` consecutive ones, and the mean of a group is a key like others. Every
+query chooses the tiles with the largest products, among those that are not listed anyway, and a tile of queries attends
+to what any of its queries chose. This takes `1 / pool` of the products of full attention, and nothing is learned. Ours;
+means of blocks choose blocks of keys in SeerAttention (arXiv 2410.13276) and MInference (arXiv 2407.02490) too, where
+the queries are averaged as well. Means of queries were tried instead of means of keys: what a single query seeks far
+away is lost in them.
 
-A list is made from all queries of its tile, in a causal model too: which keys a query may attend to depends on later
-queries of its tile. Lists made from earlier queries alone miss what single queries seek far away.
+What a query chooses depends on no later token. A tile of queries shares its list, in a causal model too: which keys a
+query may attend to depends on later queries of its tile.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_sparse.ops.entmax.inputs import Inputs, check, prepare
+from hf_sparse.ops.entmax.inputs import Inputs, check
 from hf_sparse.ops.entmax.layout import Layout, layout_of
-from hf_sparse.ops.entmax.threshold import relative_threshold
 from hf_sparse.ops.entmax.triton import takes_kernels
 from hf_sparse.ops.predictors.projections import by_group
-from hf_sparse.ops.tiles.select import best_tiles
+from hf_sparse.ops.tiles.allowed import allowed_tiles, tiles_of_valid
 from hf_sparse.ops.tiles.tiles import Tiles, window_and_global
 
-_PAIRS = {"cpu": 1 << 24, "cuda": 1 << 28}  # of a mean query and a key, that are computed at once
+MOST_TILES = 4096  # tiles of keys whose number stands in the last bits of a score
+_PAIRS = {"cpu": 1 << 24, "cuda": 1 << 28}  # of a query and a mean key, that are computed at once
+_NONE = -(1 << 31)  # below every score
 
 
 @torch.no_grad()
@@ -31,9 +33,8 @@ def pooled_tiles(
     key: Tensor,
     *,
     size: int,
-    count: int,
+    choices: int,
     pool: int,
-    alpha: float | Tensor,
     scaling: float | Tensor,
     causal: bool,
     valid: Tensor | None = None,
@@ -43,37 +44,33 @@ def pooled_tiles(
     global_tokens: int = 1,
     grouped: bool = False,
 ) -> Tiles:
-    """List the tiles of the window and the global tokens, and those with the largest logits of mean queries.
+    """List the tiles of the window and the global tokens, and those that queries choose by products with mean keys.
 
     Args:
-        query, key, alpha, scaling, causal, valid, first_query: as in `entmax_attention`. A query of zeros counts as
-            none.
+        query, key, scaling, causal, valid, first_query: as in `entmax_attention`. A query of zeros chooses nothing.
         size, rows: positions per tile, as in `hf_sparse.ops.tiles.tiles.tile_counts`.
-        count: tiles of keys per tile of queries, and at least those of the window and the global tokens.
-        pool: queries per group; a tile that has fewer is one group.
+        choices: tiles of keys that each query chooses, besides those of the window and the global tokens.
+        pool: keys per group; a tile that has fewer is one group.
         window, global_tokens: as in `window_and_global`.
-        grouped: one list for all query heads of a KV head, by the greatest of their z less
-            thresholds.
+        grouped: one list for all query heads of a KV head, with the choices of all.
 
     Returns:
         Tiles with an index `[B, Hq, nq, m]`, or `[B, Hkv, nq, m]` if grouped.
 
     Raises:
-        ValueError: as `entmax_attention` and `window_and_global`, or a `count` or `pool` below 1.
+        ValueError: as `entmax_attention` and `window_and_global`, or `choices` or `pool` below 1.
     """
-    if count < 1 or pool < 1:
-        raise ValueError(f"count and pool must be at least 1, got {count} and {pool}")
-    check(query, key, alpha, scaling, valid, first_query)
+    if choices < 1 or pool < 1:
+        raise ValueError(f"choices and pool must be at least 1, got {choices} and {pool}")
+    check(query, key, 1.5, scaling, valid, first_query)
     heads = key.shape[1] if grouped else query.shape[1]
     layout = layout_of(Inputs(query, key, 1.0, causal, valid, first_query), heads, size, size if rows is None else rows)
-    count = max(count, least_count(layout, window, global_tokens, causal=causal))
     if takes_kernels(query, key, key):
         from hf_sparse.ops.entmax.triton.pooled import fused_pooled_tiles, takes_pooled  # Triton is beside CUDA only
 
         if takes_pooled(layout, pool, valid):
-            return fused_pooled_tiles(query, key, alpha, scaling, layout, causal, count, pool, window, global_tokens)
-    scores = pooled_scores(query, key, layout, pool=pool, alpha=alpha, scaling=scaling, causal=causal, valid=valid)
-    always = window_and_global(
+            return fused_pooled_tiles(query, key, scaling, layout, causal, choices, pool, window, global_tokens)
+    known = window_and_global(
         query.shape[2],
         key.shape[2],
         size,
@@ -83,83 +80,89 @@ def pooled_tiles(
         causal=causal,
         first_query=first_query,
         device=query.device,
-    )
+    ).mask(layout.key_tiles)
     own = layout.own_tiles(query.device)
-    return best_tiles(scores, count, size=size, rows=rows, causal=causal, valid=valid, always=always, own=own)
-
-
-def least_count(layout: Layout, window: int, global_tokens: int, *, causal: bool) -> int:
-    """Return how many tiles hold the window of a tile of queries and the first tokens, at most."""
-    size, rows = layout.size, layout.query_size
-    left, right = (window - 1, 0) if causal else (window // 2, window - 1 - window // 2)
-    begins = range(0, size, rows)  # of a tile of queries in one of keys
-    near = max((begin + rows - 1 + right) // size - (begin - left) // size for begin in begins) + 1 if window else 1
-    return min(layout.key_tiles, near + -(-global_tokens // size))
+    known = known | (torch.arange(layout.key_tiles, device=query.device) == own[..., None]).unsqueeze(-3)
+    valid_tiles = None if valid is None else tiles_of_valid(valid, size)
+    reach = allowed_tiles(own, layout.key_tiles, causal=causal, valid_tiles=valid_tiles)
+    chosen = chosen_tiles(query, key, layout, reach & ~known, choices=choices, pool=pool, scaling=scaling, valid=valid)
+    return Tiles.of_mask((chosen | known) & reach, size, rows)
 
 
 @torch.no_grad()
-def pooled_scores(
+def chosen_tiles(
     query: Tensor,
     key: Tensor,
     layout: Layout,
+    offered: Tensor,
     *,
+    choices: int,
     pool: int,
-    alpha: float | Tensor,
     scaling: float | Tensor,
-    causal: bool,
     valid: Tensor | None = None,
 ) -> Tensor:
-    """Score all pairs of tiles, `[B, H, nq, nk]`, `-inf` where no mean query sees a key; see `pooled_tiles`.
+    """Mark the tiles that queries choose, `[B, H, nq, nk]` bool; see `pooled_tiles`.
 
     Args:
         layout: of the lists; `H` are its heads.
+        offered: `[B, 1, nq, nk]` bool, where `B` may be 1: the tiles that a tile of queries may choose.
     """
-    inputs = prepare(query, key, alpha, scaling, causal, valid, layout.first_query)
-    mean, last = pooled_queries(inputs, layout, pool)
-    batch, heads = mean.shape[:2]
-    share = heads // key.shape[1]
-    exponent = inputs.exponent
-    if isinstance(exponent, Tensor):
-        exponent = exponent[:, None, None]
-    padding = layout.key_tiles * layout.size - layout.keys
-    position = torch.arange(layout.keys, device=query.device)
-    step = max(1, _PAIRS.get(query.device.type, 1 << 24) // max(1, batch * heads * layout.keys))
-    scores = []
-    for part, end in zip(mean.split(step, 2), last.split(step, 1), strict=True):
-        z = part.unflatten(1, (-1, share)) @ inputs.key.transpose(-1, -2)[:, :, None]
-        sees = (position <= end[..., None]) if causal else (end[..., None] >= 0).expand(-1, -1, layout.keys)
-        if valid is not None:
-            sees = sees & valid[:, None]
-        z = z.flatten(1, 2).masked_fill_(~sees[:, None], -torch.inf)
-        peaks = F.pad(z, (0, padding), value=-torch.inf).unflatten(-1, (-1, layout.size)).amax(-1)
-        top = peaks.amax(-1, keepdim=True)
-        relative = peaks - top.clamp(min=torch.finfo(z.dtype).min)
-        scores.append(relative - relative_threshold(relative.clone(), exponent))
-    joined = torch.cat(scores, 2).unflatten(2, (layout.query_tiles, -1)).amax(3)
-    return by_group(joined, layout.heads).amax(2)
-
-
-def pooled_queries(inputs: Inputs, layout: Layout, pool: int) -> tuple[Tensor, Tensor]:
-    """Return the mean query of each group, `[B, Hq, n, D]`, and the position of its last query, `[B, n]`.
-
-    -1 stands for a group without a query. `n` is `nq` times the groups of a tile."""
-    query, rows = inputs.query, layout.rows
-    batch, _, queries, _ = query.shape
+    (batch, heads, queries, _), keys, tiles = query.shape, key.shape[2], layout.key_tiles
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    mean, exists = mean_keys(key.to(dtype), layout, pool, valid)
+    chooses = (query != 0).any(-1)  # [B, Hq, Tq]
     position = torch.arange(queries, device=query.device) + (
-        layout.keys - queries if layout.first_query is None else layout.first_query[:, None]
+        keys - queries if layout.first_query is None else layout.first_query[:, None]
     )
     position = position.expand(batch, -1)
-    exists = (query != 0).any(-1).any(1) & (position < layout.keys)
-    if inputs.valid is not None:
-        exists = exists & inputs.valid.gather(1, position.clamp(max=layout.keys - 1))
-    pool = min(pool, rows)
-    begin = torch.arange(0, layout.query_tiles * rows, rows, device=query.device)[:, None, None] - layout.lead
-    within = torch.arange(-(-rows // pool) * pool, device=query.device).view(-1, pool)  # of the rows of a tile
-    index = (begin + within).flatten(0, 1)  # [n, pool]
-    within = within.expand(layout.query_tiles, -1, -1).flatten(0, 1)
-    inside = (index >= 0) & (index < queries) & (within < rows)
-    index = index.clamp(0, queries - 1)
-    exists = exists[:, index] & inside  # [B, n, pool]
-    number = exists.sum(-1)[:, None, :, None].clamp(min=1)
-    mean = (query[:, :, index] * exists[:, None, ..., None]).sum(3) / number
-    return mean, position[:, index].masked_fill(~exists, -1).amax(-1)
+    real = position < keys
+    if valid is not None:
+        real = real & valid.gather(1, position.clamp(max=keys - 1))
+    chooses &= real[:, None]
+    number = (torch.arange(queries, device=query.device) + layout.lead) // layout.rows  # of the tile of each query
+    scale = torch.as_tensor(scaling, dtype=dtype, device=query.device).reshape(-1, 1, 1)
+    chosen = torch.zeros((batch, heads, layout.query_tiles, tiles), dtype=torch.uint8, device=query.device)
+    offered = offered.expand(batch, 1, -1, -1)
+    step = max(1, _PAIRS.get(query.device.type, 1 << 24) // max(1, batch * heads * mean.shape[2]))
+    for part in torch.arange(queries, device=query.device).split(step):
+        grouped = query[:, :, part].to(dtype).unflatten(1, (key.shape[1], -1))
+        product = (grouped @ mean[:, :, None].transpose(-1, -2)).flatten(1, 2) * scale
+        product = product.masked_fill_(~exists[:, None, None], -torch.inf)
+        score = product.unflatten(-1, (tiles, -1)).amax(-1)
+        allowed = offered[:, :, number[part]] & chooses[:, :, part, None] & (score > -torch.inf)
+        best = _ordered(score).masked_fill(~allowed, _NONE).topk(min(choices, tiles), dim=-1)
+        best_tile = torch.where(best.values > _NONE, best.values & (MOST_TILES - 1), tiles)
+        if tiles > MOST_TILES:
+            best_tile = torch.where(best.values > _NONE, best.indices, tiles)
+        marks = chosen.new_zeros((*best_tile.shape[:3], tiles + 1)).scatter_(-1, best_tile, 1)[..., :tiles]
+        place = number[part][None, None, :, None].expand(marks.shape)
+        chosen.scatter_reduce_(2, place, marks, "amax")
+    return by_group(chosen, layout.heads).amax(2) > 0
+
+
+def mean_keys(key: Tensor, layout: Layout, pool: int, valid: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return the mean key of each group, `[B, Hkv, n, D]`, and whether it has any key, `[B, n]` bool.
+
+    `n` is `nk` times the groups of a tile."""
+    padding = layout.key_tiles * layout.size - layout.keys
+    pool = min(pool, layout.size)
+    exists = key.new_ones((len(key), layout.keys)) if valid is None else valid.to(key.dtype)
+    key = key.masked_fill(exists[:, None, :, None] == 0, 0.0)
+    each = -(-layout.size // pool) * pool - layout.size  # a last group of a tile may be smaller
+
+    def grouped(tensor: Tensor) -> Tensor:  # [..., Tk, X]
+        whole = F.pad(tensor, (0, 0, 0, padding)).unflatten(-2, (layout.key_tiles, layout.size))
+        return F.pad(whole, (0, 0, 0, each)).flatten(-3, -2).unflatten(-2, (-1, pool)).sum(-2)
+
+    number = grouped(exists[..., None])  # [B, n, 1]
+    return grouped(key) / number[:, None].clamp(min=1), number[..., 0] > 0
+
+
+def _ordered(score: Tensor) -> Tensor:
+    """Return int32 numbers that are ordered as scores `[..., nk]` are, with the number of the tile in the last bits.
+
+    So no two are equal: of scores that agree in 11 bits of their mantissa the later tile is preferred."""
+    bits = score.float().contiguous().view(torch.int32)
+    bits = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    tile = torch.arange(score.shape[-1], device=score.device, dtype=torch.int32)
+    return (bits & -MOST_TILES) | tile if score.shape[-1] <= MOST_TILES else bits

@@ -56,7 +56,7 @@ def adapter_settings(config: SparsefinderConfig) -> dict[str, Any]:
 
 def counted(config: SparsefinderConfig) -> bool:
     """Tell whether the settings fix the number of predicted tiles; otherwise the predictor decides on it."""
-    return config.tile is not None and config.predictor not in ("bound", "full")
+    return config.tile is not None and config.predictor not in ("bound", "full", "pooled")
 
 
 def tiles_per_query(config: SparsefinderConfig, queries: int, keys: int, causal: bool) -> int | Tensor:

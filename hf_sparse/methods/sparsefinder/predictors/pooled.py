@@ -1,4 +1,4 @@
-"""Predict tiles from mean queries, and attend to all keys where that is as cheap."""
+"""Predict tiles from mean keys, and attend to all keys where that is as cheap."""
 
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class Pooled(Predictor):
-    """List the tiles that mean queries attend to most; nothing is learned. See `hf_sparse.ops.entmax.pooled`.
+    """List the tiles that queries choose by means of keys; nothing is learned. See `hf_sparse.ops.entmax.pooled`.
 
     Fewer queries than a tile has, as in decoding, attend to all keys, and so do short texts: `exact_up_to`. So a text
     has another graph when it comes token by token, a better one.
@@ -32,9 +32,8 @@ class Pooled(Predictor):
             text.key,
             size=config.tile,
             rows=config.rows,
-            count=config.causal_tiles,
+            choices=config.choices,
             pool=config.pool,
-            alpha=text.alpha,
             scaling=text.scaling,
             causal=text.causal,
             valid=text.valid,
