@@ -15,6 +15,7 @@ from hf_sparse.methods.sparsek.baselines.blocks import attend_in_blocks
 from hf_sparse.methods.sparsek.budget import Budget
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
 from hf_sparse.methods.sparsek.compiled import attend_compiled
+from hf_sparse.methods.sparsek.compiled_step import step_compiled
 from hf_sparse.methods.sparsek.config import SparseKConfig
 from hf_sparse.methods.sparsek.padded import attend_padded
 from hf_sparse.methods.sparsek.reading import read_in_few_launches
@@ -123,7 +124,7 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         """Score the new tokens, attend, and keep what is worth keeping; see `SparseAttentionLayer`."""
         length = query.shape[2]
         if length == 1 and isinstance(cache, SparseKCacheLayer):
-            for step in (step_in_one_kernel, step_ahead):  # on a GPU, on the CPU
+            for step in (step_in_one_kernel, step_ahead, step_compiled):  # on a GPU, on the CPU, in compiled code
                 output = step(self, query, key, value, hidden_states, valid, cache, scaling)
                 if output is not None:
                     return output

@@ -42,6 +42,7 @@ class SparseKCacheLayer(CacheLayerMixin):
         padded_late: `[B]` bool, rows with padding after a real token.
         memory: `[B, Hkv, D]`, what a baseline remembers of all tokens so far; `None` for the others.
         cumulative_length: int64 without dimensions, tokens so far with padding.
+        arrived: int32 `[B * Hkv + 1]`, counters of the kernel of a compiled step, zero between two steps.
         empty: whether nothing was written yet.
         soft: whether soft gates, which are for learning, were between the tokens so far.
         owner: whose scores these are; scores of two scorers do not compare.
@@ -52,6 +53,7 @@ class SparseKCacheLayer(CacheLayerMixin):
         step: the plan of a decoding step in one kernel, see `methods.sparsek.step`; `None` before the first such step.
         ahead: what is foreseen of the next steps on the CPU, see `methods.sparsek.ahead`, or `None`.
         uncounted: tokens of the step in progress that `cumulative_length` does not have yet.
+        is_count_read: whether the step that is being compiled reads `cumulative_length`.
     """
 
     is_sliding = False
@@ -64,6 +66,7 @@ class SparseKCacheLayer(CacheLayerMixin):
     padded_late: Any
     memory: Any
     cumulative_length: Any
+    arrived: Any
 
     def __init__(
         self,
@@ -85,9 +88,10 @@ class SparseKCacheLayer(CacheLayerMixin):
         self.ahead: Ahead | None = None
         self._scores: Any = None
         self.uncounted = 0
+        self.is_count_read = False
         self._offload_wanted = False
         self.positions = self.seen = self.padded_late = self.memory = None
-        self.cumulative_length = None
+        self.cumulative_length = self.arrived = None
         self._length: int | None = 0  # cumulative_length, where no compiled or captured step can have changed it
 
     @property
@@ -127,6 +131,7 @@ class SparseKCacheLayer(CacheLayerMixin):
         self._length = 0
         for tensor in self._state():
             _fix_address(tensor)
+        self._make_counters()
         self.is_initialized = True
 
     def begin_text(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -152,7 +157,14 @@ class SparseKCacheLayer(CacheLayerMixin):
         self.seen, self.padded_late, self.cumulative_length = seen, padded_late, cumulative_length
         for tensor in (keys, values, scores, positions, seen, padded_late, cumulative_length):
             _fix_address(tensor)
+        self._make_counters()
         self.is_initialized, self.empty, self.soft = True, False, False
+
+    def _make_counters(self) -> None:
+        """Allocate the counters of the kernel of a compiled step, for as many rows as the slots have."""
+        with lasting():
+            self.arrived = self.seen.new_zeros(self.keys.shape[0] * self.keys.shape[1] + 1, dtype=torch.int32)
+        _fix_address(self.arrived)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -172,7 +184,7 @@ class SparseKCacheLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         if self.keys.shape[0] != rows:
             raise ValueError(f"the cache holds {self.keys.shape[0]} rows, and {rows} rows came: start a new cache")
-        if length == 1 and not torch.compiler.is_compiling():
+        if length == 1:
             self.uncounted = 1  # the kernel of the step counts it; where another path is taken, `end_attention` does
         else:
             self.cumulative_length.add_(length)
@@ -197,6 +209,7 @@ class SparseKCacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             return self._length or 0
         if _is_recorded(self.device):
+            self.is_count_read = torch.compiler.is_compiling()
             return self.cumulative_length.clone()
         return int(self.cumulative_length) if self._length is None else self._length
 
@@ -272,6 +285,8 @@ class SparseKCacheLayer(CacheLayerMixin):
                 setattr(self, name, new)
                 _fix_address(new)
                 self.step = None  # it holds the old memory
+        if self.arrived.device != self.keys.device or len(self.arrived) != self.keys.shape[0] * self.keys.shape[1] + 1:
+            self._make_counters()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens, as long as nothing has been evicted yet.
@@ -355,7 +370,7 @@ class SparseKCacheLayer(CacheLayerMixin):
 
     def end_attention(self) -> None:
         """Count the token of a single step, and move the slots to the CPU if `offload` came before the attention."""
-        self.in_attention = False
+        self.in_attention = self.is_count_read = False
         if self.uncounted:
             self.cumulative_length.add_(self.uncounted)
             self.uncounted = 0

@@ -39,6 +39,7 @@ class StepKernel:
         masked: whether the steps come with `valid`.
         window, sinks: see `hf_sparse.ops.selection.slots`.
         scaling: multiplies the logits.
+        arrived: int32 `[B * Hkv + 1]` of zeros for the counters, or `None` to make them.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class StepKernel:
         window: int,
         sinks: int,
         scaling: float,
+        arrived: Tensor | None = None,
     ) -> None:
         batch, heads, number, dim = slots[0].shape
         device, group, width = query.device, query.shape[1] // heads, triton.next_power_of_2(dim)
@@ -69,7 +71,7 @@ class StepKernel:
         self.scratch = (
             torch.empty((*parts, dim), dtype=torch.float32, device=device),
             torch.empty(parts, dtype=torch.float32, device=device),
-            torch.zeros(batch * heads + 1, dtype=torch.int32, device=device),
+            torch.zeros(batch * heads + 1, dtype=torch.int32, device=device) if arrived is None else arrived,
         )
         self.slots = slots  # keeps the memory
         self.grid = (splits, heads, batch)
