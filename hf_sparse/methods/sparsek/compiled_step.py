@@ -43,9 +43,9 @@ def step_compiled(
 
     Returns:
         `[B, Hq, 1, D]`, contiguous; `None`, with nothing changed, if the step has to take another path: it runs eager
-        or with gradients, the cache is empty, or a baseline or an observer is in use.
+        or with gradients, the cache has no slots yet, or a baseline or an observer is in use.
     """
-    if not torch.compiler.is_compiling() or torch.is_grad_enabled() or cache.empty or cache.soft:
+    if not torch.compiler.is_compiling() or torch.is_grad_enabled() or not cache.is_initialized:
         return None
     if attention.baseline is not None or attention.observer is not None:
         return None
@@ -54,7 +54,7 @@ def step_compiled(
         states, weight, slope, position_slope = hidden_states, scorer.weight, scorer.slope, scorer.position_slope
     else:
         states, weight, slope, position_slope = scorer(hidden_states, cache.seen[:, None]), None, None, 0.0
-    total = None
+    cache.empty, total = False, None
     if not cache.is_count_read:
         total, cache.uncounted = cache.cumulative_length, 0
     return take_step(
