@@ -37,9 +37,7 @@ def _decoder_layers(model: nn.Module) -> Iterator[tuple[nn.Module, SparseAttenti
             yield model.get_submodule(name.rpartition(".")[0]), attention
 
 
-def _forward(
-    layer: nn.Module, attention: SparseAttentionLayer, hidden_states: Any, *args: Any, **kwargs: Any
-) -> Any:
+def _forward(layer: nn.Module, attention: SparseAttentionLayer, hidden_states: Any, *args: Any, **kwargs: Any) -> Any:
     """Run a decoder layer, as a region in a decoding step that is being compiled."""
     is_step = torch.compiler.is_compiling() and not torch.is_grad_enabled() and hidden_states.shape[1] == 1
     if is_step and attention.is_active and attention.compiles_as_region:
