@@ -1,4 +1,4 @@
-"""In compiled decoding steps one decoder layer stands for all, in every family, and the tokens are those of eager steps."""
+"""In compiled decoding steps one decoder layer stands for all, in every family; the tokens are those of eager steps."""
 
 import runpy
 from pathlib import Path
@@ -54,7 +54,8 @@ def test_steps_through_autograds_tracer_choose_the_tokens_of_eager_ones(name):
     model = patch(FAMILIES[name].make(), SparseKConfig(**BUDGET))
     expected = model.generate(IDS, **OPTIONS)
     assert torch.equal(model.generate(IDS, **static("aot_eager")), expected)
-    assert counters["stats"]["unique_graphs"] == 1
+    has_windows = bool(FAMILIES[name].local)  # a second graph is for static windows that are full
+    assert counters["stats"]["unique_graphs"] == 1 + has_windows
 
 
 def test_layers_call_one_graph(tiny_llama):
