@@ -2,9 +2,12 @@
 
 A step that runs eager waits for the CPU that launches it, so it is one launch, with a plan that is made once. Every
 program finds the slot that the new token takes and attends to its share of the slots, with the new key and value in
-place of what that slot holds: nothing is written yet, since the other programs of a head still read. The last program
-of a head to arrive joins their results and writes the slot; the last head to arrive counts the token. The counters of
-arrivals return to zero by themselves.
+place of what that slot holds: nothing is written yet, since the other programs of a head still read. Beside them one
+program for each head scores the token. The last program of a head to arrive joins their results and writes the slot;
+the last head to arrive counts the token. The counters of arrivals return to zero by themselves.
+
+A step waits for memory again and again rather than for the amount that it reads, so that what can be read early is:
+keys and values before the slot is found, and the results of all programs of a head at once.
 
 Sums of a score are in float64, as in `hf_sparse.ops.selection.triton.linear_scores`, so that equal inputs have equal
 float32 scores.
@@ -18,10 +21,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_PROGRAMS = 256  # about two for each multiprocessor of a large GPU
-_BYTES = 1 << 14  # bytes of keys per step of a program
+_PROGRAMS = 512  # about four for each multiprocessor of a large GPU
+_BYTES = 1 << 13  # bytes of keys per step of a program
 _CHUNK = 1024  # slots that are searched at a time
-_COLUMNS = 512  # columns of the input that are summed at a time
+_COLUMNS = 1024  # columns of the input that are summed at a time
 _ROWS = 128  # rows that are counted at a time
 _EPS = 1e-5  # epsilon of the layer norm of the scores
 
@@ -72,9 +75,10 @@ class StepKernel:
             torch.empty((*parts, dim), dtype=torch.float32, device=device),
             torch.empty(parts, dtype=torch.float32, device=device),
             torch.zeros(batch * heads + 1, dtype=torch.int32, device=device) if arrived is None else arrived,
+            torch.empty(batch * heads, dtype=torch.float32, device=device),
         )
         self.slots = slots  # keeps the memory
-        self.grid = (splits, heads, batch)
+        self.grid = (splits if weight is None else splits + 1, heads, batch)
         self.fixed = (*slots, *self.scratch)
         self.layout = (
             query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
@@ -89,8 +93,8 @@ class StepKernel:
             "MASKED": masked,
             "EPS": _EPS,
             "SPLITS": splits,
-            "SPLITS_WIDE": triton.next_power_of_2(splits),
             "GROUP": max(16, triton.next_power_of_2(group)),
+            "MEMBERS": triton.next_power_of_2(group),
             "D": dim,
             "DIM": max(16, width),
             "BLOCK": block,
@@ -152,6 +156,7 @@ def _step(
     parts,
     masses,
     arrived,
+    fresh_scores,
     query,
     key,
     value,
@@ -182,8 +187,8 @@ def _step(
     MASKED: tl.constexpr,
     EPS: tl.constexpr,
     SPLITS: tl.constexpr,
-    SPLITS_WIDE: tl.constexpr,
     GROUP: tl.constexpr,
+    MEMBERS: tl.constexpr,
     D: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -198,61 +203,70 @@ def _step(
     real = position >= 0
     if MASKED:
         real = tl.load(valid + row * valid_row) != 0
-    target = _slot_of_next(scores + pair * slots, positions + pair * slots, position, slots, window, sinks, CHUNK)
-
-    member, column = tl.arange(0, GROUP), tl.arange(0, DIM)
-    of_group, wide = member[:, None] < group, column[None, :] < D
-    at = row * query_row + (head * group + member[:, None]) * query_head + column[None, :]
-    q = tl.load(query + at, mask=of_group & wide, other=0.0)
-    new_key = tl.load(key + row * key_row + head * key_head + column, mask=column < D, other=0.0)
-    new_value = tl.load(value + row * value_row + head * value_head + column, mask=column < D, other=0.0)
-    peak = tl.full([GROUP], -float("inf"), tl.float32)
-    mass = tl.zeros([GROUP], tl.float32)
-    out = tl.zeros([GROUP, DIM], tl.float32)
-    for begin in range(0, share, BLOCK):
-        slot = split * share + begin + tl.arange(0, BLOCK)
-        fresh = (slot == target) & real
-        old = (tl.load(positions + pair * slots + slot, mask=slot < slots, other=-1) >= 0) & ~fresh
-        where = (pair * slots + slot[:, None]) * D + column[None, :]
-        k = tl.load(keys + where, mask=old[:, None] & wide, other=0.0)
-        v = tl.load(values + where, mask=old[:, None] & wide, other=0.0)
-        k = tl.where(fresh[:, None], new_key[None, :], k)
-        v = tl.where(fresh[:, None], new_value[None, :], v)
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
-        logits = tl.where((old | fresh)[None, :], logits, -float("inf"))
-        higher = tl.maximum(peak, tl.max(logits, 1))
-        anchor = tl.where(higher == -float("inf"), 0.0, higher)
-        weights = tl.exp(logits - anchor[:, None])
-        rescale = tl.exp(peak - anchor)
-        mass = mass * rescale + tl.sum(weights, 1)
-        out = out * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        peak = higher
-    out = out / tl.where(mass == 0, 1.0, mass)[:, None]
+    column = tl.arange(0, DIM)
     first = pair * group  # query head
-    last = split >= 0
-    if SPLITS == 1:
-        at = (first + member[:, None]) * D + column[None, :]
-        tl.store(output + at, out.to(output.dtype.element_ty), mask=of_group & wide)
+    target = tl.full([], 0, tl.int32)
+    if split < SPLITS:
+        member, wide = tl.arange(0, GROUP), column[None, :] < D
+        of_group = member[:, None] < group
+        at = row * query_row + (head * group + member[:, None]) * query_head + column[None, :]
+        q = tl.load(query + at, mask=of_group & wide, other=0.0)
+        new_key = tl.load(key + row * key_row + head * key_head + column, mask=column < D, other=0.0)
+        new_value = tl.load(value + row * value_row + head * value_head + column, mask=column < D, other=0.0)
+        peak = tl.full([GROUP], -float("inf"), tl.float32)
+        mass = tl.zeros([GROUP], tl.float32)
+        out = tl.zeros([GROUP, DIM], tl.float32)
+        slot = split * share + tl.arange(0, BLOCK)
+        held, k, v = _load_slots(keys, values, positions, pair, slot, slots, column, D)
+        target = _slot_of_next(scores + pair * slots, positions + pair * slots, position, slots, window, sinks, CHUNK)
+        for begin in range(0, share, BLOCK):
+            fresh = (slot == target) & real
+            filled = held | fresh
+            k = tl.where(fresh[:, None], new_key[None, :], k)
+            v = tl.where(fresh[:, None], new_value[None, :], v)
+            logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
+            logits = tl.where(filled[None, :], logits, -float("inf"))
+            higher = tl.maximum(peak, tl.max(logits, 1))
+            anchor = tl.where(higher == -float("inf"), 0.0, higher)
+            weights = tl.exp(logits - anchor[:, None])
+            rescale = tl.exp(peak - anchor)
+            mass = mass * rescale + tl.sum(weights, 1)
+            out = out * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+            peak = higher
+            slot += BLOCK
+            until = tl.where(begin + BLOCK < share, slots, 0)  # after the last ones nothing is read
+            held, k, v = _load_slots(keys, values, positions, pair, slot, until, column, D)
+        out = out / tl.where(mass == 0, 1.0, mass)[:, None]
+        if SPLITS == 1:
+            at = (first + member[:, None]) * D + column[None, :]
+            tl.store(output + at, out.to(output.dtype.element_ty), mask=of_group & wide)
+        else:
+            number = (first + member) * SPLITS + split
+            tl.store(masses + number, peak + tl.log(mass), mask=member < group)
+            tl.store(parts + number[:, None] * D + column[None, :], out, mask=of_group & wide)
     else:
-        number = (first + member) * SPLITS + split
-        tl.store(masses + number, peak + tl.log(mass), mask=member < group)
-        tl.store(parts + number[:, None] * D + column[None, :], out, mask=of_group & wide)
-        last = _arrive(arrived + pair, SPLITS)
-    if last:
+        if LINEAR:
+            score = _score(states + row * states_row, weight + head * columns, columns, EPS, COLUMNS)
+            score = _with_slope(score, position, slope + head, SLOPE, SLOPE_TOKENS, LEARNED)
+            tl.store(fresh_scores + pair, score.to(tl.float32))
+    if _arrive(arrived + pair, SPLITS + 1 if LINEAR else SPLITS):
+        if split == SPLITS:
+            target = _slot_of_next(
+                scores + pair * slots, positions + pair * slots, position, slots, window, sinks, CHUNK
+            )
         if SPLITS > 1:
-            _join(parts, masses, output, first, group, SPLITS, SPLITS_WIDE, D, DIM)
+            _join(parts, masses, output, first, group, SPLITS, MEMBERS, D, DIM)
         to = pair * slots + target
         write = (column < D) & real
+        new_key = tl.load(key + row * key_row + head * key_head + column, mask=write)
+        new_value = tl.load(value + row * value_row + head * value_head + column, mask=write)
         tl.store(keys + to * D + column, new_key, mask=write)
         tl.store(values + to * D + column, new_value, mask=write)
         if LINEAR:
-            score = _score(states + row * states_row, weight + head * columns, columns, EPS, COLUMNS)
+            score = tl.load(fresh_scores + pair, cache_modifier=".cg")
         else:
             score = tl.load(states + row * states_row + head).to(tl.float64)
-        if LEARNED:
-            score += position.to(tl.float64) * (tl.load(slope + head).to(tl.float64) / SLOPE_TOKENS + SLOPE)
-        else:
-            score += position.to(tl.float64) * SLOPE
+            score = _with_slope(score, position, slope + head, SLOPE, SLOPE_TOKENS, LEARNED)
         tl.store(scores + to, score.to(tl.float32), mask=real)
         tl.store(positions + to, position, mask=real)
         if _arrive(arrived + rows * heads, rows * heads):
@@ -269,6 +283,25 @@ def _step(
                     count += 1
                 tl.store(seen + index, count, mask=inside)
             tl.store(total, tl.load(total) + 1)
+
+
+@triton.jit
+def _load_slots(keys, values, positions, pair, slot, slots, column, D: tl.constexpr):
+    """Load keys and values of slots, and whether they are filled; of slots from `slots` on nothing is read."""
+    held = tl.load(positions + pair * slots + slot, mask=slot < slots, other=-1) >= 0
+    mask = held[:, None] & (column[None, :] < D)
+    at = (pair * slots + slot[:, None]) * D + column[None, :]
+    return held, tl.load(keys + at, mask=mask, other=0.0), tl.load(values + at, mask=mask, other=0.0)
+
+
+@triton.jit
+def _with_slope(score, position, slope, SLOPE: tl.constexpr, SLOPE_TOKENS: tl.constexpr, LEARNED: tl.constexpr):
+    """Add to a score what its head, whose learned slope stands at `slope`, gives to a position."""
+    if LEARNED:
+        score += position.to(tl.float64) * (tl.load(slope).to(tl.float64) / SLOPE_TOKENS + SLOPE)
+    else:
+        score += position.to(tl.float64) * SLOPE
+    return score
 
 
 @triton.jit
@@ -332,20 +365,29 @@ def _join(
     first,
     group,
     SPLITS: tl.constexpr,
-    SPLITS_WIDE: tl.constexpr,
+    MEMBERS: tl.constexpr,
     D: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    """Average the results of all programs of each query head of a KV head, weighted by their masses."""
-    split, column = tl.arange(0, SPLITS_WIDE), tl.arange(0, DIM)
-    mask = (split[:, None] < SPLITS) & (column[None, :] < D)
-    for member in range(0, group):
-        number = (first + member) * SPLITS + split
+    """Average the results of all programs of the query heads of a KV head, weighted by their masses."""
+    member, column = tl.arange(0, MEMBERS), tl.arange(0, DIM)
+    inside = member < group
+    mask = inside[:, None] & (column[None, :] < D)
+    peak = tl.full([MEMBERS], -float("inf"), tl.float32)
+    for split in tl.static_range(SPLITS):
         # Others wrote them: never from this multiprocessor's own cache.
-        log_mass = tl.load(masses + number, mask=split < SPLITS, other=-float("inf"), cache_modifier=".cg")
+        at = masses + (first + member) * SPLITS + split
+        peak = tl.maximum(peak, tl.load(at, mask=inside, other=-float("inf"), cache_modifier=".cg"))
+    anchor = tl.where(peak == -float("inf"), 0.0, peak)
+    total = tl.zeros([MEMBERS], tl.float32)
+    out = tl.zeros([MEMBERS, DIM], tl.float32)
+    for split in tl.static_range(SPLITS):
+        number = (first + member) * SPLITS + split
+        log_mass = tl.load(masses + number, mask=inside, other=-float("inf"), cache_modifier=".cg")
         part = tl.load(parts + number[:, None] * D + column[None, :], mask=mask, other=0.0, cache_modifier=".cg")
-        peak = tl.max(log_mass, 0)
-        weight = tl.exp(log_mass - tl.where(peak == -float("inf"), 0.0, peak))
-        total = tl.sum(weight, 0)
-        out = tl.sum(part * weight[:, None], 0) / tl.where(total == 0, 1.0, total)
-        tl.store(output + (first + member) * D + column, out.to(output.dtype.element_ty), mask=column < D)
+        weight = tl.exp(log_mass - anchor)
+        total += weight
+        out += part * weight[:, None]
+    out = out / tl.where(total == 0, 1.0, total)[:, None]
+    at = (first + member[:, None]) * D + column[None, :]
+    tl.store(output + at, out.to(output.dtype.element_ty), mask=mask)
