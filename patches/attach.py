@@ -4,7 +4,7 @@ import copy
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar, overload
+from typing import Any, NamedTuple, TypeVar, cast, overload
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -18,6 +18,7 @@ from hf_sparse.errors import AdapterMismatchError, UnsupportedModelError
 from hf_sparse.patches.base import family_of
 from hf_sparse.patches.interface import NAME, before_attention
 from hf_sparse.patches.lora import check_lora, enable_lora
+from hf_sparse.patches.regions import mark_layers, unmark_layers
 
 CHILD = "sparse_attention"
 
@@ -276,11 +277,11 @@ class _Switch:
     """Hold what a patched model has once for all its layers.
 
     Called, it sets the attention implementation of the model's config: ours while the method is on, the base's while
-    off. It stands in front of the model's `save_pretrained` and `push_to_hub`, which know nothing of the method, until
-    `remove`.
+    off. Until `remove` it stands in front of the model's `save_pretrained` and `push_to_hub`, which know nothing of the
+    method, and of `get_compiled_call`, by which `generate` compiles decoding steps.
     """
 
-    _SAVING = ("save_pretrained", "push_to_hub")
+    _REPLACED = ("save_pretrained", "push_to_hub", "get_compiled_call")
 
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config
@@ -293,7 +294,7 @@ class _Switch:
         self.model = weakref.ref(model)  # which holds this one: without a cycle it goes when its last user does
         self.config = config
         self.base = config._attn_implementation
-        for name in self._SAVING:
+        for name in self._REPLACED:
             setattr(model, name, getattr(self, name))
 
     def __call__(self, enabled: bool) -> None:
@@ -302,7 +303,8 @@ class _Switch:
     def remove(self) -> None:
         """Leave the model as it was."""
         self(False)
-        for name in self._SAVING:
+        unmark_layers(cast(nn.Module, self.model()))
+        for name in self._REPLACED:
             vars(self.model()).pop(name, None)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
@@ -310,6 +312,12 @@ class _Switch:
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         return self._save("push_to_hub", *args, **kwargs)
+
+    def get_compiled_call(self, compile_config: Any) -> Any:
+        """Return the compiled forward of the model, in whose decoding steps one layer is compiled for all."""
+        model: Any = self.model()
+        mark_layers(model)
+        return type(model).get_compiled_call(model, compile_config)
 
     def _save(self, name: str, *args: Any, **kwargs: Any) -> Any:
         model: Any = self.model()

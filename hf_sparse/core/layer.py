@@ -205,6 +205,14 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
             raise ValueError(f"{reason}: use the ordinary cache")
         return layer
 
+    @property
+    def compiles_as_region(self) -> bool:
+        """Tell whether a decoding step may be within `torch.compiler.nested_compile_region`, as it is used now.
+
+        torch 2.11 refuses operators of torch.library there that declare to write to their inputs.
+        """
+        return False
+
     def make_cache_layer(self) -> Any:
         """Make the cache layer of this module, of `cache_layer_type`; called for causal attention alone."""
         return self.cache_layer_type()

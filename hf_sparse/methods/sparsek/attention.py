@@ -18,6 +18,7 @@ from hf_sparse.methods.sparsek.baselines.blocks import attend_in_blocks
 from hf_sparse.methods.sparsek.budget import Budget
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
 from hf_sparse.methods.sparsek.compiled import attend_compiled
+from hf_sparse.methods.sparsek.compiled_step import step_compiled
 from hf_sparse.methods.sparsek.config import SparseKConfig
 from hf_sparse.methods.sparsek.padded import attend_padded
 from hf_sparse.methods.sparsek.ragged_cache import RaggedCacheLayer
@@ -153,6 +154,11 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         """Take a decoding step of several requests of a pool, see `SparseAttentionLayer`."""
         return rows.attend_steps(self, states, index, sources, *tokens)
 
+    @property
+    def compiles_as_region(self) -> bool:
+        """Tell whether steps are those of `step_compiled`."""
+        return self.baseline is None and self.observer is None and isinstance(self.budget.k, int)
+
     def score(self, hidden_states: Tensor, index: Tensor) -> Tensor:
         """Return the scorer's frozen scores `[B, Hkv, T]` float32 of tokens that stand at `index` of their rows.
 
@@ -176,7 +182,7 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         """Score the new tokens, attend, and keep what is worth keeping; see `SparseAttentionLayer`."""
         length = query.shape[2]
         if length == 1 and isinstance(cache, SparseKCacheLayer):
-            for step in (step_in_one_kernel, step_ahead):  # on a GPU, on the CPU
+            for step in (step_in_one_kernel, step_ahead, step_compiled):  # on a GPU, on the CPU, in compiled code
                 output = step(self, query, key, value, hidden_states, valid, cache, scaling)
                 if output is not None:
                     return output

@@ -43,6 +43,7 @@ class SparseKCacheLayer(CacheLayerMixin):
         padded_late: `[B]` bool, rows with padding after a real token.
         memory: `[B, Hkv, D]`, what a baseline remembers of all tokens so far; `None` for the others.
         cumulative_length: int64 without dimensions, tokens so far with padding.
+        arrived: int32 `[B * Hkv + 1]`, counters of the kernel of a compiled step, zero between two steps.
         empty: whether nothing was written yet.
         soft: whether soft gates, which are for learning, were between the tokens so far.
         owner: whose scores these are; scores of two scorers do not compare.
@@ -56,6 +57,7 @@ class SparseKCacheLayer(CacheLayerMixin):
         offsets: where these begin; `None` here.
         may_look_ahead: whether the layer lasts long enough for steps to be foreseen.
         uncounted: tokens of the step in progress that `cumulative_length` does not have yet.
+        is_count_read: whether the step that is being compiled reads `cumulative_length`.
     """
 
     is_sliding = False
@@ -68,6 +70,7 @@ class SparseKCacheLayer(CacheLayerMixin):
     padded_late: Any
     memory: Any
     cumulative_length: Any
+    arrived: Any
     counts: tuple[int, ...] | None = None
     offsets: Tensor | None = None
 
@@ -92,9 +95,10 @@ class SparseKCacheLayer(CacheLayerMixin):
         self.may_look_ahead = True
         self._scores: Any = None
         self.uncounted = 0
+        self.is_count_read = False
         self._offload_wanted = False
         self.positions = self.seen = self.padded_late = self.memory = None
-        self.cumulative_length = None
+        self.cumulative_length = self.arrived = None
         self._length: int | None = 0  # cumulative_length, where no compiled or captured step can have changed it
 
     @property
@@ -140,6 +144,7 @@ class SparseKCacheLayer(CacheLayerMixin):
         self._length = 0
         for tensor in self._state():
             fix_address(tensor)
+        self._make_counters()
         self.is_initialized = True
 
     def begin_text(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -165,7 +170,14 @@ class SparseKCacheLayer(CacheLayerMixin):
         self.seen, self.padded_late, self.cumulative_length = seen, padded_late, cumulative_length
         for tensor in (keys, values, scores, positions, seen, padded_late, cumulative_length):
             fix_address(tensor)
+        self._make_counters()
         self.is_initialized, self.empty, self.soft = True, False, False
+
+    def _make_counters(self) -> None:
+        """Allocate the counters of the kernel of a compiled step, for as many rows as the slots have."""
+        with lasting():
+            self.arrived = self.seen.new_zeros(self.keys.shape[0] * self.keys.shape[1] + 1, dtype=torch.int32)
+        fix_address(self.arrived)
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -185,7 +197,7 @@ class SparseKCacheLayer(CacheLayerMixin):
             self.lazy_initialization(key_states, value_states)
         if self.keys.shape[0] != rows:
             raise ValueError(f"the cache holds {self.keys.shape[0]} rows, and {rows} rows came: start a new cache")
-        if length == 1 and not torch.compiler.is_compiling():
+        if length == 1:
             self.uncounted = 1  # the kernel of the step counts it; where another path is taken, `end_attention` does
         else:
             self.cumulative_length.add_(length)
@@ -210,6 +222,7 @@ class SparseKCacheLayer(CacheLayerMixin):
         if not self.is_initialized:
             return self._length or 0
         if _is_recorded(self.device):
+            self.is_count_read = torch.compiler.is_compiling()
             return self.cumulative_length.clone()
         return int(self.cumulative_length) if self._length is None else self._length
 
@@ -285,6 +298,8 @@ class SparseKCacheLayer(CacheLayerMixin):
                 setattr(self, name, new)
                 fix_address(new)
                 self.step = None  # it holds the old memory
+        if self.arrived.device != self.keys.device or len(self.arrived) != self.keys.shape[0] * self.keys.shape[1] + 1:
+            self._make_counters()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens, as long as nothing has been evicted yet.
@@ -369,7 +384,7 @@ class SparseKCacheLayer(CacheLayerMixin):
 
     def end_attention(self) -> None:
         """Count the token of a single step, and move the slots to the CPU if `offload` came before the attention."""
-        self.in_attention = False
+        self.in_attention = self.is_count_read = False
         if self.uncounted:
             self.cumulative_length.add_(self.uncounted)
             self.uncounted = 0

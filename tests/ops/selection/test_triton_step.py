@@ -13,6 +13,7 @@ from hf_sparse.methods.sparsek import attention, step
 from hf_sparse.methods.sparsek.baselines import Recency
 from hf_sparse.ops.selection import linear_scores as linear
 from hf_sparse.ops.selection import slots as reference
+from hf_sparse.ops.selection import step as operator
 from hf_sparse.ops.selection.triton import step as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -110,6 +111,35 @@ def test_every_step_is_that_of_the_reference(plain, monkeypatch, poisoned_memory
         assert error < (2e-6 if dtype == torch.float32 else 1e-2), t
     assert not kernel.scratch[2].any(), "the counters did not return to zero"
     assert padded or (ours.positions >= 0).all(), "the slots never filled up"
+
+
+@pytest.mark.parametrize("implementation", ["kernel", "plain"])
+def test_the_operator_of_compiled_code_takes_the_same_steps(plain, monkeypatch, implementation):
+    """With padding and without, and with the count of tokens left to others in the last steps."""
+    batch, heads, number, dim = 2, 2, 11, 16
+    monkeypatch.setattr(operator, "has_kernels", lambda *tensors: implementation == "kernel")
+    ours, theirs = (Slots(batch, heads, number, dim, torch.float32) for _ in range(2))
+    arrived = torch.zeros(batch * heads + 1, dtype=torch.int32, device=DEVICE)
+    weight, slope = torch.randn(heads, COLUMNS, device=DEVICE), torch.randn(heads, device=DEVICE)
+    for t in range(number + 6):
+        query, key, value, states = (
+            torch.randn(batch, *shape, device=DEVICE)
+            for shape in ((heads * 2, 1, dim), (heads, 1, dim), (heads, 1, dim), (1, COLUMNS))
+        )
+        valid = torch.tensor([[True], [t % 3 > 0]], device=DEVICE) if t % 2 else None
+        *state, total = ours.tensors()
+        output = operator.take_step(
+            query, key, value, states, weight, slope, valid, *state, arrived,
+            total if t < number else None, 0.013, 256, WINDOW, SINKS, 0.3,
+        )  # fmt: skip
+        real = None if valid is None else valid[:, 0]
+        new = (query, key, value, states, weight, slope, real)
+        expected = theirs.step(*new, position_slope=0.013, scaling=0.3)
+        for mine, other in zip(state, theirs.tensors(), strict=False):
+            assert torch.equal(mine, other), t
+        torch.testing.assert_close(output, expected.float(), rtol=1e-5, atol=1e-6)
+        assert total == min(t + 1, number) and output.is_contiguous()
+    assert not arrived.any(), "the counters did not return to zero"
 
 
 @pytest.fixture

@@ -2,9 +2,12 @@
 
 A step that runs eager waits for the CPU that launches it, so it is one launch, with a plan that is made once. Every
 program finds the slot that the new token takes and attends to its share of the slots, with the new key and value in
-place of what that slot holds: nothing is written yet, since the other programs of a head still read. The last program
-of a head to arrive joins their results and writes the slot; the last head to arrive counts the token. The counters of
-arrivals return to zero by themselves.
+place of what that slot holds: nothing is written yet, since the other programs of a head still read. Beside them one
+program for each head scores the token. The last program of a head to arrive joins their results and writes the slot;
+the last head to arrive counts the token. The counters of arrivals return to zero by themselves.
+
+A step waits for memory again and again rather than for the amount that it reads, so that what can be read early is:
+keys and values before the slot is found, and the results of all programs of a head at once.
 
 The slots may be rows of a pool, which an index chooses: so requests that come and go share a kernel and its memory, and
 a captured graph reads the index when it is replayed.
@@ -23,10 +26,10 @@ from torch import Tensor
 
 from hf_sparse.ops.selection.triton.slots import slots_of_head, steps_of_program
 
-_PROGRAMS = 256  # about two for each multiprocessor of a large GPU
-_BYTES = 1 << 14  # bytes of keys per step of a program
+_PROGRAMS = 512  # about four for each multiprocessor of a large GPU
+_BYTES = 1 << 13  # bytes of keys per step of a program
 _CHUNK = 1024  # slots that are searched at a time
-_COLUMNS = 512  # columns of the input that are summed at a time
+_COLUMNS = 1024  # columns of the input that are summed at a time
 _ROWS = 128  # rows that are counted at a time
 _EPS = 1e-5  # epsilon of the layer norm of the scores
 
@@ -48,6 +51,7 @@ class StepKernel:
         scaling: multiplies the logits.
         counts, offsets: where heads have different numbers of slots, in buffers `[B, R, ...]`; see
             `hf_sparse.ops.selection.ragged`.
+        arrived: int32 `[B * Hkv + 1]` of zeros for the counters, or `None` to make them.
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class StepKernel:
         indexed: bool = False,
         counts: Sequence[int] | None = None,
         offsets: Tensor | None = None,
+        arrived: Tensor | None = None,
     ) -> None:
         batch, heads, dim = query.shape[0], key.shape[1], slots[0].shape[-1]
         counts = [slots[0].shape[2]] * heads if counts is None else counts
@@ -82,10 +87,11 @@ class StepKernel:
         self.scratch = (
             torch.empty((*parts, dim), dtype=torch.float32, device=device),
             torch.empty(parts, dtype=torch.float32, device=device),
-            torch.zeros(batch * heads + 1, dtype=torch.int32, device=device),
+            torch.zeros(batch * heads + 1, dtype=torch.int32, device=device) if arrived is None else arrived,
+            torch.empty(batch * heads, dtype=torch.float32, device=device),
         )
         self.slots = slots  # keeps the memory
-        self.grid = (splits, heads, batch)
+        self.grid = (splits if weight is None else splits + 1, heads, batch)
         unused = (slots[4], slots[4]) if indexed else ()  # there is no padding in a pool
         self.fixed = (*slots, *unused, *self.scratch, offsets)
         self.layout = (
@@ -103,8 +109,8 @@ class StepKernel:
             "INDEXED": indexed,
             "EPS": _EPS,
             "SPLITS": splits,
-            "SPLITS_WIDE": triton.next_power_of_2(splits),
             "GROUP": max(16, triton.next_power_of_2(group)),
+            "MEMBERS": triton.next_power_of_2(group),
             "D": dim,
             "DIM": max(16, width),
             "BLOCK": block,
@@ -170,6 +176,7 @@ def _step(
     parts,
     masses,
     arrived,
+    fresh_scores,
     Offsets,
     query,
     key,
@@ -209,8 +216,8 @@ def _step(
     INDEXED: tl.constexpr,
     EPS: tl.constexpr,
     SPLITS: tl.constexpr,
-    SPLITS_WIDE: tl.constexpr,
     GROUP: tl.constexpr,
+    MEMBERS: tl.constexpr,
     D: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -221,78 +228,85 @@ def _step(
     split, head, row = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     heads, batch = tl.num_programs(1), tl.num_programs(2)
     pair = row * heads + head
-    held = row  # where the slots lie
+    place = row  # where the slots lie
     real = row >= 0
     if INDEXED:
-        held = tl.load(rows + row * rows_step).to(tl.int64)
-        real = held >= 0
-        held = tl.maximum(held, 0)
+        place = tl.load(rows + row * rows_step).to(tl.int64)
+        real = place >= 0
+        place = tl.maximum(place, 0)
     base, slots = slots_of_head(Offsets, 0, head, heads, slots)
     splits = tl.cdiv(slots, share)  # of this head
-    if split >= splits:
+    if (split >= splits) & (split < SPLITS):
         return
-    position = tl.load(seen + held * seen_row)
-    keys += held * keys_row + base * D
-    values += held * values_row + base * D
-    scores += held * scores_row + base
-    positions += held * positions_row + base
+    position = tl.load(seen + place * seen_row)
+    keys += place * keys_row + base * D
+    values += place * values_row + base * D
+    scores += place * scores_row + base
+    positions += place * positions_row + base
     if MASKED:
         real = tl.load(valid + row * valid_row) != 0
-    target = _slot_of_next(scores, positions, position, slots, window, sinks, CHUNK)
-
-    member, column = tl.arange(0, GROUP), tl.arange(0, DIM)
-    of_group, wide = member[:, None] < group, column[None, :] < D
-    at = row * query_row + (head * group + member[:, None]) * query_head + column[None, :]
-    q = tl.load(query + at, mask=of_group & wide, other=0.0)
-    new_key = tl.load(key + row * key_row + head * key_head + column, mask=column < D, other=0.0)
-    new_value = tl.load(value + row * value_row + head * value_head + column, mask=column < D, other=0.0)
-    peak = tl.full([GROUP], -float("inf"), tl.float32)
-    mass = tl.zeros([GROUP], tl.float32)
-    out = tl.zeros([GROUP, DIM], tl.float32)
-    for begin in range(0, share, BLOCK):
-        slot = split * share + begin + tl.arange(0, BLOCK)
-        fresh = (slot == target) & real
-        old = (tl.load(positions + slot, mask=slot < slots, other=-1) >= 0) & ~fresh
-        where = slot[:, None] * D + column[None, :]
-        k = tl.load(keys + where, mask=old[:, None] & wide, other=0.0)
-        v = tl.load(values + where, mask=old[:, None] & wide, other=0.0)
-        k = tl.where(fresh[:, None], new_key[None, :], k)
-        v = tl.where(fresh[:, None], new_value[None, :], v)
-        logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
-        logits = tl.where((old | fresh)[None, :], logits, -float("inf"))
-        higher = tl.maximum(peak, tl.max(logits, 1))
-        anchor = tl.where(higher == -float("inf"), 0.0, higher)
-        weights = tl.exp(logits - anchor[:, None])
-        rescale = tl.exp(peak - anchor)
-        mass = mass * rescale + tl.sum(weights, 1)
-        out = out * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
-        peak = higher
-    out = out / tl.where(mass == 0, 1.0, mass)[:, None]
+    column = tl.arange(0, DIM)
     first = pair * group  # query head
-    last = split >= 0
-    if SPLITS == 1:
-        at = (first + member[:, None]) * D + column[None, :]
-        tl.store(output + at, out.to(output.dtype.element_ty), mask=of_group & wide)
+    target = tl.full([], 0, tl.int32)
+    if split < SPLITS:
+        member, wide = tl.arange(0, GROUP), column[None, :] < D
+        of_group = member[:, None] < group
+        at = row * query_row + (head * group + member[:, None]) * query_head + column[None, :]
+        q = tl.load(query + at, mask=of_group & wide, other=0.0)
+        new_key = tl.load(key + row * key_row + head * key_head + column, mask=column < D, other=0.0)
+        new_value = tl.load(value + row * value_row + head * value_head + column, mask=column < D, other=0.0)
+        peak = tl.full([GROUP], -float("inf"), tl.float32)
+        mass = tl.zeros([GROUP], tl.float32)
+        out = tl.zeros([GROUP, DIM], tl.float32)
+        slot = split * share + tl.arange(0, BLOCK)
+        held, k, v = _load_slots(keys, values, positions, slot, slots, column, D)
+        target = _slot_of_next(scores, positions, position, slots, window, sinks, CHUNK)
+        for begin in range(0, share, BLOCK):
+            fresh = (slot == target) & real
+            filled = held | fresh
+            k = tl.where(fresh[:, None], new_key[None, :], k)
+            v = tl.where(fresh[:, None], new_value[None, :], v)
+            logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
+            logits = tl.where(filled[None, :], logits, -float("inf"))
+            higher = tl.maximum(peak, tl.max(logits, 1))
+            anchor = tl.where(higher == -float("inf"), 0.0, higher)
+            weights = tl.exp(logits - anchor[:, None])
+            rescale = tl.exp(peak - anchor)
+            mass = mass * rescale + tl.sum(weights, 1)
+            out = out * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+            peak = higher
+            slot += BLOCK
+            until = tl.where(begin + BLOCK < share, slots, 0)  # after the last ones nothing is read
+            held, k, v = _load_slots(keys, values, positions, slot, until, column, D)
+        out = out / tl.where(mass == 0, 1.0, mass)[:, None]
+        if SPLITS == 1:
+            at = (first + member[:, None]) * D + column[None, :]
+            tl.store(output + at, out.to(output.dtype.element_ty), mask=of_group & wide)
+        else:
+            number = (first + member) * SPLITS + split
+            tl.store(masses + number, peak + tl.log(mass), mask=member < group)
+            tl.store(parts + number[:, None] * D + column[None, :], out, mask=of_group & wide)
     else:
-        number = (first + member) * SPLITS + split
-        tl.store(masses + number, peak + tl.log(mass), mask=member < group)
-        tl.store(parts + number[:, None] * D + column[None, :], out, mask=of_group & wide)
-        last = _arrive(arrived + pair, splits)
-    if last:
+        if LINEAR:
+            score = _score(states + row * states_row, weight + head * columns, columns, EPS, COLUMNS)
+            score = _with_slope(score, position, slope + head, SLOPE, SLOPE_TOKENS, LEARNED)
+            tl.store(fresh_scores + pair, score.to(tl.float32))
+    if _arrive(arrived + pair, splits + 1 if LINEAR else splits):
+        if split == SPLITS:
+            target = _slot_of_next(scores, positions, position, slots, window, sinks, CHUNK)
         if SPLITS > 1:
-            _join(parts, masses, output, first, group, splits, SPLITS, SPLITS_WIDE, D, DIM)
+            _join(parts, masses, output, first, group, splits, SPLITS, MEMBERS, D, DIM)
         to = target.to(tl.int64)
         write = (column < D) & real
+        new_key = tl.load(key + row * key_row + head * key_head + column, mask=write)
+        new_value = tl.load(value + row * value_row + head * value_head + column, mask=write)
         tl.store(keys + to * D + column, new_key, mask=write)
         tl.store(values + to * D + column, new_value, mask=write)
         if LINEAR:
-            score = _score(states + row * states_row, weight + head * columns, columns, EPS, COLUMNS)
+            score = tl.load(fresh_scores + pair, cache_modifier=".cg")
         else:
             score = tl.load(states + row * states_row + head).to(tl.float64)
-        if LEARNED:
-            score += position.to(tl.float64) * (tl.load(slope + head).to(tl.float64) / SLOPE_TOKENS + SLOPE)
-        else:
-            score += position.to(tl.float64) * SLOPE
+            score = _with_slope(score, position, slope + head, SLOPE, SLOPE_TOKENS, LEARNED)
         tl.store(scores + to, score.to(tl.float32), mask=real)
         tl.store(positions + to, position, mask=real)
         if _arrive(arrived + batch * heads, batch * heads):
@@ -315,6 +329,25 @@ def _step(
                     tl.store(seen + index, count, mask=inside)
             if not INDEXED:
                 tl.store(total, tl.load(total) + 1)
+
+
+@triton.jit
+def _load_slots(keys, values, positions, slot, slots, column, D: tl.constexpr):
+    """Load keys and values of slots, and whether they are filled; of slots from `slots` on nothing is read."""
+    held = tl.load(positions + slot, mask=slot < slots, other=-1) >= 0
+    mask = held[:, None] & (column[None, :] < D)
+    at = slot[:, None] * D + column[None, :]
+    return held, tl.load(keys + at, mask=mask, other=0.0), tl.load(values + at, mask=mask, other=0.0)
+
+
+@triton.jit
+def _with_slope(score, position, slope, SLOPE: tl.constexpr, SLOPE_TOKENS: tl.constexpr, LEARNED: tl.constexpr):
+    """Add to a score what its head, whose learned slope stands at `slope`, gives to a position."""
+    if LEARNED:
+        score += position.to(tl.float64) * (tl.load(slope).to(tl.float64) / SLOPE_TOKENS + SLOPE)
+    else:
+        score += position.to(tl.float64) * SLOPE
+    return score
 
 
 @triton.jit
@@ -379,20 +412,31 @@ def _join(
     group,
     splits,
     SPLITS: tl.constexpr,
-    SPLITS_WIDE: tl.constexpr,
+    MEMBERS: tl.constexpr,
     D: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    """Average the results of all programs of each query head of a KV head, weighted by their masses."""
-    split, column = tl.arange(0, SPLITS_WIDE), tl.arange(0, DIM)
-    mask = (split[:, None] < splits) & (column[None, :] < D)
-    for member in range(0, group):
-        number = (first + member) * SPLITS + split
+    """Average the results of the `splits` programs of the query heads of a KV head, weighted by their masses."""
+    member, column = tl.arange(0, MEMBERS), tl.arange(0, DIM)
+    inside = member < group
+    mask = inside[:, None] & (column[None, :] < D)
+    peak = tl.full([MEMBERS], -float("inf"), tl.float32)
+    for split in tl.static_range(SPLITS):
         # Others wrote them: never from this multiprocessor's own cache.
-        log_mass = tl.load(masses + number, mask=split < splits, other=-float("inf"), cache_modifier=".cg")
-        part = tl.load(parts + number[:, None] * D + column[None, :], mask=mask, other=0.0, cache_modifier=".cg")
-        peak = tl.max(log_mass, 0)
-        weight = tl.exp(log_mass - tl.where(peak == -float("inf"), 0.0, peak))
-        total = tl.sum(weight, 0)
-        out = tl.sum(part * weight[:, None], 0) / tl.where(total == 0, 1.0, total)
-        tl.store(output + (first + member) * D + column, out.to(output.dtype.element_ty), mask=column < D)
+        at = masses + (first + member) * SPLITS + split
+        log_mass = tl.load(at, mask=inside & (split < splits), other=-float("inf"), cache_modifier=".cg")
+        peak = tl.maximum(peak, log_mass)
+    anchor = tl.where(peak == -float("inf"), 0.0, peak)
+    total = tl.zeros([MEMBERS], tl.float32)
+    out = tl.zeros([MEMBERS, DIM], tl.float32)
+    for split in tl.static_range(SPLITS):
+        number = (first + member) * SPLITS + split
+        ran, at = split < splits, number[:, None] * D + column[None, :]
+        log_mass = tl.load(masses + number, mask=inside & ran, other=-float("inf"), cache_modifier=".cg")
+        part = tl.load(parts + at, mask=mask & ran, other=0.0, cache_modifier=".cg")
+        weight = tl.exp(log_mass - anchor)
+        total += weight
+        out += part * weight[:, None]
+    out = out / tl.where(total == 0, 1.0, total)[:, None]
+    at = (first + member[:, None]) * D + column[None, :]
+    tl.store(output + at, out.to(output.dtype.element_ty), mask=mask)

@@ -1,0 +1,53 @@
+"""Take a decoding step of SparseK in compiled code, as one operator of each layer."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
+from hf_sparse.methods.sparsek.scorer import SLOPE_TOKENS, LinearScorer
+from hf_sparse.ops.selection.step import take_step
+
+if TYPE_CHECKING:
+    from hf_sparse.methods.sparsek.attention import SparseKAttention
+
+
+def step_compiled(
+    attention: "SparseKAttention",
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    hidden_states: Tensor,
+    valid: Tensor | None,
+    cache: SparseKCacheLayer,
+    scaling: float,
+) -> Tensor | None:
+    """Score the new token of each row, give it a slot and attend to the slots, in code that is being compiled.
+
+    Args:
+        query, key, value, hidden_states, valid, scaling: see `SparseAttentionLayer.attend`, for one token.
+        cache: has been checked for this step.
+
+    Returns:
+        `[B, Hq, 1, D]`, contiguous; `None`, with nothing changed, if the step has to take another path: it runs eager
+        or with gradients, the cache has no slots yet, or different numbers of them for its heads, or a baseline or an
+        observer is in use.
+    """
+    if not torch.compiler.is_compiling() or torch.is_grad_enabled() or not cache.is_initialized:
+        return None
+    if attention.baseline is not None or attention.observer is not None or cache.counts is not None:
+        return None
+    scorer: Any = attention.sparsek_scorer[attention.active]
+    if isinstance(scorer, LinearScorer):
+        states, weight, slope, position_slope = hidden_states, scorer.weight, scorer.slope, scorer.position_slope
+    else:
+        states, weight, slope, position_slope = scorer(hidden_states, cache.seen[:, None]), None, None, 0.0
+    cache.empty, total = False, None
+    if not cache.is_count_read:
+        total, cache.uncounted = cache.cumulative_length, 0
+    return take_step(
+        query, key, value, states, weight, slope, valid, cache.keys, cache.values, cache.scores, cache.positions,
+        cache.seen, cache.padded_late, cache.arrived, total, float(position_slope), SLOPE_TOKENS,
+        cache.window, cache.sinks, scaling,
+    )  # fmt: skip

@@ -1,0 +1,95 @@
+"""Take a decoding step over KV slots, scores included, as one operator that compiled code does not look into.
+
+A graph of fewer nodes compiles sooner: scoring, the choice of a slot, attention and counting are one node for each
+layer, and on a GPU one kernel, that of an eager step (`hf_sparse.ops.selection.triton.step`).
+
+The operator writes to the slots and does not declare it: torch 2.11 cannot functionalise one that does within
+`torch.compiler.nested_compile_region`, which compiles one layer for all (`hf_sparse.patches.regions`). That is safe as
+long as nothing else in a compiled step reads or writes the slots, each layer calls the operator once, its result is
+used, and the slots have addresses that compiled code knows to be fixed. The one tensor that others may read, the count
+of tokens, is optional.
+"""
+
+import torch
+from torch import Tensor
+
+from hf_sparse.ops.selection.linear_scores import linear_scores
+from hf_sparse.ops.selection.slots import attend_slots, has_kernels, insert_token
+from hf_sparse.ops.triton import DTYPES
+
+
+@torch.library.custom_op("hf_sparse::sparsek_step", mutates_args=())
+def take_step(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    states: Tensor,
+    weight: Tensor | None,
+    slope: Tensor | None,
+    valid: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    scores: Tensor,
+    positions: Tensor,
+    seen: Tensor,
+    padded_late: Tensor,
+    arrived: Tensor,
+    total: Tensor | None,
+    position_slope: float,
+    slope_tokens: int,
+    window: int,
+    sinks: int,
+    scaling: float,
+) -> Tensor:
+    """Take the step in one kernel, or in plain PyTorch.
+
+    Args:
+        query, key, value: `[B, Hq, 1, D]`, `[B, Hkv, 1, D]` twice.
+        states: input of the attention module `[B, 1, C]`, or without a weight the scores `[B, Hkv, 1]`.
+        weight, slope: of a linear scorer, `[Hkv, C]` and `[Hkv]`.
+        valid: `[B, 1]` bool, rows whose token is real; `None` if all are.
+        keys, values, scores, positions, seen, padded_late, arrived: of the cache layer, written in place.
+        total: the layer's count of tokens, which grows by one; `None` to leave it.
+        position_slope, slope_tokens, window, sinks, scaling: see `StepKernel`.
+
+    Returns:
+        `[B, Hq, 1, D]`, contiguous.
+    """
+    tensors, parameters = (query, key, value, states), [tensor for tensor in (weight, slope) if tensor is not None]
+    tables = (scores, positions, seen, padded_late, arrived)
+    takes_kernel = (
+        has_kernels(keys, values, *tables)
+        and values.shape == keys.shape
+        and query.dtype == key.dtype == value.dtype == keys.dtype == values.dtype
+        and all(tensor.stride(-1) == 1 for tensor in tensors[:3])
+        and all(tensor.dtype in DTYPES and tensor.is_contiguous() for tensor in parameters)
+        and states.dtype in DTYPES
+    )
+    if takes_kernel:
+        from hf_sparse.ops.selection.triton.step import StepKernel
+
+        count = torch.empty((), dtype=torch.int64, device=keys.device) if total is None else total
+        kernel = StepKernel(
+            (keys, values, scores, positions, seen, padded_late, count), query, key, value, weight, slope,
+            position_slope=position_slope, slope_tokens=slope_tokens, masked=valid is not None,
+            window=window, sinks=sinks, scaling=scaling, arrived=arrived,
+        )  # fmt: skip
+        return kernel(query, key, value, states.contiguous(), weight, slope, valid)
+    new = states if weight is None else linear_scores(states, weight)
+    per_token: float | Tensor = position_slope
+    if slope is not None:
+        per_token = per_token + slope.to(new.dtype)[:, None] / slope_tokens
+    new = (new + seen[:, None, None].to(new.dtype) * per_token).float()
+    real = None if valid is None else valid.flatten()
+    if real is not None:
+        padded_late.logical_or_(~real & (seen > 0))
+    insert_token(keys, values, scores, positions, seen, key, value, new, real, window=window, sinks=sinks)
+    seen.add_(1 if real is None else real.long())
+    if total is not None:
+        total.add_(1)
+    return attend_slots(query, keys, values, positions, scaling=scaling).contiguous()
+
+
+@take_step.register_fake
+def _(query: Tensor, *others: object) -> Tensor:
+    return query.new_empty(query.shape)
