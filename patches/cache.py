@@ -60,13 +60,16 @@ def kv_bytes(cache: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
-def sparse_cache_layer(cache: Any, index: int, attention: SparseAttentionLayer) -> Any:
-    """Return the method's layer in a cache; put it there if `generate` made an ordinary cache that is still empty.
+def sparse_cache_layer(cache: Any, index: int, attention: SparseAttentionLayer) -> tuple[Any, bool]:
+    """Find the method's layer in a cache; put it there if `generate` made an ordinary cache that is still empty.
 
     Args:
         cache: a cache of transformers.
         index: index of the layer in the cache.
         attention: the sparse attention that fills it.
+
+    Returns:
+        The layer, and whether it was made now.
 
     Raises:
         ValueError: a cache that has no place for the layer, or one that holds dense keys already.
@@ -81,11 +84,12 @@ def sparse_cache_layer(cache: Any, index: int, attention: SparseAttentionLayer) 
         new: Any = attention.static_cache_layer(layer.max_cache_len) if is_static else attention.cache_layer()
         if attention.has_local_neighbours and not any(cache.is_sliding):
             new.share_mask_sizes()  # a cache that knows no local layers may take the size of their mask from this one
-        cache.layers[index] = layer = new
+        cache.layers[index] = new
+        return new, True
     if not attention.has_made(layer):
         raise ValueError(
             "sparse attention keeps a cache layer of its own in place of that of an ordinary, empty cache; "
             f"layer {index} is a {type(layer).__name__}{' that holds dense keys' if layer.get_seq_length() else ''}: "
             "start a new cache after switching adapters on or off"
         )
-    return layer
+    return layer, False

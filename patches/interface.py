@@ -32,7 +32,7 @@ causal_mask_function: Any = private("transformers.masking_utils", "causal_mask_f
 sdpa_mask: Any = private("transformers.masking_utils", "sdpa_mask")
 
 
-@dataclass
+@dataclass(slots=True)
 class SparseCall:
     """Carry what the hook knows to the attention function, which needs it.
 
@@ -107,9 +107,8 @@ _CHANGES_THE_RESULT = {
 
 def _refuse_what_would_be_ignored(module: nn.Module, kwargs: dict[str, Any]) -> None:
     """Refuse keywords of an attention function that change its result and that no sparse method knows."""
-    for name in _CHANGES_THE_RESULT.keys() & kwargs.keys():
-        if kwargs[name] is not None:
-            meaning = _CHANGES_THE_RESULT[name]
+    for name, meaning in _CHANGES_THE_RESULT.items():
+        if kwargs.get(name) is not None:
             raise ValueError(f"{type(module).__name__} asks for {meaning} ({name}), which sparse attention cannot do")
     causal = kwargs.get("is_causal")
     if causal is not None and causal != getattr(module, "is_causal", True):
@@ -187,19 +186,16 @@ def before_attention(
         return None
     hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     name = None
-    is_compiled_step = torch.compiler.is_compiling() and hidden_states.shape[1] == 1
+    is_compiled = torch.compiler.is_compiling()
+    is_compiled_step = is_compiled and hidden_states.shape[1] == 1
     may_switch = not is_compiled_step and attention.is_managed is not None and attention.is_managed()
     if may_switch and not _goes_on(module, args, kwargs, hidden_states):
         name = _other_name(module, attention)
     if name:
         attention.set_adapter(name)
         return None
-    current = module.config._attn_implementation  # type: ignore[union-attr]
-    if current != NAME:
-        raise ValueError(
-            f"the attention implementation of a patched model was changed to {current!r}, which would ignore its "
-            "sparse attention: unpatch the model, or disable the adapter, to use another one"
-        )
+    if is_compiled or not _is_ours(module.config):
+        _refuse_another_implementation(module.config)
     if _attentions_are_wanted(kwargs):
         raise ValueError("sparse attention has no attention matrix: output_attentions=True is not supported")
     cache = cache_given(module, args, kwargs)
@@ -207,10 +203,25 @@ def before_attention(
         cache = cache.self_attention_cache  # the other half belongs to cross-attention, which stays dense
     layer = None
     if cache is not None:
-        layer = sparse_cache_layer(cache, int(module.layer_idx), attention)  # type: ignore[arg-type]
-        attention.check_cache(layer)
+        layer, is_new = sparse_cache_layer(cache, int(module.layer_idx), attention)  # type: ignore[arg-type]
+        if not is_new:
+            attention.check_cache(layer)
         layer.begin_attention()
     return args, {**kwargs, "sparse_call": SparseCall(attention, hidden_states, layer)}
+
+
+def _is_ours(config: Any) -> bool:
+    """Tell whether the attention implementation is ours, if the configuration says so without its slow look-ups."""
+    return vars(config).get("_attn_implementation_internal") == NAME
+
+
+def _refuse_another_implementation(config: Any) -> None:
+    current = config._attn_implementation
+    if current != NAME:
+        raise ValueError(
+            f"the attention implementation of a patched model was changed to {current!r}, which would ignore its "
+            "sparse attention: unpatch the model, or disable the adapter, to use another one"
+        )
 
 
 def _goes_on(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], hidden_states: Tensor) -> bool:

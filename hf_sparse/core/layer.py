@@ -227,7 +227,7 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
     @property
     def is_active(self) -> bool:
         """Tell whether this module attends sparsely: it is on, and the adapter in use has parameters here."""
-        return not self.disable_adapters and self.is_used
+        return not self._disable_adapters and self.is_used
 
     def is_learning(self, cache: Any) -> bool:
         """Tell whether a forward is one to learn from: in `train` mode, unless it fills a cache without gradients."""
@@ -236,13 +236,18 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
     @property
     def is_used(self) -> bool:
         """Tell whether the adapter in use has parameters here; none is in use after the last one was deleted."""
-        names = self.active_adapters  # read once: a decoding step asks this of every layer
-        return bool(names) and self._only(names) in self.configs
+        names = self._active_adapter  # not by PEFT's properties: every call of the model asks this of every layer
+        if not isinstance(names, str):
+            if not names:
+                return False
+            names = self._only(names)
+        return names in self.configs
 
     @property
     def active(self) -> str:
         """Return the name of the one adapter in use."""
-        return self._only(self.active_adapters)
+        names = self._active_adapter
+        return names if isinstance(names, str) else self._only(names)
 
     @staticmethod
     def _only(names: list[str]) -> str:

@@ -92,6 +92,8 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
     def check_cache(self, cache: SparseKCacheLayer) -> None:
         """Refuse a cache of another adapter, and hard selection after soft gates or before them."""
         super().check_cache(cache)
+        if not cache.is_initialized:
+            cache.is_new = False
         if cache.owner != self._owner:
             raise ValueError("the cache holds what another adapter chose: start a new cache after switching adapters")
         if not cache.empty and (cache.soft or (self.baseline is None and self.is_learning(cache))):

@@ -52,18 +52,31 @@ class SparseKCacheLayer(CacheLayerMixin):
         step: the plan of a decoding step in one kernel, see `methods.sparsek.step`; `None` before the first such step.
         ahead: what is foreseen of the next steps on the CPU, see `methods.sparsek.ahead`, or `None`.
         uncounted: tokens of the step in progress that `cumulative_length` does not have yet.
+        is_new: whether the attention that fills it made it in the same call, so that owner and budget need no check.
     """
 
     is_sliding = False
     is_compileable = True
-    # Tensors; all are None until the first token, and memory until something is remembered.
-    keys: Any
-    values: Any
-    positions: Any
-    seen: Any
-    padded_late: Any
-    memory: Any
-    cumulative_length: Any
+    is_initialized = False
+    # Tensors; all are None until the first token, and memory until something is remembered. What every new layer
+    # begins with stands here, for a prefill makes one per layer of the model.
+    keys: Any = None
+    values: Any = None
+    positions: Any = None
+    seen: Any = None
+    padded_late: Any = None
+    memory: Any = None
+    cumulative_length: Any = None
+    empty = True
+    soft = False
+    in_attention = False
+    is_new = True
+    step: "StepPlan | None" = None
+    ahead: "Ahead | None" = None
+    uncounted = 0
+    _scores: Any = None
+    _offload_wanted = False
+    _length: int | None = 0  # cumulative_length, where no compiled or captured step can have changed it
 
     def __init__(
         self,
@@ -74,21 +87,9 @@ class SparseKCacheLayer(CacheLayerMixin):
         all_sparse: bool = True,
         depends_on_text: bool = False,
     ) -> None:
-        super().__init__()
         self.k, self.window, self.sinks = k, window, sinks
         self.owner, self.all_sparse, self.depends_on_text = owner, all_sparse, depends_on_text
         self.shares_mask_sizes = not all_sparse
-        self.empty = True
-        self.soft = False
-        self.in_attention = False
-        self.step: StepPlan | None = None
-        self.ahead: Ahead | None = None
-        self._scores: Any = None
-        self.uncounted = 0
-        self._offload_wanted = False
-        self.positions = self.seen = self.padded_late = self.memory = None
-        self.cumulative_length = None
-        self._length: int | None = 0  # cumulative_length, where no compiled or captured step can have changed it
 
     @property
     def slots(self) -> int:
@@ -146,12 +147,13 @@ class SparseKCacheLayer(CacheLayerMixin):
         padded_late: Tensor,
         cumulative_length: Tensor,
     ) -> None:
-        """Take slots that were made with their content, for the tokens that `update` has counted."""
+        """Take slots that were made with their content, for the tokens that `update` has counted, in an eager call."""
         self.dtype, self.device = keys.dtype, keys.device
         self.keys, self.values, self.scores, self.positions = keys, values, scores, positions
         self.seen, self.padded_late, self.cumulative_length = seen, padded_late, cumulative_length
+        mark = torch._dynamo.mark_static_address  # see `_fix_address`
         for tensor in (keys, values, scores, positions, seen, padded_late, cumulative_length):
-            _fix_address(tensor)
+            mark(tensor)
         self.is_initialized, self.empty, self.soft = True, False, False
 
     def update(

@@ -20,7 +20,7 @@ from hf_sparse.ops.selection.triton.lists import causal_tables
 from hf_sparse.ops.selection.triton.scan import launch_scan
 from hf_sparse.ops.selection.triton.slot_filling import copy_kept
 from hf_sparse.ops.triton.launch import compile_ahead, launch
-from hf_sparse.ops.triton.replay import empty, replayed
+from hf_sparse.ops.triton.replay import Program, empty, program_of, replayed
 
 _ROWS = 32  # slots that a program copies
 _KEYS = 2048  # that a program looks at together
@@ -92,6 +92,25 @@ def read_text(
         return None, Slots(*results)  # type: ignore[arg-type]
     output, *slots = replayed(_select, (query, key, value, states, weight, slope), settings)
     return output, Slots(*slots)  # type: ignore[arg-type]
+
+
+def noted_reading(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    states: Tensor,
+    weight: Tensor,
+    slope: Tensor | None,
+    settings: ReadingSettings,
+) -> Program | None:
+    """Return the launches of `read_text` for tensors of this layout, if a call has noted them.
+
+    They are for tensors at multiples of 16 bytes, and are run with `(query, key, value, states, weight, slope)` and
+    return the output and the slots; where all keys fit into the slots, without query and output.
+    """
+    if key.shape[2] <= settings.slots:
+        return program_of(_take_all, (key, value, states, weight, slope), settings)
+    return program_of(_select, (query, key, value, states, weight, slope), settings)
 
 
 def _new_slots(key: Tensor, settings: ReadingSettings) -> Slots:
