@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_sparse.data import IGNORED
 from hf_sparse.finetune.predictions import Predictions, predict
+from hf_sparse.finetune.teacher import predict_dense
 from hf_sparse.model_kinds import Kind, final_states, pooled
 from hf_sparse.ops.divergence import divergence
 from hf_sparse.patches import sparse_layers
@@ -33,7 +34,7 @@ def distill(model: nn.Module, chunks: Tensor, *, lm_weight: float = 0.0, hidden_
     """
     options = {"use_cache": False, "output_hidden_states": bool(hidden_weight)}
     with torch.no_grad(), switched_off(model):
-        teacher = predict(model, chunks, **options)
+        teacher = predict_dense(model, chunks, **options)
     student = predict(model, chunks, **options)
     loss = _divergence(student, teacher)
     if lm_weight:
