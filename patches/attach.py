@@ -18,6 +18,7 @@ from hf_sparse.errors import AdapterMismatchError, UnsupportedModelError
 from hf_sparse.patches.base import family_of
 from hf_sparse.patches.interface import NAME, before_attention
 from hf_sparse.patches.lora import check_lora, enable_lora
+from hf_sparse.patches.recorded_steps import RecordedSteps, may_record
 
 CHILD = "sparse_attention"
 
@@ -277,10 +278,10 @@ class _Switch:
 
     Called, it sets the attention implementation of the model's config: ours while the method is on, the base's while
     off. It stands in front of the model's `save_pretrained` and `push_to_hub`, which know nothing of the method, until
-    `remove`.
+    `remove`; and of what `generate` asks whether and how to compile its steps, so that it may record them instead.
     """
 
-    _SAVING = ("save_pretrained", "push_to_hub")
+    _BEFORE = ("save_pretrained", "push_to_hub", "_valid_auto_compile_criteria", "get_compiled_call")
 
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config
@@ -293,8 +294,10 @@ class _Switch:
         self.model = weakref.ref(model)  # which holds this one: without a cycle it goes when its last user does
         self.config = config
         self.base = config._attn_implementation
-        for name in self._SAVING:
-            setattr(model, name, getattr(self, name))
+        self.records = False  # whether the `generate` that asked last records its steps
+        for name in self._BEFORE:
+            if hasattr(model, name):
+                setattr(model, name, getattr(self, name))
 
     def __call__(self, enabled: bool) -> None:
         self.config._attn_implementation = NAME if enabled else self.base
@@ -302,7 +305,7 @@ class _Switch:
     def remove(self) -> None:
         """Leave the model as it was."""
         self(False)
-        for name in self._SAVING:
+        for name in self._BEFORE:
             vars(self.model()).pop(name, None)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
@@ -310,6 +313,20 @@ class _Switch:
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         return self._save("push_to_hub", *args, **kwargs)
+
+    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+        """Answer `generate` whether it shall ask for a call that is compiled, or one that records its steps."""
+        model: Any = self.model()
+        compiles = type(model)._valid_auto_compile_criteria(model, model_kwargs, generation_config)
+        is_on = self.config._attn_implementation == NAME
+        self.records = is_on and not compiles and may_record(model, generation_config)
+        return compiles or self.records
+
+    def get_compiled_call(self, compile_config: Any) -> Any:
+        """Return what `generate` calls for a step."""
+        model: Any = self.model()
+        records, self.records = self.records, False
+        return RecordedSteps(model) if records else type(model).get_compiled_call(model, compile_config)
 
     def _save(self, name: str, *args: Any, **kwargs: Any) -> Any:
         model: Any = self.model()

@@ -202,6 +202,13 @@ class SparseKCacheLayer(CacheLayerMixin):
             return self.cumulative_length.clone()
         return int(self.cumulative_length) if self._length is None else self._length
 
+    def note_tokens(self, tokens: int) -> None:
+        """Take the number of tokens so far, after a recorded step was taken or one was recorded and not taken.
+
+        The host has not followed the one, and has counted the other.
+        """
+        self._length, self.uncounted, self.in_attention = tokens, 0, False
+
     def get_max_length(self) -> int:
         return -1
 
