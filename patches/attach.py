@@ -172,6 +172,7 @@ def attach(module: nn.Module, model: PreTrainedModel, adapter: str, config: Spar
         attention.on_toggle = switch
         attention.has_local_neighbours = any(family.is_local(other) for _, other in family.modules(model))
         attention.hooks.append(module.register_forward_pre_hook(before_attention, with_kwargs=True))
+        switch.forget_modules()
         if not others:
             attention.hooks.append(module.register_forward_pre_hook(_refuse_training_around))
         module.add_module(CHILD, attention)
@@ -294,6 +295,7 @@ class _Switch:
         self.model = weakref.ref(model)  # which holds this one: without a cycle it goes when its last user does
         self.config = config
         self.base = config._attn_implementation
+        self._modules: list[weakref.ref[nn.Module]] = []
         self.records = False  # whether the `generate` that asked last records its steps
         for name in self._BEFORE:
             if hasattr(model, name):
@@ -301,6 +303,14 @@ class _Switch:
 
     def __call__(self, enabled: bool) -> None:
         self.config._attn_implementation = NAME if enabled else self.base
+
+    def modules(self) -> list[nn.Module]:
+        """List the patched attention modules; they are looked for once."""
+        found = [module() for module in self._modules]
+        if not found or any([module is None or CHILD not in module._modules for module in found]):
+            found = [module for module in self.model().modules() if CHILD in module._modules]
+            self._modules = [weakref.ref(module) for module in found]
+        return found
 
     def remove(self) -> None:
         """Leave the model as it was."""
@@ -328,6 +338,10 @@ class _Switch:
         records, self.records = self.records, False
         return RecordedSteps(model) if records else type(model).get_compiled_call(model, compile_config)
 
+    def forget_modules(self) -> None:
+        """Look for the patched modules anew, for one was added."""
+        self._modules = []
+
     def _save(self, name: str, *args: Any, **kwargs: Any) -> Any:
         model: Any = self.model()
         # transformers writes the adapters that it manages, and no base model; after the last one there is but the base.
@@ -349,7 +363,7 @@ class _Switch:
         return getattr(self.model(), "_hf_peft_config_loaded", False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"model": self.model()}
+        return vars(self) | {"model": self.model(), "_modules": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state | {"model": weakref.ref(state["model"])})

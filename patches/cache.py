@@ -1,11 +1,13 @@
 """Put the cache layers of a method into a transformers cache, and make one to hold across calls."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticLayer
 
+from hf_sparse.core.cache import ModelCall
 from hf_sparse.core.layer import SparseAttentionLayer
 
 
@@ -60,16 +62,39 @@ def kv_bytes(cache: Any) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
 
 
-def sparse_cache_layer(cache: Any, index: int, attention: SparseAttentionLayer) -> tuple[Any, bool]:
-    """Find the method's layer in a cache; put it there if `generate` made an ordinary cache that is still empty.
+def layer_in_call(cache: Any, index: int) -> Any:
+    """Return the layer of a cache that `make_layers` made in this call of the model, if its turn has come; or `None`."""
+    layers = getattr(cache, "layers", ())
+    layer = layers[index] if index < len(layers) else None
+    return layer if getattr(layer, "call", None) is not None else None
+
+
+def is_unused(cache: Any, index: int) -> bool:
+    """Tell whether a layer of a cache is an ordinary one that holds nothing yet, as `generate` makes it."""
+    layers = cache.layers if type(cache) is DynamicCache else ()
+    return index < len(layers) and type(layers[index]) is DynamicLayer and not layers[index].is_initialized
+
+
+def make_layers(cache: Any, modules: Iterable[nn.Module]) -> None:
+    """Put the layers of sparse attention modules into a cache that `generate` or a forward has just made.
+
+    Python does that for all in a fraction of the time that it takes where each layer is reached.
+    """
+    call = ModelCall()
+    for module in modules:
+        attention: Any = module.sparse_attention
+        index: Any = module.layer_idx
+        if attention.is_active and is_unused(cache, index):
+            cache.layers[index] = attention.cache_layer_in_call(call)
+
+
+def sparse_cache_layer(cache: Any, index: int, attention: SparseAttentionLayer) -> Any:
+    """Return the method's layer in a cache; put it there if `generate` made an ordinary cache that is still empty.
 
     Args:
         cache: a cache of transformers.
         index: index of the layer in the cache.
         attention: the sparse attention that fills it.
-
-    Returns:
-        The layer, and whether it was made now.
 
     Raises:
         ValueError: a cache that has no place for the layer, or one that holds dense keys already.
@@ -84,12 +109,11 @@ def sparse_cache_layer(cache: Any, index: int, attention: SparseAttentionLayer) 
         new: Any = attention.static_cache_layer(layer.max_cache_len) if is_static else attention.cache_layer()
         if attention.has_local_neighbours and not any(cache.is_sliding):
             new.share_mask_sizes()  # a cache that knows no local layers may take the size of their mask from this one
-        cache.layers[index] = new
-        return new, True
+        cache.layers[index] = layer = new
     if not attention.has_made(layer):
         raise ValueError(
             "sparse attention keeps a cache layer of its own in place of that of an ordinary, empty cache; "
             f"layer {index} is a {type(layer).__name__}{' that holds dense keys' if layer.get_seq_length() else ''}: "
             "start a new cache after switching adapters on or off"
         )
-    return layer, False
+    return layer

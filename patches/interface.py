@@ -21,7 +21,7 @@ from transformers.cache_utils import EncoderDecoderCache
 from hf_sparse._compat import cache_given, private
 from hf_sparse.core.cache import SparseCacheLayer, mask_of_keys
 from hf_sparse.core.layer import SparseAttentionLayer
-from hf_sparse.patches.cache import sparse_cache_layer
+from hf_sparse.patches.cache import is_unused, layer_in_call, make_layers, sparse_cache_layer
 
 NAME = "hf_sparse"
 
@@ -76,8 +76,9 @@ def attention_forward(
             "sequences (position_ids that restart) and custom masks are not supported. A compiled forward without a "
             "cache is packed to transformers, unless it gets an attention_mask"
         )
-    _refuse_what_would_be_ignored(module, kwargs)
     length, cache = query.shape[2], sparse_call.cache
+    call = getattr(cache, "call", None)
+    _refuse_what_would_be_ignored(module, kwargs)
     valid = mask_of_keys(attention_mask, key.shape[2]) if cache is None else cache.check_mask(attention_mask, length)
     # A decoding step waits for no value from the device.
     if valid is not None and length > 1 and not torch.compiler.is_compiling() and bool(valid.all()):
@@ -93,6 +94,9 @@ def attention_forward(
     )
     if cache is not None:
         cache.end_attention()
+        if call is not None:
+            cache.call = None
+            call.layers -= 1
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -185,8 +189,14 @@ def before_attention(
     if not attention.is_active:
         return None
     hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    name = None
     is_compiled = torch.compiler.is_compiling()
+    cache = cache_given(module, args, kwargs)
+    if cache is not None and not is_compiled:
+        layer = layer_in_call(cache, module.layer_idx)  # type: ignore[arg-type]
+        if layer is not None:  # all has been checked at the first layer
+            layer.begin_attention()
+            return args, {**kwargs, "sparse_call": SparseCall(attention, hidden_states, layer)}
+    name = None
     is_compiled_step = is_compiled and hidden_states.shape[1] == 1
     may_switch = not is_compiled_step and attention.is_managed is not None and attention.is_managed()
     if may_switch and not _goes_on(module, args, kwargs, hidden_states):
@@ -194,25 +204,21 @@ def before_attention(
     if name:
         attention.set_adapter(name)
         return None
-    if is_compiled or not _is_ours(module.config):
-        _refuse_another_implementation(module.config)
+    _refuse_another_implementation(module.config)
     if _attentions_are_wanted(kwargs):
         raise ValueError("sparse attention has no attention matrix: output_attentions=True is not supported")
-    cache = cache_given(module, args, kwargs)
     if isinstance(cache, EncoderDecoderCache) and getattr(module.config, "add_cross_attention", False):
         cache = cache.self_attention_cache  # the other half belongs to cross-attention, which stays dense
     layer = None
     if cache is not None:
-        layer, is_new = sparse_cache_layer(cache, int(module.layer_idx), attention)  # type: ignore[arg-type]
-        if not is_new:
-            attention.check_cache(layer)
+        index = int(module.layer_idx)  # type: ignore[arg-type]
+        if not (is_compiled or may_switch or attention.has_local_neighbours) and is_unused(cache, index):
+            switch: Any = attention.on_toggle
+            make_layers(cache, switch.modules())
+        layer = sparse_cache_layer(cache, index, attention)
+        attention.check_cache(layer)
         layer.begin_attention()
     return args, {**kwargs, "sparse_call": SparseCall(attention, hidden_states, layer)}
-
-
-def _is_ours(config: Any) -> bool:
-    """Tell whether the attention implementation is ours, if the configuration says so without its slow look-ups."""
-    return vars(config).get("_attn_implementation_internal") == NAME
 
 
 def _refuse_another_implementation(config: Any) -> None:

@@ -120,7 +120,7 @@ def record(call: Callable[[], Any], device: torch.device) -> tuple[Any, Callable
     return output, graph.replay
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _stream(device: torch.device) -> torch.cuda.Stream:
     """Return the stream on which steps are recorded: one for all, for libraries keep memory for each stream."""
     return torch.cuda.Stream(device)

@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hf_sparse.core.cache import GrowingCacheLayer, SparseCacheLayer
+from hf_sparse.core.cache import GrowingCacheLayer, ModelCall, SparseCacheLayer
 from hf_sparse.core.config import SparseConfig
 from hf_sparse.core.lora import LowRank
 
@@ -190,6 +190,13 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
         if not self.causal:
             raise ValueError(_NO_CACHE)
         return self.make_cache_layer()
+
+    def cache_layer_in_call(self, call: ModelCall) -> SparseCacheLayer:
+        """Make a new, empty cache layer in a call of the model that is going to fill it."""
+        layer = self.cache_layer()
+        layer.call = call
+        call.layers += 1
+        return layer
 
     def static_cache_layer(self, tokens: int) -> SparseCacheLayer:
         """Make a new, empty cache layer to stand in a `StaticCache`, which has room for `tokens` tokens and compiles.

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_sparse.core.cache import ModelCall
 from hf_sparse.core.layer import AttentionShape, SparseAttentionLayer
 from hf_sparse.methods.sparsek.ahead import step_ahead
 from hf_sparse.methods.sparsek.baselines import AdaptiveBaseline, Arrivals, Baseline
@@ -17,7 +18,7 @@ from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
 from hf_sparse.methods.sparsek.compiled import attend_compiled
 from hf_sparse.methods.sparsek.config import SparseKConfig
 from hf_sparse.methods.sparsek.padded import attend_padded
-from hf_sparse.methods.sparsek.reading import read_in_few_launches
+from hf_sparse.methods.sparsek.reading import read_in_few_launches, scoring_of
 from hf_sparse.methods.sparsek.scorer import Scorer, make_scorer
 from hf_sparse.methods.sparsek.step import step_in_one_kernel
 from hf_sparse.methods.sparsek.tokens import NewTokens, token_index
@@ -89,11 +90,15 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
             depends_on_text=self.baseline is not None and self.baseline.depends_on_text,
         )
 
+    def cache_layer_in_call(self, call: ModelCall) -> SparseKCacheLayer:
+        """Make the KV slots of this module in a call of the model that is going to fill them."""
+        layer: Any = super().cache_layer_in_call(call)
+        layer.scoring = scoring_of(self)
+        return layer
+
     def check_cache(self, cache: SparseKCacheLayer) -> None:
         """Refuse a cache of another adapter, and hard selection after soft gates or before them."""
         super().check_cache(cache)
-        if not cache.is_initialized:
-            cache.is_new = False
         if cache.owner != self._owner:
             raise ValueError("the cache holds what another adapter chose: start a new cache after switching adapters")
         if not cache.empty and (cache.soft or (self.baseline is None and self.is_learning(cache))):

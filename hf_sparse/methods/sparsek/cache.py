@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from hf_sparse.core.cache import mask_of_keys
+from hf_sparse.core.cache import ModelCall, mask_of_keys
 from hf_sparse.ops.selection.slots import fill_slots, insert_token
 
 if TYPE_CHECKING:
     from hf_sparse.methods.sparsek.ahead import Ahead
+    from hf_sparse.methods.sparsek.reading import Scoring
     from hf_sparse.methods.sparsek.step import StepPlan
 
 _STATE = ("keys", "values", "scores", "positions", "seen", "padded_late", "memory")
@@ -52,7 +53,8 @@ class SparseKCacheLayer(CacheLayerMixin):
         step: the plan of a decoding step in one kernel, see `methods.sparsek.step`; `None` before the first such step.
         ahead: what is foreseen of the next steps on the CPU, see `methods.sparsek.ahead`, or `None`.
         uncounted: tokens of the step in progress that `cumulative_length` does not have yet.
-        is_new: whether the attention that fills it made it in the same call, so that owner and budget need no check.
+        call: the call of the model that made the layer and goes on, see `SparseCacheLayer`; then `scoring` is known.
+        scoring: what a scorer of linear scores computes with, see `methods.sparsek.reading`; or `None`.
     """
 
     is_sliding = False
@@ -70,7 +72,8 @@ class SparseKCacheLayer(CacheLayerMixin):
     empty = True
     soft = False
     in_attention = False
-    is_new = True
+    call: ModelCall | None = None
+    scoring: "Scoring | None" = None
     step: "StepPlan | None" = None
     ahead: "Ahead | None" = None
     uncounted = 0
@@ -127,7 +130,7 @@ class SparseKCacheLayer(CacheLayerMixin):
             self.cumulative_length = torch.zeros((), dtype=torch.int64, device=self.device)
         self._length = 0
         for tensor in self._state():
-            _fix_address(tensor)
+            fix_address(tensor)
         self.is_initialized = True
 
     def begin_text(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -147,13 +150,13 @@ class SparseKCacheLayer(CacheLayerMixin):
         padded_late: Tensor,
         cumulative_length: Tensor,
     ) -> None:
-        """Take slots that were made with their content, for the tokens that `update` has counted, in an eager call."""
+        """Take slots that were made with their content, for the tokens that `update` has counted.
+
+        They have been marked as `fix_address` does.
+        """
         self.dtype, self.device = keys.dtype, keys.device
         self.keys, self.values, self.scores, self.positions = keys, values, scores, positions
         self.seen, self.padded_late, self.cumulative_length = seen, padded_late, cumulative_length
-        mark = torch._dynamo.mark_static_address  # see `_fix_address`
-        for tensor in (keys, values, scores, positions, seen, padded_late, cumulative_length):
-            mark(tensor)
         self.is_initialized, self.empty, self.soft = True, False, False
 
     def update(
@@ -279,7 +282,7 @@ class SparseKCacheLayer(CacheLayerMixin):
                 old.copy_(new)
             else:
                 setattr(self, name, new)
-                _fix_address(new)
+                fix_address(new)
                 self.step = None  # it holds the old memory
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -397,7 +400,7 @@ class SparseKCacheLayer(CacheLayerMixin):
         if self.memory is None:
             with lasting():
                 self.memory = memory.clone()
-            _fix_address(self.memory)
+            fix_address(self.memory)
         else:
             self.memory.copy_(memory)
 
@@ -477,7 +480,7 @@ def _is_recorded(device: torch.device) -> bool:
     return torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
-def _fix_address(tensor: Tensor) -> None:
+def fix_address(tensor: Tensor) -> None:
     """Tell CUDA graphs that the tensor stays where it is, so that they can write to it."""
     if not torch.compiler.is_compiling():
         torch._dynamo.mark_static_address(tensor)

@@ -1,7 +1,7 @@
 """Read a text from its beginning on in few launches, where that runs eager on a GPU with the scores of a scorer.
 
-On short texts the host sets the pace. So what depends on the layout of the tensors alone is decided for the first layer
-that has it, and the others compare: a model's layers have one layout.
+On short texts the host sets the pace. So what depends on the layout of the tensors alone is looked up by it, and the
+slots of all layers are allocated at the first of them.
 """
 
 from collections.abc import Hashable
@@ -11,26 +11,60 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_sparse.methods.sparsek.cache import SparseKCacheLayer, lasting
+from hf_sparse.methods.sparsek.cache import SparseKCacheLayer, fix_address, lasting
 from hf_sparse.methods.sparsek.scorer import SLOPE_TOKENS, LinearScorer
 from hf_sparse.ops.triton import DTYPES, MOST_ROWS, installed
 
 if TYPE_CHECKING:
     from hf_sparse.methods.sparsek.attention import SparseKAttention
+    from hf_sparse.ops.selection.triton.reading import Slots
     from hf_sparse.ops.triton.replay import Program
 
 _TRITON = installed()
 _MOST_SELECTED = 8192  # keys of a list that the kernels of the selection take
+_MOST_PROGRAMS = 64  # that are remembered here
+
+_programs: dict[Hashable, "Program"] = {}  # by layout, for tensors at multiples of 16 bytes
 
 
-class _Reading(NamedTuple):
-    """Hold the launches that read texts of one layout, of tensors at multiples of 16 bytes."""
+class Scoring(NamedTuple):
+    """Hold what a linear scorer computes with.
 
-    layout: Hashable
-    program: "Program"
+    Attributes:
+        weight, slope, position_slope: of the scorer.
+        addresses: theirs, 0 for none.
+        layout: what launches depend on of them and of the budget; `None` if an address is no multiple of 16 bytes.
+    """
+
+    weight: Tensor
+    slope: Tensor | None
+    position_slope: float
+    addresses: tuple[int, int]
+    layout: Hashable | None
 
 
-_latest: _Reading | None = None  # the layout that was read last
+class _Stock:
+    """Hold what the layers of one call of a model read with: slots that are not filled yet, and working memory."""
+
+    def __init__(self, layout: Hashable, program: "Program", slots: list["Slots"]) -> None:
+        self.layout, self.program = layout, program
+        self.slots = [(one, [tensor.data_ptr() for tensor in one]) for one in slots]
+        self.memory = program.memory()
+
+
+def scoring_of(attention: "SparseKAttention") -> Scoring | None:
+    """Return what the scorer in use computes with; `None` if its scores are not linear."""
+    scorer: Any = attention.sparsek_scorer[attention.active]
+    if not isinstance(scorer, LinearScorer):
+        return None
+    weight, slope = scorer.weight, scorer.slope
+    addresses = (weight.data_ptr(), 0 if slope is None else slope.data_ptr())
+    layout = None
+    if not (addresses[0] | addresses[1]) % 16:
+        of_slope = None if slope is None else (slope.dtype, slope.device)
+        layout = (weight.shape, weight.stride(), weight.dtype, weight.device, of_slope, scorer.position_slope)
+        layout += attention.budget
+    return Scoring(weight, slope, scorer.position_slope, addresses, layout)
 
 
 def read_in_few_launches(
@@ -58,28 +92,32 @@ def read_in_few_launches(
         return None
     if attention.baseline is not None or attention.observer is not None or torch.is_grad_enabled():
         return None
-    name = attention.active
-    # The cache layer may be that of another adapter, or of a budget that was overridden since.
-    if not cache.is_new and (
-        cache.owner != (attention.identities[name], None) or attention.budget != (cache.k, cache.window, cache.sinks)
-    ):
+    owner = (attention.identities[attention.active], None)
+    if cache.owner != owner:
         return None
-    scorer: Any = attention.sparsek_scorer[name]
-    if not isinstance(scorer, LinearScorer) or torch.is_autocast_enabled("cuda"):
+    if cache.call is None and attention.budget != (cache.k, cache.window, cache.sinks):  # was overridden since
         return None
-    inputs = (query, key, value, hidden_states, scorer.weight, scorer.slope)
-    settings = (cache.k, cache.window, cache.sinks, scaling, scorer.position_slope)
-    layout = (settings, *[None if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in inputs])
-    # Whoever asks for another address takes the path that looks at everything.
-    is_aligned = not any([x.data_ptr() % 16 for x in inputs if x is not None])
+    scoring = scoring_of(attention) if cache.scoring is None else cache.scoring
+    if scoring is None or torch.is_autocast_enabled("cuda"):
+        return None
+    layout = (
+        query.shape, query.stride(), query.dtype, query.device, key.shape, key.stride(), value.stride(),
+        hidden_states.dtype, hidden_states.stride(), scaling, scoring.layout,
+    )  # fmt: skip
+    addresses = [query.data_ptr(), key.data_ptr(), value.data_ptr(), hidden_states.data_ptr()]
+    is_aligned = not (addresses[0] | addresses[1] | addresses[2] | addresses[3]) % 16 and scoring.layout is not None
     fits = key.shape[2] <= cache.slots
-    latest = _latest
-    if latest is not None and is_aligned and latest.layout == layout:
-        with lasting():
-            results = latest.program.run(inputs[1:] if fits else inputs)
-        output, slots = (None, results) if fits else (results[0], results[1:])
-    elif _takes(query, key, value, hidden_states, scorer, cache):
-        output, slots = _read(inputs, settings, layout, is_aligned)
+    stock = _stock(cache, key, layout) if is_aligned else None
+    if stock is not None:
+        slots, of_slots = stock.slots.pop()
+        if fits:
+            del addresses[0]
+        results = stock.program.launch([*addresses, *scoring.addresses, *of_slots], stock.memory)
+        output = None if fits else results[0]
+    elif _takes(query, key, value, hidden_states, scoring, cache):
+        output, slots = _read(
+            (query, key, value, hidden_states), scoring, cache, scaling, layout if is_aligned else None
+        )
     else:
         return None
     cache.take(*slots)
@@ -89,20 +127,52 @@ def read_in_few_launches(
     return output
 
 
+def _stock(cache: SparseKCacheLayer, key: Tensor, layout: Hashable) -> _Stock | None:
+    """Return slots and launches for this layout, of the call of the model if there is one; `None` without launches."""
+    call = cache.call
+    if call is not None:
+        stock: _Stock | None = call.reading
+        if stock is not None and stock.slots and stock.layout == layout:
+            return stock
+    program = _programs.get(layout)
+    if program is None:
+        return None
+    from hf_sparse.ops.selection.triton.reading import new_slots
+
+    with lasting():
+        # Layers with budgets of their own take slots one by one.
+        alike = call is not None and call.reading is None
+        slots = [new_slots(key, cache.slots) for _ in range(call.layers if call is not None and alike else 1)]
+        stock = _Stock(layout, program, slots)
+    for tensors in slots:
+        for tensor in tensors:
+            fix_address(tensor)
+    if call is not None:
+        call.reading = stock
+    return stock
+
+
 def _read(
-    inputs: tuple[Any, ...], settings: tuple[Any, ...], layout: Hashable, is_aligned: bool
-) -> tuple[Tensor | None, Any]:
-    """Return the output, `None` where all keys fit into the slots, and the slots; note the launches."""
-    global _latest
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    scoring: Scoring,
+    cache: SparseKCacheLayer,
+    scaling: float,
+    layout: Hashable | None,
+) -> tuple[Tensor | None, "Slots"]:
+    """Return the output, `None` where all keys fit into the slots, and the slots; note the launches of the layout."""
     from hf_sparse.ops.selection.triton.reading import ReadingSettings, noted_reading, read_text
 
-    *budget, scaling, position_slope = settings
-    of_text = ReadingSettings(*budget, scaling, float(position_slope), SLOPE_TOKENS)
+    budget = (cache.k, cache.window, cache.sinks)
+    settings = ReadingSettings(*budget, scaling, float(scoring.position_slope), SLOPE_TOKENS)
     with lasting():
-        output, slots = read_text(*inputs, of_text)
-    program = noted_reading(*inputs, of_text) if is_aligned else None
+        output, slots = read_text(*inputs, scoring.weight, scoring.slope, settings)
+    for tensor in slots:
+        fix_address(tensor)
+    program = None if layout is None else noted_reading(*inputs, scoring.weight, scoring.slope, slots, settings)
     if program is not None:
-        _latest = _Reading(layout, program)
+        if len(_programs) >= _MOST_PROGRAMS:
+            _programs.pop(next(iter(_programs)), None)
+        _programs[layout] = program
     return output, slots
 
 
@@ -112,10 +182,10 @@ def _is_on_current_device(query: Tensor) -> bool:
 
 
 def _takes(
-    query: Tensor, key: Tensor, value: Tensor, states: Tensor, scorer: LinearScorer, cache: SparseKCacheLayer
+    query: Tensor, key: Tensor, value: Tensor, states: Tensor, scoring: Scoring, cache: SparseKCacheLayer
 ) -> bool:
     """Tell whether the kernels take a text: devices, dtypes, sizes and layout."""
-    weight, slope, dtype = scorer.weight, scorer.slope, query.dtype
+    weight, slope, dtype = scoring.weight, scoring.slope, query.dtype
     return (
         dtype in DTYPES
         and dtype == key.dtype == value.dtype

@@ -249,9 +249,20 @@ class Program:
 
     def run(self, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         """Launch all for these tensors, and return the results."""
+        return self.launch([0 if tensor is None else tensor.data_ptr() for tensor in tensors], self.memory())
+
+    def memory(self) -> Tensor | None:
+        """Allocate what the launches of a run use and nobody gets to see; runs one after another can share it."""
+        return torch.empty(self.used, dtype=torch.uint8, device=self.device) if self.used else None
+
+    def launch(self, bases: list[int], memory: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Launch all, and return the results.
+
+        Args:
+            bases: the addresses of the tensors, 0 for `None`; the list is used up.
+            memory: see `memory`.
+        """
         device = self.device
-        bases = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        memory = torch.empty(self.used, dtype=torch.uint8, device=device) if self.used else None
         bases.append(0 if memory is None else memory.data_ptr())
         made = []
         for shape, stride, dtype, zero in self.made:
