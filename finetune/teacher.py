@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_sparse.finetune.predictions import Predictions, predict
+from hf_sparse.patches.recorded_steps import calls_nothing_else
 
 _MOST_WORK = 2e12  # parameters times tokens of a forward that is bound by the host
 _EAGER = 2  # calls of a layout before one is recorded: libraries make their plans and allocate in them
@@ -51,8 +52,8 @@ def predict_dense(model: nn.Module, tokens: Tensor, **options: Any) -> Predictio
         **options: for its forward, hashable.
     """
     base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
-    weights = _tensors(base)
-    if not _is_recordable(base, weights, tokens):
+    weights = tensors_of(base)
+    if not is_small(base, weights, tokens) or torch.is_grad_enabled():
         return predict(model, tokens, **options)
     addresses = tuple([(tensor.data_ptr(), tensor.dtype) for tensor in weights])
     layout = (model is base, tokens.shape, tokens.dtype, tuple(sorted(options.items())), addresses)
@@ -79,20 +80,20 @@ def forget(model: nn.Module) -> None:
         _teachers.pop(module, None)
 
 
-def _tensors(model: nn.Module) -> list[Tensor]:
+def tensors_of(model: nn.Module) -> list[Tensor]:
     """List the parameters and buffers of a model, some more than once."""
     of_modules = [(*module._parameters.values(), *module._buffers.values()) for module in model.modules()]
     return [tensor for tensors in of_modules for tensor in tensors if tensor is not None]
 
 
-def _is_recordable(base: PreTrainedModel, weights: list[Tensor], tokens: Tensor) -> bool:
-    """Tell whether a forward may be recorded: on a GPU, in `eval` mode, small, and within nothing that changes it."""
+def is_small(base: PreTrainedModel, weights: list[Tensor], tokens: Tensor) -> bool:
+    """Tell whether a forward may be recorded: on a GPU, in `eval` mode, bound by the host, with no hooks of others."""
     if not tokens.is_cuda or torch.is_autocast_enabled("cuda") or torch.compiler.is_compiling():
         return False
-    if torch.cuda.is_current_stream_capturing() or torch.is_grad_enabled():
-        return False
     work = tokens.numel() * sum([weight.numel() for weight in weights])
-    return work <= _MOST_WORK and not base.training and all([weight.device == tokens.device for weight in weights])
+    if work > _MOST_WORK or torch.cuda.is_current_stream_capturing():
+        return False
+    return all([weight.device == tokens.device for weight in weights]) and calls_nothing_else(base)
 
 
 def _record(teacher: _Teacher, model: nn.Module, tokens: Tensor, options: dict[str, Any]) -> Predictions:

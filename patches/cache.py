@@ -63,7 +63,7 @@ def kv_bytes(cache: Any) -> int:
 
 
 def layer_in_call(cache: Any, index: int) -> Any:
-    """Return the layer of a cache that `make_layers` made in this call of the model, if its turn has come; or `None`."""
+    """Return the layer of a cache that `make_layers` made in this call of the model; `None` if it is none of those."""
     layers = getattr(cache, "layers", ())
     layer = layers[index] if index < len(layers) else None
     return layer if getattr(layer, "call", None) is not None else None

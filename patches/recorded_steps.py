@@ -155,16 +155,21 @@ def _is_on_gpu(tensor: Tensor) -> bool:
 
 
 def _is_recordable(model: nn.Module) -> bool:
-    """Tell whether all that a forward does is on the device: no hooks of others, no replaced forward, `eval` mode."""
-    if hooks_of_all_modules._global_forward_hooks or hooks_of_all_modules._global_forward_pre_hooks or model.training:
-        return False
+    """Tell whether a step returns logits alone, and all it does is on one device."""
     config: Any = model.config
     if getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False):
         return False
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    return len(devices) == 1 and calls_nothing_else(model)
+
+
+def calls_nothing_else(model: nn.Module) -> bool:
+    """Tell whether a forward calls what a recording repeats: no hooks of others, no replaced forward, no dropout."""
+    if hooks_of_all_modules._global_forward_hooks or hooks_of_all_modules._global_forward_pre_hooks or model.training:
+        return False
     modules = list(model.modules())
     ours = {hook.id for module in modules for hook in getattr(module, "hooks", ()) if hasattr(hook, "id")}
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-    return len(devices) == 1 and not any(
+    return not any(
         "forward" in vars(module) or not ours.issuperset((*module._forward_hooks, *module._forward_pre_hooks))
         for module in modules
     )

@@ -1,6 +1,6 @@
 """Define what every method is to the layers above: a module attached to one attention module of a model."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Self, TypeVar
 from uuid import uuid4
@@ -159,6 +159,16 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
             `[B, Hq, T, D]`; what stands at padding is finite and meaningless.
         """
         raise NotImplementedError
+
+    def recording_key(self) -> Hashable | None:
+        """Return all that decides in Python what a forward without a cache computes, beside the shapes of its inputs.
+
+        A recording of a training step repeats what the GPU did, and is taken again where this is equal.
+
+        Returns:
+            `None` if a forward must not be repeated without its Python code.
+        """
+        return None
 
     def check_cache(self, cache: Any) -> None:
         """Refuse a cache layer that this forward cannot go on with, before it counts new tokens.

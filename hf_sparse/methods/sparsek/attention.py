@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
 from hf_sparse.methods.sparsek.compiled import attend_compiled
 from hf_sparse.methods.sparsek.config import SparseKConfig
 from hf_sparse.methods.sparsek.padded import attend_padded
-from hf_sparse.methods.sparsek.reading import read_in_few_launches, scoring_of
+from hf_sparse.methods.sparsek.reading import Scoring, read_in_few_launches, scoring_of
 from hf_sparse.methods.sparsek.scorer import Scorer, make_scorer
 from hf_sparse.methods.sparsek.step import step_in_one_kernel
 from hf_sparse.methods.sparsek.tokens import NewTokens, token_index
@@ -66,6 +66,7 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         self.sparsek_lora = nn.ModuleDict()
         self.baseline: Baseline | None = None
         self.observer: Observer | None = None
+        self.scoring: Scoring | None = None  # of the last call that `reading` knows
 
     def make_parameters(self, config: SparseKConfig) -> Scorer:
         """Make a new scorer for one adapter."""
@@ -89,6 +90,13 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
             all_sparse=self.config.layers is None,  # otherwise some layers are left dense
             depends_on_text=self.baseline is not None and self.baseline.depends_on_text,
         )
+
+    def recording_key(self) -> Hashable | None:
+        """Return what decides what is computed, see `SparseAttentionLayer`; `None` where others look on or choose."""
+        if self.baseline is not None or self.observer is not None or not self.is_used:
+            return None
+        support = self.config.soft_support(self.budget.k)
+        return self.active, self.identities[self.active], self.disable_adapters, self.training, self.budget, support
 
     def cache_layer_in_call(self, call: ModelCall) -> SparseKCacheLayer:
         """Make the KV slots of this module in a call of the model that is going to fill them."""

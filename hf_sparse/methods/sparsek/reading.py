@@ -4,7 +4,7 @@ On short texts the host sets the pace. So what depends on the layout of the tens
 slots of all layers are allocated at the first of them.
 """
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -31,14 +31,15 @@ class Scoring(NamedTuple):
     """Hold what a linear scorer computes with.
 
     Attributes:
-        weight, slope, position_slope: of the scorer.
-        addresses: theirs, 0 for none.
-        layout: what launches depend on of them and of the budget; `None` if an address is no multiple of 16 bytes.
+        weight, slope: its parameters.
+        key: their addresses, the dtype of the weight and the slope of the configuration: the rest follows from them.
+        addresses: of weight and slope, 0 for none.
+        layout: what launches depend on of them; `None` if an address is no multiple of 16 bytes.
     """
 
     weight: Tensor
     slope: Tensor | None
-    position_slope: float
+    key: tuple[Any, ...]
     addresses: tuple[int, int]
     layout: Hashable | None
 
@@ -46,25 +47,26 @@ class Scoring(NamedTuple):
 class _Stock:
     """Hold what the layers of one call of a model read with: slots that are not filled yet, and working memory."""
 
-    def __init__(self, layout: Hashable, program: "Program", slots: list["Slots"]) -> None:
+    def __init__(self, layout: Hashable, program: "Program", slots: list[Sequence[Tensor]]) -> None:
         self.layout, self.program = layout, program
         self.slots = [(one, [tensor.data_ptr() for tensor in one]) for one in slots]
         self.memory = program.memory()
 
 
 def scoring_of(attention: "SparseKAttention") -> Scoring | None:
-    """Return what the scorer in use computes with; `None` if its scores are not linear."""
+    """Return what the scorer in use computes with; `None` if its scores are not linear, or it is not on a GPU."""
     scorer: Any = attention.sparsek_scorer[attention.active]
-    if not isinstance(scorer, LinearScorer):
+    if not isinstance(scorer, LinearScorer) or not scorer.weight.is_cuda:
         return None
     weight, slope = scorer.weight, scorer.slope
-    addresses = (weight.data_ptr(), 0 if slope is None else slope.data_ptr())
-    layout = None
-    if not (addresses[0] | addresses[1]) % 16:
+    key = (weight.data_ptr(), weight.dtype, 0 if slope is None else slope.data_ptr(), scorer.position_slope)
+    known = attention.scoring
+    if known is None or known.weight is not weight or known.slope is not slope or known.key != key:
         of_slope = None if slope is None else (slope.dtype, slope.device)
         layout = (weight.shape, weight.stride(), weight.dtype, weight.device, of_slope, scorer.position_slope)
-        layout += attention.budget
-    return Scoring(weight, slope, scorer.position_slope, addresses, layout)
+        is_aligned = (key[0] | key[2]) % 16 == 0
+        known = attention.scoring = Scoring(weight, slope, key, (key[0], key[2]), layout if is_aligned else None)
+    return known
 
 
 def read_in_few_launches(
@@ -102,7 +104,7 @@ def read_in_few_launches(
         return None
     layout = (
         query.shape, query.stride(), query.dtype, query.device, key.shape, key.stride(), value.stride(),
-        hidden_states.dtype, hidden_states.stride(), scaling, scoring.layout,
+        hidden_states.dtype, hidden_states.stride(), scaling, scoring.layout, cache.k, cache.window, cache.sinks,
     )  # fmt: skip
     addresses = [query.data_ptr(), key.data_ptr(), value.data_ptr(), hidden_states.data_ptr()]
     is_aligned = not (addresses[0] | addresses[1] | addresses[2] | addresses[3]) % 16 and scoring.layout is not None
@@ -142,7 +144,9 @@ def _stock(cache: SparseKCacheLayer, key: Tensor, layout: Hashable) -> _Stock | 
     with lasting():
         # Layers with budgets of their own take slots one by one.
         alike = call is not None and call.reading is None
-        slots = [new_slots(key, cache.slots) for _ in range(call.layers if call is not None and alike else 1)]
+        first = new_slots(key, cache.slots)
+        more = call.layers - 1 if call is not None and alike else 0
+        slots = [first, *[[torch.empty_like(tensor) for tensor in first] for _ in range(more)]]
         stock = _Stock(layout, program, slots)
     for tensors in slots:
         for tensor in tensors:
@@ -163,7 +167,7 @@ def _read(
     from hf_sparse.ops.selection.triton.reading import ReadingSettings, noted_reading, read_text
 
     budget = (cache.k, cache.window, cache.sinks)
-    settings = ReadingSettings(*budget, scaling, float(scoring.position_slope), SLOPE_TOKENS)
+    settings = ReadingSettings(*budget, scaling, float(scoring.key[3]), SLOPE_TOKENS)
     with lasting():
         output, slots = read_text(*inputs, scoring.weight, scoring.slope, settings)
     for tensor in slots:
