@@ -306,11 +306,12 @@ class _Switch:
 
     def modules(self) -> list[nn.Module]:
         """List the patched attention modules; they are looked for once."""
-        found = [module() for module in self._modules]
-        if not found or any([module is None or CHILD not in module._modules for module in found]):
-            found = [module for module in self.model().modules() if CHILD in module._modules]
-            self._modules = [weakref.ref(module) for module in found]
-        return found
+        modules = [module for reference in self._modules if (module := reference()) and CHILD in module._modules]
+        if not modules or len(modules) < len(self._modules):
+            model: Any = self.model()
+            modules = [module for module in model.modules() if CHILD in module._modules]
+            self._modules = [weakref.ref(module) for module in modules]
+        return modules
 
     def remove(self) -> None:
         """Leave the model as it was."""

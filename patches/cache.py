@@ -71,7 +71,7 @@ def layer_in_call(cache: Any, index: int) -> Any:
 
 def is_unused(cache: Any, index: int) -> bool:
     """Tell whether a layer of a cache is an ordinary one that holds nothing yet, as `generate` makes it."""
-    layers = cache.layers if type(cache) is DynamicCache else ()
+    layers: Any = cache.layers if type(cache) is DynamicCache else ()
     return index < len(layers) and type(layers[index]) is DynamicLayer and not layers[index].is_initialized
 
 

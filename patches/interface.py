@@ -76,7 +76,8 @@ def attention_forward(
             "sequences (position_ids that restart) and custom masks are not supported. A compiled forward without a "
             "cache is packed to transformers, unless it gets an attention_mask"
         )
-    length, cache = query.shape[2], sparse_call.cache
+    cache: Any = sparse_call.cache
+    length = query.shape[2]
     call = getattr(cache, "call", None)
     _refuse_what_would_be_ignored(module, kwargs)
     valid = mask_of_keys(attention_mask, key.shape[2]) if cache is None else cache.check_mask(attention_mask, length)

@@ -29,11 +29,10 @@ class SparseCacheLayer(Protocol):
     transformers calls `update` with the keys and values of new tokens, and then the attention function. Around both the
     patch calls `begin_attention` and `end_attention`, so that `update` can tell sparse attention from dense.
 
-    Attributes:
-        call: the call of the model that made the layer, until its attention is done; `None` ever after.
+    A layer that a call of the model makes has this call as its attribute `call` until its attention is done. What has
+    `note_tokens(tokens)` can be in recorded steps, see `patches.recorded_steps`: it takes the number of tokens so far
+    after a step that the host has not followed, or has followed and not taken.
     """
-
-    call: ModelCall | None
 
     def get_seq_length(self) -> int:
         """Count the tokens so far, padding included."""

@@ -203,7 +203,7 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
 
     def cache_layer_in_call(self, call: ModelCall) -> SparseCacheLayer:
         """Make a new, empty cache layer in a call of the model that is going to fill it."""
-        layer = self.cache_layer()
+        layer: Any = self.cache_layer()
         layer.call = call
         call.layers += 1
         return layer

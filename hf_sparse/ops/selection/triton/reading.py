@@ -137,7 +137,7 @@ def _take_all(
     slots, settings = Slots(*rest[:-1]), rest[-1]
     (batch, heads, number), dim = slots.scores.shape, key.shape[3]
     slopes = {"position_slope": settings.position_slope, "slope_tokens": settings.slope_tokens}
-    write_scores(states, weight, slope, None, slots.scores, **slopes)  # type: ignore[arg-type]
+    write_scores(states, weight, slope, None, slots.scores, **slopes)
     launch(_copy_all, (triton.cdiv(number, _ROWS), batch, heads))(
         key, value, *slots, *key.stride()[:3], *value.stride()[:3], key.shape[2], number, dim,
         ROWS=_ROWS, DIM=triton.next_power_of_2(dim), num_warps=4,
@@ -165,7 +165,7 @@ def _launch(
     states: Tensor,
     weight: Tensor,
     slope: Tensor | None,
-    *_: Tensor,
+    *of_slots: Tensor,
     slots: Slots,
     settings: ReadingSettings,
 ) -> tuple[Tensor | None, ...]:
