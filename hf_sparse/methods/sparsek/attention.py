@@ -84,12 +84,12 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
 
     def make_cache_layer(self) -> SparseKCacheLayer:
         """Make the KV slots of this module."""
-        return SparseKCacheLayer(
-            *self.budget,
-            owner=self._owner,
-            all_sparse=self.config.layers is None,  # otherwise some layers are left dense
-            depends_on_text=self.baseline is not None and self.baseline.depends_on_text,
-        )
+        name, baseline = self.active, self.baseline
+        config = self.configs[name]
+        depends_on_text = baseline is not None and baseline.depends_on_text
+        all_sparse = config.layers is None  # otherwise some layers are left dense
+        owner = (self.identities[name], baseline)
+        return SparseKCacheLayer(*config.budget(self.layer), owner, all_sparse, depends_on_text)
 
     def recording_key(self) -> Hashable | None:
         """Return what decides what is computed, see `SparseAttentionLayer`; `None` where others look on or choose."""

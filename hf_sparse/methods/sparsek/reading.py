@@ -148,9 +148,10 @@ def _stock(cache: SparseKCacheLayer, key: Tensor, layout: Hashable) -> _Stock | 
         more = call.layers - 1 if call is not None and alike else 0
         slots = [first, *[[torch.empty_like(tensor) for tensor in first] for _ in range(more)]]
         stock = _Stock(layout, program, slots)
+    mark = torch._dynamo.mark_static_address  # as `fix_address`, of what is not being compiled
     for tensors in slots:
         for tensor in tensors:
-            fix_address(tensor)
+            mark(tensor)
     if call is not None:
         call.reading = stock
     return stock
