@@ -2,12 +2,13 @@
 
     python benchmarks/generate.py --output generate.json
 
-Nothing is passed to `generate` but a prompt, its mask and a count of new tokens: it runs eager, dense with a cache that
-grows, sparse with KV slots. The dense model is the base model without a patch; the patched one shares its weights,
-which are random and change neither time nor memory. The host that launches the kernels sets the pace and varies, so
-only ratios of the same cell count: calls alternate, and each number is the median of several. The first call of each
-is kept apart, as the first of `steps_ms`: dense steps are slower at lengths that a process has not seen, which is
-every text of a user, since SDPA takes cuDNN there, which plans for every length.
+Nothing is passed to `generate` but a prompt, its mask and a count of new tokens: dense steps run eager with a cache
+that grows, sparse ones with KV slots, on a GPU recorded from the third on. Milliseconds of a step leave out the steps
+before and the recording, those of a call have them. The dense model is the base model without a patch; the patched one
+shares its weights, which are random and change neither time nor memory. The host that launches the kernels sets the
+pace and varies, so only ratios of the same cell count: calls alternate, and each number is the median of several. The
+first call of each is kept apart, as the first of `steps_ms`: dense steps are slower at lengths that a process has not
+seen, which is every text of a user, since SDPA takes cuDNN there, which plans for every length.
 
 First, on two layers in float32: sparse steps equal dense ones over a text that fits into the slots, and over a longer
 one the step in one kernel, and on the CPU the one that is foreseen, fills the same slots as the step of several and has
@@ -246,6 +247,7 @@ def measure(models: dict[str, PreTrainedModel], ids: Tensor, options: argparse.N
     """Milliseconds of a step and to the first token, by variant, from calls that alternate."""
     first: dict[str, list[float]] = {name: [] for name in models}
     step: dict[str, list[float]] = {name: [] for name in models}
+    call: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(1 + options.rounds):
         for name, model in models.items():
             wait(options.device)
@@ -253,6 +255,7 @@ def measure(models: dict[str, PreTrainedModel], ids: Tensor, options: argparse.N
             generate(model, ids, options.new_tokens, clock)
             begin, token, settled, end = clock.times
             first[name].append(1e3 * (token - begin))
+            call[name].append(1e3 * (end - begin))
             step[name].append(1e3 * (end - settled) / (options.new_tokens - SKIPPED))
     row: dict[str, Any] = {}
     for name in models:
@@ -261,6 +264,7 @@ def measure(models: dict[str, PreTrainedModel], ids: Tensor, options: argparse.N
             "step_ms": again,
             "steps_ms": step[name],
             "first_token_ms": statistics.median(first[name][1:]),
+            "call_ms": statistics.median(call[name][1:]),
             "tokens_per_second": 1e3 * len(ids) / again,
         }
     return row | {"ratio": row["dense"]["step_ms"] / row["sparse"]["step_ms"]}

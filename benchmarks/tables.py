@@ -328,10 +328,12 @@ def generate_table(generate: dict[str, Any], before: dict[str, Any]) -> str:
         steps = [row["dense"]["steps_ms"][0], row["sparse"]["steps_ms"][0]]
         steps += [row["dense"]["step_ms"], row["sparse"]["step_ms"]]
         first = " / ".join(short(row[name]["first_token_ms"]) for name in ("dense", "sparse"))
-        times = [f"{value:.2f}" if value else "-" for value in (unseen[cell], again[cell], earlier.get(cell))]
+        calls = [row[name].get("call_ms") for name in ("dense", "sparse")]
+        whole = calls[0] / calls[1] if all(calls) else None
+        times = [f"{value:.2f}" if value else "-" for value in (unseen[cell], again[cell], whole, earlier.get(cell))]
         rows.append([f"{cell[0]}, {cell[1]:,} x {cell[2]}", *map(short, steps), *times, first])
     head = ["shape, prompt x batch", "dense, unseen lengths", "sparse", "dense, lengths seen before", "sparse"]
-    head += ["times as fast, unseen", "seen", "seen, before", "first token, ms: dense / sparse"]
+    head += ["times as fast, unseen", "seen", "seen, whole call", "seen, before", "first token, ms: dense / sparse"]
     return table(head, rows)
 
 

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from hf_sparse.data import check_chunks, fingerprint, first_token, tensors
 from hf_sparse.environment import describe, is_main_process
 from hf_sparse.errors import DataError
-from hf_sparse.finetune import checkpoint
+from hf_sparse.finetune import checkpoint, recorded_loss, teacher
 from hf_sparse.finetune.config import FinetuneConfig
 from hf_sparse.finetune.identity import adapter_sha256, adapter_tensors, base_sha256, changed
 from hf_sparse.finetune.order import ShuffledRows, first_rows
@@ -176,6 +176,8 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
             for parameter in learned.values():
                 parameter.requires_grad_(True)
             accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+            teacher.forget(model)
+            recorded_loss.forget(model)
 
         seconds, tokens = time.perf_counter() - began, len(plan) * tokens_per_step
         read_rows = sorted(trained_on)

@@ -15,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 
 from hf_sparse.data import IGNORED
 from hf_sparse.finetune.predictions import Predictions, predict
+from hf_sparse.finetune.recorded_loss import recorded_loss
+from hf_sparse.finetune.teacher import predict_dense
 from hf_sparse.model_kinds import Kind, final_states, pooled
 from hf_sparse.ops.divergence import divergence
 from hf_sparse.patches import sparse_layers
@@ -31,9 +33,17 @@ def distill(model: nn.Module, chunks: Tensor, *, lm_weight: float = 0.0, hidden_
         lm_weight: weight of the next-token cross-entropy, which is added.
         hidden_weight: weight of the distance of the hidden states, see `hidden_distance`, which is added.
     """
+
+    def loss(chunks: Tensor) -> Tensor:
+        return _distill(model, chunks, lm_weight, hidden_weight)
+
+    return recorded_loss(loss, model, chunks, lm_weight, hidden_weight)
+
+
+def _distill(model: nn.Module, chunks: Tensor, lm_weight: float, hidden_weight: float) -> Tensor:
     options = {"use_cache": False, "output_hidden_states": bool(hidden_weight)}
     with torch.no_grad(), switched_off(model):
-        teacher = predict(model, chunks, **options)
+        teacher = predict_dense(model, chunks, **options)
     student = predict(model, chunks, **options)
     loss = _divergence(student, teacher)
     if lm_weight:

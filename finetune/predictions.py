@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_sparse._compat import texts_are_whole
+
 #: Models whose logits were seen to follow from their head alone, and that head: to compare waits for the device.
 _known_heads: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
 
@@ -45,6 +47,11 @@ def predict(model: nn.Module, tokens: Tensor, **options: Any) -> Predictions:
         tokens: `[B, T]`.
         **options: for its forward.
     """
+    with texts_are_whole():
+        return _predict(model, tokens, **options)
+
+
+def _predict(model: nn.Module, tokens: Tensor, **options: Any) -> Predictions:
     base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
     head = base.get_output_embeddings()
     if head is not None:

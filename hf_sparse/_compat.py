@@ -105,6 +105,22 @@ def _caught(function: Any, maker: str) -> Mapping[str, Any]:
 
 
 @contextmanager
+def texts_are_whole() -> Iterator[None]:
+    """Spare forwards of whole texts, without positions of their own, the search for several texts packed into a row.
+
+    transformers looks for those wherever there is neither a mask nor a cache. To read what it found waits for the
+    device, and in the recording of a CUDA graph it attends as if there were some, with a mask `T x T`.
+    """
+    module, name = import_module("transformers.masking_utils"), "find_packed_sequence_indices"
+    search = private("transformers.masking_utils", name)
+    setattr(module, name, lambda *_, **__: None)
+    try:
+        yield
+    finally:
+        setattr(module, name, search)
+
+
+@contextmanager
 def recorded_gradients() -> Iterator[None]:
     """Let autograd record within an operator of `torch.library`, which runs below it."""
     keys = torch._C.DispatchKey

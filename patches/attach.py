@@ -18,6 +18,7 @@ from hf_sparse.errors import AdapterMismatchError, UnsupportedModelError
 from hf_sparse.patches.base import family_of
 from hf_sparse.patches.interface import NAME, before_attention
 from hf_sparse.patches.lora import check_lora, enable_lora
+from hf_sparse.patches.recorded_steps import RecordedSteps, may_record
 from hf_sparse.patches.regions import mark_layers, unmark_layers
 
 CHILD = "sparse_attention"
@@ -172,6 +173,7 @@ def attach(module: nn.Module, model: PreTrainedModel, adapter: str, config: Spar
         attention.on_toggle = switch
         attention.has_local_neighbours = any(family.is_local(other) for _, other in family.modules(model))
         attention.hooks.append(module.register_forward_pre_hook(before_attention, with_kwargs=True))
+        switch.forget_modules()
         if not others:
             attention.hooks.append(module.register_forward_pre_hook(_refuse_training_around))
         module.add_module(CHILD, attention)
@@ -277,11 +279,12 @@ class _Switch:
     """Hold what a patched model has once for all its layers.
 
     Called, it sets the attention implementation of the model's config: ours while the method is on, the base's while
-    off. Until `remove` it stands in front of the model's `save_pretrained` and `push_to_hub`, which know nothing of the
-    method, and of `get_compiled_call`, by which `generate` compiles decoding steps.
+    off. It stands in front of the model's `save_pretrained` and `push_to_hub`, which know nothing of the method, until
+    `remove`; and of what `generate` asks whether and how to compile its steps: it may record them instead, and where
+    they are compiled it compiles one layer for all.
     """
 
-    _REPLACED = ("save_pretrained", "push_to_hub", "get_compiled_call")
+    _BEFORE = ("save_pretrained", "push_to_hub", "_valid_auto_compile_criteria", "get_compiled_call")
 
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config
@@ -294,17 +297,29 @@ class _Switch:
         self.model = weakref.ref(model)  # which holds this one: without a cycle it goes when its last user does
         self.config = config
         self.base = config._attn_implementation
-        for name in self._REPLACED:
-            setattr(model, name, getattr(self, name))
+        self._modules: list[weakref.ref[nn.Module]] = []
+        self.records = False  # whether the `generate` that asked last records its steps
+        for name in self._BEFORE:
+            if hasattr(model, name):
+                setattr(model, name, getattr(self, name))
 
     def __call__(self, enabled: bool) -> None:
         self.config._attn_implementation = NAME if enabled else self.base
+
+    def modules(self) -> list[nn.Module]:
+        """List the patched attention modules; they are looked for once."""
+        modules = [module for reference in self._modules if (module := reference()) and CHILD in module._modules]
+        if not modules or len(modules) < len(self._modules):
+            model: Any = self.model()
+            modules = [module for module in model.modules() if CHILD in module._modules]
+            self._modules = [weakref.ref(module) for module in modules]
+        return modules
 
     def remove(self) -> None:
         """Leave the model as it was."""
         self(False)
         unmark_layers(cast(nn.Module, self.model()))
-        for name in self._REPLACED:
+        for name in self._BEFORE:
             vars(self.model()).pop(name, None)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
@@ -313,11 +328,26 @@ class _Switch:
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
         return self._save("push_to_hub", *args, **kwargs)
 
-    def get_compiled_call(self, compile_config: Any) -> Any:
-        """Return the compiled forward of the model, in whose decoding steps one layer is compiled for all."""
+    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+        """Answer `generate` whether it shall ask for a call that is compiled, or one that records its steps."""
         model: Any = self.model()
+        compiles = type(model)._valid_auto_compile_criteria(model, model_kwargs, generation_config)
+        is_on = self.config._attn_implementation == NAME
+        self.records = is_on and not compiles and may_record(model, generation_config)
+        return compiles or self.records
+
+    def get_compiled_call(self, compile_config: Any) -> Any:
+        """Return what `generate` calls for a step."""
+        model: Any = self.model()
+        records, self.records = self.records, False
+        if records:
+            return RecordedSteps(model)
         mark_layers(model)
         return type(model).get_compiled_call(model, compile_config)
+
+    def forget_modules(self) -> None:
+        """Look for the patched modules anew, for one was added."""
+        self._modules = []
 
     def _save(self, name: str, *args: Any, **kwargs: Any) -> Any:
         model: Any = self.model()
@@ -340,7 +370,7 @@ class _Switch:
         return getattr(self.model(), "_hf_peft_config_loaded", False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"model": self.model()}
+        return vars(self) | {"model": self.model(), "_modules": []}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state | {"model": weakref.ref(state["model"])})

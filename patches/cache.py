@@ -1,11 +1,13 @@
 """Put the cache layers of a method into a transformers cache, and make one to hold across calls."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticLayer
 
+from hf_sparse.core.cache import ModelCall
 from hf_sparse.core.layer import SparseAttentionLayer
 
 
@@ -58,6 +60,32 @@ def kv_bytes(cache: Any) -> int:
     """Count the bytes of all keys and values in a transformers cache."""
     tensors = (tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors if tensor is not None)
+
+
+def layer_in_call(cache: Any, index: int) -> Any:
+    """Return the layer of a cache that `make_layers` made in this call of the model; `None` if it is none of those."""
+    layers = getattr(cache, "layers", ())
+    layer = layers[index] if index < len(layers) else None
+    return layer if getattr(layer, "call", None) is not None else None
+
+
+def is_unused(cache: Any, index: int) -> bool:
+    """Tell whether a layer of a cache is an ordinary one that holds nothing yet, as `generate` makes it."""
+    layers: Any = cache.layers if type(cache) is DynamicCache else ()
+    return index < len(layers) and type(layers[index]) is DynamicLayer and not layers[index].is_initialized
+
+
+def make_layers(cache: Any, modules: Iterable[nn.Module]) -> None:
+    """Put the layers of sparse attention modules into a cache that `generate` or a forward has just made.
+
+    Python does that for all in a fraction of the time that it takes where each layer is reached.
+    """
+    call = ModelCall()
+    for module in modules:
+        attention: Any = module.sparse_attention
+        index: Any = module.layer_idx
+        if attention.is_active and is_unused(cache, index):
+            cache.layers[index] = attention.cache_layer_in_call(call)
 
 
 def sparse_cache_layer(cache: Any, index: int, attention: SparseAttentionLayer) -> Any:

@@ -22,7 +22,7 @@ from hf_sparse._compat import cache_given, private, texts_in_mask
 from hf_sparse.core.cache import SparseCacheLayer, mask_of_keys
 from hf_sparse.core.layer import SparseAttentionLayer
 from hf_sparse.core.packed_texts import PackedTexts, packed_texts
-from hf_sparse.patches.cache import sparse_cache_layer
+from hf_sparse.patches.cache import is_unused, layer_in_call, make_layers, sparse_cache_layer
 
 NAME = "hf_sparse"
 
@@ -33,7 +33,7 @@ causal_mask_function: Any = private("transformers.masking_utils", "causal_mask_f
 sdpa_mask: Any = private("transformers.masking_utils", "sdpa_mask")
 
 
-@dataclass
+@dataclass(slots=True)
 class SparseCall:
     """Carry what the hook knows to the attention function, which needs it.
 
@@ -85,8 +85,10 @@ def attention_forward(
             "masks are not supported, nor packed sequences (position_ids that restart) in a compiled forward. A "
             "compiled forward without a cache is packed to transformers, unless it gets an attention_mask"
         )
+    cache: Any = sparse_call.cache
+    length = query.shape[2]
+    call = getattr(cache, "call", None)
     _refuse_what_would_be_ignored(module, kwargs)
-    length, cache = query.shape[2], sparse_call.cache
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if texts is not None:
         if cache is not None:
@@ -109,6 +111,9 @@ def attention_forward(
     )
     if cache is not None:
         cache.end_attention()
+        if call is not None:
+            cache.call = None
+            call.layers -= 1
     return output.transpose(1, 2).contiguous(), None
 
 
@@ -152,9 +157,8 @@ def _within_texts(module: nn.Module, mask: Tensor | None, texts: PackedTexts) ->
 
 def _refuse_what_would_be_ignored(module: nn.Module, kwargs: dict[str, Any]) -> None:
     """Refuse keywords of an attention function that change its result and that no sparse method knows."""
-    for name in _CHANGES_THE_RESULT.keys() & kwargs.keys():
-        if kwargs[name] is not None:
-            meaning = _CHANGES_THE_RESULT[name]
+    for name, meaning in _CHANGES_THE_RESULT.items():
+        if kwargs.get(name) is not None:
             raise ValueError(f"{type(module).__name__} asks for {meaning} ({name}), which sparse attention cannot do")
     causal = kwargs.get("is_causal")
     if causal is not None and causal != getattr(module, "is_causal", True):
@@ -235,31 +239,45 @@ def before_attention(
     if not attention.is_active:
         return None
     hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+    is_compiled = torch.compiler.is_compiling()
+    cache = cache_given(module, args, kwargs)
+    if cache is not None and not is_compiled:
+        layer = layer_in_call(cache, module.layer_idx)  # type: ignore[arg-type]
+        if layer is not None:  # all has been checked at the first layer
+            layer.begin_attention()
+            return args, {**kwargs, "sparse_call": SparseCall(attention, hidden_states, layer)}
     name = None
-    is_compiled_step = torch.compiler.is_compiling() and hidden_states.shape[1] == 1
+    is_compiled_step = is_compiled and hidden_states.shape[1] == 1
     may_switch = not is_compiled_step and attention.is_managed is not None and attention.is_managed()
     if may_switch and not _goes_on(module, args, kwargs, hidden_states):
         name = _other_name(module, attention)
     if name:
         attention.set_adapter(name)
         return None
-    current = module.config._attn_implementation  # type: ignore[union-attr]
+    _refuse_another_implementation(module.config)
+    if _attentions_are_wanted(kwargs):
+        raise ValueError("sparse attention has no attention matrix: output_attentions=True is not supported")
+    if isinstance(cache, EncoderDecoderCache) and getattr(module.config, "add_cross_attention", False):
+        cache = cache.self_attention_cache  # the other half belongs to cross-attention, which stays dense
+    layer = None
+    if cache is not None:
+        index = int(module.layer_idx)  # type: ignore[arg-type]
+        if not (is_compiled or may_switch or attention.has_local_neighbours) and is_unused(cache, index):
+            switch: Any = attention.on_toggle
+            make_layers(cache, switch.modules())
+        layer = sparse_cache_layer(cache, index, attention)
+        attention.check_cache(layer)
+        layer.begin_attention()
+    return args, {**kwargs, "sparse_call": SparseCall(attention, hidden_states, layer)}
+
+
+def _refuse_another_implementation(config: Any) -> None:
+    current = config._attn_implementation
     if current != NAME:
         raise ValueError(
             f"the attention implementation of a patched model was changed to {current!r}, which would ignore its "
             "sparse attention: unpatch the model, or disable the adapter, to use another one"
         )
-    if _attentions_are_wanted(kwargs):
-        raise ValueError("sparse attention has no attention matrix: output_attentions=True is not supported")
-    cache = cache_given(module, args, kwargs)
-    if isinstance(cache, EncoderDecoderCache) and getattr(module.config, "add_cross_attention", False):
-        cache = cache.self_attention_cache  # the other half belongs to cross-attention, which stays dense
-    layer = None
-    if cache is not None:
-        layer = sparse_cache_layer(cache, int(module.layer_idx), attention)  # type: ignore[arg-type]
-        attention.check_cache(layer)
-        layer.begin_attention()
-    return args, {**kwargs, "sparse_call": SparseCall(attention, hidden_states, layer)}
 
 
 def _goes_on(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], hidden_states: Tensor) -> bool:

@@ -24,9 +24,14 @@ def mark_layers(model: nn.Module) -> None:
 def unmark_layers(model: nn.Module) -> None:
     """Take back `mark_layers`."""
     for layer in model.modules():
-        forward: Any = vars(layer).get("forward")
-        if isinstance(forward, partial) and forward.func is _forward:
+        if is_marked(layer):
             del layer.forward
+
+
+def is_marked(layer: nn.Module) -> bool:
+    """Tell whether the forward of a module is the one that `mark_layers` put there."""
+    forward: Any = vars(layer).get("forward")
+    return isinstance(forward, partial) and forward.func is _forward
 
 
 def _decoder_layers(model: nn.Module) -> Iterator[tuple[nn.Module, SparseAttentionLayer]]:

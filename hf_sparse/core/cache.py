@@ -1,9 +1,26 @@
 """Say what the cache layer of a method owes to the patch, beside what transformers asks of every cache layer."""
 
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
+
+
+@dataclass
+class ModelCall:
+    """Hold what the new cache layers of one call of a model share until the attention of each has filled it.
+
+    Python runs faster over all layers at once than where each is reached. So the patch makes the cache layers of all at
+    the first of them, with the checks that one call of the model needs once, and a method can do likewise.
+
+    Attributes:
+        layers: how many of them are not filled yet.
+        reading: what a method keeps here.
+    """
+
+    layers: int = 0
+    reading: Any = None
 
 
 class SparseCacheLayer(Protocol):
@@ -11,6 +28,10 @@ class SparseCacheLayer(Protocol):
 
     transformers calls `update` with the keys and values of new tokens, and then the attention function. Around both the
     patch calls `begin_attention` and `end_attention`, so that `update` can tell sparse attention from dense.
+
+    A layer that a call of the model makes has this call as its attribute `call` until its attention is done. What has
+    `note_tokens(tokens)` can be in recorded steps, see `patches.recorded_steps`: it takes the number of tokens so far
+    after a step that the host has not followed, or has followed and not taken.
     """
 
     def get_seq_length(self) -> int:
@@ -58,6 +79,8 @@ def mask_of_keys(attention_mask: Tensor | None, keys: int) -> Tensor | None:
 
 class GrowingCacheLayer(DynamicLayer):
     """Keep all keys and values, as the ordinary cache layer does: what most methods need, or begin with."""
+
+    call: ModelCall | None = None
 
     def begin_attention(self) -> None:
         """Do nothing: dense attention would find all keys too."""

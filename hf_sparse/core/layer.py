@@ -1,6 +1,6 @@
 """Define what every method is to the layers above: a module attached to one attention module of a model."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Self, TypeVar
 from uuid import uuid4
@@ -10,7 +10,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from hf_sparse.core.cache import GrowingCacheLayer, SparseCacheLayer
+from hf_sparse.core.cache import GrowingCacheLayer, ModelCall, SparseCacheLayer
 from hf_sparse.core.config import SparseConfig
 from hf_sparse.core.lora import LowRank
 from hf_sparse.core.request_state import StateTensor
@@ -161,6 +161,16 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
         """
         raise NotImplementedError
 
+    def recording_key(self) -> Hashable | None:
+        """Return all that decides in Python what a forward without a cache computes, beside the shapes of its inputs.
+
+        A recording of a training step repeats what the GPU did, and is taken again where this is equal.
+
+        Returns:
+            `None` if a forward must not be repeated without its Python code.
+        """
+        return None
+
     def check_cache(self, cache: Any) -> None:
         """Refuse a cache layer that this forward cannot go on with, before it counts new tokens.
 
@@ -191,6 +201,13 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
         if not self.causal:
             raise ValueError(_NO_CACHE)
         return self.make_cache_layer()
+
+    def cache_layer_in_call(self, call: ModelCall) -> SparseCacheLayer:
+        """Make a new, empty cache layer in a call of the model that is going to fill it."""
+        layer: Any = self.cache_layer()
+        layer.call = call
+        call.layers += 1
+        return layer
 
     def static_cache_layer(self, tokens: int) -> SparseCacheLayer:
         """Make a new, empty cache layer to stand in a `StaticCache`, which has room for `tokens` tokens and compiles.
@@ -298,7 +315,7 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
     @property
     def is_active(self) -> bool:
         """Tell whether this module attends sparsely: it is on, and the adapter in use has parameters here."""
-        return not self.disable_adapters and self.is_used
+        return not self._disable_adapters and self.is_used
 
     def is_learning(self, cache: Any) -> bool:
         """Tell whether a forward is one to learn from: in `train` mode, unless it fills a cache without gradients."""
@@ -307,13 +324,18 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
     @property
     def is_used(self) -> bool:
         """Tell whether the adapter in use has parameters here; none is in use after the last one was deleted."""
-        names = self.active_adapters  # read once: a decoding step asks this of every layer
-        return bool(names) and self._only(names) in self.configs
+        names = self._active_adapter  # not by PEFT's properties: every call of the model asks this of every layer
+        if not isinstance(names, str):
+            if not names:
+                return False
+            names = self._only(names)
+        return names in self.configs
 
     @property
     def active(self) -> str:
         """Return the name of the one adapter in use."""
-        return self._only(self.active_adapters)
+        names = self._active_adapter
+        return names if isinstance(names, str) else self._only(names)
 
     @staticmethod
     def _only(names: list[str]) -> str:

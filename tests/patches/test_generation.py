@@ -497,3 +497,38 @@ def test_a_cache_of_inference_mode_is_continued(model):
             cache = change(cache) or cache
         steps = [model(IDS[:, t : t + 1], **with_cache(cache)).logits for t in range(40, 45)]
         torch.testing.assert_close(torch.cat(steps, 1), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_the_first_layer_makes_the_cache_layers_of_all(model):
+    """They belong to the call until they are filled; a cache that was made before keeps its own."""
+    made = []
+
+    def look(module, args, output):
+        made.append([getattr(layer, "call", None) is not None for layer in cache.layers])
+
+    modules = [layer.self_attn for layer in model.model.layers]
+    handles = [module.register_forward_hook(look) for module in modules]
+    cache = DynamicCache(config=model.config)
+    model(IDS, **with_cache(cache))
+    layers = len(modules)
+    assert made == [[False] * (number + 1) + [True] * (layers - number - 1) for number in range(layers)]
+    assert all(isinstance(layer, SparseKCacheLayer) and layer.get_seq_length() == LENGTH for layer in cache.layers)
+    made.clear()
+    cache = SparseKCache(model)
+    before = list(cache.layers)
+    model(IDS, **with_cache(cache))
+    assert cache.layers == before and not any(map(any, made))
+    for handle in handles:
+        handle.remove()
+
+
+@torch.no_grad()
+def test_layers_that_are_added_later_get_cache_layers_too(tiny_llama):
+    model = patch(tiny_llama(), SparseKConfig(**BUDGET, layers=[0]), adapter="one")
+    model(IDS)
+    patch(model, SparseKConfig(**BUDGET), adapter="all")
+    for layer in sparse_layers(model):
+        layer.set_adapter("all")
+    cache = cache_of(model(IDS))
+    assert all(isinstance(layer, SparseKCacheLayer) for layer in cache.layers)

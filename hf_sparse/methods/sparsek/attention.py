@@ -3,12 +3,13 @@
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_sparse.core.cache import ModelCall
 from hf_sparse.core.layer import AttentionShape, SparseAttentionLayer
 from hf_sparse.core.request_state import StateTensor
 from hf_sparse.methods.sparsek import rows
@@ -22,7 +23,7 @@ from hf_sparse.methods.sparsek.compiled_step import step_compiled
 from hf_sparse.methods.sparsek.config import SparseKConfig
 from hf_sparse.methods.sparsek.padded import attend_padded
 from hf_sparse.methods.sparsek.ragged_cache import RaggedCacheLayer
-from hf_sparse.methods.sparsek.reading import read_in_few_launches
+from hf_sparse.methods.sparsek.reading import Scoring, read_in_few_launches, scoring_of
 from hf_sparse.methods.sparsek.scorer import Scorer, make_scorer
 from hf_sparse.methods.sparsek.settings import WHOLE_PROMPT
 from hf_sparse.methods.sparsek.step import step_in_one_kernel
@@ -87,6 +88,7 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         self.baseline: Baseline | None = None
         self.observer: Observer | None = None
         self.row_kernels: dict[object, Any] = {}
+        self.scoring: Scoring | None = None  # of the last call that `reading` knows
 
     def make_parameters(self, config: SparseKConfig) -> Scorer:
         """Make a new scorer for one adapter."""
@@ -104,15 +106,36 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
 
     def make_cache_layer(self) -> SparseKCacheLayer:
         """Make the KV slots of this module."""
-        k, window, sinks = self.budget
+        name, baseline = self.active, self.baseline
+        config = self.configs[name]
+        k, window, sinks = config.budget(self.layer)
         options: dict[str, Any] = {
-            "owner": self._owner,
-            "all_sparse": self.config.layers is None,  # otherwise some layers are left dense
-            "depends_on_text": self.baseline is not None and self.baseline.depends_on_text,
+            "owner": (self.identities[name], baseline),
+            "all_sparse": config.layers is None,  # otherwise some layers are left dense
+            "depends_on_text": baseline is not None and baseline.depends_on_text,
         }
         if isinstance(k, tuple):
             return RaggedCacheLayer(k, window, sinks, **options)
         return SparseKCacheLayer(k, window, sinks, **options)
+
+    def static_cache_layer(self, tokens: int) -> SparseKCacheLayer:
+        """Make the KV slots of this module for a `StaticCache`, see `SparseAttentionLayer`."""
+        layer: Any = super().static_cache_layer(tokens)
+        layer.counts_arrivals = True
+        return layer
+
+    def recording_key(self) -> Hashable | None:
+        """Return what decides what is computed, see `SparseAttentionLayer`; `None` where others look on or choose."""
+        if self.baseline is not None or self.observer is not None or not self.is_used:
+            return None
+        support = self.config.soft_support(self.budget.k)
+        return self.active, self.identities[self.active], self.disable_adapters, self.training, self.budget, support
+
+    def cache_layer_in_call(self, call: ModelCall) -> SparseKCacheLayer:
+        """Make the KV slots of this module in a call of the model that is going to fill them."""
+        layer: Any = super().cache_layer_in_call(call)
+        layer.scoring = scoring_of(self)
+        return layer
 
     def check_cache(self, cache: SparseKCacheLayer) -> None:
         """Refuse a cache of another adapter, and hard selection after soft gates or before them."""

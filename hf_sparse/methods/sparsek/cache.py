@@ -18,12 +18,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from hf_sparse.core.cache import mask_of_keys
+from hf_sparse.core.cache import ModelCall, mask_of_keys
 from hf_sparse.ops.selection.next_slots import next_slots
 from hf_sparse.ops.selection.slots import attend_slots, fill_slots, insert_token
 
 if TYPE_CHECKING:
     from hf_sparse.methods.sparsek.ahead import Ahead
+    from hf_sparse.methods.sparsek.reading import Scoring
     from hf_sparse.methods.sparsek.step import StepPlan
 
 _STATE = ("keys", "values", "scores", "positions", "seen", "padded_late", "memory")
@@ -43,7 +44,8 @@ class SparseKCacheLayer(CacheLayerMixin):
         padded_late: `[B]` bool, rows with padding after a real token.
         memory: `[B, Hkv, D]`, what a baseline remembers of all tokens so far; `None` for the others.
         cumulative_length: int64 without dimensions, tokens so far with padding.
-        arrived: int32 `[B * Hkv + 1]`, counters of the kernel of a compiled step, zero between two steps.
+        counts_arrivals: whether the layer is to be compiled, so that it keeps `arrived`.
+        arrived: int32 `[B * Hkv + 1]`, counters of the kernel of a compiled step, zero between two steps; or `None`.
         empty: whether nothing was written yet.
         soft: whether soft gates, which are for learning, were between the tokens so far.
         owner: whose scores these are; scores of two scorers do not compare.
@@ -58,21 +60,39 @@ class SparseKCacheLayer(CacheLayerMixin):
         may_look_ahead: whether the layer lasts long enough for steps to be foreseen.
         uncounted: tokens of the step in progress that `cumulative_length` does not have yet.
         is_count_read: whether the step that is being compiled reads `cumulative_length`.
+        call: the call of the model that made the layer and goes on, see `SparseCacheLayer`; then `scoring` is known.
+        scoring: what a scorer of linear scores computes with, see `methods.sparsek.reading`; or `None`.
     """
 
     is_sliding = False
     is_compileable = True
-    # Tensors; all are None until the first token, and memory until something is remembered.
-    keys: Any
-    values: Any
-    positions: Any
-    seen: Any
-    padded_late: Any
-    memory: Any
-    cumulative_length: Any
-    arrived: Any
+    is_initialized = False
+    # Tensors; all are None until the first token, and memory until something is remembered. What every new layer
+    # begins with stands here, for a prefill makes one per layer of the model.
+    keys: Any = None
+    values: Any = None
+    positions: Any = None
+    seen: Any = None
+    padded_late: Any = None
+    memory: Any = None
+    cumulative_length: Any = None
+    arrived: Any = None
     counts: tuple[int, ...] | None = None
     offsets: Tensor | None = None
+    empty = True
+    soft = False
+    in_attention = False
+    call: ModelCall | None = None
+    scoring: "Scoring | None" = None
+    step: "StepPlan | None" = None
+    ahead: "Ahead | None" = None
+    may_look_ahead = True
+    uncounted = 0
+    is_count_read = False
+    counts_arrivals = False
+    _scores: Any = None
+    _offload_wanted = False
+    _length: int | None = 0  # cumulative_length, where no compiled or captured step can have changed it
 
     def __init__(
         self,
@@ -83,23 +103,9 @@ class SparseKCacheLayer(CacheLayerMixin):
         all_sparse: bool = True,
         depends_on_text: bool = False,
     ) -> None:
-        super().__init__()
         self.k, self.window, self.sinks = k, window, sinks
         self.owner, self.all_sparse, self.depends_on_text = owner, all_sparse, depends_on_text
         self.shares_mask_sizes = not all_sparse
-        self.empty = True
-        self.soft = False
-        self.in_attention = False
-        self.step: StepPlan | None = None
-        self.ahead: Ahead | None = None
-        self.may_look_ahead = True
-        self._scores: Any = None
-        self.uncounted = 0
-        self.is_count_read = False
-        self._offload_wanted = False
-        self.positions = self.seen = self.padded_late = self.memory = None
-        self.cumulative_length = self.arrived = None
-        self._length: int | None = 0  # cumulative_length, where no compiled or captured step can have changed it
 
     @property
     def slots(self) -> int:
@@ -164,20 +170,27 @@ class SparseKCacheLayer(CacheLayerMixin):
         padded_late: Tensor,
         cumulative_length: Tensor,
     ) -> None:
-        """Take slots that were made with their content, for the tokens that `update` has counted."""
+        """Take slots that were made with their content, for the tokens that `update` has counted.
+
+        They have been marked as `fix_address` does.
+        """
         self.dtype, self.device = keys.dtype, keys.device
         self.keys, self.values, self.scores, self.positions = keys, values, scores, positions
         self.seen, self.padded_late, self.cumulative_length = seen, padded_late, cumulative_length
-        for tensor in (keys, values, scores, positions, seen, padded_late, cumulative_length):
-            fix_address(tensor)
         self._make_counters()
         self.is_initialized, self.empty, self.soft = True, False, False
 
     def _make_counters(self) -> None:
-        """Allocate the counters of the kernel of a compiled step, for as many rows as the slots have."""
+        """Allocate the counters of the kernel of a compiled step, for as many rows as the slots have; or none."""
+        if not self.counts_arrivals:
+            return
         with lasting():
-            self.arrived = self.seen.new_zeros(self.keys.shape[0] * self.keys.shape[1] + 1, dtype=torch.int32)
+            self.arrived = self.seen.new_zeros(self._pairs() + 1, dtype=torch.int32)
         fix_address(self.arrived)
+
+    def _pairs(self) -> int:
+        """Return the number of rows times that of KV heads, or more."""
+        return self.keys.shape[0] * self.keys.shape[1]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -225,6 +238,13 @@ class SparseKCacheLayer(CacheLayerMixin):
             self.is_count_read = torch.compiler.is_compiling()
             return self.cumulative_length.clone()
         return int(self.cumulative_length) if self._length is None else self._length
+
+    def note_tokens(self, tokens: int) -> None:
+        """Take the number of tokens so far, after a recorded step was taken or one was recorded and not taken.
+
+        The host has not followed the one, and has counted the other.
+        """
+        self._length, self.uncounted, self.in_attention = tokens, 0, False
 
     def get_max_length(self) -> int:
         return -1
@@ -298,7 +318,8 @@ class SparseKCacheLayer(CacheLayerMixin):
                 setattr(self, name, new)
                 fix_address(new)
                 self.step = None  # it holds the old memory
-        if self.arrived.device != self.keys.device or len(self.arrived) != self.keys.shape[0] * self.keys.shape[1] + 1:
+        counters = self.arrived
+        if counters is not None and (counters.device, len(counters)) != (self.keys.device, self._pairs() + 1):
             self._make_counters()
 
     def crop(self, tokens_to_remove: int) -> None:

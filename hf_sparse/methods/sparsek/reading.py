@@ -1,21 +1,73 @@
-"""Read a text from its beginning on in few launches, where that runs eager on a GPU with the scores of a scorer."""
+"""Read a text from its beginning on in few launches, where that runs eager on a GPU with the scores of a scorer.
 
-from typing import TYPE_CHECKING, Any
+On short texts the host sets the pace. So what depends on the layout of the tensors alone is looked up by it, and the
+slots of all layers are allocated at the first of them.
+"""
+
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_sparse.methods.sparsek.cache import SparseKCacheLayer, lasting
+from hf_sparse.methods.sparsek.cache import SparseKCacheLayer, fix_address, lasting
 from hf_sparse.methods.sparsek.ragged_cache import RaggedCacheLayer
 from hf_sparse.methods.sparsek.scorer import SLOPE_TOKENS, LinearScorer
 from hf_sparse.ops.triton import DTYPES, MOST_ROWS, installed
 
 if TYPE_CHECKING:
     from hf_sparse.methods.sparsek.attention import SparseKAttention
+    from hf_sparse.ops.selection.triton.reading import Slots
+    from hf_sparse.ops.triton.replay import Program
 
 _TRITON = installed()
 _MOST_SELECTED = 8192  # keys of a list that the kernels of the selection take
+_MOST_PROGRAMS = 64  # that are remembered here
+
+_programs: dict[Hashable, "Program"] = {}  # by layout, for tensors at multiples of 16 bytes
+
+
+class Scoring(NamedTuple):
+    """Hold what a linear scorer computes with.
+
+    Attributes:
+        weight, slope: its parameters.
+        key: their addresses, the dtype of the weight and the slope of the configuration: the rest follows from them.
+        addresses: of weight and slope, 0 for none.
+        layout: what launches depend on of them; `None` if an address is no multiple of 16 bytes.
+    """
+
+    weight: Tensor
+    slope: Tensor | None
+    key: tuple[Any, ...]
+    addresses: tuple[int, int]
+    layout: Hashable | None
+
+
+class _Stock:
+    """Hold what the layers of one call of a model read with: slots that are not filled yet, and working memory."""
+
+    def __init__(self, layout: Hashable, program: "Program", slots: list[Sequence[Tensor]]) -> None:
+        self.layout, self.program = layout, program
+        self.slots = [(one, [tensor.data_ptr() for tensor in one]) for one in slots]
+        self.memory = program.memory()
+
+
+def scoring_of(attention: "SparseKAttention") -> Scoring | None:
+    """Return what the scorer in use computes with; `None` if its scores are not linear, or it is not on a GPU."""
+    scorer: Any = attention.sparsek_scorer[attention.active]
+    if not isinstance(scorer, LinearScorer) or not scorer.weight.is_cuda:
+        return None
+    weight, slope = scorer.weight, scorer.slope
+    key = (weight.data_ptr(), weight.dtype, 0 if slope is None else slope.data_ptr(), scorer.position_slope)
+    known = attention.scoring
+    if known is None or known.weight is not weight or known.slope is not slope or known.key != key:
+        of_slope = None if slope is None else (slope.dtype, slope.device)
+        layout = (weight.shape, weight.stride(), weight.dtype, weight.device, of_slope, scorer.position_slope)
+        is_aligned = (key[0] | key[2]) % 16 == 0
+        known = attention.scoring = Scoring(weight, slope, key, (key[0], key[2]), layout if is_aligned else None)
+    return known
 
 
 def read_in_few_launches(
@@ -39,24 +91,40 @@ def read_in_few_launches(
         `[B, Hq, T, D]`; `None`, with nothing changed, if the text has to take another path: there is padding, it is
         being compiled, recorded or differentiated, the cache was used before, or no kernel takes what came.
     """
-    if valid is not None or cache.is_initialized or not _TRITON or type(query) is not Tensor or not query.is_cuda:
+    if valid is not None or cache.is_initialized or not _TRITON or not _is_on_current_device(query):
         return None
     if attention.baseline is not None or attention.observer is not None or torch.is_grad_enabled():
         return None
-    name = attention.active
-    # The cache layer may be that of another adapter, or of a budget that was overridden since.
     if isinstance(cache, RaggedCacheLayer):
         return None  # one list of keys for all heads: `SparseKAttention` calls the kernels head by head
-    if cache.owner != (attention.identities[name], None) or attention.budget != (cache.k, cache.window, cache.sinks):
+    owner = (attention.identities[attention.active], None)
+    if cache.owner != owner:
         return None
-    scorer: Any = attention.sparsek_scorer[name]
-    if not isinstance(scorer, LinearScorer) or not _takes(query, key, value, hidden_states, scorer, cache):
+    if cache.call is None and attention.budget != (cache.k, cache.window, cache.sinks):  # was overridden since
         return None
-    from hf_sparse.ops.selection.triton.reading import ReadingSettings, read_text
-
-    settings = ReadingSettings(cache.k, cache.window, cache.sinks, scaling, float(scorer.position_slope), SLOPE_TOKENS)
-    with lasting():
-        output, slots = read_text(query, key, value, hidden_states, scorer.weight, scorer.slope, settings)
+    scoring = scoring_of(attention) if cache.scoring is None else cache.scoring
+    if scoring is None or torch.is_autocast_enabled("cuda"):
+        return None
+    layout = (
+        query.shape, query.stride(), query.dtype, query.device, key.shape, key.stride(), value.stride(),
+        hidden_states.dtype, hidden_states.stride(), scaling, scoring.layout, cache.k, cache.window, cache.sinks,
+    )  # fmt: skip
+    addresses = [query.data_ptr(), key.data_ptr(), value.data_ptr(), hidden_states.data_ptr()]
+    is_aligned = not (addresses[0] | addresses[1] | addresses[2] | addresses[3]) % 16 and scoring.layout is not None
+    fits = key.shape[2] <= cache.slots
+    stock = _stock(cache, key, layout) if is_aligned else None
+    if stock is not None:
+        slots, of_slots = stock.slots.pop()
+        if fits:
+            del addresses[0]
+        results = stock.program.launch([*addresses, *scoring.addresses, *of_slots], stock.memory)
+        output = None if fits else results[0]
+    elif _takes(query, key, value, hidden_states, scoring, cache):
+        output, slots = _read(
+            (query, key, value, hidden_states), scoring, cache, scaling, layout if is_aligned else None
+        )
+    else:
+        return None
     cache.take(*slots)
     if output is None:
         grouped = query.shape[1] != key.shape[1]
@@ -64,11 +132,68 @@ def read_in_few_launches(
     return output
 
 
+def _stock(cache: SparseKCacheLayer, key: Tensor, layout: Hashable) -> _Stock | None:
+    """Return slots and launches for this layout, of the call of the model if there is one; `None` without launches."""
+    call = cache.call
+    if call is not None:
+        stock: _Stock | None = call.reading
+        if stock is not None and stock.slots and stock.layout == layout:
+            return stock
+    program = _programs.get(layout)
+    if program is None:
+        return None
+    from hf_sparse.ops.selection.triton.reading import new_slots
+
+    with lasting():
+        # Layers with budgets of their own take slots one by one.
+        alike = call is not None and call.reading is None
+        first = new_slots(key, cache.slots)
+        more = call.layers - 1 if call is not None and alike else 0
+        slots = [first, *[[torch.empty_like(tensor) for tensor in first] for _ in range(more)]]
+        stock = _Stock(layout, program, slots)
+    mark = torch._dynamo.mark_static_address  # as `fix_address`, of what is not being compiled
+    for tensors in slots:
+        for tensor in tensors:
+            mark(tensor)
+    if call is not None:
+        call.reading = stock
+    return stock
+
+
+def _read(
+    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
+    scoring: Scoring,
+    cache: SparseKCacheLayer,
+    scaling: float,
+    layout: Hashable | None,
+) -> tuple[Tensor | None, "Slots"]:
+    """Return the output, `None` where all keys fit into the slots, and the slots; note the launches of the layout."""
+    from hf_sparse.ops.selection.triton.reading import ReadingSettings, noted_reading, read_text
+
+    budget = (cache.k, cache.window, cache.sinks)
+    settings = ReadingSettings(*budget, scaling, float(scoring.key[3]), SLOPE_TOKENS)
+    with lasting():
+        output, slots = read_text(*inputs, scoring.weight, scoring.slope, settings)
+    for tensor in slots:
+        fix_address(tensor)
+    program = None if layout is None else noted_reading(*inputs, scoring.weight, scoring.slope, slots, settings)
+    if program is not None:
+        if len(_programs) >= _MOST_PROGRAMS:
+            _programs.pop(next(iter(_programs)), None)
+        _programs[layout] = program
+    return output, slots
+
+
+def _is_on_current_device(query: Tensor) -> bool:
+    """Tell whether a tensor is one of CUDA's current device, where Triton launches."""
+    return query.is_cuda and type(query) is Tensor and query.device.index == torch.cuda.current_device()
+
+
 def _takes(
-    query: Tensor, key: Tensor, value: Tensor, states: Tensor, scorer: LinearScorer, cache: SparseKCacheLayer
+    query: Tensor, key: Tensor, value: Tensor, states: Tensor, scoring: Scoring, cache: SparseKCacheLayer
 ) -> bool:
-    """Tell whether the kernels take a text: device, dtypes, sizes and layout, and that nothing is recorded."""
-    weight, slope, dtype = scorer.weight, scorer.slope, query.dtype
+    """Tell whether the kernels take a text: devices, dtypes, sizes and layout."""
+    weight, slope, dtype = scoring.weight, scoring.slope, query.dtype
     return (
         dtype in DTYPES
         and dtype == key.dtype == value.dtype
@@ -80,10 +205,8 @@ def _takes(
         and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
         and states.is_contiguous()
         and weight.is_contiguous()
-        and weight.device == query.device == states.device
+        and key.device == value.device == weight.device == query.device == states.device
         and (slope is None or (slope.device == query.device and slope.dtype in DTYPES))
-        and query.device.index == torch.cuda.current_device()
         and not torch.compiler.is_compiling()
         and not torch.cuda.is_current_stream_capturing()
-        and not torch.is_autocast_enabled("cuda")
     )

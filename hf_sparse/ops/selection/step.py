@@ -33,7 +33,7 @@ def take_step(
     positions: Tensor,
     seen: Tensor,
     padded_late: Tensor,
-    arrived: Tensor,
+    arrived: Tensor | None,
     total: Tensor | None,
     position_slope: float,
     slope_tokens: int,
@@ -48,7 +48,8 @@ def take_step(
         states: input of the attention module `[B, 1, C]`, or without a weight the scores `[B, Hkv, 1]`.
         weight, slope: of a linear scorer, `[Hkv, C]` and `[Hkv]`.
         valid: `[B, 1]` bool, rows whose token is real; `None` if all are.
-        keys, values, scores, positions, seen, padded_late, arrived: of the cache layer, written in place.
+        keys, values, scores, positions, seen, padded_late: of the cache layer, written in place.
+        arrived: its counters for the kernel, `[B * Hkv + 1]` of zeros; `None` to make them.
         total: the layer's count of tokens, which grows by one; `None` to leave it.
         position_slope, slope_tokens, window, sinks, scaling: see `StepKernel`.
 
@@ -56,7 +57,7 @@ def take_step(
         `[B, Hq, 1, D]`, contiguous.
     """
     tensors, parameters = (query, key, value, states), [tensor for tensor in (weight, slope) if tensor is not None]
-    tables = (scores, positions, seen, padded_late, arrived)
+    tables = [tensor for tensor in (scores, positions, seen, padded_late, arrived) if tensor is not None]
     takes_kernel = (
         has_kernels(keys, values, *tables)
         and values.shape == keys.shape

@@ -12,6 +12,7 @@ else that computes, and returns tensors that it has allocated.
 import math
 import threading
 from collections.abc import Callable, Hashable, Sequence
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ _MOST_PROGRAMS = 512  # that are remembered; one has some kilobytes
 _ALIGNMENT = 512  # bytes, that of torch's own allocations
 _DIRECT = "3.6."  # the version of Triton whose launcher for CUDA takes the arguments of `direct_launch`
 
-_programs: dict[Hashable, "_Program | None"] = {}
+_programs: dict[Hashable, "Program | None"] = {}
 
 
 class _State(threading.local):
@@ -67,15 +68,7 @@ def replayed(
     first = tensors[0]
     if first is None or not first.is_cuda:
         return function(*tensors, *settings)
-    layouts = [
-        None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16)
-        for tensor in tensors
-    ]
-    # Launches of a call in which two inputs are one tensor would read the same one in all later calls.
-    same: tuple[int, ...] = ()
-    if len(set(map(id, tensors))) < len(tensors):
-        same = tuple([next(i for i, other in enumerate(tensors) if other is tensor) for tensor in tensors])
-    key = (function, first.device.index, settings, same, *layouts)
+    key = _key(function, tensors, settings)
     if key in _programs:
         program = _programs[key]
         return function(*tensors, *settings) if program is None else program.run(tensors)
@@ -90,6 +83,33 @@ def replayed(
         _programs.pop(next(iter(_programs)), None)
     _programs[key] = recorder.program(results, first.device)
     return results
+
+
+def program_of(
+    function: Callable[..., tuple[Tensor | None, ...]], tensors: tuple[Tensor | None, ...], *settings: Hashable
+) -> "Program | None":
+    """Return what `replayed(function, tensors, *settings)` noted, to be run without a look at the layout.
+
+    Returns:
+        `None` if nothing was noted, or if the launches are for tensors whose addresses are not multiples of 16.
+    """
+    if any(tensor is not None and tensor.data_ptr() % 16 for tensor in tensors):
+        return None
+    return _programs.get(_key(function, tensors, settings))
+
+
+def _key(function: Any, tensors: tuple[Tensor | None, ...], settings: tuple[Hashable, ...]) -> Hashable:
+    """Return all that the launches of a function depend on."""
+    layouts = [
+        None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16)
+        for tensor in tensors
+    ]
+    # Launches of a call in which two inputs are one tensor would read the same one in all later calls.
+    same: tuple[int, ...] = ()
+    if len(set(map(id, tensors))) < len(tensors):
+        same = tuple([next(i for i, other in enumerate(tensors) if other is tensor) for tensor in tensors])
+    assert tensors[0] is not None
+    return (function, tensors[0].device.index, settings, same, *layouts)
 
 
 def _noted(tensor: Tensor, zero: bool) -> Tensor:
@@ -115,7 +135,7 @@ class _Recorder:
         self.buffers: list[tuple[Tensor, bool]] = []
         self.launches: list[tuple[Any, ...]] = []
 
-    def program(self, results: tuple[Tensor | None, ...], device: torch.device) -> "_Program | None":
+    def program(self, results: tuple[Tensor | None, ...], device: torch.device) -> "Program | None":
         """Return the program of the launches; `None` if they read or the function returned what is not known."""
         made: list[_Made] = []
         place: dict[int, tuple[int, int]] = {}  # of each buffer, by its storage: number of its base, offset
@@ -148,7 +168,7 @@ class _Recorder:
             launch, setting = direct_launch(compiled)
             steps.append((launch, (*grid, 1, 1)[:3], setting, template, tuple(pointers)))
         order = tuple(None if result is None else number_of[id(result)] for result in results)
-        return _Program(device, used, tuple(made), order, tuple(steps))
+        return Program(device, used, tuple(made), order, tuple(steps))
 
     def _base(self, value: Tensor, place: dict[int, tuple[int, int]]) -> tuple[int, int] | None:
         """Return where an argument lies: the number of a base, inputs first, and its offset in bytes."""
@@ -181,10 +201,19 @@ def direct_launch(compiled: Any) -> tuple[Callable[..., None], tuple[Any, ...]]:
     return launcher.launch, (*after, compiled.packed_metadata, None, None, None)
 
 
-class _Program:
+class Program:
     """Hold the launches of a function for one layout of its tensors.
 
     Bases, to whose addresses offsets are added, are the inputs, the memory of all other buffers, and what is made.
+    A run puts the addresses, each once, and all constants into one list, from which a launch picks its arguments.
+
+    Args:
+        device: of the tensors.
+        used: bytes of the buffers that nobody gets to see.
+        made: the tensors to allocate.
+        order: for each result the number of the one that it is.
+        steps: for each launch the function, the grid, what stands between the stream and the arguments, the arguments,
+            and which of these are addresses: position, number of the base, offset.
     """
 
     def __init__(
@@ -195,23 +224,54 @@ class _Program:
         order: tuple[int | None, ...],
         steps: tuple[tuple[Any, ...], ...],
     ) -> None:
-        self.device, self.used, self.made, self.order, self.steps = device, used, made, order, steps
+        self.device, self.used, self.made, self.order = device, used, made, order
+        constants: list[Any] = []
+        numbers: dict[tuple[int, int], int] = {}  # of addresses
+        picked: list[tuple[Any, list[tuple[str, int]]]] = []
+        for launch, grid, setting, template, pointers in steps:
+            of_base = {index: (base, offset) for index, base, offset in pointers}
+            picks = []
+            for index, value in enumerate((*grid, None, *setting, *template)):
+                argument = index - len(grid) - 1 - len(setting)
+                if index == len(grid):
+                    picks.append(("stream", 0))
+                elif argument in of_base:
+                    picks.append(("address", numbers.setdefault(of_base[argument], len(numbers))))
+                else:
+                    picks.append(("constant", len(constants)))
+                    constants.append(value)
+            picked.append((launch, picks))
+        begin = {"stream": 0, "address": 1, "constant": 1 + len(numbers)}
+        self.addresses, self.constants = tuple(numbers), constants
+        self.launches = [
+            (launch, itemgetter(*[begin[kind] + number for kind, number in picks])) for launch, picks in picked
+        ]
 
     def run(self, tensors: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
         """Launch all for these tensors, and return the results."""
+        return self.launch([0 if tensor is None else tensor.data_ptr() for tensor in tensors], self.memory())
+
+    def memory(self) -> Tensor | None:
+        """Allocate what the launches of a run use and nobody gets to see; runs one after another can share it."""
+        return torch.empty(self.used, dtype=torch.uint8, device=self.device) if self.used else None
+
+    def launch(self, bases: list[int], memory: Tensor | None) -> tuple[Tensor | None, ...]:
+        """Launch all, and return the results.
+
+        Args:
+            bases: the addresses of the tensors, 0 for `None`; the list is used up.
+            memory: see `memory`.
+        """
         device = self.device
-        memory = torch.empty(self.used, dtype=torch.uint8, device=device) if self.used else None
+        bases.append(0 if memory is None else memory.data_ptr())
         made = []
         for shape, stride, dtype, zero in self.made:
             tensor = torch.empty_strided(shape, stride, dtype=dtype, device=device)
             made.append(tensor.zero_() if zero else tensor)
-        bases = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-        bases.append(0 if memory is None else memory.data_ptr())
-        bases.extend([tensor.data_ptr() for tensor in made])
-        stream = torch._C._cuda_getCurrentRawStream(device.index)
-        for launch, grid, setting, template, pointers in self.steps:
-            arguments = template.copy()
-            for index, base, offset in pointers:
-                arguments[index] = bases[base] + offset
-            launch(*grid, stream, *setting, *arguments)
-        return tuple(None if number is None else made[number] for number in self.order)
+            bases.append(tensor.data_ptr())
+        values = [torch._C._cuda_getCurrentRawStream(device.index)]
+        values += [bases[base] + offset for base, offset in self.addresses]
+        values += self.constants
+        for launch, arguments in self.launches:
+            launch(*arguments(values))
+        return tuple([None if number is None else made[number] for number in self.order])

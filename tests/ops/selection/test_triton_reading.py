@@ -70,9 +70,12 @@ def test_reading(batch, heads, kv_heads, length, dim, dtype, learned, poisoned_m
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="models take this path on a GPU alone")
+@pytest.mark.parametrize("shares", [None, [0.6, 0.4]], ids=["equal", "shares"])
 @pytest.mark.parametrize("length", [17, 90])
-def test_a_model_reads_as_by_the_longer_path(length, monkeypatch):
-    """Logits of the text and of the tokens after it, and what the cache holds; a copy of the cache goes on too."""
+def test_a_model_reads_as_by_the_longer_path(length, shares, monkeypatch):
+    """Logits of the text and of the tokens after it, and what the cache holds; a copy of the cache goes on too.
+
+    The first call of a length notes launches, and the second one makes the slots of all layers at the first of them."""
     import copy
 
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -86,11 +89,13 @@ def test_a_model_reads_as_by_the_longer_path(length, monkeypatch):
         vocab_size=100,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = patch(LlamaForCausalLM(config).to(DEVICE).eval(), SparseKConfig(k=8, window=12, sinks=2))
+    model = patch(
+        LlamaForCausalLM(config).to(DEVICE).eval(), SparseKConfig(k=8, window=12, sinks=2, layer_shares=shares)
+    )
     ids = torch.randint(0, 100, (2, length + 30), device=DEVICE)
     results = []
-    for long_path in (False, True):
-        if long_path:
+    for path in ("first call", "second call", "longer path"):
+        if path == "longer path":
             monkeypatch.setattr(attention, "read_in_few_launches", lambda *_: None)
         with torch.inference_mode():
             output = model(ids[:, :length], use_cache=True)
@@ -102,11 +107,12 @@ def test_a_model_reads_as_by_the_longer_path(length, monkeypatch):
                     logits.append(model(token, **with_cache(cache)).logits)
         layers = caches[0].layers
         assert layers[0].get_seq_length() == length + 30 == layers[0].cumulative_length
-        state = [torch.stack([getattr(layer, name) for layer in layers]) for name in ("positions", "seen")]
+        state = [torch.cat([getattr(layer, name).flatten() for layer in layers]) for name in ("positions", "seen")]
         results.append((torch.cat(logits, 1), *state))
-    torch.testing.assert_close(results[0][0], results[1][0], rtol=1e-3, atol=1e-3)
-    for one, other in zip(results[0][1:], results[1][1:], strict=True):
-        assert torch.equal(one, other)
+    *short, longer = results
+    for result in short:
+        torch.testing.assert_close(result[0], longer[0], rtol=1e-3, atol=1e-3)
+        assert all(torch.equal(one, other) for one, other in zip(result[1:], longer[1:], strict=True))
 
 
 def test_scores_that_are_no_numbers_leave_slots_in_order(poisoned_memory):

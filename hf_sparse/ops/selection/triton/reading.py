@@ -20,7 +20,7 @@ from hf_sparse.ops.selection.triton.lists import causal_tables
 from hf_sparse.ops.selection.triton.scan import launch_scan
 from hf_sparse.ops.selection.triton.slot_filling import copy_kept
 from hf_sparse.ops.triton.launch import compile_ahead, launch
-from hf_sparse.ops.triton.replay import empty, replayed
+from hf_sparse.ops.triton.replay import Program, empty, program_of, replayed
 
 _ROWS = 32  # slots that a program copies
 _KEYS = 2048  # that a program looks at together
@@ -87,59 +87,75 @@ def read_text(
         The output `[B, Hq, T, D]`, `None` where all keys fit into the slots, so that dense attention has it, and the
         new slots.
     """
+    slots = new_slots(key, settings.slots)
     if key.shape[2] <= settings.slots:
-        results = replayed(_take_all, (key, value, states, weight, slope), settings)
-        return None, Slots(*results)  # type: ignore[arg-type]
-    output, *slots = replayed(_select, (query, key, value, states, weight, slope), settings)
-    return output, Slots(*slots)  # type: ignore[arg-type]
+        replayed(_take_all, (key, value, states, weight, slope, *slots), settings)
+        return None, slots
+    (output,) = replayed(_select, (query, key, value, states, weight, slope, *slots), settings)
+    return output, slots
 
 
-def _new_slots(key: Tensor, settings: ReadingSettings) -> Slots:
-    batch, heads, _, dim = key.shape
-    shape, device = (batch, heads, settings.slots), key.device
-    return Slots(
-        empty((*shape, dim), key.dtype, device),
-        empty((*shape, dim), key.dtype, device),
-        empty(shape, torch.float32, device),
-        empty(shape, torch.int64, device),
-        empty((batch,), torch.int64, device),
-        empty((batch,), torch.bool, device),
-        empty((), torch.int64, device),
-    )
-
-
-def _take_all(
-    key: Tensor, value: Tensor, states: Tensor, weight: Tensor, slope: Tensor | None, settings: ReadingSettings
-) -> tuple[Tensor | None, ...]:
-    """Score the tokens and give each a slot."""
-    slots = _new_slots(key, settings)
-    (batch, heads, number), dim = slots.scores.shape, key.shape[3]
-    slopes = {"position_slope": settings.position_slope, "slope_tokens": settings.slope_tokens}
-    write_scores(states, weight, slope, None, slots.scores, **slopes)  # type: ignore[arg-type]
-    launch(_copy_all, (triton.cdiv(number, _ROWS), batch, heads))(
-        key, value, *slots, *key.stride()[:3], *value.stride()[:3], key.shape[2], number, dim,
-        ROWS=_ROWS, DIM=triton.next_power_of_2(dim), num_warps=4,
-    )  # fmt: skip
-    return tuple(slots)
-
-
-def _select(
+def noted_reading(
     query: Tensor,
     key: Tensor,
     value: Tensor,
     states: Tensor,
     weight: Tensor,
     slope: Tensor | None,
+    slots: Slots,
     settings: ReadingSettings,
+) -> Program | None:
+    """Return the launches of `read_text` for tensors of this layout, if a call has noted them.
+
+    They are for tensors at multiples of 16 bytes: query, key, value, states, weight, slope and those of the slots;
+    without the query where all keys fit into the slots. They return the output, or nothing.
+    """
+    if key.shape[2] <= settings.slots:
+        return program_of(_take_all, (key, value, states, weight, slope, *slots), settings)
+    return program_of(_select, (query, key, value, states, weight, slope, *slots), settings)
+
+
+def new_slots(key: Tensor, number: int) -> Slots:
+    """Allocate `number` slots per KV head for keys `[B, Hkv, T, D]`."""
+    batch, heads, _, dim = key.shape
+    shape, device = (batch, heads, number), key.device
+    return Slots(
+        torch.empty((*shape, dim), dtype=key.dtype, device=device),
+        torch.empty((*shape, dim), dtype=key.dtype, device=device),
+        torch.empty(shape, dtype=torch.float32, device=device),
+        torch.empty(shape, dtype=torch.int64, device=device),
+        torch.empty((batch,), dtype=torch.int64, device=device),
+        torch.empty((batch,), dtype=torch.bool, device=device),
+        torch.empty((), dtype=torch.int64, device=device),
+    )
+
+
+def _take_all(
+    key: Tensor, value: Tensor, states: Tensor, weight: Tensor, slope: Tensor | None, *rest: Any
 ) -> tuple[Tensor | None, ...]:
-    """Score the tokens, attend, and keep those that later tokens can attend to."""
+    """Score the tokens and give each a slot; `rest` is the slots and the settings."""
+    slots, settings = Slots(*rest[:-1]), rest[-1]
+    (batch, heads, number), dim = slots.scores.shape, key.shape[3]
+    slopes = {"position_slope": settings.position_slope, "slope_tokens": settings.slope_tokens}
+    write_scores(states, weight, slope, None, slots.scores, **slopes)
+    launch(_copy_all, (triton.cdiv(number, _ROWS), batch, heads))(
+        key, value, *slots, *key.stride()[:3], *value.stride()[:3], key.shape[2], number, dim,
+        ROWS=_ROWS, DIM=triton.next_power_of_2(dim), num_warps=4,
+    )  # fmt: skip
+    return ()
+
+
+def _select(
+    query: Tensor, key: Tensor, value: Tensor, states: Tensor, weight: Tensor, slope: Tensor | None, *rest: Any
+) -> tuple[Tensor | None, ...]:
+    """Score the tokens, attend, and keep those that later tokens can attend to; `rest` as in `_take_all`."""
 
     def output(*tensors: Any) -> Any:
-        arguments: tuple[Any, ...] = (*tensors, settings)
-        return _launch(*arguments)[0]
+        return _launch(*tensors, slots=Slots(*tensors[6:]), settings=settings)[0]
 
-    compile_ahead(output, query, key, value, states, weight, slope, family=read_text)
-    return _launch(query, key, value, states, weight, slope, settings)
+    slots, settings = Slots(*rest[:-1]), rest[-1]
+    compile_ahead(output, query, key, value, states, weight, slope, *slots, family=read_text)
+    return _launch(query, key, value, states, weight, slope, slots=slots, settings=settings)
 
 
 def _launch(
@@ -149,6 +165,8 @@ def _launch(
     states: Tensor,
     weight: Tensor,
     slope: Tensor | None,
+    *of_slots: Tensor,
+    slots: Slots,
     settings: ReadingSettings,
 ) -> tuple[Tensor | None, ...]:
     k, window, sinks, scaling, position_slope, slope_tokens = settings
@@ -160,14 +178,13 @@ def _launch(
         rank, floor, None, lists, scores, None, None, window=window, sinks=sinks, tile=TILE
     )  # fmt: skip
     output, _ = forward(query, key, value, None, None, tables, scaling)
-    slots = _new_slots(key, settings)
     kept = empty(slots.positions.shape, torch.int64, key.device)
     launch(_keep, key.shape[:2])(
         tables.until, scores, kept, slots.scores, slots.positions, slots.seen, slots.padded_late, slots.tokens,
         key.shape[2], settings.slots, KEYS=_KEYS, num_warps=8,
     )  # fmt: skip
     copy_kept(kept, key, value, slots.keys, slots.values)
-    return (output, *slots)
+    return (output,)
 
 
 @triton.jit(do_not_specialize=["length", "slots"])

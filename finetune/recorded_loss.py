@@ -1,0 +1,144 @@
+"""Run a training step of a small model, forward and backward, as one CUDA graph, where it would wait for the host.
+
+A step of a model of some hundred million parameters launches thousands of kernels, and Python takes longer for that
+than the GPU for the kernels. Steps of a run repeat one shape. The first ones run as ever; the next one is recorded with
+its gradients, and later ones play it. Whatever cannot be recorded runs as ever.
+"""
+
+import weakref
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+from hf_sparse.finetune.teacher import is_small, tensors_of
+from hf_sparse.patches import sparse_layers
+from hf_sparse.patches.recorded_steps import record
+
+_EAGER = 2  # steps of a layout before one is recorded
+_ROOM = 1.5  # a recording keeps its memory: this many times the peak so far must be left
+
+
+@dataclass
+class _Recording:
+    """Hold the recorded step of one layout.
+
+    Attributes:
+        layout: what must be the same for a replay.
+        steps: how many of this layout came.
+        replay: plays the step; `None` before it is recorded, or if it cannot be.
+        chunks: the input that it reads.
+        results: the loss, and the gradients of all that is trained, flat and one after another.
+        shapes: of the gradients, `None` for a parameter that the loss does not depend on.
+    """
+
+    layout: Hashable
+    steps: int = 0
+    replay: Callable[[], None] | None = None
+    chunks: Tensor | None = None
+    results: tuple[Tensor, Tensor] | None = None
+    shapes: list[torch.Size | None] = field(default_factory=list)
+
+
+_recordings: weakref.WeakKeyDictionary[nn.Module, _Recording] = weakref.WeakKeyDictionary()
+
+
+def recorded_loss(compute: Callable[[Tensor], Tensor], model: nn.Module, chunks: Tensor, *settings: Hashable) -> Tensor:
+    """Return `compute(chunks)`, a scalar loss of a model, with its gradient.
+
+    Args:
+        compute: the same function of the chunks for the same settings.
+        model: with sparse attention.
+        chunks: `[B, T]`.
+        *settings: what else the loss depends on.
+    """
+    if not _is_on_gpu(chunks) or not torch.is_grad_enabled():
+        return compute(chunks)
+    base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    weights = tensors_of(base)
+    keys = [layer.recording_key() for layer in sparse_layers(model)]
+    if any([key is None for key in keys]) or not is_small(base, weights, chunks):
+        return compute(chunks)
+    learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    addresses = [(tensor.data_ptr(), tensor.dtype, tensor.requires_grad) for tensor in weights]
+    is_repeated = getattr(base, "is_gradient_checkpointing", False)
+    layout = (model is base, chunks.shape, chunks.dtype, settings, is_repeated, tuple(keys), tuple(addresses))
+    recording = _recordings.get(base)
+    if recording is None or recording.layout != layout:
+        recording = _recordings[base] = _Recording(layout)
+    recording.steps += 1
+    if recording.steps == _EAGER + 1 and learned and not is_repeated and _has_room(chunks.device):
+        _record(recording, compute, chunks, learned)
+    if recording.replay is None:
+        return compute(chunks)
+    loss: Tensor = _Replayed.apply(recording, chunks, *learned)
+    return loss
+
+
+def forget(model: nn.Module) -> None:
+    """Give back the memory of what was recorded for a model."""
+    for module in model.modules():
+        _recordings.pop(module, None)
+
+
+def _is_on_gpu(chunks: Tensor) -> bool:
+    return chunks.is_cuda
+
+
+def _has_room(device: torch.device) -> bool:
+    """Tell whether the device has as much memory left as a step takes, for the steps that run as ever beside it."""
+    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return free > _ROOM * torch.cuda.max_memory_allocated(device)
+
+
+def _record(
+    recording: _Recording, compute: Callable[[Tensor], Tensor], chunks: Tensor, learned: list[nn.Parameter]
+) -> None:
+    """Record the step without taking it; leave the recording as it is if that cannot be done."""
+    recording.chunks = static = chunks.clone()
+
+    def step() -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            loss = compute(static)
+            gradients = torch.autograd.grad(loss, learned, allow_unused=True)
+        recording.shapes = [None if gradient is None else gradient.shape for gradient in gradients]
+        flat = [gradient.flatten().float() for gradient in gradients if gradient is not None]
+        return loss.detach(), torch.cat(flat)
+
+    try:
+        recording.results, recording.replay = record(step, chunks.device)
+    except RuntimeError:  # it waits for the device, or calls what cannot be recorded
+        recording.chunks = recording.results = recording.replay = None
+
+
+class _Replayed(torch.autograd.Function):
+    """Play a recorded step, whose gradients the backward has then."""
+
+    @staticmethod
+    def forward(ctx: Any, recording: _Recording, chunks: Tensor, *learned: Tensor) -> Tensor:
+        assert recording.chunks is not None and recording.results is not None and recording.replay is not None
+        recording.chunks.copy_(chunks)
+        recording.replay()
+        loss, gradients = (result.clone() for result in recording.results)  # the next step writes over them
+        ctx.shapes, ctx.dtypes = recording.shapes, [parameter.dtype for parameter in learned]
+        ctx.save_for_backward(gradients)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (gradients,) = ctx.saved_tensors
+        sizes = [shape.numel() for shape in ctx.shapes if shape is not None]
+        parts = iter((gradients * upstream).split(sizes))
+        return (
+            None,
+            None,
+            *(
+                None if shape is None else next(parts).view(shape).to(dtype)
+                for shape, dtype in zip(ctx.shapes, ctx.dtypes, strict=True)
+            ),
+        )

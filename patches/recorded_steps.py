@@ -1,0 +1,178 @@
+"""Play the decoding steps of an ordinary `generate` as one CUDA graph per token.
+
+An eager step launches about a thousand kernels, and on most models Python takes longer for that than the GPU for the
+kernels. In a cache of constant size no shape changes from step to step: `generate` runs the first steps of a call as
+ever, the next one is recorded, and the others play it again. The loop around the model stays that of transformers, with
+its processors, criteria and streamers.
+"""
+
+import functools
+import gc
+from collections.abc import Callable
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks_of_all_modules
+from transformers.cache_utils import Cache
+
+from hf_sparse.patches.regions import is_marked
+
+_EAGER = 2  # steps of a call before one is recorded: they compile kernels and allocate what stays
+_PLAIN = (bool, int, float, str, type(None))  # types of inputs that a recording keeps
+
+
+def may_record(model: Any, generation_config: Any) -> bool:
+    """Tell whether `generate` may record its steps: on one GPU, unless it was told not to compile, or how to."""
+    if model.device.type != "cuda" or generation_config.disable_compile or generation_config.compile_config is not None:
+        return False
+    return len(set(getattr(model, "hf_device_map", {}).values())) <= 1
+
+
+class RecordedSteps:
+    """Call a model in the loop of one `generate`: steps that are alike are recorded once and played again.
+
+    What runs as ever: several tokens at a time, caches with a layer that grows, autocast, outputs other than logits,
+    models with hooks of others, which a recording would not call, and steps that wait for the device.
+
+    What a call returns is written over by the next one; the loop copies the logits that it keeps.
+
+    Args:
+        model: a patched model.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.layout: tuple[Any, ...] = ()
+        self.keys: list[Tensor] = []  # of the layers of the cache, all of whose tensors are replaced together
+        self.steps = 0  # of this layout
+        self.inputs: dict[str, Any] = {}
+        self.output: Any = None
+        self.replay: Callable[[], None] | None = None
+        self.is_refused: bool | None = None  # not known yet
+
+    def __call__(self, **inputs: Any) -> Any:
+        """Return what the forward of the model returns."""
+        caches = [value for value in inputs.values() if isinstance(value, Cache)]
+        layout = None if self.is_refused or len(caches) != 1 else _layout(inputs, caches[0])
+        if layout is None:
+            return self.model(**inputs)
+        layers: Any = caches[0].layers
+        keys = [layer.keys for layer in layers]
+        if layout != self.layout or len(keys) != len(self.keys) or not all(map(is_, keys, self.keys)):
+            self.layout, self.keys, self.steps, self.replay = layout, keys, 0, None
+        self.steps += 1
+        if self.steps <= _EAGER:
+            return self.model(**inputs)
+        if self.replay is None:
+            if self.is_refused is None:
+                self.is_refused = not _is_recordable(self.model)
+            if self.is_refused or not self._record(inputs, layers):
+                return self.model(**inputs)
+        assert self.replay is not None
+        for name, value in inputs.items():
+            if isinstance(value, Tensor):
+                self.inputs[name].copy_(value)
+        tokens = [layer.get_seq_length() + 1 for layer in layers]
+        self.replay()
+        for layer, number in zip(layers, tokens, strict=True):
+            layer.note_tokens(number)
+        return self.output
+
+    def _record(self, inputs: dict[str, Any], layers: Any) -> bool:
+        """Record the step without taking it; return False, with nothing changed, if it cannot be recorded."""
+        tokens = [layer.get_seq_length() for layer in layers]
+        self.inputs = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        try:
+            self.output, self.replay = record(lambda: self.model(**self.inputs), layers[0].keys.device)
+        except RuntimeError:  # it waits for the device, or calls what cannot be recorded
+            self.is_refused = True
+        for layer, number in zip(layers, tokens, strict=True):
+            layer.note_tokens(number)
+        if not self.is_refused and any(not isinstance(value, Tensor | Cache) for value in self.output.values()):
+            self.is_refused = True
+        if self.is_refused:
+            self.inputs, self.output, self.replay = {}, None, None
+        return not self.is_refused
+
+
+def record(call: Callable[[], Any], device: torch.device) -> tuple[Any, Callable[[], None]]:
+    """Record what a call launches, without running it; return what it returned, and what plays it.
+
+    Raises:
+        RuntimeError: the call did what cannot be recorded.
+    """
+    graph, stream = torch.cuda.CUDAGraph(), _stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    collects = gc.isenabled()
+    gc.disable()  # memory of the device must not be given back meanwhile
+    try:
+        with torch.cuda.stream(stream):
+            # Other threads, such as those of a streamer, may use the device meanwhile.
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                output = call()
+            finally:
+                graph.capture_end()
+    finally:
+        if collects:
+            gc.enable()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    return output, graph.replay
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream on which steps are recorded: one for all, for libraries keep memory for each stream."""
+    return torch.cuda.Stream(device)
+
+
+def _layout(inputs: dict[str, Any], cache: Any) -> tuple[Any, ...] | None:
+    """Return what must be the same for a replay; `None` for what is not a step of constant shape."""
+    ids = inputs.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] != 1 or not _is_on_gpu(ids):
+        return None
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(ids.device.type) or cache.offloading:
+        return None
+    if inputs.get("output_hidden_states") or inputs.get("output_attentions"):
+        return None
+    if not all(
+        [hasattr(layer, "note_tokens") and layer.is_compileable and layer.is_initialized for layer in cache.layers]
+    ):
+        return None
+    layout: list[Any] = [cache]
+    for name, value in inputs.items():
+        if isinstance(value, Tensor):
+            layout.append((name, value.shape, value.dtype, value.device))
+        elif isinstance(value, _PLAIN):
+            layout.append((name, value))
+        elif value is not cache:
+            return None
+    return tuple(layout)
+
+
+def _is_on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda and tensor.device.index == torch.cuda.current_device()
+
+
+def _is_recordable(model: nn.Module) -> bool:
+    """Tell whether a step returns logits alone, and all it does is on one device."""
+    config: Any = model.config
+    if getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False):
+        return False
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    return len(devices) == 1 and calls_nothing_else(model)
+
+
+def calls_nothing_else(model: nn.Module) -> bool:
+    """Tell whether a forward calls what a recording repeats: no hooks of others, no replaced forward, no dropout."""
+    if hooks_of_all_modules._global_forward_hooks or hooks_of_all_modules._global_forward_pre_hooks or model.training:
+        return False
+    modules = list(model.modules())
+    ours = {hook.id for module in modules for hook in getattr(module, "hooks", ()) if hasattr(hook, "id")}
+    return not any(
+        ("forward" in vars(module) and not is_marked(module))
+        or not ours.issuperset((*module._forward_hooks, *module._forward_pre_hooks))
+        for module in modules
+    )

@@ -1,0 +1,166 @@
+"""Steps of an ordinary `generate` that were recorded generate what steps that run generate.
+
+Without a GPU a recording is imitated: it notes the call, and playing it calls again.
+"""
+
+import pytest
+import torch
+from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from hf_sparse import SparsefinderConfig, SparseKCache, SparseKConfig, patch, unpatch
+from hf_sparse._compat import cache_of, with_cache
+from hf_sparse.patches import attach, recorded_steps
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+IDS = torch.randint(2, 64, (3, 40), generator=torch.Generator().manual_seed(0)).to(DEVICE)
+LEFT = (torch.arange(40) >= torch.tensor([0, 17, 30])[:, None]).long().to(DEVICE)
+GREEDY = {"do_sample": False, "max_new_tokens": 30}
+
+
+@pytest.fixture
+def model(tiny_llama):
+    return patch(tiny_llama().to(DEVICE), SparseKConfig(k=6, window=8, sinks=2))
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """List a 1 for every step that is played."""
+    played: list[int] = []
+    record = recorded_steps.record if DEVICE == "cuda" else imitated
+
+    def counting(call, device):
+        output, replay = record(call, device)
+        return output, lambda: (played.append(1), replay())
+
+    monkeypatch.setattr(recorded_steps, "record", counting)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(recorded_steps, "_is_on_gpu", lambda tensor: True)
+        monkeypatch.setattr(attach, "may_record", lambda model, config: not config.disable_compile)
+    return played
+
+
+def imitated(call, device):
+    output = CausalLMOutputWithPast(logits=torch.zeros(()))
+
+    def replay():
+        for name, value in call().items():
+            output[name] = value
+
+    return output, replay
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize(
+    "options", [{}, {"attention_mask": LEFT}, {"prefill_chunk_size": 11}], ids=["whole", "padded", "in chunks"]
+)
+def test_tokens_are_those_of_steps_that_run(model, played, options):
+    """Of the 29 steps after the first token 2 run; `disable_compile` lets all run."""
+    options = GREEDY | options
+    expected = model.generate(IDS, disable_compile=True, **options)
+    assert not played
+    for number in (27, 54):
+        assert torch.equal(model.generate(IDS, **options), expected)
+        assert len(played) == number
+
+
+def test_samples_and_processors_are_those_of_the_loop(model, played):
+    class Seen(LogitsProcessor):
+        def __init__(self):
+            self.logits = []
+
+        def __call__(self, input_ids, scores):
+            self.logits.append(scores.clone())
+            return scores
+
+    logits, found = [], []
+    for plain in (True, False):
+        torch.manual_seed(0)
+        seen = Seen()
+        options = {"do_sample": True, "max_new_tokens": 20, "top_k": 9, "disable_compile": plain}
+        result = model.generate(
+            IDS,
+            logits_processor=LogitsProcessorList([seen]),
+            return_dict_in_generate=True,
+            output_logits=True,
+            **options,
+        )
+        assert all(torch.equal(a, b) for a, b in zip(result.logits, seen.logits, strict=True))
+        found.append(result.sequences)
+        logits.append(torch.stack(seen.logits))
+        assert cache_of(result).get_seq_length() == 59
+    assert len(played) == 17
+    if DEVICE == "cpu":
+        assert torch.equal(*found) and torch.equal(*logits)
+
+
+def test_a_cache_goes_on_after_recorded_steps(model, played):
+    """Its positions are those of a cache whose steps ran, and so are the tokens of a second turn."""
+    results = []
+    for plain in (True, False):
+        options = {"do_sample": False, "return_dict_in_generate": True, "disable_compile": plain}
+        first = model.generate(IDS, max_new_tokens=12, **options)
+        cache = cache_of(first)
+        assert [layer.get_seq_length() for layer in cache.layers] == [51] * len(cache.layers)
+        more = torch.cat([first.sequences, IDS[:, :7]], 1)
+        second = model.generate(more, max_new_tokens=12, **with_cache(cache), **options)
+        results.append((second.sequences, torch.stack([layer.positions for layer in cache.layers])))
+    assert played
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+def test_hooks_of_others_are_called_in_every_step(model, played):
+    calls = []
+    handle = model.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))
+    model.generate(IDS, **GREEDY)
+    assert len(calls) == 30 and not played
+    handle.remove()
+    model.generate(IDS, **GREEDY)
+    assert len(calls) == 30 and len(played) == 27
+
+
+def test_what_cannot_be_recorded_runs(model, played, monkeypatch):
+    expected = model.generate(IDS, disable_compile=True, **GREEDY)
+    attempts = []
+
+    def refuse(call, device):
+        attempts.append(1)
+        layer = model.model.layers[0].self_attn.sparse_attention
+        with monkeypatch.context() as broken:
+            broken.setattr(type(layer), "attend", fail)
+            call()
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(recorded_steps, "record", refuse)
+    assert torch.equal(model.generate(IDS, **GREEDY), expected)
+    assert attempts == [1]
+
+
+def test_caches_that_grow_run(tiny_llama, played):
+    model = patch(tiny_llama().to(DEVICE), SparsefinderConfig(predictor="full", window=8, tile=8))
+    model.generate(IDS, **GREEDY)
+    assert not played
+    some = patch(tiny_llama().to(DEVICE), SparseKConfig(k=6, window=8, sinks=2, layers=[1]))
+    some.generate(IDS, **GREEDY)
+    assert not played
+
+
+def test_dense_steps_run(model, played):
+    """With the method switched off, and after it was taken off the model has its own methods again."""
+    for layer in model.modules():
+        if hasattr(layer, "sparse_attention"):
+            layer.sparse_attention.enable_adapters(False)
+    model.generate(IDS, **GREEDY)
+    assert not played
+    unpatch(model)
+    assert not {"get_compiled_call", "_valid_auto_compile_criteria", "save_pretrained"} & vars(model).keys()
+
+
+def test_a_cache_that_the_user_holds(model, played):
+    """On a GPU `generate` compiles its steps, so nothing is recorded there."""
+    cache = SparseKCache(model)
+    found = model.generate(IDS, **with_cache(cache), **GREEDY)
+    assert torch.equal(found, model.generate(IDS, disable_compile=True, **GREEDY))
+    assert cache.get_seq_length() == 69
