@@ -70,7 +70,7 @@ def test_reading(batch, heads, kv_heads, length, dim, dtype, learned, poisoned_m
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="models take this path on a GPU alone")
-@pytest.mark.parametrize("shares", [None, [0.6, 0.4]], ids=["equal", "shares"])
+@pytest.mark.parametrize("shares", [None, [1.2, 0.8]], ids=["equal", "shares"])
 @pytest.mark.parametrize("length", [17, 90])
 def test_a_model_reads_as_by_the_longer_path(length, shares, monkeypatch):
     """Logits of the text and of the tokens after it, and what the cache holds; a copy of the cache goes on too.
