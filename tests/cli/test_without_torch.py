@@ -73,7 +73,7 @@ def test_version(run, program):
 
 
 def test_help(run, run_all):
-    verbs = ["", "patch", "finetune", "divide", "eval", "report", "push", "demo"]
+    verbs = ["", "patch", "finetune", "divide", "eval", "report", "info", "generate", "chat", "push", "demo"]
     for verb, (code, output, errors) in zip(verbs, run_all(f"{verb} --help" for verb in verbs), strict=True):
         assert code == 0 and f"Usage: hf-sparse {verb}" in output, (verb, output, errors)
     assert "Usage: hf-sparse patch" in run(*SCRIPT, "patch", "--help").stdout

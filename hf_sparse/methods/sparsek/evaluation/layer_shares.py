@@ -2,11 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 from hf_sparse.core.overrides import override
@@ -15,6 +12,7 @@ from hf_sparse.errors import DataError
 from hf_sparse.evaluation.quality import kl, logits_of
 from hf_sparse.evaluation.switching import evaluating, using
 from hf_sparse.methods.sparsek.evaluation.contenders import budget_of, sparsek_layers
+from hf_sparse.progress import tracked
 
 _SLICE = 256  # positions whose logits are float32 at a time
 _POWERS = (0.2, 3.0)  # of damage against slots; what lies beyond is noise
@@ -54,9 +52,8 @@ def layer_damages(
     steps: list[tuple[Tensor, int | None]] = [
         (tokens, layer) for tokens in chunks.split(batch_size) for layer in (None, *layers)
     ]
-    bar: dict[str, Any] = {"console": Console(stderr=True), "transient": True, "disable": not progress}
     with evaluating(model), using(model, "learned", budget_of(model).resized(slots)):
-        for tokens, layer in track(steps, f"layers, {slots} slots", **bar):
+        for tokens, layer in tracked(steps, f"layers, {slots} slots") if progress else steps:
             # A layer whose budget covers the text is dense.
             shares = [1.0 if other == layer else float(length) for other in range(max(layers) + 1)]
             with override([config], layer_shares=shares):
