@@ -38,6 +38,7 @@ from hf_sparse.finetune.stages import Stage, Training, training_of
 from hf_sparse.folders import locked
 from hf_sparse.overlap import sketch
 from hf_sparse.patches.heads import parameters_saved, untrained_modules
+from hf_sparse.progress import ProgressLines, is_terminal
 
 #: The most chunks that a method reads to fit what is fitted, and not trained.
 FITTED = 8
@@ -134,9 +135,10 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
         try:
             first = [part[: config.batch_size].to(accelerator.device) for part in (chunks, labels) if part is not None]
             report = state["report"] if restart else training.begin(prepared, *first)
-            bar = tqdm(
-                total=len(plan), initial=state["step"], desc=training.learned, unit="step", disable=not config.progress
-            )
+            bar: Any = ProgressLines(len(plan), f"{training.learned}, step", state["step"])
+            if is_terminal() or not (config.progress and accelerator.is_main_process):
+                shown = {"desc": training.learned, "unit": "step", "disable": not config.progress}
+                bar = tqdm(total=len(plan), initial=state["step"], **shown)
             for number in range(state["step"], len(plan)):
                 tick = time.perf_counter()
                 stage, step = plan[number]

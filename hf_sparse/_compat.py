@@ -90,7 +90,7 @@ def texts_in_mask(mask_function: Any) -> Tensor | None:
     if len(functions) != 2:
         return None
     within, texts = functions
-    # From transformers 5.18 or later on, positions are those of the texts; within one, causal is the same.
+    # Newer versions of transformers compare positions within the texts; within one, causal is the same.
     within = _caught(within, "remap_positions_for_packed_sequence").get("mask_function", within)
     if within is not getattr(masking_utils, "causal_mask_function", None):
         return None

@@ -170,6 +170,11 @@ def tensors(model: nn.Module, dataset: Any) -> tuple[Tensor, Tensor | None]:
     tokens = _column(dataset, "input_ids")
     if _has(dataset, "attention_mask") and not _column(dataset, "attention_mask").all():
         raise DataError("the chunks hold padding (attention_mask has zeros): pack the text, see hf_sparse.data.pack")
+    if _has(dataset, "position_ids") and (_column(dataset, "position_ids").diff(dim=1) != 1).any():
+        raise DataError(
+            "the chunks hold several texts each (position_ids that restart), which finetune would read as one: leave "
+            "position_ids out to allow that, or train with transformers' Trainer, which keeps them apart"
+        )
     if not masked and _has(dataset, "labels") and not torch.equal(_column(dataset, "labels"), tokens):
         raise DataError("labels other than the tokens themselves are not supported: every token is predicted")
     labels = _column(dataset, "labels") if masked else None

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import ModulesToSaveWrapper
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from hf_sparse._compat import register_with_peft
@@ -17,7 +17,7 @@ from hf_sparse.core.layer import SparseAttentionLayer
 from hf_sparse.core.registry import Method, add_method, method_of
 from hf_sparse.embeddings import embeddings_of, has_new_embeddings
 from hf_sparse.errors import WeightsError
-from hf_sparse.patches.attach import attach, detach, sparse_layers, targets
+from hf_sparse.patches.attach import attach, detach, is_other_adapter, sparse_layers, targets
 from hf_sparse.patches.heads import choose_modules_to_save
 from hf_sparse.weights import check_names, check_values, layouts
 
@@ -32,6 +32,11 @@ class SparseModel(BaseTuner):
 
     def __init__(self, model: Any, peft_config: Any, adapter_name: str, *args: Any, **options: Any) -> None:
         self.in_peft_model = isinstance(peft_config, dict)  # transformers passes the configuration alone
+        self.below: dict[str, Any] = {}  # configurations of a frozen adapter of another type
+        configs = getattr(model, "peft_config", None)
+        if self.in_peft_model and configs and not any(isinstance(c, SparseConfig) for c in configs.values()):
+            self.below = configs
+            del model.peft_config  # its own `PeftModel` has it too, and PEFT would add ours to it
         super().__init__(model, peft_config, adapter_name, *args, **options)
 
     def inject_adapter(
@@ -95,6 +100,9 @@ class SparseModel(BaseTuner):
             state_dict=state_dict,
             unwanted_adapter_names=unwanted_adapter_names,
         )
+        # PEFT selects what all of its layers hold, those of a frozen adapter below too.
+        below = tuple(f"{name}." for name, module in model.named_modules() if is_other_adapter(module))
+        selected = {key: tensor for key, tensor in selected.items() if not key.startswith(below)}
         base, prefix = _base_of(model)
         name = config.base_model_name_or_path or base.name_or_path
         if config.saves_embeddings or has_new_embeddings(base, name, config.revision):
@@ -135,9 +143,24 @@ class SparseModel(BaseTuner):
             )
         yield
 
+    def disable_adapter_layers(self) -> None:
+        """Switch sparse attention off; a frozen adapter of another type below stays on, as PEFT's own would not."""
+        self._switch(False)
+
+    def enable_adapter_layers(self) -> None:
+        """Switch sparse attention on again; an adapter below stays frozen."""
+        self._switch(True)
+
+    def _switch(self, enabled: bool) -> None:
+        for module in self.model.modules():
+            if isinstance(module, SparseAttentionLayer | AuxiliaryTrainingWrapper):
+                module.enable_adapters(enabled)
+
     def unload(self) -> nn.Module:
         """Take sparse attention off and return the base model, with the trained modules of `modules_to_save`."""
         detach(self.model)
+        if self.below:
+            self.model.peft_config = self.below
         # Not PEFT's own: it looks for a `weight` on whatever it takes the wrapper off.
         for name, module in list(self.model.named_modules()):
             if isinstance(module, ModulesToSaveWrapper):

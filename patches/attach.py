@@ -1,6 +1,7 @@
 """Attach a method to a model and take it off again."""
 
 import copy
+import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -44,24 +45,51 @@ def sparse_layers_in_use(model: nn.Module, kind: type[SparseAttentionLayer] = Sp
     return [layer for layer in sparse_layers(model, kind) if layer.is_used]
 
 
-def check_no_adapters(model: nn.Module) -> None:
-    """Refuse a model with another method's PEFT layers in it, such as LoRA that is not merged.
+def check_other_adapters(model: nn.Module) -> None:
+    """Refuse a model with another method's PEFT layers in it, such as LoRA, unless they are frozen.
 
-    Sparse attention works there, and is saved; but the adapter would belong to a base model that cannot be loaded.
+    Over frozen ones sparse attention is trained, and each of the two is saved and loaded by itself. transformers' own
+    `load_adapter` has one of the two on at a time.
 
     Raises:
-        ValueError: there are such layers.
+        ValueError: there are such layers, and they are trainable or managed by transformers.
     """
-    if layer := next(_foreign(model), None):
+    layers = list(_foreign(model))
+    if not layers:
+        return
+    is_trainable = any(parameter.requires_grad for layer in layers for parameter in layer.parameters())
+    if is_trainable or getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(
-            f"the base model has layers of another PEFT adapter ({_name(layer)}): merge them first "
-            "(merge_and_unload() of the PeftModel) and save that model as the base, or use lora_rank for LoRA beside"
+            f"the base model has layers of another PEFT adapter ({_name(layers[0])}), which is trainable or was loaded "
+            "by transformers: merge them first (merge_and_unload() of the PeftModel) and save that model as the base, "
+            "or load the adapter frozen (PeftModel.from_pretrained(base, ...).get_base_model()) and patch that, or use "
+            "lora_rank for LoRA beside"
         )
+
+
+def _note_other_adapters(model: nn.Module, config: SparseConfig, base_shape: dict[str, Any]) -> dict[str, Any]:
+    """Note in a new adapter what other PEFT layers it is made over, and warn where an old one misses them."""
+    kinds = sorted({_name(layer).split(".")[2] for layer in _foreign(model)})
+    if config.base_shape is None:
+        return {**base_shape, "over": kinds} if kinds else base_shape
+    missing = [kind for kind in base_shape.get("over", []) if kind not in kinds]
+    if missing and not next(model.parameters()).is_meta:
+        warnings.warn(
+            f"the adapter was made over another PEFT adapter ({', '.join(missing)}), which this base model does not "
+            "have: load that one first, PeftModel.from_pretrained(base, ...), and this one on its get_base_model()",
+            stacklevel=2,
+        )
+    return base_shape
+
+
+def is_other_adapter(module: nn.Module) -> bool:
+    """Tell whether a module is a PEFT layer that is not ours."""
+    return isinstance(module, BaseTunerLayer) and not isinstance(module, SparseAttentionLayer)
 
 
 def _foreign(model: nn.Module) -> Iterator[nn.Module]:
     """Yield the PEFT layers of a model that are not ours."""
-    return (m for m in model.modules() if isinstance(m, BaseTunerLayer) and not isinstance(m, SparseAttentionLayer))
+    return (module for module in model.modules() if is_other_adapter(module))
 
 
 def _name(layer: nn.Module) -> str:
@@ -115,7 +143,7 @@ def targets(model: PreTrainedModel, config: SparseConfig) -> Targets:
     """
     kind = method_of(config).layer
     family = family_of(model)
-    check_no_adapters(model)
+    check_other_adapters(model)
     if other := next((layer for layer in sparse_layers(model) if type(layer) is not kind), None):
         raise ValueError(
             f"the model has {other.label} attention already, and a model has one method at a time: take it off first "
@@ -135,9 +163,11 @@ def targets(model: PreTrainedModel, config: SparseConfig) -> Targets:
             "changes nothing for texts that fit into the window"
         )
     shape = family.shape_of(modules[0][1], layer=0)
-    base_shape = _base_shape(model, shape, len(modules), kind, config)
+    base_shape = _note_other_adapters(model, config, _base_shape(model, shape, len(modules), kind, config))
     kind.check(config, shape, len(modules))
     if config.lora_rank:
+        if layer := next(_foreign(model), None):
+            raise ValueError(f"lora_rank must be 0 over another PEFT adapter ({_name(layer)}), got {config.lora_rank}")
         check_lora(modules[0][1], config.lora_rank)
     if config.layers is None:
         return Targets([pair for i, pair in enumerate(modules) if i not in local], base_shape)

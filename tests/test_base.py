@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import hf_sparse
@@ -145,6 +146,72 @@ def test_lora_that_is_not_merged_is_refused(base, folder):
         assert sparse_layers(inside) == []
     merged = lora.merge_and_unload()
     assert isinstance(hf_sparse.from_pretrained(folder, base_model=merged), PeftModel)
+
+
+@pytest.fixture
+def lora(base, tmp_path):
+    """A folder of a LoRA adapter that changes something."""
+    settings = LoraConfig(target_modules=["q_proj", "up_proj"], init_lora_weights=False)
+    torch.manual_seed(2)
+    get_peft_model(AutoModelForCausalLM.from_pretrained(base), settings).save_pretrained(tmp_path / "lora")
+    return tmp_path / "lora"
+
+
+def over(base, lora):
+    """A base model with a frozen LoRA adapter, in its own PeftModel."""
+    return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), lora).eval()
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+@pytest.mark.parametrize("method", sorted(CONFIGS))
+def test_sparse_attention_over_a_frozen_lora(base, lora, tmp_path, method):
+    """Trained over it, and each saved and loaded by itself."""
+    below = over(base, lora)
+    dense = below(input_ids=TOKENS).logits
+    model = get_peft_model(below.get_base_model(), CONFIGS[method]()).train()
+    for layer in sparse_layers(model):
+        layer.train()
+    model(input_ids=TOKENS, labels=TOKENS, use_cache=False).loss.backward()
+    reached = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert reached and all("sparse_attention" in name for name in reached)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name in reached:
+                parameter.add_(0.3 * torch.ones_like(parameter))
+    expected = model.eval()(input_ids=TOKENS).logits
+    assert (expected - dense).abs().max() > 1e-3
+    with model.disable_adapter():
+        assert torch.equal(model(input_ids=TOKENS).logits, dense)
+    assert torch.equal(model(input_ids=TOKENS).logits, expected)
+    assert not any(p.requires_grad for name, p in model.named_parameters() if "sparse_attention" not in name)
+    save_adapter(model, tmp_path / "sparse")
+    assert all("sparse_attention" in key for key in load_file(tmp_path / "sparse" / "adapter_model.safetensors"))
+    for loaded in (
+        PeftModel.from_pretrained(over(base, lora).get_base_model(), tmp_path / "sparse").eval(),
+        hf_sparse.from_pretrained(tmp_path / "sparse", base_model=over(base, lora).get_base_model()),
+    ):
+        assert torch.equal(loaded(input_ids=TOKENS).logits, expected)
+    model.unload()
+    assert torch.equal(below(input_ids=TOKENS).logits, dense)
+    below.save_pretrained(tmp_path / "again")
+    again, first = (load_file(folder / "adapter_model.safetensors") for folder in (tmp_path / "again", lora))
+    assert again.keys() == first.keys() and all(torch.equal(again[key], first[key]) for key in first)
+    with pytest.warns(UserWarning, match=r"made over another PEFT adapter \(lora\).*load that one first"):
+        hf_sparse.from_pretrained(tmp_path / "sparse")
+
+
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
+@pytest.mark.parametrize("method", sorted(CONFIGS))
+def test_a_frozen_lora_stays_where_sparse_attention_is_taken_off(base, lora, method):
+    """patch, without PEFT; lora_rank would change only the linear layers that the other adapter left alone."""
+    model = over(base, lora).get_base_model()
+    expected = model(input_ids=TOKENS).logits
+    with pytest.raises(ValueError, match=r"lora_rank must be 0 over another PEFT adapter \(peft\.tuners\.lora"):
+        hf_sparse.patch(model, type(CONFIGS[method]())(lora_rank=2))
+    hf_sparse.patch(model, CONFIGS[method]())
+    assert sparse_layers(model)
+    hf_sparse.unpatch(model)
+    assert torch.equal(model(input_ids=TOKENS).logits, expected)
 
 
 @pytest.mark.parametrize("method", sorted(CONFIGS))

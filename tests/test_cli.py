@@ -117,10 +117,10 @@ class TestPatch:
         assert f"{trainable:,} trainable parameters" in shown
         assert len({(folder / name).stat().st_mode for name in ADAPTER}) == 1  # who may read one may read both
 
-    def test_keeps_the_name_of_the_base(self, tmp_path, base, monkeypatch):
+    def test_stores_the_whole_path_of_the_base(self, tmp_path, base, monkeypatch):
         monkeypatch.chdir(tmp_path)
         succeed("patch", "./base", *BUDGET, "--output", "adapter")
-        assert json.loads(Path("adapter/adapter_config.json").read_text())["base_model_name_or_path"] == "./base"
+        assert json.loads(Path("adapter/adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
 
     def test_seed(self, tmp_path, base, adapter):
         weights = files(adapter)["adapter_model.safetensors"]

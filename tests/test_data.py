@@ -93,6 +93,10 @@ def test_padding_and_other_labels_are_refused(tiny_llama):
         tensors(tiny_llama(), {"input_ids": ids, "attention_mask": padded})
     with pytest.raises(DataError, match="labels other than the tokens"):
         tensors(tiny_llama(), {"input_ids": ids, "labels": ids.masked_fill(padded == 0, IGNORED)})
+    positions = torch.arange(20).expand(2, -1)
+    with pytest.raises(DataError, match=r"several texts each \(position_ids that restart\)"):
+        tensors(tiny_llama(), {"input_ids": ids, "position_ids": positions % 13})
+    assert torch.equal(tensors(tiny_llama(), {"input_ids": ids, "position_ids": positions})[0], ids)
     rows = datasets.Dataset.from_dict({"input_ids": ids.tolist(), "attention_mask": torch.ones_like(ids).tolist()})
     assert torch.equal(tensors(tiny_llama(), rows)[0], ids)
 

@@ -10,7 +10,7 @@ FOLDERS = {"hf_sparse": "hf_sparse", "patches": "hf_sparse.patches", "finetune":
 
 LAYERS = [
     ("_compat", "access_tokens", "atomic_files", "bundled", "command_line", "embeddings", "environment", "errors"),
-    ("folders", "late_imports"),
+    ("folders", "late_imports", "progress"),
     ("metrics", "weights"),
     ("ops",),
     ("core",),

@@ -28,7 +28,7 @@ from hf_sparse.embeddings import embeddings_of
 from hf_sparse.environment import cuda_of_process
 from hf_sparse.errors import AdapterMismatchError, HubError, UnsupportedModelError
 from hf_sparse.patches import sparse_layers
-from hf_sparse.patches.attach import check_no_adapters, targets
+from hf_sparse.patches.attach import check_other_adapters, targets
 from hf_sparse.patches.heads import initialised
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -233,7 +233,7 @@ def _check_options(base_model: Any, kwargs: dict[str, Any]) -> PreTrainedModel |
         )
     if sparse_layers(base_model):
         raise ValueError("base_model has sparse attention already: hf_sparse.unpatch it first, or load it anew")
-    check_no_adapters(base_model)
+    check_other_adapters(base_model)
     if kwargs:
         raise TypeError(f"base_model is loaded already, so these would have no effect: {', '.join(sorted(kwargs))}")
     return base_model

@@ -1,4 +1,4 @@
-"""Let a decoder go on with a text and show it as it is made: what `generate` and `chat` have in common."""
+"""Let a decoder continue a text and show it as it is made: what `generate` and `chat` have in common."""
 
 import time
 from collections.abc import Sequence
@@ -77,9 +77,7 @@ class Answerer:
 
         self.model, self.tokenizer = load_adapter(folder, device=settings["device"], dtype=settings["dtype"])
         if kind_of(self.model) != "causal":
-            raise ValueError(
-                f"{type(self.model.get_base_model()).__name__} is no decoder, and cannot go on with a text"
-            )
+            raise ValueError(f"{type(self.model.get_base_model()).__name__} is no decoder, and cannot continue a text")
         self.most = settings["max_new_tokens"]
         self.sampling: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
         if temperature:
@@ -89,7 +87,7 @@ class Answerer:
         self._seen: list[int] = []
 
     def answer(self, ids: Sequence[int]) -> Answer:
-        """Go on with a text and print what comes on stdout, token by token.
+        """Continue a text and print what comes on stdout, token by token.
 
         Where the text begins with all that was read and said before, the cache goes on too; otherwise it is read anew.
 
@@ -108,7 +106,7 @@ class Answerer:
 
         ids, limit = list(ids), context_length(self.model)
         if not ids:
-            raise ValueError("there is no text to go on with: the prompt has no token")
+            raise ValueError("there is no text to continue: the prompt has no token")
         if limit is not None and len(ids) >= limit:
             raise ValueError(f"the text has {len(ids)} tokens, and the model reads {limit} with what it says")
         if self._cache is None or ids[: len(self._seen)] != self._seen or len(ids) == len(self._seen):
@@ -141,7 +139,7 @@ class Answerer:
 
 
 class _Clock:
-    """Hand tokens on to a streamer of transformers, and note when they come."""
+    """Give tokens to a streamer of transformers, and note when they come."""
 
     def __init__(self, streamer: Any) -> None:
         self.streamer, self.came = streamer, [time.perf_counter()]

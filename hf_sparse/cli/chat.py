@@ -1,4 +1,4 @@
-"""Talk with an adapter: `hf-sparse chat`."""
+"""Hold a conversation with an adapter: `hf-sparse chat`."""
 
 import sys
 from typing import Annotated, Any
@@ -19,12 +19,15 @@ def chat(
     answering: dict[str, Any],
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="What the model is told before all else.")] = None,
 ) -> None:
-    """Talk with the adapter in DIR: a line is a message, /new starts anew, /exit or the end of input ends it."""
+    """Hold a conversation with the adapter in DIR.
+
+    Each line is a message; /new starts anew, /exit or the end of the input ends it.
+    """
     answerer = Answerer(folder, answering)
     if answerer.tokenizer.chat_template is None:
         if system is not None:
             raise ValueError("--system needs a chat template, and the tokenizer of the base model has none")
-        complain("the tokenizer has no chat template: the model goes on with what you type, and does not answer")
+        complain("the tokenizer has no chat template: the model continues what you type, and does not answer")
     conversation = _Conversation(answerer, system)
     while (line := _read_line()) is not None:
         if line in _END:

@@ -1,4 +1,4 @@
-"""Let an adapter go on with a text: `hf-sparse generate`."""
+"""Let an adapter continue a text: `hf-sparse generate`."""
 
 import sys
 from typing import Annotated, Any
@@ -15,9 +15,9 @@ from hf_sparse.cli.options import with_options
 def generate(
     folder: Folder,
     answering: dict[str, Any],
-    prompt: Annotated[str, typer.Option(metavar="TEXT", help="Text to go on with; - reads it from stdin.")],
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="Text to continue; - reads it from stdin.")],
 ) -> None:
-    """Go on with a text, with the adapter in DIR; time and memory are shown on stderr."""
+    """Continue a text with the adapter in DIR; time and memory are shown on stderr."""
     text = sys.stdin.read() if prompt == "-" else prompt
     answerer = Answerer(folder, answering)
     from hf_sparse.data import prompt_tokens

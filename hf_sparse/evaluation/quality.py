@@ -11,13 +11,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 from hf_sparse.data import IGNORED
 from hf_sparse.evaluation.switching import evaluation_of, using
 from hf_sparse.model_kinds import Kind, final_states, pooled
+from hf_sparse.progress import tracked
 
 _SLICE = 256  # positions whose logits are float32 at a time
 _BINS = 16
@@ -247,6 +246,6 @@ def _batches(model: nn.Module, *rows: Tensor, batch_size: int, progress: str | b
     device = next(model.parameters()).device
     batches: Any = list(zip(*(tensor.split(batch_size) for tensor in rows), strict=True))
     if progress:
-        batches = track(batches, str(progress), console=Console(stderr=True), transient=True)
+        batches = tracked(batches, str(progress))
     for batch in batches:
         yield tuple(tensor.to(device) for tensor in batch)

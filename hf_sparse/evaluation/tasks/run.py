@@ -5,9 +5,6 @@ from random import Random
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
-from rich.progress import track
-
 from hf_sparse.data import context_length
 from hf_sparse.errors import DataError
 from hf_sparse.evaluation.base import check_names
@@ -19,6 +16,7 @@ from hf_sparse.evaluation.tasks.haystack import Haystack, fit
 from hf_sparse.evaluation.tasks.longbench import Document, prompt
 from hf_sparse.evaluation.tasks.scores import exact_match, f1
 from hf_sparse.model_kinds import kind_of
+from hf_sparse.progress import tracked
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -197,7 +195,7 @@ def _room(tokenizer: Any, answers: Sequence[str]) -> int:
 
 
 def _shown(items: Sequence[Any], label: str | bool) -> Any:
-    return track(items, label, console=Console(stderr=True), transient=True) if isinstance(label, str) else items
+    return tracked(items, label) if isinstance(label, str) else items
 
 
 def _table(

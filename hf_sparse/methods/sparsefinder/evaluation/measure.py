@@ -11,8 +11,6 @@ from itertools import product
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor
 
 from hf_sparse.core.overrides import override
@@ -39,6 +37,7 @@ from hf_sparse.methods.sparsefinder.evaluation.patterns import (
 )
 from hf_sparse.methods.sparsefinder.evaluation.record import GraphRecord
 from hf_sparse.methods.sparsefinder.evaluation.totals import Totals
+from hf_sparse.progress import tracked
 
 _FITTED_TEXTS = 2  # that centroids of routing and widths of windows are fitted to
 
@@ -135,7 +134,7 @@ def _measure(
     records = {run: GraphRecord(sampled) for run in graphs}
     steps: Any = list(product(_batches(tokens, labels, request.batch_size), runs))
     if request.progress:
-        steps = track(steps, "graphs", console=Console(stderr=True), transient=True)
+        steps = tracked(steps, "graphs")
     reference = torch.empty(0)
     for texts, run in steps:
         inputs, targets = _on(device, *texts)

@@ -4,8 +4,6 @@ from collections.abc import Hashable, Mapping
 from typing import Any, TypeVar
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 from hf_sparse.core.overrides import override
@@ -13,6 +11,7 @@ from hf_sparse.data import check_chunks
 from hf_sparse.evaluation.quality import kl, logits_of
 from hf_sparse.evaluation.switching import evaluating, using
 from hf_sparse.methods.sparsek.evaluation.contenders import sparsek_layers
+from hf_sparse.progress import tracked
 
 Part = TypeVar("Part", bound=Hashable)
 
@@ -39,9 +38,9 @@ def damages(
         chunks: `[N, T]` int64.
         ways: for each part the settings of the configuration with which it alone has few slots.
         whole: those with which nothing is evicted.
-        label: what the progress bar says.
+        label: what the progress is called.
         batch_size: chunks at a time.
-        progress: show a progress bar on stderr.
+        progress: show on stderr how far the work is.
 
     Raises:
         DataError: chunks that cannot be measured.
@@ -57,9 +56,8 @@ def damages(
         for tokens in chunks.split(batch_size)
         for part, settings in ((None, whole), *ways.items())
     ]
-    bar: dict[str, Any] = {"console": Console(stderr=True), "transient": True, "disable": not progress}
     with evaluating(model), using(model, "learned"):
-        for tokens, part, settings in track(steps, label, **bar):
+        for tokens, part, settings in tracked(steps, label) if progress else steps:
             with override([config], **settings):
                 logits = logits_of(model, tokens.to(device))[:, :-1]
             if part is None:
