@@ -137,6 +137,7 @@ SPARSEK_BY_HEADS = replace(
     settings={"k": 4, "window": 6, "sinks": 3},  # 2 or 6 keys
     fits=11,
     fitting=lambda length: {"k": 2 * (length - 9)},
+    whole=({"k": 300},),
 )
 
 

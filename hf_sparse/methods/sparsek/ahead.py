@@ -34,6 +34,7 @@ class Ahead:
         first: `[B]` int64, position of that token.
         is_full: whether no slot is empty.
         columns: `[B, Hkv, D]` for each step, the slots as an index of keys and values.
+        keys, values, positions: of all slots of a row, `[B, N, D]` and `[B, N]`, in the memory of the cache layer.
         states: `[B, 1, C]` for each step that was, inputs of the attention module.
     """
 
@@ -41,7 +42,10 @@ class Ahead:
     slots: Tensor
     first: Tensor
     is_full: bool
-    columns: list[Tensor]
+    columns: tuple[Tensor, ...]
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
     states: list[Tensor] = field(default_factory=list)
 
     @torch.no_grad()
@@ -92,10 +96,9 @@ def step_ahead(
     step = len(ahead.states)
     column = ahead.columns[step]
     ahead.states.append(hidden_states.clone())
-    rows = len(column)
-    cache.keys.view(rows, -1, column.shape[-1]).scatter_(1, column, key[:, :, 0])
-    cache.values.view(rows, -1, column.shape[-1]).scatter_(1, column, value[:, :, 0])
-    cache.positions.view(rows, -1).scatter_(1, column[..., 0], cache.seen[:, None].expand(column.shape[:2]))
+    ahead.keys.scatter_(1, column, key.squeeze(2))
+    ahead.values.scatter_(1, column, value.squeeze(2))
+    ahead.positions.scatter_(1, column[..., 0], cache.seen[:, None].expand(column.shape[:2]))
     cache.seen.add_(1)
     return cache.attend(query, scaling=scaling, is_full=ahead.is_full)
 
@@ -106,5 +109,7 @@ def _look_ahead(cache: "SparseKCacheLayer", scorer: Scorer) -> Ahead:
     slots = cache.next_slots(count)
     columns = slots.unsqueeze(-1).expand(-1, -1, -1, cache.keys.shape[-1]).unbind(2)
     is_full = bool(cache.positions.min() >= 0)
-    cache.ahead = Ahead(scorer, slots, cache.seen.clone(), is_full, list(columns))
+    rows, dim = len(slots), cache.keys.shape[-1]
+    flat = cache.keys.view(rows, -1, dim), cache.values.view(rows, -1, dim), cache.positions.view(rows, -1)
+    cache.ahead = Ahead(scorer, slots, cache.seen.clone(), is_full, columns, *flat)
     return cache.ahead
