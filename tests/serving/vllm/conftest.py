@@ -67,12 +67,13 @@ def exported(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run_engine(tmp_path, exported, requests):
-    """Runs one of the scripts of `engines.py` in a process of its own, and returns what it found."""
+def run_model(tmp_path):
+    """Runs one of the functions of `engines.py` in a process of its own, and returns what it found."""
 
-    def run(name: str, **settings):
+    def run(name: str, model: Path, requests: list[dict], **settings):
+        tokens = len(requests[0]["tokens"])
         (tmp_path / "input.json").write_text(
-            json.dumps({"model": str(exported), "requests": requests, "tokens": TOKENS, "settings": settings})
+            json.dumps({"model": str(model), "requests": requests, "tokens": tokens, "settings": settings})
         )
         command = [sys.executable, str(Path(__file__).with_name("engines.py")), name]
         completed = subprocess.run(
@@ -86,3 +87,9 @@ def run_engine(tmp_path, exported, requests):
         return json.loads((tmp_path / "output.json").read_text())
 
     return run
+
+
+@pytest.fixture
+def run_engine(run_model, exported, requests):
+    """Does so with the bundled model."""
+    return lambda name, **settings: run_model(name, exported, requests, **settings)
