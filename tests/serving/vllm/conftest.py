@@ -36,9 +36,8 @@ def lengths(count: int) -> list[int]:
     return [10, 1500, *drawn, 64, 65]
 
 
-@pytest.fixture(scope="session")
-def requests(tmp_path_factory) -> list[dict]:
-    """200 prompts, and the greedy tokens that `generate` adds to each."""
+def answered(chosen: list[int]) -> list[dict]:
+    """Prompts of these lengths, and the greedy tokens that `generate` adds to each."""
     import torch
 
     import hf_sparse
@@ -46,7 +45,7 @@ def requests(tmp_path_factory) -> list[dict]:
     model = hf_sparse.from_pretrained(ADAPTER, dtype=torch.float32)
     generator = random.Random(6)
     result = []
-    for length in lengths(200):
+    for length in chosen:
         prompt = [generator.randrange(4, 4096) for _ in range(length)]
         with torch.no_grad():
             ids = model.generate(
@@ -54,6 +53,18 @@ def requests(tmp_path_factory) -> list[dict]:
             )
         result.append({"prompt": prompt, "tokens": ids[0, length:].tolist()})
     return result
+
+
+@pytest.fixture(scope="session")
+def requests() -> list[dict]:
+    """200 prompts with their answers."""
+    return answered(lengths(200))
+
+
+@pytest.fixture(scope="session")
+def requests_of_clients() -> list[dict]:
+    """20 prompts with their answers."""
+    return answered(lengths(20))
 
 
 @pytest.fixture(scope="session")
