@@ -37,7 +37,7 @@ endif
 
 # Each engine is a process of its own, and compares its tokens with those of `generate`.
 serving: $(SERVING)/.ready ## vLLM on the CPU with a patched model, in an environment of its own
-	OMP_NUM_THREADS=1 $(SERVING)/bin/python -m pytest -q --durations=5 tests/serving/vllm
+	OMP_NUM_THREADS=1 $(SERVING)/bin/python -m pytest -q -n 2 --dist loadfile --durations=5 tests/serving/vllm
 
 conformance: $(READY) ## Every model family x every behaviour x every method: the largest differences as tables
 	$(PYTEST) -q --full tests/conformance

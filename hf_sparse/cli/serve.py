@@ -1,4 +1,4 @@
-"""Start vLLM's server for an adapter: `hf-sparse serve`."""
+"""Run vLLM's server for an adapter: `hf-sparse serve`."""
 
 import typer
 

@@ -1,5 +1,7 @@
 """The pool of rows: mixed requests give what `generate` gives, and no request sees another's state."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -162,3 +164,20 @@ def test_refusals(model, tiny_llama):
     growing = patch(tiny_llama(), SparsefinderConfig()).model.layers[0].self_attn.sparse_attention
     with pytest.raises(ValueError, match="Sparsefinder keeps every key, so the state of a request grows"):
         RowPool([growing], 8, 1, torch.float32)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the memory of a process is read as on Linux")
+def test_memory_stays_over_2000_requests(model, engine, request_of):
+    """All rows are free again, and the process has no more memory than after the first requests."""
+
+    def resident():
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    runner = engine(model, 64, 256)
+    memory, nbytes = [], sum(state.nbytes for states in runner.pool.layers for state in states)
+    for _ in range(10):
+        runner.run([request_of(prompt, 2) for prompt in prompts([1 + number % 23 for number in range(200)])])
+        memory.append(resident())
+        assert runner.pool.free_rows == 64
+    assert memory[-1] - memory[1] < 4 << 20
+    assert sum(state.nbytes for states in runner.pool.layers for state in states) == nbytes

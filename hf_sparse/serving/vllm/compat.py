@@ -1,4 +1,4 @@
-"""Use what vLLM does not promise: two versions were tested, 0.26 (with torch 2.11) and 0.32 (with torch 2.13).
+"""Collect what vLLM does not promise. Version 0.32 (with torch 2.13) was run, 0.26 (with torch 2.11) was read.
 
 What differs between them: 0.26 sets the memory of a layer as a list of tensors and 0.32 calls `bind_kv_cache`
 (`layer.py` takes both); 0.26 would choose another mode of prefix caching, which is why the mode is set here.
@@ -12,11 +12,11 @@ from vllm.model_executor.models.config import MODELS_CONFIG_MAP, MambaModelConfi
 
 from hf_sparse.errors import CompatibilityError
 
-TESTED = ("0.26", "0.32")
+OLDEST = 26  # of 0.26
 
 
 def check_version() -> None:
-    """Refuse a vLLM that is older than the oldest tested one.
+    """Refuse a vLLM that is older than the oldest one whose sources were read.
 
     Raises:
         CompatibilityError: it is.
@@ -27,8 +27,8 @@ def check_version() -> None:
         except PackageNotFoundError:
             continue
         parts = installed.split(".")
-        if parts[0] == "0" and parts[1].isdigit() and int(parts[1]) < int(TESTED[0].split(".")[1]):
-            raise CompatibilityError(f"hf-sparse serves in {package} {TESTED[0]} or later, got {installed}")
+        if parts[0] == "0" and parts[1].isdigit() and int(parts[1]) < OLDEST:
+            raise CompatibilityError(f"hf-sparse serves in {package} 0.{OLDEST} or later, got {installed}")
         return
 
 

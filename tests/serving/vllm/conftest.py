@@ -36,9 +36,8 @@ def lengths(count: int) -> list[int]:
     return [10, 1500, *drawn, 64, 65]
 
 
-@pytest.fixture(scope="session")
-def requests(tmp_path_factory) -> list[dict]:
-    """200 prompts, and the greedy tokens that `generate` adds to each."""
+def answered(chosen: list[int]) -> list[dict]:
+    """Prompts of these lengths, and the greedy tokens that `generate` adds to each."""
     import torch
 
     import hf_sparse
@@ -46,7 +45,7 @@ def requests(tmp_path_factory) -> list[dict]:
     model = hf_sparse.from_pretrained(ADAPTER, dtype=torch.float32)
     generator = random.Random(6)
     result = []
-    for length in lengths(200):
+    for length in chosen:
         prompt = [generator.randrange(4, 4096) for _ in range(length)]
         with torch.no_grad():
             ids = model.generate(
@@ -54,6 +53,18 @@ def requests(tmp_path_factory) -> list[dict]:
             )
         result.append({"prompt": prompt, "tokens": ids[0, length:].tolist()})
     return result
+
+
+@pytest.fixture(scope="session")
+def requests() -> list[dict]:
+    """200 prompts with their answers."""
+    return answered(lengths(200))
+
+
+@pytest.fixture(scope="session")
+def requests_of_clients() -> list[dict]:
+    """20 prompts with their answers."""
+    return answered(lengths(20))
 
 
 @pytest.fixture(scope="session")
@@ -67,12 +78,13 @@ def exported(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run_engine(tmp_path, exported, requests):
-    """Runs one of the scripts of `engines.py` in a process of its own, and returns what it found."""
+def run_model(tmp_path):
+    """Runs one of the functions of `engines.py` in a process of its own, and returns what it found."""
 
-    def run(name: str, **settings):
+    def run(name: str, model: Path, requests: list[dict], **settings):
+        tokens = len(requests[0]["tokens"])
         (tmp_path / "input.json").write_text(
-            json.dumps({"model": str(exported), "requests": requests, "tokens": TOKENS, "settings": settings})
+            json.dumps({"model": str(model), "requests": requests, "tokens": tokens, "settings": settings})
         )
         command = [sys.executable, str(Path(__file__).with_name("engines.py")), name]
         completed = subprocess.run(
@@ -86,3 +98,9 @@ def run_engine(tmp_path, exported, requests):
         return json.loads((tmp_path / "output.json").read_text())
 
     return run
+
+
+@pytest.fixture
+def run_engine(run_model, exported, requests):
+    """Does so with the bundled model."""
+    return lambda name, **settings: run_model(name, exported, requests, **settings)

@@ -57,6 +57,13 @@ def everything(data: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def greedy(data: dict[str, Any]) -> dict[str, Any]:
+    """All requests at once."""
+    engine = make(data)
+    prompts = [request["prompt"] for request in data["requests"]]
+    return {"tokens": [list(output.outputs[0].token_ids) for output in outputs(engine, prompts, sampling(data))]}
+
+
 def sampled(data: dict[str, Any]) -> dict[str, Any]:
     """Stop strings, logprobs, and two samples of one prompt, as users ask for them."""
     engine = make(data)
@@ -86,7 +93,7 @@ def refused(data: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     name, source, target = sys.argv[1:]
-    result = {"everything": everything, "sampled": sampled, "refused": refused}[name](
+    result = {"everything": everything, "greedy": greedy, "sampled": sampled, "refused": refused}[name](
         json.loads(Path(source).read_text())
     )
     Path(target).write_text(json.dumps(result))

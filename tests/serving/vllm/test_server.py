@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 
-CLIENTS = 20
 ADAPTER = Path(__file__).parents[3] / "model_cards" / "demo-llama-sparsek-64"
 
 
@@ -58,12 +57,17 @@ def server(tmp_path):
         log.close()
 
 
-def read(address, request, count):
+def read(address, request):
     """The tokens of one answer, and how many pieces it came in."""
     body = {
-        "model": ADAPTER.name, "prompt": request["prompt"], "max_tokens": count, "temperature": 0, "stream": True,
-        "ignore_eos": True, "return_token_ids": True,
-    }  # fmt: skip
+        "model": ADAPTER.name,
+        "prompt": request["prompt"],
+        "max_tokens": len(request["tokens"]),
+        "temperature": 0,
+        "stream": True,
+        "ignore_eos": True,
+        "return_token_ids": True,
+    }
     call = urllib.request.Request(
         f"{address}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
@@ -78,10 +82,10 @@ def read(address, request, count):
     return tokens, pieces
 
 
-def test_20_streaming_clients(server, requests):
-    chosen = requests[:CLIENTS]
-    with ThreadPoolExecutor(CLIENTS) as pool:
-        answers = list(pool.map(lambda request: read(server, request, len(request["tokens"])), chosen))
-    for request, (tokens, pieces) in zip(chosen, answers, strict=True):
+def test_20_streaming_clients(server, requests_of_clients):
+    with ThreadPoolExecutor(len(requests_of_clients)) as pool:
+        answers = list(pool.map(lambda request: read(server, request), requests_of_clients))
+    assert len(answers) == 20
+    for request, (tokens, pieces) in zip(requests_of_clients, answers, strict=True):
         assert tokens == request["tokens"]
         assert pieces > 1
