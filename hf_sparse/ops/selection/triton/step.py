@@ -93,6 +93,7 @@ class StepKernel:
             "MASKED": masked,
             "EPS": _EPS,
             "SPLITS": splits,
+            "SPLITS_WIDE": triton.next_power_of_2(splits),
             "GROUP": max(16, triton.next_power_of_2(group)),
             "MEMBERS": triton.next_power_of_2(group),
             "D": dim,
@@ -187,6 +188,7 @@ def _step(
     MASKED: tl.constexpr,
     EPS: tl.constexpr,
     SPLITS: tl.constexpr,
+    SPLITS_WIDE: tl.constexpr,
     GROUP: tl.constexpr,
     MEMBERS: tl.constexpr,
     D: tl.constexpr,
@@ -255,7 +257,7 @@ def _step(
                 scores + pair * slots, positions + pair * slots, position, slots, window, sinks, CHUNK
             )
         if SPLITS > 1:
-            _join(parts, masses, output, first, group, SPLITS, MEMBERS, D, DIM)
+            _join(parts, masses, output, first, group, SPLITS, SPLITS_WIDE, MEMBERS, D, DIM)
         to = pair * slots + target
         write = (column < D) & real
         new_key = tl.load(key + row * key_row + head * key_head + column, mask=write)
@@ -365,29 +367,29 @@ def _join(
     first,
     group,
     SPLITS: tl.constexpr,
+    SPLITS_WIDE: tl.constexpr,
     MEMBERS: tl.constexpr,
     D: tl.constexpr,
     DIM: tl.constexpr,
 ):
     """Average the results of all programs of the query heads of a KV head, weighted by their masses."""
-    member, column = tl.arange(0, MEMBERS), tl.arange(0, DIM)
+    member, column, every = tl.arange(0, MEMBERS), tl.arange(0, DIM), tl.arange(0, SPLITS_WIDE)
     inside = member < group
     mask = inside[:, None] & (column[None, :] < D)
-    peak = tl.full([MEMBERS], -float("inf"), tl.float32)
-    for split in tl.static_range(SPLITS):
-        # Others wrote them: never from this multiprocessor's own cache.
-        at = masses + (first + member) * SPLITS + split
-        peak = tl.maximum(peak, tl.load(at, mask=inside, other=-float("inf"), cache_modifier=".cg"))
+    # Others wrote them: never from this multiprocessor's own cache.
+    number = (first + member) * SPLITS
+    exists = inside[:, None] & (every[None, :] < SPLITS)
+    at = masses + number[:, None] + every[None, :]
+    log_masses = tl.load(at, mask=exists, other=-float("inf"), cache_modifier=".cg")
+    peak = tl.max(log_masses, 1)
     anchor = tl.where(peak == -float("inf"), 0.0, peak)
-    total = tl.zeros([MEMBERS], tl.float32)
+    total = tl.sum(tl.exp(log_masses - anchor[:, None]), 1)
     out = tl.zeros([MEMBERS, DIM], tl.float32)
-    for split in tl.static_range(SPLITS):
-        number = (first + member) * SPLITS + split
-        log_mass = tl.load(masses + number, mask=inside, other=-float("inf"), cache_modifier=".cg")
-        part = tl.load(parts + number[:, None] * D + column[None, :], mask=mask, other=0.0, cache_modifier=".cg")
-        weight = tl.exp(log_mass - anchor)
-        total += weight
-        out += part * weight[:, None]
+    for split in tl.range(0, SPLITS, loop_unroll_factor=8):  # eight loads at a time
+        log_mass = tl.load(masses + number + split, mask=inside, other=-float("inf"), cache_modifier=".cg")
+        of_split = parts + (number[:, None] + split) * D + column[None, :]
+        part = tl.load(of_split, mask=mask, other=0.0, cache_modifier=".cg")
+        out += part * tl.exp(log_mass - anchor)[:, None]
     out = out / tl.where(total == 0, 1.0, total)[:, None]
     at = (first + member[:, None]) * D + column[None, :]
     tl.store(output + at, out.to(output.dtype.element_ty), mask=mask)
