@@ -79,11 +79,16 @@ def bytes_read(model: PreTrainedModel, batch: int, options: argparse.Namespace) 
 
 
 def measure(
-    models: dict[str, PreTrainedModel], loops: dict[str, CapturedDecoding], prompt: int, batch: int, rounds: int
+    models: dict[str, PreTrainedModel],
+    loops: dict[str, CapturedDecoding],
+    prompt: int,
+    batch: int,
+    rounds: int,
+    only_recorded: bool,
 ) -> dict[str, Any]:
     """Return the milliseconds of a step, by variant, from calls that alternate."""
-    ids = draw(models["dense"], prompt, batch)
-    variants = [*models, *loops]
+    ids = draw(models["sparse"], prompt, batch)
+    variants = [*loops] if only_recorded else [*models, *loops]
     steps: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(rounds):
         for name in variants:
@@ -100,6 +105,7 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--compiled", nargs="*", choices=list(SHAPES), default=["llama-8b"], help="compile these too")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only-recorded", action="store_true", help="leave out the loop of generate")
     parser.add_argument("--k", type=int, default=508)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--sinks", type=int, default=4)
@@ -125,17 +131,20 @@ def main() -> None:
     print(f"equal tokens {result['equal_tokens']}, copy {result['bandwidth'] / 1e12:.2f} TB/s", flush=True)
     for shape in options.shapes:
         models = make_models(SHAPES[shape], options, getattr(torch, options.dtype))
+        if options.only_recorded:
+            del models["dense"]
+            gc.collect()
         for batch in options.batches:
             if time.monotonic() - clock > options.deadline:
                 break
             loops = {"recorded": CapturedDecoding(models["sparse"])}
             if shape in options.compiled:
                 loops["recorded compiled"] = CapturedDecoding(models["sparse"], compiled=True)
-            ids = draw(models["dense"], 512, batch)
+            ids = draw(models["sparse"], 512, batch)
             first = {name: generate(models["sparse"], ids, 5, loop)[0] for name, loop in loops.items()}
             ideal = 1e3 * bytes_read(models["sparse"], batch, options) / result["bandwidth"]
             for prompt in options.prompts:
-                times = measure(models, loops, prompt, batch, options.rounds)
+                times = measure(models, loops, prompt, batch, options.rounds, options.only_recorded)
                 row = {"shape": shape, "prompt": prompt, "batch": batch, "ideal_ms": ideal, "first_call_s": first}
                 result["rows"].append(row | times)
                 told = "  ".join(f"{name} {times[name]['step_ms']:.2f}" for name in times)

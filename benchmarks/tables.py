@@ -294,7 +294,8 @@ def recorded_table(recorded: dict[str, Any]) -> str:
     for row in recorded["rows"]:
         times = {name: row[name]["step_ms"] for name in names if name in row}
         fastest = min(time for name, time in times.items() if name.startswith("recorded"))
-        ratios = [times["dense"] / times["recorded"], times["dense"] / fastest]
+        dense = times.get("dense")
+        ratios = [None if dense is None else dense / time for time in (times["recorded"], fastest)]
         cells = [*(short(times.get(name)) for name in names), *map(short, ratios), f"{row['ideal_ms'] / fastest:.0%}"]
         rows.append([f"{row['shape']}, {row['prompt']:,} x {row['batch']}", *cells])
     head = ["shape, prompt x batch", "dense, ms", "sparse, ms", "recorded, ms", "recorded, compiled, ms"]

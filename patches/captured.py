@@ -23,8 +23,10 @@ from transformers import (
 from hf_sparse._compat import with_cache
 from hf_sparse.patches.attach import sparse_layers
 from hf_sparse.patches.cache import SparseCache
+from hf_sparse.patches.regions import mark_layers
 
 _WARM_UP = 2  # steps before one is recorded: they compile kernels and allocate what stays
+_PIECES = 512  # of a row of logits, at most, that are searched side by side
 _PROCESSORS = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)  # read no earlier token
 _HANDLED = {"attention_mask", "position_ids", "use_cache", "logits_to_keep", "cache", "past_key_values"}
 
@@ -145,9 +147,21 @@ def _greedy(processors: Any) -> Callable[[Tensor], Tensor]:
     """Return what chooses the likeliest token of each row of logits `[B, V]`."""
 
     def choose(logits: Tensor) -> Tensor:
-        return processors(None, logits).argmax(-1)
+        return argmax(processors(None, logits))
 
     return choose
+
+
+def argmax(numbers: Tensor) -> Tensor:
+    """Return the place of the largest number of each row of `[B, V]`, of equal ones the first.
+
+    On a GPU one program reads a whole row in torch's `argmax`, which takes as long as the weights of half a layer.
+    """
+    rows, count = numbers.shape
+    pieces = next(number for number in range(min(_PIECES, count), 0, -1) if count % number == 0)
+    values, places = numbers.view(rows, pieces, -1).max(-1)
+    piece = values.argmax(-1, keepdim=True)
+    return (piece * (count // pieces) + places.gather(1, piece)).squeeze(1)
 
 
 def _sampled(processors: Any) -> Callable[[Tensor], Tensor]:
@@ -176,6 +190,8 @@ class _Loop:
     ) -> None:
         device = model.device
         self.model, self.choose, self.pad, self.steps = model, choose, pad, steps
+        if compiled:
+            mark_layers(model)
         self.run = torch.compile(model.__call__, fullgraph=True, dynamic=False) if compiled else model
         self.cache = _new_cache(model)
         self.end_tokens = torch.tensor(end_tokens, device=device) if end_tokens else None

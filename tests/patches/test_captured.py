@@ -10,6 +10,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 import hf_sparse
 from hf_sparse import CapturedDecoding, SparsefinderConfig, SparseKCache, SparseKConfig, patch
 from hf_sparse._compat import with_cache
+from hf_sparse.patches.captured import argmax
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BUDGET = {"k": 6, "window": 8, "sinks": 2}
@@ -57,6 +58,12 @@ def test_texts_end_as_in_generate(model, ends):
         found = model.generate(IDS, eos_token_id=end_tokens, custom_generate=decode, **plain)
         assert torch.equal(found, expected)
     assert expected.shape[1] <= 40 + ends + 1
+
+
+@pytest.mark.parametrize("count", [7, 64, 1000, 1009])
+def test_the_likeliest_token_is_the_first_of_equal_ones(count):
+    numbers = torch.randint(0, 9, (5, count), generator=torch.Generator().manual_seed(0)).float().to(DEVICE)
+    assert torch.equal(argmax(numbers), torch.stack([(row == row.max()).nonzero()[0, 0] for row in numbers]))
 
 
 def test_samples_are_drawn_as_generate_draws_them(model):

@@ -109,6 +109,7 @@ class StepKernel:
             "INDEXED": indexed,
             "EPS": _EPS,
             "SPLITS": splits,
+            "SPLITS_WIDE": triton.next_power_of_2(splits),
             "GROUP": max(16, triton.next_power_of_2(group)),
             "MEMBERS": triton.next_power_of_2(group),
             "D": dim,
@@ -216,6 +217,7 @@ def _step(
     INDEXED: tl.constexpr,
     EPS: tl.constexpr,
     SPLITS: tl.constexpr,
+    SPLITS_WIDE: tl.constexpr,
     GROUP: tl.constexpr,
     MEMBERS: tl.constexpr,
     D: tl.constexpr,
@@ -235,7 +237,9 @@ def _step(
         real = place >= 0
         place = tl.maximum(place, 0)
     base, slots = slots_of_head(Offsets, 0, head, heads, slots)
-    splits = tl.cdiv(slots, share)  # of this head
+    splits = SPLITS  # programs of this head
+    if Offsets is not None:
+        splits = tl.cdiv(slots, share)
     if (split >= splits) & (split < SPLITS):
         return
     position = tl.load(seen + place * seen_row)
@@ -295,7 +299,7 @@ def _step(
         if split == SPLITS:
             target = _slot_of_next(scores, positions, position, slots, window, sinks, CHUNK)
         if SPLITS > 1:
-            _join(parts, masses, output, first, group, splits, SPLITS, MEMBERS, D, DIM)
+            _join(parts, masses, output, first, group, splits, SPLITS, SPLITS_WIDE, MEMBERS, D, DIM)
         to = target.to(tl.int64)
         write = (column < D) & real
         new_key = tl.load(key + row * key_row + head * key_head + column, mask=write)
@@ -412,31 +416,29 @@ def _join(
     group,
     splits,
     SPLITS: tl.constexpr,
+    SPLITS_WIDE: tl.constexpr,
     MEMBERS: tl.constexpr,
     D: tl.constexpr,
     DIM: tl.constexpr,
 ):
     """Average the results of the `splits` programs of the query heads of a KV head, weighted by their masses."""
-    member, column = tl.arange(0, MEMBERS), tl.arange(0, DIM)
+    member, column, every = tl.arange(0, MEMBERS), tl.arange(0, DIM), tl.arange(0, SPLITS_WIDE)
     inside = member < group
     mask = inside[:, None] & (column[None, :] < D)
-    peak = tl.full([MEMBERS], -float("inf"), tl.float32)
-    for split in tl.static_range(SPLITS):
-        # Others wrote them: never from this multiprocessor's own cache.
-        at = masses + (first + member) * SPLITS + split
-        log_mass = tl.load(at, mask=inside & (split < splits), other=-float("inf"), cache_modifier=".cg")
-        peak = tl.maximum(peak, log_mass)
+    # Others wrote them: never from this multiprocessor's own cache.
+    number = (first + member) * SPLITS
+    exists = inside[:, None] & (every[None, :] < splits)
+    at = masses + number[:, None] + every[None, :]
+    log_masses = tl.load(at, mask=exists, other=-float("inf"), cache_modifier=".cg")
+    peak = tl.max(log_masses, 1)
     anchor = tl.where(peak == -float("inf"), 0.0, peak)
-    total = tl.zeros([MEMBERS], tl.float32)
+    total = tl.sum(tl.exp(log_masses - anchor[:, None]), 1)
     out = tl.zeros([MEMBERS, DIM], tl.float32)
-    for split in tl.static_range(SPLITS):
-        number = (first + member) * SPLITS + split
-        ran, at = split < splits, number[:, None] * D + column[None, :]
-        log_mass = tl.load(masses + number, mask=inside & ran, other=-float("inf"), cache_modifier=".cg")
-        part = tl.load(parts + at, mask=mask & ran, other=0.0, cache_modifier=".cg")
-        weight = tl.exp(log_mass - anchor)
-        total += weight
-        out += part * weight[:, None]
+    for split in tl.range(0, splits, loop_unroll_factor=8):  # eight loads at a time
+        log_mass = tl.load(masses + number + split, mask=inside, other=-float("inf"), cache_modifier=".cg")
+        of_split = parts + (number[:, None] + split) * D + column[None, :]
+        part = tl.load(of_split, mask=mask, other=0.0, cache_modifier=".cg")
+        out += part * tl.exp(log_mass - anchor)[:, None]
     out = out / tl.where(total == 0, 1.0, total)[:, None]
     at = (first + member[:, None]) * D + column[None, :]
     tl.store(output + at, out.to(output.dtype.element_ty), mask=mask)
