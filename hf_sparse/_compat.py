@@ -104,20 +104,27 @@ def _caught(function: Any, maker: str) -> Mapping[str, Any]:
     return {}
 
 
+def is_captured() -> bool:
+    """Tell whether what runs on the current device is recorded as a CUDA graph."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 @contextmanager
 def texts_are_whole() -> Iterator[None]:
     """Spare forwards of whole texts, without positions of their own, the search for several texts packed into a row.
 
     transformers looks for those wherever there is neither a mask nor a cache. To read what it found waits for the
-    device, and in the recording of a CUDA graph it attends as if there were some, with a mask `T x T`.
+    device, and in the recording of a CUDA graph it attends as if there were some, with a mask `T x T`; there versions
+    before 5.24 leave no causal mask to SDPA either.
     """
-    module, name = import_module("transformers.masking_utils"), "find_packed_sequence_indices"
-    search = private("transformers.masking_utils", name)
-    setattr(module, name, lambda *_, **__: None)
+    module: Any = import_module("transformers.masking_utils")
+    search, is_tracing = (private(module.__name__, name) for name in ("find_packed_sequence_indices", "is_tracing"))
+    module.find_packed_sequence_indices = lambda *_, **__: None
+    module.is_tracing = lambda *args: not is_captured() and is_tracing(*args)
     try:
         yield
     finally:
-        setattr(module, name, search)
+        module.find_packed_sequence_indices, module.is_tracing = search, is_tracing
 
 
 @contextmanager

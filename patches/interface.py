@@ -33,7 +33,7 @@ causal_mask_function: Any = private("transformers.masking_utils", "causal_mask_f
 sdpa_mask: Any = private("transformers.masking_utils", "sdpa_mask")
 
 
-@dataclass(slots=True)
+@dataclass
 class SparseCall:
     """Carry what the hook knows to the attention function, which needs it.
 

@@ -11,15 +11,14 @@ ROOT = Path(__file__).parents[1]
 #: All first words that docstrings may have. A new verb is one line here; a noun, a question word or an article is none.
 VERBS = frozenset(
     """
-    Add Allocate Apply Ask Attach Attend Average Bound Bring Build Call Carry Change Check Choose Clip Code Collect
-    Compare
-    Compile Complete Compute Configure Continue Copy Count Create Cut Decide Define Describe Divide Do Draw Embed
-    Estimate Evaluate Expand Fill Find Finish Fit Fold Forget Gather Generate Give Group Hash Hide Hold Ignore
-    Import Insert Join Keep Launch Learn Leave Let List Load Look Make Map Mark Measure Merge Move Multiply Name
-    Normalise Note Observe Open Pack Patch Place Predict Prepare Print Project Publish Put Raise Rank Reach Read
-    Recompute Redact Refuse Register Remove Render Replace Report Return Round Run Sample Save Say Scan Score Select
-    Serve Set Shorten Show Solve Sort Spend Split State Store Strip Subtract Sum Surround Switch Take Tell Tokenise
-    Track Train Turn Undo Unfold Unite Wait Walk Warn Write Yield
+    Add Allocate Answer Apply Ask Attach Attend Average Bound Bring Build Call Carry Change Check Choose Clip Code
+    Collect Compare Compile Complete Compute Configure Continue Copy Count Create Cut Decide Define Describe Divide
+    Do Draw Embed Estimate Evaluate Expand Fill Find Finish Fit Fold Forget Gather Generate Give Group Hash Hide
+    Hold Ignore Import Insert Join Keep Launch Learn Leave Let List Load Look Make Map Mark Measure Merge Move
+    Multiply Name Normalise Note Observe Open Pack Patch Place Play Predict Prepare Print Project Publish Put Raise
+    Rank Reach Read Recompute Record Redact Refuse Register Remove Render Replace Report Return Round Run Sample
+    Save Say Scan Score Select Serve Set Shorten Show Solve Sort Spare Spend Split State Store Strip Subtract Sum
+    Surround Switch Take Tell Tokenise Track Train Turn Undo Unfold Unite Wait Walk Warn Write Yield
     """.split()  # noqa: SIM905 (a list of strings would be one line for each verb)
 )
 

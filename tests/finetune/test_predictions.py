@@ -9,7 +9,7 @@ import torch
 import transformers
 from peft import get_peft_model
 
-from hf_sparse import SparseKConfig, patch
+from hf_sparse import SparseKConfig, _compat, patch
 from hf_sparse.finetune import objectives, predictions
 from hf_sparse.finetune.predictions import predict
 from hf_sparse.patches import sparse_layers
@@ -137,3 +137,25 @@ def test_a_model_and_its_head_are_compared_once(monkeypatch, tiny_llama, chunks)
         predict(model, chunks[:2])
         predict(copy.deepcopy(model), chunks[:2])
     assert len(compared) == 3
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize("recorded", [False, True], ids=["run", "recorded"])
+def test_whole_texts_need_no_mask(monkeypatch, tiny_llama, chunks, recorded):
+    """Nothing looks for packed texts, and SDPA is told to be causal, in a recording too; then all is as before."""
+    masks = []
+    attend = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*args, attn_mask=None, **kwargs):
+        masks.append(attn_mask)
+        return attend(*args, attn_mask=attn_mask, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    module = transformers.masking_utils
+    monkeypatch.setattr(_compat, "is_captured", lambda: recorded)
+    if recorded:
+        monkeypatch.setattr(module, "is_tracing", lambda *_: True)
+    before = module.find_packed_sequence_indices, module.is_tracing
+    predict(tiny_llama(), chunks[:2], use_cache=False)
+    assert masks and all(mask is None for mask in masks)
+    assert (module.find_packed_sequence_indices, module.is_tracing) == before

@@ -89,9 +89,8 @@ def test_a_model_reads_as_by_the_longer_path(length, shares, monkeypatch):
         vocab_size=100,
     )  # fmt: skip
     torch.manual_seed(0)
-    model = patch(
-        LlamaForCausalLM(config).to(DEVICE).eval(), SparseKConfig(k=8, window=12, sinks=2, layer_shares=shares)
-    )
+    budget = SparseKConfig(k=8, window=12, sinks=2, layer_shares=shares)
+    model = patch(LlamaForCausalLM(config).to(DEVICE).eval(), budget)
     ids = torch.randint(0, 100, (2, length + 30), device=DEVICE)
     results = []
     for path in ("first call", "second call", "longer path"):
