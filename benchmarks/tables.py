@@ -12,8 +12,9 @@
         --prefills prefill-h200.json \\
         --evaluation evaluation-h200.json --cpu generate-cpu.json generate-before-cpu.json --busy busy-cpu.json \\
         --entmax-model entmax_model-h200.json --conversion conversion-h200.json \\
-        --steps generate-entmax-h200.json generate-predicted-h200.json --prediction entmax_prediction-h200.json \\
-        entmax_prediction-earlier-h200.json --static static_decode-8-layers-h200.json \\
+        --steps generate-entmax-h200.json generate-predicted-h200.json \\
+        --prediction entmax_prediction-choices-h200.json entmax_prediction-h200.json \\
+        --static static_decode-8-layers-h200.json \\
         --quality predicted_quality-*-h200.json \\
         --fill ../../docs/speed.md ../../README.md --figure ../../docs/speed.png
 
@@ -480,11 +481,12 @@ def prediction_table(run: dict[str, Any], which: str) -> str:
 
 
 def joined_texts(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Join runs of predicted tiles; of a text that several have, the rows of the first count."""
+    """Join runs of predicted tiles; of a text and a contender that several have, the rows of the first count."""
     texts: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     for run in runs:
-        rows += [row for row in run["rows"] if row["text"] not in texts]
+        known = {(row["text"], row["contender"]) for row in rows}
+        rows += [row for row in run["rows"] if (row["text"], row["contender"]) not in known]
         texts = {**run["texts"], **texts}
     return {"texts": texts, "rows": rows}
 
@@ -730,7 +732,7 @@ def all_tables(
     default generate with Sparsefinder, `shapes` one run of the kernels for each shape, `first_tokens` is a run of
     `generate.py` for short prompts, `prefills` one of `prefill.py`, `recorded` and `first_static` are runs of the
     scripts of these names, `static` is one of `static_decode.py`, and `prediction` holds runs of predicted tiles, of
-    which the first with a text counts; `quality` holds runs of what predicted tiles cost in perplexity,
+    which the first with a text and a contender counts; `quality` holds runs of what predicted tiles cost in perplexity,
     `bidirectional` runs of entmax_kernels.py without a causal mask, and `flex` is one of predicted tiles beside
     FlexAttention."""
     spread = [[label, f"{model['spread'][name]:.0%}"] for name, label in CACHES.items()]
@@ -775,7 +777,7 @@ def all_tables(
         "prediction alone": prediction_table(joined_texts(prediction), "prediction"),
         "predicted texts": predicted_text_table(joined_texts(prediction)),
         "entmax ratios": entmax_ratio_table(joined_texts(prediction)),
-        "errors of entmax": other_error_table(prediction[:1]),
+        "errors of entmax": other_error_table([run for run in prediction if "errors_of_others" in run]),
         **({"predicted quality": predicted_quality_table(quality)} if quality else {}),
         **({"flex tiles": flex_table(flex)} if flex else {}),
         **(bidirectional_tables(bidirectional) if bidirectional else {}),
