@@ -65,8 +65,9 @@ SPARSEFINDER = {
     "complete": False,
     "per_group": False,
     "entmax_native": None,
-    "pool": 8,
+    "pool": 16,
     "exact_up_to": 8192,
+    "choices": 4,
 }
 CONFIGS = [(SparseKConfig, SPARSEK), (SparsefinderConfig, SPARSEFINDER)]
 KINDS = [kind for kind, _ in CONFIGS]

@@ -178,18 +178,18 @@ class SparsefinderSettings(AdapterSettings):
             "`1 / pool` of the products of all queries and keys."
         },
     )
-    choices: int = field(
-        default=4,
-        metadata={
-            "help": "Key tiles that each query chooses for its tile of queries, for the predictor 'pooled', in place "
-            "of `sparsity` and `tiles_per_query`. At least 1; those of `window` and `global_tokens` come in addition."
-        },
-    )
     exact_up_to: int = field(
         default=8192,
         metadata={
             "help": "Keys up to which the predictor 'pooled' predicts nothing, and all are attended: lists save no "
             "time there (docs/speed.md). At least 0."
+        },
+    )
+    choices: int = field(
+        default=4,
+        metadata={
+            "help": "Key tiles that each query chooses for its tile of queries, for the predictor 'pooled', in place "
+            "of `sparsity` and `tiles_per_query`. At least 1; those of `window` and `global_tokens` come in addition."
         },
     )
     layers: list[int] | None = field(default=None, metadata=LAYERS)
@@ -212,8 +212,8 @@ class SparsefinderSettings(AdapterSettings):
             window=(0, MOST_TOKENS),
             global_tokens=(0, MOST_TOKENS),
             pool=(1, MOST_TOKENS),
-            choices=(1, MOST_TOKENS),
             exact_up_to=(0, MOST_TOKENS),
+            choices=(1, MOST_TOKENS),
         )
         self._check_switches(*(f.name for f in fields(self) if f.type in (bool, "bool")))
         if self.top_clusters > self.clusters:
