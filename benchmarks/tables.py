@@ -13,8 +13,8 @@
         --evaluation evaluation-h200.json --cpu generate-cpu.json generate-before-cpu.json --busy busy-cpu.json \\
         --entmax-model entmax_model-h200.json --conversion conversion-h200.json \\
         --steps generate-entmax-h200.json generate-predicted-h200.json \\
-        --prediction entmax_prediction-choices-h200.json entmax_prediction-h200.json \\
-        --static static_decode-8-layers-h200.json \\
+        --prediction entmax_prediction-choices-h200.json entmax_prediction-smollm2-h200.json \\
+        entmax_prediction-h200.json --static static_decode-8-layers-h200.json \\
         --quality predicted_quality-*-h200.json \\
         --fill ../../docs/speed.md ../../README.md --figure ../../docs/speed.png
 
@@ -777,7 +777,7 @@ def all_tables(
         "prediction alone": prediction_table(joined_texts(prediction), "prediction"),
         "predicted texts": predicted_text_table(joined_texts(prediction)),
         "entmax ratios": entmax_ratio_table(joined_texts(prediction)),
-        "errors of entmax": other_error_table([run for run in prediction if "errors_of_others" in run]),
+        "errors of entmax": other_error_table([run for run in prediction if "errors_of_others" in run][-1:]),
         **({"predicted quality": predicted_quality_table(quality)} if quality else {}),
         **({"flex tiles": flex_table(flex)} if flex else {}),
         **(bidirectional_tables(bidirectional) if bidirectional else {}),

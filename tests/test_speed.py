@@ -65,7 +65,7 @@ def tables() -> dict[str, str]:
         first_static=first_static,
         static=read("static_decode-8-layers")[0],
         prefills=prefills,
-        prediction=read("entmax_prediction-choices", "entmax_prediction"),
+        prediction=read("entmax_prediction-choices", "entmax_prediction-smollm2", "entmax_prediction"),
         quality=read("predicted_quality-smollm2"),
     )
 

@@ -244,10 +244,10 @@ def _groups(
     z_place = Products + lane + step[None, :] * M
     many = tl.arange(0, WIDE)
     z_wide = Products + lane + many[None, :] * M
-    each = tl.cdiv(share * rows, M)
+    each = tl.cdiv(share * rows, M) * query_tiles  # of one text and list
     turn = tl.atomic_add(Turn, 1, sem="relaxed")
     while turn < groups:
-        # The last rows of all jobs first: in causal order they have the most keys.
+        # The last rows of all texts and heads first: in causal order they have the most keys.
         group = turn % (groups // each) * each + each - 1 - turn // (groups // each)
         job, batch, number, tile, head, index, position, exists, inside = rows_of_group(
             group, First, Valid, queries, keys, heads, lists, query_tiles, rows, lead, share, M
