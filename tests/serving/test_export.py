@@ -101,7 +101,7 @@ def test_without_vllm_the_verb_says_what_to_install(adapter, monkeypatch):
 
 def test_the_command_of_the_server(tmp_path, base, adapter, monkeypatch):
     monkeypatch.setattr(module, "find_spec", lambda name: object())
-    program = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
+    program = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
     command = server_command(adapter, ["--port", "8001"])
     place = command.index("--hf-overrides")
     added = {"architectures": ["HfSparseLlamaForCausalLM"], "hf_sparse_adapter": str(adapter)}
