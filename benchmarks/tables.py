@@ -3,7 +3,8 @@
     cd benchmarks/results
     python ../tables.py --kernels kernels-launches-h200.json kernels-h200.json kernels-flash-h200.json --wider \\
         kernels-support4096-h200.json --model model-scores-h200.json model-h200.json model-eager-h200.json \\
-        model-earlier-h200.json --profiles profiles-launches-h200.json profiles-scores-h200.json profiles-h200.json \\
+        model-earlier-h200.json --profiles profiles-recorded-h200.json profiles-launches-h200.json \\
+        profiles-scores-h200.json profiles-h200.json \\
         --first-calls first_calls-h200.json --sizes sizes-h200.json sizes-more-h200.json sizes-soft-h200.json \\
         --generate generate-h200.json generate-before-h200.json --entmax entmax_kernels-h200.json \\
         entmax_kernels-earlier-h200.json --entmax entmax_kernels-128-h200.json entmax_kernels-128-earlier-h200.json \\
@@ -751,7 +752,7 @@ def all_tables(
         "profiles": profile_table(profiles),
         "sizes": sizes_table(sizes),
         "shapes": shapes_table(shapes),
-        "first tokens": first_tokens_table(first_tokens, generate),
+        "first tokens": first_tokens_table(first_tokens, generate[1:]),
         "prefill calls": prefill_call_table(prefills),
         "first calls": first_call_table(first_calls),
         "entmax settings": entmax_setting_table(entmax),

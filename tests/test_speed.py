@@ -35,7 +35,10 @@ def tables() -> dict[str, str]:
     model = SCRIPT.joined(read("model-scores", "model", "model-eager", "model-earlier"))
     wider, first_calls = read("kernels-support4096", "first_calls")
     sizes = read("sizes", "sizes-more", "sizes-soft")
-    profiles, generate = read("profiles-launches", "profiles-scores", "profiles"), read("generate", "generate-before")
+    profiles, generate = (
+        read("profiles-recorded", "profiles-launches", "profiles-scores", "profiles"),
+        read("generate", "generate-before"),
+    )
     recorded, first_static = read("recorded", "first_static")
     of_shapes = sorted(path.name.removesuffix("-h200.json") for path in RESULTS.glob("kernels-shape-*-h200.json"))
     shapes = read("kernels-launches", *of_shapes)
