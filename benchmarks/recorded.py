@@ -90,6 +90,8 @@ def measure(
     ids = draw(models["sparse"], prompt, batch)
     variants = [*loops] if only_recorded else [*models, *loops]
     steps: dict[str, list[float]] = {name: [] for name in variants}
+    for name in variants:  # the first prompt of a length may compile kernels
+        generate(models.get(name, models["sparse"]), ids, FEW, loops.get(name))
     for _ in range(rounds):
         for name in variants:
             model, loop = models.get(name, models["sparse"]), loops.get(name)

@@ -8,7 +8,8 @@
         --first-calls first_calls-h200.json --sizes sizes-h200.json sizes-more-h200.json sizes-soft-h200.json \\
         --generate generate-h200.json generate-before-h200.json --entmax entmax_kernels-h200.json \\
         entmax_kernels-earlier-h200.json --entmax entmax_kernels-128-h200.json entmax_kernels-128-earlier-h200.json \\
-        --recorded recorded-h200.json --first-static first_static-h200.json \\
+        --recorded recorded-h200.json recorded-earlier-h200.json \\
+        --first-static first_static-h200.json first_static-earlier-h200.json \\
         --shapes kernels-launches-h200.json kernels-shape-*-h200.json --first-tokens generate-short-h200.json \\
         --prefills prefill-h200.json \\
         --evaluation evaluation-h200.json --cpu generate-cpu.json generate-before-cpu.json --busy busy-cpu.json \\
@@ -289,27 +290,41 @@ def first_call_table(first_calls: dict[str, Any]) -> str:
     return table(head, rows)
 
 
-def recorded_table(recorded: dict[str, Any]) -> str:
-    """Tabulate the milliseconds of a step by recorded steps and by `generate`, and shares of the roofline."""
+def recorded_table(runs: Sequence[dict[str, Any]]) -> str:
+    """Tabulate the milliseconds of a step by recorded steps and by `generate`, and shares of the roofline.
+
+    All runs but the first are of earlier code. Where a round took no time, its shorter call had compiled something, and
+    there is no number.
+    """
     names = ("dense", "sparse", "recorded", "recorded compiled")
     rows = []
-    for row in recorded["rows"]:
-        times = {name: row[name]["step_ms"] for name in names if name in row}
-        fastest = min(time for name, time in times.items() if name.startswith("recorded"))
-        dense = times.get("dense")
-        ratios = [None if dense is None else dense / time for time in (times["recorded"], fastest)]
-        cells = [*(short(times.get(name)) for name in names), *map(short, ratios), f"{row['ideal_ms'] / fastest:.0%}"]
-        rows.append([f"{row['shape']}, {row['prompt']:,} x {row['batch']}", *cells])
+    for number, recorded in enumerate(runs):
+        for row in recorded["rows"]:
+            measured = {name: row[name] for name in names if name in row and min(row[name]["steps_ms"]) > 0}
+            times = {name: steps["step_ms"] for name, steps in measured.items()}
+            fastest = min(time for name, time in times.items() if name.startswith("recorded"))
+            dense = times.get("dense")
+            ratios = [
+                None if dense is None or time is None else dense / time for time in (times.get("recorded"), fastest)
+            ]
+            share = f"{row['ideal_ms'] / fastest:.0%}"
+            cells = [*(short(times.get(name)) for name in names), *map(short, ratios), share]
+            rows.append([f"{row['shape']}, {row['prompt']:,} x {row['batch']}{', earlier' if number else ''}", *cells])
     head = ["shape, prompt x batch", "dense, ms", "sparse, ms", "recorded, ms", "recorded, compiled, ms"]
     return table([*head, "dense / recorded", "dense / fastest", "fastest, of the roofline"], rows)
 
 
-def first_static_table(first_static: dict[str, Any]) -> str:
-    """Tabulate the seconds of the first calls of compiled or recorded decoding, and the graphs that were compiled."""
+def first_static_table(runs: Sequence[dict[str, Any]]) -> str:
+    """Tabulate the seconds of the first calls of compiled or recorded decoding, and the graphs that were compiled.
+
+    All runs but the first are of earlier code.
+    """
     rows = []
-    for row in first_static["rows"]:
-        seconds = [*row["calls_s"].values(), max(row["lengths_s"].values())]
-        rows.append([row["way"], *map(short, seconds), str(row["graphs"]), str(row["more_graphs"])])
+    for number, first_static in enumerate(runs):
+        for row in first_static["rows"]:
+            seconds = [*row["calls_s"].values(), max(row["lengths_s"].values())]
+            name = f"{row['way']}{', earlier' if number else ''}"
+            rows.append([name, *map(short, seconds), str(row["graphs"]), str(row["more_graphs"])])
     head = ["seconds", "prompt alone", "first call, 8 tokens", "first of 64 tokens", "again", "slowest of 10 lengths"]
     return table([*head, "graphs", "more for 10 lengths"], rows)
 
@@ -716,8 +731,8 @@ def all_tables(
     steps: Sequence[dict[str, Any]],
     shapes: Sequence[dict[str, Any]],
     first_tokens: dict[str, Any],
-    recorded: dict[str, Any],
-    first_static: dict[str, Any],
+    recorded: Sequence[dict[str, Any]],
+    first_static: Sequence[dict[str, Any]],
     static: dict[str, Any],
     prefills: dict[str, Any],
     prediction: Sequence[dict[str, Any]],
@@ -839,8 +854,8 @@ def main() -> None:
     parser.add_argument(
         "--entmax", type=Path, nargs="+", action="append", required=True, help="JSON of entmax_kernels.py, per shape"
     )
-    parser.add_argument("--recorded", type=Path, required=True, help="JSON of recorded.py")
-    parser.add_argument("--first-static", type=Path, required=True, help="JSON of first_static.py")
+    parser.add_argument("--recorded", type=Path, nargs="+", required=True, help="JSON of recorded.py")
+    parser.add_argument("--first-static", type=Path, nargs="+", required=True, help="JSON of first_static.py")
     parser.add_argument("--evaluation", type=Path, required=True, help="JSON of evaluation.py")
     parser.add_argument("--cpu", type=Path, nargs=2, required=True, help="JSON of generate.py on a CPU, now and before")
     parser.add_argument("--busy", type=Path, required=True, help="JSON of busy.py")
@@ -882,8 +897,8 @@ def main() -> None:
         steps=list(map(read, options.steps)),
         shapes=list(map(read, options.shapes)),
         first_tokens=read(options.first_tokens),
-        recorded=read(options.recorded),
-        first_static=read(options.first_static),
+        recorded=list(map(read, options.recorded)),
+        first_static=list(map(read, options.first_static)),
         static=read(options.static),
         prefills=read(options.prefills),
         prediction=list(map(read, options.prediction)),

@@ -39,7 +39,8 @@ def tables() -> dict[str, str]:
         read("profiles-recorded", "profiles-launches", "profiles-scores", "profiles"),
         read("generate", "generate-before"),
     )
-    recorded, first_static = read("recorded", "first_static")
+    recorded = read("recorded", "recorded-earlier")
+    first_static = read("first_static", "first_static-earlier")
     of_shapes = sorted(path.name.removesuffix("-h200.json") for path in RESULTS.glob("kernels-shape-*-h200.json"))
     shapes = read("kernels-launches", *of_shapes)
     first_tokens, prefills = read("generate-short", "prefill")

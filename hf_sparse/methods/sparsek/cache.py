@@ -236,7 +236,7 @@ class SparseKCacheLayer(CacheLayerMixin):
             return self._length or 0
         if _is_recorded(self.device):
             self.is_count_read = torch.compiler.is_compiling()
-            return self.cumulative_length.clone()
+            return self.cumulative_length + self.uncounted
         return int(self.cumulative_length) if self._length is None else self._length
 
     def note_tokens(self, tokens: int) -> None:
