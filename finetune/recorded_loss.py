@@ -2,9 +2,11 @@
 
 A step of a model of some hundred million parameters launches thousands of kernels, and Python takes longer for that
 than the GPU for the kernels. Steps of a run repeat one shape. The first ones run as ever; the next one is recorded with
-its gradients, and later ones play it. Whatever cannot be recorded runs as ever.
+its gradients, and later ones play it. Whatever cannot be recorded runs as ever, and so does a step whose recording
+gives another loss or other gradients than the step that ran.
 """
 
+import warnings
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
@@ -20,6 +22,7 @@ from hf_sparse.patches import sparse_layers
 from hf_sparse.patches.recorded_steps import record
 
 _EAGER = 2  # steps of a layout before one is recorded
+_TOLERANCE = 0.01  # of the norm: kernels add up in any order, and steps may run in bfloat16
 _ROOM = 1.5  # a recording keeps its memory: this many times the peak so far must be left
 
 
@@ -98,7 +101,7 @@ def _has_room(device: torch.device) -> bool:
 def _record(
     recording: _Recording, compute: Callable[[Tensor], Tensor], chunks: Tensor, learned: list[nn.Parameter]
 ) -> None:
-    """Record the step without taking it; leave the recording as it is if that cannot be done."""
+    """Record the step without taking it; leave the recording as it is if that cannot be done, or plays another step."""
     recording.chunks = static = chunks.clone()
 
     def step() -> tuple[Tensor, Tensor]:
@@ -113,6 +116,16 @@ def _record(
         recording.results, recording.replay = record(step, chunks.device)
     except RuntimeError:  # it waits for the device, or calls what cannot be recorded
         recording.chunks = recording.results = recording.replay = None
+        return
+    recording.replay()
+    if not _agree(recording.results, step()):
+        warnings.warn("a recorded training step differs from one that ran, so all steps run", stacklevel=2)
+        recording.chunks = recording.results = recording.replay = None
+
+
+def _agree(played: tuple[Tensor, Tensor], ran: tuple[Tensor, Tensor]) -> bool:
+    """Tell whether loss and gradients are equal but for the order of sums."""
+    return all(bool((one - other).norm() <= _TOLERANCE * other.norm()) for one, other in zip(played, ran, strict=True))
 
 
 class _Replayed(torch.autograd.Function):

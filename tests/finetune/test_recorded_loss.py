@@ -20,7 +20,7 @@ def model(sparse_llama):
 
 @pytest.fixture
 def played(monkeypatch):
-    """List a 1 for every step that is played."""
+    """List a 1 for every step that is played, the one included that is compared with a step that runs."""
     played: list[int] = []
     record = recorded_loss.record if DEVICE == "cuda" else imitated
 
@@ -78,7 +78,7 @@ def test_losses_and_gradients_are_those_of_steps_that_run(model, chunks, played,
             for parameter in model.parameters():
                 if parameter.requires_grad:
                     parameter.add_(0.01 * torch.randn_like(parameter))
-    assert len(played) == 4
+    assert len(played) == 5
     assert any(module in recorded_loss._recordings for module in model.modules())
     recorded_loss.forget(model)
     assert not any(module in recorded_loss._recordings for module in model.modules())
@@ -89,7 +89,7 @@ def test_losses_of_two_batches_before_one_backward(model, chunks, played):
     soft(model)
     for _ in range(3):
         losses = [objectives.distill(model, part) for part in rows[:2]]
-    assert len(played) == 4
+    assert len(played) == 5
     expected = plain(model, rows[0]) + 2 * plain(model, rows[1])
     for gradient, of_plain in zip(gradients(model, losses[0] + 2 * losses[1]), gradients(model, expected), strict=True):
         torch.testing.assert_close(gradient, of_plain, rtol=1e-4, atol=1e-6)
@@ -101,7 +101,7 @@ def test_what_a_recording_would_miss_runs(model, chunks, played, change):
     chunks = chunks.to(DEVICE)
     for _ in range(3):
         objectives.distill(model, chunks[:2])
-    assert len(played) == 1
+    assert len(played) == 2
     calls = []
     layer = sparse_layers(model)[0]
     if change == "hook":
@@ -118,4 +118,24 @@ def test_what_a_recording_would_miss_runs(model, chunks, played, change):
     else:
         with torch.no_grad():
             assert not objectives.distill(model, chunks[:2]).requires_grad
+    assert len(played) == 2
+
+
+def test_a_recording_that_plays_another_step_is_not_used(model, chunks, played, monkeypatch):
+    """As one would that reads memory which was freed."""
+    soft(model)
+    chunks = chunks.to(DEVICE)
+    record = recorded_loss.record
+
+    def wrong(call, device):
+        results, replay = record(call, device)
+        return results, lambda: (replay(), results[1].mul_(1.1))
+
+    monkeypatch.setattr(recorded_loss, "record", wrong)
+    for _ in range(2):
+        objectives.distill(model, chunks[:2])
+    with pytest.warns(UserWarning, match="differs from one that ran, so all steps run"):
+        loss = objectives.distill(model, chunks[:2])
+    torch.testing.assert_close(loss, plain(model, chunks[:2]))
+    objectives.distill(model, chunks[:2])
     assert len(played) == 1

@@ -97,7 +97,7 @@ def test_random_keeps_window_and_k():
     module.baseline = random
     output = attend(module, tensors)
     query, key, value = (tensors[name] for name in ("query", "key", "value"))
-    scores = random(Arrivals(query, key, torch.arange(LENGTH).expand(3, -1), None, 0.7, 5, layer=0, cache=None))
+    scores = random(Arrivals(query, key, torch.arange(LENGTH).expand(3, -1), None, 0.7, 7, 5, layer=0, cache=None))
     settings = {**BUDGET, "scaling": 0.7, "causal": False, "implementation": "dense"}
     expected = sparsek_attention(query, key, value, scores, **settings)
     torch.testing.assert_close(output, expected, rtol=0, atol=2e-6)

@@ -13,7 +13,7 @@ HIDDEN, HEADS, GROUP, DIM = 16, 2, 2, 4
 BUDGET = {"k": 4, "window": 5, "sinks": 2}
 LENGTH = 40
 FROZEN = [name for name, baseline in BASELINES.items() if baseline.block is None]
-CAUSAL = [name for name in FROZEN if name != "oracle"]
+CAUSAL = [name for name in FROZEN if name not in ("oracle", "prompt_random")]  # which reads a prompt in one piece
 VALID = {
     "left": torch.arange(LENGTH) >= torch.tensor([0, 6, 30])[:, None],
     "right": torch.arange(LENGTH) < torch.tensor([LENGTH, 25, 3])[:, None],
@@ -26,7 +26,7 @@ def arrivals(index=None, heads=HEADS, layer=0, query=None, key=None, valid=None,
     index = torch.arange(key.shape[2])[None] if index is None else index
     key = torch.zeros(*index.shape, DIM)[:, None].expand(-1, heads, -1, -1) if key is None else key
     query = key if query is None else query
-    return Arrivals(query, key, index, valid, 0.7, BUDGET["window"], layer, cache)
+    return Arrivals(query, key, index, valid, 0.7, BUDGET["k"] + BUDGET["sinks"], BUDGET["window"], layer, cache)
 
 
 def method(baseline) -> SparseKAttention:

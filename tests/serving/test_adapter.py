@@ -84,6 +84,14 @@ def test_dense_layers_are_refused(tmp_path, tiny_llama):
     assert "leaves 1 of 2 attention layers dense, and a mixture" in refusal(tmp_path, model.config)
 
 
+def test_budgets_without_a_pool_are_refused(tmp_path, tiny_llama):
+    model = tiny_llama()
+    save(tmp_path / "heads", model, SparseKConfig(k=8, window=4, sinks=1, head_shares=[[0.5, 1.5]] * 2))
+    assert "with head_shares cannot be served yet" in refusal(tmp_path / "heads", model.config)
+    save(tmp_path / "prompt", tiny_llama(), SparseKConfig(k=8, window=4, sinks=1, pin_prompt=-1))
+    assert "pins the whole prompt (pin_prompt=-1)" in refusal(tmp_path / "prompt", model.config)
+
+
 def test_other_families_are_refused(tmp_path):
     model = GPT2LMHeadModel(GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64))
     save(tmp_path, model, SparseKConfig(**SETTINGS))

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from hf_sparse.core.request_state import StateTensor
+from hf_sparse.errors import UnsupportedModelError
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
+from hf_sparse.methods.sparsek.settings import WHOLE_PROMPT
 from hf_sparse.methods.sparsek.step import step_in_rows
 
 if TYPE_CHECKING:
@@ -24,7 +26,17 @@ def request_state(attention: "SparseKAttention", head_dim: int, dtype: torch.dty
     Args:
         head_dim: size of a key or value of one head.
         dtype: of keys and values.
+
+    Raises:
+        UnsupportedModelError: the heads have different numbers of slots, or the whole prompt is pinned.
     """
+    if not isinstance(attention.budget.k, int):
+        raise UnsupportedModelError("an adapter with head_shares cannot be served yet: serve one with layer_shares")
+    if attention.config.pin_prompt == WHOLE_PROMPT:
+        raise UnsupportedModelError(
+            f"an adapter that pins the whole prompt (pin_prompt={WHOLE_PROMPT}) cannot be served, for prompts come in "
+            "pieces: pin a number of tokens"
+        )
     table = (attention.num_key_value_heads, attention.budget.slots)
     return (
         StateTensor("positions", table, torch.int64),
