@@ -87,7 +87,6 @@ class SparseKCacheLayer(CacheLayerMixin):
     step: "StepPlan | None" = None
     ahead: "Ahead | None" = None
     may_look_ahead = True
-    uncounted = 0
     is_count_read = False
     counts_arrivals = False
     _scores: Any = None
@@ -106,6 +105,7 @@ class SparseKCacheLayer(CacheLayerMixin):
         self.k, self.window, self.sinks = k, window, sinks
         self.owner, self.all_sparse, self.depends_on_text = owner, all_sparse, depends_on_text
         self.shares_mask_sizes = not all_sparse
+        self.uncounted = 0  # here, for a compiled step would be compiled anew once the layer has its own
 
     @property
     def slots(self) -> int:
