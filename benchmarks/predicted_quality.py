@@ -1,4 +1,4 @@
-"""What predicted tiles cost in perplexity: dense softmax, entmax over all keys, and over the tiles that queries choose.
+"""Measure perplexities of dense softmax, of entmax over all keys, and over the tiles that queries choose.
 
     python benchmarks/predicted_quality.py --model MODEL --adapter ADAPTER --text held-out.txt --output OUT.json
 

@@ -43,7 +43,7 @@ def invoke(*arguments, text=""):
 
 
 def said(folder, *texts):
-    """What the model says to each text, which all that came before stands in front of; without a cache."""
+    """Return what the model says to each text, with all that came before in front of it; without a cache."""
     tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
     model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(CHECKPOINT), folder).eval().float()
     ids, answers = prompt_tokens(tokenizer, ""), []

@@ -64,7 +64,7 @@ def soft(model):
 
 @pytest.mark.parametrize("mixture", [{}, {"lm_weight": 0.5}], ids=["distill", "mixture"])
 def test_losses_and_gradients_are_those_of_steps_that_run(model, chunks, played, mixture):
-    """Of other chunks and of weights that have changed in place; they scale with what comes from above."""
+    """Compare them for other chunks and for weights that changed in place; they scale with what comes from above."""
     soft(model)
     rows = chunks.to(DEVICE).split(2)
     for number in range(6):

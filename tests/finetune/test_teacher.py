@@ -25,7 +25,7 @@ def dense(model, tokens, **options):
 
 @on_a_gpu
 def test_replays_predict_the_same(model, chunks):
-    """Of every input, with hidden states too; another layout and moved weights are recorded anew."""
+    """Compare every input, with hidden states too; another layout and moved weights are recorded anew."""
     rows = chunks.to("cuda").split(2)
     for number in range(8):
         found, expected = dense(model, rows[number % len(rows)], use_cache=False, output_hidden_states=True)

@@ -39,7 +39,7 @@ def sparse(family, method, **changes):
 
 
 def options(model):
-    """What keeps a decoder from making a cache."""
+    """Return what keeps a decoder from making a cache."""
     return {"use_cache": False} if sparse_layers(model)[0].causal else {}
 
 

@@ -55,7 +55,7 @@ def imitated(call, device):
     "options", [{}, {"attention_mask": LEFT}, {"prefill_chunk_size": 11}], ids=["whole", "padded", "in chunks"]
 )
 def test_tokens_are_those_of_steps_that_run(model, played, options):
-    """Of the 29 steps after the first token 2 run; `disable_compile` lets all run."""
+    """Count 2 steps that run among the 29 after the first token; `disable_compile` lets all run."""
     options = GREEDY | options
     expected = model.generate(IDS, disable_compile=True, **options)
     assert not played

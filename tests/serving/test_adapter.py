@@ -1,4 +1,4 @@
-"""What is opened to be served: the sparse attention of each layer as it was saved, and one sentence for what is not."""
+"""Open adapters to be served: the sparse attention of each layer as it was saved, and one sentence for what is not."""
 
 import copy
 

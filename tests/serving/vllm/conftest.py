@@ -1,4 +1,4 @@
-"""What the tests with vLLM share: prompts of many lengths, and what `generate` makes of them, computed once.
+"""Share prompts of many lengths among the tests with vLLM, and what `generate` makes of them, computed once.
 
 They run in an environment of their own (`make serving`), and nowhere else: the folder is left out without vLLM. Several
 engines are started one after another, each in a process of its own, since an engine keeps its memory.
