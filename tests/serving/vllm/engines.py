@@ -27,7 +27,7 @@ def resident_bytes() -> int:
 
 
 def outputs(engine: Any, prompts: list[list[int]], parameters: Any) -> list[Any]:
-    """What an engine makes of prompts, all handed over at once."""
+    """Return what an engine makes of prompts, all handed over at once."""
     return engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False)
 
 
