@@ -43,7 +43,7 @@ class TinyFamily:
     Attributes:
         causal: a decoder; the others are encoders.
         local: layers with a sliding window of their own, which a patch leaves alone.
-        kin: a near relative of another family, which takes only a part of the tests without `--full`.
+        kin: relative of another family, which without `--full` takes only the tests that its file in `patches/` can fail.
     """
 
     name: str
@@ -81,26 +81,6 @@ _ENTRIES = (
             "pad_token_id": 0,
         },
     ),
-    TinyFamily("mistral", "MistralConfig", "MistralForCausalLM", {**GROUPED, "sliding_window": None}),
-    TinyFamily("qwen2", "Qwen2Config", "Qwen2ForCausalLM", GROUPED),
-    # A head size that is not hidden_size / num_attention_heads, as in the published ones.
-    TinyFamily("qwen3", "Qwen3Config", "Qwen3ForCausalLM", {**GROUPED, "head_dim": 16}),
-    TinyFamily("gemma", "GemmaConfig", "GemmaForCausalLM", {**GROUPED, "num_key_value_heads": 1, "head_dim": 16}),
-    TinyFamily(
-        "gemma2",
-        "Gemma2Config",
-        "Gemma2ForCausalLM",
-        {
-            **GROUPED,
-            "num_hidden_layers": 4,
-            "head_dim": 16,
-            "query_pre_attn_scalar": 16,
-            "attn_logit_softcapping": None,  # with a cap it is refused
-            "sliding_window": 12,
-            "layer_types": ["sliding_attention", "full_attention"] * 2,
-        },
-        local=(0, 2),
-    ),
     TinyFamily(
         "gemma3_text",
         "Gemma3TextConfig",
@@ -116,6 +96,48 @@ _ENTRIES = (
         local=(0, 2),
     ),
     TinyFamily("phi3", "Phi3Config", "Phi3ForCausalLM", GROUPED),
+    TinyFamily("bert", "BertConfig", "BertForMaskedLM", COMMON, causal=False),
+    TinyFamily(
+        "modernbert",
+        "ModernBertConfig",
+        "ModernBertForMaskedLM",
+        {
+            **COMMON,
+            "num_hidden_layers": 4,
+            "cls_token_id": 1,
+            "sep_token_id": 2,
+            "global_attn_every_n_layers": 2,
+            "local_attention": 12,
+            "initializer_cutoff_factor": 3.0,
+        },
+        causal=False,
+        local=(1, 3),
+    ),
+    # The families above differ in kind: grouped heads, learned positions, local layers, fused projections, encoders.
+    # Without `--full` their kin below takes the behaviours that are marked `every_family`.
+    TinyFamily("mistral", "MistralConfig", "MistralForCausalLM", {**GROUPED, "sliding_window": None}, kin=True),
+    TinyFamily("qwen2", "Qwen2Config", "Qwen2ForCausalLM", GROUPED, kin=True),
+    # A head size that is not hidden_size / num_attention_heads, as in the published ones.
+    TinyFamily("qwen3", "Qwen3Config", "Qwen3ForCausalLM", {**GROUPED, "head_dim": 16}, kin=True),
+    TinyFamily(
+        "gemma", "GemmaConfig", "GemmaForCausalLM", {**GROUPED, "num_key_value_heads": 1, "head_dim": 16}, kin=True
+    ),
+    TinyFamily(
+        "gemma2",
+        "Gemma2Config",
+        "Gemma2ForCausalLM",
+        {
+            **GROUPED,
+            "num_hidden_layers": 4,
+            "head_dim": 16,
+            "query_pre_attn_scalar": 16,
+            "attn_logit_softcapping": None,  # with a cap it is refused
+            "sliding_window": 12,
+            "layer_types": ["sliding_attention", "full_attention"] * 2,
+        },
+        local=(0, 2),
+        kin=True,
+    ),
     TinyFamily(
         "opt",
         "OPTConfig",
@@ -133,9 +155,9 @@ _ENTRIES = (
             "eos_token_id": None,
             "pad_token_id": 0,
         },
+        kin=True,
     ),
-    TinyFamily("gpt_neox", "GPTNeoXConfig", "GPTNeoXForCausalLM", COMMON),
-    TinyFamily("bert", "BertConfig", "BertForMaskedLM", COMMON, causal=False),
+    TinyFamily("gpt_neox", "GPTNeoXConfig", "GPTNeoXForCausalLM", COMMON, kin=True),
     # RoBERTa counts positions from pad_token_id + 1.
     TinyFamily(
         "roberta",
@@ -143,24 +165,8 @@ _ENTRIES = (
         "RobertaForMaskedLM",
         {**COMMON, "max_position_embeddings": CONTEXT + 1},
         causal=False,
+        kin=True,
     ),
-    TinyFamily(
-        "modernbert",
-        "ModernBertConfig",
-        "ModernBertForMaskedLM",
-        {
-            **COMMON,
-            "num_hidden_layers": 4,
-            "cls_token_id": 1,
-            "sep_token_id": 2,
-            "global_attn_every_n_layers": 2,
-            "local_attention": 12,
-            "initializer_cutoff_factor": 3.0,
-        },
-        causal=False,
-        local=(1, 3),
-    ),
-    # Kin of the families above: without `--full` they take the behaviours that are marked `every_family`.
     # Every second layer has no rotary positions.
     TinyFamily("smollm3", "SmolLM3Config", "SmolLM3ForCausalLM", {**GROUPED, "no_rope_layers": [1, 0]}, kin=True),
     TinyFamily("qwen3_moe", "Qwen3MoeConfig", "Qwen3MoeForCausalLM", {**GROUPED, **EXPERTS, "head_dim": 16}, kin=True),

@@ -5,9 +5,10 @@ table). Its name is the name of its column; its file and the method are one tabl
 without an entry in `tiny_methods.py` fail here, nothing is skipped: what a method refuses is a cell, and its reason is
 printed below the table.
 
-Without `--full` a behaviour takes every family once, with one method each; over all behaviours every family has met
-every method (`tests/tiers.py`). The kin of other families (`tests/families.py`) then have a cell only in the cheap
-behaviours that are marked `every_family`.
+Without `--full` a behaviour takes every family and every method once (`tests/tiers.py`). The kin of other families
+(`tests/families.py`) then have a cell only in the behaviours that their file in `patches/` can break, which are marked
+`every_family`: dense within the budget, a padded prefill with steps after it, packed texts, gradients, and the base as
+it was after detaching.
 """
 
 import contextlib

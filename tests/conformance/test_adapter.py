@@ -25,6 +25,7 @@ def _differ(actual, expected):
     assert (actual - expected).abs().max() > 0.05, "nothing would be noticed"
 
 
+@pytest.mark.every_family
 def test_detach(subject, measure):
     """Taken off again, it leaves the module tree and every bit of the outputs as they were."""
     for options in ({}, {"attn_implementation": "eager"}):
@@ -155,7 +156,6 @@ def test_checkpointing(subject, measure):
         measure.close(checkpointed, without)
 
 
-@pytest.mark.every_family
 def test_round_trip(subject, measure, tmp_path):
     """Saved as safetensors and loaded onto a new base model: the same bits. The file holds nothing of the base."""
     model = _with_adapters(subject, "default")
