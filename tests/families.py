@@ -43,7 +43,7 @@ class TinyFamily:
     Attributes:
         causal: a decoder; the others are encoders.
         local: layers with a sliding window of their own, which a patch leaves alone.
-        kin: relative of another family, which without `--full` takes only the tests that its file in `patches/` can fail.
+        kin: relative of another family, which without `--full` takes only what its file in `patches/` can break.
     """
 
     name: str
