@@ -140,10 +140,14 @@ def _blank_pictures() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _speed_is_measured_once() -> Iterator[None]:
-    """Decode once where a user gets the median of three runs: no test is of how fast this machine is."""
+def _speed_is_measured_briefly() -> Iterator[None]:
+    """Decode a few tokens once where a user gets the median of three times 64: no test is of how fast a machine is."""
+    from hf_sparse.evaluation import speed
+
+    decode = speed._decode
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr("hf_sparse.evaluation.speed._REPEATS", 1)
+        monkeypatch.setattr(speed, "_REPEATS", 1)
+        monkeypatch.setattr(speed, "_decode", lambda model, chunk, tokens: decode(model, chunk, min(tokens, 4)))
         yield
 
 

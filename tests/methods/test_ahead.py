@@ -51,6 +51,7 @@ def generate(model, **options):
     return model.generate(IDS, output_logits=True, **settings, **options)
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize(
     "options", [{}, {"attention_mask": MASK.long()}, {"num_beams": 2}], ids=["whole", "left", "beams"]
 )

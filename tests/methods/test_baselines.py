@@ -164,6 +164,7 @@ VALID = {
 }
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("pieces", [[LENGTH], [17, 23], [10] + [1] * 30], ids=str)
 @pytest.mark.parametrize("padding", VALID)
 @pytest.mark.parametrize("rule", RULES)

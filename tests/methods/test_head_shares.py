@@ -105,6 +105,7 @@ def assert_each_head_is_one_alone(module, tensors, chunks, valid=None, with_cach
 
 
 class TestAgainstEachHeadAlone:
+    @pytest.mark.cross
     @pytest.mark.parametrize("learns", [False, True])
     @pytest.mark.parametrize("padding", VALID)
     @pytest.mark.parametrize("chunks", CHUNKS)
@@ -136,6 +137,7 @@ class TestAgainstEachHeadAlone:
             expected = single.sparsek_scorer["default"].weight.grad[0]
             torch.testing.assert_close(weight[head], expected, rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.cross("values")
     @pytest.mark.parametrize("name", [name for name in BASELINES if "random" not in name and name != "oracle"])
     @pytest.mark.parametrize("chunks", ["one pass", "pieces", "prefill and steps"])
     def test_baselines(self, name, chunks):

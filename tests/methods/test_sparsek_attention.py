@@ -73,6 +73,7 @@ CHUNKS = {
 }
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("slope", [0.0, 0.05])
 @pytest.mark.parametrize("chunks", CHUNKS)
 @pytest.mark.parametrize("padding", ["none", *VALID])

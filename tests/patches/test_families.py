@@ -190,6 +190,7 @@ def test_naming_a_local_layer_is_refused():
     assert sparse_layers(model) == []
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("window", [30, 100])
 def test_a_prompt_shorter_than_the_local_window(window, cache):
@@ -205,6 +206,7 @@ def test_a_model_with_local_layers_only_is_refused(family):
         patch(FAMILIES[family].make(sliding_window=20), SparseKConfig(**BUDGET))
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize(
     "family, layers", [("bert", [1]), ("modernbert", [2]), ("gpt_neox", [1]), ("gemma3_text", [3])]
 )
@@ -316,7 +318,7 @@ def test_the_guide_shows_a_family_as_it_is():
     assert f"```python\n{(root / 'patches' / 'opt.py').read_text()}```\n" in guide
 
 
-@pytest.mark.cross
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("config", [SparseKConfig(**BUDGET), SparsefinderConfig(predictor="full")], ids=["k", "finder"])
 @pytest.mark.parametrize("filled_by", ["forward", "generate", "a dynamic cache", "the old name"])
 def test_no_patched_layer_keeps_an_ordinary_cache_layer(variant, config, filled_by):

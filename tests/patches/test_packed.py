@@ -47,6 +47,7 @@ def alone(model):
     return torch.cat([model(text[None], **options(model)).logits for text in TEXTS], 1)
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("method", CONFIGS)
 @pytest.mark.parametrize("changes", [{}, {"layers": [1]}], ids=["all layers", "one layer"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3_text"])
@@ -96,6 +97,7 @@ def test_training_learns_the_same_as_from_each_text(method):
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("flash", [False, True])
 @pytest.mark.parametrize("method", CONFIGS)
 def test_a_trainer_with_a_collator_that_packs(method, flash, tmp_path):

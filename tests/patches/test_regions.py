@@ -67,7 +67,9 @@ def test_layers_call_one_graph(tiny_llama):
     assert len(calls) >= 3 and len({node.args[1] for node in calls[-3:]}) == 1
 
 
-@pytest.mark.parametrize("reason", ["method", "baseline", "off"])
+@pytest.mark.parametrize(
+    "reason", ["baseline", *(pytest.param(name, marks=pytest.mark.full) for name in ("method", "off"))]
+)
 def test_other_steps_compile_without_regions(tiny_llama, reason):
     graphs: list[torch.fx.GraphModule] = []
     config = SparsefinderConfig(predictor="full") if reason == "method" else SparseKConfig(**BUDGET)

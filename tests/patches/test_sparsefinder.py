@@ -80,7 +80,9 @@ def test_every_family_is_patched_and_unpatched(name):
     assert torch.equal(logits(model), before) and model.config.to_dict() == config
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.full] * family.kin) for name, family in FAMILIES.items()]
+)
 def test_the_bound_is_exact_in_every_family(name):
     dense = logits(patch(FAMILIES[name].make(), SparsefinderConfig(predictor="full")))
     torch.testing.assert_close(logits(sparse(name, "bound")), dense, rtol=0, atol=1e-4)
@@ -88,7 +90,7 @@ def test_the_bound_is_exact_in_every_family(name):
     assert (logits(sparse(name, "clustering")) - dense).abs().max() > 1e-2
 
 
-@pytest.mark.cross
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "roberta", "modernbert"])
 def test_padding_equals_each_row_alone(name, side, predictor):
@@ -188,7 +190,7 @@ def nothing_is_compiled_twice():
 @pytest.mark.parametrize(
     "settings",
     [
-        pytest.param(settings, id=name, marks=[pytest.mark.full] * (name not in ("clustering", "distance", "all keys")))
+        pytest.param(settings, id=name, marks=[pytest.mark.full] * (name not in ("clustering", "all keys")))
         for name, settings in STATIC.items()
     ],
 )
