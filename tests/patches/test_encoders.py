@@ -67,6 +67,7 @@ def test_only_global_layers_are_patched_and_see_both_sides(name):
     assert not torch.equal(model(changed).logits[:, 0], after[:, 0])
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("name", ENCODERS)
 def test_budget_of_the_length_is_the_base_model_and_unpatch_is_exact(name, head):
@@ -89,6 +90,7 @@ _NO_DROPOUT: dict[str, dict[str, float]] = {
 }
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("training", [False, True], ids=["hard", "soft"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("name", ENCODERS)

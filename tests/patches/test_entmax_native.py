@@ -69,6 +69,7 @@ def batch(side):
     return (IDS, torch.ones_like(IDS)) if side is None else (ids, mask)
 
 
+@pytest.mark.cross("values")
 @pytest.mark.versions
 @pytest.mark.parametrize("side", [None, "left", "right"])
 @pytest.mark.parametrize("alpha", TRANSFORMS)

@@ -148,12 +148,13 @@ def assert_equal(ours: list[Tensor], theirs: list[Tensor]) -> None:
         torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
 
 
+@pytest.mark.cross("values")
 @every_case
 def test_all_keys(case, buffer):
     assert_equal(run(entmax_attention, case), run(lambda *x, **o: definition(*x, **o)[0], case))
 
 
-@pytest.mark.cross
+@pytest.mark.cross("values")
 @every_case
 @pytest.mark.parametrize("lists", ["query heads", "kv heads", "one"])
 def test_tiles(case, lists, buffer):
@@ -165,6 +166,7 @@ def test_tiles(case, lists, buffer):
     )
 
 
+@pytest.mark.cross("values")
 @every_case
 def test_edges(case, buffer):
     edges = torch.rand(case.batch, case.kv_heads * case.group, case.queries, case.keys) < 0.3

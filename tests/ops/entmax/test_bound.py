@@ -78,7 +78,7 @@ def gold_support(query: Tensor, key: Tensor, valid: Tensor | None, **options) ->
     return gold
 
 
-@pytest.mark.cross
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("alpha", [1.2, 1.5, 2.0])
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("kind", ["independent", "alike", "heavy tails", "far from zero", "equal keys"])
@@ -214,6 +214,7 @@ def test_the_bound_of_texts_of_other_lengths(queries, rows):
     torch.testing.assert_close(entmax_attention(query, key, key, tiles=tiles, **options), full, rtol=0, atol=1e-12)
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("queries", [75, 40, 1])
 @pytest.mark.parametrize("lag, rows", [(0, SIZE), (5, SIZE), (SIZE - 1, SIZE), (0, 1), (3, 4)])
 @pytest.mark.parametrize("grouped", [False, True])

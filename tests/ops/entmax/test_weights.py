@@ -31,7 +31,7 @@ def graph(queries, keys, sizes, heads):
     return Tiles.of_mask(mask, *sizes)
 
 
-@pytest.mark.cross
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("sizes", TILES)
 @pytest.mark.parametrize("causal", [True, False])

@@ -209,7 +209,7 @@ CASES = {
 PRECISIONS = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
-@pytest.mark.cross
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("support", [None, 1, 2, 4], ids=lambda times: f"support-{times}k")
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
@@ -219,6 +219,7 @@ def test_soft_tiles_equal_the_reference(name, support, dtype):
     assert_same(case, PRECISIONS[dtype])
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("name", [*CASES, "steep ties"])
 @pytest.mark.parametrize("dtype", PRECISIONS, ids=str)
 def test_hard_tiles_equal_the_reference(name, dtype):
@@ -335,6 +336,7 @@ def test_bfloat16_is_as_close_as_the_dense_path(soft):
 # The promises.
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("implementation", ["auto", "tiled", "dense"])
 @pytest.mark.parametrize("soft", [False, True], ids=["hard", "soft"])
 @pytest.mark.parametrize("shape", [{}, {"group": 3, "kv_heads": 2}, {"queries": 9}, {"batch": 2, "start": [0, 11]}])

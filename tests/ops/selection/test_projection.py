@@ -14,6 +14,7 @@ def oracle(scores: torch.Tensor, k: int, dim: int = -1) -> torch.Tensor:
     return budget_bisect(scores.double(), budget=float(k), dim=dim, n_iter=ITERATIONS)
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("length", [2, 3, 7, 16, 33, 59])
 def test_equals_bisection_for_every_k(length, scale):
@@ -155,6 +156,7 @@ def test_empty(shape, dim):
     assert scores.grad is not None and scores.grad.shape == shape
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("k", [1, 3, 8])
 @pytest.mark.parametrize("scale", SCALES)
 def test_gradient_equals_finite_differences(k, scale):

@@ -122,7 +122,7 @@ def test_stream_refuses_nan_and_bad_k():
         SparseKStream(0)
 
 
-@pytest.mark.cross
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("kind", ["normal", "rising", "falling", "hard", "holes", "ties", "equal"])
 @pytest.mark.parametrize("support", [None, 12])

@@ -87,6 +87,7 @@ def test_edges_are_the_allowed_pairs_of_listed_tiles(random_mask, causal, querie
     assert own.tolist() == [end // size for end in ends]
 
 
+@pytest.mark.cross
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("window", [0, 1, 2, 5, 8, 9, 100])
 @pytest.mark.parametrize("global_tokens", [0, 1, 6, 100])
