@@ -42,6 +42,7 @@ def edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -67,6 +68,7 @@ def test_configuration_that_no_model_has(folder, base, changes, message):
         assert "\n" not in str(error.value)
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("content", ["[" * 100_000, "[]", "{", '"x"', "NaN", " " * (2**24 + 1)])
 @pytest.mark.parametrize("name", ["adapter_config.json", "config.json"])
 def test_json_that_is_none(folder, base, name, content):
@@ -86,6 +88,7 @@ def test_large_file_is_not_read(folder, base):
         path.write_bytes(before)
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize(
     "changes",
     [

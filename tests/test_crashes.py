@@ -333,7 +333,7 @@ def test_a_push_publishes_what_was_committed(place, tmp_path, hub):
     assert not HfApi().file_exists(name, EVALUATION)
 
 
-@pytest.mark.cross
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("verb", ["patch --force", "finetune with checkpoints", "eval", "report again"])
 @pytest.mark.parametrize("size", [60, 2500, 9000])
 def test_a_disk_that_is_full(place, tmp_path, verb, size):

@@ -118,6 +118,7 @@ def _load_adapter(model, folder):
     return model
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("settings", [{}, {"scorer": "mlp", "scorer_hidden_size": 9}, {"layers": [1]}], ids=str)
 def test_round_trip(base_folder, tmp_path, loader, settings):

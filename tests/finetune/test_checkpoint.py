@@ -88,6 +88,7 @@ def folder_of(output):
 
 
 class TestIdentity:
+    @pytest.mark.cross("values")
     @pytest.mark.parametrize(
         "age", [(), (with_earlier_name,), (with_earlier_name, as_before)], ids=["", "earlier name", "without the notes"]
     )
@@ -136,6 +137,7 @@ class TestIdentity:
         with pytest.raises(DataError, match="step-000008: expected at most the 6 steps of this run, got 8"):
             train(method, model(), chunks, output, resume=True)
 
+    @pytest.mark.cross("values")
     @pytest.mark.parametrize(
         ("name", "old"),  # nothing told before which parameters belong to a checkpoint
         [*((name, False) for name in FILES), *((name, True) for name in FILES if name != PARAMETERS)],

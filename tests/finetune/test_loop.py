@@ -174,7 +174,15 @@ def test_every_chunk_is_seen_once_per_epoch_from_any_start():
 
 
 @pytest.mark.cross("values")
-@pytest.mark.parametrize("stop", [1, 3, 5, 9], ids=["warm start", "stage boundary", "middle", "end"])
+@pytest.mark.parametrize(
+    "stop",
+    [
+        pytest.param(1, id="warm start", marks=pytest.mark.full),
+        pytest.param(3, id="stage boundary"),
+        pytest.param(5, id="middle"),
+        pytest.param(9, id="end", marks=pytest.mark.full),
+    ],
+)
 def test_resumed_run_equals_uninterrupted(stopped, sparse_llama, chunks, tmp_path, stop):
     whole = sparse_llama()
     expected = train(whole, chunks)["history"]

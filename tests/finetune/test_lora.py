@@ -171,8 +171,12 @@ def test_steps_for_lora_need_lora_and_scorers(sparse_llama, sparse_finder, chunk
 @pytest.mark.cross("values")
 @pytest.mark.parametrize(
     ("stop", "changes"),
-    [(2, {}), (5, {}), (9, AFTER), (11, AFTER)],
-    ids=["warm start", "distill", "before its own stage", "in its own stage"],
+    [
+        pytest.param(2, {}, id="warm start", marks=pytest.mark.full),
+        pytest.param(5, {}, id="distill"),
+        pytest.param(9, AFTER, id="before its own stage", marks=pytest.mark.full),
+        pytest.param(11, AFTER, id="in its own stage"),
+    ],
 )
 def test_resumed_run_equals_uninterrupted(stopped, sparse_llama, chunks, tmp_path, stop, changes):
     whole = sparse_llama(lora_rank=RANK)
