@@ -5,9 +5,10 @@ OLDEST := .venv/oldest
 TRITON := .venv/triton
 SERVING := .venv/serving
 
-# One thread a process: several processes with a thread for every core would wait for each other. Compiled tests are
-# kept, also where the environment says otherwise: every process of every run would compile all of them again.
-PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4
+# One thread a process: several processes with a thread for every core would wait for each other. A file stays with one
+# process, which then makes its fixtures once. Compiled tests are kept, also where the environment says otherwise: every
+# process of every run would compile all of them again.
+PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
 .PHONY: demo test test-all kernels serving conformance lint format clean help

@@ -35,9 +35,10 @@ def test_import_changes_no_model_that_is_there(python):
     """A model that was made before the import has the same bits, modules and functions after it; triton is blocked.
 
     The import may add its own attention and mask functions; it replaces none and loads no other model family, nor
-    matplotlib, nor, beyond what transformers loads itself, jinja2.
+    matplotlib, nor, beyond what transformers loads itself, jinja2. It sets no variable of the environment.
     """
     run = python("""
+import os
 import sys
 sys.modules["triton"] = None
 import peft
@@ -75,7 +76,10 @@ def registries():
 
 before, expected = state(), outputs()
 loaded, families_before, registries_before = set(sys.modules), families(), registries()
+environment = dict(os.environ)
 import hf_sparse
+import hf_sparse.cli
+assert dict(os.environ) == environment
 assert state() == before
 assert families() == families_before, families() - families_before
 added = {name.split(".")[0] for name in set(sys.modules) - loaded}

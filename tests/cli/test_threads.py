@@ -43,5 +43,6 @@ def test_the_command_line_sets_it_before_torch_is_there(tmp_path):
     assert run(code, tmp_path) == ["1000", "False"]
 
 
+@pytest.mark.full  # tests/test_imports.py looks at the environment after an import too
 def test_an_import_sets_nothing(tmp_path):
     assert run(f"import hf_sparse, hf_sparse.cli; {TELL}", tmp_path) == ["None", "True"]

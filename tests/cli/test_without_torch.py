@@ -150,6 +150,7 @@ def test_plain_imports_are_whole(tmp_path):
     assert run.returncode == 0, run.stderr
 
 
+@pytest.mark.full  # test_all_verbs_of_the_command_line begins without torch, and its verbs complete the import
 def test_the_import_is_completed_before_a_verb_works(tmp_path):
     """In the process of the command line, which goes by the name of its script."""
     program = tmp_path / "hf-sparse"

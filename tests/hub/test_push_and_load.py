@@ -160,7 +160,8 @@ save_file(results, out)
 """
 
 
-@pytest.mark.parametrize("offline", [pytest.param(False, marks=pytest.mark.full), True], ids=["online", "offline"])
+@pytest.mark.full  # test_all_verbs_of_the_command_line pushes in one process, and another loads it
+@pytest.mark.parametrize("offline", [False, True], ids=["online", "offline"])
 def test_fresh_process_gives_the_same_bits(model, base_id, repo_id, hub_env, tmp_path, offline):
     push_to_hub(model, repo_id)
     expected = logits(model)
