@@ -73,6 +73,9 @@ WHOLE = {
 }
 PREDICTORS = {(name, causal): changes for causal in (True, False) for name, changes in (CAUSAL | EXACT).items()}
 PREDICTORS |= {(name, False): changes for name, changes in WHOLE.items()}
+#: What runs in both directions by default; the others are causal then.
+BOTH = {*WHOLE, "clustering", "clustering of tokens", "clustering by group", "quantization, a list per query", "bound"}
+BOTH |= {"distance", "complete, a list per query"}
 
 
 def tensors(batch=2, length=LENGTH, seed=0):
@@ -101,7 +104,16 @@ def build(causal=True, fitted=True, **changes):
     return module
 
 
-@pytest.fixture(params=PREDICTORS, ids=lambda pair: f"{pair[0]}, {'causal' if pair[1] else 'bidirectional'}")
+@pytest.fixture(
+    params=[
+        pytest.param(
+            (name, causal),
+            id=f"{name}, {'causal' if causal else 'bidirectional'}",
+            marks=[pytest.mark.full] * (not causal and name not in BOTH),
+        )
+        for name, causal in PREDICTORS
+    ]
+)
 def any_module(request):
     return build(causal=request.param[1], **PREDICTORS[request.param])
 

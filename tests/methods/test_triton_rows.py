@@ -48,6 +48,7 @@ def tokens(count, length, dtype):
     return query, key, value, torch.randn(count, length, HIDDEN, device=DEVICE).to(dtype)
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
 @pytest.mark.parametrize("settings", [{"position_slope": 0.01}, {"scorer": "mlp", "scorer_hidden_size": 8}])
 def test_steps_in_rows_are_those_of_gathered_rows(kernel_everywhere, monkeypatch, settings, dtype):

@@ -16,6 +16,7 @@ from hf_sparse.patches import sparse_layers
 
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NEW = 5 if DEVICE == "cuda" else 3  # tokens: the interpreter takes a second for a step
 pytestmark = pytest.mark.usefixtures("interpreter")
 GRAPH = {"tile": 8, "tiles_per_query": 3, "window": 1, "clusters": 6, "initial_scale": 3.0}
 SETTINGS = {
@@ -57,9 +58,10 @@ def launched(monkeypatch):
     return count
 
 
-def make(settings):
+def make(settings, layers=2):
     torch.manual_seed(0)
-    model = patch(FAMILIES["llama"].make().eval().to(DEVICE), SparsefinderConfig(**(GRAPH | settings)))
+    base = FAMILIES["llama"].make(num_hidden_layers=layers).eval().to(DEVICE)
+    model = patch(base, SparsefinderConfig(**(GRAPH | settings)))
     if "entmax_native" not in settings:
         fit_predictors(sparse_layers(model, SparsefinderAttention), lambda: model(IDS, use_cache=False))
     model.generation_config.eos_token_id = None
@@ -69,7 +71,7 @@ def make(settings):
 def run(model, mask, **options):
     keep = Keep()
     result = model.generate(
-        IDS, attention_mask=mask, max_new_tokens=5, do_sample=False, return_dict_in_generate=True,
+        IDS, attention_mask=mask, max_new_tokens=NEW, do_sample=False, return_dict_in_generate=True,
         logits_processor=LogitsProcessorList([keep]), **options,
     )  # fmt: skip
     return result, torch.stack(keep.logits)
@@ -96,7 +98,7 @@ def test_steps_are_those_of_plain_pytorch(settings, mask, launched, monkeypatch)
 
 
 def test_beams_and_a_copied_cache(launched, monkeypatch):
-    model = make({"query_tile": 1})
+    model = make({"query_tile": 1}, layers=1)
     result, _ = run(model, MASK, num_beams=2)
     assert all(launched)
     with torch.no_grad():
@@ -112,7 +114,7 @@ def test_beams_and_a_copied_cache(launched, monkeypatch):
 
 
 def test_settings_that_change_between_steps_are_noticed(launched):
-    model = make({"query_tile": 1})
+    model = make({"query_tile": 1}, layers=1)
     layers = sparse_layers(model, SparsefinderAttention)
     with torch.no_grad():
         prompt = cache_of(model(IDS, use_cache=True))

@@ -24,7 +24,7 @@ def inputs(batch, heads, kv_heads, length, dim, columns, dtype, learned):
     return query, key, value, states, weight, torch.randn(kv_heads, device=DEVICE) if learned else None
 
 
-@pytest.mark.cross
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(
