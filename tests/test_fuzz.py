@@ -18,7 +18,7 @@ import hf_sparse
 from hf_sparse.adapters.saving import save_adapter
 from hf_sparse.errors import HfSparseError
 
-COUNT = int(os.environ.get("HF_SPARSE_FUZZ", "300"))
+COUNT = int(os.environ.get("HF_SPARSE_FUZZ", "120"))
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 TOKENS = torch.arange(1, 13)[None]
 
