@@ -156,7 +156,7 @@ def _fixed_seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_llama():
     """Makes small random Llamas on the CPU, in float32 and eval mode; the same weights for the same arguments.
 

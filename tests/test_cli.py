@@ -60,16 +60,23 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
-@pytest.fixture
-def base(tmp_path, tiny_llama) -> Path:
-    """A model and its tokenizer, in which every word is one token."""
-    folder = tmp_path / "base"
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, tiny_llama) -> Path:
+    """Make a model with its tokenizer, in which every word is one token, and an adapter of it: `base` and `adapter`."""
+    root = tmp_path_factory.mktemp("made")
+    folder = root / "base"
     vocabulary = {f"w{i}": i for i in range(VOCABULARY)}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="w0").save_pretrained(folder)
     tiny_llama(vocab_size=VOCABULARY).save_pretrained(folder)
-    return folder
+    succeed("patch", folder, *BUDGET, "--output", root / "adapter")
+    return root
+
+
+@pytest.fixture
+def base(made, tmp_path) -> Path:
+    return shutil.copytree(made / "base", tmp_path / "base")
 
 
 @pytest.fixture
@@ -81,9 +88,10 @@ def text(tmp_path) -> Path:
 
 
 @pytest.fixture
-def adapter(tmp_path, base) -> Path:
-    folder = tmp_path / "adapter"
-    succeed("patch", base, *BUDGET, "--output", folder)
+def adapter(made, tmp_path, base) -> Path:
+    folder = shutil.copytree(made / "adapter", tmp_path / "adapter")
+    config = folder / "adapter_config.json"
+    config.write_text(config.read_text().replace(str(made / "base"), str(base)))
     return folder
 
 

@@ -38,7 +38,7 @@ from hf_sparse.methods.sparsek.divide import divide_adapter
 
 pytestmark = pytest.mark.usefixtures("blank_pictures_in_module")
 
-LENGTH, LIMIT = 80, int(os.environ.get("HF_SPARSE_FUZZ", "4"))
+LENGTH, LIMIT = 80, int(os.environ.get("HF_SPARSE_FUZZ", "3"))
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.chmod", "os.truncate", "os.link", "os.symlink"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
