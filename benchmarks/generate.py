@@ -280,6 +280,18 @@ def profiles(models: dict[str, PreTrainedModel], ids: Tensor, options: argparse.
     return rows
 
 
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that all benchmarks of whole models have: the budget, where to run, and what to write."""
+    parser.add_argument("--k", type=int, default=508)
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--sinks", type=int, default=4)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--tiny", action="store_true", help="two small layers, for a trial")
+    parser.add_argument("--commit", default=None, help="of the code, where there is no git")
+    parser.add_argument("--output", type=Path, help="where to write the JSON")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
@@ -287,20 +299,13 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 4, 8])
     parser.add_argument("--new-tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--k", type=int, default=508)
-    parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--sinks", type=int, default=4)
     parser.add_argument("--method", choices=["sparsek", "sparsefinder"], default="sparsek")
     parser.add_argument("--predictor", default="full", help="Sparsefinder's; 'full' attends to all keys by entmax")
     parser.add_argument("--complete", action="store_true", help="complete Sparsefinder's graphs")
     parser.add_argument("--support", type=float, default=55.0, help="keys with weight per query, for Sparsefinder")
     parser.add_argument("--fitted", type=int, default=2048, help="tokens that Sparsefinder is fitted to and checked on")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--tiny", action="store_true", help="two small layers, for a trial")
     parser.add_argument("--no-check", action="store_true", help="measure without the comparison, for a trial")
-    parser.add_argument("--commit", default=None, help="of the code, where there is no git")
-    parser.add_argument("--output", type=Path, help="where to write the JSON")
+    add_options(parser)
     options = parser.parse_args()
     if options.new_tokens <= SKIPPED + PROFILED:
         parser.error(f"more than {SKIPPED + PROFILED} new tokens are needed, got {options.new_tokens}")

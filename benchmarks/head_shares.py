@@ -14,14 +14,13 @@ import copy
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from attention_kernels import current_commit  # beside this file
-from generate import SHAPES
+from generate import SHAPES, add_options
 from model import TINY
-from recorded import FEW, MANY, draw, generate
+from recorded import MANY, draw, generate, time_step
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from hf_sparse import CapturedDecoding, SparseKConfig, patch
@@ -76,11 +75,9 @@ def measure(models: dict[str, PreTrainedModel], prompt: int, batch: int, rounds:
     for number in range(1 + rounds):
         for name, model in models.items():
             for loop in ("eager", "recorded"):
-                seconds = [
-                    generate(model, ids, new, loops[name] if loop == "recorded" else None)[0] for new in (FEW, MANY)
-                ]
+                milliseconds = time_step(model, ids, loops[name] if loop == "recorded" else None)
                 if number:
-                    steps[f"{name}, {loop}"].append(1e3 * (seconds[1] - seconds[0]) / (MANY - FEW))
+                    steps[f"{name}, {loop}"].append(milliseconds)
             seconds_to_first = generate(model, ids, 1, None)[0]
             if number:
                 first[name].append(1e3 * seconds_to_first)
@@ -100,15 +97,8 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--least", type=float, default=0.4, help="smallest share of a head")
-    parser.add_argument("--k", type=int, default=508)
-    parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--sinks", type=int, default=4)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
-    parser.add_argument("--tiny", action="store_true", help="two small layers, for a trial")
     parser.add_argument("--deadline", type=float, default=float("inf"), help="seconds after which no cell begins")
-    parser.add_argument("--commit", default=None, help="of the code, where there is no git")
-    parser.add_argument("--output", type=Path, help="where to write the JSON")
+    add_options(parser)
     options = parser.parse_args()
     clock = time.monotonic()
     named = ("k", "window", "sinks", "least", "dtype", "rounds", "tiny")

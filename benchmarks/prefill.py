@@ -19,13 +19,12 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
 from attention_kernels import current_commit  # beside this file
-from generate import SHAPES, make_models, wait
+from generate import SHAPES, add_options, make_models, wait
 from profiles import kernels_of, profiler
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -109,15 +108,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384], help="tokens")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--k", type=int, default=508)
-    parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--sinks", type=int, default=4)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
-    parser.add_argument("--tiny", action="store_true", help="two small layers, for a trial")
     parser.add_argument("--no-check", action="store_true", help="measure without the comparison, for a trial")
-    parser.add_argument("--commit", default=None, help="of the code, where there is no git")
-    parser.add_argument("--output", type=Path, help="where to write the JSON")
+    add_options(parser)
     options = parser.parse_args()
     options.method, options.fitted, options.new_tokens = "sparsek", 1, 1  # what `make_models` of `generate.py` asks for
     named = ("prompts", "batch", "rounds", "k", "window", "sinks", "device", "dtype", "tiny")

@@ -18,12 +18,11 @@ import gc
 import statistics
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from attention_kernels import current_commit  # beside this file
-from generate import SHAPES, make_models
+from generate import SHAPES, add_options, make_models
 from model import copy_bandwidth
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -47,6 +46,12 @@ def generate(model: PreTrainedModel, ids: Tensor, new: int, decode: CapturedDeco
     if ids.is_cuda:
         torch.cuda.synchronize()
     return time.perf_counter() - begin, found[:, ids.shape[1] :]
+
+
+def time_step(model: PreTrainedModel, ids: Tensor, decode: CapturedDecoding | None) -> float:
+    """Return the milliseconds of a step, from two calls that differ in their new tokens alone."""
+    few, many = (generate(model, ids, new, decode)[0] for new in (FEW, MANY))
+    return 1e3 * (many - few) / (MANY - FEW)
 
 
 def draw(model: PreTrainedModel, prompt: int, batch: int) -> Tensor:
@@ -94,9 +99,7 @@ def measure(
         generate(models.get(name, models["sparse"]), ids, FEW, loops.get(name))
     for _ in range(rounds):
         for name in variants:
-            model, loop = models.get(name, models["sparse"]), loops.get(name)
-            seconds = [generate(model, ids, new, loop)[0] for new in (FEW, MANY)]
-            steps[name].append(1e3 * (seconds[1] - seconds[0]) / (MANY - FEW))
+            steps[name].append(time_step(models.get(name, models["sparse"]), ids, loops.get(name)))
     return {name: {"step_ms": statistics.median(times), "steps_ms": times} for name, times in steps.items()}
 
 
@@ -108,15 +111,8 @@ def main() -> None:
     parser.add_argument("--compiled", nargs="*", choices=list(SHAPES), default=["llama-8b"], help="compile these too")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only-recorded", action="store_true", help="leave out the loop of generate")
-    parser.add_argument("--k", type=int, default=508)
-    parser.add_argument("--window", type=int, default=512)
-    parser.add_argument("--sinks", type=int, default=4)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"])
-    parser.add_argument("--tiny", action="store_true", help="two small layers, for a trial")
     parser.add_argument("--deadline", type=float, default=float("inf"), help="seconds after which no cell begins")
-    parser.add_argument("--commit", default=None, help="of the code, where there is no git")
-    parser.add_argument("--output", type=Path, help="where to write the JSON")
+    add_options(parser)
     options = parser.parse_args()
     options.method, options.fitted, options.new_tokens = "sparsek", 0, MANY  # for `make_models`
     clock = time.monotonic()
