@@ -82,13 +82,8 @@ def push_to_hub(
         DataError: a measurement is damaged, or is one of another budget.
         TypeError: neither a `PeftModel` with one active adapter of hf-sparse nor a folder.
     """
-    options: dict[str, Any] = {
-        "base_model": base_model,
-        "evaluation": evaluation,
-        "training": training,
-        "license": license,
-    }
-    with _prepared(model_or_dir, repo_id, token, **options) as (api, stage, repo_id):
+    prepared = _prepared(model_or_dir, repo_id, token, base_model, evaluation, training, license)
+    with prepared as (api, stage, repo_id):
         if not is_main_process():
             return f"{api.endpoint}/{repo_id}"
         plan = plan_of(api, stage, repo_id, private, revision, create_pr)
@@ -112,13 +107,8 @@ def plan_push(
 
     The arguments and errors are those of `push_to_hub`. The Hub is asked, so a token is needed here too.
     """
-    options: dict[str, Any] = {
-        "base_model": base_model,
-        "evaluation": evaluation,
-        "training": training,
-        "license": license,
-    }
-    with _prepared(model_or_dir, repo_id, token, **options) as (api, stage, repo_id):
+    prepared = _prepared(model_or_dir, repo_id, token, base_model, evaluation, training, license)
+    with prepared as (api, stage, repo_id):
         return plan_of(api, stage, repo_id, private, revision, create_pr)
 
 
@@ -127,7 +117,6 @@ def _prepared(
     model_or_dir: PeftModel | str | Path,
     repo_id: str,
     token: str | bool | None,
-    *,
     base_model: str | None,
     evaluation: dict[str, Any] | None,
     training: dict[str, Any] | None,

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +11,7 @@ from hf_sparse.core.method_settings import MethodSettings
 
 #: The settings of every method that has a folder in `hf_sparse.methods`, by the method's name.
 METHODS: Mapping[str, MethodSettings] = {
-    settings.name: settings
-    for settings in (import_module(f"{folder}.settings").SETTINGS for folder in methods.folders())
+    module.SETTINGS.name: module.SETTINGS for module in methods.import_from_each("settings")
 }
 
 

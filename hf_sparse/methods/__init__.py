@@ -5,25 +5,42 @@ registers it. Other packages bring methods by entry points of the group `hf_spar
 of such folders.
 """
 
+import warnings
 from importlib import import_module
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from pkgutil import iter_modules
+from types import ModuleType
 
 #: The method of `hf-sparse patch` without `--method`.
 DEFAULT = "sparsek"
 
 
-def folders() -> list[str]:
-    """Return the long names of the packages of the methods in order: those here, then those of other packages.
+def import_from_each(name: str) -> list[ModuleType]:
+    """Import a module of this name from the folder of every method: those here, then those of other packages.
 
-    >>> folders()[:2]
-    ['hf_sparse.methods.sparsefinder', 'hf_sparse.methods.sparsek']
+    What cannot be imported of another package is left out with a warning, and the other methods work.
+
+    >>> [module.SETTINGS.name for module in import_from_each("settings")][:2]
+    ['sparsefinder', 'sparsek']
     """
-    names = [f"{__name__}.{module.name}" for module in iter_modules(__path__) if module.ispkg]
-    return names + sorted(entry.value for entry in entry_points(group=__name__))
+    modules = [import_module(f"{__name__}.{folder.name}.{name}") for folder in iter_modules(__path__) if folder.ispkg]
+    for entry in sorted(entry_points(group=__name__), key=lambda entry: entry.value):
+        try:
+            modules.append(import_module(f"{entry.value}.{name}"))
+        except Exception as error:
+            warnings.warn(
+                f"the method {entry.name!r} of the package {_package(entry)} is left out: {entry.value}.{name} cannot "
+                f"be imported ({type(error).__name__}: {error})",
+                stacklevel=2,
+            )
+    return modules
+
+
+def _package(entry: EntryPoint) -> str:
+    """Return the name of the package that brings an entry point, as pip knows it."""
+    return entry.dist.name if entry.dist else entry.value.partition(".")[0]
 
 
 def register_all() -> None:
     """Register the method of every folder with PEFT."""
-    for folder in folders():
-        import_module(f"{folder}.method")
+    import_from_each("method")

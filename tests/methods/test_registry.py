@@ -1,10 +1,11 @@
 """The list of methods that the layers above go through."""
 
 from dataclasses import replace
+from importlib.metadata import EntryPoint
 
 import pytest
 
-from hf_sparse import SparsefinderConfig, SparseKConfig
+from hf_sparse import SparsefinderConfig, SparseKConfig, methods
 from hf_sparse.core.layer import AttentionShape
 from hf_sparse.core.registry import method_of, registered_methods
 from hf_sparse.tuner import register_method
@@ -52,4 +53,19 @@ def test_a_name_is_registered_once():
         taken = {**others, field: getattr(method, field)}
         with pytest.raises(ValueError, match=f"a method '{getattr(method, field)}' is registered already"):
             register_method(replace(method, **taken))
+    assert registered_methods() == METHODS
+
+
+@pytest.mark.parametrize("module", ["settings", "method"])
+def test_a_method_of_another_package_that_cannot_be_imported_is_left_out(monkeypatch, module):
+    entry = EntryPoint("broken", "no_such_package.window", "hf_sparse.methods")
+    monkeypatch.setattr(methods, "entry_points", lambda group: [entry])
+    message = (
+        rf"the method 'broken' of the package no_such_package is left out: no_such_package\.window\.{module} cannot"
+    )
+    with pytest.warns(UserWarning, match=message):
+        found = methods.import_from_each(module)
+    assert [one.__name__ for one in found] == [
+        f"hf_sparse.methods.{name}.{module}" for name in ("sparsefinder", "sparsek")
+    ]
     assert registered_methods() == METHODS
