@@ -29,7 +29,7 @@ def check_lora(module: nn.Module, rank: int) -> None:
     """Raise `ValueError` if an attention module cannot have LoRA of this rank."""
     sizes = linear_layers(module)
     if not sizes:
-        raise ValueError(f"lora_rank must be 0: {type(module).__name__} has no linear layers of its own")
+        raise ValueError(f"lora_rank must be 0: {type(module).__name__} has no linear layers of its own, got {rank}")
     name, size = min(sizes.items(), key=lambda item: min(item[1]))
     if rank > min(size):
         raise ValueError(f"lora_rank must be at most {min(size)}, the width of {name}, got {rank}")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from copy import copy
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -69,7 +70,9 @@ def masked_gradients(method, objective, batch_size, accumulation):
 
 def launch(*command):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launcher, *map(str, command)], capture_output=True, text=True, timeout=120)
+    with TemporaryDirectory() as logs:  # without a folder for logs the launcher makes one and leaves it
+        launched = [*launcher, "--log-dir", logs, *map(str, command)]
+        done = subprocess.run(launched, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -32,9 +32,13 @@ def read_longbench(path: str | Path) -> list[Document]:
             row = json.loads(line)
             document = Document(row["context"], row["input"], tuple(row["answers"]))
             if not document.answers or not all(isinstance(x, str) for x in (document.context, document.input)):
-                raise TypeError("context and input must be text, and answers a list with at least one")
+                kinds = ", ".join(type(row[name]).__name__ for name in ("context", "input"))
+                raise TypeError(
+                    f"context and input must be text, and answers a list with at least one, got {kinds} and "
+                    f"{len(document.answers)} answers"
+                )
             if isinstance(row["answers"], str) or not all(isinstance(answer, str) for answer in document.answers):
-                raise TypeError("answers must be a list of texts")
+                raise TypeError(f"answers must be a list of texts, got {row['answers']!r:.80}")
         except (ValueError, TypeError, KeyError) as error:
             raise DataError(
                 f"line {number} of {path} is not LongBench's format (input, context, answers): {error!r}"

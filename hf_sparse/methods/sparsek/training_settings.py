@@ -48,5 +48,6 @@ class SparseKTrainingSettings(TrainingSettings):
             )
         if self.lora_steps:
             raise ValueError(
-                "lora_steps must be 0 for the objective 'attention', which reads the model and trains no LoRA"
+                "lora_steps must be 0 for the objective 'attention', which reads the model and trains no LoRA; "
+                f"got {self.lora_steps!r}"
             )
