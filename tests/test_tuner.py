@@ -445,6 +445,7 @@ def test_of_two_types_the_one_that_is_reported_runs(base_folder, tmp_path, tiny_
             )
 
 
+@pytest.mark.full  # the test before asks the same of a forward that is not compiled
 def test_a_compiled_forward_knows_which_of_two_types_runs(base_folder, tmp_path, tiny_llama):
     """torch 2.11 cannot trace the weak reference to the model, so that no torch may see it."""
     lora = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)).eval()

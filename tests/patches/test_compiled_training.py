@@ -32,7 +32,7 @@ def gradients(model, forward, mask):
     [
         pytest.param(torch.ones_like(IDS), False, None, marks=pytest.mark.full),
         (LEFT, True, None),
-        (LEFT, True, [[0.5, 1.5]]),
+        pytest.param(LEFT, True, [[0.5, 1.5]], marks=pytest.mark.full),
     ],
     ids=["all learn", "padded, scorers learn", "heads with budgets of their own"],
 )
