@@ -240,8 +240,8 @@ def _step(
     splits = SPLITS  # programs of this head
     if Offsets is not None:
         splits = tl.cdiv(slots, share)
-        if (split >= splits) & (split < SPLITS):
-            return
+    if (split >= splits) & (split < SPLITS):
+        return
     position = tl.load(seen + place * seen_row)
     keys += place * keys_row + base * D
     values += place * values_row + base * D
