@@ -6,10 +6,11 @@
         model-earlier-h200.json --profiles profiles-recorded-h200.json profiles-launches-h200.json \\
         profiles-scores-h200.json profiles-h200.json \\
         --first-calls first_calls-h200.json --sizes sizes-h200.json sizes-more-h200.json sizes-soft-h200.json \\
-        --generate generate-h200.json generate-before-h200.json --entmax entmax_kernels-h200.json \\
+        --generate generate-h200.json generate-8b-h200.json generate-smollm2-h200.json \\
+        --generate-before generate-before-h200.json --entmax entmax_kernels-h200.json \\
         entmax_kernels-earlier-h200.json --entmax entmax_kernels-128-h200.json entmax_kernels-128-earlier-h200.json \\
-        --recorded recorded-h200.json recorded-earlier-h200.json \\
-        --first-static first_static-h200.json first_static-earlier-h200.json \\
+        --recorded recorded-h200.json recorded-e27d4a2-h200.json recorded-earlier-h200.json \\
+        --first-static first_static-h200.json first_static-e27d4a2-h200.json first_static-earlier-h200.json \\
         --shapes kernels-launches-h200.json kernels-shape-*-h200.json --first-tokens generate-short-h200.json \\
         --prefills prefill-h200.json \\
         --evaluation evaluation-h200.json --cpu generate-cpu.json generate-before-cpu.json --busy busy-cpu.json \\
@@ -293,12 +294,12 @@ def first_call_table(first_calls: dict[str, Any]) -> str:
 def recorded_table(runs: Sequence[dict[str, Any]]) -> str:
     """Tabulate the milliseconds of a step by recorded steps and by `generate`, and shares of the roofline.
 
-    All runs but the first are of earlier code. Where a round took no time, its shorter call had compiled something, and
+    Each row names the commit of its run. Where a round took no time, its shorter call had compiled something, and
     there is no number.
     """
     names = ("dense", "sparse", "recorded", "recorded compiled")
     rows = []
-    for number, recorded in enumerate(runs):
+    for recorded in runs:
         for row in recorded["rows"]:
             measured = {name: row[name] for name in names if name in row and min(row[name]["steps_ms"]) > 0}
             times = {name: steps["step_ms"] for name, steps in measured.items()}
@@ -309,7 +310,7 @@ def recorded_table(runs: Sequence[dict[str, Any]]) -> str:
             ]
             share = f"{row['ideal_ms'] / fastest:.0%}"
             cells = [*(short(times.get(name)) for name in names), *map(short, ratios), share]
-            rows.append([f"{row['shape']}, {row['prompt']:,} x {row['batch']}{', earlier' if number else ''}", *cells])
+            rows.append([f"{row['shape']}, {row['prompt']:,} x {row['batch']}, {recorded['commit'][:7]}", *cells])
     head = ["shape, prompt x batch", "dense, ms", "sparse, ms", "recorded, ms", "recorded, compiled, ms"]
     return table([*head, "dense / recorded", "dense / fastest", "fastest, of the roofline"], rows)
 
@@ -317,16 +318,22 @@ def recorded_table(runs: Sequence[dict[str, Any]]) -> str:
 def first_static_table(runs: Sequence[dict[str, Any]]) -> str:
     """Tabulate the seconds of the first calls of compiled or recorded decoding, and the graphs that were compiled.
 
-    All runs but the first are of earlier code.
+    Each row names the commit of its run.
     """
     rows = []
-    for number, first_static in enumerate(runs):
+    for first_static in runs:
         for row in first_static["rows"]:
             seconds = [*row["calls_s"].values(), max(row["lengths_s"].values())]
-            name = f"{row['way']}{', earlier' if number else ''}"
+            name = f"{row['way']}, {first_static['commit'][:7]}"
             rows.append([name, *map(short, seconds), str(row["graphs"]), str(row["more_graphs"])])
     head = ["seconds", "prompt alone", "first call, 8 tokens", "first of 64 tokens", "again", "slowest of 10 lengths"]
     return table([*head, "graphs", "more for 10 lengths"], rows)
+
+
+def joined_generate(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the first run of default `generate` with the cells of later runs, each row with the commit of its run."""
+    rows = [row | {"commit": run["commit"]} for run in runs for row in run["rows"]]
+    return runs[0] | {"rows": firsts(rows, "shape", "prompt", "batch")}
 
 
 def ratios(generate: dict[str, Any], call: int | None = None) -> dict[tuple[str, int, int], float]:
@@ -349,9 +356,16 @@ def generate_table(generate: dict[str, Any], before: dict[str, Any]) -> str:
         calls = [row[name].get("call_ms") for name in ("dense", "sparse")]
         whole = calls[0] / calls[1] if all(calls) else None
         times = [f"{value:.2f}" if value else "-" for value in (unseen[cell], again[cell], whole, earlier.get(cell))]
-        rows.append([f"{cell[0]}, {cell[1]:,} x {cell[2]}", *map(short, steps), *times, first])
+        rows.append([f"{cell[0]}, {cell[1]:,} x {cell[2]}", *map(short, steps), *times, first, row["commit"][:7]])
     head = ["shape, prompt x batch", "dense, unseen lengths", "sparse", "dense, lengths seen before", "sparse"]
-    head += ["times as fast, unseen", "seen", "seen, whole call", "seen, before", "first token, ms: dense / sparse"]
+    head += [
+        "times as fast, unseen",
+        "seen",
+        "seen, whole call",
+        "seen, before",
+        "first token, ms: dense / sparse",
+        "commit",
+    ]
     return table(head, rows)
 
 
@@ -845,9 +859,8 @@ def main() -> None:
     parser.add_argument("--profiles", type=Path, nargs="+", required=True)
     parser.add_argument("--first-calls", type=Path, required=True)
     parser.add_argument("--sizes", type=Path, nargs="+", required=True, help="JSON of searches for sizes of programs")
-    parser.add_argument(
-        "--generate", type=Path, nargs=2, required=True, help="JSON of default generate, now and before"
-    )
+    parser.add_argument("--generate", type=Path, nargs="+", required=True, help="JSON of default generate")
+    parser.add_argument("--generate-before", type=Path, required=True, help="the same before steps were recorded")
     parser.add_argument("--shapes", type=Path, nargs="+", required=True, help="JSON of the kernels, one per shape")
     parser.add_argument("--first-tokens", type=Path, required=True, help="JSON of default generate, short prompts")
     parser.add_argument("--prefills", type=Path, required=True, help="JSON of prefill.py")
@@ -877,7 +890,8 @@ def main() -> None:
         return json.loads(path.read_text("utf-8"))
 
     kernels, model = joined_kernels(list(map(read, options.kernels))), joined(list(map(read, options.model)))
-    profiles, generate = list(map(read, options.profiles)), list(map(read, options.generate))
+    profiles = list(map(read, options.profiles))
+    generate = [joined_generate(list(map(read, options.generate))), read(options.generate_before)]
     wider, first_calls, sizes = read(options.wider), read(options.first_calls), list(map(read, options.sizes))
     entmax = [list(map(read, paths)) for paths in options.entmax]
     tables = all_tables(

@@ -8,7 +8,8 @@ gives another loss or other gradients than the step that ran.
 
 import warnings
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,7 +76,7 @@ def recorded_loss(compute: Callable[[Tensor], Tensor], model: nn.Module, chunks:
         recording = _recordings[base] = _Recording(layout)
     recording.steps += 1
     if recording.steps == _EAGER + 1 and learned and not is_repeated and _has_room(chunks.device):
-        _record(recording, compute, chunks, learned)
+        _record(recording, compute, model, chunks, learned)
     if recording.replay is None:
         return compute(chunks)
     loss: Tensor = _Replayed.apply(recording, chunks, *learned)
@@ -99,15 +100,19 @@ def _has_room(device: torch.device) -> bool:
 
 
 def _record(
-    recording: _Recording, compute: Callable[[Tensor], Tensor], chunks: Tensor, learned: list[nn.Parameter]
+    recording: _Recording,
+    compute: Callable[[Tensor], Tensor],
+    model: nn.Module,
+    chunks: Tensor,
+    learned: list[nn.Parameter],
 ) -> None:
     """Record the step without taking it; leave the recording as it is if that cannot be done, or plays another step."""
     recording.chunks = static = chunks.clone()
 
     def step() -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
+        with torch.enable_grad(), _new_leaves(model, learned) as leaves:
             loss = compute(static)
-            gradients = torch.autograd.grad(loss, learned, allow_unused=True)
+            gradients = torch.autograd.grad(loss, leaves, allow_unused=True)
         recording.shapes = [None if gradient is None else gradient.shape for gradient in gradients]
         flat = [gradient.flatten().float() for gradient in gradients if gradient is not None]
         return loss.detach(), torch.cat(flat)
@@ -121,6 +126,29 @@ def _record(
     if not _agree(recording.results, step()):
         warnings.warn("a recorded training step differs from one that ran, so all steps run", stacklevel=2)
         recording.chunks = recording.results = recording.replay = None
+
+
+@contextmanager
+def _new_leaves(model: nn.Module, learned: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Put parameters that autograd does not know yet, with the same memory, in place of those that are trained.
+
+    While the loss of an earlier step lives, autograd keeps the stream of that step with each parameter, and would wait
+    for it within the recording, which ends that.
+    """
+    new = {parameter: nn.Parameter(parameter.detach()) for parameter in learned}
+    places = [
+        (module, name, parameter)
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if parameter in new
+    ]
+    try:
+        for module, name, parameter in places:
+            module._parameters[name] = new[parameter]
+        yield list(new.values())
+    finally:
+        for module, name, parameter in places:
+            module._parameters[name] = parameter
 
 
 def _agree(played: tuple[Tensor, Tensor], ran: tuple[Tensor, Tensor]) -> bool:

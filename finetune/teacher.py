@@ -5,6 +5,7 @@ the next one is recorded, and later ones replay it. Whatever cannot be recorded 
 """
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_sparse.finetune.predictions import Predictions, predict
-from hf_sparse.patches.recorded_steps import calls_nothing_else
+from hf_sparse.patches.recorded_steps import calls_nothing_else, record
 
 _MOST_WORK = 2e12  # parameters times tokens of a forward that is bound by the host
 _EAGER = 2  # calls of a layout before one is recorded: libraries make their plans and allocate in them
@@ -26,14 +27,14 @@ class _Teacher:
     Attributes:
         layout: what must be the same for a replay: shape of the tokens, options, addresses and dtypes of all weights.
         calls: how often this layout was asked for.
-        graph: `None` before it is recorded, or if it cannot be.
-        tokens: the input that the graph reads.
-        predictions: what the graph writes.
+        replay: plays the forward; `None` before it is recorded, or if it cannot be.
+        tokens: the input that it reads.
+        predictions: what it writes.
     """
 
     layout: tuple[Any, ...]
     calls: int = 0
-    graph: torch.cuda.CUDAGraph | None = None
+    replay: Callable[[], None] | None = None
     tokens: Tensor | None = None
     predictions: Predictions | None = None
 
@@ -60,17 +61,17 @@ def predict_dense(model: nn.Module, tokens: Tensor, **options: Any) -> Predictio
     teacher = _teachers.get(base)
     if teacher is None or teacher.layout != layout:
         teacher = _teachers[base] = _Teacher(layout)
-    if teacher.graph is not None:
+    if teacher.replay is not None:
         assert teacher.tokens is not None and teacher.predictions is not None
         teacher.tokens.copy_(tokens)
-        teacher.graph.replay()
+        teacher.replay()
         return teacher.predictions
     teacher.calls += 1
     if teacher.calls == _EAGER + 1:
         try:
             return _record(teacher, model, tokens, options)
         except RuntimeError:  # it waits for the device, or calls what cannot be recorded
-            teacher.graph = teacher.tokens = teacher.predictions = None
+            teacher.replay = teacher.tokens = teacher.predictions = None
     return predict(model, tokens, **options)
 
 
@@ -98,11 +99,7 @@ def is_small(base: PreTrainedModel, weights: list[Tensor], tokens: Tensor) -> bo
 
 def _record(teacher: _Teacher, model: nn.Module, tokens: Tensor, options: dict[str, Any]) -> Predictions:
     """Record the forward, run it once and return what it predicts."""
-    teacher.tokens = tokens.clone()
-    graph = torch.cuda.CUDAGraph()
-    # Other threads, such as those that load data, may use the device meanwhile.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        teacher.predictions = predict(model, teacher.tokens, **options)
-    teacher.graph = graph
-    graph.replay()
+    teacher.tokens = static = tokens.clone()
+    teacher.predictions, teacher.replay = record(lambda: predict(model, static, **options), tokens.device)
+    teacher.replay()
     return teacher.predictions

@@ -70,7 +70,8 @@ def attention_forward(
         ValueError: a mask that says more than padding and packed texts, packed texts that cannot be told apart here, or
             a keyword that would change the result and is not known.
     """
-    texts = _packed(query, attention_mask, kwargs)
+    is_plain = attention_mask is None and kwargs.get("cu_seq_lens_q") is None
+    texts = None if is_plain else _packed(query, attention_mask, kwargs)
     if sparse_call is None:
         # An attention module of a patched model that is not patched itself.
         if attention_mask is None or attention_mask.ndim == 2:
@@ -88,7 +89,8 @@ def attention_forward(
     cache: Any = sparse_call.cache
     length = query.shape[2]
     call = getattr(cache, "call", None)
-    _refuse_what_would_be_ignored(module, kwargs)
+    if not _WATCHED.isdisjoint(kwargs):
+        _refuse_what_would_be_ignored(module, kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if texts is not None:
         if cache is not None:
@@ -123,6 +125,7 @@ _CHANGES_THE_RESULT = {
     "position_bias": "a position bias",
     "sliding_window": "a sliding window",
 }
+_WATCHED = frozenset((*_CHANGES_THE_RESULT, "is_causal"))
 
 
 def _packed(query: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> PackedTexts | None:

@@ -9,6 +9,7 @@ its processors, criteria and streamers.
 import functools
 import gc
 from collections.abc import Callable
+from contextlib import suppress
 from operator import is_
 from typing import Any
 
@@ -103,23 +104,40 @@ def record(call: Callable[[], Any], device: torch.device) -> tuple[Any, Callable
     Raises:
         RuntimeError: the call did what cannot be recorded.
     """
-    graph, stream = torch.cuda.CUDAGraph(), _stream(device)
+    graph, stream, pool = torch.cuda.CUDAGraph(), _stream(device), torch.cuda.graph_pool_handle()
     stream.wait_stream(torch.cuda.current_stream(device))
     collects = gc.isenabled()
     gc.disable()  # memory of the device must not be given back meanwhile
     try:
         with torch.cuda.stream(stream):
             # Other threads, such as those of a streamer, may use the device meanwhile.
-            graph.capture_begin(capture_error_mode="thread_local")
+            graph.capture_begin(pool, capture_error_mode="thread_local")
             try:
                 output = call()
             finally:
-                graph.capture_end()
+                try:
+                    graph.capture_end()
+                except RuntimeError:
+                    _forget_recording(device, pool)
+                    raise
     finally:
         if collects:
             gc.enable()
     torch.cuda.current_stream(device).wait_stream(stream)
     return output, graph.replay
+
+
+def _forget_recording(device: torch.device, pool: Any) -> None:
+    """Undo what `capture_end` of torch 2.11 leaves behind where it fails.
+
+    The random generator of the device would refuse to draw, and the memory of the recording would never be given back.
+    """
+    index = torch.cuda.current_device() if device.index is None else device.index
+    generator = torch.cuda.default_generators[index]
+    generator.graphsafe_set_state(generator.clone_state())
+    with suppress(RuntimeError):  # of a version that ends this itself
+        torch._C._cuda_endAllocateToPool(index, pool)
+        torch._C._cuda_releasePool(index, pool)
 
 
 @functools.cache

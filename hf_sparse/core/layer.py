@@ -325,23 +325,17 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
     def is_used(self) -> bool:
         """Tell whether the adapter in use has parameters here; none is in use after the last one was deleted."""
         names = self._active_adapter  # not by PEFT's properties: every call of the model asks this of every layer
-        if not isinstance(names, str):
-            if not names:
-                return False
-            names = self._only(names)
-        return names in self.configs
+        return bool(names) and self.active in self.configs
 
     @property
     def active(self) -> str:
         """Return the name of the one adapter in use."""
         names = self._active_adapter
-        return names if isinstance(names, str) else self._only(names)
-
-    @staticmethod
-    def _only(names: list[str]) -> str:
-        if len(names) != 1:
+        if type(names) is list and len(names) == 1:
+            return names[0]
+        if not isinstance(names, str):
             raise ValueError(f"sparse attention needs exactly one active adapter, got {names}")
-        return names[0]
+        return names
 
     def enable_adapters(self, enabled: bool) -> None:
         """Switch as `switch` does; PEFT calls this.

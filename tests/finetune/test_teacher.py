@@ -32,7 +32,7 @@ def test_replays_predict_the_same(model, chunks):
         torch.testing.assert_close(found.states, expected.states, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(found.hidden, expected.hidden, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(found.logits(found.states), expected.logits(expected.states), rtol=1e-5, atol=1e-5)
-    assert len(teacher._teachers) == 1 and next(iter(teacher._teachers.values())).graph is not None
+    assert len(teacher._teachers) == 1 and next(iter(teacher._teachers.values())).replay is not None
     for parameter in model.parameters():  # in new memory, with other values
         parameter.data = parameter.data * 1.5
     found, expected = dense(model, rows[0], use_cache=False, output_hidden_states=True)
@@ -62,7 +62,7 @@ def test_a_forward_that_waits_for_the_device_runs_as_ever(model, chunks):
         found, expected = dense(model, chunks[:2].to("cuda"), use_cache=False)
         torch.testing.assert_close(found.states, expected.states, rtol=1e-5, atol=1e-5)
     handle.remove()
-    assert all(one.graph is None for one in teacher._teachers.values())
+    assert all(one.replay is None for one in teacher._teachers.values())
 
 
 def test_elsewhere_it_runs(model, chunks):
@@ -71,4 +71,4 @@ def test_elsewhere_it_runs(model, chunks):
         for _ in range(4):
             found, expected = dense(model, chunks[:2].to(model.device), use_cache=False)
             assert torch.equal(found.states, expected.states)
-    assert not [one for one in teacher._teachers.values() if one.graph is not None]
+    assert not [one for one in teacher._teachers.values() if one.replay is not None]

@@ -138,6 +138,30 @@ def test_what_cannot_be_recorded_runs(model, played, monkeypatch):
     assert attempts == [1]
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a CUDA device")
+def test_a_recording_that_fails_leaves_the_device_as_it_was():
+    """Draw random numbers, and get back the memory of the recording, after a call that waits for the device."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    torch.manual_seed(0)
+    expected = torch.randn(3, device=device)
+    torch.manual_seed(0)
+
+    def call():
+        large = torch.empty(1 << 26, device=device)
+        torch.randn(3, device=device)
+        return large.sum().item()
+
+    for _ in range(3):
+        with pytest.raises(RuntimeError):
+            recorded_steps.record(call, device)
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+    assert torch.equal(torch.randn(3, device=device), expected)
+    assert torch.cuda.memory_reserved() - before < 1 << 26
+
+
 def test_caches_that_grow_run(tiny_llama, played):
     model = patch(tiny_llama().to(DEVICE), SparsefinderConfig(predictor="full", window=8, tile=8))
     model.generate(IDS, **GREEDY)

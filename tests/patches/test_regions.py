@@ -58,6 +58,13 @@ def test_steps_through_autograds_tracer_choose_the_tokens_of_eager_ones(name):
     assert counters["stats"]["unique_graphs"] == 1 + has_windows
 
 
+def test_heads_with_budgets_of_their_own_are_in_regions():
+    model = patch(FAMILIES["llama"].make(), SparseKConfig(**BUDGET, head_shares=[[0.5, 1.5], [1.25, 0.75]]))
+    expected = model.generate(IDS, **OPTIONS)
+    assert torch.equal(model.generate(IDS, **static("aot_eager")), expected)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
 def test_layers_call_one_graph(tiny_llama):
     """All but the first layer, whose count of tokens the model's masks read."""
     graphs: list[torch.fx.GraphModule] = []

@@ -180,7 +180,7 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
     @property
     def compiles_as_region(self) -> bool:
         """Tell whether steps are those of `step_compiled`."""
-        return self.baseline is None and self.observer is None and isinstance(self.budget.k, int)
+        return self.baseline is None and self.observer is None
 
     def score(self, hidden_states: Tensor, index: Tensor) -> Tensor:
         """Return the scorer's frozen scores `[B, Hkv, T]` float32 of tokens that stand at `index` of their rows.

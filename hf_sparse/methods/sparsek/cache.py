@@ -175,9 +175,10 @@ class SparseKCacheLayer(CacheLayerMixin):
         They have been marked as `fix_address` does.
         """
         self.dtype, self.device = keys.dtype, keys.device
-        self.keys, self.values, self.scores, self.positions = keys, values, scores, positions
+        self.keys, self.values, self._scores, self.positions = keys, values, scores, positions
         self.seen, self.padded_late, self.cumulative_length = seen, padded_late, cumulative_length
-        self._make_counters()
+        if self.counts_arrivals:
+            self._make_counters()
         self.is_initialized, self.empty, self.soft = True, False, False
 
     def _make_counters(self) -> None:
@@ -384,7 +385,7 @@ class SparseKCacheLayer(CacheLayerMixin):
         """
         columns = length if attention_mask is None else attention_mask.shape[1]
         if self.empty or columns < length:
-            return mask_of_keys(attention_mask, length)
+            return None if attention_mask is None else mask_of_keys(attention_mask, length)
         if length > 1 and not torch.compiler.is_compiling():
             if attention_mask is not None and columns > length:
                 self._check_real_tokens(attention_mask[:, :-length].sum(-1))

@@ -31,12 +31,11 @@ def step_compiled(
 
     Returns:
         `[B, Hq, 1, D]`, contiguous; `None`, with nothing changed, if the step has to take another path: it runs eager
-        or with gradients, the cache has no slots yet, or different numbers of them for its heads, or a baseline or an
-        observer is in use.
+        or with gradients, the cache has no slots yet, or a baseline or an observer is in use.
     """
     if not torch.compiler.is_compiling() or torch.is_grad_enabled() or not cache.is_initialized:
         return None
-    if attention.baseline is not None or attention.observer is not None or cache.counts is not None:
+    if attention.baseline is not None or attention.observer is not None:
         return None
     scorer: Any = attention.sparsek_scorer[attention.active]
     if isinstance(scorer, LinearScorer):
@@ -49,5 +48,5 @@ def step_compiled(
     return take_step(
         query, key, value, states, weight, slope, valid, cache.keys, cache.values, cache.scores, cache.positions,
         cache.seen, cache.padded_late, cache.arrived, total, float(position_slope), SLOPE_TOKENS,
-        cache.window, cache.sinks, scaling,
+        cache.window, cache.sinks, scaling, None if cache.counts is None else list(cache.counts), cache.offsets,
     )  # fmt: skip

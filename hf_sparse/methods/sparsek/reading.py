@@ -97,8 +97,7 @@ def read_in_few_launches(
         return None
     if isinstance(cache, RaggedCacheLayer):
         return None  # one list of keys for all heads: `SparseKAttention` calls the kernels head by head
-    owner = (attention.identities[attention.active], None)
-    if cache.owner != owner:
+    if cache.owner != (attention.identities[attention.active], None):
         return None
     if cache.call is None and attention.budget != (cache.k, cache.window, cache.sinks):  # was overridden since
         return None

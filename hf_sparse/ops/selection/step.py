@@ -10,9 +10,13 @@ used, and the slots have addresses that compiled code knows to be fixed. The one
 of tokens, is optional.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from hf_sparse.ops.selection import ragged
 from hf_sparse.ops.selection.linear_scores import linear_scores
 from hf_sparse.ops.selection.slots import attend_slots, has_kernels, insert_token
 from hf_sparse.ops.triton import DTYPES
@@ -40,6 +44,8 @@ def take_step(
     window: int,
     sinks: int,
     scaling: float,
+    counts: Sequence[int] | None = None,
+    offsets: Tensor | None = None,
 ) -> Tensor:
     """Take the step in one kernel, or in plain PyTorch.
 
@@ -52,6 +58,7 @@ def take_step(
         arrived: its counters for the kernel, `[B * Hkv + 1]` of zeros; `None` to make them.
         total: the layer's count of tokens, which grows by one; `None` to leave it.
         position_slope, slope_tokens, window, sinks, scaling: see `StepKernel`.
+        counts, offsets: where heads have different numbers of slots, see `hf_sparse.ops.selection.ragged`.
 
     Returns:
         `[B, Hq, 1, D]`, contiguous.
@@ -73,7 +80,7 @@ def take_step(
         kernel = StepKernel(
             (keys, values, scores, positions, seen, padded_late, count), query, key, value, weight, slope,
             position_slope=position_slope, slope_tokens=slope_tokens, masked=valid is not None,
-            window=window, sinks=sinks, scaling=scaling, arrived=arrived,
+            window=window, sinks=sinks, scaling=scaling, counts=counts, offsets=offsets, arrived=arrived,
         )  # fmt: skip
         return kernel(query, key, value, states.contiguous(), weight, slope, valid)
     new = states if weight is None else linear_scores(states, weight)
@@ -84,11 +91,15 @@ def take_step(
     real = None if valid is None else valid.flatten()
     if real is not None:
         padded_late.logical_or_(~real & (seen > 0))
-    insert_token(keys, values, scores, positions, seen, key, value, new, real, window=window, sinks=sinks)
+    slots, token = (keys, values, scores, positions, seen), (key, value, new, real)
+    of_heads = {} if counts is None else {"counts": counts, "offsets": offsets}
+    insert: Any = insert_token if counts is None else ragged.insert_token
+    insert(*slots, *token, **of_heads, window=window, sinks=sinks)
     seen.add_(1 if real is None else real.long())
     if total is not None:
         total.add_(1)
-    return attend_slots(query, keys, values, positions, scaling=scaling).contiguous()
+    attend: Any = attend_slots if counts is None else ragged.attend_slots
+    return attend(query, keys, values, positions, **of_heads, scaling=scaling).contiguous()
 
 
 @take_step.register_fake

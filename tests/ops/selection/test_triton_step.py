@@ -12,6 +12,7 @@ from hf_sparse._compat import with_cache
 from hf_sparse.methods.sparsek import attention, step
 from hf_sparse.methods.sparsek.baselines import Recency
 from hf_sparse.ops.selection import linear_scores as linear
+from hf_sparse.ops.selection import ragged
 from hf_sparse.ops.selection import slots as reference
 from hf_sparse.ops.selection import step as operator
 from hf_sparse.ops.selection.triton import step as kernels
@@ -140,6 +141,35 @@ def test_the_operator_of_compiled_code_takes_the_same_steps(plain, monkeypatch, 
         torch.testing.assert_close(output, expected.float(), rtol=1e-5, atol=1e-6)
         assert total == min(t + 1, number) and output.is_contiguous()
     assert not arrived.any(), "the counters did not return to zero"
+
+
+def test_the_operator_takes_heads_with_different_numbers_of_slots(monkeypatch):
+    """Compare the kernel with plain PyTorch, until both heads have let keys go."""
+    batch, dim, counts = 2, 16, (7, 19)
+    offsets = ragged.offsets_of(counts, torch.device(DEVICE))
+
+    def state():
+        empty = torch.zeros(batch, sum(counts), dim, device=DEVICE)
+        table = torch.zeros(batch, sum(counts), device=DEVICE)
+        seen = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
+        positions = torch.full(table.shape, -1, device=DEVICE)
+        return empty, empty.clone(), table, positions, seen, torch.zeros(batch, dtype=torch.bool, device=DEVICE)
+
+    states_of = {"kernel": state(), "plain": state()}
+    weight = torch.randn(2, COLUMNS, device=DEVICE)
+    for t in range(24):
+        new = [torch.randn(batch, *shape, device=DEVICE) for shape in ((4, 1, dim), (2, 1, dim), (2, 1, dim))]
+        inputs = torch.randn(batch, 1, COLUMNS, device=DEVICE)
+        outputs = {}
+        for name, tensors in states_of.items():
+            monkeypatch.setattr(operator, "has_kernels", lambda *_, takes=name == "kernel": takes)
+            outputs[name] = operator.take_step(
+                *new, inputs, weight, None, None, *tensors, None, None, 0.0, 256, 2, 1, 0.3, list(counts), offsets
+            )
+        for one, other in zip(*states_of.values(), strict=True):
+            assert torch.equal(one, other), t
+        torch.testing.assert_close(outputs["kernel"], outputs["plain"], rtol=1e-5, atol=1e-6)
+    assert (states_of["plain"][3] >= 0).all(), "the slots never filled up"
 
 
 @pytest.fixture
