@@ -124,8 +124,8 @@ def attend_groups(
         tau, counts, slopes, groups, 0 if found is None else found.blocks.shape[1], most, kept,
         *arguments_of(query, key, lists),
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], **constants(query, key, kind, causal),
-        N=0 if found is None else found.size, M=GROUP_ROWS, C=chunk, WIDE=wide, STAGES=stages, SAVE=trains,
-        num_warps=warps, num_stages=1, maxnreg=registers,
+        N=0 if found is None else found.size, M=GROUP_ROWS, C=chunk, WIDE=wide, STAGES=stages, LANES=32 * warps,
+        SAVE=trains, num_warps=warps, num_stages=1, maxnreg=registers,
     )  # fmt: skip
     return Attended(output, tau, counts, slopes, support if trains else None, lengths, room)
 
@@ -138,11 +138,11 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 @triton.jit
-def _keys_of_bits(Words, Numbers, List, blocks, most, N: tl.constexpr):
+def _keys_of_bits(Words, Numbers, List, blocks, most, N: tl.constexpr, LANES: tl.constexpr):
     """Write the keys of the bits of a group to `List`, and return how many there are."""
     total = 0
-    lane = tl.arange(0, 128)
-    for begin in range(0, blocks * 4, 128):
+    lane = tl.arange(0, LANES)
+    for begin in range(0, blocks * 4, LANES):
         number = begin + lane
         word = tl.load(Words + number, mask=number < blocks * 4, other=0).to(tl.uint32, bitcast=True)
         block = tl.load(Numbers + number // 4, mask=number < blocks * 4, other=0)
@@ -160,11 +160,13 @@ def _keys_of_bits(Words, Numbers, List, blocks, most, N: tl.constexpr):
 
 
 @triton.jit
-def _keys_of_tiles(Index, List, end, Valid, batch, keys, size, last, most, CAUSAL: tl.constexpr):
+def _keys_of_tiles(
+    Index, List, end, Valid, batch, keys, size, last, most, CAUSAL: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
     """Write the keys of listed tiles up to `last` to `List`, without padding, and return how many there are."""
     total = 0
-    lane = tl.arange(0, 128)
-    for begin in range(0, end, 128):
+    lane = tl.arange(0, LANES)
+    for begin in range(0, end, LANES):
         key, there = keys_of_slots(begin + lane, end, Index, Valid, batch, keys, size)
         if CAUSAL:
             there &= key <= last
@@ -235,6 +237,7 @@ def _groups(
     C: tl.constexpr,
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
+    LANES: tl.constexpr,
     SAVE: tl.constexpr,
 ):
     dim, step = tl.arange(0, PADDED), tl.arange(0, C)
@@ -262,11 +265,11 @@ def _groups(
             blocks = tl.load(Counts + group)
             if blocks <= capacity:
                 bits = group.to(tl.int64) * capacity
-                total = _keys_of_bits(Words + bits * 4, Numbers + bits, Found, blocks, most, N)
+                total = _keys_of_bits(Words + bits * 4, Numbers + bits, Found, blocks, most, N, LANES)
         else:
             end = tl.where(last >= 0, tl.load(Listed + job) * size, 0)
             listed = Index + batch * i_batch + number * i_list + tile * i_tile
-            total = _keys_of_tiles(listed, Found, end, Valid, batch, keys, size, last, most, CAUSAL)
+            total = _keys_of_tiles(listed, Found, end, Valid, batch, keys, size, last, most, CAUSAL, LANES)
         over = total > most
         total = tl.where(over, 0, total)
         scale, exponent = tl.load(Scale + head), exponent_of(Exponent, head, KIND)
