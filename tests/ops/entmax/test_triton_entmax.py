@@ -1,6 +1,6 @@
 """The entmax kernels against plain PyTorch in float64: over all keys and over listed tiles, outputs and gradients."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from hf_sparse.ops.entmax import certified_entmax_attention, entmax_attention
 from hf_sparse.ops.entmax.inputs import Inputs
 from hf_sparse.ops.entmax.threshold import distribution
-from hf_sparse.ops.entmax.triton import takes_kernels
+from hf_sparse.ops.entmax.triton import attention, takes_kernels
 from hf_sparse.ops.entmax.triton.attention import attend
 from hf_sparse.ops.entmax.triton.fused import fused_attention, lists_of
 from hf_sparse.ops.entmax.triton.sweep import Blocks, candidates, packed_bits
@@ -242,6 +242,19 @@ def test_listed_large_tiles(shape):
 def test_large_tiles_of_more_candidates_than_the_buffers_take(limit):
     shape = {"tile": 16, "heads": 1, "group": 2, "queries": size(150, 37), "alpha": 1.3}
     assert_listed(shape, **{**SMALL, limit: 1 if limit == "capacity" else 16})
+
+
+def test_no_group_is_left_over_where_all_listed_tiles_have_candidates(monkeypatch):
+    """Blocks of listed tiles are smaller than those of all keys, and a group may have more of them."""
+    left = []
+    monkeypatch.setattr(attention, "attend_tiles", lambda *arguments: left.append(arguments[11].lengths < 0))
+    query, key, value = Case(queries=60, dim=16).inputs
+    tiles = Tiles.of_mask(torch.ones(1, 1, 4, 4, dtype=torch.bool), 16)
+    lists = lists_of(tiles, Inputs(query, key, 1.0, True, None, None))
+    tensors = [tensor.to(DEVICE) for tensor in (query, key, value)]
+    lists = replace(lists, index=lists.index.to(DEVICE), counts=lists.counts.to(DEVICE))
+    attend(*tensors, alpha=1.5, scaling=0.01, causal=True, lists=lists)
+    assert len(left) == 1 and not left[0].any()
 
 
 def assert_listed(shape: dict, **sizes) -> None:

@@ -80,6 +80,7 @@ def attend_groups(
     programs: int = PROGRAMS,
     wide: int = WIDE,
     stages: int = 2,
+    registers: int | None = None,
 ) -> Attended:
     """Return output and thresholds of all groups whose keys fit into the buffer.
 
@@ -94,6 +95,7 @@ def attend_groups(
         programs: how many share a multiprocessor.
         wide: products of a row that are held in registers.
         stages: of Triton, in the loops that gather.
+        registers: the most that a thread has.
     """
     batch, heads, queries, dim = query.shape
     device = query.device
@@ -122,8 +124,8 @@ def attend_groups(
         tau, counts, slopes, groups, 0 if found is None else found.blocks.shape[1], most, kept,
         *arguments_of(query, key, lists),
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], **constants(query, key, kind, causal),
-        N=0 if found is None else found.size, M=GROUP_ROWS, C=chunk, WIDE=wide, STAGES=stages, SAVE=trains,
-        num_warps=warps, num_stages=1,
+        N=0 if found is None else found.size, M=GROUP_ROWS, C=chunk, WIDE=wide, STAGES=stages, LANES=32 * warps,
+        SAVE=trains, num_warps=warps, num_stages=1, maxnreg=registers,
     )  # fmt: skip
     return Attended(output, tau, counts, slopes, support if trains else None, lengths, room)
 
@@ -136,11 +138,11 @@ def _multiprocessors(device: torch.device) -> int:
 
 
 @triton.jit
-def _keys_of_bits(Words, Numbers, List, blocks, most, N: tl.constexpr):
+def _keys_of_bits(Words, Numbers, List, blocks, most, N: tl.constexpr, LANES: tl.constexpr):
     """Write the keys of the bits of a group to `List`, and return how many there are."""
     total = 0
-    lane = tl.arange(0, 128)
-    for begin in range(0, blocks * 4, 128):
+    lane = tl.arange(0, LANES)
+    for begin in range(0, blocks * 4, LANES):
         number = begin + lane
         word = tl.load(Words + number, mask=number < blocks * 4, other=0).to(tl.uint32, bitcast=True)
         block = tl.load(Numbers + number // 4, mask=number < blocks * 4, other=0)
@@ -158,11 +160,13 @@ def _keys_of_bits(Words, Numbers, List, blocks, most, N: tl.constexpr):
 
 
 @triton.jit
-def _keys_of_tiles(Index, List, end, Valid, batch, keys, size, last, most, CAUSAL: tl.constexpr):
+def _keys_of_tiles(
+    Index, List, end, Valid, batch, keys, size, last, most, CAUSAL: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
     """Write the keys of listed tiles up to `last` to `List`, without padding, and return how many there are."""
     total = 0
-    lane = tl.arange(0, 128)
-    for begin in range(0, end, 128):
+    lane = tl.arange(0, LANES)
+    for begin in range(0, end, LANES):
         key, there = keys_of_slots(begin + lane, end, Index, Valid, batch, keys, size)
         if CAUSAL:
             there &= key <= last
@@ -233,6 +237,7 @@ def _groups(
     C: tl.constexpr,
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
+    LANES: tl.constexpr,
     SAVE: tl.constexpr,
 ):
     dim, step = tl.arange(0, PADDED), tl.arange(0, C)
@@ -241,9 +246,8 @@ def _groups(
     Found += tl.program_id(0).to(tl.int64) * most
     # The rows of a key lie side by side.
     lane = tl.arange(0, M)[:, None]
-    z_place = Products + lane + step[None, :] * M
     many = tl.arange(0, WIDE)
-    z_wide = Products + lane + many[None, :] * M
+    z_place, z_wide = lane + step[None, :] * M, lane + many[None, :] * M
     each = tl.cdiv(share * rows, M) * query_tiles  # of one text and list
     turn = tl.atomic_add(Turn, 1, sem="relaxed")
     while turn < groups:
@@ -261,11 +265,11 @@ def _groups(
             blocks = tl.load(Counts + group)
             if blocks <= capacity:
                 bits = group.to(tl.int64) * capacity
-                total = _keys_of_bits(Words + bits * 4, Numbers + bits, Found, blocks, most, N)
+                total = _keys_of_bits(Words + bits * 4, Numbers + bits, Found, blocks, most, N, LANES)
         else:
             end = tl.where(last >= 0, tl.load(Listed + job) * size, 0)
             listed = Index + batch * i_batch + number * i_list + tile * i_tile
-            total = _keys_of_tiles(listed, Found, end, Valid, batch, keys, size, last, most, CAUSAL)
+            total = _keys_of_tiles(listed, Found, end, Valid, batch, keys, size, last, most, CAUSAL, LANES)
         over = total > most
         total = tl.where(over, 0, total)
         scale, exponent = tl.load(Scale + head), exponent_of(Exponent, head, KIND)
@@ -310,16 +314,17 @@ def _groups(
             tl.debug_barrier()
             rises, steps = tl.max(some.to(tl.int32), 0), 0
             # Most groups have no more than these, which stay in registers.
-            near = tl.load(z_wide, mask=(many < total)[None, :], other=float("-inf"))
+            near = tl.load(Products + z_wide, mask=(many < total)[None, :], other=float("-inf"))
             while (rises > 0) & (steps < STEPS):
                 weight, gradient = powers(tl.maximum(near - tau[:, None], 0.0), exponent[:, None], KIND)
-                mass, slope = tl.sum(weight, 1), tl.sum(gradient, 1)
                 for begin in range(WIDE, total, WIDE):
-                    z = tl.load(z_wide + begin * M, mask=(begin + many < total)[None, :], other=float("-inf"))
-                    weight, gradient = powers(tl.maximum(z - tau[:, None], 0.0), exponent[:, None], KIND)
-                    mass += tl.sum(weight, 1)
-                    slope += tl.sum(gradient, 1)
-                rise = newton_step(mass, slope, exponent, KIND)
+                    z = tl.load(
+                        Products + (z_wide + begin * M), mask=(begin + many < total)[None, :], other=float("-inf")
+                    )
+                    more, steeper = powers(tl.maximum(z - tau[:, None], 0.0), exponent[:, None], KIND)
+                    weight += more
+                    gradient += steeper
+                rise = newton_step(tl.sum(weight, 1), tl.sum(gradient, 1), exponent, KIND)
                 tau += rise
                 rises = tl.max((rise > CLOSE * (1 + tl.abs(tau))).to(tl.int32), 0)
                 steps += 1
@@ -330,7 +335,7 @@ def _groups(
             out_slopes = tl.zeros([M, PADDED], tl.float32)
             length = 0
             for begin in tl.range(0, total, C, num_stages=STAGES):
-                z = tl.load(z_place + begin * M, mask=(begin + step < total)[None, :], other=float("-inf"))
+                z = tl.load(Products + (z_place + begin * M), mask=(begin + step < total)[None, :], other=float("-inf"))
                 weight, gradient = powers(tl.maximum(z - tau[:, None], 0.0), exponent[:, None], KIND)
                 masses += weight
                 gradients += gradient

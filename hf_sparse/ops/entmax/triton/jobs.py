@@ -46,10 +46,12 @@ def rows_of_group(group, First, Valid, queries, keys, heads, lists, query_tiles,
     """Return job, batch, list and tile of a group of M rows; head, index, position of each row, whether it exists, and
     whether it is a row of the output."""
     blocks = tl.cdiv(share * rows, M)
-    job = group.to(tl.int64) // blocks
+    job = group // blocks
     tile, number, batch = job % query_tiles, job // query_tiles % lists, job // (query_tiles * lists)
     row = group % blocks * M + tl.arange(0, M)
-    index = (tile * rows - lead).to(tl.int32) + row % rows
+    index = tile * rows - lead + row % rows
+    # What addresses are made of has 64 bits, but their division takes a hundred instructions.
+    job, tile, number, batch = job.to(tl.int64), tile.to(tl.int64), number.to(tl.int64), batch.to(tl.int64)
     position = origin_of(First, batch, queries, keys) + index
     inside = (row < share * rows) & (index >= 0) & (index < queries)
     exists = inside & (position >= 0) & (position < keys)

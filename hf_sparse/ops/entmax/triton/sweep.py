@@ -105,19 +105,19 @@ def candidates(
     batch, heads, queries, _ = query.shape
     keys, device = key.shape[2], query.device
     blocks, start = blocks or sweep_blocks(query), start or start_blocks(query)
-    capacity = min(capacity, pieces(keys, blocks.keys))
-    groups = batch * heads * pieces(queries, GROUP_ROWS)
+    groups, most = batch * heads * pieces(queries, GROUP_ROWS), pieces(keys, blocks.keys)
     length = queries
     listed: tuple[Any, ...] = (None, None, 0, 0, 0, 1, 1, queries, 0, 1)
     if lists is not None:
         number, tiles, width = lists.index.shape[1:]
         blocks = blocks._replace(rows=min(blocks.rows, lists.rows), keys=min(blocks.keys, lists.size))
         start = start._replace(rows=min(start.rows, lists.rows))
-        capacity = min(capacity, width * lists.size // blocks.keys)
+        most = width * lists.size // blocks.keys
         length = tiles * lists.rows  # the tiles of queries are whole
         groups = batch * heads * length // GROUP_ROWS
         strides = lists.index.stride()[:3]
         listed = (lists.index, lists.counts, *strides, number, tiles, lists.rows, lists.lead, lists.size)
+    capacity = min(capacity, most)
     bound = torch.empty((batch, heads, queries), dtype=torch.float32, device=device)
     sums = torch.empty((4, batch, heads, queries), dtype=torch.float32, device=device) if every else None
     turn = torch.empty(1, dtype=torch.int32, device=device)
