@@ -7,9 +7,10 @@ if __name__ != "hf_sparse.finetune":
 
 from hf_sparse.late_imports import late_imports
 
-__all__ = ["FinetuneConfig", "finetune"]
+__all__ = ["FinetuneConfig", "config_file", "finetune"]
 
 from hf_sparse.finetune.config import FinetuneConfig
+from hf_sparse.finetune.launch import config_file
 
 if TYPE_CHECKING:
     from hf_sparse.finetune.loop import finetune

@@ -23,17 +23,20 @@ from hf_sparse.errors import DataError
 from hf_sparse.finetune import checkpoint, recorded_loss, teacher
 from hf_sparse.finetune.config import FinetuneConfig
 from hf_sparse.finetune.identity import adapter_sha256, adapter_tensors, base_sha256, changed
+from hf_sparse.finetune.launch import is_sharded
 from hf_sparse.finetune.order import ShuffledRows, first_rows
 from hf_sparse.finetune.processes import (
     average_gradients,
     batch_weights,
     copy_from_first_process,
     make_accelerator,
+    prepare_model,
     separate_accelerate_state,
     warn_of_slow_dtype,
 )
 from hf_sparse.finetune.recompute import recomputed
 from hf_sparse.finetune.record import parameter_counts, weights_after, write_metrics
+from hf_sparse.finetune.sharding import share_of_base
 from hf_sparse.finetune.stages import Stage, Training, training_of
 from hf_sparse.folders import locked
 from hf_sparse.overlap import sketch
@@ -120,8 +123,7 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
         order = ShuffledRows(len(chunks), config.seed, start=state["step"] * chunks_per_step)
         rows = TensorDataset(chunks) if labels is None else TensorDataset(chunks, labels)
         batches = iter(accelerator.prepare_data_loader(DataLoader(rows, config.batch_size, sampler=order)))
-        # `evaluation_mode`: without DistributedDataParallel, see `average_gradients`.
-        prepared = accelerator.prepare_model(model, evaluation_mode=True)
+        prepared = prepare_model(accelerator, model, training.layers)
         copy_from_first_process(training.layers)
         run = _Run(config, training, accelerator, prepared, adamw, optimizer)
         trained_on = first_rows(len(chunks), config.seed, len(plan) * chunks_per_step)
@@ -201,6 +203,8 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
             **report,
             **describe(),
         }
+        if is_sharded():
+            metrics["base_share"] = share_of_base(model, training.layers)
         if accelerator.device.type == "cuda":
             metrics["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
         if output and accelerator.is_main_process:

@@ -23,6 +23,7 @@ from hf_sparse.evaluation.settings import settings_from
 from hf_sparse.evaluation.tasks import Suite
 from hf_sparse.finetune import FinetuneConfig, finetune
 from hf_sparse.finetune.checkpoint import checkpoints
+from hf_sparse.finetune.launch import check_devices, check_launch, is_sharded
 from hf_sparse.folders import exclusive, locked, staged
 from hf_sparse.overlap import merged, overlap
 
@@ -109,9 +110,14 @@ def train_adapter(
     """
     adapter = AdapterFolder(folder)
     trained_on = _trained_on(adapter)
-    model, tokenizer = load_adapter(adapter, device=device, dtype=dtype, trainable=True)
+    check_launch()
+    cpu = device == "cpu" or not torch.cuda.is_available()
+    check_devices(cpu=cpu)
+    model, tokenizer = load_adapter(adapter, device=device, dtype=dtype, trainable=True, placed=not is_sharded())
+    if is_sharded() and model.active_peft_config.saves_embeddings:
+        raise ValueError("this adapter holds the embeddings, which FSDP would divide: train it without FSDP")
     data = prepared_chunks(model, tokenizer, text, length, chunks, bos=bos, seed=config.seed, corrupt=True)
-    metrics = finetune(model, data, replace(config, output_dir=str(folder), cpu=model.device.type == "cpu"))
+    metrics = finetune(model, data, replace(config, output_dir=str(folder), cpu=cpu))
     if adapter.training is not None:
         metrics["trained_on"] = merged(trained_on, metrics["trained_on"]) if trained_on else None
     if dataset is not None:

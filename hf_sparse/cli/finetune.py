@@ -1,5 +1,6 @@
 """Train an adapter: `hf-sparse finetune`."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,7 +11,9 @@ from hf_sparse.cli.common import Folder, Texts, load_workflow, reading_options, 
 from hf_sparse.cli.errors import complain
 from hf_sparse.cli.methods import METHODS, configuration_in, method_in, options_of
 from hf_sparse.cli.options import option, refuse_without, with_options
+from hf_sparse.environment import is_launched
 from hf_sparse.finetune.config import SharedSettings
+from hf_sparse.finetune.launch import check_launch, launch
 
 #: The objectives that only one method has, with the method's label and a few words on each.
 _OBJECTIVES = {
@@ -46,13 +49,28 @@ def finetune(
         str | None,
         typer.Option(metavar="NAME", help="Dataset on the Hub, or a folder or file (.jsonl, ...), instead of --text."),
     ] = None,
+    num_processes: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Start N processes that share the work, with accelerate.")
+    ] = None,
+    accelerate_config: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="How they share it: ddp, fsdp2 (the frozen base model is divided), or a file of `accelerate config`.",
+        ),
+    ] = "ddp",
 ) -> None:
     """Train the adapter in DIR and write it back, with finetune.json."""
     if bool(text) == bool(dataset):
         raise typer.BadParameter("expected either --text FILE or --dataset NAME")
     if not dataset:
         refuse_without(context, "--dataset", part)
+    if num_processes is None:
+        refuse_without(context, "--num-processes", ["accelerate_config"])
     given = _checked_settings(context, folder)
+    if num_processes is not None and not is_launched():
+        raise typer.Exit(launch(sys.argv[1:], num_processes, accelerate_config))
+    check_launch(num_processes)
     workflow = load_workflow()
     from hf_sparse.environment import is_main_process
     from hf_sparse.finetune import FinetuneConfig

@@ -14,7 +14,6 @@ import datasets
 import peft
 import pytest
 import torch
-from accelerate.utils import DistributedType
 from safetensors.torch import load_file, save_file
 
 import hf_sparse.finetune.objectives as objectives
@@ -374,12 +373,6 @@ def test_gradients_are_checked(monkeypatch, sparse_llama, chunks):
     )
     with pytest.raises(ValueError, match="all gradients are 0"):
         train(sparse_llama(), chunks, objective="lm", warm_start_steps=0)
-
-
-def test_a_divided_model_is_refused(sparse_llama, chunks, monkeypatch):
-    monkeypatch.setattr(accelerate.Accelerator, "distributed_type", DistributedType.FSDP)
-    with pytest.raises(ValueError, match="whole models in each process, and accelerate was configured for FSDP"):
-        train(sparse_llama(), chunks)
 
 
 @pytest.mark.parametrize("dtype, mixed", [(torch.bfloat16, "no"), (torch.float16, "no"), (torch.float32, "bf16")])
