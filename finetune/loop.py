@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader, TensorDataset
 
+from hf_sparse.core.checks import is_integer
 from hf_sparse.data import check_chunks, fingerprint, first_token, tensors
 from hf_sparse.environment import describe, is_main_process
 from hf_sparse.errors import DataError
@@ -42,6 +43,9 @@ from hf_sparse.folders import locked
 from hf_sparse.overlap import sketch
 from hf_sparse.patches.heads import parameters_saved, untrained_modules
 from hf_sparse.progress import ProgressLines, is_terminal
+
+# Settings that say how the chunks of a step are divided, and not which they are.
+_DIVISION = ("batch_size", "gradient_accumulation_steps", "processes")
 
 #: The most chunks that a method reads to fit what is fitted, and not trained.
 FITTED = 8
@@ -363,6 +367,12 @@ def _warn_of_untrained(model: nn.Module, training: Training) -> None:
         )
 
 
+def _chunks_per_step(settings: Mapping[str, Any]) -> int:
+    """Return how many chunks all processes read in an optimiser step; 0 for settings that are damaged."""
+    numbers = [settings.get(name) for name in _DIVISION]
+    return math.prod(numbers) if all(is_integer(number, 1) for number in numbers) else 0
+
+
 def _check_resumable(
     folder: Path, state: Mapping[str, Any], identity: Mapping[str, Any], origin: Mapping[str, Any], steps: int
 ) -> None:
@@ -372,8 +382,10 @@ def _check_resumable(
         DataError: it began with another base model or with other weights, or is of a step beyond the plan.
         ValueError: its settings are others.
     """
-    if state["settings"] != identity:
-        different = [key for key, value in identity.items() if state["settings"].get(key) != value]
+    different = [key for key, value in identity.items() if state["settings"].get(key) != value]
+    if set(different) <= set(_DIVISION) and _chunks_per_step(state["settings"]) == _chunks_per_step(identity):
+        different = []  # the same chunks, divided among processes and batches in another way
+    if different or state["settings"].keys() != identity.keys():
         raise ValueError(f"cannot resume with other settings than the checkpoint's; different: {', '.join(different)}")
     names = {"base": "another base model (weights or dtype)", "first_weights": "other first weights"}
     noted = state["origin"] if state["format"] > 1 else {}  # an older hf-sparse noted nothing
