@@ -1,4 +1,4 @@
-"""Start several processes with accelerate's launcher, and check that a launcher gave what it was asked for."""
+"""Run several processes with accelerate's launcher, and check that a launcher gave what it was asked for."""
 
 import os
 from collections.abc import Sequence

@@ -15,6 +15,7 @@ from torch import nn
 from hf_sparse.core.layer import SparseAttentionLayer
 from hf_sparse.environment import is_launched, launched_processes
 from hf_sparse.finetune.config import FinetuneConfig
+from hf_sparse.finetune.journal import check_tracker
 from hf_sparse.finetune.launch import check_devices, check_launch, is_sharded
 from hf_sparse.finetune.sharding import shard_base
 
@@ -50,11 +51,14 @@ def make_accelerator(config: FinetuneConfig) -> Accelerator:
     cpu = config.cpu or not torch.accelerator.is_available()
     check_devices(cpu=cpu)
     _check_precision(config)
+    check_tracker(config.tracker, config.output_dir)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         # Not of the environment, where a launcher may have left another number.
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
         cpu=cpu,
+        log_with=config.tracker,
+        project_dir=config.output_dir,
     )
     if accelerator.num_processes != launched_processes():
         raise ValueError(f"expected {launched_processes()} processes, and accelerate found {accelerator.num_processes}")
@@ -94,7 +98,7 @@ def warn_of_slow_dtype(model: nn.Module, accelerator: Accelerator) -> None:
         warnings.warn(
             f"training in {names} on a CPU is about 10 times slower than in float32: load the base model with "
             'dtype="float32", and leave mixed_precision at "no"',
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

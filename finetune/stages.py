@@ -121,6 +121,15 @@ class Training:
         """
         yield {}
 
+    def problem(self, stage: Stage, row: Mapping[str, Any]) -> str | None:
+        """Say what is wrong with a step, for a warning while the run can still be stopped; `None` for nothing.
+
+        Args:
+            stage: of the step.
+            row: of the history, with what `step` yielded.
+        """
+        return None
+
     def loss(self, stage: Stage, model: nn.Module, *batch: Tensor) -> Tensor:
         """Return the loss of a batch: chunks `[B, T]`, and the labels of a masked language model."""
         options = self.mixture if stage.name == "distill" else {}

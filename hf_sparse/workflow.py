@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 
-from hf_sparse.adapters.files import CARD, CONFIG, TRAINING, WEIGHTS, measurement_files
+from hf_sparse.adapters.files import CARD, CONFIG, STEPS, TRAINING, WEIGHTS, measurement_files
 from hf_sparse.adapters.folder import AdapterFolder
 from hf_sparse.adapters.load import Device, Dtype, load_adapter, load_base
 from hf_sparse.adapters.saving import check_free, save_adapter
@@ -21,7 +21,7 @@ from hf_sparse.errors import DataError
 from hf_sparse.evaluation import evaluate, evaluation_of
 from hf_sparse.evaluation.settings import settings_from
 from hf_sparse.evaluation.tasks import Suite
-from hf_sparse.finetune import FinetuneConfig, finetune
+from hf_sparse.finetune import FinetuneConfig, estimate, finetune
 from hf_sparse.finetune.checkpoint import checkpoints
 from hf_sparse.finetune.launch import check_devices, check_launch, is_sharded
 from hf_sparse.folders import exclusive, locked, staged
@@ -67,7 +67,7 @@ def create_adapter(
         check_free(folder, force)  # another run may have been faster
         old: list[str] = []
         if (folder / CONFIG).exists():  # what measured and what resumes another adapter
-            old = [*measurement_files(folder), TRAINING, CARD, *checkpoints(folder)]
+            old = [*measurement_files(folder), TRAINING, STEPS, CARD, *checkpoints(folder)]
         with staged(folder, first=(CONFIG, WEIGHTS), removed=old) as stage:
             save_adapter(patched, stage)
     return patched
@@ -85,6 +85,8 @@ def train_adapter(
     dataset: Mapping[str, str] | None = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    dry_run: bool = False,
+    command: str | None = None,
 ) -> dict[str, Any]:
     """Train the adapter in a folder and write it back, with finetune.json and a model card.
 
@@ -101,6 +103,8 @@ def train_adapter(
         dataset: `name`, `split` and `column` on the Hub that the text was read from; noted in finetune.json, and named
             on the card.
         device, dtype: see `load_adapter`.
+        dry_run: write nothing, and return what `hf_sparse.finetune.estimate` does.
+        command: that does the same run again, for finetune.json and the card.
 
     Returns:
         The content of finetune.json.
@@ -117,7 +121,12 @@ def train_adapter(
     if is_sharded() and model.active_peft_config.saves_embeddings:
         raise ValueError("this adapter holds the embeddings, which FSDP would divide: train it without FSDP")
     data = prepared_chunks(model, tokenizer, text, length, chunks, bos=bos, seed=config.seed, corrupt=True)
-    metrics = finetune(model, data, replace(config, output_dir=str(folder), cpu=cpu))
+    config = replace(config, output_dir=str(folder), cpu=cpu)
+    if dry_run:
+        return estimate(model, data, config)
+    metrics = finetune(model, data, config)
+    if command is not None:
+        metrics["command"] = command
     if adapter.training is not None:
         metrics["trained_on"] = merged(trained_on, metrics["trained_on"]) if trained_on else None
     if dataset is not None:

@@ -11,6 +11,7 @@ from hf_sparse.cli.common import Folder, Texts, load_workflow, reading_options, 
 from hf_sparse.cli.errors import complain
 from hf_sparse.cli.methods import METHODS, configuration_in, method_in, options_of
 from hf_sparse.cli.options import option, refuse_without, with_options
+from hf_sparse.cli.run_file import read_options, repeating_command
 from hf_sparse.environment import is_launched
 from hf_sparse.finetune.config import SharedSettings
 from hf_sparse.finetune.launch import check_launch, launch
@@ -59,6 +60,15 @@ def finetune(
             help="How they share it: ddp, fsdp2 (the frozen base model is divided), or a file of `accelerate config`.",
         ),
     ] = "ddp",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Measure the first steps, tell what the run takes, and write nothing.")
+    ] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", is_eager=True, callback=read_options, help="YAML with options of this verb, by their names."
+        ),
+    ] = None,
 ) -> None:
     """Train the adapter in DIR and write it back, with finetune.json."""
     if bool(text) == bool(dataset):
@@ -76,7 +86,7 @@ def finetune(
     from hf_sparse.finetune import FinetuneConfig
     from hf_sparse.texts import hub_dataset, read_dataset, read_texts
 
-    config = FinetuneConfig(**given)
+    settings_of_run = FinetuneConfig(**given)
     source = None
     if dataset:
         source = hub_dataset(dataset, part["dataset_config"], part["split"], part["column"])
@@ -84,11 +94,20 @@ def finetune(
     else:
         words, _ = read_texts(text or [])
     try:
-        metrics = workflow.train_adapter(folder, words, config, dataset=source, **reading)
+        options = {"dataset": source, "dry_run": dry_run, "command": repeating_command(context), **reading}
+        metrics = workflow.train_adapter(folder, words, settings_of_run, **options)
     except KeyboardInterrupt:
         complain(f"interrupted; the adapter in {folder} is as it was; {_way_to_go_on(folder)}")
         raise typer.Exit(130) from None
-    if is_main_process():
+    if is_main_process() and dry_run:
+        gibibytes = metrics["peak_memory_bytes"] / 2**30
+        Console().print(
+            f"{metrics['steps']} steps on {metrics['tokens']:,} tokens would take about {metrics['seconds']:.0f} s "
+            f"({metrics['tokens_per_second']:,.0f} tokens/s) and {gibibytes:.1f} GiB of memory in each process; "
+            "nothing was written",
+            soft_wrap=True,
+        )
+    elif is_main_process():
         console = Console()
         first, last = metrics["history"][0], metrics["history"][-1]
         console.print(

@@ -94,7 +94,7 @@ def test_metrics(sparse_llama, chunks, tmp_path):
     assert len(support) == 6 and all(6 <= size <= 24 for size in support)  # from k to the bound of 4 k
     assert metrics["history"][0]["learning_rate"] == 2e-2  # one step of warm-up in each stage
     assert metrics["history"][-1]["learning_rate"] == pytest.approx(2e-2 / 5)
-    assert os.listdir(tmp_path) == ["finetune.json"]
+    assert sorted(os.listdir(tmp_path)) == ["finetune.json", "finetune.jsonl"]
 
 
 def test_seed_decides(sparse_llama, chunks):
