@@ -13,7 +13,7 @@ from hf_sparse.adapters.folder import AdapterFolder
 from hf_sparse.adapters.load import Device, Dtype, load_adapter, load_base
 from hf_sparse.adapters.saving import check_free, save_adapter
 from hf_sparse.base_model import stored_name
-from hf_sparse.chunks import prepared_chunks, tokens_per_chunk
+from hf_sparse.chunks import prepared_chunks, prepared_documents, tokens_per_chunk
 from hf_sparse.core.config import SparseConfig
 from hf_sparse.data import tensors
 from hf_sparse.environment import is_main_process
@@ -24,8 +24,10 @@ from hf_sparse.evaluation.tasks import Suite
 from hf_sparse.finetune import FinetuneConfig, estimate, finetune
 from hf_sparse.finetune.checkpoint import checkpoints
 from hf_sparse.finetune.launch import check_devices, check_launch, is_sharded
+from hf_sparse.finetune.stages import chunks_read
 from hf_sparse.folders import exclusive, locked, staged
 from hf_sparse.overlap import merged, overlap
+from hf_sparse.texts import Documents
 
 
 def create_adapter(
@@ -76,11 +78,12 @@ def create_adapter(
 @exclusive
 def train_adapter(
     folder: str | Path,
-    text: str,
+    text: str | Documents,
     config: FinetuneConfig,
     *,
     length: int | None = None,
     chunks: str | None = None,
+    separate: bool = False,
     bos: bool | None = None,
     dataset: Mapping[str, str] | None = None,
     device: Device = "auto",
@@ -95,10 +98,11 @@ def train_adapter(
     Args:
         folder: holds an adapter; as it was if training fails, but for its checkpoints. No other run may use it
             meanwhile.
-        text: training text, see `hf_sparse.data.pack`.
+        text: training text, see `hf_sparse.data.pack`; or documents, of which as many are read as the run takes.
         config: settings; `output_dir` and `cpu` are set here.
         length: tokens per chunk; by default 2048, or what the model's positions suffice for.
         chunks: train on chunks `START:STOP` of the text only.
+        separate: let no chunk hold tokens of two documents.
         bos: whether the chunks of a decoder begin with BOS; by default as its tokenizer begins a text.
         dataset: `name`, `split` and `column` on the Hub that the text was read from; noted in finetune.json, and named
             on the card.
@@ -120,11 +124,20 @@ def train_adapter(
     model, tokenizer = load_adapter(adapter, device=device, dtype=dtype, trainable=True, placed=not is_sharded())
     if is_sharded() and model.active_peft_config.saves_embeddings:
         raise ValueError("this adapter holds the embeddings, which FSDP would divide: train it without FSDP")
-    data = prepared_chunks(model, tokenizer, text, length, chunks, bos=bos, seed=config.seed, corrupt=True)
+    options: dict[str, Any] = {"bos": bos, "seed": config.seed, "corrupt": True}
+    counts: dict[str, int] = {}
+    if isinstance(text, str):
+        data = prepared_chunks(model, tokenizer, text, length, chunks, **options)
+    else:
+        most = chunks_read(model, config)
+        data, counts = prepared_documents(model, tokenizer, text, length, most=most, separate=separate, **options)
+        counts |= {"rows": text.rows, "rows_without_text": text.bad}
     config = replace(config, output_dir=str(folder), cpu=cpu)
     if dry_run:
         return estimate(model, data, config)
     metrics = finetune(model, data, config)
+    if counts:
+        metrics["documents"] = counts
     if command is not None:
         metrics["command"] = command
     if adapter.training is not None:

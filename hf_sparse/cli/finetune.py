@@ -35,6 +35,13 @@ _DATASET = [
     option("dataset_config", str | None, None, "Configuration of the dataset."),
     option("split", str, "train", "Part of the dataset, such as train[:1%]."),
     option("column", str, "text", "Column of the dataset that holds the text."),
+    option(
+        "stream",
+        Literal["joined", "separate"] | None,
+        None,
+        "Read only as many rows as the run takes, shuffled. joined: chunks go on over the end of a row. separate: no "
+        "chunk holds two rows, and the rest of a row that fills none is left out.",
+    ),
 ]
 
 
@@ -77,6 +84,8 @@ def finetune(
         refuse_without(context, "--dataset", part)
     if num_processes is None:
         refuse_without(context, "--num-processes", ["accelerate_config"])
+    if part["stream"] and reading["chunks"]:
+        raise typer.BadParameter("--chunks names chunks of a whole text, and --stream reads none")
     given = _checked_settings(context, folder)
     if num_processes is not None and not is_launched():
         raise typer.Exit(launch(sys.argv[1:], num_processes, accelerate_config))
@@ -84,17 +93,24 @@ def finetune(
     workflow = load_workflow()
     from hf_sparse.environment import is_main_process
     from hf_sparse.finetune import FinetuneConfig
-    from hf_sparse.texts import hub_dataset, read_dataset, read_texts
+    from hf_sparse.texts import Documents, hub_dataset, read_dataset, read_texts
 
     settings_of_run = FinetuneConfig(**given)
     source = None
     if dataset:
-        source = hub_dataset(dataset, part["dataset_config"], part["split"], part["column"])
-        words = read_dataset(dataset, part["dataset_config"], part["split"], part["column"])
+        place = (dataset, part["dataset_config"], part["split"], part["column"])
+        source = hub_dataset(*place)
+        words = Documents(*place, settings_of_run.seed) if part["stream"] else read_dataset(*place)
     else:
         words, _ = read_texts(text or [])
     try:
-        options = {"dataset": source, "dry_run": dry_run, "command": repeating_command(context), **reading}
+        options = {
+            "separate": part["stream"] == "separate",
+            "dataset": source,
+            "dry_run": dry_run,
+            "command": repeating_command(context),
+            **reading,
+        }
         metrics = workflow.train_adapter(folder, words, settings_of_run, **options)
     except KeyboardInterrupt:
         complain(f"interrupted; the adapter in {folder} is as it was; {_way_to_go_on(folder)}")
