@@ -425,7 +425,7 @@ def _warn_of_untrained(model: nn.Module, training: Training) -> None:
 
 def _chunks_per_step(settings: Mapping[str, Any]) -> int:
     """Return how many chunks all processes read in an optimiser step; 0 for settings that are damaged."""
-    numbers = [settings.get(name) for name in _DIVISION]
+    numbers: list[Any] = [settings.get(name) for name in _DIVISION]
     return math.prod(numbers) if all(is_integer(number, 1) for number in numbers) else 0
 
 
