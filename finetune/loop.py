@@ -39,7 +39,7 @@ from hf_sparse.finetune.processes import (
 )
 from hf_sparse.finetune.recompute import recomputed
 from hf_sparse.finetune.record import parameter_counts, weights_after, write_metrics
-from hf_sparse.finetune.sharding import share_of_base
+from hf_sparse.finetune.sharding import reshard, share_of_base
 from hf_sparse.finetune.stages import Stage, Training, training_of
 from hf_sparse.folders import locked
 from hf_sparse.overlap import sketch
@@ -233,6 +233,7 @@ def _train(model: nn.Module, dataset: Any, config: FinetuneConfig | None, *, sam
             for parameter in learned.values():
                 parameter.requires_grad_(True)
             accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+            reshard(model)
             teacher.forget(model)
             recorded_loss.forget(model)
 

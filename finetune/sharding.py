@@ -48,6 +48,13 @@ def shard_base(accelerator: Accelerator, model: nn.Module, layers: Sequence[Spar
     return fsdp2_prepare_model(accelerator, model)
 
 
+def reshard(model: nn.Module) -> None:
+    """Give up what a process holds of the other processes' parts since the last forward."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def share_of_base(model: nn.Module, layers: Sequence[SparseAttentionLayer]) -> float:
     """Return the share of the base model's parameters that this process holds."""
     of_adapter = {id(parameter) for parameter in _of_adapter(model, layers)}

@@ -99,7 +99,7 @@ def test_processes_do_what_one_does(tmp_path, engine, count):
         check_training(method, *(rank[f"train {method}"] for rank in ranks))
         check_gradients(method, *(rank[f"masked {method}"] for rank in ranks))
         shares = [rank[f"train {method}"][2] for rank in ranks]
-        assert shares == [None] * count if engine != "fsdp2" else max(shares) < 1.1 / count
+        assert shares == [None] * count if engine != "fsdp2" else max(shares) < 1.02 / count
 
 
 def check_training(method, one, *others):
@@ -156,7 +156,7 @@ def test_the_command_line_writes_and_tells_once(tmp_path):
     assert done.stdout.count("trained adapter") == 1
     metrics = json.loads((adapter / "finetune.json").read_text())
     assert metrics["tokens"] == 2 * 2 * 64 and metrics["settings"]["processes"] == 2
-    assert metrics["base_share"] < 0.55
+    assert metrics["base_share"] < 0.51
     after = load_file(adapter / "adapter_model.safetensors")
     assert after.keys() == before.keys() and not any(torch.equal(after[name], before[name]) for name in after)
 
