@@ -13,7 +13,7 @@ Precision = Literal["no", "bf16"]
 MOST_SEED = 2**24
 
 # Settings that cannot change the result: where it is written, what is shown, what it takes.
-_WITHOUT_INFLUENCE = ("output_dir", "checkpoint_every", "resume", "progress", "gradient_checkpointing")
+_WITHOUT_INFLUENCE = ("output_dir", "checkpoint_every", "resume", "progress", "gradient_checkpointing", "tracker")
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,9 @@ class SharedSettings:
     checkpoint_every: int = field(default=0, metadata={"help": "Steps between checkpoints; 0: none.", "metavar": "N"})
     resume: bool = field(default=False, metadata={"help": "Continue from the last checkpoint in DIR."})
     progress: bool = field(default=True, metadata={"help": "Show a progress bar.", "cli": False})
+    tracker: str | None = field(
+        default=None, metadata={"help": "Tracker of accelerate that shows the run: tensorboard, trackio, wandb, ..."}
+    )
 
     def __post_init__(self) -> None:
         check_choice("mixed_precision", self.mixed_precision, get_args(Precision))
@@ -120,6 +123,8 @@ class FinetuneConfig(SharedSettings):
         checkpoint_every: optimiser steps between checkpoints; 0 writes none.
         resume: continue from the last checkpoint in `output_dir`, if there is one.
         progress: show a progress bar.
+        tracker: one of accelerate's trackers, such as `"tensorboard"`, `"trackio"` or `"wandb"`, which must be
+            installed. The steps are in `finetune.jsonl` in `output_dir` in any case.
         method_settings: the settings of single methods that differ from their defaults, by name.
 
     Raises:

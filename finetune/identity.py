@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.core.layer import SparseAttentionLayer
+from hf_sparse.finetune.sharding import full
 
 _SAMPLES = 1024  # of each tensor of a base model
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -53,7 +54,7 @@ def base_sha256(model: nn.Module, layers: Sequence[nn.Module]) -> str:
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         if tensor.is_meta or not tensor.numel():
             continue
-        bits = _bits(tensor)
+        bits = _bits(full(tensor))
         digest.update(f"{int(bits.sum(dtype=torch.int64))}\n".encode())
         digest.update(bits[:: max(1, len(bits) // _SAMPLES)].cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -2,11 +2,12 @@
 
 import json
 import math
+import resource
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,31 +18,41 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.utils.data import DataLoader, TensorDataset
 
+from hf_sparse.core.checks import is_integer
 from hf_sparse.data import check_chunks, fingerprint, first_token, tensors
 from hf_sparse.environment import describe, is_main_process
 from hf_sparse.errors import DataError
 from hf_sparse.finetune import checkpoint, recorded_loss, teacher
 from hf_sparse.finetune.config import FinetuneConfig
 from hf_sparse.finetune.identity import adapter_sha256, adapter_tensors, base_sha256, changed
+from hf_sparse.finetune.journal import Journal
+from hf_sparse.finetune.launch import is_sharded
 from hf_sparse.finetune.order import ShuffledRows, first_rows
 from hf_sparse.finetune.processes import (
     average_gradients,
     batch_weights,
     copy_from_first_process,
     make_accelerator,
+    prepare_model,
     separate_accelerate_state,
     warn_of_slow_dtype,
 )
 from hf_sparse.finetune.recompute import recomputed
 from hf_sparse.finetune.record import parameter_counts, weights_after, write_metrics
+from hf_sparse.finetune.sharding import reshard, share_of_base
 from hf_sparse.finetune.stages import Stage, Training, training_of
 from hf_sparse.folders import locked
 from hf_sparse.overlap import sketch
 from hf_sparse.patches.heads import parameters_saved, untrained_modules
 from hf_sparse.progress import ProgressLines, is_terminal
 
+# Settings that say how the chunks of a step are divided, and not which they are.
+_DIVISION = ("batch_size", "gradient_accumulation_steps", "processes")
+
 #: The most chunks that a method reads to fit what is fitted, and not trained.
 FITTED = 8
+
+_SAMPLED = 4  # steps of a stage that an estimate measures: a step that is recorded at all is so in the third
 
 
 def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = None) -> dict[str, Any]:
@@ -69,6 +80,43 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
             setting, gradients are switched off, or a loss, a gradient or what is learned is not finite.
         BusyError: another run holds `output_dir`.
     """
+    return _train(model, dataset, config)
+
+
+def estimate(model: nn.Module, dataset: Any, config: FinetuneConfig | None = None) -> dict[str, Any]:
+    """Measure the first steps of every stage of a run, and tell what all of it would take; nothing is written.
+
+    Args:
+        model, dataset, config: see `finetune`. The model is as it was afterwards.
+
+    Returns:
+        `steps`, `tokens`, `seconds`, `tokens_per_second`, and `peak_memory_bytes` of this process: of the GPU, or, of a
+        run on the CPU, of all that the process holds.
+    """
+    training = training_of(model, FinetuneConfig() if config is None else config)
+    kept = [
+        (tensor, tensor.detach().clone()) for layer in training.layers for tensor in adapter_tensors(layer).values()
+    ]
+    if config is not None:
+        nowhere: dict[str, Any] = {"output_dir": None, "checkpoint_every": 0, "resume": False, "tracker": None}
+        config = replace(config, **nowhere, progress=False)
+    try:
+        metrics = _train(model, dataset, config, sampled=True)
+    finally:
+        with torch.no_grad():
+            for tensor, value in kept:
+                tensor.copy_(value)
+    last = {row["stage"]: row["tokens_per_second"] for row in metrics["history"]}  # the first ones compile kernels
+    tokens_per_step = metrics["tokens"] // len(metrics["history"])
+    steps = sum(stage.steps for stage in training.stages)
+    seconds = sum(stage.steps * tokens_per_step / last[stage.label] for stage in training.stages)
+    tokens, memory = steps * tokens_per_step, metrics.get("peak_memory_bytes", _peak_memory())
+    told = {"steps": steps, "tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
+    return told | {"peak_memory_bytes": memory}
+
+
+def _train(model: nn.Module, dataset: Any, config: FinetuneConfig | None, *, sampled: bool = False) -> dict[str, Any]:
+    """Do what `finetune` does, or the first steps of every stage only."""
     config = FinetuneConfig() if config is None else config
     if not isinstance(config, FinetuneConfig):
         raise TypeError(f"expected a FinetuneConfig, got {type(config).__name__}: {config!r}")
@@ -102,7 +150,8 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
                 stack.enter_context(locked(output))
                 checkpoint.settle(output)
             accelerator.wait_for_everyone()
-        plan = [(stage, step) for stage in training.stages for step in range(stage.steps)]
+        most = _SAMPLED if sampled else math.inf
+        plan = [(stage, step) for stage in training.stages for step in range(int(min(stage.steps, most)))]
         adamw = _optimizer(training, config)
         restart = checkpoint.latest(output) if output and config.resume else None
         if output and restart:
@@ -120,10 +169,10 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
         order = ShuffledRows(len(chunks), config.seed, start=state["step"] * chunks_per_step)
         rows = TensorDataset(chunks) if labels is None else TensorDataset(chunks, labels)
         batches = iter(accelerator.prepare_data_loader(DataLoader(rows, config.batch_size, sampler=order)))
-        # `evaluation_mode`: without DistributedDataParallel, see `average_gradients`.
-        prepared = accelerator.prepare_model(model, evaluation_mode=True)
+        prepared = prepare_model(accelerator, model, training.layers)
         copy_from_first_process(training.layers)
         run = _Run(config, training, accelerator, prepared, adamw, optimizer)
+        journal = Journal(output, accelerator, settings, history)
         trained_on = first_rows(len(chunks), config.seed, len(plan) * chunks_per_step)
 
         def read() -> None:
@@ -155,13 +204,17 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
                 logged = number % max(1, len(plan) // 50) == 0 or step + 1 == stage.steps
                 accumulated = [next(batches) for _ in range(config.gradient_accumulation_steps)]
                 with training.step(stage, step, number, logged=logged) as measured:
-                    loss = _optimiser_step(run, stage, number, accumulated, check_gradients=enters)
+                    loss, norm = _optimiser_step(run, stage, number, accumulated, check_gradients=enters)
                 speed = tokens_per_step / (time.perf_counter() - tick)
                 bar.update()
                 bar.set_postfix(stage=stage.label, loss=f"{loss:.4f}", tokens_s=f"{speed:,.0f}")
                 rate = share * stage.learning_rate  # of what the method itself learns; LoRA has its own
                 row = {"step": number + 1, "stage": stage.label, "loss": loss, "learning_rate": rate}
-                history.append(row | {"tokens_per_second": speed} | measured)
+                history.append(row | {"gradient_norm": norm, "tokens_per_second": speed} | measured)
+                noted = {**history[-1], "seconds": time.perf_counter() - began}
+                if accelerator.device.type == "cuda":
+                    noted["memory_bytes"] = torch.cuda.max_memory_allocated()
+                journal.add(noted, training.problem(stage, history[-1]))
                 if output and config.checkpoint_every and (number + 1) % config.checkpoint_every == 0:
                     accelerator.wait_for_everyone()
                     if accelerator.is_main_process:
@@ -169,7 +222,9 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
                         content["seconds"] = time.perf_counter() - began
                         checkpoint.save(output, number + 1, learned, adamw, content)
             bar.close()
-            training.finish(prepared, read, *first, report=report)
+            journal.close()
+            if not sampled:
+                training.finish(prepared, read, *first, report=report)
             # Each process has fitted its own buffers; on GPUs the order of sums, and so the last bits, differ.
             copy_from_first_process(training.layers)
             _check_fitted(training)
@@ -178,6 +233,7 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
             for parameter in learned.values():
                 parameter.requires_grad_(True)
             accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+            reshard(model)
             teacher.forget(model)
             recorded_loss.forget(model)
 
@@ -201,6 +257,8 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
             **report,
             **describe(),
         }
+        if is_sharded():
+            metrics["base_share"] = share_of_base(model, training.layers)
         if accelerator.device.type == "cuda":
             metrics["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
         if output and accelerator.is_main_process:
@@ -231,7 +289,7 @@ class _Run:
 
 def _optimiser_step(
     run: _Run, stage: Stage, number: int, batches: Sequence[Sequence[Tensor]], *, check_gradients: bool
-) -> float:
+) -> tuple[float, float]:
     """Take one optimiser step.
 
     Args:
@@ -242,7 +300,7 @@ def _optimiser_step(
         check_gradients: whether to see that the loss reaches all that the stage trains, and nothing else.
 
     Returns:
-        The mean loss of all processes.
+        The mean loss of all processes, and the norm of the gradient before it was clipped.
 
     Raises:
         ValueError: loss, gradients or the new weights are not finite. But for the last case nothing has changed.
@@ -251,6 +309,7 @@ def _optimiser_step(
     weights = batch_weights(accelerator, [training.targets(stage, *batch) for batch in batches])
     repeated = run.config.gradient_checkpointing and stage.repeatable
     losses: list[Tensor] = []
+    norms: list[float] = []
     for batch, weight in zip(batches, weights, strict=True):
         with accelerator.accumulate(run.model):
             with recomputed(training.model) if repeated else nullcontext():
@@ -264,7 +323,8 @@ def _optimiser_step(
                 if check_gradients:
                     _check_gradients(training.model, stage.parameters)
                 average_gradients(accelerator, stage.parameters)
-                if not all(map(math.isfinite, _clip(run))):
+                norms = _clip(run)
+                if not all(map(math.isfinite, norms)):
                     raise _diverged(f"the gradient of step {number + 1} ({stage.label}) is not finite", training)
             run.optimizer.step()
             run.optimizer.zero_grad()
@@ -273,7 +333,7 @@ def _optimiser_step(
             f"the {training.learned} are not finite after step {number + 1} ({stage.label}), and nothing of them is "
             "saved; try a lower learning_rate"
         )
-    return float(torch.stack(losses).mean())
+    return float(torch.stack(losses).mean()), math.hypot(*norms)
 
 
 def _optimizer(training: Training, config: FinetuneConfig) -> torch.optim.AdamW:
@@ -297,6 +357,11 @@ def _clip(run: _Run) -> list[float]:
     """Clip the gradients of each group of parameters, and return the norms that they had."""
     groups = run.adamw.param_groups
     return [float(run.accelerator.clip_grad_norm_(group["params"], run.config.max_grad_norm)) for group in groups]
+
+
+def _peak_memory() -> int:
+    """Return the most bytes that this process has held."""
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def _share_of_peak(config: FinetuneConfig, stage: Stage, step: int) -> float:
@@ -355,8 +420,14 @@ def _warn_of_untrained(model: nn.Module, training: Training) -> None:
         warnings.warn(
             f"{' and '.join(untrained)} of the adapter has the random weights that it was made with, and finetune "
             f"leaves it so, for it trains the {training.learned}: train it with transformers.Trainer, before or after",
-            stacklevel=3,
+            stacklevel=4,
         )
+
+
+def _chunks_per_step(settings: Mapping[str, Any]) -> int:
+    """Return how many chunks all processes read in an optimiser step; 0 for settings that are damaged."""
+    numbers: list[Any] = [settings.get(name) for name in _DIVISION]
+    return math.prod(numbers) if all(is_integer(number, 1) for number in numbers) else 0
 
 
 def _check_resumable(
@@ -368,8 +439,10 @@ def _check_resumable(
         DataError: it began with another base model or with other weights, or is of a step beyond the plan.
         ValueError: its settings are others.
     """
-    if state["settings"] != identity:
-        different = [key for key, value in identity.items() if state["settings"].get(key) != value]
+    different = [key for key, value in identity.items() if state["settings"].get(key) != value]
+    if set(different) <= set(_DIVISION) and _chunks_per_step(state["settings"]) == _chunks_per_step(identity):
+        different = []  # the same chunks, divided among processes and batches in another way
+    if different or state["settings"].keys() != identity.keys():
         raise ValueError(f"cannot resume with other settings than the checkpoint's; different: {', '.join(different)}")
     names = {"base": "another base model (weights or dtype)", "first_weights": "other first weights"}
     noted = state["origin"] if state["format"] > 1 else {}  # an older hf-sparse noted nothing

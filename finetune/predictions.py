@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_sparse._compat import texts_are_whole
+from hf_sparse.finetune.sharding import gathered
 
 #: Models whose logits were seen to follow from their head alone, and that head: to compare waits for the device.
 _known_heads: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
@@ -66,8 +67,8 @@ def _predict(model: nn.Module, tokens: Tensor, **options: Any) -> Predictions:
             scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
 
             def logits(states: Tensor) -> Tensor:
-                with torch.autocast(states.device.type, dtype=dtype, enabled=autocast):
-                    scores = head(states) if scale == 1 else head(states) * scale
+                with torch.autocast(states.device.type, dtype=dtype, enabled=autocast), gathered(head) as project:
+                    scores = project(states) if scale == 1 else project(states) * scale
                     return scores if cap is None else torch.tanh(scores / cap) * cap
 
             known = _known_heads.get(base)

@@ -9,13 +9,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, broadcast
+from accelerate.utils import DistributedType, GradientAccumulationPlugin, broadcast
 from torch import nn
 
+from hf_sparse.core.layer import SparseAttentionLayer
+from hf_sparse.environment import is_launched, launched_processes
 from hf_sparse.finetune.config import FinetuneConfig
-
-# Ways to divide one model among processes.
-_SHARDING = (DistributedType.DEEPSPEED, DistributedType.FSDP, DistributedType.MEGATRON_LM)
+from hf_sparse.finetune.journal import check_tracker
+from hf_sparse.finetune.launch import check_devices, check_launch, is_sharded
+from hf_sparse.finetune.sharding import shard_base
 
 
 @contextmanager
@@ -25,7 +27,7 @@ def separate_accelerate_state() -> Iterator[None]:
     accelerate keeps device and precision of its first use for the whole process. Where processes were launched
     together they keep the device, which is bound to their group.
     """
-    kinds: list[Any] = [AcceleratorState] if "LOCAL_RANK" in os.environ else [AcceleratorState, PartialState]
+    kinds: list[Any] = [AcceleratorState] if is_launched() else [AcceleratorState, PartialState]
     before = [dict(kind._shared_state) for kind in kinds]
     for kind in kinds:
         kind._shared_state.clear()
@@ -41,20 +43,49 @@ def make_accelerator(config: FinetuneConfig) -> Accelerator:
     """Return an `Accelerator` for the settings of a run.
 
     Raises:
-        ValueError: accelerate was configured to divide the model among processes.
+        ValueError: the launcher was asked for something else than the settings say, or did not give what it was asked
+            for, see `check_launch`.
     """
+    check_launch()
+    # Without `cpu=True`, several processes on a machine without an accelerator would each train alone.
+    cpu = config.cpu or not torch.accelerator.is_available()
+    check_devices(cpu=cpu)
+    _check_precision(config)
+    check_tracker(config.tracker, config.output_dir)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        # Without `cpu=True`, several processes on a machine without an accelerator would each train alone.
-        cpu=config.cpu or not torch.accelerator.is_available(),
+        # Not of the environment, where a launcher may have left another number.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
+        cpu=cpu,
+        log_with=config.tracker,
+        project_dir=config.output_dir,
     )
-    if accelerator.distributed_type in _SHARDING:
-        raise ValueError(
-            f"finetune trains whole models in each process, and accelerate was configured for "
-            f"{accelerator.distributed_type.value}: launch it with torchrun, or another accelerate configuration"
-        )
+    if accelerator.num_processes != launched_processes():
+        raise ValueError(f"expected {launched_processes()} processes, and accelerate found {accelerator.num_processes}")
+    if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
+        raise ValueError(f"finetune does not train with {accelerator.distributed_type.value}: use FSDP2, or none")
     return accelerator
+
+
+def prepare_model(accelerator: Accelerator, model: nn.Module, layers: Sequence[SparseAttentionLayer]) -> nn.Module:
+    """Return a model as accelerate runs it: on the device of the process, whole or divided, with its precision.
+
+    It is never within `DistributedDataParallel`, see `average_gradients`.
+    """
+    sharded = is_sharded()
+    if sharded:
+        model = shard_base(accelerator, model, layers)
+    return accelerator.prepare_model(model, device_placement=not sharded, evaluation_mode=True)
+
+
+def _check_precision(config: FinetuneConfig) -> None:
+    """Check that a launcher that was asked for a precision was asked for that of the settings."""
+    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if asked not in ("no", config.mixed_precision):
+        raise ValueError(
+            f"the launcher was asked for mixed_precision {asked!r}, and the settings say {config.mixed_precision!r}: "
+            "give both the same"
+        )
 
 
 def warn_of_slow_dtype(model: nn.Module, accelerator: Accelerator) -> None:
@@ -67,7 +98,7 @@ def warn_of_slow_dtype(model: nn.Module, accelerator: Accelerator) -> None:
         warnings.warn(
             f"training in {names} on a CPU is about 10 times slower than in float32: load the base model with "
             'dtype="float32", and leave mixed_precision at "no"',
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

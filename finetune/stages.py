@@ -12,6 +12,7 @@ from hf_sparse.core.layer import SparseAttentionLayer
 from hf_sparse.core.registry import method_of, registered_methods
 from hf_sparse.core.settings import TrainingSettings, values_of
 from hf_sparse.data import IGNORED
+from hf_sparse.environment import launched_processes
 from hf_sparse.finetune.config import FinetuneConfig, SharedSettings
 from hf_sparse.finetune.objectives import OBJECTIVES
 from hf_sparse.model_kinds import kind_of
@@ -121,6 +122,15 @@ class Training:
         """
         yield {}
 
+    def problem(self, stage: Stage, row: Mapping[str, Any]) -> str | None:
+        """Say what is wrong with a step, for a warning while the run can still be stopped; `None` for nothing.
+
+        Args:
+            stage: of the step.
+            row: of the history, with what `step` yielded.
+        """
+        return None
+
     def loss(self, stage: Stage, model: nn.Module, *batch: Tensor) -> Tensor:
         """Return the loss of a batch: chunks `[B, T]`, and the labels of a masked language model."""
         options = self.mixture if stage.name == "distill" else {}
@@ -203,6 +213,12 @@ class Training:
         """Return parameters by their names in the model, in its order."""
         identities = {id(parameter) for parameter in parameters}
         return {name: parameter for name, parameter in self.model.named_parameters() if id(parameter) in identities}
+
+
+def chunks_read(model: nn.Module, config: FinetuneConfig) -> int:
+    """Count the chunks that all steps of a run read, in all processes that were launched together."""
+    steps = sum(stage.steps for stage in training_of(model, config).stages)
+    return steps * config.batch_size * config.gradient_accumulation_steps * launched_processes()
 
 
 def training_of(model: nn.Module, config: FinetuneConfig) -> Training:

@@ -1,7 +1,7 @@
 """Make packed chunks of tokens from text."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -88,15 +88,8 @@ def pack(
         DataError: fewer than `length` tokens, a stride out of range, or a BOS token that the tokenizer does not have.
         ValueError: `bos` beside `special_tokens`.
     """
-    first, last = (tokenizer.cls_token_id, tokenizer.sep_token_id) if special_tokens else (None, None)
-    if special_tokens and bos is not None and first is not None:
-        raise ValueError(f"bos is for decoders: with special_tokens every chunk begins with the cls_token, got {bos}")
     text = text.removeprefix(BYTE_ORDER_MARK)
-    if first is None:
-        first = next(iter(bos_tokens(tokenizer, text, bos)), None)
-    size = length - (first is not None) - (last is not None)  # tokens of the text in a chunk
-    if size < 2:
-        raise DataError(f"length must be at least {2 + length - size} tokens, got {length}")
+    first, last, size = _ends(tokenizer, text, length, special_tokens, bos)
     stride = size if stride is None else stride
     if not 1 <= stride <= size:
         raise DataError(f"stride must be 1 to {size} tokens, got {stride}")
@@ -107,6 +100,73 @@ def pack(
     chunks = torch.tensor(ids).unfold(0, size, stride)
     ends = [None if token is None else chunks.new_full((len(chunks), 1), token) for token in (first, last)]
     return torch.cat([part for part in (ends[0], chunks, ends[1]) if part is not None], 1)
+
+
+def _ends(
+    tokenizer: Any, text: str, length: int, special_tokens: bool, bos: bool | None
+) -> tuple[int | None, int | None, int]:
+    """Return the token that a chunk begins with, the one that it ends with, and how many tokens of text lie between."""
+    first, last = (tokenizer.cls_token_id, tokenizer.sep_token_id) if special_tokens else (None, None)
+    if special_tokens and bos is not None and first is not None:
+        raise ValueError(f"bos is for decoders: with special_tokens every chunk begins with the cls_token, got {bos}")
+    if first is None:
+        first = next(iter(bos_tokens(tokenizer, text, bos)), None)
+    size = length - (first is not None) - (last is not None)
+    if size < 2:
+        raise DataError(f"length must be at least {2 + length - size} tokens, got {length}")
+    return first, last, size
+
+
+def pack_documents(
+    tokenizer: Any,
+    documents: Iterable[str],
+    length: int,
+    *,
+    most: int,
+    separate: bool,
+    special_tokens: bool = False,
+    bos: bool | None = None,
+) -> tuple[Tensor, dict[str, int]]:
+    """Cut documents into chunks until there are enough, and read no more of them than that takes.
+
+    Args:
+        tokenizer, length, special_tokens, bos: see `pack`.
+        documents: texts, in the order in which they are read.
+        most: chunks, at most.
+        separate: whether a chunk holds tokens of one document only; the rest of a document that fills none is left out.
+            Otherwise documents follow one another with an empty line between.
+
+    Returns:
+        `[N, length]` int64, and counts: `documents` that were read, those that were `too_short` for a chunk of their
+        own, and `tokens_left_out`.
+
+    Raises:
+        DataError: the documents fill no chunk.
+    """
+    chunks: list[Tensor] = []
+    counts = {"documents": 0, "too_short": 0, "tokens_left_out": 0}
+    rest: list[int] = []
+    size, first, last = length, None, None
+    for document in documents:
+        if not counts["documents"]:
+            first, last, size = _ends(tokenizer, document, length, special_tokens, bos)
+        counts["documents"] += 1
+        text = document if separate else f"{document}\n\n"
+        rest += tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        counts["too_short"] += separate and len(rest) < size
+        while len(rest) >= size and len(chunks) < most:
+            ends = [[] if token is None else [token] for token in (first, last)]
+            chunks.append(torch.tensor(ends[0] + rest[:size] + ends[1]))
+            del rest[:size]
+        if separate:
+            counts["tokens_left_out"] += len(rest)
+            rest = []
+        if len(chunks) == most:
+            break
+    counts["tokens_left_out"] += len(rest)
+    if not chunks:
+        raise DataError(f"{counts['documents']} documents fill no chunk of {length} tokens")
+    return torch.stack(chunks), counts
 
 
 def mask_tokens(tokenizer: Any, chunks: Tensor, *, seed: int = 0, corrupt: bool = False) -> dict[str, Tensor]:

@@ -8,11 +8,11 @@ import platform
 from importlib.metadata import version
 from typing import Any
 
-import torch
-
 
 def describe() -> dict[str, Any]:
     """Return `{"machine": ..., "versions": ...}` for the JSON of a measurement."""
+    import torch  # the command line asks the functions below without it
+
     machine: dict[str, Any] = {
         "system": platform.system(),
         "architecture": platform.machine(),
@@ -25,19 +25,21 @@ def describe() -> dict[str, Any]:
     return {"machine": machine, "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}}}
 
 
+def is_launched() -> bool:
+    """Tell whether a launcher started this process. Clusters set `RANK` alone where a process works for itself."""
+    return "LOCAL_RANK" in os.environ
+
+
 def launched_processes() -> int:
     """Count the processes that were launched together, this one included."""
-    return int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+    return int(os.environ.get("WORLD_SIZE", "1")) if is_launched() else 1
 
 
 def is_main_process() -> bool:
-    """Tell whether this process is the one that writes and prints, of those that were launched together.
-
-    Clusters set `RANK` alone where every process works for itself.
-    """
-    return "LOCAL_RANK" not in os.environ or os.environ.get("RANK", "0") == "0"
+    """Tell whether this process is the one that writes and prints, of those that were launched together."""
+    return not is_launched() or os.environ.get("RANK", "0") == "0"
 
 
 def cuda_of_process() -> str:
     """Name the GPU of this process: the current one, or its own if several were launched together."""
-    return f"cuda:{os.environ['LOCAL_RANK']}" if "LOCAL_RANK" in os.environ else "cuda"
+    return f"cuda:{os.environ['LOCAL_RANK']}" if is_launched() else "cuda"

@@ -1,14 +1,18 @@
 """Read texts: files, and columns of datasets."""
 
 import glob
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 
 from hf_sparse.access_tokens import redact
 from hf_sparse.errors import DataError
+
+_BUFFER = 1000  # rows among which a stream draws the next one
 
 BYTE_ORDER_MARK = "\ufeff"  # some editors begin a file with it
 
@@ -56,6 +60,50 @@ def hub_dataset(name: str, config: str | None, split: str, column: str) -> dict[
     return {"name": name, **({"config": config} if config else {}), "split": split, "column": column}
 
 
+class Documents:
+    """Read the texts in one column of a dataset, row by row as they are needed; rows without text are counted.
+
+    All processes that were launched together get the same rows in the same order.
+
+    Args:
+        name, config, split, column: see `read_dataset`.
+        seed: of the order of the rows, which are shuffled in a buffer of `_BUFFER`.
+
+    Attributes:
+        rows: how many were read so far.
+        bad: how many of these held no text.
+
+    Raises:
+        DataError: no such dataset or split.
+    """
+
+    def __init__(self, name: str, config: str | None, split: str, column: str, seed: int) -> None:
+        self._name, self._column = name, column
+        self._stream = _load(name, config, split, streaming=True).shuffle(seed=seed, buffer_size=_BUFFER)
+        self.rows = self.bad = 0
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the texts.
+
+        Raises:
+            DataError: no row holds text in the column, or the dataset cannot be read.
+        """
+        rows = iter(self._stream)
+        while True:
+            with _readable(self._name):
+                row = next(rows, None)
+            if row is None:
+                break
+            self.rows += 1
+            text = row.get(self._column)
+            if isinstance(text, str) and text.strip():
+                yield text.removeprefix(BYTE_ORDER_MARK)
+            else:
+                self.bad += 1
+        if self.rows == self.bad:
+            raise DataError(f"column {self._column!r} of the dataset {self._name!r} holds no text in {self.rows} rows")
+
+
 def read_dataset(name: str, config: str | None = None, split: str = "train", column: str = "text") -> str:
     """Join the rows of one column of a dataset by an empty line.
 
@@ -68,15 +116,7 @@ def read_dataset(name: str, config: str | None = None, split: str = "train", col
     Raises:
         DataError: no such dataset, split or column of text.
     """
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    path = Path(name).absolute()
-    source: tuple[str, ...] = (str(path.parent), glob.escape(path.name)) if path.is_file() else (name,)
-    try:
-        rows = load_dataset(source[0], config, data_files=source[1:] or None, split=split)
-    except (DatasetsError, HTTPError, OSError, ValueError) as error:
-        raise DataError(f"the dataset {name!r} cannot be loaded: {redact(str(error.__cause__ or error))}") from error
+    rows = _load(name, config, split, streaming=False)
     if column not in rows.column_names:
         raise DataError(f"the dataset {name!r} has no column {column!r}, it has {', '.join(rows.column_names)}")
     texts = [row.removeprefix(BYTE_ORDER_MARK) if isinstance(row, str) else row for row in rows[column] if row]
@@ -86,3 +126,24 @@ def read_dataset(name: str, config: str | None = None, split: str = "train", col
             "apply_chat_template(..., tokenize=False)"
         )
     return "\n\n".join(texts)
+
+
+def _load(name: str, config: str | None, split: str, *, streaming: bool) -> Any:
+    """Load a part of a dataset, or open it for reading row by row."""
+    from datasets import load_dataset
+
+    path = Path(name).absolute()
+    source: tuple[str, ...] = (str(path.parent), glob.escape(path.name)) if path.is_file() else (name,)
+    with _readable(name):
+        return load_dataset(source[0], config, data_files=source[1:] or None, split=split, streaming=streaming)
+
+
+@contextmanager
+def _readable(name: str) -> Iterator[None]:
+    """Turn what `datasets` raises for a dataset that cannot be read into `DataError`."""
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    except (DatasetsError, HTTPError, OSError, ValueError) as error:
+        raise DataError(f"the dataset {name!r} cannot be loaded: {redact(str(error.__cause__ or error))}") from error

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from peft import PeftModel, get_peft_model
 
-from hf_sparse.adapters.files import CARD, CONFIG, TRAINING, WEIGHTS, measurement_files
+from hf_sparse.adapters.files import CARD, CONFIG, STEPS, TRAINING, WEIGHTS, measurement_files
 from hf_sparse.adapters.folder import AdapterFolder
 from hf_sparse.adapters.load import Device, Dtype, load_adapter, load_base
 from hf_sparse.adapters.saving import check_free, save_adapter
 from hf_sparse.base_model import stored_name
-from hf_sparse.chunks import prepared_chunks, tokens_per_chunk
+from hf_sparse.chunks import prepared_chunks, prepared_documents, tokens_per_chunk
 from hf_sparse.core.config import SparseConfig
 from hf_sparse.data import tensors
 from hf_sparse.environment import is_main_process
@@ -21,10 +21,13 @@ from hf_sparse.errors import DataError
 from hf_sparse.evaluation import evaluate, evaluation_of
 from hf_sparse.evaluation.settings import settings_from
 from hf_sparse.evaluation.tasks import Suite
-from hf_sparse.finetune import FinetuneConfig, finetune
+from hf_sparse.finetune import FinetuneConfig, estimate, finetune
 from hf_sparse.finetune.checkpoint import checkpoints
+from hf_sparse.finetune.launch import check_devices, check_launch, is_sharded
+from hf_sparse.finetune.stages import chunks_read
 from hf_sparse.folders import exclusive, locked, staged
 from hf_sparse.overlap import merged, overlap
+from hf_sparse.texts import Documents
 
 
 def create_adapter(
@@ -66,7 +69,7 @@ def create_adapter(
         check_free(folder, force)  # another run may have been faster
         old: list[str] = []
         if (folder / CONFIG).exists():  # what measured and what resumes another adapter
-            old = [*measurement_files(folder), TRAINING, CARD, *checkpoints(folder)]
+            old = [*measurement_files(folder), TRAINING, STEPS, CARD, *checkpoints(folder)]
         with staged(folder, first=(CONFIG, WEIGHTS), removed=old) as stage:
             save_adapter(patched, stage)
     return patched
@@ -75,15 +78,18 @@ def create_adapter(
 @exclusive
 def train_adapter(
     folder: str | Path,
-    text: str,
+    text: str | Documents,
     config: FinetuneConfig,
     *,
     length: int | None = None,
     chunks: str | None = None,
+    separate: bool = False,
     bos: bool | None = None,
     dataset: Mapping[str, str] | None = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
+    dry_run: bool = False,
+    command: str | None = None,
 ) -> dict[str, Any]:
     """Train the adapter in a folder and write it back, with finetune.json and a model card.
 
@@ -92,14 +98,17 @@ def train_adapter(
     Args:
         folder: holds an adapter; as it was if training fails, but for its checkpoints. No other run may use it
             meanwhile.
-        text: training text, see `hf_sparse.data.pack`.
+        text: training text, see `hf_sparse.data.pack`; or documents, of which as many are read as the run takes.
         config: settings; `output_dir` and `cpu` are set here.
         length: tokens per chunk; by default 2048, or what the model's positions suffice for.
         chunks: train on chunks `START:STOP` of the text only.
+        separate: let no chunk hold tokens of two documents.
         bos: whether the chunks of a decoder begin with BOS; by default as its tokenizer begins a text.
         dataset: `name`, `split` and `column` on the Hub that the text was read from; noted in finetune.json, and named
             on the card.
         device, dtype: see `load_adapter`.
+        dry_run: write nothing, and return what `hf_sparse.finetune.estimate` does.
+        command: that does the same run again, for finetune.json and the card.
 
     Returns:
         The content of finetune.json.
@@ -109,9 +118,28 @@ def train_adapter(
     """
     adapter = AdapterFolder(folder)
     trained_on = _trained_on(adapter)
-    model, tokenizer = load_adapter(adapter, device=device, dtype=dtype, trainable=True)
-    data = prepared_chunks(model, tokenizer, text, length, chunks, bos=bos, seed=config.seed, corrupt=True)
-    metrics = finetune(model, data, replace(config, output_dir=str(folder), cpu=model.device.type == "cpu"))
+    check_launch()
+    cpu = device == "cpu" or not torch.cuda.is_available()
+    check_devices(cpu=cpu)
+    model, tokenizer = load_adapter(adapter, device=device, dtype=dtype, trainable=True, placed=not is_sharded())
+    if is_sharded() and model.active_peft_config.saves_embeddings:
+        raise ValueError("this adapter holds the embeddings, which FSDP would divide: train it without FSDP")
+    options: dict[str, Any] = {"bos": bos, "seed": config.seed, "corrupt": True}
+    counts: dict[str, int] = {}
+    if isinstance(text, str):
+        data = prepared_chunks(model, tokenizer, text, length, chunks, **options)
+    else:
+        most = chunks_read(model, config)
+        data, counts = prepared_documents(model, tokenizer, text, length, most=most, separate=separate, **options)
+        counts |= {"rows": text.rows, "rows_without_text": text.bad}
+    config = replace(config, output_dir=str(folder), cpu=cpu)
+    if dry_run:
+        return estimate(model, data, config)
+    metrics = finetune(model, data, config)
+    if counts:
+        metrics["documents"] = counts
+    if command is not None:
+        metrics["command"] = command
     if adapter.training is not None:
         metrics["trained_on"] = merged(trained_on, metrics["trained_on"]) if trained_on else None
     if dataset is not None:

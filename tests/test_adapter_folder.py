@@ -138,7 +138,14 @@ def test_new_files_replace_what_was_measured_of_the_old_ones(folder):
         (stage / WEIGHTS).write_bytes(b"new")
         assert (folder / EVALUATION).exists()
     assert (folder / WEIGHTS).read_bytes() == b"new"
-    assert {path.name for path in folder.iterdir()} == {CONFIG, WEIGHTS, TRAINING, "README.md", "notes.txt"}
+    assert {path.name for path in folder.iterdir()} == {
+        CONFIG,
+        WEIGHTS,
+        TRAINING,
+        "finetune.jsonl",
+        "README.md",
+        "notes.txt",
+    }
 
 
 def test_no_adapter(tmp_path):

@@ -182,7 +182,7 @@ class TestFinetune:
         (adapter / "eval.json").write_text("{}")  # of the scorers before
         shown = succeed("finetune", adapter, "--text", text, *QUICK)
         after = files(adapter)
-        assert set(after) == ADAPTER | {"finetune.json", "README.md"}
+        assert set(after) == ADAPTER | {"finetune.json", "finetune.jsonl", "README.md"}
         assert after["adapter_model.safetensors"] != before["adapter_model.safetensors"]
         metrics = json.loads(after["finetune.json"])
         assert [row["stage"] for row in metrics["history"]] == ["attention", "distill", "distill"]
@@ -588,7 +588,13 @@ class TestSparsefinder:
         assert result == json.loads((tmp_path / "copy.json").read_text())
         assert result["method"] == "sparsefinder" and result["text"]["length"] == LENGTH
         assert [point["sparsity"] for point in result["points"]] == [0.3, 0.5]
-        assert set(files(graph)) == ADAPTER | {"eval.json", "finetune.json", "pareto.png", "README.md"}
+        assert set(files(graph)) == ADAPTER | {
+            "eval.json",
+            "finetune.json",
+            "finetune.jsonl",
+            "pareto.png",
+            "README.md",
+        }
         assert "The base model was quantised." in (graph / "README.md").read_text()
         succeed("report", graph, "--text", text, "--device", "cpu")
         assert {"report.html", "graphs.json", "figures/graphs.png"} <= set(files(graph))

@@ -11,6 +11,9 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 #: The measurements of the weights, and the record of their training.
 EVALUATION, TRAINING = "eval.json", "finetune.json"
 
+#: A line of JSON for every step of the last training; it is not published.
+STEPS = "finetune.jsonl"
+
 #: Pages for people: the card is published, the report and its folder of pictures are not.
 CARD, REPORT, PICTURES = "README.md", "report.html", "figures"
 

@@ -85,7 +85,12 @@ def from_pretrained(
 
 
 def load_adapter(
-    folder: str | Path | AdapterFolder, *, device: Device = "auto", dtype: Dtype = "auto", trainable: bool = False
+    folder: str | Path | AdapterFolder,
+    *,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    trainable: bool = False,
+    placed: bool = True,
 ) -> tuple[PeftModel, Any]:
     """Load the adapter in a folder on its base model, and the base model's tokenizer.
 
@@ -94,6 +99,7 @@ def load_adapter(
         device: `"auto"` is CUDA where there is a GPU; of processes that were launched together each has one of its own.
         dtype: of the base model. `"auto"` is bfloat16 on CUDA if the checkpoint is bfloat16, and float32 otherwise.
         trainable: leave the adapter's parameters trainable.
+        placed: whether the model goes to the device. Otherwise it stays on the CPU for whoever divides it.
 
     Raises:
         HubError: no such folder; files that are missing or damaged, of the adapter or of its base model.
@@ -118,7 +124,9 @@ def load_adapter(
         raise HubError(
             f"no tokenizer for the base model {config.base_model_name_or_path!r}: {one_line(error)}"
         ) from error
-    return model.to(cuda_of_process() if kind == "cuda" else kind), tokenizer
+    if placed:
+        model = model.to(cuda_of_process() if kind == "cuda" else kind)
+    return model, tokenizer
 
 
 def load_base(name: str, config: SparseConfig, *, dtype: Dtype = "auto") -> PreTrainedModel:

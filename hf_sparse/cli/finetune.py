@@ -1,5 +1,6 @@
 """Train an adapter: `hf-sparse finetune`."""
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,7 +11,10 @@ from hf_sparse.cli.common import Folder, Texts, load_workflow, reading_options, 
 from hf_sparse.cli.errors import complain
 from hf_sparse.cli.methods import METHODS, configuration_in, method_in, options_of
 from hf_sparse.cli.options import option, refuse_without, with_options
+from hf_sparse.cli.run_file import read_options, repeating_command
+from hf_sparse.environment import is_launched
 from hf_sparse.finetune.config import SharedSettings
+from hf_sparse.finetune.launch import check_launch, launch
 
 #: The objectives that only one method has, with the method's label and a few words on each.
 _OBJECTIVES = {
@@ -31,6 +35,13 @@ _DATASET = [
     option("dataset_config", str | None, None, "Configuration of the dataset."),
     option("split", str, "train", "Part of the dataset, such as train[:1%]."),
     option("column", str, "text", "Column of the dataset that holds the text."),
+    option(
+        "stream",
+        Literal["joined", "separate"] | None,
+        None,
+        "Read only as many rows as the run takes, shuffled. joined: chunks go on over the end of a row. separate: no "
+        "chunk holds two rows, and the rest of a row that fills none is left out.",
+    ),
 ]
 
 
@@ -46,31 +57,73 @@ def finetune(
         str | None,
         typer.Option(metavar="NAME", help="Dataset on the Hub, or a folder or file (.jsonl, ...), instead of --text."),
     ] = None,
+    num_processes: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="Start N processes that share the work, with accelerate.")
+    ] = None,
+    accelerate_config: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="How they share it: ddp, fsdp2 (the frozen base model is divided), or a file of `accelerate config`.",
+        ),
+    ] = "ddp",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Measure the first steps, tell what the run takes, and write nothing.")
+    ] = False,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", is_eager=True, callback=read_options, help="YAML with options of this verb, by their names."
+        ),
+    ] = None,
 ) -> None:
     """Train the adapter in DIR and write it back, with finetune.json."""
     if bool(text) == bool(dataset):
         raise typer.BadParameter("expected either --text FILE or --dataset NAME")
     if not dataset:
         refuse_without(context, "--dataset", part)
+    if num_processes is None:
+        refuse_without(context, "--num-processes", ["accelerate_config"])
+    if part["stream"] and reading["chunks"]:
+        raise typer.BadParameter("--chunks names chunks of a whole text, and --stream reads none")
     given = _checked_settings(context, folder)
+    if num_processes is not None and not is_launched():
+        raise typer.Exit(launch(sys.argv[1:], num_processes, accelerate_config))
+    check_launch(num_processes)
     workflow = load_workflow()
     from hf_sparse.environment import is_main_process
     from hf_sparse.finetune import FinetuneConfig
-    from hf_sparse.texts import hub_dataset, read_dataset, read_texts
+    from hf_sparse.texts import Documents, hub_dataset, read_dataset, read_texts
 
-    config = FinetuneConfig(**given)
+    settings_of_run = FinetuneConfig(**given)
     source = None
     if dataset:
-        source = hub_dataset(dataset, part["dataset_config"], part["split"], part["column"])
-        words = read_dataset(dataset, part["dataset_config"], part["split"], part["column"])
+        place = (dataset, part["dataset_config"], part["split"], part["column"])
+        source = hub_dataset(*place)
+        words = Documents(*place, settings_of_run.seed) if part["stream"] else read_dataset(*place)
     else:
         words, _ = read_texts(text or [])
     try:
-        metrics = workflow.train_adapter(folder, words, config, dataset=source, **reading)
+        options = {
+            "separate": part["stream"] == "separate",
+            "dataset": source,
+            "dry_run": dry_run,
+            "command": repeating_command(context),
+            **reading,
+        }
+        metrics = workflow.train_adapter(folder, words, settings_of_run, **options)
     except KeyboardInterrupt:
         complain(f"interrupted; the adapter in {folder} is as it was; {_way_to_go_on(folder)}")
         raise typer.Exit(130) from None
-    if is_main_process():
+    if is_main_process() and dry_run:
+        gibibytes = metrics["peak_memory_bytes"] / 2**30
+        Console().print(
+            f"{metrics['steps']} steps on {metrics['tokens']:,} tokens would take about {metrics['seconds']:.0f} s "
+            f"({metrics['tokens_per_second']:,.0f} tokens/s) and {gibibytes:.1f} GiB of memory in each process; "
+            "nothing was written",
+            soft_wrap=True,
+        )
+    elif is_main_process():
         console = Console()
         first, last = metrics["history"][0], metrics["history"][-1]
         console.print(

@@ -76,8 +76,8 @@ def is_range(text: str | None) -> str | None:
 
 
 def was_given(context: typer.Context, name: str) -> bool:
-    """Tell whether an option stood on the command line."""
-    return getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"
+    """Tell whether an option stood on the command line, or in the file of options that was named there."""
+    return getattr(context.get_parameter_source(name), "name", "") in ("COMMANDLINE", "DEFAULT_MAP")
 
 
 def refuse_without(context: typer.Context, what: str, names: Iterable[str]) -> None:

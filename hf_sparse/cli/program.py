@@ -21,6 +21,7 @@ from hf_sparse.cli.report import report
 from hf_sparse.cli.serve import serve
 from hf_sparse.cli.threads import wait_briefly
 from hf_sparse.cli.unpatch import unpatch
+from hf_sparse.environment import launched_processes
 
 app = typer.Typer(
     cls=OneLineErrors,
@@ -53,14 +54,11 @@ def check_processes(
 ) -> None:
     """Patch a pretrained transformer with learned sparse attention, train what is small, push it."""
     verb = context.invoked_subcommand
-    if verb != "finetune" and "LOCAL_RANK" in os.environ:  # otherwise nobody waits for torch to be imported
-        from hf_sparse.environment import launched_processes
-
-        if (count := launched_processes()) > 1:
-            raise ValueError(
-                f"{count} processes were launched, each of which would do all of `hf-sparse {verb}`: run it without a "
-                "launcher, `hf-sparse finetune` alone shares its work"
-            )
+    if verb != "finetune" and (count := launched_processes()) > 1:
+        raise ValueError(
+            f"{count} processes were launched, each of which would do all of `hf-sparse {verb}`: run it without a "
+            "launcher, `hf-sparse finetune` alone shares its work"
+        )
 
 
 for verb in (patch, finetune, divide, unpatch):

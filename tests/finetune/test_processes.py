@@ -1,4 +1,4 @@
-"""Two processes with half a batch each train what one does with the whole; on two GPUs where there are so many.
+"""Processes with a part of the batch each train what one does with the whole; on GPUs where there are so many.
 
 The launched processes run this file.
 """
@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import hf_sparse
 from hf_sparse.demo import CHECKPOINT
 from hf_sparse.environment import cuda_of_process, is_main_process
-from hf_sparse.finetune import FinetuneConfig, finetune, loop
+from hf_sparse.finetune import FinetuneConfig, config_file, finetune, loop
 
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
 CONFIGS = {
@@ -37,9 +37,9 @@ def train(method, batch_size):
     chunks = torch.randint(5, 64, (12, 96), generator=torch.Generator().manual_seed(2))
     before = {"warm_start_steps": 2} if method == "sparsek" else {"graph_steps": 2}
     config = FinetuneConfig(steps=4, warmup_steps=1, **before, batch_size=batch_size, progress=False, cpu=ONE_GPU)
-    history = finetune(model, chunks, config)["history"]
+    metrics = finetune(model, chunks, config)
     learned = {name: tensor.cpu() for name, tensor in get_peft_model_state_dict(model).items()}
-    return learned, [row["loss"] for row in history]
+    return learned, [row["loss"] for row in metrics["history"]], metrics.get("base_share")
 
 
 def masked_gradients(method, objective, batch_size, accumulation):
@@ -68,29 +68,48 @@ def masked_gradients(method, objective, batch_size, accumulation):
     return gradients, loss
 
 
-def launch(*command):
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+def launcher(engine, count, logs):
+    """`torchrun` itself, or `accelerate launch` with a configuration that comes with hf-sparse."""
+    if engine == "torchrun":
+        return ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), "--log-dir", logs]
+    config = ["--config_file", str(config_file(engine)), "--num_processes", str(count), "--log_dir", logs]
+    return ["-m", "accelerate.commands.launch", *config]
+
+
+def launch(*command, engine="torchrun", count=2):
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if torch.cuda.device_count() < count else {}
     with TemporaryDirectory() as logs:  # without a folder for logs the launcher makes one and leaves it
-        launched = [*launcher, "--log-dir", logs, *map(str, command)]
-        done = subprocess.run(launched, capture_output=True, text=True, timeout=120)
+        run = [sys.executable, *launcher(engine, count, logs), *map(str, command)]
+        done = subprocess.run(run, capture_output=True, text=True, timeout=600, env={**os.environ, **hidden})
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
 
-def test_two_processes_do_what_one_does(tmp_path):
+@pytest.mark.parametrize(
+    "engine, count",
+    [
+        ("torchrun", 2),
+        ("fsdp2", 2),
+        *(pytest.param(engine, count, marks=pytest.mark.full) for engine, count in (("ddp", 4), ("fsdp2", 4))),
+    ],
+)
+def test_processes_do_what_one_does(tmp_path, engine, count):
     """One launch for all methods, since it takes longer than what is compared."""
-    launch(__file__, tmp_path)
-    found = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    launch(__file__, tmp_path, engine=engine, count=count)
+    ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(count)]
     for method in CONFIGS:
-        check_training(method, *(rank[f"train {method}"] for rank in found))
-        check_gradients(method, *(rank[f"masked {method}"] for rank in found))
+        check_training(method, *(rank[f"train {method}"] for rank in ranks))
+        check_gradients(method, *(rank[f"masked {method}"] for rank in ranks))
+        shares = [rank[f"train {method}"][2] for rank in ranks]
+        assert shares == [None] * count if engine != "fsdp2" else max(shares) < 1.02 / count
 
 
-def check_training(method, one, two):
-    (first, history), (second, other) = one, two
-    assert history == other
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-    alone, expected = train(method, 4)
+def check_training(method, one, *others):
+    first, history, _ = one
+    for learned, losses, _ in others:
+        assert losses == history
+        assert learned.keys() == first.keys() and all(torch.equal(first[name], learned[name]) for name in first)
+    alone, expected, _ = train(method, 4)
     if method == "sparsefinder" and not CPU:  # sums in another order there: what is fitted may differ by a token
         history, expected = history[:4], expected[:4]
         first = {name: first[name] for name in first if "scale" in name}
@@ -130,10 +149,16 @@ def test_the_command_line_writes_and_tells_once(tmp_path):
     subprocess.run([sys.executable, *command, "patch", CHECKPOINT, *options], check=True)
     before = load_file(adapter / "adapter_model.safetensors")
     options = ["--steps", "2", "--warm-start-steps", "0", "--length", "64", "--batch-size", "1"]
-    told = launch(*command, "finetune", adapter, "--text", text, *options, "--device", "cpu" if CPU else "cuda")
-    assert told.count("trained adapter") == 1
+    options += ["--num-processes", "2", "--accelerate-config", "fsdp2", "--device", "cpu" if CPU else "cuda"]
+    run = [sys.executable, *command, "finetune", adapter, "--text", text, *options]
+    hidden = {"CUDA_VISIBLE_DEVICES": ""} if CPU else {}
+    environment = {**os.environ, **hidden}
+    done = subprocess.run(list(map(str, run)), capture_output=True, text=True, timeout=600, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("trained adapter") == 1
     metrics = json.loads((adapter / "finetune.json").read_text())
     assert metrics["tokens"] == 2 * 2 * 64 and metrics["settings"]["processes"] == 2
+    assert metrics["base_share"] < 0.51
     after = load_file(adapter / "adapter_model.safetensors")
     assert after.keys() == before.keys() and not any(torch.equal(after[name], before[name]) for name in after)
 
@@ -147,6 +172,7 @@ def test_a_rank_without_a_local_one_is_no_launch(monkeypatch):
 
 
 if __name__ == "__main__":
-    found = {f"train {method}": train(method, 2) for method in CONFIGS}
-    found |= {f"masked {method}": masked_gradients(method, "lm", 2, 2) for method in CONFIGS}
-    torch.save(found, Path(sys.argv[1]) / f"{os.environ['RANK']}.pt")
+    count = int(os.environ["WORLD_SIZE"])
+    results = {f"train {method}": train(method, 4 // count) for method in CONFIGS}
+    results |= {f"masked {method}": masked_gradients(method, "lm", 4 // count, 2) for method in CONFIGS}
+    torch.save(results, Path(sys.argv[1]) / f"{os.environ['RANK']}.pt")

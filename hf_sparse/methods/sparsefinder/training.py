@@ -103,7 +103,7 @@ class SparsefinderTraining(Training):
     @contextmanager
     def step(self, stage: Stage, step: int, number: int, *, logged: bool) -> Iterator[dict[str, Any]]:
         row: dict[str, Any] = {}
-        self._number, self._batch = number, 0
+        self._number = number
         if stage.name == "graph":
             yield row
             return
@@ -122,9 +122,9 @@ class SparsefinderTraining(Training):
     def loss(self, stage: Stage, model: nn.Module, *batch: Tensor) -> Tensor:
         if stage.name != "graph":
             return super().loss(stage, model, *batch)
-        config, settings = self.config, self.settings
-        seed = (config.seed * 1_000_003 + self._number) * config.gradient_accumulation_steps + self._batch
-        self._batch += 1
+        settings = self.settings
+        # The same in all batches of a step, so that it does not matter how the chunks are divided into them.
+        seed = self.config.seed * 1_000_003 + self._number
         return graph_loss(model, self.layers, *batch, kind=settings.graph_loss, rows=settings.graph_rows, seed=seed)
 
     @property

@@ -1,6 +1,7 @@
 """Train SparseK's scorers: an optional warm start on dense attention's mass, then soft gates in the model."""
 
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -12,6 +13,8 @@ from hf_sparse.methods.sparsek.attention import SparseKAttention
 from hf_sparse.methods.sparsek.attention_objective import UNSETTLED, attention
 from hf_sparse.methods.sparsek.training_settings import SparseKTrainingSettings
 from hf_sparse.ops import sparsek
+
+_COLLAPSED = 1.1  # keys over which gates spread, as a share of k
 
 
 class SparseKTraining(Training):
@@ -75,6 +78,15 @@ class SparseKTraining(Training):
             row["score_scale"] = scale
         if supports:
             row["support"] = sum(supports) / len(supports)
+
+    def problem(self, stage: Stage, row: Mapping[str, Any]) -> str | None:
+        k = max(layer.config.k for layer in self.layers)
+        if row.get("support", math.inf) > _COLLAPSED * k or self.settings.final_scale != 1:
+            return None
+        return (
+            f"the scores have collapsed: the gates spread over {row['support']:.1f} keys for k = {k}, so that next to "
+            "no key gets a gradient; try a lower learning_rate"
+        )
 
     def loss(self, stage: Stage, model: nn.Module, *batch: Tensor) -> Tensor:
         if stage.name != "attention":

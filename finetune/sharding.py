@@ -1,0 +1,98 @@
+"""Divide the frozen base model among processes with FSDP2, as accelerate does it; what is trained stays whole in each.
+
+accelerate itself divides models on accelerators only; on a CPU it would leave the model whole without a word.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from hf_sparse.core.layer import SparseAttentionLayer
+from hf_sparse.patches.heads import parameters_saved
+
+
+def shard_base(accelerator: Accelerator, model: nn.Module, layers: Sequence[SparseAttentionLayer]) -> nn.Module:
+    """Divide all parameters of a model but those of the adapter, in place.
+
+    Args:
+        accelerator: of this process.
+        model: patched, on any device; the divided parameters move to that of the process.
+        layers: its sparse attention layers.
+
+    Returns:
+        The model, whose parameters are `DTensor`s but for those of the adapter.
+    """
+    if accelerator.device.type == "cpu" and torch.accelerator.is_available():
+        raise ValueError("FSDP cannot divide a model on the CPU of a machine with an accelerator: hide it, or use it")
+    for module in layers:
+        module.to(accelerator.device)
+    kept = nn.ParameterList([*_of_adapter(model, layers), *_tied(model)])
+    plugin = FullyShardedDataParallelPlugin()  # reads the configuration that the launcher left in the environment
+    plugin.ignored_modules = [kept]
+    if not plugin.transformer_cls_names_to_wrap:
+        # What transformers names by default may hold the embeddings, which accelerate divides with a tied head.
+        kinds = {type(module).__name__ for module in model.modules() if isinstance(module, GradientCheckpointingLayer)}
+        plugin.transformer_cls_names_to_wrap = sorted(kinds)
+    # What is computed in which dtype is left to autocast, as in a model that is not divided.
+    plugin.mixed_precision_policy = None
+    accelerator.state.fsdp_plugin = plugin
+    return fsdp2_prepare_model(accelerator, model)
+
+
+def reshard(model: nn.Module) -> None:
+    """Give up what a process holds of the other processes' parts since the last forward."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def share_of_base(model: nn.Module, layers: Sequence[SparseAttentionLayer]) -> float:
+    """Return the share of the base model's parameters that this process holds."""
+    of_adapter = {id(parameter) for parameter in _of_adapter(model, layers)}
+    base = [parameter for parameter in model.parameters() if id(parameter) not in of_adapter]
+    return sum(_local(parameter).numel() for parameter in base) / sum(parameter.numel() for parameter in base)
+
+
+def full(tensor: Tensor) -> Tensor:
+    """Return a tensor with what the other processes hold of it, if it is divided; all of them must ask for it."""
+    gather = getattr(tensor, "full_tensor", None)
+    return tensor if gather is None else gather()
+
+
+@contextmanager
+def gathered(module: nn.Module) -> Iterator[Any]:
+    """Give the forward of a module that is called by itself, outside the model's, with its parameters gathered.
+
+    Hooks of FSDP would take such a call for the beginning of another forward of the model.
+    """
+    if isinstance(module, FSDPModule):
+        module.unshard()
+        yield module.forward
+    else:
+        yield module
+
+
+def _of_adapter(model: nn.Module, layers: Sequence[SparseAttentionLayer]) -> list[nn.Parameter]:
+    return [*(parameter for layer in layers for parameter in layer.parameters()), *parameters_saved(model)]
+
+
+def _tied(model: Any) -> list[nn.Parameter]:
+    """List the parameters that several modules share, but for embeddings; FSDP divides each of them once only."""
+    shared = {id(p): p for _, p in model.named_parameters()}
+    counts = Counter(id(p) for module in model.modules() for p in module._parameters.values() if p is not None)
+    embeddings = id(model.get_input_embeddings().weight)
+    return [p for key, p in shared.items() if counts[key] > 1 and key != embeddings]
+
+
+def _local(tensor: Tensor) -> Tensor:
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()

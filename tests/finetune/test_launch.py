@@ -1,0 +1,78 @@
+"""What a launcher was asked for and did not give is an error before anything is loaded."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hf_sparse.finetune import FinetuneConfig, config_file
+from hf_sparse.finetune.launch import CONFIGS, check_devices, check_launch
+from hf_sparse.finetune.processes import make_accelerator, separate_accelerate_state
+
+
+def test_configurations_are_files_that_accelerate_reads():
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    kinds = {name: load_config_from_file(str(config_file(name))).distributed_type.value for name in CONFIGS}
+    assert kinds == {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}
+    with pytest.raises(ValueError, match=r"expected one of ddp, fsdp2 or a file of `accelerate config`, got 'zero3'"):
+        config_file("zero3")
+
+
+@pytest.mark.parametrize(
+    "environment, message",
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "does not train with DeepSpeed"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "does not train with Megatron-LM"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "expected fsdp_version 2, got 1"),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "true"},
+            "fsdp_cpu_ram_efficient_loading must be false",
+        ),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+            "use gradient_checkpointing of finetune",
+        ),
+        (
+            {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"},
+            "fsdp_offload_params must be false",
+        ),
+    ],
+)
+def test_refuses_engines_and_settings(monkeypatch, environment, message):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match=message):
+        check_launch()
+
+
+def test_refuses_another_number_of_processes(monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    check_launch(2)
+    with pytest.raises(ValueError, match="expected 4 processes, and the launcher started 2"):
+        check_launch(4)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    check_devices(cpu=True)
+    with pytest.raises(ValueError, match="expected a GPU for each of 2 processes, got 1"):
+        check_devices(cpu=False)
+
+
+def test_refuses_another_precision_than_the_launchers(monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with separate_accelerate_state():
+        with pytest.raises(ValueError, match=r"asked for mixed_precision 'bf16', and the settings say 'no'"):
+            make_accelerator(FinetuneConfig(cpu=True))
+        assert make_accelerator(FinetuneConfig(cpu=True, mixed_precision="bf16")).mixed_precision == "bf16"
+
+
+def test_accelerate_starts_one_process_of_two_on_a_cpu(tmp_path):
+    """accelerate itself says nothing."""
+    program = tmp_path / "program.py"
+    program.write_text("from hf_sparse.finetune.launch import check_launch\ncheck_launch()\n")
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", "2"]
+    done = subprocess.run([*launcher, str(program)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "accelerate was asked for several processes and started this one alone" in done.stderr
