@@ -24,7 +24,9 @@ from hf_sparse.evaluation.tasks import Suite
 from hf_sparse.finetune import FinetuneConfig, finetune
 from hf_sparse.finetune.checkpoint import checkpoints
 from hf_sparse.folders import exclusive, locked, staged
+from hf_sparse.model_kinds import kind_of
 from hf_sparse.overlap import merged, overlap
+from hf_sparse.retrieval import hide_facts
 
 
 def create_adapter(
@@ -81,6 +83,7 @@ def train_adapter(
     length: int | None = None,
     chunks: str | None = None,
     bos: bool | None = None,
+    retrieval: float = 0.0,
     dataset: Mapping[str, str] | None = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -97,6 +100,7 @@ def train_adapter(
         length: tokens per chunk; by default 2048, or what the model's positions suffice for.
         chunks: train on chunks `START:STOP` of the text only.
         bos: whether the chunks of a decoder begin with BOS; by default as its tokenizer begins a text.
+        retrieval: share of the chunks in which facts are hidden and asked for, see `hf_sparse.retrieval.hide_facts`.
         dataset: `name`, `split` and `column` on the Hub that the text was read from; noted in finetune.json, and named
             on the card.
         device, dtype: see `load_adapter`.
@@ -106,14 +110,21 @@ def train_adapter(
 
     Raises:
         BusyError: another run holds the folder.
+        DataError: chunks that cannot train the model, or `retrieval` for another model than a causal language model.
     """
     adapter = AdapterFolder(folder)
     trained_on = _trained_on(adapter)
     model, tokenizer = load_adapter(adapter, device=device, dtype=dtype, trainable=True)
     data = prepared_chunks(model, tokenizer, text, length, chunks, bos=bos, seed=config.seed, corrupt=True)
+    if retrieval:
+        if kind_of(model) != "causal":
+            raise DataError(f"retrieval is for causal language models, got a model of kind {kind_of(model)!r}")
+        data = hide_facts(tokenizer, data, retrieval, seed=config.seed)
     metrics = finetune(model, data, replace(config, output_dir=str(folder), cpu=model.device.type == "cpu"))
     if adapter.training is not None:
         metrics["trained_on"] = merged(trained_on, metrics["trained_on"]) if trained_on else None
+    if retrieval:
+        metrics["settings"]["retrieval"] = retrieval
     if dataset is not None:
         metrics["dataset"] = dict(dataset)
     if is_main_process():

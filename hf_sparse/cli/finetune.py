@@ -46,6 +46,14 @@ def finetune(
         str | None,
         typer.Option(metavar="NAME", help="Dataset on the Hub, or a folder or file (.jsonl, ...), instead of --text."),
     ] = None,
+    retrieval: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of the chunks in which facts are hidden and asked for further on, so that needles are kept.",
+        ),
+    ] = 0.0,
 ) -> None:
     """Train the adapter in DIR and write it back, with finetune.json."""
     if bool(text) == bool(dataset):
@@ -66,7 +74,7 @@ def finetune(
     else:
         words, _ = read_texts(text or [])
     try:
-        metrics = workflow.train_adapter(folder, words, config, dataset=source, **reading)
+        metrics = workflow.train_adapter(folder, words, config, dataset=source, retrieval=retrieval, **reading)
     except KeyboardInterrupt:
         complain(f"interrupted; the adapter in {folder} is as it was; {_way_to_go_on(folder)}")
         raise typer.Exit(130) from None
