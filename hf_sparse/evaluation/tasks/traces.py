@@ -10,8 +10,8 @@ from itertools import cycle
 from random import Random
 
 _OPERATIONS = 10  # of an arithmetic chain, half of them with a plus
-_NAMES = "abcdefgh"  # variables of a program
-_STATEMENTS = 24  # lines of a program: three times as many as variables, and some variables stand in one line only
+_NAMES = "abcdef"  # variables of a program
+_STATEMENTS = 16  # lines of a program; some variables stand in one line only
 
 
 @dataclass(frozen=True)
@@ -55,21 +55,24 @@ def program(random: Random) -> Derivation:
     """Run a program in a loop, whose variables change at different rates, and print what each line does."""
     names = [*_NAMES, *random.choices(_NAMES[: len(_NAMES) // 2], k=_STATEMENTS - len(_NAMES))]
     random.shuffle(names)
-    statements = [(name, random.choice("+-"), random.randint(1, 9)) for name in names]
+    statements = list(zip(names, random.sample(range(11, 60), _STATEMENTS), strict=True))
     start = {name: random.randint(300, 700) for name in _NAMES}
 
     def lines() -> Iterator[str]:
         values = dict(start)
-        for name, sign, amount in cycle(statements):
+        for number, (name, amount) in cycle(enumerate(statements, 1)):
             before = values[name]
-            values[name] = before + amount if sign == "+" else before - amount
-            yield f"{name}: {before} {sign} {amount} = {values[name]}"
+            values[name] += amount
+            yield f"line {number}: {name} = {before} + {amount} = {values[name]}"
 
-    told = "\n".join(f"    {name} {sign}= {amount}" for name, sign, amount in statements)
+    told = "\n".join(
+        f"line {number}: {name} = {name} + {amount}" for number, (name, amount) in enumerate(statements, 1)
+    )
     values = ", ".join(f"{name} = {value}" for name, value in start.items())
     return Derivation(
-        f"{values}\nwhile True:\n{told}\n\nThis program prints a line for every statement that it runs: the name of "
-        "the variable, its value before, the operation, and its value after. It prints:\n\n",
+        f"A program has {_STATEMENTS} lines, and begins again with the first after the last:\n\n{told}\n\nAt the start "
+        f"{values}. Every line prints its number, the name of its variable, and the values before and after. The "
+        "program prints:\n\n",
         lines(),
     )
 
