@@ -118,7 +118,7 @@ class Asking:
                         self.record.measure(cells, f"{task}, {length}", self._values, *arguments)
 
     def _values(self, task: str, contender: str, length: int, samples: int) -> Any:
-        given = {"lengths": [length], "samples": samples, "selections": [contender], "progress": False}
+        given: dict[str, Any] = {"lengths": [length], "samples": samples, "selections": [contender], "progress": False}
         given |= {"batch_size": max(1, self.options.batch_tokens // length), "seed": self.options.seed + 1}
         return run_task(self.model, self.tokenizer, task, **given)["results"][contender]["values"]
 
@@ -193,11 +193,11 @@ def main() -> None:
         if model is None or "x" not in run:
             model = None
             gc.collect()
-            base = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype)).to(device)
+            base: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype))
             torch.manual_seed(options.seed)
             sinks = SparseKConfig().sinks
             settings = {"k": options.slots - options.window - sinks, "window": options.window, "sinks": sinks}
-            model = get_peft_model(base, SparseKConfig(**settings))
+            model = get_peft_model(base.to(device), SparseKConfig(**settings))
         entry = content["runs"].setdefault(run, {})
         if not record.measure(entry, "training", train, model, tokenizer, text, run, options):
             continue

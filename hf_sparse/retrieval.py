@@ -151,7 +151,7 @@ def _list(random: Random) -> Fact:
 
 
 def _chain(random: Random) -> Fact:
-    """Hand a value from name to name, and ask for the value of one name and for all names."""
+    """Give a value from name to name, and ask for the value of one name and for all names."""
     names, value = [_word(random) for _ in range(random.randint(3, 5))], _value(random)
     told = [f"Let {names[0]} be {value}.", *(f"Let {new} be what {old} is." for old, new in pairwise(names))]
     asked = (f"What is {random.choice(names)}? It is {value}.", f"All that is {value}: {', '.join(names)}.")
@@ -167,7 +167,7 @@ def _value(random: Random) -> str:
 
 
 def _word(random: Random) -> str:
-    """Invent a word."""
+    """Make up a word."""
     syllables = random.randint(2, 3)
     word = "".join(random.choice(_CONSONANTS) + random.choice(_VOWELS) for _ in range(syllables))
     return (word + random.choice(("", "n", "r", "l"))).capitalize()

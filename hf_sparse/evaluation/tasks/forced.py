@@ -1,4 +1,4 @@
-"""Feed a model the right lines after a prompt, and see which of them it would have written itself."""
+"""Score which of the right lines after a prompt a model would have written itself."""
 
 from collections.abc import Sequence
 from itertools import groupby
