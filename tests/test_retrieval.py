@@ -85,12 +85,12 @@ def test_refusals(tokenizer, chunks):
 def test_finetune_mixes_them_in_and_notes_it(tmp_path):
     create_adapter("demo", hf_sparse.SparseKConfig(k=20, window=8, sinks=4), tmp_path)
     config = FinetuneConfig(steps=1, warm_start_steps=0, batch_size=1, progress=False)
-    options = {"length": 256, "chunks": ":2", "device": "cpu"}
+    options = {"chunks": ":2", "device": "cpu"}
     hashes = set()
-    for share in (0.0, 1.0):
-        train_adapter(tmp_path, TEXT, config, retrieval=share, **options)
+    for share, length in ((0.0, 256), (1.0, 400)):  # a second run goes on, with longer chunks
+        train_adapter(tmp_path, TEXT, config, retrieval=share, length=length, **options)
         written = json.loads((tmp_path / "finetune.json").read_text())
-        assert written["settings"].get("retrieval", 0.0) == share
+        assert written["settings"].get("retrieval", 0.0) == share and written["settings"]["length"] == length
         hashes.add(written["settings"]["chunks_sha256"])
     assert len(hashes) == 2
 
