@@ -26,7 +26,9 @@ from hf_sparse.finetune.checkpoint import checkpoints
 from hf_sparse.finetune.launch import check_devices, check_launch, is_sharded
 from hf_sparse.finetune.stages import chunks_read
 from hf_sparse.folders import exclusive, locked, staged
+from hf_sparse.model_kinds import kind_of
 from hf_sparse.overlap import merged, overlap
+from hf_sparse.retrieval import hide_facts
 from hf_sparse.texts import Documents
 
 
@@ -85,6 +87,7 @@ def train_adapter(
     chunks: str | None = None,
     separate: bool = False,
     bos: bool | None = None,
+    retrieval: float = 0.0,
     dataset: Mapping[str, str] | None = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -104,6 +107,7 @@ def train_adapter(
         chunks: train on chunks `START:STOP` of the text only.
         separate: let no chunk hold tokens of two documents.
         bos: whether the chunks of a decoder begin with BOS; by default as its tokenizer begins a text.
+        retrieval: share of the chunks in which facts are hidden and asked for, see `hf_sparse.retrieval.hide_facts`.
         dataset: `name`, `split` and `column` on the Hub that the text was read from; noted in finetune.json, and named
             on the card.
         device, dtype: see `load_adapter`.
@@ -115,6 +119,7 @@ def train_adapter(
 
     Raises:
         BusyError: another run holds the folder.
+        DataError: chunks that cannot train the model, or `retrieval` for another model than a causal language model.
     """
     adapter = AdapterFolder(folder)
     trained_on = _trained_on(adapter)
@@ -132,6 +137,10 @@ def train_adapter(
         most = chunks_read(model, config)
         data, counts = prepared_documents(model, tokenizer, text, length, most=most, separate=separate, **options)
         counts |= {"rows": text.rows, "rows_without_text": text.bad}
+    if retrieval:
+        if kind_of(model) != "causal":
+            raise DataError(f"retrieval is for causal language models, got a model of kind {kind_of(model)!r}")
+        data = hide_facts(tokenizer, data, retrieval, seed=config.seed)
     config = replace(config, output_dir=str(folder), cpu=cpu)
     if dry_run:
         return estimate(model, data, config)
@@ -142,6 +151,8 @@ def train_adapter(
         metrics["command"] = command
     if adapter.training is not None:
         metrics["trained_on"] = merged(trained_on, metrics["trained_on"]) if trained_on else None
+    if retrieval:
+        metrics["settings"]["retrieval"] = retrieval
     if dataset is not None:
         metrics["dataset"] = dict(dataset)
     if is_main_process():

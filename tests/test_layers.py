@@ -16,7 +16,7 @@ LAYERS = [
     ("core",),
     ("patches",),
     ("tuner",),
-    ("model_kinds", "base_model", "chunks", "data", "overlap", "texts"),
+    ("model_kinds", "base_model", "chunks", "data", "overlap", "retrieval", "texts"),
     ("finetune",),
     ("evaluation", "figures", "adapters", "hub"),
     ("workflow", "serving"),

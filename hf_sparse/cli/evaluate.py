@@ -43,7 +43,7 @@ _TASKS = [
         "task",
         list[str] | None,
         None,
-        "Score a generated task, such as passkey, too; may be repeated.",
+        "Score a generated task, such as passkey or program, too; may be repeated.",
         metavar="NAME",
     ),
     option(
@@ -62,6 +62,7 @@ _TASKS = [
     ),
     list_option("task_lengths", int, "Tokens of the prompts; by default half a chunk and a chunk."),
     option("task_samples", int, 2, "Prompts per length and depth.", callback=at_least(1, "samples")),
+    option("task_batch", int, 1, "Prompts at a time.", callback=at_least(1, "batch_size")),
     option("task_slots", int | None, None, "Answer at this budget instead of the adapter's own."),
 ]
 
@@ -130,6 +131,7 @@ def _suite(tasks: dict[str, Any]) -> Any:
         samples=tasks["task_samples"],
         haystack=Haystack(read_text(haystack), haystack.name) if haystack else None,
         slots=tasks["task_slots"],
+        batch_size=tasks["task_batch"],
     )
 
 

@@ -76,6 +76,14 @@ def finetune(
             metavar="FILE", is_eager=True, callback=read_options, help="YAML with options of this verb, by their names."
         ),
     ] = None,
+    retrieval: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of the chunks in which facts are hidden and asked for further on, so that needles are kept.",
+        ),
+    ] = 0.0,
 ) -> None:
     """Train the adapter in DIR and write it back, with finetune.json."""
     if bool(text) == bool(dataset):
@@ -107,6 +115,7 @@ def finetune(
         options = {
             "separate": part["stream"] == "separate",
             "dataset": source,
+            "retrieval": retrieval,
             "dry_run": dry_run,
             "command": repeating_command(context),
             **reading,

@@ -151,9 +151,10 @@ class TestRun:
         seen = []
 
         def use(reply):
-            def fake(model, tokenizer, tokens, new_tokens):
-                seen.append((tokens, new_tokens, sparse_layers(model)[0].baseline, sparse_layers(model)[0].is_active))
-                return reply(tokenizer.decode(tokens))
+            def fake(model, tokenizer, prompts, new_tokens):
+                layer = sparse_layers(model)[0]
+                seen.extend((tokens, new_tokens, layer.baseline, layer.is_active) for tokens in prompts)
+                return [reply(tokenizer.decode(tokens)) for tokens in prompts]
 
             monkeypatch.setattr(run, "answer", fake)
             return seen
@@ -254,7 +255,7 @@ class TestGeneration:
     def test_greedy(self, model, tokenizer, name):
         tokens = self.prompt()
         with using(model, name):
-            found = answer(model, tokenizer, tokens, 6)
+            found = answer(model, tokenizer, [tokens], 6)[0]
             ids, cache = torch.tensor([tokens]), None
             for _ in range(6):
                 with torch.no_grad():
@@ -267,14 +268,14 @@ class TestGeneration:
         said = set()
         for name in ("dense", "recency", "learned"):
             with using(model, name), at_budget(model, Budget(k=2, window=2, sinks=1)):
-                said.add(answer(model, tokenizer, self.prompt(), 12))
+                said.add(answer(model, tokenizer, [self.prompt()], 12)[0])
         assert len(said) > 1
 
     def test_sampling_settings_of_the_model_do_not_matter(self, model, tokenizer):
         tokens = self.prompt()
-        expected = answer(model, tokenizer, tokens, 8)
+        expected = answer(model, tokenizer, [tokens], 8)
         model.generation_config.update(do_sample=True, temperature=5.0, repetition_penalty=3.0)
-        assert answer(model, tokenizer, tokens, 8) == expected
+        assert answer(model, tokenizer, [tokens], 8) == expected
 
     def test_the_model_comes_back(self, model, tokenizer):
         model.train()

@@ -11,3 +11,4 @@ from hf_sparse.evaluation.tasks.run import check_tasks as check_tasks
 from hf_sparse.evaluation.tasks.run import run_longbench as run_longbench
 from hf_sparse.evaluation.tasks.run import run_task as run_task
 from hf_sparse.evaluation.tasks.suite import Suite as Suite
+from hf_sparse.evaluation.tasks.traces import TRACES as TRACES

@@ -1,5 +1,6 @@
 """Generate greedy answers of a patched model."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -7,23 +8,27 @@ from torch import nn
 
 
 @torch.no_grad()
-def answer(model: nn.Module, tokenizer: Any, prompt: list[int], new_tokens: int) -> str:
-    """Return what the model says after a prompt, with whichever contender is active.
+def answer(model: nn.Module, tokenizer: Any, prompts: Sequence[list[int]], new_tokens: int) -> list[str]:
+    """Return what the model says after each prompt of a batch, with whichever contender is active.
 
     Args:
-        prompt: its tokens.
+        prompts: their tokens; shorter ones are padded on the left.
         new_tokens: at most so many.
     """
-    ids = torch.tensor([prompt], device=next(model.parameters()).device)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    length, device = max(map(len, prompts)), next(model.parameters()).device
+    # A padding token of None is that of a tokenizer without one and without an end; a single prompt needs none.
+    rows = [[padding or 0] * (length - len(prompt)) + prompt for prompt in prompts]
+    mask = [[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts]
     generator: Any = model
     output = generator.generate(
-        input_ids=ids,
-        attention_mask=torch.ones_like(ids),
+        input_ids=torch.tensor(rows, device=device),
+        attention_mask=torch.tensor(mask, device=device),
         max_new_tokens=new_tokens,
         do_sample=False,
         num_beams=1,
         repetition_penalty=1.0,
-        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        pad_token_id=padding,
         disable_compile=True,  # compiling takes longer than a few tokens
     )
-    return tokenizer.decode(output[0, len(prompt) :], skip_special_tokens=True)
+    return [tokenizer.decode(row[length:], skip_special_tokens=True) for row in output]

@@ -21,7 +21,7 @@ class Suite:
     """Describe what to ask a model.
 
     Attributes:
-        tasks: names of generated tasks, of `TASKS`.
+        tasks: names of generated tasks, of `TASKS` and `TRACES`.
         documents: questions about documents by the name of their file.
         lengths: tokens of a prompt with its answer; documents get the longest.
         samples: examples per length, and per depth where needles have one.
@@ -29,6 +29,7 @@ class Suite:
         slots: another budget than the adapter's own, see `Budget.resized`; `None` for a method without budgets.
         selections: the contenders to ask, of those that can generate; all of them by default.
         seed: seed of the examples.
+        batch_size: prompts at a time.
     """
 
     tasks: Sequence[str] = ()
@@ -39,6 +40,7 @@ class Suite:
     slots: int | None = None
     selections: Sequence[str] | None = None
     seed: int = 0
+    batch_size: int = 1
 
     def budget(self, model: Any) -> Budget | None:
         """Return the budget at which a patched model is asked; `None` for a method without budgets.
@@ -61,6 +63,7 @@ class Suite:
         evaluation.generating(model)  # the reason why a method answers no tasks comes before what is wrong with them
         with evaluation.at_budget(model, self.budget(model)):
             options: dict[str, Any] = {"samples": self.samples, "selections": self.selections}
+            options["batch_size"] = self.batch_size
             check_tasks(model, self.tasks, lengths=self.lengths, **options)
 
     def run(
@@ -85,6 +88,7 @@ class Suite:
                     samples=self.samples,
                     haystack=self.haystack,
                     seed=self.seed,
+                    batch_size=self.batch_size,
                     **options,
                 )
             for name, documents in self.documents.items():
