@@ -172,7 +172,9 @@ def run(base: Any, exact: Any, variant: dict[str, Any], training: Tensor, held_o
         with reading(model, names):
             options = {"progress": False, "cpu": base.device.type != "cuda", "seed": variant.get("seed", 0)}
             began = time.perf_counter()
-            metrics = finetune(model, training, FinetuneConfig(**variant.get("training", {}), **options))
+            metrics = finetune(
+                model, training, FinetuneConfig(**{"equal_steps": 0} | variant.get("training", {}), **options)
+            )
             weights = learned(model)
             result = {
                 "seconds": time.perf_counter() - began,
