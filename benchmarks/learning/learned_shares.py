@@ -122,7 +122,7 @@ def learn(base: Any, way: str, adapter: dict[str, Any], training: Tensor, argume
     torch.manual_seed(0)
     model = get_peft_model(base, SparseKConfig(**adapter))
     try:
-        options = {"progress": False, "cpu": arguments.device == "cpu", "equal_steps": 0}
+        options = {"progress": False, "cpu": arguments.device == "cpu", "divide_heads": False}
         finetune(model, training, FinetuneConfig(steps=arguments.first_steps, **options))
         layers = sparse_layers(model)
         budgets = Budgets(len(layers), layers[0].num_key_value_heads, adapter["k"]).to(arguments.device)

@@ -173,7 +173,7 @@ def run(base: Any, exact: Any, variant: dict[str, Any], training: Tensor, held_o
             options = {"progress": False, "cpu": base.device.type != "cuda", "seed": variant.get("seed", 0)}
             began = time.perf_counter()
             metrics = finetune(
-                model, training, FinetuneConfig(**{"equal_steps": 0} | variant.get("training", {}), **options)
+                model, training, FinetuneConfig(**{"divide_heads": False} | variant.get("training", {}), **options)
             )
             weights = learned(model)
             result = {

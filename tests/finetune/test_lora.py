@@ -14,7 +14,14 @@ from hf_sparse.finetune.objectives import distill
 from hf_sparse.finetune.recompute import recomputed
 from hf_sparse.patches import sparse_layers
 
-SHORT = {"steps": 6, "warm_start_steps": 3, "batch_size": 2, "warmup_steps": 1, "progress": False}
+SHORT = {
+    "steps": 6,
+    "warm_start_steps": 3,
+    "divide_heads": False,
+    "batch_size": 2,
+    "warmup_steps": 1,
+    "progress": False,
+}
 RANK = 2
 COUNT = 2 * RANK * (4 * 32 + 2 * 32 + 2 * 16)  # of 2 layers: inputs, outputs of q and o, outputs of k and v
 

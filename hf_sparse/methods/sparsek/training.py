@@ -18,13 +18,14 @@ from hf_sparse.methods.sparsek.settings import WHOLE_PROMPT
 from hf_sparse.methods.sparsek.training_settings import SparseKTrainingSettings
 from hf_sparse.ops import sparsek
 
+_EQUAL = 5  # the part of the steps in which all heads select as many keys: a fifth
 _CHUNKS = 4  # from all over the text, on which every head is measured
 
 
 class SparseKTraining(Training):
     """Train the scorers in all stages; `distill` and `lm` train LoRA too, where there is one, beside or after them.
 
-    In between the selected keys are divided among the KV heads, see `SparseKTrainingSettings.equal_steps`.
+    In between the selected keys are divided among the KV heads, see `SparseKTrainingSettings.divide_heads`.
 
     The objective `attention` regresses the scores on the log of the dense attention that keys receive from queries
     outside the window. `FinetuneConfig.gradient_checkpointing` has no effect on it, for it holds no more than that.
@@ -46,23 +47,23 @@ class SparseKTraining(Training):
         heads = sum(layer.num_key_value_heads for layer in self.layers)
         has_shares = config.layer_shares is not None or config.head_shares is not None
         is_possible = self.kind == "causal" and config.k > 1 and heads > 1 and config.pin_prompt != WHOLE_PROMPT
-        return bool(self.settings.equal_steps) and not has_shares and is_possible
+        return self.settings.divide_heads and not has_shares and is_possible
 
     def recorded_settings(self) -> dict[str, Any]:
-        """Return the settings that determine the result, without `equal_steps` where nothing is divided."""
+        """Return the settings that determine the result: `divide_heads` says whether that is done."""
         settings = super().recorded_settings()
         if self._equal is None:
-            del settings["equal_steps"]
+            del settings["divide_heads"]
         return settings
 
     def plan(self, chunks: Tensor) -> str:
         """Say in a sentence what a run on chunks `[N, T]` is going to do."""
         sentence = super().plan(chunks)
-        if self._equal is None:
+        if self._equal is None or self._main is None:
             return sentence
         heads, budget = sum(layer.num_key_value_heads for layer in self.layers), self.layers[0].budget
         return (
-            f"{sentence}. Before the last {self.config.steps} steps of {self.config.objective}, the {budget.k} of "
+            f"{sentence}. Before the last {self._main.steps} steps of {self._main.name}, the {budget.k} of "
             f"{budget.slots} slots that hold selected keys are divided among the {heads} KV heads by what each loses"
         )
 
@@ -77,10 +78,11 @@ class SparseKTraining(Training):
             stages.append(Stage("attention", warm_start, scorers, config.learning_rate, repeatable=False))
         lora_afterwards = bool(self.lora and settings.lora_steps)
         learned = scorers if lora_afterwards else scorers | self.lora
-        if self._can_divide():
-            self._equal = Stage(config.objective, settings.equal_steps, learned, config.learning_rate)
+        equal = config.steps // _EQUAL if self._can_divide() else 0
+        if equal:
+            self._equal = Stage(config.objective, equal, learned, config.learning_rate)
             stages.append(self._equal)
-        self._main = Stage(config.objective, config.steps, learned, config.learning_rate)
+        self._main = Stage(config.objective, config.steps - equal, learned, config.learning_rate)
         stages.append(self._main)
         if lora_afterwards:
             stages.append(Stage(config.objective, settings.lora_steps, self.lora, config.lora_learning_rate, hard=True))
