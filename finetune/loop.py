@@ -3,6 +3,7 @@
 import json
 import math
 import resource
+import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -183,7 +184,11 @@ def _train(model: nn.Module, dataset: Any, config: FinetuneConfig | None, *, sam
 
         try:
             first = [part[: config.batch_size].to(accelerator.device) for part in (chunks, labels) if part is not None]
+            if config.progress and accelerator.is_main_process:
+                print(training.plan(chunks), file=sys.stderr, flush=True)
             report = state["report"] if restart else training.begin(prepared, *first)
+            if restart:
+                training.resume(report)
             bar: Any = ProgressLines(len(plan), f"{training.learned}, step", state["step"])
             if is_terminal() or not (config.progress and accelerator.is_main_process):
                 shown = {"desc": training.learned, "unit": "step", "disable": not config.progress}

@@ -102,6 +102,15 @@ class Training:
     def check(self, chunks: Tensor) -> None:
         """Raise `DataError` for chunks `[N, T]` that this method cannot learn from."""
 
+    def plan(self, chunks: Tensor) -> str:
+        """Say in a sentence what a run on chunks `[N, T]` is going to do."""
+        steps = ", then ".join(f"{stage.steps} steps of {stage.label}" for stage in self.stages)
+        count, length = chunks.shape
+        return f"{self.learned}: {steps}; {self.config.batch_size} of {count} chunks of {length} tokens at a time"
+
+    def resume(self, report: dict[str, Any]) -> None:
+        """Take up what the report of a stopped run says that it had decided; it is the one that `begin` returned."""
+
     def enter(self, stage: Stage, read: Callable[[], Any]) -> None:
         """Prepare for a stage: called before its first step, and before the first step of a resumed run.
 

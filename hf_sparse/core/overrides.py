@@ -1,4 +1,4 @@
-"""Change settings of live objects for the length of a `with` block."""
+"""Change settings of live objects that refuse it, for the length of a `with` block or for good."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -36,6 +36,13 @@ def override(objects: Iterable[object], **values: Any) -> Iterator[None]:
             restore.callback(_set, item, name, value)
             _set(item, name, values[name])
         yield
+
+
+def settle(objects: Iterable[object], **values: Any) -> None:
+    """Set attributes of objects for good, past their own refusal, as `override` does it for a block."""
+    for item in objects:
+        for name, value in values.items():
+            _set(item, name, value)
 
 
 def _set(item: object, name: str, value: Any) -> None:

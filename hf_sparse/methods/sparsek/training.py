@@ -5,20 +5,29 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
+from accelerate.utils import broadcast
 from torch import Tensor, nn
 
+from hf_sparse.core.overrides import settle
+from hf_sparse.environment import is_main_process
 from hf_sparse.errors import DataError
 from hf_sparse.finetune.stages import Stage, Training
 from hf_sparse.methods.sparsek.attention import SparseKAttention
 from hf_sparse.methods.sparsek.attention_objective import UNSETTLED, attention
+from hf_sparse.methods.sparsek.settings import WHOLE_PROMPT
 from hf_sparse.methods.sparsek.training_settings import SparseKTrainingSettings
 from hf_sparse.ops import sparsek
 
 _COLLAPSED = 1.1  # keys over which gates spread, as a share of k
+_EQUAL = 5  # the part of the steps in which all heads select as many keys: a fifth
+_CHUNKS = 4  # from all over the text, on which every head is measured
 
 
 class SparseKTraining(Training):
     """Train the scorers in all stages; `distill` and `lm` train LoRA too, where there is one, beside or after them.
+
+    In between the selected keys are divided among the KV heads, see `SparseKTrainingSettings.divide_heads`.
 
     The objective `attention` regresses the scores on the log of the dense attention that keys receive from queries
     outside the window. `FinetuneConfig.gradient_checkpointing` has no effect on it, for it holds no more than that.
@@ -29,6 +38,36 @@ class SparseKTraining(Training):
     settings_type = SparseKTrainingSettings
     layers: Sequence[SparseKAttention]
     settings: SparseKTrainingSettings
+    _equal: Stage | None = None  # with as many selected keys for every head, before these are divided
+    _main: Stage | None = None  # of the objective
+    _report: dict[str, Any]  # what finetune.json tells of the division
+    _measured_on: Tensor  # chunks
+
+    def _can_divide(self) -> bool:
+        """Tell whether `k` is to be divided among the KV heads in between."""
+        config = self.layers[0].config
+        heads = sum(layer.num_key_value_heads for layer in self.layers)
+        has_shares = config.layer_shares is not None or config.head_shares is not None
+        is_possible = self.kind == "causal" and config.k > 1 and heads > 1 and config.pin_prompt != WHOLE_PROMPT
+        return self.settings.divide_heads and not has_shares and is_possible
+
+    def recorded_settings(self) -> dict[str, Any]:
+        """Return the settings that determine the result: `divide_heads` says whether that is done."""
+        settings = super().recorded_settings()
+        if self._equal is None:
+            del settings["divide_heads"]
+        return settings
+
+    def plan(self, chunks: Tensor) -> str:
+        """Say in a sentence what a run on chunks `[N, T]` is going to do."""
+        sentence = super().plan(chunks)
+        if self._equal is None or self._main is None:
+            return sentence
+        heads, budget = sum(layer.num_key_value_heads for layer in self.layers), self.layers[0].budget
+        return (
+            f"{sentence}. Before the last {self._main.steps} steps of {self._main.name}, the {budget.k} of "
+            f"{budget.slots} slots that hold selected keys are divided among the {heads} KV heads by what each loses"
+        )
 
     def _stages(self) -> list[Stage]:
         config, settings = self.config, self.settings
@@ -41,7 +80,12 @@ class SparseKTraining(Training):
             stages.append(Stage("attention", warm_start, scorers, config.learning_rate, repeatable=False))
         lora_afterwards = bool(self.lora and settings.lora_steps)
         learned = scorers if lora_afterwards else scorers | self.lora
-        stages.append(Stage(config.objective, config.steps, learned, config.learning_rate))
+        equal = config.steps // _EQUAL if self._can_divide() else 0
+        if equal:
+            self._equal = Stage(config.objective, equal, learned, config.learning_rate)
+            stages.append(self._equal)
+        self._main = Stage(config.objective, config.steps - equal, learned, config.learning_rate)
+        stages.append(self._main)
         if lora_afterwards:
             stages.append(Stage(config.objective, settings.lora_steps, self.lora, config.lora_learning_rate, hard=True))
         return stages
@@ -59,16 +103,52 @@ class SparseKTraining(Training):
                 f"chunks of {length} tokens are too short for the objective `attention`, which needs {needed} (sinks + "
                 f"window + {UNSETTLED + 2}); use longer chunks, or warm_start_steps=0"
             )
+        count = min(_CHUNKS, len(chunks))
+        self._measured_on = chunks[[number * len(chunks) // count for number in range(count)]]
+
+    def begin(self, model: nn.Module, *batch: Tensor) -> dict[str, Any]:
+        """Return what finetune.json tells of the division once the heads are measured."""
+        self._report = {}
+        return self._report
+
+    def resume(self, report: dict[str, Any]) -> None:
+        """Divide `k` among the heads as the stopped run did, if it came so far."""
+        self._report = report
+        if "division" in report:
+            settle([self.layers[0].config], head_shares=report["division"]["head_shares"])
 
     def enter(self, stage: Stage, read: Callable[[], Any]) -> None:
+        if stage is self._main and self._equal is not None and "division" not in self._report:
+            self._divide()
         for layer in self.layers:
             layer.train(not stage.hard)
+
+    def _divide(self) -> None:
+        """Measure what each KV head loses, and divide `k` among the heads by it, in all processes alike."""
+        config = self.config
+        # Late, for measuring imports the training of all methods.
+        from hf_sparse.methods.sparsek.evaluation import divide_heads
+
+        rows, damages = divide_heads(
+            self.model,
+            self._measured_on,
+            batch_size=config.batch_size,
+            progress=config.progress and is_main_process(),
+        )
+        device = next(self.model.parameters()).device
+        shares = broadcast(torch.tensor(rows, dtype=torch.float64, device=device)).tolist()
+        settle([self.layers[0].config], head_shares=shares)
+        self._report["division"] = {
+            "chunks": len(self._measured_on),
+            "head_shares": shares,
+            "damages": {str(k): list(of_heads.values()) for k, of_heads in damages.items()},
+        }
 
     @contextmanager
     def step(self, stage: Stage, step: int, number: int, *, logged: bool) -> Iterator[dict[str, Any]]:
         row: dict[str, Any] = {}
         scale = 1.0  # the warm start has no gates
-        if stage.name == self.config.objective and not stage.hard:
+        if stage is self._main:
             scale = self.settings.final_scale ** (step / max(1, stage.steps - 1))
         supports: list[float] = []
         has_soft_gates = stage.repeatable and not stage.hard

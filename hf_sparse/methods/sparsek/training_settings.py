@@ -15,6 +15,10 @@ class SparseKTrainingSettings(TrainingSettings):
         final_scale: scores are multiplied by a factor that grows from 1 to this one over the steps of the objective,
             geometrically: soft gates end as almost hard ones. Which keys are best does not depend on it.
         warm_start_steps: optimiser steps of `"attention"` before `"distill"` or `"lm"`.
+        divide_heads: after a fifth of the steps of `"distill"` or `"lm"`, in which every KV head has `k` selected keys,
+            measure what each head loses and divide the keys among the heads by it (`SparseKConfig.head_shares`). It is
+            left out in an encoder, with fewer than five steps, and for an adapter that has shares already or keeps
+            whole prompts.
         lora_steps: with more than 0, LoRA is not trained beside the scorers but in so many optimiser steps of its own
             after theirs, on the same objective, with the hard selection of inference in place of soft gates.
     """
@@ -26,6 +30,13 @@ class SparseKTrainingSettings(TrainingSettings):
         metadata={"help": "Scores are multiplied by a factor that grows to this one: soft gates end almost hard."},
     )
     warm_start_steps: int = field(default=40, metadata={"help": "Steps of `attention` before the others."})
+    divide_heads: bool = field(
+        default=True,
+        metadata={
+            "help": "After a fifth of the steps, divide k among the KV heads by what each loses; an adapter that has "
+            "shares keeps them."
+        },
+    )
     lora_steps: int = field(
         default=0,
         metadata={
@@ -36,6 +47,8 @@ class SparseKTrainingSettings(TrainingSettings):
 
     def __post_init__(self) -> None:
         check_integer("warm_start_steps", self.warm_start_steps, least=0)
+        if not isinstance(self.divide_heads, bool):
+            raise ValueError(f"divide_heads must be True or False, got {self.divide_heads!r}")
         check_integer("lora_steps", self.lora_steps, least=0)
         check_number("final_scale", self.final_scale, most=1e6)
 

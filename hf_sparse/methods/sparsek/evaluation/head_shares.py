@@ -11,6 +11,8 @@ from hf_sparse.methods.sparsek.evaluation.layer_shares import best_shares
 
 Head = tuple[int, int]  # layer, and head in it
 
+_ROUNDED = 2e-4  # by so much may the smallest share, and the mean of all, be rounded
+
 
 def head_damages(
     model: nn.Module, chunks: Tensor, k: int, *, batch_size: int = 1, progress: bool = True
@@ -40,7 +42,7 @@ def head_damages(
 
     def alone(only: Head | None) -> dict[str, Any]:  # a head that selects as many keys as the text has is dense
         shares = [[1.0 if (row, head) == only else float(length) for head in range(columns)] for row in range(rows)]
-        return {"k": k, "layer_shares": None, "head_shares": shares}
+        return {"k": k, "pin_prompt": 0, "layer_shares": None, "head_shares": shares}
 
     ways = {head: alone(head) for head in heads}
     return damages(
@@ -53,11 +55,13 @@ def divide_heads(
 ) -> tuple[list[list[float]], dict[int, dict[Head, float]]]:
     """Return shares of `k` for the KV heads, by what each loses at half and at twice the adapter's selected keys.
 
-    As `divide_layers` does it: half way from equal shares to the smallest sum of damages, so that no head gets less
-    than 0.62 or more than 2.5 times the mean. Window and sinks stay those of all heads.
+    As `divide_layers` does it, but all the way to the smallest sum of damages, which on SmolLM2-135M was better than
+    half of it (docs/experiments.md): no head gets less than a quarter of the mean, or more than four times as much.
+    Window and sinks stay those of all heads.
 
     Args:
-        model, chunks, batch_size, progress: as for `head_damages`; `T` larger than the slots with twice the `k`.
+        model, chunks, batch_size, progress: as for `head_damages`. Where twice the selected keys are all that a chunk
+            has, the adapter's own number takes their place.
 
     Returns:
         `SparseKConfig.head_shares`, with 1 for the heads of layers that are not patched, and the damages by selected
@@ -68,13 +72,15 @@ def divide_heads(
         ValueError: as `head_damages`.
     """
     layers = sparsek_layers(model)
-    k = layers[0].config.k
+    config, k = layers[0].config, layers[0].config.k
     if k < 2:
         raise DataError("the adapter selects one key for each head (k=1), which cannot be divided among heads")
-    sizes = (k // 2, 2 * k)
+    fits = 2 * k + config.window + config.sinks < chunks.shape[1]
+    sizes = (k // 2, 2 * k if fits else k)
     by_size = {k: head_damages(model, chunks, k, batch_size=batch_size, progress=progress) for k in reversed(sizes)}
     few, many = (list(by_size[size].values()) for size in sizes)
-    shares = dict(zip(by_size[sizes[0]], best_shares(few, many, sizes), strict=True))
-    total = (layers[0].config.base_shape or {})["num_attention_layers"]
+    least = (1 + max(0, config.pin_prompt - config.sinks)) / k + _ROUNDED  # a selected key beside those that are pinned
+    shares = dict(zip(by_size[sizes[0]], best_shares(few, many, sizes, way=1.0, least=least), strict=True))
+    total = (config.base_shape or {})["num_attention_layers"]
     heads = range(layers[0].num_key_value_heads)
     return [[shares.get((layer, head), 1.0) for head in heads] for layer in range(total)], by_size

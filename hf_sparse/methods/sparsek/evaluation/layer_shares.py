@@ -78,24 +78,31 @@ def divide_layers(
     return [shares.get(layer, 1.0) for layer in range(total)], by_size
 
 
-def best_shares(few: Sequence[float], many: Sequence[float], sizes: tuple[int, int]) -> list[float]:
-    """Return the shares half way to those, 1 on average, for which damages `c n^-p` have the smallest sum.
+def best_shares(
+    few: Sequence[float], many: Sequence[float], sizes: tuple[int, int], *, way: float = 0.5, least: float = 0.0
+) -> list[float]:
+    """Return shares, 1 on average, on the way from equal ones to those for which damages `c n^-p` have the least sum.
 
     Args:
         few, many: damages at the smaller and at the larger of two `sizes`.
+        way: how far to go, 0 to 1.
+        least: no share is smaller.
     """
     low, high = sizes
     powers = [math.log(max(a, 1e-9) / max(b, 1e-9)) / math.log(high / low) for a, b in zip(few, many, strict=True)]
     powers = [min(max(power, _POWERS[0]), _POWERS[1]) for power in powers]
-    # Where the sum is smallest, one more slot gains every layer the same: c p n^-(p + 1) is a constant, exp(-level).
+    # Where the sum is smallest, one more slot gains every part the same: c p n^-(p + 1) is a constant, exp(-level).
     gains = [max(a, 1e-9) * power for a, power in zip(few, powers, strict=True)]  # with n in units of `low`
+    mean = math.sqrt(high / low)
+
+    def shares(level: float) -> list[float]:
+        pairs = zip(gains, powers, strict=True)
+        counts = [(math.exp(level) * gain) ** (1 / (1 + power)) / mean for gain, power in pairs]
+        bounded = [min(max(count, 1 / _RANGE), _RANGE) for count in counts]
+        return [max(least, 1 + way * (count - 1)) for count in bounded]
+
     bottom, top = -60.0, 60.0
-    total_slots = len(few) * math.sqrt(low * high) / low
     for _ in range(100):
         level = (bottom + top) / 2
-        counts = [(math.exp(level) * gain) ** (1 / (1 + power)) for gain, power in zip(gains, powers, strict=True)]
-        bottom, top = (level, top) if sum(counts) < total_slots else (bottom, level)
-    mean = total_slots / len(few)
-    counts = [min(max(count / mean, 1 / _RANGE), _RANGE) for count in counts]
-    scale = len(counts) / sum(counts)
-    return [round((1 + count * scale) / 2, 4) for count in counts]
+        bottom, top = (level, top) if sum(shares(level)) < len(few) else (bottom, level)
+    return [round(share, 4) for share in shares(top)]

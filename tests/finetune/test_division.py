@@ -1,0 +1,101 @@
+"""The selected keys are divided among the KV heads in the middle of a run, and a resumed run goes on with the same."""
+
+import json
+
+import pytest
+import torch
+
+import hf_sparse
+from hf_sparse.finetune import FinetuneConfig, finetune
+from hf_sparse.methods.sparsek import SparseKConfig
+from hf_sparse.patches import sparse_layers
+from hf_sparse.workflow import create_adapter, train_adapter
+
+SETTINGS = {"steps": 10, "warm_start_steps": 1, "batch_size": 2, "warmup_steps": 1, "cpu": True}
+
+
+def train(model, chunks, **changes):
+    return finetune(model, chunks, FinetuneConfig(**{**SETTINGS, "progress": False, **changes}))
+
+
+def outcome(model):
+    scorers = {name: p.detach().clone() for name, p in model.named_parameters() if "sparsek_scorer" in name}
+    return scorers, sparse_layers(model)[0].config.head_shares
+
+
+def same(a, b):
+    return a[1] == b[1] and all(torch.equal(a[0][name], b[0][name]) for name in a[0])
+
+
+def test_heads_that_lose_more_get_more(sparse_llama, chunks, capfd):
+    model = sparse_llama()
+    metrics = train(model, chunks, progress=True)
+    shares = sparse_layers(model)[0].config.head_shares
+    flat = [share for row in shares for share in row]
+    assert metrics["division"]["head_shares"] == shares and metrics["division"]["chunks"] == 4
+    assert sum(flat) == pytest.approx(4, abs=1e-3) and len({round(share, 2) for share in flat}) > 1
+    few = metrics["division"]["damages"]["3"]
+    assert flat[few.index(max(few))] > flat[few.index(min(few))]
+    assert all(layer.budget.per_head(2) != (6, 6) for layer in sparse_layers(model))
+    assert [row["stage"] for row in metrics["history"]] == ["attention", *["distill"] * 10]
+    assert SparseKConfig(k=6, head_shares=shares).head_shares == shares  # they can be saved
+    said = capfd.readouterr().err
+    assert "scorers: 1 steps of attention, then 2 steps of distill, then 8 steps of distill; 2 of 12 chunks" in said
+    assert (
+        "Before the last 8 steps of distill, the 6 of 16 slots that hold selected keys are divided among the 4 KV heads"
+        in said
+    )
+
+
+@pytest.mark.parametrize("step", [2, 3, 6])  # before, at and after the division, which is after step 3
+def test_a_resumed_run_is_the_run(sparse_llama, chunks, stopped, tmp_path, step):
+    whole, first, second = sparse_llama(), sparse_llama(), sparse_llama()
+    train(whole, chunks)
+    place = {"output_dir": str(tmp_path), "checkpoint_every": 1}
+    with stopped(step):
+        train(first, chunks, **place)
+    metrics = train(second, chunks, **place, resume=True)
+    assert same(outcome(second), outcome(whole)) and metrics["division"]["head_shares"] == outcome(whole)[1]
+
+
+@pytest.mark.parametrize(
+    ("adapter", "recipe"),
+    [
+        ({"layer_shares": [1.5, 0.5]}, {}),
+        ({"pin_prompt": -1}, {}),
+        ({"k": 1}, {}),
+        ({}, {"steps": 4}),
+        ({}, {"divide_heads": False}),
+        ({}, {"objective": "attention"}),
+    ],
+)
+def test_nothing_is_divided(sparse_llama, chunks, adapter, recipe):
+    model = sparse_llama(**adapter)
+    metrics = train(model, chunks, **recipe)
+    assert "division" not in metrics and "divide_heads" not in metrics["settings"]
+    assert sparse_layers(model)[0].config.head_shares is None
+
+
+def test_shares_that_an_adapter_has_stay(sparse_llama, chunks):
+    shares = [[0.5, 1.5], [1.0, 1.0]]
+    model = sparse_llama(head_shares=shares)
+    train(model, chunks)
+    assert sparse_layers(model)[0].config.head_shares == shares
+
+
+def test_pinned_tokens_fit_into_every_head(sparse_llama, chunks):
+    model = sparse_llama(pin_prompt=5)
+    train(model, chunks)
+    assert min(layer.budget.fewest_slots for layer in sparse_layers(model)) >= 5 + 1 + 8
+
+
+def test_the_folder_has_the_shares(tmp_path):
+    folder = tmp_path / "adapter"
+    create_adapter("demo", SparseKConfig(k=12, window=8, sinks=2, layers=[0, 7]), folder, dtype="float32")
+    text = " ".join(f"def f{n}(x): return x + {n}" for n in range(60))
+    settings = FinetuneConfig(steps=5, warm_start_steps=0, batch_size=1, progress=False)
+    metrics = train_adapter(folder, text, settings, length=64, chunks="0:2", device="cpu")
+    shares = json.loads((folder / "adapter_config.json").read_text())["head_shares"]
+    assert shares == metrics["division"]["head_shares"] and shares[1] == [1.0, 1.0] != shares[0]
+    model = hf_sparse.from_pretrained(str(folder))
+    assert sparse_layers(model)[0].budget.per_head(2) != (12, 12)
