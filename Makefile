@@ -4,13 +4,14 @@ READY := .venv/.ready
 OLDEST := .venv/oldest
 TRITON := .venv/triton
 SERVING := .venv/serving
+DOCS := .venv/docs
 
 # One thread a process: several processes with a thread for every core would wait for each other. Compiled tests are
 # kept, also where the environment says otherwise: every process of every run would compile all of them again.
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4
 
 .DEFAULT_GOAL := help
-.PHONY: demo test test-all kernels serving conformance lint format clean help
+.PHONY: demo test test-all kernels serving docs conformance lint format clean help
 
 demo: $(READY) ## Patch, finetune and evaluate the bundled checkpoint, offline
 	@$(BIN)/hf-sparse demo
@@ -38,6 +39,10 @@ endif
 # Each engine is a process of its own, and compares its tokens with those of `generate`.
 serving: $(SERVING)/.ready ## vLLM on the CPU with a patched model, in an environment of its own
 	OMP_NUM_THREADS=1 $(SERVING)/bin/python -m pytest -q -n 2 --dist loadfile --durations=5 tests/serving/vllm
+
+# Strict: a warning fails, and a link or anchor that leads nowhere is one.
+docs: $(DOCS)/.ready ## The documents as a site in build/site, offline, with all links checked
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
 
 conformance: $(READY) ## Every model family x every behaviour x every method: the largest differences as tables
 	$(PYTEST) -q --full tests/conformance
@@ -85,4 +90,11 @@ $(SERVING)/.ready: $(READY) constraints-serving.txt pyproject.toml
 	@$(PYTHON) -m venv $(SERVING)
 	@$(SERVING)/bin/python -m pip install -qq --disable-pip-version-check --no-deps -r constraints-serving.txt
 	@$(SERVING)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(DOCS)/.ready: constraints-docs.txt
+	@rm -rf $(DOCS)
+	@echo "==> installing mkdocs into $(DOCS)"
+	@$(PYTHON) -m venv $(DOCS)
+	@$(DOCS)/bin/python -m pip install -qq --disable-pip-version-check --no-deps -r constraints-docs.txt
 	@touch $@
