@@ -92,7 +92,65 @@ def behaviours(file: str) -> str:
     return table(["behaviour", "what is checked", *(labels[name] for name in names)], rows)
 
 
+# What other tests check: the library, the file under tests/, the test, and what is true of it.
+ELSEWHERE = (
+    ("transformers", "conformance/test_generation.py", "test_assisted", "works until slots are full, then refused"),
+    ("transformers", "conformance/test_generation.py", "test_lookup", "works until slots are full, then refused"),
+    ("transformers", "conformance/test_generation.py", "test_static_cache", "works"),
+    ("transformers", "conformance/test_generation.py", "test_continuous_batching", "refused"),
+    ("transformers", "conformance/test_adapter.py", "test_checkpointing", "works"),
+    ("transformers", "conformance/test_adapter.py", "test_dtype", "works"),
+    ("torch", "patches/test_compiled_training.py", "test_soft_gates", "works"),
+    ("lm-evaluation-harness", "evaluation/test_lm_eval.py", "test_a_local_task", "works"),
+)
+NOT_RUN = (
+    (
+        "torch",
+        "`torch.export` of a decoding step: a first try through transformers' `TorchExportableModuleWithStaticCache` "
+        "failed and was not followed up",
+    ),
+    (
+        "torch",
+        "`torch.compile` of inference without a mask and with `fullgraph=True`: refused as `torch.export` is; no test",
+    ),
+    (
+        "bitsandbytes",
+        "training over 4 bits: scorers got gradients when tried, but on a CPU not after a forward without gradients, "
+        "which packs the weights for a kernel of bitsandbytes without a backward, dense or sparse; no test",
+    ),
+    ("TRL", "generation by vLLM within `GRPOTrainer`: needs a GPU"),
+    ("transformers", "Sentence-Transformers' `add_adapter`: transformers 5.24 asks for PEFT 0.22, which is not out"),
+    ("kvpress", "no bridge was written"),
+    ("DeepSpeed, FSDP", "not tried"),
+)
+LIBRARIES = {
+    "test_transformers.py": "transformers, torch",
+    "test_trl.py": "TRL",
+    "test_sentence_transformers.py": "Sentence-Transformers",
+    "test_quantised.py": "quantised bases",
+}
+
+
+def composition() -> str:
+    """Every test of tests/composition, the tests elsewhere that answer the same question, and what was not run."""
+    rows = []
+    for file, library in LIBRARIES.items():
+        for node in functions_of(TESTS / "composition" / file):
+            result = "refused" if "pytest.raises" in ast.unparse(node) else "works"
+            rows.append([library, said(node), result, f"`composition/{file}::{node.name}`"])
+    for library, file, name, result in ELSEWHERE:
+        node = next(node for node in functions_of(TESTS / file) if node.name == name)
+        rows.append([library, said(node).replace("|", "\\|") or name, result, f"`{file}::{name}`"])
+    rows += [[library, sentence, "not run here", ""] for library, sentence in NOT_RUN]
+    return table(["library", "what", "result", "test"], rows)
+
+
+def test_every_file_of_composition_has_a_library():
+    assert set(LIBRARIES) == {path.name for path in (TESTS / "composition").glob("test_*.py")}
+
+
 TABLES = {
+    "docs/composition.md": {"composition": composition},
     "docs/supported.md": {
         "models": models,
         "refused": refused,
