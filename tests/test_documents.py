@@ -1,7 +1,12 @@
 """Check what documents say: examples run, links and options of the command line exist, lines are short."""
 
+import ast
+import os
 import re
+import subprocess
+import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any
@@ -19,6 +24,8 @@ DOCUMENTS = sorted(
     for path in ROOT.glob(pattern)
 )
 
+PAGES = [name for name in DOCUMENTS if name.startswith("docs/") and "\n```python\n" in (ROOT / name).read_text("utf-8")]
+
 
 def blocks(document: str, language: str) -> list[str]:
     """Return the fenced blocks of a language; "" are those that name none."""
@@ -27,13 +34,51 @@ def blocks(document: str, language: str) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")  # the name that all versions know
-def test_the_guide_runs(tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", PAGES)
+def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    examples = blocks("docs/guide.md", "python")
-    assert len(examples) > 5
-    exec(compile("\n".join(examples), "docs/guide.md", "exec"), {})
-    for folder in ("adapter", "plain-adapter"):
-        assert (tmp_path / folder / "adapter_model.safetensors").exists()
+    exec(compile("\n".join(blocks(page, "python")), page, "exec"), {})
+
+
+@pytest.mark.full  # test_commands and tests/test_cli.py check verbs and options by default
+def test_the_start_page_runs(tmp_path):
+    """Run the commands of the first page as they stand, but for installing and pushing."""
+    patch, train, use = blocks("docs/README.md", "")[1:4]
+    program = textwrap.dedent(blocks("docs/README.md", "")[4])
+    commands = f"set -e\n{patch}{train}{use}python - <<'END'\n{program}END\n"
+    folder = str(Path(sys.executable).parent)
+    environment = {**os.environ, "PATH": folder + os.pathsep + os.environ["PATH"]}
+    done = subprocess.run(
+        ["bash", "-c", commands],
+        cwd=tmp_path,
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert done.returncode == 0, done.stdout
+    assert (tmp_path / "my-adapter" / "report.html").exists() and "import os" in done.stdout
+
+
+def messages() -> Iterator[str]:
+    """Yield the strings of the source, with "..." in the place of each value."""
+    for folder in ("hf_sparse", "patches", "finetune"):
+        for path in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+                if isinstance(node, ast.JoinedStr):
+                    yield "".join(str(part.value) if isinstance(part, ast.Constant) else "..." for part in node.values)
+                elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                    yield node.value
+
+
+def test_the_messages_of_troubleshooting_are_those_of_the_source():
+    rows = re.findall(r"^\| (`.*?) \|", (ROOT / "docs/troubleshooting.md").read_text("utf-8"), re.MULTILINE)
+    quoted = [message for row in rows for message in re.findall(r"`([^`]*)`", row)]
+    of_peft = {"KeyError: 'HF_SPARSE_SPARSEK'", "'HF_SPARSE_SPARSEFINDER'"}
+    of_peft |= {"Cannot combine adapters with different peft types"}
+    source = list(messages())
+    unknown = [message for message in quoted if message not in of_peft and not any(message in text for text in source)]
+    assert len(quoted) > 15 and not unknown
 
 
 def test_the_first_lines_of_the_readme_run():

@@ -24,10 +24,12 @@ def _rows_alone(subject, measure, model, sides=("left", "right")):
 
 @pytest.mark.every_family
 def test_left_padding(subject, measure):
+    """A batch of mixed lengths, padded on the left, equals each row alone."""
     _rows_alone(subject, measure, subject.sparse, ["left"])
 
 
 def test_right_padding(subject, measure):
+    """A batch of mixed lengths, padded on the right, equals each row alone."""
     _rows_alone(subject, measure, subject.sparse, ["right"])
 
 

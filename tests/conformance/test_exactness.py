@@ -16,10 +16,12 @@ STEPS = 16
 
 @pytest.mark.every_family
 def test_left_padding(subject, measure):
+    """A batch of mixed lengths, padded on the left, equals each row alone."""
     _padding(subject, measure, "left")
 
 
 def test_right_padding(subject, measure):
+    """A batch of mixed lengths, padded on the right, equals each row alone."""
     _padding(subject, measure, "right")
 
 

@@ -58,6 +58,7 @@ def log_likelihood(model, tokenizer, context, continuation):
 @pytest.mark.parametrize("name", ["dense", "recency", "learned"])
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_a_local_task(model, tokenizer, tmp_path, name, batch_size):
+    """`HFLM(pretrained=model, tokenizer=tokenizer)` scores a task as the model does by hand."""
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 

@@ -37,6 +37,7 @@ def gradients(model, forward, mask):
     ids=["all learn", "padded, scorers learn", "heads with budgets of their own"],
 )
 def test_soft_gates(tiny_llama, mask, frozen, shares):
+    """`torch.compile` of training with an `attention_mask`, as one graph, has the gradients of eager training."""
     model = patch(tiny_llama(num_hidden_layers=1), SparseKConfig(k=6, window=8, sinks=2, head_shares=shares)).train()
     if frozen:
         for name, parameter in model.named_parameters():

@@ -177,14 +177,15 @@ class _CausalAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         want = ctx.needs_input_grad[:4]  # type: ignore[attr-defined]
-        inputs: tuple[Any, ...] = (_with_whole_rows(grad), *ctx.saved_tensors)  # type: ignore[attr-defined]
+        saved = ctx.saved_tensors  # type: ignore[attr-defined]  # read once: checkpointing gives them away
+        inputs: tuple[Any, ...] = (_with_whole_rows(grad), *saved)
         settings = ctx.settings  # type: ignore[attr-defined]
         if torch.are_deterministic_algorithms_enabled():  # sorts keys, and so cannot run again by its launches alone
             run: Any = _causal_backward
             gradients = run(*inputs, settings, want, True)
         else:
             gradients = replayed(_causal_backward, inputs, settings, want, False)
-        return (*_as_inputs(gradients, ctx.saved_tensors), None, None)  # type: ignore[attr-defined]
+        return (*_as_inputs(gradients, saved), None, None)
 
 
 def _causal_forward(

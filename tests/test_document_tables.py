@@ -1,0 +1,175 @@
+"""Check the tables of documents that tell what tests show: supported models, behaviours, and other libraries.
+
+`pytest --write-golden tests/test_document_tables.py` writes them anew, between `<!-- table: NAME -->` and
+`<!-- end -->`.
+"""
+
+import ast
+import importlib.util
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import hf_sparse  # noqa: F401 - registers families and methods
+from hf_sparse.core.registry import registered_methods
+from hf_sparse.patches.base import check_model_type, supported_model_types
+from hf_sparse.patches.unsupported import REASONS
+
+ROOT = Path(__file__).parents[1]
+TESTS = ROOT / "tests"
+
+
+def load(path: Path) -> Any:
+    """Import a file by path: the tests are no package."""
+    name = f"hf_sparse_tests_{path.stem}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+def functions_of(path: Path) -> Iterator[ast.FunctionDef]:
+    """Yield the test functions of a file."""
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            yield node
+
+
+def said(node: ast.FunctionDef) -> str:
+    """Return the sentence of a test: the first paragraph of its docstring."""
+    return " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
+
+
+def table(head: list[str], rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *rows)) + "\n"
+
+
+def models() -> str:
+    """Every type of models with a patch, and the tiny model of it on which the behaviours are tested."""
+    tested: dict[str, Any] = {}
+    for entry in load(TESTS / "families.py").FAMILIES.values():
+        model_type = entry.make().config.model_type
+        tested.setdefault(model_type, entry)
+    rows = []
+    for model_type in supported_model_types():
+        family, entry = check_model_type(model_type), tested.get(model_type)
+        rows.append(
+            [
+                f"`{model_type}`",
+                "" if entry is None else "decoder" if entry.causal else "encoder",
+                f"`{family.attention.partition(':')[2]}`",
+                "some layers keep a window of their own" if entry and entry.local else "",
+                "not tested" if entry is None else f"`{entry.model}`, {'few' if entry.kin else 'all'} behaviours",
+            ]
+        )
+    return table(["model type", "kind", "patched", "", "`make test` runs"], rows)
+
+
+def refused() -> str:
+    return table(["model type", "reason"], [[f"`{name}`", reason] for name, reason in REASONS.items()])
+
+
+def behaviours(file: str) -> str:
+    """Every behaviour of a file of the conformance tests, and what each method does."""
+    names = sorted({method.name for method in registered_methods().values()}, reverse=True)  # SparseK first
+    methods = load(TESTS / "conformance" / "tiny_methods.py").METHODS
+    rows = []
+    for node in functions_of(TESTS / "conformance" / file):
+        column = node.name.removeprefix("test_").replace("_", " ")
+        always = ".refused(" in ast.unparse(node) and "refusals" not in ast.unparse(node)
+        cells = []
+        for name in names:
+            partly = any(column in method.refusals for method in methods.values() if method.name == name)
+            cells.append("refused" if always else "refused in part" if partly else "tested")
+        rows.append([column, said(node).replace("|", "\\|"), *cells])
+    labels = {method.name: method.layer.label for method in registered_methods().values()}
+    return table(["behaviour", "what is checked", *(labels[name] for name in names)], rows)
+
+
+# What other tests check: the library, the file under tests/, the test, and what is true of it.
+ELSEWHERE = (
+    ("transformers", "conformance/test_generation.py", "test_assisted", "works until slots are full, then refused"),
+    ("transformers", "conformance/test_generation.py", "test_lookup", "works until slots are full, then refused"),
+    ("transformers", "conformance/test_generation.py", "test_static_cache", "works"),
+    ("transformers", "conformance/test_generation.py", "test_continuous_batching", "refused"),
+    ("transformers", "conformance/test_adapter.py", "test_checkpointing", "works"),
+    ("transformers", "conformance/test_adapter.py", "test_dtype", "works"),
+    ("torch", "patches/test_compiled_training.py", "test_soft_gates", "works"),
+    ("lm-evaluation-harness", "evaluation/test_lm_eval.py", "test_a_local_task", "works"),
+)
+NOT_RUN = (
+    (
+        "torch",
+        "`torch.export` of a decoding step: a first try through transformers' `TorchExportableModuleWithStaticCache` "
+        "failed and was not followed up",
+    ),
+    (
+        "torch",
+        "`torch.compile` of inference without a mask and with `fullgraph=True`: refused as `torch.export` is; no test",
+    ),
+    (
+        "bitsandbytes",
+        "training over 4 bits: scorers got gradients when tried, but on a CPU not after a forward without gradients, "
+        "which packs the weights for a kernel of bitsandbytes without a backward, dense or sparse; no test",
+    ),
+    ("TRL", "generation by vLLM within `GRPOTrainer`: needs a GPU"),
+    ("transformers", "Sentence-Transformers' `add_adapter`: transformers 5.24 asks for PEFT 0.22, which is not out"),
+    ("kvpress", "no bridge was written"),
+    ("DeepSpeed, FSDP", "not tried"),
+)
+LIBRARIES = {
+    "test_transformers.py": "transformers, torch",
+    "test_trl.py": "TRL",
+    "test_sentence_transformers.py": "Sentence-Transformers",
+    "test_quantised.py": "quantised bases",
+}
+
+
+def composition() -> str:
+    """Every test of tests/composition, the tests elsewhere that answer the same question, and what was not run."""
+    rows = []
+    for file, library in LIBRARIES.items():
+        for node in functions_of(TESTS / "composition" / file):
+            result = "refused" if "pytest.raises" in ast.unparse(node) else "works"
+            rows.append([library, said(node), result, f"`composition/{file}::{node.name}`"])
+    for library, file, name, result in ELSEWHERE:
+        node = next(node for node in functions_of(TESTS / file) if node.name == name)
+        rows.append([library, said(node).replace("|", "\\|") or name, result, f"`{file}::{name}`"])
+    rows += [[library, sentence, "not run here", ""] for library, sentence in NOT_RUN]
+    return table(["library", "what", "result", "test"], rows)
+
+
+def test_every_file_of_composition_has_a_library():
+    assert set(LIBRARIES) == {path.name for path in (TESTS / "composition").glob("test_*.py")}
+
+
+TABLES = {
+    "docs/composition.md": {"composition": composition},
+    "docs/supported.md": {
+        "models": models,
+        "refused": refused,
+        **{
+            name: lambda name=name: behaviours(f"test_{name}.py")
+            for name in ("exactness", "generation", "encoders", "adapter")
+        },
+    },
+}
+
+
+@pytest.mark.parametrize("document", TABLES)
+def test_tables(document, request):
+    path = ROOT / document
+    filled = text = path.read_text("utf-8")
+    for name, write in TABLES[document].items():
+        place = re.compile(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", re.DOTALL)
+        assert place.search(text), f"{document} has no place for the table {name}"
+        filled = place.sub(lambda match, write=write: match[1] + write() + match[2], filled)
+    if request.config.getoption("write_golden"):
+        path.write_text(filled, "utf-8")
+    assert filled == path.read_text("utf-8"), "pytest --write-golden tests/test_document_tables.py writes it anew"
