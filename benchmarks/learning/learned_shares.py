@@ -124,7 +124,7 @@ def learn(base: Any, way: str, adapter: dict[str, Any], training: Tensor, argume
     try:
         options = {"progress": False, "cpu": arguments.device == "cpu", "divide_heads": False}
         finetune(model, training, FinetuneConfig(steps=arguments.first_steps, **options))
-        layers = sparse_layers(model)
+        layers: Any = sparse_layers(model)
         budgets = Budgets(len(layers), layers[0].num_key_value_heads, adapter["k"]).to(arguments.device)
         scorers = [p for name, p in model.named_parameters() if "sparsek_scorer" in name]
         groups = [{"params": scorers, "lr": 5e-3}]

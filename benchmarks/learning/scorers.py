@@ -110,10 +110,10 @@ class Inputs(nn.Module):
         self.direction = nn.Parameter(torch.randn(heads, hidden_size) * 0.02) if "following" in names else None
         self.taps = nn.Parameter(torch.full((heads, TAPS + 1), 0.1)) if "following" in names else None
 
-    def add(self, layer: SparseKAttention, scores: Tensor, hidden: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+    def add(self, layer: SparseKAttention, scores: Tensor, hidden: Tensor, inputs: tuple[Any, ...]) -> Tensor:
         """Return scores `[B, Hkv, T]` with what the window tells of each token."""
         query, key, value, scaling = inputs
-        budget = layer.budget
+        budget: Any = layer.budget
         if self.statistics is not None:
             with torch.no_grad():
                 known = window_inputs(query, key, value, budget.window, budget.sinks, scaling)[self.names]
@@ -130,8 +130,9 @@ class Inputs(nn.Module):
 def reading(model: nn.Module, names: tuple[str, ...], weights: list[dict[str, Tensor]] | None = None) -> Iterator[None]:
     """Let all scorers of a model read more for the length of a `with` block; the weights are parameters of theirs."""
     with ExitStack() as restore:
-        for number, layer in enumerate(sparse_layers(model) if names else ()):
-            scorer: Any = layer.sparsek_scorer[layer.active]
+        layers: Any = sparse_layers(model) if names else ()
+        for number, layer in enumerate(layers):
+            scorer = layer.sparsek_scorer[layer.active]
             more = Inputs(names, layer.num_key_value_heads, layer.hidden_size).to(scorer.weight.device)
             if weights is not None:
                 more.load_state_dict(weights[number])

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from hf_sparse.ops import sparsek_attention
 from hf_sparse.ops.selection.bidirectional import bidirectional_sparsek_attention as tiled_bidirectional
@@ -263,6 +264,16 @@ def test_the_reference_agrees(soft):
 
 
 @pytest.mark.usefixtures("scan_of_torch")
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "both directions"])
+def test_checkpointing_reads_what_was_saved_once(causal):
+    """A second reading raises, since `torch.utils.checkpoint` computes what was saved anew and hands it out once."""
+    case = Case(soft=True, support=11, causal=causal)
+    expected = run(case.fused, case)
+    found = run(lambda *inputs: checkpoint(case.fused, *inputs, use_reentrant=False), case)
+    for name, reference in expected.items():
+        torch.testing.assert_close(found[name], reference, msg=lambda text, name=name: f"{name}: {text}")
+
+
 def test_strided_inputs_and_outputs():
     """Models hold `[B, T, H, D]`; the output has the strides of the query, so that no copy follows."""
     case = Case(batch=2, kv_heads=2, group=2, queries=size(40, 19))
