@@ -16,9 +16,10 @@
         --evaluation evaluation-h200.json --cpu generate-cpu.json generate-before-cpu.json --busy busy-cpu.json \\
         --entmax-model entmax_model-h200.json --conversion conversion-h200.json \\
         --steps generate-entmax-h200.json generate-predicted-h200.json \\
+        generate-entmax-more-h200.json \\
         --prediction entmax_prediction-choices-h200.json entmax_prediction-smollm2-h200.json \\
         entmax_prediction-h200.json --static static_decode-8-layers-h200.json \\
-        --quality predicted_quality-*-h200.json \\
+        --quality predicted_quality-*-h200.json --bidirectional entmax_bidirectional-*-h200.json \\
         --fill ../../docs/speed.md ../../README.md --figure ../../docs/speed.png
 
 A document marks the place of a table: everything between `<!-- table: NAME -->` and `<!-- end -->` is replaced. The

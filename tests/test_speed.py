@@ -60,7 +60,7 @@ def tables() -> dict[str, str]:
         busy=busy,
         entmax_model=entmax_model,
         conversion=conversion,
-        steps=read("generate-entmax", "generate-predicted"),
+        steps=read("generate-entmax", "generate-predicted", "generate-entmax-more"),
         shapes=shapes,
         first_tokens=first_tokens,
         recorded=recorded,
@@ -68,7 +68,10 @@ def tables() -> dict[str, str]:
         static=read("static_decode-8-layers")[0],
         prefills=prefills,
         prediction=read("entmax_prediction-choices", "entmax_prediction-smollm2", "entmax_prediction"),
-        quality=read("predicted_quality-smollm2"),
+        bidirectional=read("entmax_bidirectional-1", "entmax_bidirectional-8"),
+        quality=read(
+            "predicted_quality-smollm2", "predicted_quality-smollm2-lora", "predicted_quality-smollm2-unpatched"
+        ),
     )
 
 
