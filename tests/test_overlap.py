@@ -82,7 +82,7 @@ def test_table_card_and_report_tell(method, tmp_path, tiny_llama, word_tokenizer
     words = torch.randint(4, 64, (2000,)).tolist()
     text = " ".join(f"w{i}" for i in words)
     create_adapter(str(base), copy(CONFIGS[method]), folder)
-    stages = {"warm_start_steps": 0, "divide_heads": False} if method == "sparsek" else {"graph_steps": 1}
+    stages = {"warm_start_steps": 0} if method == "sparsek" else {"graph_steps": 1}
     settings = FinetuneConfig(steps=8, **stages, batch_size=1, progress=False)
     names = ["dense", "learned"] if method == "sparsek" else ["predicted"]
     options = {"length": 96, "selections": names, "device": "cpu"}

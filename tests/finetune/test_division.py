@@ -11,7 +11,14 @@ from hf_sparse.methods.sparsek import SparseKConfig
 from hf_sparse.patches import sparse_layers
 from hf_sparse.workflow import create_adapter, train_adapter
 
-SETTINGS = {"steps": 10, "warm_start_steps": 1, "batch_size": 2, "warmup_steps": 1, "cpu": True}
+SETTINGS = {
+    "divide_heads": True,
+    "steps": 10,
+    "warm_start_steps": 1,
+    "batch_size": 2,
+    "warmup_steps": 1,
+    "cpu": True,
+}
 
 
 def train(model, chunks, **changes):
@@ -72,7 +79,7 @@ def test_a_resumed_run_is_the_run(sparse_llama, chunks, stopped, tmp_path, step)
 def test_nothing_is_divided(sparse_llama, chunks, adapter, recipe):
     model = sparse_llama(**adapter)
     metrics = train(model, chunks, **recipe)
-    assert "division" not in metrics and "divide_heads" not in metrics["settings"]
+    assert "division" not in metrics and metrics["settings"]["divide_heads"] is False
     assert sparse_layers(model)[0].config.head_shares is None
 
 
@@ -93,7 +100,7 @@ def test_the_folder_has_the_shares(tmp_path):
     folder = tmp_path / "adapter"
     create_adapter("demo", SparseKConfig(k=12, window=8, sinks=2, layers=[0, 7]), folder, dtype="float32")
     text = " ".join(f"def f{n}(x): return x + {n}" for n in range(60))
-    settings = FinetuneConfig(steps=5, warm_start_steps=0, batch_size=1, progress=False)
+    settings = FinetuneConfig(divide_heads=True, steps=5, warm_start_steps=0, batch_size=1, progress=False)
     metrics = train_adapter(folder, text, settings, length=64, chunks="0:2", device="cpu")
     shares = json.loads((folder / "adapter_config.json").read_text())["head_shares"]
     assert shares == metrics["division"]["head_shares"] and shares[1] == [1.0, 1.0] != shares[0]

@@ -26,7 +26,6 @@ from hf_sparse.methods.sparsek import SparseKConfig
 from hf_sparse.patches import sparse_layers
 
 SHORT = {"steps": 6, "warm_start_steps": 3, "batch_size": 2, "warmup_steps": 1, "progress": False}
-SHORT |= {"divide_heads": False}  # which has its own tests
 
 RUN = """
 import hf_sparse
@@ -36,7 +35,7 @@ from safetensors.torch import load_file, save_file
 
 model = hf_sparse.from_pretrained("adapter", base_model="base", is_trainable=True)
 settings = {"steps": 40, "warm_start_steps": 3, "batch_size": 2, "warmup_steps": 1, "progress": False}
-config = FinetuneConfig(**settings, divide_heads=False, output_dir="run", checkpoint_every=1, resume=True)
+config = FinetuneConfig(**settings, output_dir="run", checkpoint_every=1, resume=True)
 finetune(model, load_file("chunks.safetensors")["chunks"], config)
 scorers = {name: p.detach() for name, p in model.named_parameters() if "sparsek_scorer" in name}
 save_file(scorers, "final.safetensors")

@@ -15,7 +15,6 @@ from hf_sparse.finetune.recompute import recomputed
 from hf_sparse.patches import sparse_layers
 
 SHORT = {"steps": 6, "warm_start_steps": 3, "batch_size": 2, "warmup_steps": 1, "progress": False}
-SHORT |= {"divide_heads": False}  # which has its own tests
 RANK = 2
 COUNT = 2 * RANK * (4 * 32 + 2 * 32 + 2 * 16)  # of 2 layers: inputs, outputs of q and o, outputs of k and v
 

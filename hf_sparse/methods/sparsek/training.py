@@ -53,10 +53,7 @@ class SparseKTraining(Training):
 
     def recorded_settings(self) -> dict[str, Any]:
         """Return the settings that determine the result: `divide_heads` says whether that is done."""
-        settings = super().recorded_settings()
-        if self._equal is None:
-            del settings["divide_heads"]
-        return settings
+        return {**super().recorded_settings(), "divide_heads": self._equal is not None}
 
     def plan(self, chunks: Tensor) -> str:
         """Say in a sentence what a run on chunks `[N, T]` is going to do."""
