@@ -18,8 +18,8 @@ class SparseKTrainingSettings(TrainingSettings):
         divide_heads: after a fifth of the steps of `"distill"` or `"lm"`, in which every KV head has `k` selected keys,
             measure what each head loses and divide the keys among the heads by it (`SparseKConfig.head_shares`). Off by
             default: a prefill calls its kernels once for every run of equal heads, and vLLM does not serve such
-            adapters. It is left out in an encoder, with fewer than five steps, and for an adapter that has shares already or keeps
-            whole prompts.
+            adapters. It is left out in an encoder, with fewer than five steps, and for an adapter that has shares
+            already or keeps whole prompts.
         lora_steps: with more than 0, LoRA is not trained beside the scorers but in so many optimiser steps of its own
             after theirs, on the same objective, with the hard selection of inference in place of soft gates.
     """
