@@ -52,8 +52,14 @@ class SparseKTraining(Training):
         return self.settings.divide_heads and not has_shares and is_possible
 
     def recorded_settings(self) -> dict[str, Any]:
-        """Return the settings that determine the result: `divide_heads` says whether that is done."""
-        return {**super().recorded_settings(), "divide_heads": self._equal is not None}
+        """Return the settings that determine the result, with `divide_heads` where heads are divided only.
+
+        Checkpoints of runs that do not divide them, older ones too, are those of the same run.
+        """
+        settings = super().recorded_settings()
+        if self._equal is None:
+            del settings["divide_heads"]
+        return settings
 
     def plan(self, chunks: Tensor) -> str:
         """Say in a sentence what a run on chunks `[N, T]` is going to do."""
