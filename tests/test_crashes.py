@@ -107,9 +107,9 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def shown(folder: Path) -> dict[str, bytes]:
-    """What a reader of an adapter's folder sees of it, checkpoints apart."""
+    """What a reader of an adapter's folder sees of it, apart from checkpoints and the steps of a run that goes on."""
     found = content(folder) if folder.is_dir() else {}
-    return {name: data for name, data in found.items() if not name.startswith((".", "checkpoints/"))}
+    return {name: data for name, data in found.items() if not name.startswith((".", "checkpoints/", "finetune.jsonl"))}
 
 
 def states_of(act: Callable[[], Any], root: Path, copies: Path) -> list[Path]:

@@ -165,7 +165,7 @@ def test_steps_for_lora_need_lora_and_scorers(sparse_llama, sparse_finder, chunk
     with pytest.raises(ValueError, match="lora_steps must be an integer of at least 0, got -1"):
         train(sparse_llama(lora_rank=RANK), chunks, lora_steps=-1)
     with pytest.raises(ValueError, match="lora_steps: no setting for Sparsefinder"):
-        train(sparse_finder(lora_rank=RANK), chunks, warm_start_steps=40, divide_heads=True, lora_steps=1)
+        train(sparse_finder(lora_rank=RANK), chunks, warm_start_steps=40, lora_steps=1)
 
 
 @pytest.mark.cross("values")
@@ -214,7 +214,7 @@ def test_layers_run_again_give_the_same_gradients(sparse_llama, chunks):
 def test_sparsefinder_trains_it_beside_the_scales(sparse_finder, chunks):
     model = sparse_finder(lora_rank=RANK)
     before = learned(model)
-    options = {"steps": 3, "warm_start_steps": 40, "divide_heads": True, "learning_rate": 1e-2}
+    options = {"steps": 3, "warm_start_steps": 40, "learning_rate": 1e-2}
     metrics = train(model, chunks, graph_steps=2, **options)
     after = learned(model)
     assert metrics["lora_parameters"] == COUNT and metrics["trained"] == "logit scales and projections and LoRA"

@@ -237,6 +237,7 @@ def test_all_verbs_of_the_command_line(method, fresh_python, hub, tmp_path):
         "eval.json",
         "figures",
         "finetune.json",
+        "finetune.jsonl",
         "report.html",
     }
     evaluation = json.loads((folder / "eval.json").read_text())
