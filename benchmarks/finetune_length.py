@@ -1,4 +1,4 @@
-"""What training the scorers of large models costs at long texts: tokens per second, memory, hours for 20 M tokens.
+"""Measure the training of scorers at long texts: tokens per second, memory, hours for 20 M tokens.
 
     python benchmarks/finetune_length.py --output finetune_length.json
 

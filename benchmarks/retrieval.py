@@ -1,4 +1,4 @@
-"""What scorers keep for questions and for long answers, trained on plain text or on text in which facts are hidden.
+"""Ask scorers trained on plain text, or on text with hidden facts, what they keep for questions and long answers.
 
     python benchmarks/retrieval.py --model MODEL --text TEXT --chunks :62 --held-out 62:66 --output retrieval.json
 

@@ -107,7 +107,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def shown(folder: Path) -> dict[str, bytes]:
-    """What a reader of an adapter's folder sees of it, apart from checkpoints and the steps of a run that goes on."""
+    """Return the files of an adapter's folder, apart from checkpoints and the steps of a run that goes on."""
     found = content(folder) if folder.is_dir() else {}
     return {name: data for name, data in found.items() if not name.startswith((".", "checkpoints/", "finetune.jsonl"))}
 

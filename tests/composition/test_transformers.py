@@ -1,4 +1,4 @@
-"""What comes with transformers, accelerate and torch, beside a patched model."""
+"""Use a patched model with what comes with transformers, accelerate and torch."""
 
 import copy
 import pickle

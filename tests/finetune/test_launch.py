@@ -1,4 +1,4 @@
-"""What a launcher was asked for and did not give is an error before anything is loaded."""
+"""Runs that a launcher did not start as it was asked to are refused before anything is loaded."""
 
 import subprocess
 import sys
