@@ -80,7 +80,6 @@ def attend_groups(
     programs: int = PROGRAMS,
     wide: int = WIDE,
     stages: int = 2,
-    registers: int | None = None,
 ) -> Attended:
     """Return output and thresholds of all groups whose keys fit into the buffer.
 
@@ -95,7 +94,6 @@ def attend_groups(
         programs: how many share a multiprocessor.
         wide: products of a row that are held in registers.
         stages: of Triton, in the loops that gather.
-        registers: the most that a thread has.
     """
     batch, heads, queries, dim = query.shape
     device = query.device
@@ -125,7 +123,7 @@ def attend_groups(
         *arguments_of(query, key, lists),
         *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], **constants(query, key, kind, causal),
         N=0 if found is None else found.size, M=GROUP_ROWS, C=chunk, WIDE=wide, STAGES=stages, LANES=32 * warps,
-        SAVE=trains, num_warps=warps, num_stages=1, maxnreg=registers,
+        SAVE=trains, num_warps=warps, num_stages=1,
     )  # fmt: skip
     return Attended(output, tau, counts, slopes, support if trains else None, lengths, room)
 
