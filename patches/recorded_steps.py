@@ -4,6 +4,9 @@ An eager step launches about a thousand kernels, and on most models Python takes
 kernels. In a cache of constant size no shape changes from step to step: `generate` runs the first steps of a call as
 ever, the next one is recorded, and the others play it again. The loop around the model stays that of transformers, with
 its processors, criteria and streamers.
+
+A cache that grows can do likewise if it has room for more tokens: a recorded step gets all of the room, and a tensor
+says where its token goes. When the room is full, the cache grows in a step that runs, and the next one is recorded.
 """
 
 import functools
@@ -14,6 +17,7 @@ from operator import is_
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all_modules
 from transformers.cache_utils import Cache
@@ -34,8 +38,8 @@ def may_record(model: Any, generation_config: Any) -> bool:
 class RecordedSteps:
     """Call a model in the loop of one `generate`: steps that are alike are recorded once and played again.
 
-    What runs as ever: several tokens at a time, caches with a layer that grows, autocast, outputs other than logits,
-    models with hooks of others, which a recording would not call, and steps that wait for the device.
+    What runs as ever: several tokens at a time, caches with a layer of transformers, autocast, outputs other than
+    logits, models with hooks of others, which a recording would not call, and steps that wait for the device.
 
     What a call returns is written over by the next one; the loop copies the logits that it keeps.
 
@@ -46,7 +50,8 @@ class RecordedSteps:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.layout: tuple[Any, ...] = ()
-        self.keys: list[Tensor] = []  # of the layers of the cache, all of whose tensors are replaced together
+        self.memory: list[Tensor | None] = []  # that layers write to; `None` for one that needs more in this step
+        self.place: Tensor | None = None  # `[1]` int64, where a layer that grows writes the token
         self.steps = 0  # of this layout
         self.inputs: dict[str, Any] = {}
         self.output: Any = None
@@ -60,33 +65,58 @@ class RecordedSteps:
         if layout is None:
             return self.model(**inputs)
         layers: Any = caches[0].layers
-        keys = [layer.keys for layer in layers]
-        if layout != self.layout or len(keys) != len(self.keys) or not all(map(is_, keys, self.keys)):
-            self.layout, self.keys, self.steps, self.replay = layout, keys, 0, None
+        memory = [layer.step_memory() for layer in layers]
+        is_other = layout != self.layout
+        if is_other or len(memory) != len(self.memory) or not all(map(is_, memory, self.memory)):
+            if is_other or caches[0].is_compileable:
+                self.steps = 0
+            self.layout, self.memory, self.replay = layout, memory, None
         self.steps += 1
-        if self.steps <= _EAGER:
+        if self.steps <= _EAGER or any(part is None for part in memory):
             return self.model(**inputs)
-        if self.replay is None:
-            if self.is_refused is None:
-                self.is_refused = not _is_recordable(self.model)
-            if self.is_refused or not self._record(inputs, layers):
-                return self.model(**inputs)
+        if self.replay is None and not self._record(inputs, caches[0]):
+            return self.model(**inputs)
         assert self.replay is not None
         for name, value in inputs.items():
             if isinstance(value, Tensor):
-                self.inputs[name].copy_(value)
-        tokens = [layer.get_seq_length() + 1 for layer in layers]
+                kept = self.inputs[name]
+                (kept if kept.shape == value.shape else kept[:, : value.shape[1]]).copy_(value)
+        tokens = [layer.get_seq_length() for layer in layers]
+        if self.place is not None:
+            self.place.fill_(tokens[0])
         self.replay()
         for layer, number in zip(layers, tokens, strict=True):
-            layer.note_tokens(number)
+            layer.note_tokens(number + 1)
         return self.output
 
-    def _record(self, inputs: dict[str, Any], layers: Any) -> bool:
+    def _record(self, inputs: dict[str, Any], cache: Any) -> bool:
         """Record the step without taking it; return False, with nothing changed, if it cannot be recorded."""
+        if self.is_refused is None:
+            self.is_refused = not _is_recordable(self.model)
+        if self.is_refused:
+            return False
+        layers, device = cache.layers, inputs["input_ids"].device
         tokens = [layer.get_seq_length() for layer in layers]
         self.inputs = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        grows, is_first = not cache.is_compileable, self.place is None
+        self.place = torch.full((1,), tokens[0], device=device) if grows else None
+        mask, memory = inputs.get("attention_mask"), self.memory[0]
+        if grows and mask is not None and memory is not None:  # it has a column for every token that there is room for
+            self.inputs["attention_mask"] = F.pad(mask, (0, memory.shape[2] - mask.shape[1]))
+
+        def step() -> Any:
+            for layer in layers if grows else ():
+                layer.write_at(self.place)
+            try:
+                return self.model(**self.inputs)
+            finally:
+                for layer in layers if grows else ():
+                    layer.write_at(None)
+
         try:
-            self.output, self.replay = record(lambda: self.model(**self.inputs), layers[0].keys.device)
+            if grows and is_first:
+                step()  # no step before it was of this kind: it compiles kernels
+            self.output, self.replay = record(step, device)
         except RuntimeError:  # it waits for the device, or calls what cannot be recorded
             self.is_refused = True
         for layer, number in zip(layers, tokens, strict=True):
@@ -155,13 +185,14 @@ def _layout(inputs: dict[str, Any], cache: Any) -> tuple[Any, ...] | None:
         return None
     if inputs.get("output_hidden_states") or inputs.get("output_attentions"):
         return None
-    if not all(
-        [hasattr(layer, "note_tokens") and layer.is_compileable and layer.is_initialized for layer in cache.layers]
-    ):
+    if not all([hasattr(layer, "note_tokens") and layer.is_initialized for layer in cache.layers]):
         return None
     layout: list[Any] = [cache]
+    columns = None if cache.is_compileable else (len(ids), cache.get_seq_length() + 1)
     for name, value in inputs.items():
-        if isinstance(value, Tensor):
+        if name == "attention_mask" and isinstance(value, Tensor) and value.shape == columns:
+            layout.append((name, value.dtype, value.device))  # it grows with the text
+        elif isinstance(value, Tensor):
             layout.append((name, value.shape, value.dtype, value.device))
         elif isinstance(value, _PLAIN):
             layout.append((name, value))

@@ -29,9 +29,13 @@ class SparseCacheLayer(Protocol):
     transformers calls `update` with the keys and values of new tokens, and then the attention function. Around both the
     patch calls `begin_attention` and `end_attention`, so that `update` can tell sparse attention from dense.
 
-    A layer that a call of the model makes has this call as its attribute `call` until its attention is done. What has
-    `note_tokens(tokens)` can be in recorded steps, see `patches.recorded_steps`: it takes the number of tokens so far
-    after a step that the host has not followed, or has followed and not taken.
+    A layer that a call of the model makes has this call as its attribute `call` until its attention is done.
+
+    What has the following can be in recorded steps, see `patches.recorded_steps`. `step_memory()` returns the tensor
+    that the next step writes its key to, or `None` if it has to allocate one. `note_tokens(tokens)` takes the number of
+    tokens so far after a step that the host has not followed, or has followed and not taken. A layer that grows
+    (`is_compileable` is false) has `write_at(place)` too: until it is called with `None`, `update` gets the key and
+    value of one token for this place, `[1]` int64 on the device, and returns all that it has room for.
     """
 
     def get_seq_length(self) -> int:

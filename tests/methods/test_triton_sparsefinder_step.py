@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_sparse import SparsefinderConfig, patch
 from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.core.overrides import override
-from hf_sparse.methods.sparsefinder import SparsefinderAttention, attention, fit_predictors, step
-from hf_sparse.patches import sparse_layers
+from hf_sparse.methods.sparsefinder import SparsefinderAttention, attention, cache, fit_predictors, step
+from hf_sparse.patches import attach, recorded_steps, sparse_layers
 
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -70,14 +71,12 @@ def make(settings, layers=2):
 
 def run(model, mask, rows=3, **options):
     keep = Keep()
+    defaults = {"max_new_tokens": NEW, "do_sample": False, "return_dict_in_generate": True, "disable_compile": True}
     result = model.generate(
         IDS[:rows],
         attention_mask=None if mask is None else mask[:rows],
-        max_new_tokens=NEW,
-        do_sample=False,
-        return_dict_in_generate=True,
         logits_processor=LogitsProcessorList([keep]),
-        **options,
+        **(defaults | options),
     )
     return result, torch.stack(keep.logits)
 
@@ -100,6 +99,79 @@ def test_steps_are_those_of_plain_pytorch(settings, mask, launched, monkeypatch)
             if ours is not None:
                 real = slice(None) if mask is None else 0
                 torch.testing.assert_close(ours[real], theirs[real], rtol=1e-3, atol=1e-4)
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """Count recordings and the steps that they play; without a GPU, playing one calls again."""
+    played = {"recorded": 0, "steps": 0}
+    record = recorded_steps.record if DEVICE == "cuda" else imitated
+
+    def counting(call, device):
+        output, replay = record(call, device)
+        played["recorded"] += 1
+
+        def play():
+            played["steps"] += 1
+            replay()
+
+        return output, play
+
+    monkeypatch.setattr(recorded_steps, "record", counting)
+    monkeypatch.setattr(cache, "_ROOM", 3)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(recorded_steps, "_is_on_gpu", lambda tensor: True)
+        monkeypatch.setattr(attach, "may_record", lambda model, config: not config.disable_compile)
+    return played
+
+
+def imitated(call, device):
+    output = CausalLMOutputWithPast(logits=torch.zeros(()))
+
+    def replay():
+        for name, value in call().items():
+            output[name] = value
+
+    return output, replay
+
+
+@pytest.mark.parametrize("settings, mask", [
+    ("all keys, as pooled takes steps", MASK), ("clusters, a list for four queries", MASK),
+    pytest.param("all keys", None, marks=pytest.mark.full),
+    pytest.param("clusters, a list per query", None, marks=pytest.mark.full),
+])  # fmt: skip
+def test_recorded_steps_are_those_that_run(settings, mask, launched, played):
+    """Of 6 steps the first two run, and the fourth, for which there is no room; the cache can be continued."""
+    model = make(SETTINGS[settings], layers=1 if DEVICE == "cpu" else 2)
+    results = []
+    for disabled in (True, False):
+        first, logits = run(model, mask, max_new_tokens=7, disable_compile=disabled)
+        kept = cache_of(first)
+        with torch.no_grad():
+            more = None if mask is None else torch.cat([mask, torch.ones(3, 9).long().to(DEVICE)], 1)
+            ids = first.sequences[:, -1:].repeat(1, 3)
+            logits = [*logits, model(ids, attention_mask=more, **with_cache(kept)).logits]
+        results.append((first.sequences, logits, kept))
+    assert all(launched) and played == {"recorded": 2, "steps": 3}
+    (sequences, logits, kept), (others, other_logits, other) = results
+    assert torch.equal(sequences, others)
+    for ours, theirs in zip(logits, other_logits, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    for layer, another in zip(kept.layers, other.layers, strict=True):
+        assert layer.get_seq_length() == another.get_seq_length() == 39
+        for name in ("keys", "values", "query_codes", "key_codes"):
+            ours, theirs = getattr(layer, name), getattr(another, name)
+            assert (ours is None) == (theirs is None)
+            if ours is not None:
+                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_steps_without_kernels_are_not_recorded(played, launched, monkeypatch):
+    model = make({"predictor": "full"}, layers=1)
+    expected, _ = run(model, None)
+    monkeypatch.setattr(attention, "take_step", lambda *_: None)
+    found, _ = run(model, None, disable_compile=False, max_new_tokens=6)
+    assert not played["steps"] and torch.equal(found.sequences[:, : 30 + NEW], expected.sequences)
 
 
 def test_beams_and_a_copied_cache(launched, monkeypatch):

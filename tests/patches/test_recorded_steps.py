@@ -162,12 +162,11 @@ def test_a_recording_that_fails_leaves_the_device_as_it_was():
     assert torch.cuda.memory_reserved() - before < 1 << 26
 
 
-def test_caches_that_grow_run(tiny_llama, played):
-    model = patch(tiny_llama().to(DEVICE), SparsefinderConfig(predictor="full", window=8, tile=8))
-    model.generate(IDS, **GREEDY)
-    assert not played
-    some = patch(tiny_llama().to(DEVICE), SparseKConfig(k=6, window=8, sinks=2, layers=[1]))
-    some.generate(IDS, **GREEDY)
+@pytest.mark.parametrize("config", [
+    SparseKConfig(k=6, window=8, sinks=2, layers=[1]), SparsefinderConfig(predictor="full", layers=[1]),
+], ids=["SparseK", "Sparsefinder"])  # fmt: skip
+def test_a_cache_with_layers_of_transformers_runs(tiny_llama, played, config):
+    patch(tiny_llama().to(DEVICE), config).generate(IDS, **GREEDY)
     assert not played
 
 

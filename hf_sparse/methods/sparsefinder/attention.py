@@ -127,6 +127,8 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
             output = take_step(self, query, key, value, valid, cache, scaling) if query.shape[2] == 1 else None
             if output is not None:
                 return output
+            if cache.place is not None:
+                raise RuntimeError("no kernels take this step, which is to be recorded")
             cache.write_newest()
         if cache is not None:
             self.check_cache(cache)

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hf_sparse.core.cache import GrowingCacheLayer
+from hf_sparse.core.cache import GrowingCacheLayer, mask_of_keys
 from hf_sparse.ops.triton import available
 
-_ROOM = 256  # tokens that are made room for when a text begins to grow
+_ROOM = 256  # tokens, at least, that are made room for when a text grows
+_SHARE = 8  # or an eighth of its length: a longer text grows in larger pieces
 
 
 class SparsefinderCacheLayer(GrowingCacheLayer):
@@ -31,6 +32,7 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
             `values`; see `write_newest`.
         checked: layout of the query of the last step that kernels took.
         rooms: what `keys` and `values` lie in, with room for more tokens; `None` where they lie in nothing larger.
+        place: `[1]` int64, where the newest token goes while a step is recorded; `None` otherwise.
         plan: what the steps of this layer have in common, see `hf_sparse.methods.sparsefinder.step`.
     """
 
@@ -43,6 +45,7 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
         self.plan: Any = None
         self.checked: Any = None
         self.rooms: tuple[Tensor, Tensor] | None = None
+        self.place: Tensor | None = None
         self._query_room: Tensor | None = None
         self._key_room: Tensor | None = None
         self._may_wait = False
@@ -62,6 +65,8 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
+        if self.place is not None:
+            return self._update_recorded(key_states, value_states)
         self.write_newest()
         may_wait, self._may_wait = self._may_wait, False
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._grows(key_states, value_states):
@@ -104,6 +109,52 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
         self._kind, self.checked = kind, None
         return True
 
+    # What recorded steps ask for, see `SparseCacheLayer`.
+
+    def step_memory(self) -> Tensor | None:
+        """Return the room of the keys, if it has a place for one more."""
+        grown, rooms = self._grown, self.rooms
+        if grown is None or rooms is None or self.keys is not grown[0] or self.values is not grown[1]:
+            return None
+        return rooms[0] if grown[0].shape[2] < rooms[0].shape[2] else None
+
+    def write_at(self, place: Tensor | None) -> None:
+        """Note that a step is recorded, whose token goes to `place`; or that none is."""
+        self.place, self.newest, self._may_wait = place, None, False
+
+    def note_tokens(self, tokens: int) -> None:
+        """Take the number of tokens so far, of which recorded steps have written some."""
+        assert self.keys is not None and self.rooms is not None
+        of_queries, of_keys = self._query_room, self._key_room
+        if self.key_codes is not None and self.key_codes.shape[2] == self.keys.shape[2]:
+            assert of_queries is not None and of_keys is not None
+            self.query_codes, self.key_codes = of_queries.narrow(2, 0, tokens), of_keys.narrow(2, 0, tokens)
+        keys, values = self.rooms
+        self.keys, self.values = self._grown = keys.narrow(2, 0, tokens), values.narrow(2, 0, tokens)
+
+    def _update_recorded(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Return all there is room for, of which the kernels of the step write the newest token."""
+        if key.shape[2] != 1 or self.rooms is None:
+            raise RuntimeError(f"a recorded step has one token, and {key.shape[2]} came")
+        self.newest = key, value
+        return self.rooms
+
+    def get_seq_length(self) -> int:
+        if self.place is None:
+            return super().get_seq_length()
+        # A number would be the same in every replay.
+        return (self.place if self.newest is None else self.place + 1)[0]  # type: ignore[return-value]
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        if self.place is None or self.rooms is None:
+            return super().get_mask_sizes(query_length)
+        return self.rooms[0].shape[2], 0
+
+    def check_mask(self, attention_mask: Tensor | None, length: int) -> Tensor | None:
+        if self.place is None or self.rooms is None:
+            return super().check_mask(attention_mask, length)
+        return mask_of_keys(attention_mask, self.rooms[0].shape[2])
+
     def write_newest(self) -> None:
         """Write the key and the value of the last token, if that is still to be done."""
         if self.newest is not None:
@@ -145,6 +196,8 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
         if of_queries is None or of_keys is None or self.keys is None or self.owner != owner:
             return None
         length = self.keys.shape[2]
+        if self.place is not None:
+            return self._codes_to_record(length)
         if (
             of_keys.shape[2] + 1 != length
             or of_keys.device != self.keys.device
@@ -158,6 +211,17 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
             rooms = self._query_room, self._key_room = _room_behind(of_queries), _room_behind(of_keys)
         self.query_codes, self.key_codes = (room.narrow(2, 0, length) for room in rooms if room is not None)
         return self.query_codes, self.key_codes
+
+    def _codes_to_record(self, length: int) -> tuple[Tensor, Tensor] | None:
+        """Return the codes of all tokens that there is room for; `None` where it is not so for the codes."""
+        codes, rooms = (self.query_codes, self.key_codes), (self._query_room, self._key_room)
+        assert self.rooms is not None
+        for part, room in zip(codes, rooms, strict=True):
+            if part is None or room is None or part.shape[2] != length or not _lies_in(part, room):
+                return None
+            if room.shape[2] < self.rooms[0].shape[2]:
+                return None
+        return rooms  # type: ignore[return-value]
 
     def end_attention(self) -> None:
         """Move the codes where the keys are, if they were offloaded before the attention."""
@@ -219,8 +283,9 @@ def _lies_in(tensor: Tensor, room: Tensor) -> bool:
 def _room_behind(tensor: Tensor) -> Tensor:
     """Copy `[B, H, T, X]` to a tensor that has room for more tokens."""
     batch, heads, length, dim = tensor.shape
+    shape = (batch, heads, length + max(_ROOM, length // _SHARE), dim)
     with torch.inference_mode(False):  # tensors of that mode could not be written to after it
-        room = torch.empty((batch, heads, length + _ROOM, dim), dtype=tensor.dtype, device=tensor.device)
+        room = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
     room[:, :, :length] = tensor
     return room
 
@@ -240,7 +305,8 @@ def _extended(codes: Tensor | None, room: Tensor | None, new: Tensor) -> tuple[T
     length = before + new.shape[2]
     places = {(part.device, part.data_ptr()) for part in (codes, room) if part is not None}
     if room is None or len(places) > 1 or room.device != new.device or room.shape[2] < length:
-        shape = (*new.shape[:2], length + (_ROOM if before else 0), new.shape[3])
+        more = max(_ROOM, length // _SHARE) if before else 0
+        shape = (*new.shape[:2], length + more, new.shape[3])
         with torch.inference_mode(False):  # tensors of that mode could not be written to after it
             room = torch.empty(shape, dtype=new.dtype, device=new.device)
         if codes is not None:

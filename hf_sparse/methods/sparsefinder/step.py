@@ -108,13 +108,13 @@ def _over_all_keys(
         return step(query, key, value, *numbers, True, valid, None, None, 1)
     layout = (
         query.shape, query.dtype, None if valid is None else valid.dtype, scales.kind, scales.is_log,
-        scales.scale.dtype, None if scales.exponent is None else scales.exponent.dtype,
+        scales.scale.dtype, None if scales.exponent is None else scales.exponent.dtype, cache.place is None,
     )  # fmt: skip
     if type(plan) is not _ExactPlan or plan.rooms is not cache.rooms or plan.layout != layout:
         kernels = StepPlan(query, key, value, key.shape[1], kind=scales.kind, is_log=scales.is_log, causal=True)
         plan = cache.plan = _ExactPlan(kernels, cache.rooms, layout)
     output = plan.kernels.run(
-        query, key, value, scales.scale, scales.exponent, scales.factor, valid, None, None, 1, newest
+        query, key, value, scales.scale, scales.exponent, scales.factor, valid, cache.place, None, 1, newest
     )
     cache.newest = None
     return output
@@ -152,7 +152,7 @@ def _over_clusters(
     """Take the step over the tiles that clusters choose, see `take_step`."""
     config = learned.config
     layout = (query.shape, query.dtype, valid is None, scales.kind, scales.is_log, scales.scale.dtype)
-    layout = (*layout, *[getattr(config, name) for name in _SETTINGS])
+    layout = (*layout, cache.place is None, *[getattr(config, name) for name in _SETTINGS])
     tensors = [(t, None if t is None else t.dtype) for t in (*learned._parameters.values(), *learned._buffers.values())]
     plan = cache.plan
     is_same = (
@@ -170,10 +170,13 @@ def _over_clusters(
     codes = None if kernels is None else cache.codes_to_write(attention.identities[attention.active])
     if codes is None or newest is None or kernels is None:
         return None
-    order, position = (None, None) if valid is None else _order_of(valid)
+    place = cache.place
+    order, position = (None, None) if valid is None else _order_of(valid, place)
+    if position is None and place is not None:
+        position = place.expand(len(query))
     output = kernels(
         query, key, value, newest, codes, plan.projections, scales.scale, scales.exponent, scales.factor, order,
-        position,
+        position, place,
     )  # fmt: skip
     cache.newest = None
     return output
@@ -206,11 +209,12 @@ def _kernels(
 _last: tuple[Any, int, tuple[Tensor, Tensor]] | None = None  # of `_order_of`: layers of a model get the same mask
 
 
-def _order_of(valid: Tensor) -> tuple[Tensor, Tensor]:
+def _order_of(valid: Tensor, place: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Find where the tokens of padded texts lie, and where their newest ones stand; nothing waits for the device.
 
     Args:
         valid: `[B, T]` bool, False for padding.
+        place: `[1]` int64, the column of the newest tokens; the last one by default.
 
     Returns:
         Columns of the tokens in their order, `[B, T]` int64, padding behind them, and the place of the newest token
@@ -221,6 +225,7 @@ def _order_of(valid: Tensor) -> tuple[Tensor, Tensor]:
     if _last is not None and _last[0]() is valid and _last[1] == version:
         return _last[2]
     order = (~valid).byte().argsort(dim=-1, stable=True)
-    position = torch.where(valid[:, -1], valid.sum(-1), 0) - 1
+    newest = valid[:, -1] if place is None else valid.index_select(1, place)[:, 0]
+    position = torch.where(newest, valid.sum(-1), 0) - 1
     _last = weakref.ref(valid), version, (order, position)
     return order, position

@@ -240,6 +240,10 @@ class SparseKCacheLayer(CacheLayerMixin):
             return self.cumulative_length + self.uncounted
         return int(self.cumulative_length) if self._length is None else self._length
 
+    def step_memory(self) -> Any:
+        """Return the slots of the keys: all tensors of the slots are replaced together."""
+        return self.keys
+
     def note_tokens(self, tokens: int) -> None:
         """Take the number of tokens so far, after a recorded step was taken or one was recorded and not taken.
 

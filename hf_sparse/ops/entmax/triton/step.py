@@ -163,8 +163,8 @@ def step(
     Args:
         query, key, value, scale, exponent, kind, factor, is_log, causal, valid, first, index, size: as in
             `hf_sparse.ops.entmax.step._plain`.
-        newest: key and value `[B, Hkv, 1, D]` of the last of the keys, to be written there by the way; whatever is
-            there is not read. For one causal query at the last position, without lists.
+        newest: key and value `[B, Hkv, 1, D]` of the token of the query, to be written there by the way; whatever is
+            there is not read. For one causal query per text, without lists.
         sizes: `block`, `programs`, `stages`: keys at a time, programs and Triton's stages of the kernel that
             multiplies. `greatest`: keys of which the greatest product is kept, a divisor of `block`. `wide`,
             `gathered`, `warps`: products and values at a time, and Triton's warps, of the kernel of the rows.
@@ -270,11 +270,11 @@ def _products(
     blocks = tl.cdiv(end, N)
     share = tl.cdiv(blocks, tl.num_programs(0))
     begin = tl.program_id(0) * share
-    if NewK is not None:  # the last key: nothing reads where it is written before this kernel ends
+    if NewK is not None:  # the key of the query: nothing reads where it is written before this kernel ends
         new_key = tl.load(NewK + batch * n_batch + kv * n_head + dim, mask=dim < D, other=0.0)
         if begin + share >= blocks and begin < blocks:
             new_value = tl.load(NewV + batch * w_batch + kv * w_head + dim, mask=dim < D, other=0.0)
-            last = (keys - 1).to(tl.int64)
+            last = first.to(tl.int64)
             tl.store(K + last * k_row * ALIGN + dim, new_key, mask=dim < D)
             tl.store(V + (batch * v_batch + kv * v_head + last * v_row) * ALIGN + dim, new_value, mask=dim < D)
     for block in tl.range(begin, tl.minimum(begin + share, blocks), num_stages=STAGES):
@@ -290,13 +290,13 @@ def _products(
             there &= tl.load(Valid + batch * m_batch + key, mask=there, other=0) != 0
         kept = there
         if NewK is not None:
-            kept &= key < keys - 1
+            kept &= key < first
         k = tl.load(
             K + (key.to(tl.int64) * k_row * ALIGN)[:, None] + dim[None, :],
             mask=kept[:, None] & (dim < D)[None, :], other=0.0,
         )  # fmt: skip
         if NewK is not None:
-            k = tl.where((key == keys - 1)[:, None], new_key[None, :], k)
+            k = tl.where((key == first)[:, None], new_key[None, :], k)
         z = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale[:, None]
         sees = there[None, :] & exists[:, None]
         if CAUSAL:

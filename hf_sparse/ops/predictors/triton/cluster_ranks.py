@@ -16,7 +16,7 @@ _NUMBERS = [
 ]  # fmt: skip
 _ADDRESSES = [
     "Points", "Q", "NewK", "NewV", "K", "V", "QueryCodes", "KeyCodes", "QueryWeight", "Bias", "KeyWeight", "Centroids",
-    "Profile", "Order", "Position", "Scratch",
+    "Profile", "Order", "Position", "Newest", "Scratch",
 ]  # fmt: skip
 
 
@@ -37,6 +37,7 @@ def rank_tiles(
     Profile,
     Order,
     Position,
+    Newest,
     Scratch,
     keys,
     total,
@@ -92,6 +93,8 @@ def rank_tiles(
     if Position is not None:
         position = tl.load(Position + batch * p_batch).to(tl.int32)
     newest = (keys - 1).to(tl.int64)  # where the newest token lies, whatever padding is before it
+    if Newest is not None:
+        newest = tl.load(Newest)
     cluster, tile, inside, dim = tl.arange(0, CLUSTERS), tl.arange(0, W), tl.arange(0, SIZE), tl.arange(0, PADDED)
     tables += (pair * splits + split) * SHARE * clusters
     KeyCodes += batch * c_batch + kv * c_head

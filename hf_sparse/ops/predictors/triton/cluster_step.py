@@ -131,18 +131,21 @@ class ClusterStep:
         factor: float,
         order: Tensor | None,
         position: Tensor | None,
+        place: Tensor | None = None,
     ) -> Tensor:
         """Take the step; returns the attention `[B, Hq, 1, D]`, contiguous.
 
         Args:
             query: `[B, Hq, 1, D]`, contiguous along the last dimension, as the following.
-            key, value: `[B, Hkv, T, D]`, whose last row is written.
+            key, value: `[B, Hkv, T, D]`, whose last row is written, or that of `place`.
             newest: that row, `[B, Hkv, 1, D]` each.
-            codes: of queries `[B, Hq, T, r]` float32 and keys `[B, Hkv, T, 1]` int64, whose last row is written.
+            codes: of queries `[B, Hq, T, r]` float32 and keys `[B, Hkv, T, 1]` int64, whose row is written likewise.
             projections: the tensors.
             scale, exponent, factor: see `hf_sparse.ops.entmax.step.Scales`.
             order: `[B, T]` int64, where the tokens of a text lie, the newest one at the end, or None: in order.
             position: `[B]` int64, where the query stands in its text, -1 for padding; None for the last place.
+            place: `[1]` int64, the row of the newest token, if not the last one: those behind it hold nothing. Then
+                there has to be a `position`.
         """
         batch, heads, _, dim = query.shape
         keys, lists = key.shape[2], self.lists
@@ -166,9 +169,9 @@ class ClusterStep:
             (splits, self.number, batch),
             [
                 None, query, new_key, new_value, key, value, of_queries, of_keys, projections.query, projections.bias,
-                projections.key, projections.centroids, projections.profile, order, position, scratch, keys, total,
-                width, tables, heads, self.clusters, self.rank, lists.window, lists.global_tokens, q_batch, q_head,
-                *new_key.stride()[:2], *new_value.stride()[:2], k_batch, k_head, k_row, v_batch, v_head, v_row,
+                projections.key, projections.centroids, projections.profile, order, position, place, scratch,
+                keys, total, width, tables, heads, self.clusters, self.rank, lists.window, lists.global_tokens,
+                q_batch, q_head, *new_key.stride()[:2], *new_value.stride()[:2], k_batch, k_head, k_row, v_batch, v_head, v_row,
                 *of_queries.stride()[:3], *of_keys.stride()[:3], o_batch, p_batch,
             ],
         )  # fmt: skip
@@ -230,7 +233,7 @@ def cluster_lists(
     kernels[0](
         (splits, number, batch),
         [
-            points.contiguous(), *nothing, codes, *nothing[:3], centroids.contiguous(), profile, None, position,
+            points.contiguous(), *nothing, codes, *nothing[:3], centroids.contiguous(), profile, None, position, None,
             scratch, keys, total, total, tables, heads, clusters, rank, lists.window, lists.global_tokens,
             *(0,) * 15, *codes.stride()[:3], 0, position.stride(0),
         ],
