@@ -171,8 +171,8 @@ class ClusterStep:
                 None, query, new_key, new_value, key, value, of_queries, of_keys, projections.query, projections.bias,
                 projections.key, projections.centroids, projections.profile, order, position, place, scratch,
                 keys, total, width, tables, heads, self.clusters, self.rank, lists.window, lists.global_tokens,
-                q_batch, q_head, *new_key.stride()[:2], *new_value.stride()[:2], k_batch, k_head, k_row, v_batch, v_head, v_row,
-                *of_queries.stride()[:3], *of_keys.stride()[:3], o_batch, p_batch,
+                q_batch, q_head, *new_key.stride()[:2], *new_value.stride()[:2], k_batch, k_head, k_row, v_batch,
+                v_head, v_row, *of_queries.stride()[:3], *of_keys.stride()[:3], o_batch, p_batch,
             ],
         )  # fmt: skip
         align = self.align
