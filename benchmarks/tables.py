@@ -649,7 +649,9 @@ def predicted_quality_table(runs: Sequence[dict[str, Any]]) -> str:
             cells = [f"{perplexity[length, name]:.2f}" for name in ("dense", "all keys")] + [f"{row['perplexity']:.2f}"]
             above = f"{row['above_all_keys']:+.2%}".replace("%", " %")
             error = f"{row['standard_error']:.2%}".replace("%", " %")
-            rows.append([run["settings"]["adapter"], f"{length:,} x {row['chunks']}", f"{row['choices']}", exact])
+            model, adapter = (run["settings"][name] for name in ("model", "adapter"))
+            name = adapter if adapter.startswith(model) else f"of {model}"
+            rows.append([name, f"{length:,} x {row['chunks']}", f"{row['choices']}", exact])
             rows[-1] += [f"{row['tiles']:.1f}", f"{row['share_of_pairs']:.0%}", *cells, f"{above} ({error})"]
     head = ["adapter", "tokens x chunks", "choices", "layers over all keys", "tiles per list", "pairs listed"]
     head += ["dense", "entmax, all keys", "predicted", "above all keys"]
