@@ -10,10 +10,10 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_sparse.ops.entmax.layout import Layout
+from hf_sparse.ops.entmax.pooled import MOST_TILES
 from hf_sparse.ops.entmax.triton.common import constants, load_rows, origin_of, per_head
 from hf_sparse.ops.tiles.tiles import Tiles
 
-MOST_TILES = 4096  # tiles of keys whose number stands in the last bits of a score
 _ROWS, _MEANS = 64, 128  # queries and mean keys that a program multiplies at once
 _WARPS, _STAGES = 4, 3
 _NONE = tl.constexpr(-(1 << 31) + 64)  # below it is no score
