@@ -166,14 +166,6 @@ def test_recorded_steps_are_those_that_run(settings, mask, launched, played):
                 torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
 
 
-def test_steps_without_kernels_are_not_recorded(played, launched, monkeypatch):
-    model = make({"predictor": "full"}, layers=1)
-    expected, _ = run(model, None)
-    monkeypatch.setattr(attention, "take_step", lambda *_: None)
-    found, _ = run(model, None, disable_compile=False, max_new_tokens=6)
-    assert not played["steps"] and torch.equal(found.sequences[:, : 30 + NEW], expected.sequences)
-
-
 def test_beams_and_a_copied_cache(launched, monkeypatch):
     model = make({"query_tile": 1}, layers=1)
     result, _ = run(model, MASK, rows=2, num_beams=2)

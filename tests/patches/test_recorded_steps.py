@@ -10,7 +10,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_sparse import SparsefinderConfig, SparseKCache, SparseKConfig, patch, unpatch
 from hf_sparse._compat import cache_of, with_cache
-from hf_sparse.patches import attach, recorded_steps
+from hf_sparse.methods.sparsefinder import SparsefinderAttention, cache, fit_predictors
+from hf_sparse.patches import attach, recorded_steps, sparse_layers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IDS = torch.randint(2, 64, (3, 40), generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -160,6 +161,45 @@ def test_a_recording_that_fails_leaves_the_device_as_it_was():
         torch.cuda.empty_cache()
     assert torch.equal(torch.randn(3, device=device), expected)
     assert torch.cuda.memory_reserved() - before < 1 << 26
+
+
+GRAPH = {"tile": 8, "tiles_per_query": 3, "window": 1, "clusters": 6, "initial_scale": 3.0}
+GROWING = {
+    "all keys": {"predictor": "full"},
+    "clusters": {"query_tile": 4},
+    "parts, budgets of heads": {"query_tile": 1, "rank": 4, "cluster_parts": 2, "top_clusters": 1, "head_budgets": True},
+}
+
+
+@pytest.mark.parametrize("settings", GROWING.values(), ids=GROWING)
+@pytest.mark.parametrize("mask", [None, LEFT], ids=["one length", "padded"])
+def test_a_cache_grows_between_recordings(tiny_llama, played, monkeypatch, settings, mask):
+    """Of 15 steps two run, and those that find no room for a sixth token; later tokens find the cache as if all had."""
+    monkeypatch.setattr(cache, "_ROOM", 5)
+    model = patch(tiny_llama().to(DEVICE), SparsefinderConfig(**GRAPH, **settings))
+    fit_predictors(sparse_layers(model, SparsefinderAttention), lambda: model(IDS, use_cache=False))
+    results = []
+    for plain in (True, False):
+        options = {"do_sample": False, "return_dict_in_generate": True, "disable_compile": plain}
+        first = model.generate(IDS, attention_mask=mask, max_new_tokens=16, output_logits=True, **options)
+        layers = cache_of(first).layers
+        state = [getattr(layer, name) for layer in layers for name in ("keys", "values", "query_codes", "key_codes")]
+        more = torch.cat([first.sequences, IDS[:, :7]], 1)
+        seen = None if mask is None else torch.cat([mask, torch.ones_like(IDS[:, :23])], 1)
+        second = model.generate(more, attention_mask=seen, max_new_tokens=8, **with_cache(cache_of(first)), **options)
+        results.append((*first.logits, *[part for part in state if part is not None], second.sequences))
+        assert layers[0].get_seq_length() == 40 + 16 + 7 + 7
+    assert len(played) == 3 + 4 + 4 + 5
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_step_that_needs_the_length_runs(tiny_llama, played):
+    """A predictor without codes looks at the keys that there are, not at those that there is room for."""
+    config = SparsefinderConfig(predictor="pooled", tile=8, query_tile=1, window=8, exact_up_to=8)
+    model = patch(tiny_llama().to(DEVICE), config)
+    expected = model.generate(IDS, disable_compile=True, **GREEDY)
+    assert torch.equal(model.generate(IDS, **GREEDY), expected) and not played
 
 
 @pytest.mark.parametrize("config", [

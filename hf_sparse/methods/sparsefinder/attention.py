@@ -127,8 +127,6 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
             output = take_step(self, query, key, value, valid, cache, scaling) if query.shape[2] == 1 else None
             if output is not None:
                 return output
-            if cache.place is not None:
-                raise RuntimeError("no kernels take this step, which is to be recorded")
             cache.write_newest()
         if cache is not None:
             self.check_cache(cache)
@@ -144,19 +142,22 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
         unfitted = self.config.entmax_native is not None and not learned.is_fitted
         predicts = self.pattern is None and not learning and not unfitted
         static = isinstance(cache, StaticSparsefinderCacheLayer)
-        newest = cache.newest if static and query.shape[2] == 1 else None
+        # Where the query stands in the keys, if these are all that there is room for.
+        place = cache.place if cache is not None and query.shape[2] == 1 else None
         if predicts and self._finds_support(learned) and is_step(query, key) and not torch.is_grad_enabled():
             scales = learned.step_scales(query, scaling)
-            return attend_few(query, key, value, scales, causal=True, valid=valid, first_query=newest)
+            return attend_few(query, key, value, scales, causal=True, valid=valid, first_query=place)
         options: dict[str, Any] = {"alpha": learned.alpha, "scaling": scaling * learned.scale, "causal": self.causal}
         # Complete attention has a graph only for those who look at it.
         sees_all = learned.predictor.sees_all or unfitted or (self.config.complete and not self.certify)
-        first_query = None if newest is None else newest.expand(len(query))
+        first_query = None if place is None else place.expand(len(query))
         if not observed and (learning or sees_all):
             return entmax_attention(query, key, value, valid=valid, first_query=first_query, **options)
         text = AttentionInputs(query, key, value, **options, layer=self.layer, first_query=first_query)
         codes = self._codes(query, key, cache) if predicts and learned.predictor.learns_graph else None
-        if newest is not None and codes is not None:
+        if place is not None and not static and (observed or codes is None or self.config.tile is None):
+            raise RuntimeError("a step of this predictor cannot be recorded: it needs the keys of its text alone")
+        if place is not None and codes is not None and (static or valid is None):
             return self._listed_step(text, codes, valid)
         if static and codes is not None and valid is not None:
             raise ValueError(
@@ -165,7 +166,7 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
             )
         if valid is None:
             return self._over_graph(text, codes, predicts)
-        return self._one_by_one(text, codes, valid, predicts) if observed else self._packed(text, codes, valid)
+        return self._one_by_one(text, codes, valid, predicts) if observed else self._packed(text, codes, valid, place)
 
     def _finds_support(self, learned: SparsefinderParameters) -> bool:
         """Tell whether causal attention equals that over all keys, and nobody observes the graph that leads there."""
@@ -206,15 +207,17 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
         if cache is None or cache.key_codes is None:
             learned.check_fitted()
         new_key = key[:, :, key.shape[2] - new :]
-        if isinstance(cache, StaticSparsefinderCacheLayer) and new == 1:
-            new_key = key.index_select(2, cache.newest)
+        if cache is not None and new == 1 and cache.place is not None:
+            new_key = key.index_select(2, cache.place)
         with torch.no_grad():
             codes = predictor.query_codes(learned, query), predictor.key_codes(learned, new_key)
         return codes if cache is None else cache.append(*codes, self.identities[self.active])
 
-    def _packed(self, text: AttentionInputs, codes: Codes | None, valid: Tensor) -> Tensor:
-        """Attend in all rows of a padded batch at once."""
-        batch = PackedBatch(valid, text.query.shape[2], self.config.rows or 1)
+    def _packed(
+        self, text: AttentionInputs, codes: Codes | None, valid: Tensor, place: Tensor | None = None
+    ) -> Tensor:
+        """Attend in all rows of a padded batch at once; `place` as `PackedBatch` takes it."""
+        batch = PackedBatch(valid, text.query.shape[2], self.config.rows or 1, place)
         packed = replace(
             text,
             query=batch.queries(text.query),

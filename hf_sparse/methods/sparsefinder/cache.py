@@ -105,7 +105,8 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
             or rooms[0].shape[2] == old_key.shape[2]
             or not all(map(_lies_in, (old_key, old_value), rooms))
         ):
-            self.rooms = _room_behind(old_key), _room_behind(old_value)
+            tokens = old_key.shape[2] + max(_ROOM, old_key.shape[2] // _SHARE)
+            self.rooms = _room_behind(old_key, tokens), _room_behind(old_value, tokens)
         self._kind, self.checked = kind, None
         return True
 
@@ -157,10 +158,15 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
 
     def write_newest(self) -> None:
         """Write the key and the value of the last token, if that is still to be done."""
-        if self.newest is not None:
-            newest, self.newest = self.newest, None
-            assert self.keys is not None and self.values is not None
-            self.keys[:, :, -1:], self.values[:, :, -1:] = newest
+        if self.newest is None:
+            return
+        newest, self.newest = self.newest, None
+        if self.place is not None and self.rooms is not None:
+            for room, part in zip(self.rooms, newest, strict=True):
+                room.index_copy_(2, self.place, part)
+            return
+        assert self.keys is not None and self.values is not None
+        self.keys[:, :, -1:], self.values[:, :, -1:] = newest
 
     def append(self, query_codes: Tensor, key_codes: Tensor, owner: object) -> tuple[Tensor, Tensor]:
         """Keep the codes of the tokens whose keys `update` has just taken in.
@@ -170,20 +176,29 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
             owner: identity of the predictor that made them.
 
         Returns:
-            The codes of all tokens, `[B, Hq, T, c]` and `[B, Hkv, T, c]`.
+            The codes of all tokens, `[B, Hq, T, c]` and `[B, Hkv, T, c]`; of all that there is room for while a step is
+            recorded.
 
         Raises:
             ValueError: the codes that are here are another predictor's, or attention that needs no graph (dense or
                 complete) took tokens in.
         """
+        if self.place is not None:
+            rooms = self.codes_to_write(owner)
+            if rooms is None:
+                raise RuntimeError("the codes of the cache have no room for a step that is to be recorded")
+            for room, part in zip(rooms, (query_codes, key_codes), strict=True):
+                room.index_copy_(2, self.place, part)
+            return rooms
         before = 0 if self.key_codes is None else self.key_codes.shape[2]
         if before + key_codes.shape[2] != self.get_seq_length() or (before and self.owner != owner):
             raise ValueError(
                 "the cache was filled by dense or complete attention or with another adapter, and the graph of its "
                 "tokens is not known: start a new cache after switching adapters, and observe it from the start"
             )
-        self.query_codes, self._query_room = _extended(self.query_codes, self._query_room, query_codes)
-        self.key_codes, self._key_room = _extended(self.key_codes, self._key_room, key_codes)
+        room = before + key_codes.shape[2] if self.rooms is None else self.rooms[0].shape[2]  # as there is for keys
+        self.query_codes, self._query_room = _extended(self.query_codes, self._query_room, query_codes, room)
+        self.key_codes, self._key_room = _extended(self.key_codes, self._key_room, key_codes, room)
         self.owner = owner
         return self.query_codes, self.key_codes
 
@@ -205,23 +220,25 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
         ):
             return None
         rooms = self._query_room, self._key_room
-        if any([room is None or room.shape[2] < length for room in rooms]) or not all(
+        tokens = length if self.rooms is None else self.rooms[0].shape[2]
+        if any([room is None or room.shape[2] < tokens for room in rooms]) or not all(
             map(_lies_in, (of_queries, of_keys), rooms)  # type: ignore[arg-type]
         ):
-            rooms = self._query_room, self._key_room = _room_behind(of_queries), _room_behind(of_keys)
+            rooms = self._query_room, self._key_room = _room_behind(of_queries, tokens), _room_behind(of_keys, tokens)
         self.query_codes, self.key_codes = (room.narrow(2, 0, length) for room in rooms if room is not None)
         return self.query_codes, self.key_codes
 
     def _codes_to_record(self, length: int) -> tuple[Tensor, Tensor] | None:
         """Return the codes of all tokens that there is room for; `None` where it is not so for the codes."""
-        codes, rooms = (self.query_codes, self.key_codes), (self._query_room, self._key_room)
         assert self.rooms is not None
-        for part, room in zip(codes, rooms, strict=True):
-            if part is None or room is None or part.shape[2] != length or not _lies_in(part, room):
+        tokens, whole = self.rooms[0].shape[2], []
+        for codes, room in ((self.query_codes, self._query_room), (self.key_codes, self._key_room)):
+            if codes is None or room is None or codes.shape[2] != length or not _lies_in(codes, room):
                 return None
-            if room.shape[2] < self.rooms[0].shape[2]:
+            if room.shape[2] < tokens:
                 return None
-        return rooms  # type: ignore[return-value]
+            whole.append(room.narrow(2, 0, tokens))
+        return whole[0], whole[1]
 
     def end_attention(self) -> None:
         """Move the codes where the keys are, if they were offloaded before the attention."""
@@ -280,23 +297,23 @@ def _lies_in(tensor: Tensor, room: Tensor) -> bool:
     )
 
 
-def _room_behind(tensor: Tensor) -> Tensor:
-    """Copy `[B, H, T, X]` to a tensor that has room for more tokens."""
+def _room_behind(tensor: Tensor, tokens: int) -> Tensor:
+    """Copy `[B, H, T, X]` to a tensor that has room for so many tokens, zeros: a recorded step may read them."""
     batch, heads, length, dim = tensor.shape
-    shape = (batch, heads, length + max(_ROOM, length // _SHARE), dim)
     with torch.inference_mode(False):  # tensors of that mode could not be written to after it
-        room = torch.empty(shape, dtype=tensor.dtype, device=tensor.device)
-    room[:, :, :length] = tensor
+        room = torch.empty((batch, heads, tokens, dim), dtype=tensor.dtype, device=tensor.device)
+    room[:, :, :length], room[:, :, length:] = tensor, 0
     return room
 
 
-def _extended(codes: Tensor | None, room: Tensor | None, new: Tensor) -> tuple[Tensor, Tensor]:
+def _extended(codes: Tensor | None, room: Tensor | None, new: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
     """Put codes `[B, H, n, c]` behind those that are there.
 
     Args:
         codes: `[B, H, T, c]`; the first ones of `room` unless rows or devices have changed.
         room: what `codes` lie in, where there may be room for more.
         new: those to append.
+        tokens: that there must be room for, at least as many as there are then.
 
     Returns:
         All codes, `[B, H, T + n, c]`, and the tensor that they lie in.
@@ -304,12 +321,13 @@ def _extended(codes: Tensor | None, room: Tensor | None, new: Tensor) -> tuple[T
     before = 0 if codes is None else codes.shape[2]
     length = before + new.shape[2]
     places = {(part.device, part.data_ptr()) for part in (codes, room) if part is not None}
-    if room is None or len(places) > 1 or room.device != new.device or room.shape[2] < length:
-        more = max(_ROOM, length // _SHARE) if before else 0
-        shape = (*new.shape[:2], length + more, new.shape[3])
+    if room is None or len(places) > 1 or room.device != new.device or room.shape[2] < tokens:
+        more = max(_ROOM, tokens // _SHARE) if before else 0
+        shape = (*new.shape[:2], tokens + more, new.shape[3])
         with torch.inference_mode(False):  # tensors of that mode could not be written to after it
             room = torch.empty(shape, dtype=new.dtype, device=new.device)
         if codes is not None:
             room[:, :, :before] = codes  # offloaded ones have not come back where only keys are waited for
+        room[:, :, length:] = 0
     room[:, :, before:length] = new
     return room[:, :, :length], room

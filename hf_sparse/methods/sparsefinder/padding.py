@@ -17,21 +17,26 @@ class PackedBatch:
             several; None where the queries are whole texts.
     """
 
-    def __init__(self, valid: Tensor, queries: int, rows: int) -> None:
+    def __init__(self, valid: Tensor, queries: int, rows: int, place: Tensor | None = None) -> None:
         """Pack a batch.
 
         Args:
             valid: `[B, Tk]` bool, False for padding.
             queries: `Tq`, the last columns.
             rows: queries per tile.
+            place: `[1]` int64, the column of the only query, if not the last one: what is behind it is not valid.
         """
         keys = valid.shape[1]
-        count, self._new = valid.sum(-1), valid[:, keys - queries :]
+
+        def of_queries(columns: Tensor) -> Tensor:
+            return columns[:, keys - queries :] if place is None else columns.index_select(1, place)
+
+        count, self._new = valid.sum(-1), of_queries(valid)
         self._order = (~valid).byte().argsort(dim=-1, stable=True)
         self.valid = torch.arange(keys, device=valid.device) < count[:, None]
         self.first_query: Tensor | None = None
         self._slots = queries
-        slot = valid.cumsum(-1)[:, keys - queries :] - 1  # positions of the queries
+        slot = of_queries(valid.cumsum(-1)) - 1  # positions of the queries
         if queries < keys:
             first = count - self._new.sum(-1)
             if queries > 1:

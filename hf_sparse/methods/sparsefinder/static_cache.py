@@ -79,8 +79,8 @@ class StaticSparsefinderCacheLayer(StaticLayer):
         return tensor if new == 1 else tensor[:, :, : int(self.cumulative_length)]
 
     @property
-    def newest(self) -> Tensor:
-        """Return the position of the newest token, `[1]` int64."""
+    def place(self) -> Tensor:
+        """Return where the newest token is, `[1]` int64."""
         return (self.cumulative_length - 1).view(1)
 
     def begin_attention(self) -> None:
