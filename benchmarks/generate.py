@@ -129,6 +129,9 @@ def configuration(options: argparse.Namespace) -> SparseKConfig | SparsefinderCo
     if options.method == "sparsek":
         return SparseKConfig(k=options.k, window=options.window, sinks=options.sinks)
     graph: dict[str, Any] = {"tile": 8, "query_tile": 1, "sparsity": 0.8, "clusters": 16, "window": 64}
+    if options.cluster_parts > 1:  # as the published adapters have it
+        parts = options.cluster_parts
+        graph |= {"rank": parts, "cluster_parts": parts, "top_clusters": 1, "head_budgets": True}
     return SparsefinderConfig(predictor=options.predictor, complete=options.complete, **graph)
 
 
@@ -301,6 +304,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--method", choices=["sparsek", "sparsefinder"], default="sparsek")
     parser.add_argument("--predictor", default="full", help="Sparsefinder's; 'full' attends to all keys by entmax")
+    parser.add_argument("--cluster-parts", type=int, default=1, help="parts of a code, and then budgets of heads")
     parser.add_argument("--complete", action="store_true", help="complete Sparsefinder's graphs")
     parser.add_argument("--support", type=float, default=55.0, help="keys with weight per query, for Sparsefinder")
     parser.add_argument("--fitted", type=int, default=2048, help="tokens that Sparsefinder is fitted to and checked on")
@@ -311,7 +315,7 @@ def main() -> None:
         parser.error(f"more than {SKIPPED + PROFILED} new tokens are needed, got {options.new_tokens}")
     of_method: dict[str, tuple[str, ...]] = {
         "sparsek": ("k", "window", "sinks"),
-        "sparsefinder": ("method", "predictor", "complete", "support", "fitted"),
+        "sparsefinder": ("method", "predictor", "cluster_parts", "complete", "support", "fitted"),
     }
     named = ("prompts", "batches", "new_tokens", "rounds", *of_method[options.method], "device", "dtype", "tiny")
     result: dict[str, Any] = {

@@ -167,14 +167,20 @@ GRAPH = {"tile": 8, "tiles_per_query": 3, "window": 1, "clusters": 6, "initial_s
 GROWING = {
     "all keys": {"predictor": "full"},
     "clusters": {"query_tile": 4},
-    "parts, budgets of heads": {"query_tile": 1, "rank": 4, "cluster_parts": 2, "top_clusters": 1, "head_budgets": True},
+    "parts, budgets of heads": {
+        "query_tile": 1,
+        "rank": 4,
+        "cluster_parts": 2,
+        "top_clusters": 1,
+        "head_budgets": True,
+    },
 }
 
 
 @pytest.mark.parametrize("settings", GROWING.values(), ids=GROWING)
 @pytest.mark.parametrize("mask", [None, LEFT], ids=["one length", "padded"])
 def test_a_cache_grows_between_recordings(tiny_llama, played, monkeypatch, settings, mask):
-    """Of 15 steps two run, and those that find no room for a sixth token; later tokens find the cache as if all had."""
+    """Of 15 steps two run, and those that find no room; the cache is then as if all steps had run."""
     monkeypatch.setattr(cache, "_ROOM", 5)
     model = patch(tiny_llama().to(DEVICE), SparsefinderConfig(**GRAPH, **settings))
     fit_predictors(sparse_layers(model, SparsefinderAttention), lambda: model(IDS, use_cache=False))

@@ -213,9 +213,7 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
             codes = predictor.query_codes(learned, query), predictor.key_codes(learned, new_key)
         return codes if cache is None else cache.append(*codes, self.identities[self.active])
 
-    def _packed(
-        self, text: AttentionInputs, codes: Codes | None, valid: Tensor, place: Tensor | None = None
-    ) -> Tensor:
+    def _packed(self, text: AttentionInputs, codes: Codes | None, valid: Tensor, place: Tensor | None = None) -> Tensor:
         """Attend in all rows of a padded batch at once; `place` as `PackedBatch` takes it."""
         batch = PackedBatch(valid, text.query.shape[2], self.config.rows or 1, place)
         packed = replace(

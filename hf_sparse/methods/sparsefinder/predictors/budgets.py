@@ -31,7 +31,8 @@ def divided_tiles(budgets: Tensor, mean: int | Tensor, listed: int) -> Tensor:
         mean: tiles per query tile, over heads the mean: a number, or int64 `[nq]` or `[B, 1, nq]`; `B` is 1 otherwise.
         listed: `nq`.
     """
-    means = torch.as_tensor(mean, device=budgets.device)
-    means = (means if means.ndim else means.expand(listed)).reshape(-1, listed)
+    if isinstance(mean, int):
+        mean = torch.full((listed,), mean, device=budgets.device)
+    means = mean.to(budgets.device).reshape(-1, listed)
     counts = budgets[:, means.clamp(1, MEANS) - 1].transpose(0, 1) * (means / MEANS).clamp(min=1)[:, None]
     return counts.round().long()
