@@ -473,7 +473,10 @@ def step_table(runs: Sequence[dict[str, Any]]) -> str:
     """Tabulate steps of default `generate` with Sparsefinder: over all keys, and over predicted graphs."""
     rows = []
     for run in runs:
-        graph = "all keys" if run["settings"]["predictor"] == "full" else f"predicted, {run['settings']['predictor']}"
+        settings = run["settings"]
+        graph = "all keys" if settings["predictor"] == "full" else f"predicted, {settings['predictor']}"
+        if settings.get("cluster_parts", 1) > 1:
+            graph += f" in {settings['cluster_parts']} parts"
         for row in run["rows"]:
             steps = [row[name]["step_ms"] for name in ("dense", "sparse")]
             cell = f"{row['prompt']:,} x {row['batch']}"

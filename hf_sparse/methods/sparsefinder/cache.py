@@ -196,9 +196,10 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
                 "the cache was filled by dense or complete attention or with another adapter, and the graph of its "
                 "tokens is not known: start a new cache after switching adapters, and observe it from the start"
             )
-        room = before + key_codes.shape[2] if self.rooms is None else self.rooms[0].shape[2]  # as there is for keys
-        self.query_codes, self._query_room = _extended(self.query_codes, self._query_room, query_codes, room)
-        self.key_codes, self._key_room = _extended(self.key_codes, self._key_room, key_codes, room)
+        # There is as much room for codes as for keys.
+        tokens = before + key_codes.shape[2] if self.rooms is None else self.rooms[0].shape[2]
+        self.query_codes, self._query_room = _extended(self.query_codes, self._query_room, query_codes, tokens)
+        self.key_codes, self._key_room = _extended(self.key_codes, self._key_room, key_codes, tokens)
         self.owner = owner
         return self.query_codes, self.key_codes
 
