@@ -484,20 +484,22 @@ def step_table(runs: Sequence[dict[str, Any]]) -> str:
     return table(["SmolLM2's shape, prompt x batch", "keys", "dense, ms", "Sparsefinder, ms", "times as fast"], rows)
 
 
-def static_table(run: dict[str, Any]) -> str:
+def static_table(runs: Sequence[dict[str, Any]]) -> str:
     """Tabulate compiled and captured steps in a static cache, dense and with Sparsefinder, and the bytes they read."""
-    names = {
-        "dense": "dense (SDPA)",
-        "entmax": "entmax, all keys",
-        "predicted": f"entmax, {run['settings'].get('tiles')} predicted tiles of 8",
-    }
-    dense = run["rows"][0]
     rows = []
-    for row in run["rows"]:
-        read = [f"{row['bytes_read'] / 1e9:.2f}", f"{row['bytes_read'] / dense['bytes_read']:.2f}"]
-        speed = [f"{row['tokens_per_second']:.0f}", f"{row['tokens_per_second'] / dense['tokens_per_second']:.2f}"]
-        rows.append([names[row["attention"]], short(row["step_ms"]), *read, *speed])
-    return table(["attention", "ms per step", "GB read", "of dense", "tokens/s", "times as fast"], rows)
+    for run in runs:
+        names = {
+            "dense": "dense (SDPA)",
+            "entmax": "entmax, all keys",
+            "predicted": f"entmax, {run['settings'].get('tiles')} predicted tiles of 8",
+        }
+        dense = run["rows"][0]
+        for row in run["rows"]:
+            read = [f"{row['bytes_read'] / 1e9:.2f}", f"{row['bytes_read'] / dense['bytes_read']:.2f}"]
+            speed = [f"{row['tokens_per_second']:.0f}", f"{row['tokens_per_second'] / dense['tokens_per_second']:.2f}"]
+            name = f"{names[row['attention']]}, {run['commit'][:7]}"
+            rows.append([name, f"{run['settings']['layers']}", short(row["step_ms"]), *read, *speed])
+    return table(["attention, commit", "layers", "ms per step", "GB read", "of dense", "tokens/s", "times as fast"], rows)
 
 
 def prediction_table(run: dict[str, Any], which: str) -> str:
@@ -753,7 +755,7 @@ def all_tables(
     first_tokens: dict[str, Any],
     recorded: Sequence[dict[str, Any]],
     first_static: Sequence[dict[str, Any]],
-    static: dict[str, Any],
+    static: Sequence[dict[str, Any]],
     prefills: dict[str, Any],
     prediction: Sequence[dict[str, Any]],
     quality: Sequence[dict[str, Any]] = (),
@@ -767,7 +769,7 @@ def all_tables(
     `entmax_model` is a run of whole models, `conversion` the finetune.json of a training run, `steps` holds runs of
     default generate with Sparsefinder, `shapes` one run of the kernels for each shape, `first_tokens` is a run of
     `generate.py` for short prompts, `prefills` one of `prefill.py`, `recorded` and `first_static` are runs of the
-    scripts of these names, `static` is one of `static_decode.py`, and `prediction` holds runs of predicted tiles, of
+    scripts of these names, `static` holds runs of `static_decode.py`, and `prediction` holds runs of predicted tiles, of
     which the first with a text and a contender counts; `quality` holds runs of what predicted tiles cost in perplexity,
     `bidirectional` runs of entmax_kernels.py without a causal mask, and `flex` is one of predicted tiles beside
     FlexAttention."""
@@ -882,7 +884,7 @@ def main() -> None:
     parser.add_argument("--conversion", type=Path, required=True, help="finetune.json of a Sparsefinder adapter")
     parser.add_argument("--steps", type=Path, nargs="+", required=True, help="JSON of default generate, Sparsefinder")
     parser.add_argument("--prediction", type=Path, nargs="+", required=True, help="JSON of entmax_prediction.py")
-    parser.add_argument("--static", type=Path, required=True, help="JSON of static_decode.py")
+    parser.add_argument("--static", type=Path, nargs="+", required=True, help="JSON of static_decode.py")
     parser.add_argument("--quality", type=Path, nargs="+", default=[], help="JSON of predicted_quality.py")
     parser.add_argument("--bidirectional", type=Path, nargs="+", default=[], help="JSON of entmax_kernels.py")
     parser.add_argument("--flex", type=Path, help="JSON of entmax_prediction.py beside FlexAttention")
@@ -919,7 +921,7 @@ def main() -> None:
         first_tokens=read(options.first_tokens),
         recorded=list(map(read, options.recorded)),
         first_static=list(map(read, options.first_static)),
-        static=read(options.static),
+        static=list(map(read, options.static)),
         prefills=read(options.prefills),
         prediction=list(map(read, options.prediction)),
         quality=list(map(read, options.quality)),
