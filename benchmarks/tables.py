@@ -499,7 +499,8 @@ def static_table(runs: Sequence[dict[str, Any]]) -> str:
             speed = [f"{row['tokens_per_second']:.0f}", f"{row['tokens_per_second'] / dense['tokens_per_second']:.2f}"]
             name = f"{names[row['attention']]}, {run['commit'][:7]}"
             rows.append([name, f"{run['settings']['layers']}", short(row["step_ms"]), *read, *speed])
-    return table(["attention, commit", "layers", "ms per step", "GB read", "of dense", "tokens/s", "times as fast"], rows)
+    head = ["attention, commit", "layers", "ms per step", "GB read", "of dense", "tokens/s", "times as fast"]
+    return table(head, rows)
 
 
 def prediction_table(run: dict[str, Any], which: str) -> str:
@@ -769,7 +770,7 @@ def all_tables(
     `entmax_model` is a run of whole models, `conversion` the finetune.json of a training run, `steps` holds runs of
     default generate with Sparsefinder, `shapes` one run of the kernels for each shape, `first_tokens` is a run of
     `generate.py` for short prompts, `prefills` one of `prefill.py`, `recorded` and `first_static` are runs of the
-    scripts of these names, `static` holds runs of `static_decode.py`, and `prediction` holds runs of predicted tiles, of
+    scripts of these names, `static` holds runs of `static_decode.py`, `prediction` runs of predicted tiles, of
     which the first with a text and a contender counts; `quality` holds runs of what predicted tiles cost in perplexity,
     `bidirectional` runs of entmax_kernels.py without a causal mask, and `flex` is one of predicted tiles beside
     FlexAttention."""
