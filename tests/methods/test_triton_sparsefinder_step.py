@@ -140,30 +140,21 @@ def imitated(call, device):
     pytest.param("all keys", None, marks=pytest.mark.full),
     pytest.param("clusters, a list per query", None, marks=pytest.mark.full),
 ])  # fmt: skip
-def test_recorded_steps_are_those_that_run(settings, mask, launched, played):
-    """Of 6 steps the first two run, and the fourth, for which there is no room; the cache can be continued."""
+def test_recorded_steps_are_those_of_plain_pytorch(settings, mask, launched, played, monkeypatch):
+    """Of 5 steps the first two run, and the fourth, for which there is no room."""
     model = make(SETTINGS[settings], layers=1 if DEVICE == "cpu" else 2)
-    results = []
-    for disabled in (True, False):
-        first, logits = run(model, mask, max_new_tokens=7, disable_compile=disabled)
-        kept = cache_of(first)
-        with torch.no_grad():
-            more = None if mask is None else torch.cat([mask, torch.ones(3, 9).long().to(DEVICE)], 1)
-            ids = first.sequences[:, -1:].repeat(1, 3)
-            logits = [*logits, model(ids, attention_mask=more, **with_cache(kept)).logits]
-        results.append((first.sequences, logits, kept))
-    assert all(launched) and played == {"recorded": 2, "steps": 3}
-    (sequences, logits, kept), (others, other_logits, other) = results
-    assert torch.equal(sequences, others)
-    for ours, theirs in zip(logits, other_logits, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
-    for layer, another in zip(kept.layers, other.layers, strict=True):
-        assert layer.get_seq_length() == another.get_seq_length() == 39
-        for name in ("keys", "values", "query_codes", "key_codes"):
-            ours, theirs = getattr(layer, name), getattr(another, name)
-            assert (ours is None) == (theirs is None)
-            if ours is not None:
-                torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    result, logits = run(model, mask, max_new_tokens=6, disable_compile=False)
+    assert all(launched) and played == {"recorded": 2, "steps": 2}
+    monkeypatch.setattr(attention, "take_step", lambda *_: None)
+    expected, expected_logits = run(model, mask, max_new_tokens=6)
+    torch.testing.assert_close(logits, expected_logits, rtol=1e-3, atol=1e-4)
+    assert torch.equal(result.sequences, expected.sequences)
+    layer, other = cache_of(result).layers[0], cache_of(expected).layers[0]
+    for name in ("keys", "values", "query_codes", "key_codes"):
+        ours, theirs = getattr(layer, name), getattr(other, name)
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours[0], theirs[0], rtol=1e-3, atol=1e-4)
 
 
 def test_beams_and_a_copied_cache(launched, monkeypatch):
