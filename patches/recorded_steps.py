@@ -21,6 +21,7 @@ from transformers.cache_utils import Cache
 from hf_sparse.patches.regions import is_marked
 
 _EAGER = 2  # steps of a call before one is recorded: they compile kernels and allocate what stays
+_COLLECTING = "transformers.utils.output_capturing"  # the module whose hooks collect hidden states
 _PLAIN = (bool, int, float, str, type(None))  # types of inputs that a recording keeps
 
 
@@ -184,13 +185,23 @@ def _is_recordable(model: nn.Module) -> bool:
 
 
 def calls_nothing_else(model: nn.Module) -> bool:
-    """Tell whether a forward calls what a recording repeats: no hooks of others, no replaced forward, no dropout."""
+    """Tell whether a forward calls what a recording repeats: no hooks of others, no replaced forward, no dropout.
+
+    The hooks of transformers that collect hidden states are no hindrance: what they collect is an output of the forward
+    that was asked for it, and otherwise they do nothing. They stay in a model that was asked once.
+    """
     if hooks_of_all_modules._global_forward_hooks or hooks_of_all_modules._global_forward_pre_hooks or model.training:
         return False
     modules = list(model.modules())
     ours = {hook.id for module in modules for hook in getattr(module, "hooks", ()) if hasattr(hook, "id")}
     return not any(
         ("forward" in vars(module) and not is_marked(module))
-        or not ours.issuperset((*module._forward_hooks, *module._forward_pre_hooks))
+        or not ours.issuperset(module._forward_pre_hooks)
+        or not all([number in ours or _collects(hook) for number, hook in module._forward_hooks.items()])
         for module in modules
     )
+
+
+def _collects(hook: Any) -> bool:
+    """Tell whether a hook is the one with which transformers collects hidden states and attentions."""
+    return getattr(hook, "__module__", None) == _COLLECTING
