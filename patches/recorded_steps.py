@@ -18,8 +18,6 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all_modules
 from transformers.cache_utils import Cache
 
-from hf_sparse.patches.regions import is_marked
-
 _EAGER = 2  # steps of a call before one is recorded: they compile kernels and allocate what stays
 _COLLECTING = "transformers.utils.output_capturing"  # the module whose hooks collect hidden states
 _PLAIN = (bool, int, float, str, type(None))  # types of inputs that a recording keeps
@@ -42,10 +40,12 @@ class RecordedSteps:
 
     Args:
         model: a patched model.
+        compiled: takes a step in place of the model, which it may compile, and leaves it to others to count the token.
+            It takes the recorded step, and one before; `None` for steps of the model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, compiled: Callable[..., Any] | None = None) -> None:
+        self.model, self.compiled = model, compiled
         self.layout: tuple[Any, ...] = ()
         self.keys: list[Tensor] = []  # of the layers of the cache, all of whose tensors are replaced together
         self.steps = 0  # of this layout
@@ -65,29 +65,35 @@ class RecordedSteps:
         if layout != self.layout or len(keys) != len(self.keys) or not all(map(is_, keys, self.keys)):
             self.layout, self.keys, self.steps, self.replay = layout, keys, 0, None
         self.steps += 1
-        if self.steps <= _EAGER:
+        if self.steps < _EAGER:
             return self.model(**inputs)
-        if self.replay is None:
-            if self.is_refused is None:
-                self.is_refused = not _is_recordable(self.model)
-            if self.is_refused or not self._record(inputs, layers):
-                return self.model(**inputs)
-        assert self.replay is not None
-        for name, value in inputs.items():
-            if isinstance(value, Tensor):
-                self.inputs[name].copy_(value)
+        if self.is_refused is None:
+            self.is_refused = not _is_recordable(self.model)
+        if self.is_refused or (self.steps == _EAGER and self.compiled is None):
+            return self.model(**inputs)
+        if self.steps > _EAGER and self.replay is None and not self._record(inputs, layers):
+            return self.model(**inputs)
         tokens = [layer.get_seq_length() + 1 for layer in layers]
-        self.replay()
+        if self.replay is None:
+            assert self.compiled is not None
+            output = self.compiled(**inputs)
+        else:
+            for old, new in zip(_flat(self.inputs).values(), _flat(inputs).values(), strict=True):
+                if isinstance(new, Tensor):
+                    old.copy_(new)
+            self.replay()
+            output = self.output
         for layer, number in zip(layers, tokens, strict=True):
             layer.note_tokens(number)
-        return self.output
+        return output
 
     def _record(self, inputs: dict[str, Any], layers: Any) -> bool:
         """Record the step without taking it; return False, with nothing changed, if it cannot be recorded."""
         tokens = [layer.get_seq_length() for layer in layers]
-        self.inputs = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        self.inputs = _cloned(inputs)
+        step = self.model if self.compiled is None else self.compiled
         try:
-            self.output, self.replay = record(lambda: self.model(**self.inputs), layers[0].keys.device)
+            self.output, self.replay = record(lambda: step(**self.inputs), layers[0].keys.device)
         except RuntimeError:  # it waits for the device, or calls what cannot be recorded
             self.is_refused = True
         for layer, number in zip(layers, tokens, strict=True):
@@ -161,7 +167,7 @@ def _layout(inputs: dict[str, Any], cache: Any) -> tuple[Any, ...] | None:
     ):
         return None
     layout: list[Any] = [cache]
-    for name, value in inputs.items():
+    for name, value in _flat(inputs).items():
         if isinstance(value, Tensor):
             layout.append((name, value.shape, value.dtype, value.device))
         elif isinstance(value, _PLAIN):
@@ -169,6 +175,21 @@ def _layout(inputs: dict[str, Any], cache: Any) -> tuple[Any, ...] | None:
         elif value is not cache:
             return None
     return tuple(layout)
+
+
+def _flat(inputs: dict[str, Any]) -> dict[Any, Any]:
+    """Return inputs by name, and those in a dictionary, such as masks for each kind of layer, by two names."""
+    flat: dict[Any, Any] = {}
+    for name, value in inputs.items():
+        flat |= {(name, key): inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _cloned(value: Any) -> Any:
+    """Return a tensor cloned, a dictionary with its tensors cloned, and all else as it is."""
+    if isinstance(value, dict):
+        return {name: _cloned(inner) for name, inner in value.items()}
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _is_on_gpu(tensor: Tensor) -> bool:
@@ -195,7 +216,7 @@ def calls_nothing_else(model: nn.Module) -> bool:
     modules = list(model.modules())
     ours = {hook.id for module in modules for hook in getattr(module, "hooks", ()) if hasattr(hook, "id")}
     return not any(
-        ("forward" in vars(module) and not is_marked(module))
+        "forward" in vars(module)
         or not ours.issuperset(module._forward_pre_hooks)
         or not all([number in ours or _collects(hook) for number, hook in module._forward_hooks.items()])
         for module in modules
