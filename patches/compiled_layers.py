@@ -60,7 +60,7 @@ class CompiledLayers:
         """Return what the forward of the model returns; the layers of its cache do not count the token."""
         try:
             for layer, run in self.layers:
-                layer.forward = run  # type: ignore[method-assign]
+                layer.forward = run
             return self.model(*args, **kwargs)
         finally:
             for layer, _ in self.layers:

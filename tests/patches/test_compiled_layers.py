@@ -116,3 +116,17 @@ def test_recorded_loops_compile_one_layer_too(tiny_llama, played):
     expected = model.generate(IDS, disable_compile=True, **OPTIONS)
     assert torch.equal(model.generate(IDS, custom_generate=CapturedDecoding(model, compiled=True), **OPTIONS), expected)
     assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="recordings need a CUDA device")
+@pytest.mark.parametrize("rows", [1, 3])
+def test_tokens_on_a_gpu_are_those_of_eager_steps(tiny_llama, rows):
+    """Texts of other lengths compile nothing more; the same cache and a new one are recorded anew."""
+    model = patch(tiny_llama(num_hidden_layers=4).cuda(), SparseKConfig(**BUDGET))
+    for length in (30, 9, 70):
+        ids = torch.randint(2, 64, (rows, length), generator=torch.Generator().manual_seed(0)).cuda()
+        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 30, "do_sample": False}
+        expected = model.generate(ids, disable_compile=True, **options)
+        for how in ({"cache_implementation": "static"}, {"custom_generate": CapturedDecoding(model, compiled=True)}):
+            assert torch.equal(model.generate(ids, **how, **options), expected)
+    assert counters["stats"]["unique_graphs"] == 1
