@@ -17,7 +17,7 @@ from hf_sparse.core.layer import AttentionShape, SparseAttentionLayer
 from hf_sparse.core.registry import method_of
 from hf_sparse.errors import AdapterMismatchError, UnsupportedModelError
 from hf_sparse.patches.base import family_of
-from hf_sparse.patches.compiled_layers import CompiledLayers, can_compile_layers
+from hf_sparse.patches.compiled_layers import compiled_layers
 from hf_sparse.patches.interface import NAME, before_attention
 from hf_sparse.patches.lora import check_lora, enable_lora
 from hf_sparse.patches.recorded_steps import RecordedSteps, may_record
@@ -371,8 +371,9 @@ class _Switch:
         records, self.records = self.records, False
         if records and not self.compiles:
             return RecordedSteps(model)
-        if records and can_compile_layers(model):
-            return RecordedSteps(model, CompiledLayers(model))
+        layers = compiled_layers(model) if records else None
+        if layers is not None:
+            return RecordedSteps(model, layers)
         return type(model).get_compiled_call(model, compile_config)
 
     def forget_modules(self) -> None:

@@ -21,40 +21,43 @@ from hf_sparse.patches.recorded_steps import calls_nothing_else
 
 _NUMBERS = ("layer_idx", "layer")  # attributes that say which layer it is; a step asks for its cache layer with them
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_MOST_COPIES = 4  # of different layers; torch compiles a forward eight times at most
 
 
-def can_compile_layers(model: Any) -> bool:
-    """Tell whether one compiled layer can take the steps of all: each of them is sparse, and nothing else is called.
+def compiled_layers(model: Any) -> "CompiledLayers | None":
+    """Return what takes compiled steps of a model; `None` where its layers cannot share what is compiled of one.
 
-    Attention that stays dense, as that of layers with a window of their own, has no cache layer that can be lent.
+    So it is if one of them is dense, as layers with a window of their own are, for its cache layer cannot be lent, if
+    the steps of a method differ between layers, if hooks of others are to be called, or if many layers differ.
     """
     attentions = [getattr(module, "sparse_attention", None) for _, module in family_of(model).modules(model)]
-    return calls_nothing_else(model) and all(
+    if not calls_nothing_else(model) or not all(
         [attention is not None and attention.is_active and attention.steps_are_alike for attention in attentions]
-    )
+    ):
+        return None
+    layers = CompiledLayers(model)
+    return layers if len(layers.copies) <= _MOST_COPIES else None
 
 
 class CompiledLayers:
     """Take steps of one token, without gradients, in which the decoder layers of a model are compiled.
 
-    Layers whose modules differ in more than tensors and the number of the layer have copies of their own.
-
     Args:
-        model: a patched model for which `can_compile_layers` is true. Adapters that are added or switched on later are
-            not known here.
+        model: a patched model. Adapters that are added or switched on later are not known here.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        copies: dict[Hashable, _Copy] = {}
+        self.copies: dict[Hashable, _Copy] = {}
         self.layers: list[tuple[nn.Module, Callable[..., Any]]] = []
         for name, module in list(model.named_modules()):
             if isinstance(getattr(module, "sparse_attention", None), SparseAttentionLayer):
                 layer = model.get_submodule(name.rpartition(".")[0])
                 kind = _kind(layer)
-                if kind not in copies:
-                    copies[kind] = _Copy(layer)
-                self.layers.append((layer, partial(copies[kind], layer, module)))
+                if kind not in self.copies:
+                    self.copies[kind] = _Copy(layer)
+                self.layers.append((layer, partial(self.copies[kind], layer, module)))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return what the forward of the model returns; the layers of its cache do not count the token."""
@@ -107,15 +110,20 @@ def _copy_modules(module: nn.Module) -> nn.Module:
 
 
 def _kind(layer: nn.Module) -> Hashable:
-    """Return what two layers must share to run through one copy: their modules, but for tensors and numbers."""
+    """Return what two layers must share to run through one copy: all but the contents of tensors and their numbers."""
     return tuple([(name, type(module), _settings(module), _shapes(module)) for name, module in layer.named_modules()])
 
 
 def _settings(module: nn.Module) -> Hashable:
-    """Return the attributes of a module that are plain values, or lists of them."""
-    return tuple(
-        [(name, repr(value)) for name, value in vars(module).items() if name not in _NUMBERS and _is_plain(value)]
-    )
+    """Return the attributes of a module: plain values by what they are, others must be one and the same object.
+
+    Of the others, those of sparse attention are left out: its `steps_are_alike` answers for them.
+    """
+    settings = {name: value for name, value in vars(module).items() if name not in (*_NUMBERS, *_OF_EVERY_MODULE)}
+    is_ours = isinstance(module, SparseAttentionLayer)
+    plain = [(name, repr(value)) for name, value in settings.items() if _is_plain(value)]
+    others = [(name, id(value)) for name, value in settings.items() if not _is_plain(value) and not is_ours]
+    return tuple(plain), tuple(others)
 
 
 def _is_plain(value: Any) -> bool:
@@ -123,6 +131,11 @@ def _is_plain(value: Any) -> bool:
 
 
 def _shapes(module: nn.Module) -> Hashable:
-    """Return names, shapes and dtypes of the tensors of a module."""
+    """Return names, shapes, dtypes and alignment of the tensors of a module; compiled code depends on all of them."""
     tensors: list[tuple[str, Tensor | None]] = [*module._parameters.items(), *module._buffers.items()]
-    return tuple([(name, None if tensor is None else (tensor.shape, tensor.dtype)) for name, tensor in tensors])
+    return tuple(
+        [
+            (name, tensor is not None and (tensor.shape, tensor.dtype, tensor.data_ptr() % 16))
+            for name, tensor in tensors
+        ]
+    )

@@ -13,7 +13,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from hf_sparse import CapturedDecoding, SparsefinderConfig, SparseKConfig, patch
 from hf_sparse.methods.sparsek.baselines import Recency
 from hf_sparse.patches import attach, compiled_layers, recorded_steps, sparse_layers
-from hf_sparse.patches.compiled_layers import can_compile_layers
 
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
 CAUSAL = [
@@ -96,11 +95,11 @@ def test_heads_with_budgets_of_their_own_and_padding(tiny_llama, played):
     assert torch.equal(found, expected) and counters["stats"]["unique_graphs"] == 1
 
 
-@pytest.mark.parametrize("reason", ["baseline", "hook", "method", "off"])
+@pytest.mark.parametrize("reason", ["baseline", "hook", "method", "off", "states"])
 def test_other_models_are_compiled_as_a_whole(tiny_llama, reason):
     config = SparsefinderConfig(predictor="full") if reason == "method" else SparseKConfig(**BUDGET)
-    model = patch(tiny_llama(), config)
-    assert can_compile_layers(model) == (reason != "method")
+    model = patch(tiny_llama(num_hidden_layers=6), config)
+    assert (compiled_layers.compiled_layers(model) is not None) == (reason != "method")
     layer = sparse_layers(model)[1]
     if reason == "baseline":
         layer.baseline = Recency()
@@ -108,7 +107,10 @@ def test_other_models_are_compiled_as_a_whole(tiny_llama, reason):
         layer.enable_adapters(False)
     if reason == "hook":
         model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
-    assert not can_compile_layers(model)
+    if reason == "states":  # what a module keeps beside its tensors
+        for other in model.model.layers:
+            other.mlp.state = {}
+    assert compiled_layers.compiled_layers(model) is None
 
 
 def test_recorded_loops_compile_one_layer_too(tiny_llama, played):
