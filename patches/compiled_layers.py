@@ -122,8 +122,13 @@ def _settings(module: nn.Module) -> Hashable:
     settings = {name: value for name, value in vars(module).items() if name not in (*_NUMBERS, *_OF_EVERY_MODULE)}
     is_ours = isinstance(module, SparseAttentionLayer)
     plain = [(name, repr(value)) for name, value in settings.items() if _is_plain(value)]
-    others = [(name, id(value)) for name, value in settings.items() if not _is_plain(value) and not is_ours]
+    others = [(name, _identity(value)) for name, value in settings.items() if not _is_plain(value) and not is_ours]
     return tuple(plain), tuple(others)
+
+
+def _identity(value: Any) -> Hashable:
+    """Return what tells an object from others; functions with the same fixed arguments are one."""
+    return (id(value.func), repr(value.args), repr(value.keywords)) if isinstance(value, partial) else id(value)
 
 
 def _is_plain(value: Any) -> bool:
