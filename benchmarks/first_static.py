@@ -5,7 +5,10 @@
 Every way has a process of its own, one after the other, with empty caches of compiled code: dense and sparse attention
 with `cache_implementation="static"`, and recorded steps (`hf_sparse.CapturedDecoding`), which compile kernels only. The
 model has random weights. In each process: one token (the prompt alone), a first call, a first longer one, the same
-again, and ten prompts of different lengths.
+again, and ten prompts of different lengths (`--calls first` ends after the first call). After each call its seconds are
+printed with the parts of it that are known, and the JSON is written, so that a run that is cut is not lost: tracing in
+Python, the passes of autograd, lowering, the wait for the kernels of inductor, and the kernels of Triton, side by side,
+with the seconds from the beginning of the first to the end of the last one and the sum of all.
 """
 
 import argparse
@@ -30,7 +33,15 @@ from hf_sparse.atomic_files import write_json
 from hf_sparse.environment import describe
 
 WAYS = ("dense static", "sparse static", "sparse recorded", "sparse recorded compiled")
-PHASES = ("_compile.compile_inner", "compile_fx_inner", "async_compile.wait")  # whole; inductor; its wait for Triton
+# All of torch.compile, and parts of it: tracing, autograd's tracing with lowering, lowering, its wait for Triton.
+PHASES = (
+    "_compile.compile_inner",
+    "bytecode_tracing",
+    "create_aot_dispatcher_function",
+    "compile_fx_inner",
+    "async_compile.wait",
+)
+CALLS = {"prompt": 1, "first": 8, "longer": 64, "again": 64}  # new tokens
 LENGTHS = (100, 300, 777, 900, 1024, 1300, 2000, 2500, 3333, 5000)
 
 
@@ -39,8 +50,36 @@ def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-def measure(way: str, options: argparse.Namespace) -> dict[str, Any]:
-    """Return the seconds of the calls, in a fresh process."""
+def phases() -> dict[str, float]:
+    """Return the seconds that torch.compile has spent in this process, by part."""
+    return {name: sum(compilation_time_metrics.get(name, [])) for name in PHASES}
+
+
+class Kernels:
+    """Note when Triton compiles kernels in this process."""
+
+    def __init__(self) -> None:
+        self.spans: list[tuple[float, float]] = []
+        if torch.cuda.is_available():
+            from triton import knobs
+
+            knobs.compilation.listener = self.note
+
+    def note(self, *, times: Any, cache_hit: bool, **rest: Any) -> None:
+        """Note a kernel that was compiled; Triton calls this."""
+        if not cache_hit:
+            end = time.perf_counter()
+            self.spans.append((end - times.total / 1e6, end))
+
+    def take(self) -> dict[str, float]:
+        """Return number, seconds from the first to the last and sum of seconds of the kernels since the last call."""
+        spans, self.spans = self.spans, []
+        whole = max(end for _, end in spans) - min(begin for begin, _ in spans) if spans else 0.0
+        return {"kernels": len(spans), "kernels_s": whole, "kernels_sum_s": sum(end - begin for begin, end in spans)}
+
+
+def measure(way: str, options: argparse.Namespace) -> None:
+    """Print the seconds of the calls so far as JSON after each call, in a fresh process."""
     shape = SHAPES[options.shape] | (TINY if options.tiny else {})
     config = LlamaConfig(**shape, max_position_embeddings=8192, bos_token_id=None, eos_token_id=None)
     torch.manual_seed(0)
@@ -59,26 +98,27 @@ def measure(way: str, options: argparse.Namespace) -> dict[str, Any]:
         model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, **how).tolist()
         return time.perf_counter() - begin
 
-    calls = {}
-    for name, new in (("prompt", 1), ("first", 8), ("longer", 64), ("again", 64)):
-        calls[name] = seconds(1500, new)
-    phases = {name: sum(compilation_time_metrics.get(name, [])) for name in PHASES}
-    before = graphs()
-    lengths = {str(length): seconds(length, 8) for length in LENGTHS}
-    return {
-        "way": way,
-        "calls_s": calls,
-        "phases_s": phases,
-        "graphs": before,
-        "lengths_s": lengths,
-        "more_graphs": graphs() - before,
-    }
+    kernels = Kernels()
+    row: dict[str, Any] = {"way": way, "calls_s": {}, "parts_s": {}}
+    for name, new in CALLS.items():
+        before = phases()
+        row["calls_s"][name] = seconds(1500, new)
+        spent = {part: value - before[part] for part, value in phases().items()}
+        row["parts_s"][name] = spent | kernels.take()
+        row |= {"phases_s": phases(), "graphs": graphs()}
+        print(json.dumps(row), flush=True)
+        if name == options.calls:
+            return
+    row["lengths_s"] = {str(length): seconds(length, 8) for length in LENGTHS}
+    row["more_graphs"] = graphs() - row["graphs"]
+    print(json.dumps(row), flush=True)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shape", choices=list(SHAPES), default="tinyllama")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--calls", choices=[*CALLS, "all"], default="all", help="the last one, or the lengths too")
     parser.add_argument("--way", choices=WAYS, help="measure it in this process and print JSON")
     parser.add_argument("--k", type=int, default=508)
     parser.add_argument("--window", type=int, default=512)
@@ -89,7 +129,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="where to write the JSON")
     options = parser.parse_args()
     if options.way:
-        print(json.dumps(measure(options.way, options)))
+        measure(options.way, options)
         return
     settings = {name: getattr(options, name) for name in ("shape", "k", "window", "sinks", "tiny")}
     result: dict[str, Any] = {"format": 1, "benchmark": "first_static", "settings": settings, "rows": [], **describe()}
@@ -99,13 +139,16 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as empty:
             caches = {"TRITON_CACHE_DIR": f"{empty}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{empty}/inductor"}
             command = [sys.executable, __file__, *sys.argv[1:], "--way", way]
-            process = subprocess.run(command, env=os.environ | caches, stdout=subprocess.PIPE, text=True, check=False)
-        if process.returncode:
-            sys.exit(f"{way}: no result, exit status {process.returncode}")
-        result["rows"].append(json.loads(process.stdout.splitlines()[-1]))
-        print(result["rows"][-1], flush=True)
-        if options.output:
-            write_json(options.output, result)
+            process = subprocess.Popen(command, env=os.environ | caches, stdout=subprocess.PIPE, text=True)
+            rows, count = result["rows"], len(result["rows"])
+            assert process.stdout is not None
+            for line in process.stdout:
+                rows[count:] = [json.loads(line)]
+                print(rows[-1], flush=True)
+                if options.output:
+                    write_json(options.output, result)
+        if process.wait():
+            sys.exit(f"{way}: broke off, exit status {process.returncode}")
 
 
 if __name__ == "__main__":

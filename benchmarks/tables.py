@@ -240,10 +240,11 @@ def shapes_table(runs: Sequence[dict[str, Any]]) -> str:
                 ours, window, dense = (found.get(name, {}).get(length) for name in names)
                 cells += [short(value) for value in (ours, window, dense)]
                 cells.append(short(ours / window if ours and window else None))
-            rows.append([shape, f"{length:,}", *cells])
+            rows.append([shape, f"{length:,}", *cells, run["commit"][:7]])
     head = ["SparseK", "window", "cuDNN", "SparseK / window"]
     return table(
-        ["heads x size", "tokens", *(f"{name}, {PASSES[which].lower()}" for which in PASSES for name in head)], rows
+        ["heads x size", "tokens", *(f"{name}, {PASSES[which].lower()}" for which in PASSES for name in head), "commit"],
+        rows,
     )
 
 
@@ -319,16 +320,18 @@ def recorded_table(runs: Sequence[dict[str, Any]]) -> str:
 def first_static_table(runs: Sequence[dict[str, Any]]) -> str:
     """Tabulate the seconds of the first calls of compiled or recorded decoding, and the graphs that were compiled.
 
-    Each row names the commit of its run.
+    Each row names the commit of its run. A process that was cut has no numbers for the calls that it did not end.
     """
     rows = []
     for first_static in runs:
         for row in first_static["rows"]:
-            seconds = [*row["calls_s"].values(), max(row["lengths_s"].values())]
+            prompt, first, longer, again = (row["calls_s"].get(n) for n in ("prompt", "first", "longer", "again"))
+            both = prompt + first if prompt and first else None
+            seconds = [prompt, first, both, longer, again, max(row.get("lengths_s", {}).values(), default=None)]
             name = f"{row['way']}, {first_static['commit'][:7]}"
-            rows.append([name, *map(short, seconds), str(row["graphs"]), str(row["more_graphs"])])
-    head = ["seconds", "prompt alone", "first call, 8 tokens", "first of 64 tokens", "again", "slowest of 10 lengths"]
-    return table([*head, "graphs", "more for 10 lengths"], rows)
+            rows.append([name, *map(short, seconds), str(row["graphs"]), str(row.get("more_graphs", "-"))])
+    head = ["seconds", "prompt alone", "call after it, 8 tokens", "both", "first of 64 tokens", "again"]
+    return table([*head, "slowest of 10 lengths", "graphs", "more for 10 lengths"], rows)
 
 
 def joined_generate(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:

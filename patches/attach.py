@@ -5,7 +5,7 @@ import warnings
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, TypeVar, cast, overload
+from typing import Any, NamedTuple, TypeVar, overload
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -17,10 +17,10 @@ from hf_sparse.core.layer import AttentionShape, SparseAttentionLayer
 from hf_sparse.core.registry import method_of
 from hf_sparse.errors import AdapterMismatchError, UnsupportedModelError
 from hf_sparse.patches.base import family_of
+from hf_sparse.patches.compiled_layers import compiled_layers
 from hf_sparse.patches.interface import NAME, before_attention
 from hf_sparse.patches.lora import check_lora, enable_lora
 from hf_sparse.patches.recorded_steps import RecordedSteps, may_record
-from hf_sparse.patches.regions import mark_layers, unmark_layers
 
 CHILD = "sparse_attention"
 
@@ -311,7 +311,7 @@ class _Switch:
     Called, it sets the attention implementation of the model's config: ours while the method is on, the base's while
     off. It stands in front of the model's `save_pretrained` and `push_to_hub`, which know nothing of the method, until
     `remove`; and of what `generate` asks whether and how to compile its steps: it may record them instead, and where
-    they are compiled it compiles one layer for all.
+    they are to be compiled, compile one layer for all.
     """
 
     _BEFORE = ("save_pretrained", "push_to_hub", "_valid_auto_compile_criteria", "get_compiled_call")
@@ -328,7 +328,7 @@ class _Switch:
         self.config = config
         self.base = config._attn_implementation
         self._modules: list[weakref.ref[nn.Module]] = []
-        self.records = False  # whether the `generate` that asked last records its steps
+        self.records = self.compiles = False  # whether the `generate` that asked last can record steps, and compiles
         for name in self._BEFORE:
             if hasattr(model, name):
                 setattr(model, name, getattr(self, name))
@@ -348,7 +348,6 @@ class _Switch:
     def remove(self) -> None:
         """Leave the model as it was."""
         self(False)
-        unmark_layers(cast(nn.Module, self.model()))
         for name in self._BEFORE:
             vars(self.model()).pop(name, None)
 
@@ -362,17 +361,19 @@ class _Switch:
         """Answer `generate` whether it shall ask for a call that is compiled, or one that records its steps."""
         model: Any = self.model()
         compiles = type(model)._valid_auto_compile_criteria(model, model_kwargs, generation_config)
-        is_on = self.config._attn_implementation == NAME
-        self.records = is_on and not compiles and may_record(model, generation_config)
+        self.records = self.config._attn_implementation == NAME and may_record(model, generation_config)
+        self.compiles = compiles
         return compiles or self.records
 
     def get_compiled_call(self, compile_config: Any) -> Any:
         """Return what `generate` calls for a step."""
         model: Any = self.model()
         records, self.records = self.records, False
-        if records:
+        if records and not self.compiles:
             return RecordedSteps(model)
-        mark_layers(model)
+        layers = compiled_layers(model) if records else None
+        if layers is not None:
+            return RecordedSteps(model, layers)
         return type(model).get_compiled_call(model, compile_config)
 
     def forget_modules(self) -> None:

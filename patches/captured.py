@@ -23,7 +23,7 @@ from transformers import (
 from hf_sparse._compat import with_cache
 from hf_sparse.patches.attach import sparse_layers
 from hf_sparse.patches.cache import SparseCache
-from hf_sparse.patches.regions import mark_layers
+from hf_sparse.patches.compiled_layers import compiled_layers
 
 _WARM_UP = 2  # steps before one is recorded: they compile kernels and allocate what stays
 _PIECES = 512  # of a row of logits, at most, that are searched side by side
@@ -190,9 +190,9 @@ class _Loop:
     ) -> None:
         device = model.device
         self.model, self.choose, self.pad, self.steps = model, choose, pad, steps
+        self.run: Any = model
         if compiled:
-            mark_layers(model)
-        self.run = torch.compile(model.__call__, fullgraph=True, dynamic=False) if compiled else model
+            self.run = compiled_layers(model) or torch.compile(model.__call__, fullgraph=True, dynamic=False)
         self.cache = _new_cache(model)
         self.end_tokens = torch.tensor(end_tokens, device=device) if end_tokens else None
         self.token = torch.zeros((rows, 1), dtype=torch.int64, device=device)

@@ -45,6 +45,17 @@ def enable_lora(module: nn.Module, attention: SparseAttentionLayer) -> None:
         attention.hooks.append(hook)
 
 
+def copy_lora(module: nn.Module, attention: SparseAttentionLayer) -> None:
+    """Let the linear layers of a copied attention module be changed by its copied `attention`."""
+    for name in attention.linears:
+        linear = module.get_submodule(name)
+        hooks = linear._forward_hooks.copy()
+        for number, hook in hooks.items():
+            if isinstance(hook, partial) and hook.func is _add:
+                hooks[number] = partial(_add, attention, name)
+        vars(linear)["_forward_hooks"] = hooks
+
+
 def _add(
     attention: SparseAttentionLayer, name: str, linear: nn.Module, args: tuple[Any, ...], output: Tensor
 ) -> Tensor | None:

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all_modules
 from transformers.cache_utils import Cache
 
-from hf_sparse.patches.regions import is_marked
-
 _EAGER = 2  # steps of a call before one is recorded: they compile kernels and allocate what stays
+_COLLECTING = "transformers.utils.output_capturing"  # the module whose hooks collect hidden states
 _PLAIN = (bool, int, float, str, type(None))  # types of inputs that a recording keeps
 
 
@@ -45,10 +44,12 @@ class RecordedSteps:
 
     Args:
         model: a patched model.
+        compiled: takes a step in place of the model, which it may compile, and leaves it to others to count the token.
+            It takes the recorded step, and one before; `None` for steps of the model.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, compiled: Callable[..., Any] | None = None) -> None:
+        self.model, self.compiled = model, compiled
         self.layout: tuple[Any, ...] = ()
         self.memory: list[Tensor | None] = []  # that layers write to; `None` for one that needs more in this step
         self.place: Tensor | None = None  # `[1]` int64, where a layer that grows writes the token
@@ -72,32 +73,35 @@ class RecordedSteps:
                 self.steps = 0
             self.layout, self.memory, self.replay = layout, memory, None
         self.steps += 1
-        if self.steps <= _EAGER or any(part is None for part in memory):
+        if self.steps < _EAGER or any(part is None for part in memory):
             return self.model(**inputs)
-        if self.replay is None and not self._record(inputs, caches[0]):
+        if self.is_refused is None:
+            self.is_refused = not _is_recordable(self.model)
+        if self.is_refused or (self.steps == _EAGER and self.compiled is None):
             return self.model(**inputs)
-        assert self.replay is not None
-        for name, value in inputs.items():
-            if isinstance(value, Tensor):
-                kept = self.inputs[name]
-                (kept if kept.shape == value.shape else kept[:, : value.shape[1]]).copy_(value)
+        if self.steps > _EAGER and self.replay is None and not self._record(inputs, caches[0]):
+            return self.model(**inputs)
         tokens = [layer.get_seq_length() for layer in layers]
-        if self.place is not None:
-            self.place.fill_(tokens[0])
-        self.replay()
+        if self.replay is None:
+            assert self.compiled is not None
+            output = self.compiled(**inputs)
+        else:
+            for old, new in zip(_flat(self.inputs).values(), _flat(inputs).values(), strict=True):
+                if isinstance(new, Tensor):
+                    (old if old.shape == new.shape else old[:, : new.shape[1]]).copy_(new)
+            if self.place is not None:
+                self.place.fill_(tokens[0])
+            self.replay()
+            output = self.output
         for layer, number in zip(layers, tokens, strict=True):
             layer.note_tokens(number + 1)
-        return self.output
+        return output
 
     def _record(self, inputs: dict[str, Any], cache: Any) -> bool:
         """Record the step without taking it; return False, with nothing changed, if it cannot be recorded."""
-        if self.is_refused is None:
-            self.is_refused = not _is_recordable(self.model)
-        if self.is_refused:
-            return False
         layers, device = cache.layers, inputs["input_ids"].device
         tokens = [layer.get_seq_length() for layer in layers]
-        self.inputs = {name: value.clone() if isinstance(value, Tensor) else value for name, value in inputs.items()}
+        self.inputs = _cloned(inputs)
         grows, is_first = not cache.is_compileable, self.place is None
         self.place = torch.full((1,), tokens[0], device=device) if grows else None
         mask, memory = inputs.get("attention_mask"), self.memory[0]
@@ -108,7 +112,7 @@ class RecordedSteps:
             for layer in layers if grows else ():
                 layer.write_at(self.place)
             try:
-                return self.model(**self.inputs)
+                return (self.model if self.compiled is None else self.compiled)(**self.inputs)
             finally:
                 for layer in layers if grows else ():
                     layer.write_at(None)
@@ -189,7 +193,7 @@ def _layout(inputs: dict[str, Any], cache: Any) -> tuple[Any, ...] | None:
         return None
     layout: list[Any] = [cache]
     columns = None if cache.is_compileable else (len(ids), cache.get_seq_length() + 1)
-    for name, value in inputs.items():
+    for name, value in _flat(inputs).items():
         if name == "attention_mask" and isinstance(value, Tensor) and value.shape == columns:
             layout.append((name, value.dtype, value.device))  # it grows with the text
         elif isinstance(value, Tensor):
@@ -199,6 +203,21 @@ def _layout(inputs: dict[str, Any], cache: Any) -> tuple[Any, ...] | None:
         elif value is not cache:
             return None
     return tuple(layout)
+
+
+def _flat(inputs: dict[str, Any]) -> dict[Any, Any]:
+    """Return inputs by name, and those in a dictionary, such as masks for each kind of layer, by two names."""
+    flat: dict[Any, Any] = {}
+    for name, value in inputs.items():
+        flat |= {(name, key): inner for key, inner in value.items()} if isinstance(value, dict) else {name: value}
+    return flat
+
+
+def _cloned(value: Any) -> Any:
+    """Return a tensor cloned, a dictionary with its tensors cloned, and all else as it is."""
+    if isinstance(value, dict):
+        return {name: _cloned(inner) for name, inner in value.items()}
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _is_on_gpu(tensor: Tensor) -> bool:
@@ -215,13 +234,23 @@ def _is_recordable(model: nn.Module) -> bool:
 
 
 def calls_nothing_else(model: nn.Module) -> bool:
-    """Tell whether a forward calls what a recording repeats: no hooks of others, no replaced forward, no dropout."""
+    """Tell whether a forward calls what a recording repeats: no hooks of others, no replaced forward, no dropout.
+
+    The hooks of transformers that collect hidden states are no hindrance: what they collect is an output of the forward
+    that was asked for it, and otherwise they do nothing. They stay in a model that was asked once.
+    """
     if hooks_of_all_modules._global_forward_hooks or hooks_of_all_modules._global_forward_pre_hooks or model.training:
         return False
     modules = list(model.modules())
     ours = {hook.id for module in modules for hook in getattr(module, "hooks", ()) if hasattr(hook, "id")}
     return not any(
-        ("forward" in vars(module) and not is_marked(module))
-        or not ours.issuperset((*module._forward_hooks, *module._forward_pre_hooks))
+        "forward" in vars(module)
+        or not ours.issuperset(module._forward_pre_hooks)
+        or not all([number in ours or _collects(hook) for number, hook in module._forward_hooks.items()])
         for module in modules
     )
+
+
+def _collects(hook: Any) -> bool:
+    """Tell whether a hook is the one with which transformers collects hidden states and attentions."""
+    return getattr(hook, "__module__", None) == _COLLECTING

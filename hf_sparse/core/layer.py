@@ -223,10 +223,11 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
         return layer
 
     @property
-    def compiles_as_region(self) -> bool:
-        """Tell whether a decoding step may be within `torch.compiler.nested_compile_region`, as it is used now.
+    def steps_are_alike(self) -> bool:
+        """Tell whether a decoding step, as it is used now, needs of the layer its tensors and its cache layer alone.
 
-        torch 2.11 refuses operators of torch.library there that declare to write to their inputs.
+        Then a step that is compiled for one layer serves all, see `patches.compiled_layers`. The cache layer has a
+        method `lent_to(attention)`: it returns one with the same memory for the attention of another layer.
         """
         return False
 

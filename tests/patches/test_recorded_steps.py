@@ -110,6 +110,15 @@ def test_a_cache_goes_on_after_recorded_steps(model, played):
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
 
 
+def test_a_model_that_was_asked_for_its_hidden_states_goes_on_recording(model, played):
+    """transformers leaves its hooks in such a model."""
+    expected = model.generate(IDS, disable_compile=True, **GREEDY)
+    assert model(IDS, output_hidden_states=True).hidden_states is not None
+    assert any(layer._forward_hooks for layer in model.model.layers)
+    assert torch.equal(model.generate(IDS, **GREEDY), expected)
+    assert len(played) == 27
+
+
 def test_hooks_of_others_are_called_in_every_step(model, played):
     calls = []
     handle = model.model.layers[0].mlp.register_forward_hook(lambda *_: calls.append(1))

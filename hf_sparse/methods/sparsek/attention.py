@@ -100,7 +100,7 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         return self.config.budget(self.layer)
 
     @property
-    def _owner(self) -> tuple[str, Baseline | None]:
+    def owner(self) -> tuple[str, Baseline | None]:
         """Return whose scores are used now: the adapter in use, or a baseline at its budget."""
         return self.identities[self.active], self.baseline
 
@@ -140,7 +140,7 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
     def check_cache(self, cache: SparseKCacheLayer) -> None:
         """Refuse a cache of another adapter, and hard selection after soft gates or before them."""
         super().check_cache(cache)
-        if cache.owner != self._owner:
+        if cache.owner != self.owner:
             raise ValueError("the cache holds what another adapter chose: start a new cache after switching adapters")
         k = cache.k if torch.compiler.is_compiling() else self.budget.k  # a compiled step goes on from another one
         if isinstance(cache, RaggedCacheLayer) != isinstance(k, tuple) or (isinstance(k, tuple) and cache.k != k):
@@ -178,7 +178,7 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         return rows.attend_steps(self, states, index, sources, *tokens)
 
     @property
-    def compiles_as_region(self) -> bool:
+    def steps_are_alike(self) -> bool:
         """Tell whether steps are those of `step_compiled`."""
         return self.baseline is None and self.observer is None
 

@@ -24,6 +24,7 @@ from hf_sparse.ops.selection.slots import attend_slots, fill_slots, insert_token
 
 if TYPE_CHECKING:
     from hf_sparse.methods.sparsek.ahead import Ahead
+    from hf_sparse.methods.sparsek.attention import SparseKAttention
     from hf_sparse.methods.sparsek.reading import Scoring
     from hf_sparse.methods.sparsek.step import StepPlan
 
@@ -303,6 +304,18 @@ class SparseKCacheLayer(CacheLayerMixin):
         with lasting():
             copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
         return copied
+
+    def lent_to(self, attention: "SparseKAttention") -> Self:
+        """Return slots in the same memory for a compiled step in which another attention stands for that of this layer.
+
+        What the step notes on the host is to be noted here by `note_tokens`.
+        """
+        lent = copy.copy(self)
+        for name, value in vars(lent).items():
+            if isinstance(value, Tensor):
+                setattr(lent, name, value.detach())  # one that is marked by `fix_address` would be compiled for itself
+        lent.owner, lent.scoring, lent._length = attention.owner, None, None
+        return lent
 
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace every tensor of the state by what `change` makes of it.

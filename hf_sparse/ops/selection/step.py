@@ -3,11 +3,10 @@
 A graph of fewer nodes compiles sooner: scoring, the choice of a slot, attention and counting are one node for each
 layer, and on a GPU one kernel, that of an eager step (`hf_sparse.ops.selection.triton.step`).
 
-The operator writes to the slots and does not declare it: torch 2.11 cannot functionalise one that does within
-`torch.compiler.nested_compile_region`, which compiles one layer for all (`hf_sparse.patches.regions`). That is safe as
-long as nothing else in a compiled step reads or writes the slots, each layer calls the operator once, its result is
-used, and the slots have addresses that compiled code knows to be fixed. The one tensor that others may read, the count
-of tokens, is optional.
+The operator writes to the slots and does not declare it: torch would rewrite a graph with declared writes into one
+without, which takes longer to compile. That is safe as long as nothing else in a compiled step reads or writes the
+slots, each layer calls the operator once, its result is used, and the slots stay where they are, at multiples of 16
+bytes as torch allocates them. The one tensor that others may read, the count of tokens, is optional.
 """
 
 from collections.abc import Sequence

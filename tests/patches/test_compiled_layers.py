@@ -1,0 +1,134 @@
+"""In compiled decoding steps one decoder layer stands for all, in every family; the tokens are those of eager steps."""
+
+import runpy
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import GenerationMixin
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from hf_sparse import CapturedDecoding, SparsefinderConfig, SparseKConfig, patch
+from hf_sparse.methods.sparsek.baselines import Recency
+from hf_sparse.patches import attach, compiled_layers, recorded_steps, sparse_layers
+
+FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
+CAUSAL = [
+    pytest.param(name, marks=() if name == "llama" else pytest.mark.full)
+    for name, family in FAMILIES.items()
+    if family.causal and not family.local
+]
+BUDGET = {"k": 6, "window": 8, "sinks": 2}
+IDS = torch.randint(2, 64, (2, 30), generator=torch.Generator().manual_seed(0))
+OPTIONS = {"max_new_tokens": 8, "do_sample": False}
+
+
+@pytest.fixture(autouse=True)
+def _begin_anew():
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def played(monkeypatch):
+    """Let `generate` with a static cache compile and record on the CPU; a list has a 1 for every step played."""
+    played: list[int] = []
+
+    def imitated(call, device):
+        output = CausalLMOutputWithPast(logits=torch.zeros(()))
+
+        def replay():
+            played.append(1)
+            for name, value in call().items():
+                output[name] = value
+
+        return output, replay
+
+    def compiles(model, model_kwargs, config):
+        return not config.disable_compile and config.cache_implementation == "static"
+
+    monkeypatch.setattr(recorded_steps, "record", imitated)
+    monkeypatch.setattr(recorded_steps, "_is_on_gpu", lambda tensor: True)
+    monkeypatch.setattr(attach, "may_record", lambda model, config: not config.disable_compile)
+    monkeypatch.setattr(GenerationMixin, "_valid_auto_compile_criteria", compiles)
+    monkeypatch.setattr(compiled_layers, "compiled", partial(torch.compile, backend="aot_eager", fullgraph=True))
+    return played
+
+
+@pytest.mark.parametrize("name", CAUSAL)
+def test_steps_through_one_layer_choose_the_tokens_of_eager_ones(name, played):
+    """Of the 7 steps of a call one runs eager, one compiled, and 5 are played."""
+    model = patch(FAMILIES[name].make(), SparseKConfig(**BUDGET))
+    expected = model.generate(IDS, disable_compile=True, **OPTIONS)
+    for _ in range(2):
+        assert torch.equal(model.generate(IDS, cache_implementation="static", **OPTIONS), expected)
+    kinds = 2 if name == "smollm3" else 1  # it has layers with rotary positions and layers without
+    assert len(played) == 2 * 5 and counters["stats"]["unique_graphs"] == kinds
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_each_layer_has_its_lora_its_adapter_and_its_budget(tiny_llama, played):
+    """Layers with other numbers of slots are compiled for themselves."""
+    base = tiny_llama(num_hidden_layers=4)
+    model = patch(base, SparseKConfig(**BUDGET, lora_rank=2, layer_shares=[0.5, 1.5, 0.5, 1.5], scorer="mlp"))
+    patch(model, SparseKConfig(**BUDGET, lora_rank=2), "other")
+    for layer in sparse_layers(model):
+        for parameter in layer.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    for name in ("default", "other"):
+        for layer in sparse_layers(model):
+            layer.set_adapter(name)
+        expected = model.generate(IDS, disable_compile=True, **OPTIONS)
+        assert torch.equal(model.generate(IDS, cache_implementation="static", **OPTIONS), expected)
+    assert counters["stats"]["unique_graphs"] == 3
+
+
+def test_heads_with_budgets_of_their_own_and_padding(tiny_llama, played):
+    mask = (torch.arange(30) >= torch.tensor([0, 11])[:, None]).long()
+    model = patch(tiny_llama(), SparseKConfig(**BUDGET, head_shares=[[0.5, 1.5], [0.5, 1.5]]))
+    expected = model.generate(IDS, attention_mask=mask, disable_compile=True, **OPTIONS)
+    found = model.generate(IDS, attention_mask=mask, cache_implementation="static", **OPTIONS)
+    assert torch.equal(found, expected) and counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.parametrize("reason", ["baseline", "hook", "method", "off", "states"])
+def test_other_models_are_compiled_as_a_whole(tiny_llama, reason):
+    config = SparsefinderConfig(predictor="full") if reason == "method" else SparseKConfig(**BUDGET)
+    model = patch(tiny_llama(num_hidden_layers=6), config)
+    assert (compiled_layers.compiled_layers(model) is not None) == (reason != "method")
+    layer = sparse_layers(model)[1]
+    if reason == "baseline":
+        layer.baseline = Recency()
+    if reason == "off":
+        layer.enable_adapters(False)
+    if reason == "hook":
+        model.model.layers[1].mlp.register_forward_hook(lambda *_: None)
+    if reason == "states":  # what a module keeps beside its tensors
+        for other in model.model.layers:
+            other.mlp.state = {}
+    assert compiled_layers.compiled_layers(model) is None
+
+
+def test_recorded_loops_compile_one_layer_too(tiny_llama, played):
+    model = patch(tiny_llama(num_hidden_layers=4), SparseKConfig(**BUDGET))
+    expected = model.generate(IDS, disable_compile=True, **OPTIONS)
+    assert torch.equal(model.generate(IDS, custom_generate=CapturedDecoding(model, compiled=True), **OPTIONS), expected)
+    assert counters["stats"]["unique_graphs"] == 1
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="recordings need a CUDA device")
+@pytest.mark.parametrize("rows", [1, 3])
+def test_tokens_on_a_gpu_are_those_of_eager_steps(tiny_llama, rows):
+    """Texts of other lengths compile nothing more; the same cache and a new one are recorded anew."""
+    model = patch(tiny_llama(num_hidden_layers=4).cuda(), SparseKConfig(**BUDGET))
+    for length in (30, 9, 70):
+        ids = torch.randint(2, 64, (rows, length), generator=torch.Generator().manual_seed(0)).cuda()
+        options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 30, "do_sample": False}
+        expected = model.generate(ids, disable_compile=True, **options)
+        for how in ({"cache_implementation": "static"}, {"custom_generate": CapturedDecoding(model, compiled=True)}):
+            assert torch.equal(model.generate(ids, **how, **options), expected)
+    assert counters["stats"]["unique_graphs"] == 1
