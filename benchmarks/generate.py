@@ -3,12 +3,13 @@
     python benchmarks/generate.py --output generate.json
 
 Nothing is passed to `generate` but a prompt, its mask and a count of new tokens: dense steps run eager with a cache
-that grows, sparse ones with KV slots, on a GPU recorded from the third on. Milliseconds of a step leave out the steps
-before and the recording, those of a call have them. The dense model is the base model without a patch; the patched one
-shares its weights, which are random and change neither time nor memory. The host that launches the kernels sets the
-pace and varies, so only ratios of the same cell count: calls alternate, and each number is the median of several. The
-first call of each is kept apart, as the first of `steps_ms`: dense steps are slower at lengths that a process has not
-seen, which is every text of a user, since SDPA takes cuDNN there, which plans for every length.
+that grows, sparse ones with KV slots (or, of Sparsefinder, all keys), on a GPU recorded from the third on. Milliseconds
+of a step leave out the steps before and the recording, those of a call have them. The dense model is the base model
+without a patch; the patched one shares its weights, which are random and change neither time nor memory. The host that
+launches the kernels sets the pace and varies, so only ratios of the same cell count: calls alternate, and each number
+is the median of several. The first call of each is kept apart, as the first of `steps_ms`: dense steps are slower at
+lengths that a process has not seen, which is every text of a user, since SDPA takes cuDNN there, which plans for every
+length.
 
 First, on two layers in float32: sparse steps equal dense ones over a text that fits into the slots, and over a longer
 one the step in one kernel, and on the CPU the one that is foreseen, fills the same slots as the step of several and has
