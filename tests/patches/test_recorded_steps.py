@@ -186,6 +186,7 @@ GROWING = {
 }
 
 
+@pytest.mark.cross("values")
 @pytest.mark.parametrize("settings", GROWING.values(), ids=GROWING)
 @pytest.mark.parametrize("mask", [None, LEFT], ids=["one length", "padded"])
 def test_a_cache_grows_between_recordings(tiny_llama, played, monkeypatch, settings, mask):
