@@ -210,6 +210,12 @@ def test_a_cache_grows_between_recordings(tiny_llama, played, monkeypatch, setti
         torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-5)
 
 
+def test_beams_that_move_the_keys_of_a_growing_cache_run(tiny_llama, played):
+    model = patch(tiny_llama().to(DEVICE), SparsefinderConfig(predictor="full"))
+    expected = model.generate(IDS, num_beams=2, disable_compile=True, **GREEDY)
+    assert torch.equal(model.generate(IDS, num_beams=2, **GREEDY), expected) and not played
+
+
 def test_a_step_that_needs_the_length_runs(tiny_llama, played):
     """A predictor without codes looks at the keys that there are, not at those that there is room for."""
     config = SparsefinderConfig(predictor="pooled", tile=8, query_tile=1, window=8, exact_up_to=8)

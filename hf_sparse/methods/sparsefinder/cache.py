@@ -206,7 +206,7 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
     def codes_to_write(self, owner: object) -> tuple[Tensor, Tensor] | None:
         """Return the codes of all tokens, of which those of the newest one are still to be written.
 
-        `None` where `append` would refuse them, or the codes are not where the keys are.
+        While a step is recorded, the codes of all tokens that there is room for. `None` where `append` would refuse them, or the codes are not where the keys are.
         """
         of_queries, of_keys = self.query_codes, self.key_codes
         if of_queries is None or of_keys is None or self.keys is None or self.owner != owner:
@@ -230,7 +230,7 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
         return self.query_codes, self.key_codes
 
     def _codes_to_record(self, length: int) -> tuple[Tensor, Tensor] | None:
-        """Return the codes of all tokens that there is room for; `None` where it is not so for the codes."""
+        """Return the codes of all tokens that there is room for; `None` where they have no such room."""
         assert self.rooms is not None
         tokens, whole = self.rooms[0].shape[2], []
         for codes, room in ((self.query_codes, self._query_room), (self.key_codes, self._key_room)):
