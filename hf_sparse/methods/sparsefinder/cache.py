@@ -206,7 +206,8 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
     def codes_to_write(self, owner: object) -> tuple[Tensor, Tensor] | None:
         """Return the codes of all tokens, of which those of the newest one are still to be written.
 
-        While a step is recorded, the codes of all tokens that there is room for. `None` where `append` would refuse them, or the codes are not where the keys are.
+        While a step is recorded, these are the codes of all tokens that there is room for. `None` where `append` would
+        refuse them, or the codes are not where the keys are.
         """
         of_queries, of_keys = self.query_codes, self.key_codes
         if of_queries is None or of_keys is None or self.keys is None or self.owner != owner:
