@@ -23,6 +23,7 @@ from torch.nn.modules import module as hooks_of_all_modules
 from transformers.cache_utils import Cache
 
 _EAGER = 2  # steps of a call before one is recorded: they compile kernels and allocate what stays
+_COMPILED = 1  # the same, of steps that are compiled
 _COLLECTING = "transformers.utils.output_capturing"  # the module whose hooks collect hidden states
 _PLAIN = (bool, int, float, str, type(None))  # types of inputs that a recording keeps
 
@@ -45,7 +46,7 @@ class RecordedSteps:
     Args:
         model: a patched model.
         compiled: takes a step in place of the model, which it may compile, and leaves it to others to count the token.
-            It takes the recorded step, and one before; `None` for steps of the model.
+            It takes the recorded step, and the first one; `None` for steps of the model.
     """
 
     def __init__(self, model: nn.Module, compiled: Callable[..., Any] | None = None) -> None:
@@ -73,18 +74,17 @@ class RecordedSteps:
                 self.steps = 0
             self.layout, self.memory, self.replay = layout, memory, None
         self.steps += 1
-        if self.steps < _EAGER or any(part is None for part in memory):
+        is_first = self.steps <= (_EAGER if self.compiled is None else _COMPILED)
+        if (is_first and self.compiled is None) or any(part is None for part in memory):
             return self.model(**inputs)
         if self.is_refused is None:
             self.is_refused = not _is_recordable(self.model)
-        if self.is_refused or (self.steps == _EAGER and self.compiled is None):
-            return self.model(**inputs)
-        if self.steps > _EAGER and self.replay is None and not self._record(inputs, caches[0]):
+        if self.is_refused or not (is_first or self.replay is not None or self._record(inputs, caches[0])):
             return self.model(**inputs)
         tokens = [layer.get_seq_length() for layer in layers]
         if self.replay is None:
             assert self.compiled is not None
-            output = self.compiled(**inputs)
+            output = self.compiled(**inputs)  # compiles what it needs
         else:
             for old, new in zip(_flat(self.inputs).values(), _flat(inputs).values(), strict=True):
                 if isinstance(new, Tensor):
