@@ -304,7 +304,7 @@ def fetch_adapter(
 
 
 def _fetch_full_model(repo_id: str, folder: Path, token: str | bool | None, **places: Any) -> Path:
-    """Download the weights of a full model, of the commit that names the folder with its configuration.
+    """Bring the weights of a full model into the cache, of the commit that names the folder with its configuration.
 
     Of the shards only the adapter's is hashed here, for a base model's may be large.
     """
