@@ -55,10 +55,7 @@ def check_complete(folder: Path, source: str) -> None:
         pickled = missing == [WEIGHTS] and (folder / "adapter_model.bin").exists()
         hint = "; its adapter_model.bin is a pickle, which hf-sparse does not load" if pickled else ""
         if CONFIG in missing and is_full_model(folder):
-            hint = (
-                "; it is a full model, which hf_sparse.from_pretrained, `generate` and `chat` load: do this with the "
-            )
-            hint += "adapter that it was made from"
+            hint = ": it is a full model, which hf_sparse.from_pretrained loads; this needs the folder of an adapter"
         raise HubError(f"{source} is not a complete adapter: {' and '.join(missing)} missing{hint}")
 
 
