@@ -1,0 +1,118 @@
+"""The second transport, Xet, with the unmodified client: each form goes there and back, and a cut leaves one state."""
+
+import time
+from types import SimpleNamespace
+
+import huggingface_hub.constants
+import pytest
+import torch
+from huggingface_hub import HfApi
+from peft import PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM
+
+import hf_sparse
+from hf_sparse.errors import HubError
+from hf_sparse.hub import from_pretrained, push_to_hub
+
+pytestmark = pytest.mark.versions
+
+TOKENS = torch.arange(1, 41)[None] * 7 % 64
+CONFIGS = {
+    "sparsek": lambda: hf_sparse.SparseKConfig(k=4, window=4, sinks=1, lora_rank=2),
+    "sparsefinder": lambda: hf_sparse.SparsefinderConfig(
+        tile=8, tiles_per_query=1, window=1, predictor="bound", lora_rank=2
+    ),
+}
+
+
+@pytest.fixture(autouse=True)
+def xet(monkeypatch):
+    """Turns Xet on, and pauses between the tries of the client off."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", False)
+    clock = SimpleNamespace(**{name: getattr(time, name) for name in dir(time)})
+    clock.sleep = lambda seconds: None
+    for module in ("utils._http", "file_download"):
+        monkeypatch.setattr(f"huggingface_hub.{module}.time", clock)
+
+
+@pytest.fixture(scope="module")
+def base_id(hub, tiny_llama) -> str:
+    tiny_llama(num_hidden_layers=1).push_to_hub(f"{hub.user}/xet-llama")
+    return f"{hub.user}/xet-llama"
+
+
+@pytest.fixture
+def make(base_id):
+    def model(method: str = "sparsek") -> PeftModel:
+        model = get_peft_model(AutoModelForCausalLM.from_pretrained(base_id), CONFIGS[method]())
+        return scramble(model)
+
+    return model
+
+
+def scramble(model: PeftModel) -> PeftModel:
+    """Draws parameters that nobody uploaded yet."""
+    generator = torch.Generator().manual_seed(time.time_ns())
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return model(input_ids=TOKENS).logits
+
+
+@pytest.mark.cross
+@pytest.mark.parametrize("form", ["adapter", "full", "merged"])
+@pytest.mark.parametrize("method", CONFIGS)
+def test_there_and_back(make, hub, tmp_path, monkeypatch, method, form):
+    model, name = make(method), f"{hub.user}/xet-{method}-{form}"
+    push_to_hub(model, name, form=form)
+    assert hub.count("POST", "^/v1/xorbs/") and hub.count("POST", "^/v1/shards") and not hub.count("PUT", "^/lfs/")
+    hub.reset_trace()
+    loaded = from_pretrained(name, cache_dir=tmp_path / "xet")
+    assert hub.count("GET", "^/v1/reconstructions/") and hub.count("GET", "^/xorbs/") and not hub.count("GET", "^/lfs/")
+    torch.testing.assert_close(logits(loaded), logits(model), rtol=0, atol=1e-4 if form == "merged" else 0)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_DISABLE_XET", True)
+    hub.reset_trace()
+    assert torch.equal(logits(from_pretrained(name, cache_dir=tmp_path / "classic")), logits(loaded))
+    assert hub.count("GET", "^/lfs/") and not hub.count("GET", "^/xorbs/")
+
+
+@pytest.mark.parametrize("form", ["adapter", pytest.param("full", marks=pytest.mark.full)])
+@pytest.mark.parametrize("lost", ["for good", "once, answered"])
+def test_a_cut_at_every_request(make, hub, tmp_path, form, lost):
+    """The repository is as it was, or holds all of the new push, and a failure is one line."""
+    model, api, name = make(), HfApi(), f"{hub.user}/xet-cut-{form}-{lost[:3]}"
+    push_to_hub(model, name, form=form)
+    hub.reset_trace()
+    push_to_hub(scramble(model), name, form=form)
+    requests = list(hub.requests)
+    assert sum("/v1/" in path or "/v2/" in path for _, path in requests) >= 4
+    states, failures = {}, 0
+    for number, (method, path) in enumerate(requests):
+        before, old = api.model_info(name).sha, logits(model)
+        hub.reset_trace()
+        if lost == "for good":
+            hub.cut_after(number)
+        else:
+            hub.cut_next(method, f"{path.rpartition('/')[0]}/[^/]*$", answered=True)
+        try:
+            push_to_hub(scramble(model), name, form=form)
+        except HubError as error:
+            assert str(error).startswith(f"cannot push to {name}: ") and "\n" not in str(error)
+            failures += 1
+        hub.reset_trace()
+        is_new = api.model_info(name).sha != before
+        found = logits(from_pretrained(name, cache_dir=tmp_path / str(number)))
+        expected = logits(model) if is_new else old
+        torch.testing.assert_close(found, expected, rtol=0, atol=0)
+        states[path] = is_new
+        if not is_new:
+            push_to_hub(model, name, form=form)  # it can be tried again
+    assert failures
+    commit = next(path for path in states if "/commit/" in path)
+    assert states[commit] == (lost != "for good")
