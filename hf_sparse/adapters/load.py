@@ -322,7 +322,8 @@ def _check_download(path: Path) -> None:
     Raises:
         OSError: it is not what the Hub has.
     """
-    blob = path.resolve()
+    # One link only: the file that it names may be a link into the store that repositories share, named by another hash.
+    blob = path.parent / path.readlink() if path.is_symlink() else path
     if not blob.is_file() or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
         return  # a cache without links, or an endpoint that names files by something else
     data = blob.read_bytes()
