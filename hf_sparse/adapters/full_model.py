@@ -18,10 +18,11 @@ from hf_sparse.adapters.files import CONFIG, INDEX, MODEL_CONFIG, SINGLE, WEIGHT
 from hf_sparse.adapters.folder import AdapterFolder
 from hf_sparse.atomic_files import read_object
 from hf_sparse.base_model import INSIDE
+from hf_sparse.core.checks import shown
 from hf_sparse.errors import HubError
 from hf_sparse.tuner import PREFIX
 
-_SAVED_AGAIN = "something that does not know hf-sparse saved it again"
+_SAVED_AGAIN = "something that does not know hf-sparse saved it again, or only a part was downloaded"
 
 
 def check_form(form: Form, known: tuple[Form, ...]) -> None:
@@ -57,18 +58,20 @@ def adapter_shard(folder: Path, source: str) -> str:
         shards = read_object(folder / INDEX, most=2**28).get("weight_map")
         if not isinstance(shards, dict):
             raise ValueError(f"weight_map must be an object, got {type(shards).__name__}")
+        names = {name for key, name in shards.items() if key.startswith(f"{INSIDE}.")}
+        for name in shards.values():
+            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+                raise ValueError(f"it must name files of safetensors in the folder, got {shown(name)}")
+        if len(names) > 1:
+            raise ValueError(f"the tensors {INSIDE}.* must be in one file, got {len(names)}")
     except (ValueError, OSError) as error:
         raise HubError(f"{INDEX} of {source} is damaged: {error}") from error
-    names = {name for key, name in shards.items() if key.startswith(f"{INSIDE}.")}
     if not names:
         raise HubError(
             f"{MODEL_CONFIG} of {source} says that the model is sparse, and its weights are those of the dense base "
             f"model alone (no tensor {INSIDE}.* in {INDEX}): {_SAVED_AGAIN}"
         )
-    name = names.pop()
-    if names or not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-        raise HubError(f"{INDEX} of {source} is damaged: expected the tensors {INSIDE}.* in one file of the folder")
-    return name
+    return names.pop()
 
 
 def unpack_adapter(

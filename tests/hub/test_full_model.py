@@ -79,6 +79,9 @@ def test_there_and_back(make, base_id, hub, tmp_path, caplog, method, form):
     loaded = from_pretrained(name, cache_dir=tmp_path / "cache")
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
     assert torch.equal(logits(loaded), logits(from_pretrained(tmp_path / "saved")))
+    assert torch.equal(
+        logits(loaded), logits(from_pretrained(name, cache_dir=tmp_path / "cache", local_files_only=True))
+    )
     if form == "full":
         assert torch.equal(logits(loaded), expected)
     else:
@@ -285,8 +288,9 @@ def test_damaged(make, tmp_path):
     sparse = [key for key, name in good["weight_map"].items() if name == last]
     for weights, message in (
         (dense, "are those of the dense base model alone"),
-        (dense | dict.fromkeys(sparse, "../outside.safetensors"), "in one file of the folder"),
-        (dense | dict.fromkeys(sparse, "pytorch_model.bin"), "in one file of the folder"),
+        (dense | dict.fromkeys(sparse, "../outside.safetensors"), "must name files of safetensors in the folder"),
+        (dense | dict.fromkeys(sparse, "pytorch_model.bin"), "must name files of safetensors in the folder"),
+        (dense | dict(zip(sparse, [last, "model-0.safetensors"] * 9)), r"hf_sparse\.\* must be in one file, got 2"),
     ):
         change(weights)
         with pytest.raises(HubError, match=message):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import huggingface_hub.constants
 import pytest
 import torch
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, get_session
 from peft import PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
@@ -128,3 +128,30 @@ def test_a_cut_at_every_request(make, hub, tmp_path, form, lost, requests_cut):
     assert failures
     commit = next(path for path in states if "/commit/" in path)
     assert states[commit] == (lost != "for good")
+
+
+def test_other_content_comes_down(make, hub, tmp_path):
+    """One bit of an xorb: what arrives is not what the Hub has."""
+    push_to_hub(make(), f"{hub.user}/xet-damaged")
+    for _ in range(9):
+        hub.damage_next("^/xorbs/", lambda data: data[:-5] + bytes([data[-5] ^ 1]) + data[-4:])
+    with pytest.raises(HubError, match=f"^cannot load the adapter {hub.user}/xet-damaged: "):
+        from_pretrained(f"{hub.user}/xet-damaged", cache_dir=tmp_path)
+    hub.reset_trace()
+    from_pretrained(f"{hub.user}/xet-damaged", cache_dir=tmp_path / "again")
+
+
+def test_what_the_content_store_refuses(hub):
+    """A wrong token, a damaged xorb, a shard of xorbs that never came, a file that nobody uploaded."""
+    session, name = get_session(), "ab" * 32
+    good = {"Authorization": "Bearer xet_test"}
+    entry = bytes.fromhex(name) + bytes(4) + (1).to_bytes(4, "little") + bytes(8)  # a file with one term
+    shard = bytes(48) + entry + bytes.fromhex(name) + bytes(16) + b"\xff" * 48
+    for path, headers, body, status in (
+        (f"xorbs/default/{name}", {}, b"", 401),
+        (f"xorbs/default/{name}", good, bytes([0, 3, 0, 0, 0, 9, 0, 0]) + b"abc", 400),
+        ("shards", good, shard, 400),
+    ):
+        answer = session.post(f"{hub.storage}/v1/{path}", headers=headers, content=body)
+        assert answer.status_code == status, (path, answer.text)
+    assert session.get(f"{hub.storage}/v1/reconstructions/{name}", headers=good).status_code == 404
