@@ -45,7 +45,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 _LOOPBACK, _XET = (_load(Path(__file__).parent / "hub" / name) for name in ("loopback.py", "loopback_xet.py"))
-_HUB = _LOOPBACK.LoopbackHub(_XET.XetStore(), parse_yaml=yaml.safe_load)
+_HUB = _LOOPBACK.LoopbackHub(parse_yaml=yaml.safe_load, xet=_XET.XetStore())
 _HF_HOME = tempfile.mkdtemp(prefix="hf-sparse-tests-")
 _HUB_ENVIRONMENT = {
     "HF_ENDPOINT": _HUB.endpoint,

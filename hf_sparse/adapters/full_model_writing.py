@@ -8,7 +8,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import snapshot_download
@@ -35,6 +35,25 @@ _OTHERS = (
     *("vocab.txt", "merges.txt", "*.model", "chat_template*", "LICENSE*", "NOTICE*", "USE_POLICY*"),
 )
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class _Change(NamedTuple):
+    """Hold what LoRA adds to a weight, as its factors: together they are as large as all weights of attention.
+
+    Attributes:
+        up: `[outputs, rank]`, scaled.
+        down: `[rank, inputs]`.
+        is_transposed: whether the weight is `[inputs, outputs]`.
+    """
+
+    up: Tensor
+    down: Tensor
+    is_transposed: bool
+
+    def product(self) -> Tensor:
+        """Compute what is added to the weight, in its shape."""
+        change = self.up @ self.down
+        return change.T if self.is_transposed else change
 
 
 def base_files(name: str, revision: str | None, token: str | bool | None) -> Path:
@@ -69,7 +88,7 @@ def write_full_model(
     """
     state = load_file(adapter.path / WEIGHTS)
     config = adapter.config_content
-    changes: dict[str, Tensor] = {}
+    changes: dict[str, _Change] = {}
     if form == "merged":
         changes, state = _changes(adapter, skeleton, state)
         config = config | {"lora_rank": 0, "lora_alpha": None}
@@ -121,7 +140,7 @@ def _index(base: Path) -> tuple[dict[str, Any], list[str]]:
 
 def _changes(
     adapter: AdapterFolder, skeleton: PreTrainedModel, state: dict[str, Tensor]
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+) -> tuple[dict[str, _Change], dict[str, Tensor]]:
     """Return what LoRA adds to weights, by their names in the model, and the tensors of the adapter without LoRA.
 
     Raises:
@@ -134,13 +153,12 @@ def _changes(
     for key in [key for key in state if inside in key and key.endswith("_A")]:
         module, _, linear = key.removeprefix(PREFIX).removesuffix("_A").partition(inside)
         down, up = state[key].float(), state[f"{key.removesuffix('_A')}_B"].float()
-        change = adapter.config.lora_scale * (up @ down)
-        layer = skeleton.get_submodule(f"{module}.{linear}")
-        changes[f"{module}.{linear}.weight"] = change.T.contiguous() if isinstance(layer, Conv1D) else change
+        is_transposed = isinstance(skeleton.get_submodule(f"{module}.{linear}"), Conv1D)
+        changes[f"{module}.{linear}.weight"] = _Change(adapter.config.lora_scale * up, down, is_transposed)
     return changes, {key: tensor for key, tensor in state.items() if inside not in key}
 
 
-def _places(index: Mapping[str, Any], changes: Mapping[str, Tensor]) -> dict[str, str]:
+def _places(index: Mapping[str, Any], changes: Mapping[str, _Change]) -> dict[str, str]:
     """Find the key in the checkpoint of each weight that changes; it may lack the first part of the model's name.
 
     Raises:
@@ -160,7 +178,7 @@ def _places(index: Mapping[str, Any], changes: Mapping[str, Tensor]) -> dict[str
     return places
 
 
-def _add(path: Path, changes: Mapping[str, Tensor]) -> None:
+def _add(path: Path, changes: Mapping[str, _Change]) -> None:
     """Add to tensors of a safetensors file in place, one after the other: names, shapes and dtypes stay.
 
     Raises:
@@ -171,13 +189,13 @@ def _add(path: Path, changes: Mapping[str, Tensor]) -> None:
     offsets = dict(_offsets(path))
     with safe_open(path, framework="pt") as file, path.open("r+b") as raw:
         for key, change in changes.items():
-            weight = file.get_tensor(key)
-            if weight.dtype not in _DTYPES or weight.shape != change.shape:
+            weight, added = file.get_tensor(key), change.product()
+            if weight.dtype not in _DTYPES or weight.shape != added.shape:
                 raise HubError(
-                    f"expected {key} of the base model in float and of shape {list(change.shape)}, got {weight.dtype} "
+                    f"expected {key} of the base model in float and of shape {list(added.shape)}, got {weight.dtype} "
                     f"of {list(weight.shape)}: LoRA cannot be merged into it, publish as full or as an adapter"
                 )
-            merged = (weight.float() + change).to(weight.dtype)
+            merged = (weight.float() + added).to(weight.dtype)
             raw.seek(offsets[key])
             raw.write(merged.contiguous().view(torch.uint8).numpy().tobytes())
         raw.flush()

@@ -202,16 +202,16 @@ def route(methods: str, template: str, write: bool = False) -> Callable:
 class LoopbackHub:
     """The server and its state; it runs from construction until `close`.
 
-    `xet` is a `XetStore` of `loopback_xet.py`. `parse_yaml` reads the metadata of cards; without it they go unread, as
-    the standard library has no YAML parser.
+    `parse_yaml` reads the metadata of cards; without it they go unread, as the standard library has no YAML parser.
+    `xet` is a `XetStore` of `loopback_xet.py`; without it only the classic transport works.
     """
 
     def __init__(
         self,
-        xet: Any,
         user: str = "tester",
         token: str = "hf_test",
         parse_yaml: Callable[[str], Any] | None = None,
+        xet: Any = None,
     ):
         self.user, self.token, self._parse_yaml = user, token, parse_yaml
         self.requests: list[tuple[str, str]] = []  # (method, decoded path without the query), in order of arrival
@@ -527,13 +527,15 @@ class LoopbackHub:
         if blob.sha256 is None:
             return file_response(request, blob, headers)
         headers |= {"X-Linked-ETag": f'"{blob.sha256}"', "X-Linked-Size": str(len(blob.data))}
-        if name := self._xet.files_of.get(blob.sha256):
+        if self._xet and (name := self._xet.files_of.get(blob.sha256)):
             token = f"{self.endpoint}/api/{repo.kind}/{repo.id}/xet-read-token/{commit.id}"
             headers |= {"X-Xet-Hash": name, "Link": f'<{token}>; rel="xet-auth"'}
         return Response(302, {**headers, "Location": f"{self.storage}/lfs/{blob.sha256}"}, b"")
 
     @route("GET", "{api}/xet-(?P<what>read|write)-token/{rev}")
     def _xet_token(self, request: Request, repo: Repo, what: str, rev: str) -> Response:
+        if self._xet is None:
+            raise HubError(404, "this loopback Hub has no Xet")
         if what == "write":
             self._authenticate(request)
             self._check_owner(repo.id)
@@ -578,7 +580,7 @@ class LoopbackHub:
 
     def _take_over_from_xet(self, hashes: list[str]) -> None:
         """Puts files together that a commit names by sha256 and that came by Xet, so that LFS has them too."""
-        for sha256 in hashes:
+        for sha256 in hashes if self._xet else ():
             if sha256 not in self._objects and (name := self._xet.files_of.get(sha256)):
                 data = self._xet.content(name)
                 if hashlib.sha256(data).hexdigest() != sha256:
