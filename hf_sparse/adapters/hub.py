@@ -95,6 +95,7 @@ def push_to_hub(
         AdapterMismatchError: `base_model` is not what the adapter was made for.
         DataError: a measurement is damaged, or is one of another budget.
         TypeError: neither a `PeftModel` with one active adapter of hf-sparse nor a folder.
+        ValueError: `form` is another.
     """
     prepared = _prepared(model_or_dir, repo_id, token, form, base_model, evaluation, training, license)
     with prepared as (api, stage, repo_id):
