@@ -200,9 +200,9 @@ class _Source:
             stage: holds the adapter, its card and its measurements.
             output, form, link: see `write_full_model`.
         """
-        with explained(f"cannot read the weights of the base model {self.name!r}"):
+        with explained(f"cannot make a full model with the base model {self.name!r}"):
             base = base_files(self.name, self.revision, self.token)
-        write_full_model(AdapterFolder(stage), base, self.skeleton, output, form, link=link)
+            write_full_model(AdapterFolder(stage), base, self.skeleton, output, form, link=link)
         for path in sorted(stage.iterdir()):
             if path.name not in (CONFIG, WEIGHTS):
                 shutil.copyfile(path, output / path.name)

@@ -301,6 +301,20 @@ def test_damaged(make, tmp_path):
         from_pretrained(tmp_path / "model")
 
 
+def test_damaged_base_model(make, tiny_llama, tmp_path):
+    """Weights that are missing, pickled or cut off: one error, and no folder."""
+    tiny_llama().save_pretrained(tmp_path / "base")
+    model = make(base=str(tmp_path / "base"))
+    path = tmp_path / "base" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(HubError, match=r"^cannot make a full model with the base model .*: "):
+        save_full_model(model, tmp_path / "model", form="merged")
+    path.rename(tmp_path / "base" / "pytorch_model.bin")
+    with pytest.raises(HubError, match=r"expected the base model's weights in model\.safetensors or"):
+        save_full_model(model, tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
 def test_a_base_model_that_is_a_full_model(make, tmp_path):
     """Its dense part is a base model as any other, and transformers warns of nothing when it is loaded as one."""
     first = make("sparsefinder", lora_rank=0)
