@@ -8,7 +8,7 @@ import hashlib
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -87,7 +87,7 @@ def from_pretrained(
             raise ValueError(f"base_model= is of no use: {repo_or_dir} is a full model, which holds its base model")
         if not Path(repo_or_dir).is_dir():
             folder = _fetch_full_model(str(repo_or_dir), folder, token, **places)
-        with _open_full_model(folder, str(repo_or_dir), revision) as adapter:
+        with _adapter_inside(folder, str(repo_or_dir), revision) as adapter:
             options = {key: value for key, value in kwargs.items() if key not in places}
             base = _load_base_of(adapter, str(folder), **options)
             return _attach(adapter, base, adapter_name=adapter_name, is_trainable=is_trainable)
@@ -125,11 +125,7 @@ def load_adapter(
     if device == "cuda" and not cuda:
         raise ValueError("there is no CUDA device, or this torch cannot use it; use --device cpu")
     kind = ("cuda" if cuda else "cpu") if device == "auto" else device
-    if not isinstance(folder, AdapterFolder) and is_full_model(Path(folder)):
-        with _open_full_model(Path(folder), str(folder)) as adapter:
-            model = _attach(adapter, _load_base_of(adapter, str(folder), dtype=dtype), is_trainable=trainable)
-    else:
-        adapter = folder if isinstance(folder, AdapterFolder) else AdapterFolder(folder)
+    with nullcontext(folder) if isinstance(folder, AdapterFolder) else adapter_in(folder) as adapter:
         model = _attach(adapter, _load_base_of(adapter, dtype=dtype), is_trainable=trainable)
     if dtype == "auto" and not (kind == "cuda" and model.dtype == torch.bfloat16):
         model.float()
@@ -267,7 +263,22 @@ def _check_options(base_model: Any, kwargs: dict[str, Any]) -> PreTrainedModel |
 
 
 @contextmanager
-def _open_full_model(folder: Path, source: str, revision: str | None = None) -> Iterator[AdapterFolder]:
+def adapter_in(folder: str | Path) -> Iterator[AdapterFolder]:
+    """Give the adapter of a folder, or of the full model in it, for the length of a `with` block.
+
+    Raises:
+        HubError: see `AdapterFolder`.
+    """
+    folder = Path(folder)
+    if not is_full_model(folder):
+        yield AdapterFolder(folder)
+        return
+    with _adapter_inside(folder, str(folder)) as adapter:
+        yield adapter
+
+
+@contextmanager
+def _adapter_inside(folder: Path, source: str, revision: str | None = None) -> Iterator[AdapterFolder]:
     """Give the adapter of a full model, whose base model is the full model itself, for the length of a block."""
     name = str(folder.resolve()) if folder == Path(source) else source
     with tempfile.TemporaryDirectory(prefix="hf-sparse-") as temporary:

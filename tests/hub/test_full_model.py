@@ -13,8 +13,10 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from typer.testing import CliRunner
 
 import hf_sparse
+from hf_sparse import cli
 from hf_sparse.adapters.load import load_adapter
 from hf_sparse.errors import HubError
 from hf_sparse.hub import from_pretrained, plan_push, push_to_hub, save_full_model
@@ -192,6 +194,8 @@ def test_base_model_in_a_folder_and_verbs(make, tiny_llama, word_tokenizer, hub,
     save_full_model(tmp_path / "adapter", tmp_path / "model")
     shutil.rmtree(tmp_path / "base")
     assert "auto_map" not in content(tmp_path / "model" / "config.json")
+    shown = CliRunner().invoke(cli.app, ["info", str(tmp_path / "model"), "--json"])
+    assert json.loads(shown.stdout)["base_model"] == str((tmp_path / "model").resolve())
     loaded, tokenizer = load_adapter(tmp_path / "model")  # what `generate` and `chat` load
     assert torch.equal(logits(loaded), logits(model)) and tokenizer("w5 w6").input_ids
     with pytest.raises(HubError, match=r"it is a full model, which hf_sparse\.from_pretrained loads"):
