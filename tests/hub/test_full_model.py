@@ -319,6 +319,7 @@ def test_damaged_base_model(make, tiny_llama, tmp_path):
     assert not (tmp_path / "model").exists()
 
 
+@pytest.mark.full
 def test_a_base_model_that_is_a_full_model(make, tmp_path):
     """Its dense part is a base model as any other, and transformers warns of nothing when it is loaded as one."""
     first = make("sparsefinder", lora_rank=0)

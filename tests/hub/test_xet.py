@@ -130,6 +130,7 @@ def test_a_cut_at_every_request(make, hub, tmp_path, form, lost, requests_cut):
     assert states[commit] == (lost != "for good")
 
 
+@pytest.mark.full
 def test_other_content_comes_down(make, hub, tmp_path):
     """One bit of an xorb: what arrives is not what the Hub has."""
     push_to_hub(make(), f"{hub.user}/xet-damaged")
