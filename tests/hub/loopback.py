@@ -221,7 +221,7 @@ class LoopbackHub:
         self._failures: list[tuple[re.Pattern[str], HubError]] = []  # one entry per request that is to fail
         self._faults: list[tuple[str, str, re.Pattern[str], Callable[..., Any]]] = []  # (when, method, path, what)
         self.override: dict[str, Any] = {}  # by pattern of the path, an answer in place of the real one
-        self._before_cut: int | None = None  # requests until the connection is lost for good
+        self.is_cut = False  # whether the connection is lost for good
         self.licenses: set[str] | None = None  # the only ones that cards may have
         self._lock = threading.Lock()
         self._server = Server(("127.0.0.1", 0), partial(Handler, self))
@@ -256,16 +256,15 @@ class LoopbackHub:
         when = "after" if answered else "before"
         self._faults += [(when, method, re.compile(path_regex), _cut)] * times
 
-    def cut_after(self, requests: int) -> None:
-        """Closes the connection of every request but the next few, without an answer."""
-        self._before_cut = requests
+    def cut_from_next(self, method: str, path_regex: str, *, skipped: int = 0) -> None:
+        """Closes the connection of one such request and of all that follow, unanswered; a few may come before it."""
 
-    def is_cut(self) -> bool:
-        with self._lock:
-            if self._before_cut:
-                self._before_cut -= 1
-                return False
-            return self._before_cut == 0
+        def lose() -> None:
+            self.is_cut = True
+            _cut()
+
+        for action in (*[lambda: None] * skipped, lose):
+            self.before_next(method, path_regex, action)
 
     def damage_next(self, path_regex: str, change: Callable[[bytes], bytes]) -> None:
         """Changes the content of the next file that is sent; the headers tell its old hash."""
@@ -287,7 +286,7 @@ class LoopbackHub:
         self.requests.clear()
         self._failures.clear()
         self._faults.clear()
-        self._before_cut = None
+        self.is_cut = False
 
     def handle(self, request: Request) -> Response:
         with self._lock:
@@ -612,8 +611,8 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         request = Request(self.command, url.path, parse_qs(url.query), self.headers, self._read_body())
         try:
-            if self.hub.is_cut():
-                raise ConnectionAbortedError
+            if self.hub.is_cut:
+                _cut()
             if before := self.hub.take_fault("before", request):
                 before()
             response = self.hub.handle(request)
