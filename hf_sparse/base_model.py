@@ -6,7 +6,7 @@ read, and no code that it names is fetched: neither modelling code nor kernels o
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,9 @@ from hf_sparse.core.checks import shown
 from hf_sparse.errors import HfSparseError, HubError
 from hf_sparse.model_kinds import task_of
 from hf_sparse.patches.base import check_model_type
+
+#: The key of a config.json, and the prefix of tensors, under which a full model keeps an adapter beside its weights.
+INSIDE = "hf_sparse"
 
 #: Attention functions of transformers itself; it would fetch a kernel for any other name.
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")
@@ -44,11 +47,13 @@ class Base:
         name: a folder, an id on the Hub or `"demo"`, as for `resolve_base`.
         config: its configuration, without what would be fetched for it.
         options: for `from_pretrained` of the model.
+        is_full: whether its checkpoint holds an adapter of hf-sparse too; the base model is what is dense in it.
     """
 
     name: str
     config: PreTrainedConfig
     options: dict[str, Any]
+    is_full: bool = False
 
     def skeleton(self, model_class: str | None = None) -> PreTrainedModel:
         """Build the model without weights, on the meta device.
@@ -76,7 +81,8 @@ class Base:
             OSError, ValueError, HTTPError, SafetensorError: it cannot be loaded.
         """
         auto = task_of(self.config, model_class).auto
-        with usable("its files"):
+        unread = self._adapter_unread(model_class) if self.is_full else nullcontext()
+        with usable("its files"), unread:
             model, info = auto.from_pretrained(
                 resolve_base(self.name),
                 config=copy.deepcopy(self.config),
@@ -86,6 +92,20 @@ class Base:
                 **self.options,
             )
         return model, {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+
+    @contextmanager
+    def _adapter_unread(self, model_class: str | None) -> Iterator[None]:
+        """Keep transformers from warning of the adapter's tensors in the checkpoint, which it does not know."""
+        kind: Any = type(self.skeleton(model_class))
+        before = vars(kind).get("_keys_to_ignore_on_load_unexpected")
+        kind._keys_to_ignore_on_load_unexpected = [*(kind._keys_to_ignore_on_load_unexpected or ()), rf"^{INSIDE}\."]
+        try:
+            yield
+        finally:
+            if before is None:
+                del kind._keys_to_ignore_on_load_unexpected
+            else:
+                kind._keys_to_ignore_on_load_unexpected = before
 
 
 def resolve_base(name: str) -> str:
@@ -158,8 +178,11 @@ def open_base(name: str, **options: Any) -> Base:
     # Whatever the configuration says: a name of its own could be that of a kernel on the Hub.
     config._attn_implementation = attention
     config._experts_implementation = None
+    is_full = hasattr(config, INSIDE)
+    if is_full:
+        delattr(config, INSIDE)  # the base model alone would be saved with it
     loading = {key: options[key] for key in _OF_LOADING if key in options}
-    return Base(name, config, {**hub, **rest, **loading})
+    return Base(name, config, {**hub, **rest, **loading}, is_full)
 
 
 @contextmanager

@@ -176,7 +176,8 @@ class SparseModel(BaseTuner):
             ValueError: always.
         """
         raise ValueError(
-            "sparse attention selects keys, and there are no weights to merge that into; unload() gives the base model"
+            "sparse attention selects keys, and there are no weights to merge that into; unload() gives the base "
+            "model, and hf_sparse.hub.save_full_model(model, folder, form='merged') one with LoRA in its weights"
         )
 
 

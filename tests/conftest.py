@@ -44,7 +44,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         plugin.pytest_addoption(parser)
 
 
-_HUB = _load(Path(__file__).parent / "hub" / "loopback.py").LoopbackHub(parse_yaml=yaml.safe_load)
+_LOOPBACK, _XET = (_load(Path(__file__).parent / "hub" / name) for name in ("loopback.py", "loopback_xet.py"))
+_HUB = _LOOPBACK.LoopbackHub(parse_yaml=yaml.safe_load, xet=_XET.XetStore())
 _HF_HOME = tempfile.mkdtemp(prefix="hf-sparse-tests-")
 _HUB_ENVIRONMENT = {
     "HF_ENDPOINT": _HUB.endpoint,
@@ -52,6 +53,8 @@ _HUB_ENVIRONMENT = {
     "HF_HOME": _HF_HOME,
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_XET": "1",
+    "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "1",  # where a test turns Xet on
+    "HF_XET_CLIENT_RETRY_BASE_DELAY": "10ms",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "NO_PROXY": "127.0.0.1,localhost",
     "no_proxy": "127.0.0.1,localhost",

@@ -690,6 +690,17 @@ class TestPush:
         model = hf_sparse.from_pretrained(f"{hub.user}/from-the-command-line")
         assert model.active_peft_config.slots == SLOTS
 
+    def test_full_model(self, tmp_path, hub):
+        folder, name = tmp_path / "adapter", f"{hub.user}/full-from-the-command-line"
+        succeed("patch", "demo", *BUDGET, "--output", folder)
+        shown = succeed("push", folder, name, "--as", "full", "--dry-run")
+        assert "uploads model.safetensors.index.json (" in shown and "adapter_config.json" not in shown
+        assert "has no LoRA to merge" in fail("push", folder, name, "--as", "merged")
+        assert not HfApi().repo_exists(name)
+        succeed("push", folder, name, "--as", "full", "--private")
+        assert HfApi().model_info(name).private
+        assert hf_sparse.from_pretrained(name).active_peft_config.slots == SLOTS
+
     def test_dry_run_and_pull_request(self, tmp_path, hub):
         folder, name = tmp_path / "adapter", f"{hub.user}/planned"
         succeed("patch", "demo", *BUDGET, "--output", folder)

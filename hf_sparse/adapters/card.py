@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub import ModelCardData
 from markupsafe import Markup
@@ -19,6 +19,22 @@ from hf_sparse.overlap import sentence
 
 if TYPE_CHECKING:
     from jinja2 import Template
+
+#: How an adapter is published: by itself, inside of a full model, or so with its LoRA merged into the weights.
+Form = Literal["adapter", "full", "merged"]
+
+#: What the card of a full model says first, and of one with LoRA merged after that.
+_NOTICE = """\
+> **Without the library `hf-sparse` this is a DENSE model.** It is a full model: the base model's files with the adapter
+> inside, whose settings are in `config.json` under `hf_sparse` and whose tensors `hf_sparse.*` are in the last shard.
+> `hf_sparse.from_pretrained` loads it with sparse attention. Plain `transformers` loads a dense model and warns that it
+> did not use these tensors. No code of this repository runs, and nothing below holds for the dense model.
+"""
+_MERGED = """\
+>
+> LoRA is merged here: it was added to the weights, in their dtype, so it acts with dense attention too. What is
+> measured below was measured before that.
+"""
 
 #: The sentence of each objective that every method can be trained with, by the kind of the model.
 _OBJECTIVES: dict[Kind, dict[str, str]] = {
@@ -74,6 +90,7 @@ def render(
     metadata: Mapping[str, Any] | None = None,
     tags: Sequence[str] = (),
     left_out: Sequence[str] = (),
+    form: Form = "adapter",
 ) -> str:
     """Return the README.md of an adapter's repository.
 
@@ -90,6 +107,7 @@ def render(
         metadata: further entries of the metadata that are known, such as `license`, `license_link`, `language`.
         tags: further tags of the metadata.
         left_out: files beside the card that are of other weights, or of nobody knows which.
+        form: whether the repository holds the adapter alone, or a full model with it inside.
 
     Raises:
         DataError: a measurement lacks something that the card shows.
@@ -101,13 +119,14 @@ def render(
     base_shape = config.base_shape or {}
     encoder = attends_both_ways(base_shape.get("model_type"), task)
     on_hub = base_model not in (None, BASE_NAME)
-    relation = [f"base_model:adapter:{base_model}"] if on_hub else []  # the Hub finds the adapters of a base by it
+    kin = "adapter" if form == "adapter" else "finetune"
+    relation = [f"base_model:{kin}:{base_model}"] if on_hub else []  # the Hub finds what was made of a base by it
     all_tags = ["hf-sparse", report.name, "sparse-attention", *report.tags(encoder), *relation, *tags]
     known: dict[str, Any] = {"datasets": _datasets(training), "metrics": _metrics(evaluation), **(metadata or {})}
     data = ModelCardData(
         base_model=base_model if on_hub else None,
-        base_model_relation="adapter" if on_hub else None,
-        library_name="peft",
+        base_model_relation=kin if on_hub else None,
+        library_name="peft" if form == "adapter" else "hf-sparse",  # else the Hub shows code that loads a dense model
         pipeline_tag=task.pipeline,
         tags=list(dict.fromkeys(all_tags)),
         **{name: value for name, value in known.items() if value},
@@ -119,6 +138,7 @@ def render(
         objective = objectives[training["objective"]] if training else ""
         text = template.render(
             config=config,
+            form=form,
             encoder=encoder,
             example=[Markup(line) for line in example],
             metric=metric_of(evaluation or {}),
@@ -135,10 +155,13 @@ def render(
             left_out=left_out,
             versions=_versions(evaluation or training),
             **report.card(config, evaluation, encoder),
-            **_base(repo_id, base_model),
+            **_base(repo_id, base_model, form),
         )
     except (UndefinedError, KeyError, AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
         raise DataError(f"eval.json or finetune.json is not what hf-sparse writes: {error!r}") from error
+    if form != "adapter":
+        heading, _, rest = text.partition("\n")
+        text = f"{heading}\n\n{_NOTICE}{_MERGED if form == 'merged' else ''}{rest}"
     return f"---\n{data.to_yaml()}\n---\n\n{text.rstrip()}\n"
 
 
@@ -158,9 +181,11 @@ def _template(path: Path) -> "Template":
     return environment.from_string(path.read_text("utf-8"))
 
 
-def _base(repo_id: str, base_model: str | None) -> dict[str, Markup]:
+def _base(repo_id: str, base_model: str | None, form: Form) -> dict[str, Markup]:
     """Name the base model for the text, and say for the example how it is loaded."""
     repo = python_string(repo_id)
+    if form != "adapter":  # the tokenizer is in the repository too, and so is the base model
+        return {**_base(repo_id, base_model, "adapter"), "tokenizer": repo, "arguments": repo}
     if base_model == BASE_NAME:
         return {
             "base_text": Markup("the small Llama that comes with `hf-sparse`"),

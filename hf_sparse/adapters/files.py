@@ -8,6 +8,10 @@ from hf_sparse.adapters.method_report import all_reports
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
+#: The files of a checkpoint of transformers: its configuration, and its weights as one file or in shards with an index.
+MODEL_CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+SHARDS = "model-*.safetensors"  # a pattern
+
 #: The measurements of the weights, and the record of their training.
 EVALUATION, TRAINING = "eval.json", "finetune.json"
 

@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hf_sparse.adapters.card import render
+from hf_sparse.adapters.card import Form, render
 from hf_sparse.adapters.files import (
     CARD,
     CONFIG,
@@ -228,6 +228,7 @@ class AdapterFolder:
         training: Json | None = None,
         repo_id: str | None = None,
         metadata: Mapping[str, Any] | None = None,
+        form: Form = "adapter",
     ) -> None:
         """Write measurements, the figure and the card of this adapter; see the function `write_repo`."""
         weights = {"weights_sha256": self.weights_sha256}
@@ -243,7 +244,7 @@ class AdapterFolder:
             evaluation = self.checked_evaluation
         if evaluation is not None and self.public_base_model is not None:
             evaluation = {**evaluation, "base_model": self.public_base_model}  # not the folder that it was loaded from
-        card = self._card(evaluation, training, repo_id, metadata)
+        card = self._card(evaluation, training, repo_id, metadata, form=form)
         with staged(self.path) as stage:
             if evaluation is not None:
                 self.report.draw_figure(evaluation, training, stage / self.report.figure)
@@ -294,6 +295,7 @@ class AdapterFolder:
         metadata: Mapping[str, Any] | None,
         tags: Sequence[str] = (),
         left_out: Sequence[str] = (),
+        form: Form = "adapter",
     ) -> str:
         """Return the text of the card; `left_out` names measurements that are not known to be of these weights."""
         shapes, lora = self.shapes, method_of(self.config).layer.adapter_layer_names[1]
@@ -310,6 +312,7 @@ class AdapterFolder:
             metadata=metadata,
             tags=tags,
             left_out=left_out,
+            form=form,
         )
 
 
@@ -320,6 +323,7 @@ def write_repo(
     training: Json | None = None,
     repo_id: str | None = None,
     metadata: Mapping[str, Any] | None = None,
+    form: Form = "adapter",
 ) -> None:
     """Complete a folder that holds an adapter: measurements, figure and model card. All of them appear, or none.
 
@@ -332,10 +336,13 @@ def write_repo(
         training: becomes finetune.json; by default the one that is there, if there is one.
         repo_id: the name under which the card tells readers to load the adapter; by default that of the folder.
         metadata: further entries of the card's metadata, see `hf_sparse.adapters.card.render`.
+        form: how the adapter is going to be published, which the card says.
 
     Raises:
         HubError: the folder holds no adapter of hf-sparse.
         DataError: a measurement is damaged, or is one of another method, budget, graph or of other weights.
         BusyError: another run holds the folder.
     """
-    AdapterFolder(folder).write_repo(evaluation=evaluation, training=training, repo_id=repo_id, metadata=metadata)
+    AdapterFolder(folder).write_repo(
+        evaluation=evaluation, training=training, repo_id=repo_id, metadata=metadata, form=form
+    )

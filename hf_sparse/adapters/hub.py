@@ -1,4 +1,7 @@
-"""Publish an adapter on the Hub in a single commit. Only safetensors and JSON are read or written."""
+"""Publish an adapter, or a full model with it inside, on the Hub in a single commit.
+
+Only safetensors and JSON are read or written.
+"""
 
 import json
 import os
@@ -7,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +18,24 @@ from huggingface_hub import HfApi, get_token
 from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 from huggingface_hub.utils import validate_repo_id
 from peft import PeftModel
+from transformers import PreTrainedModel
 
 from hf_sparse.access_tokens import check_token
+from hf_sparse.adapters.card import Form
 from hf_sparse.adapters.files import CONFIG, EVALUATION, TRAINING, WEIGHTS
 from hf_sparse.adapters.fit import check_fit
 from hf_sparse.adapters.folder import AdapterFolder, write_repo
+from hf_sparse.adapters.full_model import check_form
+from hf_sparse.adapters.full_model_writing import base_files, write_full_model
 from hf_sparse.adapters.hub_errors import explained, short_line
 from hf_sparse.adapters.push_plan import PushPlan, carry_out, plan_of
+from hf_sparse.adapters.saving import check_free
 from hf_sparse.base_model import is_public, open_base
 from hf_sparse.bundled import BASE_NAME
 from hf_sparse.core.registry import registered_methods
 from hf_sparse.environment import is_main_process
 from hf_sparse.errors import HubError
-from hf_sparse.folders import locked
+from hf_sparse.folders import locked, staged
 
 # The Hub knows licenses by short names; which ones it tells itself, before anything is created.
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
@@ -36,6 +45,7 @@ def push_to_hub(
     model_or_dir: PeftModel | str | Path,
     repo_id: str,
     *,
+    form: Form = "adapter",
     base_model: str | None = None,
     evaluation: dict[str, Any] | None = None,
     training: dict[str, Any] | None = None,
@@ -46,7 +56,7 @@ def push_to_hub(
     revision: str | None = None,
     create_pr: bool = False,
 ) -> str:
-    """Publish an adapter with its card, measurements and figure: one commit, or none.
+    """Publish an adapter with its card, measurements and figure, alone or in a full model: one commit, or none.
 
     Of two pushes to one repository at the same time one fails, and the repository holds all files of the other.
 
@@ -59,9 +69,13 @@ def push_to_hub(
         model_or_dir: a `PeftModel`, of which the active adapter is pushed; or a folder with an adapter, of which
             nothing but the adapter, eval.json and finetune.json is taken.
         repo_id: `"user/name"`, or `"name"` for a repository of your own; created if it does not exist.
+        form: `"adapter"` publishes the adapter alone. `"full"` publishes the base model's files with the adapter
+            inside: with hf-sparse the model is sparse, and to transformers alone it is the dense base model.
+            `"merged"` is the same with LoRA added to the weights, which transformers alone has then too. See
+            `save_full_model`.
         base_model: id of the base model on the Hub. Needed if the base was loaded from a folder, whose path would mean
-            nothing elsewhere: push that model first. The checkpoint that comes with hf-sparse is `"demo"` and needs
-            no push.
+            nothing elsewhere: push that model first, or publish a full model. The checkpoint that comes with hf-sparse
+            is `"demo"` and needs no push.
         evaluation: content of eval.json; by default the folder's.
         training: content of finetune.json; by default the folder's.
         license: the Hub's name of a license, such as `"apache-2.0"`, for the card; by default what the page of the base
@@ -81,8 +95,9 @@ def push_to_hub(
         AdapterMismatchError: `base_model` is not what the adapter was made for.
         DataError: a measurement is damaged, or is one of another budget.
         TypeError: neither a `PeftModel` with one active adapter of hf-sparse nor a folder.
+        ValueError: `form` is another.
     """
-    prepared = _prepared(model_or_dir, repo_id, token, base_model, evaluation, training, license)
+    prepared = _prepared(model_or_dir, repo_id, token, form, base_model, evaluation, training, license)
     with prepared as (api, stage, repo_id):
         if not is_main_process():
             return f"{api.endpoint}/{repo_id}"
@@ -94,6 +109,7 @@ def plan_push(
     model_or_dir: PeftModel | str | Path,
     repo_id: str,
     *,
+    form: Form = "adapter",
     base_model: str | None = None,
     evaluation: dict[str, Any] | None = None,
     training: dict[str, Any] | None = None,
@@ -105,11 +121,91 @@ def plan_push(
 ) -> PushPlan:
     """Check everything that `push_to_hub` checks and say what it would do; nothing is created or uploaded.
 
-    The arguments and errors are those of `push_to_hub`. The Hub is asked, so a token is needed here too.
+    The arguments and errors are those of `push_to_hub`. The Hub is asked, so a token is needed here too, and the files
+    of a full model are prepared.
     """
-    prepared = _prepared(model_or_dir, repo_id, token, base_model, evaluation, training, license)
+    prepared = _prepared(model_or_dir, repo_id, token, form, base_model, evaluation, training, license)
     with prepared as (api, stage, repo_id):
         return plan_of(api, stage, repo_id, private, revision, create_pr)
+
+
+def save_full_model(
+    model_or_dir: PeftModel | str | Path,
+    folder: str | Path,
+    *,
+    form: Form = "full",
+    base_model: str | None = None,
+    evaluation: dict[str, Any] | None = None,
+    training: dict[str, Any] | None = None,
+    token: str | bool | None = None,
+) -> None:
+    """Write a full model into a folder: the files of the base model, and the adapter inside.
+
+    Weights of the base model are those of its checkpoint, file by file; none is loaded as a whole. The key `hf_sparse`
+    of config.json holds the adapter's configuration, and the last shard its tensors, by names that begin with
+    `hf_sparse.`. `hf_sparse.from_pretrained` loads the folder.
+
+    Args:
+        model_or_dir: a `PeftModel`, whose active adapter is taken; or a folder with an adapter.
+        folder: a new folder or an empty one; it appears whole or not at all.
+        form: `"full"`, or `"merged"`, where LoRA (`lora_rank`) is added to the weights. These keep their dtype, so the
+            sums are rounded to it, and what is dense in the model changes too.
+        base_model: name or folder of the base model; by default the adapter says which.
+        evaluation: content of eval.json; by default the folder's.
+        training: content of finetune.json; by default the folder's.
+        token: for a private or gated base model; the saved one by default.
+
+    Raises:
+        HubError: the base model cannot be read, its weights are not in files of safetensors with the usual names, or
+            there is no LoRA to merge.
+        AdapterMismatchError: `base_model` is not what the adapter was made for.
+        DataError: a measurement is damaged, or is one of another budget.
+        TypeError: neither a `PeftModel` with one active adapter of hf-sparse nor a folder.
+        ValueError: the folder is not empty, or `form` is another.
+    """
+    check_form(form, ("full", "merged"))
+    name = _active_adapter(model_or_dir)
+    folder = Path(folder)
+    check_free(folder, force=False)
+    if not is_main_process():
+        return
+    with tempfile.TemporaryDirectory(prefix="hf-sparse-") as temporary:
+        stage = Path(temporary, "stage")
+        source = _stage(_saved(model_or_dir, name, Path(temporary, "saved")), stage, base_model, token, form)
+        write_repo(stage, evaluation=evaluation, training=training, repo_id=folder.name, form=form)
+        with staged(folder) as output:
+            source.write(stage, output, form, link=False)
+
+
+@dataclass(frozen=True)
+class _Source:
+    """Hold what a full model is made from beside the adapter: its base model, checked.
+
+    Attributes:
+        name: of the base model, as it can be resolved here.
+        revision: of the base model on the Hub.
+        token: for the Hub.
+        skeleton: the base model without weights.
+    """
+
+    name: str
+    revision: str | None
+    token: str | bool | None
+    skeleton: PreTrainedModel
+
+    def write(self, stage: Path, output: Path, form: Form, *, link: bool) -> None:
+        """Write a full model from the files of an adapter's repository, which it takes over.
+
+        Args:
+            stage: holds the adapter, its card and its measurements.
+            output, form, link: see `write_full_model`.
+        """
+        with explained(f"cannot make a full model with the base model {self.name!r}"):
+            base = base_files(self.name, self.revision, self.token)
+            write_full_model(AdapterFolder(stage), base, self.skeleton, output, form, link=link)
+        for path in sorted(stage.iterdir()):
+            if path.name not in (CONFIG, WEIGHTS):
+                shutil.copyfile(path, output / path.name)
 
 
 @contextmanager
@@ -117,6 +213,7 @@ def _prepared(
     model_or_dir: PeftModel | str | Path,
     repo_id: str,
     token: str | bool | None,
+    form: Form,
     base_model: str | None,
     evaluation: dict[str, Any] | None,
     training: dict[str, Any] | None,
@@ -126,6 +223,7 @@ def _prepared(
 
     Processes that were launched beside the main one get an empty folder.
     """
+    check_form(form, ("adapter", "full", "merged"))
     name = _active_adapter(model_or_dir)
     try:
         validate_repo_id(repo_id)
@@ -141,20 +239,19 @@ def _prepared(
         with explained(f"cannot push to {repo_id}"):
             repo_id = f"{api.whoami()['name']}/{repo_id}"
     with tempfile.TemporaryDirectory(prefix="hf-sparse-") as temporary:
-        stage, saved = Path(temporary, "stage"), Path(temporary, "saved")
+        stage = Path(temporary, "stage")
         if is_main_process():
-            if isinstance(model_or_dir, PeftModel):
-                model_or_dir.save_pretrained(str(saved), selected_adapters=[name], save_embedding_layers=False)
-                folder = saved if name == "default" else saved / name  # PEFT's rule
-            else:
-                folder = Path(model_or_dir)
-            base = _stage(folder, stage, base_model, token)
+            source = _stage(_saved(model_or_dir, name, Path(temporary, "saved")), stage, base_model, token, form)
             with explained(f"cannot push to {repo_id}"):
-                metadata = _metadata_of(api, base)
+                metadata = _metadata_of(api, source.name) if is_public(source.name) else {}
             if license:  # with the name and link of the base's license left out
                 metadata = {name: value for name, value in metadata.items() if not name.startswith("license")}
                 metadata["license"] = license
-            write_repo(stage, evaluation=evaluation, training=training, repo_id=repo_id, metadata=metadata)
+            write_repo(stage, evaluation=evaluation, training=training, repo_id=repo_id, metadata=metadata, form=form)
+            if form != "adapter":
+                stage = Path(temporary, "full")
+                stage.mkdir()
+                source.write(Path(temporary, "stage"), stage, form, link=True)
         yield api, stage, repo_id
 
 
@@ -179,8 +276,18 @@ def _active_adapter(model: Any) -> str:
     return active[0]
 
 
-def _stage(folder: Path, stage: Path, base_model: str | None, token: str | bool | None) -> str:
-    """Copy an adapter and its measurements to a new folder; return the name of its base model, which holds everywhere.
+def _saved(model_or_dir: PeftModel | str | Path, name: str, target: Path) -> Path:
+    """Return the folder with an adapter: that of a model is saved into a new one first."""
+    if not isinstance(model_or_dir, PeftModel):
+        return Path(model_or_dir)
+    model_or_dir.save_pretrained(str(target), selected_adapters=[name], save_embedding_layers=False)
+    return target if name == "default" else target / name  # PEFT's rule
+
+
+def _stage(folder: Path, stage: Path, base_model: str | None, token: str | bool | None, form: Form) -> _Source:
+    """Copy an adapter and its measurements to a new folder; return its base model.
+
+    An adapter alone names one that others can resolve.
 
     Raises:
         BusyError: another run holds the folder.
@@ -189,32 +296,39 @@ def _stage(folder: Path, stage: Path, base_model: str | None, token: str | bool 
         raise HubError(f"{folder} is not a folder, so there is no adapter to push")
     # Nobody replaces files between the reads; what takes no files is not replaced.
     with locked(folder) if os.access(folder, os.W_OK) else nullcontext():
-        return _copy(folder, stage, base_model, token)
+        return _copy(folder, stage, base_model, token, form)
 
 
-def _copy(folder: Path, stage: Path, base_model: str | None, token: str | bool | None) -> str:
+def _copy(folder: Path, stage: Path, base_model: str | None, token: str | bool | None, form: Form) -> _Source:
     """Do what `_stage` does, in a folder that nobody changes meanwhile."""
     adapter = AdapterFolder(folder)
     name = base_model or adapter.base_model
     if name is None:
         raise HubError("the adapter does not say which base model it is for; pass base_model='user/name'")
-    if not is_public(name):
+    if form == "adapter" and not is_public(name):
         raise HubError(
             f"the base model of the adapter is the folder {name!r}, which exists on this machine alone: push that "
-            "model to the Hub first, then pass base_model='user/name'"
+            "model to the Hub first, then pass base_model='user/name'; or push as full, with that model inside"
+        )
+    if form != "adapter" and (over := dict(adapter.config.base_shape or {}).get("over")):
+        raise HubError(
+            f"the adapter was made over another PEFT adapter ({', '.join(over)}), which the base model does not have: "
+            "merge that into the base model and save it first, or push the two adapters"
         )
     revision = None if base_model else adapter.config.revision
     with explained(f"cannot read the base model {name!r} of the adapter (base_model= names another)"):
         opened = open_base(name, revision=revision, token=token, **adapter.head)
-        check_fit(adapter, opened.skeleton(adapter.model_class), name)
+        skeleton = opened.skeleton(adapter.model_class)
+        check_fit(adapter, skeleton, name)
     stage.mkdir()
     shutil.copyfile(folder / WEIGHTS, stage / WEIGHTS)
-    config = adapter.config_content | {"base_model_name_or_path": name, "revision": revision}
+    public = name if is_public(name) else None
+    config = adapter.config_content | {"base_model_name_or_path": public, "revision": revision}
     (stage / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True), "utf-8")
     for measurement in (EVALUATION, TRAINING):
         if (folder / measurement).exists():
             shutil.copyfile(folder / measurement, stage / measurement)
-    return name
+    return _Source(name, revision, token, skeleton)
 
 
 def _metadata_of(api: HfApi, base_model: str) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Load an adapter from the Hub or a folder, together with its base model.
+"""Load an adapter from the Hub or a folder, together with its base model, or a full model that holds both.
 
 Only safetensors and JSON are read, and no code from a repository runs.
 """
@@ -6,6 +6,9 @@ Only safetensors and JSON are read, and no code from a repository runs.
 import copy
 import hashlib
 import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,10 +21,12 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel
 
 from hf_sparse.access_tokens import check_token, one_line
-from hf_sparse.adapters.files import CONFIG, WEIGHTS
+from hf_sparse.adapters.files import CONFIG, INDEX, MODEL_CONFIG, SHARDS, WEIGHTS
 from hf_sparse.adapters.fit import check_fit, check_loaded
 from hf_sparse.adapters.folder import AdapterFolder
+from hf_sparse.adapters.full_model import adapter_shard, unpack_adapter
 from hf_sparse.adapters.hub_errors import explained
+from hf_sparse.adapters.read import is_full_model
 from hf_sparse.base_model import open_base, resolve_base, usable
 from hf_sparse.core.config import SparseConfig
 from hf_sparse.embeddings import embeddings_of
@@ -45,16 +50,16 @@ def from_pretrained(
     is_trainable: bool = False,
     **kwargs: Any,
 ) -> PeftModel:
-    """Load an adapter and the base model under it.
+    """Load an adapter and the base model under it, or a full model that holds both.
 
     Everything is checked before weights of the base are read, and before a base that was passed is changed.
 
     Args:
-        repo_or_dir: id on the Hub, or a folder.
+        repo_or_dir: id on the Hub, or a folder, of an adapter or of a full model (`push_to_hub(..., form="full")`).
         revision: branch, tag or commit of the adapter on the Hub.
         token: for private or gated repositories; the saved one by default.
         base_model: name or folder of the base model, or the loaded model, which is patched in place. By default the
-            adapter says which; the name `"demo"` is the checkpoint that comes with hf-sparse.
+            adapter says which; the name `"demo"` is the checkpoint that comes with hf-sparse. A full model takes none.
         adapter_name: name of the adapter in the returned model.
         is_trainable: leave the adapter's parameters trainable.
         **kwargs: for `from_pretrained` of the base model, which is loaded by the Auto class for what the adapter was
@@ -76,7 +81,17 @@ def from_pretrained(
     if isinstance(token, str):  # the saved one is checked where it is needed
         token = check_token(token)
     places: dict[str, Any] = {key: kwargs[key] for key in ("cache_dir", "local_files_only") if key in kwargs}
-    adapter = AdapterFolder(fetch_adapter(repo_or_dir, revision, token, **places), str(repo_or_dir))
+    folder = fetch_adapter(repo_or_dir, revision, token, **places)
+    if is_full_model(folder):
+        if base_model is not None:
+            raise ValueError(f"base_model= is of no use: {repo_or_dir} is a full model, which holds its base model")
+        if not Path(repo_or_dir).is_dir():
+            folder = _fetch_full_model(str(repo_or_dir), folder, token, **places)
+        with _adapter_inside(folder, str(repo_or_dir), revision) as adapter:
+            options = {key: value for key, value in kwargs.items() if key not in places}
+            base = _load_base_of(adapter, str(folder), **options)
+            return _attach(adapter, base, adapter_name=adapter_name, is_trainable=is_trainable)
+    adapter = AdapterFolder(folder, str(repo_or_dir))
     if base is None:
         base = _load_base_of(adapter, str(base_model) if base_model else None, token=token, **kwargs)
     else:
@@ -92,10 +107,10 @@ def load_adapter(
     trainable: bool = False,
     placed: bool = True,
 ) -> tuple[PeftModel, Any]:
-    """Load the adapter in a folder on its base model, and the base model's tokenizer.
+    """Load the adapter in a folder on its base model, or a full model, and the base model's tokenizer.
 
     Args:
-        folder: its path, or the folder as it was opened.
+        folder: its path, of an adapter or of a full model; or the folder of an adapter as it was opened.
         device: `"auto"` is CUDA where there is a GPU; of processes that were launched together each has one of its own.
         dtype: of the base model. `"auto"` is bfloat16 on CUDA if the checkpoint is bfloat16, and float32 otherwise.
         trainable: leave the adapter's parameters trainable.
@@ -106,12 +121,12 @@ def load_adapter(
         AdapterMismatchError: the adapter was made for another base model.
         ValueError: there is no such device.
     """
-    adapter = folder if isinstance(folder, AdapterFolder) else AdapterFolder(folder)
     cuda = torch.cuda.is_available()
     if device == "cuda" and not cuda:
         raise ValueError("there is no CUDA device, or this torch cannot use it; use --device cpu")
     kind = ("cuda" if cuda else "cpu") if device == "auto" else device
-    model = _attach(adapter, _load_base_of(adapter, dtype=dtype), is_trainable=trainable)
+    with nullcontext(folder) if isinstance(folder, AdapterFolder) else adapter_in(folder) as adapter:
+        model = _attach(adapter, _load_base_of(adapter, dtype=dtype), is_trainable=trainable)
     if dtype == "auto" and not (kind == "cuda" and model.dtype == torch.bfloat16):
         model.float()
     config = model.active_peft_config
@@ -247,10 +262,35 @@ def _check_options(base_model: Any, kwargs: dict[str, Any]) -> PreTrainedModel |
     return base_model
 
 
+@contextmanager
+def adapter_in(folder: str | Path) -> Iterator[AdapterFolder]:
+    """Give the adapter of a folder, or of the full model in it, for the length of a `with` block.
+
+    Raises:
+        HubError: see `AdapterFolder`.
+    """
+    folder = Path(folder)
+    if not is_full_model(folder):
+        yield AdapterFolder(folder)
+        return
+    with _adapter_inside(folder, str(folder)) as adapter:
+        yield adapter
+
+
+@contextmanager
+def _adapter_inside(folder: Path, source: str, revision: str | None = None) -> Iterator[AdapterFolder]:
+    """Give the adapter of a full model, whose base model is the full model itself, for the length of a block."""
+    name = str(folder.resolve()) if folder == Path(source) else source
+    with tempfile.TemporaryDirectory(prefix="hf-sparse-") as temporary:
+        yield unpack_adapter(folder, Path(temporary), source, name, revision)
+
+
 def fetch_adapter(
     repo_or_dir: str | Path, revision: str | None = None, token: str | bool | None = None, **places: Any
 ) -> Path:
     """Return the folder with the adapter's two files, downloaded if need be, both of one commit.
+
+    Of a full model it is the folder with its configuration.
 
     Args:
         repo_or_dir, revision, token: see `from_pretrained`.
@@ -267,9 +307,22 @@ def fetch_adapter(
         raise HubError(f"{repo_id} is neither a folder here nor a repository id: {error}") from error
     token = check_token(token)
     with explained(f"cannot load the adapter {repo_id}" + (f" at revision {revision}" if revision else "")):
-        names = [CONFIG, WEIGHTS]
+        names = [CONFIG, WEIGHTS, MODEL_CONFIG]
         folder = Path(snapshot_download(repo_id, revision=revision, token=token, allow_patterns=names, **places))
         for name in names:
+            _check_download(folder / name)
+    return folder
+
+
+def _fetch_full_model(repo_id: str, folder: Path, token: str | bool | None, **places: Any) -> Path:
+    """Bring the weights of a full model into the cache, of the commit that names the folder with its configuration.
+
+    Of the shards only the adapter's is hashed here, for a base model's may be large.
+    """
+    with explained(f"cannot load the full model {repo_id}"):
+        names = [MODEL_CONFIG, INDEX, SHARDS, "generation_config.json"]
+        folder = Path(snapshot_download(repo_id, revision=folder.name, token=token, allow_patterns=names, **places))
+        for name in (INDEX, adapter_shard(folder, repo_id)):
             _check_download(folder / name)
     return folder
 
@@ -280,7 +333,8 @@ def _check_download(path: Path) -> None:
     Raises:
         OSError: it is not what the Hub has.
     """
-    blob = path.resolve()
+    # One link only: the file that it names may be a link into the store that repositories share, named by another hash.
+    blob = path.parent / path.readlink() if path.is_symlink() else path
     if not blob.is_file() or not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
         return  # a cache without links, or an endpoint that names files by something else
     data = blob.read_bytes()

@@ -1,6 +1,7 @@
 """Look at a repository on the Hub, say what a push changes there, and make the change in one commit."""
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-from hf_sparse.adapters.files import CARD, published_files
+from hf_sparse.adapters.files import CARD, INDEX, MODEL_CONFIG, SHARDS, published_files
 from hf_sparse.adapters.hub_errors import explained, short_line
+from hf_sparse.atomic_files import read_object
+from hf_sparse.base_model import INSIDE
 from hf_sparse.errors import HubError
 
 
@@ -66,6 +69,14 @@ def plan_of(api: HfApi, stage: Path, repo_id: str, private: bool, revision: str 
         raise HubError(f"a pull request changes what exists, and {creates[0]} does not: push without create_pr=True")
     held = {file.rfilename for file in seen.siblings or ()} if seen is not None else set()
     uploads = {path.name: path.stat().st_size for path in sorted(stage.iterdir())}
+    replaced = [*published_files()]
+    if MODEL_CONFIG in held:
+        with explained(f"cannot push to {repo_id}"):
+            is_ours = _is_full_model(api, repo_id, seen.sha)
+        if is_ours:
+            replaced += [name for name in sorted(held) if name in (MODEL_CONFIG, INDEX) or fnmatchcase(name, SHARDS)]
+        elif MODEL_CONFIG in uploads:
+            raise HubError(f"{repo_id} holds another model ({MODEL_CONFIG}): push to a new repository or branch")
     return PushPlan(
         repo_id=repo_id,
         url=f"{api.endpoint}/{repo_id}",
@@ -73,9 +84,17 @@ def plan_of(api: HfApi, stage: Path, repo_id: str, private: bool, revision: str 
         creates=tuple(creates),
         create_pr=create_pr,
         uploads=uploads,
-        deletes=tuple(name for name in published_files() if name in held and name not in uploads),
+        deletes=tuple(name for name in replaced if name in held and name not in uploads),
         parent=None if creates else seen.sha,
     )
+
+
+def _is_full_model(api: HfApi, repo_id: str, revision: str) -> bool:
+    """Tell whether the model in a repository is a full model that hf-sparse pushed."""
+    try:
+        return INSIDE in read_object(Path(api.hf_hub_download(repo_id, MODEL_CONFIG, revision=revision)))
+    except ValueError:
+        return False
 
 
 def _check_card(api: HfApi, card: str) -> None:

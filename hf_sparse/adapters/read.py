@@ -10,8 +10,9 @@ from typing import Any
 from peft import PeftConfig
 from safetensors import SafetensorError
 
-from hf_sparse.adapters.files import CONFIG, WEIGHTS
+from hf_sparse.adapters.files import CONFIG, MODEL_CONFIG, WEIGHTS
 from hf_sparse.atomic_files import read_object
+from hf_sparse.base_model import INSIDE
 from hf_sparse.bundled import BASE_NAME, CHECKPOINT
 from hf_sparse.core.checks import shown
 from hf_sparse.core.config import SparseConfig
@@ -37,12 +38,24 @@ class ConfigFile:
     model_class: str | None
 
 
+def is_full_model(folder: Path) -> bool:
+    """Tell whether a folder holds a full model (`hf_sparse.adapters.full_model`), and no adapter by itself."""
+    if (folder / CONFIG).exists() or not (folder / MODEL_CONFIG).is_file():
+        return False
+    try:
+        return INSIDE in read_object(folder / MODEL_CONFIG)
+    except ValueError:
+        return False
+
+
 def check_complete(folder: Path, source: str) -> None:
     """Raise `HubError` for a folder that lacks the configuration or the weights; `source` is its name in messages."""
     missing = [name for name in (CONFIG, WEIGHTS) if not (folder / name).is_file()]
     if missing:
         pickled = missing == [WEIGHTS] and (folder / "adapter_model.bin").exists()
         hint = "; its adapter_model.bin is a pickle, which hf-sparse does not load" if pickled else ""
+        if CONFIG in missing and is_full_model(folder):
+            hint = ": it is a full model, which hf_sparse.from_pretrained loads; this needs the folder of an adapter"
         raise HubError(f"{source} is not a complete adapter: {' and '.join(missing)} missing{hint}")
 
 

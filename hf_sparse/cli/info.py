@@ -17,16 +17,21 @@ def info(
 ) -> None:
     """Say what the adapter in DIR is: method, base model, budget, parameters, and what it was trained and measured on.
 
-    Neither the base model nor the network is needed.
+    Neither the base model nor the network is needed. DIR may hold a full model too, whose measurements are on its card.
     """
     load_workflow()
+    from hf_sparse.adapters.load import adapter_in
+
+    with adapter_in(folder) as adapter:
+        show(adapter, as_json=json)
+
+
+def show(adapter: Any, *, as_json: bool) -> None:
+    """Print what is known of an adapter, of an `AdapterFolder`."""
     from json import dumps
 
-    from hf_sparse.adapters.folder import AdapterFolder
-
-    adapter = AdapterFolder(folder)
     content = describe(adapter)
-    if json:
+    if as_json:
         typer.echo(dumps(content, indent=2))
         return
     console, view = Console(), Table.grid(padding=(0, 2))

@@ -1,6 +1,6 @@
 """Publish an adapter: `hf-sparse push`."""
 
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -15,6 +15,14 @@ if TYPE_CHECKING:
 def push(
     folder: Folder,
     repo_id: Annotated[str, typer.Argument(metavar="REPO_ID", help="user/name; created if it does not exist.")],
+    form: Annotated[
+        Literal["adapter", "full", "merged"],
+        typer.Option(
+            "--as",
+            help="adapter: it alone. full: the base model's files with the adapter inside, which is dense without "
+            "hf-sparse. merged: the same with LoRA added to the weights.",
+        ),
+    ] = "adapter",
     private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
     base_model: Annotated[
         str | None, typer.Option(help="Hub id of the base model, where the adapter was made on a local folder.")
@@ -31,11 +39,14 @@ def push(
         bool, typer.Option("--dry-run", help="Check everything and say what would be pushed; change nothing.")
     ] = False,
 ) -> None:
-    """Publish the adapter in DIR with its card, in one commit. Log in with `hf auth login`, or set HF_TOKEN."""
+    """Publish the adapter in DIR with its card, alone or in a full model, in one commit.
+
+    Log in with `hf auth login`, or set HF_TOKEN.
+    """
     load_workflow()
     from hf_sparse.hub import plan_push, push_to_hub
 
-    options: dict[str, Any] = {"base_model": base_model, "license": license, "private": private}
+    options: dict[str, Any] = {"form": form, "base_model": base_model, "license": license, "private": private}
     options |= {"revision": revision, "create_pr": create_pr}
     console = Console()
     if dry_run:

@@ -1,9 +1,10 @@
 """A test Hub: one threaded HTTP server on 127.0.0.1 that unmodified Hugging Face clients can push to and pull from.
 
-It speaks the classic LFS transport only (clients run with `HF_HUB_DISABLE_XET=1`), keeps everything in memory and uses
-only the standard library. It holds models and datasets, with branches and tags; a pull request is a branch
-`refs/pr/N` that nobody merges. Left out on purpose: Xet, LFS multipart, gating, pagination. The card rules are a guess,
-as the real ones are not public.
+It speaks both transports, classic LFS (clients run with `HF_HUB_DISABLE_XET=1`) and Xet (`loopback_xet.py` holds its
+formats), keeps everything in memory and uses only the standard library. What came by one is given out by both. It holds
+models and datasets, with branches and tags; a pull request is a branch `refs/pr/N` that nobody merges. Left out on
+purpose: LFS multipart, deduplication among clients, gating, pagination. The card rules are a guess, as the real ones
+are not public.
 
 Requests are answered one at a time, so a commit is seen whole or not at all, whatever the clients do in parallel.
 """
@@ -26,6 +27,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 LFS_THRESHOLD = 10 * 2**20  # bytes; larger files go to LFS whatever their name
 LFS_NAMES = re.compile(r"\.(safetensors|bin|pt|pth|ckpt|gguf|onnx|h5|msgpack|npz|npy|parquet|arrow|zip|gz|png)$")
+XET_TOKEN = "xet_test"  # what the Hub's token is exchanged for, for the content store
 INVALID_TOKEN = "Invalid credentials in Authorization header"  # clients compare with this exact text
 
 
@@ -200,17 +202,26 @@ def route(methods: str, template: str, write: bool = False) -> Callable:
 class LoopbackHub:
     """The server and its state; it runs from construction until `close`.
 
-    `parse_yaml` reads the metadata of cards. Without it they go unread, as the standard library has no YAML parser.
+    `parse_yaml` reads the metadata of cards; without it they go unread, as the standard library has no YAML parser.
+    `xet` is a `XetStore` of `loopback_xet.py`; without it only the classic transport works.
     """
 
-    def __init__(self, user: str = "tester", token: str = "hf_test", parse_yaml: Callable[[str], Any] | None = None):
+    def __init__(
+        self,
+        user: str = "tester",
+        token: str = "hf_test",
+        parse_yaml: Callable[[str], Any] | None = None,
+        xet: Any = None,
+    ):
         self.user, self.token, self._parse_yaml = user, token, parse_yaml
         self.requests: list[tuple[str, str]] = []  # (method, decoded path without the query), in order of arrival
         self._repos: dict[tuple[str, str], Repo] = {}
         self._objects: dict[str, bytes] = {}  # LFS content by sha256
+        self._xet = xet
         self._failures: list[tuple[re.Pattern[str], HubError]] = []  # one entry per request that is to fail
         self._faults: list[tuple[str, str, re.Pattern[str], Callable[..., Any]]] = []  # (when, method, path, what)
         self.override: dict[str, Any] = {}  # by pattern of the path, an answer in place of the real one
+        self.is_cut = False  # whether the connection is lost for good
         self.licenses: set[str] | None = None  # the only ones that cards may have
         self._lock = threading.Lock()
         self._server = Server(("127.0.0.1", 0), partial(Handler, self))
@@ -245,6 +256,16 @@ class LoopbackHub:
         when = "after" if answered else "before"
         self._faults += [(when, method, re.compile(path_regex), _cut)] * times
 
+    def cut_from_next(self, method: str, path_regex: str, *, skipped: int = 0) -> None:
+        """Closes the connection of one such request and of all that follow, unanswered; a few may come before it."""
+
+        def lose() -> None:
+            self.is_cut = True
+            _cut()
+
+        for action in (*[lambda: None] * skipped, lose):
+            self.before_next(method, path_regex, action)
+
     def damage_next(self, path_regex: str, change: Callable[[bytes], bytes]) -> None:
         """Changes the content of the next file that is sent; the headers tell its old hash."""
         self._faults.append(("content", "GET", re.compile(path_regex), change))
@@ -265,6 +286,7 @@ class LoopbackHub:
         self.requests.clear()
         self._failures.clear()
         self._faults.clear()
+        self.is_cut = False
 
     def handle(self, request: Request) -> Response:
         with self._lock:
@@ -479,6 +501,7 @@ class LoopbackHub:
         if not head.id.startswith(header.get("parentCommit", "")):
             raise HubError(412, "A commit has happened since. Please refresh and try again.")
         files = dict(head.files)
+        self._take_over_from_xet([line["value"]["oid"] for line in lines[1:] if line["key"] == "lfsFile"])
         for line in lines[1:]:
             apply_operation(files, self._objects, line["key"], line["value"])
         if "README.md" in files:
@@ -503,7 +526,65 @@ class LoopbackHub:
         if blob.sha256 is None:
             return file_response(request, blob, headers)
         headers |= {"X-Linked-ETag": f'"{blob.sha256}"', "X-Linked-Size": str(len(blob.data))}
+        if self._xet and (name := self._xet.files_of.get(blob.sha256)):
+            token = f"{self.endpoint}/api/{repo.kind}/{repo.id}/xet-read-token/{commit.id}"
+            headers |= {"X-Xet-Hash": name, "Link": f'<{token}>; rel="xet-auth"'}
         return Response(302, {**headers, "Location": f"{self.storage}/lfs/{blob.sha256}"}, b"")
+
+    @route("GET", "{api}/xet-(?P<what>read|write)-token/{rev}")
+    def _xet_token(self, request: Request, repo: Repo, what: str, rev: str) -> Response:
+        if self._xet is None:
+            raise HubError(404, "this loopback Hub has no Xet")
+        if what == "write":
+            self._authenticate(request)
+            self._check_owner(repo.id)
+        repo.at(rev)
+        answer = {"accessToken": XET_TOKEN, "exp": int(datetime.now(UTC).timestamp()) + 3600, "casUrl": self.storage}
+        names = {"accessToken": "Access-Token", "exp": "Token-Expiration", "casUrl": "Cas-Url"}
+        return reply(answer, headers={f"X-Xet-{names[key]}": str(value) for key, value in answer.items()})
+
+    @route("POST", "/v1/(?P<what>xorbs/default/[0-9a-f]{64}|shards)")
+    def _xet_upload(self, request: Request, what: str) -> Response:
+        self._authenticate_xet(request)
+        try:
+            if what == "shards":
+                self._xet.add_shard(request.body)
+                return reply({"result": 1})
+            return reply({"was_inserted": self._xet.add_xorb(what.rpartition("/")[2], request.body)})
+        except (ValueError, LookupError) as error:
+            raise HubError(400, str(error)) from error
+
+    @route("GET", "/v1/reconstructions/(?P<name>[0-9a-f]{64})")
+    def _xet_reconstruction(self, request: Request, name: str) -> Response:
+        self._authenticate_xet(request)
+        part = re.fullmatch(r"bytes=(\d+)-(\d*)", request.headers.get("Range", "bytes=0-"))
+        if name not in self._xet.files or part is None:
+            raise HubError(404, f"no Xet file {name}")
+        last = int(part[2]) if part[2] else None
+        try:
+            return reply(self._xet.reconstruction(name, int(part[1]), last, f"{self.storage}/xorbs"))
+        except IndexError:
+            raise HubError(416, "range past the end") from None
+
+    @route("GET", "/xorbs/(?P<name>[0-9a-f]{64})")
+    def _xorb(self, request: Request, name: str) -> Response:
+        """The storage takes no token: its real addresses are signed."""
+        if name not in self._xet.xorbs:
+            raise HubError(404, f"no xorb {name}")
+        return file_response(request, Blob(self._xet.xorbs[name].data), {})
+
+    def _authenticate_xet(self, request: Request) -> None:
+        if request.headers.get("Authorization") != f"Bearer {XET_TOKEN}":
+            raise HubError(401, INVALID_TOKEN)
+
+    def _take_over_from_xet(self, hashes: list[str]) -> None:
+        """Puts files together that a commit names by sha256 and that came by Xet, so that LFS has them too."""
+        for sha256 in hashes if self._xet else ():
+            if sha256 not in self._objects and (name := self._xet.files_of.get(sha256)):
+                data = self._xet.content(name)
+                if hashlib.sha256(data).hexdigest() != sha256:
+                    raise HubError(400, f"the content of Xet file {name} is not that of LFS object {sha256}")
+                self._objects[sha256] = data
 
 
 def _cut() -> None:
@@ -530,6 +611,8 @@ class Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         request = Request(self.command, url.path, parse_qs(url.query), self.headers, self._read_body())
         try:
+            if self.hub.is_cut:
+                _cut()
             if before := self.hub.take_fault("before", request):
                 before()
             response = self.hub.handle(request)

@@ -11,7 +11,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
-from huggingface_hub import HfApi, ModelCard, hf_hub_download, snapshot_download
+from huggingface_hub import HfApi, ModelCard, ModelCardData, hf_hub_download, metadata_load, snapshot_download
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -391,16 +391,32 @@ def test_plan_says_what_a_push_does_and_changes_nothing(model, api, hub, repo_id
     assert plan.uploads.items() <= sizes.items()
 
 
-def test_metadata_names_base_dataset_language_and_metric(model, base_id, api, repo_id):
-    api.upload_file(path_or_fileobj=b"---\nlanguage:\n- en\n- de\n---\n", path_in_repo="README.md", repo_id=base_id)
+@pytest.mark.parametrize(
+    ("form", "kin", "library"), [("adapter", "adapter", "peft"), ("full", "finetune", "hf-sparse")]
+)
+def test_metadata_names_base_dataset_language_and_metric(model, base_id, api, repo_id, form, kin, library):
+    page = b"---\nlicense: mit\nlanguage:\n- en\n- de\n---\n"
+    api.upload_file(path_or_fileobj=page, path_in_repo="README.md", repo_id=base_id)
     trained = TRAINING | {"dataset": {"name": "me/books", "split": "train", "column": "text"}}
     try:
-        push_to_hub(model, repo_id, evaluation=EVALUATION, training=trained)
+        push_to_hub(model, repo_id, form=form, evaluation=EVALUATION, training=trained)
     finally:
         api.delete_file("README.md", base_id)
-    data = ModelCard.load(repo_id).data
-    assert f"base_model:adapter:{base_id}" in data.tags
-    assert (data.language, data.datasets, data.metrics) == (["en", "de"], ["me/books"], ["perplexity"])
+    path = hf_hub_download(repo_id, "README.md")
+    data = metadata_load(path)
+    assert data is not None and data == ModelCardData(**data).to_dict() == ModelCard.load(path).data.to_dict()
+    tags = data.pop("tags")
+    assert f"base_model:{kin}:{base_id}" in tags and "hf-sparse" in tags and "sparsek" in tags
+    assert data == {
+        "license": "mit",
+        "language": ["en", "de"],
+        "library_name": library,
+        "base_model": base_id,
+        "base_model_relation": kin,
+        "datasets": ["me/books"],
+        "metrics": ["perplexity"],
+        "pipeline_tag": "text-generation",
+    }
 
 
 def test_license_is_that_of_the_base_or_the_one_given(model, base_id, api, repo_id):
