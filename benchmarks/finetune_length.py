@@ -113,7 +113,7 @@ def profile_step(model: PreTrainedModel, tokens: int) -> dict[str, Any]:
 
 def compile_parts(model: PreTrainedModel) -> None:
     """Compile the MLP and the norms of every layer, as any program can before it calls `finetune`."""
-    for layer in model.model.layers:  # type: ignore[attr-defined]
+    for layer in model.model.layers:
         for part in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
             part.forward = torch.compile(part.forward, dynamic=False)
 
