@@ -9,6 +9,7 @@ import torch
 
 from hf_sparse.finetune import FinetuneConfig, estimate, finetune, loop
 from hf_sparse.finetune.peak import share_of_peak
+from hf_sparse.finetune.stages import training_of
 
 SHORT = {"steps": 6, "warm_start_steps": 2, "batch_size": 2, "warmup_steps": 1, "progress": False, "cpu": True}
 
@@ -45,6 +46,14 @@ def test_scores_that_collapse_are_told_once(sparse_llama, chunks, changes, messa
         warnings.simplefilter("always")
         train(model, chunks, warm_start_steps=0, **changes)
     assert sum("scores have collapsed" in str(warning.message) for warning in told) == (1 if message else 0)
+
+
+@pytest.mark.parametrize("k, support, collapsed", [(508, 551.0, False), (24, 28.1, False), (24, 24.5, True)])
+def test_runs_that_learned_well_are_not_told_to_have_collapsed(sparse_llama, k, support, collapsed):
+    """The last steps of a Qwen2.5 of 1.5B and of a MiniLM; and gates of which next to none is between 0 and 1."""
+    training = training_of(sparse_llama(k=k), FinetuneConfig(**SHORT))
+    problem = training.problem(training.stages[-1], {"support": support})
+    assert ("the scores have collapsed" in problem) if collapsed else problem is None
 
 
 def test_gradients_that_vanish_are_told(sparse_llama, chunks, monkeypatch):
