@@ -10,6 +10,7 @@ are GPUs, started by torchrun (DDP) or by accelerate's launcher (FSDP2):
          that of one alone; `difference` is the norm by which what was trained differs from one process, over the norm
          by which training has changed it.
     8B   with FSDP2; and, on four GPUs, layers of a 70B shape, whose number is told
+    map  one process whose layers `device_map` spreads over two GPUs
     kill one process of two ends by SIGKILL in its fourth step; how the others end, and what a run makes of it that
          resumes on another number of processes
 
@@ -31,6 +32,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from accelerate import dispatch_model
 from attention_kernels import current_commit  # beside this file
 from finetune_length import LLAMA_1B
 from model import LLAMA_8B, TINY
@@ -67,6 +69,8 @@ def work(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     with device:
         config = LlamaConfig(**SHAPES[case["shape"]], max_position_embeddings=length)
         base = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if cuda else torch.float32)
+    if "gpus" in case:
+        place_layers(base, case["gpus"])
     model = get_peft_model(base.eval(), method(case["method"], tiny))
     before = {name: tensor.detach().cpu().clone() for name, tensor in get_peft_model_state_dict(model).items()}
     if case["engine"] == "fsdp2":  # as a checkpoint that is too large for one GPU is loaded
@@ -91,6 +95,16 @@ def work(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     row = {name: metrics[name] for name in ("peak_memory_bytes", "base_share") if name in metrics}
     row["tokens_per_second"] = statistics.median(step["tokens_per_second"] for step in metrics["history"][1:])
     return row | {"losses": [step["loss"] for step in metrics["history"]]}
+
+
+def place_layers(base: Any, gpus: int) -> None:
+    """Spread the layers of a model over several GPUs, as `from_pretrained` does with a `device_map`."""
+    places: list[Any] = list(range(gpus)) if torch.cuda.is_available() else ["cpu"] * gpus
+    layers = base.config.num_hidden_layers
+    device_map = {f"model.layers.{number}": places[number * gpus // layers] for number in range(layers)}
+    device_map |= {"model.embed_tokens": places[0], "model.rotary_emb": places[0]}
+    device_map |= {"model.norm": places[-1], "lm_head": places[-1]}
+    dispatch_model(base, device_map, main_device=places[0], force_hooks=True)
 
 
 def kill_at(step: int) -> None:
@@ -171,8 +185,8 @@ def plan(options: argparse.Namespace, folder: Path) -> list[tuple[str, int, list
             copy = {"output": f"{place['output']}-{count}", "copied": place["output"], "accumulation": most // count}
             going_on = small | copy | {"name": f"resumed {engine} {count}", "engine": engine if count > 1 else "ddp"}
             launches.append((going_on["engine"], count, [going_on]))
-    whole = small | {"name": "whole", "engine": "ddp", "accumulation": most}
-    return [*launches, ("ddp", 1, [whole])]
+    last = [{"name": "whole"}, *([{"name": "placed on 2 GPUs", "gpus": 2}] if most > 1 else [])]
+    return [*launches, ("ddp", 1, [small | {"engine": "ddp", "accumulation": most} | case for case in last])]
 
 
 def main() -> None:
@@ -225,9 +239,10 @@ def compare(row: dict[str, Any], cases: list[dict[str, Any]], folder: Path, earl
         if alone is not None and row["processes"] > 1:
             told["efficiency"] = told["tokens_per_second"] / alone["tokens_per_second"] / row["processes"]
             told["difference"] = difference(folder, case["name"], case["alone"])
-        if case["name"] == "whole":
-            resumed = [path.stem for path in folder.glob("resumed *.safetensors") if not path.stem.endswith("-before")]
-            told["differences"] = {name: difference(folder, name, "whole") for name in sorted(resumed)}
+        if case["name"] == "whole":  # all that has been trained in the same way
+            runs = sorted([*folder.glob("resumed *"), *folder.glob("placed *")])
+            names = [path.stem for path in runs if not path.stem.endswith("-before")]
+            told["differences"] = {name: difference(folder, name, "whole") for name in names}
 
 
 if __name__ == "__main__":

@@ -96,6 +96,19 @@ def test_gates_of_heads_alike_are_measured_together(monkeypatch):
     assert calls == [3, 5]
 
 
+def test_layers_that_accelerate_placed(sparse_llama, chunks):
+    """As `device_map` leaves them: hooks take tensors to the device of each module, and nothing is moved as a whole."""
+    whole, placed = sparse_llama(), sparse_llama()
+    base = placed.get_base_model()
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    places |= {f"model.layers.{number}": "cpu" for number in range(len(base.model.layers))}
+    accelerate.dispatch_model(base, places, main_device="cpu", force_hooks=True)
+    assert len(base.hf_device_map) > 1 and base.lm_head._hf_hook.execution_device == "cpu"
+    losses = [[row["loss"] for row in train(model, chunks)["history"]] for model in (whole, placed)]
+    assert losses[0] == losses[1] and same(scorers(whole), scorers(placed))
+    train(placed, chunks, gradient_checkpointing=True)
+
+
 def test_metrics(sparse_llama, chunks, tmp_path):
     metrics = train(sparse_llama(), chunks, output_dir=str(tmp_path))
     assert json.loads((tmp_path / "finetune.json").read_text()) == metrics
