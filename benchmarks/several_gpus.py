@@ -65,6 +65,8 @@ def work(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     length = 96 if tiny else LENGTH
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
     torch.manual_seed(0)
     with device:
         config = LlamaConfig(**SHAPES[case["shape"]], max_position_embeddings=length)
@@ -131,11 +133,13 @@ def launch(engine: str, processes: int, cases: list[dict[str, Any]], folder: Pat
     start = ["-m", *launcher] if engine != "none" else []
     command = [sys.executable, *start, __file__, "--cases", json.dumps(cases), "--output", str(folder)]
     began = time.perf_counter()
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=limit)
-        code, errors = done.returncode, done.stderr
-    except subprocess.TimeoutExpired as expired:
-        code, errors = 124, (expired.stderr or b"").decode()
+        _, errors = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # the launcher with all that it started
+        _, errors = process.communicate()
+    code = process.returncode
     told = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     row = {"engine": engine, "processes": processes, "exit_code": code, "seconds": time.perf_counter() - began}
     if code:
