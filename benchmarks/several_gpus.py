@@ -43,17 +43,22 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from hf_sparse import SparsefinderConfig, SparseKConfig
 from hf_sparse.atomic_files import write_json
 from hf_sparse.environment import describe, is_main_process
-from hf_sparse.finetune import FinetuneConfig, config_file, finetune, loop
+from hf_sparse.finetune import FinetuneConfig, checkpoint, config_file, finetune, loop
 
 LLAMA_70B = LLAMA_8B | {"hidden_size": 8192, "num_attention_heads": 64, "intermediate_size": 28_672}
-SHAPES = {"1B": LLAMA_1B, "8B": LLAMA_8B, "70B": LLAMA_70B | {"num_hidden_layers": 20}, "tiny": LLAMA_8B | TINY}
+SHAPES: dict[str, dict[str, Any]] = {
+    "1B": LLAMA_1B,
+    "8B": LLAMA_8B,
+    "70B": LLAMA_70B | {"num_hidden_layers": 20},
+    "tiny": LLAMA_8B | TINY,
+}
 LENGTH = 8_192
 KILLED = {"rank": 1, "step": 4}
 
 
 def method(name: str, tiny: bool) -> Any:
     """Return the configuration of a method by its name in a case."""
-    budget = {"k": 12, "window": 16, "sinks": 4} if tiny else {"k": 508, "window": 512, "sinks": 4}
+    budget: dict[str, Any] = {"k": 12, "window": 16, "sinks": 4} if tiny else {"k": 508, "window": 512, "sinks": 4}
     if name == "sparsefinder":
         return SparsefinderConfig(tile=8, window=8) if tiny else SparsefinderConfig()
     return SparseKConfig(**budget, lora_rank=8 if name == "sparsek lora" else 0)
@@ -87,6 +92,7 @@ def work(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     settings |= {"graph_steps": 0} if case["method"] == "sparsefinder" else {"warm_start_steps": 0}
     if "output" in case:
         settings |= {"output_dir": case["output"], "checkpoint_every": 1, "resume": True}
+        resumed = checkpoint.latest(Path(case["output"]))
     if "killed" in case and os.environ["RANK"] == str(case["killed"]["rank"]):
         kill_at(case["killed"]["step"])
     metrics = finetune(model, chunks, FinetuneConfig(**settings, gradient_accumulation_steps=case["accumulation"]))
@@ -94,8 +100,10 @@ def work(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     if is_main_process():
         save_file(learned, folder / f"{case['name']}.safetensors")
         save_file(before, folder / f"{case['name']}-before.safetensors")
-    row = {name: metrics[name] for name in ("peak_memory_bytes", "base_share") if name in metrics}
+    row: dict[str, Any] = {name: metrics[name] for name in ("peak_memory_bytes", "base_share") if name in metrics}
     row["tokens_per_second"] = statistics.median(step["tokens_per_second"] for step in metrics["history"][1:])
+    if "output" in case:
+        row["resumed_from"] = resumed and resumed.name
     return row | {"losses": [step["loss"] for step in metrics["history"]]}
 
 
@@ -119,7 +127,7 @@ def kill_at(step: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         average(*arguments)
 
-    loop.average_gradients = average_or_end
+    loop.average_gradients = average_or_end  # type: ignore[assignment]
 
 
 def launch(engine: str, processes: int, cases: list[dict[str, Any]], folder: Path, limit: float) -> dict[str, Any]:
@@ -182,7 +190,7 @@ def plan(options: argparse.Namespace, folder: Path) -> list[tuple[str, int, list
             shapes = ("8B", "70B") if count >= 4 else ("8B",)
             large = [case("sparsek", "fsdp2", count, shape, 3, accumulation=1) for shape in shapes]
             launches.append(("fsdp2", count, large))
-    small = {"method": "sparsek", "shape": "tiny", "steps": 6}
+    small: dict[str, Any] = {"method": "sparsek", "shape": "tiny", "steps": 6}
     for engine in ("ddp", "fsdp2") if most > 1 else ():
         place = {"output": str(folder / f"run-{engine}"), "accumulation": most // 2}
         launches.append((engine, 2, [small | place | {"name": f"killed {engine}", "engine": engine, "killed": KILLED}]))
@@ -226,7 +234,7 @@ def main() -> None:
                 break
             for case in cases:
                 if "copied" in case:
-                    subprocess.run(["cp", "-r", case["copied"], case["output"]], check=True)
+                    subprocess.run(["cp", "-r", case["copied"], case["output"]], check=False)
             row = launch(engine, count, cases, folder, max(30, left))
             compare(row, cases, folder, result["launches"])
             result["launches"].append(row)
