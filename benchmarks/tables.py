@@ -20,6 +20,7 @@
         --prediction entmax_prediction-choices-h200.json entmax_prediction-smollm2-h200.json \\
         entmax_prediction-h200.json --static static_decode-8-layers-h200.json \\
         --quality predicted_quality-*-h200.json --bidirectional entmax_bidirectional-*-h200.json \\
+        --lengths finetune_length-h200.json \\
         --fill ../../docs/speed.md ../../README.md --figure ../../docs/speed.png
 
 A document marks the place of a table: everything between `<!-- table: NAME -->` and `<!-- end -->` is replaced. The
@@ -184,6 +185,23 @@ def long_table(model: dict[str, Any], part: str, names: dict[str, str]) -> str:
             row.append(f"{short(cell['median_ms'])} ms, {speed:,.0f} tokens/s{peak}")
         rows.append(row)
     return table(["tokens", *names.values()], rows)
+
+
+def length_table(run: dict[str, Any]) -> str:
+    """Tabulate training of scorers at long texts."""
+    rows = []
+    for row in run["rows"]:
+        if row["objective"] == "profile":
+            continue
+        settings = ["layers run again"] * row["gradient_checkpointing"] + ["MLPs and norms compiled"] * row["compiled"]
+        cells = [f"{row['shape']}, {row['objective']}" + "".join(f", {one}" for one in settings), f"{row['tokens']:,}"]
+        if "tokens_per_second" not in row:
+            rows.append([*cells, row["error"].split(":")[0], "-", "-", "-"])
+            continue
+        share, peak = row["share_of_peak"], row["peak_memory_bytes"]
+        cells += [f"{row['tokens_per_second']:,.0f}", short(row["hours_for_20M_tokens"])]
+        rows.append([*cells, "-" if share is None else f"{share:.0%}", f"{peak / 2**30:.0f} GiB" if peak else "-"])
+    return table(["base, objective", "tokens", "tokens/s", "hours for 20 M tokens", "share of peak", "memory"], rows)
 
 
 def profile_table(profiles: list[dict[str, Any]]) -> str:
@@ -765,6 +783,7 @@ def all_tables(
     quality: Sequence[dict[str, Any]] = (),
     bidirectional: Sequence[dict[str, Any]] = (),
     flex: dict[str, Any] | None = None,
+    lengths: dict[str, Any] | None = None,
 ) -> dict[str, str]:
     """Return every table by the name that documents call it.
 
@@ -775,8 +794,8 @@ def all_tables(
     `generate.py` for short prompts, `prefills` one of `prefill.py`, `recorded` and `first_static` are runs of the
     scripts of these names, `static` holds runs of `static_decode.py`, `prediction` runs of predicted tiles, of
     which the first with a text and a contender counts; `quality` holds runs of what predicted tiles cost in perplexity,
-    `bidirectional` runs of entmax_kernels.py without a causal mask, and `flex` is one of predicted tiles beside
-    FlexAttention."""
+    `bidirectional` runs of entmax_kernels.py without a causal mask, `flex` is one of predicted tiles beside
+    FlexAttention, and `lengths` one of `finetune_length.py`."""
     spread = [[label, f"{model['spread'][name]:.0%}"] for name, label in CACHES.items()]
     return {
         "machine": machine_table(kernels, model),
@@ -822,6 +841,7 @@ def all_tables(
         "errors of entmax": other_error_table([run for run in prediction if "errors_of_others" in run][-1:]),
         **({"predicted quality": predicted_quality_table(quality)} if quality else {}),
         **({"flex tiles": flex_table(flex)} if flex else {}),
+        **({"lengths": length_table(lengths)} if lengths else {}),
         **(bidirectional_tables(bidirectional) if bidirectional else {}),
     }
 
@@ -891,6 +911,7 @@ def main() -> None:
     parser.add_argument("--static", type=Path, nargs="+", required=True, help="JSON of static_decode.py")
     parser.add_argument("--quality", type=Path, nargs="+", default=[], help="JSON of predicted_quality.py")
     parser.add_argument("--bidirectional", type=Path, nargs="+", default=[], help="JSON of entmax_kernels.py")
+    parser.add_argument("--lengths", type=Path, help="JSON of finetune_length.py")
     parser.add_argument("--flex", type=Path, help="JSON of entmax_prediction.py beside FlexAttention")
     parser.add_argument(
         "--fill", type=Path, nargs="*", default=[], help="Markdown files whose marked tables are replaced"
@@ -931,6 +952,7 @@ def main() -> None:
         quality=list(map(read, options.quality)),
         bidirectional=list(map(read, options.bidirectional)),
         flex=read(options.flex) if options.flex else None,
+        lengths=read(options.lengths) if options.lengths else None,
     )
     if options.figure:
         draw(kernels, options.figure)

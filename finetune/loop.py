@@ -29,6 +29,7 @@ from hf_sparse.finetune.identity import adapter_sha256, adapter_tensors, base_sh
 from hf_sparse.finetune.journal import Journal
 from hf_sparse.finetune.launch import is_sharded
 from hf_sparse.finetune.order import ShuffledRows, first_rows
+from hf_sparse.finetune.peak import share_of_peak
 from hf_sparse.finetune.processes import (
     average_gradients,
     batch_weights,
@@ -216,9 +217,7 @@ def _train(model: nn.Module, dataset: Any, config: FinetuneConfig | None, *, sam
                 rate = share * stage.learning_rate  # of what the method itself learns; LoRA has its own
                 row = {"step": number + 1, "stage": stage.label, "loss": loss, "learning_rate": rate}
                 history.append(row | {"gradient_norm": norm, "tokens_per_second": speed} | measured)
-                noted = {**history[-1], "seconds": time.perf_counter() - began}
-                if accelerator.device.type == "cuda":
-                    noted["memory_bytes"] = torch.cuda.max_memory_allocated()
+                noted = {**history[-1], "seconds": time.perf_counter() - began, **_of_gpu(run, stage, speed)}
                 journal.add(noted, training.problem(stage, history[-1]))
                 if output and config.checkpoint_every and (number + 1) % config.checkpoint_every == 0:
                     accelerator.wait_for_everyone()
@@ -362,6 +361,17 @@ def _clip(run: _Run) -> list[float]:
     """Clip the gradients of each group of parameters, and return the norms that they had."""
     groups = run.adamw.param_groups
     return [float(run.accelerator.clip_grad_norm_(group["params"], run.config.max_grad_norm)) for group in groups]
+
+
+def _of_gpu(run: _Run, stage: Stage, speed: float) -> dict[str, float]:
+    """Return what `finetune.jsonl` tells of the GPU in a step at `speed` tokens per second; nothing on a CPU."""
+    device = run.accelerator.device
+    if device.type != "cuda":
+        return {}
+    told: dict[str, float] = {"memory_bytes": torch.cuda.max_memory_allocated()}
+    speed, name = speed / run.accelerator.num_processes, torch.cuda.get_device_name(device)
+    share = share_of_peak(run.model, stage.name, speed, name, mixed_precision=run.config.mixed_precision)
+    return told if share is None else {**told, "share_of_peak": share}
 
 
 def _peak_memory() -> int:

@@ -69,6 +69,7 @@ def tables() -> dict[str, str]:
         prefills=prefills,
         prediction=read("entmax_prediction-choices", "entmax_prediction-smollm2", "entmax_prediction"),
         bidirectional=read("entmax_bidirectional-1", "entmax_bidirectional-8"),
+        lengths=read("finetune_length")[0],
         quality=read(
             "predicted_quality-smollm2", "predicted_quality-smollm2-lora", "predicted_quality-smollm2-unpatched"
         ),

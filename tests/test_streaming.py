@@ -5,6 +5,7 @@ import json
 import datasets
 import pytest
 import torch
+from huggingface_hub import HfApi
 from transformers import AutoTokenizer
 
 from hf_sparse.data import pack_documents
@@ -41,6 +42,20 @@ def test_rows_are_shuffled_by_the_seed_and_bad_ones_counted(file):
     assert (streams[0].rows, streams[0].bad) == (14, 2)
     with pytest.raises(DataError, match=r"column 'words' .* holds no text in 14 rows"):
         list(Documents(str(file), None, "train", "words", 0))
+
+
+def test_a_dataset_of_the_hub_is_streamed(hub):
+    """By its id, from several files of rows; a name that the Hub does not know is an error before training."""
+    api, name = HfApi(), f"{hub.user}/stories"
+    api.create_repo(name, repo_type="dataset")
+    for part in (0, 1):
+        rows = [{"story": text} for text in TEXTS[part::2]] + [{"story": None}]
+        content = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        api.upload_file(path_or_fileobj=content, path_in_repo=f"train-{part}.jsonl", repo_id=name, repo_type="dataset")
+    stream = Documents(name, None, "train", "story", 0)
+    assert sorted(stream) == sorted(TEXTS) and (stream.rows, stream.bad) == (14, 2)
+    with pytest.raises(DataError, match=r"the dataset '.*/nothing' cannot be loaded"):
+        Documents(f"{hub.user}/nothing", None, "train", "story", 0)
 
 
 def test_chunks_of_documents(tokenizer):

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from hf_sparse.finetune import FinetuneConfig, estimate, finetune, loop
+from hf_sparse.finetune.peak import share_of_peak
+from hf_sparse.finetune.stages import training_of
 
 SHORT = {"steps": 6, "warm_start_steps": 2, "batch_size": 2, "warmup_steps": 1, "progress": False, "cpu": True}
 
@@ -46,6 +48,14 @@ def test_scores_that_collapse_are_told_once(sparse_llama, chunks, changes, messa
     assert sum("scores have collapsed" in str(warning.message) for warning in told) == (1 if message else 0)
 
 
+@pytest.mark.parametrize("k, support, collapsed", [(508, 551.0, False), (24, 28.1, False), (24, 24.5, True)])
+def test_runs_that_learned_well_are_not_told_to_have_collapsed(sparse_llama, k, support, collapsed):
+    """The last steps of a Qwen2.5 of 1.5B and of a MiniLM; and gates of which next to none is between 0 and 1."""
+    training = training_of(sparse_llama(k=k), FinetuneConfig(**SHORT))
+    problem = training.problem(training.stages[-1], {"support": support})
+    assert ("the scores have collapsed" in problem) if collapsed else problem is None
+
+
 def test_gradients_that_vanish_are_told(sparse_llama, chunks, monkeypatch):
     clip, calls = loop._clip, []
     monkeypatch.setattr(
@@ -53,6 +63,19 @@ def test_gradients_that_vanish_are_told(sparse_llama, chunks, monkeypatch):
     )
     with pytest.warns(UserWarning, match=r"step 5 \(distill\): the gradient has vanished"):
         train(sparse_llama(), chunks)
+
+
+def test_the_share_of_the_peak(sparse_llama):
+    """One GPU at its peak would do two operations per weight, token and pass; embeddings are looked up."""
+    model = sparse_llama()
+    looked_up = model.get_base_model().get_input_embeddings().weight.numel()
+    weights = sum(parameter.numel() for parameter in model.parameters()) - looked_up
+    speed = 0.5 * 989e12 / (2 * weights)
+    half = {"mixed_precision": "bf16"}
+    assert share_of_peak(model, "attention", speed, "NVIDIA H200", **half) == pytest.approx(0.5)
+    assert share_of_peak(model, "distill", speed, "NVIDIA H100 80GB HBM3", **half) == pytest.approx(1.5)
+    assert share_of_peak(model, "lm", speed, "NVIDIA H200") is None  # the weights are float32
+    assert share_of_peak(model, "lm", speed, "Another", **half) is None
 
 
 def test_a_tracker_of_accelerate(sparse_llama, chunks, monkeypatch):

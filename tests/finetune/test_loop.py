@@ -23,6 +23,7 @@ from hf_sparse.errors import DataError
 from hf_sparse.finetune import FinetuneConfig, checkpoint, finetune
 from hf_sparse.finetune.order import ShuffledRows
 from hf_sparse.methods.sparsek import SparseKConfig
+from hf_sparse.ops import sparsek
 from hf_sparse.patches import sparse_layers
 
 SHORT = {"steps": 6, "warm_start_steps": 3, "batch_size": 2, "warmup_steps": 1, "progress": False}
@@ -82,6 +83,30 @@ def test_the_loss_falls(sparse_llama, chunks, objective, rate):
     )
     losses = [row["loss"] for row in metrics["history"]]
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+def test_gates_of_heads_alike_are_measured_together(monkeypatch):
+    """Each projection is about a thousand launches, and an 8B model has 256 KV heads."""
+    module = hf_sparse.methods.sparsek.training
+    calls = []
+    monkeypatch.setattr(module, "sparsek", lambda scores, k: calls.append(k) or sparsek(scores, k))
+    competing = [module._Competing(k, 4 * k, torch.randn(2, 40)) for k in (3, 5, 3)]
+    spread = [(sparsek(one.scores.topk(one.bound).values, one.k) > 0).sum(-1) for one in competing]
+    assert module._mean_support(competing) == pytest.approx(float(torch.cat(spread).float().mean()))
+    assert calls == [3, 5]
+
+
+def test_layers_that_accelerate_placed(sparse_llama, chunks):
+    """As `device_map` leaves them: hooks take tensors to the device of each module, and nothing is moved as a whole."""
+    whole, placed = sparse_llama(), sparse_llama()
+    base = placed.get_base_model()
+    places = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "cpu"}
+    places |= {f"model.layers.{number}": "cpu" for number in range(len(base.model.layers))}
+    accelerate.dispatch_model(base, places, main_device="cpu", force_hooks=True)
+    assert len(base.hf_device_map) > 1 and base.lm_head._hf_hook.execution_device == "cpu"
+    losses = [[row["loss"] for row in train(model, chunks)["history"]] for model in (whole, placed)]
+    assert losses[0] == losses[1] and same(scorers(whole), scorers(placed))
+    train(placed, chunks, gradient_checkpointing=True)
 
 
 def test_metrics(sparse_llama, chunks, tmp_path):

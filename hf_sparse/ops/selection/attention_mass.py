@@ -31,14 +31,16 @@ def far_attention_mass(query: Tensor, key: Tensor, *, window: int, scaling: floa
     seen = torch.zeros(length, dtype=torch.float32, device=query.device)
     rows = max(1, _BUFFER // max(1, batch * heads * length))
     for start in range(0, length, rows):
-        position = index[start : start + rows, None]
-        logits = (grouped[:, :, :, start : start + rows] @ key[:, :, None].transpose(-1, -2)).float() * scaling
+        end = min(start + rows, length)
+        reached = end if causal else length  # keys that some of these queries see
+        position, key_index = index[start:end, None], index[:reached]
+        logits = (grouped[:, :, :, start:end] @ key[:, :, None, :reached].transpose(-1, -2)).float() * scaling
         if causal:
-            logits = logits.masked_fill_(index > position, -torch.inf)
-            far = position - index >= window
+            logits = logits.masked_fill_(key_index > position, -torch.inf)
+            far = position - key_index >= window
         else:
-            offset = index - position + window // 2
+            offset = key_index - position + window // 2
             far = (offset < 0) | (offset >= window)
-        mass += (logits.softmax(-1) * far).sum((2, 3))
-        seen += far.sum(0)
+        mass[..., :reached] += (logits.softmax(-1) * far).sum((2, 3))
+        seen[:reached] += far.sum(0)
     return mass / seen.clamp(min=1)
