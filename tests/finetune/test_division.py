@@ -65,6 +65,20 @@ def test_a_resumed_run_is_the_run(sparse_llama, chunks, stopped, tmp_path, step)
     assert same(outcome(second), outcome(whole)) and metrics["division"]["head_shares"] == outcome(whole)[1]
 
 
+@pytest.mark.parametrize("step", [2, 6])  # its last checkpoint is from before the division, or from after it
+def test_a_run_that_ended_can_be_repeated(sparse_llama, chunks, stopped, tmp_path, step):
+    model, place = sparse_llama(), {"output_dir": str(tmp_path)}
+    with stopped(step):
+        train(sparse_llama(), chunks, **place, checkpoint_every=1)
+    train(model, chunks, **place, resume=True)
+    expected = outcome(model)
+    metrics = train(model, chunks, **place, resume=True)
+    assert same(outcome(model), expected) and metrics["division"]["head_shares"] == expected[1]
+    with pytest.raises(ValueError, match="cannot resume with other settings than the checkpoint's"):
+        train(model, chunks, **place, resume=True, divide_heads=False)
+    assert same(outcome(model), expected)
+
+
 @pytest.mark.parametrize(
     ("adapter", "recipe"),
     [
