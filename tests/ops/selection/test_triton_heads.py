@@ -83,7 +83,7 @@ def test_every_head_is_that_head_alone(name, gates, monkeypatch):
     for what, mine, theirs in zip(("output", "d q", "d k", "d v", "d z"), found, expected, strict=False):
         scale = max(1.0, float(theirs.abs().max()))
         difference = float((mine.double() - theirs).abs().max())
-        assert difference < 2e-5 * scale, (what, difference)
+        assert difference < 3e-5 * scale, (what, difference)
 
 
 def test_lists_beyond_the_kernels(monkeypatch):

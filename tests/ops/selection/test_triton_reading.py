@@ -112,7 +112,7 @@ def test_heads_with_different_numbers_of_slots(length, k_of_heads, learned, pois
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="models take this path on a GPU alone")
 @pytest.mark.parametrize(
     "shares",
-    [{}, {"layer_shares": [1.2, 0.8]}, {"head_shares": [[0.5, 1.5], [1.25, 0.75]]}],
+    [{}, {"layer_shares": [1.2, 0.8]}, {"head_shares": [[0.5, 1.0], [1.75, 0.75]]}],
     ids=["equal", "layers", "heads"],
 )
 @pytest.mark.parametrize("length", [17, 90])
