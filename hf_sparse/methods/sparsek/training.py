@@ -24,7 +24,9 @@ from hf_sparse.ops import sparsek
 
 _COLLAPSED = 1.1  # keys over which gates spread, as a share of k
 _EQUAL = 5  # the part of the steps in which all heads select as many keys: a fifth
-_CHUNKS = 4  # from all over the text, on which every head is measured
+_CHUNKS = 4  # from all over the text, on which every head is measured; or fewer, where that would take longest
+_FORWARDS = 4  # that a chunk costs in training: the teacher's, the model's, and a backward of two
+_BUDGETS = 2  # at which a head is measured
 
 
 class SparseKTraining(Training):
@@ -121,7 +123,9 @@ class SparseKTraining(Training):
                 f"chunks of {length} tokens are too short for the objective `attention`, which needs {needed} (sinks + "
                 f"window + {UNSETTLED + 2}); use longer chunks, or warm_start_steps=0"
             )
-        count = min(_CHUNKS, len(chunks))
+        heads = sum(layer.num_key_value_heads for layer in self.layers)
+        read = self.config.steps * self.config.batch_size * self.config.gradient_accumulation_steps
+        count = min(_CHUNKS, len(chunks), max(1, _FORWARDS * read // (_BUDGETS * heads)))
         self._measured_on = chunks[[number * len(chunks) // count for number in range(count)]]
 
     def begin(self, model: nn.Module, *batch: Tensor) -> dict[str, Any]:
