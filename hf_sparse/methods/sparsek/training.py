@@ -139,6 +139,10 @@ class SparseKTraining(Training):
         if self._equal is not None:
             settle([self.layers[0].config], head_shares=report.get("division", {}).get("head_shares"))
 
+    def undo(self) -> None:
+        if self._equal is not None:
+            settle([self.layers[0].config], head_shares=None)
+
     def enter(self, stage: Stage, read: Callable[[], Any]) -> None:
         if stage is self._main and self._equal is not None and "division" not in self._report:
             self._divide()
