@@ -71,7 +71,8 @@ def measure(model: PreTrainedModel, tokens: int, objective: str, recomputed: boo
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     options: dict[str, Any] = {"objective": objective, "steps": steps, "warm_start_steps": 0, "batch_size": 1}
-    config = FinetuneConfig(**options, gradient_checkpointing=recomputed, cpu=not cuda, progress=False)
+    settings: dict[str, Any] = {"divide_heads": False, "cpu": not cuda, "progress": False}
+    config = FinetuneConfig(**options, gradient_checkpointing=recomputed, **settings)
     metrics = finetune(model, chunks, config)
     speed = statistics.median(row["tokens_per_second"] for row in metrics["history"][1:])
     name = torch.cuda.get_device_name() if cuda else "cpu"

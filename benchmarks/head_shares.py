@@ -6,7 +6,8 @@ Two patched models share random weights; one has `head_shares` that rise evenly 
 `--least` to as much above the mean. Bytes of their caches are compared first: they must be equal. Then the steps of
 `generate` (eager, one kernel for a layer's step) and recorded steps (`CapturedDecoding`), and the time to the first
 token, in calls that alternate in one process; each number is the median of several. A step takes the difference of two
-calls of `FEW` and `MANY` new tokens, divided by the difference. Only ratios of the same cell count.
+calls of `FEW` and `MANY` new tokens, divided by the difference. Training is that of `finetune` with `distill` on random
+tokens, in short runs that alternate: the median of the later steps of each. Only ratios of the same cell count.
 """
 
 import argparse
@@ -27,18 +28,21 @@ from hf_sparse import CapturedDecoding, SparseKConfig, patch
 from hf_sparse._compat import cache_of
 from hf_sparse.atomic_files import write_json
 from hf_sparse.environment import describe
+from hf_sparse.finetune import FinetuneConfig, finetune
 from hf_sparse.patches.cache import kv_bytes
+
+TRAINED, WARM = 12, 6  # optimiser steps of a run, and those of them that are not counted: they compile and record
 
 
 def make_models(shape: dict[str, Any], options: argparse.Namespace) -> dict[str, PreTrainedModel]:
     """Return two patched copies of a Llama with random weights, which share them."""
     shape = shape | TINY if options.tiny else shape
-    longest = max(options.prompts) + MANY
+    longest = max(*options.prompts, *options.training) + MANY
     config = LlamaConfig(**shape, max_position_embeddings=longest, bos_token_id=None, eos_token_id=None)
     torch.manual_seed(0)
     with torch.device(options.device):
         dense = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype)).eval()
-    dense.generation_config.eos_token_id = None
+    dense.requires_grad_(False).generation_config.eos_token_id = None
     heads, layers = shape["num_key_value_heads"], shape["num_hidden_layers"]
     rising = [options.least + 2 * (1 - options.least) * head / max(1, heads - 1) for head in range(heads)]
     shares = [rising[layer % heads :] + rising[: layer % heads] for layer in range(layers)]
@@ -90,11 +94,27 @@ def measure(models: dict[str, PreTrainedModel], prompt: int, batch: int, rounds:
     return row
 
 
+def train(models: dict[str, PreTrainedModel], length: int, rounds: int) -> dict[str, Any]:
+    """Return the milliseconds of an optimiser step on one chunk of `length` tokens, by model."""
+    steps: dict[str, list[float]] = {name: [] for name in models}
+    settings: dict[str, Any] = {"steps": TRAINED, "warm_start_steps": 0, "batch_size": 1, "progress": False}
+    for _ in range(rounds):
+        for name, model in models.items():
+            chunks = draw(model, length, TRAINED).cpu()
+            config = FinetuneConfig(**settings, divide_heads=False, cpu=model.device.type == "cpu")
+            history = finetune(model, chunks, config)["history"]
+            model.eval()
+            steps[name] += [1e3 * length / row["tokens_per_second"] for row in history[WARM:]]
+    row: dict[str, Any] = {f"{name}, training": statistics.median(times) for name, times in steps.items()}
+    return {"tokens": length, **row, "speed, training": row["equal, training"] / row["by heads, training"]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--prompts", type=int, nargs="+", default=[2048], help="tokens")
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--training", type=int, nargs="*", default=[2048], help="tokens of a chunk")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--least", type=float, default=0.4, help="smallest share of a head")
     parser.add_argument("--deadline", type=float, default=float("inf"), help="seconds after which no cell begins")
@@ -108,6 +128,7 @@ def main() -> None:
         "commit": options.commit or current_commit(),
         "settings": {name: getattr(options, name) for name in named},
         "rows": [],
+        "training": [],
         **describe(),
     }
     for shape in options.shapes:
@@ -132,6 +153,13 @@ def main() -> None:
                 )
                 if options.output:
                     write_json(options.output, result)
+        for length in options.training:
+            if time.monotonic() - clock > options.deadline:
+                break
+            result["training"].append({"shape": shape, **train(models, length, 2)})
+            print(result["training"][-1], flush=True)
+            if options.output:
+                write_json(options.output, result)
         del models
 
 

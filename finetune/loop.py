@@ -108,10 +108,12 @@ def estimate(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
         with torch.no_grad():
             for tensor, value in kept:
                 tensor.copy_(value)
+        training.undo()
     last = {row["stage"]: row["tokens_per_second"] for row in metrics["history"]}  # the first ones compile kernels
     tokens_per_step = metrics["tokens"] // len(metrics["history"])
     steps = sum(stage.steps for stage in training.stages)
-    seconds = sum(stage.steps * tokens_per_step / last[stage.label] for stage in training.stages)
+    seconds = metrics["seconds"] - sum(tokens_per_step / row["tokens_per_second"] for row in metrics["history"])
+    seconds += sum(stage.steps * tokens_per_step / last[stage.label] for stage in training.stages)
     tokens, memory = steps * tokens_per_step, metrics.get("peak_memory_bytes", _peak_memory())
     told = {"steps": steps, "tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds}
     return told | {"peak_memory_bytes": memory}

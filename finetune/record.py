@@ -51,10 +51,19 @@ def weights_after(output: Path, state: Mapping[str, Any]) -> str | None:
         `None` if the run has not ended, or the finetune.json in the folder is of another one.
     """
     try:
-        run = json.loads((output / _NAME).read_text("utf-8"))["parameters_sha256"]
+        run = earlier_metrics(output)["parameters_sha256"]
         return str(run["after"]) if run["before"] == state["origin"]["first_weights"] else None
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # a damaged one tells nothing
+    except (LookupError, TypeError):  # a damaged one tells nothing
         return None
+
+
+def earlier_metrics(output: Path) -> dict[str, Any]:
+    """Return the finetune.json that an earlier run left in a folder; nothing if there is none, or a damaged one."""
+    try:
+        metrics = json.loads((output / _NAME).read_text("utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return metrics if isinstance(metrics, dict) else {}
 
 
 def _name_weights(output: Path) -> None:

@@ -111,6 +111,9 @@ class Training:
     def resume(self, report: dict[str, Any]) -> None:
         """Take up what the report of a stopped run says that it had decided; it is the one that `begin` returned."""
 
+    def undo(self) -> None:
+        """Take back what steps on trial have decided; their weights are taken back elsewhere."""
+
     def enter(self, stage: Stage, read: Callable[[], Any]) -> None:
         """Prepare for a stage: called before its first step, and before the first step of a resumed run.
 

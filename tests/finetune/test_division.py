@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import hf_sparse
-from hf_sparse.finetune import FinetuneConfig, finetune
+from hf_sparse.finetune import FinetuneConfig, estimate, finetune
 from hf_sparse.methods.sparsek import SparseKConfig
 from hf_sparse.patches import sparse_layers
 from hf_sparse.workflow import create_adapter, train_adapter
@@ -63,6 +63,27 @@ def test_a_resumed_run_is_the_run(sparse_llama, chunks, stopped, tmp_path, step)
         train(first, chunks, **place)
     metrics = train(second, chunks, **place, resume=True)
     assert same(outcome(second), outcome(whole)) and metrics["division"]["head_shares"] == outcome(whole)[1]
+
+
+def test_steps_on_trial_leave_the_heads_equal(sparse_llama, chunks):
+    model = sparse_llama()
+    before = outcome(model)
+    told = estimate(model, chunks, FinetuneConfig(**SETTINGS))
+    assert told["steps"] == 11 and same(outcome(model), before) and before[1] is None
+
+
+@pytest.mark.parametrize("step", [2, 6])  # its last checkpoint is from before the division, or from after it
+def test_a_run_that_ended_can_be_repeated(sparse_llama, chunks, stopped, tmp_path, step):
+    model, place = sparse_llama(), {"output_dir": str(tmp_path)}
+    with stopped(step):
+        train(sparse_llama(), chunks, **place, checkpoint_every=1)
+    train(model, chunks, **place, resume=True)
+    expected = outcome(model)
+    metrics = train(model, chunks, **place, resume=True)
+    assert same(outcome(model), expected) and metrics["division"]["head_shares"] == expected[1]
+    with pytest.raises(ValueError, match="cannot resume with other settings than the checkpoint's"):
+        train(model, chunks, **place, resume=True, divide_heads=False)
+    assert same(outcome(model), expected)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from hf_sparse.finetune.config import SharedSettings
 ROOT = Path(__file__).parents[2]
 METHODS = {method.name: method for method in registered_methods().values()}
 RECIPES = {
-    "sparsek": {"final_scale": 1.0, "warm_start_steps": 40, "divide_heads": False, "lora_steps": 0},
+    "sparsek": {"final_scale": 1.0, "warm_start_steps": 40, "divide_heads": True, "lora_steps": 0},
     "sparsefinder": {
         "graph_steps": 100,
         "graph_loss": "profile_nce",

@@ -84,10 +84,17 @@ def test_dense_layers_are_refused(tmp_path, tiny_llama):
     assert "leaves 1 of 2 attention layers dense, and a mixture" in refusal(tmp_path, model.config)
 
 
-def test_budgets_without_a_pool_are_refused(tmp_path, tiny_llama):
+def test_heads_with_different_numbers_of_slots_stay_on_one_device(tmp_path, tiny_llama):
+    patched = save(tmp_path, tiny_llama(), SparseKConfig(k=8, window=4, sinks=1, head_shares=[[0.5, 1.5]] * 2))
+    (layer, _) = open_adapter(tmp_path, patched.get_base_model().config).layers
+    assert layer.request_state(8, torch.float32)[3].shape == (9 + 17, 8)
+    assert layer.shard(0, 1) is layer
+    with pytest.raises(UnsupportedModelError, match=r"\(head_shares\) and cannot be divided among devices"):
+        layer.shard(0, 2)
+
+
+def test_a_pinned_prompt_is_refused(tmp_path, tiny_llama):
     model = tiny_llama()
-    save(tmp_path / "heads", model, SparseKConfig(k=8, window=4, sinks=1, head_shares=[[0.5, 1.5]] * 2))
-    assert "with head_shares cannot be served yet" in refusal(tmp_path / "heads", model.config)
     save(tmp_path / "prompt", tiny_llama(), SparseKConfig(k=8, window=4, sinks=1, pin_prompt=-1))
     assert "pins the whole prompt (pin_prompt=-1)" in refusal(tmp_path / "prompt", model.config)
 

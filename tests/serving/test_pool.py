@@ -53,7 +53,13 @@ def test_mixed_requests_equal_generate(model, engine, request_of, rows, most_tok
 
 
 @pytest.mark.parametrize(
-    "changes", [{"scorer": "mlp", "scorer_hidden_size": 8}, {"layer_shares": [0.5, 1.5]}, {"learn_slope": False}]
+    "changes",
+    [
+        {"scorer": "mlp", "scorer_hidden_size": 8},
+        {"layer_shares": [0.5, 1.5]},
+        {"head_shares": [[0.5, 1.5], [1.67, 0.33]]},
+        {"learn_slope": False},
+    ],
 )
 def test_kinds_of_adapters_equal_generate(tiny_llama, engine, request_of, changes):
     model = make(tiny_llama, **changes)

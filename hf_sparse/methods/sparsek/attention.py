@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hf_sparse.core.cache import ModelCall
 from hf_sparse.core.layer import AttentionShape, SparseAttentionLayer
 from hf_sparse.core.request_state import StateTensor
+from hf_sparse.errors import UnsupportedModelError
 from hf_sparse.methods.sparsek import rows
 from hf_sparse.methods.sparsek.ahead import step_ahead
 from hf_sparse.methods.sparsek.baselines import AdaptiveBaseline, Arrivals, Baseline
@@ -156,9 +157,18 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         return rows.request_state(self, head_dim, dtype)
 
     def shard(self, index: int, count: int) -> "SparseKAttention":
-        """Return a copy with a part of the KV heads, see `SparseAttentionLayer`."""
+        """Return a copy with a part of the KV heads, see `SparseAttentionLayer`.
+
+        Raises:
+            UnsupportedModelError: the heads have different numbers of slots, so that devices would not have as many.
+        """
         if count == 1:
             return self
+        if not isinstance(self.budget.k, int):
+            raise UnsupportedModelError(
+                "the KV heads of this adapter have different numbers of slots (head_shares) and cannot be divided "
+                "among devices: serve it on one, or one with layer_shares"
+            )
         layer = copy.deepcopy(self)
         layer.num_key_value_heads = max(1, self.num_key_value_heads // count)
         first = index * self.num_key_value_heads // count

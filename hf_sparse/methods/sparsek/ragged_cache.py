@@ -6,7 +6,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
-from hf_sparse.methods.sparsek.cache import SparseKCacheLayer, fix_address, lasting
+from hf_sparse.methods.sparsek.cache import SparseKCacheLayer, fix_address
 from hf_sparse.ops.selection import ragged
 from hf_sparse.ops.selection.next_slots import next_slots
 
@@ -51,8 +51,14 @@ class RaggedCacheLayer(SparseKCacheLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         super().lazy_initialization(key_states, value_states)
-        with lasting():
-            self.offsets = ragged.offsets_of(self.counts, self.device)
+        self._make_offsets()
+
+    def take(self, keys: Tensor, *others: Tensor) -> None:
+        super().take(keys, *others)
+        self._make_offsets()
+
+    def _make_offsets(self) -> None:
+        self.offsets = ragged.offsets_of(self.counts, self.device)
         fix_address(self.offsets)
 
     def heads(self) -> Iterator[SparseKCacheLayer]:
@@ -78,7 +84,7 @@ class RaggedCacheLayer(SparseKCacheLayer):
 
     def _fill_whole(self, keys: Tensor, values: Tensor, scores: Tensor) -> None:
         slots = (self.keys, self.values, self.scores, self.positions, self.seen)
-        options = {"counts": self.counts, "window": self.window, "sinks": self.sinks}
+        options = {"counts": self.counts, "offsets": self.offsets, "window": self.window, "sinks": self.sinks}
         ragged.fill_slots(*slots, keys, values, scores, **options)  # type: ignore[arg-type]
 
     def _fill(self, keys: Tensor, values: Tensor, scores: Tensor, positions: Tensor, seen: Tensor) -> None:

@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer, fix_address, lasting
-from hf_sparse.methods.sparsek.ragged_cache import RaggedCacheLayer
 from hf_sparse.methods.sparsek.scorer import SLOPE_TOKENS, LinearScorer
 from hf_sparse.ops.triton import DTYPES, MOST_ROWS, installed
 
@@ -24,6 +23,7 @@ if TYPE_CHECKING:
 _TRITON = installed()
 _MOST_SELECTED = 8192  # keys of a list that the kernels of the selection take
 _MOST_PROGRAMS = 64  # that are remembered here
+_ROUNDING = 64  # of the most selected keys of a head, where heads differ: layers of about as many share a program
 
 _programs: dict[Hashable, "Program"] = {}  # by layout, for tensors at multiples of 16 bytes
 
@@ -95,8 +95,6 @@ def read_in_few_launches(
         return None
     if attention.baseline is not None or attention.observer is not None or torch.is_grad_enabled():
         return None
-    if isinstance(cache, RaggedCacheLayer):
-        return None  # one list of keys for all heads: `SparseKAttention` calls the kernels head by head
     if cache.owner != (attention.identities[attention.active], None):
         return None
     if cache.call is None and attention.budget != (cache.k, cache.window, cache.sinks):  # was overridden since
@@ -104,19 +102,21 @@ def read_in_few_launches(
     scoring = scoring_of(attention) if cache.scoring is None else cache.scoring
     if scoring is None or torch.is_autocast_enabled("cuda"):
         return None
+    fits = key.shape[2] <= cache.slots
     layout = (
         query.shape, query.stride(), query.dtype, query.device, key.shape, key.stride(), value.stride(),
-        hidden_states.dtype, hidden_states.stride(), scaling, scoring.layout, cache.k, cache.window, cache.sinks,
+        hidden_states.dtype, hidden_states.stride(), scaling, scoring.layout,
+        _most_selected(cache), cache.window, cache.sinks, cache.counts is None, fits,
     )  # fmt: skip
     addresses = [query.data_ptr(), key.data_ptr(), value.data_ptr(), hidden_states.data_ptr()]
     is_aligned = not (addresses[0] | addresses[1] | addresses[2] | addresses[3]) % 16 and scoring.layout is not None
-    fits = key.shape[2] <= cache.slots
     stock = _stock(cache, key, layout) if is_aligned else None
     if stock is not None:
         slots, of_slots = stock.slots.pop()
         if fits:
             del addresses[0]
-        results = stock.program.launch([*addresses, *scoring.addresses, *of_slots], stock.memory)
+        of_heads = _addresses_of_tables(cache, key.device)
+        results = stock.program.launch([*addresses, *scoring.addresses, *of_slots, *of_heads], stock.memory)
         output = None if fits else results[0]
     elif _takes(query, key, value, hidden_states, scoring, cache):
         output, slots = _read(
@@ -129,6 +129,22 @@ def read_in_few_launches(
         grouped = query.shape[1] != key.shape[1]
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
     return output
+
+
+def _most_selected(cache: SparseKCacheLayer) -> int:
+    """Return the selected keys of every head; where heads differ of the one that has most, or somewhat more."""
+    return cache.k if cache.counts is None else -(-max(cache.k) // _ROUNDING) * _ROUNDING  # type: ignore[call-overload]
+
+
+def _addresses_of_tables(cache: SparseKCacheLayer, device: torch.device) -> tuple[int, int]:
+    """Return where the tables of heads that differ are, 0 for none."""
+    if cache.counts is None:
+        return 0, 0
+    from hf_sparse.ops.selection.triton.reading import tables_of_heads
+
+    of_heads: Any = cache.k
+    counts, offsets = tables_of_heads(of_heads, cache.counts, device)
+    return counts.data_ptr(), offsets.data_ptr()
 
 
 def _stock(cache: SparseKCacheLayer, key: Tensor, layout: Hashable) -> _Stock | None:
@@ -145,8 +161,8 @@ def _stock(cache: SparseKCacheLayer, key: Tensor, layout: Hashable) -> _Stock | 
 
     with lasting():
         # Layers with budgets of their own take slots one by one.
-        alike = call is not None and call.reading is None
-        first = new_slots(key, cache.slots)
+        alike = call is not None and call.reading is None and cache.counts is None
+        first = new_slots(key, cache.counts or cache.slots)
         more = call.layers - 1 if call is not None and alike else 0
         slots = [first, *[[torch.empty_like(tensor) for tensor in first] for _ in range(more)]]
         stock = _Stock(layout, program, slots)
@@ -169,8 +185,8 @@ def _read(
     """Return the output, `None` where all keys fit into the slots, and the slots; note the launches of the layout."""
     from hf_sparse.ops.selection.triton.reading import ReadingSettings, noted_reading, read_text
 
-    budget = (cache.k, cache.window, cache.sinks)
-    settings = ReadingSettings(*budget, scaling, float(scoring.key[3]), SLOPE_TOKENS)
+    budget, of_heads = (_most_selected(cache), cache.window, cache.sinks), None if cache.counts is None else cache.k
+    settings = ReadingSettings(*budget, scaling, float(scoring.key[3]), SLOPE_TOKENS, of_heads)  # type: ignore[arg-type]
     with lasting():
         output, slots = read_text(*inputs, scoring.weight, scoring.slope, settings)
     for tensor in slots:
@@ -200,7 +216,7 @@ def _takes(
         and weight.dtype in DTYPES
         and query.shape[-1] == value.shape[-1] <= 256
         and key.shape[0] * key.shape[1] <= MOST_ROWS
-        and cache.k <= _MOST_SELECTED
+        and _most_selected(cache) <= _MOST_SELECTED
         and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
         and states.is_contiguous()
         and weight.is_contiguous()

@@ -28,16 +28,17 @@ def request_state(attention: "SparseKAttention", head_dim: int, dtype: torch.dty
         dtype: of keys and values.
 
     Raises:
-        UnsupportedModelError: the heads have different numbers of slots, or the whole prompt is pinned.
+        UnsupportedModelError: the whole prompt is pinned.
     """
-    if not isinstance(attention.budget.k, int):
-        raise UnsupportedModelError("an adapter with head_shares cannot be served yet: serve one with layer_shares")
     if attention.config.pin_prompt == WHOLE_PROMPT:
         raise UnsupportedModelError(
             f"an adapter that pins the whole prompt (pin_prompt={WHOLE_PROMPT}) cannot be served, for prompts come in "
             "pieces: pin a number of tokens"
         )
-    table = (attention.num_key_value_heads, attention.budget.slots)
+    budget = attention.budget
+    table: tuple[int, ...] = (attention.num_key_value_heads, budget.slots)
+    if not isinstance(budget.k, int):  # see `RaggedCacheLayer`
+        table = (sum(budget.of_head(head).slots for head in range(len(budget.k))),)
     return (
         StateTensor("positions", table, torch.int64),
         StateTensor("seen", (1,), torch.int64),

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
 from hf_sparse.methods.sparsek.scorer import SLOPE_TOKENS, LinearScorer, Scorer
+from hf_sparse.ops.selection.ragged import offsets_of
 from hf_sparse.ops.selection.slots import has_kernels
 from hf_sparse.ops.triton import DTYPES, MOST_ROWS
 
@@ -207,7 +208,10 @@ def _kernel_of_rows(
         return None
     from hf_sparse.ops.selection.triton.step import StepKernel
 
-    budget = attention.budget
+    budget, counts, offsets = attention.budget, None, None
+    if not isinstance(budget.k, int):
+        counts = [budget.of_head(head).slots for head in range(len(budget.k))]
+        offsets = offsets_of(counts, keys.device)
     return StepKernel(
         (keys, values, scores, positions, seen),
         query,
@@ -222,4 +226,6 @@ def _kernel_of_rows(
         sinks=budget.sinks,
         scaling=scaling,
         indexed=True,
+        counts=counts,
+        offsets=offsets,
     )

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +13,8 @@ from torch import Tensor, nn
 from hf_sparse.core.overrides import settle
 from hf_sparse.environment import is_main_process
 from hf_sparse.errors import DataError
+from hf_sparse.finetune import checkpoint
+from hf_sparse.finetune.record import earlier_metrics
 from hf_sparse.finetune.stages import Stage, Training
 from hf_sparse.methods.sparsek.attention import SparseKAttention
 from hf_sparse.methods.sparsek.attention_objective import UNSETTLED, attention
@@ -21,7 +24,9 @@ from hf_sparse.ops import sparsek
 
 _COLLAPSED = 1  # keys over which gates spread, less k; runs that learned well ended with 4 to 50
 _EQUAL = 5  # the part of the steps in which all heads select as many keys: a fifth
-_CHUNKS = 4  # from all over the text, on which every head is measured
+_CHUNKS = 4  # from all over the text, on which every head is measured; or fewer, where that would take longest
+_FORWARDS = 4  # that a chunk costs in training: the teacher's, the model's, and a backward of two
+_BUDGETS = 2  # at which a head is measured
 
 
 class _Competing(NamedTuple):
@@ -55,9 +60,21 @@ class SparseKTraining(Training):
         """Tell whether `k` is to be divided among the KV heads in between."""
         config = self.layers[0].config
         heads = sum(layer.num_key_value_heads for layer in self.layers)
-        has_shares = config.layer_shares is not None or config.head_shares is not None
+        has_shares = config.layer_shares is not None or (config.head_shares is not None and not self._is_repeated())
         is_possible = self.kind == "causal" and config.k > 1 and heads > 1 and config.pin_prompt != WHOLE_PROMPT
         return self.settings.divide_heads and not has_shares and is_possible
+
+    def _is_repeated(self) -> bool:
+        """Tell whether the shares of the adapter are those that the run which is resumed came to before it ended."""
+        output = self.config.output_dir
+        if not self.config.resume or output is None or checkpoint.latest(Path(output)) is None:
+            return False
+        division = earlier_metrics(Path(output)).get("division")
+        return isinstance(division, dict) and division.get("head_shares") == self.layers[0].config.head_shares
+
+    def identity(self) -> dict[str, Any]:
+        """Return what a checkpoint was trained for; a run that divides the heads begins with equal ones."""
+        return super().identity() | ({} if self._equal is None else {"head_shares": None})
 
     def recorded_settings(self) -> dict[str, Any]:
         """Return the settings that determine the result, with `divide_heads` where heads are divided only.
@@ -74,10 +91,10 @@ class SparseKTraining(Training):
         sentence = super().plan(chunks)
         if self._equal is None or self._main is None:
             return sentence
-        heads, budget = sum(layer.num_key_value_heads for layer in self.layers), self.layers[0].budget
+        heads, config = sum(layer.num_key_value_heads for layer in self.layers), self.layers[0].config
         return (
-            f"{sentence}. Before the last {self._main.steps} steps of {self._main.name}, the {budget.k} of "
-            f"{budget.slots} slots that hold selected keys are divided among the {heads} KV heads by what each loses"
+            f"{sentence}. Before the last {self._main.steps} steps of {self._main.name}, the {config.k} of "
+            f"{config.slots} slots that hold selected keys are divided among the {heads} KV heads by what each loses"
         )
 
     def _stages(self) -> list[Stage]:
@@ -114,7 +131,9 @@ class SparseKTraining(Training):
                 f"chunks of {length} tokens are too short for the objective `attention`, which needs {needed} (sinks + "
                 f"window + {UNSETTLED + 2}); use longer chunks, or warm_start_steps=0"
             )
-        count = min(_CHUNKS, len(chunks))
+        heads = sum(layer.num_key_value_heads for layer in self.layers)
+        read = self.config.steps * self.config.batch_size * self.config.gradient_accumulation_steps
+        count = min(_CHUNKS, len(chunks), max(1, _FORWARDS * read // (_BUDGETS * heads)))
         self._measured_on = chunks[[number * len(chunks) // count for number in range(count)]]
 
     def begin(self, model: nn.Module, *batch: Tensor) -> dict[str, Any]:
@@ -123,10 +142,14 @@ class SparseKTraining(Training):
         return self._report
 
     def resume(self, report: dict[str, Any]) -> None:
-        """Divide `k` among the heads as the stopped run did, if it came so far."""
+        """Divide `k` among the heads as the earlier run had at its checkpoint, or not yet."""
         self._report = report
-        if "division" in report:
-            settle([self.layers[0].config], head_shares=report["division"]["head_shares"])
+        if self._equal is not None:
+            settle([self.layers[0].config], head_shares=report.get("division", {}).get("head_shares"))
+
+    def undo(self) -> None:
+        if self._equal is not None:
+            settle([self.layers[0].config], head_shares=None)
 
     def enter(self, stage: Stage, read: Callable[[], Any]) -> None:
         if stage is self._main and self._equal is not None and "division" not in self._report:

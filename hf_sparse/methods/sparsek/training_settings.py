@@ -16,10 +16,9 @@ class SparseKTrainingSettings(TrainingSettings):
             geometrically: soft gates end as almost hard ones. Which keys are best does not depend on it.
         warm_start_steps: optimiser steps of `"attention"` before `"distill"` or `"lm"`.
         divide_heads: after a fifth of the steps of `"distill"` or `"lm"`, in which every KV head has `k` selected keys,
-            measure what each head loses and divide the keys among the heads by it (`SparseKConfig.head_shares`). Off by
-            default: a prefill calls its kernels once for every run of equal heads, and vLLM does not serve such
-            adapters. It is left out in an encoder, with fewer than five steps, and for an adapter that has shares
-            already or keeps whole prompts.
+            measure what each head loses and divide the keys among the heads by it (`SparseKConfig.head_shares`). It is
+            left out in an encoder, in a model with one KV head, with fewer than five steps, and for an adapter that has
+            shares already or keeps whole prompts.
         lora_steps: with more than 0, LoRA is not trained beside the scorers but in so many optimiser steps of its own
             after theirs, on the same objective, with the hard selection of inference in place of soft gates.
     """
@@ -32,7 +31,7 @@ class SparseKTrainingSettings(TrainingSettings):
     )
     warm_start_steps: int = field(default=40, metadata={"help": "Steps of `attention` before the others."})
     divide_heads: bool = field(
-        default=False,
+        default=True,
         metadata={
             "help": "After a fifth of the steps, divide k among the KV heads by what each loses; an adapter that has "
             "shares keeps them."

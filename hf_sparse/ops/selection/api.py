@@ -19,7 +19,6 @@ Lou et al. 2024 (arXiv 2406.16747) for the causal case. The bidirectional one, a
 `gates`), are ours.
 """
 
-from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any, Literal, get_args
 
@@ -29,7 +28,7 @@ from torch import Tensor
 
 from hf_sparse.ops.selection.bidirectional import bidirectional_sparsek_attention
 from hf_sparse.ops.selection.causal import causal_sparsek_attention
-from hf_sparse.ops.selection.heads import Counts, attend_by_heads
+from hf_sparse.ops.selection.heads import Counts, numbers_per_head, solve_by_heads
 from hf_sparse.ops.selection.problem import Problem, check_budget, check_inputs
 from hf_sparse.ops.selection.reference import dense_sparsek_attention
 from hf_sparse.ops.triton import DTYPES, MOST_ROWS, available
@@ -61,7 +60,7 @@ def sparsek_attention(
         key, value: `[B, Hkv, Tk, D]` with `Hq` a multiple of `Hkv`, `Tq <= Tk`.
         scores: `[B, Hkv, Tk]` float32 or float64, one frozen score per key; of equal scores the lower index wins.
         k: selected keys per query, at least 1; without causal order 0 is possible too, and leaves window and sinks.
-            A sequence has a number for each KV head; the heads then run one after another.
+            A sequence has a number for each KV head.
         window: most recent keys that are always attended, at least 1. Without causal order those from
             `t - window // 2` to `t - window // 2 + window - 1`.
         sinks: first keys that are always attended, at least 0.
@@ -93,13 +92,9 @@ def sparsek_attention(
         if choice not in get_args(known):
             raise ValueError(f"{name} must be one of {', '.join(map(repr, get_args(known)))}, got {choice!r}")
     check_inputs(query, key, value, scores, start, causal)
-    if isinstance(k, Sequence) or isinstance(support, Sequence):
-        counts = k if isinstance(k, Sequence) else [k] * key.shape[1]
-        return attend_by_heads(
-            sparsek_attention, query, key, value, scores, counts, support, window=window, sinks=sinks, scaling=scaling,
-            gates=gates, start=start, causal=causal, implementation=implementation,
-        )  # fmt: skip
-    check_budget(k, window, sinks, support, causal)
+    k, support, of_heads = numbers_per_head(k, support, key.shape[1])
+    for of_head in of_heads or [(k, support)]:
+        check_budget(*of_head, window, sinks, causal)
     if query.numel() == 0:
         return query.clone()
     # A larger window or more sinks change nothing; tiles would gather them, and positions are int32 in the kernels.
@@ -114,16 +109,20 @@ def sparsek_attention(
     if start is not None:
         key, value, scores = (_zero_padding(tensor, start) for tensor in (key, value, scores))
         query = _zero_padding(query, start - (key.shape[2] - query.shape[2]))
-    problem = Problem(query, key, value, scores, k, window, sinks, scaling, soft, support if soft else k, start, causal)
+    if not soft and of_heads is not None:
+        of_heads = tuple([(count, count) for count, _ in of_heads])
+    problem = Problem(
+        query, key, value, scores, k, window, sinks, scaling, soft, support if soft else k, start, causal, of_heads
+    )
     with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
-        if implementation == "auto" and keys <= k + window + sinks:
+        if implementation == "auto" and keys <= problem.least_k + window + sinks:
             output = _all_keys(problem)
             return _Unmoved.apply(output, scores) if soft and scores.requires_grad else output
         if implementation == "dense":
-            return dense_sparsek_attention(problem)
+            return solve_by_heads(dense_sparsek_attention, problem)
         if _takes_kernels(implementation, query, scores):
             return _fused(problem)
-        return causal_sparsek_attention(problem) if causal else bidirectional_sparsek_attention(problem)
+        return solve_by_heads(causal_sparsek_attention if causal else bidirectional_sparsek_attention, problem)
 
 
 class _Unmoved(torch.autograd.Function):
@@ -145,14 +144,17 @@ def _fused(problem: Problem) -> Tensor:
     from hf_sparse.ops.selection.triton import attention as kernels
     from hf_sparse.ops.triton.launch import compile_ahead
 
-    solve = kernels.causal_sparsek_attention if problem.causal else kernels.bidirectional_sparsek_attention
+    kernel = kernels.causal_sparsek_attention if problem.causal else kernels.bidirectional_sparsek_attention
+
+    def solve(problem: Problem) -> Tensor:
+        return kernel(problem) if problem.causal else solve_by_heads(kernel, problem)
 
     def attention(query: Tensor, key: Tensor, value: Tensor, scores: Tensor, start: Tensor | None) -> Tensor:
         return solve(problem._replace(query=query, key=key, value=value, scores=scores, start=start))
 
     tensors = (problem.query, problem.key, problem.value, problem.scores, problem.start)
     with torch.cuda.device_of(problem.query):  # where Triton launches
-        compile_ahead(attention, *tensors, family=(solve, problem.soft))
+        compile_ahead(attention, *tensors, family=(kernel, problem.soft, problem.of_heads is None))
         return solve(problem)
 
 

@@ -1,56 +1,65 @@
-"""Divide a call of SparseK attention among KV heads that select different numbers of keys.
+"""Solve a problem of SparseK attention whose KV heads select different numbers of keys, run by run.
 
 The heads of a layer have nothing to do with each other, so those that follow one another and select as many keys are a
-call of their own, by whichever implementation takes it.
+problem of their own, for what takes equal heads only. The causal kernels take all heads at once.
 """
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_sparse.ops.selection.problem import Problem
+
 Counts = int | Sequence[int]
 
 
-def attend_by_heads(
-    attend: Callable[..., Tensor],
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scores: Tensor,
-    k: Sequence[int],
-    support: Counts | None,
-    **options: Any,
-) -> Tensor:
-    """Call `sparsek_attention` for each run of KV heads with the same `k` and `support`.
-
-    Args:
-        attend: `sparsek_attention`.
-        query, key, value, scores: as there.
-        k: for each KV head.
-        support: for each KV head, or the same for all.
-        options: its other arguments.
-
-    Returns:
-        `[B, Hq, Tq, D]`.
+def numbers_per_head(
+    k: Counts, support: Counts | None, heads: int
+) -> tuple[int, int | None, tuple[tuple[int, int | None], ...] | None]:
+    """Return the largest `k` and `support` of all KV heads, and those of each head where they differ.
 
     Raises:
-        ValueError: `k` or `support` is not for each KV head.
+        ValueError: there are numbers for more or fewer heads.
     """
-    heads, group = key.shape[1], query.shape[1] // key.shape[1]
+    if not isinstance(k, Sequence) and not isinstance(support, Sequence):
+        return k, support, None
+    counts = k if isinstance(k, Sequence) else [k] * heads
     supports: Sequence[int | None] = support if isinstance(support, Sequence) else [support] * heads
-    for name, number in (("k", len(k)), ("support", len(supports))):
+    for name, number in (("k", len(counts)), ("support", len(supports))):
         if number != heads:
             raise ValueError(f"{name} must be a number, or one for each of {heads} KV heads, got {number} numbers")
-    counts = list(zip(k, supports, strict=True))
-    bounds = [0, *(head for head in range(1, heads) if counts[head] != counts[head - 1]), heads]
-    outputs = [
-        attend(
-            query[:, first * group : end * group], *(x[:, first:end] for x in (key, value, scores)),
-            k=counts[first][0], support=counts[first][1], **options,
+    of_heads = tuple(zip(counts, supports, strict=True))
+    bounds = [bound for bound in supports if bound is not None]
+    return max(counts), max(bounds, default=None), of_heads if len(set(of_heads)) > 1 else None
+
+
+def solve_by_heads(solve: Callable[[Problem], Tensor], problem: Problem) -> Tensor:
+    """Return `solve(problem)`, `[B, Hq, Tq, D]`; called for each run of heads with the same numbers where these differ.
+
+    Args:
+        solve: takes problems without `of_heads`.
+        problem: any.
+    """
+    numbers = problem.of_heads
+    if numbers is None:
+        return solve(problem)
+    heads, group = len(numbers), problem.query.shape[1] // len(numbers)
+    bounds = [0, *(head for head in range(1, heads) if numbers[head] != numbers[head - 1]), heads]
+    outputs = []
+    for first, end in pairwise(bounds):
+        k, support = numbers[first]
+        soft = problem.soft and k > 0
+        run = problem._replace(
+            query=problem.query[:, first * group : end * group],
+            key=problem.key[:, first:end],
+            value=problem.value[:, first:end],
+            scores=problem.scores[:, first:end],
+            k=k,
+            support=support if soft else k,
+            soft=soft,
+            of_heads=None,
         )
-        for first, end in pairwise(bounds)
-    ]  # fmt: skip
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
+        outputs.append(solve(run))
+    return torch.cat(outputs, 1)

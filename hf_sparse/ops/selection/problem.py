@@ -21,6 +21,8 @@ class Problem(NamedTuple):
         support: the best-scored keys that can have a gate above 0; `None` for all. With hard gates it is `k`.
         start: `[B]` int64, index of the first key of each row that is no padding; `None` for 0.
         causal: whether a query sees the keys up to its own position only.
+        of_heads: `k` and `support` of each KV head where they differ; the two above are the largest then. `None` where
+            all heads have the same.
     """
 
     query: Tensor
@@ -35,6 +37,12 @@ class Problem(NamedTuple):
     support: int | None
     start: Tensor | None
     causal: bool
+    of_heads: tuple[tuple[int, int | None], ...] | None = None
+
+    @property
+    def least_k(self) -> int:
+        """Return the selected keys per query of the KV head that has the fewest."""
+        return self.k if self.of_heads is None else min(k for k, _ in self.of_heads)
 
     @property
     def first(self) -> Tensor:
@@ -76,7 +84,7 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, scores: Tensor, star
         raise ValueError(f"start must be [B] = ({batch},), got {tuple(start.shape)}")
 
 
-def check_budget(k: int, window: int, sinks: int, support: int | None, causal: bool) -> None:
+def check_budget(k: int, support: int | None, window: int, sinks: int, causal: bool) -> None:
     """Check the numbers of keys of a call.
 
     Raises:

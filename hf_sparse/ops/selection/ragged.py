@@ -14,10 +14,22 @@ from torch import Tensor
 
 from hf_sparse.ops.selection import slots
 
+# A recorded graph reads them for as long as it lives, so none is dropped.
+_offsets: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
+
 
 def offsets_of(counts: Sequence[int], device: torch.device) -> Tensor:
-    """Return where the slots of each head begin, and where the last ones end, `[Hkv + 1]` int32."""
-    return torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device)
+    """Return where the slots of each head begin, and where the last ones end, `[Hkv + 1]` int32; not to be written to.
+
+    Every prefill asks for those of all layers again, and copying them to a device would take longer than the look.
+    """
+    if torch.compiler.is_compiling():  # such a tensor has no content
+        return torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device)
+    key = (device, tuple(counts))
+    if key not in _offsets:
+        with torch.inference_mode(False):
+            _offsets[key] = torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device)
+    return _offsets[key]
 
 
 def of_heads(tensor: Tensor, counts: Sequence[int]) -> Iterator[Tensor]:
@@ -170,16 +182,23 @@ def fill_slots(
     score: Tensor,
     *,
     counts: Sequence[int],
+    offsets: Tensor,
     window: int,
     sinks: int,
 ) -> None:
-    """Write what each head keeps of a text without padding into its slots, head by head as `slots.fill_slots` does.
+    """Write what each head keeps of a text without padding into its slots, as `slots.fill_slots` does.
 
     Args:
-        keys, values, scores, positions, counts: as in `insert_token`, written in place; what empty slots hold as keys
-            and values stays.
+        keys, values, scores, positions, counts, offsets: as in `insert_token`, the first four written in place; what
+            empty slots hold as keys and values stays.
         seen, key, value, score, window, sinks: as in `slots.fill_slots`.
     """
+    if slots.fills_by_kernels(keys, values, scores, positions, key, value, score):
+        from hf_sparse.ops.selection.triton import slot_filling
+
+        tokens = (keys, values, scores, positions, seen, key, value, score)
+        slot_filling.fill_slots(*tokens, window=window, sinks=sinks, most=max(counts), offsets=offsets)
+        return
     buffers = (of_heads(tensor, counts) for tensor in (keys, values, scores, positions))
     for head, (k, v, s, p) in enumerate(zip(*buffers, strict=True)):
         one = slice(head, head + 1)

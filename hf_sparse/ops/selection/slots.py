@@ -117,9 +117,7 @@ def fill_slots(
         score: `[B, Hkv, N]` float32.
     """
     slots, number = keys.shape[2], key.shape[2]
-    same = key.dtype == value.dtype == keys.dtype == values.dtype and values.shape == keys.shape
-    fits = same and score.dtype == torch.float32 and number > 0 and not torch.compiler.is_compiling()
-    if fits and has_kernels(keys, values, scores, positions):
+    if fills_by_kernels(keys, values, scores, positions, key, value, score):
         from hf_sparse.ops.selection.triton import slot_filling
 
         state = (keys, values, scores, positions, seen)
@@ -136,6 +134,15 @@ def fill_slots(
     for target, source in ((keys, key), (values, value), (scores, score), (positions, index)):
         target[:, :, : min(number, slots)] = source
     seen.fill_(number)
+
+
+def fills_by_kernels(
+    keys: Tensor, values: Tensor, scores: Tensor, positions: Tensor, key: Tensor, value: Tensor, score: Tensor
+) -> bool:
+    """Tell whether the kernels fill slots with these tokens, see `fill_slots`; `keys` may be those of `ragged` too."""
+    same = key.dtype == value.dtype == keys.dtype == values.dtype and values.shape == keys.shape
+    fits = same and score.dtype == torch.float32 and key.shape[2] > 0 and not torch.compiler.is_compiling()
+    return fits and has_kernels(keys, values, scores, positions)
 
 
 def attend_slots(query: Tensor, keys: Tensor, values: Tensor, positions: Tensor | None, *, scaling: float) -> Tensor:

@@ -32,7 +32,7 @@ def test_filling_steps_and_attention(begin):
     layout, rules = {"counts": COUNTS, "offsets": offsets}, {"window": WINDOW, "sinks": SINKS}
     if begin:
         text = [tensor[:, :, :begin] for tensor in (key, value, scores)]
-        ragged.fill_slots(*state, seen, *text, counts=COUNTS, **rules)
+        ragged.fill_slots(*state, seen, *text, **layout, **rules)
         for head, own in enumerate(heads):
             slots.fill_slots(*own, seen.clone(), *(tensor[:, head : head + 1] for tensor in text), **rules)
     for t in range(begin, 60):

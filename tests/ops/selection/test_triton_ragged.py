@@ -6,8 +6,8 @@ import torch
 from hf_sparse.ops.selection import linear_scores as linear
 from hf_sparse.ops.selection import ragged
 from hf_sparse.ops.selection import slots as reference
+from hf_sparse.ops.selection.triton import slot_filling, step
 from hf_sparse.ops.selection.triton import slots as kernels
-from hf_sparse.ops.selection.triton import step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("interpreter")
@@ -51,6 +51,24 @@ def test_the_same_slots_are_replaced(plain, counts, kind, padded):
         for mine, other in zip(ours, theirs, strict=True):
             assert torch.equal(mine, other), t
     assert padded or (ours[3] >= 0).all(), "the slots never filled up"
+
+
+@pytest.mark.cross("values")
+@pytest.mark.parametrize("kind", ["normal", "ties"])
+@pytest.mark.parametrize("length", [1, 9, 17, 18, 70])
+def test_a_whole_text_fills_the_same_slots(plain, kind, length, monkeypatch, poisoned_memory):
+    monkeypatch.setattr(slot_filling, "_KEYS", 32)  # a text of several parts
+    batch, counts, dim = 2, (8, 17, 40, 11), 6
+    ours, theirs = buffers(batch, counts, dim), buffers(batch, counts, dim)
+    key, value = torch.randn(2, batch, length, len(counts), dim, device=DEVICE).transpose(2, 3)
+    scores = torch.randn(batch, len(counts), length, device=DEVICE)
+    scores = scores.round() if kind == "ties" else scores
+    offsets = ragged.offsets_of(counts, torch.device(DEVICE))
+    options = {"offsets": offsets, "window": WINDOW, "sinks": SINKS}
+    slot_filling.fill_slots(*ours, key, value, scores, most=max(counts), **options)
+    ragged.fill_slots(*theirs, key, value, scores, counts=counts, **options)
+    for mine, other in zip(ours, theirs, strict=True):
+        assert torch.equal(mine, other)
 
 
 # batch, slots of each KV head, query heads per KV head, head size, programs

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from hf_sparse.ops import sparsek_attention
+from hf_sparse.ops.selection import ragged
 from hf_sparse.ops.selection import slots as reference
 from hf_sparse.ops.selection.linear_scores import normalised
 from hf_sparse.ops.selection.triton.reading import ReadingSettings, read_text
@@ -69,8 +70,51 @@ def test_reading(batch, heads, kv_heads, length, dim, dtype, learned, poisoned_m
         assert slots.tokens == length and slots.tokens.shape == ()
 
 
+@pytest.mark.cross("values")
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize(
+    ("length", "k_of_heads"),
+    [
+        (25, (2, 30, 13)),  # fits into the slots of every head, and leaves some empty
+        (27, (2, 30, 13)),  # fills the head that has the fewest
+        (28, (2, 30, 13)),  # of which one key leaves
+        (150, (2, 30, 13)),
+        (60, (40, 1)),
+        (1, (3, 1)),
+    ],
+)
+def test_heads_with_different_numbers_of_slots(length, k_of_heads, learned, poisoned_memory):
+    """Each as alone; `k` may be larger than that of any head, so that layers share the launches."""
+    budget = {"window": 21, "sinks": 4, "scaling": 0.2}
+    settings = ReadingSettings(k=45, position_slope=0.01, slope_tokens=256, k_of_heads=k_of_heads, **budget)
+    heads, group = len(k_of_heads), 2
+    tensors = inputs(2, heads * group, heads, length, 16, 48, torch.float32, learned)
+    for _ in range(2):  # on a GPU the second time by the launches that the first one noted
+        output, slots = read_text(*tensors, settings)
+        assert (output is None) == (length <= settings.fewest_slots)
+        tables = (slots.keys, slots.values, slots.scores, slots.positions)
+        parts = zip(k_of_heads, *(ragged.of_heads(table, settings.counts) for table in tables), strict=True)
+        for head, (k, *kept) in enumerate(parts):
+            query, key, value, states, weight, slope = tensors
+            one, of_group = slice(head, head + 1), slice(head * group, (head + 1) * group)
+            alone = (query[:, of_group], key[:, one], value[:, one], states, weight[one].contiguous())
+            slope = None if slope is None else slope[one].contiguous()
+            of_one, expected = read_text(
+                *alone, slope, ReadingSettings(k, **budget, position_slope=0.01, slope_tokens=256)
+            )
+            for mine, theirs in zip(kept, expected[:4], strict=True):
+                assert torch.equal(mine, theirs)
+            if output is not None and of_one is not None:
+                torch.testing.assert_close(output[:, of_group], of_one, rtol=0, atol=1e-5)
+        assert slots.seen.tolist() == [length] * 2 and slots.tokens == length and not slots.padded_late.any()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="models take this path on a GPU alone")
-@pytest.mark.parametrize("shares", [None, [1.2, 0.8]], ids=["equal", "shares"])
+@pytest.mark.parametrize(
+    "shares",
+    [{}, {"layer_shares": [1.2, 0.8]}, {"head_shares": [[0.5, 1.0], [1.75, 0.75]]}],
+    ids=["equal", "layers", "heads"],
+)
 @pytest.mark.parametrize("length", [17, 90])
 def test_a_model_reads_as_by_the_longer_path(length, shares, monkeypatch):
     """Logits of the text and of the tokens after it, and what the cache holds; a copy of the cache goes on too.
@@ -89,7 +133,7 @@ def test_a_model_reads_as_by_the_longer_path(length, shares, monkeypatch):
         vocab_size=100,
     )  # fmt: skip
     torch.manual_seed(0)
-    budget = SparseKConfig(k=8, window=12, sinks=2, layer_shares=shares)
+    budget = SparseKConfig(k=8, window=12, sinks=2, **shares)
     model = patch(LlamaForCausalLM(config).to(DEVICE).eval(), budget)
     ids = torch.randint(0, 100, (2, length + 30), device=DEVICE)
     results = []

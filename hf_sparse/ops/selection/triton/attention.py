@@ -8,12 +8,13 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from hf_sparse.ops.selection import thresholds
 from hf_sparse.ops.selection.gates import shared_gates
+from hf_sparse.ops.selection.heads import solve_by_heads
 from hf_sparse.ops.selection.problem import Problem
 from hf_sparse.ops.selection.thresholds import ScanPlan
 from hf_sparse.ops.selection.triton import scan
 from hf_sparse.ops.selection.triton.attention_backward import backward
 from hf_sparse.ops.selection.triton.attention_forward import forward
-from hf_sparse.ops.selection.triton.lists import Tables, bidirectional_tables, causal_tables, leavers
+from hf_sparse.ops.selection.triton.lists import NEVER_ENDS, Tables, bidirectional_tables, causal_tables, leavers
 from hf_sparse.ops.selection.triton.program_sizes import ProgramSizes
 from hf_sparse.ops.triton.replay import replayed
 
@@ -28,7 +29,7 @@ class CausalSettings(NamedTuple):
 
     Attributes:
         k, window, sinks, soft, scaling: see `Problem`.
-        size: keys that a query may select.
+        size: keys that a query may select; of the head that may select most.
         tile: queries that share a list.
         blocks: sizes of the programs; `None` for what suits dtype and head size.
     """
@@ -57,14 +58,35 @@ def causal_sparsek_attention(problem: Problem, *, tile: int = TILE, blocks: Prog
         problem.k, problem.window, problem.sinks, problem.soft, problem.scaling, size, tile, blocks
     )
     if not scan.supports(problem.scores, size=size, queries=queries, tile=tile):
-        return _by_the_plain_scan(problem, settings)
+        if problem.of_heads is None:
+            return _by_the_plain_scan(problem, settings)
+        return solve_by_heads(lambda part: causal_sparsek_attention(part, tile=tile, blocks=blocks), problem)
     query, key, value = (_with_whole_rows(x) for x in (problem.query, problem.key, problem.value))
-    inputs = (query, key, value, problem.trained_scores.contiguous(), problem.start)
+    counts = None if problem.of_heads is None else counts_on(key.device, problem.of_heads)
+    inputs = (query, key, value, problem.trained_scores.contiguous(), problem.start, counts)
     if torch.is_grad_enabled() and any(x.requires_grad for x in inputs[:4]):
         return _CausalAttention.apply(*inputs, settings)
     (output,) = replayed(_causal_forward, inputs, settings, False)
     assert output is not None
     return output
+
+
+# A recorded graph reads them for as long as it lives, so none is dropped.
+_counts: dict[tuple[torch.device, tuple[tuple[int, int | None], ...]], Tensor] = {}
+
+
+def counts_on(device: torch.device, of_heads: tuple[tuple[int, int | None], ...]) -> Tensor:
+    """Return `k` and `size` of each KV head as `scan.launch_scan` reads them, `[2, Hkv]` int32.
+
+    A layer asks for the same numbers in every call, and to copy them to a device would take longer than to look for
+    them. Without a support a size has no bound but the number of keys.
+    """
+    table = _counts.get((device, of_heads))
+    if table is None:
+        rows = [[k for k, _ in of_heads], [NEVER_ENDS if support is None else support for _, support in of_heads]]
+        with torch.inference_mode(False):
+            table = _counts[device, of_heads] = torch.tensor(rows, dtype=torch.int32, device=device)
+    return table
 
 
 def _by_the_plain_scan(problem: Problem, settings: CausalSettings) -> Tensor:
@@ -164,9 +186,10 @@ class _CausalAttention(torch.autograd.Function):
         value: Tensor,
         scores: Tensor,
         start: Tensor | None,
+        counts: Tensor | None,
         settings: CausalSettings,
     ) -> Tensor:
-        output, *rest = replayed(_causal_forward, (query, key, value, scores, start), settings, True)
+        output, *rest = replayed(_causal_forward, (query, key, value, scores, start, counts), settings, True)
         saved: tuple[Any, ...] = (query, key, value, start, output, *rest)
         ctx.save_for_backward(*saved)
         ctx.settings = settings  # type: ignore[attr-defined]
@@ -185,7 +208,7 @@ class _CausalAttention(torch.autograd.Function):
             gradients = run(*inputs, settings, want, True)
         else:
             gradients = replayed(_causal_backward, inputs, settings, want, False)
-        return (*_as_inputs(gradients, saved), None, None)
+        return (*_as_inputs(gradients, saved), None, None, None)
 
 
 def _causal_forward(
@@ -194,13 +217,14 @@ def _causal_forward(
     value: Tensor,
     scores: Tensor,
     start: Tensor | None,
+    counts: Tensor | None,
     settings: CausalSettings,
     wanted: bool,
 ) -> tuple[Tensor | None, ...]:
     """Return the output and, if a gradient is wanted, what the backward needs besides the inputs."""
     k, window, sinks, soft, scaling, size, tile, blocks = settings
     plan = ScanPlan(k, size, query.shape[2], window, tile, soft, True)
-    rank, floor, tau, lists, origin = scan.launch_scan(scores, plan, start, sinks, shift=soft)
+    rank, floor, tau, lists, origin = scan.launch_scan(scores, plan, start, sinks, shift=soft, counts=counts)
     tables, z = causal_tables(rank, floor, tau, lists, scores, origin, start, window=window, sinks=sinks, tile=tile)
     output, lse = forward(query, key, value, z, tau, tables, scaling, blocks)
     if not wanted:

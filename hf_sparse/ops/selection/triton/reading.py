@@ -5,6 +5,7 @@ more time on the host than the rest of a layer; here the launches of all are not
 the slots are allocated among the buffers of the kernels that fill them.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,13 +13,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_sparse.ops.selection.ragged import offsets_of
 from hf_sparse.ops.selection.thresholds import ScanPlan
-from hf_sparse.ops.selection.triton.attention import TILE
+from hf_sparse.ops.selection.triton.attention import TILE, counts_on
 from hf_sparse.ops.selection.triton.attention_forward import forward
 from hf_sparse.ops.selection.triton.linear_scores import write_scores
 from hf_sparse.ops.selection.triton.lists import causal_tables
 from hf_sparse.ops.selection.triton.scan import launch_scan
 from hf_sparse.ops.selection.triton.slot_filling import copy_kept
+from hf_sparse.ops.selection.triton.slots import slots_of_head
 from hf_sparse.ops.triton.launch import compile_ahead, launch
 from hf_sparse.ops.triton.replay import Program, empty, program_of, replayed
 
@@ -30,9 +33,10 @@ class ReadingSettings(NamedTuple):
     """Hold the settings of a call.
 
     Attributes:
-        k, window, sinks: the budget.
+        k, window, sinks: the budget; where heads differ `k` is that of the head that selects most keys, or more.
         scaling: multiplies the logits.
         position_slope, slope_tokens: of the scores, see `ops.selection.linear_scores.token_scores`.
+        k_of_heads: of each KV head where they differ; their slots are those of `ops.selection.ragged` then.
     """
 
     k: int
@@ -41,15 +45,37 @@ class ReadingSettings(NamedTuple):
     scaling: float
     position_slope: float
     slope_tokens: int
+    k_of_heads: tuple[int, ...] | None = None
 
     @property
     def slots(self) -> int:
-        """Return the number of slots."""
+        """Return the number of slots of a KV head; where they differ of the one that has most, or more."""
         return self.k + self.window + self.sinks
+
+    @property
+    def counts(self) -> int | tuple[int, ...]:
+        """Return the number of slots of each KV head, a number where it is the same for all."""
+        if self.k_of_heads is None:
+            return self.slots
+        return tuple([k + self.window + self.sinks for k in self.k_of_heads])
+
+    @property
+    def fewest_slots(self) -> int:
+        """Return the number of slots of the KV head that has the fewest: as many tokens have a slot in every head."""
+        return self.slots if self.k_of_heads is None else min(self.k_of_heads) + self.window + self.sinks
+
+    def tables(self, device: torch.device) -> tuple[Tensor | None, Tensor | None]:
+        """Return what the kernels read of heads that differ: their numbers of keys, and where their slots begin."""
+        return (None, None) if self.k_of_heads is None else tables_of_heads(self.k_of_heads, self.counts, device)
+
+
+def tables_of_heads(k: Sequence[int], counts: Any, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return what the kernels read of heads with `k` selected keys and `counts` slots each, see `ReadingSettings`."""
+    return counts_on(device, tuple([(number, number) for number in k])), offsets_of(counts, device)
 
 
 class Slots(NamedTuple):
-    """Hold new slots and what belongs to them; shapes as in `ops.selection.slots.fill_slots`.
+    """Hold new slots and what belongs to them; shapes as in `ops.selection.slots.fill_slots`, or as in `ragged`.
 
     Attributes:
         keys, values, scores, positions: those of the slots; of empty ones 0, 0, 0 and -1.
@@ -87,11 +113,11 @@ def read_text(
         The output `[B, Hq, T, D]`, `None` where all keys fit into the slots, so that dense attention has it, and the
         new slots.
     """
-    slots = new_slots(key, settings.slots)
-    if key.shape[2] <= settings.slots:
-        replayed(_take_all, (key, value, states, weight, slope, *slots), settings)
+    slots, tables = new_slots(key, settings.counts), settings.tables(key.device)
+    if key.shape[2] <= settings.fewest_slots:
+        replayed(_take_all, (key, value, states, weight, slope, *slots, *tables), settings)
         return None, slots
-    (output,) = replayed(_select, (query, key, value, states, weight, slope, *slots), settings)
+    (output,) = replayed(_select, (query, key, value, states, weight, slope, *slots, *tables), settings)
     return output, slots
 
 
@@ -107,18 +133,21 @@ def noted_reading(
 ) -> Program | None:
     """Return the launches of `read_text` for tensors of this layout, if a call has noted them.
 
-    They are for tensors at multiples of 16 bytes: query, key, value, states, weight, slope and those of the slots;
-    without the query where all keys fit into the slots. They return the output, or nothing.
+    They are for tensors at multiples of 16 bytes: query, key, value, states, weight, slope, those of the slots, and
+    the tables of the settings; without the query where all keys fit into the slots. They return the output, or nothing.
+    Of heads that differ they are those of all layers with the same `settings.slots`.
     """
-    if key.shape[2] <= settings.slots:
-        return program_of(_take_all, (key, value, states, weight, slope, *slots), settings)
-    return program_of(_select, (query, key, value, states, weight, slope, *slots), settings)
+    tables = settings.tables(key.device)
+    if key.shape[2] <= settings.fewest_slots:
+        return program_of(_take_all, (key, value, states, weight, slope, *slots, *tables), settings)
+    return program_of(_select, (query, key, value, states, weight, slope, *slots, *tables), settings)
 
 
-def new_slots(key: Tensor, number: int) -> Slots:
-    """Allocate `number` slots per KV head for keys `[B, Hkv, T, D]`."""
+def new_slots(key: Tensor, counts: int | tuple[int, ...]) -> Slots:
+    """Allocate slots for keys `[B, Hkv, T, D]`: a number per KV head, or a number for each of them."""
     batch, heads, _, dim = key.shape
-    shape, device = (batch, heads, number), key.device
+    shape = (batch, heads, counts) if isinstance(counts, int) else (batch, sum(counts))
+    device = key.device
     return Slots(
         torch.empty((*shape, dim), dtype=key.dtype, device=device),
         torch.empty((*shape, dim), dtype=key.dtype, device=device),
@@ -133,13 +162,16 @@ def new_slots(key: Tensor, number: int) -> Slots:
 def _take_all(
     key: Tensor, value: Tensor, states: Tensor, weight: Tensor, slope: Tensor | None, *rest: Any
 ) -> tuple[Tensor | None, ...]:
-    """Score the tokens and give each a slot; `rest` is the slots and the settings."""
-    slots, settings = Slots(*rest[:-1]), rest[-1]
-    (batch, heads, number), dim = slots.scores.shape, key.shape[3]
+    """Score the tokens and give each a slot; `rest` is the slots, the tables of the settings, and the settings."""
+    *of_slots, _, offsets, settings = rest
+    slots = Slots(*of_slots)
+    batch, heads, length, dim = key.shape
     slopes = {"position_slope": settings.position_slope, "slope_tokens": settings.slope_tokens}
-    write_scores(states, weight, slope, None, slots.scores, **slopes)
-    launch(_copy_all, (triton.cdiv(number, _ROWS), batch, heads))(
-        key, value, *slots, *key.stride()[:3], *value.stride()[:3], key.shape[2], number, dim,
+    scores = slots.scores if offsets is None else empty((batch, heads, length), torch.float32, key.device)
+    write_scores(states, weight, slope, None, scores, **slopes)
+    launch(_copy_all, (triton.cdiv(settings.slots, _ROWS), batch, heads))(
+        key, value, None if offsets is None else scores, *slots, offsets, *key.stride()[:3], *value.stride()[:3],
+        length, settings.slots, dim,
         ROWS=_ROWS, DIM=triton.next_power_of_2(dim), num_warps=4,
     )  # fmt: skip
     return ()
@@ -150,12 +182,14 @@ def _select(
 ) -> tuple[Tensor | None, ...]:
     """Score the tokens, attend, and keep those that later tokens can attend to; `rest` as in `_take_all`."""
 
-    def output(*tensors: Any) -> Any:
-        return _launch(*tensors, slots=Slots(*tensors[6:]), settings=settings)[0]
+    *others, settings = rest
 
-    slots, settings = Slots(*rest[:-1]), rest[-1]
-    compile_ahead(output, query, key, value, states, weight, slope, *slots, family=read_text)
-    return _launch(query, key, value, states, weight, slope, slots=slots, settings=settings)
+    def output(*tensors: Any) -> Any:
+        return _launch(*tensors, settings=settings)[0]
+
+    family = (read_text, settings.k_of_heads is None)
+    compile_ahead(output, query, key, value, states, weight, slope, *others, family=family)
+    return _launch(query, key, value, states, weight, slope, *others, settings=settings)
 
 
 def _launch(
@@ -165,25 +199,28 @@ def _launch(
     states: Tensor,
     weight: Tensor,
     slope: Tensor | None,
-    *of_slots: Tensor,
-    slots: Slots,
+    *others: Any,
     settings: ReadingSettings,
 ) -> tuple[Tensor | None, ...]:
-    k, window, sinks, scaling, position_slope, slope_tokens = settings
-    scores = empty((*key.shape[:2], key.shape[2]), torch.float32, key.device)
+    *of_slots, counts, offsets = others
+    slots = Slots(*of_slots)
+    k, window, sinks, scaling, position_slope, slope_tokens, _ = settings
+    batch, heads, length, _ = key.shape
+    scores = empty((batch, heads, length), torch.float32, key.device)
     write_scores(states, weight, slope, None, scores, position_slope=position_slope, slope_tokens=slope_tokens)
-    plan = ScanPlan(k, k, query.shape[2], window, TILE, False, True)
-    rank, floor, _, lists, _ = launch_scan(scores, plan, None, sinks)
+    plan = ScanPlan(k, min(k, length), query.shape[2], window, TILE, False, True)
+    rank, floor, _, lists, _ = launch_scan(scores, plan, None, sinks, counts=counts)
     tables, _ = causal_tables(
         rank, floor, None, lists, scores, None, None, window=window, sinks=sinks, tile=TILE
     )  # fmt: skip
     output, _ = forward(query, key, value, None, None, tables, scaling)
-    kept = empty(slots.positions.shape, torch.int64, key.device)
+    # As many as layers need that share the launches: their heads may have other numbers of slots.
+    kept = empty((batch, heads * settings.slots), torch.int64, key.device)
     launch(_keep, key.shape[:2])(
-        tables.until, scores, kept, slots.scores, slots.positions, slots.seen, slots.padded_late, slots.tokens,
-        key.shape[2], settings.slots, KEYS=_KEYS, num_warps=8,
+        tables.until, scores, kept, slots.scores, slots.positions, slots.seen, slots.padded_late, slots.tokens, offsets,
+        length, settings.slots, KEYS=_KEYS, num_warps=8,
     )  # fmt: skip
-    copy_kept(kept, key, value, slots.keys, slots.values)
+    copy_kept(kept, key, value, slots.keys, slots.values, settings.slots, settings.slots, offsets)
     return (output,)
 
 
@@ -191,6 +228,7 @@ def _launch(
 def _copy_all(
     Key,
     Value,
+    Score,
     keys,
     values,
     scores,
@@ -198,6 +236,7 @@ def _copy_all(
     seen,
     Late,
     Count,
+    Offsets,
     key_batch,
     key_head,
     key_row,
@@ -210,13 +249,18 @@ def _copy_all(
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    """Copy keys and values into ROWS slots, and write what belongs to these; the scores of tokens are there already."""
+    """Copy keys and values into ROWS slots, and write what belongs to these.
+
+    The scores of the tokens are there already, or stand in `Score` `[B, Hkv, T]`."""
     row, head = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    base = (row * tl.num_programs(2) + head) * slots
+    base, slots = slots_of_head(Offsets, row, head, tl.num_programs(2), slots)
     slot, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, DIM)
     taken, there = slot < length, slot < slots
     tl.store(positions + base + slot, tl.where(taken, slot, -1).to(tl.int64), mask=there)
     tl.store(scores + base + slot, tl.zeros([ROWS], tl.float32), mask=there & (slot >= length))
+    if Score is not None:
+        score = tl.load(Score + (row * tl.num_programs(2) + head) * length + slot, mask=taken, other=0.0)
+        tl.store(scores + base + slot, score, mask=taken & there)
     source, target = taken[:, None] & (column < dim)[None, :], there[:, None] & (column < dim)[None, :]
     to, of = (base + slot)[:, None] * dim + column[None, :], slot.to(tl.int64)[:, None]
     of_key = row * key_batch + head * key_head + of * key_row + column[None, :]
@@ -230,7 +274,7 @@ def _copy_all(
 
 
 @triton.jit(do_not_specialize=["length", "slots"])
-def _keep(Until, Score, Kept, scores, positions, seen, Late, Count, length, slots, KEYS: tl.constexpr):
+def _keep(Until, Score, Kept, scores, positions, seen, Late, Count, Offsets, length, slots, KEYS: tl.constexpr):
     """Write the positions and scores of the keys that the last query attends to, in rising order: they fill the slots.
 
     They are what a later query can attend to: the sinks, the window and the best of the others."""
@@ -238,7 +282,7 @@ def _keep(Until, Score, Kept, scores, positions, seen, Late, Count, length, slot
     number = row * tl.num_programs(1) + head
     Until += number * length
     Score += number * length
-    base = number * slots
+    base, slots = slots_of_head(Offsets, row, head, tl.num_programs(1), slots)
     place = tl.full([], 0, tl.int32)
     for begin in range(0, length, KEYS):
         key = begin + tl.arange(0, KEYS)
@@ -254,7 +298,7 @@ def _keep(Until, Score, Kept, scores, positions, seen, Late, Count, length, slot
     for begin in range(0, slots, KEYS):
         slot = begin + tl.arange(0, KEYS)
         empty = (slot >= place) & (slot < slots)
-        tl.store(Kept + base + slot, tl.zeros([KEYS], tl.int64), mask=empty)
+        tl.store(Kept + base + slot, tl.full([KEYS], -1, tl.int64), mask=empty)
         tl.store(positions + base + slot, tl.full([KEYS], -1, tl.int64), mask=empty)
         tl.store(scores + base + slot, tl.zeros([KEYS], tl.float32), mask=empty)
     if head == 0:

@@ -151,7 +151,12 @@ def _run(scores: Tensor, plan: ScanPlan) -> tuple[Tensor, Tensor, Tensor | None,
 
 
 def launch_scan(
-    scores: Tensor, plan: ScanPlan, first: Tensor | None = None, sinks: int = 0, shift: bool = False
+    scores: Tensor,
+    plan: ScanPlan,
+    first: Tensor | None = None,
+    sinks: int = 0,
+    shift: bool = False,
+    counts: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
     """Launch the scan of scores that `supports` takes, on their device.
 
@@ -161,6 +166,8 @@ def launch_scan(
         first: `[B]`, the first key of each row of the batch that is no padding; `None` for 0.
         sinks: so many keys from there on are no candidates.
         shift: subtract a score near the thresholds of a row from tau.
+        counts: `[2, Hkv]` int32 for scores `[B, Hkv, Tk]`: `k` and `size` of each KV head, where they differ; those of
+            the plan are the largest then.
 
     Returns:
         Ranks `[..., Tk]`, floors `[..., Tq]`, tau `[..., Tq]` or `None`, lists, and what was subtracted, `[rows]`
@@ -187,7 +194,7 @@ def launch_scan(
     width = min(size, _BLOCK * C)
     lists = codes(chunks, width)
     covered = max(chunks, triton.cdiv(keys - start, C))
-    heads = 1 if first is None else rows // len(first)
+    heads = scores.shape[-2] if scores.ndim > 1 else 1
     launch(sort_chunks, (covered, rows))(
         scores,
         first,
@@ -215,15 +222,17 @@ def launch_scan(
             targets.append(codes(last, size))
         target = targets[0 if source is not targets[0] else 1]
         grid, shape = _merging(last, rows, target_width, source_width)
-        launch(merge_earlier, grid)(source, target, source_row, source_list, source_width, target_width, reach, **shape)
+        launch(merge_earlier, grid)(
+            source, target, counts, source_row, source_list, source_width, target_width, reach, heads, **shape
+        )
         source, source_row, source_list, source_width = target, last * target_width, target_width, target_width
         reach *= 2
     best = codes(tiles, size)
     index = empty((*batch, tiles // every if plan.with_lists else 0, size), torch.int32, device)
     grid, shape = _merging(tiles, rows, size, max(source_width, width))
     launch(merge_for_tiles, grid)(
-        source, lists, best, index, last, source_width, chunks, width, before, start, every, size, C, _BLOCK,
-        WITH_INDEX=plan.with_lists, **shape,
+        source, lists, best, index, counts, last, source_width, chunks, width, before, start, every, size, heads, C,
+        _BLOCK, WITH_INDEX=plan.with_lists, **shape,
     )  # fmt: skip
 
     Q, warps = _TAUS if plan.with_tau else _FLOORS
@@ -234,18 +243,18 @@ def launch_scan(
         if shift:
             origin = empty((rows,), torch.float32, device)
             launch(find_origins, (rows,))(
-                best, chunk_lists, origin, tiles, chunks, size, plan.k, C, longest, num_warps=4
+                best, chunk_lists, counts, origin, tiles, chunks, size, plan.k, heads, C, longest, num_warps=4
             )
         sums = empty(best.shape, torch.float64, device)
-        launch(sum_lists, (tiles, rows))(best, origin, sums, size, longest, num_warps=4)
+        launch(sum_lists, (tiles, rows))(best, counts, origin, sums, size, heads, longest, num_warps=4)
         bounds = empty((rows, tiles), torch.float64, device)
         launch(tile_thresholds, (triton.cdiv(tiles, _LISTS), rows))(
-            best, sums, origin, bounds, tiles, size, plan.k, _LISTS, steps, num_warps=1
+            best, sums, counts, origin, bounds, tiles, size, plan.k, heads, _LISTS, steps, num_warps=1
         )
         raw = empty((rows, tiles * C), torch.float32, device)
     launch(query_thresholds, (tiles * C // Q, rows))(
-        best, sums, chunk_lists, origin, bounds, floor, raw, queries, chunks, before, size, plan.k, C, Q, longest,
-        steps, WITH_TAU=plan.with_tau, num_warps=warps,
+        best, sums, chunk_lists, counts, origin, bounds, floor, raw, queries, chunks, before, size, plan.k, heads, C, Q,
+        longest, steps, WITH_TAU=plan.with_tau, num_warps=warps,
     )  # fmt: skip
     if raw is not None:
         tau = empty((*batch, queries), torch.float32, device)

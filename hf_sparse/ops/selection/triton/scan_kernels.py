@@ -54,6 +54,17 @@ def first_of(First, batch):
 
 
 @triton.jit
+def counts_of(Counts, row, heads, k, size):
+    """Return how many keys the KV head of a row selects and how many it can reach.
+
+    `k` and `size`, or what `Counts` `[2, heads]` has for the head, which are no more."""
+    if Counts is not None:
+        k = tl.load(Counts + row % heads)
+        size = tl.minimum(tl.load(Counts + heads + row % heads), size)
+    return k, size
+
+
+@triton.jit
 def _load_codes(scores, chunk, start, least, keys, C: tl.constexpr):
     """Load the codes of a chunk, and the positions of its keys; those before `least` are no candidates."""
     place = chunk * C + tl.arange(0, C)
@@ -126,29 +137,44 @@ def _merge(a, length_a, b, length_b, entry, width, STEPS: tl.constexpr):
     return code_a, place_a, in_a & (place_a < width), code_b, place_b, in_b & (place_b < width)
 
 
-@triton.jit(do_not_specialize=["source_row", "source_width", "target_width", "reach"])
+@triton.jit(do_not_specialize=["source_row", "source_width", "target_width", "reach", "heads"])
 def merge_earlier(
-    source, target, source_row, source_list, source_width, target_width, reach, BLOCK: tl.constexpr, STEPS: tl.constexpr
+    source,
+    target,
+    Counts,
+    source_row,
+    source_list,
+    source_width,
+    target_width,
+    reach,
+    heads,
+    BLOCK: tl.constexpr,
+    STEPS: tl.constexpr,
 ):
-    """Run one round of a prefix scan: merge list i with list `i - reach`, if that exists."""
+    """Run one round of a prefix scan: merge list i with list `i - reach`, if that exists.
+
+    Entries beyond the keys that a head can reach are neither read nor written."""
     number, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     entry = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    out = target + (row * tl.num_programs(0) + number) * target_width
+    _, source_width = counts_of(Counts, row, heads, source_width, source_width)
+    _, target_width = counts_of(Counts, row, heads, target_width, target_width)
     a = source + row * source_row + number.to(tl.int64) * source_list
     earlier = tl.where(number >= reach, source_width, 0)
     b = a - tl.where(number >= reach, reach, 0).to(tl.int64) * source_list
-    out = target + (row * tl.num_programs(0) + number) * target_width
     code_a, place_a, keep_a, code_b, place_b, keep_b = _merge(a, source_width, b, earlier, entry, target_width, STEPS)
     tl.store(out + place_a, code_a, mask=keep_a)
     tl.store(out + place_b, code_b, mask=keep_b)
     tl.store(out + entry, 0, mask=(entry >= source_width + earlier) & (entry < target_width))
 
 
-@triton.jit(do_not_specialize=["blocks", "block_width", "chunks", "width", "before", "start", "every", "size"])
+@triton.jit(do_not_specialize=["blocks", "block_width", "chunks", "width", "before", "start", "every", "size", "heads"])
 def merge_for_tiles(
     block_lists,
     lists,
     target,
     index,
+    Counts,
     blocks,
     block_width,
     chunks,
@@ -157,6 +183,7 @@ def merge_for_tiles(
     start,
     every,
     size,
+    heads,
     C: tl.constexpr,
     R: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -165,28 +192,31 @@ def merge_for_tiles(
 ):
     """Merge the best `size` keys before each chunk: of the blocks before its block, and of the chunks in between.
 
-    target `[rows, tiles, size]`; index `[rows, tiles / every, size]` int32, positions, -1 for none.
+    target `[rows, tiles, size]`; index `[rows, tiles / every, size]` int32, positions, -1 for none. Where a head can
+    reach fewer keys, the rest of its targets is not written.
     """
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     tiles = tl.num_programs(0)
     entry = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     chunk = before + tile
     block, step = chunk // R, chunk % R
-    length_a = tl.where(block > 0, block_width, 0)
-    length_b = tl.where(step > 0, tl.minimum(step * C, width), 0)
     a = block_lists + (row * blocks + tl.maximum(block - 1, 0)) * block_width
     b = lists + (row * chunks + tl.maximum(chunk - 1, 0)) * width
+    _, block_width = counts_of(Counts, row, heads, block_width, block_width)
+    _, most = counts_of(Counts, row, heads, size, size)
+    length_a = tl.where(block > 0, block_width, 0)
+    length_b = tl.where(step > 0, tl.minimum(tl.minimum(step * C, width), most), 0)
     out = target + (row * tiles + tile) * size
-    code_a, place_a, keep_a, code_b, place_b, keep_b = _merge(a, length_a, b, length_b, entry, size, STEPS)
-    rest = (entry >= length_a + length_b) & (entry < size)
+    code_a, place_a, keep_a, code_b, place_b, keep_b = _merge(a, length_a, b, length_b, entry, most, STEPS)
+    rest = entry >= length_a + length_b
     tl.store(out + place_a, code_a, mask=keep_a)
     tl.store(out + place_b, code_b, mask=keep_b)
-    tl.store(out + entry, 0, mask=rest)
+    tl.store(out + entry, 0, mask=rest & (entry < most))
     if WITH_INDEX and tile % every == 0:
         indices = index + (row * tl.cdiv(tiles, every) + tile // every) * size
         tl.store(indices + place_a, tl.where(code_a >= SELECTABLE, _place(code_a) + start, -1), mask=keep_a)
         tl.store(indices + place_b, tl.where(code_b >= SELECTABLE, _place(code_b) + start, -1), mask=keep_b)
-        tl.store(indices + entry, -1, mask=rest)
+        tl.store(indices + entry, -1, mask=(rest | (entry >= most)) & (entry < size))
 
 
 @triton.jit
@@ -198,25 +228,30 @@ def origin_of(Origin, row):
     return origin
 
 
-@triton.jit(do_not_specialize=["tiles", "chunks", "size", "k"])
-def find_origins(codes, chunk_lists, Origin, tiles, chunks, size, k, C: tl.constexpr, SIZE: tl.constexpr):
+@triton.jit(do_not_specialize=["tiles", "chunks", "size", "k", "heads"])
+def find_origins(
+    codes, chunk_lists, Counts, Origin, tiles, chunks, size, k, heads, C: tl.constexpr, SIZE: tl.constexpr
+):
     """Choose a score near the thresholds of a row, `[rows]`: next to a large score float32 would round tau.
 
     The k-th best key before the last tile, or the last one there is; without one the best key of the last chunk."""
     row = tl.program_id(0).to(tl.int64)
     entry = tl.arange(0, SIZE)
-    code = tl.load(codes + (row * tiles + tiles - 1) * size + entry, mask=(entry < size) & (entry < k), other=0)
+    codes += (row * tiles + tiles - 1) * size
+    k, size = counts_of(Counts, row, heads, k, size)
+    code = tl.load(codes + entry, mask=(entry < size) & (entry < k), other=0)
     newest = tl.load(chunk_lists + (row * chunks + chunks - 1) * C)
     lowest = tl.min(tl.where(code >= SELECTABLE, code, HIGHEST), 0)
     lowest = tl.where(lowest == HIGHEST, newest, lowest)
     tl.store(Origin + row, tl.where(lowest >= SELECTABLE, _score(lowest), 0.0))
 
 
-@triton.jit(do_not_specialize=["size"])
-def sum_lists(codes, Origin, sums, size, SIZE: tl.constexpr):
+@triton.jit(do_not_specialize=["size", "heads"])
+def sum_lists(codes, Counts, Origin, sums, size, heads, SIZE: tl.constexpr):
     """Sum the scores of every list up to each entry, in float64: tau is a small difference of these sums."""
     row = tl.program_id(1).to(tl.int64)
     base = (row * tl.num_programs(0) + tl.program_id(0)) * size
+    _, size = counts_of(Counts, row, heads, size, size)
     entry = tl.arange(0, SIZE)
     code = tl.load(codes + base + entry, mask=entry < size, other=0)
     score = tl.where(code >= SELECTABLE, _shifted(code, origin_of(Origin, row)), 0.0)
@@ -302,8 +337,8 @@ def _solve(
     return root
 
 
-@triton.jit(do_not_specialize=["tiles", "size", "k"])
-def tile_thresholds(codes, sums, Origin, bounds, tiles, size, k, Q: tl.constexpr, STEPS: tl.constexpr):
+@triton.jit(do_not_specialize=["tiles", "size", "k", "heads"])
+def tile_thresholds(codes, sums, Counts, Origin, bounds, tiles, size, k, heads, Q: tl.constexpr, STEPS: tl.constexpr):
     """Solve for the threshold of every list, `[rows, tiles]` float64, `-inf` for at most k keys; Q lists a program.
 
     Those before and after a tile enclose the thresholds of its queries.
@@ -315,6 +350,7 @@ def tile_thresholds(codes, sums, Origin, bounds, tiles, size, k, Q: tl.constexpr
     at = row * tiles + tile
     codes += tl.where(there, at, 0) * size
     sums += tl.where(there, at, 0) * size
+    k, size = counts_of(Counts, row, heads, k, size)
     none = tl.zeros([Q], tl.int32)
     length = _count_above(codes, size, tl.zeros([Q], tl.int64) + SELECTABLE, True, STEPS)
     active = there & (length > k)
@@ -326,11 +362,12 @@ def tile_thresholds(codes, sums, Origin, bounds, tiles, size, k, Q: tl.constexpr
     tl.store(bounds + at, tl.where(length > k, root, -float("inf")), mask=there)
 
 
-@triton.jit(do_not_specialize=["queries", "chunks", "before", "size", "k"])
+@triton.jit(do_not_specialize=["queries", "chunks", "before", "size", "k", "heads"])
 def query_thresholds(
     codes,
     sums,
     chunk_lists,
+    Counts,
     Origin,
     bounds,
     floor,
@@ -340,6 +377,7 @@ def query_thresholds(
     before,
     size,
     k,
+    heads,
     C: tl.constexpr,
     Q: tl.constexpr,
     SIZE: tl.constexpr,
@@ -355,6 +393,9 @@ def query_thresholds(
     tiles = tl.num_programs(0) // (C // Q)
     query = tl.program_id(0) % (C // Q) * Q + tl.arange(0, Q)
     codes += (row * tiles + tile) * size
+    if WITH_TAU:
+        sums += (row * tiles + tile) * size
+    k, size = counts_of(Counts, row, heads, k, size)
     chunk_lists += (row * chunks + before + tile) * C
     number = tl.arange(0, C)
     code = tl.load(chunk_lists + number)
@@ -374,7 +415,6 @@ def query_thresholds(
     tl.store(floor + row * queries + at, tl.where(last >= SELECTABLE, last, 0), mask=at < queries)
 
     if WITH_TAU:
-        sums += (row * tiles + tile) * size
         entry = tl.arange(0, SIZE)
         listed = tl.load(codes + entry, mask=entry < size, other=0)
         selectable = listed >= SELECTABLE

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_sparse.ops.selection.triton.slots import slots_of_head
 from hf_sparse.ops.triton.launch import launch
 from hf_sparse.ops.triton.replay import empty, replayed
 
@@ -28,10 +29,17 @@ def fill_slots(
     *,
     window: int,
     sinks: int,
+    most: int | None = None,
+    offsets: Tensor | None = None,
 ) -> None:
-    """Fill as `ops.selection.slots.fill_slots`; keys, values, their tables and `seen` are contiguous."""
+    """Fill as `ops.selection.slots.fill_slots`; keys, values, their tables and `seen` are contiguous.
+
+    With `offsets` they are buffers of heads with different numbers of slots, `most` of them or fewer, see
+    `ops.selection.ragged`.
+    """
     key, value, score = (x if x.stride(-1) == 1 else x.contiguous() for x in (key, value, score))
-    replayed(_fill, (keys, values, scores, positions, seen, key, value, score), window, sinks)
+    most = keys.shape[2] if most is None else most
+    replayed(_fill, (keys, values, scores, positions, seen, key, value, score, offsets), window, sinks, most)
 
 
 def _fill(
@@ -43,27 +51,41 @@ def _fill(
     key: Tensor,
     value: Tensor,
     score: Tensor,
+    offsets: Tensor | None,
     window: int,
     sinks: int,
+    most: int,
 ) -> tuple[Tensor | None, ...]:
-    batch, heads, slots, _ = keys.shape
-    length = key.shape[2]
-    kept = empty((batch, heads, slots), positions.dtype, keys.device)
-    launch(_choose, (batch, heads))(
-        score, kept, scores, positions, seen, *score.stride()[:2], length, slots, window, sinks,
+    kept = empty(positions.shape, positions.dtype, keys.device)
+    launch(_choose, key.shape[:2])(
+        score, kept, scores, positions, seen, offsets, *score.stride()[:2], key.shape[2], most, window, sinks,
         KEYS=_KEYS, num_warps=8,
     )  # fmt: skip
-    copy_kept(kept, key, value, keys, values)
+    copy_kept(kept, key, value, keys, values, key.shape[2], most, offsets)
     return ()
 
 
-def copy_kept(kept: Tensor, key: Tensor, value: Tensor, keys: Tensor, values: Tensor) -> None:
-    """Launch the kernel that copies the keys and values at the positions `kept` `[B, Hkv, S]` into slots."""
-    batch, heads, slots, dim = keys.shape
-    length = key.shape[2]
+def copy_kept(
+    kept: Tensor,
+    key: Tensor,
+    value: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    filled: int,
+    most: int,
+    offsets: Tensor | None,
+) -> None:
+    """Launch the kernel that copies the keys and values at the positions `kept` into slots.
+
+    Args:
+        kept: `[B, Hkv, S]`, or with offsets `[B, R]`; -1 makes a slot 0.
+        filled: so many slots of every head are written, or all that it has.
+        key, value, keys, values, most, offsets: as in `fill_slots`.
+    """
+    batch, heads, _, dim = key.shape
     strides = (*key.stride()[:3], *value.stride()[:3])
-    launch(_copy, (triton.cdiv(min(length, slots), _ROWS), batch, heads))(
-        kept, key, value, keys, values, *strides, min(length, slots), slots, dim,
+    launch(_copy, (triton.cdiv(min(filled, most), _ROWS), batch, heads))(
+        kept, key, value, keys, values, offsets, *strides, filled, most, dim,
         ROWS=_ROWS, DIM=triton.next_power_of_2(dim), num_warps=4,
     )  # fmt: skip
 
@@ -83,6 +105,7 @@ def _choose(
     scores,
     positions,
     seen,
+    Offsets,
     score_batch,
     score_head,
     length,
@@ -94,7 +117,7 @@ def _choose(
     """Write the positions to keep, in rising order, and the scores there; -1 for slots that stay empty."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     Score += row * score_batch + head * score_head
-    base = (row * tl.num_programs(1) + head) * slots
+    base, slots = slots_of_head(Offsets, row, head, tl.num_programs(1), slots)
     index = tl.arange(0, KEYS)
     end = length - window  # of the keys that compete
     wanted = slots - window - sinks
@@ -146,6 +169,7 @@ def _copy(
     Value,
     keys,
     values,
+    Offsets,
     key_batch,
     key_head,
     key_row,
@@ -160,12 +184,14 @@ def _copy(
 ):
     """Copy the kept keys and values of ROWS slots."""
     row, head = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    base = (row * tl.num_programs(2) + head) * slots
+    base, slots = slots_of_head(Offsets, row, head, tl.num_programs(2), slots)
+    filled = tl.minimum(filled, slots)
     slot, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, DIM)
     kept = tl.load(Kept + base + slot, mask=slot < filled, other=0)[:, None]
     mask = (slot < filled)[:, None] & (column < dim)[None, :]
     to = (base + slot)[:, None] * dim + column[None, :]
     of_key = row * key_batch + head * key_head + kept * key_row + column[None, :]
-    tl.store(keys + to, tl.load(Key + of_key, mask=mask), mask=mask)
+    held = mask & (kept >= 0)
+    tl.store(keys + to, tl.load(Key + of_key, mask=held, other=0.0), mask=mask)
     of_value = row * value_batch + head * value_head + kept * value_row + column[None, :]
-    tl.store(values + to, tl.load(Value + of_value, mask=mask), mask=mask)
+    tl.store(values + to, tl.load(Value + of_value, mask=held, other=0.0), mask=mask)
