@@ -19,7 +19,6 @@ from torch.nn.modules import module as hooks_of_all_modules
 from transformers.cache_utils import Cache
 
 _EAGER = 2  # steps of a call before one is recorded: they compile kernels and allocate what stays
-_COMPILED = 1  # the same, of steps that are compiled
 _COLLECTING = "transformers.utils.output_capturing"  # the module whose hooks collect hidden states
 _PLAIN = (bool, int, float, str, type(None))  # types of inputs that a recording keeps
 
@@ -42,7 +41,7 @@ class RecordedSteps:
     Args:
         model: a patched model.
         compiled: takes a step in place of the model, which it may compile, and leaves it to others to count the token.
-            It takes the recorded step, and the first one; `None` for steps of the model.
+            It takes the recorded step, and the one before it; `None` for steps of the model.
     """
 
     def __init__(self, model: nn.Module, compiled: Callable[..., Any] | None = None) -> None:
@@ -66,12 +65,11 @@ class RecordedSteps:
         if layout != self.layout or len(keys) != len(self.keys) or not all(map(is_, keys, self.keys)):
             self.layout, self.keys, self.steps, self.replay = layout, keys, 0, None
         self.steps += 1
-        is_first = self.steps <= (_EAGER if self.compiled is None else _COMPILED)
-        if is_first and self.compiled is None:
+        if self.steps < _EAGER or (self.steps == _EAGER and self.compiled is None):
             return self.model(**inputs)
         if self.is_refused is None:
             self.is_refused = not _is_recordable(self.model)
-        if self.is_refused or not (is_first or self.replay is not None or self._record(inputs, layers)):
+        if self.is_refused or not (self.steps == _EAGER or self.replay is not None or self._record(inputs, layers)):
             return self.model(**inputs)
         tokens = [layer.get_seq_length() + 1 for layer in layers]
         if self.replay is None:
