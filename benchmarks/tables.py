@@ -10,9 +10,10 @@
         --generate-before generate-before-h200.json --entmax entmax_kernels-h200.json \\
         entmax_kernels-earlier-h200.json --entmax entmax_kernels-128-h200.json entmax_kernels-128-earlier-h200.json \\
         --recorded recorded-h200.json recorded-e27d4a2-h200.json recorded-earlier-h200.json \\
-        --first-static first_static-h200.json first_static-e27d4a2-h200.json first_static-earlier-h200.json \\
+        --first-static first_static-h200.json first_static-126f690-h200.json first_static-e27d4a2-h200.json \\
+        first_static-earlier-h200.json \\
         --shapes kernels-launches-h200.json kernels-shape-*-h200.json --first-tokens generate-short-h200.json \\
-        --prefills prefill-h200.json \\
+        --prefills prefill-h200.json prefill-8034dc5-h200.json \\
         --evaluation evaluation-h200.json --cpu generate-cpu.json generate-before-cpu.json --busy busy-cpu.json \\
         --entmax-model entmax_model-h200.json --conversion conversion-h200.json \\
         --steps generate-entmax-h200.json generate-predicted-h200.json \\
@@ -261,7 +262,12 @@ def shapes_table(runs: Sequence[dict[str, Any]]) -> str:
             rows.append([shape, f"{length:,}", *cells, run["commit"][:7]])
     head = ["SparseK", "window", "cuDNN", "SparseK / window"]
     return table(
-        ["heads x size", "tokens", *(f"{name}, {PASSES[which].lower()}" for which in PASSES for name in head), "commit"],
+        [
+            "heads x size",
+            "tokens",
+            *(f"{name}, {PASSES[which].lower()}" for which in PASSES for name in head),
+            "commit",
+        ],
         rows,
     )
 
@@ -283,19 +289,24 @@ def first_tokens_table(generate: dict[str, Any], before: Sequence[dict[str, Any]
     return table(["first token, ms: shape, prompt x batch", "dense", "sparse", "times as fast", "before"], rows)
 
 
-def prefill_call_table(run: dict[str, Any]) -> str:
-    """Tabulate a run of `prefill.py`: milliseconds and ratios of both calls, and the kernels of a forward."""
+def prefill_call_table(runs: Sequence[dict[str, Any]]) -> str:
+    """Tabulate runs of `prefill.py`: milliseconds and ratios of both calls, and the kernels of a forward.
+
+    A cell is that of the first run which has it.
+    """
     rows = []
-    for row in run["rows"]:
+    every = [row | {"commit": run["commit"][:7]} for run in runs for row in run["rows"]]
+    shapes = list(dict.fromkeys(row["shape"] for row in every))
+    for row in sorted(firsts(every, "shape", "prompt"), key=lambda row: (shapes.index(row["shape"]), row["prompt"])):
         cells = [f"{row['shape']}, {row['prompt']:,}"]
         for call in ("forward", "generate"):
             dense, sparse = row[call]["dense_ms"], row[call]["sparse_ms"]
             cells += [short(dense), short(sparse), f"{row[call]['ratio']:.2f}"]
         profile = [row["profile"][name] for name in ("dense", "sparse")]
         cells.append(" / ".join(short(one["kernels_ms"]) for one in profile))
-        rows.append([*cells, " / ".join(f"{one['launches']:,}" for one in profile)])
+        rows.append([*cells, " / ".join(f"{one['launches']:,}" for one in profile), row["commit"]])
     calls = [f"{name}, {what}" for name in ("forward", "first token") for what in ("dense", "sparse", "times as fast")]
-    return table(["ms: shape, prompt", *calls, "kernels, dense / sparse", "launches, dense / sparse"], rows)
+    return table(["ms: shape, prompt", *calls, "kernels, dense / sparse", "launches, dense / sparse", "commit"], rows)
 
 
 def first_call_table(first_calls: dict[str, Any]) -> str:
@@ -778,7 +789,7 @@ def all_tables(
     recorded: Sequence[dict[str, Any]],
     first_static: Sequence[dict[str, Any]],
     static: Sequence[dict[str, Any]],
-    prefills: dict[str, Any],
+    prefills: Sequence[dict[str, Any]],
     prediction: Sequence[dict[str, Any]],
     quality: Sequence[dict[str, Any]] = (),
     bidirectional: Sequence[dict[str, Any]] = (),
@@ -791,7 +802,7 @@ def all_tables(
     generate.py each, now and before; `entmax` holds the runs of each of two shapes, of which the first counts;
     `entmax_model` is a run of whole models, `conversion` the finetune.json of a training run, `steps` holds runs of
     default generate with Sparsefinder, `shapes` one run of the kernels for each shape, `first_tokens` is a run of
-    `generate.py` for short prompts, `prefills` one of `prefill.py`, `recorded` and `first_static` are runs of the
+    `generate.py` for short prompts, `prefills` are runs of `prefill.py`, `recorded` and `first_static` are runs of the
     scripts of these names, `static` holds runs of `static_decode.py`, `prediction` runs of predicted tiles, of
     which the first with a text and a contender counts; `quality` holds runs of what predicted tiles cost in perplexity,
     `bidirectional` runs of entmax_kernels.py without a causal mask, `flex` is one of predicted tiles beside
@@ -895,7 +906,7 @@ def main() -> None:
     parser.add_argument("--generate-before", type=Path, required=True, help="the same before steps were recorded")
     parser.add_argument("--shapes", type=Path, nargs="+", required=True, help="JSON of the kernels, one per shape")
     parser.add_argument("--first-tokens", type=Path, required=True, help="JSON of default generate, short prompts")
-    parser.add_argument("--prefills", type=Path, required=True, help="JSON of prefill.py")
+    parser.add_argument("--prefills", type=Path, nargs="+", required=True, help="JSON of prefill.py")
     parser.add_argument(
         "--entmax", type=Path, nargs="+", action="append", required=True, help="JSON of entmax_kernels.py, per shape"
     )
@@ -947,7 +958,7 @@ def main() -> None:
         recorded=list(map(read, options.recorded)),
         first_static=list(map(read, options.first_static)),
         static=list(map(read, options.static)),
-        prefills=read(options.prefills),
+        prefills=list(map(read, options.prefills)),
         prediction=list(map(read, options.prediction)),
         quality=list(map(read, options.quality)),
         bidirectional=list(map(read, options.bidirectional)),

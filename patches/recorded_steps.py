@@ -23,7 +23,6 @@ from torch.nn.modules import module as hooks_of_all_modules
 from transformers.cache_utils import Cache
 
 _EAGER = 2  # steps of a call before one is recorded: they compile kernels and allocate what stays
-_COMPILED = 1  # the same, of steps that are compiled
 _COLLECTING = "transformers.utils.output_capturing"  # the module whose hooks collect hidden states
 _PLAIN = (bool, int, float, str, type(None))  # types of inputs that a recording keeps
 
@@ -46,7 +45,7 @@ class RecordedSteps:
     Args:
         model: a patched model.
         compiled: takes a step in place of the model, which it may compile, and leaves it to others to count the token.
-            It takes the recorded step, and the first one; `None` for steps of the model.
+            It takes the recorded step, and the one before it; `None` for steps of the model.
     """
 
     def __init__(self, model: nn.Module, compiled: Callable[..., Any] | None = None) -> None:
@@ -74,12 +73,12 @@ class RecordedSteps:
                 self.steps = 0
             self.layout, self.memory, self.replay = layout, memory, None
         self.steps += 1
-        is_first = self.steps <= (_EAGER if self.compiled is None else _COMPILED)
-        if (is_first and self.compiled is None) or any(part is None for part in memory):
+        is_eager = self.steps < _EAGER or (self.steps == _EAGER and self.compiled is None)
+        if is_eager or any(part is None for part in memory):
             return self.model(**inputs)
         if self.is_refused is None:
             self.is_refused = not _is_recordable(self.model)
-        if self.is_refused or not (is_first or self.replay is not None or self._record(inputs, caches[0])):
+        if self.is_refused or not (self.steps == _EAGER or self.replay is not None or self._record(inputs, caches[0])):
             return self.model(**inputs)
         tokens = [layer.get_seq_length() for layer in layers]
         if self.replay is None:
