@@ -17,6 +17,7 @@ what a recurrence would hold at each query is computed from masks of length x le
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -57,7 +58,7 @@ class Features(nn.Module):
     def start(self, level: Tensor) -> None:
         """Begin with the same weight for all keys: that of the mean logit `[Hkv]` of evicted ones."""
         with torch.no_grad():
-            self.offset += (level - torch.tensor(float(FEATURES)).log())[:, None, None] / 2
+            self.offset.add_((level - math.log(FEATURES))[:, None, None] / 2)
 
     def read(self, query: Tensor, key: Tensor, value: Tensor, evicted: Tensor, most: Tensor, scaling: float) -> Read:
         """Return the numerator `[B, H, G, T, D]` and the denominator of what evicted keys add to each query.
@@ -138,7 +139,7 @@ def attend(
 
 
 @contextmanager
-def remembering(model: nn.Module, kind: type[nn.Module] | None) -> Iterator[list[nn.Parameter]]:
+def remembering(model: Any, kind: type[nn.Module] | None) -> Iterator[list[nn.Parameter]]:
     """Let all layers attend with a memory of a kind for the length of a `with` block, and yield its parameters."""
     layers: Any = sparse_layers(model)
     memories: Any = []
@@ -173,7 +174,8 @@ def train(model: Any, parameters: list[nn.Parameter], chunks: Tensor, budgets: l
     torch.set_float32_matmul_precision("high")
     order = torch.randperm(len(chunks) * 100, generator=torch.Generator().manual_seed(options.seed)) % len(chunks)
     optimizer = torch.optim.Adam(parameters, lr=options.learning_rate)
-    began, losses, done = time.perf_counter(), [], 0.0
+    losses: list[float] = []
+    began, done = time.perf_counter(), 0.0
     with torch.no_grad():  # `start` of each memory
         model(chunks[order[:1]].to(next(model.parameters()).device), use_cache=False, logits_to_keep=1)
     while done < 1 and len(losses) < options.steps:
