@@ -212,6 +212,15 @@ def test_lora(golden):
     golden("card/sparsek-lora.md", text)
 
 
+def test_unequal_budgets():
+    """A card with shares of heads says from how many tokens on something is left out, and that numbers are means."""
+    config = hf_sparse.SparseKConfig(k=100, window=20, sinks=4, head_shares=[[0.5, 1.5], [1.7, 0.3]])
+    text = render(config, repo_id="me/x", base_model="org/llama", parameters=8)
+    assert "**124 keys** on average" in text and "**124 slots on average that never grow**" in text
+    assert "up to\n54 tokens nothing is left out" in text and "past 54 tokens" in text
+    assert "a head has 0.30 to\n1.70 times as many" in text
+
+
 def test_layers(golden):
     config = hf_sparse.SparseKConfig(layers=[3, 0])
     golden("card/sparsek-some-layers.md", render(config, repo_id="x", base_model=None, parameters=1))

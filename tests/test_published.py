@@ -129,6 +129,29 @@ def test_pass_keys():
         assert cells == expected
 
 
+RETRIEVAL = read(ROOT / "benchmarks" / "results" / "retrieval-qwen-h200.json")
+
+
+@pytest.mark.parametrize(
+    ("after", "kept", "tasks", "lengths"),
+    [
+        ("**What is found again**", "", ("passkey", "multi_key", "variable_tracking"), (2048, 4096, 8192)),
+        ("**Long generation with the prompt kept**", "prompt kept, ", ("program", "arithmetic"), (1024, 2048, 4096)),
+    ],
+)
+def test_retrieval(after, kept, tasks, lengths):
+    def score(value: Any) -> str:
+        if "error" in value:  # out of memory
+            return "-"
+        return f"{fmean(depth[0] if isinstance(depth, list) else depth for depth in value):.2f}"
+
+    names = {**_NAMES, "all (dense)": "dense", "the most recent": "recency", "at random": "random"}
+    for name, cells in list(table("docs/experiments.md", after).items())[1:]:
+        key = names.get(name, name)
+        values = RETRIEVAL["runs"]["0.5"] if key == "learned" else RETRIEVAL["without training"]
+        assert cells == [score(values[kept + key][f"{task}, {length}"]) for task in tasks for length in lengths], name
+
+
 def test_scorers():
     rows = table("docs/experiments.md", "### What the scorer reads")
     lines = [json.loads(line) for line in (LEARNING / "demo-scorers.jsonl").read_text("utf-8").splitlines()]
