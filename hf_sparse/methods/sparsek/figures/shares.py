@@ -26,7 +26,7 @@ def shares_figure(counts: Sequence[Sequence[int]], path: str | Path) -> None:
         for layer, row in enumerate(counts if layers <= _MOST_NUMBERS else ()):
             for head, count in enumerate(row):
                 _, ink = on_scale(float(norm(count)))
-                axes.text(layer + 0.5, head + 0.5, count, color=ink, ha="center", va="center", fontsize=5.5)
+                axes.text(layer + 0.5, head + 0.5, str(count), color=ink, ha="center", va="center", fontsize=5.5)
         step = -(-layers // 40)
         axes.set_xticks([layer + 0.5 for layer in range(0, layers, step)], [f"{n}" for n in range(0, layers, step)])
         axes.set_yticks([head + 0.5 for head in range(heads)], [f"{head}" for head in range(heads)])
