@@ -3,8 +3,9 @@
 import json
 import re
 import shutil
+from math import log
 from pathlib import Path
-from statistics import fmean
+from statistics import correlation, fmean
 from typing import Any
 
 import pytest
@@ -128,6 +129,13 @@ def test_pass_keys():
             values = tasks[task]["results"][_NAMES.get(name, name)]["values"]
             expected.append(f"{fmean(value[column] for value in values):.2f}")
         assert cells == expected
+
+
+def test_learned_shares():
+    ways = read(LEARNING / "smollm2-learned-shares.json")["rows"], read(LEARNING / "smollm2-divided-heads.json")["rows"]
+    learned, measured = ways[0][0]["head_shares"], ways[1][0]["adapter"]["head_shares"]
+    logs = [[log(share) for row in rows for share in row] for rows in (learned, measured)]
+    assert f"by {correlation(*logs):.2f}. The run" in (ROOT / "docs/experiments.md").read_text("utf-8")
 
 
 RETRIEVAL = read(ROOT / "benchmarks" / "results" / "retrieval-qwen-h200.json")
