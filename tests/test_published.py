@@ -131,6 +131,14 @@ def test_pass_keys():
         assert cells == expected
 
 
+def test_memory_of_evicted_keys():
+    rows = table("docs/experiments.md", "**A memory for what was evicted**")
+    names = {"features": "learned features", "latent": "latent slots", "none": "no memory"}
+    for row in read(LEARNING / "smollm2-residual.json")["rows"]:
+        name = names.get(row["memory"], "no memory, 8 more selected keys")
+        assert rows[name] == [f"{q['perplexity']:.3f} ({q['kl']:.4f})" for q in row["quality"].values()]
+
+
 def test_learned_shares():
     ways = read(LEARNING / "smollm2-learned-shares.json")["rows"], read(LEARNING / "smollm2-divided-heads.json")["rows"]
     learned, measured = ways[0][0]["head_shares"], ways[1][0]["adapter"]["head_shares"]
