@@ -32,7 +32,7 @@ TRAINING: dict[str, Any] = {
     "all_parameters": 4096000,
     "tokens": 1392640,
     "seconds": 412.3,
-    "history": [],
+    "history": [{"step": 1, "stage": "distill", "loss": 0.5}],
     "machine": {"system": "Linux", "cpus": 8},
     "versions": {"python": "3.11.7", "hf-sparse": "0.1.0"},
 }
@@ -210,6 +210,15 @@ def test_lora(golden):
     text = render(config, **values, evaluation=EVALUATION, training=training)
     assert "10,000 of" in text and "LoRA" not in card().text
     golden("card/sparsek-lora.md", text)
+
+
+def test_unequal_budgets():
+    """A card with shares of heads says from how many tokens on something is left out, and that numbers are means."""
+    config = hf_sparse.SparseKConfig(k=100, window=20, sinks=4, head_shares=[[0.5, 1.5], [1.7, 0.3]])
+    text = render(config, repo_id="me/x", base_model="org/llama", parameters=8)
+    assert "**124 keys** on average" in text and "**124 slots on average that never grow**" in text
+    assert "up to\n54 tokens nothing is left out" in text and "past 54 tokens" in text
+    assert "a head has 0.30 to\n1.70 times as many" in text
 
 
 def test_layers(golden):

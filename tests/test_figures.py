@@ -15,6 +15,7 @@ from hf_sparse.methods.sparsek.figures import (
     positions_figure,
     quality_figure,
     shade,
+    shares_figure,
     task_figure,
     tokens_figure,
 )
@@ -305,6 +306,15 @@ class TestKept:
         assert [tick.get_text() for tick in axes.get_yticklabels()] == ["0", "2"]
         assert axes.get_ylim() == (4, 0)  # the first layer on top
         assert "tokens" in axes.get_xlabel() and "KV heads" in axes.get_ylabel() and bar.get_ylabel() == "keys kept"
+
+    def test_shares(self, drawn, tmp_path):
+        counts = [[60, 200], [10, 130], [100, 100]]
+        shares_figure(counts, tmp_path / "s.png")
+        axes, bar = drawn[0].axes
+        assert axes.collections[0].get_array().reshape(2, 3).tolist() == [[60, 10, 100], [200, 130, 100]]
+        assert texts(axes) == ["60", "200", "10", "130", "100", "100"]
+        assert axes.get_title("left") == "Keys that each KV head selects: 10 to 200, 100 on average"
+        assert [label.get_text() for label in bar.get_yticklabels()] == ["10", "100", "200"]
 
     def test_no_kv_heads_in_an_encoder(self, drawn, tmp_path):
         heads_figure({**SELECTION, "causal": False}, tmp_path / "h.png")

@@ -3,8 +3,9 @@
 import json
 import re
 import shutil
+from math import log
 from pathlib import Path
-from statistics import fmean
+from statistics import correlation, fmean
 from typing import Any
 
 import pytest
@@ -56,13 +57,14 @@ def test_card(name, tmp_path):
 
 
 SMOLLM2 = CARDS / "smollm2-135m-instruct-sparsek-256" / "eval.json"
+DIVIDED_LAYERS = LEARNING / "smollm2-divided-layers.json"  # of the adapter that was published before
 
 
 @pytest.mark.parametrize(
     ("document", "after", "source", "digits"),
     [
         ("README.md", "## What it gives", SMOLLM2, (2, 3)),
-        ("docs/experiments.md", "on the 20 held-out chunks in float32", SMOLLM2, (3, 4)),
+        ("docs/experiments.md", "on the 20 held-out chunks in float32", DIVIDED_LAYERS, (3, 4)),
         ("docs/experiments.md", "Dracula and Pride and Prejudice", LEARNING / "smollm2-books.json", (3, 4)),
     ],
 )
@@ -118,7 +120,7 @@ def test_heads():
 
 
 def test_pass_keys():
-    rows, tasks = table("docs/experiments.md", "**Pass keys**"), read(SMOLLM2)["tasks"]
+    rows, tasks = table("docs/experiments.md", "**Pass keys**"), read(DIVIDED_LAYERS)["tasks"]
     for name, cells in list(rows.items())[1:]:
         expected = []
         for task, column in [("passkey, 128 slots", 0), ("passkey", 0), ("passkey, 128 slots", 1), ("passkey", 1)] + [
@@ -127,6 +129,44 @@ def test_pass_keys():
             values = tasks[task]["results"][_NAMES.get(name, name)]["values"]
             expected.append(f"{fmean(value[column] for value in values):.2f}")
         assert cells == expected
+
+
+def test_memory_of_evicted_keys():
+    rows = table("docs/experiments.md", "**A memory for what was evicted**")
+    names = {"features": "learned features", "latent": "latent slots", "none": "no memory"}
+    for row in read(LEARNING / "smollm2-residual.json")["rows"]:
+        name = names.get(row["memory"], "no memory, 8 more selected keys")
+        assert rows[name] == [f"{q['perplexity']:.3f} ({q['kl']:.4f})" for q in row["quality"].values()]
+
+
+def test_learned_shares():
+    ways = read(LEARNING / "smollm2-learned-shares.json")["rows"], read(LEARNING / "smollm2-divided-heads.json")["rows"]
+    learned, measured = ways[0][0]["head_shares"], ways[1][0]["adapter"]["head_shares"]
+    logs = [[log(share) for row in rows for share in row] for rows in (learned, measured)]
+    assert f"by {correlation(*logs):.2f}. The run" in (ROOT / "docs/experiments.md").read_text("utf-8")
+
+
+RETRIEVAL = read(ROOT / "benchmarks" / "results" / "retrieval-qwen-h200.json")
+
+
+@pytest.mark.parametrize(
+    ("after", "kept", "tasks", "lengths"),
+    [
+        ("**What is found again**", "", ("passkey", "multi_key", "variable_tracking"), (2048, 4096, 8192)),
+        ("**Long generation with the prompt kept**", "prompt kept, ", ("program", "arithmetic"), (1024, 2048, 4096)),
+    ],
+)
+def test_retrieval(after, kept, tasks, lengths):
+    def score(value: Any) -> str:
+        if "error" in value:  # out of memory
+            return "-"
+        return f"{fmean(depth[0] if isinstance(depth, list) else depth for depth in value):.2f}"
+
+    names = {**_NAMES, "all (dense)": "dense", "the most recent": "recency", "at random": "random"}
+    for name, cells in list(table("docs/experiments.md", after).items())[1:]:
+        key = names.get(name, name)
+        values = RETRIEVAL["runs"]["0.5"] if key == "learned" else RETRIEVAL["without training"]
+        assert cells == [score(values[kept + key][f"{task}, {length}"]) for task in tasks for length in lengths], name
 
 
 def test_scorers():

@@ -142,6 +142,17 @@ def test_everything(folder):
         assert shown in page.words, shown
 
 
+def test_budgets_of_heads(tmp_path, tiny_llama, bert_tokenizer):
+    """An adapter whose heads have budgets of their own has a picture of them, and no other adapter."""
+    folder = adapter(tmp_path, tiny_llama(), bert_tokenizer)
+    content = json.loads((folder / "adapter_config.json").read_text())
+    heads, layers = (content["base_shape"][name] for name in ("num_key_value_heads", "num_attention_layers"))
+    shares = [[0.6, *[1.0] * (heads - 2), 1.4]] * layers
+    (folder / "adapter_config.json").write_text(json.dumps({**content, "head_shares": shares}))
+    page = Page(write_report(measured(folder, EVALUATION)))
+    assert (folder / "figures" / "shares.png").is_file() and "13 keys on average" in page.words
+
+
 def test_whole(folder, golden):
     """Without a text, whose kept tokens depend on how the versions at hand round."""
     golden("report/sparsek.html", Page(write_report(measured(folder, FULL, TRAINING))).without_pictures)

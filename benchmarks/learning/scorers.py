@@ -2,7 +2,8 @@
 
     python benchmarks/learning/scorers.py --model smollm2-135m-instruct --text wiki.test.crlf.raw --output runs.json
 
-A variant has an adapter, a recipe, and what the scorer reads besides the hidden state of its token. A key is selected
+A variant has an adapter (settings of a new one, or the folder of a trained one, which goes on), a recipe, and what the
+scorer reads besides the hidden state of its token. A key is selected
 when it leaves the window at the earliest, so its score may use all that happened until then (`window_inputs`). Nothing
 of the library changes: the score of a layer is replaced for as long as a variant runs, for whole texts without a cache.
 Training is soft selection, measuring is hard selection in float32.
@@ -19,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -164,11 +165,18 @@ def learned(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().float().cpu() for name, p in model.named_parameters() if "sparsek_scorer" in name}
 
 
+def attach(model: Any, adapter: str | dict[str, Any]) -> Any:
+    """Give a model new scorers with these settings, or those of a folder."""
+    if isinstance(adapter, str):
+        return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    return get_peft_model(model, SparseKConfig(**adapter))
+
+
 def run(base: Any, exact: Any, variant: dict[str, Any], training: Tensor, held_out: Tensor, slots: list[int]) -> Any:
     """Train one variant on `base`, and measure it on `exact`, the same model in float32; both stay as they were."""
     names, adapter = tuple(variant.get("reads", ())), variant.get("adapter", {})
     torch.manual_seed(variant.get("seed", 0))
-    model = get_peft_model(base, SparseKConfig(**adapter))
+    model = attach(base, adapter)
     try:
         with reading(model, names):
             options = {"progress": False, "cpu": base.device.type != "cuda", "seed": variant.get("seed", 0)}
@@ -185,7 +193,7 @@ def run(base: Any, exact: Any, variant: dict[str, Any], training: Tensor, held_o
             }
     finally:
         model.unload()
-    model = get_peft_model(exact, SparseKConfig(**adapter))
+    model = attach(exact, adapter)
     try:
         with reading(model, names):
             parameters = dict(model.named_parameters())

@@ -132,7 +132,7 @@ class MethodReport:
         """
         raise DataError(f"a report on a {self.name} adapter shows no text: leave --text (the argument `text`) out")
 
-    def draw(self, pictures: Pictures, evaluation: Json, details: Json | None) -> None:
+    def draw(self, pictures: Pictures, config: SparseConfig, evaluation: Json, details: Json | None) -> None:
         """Draw the pictures of the report for which there are measurements, the training's apart."""
         caption = "dense attention beside what was compared with it"
         pictures.add("contenders", caption, contenders_figure, evaluation, None, looks=self.looks)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hf_sparse.adapters.files import EVALUATION, PICTURES, REPORT, TRAINING, report_pictures
 from hf_sparse.adapters.folder import AdapterFolder
 from hf_sparse.adapters.load import Device, Dtype, load_adapter
-from hf_sparse.adapters.method_report import Json, MethodReport, Pictures
+from hf_sparse.adapters.method_report import Json, Pictures
 from hf_sparse.atomic_files import write_json, write_text
 from hf_sparse.chunks import packed_chunks
 from hf_sparse.data import select_chunks
@@ -83,7 +83,7 @@ def write_report(
     with staged(adapter.path, removed=old) as stage:
         pictures = Pictures(stage / PICTURES, [])
         pictures.folder.mkdir()
-        _draw(adapter.report, pictures, evaluation, training, details)
+        _draw(adapter, pictures, evaluation, training, details)
         write_text(stage / REPORT, _page(adapter, pictures, evaluation, training, details))
         if details is not None and adapter.report.details_file is not None:
             write_json(stage / adapter.report.details_file, details)
@@ -92,12 +92,13 @@ def write_report(
 
 
 def _draw(
-    report: MethodReport, pictures: Pictures, evaluation: Json, training: Json | None, details: Json | None
+    adapter: AdapterFolder, pictures: Pictures, evaluation: Json, training: Json | None, details: Json | None
 ) -> None:
     """Draw the pictures of a method, and the loss where there was a training."""
+    report = adapter.report
     with reading(EVALUATION):
         states = metric_of(evaluation).key == "embedding_similarity"
-    report.draw(pictures, evaluation, details)
+    report.draw(pictures, adapter.config, evaluation, details)
     if training is not None and training.get("history"):
         caption = "loss at every optimiser step"
         pictures.add("training", caption, training_figure, training, states=states, stages=report.stages)

@@ -60,7 +60,7 @@ class SparsefinderReport(MethodReport):
     def describe(self, model: nn.Module, tokenizer: Any, chunks: Tensor, text_name: str) -> Json:
         return describe_graphs(model, chunks, tokenizer=tokenizer, text_name=text_name)
 
-    def draw(self, pictures: Pictures, evaluation: Json, details: Json | None) -> None:
+    def draw(self, pictures: Pictures, config: Any, evaluation: Json, details: Json | None) -> None:
         with reading(EVALUATION):
             predicted = any("heads" in point for point in evaluation["points"])
         pictures.add("pareto", "sparsity of every graph against recall and quality", pareto_figure, evaluation)

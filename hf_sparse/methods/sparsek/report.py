@@ -20,6 +20,7 @@ from hf_sparse.methods.sparsek.figures import (
     positions_figure,
     quality_figure,
     shade,
+    shares_figure,
     task_figure,
     tokens_figure,
 )
@@ -55,7 +56,7 @@ class SparseKReport(MethodReport):
     templates = Path(__file__).parent
     figure = "quality.png"
     details_file = "selection.json"
-    pictures = ("quality", "budgets", "divergence", "positions", "task-*", "heads", "tokens")
+    pictures = ("quality", "budgets", "divergence", "positions", "task-*", "shares", "heads", "tokens")
     objectives: ClassVar = {
         "attention": "The objective was to predict, for each key, the dense attention that it receives from far "
         "queries."
@@ -73,7 +74,11 @@ class SparseKReport(MethodReport):
     def card(self, config: Any, evaluation: Json | None, both_ways: bool) -> Json:
         kept = "other" if both_ways else "older"
         labels = {name: LOOKS.label(name) for name in ("dense", *LOOKS.by_name)}
+        shares = config.layer_shares or config.head_shares
+        layers = range(len(shares or [1.0]))
         return {
+            "fewest": min(config.budget(layer).fewest_slots for layer in layers),
+            "on_average": " on average" if shares else "",
             "rows": {name: label.format(config.slots, kept) for name, label in _ROWS.items()},
             "labels": labels,
             "budgets": budgets_of(evaluation) if evaluation else [],
@@ -86,7 +91,7 @@ class SparseKReport(MethodReport):
     def describe(self, model: nn.Module, tokenizer: Any, chunks: Tensor, text_name: str) -> Json:
         return describe_selection(model, tokenizer, chunks, text_name=text_name)
 
-    def draw(self, pictures: Pictures, evaluation: Json, details: Json | None) -> None:
+    def draw(self, pictures: Pictures, config: Any, evaluation: Json, details: Json | None) -> None:
         with reading(EVALUATION):
             metric, budgets, tasks = metric_of(evaluation), budgets_of(evaluation), dict(evaluation.get("tasks") or {})
         add = pictures.add
@@ -101,6 +106,10 @@ class SparseKReport(MethodReport):
         for name, task in tasks.items():
             file = "task-" + re.sub(r"[^\w-]", "-", name)
             add(file, f"{name.replace('_', ' ')}, for every selection", task_figure, name, task)
+        if shares := config.layer_shares or config.head_shares:
+            heads = (config.base_shape or {}).get("num_key_value_heads", 1)
+            counts = [config.budget(layer).per_head(heads) for layer in range(len(shares))]
+            add("shares", "selected keys of every KV head", shares_figure, counts)
         if details is not None:
             add("heads", "share of keys that each head keeps, over positions", heads_figure, details)
             add("tokens", "tokens of a text, coloured by how many heads keep them", tokens_figure, details)

@@ -10,4 +10,5 @@ from hf_sparse.methods.sparsek.figures.kept import tokens_figure as tokens_figur
 from hf_sparse.methods.sparsek.figures.positions import positions_figure as positions_figure
 from hf_sparse.methods.sparsek.figures.quality import divergence_figure as divergence_figure
 from hf_sparse.methods.sparsek.figures.quality import quality_figure as quality_figure
+from hf_sparse.methods.sparsek.figures.shares import shares_figure as shares_figure
 from hf_sparse.methods.sparsek.figures.tasks import task_figure as task_figure
