@@ -39,7 +39,7 @@ def request_state(attention: "SparseKAttention", head_dim: int, dtype: torch.dty
         )
     table = (attention.num_key_value_heads, attention.budget.slots)
     return (
-        StateTensor("positions", table, torch.int64),
+        StateTensor("positions", table, torch.int64, fresh=-1),
         StateTensor("seen", (1,), torch.int64),
         StateTensor("scores", table, torch.float32),
         StateTensor("keys", (*table, head_dim), dtype),
