@@ -83,10 +83,10 @@ def read(address, request):
     return tokens, pieces
 
 
-def test_20_streaming_clients(server, requests_of_clients):
-    with ThreadPoolExecutor(len(requests_of_clients)) as pool:
-        answers = list(pool.map(lambda request: read(server, request), requests_of_clients))
-    assert len(answers) == 20
-    for request, (tokens, pieces) in zip(requests_of_clients, answers, strict=True):
+def test_20_streaming_clients(server, requests):
+    with ThreadPoolExecutor(20) as clients:
+        answers = list(clients.map(lambda request: read(server, request), requests))
+    assert len(answers) == 200
+    for request, (tokens, pieces) in zip(requests, answers, strict=True):
         assert tokens == request["tokens"]
         assert pieces > 1
