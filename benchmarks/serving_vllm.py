@@ -7,7 +7,7 @@ Weights are random, and vLLM's own scheduler, sampler and models do all the work
 
 - Decoding of many requests at a time that have `--context` tokens behind them: the median time from one step of the
   engine to the next, with all requests in every step. Their prompts are taken for read elsewhere
-  (`vllm_read_elsewhere.py`), since reading 700 of them would take a quarter of an hour; the memory holds random numbers.
+  (`vllm_read_elsewhere.py`), since to read 700 of them takes a quarter of an hour; the memory holds random numbers.
 - Whole requests, with prompts of `--context` tokens that are read: seconds until the first token of each, and until all
   have `--new` tokens.
 
@@ -121,7 +121,8 @@ def fill(args: argparse.Namespace, core: Any) -> None:
     """Fill the memory with what texts of the length of the context may leave."""
     for layer in core.vllm_config.compilation_config.static_forward_context.values():
         if not hasattr(layer, "states"):
-            layer.kv_cache.normal_()
+            for tensor in layer.kv_cache if isinstance(layer.kv_cache, list | tuple) else [layer.kv_cache]:
+                tensor.normal_()
             continue
         for part, state in zip(layer.state, layer.states, strict=True):
             if part.name == "positions":
