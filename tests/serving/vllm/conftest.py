@@ -22,6 +22,7 @@ ADAPTER = ROOT / "model_cards" / "demo-llama-sparsek-64"
 TOKENS = 16
 SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # or all engines take the same core
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
