@@ -151,7 +151,7 @@ def step_in_rows(
 ) -> Tensor | None:
     """Take a decoding step with slots that lie in rows of a pool, without copying them.
 
-    The kernels of the pool are kept with the attention, one for each number of requests.
+    The kernels of the pool are kept with the attention, one for each number of requests. They share their memory.
 
     Args:
         states: positions, seen, scores, keys and values `[rows, ...]`, see `methods.sparsek.rows`.
@@ -205,8 +205,10 @@ def _kernel_of_rows(
     )
     if not fits_kernel:
         return None
-    from hf_sparse.ops.selection.triton.step import StepKernel
+    from hf_sparse.ops.selection.triton.step import StepKernel, scratch_of_rows
 
+    if attention.row_scratch is None:
+        attention.row_scratch = scratch_of_rows(query.shape[1], key.shape[1], keys.shape[-1], keys.device)
     budget = attention.budget
     return StepKernel(
         (keys, values, scores, positions, seen),
@@ -222,4 +224,5 @@ def _kernel_of_rows(
         sinks=budget.sinks,
         scaling=scaling,
         indexed=True,
+        scratch=attention.row_scratch,
     )
