@@ -184,6 +184,7 @@ def test_refusals(model, tiny_llama):
         RowPool([growing], 8, 1, torch.float32)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the memory of a process is read as on Linux")
 def test_memory_stays_over_2000_requests(model, engine, request_of):
     """All rows are free again, and the process has no more memory than after the first requests."""
