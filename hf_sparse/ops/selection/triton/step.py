@@ -52,7 +52,7 @@ class StepKernel:
         counts, offsets: where heads have different numbers of slots, in buffers `[B, R, ...]`; see
             `hf_sparse.ops.selection.ragged`.
         arrived: int32 `[B * Hkv + 1]` of zeros for the counters, or `None` to make them.
-        scratch: what `scratch_of_rows` returned, or `None` for memory that no other kernel has.
+        scratch: what `scratch_of_rows` returned; `None`, or one that is too small, for memory that no other kernel has.
     """
 
     def __init__(
@@ -86,10 +86,11 @@ class StepKernel:
         self.shape = (batch, heads * group, 1, dim)
         self.dtype, self.device, self.masked, self.indexed = query.dtype, device, masked, indexed
         parts = (batch * heads * group, splits if splits > 1 else 0)
-        if scratch is None:
-            scratch = torch.empty(parts[0] * parts[1] * dim, dtype=torch.float32, device=device)
+        count = parts[0] * parts[1] * dim
+        if scratch is None or scratch.numel() < count:
+            scratch = torch.empty(count, dtype=torch.float32, device=device)
         self.scratch = (
-            scratch[: parts[0] * parts[1] * dim].view(*parts, dim),
+            scratch[:count].view(*parts, dim),
             torch.empty(parts, dtype=torch.float32, device=device),
             torch.zeros(batch * heads + 1, dtype=torch.int32, device=device) if arrived is None else arrived,
             torch.empty(batch * heads, dtype=torch.float32, device=device),
@@ -169,7 +170,7 @@ class StepKernel:
 def scratch_of_rows(query_heads: int, kv_heads: int, dim: int, device: torch.device) -> Tensor:
     """Make memory that the kernels of one layer share, for any numbers of requests, since no two run at a time.
 
-    Where several programs share a head there are fewer than twice `_PROGRAMS` of them.
+    Where several programs share a head, and heads have as many slots each, they are fewer than twice `_PROGRAMS`.
     """
     return torch.empty(2 * _PROGRAMS * (query_heads // kv_heads) * dim, dtype=torch.float32, device=device)
 
