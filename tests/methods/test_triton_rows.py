@@ -87,6 +87,20 @@ def test_steps_in_rows_are_those_of_gathered_rows(kernel_everywhere, monkeypatch
     assert bool((memory[[0, 3, 4, 6]] == 0x7F).all()) and bool((memory[:, -48:] == 0x7F).all())
 
 
+def test_kernels_for_other_numbers_of_requests_need_no_more_memory(kernel_everywhere):
+    """A server that lives on meets every number; each layer has one memory for all of them."""
+    layer = make()
+    _, states = pages(layer, torch.float32)
+    for row in range(4):
+        index = torch.tensor([row], device=DEVICE)
+        rows.attend_chunk(layer, states, index, index, True, *tokens(1, 10, torch.float32), 0.3)
+    for count in (1, 4, 2):
+        index = torch.arange(count, device=DEVICE)
+        rows.attend_steps(layer, states, index, index, *tokens(count, 1, torch.float32), 0.3)
+    memories = {kernel.scratch[0].untyped_storage().data_ptr() for kernel in layer.row_kernels.values()}
+    assert len(layer.row_kernels) == 3 and memories == {layer.row_scratch.untyped_storage().data_ptr()}
+
+
 def test_a_row_below_0_is_none(kernel_everywhere):
     """A captured graph of more requests than there are is replayed with such rows."""
     layer = make()

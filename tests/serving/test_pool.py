@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_sparse import SparsefinderConfig, SparseKConfig, patch
-from hf_sparse.serving.pool import Batch, Chunk, RowPool, state_of_request
+from hf_sparse.serving.pool import Batch, Chunk, RowPool, begin_rows, state_of_request
 
 SETTINGS = {"k": 6, "window": 8, "sinks": 2}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -149,6 +149,24 @@ def test_rows_may_be_views_of_pages(model):
     assert bool((pages[[0, 1, 3]] == 255).all()) and bool((pages[:, offset:] == 255).all())
 
 
+def test_a_text_may_begin_with_a_step(model):
+    """An engine that replays the graph of steps for single tokens needs no other one for a prompt of one token."""
+    attention = model.model.layers[0].self_attn.sparse_attention
+    pool = RowPool([attention], 8, 3, torch.float32, DEVICE)
+    tokens = [torch.randn(1, *shape, device=DEVICE) for shape in ((4, 8), (2, 8), (2, 8), (32,))]
+    rows = torch.tensor([1], dtype=torch.int32, device=DEVICE)
+    expected = pool.attend(0, Batch(rows, 0, (Chunk(0, 1, True),)), *tokens, 0.3)
+    copies = [state.clone() for state in pool.layers[0]]
+    for state in pool.layers[0]:
+        state.fill_(float("nan") if state.is_floating_point() else 1 << 40)
+    begin_rows(pool.state[0], pool.layers[0], rows)
+    torch.testing.assert_close(pool.attend(0, Batch(rows, 1), *tokens, 0.3), expected)
+    for part, state, copy in zip(pool.state[0], pool.layers[0], copies, strict=True):
+        held = (copies[0][1] >= 0).nonzero(as_tuple=True)  # the slot of the token
+        ours, theirs = (x[1] if part.name == "seen" else x[1][held] for x in (state, copy))
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_memory_of_a_row(model):
     """130 MiB a request of an 8B with 1,024 slots: keys and values, a score and a position for each."""
     pool = RowPool([layer.self_attn.sparse_attention for layer in model.model.layers], 8, 2, torch.float32)
@@ -172,6 +190,7 @@ def test_refusals(model, tiny_llama):
         RowPool([growing], 8, 1, torch.float32)
 
 
+@pytest.mark.full
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the memory of a process is read as on Linux")
 def test_memory_stays_over_2000_requests(model, engine, request_of):
     """All rows are free again, and the process has no more memory than after the first requests."""

@@ -48,6 +48,7 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         observer: when set, the module computes its dense attention and hands queries, keys and scores to the
             observer. The objective `attention` trains with it.
         row_kernels: the kernels of decoding steps in the rows of a pool, see `methods.sparsek.step`.
+        row_scratch: the memory that these share, once there is one of them.
     """
 
     label = "SparseK"
@@ -89,6 +90,7 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         self.baseline: Baseline | None = None
         self.observer: Observer | None = None
         self.row_kernels: dict[object, Any] = {}
+        self.row_scratch: Tensor | None = None
         self.scoring: Scoring | None = None  # of the last call that `reading` knows
 
     def make_parameters(self, config: SparseKConfig) -> Scorer:

@@ -40,7 +40,7 @@ def request_state(attention: "SparseKAttention", head_dim: int, dtype: torch.dty
     if not isinstance(budget.k, int):  # see `RaggedCacheLayer`
         table = (sum(budget.of_head(head).slots for head in range(len(budget.k))),)
     return (
-        StateTensor("positions", table, torch.int64),
+        StateTensor("positions", table, torch.int64, fresh=-1),
         StateTensor("seen", (1,), torch.int64),
         StateTensor("scores", table, torch.float32),
         StateTensor("keys", (*table, head_dim), dtype),

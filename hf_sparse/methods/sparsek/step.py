@@ -152,7 +152,7 @@ def step_in_rows(
 ) -> Tensor | None:
     """Take a decoding step with slots that lie in rows of a pool, without copying them.
 
-    The kernels of the pool are kept with the attention, one for each number of requests.
+    The kernels of the pool are kept with the attention, one for each number of requests. They share their memory.
 
     Args:
         states: positions, seen, scores, keys and values `[rows, ...]`, see `methods.sparsek.rows`.
@@ -206,8 +206,10 @@ def _kernel_of_rows(
     )
     if not fits_kernel:
         return None
-    from hf_sparse.ops.selection.triton.step import StepKernel
+    from hf_sparse.ops.selection.triton.step import StepKernel, scratch_of_rows
 
+    if attention.row_scratch is None:
+        attention.row_scratch = scratch_of_rows(query.shape[1], key.shape[1], keys.shape[-1], keys.device)
     budget, counts, offsets = attention.budget, None, None
     if not isinstance(budget.k, int):
         counts = [budget.of_head(head).slots for head in range(len(budget.k))]
@@ -228,4 +230,5 @@ def _kernel_of_rows(
         indexed=True,
         counts=counts,
         offsets=offsets,
+        scratch=attention.row_scratch,
     )

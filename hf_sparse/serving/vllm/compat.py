@@ -1,4 +1,4 @@
-"""Collect what vLLM does not promise. Tests run version 0.32 (with torch 2.13); 0.26 (with torch 2.11) ran by hand.
+"""Collect what vLLM does not promise. CI runs version 0.32 on the CPU; 0.26 ran by hand, on a GPU and on the CPU.
 
 What differs between them: 0.26 sets the memory of a layer as a list of tensors and 0.32 calls `bind_kv_cache`
 (`layer.py` takes both); 0.26 would choose another mode of prefix caching, which is why the mode is set here.

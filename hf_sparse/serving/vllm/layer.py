@@ -19,7 +19,7 @@ from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from hf_sparse.core.layer import SparseAttentionLayer
 from hf_sparse.core.request_state import StateTensor
-from hf_sparse.serving.pool import Batch, Chunk, attend_packed, state_of_request
+from hf_sparse.serving.pool import Batch, Chunk, attend_packed, begin_rows, state_of_request
 
 _ALIGNMENT = 256  # bytes of which a page is a multiple
 
@@ -52,7 +52,18 @@ class RowsBuilder(BaseMambaAttentionMetadataBuilder[RowsMetadata]):
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, *args: Any, **options: Any
     ) -> RowsMetadata:
         """Build the metadata of a forward; vLLM calls this."""
+        firsts = self._first_tokens(common_attn_metadata)
+        if firsts is not None:
+            # vLLM replays the graph of decoding for a batch of single tokens, also where a text begins with one of
+            # them. So those are steps too, from rows that hold nothing yet.
+            none = torch.zeros_like(common_attn_metadata.is_prefilling)
+            common_attn_metadata = common_attn_metadata.replace(is_prefilling=none)
         metadata = super().build(common_prefix_len, common_attn_metadata, *args, **options)
+        if firsts is not None:
+            layers = self.vllm_config.compilation_config.static_forward_context
+            new = metadata.state_indices_tensor_d[firsts.to(self.device), 0]
+            for name in self.layer_names:
+                begin_rows(layers[name].state, layers[name].states, new)
         parts, steps, chunks = [], 0, []
         if metadata.num_decodes:
             rows = metadata.state_indices_tensor_d[:, 0]  # padded where a graph is replayed
@@ -69,6 +80,15 @@ class RowsBuilder(BaseMambaAttentionMetadataBuilder[RowsMetadata]):
         rows = parts[0] if len(parts) == 1 else torch.cat(parts)
         batch = Batch(rows, steps, tuple(chunks), self._sources(common_attn_metadata, rows))
         return replace(metadata, batch=batch)
+
+    @staticmethod
+    def _first_tokens(common: CommonAttentionMetadata) -> Tensor | None:
+        """Return the numbers of the requests whose text begins, in a batch of one token each; `None` if none does."""
+        if common.max_query_len != 1 or common.is_prefilling is None:
+            return None
+        lengths = common.seq_lens_cpu_upper_bound[: common.num_reqs]
+        firsts = (common.is_prefilling[: common.num_reqs] & (lengths == 1)).nonzero()[:, 0]
+        return firsts if len(firsts) else None
 
     def _sources(self, common: CommonAttentionMetadata, rows: Tensor) -> Tensor | None:
         """Return the pages that states are read from, on the CPU with prefix caching.

@@ -31,19 +31,30 @@ def outputs(engine: Any, prompts: list[list[int]], parameters: Any) -> list[Any]
     return engine.generate([{"prompt_token_ids": prompt} for prompt in prompts], parameters, use_tqdm=False)
 
 
+def poison(core: Any) -> int:
+    """Fill the memory of all states with NaN and numbers below 0, and count its bytes."""
+    layers = core.vllm_config.compilation_config.static_forward_context.values()
+    pages = {page.data_ptr(): page for layer in layers for page in layer.pages}
+    for page in pages.values():
+        page.fill_(-1)
+    return sum(page.nbytes for page in pages.values())
+
+
 def everything(data: dict[str, Any]) -> dict[str, Any]:
     """All requests at once, some that are given up in the middle, and the first ones again."""
     engine = make(data)
     prompts = [request["prompt"] for request in data["requests"]]
     core = engine.llm_engine
+    poisoned = poison(core)
     rows = core.vllm_config.cache_config.num_gpu_blocks
     first = [list(o.outputs[0].token_ids) for o in outputs(engine, prompts, sampling(data))]
     memory = resident_bytes()
-    # Given up while their prompts are read, and while they decode.
+    # Given up while their prompts are read, and while they decode; no text before began as these do.
     for number, prompt in enumerate(prompts[1:3]):
-        core.add_request(f"abandoned-{number}", {"prompt_token_ids": prompt}, sampling(data))
+        core.add_request(f"abandoned-{number}", {"prompt_token_ids": prompt[::-1]}, sampling(data))
     for _ in range(2):
         core.step()
+    read = [request.num_computed_tokens for request in core.engine_core.engine_core.scheduler.requests.values()]
     core.abort_request([f"abandoned-{number}" for number in range(2)])
     left = core.has_unfinished_requests()
     again = outputs(engine, prompts[:40], sampling(data))
@@ -52,9 +63,24 @@ def everything(data: dict[str, Any]) -> dict[str, Any]:
         "again": [list(output.outputs[0].token_ids) for output in again],
         "cached": [output.num_cached_tokens for output in again],
         "rows": rows,
+        "poisoned": poisoned,
+        "read": read,
         "left": left,
         "growth": resident_bytes() - memory,
     }
+
+
+def lasting(data: dict[str, Any]) -> dict[str, Any]:
+    """All requests again and again: the memory of the process after each time, and whether tokens stay the same."""
+    engine = make(data)
+    prompts = [request["prompt"] for request in data["requests"]]
+    memory, wrong = [], 0
+    for _ in range(2000 // len(prompts)):
+        tokens = [list(output.outputs[0].token_ids) for output in outputs(engine, prompts, sampling(data))]
+        wrong += sum(ours != request["tokens"] for ours, request in zip(tokens, data["requests"], strict=True))
+        memory.append(resident_bytes())
+    pool = engine.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
+    return {"memory": memory, "wrong": wrong, "taken": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()}
 
 
 def greedy(data: dict[str, Any]) -> dict[str, Any]:
@@ -93,7 +119,6 @@ def refused(data: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     name, source, target = sys.argv[1:]
-    result = {"everything": everything, "greedy": greedy, "sampled": sampled, "refused": refused}[name](
-        json.loads(Path(source).read_text())
-    )
+    functions = {function.__name__: function for function in (everything, lasting, greedy, sampled, refused)}
+    result = functions[name](json.loads(Path(source).read_text()))
     Path(target).write_text(json.dumps(result))

@@ -8,7 +8,7 @@ import pytest
     [
         {"max_num_seqs": 32, "max_num_batched_tokens": 2048},
         {"max_num_seqs": 7, "max_num_batched_tokens": 97, "num_gpu_blocks_override": 6},  # more requests than rows
-        {"max_num_seqs": 32, "max_num_batched_tokens": 512, "enable_prefix_caching": True},
+        {"max_num_seqs": 7, "max_num_batched_tokens": 160, "enable_prefix_caching": True},
     ],
     ids=["large batches", "few rows, small batches", "prefix caching"],
 )
@@ -22,6 +22,9 @@ def test_200_requests_equal_generate(run_engine, requests, settings):
     ]
     assert not wrong, f"{len(wrong)} of {len(requests)} differ\n" + "\n".join(wrong[:5])
     assert result["again"] == expected[:40]
+    assert result["poisoned"] > 0
+    if settings["max_num_batched_tokens"] < 512:
+        assert 0 < result["read"][0] < len(requests[1]["prompt"]), "nothing was given up in the middle of a prompt"
     assert not result["left"], "requests that were given up are still there"
     if settings.get("enable_prefix_caching"):
         assert any(result["cached"]), "no prefix was found again"
@@ -30,6 +33,17 @@ def test_200_requests_equal_generate(run_engine, requests, settings):
     if rows := settings.get("num_gpu_blocks_override"):
         assert result["rows"] == rows
     assert result["growth"] < 64 << 20
+
+
+@pytest.mark.full
+def test_memory_stays_over_2000_requests(run_engine, requests):
+    """No page stays taken, and the process has no more memory than after the first 1,000 requests.
+
+    Until then the allocator finds out what it needs: 50 MiB in a run that was watched.
+    """
+    result = run_engine("lasting", max_num_seqs=32, max_num_batched_tokens=2048)
+    assert len(result["memory"]) == 10 and not result["wrong"] and not result["taken"]
+    assert result["memory"][-1] - result["memory"][4] < 8 << 20, result["memory"]
 
 
 def test_sampling(run_engine, requests):

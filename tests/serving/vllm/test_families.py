@@ -66,3 +66,11 @@ def test_a_family_equals_generate(run_model, model_and_requests):
     settings = {"skip_tokenizer_init": True, "max_model_len": 512, "max_num_seqs": 3, "max_num_batched_tokens": 40}
     result = run_model("greedy", model, requests, **settings)
     assert result["tokens"] == [request["tokens"] for request in requests]
+
+
+@pytest.mark.parametrize("model_and_requests", ["Mistral"], indirect=True)  # with LoRA
+def test_two_processes_share_the_heads(run_model, model_and_requests):
+    model, requests = model_and_requests
+    settings = {"skip_tokenizer_init": True, "max_model_len": 512, "max_num_seqs": 3, "max_num_batched_tokens": 40}
+    result = run_model("greedy", model, requests, **settings, tensor_parallel_size=2)
+    assert result["tokens"] == [request["tokens"] for request in requests]

@@ -27,6 +27,7 @@ def server(tmp_path):
     environment = {
         **os.environ,
         "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": "WARNING",
         "HF_HUB_OFFLINE": "1",
@@ -83,10 +84,11 @@ def read(address, request):
     return tokens, pieces
 
 
-def test_20_streaming_clients(server, requests_of_clients):
-    with ThreadPoolExecutor(len(requests_of_clients)) as pool:
-        answers = list(pool.map(lambda request: read(server, request), requests_of_clients))
-    assert len(answers) == 20
-    for request, (tokens, pieces) in zip(requests_of_clients, answers, strict=True):
+def test_20_streaming_clients(server, requests):
+    with ThreadPoolExecutor(20) as clients:
+        answers = list(clients.map(lambda request: read(server, request), requests))
+    assert len(answers) == 200
+    for request, (tokens, _) in zip(requests, answers, strict=True):
         assert tokens == request["tokens"]
-        assert pieces > 1
+    # As tokens come; where a machine is slow, vLLM sends those together that came meanwhile.
+    assert sum(pieces for _, pieces in answers) > 2 * len(answers)

@@ -52,6 +52,7 @@ class StepKernel:
         counts, offsets: where heads have different numbers of slots, in buffers `[B, R, ...]`; see
             `hf_sparse.ops.selection.ragged`.
         arrived: int32 `[B * Hkv + 1]` of zeros for the counters, or `None` to make them.
+        scratch: what `scratch_of_rows` returned; `None`, or one that is too small, for memory that no other kernel has.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class StepKernel:
         counts: Sequence[int] | None = None,
         offsets: Tensor | None = None,
         arrived: Tensor | None = None,
+        scratch: Tensor | None = None,
     ) -> None:
         batch, heads, dim = query.shape[0], key.shape[1], slots[0].shape[-1]
         counts = [slots[0].shape[2]] * heads if counts is None else counts
@@ -84,8 +86,11 @@ class StepKernel:
         self.shape = (batch, heads * group, 1, dim)
         self.dtype, self.device, self.masked, self.indexed = query.dtype, device, masked, indexed
         parts = (batch * heads * group, splits if splits > 1 else 0)
+        count = parts[0] * parts[1] * dim
+        if scratch is None or scratch.numel() < count:
+            scratch = torch.empty(count, dtype=torch.float32, device=device)
         self.scratch = (
-            torch.empty((*parts, dim), dtype=torch.float32, device=device),
+            scratch[:count].view(*parts, dim),
             torch.empty(parts, dtype=torch.float32, device=device),
             torch.zeros(batch * heads + 1, dtype=torch.int32, device=device) if arrived is None else arrived,
             torch.empty(batch * heads, dtype=torch.float32, device=device),
@@ -160,6 +165,14 @@ class StepKernel:
             self.addresses = tuple(None if tensor is None else tensor.data_ptr() for tensor in self.fixed)
             self.launch = compiled[self.grid]
         return output
+
+
+def scratch_of_rows(query_heads: int, kv_heads: int, dim: int, device: torch.device) -> Tensor:
+    """Make memory that the kernels of one layer share, for any numbers of requests, since no two run at a time.
+
+    Where several programs share a head, and heads have as many slots each, they are fewer than twice `_PROGRAMS`.
+    """
+    return torch.empty(2 * _PROGRAMS * (query_heads // kv_heads) * dim, dtype=torch.float32, device=device)
 
 
 _ADDRESSES = ["query", "key", "value", "states", "weight", "slope", "valid", "rows"]  # of unknown alignment
