@@ -156,6 +156,7 @@ def test_the_command_line_writes_and_tells_once(tmp_path):
     done = subprocess.run(list(map(str, run)), capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("trained adapter") == 1
+    assert done.stderr.count("1 of 43 chunks of 64 tokens at a time in each of 2 processes") == 1
     metrics = json.loads((adapter / "finetune.json").read_text())
     assert metrics["tokens"] == 2 * 2 * 64 and metrics["settings"]["processes"] == 2
     assert metrics["base_share"] < 0.51
