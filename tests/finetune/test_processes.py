@@ -94,7 +94,10 @@ def launch(*command, engine="torchrun", count=2):
     ],
 )
 def test_processes_do_what_one_does(tmp_path, engine, count):
-    """One launch for all methods, since it takes longer than what is compared."""
+    """Two processes by `torchrun` (DDP) or by FSDP2, which divides the base, train what one process trains.
+
+    One launch for all methods, since it takes longer than what is compared.
+    """
     launch(__file__, tmp_path, engine=engine, count=count)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(count)]
     for method in CONFIGS:
