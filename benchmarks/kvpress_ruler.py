@@ -49,7 +49,8 @@ def main() -> None:
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).to(device)
+    model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
+    model.to(device)
     pipe = KVPressTextGenerationPipeline(model=model, tokenizer=tokenizer, device=device)
     presses = {
         "all keys": None,

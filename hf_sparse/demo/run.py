@@ -58,7 +58,7 @@ EVERY_NTH_DOCUMENT = 8  # one training document in 8 is read, still more than th
 PUBLISHED, PUBLISHED_TOKENS = Path(__file__).parent / "adapter", 696_320
 
 NEW_TOKENS = 64
-REPORT_CHUNKS = ":2"  # of the held-out text, whose kept keys the report draws
+REPORT_DOCUMENTS, REPORT_CHUNKS = 8, ":2"  # of the held-out text, whose kept keys the report draws
 HELD_OUT = "held-out modules of the Python standard library"
 
 
@@ -160,7 +160,7 @@ def run(output: Path, steps: int, seed: int, console: Console) -> dict[str, Any]
     console.rule("6. report")
     page = write_report(
         output,
-        "\n\n".join(documents("held_out")),
+        "\n\n".join(islice(documents("held_out"), REPORT_DOCUMENTS)),
         HELD_OUT,
         length=EVALUATION_LENGTH,
         chunks=REPORT_CHUNKS,
