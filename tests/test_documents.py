@@ -77,7 +77,9 @@ def test_the_messages_of_troubleshooting_are_those_of_the_source():
     of_others = {"KeyError: 'HF_SPARSE_SPARSEK'", "'HF_SPARSE_SPARSEFINDER'"}
     of_others |= {"Cannot combine adapters with different peft types", "requires a cache that can be cropped"}
     source = list(messages())
-    unknown = [message for message in quoted if message not in of_others and not any(message in text for text in source)]
+    unknown = [
+        message for message in quoted if message not in of_others and not any(message in text for text in source)
+    ]
     assert len(quoted) > 15 and not unknown
 
 
