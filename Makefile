@@ -6,6 +6,7 @@ TRITON := .venv/triton
 SERVING := .venv/serving
 DOCS := .venv/docs
 COMPOSITION := .venv/composition
+KVPRESS := .venv/kvpress
 
 # One thread a process: several processes with a thread for every core would wait for each other. A file stays with one
 # process, which then makes its fixtures once. Compiled tests are kept, also where the environment says otherwise: every
@@ -13,7 +14,7 @@ COMPOSITION := .venv/composition
 PYTEST := PYTHONDONTWRITEBYTECODE= OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 4 --dist loadfile
 
 .DEFAULT_GOAL := help
-.PHONY: demo test test-all kernels serving serving-packages docs composition conformance lint format clean help
+.PHONY: demo test test-all kernels serving serving-packages docs composition kvpress conformance lint format clean help
 
 demo: $(READY) ## Patch, finetune and evaluate the bundled checkpoint, offline
 	@$(BIN)/hf-sparse demo
@@ -47,7 +48,11 @@ serving: $(READY) ## vLLM on the CPU with a patched model, in an environment of 
 	OMP_NUM_THREADS=1 $(SERVING)/bin/python -m pytest -q -n 2 --dist loadfile --durations=5 $(FULL) tests/serving/vllm
 
 composition: $(COMPOSITION)/.ready ## Beside TRL, Sentence-Transformers, bitsandbytes, torchao, quanto and lm-evaluation-harness
-	PYTHONPATH=$(COMPOSITION) $(PYTEST) tests/composition tests/evaluation/test_lm_eval.py
+	PYTHONPATH=$(COMPOSITION) $(PYTEST) --full tests/composition tests/evaluation/test_lm_eval.py tests/test_notebooks.py
+
+# Beside an older transformers; the tests start a process without it for what the patched model does.
+kvpress: $(KVPRESS)/.ready ## kvpress with the scorers of an adapter, over the packages that it takes
+	PYTHONPATH=$(KVPRESS) $(PYTEST) tests/kvpress
 
 # Strict: a warning fails, and a link or anchor that leads nowhere is one.
 docs: $(DOCS)/.ready ## The documents as a site in build/site, offline, with all links checked
@@ -113,4 +118,10 @@ $(COMPOSITION)/.ready: $(READY) constraints-composition.txt
 	@rm -rf $(COMPOSITION)
 	@echo "==> installing TRL, Sentence-Transformers, bitsandbytes, torchao, quanto and lm_eval into $(COMPOSITION)"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target $(COMPOSITION) -r constraints-composition.txt
+	@touch $@
+
+$(KVPRESS)/.ready: $(READY) constraints-kvpress.txt
+	@rm -rf $(KVPRESS)
+	@echo "==> installing kvpress and the transformers that it takes into $(KVPRESS)"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target $(KVPRESS) -r constraints-kvpress.txt
 	@touch $@

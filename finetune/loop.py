@@ -188,7 +188,9 @@ def _train(model: nn.Module, dataset: Any, config: FinetuneConfig | None, *, sam
         try:
             first = [part[: config.batch_size].to(accelerator.device) for part in (chunks, labels) if part is not None]
             if config.progress and accelerator.is_main_process:
-                print(training.plan(chunks), file=sys.stderr, flush=True)
+                processes = accelerator.num_processes
+                shared = f" in each of {processes} processes" if processes > 1 else ""
+                print(f"{training.plan(chunks)}{shared}", file=sys.stderr, flush=True)
             report = state["report"] if restart else training.begin(prepared, *first)
             if restart:
                 training.resume(report)

@@ -295,7 +295,7 @@ def select_chunks(chunks: Tensor, which: str | None) -> Tensor:
 
 def context_length(model: Any) -> int | None:
     """Return how many tokens the model's positions suffice for, `None` if its configuration sets no limit."""
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     for name, module in model.named_modules():
         # RoBERTa and its relatives count from the one after padding's, which the configuration does not say.
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:

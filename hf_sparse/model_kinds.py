@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
     AutoModelForNextSentencePrediction,
@@ -48,6 +49,12 @@ def _names(table: str) -> Any:
 
 _CAUSAL = ModelKind("causal", AutoModelForCausalLM, "text-generation", _names("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES"))
 _MASKED = ModelKind("masked", AutoModelForMaskedLM, "fill-mask", _names("MODEL_FOR_MASKED_LM_MAPPING_NAMES"))
+_IMAGES = ModelKind(
+    "causal",
+    AutoModelForImageTextToText,
+    "image-text-to-text",
+    _names("MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES"),
+)
 _BARE = ModelKind("features", AutoModel, "feature-extraction", _names("MODEL_MAPPING_NAMES"))
 _OTHERS = (
     (
@@ -66,7 +73,7 @@ _OTHERS = (
 )
 
 _BY_CLASS: dict[str, ModelKind] = {}
-for _task in (_CAUSAL, _MASKED, *(ModelKind("features", *other) for other in _OTHERS), _BARE):
+for _task in (_CAUSAL, _MASKED, _IMAGES, *(ModelKind("features", *other) for other in _OTHERS), _BARE):
     for _names_of_type in _task.models.values():
         for _name in (_names_of_type,) if isinstance(_names_of_type, str) else _names_of_type:
             _BY_CLASS.setdefault(_name, _task)

@@ -14,6 +14,7 @@ from hf_sparse.patches import gpt_neox as gpt_neox
 from hf_sparse.patches import gptj as gptj
 from hf_sparse.patches import granite as granite
 from hf_sparse.patches import llama as llama
+from hf_sparse.patches import llava as llava
 from hf_sparse.patches import mistral as mistral
 from hf_sparse.patches import mixtral as mixtral
 from hf_sparse.patches import modernbert as modernbert

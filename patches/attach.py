@@ -150,10 +150,10 @@ def targets(model: PreTrainedModel, config: SparseConfig) -> Targets:
             f"(unpatch, or unload of a PeftModel), then add {kind.label}"
         )
     modules = list(family.modules(model))
-    if not modules:
-        raise UnsupportedModelError(f"{type(model).__name__} holds no attention module that can be patched")
     if reason := family.refusal(model):
         raise UnsupportedModelError(f"{type(model).__name__} cannot be patched: {reason}")
+    if not modules:
+        raise UnsupportedModelError(f"{type(model).__name__} holds no attention module that can be patched")
     local = [i for i, (_, module) in enumerate(modules) if family.is_local(module)]
     if len(local) == len(modules):
         window = getattr(model.config, "sliding_window", None)
@@ -326,7 +326,9 @@ class _Switch:
             )
         self.model = weakref.ref(model)  # which holds this one: without a cycle it goes when its last user does
         self.config = config
-        self.base = config._attn_implementation
+        text = config.get_text_config()  # of a model that reads images too it is a part of the other
+        names = ["", *(name for name in config.sub_configs if getattr(config, name, None) is text)]
+        self.base = {name: (text if name else config)._attn_implementation for name in names}
         self._modules: list[weakref.ref[nn.Module]] = []
         self.records = self.compiles = False  # whether the `generate` that asked last can record steps, and compiles
         for name in self._BEFORE:
@@ -334,7 +336,7 @@ class _Switch:
                 setattr(model, name, getattr(self, name))
 
     def __call__(self, enabled: bool) -> None:
-        self.config._attn_implementation = NAME if enabled else self.base
+        self.config._attn_implementation = dict.fromkeys(self.base, NAME) if enabled else self.base
 
     def modules(self) -> list[nn.Module]:
         """List the patched attention modules; they are looked for once."""

@@ -243,6 +243,23 @@ _ENTRIES = (
         causal=False,
         kin=True,
     ),
+    TinyFamily(
+        "llava",
+        "LlavaConfig",
+        "LlavaForConditionalGeneration",
+        {
+            "text_config": {**GROUPED, "model_type": "llama"},
+            "vision_config": {
+                **COMMON,
+                "model_type": "clip_vision_model",
+                "image_size": 24,
+                "patch_size": 4,
+                "projection_dim": 32,
+            },
+            "image_token_index": VOCABULARY - 1,
+        },
+        kin=True,
+    ),
     # Embeddings narrower than the layers, as in the small one.
     TinyFamily(
         "electra", "ElectraConfig", "ElectraForMaskedLM", {**COMMON, "embedding_size": 16}, causal=False, kin=True

@@ -382,6 +382,27 @@ class TestEval:
             assert re.search(rf"{name} .*{value:.2f}", shown)
         assert json.loads(copy.read_text()) == result
 
+    def test_dataset(self, adapter, text, tmp_path, monkeypatch):
+        """A dataset is measured and reported as the same text from a file, and is called what it is."""
+        quick = ["--length", LENGTH, "--device", "cpu"]
+        succeed("eval", adapter, "--text", text, *quick, "--selection", "learned")
+        of_file = json.loads((adapter / "eval.json").read_text())
+        rows = tmp_path / "rows.jsonl"
+        rows.write_text(json.dumps({"body": text.read_text()}))
+        succeed("eval", adapter, "--dataset", rows, "--column", "body", *quick, "--selection", "learned")
+        result = json.loads((adapter / "eval.json").read_text())
+        assert result["perplexity"] == of_file["perplexity"]
+        assert result["text"] == of_file["text"] | {"name": "rows.jsonl (train)"}  # a path means nothing elsewhere
+        monkeypatch.setattr("hf_sparse.texts.read_dataset", lambda *part: text.read_text())
+        place = ["--dataset", "me/books", "--dataset-config", "old", "--split", "test"]
+        succeed("eval", adapter, *place, *quick, "--selection", "learned")
+        assert json.loads((adapter / "eval.json").read_text())["text"]["name"] == "me/books (old, test)"
+        succeed("report", adapter, *place, *quick, "--chunks", ":1")
+        assert "me/books (old, test) (chunks :1)" in (adapter / "report.html").read_text()
+        monkeypatch.undo()
+        for verb in ("eval", "report"):
+            assert "has no column 'text', it has body" in fail(verb, adapter, "--dataset", rows, *quick)
+
     def test_names_what_it_measured_on_a_narrow_screen(self, adapter, text):
         options = ["--text", text, "--length", LENGTH, "--chunks", "0:1", "--slots", "5,6,7,8,9", "--device", "cpu"]
         arguments = [str(part) for part in ("eval", adapter, *options, "--selection", "key_difference")]
@@ -450,10 +471,11 @@ class TestEval:
         assert list(tasks["common_words"]["results"]) == ["learned"]  # the oracle cannot generate
         assert tasks["frequent_words, 20 slots"]["results"]["learned"]["lengths"] == [64, 100]
         assert tasks["frequent_words, 20 slots"]["settings"]["haystack"] == "words.txt"
-        run = [*quick, "--task", "common_words", "--text", text, "--length", LENGTH]
+        run = [*quick, "--task", "common_words, frequent_words", "--text", text, "--length", LENGTH]
         succeed("eval", adapter, *run)
         tasks = json.loads((adapter / "eval.json").read_text())["tasks"]
-        assert tasks["common_words"]["results"]["learned"]["lengths"] == [LENGTH // 2, LENGTH] and len(tasks) == 1
+        assert list(tasks) == ["common_words", "frequent_words"]
+        assert tasks["common_words"]["results"]["learned"]["lengths"] == [LENGTH // 2, LENGTH]
 
     def test_refuses_before_it_measures(self, adapter, text, tmp_path, monkeypatch):
         def fail_late(*args, **kwargs):

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ from hf_sparse.demo import run as demo
 from hf_sparse.evaluation import perplexity
 
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "eval.json", "finetune.json", "quality.png"}
+FILES |= {"report.html", "figures", "selection.json"}
+
+pytestmark = pytest.mark.usefixtures("blank_pictures_in_module")
 
 
 def tell(output, steps=2, seed=0):
@@ -30,7 +34,7 @@ def _small():
         monkeypatch.setattr(demo, "EVALUATION_LENGTH", 256)
         monkeypatch.setattr(demo, "TRAINING_LENGTH", 128)
         monkeypatch.setattr(demo, "EVERY_NTH_DOCUMENT", 50)
-        monkeypatch.setattr(demo, "PROMPT_TOKENS", 128)
+        monkeypatch.setattr(demo, "REPORT_CHUNKS", ":1")
         monkeypatch.setattr(demo, "NEW_TOKENS", 16)
         yield
 
@@ -56,11 +60,20 @@ def test_a_whole_repository(told):
 
 def test_says_what_it_measured(told):
     _, evaluation, words = told
-    assert tuple(evaluation["perplexity"]) == ("dense", "recency", "random", "learned")
+    assert tuple(evaluation["perplexity"]) == ("dense", "recency", "snapkv", "random", "learned")
     for value in evaluation["perplexity"].values():
         assert f"{value:.2f}" in words
-    assert re.search(r"untrained scorer .*\d\.\d\d .*[+-]\d", words)
+    assert re.search(r"by the untrained scorer .*\d\.\d\d .*[+-]\d", words)
+    longer = re.search(r"by a scorer trained for longer .* 64 \S+ +(\d+\.\d\d) ", words)
+    assert longer and float(longer[1]) < evaluation["perplexity"]["recency"]
     assert "hf-sparse push" in words
+
+
+def test_compares_with_the_published_adapter():
+    published = Path(__file__).parents[1] / "model_cards" / "demo-llama-sparsek-64"
+    for file in sorted(demo.PUBLISHED.iterdir()):
+        assert file.read_bytes() == (published / file.name).read_bytes()
+    assert json.loads((published / "finetune.json").read_text())["tokens"] == demo.PUBLISHED_TOKENS
 
 
 @pytest.mark.full

@@ -101,28 +101,12 @@ ELSEWHERE = (
     ("transformers", "conformance/test_adapter.py", "test_checkpointing", "works"),
     ("transformers", "conformance/test_adapter.py", "test_dtype", "works"),
     ("torch", "patches/test_compiled_training.py", "test_soft_gates", "works"),
+    ("accelerate", "finetune/test_processes.py", "test_processes_do_what_one_does", "works"),
+    ("accelerate", "finetune/test_launch.py", "test_refuses_engines_and_settings", "refused"),
+    ("kvpress", "kvpress/test_press.py", "test_what_is_kept_is_what_the_cache_of_the_patched_model_keeps", "works"),
     ("lm-evaluation-harness", "evaluation/test_lm_eval.py", "test_a_local_task", "works"),
 )
-NOT_RUN = (
-    (
-        "torch",
-        "`torch.export` of a decoding step: a first try through transformers' `TorchExportableModuleWithStaticCache` "
-        "failed and was not followed up",
-    ),
-    (
-        "torch",
-        "`torch.compile` of inference without a mask and with `fullgraph=True`: refused as `torch.export` is; no test",
-    ),
-    (
-        "bitsandbytes",
-        "training over 4 bits: scorers got gradients when tried, but on a CPU not after a forward without gradients, "
-        "which packs the weights for a kernel of bitsandbytes without a backward, dense or sparse; no test",
-    ),
-    ("TRL", "generation by vLLM within `GRPOTrainer`: needs a GPU"),
-    ("transformers", "Sentence-Transformers' `add_adapter`: transformers 5.24 asks for PEFT 0.22, which is not out"),
-    ("kvpress", "no bridge was written"),
-    ("DeepSpeed, FSDP", "not tried"),
-)
+NOT_RUN = (("TRL", "generation by vLLM within `GRPOTrainer`: needs a GPU"),)
 LIBRARIES = {
     "test_transformers.py": "transformers, torch",
     "test_trl.py": "TRL",

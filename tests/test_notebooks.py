@@ -24,6 +24,8 @@ def test_outputs_are_cleared(path):
     ids=lambda path: path.stem,
 )
 def test_a_notebook_runs(path, tmp_path, monkeypatch):
+    if "sentence_transformers" in path.read_text("utf-8"):
+        pytest.importorskip("sentence_transformers", reason="needs the extra `composition`: run `make composition`")
     monkeypatch.chdir(tmp_path)
     matplotlib.use("Agg")
     exec(compile("\n".join("".join(cell["source"]) for cell in code(path)), str(path), "exec"), {})

@@ -1,5 +1,6 @@
 """Define what several verbs have in common: arguments, options, and how they begin and end their work."""
 
+from collections.abc import Mapping
 from importlib import import_module
 from inspect import Parameter
 from pathlib import Path
@@ -9,12 +10,16 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from hf_sparse.cli.options import at_least, is_range, option
+from hf_sparse.cli.options import at_least, is_range, option, refuse_without
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of an adapter, made by `hf-sparse patch`.")]
 Texts = Annotated[list[Path] | None, typer.Option("--text", metavar="FILE", help="UTF-8 text; may be repeated.")]
+Dataset = Annotated[
+    str | None,
+    typer.Option(metavar="NAME", help="Dataset on the Hub, or a folder or file (.jsonl, ...), instead of --text."),
+]
 Output = Annotated[Path, typer.Option(metavar="DIR", help="Folder that the adapter is written to.")]
 
 
@@ -39,6 +44,49 @@ def reading_options(chunks: str = "Only these chunks of the text.") -> list[Para
         ),
         *model_options(),
     ]
+
+
+def dataset_options() -> list[Parameter]:
+    """Return the options that say what is read of a `--dataset`."""
+    return [
+        option("dataset_config", str | None, None, "Configuration of the dataset."),
+        option("split", str, "train", "Part of the dataset, such as train[:1%]."),
+        option("column", str, "text", "Column of the dataset that holds the text."),
+    ]
+
+
+def check_source(
+    context: typer.Context, text: list[Path] | None, dataset: str | None, part: Mapping[str, Any], *, needed: bool
+) -> None:
+    """Refuse two sources of text, none where one is needed, and options about a dataset where there is none.
+
+    Raises:
+        typer.BadParameter: one of these.
+    """
+    if (text and dataset) or (needed and not (text or dataset)):
+        raise typer.BadParameter("expected either --text FILE or --dataset NAME")
+    if not dataset:
+        refuse_without(context, "--dataset", part)
+
+
+def read_source(text: list[Path] | None, dataset: str | None, part: Mapping[str, Any]) -> tuple[str | None, str]:
+    """Return the words of `--text` or `--dataset`, and what they are called; `None` where neither was given.
+
+    Args:
+        text: files.
+        dataset: see `hf_sparse.texts.read_dataset`.
+        part: the values of `dataset_options` by name.
+
+    Raises:
+        DataError: a file or a dataset that cannot be read, or holds no text.
+    """
+    from hf_sparse.texts import read_dataset, read_texts
+
+    if not dataset:
+        return read_texts(text) if text else (None, "")
+    words = read_dataset(dataset, part["dataset_config"], part["split"], part["column"])
+    name = Path(dataset).name if Path(dataset).exists() else dataset
+    return words, f"{name} ({', '.join(filter(None, (part['dataset_config'], part['split'])))})"
 
 
 def model_options() -> list[Parameter]:

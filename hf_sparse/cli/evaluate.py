@@ -6,7 +6,17 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from hf_sparse.cli.common import Folder, Texts, load_workflow, reading_options, say_written
+from hf_sparse.cli.common import (
+    Dataset,
+    Folder,
+    Texts,
+    check_source,
+    dataset_options,
+    load_workflow,
+    read_source,
+    reading_options,
+    say_written,
+)
 from hf_sparse.cli.methods import METHODS, method_in, options_of
 from hf_sparse.cli.options import at_least, list_option, option, refuse_without, with_options
 
@@ -43,8 +53,8 @@ _TASKS = [
         "task",
         list[str] | None,
         None,
-        "Score a generated task, such as passkey or program, too; may be repeated.",
-        metavar="NAME",
+        "Score generated tasks, such as passkey or program, too; may be repeated.",
+        metavar="NAME,NAME,...",
     ),
     option(
         "longbench",
@@ -67,25 +77,28 @@ _TASKS = [
 ]
 
 
-@with_options(measuring=_READING + _MEASURING, settings=_SETTINGS.parameters, tasks=_TASKS)
+@with_options(part=dataset_options(), measuring=_READING + _MEASURING, settings=_SETTINGS.parameters, tasks=_TASKS)
 def evaluate(
     context: typer.Context,
     folder: Folder,
+    part: dict[str, Any],
     measuring: dict[str, Any],
     settings: dict[str, Any],
     tasks: dict[str, Any],
     text: Texts = None,
+    dataset: Dataset = None,
     json: Annotated[Path | None, typer.Option(metavar="PATH", help="Write the result here too.")] = None,
 ) -> None:
     """Measure the adapter in DIR against dense attention and baselines of equal size, and write eval.json there.
 
-    Without --text, tasks are added to the eval.json that is there.
+    Without --text or --dataset, tasks are added to the eval.json that is there.
     """
-    asks_tasks = bool(tasks["task"] or tasks["longbench"])
-    if not (text or asks_tasks):
-        raise typer.BadParameter("expected --text FILE, --task NAME or --longbench FILE")
-    if not text:
-        refuse_without(context, "--text", ["chunks", "stride", "batch_size", *settings, "bos"])
+    reads_text, asks_tasks = bool(text or dataset), bool(tasks["task"] or tasks["longbench"])
+    check_source(context, text, dataset, part, needed=False)
+    if not (reads_text or asks_tasks):
+        raise typer.BadParameter("expected --text FILE, --dataset NAME, --task NAME or --longbench FILE")
+    if not reads_text:
+        refuse_without(context, "--text or --dataset", ["chunks", "stride", "batch_size", *settings, "bos"])
     if not asks_tasks:
         refuse_without(context, "--task or --longbench", tasks)
     if json and not json.parent.is_dir():
@@ -93,12 +106,11 @@ def evaluate(
     given = _checked_settings(context, folder)
     workflow = load_workflow()
     from hf_sparse.atomic_files import write_json
-    from hf_sparse.texts import read_texts
 
-    words, name = read_texts(text) if text else (None, "")
+    words, name = read_source(text, dataset, part)
     suite = _suite(tasks) if asks_tasks else None
     result = workflow.evaluate_adapter(folder, words, name, suite=suite, **measuring, **given)
-    _show(result, with_text=bool(text))
+    _show(result, with_text=reads_text)
     say_written(Console(), folder, "eval.json, its figure and README.md")
     if json:
         write_json(json, result)
@@ -125,7 +137,7 @@ def _suite(tasks: dict[str, Any]) -> Any:
 
     haystack = tasks["haystack"]
     return Suite(
-        tasks=tasks["task"] or (),
+        tasks=[name.strip() for names in tasks["task"] or () for name in names.split(",")],
         documents={path.stem: read_longbench(path) for path in tasks["longbench"] or ()},
         lengths=tasks["task_lengths"] or (),
         samples=tasks["task_samples"],

@@ -7,7 +7,16 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from hf_sparse.cli.common import Folder, Texts, load_workflow, reading_options, say_written
+from hf_sparse.cli.common import (
+    Dataset,
+    Folder,
+    Texts,
+    check_source,
+    dataset_options,
+    load_workflow,
+    reading_options,
+    say_written,
+)
 from hf_sparse.cli.errors import complain
 from hf_sparse.cli.methods import METHODS, configuration_in, method_in, options_of
 from hf_sparse.cli.options import option, refuse_without, with_options
@@ -32,9 +41,7 @@ _SETTINGS.replace(
     )
 )
 _DATASET = [
-    option("dataset_config", str | None, None, "Configuration of the dataset."),
-    option("split", str, "train", "Part of the dataset, such as train[:1%]."),
-    option("column", str, "text", "Column of the dataset that holds the text."),
+    *dataset_options(),
     option(
         "stream",
         Literal["joined", "separate"] | None,
@@ -53,10 +60,7 @@ def finetune(
     settings: dict[str, Any],
     reading: dict[str, Any],
     text: Texts = None,
-    dataset: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Dataset on the Hub, or a folder or file (.jsonl, ...), instead of --text."),
-    ] = None,
+    dataset: Dataset = None,
     num_processes: Annotated[
         int | None, typer.Option(min=1, metavar="N", help="Start N processes that share the work, with accelerate.")
     ] = None,
@@ -86,10 +90,7 @@ def finetune(
     ] = 0.0,
 ) -> None:
     """Train the adapter in DIR and write it back, with finetune.json."""
-    if bool(text) == bool(dataset):
-        raise typer.BadParameter("expected either --text FILE or --dataset NAME")
-    if not dataset:
-        refuse_without(context, "--dataset", part)
+    check_source(context, text, dataset, part, needed=True)
     if num_processes is None:
         refuse_without(context, "--num-processes", ["accelerate_config"])
     if part["stream"] and reading["chunks"]:

@@ -1,4 +1,4 @@
-"""Show all of hf-sparse in about two minutes, offline: patch, measure, train, measure again, generate, write.
+"""Show all of hf-sparse in about two minutes, offline: patch, measure, train, measure again, generate, report.
 
 The base is the bundled checkpoint, the text is the standard library of the Python that runs this, so the numbers
 differ a little between Python versions; for one version they follow from the seed.
@@ -7,11 +7,11 @@ differ a little between Python versions; for one version they follow from the se
 import time
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
-from rich.console import Console
+from rich.console import Console, Group
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -21,10 +21,12 @@ from transformers import AutoTokenizer
 from hf_sparse._compat import cache_of
 from hf_sparse.adapters.files import CONFIG, WEIGHTS, measurement_files
 from hf_sparse.adapters.folder import write_repo
+from hf_sparse.adapters.load import load_adapter
+from hf_sparse.adapters.report import write_report
 from hf_sparse.adapters.saving import save_adapter
 from hf_sparse.bundled import BASE_NAME, CHECKPOINT
 from hf_sparse.data import pack
-from hf_sparse.demo.text import documents
+from hf_sparse.demo.text import PROMPT, documents
 from hf_sparse.evaluation import evaluate, kv_bytes, perplexity, readable_bytes, using
 from hf_sparse.finetune import FinetuneConfig, finetune
 from hf_sparse.finetune.checkpoint import checkpoints
@@ -38,14 +40,26 @@ K, WINDOW, SINKS = 20, 8, 4  # 32 slots
 # outlive their neighbours. A warm start on attention mass would first unlearn that.
 POSITION_SLOPE, WARM_START_STEPS = 0.05, 0
 
-COMPARED = "dense", "recency", "random", "learned"  # the other baselines are slower than the whole demo
-EVALUATION_CHUNKS, EVALUATION_LENGTH, EVALUATION_BATCH = 16, 1024, 4
+#: What is compared, and what the tables call it.
+COMPARED = {
+    "dense": "all (dense attention)",
+    "recency": "the most recent (StreamingLLM)",
+    "snapkv": "most attended of late (SnapKV)",
+    "random": "any, at random",
+    "learned": "by the untrained scorer",
+}
+EVALUATION_CHUNKS, EVALUATION_LENGTH, EVALUATION_BATCH = 12, 1024, 4
 
 STEPS, BATCH_SIZE, LEARNING_RATE = 100, 2, 1e-2
 TRAINING_LENGTH = 512  # a score does not depend on later queries: what is learned on short text serves long text
 EVERY_NTH_DOCUMENT = 8  # one training document in 8 is read, still more than the steps need
 
-PROMPT_TOKENS, NEW_TOKENS = 512, 64
+#: A copy of the published adapter model_cards/demo-llama-sparsek-64, whose finetune.json has the tokens.
+PUBLISHED, PUBLISHED_TOKENS = Path(__file__).parent / "adapter", 696_320
+
+NEW_TOKENS = 64
+REPORT_DOCUMENTS, REPORT_CHUNKS = 8, ":2"  # of the held-out text, whose kept keys the report draws
+HELD_OUT = "held-out modules of the Python standard library"
 
 
 def run(output: Path, steps: int, seed: int, console: Console) -> dict[str, Any]:
@@ -97,7 +111,13 @@ def run(output: Path, steps: int, seed: int, console: Console) -> dict[str, Any]
         for name in COMPARED:
             with using(model, name):
                 before[name] = perplexity(model, held_out, batch_size=EVALUATION_BATCH, progress=name)
-        console.print(_perplexities({"untrained scorer" if k == "learned" else k: v for k, v in before.items()}))
+        rows = [_Row(COMPARED[name], None if name == "dense" else config.slots, before[name]) for name in COMPARED]
+        console.print(_perplexities(rows))
+        console.print(
+            "Perplexity is the number of equally likely tokens that would leave as much doubt about the next token: "
+            f'{before["dense"]:.1f} with all keys, and lower is better. "Against dense" says how much higher it is '
+            f"with {config.slots} keys, of which the rows choose the same {SINKS + WINDOW} and {K} others."
+        )
 
         console.rule("3. train the scorer")
         console.print(
@@ -106,7 +126,12 @@ def run(output: Path, steps: int, seed: int, console: Console) -> dict[str, Any]
         )
         training_text = "\n\n".join(islice(documents("train"), 0, None, EVERY_NTH_DOCUMENT))
         training = finetune(model, pack(tokenizer, training_text, TRAINING_LENGTH), settings)
-        console.print(f"{training['tokens']:,} tokens in {training['seconds']:.0f} s")
+        first, last = training["history"][0]["loss"], training["history"][-1]["loss"]
+        console.print(
+            f"{training['tokens']:,} tokens in {training['seconds']:.0f} s: {steps} steps of {BATCH_SIZE} texts of "
+            f"{TRAINING_LENGTH} tokens. The loss was {first:.3f} in the first step and {last:.3f} in the last, in nats "
+            "per token; it would be 0 if few keys predicted what all keys predict."
+        )
 
         console.rule("4. measure again")
         evaluation = evaluate(
@@ -114,22 +139,42 @@ def run(output: Path, steps: int, seed: int, console: Console) -> dict[str, Any]
             held_out,
             selections=("learned",),  # the others do not depend on the scorer
             batch_size=EVALUATION_BATCH,
-            text_name="held-out modules of the Python standard library",
+            text_name=HELD_OUT,
         )
         evaluation["text"]["trained_on"] = overlap(training["trained_on"], held_out)
         after = evaluation["perplexity"]["learned"]
         evaluation["perplexity"] = {**before, "learned": after}
-        rows = {k: v for k, v in before.items() if k != "learned"}
-        console.print(_perplexities({**rows, "untrained scorer": before["learned"], "trained scorer": after}))
+        rows += [_Row("by the trained scorer", config.slots, after), *_published(held_out)]
+        console.print(_perplexities(rows))
         console.print(_verdict(before["dense"], before["recency"], after))
+        console.print(
+            f"The last two rows have {rows[-1].keys} keys, those of the adapter that the project publishes: it was "
+            f"trained on {PUBLISHED_TOKENS:,} tokens, and is to be compared with the most recent {rows[-1].keys}."
+        )
 
         console.rule("5. generate")
-        console.print(_side_by_side(model, tokenizer, held_out[len(held_out) // 2, :PROMPT_TOKENS]))
+        console.print(_side_by_side(model, tokenizer))
 
         save_adapter(model, stage)
         write_repo(stage, evaluation=evaluation, training=training, repo_id=output.name)
 
-    console.rule("6. publish")
+    console.rule("6. report")
+    page = write_report(
+        output,
+        "\n\n".join(islice(documents("held_out"), REPORT_DOCUMENTS)),
+        HELD_OUT,
+        length=EVALUATION_LENGTH,
+        chunks=REPORT_CHUNKS,
+        device="cpu",
+    )
+    console.print(
+        f"Open {page} in a browser: the same numbers, the loss of every step, and the keys that every head keeps.",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+    console.rule("7. publish")
     names = ", ".join(sorted(path.name for path in output.iterdir()))
     console.print(f"In {escape(str(output))}: {escape(names)}.", soft_wrap=True)
     console.print(
@@ -149,17 +194,36 @@ def _held_out(tokenizer: Any) -> Tensor:
     return chunks[:: max(1, len(chunks) // EVALUATION_CHUNKS)][:EVALUATION_CHUNKS]
 
 
-def _perplexities(values: dict[str, float]) -> Table:
-    slots = K + WINDOW + SINKS
+class _Row(NamedTuple):
+    """Hold a row of the table: what is kept, how many keys a query attends to (`None`: all), and the perplexity."""
+
+    what: str
+    keys: int | None
+    perplexity: float
+
+
+def _published(held_out: Tensor) -> list[_Row]:
+    """Measure the published adapter, and the most recent keys at its budget."""
+    model, _ = load_adapter(PUBLISHED, device="cpu", dtype="float32")
+    slots = model.active_peft_config.slots
+    rows = []
+    for name, what in (("recency", COMPARED["recency"]), ("learned", "by a scorer trained for longer")):
+        with using(model, name):
+            value = perplexity(model, held_out, batch_size=EVALUATION_BATCH, progress=f"{name}, {slots} keys")
+        rows.append(_Row(what, slots, value))
+    return rows
+
+
+def _perplexities(rows: list[_Row]) -> Table:
     table = Table(caption=f"{EVALUATION_CHUNKS} held-out chunks of {EVALUATION_LENGTH} tokens")
     table.add_column("which keys")
     table.add_column("keys per query", justify="right")
     table.add_column("perplexity", justify="right")
     table.add_column("against dense", justify="right")
-    for name, value in values.items():
-        dense = name == "dense"
-        keys = f"up to {EVALUATION_LENGTH if dense else slots}"
-        table.add_row(name, keys, f"{value:.2f}", "" if dense else f"{value / values['dense'] - 1:+.1%}")
+    dense = rows[0].perplexity
+    for what, keys, value in rows:
+        change = "" if keys is None else f"{value / dense - 1:+.1%}"
+        table.add_row(what, f"up to {EVALUATION_LENGTH if keys is None else keys}", f"{value:.2f}", change)
     return table
 
 
@@ -171,23 +235,24 @@ def _verdict(dense: float, recency: float, learned: float) -> str:
 
 
 @torch.no_grad()
-def _side_by_side(model: PeftModel, tokenizer: Any, prompt: Tensor) -> Table:
-    """Continue a prompt `[T]` greedily with dense and with sparse attention, and compare the sizes of their caches."""
-    texts, weights = [], []
+def _side_by_side(model: PeftModel, tokenizer: Any) -> Group:
+    """Continue the prompt greedily with dense and with sparse attention, and compare the sizes of their caches."""
+    prompt = tokenizer(PROMPT, return_tensors="pt")
+    count = prompt["input_ids"].shape[1]
+    texts, sizes = [], []
     for name in ("dense", "learned"):
         with using(model, name):
-            output = model.generate(
-                input_ids=prompt[None],
-                attention_mask=torch.ones_like(prompt)[None],
-                max_new_tokens=NEW_TOKENS,
-                do_sample=False,
-                return_dict_in_generate=True,
-            )
-        texts.append(Text(tokenizer.decode(output.sequences[0, len(prompt) :], skip_special_tokens=True)))
-        weights.append(readable_bytes(kv_bytes(cache_of(output))))
-    end = tokenizer.decode(prompt[-48:])
-    table = Table(title=Text(f"... {end}", justify="left"), title_style="dim", show_lines=True)
-    table.add_column(f"dense: {weights[0]} of keys and values", ratio=1)
-    table.add_column(f"sparse: {weights[1]}, however long the text", ratio=1)
+            output = model.generate(**prompt, max_new_tokens=NEW_TOKENS, do_sample=False, return_dict_in_generate=True)
+        texts.append(Text(tokenizer.decode(output.sequences[0, count:], skip_special_tokens=True)))
+        sizes.append(readable_bytes(kv_bytes(cache_of(output))))
+    table = Table(show_lines=True)
+    table.add_column(f"dense: {sizes[0]} of keys and values", ratio=1, overflow="fold")
+    table.add_column(f"sparse: {sizes[1]}, however long the text", ratio=1, overflow="fold")
     table.add_row(*texts)
-    return table
+    return Group(
+        f"A module of {count} tokens defines errors, one class after another, and ends in `class`. Both go on, always "
+        "with the likeliest token:",
+        table,
+        f"The cache of dense attention holds the keys and values of all {count + NEW_TOKENS - 1} tokens so far, the "
+        f"other one those in {K + WINDOW + SINKS} slots.",
+    )

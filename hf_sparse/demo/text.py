@@ -46,3 +46,54 @@ def documents(split: Split, *, tests: bool = False) -> Iterator[str]:
         from pydoc_data.topics import topics
 
         yield from (topics[name].strip() for name in sorted(topics))
+
+
+#: A module in one pattern, which dense attention of the bundled checkpoint continues: class, docstring, constructor.
+PROMPT = '''"""Errors of the network client."""
+
+
+class NetworkError(Exception):
+    """Base class of all errors in this module."""
+
+
+class HostError(NetworkError):
+    """Raised when the host is not known."""
+
+    def __init__(self, host):
+        self.host = host
+        super().__init__(f"unknown host: {host}")
+
+
+class PortError(NetworkError):
+    """Raised when the port is out of range."""
+
+    def __init__(self, port):
+        self.port = port
+        super().__init__(f"invalid port: {port}")
+
+
+class TimeoutError(NetworkError):
+    """Raised when the server does not answer in time."""
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+        super().__init__(f"no answer after: {seconds}")
+
+
+class ProtocolError(NetworkError):
+    """Raised when the server speaks another protocol."""
+
+    def __init__(self, version):
+        self.version = version
+        super().__init__(f"unsupported version: {version}")
+
+
+class HeaderError(NetworkError):
+    """Raised when a header is not valid."""
+
+    def __init__(self, header):
+        self.header = header
+        super().__init__(f"invalid header: {header}")
+
+
+class'''

@@ -20,10 +20,13 @@ def folder(tmp_path_factory):
     return path
 
 
+def load(folder, settings):
+    options = {"dtype": "float32", "device_map": "cpu", "quantization_config": settings}
+    return AutoModelForCausalLM.from_pretrained(folder, **options).eval()
+
+
 def check(folder, make, ids, settings, learns=True):
-    base = AutoModelForCausalLM.from_pretrained(
-        folder, dtype="float32", device_map="cpu", quantization_config=settings
-    ).eval()
+    base = load(folder, settings)
     with torch.no_grad():
         expected = base(ids).logits
         hf_sparse.patch(base, hf_sparse.SparseKConfig(k=100, window=8, sinks=4))
@@ -54,6 +57,18 @@ def test_bitsandbytes_4_bit(folder, make, ids):
         transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32),
         learns=False,
     )
+
+
+def test_training_over_4_bits(folder, make, ids):
+    """bitsandbytes with 4 bits: gradients for every scorer, on a CPU if no forward without gradients came before.
+
+    That packs the weights for a kernel of bitsandbytes that has no backward, dense or sparse.
+    """
+    settings = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    model = make(load(folder, settings)).train()
+    model(ids, labels=ids).loss.backward()
+    learned = [p for p in model.parameters() if p.requires_grad]
+    assert learned and all(p.grad is not None and p.grad.isfinite().all() and p.grad.any() for p in learned)
 
 
 def test_torchao(folder, make, ids):

@@ -46,3 +46,9 @@ def test_trainer(sentences, training, trained, tmp_path):
     trained(sentences, trainer.train)
     sentences.save(str(tmp_path / "saved"))
     assert (tmp_path / "saved" / "adapter_model.safetensors").exists()
+
+
+def test_add_adapter(sentences):
+    """`add_adapter`, which is transformers' own, is refused by transformers 5.24: it wants a PEFT that is not out."""
+    with pytest.raises(ValueError, match="version of PEFT you are using is not compatible"):
+        sentences.add_adapter(hf_sparse.SparseKConfig(k=24, window=8, sinks=1))

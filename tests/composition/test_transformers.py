@@ -6,8 +6,16 @@ import pickle
 import pytest
 import torch
 from datasets import Dataset
-from transformers import DataCollatorForLanguageModeling, TextIteratorStreamer, Trainer, TrainingArguments, pipeline
+from transformers import (
+    DataCollatorForLanguageModeling,
+    StaticCache,
+    TextIteratorStreamer,
+    Trainer,
+    TrainingArguments,
+    pipeline,
+)
 
+from hf_sparse._compat import with_cache
 from hf_sparse.errors import UnsupportedModelError
 
 METHODS = ("sparsek", "sparsefinder")
@@ -93,6 +101,36 @@ def test_export(make, ids):
 
     with pytest.raises(ValueError, match="unless it gets an attention_mask"):
         torch.export.export(Forward(make().get_base_model().eval()), (ids,))
+
+
+@torch.no_grad()
+def test_export_of_a_step(make, ids):
+    """`torch.export` of a decoding step, over a static cache that holds a prompt, has the logits of the step."""
+    model = make().get_base_model().eval()
+    caches = [StaticCache(config=model.config, max_cache_len=128) for _ in range(2)]
+    for cache in caches:
+        model(ids[:1, :-1], use_cache=True, **with_cache(cache))
+
+    class Step(torch.nn.Module):
+        def __init__(self, cache):
+            super().__init__()
+            self.model, self.cache = model, with_cache(cache)
+
+        def forward(self, token, position, mask):
+            return self.model(token, position_ids=position, attention_mask=mask, use_cache=True, **self.cache).logits
+
+    length = ids.shape[1]
+    step = ids[:1, -1:], torch.tensor([[length - 1]]), torch.ones(1, length, dtype=torch.long)
+    exported = torch.export.export(Step(caches[0]), step, strict=False)
+    torch.testing.assert_close(exported.module()(*step), Step(caches[1])(*step), rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_compile_without_a_mask(make, ids):
+    """`torch.compile(fullgraph=True)` of inference without a mask is refused for the same reason; give it a mask."""
+    compiled = torch.compile(make().get_base_model().eval(), fullgraph=True, backend="eager")
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="unless it gets an attention_mask"):
+        compiled(ids, use_cache=False)
 
 
 def test_data_parallel(make):

@@ -89,6 +89,6 @@ def test_generation(model, tokenizer):
     settings = {"until": ["\n\n\n"], "max_gen_toks": 8, "do_sample": False}
     request = Instance("generate_until", {}, (QUESTIONS[0]["question"], settings), 0)
     with using(model, "learned"):
-        (said,) = harness.generate_until([request], disable_tqdm=True)
+        said = harness.generate_until([request], disable_tqdm=True)
         prompt = tokenizer(QUESTIONS[0]["question"])["input_ids"]
-        assert said and said == answer(model, tokenizer, prompt, 8)
+        assert said[0] and said == answer(model, tokenizer, [prompt], 8)

@@ -41,6 +41,7 @@ def test_configurations_are_files_that_accelerate_reads():
     ],
 )
 def test_refuses_engines_and_settings(monkeypatch, environment, message):
+    """DeepSpeed, Megatron-LM and `parallelism_config` of a launcher are refused before anything is loaded."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):

@@ -94,7 +94,10 @@ def launch(*command, engine="torchrun", count=2):
     ],
 )
 def test_processes_do_what_one_does(tmp_path, engine, count):
-    """One launch for all methods, since it takes longer than what is compared."""
+    """Two processes by `torchrun` (DDP) or by FSDP2, which divides the base, train what one process trains.
+
+    One launch for all methods, since it takes longer than what is compared.
+    """
     launch(__file__, tmp_path, engine=engine, count=count)
     ranks = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(count)]
     for method in CONFIGS:
@@ -156,6 +159,7 @@ def test_the_command_line_writes_and_tells_once(tmp_path):
     done = subprocess.run(list(map(str, run)), capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("trained adapter") == 1
+    assert done.stderr.count("1 of 43 chunks of 64 tokens at a time in each of 2 processes") == 1
     metrics = json.loads((adapter / "finetune.json").read_text())
     assert metrics["tokens"] == 2 * 2 * 64 and metrics["settings"]["processes"] == 2
     assert metrics["base_share"] < 0.51

@@ -111,7 +111,7 @@ def test_every_supported_model_type_has_a_tiny_model():
 def test_full_layers_are_patched_and_local_ones_left_alone(variant):
     model = sparse(variant)
     layers = [method.layer for method in sparse_layers(model)]
-    assert layers == [i for i in range(model.config.num_hidden_layers) if i not in variant.local]
+    assert layers == [i for i in range(model.config.get_text_config().num_hidden_layers) if i not in variant.local]
     assert (logits(model) - logits(variant())).abs().max() > 0.1
 
 

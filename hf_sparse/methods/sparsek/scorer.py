@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from hf_sparse.methods.sparsek.config import SparseKConfig
+from hf_sparse.methods.sparsek.settings import SparseKSettings
 from hf_sparse.ops.selection.linear_scores import has_kernels, linear_scores, normalised, token_scores
 
 _PIECE = 1 << 24  # numbers of the input that are scored at a time
@@ -38,7 +38,7 @@ class Scorer(nn.Module):
 
     by_head = ("slope", "weight", "down")
 
-    def __init__(self, config: SparseKConfig, num_key_value_heads: int, causal: bool) -> None:
+    def __init__(self, config: SparseKSettings, num_key_value_heads: int, causal: bool) -> None:
         super().__init__()
         self.position_slope = config.position_slope
         self.slope = nn.Parameter(torch.zeros(num_key_value_heads)) if config.learn_slope and causal else None
@@ -105,7 +105,7 @@ class _Recomputed(torch.autograd.Function):
 class LinearScorer(Scorer):
     """Learn one weight per input feature and KV head, `weight` `[Hkv, C]`."""
 
-    def __init__(self, config: SparseKConfig, hidden_size: int, num_key_value_heads: int, causal: bool) -> None:
+    def __init__(self, config: SparseKSettings, hidden_size: int, num_key_value_heads: int, causal: bool) -> None:
         super().__init__(config, num_key_value_heads, causal)
         self.weight = nn.Parameter(torch.empty(num_key_value_heads, hidden_size))
         nn.init.normal_(self.weight, std=0.02)
@@ -130,7 +130,7 @@ class LinearScorer(Scorer):
 class MLPScorer(Scorer):
     """Learn a hidden layer of `scorer_hidden_size` with GELU, the same for all KV heads of a layer."""
 
-    def __init__(self, config: SparseKConfig, hidden_size: int, num_key_value_heads: int, causal: bool) -> None:
+    def __init__(self, config: SparseKSettings, hidden_size: int, num_key_value_heads: int, causal: bool) -> None:
         super().__init__(config, num_key_value_heads, causal)
         width = config.scorer_hidden_size
         self.up = nn.Parameter(torch.empty(width, hidden_size))
@@ -146,7 +146,7 @@ class MLPScorer(Scorer):
         return (F.gelu(states @ up.T + bias) @ down.T).transpose(1, 2)
 
 
-def make_scorer(config: SparseKConfig, hidden_size: int, num_key_value_heads: int, causal: bool) -> Scorer:
+def make_scorer(config: SparseKSettings, hidden_size: int, num_key_value_heads: int, causal: bool) -> Scorer:
     """Make the scorer that a configuration names, for inputs of `hidden_size`."""
     kind = MLPScorer if config.scorer == "mlp" else LinearScorer
     return kind(config, hidden_size, num_key_value_heads, causal)
