@@ -89,7 +89,9 @@ def work(case: dict[str, Any], folder: Path) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     chunks = torch.randint(0, config.vocab_size, (16, length), generator=generator)
     settings: dict[str, Any] = {"steps": case["steps"], "warmup_steps": 1, "batch_size": 1, "progress": False}
-    settings |= {"graph_steps": 0} if case["method"] == "sparsefinder" else {"warm_start_steps": 0, "divide_heads": False}
+    settings |= (
+        {"graph_steps": 0} if case["method"] == "sparsefinder" else {"warm_start_steps": 0, "divide_heads": False}
+    )
     if "output" in case:
         settings |= {"output_dir": case["output"], "checkpoint_every": 1, "resume": True}
         resumed = checkpoint.latest(Path(case["output"]))
