@@ -65,13 +65,13 @@ def tables() -> dict[str, str]:
         first_tokens=first_tokens,
         recorded=recorded,
         first_static=first_static,
-        static=read("static_decode-8-layers")[0],
+        static=read("static_decode-8-layers"),
         prefills=prefills,
         prediction=read("entmax_prediction-choices", "entmax_prediction-smollm2", "entmax_prediction"),
         bidirectional=read("entmax_bidirectional-1", "entmax_bidirectional-8"),
         lengths=read("finetune_length")[0],
         quality=read(
-            "predicted_quality-smollm2", "predicted_quality-smollm2-lora", "predicted_quality-smollm2-unpatched"
+            *(f"predicted_quality-{name}" for name in ("qwen", "smollm2", "smollm2-lora", "smollm2-unpatched"))
         ),
     )
 
