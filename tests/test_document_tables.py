@@ -106,7 +106,6 @@ ELSEWHERE = (
     ("kvpress", "kvpress/test_press.py", "test_what_is_kept_is_what_the_cache_of_the_patched_model_keeps", "works"),
     ("lm-evaluation-harness", "evaluation/test_lm_eval.py", "test_a_local_task", "works"),
 )
-NOT_RUN = (("TRL", "generation by vLLM within `GRPOTrainer`: needs a GPU"),)
 LIBRARIES = {
     "test_transformers.py": "transformers, torch",
     "test_trl.py": "TRL",
@@ -125,7 +124,6 @@ def composition() -> str:
     for library, file, name, result in ELSEWHERE:
         node = next(node for node in functions_of(TESTS / file) if node.name == name)
         rows.append([library, said(node).replace("|", "\\|") or name, result, f"`{file}::{name}`"])
-    rows += [[library, sentence, "not run here", ""] for library, sentence in NOT_RUN]
     return table(["library", "what", "result", "test"], rows)
 
 
