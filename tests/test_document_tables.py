@@ -115,7 +115,7 @@ LIBRARIES = {
 
 
 def composition() -> str:
-    """Every test of tests/composition, the tests elsewhere that answer the same question, and what was not run."""
+    """Tabulate every test of tests/composition, and the tests elsewhere that answer the same question."""
     rows = []
     for file, library in LIBRARIES.items():
         for node in functions_of(TESTS / "composition" / file):
