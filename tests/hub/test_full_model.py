@@ -75,6 +75,7 @@ def content(path: Path) -> dict:
 @pytest.mark.parametrize("form", ["full", "merged"])
 @pytest.mark.parametrize("method", CONFIGS)
 def test_there_and_back(make, base_id, hub, tmp_path, caplog, method, form):
+    caplog.set_level(logging.WARNING, "transformers")  # which verbs of the command line make less
     model, name = make(method), f"{hub.user}/{method}-{form}"
     expected = logits(model)
     push_to_hub(model, name, form=form)
