@@ -210,6 +210,11 @@ def test_lora(golden):
     text = render(config, **values, evaluation=EVALUATION, training=training)
     assert "10,000 of" in text and "LoRA" not in card().text
     golden("card/sparsek-lora.md", text)
+    merged = render(config, **values, form="merged")
+    assert "as its attention is sparse" in text.replace("\n", " ") and "module, merged into them here; with" in merged
+    shared = hf_sparse.SparseKConfig(layer_shares=[0.5, 1.5])
+    full = render(shared, repo_id="x", base_model=None, parameters=1, form="full")
+    assert "`layer_shares` in config.json" in full and "adapter_config.json" not in full
 
 
 def test_unequal_budgets():

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from huggingface_hub import ModelCardData
 from markupsafe import Markup
 
+from hf_sparse.adapters.files import CONFIG, MODEL_CONFIG
 from hf_sparse.adapters.markdown import code, escape, python_string
 from hf_sparse.adapters.method_report import report_of
 from hf_sparse.bundled import BASE_NAME
@@ -139,6 +140,7 @@ def render(
         text = template.render(
             config=config,
             form=form,
+            config_file=Markup(CONFIG if form == "adapter" else MODEL_CONFIG),
             encoder=encoder,
             example=[Markup(line) for line in example],
             metric=metric_of(evaluation or {}),

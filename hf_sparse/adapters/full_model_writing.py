@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_sparse.adapters.card import Form
-from hf_sparse.adapters.files import INDEX, MODEL_CONFIG, SHARDS, SINGLE, WEIGHTS
+from hf_sparse.adapters.files import INDEX, MODEL_CONFIG, SINGLE, WEIGHTS
 from hf_sparse.adapters.folder import AdapterFolder
 from hf_sparse.adapters.full_model import full_config
 from hf_sparse.atomic_files import read_object, write_json
@@ -32,7 +32,8 @@ from hf_sparse.tuner import PREFIX
 # What a full model takes over from its base model beside configuration and weights: no code and no pickles.
 _OTHERS = (
     *("generation_config.json", "tokenizer*.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
-    *("vocab.txt", "merges.txt", "*.model", "chat_template*", "LICENSE*", "NOTICE*", "USE_POLICY*"),
+    *("vocab.txt", "merges.txt", "*.model", "chat_template*", "*processor_config.json"),
+    *("LICENSE*", "NOTICE*", "USE_POLICY*"),
 )
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -61,12 +62,17 @@ def base_files(name: str, revision: str | None, token: str | bool | None) -> Pat
 
     Raises:
         HTTPError, OSError: they cannot be downloaded.
+        HubError: there are no weights of safetensors among them.
     """
     place = Path(resolve_base(name))
     if place.is_dir():
         return place
-    patterns = [MODEL_CONFIG, SINGLE, INDEX, SHARDS, *_OTHERS]
-    return Path(snapshot_download(name, revision=revision, token=token, allow_patterns=patterns))
+    patterns = [MODEL_CONFIG, SINGLE, INDEX, *_OTHERS]
+    folder = Path(snapshot_download(name, revision=revision, token=token, allow_patterns=patterns))
+    if (folder / SINGLE).is_file():
+        return folder
+    shards = _index(folder)[1]  # by whatever names: some are called model.safetensors-00001-of-00002.safetensors
+    return Path(snapshot_download(name, revision=folder.name, token=token, allow_patterns=shards))
 
 
 def write_full_model(

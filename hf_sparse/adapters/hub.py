@@ -167,6 +167,8 @@ def save_full_model(
     name = _active_adapter(model_or_dir)
     folder = Path(folder)
     check_free(folder, force=False)
+    if isinstance(token, str):  # the saved one is checked where it is needed
+        token = check_token(token)
     if not is_main_process():
         return
     with tempfile.TemporaryDirectory(prefix="hf-sparse-") as temporary:

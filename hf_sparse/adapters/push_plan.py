@@ -10,7 +10,7 @@ from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_status
 
-from hf_sparse.adapters.files import CARD, INDEX, MODEL_CONFIG, SHARDS, published_files
+from hf_sparse.adapters.files import CARD, INDEX, MODEL_CONFIG, SHARDS, SINGLE, published_files
 from hf_sparse.adapters.hub_errors import explained, short_line
 from hf_sparse.atomic_files import read_object
 from hf_sparse.base_model import INSIDE
@@ -70,13 +70,13 @@ def plan_of(api: HfApi, stage: Path, repo_id: str, private: bool, revision: str 
     held = {file.rfilename for file in seen.siblings or ()} if seen is not None else set()
     uploads = {path.name: path.stat().st_size for path in sorted(stage.iterdir())}
     replaced = [*published_files()]
-    if MODEL_CONFIG in held:
+    if model := [name for name in (MODEL_CONFIG, SINGLE, INDEX) if name in held]:
         with explained(f"cannot push to {repo_id}"):
-            is_ours = _is_full_model(api, repo_id, seen.sha)
-        if is_ours:
-            replaced += [name for name in sorted(held) if name in (MODEL_CONFIG, INDEX) or fnmatchcase(name, SHARDS)]
+            is_ours = MODEL_CONFIG in held and _is_full_model(api, repo_id, seen.sha)
+        if is_ours:  # maybe saved again by transformers alone, in a single file that would be read before the shards
+            replaced += [*model, *(name for name in sorted(held) if fnmatchcase(name, SHARDS))]
         elif MODEL_CONFIG in uploads:
-            raise HubError(f"{repo_id} holds another model ({MODEL_CONFIG}): push to a new repository or branch")
+            raise HubError(f"{repo_id} holds another model ({model[0]}): push to a new repository or branch")
     return PushPlan(
         repo_id=repo_id,
         url=f"{api.endpoint}/{repo_id}",

@@ -181,6 +181,7 @@ def test_base_model_in_a_folder_and_verbs(make, tiny_llama, word_tokenizer, hub,
     path.write_text(json.dumps(content(path) | {"auto_map": {"AutoModelForCausalLM": "evil.Evil"}}))
     (tmp_path / "base" / "evil.py").write_text("raise SystemExit('code ran')")
     (tmp_path / "base" / "pytorch_model.bin").write_bytes(b"no pickle is read")
+    (tmp_path / "base" / "preprocessor_config.json").write_text("{}")  # of images
     model = make(lora_rank=0, base=str(tmp_path / "base"))
     model.save_pretrained(tmp_path / "adapter")
     with pytest.raises(HubError, match="or push as full, with that model inside"):
@@ -193,6 +194,7 @@ def test_base_model_in_a_folder_and_verbs(make, tiny_llama, word_tokenizer, hub,
     assert torch.equal(logits(from_pretrained(f"{hub.user}/full-of-a-folder")), logits(model))
 
     save_full_model(tmp_path / "adapter", tmp_path / "model")
+    assert (tmp_path / "model" / "preprocessor_config.json").exists()
     shutil.rmtree(tmp_path / "base")
     assert "auto_map" not in content(tmp_path / "model" / "config.json")
     shown = CliRunner().invoke(cli.app, ["info", str(tmp_path / "model"), "--json"])
@@ -253,12 +255,41 @@ def test_a_repository_holds_what_was_pushed_last(make, base_id, hub):
     assert api.model_info(base_id).sha == before
 
 
+def test_weights_of_other_names(make, tiny_llama, hub, tmp_path):
+    """Shards of a base model are those that its index names; a single file in the repository would hide the shards."""
+    api, base, name = HfApi(), f"{hub.user}/odd-shards", f"{hub.user}/odd-shards-full"
+    tiny_llama().save_pretrained(tmp_path, max_shard_size="20KB")
+    index = content(tmp_path / INDEX)
+    for shard in {*index["weight_map"].values()}:
+        (tmp_path / shard).rename(tmp_path / shard.replace("model-", "model.safetensors-"))
+    odd = {key: shard.replace("model-", "model.safetensors-") for key, shard in index["weight_map"].items()}
+    (tmp_path / INDEX).write_text(json.dumps(index | {"weight_map": odd}))
+    api.create_repo(base)
+    api.upload_folder(repo_id=base, folder_path=tmp_path)
+    model = make(base=str(tmp_path))  # so that nothing of the repository is in the cache
+    push_to_hub(model, name, form="full", base_model=base)
+    assert torch.equal(logits(from_pretrained(name)), logits(model))
+
+    AutoModelForCausalLM.from_pretrained(name).push_to_hub(name)  # by transformers alone, which reads one file first
+    assert "model.safetensors" in api.list_repo_files(name)
+    push_to_hub(model, name, form="full", base_model=base)
+    assert "model.safetensors" not in api.list_repo_files(name)
+
+    weights = f"{hub.user}/weights-alone"
+    api.create_repo(weights)
+    api.upload_file(path_or_fileobj=b"weights", path_in_repo="model.safetensors", repo_id=weights)
+    with pytest.raises(HubError, match=r"holds another model \(model\.safetensors\)"):
+        push_to_hub(model, weights, form="full")
+
+
 def test_refusals(make, tiny_llama, base_id, hub, tmp_path):
     plain = make(lora_rank=0)
     with pytest.raises(HubError, match=r"no LoRA to merge \(lora_rank is 0\)"):
         push_to_hub(plain, f"{hub.user}/refused", form="merged")
     with pytest.raises(ValueError, match="form must be one of adapter, full, merged, got 'dense'"):
         push_to_hub(plain, f"{hub.user}/refused", form="dense")
+    with pytest.raises(HubError, match="the token that was passed"):
+        save_full_model(plain, tmp_path / "model", token="hf_with a space")
     with pytest.raises(HubError, match="there is no adapter to push"):
         save_full_model(tmp_path / "nothing", tmp_path / "model")
     assert not HfApi().repo_exists(f"{hub.user}/refused") and not any(tmp_path.iterdir())

@@ -1,6 +1,7 @@
 """`SparseKPress` scores and keeps what a patched model does, which runs in a process with newer packages."""
 
 import copy
+import json
 import os
 import subprocess
 import sys
@@ -116,6 +117,10 @@ def test_what_cannot_be_scored_is_refused(model, tmp_path):
         model.generate(IDS[:, :64], max_new_tokens=16, do_sample=False)
     with pytest.raises(ValueError, match="expected an adapter of type HF_SPARSE_SPARSEK, got 'HF_SPARSE_SPARSEFINDER'"):
         SparseKPress(adapter=ADAPTER.with_name("wiki-gpt2-sparsefinder"))
+    settings = json.loads((ADAPTER / "adapter_config.json").read_text("utf-8"))
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"lora_rank": 2}))
+    with pytest.raises(ValueError, match="expected an adapter without LoRA, got lora_rank=2"):
+        SparseKPress(adapter=tmp_path)
     small = copy.deepcopy(model)
     del small.model.layers[4:]
     with pytest.raises(ValueError, match=r"'num_attention_layers': 8}, expected .*'num_attention_layers': 4}"):

@@ -23,7 +23,8 @@ class SparseKPress(ScorerPress):
     """Keep the sinks, the window and the best-scored other keys of a prompt, all by a trained SparseK adapter.
 
     With a `compression_ratio` that leaves the adapter's slots, those are the keys that its own cache holds then.
-    `layer_shares` and `head_shares` are not followed: kvpress keeps as many keys in every layer and head.
+    `layer_shares` and `head_shares` are not followed: kvpress keeps as many keys in every layer and head. Nor is
+    `pin_prompt`, with which that cache holds the whole prompt.
 
     Attributes:
         compression_ratio: share of the prompt's keys that are dropped.
@@ -42,6 +43,11 @@ class SparseKPress(ScorerPress):
         self.settings = SparseKSettings(
             **{f.name: content[f.name] for f in fields(SparseKSettings) if f.name in content}
         )
+        if self.settings.lora_rank:
+            raise ValueError(
+                f"expected an adapter without LoRA, got lora_rank={self.settings.lora_rank}: its scorers know the "
+                "states of a model with LoRA, and kvpress has the base model"
+            )
         if self.settings.layers is not None:
             raise ValueError(f"expected an adapter for all layers, got one for the layers {self.settings.layers}")
 
