@@ -95,13 +95,13 @@ def estimate(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
         `steps`, `tokens`, `seconds`, `tokens_per_second`, and `peak_memory_bytes` of this process: of the GPU, or, of a
         run on the CPU, of all that the process holds.
     """
+    if config is not None:
+        nowhere: dict[str, Any] = {"output_dir": None, "checkpoint_every": 0, "resume": False, "tracker": None}
+        config = replace(config, **nowhere, progress=False)
     training = training_of(model, FinetuneConfig() if config is None else config)
     kept = [
         (tensor, tensor.detach().clone()) for layer in training.layers for tensor in adapter_tensors(layer).values()
     ]
-    if config is not None:
-        nowhere: dict[str, Any] = {"output_dir": None, "checkpoint_every": 0, "resume": False, "tracker": None}
-        config = replace(config, **nowhere, progress=False)
     try:
         metrics = _train(model, dataset, config, sampled=True)
     finally:

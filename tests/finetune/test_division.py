@@ -1,6 +1,7 @@
 """The selected keys are divided among the KV heads in the middle of a run, and a resumed run goes on with the same."""
 
 import json
+import warnings
 
 import pytest
 import torch
@@ -84,6 +85,37 @@ def test_a_run_that_ended_can_be_repeated(sparse_llama, chunks, stopped, tmp_pat
     with pytest.raises(ValueError, match="cannot resume with other settings than the checkpoint's"):
         train(model, chunks, **place, resume=True, divide_heads=False)
     assert same(outcome(model), expected)
+
+
+def test_a_later_run_on_the_same_adapter_can_be_resumed(sparse_llama, chunks, stopped, tmp_path):
+    model = sparse_llama()
+    place = {"output_dir": str(tmp_path), "checkpoint_every": 2}
+    train(model, chunks, **place)
+    scorers, shares = outcome(model)
+    with stopped(4):
+        train(model, chunks, **place)
+    with torch.no_grad():  # as the folder still holds them
+        for name, parameter in model.named_parameters():
+            if name in scorers:
+                parameter.copy_(scorers[name])
+    metrics = train(model, chunks, **place, resume=True)
+    assert "division" not in metrics and sparse_layers(model)[0].config.head_shares == shares
+
+
+def test_steps_on_trial_leave_the_shares_of_a_run_that_would_be_repeated(sparse_llama, chunks, stopped, tmp_path):
+    model, config = sparse_llama(), {"output_dir": str(tmp_path), "checkpoint_every": 2}
+    train(model, chunks, **config)
+    before = outcome(model)
+    estimate(model, chunks, FinetuneConfig(**SETTINGS, **config, resume=True))
+    assert same(outcome(model), before) and before[1] is not None
+
+
+def test_heads_that_select_all_keys_have_not_collapsed(sparse_llama, chunks):
+    model = sparse_llama(head_shares=[[3.7, 0.1], [0.1, 0.1]], k=60)  # 222 keys for a head, and 86 compete
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        history = train(model, chunks)["history"]
+    assert history[-1]["support"] < 60
 
 
 @pytest.mark.parametrize(
