@@ -9,6 +9,7 @@ import torch
 import hf_sparse
 from hf_sparse.finetune import FinetuneConfig, estimate, finetune
 from hf_sparse.methods.sparsek import SparseKConfig
+from hf_sparse.methods.sparsek.evaluation import divide_heads
 from hf_sparse.patches import sparse_layers
 from hf_sparse.workflow import create_adapter, train_adapter
 
@@ -116,6 +117,14 @@ def test_heads_that_select_all_keys_have_not_collapsed(sparse_llama, chunks):
         warnings.simplefilter("error")
         history = train(model, chunks)["history"]
     assert history[-1]["support"] < 60
+
+
+def test_measuring_holds_no_logits_of_a_whole_text(sparse_llama, chunks, monkeypatch):
+    model, shapes = sparse_llama(), []
+    model.get_output_embeddings().register_forward_hook(lambda module, args, logits: shapes.append(logits.shape))
+    monkeypatch.setattr("hf_sparse.methods.sparsek.evaluation.damages._SLICE", 16)
+    divide_heads(model, chunks[:2], batch_size=2, progress=False)
+    assert max(shape[1] for shape in shapes) == 16
 
 
 @pytest.mark.parametrize(
