@@ -199,13 +199,13 @@ def _train(model: nn.Module, dataset: Any, config: FinetuneConfig | None, *, sam
                 shown = {"desc": training.learned, "unit": "step", "disable": not config.progress}
                 bar = tqdm(total=len(plan), initial=state["step"], **shown)
             for number in range(state["step"], len(plan)):
-                tick = time.perf_counter()
                 stage, step = plan[number]
                 enters = step == 0 or number == state["step"]
                 if enters:
                     for name, parameter in learned.items():
                         parameter.requires_grad_(name in stage.parameters)
                     training.enter(stage, read)
+                tick = time.perf_counter()  # what a stage prepares is no part of its first step
                 if step == 0:
                     adamw.state.clear()  # it holds moments of the loss of the stage before
                 share = _share_of_peak(config, stage, step)

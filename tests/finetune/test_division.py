@@ -1,6 +1,7 @@
 """The selected keys are divided among the KV heads in the middle of a run, and a resumed run goes on with the same."""
 
 import json
+import time
 import warnings
 
 import pytest
@@ -10,6 +11,7 @@ import hf_sparse
 from hf_sparse.finetune import FinetuneConfig, estimate, finetune
 from hf_sparse.methods.sparsek import SparseKConfig
 from hf_sparse.methods.sparsek.evaluation import divide_heads
+from hf_sparse.methods.sparsek.training import SparseKTraining
 from hf_sparse.patches import sparse_layers
 from hf_sparse.workflow import create_adapter, train_adapter
 
@@ -168,3 +170,8 @@ def test_the_folder_has_the_shares(tmp_path):
     assert shares == metrics["division"]["head_shares"] and shares[1] == [1.0, 1.0] != shares[0]
     model = hf_sparse.from_pretrained(str(folder))
     assert sparse_layers(model)[0].budget.per_head(2) != (12, 12)
+
+
+def test_an_estimate_counts_the_time_of_dividing(sparse_llama, chunks, monkeypatch):
+    monkeypatch.setattr(SparseKTraining, "_divide", lambda training: time.sleep(2))
+    assert estimate(sparse_llama(), chunks, FinetuneConfig(**SETTINGS))["seconds"] > 2
