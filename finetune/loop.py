@@ -95,13 +95,13 @@ def estimate(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
         `steps`, `tokens`, `seconds`, `tokens_per_second`, and `peak_memory_bytes` of this process: of the GPU, or, of a
         run on the CPU, of all that the process holds.
     """
+    if config is not None:
+        nowhere: dict[str, Any] = {"output_dir": None, "checkpoint_every": 0, "resume": False, "tracker": None}
+        config = replace(config, **nowhere, progress=False)
     training = training_of(model, FinetuneConfig() if config is None else config)
     kept = [
         (tensor, tensor.detach().clone()) for layer in training.layers for tensor in adapter_tensors(layer).values()
     ]
-    if config is not None:
-        nowhere: dict[str, Any] = {"output_dir": None, "checkpoint_every": 0, "resume": False, "tracker": None}
-        config = replace(config, **nowhere, progress=False)
     try:
         metrics = _train(model, dataset, config, sampled=True)
     finally:
@@ -199,13 +199,13 @@ def _train(model: nn.Module, dataset: Any, config: FinetuneConfig | None, *, sam
                 shown = {"desc": training.learned, "unit": "step", "disable": not config.progress}
                 bar = tqdm(total=len(plan), initial=state["step"], **shown)
             for number in range(state["step"], len(plan)):
-                tick = time.perf_counter()
                 stage, step = plan[number]
                 enters = step == 0 or number == state["step"]
                 if enters:
                     for name, parameter in learned.items():
                         parameter.requires_grad_(name in stage.parameters)
                     training.enter(stage, read)
+                tick = time.perf_counter()  # what a stage prepares is no part of its first step
                 if step == 0:
                     adamw.state.clear()  # it holds moments of the loss of the stage before
                 share = _share_of_peak(config, stage, step)

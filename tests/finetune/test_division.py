@@ -1,6 +1,8 @@
 """The selected keys are divided among the KV heads in the middle of a run, and a resumed run goes on with the same."""
 
 import json
+import time
+import warnings
 
 import pytest
 import torch
@@ -8,6 +10,8 @@ import torch
 import hf_sparse
 from hf_sparse.finetune import FinetuneConfig, estimate, finetune
 from hf_sparse.methods.sparsek import SparseKConfig
+from hf_sparse.methods.sparsek.evaluation import divide_heads
+from hf_sparse.methods.sparsek.training import SparseKTraining
 from hf_sparse.patches import sparse_layers
 from hf_sparse.workflow import create_adapter, train_adapter
 
@@ -86,6 +90,45 @@ def test_a_run_that_ended_can_be_repeated(sparse_llama, chunks, stopped, tmp_pat
     assert same(outcome(model), expected)
 
 
+def test_a_later_run_on_the_same_adapter_can_be_resumed(sparse_llama, chunks, stopped, tmp_path):
+    model = sparse_llama()
+    place = {"output_dir": str(tmp_path), "checkpoint_every": 2}
+    train(model, chunks, **place)
+    scorers, shares = outcome(model)
+    with stopped(4):
+        train(model, chunks, **place)
+    with torch.no_grad():  # as the folder still holds them
+        for name, parameter in model.named_parameters():
+            if name in scorers:
+                parameter.copy_(scorers[name])
+    metrics = train(model, chunks, **place, resume=True)
+    assert "division" not in metrics and sparse_layers(model)[0].config.head_shares == shares
+
+
+def test_steps_on_trial_leave_the_shares_of_a_run_that_would_be_repeated(sparse_llama, chunks, stopped, tmp_path):
+    model, config = sparse_llama(), {"output_dir": str(tmp_path), "checkpoint_every": 2}
+    train(model, chunks, **config)
+    before = outcome(model)
+    estimate(model, chunks, FinetuneConfig(**SETTINGS, **config, resume=True))
+    assert same(outcome(model), before) and before[1] is not None
+
+
+def test_heads_that_select_all_keys_have_not_collapsed(sparse_llama, chunks):
+    model = sparse_llama(head_shares=[[3.7, 0.1], [0.1, 0.1]], k=60)  # 222 keys for a head, and 86 compete
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        history = train(model, chunks)["history"]
+    assert history[-1]["support"] < 60
+
+
+def test_measuring_holds_no_logits_of_a_whole_text(sparse_llama, chunks, monkeypatch):
+    model, shapes = sparse_llama(), []
+    model.get_output_embeddings().register_forward_hook(lambda module, args, logits: shapes.append(logits.shape))
+    monkeypatch.setattr("hf_sparse.methods.sparsek.evaluation.damages._SLICE", 16)
+    divide_heads(model, chunks[:2], batch_size=2, progress=False)
+    assert max(shape[1] for shape in shapes) == 16
+
+
 @pytest.mark.parametrize(
     ("adapter", "recipe"),
     [
@@ -127,3 +170,8 @@ def test_the_folder_has_the_shares(tmp_path):
     assert shares == metrics["division"]["head_shares"] and shares[1] == [1.0, 1.0] != shares[0]
     model = hf_sparse.from_pretrained(str(folder))
     assert sparse_layers(model)[0].budget.per_head(2) != (12, 12)
+
+
+def test_an_estimate_counts_the_time_of_dividing(sparse_llama, chunks, monkeypatch):
+    monkeypatch.setattr(SparseKTraining, "_divide", lambda training: time.sleep(2))
+    assert estimate(sparse_llama(), chunks, FinetuneConfig(**SETTINGS))["seconds"] > 2

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -55,6 +56,7 @@ class SparseKTraining(Training):
     _main: Stage | None = None  # of the objective
     _report: dict[str, Any]  # what finetune.json tells of the division
     _measured_on: Tensor  # chunks
+    _selected: float | None = None  # keys per KV head, in the step whose gates were measured last
 
     def _can_divide(self) -> bool:
         """Tell whether `k` is to be divided among the KV heads in between."""
@@ -67,9 +69,10 @@ class SparseKTraining(Training):
     def _is_repeated(self) -> bool:
         """Tell whether the shares of the adapter are those that the run which is resumed came to before it ended."""
         output = self.config.output_dir
-        if not self.config.resume or output is None or checkpoint.latest(Path(output)) is None:
-            return False
-        division = earlier_metrics(Path(output)).get("division")
+        latest = checkpoint.latest(Path(output)) if output and self.config.resume else None
+        if latest is None or "divide_heads" not in checkpoint.load_state(latest)["settings"]:
+            return False  # nothing is resumed, or a later run that found the shares in the adapter
+        division = earlier_metrics(latest.parent.parent).get("division")
         return isinstance(division, dict) and division.get("head_shares") == self.layers[0].config.head_shares
 
     def identity(self) -> dict[str, Any]:
@@ -192,14 +195,16 @@ class SparseKTraining(Training):
             row["score_scale"] = scale
         if competing:
             row["support"] = _mean_support(competing)
+            # A head whose `k` is larger than the text selects all keys.
+            self._selected = fmean(min(one.k, one.scores.shape[-1]) for one in competing)
 
     def problem(self, stage: Stage, row: Mapping[str, Any]) -> str | None:
-        k = max(layer.config.k for layer in self.layers)
+        k = max(layer.config.k for layer in self.layers) if self._selected is None else self._selected
         if row.get("support", math.inf) > k + _COLLAPSED or self.settings.final_scale != 1:
             return None
         return (
-            f"the scores have collapsed: the gates spread over {row['support']:.1f} keys for k = {k}, so that next to "
-            "no key gets a gradient; try a lower learning_rate"
+            f"the scores have collapsed: the gates spread over {row['support']:.1f} keys for k = {k:g}, so that next "
+            "to no key gets a gradient; try a lower learning_rate"
         )
 
     def loss(self, stage: Stage, model: nn.Module, *batch: Tensor) -> Tensor:

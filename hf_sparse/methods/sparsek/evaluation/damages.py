@@ -8,14 +8,15 @@ from torch import Tensor, nn
 
 from hf_sparse.core.overrides import override
 from hf_sparse.data import check_chunks
-from hf_sparse.evaluation.quality import kl, logits_of
+from hf_sparse.evaluation.quality import kl
 from hf_sparse.evaluation.switching import evaluating, using
+from hf_sparse.finetune.predictions import Predictions, predict
 from hf_sparse.methods.sparsek.evaluation.contenders import sparsek_layers
 from hf_sparse.progress import tracked
 
 Part = TypeVar("Part", bound=Hashable)
 
-_SLICE = 256  # positions whose logits are float32 at a time
+_SLICE = 256  # positions that have logits at a time: those of a whole text would take more memory than training
 
 
 @torch.no_grad()
@@ -59,10 +60,15 @@ def damages(
     with evaluating(model), using(model, "learned"):
         for tokens, part, settings in tracked(steps, label) if progress else steps:
             with override([config], **settings):
-                logits = logits_of(model, tokens.to(device))[:, :-1]
+                predictions = predict(model, tokens.to(device), use_cache=False)
             if part is None:
-                dense = logits
+                dense = predictions
             else:
-                slices = zip(dense.split(_SLICE, 1), logits.split(_SLICE, 1), strict=True)
-                sums[part] += sum(kl(*pair).double().sum().item() for pair in slices)
+                sums[part] += _divergence(dense, predictions)
     return {part: total / (len(chunks) * (chunks.shape[1] - 1)) for part, total in sums.items()}
+
+
+def _divergence(dense: Predictions, sparse: Predictions) -> float:
+    """Return the KL divergence from predictions with all keys, summed over all tokens but the last ones."""
+    pairs = zip(*(one.states[:, :-1].split(_SLICE, 1) for one in (dense, sparse)), strict=True)
+    return sum(kl(dense.logits(one), sparse.logits(other)).double().sum().item() for one, other in pairs)
