@@ -11,7 +11,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from hf_sparse import SparsefinderConfig, SparseKCache, SparseKConfig, patch, unpatch
+from hf_sparse import CapturedDecoding, SparsefinderConfig, SparseKCache, SparseKConfig, patch, unpatch
 from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.methods.sparsefinder import SparsefinderAttention, cache, fit_predictors
 from hf_sparse.patches import attach, recorded_steps, sparse_layers
@@ -225,6 +225,16 @@ def test_a_step_that_needs_the_length_runs(tiny_llama, played):
     model = patch(tiny_llama().to(DEVICE), config)
     expected = model.generate(IDS, disable_compile=True, **GREEDY)
     assert torch.equal(model.generate(IDS, **GREEDY), expected) and not played
+
+
+def test_steps_with_adapters_that_transformers_manages_are_recorded(model, played):
+    """There a token may be the first of its text, and whether it is so is asked before it is taken."""
+    for layer in sparse_layers(model):
+        layer.is_managed = lambda: True
+    expected = model.generate(IDS, disable_compile=True, **GREEDY)
+    assert torch.equal(model.generate(IDS, **GREEDY), expected) and len(played) == 27
+    decode = CapturedDecoding(model)
+    assert torch.equal(model.generate(IDS, custom_generate=decode, **GREEDY), expected)
 
 
 @pytest.mark.parametrize("complete", [False, True])
