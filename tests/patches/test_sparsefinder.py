@@ -69,7 +69,8 @@ def test_every_family_is_patched_and_unpatched(name):
     before, config = logits(model), model.config.to_dict()
     patch(model, SparsefinderConfig(predictor="full"))
     shapes = [method.shape for method in sparse_layers(model, SparsefinderAttention)]
-    query_heads, kv_heads = model.config.num_attention_heads, getattr(model.config, "num_key_value_heads", 4)
+    text = model.config.get_text_config()  # of LLaVA a part of the config
+    query_heads, kv_heads = text.num_attention_heads, getattr(text, "num_key_value_heads", 4)
     assert {(shape.num_attention_heads, shape.num_key_value_heads) for shape in shapes} == {(query_heads, kv_heads)}
     assert {shape.head_dim for shape in shapes} == {family.settings.get("head_dim", 8)}
     assert [shape.layer for shape in shapes] == [
