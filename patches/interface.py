@@ -287,6 +287,8 @@ def _goes_on(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], h
     """Tell a decoding step, which goes on as its text began, from the first token of a text."""
     if hidden_states.shape[1] > 1:
         return False
+    if hidden_states.is_cuda and torch.cuda.is_current_stream_capturing():
+        return True  # a recorded step follows others, and the number of tokens is on the device: reading it would fail
     cache = cache_given(module, args, kwargs)
     return cache is not None and cache.get_seq_length(int(module.layer_idx)) > 0  # type: ignore[arg-type]
 

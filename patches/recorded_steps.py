@@ -79,6 +79,8 @@ class RecordedSteps:
         if self.is_refused is None:
             self.is_refused = not _is_recordable(self.model)
         if self.is_refused or not (self.steps == _EAGER or self.replay is not None or self._record(inputs, caches[0])):
+            if self.is_refused:
+                self.memory = []  # a cache that grows will have other memory, and give this back
             return self.model(**inputs)
         tokens = [layer.get_seq_length() for layer in layers]
         if self.replay is None:

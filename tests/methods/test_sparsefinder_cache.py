@@ -1,6 +1,7 @@
 """The codes of a cache stay those of its tokens, whatever transformers does with the rows."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -100,6 +101,25 @@ def test_reset_forgets_everything():
     assert layer.query_codes is None and layer.key_codes is None and layer.get_seq_length() == 0
     feed(layer, 0, 12, "you")
     check(layer, KEYS)
+
+
+def test_texts_after_reset_have_other_rows_and_codes():
+    layer = filled()
+    layer.reset()
+    layer.update(KEYS[:1], -KEYS[:1])
+    of_queries, of_keys = (part[:1].float() + 0.5 for part in codes(KEYS))
+    assert all(map(torch.equal, layer.append(of_queries, of_keys, "you"), (of_queries, of_keys)))
+
+
+def test_room_for_more_tokens_is_given_back_when_a_second_turn_comes():
+    layer = filled(4)
+    with torch.no_grad():
+        feed(layer, 4, 5)
+        room = weakref.ref(layer.rooms[0])
+        feed(layer, 5, 8)
+        assert room() is None
+        feed(layer, 8, 9)
+    check(layer, KEYS[:, :, :9])
 
 
 def test_an_empty_layer_takes_every_operation():

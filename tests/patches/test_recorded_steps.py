@@ -3,12 +3,15 @@
 Without a GPU a recording is imitated: it notes the call, and playing it calls again.
 """
 
+import weakref
+
 import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from hf_sparse import SparsefinderConfig, SparseKCache, SparseKConfig, patch, unpatch
+from hf_sparse import CapturedDecoding, SparsefinderConfig, SparseKCache, SparseKConfig, patch, unpatch
 from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.methods.sparsefinder import SparsefinderAttention, cache, fit_predictors
 from hf_sparse.patches import attach, recorded_steps, sparse_layers
@@ -222,6 +225,48 @@ def test_a_step_that_needs_the_length_runs(tiny_llama, played):
     model = patch(tiny_llama().to(DEVICE), config)
     expected = model.generate(IDS, disable_compile=True, **GREEDY)
     assert torch.equal(model.generate(IDS, **GREEDY), expected) and not played
+
+
+def test_steps_with_adapters_that_transformers_manages_are_recorded(model, played):
+    """There a token may be the first of its text, and whether it is so is asked before it is taken."""
+    for layer in sparse_layers(model):
+        layer.is_managed = lambda: True
+    expected = model.generate(IDS, disable_compile=True, **GREEDY)
+    assert torch.equal(model.generate(IDS, **GREEDY), expected) and len(played) == 27
+    decode = CapturedDecoding(model)
+    assert torch.equal(model.generate(IDS, custom_generate=decode, **GREEDY), expected)
+
+
+@pytest.mark.parametrize("complete", [False, True])
+def test_steps_that_are_certified_run(tiny_llama, played, complete):
+    """Complete attention is that over all keys, certified or not."""
+    model = patch(tiny_llama().to(DEVICE), SparsefinderConfig(**GRAPH, query_tile=4, complete=complete))
+    layers = sparse_layers(model, SparsefinderAttention)
+    fit_predictors(layers, lambda: model(IDS, use_cache=False))
+    for layer in layers:
+        layer.certify = True
+    options = GREEDY | {"return_dict_in_generate": True, "output_logits": True}
+    expected = model.generate(IDS, disable_compile=True, **options)
+    result = model.generate(IDS, **options)
+    torch.testing.assert_close(torch.stack(result.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-5)
+    assert not played
+
+
+def test_a_growing_cache_gives_its_memory_back_where_steps_are_not_recorded(tiny_llama, played, monkeypatch):
+    monkeypatch.setattr(cache, "_ROOM", 5)
+    model = patch(tiny_llama().to(DEVICE), SparsefinderConfig(predictor="full"))
+    rooms: list[weakref.ref] = []  # in the order in which they were made
+
+    def note(model, args, inputs):
+        held = next(value for value in inputs.values() if isinstance(value, Cache))
+        room = held.layers[0].rooms[0] if held.get_seq_length() > len(IDS[0]) else None
+        if room is not None and (not rooms or rooms[-1]() is not room):
+            rooms.append(weakref.ref(room))
+            assert all(earlier() is None for earlier in rooms[:-1])
+
+    model.register_forward_pre_hook(note, with_kwargs=True)
+    model.generate(IDS, **GREEDY)
+    assert len(rooms) > 3 and not played
 
 
 @pytest.mark.parametrize("config", [

@@ -155,7 +155,7 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
             return entmax_attention(query, key, value, valid=valid, first_query=first_query, **options)
         text = AttentionInputs(query, key, value, **options, layer=self.layer, first_query=first_query)
         codes = self._codes(query, key, cache) if predicts and learned.predictor.learns_graph else None
-        if place is not None and not static and (observed or codes is None or self.config.tile is None):
+        if place is not None and not static and (observed or self.certify or codes is None or self.config.tile is None):
             raise RuntimeError("a step of this predictor cannot be recorded: it needs the keys of its text alone")
         if place is not None and codes is not None and (static or valid is None):
             return self._listed_step(text, codes, valid)

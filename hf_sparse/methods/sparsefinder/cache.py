@@ -70,7 +70,7 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
         self.write_newest()
         may_wait, self._may_wait = self._may_wait, False
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._grows(key_states, value_states):
-            self.rooms = None
+            self.rooms = self._grown = self.plan = None  # or the earlier tensors stay in memory
             return super().update(key_states, value_states, *args, **kwargs)
         assert self.keys is not None and self.rooms is not None
         length = self.keys.shape[2] + 1
@@ -262,6 +262,7 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
     def reset(self) -> None:
         super().reset()
         self.newest = self.plan = self.rooms = self._grown = None
+        self._query_room = self._key_room = None  # the next text may have other rows, and codes of another kind
         self.keys = self.values = self.query_codes = self.key_codes = None  # older transformers keep zeros
         self.is_initialized = False
 
