@@ -58,6 +58,21 @@ def test_heads_that_lose_more_get_more(sparse_llama, chunks, capfd):
     )
 
 
+def test_heads_are_measured_on_the_first_tokens_of_long_chunks(sparse_llama, chunks, monkeypatch):
+    lengths = []
+
+    def divide(model, measured, **options):
+        lengths.append(measured.shape[1])
+        return divide_heads(model, measured, **options)
+
+    monkeypatch.setattr("hf_sparse.methods.sparsek.evaluation.divide_heads", divide)
+    monkeypatch.setattr("hf_sparse.methods.sparsek.training._TOKENS", 40)
+    train(sparse_llama(), chunks, steps=5)
+    monkeypatch.setattr("hf_sparse.methods.sparsek.training._TOKENS", 20)  # too few beside 16 slots
+    train(sparse_llama(), chunks, steps=5)
+    assert lengths == [40, chunks.shape[1]]
+
+
 @pytest.mark.parametrize("step", [2, 3, 6])  # before, at and after the division, which is after step 3
 def test_a_resumed_run_is_the_run(sparse_llama, chunks, stopped, tmp_path, step):
     whole, first, second = sparse_llama(), sparse_llama(), sparse_llama()

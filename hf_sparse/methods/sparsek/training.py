@@ -26,6 +26,7 @@ from hf_sparse.ops import sparsek
 _COLLAPSED = 1  # keys over which gates spread, less k; runs that learned well ended with 4 to 50
 _EQUAL = 5  # the part of the steps in which all heads select as many keys: a fifth
 _CHUNKS = 4  # from all over the text, on which every head is measured; or fewer, where that would take longest
+_TOKENS = 8192  # of a chunk, the first ones, on which heads are measured: the kernels of lists of all keys take no more
 _FORWARDS = 4  # that a chunk costs in training: the teacher's, the model's, and a backward of two
 _BUDGETS = 2  # at which a head is measured
 
@@ -137,7 +138,8 @@ class SparseKTraining(Training):
         heads = sum(layer.num_key_value_heads for layer in self.layers)
         read = self.config.steps * self.config.batch_size * self.config.gradient_accumulation_steps
         count = min(_CHUNKS, len(chunks), max(1, _FORWARDS * read // (_BUDGETS * heads)))
-        self._measured_on = chunks[[number * len(chunks) // count for number in range(count)]]
+        measured = _TOKENS if 2 * slots < _TOKENS else length
+        self._measured_on = chunks[[number * len(chunks) // count for number in range(count)], :measured]
 
     def begin(self, model: nn.Module, *batch: Tensor) -> dict[str, Any]:
         """Return what finetune.json tells of the division once the heads are measured."""
