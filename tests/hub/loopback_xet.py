@@ -26,7 +26,7 @@ class Term(NamedTuple):
 
 @dataclass
 class Xorb:
-    """What was uploaded, the offsets at which its chunks begin and the last one ends, and their content."""
+    """Hold what was uploaded, the offsets at which its chunks begin and the last one ends, and their content."""
 
     data: bytes
     offsets: list[int]

@@ -141,7 +141,7 @@ def imitated(call, device):
     pytest.param("clusters, a list per query", None, marks=pytest.mark.full),
 ])  # fmt: skip
 def test_recorded_steps_are_those_of_plain_pytorch(settings, mask, launched, played, monkeypatch):
-    """Of 5 steps the first two run, and the fourth, for which there is no room."""
+    """Run the first two of 5 steps, and the fourth, for which there is no room; play the others."""
     model = make(SETTINGS[settings], layers=1 if DEVICE == "cpu" else 2)
     result, logits = run(model, mask, max_new_tokens=6, disable_compile=False)
     assert all(launched) and played == {"recorded": 2, "steps": 2}

@@ -61,7 +61,7 @@ def played(monkeypatch):
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_steps_through_one_layer_choose_the_tokens_of_eager_ones(name, played):
-    """Of the 7 steps of a call one runs eager, one compiled, and 5 are played."""
+    """Run one of the 7 steps of a call eager and one compiled, and play 5."""
     model = patch(FAMILIES[name].make(), SparseKConfig(**BUDGET))
     expected = model.generate(IDS, disable_compile=True, **OPTIONS)
     for _ in range(2):

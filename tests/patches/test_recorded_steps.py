@@ -193,7 +193,7 @@ GROWING = {
 @pytest.mark.parametrize("settings", GROWING.values(), ids=GROWING)
 @pytest.mark.parametrize("mask", [None, LEFT], ids=["one length", "padded"])
 def test_a_cache_grows_between_recordings(tiny_llama, played, monkeypatch, settings, mask):
-    """Of 15 steps two run, and those that find no room; the cache is then as if all steps had run."""
+    """Run two of 15 steps, and those that find no room; the cache is then as if all steps had run."""
     monkeypatch.setattr(cache, "_ROOM", 5)
     model = patch(tiny_llama().to(DEVICE), SparsefinderConfig(**GRAPH, **settings))
     fit_predictors(sparse_layers(model, SparsefinderAttention), lambda: model(IDS, use_cache=False))
