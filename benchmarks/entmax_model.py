@@ -31,7 +31,7 @@ from unittest import mock
 
 import torch
 from attention_kernels import current_commit  # beside this file
-from model import SMOLLM2, TINY
+from model import LLAMA_1B, SMOLLM2, TINY
 from peft import PeftModel, get_peft_model
 from profiles import kernels_of, profiler
 from torch import Tensor, nn
@@ -46,16 +46,6 @@ from hf_sparse.methods.sparsefinder.predictors import predictor_of
 from hf_sparse.ops.entmax import api
 from hf_sparse.patches import sparse_layers_in_use
 
-LLAMA_1B = {
-    "hidden_size": 2048,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "intermediate_size": 8192,
-    "vocab_size": 128_256,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
-    "tie_word_embeddings": True,
-}
 SHAPES: dict[str, dict[str, Any]] = {"smollm2": SMOLLM2, "llama-1b": LLAMA_1B}
 VARIANTS = ("dense", "full", "complete", "predicted")
 # The settings of the published adapter of SmolLM2, for random weights.

@@ -21,7 +21,7 @@ from typing import Any
 import profiles as kernels  # beside this file
 import torch
 from attention_kernels import current_commit
-from model import LLAMA_8B, budget, make_model
+from model import LLAMA_1B, LLAMA_8B, budget, make_model
 from transformers import PreTrainedModel
 
 from hf_sparse import patch
@@ -33,16 +33,6 @@ from hf_sparse.finetune.peak import share_of_peak
 from hf_sparse.finetune.predictions import predict
 from hf_sparse.patches import sparse_layers_in_use
 
-LLAMA_1B = {
-    "hidden_size": 2048,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "intermediate_size": 8192,
-    "vocab_size": 128_256,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
-    "tie_word_embeddings": True,
-}
 SHAPES = {"8B": LLAMA_8B, "1B": LLAMA_1B}
 
 #: Shape, tokens, objective, whether layers run again in the backward, steps, and whether parts are compiled.

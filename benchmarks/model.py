@@ -56,6 +56,16 @@ SKIPPED = 8  # first steps of a run, in which CUDA graphs are recorded
 ALLOWED = 1e-3  # largest relative difference of the comparison
 STATIC = 128  # lengths of a static cache are multiples of this, which suits the dense kernels
 VARIANTS = ("dynamic", "static", "sparse", "sparse eager")
+LLAMA_1B = {
+    "hidden_size": 2048,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "intermediate_size": 8192,
+    "vocab_size": 128_256,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
+    "tie_word_embeddings": True,
+}
 LLAMA_8B = {
     "hidden_size": 4096,
     "num_hidden_layers": 32,
