@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args
 
 from hf_sparse.core.settings import check_choice, check_integer, check_number, values_of
 
-Precision = Literal["no", "bf16"]
+Precision = Literal["no", "bf16", "fp8"]
 
 #: The largest seed: generators are seeded with products of it, which must fit into 64 bits.
 MOST_SEED = 2**24
@@ -112,7 +112,8 @@ class FinetuneConfig(SharedSettings):
         seed: order of the chunks (and, from the command line, which tokens are hidden from a masked language model).
             Nothing else is random; on CUDA, sums in another order still differ in the last bits
             unless `torch.use_deterministic_algorithms(True)` is set.
-        mixed_precision: accelerate's `"bf16"`, or `"no"`: the dtype in which the model was loaded. What a method
+        mixed_precision: accelerate's `"bf16"`, its `"fp8"` with torchao (the base model's linear layers multiply in
+            fp8, the rest is that of `"bf16"`), or `"no"`: the dtype in which the model was loaded. What a method
             computes for itself, such as scores, is float32 in any case.
         gradient_checkpointing: keep the inputs of layers only, and run them again in the backward: less memory, more
             time, the same result.

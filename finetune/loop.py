@@ -25,6 +25,7 @@ from hf_sparse.environment import describe, is_main_process
 from hf_sparse.errors import DataError
 from hf_sparse.finetune import checkpoint, recorded_loss, teacher
 from hf_sparse.finetune.config import FinetuneConfig
+from hf_sparse.finetune.float8 import products_in_float8
 from hf_sparse.finetune.identity import adapter_sha256, adapter_tensors, base_sha256, changed
 from hf_sparse.finetune.journal import Journal
 from hf_sparse.finetune.launch import is_sharded
@@ -175,6 +176,7 @@ def _train(model: nn.Module, dataset: Any, config: FinetuneConfig | None, *, sam
         batches = iter(accelerator.prepare_data_loader(DataLoader(rows, config.batch_size, sampler=order)))
         prepared = prepare_model(accelerator, model, training.layers)
         copy_from_first_process(training.layers)
+        stack.enter_context(products_in_float8(accelerator, model))
         run = _Run(config, training, accelerator, prepared, adamw, optimizer)
         journal = Journal(output, accelerator, settings, history)
         trained_on = first_rows(len(chunks), config.seed, len(plan) * chunks_per_step)

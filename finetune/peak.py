@@ -29,7 +29,8 @@ def share_of_peak(
 ) -> float | None:
     """Return the share of a GPU's peak that the matrix products of a training run take.
 
-    Attention is not counted, nor what layers do again in the backward to save memory.
+    Attention is not counted, nor what layers do again in the backward to save memory. The peak is that of half
+    precision, also for a run in fp8.
 
     Args:
         model: with a frozen base.
@@ -43,7 +44,7 @@ def share_of_peak(
     """
     peak = next((_PEAKS[word] for word in gpu.replace("-", " ").split() if word in _PEAKS), None)
     dtypes = {parameter.dtype for parameter in model.parameters() if not parameter.requires_grad}
-    is_half = dtypes <= {torch.bfloat16, torch.float16} or (mixed_precision == "bf16" and dtypes <= {torch.float32})
+    is_half = dtypes <= {torch.bfloat16, torch.float16} or (mixed_precision != "no" and dtypes <= {torch.float32})
     if peak is None or not is_half:
         return None
     base: Any = next(module for module in model.modules() if isinstance(module, PreTrainedModel))

@@ -15,6 +15,7 @@ from torch import nn
 from hf_sparse.core.layer import SparseAttentionLayer
 from hf_sparse.environment import is_launched, launched_processes
 from hf_sparse.finetune.config import FinetuneConfig
+from hf_sparse.finetune.float8 import check_float8, float8_recipe
 from hf_sparse.finetune.journal import check_tracker
 from hf_sparse.finetune.launch import check_devices, check_launch, is_sharded
 from hf_sparse.finetune.sharding import shard_base
@@ -52,6 +53,9 @@ def make_accelerator(config: FinetuneConfig) -> Accelerator:
     check_devices(cpu=cpu)
     _check_precision(config)
     check_tracker(config.tracker, config.output_dir)
+    in_float8 = config.mixed_precision == "fp8"
+    if in_float8:
+        check_float8(cpu=cpu)
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,
         # Not of the environment, where a launcher may have left another number.
@@ -59,6 +63,7 @@ def make_accelerator(config: FinetuneConfig) -> Accelerator:
         cpu=cpu,
         log_with=config.tracker,
         project_dir=config.output_dir,
+        kwargs_handlers=[float8_recipe()] if in_float8 else None,
     )
     if accelerator.num_processes != launched_processes():
         raise ValueError(f"expected {launched_processes()} processes, and accelerate found {accelerator.num_processes}")
