@@ -5,18 +5,19 @@
 Llamas of two shapes with random weights in bfloat16 are trained by `hf_sparse.finetune.finetune`, as a user would, on
 random tokens, one chunk a step. `distill` has the dense teacher's forward in every step, `lm` has none. The figures are
 those of finetune.json: the median of the steps but the first, which compiles kernels, and the peak of the whole run.
-Rows that are `compiled` have their MLPs and norms compiled by torch.compile before. A row `step_ms` tells how long one
+`--precision no fp8` measures every row in both, one after the other; `no` is bfloat16. Rows that are `compiled` have their MLPs and norms compiled by torch.compile before. A row `step_ms` tells how long one
 step of the 8B shape takes and which kernels it spends that on. A row that does not fit, or fails, is recorded as such.
 The JSON is written after every row, most important rows first, and `--deadline` ends a run between two rows.
 """
 
 import argparse
 import gc
+import itertools
 import math
 import statistics
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import profiles as kernels  # beside this file
 import torch
@@ -28,6 +29,7 @@ from hf_sparse import patch
 from hf_sparse.atomic_files import write_json
 from hf_sparse.environment import describe
 from hf_sparse.finetune import FinetuneConfig, finetune
+from hf_sparse.finetune.config import Precision
 from hf_sparse.finetune.objectives import distill, switched_off
 from hf_sparse.finetune.peak import share_of_peak
 from hf_sparse.finetune.predictions import predict
@@ -47,11 +49,14 @@ ROWS = [
     ("1B", 131_072, "lm", True, 2, False),
     ("8B", 8_192, "lm", False, 4, False),
     ("8B", 8_192, "distill", True, 4, False),
+    ("1B", 8_192, "distill", False, 6, False),
 ]
 TOKENS = 20e6
 
 
-def measure(model: PreTrainedModel, tokens: int, objective: str, recomputed: bool, steps: int) -> dict[str, Any]:
+def measure(
+    model: PreTrainedModel, tokens: int, objective: str, recomputed: bool, steps: int, precision: Precision
+) -> dict[str, Any]:
     """Return the figures of a short run, or why there is none."""
     generator = torch.Generator().manual_seed(0)
     chunks = torch.randint(0, model.config.vocab_size, (steps, tokens), generator=generator)
@@ -61,7 +66,7 @@ def measure(model: PreTrainedModel, tokens: int, objective: str, recomputed: boo
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
     options: dict[str, Any] = {"objective": objective, "steps": steps, "warm_start_steps": 0, "batch_size": 1}
-    settings: dict[str, Any] = {"divide_heads": False, "cpu": not cuda, "progress": False}
+    settings: dict[str, Any] = {"divide_heads": False, "cpu": not cuda, "progress": False, "mixed_precision": precision}
     config = FinetuneConfig(**options, gradient_checkpointing=recomputed, **settings)
     metrics = finetune(model, chunks, config)
     speed = statistics.median(row["tokens_per_second"] for row in metrics["history"][1:])
@@ -113,6 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     parser.add_argument("--rows", type=int, nargs="*", default=list(range(len(ROWS))), help="numbers of rows")
+    parser.add_argument("--precision", nargs="*", default=["no"], choices=get_args(Precision), help="of accelerate")
     parser.add_argument("--tiny", action="store_true", help="models of no size, to try the script out")
     parser.add_argument("--commit", help="to write into the JSON, where there is no repository to ask")
     parser.add_argument("--deadline", type=float, default=math.inf, help="seconds after which no row begins")
@@ -125,7 +131,7 @@ def main() -> None:
     result: dict[str, Any] = {"format": 1, "benchmark": "finetune_length", "commit": options.commit or current_commit()}
     result |= {**describe(), "slots": budget(options).slots, "rows": []}
     model, made = None, None
-    for number in options.rows:
+    for number, precision in itertools.product(options.rows, options.precision):
         shape, tokens, objective, recomputed, steps, compiled = ROWS[number]
         if time.perf_counter() - began > options.deadline:
             break
@@ -141,12 +147,12 @@ def main() -> None:
         assert model is not None
         length = 96 if options.tiny else tokens
         row = {"shape": shape, "tokens": length, "objective": objective, "gradient_checkpointing": recomputed}
-        row["compiled"] = compiled
+        row |= {"compiled": compiled, "mixed_precision": precision}
         try:
             if objective == "profile":
                 row |= profile_step(model, length)
             else:
-                row |= measure(model, length, objective, recomputed, steps)
+                row |= measure(model, length, objective, recomputed, steps, precision)
         except Exception as error:
             row["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
         told = {name: value for name, value in row.items() if name != "kernels"}
