@@ -5,8 +5,9 @@
 Llamas of two shapes with random weights in bfloat16 are trained by `hf_sparse.finetune.finetune`, as a user would, on
 random tokens, one chunk a step. `distill` has the dense teacher's forward in every step, `lm` has none. The figures are
 those of finetune.json: the median of the steps but the first, which compiles kernels, and the peak of the whole run.
-`--precision no fp8` measures every row in both, one after the other; `no` is bfloat16. Rows that are `compiled` have their MLPs and norms compiled by torch.compile before. A row `step_ms` tells how long one
-step of the 8B shape takes and which kernels it spends that on. A row that does not fit, or fails, is recorded as such.
+`--precision no fp8` measures every row in both, one after the other; `no` is bfloat16. Rows that are `compiled` have
+their MLPs and norms compiled by torch.compile before. A row `step_ms` tells how long one step of the 8B shape takes and
+which kernels it spends that on. A row that does not fit, or fails, is recorded as such.
 The JSON is written after every row, most important rows first, and `--deadline` ends a run between two rows.
 """
 

@@ -1,12 +1,12 @@
 """Multiply with the frozen weights of a base model in fp8, by the recipe of torchao that accelerate offers.
 
 accelerate would exchange the linear layers of a model for modules of torchao. Here they stay where they are, with their
-weights, names and hooks, and have torchao's forward for the length of a run: nothing that is saved can come from it, the
-hooks of LoRA and FSDP2 go on, and afterwards the base model is what it was.
+weights, names and hooks, and have torchao's forward for the length of a run. What is saved knows nothing of it, LoRA
+and FSDP2 go on to find their layers, and afterwards the base model is what it was.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.util import find_spec
@@ -37,14 +37,14 @@ def check_float8(*, cpu: bool) -> None:
         cpu: whether the run stays on the CPU.
 
     Raises:
-        ImportError: torchao is not installed.
-        ValueError: there is no GPU that multiplies in fp8, or a launcher asks for fp8 of another library.
+        ValueError: torchao is not installed, there is no GPU that multiplies in fp8, or a launcher asks for fp8 of
+            another library.
     """
     backend = os.environ.get("ACCELERATE_FP8_BACKEND", "AO").upper()
     if backend != "AO":
         raise ValueError(f"finetune has fp8 of torchao (fp8_backend AO), and the launcher was asked for {backend}")
     if find_spec("torchao") is None:
-        raise ImportError("mixed_precision 'fp8' needs torchao: pip install 'hf-sparse[fp8]'")
+        raise ValueError("mixed_precision 'fp8' needs torchao: pip install 'hf-sparse[fp8]'")
     if _is_emulated():
         return
     if cpu or not torch.cuda.is_available():
@@ -69,10 +69,10 @@ def float8_recipe() -> AORecipeKwargs:
 
 @contextmanager
 def products_in_float8(accelerator: Accelerator, model: nn.Module) -> Iterator[None]:
-    """Let the linear layers of a base model multiply in fp8 within a `with` block, if that is the accelerator's precision.
+    """Let the linear layers of a base model multiply in fp8 within a `with` block, if the accelerator is to use fp8.
 
-    These are the layers with frozen weights whose sizes are multiples of 16, but for the head, which has the logits
-    that the loss compares, and for all that belongs to adapters.
+    Those are the layers whose sizes are multiples of 16, but for the head, whose logits the loss compares, and for all
+    that belongs to adapters.
     """
     if accelerator.mixed_precision != "fp8":
         yield

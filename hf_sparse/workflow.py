@@ -23,6 +23,7 @@ from hf_sparse.evaluation.settings import settings_from
 from hf_sparse.evaluation.tasks import Suite
 from hf_sparse.finetune import FinetuneConfig, estimate, finetune
 from hf_sparse.finetune.checkpoint import checkpoints
+from hf_sparse.finetune.float8 import check_float8
 from hf_sparse.finetune.launch import check_devices, check_launch, is_sharded
 from hf_sparse.finetune.stages import chunks_read
 from hf_sparse.folders import exclusive, locked, staged
@@ -126,6 +127,8 @@ def train_adapter(
     check_launch()
     cpu = device == "cpu" or not torch.cuda.is_available()
     check_devices(cpu=cpu)
+    if config.mixed_precision == "fp8":
+        check_float8(cpu=cpu)
     model, tokenizer = load_adapter(adapter, device=device, dtype=dtype, trainable=True, placed=not is_sharded())
     if is_sharded() and model.active_peft_config.saves_embeddings:
         raise ValueError("this adapter holds the embeddings, which FSDP would divide: train it without FSDP")

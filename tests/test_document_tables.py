@@ -111,6 +111,7 @@ LIBRARIES = {
     "test_trl.py": "TRL",
     "test_sentence_transformers.py": "Sentence-Transformers",
     "test_quantised.py": "quantised bases",
+    "test_float8.py": "accelerate, torchao",
 }
 
 

@@ -20,7 +20,7 @@ INTEGERS = [field.name for field in FIELDS if type(field.default) is int]
     ("changes", "message"),
     [
         ({"objective": "magic"}, "objective must be one of distill, lm, graph, attention, got 'magic'"),
-        ({"mixed_precision": "fp8"}, "mixed_precision must be one of"),
+        ({"mixed_precision": "fp16"}, "mixed_precision must be one of no, bf16, fp8, got 'fp16'"),
         ({"steps": 0}, "steps must be an integer of at least 1, got 0"),
         ({"warm_start_steps": -1}, "warm_start_steps must be"),
         ({"batch_size": 1.5}, "batch_size must be an integer"),
