@@ -63,8 +63,8 @@ def main() -> None:
     seen, held_out = chunks[: -options.measured], chunks[-options.measured :].to(device)
     result: dict[str, Any] = {"format": 1, "benchmark": "finetune_precision", "commit": options.commit}
     result |= {"commit": options.commit or current_commit(), **describe(), "length": options.length, "rows": []}
-    model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16).to(device).eval()
-    model.requires_grad_(False)
+    model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
+    model.to(device).eval().requires_grad_(False)
     for precision in ("no", "fp8"):
         torch.manual_seed(0)
         patch(model, SparseKConfig(k=188, window=64, sinks=4))
