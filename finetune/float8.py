@@ -38,11 +38,13 @@ def check_float8(*, cpu: bool) -> None:
 
     Raises:
         ValueError: torchao is not installed, there is no GPU that multiplies in fp8, or a launcher asks for fp8 of
-            another library.
+            another library or for DeepSpeed.
     """
     backend = os.environ.get("ACCELERATE_FP8_BACKEND", "AO").upper()
     if backend != "AO":
         raise ValueError(f"finetune has fp8 of torchao (fp8_backend AO), and the launcher was asked for {backend}")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1", "yes"):
+        raise ValueError("mixed_precision 'fp8' does not go with DeepSpeed: divide the base with FSDP2, or use 'bf16'")
     if find_spec("torchao") is None:
         raise ValueError("mixed_precision 'fp8' needs torchao: pip install 'hf-sparse[fp8]'")
     if _is_emulated():
@@ -73,6 +75,9 @@ def products_in_float8(accelerator: Accelerator, model: nn.Module) -> Iterator[N
 
     Those are the layers whose sizes are multiples of 16, but for the head, whose logits the loss compares, and for all
     that belongs to adapters.
+
+    Raises:
+        ValueError: there are none.
     """
     if accelerator.mixed_precision != "fp8":
         yield
@@ -81,6 +86,11 @@ def products_in_float8(accelerator: Accelerator, model: nn.Module) -> Iterator[N
 
     config = accelerator.ao_recipe_handler.config
     linears = _linears(model)
+    if not linears:
+        raise ValueError(
+            f"mixed_precision 'fp8' needs a base with torch.nn.Linear layers whose sizes are multiples of {_MULTIPLE}, "
+            f"got a {type(model).__name__} without any"
+        )
     # What torchao makes of a linear layer, for its forward and what that reads.
     example: Any = convert_to_float8_training(nn.Linear(_MULTIPLE, _MULTIPLE, device="meta"), config=config)
     before = [vars(linear).get("forward") for linear in linears]  # of `device_map`, say

@@ -101,6 +101,13 @@ def test_layers_in_fp8():
         assert found == linears.difference(left) and len(found) == 7 * len(base.model.layers) - len(left)
 
 
+def test_nothing_to_multiply():
+    """A base whose layers are no `torch.nn.Linear` is refused."""
+    model = get_peft_model(FAMILIES["gpt2"].make(), copy(CONFIGS["sparsek"]))
+    with pytest.raises(ValueError, match=r"'fp8' needs a base with torch.nn.Linear layers .* multiples of 16"):
+        train(model, **FP8)
+
+
 def test_resume_and_checkpointing(tmp_path, monkeypatch):
     """A resumed run in fp8 is the run, with gradient checkpointing too, and a stopped one leaves the base as it was."""
     settings = {**FP8, "steps": 4, "warm_start_steps": 2, "output_dir": str(tmp_path), "checkpoint_every": 1}

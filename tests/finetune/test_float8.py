@@ -46,8 +46,15 @@ def test_gpus_by_their_age(torchao, monkeypatch):
     float8.check_float8(cpu=False)
 
 
-def test_fp8_of_another_library(torchao, monkeypatch):
+@pytest.mark.parametrize(
+    "variable, value, message",
+    [
+        ("ACCELERATE_FP8_BACKEND", "TE", r"fp8 of torchao \(fp8_backend AO\), and the launcher was asked for TE"),
+        ("ACCELERATE_USE_DEEPSPEED", "true", "'fp8' does not go with DeepSpeed: divide the base with FSDP2"),
+    ],
+)
+def test_what_a_launcher_may_not_ask_for(torchao, monkeypatch, variable, value, message):
     torchao(True)
-    monkeypatch.setenv("ACCELERATE_FP8_BACKEND", "TE")
-    with pytest.raises(ValueError, match=r"fp8 of torchao \(fp8_backend AO\), and the launcher was asked for TE"):
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(ValueError, match=message):
         float8.check_float8(cpu=False)
