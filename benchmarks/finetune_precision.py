@@ -1,8 +1,8 @@
-"""Train the scorers of a model in bfloat16 and in fp8, and measure both in bfloat16: KL from the dense model.
+"""Train the scorers of a model as it is and in fp8, and measure both without fp8: KL from the dense model.
 
     python benchmarks/finetune_precision.py --model MODEL --text FILE --output finetune_precision.json
 
-The model is loaded in bfloat16. Each precision trains new scorers, from the same weights and on the same chunks, after
+The model is loaded in bfloat16, on a CPU in float32 (there `HF_SPARSE_EMULATE_FP8=1` is needed). Each precision trains new scorers, from the same weights and on the same chunks, after
 which other chunks are measured without fp8. `base_kl` is the KL of the base model in fp8 from itself, both dense.
 """
 
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--warm-start-steps", type=int, default=40)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--measured", type=int, default=8, help="chunks to measure, the last ones of the text")
     parser.add_argument("--commit", help="to write into the JSON, where there is no repository to ask")
@@ -63,13 +64,16 @@ def main() -> None:
     seen, held_out = chunks[: -options.measured], chunks[-options.measured :].to(device)
     result: dict[str, Any] = {"format": 1, "benchmark": "finetune_precision", "commit": options.commit}
     result |= {"commit": options.commit or current_commit(), **describe(), "length": options.length, "rows": []}
-    model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        options.model, dtype=torch.bfloat16 if device == "cuda" else torch.float32
+    )
     model.to(device).eval().requires_grad_(False)
     for precision in ("no", "fp8"):
         torch.manual_seed(0)
         patch(model, SparseKConfig(k=188, window=64, sinks=4))
         before = loss(model, held_out)
-        settings: dict[str, Any] = {"steps": options.steps, "mixed_precision": precision, "progress": False}
+        settings: dict[str, Any] = {"steps": options.steps, "warm_start_steps": options.warm_start_steps}
+        settings |= {"mixed_precision": precision, "progress": False}
         history = finetune(model, seen, FinetuneConfig(**settings))["history"]
         row: dict[str, Any] = {"mixed_precision": precision, "kl_before": before, "kl_after": loss(model, held_out)}
         row["losses"] = [step["loss"] for step in history if step["stage"] == "distill"]
