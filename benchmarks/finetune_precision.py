@@ -2,8 +2,9 @@
 
     python benchmarks/finetune_precision.py --model MODEL --text FILE --output finetune_precision.json
 
-The model is loaded in bfloat16, on a CPU in float32 (there `HF_SPARSE_EMULATE_FP8=1` is needed). Each precision trains new scorers, from the same weights and on the same chunks, after
-which other chunks are measured without fp8. `base_kl` is the KL of the base model in fp8 from itself, both dense.
+The model is loaded in bfloat16, on a CPU in float32 (fp8 is emulated there, with `HF_SPARSE_EMULATE_FP8=1`). Each
+precision trains new scorers, from the same weights and on the same chunks, after which other chunks are measured
+without fp8. `base_kl` is the KL of the base model in fp8 from itself, both dense.
 """
 
 import argparse

@@ -21,7 +21,7 @@
         --prediction entmax_prediction-choices-h200.json entmax_prediction-smollm2-h200.json \\
         entmax_prediction-h200.json --static static_decode-8-layers-h200.json \\
         --quality predicted_quality-*-h200.json --bidirectional entmax_bidirectional-*-h200.json \\
-        --lengths finetune_length-h200.json --float8 finetune_fp8-h200.json finetune_precision-h200.json \\
+        --lengths finetune_length-h200.json --float8 finetune_fp8-h200.json \\
         --fill ../../docs/speed.md ../../README.md --figure ../../docs/speed.png
 
 A document marks the place of a table: everything between `<!-- table: NAME -->` and `<!-- end -->` is replaced. The
@@ -206,21 +206,10 @@ def length_table(run: dict[str, Any]) -> str:
     return table(["base, objective", "tokens", "tokens/s", "hours for 20 M tokens", "share of peak", "memory"], rows)
 
 
-def float8_tables(speed: dict[str, Any], quality: dict[str, Any]) -> dict[str, str]:
-    """Tabulate training in fp8 beside bfloat16: its speed, of two runs the second, and what was learned."""
-    last = {(row["shape"], row["compiled"], row["mixed_precision"]): row for row in speed["rows"]}
-    labels = {"no": "bfloat16", "fp8": "fp8"}
-    rows = [
-        [
-            labels[row["mixed_precision"]],
-            *(f"{row[name]:.4f}" for name in ("kl_before", "kl_after")),
-            f"{sum(row['losses'][-10:]) / 10:.4f}",
-            f"{row['tokens_per_second']:,.0f}",
-        ]
-        for row in quality["rows"]
-    ]
-    head = ["trained in", "KL before", "KL after", "loss of the last 10 steps, in its precision", "tokens/s"]
-    return {"fp8": length_table({"rows": list(last.values())}), "fp8 quality": table(head, rows)}
+def float8_table(run: dict[str, Any]) -> str:
+    """Tabulate training in fp8 beside bfloat16; of two runs of a row the second counts, for the first one compiles."""
+    last = {(row["shape"], row["compiled"], row["mixed_precision"]): row for row in run["rows"]}
+    return length_table({"rows": list(last.values())})
 
 
 def profile_table(profiles: list[dict[str, Any]]) -> str:
@@ -813,7 +802,7 @@ def all_tables(
     bidirectional: Sequence[dict[str, Any]] = (),
     flex: dict[str, Any] | None = None,
     lengths: dict[str, Any] | None = None,
-    float8: Sequence[dict[str, Any]] = (),
+    float8: dict[str, Any] | None = None,
 ) -> dict[str, str]:
     """Return every table by the name that documents call it.
 
@@ -825,8 +814,7 @@ def all_tables(
     scripts of these names, `static` holds runs of `static_decode.py`, `prediction` runs of predicted tiles, of
     which the first with a text and a contender counts; `quality` holds runs of what predicted tiles cost in perplexity,
     `bidirectional` runs of entmax_kernels.py without a causal mask, `flex` is one of predicted tiles beside
-    FlexAttention, `lengths` one of `finetune_length.py`, and `float8` holds one of it in two precisions and one of
-    `finetune_precision.py`."""
+    FlexAttention, `lengths` one of `finetune_length.py`, and `float8` one of it in two precisions."""
     spread = [[label, f"{model['spread'][name]:.0%}"] for name, label in CACHES.items()]
     return {
         "machine": machine_table(kernels, model),
@@ -873,7 +861,7 @@ def all_tables(
         **({"predicted quality": predicted_quality_table(quality)} if quality else {}),
         **({"flex tiles": flex_table(flex)} if flex else {}),
         **({"lengths": length_table(lengths)} if lengths else {}),
-        **(float8_tables(*float8) if float8 else {}),
+        **({"fp8": float8_table(float8)} if float8 else {}),
         **(bidirectional_tables(bidirectional) if bidirectional else {}),
     }
 
@@ -944,7 +932,7 @@ def main() -> None:
     parser.add_argument("--quality", type=Path, nargs="+", default=[], help="JSON of predicted_quality.py")
     parser.add_argument("--bidirectional", type=Path, nargs="+", default=[], help="JSON of entmax_kernels.py")
     parser.add_argument("--lengths", type=Path, help="JSON of finetune_length.py")
-    parser.add_argument("--float8", type=Path, nargs=2, default=[], help="JSON of finetune_length.py, ..._precision.py")
+    parser.add_argument("--float8", type=Path, help="JSON of finetune_length.py in two precisions")
     parser.add_argument("--flex", type=Path, help="JSON of entmax_prediction.py beside FlexAttention")
     parser.add_argument(
         "--fill", type=Path, nargs="*", default=[], help="Markdown files whose marked tables are replaced"
@@ -986,7 +974,7 @@ def main() -> None:
         bidirectional=list(map(read, options.bidirectional)),
         flex=read(options.flex) if options.flex else None,
         lengths=read(options.lengths) if options.lengths else None,
-        float8=list(map(read, options.float8)),
+        float8=read(options.float8) if options.float8 else None,
     )
     if options.figure:
         draw(kernels, options.figure)
