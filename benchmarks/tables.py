@@ -21,7 +21,7 @@
         --prediction entmax_prediction-choices-h200.json entmax_prediction-smollm2-h200.json \\
         entmax_prediction-h200.json --static static_decode-8-layers-h200.json \\
         --quality predicted_quality-*-h200.json --bidirectional entmax_bidirectional-*-h200.json \\
-        --lengths finetune_length-h200.json --float8 finetune_fp8-h200.json \\
+        --lengths finetune_length-h200.json --float8 finetune_fp8-h200.json --gpus several_gpus-h200.json \\
         --fill ../../docs/speed.md ../../README.md --figure ../../docs/speed.png
 
 A document marks the place of a table: everything between `<!-- table: NAME -->` and `<!-- end -->` is replaced. The
@@ -31,6 +31,7 @@ each next one adds the cells that those before it lack.
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -210,6 +211,25 @@ def float8_table(run: dict[str, Any]) -> str:
     """Tabulate training in fp8 beside bfloat16; of two runs of a row the second counts, for the first one compiles."""
     last = {(row["shape"], row["compiled"], row["mixed_precision"]): row for row in run["rows"]}
     return length_table({"rows": list(last.values())})
+
+
+def gpus_table(run: dict[str, Any]) -> str:
+    """Tabulate training by several processes, one a GPU; of each case the process with the most memory counts."""
+    cases: dict[str, dict[str, Any]] = {}
+    for case in (case for launch in run["launches"] for case in launch["cases"] if "resumed" not in case["case"]):
+        merged = cases.setdefault(case["case"], {"peak_memory_bytes": 0, "tokens_per_second": math.inf})
+        merged["peak_memory_bytes"] = max(merged["peak_memory_bytes"], case["peak_memory_bytes"])
+        merged["tokens_per_second"] = min(merged["tokens_per_second"], case["tokens_per_second"])
+        merged.update({name: case[name] for name in ("efficiency", "difference", "base_share") if name in case})
+    rows = []
+    for name, case in sorted(cases.items(), key=lambda item: item[0].split()[:-2]):
+        *what, engine, gpus = name.split()
+        values = [f"{case[key]:.2f}" if key in case else "-" for key in ("efficiency", "difference", "base_share")]
+        peak = f"{case['peak_memory_bytes'] / 2**30:.1f} GiB"
+        label = "one process" if gpus == "1" else {"ddp": "DDP", "fsdp2": "FSDP2"}.get(engine, engine)
+        rows.append([" ".join(what), label, gpus, f"{case['tokens_per_second']:,.0f}", *values, peak])
+    head = ["case", "engine", "GPUs", "tokens/s of all", "efficiency", "difference", "share of base", "memory of a GPU"]
+    return table(head, rows)
 
 
 def profile_table(profiles: list[dict[str, Any]]) -> str:
@@ -803,6 +823,7 @@ def all_tables(
     flex: dict[str, Any] | None = None,
     lengths: dict[str, Any] | None = None,
     float8: dict[str, Any] | None = None,
+    gpus: dict[str, Any] | None = None,
 ) -> dict[str, str]:
     """Return every table by the name that documents call it.
 
@@ -814,7 +835,8 @@ def all_tables(
     scripts of these names, `static` holds runs of `static_decode.py`, `prediction` runs of predicted tiles, of
     which the first with a text and a contender counts; `quality` holds runs of what predicted tiles cost in perplexity,
     `bidirectional` runs of entmax_kernels.py without a causal mask, `flex` is one of predicted tiles beside
-    FlexAttention, `lengths` one of `finetune_length.py`, and `float8` one of it in two precisions."""
+    FlexAttention, `lengths` one of `finetune_length.py`, `float8` one of it in two precisions, and `gpus` one of
+    `several_gpus.py`."""
     spread = [[label, f"{model['spread'][name]:.0%}"] for name, label in CACHES.items()]
     return {
         "machine": machine_table(kernels, model),
@@ -862,6 +884,7 @@ def all_tables(
         **({"flex tiles": flex_table(flex)} if flex else {}),
         **({"lengths": length_table(lengths)} if lengths else {}),
         **({"fp8": float8_table(float8)} if float8 else {}),
+        **({"several gpus": gpus_table(gpus)} if gpus else {}),
         **(bidirectional_tables(bidirectional) if bidirectional else {}),
     }
 
@@ -933,6 +956,7 @@ def main() -> None:
     parser.add_argument("--bidirectional", type=Path, nargs="+", default=[], help="JSON of entmax_kernels.py")
     parser.add_argument("--lengths", type=Path, help="JSON of finetune_length.py")
     parser.add_argument("--float8", type=Path, help="JSON of finetune_length.py in two precisions")
+    parser.add_argument("--gpus", type=Path, help="JSON of several_gpus.py")
     parser.add_argument("--flex", type=Path, help="JSON of entmax_prediction.py beside FlexAttention")
     parser.add_argument(
         "--fill", type=Path, nargs="*", default=[], help="Markdown files whose marked tables are replaced"
@@ -975,6 +999,7 @@ def main() -> None:
         flex=read(options.flex) if options.flex else None,
         lengths=read(options.lengths) if options.lengths else None,
         float8=read(options.float8) if options.float8 else None,
+        gpus=read(options.gpus) if options.gpus else None,
     )
     if options.figure:
         draw(kernels, options.figure)

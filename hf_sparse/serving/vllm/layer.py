@@ -21,13 +21,20 @@ from hf_sparse.core.layer import SparseAttentionLayer
 from hf_sparse.core.request_state import StateTensor
 from hf_sparse.serving.pool import Batch, Chunk, attend_packed, begin_rows, state_of_request
 
-_ALIGNMENT = 256  # bytes of which a page is a multiple
+_ALIGNMENT = 256  # bytes of which a page, and the place of a tensor in it, is a multiple: kernels load 16 at a time
 
 
 def page_bytes(states: list[tuple[StateTensor, ...]]) -> int:
     """Count the bytes of a page that holds the state of any of the layers."""
-    most = max(sum(part.nbytes for part in state) for state in states)
-    return -(-most // _ALIGNMENT) * _ALIGNMENT
+    return max(_places(state)[-1] for state in states)
+
+
+def _places(state: tuple[StateTensor, ...]) -> list[int]:
+    """Return the byte of a page at which each tensor of a state begins, and the one behind the last."""
+    places = [0]
+    for part in state:
+        places.append(places[-1] + -(-part.nbytes // _ALIGNMENT) * _ALIGNMENT)
+    return places
 
 
 @dataclass
@@ -172,11 +179,9 @@ class RowAttention(MambaBase, nn.Module):
         """Take the memory that vLLM gives the layer: a tensor of bytes `[pages, page]`, in a list; none at its end."""
         self.pages = tuple(pages) if isinstance(pages, list | tuple) else ()
         self.states = []
-        offset = 0
-        for part in self.state if self.pages else ():
-            view = self.pages[0][:, offset : offset + part.nbytes].view(part.dtype)
+        for part, place in zip(self.state, _places(self.state), strict=False) if self.pages else ():
+            view = self.pages[0][:, place : place + part.nbytes].view(part.dtype)
             self.states.append(view.view(len(view), *part.shape))
-            offset += part.nbytes
 
     def bind_kv_cache(self, kv_cache: Tensor) -> None:
         """Take the memory that vLLM gives the layer, `[pages, 1, 1, page]`."""
