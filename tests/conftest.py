@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from types import ModuleType
 
@@ -188,6 +189,43 @@ def tiny_llama():
             return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
 
     return make
+
+
+@pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """List, for every step of `generate` that is played, the number of its recording.
+
+    A recording on the CPU is imitated: it notes the call, and playing it calls again.
+    """
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    from hf_sparse.patches import attach, recorded_steps
+
+    played: list[int] = []
+    numbers = count()
+    record, is_on_gpu, may_record = recorded_steps.record, recorded_steps._is_on_gpu, attach.may_record
+
+    def imitate(call, device):
+        output = CausalLMOutputWithPast(logits=torch.zeros(()))
+
+        def replay():
+            for name, value in call().items():
+                output[name] = value
+
+        return output, replay
+
+    def note(call, device):
+        output, replay = imitate(call, device) if device.type == "cpu" else record(call, device)
+        number = next(numbers)
+        return output, lambda: (played.append(number), replay())
+
+    def may_imitate(model, config):
+        return not config.disable_compile if model.device.type == "cpu" else may_record(model, config)
+
+    monkeypatch.setattr(recorded_steps, "record", note)
+    monkeypatch.setattr(recorded_steps, "_is_on_gpu", lambda tensor: not tensor.is_cuda or is_on_gpu(tensor))
+    monkeypatch.setattr(attach, "may_record", may_imitate)
+    return played
 
 
 @pytest.fixture
