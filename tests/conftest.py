@@ -19,7 +19,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 import yaml
 
 assert "huggingface_hub" not in sys.modules, "huggingface_hub was imported before the loopback Hub set its environment"
@@ -65,6 +64,8 @@ for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "HUGGING
 os.environ.update(_HUB_ENVIRONMENT)
 
 if "PYTEST_XDIST_WORKER" in os.environ:
+    import torch  # not at the top: the process that hands out the tests starts two seconds earlier without
+
     torch.set_num_threads(1)  # the workers already occupy the cores
 
 
@@ -157,6 +158,8 @@ def _speed_is_measured_briefly() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -169,6 +172,7 @@ def tiny_llama():
     """
 
     def make(**changes):
+        import torch
         from transformers import LlamaConfig, LlamaForCausalLM
 
         settings = {
@@ -197,6 +201,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     A recording on the CPU is imitated: it notes the call, and playing it calls again.
     """
+    import torch
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
     from hf_sparse.patches import attach, recorded_steps
@@ -233,6 +238,7 @@ def tiny_bert():
     """The same for BERT, of any class that transformers has for it."""
 
     def make(kind="BertForMaskedLM", **changes):
+        import torch
         import transformers
 
         settings = {
