@@ -292,6 +292,17 @@ def measure(args: argparse.Namespace, output: Path) -> None:
         write_json(output, result)
 
 
+def add_shape_options(parser: argparse.ArgumentParser) -> None:
+    """Add the sizes of a decoder, by default those of Llama-3.1-8B."""
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--intermediate", type=int, default=14336)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, default=8)
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--vocabulary", type=int, default=128256)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--output", type=Path, required=True)
@@ -301,13 +312,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=1024)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--sinks", type=int, default=4)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--hidden", type=int, default=4096)
-    parser.add_argument("--intermediate", type=int, default=14336)
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--vocabulary", type=int, default=128256)
+    add_shape_options(parser)
     args = parser.parse_args()
     torch.manual_seed(0)
     with torch.no_grad():

@@ -32,6 +32,7 @@ import transformers
 import vllm
 from attention_kernels import current_commit  # beside this file
 from peft import get_peft_model
+from serving_pool import add_shape_options
 from vllm import LLM, ModelRegistry, SamplingParams
 from vllm.plugins import load_general_plugins
 from vllm_read_elsewhere import WHOLE
@@ -196,13 +197,7 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=1024)
     parser.add_argument("--window", type=int, default=256)
     parser.add_argument("--sinks", type=int, default=4)
-    parser.add_argument("--layers", type=int, default=32)
-    parser.add_argument("--hidden", type=int, default=4096)
-    parser.add_argument("--intermediate", type=int, default=14336)
-    parser.add_argument("--heads", type=int, default=32)
-    parser.add_argument("--kv-heads", type=int, default=8)
-    parser.add_argument("--head-dim", type=int, default=128)
-    parser.add_argument("--vocabulary", type=int, default=128256)
+    add_shape_options(parser)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = make_models(args, Path(folder))

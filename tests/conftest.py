@@ -14,11 +14,11 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
+from itertools import count
 from pathlib import Path
 from types import ModuleType
 
 import pytest
-import torch
 import yaml
 
 assert "huggingface_hub" not in sys.modules, "huggingface_hub was imported before the loopback Hub set its environment"
@@ -64,6 +64,8 @@ for _name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_HUB_CACHE", "HUGGING
 os.environ.update(_HUB_ENVIRONMENT)
 
 if "PYTEST_XDIST_WORKER" in os.environ:
+    import torch  # not at the top: the process that hands out the tests starts two seconds earlier without
+
     torch.set_num_threads(1)  # the workers already occupy the cores
 
 
@@ -156,6 +158,8 @@ def _speed_is_measured_briefly() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -168,6 +172,7 @@ def tiny_llama():
     """
 
     def make(**changes):
+        import torch
         from transformers import LlamaConfig, LlamaForCausalLM
 
         settings = {
@@ -191,10 +196,49 @@ def tiny_llama():
 
 
 @pytest.fixture
+def played(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """List, for every step of `generate` that is played, the number of its recording.
+
+    A recording on the CPU is imitated: it notes the call, and playing it calls again.
+    """
+    import torch
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    from hf_sparse.patches import attach, recorded_steps
+
+    played: list[int] = []
+    numbers = count()
+    record, is_on_gpu, may_record = recorded_steps.record, recorded_steps._is_on_gpu, attach.may_record
+
+    def imitate(call, device):
+        output = CausalLMOutputWithPast(logits=torch.zeros(()))
+
+        def replay():
+            for name, value in call().items():
+                output[name] = value
+
+        return output, replay
+
+    def note(call, device):
+        output, replay = imitate(call, device) if device.type == "cpu" else record(call, device)
+        number = next(numbers)
+        return output, lambda: (played.append(number), replay())
+
+    def may_imitate(model, config):
+        return not config.disable_compile if model.device.type == "cpu" else may_record(model, config)
+
+    monkeypatch.setattr(recorded_steps, "record", note)
+    monkeypatch.setattr(recorded_steps, "_is_on_gpu", lambda tensor: not tensor.is_cuda or is_on_gpu(tensor))
+    monkeypatch.setattr(attach, "may_record", may_imitate)
+    return played
+
+
+@pytest.fixture
 def tiny_bert():
     """The same for BERT, of any class that transformers has for it."""
 
     def make(kind="BertForMaskedLM", **changes):
+        import torch
         import transformers
 
         settings = {

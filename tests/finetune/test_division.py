@@ -73,7 +73,8 @@ def test_heads_are_measured_on_the_first_tokens_of_long_chunks(sparse_llama, chu
     assert lengths == [40, chunks.shape[1]]
 
 
-@pytest.mark.parametrize("step", [2, 3, 6])  # before, at and after the division, which is after step 3
+# Before, at and after the division, which is after step 3; the repeated run below begins before it.
+@pytest.mark.parametrize("step", [pytest.param(2, marks=pytest.mark.full), 3, 6])
 def test_a_resumed_run_is_the_run(sparse_llama, chunks, stopped, tmp_path, step):
     whole, first, second = sparse_llama(), sparse_llama(), sparse_llama()
     train(whole, chunks)

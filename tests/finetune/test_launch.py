@@ -69,6 +69,18 @@ def test_refuses_another_precision_than_the_launchers(monkeypatch):
         assert make_accelerator(FinetuneConfig(cpu=True, mixed_precision="bf16")).mixed_precision == "bf16"
 
 
+def test_one_process_of_several_is_refused(monkeypatch):
+    """Set the variables that `accelerate launch --cpu --num_processes 2` sets in the one process that it starts."""
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    check_launch()  # one process was asked for
+    monkeypatch.setenv("MASTER_PORT", "29500")
+    with pytest.raises(ValueError, match="accelerate was asked for several processes and started this one alone"):
+        check_launch()
+
+
+@pytest.mark.full  # the test before has the variables
 def test_accelerate_starts_one_process_of_two_on_a_cpu(tmp_path):
     """accelerate itself says nothing."""
     program = tmp_path / "program.py"

@@ -27,6 +27,7 @@ from hf_sparse.ops import sparsek
 from hf_sparse.patches import sparse_layers
 
 SHORT = {"steps": 6, "warm_start_steps": 3, "batch_size": 2, "warmup_steps": 1, "progress": False}
+FEW = {"steps": 2, "warm_start_steps": 1}  # where every step shows what is tested
 
 RUN = """
 import hf_sparse
@@ -104,9 +105,9 @@ def test_layers_that_accelerate_placed(sparse_llama, chunks):
     places |= {f"model.layers.{number}": "cpu" for number in range(len(base.model.layers))}
     accelerate.dispatch_model(base, places, main_device="cpu", force_hooks=True)
     assert len(base.hf_device_map) > 1 and base.lm_head._hf_hook.execution_device == "cpu"
-    losses = [[row["loss"] for row in train(model, chunks)["history"]] for model in (whole, placed)]
+    losses = [[row["loss"] for row in train(model, chunks, **FEW)["history"]] for model in (whole, placed)]
     assert losses[0] == losses[1] and same(scorers(whole), scorers(placed))
-    train(placed, chunks, gradient_checkpointing=True)
+    train(placed, chunks, gradient_checkpointing=True, **FEW)
 
 
 def test_metrics(sparse_llama, chunks, tmp_path):
@@ -126,7 +127,7 @@ def test_seed_decides(sparse_llama, chunks):
     runs = []
     for seed in (0, 0, 1):
         model = sparse_llama()
-        train(model, chunks, seed=seed)
+        train(model, chunks, seed=seed, **FEW)
         runs.append(scorers(model))
     assert same(runs[0], runs[1]) and not same(runs[0], runs[2])
 
@@ -134,8 +135,8 @@ def test_seed_decides(sparse_llama, chunks):
 def test_accumulation_is_a_larger_batch(sparse_llama, chunks):
     runs = []
     for batch, accumulation in ((4, 1), (2, 2), (1, 4)):
-        model = sparse_llama()
-        history = train(model, chunks, batch_size=batch, gradient_accumulation_steps=accumulation)["history"]
+        model, settings = sparse_llama(), {"batch_size": batch, "gradient_accumulation_steps": accumulation, "steps": 3}
+        history = train(model, chunks, **settings)["history"]
         runs.append((scorers(model), [row["loss"] for row in history]))
     for weights, losses in runs[1:]:
         torch.testing.assert_close(losses, runs[0][1], rtol=1e-5, atol=1e-6)
@@ -173,12 +174,13 @@ def test_a_larger_scale_makes_gates_harder(sparse_llama, chunks):
     assert scaled[-1]["support"] < 7 < plain[-1]["support"]  # k is 6
 
 
-@pytest.mark.parametrize("changes", [{"lm_weight": 0.5}, {"hidden_weight": 0.5}, {"final_scale": 8.0}], ids=str)
-def test_options_change_what_is_learned(sparse_llama, chunks, changes):
-    plain, changed = sparse_llama(), sparse_llama()
-    train(plain, chunks)
-    train(changed, chunks, **changes)
-    assert not same(scorers(plain), scorers(changed))
+def test_options_change_what_is_learned(sparse_llama, chunks):
+    plain = sparse_llama()
+    train(plain, chunks, **FEW)
+    for changes in ({"lm_weight": 0.5}, {"hidden_weight": 0.5}, {"final_scale": 8.0}):
+        changed = sparse_llama()
+        train(changed, chunks, **FEW, **changes)
+        assert not same(scorers(plain), scorers(changed)), changes
 
 
 @pytest.mark.parametrize(("stop", "steps"), [(3, 3), (4, 1)], ids=["end of the warm start", "first of the objective"])
@@ -271,15 +273,15 @@ def test_resume_refuses_other_settings_and_damage(sparse_llama, chunks, tmp_path
 def test_mixed_precision_trains_and_is_taken_off_again(sparse_llama, chunks):
     model = sparse_llama()
     before = scorers(model)
-    train(model, chunks, mixed_precision="bf16")
+    train(model, chunks, mixed_precision="bf16", **FEW)
     assert not same(scorers(model), before)
     assert model(input_ids=chunks[:1]).logits.dtype == torch.float32
-    train(sparse_llama(), chunks, mixed_precision="no")  # another precision in the same process
+    train(sparse_llama(), chunks, mixed_precision="no", **FEW)  # another precision in the same process
 
 
 def test_the_callers_accelerate_is_left_alone(sparse_llama, chunks):
     accelerator = accelerate.Accelerator(mixed_precision="no", cpu=True)
-    train(sparse_llama(), chunks, mixed_precision="bf16")
+    train(sparse_llama(), chunks, mixed_precision="bf16", **FEW)
     assert accelerator.mixed_precision == accelerate.Accelerator(mixed_precision="no").mixed_precision == "no"
 
 
@@ -299,8 +301,8 @@ def test_an_interrupted_run_leaves_the_model_usable(monkeypatch, sparse_llama, c
 
 def test_dataset_of_datasets(sparse_llama, chunks):
     models = [sparse_llama(), sparse_llama()]
-    train(models[0], chunks)
-    train(models[1], datasets.Dataset.from_dict({"input_ids": chunks.tolist()}))
+    train(models[0], chunks, **FEW)
+    train(models[1], datasets.Dataset.from_dict({"input_ids": chunks.tolist()}), **FEW)
     assert same(scorers(models[0]), scorers(models[1]))
 
 
@@ -309,7 +311,7 @@ def test_model_patched_without_peft(tiny_llama, chunks):
     model.requires_grad_(False)
     patch(model, SparseKConfig(k=6, window=8, sinks=2))
     before = scorers(model)
-    train(model, chunks)
+    train(model, chunks, **FEW)
     assert not same(scorers(model), before)
 
 

@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 from transformers import GenerationMixin
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_sparse import CapturedDecoding, SparsefinderConfig, SparseKConfig, patch
 from hf_sparse.methods.sparsek.baselines import Recency
-from hf_sparse.patches import attach, compiled_layers, recorded_steps, sparse_layers
+from hf_sparse.patches import compiled_layers, sparse_layers
 
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
 CAUSAL = [
@@ -34,26 +33,12 @@ def _begin_anew():
 
 
 @pytest.fixture
-def played(monkeypatch):
-    """Let `generate` with a static cache compile and record on the CPU; a list has a 1 for every step played."""
-    played: list[int] = []
-
-    def imitated(call, device):
-        output = CausalLMOutputWithPast(logits=torch.zeros(()))
-
-        def replay():
-            played.append(1)
-            for name, value in call().items():
-                output[name] = value
-
-        return output, replay
+def played(played, monkeypatch):
+    """Let `generate` with a static cache compile on the CPU too, and list the steps played."""
 
     def compiles(model, model_kwargs, config):
         return not config.disable_compile and config.cache_implementation == "static"
 
-    monkeypatch.setattr(recorded_steps, "record", imitated)
-    monkeypatch.setattr(recorded_steps, "_is_on_gpu", lambda tensor: True)
-    monkeypatch.setattr(attach, "may_record", lambda model, config: not config.disable_compile)
     monkeypatch.setattr(GenerationMixin, "_valid_auto_compile_criteria", compiles)
     monkeypatch.setattr(compiled_layers, "compiled", partial(torch.compile, backend="aot_eager", fullgraph=True))
     return played

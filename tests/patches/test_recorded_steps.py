@@ -1,6 +1,6 @@
 """Steps of an ordinary `generate` that were recorded generate what steps that run generate.
 
-Without a GPU a recording is imitated: it notes the call, and playing it calls again.
+Without a GPU a recording is imitated (`played` in tests/conftest.py).
 """
 
 import weakref
@@ -9,12 +9,11 @@ import pytest
 import torch
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from hf_sparse import CapturedDecoding, SparsefinderConfig, SparseKCache, SparseKConfig, patch, unpatch
 from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.methods.sparsefinder import SparsefinderAttention, cache, fit_predictors
-from hf_sparse.patches import attach, recorded_steps, sparse_layers
+from hf_sparse.patches import recorded_steps, sparse_layers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IDS = torch.randint(2, 64, (3, 40), generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -25,33 +24,6 @@ GREEDY = {"do_sample": False, "max_new_tokens": 30}
 @pytest.fixture
 def model(tiny_llama):
     return patch(tiny_llama().to(DEVICE), SparseKConfig(k=6, window=8, sinks=2))
-
-
-@pytest.fixture
-def played(monkeypatch):
-    """List a 1 for every step that is played."""
-    played: list[int] = []
-    record = recorded_steps.record if DEVICE == "cuda" else imitated
-
-    def counting(call, device):
-        output, replay = record(call, device)
-        return output, lambda: (played.append(1), replay())
-
-    monkeypatch.setattr(recorded_steps, "record", counting)
-    if DEVICE == "cpu":
-        monkeypatch.setattr(recorded_steps, "_is_on_gpu", lambda tensor: True)
-        monkeypatch.setattr(attach, "may_record", lambda model, config: not config.disable_compile)
-    return played
-
-
-def imitated(call, device):
-    output = CausalLMOutputWithPast(logits=torch.zeros(()))
-
-    def replay():
-        for name, value in call().items():
-            output[name] = value
-
-    return output, replay
 
 
 @pytest.mark.versions

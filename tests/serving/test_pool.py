@@ -39,7 +39,10 @@ def generated(model, prompt, tokens=12):
     return output[0, len(prompt) :].tolist()
 
 
-@pytest.mark.parametrize("rows, most_tokens", [(12, 400), (12, 37), (3, 64), (1, 19), (2, 5)])
+@pytest.mark.parametrize("rows, most_tokens", [
+    (12, 400), (3, 37), (1, 19),
+    *(pytest.param(*sizes, marks=pytest.mark.full) for sizes in ((12, 37), (3, 64), (2, 5))),
+])  # fmt: skip
 def test_mixed_requests_equal_generate(model, engine, request_of, rows, most_tokens):
     """All at once, in pieces, with more requests than rows, one at a time, and in pieces of a few tokens."""
     requests = [request_of(prompt, 12) for prompt in prompts()]

@@ -1,10 +1,10 @@
 """Ask a model tasks, from prompts to tables of scores."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from random import Random
 from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hf_sparse.data import context_length
 from hf_sparse.errors import DataError
@@ -125,28 +125,20 @@ def run_task(
         return result
     task, haystack = TASKS[name], haystack or Haystack()
     ways: dict[str, list[tuple[float, ...]]] = {"each": [(d,) for d in depths], "all": [tuple(depths)], "none": [()]}
-    rows = ways[task.depths]
-    examples = []
+    examples: list[_Example] = []
     for column, length in enumerate(lengths):
-        for row in rows:
+        for row in ways[task.depths]:
             for sample in range(samples):
                 draft = task.make(Random(f"{seed} {name} {length} {row} {sample}"), haystack, row)
                 new_tokens = _room(tokenizer, draft.answers)
                 tokens = fit(tokenizer, draft.render, length - new_tokens)
-                examples.append((column, row, tokens, draft.answers, new_tokens))
+                examples.append(_Example(column, row, tokens, draft.answers, new_tokens))
     results: dict[str, Any] = {}
     with evaluating(model):
         for contender in contenders:
-            cells: dict[tuple[float | None, int], list[float]] = {}
+            batches = _shown(_batches(examples, batch_size), progress and f"{name}, {contender}")
             with using(model, contender):
-                for batch in _shown(_batches(examples, batch_size), progress and f"{name}, {contender}"):
-                    new_tokens = max(example[-1] for example in batch)
-                    said = answer(model, tokenizer, [tokens for _, _, tokens, *_ in batch], new_tokens)
-                    for text, (column, row, _, answers, _) in zip(said, batch, strict=True):
-                        scores = task.score(text, answers)
-                        places: Sequence[float | None] = row or [None] * len(scores)
-                        for depth, score in zip(places, scores, strict=True):
-                            cells.setdefault((depth, column), []).append(score)
+                cells = _scores(model, tokenizer, task, batches)
             results[contender] = _table(cells, lengths, depths if task.depths != "none" else None)
     settings = {"samples": samples, "seed": seed, "haystack": haystack.name, **_slots(model)}
     return {"metric": task.metric, "settings": settings, "results": results}
@@ -213,10 +205,36 @@ def _room(tokenizer: Any, answers: Sequence[str]) -> int:
     return len(tokenizer(", ".join(answers), add_special_tokens=False)["input_ids"]) + _SPARE
 
 
-def _batches(examples: Sequence[tuple[Any, ...]], batch_size: int) -> list[list[tuple[Any, ...]]]:
-    """Cut examples, which begin with the number of their length, into batches of one length each."""
-    columns = [list(group) for _, group in groupby(examples, lambda example: example[0])]
+class _Example(NamedTuple):
+    """Hold a prompt: the number of its length, the depths of its needles, its tokens, and how it is answered."""
+
+    column: int
+    depths: tuple[float, ...]
+    tokens: list[int]
+    answers: Sequence[str]
+    new_tokens: int
+
+
+def _batches(examples: Sequence[_Example], batch_size: int) -> list[list[_Example]]:
+    """Cut examples into batches of one length each."""
+    columns = [list(group) for _, group in groupby(examples, lambda example: example.column)]
     return [group[i : i + batch_size] for group in columns for i in range(0, len(group), batch_size)]
+
+
+def _scores(
+    model: Any, tokenizer: Any, task: Task, batches: Iterable[list[_Example]]
+) -> dict[tuple[float | None, int], list[float]]:
+    """Return the scores of generated answers, by depth (`None` in a task without depths) and number of the length."""
+    cells: dict[tuple[float | None, int], list[float]] = {}
+    for batch in batches:
+        new_tokens = max(example.new_tokens for example in batch)
+        texts = answer(model, tokenizer, [example.tokens for example in batch], new_tokens)
+        for text, example in zip(texts, batch, strict=True):
+            scores = task.score(text, example.answers)
+            places: Sequence[float | None] = example.depths or [None] * len(scores)
+            for depth, score in zip(places, scores, strict=True):
+                cells.setdefault((depth, example.column), []).append(score)
+    return cells
 
 
 def _shown(items: Sequence[Any], label: str | bool) -> Any:

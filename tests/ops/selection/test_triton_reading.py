@@ -78,7 +78,7 @@ def test_reading(batch, heads, kv_heads, length, dim, dtype, learned, poisoned_m
         (25, (2, 30, 13)),  # fits into the slots of every head, and leaves some empty
         (27, (2, 30, 13)),  # fills the head that has the fewest
         (28, (2, 30, 13)),  # of which one key leaves
-        (150, (2, 30, 13)),
+        (150 if DEVICE == "cuda" else 75, (2, 30, 13)),  # more than the slots of any head
         (60, (40, 1)),
         (1, (3, 1)),
     ],
