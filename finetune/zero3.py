@@ -49,8 +49,8 @@ def divide(model: nn.Module, kept: Sequence[nn.Module], device: torch.device) ->
         kept: modules within it that stay whole.
         device: of this process.
     """
-    # DeepSpeed would compile this operator for a minute, on a CPU, and use it in inference only.
-    ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
+    if device.type == "cpu":  # where DeepSpeed would compile this operator for a minute, to use it in inference only
+        ops.__compatible_ops__.pop("deepspeed_shm_comm", None)
     init_distributed(verbose=False)  # takes the group that accelerate has made
     asked = DeepSpeedPlugin().deepspeed_config["zero_optimization"]  # the launcher left it in the environment
     config = {
