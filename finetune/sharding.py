@@ -61,8 +61,9 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
-    for parameter in model.parameters():
-        if is_in_zero3(parameter) and parameter.numel():
+    parameters: list[Any] = [parameter for parameter in model.parameters() if is_in_zero3(parameter)]
+    for parameter in parameters:
+        if parameter.numel():
             parameter.ds_active_sub_modules.clear()  # an error may have ended a forward or backward that needed it
             parameter.partition()
 
