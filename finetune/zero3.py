@@ -18,26 +18,29 @@ from torch import nn
 
 
 class _DividedBase(DeepSpeedZeRoOffload):
-    """Gather the parameters of a module before its forward and backward, and give them up after each."""
+    """Gather the parameters of each module for its forward and its backward, and give them up after both.
+
+    DeepSpeed expects that a backward runs through all of a model. Here a loss may depend on what a hook reads within a
+    module alone: the backward of that module then ends without having begun, and is left out.
+    """
 
     def __init__(self, module: nn.Module, **options: Any) -> None:
         super().__init__(module, **options)
-        self.in_backward: set[nn.Module] = set()
-        # What is read within a module may be all that a loss depends on: then its backward never begins, but ends.
-        module.register_forward_pre_hook(self._forget_backward, prepend=True)
+        self._begun: set[nn.Module] = set()
+        module.register_forward_pre_hook(self._end_backward, prepend=True)
 
     def pre_sub_module_backward_function(self, sub_module: nn.Module) -> None:
-        self.in_backward.add(sub_module)
+        self._begun.add(sub_module)
         super().pre_sub_module_backward_function(sub_module)
 
     def post_sub_module_backward_function(self, sub_module: nn.Module) -> None:
-        if sub_module in self.in_backward:
-            self.in_backward.remove(sub_module)
+        if sub_module in self._begun:
+            self._begun.remove(sub_module)
             super().post_sub_module_backward_function(sub_module)
 
-    def _forget_backward(self, *_: Any) -> None:
-        """Give up what the last backward gathered of modules whose inputs have no gradient: theirs never ends."""
-        self.in_backward.clear()
+    def _end_backward(self, *_: Any) -> None:
+        """Give up, before the next forward, what was gathered for a backward that did not reach the module's inputs."""
+        self._begun.clear()
         self.release_backward_leftovers()
 
 
