@@ -156,6 +156,7 @@ def _train(model: nn.Module, dataset: Any, config: FinetuneConfig | None, *, sam
             accelerator.wait_for_everyone()
         most = _SAMPLED if sampled else math.inf
         plan = [(stage, step) for stage in training.stages for step in range(int(min(stage.steps, most)))]
+        prepared = prepare_model(accelerator, model, training.layers)  # moves it: moments are loaded to where it is then
         adamw = _optimizer(training, config)
         restart = checkpoint.latest(output) if output and config.resume else None
         if output and restart:
@@ -173,7 +174,6 @@ def _train(model: nn.Module, dataset: Any, config: FinetuneConfig | None, *, sam
         order = ShuffledRows(len(chunks), config.seed, start=state["step"] * chunks_per_step)
         rows = TensorDataset(chunks) if labels is None else TensorDataset(chunks, labels)
         batches = iter(accelerator.prepare_data_loader(DataLoader(rows, config.batch_size, sampler=order)))
-        prepared = prepare_model(accelerator, model, training.layers)
         copy_from_first_process(training.layers)
         run = _Run(config, training, accelerator, prepared, adamw, optimizer)
         journal = Journal(output, accelerator, settings, history)
