@@ -73,10 +73,9 @@ def divide(model: nn.Module, kept: Sequence[nn.Module], device: torch.device) ->
             param_persistence_threshold=zero.param_persistence_threshold,
             model_persistence_threshold=zero.model_persistence_threshold,
         )
-    for module in kept:
-        module.to(device)
-    for buffer in model.buffers():
-        buffer.data = buffer.data.to(device)
+    whole = [tensor for module in kept for tensor in module.parameters()]
+    for tensor in (*whole, *model.buffers()):
+        tensor.data = tensor.data.to(device)
 
 
 @contextmanager
