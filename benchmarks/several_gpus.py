@@ -55,6 +55,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 LENGTH = 8_192
 KILLED = {"rank": 1, "step": 4}
+METHODS = ("sparsek", "sparsek lora", "sparsefinder")
 DIVIDING = ("fsdp2", "zero3")  # engines that divide the base among the processes
 
 
@@ -184,8 +185,8 @@ def plan(options: argparse.Namespace, folder: Path) -> list[tuple[str, int, list
         return found | more
 
     def training(engine: str, count: int) -> tuple[str, int, list[dict[str, Any]]]:
-        names = ("sparsek", "sparsek lora", "sparsefinder")
-        return engine, count, [case(n, engine, count, "1B", 5, accumulation=most // count) for n in names]
+        share = {"accumulation": most // count}
+        return engine, count, [case(name, engine, count, "1B", 5, **share) for name in options.methods]
 
     several = [count for count in options.processes if count > 1]
     dividing = [engine for engine in options.engines if engine in DIVIDING]
@@ -213,6 +214,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", help="by default 1, 2 and 4, as far as there are GPUs")
     installed = DIVIDING if find_spec("deepspeed") else DIVIDING[:1]
     parser.add_argument("--engines", nargs="+", choices=["ddp", *DIVIDING], default=["ddp", *installed])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="of the 1B shape")
     parser.add_argument("--deadline", type=float, default=3600, help="seconds after which no launch begins")
     parser.add_argument("--tiny", action="store_true", help="models of no size, to try the script out")
     parser.add_argument("--commit", help="to write into the JSON, where there is no repository to ask")
