@@ -21,7 +21,7 @@
         --prediction entmax_prediction-choices-h200.json entmax_prediction-smollm2-h200.json \\
         entmax_prediction-h200.json --static static_decode-8-layers-h200.json \\
         --quality predicted_quality-*-h200.json --bidirectional entmax_bidirectional-*-h200.json \\
-        --lengths finetune_length-h200.json \\
+        --lengths finetune_length-h200.json --gpus several_gpus-h200.json \\
         --fill ../../docs/speed.md ../../README.md --figure ../../docs/speed.png
 
 A document marks the place of a table: everything between `<!-- table: NAME -->` and `<!-- end -->` is replaced. The
@@ -31,6 +31,7 @@ each next one adds the cells that those before it lack.
 
 import argparse
 import json
+import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -203,6 +204,25 @@ def length_table(run: dict[str, Any]) -> str:
         cells += [f"{row['tokens_per_second']:,.0f}", short(row["hours_for_20M_tokens"])]
         rows.append([*cells, "-" if share is None else f"{share:.0%}", f"{peak / 2**30:.0f} GiB" if peak else "-"])
     return table(["base, objective", "tokens", "tokens/s", "hours for 20 M tokens", "share of peak", "memory"], rows)
+
+
+def gpus_table(run: dict[str, Any]) -> str:
+    """Tabulate training by several processes, one a GPU; of each case the process with the most memory counts."""
+    cases: dict[str, dict[str, Any]] = {}
+    for case in (case for launch in run["launches"] for case in launch["cases"] if "resumed" not in case["case"]):
+        merged = cases.setdefault(case["case"], {"peak_memory_bytes": 0, "tokens_per_second": math.inf})
+        merged["peak_memory_bytes"] = max(merged["peak_memory_bytes"], case["peak_memory_bytes"])
+        merged["tokens_per_second"] = min(merged["tokens_per_second"], case["tokens_per_second"])
+        merged.update({name: case[name] for name in ("efficiency", "difference", "base_share") if name in case})
+    rows = []
+    for name, case in sorted(cases.items(), key=lambda item: item[0].split()[:-2]):
+        *what, engine, gpus = name.split()
+        values = [f"{case[key]:.2f}" if key in case else "-" for key in ("efficiency", "difference", "base_share")]
+        peak = f"{case['peak_memory_bytes'] / 2**30:.1f} GiB"
+        label = "one process" if gpus == "1" else {"ddp": "DDP", "fsdp2": "FSDP2"}.get(engine, engine)
+        rows.append([" ".join(what), label, gpus, f"{case['tokens_per_second']:,.0f}", *values, peak])
+    head = ["case", "engine", "GPUs", "tokens/s of all", "efficiency", "difference", "share of base", "memory of a GPU"]
+    return table(head, rows)
 
 
 def profile_table(profiles: list[dict[str, Any]]) -> str:
@@ -795,6 +815,7 @@ def all_tables(
     bidirectional: Sequence[dict[str, Any]] = (),
     flex: dict[str, Any] | None = None,
     lengths: dict[str, Any] | None = None,
+    gpus: dict[str, Any] | None = None,
 ) -> dict[str, str]:
     """Return every table by the name that documents call it.
 
@@ -806,7 +827,7 @@ def all_tables(
     scripts of these names, `static` holds runs of `static_decode.py`, `prediction` runs of predicted tiles, of
     which the first with a text and a contender counts; `quality` holds runs of what predicted tiles cost in perplexity,
     `bidirectional` runs of entmax_kernels.py without a causal mask, `flex` is one of predicted tiles beside
-    FlexAttention, and `lengths` one of `finetune_length.py`."""
+    FlexAttention, `lengths` one of `finetune_length.py`, and `gpus` one of `several_gpus.py`."""
     spread = [[label, f"{model['spread'][name]:.0%}"] for name, label in CACHES.items()]
     return {
         "machine": machine_table(kernels, model),
@@ -853,6 +874,7 @@ def all_tables(
         **({"predicted quality": predicted_quality_table(quality)} if quality else {}),
         **({"flex tiles": flex_table(flex)} if flex else {}),
         **({"lengths": length_table(lengths)} if lengths else {}),
+        **({"several gpus": gpus_table(gpus)} if gpus else {}),
         **(bidirectional_tables(bidirectional) if bidirectional else {}),
     }
 
@@ -923,6 +945,7 @@ def main() -> None:
     parser.add_argument("--quality", type=Path, nargs="+", default=[], help="JSON of predicted_quality.py")
     parser.add_argument("--bidirectional", type=Path, nargs="+", default=[], help="JSON of entmax_kernels.py")
     parser.add_argument("--lengths", type=Path, help="JSON of finetune_length.py")
+    parser.add_argument("--gpus", type=Path, help="JSON of several_gpus.py")
     parser.add_argument("--flex", type=Path, help="JSON of entmax_prediction.py beside FlexAttention")
     parser.add_argument(
         "--fill", type=Path, nargs="*", default=[], help="Markdown files whose marked tables are replaced"
@@ -964,6 +987,7 @@ def main() -> None:
         bidirectional=list(map(read, options.bidirectional)),
         flex=read(options.flex) if options.flex else None,
         lengths=read(options.lengths) if options.lengths else None,
+        gpus=read(options.gpus) if options.gpus else None,
     )
     if options.figure:
         draw(kernels, options.figure)

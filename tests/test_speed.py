@@ -70,6 +70,7 @@ def tables() -> dict[str, str]:
         prediction=read("entmax_prediction-choices", "entmax_prediction-smollm2", "entmax_prediction"),
         bidirectional=read("entmax_bidirectional-1", "entmax_bidirectional-8"),
         lengths=read("finetune_length")[0],
+        gpus=read("several_gpus")[0],
         quality=read(
             *(f"predicted_quality-{name}" for name in ("qwen", "smollm2", "smollm2-lora", "smollm2-unpatched"))
         ),
