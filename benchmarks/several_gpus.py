@@ -3,13 +3,13 @@
     python benchmarks/several_gpus.py --output several_gpus.json
 
 Models are Llamas with random weights in bfloat16, trained on random tokens. With 1, 2 and 4 processes, as far as there
-are GPUs, started by torchrun (DDP) or by accelerate's launcher (FSDP2):
+are GPUs, started by torchrun (DDP) or by accelerate's launcher (FSDP2, and ZeRO-3 where DeepSpeed is installed):
 
     1B   8,192 tokens, one chunk per process and batch. Fewer processes accumulate more batches, so that every run takes
          the same optimiser steps. SparseK, with LoRA too, and Sparsefinder. `efficiency` is the speed of a process over
          that of one alone; `difference` is the norm by which what was trained differs from one process, over the norm
          by which training has changed it.
-    8B   with FSDP2; and, on four GPUs, layers of a 70B shape, whose number is told
+    8B   divided among the processes; and, on four GPUs, layers of a 70B shape, whose number is told
     map  one process whose layers `device_map` spreads over two GPUs
     kill one process of two ends by SIGKILL in its fourth step; how the others end, and what a run makes of it that
          resumes on another number of processes
@@ -27,6 +27,8 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -53,6 +55,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 LENGTH = 8_192
 KILLED = {"rank": 1, "step": 4}
+METHODS = ("sparsek", "sparsek lora", "sparsefinder")
+DIVIDING = ("fsdp2", "zero3")  # engines that divide the base among the processes
 
 
 def method(name: str, tiny: bool) -> Any:
@@ -79,7 +83,7 @@ def work(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         place_layers(base, case["gpus"])
     model = get_peft_model(base.eval(), method(case["method"], tiny))
     before = {name: tensor.detach().cpu().clone() for name, tensor in get_peft_model_state_dict(model).items()}
-    if case["engine"] == "fsdp2":  # as a checkpoint that is too large for one GPU is loaded
+    if case["engine"] in DIVIDING:  # as a checkpoint that is too large for one GPU is loaded
         model.to("cpu")
     gc.collect()
     if cuda:
@@ -136,7 +140,7 @@ def launch(engine: str, processes: int, cases: list[dict[str, Any]], folder: Pat
     out = folder / "told.jsonl"
     out.unlink(missing_ok=True)
     launcher = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    if engine == "fsdp2":
+    if engine in DIVIDING:
         config = ["--config_file", str(config_file(engine)), "--num_processes", str(processes)]
         launcher = ["accelerate.commands.launch", *config]
     start = ["-m", *launcher] if engine != "none" else []
@@ -181,18 +185,18 @@ def plan(options: argparse.Namespace, folder: Path) -> list[tuple[str, int, list
         return found | more
 
     def training(engine: str, count: int) -> tuple[str, int, list[dict[str, Any]]]:
-        names = ("sparsek", "sparsek lora", "sparsefinder")
-        return engine, count, [case(n, engine, count, "1B", 5, accumulation=most // count) for n in names]
+        share = {"accumulation": most // count}
+        return engine, count, [case(name, engine, count, "1B", 5, **share) for name in options.methods]
 
+    several = [count for count in options.processes if count > 1]
+    dividing = [engine for engine in options.engines if engine in DIVIDING]
     launches = [training("ddp", count) for count in options.processes]
-    launches += [training("fsdp2", count) for count in options.processes if count > 1]
-    for count in options.processes:
-        if count > 1:
-            shapes = ("8B", "70B") if count >= 4 else ("8B",)
-            large = [case("sparsek", "fsdp2", count, shape, 3, accumulation=1) for shape in shapes]
-            launches.append(("fsdp2", count, large))
+    launches += [training(engine, count) for engine in dividing for count in several]
+    for engine, count in product(dividing, several):
+        shapes = ("8B", "70B") if count >= 4 else ("8B",)
+        launches.append((engine, count, [case("sparsek", engine, count, shape, 3, accumulation=1) for shape in shapes]))
     small: dict[str, Any] = {"method": "sparsek", "shape": "tiny", "steps": 6}
-    for engine in ("ddp", "fsdp2") if most > 1 else ():
+    for engine in options.engines if most > 1 else ():
         place = {"output": str(folder / f"run-{engine}"), "accumulation": most // 2}
         launches.append((engine, 2, [small | place | {"name": f"killed {engine}", "engine": engine, "killed": KILLED}]))
         for count in dict.fromkeys((1, most)):  # each goes on from a copy of what the killed run left
@@ -208,6 +212,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--processes", type=int, nargs="+", help="by default 1, 2 and 4, as far as there are GPUs")
+    installed = DIVIDING if find_spec("deepspeed") else DIVIDING[:1]
+    parser.add_argument("--engines", nargs="+", choices=["ddp", *DIVIDING], default=["ddp", *installed])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="of the 1B shape")
     parser.add_argument("--deadline", type=float, default=3600, help="seconds after which no launch begins")
     parser.add_argument("--tiny", action="store_true", help="models of no size, to try the script out")
     parser.add_argument("--commit", help="to write into the JSON, where there is no repository to ask")

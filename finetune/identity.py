@@ -51,10 +51,11 @@ def base_sha256(model: nn.Module, layers: Sequence[nn.Module]) -> str:
     for name, tensor in sorted(_tensors(model), key=lambda named: named[0]):
         if id(tensor) in of_adapter:
             continue
+        tensor = full(tensor)
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
         if tensor.is_meta or not tensor.numel():
             continue
-        bits = _bits(full(tensor))
+        bits = _bits(tensor)
         digest.update(f"{int(bits.sum(dtype=torch.int64))}\n".encode())
         digest.update(bits[:: max(1, len(bits) // _SAMPLES)].cpu().numpy().tobytes())
     return digest.hexdigest()

@@ -1,19 +1,21 @@
 """Run several processes with accelerate's launcher, and check that a launcher gave what it was asked for."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from hf_sparse.environment import is_launched, launched_processes
 
 _CONFIGS = Path(__file__).parent / "configs"
 
 #: The configurations of `accelerate launch` that come with hf-sparse.
-CONFIGS = ("ddp", "fsdp2")
+CONFIGS = ("ddp", "fsdp2", "zero3")
 
 # Engines that accelerate can start and `finetune` cannot train with, by the variable that asks for them.
 _REFUSED = {
-    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
     "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
 }
@@ -24,7 +26,7 @@ def config_file(name: str) -> Path:
 
     Args:
         name: `"ddp"`: every process holds the whole model. `"fsdp2"`: the frozen base model is divided among the
-            processes. Or the path of a file that `accelerate config` wrote.
+            processes. `"zero3"`: the same with DeepSpeed. Or the path of a file that `accelerate config` wrote.
 
     Raises:
         ValueError: there is no such configuration or file.
@@ -47,12 +49,16 @@ def launch(arguments: Sequence[str], processes: int, config: str) -> int:
         The exit code: 0, that of the first process that failed, or 1 if a signal ended it.
 
     Raises:
-        ValueError: there is no such configuration.
+        ValueError: there is no such configuration, or it needs DeepSpeed, which is not installed.
     """
+    from accelerate.commands.config.config_args import load_config_from_file
     from accelerate.commands.launch import launch_command, launch_command_parser
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    options = ["--config_file", str(config_file(config)), "--num_processes", str(processes)]
+    file = str(config_file(config))
+    if load_config_from_file(file).distributed_type == "DEEPSPEED":
+        _check_deepspeed()
+    options = ["--config_file", file, "--num_processes", str(processes)]
     parsed = launch_command_parser().parse_args([*options, "--module", "hf_sparse", *arguments])
     try:
         launch_command(parsed)
@@ -62,8 +68,28 @@ def launch(arguments: Sequence[str], processes: int, config: str) -> int:
 
 
 def is_sharded() -> bool:
-    """Tell whether a launcher asked for FSDP, which divides the base model among the processes."""
-    return _is_true("ACCELERATE_USE_FSDP")
+    """Tell whether a launcher asked for FSDP or DeepSpeed, which divide the base model among the processes."""
+    return _is_true("ACCELERATE_USE_FSDP") or is_zero3()
+
+
+def is_zero3() -> bool:
+    """Tell whether a launcher asked for DeepSpeed, of which `check_launch` takes ZeRO-3 only."""
+    return _is_true("ACCELERATE_USE_DEEPSPEED")
+
+
+@contextmanager
+def without_deepspeed_engine() -> Iterator[None]:
+    """Hide from accelerate, within a `with` block, that it was asked for DeepSpeed.
+
+    DeepSpeed's engine would take over gradients, optimiser and checkpoints. Here it divides the frozen base model only,
+    and to accelerate the processes are those of a model that is not divided.
+    """
+    asked = os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
+    try:
+        yield
+    finally:
+        if asked is not None:
+            os.environ["ACCELERATE_USE_DEEPSPEED"] = asked
 
 
 def check_launch(processes: int | None = None) -> None:
@@ -80,7 +106,7 @@ def check_launch(processes: int | None = None) -> None:
         if _is_true(variable):
             raise ValueError(
                 f"finetune does not train with {engine}, for which accelerate was configured: to divide the base model "
-                "among processes use FSDP2 (hf_sparse.finetune.config_file('fsdp2'))"
+                "among processes use FSDP2 or ZeRO-3 (hf_sparse.finetune.config_file('fsdp2'), or 'zero3')"
             )
     launched = launched_processes()
     # `accelerate launch --cpu --num_processes 2` starts one process, and leaves it to MPI to start others.
@@ -92,8 +118,11 @@ def check_launch(processes: int | None = None) -> None:
         )
     if processes is not None and launched != processes:
         raise ValueError(f"expected {processes} processes, and the launcher started {launched}")
-    if is_sharded():
-        _check_sharding()
+    if _is_true("ACCELERATE_USE_FSDP"):
+        _check_fsdp()
+    if is_zero3():
+        _check_deepspeed()
+        _check_zero()
 
 
 def check_devices(*, cpu: bool) -> None:
@@ -109,7 +138,38 @@ def check_devices(*, cpu: bool) -> None:
         raise ValueError(f"expected a GPU for each of {local} processes, got {torch.cuda.device_count()}")
 
 
-def _check_sharding() -> None:
+def _check_deepspeed() -> None:
+    """Check that DeepSpeed is installed."""
+    if find_spec("deepspeed") is None:
+        raise ValueError(
+            "accelerate was configured for DeepSpeed, which is not installed: pip install hf-sparse[deepspeed]"
+        )
+
+
+def _check_zero() -> None:
+    """Check the settings of DeepSpeed, which accelerate hands on in the environment or in a file."""
+    from accelerate.utils import DeepSpeedPlugin
+
+    plugin = DeepSpeedPlugin()
+    if plugin.zero_stage != 3:
+        raise ValueError(
+            f"expected zero_stage 3, got {plugin.zero_stage}: the stages below divide only what belongs to trained "
+            "parameters, which are few here and whole in each process, as with hf_sparse.finetune.config_file('ddp')"
+        )
+    if plugin.zero3_init_flag:
+        raise ValueError("zero3_init_flag must be false: finetune divides the model that it is given")
+    for name in ("offload_param_device", "offload_optimizer_device"):
+        if getattr(plugin, name) != "none":
+            raise ValueError(f"{name} must be none, got {getattr(plugin, name)}: finetune keeps all parts on the GPUs")
+    zero = plugin.deepspeed_config["zero_optimization"]
+    others = [name for name in ("optimizer", "scheduler", "compression_training") if name in plugin.deepspeed_config]
+    none: dict[str, Any] = {"zero_hpz_partition_size": 1}
+    others += [name for name, value in zero.items() if name.startswith("zero_") and value != none.get(name, False)]
+    if others:
+        raise ValueError(f"finetune does not do what the configuration of DeepSpeed asks for with {', '.join(others)}")
+
+
+def _check_fsdp() -> None:
     """Check the settings of FSDP, which accelerate hands on in the environment."""
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise ValueError(f"expected fsdp_version 2, got {os.environ.get('FSDP_VERSION', '1')}")

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_sparse.finetune.sharding import size
+
 # Operations per second of dense matrix products in half precision, of the data sheets, by a word in a GPU's name.
 _PEAKS = {
     "A100": 312e12,
@@ -49,6 +51,6 @@ def share_of_peak(
         return None
     base: Any = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
-    looked_up = 0 if head is not None and head.weight is embedding.weight else embedding.weight.numel()
-    weights = sum(parameter.numel() for parameter in model.parameters()) - looked_up
+    looked_up = 0 if head is not None and head.weight is embedding.weight else size(embedding.weight)
+    weights = sum(map(size, model.parameters())) - looked_up
     return 2 * weights * _PASSES.get(loss, 1) * tokens_per_second / peak

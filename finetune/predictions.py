@@ -96,7 +96,7 @@ def _last_token_only(head: nn.Module, seen: list[tuple[Tensor, bool, torch.dtype
         seen.append((states, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)))
         return (states[:, -1:], *rest)
 
-    hook = head.register_forward_pre_hook(keep)
+    hook = head.register_forward_pre_hook(keep, prepend=True)
     try:
         yield
     finally:

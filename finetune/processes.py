@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType, GradientAccumulationPlugin, broadcast
+from accelerate.utils import DeepSpeedPlugin, DistributedType, GradientAccumulationPlugin, broadcast
 from torch import nn
 
 from hf_sparse.core.layer import SparseAttentionLayer
@@ -17,7 +17,7 @@ from hf_sparse.environment import is_launched, launched_processes
 from hf_sparse.finetune.config import FinetuneConfig
 from hf_sparse.finetune.float8 import check_float8, float8_recipe
 from hf_sparse.finetune.journal import check_tracker
-from hf_sparse.finetune.launch import check_devices, check_launch, is_sharded
+from hf_sparse.finetune.launch import check_devices, check_launch, is_sharded, is_zero3, without_deepspeed_engine
 from hf_sparse.finetune.sharding import shard_base
 
 
@@ -26,9 +26,11 @@ def separate_accelerate_state() -> Iterator[None]:
     """Let accelerate begin anew within a `with` block, and give the caller's state back after it.
 
     accelerate keeps device and precision of its first use for the whole process. Where processes were launched
-    together they keep the device, which is bound to their group.
+    together they keep the device, which is bound to their group. With DeepSpeed the engine is kept there too, which is
+    not used here.
     """
-    kinds: list[Any] = [AcceleratorState] if is_launched() else [AcceleratorState, PartialState]
+    keeps_device = is_launched() and not is_zero3()
+    kinds: list[Any] = [AcceleratorState] if keeps_device else [AcceleratorState, PartialState]
     before = [dict(kind._shared_state) for kind in kinds]
     for kind in kinds:
         kind._shared_state.clear()
@@ -56,19 +58,20 @@ def make_accelerator(config: FinetuneConfig) -> Accelerator:
     in_float8 = config.mixed_precision == "fp8"
     if in_float8:
         check_float8(cpu=cpu)
-    accelerator = Accelerator(
-        mixed_precision=config.mixed_precision,
-        # Not of the environment, where a launcher may have left another number.
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
-        cpu=cpu,
-        log_with=config.tracker,
-        project_dir=config.output_dir,
-        kwargs_handlers=[float8_recipe()] if in_float8 else None,
-    )
+    with without_deepspeed_engine():
+        accelerator = Accelerator(
+            mixed_precision=config.mixed_precision,
+            # Not of the environment, where a launcher may have left another number.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
+            cpu=cpu,
+            log_with=config.tracker,
+            project_dir=config.output_dir,
+            kwargs_handlers=[float8_recipe()] if in_float8 else None,
+        )
     if accelerator.num_processes != launched_processes():
         raise ValueError(f"expected {launched_processes()} processes, and accelerate found {accelerator.num_processes}")
     if accelerator.distributed_type in (DistributedType.DEEPSPEED, DistributedType.MEGATRON_LM):
-        raise ValueError(f"finetune does not train with {accelerator.distributed_type.value}: use FSDP2, or none")
+        raise ValueError(f"finetune does not train with the engine {accelerator.distributed_type.value} of accelerate")
     return accelerator
 
 
@@ -84,12 +87,23 @@ def prepare_model(accelerator: Accelerator, model: nn.Module, layers: Sequence[S
 
 
 def _check_precision(config: FinetuneConfig) -> None:
-    """Check that a launcher that was asked for a precision was asked for that of the settings."""
-    asked = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-    if asked not in ("no", config.mixed_precision):
+    """Check that a launcher that was asked for a precision or for clipping was asked for those of the settings."""
+    precision, norm = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), None
+    if is_zero3():
+        plugin = DeepSpeedPlugin()
+        norm = plugin.gradient_clipping
+        precision = next(
+            (name for name in ("fp16", "bf16") if plugin.hf_ds_config.is_true(f"{name}.enabled")), precision
+        )
+    if precision not in ("no", config.mixed_precision):
         raise ValueError(
-            f"the launcher was asked for mixed_precision {asked!r}, and the settings say {config.mixed_precision!r}: "
-            "give both the same"
+            f"the launcher was asked for mixed_precision {precision!r}, and the settings say "
+            f"{config.mixed_precision!r}: give both the same"
+        )
+    if norm not in (None, "auto", config.max_grad_norm):
+        raise ValueError(
+            f"the launcher was asked for gradient_clipping {norm}, and the settings say max_grad_norm "
+            f"{config.max_grad_norm}: give both the same"
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from hf_sparse.atomic_files import write_json
+from hf_sparse.finetune.sharding import size
 from hf_sparse.finetune.stages import Training
 from hf_sparse.patches.heads import parameters_saved
 
@@ -22,7 +23,7 @@ def parameter_counts(model: nn.Module, training: Training) -> dict[str, Any]:
         "trained": training.learned,
         "trainable_parameters": sum(p.numel() for p in learned.values()),
         "lora_parameters": sum(p.numel() for name, p in learned.items() if name in training.lora),
-        "all_parameters": sum(p.numel() for p in model.parameters()),
+        "all_parameters": sum(map(size, model.parameters())),
         **({"head_parameters": sum(p.numel() for p in head)} if head else {}),
     }
 

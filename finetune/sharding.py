@@ -1,4 +1,4 @@
-"""Divide the frozen base model among processes with FSDP2, as accelerate does it; what is trained stays whole in each.
+"""Divide the frozen base model among processes, with FSDP2 or ZeRO-3; what is trained stays whole in each.
 
 accelerate itself divides models on accelerators only; on a CPU it would leave the model whole without a word.
 """
@@ -17,7 +17,9 @@ from torch.distributed.fsdp import FSDPModule
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_sparse.core.layer import SparseAttentionLayer
-from hf_sparse.patches.heads import parameters_saved
+from hf_sparse.finetune.launch import is_zero3
+from hf_sparse.patches import sparse_layers
+from hf_sparse.patches.heads import modules_saved, parameters_saved
 
 
 def shard_base(accelerator: Accelerator, model: nn.Module, layers: Sequence[SparseAttentionLayer]) -> nn.Module:
@@ -29,10 +31,16 @@ def shard_base(accelerator: Accelerator, model: nn.Module, layers: Sequence[Spar
         layers: its sparse attention layers.
 
     Returns:
-        The model, whose parameters are `DTensor`s but for those of the adapter.
+        The model. FSDP2 makes its parameters `DTensor`s; ZeRO-3 leaves them empty while they are not needed.
     """
     if accelerator.device.type == "cpu" and torch.accelerator.is_available():
-        raise ValueError("FSDP cannot divide a model on the CPU of a machine with an accelerator: hide it, or use it")
+        raise ValueError("a model cannot be divided on the CPU of a machine with an accelerator: hide it, or use it")
+    if is_zero3():
+        from hf_sparse.finetune.zero3 import divide  # needs DeepSpeed
+
+        if not any(is_in_zero3(parameter) for parameter in model.parameters()):  # by an earlier run
+            divide(model, [*sparse_layers(model), *modules_saved(model)], accelerator.device)
+        return model
     for module in layers:
         module.to(accelerator.device)
     kept = nn.ParameterList([*_of_adapter(model, layers), *_tied(model)])
@@ -55,32 +63,62 @@ def reshard(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+    parameters: list[Any] = [parameter for parameter in model.parameters() if is_in_zero3(parameter)]
+    for parameter in parameters:
+        if parameter.numel():
+            parameter.ds_active_sub_modules.clear()  # an error may have ended a forward or backward that needed it
+            parameter.partition()
 
 
 def share_of_base(model: nn.Module, layers: Sequence[SparseAttentionLayer]) -> float:
     """Return the share of the base model's parameters that this process holds."""
     of_adapter = {id(parameter) for parameter in _of_adapter(model, layers)}
     base = [parameter for parameter in model.parameters() if id(parameter) not in of_adapter]
-    return sum(_local(parameter).numel() for parameter in base) / sum(parameter.numel() for parameter in base)
+    return sum(_local(parameter).numel() for parameter in base) / sum(map(size, base))
 
 
-def full(tensor: Tensor) -> Tensor:
+def size(tensor: Any) -> int:
+    """Return how many numbers a tensor has, those of the other processes included."""
+    return int(tensor.ds_numel if is_in_zero3(tensor) else tensor.numel())
+
+
+def full(tensor: Any) -> Tensor:
     """Return a tensor with what the other processes hold of it, if it is divided; all of them must ask for it."""
+    if is_in_zero3(tensor):
+        _gather([tensor])
+        whole: Tensor = tensor.data
+        tensor.partition()  # which gives it other memory
+        return whole
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()
+
+
+def is_in_zero3(tensor: Tensor) -> bool:
+    """Tell whether ZeRO-3 has divided a tensor. It is empty then, unless it is gathered."""
+    return hasattr(tensor, "ds_tensor")
 
 
 @contextmanager
 def gathered(module: nn.Module) -> Iterator[Any]:
     """Give the forward of a module that is called by itself, outside the model's, with its parameters gathered.
 
-    Hooks of FSDP would take such a call for the beginning of another forward of the model.
+    Hooks of FSDP would take such a call for the beginning of another forward of the model, and those of ZeRO-3 would
+    gather again for every call.
     """
     if isinstance(module, FSDPModule):
         module.unshard()
         yield module.forward
+    elif divided := [parameter for parameter in module.parameters() if is_in_zero3(parameter)]:
+        _gather(divided)  # until the next forward of the model has used them
+        yield module.forward
     else:
         yield module
+
+
+def _gather(parameters: Sequence[Any]) -> None:
+    """Gather those parameters of ZeRO-3 that are not."""
+    if divided := [parameter for parameter in parameters if not parameter.numel()]:
+        divided[0].all_gather(divided)
 
 
 def _of_adapter(model: nn.Module, layers: Sequence[SparseAttentionLayer]) -> list[nn.Parameter]:
@@ -95,6 +133,9 @@ def _tied(model: Any) -> list[nn.Parameter]:
     return [p for key, p in shared.items() if counts[key] > 1 and key != embeddings]
 
 
-def _local(tensor: Tensor) -> Tensor:
+def _local(tensor: Any) -> Tensor:
+    """Return what this process holds of a tensor while it is not gathered."""
+    if is_in_zero3(tensor):
+        return tensor.ds_tensor
     to_local = getattr(tensor, "to_local", None)
     return tensor if to_local is None else to_local()

@@ -131,7 +131,7 @@ def train_adapter(
         check_float8(cpu=cpu)
     model, tokenizer = load_adapter(adapter, device=device, dtype=dtype, trainable=True, placed=not is_sharded())
     if is_sharded() and model.active_peft_config.saves_embeddings:
-        raise ValueError("this adapter holds the embeddings, which FSDP would divide: train it without FSDP")
+        raise ValueError("this adapter holds the embeddings, which would be divided: train it with the whole base")
     options: dict[str, Any] = {"bos": bos, "seed": config.seed, "corrupt": True}
     counts: dict[str, int] = {}
     if isinstance(text, str):

@@ -111,7 +111,12 @@ def modules_of(model: PreTrainedModel, parameters: Iterable[str]) -> list[str]:
 
 def parameters_saved(model: nn.Module) -> list[nn.Parameter]:
     """List the parameters of the modules that are saved with the adapter in use (`modules_to_save`)."""
-    return [parameter for _, saved in _saved(model) for parameter in saved.parameters()]
+    return [parameter for saved in modules_saved(model) for parameter in saved.parameters()]
+
+
+def modules_saved(model: nn.Module) -> list[nn.Module]:
+    """List the modules that are saved with the adapter in use (`modules_to_save`)."""
+    return [saved for _, saved in _saved(model)]
 
 
 def untrained_modules(model: nn.Module) -> list[str]:

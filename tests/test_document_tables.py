@@ -103,6 +103,8 @@ ELSEWHERE = (
     ("torch", "patches/test_compiled_training.py", "test_soft_gates", "works"),
     ("accelerate", "finetune/test_processes.py", "test_processes_do_what_one_does", "works"),
     ("accelerate", "finetune/test_launch.py", "test_refuses_engines_and_settings", "refused"),
+    ("DeepSpeed", "finetune/test_zero3.py", "test_processes_do_what_one_does", "works"),
+    ("DeepSpeed", "finetune/test_zero3.py", "test_resumes_after_a_kill", "works"),
     ("kvpress", "kvpress/test_press.py", "test_what_is_kept_is_what_the_cache_of_the_patched_model_keeps", "works"),
     ("lm-evaluation-harness", "evaluation/test_lm_eval.py", "test_a_local_task", "works"),
 )

@@ -68,7 +68,7 @@ def finetune(
         str,
         typer.Option(
             metavar="NAME",
-            help="How they share it: ddp, fsdp2 (the frozen base model is divided), or a file of `accelerate config`.",
+            help="How they share it: ddp; fsdp2 or zero3, which divide the base; or a file of `accelerate config`.",
         ),
     ] = "ddp",
     dry_run: Annotated[

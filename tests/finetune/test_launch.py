@@ -1,12 +1,13 @@
 """Runs that a launcher did not start as it was asked to are refused before anything is loaded."""
 
+import json
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from hf_sparse.finetune import FinetuneConfig, config_file
+from hf_sparse.finetune import FinetuneConfig, config_file, launch
 from hf_sparse.finetune.launch import CONFIGS, check_devices, check_launch
 from hf_sparse.finetune.processes import make_accelerator, separate_accelerate_state
 
@@ -15,15 +16,14 @@ def test_configurations_are_files_that_accelerate_reads():
     from accelerate.commands.config.config_args import load_config_from_file
 
     kinds = {name: load_config_from_file(str(config_file(name))).distributed_type.value for name in CONFIGS}
-    assert kinds == {"ddp": "MULTI_GPU", "fsdp2": "FSDP"}
-    with pytest.raises(ValueError, match=r"expected one of ddp, fsdp2 or a file of `accelerate config`, got 'zero3'"):
-        config_file("zero3")
+    assert kinds == {"ddp": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}
+    with pytest.raises(ValueError, match=r"one of ddp, fsdp2, zero3 or a file of `accelerate config`, got 'zero2'"):
+        config_file("zero2")
 
 
 @pytest.mark.parametrize(
     "environment, message",
     [
-        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "does not train with DeepSpeed"),
         ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "does not train with Megatron-LM"),
         ({"ACCELERATE_USE_FSDP": "true"}, "expected fsdp_version 2, got 1"),
         (
@@ -41,10 +41,51 @@ def test_configurations_are_files_that_accelerate_reads():
     ],
 )
 def test_refuses_engines_and_settings(monkeypatch, environment, message):
-    """DeepSpeed, Megatron-LM and `parallelism_config` of a launcher are refused before anything is loaded."""
+    """Megatron-LM and `parallelism_config` of a launcher are refused before anything is loaded."""
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=message):
+        check_launch()
+
+
+@pytest.mark.parametrize(
+    "settings, init, message",
+    [
+        ({}, "false", None),
+        ({}, "true", "zero3_init_flag must be false"),
+        ({"zero_optimization": {"stage": 2}}, "false", "expected zero_stage 3, got 2: the stages below divide only"),
+        (
+            {"zero_optimization": {"offload_param": {"device": "cpu"}}},
+            "false",
+            "offload_param_device must be none, got",
+        ),
+        ({"zero_optimization": {"zero_quantized_weights": True}}, "false", "asks for with zero_quantized_weights"),
+        ({"optimizer": {"type": "AdamW"}}, "false", "does not do what the configuration of DeepSpeed asks for with op"),
+    ],
+)
+def test_takes_of_deepspeed_zero3_alone(monkeypatch, tmp_path, settings, init, message):
+    zero = {"stage": 3, **settings.get("zero_optimization", {})}
+    file = tmp_path / "deepspeed.json"
+    file.write_text(json.dumps({**settings, "zero_optimization": zero, "gradient_clipping": 0.5}))
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO3_INIT", init)
+    monkeypatch.setattr(launch, "find_spec", lambda name: name)
+    if message is not None:
+        with pytest.raises(ValueError, match=message):
+            check_launch()
+    else:
+        check_launch()
+        with pytest.raises(ValueError, match=r"asked for gradient_clipping 0\.5, and the settings say max_grad_norm 1"):
+            make_accelerator(FinetuneConfig(cpu=True))
+
+
+def test_says_where_deepspeed_is_missing(monkeypatch):
+    monkeypatch.setattr(launch, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"DeepSpeed, which is not installed: pip install hf-sparse\[deepspeed\]"):
+        launch.launch(["finetune", "adapter"], 2, "zero3")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(ValueError, match=r"DeepSpeed, which is not installed: pip install hf-sparse\[deepspeed\]"):
         check_launch()
 
 
