@@ -48,7 +48,7 @@ class Scoring(NamedTuple):
 class _Stock:
     """Hold what the layers of one call of a model read with: slots that are not filled yet, and working memory."""
 
-    def __init__(self, layout: Hashable, program: "Program", slots: list[Sequence[Tensor]]) -> None:
+    def __init__(self, layout: Hashable, program: "Program", slots: Sequence[Sequence[Tensor]]) -> None:
         self.layout, self.program = layout, program
         self.slots = [(one, [tensor.data_ptr() for tensor in one]) for one in slots]
         self.memory = program.memory()
@@ -162,9 +162,8 @@ def _stock(cache: SparseKCacheLayer, key: Tensor, layout: Hashable) -> _Stock | 
     with lasting():
         # Layers with budgets of their own take slots one by one.
         alike = call is not None and call.reading is None and cache.counts is None
-        first = new_slots(key, cache.counts or cache.slots)
-        more = call.layers - 1 if call is not None and alike else 0
-        slots = [first, *[[torch.empty_like(tensor) for tensor in first] for _ in range(more)]]
+        layers = call.layers if call is not None and alike else 1
+        slots = new_slots(key, cache.counts or cache.slots, layers)
         stock = _Stock(layout, program, slots)
     mark = torch._dynamo.mark_static_address  # as `fix_address`, of what is not being compiled
     for tensors in slots:
