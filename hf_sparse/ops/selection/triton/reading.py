@@ -22,12 +22,12 @@ from hf_sparse.ops.selection.triton.attention_forward import forward
 from hf_sparse.ops.selection.triton.linear_scores import row_scores, slopes, write_scores
 from hf_sparse.ops.selection.triton.lists import causal_tables
 from hf_sparse.ops.selection.triton.scan import launch_scan
-from hf_sparse.ops.selection.triton.slot_filling import copy_kept
 from hf_sparse.ops.selection.triton.slots import slots_of_head
 from hf_sparse.ops.triton.launch import compile_ahead, launch
 from hf_sparse.ops.triton.replay import ALIGNMENT, Program, empty, program_of, replayed
 
 _TOKENS = 4  # slots that a program fills where all keys have one
+_ROWS = 64  # slots that a program fills where keys leave
 _KEYS = 2048  # that a program looks at together
 
 
@@ -217,7 +217,7 @@ def _launch(
     *of_slots, counts, offsets = others
     slots = Slots(*of_slots)
     k, window, sinks, scaling, position_slope, slope_tokens, _ = settings
-    batch, heads, length, _ = key.shape
+    batch, heads, length, dim = key.shape
     scores = empty((batch, heads, length), torch.float32, key.device)
     write_scores(states, weight, slope, None, scores, position_slope=position_slope, slope_tokens=slope_tokens)
     plan = ScanPlan(k, min(k, length), query.shape[2], window, TILE, False, True)
@@ -226,13 +226,11 @@ def _launch(
         rank, floor, None, lists, scores, None, None, window=window, sinks=sinks, tile=TILE
     )  # fmt: skip
     output, _ = forward(query, key, value, None, None, tables, scaling)
-    # As many as layers need that share the launches: their heads may have other numbers of slots.
-    kept = empty((batch, heads * settings.slots), torch.int64, key.device)
-    launch(_keep, key.shape[:2])(
-        tables.until, scores, kept, slots.scores, slots.positions, slots.seen, slots.padded_late, slots.tokens, offsets,
-        length, settings.slots, KEYS=_KEYS, num_warps=8,
+    strides = (*key.stride()[:3], *value.stride()[:3])
+    launch(_keep, (triton.cdiv(settings.slots, _ROWS), batch, heads))(
+        tables.until, scores, key, value, *slots, offsets, *strides, length, settings.slots, dim,
+        KEYS=_KEYS, ROWS=_ROWS, DIM=triton.next_power_of_2(dim), num_warps=8,
     )  # fmt: skip
-    copy_kept(kept, key, value, slots.keys, slots.values, settings.slots, settings.slots, offsets)
     return (output,)
 
 
@@ -304,34 +302,66 @@ def _score_and_copy(
 
 
 @triton.jit(do_not_specialize=["length", "slots"])
-def _keep(Until, Score, Kept, scores, positions, seen, Late, Count, Offsets, length, slots, KEYS: tl.constexpr):
-    """Write the positions and scores of the keys that the last query attends to, in rising order: they fill the slots.
+def _keep(
+    Until,
+    Score,
+    Key,
+    Value,
+    keys,
+    values,
+    scores,
+    positions,
+    seen,
+    Late,
+    Count,
+    Offsets,
+    key_batch,
+    key_head,
+    key_row,
+    value_batch,
+    value_head,
+    value_row,
+    length,
+    slots,
+    dim,
+    KEYS: tl.constexpr,
+    ROWS: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """Fill ROWS slots of a head with keys that the last query attends to, in rising order.
 
-    They are what a later query can attend to: the sinks, the window and the best of the others."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    number = row * tl.num_programs(1) + head
+    These are what a later query can attend to: the sinks, the window and the best of the others. Every program counts
+    them from the beginning of the text on, for a launch costs more than that."""
+    row, head = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    number = row * tl.num_programs(2) + head
     Until += number * length
     Score += number * length
-    base, slots = slots_of_head(Offsets, row, head, tl.num_programs(1), slots)
+    base, slots = slots_of_head(Offsets, row, head, tl.num_programs(2), slots)
+    first = tl.program_id(0) * ROWS
+    last = tl.minimum(first + ROWS, slots)  # scores that are no numbers have no order, and more keys may stay
     place = tl.full([], 0, tl.int32)
     for begin in range(0, length, KEYS):
         key = begin + tl.arange(0, KEYS)
         stays = tl.load(Until + key, mask=key < length, other=0) >= length
-        score = tl.load(Score + key, mask=stays, other=0.0)
         slot = place + tl.cumsum(stays.to(tl.int32), 0) - 1
-        to = base + slot
         place += tl.sum(stays.to(tl.int32), 0)
-        stays = stays & (slot < slots)  # scores that are no numbers have no order
-        tl.store(Kept + to, key.to(tl.int64), mask=stays)
-        tl.store(positions + to, key.to(tl.int64), mask=stays)
-        tl.store(scores + to, score, mask=stays)
-    for begin in range(0, slots, KEYS):
-        slot = begin + tl.arange(0, KEYS)
-        empty = (slot >= place) & (slot < slots)
-        tl.store(Kept + base + slot, tl.full([KEYS], -1, tl.int64), mask=empty)
-        tl.store(positions + base + slot, tl.full([KEYS], -1, tl.int64), mask=empty)
-        tl.store(scores + base + slot, tl.zeros([KEYS], tl.float32), mask=empty)
-    if head == 0:
+        stays = stays & (slot >= first) & (slot < last)
+        tl.store(positions + base + slot, key.to(tl.int64), mask=stays)
+        tl.store(scores + base + slot, tl.load(Score + key, mask=stays, other=0.0), mask=stays)
+    slot, column = first + tl.arange(0, ROWS), tl.arange(0, DIM)
+    there = slot < last
+    empty = there & (slot >= place)
+    tl.store(positions + base + slot, tl.full([ROWS], -1, tl.int64), mask=empty)
+    tl.store(scores + base + slot, tl.zeros([ROWS], tl.float32), mask=empty)
+    tl.debug_barrier()  # other threads wrote the positions
+    kept = tl.load(positions + base + slot, mask=there, other=-1)[:, None]
+    mask = there[:, None] & (column < dim)[None, :]
+    held, to = mask & (kept >= 0), (base + slot)[:, None] * dim + column[None, :]
+    of_key = row * key_batch + head * key_head + kept * key_row + column[None, :]
+    tl.store(keys + to, tl.load(Key + of_key, mask=held, other=0.0), mask=mask)
+    of_value = row * value_batch + head * value_head + kept * value_row + column[None, :]
+    tl.store(values + to, tl.load(Value + of_value, mask=held, other=0.0), mask=mask)
+    if tl.program_id(0) + head == 0:
         tl.store(seen + row, length.to(tl.int64))
         tl.store(Late + row, 0)
         tl.store(Count, length.to(tl.int64), mask=row == 0)
