@@ -56,10 +56,11 @@ class _Stock:
 
 def scoring_of(attention: "SparseKAttention") -> Scoring | None:
     """Return what the scorer in use computes with; `None` if its scores are not linear, or it is not on a GPU."""
-    scorer: Any = attention.sparsek_scorer[attention.active]
-    if not isinstance(scorer, LinearScorer) or not scorer.weight.is_cuda:
+    scorers: Any = attention._modules["sparsek_scorer"]  # not by `nn.Module.__getattr__`, which is slow
+    scorer = scorers._modules[attention.active]
+    weight, slope = scorer._parameters.get("weight"), scorer._parameters.get("slope")
+    if weight is None or not isinstance(scorer, LinearScorer) or not weight.is_cuda:
         return None
-    weight, slope = scorer.weight, scorer.slope
     key = (weight.data_ptr(), weight.dtype, 0 if slope is None else slope.data_ptr(), scorer.position_slope)
     known = attention.scoring
     if known is None or known.weight is not weight or known.slope is not slope or known.key != key:
@@ -95,7 +96,8 @@ def read_in_few_launches(
         return None
     if attention.baseline is not None or attention.observer is not None or torch.is_grad_enabled():
         return None
-    if cache.owner != (attention.identities[attention.active], None):
+    # Of a layer that this call of the model has made both are as they were.
+    if cache.call is None and cache.owner != (attention.identities[attention.active], None):
         return None
     if cache.call is None and attention.budget != (cache.k, cache.window, cache.sinks):  # was overridden since
         return None
