@@ -266,10 +266,10 @@ def before_attention(
     layer = None
     if cache is not None:
         index = int(module.layer_idx)  # type: ignore[arg-type]
-        if not (is_compiled or may_switch or attention.has_local_neighbours) and is_unused(cache, index):
-            if not (hidden_states.is_cuda and torch.cuda.is_current_stream_capturing()):
-                switch: Any = attention.on_toggle
-                make_layers(cache, switch.modules())
+        is_recorded = is_compiled or (hidden_states.is_cuda and torch.cuda.is_current_stream_capturing())
+        if not (is_recorded or may_switch or attention.has_local_neighbours) and is_unused(cache, index):
+            switch: Any = attention.on_toggle
+            make_layers(cache, switch.modules())
         layer = sparse_cache_layer(cache, index, attention)
         attention.check_cache(layer)
         layer.begin_attention()
