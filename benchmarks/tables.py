@@ -7,13 +7,15 @@
         profiles-scores-h200.json profiles-h200.json \\
         --first-calls first_calls-h200.json --sizes sizes-h200.json sizes-more-h200.json sizes-soft-h200.json \\
         --generate generate-h200.json generate-8b-h200.json generate-smollm2-h200.json \\
+        generate-smollm2-8k-h200.json \\
         --generate-before generate-before-h200.json --entmax entmax_kernels-h200.json \\
         entmax_kernels-earlier-h200.json --entmax entmax_kernels-128-h200.json entmax_kernels-128-earlier-h200.json \\
-        --recorded recorded-h200.json recorded-e27d4a2-h200.json recorded-earlier-h200.json \\
+        --recorded recorded-05ba201-h200.json recorded-h200.json recorded-e27d4a2-h200.json \\
+        recorded-earlier-h200.json \\
         --first-static first_static-h200.json first_static-126f690-h200.json first_static-e27d4a2-h200.json \\
         first_static-earlier-h200.json \\
         --shapes kernels-launches-h200.json kernels-shape-*-h200.json --first-tokens generate-short-h200.json \\
-        --prefills prefill-h200.json prefill-8034dc5-h200.json \\
+        --prefills prefill-h200.json prefill-05ba201-h200.json prefill-8034dc5-h200.json \\
         --evaluation evaluation-h200.json --cpu generate-cpu.json generate-before-cpu.json --busy busy-cpu.json \\
         --entmax-model entmax_model-h200.json --conversion conversion-h200.json \\
         --steps generate-entmax-h200.json generate-predicted-h200.json \\

@@ -70,8 +70,11 @@ def layer_in_call(cache: Any, index: int) -> Any:
 
 
 def is_unused(cache: Any, index: int) -> bool:
-    """Tell whether a layer of a cache is an ordinary one that holds nothing yet, as `generate` makes it."""
-    layers: Any = cache.layers if type(cache) is DynamicCache else ()
+    """Tell whether a layer of a cache is an ordinary one that holds nothing yet, as `generate` makes it.
+
+    One of a cache that keeps a layer at a time on the device is not: slots of all layers would be there at once.
+    """
+    layers: Any = cache.layers if type(cache) is DynamicCache and not cache.offloading else ()
     return index < len(layers) and type(layers[index]) is DynamicLayer and not layers[index].is_initialized
 
 

@@ -248,7 +248,8 @@ def before_attention(
         layer = layer_in_call(cache, module.layer_idx)  # type: ignore[arg-type]
         if layer is not None:  # all has been checked at the first layer
             layer.begin_attention()
-            return args, {**kwargs, "sparse_call": SparseCall(attention, hidden_states, layer)}
+            kwargs["sparse_call"] = SparseCall(attention, hidden_states, layer)
+            return args, kwargs
     name = None
     is_compiled_step = is_compiled and hidden_states.shape[1] == 1
     may_switch = not is_compiled_step and attention.is_managed is not None and attention.is_managed()
@@ -265,7 +266,8 @@ def before_attention(
     layer = None
     if cache is not None:
         index = int(module.layer_idx)  # type: ignore[arg-type]
-        if not (is_compiled or may_switch or attention.has_local_neighbours) and is_unused(cache, index):
+        is_recorded = is_compiled or (hidden_states.is_cuda and torch.cuda.is_current_stream_capturing())
+        if not (is_recorded or may_switch or attention.has_local_neighbours) and is_unused(cache, index):
             switch: Any = attention.on_toggle
             make_layers(cache, switch.modules())
         layer = sparse_cache_layer(cache, index, attention)

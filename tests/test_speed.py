@@ -36,12 +36,15 @@ def tables() -> dict[str, str]:
     wider, first_calls = read("kernels-support4096", "first_calls")
     sizes = read("sizes", "sizes-more", "sizes-soft")
     profiles = read("profiles-recorded", "profiles-launches", "profiles-scores", "profiles")
-    generate = [SCRIPT.joined_generate(read("generate", "generate-8b", "generate-smollm2")), *read("generate-before")]
-    recorded = read("recorded", "recorded-e27d4a2", "recorded-earlier")
+    generate = [
+        SCRIPT.joined_generate(read("generate", "generate-8b", "generate-smollm2", "generate-smollm2-8k")),
+        *read("generate-before"),
+    ]
+    recorded = read("recorded-05ba201", "recorded", "recorded-e27d4a2", "recorded-earlier")
     first_static = read("first_static", "first_static-126f690", "first_static-e27d4a2", "first_static-earlier")
     of_shapes = sorted(path.name.removesuffix("-h200.json") for path in RESULTS.glob("kernels-shape-*-h200.json"))
     shapes = read("kernels-launches", *of_shapes)
-    (first_tokens,), prefills = read("generate-short"), read("prefill", "prefill-8034dc5")
+    (first_tokens,), prefills = read("generate-short"), read("prefill", "prefill-05ba201", "prefill-8034dc5")
     entmax = [read(f"entmax_kernels{shape}", f"entmax_kernels{shape}-earlier") for shape in ("", "-128")]
     (evaluation,) = read("evaluation")
     generate_cpu, before_cpu, busy = read("generate", "generate-before", "busy", machine="cpu")

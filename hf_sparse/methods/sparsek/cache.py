@@ -205,7 +205,7 @@ class SparseKCacheLayer(CacheLayerMixin):
         rows, length = key_states.shape[0], key_states.shape[-2]
         if not self.is_initialized and self._length:
             self.begin_text(key_states, value_states)  # the attention of the tokens before was never computed
-        elif not self.is_initialized and length > 1 and not _is_recorded(key_states.device):
+        elif not self.is_initialized and length > 1 and (self.call or not _is_recorded(key_states.device)):
             self._length = length  # the attention makes the slots, with their content or by `begin_text`
             return key_states, value_states
         if not self.is_initialized or (self.empty and self.keys.shape[0] != rows):

@@ -48,7 +48,7 @@ class Scoring(NamedTuple):
 class _Stock:
     """Hold what the layers of one call of a model read with: slots that are not filled yet, and working memory."""
 
-    def __init__(self, layout: Hashable, program: "Program", slots: list[Sequence[Tensor]]) -> None:
+    def __init__(self, layout: Hashable, program: "Program", slots: Sequence[Sequence[Tensor]]) -> None:
         self.layout, self.program = layout, program
         self.slots = [(one, [tensor.data_ptr() for tensor in one]) for one in slots]
         self.memory = program.memory()
@@ -56,10 +56,11 @@ class _Stock:
 
 def scoring_of(attention: "SparseKAttention") -> Scoring | None:
     """Return what the scorer in use computes with; `None` if its scores are not linear, or it is not on a GPU."""
-    scorer: Any = attention.sparsek_scorer[attention.active]
-    if not isinstance(scorer, LinearScorer) or not scorer.weight.is_cuda:
+    scorers: Any = attention._modules["sparsek_scorer"]  # not by `nn.Module.__getattr__`, which is slow
+    scorer = scorers._modules[attention.active]
+    weight, slope = scorer._parameters.get("weight"), scorer._parameters.get("slope")
+    if weight is None or not isinstance(scorer, LinearScorer) or not weight.is_cuda:
         return None
-    weight, slope = scorer.weight, scorer.slope
     key = (weight.data_ptr(), weight.dtype, 0 if slope is None else slope.data_ptr(), scorer.position_slope)
     known = attention.scoring
     if known is None or known.weight is not weight or known.slope is not slope or known.key != key:
@@ -95,7 +96,8 @@ def read_in_few_launches(
         return None
     if attention.baseline is not None or attention.observer is not None or torch.is_grad_enabled():
         return None
-    if cache.owner != (attention.identities[attention.active], None):
+    # Of a layer that this call of the model has made both are as they were.
+    if cache.call is None and cache.owner != (attention.identities[attention.active], None):
         return None
     if cache.call is None and attention.budget != (cache.k, cache.window, cache.sinks):  # was overridden since
         return None
@@ -162,9 +164,8 @@ def _stock(cache: SparseKCacheLayer, key: Tensor, layout: Hashable) -> _Stock | 
     with lasting():
         # Layers with budgets of their own take slots one by one.
         alike = call is not None and call.reading is None and cache.counts is None
-        first = new_slots(key, cache.counts or cache.slots)
-        more = call.layers - 1 if call is not None and alike else 0
-        slots = [first, *[[torch.empty_like(tensor) for tensor in first] for _ in range(more)]]
+        layers = call.layers if call is not None and alike else 1
+        slots = new_slots(key, cache.counts or cache.slots, layers)
         stock = _Stock(layout, program, slots)
     mark = torch._dynamo.mark_static_address  # as `fix_address`, of what is not being compiled
     for tensors in slots:

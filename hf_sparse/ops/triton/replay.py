@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 
 _MOST_PROGRAMS = 512  # that are remembered; one has some kilobytes
-_ALIGNMENT = 512  # bytes, that of torch's own allocations
+ALIGNMENT = 512  # bytes, that of torch's own allocations
 _DIRECT = "3.6."  # the version of Triton whose launcher for CUDA takes the arguments of `direct_launch`
 
 _programs: dict[Hashable, "Program | None"] = {}
@@ -150,7 +150,7 @@ class _Recorder:
                 made.append(_Made(tuple(tensor.shape), tensor.stride(), tensor.dtype, zero))
             elif tensor.numel():
                 place[address] = (count, used)
-                used += math.ceil(tensor.untyped_storage().nbytes() / _ALIGNMENT) * _ALIGNMENT
+                used += math.ceil(tensor.untyped_storage().nbytes() / ALIGNMENT) * ALIGNMENT
         if not returned <= number_of.keys():
             return None
         steps = []

@@ -7,7 +7,7 @@ from hf_sparse.ops import sparsek_attention
 from hf_sparse.ops.selection import ragged
 from hf_sparse.ops.selection import slots as reference
 from hf_sparse.ops.selection.linear_scores import normalised
-from hf_sparse.ops.selection.triton.reading import ReadingSettings, read_text
+from hf_sparse.ops.selection.triton.reading import ReadingSettings, new_slots, read_text
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("interpreter", "nothing_noted")
@@ -107,6 +107,20 @@ def test_heads_with_different_numbers_of_slots(length, k_of_heads, learned, pois
             if output is not None and of_one is not None:
                 torch.testing.assert_close(output[:, of_group], of_one, rtol=0, atol=1e-5)
         assert slots.seen.tolist() == [length] * 2 and slots.tokens == length and not slots.padded_late.any()
+
+
+@pytest.mark.parametrize("counts", [7, (3, 5)])
+def test_slots_of_several_layers(counts):
+    """They are as if each was allocated alone: contiguous, where kernels expect them, apart from the others."""
+    layers = new_slots(torch.zeros(3, 2, 9, 5, dtype=torch.bfloat16), counts, layers=3)
+    shape = (3, 2, 7) if counts == 7 else (3, 8)
+    for number, slots in enumerate(layers):
+        assert [tensor.shape for tensor in slots] == [(*shape, 5), (*shape, 5), shape, shape, (3,), (3,), ()]
+        assert all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in slots)
+        for tensor in slots:
+            tensor.fill_(number % 2)
+    for number, slots in enumerate(layers):
+        assert all(bool((tensor == number % 2).all()) for tensor in slots)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="models take this path on a GPU alone")

@@ -25,9 +25,9 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from hf_sparse.ops.triton.launch import launch
 from hf_sparse.ops.triton.replay import empty, replayed
 
-_EPS = 1e-5  # epsilon of the layer norm
-_ROWS, _HEADS, _COLUMNS = 4, 8, 64  # sizes of a program of the forward
-_WARPS, _STAGES = 4, 3
+EPS = 1e-5  # epsilon of the layer norm
+_ROWS, HEADS, COLUMNS = 4, 8, 64  # sizes of a program of the forward
+_WARPS, STAGES = 4, 3
 _STEP, _WIDTH = 16, 128  # rows of a step and columns of a program of the backward
 _PROGRAMS = 2048  # about fifteen for each multiprocessor of a large GPU
 
@@ -76,10 +76,10 @@ def write_scores(
     """
     batch, length, columns = states.shape
     heads, rows = weight.shape[0], batch * length
-    launch(_forward, (triton.cdiv(rows, _ROWS), triton.cdiv(heads, _HEADS)))(
+    launch(_forward, (triton.cdiv(rows, _ROWS), triton.cdiv(heads, HEADS)))(
         states, weight, scores, None, None, None, slope, index, 0 if index is None else index.stride(0), rows, length,
         scores.shape[-1], heads, columns,
-        EPS=_EPS, ROWS=_ROWS, HEADS=min(_HEADS, triton.next_power_of_2(heads)), COLUMNS=_COLUMNS, STAGES=_STAGES,
+        EPS=EPS, ROWS=_ROWS, HEADS=min(HEADS, triton.next_power_of_2(heads)), COLUMNS=COLUMNS, STAGES=STAGES,
         SLOPED=True, SLOPE=position_slope, SLOPE_TOKENS=slope_tokens, num_warps=_WARPS,
     )  # fmt: skip
 
@@ -109,10 +109,10 @@ def _scores_and_statistics(states: Tensor, weight: Tensor) -> tuple[Tensor | Non
     scores, sums = empty((batch, heads, length), torch.float64, device), empty((heads,), torch.float64, device)
     means, scales = empty((rows,), torch.float64, device), empty((rows,), torch.float64, device)
     if rows:
-        launch(_forward, (triton.cdiv(rows, _ROWS), triton.cdiv(heads, _HEADS)))(
+        launch(_forward, (triton.cdiv(rows, _ROWS), triton.cdiv(heads, HEADS)))(
             states, weight, scores, sums, means, scales, None, None, 0, rows, length, length, heads, columns,
-            EPS=_EPS, ROWS=_ROWS, HEADS=min(_HEADS, triton.next_power_of_2(heads)), COLUMNS=_COLUMNS,
-            STAGES=_STAGES, SLOPED=False, SLOPE=0.0, SLOPE_TOKENS=1, num_warps=_WARPS,
+            EPS=EPS, ROWS=_ROWS, HEADS=min(HEADS, triton.next_power_of_2(heads)), COLUMNS=COLUMNS,
+            STAGES=STAGES, SLOPED=False, SLOPE=0.0, SLOPE_TOKENS=1, num_warps=_WARPS,
         )  # fmt: skip
     return scores, sums, means, scales
 
@@ -147,6 +147,53 @@ def _gradients(
     return d_states, d_weight
 
 
+@triton.jit
+def row_scores(
+    states,
+    weight,
+    row,
+    inside,
+    head,
+    there,
+    columns,
+    read,
+    EPS: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEADS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Return scores `[ROWS, HEADS]` without slopes, sums of the weights, means and inverse deviations of the rows.
+
+    Of the columns `read` are read: all, or 0 where no score is wanted."""
+    total, squares = tl.zeros([ROWS, COLUMNS], tl.float64), tl.zeros([ROWS, COLUMNS], tl.float64)
+    product, weights = tl.zeros([ROWS, HEADS, COLUMNS], tl.float64), tl.zeros([HEADS, COLUMNS], tl.float64)
+    for begin in tl.range(0, read, COLUMNS, num_stages=STAGES):
+        column = begin + tl.arange(0, COLUMNS)
+        known = column[None, :] < columns
+        x = tl.load(states + row[:, None] * columns + column[None, :], mask=inside[:, None] & known, other=0.0)
+        w = tl.load(weight + head[:, None] * columns + column[None, :], mask=there[:, None] & known, other=0.0)
+        x, w = x.to(tl.float64), w.to(tl.float64)
+        total += x
+        squares += x * x
+        weights += w
+        product += x[:, None, :] * w[None, :, :]
+    mean = tl.sum(total, 1) / columns
+    variance = tl.maximum(tl.sum(squares, 1) / columns - mean * mean, 0.0)
+    scale = 1 / tl.sqrt(variance + EPS)
+    summed = tl.sum(weights, 1)
+    return scale[:, None] * (tl.sum(product, 2) - mean[:, None] * summed[None, :]), summed, mean, scale
+
+
+@triton.jit
+def slopes(Slope, head, there, SLOPE: tl.constexpr, SLOPE_TOKENS: tl.constexpr, HEADS: tl.constexpr):
+    """Return what the scores of HEADS heads rise by from token to token."""
+    slope = tl.zeros([HEADS], tl.float64) + SLOPE
+    if Slope is not None:
+        slope += tl.load(Slope + head, mask=there, other=0.0).to(tl.float64) / SLOPE_TOKENS
+    return slope
+
+
 @triton.jit(do_not_specialize=["index_row", "rows", "length", "room"])
 def _forward(
     states,
@@ -178,32 +225,14 @@ def _forward(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     inside, there = row < rows, head < heads
-    total, squares = tl.zeros([ROWS, COLUMNS], tl.float64), tl.zeros([ROWS, COLUMNS], tl.float64)
-    product, weights = tl.zeros([ROWS, HEADS, COLUMNS], tl.float64), tl.zeros([HEADS, COLUMNS], tl.float64)
-    for begin in tl.range(0, columns, COLUMNS, num_stages=STAGES):
-        column = begin + tl.arange(0, COLUMNS)
-        known = column[None, :] < columns
-        x = tl.load(states + row[:, None] * columns + column[None, :], mask=inside[:, None] & known, other=0.0)
-        w = tl.load(weight + head[:, None] * columns + column[None, :], mask=there[:, None] & known, other=0.0)
-        x, w = x.to(tl.float64), w.to(tl.float64)
-        total += x
-        squares += x * x
-        weights += w
-        product += x[:, None, :] * w[None, :, :]
-    mean = tl.sum(total, 1) / columns
-    variance = tl.maximum(tl.sum(squares, 1) / columns - mean * mean, 0.0)
-    scale = 1 / tl.sqrt(variance + EPS)
-    summed = tl.sum(weights, 1)
-    score = scale[:, None] * (tl.sum(product, 2) - mean[:, None] * summed[None, :])
+    score, summed, mean, scale = row_scores(
+        states, weight, row, inside, head, there, columns, columns, EPS, ROWS, HEADS, COLUMNS, STAGES
+    )
     if SLOPED:
         place = row % length
         if Index is not None:
             place = tl.load(Index + row // length * index_row + place, mask=inside, other=0)
-        place = place.to(tl.float64)
-        slope = tl.zeros([HEADS], tl.float64) + SLOPE
-        if Slope is not None:
-            slope += tl.load(Slope + head, mask=there, other=0.0).to(tl.float64) / SLOPE_TOKENS
-        score += place[:, None] * slope[None, :]
+        score += place.to(tl.float64)[:, None] * slopes(Slope, head, there, SLOPE, SLOPE_TOKENS, HEADS)[None, :]
     at = (row[:, None] // length * heads + head[None, :]) * room + row[:, None] % length
     tl.store(scores + at, score.to(scores.dtype.element_ty), mask=inside[:, None] & there[None, :])
     if sums is not None:

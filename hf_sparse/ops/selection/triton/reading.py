@@ -5,6 +5,7 @@ more time on the host than the rest of a layer; here the launches of all are not
 the slots are allocated among the buffers of the kernels that fill them.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,17 +16,18 @@ from torch import Tensor
 
 from hf_sparse.ops.selection.ragged import offsets_of
 from hf_sparse.ops.selection.thresholds import ScanPlan
+from hf_sparse.ops.selection.triton import linear_scores
 from hf_sparse.ops.selection.triton.attention import TILE, counts_on
 from hf_sparse.ops.selection.triton.attention_forward import forward
-from hf_sparse.ops.selection.triton.linear_scores import write_scores
+from hf_sparse.ops.selection.triton.linear_scores import row_scores, slopes, write_scores
 from hf_sparse.ops.selection.triton.lists import causal_tables
 from hf_sparse.ops.selection.triton.scan import launch_scan
-from hf_sparse.ops.selection.triton.slot_filling import copy_kept
 from hf_sparse.ops.selection.triton.slots import slots_of_head
 from hf_sparse.ops.triton.launch import compile_ahead, launch
-from hf_sparse.ops.triton.replay import Program, empty, program_of, replayed
+from hf_sparse.ops.triton.replay import ALIGNMENT, Program, empty, program_of, replayed
 
-_ROWS = 32  # slots that a program copies
+_TOKENS = 4  # slots that a program fills where all keys have one
+_ROWS = 64  # slots that a program fills where keys leave
 _KEYS = 2048  # that a program looks at together
 
 
@@ -113,7 +115,7 @@ def read_text(
         The output `[B, Hq, T, D]`, `None` where all keys fit into the slots, so that dense attention has it, and the
         new slots.
     """
-    slots, tables = new_slots(key, settings.counts), settings.tables(key.device)
+    (slots,), tables = new_slots(key, settings.counts), settings.tables(key.device)
     if key.shape[2] <= settings.fewest_slots:
         replayed(_take_all, (key, value, states, weight, slope, *slots, *tables), settings)
         return None, slots
@@ -143,20 +145,31 @@ def noted_reading(
     return program_of(_select, (query, key, value, states, weight, slope, *slots, *tables), settings)
 
 
-def new_slots(key: Tensor, counts: int | tuple[int, ...]) -> Slots:
-    """Allocate slots for keys `[B, Hkv, T, D]`: a number per KV head, or a number for each of them."""
+def new_slots(key: Tensor, counts: int | tuple[int, ...], layers: int = 1) -> list[Slots]:
+    """Allocate slots for keys `[B, Hkv, T, D]` of several layers: a number per KV head, or a number for each of them.
+
+    The host sets the pace of short texts, and to it an allocation costs about as much as a launch. So all layers
+    together have one for each kind of tensor.
+    """
     batch, heads, _, dim = key.shape
     shape = (batch, heads, counts) if isinstance(counts, int) else (batch, sum(counts))
-    device = key.device
-    return Slots(
-        torch.empty((*shape, dim), dtype=key.dtype, device=device),
-        torch.empty((*shape, dim), dtype=key.dtype, device=device),
-        torch.empty(shape, dtype=torch.float32, device=device),
-        torch.empty(shape, dtype=torch.int64, device=device),
-        torch.empty((batch,), dtype=torch.int64, device=device),
-        torch.empty((batch,), dtype=torch.bool, device=device),
-        torch.empty((), dtype=torch.int64, device=device),
+    kinds = (
+        ((*shape, dim), key.dtype),
+        ((*shape, dim), key.dtype),
+        (shape, torch.float32),
+        (shape, torch.int64),
+        ((batch,), torch.int64),
+        ((batch,), torch.bool),
+        ((), torch.int64),
     )
+    return [Slots(*one) for one in zip(*[_stacked(layers, *kind, key.device) for kind in kinds], strict=True)]
+
+
+def _stacked(layers: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
+    """Allocate a contiguous tensor for each layer, all in one piece of memory, where torch would begin them."""
+    used = math.prod(shape)
+    room = -(-used * dtype.itemsize // ALIGNMENT) * ALIGNMENT // dtype.itemsize
+    return torch.empty((layers, room), dtype=dtype, device=device)[:, :used].view(layers, *shape).unbind()
 
 
 def _take_all(
@@ -164,15 +177,14 @@ def _take_all(
 ) -> tuple[Tensor | None, ...]:
     """Score the tokens and give each a slot; `rest` is the slots, the tables of the settings, and the settings."""
     *of_slots, _, offsets, settings = rest
-    slots = Slots(*of_slots)
     batch, heads, length, dim = key.shape
-    slopes = {"position_slope": settings.position_slope, "slope_tokens": settings.slope_tokens}
-    scores = slots.scores if offsets is None else empty((batch, heads, length), torch.float32, key.device)
-    write_scores(states, weight, slope, None, scores, **slopes)
-    launch(_copy_all, (triton.cdiv(settings.slots, _ROWS), batch, heads))(
-        key, value, None if offsets is None else scores, *slots, offsets, *key.stride()[:3], *value.stride()[:3],
-        length, settings.slots, dim,
-        ROWS=_ROWS, DIM=triton.next_power_of_2(dim), num_warps=4,
+    together = min(linear_scores.HEADS, triton.next_power_of_2(heads))
+    launch(_score_and_copy, (triton.cdiv(settings.slots, _TOKENS), triton.cdiv(heads, together), batch))(
+        states, weight, slope, key, value, *of_slots, offsets, *key.stride()[:3], *value.stride()[:3],
+        length, settings.slots, heads, states.shape[-1], dim,
+        EPS=linear_scores.EPS, TOKENS=_TOKENS, HEADS=together, COLUMNS=linear_scores.COLUMNS,
+        STAGES=linear_scores.STAGES, SLOPE=settings.position_slope, SLOPE_TOKENS=settings.slope_tokens,
+        DIM=triton.next_power_of_2(dim), num_warps=4,
     )  # fmt: skip
     return ()
 
@@ -205,7 +217,7 @@ def _launch(
     *of_slots, counts, offsets = others
     slots = Slots(*of_slots)
     k, window, sinks, scaling, position_slope, slope_tokens, _ = settings
-    batch, heads, length, _ = key.shape
+    batch, heads, length, dim = key.shape
     scores = empty((batch, heads, length), torch.float32, key.device)
     write_scores(states, weight, slope, None, scores, position_slope=position_slope, slope_tokens=slope_tokens)
     plan = ScanPlan(k, min(k, length), query.shape[2], window, TILE, False, True)
@@ -214,21 +226,87 @@ def _launch(
         rank, floor, None, lists, scores, None, None, window=window, sinks=sinks, tile=TILE
     )  # fmt: skip
     output, _ = forward(query, key, value, None, None, tables, scaling)
-    # As many as layers need that share the launches: their heads may have other numbers of slots.
-    kept = empty((batch, heads * settings.slots), torch.int64, key.device)
-    launch(_keep, key.shape[:2])(
-        tables.until, scores, kept, slots.scores, slots.positions, slots.seen, slots.padded_late, slots.tokens, offsets,
-        length, settings.slots, KEYS=_KEYS, num_warps=8,
+    strides = (*key.stride()[:3], *value.stride()[:3])
+    launch(_keep, (triton.cdiv(settings.slots, _ROWS), batch, heads))(
+        tables.until, scores, key, value, *slots, offsets, *strides, length, settings.slots, dim,
+        KEYS=_KEYS, ROWS=_ROWS, DIM=triton.next_power_of_2(dim), num_warps=8,
     )  # fmt: skip
-    copy_kept(kept, key, value, slots.keys, slots.values, settings.slots, settings.slots, offsets)
     return (output,)
 
 
 @triton.jit(do_not_specialize=["length", "slots"])
-def _copy_all(
+def _score_and_copy(
+    states,
+    weight,
+    Slope,
     Key,
     Value,
+    keys,
+    values,
+    scores,
+    positions,
+    seen,
+    Late,
+    Count,
+    Offsets,
+    key_batch,
+    key_head,
+    key_row,
+    value_batch,
+    value_head,
+    value_row,
+    length,
+    slots,
+    heads,
+    columns,
+    dim,
+    EPS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+    SLOPE: tl.constexpr,
+    SLOPE_TOKENS: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """Write TOKENS slots of HEADS heads: score the tokens, copy keys and values, and empty the slots after the text."""
+    row, head = tl.program_id(2).to(tl.int64), tl.program_id(1) * HEADS + tl.arange(0, HEADS)
+    slot, there = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), head < heads
+    taken = slot < length
+    read = tl.where(tl.program_id(0) * TOKENS < length, columns, 0)
+    score, _, _, _ = row_scores(
+        states, weight, row * length + slot, taken, head, there, columns, read, EPS, TOKENS, HEADS, COLUMNS, STAGES
+    )
+    score += slot.to(tl.float64)[:, None] * slopes(Slope, head, there, SLOPE, SLOPE_TOKENS, HEADS)[None, :]
+    if Offsets is None:
+        base, end = (row * heads + head) * slots, tl.zeros([HEADS], tl.int32) + slots
+    else:
+        begin = tl.load(Offsets + head, mask=there, other=0)
+        end = tl.load(Offsets + head + 1, mask=there, other=0) - begin
+        base = row * tl.load(Offsets + heads) + begin
+    to, written = base[None, :] + slot[:, None], there[None, :] & (slot[:, None] < end[None, :])
+    tl.store(scores + to, tl.where(taken[:, None], score, 0.0).to(tl.float32), mask=written)
+    tl.store(positions + to, tl.where(taken, slot, -1).to(tl.int64)[:, None] + tl.zeros_like(to), mask=written)
+    column = tl.arange(0, DIM)[None, None, :]
+    written = written[:, :, None] & (column < dim)
+    held, to = written & taken[:, None, None], to[:, :, None] * dim + column
+    slot, head = slot.to(tl.int64)[:, None, None], head.to(tl.int64)[None, :, None]
+    of_key = row * key_batch + head * key_head + slot * key_row + column
+    tl.store(keys + to, tl.load(Key + of_key, mask=held, other=0.0), mask=written)
+    of_value = row * value_batch + head * value_head + slot * value_row + column
+    tl.store(values + to, tl.load(Value + of_value, mask=held, other=0.0), mask=written)
+    if tl.program_id(0) + tl.program_id(1) == 0:
+        tl.store(seen + row, length.to(tl.int64))
+        tl.store(Late + row, 0)
+        tl.store(Count, length.to(tl.int64), mask=row == 0)
+
+
+@triton.jit(do_not_specialize=["length", "slots"])
+def _keep(
+    Until,
     Score,
+    Key,
+    Value,
     keys,
     values,
     scores,
@@ -246,62 +324,44 @@ def _copy_all(
     length,
     slots,
     dim,
+    KEYS: tl.constexpr,
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    """Copy keys and values into ROWS slots, and write what belongs to these.
+    """Fill ROWS slots of a head with keys that the last query attends to, in rising order.
 
-    The scores of the tokens are there already, or stand in `Score` `[B, Hkv, T]`."""
+    These are what a later query can attend to: the sinks, the window and the best of the others. Every program counts
+    them from the beginning of the text on, for a launch costs more than that."""
     row, head = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    base, slots = slots_of_head(Offsets, row, head, tl.num_programs(2), slots)
-    slot, column = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.arange(0, DIM)
-    taken, there = slot < length, slot < slots
-    tl.store(positions + base + slot, tl.where(taken, slot, -1).to(tl.int64), mask=there)
-    tl.store(scores + base + slot, tl.zeros([ROWS], tl.float32), mask=there & (slot >= length))
-    if Score is not None:
-        score = tl.load(Score + (row * tl.num_programs(2) + head) * length + slot, mask=taken, other=0.0)
-        tl.store(scores + base + slot, score, mask=taken & there)
-    source, target = taken[:, None] & (column < dim)[None, :], there[:, None] & (column < dim)[None, :]
-    to, of = (base + slot)[:, None] * dim + column[None, :], slot.to(tl.int64)[:, None]
-    of_key = row * key_batch + head * key_head + of * key_row + column[None, :]
-    tl.store(keys + to, tl.load(Key + of_key, mask=source, other=0.0), mask=target)
-    of_value = row * value_batch + head * value_head + of * value_row + column[None, :]
-    tl.store(values + to, tl.load(Value + of_value, mask=source, other=0.0), mask=target)
-    if tl.program_id(0) + head == 0:
-        tl.store(seen + row, length.to(tl.int64))
-        tl.store(Late + row, 0)
-        tl.store(Count, length.to(tl.int64), mask=row == 0)
-
-
-@triton.jit(do_not_specialize=["length", "slots"])
-def _keep(Until, Score, Kept, scores, positions, seen, Late, Count, Offsets, length, slots, KEYS: tl.constexpr):
-    """Write the positions and scores of the keys that the last query attends to, in rising order: they fill the slots.
-
-    They are what a later query can attend to: the sinks, the window and the best of the others."""
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    number = row * tl.num_programs(1) + head
+    number = row * tl.num_programs(2) + head
     Until += number * length
     Score += number * length
-    base, slots = slots_of_head(Offsets, row, head, tl.num_programs(1), slots)
+    base, slots = slots_of_head(Offsets, row, head, tl.num_programs(2), slots)
+    first = tl.program_id(0) * ROWS
+    last = tl.minimum(first + ROWS, slots)  # scores that are no numbers have no order, and more keys may stay
     place = tl.full([], 0, tl.int32)
     for begin in range(0, length, KEYS):
         key = begin + tl.arange(0, KEYS)
         stays = tl.load(Until + key, mask=key < length, other=0) >= length
-        score = tl.load(Score + key, mask=stays, other=0.0)
         slot = place + tl.cumsum(stays.to(tl.int32), 0) - 1
-        to = base + slot
         place += tl.sum(stays.to(tl.int32), 0)
-        stays = stays & (slot < slots)  # scores that are no numbers have no order
-        tl.store(Kept + to, key.to(tl.int64), mask=stays)
-        tl.store(positions + to, key.to(tl.int64), mask=stays)
-        tl.store(scores + to, score, mask=stays)
-    for begin in range(0, slots, KEYS):
-        slot = begin + tl.arange(0, KEYS)
-        empty = (slot >= place) & (slot < slots)
-        tl.store(Kept + base + slot, tl.full([KEYS], -1, tl.int64), mask=empty)
-        tl.store(positions + base + slot, tl.full([KEYS], -1, tl.int64), mask=empty)
-        tl.store(scores + base + slot, tl.zeros([KEYS], tl.float32), mask=empty)
-    if head == 0:
+        stays = stays & (slot >= first) & (slot < last)
+        tl.store(positions + base + slot, key.to(tl.int64), mask=stays)
+        tl.store(scores + base + slot, tl.load(Score + key, mask=stays, other=0.0), mask=stays)
+    slot, column = first + tl.arange(0, ROWS), tl.arange(0, DIM)
+    there = slot < last
+    empty = there & (slot >= place)
+    tl.store(positions + base + slot, tl.full([ROWS], -1, tl.int64), mask=empty)
+    tl.store(scores + base + slot, tl.zeros([ROWS], tl.float32), mask=empty)
+    tl.debug_barrier()  # other threads wrote the positions
+    kept = tl.load(positions + base + slot, mask=there, other=-1)[:, None]
+    mask = there[:, None] & (column < dim)[None, :]
+    held, to = mask & (kept >= 0), (base + slot)[:, None] * dim + column[None, :]
+    of_key = row * key_batch + head * key_head + kept * key_row + column[None, :]
+    tl.store(keys + to, tl.load(Key + of_key, mask=held, other=0.0), mask=mask)
+    of_value = row * value_batch + head * value_head + kept * value_row + column[None, :]
+    tl.store(values + to, tl.load(Value + of_value, mask=held, other=0.0), mask=mask)
+    if tl.program_id(0) + head == 0:
         tl.store(seen + row, length.to(tl.int64))
         tl.store(Late + row, 0)
         tl.store(Count, length.to(tl.int64), mask=row == 0)

@@ -61,33 +61,12 @@ def _fill(
         score, kept, scores, positions, seen, offsets, *score.stride()[:2], key.shape[2], most, window, sinks,
         KEYS=_KEYS, num_warps=8,
     )  # fmt: skip
-    copy_kept(kept, key, value, keys, values, key.shape[2], most, offsets)
-    return ()
-
-
-def copy_kept(
-    kept: Tensor,
-    key: Tensor,
-    value: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    filled: int,
-    most: int,
-    offsets: Tensor | None,
-) -> None:
-    """Launch the kernel that copies the keys and values at the positions `kept` into slots.
-
-    Args:
-        kept: `[B, Hkv, S]`, or with offsets `[B, R]`; -1 makes a slot 0.
-        filled: so many slots of every head are written, or all that it has.
-        key, value, keys, values, most, offsets: as in `fill_slots`.
-    """
-    batch, heads, _, dim = key.shape
-    strides = (*key.stride()[:3], *value.stride()[:3])
-    launch(_copy, (triton.cdiv(min(filled, most), _ROWS), batch, heads))(
-        kept, key, value, keys, values, offsets, *strides, filled, most, dim,
+    batch, heads, length, dim = key.shape
+    launch(_copy, (triton.cdiv(min(length, most), _ROWS), batch, heads))(
+        kept, key, value, keys, values, offsets, *key.stride()[:3], *value.stride()[:3], length, most, dim,
         ROWS=_ROWS, DIM=triton.next_power_of_2(dim), num_warps=4,
     )  # fmt: skip
+    return ()
 
 
 @triton.jit
