@@ -67,6 +67,7 @@ ENTMAX_MODEL = {
     "full": 'entmax, predictor "full"',
     "complete": "entmax, `complete=True`",
     "predicted": "entmax, predicted graph",
+    "pooled": "entmax, tiles by means",
 }
 PASSES = {"forward": "Forward", "forward_backward": "Forward and backward"}
 
@@ -482,9 +483,10 @@ def entmax_model_table(run: dict[str, Any]) -> str:
     for row in run["rows"]:
         times = {name: row[name]["ms"] for name in ENTMAX_MODEL if name in row}
         cells = [short(times.get(name)) for name in ENTMAX_MODEL]
-        ratios_of = [f"{times[name] / times['dense']:.2f}" if name in times else "-" for name in ("full", "complete")]
+        compared = ("full", "complete", "pooled")
+        ratios_of = [f"{times[name] / times['dense']:.2f}" if name in times else "-" for name in compared]
         rows.append([f"{row['length']:,} x {row['batch']}", *cells, *ratios_of])
-    head = ["tokens x batch", *ENTMAX_MODEL.values(), "*full / dense*", "*complete / dense*"]
+    head = ["tokens x batch", *ENTMAX_MODEL.values(), "*full / dense*", "*complete / dense*", "*by means / dense*"]
     return table(head, rows)
 
 
@@ -520,16 +522,14 @@ def static_table(runs: Sequence[dict[str, Any]]) -> str:
     """Tabulate compiled and captured steps in a static cache, dense and with Sparsefinder, and the bytes they read."""
     rows = []
     for run in runs:
-        names = {
-            "dense": "dense (SDPA)",
-            "entmax": "entmax, all keys",
-            "predicted": f"entmax, {run['settings'].get('tiles')} predicted tiles of 8",
-        }
+        names = {"dense": "dense (SDPA)", "entmax": "entmax, all keys"}
         dense = run["rows"][0]
         for row in run["rows"]:
             read = [f"{row['bytes_read'] / 1e9:.2f}", f"{row['bytes_read'] / dense['bytes_read']:.2f}"]
             speed = [f"{row['tokens_per_second']:.0f}", f"{row['tokens_per_second'] / dense['tokens_per_second']:.2f}"]
-            name = f"{names[row['attention']]}, {run['commit'][:7]}"
+            tiles = row.get("tiles") or run["settings"].get("tiles")
+            name = names.get(row["attention"], f"entmax, {tiles} predicted tiles of 8")
+            name = f"{name}, {run['commit'][:7]}"
             rows.append([name, f"{run['settings']['layers']}", short(row["step_ms"]), *read, *speed])
     head = ["attention, commit", "layers", "ms per step", "GB read", "of dense", "tokens/s", "times as fast"]
     return table(head, rows)
