@@ -96,7 +96,7 @@ class Models:
 
     def _with_means(self) -> Any:
         config = SparsefinderConfig(predictor="pooled", exact_up_to=0)
-        model = get_peft_model(self._copy(), config).to(self.ids.device).eval()  # type: ignore[arg-type]
+        model = get_peft_model(self._copy(), config).to(self.ids.device).eval()
         layers: Iterator[Any] = zip(sparse_layers_in_use(model), sparse_layers_in_use(self.sparse), strict=True)
         for ours, theirs in layers:
             ours.parameters_in_use.log_scale.data.copy_(theirs.parameters_in_use.log_scale.data)
