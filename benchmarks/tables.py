@@ -17,9 +17,9 @@
         --evaluation evaluation-h200.json --cpu generate-cpu.json generate-before-cpu.json --busy busy-cpu.json \\
         --entmax-model entmax_model-h200.json --conversion conversion-h200.json \\
         --steps generate-entmax-h200.json generate-predicted-h200.json \\
-        generate-entmax-more-h200.json \\
-        --prediction entmax_prediction-choices-h200.json entmax_prediction-smollm2-h200.json \\
-        entmax_prediction-h200.json --static static_decode-8-layers-h200.json \\
+        generate-entmax-more-h200.json --recorded-steps generate-*-recorded-h200.json \\
+        --prediction entmax_prediction-contenders-h200.json entmax_prediction-choices-h200.json \\
+        entmax_prediction-h200.json --flex entmax_prediction-flex-h200.json --static static_decode-8-layers-h200.json \\
         --quality predicted_quality-*-h200.json --bidirectional entmax_bidirectional-*-h200.json \\
         --lengths finetune_length-h200.json \\
         --fill ../../docs/speed.md ../../README.md --figure ../../docs/speed.png
@@ -503,8 +503,10 @@ def conversion_table(run: dict[str, Any]) -> str:
     return table(["stage", "steps", "ms per step", "seconds"], rows)
 
 
-def step_table(runs: Sequence[dict[str, Any]]) -> str:
-    """Tabulate steps of default `generate` with Sparsefinder: over all keys, and over predicted graphs."""
+def step_table(runs: Sequence[dict[str, Any]], calls: bool = False) -> str:
+    """Tabulate steps of default `generate` with Sparsefinder, over all keys and over predicted graphs.
+
+    With `calls`, whole calls with prompt and recording stand beside them."""
     rows = []
     for run in runs:
         settings = run["settings"]
@@ -512,10 +514,13 @@ def step_table(runs: Sequence[dict[str, Any]]) -> str:
         if settings.get("cluster_parts", 1) > 1:
             graph += f" in {settings['cluster_parts']} parts"
         for row in run["rows"]:
-            steps = [row[name]["step_ms"] for name in ("dense", "sparse")]
-            cell = f"{row['prompt']:,} x {row['batch']}"
-            rows.append([cell, graph, *map(short, steps), f"{steps[0] / steps[1]:.2f}"])
-    return table(["SmolLM2's shape, prompt x batch", "keys", "dense, ms", "Sparsefinder, ms", "times as fast"], rows)
+            cells = [f"{row['prompt']:,} x {row['batch']}", graph]
+            for measured in ("step_ms", "call_ms") if calls else ("step_ms",):
+                dense, sparse = (row[name][measured] for name in ("dense", "sparse"))
+                cells += [short(dense), short(sparse), f"{dense / sparse:.2f}"]
+            rows.append(cells)
+    head = ["SmolLM2's shape, prompt x batch", "keys", "dense, ms", "Sparsefinder, ms", "times as fast"]
+    return table([*head, *(["call, dense, ms", "Sparsefinder, ms", "times as fast"] if calls else [])], rows)
 
 
 def static_table(runs: Sequence[dict[str, Any]]) -> str:
@@ -550,13 +555,15 @@ def prediction_table(run: dict[str, Any], which: str) -> str:
 
 
 def joined_texts(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Join runs of predicted tiles; of a text and a contender that several have, the rows of the first count."""
+    """Join runs of predicted tiles; of a text, a contender and a number of choices the rows of the first run count."""
     texts: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     for run in runs:
-        known = {(row["text"], row["contender"]) for row in rows}
-        rows += [row for row in run["rows"] if (row["text"], row["contender"]) not in known]
-        texts = {**run["texts"], **texts}
+        known = {(row["text"], row["contender"], row["choices"]) for row in rows}
+        rows += [row for row in run["rows"] if (row["text"], row["contender"], row["choices"]) not in known]
+        for name, text in run["texts"].items():
+            before = texts.get(name, {"predicted": {}})
+            texts[name] = {**text, **before, "predicted": {**text["predicted"], **before["predicted"]}}
     return {"texts": texts, "rows": rows}
 
 
@@ -784,6 +791,7 @@ def all_tables(
     entmax_model: dict[str, Any],
     conversion: dict[str, Any],
     steps: Sequence[dict[str, Any]],
+    recorded_steps: Sequence[dict[str, Any]],
     shapes: Sequence[dict[str, Any]],
     first_tokens: dict[str, Any],
     recorded: Sequence[dict[str, Any]],
@@ -801,12 +809,12 @@ def all_tables(
     `wider` is a run of the kernels with soft gates over a larger support; `generate` and `cpu` hold two runs of
     generate.py each, now and before; `entmax` holds the runs of each of two shapes, of which the first counts;
     `entmax_model` is a run of whole models, `conversion` the finetune.json of a training run, `steps` holds runs of
-    default generate with Sparsefinder, `shapes` one run of the kernels for each shape, `first_tokens` is a run of
-    `generate.py` for short prompts, `prefills` are runs of `prefill.py`, `recorded` and `first_static` are runs of the
-    scripts of these names, `static` holds runs of `static_decode.py`, `prediction` runs of predicted tiles, of
-    which the first with a text and a contender counts; `quality` holds runs of what predicted tiles cost in perplexity,
-    `bidirectional` runs of entmax_kernels.py without a causal mask, `flex` is one of predicted tiles beside
-    FlexAttention, and `lengths` one of `finetune_length.py`."""
+    default generate with Sparsefinder whose steps ran, `recorded_steps` such whose steps were recorded, `shapes` one
+    run of the kernels for each shape, `first_tokens` is a run of `generate.py` for short prompts, `prefills` are runs
+    of `prefill.py`, `recorded` and `first_static` are runs of the scripts of these names, `static` holds runs of
+    `static_decode.py`, `prediction` runs of predicted tiles, see `joined_texts`; `quality` holds runs of what predicted
+    tiles cost in perplexity, `bidirectional` runs of entmax_kernels.py without a causal mask, `flex` is one of
+    predicted tiles beside FlexAttention, and `lengths` one of `finetune_length.py`."""
     spread = [[label, f"{model['spread'][name]:.0%}"] for name, label in CACHES.items()]
     return {
         "machine": machine_table(kernels, model),
@@ -834,6 +842,7 @@ def all_tables(
         "entmax models": entmax_model_table(entmax_model),
         "conversion": conversion_table(conversion),
         "entmax steps": step_table(steps),
+        "recorded entmax steps": step_table(recorded_steps, calls=True),
         "compiled entmax steps": static_table(static),
         "attention summary": attention_summary(kernels),
         "decoding summary": decode_summary(model),
@@ -918,6 +927,9 @@ def main() -> None:
     parser.add_argument("--entmax-model", type=Path, required=True, help="JSON of entmax_model.py")
     parser.add_argument("--conversion", type=Path, required=True, help="finetune.json of a Sparsefinder adapter")
     parser.add_argument("--steps", type=Path, nargs="+", required=True, help="JSON of default generate, Sparsefinder")
+    parser.add_argument(
+        "--recorded-steps", type=Path, nargs="+", required=True, help="JSON of default generate, steps recorded"
+    )
     parser.add_argument("--prediction", type=Path, nargs="+", required=True, help="JSON of entmax_prediction.py")
     parser.add_argument("--static", type=Path, nargs="+", required=True, help="JSON of static_decode.py")
     parser.add_argument("--quality", type=Path, nargs="+", default=[], help="JSON of predicted_quality.py")
@@ -953,6 +965,7 @@ def main() -> None:
         entmax_model=read(options.entmax_model),
         conversion=read(options.conversion),
         steps=list(map(read, options.steps)),
+        recorded_steps=list(map(read, options.recorded_steps)),
         shapes=list(map(read, options.shapes)),
         first_tokens=read(options.first_tokens),
         recorded=list(map(read, options.recorded)),

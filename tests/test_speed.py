@@ -67,7 +67,9 @@ def tables() -> dict[str, str]:
         first_static=first_static,
         static=read("static_decode-8-layers"),
         prefills=prefills,
-        prediction=read("entmax_prediction-choices", "entmax_prediction-smollm2", "entmax_prediction"),
+        recorded_steps=read("generate-entmax-recorded", "generate-predicted-recorded"),
+        prediction=read("entmax_prediction-contenders", "entmax_prediction-choices", "entmax_prediction"),
+        flex=read("entmax_prediction-flex")[0],
         bidirectional=read("entmax_bidirectional-1", "entmax_bidirectional-8"),
         lengths=read("finetune_length")[0],
         quality=read(
