@@ -477,10 +477,16 @@ def entmax_setting_table(shapes: Sequence[Sequence[dict[str, Any]]]) -> str:
     return table(head, rows)
 
 
-def entmax_model_table(run: dict[str, Any]) -> str:
-    """Tabulate milliseconds of a forward of a patched model, and how they compare with the dense one."""
+def entmax_model_table(runs: Sequence[dict[str, Any]]) -> str:
+    """Tabulate milliseconds of a forward of a patched model, and how they compare with the dense one.
+
+    A row is that of the first run that has it; variants that this one lacks are those of the next."""
+    cells_of: dict[tuple[int, int], dict[str, Any]] = {}
+    for row in (row for run in reversed(runs) for row in run["rows"]):
+        key = (row["batch"], row["length"])
+        cells_of[key] = {**cells_of.get(key, {}), **row}
     rows = []
-    for row in run["rows"]:
+    for _, row in sorted(cells_of.items()):
         times = {name: row[name]["ms"] for name in ENTMAX_MODEL if name in row}
         cells = [short(times.get(name)) for name in ENTMAX_MODEL]
         compared = ("full", "complete", "pooled")
@@ -788,7 +794,7 @@ def all_tables(
     evaluation: dict[str, Any],
     cpu: Sequence[dict[str, Any]],
     busy: dict[str, Any],
-    entmax_model: dict[str, Any],
+    entmax_model: Sequence[dict[str, Any]],
     conversion: dict[str, Any],
     steps: Sequence[dict[str, Any]],
     recorded_steps: Sequence[dict[str, Any]],
@@ -801,20 +807,20 @@ def all_tables(
     prediction: Sequence[dict[str, Any]],
     quality: Sequence[dict[str, Any]] = (),
     bidirectional: Sequence[dict[str, Any]] = (),
-    flex: dict[str, Any] | None = None,
+    flex: Sequence[dict[str, Any]] = (),
     lengths: dict[str, Any] | None = None,
 ) -> dict[str, str]:
     """Return every table by the name that documents call it.
 
     `wider` is a run of the kernels with soft gates over a larger support; `generate` and `cpu` hold two runs of
     generate.py each, now and before; `entmax` holds the runs of each of two shapes, of which the first counts;
-    `entmax_model` is a run of whole models, `conversion` the finetune.json of a training run, `steps` holds runs of
+    `entmax_model` holds runs of whole models, `conversion` the finetune.json of a training run, `steps` holds runs of
     default generate with Sparsefinder whose steps ran, `recorded_steps` such whose steps were recorded, `shapes` one
     run of the kernels for each shape, `first_tokens` is a run of `generate.py` for short prompts, `prefills` are runs
     of `prefill.py`, `recorded` and `first_static` are runs of the scripts of these names, `static` holds runs of
     `static_decode.py`, `prediction` runs of predicted tiles, see `joined_texts`; `quality` holds runs of what predicted
-    tiles cost in perplexity, `bidirectional` runs of entmax_kernels.py without a causal mask, `flex` is one of
-    predicted tiles beside FlexAttention, and `lengths` one of `finetune_length.py`."""
+    tiles cost in perplexity, `bidirectional` runs of entmax_kernels.py without a causal mask, `flex` runs of
+    predicted tiles beside FlexAttention, and `lengths` is one of `finetune_length.py`."""
     spread = [[label, f"{model['spread'][name]:.0%}"] for name, label in CACHES.items()]
     return {
         "machine": machine_table(kernels, model),
@@ -860,7 +866,7 @@ def all_tables(
         "entmax ratios": entmax_ratio_table(joined_texts(prediction)),
         "errors of entmax": other_error_table([run for run in prediction if "errors_of_others" in run][-1:]),
         **({"predicted quality": predicted_quality_table(quality)} if quality else {}),
-        **({"flex tiles": flex_table(flex)} if flex else {}),
+        **({"flex tiles": flex_table(joined_texts(flex))} if flex else {}),
         **({"lengths": length_table(lengths)} if lengths else {}),
         **(bidirectional_tables(bidirectional) if bidirectional else {}),
     }
@@ -924,7 +930,7 @@ def main() -> None:
     parser.add_argument("--evaluation", type=Path, required=True, help="JSON of evaluation.py")
     parser.add_argument("--cpu", type=Path, nargs=2, required=True, help="JSON of generate.py on a CPU, now and before")
     parser.add_argument("--busy", type=Path, required=True, help="JSON of busy.py")
-    parser.add_argument("--entmax-model", type=Path, required=True, help="JSON of entmax_model.py")
+    parser.add_argument("--entmax-model", type=Path, nargs="+", required=True, help="JSON of entmax_model.py")
     parser.add_argument("--conversion", type=Path, required=True, help="finetune.json of a Sparsefinder adapter")
     parser.add_argument("--steps", type=Path, nargs="+", required=True, help="JSON of default generate, Sparsefinder")
     parser.add_argument(
@@ -935,7 +941,9 @@ def main() -> None:
     parser.add_argument("--quality", type=Path, nargs="+", default=[], help="JSON of predicted_quality.py")
     parser.add_argument("--bidirectional", type=Path, nargs="+", default=[], help="JSON of entmax_kernels.py")
     parser.add_argument("--lengths", type=Path, help="JSON of finetune_length.py")
-    parser.add_argument("--flex", type=Path, help="JSON of entmax_prediction.py beside FlexAttention")
+    parser.add_argument(
+        "--flex", type=Path, nargs="+", default=[], help="JSON of entmax_prediction.py beside FlexAttention"
+    )
     parser.add_argument(
         "--fill", type=Path, nargs="*", default=[], help="Markdown files whose marked tables are replaced"
     )
@@ -962,7 +970,7 @@ def main() -> None:
         evaluation=read(options.evaluation),
         cpu=list(map(read, options.cpu)),
         busy=read(options.busy),
-        entmax_model=read(options.entmax_model),
+        entmax_model=list(map(read, options.entmax_model)),
         conversion=read(options.conversion),
         steps=list(map(read, options.steps)),
         recorded_steps=list(map(read, options.recorded_steps)),
@@ -975,7 +983,7 @@ def main() -> None:
         prediction=list(map(read, options.prediction)),
         quality=list(map(read, options.quality)),
         bidirectional=list(map(read, options.bidirectional)),
-        flex=read(options.flex) if options.flex else None,
+        flex=list(map(read, options.flex)),
         lengths=read(options.lengths) if options.lengths else None,
     )
     if options.figure:

@@ -45,7 +45,7 @@ def tables() -> dict[str, str]:
     entmax = [read(f"entmax_kernels{shape}", f"entmax_kernels{shape}-earlier") for shape in ("", "-128")]
     (evaluation,) = read("evaluation")
     generate_cpu, before_cpu, busy = read("generate", "generate-before", "busy", machine="cpu")
-    entmax_model, conversion = read("entmax_model", "conversion")
+    entmax_model, (conversion,) = read("entmax_model"), read("conversion")
     return SCRIPT.all_tables(
         kernels=kernels,
         wider=wider,
@@ -69,7 +69,7 @@ def tables() -> dict[str, str]:
         prefills=prefills,
         recorded_steps=read("generate-entmax-recorded", "generate-predicted-recorded"),
         prediction=read("entmax_prediction-contenders", "entmax_prediction-choices", "entmax_prediction"),
-        flex=read("entmax_prediction-flex")[0],
+        flex=read("entmax_prediction-flex"),
         bidirectional=read("entmax_bidirectional-1", "entmax_bidirectional-8"),
         lengths=read("finetune_length")[0],
         quality=read(
