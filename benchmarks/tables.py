@@ -485,14 +485,14 @@ def entmax_model_table(runs: Sequence[dict[str, Any]]) -> str:
     for row in (row for run in reversed(runs) for row in run["rows"]):
         key = (row["batch"], row["length"])
         cells_of[key] = {**cells_of.get(key, {}), **row}
+    names = [name for name in ENTMAX_MODEL if any(name in row for row in cells_of.values())]
+    compared = [name for name in ("full", "complete", "pooled") if name in names]
     rows = []
     for _, row in sorted(cells_of.items()):
-        times = {name: row[name]["ms"] for name in ENTMAX_MODEL if name in row}
-        cells = [short(times.get(name)) for name in ENTMAX_MODEL]
-        compared = ("full", "complete", "pooled")
+        times = {name: row[name]["ms"] for name in names if name in row}
         ratios_of = [f"{times[name] / times['dense']:.2f}" if name in times else "-" for name in compared]
-        rows.append([f"{row['length']:,} x {row['batch']}", *cells, *ratios_of])
-    head = ["tokens x batch", *ENTMAX_MODEL.values(), "*full / dense*", "*complete / dense*", "*by means / dense*"]
+        rows.append([f"{row['length']:,} x {row['batch']}", *(short(times.get(name)) for name in names), *ratios_of])
+    head = ["tokens x batch", *(ENTMAX_MODEL[name] for name in names), *(f"*{name} / dense*" for name in compared)]
     return table(head, rows)
 
 
