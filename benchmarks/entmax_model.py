@@ -8,6 +8,7 @@
     full       entmax over all keys: the predictor 'full'
     complete   the adapter with `complete=True`
     predicted  the adapter as it is: its predicted graph
+    pooled     the scales of the adapter, with the predictor 'pooled' and its defaults at every length
 
 Each call is `model(input_ids)` without gradients and without any other argument, as a user writes it: eager, with a
 cache, and logits for all tokens. The models share their weights and are called in turns in one process; each number is
@@ -47,7 +48,7 @@ from hf_sparse.ops.entmax import api
 from hf_sparse.patches import sparse_layers_in_use
 
 SHAPES: dict[str, dict[str, Any]] = {"smollm2": SMOLLM2, "llama-1b": LLAMA_1B}
-VARIANTS = ("dense", "full", "complete", "predicted")
+VARIANTS = ("dense", "full", "complete", "predicted", "pooled")
 # The settings of the published adapter of SmolLM2, for random weights.
 GRAPH: dict[str, Any] = {
     "rank": 32, "cluster_parts": 32, "clusters": 16, "top_clusters": 1, "tile": 8, "query_tile": 1, "window": 16,
@@ -64,6 +65,7 @@ class Models:
 
     Attributes:
         dense, sparse: the two models.
+        pooled: another copy, with the scales of `sparse` and the predictor 'pooled'.
         ids: `[N]` int64, tokens to read.
         name: of the weights.
     """
@@ -78,6 +80,7 @@ class Models:
             ids = tokenizer(options.text.read_text("utf-8"), return_tensors="pt").input_ids[0]
             self.ids = ids.repeat(-(-needed // len(ids)))[:needed].to(options.device)
             self.sparse = PeftModel.from_pretrained(self._copy(), options.adapter).to(options.device).eval()
+            self.pooled = self._with_means()
             return
         self.name = options.shape
         shape = SHAPES[options.shape] | (TINY if options.tiny else {})
@@ -89,6 +92,15 @@ class Models:
         self.sparse = get_peft_model(self._copy(), SparsefinderConfig(**graph)).to(options.device).eval()
         chunk = self.ids[None, : min(FITTED, len(self.ids))]
         fit_predictors(sparse_layers_in_use(self.sparse), lambda: self.sparse(chunk, use_cache=False))  # type: ignore[arg-type]
+        self.pooled = self._with_means()
+
+    def _with_means(self) -> Any:
+        config = SparsefinderConfig(predictor="pooled", exact_up_to=0)
+        model = get_peft_model(self._copy(), config).to(self.ids.device).eval()
+        layers: Iterator[Any] = zip(sparse_layers_in_use(model), sparse_layers_in_use(self.sparse), strict=True)
+        for ours, theirs in layers:
+            ours.parameters_in_use.log_scale.data.copy_(theirs.parameters_in_use.log_scale.data)
+        return model
 
     def _copy(self) -> Any:
         shared = {id(tensor): tensor for tensor in (*self.dense.parameters(), *self.dense.buffers())}
@@ -98,8 +110,8 @@ class Models:
     def variant(self, name: str) -> Iterator[nn.Module]:
         """Give the model that is to be called for a variant, within a `with` block."""
         layers: Sequence[Any] = sparse_layers_in_use(self.sparse)
-        if name == "dense":
-            yield self.dense
+        if name in ("dense", "pooled"):
+            yield getattr(self, name)
         elif name == "full":
             predictor = predictor_of(SparsefinderConfig(predictor="full"))
             with override([layer.parameters_in_use for layer in layers], predictor=predictor):

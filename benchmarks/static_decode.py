@@ -132,26 +132,26 @@ def find_scales(steps: Steps, support: float) -> list[float]:
 
 
 def sparse_steps(
-    options: argparse.Namespace, model: PreTrainedModel, attention: str, length: int, compiled: bool
+    options: argparse.Namespace, model: PreTrainedModel, attention: str, tiles: int, length: int, compiled: bool
 ) -> Steps:
     """Patch a model and prepare its steps."""
     if attention == "entmax":
         return Steps(patch(model, SparsefinderConfig(predictor="full")), options, length, compiled)
-    graph: dict[str, Any] = {"tile": TILE, "query_tile": 1, "clusters": CLUSTERS, "tiles_per_query": options.tiles}
+    graph: dict[str, Any] = {"tile": TILE, "query_tile": 1, "clusters": CLUSTERS, "tiles_per_query": tiles}
     model = patch(model, SparsefinderConfig(**graph, window=64))
     ids = torch.randint(0, model.config.vocab_size, (1, min(512, length)), device=options.device)
     fit_predictors(sparse_layers(model, SparsefinderAttention), lambda: model(ids, use_cache=False, logits_to_keep=1))
     return Steps(model, options, length, compiled)
 
 
-def check(options: argparse.Namespace, attention: str) -> float:
+def check(options: argparse.Namespace, attention: str, tiles: int) -> float:
     """Return the largest relative difference of logits.
 
     Raises:
         SystemExit: a difference that rounding does not explain.
     """
     length = min(options.length, 1024)
-    steps = sparse_steps(options, make_model(options, 2, torch.float32), attention, length, True)
+    steps = sparse_steps(options, make_model(options, 2, torch.float32), attention, tiles, length, True)
     find_scales(steps, options.support)
     logits = [steps.step(number) for number in range(1, CHECKED)]
     steps.reset()
@@ -167,7 +167,7 @@ def check(options: argparse.Namespace, attention: str) -> float:
     return difference
 
 
-def bytes_read(options: argparse.Namespace, config: Any, attention: str, supports: list[float]) -> int:
+def bytes_read(options: argparse.Namespace, config: Any, attention: str, tiles: int, supports: list[float]) -> int:
     """Count the bytes that the attention of a step reads in all layers: keys, products, codes, ranks and values."""
     heads, query_heads, layers = config.num_key_value_heads, config.num_attention_heads, config.num_hidden_layers
     dim = getattr(config, "head_dim", None) or config.hidden_size // query_heads
@@ -180,7 +180,7 @@ def bytes_read(options: argparse.Namespace, config: Any, attention: str, support
         return keys * row + options.batch * query_heads * options.length * layers * 4 + values
     lists = options.batch * query_heads * layers
     codes, ranks = lists * options.length * 8, lists * options.length // TILE * 8
-    listed = lists * options.tiles * TILE * row
+    listed = lists * tiles * TILE * row
     return codes + ranks + 2 * listed  # of the listed keys at most all have weight
 
 
@@ -192,7 +192,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--runs", type=int, default=5)
     parser.add_argument("--support", type=float, default=55.0, help="keys with weight per query, of all")
-    parser.add_argument("--tiles", type=int, default=16, help="tiles of 8 keys per query, where they are predicted")
+    parser.add_argument(
+        "--tiles", type=int, nargs="+", default=[16], help="tiles of 8 keys per query, where they are predicted"
+    )
     parser.add_argument("--attention", nargs="+", choices=ATTENTION, default=list(ATTENTION))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16", "float16"])
@@ -201,6 +203,9 @@ def main() -> None:
     parser.add_argument("--commit", default=None, help="of the code, where there is no git")
     parser.add_argument("--output", type=Path, help="where to write the JSON")
     options = parser.parse_args()
+    contenders = [
+        (name, tiles) for name in options.attention for tiles in (options.tiles if name == "predicted" else [0])
+    ]
     options.mode = "reduce-overhead" if options.device == "cuda" and options.backend == "inductor" else None
     named = (
         "length",
@@ -221,19 +226,21 @@ def main() -> None:
         "benchmark": "static_decode",
         "commit": options.commit or current_commit(),
         "settings": {name: getattr(options, name) for name in named},
-        "differences": {name: check(options, name) for name in options.attention if name != "dense"},
+        "differences": {
+            name: check(options, name, max(options.tiles)) for name in options.attention if name != "dense"
+        },
         "rows": [],
         **describe(),
     }
     print(result["differences"], flush=True)
     model = make_model(options, options.layers, getattr(torch, options.dtype))
-    for attention in options.attention:
+    for attention, tiles in contenders:
         torch._dynamo.reset()
         supports: list[float] = []
         if attention == "dense":
             steps = Steps(model, options, options.length, True)
         else:
-            steps = sparse_steps(options, model, attention, options.length, True)
+            steps = sparse_steps(options, model, attention, tiles, options.length, True)
             supports = find_scales(steps, options.support)
         begin = time.perf_counter()
         steps.seconds(5)
@@ -241,10 +248,11 @@ def main() -> None:
         runs = [steps.seconds(options.steps) for _ in range(options.runs)]
         row = {
             "attention": attention,
+            "tiles": tiles,
             "step_ms": 1e3 * statistics.median(runs),
             "steps_ms": [1e3 * run for run in runs],
             "tokens_per_second": options.batch / statistics.median(runs),
-            "bytes_read": bytes_read(options, model.config, attention, supports),
+            "bytes_read": bytes_read(options, model.config, attention, tiles, supports),
             "compiling_s": compiled,
         }
         if supports:

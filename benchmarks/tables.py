@@ -19,9 +19,9 @@
         --evaluation evaluation-h200.json --cpu generate-cpu.json generate-before-cpu.json --busy busy-cpu.json \\
         --entmax-model entmax_model-h200.json --conversion conversion-h200.json \\
         --steps generate-entmax-h200.json generate-predicted-h200.json \\
-        generate-entmax-more-h200.json \\
-        --prediction entmax_prediction-choices-h200.json entmax_prediction-smollm2-h200.json \\
-        entmax_prediction-h200.json --static static_decode-8-layers-h200.json \\
+        generate-entmax-more-h200.json --recorded-steps generate-*-recorded-h200.json \\
+        --prediction entmax_prediction-contenders-h200.json entmax_prediction-choices-h200.json \\
+        entmax_prediction-h200.json --flex entmax_prediction-flex-h200.json --static static_decode-8-layers-h200.json \\
         --quality predicted_quality-*-h200.json --bidirectional entmax_bidirectional-*-h200.json \\
         --lengths finetune_length-h200.json --float8 finetune_fp8-h200.json --gpus several_gpus-h200.json \\
         --fill ../../docs/speed.md ../../README.md --figure ../../docs/speed.png
@@ -70,6 +70,7 @@ ENTMAX_MODEL = {
     "full": 'entmax, predictor "full"',
     "complete": "entmax, `complete=True`",
     "predicted": "entmax, predicted graph",
+    "pooled": "entmax, tiles by means",
 }
 PASSES = {"forward": "Forward", "forward_backward": "Forward and backward"}
 
@@ -505,15 +506,22 @@ def entmax_setting_table(shapes: Sequence[Sequence[dict[str, Any]]]) -> str:
     return table(head, rows)
 
 
-def entmax_model_table(run: dict[str, Any]) -> str:
-    """Tabulate milliseconds of a forward of a patched model, and how they compare with the dense one."""
+def entmax_model_table(runs: Sequence[dict[str, Any]]) -> str:
+    """Tabulate milliseconds of a forward of a patched model, and how they compare with the dense one.
+
+    A row is that of the first run that has it; variants that this one lacks are those of the next."""
+    cells_of: dict[tuple[int, int], dict[str, Any]] = {}
+    for row in (row for run in reversed(runs) for row in run["rows"]):
+        key = (row["batch"], row["length"])
+        cells_of[key] = {**cells_of.get(key, {}), **row}
+    names = [name for name in ENTMAX_MODEL if any(name in row for row in cells_of.values())]
+    compared = [name for name in ("full", "complete", "pooled") if name in names]
     rows = []
-    for row in run["rows"]:
-        times = {name: row[name]["ms"] for name in ENTMAX_MODEL if name in row}
-        cells = [short(times.get(name)) for name in ENTMAX_MODEL]
-        ratios_of = [f"{times[name] / times['dense']:.2f}" if name in times else "-" for name in ("full", "complete")]
-        rows.append([f"{row['length']:,} x {row['batch']}", *cells, *ratios_of])
-    head = ["tokens x batch", *ENTMAX_MODEL.values(), "*full / dense*", "*complete / dense*"]
+    for _, row in sorted(cells_of.items()):
+        times = {name: row[name]["ms"] for name in names if name in row}
+        ratios_of = [f"{times[name] / times['dense']:.2f}" if name in times else "-" for name in compared]
+        rows.append([f"{row['length']:,} x {row['batch']}", *(short(times.get(name)) for name in names), *ratios_of])
+    head = ["tokens x batch", *(ENTMAX_MODEL[name] for name in names), *(f"*{name} / dense*" for name in compared)]
     return table(head, rows)
 
 
@@ -530,8 +538,10 @@ def conversion_table(run: dict[str, Any]) -> str:
     return table(["stage", "steps", "ms per step", "seconds"], rows)
 
 
-def step_table(runs: Sequence[dict[str, Any]]) -> str:
-    """Tabulate steps of default `generate` with Sparsefinder: over all keys, and over predicted graphs."""
+def step_table(runs: Sequence[dict[str, Any]], calls: bool = False) -> str:
+    """Tabulate steps of default `generate` with Sparsefinder, over all keys and over predicted graphs.
+
+    With `calls`, whole calls with prompt and recording stand beside them."""
     rows = []
     for run in runs:
         settings = run["settings"]
@@ -539,26 +549,27 @@ def step_table(runs: Sequence[dict[str, Any]]) -> str:
         if settings.get("cluster_parts", 1) > 1:
             graph += f" in {settings['cluster_parts']} parts"
         for row in run["rows"]:
-            steps = [row[name]["step_ms"] for name in ("dense", "sparse")]
-            cell = f"{row['prompt']:,} x {row['batch']}"
-            rows.append([cell, graph, *map(short, steps), f"{steps[0] / steps[1]:.2f}"])
-    return table(["SmolLM2's shape, prompt x batch", "keys", "dense, ms", "Sparsefinder, ms", "times as fast"], rows)
+            cells = [f"{row['prompt']:,} x {row['batch']}", graph]
+            for measured in ("step_ms", "call_ms") if calls else ("step_ms",):
+                dense, sparse = (row[name][measured] for name in ("dense", "sparse"))
+                cells += [short(dense), short(sparse), f"{dense / sparse:.2f}"]
+            rows.append(cells)
+    head = ["SmolLM2's shape, prompt x batch", "keys", "dense, ms", "Sparsefinder, ms", "times as fast"]
+    return table([*head, *(["call, dense, ms", "Sparsefinder, ms", "times as fast"] if calls else [])], rows)
 
 
 def static_table(runs: Sequence[dict[str, Any]]) -> str:
     """Tabulate compiled and captured steps in a static cache, dense and with Sparsefinder, and the bytes they read."""
     rows = []
     for run in runs:
-        names = {
-            "dense": "dense (SDPA)",
-            "entmax": "entmax, all keys",
-            "predicted": f"entmax, {run['settings'].get('tiles')} predicted tiles of 8",
-        }
+        names = {"dense": "dense (SDPA)", "entmax": "entmax, all keys"}
         dense = run["rows"][0]
         for row in run["rows"]:
             read = [f"{row['bytes_read'] / 1e9:.2f}", f"{row['bytes_read'] / dense['bytes_read']:.2f}"]
             speed = [f"{row['tokens_per_second']:.0f}", f"{row['tokens_per_second'] / dense['tokens_per_second']:.2f}"]
-            name = f"{names[row['attention']]}, {run['commit'][:7]}"
+            tiles = row.get("tiles") or run["settings"].get("tiles")
+            name = names.get(row["attention"], f"entmax, {tiles} predicted tiles of 8")
+            name = f"{name}, {run['commit'][:7]}"
             rows.append([name, f"{run['settings']['layers']}", short(row["step_ms"]), *read, *speed])
     head = ["attention, commit", "layers", "ms per step", "GB read", "of dense", "tokens/s", "times as fast"]
     return table(head, rows)
@@ -579,13 +590,15 @@ def prediction_table(run: dict[str, Any], which: str) -> str:
 
 
 def joined_texts(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Join runs of predicted tiles; of a text and a contender that several have, the rows of the first count."""
+    """Join runs of predicted tiles; of a text, a contender and a number of choices the rows of the first run count."""
     texts: dict[str, Any] = {}
     rows: list[dict[str, Any]] = []
     for run in runs:
-        known = {(row["text"], row["contender"]) for row in rows}
-        rows += [row for row in run["rows"] if (row["text"], row["contender"]) not in known]
-        texts = {**run["texts"], **texts}
+        known = {(row["text"], row["contender"], row["choices"]) for row in rows}
+        rows += [row for row in run["rows"] if (row["text"], row["contender"], row["choices"]) not in known]
+        for name, text in run["texts"].items():
+            before = texts.get(name, {"predicted": {}})
+            texts[name] = {**text, **before, "predicted": {**text["predicted"], **before["predicted"]}}
     return {"texts": texts, "rows": rows}
 
 
@@ -810,9 +823,10 @@ def all_tables(
     evaluation: dict[str, Any],
     cpu: Sequence[dict[str, Any]],
     busy: dict[str, Any],
-    entmax_model: dict[str, Any],
+    entmax_model: Sequence[dict[str, Any]],
     conversion: dict[str, Any],
     steps: Sequence[dict[str, Any]],
+    recorded_steps: Sequence[dict[str, Any]],
     shapes: Sequence[dict[str, Any]],
     first_tokens: dict[str, Any],
     recorded: Sequence[dict[str, Any]],
@@ -822,7 +836,7 @@ def all_tables(
     prediction: Sequence[dict[str, Any]],
     quality: Sequence[dict[str, Any]] = (),
     bidirectional: Sequence[dict[str, Any]] = (),
-    flex: dict[str, Any] | None = None,
+    flex: Sequence[dict[str, Any]] = (),
     lengths: dict[str, Any] | None = None,
     float8: dict[str, Any] | None = None,
     gpus: dict[str, Any] | None = None,
@@ -831,14 +845,14 @@ def all_tables(
 
     `wider` is a run of the kernels with soft gates over a larger support; `generate` and `cpu` hold two runs of
     generate.py each, now and before; `entmax` holds the runs of each of two shapes, of which the first counts;
-    `entmax_model` is a run of whole models, `conversion` the finetune.json of a training run, `steps` holds runs of
-    default generate with Sparsefinder, `shapes` one run of the kernels for each shape, `first_tokens` is a run of
-    `generate.py` for short prompts, `prefills` are runs of `prefill.py`, `recorded` and `first_static` are runs of the
-    scripts of these names, `static` holds runs of `static_decode.py`, `prediction` runs of predicted tiles, of
-    which the first with a text and a contender counts; `quality` holds runs of what predicted tiles cost in perplexity,
-    `bidirectional` runs of entmax_kernels.py without a causal mask, `flex` is one of predicted tiles beside
-    FlexAttention, `lengths` one of `finetune_length.py`, `float8` one of it in two precisions, and `gpus` one of
-    `several_gpus.py`."""
+    `entmax_model` holds runs of whole models, `conversion` the finetune.json of a training run, `steps` holds runs of
+    default generate with Sparsefinder whose steps ran, `recorded_steps` such whose steps were recorded, `shapes` one
+    run of the kernels for each shape, `first_tokens` is a run of `generate.py` for short prompts, `prefills` are runs
+    of `prefill.py`, `recorded` and `first_static` are runs of the scripts of these names, `static` holds runs of
+    `static_decode.py`, `prediction` runs of predicted tiles, see `joined_texts`; `quality` holds runs of what predicted
+    tiles cost in perplexity, `bidirectional` runs of entmax_kernels.py without a causal mask, `flex` runs of
+    predicted tiles beside FlexAttention, `lengths` is one of `finetune_length.py`, `float8` one of it in two
+    precisions, and `gpus` one of `several_gpus.py`."""
     spread = [[label, f"{model['spread'][name]:.0%}"] for name, label in CACHES.items()]
     return {
         "machine": machine_table(kernels, model),
@@ -866,6 +880,7 @@ def all_tables(
         "entmax models": entmax_model_table(entmax_model),
         "conversion": conversion_table(conversion),
         "entmax steps": step_table(steps),
+        "recorded entmax steps": step_table(recorded_steps, calls=True),
         "compiled entmax steps": static_table(static),
         "attention summary": attention_summary(kernels),
         "decoding summary": decode_summary(model),
@@ -883,7 +898,7 @@ def all_tables(
         "entmax ratios": entmax_ratio_table(joined_texts(prediction)),
         "errors of entmax": other_error_table([run for run in prediction if "errors_of_others" in run][-1:]),
         **({"predicted quality": predicted_quality_table(quality)} if quality else {}),
-        **({"flex tiles": flex_table(flex)} if flex else {}),
+        **({"flex tiles": flex_table(joined_texts(flex))} if flex else {}),
         **({"lengths": length_table(lengths)} if lengths else {}),
         **({"fp8": float8_table(float8)} if float8 else {}),
         **({"several gpus": gpus_table(gpus)} if gpus else {}),
@@ -949,9 +964,12 @@ def main() -> None:
     parser.add_argument("--evaluation", type=Path, required=True, help="JSON of evaluation.py")
     parser.add_argument("--cpu", type=Path, nargs=2, required=True, help="JSON of generate.py on a CPU, now and before")
     parser.add_argument("--busy", type=Path, required=True, help="JSON of busy.py")
-    parser.add_argument("--entmax-model", type=Path, required=True, help="JSON of entmax_model.py")
+    parser.add_argument("--entmax-model", type=Path, nargs="+", required=True, help="JSON of entmax_model.py")
     parser.add_argument("--conversion", type=Path, required=True, help="finetune.json of a Sparsefinder adapter")
     parser.add_argument("--steps", type=Path, nargs="+", required=True, help="JSON of default generate, Sparsefinder")
+    parser.add_argument(
+        "--recorded-steps", type=Path, nargs="+", required=True, help="JSON of default generate, steps recorded"
+    )
     parser.add_argument("--prediction", type=Path, nargs="+", required=True, help="JSON of entmax_prediction.py")
     parser.add_argument("--static", type=Path, nargs="+", required=True, help="JSON of static_decode.py")
     parser.add_argument("--quality", type=Path, nargs="+", default=[], help="JSON of predicted_quality.py")
@@ -959,7 +977,9 @@ def main() -> None:
     parser.add_argument("--lengths", type=Path, help="JSON of finetune_length.py")
     parser.add_argument("--float8", type=Path, help="JSON of finetune_length.py in two precisions")
     parser.add_argument("--gpus", type=Path, help="JSON of several_gpus.py")
-    parser.add_argument("--flex", type=Path, help="JSON of entmax_prediction.py beside FlexAttention")
+    parser.add_argument(
+        "--flex", type=Path, nargs="+", default=[], help="JSON of entmax_prediction.py beside FlexAttention"
+    )
     parser.add_argument(
         "--fill", type=Path, nargs="*", default=[], help="Markdown files whose marked tables are replaced"
     )
@@ -986,9 +1006,10 @@ def main() -> None:
         evaluation=read(options.evaluation),
         cpu=list(map(read, options.cpu)),
         busy=read(options.busy),
-        entmax_model=read(options.entmax_model),
+        entmax_model=list(map(read, options.entmax_model)),
         conversion=read(options.conversion),
         steps=list(map(read, options.steps)),
+        recorded_steps=list(map(read, options.recorded_steps)),
         shapes=list(map(read, options.shapes)),
         first_tokens=read(options.first_tokens),
         recorded=list(map(read, options.recorded)),
@@ -998,7 +1019,7 @@ def main() -> None:
         prediction=list(map(read, options.prediction)),
         quality=list(map(read, options.quality)),
         bidirectional=list(map(read, options.bidirectional)),
-        flex=read(options.flex) if options.flex else None,
+        flex=list(map(read, options.flex)),
         lengths=read(options.lengths) if options.lengths else None,
         float8=read(options.float8) if options.float8 else None,
         gpus=read(options.gpus) if options.gpus else None,

@@ -81,14 +81,20 @@ def is_unused(cache: Any, index: int) -> bool:
 def make_layers(cache: Any, modules: Iterable[nn.Module]) -> None:
     """Put the layers of sparse attention modules into a cache that `generate` or a forward has just made.
 
-    Python does that for all in a fraction of the time that it takes where each layer is reached.
+    Python does that for all in a fraction of the time that it takes where each layer is reached. The method may have
+    others for the rest of the model too.
     """
     call = ModelCall()
+    sparse: Any = None  # attention of one of them
     for module in modules:
         attention: Any = module.sparse_attention
         index: Any = module.layer_idx
         if attention.is_active and is_unused(cache, index):
             cache.layers[index] = attention.cache_layer_in_call(call)
+            sparse = attention
+    for index, layer in enumerate(cache.layers):
+        if sparse is not None and type(layer) is DynamicLayer:
+            cache.layers[index] = sparse.dense_cache_layer(layer)
 
 
 def sparse_cache_layer(cache: Any, index: int, attention: SparseAttentionLayer) -> Any:

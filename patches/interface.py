@@ -219,9 +219,9 @@ def padding_mask(
 def _dense_mask(module: nn.Module, query: Tensor, key: Tensor, valid: Tensor | None) -> Tensor | None:
     """Return the mask a dense module needs beyond `is_causal`; `valid` is the padding mask of its keys, `[B, Tk]`."""
     rows, columns = query.shape[2], key.shape[2]
-    if not getattr(module, "is_causal", True):
+    if rows == 1 or not getattr(module, "is_causal", True):  # keys behind the query of a step are padding to the mask
         return None if valid is None else valid[:, None, None, :]
-    if valid is None and rows in (1, columns):
+    if valid is None and rows == columns:
         return None
     return sdpa_mask(
         batch_size=query.shape[0],

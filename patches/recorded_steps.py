@@ -109,11 +109,17 @@ class RecordedSteps:
         if grows and mask is not None and memory is not None:  # it has a column for every token that there is room for
             self.inputs["attention_mask"] = F.pad(mask, (0, memory.shape[2] - mask.shape[1]))
 
+        sees_room = mask is None and any([getattr(layer, "is_dense", False) for layer in layers])
+
         def step() -> Any:
+            inputs = self.inputs
+            if sees_room and self.place is not None and memory is not None:
+                seen = torch.arange(memory.shape[2], device=device) <= self.place
+                inputs = inputs | {"attention_mask": seen.long().expand(len(inputs["input_ids"]), -1)}
             for layer in layers if grows else ():
                 layer.write_at(self.place)
             try:
-                return (self.model if self.compiled is None else self.compiled)(**self.inputs)
+                return (self.model if self.compiled is None else self.compiled)(**inputs)
             finally:
                 for layer in layers if grows else ():
                     layer.write_at(None)

@@ -48,7 +48,7 @@ def tables() -> dict[str, str]:
     entmax = [read(f"entmax_kernels{shape}", f"entmax_kernels{shape}-earlier") for shape in ("", "-128")]
     (evaluation,) = read("evaluation")
     generate_cpu, before_cpu, busy = read("generate", "generate-before", "busy", machine="cpu")
-    entmax_model, conversion = read("entmax_model", "conversion")
+    entmax_model, (conversion,) = read("entmax_model"), read("conversion")
     return SCRIPT.all_tables(
         kernels=kernels,
         wider=wider,
@@ -70,7 +70,9 @@ def tables() -> dict[str, str]:
         first_static=first_static,
         static=read("static_decode-8-layers"),
         prefills=prefills,
-        prediction=read("entmax_prediction-choices", "entmax_prediction-smollm2", "entmax_prediction"),
+        recorded_steps=read("generate-entmax-recorded", "generate-predicted-recorded"),
+        prediction=read("entmax_prediction-contenders", "entmax_prediction-choices", "entmax_prediction"),
+        flex=read("entmax_prediction-flex"),
         bidirectional=read("entmax_bidirectional-1", "entmax_bidirectional-8"),
         lengths=read("finetune_length")[0],
         float8=read("finetune_fp8")[0],

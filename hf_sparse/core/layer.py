@@ -9,6 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+from transformers.cache_utils import DynamicLayer
 
 from hf_sparse.core.cache import GrowingCacheLayer, ModelCall, SparseCacheLayer
 from hf_sparse.core.config import SparseConfig
@@ -207,6 +208,14 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
         layer: Any = self.cache_layer()
         layer.call = call
         call.layers += 1
+        return layer
+
+    def dense_cache_layer(self, layer: DynamicLayer) -> DynamicLayer:
+        """Return what takes the place of the cache layer of an attention module that is not patched.
+
+        Args:
+            layer: that of transformers, which may hold the keys and values of a prompt.
+        """
         return layer
 
     def static_cache_layer(self, tokens: int) -> SparseCacheLayer:

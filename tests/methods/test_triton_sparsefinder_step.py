@@ -6,12 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList, StaticCache
 
 from hf_sparse import SparsefinderConfig, patch
 from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.core.overrides import override
 from hf_sparse.methods.sparsefinder import SparsefinderAttention, attention, cache, fit_predictors, step
+from hf_sparse.methods.sparsefinder.predictors import clustering
 from hf_sparse.patches import sparse_layers
 
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
@@ -121,6 +122,23 @@ def test_recorded_steps_are_those_of_plain_pytorch(settings, mask, launched, pla
         assert (ours is None) == (theirs is None)
         if ours is not None:
             torch.testing.assert_close(ours[0], theirs[0], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.full
+def test_a_compiled_step_in_a_static_cache_lists_tiles_in_the_kernel(monkeypatch):
+    model = make({"query_tile": 1}, layers=1)
+    logits = []
+    for kernel in (True, False):
+        monkeypatch.setattr(clustering, "takes_kernel", lambda *_, kernel=kernel: kernel)
+        torch.compiler.reset()
+        compiled = torch.compile(model.__call__, backend="eager", fullgraph=True)
+        cache = StaticCache(config=model.config, max_cache_len=36)
+        with torch.no_grad():
+            model(IDS, **with_cache(cache))
+            place = torch.full_like(IDS[:, :1], 30)
+            seen = torch.ones((3, 36), dtype=torch.bool, device=DEVICE)
+            logits.append(compiled(IDS[:, :1], attention_mask=seen, position_ids=place, **with_cache(cache)).logits)
+    torch.testing.assert_close(*logits, rtol=1e-3, atol=1e-4)
 
 
 def test_beams_and_a_copied_cache(launched, monkeypatch):

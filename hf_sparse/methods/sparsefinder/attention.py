@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer
 
 from hf_sparse.core.layer import AttentionShape, SparseAttentionLayer
 from hf_sparse.methods.sparsefinder.cache import SparsefinderCacheLayer
@@ -90,6 +91,12 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
     def make_cache_layer(self) -> SparsefinderCacheLayer:
         """Make a cache layer for all keys, values and codes."""
         return SparsefinderCacheLayer()
+
+    def dense_cache_layer(self, layer: DynamicLayer) -> SparsefinderCacheLayer:
+        """Return a layer that grows in place as those of the patched layers do, so that steps can be recorded."""
+        growing = self.make_cache_layer()
+        vars(growing).update(vars(layer), is_dense=True)
+        return growing
 
     def static_cache_layer(self, tokens: int) -> StaticSparsefinderCacheLayer:
         """Make a cache layer of fixed size.

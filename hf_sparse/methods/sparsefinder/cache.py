@@ -33,8 +33,11 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
         checked: layout of the query of the last step that kernels took.
         rooms: what `keys` and `values` lie in, with room for more tokens; `None` where they lie in nothing larger.
         place: `[1]` int64, where the newest token goes while a step is recorded; `None` otherwise.
+        is_dense: whether the attention is dense, and only a mask tells it which keys of a recorded step are to come.
         plan: what the steps of this layer have in common, see `hf_sparse.methods.sparsefinder.step`.
     """
+
+    is_dense = False
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,10 +137,13 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
         self.keys, self.values = self._grown = keys.narrow(2, 0, tokens), values.narrow(2, 0, tokens)
 
     def _update_recorded(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Return all there is room for, of which the kernels of the step write the newest token."""
+        """Return all there is room for; where attention is sparse, kernels of the step write the newest token there."""
         if key.shape[2] != 1 or self.rooms is None:
             raise RuntimeError(f"a recorded step has one token, and {key.shape[2]} came")
+        may_wait, self._may_wait = self._may_wait, False
         self.newest = key, value
+        if not may_wait:  # dense attention
+            self.write_newest()
         return self.rooms
 
     def get_seq_length(self) -> int:

@@ -1,6 +1,5 @@
 """Decide whether Triton kernels can run, and compile and launch them."""
 
-import functools
 import importlib.util
 import os
 
@@ -12,13 +11,14 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 #: Programs along all but the first dimension of a grid, where CUDA ends: there is one for each batch row and KV head.
 MOST_ROWS = 65_535
 
+_INSTALLED = importlib.util.find_spec("triton") is not None  # a compiled function could not look for it
+
 
 def available(device: torch.device) -> bool:
     """Tell whether kernels run on tensors of this device: CUDA with Triton, or any device with Triton's interpreter."""
     return (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1") and installed()
 
 
-@functools.cache
 def installed() -> bool:
     """Tell whether Triton is installed, on whatever device."""
-    return importlib.util.find_spec("triton") is not None
+    return _INSTALLED
