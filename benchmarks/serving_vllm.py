@@ -12,20 +12,24 @@ Weights are random, and vLLM's own scheduler, sampler and models do all the work
   have `--new` tokens.
 
 A GPU decodes in CUDA graphs, without torch.compile, which would take a minute. One process measures one of the two
-models, so that each has the whole memory. The JSON is written after each measurement.
+models, so that each has the whole memory. With `--tensor-parallel-size 2` two processes with a GPU each share the heads
+and the weights; what they add up goes through NCCL. The JSON is written after each measurement.
 """
 
 import argparse
-import gc
+import multiprocessing
 import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # the engine in this process, which times its steps
+os.environ["VLLM_ALLREDUCE_USE_SYMM_MEM"] = "0"  # it would use multicast over NVLink, which not every host allows
 
 import torch
 import transformers
@@ -43,7 +47,7 @@ from hf_sparse.environment import describe
 from hf_sparse.serving.export import export
 
 
-def make_models(args: argparse.Namespace, folder: Path) -> Path:
+def make_models(args: argparse.Namespace, folder: Path) -> None:
     """Write the folder that vLLM opens: configurations, and an adapter with random scores. There are no weights."""
     config = transformers.LlamaConfig(
         vocab_size=args.vocabulary,
@@ -62,7 +66,7 @@ def make_models(args: argparse.Namespace, folder: Path) -> Path:
     )
     config.save_pretrained(folder / "base")
     if args.kind == "dense":
-        return folder / "base"
+        return
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         base = transformers.AutoModelForCausalLM.from_config(config)
     settings = SparseKConfig(k=args.slots - args.window - args.sinks, window=args.window, sinks=args.sinks)
@@ -73,22 +77,28 @@ def make_models(args: argparse.Namespace, folder: Path) -> Path:
             torch.nn.init.normal_(parameter, std=0.02)
     model.save_pretrained(str(folder / "adapter"))
     export(folder / "adapter", folder / "served")
-    del base, model
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    return folder / "served"
+
+
+def run_apart(function: Callable[..., None], *arguments: Any) -> None:
+    """Call a function in a process of its own, so that none has touched a GPU yet where vLLM forks its processes."""
+    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    process.start()
+    process.join()
+    if process.exitcode:
+        raise SystemExit(f"{function.__name__} failed")
+
+
+def register_classes(*names: str) -> None:
+    """Tell vLLM the classes of models themselves: of a name it would ask another process, which takes half a minute."""
+    load_general_plugins()
+    for name in names:
+        module = "hf_sparse.serving.vllm.models" if name.startswith("HfSparse") else "vllm.model_executor.models.llama"
+        ModelRegistry.register_model(name, getattr(import_module(module), name))
 
 
 def make_engine(args: argparse.Namespace, model: Path) -> Any:
     """Start the engine."""
-    load_general_plugins()
-    for name, module in (
-        ("LlamaForCausalLM", "vllm.model_executor.models.llama"),
-        ("HfSparseLlamaForCausalLM", "hf_sparse.serving.vllm.models"),
-    ):
-        # By the class itself: of a name vLLM would ask another process, which takes it half a minute.
-        ModelRegistry.register_model(name, getattr(__import__(module, fromlist=[name]), name))
+    register_classes("LlamaForCausalLM", "HfSparseLlamaForCausalLM")
     on_gpu = torch.cuda.is_available()
     options: dict[str, Any] = {"enforce_eager": True}
     if on_gpu:
@@ -103,6 +113,8 @@ def make_engine(args: argparse.Namespace, model: Path) -> Any:
         max_num_seqs=max(sizes(args)),
         max_num_batched_tokens=args.context + 512,
         enable_prefix_caching=False,
+        tensor_parallel_size=args.tensor_parallel_size,
+        disable_custom_all_reduce=True,
         kv_transfer_config={
             "kv_connector": "ReadElsewhere",
             "kv_connector_module_path": "vllm_read_elsewhere",
@@ -110,6 +122,7 @@ def make_engine(args: argparse.Namespace, model: Path) -> Any:
         },
         **options,
     )
+    engine.collective_rpc(fill, args=(args,))
     return engine.llm_engine
 
 
@@ -118,9 +131,9 @@ def sizes(args: argparse.Namespace) -> list[int]:
     return sorted({1, *args.requests, *args.whole})
 
 
-def fill(args: argparse.Namespace, core: Any) -> None:
-    """Fill the memory with what texts of the length of the context may leave."""
-    for layer in core.vllm_config.compilation_config.static_forward_context.values():
+def fill(worker: Any, args: argparse.Namespace) -> None:
+    """Fill the memory of one of vLLM's processes with what texts of the length of the context may leave."""
+    for layer in worker.vllm_config.compilation_config.static_forward_context.values():
         if not hasattr(layer, "states"):
             for tensor in layer.kv_cache if isinstance(layer.kv_cache, list | tuple) else [layer.kv_cache]:
                 tensor.normal_()
@@ -192,6 +205,7 @@ def main() -> None:
     parser.add_argument("--whole", type=int, nargs="*", default=[1, 4], help="requests with prompts that are read")
     parser.add_argument("--new", type=int, default=32, help="tokens that each request generates")
     parser.add_argument("--memory", type=float, default=0.9, help="share of the memory of the GPU")
+    parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs that share the heads")
     parser.add_argument("--wait-for", type=Path, default=None, help="a file, before the GPU is used")
     parser.add_argument("--context", type=int, default=32768)
     parser.add_argument("--slots", type=int, default=1024)
@@ -200,7 +214,8 @@ def main() -> None:
     add_shape_options(parser)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        model = make_models(args, Path(folder))
+        run_apart(make_models, args, Path(folder))
+        model = Path(folder) / ("base" if args.kind == "dense" else "served")
         while args.wait_for is not None and not args.wait_for.exists():
             time.sleep(0.2)
         began = time.perf_counter()
@@ -216,7 +231,6 @@ def main() -> None:
             "served": [],
         }
         print(f"{args.kind}: engine {result['engine_seconds']:.0f} s, {fits} requests fit", flush=True)
-        fill(args, core)
         serve(args, core, min(args.requests), whole=False)  # warms up
         todo = [(count, False) for count in args.requests if count <= fits] + [(count, True) for count in args.whole]
         for number, (count, whole) in enumerate(todo):
