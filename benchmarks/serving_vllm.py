@@ -111,7 +111,7 @@ def make_engine(args: argparse.Namespace, model: Path) -> Any:
         dtype="bfloat16" if on_gpu else "float32",
         max_model_len=args.context + 256,
         max_num_seqs=max(sizes(args)),
-        max_num_batched_tokens=args.context + 512,
+        max_num_batched_tokens=args.batched_tokens or args.context + 512,
         enable_prefix_caching=False,
         tensor_parallel_size=args.tensor_parallel_size,
         disable_custom_all_reduce=True,
@@ -207,6 +207,7 @@ def main() -> None:
     parser.add_argument("--memory", type=float, default=0.9, help="share of the memory of the GPU")
     parser.add_argument("--tensor-parallel-size", type=int, default=1, help="GPUs that share the heads")
     parser.add_argument("--wait-for", type=Path, default=None, help="a file, before the GPU is used")
+    parser.add_argument("--batched-tokens", type=int, default=None, help="of a forward; by default a prompt and 512")
     parser.add_argument("--context", type=int, default=32768)
     parser.add_argument("--slots", type=int, default=1024)
     parser.add_argument("--window", type=int, default=256)
