@@ -1,4 +1,4 @@
-"""Check the tables of documents that tell what tests show: supported models, behaviours, and other libraries.
+"""Check the tables of documents: what tests show of models, behaviours and other libraries, and how fast serving is.
 
 `pytest --write-golden tests/test_document_tables.py` writes them anew, between `<!-- table: NAME -->` and
 `<!-- end -->`.
@@ -6,6 +6,7 @@
 
 import ast
 import importlib.util
+import json
 import re
 import sys
 from collections.abc import Iterator
@@ -134,7 +135,80 @@ def test_every_file_of_composition_has_a_library():
     assert set(LIBRARIES) == {path.name for path in (TESTS / "composition").glob("test_*.py")}
 
 
+def measured(name: str) -> dict[str, Any]:
+    """Read what a benchmark measured on the H200."""
+    content: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}-h200.json").read_text("utf-8"))
+    return content
+
+
+def pool() -> str:
+    """Tabulate the decoding steps of a pool without an engine."""
+    rows = [
+        [
+            str(step["requests"]),
+            f"{1000 * step['seconds']:.2f}",
+            f"{step['tokens_per_second']:,.0f}",
+            f"{step['share_of_roofline']:.0%}",
+            f"{1000 * step['attention_seconds']:.2f}",
+            f"{step['share_of_roofline_of_attention']:.0%}",
+        ]
+        for step in measured("serving_pool")["steps"]
+    ]
+    head = ["requests", "ms a step", "tokens/s", "share of the roofline", "attention alone, ms", "its share"]
+    return table(head, rows)
+
+
+def served(gpus: str, whole: bool) -> dict[int, dict[str, dict[str, Any]]]:
+    """Return what vLLM measured with some number of requests, dense and sparse; `gpus` ends the files' names."""
+    runs: dict[int, dict[str, dict[str, Any]]] = {}
+    for kind in ("dense", "sparse"):
+        for run in measured(f"serving_vllm-{kind}{gpus}")["served"]:
+            if run["prompts_are_read"] == whole:
+                runs.setdefault(run["requests"], {})[kind] = run
+    return dict(sorted(runs.items()))
+
+
+def decoding(gpus: str) -> str:
+    """Tabulate steps of vLLM with all requests in them."""
+    rows = []
+    for requests, run in served(gpus, whole=False).items():
+        cells = [
+            text
+            for kind in ("dense", "sparse")
+            for text in (
+                [f"{1000 * run[kind]['step_seconds']:.1f}", f"{run[kind]['tokens_per_second_of_steps']:,.0f}"]
+                if kind in run
+                else ["", ""]
+            )
+        ]
+        ratio = run["dense"]["step_seconds"] / run["sparse"]["step_seconds"] if len(run) == 2 else None
+        rows.append([str(requests), *cells, "" if ratio is None else f"{ratio:.1f}"])
+    head = ["requests", "dense: ms a step", "tokens/s", "sparse: ms a step", "tokens/s", "times dense"]
+    return table(head, rows)
+
+
+def whole(gpus: str) -> str:
+    """Tabulate whole requests of vLLM: seconds until all had their first token, and all their tokens."""
+    rows = []
+    for requests, run in served(gpus, whole=True).items():
+        times = (
+            [f"{run[kind]['seconds_to_first_tokens'][-1]:.2f}", f"{run[kind]['seconds']:.2f}"]
+            if kind in run
+            else ["", ""]
+            for kind in ("dense", "sparse")
+        )
+        rows.append([str(requests), *(text for pair in times for text in pair)])
+    return table(["requests", "dense: first tokens, s", "all, s", "sparse: first tokens, s", "all, s"], rows)
+
+
 TABLES = {
+    "docs/serving.md": {
+        "pool": pool,
+        "decoding": lambda: decoding(""),
+        "whole": lambda: whole(""),
+        "decoding on two": lambda: decoding("-2"),
+        "whole on two": lambda: whole("-2"),
+    },
     "docs/composition.md": {"composition": composition},
     "docs/supported.md": {
         "models": models,

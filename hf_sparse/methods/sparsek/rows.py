@@ -111,6 +111,7 @@ def _attended(
     cache.may_look_ahead = False
     output = attention.attend(query, key, value, hidden_states=hidden_states, valid=None, cache=cache, scaling=scaling)
     held = (cache.positions, cache.seen[:, None], cache.scores, cache.keys, cache.values)
+    index = rows.long()
     for state, tensor in zip(states, held, strict=True):
-        state.index_copy_(0, rows.long(), tensor)
+        state.index_copy_(0, index, tensor)
     return output
