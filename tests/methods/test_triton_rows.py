@@ -1,5 +1,8 @@
 """Decoding steps in the rows of a pool, by the kernel that finds its rows itself, against gathered rows."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 
@@ -99,6 +102,20 @@ def test_kernels_for_other_numbers_of_requests_need_no_more_memory(kernel_everyw
         rows.attend_steps(layer, states, index, index, *tokens(count, 1, torch.float32), 0.3)
     memories = {kernel.scratch[0].untyped_storage().data_ptr() for kernel in layer.row_kernels.values()}
     assert len(layer.row_kernels) == 3 and memories == {layer.row_scratch.untyped_storage().data_ptr()}
+
+
+def test_kernels_do_not_keep_the_memory_of_a_pool(kernel_everywhere):
+    """An engine makes a pool to measure with, frees it, and expects its memory back."""
+    layer = make()
+    memory, states = pages(layer, torch.float32)
+    index = torch.tensor([2], device=DEVICE)
+    rows.attend_chunk(layer, states, index, index, True, *tokens(1, 10, torch.float32), 0.3)
+    rows.attend_steps(layer, states, index, index, *tokens(1, 1, torch.float32), 0.3)
+    assert len(layer.row_kernels) == 1
+    kept = [weakref.ref(tensor) for tensor in (memory, *states)]
+    del memory, states
+    gc.collect()
+    assert [reference() for reference in kept] == [None] * len(kept)
 
 
 def test_a_row_below_0_is_none(kernel_everywhere):
