@@ -180,7 +180,8 @@ def step_in_rows(
         return None
     if not linear:
         hidden_states = scorer(hidden_states, states[1].index_select(0, rows.clamp(min=0)))
-    return kernel(query, key, value, hidden_states, weight, slope, None, rows)
+    pool = states[3], states[4], states[2], states[0], states[1]
+    return kernel(query, key, value, hidden_states, weight, slope, None, rows, pool)
 
 
 def _kernel_of_rows(

@@ -40,7 +40,8 @@ class StepKernel:
     Args:
         slots: keys and values `[B, Hkv, S, D]`, scores float32 and positions int64 `[B, Hkv, S]`, seen int64 `[B]`,
             padded_late bool `[B]` and the count of all tokens, int64 without dimensions; contiguous. Of a pool only
-            the first five, with any number of rows, each dense from the second dimension on.
+            the first five, with any number of rows, each dense from the second dimension on; it is not kept, so that
+            whoever has the pool can give its memory back.
         query, key, value: tensors of a new token as in `__call__`; the next ones have their shapes, dtypes and strides.
         weight: `[Hkv, C]` of a linear scorer, contiguous, or `None`.
         slope: `[Hkv]`, what each head adds per `slope_tokens` tokens of position, contiguous, or `None`.
@@ -95,10 +96,9 @@ class StepKernel:
             torch.zeros(batch * heads + 1, dtype=torch.int32, device=device) if arrived is None else arrived,
             torch.empty(batch * heads, dtype=torch.float32, device=device),
         )
-        self.slots = slots  # keeps the memory
+        self.slots = () if indexed else tuple(slots)  # keeps the memory
         self.grid = (splits if weight is None else splits + 1, heads, batch)
-        unused = (slots[4], slots[4]) if indexed else ()  # there is no padding in a pool
-        self.fixed = (*slots, *unused, *self.scratch, offsets)
+        self.offsets = offsets
         self.layout = (
             query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
             *(tensor.stride(0) for tensor in slots[:5]),
@@ -138,6 +138,7 @@ class StepKernel:
         slope: Tensor | None,
         valid: Tensor | None,
         rows: Tensor | None = None,
+        pool: Sequence[Tensor] = (),
     ) -> Tensor:
         """Take the step: `[B, Hq, 1, D]`, `[B, Hkv, 1, D]` twice -> attention `[B, Hq, 1, D]`, contiguous.
 
@@ -146,6 +147,7 @@ class StepKernel:
                 contiguous along the last two dimensions.
             valid: `[B]` or `[B, 1]` bool, rows whose token is real; `None` if all are.
             rows: `[B]` of integers, the rows of a pool, no row twice; one below 0 stands for none.
+            pool: the slots of the pool, at the addresses of those that the kernel was made for.
         """
         output = torch.empty(self.shape, dtype=self.dtype, device=self.device)
         tensors = (query, key, value, states, weight, slope, valid, rows, output)
@@ -156,13 +158,13 @@ class StepKernel:
             addresses = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
             self.launch(*self.addresses, *addresses, *strides, *self.rest)
             return output
-        there = [self.slots[0] if tensor is None else tensor for tensor in tensors]  # not read
-        compiled = _step[self.grid](
-            *self.fixed, *there, *strides, *self.layout, **self.constants, num_warps=4, num_stages=3
-        )
+        slots = (*pool, pool[4], pool[4]) if self.indexed else self.slots  # there is no padding in a pool
+        fixed = (*slots, *self.scratch, self.offsets)
+        given = [slots[0] if tensor is None else tensor for tensor in tensors]  # not read
+        compiled = _step[self.grid](*fixed, *given, *strides, *self.layout, **self.constants, num_warps=4, num_stages=3)
         if compiled is not None:  # not so in Triton's interpreter
             # The binary was chosen by values that no later step changes, so the choice need not be made again.
-            self.addresses = tuple(None if tensor is None else tensor.data_ptr() for tensor in self.fixed)
+            self.addresses = tuple(None if tensor is None else tensor.data_ptr() for tensor in fixed)
             self.launch = compiled[self.grid]
         return output
 
