@@ -158,20 +158,20 @@ def pool() -> str:
     return table(head, rows)
 
 
-def served(gpus: str, whole: bool) -> dict[int, dict[str, dict[str, Any]]]:
-    """Return what vLLM measured with some number of requests, dense and sparse; `gpus` ends the files' names."""
+def served(whole: bool) -> dict[int, dict[str, dict[str, Any]]]:
+    """Return what vLLM measured with some number of requests, dense and sparse."""
     runs: dict[int, dict[str, dict[str, Any]]] = {}
     for kind in ("dense", "sparse"):
-        for run in measured(f"serving_vllm-{kind}{gpus}")["served"]:
+        for run in measured(f"serving_vllm-{kind}")["served"]:
             if run["prompts_are_read"] == whole:
                 runs.setdefault(run["requests"], {})[kind] = run
     return dict(sorted(runs.items()))
 
 
-def decoding(gpus: str) -> str:
+def decoding() -> str:
     """Tabulate steps of vLLM with all requests in them."""
     rows = []
-    for requests, run in served(gpus, whole=False).items():
+    for requests, run in served(whole=False).items():
         cells = [
             text
             for kind in ("dense", "sparse")
@@ -187,10 +187,10 @@ def decoding(gpus: str) -> str:
     return table(head, rows)
 
 
-def whole(gpus: str) -> str:
+def whole() -> str:
     """Tabulate whole requests of vLLM: seconds until all had their first token, and all their tokens."""
     rows = []
-    for requests, run in served(gpus, whole=True).items():
+    for requests, run in served(whole=True).items():
         times = (
             [f"{run[kind]['seconds_to_first_tokens'][-1]:.2f}", f"{run[kind]['seconds']:.2f}"]
             if kind in run
@@ -204,10 +204,8 @@ def whole(gpus: str) -> str:
 TABLES = {
     "docs/serving.md": {
         "pool": pool,
-        "decoding": lambda: decoding(""),
-        "whole": lambda: whole(""),
-        "decoding on two": lambda: decoding("-2"),
-        "whole on two": lambda: whole("-2"),
+        "decoding": decoding,
+        "whole": whole,
     },
     "docs/composition.md": {"composition": composition},
     "docs/supported.md": {
