@@ -1,6 +1,7 @@
 """Say what the cache layer of a method owes to the patch, beside what transformers asks of every cache layer."""
 
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -17,10 +18,12 @@ class ModelCall:
 
     Attributes:
         layers: how many of them are not filled yet.
+        kinds: what the layers differ in, as the method says it; one kind if they are all alike.
         reading: what a method keeps here.
     """
 
     layers: int = 0
+    kinds: set[Hashable] = field(default_factory=set)
     reading: Any = None
 
 

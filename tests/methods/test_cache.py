@@ -1,5 +1,8 @@
 """The KV slots: what is kept equals the definition, whichever way the tokens came."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 
@@ -213,6 +216,21 @@ def test_everything_stays_at_its_address():
     assert all(getattr(layer, name)._dynamo_static_input_type == "unguarded" for name in STATE)
     layer.batch_repeat_interleave(2)
     assert layer.keys._dynamo_static_input_type == layer.seen._dynamo_static_input_type == "unguarded"
+
+
+def test_a_copy_has_its_own_slots_where_layers_lie_in_one_piece_of_memory():
+    """A prefill on a GPU allocates the slots of all layers together."""
+    keys, values, scores = stream(20)
+    layer = new_layer(keys, values)
+    insert(layer, keys, values, scores)
+    alone = len(pickle.dumps(layer))
+    for name in ("keys", "values", "positions"):
+        setattr(layer, name, torch.stack([getattr(layer, name)] * 9)[4])
+    for copied in (pickle.loads(pickle.dumps(layer)), copy.deepcopy(layer)):
+        assert len(pickle.dumps(copied)) < 1.1 * alone
+        for name in ("keys", "values", "positions"):
+            tensor = getattr(copied, name)
+            assert torch.equal(tensor, getattr(layer, name)) and tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
 def test_reset_forgets_everything_but_the_buffers():

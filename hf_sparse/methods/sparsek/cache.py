@@ -294,9 +294,18 @@ class SparseKCacheLayer(CacheLayerMixin):
         self._each(lambda t: t[indices.to(t.device)])
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy has; the kernel of a step writes to the memory of this layer, and a copy needs its own."""
+        """Return what a copy has; the kernel of a step writes to the memory of this layer, and a copy needs its own.
+
+        A prefill allocates the slots of all layers together, and each tensor would be copied with all of them.
+        """
         _ = self.scores  # all of them, before they are copied
-        return {**self.__dict__, "step": None}
+        state = {**self.__dict__, "step": None, "call": None}
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.nbytes:
+                with lasting():
+                    state[name] = value.clone()
+                fix_address(state[name])
+        return state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         copied = type(self).__new__(type(self))
@@ -310,7 +319,9 @@ class SparseKCacheLayer(CacheLayerMixin):
 
         What the step notes on the host is to be noted here by `note_tokens`.
         """
-        lent = copy.copy(self)
+        _ = self.scores  # all of them
+        lent = type(self).__new__(type(self))
+        lent.__dict__.update(self.__dict__, step=None)
         for name, value in vars(lent).items():
             if isinstance(value, Tensor):
                 setattr(lent, name, value.detach())  # one that is marked by `fix_address` would be compiled for itself

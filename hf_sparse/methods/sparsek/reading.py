@@ -162,8 +162,9 @@ def _stock(cache: SparseKCacheLayer, key: Tensor, layout: Hashable) -> _Stock | 
     from hf_sparse.ops.selection.triton.reading import new_slots
 
     with lasting():
-        # Layers with budgets of their own take slots one by one.
-        alike = call is not None and call.reading is None and cache.counts is None
+        # Layers with budgets of their own, or on several devices, take slots one by one: memory for slots of another
+        # kind would stay for as long as one layer uses a part of it.
+        alike = call is not None and call.reading is None and cache.counts is None and len(call.kinds) == 1
         layers = call.layers if call is not None and alike else 1
         slots = new_slots(key, cache.counts or cache.slots, layers)
         stock = _Stock(layout, program, slots)

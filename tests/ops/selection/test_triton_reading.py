@@ -1,8 +1,12 @@
 """A text that is read in few launches, against the functions that do the same one after another."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from hf_sparse.core.cache import ModelCall
+from hf_sparse.methods.sparsek import SparseKCacheLayer, reading
 from hf_sparse.ops import sparsek_attention
 from hf_sparse.ops.selection import ragged
 from hf_sparse.ops.selection import slots as reference
@@ -121,6 +125,27 @@ def test_slots_of_several_layers(counts):
             tensor.fill_(number % 2)
     for number, slots in enumerate(layers):
         assert all(bool((tensor == number % 2).all()) for tensor in slots)
+
+
+def test_writing_to_the_slots_of_a_layer_leaves_what_autograd_saved_of_another():
+    first, second = (slots.keys for slots in new_slots(torch.ones(1, 2, 9, 5), 7, layers=2))
+    first.fill_(3)
+    factor = torch.ones((), requires_grad=True)
+    product = (factor * first).sum()
+    second.zero_()
+    product.backward()
+    assert factor.grad == 3 * first.numel()
+
+
+@pytest.mark.parametrize("k, layers", [((4, 4, 4), 3), ((4, 5, 3), 1)], ids=["alike", "own budgets"])
+def test_only_layers_that_are_alike_are_allocated_together(k, layers, monkeypatch):
+    """Memory for slots of another size would stay for as long as the first layer uses its part of it."""
+    call, key = ModelCall(layers=len(k), kinds=set(k)), torch.zeros(1, 2, 9, 5)
+    monkeypatch.setitem(reading._programs, "layout", SimpleNamespace(memory=lambda: None))
+    cache = SparseKCacheLayer(k[0], 3, 1)
+    cache.call = call
+    stock = reading._stock(cache, key, "layout")
+    assert stock is call.reading and len(stock.slots) == layers
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="models take this path on a GPU alone")
