@@ -211,3 +211,15 @@ def test_a_text_grows_in_place_after_any_change_of_its_rows():
     layer.reset()
     feed(layer, 0, 12)
     check(layer, KEYS)
+
+
+def test_attention_can_become_dense_and_sparse_again():
+    """Another adapter may leave the layer out, and dense attention needs a mask in recorded steps."""
+    layer, token = SparsefinderCacheLayer(), torch.zeros(1, 2, 1, 4)
+    for is_dense in (False, True, False):
+        for _ in range(2):  # the second finds room
+            if not is_dense:
+                layer.begin_attention()
+            with torch.no_grad():
+                layer.update(token, token)
+            assert layer.is_dense is is_dense

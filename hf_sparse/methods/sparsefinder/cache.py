@@ -33,7 +33,8 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
         checked: layout of the query of the last step that kernels took.
         rooms: what `keys` and `values` lie in, with room for more tokens; `None` where they lie in nothing larger.
         place: `[1]` int64, where the newest token goes while a step is recorded; `None` otherwise.
-        is_dense: whether the attention is dense, and only a mask tells it which keys of a recorded step are to come.
+        is_dense: whether attention was dense when the last tokens came: of a recorded step, only a mask then tells it
+            which keys are to come.
         plan: what the steps of this layer have in common, see `hf_sparse.methods.sparsefinder.step`.
     """
 
@@ -72,6 +73,7 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
             return self._update_recorded(key_states, value_states)
         self.write_newest()
         may_wait, self._may_wait = self._may_wait, False
+        self.is_dense = not may_wait
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._grows(key_states, value_states):
             self.rooms = self._grown = self.plan = None  # or the earlier tensors stay in memory
             return super().update(key_states, value_states, *args, **kwargs)
