@@ -264,8 +264,8 @@ class SparseKCacheLayer(CacheLayerMixin):
         return [t for t in (*(getattr(self, name) for name in _STATE), self.cumulative_length) if t is not None]
 
     def reset(self) -> None:
-        """Forget everything and keep the buffers."""
-        self.ahead = None
+        """Forget everything, also a call that an error ended, and keep the buffers."""
+        self.ahead, self.call, self.scoring = None, None, None
         if self.is_initialized:
             for tensor in self._state():
                 tensor.zero_()

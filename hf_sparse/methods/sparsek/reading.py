@@ -96,8 +96,7 @@ def read_in_few_launches(
         return None
     if attention.baseline is not None or attention.observer is not None or torch.is_grad_enabled():
         return None
-    # Of a layer that this call of the model has made both are as they were.
-    if cache.call is None and cache.owner != (attention.identities[attention.active], None):
+    if cache.owner != (attention.identities[attention.active], None):  # an error may have ended an earlier call
         return None
     if cache.call is None and attention.budget != (cache.k, cache.window, cache.sinks):  # was overridden since
         return None
