@@ -20,6 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_sparse.finetune.launch import is_zero3
 from hf_sparse.patches.heads import parameters_saved
 
 #: If this variable is 1, products are computed in float32 from numbers rounded to fp8, on any device, for tests.
@@ -43,7 +44,7 @@ def check_float8(*, cpu: bool) -> None:
     backend = os.environ.get("ACCELERATE_FP8_BACKEND", "AO").upper()
     if backend != "AO":
         raise ValueError(f"finetune has fp8 of torchao (fp8_backend AO), and the launcher was asked for {backend}")
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() in ("true", "1", "yes"):
+    if is_zero3():
         raise ValueError("mixed_precision 'fp8' does not go with DeepSpeed: divide the base with FSDP2, or use 'bf16'")
     if find_spec("torchao") is None:
         raise ValueError("mixed_precision 'fp8' needs torchao: pip install 'hf-sparse[fp8]'")
@@ -104,7 +105,8 @@ def products_in_float8(accelerator: Accelerator, model: nn.Module) -> Iterator[N
             yield
     finally:
         for linear, forward in zip(linears, before, strict=True):
-            del linear.config, linear.linear_mm_config, linear.forward
+            for name in ("config", "linear_mm_config", "forward"):
+                vars(linear).pop(name, None)
             if forward is not None:
                 linear.forward = forward
 

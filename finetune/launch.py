@@ -123,6 +123,11 @@ def check_launch(processes: int | None = None) -> None:
     if is_zero3():
         _check_deepspeed()
         _check_zero()
+        if not is_launched():
+            raise ValueError(
+                "accelerate is configured for ZeRO-3 and this process was not launched: use `hf-sparse finetune "
+                "--accelerate-config zero3`, or accelerate launch with hf_sparse.finetune.config_file('zero3')"
+            )
 
 
 def check_devices(*, cpu: bool) -> None:
@@ -142,7 +147,7 @@ def _check_deepspeed() -> None:
     """Check that DeepSpeed is installed."""
     if find_spec("deepspeed") is None:
         raise ValueError(
-            "accelerate was configured for DeepSpeed, which is not installed: pip install hf-sparse[deepspeed]"
+            "accelerate was configured for DeepSpeed, which is not installed: pip install 'hf-sparse[deepspeed]'"
         )
 
 

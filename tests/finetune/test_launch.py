@@ -75,6 +75,9 @@ def test_takes_of_deepspeed_zero3_alone(monkeypatch, tmp_path, settings, init, m
         with pytest.raises(ValueError, match=message):
             check_launch()
     else:
+        with pytest.raises(ValueError, match="configured for ZeRO-3 and this process was not launched"):
+            check_launch()
+        monkeypatch.setattr(launch, "is_launched", lambda: True)
         check_launch()
         with pytest.raises(ValueError, match=r"asked for gradient_clipping 0\.5, and the settings say max_grad_norm 1"):
             make_accelerator(FinetuneConfig(cpu=True))
@@ -82,10 +85,10 @@ def test_takes_of_deepspeed_zero3_alone(monkeypatch, tmp_path, settings, init, m
 
 def test_says_where_deepspeed_is_missing(monkeypatch):
     monkeypatch.setattr(launch, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match=r"DeepSpeed, which is not installed: pip install hf-sparse\[deepspeed\]"):
+    with pytest.raises(ValueError, match=r"DeepSpeed, which is not installed: pip install 'hf-sparse\[deepspeed\]'"):
         launch.launch(["finetune", "adapter"], 2, "zero3")
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(ValueError, match=r"DeepSpeed, which is not installed: pip install hf-sparse\[deepspeed\]"):
+    with pytest.raises(ValueError, match=r"DeepSpeed, which is not installed: pip install 'hf-sparse\[deepspeed\]'"):
         check_launch()
 
 
