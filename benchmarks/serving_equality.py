@@ -1,4 +1,4 @@
-"""Whether vLLM gives the tokens of `generate`: greedy, in float32, requests of mixed lengths.
+"""Compare the tokens of vLLM with those of `generate`: greedy, in float32, requests of mixed lengths.
 
     python benchmarks/serving_equality.py --output serving_equality.json
     python benchmarks/serving_equality.py --tensor-parallel-size 2 --mode prefix --output serving_equality-2.json

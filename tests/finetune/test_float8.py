@@ -1,4 +1,4 @@
-"""What cannot multiply in fp8 is refused before a model is loaded; the training is in `tests/composition/`."""
+"""Refuse what cannot multiply in fp8 before a model is loaded; the training is in `tests/composition/`."""
 
 import importlib.util
 

@@ -180,7 +180,7 @@ def test_a_rank_without_a_local_one_is_no_launch(monkeypatch):
 
 
 def work(folder):
-    """What a launched process does: train, and leave for the test what it has learned."""
+    """Train in a launched process, and leave for the test what it has learned."""
     count = int(os.environ["WORLD_SIZE"])
     results = {f"train {method}": train(method, 4 // count) for method in CONFIGS}
     results |= {f"masked {method}": masked_gradients(method, "lm", 4 // count, 2) for method in CONFIGS}

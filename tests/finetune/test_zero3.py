@@ -22,7 +22,7 @@ KILL, PROCESSES = (runpy.run_path(str(path)) for path in (KILL_FILE, Path(__file
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """What two launches of two processes left: in the first one is killed; the second resumes and trains anew."""
+    """Return what two launches of two processes left: of the first, one is killed; the second resumes."""
     path = tmp_path_factory.mktemp("zero3")
     killed = [KILL_FILE, path / "run", 1, "in the backward of step 4"]
     assert "Signal 9 (SIGKILL) received" in PROCESSES["launch"](*killed, engine="zero3", fails=True)
