@@ -157,7 +157,8 @@ def _train(model: nn.Module, dataset: Any, config: FinetuneConfig | None, *, sam
             accelerator.wait_for_everyone()
         most = _SAMPLED if sampled else math.inf
         plan = [(stage, step) for stage in training.stages for step in range(int(min(stage.steps, most)))]
-        prepared = prepare_model(accelerator, model, training.layers)  # moves it; moments follow
+        # The model moves to its device here, before a checkpoint's moments are put beside its parameters.
+        prepared = prepare_model(accelerator, model, training.layers)
         adamw = _optimizer(training, config)
         restart = checkpoint.latest(output) if output and config.resume else None
         if output and restart:

@@ -44,7 +44,7 @@ def shard_base(accelerator: Accelerator, model: nn.Module, layers: Sequence[Spar
     for module in layers:
         module.to(accelerator.device)
     kept = nn.ParameterList([*_of_adapter(model, layers), *_tied(model)])
-    for parameter in kept:  # FSDP moves what it divides
+    for parameter in kept:  # FSDP moves only what it divides
         parameter.data = parameter.data.to(accelerator.device)
     plugin = FullyShardedDataParallelPlugin()  # reads the configuration that the launcher left in the environment
     plugin.ignored_modules = [kept]

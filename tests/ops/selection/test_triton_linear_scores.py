@@ -82,8 +82,9 @@ def test_what_nobody_wants_is_not_computed(wanted, poisoned_memory):
     for name, tensor in kept.items():
         tensor.requires_grad_(name == wanted)
     one = torch.autograd.grad(kernels.linear_scores(states, weight).sum(), kept[wanted])[0]
-    # Two programs, which a compiler may let add in another order.
-    torch.testing.assert_close(one, both[wanted == "weight"], rtol=1e-5, atol=1e-5)
+    other = both[wanted == "weight"]
+    # Two programs, which a compiler may let add in another order: each is within the bound of `test_gradients`.
+    assert float((one - other).abs().max()) <= float(other.abs().max()) * 2 * 2e-6
 
 
 def test_weights_of_a_model_in_half_precision_and_views():

@@ -7,7 +7,7 @@ from hf_sparse.serving.vllm.layer import _places, page_bytes
 
 
 def test_each_tensor_of_a_page_begins_where_kernels_can_load_16_bytes_at_once():
-    """A tensor of 8 bytes once moved keys and values behind it off such places: loads were of two bytes then."""
+    """A tensor of 8 bytes once moved the keys and values behind it off such places."""
     state = (
         StateTensor("seen", (1,), torch.int64),
         StateTensor("scores", (3, 5), torch.float32),
