@@ -117,7 +117,7 @@ def training_rows(
                 print(result["before"], flush=True)
             settings: dict[str, Any] = {"steps": options.steps, "warm_start_steps": options.warm_start_steps}
             settings |= {"batch_size": options.batch_size, "seed": seed, "progress": False, "divide_heads": False}
-            settings |= {"learning_rate": options.learning_rate}
+            settings |= {"learning_rate": options.learning_rate, "warmup_steps": options.warmup_steps}
             metrics = finetune(model, seen, FinetuneConfig(**settings, **run))
             row: dict[str, Any] = {"objective": metrics["objective"], "window": run.get("teacher_window", 0)}
             row |= {"seed": seed, **quality(model, held_out), "seconds": metrics["seconds"]}
@@ -144,6 +144,7 @@ def main() -> None:
     parser.add_argument("--every", type=int, default=4, help="tokens between two that `teachers` compares")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--warm-start-steps", type=int, default=0)
+    parser.add_argument("--warmup-steps", type=int, default=FinetuneConfig().warmup_steps)
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--learning-rate", type=float, default=FinetuneConfig().learning_rate)
     parser.add_argument("--seeds", type=int, default=1)
@@ -158,7 +159,7 @@ def main() -> None:
     chunks = pack(tokenizer, read_text(str(options.text)), options.length)
     seen, held_out = chunks[: options.seen], chunks[options.seen :][: options.measured].to(device)
     config = SparseKConfig(k=options.k, window=options.window, sinks=options.sinks)
-    names = ("part", "length", "every", "steps", "warm_start_steps", "batch_size", "learning_rate")
+    names = ("part", "length", "every", "steps", "warm_start_steps", "warmup_steps", "batch_size", "learning_rate")
     result: dict[str, Any] = {"format": 1, "benchmark": "finetune_teacher"}
     result |= {"commit": options.commit or current_commit(), **describe(), "model": Path(options.model).name}
     result |= {name: getattr(options, name) for name in names}
