@@ -9,7 +9,7 @@ pieces of `window` tokens with as many before them, whose predictions are droppe
 text in front.
 `training` trains scorers from the same weights on the same chunks, with each teacher and with `lm`, and measures hard
 selection on held-out text: KL from the dense model, and perplexity. `operations` is arithmetic and no measurement: the
-operations of a local teacher by those of the dense one.
+operations of a linear teacher by those of the dense one.
 """
 
 import argparse
@@ -41,15 +41,19 @@ SHAPES = {"1B": LLAMA_1B, "8B": LLAMA_8B}
 LENGTHS = (8_192, 32_768, 131_072)
 
 
-def operations(shape: dict[str, Any], length: int, window: int = 0) -> float:
+def operations(shape: dict[str, Any], length: int, kind: str, window: int = 0) -> float:
     """Return the operations of a forward without its head: products with weights, and of pairs of query and key."""
     hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
-    kept = 2 * hidden * hidden * (1 + shape["num_key_value_heads"] / heads)  # query and output, key and value
-    weights = shape["num_hidden_layers"] * (kept + 3 * hidden * shape["intermediate_size"])
-    pairs = length * length / 2
-    if window and length > 2 * window:
-        pairs = 2 * window * window + (length - 2 * window) * (1.5 * window + FIRST)
-    return 2 * weights * length + 4 * shape["num_hidden_layers"] * hidden * pairs
+    attention = 2 * hidden * hidden * (1 + shape["num_key_value_heads"] / heads)  # query and output, key and value
+    weights = shape["num_hidden_layers"] * (attention + 3 * hidden * shape["intermediate_size"])
+    tokens, pairs = length, length * length / 2
+    rest = max(0, length - 2 * window)
+    if kind == "local":
+        pairs = min(length, 2 * window) ** 2 / 2 + rest * (1.5 * window + FIRST)
+    if kind == "pieces":
+        tokens, pairs = min(length, window) + 2 * max(0, length - window), 2 * window * max(0, length - window)
+        pairs += min(length, window) ** 2 / 2
+    return 2 * weights * tokens + 4 * shape["num_hidden_layers"] * hidden * pairs
 
 
 @torch.no_grad()
@@ -166,11 +170,11 @@ def main() -> None:
     result |= {"text": options.text.name, "seen": len(seen), "measured": len(held_out), "rows": []}
     result["slots"] = {"k": config.k, "window": config.window, "sinks": config.sinks}
     result["operations"] = [
-        {"shape": name, "tokens": length, "window": window}
-        | {"share": operations(shape, length, window) / operations(shape, length)}
+        {"shape": name, "tokens": length, "teacher": kind, "window": window}
+        | {"share": operations(shape, length, kind, window) / operations(shape, length, "dense")}
         for name, shape in SHAPES.items()
         for length in LENGTHS
-        for window in (2048, 4096)
+        for kind, window in (("local", 2048), ("local", 4096), ("pieces", 4096))
     ]
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model: Any = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype)

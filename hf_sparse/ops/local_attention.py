@@ -36,8 +36,8 @@ def local_attention(
     def attend(start: int, stop: int, keys: Tensor, values: Tensor, mask: Tensor | None) -> Tensor:
         # Not `enable_gqa`, with which a GPU has no kernel that takes a mask.
         keys, values = (tensor.repeat_interleave(groups, dim=1) for tensor in (keys, values))
-        options = {"attn_mask": mask, "is_causal": mask is None, "scale": scaling}
-        return F.scaled_dot_product_attention(query[:, :, start:stop], keys, values, **options)
+        queries = query[:, :, start:stop]
+        return F.scaled_dot_product_attention(queries, keys, values, mask, is_causal=mask is None, scale=scaling)
 
     whole = 2 * window
     outputs = [attend(0, min(whole, length), key[:, :, :whole], value[:, :, :whole], None)]
