@@ -3,8 +3,9 @@
     python benchmarks/finetune_length.py --output finetune_length.json
 
 Llamas of two shapes with random weights in bfloat16 are trained by `hf_sparse.finetune.finetune`, as a user would, on
-random tokens, one chunk a step. `distill` has the dense teacher's forward in every step, `lm` has none. The figures are
-those of finetune.json: the median of the steps but the first, which compiles kernels, and the peak of the whole run.
+random tokens, one chunk a step. `distill` has the teacher's forward in every step, `lm` has none. The teacher is dense,
+or attends within a window (`FinetuneConfig.teacher_window`). The figures are those of finetune.json: the median of the
+steps but the first, which compiles kernels, and the peak of the whole run.
 `--precision no fp8` measures every row in both, one after the other; `no` is bfloat16. Rows that are `compiled` have
 their MLPs and norms compiled by torch.compile before. A row `step_ms` tells how long one step of the 8B shape takes and
 which kernels it spends that on. A row that does not fit, or fails, is recorded as such.
@@ -31,34 +32,38 @@ from hf_sparse.atomic_files import write_json
 from hf_sparse.environment import describe
 from hf_sparse.finetune import FinetuneConfig, finetune
 from hf_sparse.finetune.config import Precision
-from hf_sparse.finetune.objectives import distill, switched_off
+from hf_sparse.finetune.objectives import dense_within, distill
 from hf_sparse.finetune.peak import share_of_peak
 from hf_sparse.finetune.predictions import predict
 from hf_sparse.patches import sparse_layers_in_use
 
 SHAPES = {"8B": LLAMA_8B, "1B": LLAMA_1B}
 
-#: Shape, tokens, objective, whether layers run again in the backward, steps, and whether parts are compiled.
+#: Shape, tokens, objective, whether layers run again in the backward, steps, whether parts are compiled, and the window
+#: of the teacher, 0 for a dense one.
 ROWS = [
-    ("8B", 8_192, "distill", False, 6, False),
-    ("8B", 8_192, "lm", True, 4, False),
-    ("8B", 32_768, "lm", True, 3, False),
-    ("8B", 32_768, "distill", True, 2, False),
-    ("8B", 8_192, "profile", False, 1, False),
-    ("1B", 131_072, "distill", True, 2, False),
-    ("8B", 8_192, "distill", False, 6, True),
-    ("1B", 131_072, "lm", True, 2, False),
-    ("8B", 8_192, "lm", False, 4, False),
-    ("8B", 8_192, "distill", True, 4, False),
-    ("1B", 8_192, "distill", False, 6, False),
+    ("8B", 8_192, "distill", False, 6, False, 0),
+    ("8B", 8_192, "lm", True, 4, False, 0),
+    ("8B", 32_768, "lm", True, 3, False, 0),
+    ("8B", 32_768, "distill", True, 2, False, 0),
+    ("8B", 8_192, "profile", False, 1, False, 0),
+    ("1B", 131_072, "distill", True, 2, False, 0),
+    ("8B", 8_192, "distill", False, 6, True, 0),
+    ("1B", 131_072, "lm", True, 2, False, 0),
+    ("8B", 8_192, "lm", False, 4, False, 0),
+    ("8B", 8_192, "distill", True, 4, False, 0),
+    ("1B", 8_192, "distill", False, 6, False, 0),
+    ("1B", 131_072, "distill", True, 2, False, 2_048),
+    ("8B", 32_768, "distill", True, 2, False, 2_048),
+    ("8B", 32_768, "profile", False, 1, False, 2_048),
 ]
 TOKENS = 20e6
 
 
 def measure(
-    model: PreTrainedModel, tokens: int, objective: str, recomputed: bool, steps: int, precision: Precision
+    model: PreTrainedModel, tokens: int, objective: str, recomputed: bool, steps: int, precision: Precision, window: int
 ) -> dict[str, Any]:
-    """Return the figures of a short run, or why there is none."""
+    """Return the figures of a short run, whose teacher attends within a window if that is not 0."""
     generator = torch.Generator().manual_seed(0)
     chunks = torch.randint(0, model.config.vocab_size, (steps, tokens), generator=generator)
     cuda = next(model.parameters()).is_cuda
@@ -68,6 +73,7 @@ def measure(
         torch.cuda.reset_peak_memory_stats()
     options: dict[str, Any] = {"objective": objective, "steps": steps, "warm_start_steps": 0, "batch_size": 1}
     settings: dict[str, Any] = {"divide_heads": False, "cpu": not cuda, "progress": False, "mixed_precision": precision}
+    settings["teacher_window"] = window
     config = FinetuneConfig(**options, gradient_checkpointing=recomputed, **settings)
     metrics = finetune(model, chunks, config)
     speed = statistics.median(row["tokens_per_second"] for row in metrics["history"][1:])
@@ -82,7 +88,7 @@ def measure(
     }
 
 
-def profile_step(model: PreTrainedModel, tokens: int) -> dict[str, Any]:
+def profile_step(model: PreTrainedModel, tokens: int, window: int) -> dict[str, Any]:
     """Return how long one step takes, its teacher, and the kernels of it, without the optimiser."""
     generator = torch.Generator().manual_seed(0)
     chunk = torch.randint(0, model.config.vocab_size, (1, tokens), generator=generator).to(model.device)
@@ -93,17 +99,20 @@ def profile_step(model: PreTrainedModel, tokens: int) -> dict[str, Any]:
         parameter.requires_grad_(True)
 
     def teacher() -> None:
-        with torch.no_grad(), switched_off(model):
+        with torch.no_grad(), dense_within(model, tokens, window):
             predict(model, chunk, use_cache=False)
 
     def student() -> None:
         with torch.no_grad():
             predict(model, chunk, use_cache=False)
 
+    def loss() -> torch.Tensor:
+        return distill(model, chunk, teacher_window=window)
+
     row: dict[str, Any] = {}
     for name, run in (("teacher_ms", teacher), ("student_forward_ms", student)):
         row[name] = kernels.measure(run, model.device.type, profiled=False)["call_ms"]
-    step = kernels.measure(lambda: torch.autograd.grad(distill(model, chunk), learned), model.device.type)
+    step = kernels.measure(lambda: torch.autograd.grad(loss(), learned), model.device.type)
     model.eval()
     return row | {"step_ms": step.pop("call_ms"), **step}
 
@@ -133,7 +142,7 @@ def main() -> None:
     result |= {**describe(), "slots": budget(options).slots, "rows": []}
     model, made = None, None
     for number, precision in itertools.product(options.rows, options.precision):
-        shape, tokens, objective, recomputed, steps, compiled = ROWS[number]
+        shape, tokens, objective, recomputed, steps, compiled, window = ROWS[number]
         if time.perf_counter() - began > options.deadline:
             break
         if made != (shape, compiled):
@@ -146,14 +155,15 @@ def main() -> None:
             if compiled:
                 compile_parts(model)
         assert model is not None
-        length = 96 if options.tiny else tokens
+        length, window = (96, min(window, 16)) if options.tiny else (tokens, window)
         row = {"shape": shape, "tokens": length, "objective": objective, "gradient_checkpointing": recomputed}
         row |= {"compiled": compiled, "mixed_precision": precision}
+        row |= {"teacher_window": window} if window else {}
         try:
             if objective == "profile":
-                row |= profile_step(model, length)
+                row |= profile_step(model, length, window)
             else:
-                row |= measure(model, length, objective, recomputed, steps, precision)
+                row |= measure(model, length, objective, recomputed, steps, precision, window)
         except Exception as error:
             row["error"] = f"{type(error).__name__}: {error}".splitlines()[0]
         told = {name: value for name, value in row.items() if name != "kernels"}

@@ -24,6 +24,7 @@
         entmax_prediction-h200.json --flex entmax_prediction-flex-h200.json --static static_decode-8-layers-h200.json \\
         --quality predicted_quality-*-h200.json --bidirectional entmax_bidirectional-*-h200.json \\
         --lengths finetune_length-h200.json --float8 finetune_fp8-h200.json --gpus several_gpus-h200.json \\
+        --teachers finetune_teacher-cpu.json finetune_teacher-smollm2-cpu.json finetune_teacher-demo-cpu.json \\
         --fill ../../docs/speed.md ../../README.md --figure ../../docs/speed.png
 
 A document marks the place of a table: everything between `<!-- table: NAME -->` and `<!-- end -->` is replaced. The
@@ -200,6 +201,7 @@ def length_table(run: dict[str, Any]) -> str:
             continue
         settings = ["layers run again"] * row["gradient_checkpointing"] + ["MLPs and norms compiled"] * row["compiled"]
         settings += ["fp8"] * (row.get("mixed_precision") == "fp8")
+        settings += [f"teacher within {row['teacher_window']:,}"] if row.get("teacher_window") else []
         cells = [f"{row['shape']}, {row['objective']}" + "".join(f", {one}" for one in settings), f"{row['tokens']:,}"]
         if "tokens_per_second" not in row:
             rows.append([*cells, row["error"].split(":")[0], "-", "-", "-"])
@@ -208,6 +210,50 @@ def length_table(run: dict[str, Any]) -> str:
         cells += [f"{row['tokens_per_second']:,.0f}", short(row["hours_for_20M_tokens"])]
         rows.append([*cells, "-" if share is None else f"{share:.0%}", f"{peak / 2**30:.0f} GiB" if peak else "-"])
     return table(["base, objective", "tokens", "tokens/s", "hours for 20 M tokens", "share of peak", "memory"], rows)
+
+
+def teachers_tables(measured: dict[str, Any], *trained: dict[str, Any]) -> dict[str, str]:
+    """Return the tables of teachers whose time is linear in the length."""
+    return {
+        "linear teachers": teacher_table(measured),
+        "teacher operations": operations_table(trained[0]),
+        "taught": taught_table(trained),
+    }
+
+
+def operations_table(run: dict[str, Any]) -> str:
+    """Tabulate the operations of linear teachers by those of the dense one, which is arithmetic."""
+    cells = {(row["shape"], row["tokens"], row["teacher"], row["window"]): row["share"] for row in run["operations"]}
+    teachers = sorted({key[2:] for key in cells})
+    rows = [
+        [f"{shape}, {tokens:,} tokens", *(f"{cells[shape, tokens, *teacher]:.2f}" for teacher in teachers)]
+        for shape, tokens in dict.fromkeys(key[:2] for key in cells)
+    ]
+    return table(["operations, dense = 1", *(f"{kind}, window {window:,}" for kind, window in teachers)], rows)
+
+
+def teacher_table(run: dict[str, Any]) -> str:
+    """Tabulate the KL of linear teachers from the dense one."""
+    rows = [
+        [row["teacher"], f"{row['window']:,}", str(row["first"]), f"{row['kl']:.4f}"]
+        for row in sorted(run["rows"], key=lambda row: (row["window"], row["teacher"], row["first"]))
+    ]
+    return table(["teacher", "window", "first tokens", "KL from the dense teacher"], rows)
+
+
+def taught_table(runs: Sequence[dict[str, Any]]) -> str:
+    """Tabulate the held-out quality of scorers that learned from each teacher, of each seed."""
+    rows = []
+    for run in runs:
+        before = [f"{run['before']['kl']:.4f}", f"{run['before']['perplexity']:.2f}"]
+        rows.append([run["model"], "untrained", "-", *before])
+        for objective, window in dict.fromkeys((row["objective"], row["window"]) for row in run["rows"]):
+            same = [row for row in run["rows"] if (row["objective"], row["window"]) == (objective, window)]
+            label = "no teacher (`lm`)" if objective == "lm" else f"within {window}" if window else "dense"
+            cells = [" / ".join(f"{row['kl']:.4f}" for row in same)]
+            cells.append(" / ".join(f"{row['perplexity']:.2f}" for row in same))
+            rows.append([run["model"], label, str(run["steps"]), *cells])
+    return table(["base", "teacher", "steps", "KL from the dense model", "perplexity"], rows)
 
 
 def float8_table(run: dict[str, Any]) -> str:
@@ -840,6 +886,7 @@ def all_tables(
     lengths: dict[str, Any] | None = None,
     float8: dict[str, Any] | None = None,
     gpus: dict[str, Any] | None = None,
+    teachers: Sequence[dict[str, Any]] = (),
 ) -> dict[str, str]:
     """Return every table by the name that documents call it.
 
@@ -852,7 +899,8 @@ def all_tables(
     `static_decode.py`, `prediction` runs of predicted tiles, see `joined_texts`; `quality` holds runs of what predicted
     tiles cost in perplexity, `bidirectional` runs of entmax_kernels.py without a causal mask, `flex` runs of
     predicted tiles beside FlexAttention, `lengths` is one of `finetune_length.py`, `float8` one of it in two
-    precisions, and `gpus` one of `several_gpus.py`."""
+    precisions, `gpus` one of `several_gpus.py`, and `teachers` holds runs of `finetune_teacher.py`: one of linear
+    teachers, and others of trainings."""
     spread = [[label, f"{model['spread'][name]:.0%}"] for name, label in CACHES.items()]
     return {
         "machine": machine_table(kernels, model),
@@ -902,6 +950,7 @@ def all_tables(
         **({"lengths": length_table(lengths)} if lengths else {}),
         **({"fp8": float8_table(float8)} if float8 else {}),
         **({"several gpus": gpus_table(gpus)} if gpus else {}),
+        **(teachers_tables(*teachers) if teachers else {}),
         **(bidirectional_tables(bidirectional) if bidirectional else {}),
     }
 
@@ -977,6 +1026,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=Path, help="JSON of finetune_length.py")
     parser.add_argument("--float8", type=Path, help="JSON of finetune_length.py in two precisions")
     parser.add_argument("--gpus", type=Path, help="JSON of several_gpus.py")
+    parser.add_argument("--teachers", type=Path, nargs="+", default=[], help="JSON of finetune_teacher.py, per run")
     parser.add_argument(
         "--flex", type=Path, nargs="+", default=[], help="JSON of entmax_prediction.py beside FlexAttention"
     )
@@ -1023,6 +1073,7 @@ def main() -> None:
         lengths=read(options.lengths) if options.lengths else None,
         float8=read(options.float8) if options.float8 else None,
         gpus=read(options.gpus) if options.gpus else None,
+        teachers=list(map(read, options.teachers)),
     )
     if options.figure:
         draw(kernels, options.figure)

@@ -15,6 +15,10 @@ MOST_SEED = 2**24
 # Settings that cannot change the result: where it is written, what is shown, what it takes.
 _WITHOUT_INFLUENCE = ("output_dir", "checkpoint_every", "resume", "progress", "gradient_checkpointing", "tracker")
 
+# Settings that came later, and are recorded where they are not at their defaults: a checkpoint from before is one of
+# the same run.
+_LATER = ("teacher_window",)
+
 
 @dataclass(frozen=True)
 class SharedSettings:
@@ -59,12 +63,20 @@ class SharedSettings:
     tracker: str | None = field(
         default=None, metadata={"help": "Tracker of accelerate that shows the run: tensorboard, trackio, wandb, ..."}
     )
+    teacher_window: int = field(
+        default=0,
+        metadata={
+            "help": "The teacher of `distill` attends to so many tokens before each, up to twice as many, and to the "
+            "first ones: linear in the length, for long texts. 0: to all.",
+            "metavar": "N",
+        },
+    )
 
     def __post_init__(self) -> None:
         check_choice("mixed_precision", self.mixed_precision, get_args(Precision))
         for name in ("steps", "batch_size", "gradient_accumulation_steps"):
             check_integer(name, getattr(self, name), least=1)
-        for name in ("warmup_steps", "checkpoint_every"):
+        for name in ("warmup_steps", "checkpoint_every", "teacher_window"):
             check_integer(name, getattr(self, name), least=0)
         check_integer("seed", self.seed, least=0, most=MOST_SEED)
         # Beyond the largest value nothing was ever learned.
@@ -74,6 +86,10 @@ class SharedSettings:
             check_number(name, getattr(self, name), most, or_zero=True)
         if (self.lm_weight or self.hidden_weight) and self.objective != "distill":
             raise ValueError(f"lm_weight and hidden_weight belong to 'distill', the objective is {self.objective!r}")
+        if self.teacher_window and self.objective != "distill":
+            raise ValueError(
+                f"teacher_window belongs to 'distill'; the objective {self.objective!r} has no teacher of whole texts"
+            )
         if self.output_dir is None and (self.checkpoint_every or self.resume):
             raise ValueError("checkpoint_every and resume need an output_dir")
 
@@ -126,6 +142,10 @@ class FinetuneConfig(SharedSettings):
         progress: show a progress bar.
         tracker: one of accelerate's trackers, such as `"tensorboard"`, `"trackio"` or `"wandb"`, which must be
             installed. The steps are in `finetune.jsonl` in `output_dir` in any case.
+        teacher_window: with more than 0, each token of the teacher of `"distill"` attends to at least so many tokens
+            before it, to fewer than twice as many, and to the first ones of the text, so that its time is linear in
+            the length; of a causal language model. What lies further back it hardly knows, and does not teach. Texts of
+            up to twice as many tokens have the dense teacher.
         method_settings: the settings of single methods that differ from their defaults, by name.
 
     Raises:
@@ -145,7 +165,8 @@ class FinetuneConfig(SharedSettings):
 
     def settings(self) -> dict[str, object]:
         """Return the fields that determine the result: not where it is written, what is shown and what it takes."""
-        return {f.name: getattr(self, f.name) for f in fields(SharedSettings) if f.name not in _WITHOUT_INFLUENCE}
+        influence = {f: getattr(self, f.name) for f in fields(SharedSettings) if f.name not in _WITHOUT_INFLUENCE}
+        return {f.name: value for f, value in influence.items() if f.name not in _LATER or value != f.default}
 
 
 def _check_method_settings(given: Mapping[str, Any], objective: str) -> dict[str, Any]:

@@ -5,7 +5,7 @@ model, chunks with hidden tokens, and their labels `[B, T]`.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -13,18 +13,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from hf_sparse.core.overrides import override
 from hf_sparse.data import IGNORED
 from hf_sparse.finetune.predictions import Predictions, predict
 from hf_sparse.finetune.recorded_loss import recorded_loss
 from hf_sparse.finetune.teacher import predict_dense
 from hf_sparse.model_kinds import Kind, final_states, pooled
 from hf_sparse.ops.divergence import divergence
-from hf_sparse.patches import sparse_layers
+from hf_sparse.patches import sparse_layers, sparse_layers_in_use
 
 _ROWS = 1024  # tokens that have logits at once
 
 
-def distill(model: nn.Module, chunks: Tensor, *, lm_weight: float = 0.0, hidden_weight: float = 0.0) -> Tensor:
+def distill(
+    model: nn.Module, chunks: Tensor, *, lm_weight: float = 0.0, hidden_weight: float = 0.0, teacher_window: int = 0
+) -> Tensor:
     """Return KL(dense teacher || sparse student) per token; the teacher is the same model with sparse attention off.
 
     Args:
@@ -32,17 +35,20 @@ def distill(model: nn.Module, chunks: Tensor, *, lm_weight: float = 0.0, hidden_
         chunks: `[B, T]` int64.
         lm_weight: weight of the next-token cross-entropy, which is added.
         hidden_weight: weight of the distance of the hidden states, see `hidden_distance`, which is added.
+        teacher_window: tokens within which the teacher attends, see `dense_within`; 0 for all.
     """
 
     def loss(chunks: Tensor) -> Tensor:
-        return _distill(model, chunks, lm_weight, hidden_weight)
+        return _distill(model, chunks, lm_weight, hidden_weight, teacher_window)
 
-    return recorded_loss(loss, model, chunks, lm_weight, hidden_weight)
+    return recorded_loss(loss, model, chunks, lm_weight, hidden_weight, teacher_window)
 
 
-def _distill(model: nn.Module, chunks: Tensor, lm_weight: float, hidden_weight: float) -> Tensor:
+def _distill(
+    model: nn.Module, chunks: Tensor, lm_weight: float, hidden_weight: float, teacher_window: int = 0
+) -> Tensor:
     options = {"use_cache": False, "output_hidden_states": bool(hidden_weight)}
-    with torch.no_grad(), switched_off(model):
+    with torch.no_grad(), dense_within(model, chunks.shape[1], teacher_window):
         teacher = predict_dense(model, chunks, **options)
     student = predict(model, chunks, **options)
     loss = _divergence(student, teacher)
@@ -117,6 +123,20 @@ def switched_off(model: nn.Module) -> Iterator[None]:
     finally:
         for layer in layers:
             layer.switch(True)
+
+
+def dense_within(model: nn.Module, length: int, window: int) -> AbstractContextManager[None]:
+    """Let a model attend densely for the length of a `with` block, in time linear in the length if there is a window.
+
+    Args:
+        model: a causal language model with sparse attention.
+        length: tokens of the texts that it is going to read, without padding and cache.
+        window: the tokens that each token attends to at least, see `hf_sparse.ops.local_attention`; 0 for all. Texts of
+            up to `2 * window` tokens are attended to as a whole, by the base model as it is.
+    """
+    if 0 < 2 * window < length:
+        return override(sparse_layers_in_use(model), dense_window=window)
+    return switched_off(model)
 
 
 def _divergence(student: Predictions, teacher: Predictions, mask: Tensor | None = None) -> Tensor:

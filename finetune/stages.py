@@ -145,7 +145,9 @@ class Training:
 
     def loss(self, stage: Stage, model: nn.Module, *batch: Tensor) -> Tensor:
         """Return the loss of a batch: chunks `[B, T]`, and the labels of a masked language model."""
-        options = self.mixture if stage.name == "distill" else {}
+        options: dict[str, Any] = {}
+        if stage.name == "distill" and self.kind == "causal":
+            options = {**self.mixture, "teacher_window": self.config.teacher_window}
         return OBJECTIVES[self.kind][stage.name](model, *batch, **options)
 
     def targets(self, stage: Stage, *batch: Tensor) -> int:
@@ -208,6 +210,8 @@ class Training:
             )
         if self.mixture and self.kind != "causal":
             raise ValueError("lm_weight and hidden_weight are for causal language models, which this model is not")
+        if config.teacher_window and self.kind != "causal":
+            raise ValueError("teacher_window is for causal language models, which this model is not")
 
     def _check_lora_settings(self) -> None:
         changed = [name for name, is_changed in self._lora_settings() if is_changed]

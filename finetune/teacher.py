@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_sparse.finetune.predictions import Predictions, predict
+from hf_sparse.patches import sparse_layers
 from hf_sparse.patches.recorded_steps import calls_nothing_else, record
 
 _MOST_WORK = 2e12  # parameters times tokens of a forward that is bound by the host
@@ -25,7 +26,8 @@ class _Teacher:
     """Hold the recorded forward of one layout.
 
     Attributes:
-        layout: what must be the same for a replay: shape of the tokens, options, addresses and dtypes of all weights.
+        layout: what must be the same for a replay: shape of the tokens, windows, options, addresses and dtypes of all
+            weights.
         calls: how often this layout was asked for.
         replay: plays the forward; `None` before it is recorded, or if it cannot be.
         tokens: the input that it reads.
@@ -43,12 +45,12 @@ _teachers: weakref.WeakKeyDictionary[nn.Module, _Teacher] = weakref.WeakKeyDicti
 
 
 def predict_dense(model: nn.Module, tokens: Tensor, **options: Any) -> Predictions:
-    """Return `predict(model, tokens, **options)`, without gradients and with sparse attention off.
+    """Return `predict(model, tokens, **options)`, without gradients and with dense attention.
 
     What it returns may be written over by the next call for the same model.
 
     Args:
-        model: a language model whose sparse attention is switched off.
+        model: a language model whose sparse attention is switched off, or dense within a window.
         tokens: `[B, T]`.
         **options: for its forward, hashable.
     """
@@ -57,7 +59,8 @@ def predict_dense(model: nn.Module, tokens: Tensor, **options: Any) -> Predictio
     if not is_small(base, weights, tokens) or torch.is_grad_enabled():
         return predict(model, tokens, **options)
     addresses = tuple([(tensor.data_ptr(), tensor.dtype) for tensor in weights])
-    layout = (model is base, tokens.shape, tokens.dtype, tuple(sorted(options.items())), addresses)
+    windows = tuple([layer.dense_window for layer in sparse_layers(model)])
+    layout = (model is base, tokens.shape, tokens.dtype, windows, tuple(sorted(options.items())), addresses)
     teacher = _teachers.get(base)
     if teacher is None or teacher.layout != layout:
         teacher = _teachers[base] = _Teacher(layout)

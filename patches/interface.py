@@ -22,6 +22,7 @@ from hf_sparse._compat import cache_given, private, texts_in_mask
 from hf_sparse.core.cache import SparseCacheLayer, mask_of_keys
 from hf_sparse.core.layer import SparseAttentionLayer
 from hf_sparse.core.packed_texts import PackedTexts, packed_texts
+from hf_sparse.ops.local_attention import local_attention
 from hf_sparse.patches.cache import is_unused, layer_in_call, make_layers, sparse_cache_layer
 
 NAME = "hf_sparse"
@@ -92,6 +93,11 @@ def attention_forward(
     if not _WATCHED.isdisjoint(kwargs):
         _refuse_what_would_be_ignored(module, kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if window := sparse_call.attention.dense_window:
+        if not is_plain or cache is not None:
+            raise ValueError("dense attention within a window takes whole texts: no padding, packed texts or cache")
+        output = local_attention(query, key, value, window=window, scaling=scaling)
+        return output.transpose(1, 2).contiguous(), None
     if texts is not None:
         if cache is not None:
             raise ValueError("packed sequences (cu_seq_lens_q) have no cache: call the model with use_cache=False")

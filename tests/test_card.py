@@ -226,6 +226,15 @@ def test_unequal_budgets():
     assert "a head has 0.30 to\n1.70 times as many" in text
 
 
+def test_a_teacher_within_a_window_is_told():
+    """It is told where texts were longer than two windows, and in no card of a run without the setting."""
+    told = "The dense model attended to at least 512 tokens before each, to fewer than 1,024, and to the first ones"
+    for settings, is_told in (({"teacher_window": 512}, True), ({"teacher_window": 1024}, False), ({}, False)):
+        training = TRAINING | {"settings": TRAINING["settings"] | settings}
+        assert (told in str(card(training=training))) == is_told
+        assert ("teacher" in str(card(training=training))) == bool(settings)
+
+
 def test_layers(golden):
     config = hf_sparse.SparseKConfig(layers=[3, 0])
     golden("card/sparsek-some-layers.md", render(config, repo_id="x", base_model=None, parameters=1))

@@ -136,7 +136,7 @@ def render(
     example = _WITH_LABELS.get(task.pipeline, _EXAMPLES[task.kind]) if head_parameters else _EXAMPLES[task.kind]
     try:
         objectives = {**_OBJECTIVES[task.kind], **report.objectives}
-        objective = objectives[training["objective"]] if training else ""
+        objective = objectives[training["objective"]] + _teacher(training["settings"]) if training else ""
         text = template.render(
             config=config,
             form=form,
@@ -211,6 +211,17 @@ def _datasets(training: dict[str, Any] | None) -> list[str]:
     """List the dataset on the Hub that an adapter was trained on; nothing where it was a file or is not known."""
     name = (training or {}).get("dataset", {}).get("name")
     return [name] if isinstance(name, str) else []
+
+
+def _teacher(settings: dict[str, Any]) -> str:
+    """Say in a sentence what a teacher within a window did not see; nothing of one that saw all of its texts."""
+    window, length = settings.get("teacher_window"), settings.get("length")
+    if not (isinstance(window, int) and isinstance(length, int) and 0 < 2 * window < length):
+        return ""
+    return (
+        f" The dense model attended to at least {window:,} tokens before each, to fewer than {2 * window:,}, and to "
+        "the first ones of a text."
+    )
 
 
 def _metrics(evaluation: dict[str, Any] | None) -> list[str]:

@@ -73,6 +73,12 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
         base_device: the device of the attention module.
         linears: sizes (inputs, outputs) of the linear layers of the attention module where LoRA changes them, by name.
         has_local_neighbours: whether the model has other layers with a sliding window of their own.
+
+    Whoever trains the layer may set, for a forward of whole texts:
+
+    Attributes:
+        dense_window: other than 0, the method and LoRA are left out, and attention is that of the base model within so
+            many tokens, see `hf_sparse.ops.local_attention`.
     """
 
     label: ClassVar[str]
@@ -102,6 +108,7 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
         self.base_device: torch.device | None = None
         self.linears: dict[str, tuple[int, int]] = {}
         self.has_local_neighbours = False
+        self.dense_window = 0
 
     @classmethod
     def check(cls, config: ConfigT, shape: AttentionShape, num_layers: int) -> None:
@@ -313,7 +320,7 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
 
     def low_rank(self, name: str, states: Tensor) -> Tensor | None:
         """Return what LoRA adds to the output of the linear layer `name` for its input `[..., inputs]`, or `None`."""
-        if not self.is_active or self.active not in self.lora:
+        if not self.is_active or self.dense_window or self.active not in self.lora:
             return None
         return self.lora[self.active](name, states)
 

@@ -25,6 +25,7 @@ def adapter(tmp_path):
 def test_a_file_of_options_and_the_command_on_the_card(adapter, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     options = {"text": ["text.txt"], "steps": 3, "warm-start-steps": 0, "length": 64, "batch_size": 1, "device": "cpu"}
+    options |= {"teacher-window": 16}
     (tmp_path / "run.yaml").write_text(json.dumps(options))
     before = sorted(path.name for path in adapter.iterdir())
     told = run("finetune", adapter, "--config", "run.yaml", "--dry-run")
@@ -33,7 +34,8 @@ def test_a_file_of_options_and_the_command_on_the_card(adapter, tmp_path, monkey
     assert run("finetune", adapter, "--config", "run.yaml", "--steps", 2).exit_code == 0
     metrics = json.loads((adapter / "finetune.json").read_text())
     assert (metrics["settings"]["steps"], metrics["settings"]["length"]) == (2, 64)
-    assert metrics["command"] in (adapter / "README.md").read_text()
+    card = (adapter / "README.md").read_text()
+    assert metrics["command"] in card and "--teacher-window 16" in card and "| teacher_window | 16 |" in card
     words = shlex.split(metrics["command"])
     assert words[:3] == ["hf-sparse", "finetune", "DIR"] and str(tmp_path) not in metrics["command"]
     weights = (adapter / "adapter_model.safetensors").read_bytes()

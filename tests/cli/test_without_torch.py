@@ -110,6 +110,12 @@ MISTAKES = [
         1,
         "lm_weight and hidden_weight belong to 'distill'",
     ),
+    (
+        "finetune sparsek --text t --objective attention --teacher-window 8",
+        1,
+        "teacher_window belongs to 'distill'; the objective 'attention' has no teacher of whole texts",
+    ),
+    ("finetune sparsek --text t --teacher-window -1", 1, "teacher_window must be an integer of at least 0, got -1"),
     ("finetune sparsek --text t --lora-steps 3", 1, "lora_steps: the adapter has no LoRA, its lora_rank is 0"),
     ("finetune sparsek --text t --chunks some", 1, "chunks must be START:STOP, got 'some'"),
     ("eval sparsek --text t --length 1", 1, "length must be at least 2 tokens, got 1"),
