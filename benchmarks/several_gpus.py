@@ -126,11 +126,11 @@ def kill_at(step: int) -> None:
     """Let this process end by SIGKILL before it averages the gradients of an optimiser step."""
     calls, average = [], loop.average_gradients
 
-    def average_or_end(*arguments: Any) -> None:
+    def average_or_end(*arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == step:
             os.kill(os.getpid(), signal.SIGKILL)
-        average(*arguments)
+        return average(*arguments)
 
     loop.average_gradients = average_or_end  # type: ignore[assignment]
 

@@ -316,35 +316,45 @@ def _optimiser_step(
     Raises:
         ValueError: loss, gradients or the new weights are not finite. But for the last case nothing has changed.
     """
-    training, accelerator = run.training, run.accelerator
-    weights = batch_weights(accelerator, [training.targets(stage, *batch) for batch in batches])
-    repeated = run.config.gradient_checkpointing and stage.repeatable
-    losses: list[Tensor] = []
-    norms: list[float] = []
-    for batch, weight in zip(batches, weights, strict=True):
-        with accelerator.accumulate(run.model):
-            with recomputed(training.model) if repeated else nullcontext():
-                loss = training.loss(stage, run.model, *batch)
-            accelerator.backward(weight * loss)
-            # To look at the loss waits for the device, which by now has the backward to do.
-            if not torch.isfinite(loss):
-                raise _diverged(f"the loss of step {number + 1} ({stage.label}) is {loss.item()}", training)
-            losses.append(accelerator.gather((weight * loss).detach()).mean())
-            if accelerator.sync_gradients:
-                if check_gradients:
-                    _check_gradients(training.model, stage.parameters)
-                average_gradients(accelerator, stage.parameters)
-                norms = _clip(run)
-                if not all(map(math.isfinite, norms)):
-                    raise _diverged(f"the gradient of step {number + 1} ({stage.label}) is not finite", training)
-            run.optimizer.step()
-            run.optimizer.zero_grad()
+    training = run.training
+    losses, loss = _backward(run, stage, batches)
+    if check_gradients and losses.isfinite().all():  # else all processes stop below, together
+        _check_gradients(training.model, stage.parameters)
+    loss = average_gradients(run.accelerator, stage.parameters, loss)
+    # What a look at a number would wait for is looked at once, when the device has all of the step to do.
+    looked_at = torch.stack([value.to(loss.device) for value in (*losses, loss, *_clip(run))]).tolist()
+    seen, norms = looked_at[: len(losses) + 1], looked_at[len(losses) + 1 :]
+    _check_losses(training, stage, number, seen)
+    if not all(map(math.isfinite, norms)):
+        raise _diverged(f"the gradient of step {number + 1} ({stage.label}) is not finite", training)
+    run.optimizer.step()
+    run.optimizer.zero_grad()
     if not _are_finite(stage.parameters.values()):
         raise ValueError(
             f"the {training.learned} are not finite after step {number + 1} ({stage.label}), and nothing of them is "
             "saved; try a lower learning_rate"
         )
-    return float(torch.stack(losses).mean()), math.hypot(*norms)
+    return seen[-1], math.hypot(*norms)
+
+
+def _backward(run: _Run, stage: Stage, batches: Sequence[Sequence[Tensor]]) -> tuple[Tensor, Tensor]:
+    """Add up the gradients of the batches of an optimiser step.
+
+    Returns:
+        The loss of each batch `[A]`, and the mean of this process, weighted.
+    """
+    training, accelerator = run.training, run.accelerator
+    weights = batch_weights(accelerator, [training.targets(stage, *batch) for batch in batches])
+    repeated = run.config.gradient_checkpointing and stage.repeatable
+    losses, weighted = [], []
+    for batch, weight in zip(batches, weights, strict=True):
+        with accelerator.accumulate(run.model):
+            with recomputed(training.model) if repeated else nullcontext():
+                loss = training.loss(stage, run.model, *batch)
+            accelerator.backward(weight * loss)
+            losses.append(loss.detach())
+            weighted.append((weight * loss).detach())
+    return torch.stack(losses), torch.stack(weighted).mean()
 
 
 def _optimizer(training: Training, config: FinetuneConfig) -> torch.optim.AdamW:
@@ -364,10 +374,10 @@ def _optimizer(training: Training, config: FinetuneConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
 
 
-def _clip(run: _Run) -> list[float]:
-    """Clip the gradients of each group of parameters, and return the norms that they had."""
+def _clip(run: _Run) -> list[Tensor]:
+    """Clip the gradients of each group of parameters, and return the norms that they had, scalars on the device."""
     groups = run.adamw.param_groups
-    return [float(run.accelerator.clip_grad_norm_(group["params"], run.config.max_grad_norm)) for group in groups]
+    return [run.accelerator.clip_grad_norm_(group["params"], run.config.max_grad_norm) for group in groups]
 
 
 def _of_gpu(run: _Run, stage: Stage, speed: float) -> dict[str, float]:
@@ -392,6 +402,13 @@ def _share_of_peak(config: FinetuneConfig, stage: Stage, step: int) -> float:
     if step < warm:
         return (step + 1) / warm
     return (stage.steps - step) / max(1, stage.steps - warm)
+
+
+def _check_losses(training: Training, stage: Stage, number: int, losses: Sequence[float]) -> None:
+    """Raise `ValueError` for a loss of a step that is not finite."""
+    for loss in losses:
+        if not math.isfinite(loss):
+            raise _diverged(f"the loss of step {number + 1} ({stage.label}) is {loss}", training)
 
 
 def _diverged(problem: str, training: Training) -> ValueError:
