@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import hf_sparse
 from hf_sparse.demo import CHECKPOINT
 from hf_sparse.environment import cuda_of_process, is_main_process
-from hf_sparse.finetune import FinetuneConfig, config_file, finetune, loop, objectives, processes
+from hf_sparse.finetune import FinetuneConfig, config_file, finetune, loop, objectives, optimiser_step, processes
 
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
 CONFIGS = {
@@ -57,7 +57,7 @@ def masked_gradients(method, objective, batch_size, accumulation):
         objective=objective, steps=1, **before, batch_size=batch_size, gradient_accumulation_steps=accumulation,
         learning_rate=1e-12, progress=False, cpu=ONE_GPU,
     )  # fmt: skip
-    gradients, mean = {}, loop.average_gradients
+    gradients, mean = {}, optimiser_step.average_gradients
 
     def note(accelerator, parameters, loss):
         loss = mean(accelerator, parameters, loss)
@@ -65,7 +65,7 @@ def masked_gradients(method, objective, batch_size, accumulation):
         return loss
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(loop, "average_gradients", note)
+        patched.setattr(optimiser_step, "average_gradients", note)
         loss = finetune(model, data, config)["history"][0]["loss"]
     return gradients, loss
 
@@ -84,16 +84,16 @@ class Collectives(TorchDispatchMode):
 
 def collectives(call, *arguments):
     """Return how many collective operations each optimiser step of a call takes."""
-    counts, step = [], loop._optimiser_step
+    counts, take_step = [], loop.take_step
 
     def counted(*args, **options):
         with Collectives() as seen:
-            result = step(*args, **options)
+            result = take_step(*args, **options)
         counts.append(seen.count)
         return result
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(loop, "_optimiser_step", counted)
+        patched.setattr(loop, "take_step", counted)
         call(*arguments)
     return counts
 
