@@ -83,7 +83,7 @@ def resume(
     learned: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
 ) -> Progress:
-    """Go on from the last checkpoint in a folder: put back parameters and optimiser state, and return how far it was.
+    """Load the last checkpoint of a run: put back parameters and optimiser state, and return how far it had come.
 
     Args:
         output: the folder of the run.
