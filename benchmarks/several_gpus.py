@@ -44,7 +44,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from hf_sparse import SparsefinderConfig, SparseKConfig
 from hf_sparse.atomic_files import write_json
 from hf_sparse.environment import describe, is_main_process
-from hf_sparse.finetune import FinetuneConfig, checkpoint, config_file, finetune, loop
+from hf_sparse.finetune import FinetuneConfig, checkpoint, config_file, finetune, optimiser_step
 
 LLAMA_70B = LLAMA_8B | {"hidden_size": 8192, "num_attention_heads": 64, "intermediate_size": 28_672}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -124,15 +124,15 @@ def place_layers(base: Any, gpus: int) -> None:
 
 def kill_at(step: int) -> None:
     """Let this process end by SIGKILL before it averages the gradients of an optimiser step."""
-    calls, average = [], loop.average_gradients
+    calls, average = [], optimiser_step.average_gradients
 
-    def average_or_end(*arguments: Any) -> None:
+    def average_or_end(*arguments: Any) -> Any:
         calls.append(1)
         if len(calls) == step:
             os.kill(os.getpid(), signal.SIGKILL)
-        average(*arguments)
+        return average(*arguments)
 
-    loop.average_gradients = average_or_end  # type: ignore[assignment]
+    optimiser_step.average_gradients = average_or_end  # type: ignore[assignment]
 
 
 def launch(engine: str, processes: int, cases: list[dict[str, Any]], folder: Path, limit: float) -> dict[str, Any]:

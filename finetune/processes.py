@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, GradientAccumulationPlugin, broadcast
-from torch import nn
+from torch import Tensor, nn
 
 from hf_sparse.core.layer import SparseAttentionLayer
 from hf_sparse.environment import is_launched, launched_processes
@@ -121,7 +121,7 @@ def warn_of_slow_dtype(model: nn.Module, accelerator: Accelerator) -> None:
         )
 
 
-def batch_weights(accelerator: Accelerator, targets: Sequence[int]) -> list[float]:
+def batch_weights(accelerator: Accelerator, targets: Sequence[int | None]) -> list[float]:
     """Return weights for the batches of an optimiser step, whose mean over all batches and processes is 1.
 
     With them the mean of the losses is that over all targets of the step, however these lie in its batches.
@@ -130,25 +130,57 @@ def batch_weights(accelerator: Accelerator, targets: Sequence[int]) -> list[floa
         accelerator: of the run.
         targets: of each batch of this process, see `hf_sparse.finetune.stages.Training.targets`.
     """
-    count = torch.tensor(sum(targets), device=accelerator.device)
-    mean = accelerator.reduce(count, "sum").item() / (len(targets) * accelerator.num_processes)
-    return [number / mean for number in targets]
+    counts = [count for count in targets if count is not None]
+    if not counts:
+        return [1.0] * len(targets)
+    count = torch.tensor(sum(counts), device=accelerator.device)
+    mean = accelerator.reduce(count, "sum").item() / (len(counts) * accelerator.num_processes)
+    return [number / mean for number in counts]
 
 
-def average_gradients(accelerator: Accelerator, parameters: Mapping[str, nn.Parameter]) -> None:
-    """Replace gradients by their mean over all processes.
+def average_gradients(accelerator: Accelerator, parameters: Mapping[str, nn.Parameter], loss: Tensor) -> Tensor:
+    """Replace gradients by their mean over all processes, and return the mean of the loss.
 
     `DistributedDataParallel` would do it for losses that are made of what the model returns. These are also made of
     what is read inside the model, whose own forward may run without gradients.
+
+    Args:
+        accelerator: of the run.
+        parameters: by name, the same ones in every process; where one has no gradient it counts as 0.
+        loss: a scalar.
     """
-    if accelerator.num_processes > 1:
-        for parameter in parameters.values():
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = accelerator.reduce(gradient, "mean")
+    if accelerator.num_processes == 1:
+        return loss
+    gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters.values()]
+    *means, loss = _together(lambda flat: accelerator.reduce(flat, "mean"), [*gradients, loss])
+    for parameter, mean in zip(parameters.values(), means, strict=True):
+        parameter.grad = mean
+    return loss
 
 
+@torch.no_grad()
 def copy_from_first_process(layers: Sequence[nn.Module]) -> None:
     """Give parameters and buffers of layers in every process the values that they have in the first one."""
-    for layer in layers:
-        for tensor in (*layer.parameters(), *layer.buffers()):
-            tensor.data = broadcast(tensor.data)
+    if launched_processes() > 1:
+        tensors = [tensor for layer in layers for tensor in (*layer.parameters(), *layer.buffers())]
+        for tensor, first in zip(tensors, _together(broadcast, tensors), strict=True):
+            tensor.copy_(first)
+
+
+def _together(operation: Callable[[Tensor], Tensor], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return what a collective operation makes of each tensor, called once for all of a device and dtype.
+
+    Args:
+        operation: takes and returns `[N]`; all numbers are treated alike.
+        tensors: of the same shapes and dtypes, in the same order, in all processes.
+    """
+    alike: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+    for number, tensor in enumerate(tensors):
+        alike.setdefault((tensor.device, tensor.dtype), []).append(number)
+    results = list(tensors)
+    for numbers in alike.values():
+        flat = operation(torch.cat([tensors[number].detach().flatten() for number in numbers]))
+        parts = flat.split([tensors[number].numel() for number in numbers])
+        for number, part in zip(numbers, parts, strict=True):
+            results[number] = part.view(tensors[number].shape)
+    return results

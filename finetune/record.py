@@ -6,26 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from hf_sparse.atomic_files import write_json
-from hf_sparse.finetune.sharding import size
-from hf_sparse.finetune.stages import Training
-from hf_sparse.patches.heads import parameters_saved
 
 _NAME = "finetune.json"
-
-
-def parameter_counts(model: nn.Module, training: Training) -> dict[str, Any]:
-    """Return what was trained and how many parameters there are, as the metrics have it."""
-    learned, head = training.parameters, parameters_saved(model)
-    return {
-        "trained": training.learned,
-        "trainable_parameters": sum(p.numel() for p in learned.values()),
-        "lora_parameters": sum(p.numel() for name, p in learned.items() if name in training.lora),
-        "all_parameters": sum(map(size, model.parameters())),
-        **({"head_parameters": sum(p.numel() for p in head)} if head else {}),
-    }
 
 
 def write_metrics(output: Path, metrics: Mapping[str, Any]) -> None:

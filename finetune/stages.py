@@ -150,15 +150,14 @@ class Training:
             options = {**self.mixture, "teacher_window": self.config.teacher_window}
         return OBJECTIVES[self.kind][stage.name](model, *batch, **options)
 
-    def targets(self, stage: Stage, *batch: Tensor) -> int:
-        """Count the tokens that the loss of a batch is the mean over, where batches have different numbers of them.
+    def targets(self, stage: Stage, *batch: Tensor) -> int | None:
+        """Count the tokens that the loss of a batch is the mean over; `None` in a stage whose batches have as many.
 
-        The loop weighs each batch of an optimiser step by it. Of a masked language model these are the hidden tokens;
-        losses over all tokens, or as many queries of each batch, count as 1.
+        The loop weighs each batch of an optimiser step by it. Of a masked language model these are the hidden tokens.
         """
         if self.kind == "masked" and stage.name in OBJECTIVES["masked"]:
             return int((batch[1] != IGNORED).sum())
-        return 1
+        return None
 
     def begin(self, model: nn.Module, *batch: Tensor) -> dict[str, Any]:
         """Measure a batch before the first step, and return what `finetune.json` tells of it besides the history."""

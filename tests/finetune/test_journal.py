@@ -7,7 +7,7 @@ import accelerate.tracking
 import pytest
 import torch
 
-from hf_sparse.finetune import FinetuneConfig, estimate, finetune, loop
+from hf_sparse.finetune import FinetuneConfig, estimate, finetune, optimiser_step
 from hf_sparse.finetune.peak import share_of_peak
 from hf_sparse.finetune.stages import training_of
 
@@ -57,9 +57,11 @@ def test_runs_that_learned_well_are_not_told_to_have_collapsed(sparse_llama, k, 
 
 
 def test_gradients_that_vanish_are_told(sparse_llama, chunks, monkeypatch):
-    clip, calls = loop._clip, []
+    clip, calls = optimiser_step._clip, []
     monkeypatch.setattr(
-        loop, "_clip", lambda run: calls.append(1) or [n * (1e-9 if len(calls) == 5 else 1) for n in clip(run)]
+        optimiser_step,
+        "_clip",
+        lambda run: calls.append(1) or [n * (1e-9 if len(calls) == 5 else 1) for n in clip(run)],
     )
     with pytest.warns(UserWarning, match=r"step 5 \(distill\): the gradient has vanished"):
         train(sparse_llama(), chunks)

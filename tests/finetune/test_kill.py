@@ -17,7 +17,7 @@ from peft import get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 import hf_sparse
-from hf_sparse.finetune import FinetuneConfig, checkpoint, finetune, loop
+from hf_sparse.finetune import FinetuneConfig, checkpoint, finetune, optimiser_step
 
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
 
@@ -62,7 +62,7 @@ def kill_at(point):
 
     {
         "in the backward of step 4": lambda: count(accelerate.Accelerator, "backward", 4),
-        "before gradients of step 4 are averaged": lambda: count(loop, "average_gradients", 4),
+        "before gradients of step 4 are averaged": lambda: count(optimiser_step, "average_gradients", 4),
         "while others save step 3": lambda: count(accelerate.Accelerator, "wait_for_everyone", 4, after=True),
         "in the middle of checkpoint 3": lambda: count(checkpoint, "save_file", 6),
         "before checkpoint 3 gets its name": lambda: count(

@@ -16,11 +16,12 @@ import pytest
 import torch
 from peft import get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import hf_sparse
 from hf_sparse.demo import CHECKPOINT
 from hf_sparse.environment import cuda_of_process, is_main_process
-from hf_sparse.finetune import FinetuneConfig, config_file, finetune, loop
+from hf_sparse.finetune import FinetuneConfig, config_file, finetune, loop, objectives, optimiser_step, processes
 
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
 CONFIGS = {
@@ -57,16 +58,84 @@ def masked_gradients(method, objective, batch_size, accumulation):
         objective=objective, steps=1, **before, batch_size=batch_size, gradient_accumulation_steps=accumulation,
         learning_rate=1e-12, progress=False, cpu=ONE_GPU,
     )  # fmt: skip
-    gradients, mean = {}, loop.average_gradients
+    gradients, mean = {}, optimiser_step.average_gradients
 
-    def note(accelerator, parameters):
-        mean(accelerator, parameters)
+    def note(accelerator, parameters, loss):
+        loss = mean(accelerator, parameters, loss)
         gradients.update({name: p.grad.detach().cpu().clone() for name, p in parameters.items()})
+        return loss
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(loop, "average_gradients", note)
+        patched.setattr(optimiser_step, "average_gradients", note)
         loss = finetune(model, data, config)["history"][0]["loss"]
     return gradients, loss
+
+
+class Collectives(TorchDispatchMode):
+    """Count the collective operations within a `with` block."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func.namespace == "c10d"
+        return func(*args, **(kwargs or {}))
+
+
+def collectives(call, *arguments):
+    """Return how many collective operations each optimiser step of a call takes."""
+    counts, take_step = [], loop.take_step
+
+    def counted(*args, **options):
+        with Collectives() as seen:
+            result = take_step(*args, **options)
+        counts.append(seen.count)
+        return result
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(loop, "take_step", counted)
+        call(*arguments)
+    return counts
+
+
+def exchange():
+    """Return what processes make of gradients, and of layers, that are not alike in kind: dtypes, strides, none."""
+    accelerator = processes.make_accelerator(FinetuneConfig(cpu=ONE_GPU))
+    device, rank = accelerator.device, accelerator.process_index
+    zeros = {"first": torch.zeros(2, 3), "half": torch.zeros(4).bfloat16(), "without": torch.zeros(2)}
+    zeros |= {"turned": torch.zeros(3, 2).T, "last": torch.zeros(())}
+    parameters = {name: torch.nn.Parameter(tensor.to(device)) for name, tensor in zeros.items()}
+    for number, (name, parameter) in enumerate(parameters.items()):
+        parameter.grad = None if name == "without" else torch.full_like(parameter, 4 * number + rank)
+    loss = processes.average_gradients(accelerator, parameters, torch.tensor(8.0 + rank, device=device))
+    layer = torch.nn.BatchNorm1d(3, device=device)
+    with torch.no_grad():
+        for tensor in layer.state_dict().values():
+            tensor.fill_(1 + rank)
+    places = [tensor.data_ptr() for tensor in layer.state_dict().values()]
+    processes.copy_from_first_process([layer])
+    assert places == [tensor.data_ptr() for tensor in layer.state_dict().values()]
+    means = {name: parameter.grad.cpu() for name, parameter in parameters.items()}
+    return means | {"loss": loss.cpu()}, {name: tensor.cpu() for name, tensor in layer.state_dict().items()}
+
+
+def end_by_one():
+    """Return the error of this process for a loss that is not finite in the first one."""
+    distill = objectives.OBJECTIVES["causal"]["distill"]
+    scale = torch.nan if is_main_process() else 1.0
+    with pytest.MonkeyPatch.context() as patched, pytest.raises(ValueError) as error:
+        patched.setitem(objectives.OBJECTIVES["causal"], "distill", lambda *batch, **options: scale * distill(*batch))
+        train("sparsek", 1)
+    return str(error.value)
+
+
+def check_exchange(means, copied, count):
+    further = (count - 1) / 2  # the mean of the ranks
+    for name, value in {"first": 0, "half": 4, "turned": 12, "last": 16, "loss": 8}.items():
+        assert torch.equal(means[name], torch.full_like(means[name], value + further)), name
+    assert not means["without"].any() and means["turned"].shape == (2, 3) and means["half"].dtype == torch.bfloat16
+    assert len(copied) == 5 and all(bool((tensor == 1).all()) for tensor in copied.values())
 
 
 def launcher(engine, count, logs):
@@ -110,6 +179,12 @@ def check_processes(folder, engine, count):
         check_gradients(method, *(rank[f"masked {method}"] for rank in ranks))
         shares = [rank[f"train {method}"][2] for rank in ranks]
         assert shares == [None] * count if engine in ("torchrun", "ddp") else max(shares) < 1.02 / count
+    for rank in ranks:
+        check_exchange(*rank["exchange"], count)
+        assert "the loss of step 3 (distill) is nan; the scorers and LoRA are those of the step" in rank["ended by one"]
+    for rank in ranks if engine in ("torchrun", "ddp") else ():  # others gather the base as well
+        # Gradients, LoRA's too, and the loss in one; of a masked language model the number of hidden tokens besides.
+        assert rank["collectives"] == [1] * 6 and rank["masked collectives"] == [2]
 
 
 def check_training(method, one, *others):
@@ -185,6 +260,10 @@ def work(folder):
     count = int(os.environ["WORLD_SIZE"])
     results = {f"train {method}": train(method, 4 // count) for method in CONFIGS}
     results |= {f"masked {method}": masked_gradients(method, "lm", 4 // count, 2) for method in CONFIGS}
+    results["collectives"] = collectives(train, "sparsek", 4 // count)
+    results["masked collectives"] = collectives(masked_gradients, "sparsek", "lm", 4 // count, 2)
+    results["exchange"] = exchange()
+    results["ended by one"] = end_by_one()
     torch.save(results, folder / f"{os.environ['RANK']}.pt")
 
 

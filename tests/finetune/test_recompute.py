@@ -9,9 +9,8 @@ import torch
 from peft import get_peft_model
 from torch import nn
 
-import hf_sparse.finetune.loop as loop
 from hf_sparse import SparseKConfig
-from hf_sparse.finetune import FinetuneConfig, finetune
+from hf_sparse.finetune import FinetuneConfig, checkpoint, finetune
 from hf_sparse.finetune.objectives import OBJECTIVES
 from hf_sparse.finetune.recompute import recomputed
 from hf_sparse.patches import sparse_layers
@@ -95,14 +94,14 @@ def test_training_is_the_same_and_resumes_exactly(monkeypatch, sparse_llama, chu
     class Stopped(Exception):
         pass
 
-    real = loop.checkpoint.save
+    real = checkpoint.save
 
     def save_and_stop(output, step, *args):
         real(output, step, *args)
         if step == 4:
             raise Stopped
 
-    monkeypatch.setattr(loop.checkpoint, "save", save_and_stop)
+    monkeypatch.setattr(checkpoint, "save", save_and_stop)
     placed = {"output_dir": str(tmp_path), "checkpoint_every": 1}
     with pytest.raises(Stopped):
         train(sparse_llama(), chunks, gradient_checkpointing=True, **placed)
