@@ -18,8 +18,9 @@ from vllm.v1.attention.backends.mamba_attn import BaseMambaAttentionMetadata, Ba
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from hf_sparse.core.layer import SparseAttentionLayer
+from hf_sparse.core.prompt_chunks import Chunk
 from hf_sparse.core.request_state import StateTensor
-from hf_sparse.serving.pool import Batch, Chunk, attend_packed, begin_rows, state_of_request
+from hf_sparse.serving.pool import Batch, attend_packed, begin_rows, state_of_request
 
 _ALIGNMENT = 256  # bytes of which a page, and the place of a tensor in it, is a multiple: kernels load 16 at a time
 
@@ -83,7 +84,7 @@ class RowsBuilder(BaseMambaAttentionMetadataBuilder[RowsMetadata]):
             places = common_attn_metadata.query_start_loc_cpu[first : last + 1].tolist()
             lengths = common_attn_metadata.seq_lens_cpu_upper_bound[first:last].tolist()
             for begin, end, length in zip(places, places[1:], lengths, strict=False):
-                chunks.append(Chunk(begin, end, is_first=length == end - begin))
+                chunks.append(Chunk(begin, end, before=length - (end - begin)))
         rows = parts[0] if len(parts) == 1 else torch.cat(parts)
         batch = Batch(rows, steps, tuple(chunks), self._sources(common_attn_metadata, rows))
         return replace(metadata, batch=batch)
