@@ -141,6 +141,25 @@ def measured(name: str) -> dict[str, Any]:
     return content
 
 
+def prompts() -> str:
+    """Tabulate how fast vLLM reads many short prompts on the CPU, in both ways."""
+    path = ROOT / "benchmarks" / "results" / "serving_prompts-cpu.json"
+    rows = []
+    for budget in json.loads(path.read_text("utf-8"))["budgets"]:
+        speed, operations = budget["tokens_per_second"], budget["operations_of_a_layer"]
+        rows.append(
+            [
+                f"{budget['slots']:,}",
+                f"{budget['prompts_that_fit_into_the_slots']} of {budget['prompts']}",
+                *(f"{speed[way]:,.0f}" for way in ("one by one", "together")),
+                f"{speed['together'] / speed['one by one']:.2f}",
+                *(f"{operations[way]:,}" for way in ("one by one", "together")),
+            ]
+        )
+    head = ["slots", "prompts that fit", "tokens/s one by one", "side by side", "ratio"]
+    return table([*head, "operations one by one", "side by side"], rows)
+
+
 def pool() -> str:
     """Tabulate the decoding steps of a pool without an engine."""
     rows = [
@@ -203,6 +222,7 @@ def whole() -> str:
 
 TABLES = {
     "docs/serving.md": {
+        "prompts": prompts,
         "pool": pool,
         "decoding": decoding,
         "whole": whole,

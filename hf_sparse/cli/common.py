@@ -15,6 +15,7 @@ from hf_sparse.cli.options import at_least, is_range, option, refuse_without
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of an adapter, made by `hf-sparse patch`.")]
+Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of an adapter, or its name on the Hub.")]
 Texts = Annotated[list[Path] | None, typer.Option("--text", metavar="FILE", help="UTF-8 text; may be repeated.")]
 Dataset = Annotated[
     str | None,

@@ -14,6 +14,7 @@ from transformers.cache_utils import DynamicLayer
 from hf_sparse.core.cache import GrowingCacheLayer, ModelCall, SparseCacheLayer
 from hf_sparse.core.config import SparseConfig
 from hf_sparse.core.lora import LowRank
+from hf_sparse.core.prompt_chunks import ChunkGroup
 from hf_sparse.core.request_state import StateTensor
 
 ConfigT = TypeVar("ConfigT", bound=SparseConfig)
@@ -271,6 +272,11 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
             return self
         raise NotImplementedError
 
+    @property
+    def dense_tokens(self) -> int:
+        """Count the tokens up to which a text has dense attention, and nothing of it leaves the state of a request."""
+        return 0
+
     def attend_chunk(
         self,
         states: Sequence[Tensor],
@@ -290,6 +296,33 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
             row: `[1]` int64, the row of the request.
             source: `[1]` int64, the row that its state is read from, mostly the same.
             is_first: whether the text begins with these tokens; no state is then read.
+        """
+        raise NotImplementedError
+
+    def attend_chunks(
+        self,
+        states: Sequence[Tensor],
+        rows: Tensor,
+        sources: Tensor,
+        chunks: ChunkGroup,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        hidden_states: Tensor,
+        scaling: float,
+    ) -> Tensor:
+        """Attend with the next tokens of several requests, and write their states.
+
+        Args:
+            states: as for `attend_chunk`.
+            rows: `[B]` of integers, the row of each request.
+            sources: `[B]` of integers, the rows that the states are read from; where they are others, another tensor.
+            chunks: lays the tokens side by side.
+            query: `[N, Hq, D]`; key, value: `[N, Hkv, D]`; hidden_states: `[N, C]`, packed tokens.
+            scaling: multiplies the logits.
+
+        Returns:
+            `[n, Hq, D]`, of the tokens of the pieces, `chunks.tokens`.
         """
         raise NotImplementedError
 

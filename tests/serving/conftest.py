@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 import pytest
 import torch
 
-from hf_sparse.serving.pool import Batch, Chunk, RowPool
+from hf_sparse.core.prompt_chunks import Chunk
+from hf_sparse.serving.pool import Batch, RowPool
 
 
 @dataclass
@@ -67,7 +68,7 @@ class Engine:
             begin = len(tokens)
             tokens += request.prompt[request.computed : request.computed + count]
             positions += range(request.computed, request.computed + count)
-            chunks.append(Chunk(begin, begin + count, request.computed == 0))
+            chunks.append(Chunk(begin, begin + count, before=request.computed))
             request.computed += count
             reading.append(request)
             last.append(len(tokens) - 1)

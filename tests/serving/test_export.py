@@ -2,14 +2,16 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
+from huggingface_hub import HfApi
 from peft import get_peft_model
 from typer.testing import CliRunner
 
 from hf_sparse import SparseKConfig, cli
 from hf_sparse.bundled import CHECKPOINT
-from hf_sparse.errors import CompatibilityError, UnsupportedModelError
+from hf_sparse.errors import CompatibilityError, HubError, UnsupportedModelError
 from hf_sparse.serving import export as module
 from hf_sparse.serving.export import export, is_exported, server_command
 
@@ -80,6 +82,31 @@ def test_what_cannot_be_served_is_not_exported(tmp_path, base, tiny_llama):
     folder = save(tmp_path / "mixed", base, tiny_llama(), layers=[0])
     with pytest.raises(UnsupportedModelError, match="mixture of dense and sparse layers"):
         export(folder, tmp_path / "served")
+    assert not (tmp_path / "served").exists()
+
+
+def test_an_adapter_on_the_hub(tmp_path, base, adapter, monkeypatch, hub):
+    """Its name takes the place of a folder; the files come from the Hub."""
+    name = f"{hub.user}/served-adapter"
+    HfApi().create_repo(name)
+    HfApi().upload_folder(repo_id=name, folder_path=str(adapter))
+    export(name, tmp_path / "served")
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "served" / "adapter" / file).read_bytes() == (adapter / file).read_bytes()
+    monkeypatch.setattr(module, "find_spec", lambda name: object())
+    command = server_command(name, [])
+    assert command[command.index("--served-model-name") + 1] == name
+    overrides = json.loads(command[command.index("--hf-overrides") + 1])
+    assert (Path(overrides["hf_sparse_adapter"]) / "adapter_config.json").is_file()
+
+
+@pytest.mark.parametrize("name, message", [
+    ("nobody/nothing", "cannot load the adapter nobody/nothing"),
+    ("no/folder/here", "no/folder/here is neither a folder here nor a repository id"),
+])  # fmt: skip
+def test_an_adapter_that_is_nowhere(tmp_path, name, message):
+    with pytest.raises(HubError, match=message):
+        export(name, tmp_path / "served")
     assert not (tmp_path / "served").exists()
 
 

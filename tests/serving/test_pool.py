@@ -4,9 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_sparse import SparsefinderConfig, SparseKConfig, patch
-from hf_sparse.serving.pool import Batch, Chunk, RowPool, begin_rows, state_of_request
+from hf_sparse.core.prompt_chunks import Chunk, ChunkGroup
+from hf_sparse.serving import pool as pool_module
+from hf_sparse.serving.pool import Batch, RowPool, begin_rows, state_of_request
 
 SETTINGS = {"k": 6, "window": 8, "sinks": 2}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -129,6 +132,88 @@ def test_a_snapshot_serves_all_texts_with_the_same_beginning(model, engine, requ
     assert [request.output for request in requests] == [generated(model, request.prompt) for request in requests]
 
 
+class Operations(TorchDispatchMode):
+    """Notes the names of all operations that are dispatched."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def packed_batch(pieces, rows, first_row=0):
+    """Pieces of `(before, length)` in rows of a pool, and random tokens for them."""
+    chunks, begin = [], 0
+    for before, length in pieces:
+        chunks.append(Chunk(begin, begin + length, before))
+        begin += length
+    generator = torch.Generator().manual_seed(begin)
+    shapes = ((begin, 4, 8), (begin, 2, 8), (begin, 2, 8), (begin, 32))
+    tokens = [torch.randn(shape, generator=generator).to(DEVICE) for shape in shapes]
+    numbers = torch.arange(first_row, first_row + len(chunks), device=DEVICE)
+    return Batch(numbers, 0, tuple(chunks)), tokens
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["in their rows", "from rows of others"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"head_shares": [[0.5, 1.5], [1.67, 0.33]]}, {"scorer": "mlp", "scorer_hidden_size": 8, "pin_prompt": 4}],
+    ids=["linear", "shares of heads", "mlp"],
+)
+def test_pieces_side_by_side_are_those_one_by_one(tiny_llama, monkeypatch, changes, copied):
+    """Texts that begin and go on, within the 16 slots and beyond, from rows that hold NaN."""
+    attention = make(tiny_llama, **changes).model.layers[0].self_attn.sparse_attention
+    beginnings = [3, 5, 1, 6, 4, 5, 40, 41, 19, 20, 21, 7, 9, 8]
+    more = [4, 4, 1, 1, 12, 40, 5, 5, 1, 1, 6, 9, 5, 2]
+    results = []
+    for together in (True, False):
+        pool = RowPool([attention], 8, 40, torch.float32, DEVICE)
+        for state in pool.layers[0]:
+            state.fill_(float("nan") if state.is_floating_point() else 1 << 40)
+        sizes = []
+        with monkeypatch.context() as patched:
+            if not together:
+                patched.setattr(pool_module, "groups_of", lambda chunks, *options: [[n] for n in range(len(chunks))])
+            batch, tokens = packed_batch([(0, length) for length in beginnings], 14)
+            outputs = [pool.attend(0, batch, *tokens, 0.3)]
+            for number in range(2):
+                before = [sum(lengths) for lengths in zip(beginnings, *[more] * number, strict=True)]
+                batch, tokens = packed_batch(list(zip(before, more, strict=True)), 14, 20 * copied * (1 - number))
+                if copied:
+                    sources = torch.arange(14, device=DEVICE) + 20 * number
+                    batch = Batch(batch.rows, 0, batch.chunks, sources)
+                outputs.append(pool.attend(0, batch, *tokens, 0.3))
+                groups = batch.groups(attention.dense_tokens)
+                sizes += [len(group.lengths) for group in groups if isinstance(group, ChunkGroup)]
+        assert (max(sizes, default=0) > 1) == together
+        step = Batch(batch.rows, 14)
+        outputs.append(pool.attend(0, step, *(tensor[:14] for tensor in tokens), 0.3))
+        results.append((outputs, pool.layers[0][0][batch.rows].flatten(1).sort(-1).values))
+    for ours, theirs in zip(results[0][0], results[1][0], strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_more_prompts_take_no_more_operations_and_none_waits(model):
+    """A GPU is waited for where a number of its memory is read; the host makes its tables once for all layers."""
+    attention = model.model.layers[0].self_attn.sparse_attention
+    pool = RowPool([attention], 8, 64, torch.float32, DEVICE)
+    counts = []
+    for texts in (3, 50):
+        pieces = [(0, 12)] * texts + [(0, 30)] * texts, [(12, 3)] * texts + [(30, 5)] * texts
+        for batch, tokens in (packed_batch(part[:64], 64) for part in pieces):
+            batch.groups(attention.dense_tokens)
+            with Operations() as operations:
+                pool.attend(0, batch, *tokens, 0.3)
+            counts.append(len(operations.names))
+            waiting = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "item"}
+            assert not waiting & {name.removeprefix("aten::").partition(".")[0] for name in operations.names}
+    assert counts[:2] == counts[2:]
+
+
 def test_rows_may_be_views_of_pages(model):
     """An engine keeps all tensors of a row in one page, so that rows lie far apart."""
     attention = model.model.layers[0].self_attn.sparse_attention
@@ -142,7 +227,7 @@ def test_rows_may_be_views_of_pages(model):
     pool = RowPool([attention], 8, 4, torch.float32, DEVICE)
     tokens = [torch.randn(30, *shape, device=DEVICE) for shape in ((4, 8), (2, 8), (2, 8), (32,))]
     row = torch.tensor([2], device=DEVICE)
-    batches = [Batch(row, 0, (Chunk(0, 30, True),)), Batch(row, 1)]
+    batches = [Batch(row, 0, (Chunk(0, 30),)), Batch(row, 1)]
     for batch in batches:
         expected = pool.attend(0, batch, *tokens, 0.3)
         pool.layers[0], kept = views, pool.layers[0]
@@ -158,7 +243,7 @@ def test_a_text_may_begin_with_a_step(model):
     pool = RowPool([attention], 8, 3, torch.float32, DEVICE)
     tokens = [torch.randn(1, *shape, device=DEVICE) for shape in ((4, 8), (2, 8), (2, 8), (32,))]
     rows = torch.tensor([1], dtype=torch.int32, device=DEVICE)
-    expected = pool.attend(0, Batch(rows, 0, (Chunk(0, 1, True),)), *tokens, 0.3)
+    expected = pool.attend(0, Batch(rows, 0, (Chunk(0, 1),)), *tokens, 0.3)
     copies = [state.clone() for state in pool.layers[0]]
     for state in pool.layers[0]:
         state.fill_(float("nan") if state.is_floating_point() else 1 << 40)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_sparse.core.cache import ModelCall
 from hf_sparse.core.layer import AttentionShape, SparseAttentionLayer
+from hf_sparse.core.prompt_chunks import ChunkGroup
 from hf_sparse.core.request_state import StateTensor
 from hf_sparse.errors import UnsupportedModelError
 from hf_sparse.methods.sparsek import rows
@@ -180,11 +181,22 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
             scorer.keep_heads(first, layer.num_key_value_heads)
         return layer
 
+    @property
+    def dense_tokens(self) -> int:
+        """Count the tokens that fit into the slots of each head, see `SparseAttentionLayer`."""
+        return self.budget.fewest_slots if self.baseline is None else 0
+
     def attend_chunk(
         self, states: Sequence[Tensor], row: Tensor, source: Tensor, is_first: bool, *tokens: Any
     ) -> Tensor:
         """Attend with the next tokens of one request of a pool, see `SparseAttentionLayer`."""
         return rows.attend_chunk(self, states, row, source, is_first, *tokens)
+
+    def attend_chunks(
+        self, states: Sequence[Tensor], index: Tensor, sources: Tensor, chunks: ChunkGroup, *tokens: Any
+    ) -> Tensor:
+        """Attend with the next tokens of several requests of a pool, see `SparseAttentionLayer`."""
+        return rows.attend_chunks(self, states, index, sources, chunks, *tokens)
 
     def attend_steps(self, states: Sequence[Tensor], index: Tensor, sources: Tensor, *tokens: Any) -> Tensor:
         """Take a decoding step of several requests of a pool, see `SparseAttentionLayer`."""

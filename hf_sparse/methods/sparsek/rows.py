@@ -2,19 +2,25 @@
 
 A forward gathers the rows of its requests into a cache layer, runs the attention of the module as it is, and writes the
 rows back. What the rows of others hold is never read. On a GPU a decoding step finds its rows in the pool itself.
+
+As long as nothing of a text was evicted, its token `p` lies in slot `p` of each head: all that write to slots take the
+first empty one. So pieces of several such texts are written to the rows where they belong, and attended to densely.
 """
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from hf_sparse.core.prompt_chunks import ChunkGroup
 from hf_sparse.core.request_state import StateTensor
 from hf_sparse.errors import UnsupportedModelError
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
 from hf_sparse.methods.sparsek.settings import WHOLE_PROMPT
 from hf_sparse.methods.sparsek.step import step_in_rows
+from hf_sparse.ops.selection.ragged import offsets_of
 
 if TYPE_CHECKING:
     from hf_sparse.methods.sparsek.attention import SparseKAttention
@@ -38,7 +44,7 @@ def request_state(attention: "SparseKAttention", head_dim: int, dtype: torch.dty
     budget = attention.budget
     table: tuple[int, ...] = (attention.num_key_value_heads, budget.slots)
     if not isinstance(budget.k, int):  # see `RaggedCacheLayer`
-        table = (sum(budget.of_head(head).slots for head in range(len(budget.k))),)
+        table = (sum(_slots_of_heads(attention)),)
     return (
         StateTensor("positions", table, torch.int64, fresh=-1),
         StateTensor("seen", (1,), torch.int64),
@@ -64,6 +70,105 @@ def attend_chunk(
     """Attend with the next tokens of one request; see `SparseAttentionLayer.attend_chunk`."""
     cache = attention.make_cache_layer() if is_first else _gathered(attention, states, source)
     return _attended(attention, states, row, cache, query, key, value, hidden_states, scaling)
+
+
+@torch.no_grad()
+def attend_chunks(
+    attention: "SparseKAttention",
+    states: Sequence[Tensor],
+    rows: Tensor,
+    sources: Tensor,
+    chunks: ChunkGroup,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    hidden_states: Tensor,
+    scaling: float,
+) -> Tensor:
+    """Attend with the next tokens of several requests; see `SparseAttentionLayer.attend_chunks`."""
+    if chunks.is_dense:
+        _write(attention, states, rows, sources, chunks, key, value, hidden_states)
+        return _attended_densely(attention, states, rows, chunks, query, key, value, scaling)
+    cache = attention.make_cache_layer() if chunks.is_first else _gathered(attention, states, sources)
+    q, k, v, hidden = (chunks.padded(tensor) for tensor in (query, key, value, hidden_states))
+    return chunks.packed(_attended(attention, states, rows, cache, q, k, v, hidden, scaling, chunks.valid))
+
+
+def _write(
+    attention: "SparseKAttention",
+    states: Sequence[Tensor],
+    rows: Tensor,
+    sources: Tensor,
+    chunks: ChunkGroup,
+    key: Tensor,
+    value: Tensor,
+    hidden_states: Tensor,
+) -> None:
+    """Write new tokens of texts of which nothing is evicted to their slots."""
+    index = rows.long()
+    if chunks.is_first:
+        for part, state in zip(request_state(attention, key.shape[-1], key.dtype), states, strict=True):
+            state.index_fill_(0, index, part.fresh)
+    elif sources is not rows:
+        for state in states:
+            state.index_copy_(0, index, state.index_select(0, sources))
+    positions, seen, scores, keys, values = states
+    hidden, key, value = (tensor.index_select(0, chunks.tokens) for tensor in (hidden_states, key, value))
+    slots = chunks.index[:, None] + _first_slots(attention, key.device)
+    place = index.index_select(0, chunks.row)[:, None], slots  # [n, Hkv]
+    for table, numbers in (
+        (positions, chunks.index[:, None].expand_as(slots)),
+        (scores, attention.score(hidden[None], chunks.index[None])[0].T),
+        (keys, key),
+        (values, value),
+    ):
+        _by_slot(table, numbers.ndim).index_put_(place, numbers)
+    seen.index_copy_(0, index, (chunks.before + chunks.lengths)[:, None])
+
+
+def _attended_densely(
+    attention: "SparseKAttention",
+    states: Sequence[Tensor],
+    rows: Tensor,
+    chunks: ChunkGroup,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scaling: float,
+) -> Tensor:
+    """Attend to all keys of texts of which nothing is evicted, after the new tokens were written to their slots."""
+    grouped = query.shape[1] != key.shape[1]
+    queries, mask = chunks.padded(query), None
+    if chunks.is_first:
+        keys, values = chunks.padded(key), chunks.padded(value)
+    else:
+        number = torch.arange(chunks.most_context, device=key.device)
+        place = rows.long()[:, None, None], number[:, None] + _first_slots(attention, key.device)
+        is_filled = (number < (chunks.before + chunks.lengths)[:, None])[:, :, None, None]
+        keys, values = (  # [B, Hkv, Tk, D]; what an empty slot holds may be anything
+            _by_slot(state, 3)[place].masked_fill(~is_filled, 0).transpose(1, 2) for state in states[3:]
+        )
+        last = chunks.before[:, None] + number[: queries.shape[2]]
+        mask = (number <= last[:, :, None])[:, None]
+    output = F.scaled_dot_product_attention(
+        queries, keys, values, mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+    )
+    return chunks.packed(output)
+
+
+def _by_slot(state: Tensor, ndim: int) -> Tensor:
+    """Return a view of a state tensor in which the slots of all heads are one dimension, `[rows, slots, ...]`."""
+    return state if state.ndim == ndim else state.view(len(state), -1, *state.shape[3:])
+
+
+def _first_slots(attention: "SparseKAttention", device: torch.device) -> Tensor:
+    """Return the first slot of each head in a row, `[Hkv]`."""
+    return offsets_of(_slots_of_heads(attention), device)[:-1]
+
+
+def _slots_of_heads(attention: "SparseKAttention") -> list[int]:
+    """Return the number of slots of each head."""
+    return [attention.budget.of_head(head).slots for head in range(attention.num_key_value_heads)]
 
 
 @torch.no_grad()
@@ -106,10 +211,11 @@ def _attended(
     value: Tensor,
     hidden_states: Tensor,
     scaling: float,
+    valid: Tensor | None = None,
 ) -> Tensor:
     """Attend with a cache layer, and write what it holds then into the rows."""
     cache.may_look_ahead = False
-    output = attention.attend(query, key, value, hidden_states=hidden_states, valid=None, cache=cache, scaling=scaling)
+    output = attention.attend(query, key, value, hidden_states=hidden_states, valid=valid, cache=cache, scaling=scaling)
     held = (cache.positions, cache.seen[:, None], cache.scores, cache.keys, cache.values)
     index = rows.long()
     for state, tensor in zip(states, held, strict=True):

@@ -18,8 +18,9 @@ from vllm.v1.attention.backends.mamba_attn import BaseMambaAttentionMetadata, Ba
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from hf_sparse.core.layer import SparseAttentionLayer
+from hf_sparse.core.prompt_chunks import Chunk
 from hf_sparse.core.request_state import StateTensor
-from hf_sparse.serving.pool import Batch, Chunk, attend_packed, begin_rows, state_of_request
+from hf_sparse.serving.pool import Batch, attend_packed, begin_rows, state_of_request
 
 _ALIGNMENT = 256  # bytes of which a page, and the place of a tensor in it, is a multiple: kernels load 16 at a time
 
@@ -83,7 +84,7 @@ class RowsBuilder(BaseMambaAttentionMetadataBuilder[RowsMetadata]):
             places = common_attn_metadata.query_start_loc_cpu[first : last + 1].tolist()
             lengths = common_attn_metadata.seq_lens_cpu_upper_bound[first:last].tolist()
             for begin, end, length in zip(places, places[1:], lengths, strict=False):
-                chunks.append(Chunk(begin, end, is_first=length == end - begin))
+                chunks.append(Chunk(begin, end, before=length - (end - begin)))
         rows = parts[0] if len(parts) == 1 else torch.cat(parts)
         batch = Batch(rows, steps, tuple(chunks), self._sources(common_attn_metadata, rows))
         return replace(metadata, batch=batch)
@@ -144,8 +145,14 @@ class RowAttention(MambaBase, nn.Module):
     """Attend sparsely in one layer, in place of vLLM's `Attention`.
 
     Attributes:
-        attention: the sparse attention; not a submodule, since vLLM would look for its weights in the base's files.
-        states: views of the pages, as `request_state` of the attention describes them.
+        num_heads, num_kv_heads: query heads and KV heads of this process.
+        head_dim: size of a query, key or value of one head.
+        scaling: multiplies the logits.
+        page: bytes of the state of a request.
+        prefix: the name of the layer in vLLM.
+        state: describes the state of a request.
+        pages: the memory of all states, `[pages, page]` bytes, as vLLM gave it; empty before that.
+        states: views of the pages, a tensor `[pages, ...]` for each part of the state.
     """
 
     def __init__(
@@ -161,13 +168,18 @@ class RowAttention(MambaBase, nn.Module):
         prefix: str,
     ) -> None:
         super().__init__()
-        self.hidden = (attention,)
+        self._attention = (attention,)  # no submodule: vLLM would look for its weights in the base's files
         self.num_heads, self.num_kv_heads, self.head_dim, self.scaling = num_heads, num_kv_heads, head_dim, scaling
         self.page, self.prefix = page, prefix
         self.state = state_of_request(attention, head_dim, config.model_config.dtype)
         self.states: list[Tensor] = []
         self.pages: tuple[Tensor, ...] = ()
         config.compilation_config.static_forward_context[prefix] = self
+
+    @property
+    def attention(self) -> SparseAttentionLayer:
+        """Return the sparse attention."""
+        return self._attention[0]
 
     @property
     def kv_cache(self) -> tuple[Tensor, ...]:
@@ -223,7 +235,7 @@ class RowAttention(MambaBase, nn.Module):
             for tensor, heads in ((query, self.num_heads), (key, self.num_kv_heads), (value, self.num_kv_heads))
         )
         result = output.view(len(output), self.num_heads, self.head_dim)
-        attend_packed(self.hidden[0], self.states, metadata.batch, q, k, v, hidden_states, self.scaling, result)
+        attend_packed(self.attention, self.states, metadata.batch, q, k, v, hidden_states, self.scaling, result)
 
 
 @torch.library.custom_op("hf_sparse::attend_rows", mutates_args=("output",))

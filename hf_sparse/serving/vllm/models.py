@@ -1,6 +1,6 @@
 """Serve Llama, Qwen2, Qwen3 and Mistral with sparse attention: vLLM's models with another attention in every layer."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from vllm.model_executor.models.qwen2 import Qwen2ForCausalLM
 from vllm.model_executor.models.qwen3 import Qwen3ForCausalLM
 
 from hf_sparse.adapters.load import fetch_adapter
+from hf_sparse.core.layer import SparseAttentionLayer
 from hf_sparse.errors import UnsupportedModelError
 from hf_sparse.serving.adapter import ServedAdapter, open_adapter
 from hf_sparse.serving.export import KEY
@@ -87,10 +88,9 @@ class SparseModel:
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)  # type: ignore[call-arg]
         self.adapter = adapter_of(vllm_config)
-        dtype, head_dim = vllm_config.model_config.dtype, self.adapter.head_dim
         shard = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         attentions = [layer.shard(*shard) for layer in self.adapter.layers]
-        page = page_bytes([state_of_request(attention, head_dim, dtype) for attention in attentions])
+        page = _page_bytes(attentions, self.adapter, vllm_config)
         context = vllm_config.compilation_config.static_forward_context
         device = torch.get_default_device()
         for number, layer in enumerate(self.model.layers):
@@ -105,7 +105,7 @@ class SparseModel:
                 vllm_config,
                 num_heads=dense.num_heads,
                 num_kv_heads=dense.num_kv_heads,
-                head_dim=head_dim,
+                head_dim=self.adapter.head_dim,
                 scaling=dense.scaling,
                 page=page,
                 prefix=name,
@@ -130,9 +130,9 @@ class SparseModel:
     @classmethod
     def get_mamba_state_shape_from_config(cls, vllm_config: VllmConfig) -> tuple[tuple[int, ...], ...]:
         """Return the shape of a page."""
-        adapter, dtype = adapter_of(vllm_config), vllm_config.model_config.dtype
+        adapter = adapter_of(vllm_config)
         attentions = [layer.shard(0, vllm_config.parallel_config.tensor_parallel_size) for layer in adapter.layers]
-        return ((page_bytes([state_of_request(layer, adapter.head_dim, dtype) for layer in attentions]),),)
+        return ((_page_bytes(attentions, adapter, vllm_config),),)
 
     @classmethod
     def get_mamba_state_dtype_from_config(cls, vllm_config: VllmConfig) -> tuple[torch.dtype, ...]:
@@ -143,6 +143,11 @@ class SparseModel:
     def get_mamba_state_copy_func(cls) -> tuple[Any, ...]:
         """Return how vLLM copies a page on a GPU."""
         return (get_temporal_copy_spec,)
+
+
+def _page_bytes(attentions: Sequence[SparseAttentionLayer], adapter: ServedAdapter, config: VllmConfig) -> int:
+    """Count the bytes of a page for the attention of all layers, as one process has it."""
+    return page_bytes([state_of_request(layer, adapter.head_dim, config.model_config.dtype) for layer in attentions])
 
 
 def _check_dense(dense: Any) -> None:

@@ -33,11 +33,16 @@ def outputs(engine: Any, prompts: list[list[int]], parameters: Any) -> list[Any]
 
 def poison(core: Any) -> int:
     """Fill the memory of all states with NaN and numbers below 0, and count its bytes."""
-    layers = core.vllm_config.compilation_config.static_forward_context.values()
-    pages = {page.data_ptr(): page for layer in layers for page in layer.pages}
-    for page in pages.values():
+    pages = memory_of_states(core)
+    for page in pages:
         page.fill_(-1)
-    return sum(page.nbytes for page in pages.values())
+    return sum(page.nbytes for page in pages)
+
+
+def memory_of_states(core: Any) -> list[Any]:
+    """Return the tensors that hold the states of all requests, each once."""
+    layers = core.vllm_config.compilation_config.static_forward_context.values()
+    return list({page.data_ptr(): page for layer in layers for page in layer.pages}.values())
 
 
 def everything(data: dict[str, Any]) -> dict[str, Any]:
@@ -71,16 +76,18 @@ def everything(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def lasting(data: dict[str, Any]) -> dict[str, Any]:
-    """All requests again and again: the memory of the process after each time, and whether tokens stay the same."""
+    """All requests again and again: memory of the process and the pool after each time, and whether tokens stay."""
     engine = make(data)
     prompts = [request["prompt"] for request in data["requests"]]
-    memory, wrong = [], 0
+    memory, of_states, wrong = [], [], 0
     for _ in range(2000 // len(prompts)):
         tokens = [list(output.outputs[0].token_ids) for output in outputs(engine, prompts, sampling(data))]
         wrong += sum(ours != request["tokens"] for ours, request in zip(tokens, data["requests"], strict=True))
         memory.append(resident_bytes())
+        of_states.append(sum(page.nbytes for page in memory_of_states(engine.llm_engine)))
     pool = engine.llm_engine.engine_core.engine_core.scheduler.kv_cache_manager.block_pool
-    return {"memory": memory, "wrong": wrong, "taken": pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()}
+    taken = pool.num_gpu_blocks - 1 - pool.get_num_free_blocks()
+    return {"memory": memory, "pool": of_states, "wrong": wrong, "taken": taken}
 
 
 def greedy(data: dict[str, Any]) -> dict[str, Any]:
