@@ -49,29 +49,26 @@ class Job:
     needs: list[str] = field(default_factory=list)
 
 
-def obstacle(job: Job, models: dict[str, Path], gpus: int) -> str | None:
-    """Return why a job cannot run in a lane with so many GPUs, or `None`."""
-    if job.gpus > gpus:
-        return f"GPUs of a lane: {gpus}, it takes {job.gpus}"
-    for name in job.needs:
-        if any(f"{{{name}}}" in command for command in job.commands):
-            if name not in models:
-                return f"it needs --model {name}=PATH"
-        elif find_spec(name) is None:
-            return f"it needs the package {name}"
-    return None
-
-
 def lacking(job: Job, out: Path) -> list[str]:
     """Return the files that a job has not written."""
     return [name for name in job.writes if not (out / name).exists()]
 
 
-def ended_well(job: Job, out: Path) -> bool:
-    """Tell whether an earlier run did all of a job."""
+def outcome_without_run(job: Job, out: Path, models: dict[str, Path], gpus: int) -> str | None:
+    """Return why a job is not run in a lane with so many GPUs: it was there, or something is missing; else `None`."""
     log = out / f"{job.name}.log"
-    lines = log.read_text("utf-8", "replace").splitlines() if log.exists() else []
-    return bool(lines) and lines[-1].startswith(WELL) and not lacking(job, out)
+    earlier = log.read_text("utf-8", "replace") if log.exists() else ""
+    if earlier.rpartition("\n\n")[2].startswith(WELL) and not lacking(job, out):
+        return "was there"
+    if job.gpus > gpus:
+        return f"not run: GPUs of a lane: {gpus}, it takes {job.gpus}"
+    for name in job.needs:
+        if any(f"{{{name}}}" in command for command in job.commands):
+            if name not in models:
+                return f"not run: it needs --model {name}=PATH"
+        elif find_spec(name) is None:
+            return f"not run: it needs the package {name}"
+    return None
 
 
 def run(job: Job, out: Path, models: dict[str, Path], gpus: list[str], deadline: float, stopped: Event) -> str:
@@ -131,6 +128,8 @@ def main() -> None:
     parser.add_argument("--file", type=Path, default=Path(__file__).with_name("jobs.toml"), help="the list of jobs")
     args = parser.parse_args()
     known = {name: Job(name, **entry) for name, entry in tomllib.loads(args.file.read_text("utf-8")).items()}
+    if args.lanes < 1:
+        parser.error(f"expected at least one lane, got {args.lanes}")
     if unknown := set(args.jobs or ()) - set(known):
         parser.error(f"expected names that --list prints, got {', '.join(sorted(unknown))}")
     jobs = [known[name] for name in args.jobs or known]
@@ -143,15 +142,8 @@ def main() -> None:
     if args.commit:
         os.environ["HF_SPARSE_COMMIT"] = args.commit
     share = max(len(args.gpus) // args.lanes, bool(args.gpus))
-    told = {job.name: "not run: the time was over" for job in jobs}
-    waiting, stopped = deque[Job](), Event()
-    for job in jobs:
-        if ended_well(job, out):
-            told[job.name] = "was there"
-        elif why := obstacle(job, models, share):
-            told[job.name] = f"not run: {why}"
-        else:
-            waiting.append(job)
+    told = {job.name: outcome_without_run(job, out, models, share) for job in jobs}
+    waiting, stopped = deque(job for job in jobs if told[job.name] is None), Event()
 
     def lane(number: int) -> None:
         own = [args.gpus[(number * share + place) % len(args.gpus)] for place in range(share)]
@@ -170,8 +162,9 @@ def main() -> None:
             list(pool.map(lane, range(args.lanes)))
         except KeyboardInterrupt:
             stopped.set()
-    print(*(f"{name:28}{outcome}" for name, outcome in told.items()), sep="\n")
-    raise SystemExit(not all(outcome == "was there" or outcome.startswith(WELL) for outcome in told.values()))
+    outcomes = {name: outcome or "not run: the time was over" for name, outcome in told.items()}
+    print(*(f"{name:28}{outcome}" for name, outcome in outcomes.items()), sep="\n")
+    raise SystemExit(not all(outcome == "was there" or outcome.startswith(WELL) for outcome in outcomes.values()))
 
 
 if __name__ == "__main__":
