@@ -141,7 +141,7 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     if args.commit:
         os.environ["HF_SPARSE_COMMIT"] = args.commit
-    share = max(len(args.gpus) // args.lanes, bool(args.gpus))
+    share = max(len(args.gpus) // args.lanes, min(len(args.gpus), 1))  # GPUs of a lane
     told = {job.name: outcome_without_run(job, out, models, share) for job in jobs}
     waiting, stopped = deque(job for job in jobs if told[job.name] is None), Event()
 

@@ -145,7 +145,7 @@ def test_nothing_runs_after_the_seconds_of_all(tmp_path):
 
 
 def test_lanes_have_gpus_of_their_own(tmp_path):
-    """Two jobs wait for each other, so they run beside one another; each sees as many GPUs as it asks for."""
+    """Two jobs that wait for each other run beside one another; each sees as many GPUs as it asks for."""
     meet = """import os, pathlib, sys, time
 own, other = (pathlib.Path(sys.argv[1], name) for name in sys.argv[2:])
 own.write_text(os.environ['CUDA_VISIBLE_DEVICES'])
@@ -163,6 +163,13 @@ while not other.exists():
     assert ended["a"].startswith("rc 0 after") and ended["b"].startswith("rc 0 after")
     seen = {name: (tmp_path / "out" / name).read_text() for name in "ab"}
     assert seen in ({"a": "4,5", "b": "6"}, {"a": "6,7", "b": "4"})
+
+    shared = {name: {"commands": jobs[name]["commands"], "gpus": 1, "writes": [f"{name}2"]} for name in ("a", "b")}
+    for name in "ab":
+        (tmp_path / "out" / name).unlink()
+    _, ended = repeat(tmp_path, shared | {"three": jobs["three"]}, "--gpus", "4", "--lanes", "2")
+    assert {(tmp_path / "out" / name).read_text() for name in "ab"} == {"4"}
+    assert ended["three"] == "not run: GPUs of a lane: 1, it takes 3"
 
 
 def test_what_a_job_needs_is_given_or_told(tmp_path):
