@@ -15,6 +15,7 @@ same commit, machine and settings goes on where that one stopped.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -232,7 +233,12 @@ def check(options: argparse.Namespace) -> dict[str, float]:
 
 
 def current_commit() -> str | None:
-    """The commit of this checkout, with `+` if files were changed since; `None` outside a repository."""
+    """Return the commit of this checkout, with `+` if files were changed since; `None` outside a repository.
+
+    `HF_SPARSE_COMMIT` names it where there is no repository to ask.
+    """
+    if "HF_SPARSE_COMMIT" in os.environ:
+        return os.environ["HF_SPARSE_COMMIT"]
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
