@@ -245,6 +245,18 @@ def test_reset_forgets_everything_but_the_buffers():
     assert_holds(layer, keys[:, :, :5], values[:, :, :5], scores[:, :, :5], every(5))
 
 
+def test_reset_forgets_an_attention_that_an_error_ended():
+    keys, values, scores = stream(8)
+    layer = new_layer(keys, values)
+    layer.fill_whole(keys, values, scores)
+    layer.begin_attention()
+    layer.update(keys[:, :, :1], values[:, :, :1])
+    layer.reset()
+    assert layer.get_seq_length() == 0
+    with pytest.raises(RuntimeError, match="continues it with dense attention"):
+        layer.update(keys, values)
+
+
 def test_a_reset_layer_takes_another_batch():
     layer, (keys, values, _) = filled_layer()
     layer.reset()
