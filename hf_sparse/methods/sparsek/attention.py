@@ -93,6 +93,10 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         self.row_scratch: Tensor | None = None
         self.scoring: Scoring | None = None  # of the last call that `reading` knows
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out of a copy what it makes again for itself: compiled kernels, which know addresses, and memory."""
+        return vars(self) | {"row_kernels": {}, "row_scratch": None, "scoring": None}
+
     def make_parameters(self, config: SparseKConfig) -> Scorer:
         """Make a new scorer for one adapter."""
         return make_scorer(config, self.hidden_size, self.num_key_value_heads, self.causal)

@@ -297,10 +297,11 @@ class SparseKCacheLayer(CacheLayerMixin):
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy has; the kernel of a step writes to the memory of this layer, and a copy needs its own.
 
-        A prefill allocates the slots of all layers together, and each tensor would be copied with all of them.
+        A prefill allocates the slots of all layers together, and each tensor would be copied with all of them. The
+        parameters of the scorer, which are known during that call, are no part of a cache.
         """
         _ = self.scores  # all of them, before they are copied
-        state = {**self.__dict__, "step": None, "call": None}
+        state = {**self.__dict__, "step": None, "call": None, "scoring": None}
         for name, value in state.items():
             if isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.nbytes:
                 with lasting():
