@@ -30,10 +30,10 @@ from hf_sparse._compat import cache_of
 from hf_sparse.atomic_files import write_json
 from hf_sparse.environment import describe
 from hf_sparse.evaluation import evaluate, evaluation_of, using
-from hf_sparse.methods.sparsek import attention
+from hf_sparse.methods.sparsek import in_blocks
 from hf_sparse.methods.sparsek.baselines import BASELINES, AdaptiveBaseline
 
-GENERAL = mock.patch.object(attention, "_is_plain_text", lambda *_: False)
+GENERAL = mock.patch.object(in_blocks, "_is_plain_text", lambda *_: False)
 ADAPTIVE = [name for name, baseline in BASELINES.items() if isinstance(baseline, AdaptiveBaseline)]
 CHECKED = 3  # times as many tokens as slots
 

@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import EncoderDecoderCache
 
 from hf_sparse._compat import cache_given, private, texts_in_mask
-from hf_sparse.core.cache import SparseCacheLayer, mask_of_keys
+from hf_sparse.core.cache import ModelCall, SparseCacheLayer, mask_of_keys
 from hf_sparse.core.layer import SparseAttentionLayer
 from hf_sparse.core.packed_texts import PackedTexts, packed_texts
 from hf_sparse.ops.local_attention import local_attention
@@ -71,25 +71,62 @@ def attention_forward(
         ValueError: a mask that says more than padding and packed texts, packed texts that cannot be told apart here, or
             a keyword that would change the result and is not known.
     """
-    is_plain = attention_mask is None and kwargs.get("cu_seq_lens_q") is None
-    texts = None if is_plain else _packed(query, attention_mask, kwargs)
-    if sparse_call is None:
-        # An attention module of a patched model that is not patched itself.
-        if attention_mask is None or attention_mask.ndim == 2:
-            padding = None if attention_mask is None or attention_mask.dtype != torch.bool else attention_mask
-            attention_mask = _dense_mask(module, query, key, padding)
-        if texts is not None:
-            attention_mask = _within_texts(module, attention_mask, texts)
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    if sparse_call is None:  # an attention module of a patched model that is not patched itself
+        return _attend_densely(module, query, key, value, attention_mask, scaling, dropout, kwargs)
+    inputs = module, query, key, value, attention_mask, scaling, sparse_call, kwargs
+    cache = sparse_call.cache
+    if cache is None or torch.compiler.is_compiling():  # where a graph breaks, it could not within `try`
+        output = _attend_sparsely(*inputs)
+    else:
+        try:
+            output = _attend_sparsely(*inputs)
+        except Exception:
+            cache.cancel_attention(query.shape[2])
+            raise
+    return output.transpose(1, 2).contiguous(), None
+
+
+def _attend_densely(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    kwargs: dict[str, Any],
+) -> tuple[Tensor, None]:
+    """Attend as the base model does; see `attention_forward`."""
+    texts = _packed(query, attention_mask, kwargs)
+    if attention_mask is None or attention_mask.ndim == 2:
+        padding = None if attention_mask is None or attention_mask.dtype != torch.bool else attention_mask
+        attention_mask = _dense_mask(module, query, key, padding)
+    if texts is not None:
+        attention_mask = _within_texts(module, attention_mask, texts)
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+
+
+def _attend_sparsely(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None,
+    sparse_call: SparseCall,
+    kwargs: dict[str, Any],
+) -> Tensor:
+    """Attend by the method of a patched module, `[B, Hq, T, D]`; see `attention_forward`."""
+    texts = _packed(query, attention_mask, kwargs)
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError(
             f"sparse attention takes a padding mask [B, T], got a mask of shape {tuple(attention_mask.shape)}: custom "
             "masks are not supported, nor packed sequences (position_ids that restart) in a compiled forward. A "
             "compiled forward without a cache is packed to transformers, unless it gets an attention_mask"
         )
-    cache: Any = sparse_call.cache
+    attention, hidden_states, cache = sparse_call.attention, sparse_call.hidden_states, sparse_call.cache
     length = query.shape[2]
-    call = getattr(cache, "call", None)
+    call: ModelCall | None = getattr(cache, "call", None)
     if not _WATCHED.isdisjoint(kwargs):
         _refuse_what_would_be_ignored(module, kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
@@ -101,28 +138,18 @@ def attention_forward(
     if texts is not None:
         if cache is not None:
             raise ValueError("packed sequences (cu_seq_lens_q) have no cache: call the model with use_cache=False")
-        attend, states = sparse_call.attention.attend, sparse_call.hidden_states
-        output = texts.attend(attend, query, key, value, hidden_states=states, scaling=scaling)
-        return output.transpose(1, 2).contiguous(), None
+        return texts.attend(attention.attend, query, key, value, hidden_states=hidden_states, scaling=scaling)
     valid = mask_of_keys(attention_mask, key.shape[2]) if cache is None else cache.check_mask(attention_mask, length)
     # A decoding step waits for no value from the device.
     if valid is not None and length > 1 and not torch.compiler.is_compiling() and bool(valid.all()):
         valid = None
-    output = sparse_call.attention.attend(
-        query,
-        key,
-        value,
-        hidden_states=sparse_call.hidden_states,
-        valid=valid,
-        cache=cache,
-        scaling=scaling,
-    )
+    output = attention.attend(query, key, value, hidden_states=hidden_states, valid=valid, cache=cache, scaling=scaling)
     if cache is not None:
         cache.end_attention()
         if call is not None:
-            cache.call = None
+            cache.call = None  # type: ignore[attr-defined]
             call.layers -= 1
-    return output.transpose(1, 2).contiguous(), None
+    return output
 
 
 _CHANGES_THE_RESULT = {
@@ -140,7 +167,10 @@ def _packed(query: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]
     Raises:
         ValueError: boundaries of texts that do not fit, or with padding, or in a compiled forward.
     """
-    shape, boundaries = (len(query), query.shape[2]), kwargs.get("cu_seq_lens_q")
+    boundaries = kwargs.get("cu_seq_lens_q")
+    if attention_mask is None and boundaries is None:
+        return None
+    shape = len(query), query.shape[2]
     flat = attention_mask if attention_mask is not None and attention_mask.ndim == 2 else None
     if boundaries is None:
         return None if flat is None or flat.dtype == torch.bool else packed_texts(flat, shape)

@@ -4,6 +4,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
@@ -31,7 +32,8 @@ class SparseCacheLayer(Protocol):
     """Describe a `CacheLayerMixin` of transformers that the sparse attention of one module fills.
 
     transformers calls `update` with the keys and values of new tokens, and then the attention function. Around both the
-    patch calls `begin_attention` and `end_attention`, so that `update` can tell sparse attention from dense.
+    patch calls `begin_attention` and `end_attention`, so that `update` can tell sparse attention from dense. If an
+    error ends the attention, it calls `cancel_attention` in place of `end_attention`.
 
     A layer that a call of the model makes has this call as its attribute `call` until its attention is done.
 
@@ -65,6 +67,12 @@ class SparseCacheLayer(Protocol):
     def end_attention(self) -> None:
         """Note that the attention is done."""
 
+    def cancel_attention(self, length: int) -> None:
+        """Forget the newest `length` tokens, which `update` took in: an error ended their attention, as a refusal does.
+
+        A step that is being recorded is not forgotten: `note_tokens` follows it, whatever became of it.
+        """
+
     def refusal_of_static(self) -> str | None:
         """Say why this layer cannot stand in a `StaticCache`, which compiles; `None` if it can."""
 
@@ -85,6 +93,11 @@ def mask_of_keys(attention_mask: Tensor | None, keys: int) -> Tensor | None:
     return attention_mask
 
 
+def is_recorded(device: torch.device) -> bool:
+    """Tell whether what runs now is compiled or captured, to be repeated without its Python code."""
+    return torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
+
+
 class GrowingCacheLayer(DynamicLayer):
     """Keep all keys and values, as the ordinary cache layer does: what most methods need, or begin with."""
 
@@ -99,6 +112,19 @@ class GrowingCacheLayer(DynamicLayer):
 
     def end_attention(self) -> None:
         """Do nothing: there is nothing to finish."""
+
+    def cancel_attention(self, length: int) -> None:
+        """Forget the newest `length` tokens; the first ones go with their shapes, for others may come next."""
+        if self.get_seq_length() > length:
+            self.crop(-length)
+        else:
+            self.reset()
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        super().reset()
+        self.keys = self.values = None  # older transformers keep zeros
+        self.is_initialized = False
 
     def refusal_of_static(self) -> str | None:
         """Say that a static cache does not grow."""

@@ -7,7 +7,7 @@ the same length, and the results are put back where the tokens stand. Padding is
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,11 +82,35 @@ class PackedTexts:
         return torch.cat(outputs).index_select(0, self._place).unflatten(0, self.shape).transpose(1, 2)
 
 
-_newest: list[tuple[weakref.ref[Tensor], PackedTexts]] = []
+class _Read(NamedTuple):
+    """Hold marks that were read, and what tells whether they have been written to since.
+
+    Attributes:
+        marks: the tensor itself.
+        version: how often it had been written to; `None` for a tensor of inference mode, where torch does not count.
+        content: a copy of it where there is no version.
+        texts: what it marks.
+    """
+
+    marks: weakref.ref[Tensor]
+    version: int | None
+    content: Tensor | None
+    texts: PackedTexts
+
+    def is_of(self, marks: Tensor, shape: tuple[int, int]) -> bool:
+        """Tell whether these marks, in rows of this shape, are those that were read."""
+        if self.marks() is not marks or self.texts.shape != shape:
+            return False
+        return marks._version == self.version if self.content is None else torch.equal(marks, self.content)
+
+
+_newest: list[_Read] = []
 
 
 def packed_texts(marks: Tensor, shape: tuple[int, int]) -> PackedTexts:
     """Return the texts of a packed batch; all layers of a forward have the same marks, and the first reads them.
+
+    A buffer that the caller fills anew for each batch is read anew.
 
     Args:
         marks: `[B, T]` int64 as `PackedTexts` takes it; or `[N + 1]`, where each text of one row begins and the last
@@ -96,10 +120,12 @@ def packed_texts(marks: Tensor, shape: tuple[int, int]) -> PackedTexts:
     Raises:
         ValueError: boundaries that do not begin with 0, end with T and grow, or are of several rows.
     """
-    if _newest and _newest[0][0]() is marks and _newest[0][1].shape == shape:
-        return _newest[0][1]
+    if _newest and _newest[0].is_of(marks, shape):
+        return _newest[0].texts
     texts = PackedTexts(marks if marks.ndim == 2 else _numbers(marks, *shape))
-    _newest[:] = [(weakref.ref(marks), texts)]
+    is_counted = not marks.is_inference()
+    version, content = (marks._version, None) if is_counted else (None, marks.clone())
+    _newest[:] = [_Read(weakref.ref(marks), version, content, texts)]
     return texts
 
 

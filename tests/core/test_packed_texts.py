@@ -78,6 +78,16 @@ def test_boundaries_are_read_once():
     assert packed_texts(boundaries.clone(), (1, 10)) is not texts
 
 
+@pytest.mark.parametrize("inference", [False, True])
+def test_a_buffer_that_is_filled_anew_is_read_anew(inference):
+    with torch.inference_mode(inference):
+        boundaries = torch.tensor([0, 3, 10], dtype=torch.int32)
+        first = packed_texts(boundaries, (1, 10))
+        assert packed_texts(boundaries, (1, 10)) is first
+        boundaries.copy_(torch.tensor([0, 6, 10]))
+        assert packed_texts(boundaries, (1, 10)).numbers.tolist() == [[1] * 6 + [2] * 4]
+
+
 @pytest.mark.parametrize(
     "boundaries, shape, message",
     [

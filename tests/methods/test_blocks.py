@@ -5,7 +5,7 @@ import torch
 
 from hf_sparse import SparseKConfig, patch
 from hf_sparse.evaluation import using
-from hf_sparse.methods.sparsek import SparseKAttention, attention
+from hf_sparse.methods.sparsek import SparseKAttention, in_blocks
 from hf_sparse.methods.sparsek.baselines import BASELINES, H2O, TOVA, AdaptiveBaseline, SnapKV
 from hf_sparse.methods.sparsek.baselines.blocks import attend_in_blocks
 from hf_sparse.methods.sparsek.budget import Budget
@@ -124,14 +124,14 @@ def test_scores_and_indices_of_what_is_left():
 def test_a_model_predicts_the_same(tiny_llama, name, monkeypatch):
     model = patch(tiny_llama(), SparseKConfig(k=6, window=8, sinks=2))
     tokens = torch.randint(2, 64, (3, 90))
-    taken, short = [], attention.attend_in_blocks
+    taken, short = [], in_blocks.attend_in_blocks
     monkeypatch.setattr(
-        attention, "attend_in_blocks", lambda *args, **options: taken.append(1) or short(*args, **options)
+        in_blocks, "attend_in_blocks", lambda *args, **options: taken.append(1) or short(*args, **options)
     )
     with torch.no_grad(), using(model, name):
         logits = model(tokens, use_cache=False).logits
         assert len(taken) == model.config.num_hidden_layers
-        monkeypatch.setattr(attention, "_is_plain_text", lambda *_: False)
+        monkeypatch.setattr(in_blocks, "_is_plain_text", lambda *_: False)
         torch.testing.assert_close(logits, model(tokens, use_cache=False).logits, rtol=0, atol=1e-4)
     assert len(taken) == model.config.num_hidden_layers
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from hf_sparse.methods.sparsek import SparseKCacheLayer
+from hf_sparse.methods.sparsek.reading import Scoring
 
 BATCH, HEADS, DIM = 3, 2, 4
 K, WINDOW, SINKS = 4, 5, 2
@@ -233,6 +234,15 @@ def test_a_copy_has_its_own_slots_where_layers_lie_in_one_piece_of_memory():
             assert torch.equal(tensor, getattr(layer, name)) and tensor.untyped_storage().nbytes() == tensor.nbytes
 
 
+def test_a_copy_is_without_the_scorer():
+    keys, values, scores = stream(20)
+    layer = new_layer(keys, values)
+    layer.fill_whole(keys, values, scores)
+    size = len(pickle.dumps(layer))
+    layer.scoring = Scoring(torch.randn(HEADS, 4096), None, (), (0, 0), None)  # as a prefill on a GPU leaves it
+    assert len(pickle.dumps(layer)) == size and copy.deepcopy(layer).scoring is None
+
+
 def test_reset_forgets_everything_but_the_buffers():
     layer, (keys, values, scores) = filled_layer()
     size = layer.nbytes
@@ -243,6 +253,18 @@ def test_reset_forgets_everything_but_the_buffers():
     assert layer.get_seq_length() == 5
     fill(layer, keys[:, :, :5], values[:, :, :5], scores[:, :, :5], every(5))
     assert_holds(layer, keys[:, :, :5], values[:, :, :5], scores[:, :, :5], every(5))
+
+
+def test_reset_forgets_an_attention_that_an_error_ended():
+    keys, values, scores = stream(8)
+    layer = new_layer(keys, values)
+    layer.fill_whole(keys, values, scores)
+    layer.begin_attention()
+    layer.update(keys[:, :, :1], values[:, :, :1])
+    layer.reset()
+    assert layer.get_seq_length() == 0
+    with pytest.raises(RuntimeError, match="continues it with dense attention"):
+        layer.update(keys, values)
 
 
 def test_a_reset_layer_takes_another_batch():

@@ -1,5 +1,9 @@
 """The attached module, without a model: padding, chunks and single tokens all give what one whole row alone gives."""
 
+import copy
+import pickle
+from threading import Lock
+
 import pytest
 import torch
 from transformers.cache_utils import DynamicLayer
@@ -194,3 +198,13 @@ def test_merging_is_refused():
         method().merge()
     with pytest.raises(ValueError, match="never merged"):
         method().unmerge()
+
+
+def test_a_copy_makes_kernels_of_its_own():
+    module = method()
+    module.row_kernels["layout"] = Lock()  # a compiled kernel cannot be copied either
+    module.row_scratch = torch.zeros(10**6)
+    assert len(pickle.dumps(module)) < 10**5
+    copied = copy.deepcopy(module)
+    assert copied.row_kernels == {} and copied.row_scratch is None and "layout" in module.row_kernels
+    assert torch.equal(copied.sparsek_scorer["default"].weight, module.sparsek_scorer["default"].weight)

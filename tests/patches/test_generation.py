@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import DynamicCache, EncoderDecoderCache, LogitsProcessor, LogitsProcessorList, StaticCache
 
-from hf_sparse import SparseKCache, SparseKConfig, patch
+from hf_sparse import SparsefinderConfig, SparseKCache, SparseKConfig, patch
 from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.methods.sparsek import SparseKCacheLayer
 from hf_sparse.patches import sparse_layers, unpatch
@@ -440,6 +440,47 @@ def test_a_mask_of_four_dimensions_is_refused(model):
     mask = torch.ones(3, 1, LENGTH, LENGTH, dtype=torch.bool).tril()
     with pytest.raises(ValueError, match=r"takes a padding mask \[B, T\], got .*\(3, 1, 60, 60\)"):
         whole(model, attention_mask=mask)
+
+
+METHODS = {
+    "slots": SparseKConfig(**BUDGET),
+    "slots of heads": SparseKConfig(**BUDGET, head_shares=[[0.5, 1.5], [1.2, 0.8]]),
+    "all keys": SparsefinderConfig(predictor="bound"),
+}
+
+
+@pytest.mark.parametrize("first", [0, 6, 30])
+@pytest.mark.parametrize("kind", ["ordinary", "static", "made before"])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_refused_forward_leaves_the_cache_as_it_was(tiny_llama, method, kind, first):
+    model = patch(tiny_llama(), METHODS[method])
+    make = {
+        "ordinary": lambda: DynamicCache(config=model.config),
+        "static": lambda: StaticCache(config=model.config, max_cache_len=LENGTH),
+        "made before": lambda: SparseKCache(model),
+    }
+    cache = make[kind]()
+    if first:
+        in_chunks(model, [first], cache=cache)
+    for new in (1, 5):
+        mask = torch.ones(3, 1, new, LENGTH, dtype=torch.bool)
+        with torch.no_grad(), pytest.raises(ValueError, match="takes a padding mask"):
+            model(IDS[:, first : first + new], attention_mask=mask, **with_cache(cache))
+        assert int(cache.get_seq_length()) == first
+    tail = IDS[:, first : first + 7]
+    with torch.no_grad():
+        found = [model(part, **with_cache(cache)).logits for part in (tail[:, :5], tail[:, 5:6], tail[:, 6:])]
+    expected = whole(model, IDS[:, : first + 7])[:, first:]
+    torch.testing.assert_close(torch.cat(found, 1), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_prompt_that_does_not_fit_leaves_the_cache_empty(tiny_llama):
+    model = patch(tiny_llama(), SparseKConfig(**BUDGET, pin_prompt=-1))
+    cache = DynamicCache(config=model.config)
+    with pytest.raises(ValueError, match="cannot hold its 20 tokens"):
+        model(IDS[:, :20], **with_cache(cache))
+    found, _ = in_chunks(model, [5, 1], cache=cache)
+    torch.testing.assert_close(found, whole(model, IDS[:, :6]), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("columns", [LENGTH - 20, LENGTH + 20])

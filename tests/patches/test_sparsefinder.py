@@ -9,6 +9,7 @@ from transformers import CompileConfig, DynamicCache, StaticCache
 
 from hf_sparse import SparsefinderConfig, SparseKCache, patch, unpatch
 from hf_sparse._compat import cache_of, with_cache
+from hf_sparse.core.overrides import override
 from hf_sparse.methods.sparsefinder import SparsefinderAttention, SparsefinderCacheLayer, fit_predictors
 from hf_sparse.methods.sparsefinder.static_cache import StaticSparsefinderCacheLayer
 from hf_sparse.patches import sparse_layers
@@ -89,6 +90,21 @@ def test_the_bound_is_exact_in_every_family(name):
     torch.testing.assert_close(logits(sparse(name, "bound")), dense, rtol=0, atol=1e-4)
     torch.testing.assert_close(logits(sparse(name, "complete")), dense, rtol=0, atol=1e-4)
     assert (logits(sparse(name, "clustering")) - dense).abs().max() > 1e-2
+
+
+def test_steps_follow_an_alpha_that_is_overridden():
+    model = patch(FAMILIES["llama"].make(), SparsefinderConfig(predictor="full"))
+    configs = [layer.config for layer in sparse_layers(model)]
+
+    def error_of_a_step():
+        with torch.no_grad():
+            cache = cache_of(model(IDS[:, :-1]))
+            step = model(IDS[:, -1:], **with_cache(cache)).logits
+            return (step - model(IDS).logits[:, -1:]).abs().max()
+
+    assert error_of_a_step() < 1e-4  # and the layers keep what a step needs
+    with override(configs, alpha=1.9):
+        assert error_of_a_step() < 1e-4
 
 
 @pytest.mark.cross("values")

@@ -11,6 +11,7 @@ from transformers import CompileConfig
 
 from hf_sparse import SparseKCache, SparseKConfig, patch
 from hf_sparse._compat import with_cache
+from hf_sparse.methods.sparsek.cache import fix_address, lasting
 
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
 BUDGET = {"k": 6, "window": 8, "sinks": 2}
@@ -99,6 +100,27 @@ def test_steps_through_autograds_tracer(model):
     """Writes in place survive being made functional."""
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(decode(model, compiled, 30, LEFT), decode(model, model, 30, LEFT), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_slots_of_all_layers_in_one_piece_of_memory(model, mode):
+    """A prefill on a GPU makes them so, and a user may compile the model then."""
+    with mode():
+        cache, expected = SparseKCache(model), SparseKCache(model)
+        for one in (cache, expected):
+            model(IDS[:, :20], **with_cache(one))
+        for name in ("keys", "values", "scores", "positions", "seen", "padded_late", "cumulative_length"):
+            with lasting():
+                together = torch.stack([getattr(layer, name) for layer in cache.layers])
+            for layer, tensor in zip(cache.layers, together.unbind(), strict=True):
+                setattr(layer, name, tensor.data)
+                fix_address(getattr(layer, name))
+        compiled = torch.compile(model, backend="aot_eager")
+        for t in range(20, LENGTH):
+            found = compiled(IDS[:, t : t + 1], **with_cache(cache)).logits
+            wanted = model(IDS[:, t : t + 1], **with_cache(expected)).logits
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
 def settings(**changes) -> CompileConfig:

@@ -257,6 +257,11 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
             device = self.keys.device
             self._each(lambda codes: codes.to(device, non_blocking=True))
 
+    def cancel_attention(self, length: int) -> None:
+        self._may_wait = False
+        if self.place is None:
+            super().cancel_attention(length)
+
     def offload(self) -> None:
         self.write_newest()
         super().offload()
@@ -271,8 +276,8 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
         super().reset()
         self.newest = self.plan = self.rooms = self._grown = None
         self._query_room = self._key_room = None  # the next text may have other rows, and codes of another kind
-        self.keys = self.values = self.query_codes = self.key_codes = None  # older transformers keep zeros
-        self.is_initialized = False
+        self.query_codes = self.key_codes = None
+        self._may_wait = False
 
     def crop(self, tokens_to_remove: int) -> None:
         if not self.is_initialized:  # older transformers would crop what is not there

@@ -45,7 +45,7 @@ class SparsefinderParameters(nn.Module):
     def __init__(self, config: SparsefinderConfig, shape: AttentionShape) -> None:
         super().__init__()
         self.config = config
-        self._step_scales: tuple[tuple[float, int], Scales] | None = None
+        self._step_scales: tuple[tuple[float, float, int], Scales] | None = None
         heads, kv_heads, rank = shape.num_attention_heads, shape.num_key_value_heads, config.rank
         log_scale = torch.full((heads,), math.log(config.initial_scale))
         if config.entmax_native is None:
@@ -100,11 +100,13 @@ class SparsefinderParameters(nn.Module):
         """
         if self.config.learn_alpha or query.dtype == torch.float64:
             return Scales.of(self.alpha, scaling * self.scale, query)
+        alpha = float(self.config.alpha)
         if torch.compiler.is_compiling():
-            return Scales.of_logarithm(float(self.config.alpha), scaling, self.log_scale)
-        made_of = (scaling, self.log_scale.data_ptr())  # where a step reads them, whatever they are then
+            return Scales.of_logarithm(alpha, scaling, self.log_scale)
+        # A step reads the scales at their address, whatever they are then; alpha can be overridden.
+        made_of = (alpha, scaling, self.log_scale.data_ptr())
         if self._step_scales is None or self._step_scales[0] != made_of:
-            self._step_scales = made_of, Scales.of_logarithm(float(self.config.alpha), scaling, self.log_scale)
+            self._step_scales = made_of, Scales.of_logarithm(alpha, scaling, self.log_scale)
         return self._step_scales[1]
 
     def scales(self) -> Iterator[nn.Parameter]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
-from hf_sparse.core.cache import mask_of_keys
+from hf_sparse.core.cache import is_recorded, mask_of_keys
 
 
 class StaticSparsefinderCacheLayer(StaticLayer):
@@ -95,6 +95,12 @@ class StaticSparsefinderCacheLayer(StaticLayer):
         """Note that the attention is done."""
         self.in_attention = False
 
+    def cancel_attention(self, length: int) -> None:
+        """Forget the newest tokens, see `SparseCacheLayer`; the next ones are written over them."""
+        self.in_attention = False
+        if not is_recorded(self.device):
+            self.crop(-length)
+
     def refusal_of_static(self) -> str | None:
         """Say nothing: it stands in a static cache."""
         return None
@@ -106,6 +112,7 @@ class StaticSparsefinderCacheLayer(StaticLayer):
         """Forget all tokens, and keep the tensors."""
         super().reset()
         self.owner = self.query_codes = self.key_codes = None
+        self.in_attention = False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         for tensor in (self.keys, self.values, self.query_codes, self.key_codes):

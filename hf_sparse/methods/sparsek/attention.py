@@ -3,7 +3,7 @@
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -17,12 +17,13 @@ from hf_sparse.errors import UnsupportedModelError
 from hf_sparse.methods.sparsek import rows
 from hf_sparse.methods.sparsek.ahead import step_ahead
 from hf_sparse.methods.sparsek.baselines import AdaptiveBaseline, Arrivals, Baseline
-from hf_sparse.methods.sparsek.baselines.blocks import attend_in_blocks
 from hf_sparse.methods.sparsek.budget import Budget
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
 from hf_sparse.methods.sparsek.compiled import attend_compiled
 from hf_sparse.methods.sparsek.compiled_step import step_compiled
 from hf_sparse.methods.sparsek.config import SparseKConfig
+from hf_sparse.methods.sparsek.continued import attend_more, attend_step
+from hf_sparse.methods.sparsek.in_blocks import attend_block_after_block
 from hf_sparse.methods.sparsek.padded import attend_padded
 from hf_sparse.methods.sparsek.ragged_cache import RaggedCacheLayer
 from hf_sparse.methods.sparsek.reading import Scoring, read_in_few_launches, scoring_of
@@ -33,8 +34,6 @@ from hf_sparse.methods.sparsek.tokens import NewTokens, token_index
 
 # (query [B, Hq, T, D], key [B, Hkv, T, D], scores [B, Hkv, T], scaling) of whole sequences without padding
 Observer = Callable[[Tensor, Tensor, Tensor, float], None]
-# New tokens, the slots that they go into, and the budget that these have for each head
-_Part = tuple[NewTokens, Any, Budget]
 
 
 class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
@@ -93,6 +92,10 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         self.row_kernels: dict[object, Any] = {}
         self.row_scratch: Tensor | None = None
         self.scoring: Scoring | None = None  # of the last call that `reading` knows
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out of a copy what it makes again for itself: compiled kernels, which know addresses, and memory."""
+        return vars(self) | {"row_kernels": {}, "row_scratch": None, "scoring": None}
 
     def make_parameters(self, config: SparseKConfig) -> Scorer:
         """Make a new scorer for one adapter."""
@@ -282,12 +285,11 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
             return self._attend_observed(tokens, self.observer)
         is_first = cache is None or cache.empty
         if isinstance(self.baseline, AdaptiveBaseline) and (is_first or length > 1):
-            return self._attend_in_blocks(tokens, cache, self.baseline)
+            return attend_block_after_block(tokens, cache, self.baseline, self._budget_in_use)
         if is_first:
             return self._attend_first(tokens, cache)
-        if length == 1:
-            return self._attend_step(tokens, cache)
-        return self._attend_more(tokens, cache)
+        attend_on = attend_step if length == 1 else attend_more
+        return attend_on(tokens, cache, self.baseline, self._budget_in_use)
 
     def _scores_of_baseline(
         self,
@@ -351,109 +353,6 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         """Tell whether a backward could follow, and the scorers are not frozen."""
         scorer = self.sparsek_scorer[self.active]
         return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in scorer.parameters())
-
-    def _attend_step(self, tokens: NewTokens, cache: SparseKCacheLayer) -> Tensor:
-        """Give the one new token of each row a slot, and attend to the slots."""
-        valid = None if tokens.valid is None else tokens.valid[:, 0]
-        cache.insert(tokens.key, tokens.value, tokens.scores, valid)
-        output = cache.attend(tokens.query, scaling=tokens.scaling)
-        if isinstance(self.baseline, AdaptiveBaseline) and self.baseline.watches_steps:
-            for part, slots, budget in self._parts(tokens, cache):
-                state = slots.keys, slots.scores, part.positions, slots.positions
-                scores = self.baseline.watch(part.query, *state, budget=budget, scaling=part.scaling)
-                slots.scores.copy_(_still_pinned(scores, slots.scores))
-        return output
-
-    def _parts(self, tokens: NewTokens, cache: SparseKCacheLayer | None) -> Iterator[_Part]:
-        """Yield new tokens with their slots and budget: all at once, or head by head where budgets differ."""
-        budget = self._budget_in_use
-        if isinstance(budget.k, int):
-            yield tokens, cache, budget
-            return
-        slots = cache.heads() if isinstance(cache, RaggedCacheLayer) else [None] * len(budget.k)
-        for head, of_head in enumerate(slots):
-            yield tokens.of_head(head), of_head, budget.of_head(head)
-
-    @torch.compiler.disable
-    def _attend_in_blocks(
-        self, tokens: NewTokens, cache: SparseKCacheLayer | None, baseline: AdaptiveBaseline
-    ) -> Tensor:
-        """Attend block after block through the slots, so that the attention of one chooses the keys of the next."""
-        outputs = [self._attend_in_equal_blocks(*part, baseline) for part in self._parts(tokens, cache)]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
-
-    def _attend_in_equal_blocks(
-        self, tokens: NewTokens, cache: Any, budget: Budget, baseline: AdaptiveBaseline
-    ) -> Tensor:
-        """Attend block after block with a budget that is the same for all heads."""
-        length, step = tokens.length, min(baseline.block, budget.window)
-        if _is_plain_text(tokens, cache, baseline):
-            return _attend_plain_text(tokens, cache, baseline, budget)
-        if cache is None:
-            cache = SparseKCacheLayer(*budget)  # type: ignore[arg-type]
-            cache.lazy_initialization(tokens.key, tokens.value)
-        elif cache.empty and baseline.dense_prompt:
-            step, budget = length, budget._replace(k=cache.slots + length)
-        blocks = (tokens.part(begin, begin + step) for begin in range(0, length, step))
-        # For a few queries, the implementation "dense" has the fewest launches.
-        return torch.cat([self._attend_after(block, cache, budget, implementation="dense") for block in blocks], 2)
-
-    def _attend_more(self, tokens: NewTokens, cache: SparseKCacheLayer) -> Tensor:
-        """Attend to several tokens after others, head by head where heads differ, and take them in."""
-        outputs = [self._attend_after(*part) for part in self._parts(tokens, cache)]
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
-
-    def _attend_after(self, tokens: NewTokens, cache: Any, budget: Budget, **options: Any) -> Tensor:
-        """Attend to several tokens after others: the kept keys are all that they can reach, so they come first.
-
-        Args:
-            tokens: the new ones.
-            cache: holds the kept keys, and takes in the new ones.
-            budget: of the attention.
-            options: of `sparsek_attention`.
-        """
-        old_keys, old_values, old_scores, old_positions = cache.ordered()
-        valid = torch.ones_like(tokens.index, dtype=torch.bool) if tokens.valid is None else tokens.valid
-        keys, values = torch.cat([old_keys, tokens.key], 2), torch.cat([old_values, tokens.value], 2)
-        scores = torch.cat([old_scores, tokens.scores], 2)
-        exists = torch.cat([old_positions[:, 0] >= 0, valid], 1)  # the same for every head
-        output = attend_padded(
-            tokens.query, keys, values, scores, valid, exists, **budget._asdict(), scaling=tokens.scaling, **options
-        )
-        new_positions = tokens.index.masked_fill(~valid, -1)
-        positions = torch.cat([old_positions, new_positions[:, None].expand_as(tokens.scores)], 2)
-        if isinstance(self.baseline, AdaptiveBaseline):
-            state = keys, scores, new_positions, positions
-            watched = self.baseline.watch(tokens.query, *state, budget=budget, scaling=tokens.scaling)
-            scores = _still_pinned(watched, scores)
-        cache.fill(keys, values, scores, positions, cache.seen + valid.sum(-1))
-        return output
-
-
-def _still_pinned(scores: Tensor, before: Tensor) -> Tensor:
-    """Return new scores of keys, but the old ones of those that were pinned."""
-    return scores.masked_fill(before == torch.inf, torch.inf)
-
-
-def _is_plain_text(tokens: NewTokens, cache: SparseKCacheLayer | None, baseline: AdaptiveBaseline) -> bool:
-    """Tell whether `attend_in_blocks` takes the tokens: a text begins here, without padding, and not as one block."""
-    if tokens.valid is not None or torch.is_autocast_enabled(tokens.query.device.type):
-        return False
-    return cache is None or (cache.empty and not baseline.dense_prompt)
-
-
-def _attend_plain_text(
-    tokens: NewTokens, cache: SparseKCacheLayer | None, baseline: AdaptiveBaseline, budget: Budget
-) -> Tensor:
-    """Attend block after block to a text from its beginning on, without padding, and fill the cache if there is one."""
-    output, kept = attend_in_blocks(tokens.query, tokens.key, tokens.value, baseline, budget, scaling=tokens.scaling)
-    if cache is not None:
-        keys, values = (
-            states.gather(2, kept.index.unsqueeze(-1).expand(-1, -1, -1, states.shape[-1]))
-            for states in (tokens.key, tokens.value)
-        )
-        cache.fill(keys, values, kept.scores, kept.index, tokens.index[:, -1] + 1)
-    return output
 
 
 class _Unlearned(torch.autograd.Function):

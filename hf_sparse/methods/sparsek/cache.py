@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from hf_sparse.core.cache import ModelCall, mask_of_keys
+from hf_sparse.core.cache import ModelCall, is_recorded, mask_of_keys
 from hf_sparse.ops.selection.next_slots import next_slots
 from hf_sparse.ops.selection.slots import attend_slots, fill_slots, insert_token
 
@@ -205,7 +205,7 @@ class SparseKCacheLayer(CacheLayerMixin):
         rows, length = key_states.shape[0], key_states.shape[-2]
         if not self.is_initialized and self._length:
             self.begin_text(key_states, value_states)  # the attention of the tokens before was never computed
-        elif not self.is_initialized and length > 1 and (self.call or not _is_recorded(key_states.device)):
+        elif not self.is_initialized and length > 1 and (self.call or not is_recorded(key_states.device)):
             self._length = length  # the attention makes the slots, with their content or by `begin_text`
             return key_states, value_states
         if not self.is_initialized or (self.empty and self.keys.shape[0] != rows):
@@ -216,7 +216,7 @@ class SparseKCacheLayer(CacheLayerMixin):
             self.uncounted = 1  # the kernel of the step counts it; where another path is taken, `end_attention` does
         else:
             self.cumulative_length.add_(length)
-        if _is_recorded(self.device):
+        if is_recorded(self.device):
             self._length = None  # a replay adds to the tensor alone
         elif self._length is not None:
             self._length += length
@@ -236,7 +236,7 @@ class SparseKCacheLayer(CacheLayerMixin):
         """
         if not self.is_initialized:
             return self._length or 0
-        if _is_recorded(self.device):
+        if is_recorded(self.device):
             self.is_count_read = torch.compiler.is_compiling()
             return self.cumulative_length + self.uncounted
         return int(self.cumulative_length) if self._length is None else self._length
@@ -272,6 +272,7 @@ class SparseKCacheLayer(CacheLayerMixin):
             self.positions.fill_(-1)
         self.empty, self.soft, self._length = True, False, 0
         self.uncounted = 0
+        self.in_attention = self.is_count_read = self._offload_wanted = False
 
     def offload(self) -> None:
         """Move the slots to the CPU; right after `update`, before the attention, `end_attention` does it."""
@@ -296,10 +297,11 @@ class SparseKCacheLayer(CacheLayerMixin):
     def __getstate__(self) -> dict[str, Any]:
         """Return what a copy has; the kernel of a step writes to the memory of this layer, and a copy needs its own.
 
-        A prefill allocates the slots of all layers together, and each tensor would be copied with all of them.
+        A prefill allocates the slots of all layers together, and each tensor would be copied with all of them. The
+        parameters of the scorer, which are known during that call, are no part of a cache.
         """
         _ = self.scores  # all of them, before they are copied
-        state = {**self.__dict__, "step": None, "call": None}
+        state = {**self.__dict__, "step": None, "call": None, "scoring": None}
         for name, value in state.items():
             if isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.nbytes:
                 with lasting():
@@ -441,6 +443,17 @@ class SparseKCacheLayer(CacheLayerMixin):
         if self._offload_wanted:
             self.offload()
 
+    def cancel_attention(self, length: int) -> None:
+        """Forget tokens that have been counted and have no slots yet, see `SparseCacheLayer`."""
+        self.in_attention = self.is_count_read = self._offload_wanted = False
+        if self.is_initialized and is_recorded(self.device):
+            return
+        if self.is_initialized and not self.uncounted:
+            self.cumulative_length.sub_(length)
+        self.uncounted = 0
+        if self._length is not None:
+            self._length -= length
+
     def refusal_of_static(self) -> str | None:
         """Say why a static cache cannot hold these slots; `None` where every full-attention layer is sparse."""
         if self.all_sparse:
@@ -577,11 +590,6 @@ def _entries_to_keep(scores: Tensor, positions: Tensor, seen: Tensor, window: in
 def lasting() -> AbstractContextManager[Any]:
     """Make tensors that can be written to in any mode: those of `torch.inference_mode` could not be after it."""
     return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
-
-
-def _is_recorded(device: torch.device) -> bool:
-    """Tell whether what runs now is recorded, to be replayed without this code."""
-    return torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 
 def fix_address(tensor: Tensor) -> None:

@@ -172,7 +172,7 @@ def _plain(
         row, head = torch.arange(batch, device=device), torch.arange(lists, device=device) * kv_heads // lists
         key, value = (part[row[:, None, None], head[:, None], column] for part in (key, value))
     with torch.autocast(device.type, enabled=False):
-        of_lists = (query.to(dtype) * scale[:, None, None]).reshape(batch, lists, -1, dim)
+        of_lists = (query.to(dtype) * scale[:, None, None]).reshape(batch, lists, heads * queries // lists, dim)
         z = (of_lists @ key.to(dtype).transpose(-1, -2)).unflatten(2, (-1, queries))  # [B, lists, share, Tq, S]
         seen = _seen(queries, keys, causal, valid, first_query, column, there)
         if seen is not None:

@@ -38,6 +38,13 @@ def test_all_keys(queries, alpha):
         )
 
 
+@pytest.mark.parametrize("queries", [1, 3])
+def test_a_batch_of_no_texts(queries):
+    query, key, value = tensors(queries, batch=0)
+    output = entmax_attention(query, key, value, alpha=1.5, scaling=0.3, causal=True)
+    assert output.shape == (0, 4, queries, 8)
+
+
 def test_positions_padding_and_lists_together():
     query, key, value = tensors()
     valid = torch.arange(30) % torch.tensor([31, 4])[:, None] != 1

@@ -13,7 +13,7 @@ from hf_sparse.ops.selection.causal import causal_sparsek_attention as tiled_cau
 from hf_sparse.ops.selection.problem import Problem
 from hf_sparse.ops.selection.reference import dense_sparsek_attention
 from hf_sparse.ops.selection.triton import attention as kernels
-from hf_sparse.ops.selection.triton import attention_backward, attention_forward
+from hf_sparse.ops.selection.triton import attention_backward, attention_backward_kernels, attention_forward
 from hf_sparse.ops.selection.triton.lists import Tables, by_lifetime
 from hf_sparse.ops.selection.triton.program_sizes import ProgramSizes
 
@@ -208,7 +208,7 @@ def test_only_what_is_wanted(wanted, causal):
 @pytest.mark.parametrize("wanted", ["z", "qkvz"])
 def test_no_kernel_for_what_nobody_wants(wanted, monkeypatch):
     launched = []
-    for name in ("_by_query", "_by_key"):
+    for name in ("query_gradients", "key_gradients"):
         kernel = getattr(attention_backward, name)
 
         class Spy:
@@ -220,7 +220,7 @@ def test_no_kernel_for_what_nobody_wants(wanted, monkeypatch):
 
         monkeypatch.setattr(attention_backward, name, Spy())
     run(Case(soft=True).fused, Case(soft=True), wanted)
-    assert launched == (["_by_query"] if wanted == "z" else ["_by_query", "_by_key", "_by_key"])
+    assert launched == (["query_gradients"] if wanted == "z" else ["query_gradients", "key_gradients", "key_gradients"])
 
 
 @pytest.mark.cross("values")
@@ -231,7 +231,7 @@ def test_sums_in_a_fixed_order(wanted, causal, monkeypatch):
     case = Case(batch=2, group=2, queries=size(45, 23), window=7, k=6, soft=True, causal=causal, start=[0, 5])
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
     if DEVICE == "cpu":  # not one atomic addition: it would fail here
-        monkeypatch.setattr(attention_backward.tl, "atomic_add", None)
+        monkeypatch.setattr(attention_backward_kernels.tl, "atomic_add", None)
     assert_same(case, wanted, tolerance=3e-5)
     first, second = run(case.fused, case, wanted), run(case.fused, case, wanted)
     assert all(torch.equal(found, second[name]) for name, found in first.items())

@@ -12,7 +12,7 @@ from triton.runtime.jit import JITFunction
 
 from hf_sparse.ops import sparsek_attention
 from hf_sparse.ops.selection import thresholds
-from hf_sparse.ops.selection.triton import attention_backward, attention_forward, lists_kernels, scan_kernels
+from hf_sparse.ops.selection.triton import attention_backward, attention_forward, lists_kernels, scan
 from hf_sparse.ops.triton import launch
 
 compiles = pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter compiles nothing")
@@ -21,7 +21,7 @@ compiles = pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpr
 @pytest.fixture
 def nothing_compiled(monkeypatch, tmp_path, nothing_noted):
     """Forgets what was compiled; returns the threads that compile from now on, by kernel."""
-    for module in (attention_backward, attention_forward, lists_kernels, scan_kernels):
+    for module in (attention_backward, attention_forward, lists_kernels, scan):  # they import what they launch
         for kernel in vars(module).values():
             if isinstance(kernel, JITFunction):
                 monkeypatch.setattr(kernel, "device_caches", type(kernel.device_caches)(kernel.create_binder))

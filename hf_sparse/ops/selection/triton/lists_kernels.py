@@ -3,7 +3,9 @@
 import triton
 import triton.language as tl
 
-from hf_sparse.ops.selection.triton.scan_kernels import count_before, first_of, origin_of
+from hf_sparse.ops.selection.triton.scan_kernels import first_of
+from hf_sparse.ops.selection.triton.threshold_gradients import count_before
+from hf_sparse.ops.selection.triton.threshold_kernels import origin_of
 
 
 @triton.jit(do_not_specialize=["keys", "queries", "heads", "window", "sinks", "steps"])

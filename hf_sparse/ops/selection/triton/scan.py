@@ -26,18 +26,13 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from hf_sparse.ops.selection import thresholds as reference
 from hf_sparse.ops.selection.thresholds import Scan, ScanPlan
-from hf_sparse.ops.selection.triton.scan_kernels import (
+from hf_sparse.ops.selection.triton.scan_kernels import merge_earlier, merge_for_tiles, sort_chunks
+from hf_sparse.ops.selection.triton.threshold_gradients import free_intervals, shares, sum_shares, sum_totals
+from hf_sparse.ops.selection.triton.threshold_kernels import (
     find_origins,
-    free_intervals,
-    merge_earlier,
-    merge_for_tiles,
     query_thresholds,
     raise_thresholds,
-    shares,
-    sort_chunks,
     sum_lists,
-    sum_shares,
-    sum_totals,
     tile_thresholds,
 )
 from hf_sparse.ops.triton.launch import launch
