@@ -49,7 +49,10 @@ def bos_tokens(tokenizer: Any, text: str, bos: bool | None = None) -> list[int]:
         )
     if bos and not first:
         if tokenizer.bos_token_id is None:
-            raise DataError(f"the tokenizer has no BOS token to begin with: {tokenizer.name_or_path}")
+            raise DataError(
+                f"the tokenizer {tokenizer.name_or_path or type(tokenizer).__name__} has no BOS token to begin a text "
+                "with: pass bos=None or bos=False"
+            )
         first = [tokenizer.bos_token_id]
     return first
 

@@ -18,6 +18,7 @@ from hf_sparse.core.registry import Method, add_method, method_of
 from hf_sparse.embeddings import embeddings_of, has_new_embeddings
 from hf_sparse.errors import WeightsError
 from hf_sparse.patches.attach import attach, detach, is_other_adapter, sparse_layers, targets
+from hf_sparse.patches.base import family_of
 from hf_sparse.patches.heads import choose_modules_to_save
 from hf_sparse.weights import check_names, check_values, layouts
 
@@ -32,6 +33,8 @@ class SparseModel(BaseTuner):
 
     def __init__(self, model: Any, peft_config: Any, adapter_name: str, *args: Any, **options: Any) -> None:
         self.in_peft_model = isinstance(peft_config, dict)  # transformers passes the configuration alone
+        if self.in_peft_model:
+            _check_unpatched(model)  # first: PEFT adds to the configurations of the model before it looks at it
         self.below: dict[str, Any] = {}  # configurations of a frozen adapter of another type
         configs = getattr(model, "peft_config", None)
         if self.in_peft_model and configs and not any(isinstance(c, SparseConfig) for c in configs.values()):
@@ -178,6 +181,22 @@ class SparseModel(BaseTuner):
         raise ValueError(
             "sparse attention selects keys, and there are no weights to merge that into; unload() gives the base "
             "model, and hf_sparse.hub.save_full_model(model, folder, form='merged') one with LoRA in its weights"
+        )
+
+
+def _check_unpatched(model: Any) -> None:
+    """Refuse a model that has sparse attention already, or is no model of transformers, before a `PeftModel` is made.
+
+    Raises:
+        UnsupportedModelError: a `PeftModel`, another module, or a family without a patch.
+        ValueError: PEFT would put new parameters in place of those of an adapter, and leave the base model trainable.
+    """
+    family_of(model)
+    if layer := next((layer for layer in sparse_layers(model) if layer.configs), None):
+        raise ValueError(
+            f"the model has {layer.label} attention already (adapter {', '.join(layer.configs)}), and what it learned "
+            "would be lost: add another adapter with add_adapter of its PeftModel; or load its state_dict into a new "
+            "PeftModel, as docs/sparsify.md shows; or take it off first (hf_sparse.unpatch)"
         )
 
 

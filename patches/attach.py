@@ -169,17 +169,37 @@ def targets(model: PreTrainedModel, config: SparseConfig) -> Targets:
         if layer := next(_foreign(model), None):
             raise ValueError(f"lora_rank must be 0 over another PEFT adapter ({_name(layer)}), got {config.lora_rank}")
         check_lora(modules[0][1], config.lora_rank)
-    if config.layers is None:
-        return Targets([pair for i, pair in enumerate(modules) if i not in local], base_shape)
-    beyond = [i for i in config.layers if i >= len(modules)]
+    chosen = [i for i in range(len(modules)) if i not in local] if config.layers is None else config.layers
+    beyond = [i for i in chosen if i >= len(modules)]
     if beyond:
         raise ValueError(f"layers {beyond} do not exist: the model has {len(modules)} attention layers, 0 first")
-    if wrong := [i for i in config.layers if i in local]:
+    if wrong := [i for i in chosen if i in local]:
         rest = [i for i in range(len(modules)) if i not in local]
         raise ValueError(
             f"layers {wrong} attend within a sliding window of their own and stay as they are; choose among {rest}"
         )
-    return Targets([modules[i] for i in config.layers], base_shape)
+    _check_target_modules(config, [modules[i][0] for i in chosen])
+    return Targets([modules[i] for i in chosen], base_shape)
+
+
+def _check_target_modules(config: SparseConfig, patched: list[str]) -> None:
+    """Refuse a new configuration that names other modules than those that are patched, as one of LoRA would.
+
+    Raises:
+        ValueError: a name that ends no patched module's, or a patched module that no name ends.
+    """
+    given = config.target_modules
+    if given is None or config.base_shape is not None:  # filled in: PEFT may have shortened the names
+        return
+    ends = [given] if isinstance(given, str) else given
+    matches = [(f".{name}".endswith(f".{end}"), end, name) for end in ends for name in patched]
+    if {end for hit, end, _ in matches if hit} != set(ends) or {name for hit, _, name in matches if hit} != set(
+        patched
+    ):
+        raise ValueError(
+            f"{config.config_name}.target_modules is filled in when an adapter is attached, here with {patched[0]!r} "
+            f"and its like, got {given!r}: leave it out, and choose layers with layers=[...]"
+        )
 
 
 def attach(module: nn.Module, model: PreTrainedModel, adapter: str, config: SparseConfig) -> SparseAttentionLayer:
@@ -385,7 +405,8 @@ class _Switch:
     def _save(self, name: str, *args: Any, **kwargs: Any) -> Any:
         model: Any = self.model()
         # transformers writes the adapters that it manages, and no base model; after the last one there is but the base.
-        if self.is_managed() or not any(layer.configs for layer in sparse_layers(model)):
+        # Without a model: it was but a value in the expression that called this, and is gone already.
+        if self.is_managed() or (model is not None and not any(layer.configs for layer in sparse_layers(model))):
             return getattr(type(model), name)(model, *args, **kwargs)
         raise ValueError(
             f"{name} of a model with sparse attention would write a checkpoint that loads as a dense model: to keep "

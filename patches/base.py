@@ -108,7 +108,10 @@ def family_of(model: nn.Module) -> Family:
     """
     if not isinstance(model, PreTrainedModel):
         wraps = hasattr(model, "get_base_model")
-        advice = " (merge its adapter first: merge_and_unload(), or unload() to drop it, returns the base model)"
+        advice = (
+            " (merge its adapter first: merge_and_unload(), or unload() to drop it, returns the base model; over a "
+            "LoRA that is loaded frozen, patch what its get_base_model() returns)"
+        )
         raise UnsupportedModelError(
             f"expected a transformers PreTrainedModel, got {type(model).__name__}" + (advice if wraps else "")
         )

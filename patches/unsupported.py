@@ -16,6 +16,8 @@ REASONS = {
     "t5": _RELATIVE,
     "mt5": _RELATIVE,
     "bart": _ENCODER_DECODER,
+    "whisper": _ENCODER_DECODER,
+    "gemma3": "the tokens of an image attend to each other in both directions; its text model is gemma3_text",
     "deepseek_v3": "its keys and values are compressed in a latent vector (MLA), sparse attention takes them per head",
     "qwen3_next": "most of its layers are linear attention, which keeps no keys to choose from",
     "mamba": "it has no attention",

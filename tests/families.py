@@ -193,6 +193,8 @@ _ENTRIES = (
         local=(0, 2),
         kin=True,
     ),
+    # Its full layers have no rotary positions.
+    TinyFamily("exaone4", "Exaone4Config", "Exaone4ForCausalLM", {**GROUPED, **HALF_LOCAL}, local=(0, 2), kin=True),
     TinyFamily("glm", "GlmConfig", "GlmForCausalLM", {**GROUPED, "head_dim": 16}, kin=True),
     TinyFamily("glm4", "Glm4Config", "Glm4ForCausalLM", {**GROUPED, "head_dim": 16}, kin=True),
     TinyFamily("phi", "PhiConfig", "PhiForCausalLM", {**COMMON, "qk_layernorm": True}, kin=True),
@@ -263,6 +265,15 @@ _ENTRIES = (
     # Embeddings narrower than the layers, as in the small one.
     TinyFamily(
         "electra", "ElectraConfig", "ElectraForMaskedLM", {**COMMON, "embedding_size": 16}, causal=False, kin=True
+    ),
+    # The one encoder with grouped heads.
+    TinyFamily(
+        "eurobert",
+        "EuroBertConfig",
+        "EuroBertForMaskedLM",
+        {**GROUPED, "mask_token_id": 3},
+        causal=False,
+        kin=True,
     ),
 )
 

@@ -52,7 +52,7 @@ class TestBos:
         assert chunks.tolist() == [[1, *range(start, start + 7)] for start in range(4, 19, 3)]
 
     def test_what_cannot_be_is_refused(self, word_tokenizer, bert_tokenizer):
-        with pytest.raises(DataError, match="has no BOS token"):
+        with pytest.raises(DataError, match=r"the tokenizer \w+ has no BOS token .* bos=False"):
             pack(word_tokenizer("$A", bos_token=None), self.TEXT, 8, bos=True)
         with pytest.raises(DataError, match="one token at most, got 2"):
             pack(word_tokenizer("<bos> <bos> $A"), self.TEXT, 8)

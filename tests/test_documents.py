@@ -60,6 +60,12 @@ def test_the_start_page_runs(tmp_path):
     assert (tmp_path / "my-adapter" / "report.html").exists() and "import os" in done.stdout
 
 
+def test_the_start_page_logs_in_before_it_asks_the_hub():
+    """Even `push --dry-run` asks the Hub whose token it is."""
+    commands = next(block for block in blocks("docs/README.md", "") if "hf-sparse push" in block).splitlines()
+    assert commands.index("hf auth login") == 0 and "--dry-run" in commands[1]
+
+
 def messages() -> Iterator[str]:
     """Yield the strings of the source, with "..." in the place of each value."""
     for folder in ("hf_sparse", "patches", "finetune"):

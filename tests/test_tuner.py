@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.integrations.peft import MIN_PEFT_VERSION
 
-from hf_sparse import SparsefinderConfig, SparseKCache, SparseKConfig
+from hf_sparse import SparsefinderConfig, SparseKCache, SparseKConfig, patch
 from hf_sparse._compat import cache_of, with_cache
-from hf_sparse.errors import AdapterMismatchError
+from hf_sparse.errors import AdapterMismatchError, UnsupportedModelError
 from hf_sparse.methods.sparsek import SparseKCacheLayer
 from hf_sparse.methods.sparsek.attention import _warn_of_short_text
 from hf_sparse.patches import sparse_layers
@@ -414,6 +414,31 @@ def test_generation_in_train_mode_selects_as_in_eval_mode(tiny_llama, make):
     assert torch.equal(found, expected)
     dense = torch.stack(tiny_llama().generate(IDS, max_new_tokens=6, do_sample=False, **steps).logits)
     assert not torch.equal(found, dense)
+
+
+# A model that has an adapter already.
+
+
+@pytest.mark.parametrize("make", ["patch", "get_base_model"])
+def test_a_patched_model_is_not_wrapped_anew(tiny_llama, make):
+    """What it learned would be drawn anew, and all of the base model trained."""
+    plain = (
+        patch(tiny_llama(), config()) if make == "patch" else get_peft_model(tiny_llama(), config()).get_base_model()
+    )
+    before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    with pytest.raises(ValueError, match=r"has SparseK attention already \(adapter default\), and what it learned"):
+        get_peft_model(plain, config(k=2))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in plain.state_dict().items())
+    assert [layer.configs["default"].k for layer in sparse_layers(plain)] == [6, 6]
+
+
+@pytest.mark.parametrize("inner", [LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"), config()], ids=type)
+def test_a_peft_model_is_not_wrapped(tiny_llama, inner):
+    wrapped = get_peft_model(tiny_llama(), inner)
+    before = dict(wrapped.peft_config)
+    with pytest.raises(UnsupportedModelError, match=r"got PeftModelForCausalLM .* what its get_base_model"):
+        get_peft_model(wrapped, config())
+    assert dict(wrapped.peft_config) == before
 
 
 # Beside an adapter of another type, in transformers' own hands.

@@ -83,6 +83,7 @@ class Answerer:
         if temperature:
             self.sampling = {"do_sample": True, "temperature": temperature, "top_p": top_p, "top_k": 0}
         torch.manual_seed(settings["seed"])
+        self._token_bytes = _dense_bytes_of_a_token(self.model)
         self._cache: Any = None
         self._seen: list[int] = []
 
@@ -130,12 +131,28 @@ class Answerer:
         return Answer(self._seen, text, len(new), first, rest, self._cache.nbytes, self._dense_bytes())
 
     def _dense_bytes(self) -> int:
-        """Count the bytes of the keys and values of all tokens in the cache, had no layer dropped any."""
-        tokens, total = len(self._seen) - 1, 0
-        for layer in self._cache.layers:
-            heads, size = layer.keys.shape[1], layer.keys.shape[-1] + layer.values.shape[-1]
-            total += tokens * heads * size * layer.keys.element_size()
-        return total
+        """Count the bytes of the keys and values that dense attention would keep of the tokens in the cache."""
+        tokens = len(self._seen) - 1
+        return sum(size * (tokens if most is None else min(tokens, most)) for size, most in self._token_bytes)
+
+
+def _dense_bytes_of_a_token(model: Any) -> list[tuple[int, int | None]]:
+    """Return the bytes of one token in the dense KV cache of each layer, and the most tokens that the layer keeps.
+
+    The dense model says it, since the cache of a method may hold keys and values in any shape.
+
+    Args:
+        model: a `PeftModel` of a decoder.
+    """
+    import torch
+
+    from hf_sparse._compat import cache_of
+
+    with torch.no_grad(), model.disable_adapter():
+        cache = cache_of(model(input_ids=torch.zeros(1, 1, dtype=torch.long, device=model.device), use_cache=True))
+    windows = [getattr(layer, "sliding_window", None) for layer in cache.layers]
+    sizes = [layer.keys.nbytes + layer.values.nbytes for layer in cache.layers]
+    return [(size, window and window - 1) for size, window in zip(sizes, windows, strict=True)]
 
 
 class _Clock:

@@ -7,8 +7,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertFo
 from typer.testing import CliRunner
 
 from hf_sparse import SparseKConfig, cli, workflow
+from hf_sparse._compat import cache_of
 from hf_sparse.base_model import CHECKPOINT
 from hf_sparse.data import prompt_tokens
+from hf_sparse.evaluation.show import readable_bytes
+from hf_sparse.patches.cache import kv_bytes
 
 PROMPT = "def parse(text):\n    "
 NEW = 12
@@ -61,6 +64,20 @@ def test_generate_prints_what_the_model_says_and_what_it_took(folder):
     assert result.stdout == said(folder, PROMPT)[0] + "\n"
     assert f"{NEW} tokens, the first after" in result.stderr and "tokens/s after it; KV cache " in result.stderr
     assert invoke("generate", folder, "--prompt", "-", *OPTIONS, text=PROMPT).stdout == result.stdout
+
+
+@pytest.mark.parametrize("settings", [{}, {"head_shares": [[0.5, 1.5]] * 8}], ids=["equal", "divided"])
+def test_the_size_of_the_dense_cache_is_that_of_the_base_model(tmp_path, settings):
+    """With divided heads, as `finetune` leaves them, the keys of a layer lie in another shape."""
+    workflow.create_adapter("demo", SparseKConfig(k=8, window=8, sinks=2, **settings), tmp_path / "adapter")
+    result = invoke("generate", tmp_path / "adapter", "--prompt", PROMPT, *OPTIONS)
+    assert result.exit_code == 0, result.output
+    prompt = prompt_tokens(AutoTokenizer.from_pretrained(CHECKPOINT), PROMPT)
+    dense = AutoModelForCausalLM.from_pretrained(CHECKPOINT, dtype=torch.float32)
+    text = torch.tensor([prompt * 9])[:, : len(prompt) + NEW - 1]  # the last token of the answer is not in the cache
+    cache = cache_of(dense(text, use_cache=True))
+    slots = kv_bytes(cache) * 18 // text.shape[1]
+    assert f"KV cache {readable_bytes(slots)}, of dense attention {readable_bytes(kv_bytes(cache))}\n" in result.stderr
 
 
 def test_sampling_follows_its_seed(folder):

@@ -519,7 +519,9 @@ def test_too_little_text_to_fit_is_refused(settings, message):
 @pytest.mark.parametrize("predictor, what", [("clustering", "centroids"), ("quantization", "boundaries")])
 def test_a_predictor_that_was_never_fitted_is_refused(predictor, what):
     module = build(fitted=False, predictor=predictor)
-    with pytest.raises(ValueError, match=rf"{what} of this {predictor} predictor were never fitted: fit them to text"):
+    with pytest.raises(
+        ValueError, match=rf"{what} of this {predictor} predictor were never fitted: train the adapter .*finetune"
+    ):
         attend(module, *tensors())
 
 

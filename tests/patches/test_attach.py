@@ -114,6 +114,24 @@ def test_a_layer_that_is_not_there_is_refused(tiny_llama):
     assert anatomy(model) == before
 
 
+@pytest.mark.parametrize("names", ["q_proj", ["q_proj", "v_proj"], ["layers.0.self_attn"], "all-linear"])
+@pytest.mark.parametrize("attach", [patch, get_peft_model])
+def test_names_of_other_modules_are_refused(tiny_llama, names, attach):
+    """They are what LoRA is configured by; here they would choose nothing."""
+    model = tiny_llama()
+    before = anatomy(model)
+    with pytest.raises(
+        ValueError, match=r"target_modules is filled in .*'model\.layers\.0\.self_attn'.*layers=\[...\]"
+    ):
+        attach(model, SparseKConfig(**BUDGET, target_modules=names))
+    assert anatomy(model) == before
+
+
+@pytest.mark.parametrize("names", ["self_attn", ["layers.0.self_attn", "layers.1.self_attn"]])
+def test_names_of_what_is_patched_say_the_same(tiny_llama, names):
+    assert len(sparse_layers(patch(tiny_llama(), SparseKConfig(**BUDGET, target_modules=names)))) == 2
+
+
 def test_a_family_without_a_patch_is_refused_with_a_list_of_those_with_one():
     model = CTRLLMHeadModel(CTRLConfig(vocab_size=64, n_embd=32, dff=32, n_layer=1, n_head=2))
     with pytest.raises(
@@ -389,6 +407,11 @@ def test_a_patched_model_writes_no_checkpoint_that_loads_dense(tiny_llama, a_con
     assert not {"save_pretrained", "push_to_hub"} & vars(model).keys()
     model.save_pretrained(target)
     assert torch.equal(logits(LlamaForCausalLM.from_pretrained(target)), logits(tiny_llama()))
+
+
+def test_a_patched_model_that_no_name_holds_writes_none_either(tiny_llama, a_config, tmp_path):
+    with pytest.raises(ValueError, match="take sparse attention off first"):
+        patch(tiny_llama(), a_config).save_pretrained(tmp_path / "saved")
 
 
 def test_what_stands_around_it_does_not_save_it_either(tiny_llama, a_config, tmp_path):

@@ -1,0 +1,151 @@
+"""Check the summary at the top of docs/speed.md, and what the README says of short prompts, against the tables below.
+
+`pytest --write-golden tests/test_speed_summary.py` writes the summary anew, between `<!-- summary -->` and
+`<!-- end -->`. The tables themselves are compared with the JSON by `tests/test_speed.py`.
+"""
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SPEED = ROOT / "docs" / "speed.md"
+Row = dict[str, str]
+THREE = "shapes of SmolLM2, TinyLlama and Llama 8B"
+
+
+def rows(name: str) -> list[Row]:
+    """Return the rows of a table of docs/speed.md by the titles of their columns; the first column is `"cell"` too."""
+    found = re.search(rf"<!-- table: {re.escape(name)} -->\n(.*?)<!-- end -->", SPEED.read_text("utf-8"), re.DOTALL)
+    assert found, name
+    lines = [[cell.strip(" *") for cell in line.strip("|\n ").split(" | ")] for line in found[1].splitlines()]
+    return [dict(zip(lines[0], line, strict=True)) | {"cell": line[0]} for line in lines[2:]]
+
+
+def number(text: str) -> float:
+    """Read the first number of a cell."""
+    return float(text.split()[0].replace(",", ""))
+
+
+def length(row: Row) -> int:
+    """Return the tokens that stand at the beginning of the first cell, after a shape if it names one."""
+    return int(row["cell"].split(", ")[-1].split()[0].replace(",", ""))
+
+
+def among(name: str, column: str, which: Callable[[Row], bool] = lambda row: True) -> list[float]:
+    """Return the numbers of a column, of the rows that are asked for; a dash was not measured."""
+    return [number(row[column]) for row in rows(name) if which(row) and row[column] != "-"]
+
+
+def span(values: Iterable[float]) -> str:
+    """Show the smallest and the largest of some ratios."""
+    ordered = sorted(values)
+    shown = [f"{value:.1f}" if value >= 2 else f"{value:.2f}" for value in (ordered[0], ordered[-1])]
+    return shown[0] if shown[0] == shown[1] else f"{shown[0]} to {shown[1]}"
+
+
+def at(tokens: int) -> Callable[[Row], bool]:
+    return lambda row: length(row) == tokens
+
+
+def up_to(tokens: int) -> Callable[[Row], bool]:
+    return lambda row: length(row) <= tokens
+
+
+def ratio_of_prefill(row: Row) -> float:
+    dense, sparse = (number(row[column]) for column in ("dense (SDPA)", "sparse"))
+    return dense / sparse
+
+
+def summary() -> str:
+    """Make the table: what is done, with which model, at which length, and how many times as fast it is."""
+    prompt = "first token, times as fast"
+    lines = [
+        ("a step of `generate`", f"{THREE}, batch 1 to 8", "512 to 8,192", span(among("generate", "seen"))),
+        (
+            "the same, at a length that is new to the process",
+            f"{THREE}, batch 1 to 8",
+            "512 to 8,192",
+            span(among("generate", "times as fast, unseen")),
+        ),
+        (
+            "a whole call of `generate`, 28 tokens",
+            f"{THREE}, batch 1 to 8",
+            "512 to 8,192",
+            span(among("generate", "seen, whole call")),
+        ),
+        ("a prompt, until its first token", THREE, "512 to 4,096", span(among("prefill calls", prompt, up_to(4096)))),
+        ("the same", THREE, "8,192", span(among("prefill calls", prompt, at(8192)))),
+        *(
+            ("the same", "Llama 8B", f"{length(row):,}", f"{ratio_of_prefill(row):.2f}")
+            for row in rows("prefill")
+            if length(row) > 8192
+        ),
+        *(
+            (
+                "compiled decoding, static cache on both sides",
+                "Llama 8B, batch 1 to 16" if tokens < 131_072 else "Llama 8B, batch 1 and 4",
+                f"{tokens:,}",
+                span(among("decoding", "compiled sparse / static", at(tokens))),
+            )
+            for tokens in (4_096, 16_384, 32_768, 131_072)
+        ),
+        *(
+            ("a step of `generate` on two CPU cores", "SmolLM2", f"{length(row):,}", row["times as fast"])
+            for row in rows("generate on a cpu")
+        ),
+        (
+            "Sparsefinder: forward, entmax over all keys",
+            "SmolLM2",
+            "512 to 8,192",
+            span(1 / value for value in among("entmax models", "full / dense")),
+        ),
+        (
+            "Sparsefinder: a step of `generate`",
+            "SmolLM2, batch 1 and 4",
+            "512 to 8,192",
+            span(float(row["times as fast"]) for row in recorded_steps()),
+        ),
+    ]
+    bold = [(what, model, tokens, f"**{ratio}**") for what, model, tokens, ratio in lines]
+    head = ("what", "model", "tokens", "times as fast as dense")
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * 3 + ["---:"], *bold)) + "\n"
+
+
+def recorded_steps() -> list[Row]:
+    """Return the recorded steps of Sparsefinder; two columns have one title, and the first is that of a step."""
+    found = re.search(r"<!-- table: recorded entmax steps -->\n(.*?)<!-- end -->", SPEED.read_text("utf-8"), re.DOTALL)
+    assert found
+    return [{"times as fast": line.split(" | ")[4]} for line in found[1].splitlines()[2:]]
+
+
+def test_the_summary_is_that_of_the_tables(request):
+    text = SPEED.read_text("utf-8")
+    before, rest = text.split("<!-- summary -->\n")
+    _, end, after = rest.partition("<!-- end -->")
+    made = f"{before}<!-- summary -->\n{summary()}{end}{after}"
+    if request.config.getoption("write_golden"):
+        SPEED.write_text(made, "utf-8")
+    assert made == SPEED.read_text("utf-8"), "pytest --write-golden tests/test_speed_summary.py writes it anew"
+
+
+def test_what_is_slower_is_in_the_summary():
+    """A reader who looks at the top alone is told where it does not pay."""
+    ratios = [float(ratio) for ratio in re.findall(r"\*\*([\d.]+)", summary())]
+    assert len(ratios) > 10 and min(ratios) < 1
+
+
+def test_the_readme_says_of_short_prompts_what_was_measured():
+    readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    prompts = among("prefill calls", "first token, times as fast", up_to(4096))
+    fastest, slowest = (f"{1 / value:.2f}".removesuffix("0") for value in (max(prompts), min(prompts)))
+    assert (
+        f"A prompt of up to 4,096 tokens is read in {fastest} to {slowest} times the time of the dense model" in readme
+    )
+    times = [
+        (number(row["SparseK, forward"]), number(row["cuDNN, forward"]))
+        for row in rows("shapes")
+        if row["tokens"] == "4,096"
+    ]
+    ratios = [sparse / dense for sparse, dense in times]
+    assert f"at 4,096 they take {min(ratios):.1f} to {max(ratios):.1f} times as long" in readme
