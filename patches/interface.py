@@ -131,10 +131,9 @@ def _attend_sparsely(
         _refuse_what_would_be_ignored(module, kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     if window := sparse_call.attention.dense_window:
-        if not is_plain or cache is not None:
+        if attention_mask is not None or texts is not None or cache is not None:
             raise ValueError("dense attention within a window takes whole texts: no padding, packed texts or cache")
-        output = local_attention(query, key, value, window=window, scaling=scaling)
-        return output.transpose(1, 2).contiguous(), None
+        return local_attention(query, key, value, window=window, scaling=scaling)
     if texts is not None:
         if cache is not None:
             raise ValueError("packed sequences (cu_seq_lens_q) have no cache: call the model with use_cache=False")
