@@ -16,7 +16,7 @@ class SparseCache(Cache):
 
     `generate` and a forward with `use_cache=True` make a cache of their own. Make one here to keep it between calls:
 
-        cache = hf_sparse.SparseKCache(model)
+        cache = hf_sparse.SparseCache(model)
         ids = model.generate(first_turn, past_key_values=cache)
         ids = model.generate(torch.cat([ids, second_turn], 1), past_key_values=cache)
 

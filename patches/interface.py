@@ -19,7 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import EncoderDecoderCache
 
 from hf_sparse._compat import cache_given, private, texts_in_mask
-from hf_sparse.core.cache import ModelCall, SparseCacheLayer, mask_of_keys
+from hf_sparse.core.cache import ModelCall, SparseCacheLayer, is_recorded, mask_of_keys
 from hf_sparse.core.layer import SparseAttentionLayer
 from hf_sparse.core.packed_texts import PackedTexts, packed_texts
 from hf_sparse.ops.local_attention import local_attention
@@ -301,8 +301,8 @@ def before_attention(
     layer = None
     if cache is not None:
         index = int(module.layer_idx)  # type: ignore[arg-type]
-        is_recorded = is_compiled or (hidden_states.is_cuda and torch.cuda.is_current_stream_capturing())
-        if not (is_recorded or may_switch or attention.has_local_neighbours) and is_unused(cache, index):
+        one_by_one = is_recorded(hidden_states.device) or may_switch or attention.has_local_neighbours
+        if not one_by_one and is_unused(cache, index):
             switch: Any = attention.on_toggle
             make_layers(cache, switch.modules())
         layer = sparse_cache_layer(cache, index, attention)

@@ -120,8 +120,9 @@ def packed_texts(marks: Tensor, shape: tuple[int, int]) -> PackedTexts:
     Raises:
         ValueError: boundaries that do not begin with 0, end with T and grow, or are of several rows.
     """
-    if _newest and _newest[0].is_of(marks, shape):
-        return _newest[0].texts
+    for known in _newest[:1]:  # another thread may replace it meanwhile
+        if known.is_of(marks, shape):
+            return known.texts
     texts = PackedTexts(marks if marks.ndim == 2 else _numbers(marks, *shape))
     is_counted = not marks.is_inference()
     version, content = (marks._version, None) if is_counted else (None, marks.clone())

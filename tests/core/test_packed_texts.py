@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_sparse.core.packed_texts import PackedTexts, packed_texts
+from hf_sparse.core.packed_texts import PackedTexts, _Read, packed_texts
 
 LENGTHS = ([3, 1, 9, 4, 1, 12], [17, 13])
 NUMBERS = torch.stack([torch.arange(len(row)).repeat_interleave(torch.tensor(row)) for row in LENGTHS])
@@ -86,6 +86,21 @@ def test_a_buffer_that_is_filled_anew_is_read_anew(inference):
         assert packed_texts(boundaries, (1, 10)) is first
         boundaries.copy_(torch.tensor([0, 6, 10]))
         assert packed_texts(boundaries, (1, 10)).numbers.tolist() == [[1] * 6 + [2] * 4]
+
+
+def test_what_another_thread_reads_meanwhile_is_not_returned(monkeypatch):
+    boundaries, other = torch.tensor([0, 3, 10]), torch.tensor([0, 6, 10])
+    texts, is_of = packed_texts(boundaries, (1, 10)), _Read.is_of
+
+    def is_of_while_another_comes(known, marks, shape):
+        found = is_of(known, marks, shape)
+        with monkeypatch.context() as patched:
+            patched.setattr(_Read, "is_of", is_of)
+            packed_texts(other, (1, 10))
+        return found
+
+    monkeypatch.setattr(_Read, "is_of", is_of_while_another_comes)
+    assert packed_texts(boundaries, (1, 10)) is texts
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from transformers import CompileConfig
 
 from hf_sparse import SparseKCache, SparseKConfig, patch
 from hf_sparse._compat import with_cache
-from hf_sparse.methods.sparsek.cache import fix_address, lasting
+from hf_sparse.methods.sparsek.slot_memory import fix_address, lasting
 
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
 BUDGET = {"k": 6, "window": 8, "sinks": 2}

@@ -222,8 +222,9 @@ def _order_of(valid: Tensor, place: Tensor | None = None) -> tuple[Tensor, Tenso
     """
     global _last
     version = -1 if valid.is_inference() else valid._version
-    if _last is not None and _last[0]() is valid and _last[1] == version:
-        return _last[2]
+    last = _last  # another thread may replace it meanwhile
+    if last is not None and last[0]() is valid and last[1] == version:
+        return last[2]
     order = (~valid).byte().argsort(dim=-1, stable=True)
     newest = valid[:, -1] if place is None else valid.index_select(1, place)[:, 0]
     position = torch.where(newest, valid.sum(-1), 0) - 1

@@ -9,90 +9,38 @@ All that changes from one token to the next is in tensors that are allocated onc
 compiles, is never compiled twice, and waits for no value from the device.
 """
 
-import copy
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
 
-from hf_sparse.core.cache import ModelCall, is_recorded, mask_of_keys
+from hf_sparse.core.cache import is_recorded, mask_of_keys
+from hf_sparse.methods.sparsek.slot_memory import SlotMemory
 from hf_sparse.ops.selection.next_slots import next_slots
 from hf_sparse.ops.selection.slots import attend_slots, fill_slots, insert_token
 
-if TYPE_CHECKING:
-    from hf_sparse.methods.sparsek.ahead import Ahead
-    from hf_sparse.methods.sparsek.attention import SparseKAttention
-    from hf_sparse.methods.sparsek.reading import Scoring
-    from hf_sparse.methods.sparsek.step import StepPlan
 
-_STATE = ("keys", "values", "scores", "positions", "seen", "padded_late", "memory")
-
-
-class SparseKCacheLayer(CacheLayerMixin):
+class SparseKCacheLayer(SlotMemory):
     """Hold the KV slots of one layer, as the transformers cache layer that stands for it in a `Cache`.
 
     transformers calls `update` before the attention function; it only counts, because which keys to keep depends on
     scores that `SparseKAttention` computes. That calls `fill` or `insert` with everything.
 
     Attributes:
-        keys, values: `[B, Hkv, S, D]` with `S = sinks + window + k`.
-        scores: `[B, Hkv, S]` float32. To read them ends what was foreseen of the next steps.
-        positions: `[B, Hkv, S]` int64, index of the token in its row, -1 for an empty slot.
-        seen: `[B]` int64, real tokens so far.
-        padded_late: `[B]` bool, rows with padding after a real token.
-        memory: `[B, Hkv, D]`, what a baseline remembers of all tokens so far; `None` for the others.
-        cumulative_length: int64 without dimensions, tokens so far with padding.
-        counts_arrivals: whether the layer is to be compiled, so that it keeps `arrived`.
-        arrived: int32 `[B * Hkv + 1]`, counters of the kernel of a compiled step, zero between two steps; or `None`.
-        empty: whether nothing was written yet.
-        soft: whether soft gates, which are for learning, were between the tokens so far.
+        k, window, sinks: the budget; the slots of a KV head are their sum.
         owner: whose scores these are; scores of two scorers do not compare.
         depends_on_text: whether scores depend on other tokens of the text, which `crop` could not undo.
         all_sparse: whether every attention layer of the model without a window of its own is sparse.
         shares_mask_sizes: whether layers with dense attention may take the size of their mask from this one.
-        in_attention: whether the patch announced sparse attention that is not done yet.
-        step: the plan of a decoding step in one kernel, see `methods.sparsek.step`; `None` before the first such step.
-        ahead: what is foreseen of the next steps on the CPU, see `methods.sparsek.ahead`, or `None`.
-        counts: slots of each KV head where they differ, see `RaggedCacheLayer`; `None` here.
-        offsets: where these begin; `None` here.
         may_look_ahead: whether the layer lasts long enough for steps to be foreseen.
         uncounted: tokens of the step in progress that `cumulative_length` does not have yet.
         is_count_read: whether the step that is being compiled reads `cumulative_length`.
-        call: the call of the model that made the layer and goes on, see `SparseCacheLayer`; then `scoring` is known.
-        scoring: what a scorer of linear scores computes with, see `methods.sparsek.reading`; or `None`.
     """
 
     is_sliding = False
     is_compileable = True
-    is_initialized = False
-    # Tensors; all are None until the first token, and memory until something is remembered. What every new layer
-    # begins with stands here, for a prefill makes one per layer of the model.
-    keys: Any = None
-    values: Any = None
-    positions: Any = None
-    seen: Any = None
-    padded_late: Any = None
-    memory: Any = None
-    cumulative_length: Any = None
-    arrived: Any = None
-    counts: tuple[int, ...] | None = None
-    offsets: Tensor | None = None
-    empty = True
-    soft = False
-    in_attention = False
-    call: ModelCall | None = None
-    scoring: "Scoring | None" = None
-    step: "StepPlan | None" = None
-    ahead: "Ahead | None" = None
     may_look_ahead = True
     is_count_read = False
-    counts_arrivals = False
-    _scores: Any = None
-    _offload_wanted = False
-    _length: int | None = 0  # cumulative_length, where no compiled or captured step can have changed it
 
     def __init__(
         self,
@@ -108,91 +56,7 @@ class SparseKCacheLayer(CacheLayerMixin):
         self.shares_mask_sizes = not all_sparse
         self.uncounted = 0  # here, for a compiled step would be compiled anew once the layer has its own
 
-    @property
-    def slots(self) -> int:
-        """Return the number of slots of a KV head; of the head that has the fewest where they differ."""
-        return self.sinks + self.window + self.k
-
-    def _shape(self, heads: int) -> tuple[int, ...]:
-        """Return the shape of the slots of one row."""
-        return heads, self.slots
-
-    @property
-    def scores(self) -> Any:
-        if self.ahead is not None:
-            ahead, self.ahead = self.ahead, None
-            ahead.write_scores(self._scores)
-        return self._scores
-
-    @scores.setter
-    def scores(self, scores: Tensor) -> None:
-        self.ahead, self._scores = None, scores
-
-    @property
-    def nbytes(self) -> int:
-        """Count the bytes of keys and values."""
-        return sum(t.numel() * t.element_size() for t in (self.keys, self.values) if t is not None)
-
     # What transformers calls.
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        self.dtype, self.device = key_states.dtype, key_states.device
-        batch, heads = key_states.shape[:2]
-        shape = (batch, *self._shape(heads))
-        with lasting():
-            self.keys = key_states.new_zeros((*shape, key_states.shape[-1]))
-            self.values = value_states.new_zeros((*shape, value_states.shape[-1]))
-            self.scores = torch.zeros(shape, dtype=torch.float32, device=self.device)
-            self.positions = torch.full(shape, -1, device=self.device)
-            self.seen = torch.zeros(batch, dtype=torch.int64, device=self.device)
-            self.padded_late = torch.zeros(batch, dtype=torch.bool, device=self.device)
-            self.memory = None
-            self.cumulative_length = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._length = 0
-        for tensor in self._state():
-            fix_address(tensor)
-        self._make_counters()
-        self.is_initialized = True
-
-    def begin_text(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Allocate the slots, still empty, for the tokens that `update` has counted."""
-        length = self._length
-        self.lazy_initialization(key_states, value_states)
-        self.cumulative_length.fill_(length)
-        self._length = length
-
-    def take(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        scores: Tensor,
-        positions: Tensor,
-        seen: Tensor,
-        padded_late: Tensor,
-        cumulative_length: Tensor,
-    ) -> None:
-        """Take slots that were made with their content, for the tokens that `update` has counted.
-
-        They have been marked as `fix_address` does.
-        """
-        self.dtype, self.device = keys.dtype, keys.device
-        self.keys, self.values, self._scores, self.positions = keys, values, scores, positions
-        self.seen, self.padded_late, self.cumulative_length = seen, padded_late, cumulative_length
-        if self.counts_arrivals:
-            self._make_counters()
-        self.is_initialized, self.empty, self.soft = True, False, False
-
-    def _make_counters(self) -> None:
-        """Allocate the counters of the kernel of a compiled step, for as many rows as the slots have; or none."""
-        if not self.counts_arrivals:
-            return
-        with lasting():
-            self.arrived = self.seen.new_zeros(self._pairs() + 1, dtype=torch.int32)
-        fix_address(self.arrived)
-
-    def _pairs(self) -> int:
-        """Return the number of rows times that of KV heads, or more."""
-        return self.keys.shape[0] * self.keys.shape[1]
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -260,9 +124,6 @@ class SparseKCacheLayer(CacheLayerMixin):
         """Tell whether `crop` can remove tokens now: asked once by assisted decoding, after the prompt."""
         return not self.is_initialized or self._why_not_croppable() is None
 
-    def _state(self) -> list[Tensor]:
-        return [t for t in (*(getattr(self, name) for name in _STATE), self.cumulative_length) if t is not None]
-
     def reset(self) -> None:
         """Forget everything, also a call that an error ended, and keep the buffers."""
         self.ahead, self.call, self.scoring = None, None, None
@@ -273,85 +134,6 @@ class SparseKCacheLayer(CacheLayerMixin):
         self.empty, self.soft, self._length = True, False, 0
         self.uncounted = 0
         self.in_attention = self.is_count_read = self._offload_wanted = False
-
-    def offload(self) -> None:
-        """Move the slots to the CPU; right after `update`, before the attention, `end_attention` does it."""
-        self._offload_wanted = self.in_attention
-        if not self.in_attention:
-            self._each(lambda t: t.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        """Move the slots back."""
-        if self.is_initialized and self.keys.device != self.device:
-            self._each(lambda t: t.to(self.device, non_blocking=True))
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        self._each(lambda t: t.index_select(0, beam_idx.to(t.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        self._each(lambda t: t.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self._each(lambda t: t[indices.to(t.device)])
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Return what a copy has; the kernel of a step writes to the memory of this layer, and a copy needs its own.
-
-        A prefill allocates the slots of all layers together, and each tensor would be copied with all of them. The
-        parameters of the scorer, which are known during that call, are no part of a cache.
-        """
-        _ = self.scores  # all of them, before they are copied
-        state = {**self.__dict__, "step": None, "call": None, "scoring": None}
-        for name, value in state.items():
-            if isinstance(value, Tensor) and value.untyped_storage().nbytes() > value.nbytes:
-                with lasting():
-                    state[name] = value.clone()
-                fix_address(state[name])
-        return state
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        with lasting():
-            copied.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
-        return copied
-
-    def lent_to(self, attention: "SparseKAttention") -> Self:
-        """Return slots in the same memory for a compiled step in which another attention stands for that of this layer.
-
-        What the step notes on the host is to be noted here by `note_tokens`.
-        """
-        _ = self.scores  # all of them
-        lent = type(self).__new__(type(self))
-        lent.__dict__.update(self.__dict__, step=None)
-        for name, value in vars(lent).items():
-            if isinstance(value, Tensor):
-                setattr(lent, name, value.detach())  # one that is marked by `fix_address` would be compiled for itself
-        lent.owner, lent.scoring, lent._length = attention.owner, None, None
-        return lent
-
-    def _each(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replace every tensor of the state by what `change` makes of it.
-
-        Where shape and device stay, the result is written into the old tensor: compiled steps keep its address.
-        """
-        if not self.is_initialized:
-            return
-        for name in _STATE:
-            old = getattr(self, name)
-            if old is None:
-                continue
-            with lasting():
-                new = change(old)
-            if new.shape == old.shape and new.device == old.device:
-                old.copy_(new)
-            else:
-                setattr(self, name, new)
-                fix_address(new)
-                self.step = None  # it holds the old memory
-        counters = self.arrived
-        if counters is not None and (counters.device, len(counters)) != (self.keys.device, self._pairs() + 1):
-            self._make_counters()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens, as long as nothing has been evicted yet.
@@ -475,15 +257,6 @@ class SparseKCacheLayer(CacheLayerMixin):
             positions,
         )
 
-    def remember(self, memory: Tensor) -> None:
-        """Keep `[B, Hkv, D]` for the next tokens, at an address that stays."""
-        if self.memory is None:
-            with lasting():
-                self.memory = memory.clone()
-            fix_address(self.memory)
-        else:
-            self.memory.copy_(memory)
-
     @torch.no_grad()
     def fill_whole(self, keys: Tensor, values: Tensor, scores: Tensor) -> None:
         """Fill the slots, as `fill` does, with the first tokens of rows without padding.
@@ -585,14 +358,3 @@ def _entries_to_keep(scores: Tensor, positions: Tensor, seen: Tensor, window: in
     priority = scores.masked_fill(always_kept, torch.inf).masked_fill(positions < 0, -torch.inf)
     order = priority.argsort(dim=-1, descending=True, stable=True)[..., :slots]
     return order.sort(dim=-1).values
-
-
-def lasting() -> AbstractContextManager[Any]:
-    """Make tensors that can be written to in any mode: those of `torch.inference_mode` could not be after it."""
-    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
-
-
-def fix_address(tensor: Tensor) -> None:
-    """Tell CUDA graphs that the tensor stays where it is, so that they can write to it."""
-    if not torch.compiler.is_compiling():
-        torch._dynamo.mark_static_address(tensor)

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_sparse.methods.sparsek.cache import SparseKCacheLayer, fix_address, lasting
+from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
 from hf_sparse.methods.sparsek.scorer import SLOPE_TOKENS, LinearScorer
+from hf_sparse.methods.sparsek.slot_memory import fix_address, lasting
 from hf_sparse.ops.triton import DTYPES, MOST_ROWS, installed
 
 if TYPE_CHECKING:

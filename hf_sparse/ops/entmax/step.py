@@ -210,12 +210,7 @@ def _seen(
             exists = exists & (column[:, :, None] <= position)
         if valid is not None:
             batch = torch.arange(len(valid), device=column.device)[:, None, None]
-            exists = exists & valid[batch, column][:, :, None]
-            exists = (
-                exists
-                & valid.gather(1, position.expand(len(valid), -1, -1, -1)[:, 0, :, 0].clamp(0, keys - 1))[
-                    :, None, :, None
-                ]
-            )
+            of_query = position.expand(len(valid), -1, -1, -1)[:, 0, :, 0].clamp(0, keys - 1)
+            exists = exists & valid[batch, column][:, :, None] & valid.gather(1, of_query)[:, None, :, None]
         seen = exists if seen is None else seen & exists
     return seen
