@@ -99,7 +99,10 @@ def pack(
     # The length of the text is the point here: no warning that it exceeds the model's.
     ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     if len(ids) < size:
-        raise DataError(f"the text has {len(ids)} tokens, fewer than one chunk of {size}")
+        raise DataError(
+            f"the text has {len(ids)} tokens, fewer than one chunk of {size}: give a longer text, or a length below "
+            f"{length} (`--length` of the command line)"
+        )
     chunks = torch.tensor(ids).unfold(0, size, stride)
     ends = [None if token is None else chunks.new_full((len(chunks), 1), token) for token in (first, last)]
     return torch.cat([part for part in (ends[0], chunks, ends[1]) if part is not None], 1)

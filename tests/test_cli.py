@@ -181,6 +181,7 @@ class TestFinetune:
         before = files(adapter)
         (adapter / "eval.json").write_text("{}")  # of the scorers before
         shown = succeed("finetune", adapter, "--text", text, *QUICK)
+        assert "eval.json was of the adapter before, and is gone: `hf-sparse eval` measures this one" in shown
         after = files(adapter)
         assert set(after) == ADAPTER | {"finetune.json", "finetune.jsonl", "README.md"}
         assert after["adapter_model.safetensors"] != before["adapter_model.safetensors"]
@@ -302,7 +303,8 @@ class TestDivide:
         shares = PeftConfig.from_pretrained(str(adapter)).layer_shares
         assert len(shares) == 2 and sum(shares) == pytest.approx(2, abs=1e-3) and shares != [1.0, 1.0]
         assert f"0: {shares[0]:.2f}, 1: {shares[1]:.2f}" in shown
-        assert not (adapter / "eval.json").exists() and (adapter / "adapter_model.safetensors").read_bytes() == weights
+        assert not (adapter / "eval.json").exists() and "eval.json was of the adapter before, and is gone" in shown
+        assert (adapter / "adapter_model.safetensors").read_bytes() == weights
         assert not (adapter / "report.html").exists()  # it showed that eval.json
         assert [path.name for path in (adapter / "figures").iterdir()] == ["mine.png"]
         succeed("finetune", adapter, "--text", text, *QUICK)

@@ -125,7 +125,9 @@ class TestPack:
     def test_refusals(self, bert_tokenizer):
         with pytest.raises(DataError, match="length must be at least 4 tokens, got 3"):
             pack(bert_tokenizer, self.TEXT, 3, special_tokens=True)
-        with pytest.raises(DataError, match="the text has 10 tokens, fewer than one chunk of 11"):
+        with pytest.raises(
+            DataError, match=r"the text has 10 tokens, fewer than one chunk of 11: .* a length below 13 \(`--length`"
+        ):
             pack(bert_tokenizer, self.TEXT, 13, special_tokens=True)
 
 

@@ -119,6 +119,16 @@ def load_workflow() -> Any:
     return workflow
 
 
-def say_written(console: Console, folder: Path, what: str) -> None:
-    """Print what a verb wrote into a folder."""
+def is_measured(folder: Path) -> bool:
+    """Tell whether there are measurements in a folder, which a verb that changes the adapter takes away."""
+    from hf_sparse.adapters.files import EVALUATION
+
+    return (folder / EVALUATION).exists()
+
+
+def say_written(console: Console, folder: Path, what: str, *, was_measured: bool = False) -> None:
+    """Print what a verb wrote into a folder, and whether it took away what was measured of the adapter before."""
     console.print(f"{what} in {escape(str(folder))}", soft_wrap=True)
+    if was_measured:
+        gone = "eval.json was of the adapter before, and is gone: `hf-sparse eval` measures this one"
+        console.print(gone, soft_wrap=True)

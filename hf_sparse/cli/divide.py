@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from hf_sparse.cli.common import Folder, load_workflow, reading_options, say_written
+from hf_sparse.cli.common import Folder, is_measured, load_workflow, reading_options, say_written
 from hf_sparse.cli.options import at_least, with_options
 
 
@@ -27,6 +27,7 @@ def divide(
     from hf_sparse.texts import read_texts
 
     words, _ = read_texts(text)
+    measured = is_measured(folder)
     shares = divide_adapter(folder, words, among=among, batch_size=batch_size, **reading)
     console = Console()
     if among == "heads":
@@ -36,4 +37,6 @@ def divide(
     else:
         listed = ", ".join(f"{layer}: {share:.2f}" for layer, share in enumerate(shares))
         console.print(f"share of the slots by layer: {listed}", soft_wrap=True)
-    say_written(console, folder, f"adapter with {'head' if among == 'heads' else 'layer'}_shares")
+    say_written(
+        console, folder, f"adapter with {'head' if among == 'heads' else 'layer'}_shares", was_measured=measured
+    )

@@ -13,6 +13,7 @@ from hf_sparse.cli.common import (
     Texts,
     check_source,
     dataset_options,
+    is_measured,
     load_workflow,
     reading_options,
     say_written,
@@ -105,6 +106,7 @@ def finetune(
     from hf_sparse.texts import Documents, hub_dataset, read_dataset, read_texts
 
     settings_of_run = FinetuneConfig(**given)
+    measured = is_measured(folder)
     source = None
     if dataset:
         place = (dataset, part["dataset_config"], part["split"], part["column"])
@@ -141,7 +143,7 @@ def finetune(
             f"step {first['loss']:.4f} ({first['stage']}), of the last {last['loss']:.4f} ({last['stage']})",
             soft_wrap=True,
         )
-        say_written(console, folder, "trained adapter and finetune.json")
+        say_written(console, folder, "trained adapter and finetune.json", was_measured=measured)
 
 
 def _checked_settings(context: typer.Context, folder: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from hf_sparse.cli.common import Folder, load_workflow, reading_options, say_written
+from hf_sparse.cli.common import Folder, is_measured, load_workflow, reading_options, say_written
 from hf_sparse.cli.options import with_options
 
 
@@ -28,6 +28,7 @@ def unpatch(
     from hf_sparse.texts import read_texts
 
     words, _ = read_texts(text)
+    measured = is_measured(folder)
     densities = unpatch_adapter(folder, words, above=above, **reading)
     console = Console()
     listed = ", ".join(f"{layer}: {density:.1%}" for layer, density in densities.items())
@@ -37,4 +38,4 @@ def unpatch(
         console.print(f"no layer is above {above:.0%}: nothing was changed")
         return
     console.print(f"left dense: {', '.join(dense)}")
-    say_written(console, folder, "adapter of the other layers")
+    say_written(console, folder, "adapter of the other layers", was_measured=measured)
