@@ -51,7 +51,7 @@ serving: $(READY) ## vLLM on the CPU with a patched model, in an environment of 
 	@$(SERVING)/bin/python -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e .
 	OMP_NUM_THREADS=1 $(SERVING)/bin/python -m pytest -q -n 2 --dist loadfile --durations=5 $(FULL) tests/serving/vllm
 
-composition: $(COMPOSITION)/.ready ## Beside TRL, Sentence-Transformers, bitsandbytes, torchao, quanto, DeepSpeed and lm-evaluation-harness
+composition: $(COMPOSITION)/.ready ## Beside TRL, Sentence-Transformers, bitsandbytes, torchao, quanto, DeepSpeed, trackers and lm-evaluation-harness
 	PYTHONPATH=$(COMPOSITION) $(PYTEST) --full tests/composition tests/finetune/test_zero3.py tests/evaluation/test_lm_eval.py \
 		tests/test_notebooks.py
 
@@ -121,7 +121,7 @@ $(DOCS)/.ready: constraints-docs.txt
 # Beside the packages of .venv, without resolving, so that none of those is there twice.
 $(COMPOSITION)/.ready: $(READY) constraints-composition.txt
 	@rm -rf $(COMPOSITION)
-	@echo "==> installing TRL, Sentence-Transformers, bitsandbytes, torchao, quanto, DeepSpeed and lm_eval into $(COMPOSITION)"
+	@echo "==> installing TRL, Sentence-Transformers, bitsandbytes, torchao, quanto, DeepSpeed, trackers and lm_eval into $(COMPOSITION)"
 	@$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target $(COMPOSITION) -r constraints-composition.txt
 	@touch $@
 

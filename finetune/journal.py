@@ -63,7 +63,7 @@ class Journal:
             warnings.warn(f"step {row['step']} ({stage}): {problem}", stacklevel=3)
 
     def close(self) -> None:
-        """Let the trackers write what they hold; the processes stay together."""
+        """Let the trackers write what they hold and end, also after an error; the processes stay together."""
         for tracker in self._accelerator.trackers:
             tracker.finish()
 

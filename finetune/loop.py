@@ -145,6 +145,7 @@ def _train(model: nn.Module, dataset: Any, config: FinetuneConfig | None, *, sam
         copy_from_first_process(training.layers)
         stack.enter_context(products_in_float8(accelerator, model))
         journal = Journal(output, accelerator, training.recorded_settings(), progress.history)
+        stack.callback(journal.close)
         rows = first_rows(len(chunks), config.seed, len(plan) * run.chunks_per_step)
         read = _reader(run, chunks, rows)
         with _given_back(run):
@@ -254,7 +255,6 @@ def _take_steps(
             if run.accelerator.is_main_process:
                 progress.save(Path(config.output_dir), training.parameters, run.adamw)
     bar.close()
-    journal.close()
 
 
 def _progress_bar(run: Run, steps: int, done: int) -> Any:

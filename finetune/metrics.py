@@ -9,7 +9,7 @@ from torch.utils.data import TensorDataset
 from hf_sparse.data import first_token
 from hf_sparse.environment import describe
 from hf_sparse.finetune.identity import adapter_sha256
-from hf_sparse.finetune.launch import is_sharded
+from hf_sparse.finetune.launch import is_sharded, is_zero3
 from hf_sparse.finetune.optimiser_step import Run
 from hf_sparse.finetune.resume import Progress
 from hf_sparse.finetune.sharding import share_of_base, size
@@ -52,13 +52,19 @@ def metrics_of(run: Run, progress: Progress, data: TensorDataset, rows: Collecti
             "after": adapter_sha256(training.layers),
         },
         **progress.report,
-        **describe(),
+        **describe(*_engines(run)),
     }
     if is_sharded():
         metrics["base_share"] = share_of_base(training.model, training.layers)
     if accelerator.device.type == "cuda":
         metrics["peak_memory_bytes"] = torch.cuda.max_memory_allocated()
     return metrics
+
+
+def _engines(run: Run) -> list[str]:
+    """List the packages that divided the base or multiplied with it."""
+    in_float8 = run.config.mixed_precision == "fp8"
+    return [name for name, took_part in (("deepspeed", is_zero3()), ("torchao", in_float8)) if took_part]
 
 
 def _parameter_counts(training: Training) -> dict[str, Any]:

@@ -35,19 +35,20 @@ def shard_base(accelerator: Accelerator, model: nn.Module, layers: Sequence[Spar
     """
     if accelerator.device.type == "cpu" and torch.accelerator.is_available():
         raise ValueError("a model cannot be divided on the CPU of a machine with an accelerator: hide it, or use it")
-    if is_zero3():
-        from hf_sparse.finetune.zero3 import divide  # needs DeepSpeed
-
-        if not any(is_in_zero3(parameter) for parameter in model.parameters()):  # by an earlier run
-            divide(model, [*sparse_layers(model), *modules_saved(model)], accelerator.device)
-        return model
-    for module in layers:
+    whole = [*sparse_layers(model), *modules_saved(model)]
+    for module in whole:  # also where an earlier run has divided the rest
         module.to(accelerator.device)
-    kept = nn.ParameterList([*_of_adapter(model, layers), *_tied(model)])
-    for parameter in kept:  # FSDP moves only what it divides
+    if is_zero3():
+        if not any(is_in_zero3(parameter) for parameter in model.parameters()):
+            from hf_sparse.finetune.zero3 import divide  # needs DeepSpeed
+
+            divide(model, whole, accelerator.device)
+        return model
+    tied = _tied(model)
+    for parameter in tied:  # FSDP moves only what it divides
         parameter.data = parameter.data.to(accelerator.device)
     plugin = FullyShardedDataParallelPlugin()  # reads the configuration that the launcher left in the environment
-    plugin.ignored_modules = [kept]
+    plugin.ignored_modules = [nn.ParameterList([*_of_adapter(model, layers), *tied])]
     if not plugin.transformer_cls_names_to_wrap:
         # What transformers names by default may hold the embeddings, which accelerate divides with a tied head.
         kinds = {type(module).__name__ for module in model.modules() if isinstance(module, GradientCheckpointingLayer)}

@@ -49,7 +49,7 @@ def divide(model: nn.Module, kept: Sequence[nn.Module], device: torch.device) ->
 
     Args:
         model: on any device; what this process holds of it moves to its own.
-        kept: modules within it that stay whole.
+        kept: modules within it that stay whole, on that device already.
         device: of this process.
     """
     if device.type == "cpu":  # where DeepSpeed would compile this operator for a minute, to use it in inference only
@@ -73,9 +73,8 @@ def divide(model: nn.Module, kept: Sequence[nn.Module], device: torch.device) ->
             param_persistence_threshold=zero.param_persistence_threshold,
             model_persistence_threshold=zero.model_persistence_threshold,
         )
-    whole = [tensor for module in kept for tensor in module.parameters()]
-    for tensor in (*whole, *model.buffers()):
-        tensor.data = tensor.data.to(device)
+    for buffer in model.buffers():
+        buffer.data = buffer.data.to(device)
 
 
 @contextmanager

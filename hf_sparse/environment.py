@@ -9,8 +9,12 @@ from importlib.metadata import version
 from typing import Any
 
 
-def describe() -> dict[str, Any]:
-    """Return `{"machine": ..., "versions": ...}` for the JSON of a measurement."""
+def describe(*further: str) -> dict[str, Any]:
+    """Return `{"machine": ..., "versions": ...}` for the JSON of a measurement.
+
+    Args:
+        *further: packages that took part besides those that always do.
+    """
     import torch  # the command line asks the functions below without it
 
     machine: dict[str, Any] = {
@@ -21,7 +25,7 @@ def describe() -> dict[str, Any]:
     }
     if torch.cuda.is_available():
         machine["accelerator"] = torch.cuda.get_device_name()
-    packages = ("hf-sparse", "torch", "transformers", "peft", "accelerate")
+    packages = ("hf-sparse", "torch", "transformers", "peft", "accelerate", *further)
     return {"machine": machine, "versions": {"python": platform.python_version(), **{p: version(p) for p in packages}}}
 
 

@@ -115,6 +115,7 @@ LIBRARIES = {
     "test_sentence_transformers.py": "Sentence-Transformers",
     "test_quantised.py": "quantised bases",
     "test_float8.py": "accelerate, torchao",
+    "test_trackers.py": "trackers of accelerate",
 }
 
 

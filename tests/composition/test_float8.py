@@ -7,6 +7,7 @@ import runpy
 import sys
 from contextlib import suppress
 from copy import copy
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,7 @@ def test_training(method):
     linears = described(model)
     expected, metrics = train(plain, **before), train(model, **before, **FP8)
     assert losses(metrics) == pytest.approx(losses(expected), rel=0.1) and losses(metrics) != losses(expected)
+    assert metrics["versions"]["torchao"] == version("torchao") and "torchao" not in expected["versions"]
     if method == "sparsek":
         with torch.no_grad():
             untrained, without, trained = (float(distill(m.eval(), CHUNKS)) for m in (make_model(), plain, model))

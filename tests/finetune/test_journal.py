@@ -80,7 +80,7 @@ def test_the_share_of_the_peak(sparse_llama):
     assert share_of_peak(model, "lm", speed, "Another", **half) is None
 
 
-def test_a_tracker_of_accelerate(sparse_llama, chunks, monkeypatch):
+def test_a_tracker_of_accelerate(sparse_llama, chunks, monkeypatch, stopped, tmp_path):
     seen = []
 
     class Tracker(accelerate.tracking.GeneralTracker):
@@ -106,6 +106,9 @@ def test_a_tracker_of_accelerate(sparse_llama, chunks, monkeypatch):
     monkeypatch.setattr(accelerate.tracking, "_available_trackers", [accelerate.tracking.LoggerType("trackio")])
     history = train(sparse_llama(), chunks, tracker="trackio")["history"]
     assert seen == [6, *((row["step"], row["loss"]) for row in history), "finished"]
+    with stopped(2):  # a tracker that goes on would take the next run for the same one
+        train(sparse_llama(), chunks, tracker="trackio", output_dir=str(tmp_path), checkpoint_every=1)
+    assert [row if isinstance(row, str) else row[0] for row in seen[-3:]] == [1, 2, "finished"]
 
 
 def test_an_estimate_leaves_all_as_it_was(sparse_llama, chunks, tmp_path):

@@ -3,10 +3,12 @@
 The launched processes run this file, and in it what those of the other engines do.
 """
 
+import json
 import os
 import runpy
 import shutil
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,8 @@ def test_processes_do_what_one_does(folder):
 def test_resumes_after_a_kill(folder):
     """A killed process ends the other one; the checkpoint goes on with two processes, or with one and no DeepSpeed."""
     assert checkpoint.load_state(checkpoint.latest(folder / "copy"))["step"] == 3
+    versions = json.loads((folder / "run" / "finetune.json").read_text())["versions"]
+    assert versions["deepspeed"] == version("deepspeed")
     expected = KILL["train"](None, 4)
     assert KILL["same"](load_file(folder / "resumed.safetensors"), expected)
     assert KILL["same"](KILL["train"](folder / "copy", 4), expected)
