@@ -33,7 +33,9 @@ class Batch:
     steps: int
     chunks: tuple[Chunk, ...] = ()
     sources: Tensor | None = None
-    _groups: dict[int, list[tuple[int, Chunk] | ChunkGroup]] = field(default_factory=dict, repr=False, compare=False)
+    _groups: dict[int, list[tuple[int, Chunk] | ChunkGroup]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def groups(self, dense_tokens: int) -> list[tuple[int, Chunk] | ChunkGroup]:
         """Divide the pieces of prompts into those to read side by side, and single ones with the number of the request.
@@ -123,25 +125,25 @@ def attend_packed(
     if batch.steps:
         q, k, v = (tensor[: batch.steps, :, None] for tensor in (query, key, value))  # [requests, H, 1, D]
         states_of_steps = hidden_states[: batch.steps, None]
-        steps = batch.rows[: batch.steps]
-        rows = steps, steps if batch.sources is None else batch.sources[: batch.steps]
-        attended = attention.attend_steps(states, *rows, q, k, v, states_of_steps, scaling)[:, :, 0]
+        rows = batch.rows[: batch.steps]
+        origins = rows if batch.sources is None else batch.sources[: batch.steps]
+        attended = attention.attend_steps(states, rows, origins, q, k, v, states_of_steps, scaling)[:, :, 0]
         if is_plain:
             return attended
         result[: batch.steps] = attended
     for group in batch.groups(attention.dense_tokens):
         if isinstance(group, ChunkGroup):
-            own = batch.rows.index_select(0, group.members)
-            read = own if batch.sources is None else batch.sources.index_select(0, group.members)
-            attended = attention.attend_chunks(states, own, read, group, query, key, value, hidden_states, scaling)
+            rows = batch.rows.index_select(0, group.members)
+            origins = rows if batch.sources is None else batch.sources.index_select(0, group.members)
+            attended = attention.attend_chunks(states, rows, origins, group, query, key, value, hidden_states, scaling)
             result.index_copy_(0, group.tokens, attended)
             continue
         number, chunk = group
         piece = slice(chunk.begin, chunk.end)
         q, k, v = (tensor[piece].transpose(0, 1)[None] for tensor in (query, key, value))  # [1, H, T, D]
-        rows = batch.rows[number : number + 1], sources[number : number + 1]
+        row, origin = batch.rows[number : number + 1], sources[number : number + 1]
         is_first = chunk.before == 0
-        attended = attention.attend_chunk(states, *rows, is_first, q, k, v, hidden_states[None, piece], scaling)
+        attended = attention.attend_chunk(states, row, origin, is_first, q, k, v, hidden_states[None, piece], scaling)
         result[piece] = attended[0].transpose(0, 1)
     return result
 
