@@ -5,6 +5,7 @@ training never saw; the demo and the card measure on it. Splitting by module nam
 parts apart on every Python version.
 """
 
+import os
 import sysconfig
 import zlib
 from collections.abc import Iterator
@@ -29,10 +30,8 @@ def documents(split: Split, *, tests: bool = False) -> Iterator[str]:
     the bundled checkpoint asks for it.
     """
     root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
+    for path in sorted(_sources(root)):
         names = path.relative_to(root).with_suffix("").parts
-        if _SKIPPED.intersection(names):
-            continue
         is_test = names[0] == "test" or "tests" in names or "idle_test" in names
         if is_test and not tests:
             continue
@@ -46,6 +45,13 @@ def documents(split: Split, *, tests: bool = False) -> Iterator[str]:
         from pydoc_data.topics import topics
 
         yield from (topics[name].strip() for name in sorted(topics))
+
+
+def _sources(root: Path) -> Iterator[Path]:
+    """Yield the sources below a folder without going through what is skipped, the packages that are installed there."""
+    for folder, folders, files in os.walk(root):
+        folders[:] = set(folders) - _SKIPPED
+        yield from (Path(folder, name) for name in files if name.endswith(".py") and name[:-3] not in _SKIPPED)
 
 
 #: A module in one pattern, which dense attention of the bundled checkpoint continues: class, docstring, constructor.

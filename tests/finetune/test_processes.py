@@ -5,10 +5,12 @@ The launched processes run this file.
 
 import json
 import os
+import re
 import runpy
 import subprocess
 import sys
 from copy import copy
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -22,12 +24,15 @@ import hf_sparse
 from hf_sparse.demo import CHECKPOINT
 from hf_sparse.environment import cuda_of_process, is_main_process
 from hf_sparse.finetune import FinetuneConfig, config_file, finetune, loop, objectives, optimiser_step, processes
+from hf_sparse.finetune.launch import is_sharded, is_zero3
 
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
 CONFIGS = {
     "sparsek": hf_sparse.SparseKConfig(k=6, window=8, sinks=2, lora_rank=2),
     "sparsefinder": hf_sparse.SparsefinderConfig(rank=4, clusters=4, tile=8, window=8),
 }
+#: How the processes of an engine hold the base model.
+BASES = {"torchrun": ["whole"], "ddp": ["whole"], "fsdp2": ["divided", "whole"], "zero3": ["divided"]}
 CPU = torch.cuda.device_count() < 2
 ONE_GPU = torch.cuda.device_count() == 1  # two processes cannot share it; without one nothing has to be said
 
@@ -69,6 +74,9 @@ def masked_gradients(method, objective, batch_size, accumulation):
         patched.setattr(optimiser_step, "average_gradients", note)
         loss = finetune(model, data, config)["history"][0]["loss"]
     return gradients, loss
+
+
+train_alone, masked_gradients_alone = cache(train), cache(masked_gradients)
 
 
 class Collectives(TorchDispatchMode):
@@ -158,15 +166,14 @@ def launch(*command, engine="torchrun", count=2, fails=False):
 @pytest.mark.parametrize(
     "engine, count",
     [
-        ("torchrun", 2),
         ("fsdp2", 2),
-        *(pytest.param(engine, count, marks=pytest.mark.full) for engine, count in (("ddp", 4), ("fsdp2", 4))),
+        *(pytest.param(*run, marks=pytest.mark.full) for run in (("torchrun", 2), ("ddp", 4), ("fsdp2", 4))),
     ],
 )
 def test_processes_do_what_one_does(tmp_path, engine, count):
-    """Two processes by `torchrun` (DDP) or by FSDP2, which divides the base, train what one process trains.
+    """Two processes by FSDP2, which divides the base, and with the whole base (DDP) train what one process trains.
 
-    One launch for all methods, since it takes longer than what is compared.
+    One launch for all methods, and for both ways to hold the base, since it takes longer than what is compared.
     """
     launch(__file__, tmp_path, engine=engine, count=count)
     check_processes(tmp_path, engine, count)
@@ -174,17 +181,19 @@ def test_processes_do_what_one_does(tmp_path, engine, count):
 
 def check_processes(folder, engine, count):
     ranks = [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(count)]
-    for method in CONFIGS:
-        check_training(method, *(rank[f"train {method}"] for rank in ranks))
-        check_gradients(method, *(rank[f"masked {method}"] for rank in ranks))
-        shares = [rank[f"train {method}"][2] for rank in ranks]
-        assert shares == [None] * count if engine in ("torchrun", "ddp") else max(shares) < 1.02 / count
-    for rank in ranks:
-        check_exchange(*rank["exchange"], count)
-        assert "the loss of step 3 (distill) is nan; the scorers and LoRA are those of the step" in rank["ended by one"]
-    for rank in ranks if engine in ("torchrun", "ddp") else ():  # others gather the base as well
+    for base in BASES[engine]:
+        for method in CONFIGS:
+            check_training(method, *(rank[base][f"train {method}"] for rank in ranks))
+            check_gradients(method, *(rank[base][f"masked {method}"] for rank in ranks))
+            shares = [rank[base][f"train {method}"][2] for rank in ranks]
+            assert shares == [None] * count if base == "whole" else max(shares) < 1.02 / count
+        for rank in ranks:
+            check_exchange(*rank[base]["exchange"], count)
+            ended = rank[base]["ended by one"]
+            assert "the loss of step 3 (distill) is nan; the scorers and LoRA are those of the step" in ended
+    for rank in ranks if "whole" in BASES[engine] else ():  # with a divided base, the base is gathered as well
         # Gradients, LoRA's too, and the loss in one; of a masked language model the number of hidden tokens besides.
-        assert rank["collectives"] == [1] * 6 and rank["masked collectives"] == [2]
+        assert rank["whole"]["collectives"] == [1] * 6 and rank["whole"]["masked collectives"] == [2]
 
 
 def check_training(method, one, *others):
@@ -192,7 +201,7 @@ def check_training(method, one, *others):
     for learned, losses, _ in others:
         assert losses == history
         assert learned.keys() == first.keys() and all(torch.equal(first[name], learned[name]) for name in first)
-    alone, expected, _ = train(method, 4)
+    alone, expected, _ = train_alone(method, 4)
     if method == "sparsefinder" and not CPU:  # sums in another order there: what is fitted may differ by a token
         history, expected = history[:4], expected[:4]
         first = {name: first[name] for name in first if "scale" in name}
@@ -204,7 +213,7 @@ def check_training(method, one, *others):
 
 def check_gradients(method, *ranks):
     """Two processes that accumulate have the gradient of one batch of hidden tokens."""
-    expected, expected_loss = masked_gradients(method, "lm", 8, 1)
+    expected, expected_loss = masked_gradients_alone(method, "lm", 8, 1)
     for gradients, loss in ranks:
         assert loss == pytest.approx(expected_loss, rel=1e-6)
         assert gradients.keys() == expected.keys()
@@ -215,7 +224,7 @@ def check_gradients(method, *ranks):
 @pytest.mark.parametrize("objective", ["distill", "lm"])
 @pytest.mark.parametrize("method", CONFIGS)
 def test_accumulation_gives_the_gradient_of_one_batch_of_hidden_tokens(method, objective):
-    expected, expected_loss = masked_gradients(method, objective, 8, 1)
+    expected, expected_loss = masked_gradients_alone(method, objective, 8, 1)
     gradients, loss = masked_gradients(method, objective, 1, 8)
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     for name in expected:
@@ -258,13 +267,21 @@ def test_a_rank_without_a_local_one_is_no_launch(monkeypatch):
 def work(folder):
     """Train in a launched process, and leave for the test what it has learned."""
     count = int(os.environ["WORLD_SIZE"])
+    results = {"divided" if is_sharded() else "whole": learn(count)}
+    if is_sharded() and not is_zero3():
+        for name in filter(re.compile("ACCELERATE_|FSDP_").match, list(os.environ)):
+            del os.environ[name]  # what is left is what torchrun sets
+        results["whole"] = learn(count)
+    torch.save(results, folder / f"{os.environ['RANK']}.pt")
+
+
+def learn(count):
     results = {f"train {method}": train(method, 4 // count) for method in CONFIGS}
     results |= {f"masked {method}": masked_gradients(method, "lm", 4 // count, 2) for method in CONFIGS}
-    results["collectives"] = collectives(train, "sparsek", 4 // count)
-    results["masked collectives"] = collectives(masked_gradients, "sparsek", "lm", 4 // count, 2)
-    results["exchange"] = exchange()
-    results["ended by one"] = end_by_one()
-    torch.save(results, folder / f"{os.environ['RANK']}.pt")
+    if not is_sharded():
+        results["collectives"] = collectives(train, "sparsek", 4 // count)
+        results["masked collectives"] = collectives(masked_gradients, "sparsek", "lm", 4 // count, 2)
+    return results | {"exchange": exchange(), "ended by one": end_by_one()}
 
 
 if __name__ == "__main__":

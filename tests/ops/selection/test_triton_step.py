@@ -204,16 +204,18 @@ def model(**settings):
     return patched
 
 
-def texts(model, padded=False, **options):
-    """Two turns of two rows, and the cache after them."""
+def texts(model, padded=False, turns=2, **options):
+    """Two turns of two rows, or a short one that takes the kernel in each of its steps, and the cache after them."""
     ids = torch.randint(1, 101, (2, 14), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     mask = torch.ones_like(ids)
     if padded:
         mask[1, :5] = 0
     cache = SparseKCache(model)
     options = {"do_sample": False, "disable_compile": True, "return_dict_in_generate": True, **options}
-    first = model.generate(ids[:, :9], attention_mask=mask[:, :9], **with_cache(cache), max_new_tokens=6, **options)
-    if options.get("num_beams"):
+    first = model.generate(
+        ids[:, :9], attention_mask=mask[:, :9], **with_cache(cache), **options, max_new_tokens=3 * turns
+    )
+    if turns == 1 or options.get("num_beams"):
         return first.sequences, cache
     ids, mask = torch.cat([first.sequences, ids[:, 9:]], 1), torch.cat([mask, mask.new_ones(2, 6)], 1)
     second = model.generate(ids, attention_mask=mask, **with_cache(cache), max_new_tokens=4, **options)
@@ -251,7 +253,7 @@ def test_a_model_goes_on_as_without_the_kernel(everywhere, monkeypatch, settings
 
 def test_parameters_that_change_are_noticed(everywhere):
     patched = model(position_slope=0.01)
-    ids, cache = texts(patched)
+    ids, cache = texts(patched, turns=1)
     mask = torch.ones(2, ids.shape[1], device=DEVICE, dtype=torch.int64)
     layer, scorer = cache.layers[0], patched.model.layers[0].self_attn.sparse_attention.sparsek_scorer["default"]
     for change in (lambda: scorer.weight.data.mul_(2), lambda: setattr(scorer.weight, "data", scorer.weight.data * -1)):
@@ -268,17 +270,17 @@ def test_parameters_that_change_are_noticed(everywhere):
 
 def test_generation_in_train_mode_takes_the_kernel(everywhere):
     patched = model()
-    expected, _ = texts(patched)
+    expected, _ = texts(patched, turns=1)
     steps = len(everywhere)
     for module in patched.model.layers:
         module.self_attn.sparse_attention.train()
-    ids, _ = texts(patched)
+    ids, _ = texts(patched, turns=1)
     assert torch.equal(ids, expected) and len(everywhere) == 2 * steps
 
 
 def test_a_copy_of_a_cache_has_a_kernel_of_its_own(everywhere):
     patched = model()
-    ids, cache = texts(patched)
+    ids, cache = texts(patched, turns=1)
     mask = torch.ones(2, ids.shape[1] + 1, device=DEVICE, dtype=torch.int64)
     kept = [layer.keys.clone() for layer in cache.layers]
     copied = copy.deepcopy(cache)
@@ -293,7 +295,7 @@ def test_a_copy_of_a_cache_has_a_kernel_of_its_own(everywhere):
 @pytest.mark.parametrize("reason", ["gradients", "training", "baseline"])
 def test_a_step_that_needs_more_takes_the_other_path(everywhere, reason):
     patched = model()
-    ids, cache = texts(patched)
+    ids, cache = texts(patched, turns=1)
     steps, layer = len(everywhere), patched.model.layers[0].self_attn.sparse_attention
     mask = torch.ones(2, ids.shape[1] + 1, device=DEVICE, dtype=torch.int64)
     if reason == "baseline":
