@@ -24,7 +24,8 @@
         entmax_prediction-h200.json --flex entmax_prediction-flex-h200.json --static static_decode-8-layers-h200.json \\
         --quality predicted_quality-*-h200.json --bidirectional entmax_bidirectional-*-h200.json \\
         --lengths finetune_length-h200.json --float8 finetune_fp8-h200.json --gpus several_gpus-h200.json \\
-        --teachers finetune_teacher-cpu.json finetune_teacher-smollm2-cpu.json finetune_teacher-demo-cpu.json \\
+        --teachers finetune_teacher-smollm2-cpu.json finetune_teacher-bundled-cpu.json \\
+        finetune_teacher-smollm2-training-cpu.json finetune_teacher-bundled-training-cpu.json \\
         --fill ../../docs/speed.md ../../README.md --figure ../../docs/speed.png
 
 A document marks the place of a table: everything between `<!-- table: NAME -->` and `<!-- end -->` is replaced. The
@@ -212,10 +213,11 @@ def length_table(run: dict[str, Any]) -> str:
     return table(["base, objective", "tokens", "tokens/s", "hours for 20 M tokens", "share of peak", "memory"], rows)
 
 
-def teachers_tables(measured: dict[str, Any], *trained: dict[str, Any]) -> dict[str, str]:
+def teachers_tables(runs: Sequence[dict[str, Any]]) -> dict[str, str]:
     """Return the tables of teachers whose time is linear in the length."""
+    trained = [run for run in runs if run["part"] == "training"]
     return {
-        "linear teachers": teacher_table(measured),
+        "linear teachers": teacher_table([run for run in runs if run["part"] == "teachers"]),
         "teacher operations": operations_table(trained[0]),
         "taught": taught_table(trained),
     }
@@ -232,13 +234,20 @@ def operations_table(run: dict[str, Any]) -> str:
     return table(["operations, dense = 1", *(f"{kind}, window {window:,}" for kind, window in teachers)], rows)
 
 
-def teacher_table(run: dict[str, Any]) -> str:
+def teacher_table(runs: Sequence[dict[str, Any]]) -> str:
     """Tabulate the KL of linear teachers from the dense one."""
     rows = [
-        [row["teacher"], f"{row['window']:,}", str(row["first"]), f"{row['kl']:.4f}"]
+        [
+            f"{run['model']}, {run['length']:,}",
+            row["teacher"],
+            str(row["window"]),
+            str(row["first"]),
+            f"{row['kl']:.4f}",
+        ]
+        for run in runs
         for row in sorted(run["rows"], key=lambda row: (row["window"], row["teacher"], row["first"]))
     ]
-    return table(["teacher", "window", "first tokens", "KL from the dense teacher"], rows)
+    return table(["base, tokens", "teacher", "window", "first tokens", "KL from the dense teacher"], rows)
 
 
 def taught_table(runs: Sequence[dict[str, Any]]) -> str:
@@ -899,8 +908,8 @@ def all_tables(
     `static_decode.py`, `prediction` runs of predicted tiles, see `joined_texts`; `quality` holds runs of what predicted
     tiles cost in perplexity, `bidirectional` runs of entmax_kernels.py without a causal mask, `flex` runs of
     predicted tiles beside FlexAttention, `lengths` is one of `finetune_length.py`, `float8` one of it in two
-    precisions, `gpus` one of `several_gpus.py`, and `teachers` holds runs of `finetune_teacher.py`: one of linear
-    teachers, and others of trainings."""
+    precisions, `gpus` one of `several_gpus.py`, and `teachers` holds runs of both parts of
+    `finetune_teacher.py`."""
     spread = [[label, f"{model['spread'][name]:.0%}"] for name, label in CACHES.items()]
     return {
         "machine": machine_table(kernels, model),
@@ -950,7 +959,7 @@ def all_tables(
         **({"lengths": length_table(lengths)} if lengths else {}),
         **({"fp8": float8_table(float8)} if float8 else {}),
         **({"several gpus": gpus_table(gpus)} if gpus else {}),
-        **(teachers_tables(*teachers) if teachers else {}),
+        **(teachers_tables(teachers) if teachers else {}),
         **(bidirectional_tables(bidirectional) if bidirectional else {}),
     }
 

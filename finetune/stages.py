@@ -145,9 +145,9 @@ class Training:
 
     def loss(self, stage: Stage, model: nn.Module, *batch: Tensor) -> Tensor:
         """Return the loss of a batch: chunks `[B, T]`, and the labels of a masked language model."""
-        options: dict[str, Any] = {}
-        if stage.name == "distill" and self.kind == "causal":
-            options = {**self.mixture, "teacher_window": self.config.teacher_window}
+        options: dict[str, Any] = dict(self.mixture) if stage.name == "distill" else {}
+        if stage.name == "distill" and self.config.teacher_window:
+            options["teacher_window"] = self.config.teacher_window
         return OBJECTIVES[self.kind][stage.name](model, *batch, **options)
 
     def targets(self, stage: Stage, *batch: Tensor) -> int | None:

@@ -77,6 +77,10 @@ def tables() -> dict[str, str]:
         lengths=read("finetune_length")[0],
         float8=read("finetune_fp8")[0],
         gpus=read("several_gpus")[0],
+        teachers=read(
+            *(f"finetune_teacher-{name}" for name in ("smollm2", "bundled", "smollm2-training", "bundled-training")),
+            machine="cpu",
+        ),
         quality=read(
             *(f"predicted_quality-{name}" for name in ("qwen", "smollm2", "smollm2-lora", "smollm2-unpatched"))
         ),
