@@ -17,7 +17,7 @@ from hf_sparse.core.layer import SparseAttentionLayer
 from hf_sparse.core.registry import Method, add_method, method_of
 from hf_sparse.embeddings import embeddings_of, has_new_embeddings
 from hf_sparse.errors import WeightsError
-from hf_sparse.patches.attach import attach, detach, is_other_adapter, sparse_layers, targets
+from hf_sparse.patches.attach import attach, check_one_method, detach, is_other_adapter, sparse_layers, targets
 from hf_sparse.patches.base import family_of
 from hf_sparse.patches.heads import choose_modules_to_save
 from hf_sparse.weights import check_names, check_values, layouts
@@ -34,7 +34,8 @@ class SparseModel(BaseTuner):
     def __init__(self, model: Any, peft_config: Any, adapter_name: str, *args: Any, **options: Any) -> None:
         self.in_peft_model = isinstance(peft_config, dict)  # transformers passes the configuration alone
         if self.in_peft_model:
-            _check_unpatched(model)  # first: PEFT adds to the configurations of the model before it looks at it
+            # First: PEFT adds to the configurations of the model before it looks at it.
+            _check_unpatched(model, peft_config[adapter_name])
         self.below: dict[str, Any] = {}  # configurations of a frozen adapter of another type
         configs = getattr(model, "peft_config", None)
         if self.in_peft_model and configs and not any(isinstance(c, SparseConfig) for c in configs.values()):
@@ -184,7 +185,7 @@ class SparseModel(BaseTuner):
         )
 
 
-def _check_unpatched(model: Any) -> None:
+def _check_unpatched(model: Any, config: Any) -> None:
     """Refuse a model that has sparse attention already, or is no model of transformers, before a `PeftModel` is made.
 
     Raises:
@@ -192,6 +193,7 @@ def _check_unpatched(model: Any) -> None:
         ValueError: PEFT would put new parameters in place of those of an adapter, and leave the base model trainable.
     """
     family_of(model)
+    check_one_method(model, config)
     if layer := next((layer for layer in sparse_layers(model) if layer.configs), None):
         raise ValueError(
             f"the model has {layer.label} attention already (adapter {', '.join(layer.configs)}), and what it learned "

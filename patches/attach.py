@@ -127,6 +127,16 @@ class Targets(NamedTuple):
     base_shape: dict[str, Any]
 
 
+def check_one_method(model: nn.Module, config: SparseConfig) -> None:
+    """Raise `ValueError` for a model that has another method than that of a configuration."""
+    kind = method_of(config).layer
+    if other := next((layer for layer in sparse_layers(model) if type(layer) is not kind), None):
+        raise ValueError(
+            f"the model has {other.label} attention already, and a model has one method at a time: take it off first "
+            f"(unpatch, or unload of a PeftModel), then add {kind.label}"
+        )
+
+
 def targets(model: PreTrainedModel, config: SparseConfig) -> Targets:
     """Find the attention modules that a configuration wants patched, with everything checked first.
 
@@ -144,11 +154,7 @@ def targets(model: PreTrainedModel, config: SparseConfig) -> Targets:
     kind = method_of(config).layer
     family = family_of(model)
     check_other_adapters(model)
-    if other := next((layer for layer in sparse_layers(model) if type(layer) is not kind), None):
-        raise ValueError(
-            f"the model has {other.label} attention already, and a model has one method at a time: take it off first "
-            f"(unpatch, or unload of a PeftModel), then add {kind.label}"
-        )
+    check_one_method(model, config)
     modules = list(family.modules(model))
     if reason := family.refusal(model):
         raise UnsupportedModelError(f"{type(model).__name__} cannot be patched: {reason}")
