@@ -117,10 +117,15 @@ def _check_resumable(
         DataError: it began with another base model or with other weights, or is of a step beyond the plan.
         ValueError: its settings are others.
     """
-    different = [key for key, value in identity.items() if state["settings"].get(key) != value]
-    if set(different) <= set(_DIVISION) and _chunks_per_step(state["settings"]) == _chunks_per_step(identity):
+    settings = state["settings"]
+    different = [
+        name
+        for name, value in {**settings, **identity}.items()  # a name that one of them lacks is different as well
+        if name not in identity or name not in settings or settings[name] != value
+    ]
+    if set(different) <= set(_DIVISION) and _chunks_per_step(settings) == _chunks_per_step(identity):
         different = []  # the same chunks, divided among processes and batches in another way
-    if different or state["settings"].keys() != identity.keys():
+    if different:
         raise ValueError(f"cannot resume with other settings than the checkpoint's; different: {', '.join(different)}")
     names = {"base": "another base model (weights or dtype)", "first_weights": "other first weights"}
     noted = state["origin"] if state["format"] > 1 else {}  # an older hf-sparse noted nothing

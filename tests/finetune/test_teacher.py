@@ -222,8 +222,8 @@ class TestWindow:
         assert json.loads((tmp_path / "finetune.json").read_text())["settings"]["teacher_window"] == 8
         assert metrics["history"][0]["loss"] != plain["history"][0]["loss"]
         assert finetune(sparse_llama(), chunks, replace(within, resume=True))["history"] == metrics["history"]
-        for other, named in ((0, ""), (16, "teacher_window")):
-            with pytest.raises(ValueError, match=f"cannot resume with other settings.*different: {named}"):
+        for other in (0, 16):
+            with pytest.raises(ValueError, match=r"cannot resume with other settings.*different: teacher_window$"):
                 finetune(sparse_llama(), chunks, replace(within, resume=True, teacher_window=other))
         told = estimate(sparse_llama(), chunks, replace(within, checkpoint_every=0))
         assert told["steps"] == 2 and told["tokens"] == 2 * 2 * 96

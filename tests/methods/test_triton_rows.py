@@ -8,6 +8,7 @@ import torch
 
 from hf_sparse import SparseKConfig
 from hf_sparse.core.layer import AttentionShape
+from hf_sparse.core.overrides import override
 from hf_sparse.methods.sparsek import SparseKAttention, rows, step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -102,6 +103,23 @@ def test_kernels_for_other_numbers_of_requests_need_no_more_memory(kernel_everyw
         rows.attend_steps(layer, states, index, index, *tokens(count, 1, torch.float32), 0.3)
     memories = {kernel.scratch[0].untyped_storage().data_ptr() for kernel in layer.row_kernels.values()}
     assert len(layer.row_kernels) == 3 and memories == {layer.row_scratch.untyped_storage().data_ptr()}
+
+
+def test_a_budget_of_as_many_slots_has_a_kernel_of_its_own(kernel_everywhere, monkeypatch):
+    layer = make(position_slope=0.01)
+    index, results = torch.arange(3, device=DEVICE), []
+    for in_rows in (rows.step_in_rows, lambda *arguments: None):
+        monkeypatch.setattr(rows, "step_in_rows", in_rows)
+        torch.manual_seed(1)
+        _, states = pages(layer, torch.float32)
+        for row in index.split(1):
+            rows.attend_chunk(layer, states, row, row, True, *tokens(1, 10, torch.float32), 0.3)
+        rows.attend_steps(layer, states, index, index, *tokens(3, 1, torch.float32), 0.3)
+        with override([layer.config], k=4, window=3):
+            steps = [rows.attend_steps(layer, states, index, index, *tokens(3, 1, torch.float32), 0.3) for _ in "1234"]
+        results.append((torch.stack(steps), states[0].flatten(1).sort(-1).values))
+    torch.testing.assert_close(results[0], results[1])
+    assert len(layer.row_kernels) == 2
 
 
 def test_kernels_do_not_keep_the_memory_of_a_pool(kernel_everywhere):

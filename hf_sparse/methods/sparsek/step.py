@@ -152,7 +152,8 @@ def step_in_rows(
 ) -> Tensor | None:
     """Take a decoding step with slots that lie in rows of a pool, without copying them.
 
-    The kernels of the pool are kept with the attention, one for each number of requests. They share their memory.
+    The kernels of the pool are kept with the attention, one for each number of requests and each budget. They share
+    their memory.
 
     Args:
         states: positions, seen, scores, keys and values `[rows, ...]`, see `methods.sparsek.rows`.
@@ -171,7 +172,8 @@ def step_in_rows(
     layout = (
         *(tensor.shape for tensor in tensors), *(tensor.stride() for tensor in tensors),
         *(tensor.dtype for tensor in tensors), *(state.data_ptr() for state in states),
-        states[3].shape, states[3].stride(), scorer, scaling,
+        states[3].shape, states[3].stride(), scorer, None if weight is None else weight.dtype,
+        scorer.position_slope, attention.budget, scaling,
     )  # fmt: skip
     if layout not in attention.row_kernels:
         attention.row_kernels[layout] = _kernel_of_rows(attention, states, tensors, scorer, scaling)
