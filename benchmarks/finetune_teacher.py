@@ -144,7 +144,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048, help="tokens of a chunk")
     parser.add_argument("--seen", type=int, default=110, help="chunks to train on, the first ones of the text")
     parser.add_argument("--measured", type=int, default=4, help="chunks to measure, the next ones")
-    parser.add_argument("--windows", type=int, nargs="*", default=[256, 512], help="of the linear teachers")
+    parser.add_argument("--windows", type=int, nargs="*", default=[256, 512], help="windows of the linear teachers")
     parser.add_argument("--every", type=int, default=4, help="tokens between two that `teachers` compares")
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--warm-start-steps", type=int, default=0)

@@ -421,7 +421,7 @@ def test_generation_in_train_mode_selects_as_in_eval_mode(tiny_llama, make):
 
 @pytest.mark.parametrize("make", ["patch", "get_base_model"])
 def test_a_patched_model_is_not_wrapped_anew(tiny_llama, make):
-    """What it learned would be drawn anew, and all of the base model trained."""
+    """Refuse what would draw the learned parameters anew and train all of the base model."""
     plain = (
         patch(tiny_llama(), config()) if make == "patch" else get_peft_model(tiny_llama(), config()).get_base_model()
     )

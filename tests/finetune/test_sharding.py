@@ -1,4 +1,4 @@
-"""What stays whole beside a divided base is on the device of its process; the device `meta` stands for a GPU."""
+"""Test that what stays whole beside a divided base is on the device of its process; `meta` stands for a GPU."""
 
 from types import SimpleNamespace
 

@@ -102,7 +102,7 @@ class TestWindow:
     @classmethod
     @torch.no_grad()
     def under_a_mask(cls, base, tokens, window, local=None, **options):
-        """What the base model says with a mask of these pairs; layers with a window of their own keep theirs."""
+        """Return what the base model says with a mask of these pairs; layers with a window of their own keep theirs."""
 
         def additive(seen):
             return torch.zeros(seen.shape, dtype=base.dtype).masked_fill(~seen, -torch.inf)[None, None]
