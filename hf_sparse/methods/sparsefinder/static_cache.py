@@ -99,7 +99,7 @@ class StaticSparsefinderCacheLayer(StaticLayer):
         """Forget the newest tokens, see `SparseCacheLayer`; the next ones are written over them."""
         self.in_attention = False
         if not is_recorded(self.device):
-            self.crop(-length)
+            self.cumulative_length.sub_(length)  # its `crop`, which older transformers lack
 
     def refusal_of_static(self) -> str | None:
         """Say nothing: it stands in a static cache."""
