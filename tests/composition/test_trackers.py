@@ -43,9 +43,8 @@ def test_tensorboard(steps, tmp_path):
     assert yaml.safe_load(file.read_text()) == settings
 
 
-def test_trackio(steps, tmp_path, monkeypatch):
+def test_trackio(steps):
     """`finetune` with `tracker="trackio"` writes the same into its local database."""
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
     trackio = pytest.importorskip("trackio", reason="not installed")
     expected, settings = steps("trackio")
     (run,) = trackio.Api().runs("hf-sparse")
@@ -53,7 +52,7 @@ def test_trackio(steps, tmp_path, monkeypatch):
     rows = storage.get_logs("hf-sparse", run.name)
     assert {row["step"]: {name: row[name] for name in expected[row["step"]]} for row in rows} == expected
     assert {name: run.config[name] for name in settings} == settings
-    assert list(tmp_path.glob("trackio/hf-sparse.db"))
+    assert storage.get_project_db_path("hf-sparse").is_file()
 
 
 def test_wandb(steps, tmp_path, monkeypatch):
