@@ -81,7 +81,7 @@ def make_models(args: argparse.Namespace, folder: Path) -> None:
 
 def run_apart(function: Callable[..., None], *arguments: Any) -> None:
     """Call a function in a process of its own, so that none has touched a GPU yet where vLLM forks its processes."""
-    process = multiprocessing.get_context("fork").Process(target=function, args=arguments)
+    process = multiprocessing.get_context("spawn").Process(target=function, args=arguments)
     process.start()
     process.join()
     if process.exitcode:
