@@ -3,6 +3,8 @@
 Without a GPU a recording is imitated: playing it computes again, into the same tensors.
 """
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 
@@ -139,3 +141,33 @@ def test_a_recording_that_plays_another_step_is_not_used(model, chunks, played, 
     torch.testing.assert_close(loss, plain(model, chunks[:2]))
     objectives.distill(model, chunks[:2])
     assert len(played) == 1
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="it imitates a recording")
+@pytest.mark.parametrize(("error", "is_played"), [(0.05, True), (0.5, False)], ids=["as far as runs", "further"])
+def test_a_recording_may_differ_as_far_as_steps_that_run_do(model, chunks, played, monkeypatch, error, is_played):
+    def noisy(call, device):
+        results = call()
+
+        def replay():
+            for result, new in zip(results, call(), strict=True):
+                result.copy_(new * (1 + error))
+
+        return results, replay
+
+    number = 0
+    compute = objectives._distill
+
+    def drifting(*args, **settings):
+        nonlocal number
+        number += 1
+        return compute(*args, **settings) * (1 + 0.04 * (number % 2))
+
+    soft(model)
+    monkeypatch.setattr(recorded_loss, "record", noisy)
+    monkeypatch.setattr(objectives, "_distill", drifting)
+    context = nullcontext() if is_played else pytest.warns(UserWarning, match="differs from one that ran")
+    with context:
+        for _ in range(3):
+            objectives.distill(model, chunks[:2])
+    assert (recorded_loss._recordings[model.get_base_model()].replay is not None) == is_played
