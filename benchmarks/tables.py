@@ -24,6 +24,7 @@
         entmax_prediction-h200.json --flex entmax_prediction-flex-h200.json --static static_decode-8-layers-h200.json \\
         --quality predicted_quality-*-h200.json --bidirectional entmax_bidirectional-*-h200.json \\
         --lengths finetune_length-h200.json --float8 finetune_fp8-h200.json --gpus several_gpus-h200.json \\
+        several_gpus-05ba201-h200.json \\
         --teachers finetune_teacher-smollm2-cpu.json finetune_teacher-bundled-cpu.json \\
         finetune_teacher-smollm2-training-cpu.json finetune_teacher-bundled-training-cpu.json \\
         --fill ../../docs/speed.md ../../README.md --figure ../../docs/speed.png
@@ -54,6 +55,7 @@ KERNELS = {  # contender: its name in tables
     "scan hard": "selection alone, hard",
     "scan soft": "selection alone, soft",
 }
+ENGINES = {"ddp": "DDP", "fsdp2": "FSDP2", "zero3": "ZeRO-3"}
 CACHES = {
     "dynamic": "dense, dynamic cache",
     "static": "dense, static cache, compiled",
@@ -271,10 +273,16 @@ def float8_table(run: dict[str, Any]) -> str:
     return length_table({"rows": list(last.values())})
 
 
-def gpus_table(run: dict[str, Any]) -> str:
+def gpus_table(runs: Sequence[dict[str, Any]]) -> str:
     """Tabulate training by several processes, one a GPU; of each case the process with the most memory counts."""
     cases: dict[str, dict[str, Any]] = {}
-    for case in (case for launch in run["launches"] for case in launch["cases"] if "resumed" not in case["case"]):
+    launches: list[dict[str, Any]] = []
+    for run in runs:
+        known = {case["case"] for launch in launches for case in launch["cases"]}
+        launches += [launch for launch in run["launches"] if not known & {case["case"] for case in launch["cases"]}]
+    for case in (case for launch in launches for case in launch["cases"]):
+        if case["case"].split()[-2] not in ENGINES or "resumed" in case["case"]:
+            continue
         merged = cases.setdefault(case["case"], {"peak_memory_bytes": 0, "tokens_per_second": math.inf})
         merged["peak_memory_bytes"] = max(merged["peak_memory_bytes"], case["peak_memory_bytes"])
         merged["tokens_per_second"] = min(merged["tokens_per_second"], case["tokens_per_second"])
@@ -284,7 +292,7 @@ def gpus_table(run: dict[str, Any]) -> str:
         *what, engine, gpus = name.split()
         values = [f"{case[key]:.2f}" if key in case else "-" for key in ("efficiency", "difference", "base_share")]
         peak = f"{case['peak_memory_bytes'] / 2**30:.1f} GiB"
-        label = "one process" if gpus == "1" else {"ddp": "DDP", "fsdp2": "FSDP2"}.get(engine, engine)
+        label = "one process" if gpus == "1" else ENGINES[engine]
         rows.append([" ".join(what), label, gpus, f"{case['tokens_per_second']:,.0f}", *values, peak])
     head = ["case", "engine", "GPUs", "tokens/s of all", "efficiency", "difference", "share of base", "memory of a GPU"]
     return table(head, rows)
@@ -894,7 +902,7 @@ def all_tables(
     flex: Sequence[dict[str, Any]] = (),
     lengths: dict[str, Any] | None = None,
     float8: dict[str, Any] | None = None,
-    gpus: dict[str, Any] | None = None,
+    gpus: Sequence[dict[str, Any]] = (),
     teachers: Sequence[dict[str, Any]] = (),
 ) -> dict[str, str]:
     """Return every table by the name that documents call it.
@@ -908,7 +916,7 @@ def all_tables(
     `static_decode.py`, `prediction` runs of predicted tiles, see `joined_texts`; `quality` holds runs of what predicted
     tiles cost in perplexity, `bidirectional` runs of entmax_kernels.py without a causal mask, `flex` runs of
     predicted tiles beside FlexAttention, `lengths` is one of `finetune_length.py`, `float8` one of it in two
-    precisions, `gpus` one of `several_gpus.py`, and `teachers` holds runs of both parts of
+    precisions, `gpus` runs of `several_gpus.py`, and `teachers` holds runs of both parts of
     `finetune_teacher.py`."""
     spread = [[label, f"{model['spread'][name]:.0%}"] for name, label in CACHES.items()]
     return {
@@ -1034,7 +1042,7 @@ def main() -> None:
     parser.add_argument("--bidirectional", type=Path, nargs="+", default=[], help="JSON of entmax_kernels.py")
     parser.add_argument("--lengths", type=Path, help="JSON of finetune_length.py")
     parser.add_argument("--float8", type=Path, help="JSON of finetune_length.py in two precisions")
-    parser.add_argument("--gpus", type=Path, help="JSON of several_gpus.py")
+    parser.add_argument("--gpus", type=Path, nargs="+", default=[], help="JSON of several_gpus.py")
     parser.add_argument("--teachers", type=Path, nargs="+", default=[], help="JSON of finetune_teacher.py, per run")
     parser.add_argument(
         "--flex", type=Path, nargs="+", default=[], help="JSON of entmax_prediction.py beside FlexAttention"
@@ -1081,7 +1089,7 @@ def main() -> None:
         flex=list(map(read, options.flex)),
         lengths=read(options.lengths) if options.lengths else None,
         float8=read(options.float8) if options.float8 else None,
-        gpus=read(options.gpus) if options.gpus else None,
+        gpus=[read(path) for path in options.gpus],
         teachers=list(map(read, options.teachers)),
     )
     if options.figure:

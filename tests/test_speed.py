@@ -76,7 +76,7 @@ def tables() -> dict[str, str]:
         bidirectional=read("entmax_bidirectional-1", "entmax_bidirectional-8"),
         lengths=read("finetune_length")[0],
         float8=read("finetune_fp8")[0],
-        gpus=read("several_gpus")[0],
+        gpus=read("several_gpus", "several_gpus-05ba201"),
         teachers=read(
             *(f"finetune_teacher-{name}" for name in ("smollm2", "bundled", "smollm2-training", "bundled-training")),
             machine="cpu",
