@@ -7,7 +7,7 @@ program for each head scores the token. The last program of a head to arrive joi
 the last head to arrive counts the token. The counters of arrivals return to zero by themselves.
 
 A step waits for memory again and again rather than for the amount that it reads, so that what can be read early is:
-keys and values before the slot is found, and the results of all programs of a head at once.
+keys and values while earlier ones are attended to, and the results of all programs of a head at once.
 
 The slots may be rows of a pool, which an index chooses: so requests that come and go share a kernel and its memory, and
 a captured graph reads the index when it is replayed.
@@ -28,6 +28,7 @@ from hf_sparse.ops.selection.triton.slots import slots_of_head, steps_of_program
 
 _PROGRAMS = 512  # about four for each multiprocessor of a large GPU
 _BYTES = 1 << 13  # bytes of keys per step of a program
+_SHARED = 48 << 10  # bytes of keys and values on their way to a program, which any GPU has room for
 _CHUNK = 1024  # slots that are searched at a time
 _COLUMNS = 1024  # columns of the input that are summed at a time
 _ROWS = 128  # rows that are counted at a time
@@ -120,6 +121,7 @@ class StepKernel:
             "D": dim,
             "DIM": max(16, width),
             "BLOCK": block,
+            "STAGES": max(1, min(3, _SHARED // (2 * block * width * query.element_size()))),
             "CHUNK": min(_CHUNK, triton.next_power_of_2(number)),
             "COLUMNS": _COLUMNS,
             "ROWS": _ROWS,
@@ -238,6 +240,7 @@ def _step(
     D: tl.constexpr,
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
     CHUNK: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
@@ -277,26 +280,26 @@ def _step(
         peak = tl.full([GROUP], -float("inf"), tl.float32)
         mass = tl.zeros([GROUP], tl.float32)
         out = tl.zeros([GROUP, DIM], tl.float32)
-        slot = split * share + tl.arange(0, BLOCK)
-        held, k, v = _load_slots(keys, values, positions, slot, slots, column, D)
+        new_logits = tl.sum(q.to(tl.float32) * new_key[None, :].to(tl.float32), 1)
         target = _slot_of_next(scores, positions, position, slots, window, sinks, CHUNK)
-        for begin in range(0, share, BLOCK):
+        # Keys and values go to the products as they are loaded, so that those of two steps ahead are on their way.
+        for begin in tl.range(0, share, BLOCK, num_stages=STAGES):
+            slot = split * share + begin + tl.arange(0, BLOCK)
+            held, k, v = _load_slots(keys, values, positions, slot, slots, column, D)
             fresh = (slot == target) & real
-            filled = held | fresh
-            k = tl.where(fresh[:, None], new_key[None, :], k)
-            v = tl.where(fresh[:, None], new_value[None, :], v)
-            logits = tl.dot(q, tl.trans(k), input_precision="ieee") * scaling
-            logits = tl.where(filled[None, :], logits, -float("inf"))
+            logits = tl.dot(q, tl.trans(k), input_precision="ieee")
+            logits = tl.where(fresh[None, :], new_logits[:, None], logits) * scaling
+            logits = tl.where((held | fresh)[None, :], logits, -float("inf"))
             higher = tl.maximum(peak, tl.max(logits, 1))
             anchor = tl.where(higher == -float("inf"), 0.0, higher)
             weights = tl.exp(logits - anchor[:, None])
             rescale = tl.exp(peak - anchor)
             mass = mass * rescale + tl.sum(weights, 1)
-            out = out * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
+            of_new = tl.sum(tl.where(fresh[None, :], weights, 0.0), 1)
+            weights = tl.where(fresh[None, :], 0.0, weights).to(v.dtype)
+            out = out * rescale[:, None] + of_new[:, None] * new_value[None, :].to(tl.float32)
+            out += tl.dot(weights, v, input_precision="ieee")
             peak = higher
-            slot += BLOCK
-            until = tl.where(begin + BLOCK < share, slots, 0)  # after the last ones nothing is read
-            held, k, v = _load_slots(keys, values, positions, slot, until, column, D)
         out = out / tl.where(mass == 0, 1.0, mass)[:, None]
         if SPLITS == 1:
             at = (first + member[:, None]) * D + column[None, :]
