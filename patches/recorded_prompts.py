@@ -164,8 +164,8 @@ class RecordedPrompts:
     """Read the prompts of a patched model in `generate`, and record those that wait for Python.
 
     What runs as ever: padding, inputs other than tokens and their positions, a cache that holds something or has layers
-    that are not the method's, autocast, gradients, outputs other than logits, quantised models, adapters that
-    transformers manages, what `model_state` refuses, and methods whose layers have no `prompt_edge`.
+    that are not the method's, autocast, gradients, outputs other than logits, quantised models, what `model_state`
+    refuses, and methods whose layers have no `prompt_edge`.
 
     Attributes:
         played: how many prompts were played.
@@ -216,7 +216,7 @@ class RecordedPrompts:
             return None
         if type(to_keep) is not int or to_keep != 1 or not inputs.get("use_cache") or not inputs.get("return_dict"):
             return None
-        if any([name not in _INPUTS and value is not None and value is not False for name, value in inputs.items()]):
+        if not all([name in _INPUTS or _says_nothing(value) for name, value in inputs.items()]):
             return None
         if positions is not None and (positions.ndim != 2 or positions.shape[1] != ids.shape[1]):
             return None
@@ -350,6 +350,11 @@ def _entry(entries: OrderedDict[Hashable, V], key: Hashable, make: Callable[[], 
             entries.popitem(last=False)
     entries.move_to_end(key)
     return entries[key]
+
+
+def _says_nothing(value: Any) -> bool:
+    """Tell whether an input is as if it were not there, such as the outputs of encoders of pictures without any."""
+    return value is None or value is False or (isinstance(value, dict) and not value)
 
 
 def _layers_to_fill(cache: Any, attentions: Sequence[SparseAttentionLayer]) -> list[Any] | None:

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import yaml
@@ -248,6 +248,8 @@ def played_prompts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     Every prompt counts as one that waits for Python. A recording on the CPU is imitated, as by `played`.
     """
+    import torch
+
     from hf_sparse.patches import attach, recorded_prompts
 
     played: list[int] = []
@@ -272,9 +274,8 @@ def played_prompts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return output, lambda: (played.append(length), replay())
 
     def may_imitate(model, config):
-        if model.device.type == "cpu":
-            return not config.disable_compile and config.compile_config is None
-        return may_record(model, config)
+        devices = getattr(model, "hf_device_map", {})
+        return may_record(SimpleNamespace(device=torch.device("cuda"), hf_device_map=devices), config)
 
     monkeypatch.setattr(recorded_prompts, "Timing", Timing)
     monkeypatch.setattr(recorded_prompts, "record", note)
