@@ -123,7 +123,8 @@ def test_tokens_and_slots_are_those_of_prompts_that_run(tiny_llama, played_promp
 def test_every_family(family, played_prompts):
     """Heads take the place of the last token as a tensor, and nothing else tells a text from what stands behind it.
 
-    On a GPU experts that wait for the device are not recorded, nor are layers with a window of their own anywhere."""
+    On a GPU experts that wait for the device are not recorded, nor is an older OPT, which looks into a mask of its own;
+    layers with a window of their own are recorded nowhere."""
     model = sparse(family.make())
     warm_up(model, 60, 2)
     for length in (60, 37):
@@ -131,9 +132,10 @@ def test_every_family(family, played_prompts):
         found, expected = (generate(model, ids, max_new_tokens=9, disable_compile=plain) for plain in (False, True))
         assert torch.equal(found.sequences, expected.sequences)
         torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-4)
+    waits = "num_experts" in family.settings or (family.name == "opt" and "past_key_values" in with_cache(None))
     if family.local:
         assert not played_prompts
-    elif DEVICE == "cpu" or "num_experts" not in family.settings:
+    elif DEVICE == "cpu" or not waits:
         assert played_prompts == [64, 64]
 
 

@@ -7,6 +7,8 @@ import torch
 
 from hf_sparse.core.cache import ModelCall
 from hf_sparse.methods.sparsek import SparseKCacheLayer, reading
+from hf_sparse.methods.sparsek.ragged_cache import RaggedCacheLayer
+from hf_sparse.methods.sparsek.reading import Scoring
 from hf_sparse.ops import sparsek_attention
 from hf_sparse.ops.selection import ragged
 from hf_sparse.ops.selection import slots as reference
@@ -175,6 +177,33 @@ def test_every_place_of_a_tile_may_be_the_end(k, window, sinks, ties, monkeypatc
         assert torch.equal(slots.positions, positions), number
         assert torch.equal(slots.keys, keys) and torch.equal(slots.values, values)
         assert slots.seen.tolist() == [number] and slots.tokens == number and not slots.padded_late.any()
+
+
+@pytest.mark.parametrize("end", [20, 33, 60])
+@pytest.mark.parametrize("k", [12, (4, 20)], ids=str)
+def test_a_cache_layer_takes_the_slots_of_a_text_that_ends_early(k, end, monkeypatch, poisoned_memory):
+    """It heeds the end that the call of the model has, in both ways to read, and attends as without it."""
+    monkeypatch.setattr(reading, "_is_on_current_device", lambda query: True)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    attention = SimpleNamespace(baseline=None, observer=None, active="a", identities={"a": "id"})
+    query, key, value, states, weight, _ = inputs(1, 4, 2, 60 if end > 30 else 24, 16, 48, torch.float32, False)
+    scoring = Scoring(weight, None, (weight.data_ptr(), weight.dtype, 0, 0.0), (weight.data_ptr(), 0), "layout")
+    results = []
+    for tokens in (query.shape[2], end):
+        kind = SparseKCacheLayer if isinstance(k, int) else RaggedCacheLayer
+        cache = kind(k, 10, 3, owner=("id", None))
+        cache.scoring = scoring
+        cache.call = ModelCall(layers=1, end=torch.tensor([end], device=DEVICE) if tokens != end else None)
+        cut = [tensor[:, :, :tokens] for tensor in (query, key, value)]
+        with torch.no_grad():
+            output = reading.read_in_few_launches(attention, *cut, states[:, :tokens].contiguous(), None, cache, 0.25)
+        results.append((output[:, :, :end], cache))
+    (ours, read), (expected, alone) = results
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    for name in ("keys", "values", "positions", "seen", "padded_late", "cumulative_length"):
+        assert torch.equal(getattr(read, name), getattr(alone, name)), name
+    torch.testing.assert_close(read.scores, alone.scores, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("counts", [7, (3, 5)])
