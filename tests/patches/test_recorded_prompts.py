@@ -151,6 +151,24 @@ def test_lengths_of_a_bucket_share_a_recording(model, played_prompts):
     assert len(prompts_of(model)._memory.recordings) == 1
 
 
+def test_lengths_that_never_come_again(model, played_prompts):
+    """The first prompts of other lengths may compile kernels, so one more of them is timed."""
+    for length in (40, 41, 42, 43, 44):
+        generate(model, prompt(length))
+    assert played_prompts == [64, 64]
+
+
+def test_a_prompt_that_an_error_ended_does_not_count(model, played_prompts, monkeypatch):
+    generate(model, prompt(40))
+    with monkeypatch.context() as broken:
+        broken.setattr(type(model.lm_head), "forward", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            generate(model, prompt(40))
+    for number in (0, 1, 2):
+        generate(model, prompt(40))
+        assert len(played_prompts) == number
+
+
 def test_masks_and_positions_of_the_caller(model, played_prompts):
     """Positions are read by the recording; a mask without padding is left out, and one with padding runs."""
     ids, length = prompt(50, 2), 50
