@@ -256,8 +256,10 @@ class RecordedPrompts:
         length = None if None in edges or None in keys else _bucket(model, ids.shape[1], edges)
         if length is None or (len(ids), length) in self._as_ever or _is_unusual(model):
             return None
+        if mask is not None and not bool(mask.all()):  # waits for nothing: the prompt is the first that is launched
+            return None
         state = state_of(model, ids.device, {hook.id for attention in attentions for hook in attention.hooks})
-        if state is None or (mask is not None and not bool(mask.all())):
+        if state is None:
             return None
         with self._lock:
             number = _entry(self._memory.states, state, lambda: next(self._numbers), _MOST_STATES)
