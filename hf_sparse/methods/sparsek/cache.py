@@ -267,6 +267,11 @@ class SparseKCacheLayer(SlotMemory):
         """
         if not self.is_initialized:
             self.begin_text(keys, values)
+        end = None if self.call is None else self.call.end
+        if end is not None:
+            tokens = slice(int(end))  # waits for the device: only what `reading` takes is recorded there
+            keys, values, scores = keys[:, :, tokens], values[:, :, tokens], scores[:, :, tokens]
+            self.cumulative_length.copy_(end[0])
         self._fill_whole(keys, values, scores)
         self.empty = False
 
