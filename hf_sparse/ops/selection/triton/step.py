@@ -278,9 +278,14 @@ def _step(
         mass = tl.zeros([GROUP], tl.float32)
         out = tl.zeros([GROUP, DIM], tl.float32)
         slot = split * share + tl.arange(0, BLOCK)
-        held, k, v = _load_slots(keys, values, positions, slot, slots, column, D)
+        held = _is_filled(positions, slot, slots)
+        k, v = _load_slots(keys, values, slot, held, column, D)
+        is_next = _is_filled(positions, slot + BLOCK, tl.where(share > BLOCK, slots, 0))
         target = _slot_of_next(scores, positions, position, slots, window, sinks, CHUNK)
         for begin in range(0, share, BLOCK):
+            # The next slots are on their way while these are attended to; after the last ones nothing is read.
+            next_k, next_v = _load_slots(keys, values, slot + BLOCK, is_next, column, D)
+            after = _is_filled(positions, slot + 2 * BLOCK, tl.where(begin + 2 * BLOCK < share, slots, 0))
             fresh = (slot == target) & real
             filled = held | fresh
             k = tl.where(fresh[:, None], new_key[None, :], k)
@@ -295,8 +300,7 @@ def _step(
             out = out * rescale[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
             peak = higher
             slot += BLOCK
-            until = tl.where(begin + BLOCK < share, slots, 0)  # after the last ones nothing is read
-            held, k, v = _load_slots(keys, values, positions, slot, until, column, D)
+            held, k, v, is_next = is_next, next_k, next_v, after
         out = out / tl.where(mass == 0, 1.0, mass)[:, None]
         if SPLITS == 1:
             at = (first + member[:, None]) * D + column[None, :]
@@ -351,12 +355,17 @@ def _step(
 
 
 @triton.jit
-def _load_slots(keys, values, positions, slot, slots, column, D: tl.constexpr):
-    """Load keys and values of slots, and whether they are filled; of slots from `slots` on nothing is read."""
-    held = tl.load(positions + slot, mask=slot < slots, other=-1) >= 0
+def _is_filled(positions, slot, slots):
+    """Tell which slots are filled; of slots from `slots` on nothing is read."""
+    return tl.load(positions + slot, mask=slot < slots, other=-1) >= 0
+
+
+@triton.jit
+def _load_slots(keys, values, slot, held, column, D: tl.constexpr):
+    """Load keys and values of slots, of those alone that are filled."""
     mask = held[:, None] & (column[None, :] < D)
     at = slot[:, None] * D + column[None, :]
-    return held, tl.load(keys + at, mask=mask, other=0.0), tl.load(values + at, mask=mask, other=0.0)
+    return tl.load(keys + at, mask=mask, other=0.0), tl.load(values + at, mask=mask, other=0.0)
 
 
 @triton.jit
