@@ -24,7 +24,7 @@ from transformers import DynamicCache
 
 from hf_sparse._compat import with_cache
 from hf_sparse.core.layer import SparseAttentionLayer
-from hf_sparse.patches.cache import is_unused, make_layers
+from hf_sparse.patches.cache import SparseCache, is_unused, make_layers
 from hf_sparse.patches.interface import other_adapters
 from hf_sparse.patches.model_state import state_of
 from hf_sparse.patches.recorded_steps import is_on_gpu, record, run_beside
@@ -97,12 +97,14 @@ class _Prompt(NamedTuple):
 
     Attributes:
         cache: of transformers, without a token.
-        modules, attentions: the attention module of each of its layers, and the sparse attention of that.
+        layers: its layers when it will hold the prompt.
+        modules, attentions: the attention module of each of them, and the sparse attention of that.
         length: tokens of its bucket, padding included.
         key: what has to be the same in a replay, beside the length.
     """
 
     cache: Any
+    layers: list[Any]
     modules: Sequence[nn.Module]
     attentions: list[SparseAttentionLayer]
     length: int
@@ -218,15 +220,17 @@ class RecordedPrompts:
             return None
         if positions is not None and (positions.ndim != 2 or positions.shape[1] != ids.shape[1]):
             return None
+        if isinstance(mask, dict) and all([part is None for part in mask.values()]):  # of each kind of layer
+            mask = None
         if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
             return None
-        layers = getattr(cache, "layers", ())
-        if [module.layer_idx for module in modules] != list(range(len(layers))):
-            return None
-        if not all([is_unused(cache, index) for index in range(len(layers))]):
+        if [module.layer_idx for module in modules] != list(range(len(getattr(cache, "layers", ())))):
             return None
         attentions: list[Any] = [module.sparse_attention for module in modules]
         if not attentions or not all([attention.is_active for attention in attentions]):
+            return None
+        layers = _layers_to_fill(cache, attentions)
+        if layers is None:
             return None
         if attentions[0].is_managed() and any(
             [other_adapters(*pair) for pair in zip(modules, attentions, strict=True)]
@@ -242,8 +246,8 @@ class RecordedPrompts:
         with self._lock:
             number = _entry(self._memory.states, state, lambda: next(self._numbers), _MOST_STATES)
         of_positions = None if positions is None else (len(positions), positions.dtype)
-        key = (number, len(ids), ids.dtype, ids.device, of_positions, *keys)
-        return _Prompt(cache, modules, attentions, length, key)
+        key = (number, len(ids), ids.dtype, ids.device, of_positions, *edges, *keys)
+        return _Prompt(cache, layers, modules, attentions, length, key)
 
     def _recording(self, model: nn.Module, prompt: _Prompt, inputs: dict[str, Any]) -> _Recording | None:
         """Return the recording for a prompt, made now if it is time; `None` if the prompt has to run."""
@@ -323,8 +327,7 @@ class RecordedPrompts:
             held[:, :tokens].copy_(inputs[name])  # behind them stands what an earlier prompt had there
         recording.end.fill_(tokens)
         recording.replay()
-        layers: list[Any] = [attention.cache_layer() for attention in prompt.attentions]
-        layers[0].copy_texts(recording.layers, layers)
+        prompt.layers[0].copy_texts(recording.layers, prompt.layers)
         logits = recording.output["logits"].clone()
         if timing is not None:
             timing.stop()
@@ -332,9 +335,9 @@ class RecordedPrompts:
         if ids.is_cuda:
             memory.last = torch.cuda.Event()
             memory.last.record()
-        for index, layer in enumerate(layers):
+        for layer in prompt.layers:
             layer.note_tokens(tokens)
-            prompt.cache.layers[index] = layer
+        prompt.cache.layers[:] = prompt.layers
         self.played += 1
         return recording.output["kind"](logits=logits, **with_cache(prompt.cache))
 
@@ -347,6 +350,20 @@ def _entry(entries: OrderedDict[Hashable, V], key: Hashable, make: Callable[[], 
             entries.popitem(last=False)
     entries.move_to_end(key)
     return entries[key]
+
+
+def _layers_to_fill(cache: Any, attentions: Sequence[SparseAttentionLayer]) -> list[Any] | None:
+    """Return new layers for an empty cache that `generate` made, or those of a `SparseCache` that are as if new.
+
+    Returns:
+        `None` for other caches, which hold something, or layers of another kind or another budget.
+    """
+    new: list[Any] = [attention.cache_layer() for attention in attentions]
+    if type(cache) is SparseCache:
+        pairs = zip(cache.layers, new, strict=True)
+        is_new = all([type(layer) is type(other) and vars(layer) == vars(other) for layer, other in pairs])
+        return list(cache.layers) if is_new else None
+    return new if all([is_unused(cache, index) for index in range(len(new))]) else None
 
 
 def _bucket(model: nn.Module, tokens: int, edges: Iterable[int]) -> int | None:

@@ -37,8 +37,8 @@ def sparse(base, **changes):
     model = patch(base.to(DEVICE), SparseKConfig(**CONFIG | changes))
     with torch.no_grad():
         for layer in sparse_layers(model, SparseKAttention):
-            for scorer in layer.sparsek_scorer.values():
-                scorer.weight.normal_(generator=torch.Generator(DEVICE).manual_seed(layer.layer))
+            for parameter in layer.sparsek_scorer.parameters():
+                parameter.normal_(generator=torch.Generator(DEVICE).manual_seed(layer.layer))
     return model
 
 
@@ -86,6 +86,8 @@ SHARES = {
     "layers": {"layer_shares": [1.5, 0.5]},
     "heads": {"head_shares": [[0.5, 1.0], [1.75, 0.75]]},
     "pinned": {"pin_prompt": 5},
+    "another scorer": {"scorer": "mlp", "scorer_hidden_size": 16},
+    "slopes": {"position_slope": 0.01, "learn_slope": True},
 }
 
 
@@ -196,6 +198,24 @@ def test_a_cache_goes_on_after_another_prompt_was_played(model, played_prompts):
     assert played_prompts == [64, 64, 16, 16]
 
 
+def test_a_cache_that_the_user_made(model, played_prompts):
+    """Its layers stay those that the user sees; a second turn, and a cache with a token in it, run."""
+    results = []
+    for plain in (True, False, False, False):
+        cache = SparseKCache(model)
+        layers = list(cache.layers)
+        first = generate(model, prompt(40), disable_compile=plain, **with_cache(cache))
+        more = torch.cat([first.sequences, prompt(7, seed=6)], 1)
+        results.append(generate(model, more, max_new_tokens=9, disable_compile=True, **with_cache(cache)))
+        assert all(one is other for one, other in zip(cache.layers, layers, strict=True))
+    assert_same(results[-1], results[0])
+    assert played_prompts == [64]
+    for _ in range(4):
+        cache.reset()
+        generate(model, prompt(40), **with_cache(cache))
+    assert played_prompts == [64]
+
+
 def test_caches_of_each_call_are_apart(model, played_prompts):
     warm_up(model, 30)
     first, second = (cache_of(generate(model, prompt(30, seed=seed))) for seed in (3, 4))
@@ -236,7 +256,6 @@ def test_embeddings_and_caches_of_others_run(model, played_prompts):
     embeddings = model.get_input_embeddings()(ids).detach()
     for _ in range(4):
         model.generate(inputs_embeds=embeddings, do_sample=False, max_new_tokens=3)
-        model.generate(ids, do_sample=False, max_new_tokens=3, **with_cache(SparseKCache(model)))
         model.generate(ids, do_sample=False, max_new_tokens=3, **with_cache(DynamicCache()))
     assert not played_prompts
 
