@@ -4,6 +4,10 @@
 
     forward   `model(ids, use_cache=True, logits_to_keep=1)`: the text is read, and a cache holds it
     generate  default `generate` of one new token
+    varied    the same with prompts up to a twentieth shorter, where those of `generate` were played as CUDA graphs
+
+`played` counts the measured prompts that were played. The first four calls of each are discarded: the prompts of a
+length that comes again are recorded in the third. A cell ends after `--rounds`, or after `--seconds`.
 
 The dense model is the base model without a patch; the patched one shares its weights, which are random and change
 neither time nor memory. The host that launches the kernels sets the pace of short texts and varies, so only ratios of
@@ -33,8 +37,11 @@ from hf_sparse._compat import cache_of
 from hf_sparse.atomic_files import write_json
 from hf_sparse.environment import describe
 from hf_sparse.ops.selection import api
+from hf_sparse.patches import sparse_layers
 
 ALLOWED = 1e-3  # largest relative difference of the comparison
+DISCARDED = 4  # calls before those that count
+LEAST = 3  # calls that count, however long they take
 
 
 def forward(model: PreTrainedModel, ids: Tensor) -> Any:
@@ -47,7 +54,11 @@ def generate(model: PreTrainedModel, ids: Tensor) -> Any:
     return model.generate(ids, attention_mask=mask, max_new_tokens=1, do_sample=False)  # type: ignore[operator]
 
 
-CALLS: dict[str, Callable[[PreTrainedModel, Tensor], Any]] = {"forward": forward, "generate": generate}
+CALLS: dict[str, Callable[[PreTrainedModel, Tensor], Any]] = {
+    "forward": forward,
+    "generate": generate,
+    "varied": generate,
+}
 
 
 def check(shape: dict[str, Any], options: argparse.Namespace) -> dict[str, float]:
@@ -77,20 +88,31 @@ def check(shape: dict[str, Any], options: argparse.Namespace) -> dict[str, float
 
 
 def measure(models: dict[str, PreTrainedModel], ids: Tensor, options: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds of both calls by variant, from calls that alternate, and the kernels of a forward."""
+    """Milliseconds of the calls by variant, from calls that alternate, and the kernels of a forward."""
     row: dict[str, Any] = {}
+    recorded = sparse_layers(models["sparse"])[0].on_toggle.prompts  # type: ignore[union-attr]
     for call, run in CALLS.items():
+        if call == "varied" and not row["generate"]["played"]:
+            continue
         times: dict[str, list[float]] = {name: [] for name in models}
-        for number in range(2 + options.rounds):
+        played, started = recorded.played, time.perf_counter()
+        for number in range(DISCARDED + options.rounds):
+            if number == DISCARDED:
+                played = recorded.played
+            if number >= DISCARDED + LEAST and time.perf_counter() - started > options.seconds:
+                break
+            text = ids[:, : ids.shape[1] - (number % 4 * ids.shape[1] // 64 if call == "varied" else 0)]
             for name in sorted(models, reverse=number % 2 == 1):  # each is the first of a pair as often
                 wait(options.device)
                 begin = time.perf_counter()
-                run(models[name], ids)
+                run(models[name], text)
                 wait(options.device)
                 times[name].append(1e3 * (time.perf_counter() - begin))
-        medians = {name: statistics.median(of_name[2:]) for name, of_name in times.items()}
+        medians = {name: statistics.median(of_name[DISCARDED:]) for name, of_name in times.items()}
         row[call] = {f"{name}_ms": ms for name, ms in medians.items()} | {
-            "first_ms": {n: t[0] for n, t in times.items()}
+            "first_ms": {n: t[0] for n, t in times.items()},
+            "calls": len(times["sparse"]) - DISCARDED,
+            "played": recorded.played - played,
         }
         row[call]["ratio"] = medians["dense"] / medians["sparse"]
     row["profile"] = {}
@@ -107,12 +129,13 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--prompts", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384], help="tokens")
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=15, help="calls that count")
+    parser.add_argument("--seconds", type=float, default=3, help="after which a cell ends with fewer calls")
     parser.add_argument("--no-check", action="store_true", help="measure without the comparison, for a trial")
     add_options(parser)
     options = parser.parse_args()
     options.method, options.fitted, options.new_tokens = "sparsek", 1, 1  # what `make_models` of `generate.py` asks for
-    named = ("prompts", "batch", "rounds", "k", "window", "sinks", "device", "dtype", "tiny")
+    named = ("prompts", "batch", "rounds", "seconds", "k", "window", "sinks", "device", "dtype", "tiny")
     result: dict[str, Any] = {
         "format": 1,
         "benchmark": "prefill",
@@ -134,7 +157,9 @@ def main() -> None:
             result["rows"].append(row)
             told = [
                 f"{call} {row[call]['dense_ms']:.2f} / {row[call]['sparse_ms']:.2f} ms ({row[call]['ratio']:.2f})"
+                + (f" {row[call]['played']} of {row[call]['calls']} played" if row[call]["played"] else "")
                 for call in CALLS
+                if call in row
             ]
             counts = [
                 f"{name} {p['launches']} launches, {p['kernels_ms']:.2f} ms" for name, p in row["profile"].items()

@@ -383,9 +383,9 @@ def first_tokens_table(generate: dict[str, Any], before: Sequence[dict[str, Any]
 
 
 def prefill_call_table(runs: Sequence[dict[str, Any]]) -> str:
-    """Tabulate runs of `prefill.py`: milliseconds and ratios of both calls, and the kernels of a forward.
+    """Tabulate runs of `prefill.py`: milliseconds and ratios of the calls, prompts played, and kernels of a forward.
 
-    A cell is that of the first run which has it.
+    A cell is that of the first run which has it; earlier runs played no prompt.
     """
     rows = []
     every = [row | {"commit": run["commit"][:7]} for run in runs for row in run["rows"]]
@@ -395,10 +395,14 @@ def prefill_call_table(runs: Sequence[dict[str, Any]]) -> str:
         for call in ("forward", "generate"):
             dense, sparse = row[call]["dense_ms"], row[call]["sparse_ms"]
             cells += [short(dense), short(sparse), f"{row[call]['ratio']:.2f}"]
+        cells.append(f"{row['varied']['ratio']:.2f}" if "varied" in row else "-")
+        generate = row["generate"]
+        cells.append(f"{generate['played']} of {generate['calls']}" if "played" in generate else "-")
         profile = [row["profile"][name] for name in ("dense", "sparse")]
         cells.append(" / ".join(short(one["kernels_ms"]) for one in profile))
         rows.append([*cells, " / ".join(f"{one['launches']:,}" for one in profile), row["commit"]])
     calls = [f"{name}, {what}" for name in ("forward", "first token") for what in ("dense", "sparse", "times as fast")]
+    calls += ["first token, varied lengths, times as fast", "prompts played"]
     return table(["ms: shape, prompt", *calls, "kernels, dense / sparse", "launches, dense / sparse", "commit"], rows)
 
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar, overload
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 
 from hf_sparse.core.config import SparseConfig
 from hf_sparse.core.layer import AttentionShape, SparseAttentionLayer
@@ -20,6 +20,7 @@ from hf_sparse.patches.base import family_of
 from hf_sparse.patches.compiled_layers import compiled_layers
 from hf_sparse.patches.interface import NAME, before_attention
 from hf_sparse.patches.lora import check_lora, enable_lora
+from hf_sparse.patches.recorded_prompts import PromptCaller, RecordedPrompts
 from hf_sparse.patches.recorded_steps import RecordedSteps, may_record
 
 CHILD = "sparse_attention"
@@ -337,10 +338,11 @@ class _Switch:
     Called, it sets the attention implementation of the model's config: ours while the method is on, the base's while
     off. It stands in front of the model's `save_pretrained` and `push_to_hub`, which know nothing of the method, until
     `remove`; and of what `generate` asks whether and how to compile its steps: it may record them instead, and where
-    they are to be compiled, compile one layer for all.
+    they are to be compiled, compile one layer for all. It stands in front of what reads the prompt there too, which may
+    play a recorded one.
     """
 
-    _BEFORE = ("save_pretrained", "push_to_hub", "_valid_auto_compile_criteria", "get_compiled_call")
+    _BEFORE = ("save_pretrained", "push_to_hub", "_valid_auto_compile_criteria", "get_compiled_call", "_prefill")
 
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config
@@ -356,6 +358,7 @@ class _Switch:
         names = ["", *(name for name in config.sub_configs if getattr(config, name, None) is text)]
         self.base = {name: (text if name else config)._attn_implementation for name in names}
         self._modules: list[weakref.ref[nn.Module]] = []
+        self.prompts = RecordedPrompts()
         self.records = self.compiles = False  # whether the `generate` that asked last can record steps, and compiles
         for name in self._BEFORE:
             if hasattr(model, name):
@@ -376,6 +379,7 @@ class _Switch:
     def remove(self) -> None:
         """Leave the model as it was."""
         self(False)
+        self.prompts.clear()
         for name in self._BEFORE:
             vars(self.model()).pop(name, None)
 
@@ -404,6 +408,23 @@ class _Switch:
             return RecordedSteps(model, layers)
         return type(model).get_compiled_call(model, compile_config)
 
+    def _prefill(self, input_ids: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """Read a prompt for `generate`."""
+        model: Any = self.model()
+        read: Any = type(model)._prefill
+        is_whole = generation_config.prefill_chunk_size is None and not generation_config.is_assistant
+        is_ordinary = read is GenerationMixin._prefill  # another one may need the model itself
+        if (
+            is_whole
+            and is_ordinary
+            and self.config._attn_implementation == NAME
+            and may_record(model, generation_config)
+        ):
+            return read(
+                PromptCaller(model, self.modules(), self.prompts), input_ids, generation_config, *args, **kwargs
+            )
+        return read(model, input_ids, generation_config, *args, **kwargs)
+
     def forget_modules(self) -> None:
         """Look for the patched modules anew, for one was added."""
         self._modules = []
@@ -430,10 +451,12 @@ class _Switch:
         return getattr(self.model(), "_hf_peft_config_loaded", False)
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | {"model": self.model(), "_modules": []}
+        state = vars(self) | {"model": self.model(), "_modules": []}
+        del state["prompts"]
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state | {"model": weakref.ref(state["model"])})
+        vars(self).update(state | {"model": weakref.ref(state["model"]), "prompts": RecordedPrompts()})
 
 
 def _base_shape(

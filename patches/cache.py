@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import Cache, DynamicLayer, EncoderDecoderCache, StaticLayer
 
@@ -78,13 +78,18 @@ def is_unused(cache: Any, index: int) -> bool:
     return index < len(layers) and type(layers[index]) is DynamicLayer and not layers[index].is_initialized
 
 
-def make_layers(cache: Any, modules: Iterable[nn.Module]) -> None:
+def make_layers(cache: Any, modules: Iterable[nn.Module], end: Tensor | None = None) -> None:
     """Put the layers of sparse attention modules into a cache that `generate` or a forward has just made.
 
     Python does that for all in a fraction of the time that it takes where each layer is reached. The method may have
     others for the rest of the model too.
+
+    Args:
+        cache: an empty cache of transformers.
+        modules: those that attend sparsely.
+        end: see `ModelCall`.
     """
-    call = ModelCall()
+    call = ModelCall(end=end)
     sparse: Any = None  # attention of one of them
     for module in modules:
         attention: Any = module.sparse_attention

@@ -289,7 +289,7 @@ def before_attention(
     is_compiled_step = is_compiled and hidden_states.shape[1] == 1
     may_switch = not is_compiled_step and attention.is_managed is not None and attention.is_managed()
     if may_switch and not _goes_on(module, args, kwargs, hidden_states):
-        name = _other_name(module, attention)
+        name = other_adapters(module, attention)
     if name:
         attention.set_adapter(name)
         return None
@@ -330,7 +330,7 @@ def _goes_on(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], h
     return cache is not None and cache.get_seq_length(int(module.layer_idx)) > 0  # type: ignore[arg-type]
 
 
-def _other_name(module: nn.Module, attention: SparseAttentionLayer) -> list[str] | None:
+def other_adapters(module: nn.Module, attention: SparseAttentionLayer) -> list[str] | None:
     """Find the active adapter of another type in the same attention module, where transformers manages both.
 
     Its `load_adapter` leaves two adapters of two types on, and reports one as active: that of the linear layers.

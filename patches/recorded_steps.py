@@ -139,13 +139,20 @@ class RecordedSteps:
         return not self.is_refused
 
 
-def record(call: Callable[[], Any], device: torch.device) -> tuple[Any, Callable[[], None]]:
+def record(call: Callable[[], Any], device: torch.device, pool: Any = None) -> tuple[Any, Callable[[], None]]:
     """Record what a call launches, without running it; return what it returned, and what plays it.
+
+    Args:
+        call: what to record.
+        device: the GPU that it runs on.
+        pool: the memory of recordings that are never played at a time with this one, by
+            `torch.cuda.graph_pool_handle`; `None` for one of its own.
 
     Raises:
         RuntimeError: the call did what cannot be recorded.
     """
-    graph, stream, pool = torch.cuda.CUDAGraph(), _stream(device), torch.cuda.graph_pool_handle()
+    graph, stream = torch.cuda.CUDAGraph(), recording_stream(device)
+    pool = torch.cuda.graph_pool_handle() if pool is None else pool
     stream.wait_stream(torch.cuda.current_stream(device))
     collects = gc.isenabled()
     gc.disable()  # memory of the device must not be given back meanwhile
@@ -168,6 +175,20 @@ def record(call: Callable[[], Any], device: torch.device) -> tuple[Any, Callable
     return output, graph.replay
 
 
+def run_beside(call: Callable[[], Any], device: torch.device) -> None:
+    """Run a call on the stream on which it will be recorded, between what runs on the current one."""
+    if device.type != "cuda":
+        call()
+        return
+    stream, current = recording_stream(device), torch.cuda.current_stream(device)
+    stream.wait_stream(current)
+    try:
+        with torch.cuda.stream(stream):
+            call()
+    finally:
+        current.wait_stream(stream)
+
+
 def _forget_recording(device: torch.device, pool: Any) -> None:
     """Undo what `capture_end` of torch 2.11 leaves behind where it fails.
 
@@ -182,15 +203,15 @@ def _forget_recording(device: torch.device, pool: Any) -> None:
 
 
 @functools.cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the stream on which steps are recorded: one for all, for libraries keep memory for each stream."""
+def recording_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream on which calls are recorded: one for all, for libraries keep memory for each stream."""
     return torch.cuda.Stream(device)
 
 
 def _layout(inputs: dict[str, Any], cache: Any) -> tuple[Any, ...] | None:
     """Return what must be the same for a replay; `None` for what is not a step of constant shape."""
     ids = inputs.get("input_ids")
-    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] != 1 or not _is_on_gpu(ids):
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] != 1 or not is_on_gpu(ids):
         return None
     if torch.is_grad_enabled() or torch.is_autocast_enabled(ids.device.type) or cache.offloading:
         return None
@@ -227,7 +248,8 @@ def _cloned(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
-def _is_on_gpu(tensor: Tensor) -> bool:
+def is_on_gpu(tensor: Tensor) -> bool:
+    """Tell whether a tensor is on the current device of CUDA."""
     return tensor.is_cuda and tensor.device.index == torch.cuda.current_device()
 
 
@@ -253,11 +275,11 @@ def calls_nothing_else(model: nn.Module) -> bool:
     return not any(
         "forward" in vars(module)
         or not ours.issuperset(module._forward_pre_hooks)
-        or not all([number in ours or _collects(hook) for number, hook in module._forward_hooks.items()])
+        or not all([number in ours or collects_states(hook) for number, hook in module._forward_hooks.items()])
         for module in modules
     )
 
 
-def _collects(hook: Any) -> bool:
+def collects_states(hook: Any) -> bool:
     """Tell whether a hook is the one with which transformers collects hidden states and attentions."""
     return getattr(hook, "__module__", None) == _COLLECTING

@@ -217,7 +217,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     played: list[int] = []
     numbers = count()
-    record, is_on_gpu, may_record = recorded_steps.record, recorded_steps._is_on_gpu, attach.may_record
+    record, is_on_gpu, may_record = recorded_steps.record, recorded_steps.is_on_gpu, attach.may_record
 
     def imitate(call, device):
         output = CausalLMOutputWithPast(logits=torch.zeros(()))
@@ -237,7 +237,48 @@ def played(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return not config.disable_compile if model.device.type == "cpu" else may_record(model, config)
 
     monkeypatch.setattr(recorded_steps, "record", note)
-    monkeypatch.setattr(recorded_steps, "_is_on_gpu", lambda tensor: not tensor.is_cuda or is_on_gpu(tensor))
+    monkeypatch.setattr(recorded_steps, "is_on_gpu", lambda tensor: not tensor.is_cuda or is_on_gpu(tensor))
+    monkeypatch.setattr(attach, "may_record", may_imitate)
+    return played
+
+
+@pytest.fixture
+def played_prompts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """List the length of the recording for every prompt of `generate` that is played; steps run.
+
+    Every prompt counts as one that waits for Python. A recording on the CPU is imitated, as by `played`.
+    """
+    from hf_sparse.patches import attach, recorded_prompts
+
+    played: list[int] = []
+    record, is_on_gpu, may_record = recorded_prompts.record, recorded_prompts.is_on_gpu, attach.may_record
+
+    class Timing:
+        host_ms = None
+
+        def stop(self):
+            self.host_ms = 1.0
+
+        def gpu_ms(self):
+            return self.host_ms
+
+    def imitate(call, device, pool):
+        output = {}
+        return output, lambda: output.update(call())
+
+    def note(call, device, pool):
+        output, replay = (imitate if device.type == "cpu" else record)(call, device, pool)
+        length = call.__closure__[call.__code__.co_freevars.index("held")].cell_contents["input_ids"].shape[1]
+        return output, lambda: (played.append(length), replay())
+
+    def may_imitate(model, config):
+        if model.device.type == "cpu":
+            return not config.disable_compile and config.compile_config is None
+        return may_record(model, config)
+
+    monkeypatch.setattr(recorded_prompts, "Timing", Timing)
+    monkeypatch.setattr(recorded_prompts, "record", note)
+    monkeypatch.setattr(recorded_prompts, "is_on_gpu", lambda tensor: not tensor.is_cuda or is_on_gpu(tensor))
     monkeypatch.setattr(attach, "may_record", may_imitate)
     return played
 

@@ -15,17 +15,20 @@ class ModelCall:
 
     Python runs faster over all layers at once than where each is reached. So the patch makes the cache layers of all at
     the first of them, with the checks that one call of the model needs once, and a method can do likewise. There is
-    none in a call that is being compiled or recorded.
+    none in a call that is being compiled, or recorded as a decoding step.
 
     Attributes:
         layers: how many of them are not filled yet.
         kinds: what the layers differ in, as the method says it; one kind if they are all alike.
         reading: what a method keeps here.
+        end: `[1]` int64 on the device, in a prompt that is recorded: the tokens of the text, of which more are read;
+            the layers shall keep what a text of so many tokens keeps. `None` for as many as are read.
     """
 
     layers: int = 0
     kinds: set[Hashable] = field(default_factory=set)
     reading: Any = None
+    end: Tensor | None = None
 
 
 class SparseCacheLayer(Protocol):
@@ -42,6 +45,10 @@ class SparseCacheLayer(Protocol):
     tokens so far after a step that the host has not followed, or has followed and not taken. A layer that grows
     (`is_compileable` is false) has `write_at(place)` too: until it is called with `None`, `update` gets the key and
     value of one token for this place, `[1]` int64 on the device, and returns all that it has room for.
+
+    What can be in recorded prompts, see `patches.recorded_prompts`, heeds `ModelCall.end`, and has `note_tokens` and
+    the static method `copy_texts(sources, targets)`: it copies what all layers of a cache hold to those of another one,
+    in few launches, to memory that it makes if they have none.
     """
 
     def get_seq_length(self) -> int:

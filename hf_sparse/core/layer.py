@@ -273,6 +273,17 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
         raise NotImplementedError
 
     @property
+    def prompt_edge(self) -> int | None:
+        """Return up to how many tokens a text is read in another way than a longer one.
+
+        A recorded prompt, which is padded, stays on its side of it, see `patches.recorded_prompts`.
+
+        Returns:
+            `None` if the cache layer cannot be filled by a recording.
+        """
+        return None
+
+    @property
     def dense_tokens(self) -> int:
         """Count the tokens up to which a text has dense attention, and nothing of it leaves the state of a request."""
         return 0

@@ -185,6 +185,12 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         return layer
 
     @property
+    def prompt_edge(self) -> int:
+        """Count the tokens that fit into the slots of each head, or those that can be pinned."""
+        budget = self.budget
+        return budget.fewest_slots - (budget.window if self.config.pin_prompt == WHOLE_PROMPT else 0)
+
+    @property
     def dense_tokens(self) -> int:
         """Count the tokens that fit into the slots of each head, see `SparseAttentionLayer`."""
         return self.budget.fewest_slots if self.baseline is None else 0

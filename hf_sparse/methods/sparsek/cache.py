@@ -267,8 +267,20 @@ class SparseKCacheLayer(SlotMemory):
         """
         if not self.is_initialized:
             self.begin_text(keys, values)
-        self._fill_whole(keys, values, scores)
+        end = None if self.call is None else self.call.end
+        if end is None:
+            self._fill_whole(keys, values, scores)
+        else:
+            self._fill_up_to(end, keys, values, scores)
         self.empty = False
+
+    def _fill_up_to(self, end: Tensor, keys: Tensor, values: Tensor, scores: Tensor) -> None:
+        """Keep what `fill_whole` keeps of the tokens before `end`, `[1]` int64, without waiting for the device."""
+        index = torch.arange(keys.shape[2], device=keys.device)
+        positions = index.where(index < end, -1).expand(scores.shape)
+        self._fill(keys, values, scores.masked_fill(positions < 0, 0), positions, end.expand(len(keys)))
+        self.seen.copy_(end.expand_as(self.seen))
+        self.cumulative_length.copy_(end[0])
 
     def _fill_whole(self, keys: Tensor, values: Tensor, scores: Tensor) -> None:
         """Write to the slots what `fill_whole` keeps, and count the tokens."""

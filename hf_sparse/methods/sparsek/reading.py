@@ -104,11 +104,11 @@ def read_in_few_launches(
     scoring = scoring_of(attention) if cache.scoring is None else cache.scoring
     if scoring is None or torch.is_autocast_enabled("cuda"):
         return None
-    fits = key.shape[2] <= cache.slots
+    fits, end = key.shape[2] <= cache.slots, None if cache.call is None else cache.call.end
     layout = (
         query.shape, query.stride(), query.dtype, query.device, key.shape, key.stride(), value.stride(),
         hidden_states.dtype, hidden_states.stride(), scaling, scoring.layout,
-        _most_selected(cache), cache.window, cache.sinks, cache.counts is None, fits,
+        _most_selected(cache), cache.window, cache.sinks, cache.counts is None, fits, end is None,
     )  # fmt: skip
     addresses = [query.data_ptr(), key.data_ptr(), value.data_ptr(), hidden_states.data_ptr()]
     is_aligned = not (addresses[0] | addresses[1] | addresses[2] | addresses[3]) % 16 and scoring.layout is not None
@@ -117,12 +117,12 @@ def read_in_few_launches(
         slots, of_slots = stock.slots.pop()
         if fits:
             del addresses[0]
-        of_heads = _addresses_of_tables(cache, key.device)
-        results = stock.program.launch([*addresses, *scoring.addresses, *of_slots, *of_heads], stock.memory)
+        others = (*_addresses_of_tables(cache, key.device), 0 if end is None else end.data_ptr())
+        results = stock.program.launch([*addresses, *scoring.addresses, *of_slots, *others], stock.memory)
         output = None if fits else results[0]
     elif _takes(query, key, value, hidden_states, scoring, cache):
         output, slots = _read(
-            (query, key, value, hidden_states), scoring, cache, scaling, layout if is_aligned else None
+            (query, key, value, hidden_states), scoring, cache, scaling, end, layout if is_aligned else None
         )
     else:
         return None
@@ -182,6 +182,7 @@ def _read(
     scoring: Scoring,
     cache: SparseKCacheLayer,
     scaling: float,
+    end: Tensor | None,
     layout: Hashable | None,
 ) -> tuple[Tensor | None, "Slots"]:
     """Return the output, `None` where all keys fit into the slots, and the slots; note the launches of the layout."""
@@ -190,10 +191,10 @@ def _read(
     budget, of_heads = (_most_selected(cache), cache.window, cache.sinks), None if cache.counts is None else cache.k
     settings = ReadingSettings(*budget, scaling, float(scoring.key[3]), SLOPE_TOKENS, of_heads)  # type: ignore[arg-type]
     with lasting():
-        output, slots = read_text(*inputs, scoring.weight, scoring.slope, settings)
+        output, slots = read_text(*inputs, scoring.weight, scoring.slope, settings, end)
     for tensor in slots:
         fix_address(tensor)
-    program = None if layout is None else noted_reading(*inputs, scoring.weight, scoring.slope, slots, settings)
+    program = None if layout is None else noted_reading(*inputs, scoring.weight, scoring.slope, slots, settings, end)
     if program is not None:
         if len(_programs) >= _MOST_PROGRAMS:
             _programs.pop(next(iter(_programs)), None)

@@ -5,7 +5,7 @@ shape and device stay. Which key has which slot is the matter of `SparseKCacheLa
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, Self
 
@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from hf_sparse.core.cache import ModelCall
+from hf_sparse.ops.stacked import stacked
 
 if TYPE_CHECKING:
     from hf_sparse.methods.sparsek.ahead import Ahead
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from hf_sparse.methods.sparsek.step import StepPlan
 
 _STATE = ("keys", "values", "scores", "positions", "seen", "padded_late", "memory")
+_OF_TEXT = ("keys", "values", "_scores", "positions", "seen", "padded_late", "cumulative_length")  # what `take` takes
 
 
 class SlotMemory(CacheLayerMixin):
@@ -149,6 +151,27 @@ class SlotMemory(CacheLayerMixin):
             self._make_counters()
         self.is_initialized, self.empty, self.soft = True, False, False
 
+    @staticmethod
+    def copy_texts(sources: Sequence["SlotMemory"], targets: Sequence["SlotMemory"]) -> None:
+        """Copy the slots of all layers of a cache to those of another one, see `SparseCacheLayer`.
+
+        Args:
+            sources: layers that hold texts without a baseline's memory.
+            targets: as many, of the same budgets; none of them has slots yet, or all have slots of these shapes.
+        """
+        kinds = [[getattr(layer, name) for layer in sources] for name in _OF_TEXT]
+        are_new = not targets[0].is_initialized
+        if are_new:
+            copies = [_like(kind) for kind in kinds]
+        else:
+            copies = [[getattr(layer, name) for layer in targets] for name in _OF_TEXT]
+        with torch.no_grad():
+            for copy_of, kind in zip(copies, kinds, strict=True):
+                torch._foreach_copy_(copy_of, kind)
+        if are_new:
+            for layer, tensors in zip(targets, zip(*copies, strict=True), strict=True):
+                layer.take(*tensors)
+
     def _make_counters(self) -> None:
         """Allocate the counters of the kernel of a compiled step, for as many rows as the slots have; or none."""
         if not self.counts_arrivals:
@@ -251,6 +274,20 @@ class SlotMemory(CacheLayerMixin):
             fix_address(self.memory)
         else:
             self.memory.copy_(memory)
+
+
+def _like(tensors: list[Tensor]) -> list[Tensor]:
+    """Allocate tensors of the same shapes, marked as `fix_address` does; those of one shape lie in one allocation."""
+    places: dict[tuple[Any, ...], list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        places.setdefault((tensor.shape, tensor.dtype), []).append(place)
+    made = list(tensors)
+    with lasting():
+        for (shape, dtype), alike in places.items():
+            for place, tensor in zip(alike, stacked(len(alike), shape, dtype, tensors[0].device), strict=True):
+                made[place] = tensor
+                fix_address(tensor)
+    return made
 
 
 def lasting() -> AbstractContextManager[Any]:

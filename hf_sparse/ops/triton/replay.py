@@ -19,8 +19,9 @@ import torch
 import triton
 from torch import Tensor
 
+from hf_sparse.ops.stacked import ALIGNMENT
+
 _MOST_PROGRAMS = 512  # that are remembered; one has some kilobytes
-ALIGNMENT = 512  # bytes, that of torch's own allocations
 _DIRECT = "3.6."  # the version of Triton whose launcher for CUDA takes the arguments of `direct_launch`
 
 _programs: dict[Hashable, "Program | None"] = {}

@@ -113,6 +113,39 @@ def test_heads_with_different_numbers_of_slots(length, k_of_heads, learned, pois
         assert slots.seen.tolist() == [length] * 2 and slots.tokens == length and not slots.padded_late.any()
 
 
+@pytest.mark.cross("values")
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("k_of_heads", [None, (13, 13), (9, 30)], ids=str)
+@pytest.mark.parametrize(
+    ("length", "ends"),
+    [
+        (30, (1, 2, 29, 30)),  # fits into the slots of every head
+        (150, (39, 40, 64, 127, 128, 129, 150)),  # more than fit, on both sides of the edge of a tile
+        (64, (35, 38, 39, 63)),
+        *([(300, range(40, 301))] if DEVICE == "cuda" else []),
+    ],
+)
+def test_slots_of_a_text_that_ends_early(length, ends, k_of_heads, ties, poisoned_memory):
+    """They are those of a text without the tokens behind its end, and so is the output up to there."""
+    budget = {"window": 21, "sinks": 4, "scaling": 0.2, "position_slope": 0.0 if ties else 0.01, "slope_tokens": 256}
+    settings = ReadingSettings(k=30 if k_of_heads else 13, k_of_heads=k_of_heads, **budget)
+    query, key, value, states, weight, _ = inputs(2, 4, 2, length, 16, 48, torch.float32, False)
+    weight = weight * (0 if ties else 1)
+    for number in ends:
+        end = torch.tensor([number], device=DEVICE)
+        output, slots = read_text(query, key, value, states, weight, None, settings, end)
+        tensors = (query[:, :, :number], key[:, :, :number], value[:, :, :number], states[:, :number].contiguous())
+        shorter, expected = read_text(*tensors, weight, None, settings)
+        for name, mine, theirs in zip(expected._fields, slots, expected, strict=True):
+            if name == "scores":
+                torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-6)
+            else:
+                assert torch.equal(mine, theirs), (name, number)
+        assert slots.tokens == number
+        if shorter is not None and output is not None:
+            torch.testing.assert_close(output[:, :, :number], shorter, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("counts", [7, (3, 5)])
 def test_slots_of_several_layers(counts):
     """They are as if each was allocated alone: contiguous, where kernels expect them, apart from the others."""

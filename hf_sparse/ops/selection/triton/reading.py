@@ -5,7 +5,6 @@ more time on the host than the rest of a layer; here the launches of all are not
 the slots are allocated among the buffers of the kernels that fill them.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -23,8 +22,9 @@ from hf_sparse.ops.selection.triton.linear_scores import row_scores, slopes, wri
 from hf_sparse.ops.selection.triton.lists import causal_tables
 from hf_sparse.ops.selection.triton.scan import launch_scan
 from hf_sparse.ops.selection.triton.slots import slots_of_head
+from hf_sparse.ops.stacked import stacked
 from hf_sparse.ops.triton.launch import compile_ahead, launch
-from hf_sparse.ops.triton.replay import ALIGNMENT, Program, empty, program_of, replayed
+from hf_sparse.ops.triton.replay import Program, empty, program_of, replayed
 
 _TOKENS = 4  # slots that a program fills where all keys have one
 _ROWS = 64  # slots that a program fills where keys leave
@@ -103,6 +103,7 @@ def read_text(
     weight: Tensor,
     slope: Tensor | None,
     settings: ReadingSettings,
+    end: Tensor | None = None,
 ) -> tuple[Tensor | None, Slots]:
     """Read texts without padding, hard gates, no gradient.
 
@@ -110,6 +111,8 @@ def read_text(
         query: `[B, Hq, T, D]`; key, value: `[B, Hkv, T, D]`, of one dtype, their last dimension contiguous.
         states: `[B, T, C]`, contiguous; weight, slope: of the scores, contiguous.
         settings: see `ReadingSettings`.
+        end: `[1]` int64, up to `T`, where the texts end of which more is read: the slots are those of so many tokens;
+            `None` for `T`.
 
     Returns:
         The output `[B, Hq, T, D]`, `None` where all keys fit into the slots, so that dense attention has it, and the
@@ -117,9 +120,9 @@ def read_text(
     """
     (slots,), tables = new_slots(key, settings.counts), settings.tables(key.device)
     if key.shape[2] <= settings.fewest_slots:
-        replayed(_take_all, (key, value, states, weight, slope, *slots, *tables), settings)
+        replayed(_take_all, (key, value, states, weight, slope, *slots, *tables, end), settings)
         return None, slots
-    (output,) = replayed(_select, (query, key, value, states, weight, slope, *slots, *tables), settings)
+    (output,) = replayed(_select, (query, key, value, states, weight, slope, *slots, *tables, end), settings)
     return output, slots
 
 
@@ -132,17 +135,18 @@ def noted_reading(
     slope: Tensor | None,
     slots: Slots,
     settings: ReadingSettings,
+    end: Tensor | None = None,
 ) -> Program | None:
     """Return the launches of `read_text` for tensors of this layout, if a call has noted them.
 
-    They are for tensors at multiples of 16 bytes: query, key, value, states, weight, slope, those of the slots, and
-    the tables of the settings; without the query where all keys fit into the slots. They return the output, or nothing.
-    Of heads that differ they are those of all layers with the same `settings.slots`.
+    They are for tensors at multiples of 16 bytes: query, key, value, states, weight, slope, those of the slots, the
+    tables of the settings, and `end`; without the query where all keys fit into the slots. They return the output, or
+    nothing. Of heads that differ they are those of all layers with the same `settings.slots`.
     """
     tables = settings.tables(key.device)
     if key.shape[2] <= settings.fewest_slots:
-        return program_of(_take_all, (key, value, states, weight, slope, *slots, *tables), settings)
-    return program_of(_select, (query, key, value, states, weight, slope, *slots, *tables), settings)
+        return program_of(_take_all, (key, value, states, weight, slope, *slots, *tables, end), settings)
+    return program_of(_select, (query, key, value, states, weight, slope, *slots, *tables, end), settings)
 
 
 def new_slots(key: Tensor, counts: int | tuple[int, ...], layers: int = 1) -> list[Slots]:
@@ -162,29 +166,18 @@ def new_slots(key: Tensor, counts: int | tuple[int, ...], layers: int = 1) -> li
         ((batch,), torch.bool),
         ((), torch.int64),
     )
-    return [Slots(*one) for one in zip(*[_stacked(layers, *kind, key.device) for kind in kinds], strict=True)]
-
-
-def _stacked(layers: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    """Allocate a contiguous tensor for each layer, all in one piece of memory, where torch would begin them.
-
-    They are no views to autograd: writing to the slots of one layer would change those of another that it has saved.
-    """
-    used = math.prod(shape)
-    room = -(-used * dtype.itemsize // ALIGNMENT) * ALIGNMENT // dtype.itemsize
-    memory = torch.empty((layers, room), dtype=dtype, device=device)[:, :used].view(layers, *shape)
-    return tuple([tensor.data for tensor in memory.unbind()])
+    return [Slots(*one) for one in zip(*[stacked(layers, *kind, key.device) for kind in kinds], strict=True)]
 
 
 def _take_all(
     key: Tensor, value: Tensor, states: Tensor, weight: Tensor, slope: Tensor | None, *rest: Any
 ) -> tuple[Tensor | None, ...]:
-    """Score the tokens and give each a slot; `rest` is the slots, the tables of the settings, and the settings."""
-    *of_slots, _, offsets, settings = rest
+    """Score the tokens and give each a slot; `rest`: the slots, the tables of the settings, the end, the settings."""
+    *of_slots, _, offsets, end, settings = rest
     batch, heads, length, dim = key.shape
     together = min(linear_scores.HEADS, triton.next_power_of_2(heads))
     launch(_score_and_copy, (triton.cdiv(settings.slots, _TOKENS), triton.cdiv(heads, together), batch))(
-        states, weight, slope, key, value, *of_slots, offsets, *key.stride()[:3], *value.stride()[:3],
+        states, weight, slope, key, value, *of_slots, offsets, end, *key.stride()[:3], *value.stride()[:3],
         length, settings.slots, heads, states.shape[-1], dim,
         EPS=linear_scores.EPS, TOKENS=_TOKENS, HEADS=together, COLUMNS=linear_scores.COLUMNS,
         STAGES=linear_scores.STAGES, SLOPE=settings.position_slope, SLOPE_TOKENS=settings.slope_tokens,
@@ -203,7 +196,7 @@ def _select(
     def output(*tensors: Any) -> Any:
         return _launch(*tensors, settings=settings)[0]
 
-    family = (read_text, settings.k_of_heads is None)
+    family = (read_text, settings.k_of_heads is None, others[-1] is None)
     compile_ahead(output, query, key, value, states, weight, slope, *others, family=family)
     return _launch(query, key, value, states, weight, slope, *others, settings=settings)
 
@@ -218,7 +211,7 @@ def _launch(
     *others: Any,
     settings: ReadingSettings,
 ) -> tuple[Tensor | None, ...]:
-    *of_slots, counts, offsets = others
+    *of_slots, counts, offsets, end = others
     slots = Slots(*of_slots)
     k, window, sinks, scaling, position_slope, slope_tokens, _ = settings
     batch, heads, length, dim = key.shape
@@ -232,7 +225,7 @@ def _launch(
     output, _ = forward(query, key, value, None, None, tables, scaling)
     strides = (*key.stride()[:3], *value.stride()[:3])
     launch(_keep, (triton.cdiv(settings.slots, _ROWS), batch, heads))(
-        tables.until, scores, key, value, *slots, offsets, *strides, length, settings.slots, dim,
+        tables.until, scores, key, value, *slots, offsets, end, *strides, length, settings.slots, dim,
         KEYS=_KEYS, ROWS=_ROWS, DIM=triton.next_power_of_2(dim), num_warps=8,
     )  # fmt: skip
     return (output,)
@@ -253,6 +246,7 @@ def _score_and_copy(
     Late,
     Count,
     Offsets,
+    End,
     key_batch,
     key_head,
     key_row,
@@ -273,11 +267,12 @@ def _score_and_copy(
     SLOPE_TOKENS: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    """Write TOKENS slots of HEADS heads: score the tokens, copy keys and values, and empty the slots after the text."""
+    """Write TOKENS slots of HEADS heads: score the tokens, copy keys and values, and empty the slots after the end."""
     row, head = tl.program_id(2).to(tl.int64), tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     slot, there = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), head < heads
-    taken = slot < length
-    read = tl.where(tl.program_id(0) * TOKENS < length, columns, 0)
+    tokens = length if End is None else tl.load(End).to(tl.int32)
+    taken = slot < tokens
+    read = tl.where(tl.program_id(0) * TOKENS < tokens, columns, 0)
     score, _, _, _ = row_scores(
         states, weight, row * length + slot, taken, head, there, columns, read, EPS, TOKENS, HEADS, COLUMNS, STAGES
     )
@@ -300,9 +295,9 @@ def _score_and_copy(
     of_value = row * value_batch + head * value_head + slot * value_row + column
     tl.store(values + to, tl.load(Value + of_value, mask=held, other=0.0), mask=written)
     if tl.program_id(0) + tl.program_id(1) == 0:
-        tl.store(seen + row, length.to(tl.int64))
+        tl.store(seen + row, tokens.to(tl.int64))
         tl.store(Late + row, 0)
-        tl.store(Count, length.to(tl.int64), mask=row == 0)
+        tl.store(Count, tokens.to(tl.int64), mask=row == 0)
 
 
 @triton.jit(do_not_specialize=["length", "slots"])
@@ -319,6 +314,7 @@ def _keep(
     Late,
     Count,
     Offsets,
+    End,
     key_batch,
     key_head,
     key_row,
@@ -332,7 +328,7 @@ def _keep(
     ROWS: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    """Fill ROWS slots of a head with keys that the last query attends to, in rising order.
+    """Fill ROWS slots of a head with keys that the query before the end attends to, in rising order.
 
     These are what a later query can attend to: the sinks, the window and the best of the others. Every program counts
     them from the beginning of the text on, for a launch costs more than that."""
@@ -343,10 +339,11 @@ def _keep(
     base, slots = slots_of_head(Offsets, row, head, tl.num_programs(2), slots)
     first = tl.program_id(0) * ROWS
     last = tl.minimum(first + ROWS, slots)  # scores that are no numbers have no order, and more keys may stay
+    tokens = length if End is None else tl.load(End).to(tl.int32)
     place = tl.full([], 0, tl.int32)
-    for begin in range(0, length, KEYS):
+    for begin in range(0, tokens, KEYS):
         key = begin + tl.arange(0, KEYS)
-        stays = tl.load(Until + key, mask=key < length, other=0) >= length
+        stays = tl.load(Until + key, mask=key < tokens, other=0) >= tokens
         slot = place + tl.cumsum(stays.to(tl.int32), 0) - 1
         place += tl.sum(stays.to(tl.int32), 0)
         stays = stays & (slot >= first) & (slot < last)
@@ -366,6 +363,6 @@ def _keep(
     of_value = row * value_batch + head * value_head + kept * value_row + column[None, :]
     tl.store(values + to, tl.load(Value + of_value, mask=held, other=0.0), mask=mask)
     if tl.program_id(0) + head == 0:
-        tl.store(seen + row, length.to(tl.int64))
+        tl.store(seen + row, tokens.to(tl.int64))
         tl.store(Late + row, 0)
-        tl.store(Count, length.to(tl.int64), mask=row == 0)
+        tl.store(Count, tokens.to(tl.int64), mask=row == 0)

@@ -1,0 +1,395 @@
+"""Play the prompt of an ordinary `generate` as a CUDA graph.
+
+Python and the launches of an eager prompt take longer than its kernels on a GPU, up to some thousands of tokens. So a
+prompt is recorded when its length comes again, once for all lengths of a bucket: the text is padded on the right, where
+a causal model sees nothing of it, and a tensor says how many of the tokens are the text. The head reads the last of
+these, and the cache layers keep what a text of so many tokens keeps (`ModelCall.end`).
+
+Recordings live as long as the model is patched. One plays at a time: all share their memory, and what one returns is
+copied, for the cache and the logits of the call.
+"""
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from hf_sparse._compat import with_cache
+from hf_sparse.core.layer import SparseAttentionLayer
+from hf_sparse.patches.cache import SparseCache, is_unused, make_layers
+from hf_sparse.patches.interface import other_adapters
+from hf_sparse.patches.model_state import state_of
+from hf_sparse.patches.recorded_steps import is_on_gpu, record, run_beside
+
+_LONGEST = 16384  # tokens of a recorded prompt; for longer ones the GPU sets the pace
+_STEP = 64  # between buckets; above eight times as many tokens an eighth of the power of two below
+_TRIALS = 2  # prompts of a bucket that run: the first compiles kernels, the second is timed
+_PACED_BY_HOST = 1.15  # the GPU took less than so many times as long as the host: it waited for the host
+_MOST_RECORDINGS, _MOST_TRIALS, _MOST_STATES = 16, 64, 8  # of a model; the one used least recently goes
+_IDLE = 128  # prompts for which a recording was not used before another takes its place
+_CACHE = next(iter(with_cache(None)))
+_INPUTS = {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "return_dict", _CACHE}
+
+V = TypeVar("V")
+
+
+class PromptCaller:
+    """Take the place of a model where `generate` reads a prompt, and play a recorded one if there is one.
+
+    Args:
+        model: a patched model.
+        modules: its patched attention modules.
+        prompts: its recordings.
+    """
+
+    def __init__(self, model: nn.Module, modules: Sequence[nn.Module], prompts: "RecordedPrompts") -> None:
+        self._model, self._modules, self._prompts = model, modules, prompts
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self._prompts.read(self._model, self._modules, inputs)
+
+
+class Timing:
+    """Measure how long host and GPU take for a prompt, without waiting for it."""
+
+    host_ms: float | None = None
+
+    def __init__(self) -> None:
+        self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._begin.record()
+        self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        """Note the end."""
+        self._end.record()
+        self.host_ms = 1e3 * (time.perf_counter() - self._started)
+
+    def gpu_ms(self) -> float | None:
+        """Return what the GPU took, waiting for the host included; `None` if it has not ended."""
+        return None if self.host_ms is None or not self._end.query() else self._begin.elapsed_time(self._end)
+
+
+@dataclass
+class _Trial:
+    """Count the prompts of a bucket that ran, with the time of the last of them."""
+
+    prompts: int = 0
+    timing: Timing | None = None
+
+
+class _Layers(list[Any]):
+    """List the cache layers that recordings fill, one recording at a time; a list that can be referred to weakly."""
+
+
+class _Prompt(NamedTuple):
+    """Hold what is known of a prompt before it is read.
+
+    Attributes:
+        cache: of transformers, without a token.
+        layers: its layers when it will hold the prompt.
+        modules, attentions: the attention module of each of them, and the sparse attention of that.
+        length: tokens of its bucket, padding included.
+        key: what has to be the same in a replay, beside the length.
+    """
+
+    cache: Any
+    layers: list[Any]
+    modules: Sequence[nn.Module]
+    attentions: list[SparseAttentionLayer]
+    length: int
+    key: Hashable
+
+
+@dataclass
+class _Recording:
+    """Hold a recorded prompt.
+
+    Attributes:
+        inputs: the tensors that it reads: `input_ids` `[B, L]` and, if the model gets them, `position_ids`.
+        end: `[1]` int64, tokens of the text.
+        output: its logits, `[B, 1, V]`, by name, and the class that they are returned in.
+        layers: cache layers that it fills.
+        replay: plays it.
+        eager_ms: what the GPU took for the prompt that was timed.
+        replays: how many there were.
+        used: the number of the prompt that it was played for last.
+        timing: of the second replay, until it is looked at.
+    """
+
+    inputs: dict[str, Tensor]
+    end: Tensor
+    output: dict[str, Any]
+    layers: _Layers
+    replay: Callable[[], None]
+    eager_ms: float
+    replays: int = 0
+    used: int = 0
+    timing: Timing | None = None
+
+
+@dataclass
+class _Memory:
+    """Hold all recordings of a model, what is counted until there is one, and what they share.
+
+    Attributes:
+        recordings, trials: by the key and the length of the prompt.
+        layers: what recordings with the same key fill.
+        states: a number for each state of the model.
+        prompts: how many have been looked at.
+        pool: the memory of the recordings.
+        last: is reached when what the last replay returned has been copied.
+    """
+
+    recordings: OrderedDict[Hashable, _Recording] = field(default_factory=OrderedDict)
+    trials: OrderedDict[Hashable, _Trial] = field(default_factory=OrderedDict)
+    layers: WeakValueDictionary[Hashable, _Layers] = field(default_factory=WeakValueDictionary)
+    states: OrderedDict[Hashable, int] = field(default_factory=OrderedDict)
+    prompts: int = 0
+    pool: Any = None
+    last: torch.cuda.Event | None = None
+
+
+class RecordedPrompts:
+    """Read the prompts of a patched model in `generate`, and record those that wait for Python.
+
+    What runs as ever: padding, inputs other than tokens and their positions, a cache that holds something or has layers
+    that are not the method's, autocast, gradients, outputs other than logits, quantised models, adapters that
+    transformers manages, what `model_state` refuses, and methods whose layers have no `prompt_edge`.
+
+    Attributes:
+        played: how many prompts were played.
+    """
+
+    def __init__(self) -> None:
+        self.played = 0
+        self._lock = threading.Lock()
+        self._numbers = count()  # of states; none is used twice
+        self.clear()
+
+    def clear(self) -> None:
+        """Forget all recordings, and give their memory back."""
+        self._memory = _Memory()
+        self._as_ever: set[tuple[int, int]] = set()  # rows and lengths of buckets that are not recorded
+        self._is_refused = False
+
+    def read(self, model: nn.Module, modules: Sequence[nn.Module], inputs: dict[str, Any]) -> Any:
+        """Return what the forward of the model returns for the first tokens of texts.
+
+        Args:
+            model: a patched model.
+            modules: its patched attention modules.
+            inputs: of the forward, by name.
+        """
+        prompt = None if self._is_refused else self._prompt(model, modules, inputs)
+        if prompt is None:
+            return model(**inputs)
+        with self._lock:
+            recording = self._recording(model, prompt, inputs)
+            if recording is not None:
+                return self._play(recording, prompt, inputs)
+            trial = _entry(self._memory.trials, (prompt.key, prompt.length), _Trial, _MOST_TRIALS)
+        trial.prompts += 1
+        timing = trial.timing = Timing() if trial.prompts >= _TRIALS else None
+        output = model(**inputs)
+        if timing is not None:
+            timing.stop()
+        return output
+
+    def _prompt(self, model: nn.Module, modules: Sequence[nn.Module], inputs: dict[str, Any]) -> _Prompt | None:
+        """Return what is to be known of a prompt; `None` if it has to run."""
+        ids, cache, to_keep = inputs.get("input_ids"), inputs.get(_CACHE), inputs.get("logits_to_keep")
+        positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
+        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] < 2 or not is_on_gpu(ids):
+            return None
+        if torch.is_grad_enabled() or torch.is_autocast_enabled(ids.device.type):
+            return None
+        if type(to_keep) is not int or to_keep != 1 or not inputs.get("use_cache") or not inputs.get("return_dict"):
+            return None
+        if any([name not in _INPUTS and value is not None and value is not False for name, value in inputs.items()]):
+            return None
+        if positions is not None and (positions.ndim != 2 or positions.shape[1] != ids.shape[1]):
+            return None
+        if isinstance(mask, dict) and all([part is None for part in mask.values()]):  # of each kind of layer
+            mask = None
+        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
+            return None
+        if [module.layer_idx for module in modules] != list(range(len(getattr(cache, "layers", ())))):
+            return None
+        attentions: list[Any] = [module.sparse_attention for module in modules]
+        if not attentions or not all([attention.is_active for attention in attentions]):
+            return None
+        layers = _layers_to_fill(cache, attentions)
+        if layers is None:
+            return None
+        if attentions[0].is_managed() and any(
+            [other_adapters(*pair) for pair in zip(modules, attentions, strict=True)]
+        ):
+            return None
+        edges, keys = [one.prompt_edge for one in attentions], [one.recording_key() for one in attentions]
+        length = None if None in edges or None in keys else _bucket(model, ids.shape[1], edges)
+        if length is None or (len(ids), length) in self._as_ever or _is_unusual(model):
+            return None
+        state = state_of(model, ids.device, {hook.id for attention in attentions for hook in attention.hooks})
+        if state is None or (mask is not None and not bool(mask.all())):
+            return None
+        with self._lock:
+            number = _entry(self._memory.states, state, lambda: next(self._numbers), _MOST_STATES)
+        of_positions = None if positions is None else (len(positions), positions.dtype)
+        key = (number, len(ids), ids.dtype, ids.device, of_positions, *edges, *keys)
+        return _Prompt(cache, layers, modules, attentions, length, key)
+
+    def _recording(self, model: nn.Module, prompt: _Prompt, inputs: dict[str, Any]) -> _Recording | None:
+        """Return the recording for a prompt, made now if it is time; `None` if the prompt has to run."""
+        memory, key, bucket = self._memory, (prompt.key, prompt.length), (len(inputs["input_ids"]), prompt.length)
+        memory.prompts += 1
+        recording = memory.recordings.get(key)
+        if recording is not None:
+            memory.recordings.move_to_end(key)
+            replay_ms = None if recording.timing is None else recording.timing.gpu_ms()
+            if replay_ms is not None:
+                recording.timing = None
+                if replay_ms > recording.eager_ms:
+                    self._as_ever.add(bucket)
+                    del memory.recordings[key]
+                    return None
+            return recording
+        trial = memory.trials.get(key)
+        timing = None if trial is None or trial.prompts < _TRIALS else trial.timing
+        eager_ms = None if timing is None else timing.gpu_ms()
+        if timing is None or timing.host_ms is None or eager_ms is None:
+            return None
+        if eager_ms > _PACED_BY_HOST * timing.host_ms:
+            self._as_ever.add(bucket)
+            return None
+        if len(memory.recordings) >= _MOST_RECORDINGS:
+            oldest = next(iter(memory.recordings))
+            if memory.prompts - memory.recordings[oldest].used < _IDLE:
+                return None
+            del memory.recordings[oldest]
+        try:
+            recording = self._record(model, prompt, inputs, eager_ms)
+        except Exception as error:  # where it is no matter of the recording, the prompt that runs raises it too
+            if isinstance(error, torch.OutOfMemoryError):
+                self._as_ever.add(bucket)
+            else:
+                self.clear()
+                self._is_refused = True
+            return None
+        memory.recordings[key] = recording
+        return recording
+
+    def _record(self, model: nn.Module, prompt: _Prompt, inputs: dict[str, Any], eager_ms: float) -> _Recording:
+        """Record a prompt of the length of its bucket, without playing it."""
+        memory, ids = self._memory, inputs["input_ids"]
+        tensors = {name: inputs[name] for name in ("input_ids", "position_ids") if inputs.get(name) is not None}
+        with torch.inference_mode(False):
+            held = {name: tensor.new_zeros((len(tensor), prompt.length)) for name, tensor in tensors.items()}
+            end = torch.full((1,), ids.shape[1], device=ids.device)
+        layers = memory.layers.get(prompt.key)
+        if layers is None:
+            layers = memory.layers[prompt.key] = _Layers([one.cache_layer() for one in prompt.attentions])
+
+        def call() -> dict[str, Any]:
+            cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
+            make_layers(cache, prompt.modules, end)
+            output = model(**held, use_cache=True, return_dict=True, logits_to_keep=end - 1, **with_cache(cache))
+            if set(output) != {"logits", _CACHE}:
+                raise RuntimeError(f"a recorded prompt returns logits and a cache, got {', '.join(output)}")
+            layers[0].copy_texts(cache.layers, layers)
+            return {"logits": output.logits, "kind": type(output)}
+
+        if not memory.recordings:  # a pool goes with the last recording in it
+            memory.pool = _new_pool(ids.device)
+        run_beside(call, ids.device)  # compiles and loads kernels
+        output, replay = record(call, ids.device, memory.pool)
+        return _Recording(held, end, output, layers, replay, eager_ms)
+
+    def _play(self, recording: _Recording, prompt: _Prompt, inputs: dict[str, Any]) -> Any:
+        """Play a recording for a prompt: fill its cache, and return what the forward returns."""
+        memory, ids = self._memory, inputs["input_ids"]
+        if memory.last is not None:
+            torch.cuda.current_stream(ids.device).wait_event(memory.last)
+        recording.replays += 1
+        recording.used = memory.prompts
+        timing, tokens = Timing() if recording.replays == 2 else None, ids.shape[1]
+        for name, held in recording.inputs.items():
+            held[:, :tokens].copy_(inputs[name])  # behind them stands what an earlier prompt had there
+        recording.end.fill_(tokens)
+        recording.replay()
+        prompt.layers[0].copy_texts(recording.layers, prompt.layers)
+        logits = recording.output["logits"].clone()
+        if timing is not None:
+            timing.stop()
+            recording.timing = timing
+        if ids.is_cuda:
+            memory.last = torch.cuda.Event()
+            memory.last.record()
+        for layer in prompt.layers:
+            layer.note_tokens(tokens)
+        prompt.cache.layers[:] = prompt.layers
+        self.played += 1
+        return recording.output["kind"](logits=logits, **with_cache(prompt.cache))
+
+
+def _entry(entries: OrderedDict[Hashable, V], key: Hashable, make: Callable[[], V], most: int) -> V:
+    """Return an entry, made if there is none; where there are more than `most`, the one used least recently goes."""
+    if key not in entries:
+        entries[key] = make()
+        if len(entries) > most:
+            entries.popitem(last=False)
+    entries.move_to_end(key)
+    return entries[key]
+
+
+def _layers_to_fill(cache: Any, attentions: Sequence[SparseAttentionLayer]) -> list[Any] | None:
+    """Return new layers for an empty cache that `generate` made, or those of a `SparseCache` that are as if new.
+
+    Returns:
+        `None` for other caches, which hold something, or layers of another kind or another budget.
+    """
+    new: list[Any] = [attention.cache_layer() for attention in attentions]
+    if type(cache) is SparseCache:
+        pairs = zip(cache.layers, new, strict=True)
+        is_new = all([type(layer) is type(other) and vars(layer) == vars(other) for layer, other in pairs])
+        return list(cache.layers) if is_new else None
+    return new if all([is_unused(cache, index) for index in range(len(new))]) else None
+
+
+def _bucket(model: nn.Module, tokens: int, edges: Iterable[int]) -> int | None:
+    """Return the length at which a prompt of so many tokens is recorded; `None` if it is too long.
+
+    >>> model = torch.nn.Module()
+    >>> model.config = type("Config", (), {"get_text_config": lambda self: self, "max_position_embeddings": 2000})()
+    >>> [_bucket(model, tokens, [200, 300]) for tokens in (100, 199, 201, 301, 513, 1025, 1950, 2001)]
+    [128, 200, 256, 320, 576, 1152, 2000, None]
+    """
+    config: Any = model.config
+    most = min(getattr(config.get_text_config(), "max_position_embeddings", None) or _LONGEST, _LONGEST)
+    if tokens > most:
+        return None
+    step = max(_STEP, 1 << (tokens - 1).bit_length() - 1 >> 3)
+    return min(-(-tokens // step) * step, most, *[edge for edge in edges if edge >= tokens])
+
+
+def _is_unusual(model: nn.Module) -> bool:
+    """Tell whether a model is quantised, which may mix tokens, or returns more than logits."""
+    config: Any = model.config
+    is_quantised = getattr(model, "hf_quantizer", None) or getattr(config, "quantization_config", None)
+    asks = getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False)
+    return bool(is_quantised or asks)
+
+
+def _new_pool(device: torch.device) -> Any:
+    """Return a name for the memory of recordings."""
+    return torch.cuda.graph_pool_handle() if device.type == "cuda" else None

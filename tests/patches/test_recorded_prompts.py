@@ -1,0 +1,661 @@
+"""Prompts of an ordinary `generate` that are played leave what prompts leave that run: logits, slots, and all after.
+
+Without a GPU a recording is imitated (`played_prompts` in tests/conftest.py).
+"""
+
+import copy
+import gc
+import inspect
+import weakref
+from threading import Thread
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import DynamicCache, GPT2Config, GPT2LMHeadModel, LogitsProcessor, LogitsProcessorList
+
+from hf_sparse import SparsefinderConfig, SparseKCache, SparseKConfig, patch, unpatch
+from hf_sparse._compat import cache_of, with_cache
+from hf_sparse.methods.sparsefinder import SparsefinderAttention, fit_predictors
+from hf_sparse.methods.sparsek import SparseKAttention
+from hf_sparse.patches import recorded_prompts, sparse_layers
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+ON_A_GPU = pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a CUDA device")
+CONFIG = {"k": 6, "window": 8, "sinks": 2}
+TENSORS = ("keys", "values", "scores", "positions", "seen", "padded_late", "cumulative_length")
+
+
+@pytest.fixture
+def settings_of_torch():
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def sparse(base, **changes):
+    """Patch a model, with scorers that choose by what the tokens are."""
+    model = patch(base.to(DEVICE), SparseKConfig(**CONFIG | changes))
+    with torch.no_grad():
+        for layer in sparse_layers(model, SparseKAttention):
+            for parameter in layer.sparsek_scorer.parameters():
+                parameter.normal_(generator=torch.Generator(DEVICE).manual_seed(layer.layer))
+    return model
+
+
+@pytest.fixture
+def model(tiny_llama):
+    return sparse(tiny_llama())
+
+
+def prompt(length, rows=1, seed=0):
+    return torch.randint(2, 64, (rows, length), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
+
+
+def generate(model, ids, **options):
+    options = {
+        "do_sample": False,
+        "max_new_tokens": 1,
+        "return_dict_in_generate": True,
+        "output_logits": True,
+    } | options
+    return model.generate(ids, **options)
+
+
+def warm_up(model, length, rows=1, **options):
+    """Let the prompts of a bucket run that run before one is recorded."""
+    for seed in (1, 2):
+        generate(model, prompt(length, rows, seed), **options)
+
+
+def prompts_of(model):
+    return sparse_layers(model)[0].on_toggle.prompts
+
+
+def assert_same(found, expected):
+    """Compare tokens, logits, and all that the caches hold."""
+    assert torch.equal(found.sequences, expected.sequences)
+    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-5)
+    for mine, theirs in zip(cache_of(found).layers, cache_of(expected).layers, strict=True):
+        assert mine.get_seq_length() == theirs.get_seq_length()
+        for name in TENSORS:
+            torch.testing.assert_close(getattr(mine, name), getattr(theirs, name), rtol=1e-4, atol=1e-5)
+
+
+SHARES = {
+    "equal": {},
+    "layers": {"layer_shares": [1.5, 0.5]},
+    "heads": {"head_shares": [[0.5, 1.0], [1.75, 0.75]]},
+    "pinned": {"pin_prompt": 5},
+    "another scorer": {"scorer": "mlp", "scorer_hidden_size": 16},
+    "slopes": {"position_slope": 0.01, "learn_slope": True},
+}
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize("shares", SHARES.values(), ids=SHARES)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_tokens_and_slots_are_those_of_prompts_that_run(tiny_llama, played_prompts, shares, rows):
+    """In buckets of up to 64 tokens and of more, on both sides of the slots, and long after the prompt."""
+    model = sparse(tiny_llama(), **shares)
+    slots = [layer.prompt_edge for layer in sparse_layers(model, SparseKAttention)]
+    for length in (max(slots) + 1, 64, 65, 100, 128, *{slots[0] - 1, slots[0], slots[-1] - 1, slots[-1]}):
+        warm_up(model, length, rows)
+        ids = prompt(length, rows)
+        before = len(played_prompts)
+        found = generate(model, ids, max_new_tokens=40)
+        assert len(played_prompts) == before + 1 and played_prompts[-1] >= length
+        assert_same(found, generate(model, ids, max_new_tokens=40, disable_compile=True))
+        assert len(played_prompts) == before + 1
+
+
+def test_lengths_of_a_bucket_share_a_recording(model, played_prompts):
+    """Whatever order they come in: a shorter text sees nothing of a longer one before it."""
+    warm_up(model, 64)
+    for number, length in enumerate((64, 17, 40, 63, 18, 64)):
+        ids = prompt(length, seed=number)
+        assert_same(
+            generate(model, ids, max_new_tokens=5), generate(model, ids, max_new_tokens=5, disable_compile=True)
+        )
+    assert played_prompts == [64] * 6 and prompts_of(model).played == 6
+    assert len(prompts_of(model)._memory.recordings) == 1
+
+
+def test_masks_and_positions_of_the_caller(model, played_prompts):
+    """Positions are read by the recording; a mask without padding is left out, and one with padding runs."""
+    ids, length = prompt(50, 2), 50
+    mask = torch.ones_like(ids)
+    positions = torch.arange(3, length + 3, device=DEVICE).expand(2, -1)
+    for options in ({"attention_mask": mask}, {"attention_mask": mask, "position_ids": positions}):
+        for _ in range(2):
+            generate(model, ids, **options)
+        before = len(played_prompts)
+        found = generate(model, ids, max_new_tokens=5, **options)
+        assert len(played_prompts) == before + 1
+        assert_same(found, generate(model, ids, max_new_tokens=5, disable_compile=True, **options))
+    before, mask = len(played_prompts), (torch.arange(length, device=DEVICE) >= 3).long().expand(2, -1)
+    found = generate(model, ids, attention_mask=mask, max_new_tokens=5)
+    assert_same(found, generate(model, ids, attention_mask=mask, max_new_tokens=5, disable_compile=True))
+    assert len(played_prompts) == before
+
+
+def test_beams_and_samples(model, played_prompts):
+    ids, options = prompt(30, 2), {"num_beams": 3, "max_new_tokens": 8, "output_logits": False}
+    for _ in range(2):
+        generate(model, ids, **options)
+    found, expected = generate(model, ids, **options), generate(model, ids, disable_compile=True, **options)
+    assert torch.equal(found.sequences, expected.sequences) and played_prompts == [64]
+    sampled = []
+    for plain in (True, False):
+        torch.manual_seed(0)
+        options = {"do_sample": True, "num_return_sequences": 3, "max_new_tokens": 8, "disable_compile": plain}
+        sampled.append(generate(model, ids, **options).sequences)
+    assert played_prompts == [64, 64]
+    if DEVICE == "cpu":
+        assert torch.equal(*sampled)
+
+
+def test_logits_are_of_the_call(model, played_prompts):
+    """What a processor keeps of one call is not written over by the next."""
+
+    class Kept(LogitsProcessor):
+        def __init__(self):
+            self.logits = []
+
+        def __call__(self, input_ids, scores):
+            self.logits.append(scores)
+            return scores
+
+    warm_up(model, 30)
+    kept = Kept()
+    results = [
+        generate(model, prompt(30, seed=seed), logits_processor=LogitsProcessorList([kept])) for seed in range(3)
+    ]
+    assert played_prompts == [64] * 3
+    for logits, result in zip(kept.logits, results, strict=True):
+        assert torch.equal(logits, result.logits[0])
+    assert not torch.equal(kept.logits[0], kept.logits[1])
+
+
+def test_a_cache_goes_on_after_another_prompt_was_played(model, played_prompts):
+    """Its slots are its own: a second turn, a copy, and a crop find them as if no prompt had come between."""
+    for length in (40, 12):
+        warm_up(model, length)
+        results = []
+        for plain in (False, True):
+            first = generate(model, prompt(length), max_new_tokens=3, disable_compile=plain)
+            cache = cache_of(first)
+            generate(model, prompt(length, seed=5), disable_compile=plain)
+            copied = copy.deepcopy(cache)
+            more = torch.cat([first.sequences, prompt(7, seed=6)], 1)
+            if length == 12:
+                cache.crop(-2)
+                more = more[:, : length + 3]
+            second = generate(model, more, max_new_tokens=12, disable_compile=plain, **with_cache(cache))
+            third = generate(model, torch.cat([first.sequences, prompt(7, seed=6)], 1), **with_cache(copied))
+            results.append((second, third))
+        for found, expected in zip(*results, strict=True):
+            assert_same(found, expected)
+    assert played_prompts == [64, 64, 16, 16]
+
+
+def test_a_cache_that_the_user_made(model, played_prompts):
+    """Its layers stay those that the user sees; a second turn, and a cache with a token in it, run."""
+    results = []
+    for plain in (True, False, False, False):
+        cache = SparseKCache(model)
+        layers = list(cache.layers)
+        first = generate(model, prompt(40), disable_compile=plain, **with_cache(cache))
+        more = torch.cat([first.sequences, prompt(7, seed=6)], 1)
+        results.append(generate(model, more, max_new_tokens=9, disable_compile=True, **with_cache(cache)))
+        assert all(one is other for one, other in zip(cache.layers, layers, strict=True))
+    assert_same(results[-1], results[0])
+    assert played_prompts == [64]
+    for _ in range(4):
+        cache.reset()
+        generate(model, prompt(40), **with_cache(cache))
+    assert played_prompts == [64]
+
+
+def test_caches_of_each_call_are_apart(model, played_prompts):
+    warm_up(model, 30)
+    first, second = (cache_of(generate(model, prompt(30, seed=seed))) for seed in (3, 4))
+    before = [layer.keys.clone() for layer in first.layers]
+    for layer in second.layers:
+        layer.keys.zero_()
+    assert all(torch.equal(layer.keys, keys) for layer, keys in zip(first.layers, before, strict=True))
+    assert played_prompts == [64, 64]
+
+
+def runs_as_ever(model, played, length=40, **options):
+    """Generate often enough for a recording, and compare with what is generated without any."""
+    ids = prompt(length)
+    for _ in range(4):
+        found = generate(model, ids, max_new_tokens=4, **options)
+    assert not played
+    expected = generate(model, ids, max_new_tokens=4, **options | {"disable_compile": True})
+    assert torch.equal(found.sequences, expected.sequences)
+
+
+OPTIONS = {
+    "told not to": {"disable_compile": True},
+    "in chunks": {"prefill_chunk_size": 11},
+    "hidden states": {"output_hidden_states": True},
+    "static": {"cache_implementation": "static"},
+    "looked up": {"prompt_lookup_num_tokens": 2, "output_logits": False},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_options_with_which_prompts_run(tiny_llama, played_prompts, options):
+    model = sparse(tiny_llama(), k=60)  # a draft is taken back by a crop
+    runs_as_ever(model, played_prompts, **options)
+
+
+def test_embeddings_and_caches_of_others_run(model, played_prompts):
+    ids = prompt(40)
+    embeddings = model.get_input_embeddings()(ids).detach()
+    for _ in range(4):
+        model.generate(inputs_embeds=embeddings, do_sample=False, max_new_tokens=3)
+        model.generate(ids, do_sample=False, max_new_tokens=3, **with_cache(DynamicCache()))
+    assert not played_prompts
+
+
+def test_autocast_and_gradients_run(model, played_prompts):
+    ids = prompt(40)
+    for _ in range(4):
+        with torch.autocast(DEVICE, dtype=torch.bfloat16):
+            generate(model, ids)
+    raw = inspect.unwrap(type(model).generate)  # without its no_grad
+    for _ in range(4):
+        raw(model, ids, do_sample=False, max_new_tokens=1)
+    assert not played_prompts
+
+
+def train(model):
+    model.train()
+
+
+def hook(model):
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+
+
+def replace_forward(model):
+    mlp = model.model.layers[0].mlp
+    mlp.forward = mlp.forward
+
+
+def observe(model):
+    sparse_layers(model)[0].observer = lambda *_: None
+
+
+def switch_off(model):
+    for layer in sparse_layers(model):
+        layer.enable_adapters(False)
+
+
+def quantise(model):
+    model.hf_quantizer = object()
+
+
+@pytest.mark.parametrize("change", [hook, replace_forward, observe, switch_off])
+def test_models_whose_prompts_run(model, played_prompts, change):
+    change(model)
+    runs_as_ever(model, played_prompts)
+
+
+@pytest.mark.parametrize("change", [train, quantise])
+def test_models_that_are_not_looked_at(model, played_prompts, change):
+    change(model)
+    switch = sparse_layers(model)[0].on_toggle
+    for _ in range(4):
+        with torch.no_grad():
+            inputs = {"input_ids": prompt(40), "use_cache": True, "logits_to_keep": 1, "return_dict": True}
+            prompts_of(model).read(model, switch.modules(), inputs | with_cache(DynamicCache(config=model.config)))
+    assert not played_prompts
+
+
+@pytest.mark.parametrize(
+    "rope", [{"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}], ids=lambda rope: rope["rope_type"]
+)
+def test_positions_that_depend_on_the_length_run(tiny_llama, played_prompts, rope):
+    model = sparse(tiny_llama(rope_parameters=rope))
+    runs_as_ever(model, played_prompts)
+
+
+def test_layers_that_are_not_the_methods_run(tiny_llama, played_prompts):
+    runs_as_ever(sparse(tiny_llama(), layers=[1]), played_prompts)
+
+
+def test_methods_that_do_not_support_it_run(tiny_llama, played_prompts):
+    model = patch(tiny_llama().to(DEVICE), SparsefinderConfig(tile=8, tiles_per_query=3, window=1, clusters=6))
+    fit_predictors(sparse_layers(model, SparsefinderAttention), lambda: model(prompt(40), use_cache=False))
+    runs_as_ever(model, played_prompts)
+
+
+def test_prompts_beyond_the_positions_of_the_model_run(tiny_llama, played_prompts):
+    """A bucket ends with the positions that there are: GPT-2 has no others."""
+    base = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=64, n_positions=100, n_embd=32, n_layer=2, n_head=4,
+            bos_token_id=1, eos_token_id=None, pad_token_id=0,
+        )
+    )  # fmt: skip
+    model = sparse(base.eval())
+    warm_up(model, 90)
+    ids = prompt(97)
+    assert_same(generate(model, ids), generate(model, ids, disable_compile=True))
+    assert played_prompts == [100]
+
+
+def test_prompts_that_do_not_wait_for_the_host_run(model, played_prompts, monkeypatch):
+    monkeypatch.setattr(recorded_prompts.Timing, "gpu_ms", lambda self: 2.0)
+    runs_as_ever(model, played_prompts)
+
+
+def test_a_recording_that_is_slower_than_the_prompt_goes(model, played_prompts, monkeypatch):
+    times = iter([1.0, 1.5])
+    monkeypatch.setattr(recorded_prompts.Timing, "gpu_ms", lambda self: next(times))
+    for seed in range(8):
+        generate(model, prompt(40, seed=seed))
+    assert played_prompts == [64, 64]  # the second one is timed
+    assert not prompts_of(model)._memory.recordings
+
+
+def test_an_error_while_recording_lets_all_prompts_run(model, played_prompts, monkeypatch):
+    attempts = []
+
+    def refuse(call, device, pool):
+        attempts.append(1)
+        with monkeypatch.context() as broken:
+            broken.setattr(type(sparse_layers(model)[0]), "attend", fail)
+            call()
+
+    def fail(*args, **kwargs):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(recorded_prompts, "record", refuse)
+    runs_as_ever(model, played_prompts)
+    runs_as_ever(model, played_prompts, length=90)
+    assert attempts == [1]
+
+
+def test_too_little_memory_lets_the_prompts_of_a_bucket_run(model, played_prompts, monkeypatch):
+    def fail(call, device):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with monkeypatch.context() as full:
+        full.setattr(recorded_prompts, "run_beside", fail)
+        runs_as_ever(model, played_prompts)
+    runs_as_ever(model, played_prompts)
+    warm_up(model, 90)
+    generate(model, prompt(90))
+    assert played_prompts == [128]
+
+
+def new_memory(model):
+    weight = model.model.layers[1].mlp.up_proj.weight
+    weight.data = weight.data * 1.5
+
+
+def transpose(model):
+    weight = model.model.layers[1].self_attn.q_proj.weight
+    weight.data = weight.data.t()
+
+
+def new_buffer(model):
+    model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq * 0.5
+
+
+def new_scorer(model):
+    for layer in sparse_layers(model):
+        weight = layer.sparsek_scorer["default"].weight
+        weight.data = torch.randn_like(weight)
+
+
+def new_dtype(model):
+    model.to(torch.float64 if DEVICE == "cpu" else torch.float16)
+
+
+def new_budget(model):
+    for layer in sparse_layers(model):
+        layer.configs["default"] = SparseKConfig(k=9, window=5, sinks=1)
+
+
+def new_adapter(model):
+    patch(model, SparseKConfig(k=5, window=4, sinks=1), adapter="other")
+    for layer in sparse_layers(model):
+        layer.set_adapter("other")
+
+
+def new_number(model):
+    model.model.norm.variance_epsilon = 0.5
+
+
+def patched_again(model):
+    unpatch(model)
+    patch(model, SparseKConfig(k=8, window=7, sinks=3))
+
+
+def new_setting(model):
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+CHANGES = [
+    new_memory, transpose, new_buffer, new_scorer, new_dtype, new_budget, new_adapter, new_number, patched_again,
+    new_setting,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_model_is_recorded_anew(model, played_prompts, settings_of_torch, change):
+    warm_up(model, 40)
+    generate(model, prompt(40))
+    assert len(played_prompts) == 1
+    change(model)
+    ids = prompt(40)
+    for number in (1, 1, 2, 3):
+        found = generate(model, ids, max_new_tokens=8)
+        assert len(played_prompts) == number
+        assert torch.equal(found.sequences, generate(model, ids, max_new_tokens=8, disable_compile=True).sequences)
+
+
+def test_weights_that_change_in_place_are_read(model, played_prompts):
+    warm_up(model, 40)
+    before = generate(model, prompt(40))
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(3)
+    found, expected = generate(model, prompt(40)), generate(model, prompt(40), disable_compile=True)
+    assert_same(found, expected)
+    assert not torch.allclose(found.logits[0], before.logits[0]) and played_prompts == [64, 64]
+
+
+def test_adapters_of_peft_are_told_apart(tiny_llama, played_prompts):
+    """LoRA of others below: switched off, another one, scaled, and merged."""
+    lora = {"target_modules": ["up_proj"], "init_lora_weights": False, "r": 4}
+    wrapped = get_peft_model(tiny_llama().to(DEVICE), LoraConfig(**lora))
+    wrapped.add_adapter("other", LoraConfig(**lora))
+    for parameter in wrapped.parameters():
+        parameter.requires_grad_(False)
+    model = sparse(wrapped.get_base_model().eval())
+    layers = [block.mlp.up_proj for block in model.model.layers]
+
+    def check(number):
+        found = generate(model, prompt(40), max_new_tokens=4)
+        assert len(played_prompts) == number
+        assert_same(found, generate(model, prompt(40), max_new_tokens=4, disable_compile=True))
+
+    for number in (0, 0, 1):
+        check(number)
+    changes = (
+        lambda layer: layer.enable_adapters(False),
+        lambda layer: layer.set_adapter("other", inference_mode=True),
+        lambda layer: layer.scale_layer(2.0),
+        lambda layer: layer.merge(),
+    )
+    undo = (
+        lambda layer: layer.enable_adapters(True),
+        lambda layer: layer.set_adapter("default", inference_mode=True),
+        lambda layer: layer.unscale_layer(),
+        lambda layer: layer.unmerge(),
+    )
+    for number, (change, back) in enumerate(zip(changes, undo, strict=True), 1):
+        for layer in layers:
+            change(layer)
+        check(number)
+        for layer in layers:
+            back(layer)
+            layer.requires_grad_(False)
+        check(number + 1)
+
+
+def test_adapters_switched_to_and_fro_find_their_recordings(model, played_prompts):
+    patch(model, SparseKConfig(k=5, window=4, sinks=1), adapter="other")
+    for number, name in enumerate(("default", "other") * 4):
+        for layer in sparse_layers(model):
+            layer.set_adapter(name, inference_mode=True)
+        ids = prompt(40, seed=number)
+        assert_same(
+            generate(model, ids, max_new_tokens=4), generate(model, ids, max_new_tokens=4, disable_compile=True)
+        )
+    assert len(played_prompts) == 4 and len(prompts_of(model)._memory.recordings) == 2
+
+
+def test_adapters_that_transformers_manages(model, played_prompts):
+    for layer in sparse_layers(model):
+        layer.is_managed = lambda: True
+    warm_up(model, 40)
+    assert_same(generate(model, prompt(40)), generate(model, prompt(40), disable_compile=True))
+    assert played_prompts == [64]
+
+
+def test_the_prompts_that_are_pinned_whole(tiny_llama, played_prompts):
+    """They fit into sinks and selected keys, and so does their bucket."""
+    model = sparse(tiny_llama(), k=26, pin_prompt=-1)
+    warm_up(model, 20)
+    for length in (20, 28):
+        ids = prompt(length)
+        found = generate(model, ids, max_new_tokens=30)
+        assert_same(found, generate(model, ids, max_new_tokens=30, disable_compile=True))
+    assert played_prompts == [28, 28]
+    with pytest.raises(ValueError, match="pin_prompt keeps the whole prompt"):
+        generate(model, prompt(29))
+
+
+def test_the_recording_used_least_recently_makes_room(model, played_prompts, monkeypatch):
+    """Only one that was not used for a while; otherwise prompts of many lengths would be recorded again and again."""
+    monkeypatch.setattr(recorded_prompts, "_MOST_RECORDINGS", 2)
+    monkeypatch.setattr(recorded_prompts, "_IDLE", 8)
+    for length in (40, 100):
+        warm_up(model, length)
+        generate(model, prompt(length))
+    warm_up(model, 160)
+    for _ in range(5):
+        generate(model, prompt(160))
+        generate(model, prompt(100))
+    assert played_prompts == [64, 128, 128, *[192, 128] * 4]  # the first was not used for eight prompts by then
+    assert [length for _, length in prompts_of(model)._memory.recordings] == [192, 128]
+
+
+def test_recordings_go_with_the_patch(model, played_prompts):
+    warm_up(model, 40)
+    generate(model, prompt(40))
+    (recording,) = (weakref.ref(one) for one in prompts_of(model)._memory.recordings.values())
+    unpatch(model)
+    assert recording() is None
+
+
+def test_recordings_go_with_the_model(tiny_llama, played_prompts):
+    """No cycle keeps a recorded one; an imitated one holds the model."""
+    model = sparse(tiny_llama())
+    warm_up(model, 40)
+    generate(model, prompt(40))
+    (recording,) = (weakref.ref(one) for one in prompts_of(model)._memory.recordings.values())
+    gc.collect()
+    del model
+    if DEVICE == "cpu":
+        gc.collect()
+    assert recording() is None
+
+
+def test_a_copied_model_has_recordings_of_its_own(model, played_prompts):
+    warm_up(model, 40)
+    generate(model, prompt(40))
+    twin = copy.deepcopy(model)
+    assert not prompts_of(twin)._memory.recordings
+    generate(twin, prompt(40))
+    assert len(played_prompts) == 1
+
+
+def test_threads_take_turns(model, played_prompts):
+    """Prompts of several threads are played one after the other, each with a cache of its own."""
+    warm_up(model, 40)
+    expected = [generate(model, prompt(40, seed=seed), disable_compile=True) for seed in range(4)]
+    found = {}
+    threads = [
+        Thread(target=lambda seed=seed: found.update({seed: generate(model, prompt(40, seed=seed))}))
+        for seed in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for seed, result in enumerate(expected):
+        assert_same(found[seed], result)
+    assert played_prompts == [64] * 4
+
+
+def test_inference_mode_may_come_and_go(model, played_prompts):
+    warm_up(model, 40)
+    for is_on in (True, False, True):
+        with torch.inference_mode(is_on):
+            found = generate(model, prompt(40), max_new_tokens=3)
+        assert_same(found, generate(model, prompt(40), max_new_tokens=3, disable_compile=True))
+    assert played_prompts == [64] * 3
+
+
+@ON_A_GPU
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shares", SHARES.values(), ids=SHARES)
+def test_graphs_in_half_precision(tiny_llama, played_prompts, dtype, shares):
+    """A prompt as long as its bucket launches the same kernels, so that all is equal bit by bit."""
+    model = sparse(tiny_llama(hidden_size=128).to(dtype), **shares)
+    for length in (64, 128, 512):
+        warm_up(model, length, rows=2)
+        found, expected = (generate(model, prompt(length, 2), disable_compile=plain) for plain in (False, True))
+        assert torch.equal(found.logits[0], expected.logits[0])
+        for mine, theirs in zip(cache_of(found).layers, cache_of(expected).layers, strict=True):
+            assert all(torch.equal(getattr(mine, name), getattr(theirs, name)) for name in TENSORS)
+    assert played_prompts == [64, 128, 512]
+
+
+@ON_A_GPU
+def test_steps_are_recorded_after_a_prompt_that_was_played(model, played_prompts, played):
+    warm_up(model, 40)
+    found = generate(model, prompt(40), max_new_tokens=30)
+    assert played_prompts == [64] and len(played) == 27
+    assert_same(found, generate(model, prompt(40), max_new_tokens=30, disable_compile=True))
+
+
+@ON_A_GPU
+def test_memory_of_recordings_is_shared_and_given_back(tiny_llama, played_prompts):
+    model = sparse(tiny_llama(hidden_size=512, intermediate_size=4096))
+
+    def reserved():
+        gc.collect()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved()
+
+    for plain in (True, False):  # libraries allocate what they keep for each stream
+        for _ in range(3):
+            generate(model, prompt(64, 8), disable_compile=plain)
+    prompts_of(model).clear()
+    before, taken = reserved(), []
+    for length in (512, 448, 384, 320):
+        warm_up(model, length, 8)
+        generate(model, prompt(length, 8))
+        taken.append(reserved() - before)
+    assert len(played_prompts) == 5 and taken[0] >= 1 << 24
+    assert taken[-1] <= 1.5 * taken[0]
+    unpatch(model)
+    assert reserved() <= before
