@@ -31,7 +31,7 @@ from hf_sparse.patches.recorded_steps import is_on_gpu, record, run_beside
 
 _LONGEST = 16384  # tokens of a recorded prompt; for longer ones the GPU sets the pace
 _STEP = 64  # between buckets; above eight times as many tokens an eighth of the power of two below
-_TRIALS = 2  # prompts of a bucket that run: the first compiles kernels, the second is timed
+_TIMED = 2  # prompts of a bucket after its first one, if each has a length of its own: either may compile kernels
 _PACED_BY_HOST = 1.15  # the GPU took less than so many times as long as the host: it waited for the host
 _MOST_RECORDINGS, _MOST_TRIALS, _MOST_STATES = 16, 64, 8  # of a model; the one used least recently goes
 _IDLE = 128  # prompts for which a recording was not used before another takes its place
@@ -63,7 +63,7 @@ class PromptCaller:
 class Timing:
     """Measure how long host and GPU take for a prompt, without waiting for it."""
 
-    host_ms: float | None = None
+    host_ms = 0.0
 
     def __init__(self) -> None:
         self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -76,16 +76,34 @@ class Timing:
         self.host_ms = 1e3 * (time.perf_counter() - self._started)
 
     def gpu_ms(self) -> float | None:
-        """Return what the GPU took, waiting for the host included; `None` if it has not ended."""
-        return None if self.host_ms is None or not self._end.query() else self._begin.elapsed_time(self._end)
+        """Return what the GPU took up to the end, waiting for the host included; `None` if it has not come there."""
+        return self._begin.elapsed_time(self._end) if self._end.query() else None
 
 
 @dataclass
 class _Trial:
-    """Count the prompts of a bucket that ran, with the time of the last of them."""
+    """Note the prompts of a bucket that ran: lengths, and times of those after the first.
 
-    prompts: int = 0
-    timing: Timing | None = None
+    Attributes:
+        is_over: whether one is timed that compiled nothing.
+    """
+
+    lengths: set[int] = field(default_factory=set)
+    timings: list[Timing] = field(default_factory=list)
+    is_over: bool = False
+
+    def note(self, tokens: int, timing: Timing | None) -> None:
+        """Note a prompt that ran, of so many tokens."""
+        if timing is not None:
+            timing.stop()
+            self.timings.append(timing)
+            self.is_over = tokens in self.lengths or len(self.timings) >= _TIMED
+        self.lengths.add(tokens)
+
+    def fastest(self) -> tuple[float, float] | None:
+        """Return the milliseconds of GPU and host for the fastest prompt; `None` before all that is known."""
+        times = [(ms, timing.host_ms) for timing in self.timings if (ms := timing.gpu_ms()) is not None]
+        return min(times) if self.is_over and len(times) == len(self.timings) else None
 
 
 class _Layers(list[Any]):
@@ -121,7 +139,7 @@ class _Recording:
         output: its logits, `[B, 1, V]`, by name, and the class that they are returned in.
         layers: cache layers that it fills.
         replay: plays it.
-        eager_ms: what the GPU took for the prompt that was timed.
+        eager_ms: what the GPU took for a prompt that ran.
         replays: how many there were.
         used: the number of the prompt that it was played for last.
         timing: of the second replay, until it is looked at.
@@ -164,8 +182,8 @@ class RecordedPrompts:
     """Read the prompts of a patched model in `generate`, and record those that wait for Python.
 
     What runs as ever: padding, inputs other than tokens and their positions, a cache that holds something or has layers
-    that are not the method's, autocast, gradients, outputs other than logits, quantised models, adapters that
-    transformers manages, what `model_state` refuses, and methods whose layers have no `prompt_edge`.
+    that are not the method's, autocast, gradients, outputs other than logits, quantised models, what `model_state`
+    refuses, and methods whose layers have no `prompt_edge`.
 
     Attributes:
         played: how many prompts were played.
@@ -199,11 +217,9 @@ class RecordedPrompts:
             if recording is not None:
                 return self._play(recording, prompt, inputs)
             trial = _entry(self._memory.trials, (prompt.key, prompt.length), _Trial, _MOST_TRIALS)
-        trial.prompts += 1
-        timing = trial.timing = Timing() if trial.prompts >= _TRIALS else None
+        timing = Timing() if trial.lengths and not trial.is_over else None
         output = model(**inputs)
-        if timing is not None:
-            timing.stop()
+        trial.note(inputs["input_ids"].shape[1], timing)
         return output
 
     def _prompt(self, model: nn.Module, modules: Sequence[nn.Module], inputs: dict[str, Any]) -> _Prompt | None:
@@ -216,7 +232,7 @@ class RecordedPrompts:
             return None
         if type(to_keep) is not int or to_keep != 1 or not inputs.get("use_cache") or not inputs.get("return_dict"):
             return None
-        if any([name not in _INPUTS and value is not None and value is not False for name, value in inputs.items()]):
+        if not all([name in _INPUTS or _says_nothing(value) for name, value in inputs.items()]):
             return None
         if positions is not None and (positions.ndim != 2 or positions.shape[1] != ids.shape[1]):
             return None
@@ -240,8 +256,10 @@ class RecordedPrompts:
         length = None if None in edges or None in keys else _bucket(model, ids.shape[1], edges)
         if length is None or (len(ids), length) in self._as_ever or _is_unusual(model):
             return None
+        if mask is not None and not bool(mask.all()):  # waits for nothing: the prompt is the first that is launched
+            return None
         state = state_of(model, ids.device, {hook.id for attention in attentions for hook in attention.hooks})
-        if state is None or (mask is not None and not bool(mask.all())):
+        if state is None:
             return None
         with self._lock:
             number = _entry(self._memory.states, state, lambda: next(self._numbers), _MOST_STATES)
@@ -265,11 +283,11 @@ class RecordedPrompts:
                     return None
             return recording
         trial = memory.trials.get(key)
-        timing = None if trial is None or trial.prompts < _TRIALS else trial.timing
-        eager_ms = None if timing is None else timing.gpu_ms()
-        if timing is None or timing.host_ms is None or eager_ms is None:
+        times = None if trial is None else trial.fastest()
+        if times is None:
             return None
-        if eager_ms > _PACED_BY_HOST * timing.host_ms:
+        eager_ms, host_ms = times
+        if eager_ms > _PACED_BY_HOST * host_ms:
             self._as_ever.add(bucket)
             return None
         if len(memory.recordings) >= _MOST_RECORDINGS:
@@ -350,6 +368,11 @@ def _entry(entries: OrderedDict[Hashable, V], key: Hashable, make: Callable[[], 
             entries.popitem(last=False)
     entries.move_to_end(key)
     return entries[key]
+
+
+def _says_nothing(value: Any) -> bool:
+    """Tell whether an input is as if it were not there, such as the outputs of encoders of pictures without any."""
+    return value is None or value is False or (isinstance(value, dict) and not value)
 
 
 def _layers_to_fill(cache: Any, attentions: Sequence[SparseAttentionLayer]) -> list[Any] | None:

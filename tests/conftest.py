@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from importlib.metadata import version
 from itertools import count
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import yaml
@@ -248,19 +248,21 @@ def played_prompts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     Every prompt counts as one that waits for Python. A recording on the CPU is imitated, as by `played`.
     """
+    import torch
+
     from hf_sparse.patches import attach, recorded_prompts
 
     played: list[int] = []
     record, is_on_gpu, may_record = recorded_prompts.record, recorded_prompts.is_on_gpu, attach.may_record
 
     class Timing:
-        host_ms = None
+        host_ms = 1.0
 
         def stop(self):
-            self.host_ms = 1.0
+            pass
 
         def gpu_ms(self):
-            return self.host_ms
+            return 1.0
 
     def imitate(call, device, pool):
         output = {}
@@ -272,9 +274,8 @@ def played_prompts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return output, lambda: (played.append(length), replay())
 
     def may_imitate(model, config):
-        if model.device.type == "cpu":
-            return not config.disable_compile and config.compile_config is None
-        return may_record(model, config)
+        devices = getattr(model, "hf_device_map", {})
+        return may_record(SimpleNamespace(device=torch.device("cuda"), hf_device_map=devices), config)
 
     monkeypatch.setattr(recorded_prompts, "Timing", Timing)
     monkeypatch.setattr(recorded_prompts, "record", note)

@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 
+from hf_sparse.core.cache import ModelCall
 from hf_sparse.methods.sparsek import SparseKCacheLayer
 from hf_sparse.methods.sparsek.reading import Scoring
 
@@ -450,3 +451,37 @@ def test_a_text_without_padding_fills_the_same_slots_with_fewer_kernels(number):
         layers.append(layer)
     for name in STATE:
         assert torch.equal(*(getattr(layer, name) for layer in layers)), name
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "equal", "rising"])
+@pytest.mark.parametrize("length", [SLOTS - 3, SLOTS, SLOTS + 1, 40])
+def test_a_text_that_ends_before_what_is_read(length, kind):
+    """Whatever stands behind its end, the slots are those of the text alone."""
+    keys, values, scores = stream(40, kind)
+    whole, part = SparseKCacheLayer(K, WINDOW, SINKS), SparseKCacheLayer(K, WINDOW, SINKS)
+    part.call = ModelCall(end=torch.tensor([length]))
+    whole.fill_whole(keys[:, :, :length], values[:, :, :length], scores[:, :, :length])
+    whole.cumulative_length.fill_(length)
+    part.fill_whole(keys, values, scores)
+    for name in ("keys", "values", "scores", "positions", "seen", "padded_late", "cumulative_length"):
+        assert torch.equal(getattr(part, name), getattr(whole, name)), name
+
+
+@pytest.mark.parametrize("budgets", [(K, K, K), (K, 1, K), (3, 2, 1)], ids=str)
+def test_copies_of_texts_are_apart(budgets):
+    """Slots of one shape share an allocation, and copies that have memory keep it."""
+    sources, targets = ([SparseKCacheLayer(k, WINDOW, SINKS) for k in budgets] for _ in range(2))
+    for length in (30, 8):
+        for layer in sources:
+            layer.reset()
+            layer.fill_whole(*stream(length))
+        before = [layer.keys for layer in targets]
+        SparseKCacheLayer.copy_texts(sources, targets)
+        for mine, theirs, old in zip(targets, sources, before, strict=True):
+            assert not mine.empty and (old is None or mine.keys is old)
+            for name in ("keys", "values", "scores", "positions", "seen", "padded_late", "cumulative_length"):
+                one, other = getattr(mine, name), getattr(theirs, name)
+                assert torch.equal(one, other) and one.data_ptr() != other.data_ptr()
+    assert len({layer.keys.untyped_storage().data_ptr() for layer in targets}) == len(set(budgets))
+    targets[0].keys.zero_()
+    assert all(bool(layer.keys.any()) for layer in targets[1:])

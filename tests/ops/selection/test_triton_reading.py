@@ -7,10 +7,13 @@ import torch
 
 from hf_sparse.core.cache import ModelCall
 from hf_sparse.methods.sparsek import SparseKCacheLayer, reading
+from hf_sparse.methods.sparsek.ragged_cache import RaggedCacheLayer
+from hf_sparse.methods.sparsek.reading import Scoring
 from hf_sparse.ops import sparsek_attention
 from hf_sparse.ops.selection import ragged
 from hf_sparse.ops.selection import slots as reference
 from hf_sparse.ops.selection.linear_scores import normalised
+from hf_sparse.ops.selection.triton import reading as kernels
 from hf_sparse.ops.selection.triton.reading import ReadingSettings, new_slots, read_text
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -144,6 +147,63 @@ def test_slots_of_a_text_that_ends_early(length, ends, k_of_heads, ties, poisone
         assert slots.tokens == number
         if shorter is not None and output is not None:
             torch.testing.assert_close(output[:, :, :number], shorter, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.cross("values")
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize(("k", "window", "sinks"), [(5, 7, 2), (3, 1, 0), (4, 16, 1)])
+def test_every_place_of_a_tile_may_be_the_end(k, window, sinks, ties, monkeypatch, poisoned_memory):
+    """The slots are those that plain PyTorch fills with the tokens before it."""
+    monkeypatch.setattr(kernels, "TILE", 16)
+    budget = {"scaling": 0.2, "position_slope": 0.0, "slope_tokens": 256}
+    settings = ReadingSettings(k, window, sinks, **budget)
+    length = settings.slots + 33
+    query, key, value, states, weight, _ = inputs(1, 2, 2, length, 16, 32, torch.float32, False)
+    if ties:
+        states = states[:, :1].expand(-1, length, -1).contiguous()
+        states[:, ::3] *= -1
+    scores = torch.einsum("btc,hc->bht", normalised(states), weight.double()).float()
+    shape = (1, 2, settings.slots)
+    for number in range(settings.slots + 1, length + 1):
+        end = torch.tensor([number], device=DEVICE)
+        _, slots = read_text(query, key, value, states, weight, None, settings, end)
+        keys, values = (torch.zeros(*shape, 16, device=DEVICE) for _ in range(2))
+        kept, positions = torch.zeros(shape, device=DEVICE), torch.full(shape, -1, device=DEVICE)
+        tokens = (key[:, :, :number], value[:, :, :number], scores[:, :, :number])
+        with pytest.MonkeyPatch.context() as plain:
+            plain.setattr(reference, "_TRITON", False)
+            seen = torch.zeros(1, dtype=torch.int64, device=DEVICE)
+            reference.fill_slots(keys, values, kept, positions, seen, *tokens, window=window, sinks=sinks)
+        assert torch.equal(slots.positions, positions), number
+        assert torch.equal(slots.keys, keys) and torch.equal(slots.values, values)
+        assert slots.seen.tolist() == [number] and slots.tokens == number and not slots.padded_late.any()
+
+
+@pytest.mark.parametrize("end", [20, 33, 60])
+@pytest.mark.parametrize("k", [12, (4, 20)], ids=str)
+def test_a_cache_layer_takes_the_slots_of_a_text_that_ends_early(k, end, monkeypatch, poisoned_memory):
+    """It heeds the end that the call of the model has, in both ways to read, and attends as without it."""
+    monkeypatch.setattr(reading, "_is_on_current_device", lambda query: True)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    attention = SimpleNamespace(baseline=None, observer=None, active="a", identities={"a": "id"})
+    query, key, value, states, weight, _ = inputs(1, 4, 2, 60 if end > 30 else 24, 16, 48, torch.float32, False)
+    scoring = Scoring(weight, None, (weight.data_ptr(), weight.dtype, 0, 0.0), (weight.data_ptr(), 0), "layout")
+    results = []
+    for tokens in (query.shape[2], end):
+        kind = SparseKCacheLayer if isinstance(k, int) else RaggedCacheLayer
+        cache = kind(k, 10, 3, owner=("id", None))
+        cache.scoring = scoring
+        cache.call = ModelCall(layers=1, end=torch.tensor([end], device=DEVICE) if tokens != end else None)
+        cut = [tensor[:, :, :tokens] for tensor in (query, key, value)]
+        with torch.no_grad():
+            output = reading.read_in_few_launches(attention, *cut, states[:, :tokens].contiguous(), None, cache, 0.25)
+        results.append((output[:, :, :end], cache))
+    (ours, read), (expected, alone) = results
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)
+    for name in ("keys", "values", "positions", "seen", "padded_late", "cumulative_length"):
+        assert torch.equal(getattr(read, name), getattr(alone, name)), name
+    torch.testing.assert_close(read.scores, alone.scores, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("counts", [7, (3, 5)])

@@ -1,0 +1,128 @@
+"""The state of a model is equal as long as a recording of its forward would do what the forward does."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from hf_sparse import SparseKConfig, patch
+from hf_sparse.patches import sparse_layers
+from hf_sparse.patches.model_state import state_of
+
+
+@pytest.fixture
+def model(tiny_llama):
+    return patch(tiny_llama(), SparseKConfig(k=6, window=8, sinks=2))
+
+
+def state(model):
+    return state_of(model, model.device, {hook.id for layer in sparse_layers(model) for hook in layer.hooks})
+
+
+def test_what_a_forward_leaves_changes_nothing(model):
+    before = state(model)
+    assert before is not None
+    with torch.no_grad():
+        model(torch.ones(1, 30, dtype=torch.long), use_cache=True)
+        model.generate(torch.ones(1, 30, dtype=torch.long), max_new_tokens=3)
+        model.model.norm.weight.mul_(2)  # in place
+    assert state(model) == before and hash(state(model)) == hash(before)
+
+
+def test_a_copy_is_another(model):
+    assert state(copy.deepcopy(model)) != state(model)
+
+
+def shared(model):
+    model.model.layers[0].mlp.down_proj.weight = model.model.layers[1].mlp.down_proj.weight
+
+
+def swapped(model):
+    layers = model.model.layers
+    layers[0], layers[1] = layers[1], layers[0]
+
+
+def another_class(model):
+    model.model.norm.__class__ = type("Other", (type(model.model.norm),), {})
+
+
+def configured(model):
+    model.config.pretraining_tp = 2
+
+
+def with_a_tensor(model):
+    model.model.norm.kept = torch.ones(1)
+
+
+def without_a_bias(model):
+    model.model.norm.register_parameter("bias", None)
+
+
+def set_before_the_rest(model):
+    """Set an attribute before `nn.Module.__init__`."""
+
+    class Early(nn.Module):
+        def __init__(self, number):
+            self.number = number
+            super().__init__()
+
+    model.model.early = Early(2)
+    before = state(model)
+    model.model.early.number = 3
+    assert state(model) != before
+
+
+@pytest.mark.parametrize(
+    "change", [shared, swapped, another_class, configured, with_a_tensor, without_a_bias, set_before_the_rest]
+)
+def test_changes_are_seen(model, change):
+    before = state(model)
+    change(model)
+    assert state(model) not in (before, None)
+
+
+def hook(model):
+    model.model.norm.register_forward_hook(lambda *_: None)
+
+
+def hook_before(model):
+    model.model.norm.register_forward_pre_hook(lambda *_: None)
+
+
+def compiled(model):
+    model.model.norm.compile()
+
+
+def elsewhere(model):
+    model.model.norm.to("meta")
+
+
+def of_another_kind(model):
+    class Quantised(nn.Parameter):
+        pass
+
+    model.model.norm.weight = Quantised(torch.ones(32))
+
+
+def long_positions(model):
+    model.model.rotary_emb.rope_type = {"full_attention": "longrope", "sliding_attention": "default"}
+
+
+@pytest.mark.parametrize(
+    "change", [nn.Module.train, hook, hook_before, compiled, elsewhere, of_another_kind, long_positions]
+)
+def test_models_that_are_not_recorded(model, change):
+    change(model)
+    assert state(model) is None
+
+
+def test_hooks_of_all_modules(model):
+    for register in (
+        nn.modules.module.register_module_forward_hook,
+        nn.modules.module.register_module_forward_pre_hook,
+    ):
+        handle = register(lambda *_: None)
+        assert state(model) is None
+        handle.remove()
+        assert state(model) is not None
