@@ -123,8 +123,8 @@ def test_tokens_and_slots_are_those_of_prompts_that_run(tiny_llama, played_promp
 def test_every_family(family, played_prompts):
     """Heads take the place of the last token as a tensor, and nothing else tells a text from what stands behind it.
 
-    Layers with a window of their own are not recorded, nor is an older OPT, which looks into a mask of its own. On a GPU
-    experts may wait for the device."""
+    Layers with a window of their own are not recorded, nor is an older OPT, which looks into a mask of its own. Experts
+    may wait for the device on a GPU."""
     model = sparse(family.make())
     warm_up(model, 60, 2)
     for length in (60, 37):
