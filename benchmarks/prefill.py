@@ -124,6 +124,17 @@ def measure(models: dict[str, PreTrainedModel], ids: Tensor, options: argparse.N
     return row
 
 
+def memory_of_recordings(model: PreTrainedModel) -> float:
+    """Megabytes of GPU memory that the recorded prompts of a model hold; they are forgotten."""
+    reserved = []
+    for _ in range(2):
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        reserved.append(torch.cuda.memory_reserved())
+        sparse_layers(model)[0].on_toggle.prompts.clear()  # type: ignore[union-attr]
+    return (reserved[0] - reserved[1]) / 1e6
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
@@ -142,6 +153,7 @@ def main() -> None:
         "commit": options.commit or current_commit(),
         "settings": {name: getattr(options, name) for name in named},
         "differences": {},
+        "recordings_mb": {},
         "rows": [],
         **describe(),
     }
@@ -165,6 +177,11 @@ def main() -> None:
                 f"{name} {p['launches']} launches, {p['kernels_ms']:.2f} ms" for name, p in row["profile"].items()
             ]
             print(f"{shape:10} {length:6}  {'  '.join((*told, *counts))}", flush=True)
+            if options.output:
+                write_json(options.output, result)
+        if options.device == "cuda":
+            result["recordings_mb"][shape] = memory_of_recordings(models["sparse"])
+            print(f"{shape:10} recorded prompts hold {result['recordings_mb'][shape]:.0f} MB", flush=True)
             if options.output:
                 write_json(options.output, result)
         del models

@@ -11,6 +11,7 @@ says where its token goes. When the room is full, the cache grows in a step that
 
 import functools
 import gc
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from operator import is_
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all_modules
 from transformers.cache_utils import Cache
 
+_stream_lock = threading.RLock()  # what another thread launches on the stream would be recorded too
 _EAGER = 2  # steps of a call before one is recorded: they compile kernels and allocate what stays
 _COLLECTING = "transformers.utils.output_capturing"  # the module whose hooks collect hidden states
 _PLAIN = (bool, int, float, str, type(None))  # types of inputs that a recording keeps
@@ -151,28 +153,29 @@ def record(call: Callable[[], Any], device: torch.device, pool: Any = None) -> t
     Raises:
         RuntimeError: the call did what cannot be recorded.
     """
-    graph, stream = torch.cuda.CUDAGraph(), recording_stream(device)
-    pool = torch.cuda.graph_pool_handle() if pool is None else pool
-    stream.wait_stream(torch.cuda.current_stream(device))
-    collects = gc.isenabled()
-    gc.disable()  # memory of the device must not be given back meanwhile
-    try:
-        with torch.cuda.stream(stream):
-            # Other threads, such as those of a streamer, may use the device meanwhile.
-            graph.capture_begin(pool, capture_error_mode="thread_local")
-            try:
-                output = call()
-            finally:
+    with _stream_lock:
+        graph, stream = torch.cuda.CUDAGraph(), recording_stream(device)
+        pool = torch.cuda.graph_pool_handle() if pool is None else pool
+        stream.wait_stream(torch.cuda.current_stream(device))
+        collects = gc.isenabled()
+        gc.disable()  # memory of the device must not be given back meanwhile
+        try:
+            with torch.cuda.stream(stream):
+                # Other threads, such as those of a streamer, may use the device meanwhile.
+                graph.capture_begin(pool, capture_error_mode="thread_local")
                 try:
-                    graph.capture_end()
-                except RuntimeError:
-                    _forget_recording(device, pool)
-                    raise
-    finally:
-        if collects:
-            gc.enable()
-    torch.cuda.current_stream(device).wait_stream(stream)
-    return output, graph.replay
+                    output = call()
+                finally:
+                    try:
+                        graph.capture_end()
+                    except RuntimeError:
+                        _forget_recording(device, pool)
+                        raise
+        finally:
+            if collects:
+                gc.enable()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        return output, graph.replay
 
 
 def run_beside(call: Callable[[], Any], device: torch.device) -> None:
@@ -180,13 +183,14 @@ def run_beside(call: Callable[[], Any], device: torch.device) -> None:
     if device.type != "cuda":
         call()
         return
-    stream, current = recording_stream(device), torch.cuda.current_stream(device)
-    stream.wait_stream(current)
-    try:
-        with torch.cuda.stream(stream):
-            call()
-    finally:
-        current.wait_stream(stream)
+    with _stream_lock:
+        stream, current = recording_stream(device), torch.cuda.current_stream(device)
+        stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(stream):
+                call()
+        finally:
+            current.wait_stream(stream)
 
 
 def _forget_recording(device: torch.device, pool: Any) -> None:

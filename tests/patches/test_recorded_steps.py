@@ -3,7 +3,9 @@
 Without a GPU a recording is imitated (`played` in tests/conftest.py).
 """
 
+import time
 import weakref
+from threading import Thread
 
 import pytest
 import torch
@@ -145,6 +147,33 @@ def test_a_recording_that_fails_leaves_the_device_as_it_was():
         torch.cuda.empty_cache()
     assert torch.equal(torch.randn(3, device=device), expected)
     assert torch.cuda.memory_reserved() - before < 1 << 26
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a CUDA device")
+def test_threads_record_one_after_the_other():
+    """They share a stream, and what one launches there would become a part of what the other records."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    found = {}
+
+    def work(number):
+        numbers = torch.full((4,), float(number), device=device)
+
+        def call():
+            time.sleep(0.05)
+            return numbers * 2 + 1
+
+        recorded_steps.run_beside(call, device)
+        output, replay = recorded_steps.record(call, device)
+        numbers += 10
+        replay()
+        found[number] = output.tolist()
+
+    threads = [Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert found == {number: [2.0 * (number + 10) + 1] * 4 for number in range(4)}
 
 
 GRAPH = {"tile": 8, "tiles_per_query": 3, "window": 1, "clusters": 6, "initial_scale": 3.0}
