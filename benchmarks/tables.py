@@ -15,8 +15,8 @@
         --first-static first_static-h200.json first_static-126f690-h200.json first_static-e27d4a2-h200.json \\
         first_static-earlier-h200.json \\
         --shapes kernels-launches-h200.json kernels-shape-*-h200.json --first-tokens generate-short-h200.json \\
-        --prefills prefill-h200.json prefill-05ba201-h200.json prefill-8034dc5-h200.json \\
-        --evaluation evaluation-h200.json --cpu generate-cpu.json generate-before-cpu.json --busy busy-cpu.json \\
+        --prefills prefill-h200.json --evaluation evaluation-h200.json \\
+        --cpu generate-cpu.json generate-before-cpu.json --busy busy-cpu.json \\
         --entmax-model entmax_model-h200.json --conversion conversion-h200.json \\
         --steps generate-entmax-h200.json generate-predicted-h200.json \\
         generate-entmax-more-h200.json --recorded-steps generate-*-recorded-h200.json \\

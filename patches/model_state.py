@@ -65,9 +65,12 @@ def state_of(model: nn.Module, device: torch.device, ours: set[int]) -> Hashable
             else:
                 return None
         values = _own_values(own)
+        is_ours = isinstance(module, SparseAttentionLayer)  # its `recording_key` says what it computes
+        if is_ours:  # what its first forward keeps for the next ones was `None`
+            values = [value for value in values if value is not None]
         state.append(own["training"])
         state += [value.data_ptr() if type(value) is Tensor else value for value in values if type(value) in _KEPT]
-        if "_active_adapter" in own and not isinstance(module, SparseAttentionLayer):  # whose `recording_key` says it
+        if "_active_adapter" in own and not is_ours:
             state += [repr(value) for value in own.values() if type(value) in _CONTAINERS]
         stack.extend(own["_modules"].values())
     return tuple(state)

@@ -32,7 +32,7 @@ from hf_sparse.patches.recorded_steps import is_on_gpu, record, run_beside
 _LONGEST = 16384  # tokens of a recorded prompt; for longer ones the GPU sets the pace
 _STEP = 64  # between buckets; above eight times as many tokens an eighth of the power of two below
 _TIMED = 2  # prompts of a bucket after its first one, if each has a length of its own: either may compile kernels
-_PACED_BY_HOST = 1.15  # the GPU took less than so many times as long as the host: it waited for the host
+_PACED_BY_HOST = 1.5  # the GPU took less than so many times as long as the host: it may have waited for the host
 _MOST_RECORDINGS, _MOST_TRIALS, _MOST_STATES = 16, 64, 8  # of a model; the one used least recently goes
 _IDLE = 128  # prompts for which a recording was not used before another takes its place
 _CACHE = next(iter(with_cache(None)))

@@ -246,9 +246,13 @@ def played(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def played_prompts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """List the length of the recording for every prompt of `generate` that is played; steps run.
 
-    Every prompt counts as one that waits for Python. A recording on the CPU is imitated, as by `played`.
+    Every prompt counts as one that waits for Python. A recording on the CPU is imitated: it notes all operations of the
+    call, and playing it repeats them on the same tensors, without the Python around them.
     """
     import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+    from transformers import modeling_utils
 
     from hf_sparse.patches import attach, recorded_prompts
 
@@ -264,9 +268,32 @@ def played_prompts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         def gpu_ms(self):
             return 1.0
 
+    class Tape(TorchDispatchMode):
+        """Notes operations, and refuses those that wait for a value, as a stream that is captured does."""
+
+        def __init__(self):
+            super().__init__()
+            self.calls = []
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten._local_scalar_dense.default:
+                raise RuntimeError("a recording waits for no value")
+            result = func(*args, **(kwargs or {}))
+            if "empty" not in str(func):
+                self.calls.append((func, args, kwargs or {}, tree_leaves(result)))
+            return result
+
+        @torch.inference_mode()  # which may write to what was made there
+        def play(self):
+            for func, args, kwargs, results in self.calls:
+                for old, new in zip(results, tree_leaves(func(*args, **kwargs)), strict=True):
+                    if isinstance(old, torch.Tensor) and old.data_ptr() != new.data_ptr():
+                        old.copy_(new)
+
     def imitate(call, device, pool):
-        output = {}
-        return output, lambda: output.update(call())
+        with Tape() as tape, pytest.MonkeyPatch.context() as capturing:
+            capturing.setattr(modeling_utils, "is_tracing", lambda *_: True)  # what transformers asks there
+            return call(), tape.play
 
     def note(call, device, pool):
         output, replay = (imitate if device.type == "cpu" else record)(call, device, pool)

@@ -42,9 +42,12 @@ def tables() -> dict[str, str]:
     ]
     recorded = read("recorded-05ba201", "recorded", "recorded-e27d4a2", "recorded-earlier")
     first_static = read("first_static", "first_static-126f690", "first_static-e27d4a2", "first_static-earlier")
-    of_shapes = sorted(path.name.removesuffix("-h200.json") for path in RESULTS.glob("kernels-shape-*-h200.json"))
+    of_shapes = [
+        name.removesuffix("-h200.json")
+        for name in sorted(path.name for path in RESULTS.glob("kernels-shape-*-h200.json"))
+    ]
     shapes = read("kernels-launches", *of_shapes)
-    (first_tokens,), prefills = read("generate-short"), read("prefill", "prefill-05ba201", "prefill-8034dc5")
+    (first_tokens,), prefills = read("generate-short"), read("prefill")
     entmax = [read(f"entmax_kernels{shape}", f"entmax_kernels{shape}-earlier") for shape in ("", "-128")]
     (evaluation,) = read("evaluation")
     generate_cpu, before_cpu, busy = read("generate", "generate-before", "busy", machine="cpu")

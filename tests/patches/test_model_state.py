@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from hf_sparse import SparseKConfig, patch
+from hf_sparse.methods.sparsek.reading import Scoring
 from hf_sparse.patches import sparse_layers
 from hf_sparse.patches.model_state import state_of
 
@@ -28,6 +29,14 @@ def test_what_a_forward_leaves_changes_nothing(model):
         model.generate(torch.ones(1, 30, dtype=torch.long), max_new_tokens=3)
         model.model.norm.weight.mul_(2)  # in place
     assert state(model) == before and hash(state(model)) == hash(before)
+
+
+def test_what_a_forward_on_a_gpu_keeps_for_the_next_one_changes_nothing(model):
+    before = state(model)
+    for layer in sparse_layers(model):
+        assert layer.scoring is None
+        layer.scoring = Scoring(torch.ones(1), None, (), (0, 0), None)
+    assert state(model) == before
 
 
 def test_a_copy_is_another(model):
