@@ -89,6 +89,9 @@ def _settings() -> list[Any]:
     return [
         every.fp32_precision,
         backend.matmul.fp32_precision,
+        backend.matmul.allow_fp16_accumulation,
+        backend.matmul.allow_fp16_reduced_precision_reduction,
+        backend.matmul.allow_bf16_reduced_precision_reduction,
         torch.are_deterministic_algorithms_enabled(),
         backend.flash_sdp_enabled(),
         backend.mem_efficient_sdp_enabled(),

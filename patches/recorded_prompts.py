@@ -342,7 +342,9 @@ class RecordedPrompts:
         recording.used = memory.prompts
         timing, tokens = Timing() if recording.replays == 2 else None, ids.shape[1]
         for name, held in recording.inputs.items():
-            held[:, :tokens].copy_(inputs[name])  # behind them stands what an earlier prompt had there
+            held[:, :tokens].copy_(inputs[name])
+            # What an earlier prompt has left behind them may make values of NaN, which no weight of 0 hides.
+            held[:, tokens:].copy_(inputs[name][:, -1:])
         recording.end.fill_(tokens)
         recording.replay()
         prompt.layers[0].copy_texts(recording.layers, prompt.layers)

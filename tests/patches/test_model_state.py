@@ -135,3 +135,22 @@ def test_hooks_of_all_modules(model):
         assert state(model) is None
         handle.remove()
         assert state(model) is not None
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "allow_tf32",
+        "allow_fp16_accumulation",
+        "allow_fp16_reduced_precision_reduction",
+        "allow_bf16_reduced_precision_reduction",
+    ],
+)
+def test_settings_of_matrix_products(model, name):
+    matmul = torch.backends.cuda.matmul
+    before, setting = state(model), getattr(matmul, name)
+    try:
+        setattr(matmul, name, not setting)
+        assert state(model) != before
+    finally:
+        setattr(matmul, name, setting)

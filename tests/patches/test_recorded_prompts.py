@@ -151,6 +151,21 @@ def test_lengths_of_a_bucket_share_a_recording(model, played_prompts):
     assert len(prompts_of(model)._memory.recordings) == 1
 
 
+@pytest.mark.parametrize("length", [12, 40])
+def test_nothing_of_an_earlier_prompt_is_left(model, played_prompts, length):
+    """Not even where it is no number: values of NaN would be seen through a weight of 0."""
+    with torch.no_grad():
+        model.get_input_embeddings().weight[63] = float("nan")
+    ids = prompt(length) % 60
+    warm_up(model, length)
+    longer = prompt(16 if length == 12 else 64)
+    longer[:, -1] = 63
+    assert generate(model, longer).logits[0].isnan().any()
+    found, expected = generate(model, ids), generate(model, ids, disable_compile=True)
+    assert not expected.logits[0].isnan().any() and len(played_prompts) == 2
+    assert_same(found, expected)
+
+
 def test_lengths_that_never_come_again(model, played_prompts):
     """The first prompts of other lengths may compile kernels, so one more of them is timed."""
     for length in (40, 41, 42, 43, 44):
