@@ -56,11 +56,11 @@ def state_of(model: nn.Module, device: torch.device, ours: set[int]) -> Hashable
             return None
         if "rope_type" in own and _depends_on_length(own["rope_type"]):
             return None
-        state.append(type(module))
+        state += (type(module), type(module).forward)
         for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
             if tensor is None:
                 state.append(None)
-            elif type(tensor) in _TENSORS and tensor.device == device:
+            elif type(tensor) in _TENSORS and tensor.device == device and tensor.layout is torch.strided:
                 state += (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
             else:
                 return None

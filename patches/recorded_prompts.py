@@ -329,6 +329,7 @@ class RecordedPrompts:
 
         if not memory.recordings:  # a pool goes with the last recording in it
             memory.pool = _new_pool(ids.device)
+        self._wait_for_copies(ids.device)  # from the same layers
         run_beside(call, ids.device)  # compiles and loads kernels
         output, replay = record(call, ids.device, memory.pool)
         return _Recording(held, end, output, layers, replay, eager_ms)
@@ -336,8 +337,7 @@ class RecordedPrompts:
     def _play(self, recording: _Recording, prompt: _Prompt, inputs: dict[str, Any]) -> Any:
         """Play a recording for a prompt: fill its cache, and return what the forward returns."""
         memory, ids = self._memory, inputs["input_ids"]
-        if memory.last is not None:
-            torch.cuda.current_stream(ids.device).wait_event(memory.last)
+        self._wait_for_copies(ids.device)
         recording.replays += 1
         recording.used = memory.prompts
         timing, tokens = Timing() if recording.replays == 2 else None, ids.shape[1]
@@ -360,6 +360,11 @@ class RecordedPrompts:
         prompt.cache.layers[:] = prompt.layers
         self.played += 1
         return recording.output["kind"](logits=logits, **with_cache(prompt.cache))
+
+    def _wait_for_copies(self, device: torch.device) -> None:
+        """Let the current stream, which may be another one, wait until what the last replay returned was copied."""
+        if self._memory.last is not None:
+            torch.cuda.current_stream(device).wait_event(self._memory.last)
 
 
 def _entry(entries: OrderedDict[Hashable, V], key: Hashable, make: Callable[[], V], most: int) -> V:

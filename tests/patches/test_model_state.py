@@ -91,6 +91,12 @@ def test_changes_are_seen(model, change):
     assert state(model) not in (before, None)
 
 
+def test_a_forward_replaced_for_all_instances(model, monkeypatch):
+    before = state(model)
+    monkeypatch.setattr(type(model.model.norm), "forward", lambda self, states: states)
+    assert state(model) not in (before, None)
+
+
 def hook(model):
     model.model.norm.register_forward_hook(lambda *_: None)
 
@@ -114,12 +120,17 @@ def of_another_kind(model):
     model.model.norm.weight = Quantised(torch.ones(32))
 
 
+def without_strides(model):
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().to_sparse(), requires_grad=False)
+
+
 def long_positions(model):
     model.model.rotary_emb.rope_type = {"full_attention": "longrope", "sliding_attention": "default"}
 
 
 @pytest.mark.parametrize(
-    "change", [nn.Module.train, hook, hook_before, compiled, elsewhere, of_another_kind, long_positions]
+    "change",
+    [nn.Module.train, hook, hook_before, compiled, elsewhere, of_another_kind, without_strides, long_positions],
 )
 def test_models_that_are_not_recorded(model, change):
     change(model)

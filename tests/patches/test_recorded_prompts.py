@@ -679,6 +679,18 @@ def test_threads_take_turns(model, played_prompts):
     assert played_prompts == [64] * 4
 
 
+def test_recordings_and_replays_wait_for_copies_on_other_streams(model, played_prompts, monkeypatch):
+    """Recordings of one state fill the same layers, from which the last prompt may not have been copied yet."""
+    warm_up(model, 40)
+    generate(model, prompt(40))
+    warm_up(model, 100)
+    order, wait, run = [], prompts_of(model)._wait_for_copies, recorded_prompts.run_beside
+    monkeypatch.setattr(prompts_of(model), "_wait_for_copies", lambda device: (order.append("waits"), wait(device)))
+    monkeypatch.setattr(recorded_prompts, "run_beside", lambda *args: (order.append("writes"), run(*args)))
+    generate(model, prompt(100))
+    assert order == ["waits", "writes", "waits"] and played_prompts == [64, 128]
+
+
 def test_inference_mode_may_come_and_go(model, played_prompts):
     warm_up(model, 40)
     for is_on in (True, False, True):
