@@ -61,19 +61,25 @@ def state_of(model: nn.Module, device: torch.device, ours: set[int]) -> Hashable
             if tensor is None:
                 state.append(None)
             elif type(tensor) in _TENSORS and tensor.device == device and tensor.layout is torch.strided:
-                state += (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+                state += _place_of(tensor)
             else:
                 return None
         values = _own_values(own)
-        is_ours = isinstance(module, SparseAttentionLayer)  # its `recording_key` says what it computes
+        has_adapters = "_active_adapter" in own  # an instance check, of an abstract class, takes longer
+        is_ours = has_adapters and isinstance(module, SparseAttentionLayer)  # its `recording_key` says what it computes
         if is_ours:  # what its first forward keeps for the next ones was `None`
             values = [value for value in values if value is not None]
         state.append(own["training"])
-        state += [value.data_ptr() if type(value) is Tensor else value for value in values if type(value) in _KEPT]
-        if "_active_adapter" in own and not is_ours:
+        state += [_place_of(value) if type(value) is Tensor else value for value in values if type(value) in _KEPT]
+        if has_adapters and not is_ours:
             state += [repr(value) for value in own.values() if type(value) in _CONTAINERS]
         stack.extend(own["_modules"].values())
     return tuple(state)
+
+
+def _place_of(tensor: Tensor) -> tuple[Any, ...]:
+    """Return where a tensor lies, and how its numbers are read."""
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def _own_values(attributes: dict[str, Any]) -> Iterable[Any]:

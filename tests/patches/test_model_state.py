@@ -64,6 +64,14 @@ def with_a_tensor(model):
     model.model.norm.kept = torch.ones(1)
 
 
+def with_a_part_of_a_tensor(model):
+    norm = model.model.norm
+    norm.kept = torch.ones(2)
+    before = state(model)
+    norm.kept = norm.kept[:1]
+    assert state(model) != before
+
+
 def without_a_bias(model):
     model.model.norm.register_parameter("bias", None)
 
@@ -83,7 +91,17 @@ def set_before_the_rest(model):
 
 
 @pytest.mark.parametrize(
-    "change", [shared, swapped, another_class, configured, with_a_tensor, without_a_bias, set_before_the_rest]
+    "change",
+    [
+        shared,
+        swapped,
+        another_class,
+        configured,
+        with_a_tensor,
+        with_a_part_of_a_tensor,
+        without_a_bias,
+        set_before_the_rest,
+    ],
 )
 def test_changes_are_seen(model, change):
     before = state(model)
