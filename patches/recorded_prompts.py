@@ -204,11 +204,27 @@ class RecordedPrompts:
     def read(self, model: nn.Module, modules: Sequence[nn.Module], inputs: dict[str, Any]) -> Any:
         """Return what the forward of the model returns for the first tokens of texts.
 
+        Where memory does not suffice, that of all recordings is given back, and a prompt in a new cache runs once more.
+
         Args:
             model: a patched model.
             modules: its patched attention modules.
             inputs: of the forward, by name.
         """
+        cache: Any = inputs.get(_CACHE)
+        layers = list(getattr(cache, "layers", ()))
+        try:
+            return self._read(model, modules, inputs)
+        except torch.OutOfMemoryError:
+            if not self._memory.recordings:
+                raise
+            self.clear()
+            if not _is_as_new(cache, layers):
+                raise
+        return model(**inputs)  # here, for the error holds what the failed forward had allocated
+
+    def _read(self, model: nn.Module, modules: Sequence[nn.Module], inputs: dict[str, Any]) -> Any:
+        """Return what `read` returns, if memory suffices."""
         prompt = None if self._is_refused else self._prompt(model, modules, inputs)
         if prompt is None:
             return model(**inputs)
@@ -394,6 +410,13 @@ def _layers_to_fill(cache: Any, attentions: Sequence[SparseAttentionLayer]) -> l
         is_new = all([type(layer) is type(other) and vars(layer) == vars(other) for layer, other in pairs])
         return list(cache.layers) if is_new else None
     return new if all([is_unused(cache, index) for index in range(len(new))]) else None
+
+
+def _is_as_new(cache: Any, layers: list[Any]) -> bool:
+    """Put the layers back that an empty cache had before a forward failed; tell whether none of them holds anything."""
+    if type(cache) is DynamicCache:
+        cache.layers[:] = layers
+    return bool(layers) and all([is_unused(cache, index) for index in range(len(layers))])
 
 
 def _bucket(model: nn.Module, tokens: int, edges: Iterable[int]) -> int | None:

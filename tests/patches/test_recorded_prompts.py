@@ -466,6 +466,44 @@ def test_too_little_memory_lets_the_prompts_of_a_bucket_run(model, played_prompt
     assert played_prompts == [128]
 
 
+def needs_the_memory_of_recordings(model, monkeypatch):
+    """Let forwards run out of memory in the last layer, once keys and values of the others are in the cache."""
+    mlp, failed = type(model.model.layers[-1].mlp), []
+    forward = mlp.forward
+
+    def fail(self, states):
+        if self is model.model.layers[-1].mlp and prompts_of(model)._memory.recordings:
+            failed.append(states.shape)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, states)
+
+    monkeypatch.setattr(mlp, "forward", fail)
+    return failed
+
+
+@pytest.mark.parametrize("length", [30, 90])
+def test_a_prompt_gets_the_memory_of_recordings(model, played_prompts, monkeypatch, length):
+    """One that was generated before, or too long to be recorded, would fail for what makes others faster."""
+    warm_up(model, 40)
+    generate(model, prompt(40))
+    expected = generate(model, prompt(length), max_new_tokens=5, disable_compile=True)
+    failed = needs_the_memory_of_recordings(model, monkeypatch)
+    assert_same(generate(model, prompt(length), max_new_tokens=5), expected)
+    assert len(failed) == 1 and not prompts_of(model)._memory.recordings
+
+
+def test_a_prompt_in_a_cache_of_the_user_fails_once(model, played_prompts, monkeypatch):
+    """Its layers hold a part of the text, so that it cannot run again; with a new cache there is room."""
+    warm_up(model, 40)
+    generate(model, prompt(40))
+    failed = needs_the_memory_of_recordings(model, monkeypatch)
+    with pytest.raises(torch.OutOfMemoryError):
+        generate(model, prompt(90), **with_cache(SparseKCache(model)))
+    assert len(failed) == 1 and not prompts_of(model)._memory.recordings
+    expected = generate(model, prompt(90), disable_compile=True)
+    assert_same(generate(model, prompt(90), **with_cache(SparseKCache(model))), expected)
+
+
 def new_memory(model):
     weight = model.model.layers[1].mlp.up_proj.weight
     weight.data = weight.data * 1.5
