@@ -122,6 +122,7 @@ class _Prompt(NamedTuple):
         modules, attentions: the attention module of each of them, and the sparse attention of that.
         length: tokens of its bucket, padding included.
         key: what has to be the same in a replay, beside the length.
+        look_ms: how long it took to know all this, which prompts of buckets that are not recorded are spared.
     """
 
     cache: Any
@@ -130,6 +131,7 @@ class _Prompt(NamedTuple):
     attentions: list[SparseAttentionLayer]
     length: int
     key: Hashable
+    look_ms: float
 
 
 @dataclass
@@ -142,7 +144,7 @@ class _Recording:
         output: its logits, `[B, 1, V]`, by name, and the class that they are returned in.
         layers: cache layers that it fills.
         replay: plays it.
-        eager_ms: what the GPU took for a prompt that ran.
+        most_ms: how long the GPU may take, lest a prompt that runs is faster.
         replays: how many there were.
         used: the number of the prompt that it was played for last.
         timing: of the second replay, until it is looked at.
@@ -153,7 +155,7 @@ class _Recording:
     output: dict[str, Any]
     layers: _Layers
     replay: Callable[[], None]
-    eager_ms: float
+    most_ms: float
     is_compared: bool = False
     replays: int = 0
     used: int = 0
@@ -236,6 +238,7 @@ class RecordedPrompts:
 
     def _prompt(self, model: nn.Module, modules: Sequence[nn.Module], inputs: dict[str, Any]) -> _Prompt | None:
         """Return what is to be known of a prompt; `None` if it has to run."""
+        begin = time.perf_counter()
         ids, cache, to_keep = inputs.get("input_ids"), inputs.get(_CACHE), inputs.get("logits_to_keep")
         positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
         if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] < 2 or not is_on_gpu(ids):
@@ -277,7 +280,7 @@ class RecordedPrompts:
             number = _entry(self._memory.states, state, lambda: next(self._numbers), _MOST_STATES)
         of_positions = None if positions is None else (len(positions), positions.dtype)
         key = (number, len(ids), ids.dtype, ids.device, of_positions, *edges, *keys)
-        return _Prompt(cache, layers, modules, attentions, length, key)
+        return _Prompt(cache, layers, modules, attentions, length, key, 1e3 * (time.perf_counter() - begin))
 
     def _recording(self, model: nn.Module, prompt: _Prompt, inputs: dict[str, Any]) -> _Recording | None:
         """Return the recording for a prompt, made now if it is time; `None` if the prompt has to run."""
@@ -289,7 +292,7 @@ class RecordedPrompts:
             replay_ms = None if recording.timing is None else recording.timing.gpu_ms()
             if replay_ms is not None:
                 recording.timing = None
-                if replay_ms > recording.eager_ms:
+                if replay_ms > recording.most_ms:
                     self._as_ever.add(bucket)
                     del memory.recordings[key]
                     return None
@@ -308,7 +311,7 @@ class RecordedPrompts:
                 return None
             del memory.recordings[oldest]
         try:
-            recording = self._record(model, prompt, inputs, eager_ms)
+            recording = self._record(model, prompt, inputs, eager_ms - prompt.look_ms)
         except Exception as error:  # where it is no matter of the recording, the prompt that runs raises it too
             if isinstance(error, torch.OutOfMemoryError):
                 self._as_ever.add(bucket)
@@ -319,7 +322,7 @@ class RecordedPrompts:
         memory.recordings[key] = recording
         return recording
 
-    def _record(self, model: nn.Module, prompt: _Prompt, inputs: dict[str, Any], eager_ms: float) -> _Recording:
+    def _record(self, model: nn.Module, prompt: _Prompt, inputs: dict[str, Any], most_ms: float) -> _Recording:
         """Record a prompt of the length of its bucket, without playing it."""
         memory, ids = self._memory, inputs["input_ids"]
         tensors = {name: inputs[name] for name in ("input_ids", "position_ids") if inputs.get(name) is not None}
@@ -343,7 +346,7 @@ class RecordedPrompts:
             memory.pool = _new_pool(ids.device)
         run_beside(call, ids.device)  # compiles and loads kernels
         output, replay = record(call, ids.device, memory.pool)
-        return _Recording(held, end, output, layers, replay, eager_ms)
+        return _Recording(held, end, output, layers, replay, most_ms)
 
     def _compare(self, recording: _Recording, prompt: _Prompt, inputs: dict[str, Any], ran: Any) -> None:
         """Play a new recording beside the prompt that ran; where they differ, no prompt of the model is played."""

@@ -259,14 +259,18 @@ def played_prompts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     played: list[int] = []
     record, is_on_gpu, may_record = recorded_prompts.record, recorded_prompts.is_on_gpu, attach.may_record
 
+    milliseconds = count(10**7, -1000)
+
     class Timing:
-        host_ms = 1.0
+        """Takes the host as long as the GPU, and each time a second less than before."""
+
+        host_ms = 1e7
 
         def stop(self):
             pass
 
         def gpu_ms(self):
-            return 1.0
+            return next(milliseconds)
 
     class Tape(TorchDispatchMode):
         """Notes operations, and refuses those that wait for a value, as a stream that is captured does."""

@@ -407,12 +407,12 @@ def test_prompts_beyond_the_positions_of_the_model_run(tiny_llama, played_prompt
 
 
 def test_prompts_that_do_not_wait_for_the_host_run(model, played_prompts, monkeypatch):
-    monkeypatch.setattr(recorded_prompts.Timing, "gpu_ms", lambda self: 2.0)
+    monkeypatch.setattr(recorded_prompts.Timing, "gpu_ms", lambda self: 2 * self.host_ms)
     runs_as_ever(model, played_prompts)
 
 
 def test_a_recording_that_is_slower_than_the_prompt_goes(model, played_prompts, monkeypatch):
-    times = iter([1.0, 1.5])
+    times = iter([100.0, 99.99])  # and the look at the model beside
     monkeypatch.setattr(recorded_prompts.Timing, "gpu_ms", lambda self: next(times))
     for seed in range(8):
         generate(model, prompt(40, seed=seed))
