@@ -3,7 +3,8 @@
 Python and the launches of an eager prompt take longer than its kernels on a GPU, up to some thousands of tokens. So a
 prompt is recorded when its length comes again, once for all lengths of a bucket: the text is padded on the right, where
 a causal model sees nothing of it, and a tensor says how many of the tokens are the text. The head reads the last of
-these, and the cache layers keep what a text of so many tokens keeps (`ModelCall.end`).
+these, and the cache layers keep what a text of so many tokens keeps (`ModelCall.end`). The recording is compared with a
+prompt that runs before it is used.
 
 Recordings live as long as the model is patched. One plays at a time: all share their memory, and what one returns is
 copied, for the cache and the logits of the call.
@@ -11,6 +12,7 @@ copied, for the cache and the logits of the call.
 
 import threading
 import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from hf_sparse._compat import with_cache
+from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.core.layer import SparseAttentionLayer
 from hf_sparse.patches.cache import SparseCache, is_unused, make_layers
 from hf_sparse.patches.interface import other_adapters
@@ -34,6 +36,7 @@ _STEP = 64  # between buckets; above eight times as many tokens an eighth of the
 _TIMED = 2  # prompts of a bucket after its first one, if each has a length of its own: either may compile kernels
 _PACED_BY_HOST = 1.5  # the GPU took less than so many times as long as the host: it may have waited for the host
 _MOST_RECORDINGS, _MOST_TRIALS, _MOST_STATES = 16, 64, 8  # of a model; the one used least recently goes
+_LOGITS_APART, _SLOTS_APART = 0.1, 0.5  # of the norm, that rounding may make of a prompt in half precision
 _IDLE = 128  # prompts for which a recording was not used before another takes its place
 _CACHE = next(iter(with_cache(None)))
 _INPUTS = {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "return_dict", _CACHE}
@@ -153,6 +156,7 @@ class _Recording:
     layers: _Layers
     replay: Callable[[], None]
     most_ms: float
+    is_compared: bool = False
     replays: int = 0
     used: int = 0
     timing: Timing | None = None
@@ -216,12 +220,20 @@ class RecordedPrompts:
             return model(**inputs)
         with self._lock:
             recording = self._recording(model, prompt, inputs)
-            if recording is not None:
+            if recording is not None and recording.is_compared:
+                self.played += 1
                 return self._play(recording, prompt, inputs)
             trial = _entry(self._memory.trials, (prompt.key, prompt.length), _Trial, _MOST_TRIALS)
         timing = Timing() if trial.lengths and not trial.is_over else None
         output = model(**inputs)
         trial.note(inputs["input_ids"].shape[1], timing)
+        if recording is not None:
+            with self._lock:
+                try:
+                    self._compare(recording, prompt, inputs, output)
+                except torch.OutOfMemoryError:
+                    self._as_ever.add((len(inputs["input_ids"]), prompt.length))
+                    self._memory.recordings.pop((prompt.key, prompt.length), None)
         return output
 
     def _prompt(self, model: nn.Module, modules: Sequence[nn.Module], inputs: dict[str, Any]) -> _Prompt | None:
@@ -336,6 +348,24 @@ class RecordedPrompts:
         output, replay = record(call, ids.device, memory.pool)
         return _Recording(held, end, output, layers, replay, most_ms)
 
+    def _compare(self, recording: _Recording, prompt: _Prompt, inputs: dict[str, Any], ran: Any) -> None:
+        """Play a new recording beside the prompt that ran; where they differ, no prompt of the model is played."""
+        layers: list[Any] = [attention.cache_layer() for attention in prompt.attentions]
+        beside = prompt._replace(cache=DynamicCache(), layers=layers)
+        played = self._play(recording, beside, inputs)
+        pairs = [(played.logits, ran.logits[:, -1:], _LOGITS_APART)]
+        for mine, other in zip(layers, cache_of(ran).layers, strict=True):
+            # Rounding may choose another key here and there, which moves the slots behind it, but hardly their sum.
+            pairs += [
+                (a.sum(-2), b.sum(-2), _SLOTS_APART) for a, b in ((mine.keys, other.keys), (mine.values, other.values))
+            ]
+        apart = torch.stack([(a.float() - b.float()).norm() - most * b.float().norm() for a, b, most in pairs])
+        recording.is_compared = bool((apart <= 0).all())
+        if not recording.is_compared:
+            warnings.warn("a recorded prompt differs from one that ran, so all prompts run", stacklevel=2)
+            self.clear()
+            self._is_refused = True
+
     def _play(self, recording: _Recording, prompt: _Prompt, inputs: dict[str, Any]) -> Any:
         """Play a recording for a prompt: fill its cache, and return what the forward returns."""
         memory, ids = self._memory, inputs["input_ids"]
@@ -359,7 +389,6 @@ class RecordedPrompts:
         for layer in prompt.layers:
             layer.note_tokens(tokens)
         prompt.cache.layers[:] = prompt.layers
-        self.played += 1
         return recording.output["kind"](logits=logits, **with_cache(prompt.cache))
 
 
