@@ -36,7 +36,7 @@ _STEP = 64  # between buckets; above eight times as many tokens an eighth of the
 _TIMED = 2  # prompts of a bucket after its first one, if each has a length of its own: either may compile kernels
 _PACED_BY_HOST = 1.5  # the GPU took less than so many times as long as the host: it may have waited for the host
 _MOST_RECORDINGS, _MOST_TRIALS, _MOST_STATES = 16, 64, 8  # of a model; the one used least recently goes
-_LOGITS_APART, _SLOTS_APART = 0.1, 0.5  # of the norm, that rounding may make of a prompt in half precision
+_LOGITS_APART, _KEYS_APART = 0.1, 0.5  # of the norm, that rounding may make of a prompt in half precision
 _IDLE = 128  # prompts for which a recording was not used before another takes its place
 _CACHE = next(iter(with_cache(None)))
 _INPUTS = {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "return_dict", _CACHE}
@@ -355,9 +355,9 @@ class RecordedPrompts:
         played = self._play(recording, beside, inputs)
         pairs = [(played.logits, ran.logits[:, -1:], _LOGITS_APART)]
         for mine, other in zip(layers, cache_of(ran).layers, strict=True):
-            # Rounding may choose another key here and there, which moves the slots behind it, but hardly their sum.
+            # Rounding may choose another key here and there, which moves those behind it, but hardly their sum.
             pairs += [
-                (a.sum(-2), b.sum(-2), _SLOTS_APART) for a, b in ((mine.keys, other.keys), (mine.values, other.values))
+                (a.sum(-2), b.sum(-2), _KEYS_APART) for a, b in ((mine.keys, other.keys), (mine.values, other.values))
             ]
         apart = torch.stack([(a.float() - b.float()).norm() - most * b.float().norm() for a, b, most in pairs])
         recording.is_compared = bool((apart <= 0).all())
