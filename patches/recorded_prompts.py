@@ -353,13 +353,13 @@ class RecordedPrompts:
         layers: list[Any] = [attention.cache_layer() for attention in prompt.attentions]
         beside = prompt._replace(cache=DynamicCache(), layers=layers)
         played = self._play(recording, beside, inputs)
-        pairs = [(played.logits, ran.logits[:, -1:], _LOGITS_APART)]
+        pairs = [(played.logits.float(), ran.logits[:, -1:].float(), _LOGITS_APART)]
         for mine, other in zip(layers, cache_of(ran).layers, strict=True):
-            # Rounding may choose another key here and there, which moves those behind it, but hardly their sum.
-            pairs += [
-                (a.sum(-2), b.sum(-2), _KEYS_APART) for a, b in ((mine.keys, other.keys), (mine.values, other.values))
-            ]
-        apart = torch.stack([(a.float() - b.float()).norm() - most * b.float().norm() for a, b, most in pairs])
+            for one, two in ((mine.keys, other.keys), (mine.values, other.values)):
+                # Rounding may choose another key here and there, which moves those behind it, but hardly their sum.
+                pairs.append((one.sum(-2, dtype=torch.float32), two.sum(-2, dtype=torch.float32), _KEYS_APART))
+        pairs = [(one.nan_to_num(), two.nan_to_num(), most) for one, two, most in pairs]
+        apart = torch.stack([(one - two).norm() - most * two.norm() for one, two, most in pairs])
         recording.is_compared = bool((apart <= 0).all())
         if not recording.is_compared:
             warnings.warn("a recorded prompt differs from one that ran, so all prompts run", stacklevel=2)
