@@ -30,6 +30,7 @@ from typing import Any
 
 import adasplash_contender as ada  # beside this file
 import torch
+from attention_kernels import current_commit  # beside this file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -254,7 +255,7 @@ def main() -> None:
         "format": 1,
         "benchmark": "entmax_kernels",
         "settings": {name: getattr(options, name) for name in names} | {"supports": SUPPORTS},
-        "commit": options.commit,
+        "commit": options.commit or current_commit(),
         **describe(),
     }
     result["versions"] |= {"cuda": torch.version.cuda, "triton": version("triton")}

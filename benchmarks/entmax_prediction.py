@@ -28,6 +28,7 @@ from typing import Any
 
 import adasplash_contender as ada  # beside this file
 import torch
+from attention_kernels import current_commit  # beside this file
 from entmax_kernels import ALLOWED, CHECKED, check_others, contender, make_inputs, sampled_weights
 from safetensors.torch import load_file
 from torch import Tensor
@@ -255,7 +256,7 @@ def main() -> None:
     names = ("tile", "query_tile", "choices", "pool", "window", "batch", "query_heads", "kv_heads", "dim")
     settings = {name: getattr(options, name) for name in (*names, "dtype", "repeat_ms")} | {"alpha": 1.5}
     result: dict[str, Any] = {"format": 1, "benchmark": "entmax_prediction", "settings": settings}
-    result |= {"commit": options.commit, **describe()}
+    result |= {"commit": options.commit or current_commit(), **describe()}
     result["versions"] |= {"cuda": torch.version.cuda, "triton": version("triton")}
     result["versions"] |= {"adasplash": ada.installed_version()}
     result["errors_against_float64"] = check(options)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from attention_kernels import current_commit  # beside this file
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -152,7 +153,7 @@ def main() -> None:
     settings = {name: getattr(options, name) for name in names}
     settings |= {"model": Path(options.model).name, "adapter": Path(options.adapter).name, "text": options.text.name}
     result: dict[str, Any] = {"format": 1, "benchmark": "predicted_quality", "settings": settings}
-    result |= {"commit": options.commit, **describe(), "rows": [], "layers": {}}
+    result |= {"commit": options.commit or current_commit(), **describe(), "rows": [], "layers": {}}
     base = AutoModelForCausalLM.from_pretrained(options.model, dtype=getattr(torch, options.dtype)).to(options.device)
     ids = AutoTokenizer.from_pretrained(options.model)(options.text.read_text(encoding="utf-8"))["input_ids"]
     numbers = options.chunks * len(options.lengths) if len(options.chunks) == 1 else options.chunks

@@ -7,7 +7,7 @@
     varied    the same with prompts up to a twentieth shorter, where those of `generate` were played as CUDA graphs
 
 `played` counts the measured prompts that were played. The first four calls of each are discarded: the prompts of a
-length that comes again are recorded in the third. A cell ends after `--rounds`, or after `--seconds`.
+length that comes again are recorded beside the third. A cell ends after `--rounds`, or after `--seconds`.
 
 The dense model is the base model without a patch; the patched one shares its weights, which are random and change
 neither time nor memory. The host that launches the kernels sets the pace of short texts and varies, so only ratios of

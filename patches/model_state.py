@@ -1,7 +1,8 @@
 """Tell whether a model is as it was when a forward of it was recorded."""
 
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable
 from itertools import islice
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ _PLAIN = frozenset((bool, int, float, str, type(None), torch.dtype))
 _KEPT = _PLAIN | {Tensor}
 _TENSORS = frozenset((Tensor, nn.Parameter))  # others compute with memory that is not theirs
 _CONTAINERS = frozenset((list, dict, tuple, set))
+_device, _layout = attrgetter("device"), attrgetter("layout")
+_OF_MEMORY = (Tensor.data_ptr, attrgetter("dtype"), attrgetter("shape"), Tensor.stride)
 _OF_EVERY_MODULE = len(vars(nn.Module()))  # attributes, of which `training` comes first
 
 
@@ -39,53 +42,53 @@ def state_of(model: nn.Module, device: torch.device, ours: set[int]) -> Hashable
     config: Any = model.config
     for part in {id(part): part for part in (config, config.get_text_config())}.values():
         state += [value for value in vars(part).values() if type(value) in _PLAIN]
-    stack: list[nn.Module | None] = [model]
+    stack: list[Any] = [model]
     seen: set[int] = set()
-    while stack:
+    tensors: list[Any] = []
+    values: list[Any] = []
+    while stack:  # few steps for each module, of which there are hundreds: a prompt waits for it
         module = stack.pop()
-        if module is None or id(module) in seen:
+        if module is None:
             continue
-        seen.add(id(module))
-        own = vars(module)
+        own = module.__dict__
+        if children := own["_modules"]:
+            if id(module) in seen:
+                continue
+            seen.add(id(module))
+            stack += children.values()
         if "forward" in own or own.get("_compiled_call_impl") is not None:
             return None
-        before, after = own["_forward_pre_hooks"], own["_forward_hooks"]
-        if before and not ours.issuperset(before):
+        if (hooks := own["_forward_pre_hooks"]) and not ours.issuperset(hooks):
             return None
-        if after and not all([number in ours or collects_states(hook) for number, hook in after.items()]):
+        if (hooks := own["_forward_hooks"]) and not all([n in ours or collects_states(hooks[n]) for n in hooks]):
             return None
         if "rope_type" in own and _depends_on_length(own["rope_type"]):
             return None
-        state += (type(module), type(module).forward)
-        for tensor in (*own["_parameters"].values(), *own["_buffers"].values()):
-            if tensor is None:
-                state.append(None)
-            elif type(tensor) in _TENSORS and tensor.device == device and tensor.layout is torch.strided:
-                state += _place_of(tensor)
-            else:
-                return None
-        values = _own_values(own)
-        has_adapters = "_active_adapter" in own  # an instance check, of an abstract class, takes longer
-        is_ours = has_adapters and isinstance(module, SparseAttentionLayer)  # its `recording_key` says what it computes
-        if is_ours:  # what its first forward keeps for the next ones was `None`
-            values = [value for value in values if value is not None]
-        state.append(own["training"])
-        state += [_place_of(value) if type(value) is Tensor else value for value in values if type(value) in _KEPT]
-        if has_adapters and not is_ours:
-            state += [repr(value) for value in own.values() if type(value) in _CONTAINERS]
-        stack.extend(own["_modules"].values())
+        state += (kind := type(module), kind.forward, own["training"])
+        for held in (own["_parameters"], own["_buffers"]):
+            if held:
+                tensors += held.values()
+        common = _OF_EVERY_MODULE if next(iter(own)) == "training" else 0  # first, unless one was set before them
+        others = islice(own.values(), common, None)
+        if "_active_adapter" not in own:
+            values += others
+        elif isinstance(module, SparseAttentionLayer):  # its `recording_key` says what it computes
+            values += [value for value in others if value is not None]  # `None` will be what its first forward keeps
+        else:
+            values += others
+            values += [repr(value) for value in own.values() if type(value) in _CONTAINERS]
+    state += [tensor is None for tensor in tensors]
+    found = [tensor for tensor in tensors if tensor is not None]
+    if not _TENSORS.issuperset(map(type, found)) or {*map(_device, found)} != {device}:
+        return None
+    kept = [value for value in values if type(value) in _KEPT]
+    state += [None if type(value) is Tensor else value for value in kept]
+    found += [value for value in kept if type(value) is Tensor]
+    if {*map(_layout, found)} != {torch.strided}:
+        return None
+    for what in _OF_MEMORY:
+        state += map(what, found)
     return tuple(state)
-
-
-def _place_of(tensor: Tensor) -> tuple[Any, ...]:
-    """Return where a tensor lies, and how its numbers are read."""
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
-
-
-def _own_values(attributes: dict[str, Any]) -> Iterable[Any]:
-    """Return the attributes that a module has beside those of every module, which are most of them."""
-    comes_first = next(iter(attributes)) == "training"  # none was set before those of every module
-    return islice(attributes.values(), _OF_EVERY_MODULE if comes_first else 0, None)
 
 
 def _settings() -> list[Any]:

@@ -3,7 +3,8 @@
 Python and the launches of an eager prompt take longer than its kernels on a GPU, up to some thousands of tokens. So a
 prompt is recorded when its length comes again, once for all lengths of a bucket: the text is padded on the right, where
 a causal model sees nothing of it, and a tensor says how many of the tokens are the text. The head reads the last of
-these, and the cache layers keep what a text of so many tokens keeps (`ModelCall.end`).
+these, and the cache layers keep what a text of so many tokens keeps (`ModelCall.end`). The recording is compared with a
+prompt that runs before it is used.
 
 Recordings live as long as the model is patched. One plays at a time: all share their memory, and what one returns is
 copied, for the cache and the logits of the call.
@@ -11,6 +12,7 @@ copied, for the cache and the logits of the call.
 
 import threading
 import time
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -22,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-from hf_sparse._compat import with_cache
+from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.core.layer import SparseAttentionLayer
 from hf_sparse.patches.cache import SparseCache, is_unused, make_layers
 from hf_sparse.patches.interface import other_adapters
@@ -34,6 +36,7 @@ _STEP = 64  # between buckets; above eight times as many tokens an eighth of the
 _TIMED = 2  # prompts of a bucket after its first one, if each has a length of its own: either may compile kernels
 _PACED_BY_HOST = 1.5  # the GPU took less than so many times as long as the host: it may have waited for the host
 _MOST_RECORDINGS, _MOST_TRIALS, _MOST_STATES = 16, 64, 8  # of a model; the one used least recently goes
+_LOGITS_APART, _KEYS_APART = 0.1, 0.5  # of the norm, that rounding may make of a prompt in half precision
 _IDLE = 128  # prompts for which a recording was not used before another takes its place
 _CACHE = next(iter(with_cache(None)))
 _INPUTS = {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "return_dict", _CACHE}
@@ -119,6 +122,7 @@ class _Prompt(NamedTuple):
         modules, attentions: the attention module of each of them, and the sparse attention of that.
         length: tokens of its bucket, padding included.
         key: what has to be the same in a replay, beside the length.
+        look_ms: how long it took to know all this, which prompts of buckets that are not recorded are spared.
     """
 
     cache: Any
@@ -127,6 +131,7 @@ class _Prompt(NamedTuple):
     attentions: list[SparseAttentionLayer]
     length: int
     key: Hashable
+    look_ms: float
 
 
 @dataclass
@@ -139,7 +144,7 @@ class _Recording:
         output: its logits, `[B, 1, V]`, by name, and the class that they are returned in.
         layers: cache layers that it fills.
         replay: plays it.
-        eager_ms: what the GPU took for a prompt that ran.
+        most_ms: how long the GPU may take, lest a prompt that runs is faster.
         replays: how many there were.
         used: the number of the prompt that it was played for last.
         timing: of the second replay, until it is looked at.
@@ -150,7 +155,8 @@ class _Recording:
     output: dict[str, Any]
     layers: _Layers
     replay: Callable[[], None]
-    eager_ms: float
+    most_ms: float
+    is_compared: bool = False
     replays: int = 0
     used: int = 0
     timing: Timing | None = None
@@ -230,16 +236,25 @@ class RecordedPrompts:
             return model(**inputs)
         with self._lock:
             recording = self._recording(model, prompt, inputs)
-            if recording is not None:
+            if recording is not None and recording.is_compared:
+                self.played += 1
                 return self._play(recording, prompt, inputs)
             trial = _entry(self._memory.trials, (prompt.key, prompt.length), _Trial, _MOST_TRIALS)
         timing = Timing() if trial.lengths and not trial.is_over else None
         output = model(**inputs)
         trial.note(inputs["input_ids"].shape[1], timing)
+        if recording is not None:
+            with self._lock:
+                try:
+                    self._compare(recording, prompt, inputs, output)
+                except torch.OutOfMemoryError:
+                    self._as_ever.add((len(inputs["input_ids"]), prompt.length))
+                    self._memory.recordings.pop((prompt.key, prompt.length), None)
         return output
 
     def _prompt(self, model: nn.Module, modules: Sequence[nn.Module], inputs: dict[str, Any]) -> _Prompt | None:
         """Return what is to be known of a prompt; `None` if it has to run."""
+        begin = time.perf_counter()
         ids, cache, to_keep = inputs.get("input_ids"), inputs.get(_CACHE), inputs.get("logits_to_keep")
         positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
         if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] < 2 or not is_on_gpu(ids):
@@ -281,7 +296,7 @@ class RecordedPrompts:
             number = _entry(self._memory.states, state, lambda: next(self._numbers), _MOST_STATES)
         of_positions = None if positions is None else (len(positions), positions.dtype)
         key = (number, len(ids), ids.dtype, ids.device, of_positions, *edges, *keys)
-        return _Prompt(cache, layers, modules, attentions, length, key)
+        return _Prompt(cache, layers, modules, attentions, length, key, 1e3 * (time.perf_counter() - begin))
 
     def _recording(self, model: nn.Module, prompt: _Prompt, inputs: dict[str, Any]) -> _Recording | None:
         """Return the recording for a prompt, made now if it is time; `None` if the prompt has to run."""
@@ -293,7 +308,7 @@ class RecordedPrompts:
             replay_ms = None if recording.timing is None else recording.timing.gpu_ms()
             if replay_ms is not None:
                 recording.timing = None
-                if replay_ms > recording.eager_ms:
+                if replay_ms > recording.most_ms:
                     self._as_ever.add(bucket)
                     del memory.recordings[key]
                     return None
@@ -312,7 +327,7 @@ class RecordedPrompts:
                 return None
             del memory.recordings[oldest]
         try:
-            recording = self._record(model, prompt, inputs, eager_ms)
+            recording = self._record(model, prompt, inputs, eager_ms - prompt.look_ms)
         except Exception as error:  # where it is no matter of the recording, the prompt that runs raises it too
             if isinstance(error, torch.OutOfMemoryError):
                 self._as_ever.add(bucket)
@@ -323,7 +338,7 @@ class RecordedPrompts:
         memory.recordings[key] = recording
         return recording
 
-    def _record(self, model: nn.Module, prompt: _Prompt, inputs: dict[str, Any], eager_ms: float) -> _Recording:
+    def _record(self, model: nn.Module, prompt: _Prompt, inputs: dict[str, Any], most_ms: float) -> _Recording:
         """Record a prompt of the length of its bucket, without playing it."""
         memory, ids = self._memory, inputs["input_ids"]
         tensors = {name: inputs[name] for name in ("input_ids", "position_ids") if inputs.get(name) is not None}
@@ -348,7 +363,25 @@ class RecordedPrompts:
         self._wait_for_copies(ids.device)  # from the same layers
         run_beside(call, ids.device)  # compiles and loads kernels
         output, replay = record(call, ids.device, memory.pool)
-        return _Recording(held, end, output, layers, replay, eager_ms)
+        return _Recording(held, end, output, layers, replay, most_ms)
+
+    def _compare(self, recording: _Recording, prompt: _Prompt, inputs: dict[str, Any], ran: Any) -> None:
+        """Play a new recording beside the prompt that ran; where they differ, no prompt of the model is played."""
+        layers: list[Any] = [attention.cache_layer() for attention in prompt.attentions]
+        beside = prompt._replace(cache=DynamicCache(), layers=layers)
+        played = self._play(recording, beside, inputs)
+        pairs = [(played.logits.float(), ran.logits[:, -1:].float(), _LOGITS_APART)]
+        for mine, other in zip(layers, cache_of(ran).layers, strict=True):
+            for one, two in ((mine.keys, other.keys), (mine.values, other.values)):
+                # Rounding may choose another key here and there, which moves those behind it, but hardly their sum.
+                pairs.append((one.sum(-2, dtype=torch.float32), two.sum(-2, dtype=torch.float32), _KEYS_APART))
+        pairs = [(one.nan_to_num(), two.nan_to_num(), most) for one, two, most in pairs]
+        apart = torch.stack([(one - two).norm() - most * two.norm() for one, two, most in pairs])
+        recording.is_compared = bool((apart <= 0).all())
+        if not recording.is_compared:
+            warnings.warn("a recorded prompt differs from one that ran, so all prompts run", stacklevel=2)
+            self.clear()
+            self._is_refused = True
 
     def _play(self, recording: _Recording, prompt: _Prompt, inputs: dict[str, Any]) -> Any:
         """Play a recording for a prompt: fill its cache, and return what the forward returns."""
@@ -374,7 +407,6 @@ class RecordedPrompts:
         for layer in prompt.layers:
             layer.note_tokens(tokens)
         prompt.cache.layers[:] = prompt.layers
-        self.played += 1
         return recording.output["kind"](logits=logits, **with_cache(prompt.cache))
 
     def _wait_for_copies(self, device: torch.device) -> None:

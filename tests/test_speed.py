@@ -85,7 +85,10 @@ def tables() -> dict[str, str]:
             machine="cpu",
         ),
         quality=read(
-            *(f"predicted_quality-{name}" for name in ("qwen", "smollm2", "smollm2-lora", "smollm2-unpatched"))
+            *(
+                f"predicted_quality-{name}"
+                for name in ("qwen", "smollm2-8k", "smollm2", "smollm2-lora", "smollm2-unpatched")
+            )
         ),
     )
 
