@@ -69,13 +69,15 @@ class StepPlan:
         programs: int = PROGRAMS,
         wide: int = WIDE,
         gathered: int = GATHERED,
-        stages: int = STAGES,
+        stages: int | None = None,
         warps: int = 4,
     ) -> None:
         heads, queries, dim = query.shape[1:]
         share, self.align = heads // lists, _alignment(key, value)
         members = max(16, triton.next_power_of_2(share * queries))
         shared = (heads // key.shape[1], share, dim, padded(dim), causal, self.align, block, greatest)
+        if stages is None:  # keys of three stages are not to need more shared memory than a GPU has
+            stages = STAGES if padded(dim) * query.element_size() <= 512 else 1
         self.block, self.greatest, self.programs = block, greatest, programs
         of_keys = (*shared, is_log, members, precision_of(query.dtype), stages)
         self._products = RepeatedLaunch(_products, of_keys)

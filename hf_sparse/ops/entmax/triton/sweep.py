@@ -59,13 +59,15 @@ EVERY = 4  # blocks of keys after which the bound rises
 
 def start_blocks(query: Tensor) -> Blocks:
     """Return the sizes of the kernel of the lower bound."""
-    return Blocks(64, NEAR, 4 if query.shape[3] <= 128 else 8, 1)
+    if query.shape[3] <= 128:
+        return Blocks(64, NEAR, 4, 1)
+    return Blocks(32 if query.dtype == torch.float32 else 64, NEAR, 8, 1)
 
 
 def sweep_blocks(query: Tensor) -> Blocks:
     """Return the sizes of the kernel that compares all products."""
     if query.dtype == torch.float32:
-        return Blocks(64, 64, 4, 2)
+        return Blocks(64, 64, 4, 2) if query.shape[3] <= 128 else Blocks(32, 64, 8, 1)
     if query.shape[3] <= 64:
         return Blocks(128, 128, 4, 3)
     return Blocks(128, 128, 8, 3) if query.shape[3] <= 128 else Blocks(128, 64, 8, 2)

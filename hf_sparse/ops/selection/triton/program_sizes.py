@@ -37,8 +37,8 @@ def forward_sizes(query: Tensor, soft: bool, causal: bool) -> ProgramSizes:
 def by_query_sizes(query: Tensor, wanted: bool, soft: bool) -> ProgramSizes:
     """Choose the sizes of a program that owns rows of queries, with the gradient of the query or without."""
     dim = padded(query.shape[-1])
-    if query.dtype == torch.float32:
-        return ProgramSizes(64, 32, 4, 1) if dim <= 128 else ProgramSizes(64, 32, 8, 1)
+    if query.dtype == torch.float32:  # with 64 rows of 256 a program would need 320 KB of shared memory
+        return ProgramSizes(64, 32, 4, 1) if dim <= 128 else ProgramSizes(32, 32, 8, 1)
     if dim > 128:
         return ProgramSizes(64, 32, 8, 2)
     if dim > 64:

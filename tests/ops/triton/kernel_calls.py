@@ -1,0 +1,317 @@
+"""Call the library's functions so that they launch every kernel with every kind of arguments, for `compile_kernels.py`.
+
+A kernel is compiled anew for each dtype and constant, so that these vary here; shapes are small, and values are zeros.
+"""
+
+import importlib
+import pkgutil
+from functools import partial
+from itertools import product
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hf_sparse.ops
+from hf_sparse.ops import sparsek_attention
+from hf_sparse.ops.entmax.inputs import Inputs
+from hf_sparse.ops.entmax.layout import layout_of
+from hf_sparse.ops.entmax.step import Scales
+from hf_sparse.ops.entmax.triton.attention import attend
+from hf_sparse.ops.entmax.triton.fused import lists_of
+from hf_sparse.ops.entmax.triton.pooled import fused_pooled_tiles
+from hf_sparse.ops.entmax.triton.rows import distribution_of_rows
+from hf_sparse.ops.entmax.triton.step import step as entmax_step
+from hf_sparse.ops.predictors.profile import BINS
+from hf_sparse.ops.predictors.triton.cluster_step import ClusterStep, Lists, Projections, cluster_lists
+from hf_sparse.ops.selection import ragged
+from hf_sparse.ops.selection.triton import linear_scores, slot_filling
+from hf_sparse.ops.selection.triton import slots as of_slots
+from hf_sparse.ops.selection.triton.reading import ReadingSettings, read_text
+from hf_sparse.ops.selection.triton.scan import scan_prefixes
+from hf_sparse.ops.selection.triton.step import StepKernel
+from hf_sparse.ops.tiles.tiles import Tiles, tile_counts
+from hf_sparse.ops.triton.divergence import fused_divergence
+
+MODULES = [
+    importlib.import_module(module.name) for module in pkgutil.walk_packages(hf_sparse.ops.__path__, "hf_sparse.ops.")
+]
+CALLS: list[Any] = []
+MORE: list[Any] = []  # with `--full`
+
+SINGLE, BRAIN, HALF = torch.float32, torch.bfloat16, torch.float16
+DTYPES = (SINGLE, BRAIN, HALF)
+#: Dtypes and head sizes. To the compiler the two of half precision differ in a name.
+SIZES = [*product((SINGLE, BRAIN), (32, 64, 96, 128, 256)), (HALF, 64), (HALF, 128)]
+FEW = [(SINGLE, 64), (BRAIN, 96), (HALF, 128)]
+LARGE = [(SINGLE, 256), (BRAIN, 64), (BRAIN, 128), (BRAIN, 256)]
+CPU = torch.device("cpu")
+COUNTS = (300, 40)  # slots of two KV heads that differ
+
+
+def rows(batch: int, heads: int, length: int, dim: int, dtype: torch.dtype, trained: bool = False) -> Tensor:
+    """Make `[B, H, T, D]` as models have it, `[B, T, H, D]` in memory."""
+    return torch.zeros(batch, length, heads, dim, dtype=dtype, requires_grad=trained).transpose(1, 2)
+
+
+def inputs(
+    dtype: torch.dtype, dim: int, group: int, queries: int, keys: int, trained: bool = False, batch: int = 2
+) -> list[Tensor]:
+    """Make query, key and value of two KV heads."""
+    return [rows(batch, heads, n, dim, dtype, trained) for heads, n in ((2 * group, queries), (2, keys), (2, keys))]
+
+
+def backward(output: Tensor) -> None:
+    if output.requires_grad:
+        output.float().sum().backward()
+
+
+def sparsek(
+    dtype: torch.dtype, dim: int, *, group: int = 4, queries: int = 300, keys: int = 300, start: bool = False,
+    trained: bool = True, frozen: bool = False, deterministic: bool = False, **options: Any,
+) -> None:  # fmt: skip
+    """Attend with SparseK, and back: to the scores alone where all else is frozen."""
+    tensors = inputs(dtype, dim, group, queries, keys, trained and not frozen)
+    scores = torch.zeros(2, 2, keys, requires_grad=trained)
+    first = torch.tensor([0, 7]) if start else None
+    torch.use_deterministic_algorithms(deterministic)
+    given = {"k": 21, "window": 17, "sinks": 3} | options
+    backward(sparsek_attention(*tensors, scores, start=first, implementation="triton", **given))
+    torch.use_deterministic_algorithms(False)
+
+
+MODES = list(product(("hard", "soft"), (True, False)))
+for number, (dtype, dim) in enumerate(SIZES):
+    for place, (gates, causal) in enumerate(MODES):
+        calls = CALLS if place == number % 4 else MORE
+        support = 64 if gates == "soft" else None
+        calls.append(partial(sparsek, dtype, dim, gates=gates, causal=causal, support=support))
+for (dtype, dim), gates in zip((*FEW, *FEW), ("hard", "soft") * 3, strict=True):
+    of_heads = {"k": (21, 5), "support": (64, 70) if gates == "soft" else None}
+    CALLS.append(partial(sparsek, dtype, dim, gates=gates, start=True, group=1, **of_heads))
+    CALLS.append(partial(sparsek, dtype, dim, gates=gates, queries=1, trained=False, scaling=-0.3))
+for dtype, dim in FEW[:2]:
+    CALLS.append(partial(sparsek, dtype, dim, gates="soft", frozen=True, group=3))
+    CALLS.append(partial(sparsek, dtype, dim, gates="soft", frozen=True, causal=False))
+    CALLS.append(partial(sparsek, dtype, dim, gates="soft", start=True, causal=False, group=3, deterministic=True))
+    CALLS.append(partial(sparsek, dtype, dim, gates="soft", keys=2100, queries=2100, group=1, deterministic=True))
+
+
+def scan(k: int, size: int, keys: int, tile: int, with_tau: bool) -> None:
+    scores = torch.zeros(2, keys, requires_grad=True)
+    options = {"size": size, "queries": keys, "window": 3, "tile": tile, "with_tau": with_tau, "with_lists": True}
+    found = scan_prefixes(scores, k, **options)
+    if found.tau is not None:
+        found.tau.sum().backward()
+
+
+for tile, with_tau in product((16, 256), (False, True)):
+    CALLS.append(partial(scan, 5, 9, 1500, tile, with_tau))
+    MORE.append(partial(scan, 300, 2000, 9000, tile, with_tau))
+
+
+def scores(dtype: torch.dtype, of_weight: torch.dtype, heads: int, columns: int, slope: bool) -> None:
+    """Score tokens, and back."""
+    states = torch.zeros(2, 37, columns, dtype=dtype, requires_grad=True)
+    weight = torch.zeros(heads, columns, dtype=of_weight, requires_grad=True)
+    for wanted in ((True, True), (True, False), (False, True)):
+        states.requires_grad_(wanted[0]), weight.requires_grad_(wanted[1])
+        linear_scores.linear_scores(states, weight).sum().backward()
+    learned, index = torch.zeros(heads) if slope else None, torch.arange(37).expand(2, -1)
+    tensors = (states.detach(), weight.detach(), learned, index)
+    linear_scores.token_scores(*tensors, position_slope=0.01, slope_tokens=256)
+
+
+for dtype, (heads, columns) in product(DTYPES, ((1, 16), (8, 576))):
+    CALLS.append(partial(scores, dtype, SINGLE, heads, columns, heads == 8))
+CALLS.append(partial(scores, BRAIN, BRAIN, 3, 100, True))
+
+
+def slots(dtype: torch.dtype, dim: int, *, batch: int = 2, number: int = 300, unequal: bool = False) -> list[Tensor]:
+    """Make keys, values, scores, positions, seen, padded_late and the count."""
+    shape = (batch, sum(COUNTS)) if unequal else (batch, 2, number)
+    keys, values = torch.zeros(2, *shape, dim, dtype=dtype)
+    seen, late = torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, dtype=torch.bool)
+    return [keys, values, torch.zeros(shape), torch.zeros(shape, dtype=torch.int64), seen, late, seen.sum()]
+
+
+def apart(dtype: torch.dtype, dim: int, group: int, unequal: bool, batch: int) -> None:
+    """Fill slots, and take a step in the kernels that are one after another."""
+    state = slots(dtype, dim, unequal=unequal, batch=batch)
+    offsets = ragged.offsets_of(COUNTS, CPU) if unequal else None
+    layout = {"counts": COUNTS, "offsets": offsets} if unequal else {}
+    query, key, value = inputs(dtype, dim, group, 1, 1, batch=batch)
+    text = inputs(dtype, dim, group, 700, 700, batch=batch)[1:]
+    filled = {"window": 5, "sinks": 2} | ({"offsets": offsets, "most": max(COUNTS)} if unequal else {})
+    slot_filling.fill_slots(*state[:5], *text, torch.zeros(batch, 2, 700), **filled)
+    for valid in (None, torch.ones(batch, dtype=torch.bool)):
+        new = (key, value, torch.zeros(batch, 2, 1))
+        of_slots.insert_token(*state[:5], *new, valid, window=5, sinks=2, **layout)
+    of_slots.attend_slots(query, *state[:2], state[3], scaling=0.3, **layout)
+
+
+for (dtype, dim), unequal, batch in product(SIZES, (False, True), (1, 300)):
+    calls = CALLS if (dtype, dim) in FEW + LARGE and unequal == (batch == 300) else MORE
+    calls.append(partial(apart, dtype, dim, 4 if batch == 1 else 1, unequal, batch))
+
+
+def step(
+    dtype: torch.dtype, dim: int, *, group: int = 4, batch: int = 2, number: int = 300, masked: bool = False,
+    indexed: bool = False, unequal: bool = False, linear: bool = True, learned: bool = False, slope: float = 0.0,
+) -> None:  # fmt: skip
+    """Take a step in one kernel."""
+    state = slots(dtype, dim, number=number, unequal=unequal, batch=batch)
+    query, key, value = inputs(dtype, dim, group, 1, 1, batch=batch)
+    states = torch.zeros(batch, 1, 576, dtype=dtype) if linear else torch.zeros(batch, 2, 1)
+    weight, learned_slope = torch.zeros(2, 576) if linear else None, torch.zeros(2) if learned else None
+    layout = {"counts": COUNTS, "offsets": ragged.offsets_of(COUNTS, CPU)} if unequal else {}
+    kernel = StepKernel(
+        state[:5] if indexed else state, query, key, value, weight, learned_slope, position_slope=slope,
+        slope_tokens=256, masked=masked, indexed=indexed, window=5, sinks=2, scaling=0.3, **layout,
+    )  # fmt: skip
+    valid = torch.ones(batch, dtype=torch.bool) if masked else None
+    rows_of_pool = torch.arange(batch) if indexed else None
+    kernel(query, key, value, states, weight, learned_slope, valid, rows_of_pool, state[:5])
+
+
+for dtype, dim in SIZES:
+    CALLS.append(partial(step, dtype, dim))
+    CALLS.append(partial(step, dtype, dim, indexed=True, unequal=True, learned=True, slope=0.01))
+for dtype, dim in FEW:
+    CALLS.append(partial(step, dtype, dim, group=1, masked=True, slope=0.01))
+    CALLS.append(partial(step, dtype, dim, group=20, unequal=True, masked=True, linear=False))
+    CALLS.append(partial(step, dtype, dim, batch=300, number=16, indexed=True))
+    CALLS.append(partial(step, dtype, dim, number=5000, batch=1, group=7, linear=False, indexed=True))
+
+
+def read(dtype: torch.dtype, dim: int, length: int, learned: bool, unequal: bool) -> None:
+    """Read a text without padding into slots."""
+    k = {"k": 40, "k_of_heads": (40, 9)} if unequal else {"k": 40}
+    settings = ReadingSettings(**k, window=21, sinks=4, scaling=0.2, position_slope=0.01, slope_tokens=256)
+    states, slope = torch.zeros(2, length, 576, dtype=dtype), torch.zeros(2) if learned else None
+    read_text(*inputs(dtype, dim, 4, length, length), states, torch.zeros(2, 576), slope, settings)
+
+
+for (dtype, dim), learned in product(SIZES, (False, True)):
+    calls = CALLS if (dtype, dim) in FEW else MORE
+    calls.append(partial(read, dtype, dim, 20, learned, not learned))
+    calls.append(partial(read, dtype, dim, 700, learned, not learned))
+
+
+def divergence(dtype: torch.dtype, columns: int, trained: bool) -> None:
+    student, teacher = torch.zeros(2, 3, columns, dtype=dtype)
+    backward(fused_divergence(student.requires_grad_(trained), teacher))
+
+
+for dtype, columns, trained in product(DTYPES, (100, 9001), (False, True)):
+    CALLS.append(partial(divergence, dtype, columns, trained))
+
+
+def alpha_of(kind: str, heads: int) -> float | Tensor:
+    """Return 1.5, 2 (sparsemax), 1.3 or a number for each head, which wants a gradient."""
+    return torch.full((heads,), 1.5, requires_grad=True) if kind == "heads" else float(kind)
+
+
+def listed(heads: int, queries: int, keys: int, size: int, of_queries: int) -> Tiles:
+    """List all tiles of keys."""
+    tiles, total = tile_counts(queries, keys, size, of_queries)
+    return Tiles(torch.arange(total).expand(2, heads, tiles, total).contiguous(), size, of_queries)
+
+
+def entmax(
+    dtype: torch.dtype, dim: int, *, group: int = 3, queries: int = 300, keys: int = 300, alpha: str = "1.5",
+    causal: bool = True, valid: bool = False, first: bool = False, trained: bool = True, lists: Any = None,
+) -> None:  # fmt: skip
+    """Attend with entmax over all keys or listed tiles (of so many keys, for so many queries and heads), and back."""
+    tensors = inputs(dtype, dim, group, queries, keys, trained)
+    number = alpha_of(alpha, 2 * group)
+    scaling = torch.full((2 * group,), 0.3, requires_grad=True) if alpha == "heads" else 0.3
+    options = {"alpha": number, "scaling": scaling, "causal": causal}
+    options["kept"] = 16  # so that other groups of queries go to the kernels that keep nothing
+    options["valid"] = torch.ones(2, keys, dtype=torch.bool) if valid else None
+    options["first_query"] = torch.tensor([0, 3]) if first else None
+    if lists is not None:
+        size, of_queries, heads = lists
+        described = Inputs(*tensors[:2], 1.0, causal, options["valid"], options["first_query"])
+        options["lists"] = lists_of(listed(heads, queries, keys, size, of_queries), described)
+    with torch.set_grad_enabled(trained):
+        backward(attend(*tensors, **options)[0])
+
+
+KINDS = ("1.5", "2.0", "1.3", "heads")  # of alpha
+for number, (dtype, dim) in enumerate(SIZES):
+    calls = CALLS if (dtype, dim) in LARGE else MORE
+    calls.append(partial(entmax, dtype, dim, alpha=KINDS[number % 4]))
+    calls.append(partial(entmax, dtype, dim, alpha=KINDS[number % 4], lists=(64, 64, 6), trained=number % 2 == 0))
+for (dtype, dim), alpha in zip(FEW, KINDS[1:], strict=True):
+    CALLS.append(partial(entmax, dtype, dim, group=1, causal=False, valid=True, alpha=alpha))
+    CALLS.append(partial(entmax, dtype, dim, queries=8, first=True, valid=True, trained=False, alpha=alpha))
+    CALLS.append(partial(entmax, dtype, dim, lists=(8, 1, 6), valid=True, alpha=alpha))
+    CALLS.append(partial(entmax, dtype, dim, lists=(16, 16, 2), causal=False, alpha="heads", queries=290))
+
+
+def decode(dtype: torch.dtype, dim: int, kind: str, *, index: int = 0, padded: bool = False, new: bool = False) -> None:
+    """Take a step of entmax over all keys, or over tiles of `index` keys."""
+    query, key, value = inputs(dtype, dim, 4, 1, 300)
+    scales = (
+        Scales.of_logarithm(float(kind), 0.3, torch.zeros(8)) if new else Scales.of(alpha_of(kind, 8), 0.3, query)
+    )  # fmt: skip
+    numbers = (scales.scale, scales.exponent, scales.kind, scales.factor, scales.is_log)
+    valid, first = (torch.ones(2, 300, dtype=torch.bool), torch.tensor([7, 299])) if padded else (None, None)
+    tiles = listed(8, 1, 300, index, 1).index if index else None
+    newest = (key[:, :, -1:].clone(), value[:, :, -1:].clone()) if new else None
+    with torch.no_grad():
+        entmax_step(query, key, value, *numbers, True, valid, first, tiles, index, newest=newest)
+
+
+for number, (dtype, dim) in enumerate(LARGE):
+    CALLS.append(partial(decode, dtype, dim, KINDS[number % 3], new=number % 2 == 0))
+for (dtype, dim), alpha in zip(FEW, KINDS[1:], strict=True):
+    CALLS.append(partial(decode, dtype, dim, alpha, index=8))
+    CALLS.append(partial(decode, dtype, dim, alpha, index=1, padded=True))
+    CALLS.append(partial(decode, dtype, dim, alpha, padded=True))
+
+
+def pooled(dtype: torch.dtype, dim: int, grouped: bool, causal: bool, pool: int, first: bool, of_queries: int) -> None:
+    """List tiles by mean keys."""
+    query, key, _ = inputs(dtype, dim, 3, 150, 150)
+    start = torch.tensor([0, 32]) if first else None
+    layout = layout_of(Inputs(query, key, 1.0, causal, None, start), 2 if grouped else 6, 32, of_queries)
+    fused_pooled_tiles(query, key, 0.3, layout, causal, 2, pool, 9, 1)
+
+
+for number, (dtype, dim) in enumerate(FEW):
+    CALLS.append(partial(pooled, dtype, dim, True, True, 8, False, 32))
+    CALLS.append(partial(pooled, dtype, dim, False, number == 0, 1 << number, number == 0, 16))
+for exponent, length in product((2.0, 1.0, 1 / 0.3, torch.ones(3)[:, None, None]), (37, 5000)):
+    CALLS.append(partial(distribution_of_rows, torch.zeros(2, 3, 4, length), exponent))
+
+
+def clusters(dtype: torch.dtype, dim: int, kind: str, *, variant: int, size: int = 8, rank: int = 4) -> None:
+    """Take a step of entmax over tiles that clusters choose, and list the tiles."""
+    query, key, value = inputs(dtype, dim, 4, 1, 300)
+    lists = Lists(size, 1 if variant else 2, 5, 1, 20, variant == 1)
+    of_query = torch.zeros(2 if variant == 2 else 8, dim, rank)
+    bias = None if variant == 2 else torch.zeros(8, rank)
+    profile = torch.zeros(8, BINS) if variant else None
+    projections = Projections(of_query, bias, torch.zeros(2, dim, rank), torch.zeros(2, 6, rank), profile)
+    is_log = variant == 0 and kind != "heads"
+    scales = (
+        Scales.of_logarithm(float(kind), 0.3, torch.zeros(8)) if is_log else Scales.of(alpha_of(kind, 8), 0.3, query)
+    )
+    order = torch.arange(300).expand(2, -1) if variant == 1 else None
+    position = torch.tensor([299, 7]) if variant else None
+    place = torch.tensor([299]) if variant == 2 else None
+    codes = torch.zeros(2, 8, 300, rank), torch.zeros(2, 2, 300, 1, dtype=torch.int64)
+    newest = key[:, :, -1:].clone(), value[:, :, -1:].clone()
+    step = ClusterStep(query, key, value, lists, projections, kind=scales.kind, is_log=is_log)
+    with torch.no_grad():
+        step(
+            query, key, value, newest, codes, projections, scales.scale, scales.exponent, scales.factor, order,
+            position, place,
+        )  # fmt: skip
+    cluster_lists(torch.zeros(2, 8, rank), codes[1], projections.centroids, profile, torch.tensor([299, 7]), lists)
+
+
+for number, (dtype, dim) in enumerate(SIZES):
+    CALLS.append(partial(clusters, dtype, dim, KINDS[number % 4], variant=number % 3, size=(8, 1, 16)[number // 3 % 3]))
