@@ -40,7 +40,7 @@ test-all: $(READY) $(OLDEST)/.ready ## Everything: all tests with all combinatio
 # Triton lies in a folder of its own, so that all other tests run without it. There are no wheels of it but for Linux.
 # Of its 640 MB the interpreter needs 210: neither NVIDIA's compilers and profilers, nor what a debugger reads.
 ifeq ($(shell uname -s),Linux)
-kernels: $(TRITON)/.ready ## The tests of the Triton kernels in Triton's interpreter, on the CPU
+kernels: $(TRITON)/.ready ## The tests of the Triton kernels in Triton's interpreter, on the CPU; compiles them for GPUs too
 	CUDA_VISIBLE_DEVICES= TRITON_INTERPRET=1 PYTHONPATH=$(TRITON) $(PYTEST) $(FULL) tests/ops/*/test_triton_*.py tests/methods/test_triton_*.py
 else
 kernels:

@@ -1,6 +1,7 @@
 """Call the library's functions so that they launch every kernel with every kind of arguments, for `compile_kernels.py`.
 
 A kernel is compiled anew for each dtype and constant, so that these vary here; shapes are small, and values are zeros.
+`CALLS` has every statement of the kernels, and every dtype and head size; `MORE` has what is left of the products.
 """
 
 import importlib
@@ -49,6 +50,13 @@ CPU = torch.device("cpu")
 COUNTS = (300, 40)  # slots of two KV heads that differ
 
 
+def cross(sizes: list[tuple[torch.dtype, int]], *calls: Any) -> None:
+    """Make each call for each dtype and head size, by default so many that every call and every size is there."""
+    for (number, size), (place, call) in product(enumerate(sizes), enumerate(calls)):
+        once = place == number % len(calls) or number == place % len(sizes)
+        (CALLS if once else MORE).append(partial(call, *size))
+
+
 def rows(batch: int, heads: int, length: int, dim: int, dtype: torch.dtype, trained: bool = False) -> Tensor:
     """Make `[B, H, T, D]` as models have it, `[B, T, H, D]` in memory."""
     return torch.zeros(batch, length, heads, dim, dtype=dtype, requires_grad=trained).transpose(1, 2)
@@ -80,21 +88,23 @@ def sparsek(
     torch.use_deterministic_algorithms(False)
 
 
-MODES = list(product(("hard", "soft"), (True, False)))
-for number, (dtype, dim) in enumerate(SIZES):
-    for place, (gates, causal) in enumerate(MODES):
-        calls = CALLS if place == number % 4 else MORE
-        support = 64 if gates == "soft" else None
-        calls.append(partial(sparsek, dtype, dim, gates=gates, causal=causal, support=support))
-for (dtype, dim), gates in zip((*FEW, *FEW), ("hard", "soft") * 3, strict=True):
-    of_heads = {"k": (21, 5), "support": (64, 70) if gates == "soft" else None}
-    CALLS.append(partial(sparsek, dtype, dim, gates=gates, start=True, group=1, **of_heads))
-    CALLS.append(partial(sparsek, dtype, dim, gates=gates, queries=1, trained=False, scaling=-0.3))
-for dtype, dim in FEW[:2]:
-    CALLS.append(partial(sparsek, dtype, dim, gates="soft", frozen=True, group=3))
-    CALLS.append(partial(sparsek, dtype, dim, gates="soft", frozen=True, causal=False))
-    CALLS.append(partial(sparsek, dtype, dim, gates="soft", start=True, causal=False, group=3, deterministic=True))
-    CALLS.append(partial(sparsek, dtype, dim, gates="soft", keys=2100, queries=2100, group=1, deterministic=True))
+cross(
+    SIZES,
+    partial(sparsek, gates="soft", support=64),
+    partial(sparsek, gates="hard"),
+    partial(sparsek, gates="soft", causal=False),
+    partial(sparsek, gates="hard", causal=False),
+)
+cross(
+    FEW,
+    partial(sparsek, gates="soft", start=True, group=1, k=(21, 5), support=(64, 70)),
+    partial(sparsek, gates="hard", start=True, group=1, k=(21, 5)),
+    partial(sparsek, gates="soft", queries=1, trained=False, scaling=-0.3),
+    partial(sparsek, gates="soft", frozen=True, group=3, support=64),
+    partial(sparsek, gates="soft", frozen=True, causal=False),
+    partial(sparsek, gates="soft", start=True, causal=False, group=3, deterministic=True),
+    partial(sparsek, gates="soft", keys=2100, queries=2100, group=1, deterministic=True),
+)
 
 
 def scan(k: int, size: int, keys: int, tile: int, with_tau: bool) -> None:
@@ -114,7 +124,7 @@ def scores(dtype: torch.dtype, of_weight: torch.dtype, heads: int, columns: int,
     """Score tokens, and back."""
     states = torch.zeros(2, 37, columns, dtype=dtype, requires_grad=True)
     weight = torch.zeros(heads, columns, dtype=of_weight, requires_grad=True)
-    for wanted in ((True, True), (True, False), (False, True)):
+    for wanted in ((True, True), (True, False), (False, True)) if heads == 1 else ((True, True),):
         states.requires_grad_(wanted[0]), weight.requires_grad_(wanted[1])
         linear_scores.linear_scores(states, weight).sum().backward()
     learned, index = torch.zeros(heads) if slope else None, torch.arange(37).expand(2, -1)
@@ -122,8 +132,9 @@ def scores(dtype: torch.dtype, of_weight: torch.dtype, heads: int, columns: int,
     linear_scores.token_scores(*tensors, position_slope=0.01, slope_tokens=256)
 
 
-for dtype, (heads, columns) in product(DTYPES, ((1, 16), (8, 576))):
-    CALLS.append(partial(scores, dtype, SINGLE, heads, columns, heads == 8))
+for dtype in DTYPES:
+    CALLS.append(partial(scores, dtype, SINGLE, 8, 576, True))
+CALLS.append(partial(scores, HALF, SINGLE, 1, 16, False))
 CALLS.append(partial(scores, BRAIN, BRAIN, 3, 100, True))
 
 
@@ -135,7 +146,7 @@ def slots(dtype: torch.dtype, dim: int, *, batch: int = 2, number: int = 300, un
     return [keys, values, torch.zeros(shape), torch.zeros(shape, dtype=torch.int64), seen, late, seen.sum()]
 
 
-def apart(dtype: torch.dtype, dim: int, group: int, unequal: bool, batch: int) -> None:
+def apart(dtype: torch.dtype, dim: int, *, group: int, unequal: bool, batch: int) -> None:
     """Fill slots, and take a step in the kernels that are one after another."""
     state = slots(dtype, dim, unequal=unequal, batch=batch)
     offsets = ragged.offsets_of(COUNTS, CPU) if unequal else None
@@ -150,9 +161,8 @@ def apart(dtype: torch.dtype, dim: int, group: int, unequal: bool, batch: int) -
     of_slots.attend_slots(query, *state[:2], state[3], scaling=0.3, **layout)
 
 
-for (dtype, dim), unequal, batch in product(SIZES, (False, True), (1, 300)):
-    calls = CALLS if (dtype, dim) in FEW + LARGE and unequal == (batch == 300) else MORE
-    calls.append(partial(apart, dtype, dim, 4 if batch == 1 else 1, unequal, batch))
+for group, unequal, batch in ((4, False, 1), (1, True, 300)):
+    cross([*LARGE, *FEW], partial(apart, group=group, unequal=unequal, batch=batch))
 
 
 def step(
@@ -174,17 +184,17 @@ def step(
     kernel(query, key, value, states, weight, learned_slope, valid, rows_of_pool, state[:5])
 
 
-for dtype, dim in SIZES:
-    CALLS.append(partial(step, dtype, dim))
-    CALLS.append(partial(step, dtype, dim, indexed=True, unequal=True, learned=True, slope=0.01))
-for dtype, dim in FEW:
-    CALLS.append(partial(step, dtype, dim, group=1, masked=True, slope=0.01))
-    CALLS.append(partial(step, dtype, dim, group=20, unequal=True, masked=True, linear=False))
-    CALLS.append(partial(step, dtype, dim, batch=300, number=16, indexed=True))
-    CALLS.append(partial(step, dtype, dim, number=5000, batch=1, group=7, linear=False, indexed=True))
+cross(SIZES, step, partial(step, indexed=True, unequal=True, learned=True, slope=0.01))
+cross(
+    FEW,
+    partial(step, group=1, masked=True, slope=0.01),
+    partial(step, group=20, unequal=True, masked=True, linear=False),
+    partial(step, batch=300, number=16, indexed=True),
+    partial(step, number=5000, batch=1, group=7, linear=False, indexed=True),
+)
 
 
-def read(dtype: torch.dtype, dim: int, length: int, learned: bool, unequal: bool) -> None:
+def read(dtype: torch.dtype, dim: int, *, length: int, learned: bool, unequal: bool) -> None:
     """Read a text without padding into slots."""
     k = {"k": 40, "k_of_heads": (40, 9)} if unequal else {"k": 40}
     settings = ReadingSettings(**k, window=21, sinks=4, scaling=0.2, position_slope=0.01, slope_tokens=256)
@@ -192,10 +202,8 @@ def read(dtype: torch.dtype, dim: int, length: int, learned: bool, unequal: bool
     read_text(*inputs(dtype, dim, 4, length, length), states, torch.zeros(2, 576), slope, settings)
 
 
-for (dtype, dim), learned in product(SIZES, (False, True)):
-    calls = CALLS if (dtype, dim) in FEW else MORE
-    calls.append(partial(read, dtype, dim, 20, learned, not learned))
-    calls.append(partial(read, dtype, dim, 700, learned, not learned))
+for length in (20, 700):
+    cross(FEW, *(partial(read, length=length, learned=learned, unequal=not learned) for learned in (True, False)))
 
 
 def divergence(dtype: torch.dtype, columns: int, trained: bool) -> None:
@@ -203,8 +211,8 @@ def divergence(dtype: torch.dtype, columns: int, trained: bool) -> None:
     backward(fused_divergence(student.requires_grad_(trained), teacher))
 
 
-for dtype, columns, trained in product(DTYPES, (100, 9001), (False, True)):
-    CALLS.append(partial(divergence, dtype, columns, trained))
+for dtype, columns in zip(DTYPES, (100, 9001, 100), strict=True):
+    CALLS += [partial(divergence, dtype, columns, trained) for trained in (False, True)]
 
 
 def alpha_of(kind: str, heads: int) -> float | Tensor:
@@ -238,19 +246,18 @@ def entmax(
         backward(attend(*tensors, **options)[0])
 
 
-KINDS = ("1.5", "2.0", "1.3", "heads")  # of alpha
-for number, (dtype, dim) in enumerate(SIZES):
-    calls = CALLS if (dtype, dim) in LARGE else MORE
-    calls.append(partial(entmax, dtype, dim, alpha=KINDS[number % 4]))
-    calls.append(partial(entmax, dtype, dim, alpha=KINDS[number % 4], lists=(64, 64, 6), trained=number % 2 == 0))
-for (dtype, dim), alpha in zip(FEW, KINDS[1:], strict=True):
-    CALLS.append(partial(entmax, dtype, dim, group=1, causal=False, valid=True, alpha=alpha))
-    CALLS.append(partial(entmax, dtype, dim, queries=8, first=True, valid=True, trained=False, alpha=alpha))
-    CALLS.append(partial(entmax, dtype, dim, lists=(8, 1, 6), valid=True, alpha=alpha))
-    CALLS.append(partial(entmax, dtype, dim, lists=(16, 16, 2), causal=False, alpha="heads", queries=290))
+cross(
+    [*LARGE, *FEW],
+    partial(entmax, alpha="heads"),
+    partial(entmax, lists=(64, 64, 6)),
+    partial(entmax, group=1, causal=False, valid=True, alpha="2.0"),
+    partial(entmax, queries=8, first=True, valid=True, trained=False, alpha="1.3"),
+    partial(entmax, lists=(8, 1, 6), valid=True, alpha="2.0"),
+    partial(entmax, lists=(16, 16, 2), causal=False, alpha="heads", queries=290),
+)
 
 
-def decode(dtype: torch.dtype, dim: int, kind: str, *, index: int = 0, padded: bool = False, new: bool = False) -> None:
+def decode(dtype: torch.dtype, dim: int, *, kind: str, index: int = 0, padded: bool = False, new: bool = False) -> None:
     """Take a step of entmax over all keys, or over tiles of `index` keys."""
     query, key, value = inputs(dtype, dim, 4, 1, 300)
     scales = (
@@ -264,30 +271,36 @@ def decode(dtype: torch.dtype, dim: int, kind: str, *, index: int = 0, padded: b
         entmax_step(query, key, value, *numbers, True, valid, first, tiles, index, newest=newest)
 
 
-for number, (dtype, dim) in enumerate(LARGE):
-    CALLS.append(partial(decode, dtype, dim, KINDS[number % 3], new=number % 2 == 0))
-for (dtype, dim), alpha in zip(FEW, KINDS[1:], strict=True):
-    CALLS.append(partial(decode, dtype, dim, alpha, index=8))
-    CALLS.append(partial(decode, dtype, dim, alpha, index=1, padded=True))
-    CALLS.append(partial(decode, dtype, dim, alpha, padded=True))
+cross(
+    [*LARGE, *FEW],
+    partial(decode, kind="1.5", new=True),
+    partial(decode, kind="heads", index=8),
+    partial(decode, kind="2.0", index=1, padded=True),
+    partial(decode, kind="1.3", padded=True),
+)
 
 
-def pooled(dtype: torch.dtype, dim: int, grouped: bool, causal: bool, pool: int, first: bool, of_queries: int) -> None:
+def pooled(
+    dtype: torch.dtype, dim: int, *, grouped: bool, causal: bool = True, pool: int = 8, first: bool = False
+) -> None:
     """List tiles by mean keys."""
     query, key, _ = inputs(dtype, dim, 3, 150, 150)
     start = torch.tensor([0, 32]) if first else None
-    layout = layout_of(Inputs(query, key, 1.0, causal, None, start), 2 if grouped else 6, 32, of_queries)
+    layout = layout_of(Inputs(query, key, 1.0, causal, None, start), 2 if grouped else 6, 32, 32 if grouped else 16)
     fused_pooled_tiles(query, key, 0.3, layout, causal, 2, pool, 9, 1)
 
 
-for number, (dtype, dim) in enumerate(FEW):
-    CALLS.append(partial(pooled, dtype, dim, True, True, 8, False, 32))
-    CALLS.append(partial(pooled, dtype, dim, False, number == 0, 1 << number, number == 0, 16))
+cross(
+    FEW,
+    partial(pooled, grouped=True),
+    partial(pooled, grouped=False, first=True, pool=1),
+    partial(pooled, grouped=False, causal=False, pool=4),
+)
 for exponent, length in product((2.0, 1.0, 1 / 0.3, torch.ones(3)[:, None, None]), (37, 5000)):
     CALLS.append(partial(distribution_of_rows, torch.zeros(2, 3, 4, length), exponent))
 
 
-def clusters(dtype: torch.dtype, dim: int, kind: str, *, variant: int, size: int = 8, rank: int = 4) -> None:
+def clusters(dtype: torch.dtype, dim: int, *, kind: str, variant: int, size: int = 8, rank: int = 4) -> None:
     """Take a step of entmax over tiles that clusters choose, and list the tiles."""
     query, key, value = inputs(dtype, dim, 4, 1, 300)
     lists = Lists(size, 1 if variant else 2, 5, 1, 20, variant == 1)
@@ -313,5 +326,10 @@ def clusters(dtype: torch.dtype, dim: int, kind: str, *, variant: int, size: int
     cluster_lists(torch.zeros(2, 8, rank), codes[1], projections.centroids, profile, torch.tensor([299, 7]), lists)
 
 
-for number, (dtype, dim) in enumerate(SIZES):
-    CALLS.append(partial(clusters, dtype, dim, KINDS[number % 4], variant=number % 3, size=(8, 1, 16)[number // 3 % 3]))
+cross(
+    [*LARGE, *FEW],
+    partial(clusters, kind="1.5", variant=0),
+    partial(clusters, kind="heads", variant=1, size=1),
+    partial(clusters, kind="2.0", variant=2, size=16, rank=3),
+    partial(clusters, kind="1.3", variant=0),
+)

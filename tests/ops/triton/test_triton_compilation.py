@@ -10,10 +10,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 HERE = Path(__file__).parent
 PLANTED = """
+import sys
+
 import torch
 import triton
 import triton.language as tl
@@ -31,8 +31,8 @@ def kernel(X, Y, ROWS: tl.constexpr, D: tl.constexpr):
     at = tl.arange(0, ROWS)[:, None].to(tl.int64) * D + tl.arange(0, D)[None, :]
     q = tl.load(X + at)
     for begin in range(0, 64, 32):
-        {name} = (begin + tl.arange(0, 32))[:, None] * D + tl.arange(0, D)[None, :]
-        k = tl.load(X + {name})
+        at = (begin + tl.arange(0, 32))[:, None] * D + tl.arange(0, D)[None, :]
+        k = tl.load(X + at)
         q += tl.sum(helper(k, True), 0)[None, :]
     tl.store(Y + at, q)
 
@@ -52,7 +52,7 @@ def call():
 def call_large():
     large[(1,)](torch.empty(128, 256), D=256)
 
-CALLS, MORE = [call], [call_large]
+CALLS, MORE, MODULES = [call], [call_large], [sys.modules[__name__]]
 """
 
 
@@ -74,34 +74,16 @@ def test_every_kernel_compiles(tmp_path, pytestconfig):
     assert len(report["shared"]) > 80  # kernels and GPUs
 
 
-@pytest.fixture
-def planted(tmp_path):
-    """Compile the planted kernels, of which one names an offset in its loop as given."""
-
-    def planted(name: str, *options: str) -> dict:
-        calls = tmp_path / "planted.py"
-        calls.write_text(PLANTED.format(name=name) + "import sys\nMODULES = [sys.modules[__name__]]\n")
-        return compiled(calls, tmp_path, *options)
-
-    return planted
-
-
-def test_a_name_used_twice_is_found(planted):
-    """What is one variable to the interpreter has two types to the compiler."""
-    faults = planted("at")["faults"]
-    assert [re.sub(r".*\.(\w+ sm_\d+) .*", r"\1", kernel) for kernel in faults] == ["kernel sm_80", "kernel sm_90"]
-    for error in faults.values():
-        assert "at has initial type <['16', '128'], int64> but is re-assigned to <['32', '128'], int32>" in error
-
-
-def test_what_no_call_compiles_is_found(planted):
-    report = planted("other")
-    assert not report["faults"] and {name.split()[-1] for name in report["shared"]} == {"sm_80", "sm_90"}
+def test_what_the_interpreter_does_not_see_is_found(tmp_path):
+    """A name used twice, too much shared memory, and statements that no call compiles."""
+    calls = tmp_path / "planted.py"
+    calls.write_text(PLANTED)
+    report = compiled(calls, tmp_path, "--full")
+    faults = {re.sub(r"planted\.(\w+ sm_\d+) .*", r"\1", kernel): error for kernel, error in report["faults"].items()}
+    assert list(faults) == ["kernel sm_80", "kernel sm_90", "large sm_90"]
+    twice = "at has initial type <['16', '128'], int64> but is re-assigned to <['32', '128'], int32>"
+    assert twice in faults["kernel sm_80"] and twice in faults["kernel sm_90"]
+    assert faults["large sm_90"] == "262144 bytes of shared memory, of 232448"
+    assert report["shared"].keys() == {"planted.large sm_80", "planted.large sm_90"}
     left_out = [re.sub(r"planted.py:\d+ ", "", statement) for statement in report["left_out"]]
-    assert left_out == ["helper: x += 1", "nobody_launches", "large"]
-
-
-def test_too_much_shared_memory_is_found(planted):
-    report = planted("other", "--full")
-    assert list(report["faults"].values()) == ["262144 bytes of shared memory, of 232448"]  # that of sm_90
-    assert not any(statement.endswith("large") for statement in report["left_out"])
+    assert left_out == ["helper: x += 1", "kernel: tl.store(Y + at, q)", "nobody_launches"]
