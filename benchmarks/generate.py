@@ -129,6 +129,8 @@ def configuration(options: argparse.Namespace) -> SparseKConfig | SparsefinderCo
     """Return the settings of the sparse model."""
     if options.method == "sparsek":
         return SparseKConfig(k=options.k, window=options.window, sinks=options.sinks)
+    if options.predictor == "pooled":
+        return SparsefinderConfig(predictor="pooled", complete=options.complete)
     graph: dict[str, Any] = {"tile": 8, "query_tile": 1, "sparsity": 0.8, "clusters": 16, "window": 64}
     if options.cluster_parts > 1:  # as the published adapters have it
         parts = options.cluster_parts

@@ -1,6 +1,7 @@
 """How long a text takes until its first token, with dense and with sparse attention, in calls that alternate.
 
     python benchmarks/prefill.py --output prefill.json
+    python benchmarks/prefill.py --method sparsefinder --output entmax_prefill.json
 
     forward   `model(ids, use_cache=True, logits_to_keep=1)`: the text is read, and a cache holds it
     generate  default `generate` of one new token
@@ -14,8 +15,10 @@ neither time nor memory. The host that launches the kernels sets the pace of sho
 one cell count: calls alternate, each time is the median of several, and the ratio is that of the medians.
 
 First, on two layers in float32: the logits of a text that fits into the slots equal dense ones, and those of a longer
-one the logits of the plain PyTorch path; without agreement nothing is measured. A profile counts the kernels of a
-forward and their time. The JSON is written after every cell.
+one the logits of the plain PyTorch path; without agreement nothing is measured. Sparsefinder attends to all keys by
+entmax up to 8,192 tokens, and `pooled` to tiles of them beyond; its scales leave about `--support` keys with weight at
+the end of a text of `--fitted` tokens, and its logits are compared with those of plain PyTorch alone. A profile counts
+the kernels of a forward and their time. The JSON is written after every cell.
 """
 
 import argparse
@@ -36,6 +39,7 @@ from transformers import PreTrainedModel
 from hf_sparse._compat import cache_of
 from hf_sparse.atomic_files import write_json
 from hf_sparse.environment import describe
+from hf_sparse.ops.entmax import api as entmax
 from hf_sparse.ops.selection import api
 from hf_sparse.patches import sparse_layers
 
@@ -68,11 +72,17 @@ def check(shape: dict[str, Any], options: argparse.Namespace) -> dict[str, float
         SystemExit: a difference that rounding does not explain, or slots that hold other tokens.
     """
     models = make_models(shape | {"num_hidden_layers": 2}, options, torch.float32)
-    slots = options.k + options.window + options.sinks
 
     def relative(a: Tensor, b: Tensor) -> float:
         return float((a.double() - b.double()).norm() / b.double().norm())
 
+    if options.method == "sparsefinder":
+        ids = torch.randint(0, 100, (2, options.fitted), device=options.device)
+        kernels = forward(models["sparse"], ids)
+        with mock.patch.object(entmax, "takes_kernels", lambda *_: False):
+            differences = {"from plain": relative(kernels.logits, forward(models["sparse"], ids).logits)}
+        return agreeing(differences)
+    slots = options.k + options.window + options.sinks
     short, long = (torch.randint(0, 100, (2, n), device=options.device) for n in (slots, 3 * slots + 7))
     differences = {"short from dense": relative(*(forward(models[name], short).logits for name in ("sparse", "dense")))}
     kernels = forward(models["sparse"], long)
@@ -82,6 +92,11 @@ def check(shape: dict[str, Any], options: argparse.Namespace) -> dict[str, float
     kept = [[layer.positions.sort(-1).values for layer in cache_of(one).layers] for one in (kernels, plain)]
     if not all(torch.equal(a, b) for a, b in zip(*kept, strict=True)):
         sys.exit("the cache keeps other tokens than that of the plain path: nothing measured")
+    return agreeing(differences)
+
+
+def agreeing(differences: dict[str, float]) -> dict[str, float]:
+    """Return the differences, or end the program where rounding does not explain one."""
     if not all(difference <= ALLOWED for difference in differences.values()):
         sys.exit(f"logits differ by more than {ALLOWED}: {differences}; nothing measured")
     return differences
@@ -140,13 +155,18 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--prompts", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384], help="tokens")
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--method", choices=["sparsek", "sparsefinder"], default="sparsek")
+    parser.add_argument("--predictor", choices=["full", "pooled"], default="pooled", help="Sparsefinder's")
+    parser.add_argument("--support", type=float, default=55.0, help="keys with weight per query, for Sparsefinder")
+    parser.add_argument("--fitted", type=int, default=1024, help="tokens that Sparsefinder is fitted to and checked on")
     parser.add_argument("--rounds", type=int, default=15, help="calls that count")
     parser.add_argument("--seconds", type=float, default=3, help="after which a cell ends with fewer calls")
     parser.add_argument("--no-check", action="store_true", help="measure without the comparison, for a trial")
     add_options(parser)
     options = parser.parse_args()
-    options.method, options.fitted, options.new_tokens = "sparsek", 1, 1  # what `make_models` of `generate.py` asks for
-    named = ("prompts", "batch", "rounds", "seconds", "k", "window", "sinks", "device", "dtype", "tiny")
+    options.complete, options.cluster_parts, options.new_tokens = False, 1, 1  # what `make_models` asks for
+    named: tuple[str, ...] = ("prompts", "batch", "rounds", "seconds", "method", "device", "dtype", "tiny")
+    named += ("k", "window", "sinks") if options.method == "sparsek" else ("predictor", "support", "fitted")
     result: dict[str, Any] = {
         "format": 1,
         "benchmark": "prefill",

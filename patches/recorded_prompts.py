@@ -168,7 +168,7 @@ class _Memory:
 
     Attributes:
         recordings, trials: by the key and the length of the prompt.
-        layers: what recordings with the same key fill.
+        layers: what recordings fill, by the key and the tokens that there is room for, 0 where that is all the same.
         states: a number for each state of the model.
         prompts: how many have been looked at.
         pool: the memory of the recordings.
@@ -345,9 +345,11 @@ class RecordedPrompts:
         with torch.inference_mode(False):
             held = {name: tensor.new_zeros((len(tensor), prompt.length)) for name, tensor in tensors.items()}
             end = torch.full((1,), ids.shape[1], device=ids.device)
-        layers = memory.layers.get(prompt.key)
+        # Recordings of lengths between two powers of 2 share the memory of layers that grow with the text.
+        room = 0 if prompt.layers[0].is_compileable else 1 << (prompt.length - 1).bit_length()
+        layers = memory.layers.get((prompt.key, room))
         if layers is None:
-            layers = memory.layers[prompt.key] = _Layers([one.cache_layer() for one in prompt.attentions])
+            layers = memory.layers[prompt.key, room] = _Layers([one.cache_layer() for one in prompt.attentions])
 
         def call() -> dict[str, Any]:
             cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
@@ -355,7 +357,7 @@ class RecordedPrompts:
             output = model(**held, use_cache=True, return_dict=True, logits_to_keep=end - 1, **with_cache(cache))
             if set(output) != {"logits", _CACHE}:
                 raise RuntimeError(f"a recorded prompt returns logits and a cache, got {', '.join(output)}")
-            layers[0].copy_texts(cache.layers, layers)
+            layers[0].copy_texts(cache.layers, layers, prompt.length, room)
             return {"logits": output.logits, "kind": type(output)}
 
         if not memory.recordings:  # a pool goes with the last recording in it
@@ -396,7 +398,7 @@ class RecordedPrompts:
             held[:, tokens:].copy_(inputs[name][:, -1:])
         recording.end.fill_(tokens)
         recording.replay()
-        prompt.layers[0].copy_texts(recording.layers, prompt.layers)
+        prompt.layers[0].copy_texts(recording.layers, prompt.layers, tokens)
         logits = recording.output["logits"].clone()
         if timing is not None:
             timing.stop()

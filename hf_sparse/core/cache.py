@@ -47,8 +47,10 @@ class SparseCacheLayer(Protocol):
     value of one token for this place, `[1]` int64 on the device, and returns all that it has room for.
 
     What can be in recorded prompts, see `patches.recorded_prompts`, heeds `ModelCall.end`, and has `note_tokens` and
-    the static method `copy_texts(sources, targets)`: it copies what all layers of a cache hold to those of another one,
-    in few launches, to memory that it makes if they have none.
+    the static method `copy_texts(sources, targets, tokens, room)`: it copies what all layers of a cache hold to those
+    of another one, in few launches, to memory that it makes if they have none. Of layers that grow these are the first
+    `tokens` tokens, and the memory has room for `room`, or with `None` for as many as decoding begins with; others keep
+    no more than they ever do.
     """
 
     def get_seq_length(self) -> int:

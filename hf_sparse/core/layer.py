@@ -274,12 +274,12 @@ class SparseAttentionLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
 
     @property
     def prompt_edge(self) -> int | None:
-        """Return up to how many tokens a text is read in another way than a longer one.
+        """Return up to how many tokens a text is read in another way than a longer one, 0 if all are read alike.
 
         A recorded prompt, which is padded, stays on its side of it, see `patches.recorded_prompts`.
 
         Returns:
-            `None` if the cache layer cannot be filled by a recording.
+            `None` if the cache layer cannot be filled by a recording, or what fills it waits for the device.
         """
         return None
 

@@ -1,6 +1,7 @@
 """Allocate tensors of several layers in one piece of memory."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -17,3 +18,20 @@ def stacked(layers: int, shape: tuple[int, ...], dtype: torch.dtype, device: tor
     room = -(-used * dtype.itemsize // ALIGNMENT) * ALIGNMENT // dtype.itemsize
     memory = torch.empty((layers, room), dtype=dtype, device=device)[:, :used].view(layers, *shape)
     return tuple([tensor.data for tensor in memory.unbind()])
+
+
+def stack_of(tensors: Sequence[Tensor]) -> Tensor | None:
+    """Return tensors `[*shape]` that follow each other in memory, as those of `stacked`, as one, `[n, *shape]`.
+
+    Returns:
+        `None` if they differ in shape or dtype, or lie elsewhere.
+    """
+    first = tensors[0]
+    size, memory = first.element_size(), first.untyped_storage().data_ptr()
+    apart = (tensors[-1].data_ptr() - first.data_ptr()) // max(1, len(tensors) - 1)
+    for number, tensor in enumerate(tensors):
+        is_next = tensor.data_ptr() == first.data_ptr() + number * apart and apart % size == 0 <= apart
+        is_alike = (tensor.shape, tensor.stride(), tensor.dtype) == (first.shape, first.stride(), first.dtype)
+        if not is_next or not is_alike or tensor.untyped_storage().data_ptr() != memory:
+            return None
+    return first.as_strided((len(tensors), *first.shape), (apart // size, *first.stride()))

@@ -476,7 +476,7 @@ def test_copies_of_texts_are_apart(budgets):
             layer.reset()
             layer.fill_whole(*stream(length))
         before = [layer.keys for layer in targets]
-        SparseKCacheLayer.copy_texts(sources, targets)
+        SparseKCacheLayer.copy_texts(sources, targets, length)
         for mine, theirs, old in zip(targets, sources, before, strict=True):
             assert not mine.empty and (old is None or mine.keys is old)
             for name in ("keys", "values", "scores", "positions", "seen", "padded_late", "cumulative_length"):

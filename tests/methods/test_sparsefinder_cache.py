@@ -6,6 +6,8 @@ import weakref
 import pytest
 import torch
 
+from hf_sparse.core.cache import ModelCall
+from hf_sparse.methods.sparsefinder import cache
 from hf_sparse.methods.sparsefinder.cache import SparsefinderCacheLayer
 
 KEYS = torch.randn(3, 2, 12, 8, generator=torch.Generator().manual_seed(0))
@@ -223,3 +225,37 @@ def test_attention_can_become_dense_and_sparse_again():
             with torch.no_grad():
                 layer.update(token, token)
             assert layer.is_dense is is_dense
+
+
+@pytest.mark.parametrize("heads", [(2, 2, 2), (2, 1, 2)], ids=["alike", "of several shapes"])
+def test_copies_of_texts_are_apart_and_have_room(heads):
+    """The first tokens of what sources hold, with zeros behind; targets that have memory keep it."""
+    sources, held, targets = ([SparsefinderCacheLayer() for _ in heads] for _ in range(3))
+    for length in (30, 20):
+        for layer, number in zip(sources, heads, strict=True):
+            layer.reset()
+            layer.update(*torch.randn(2, 3, number, length, 4))
+        before = [layer.rooms for layer in held]
+        SparsefinderCacheLayer.copy_texts(sources, held, length, 32)
+        assert before[0] is None or all(layer.rooms is rooms for layer, rooms in zip(held, before, strict=True))
+    SparsefinderCacheLayer.copy_texts(held, targets, 17)
+    for layer in targets:
+        layer.note_tokens(17)
+    for layer, theirs in zip(targets, sources, strict=True):
+        assert layer.get_seq_length() == 17 and layer.is_initialized
+        for name, room in zip(("keys", "values"), layer.rooms, strict=True):
+            assert torch.equal(getattr(layer, name), getattr(theirs, name)[:, :, :17])
+            assert room.shape[2] == 17 + cache._ROOM and not room[:, :, 17:].any()
+    pieces = {room.untyped_storage().data_ptr() for layer in targets for room in layer.rooms}
+    assert len(pieces) == (1 if len(set(heads)) == 1 else 6)
+    targets[0].keys.zero_()
+    assert all(layer.keys.any() for layer in targets[1:]) and targets[0].values.any() and held[0].keys.any()
+
+
+def test_a_prompt_that_is_recorded_is_held_as_it_is():
+    """Its keys are copied from there."""
+    layer = SparsefinderCacheLayer()
+    layer.call = ModelCall(end=torch.tensor([3]))
+    key, value = torch.randn(2, 1, 2, 5, 4)
+    found = layer.update(key, value)
+    assert found[0] is layer.keys is key and found[1] is layer.values is value and layer.get_seq_length() == 5

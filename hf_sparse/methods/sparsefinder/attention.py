@@ -1,7 +1,8 @@
 """Attach Sparsefinder to one attention module: code the new tokens, predict their graph, attend over it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -26,6 +27,12 @@ from hf_sparse.ops.tiles import Tiles
 Pattern = Callable[[AttentionInputs], Tiles | Tensor | None]
 # Gets each text, the graph that was attended over (None for all keys), and with tiles that were certified their proof.
 Observer = Callable[[AttentionInputs, Tiles | Tensor | None, Certificate | None], None]
+
+# What decides of a configuration which keys a prompt attends to that can be recorded, and how.
+_settings_of_prompts = attrgetter(
+    "alpha", "entmax_native", "complete", "tile", "query_tile", "window", "global_tokens", "per_group", "pool",
+    "exact_up_to", "choices",
+)  # fmt: skip
 
 
 class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
@@ -87,6 +94,29 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
         learned = self._modules["sparsefinder_parameters"]._modules[self.active]  # type: ignore[union-attr] # in each step
         assert isinstance(learned, SparsefinderParameters)
         return learned
+
+    @property
+    def prompt_edge(self) -> int | None:
+        """Count the tokens up to which all keys are attended to, see `SparseAttentionLayer`.
+
+        Returns:
+            0 where longer texts attend to all keys too; `None` with a learned graph or a learned alpha, and where the
+            graph is looked at or certified.
+        """
+        if not self.causal or not self.is_used or self.certify or self.pattern is not None or self.observer is not None:
+            return None
+        predictor, config = self.parameters_in_use.predictor, self.config
+        if config.learn_alpha or (config.entmax_native is not None and predictor.learns_graph):
+            return None  # the host looks at alpha, and whether the predictor is fitted
+        return 0 if config.complete else predictor.prompt_edge
+
+    def recording_key(self) -> Hashable | None:
+        """Return what decides what is computed, see `SparseAttentionLayer`; `None` in training too."""
+        if self.training or self.prompt_edge is None:
+            return None
+        predictor = self.parameters_in_use.predictor
+        settings = _settings_of_prompts(self.config), _settings_of_prompts(predictor.config)
+        return self.active, self.identities[self.active], self.disable_adapters, type(predictor), *settings
 
     def make_cache_layer(self) -> SparsefinderCacheLayer:
         """Make a cache layer for all keys, values and codes."""
@@ -160,7 +190,9 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
         first_query = None if place is None else place.expand(len(query))
         if not observed and (learning or sees_all):
             return entmax_attention(query, key, value, valid=valid, first_query=first_query, **options)
-        text = AttentionInputs(query, key, value, **options, layer=self.layer, first_query=first_query)
+        call = getattr(cache, "call", None)
+        end = None if call is None else call.end
+        text = AttentionInputs(query, key, value, **options, layer=self.layer, first_query=first_query, end=end)
         codes = self._codes(query, key, cache) if predicts and learned.predictor.learns_graph else None
         if place is not None and not static and (observed or self.certify or codes is None or self.config.tile is None):
             raise RuntimeError("a step of this predictor cannot be recorded: it needs the keys of its text alone")

@@ -7,17 +7,19 @@ A code (clusters, bins or the projected point) is a function of its token alone,
 stays. Queries keep theirs too: those of a few tokens describe the tile of queries that comes next.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from hf_sparse.core.cache import GrowingCacheLayer, mask_of_keys
+from hf_sparse.methods.sparsefinder.rooms import copy_tokens, rooms_like
 from hf_sparse.ops.triton import available
 
 _ROOM = 256  # tokens, at least, that are made room for when a text grows
 _SHARE = 8  # or an eighth of its length: a longer text grows in larger pieces
+_PIECE = 1 << 26  # bytes of several layers that lie, and later go, together after a recorded prompt
 
 
 class SparsefinderCacheLayer(GrowingCacheLayer):
@@ -60,7 +62,12 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
         """Leave out of a copy what only this layer may write to, and what it can make again."""
         self.write_newest()
         names = ("plan", "rooms", "_query_room", "_key_room", "_grown")
-        return vars(self) | dict.fromkeys(names)
+        state = vars(self) | dict.fromkeys(names)
+        for name in ("keys", "values"):  # what lies in one piece of memory with other layers would be copied with them
+            part = state[name]
+            if isinstance(part, Tensor) and part.untyped_storage().nbytes() > part.nbytes:
+                state[name] = part.clone()
+        return state
 
     def begin_attention(self) -> None:
         """Note that sparse attention follows the next `update`, which can leave writing to it."""
@@ -76,6 +83,8 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
         self.is_dense = not may_wait
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or not self._grows(key_states, value_states):
             self.rooms = self._grown = self.plan = None  # or the earlier tensors stay in memory
+            if self.call is not None and self.call.end is not None:  # `copy_texts` will copy them
+                return self._take(key_states, value_states)
             return super().update(key_states, value_states, *args, **kwargs)
         assert self.keys is not None and self.rooms is not None
         length = self.keys.shape[2] + 1
@@ -110,12 +119,47 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
             or rooms[0].shape[2] == old_key.shape[2]
             or not all(map(_lies_in, (old_key, old_value), rooms))
         ):
-            tokens = old_key.shape[2] + max(_ROOM, old_key.shape[2] // _SHARE)
+            tokens = _with_room(old_key.shape[2])
             self.rooms = _room_behind(old_key, tokens), _room_behind(old_value, tokens)
         self._kind, self.checked = kind, None
         return True
 
-    # What recorded steps ask for, see `SparseCacheLayer`.
+    def _take(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Hold keys and values `[B, Hkv, T, D]` of whole texts as they are, and return them."""
+        self.dtype, self.device = keys.dtype, keys.device
+        self.keys, self.values, self.is_initialized = keys, values, True
+        return keys, values
+
+    # What recorded prompts and recorded steps ask for, see `SparseCacheLayer`.
+
+    @staticmethod
+    def copy_texts(
+        sources: Sequence["SparsefinderCacheLayer"],
+        targets: Sequence["SparsefinderCacheLayer"],
+        tokens: int,
+        room: int | None = None,
+    ) -> None:
+        """Copy keys and values of all layers of a cache to those of another one, see `SparseCacheLayer`.
+
+        Args:
+            sources: layers without codes, which hold `tokens` tokens or more.
+            targets: as many; none of them holds anything yet, or all have room for the tokens.
+            tokens: of each text.
+            room: tokens that targets shall have room for if they hold nothing yet; `None` for those that a step would
+                make room for, of which those behind the text are zeros.
+        """
+        parts = [part for layer in sources for part in (layer.keys, layer.values) if part is not None]
+        apiece = len(parts)
+        if targets[0].rooms is None:
+            if room is None:
+                apiece = max(1, _PIECE // (parts[0].nbytes // parts[0].shape[2] * tokens))
+            rooms = rooms_like(parts, room or _with_room(tokens), apiece)
+            for layer, *of_layer in zip(targets, rooms[::2], rooms[1::2], strict=True):
+                layer.rooms = layer._take(*of_layer)
+        rooms = [part for layer in targets if layer.rooms is not None for part in layer.rooms]
+        with torch.no_grad():
+            for begin in range(0, len(parts), apiece):
+                copy_tokens(parts[begin : begin + apiece], rooms[begin : begin + apiece], tokens, clears=room is None)
 
     def step_memory(self) -> Tensor | None:
         """Return the room of the keys, if it has a place for one more."""
@@ -304,6 +348,11 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.query_codes is not None and self.key_codes is not None:
             self.query_codes, self.key_codes = change(self.query_codes), change(self.key_codes)
+
+
+def _with_room(tokens: int) -> int:
+    """Return for how many tokens there is room when a text of so many begins to grow."""
+    return tokens + max(_ROOM, tokens // _SHARE)
 
 
 def _lies_in(tensor: Tensor, room: Tensor) -> bool:

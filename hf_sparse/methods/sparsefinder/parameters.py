@@ -45,7 +45,8 @@ class SparsefinderParameters(nn.Module):
     def __init__(self, config: SparsefinderConfig, shape: AttentionShape) -> None:
         super().__init__()
         self.config = config
-        self._step_scales: tuple[tuple[float, float, int], Scales] | None = None
+        # Empty, not `None`, before the first step: `model_state` looks at plain values, and nothing changes with it.
+        self._step_scales: tuple[()] | tuple[tuple[float, float, int], Scales] = ()
         heads, kv_heads, rank = shape.num_attention_heads, shape.num_key_value_heads, config.rank
         log_scale = torch.full((heads,), math.log(config.initial_scale))
         if config.entmax_native is None:
@@ -105,7 +106,7 @@ class SparsefinderParameters(nn.Module):
             return Scales.of_logarithm(alpha, scaling, self.log_scale)
         # A step reads the scales at their address, whatever they are then; alpha can be overridden.
         made_of = (alpha, scaling, self.log_scale.data_ptr())
-        if self._step_scales is None or self._step_scales[0] != made_of:
+        if not self._step_scales or self._step_scales[0] != made_of:
             self._step_scales = made_of, Scales.of_logarithm(alpha, scaling, self.log_scale)
         return self._step_scales[1]
 

@@ -152,12 +152,15 @@ class SlotMemory(CacheLayerMixin):
         self.is_initialized, self.empty, self.soft = True, False, False
 
     @staticmethod
-    def copy_texts(sources: Sequence["SlotMemory"], targets: Sequence["SlotMemory"]) -> None:
+    def copy_texts(
+        sources: Sequence["SlotMemory"], targets: Sequence["SlotMemory"], tokens: int, room: int | None = None
+    ) -> None:
         """Copy the slots of all layers of a cache to those of another one, see `SparseCacheLayer`.
 
         Args:
             sources: layers that hold texts without a baseline's memory.
             targets: as many, of the same budgets; none of them has slots yet, or all have slots of these shapes.
+            tokens, room: for layers that grow; slots are as many as ever.
         """
         kinds = [[getattr(layer, name) for layer in sources] for name in _OF_TEXT]
         are_new = not targets[0].is_initialized

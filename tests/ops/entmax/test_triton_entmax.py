@@ -9,6 +9,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_sparse.ops.entmax import certified_entmax_attention, entmax_attention
 from hf_sparse.ops.entmax.inputs import Inputs
+from hf_sparse.ops.entmax.pooled import pooled_tiles
 from hf_sparse.ops.entmax.threshold import distribution
 from hf_sparse.ops.entmax.triton import attention, takes_kernels
 from hf_sparse.ops.entmax.triton.attention import attend
@@ -293,3 +294,22 @@ def test_queries_somewhere_in_the_text():
         lambda *tensors, **options: attend(*tensors, first_query=first, **options, **SMALL)[0],
         lambda *tensors, **options: entmax_attention(*tensors, first_query=first, **options),
     )
+
+
+@pytest.mark.parametrize("tile", [None, 16, 8], ids=["all keys", "large tiles", "small tiles"])
+def test_what_stands_behind_a_text_changes_nothing(tile):
+    """A recorded prompt is padded with what came before; queries behind the text choose no tiles."""
+    length, padded = size(150, 57), size(192, 64)
+    case = Case(group=2, queries=padded)
+    case.inputs[:] = [torch.cat([x[:, :, :length], 100 * x[:, :, length:]], 2).to(DEVICE) for x in case.inputs]
+    outputs = []
+    for end in (length, padded):
+        query, key, value = (tensor[:, :, :end] for tensor in case.inputs)
+        lists = None
+        if tile is not None:
+            asked = query.masked_fill((torch.arange(end, device=DEVICE) >= length)[:, None], 0)
+            graph = pooled_tiles(asked, key, size=tile, choices=1, pool=4, scaling=0.3, causal=True)
+            lists = lists_of(graph, Inputs(query, key, 1.0, True, None, None))
+        options = {"alpha": 1.5, "scaling": 0.3, "causal": True, "lists": lists}
+        outputs.append(attend(query, key, value, **options, **SMALL)[0][:, :, :length])
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-6, atol=1e-6)

@@ -64,3 +64,19 @@ def test_lists(shape):
 
 def test_queries_somewhere_in_the_text():
     assert_equal(batch=2, queries=64, keys=150, first=torch.tensor([32, 64], device=DEVICE))
+
+
+@pytest.mark.parametrize("rows", [16, 8])
+def test_queries_of_zeros_behind_a_text_change_no_list(rows):
+    """Whatever the keys are that stand there."""
+    torch.manual_seed(0)
+    length, padded, options = 107, 150, {"causal": True, "choices": 1, "pool": 8, "window": 1, "global_tokens": 1}
+    query, key = torch.randn(2, 1, 2, padded, 20, device=DEVICE)
+    query[:, :, length:], key[:, :, length:] = 0, 100 * key[:, :, length:]
+    lists = []
+    for end in (length, padded):
+        inputs = Inputs(query[:, :, :end], key[:, :, :end], 1.0, True, None, None)
+        layout = layout_of(inputs, 2, 16, rows)
+        found = fused_pooled_tiles(inputs.query, inputs.key, 0.3, layout, **options).mask(-(-padded // 16))
+        lists.append(found[:, :, : -(-length // rows)])
+    assert torch.equal(*lists)

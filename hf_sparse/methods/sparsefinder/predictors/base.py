@@ -28,6 +28,8 @@ class AttentionInputs:
         layer: number of the attention module.
         first_query: `[B]` int64, position of the first query of each text; by default the queries are the last tokens.
         valid: `[B, Tk]` bool, False behind the last token of a shorter text, where an encoder would see it.
+        end: `[1]` int64, tokens of the texts, in a prompt that is recorded (`ModelCall.end`): what stands behind them
+            must change nothing for them; `None` for all that come.
     """
 
     query: Tensor
@@ -39,6 +41,7 @@ class AttentionInputs:
     layer: int
     first_query: Tensor | None = None
     valid: Tensor | None = None
+    end: Tensor | None = None
 
 
 class Predictor:
@@ -63,6 +66,11 @@ class Predictor:
     @property
     def points_needed(self) -> int:
         return 1
+
+    @property
+    def prompt_edge(self) -> int | None:
+        """Return what `SparseAttentionLayer.prompt_edge` says, where keys are attended to that this predictor names."""
+        return None
 
     def sees_all_in_step(self, keys: int) -> bool:
         """Tell whether a decoding step with so many keys attends to all of them, or as if it did."""

@@ -14,5 +14,9 @@ class Full(Predictor):
     sees_all = True
     finds_support = True
 
+    @property
+    def prompt_edge(self) -> int:
+        return 0
+
     def graph(self, learned: "SparsefinderParameters", text: AttentionInputs, codes: Codes | None) -> None:
         return None

@@ -2,6 +2,8 @@
 
 from typing import TYPE_CHECKING
 
+import torch
+
 from hf_sparse.methods.sparsefinder.predictors.base import AttentionInputs, Codes, Predictor
 from hf_sparse.ops.entmax import pooled_tiles
 from hf_sparse.ops.tiles import Tiles
@@ -17,6 +19,11 @@ class Pooled(Predictor):
     has another graph when it comes token by token, a better one.
     """
 
+    @property
+    def prompt_edge(self) -> int:
+        assert self.config.rows is not None
+        return max(self.config.exact_up_to, self.config.rows - 1)
+
     def sees_all_in_step(self, keys: int) -> bool:
         assert self.config.rows is not None
         return self.config.rows > 1 or keys <= self.config.exact_up_to
@@ -27,8 +34,11 @@ class Pooled(Predictor):
         queries, keys = text.query.shape[2], text.key.shape[2]
         if queries < config.rows or keys <= config.exact_up_to:
             return None
+        query = text.query
+        if text.end is not None:  # a tile attends to what any of its queries chooses, and zeros choose nothing
+            query = query.masked_fill((torch.arange(queries, device=query.device) >= text.end)[:, None], 0.0)
         return pooled_tiles(
-            text.query,
+            query,
             text.key,
             size=config.tile,
             rows=config.rows,
