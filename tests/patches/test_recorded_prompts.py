@@ -219,7 +219,7 @@ def test_beams_and_samples(model, played_prompts):
 
 
 def test_logits_are_of_the_call(model, played_prompts):
-    """What a processor keeps of one call is not written over by the next."""
+    """Keep the logits of one call in a processor while the next one plays."""
 
     class Kept(LogitsProcessor):
         def __init__(self):
