@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 
 from hf_sparse.finetune.teacher import is_small, tensors_of
 from hf_sparse.patches import sparse_layers
-from hf_sparse.patches.recorded_steps import record
+from hf_sparse.patches.recorded_steps import free_memory, record
 
 _EAGER = 2  # steps of a layout before one is recorded
 _TOLERANCE = 0.01  # of the norm: kernels add up in any order, and steps may run in bfloat16
@@ -96,8 +96,7 @@ def _is_on_gpu(chunks: Tensor) -> bool:
 
 def _has_room(device: torch.device) -> bool:
     """Tell whether the device has as much memory left as a step takes, for the steps that run as ever beside it."""
-    free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return free > _ROOM * torch.cuda.max_memory_allocated(device)
+    return free_memory(device) > _ROOM * torch.cuda.max_memory_allocated(device)
 
 
 def _record(

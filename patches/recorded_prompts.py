@@ -29,7 +29,7 @@ from hf_sparse.core.layer import SparseAttentionLayer
 from hf_sparse.patches.cache import SparseCache, is_unused, make_layers
 from hf_sparse.patches.interface import other_adapters
 from hf_sparse.patches.model_state import state_of
-from hf_sparse.patches.recorded_steps import is_on_gpu, record, run_beside
+from hf_sparse.patches.recorded_steps import free_memory, is_on_gpu, record, run_beside
 
 _LONGEST = 16384  # tokens of a recorded prompt; for longer ones the GPU sets the pace
 _STEP = 64  # between buckets; above eight times as many tokens an eighth of the power of two below
@@ -37,6 +37,7 @@ _TIMED = 2  # prompts of a bucket after its first one, if each has a length of i
 _PACED_BY_HOST = 1.5  # the GPU took less than so many times as long as the host: it may have waited for the host
 _MOST_RECORDINGS, _MOST_TRIALS, _MOST_STATES = 16, 64, 8  # of a model; the one used least recently goes
 _LOGITS_APART, _KEYS_APART = 0.1, 0.5  # of the norm, that rounding may make of a prompt in half precision
+_ROOM = 4  # times the memory that calls have used for a while: a recording keeps up to twice that of a prompt
 _IDLE = 128  # prompts for which a recording was not used before another takes its place
 _CACHE = next(iter(with_cache(None)))
 _INPUTS = {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "return_dict", _CACHE}
@@ -321,6 +322,8 @@ class RecordedPrompts:
         if eager_ms > _PACED_BY_HOST * host_ms:
             self._as_ever.add(bucket)
             return None
+        if not _has_room(inputs["input_ids"].device):
+            return None
         if len(memory.recordings) >= _MOST_RECORDINGS:
             oldest = next(iter(memory.recordings))
             if memory.prompts - memory.recordings[oldest].used < _IDLE:
@@ -475,6 +478,14 @@ def _is_unusual(model: nn.Module) -> bool:
     is_quantised = getattr(model, "hf_quantizer", None) or getattr(config, "quantization_config", None)
     asks = getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False)
     return bool(is_quantised or asks)
+
+
+def _has_room(device: torch.device) -> bool:
+    """Tell whether a GPU has so much memory left that a recording does not take it from what runs as ever."""
+    if device.type != "cuda":
+        return True
+    for_a_while = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+    return free_memory(device) > _ROOM * for_a_while
 
 
 def _new_pool(device: torch.device) -> Any:

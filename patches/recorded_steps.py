@@ -252,6 +252,12 @@ def _cloned(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
 
 
+def free_memory(device: torch.device) -> int:
+    """Return the bytes of a GPU that this process could still allocate."""
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + unused
+
+
 def is_on_gpu(tensor: Tensor) -> bool:
     """Tell whether a tensor is on the current device of CUDA."""
     return tensor.is_cuda and tensor.device.index == torch.cuda.current_device()

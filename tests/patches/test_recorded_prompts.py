@@ -457,6 +457,17 @@ def test_a_recording_that_differs_from_a_prompt_that_ran_is_refused(model, playe
     assert not played_prompts and not prompts_of(model)._memory.recordings
 
 
+def test_prompts_run_while_there_is_too_little_memory_for_a_recording(model, played_prompts, monkeypatch):
+    with monkeypatch.context() as full:
+        full.setattr(recorded_prompts, "_has_room", lambda device: False)
+        warm_up(model, 40)
+        generate(model, prompt(40))
+    assert not prompts_of(model)._memory.recordings
+    for number in (0, 1):
+        generate(model, prompt(40))
+        assert len(played_prompts) == number
+
+
 def test_an_error_while_recording_lets_all_prompts_run(model, played_prompts, monkeypatch):
     attempts = []
 
