@@ -156,8 +156,7 @@ def _agree(
 ) -> bool:
     """Tell whether loss and gradients are equal but for the order of sums.
 
-    The gradients of scores that have learned nearly all they can are small, and rounding is a large part of them. So
-    where `played` and `ran` differ, another run tells how far two runs differ.
+    Where they differ, another run tells how far two runs differ: the order of sums may be a large part of small gradients.
     """
     apart = [float((one - other).norm()) for one, other in zip(played, ran, strict=True)]
     if all(norm <= _TOLERANCE * float(other.norm()) for norm, other in zip(apart, ran, strict=True)):

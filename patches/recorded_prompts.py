@@ -146,6 +146,7 @@ class _Recording:
         layers: cache layers that it fills.
         replay: plays it.
         most_ms: how long the GPU may take, lest a prompt that runs is faster.
+        is_compared: whether it was compared with a prompt that ran, and agreed.
         replays: how many there were.
         used: the number of the prompt that it was played for last.
         timing: of the second replay, until it is looked at.

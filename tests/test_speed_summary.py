@@ -76,11 +76,11 @@ def summary() -> str:
         ),
         (
             "a prompt of `generate` whose length comes again",
-            "shapes of SmolLM2 and TinyLlama",
+            "shapes of SmolLM2 and TinyLlama, batch 1",
             "512 to 8,192",
             span(among("prefill calls", prompt, lambda row: not is_8b(row))),
         ),
-        ("the same", "Llama 8B", "512 to 8,192", span(among("prefill calls", prompt, is_8b))),
+        ("the same", "Llama 8B, batch 1", "512 to 8,192", span(among("prefill calls", prompt, is_8b))),
         (
             "a forward, or a prompt of a new length",
             THREE,
@@ -155,7 +155,7 @@ def test_the_readme_says_of_short_prompts_what_was_measured():
     readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
     again, once = (among("prefill calls", f"{call}, times as fast", up_to(4096)) for call in ("first token", "forward"))
     assert f"A prompt of up to 4,096 tokens is read {span(again)} times as fast as by the dense model" in readme
-    assert f"any other forward is {span(once)} times as fast" in readme
+    assert f"Any other forward is {span(once)} times as fast" in readme
     times = [
         (number(row["SparseK, forward"]), number(row["cuDNN, forward"]))
         for row in rows("shapes")
