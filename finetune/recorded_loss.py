@@ -156,7 +156,8 @@ def _agree(
 ) -> bool:
     """Tell whether loss and gradients are equal but for the order of sums.
 
-    Where they differ, another run tells how far two runs differ: the order of sums may be a large part of small gradients.
+    Where they differ, another run tells how far two runs differ: the order of sums may be a large part of small
+    gradients.
     """
     apart = [float((one - other).norm()) for one, other in zip(played, ran, strict=True)]
     if all(norm <= _TOLERANCE * float(other.norm()) for norm, other in zip(apart, ran, strict=True)):
