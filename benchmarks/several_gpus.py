@@ -9,7 +9,8 @@ are GPUs, started by torchrun (DDP) or by accelerate's launcher (FSDP2, and ZeRO
          the same optimiser steps. SparseK, with LoRA too, and Sparsefinder. `efficiency` is the speed of a process over
          that of one alone; `difference` is the norm by which what was trained differs from one process, over the norm
          by which training has changed it.
-    8B   divided among the processes; and, on four GPUs, layers of a 70B shape, whose number is told
+    8B   whole on one GPU, and divided among the processes, with the same two figures; and, on four GPUs, layers of a
+         70B shape, whose number is told
     map  one process whose layers `device_map` spreads over two GPUs
     kill one process of two ends by SIGKILL in its fourth step; how the others end, and what a run makes of it that
          resumes on another number of processes
@@ -191,10 +192,12 @@ def plan(options: argparse.Namespace, folder: Path) -> list[tuple[str, int, list
     several = [count for count in options.processes if count > 1]
     dividing = [engine for engine in options.engines if engine in DIVIDING]
     launches = [training("ddp", count) for count in options.processes]
+    launches.append(("ddp", 1, [case("sparsek", "ddp", 1, "8B", 3, accumulation=most)]))
     launches += [training(engine, count) for engine in dividing for count in several]
     for engine, count in product(dividing, several):
-        shapes = ("8B", "70B") if count >= 4 else ("8B",)
-        launches.append((engine, count, [case("sparsek", engine, count, shape, 3, accumulation=1) for shape in shapes]))
+        cases = [case("sparsek", engine, count, "8B", 3, accumulation=most // count)]
+        cases += [case("sparsek", engine, count, "70B", 3, accumulation=1)] if count >= 4 else []
+        launches.append((engine, count, cases))
     small: dict[str, Any] = {"method": "sparsek", "shape": "tiny", "steps": 6}
     for engine in options.engines if most > 1 else ():
         place = {"output": str(folder / f"run-{engine}"), "accumulation": most // 2}
