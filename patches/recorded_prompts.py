@@ -1,10 +1,11 @@
 """Play the prompt of an ordinary `generate` as a CUDA graph.
 
-Python and the launches of an eager prompt take longer than its kernels on a GPU, up to some thousands of tokens. So a
-prompt is recorded when its length comes again, once for all lengths of a bucket: the text is padded on the right, where
-a causal model sees nothing of it, and a tensor says how many of the tokens are the text. The head reads the last of
-these, and the cache layers keep what a text of so many tokens keeps (`ModelCall.end`). The recording is compared with a
-prompt that runs before it is used.
+Python and the launches of an eager prompt take longer than its kernels on a GPU, up to some thousands of tokens, and
+some milliseconds beside them for longer ones. So a prompt is recorded when its length comes again, once for all lengths
+of a bucket: the text is padded on the right, where a causal model sees nothing of it, and a tensor says how many of the
+tokens are the text. The head reads the last of these, and the cache layers keep what a text of so many tokens keeps
+(`ModelCall.end`). The recording is compared with a prompt that runs before it is used, and it is used where it is
+faster: not for a text that is so much shorter than its bucket that the padding takes longer than Python does.
 
 Recordings live as long as the model is patched. One plays at a time: all share their memory, and what one returns is
 copied, for the cache and the logits of the call.
@@ -31,10 +32,9 @@ from hf_sparse.patches.interface import other_adapters
 from hf_sparse.patches.model_state import state_of
 from hf_sparse.patches.recorded_steps import free_memory, is_on_gpu, record, run_beside
 
-_LONGEST = 16384  # tokens of a recorded prompt; for longer ones the GPU sets the pace
+_MOST_TOKENS = 16384  # of all rows of a recorded prompt; beyond, Python is a small part of it, and memory a large one
 _STEP = 64  # between buckets; above eight times as many tokens an eighth of the power of two below
 _TIMED = 2  # prompts of a bucket after its first one, if each has a length of its own: either may compile kernels
-_PACED_BY_HOST = 1.5  # the GPU took less than so many times as long as the host: it may have waited for the host
 _MOST_RECORDINGS, _MOST_TRIALS, _MOST_STATES = 16, 64, 8  # of a model; the one used least recently goes
 _LOGITS_APART, _KEYS_APART = 0.1, 0.5  # of the norm, that rounding may make of a prompt in half precision
 _ROOM = 4  # times the memory that calls have used for a while: a recording keeps up to twice that of a prompt
@@ -65,48 +65,44 @@ class PromptCaller:
 
 
 class Timing:
-    """Measure how long host and GPU take for a prompt, without waiting for it."""
-
-    host_ms = 0.0
+    """Measure how long a GPU takes for a prompt, waiting for the host included, without waiting for it."""
 
     def __init__(self) -> None:
         self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         self._begin.record()
-        self._started = time.perf_counter()
 
     def stop(self) -> None:
         """Note the end."""
         self._end.record()
-        self.host_ms = 1e3 * (time.perf_counter() - self._started)
 
-    def gpu_ms(self) -> float | None:
-        """Return what the GPU took up to the end, waiting for the host included; `None` if it has not come there."""
+    def ms(self) -> float | None:
+        """Return the milliseconds up to the end; `None` if the GPU has not come there."""
         return self._begin.elapsed_time(self._end) if self._end.query() else None
 
 
 @dataclass
 class _Trial:
-    """Note the prompts of a bucket that ran: lengths, and times of those after the first.
+    """Note the prompts of a bucket that ran: lengths, and lengths and times of those after the first.
 
     Attributes:
         is_over: whether one is timed that compiled nothing.
     """
 
     lengths: set[int] = field(default_factory=set)
-    timings: list[Timing] = field(default_factory=list)
+    timings: list[tuple[int, Timing]] = field(default_factory=list)
     is_over: bool = False
 
     def note(self, tokens: int, timing: Timing | None) -> None:
         """Note a prompt that ran, of so many tokens."""
         if timing is not None:
             timing.stop()
-            self.timings.append(timing)
+            self.timings.append((tokens, timing))
             self.is_over = tokens in self.lengths or len(self.timings) >= _TIMED
         self.lengths.add(tokens)
 
-    def fastest(self) -> tuple[float, float] | None:
-        """Return the milliseconds of GPU and host for the fastest prompt; `None` before all that is known."""
-        times = [(ms, timing.host_ms) for timing in self.timings if (ms := timing.gpu_ms()) is not None]
+    def ms_per_token(self) -> float | None:
+        """Return the milliseconds for a token of the fastest prompt; `None` before all that is known."""
+        times = [ms / tokens for tokens, timing in self.timings if (ms := timing.ms()) is not None]
         return min(times) if self.is_over and len(times) == len(self.timings) else None
 
 
@@ -145,7 +141,8 @@ class _Recording:
         output: its logits, `[B, 1, V]`, by name, and the class that they are returned in.
         layers: cache layers that it fills.
         replay: plays it.
-        most_ms: how long the GPU may take, lest a prompt that runs is faster.
+        ms_per_token: how long the GPU took for each token of a row in a prompt that ran.
+        ms: how long a replay takes, with what comes before it; 0 until it is known.
         is_compared: whether it was compared with a prompt that ran, and agreed.
         replays: how many there were.
         used: the number of the prompt that it was played for last.
@@ -157,7 +154,8 @@ class _Recording:
     output: dict[str, Any]
     layers: _Layers
     replay: Callable[[], None]
-    most_ms: float
+    ms_per_token: float
+    ms: float = 0.0
     is_compared: bool = False
     replays: int = 0
     used: int = 0
@@ -286,7 +284,7 @@ class RecordedPrompts:
         ):
             return None
         edges, keys = [one.prompt_edge for one in attentions], [one.recording_key() for one in attentions]
-        length = None if None in edges or None in keys else _bucket(model, ids.shape[1], edges)
+        length = None if None in edges or None in keys else _bucket(model, len(ids), ids.shape[1], edges)
         if length is None or (len(ids), length) in self._as_ever or _is_unusual(model):
             return None
         if mask is not None and not bool(mask.all()):  # waits for nothing: the prompt is the first that is launched
@@ -307,23 +305,16 @@ class RecordedPrompts:
         recording = memory.recordings.get(key)
         if recording is not None:
             memory.recordings.move_to_end(key)
-            replay_ms = None if recording.timing is None else recording.timing.gpu_ms()
-            if replay_ms is not None:
-                recording.timing = None
-                if replay_ms > recording.most_ms:
+            if recording.timing is not None and (ms := recording.timing.ms()) is not None:
+                recording.timing, recording.ms = None, ms + prompt.look_ms
+                if recording.ms > prompt.length * recording.ms_per_token:
                     self._as_ever.add(bucket)
                     del memory.recordings[key]
                     return None
-            return recording
+            return recording if recording.ms <= inputs["input_ids"].shape[1] * recording.ms_per_token else None
         trial = memory.trials.get(key)
-        times = None if trial is None else trial.fastest()
-        if times is None:
-            return None
-        eager_ms, host_ms = times
-        if eager_ms > _PACED_BY_HOST * host_ms:
-            self._as_ever.add(bucket)
-            return None
-        if not _has_room(inputs["input_ids"].device):
+        ms_per_token = None if trial is None else trial.ms_per_token()
+        if ms_per_token is None or not _has_room(inputs["input_ids"].device):
             return None
         if len(memory.recordings) >= _MOST_RECORDINGS:
             oldest = next(iter(memory.recordings))
@@ -331,7 +322,7 @@ class RecordedPrompts:
                 return None
             del memory.recordings[oldest]
         try:
-            recording = self._record(model, prompt, inputs, eager_ms - prompt.look_ms)
+            recording = self._record(model, prompt, inputs, ms_per_token)
         except Exception as error:  # where it is no matter of the recording, the prompt that runs raises it too
             if isinstance(error, torch.OutOfMemoryError):
                 self._as_ever.add(bucket)
@@ -342,7 +333,7 @@ class RecordedPrompts:
         memory.recordings[key] = recording
         return recording
 
-    def _record(self, model: nn.Module, prompt: _Prompt, inputs: dict[str, Any], most_ms: float) -> _Recording:
+    def _record(self, model: nn.Module, prompt: _Prompt, inputs: dict[str, Any], ms_per_token: float) -> _Recording:
         """Record a prompt of the length of its bucket, without playing it."""
         memory, ids = self._memory, inputs["input_ids"]
         tensors = {name: inputs[name] for name in ("input_ids", "position_ids") if inputs.get(name) is not None}
@@ -369,7 +360,7 @@ class RecordedPrompts:
         self._wait_for_copies(ids.device)  # from the same layers
         run_beside(call, ids.device)  # compiles and loads kernels
         output, replay = record(call, ids.device, memory.pool)
-        return _Recording(held, end, output, layers, replay, most_ms)
+        return _Recording(held, end, output, layers, replay, ms_per_token)
 
     def _compare(self, recording: _Recording, prompt: _Prompt, inputs: dict[str, Any], ran: Any) -> None:
         """Play a new recording beside the prompt that ran; where they differ, no prompt of the model is played."""
@@ -457,16 +448,19 @@ def _is_as_new(cache: Any, layers: list[Any]) -> bool:
     return bool(layers) and all([is_unused(cache, index) for index in range(len(layers))])
 
 
-def _bucket(model: nn.Module, tokens: int, edges: Iterable[int]) -> int | None:
+def _bucket(model: nn.Module, rows: int, tokens: int, edges: Iterable[int]) -> int | None:
     """Return the length at which a prompt of so many tokens is recorded; `None` if it is too long.
 
     >>> model = torch.nn.Module()
     >>> model.config = type("Config", (), {"get_text_config": lambda self: self, "max_position_embeddings": 2000})()
-    >>> [_bucket(model, tokens, [200, 300]) for tokens in (100, 199, 201, 301, 513, 1025, 1950, 2001)]
+    >>> [_bucket(model, 1, tokens, [200, 300]) for tokens in (100, 199, 201, 301, 513, 1025, 1950, 2001)]
     [128, 200, 256, 320, 576, 1152, 2000, None]
+    >>> [_bucket(model, 16, tokens, []) for tokens in (1000, 1024, 1025)]
+    [1024, 1024, None]
     """
     config: Any = model.config
-    most = min(getattr(config.get_text_config(), "max_position_embeddings", None) or _LONGEST, _LONGEST)
+    longest = _MOST_TOKENS // rows
+    most = min(getattr(config.get_text_config(), "max_position_embeddings", None) or longest, longest)
     if tokens > most:
         return None
     step = max(_STEP, 1 << (tokens - 1).bit_length() - 1 >> 3)
