@@ -217,6 +217,9 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", help="by default 1, 2 and 4, as far as there are GPUs")
     installed = DIVIDING if find_spec("deepspeed") else DIVIDING[:1]
     parser.add_argument("--engines", nargs="+", choices=["ddp", *DIVIDING], default=["ddp", *installed])
+    parser.add_argument(
+        "--only", nargs="+", metavar="WORD", help="launches in which the name of a case has such a word"
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="of the 1B shape")
     parser.add_argument("--deadline", type=float, default=3600, help="seconds after which no launch begins")
     parser.add_argument("--tiny", action="store_true", help="models of no size, to try the script out")
@@ -240,6 +243,9 @@ def main() -> None:
     with TemporaryDirectory() as place:
         folder = Path(place)
         for engine, count, cases in plan(options, folder):
+            names = " ".join(case["name"] for case in cases).split()
+            if options.only and not set(options.only) & set(names):
+                continue
             left = options.deadline - (time.perf_counter() - began)
             if left <= 0:
                 break
