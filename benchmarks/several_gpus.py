@@ -15,6 +15,9 @@ are GPUs, started by torchrun (DDP) or by accelerate's launcher (FSDP2, and ZeRO
     kill one process of two ends by SIGKILL in its fourth step; how the others end, and what a run makes of it that
          resumes on another number of processes
 
+With `--profile` the first process of a GPU takes another step under torch's profiler, and tells for how long the GPU
+was busy in it, and with exchanging tensors.
+
 The JSON is written after every launch, the most important ones first; `--deadline` ends a run between two of them.
 Without GPUs processes run on the CPU, which tries the script out: `--tiny --processes 1 2`.
 """
@@ -45,7 +48,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from hf_sparse import SparsefinderConfig, SparseKConfig
 from hf_sparse.atomic_files import write_json
 from hf_sparse.environment import describe, is_main_process
-from hf_sparse.finetune import FinetuneConfig, checkpoint, config_file, finetune, optimiser_step
+from hf_sparse.finetune import FinetuneConfig, checkpoint, config_file, finetune, loop, optimiser_step
 
 LLAMA_70B = LLAMA_8B | {"hidden_size": 8192, "num_attention_heads": 64, "intermediate_size": 28_672}
 SHAPES: dict[str, dict[str, Any]] = {
@@ -101,16 +104,58 @@ def work(case: dict[str, Any], folder: Path) -> dict[str, Any]:
         resumed = checkpoint.latest(Path(case["output"]))
     if "killed" in case and os.environ["RANK"] == str(case["killed"]["rank"]):
         kill_at(case["killed"]["step"])
+    profiled = profile_step(case["steps"]) if "profile" in case else {}
     metrics = finetune(model, chunks, FinetuneConfig(**settings, gradient_accumulation_steps=case["accumulation"]))
     learned = {name: tensor.detach().cpu().contiguous() for name, tensor in get_peft_model_state_dict(model).items()}
     if is_main_process():
         save_file(learned, folder / f"{case['name']}.safetensors")
         save_file(before, folder / f"{case['name']}-before.safetensors")
     row: dict[str, Any] = {name: metrics[name] for name in ("peak_memory_bytes", "base_share") if name in metrics}
-    row["tokens_per_second"] = statistics.median(step["tokens_per_second"] for step in metrics["history"][1:])
+    measured = metrics["history"][1 : -1 if "profile" in case else None]
+    row["tokens_per_second"] = statistics.median(step["tokens_per_second"] for step in measured)
+    row |= {"profile": profiled} if profiled else {}
     if "output" in case:
         row["resumed_from"] = resumed and resumed.name
     return row | {"losses": [step["loss"] for step in metrics["history"]]}
+
+
+def profile_step(number: int) -> dict[str, float]:
+    """Return what will hold the times of an optimiser step, counted from 1, once this process has taken it.
+
+    Milliseconds by the clock, of kernels, of those that exchange tensors, and in which any kernel ran.
+    """
+    told: dict[str, float] = {}
+    calls, take = [], loop.take_step
+
+    def take_profiled(*arguments: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) != number or not torch.cuda.is_available() or not is_main_process():
+            return take(*arguments, **options)
+        torch.cuda.synchronize()
+        with torch.profiler.profile() as profiler:
+            begin = time.perf_counter()
+            result = take(*arguments, **options)
+            torch.cuda.synchronize()
+            told["step_ms"] = 1e3 * (time.perf_counter() - begin)
+        events = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        spans = sorted((event.time_range.start, event.time_range.end, event.name) for event in events)
+        exchanges = [span for span in spans if "nccl" in span[2].lower()]
+        computing = [span for span in spans if "nccl" not in span[2].lower()]
+        told.update(busy_ms=covered(spans), computing_ms=covered(computing), exchanging_ms=covered(exchanges))
+        told["kernels"] = len(computing)
+        return result
+
+    loop.take_step = take_profiled
+    return told
+
+
+def covered(spans: list[tuple[float, float, str]]) -> float:
+    """Return the milliseconds that spans of microseconds, in the order of their beginnings, cover together."""
+    end, total = float("-inf"), 0.0
+    for begin, stop, _ in spans:
+        total += max(0.0, stop - max(begin, end))
+        end = max(end, stop)
+    return total / 1e3
 
 
 def place_layers(base: Any, gpus: int) -> None:
@@ -180,7 +225,8 @@ def plan(options: argparse.Namespace, folder: Path) -> list[tuple[str, int, list
     def case(name: str, engine: str, count: int, shape: str, steps: int, **more: Any) -> dict[str, Any]:
         label = f"{name} {shape} {engine} {count}"
         shape = "tiny" if options.tiny else shape
-        steps = min(steps, 3) if options.tiny else steps
+        steps = (min(steps, 3) if options.tiny else steps) + options.profile
+        more |= {"profile": True} if options.profile else {}
         alone = f"{label.rpartition(engine)[0]}ddp 1"
         found = {"name": label, "method": name, "engine": engine, "shape": shape, "steps": steps, "alone": alone}
         return found | more
@@ -220,6 +266,7 @@ def main() -> None:
     parser.add_argument(
         "--only", nargs="+", metavar="WORD", help="launches in which the name of a case has such a word"
     )
+    parser.add_argument("--profile", action="store_true", help="profile a further step of each training")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, help="of the 1B shape")
     parser.add_argument("--deadline", type=float, default=3600, help="seconds after which no launch begins")
     parser.add_argument("--tiny", action="store_true", help="models of no size, to try the script out")
