@@ -273,7 +273,8 @@ def before_attention(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]] | None:
     """Add what sparse attention needs to the keywords of a patched attention module, as its forward pre-hook."""
-    attention: SparseAttentionLayer = module.sparse_attention  # type: ignore[assignment]
+    # Not by `nn.Module.__getattr__`, which is slow.
+    attention: SparseAttentionLayer = module._modules["sparse_attention"]  # type: ignore[assignment]
     if not attention.is_active:
         return None
     hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]

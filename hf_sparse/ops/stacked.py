@@ -18,7 +18,8 @@ def new_stack(layers: int, shape: tuple[int, ...], dtype: torch.dtype, device: t
     """Allocate memory `[layers, *shape]`, in which that of each layer begins where torch would begin it."""
     used = math.prod(shape)
     room = -(-used * dtype.itemsize // ALIGNMENT) * ALIGNMENT // dtype.itemsize
-    return torch.empty((layers, room), dtype=dtype, device=device)[:, :used].view(layers, *shape)
+    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    return torch.empty_strided((layers, *shape), (room, *strides), dtype=dtype, device=device)
 
 
 def unstacked(stack: Tensor) -> tuple[Tensor, ...]:
