@@ -1,7 +1,7 @@
 """Read a text from its beginning on in few launches, where that runs eager on a GPU with the scores of a scorer.
 
 On short texts the host sets the pace. So what depends on the layout of the tensors alone is looked up by it, and the
-slots of all layers are allocated at the first of them.
+slots of all layers but the first are allocated together.
 """
 
 from collections.abc import Hashable

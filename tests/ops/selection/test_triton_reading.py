@@ -249,14 +249,14 @@ def test_only_layers_that_are_alike_are_allocated_together(k, layers, monkeypatc
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="models take this path on a GPU alone")
 @pytest.mark.parametrize(
     "shares",
-    [{}, {"layer_shares": [1.2, 0.8]}, {"head_shares": [[0.5, 1.0], [1.75, 0.75]]}],
+    [{}, {"layer_shares": [1.2, 0.8, 1.0]}, {"head_shares": [[0.5, 1.0], [1.75, 0.75], [0.75, 1.25]]}],
     ids=["equal", "layers", "heads"],
 )
 @pytest.mark.parametrize("length", [17, 90])
 def test_a_model_reads_as_by_the_longer_path(length, shares, monkeypatch):
     """Logits of the text and of the tokens after it, and what the cache holds; a copy of the cache goes on too.
 
-    The first call of a length notes launches, and the second one makes the slots of all layers at the first of them."""
+    The first call of a length notes launches, and the second one makes the slots of all layers but the first together."""
     import copy
 
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -266,7 +266,7 @@ def test_a_model_reads_as_by_the_longer_path(length, shares, monkeypatch):
     from hf_sparse.methods.sparsek import attention
 
     config = LlamaConfig(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64,
+        hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64,
         vocab_size=100,
     )  # fmt: skip
     torch.manual_seed(0)
