@@ -273,7 +273,8 @@ def before_attention(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, dict[str, Any]] | None:
     """Add what sparse attention needs to the keywords of a patched attention module, as its forward pre-hook."""
-    attention: SparseAttentionLayer = module.sparse_attention  # type: ignore[assignment]
+    # Not by `nn.Module.__getattr__`, which is slow.
+    attention: SparseAttentionLayer = module._modules["sparse_attention"]  # type: ignore[assignment]
     if not attention.is_active:
         return None
     hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
@@ -281,7 +282,7 @@ def before_attention(
     cache = cache_given(module, args, kwargs)
     if cache is not None and not is_compiled:
         layer = layer_in_call(cache, module.layer_idx)  # type: ignore[arg-type]
-        if layer is not None:  # all has been checked at the first layer
+        if layer is not None:  # all has been checked where it was made
             layer.begin_attention()
             kwargs["sparse_call"] = SparseCall(attention, hidden_states, layer)
             return args, kwargs
@@ -302,7 +303,8 @@ def before_attention(
     if cache is not None:
         index = int(module.layer_idx)  # type: ignore[arg-type]
         one_by_one = is_recorded(hidden_states.device) or may_switch or attention.has_local_neighbours
-        if not one_by_one and is_unused(cache, index):
+        # Not at the first layer: a GPU that has nothing to do yet would wait for all of it.
+        if index and not one_by_one and is_unused(cache, index):
             switch: Any = attention.on_toggle
             make_layers(cache, switch.modules())
         layer = sparse_cache_layer(cache, index, attention)

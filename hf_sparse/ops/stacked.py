@@ -10,14 +10,24 @@ ALIGNMENT = 512  # bytes, that of torch's own allocations
 
 
 def stacked(layers: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
-    """Allocate a contiguous tensor for each layer, all in one piece of memory, where torch would begin them.
+    """Allocate a contiguous tensor for each layer, all in one piece of memory, where torch would begin them."""
+    return unstacked(new_stack(layers, shape, dtype, device))
+
+
+def new_stack(layers: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Allocate memory `[layers, *shape]`, in which that of each layer begins where torch would begin it."""
+    used = math.prod(shape)
+    room = -(-used * dtype.itemsize // ALIGNMENT) * ALIGNMENT // dtype.itemsize
+    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+    return torch.empty_strided((layers, *shape), (room, *strides), dtype=dtype, device=device)
+
+
+def unstacked(stack: Tensor) -> tuple[Tensor, ...]:
+    """Make a tensor `[*shape]` for each layer of memory `[layers, *shape]`.
 
     They are no views to autograd: writing to the slots of one layer would change those of another that it has saved.
     """
-    used = math.prod(shape)
-    room = -(-used * dtype.itemsize // ALIGNMENT) * ALIGNMENT // dtype.itemsize
-    memory = torch.empty((layers, room), dtype=dtype, device=device)[:, :used].view(layers, *shape)
-    return tuple([tensor.data for tensor in memory.unbind()])
+    return tuple([tensor.data for tensor in stack.unbind()])
 
 
 def stack_of(tensors: Sequence[Tensor]) -> Tensor | None:

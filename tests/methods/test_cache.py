@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch
 from hf_sparse.core.cache import ModelCall
 from hf_sparse.methods.sparsek import SparseKCacheLayer
 from hf_sparse.methods.sparsek.reading import Scoring
+from hf_sparse.methods.sparsek.slot_memory import SharedSlots
 
 BATCH, HEADS, DIM = 3, 2, 4
 K, WINDOW, SINKS = 4, 5, 2
@@ -233,6 +235,42 @@ def test_a_copy_has_its_own_slots_where_layers_lie_in_one_piece_of_memory():
         for name in ("keys", "values", "positions"):
             tensor = getattr(copied, name)
             assert torch.equal(tensor, getattr(layer, name)) and tensor.untyped_storage().nbytes() == tensor.nbytes
+
+
+def read_one(layer, name):
+    return getattr(layer, name)
+
+
+def read_a_copy(layer, name):
+    return getattr(copy.deepcopy(layer), name)
+
+
+def read_of_a_lent_one(layer, name):
+    return getattr(layer.lent_to(SimpleNamespace(owner=None)), name)
+
+
+@pytest.mark.parametrize("read", [read_one, read_a_copy, read_of_a_lent_one])
+@pytest.mark.parametrize("name", ["keys", "values", "scores", "positions", "seen", "padded_late", "cumulative_length"])
+def test_tensors_in_shared_memory_are_made_when_one_is_read(name, read):
+    keys, values, scores = stream(20)
+    alone = [new_layer(keys, values) for _ in range(3)]
+    for number, layer in enumerate(alone):
+        layer.fill_whole(keys + number, values, scores + number)
+        layer.padded_late.fill_(number % 2)
+    names = ("keys", "values", "scores", "positions", "seen", "padded_late", "cumulative_length")
+    shared = SharedSlots([torch.stack([getattr(layer, name) for layer in alone]) for name in names])
+    layers = [SparseKCacheLayer(K, WINDOW, SINKS) for _ in alone]
+    assert all(layer.keys is None for layer in layers)
+    for number, layer in enumerate(layers):
+        layer.take_shared(shared, number)
+        assert layer.is_initialized and (layer.dtype, layer.device) == (keys.dtype, keys.device)
+    for layer, expected in zip(layers, alone, strict=True):
+        assert not vars(layer).keys() & {"keys", "values", "_scores", "positions", "seen"}
+        assert torch.equal(read(layer, name), getattr(expected, name))
+        assert layer.shared is None and layer.keys is vars(layer)["keys"]
+        assert layer.seen._dynamo_static_input_type == "unguarded"
+    layers[0].keys.zero_()
+    assert torch.equal(layers[1].keys, alone[1].keys)
 
 
 def test_a_copy_is_without_the_scorer():

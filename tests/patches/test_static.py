@@ -11,7 +11,7 @@ from transformers import CompileConfig
 
 from hf_sparse import SparseKCache, SparseKConfig, patch
 from hf_sparse._compat import with_cache
-from hf_sparse.methods.sparsek.slot_memory import fix_address, lasting
+from hf_sparse.methods.sparsek.slot_memory import SharedSlots, lasting
 
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
 BUDGET = {"k": 6, "window": 8, "sinks": 2}
@@ -105,22 +105,33 @@ def test_steps_through_autograds_tracer(model):
 @pytest.mark.full
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_slots_of_all_layers_in_one_piece_of_memory(model, mode):
-    """A prefill on a GPU makes them so, and a user may compile the model then."""
+    """A prefill on a GPU makes them so, and a user may compile the model then; tensors that are not made yet are."""
     with mode():
-        cache, expected = SparseKCache(model), SparseKCache(model)
-        for one in (cache, expected):
-            model(IDS[:, :20], **with_cache(one))
-        for name in ("keys", "values", "scores", "positions", "seen", "padded_late", "cumulative_length"):
-            with lasting():
-                together = torch.stack([getattr(layer, name) for layer in cache.layers])
-            for layer, tensor in zip(cache.layers, together.unbind(), strict=True):
-                setattr(layer, name, tensor.data)
-                fix_address(getattr(layer, name))
         compiled = torch.compile(model, backend="aot_eager")
-        for t in range(20, LENGTH):
-            found = compiled(IDS[:, t : t + 1], **with_cache(cache)).logits
-            wanted = model(IDS[:, t : t + 1], **with_cache(expected)).logits
-            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        for begin in (20, 30):
+            expected = SparseKCache(model)
+            model(IDS[:, :begin], **with_cache(expected))
+            cache = shared_copy(model, expected, begin)
+            for t in range(begin, LENGTH):
+                found = compiled(IDS[:, t : t + 1], **with_cache(cache)).logits
+                wanted = model(IDS[:, t : t + 1], **with_cache(expected)).logits
+                torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        assert counters["stats"]["unique_graphs"] == 1
+
+
+def shared_copy(model, cache, tokens):
+    """A cache with the same slots, those of all layers in one piece of memory, of which no tensor is made."""
+    names = ("keys", "values", "scores", "positions", "seen", "padded_late", "cumulative_length")
+    with lasting():
+        shared = SharedSlots([torch.stack([getattr(layer, name) for layer in cache.layers]) for name in names])
+    copied = SparseKCache(model)
+    for number, layer in enumerate(copied.layers):
+        layer.begin_attention()
+        layer.take_shared(shared, number)
+        layer.end_attention()
+        layer.note_tokens(tokens)
+        assert "keys" not in vars(layer)
+    return copied
 
 
 def settings(**changes) -> CompileConfig:

@@ -116,14 +116,11 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         name, baseline = self.active, self.baseline
         config = self.configs[name]
         k, window, sinks = config.budget(self.layer)
-        options: dict[str, Any] = {
-            "owner": (self.identities[name], baseline),
-            "all_sparse": config.layers is None,  # otherwise some layers are left dense
-            "depends_on_text": baseline is not None and baseline.depends_on_text,
-        }
+        owner, all_sparse = (self.identities[name], baseline), config.layers is None  # otherwise some are left dense
+        depends_on_text = baseline is not None and baseline.depends_on_text
         if isinstance(k, tuple):
-            return RaggedCacheLayer(k, window, sinks, **options)
-        return SparseKCacheLayer(k, window, sinks, **options)
+            return RaggedCacheLayer(k, window, sinks, owner, all_sparse, depends_on_text)
+        return SparseKCacheLayer(k, window, sinks, owner, all_sparse, depends_on_text)
 
     def static_cache_layer(self, tokens: int) -> SparseKCacheLayer:
         """Make the KV slots of this module for a `StaticCache`, see `SparseAttentionLayer`."""

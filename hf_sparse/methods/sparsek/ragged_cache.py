@@ -54,8 +54,8 @@ class RaggedCacheLayer(SparseKCacheLayer):
         super().lazy_initialization(key_states, value_states)
         self._make_offsets()
 
-    def take(self, keys: Tensor, *others: Tensor) -> None:
-        super().take(keys, *others)
+    def _begin_with(self, dtype: torch.dtype, device: torch.device) -> None:
+        super()._begin_with(dtype, device)
         self._make_offsets()
 
     def _make_offsets(self) -> None:

@@ -1,10 +1,10 @@
 """Read a text from its beginning on in few launches, where that runs eager on a GPU with the scores of a scorer.
 
 On short texts the host sets the pace. So what depends on the layout of the tensors alone is looked up by it, and the
-slots of all layers are allocated at the first of them.
+slots of all layers but the first are allocated together.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
 from hf_sparse.methods.sparsek.scorer import SLOPE_TOKENS, LinearScorer
-from hf_sparse.methods.sparsek.slot_memory import fix_address, lasting
+from hf_sparse.methods.sparsek.slot_memory import SharedSlots, fix_address, lasting
 from hf_sparse.ops.triton import DTYPES, MOST_ROWS, installed
 
 if TYPE_CHECKING:
@@ -47,11 +47,10 @@ class Scoring(NamedTuple):
 
 
 class _Stock:
-    """Hold what the layers of one call of a model read with: slots that are not filled yet, and working memory."""
+    """Hold what the layers of one call of a model read with: slots, of which `left` are not filled yet, and memory."""
 
-    def __init__(self, layout: Hashable, program: "Program", slots: Sequence[Sequence[Tensor]]) -> None:
-        self.layout, self.program = layout, program
-        self.slots = [(one, [tensor.data_ptr() for tensor in one]) for one in slots]
+    def __init__(self, layout: Hashable, program: "Program", slots: SharedSlots, left: int) -> None:
+        self.layout, self.program, self.slots, self.left = layout, program, slots, left
         self.memory = program.memory()
 
 
@@ -114,19 +113,21 @@ def read_in_few_launches(
     is_aligned = not (addresses[0] | addresses[1] | addresses[2] | addresses[3]) % 16 and scoring.layout is not None
     stock = _stock(cache, key, layout) if is_aligned else None
     if stock is not None:
-        slots, of_slots = stock.slots.pop()
+        stock.left -= 1
+        of_slots = stock.slots.addresses(stock.left)
         if fits:
             del addresses[0]
         others = (*_addresses_of_tables(cache, key.device), 0 if end is None else end.data_ptr())
         results = stock.program.launch([*addresses, *scoring.addresses, *of_slots, *others], stock.memory)
         output = None if fits else results[0]
+        cache.take_shared(stock.slots, stock.left)
     elif _takes(query, key, value, hidden_states, scoring, cache):
         output, slots = _read(
             (query, key, value, hidden_states), scoring, cache, scaling, end, layout if is_aligned else None
         )
+        cache.take(*slots)
     else:
         return None
-    cache.take(*slots)
     if output is None:
         grouped = query.shape[1] != key.shape[1]
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
@@ -154,7 +155,7 @@ def _stock(cache: SparseKCacheLayer, key: Tensor, layout: Hashable) -> _Stock | 
     call = cache.call
     if call is not None:
         stock: _Stock | None = call.reading
-        if stock is not None and stock.slots and stock.layout == layout:
+        if stock is not None and stock.left and stock.layout == layout:
             return stock
     program = _programs.get(layout)
     if program is None:
@@ -166,12 +167,8 @@ def _stock(cache: SparseKCacheLayer, key: Tensor, layout: Hashable) -> _Stock | 
         # kind would stay for as long as one layer uses a part of it.
         alike = call is not None and call.reading is None and cache.counts is None and len(call.kinds) == 1
         layers = call.layers if call is not None and alike else 1
-        slots = new_slots(key, cache.counts or cache.slots, layers)
-        stock = _Stock(layout, program, slots)
-    mark = torch._dynamo.mark_static_address  # as `fix_address`, of what is not being compiled
-    for tensors in slots:
-        for tensor in tensors:
-            mark(tensor)
+        slots = SharedSlots(new_slots(key, cache.counts or cache.slots, layers))
+        stock = _Stock(layout, program, slots, layers)
     if call is not None:
         call.reading = stock
     return stock

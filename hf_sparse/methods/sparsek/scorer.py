@@ -13,6 +13,7 @@ a key only.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -45,7 +46,8 @@ class Scorer(nn.Module):
 
     def forward(self, hidden_states: Tensor, index: Tensor) -> Tensor:
         """Return the scores `[B, Hkv, T]` float32 of inputs `[B, T, C]` at `index` `[B, T]`."""
-        with torch.autocast(hidden_states.device.type, enabled=False):
+        device = hidden_states.device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             scores = self._in_pieces(hidden_states)
         slope: float | Tensor = self.position_slope
         if self.slope is not None:

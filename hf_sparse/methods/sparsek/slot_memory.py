@@ -7,6 +7,7 @@ shape and device stay. Which key has which slot is the matter of `SparseKCacheLa
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from itertools import chain
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from hf_sparse.core.cache import ModelCall
-from hf_sparse.ops.stacked import stacked
+from hf_sparse.ops.stacked import stacked, unstacked
 
 if TYPE_CHECKING:
     from hf_sparse.methods.sparsek.ahead import Ahead
@@ -24,6 +25,48 @@ if TYPE_CHECKING:
 
 _STATE = ("keys", "values", "scores", "positions", "seen", "padded_late", "memory")
 _OF_TEXT = ("keys", "values", "_scores", "positions", "seen", "padded_late", "cumulative_length")  # what `take` takes
+
+
+class SharedSlots:
+    """Hold the slots of several layers in one piece of memory for each kind of tensor.
+
+    To the host, seven tensors of its own for each layer cost more than all else that a short prompt adds to a dense
+    one. So they are made when the first one is read, as in decoding, and not for a cache that nobody goes on with.
+
+    Args:
+        stacks: `[layers, *shape]`, in the order of the arguments of `SlotMemory.take`.
+    """
+
+    def __init__(self, stacks: Sequence[Tensor]) -> None:
+        self.stacks = stacks
+        self._places = [(stack.data_ptr(), stack.stride(0) * stack.element_size()) for stack in stacks]
+        self._tensors: list[tuple[Tensor, ...]] = []
+
+    def addresses(self, number: int) -> list[int]:
+        """Return where the tensors of a layer lie."""
+        return [begin + number * step for begin, step in self._places]
+
+    def tensors(self, number: int) -> tuple[Tensor, ...]:
+        """Return the tensors of a layer, marked as `fix_address` does."""
+        if not self._tensors:
+            with lasting():
+                self._tensors = list(zip(*[unstacked(stack) for stack in self.stacks], strict=True))
+            for tensor in chain(*self._tensors):
+                torch._dynamo.mark_static_address(tensor)  # also while what reads them is traced
+        return self._tensors[number]
+
+
+class _OfText:
+    """Look for a tensor of a layer that has none of its own: in memory that it shares, or there is none yet."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self.name = name
+
+    def __get__(self, layer: Any, owner: type) -> Any:
+        if layer is None or layer.shared is None:
+            return None
+        layer.settle()
+        return vars(layer)[self.name]
 
 
 class SlotMemory(CacheLayerMixin):
@@ -46,6 +89,8 @@ class SlotMemory(CacheLayerMixin):
         ahead: what is foreseen of the next steps on the CPU, see `methods.sparsek.ahead`, or `None`.
         counts: slots of each KV head where they differ, see `RaggedCacheLayer`; `None` here.
         offsets: where these begin; `None` here.
+        shared: the memory that has the tensors of the layer, and its number there, until one of them is read; or
+            `None`.
         call: the call of the model that made the layer and goes on, see `SparseCacheLayer`; then `scoring` is known.
         scoring: what a scorer of linear scores computes with, see `methods.sparsek.reading`; or `None`.
     """
@@ -53,13 +98,14 @@ class SlotMemory(CacheLayerMixin):
     is_initialized = False
     # Tensors; all are None until the first token, and memory until something is remembered. What every new layer
     # begins with stands here, for a prefill makes one per layer of the model.
-    keys: Any = None
-    values: Any = None
-    positions: Any = None
-    seen: Any = None
-    padded_late: Any = None
+    keys: Any = _OfText()
+    values: Any = _OfText()
+    positions: Any = _OfText()
+    seen: Any = _OfText()
+    padded_late: Any = _OfText()
+    cumulative_length: Any = _OfText()
     memory: Any = None
-    cumulative_length: Any = None
+    shared: tuple[SharedSlots, int] | None = None
     arrived: Any = None
     counts: tuple[int, ...] | None = None
     offsets: Tensor | None = None
@@ -75,7 +121,7 @@ class SlotMemory(CacheLayerMixin):
     window: int
     sinks: int
     owner: object
-    _scores: Any = None
+    _scores: Any = _OfText()
     _offload_wanted = False
     _length: int | None = 0  # cumulative_length, where no compiled or captured step can have changed it
 
@@ -144,9 +190,31 @@ class SlotMemory(CacheLayerMixin):
 
         They have been marked as `fix_address` does.
         """
-        self.dtype, self.device = keys.dtype, keys.device
         self.keys, self.values, self._scores, self.positions = keys, values, scores, positions
         self.seen, self.padded_late, self.cumulative_length = seen, padded_late, cumulative_length
+        self._begin_with(keys.dtype, keys.device)
+
+    def take_shared(self, slots: SharedSlots, number: int) -> None:
+        """Take slots as `take`, those of a layer in memory that several share; this layer has none yet."""
+        self.shared = slots, number
+        keys = slots.stacks[0]
+        self._begin_with(keys.dtype, keys.device)
+
+    @torch.compiler.assume_constant_result
+    def settle(self) -> bool:
+        """Find the tensors of this layer in the memory that it shares.
+
+        What is compiled calls this before it reads one: it is run where that is traced, and no part of it.
+        """
+        if self.shared is not None:
+            slots, number = self.shared
+            vars(self).update(zip(_OF_TEXT, slots.tensors(number), strict=True))
+            self.shared = None
+        return True
+
+    def _begin_with(self, dtype: torch.dtype, device: torch.device) -> None:
+        """Note that there are slots with content."""
+        self.dtype, self.device = dtype, device
         if self.counts_arrivals:
             self._make_counters()
         self.is_initialized, self.empty, self.soft = True, False, False

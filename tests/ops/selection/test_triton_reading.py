@@ -9,12 +9,14 @@ from hf_sparse.core.cache import ModelCall
 from hf_sparse.methods.sparsek import SparseKCacheLayer, reading
 from hf_sparse.methods.sparsek.ragged_cache import RaggedCacheLayer
 from hf_sparse.methods.sparsek.reading import Scoring
+from hf_sparse.methods.sparsek.slot_memory import SharedSlots
 from hf_sparse.ops import sparsek_attention
 from hf_sparse.ops.selection import ragged
 from hf_sparse.ops.selection import slots as reference
 from hf_sparse.ops.selection.linear_scores import normalised
 from hf_sparse.ops.selection.triton import reading as kernels
 from hf_sparse.ops.selection.triton.reading import ReadingSettings, new_slots, read_text
+from hf_sparse.ops.stacked import unstacked
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("interpreter", "nothing_noted")
@@ -209,11 +211,14 @@ def test_a_cache_layer_takes_the_slots_of_a_text_that_ends_early(k, end, monkeyp
 @pytest.mark.parametrize("counts", [7, (3, 5)])
 def test_slots_of_several_layers(counts):
     """They are as if each was allocated alone: contiguous, where kernels expect them, apart from the others."""
-    layers = new_slots(torch.zeros(3, 2, 9, 5, dtype=torch.bfloat16), counts, layers=3)
+    shared = SharedSlots(new_slots(torch.zeros(3, 2, 9, 5, dtype=torch.bfloat16), counts, layers=3))
+    layers = [shared.tensors(number) for number in range(3)]
     shape = (3, 2, 7) if counts == 7 else (3, 8)
     for number, slots in enumerate(layers):
         assert [tensor.shape for tensor in slots] == [(*shape, 5), (*shape, 5), shape, shape, (3,), (3,), ()]
         assert all(tensor.is_contiguous() and tensor.data_ptr() % 16 == 0 for tensor in slots)
+        assert shared.addresses(number) == [tensor.data_ptr() for tensor in slots]
+        assert all(vars(tensor)["_dynamo_static_input_type"] == "unguarded" for tensor in slots)
         for tensor in slots:
             tensor.fill_(number % 2)
     for number, slots in enumerate(layers):
@@ -221,7 +226,7 @@ def test_slots_of_several_layers(counts):
 
 
 def test_writing_to_the_slots_of_a_layer_leaves_what_autograd_saved_of_another():
-    first, second = (slots.keys for slots in new_slots(torch.ones(1, 2, 9, 5), 7, layers=2))
+    first, second = unstacked(new_slots(torch.ones(1, 2, 9, 5), 7, layers=2).keys)
     first.fill_(3)
     factor = torch.ones((), requires_grad=True)
     product = (factor * first).sum()
@@ -238,20 +243,20 @@ def test_only_layers_that_are_alike_are_allocated_together(k, layers, monkeypatc
     cache = SparseKCacheLayer(k[0], 3, 1)
     cache.call = call
     stock = reading._stock(cache, key, "layout")
-    assert stock is call.reading and len(stock.slots) == layers
+    assert stock is call.reading and stock.left == len(stock.slots.stacks[0]) == layers
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="models take this path on a GPU alone")
 @pytest.mark.parametrize(
     "shares",
-    [{}, {"layer_shares": [1.2, 0.8]}, {"head_shares": [[0.5, 1.0], [1.75, 0.75]]}],
+    [{}, {"layer_shares": [1.2, 0.8, 1.0]}, {"head_shares": [[0.5, 1.0], [1.75, 0.75], [0.75, 1.25]]}],
     ids=["equal", "layers", "heads"],
 )
 @pytest.mark.parametrize("length", [17, 90])
 def test_a_model_reads_as_by_the_longer_path(length, shares, monkeypatch):
     """Logits of the text and of the tokens after it, and what the cache holds; a copy of the cache goes on too.
 
-    The first call of a length notes launches, and the second one makes the slots of all layers at the first of them."""
+    The first call of a length notes launches, and the second one makes the slots of all layers but the first together."""
     import copy
 
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -261,7 +266,7 @@ def test_a_model_reads_as_by_the_longer_path(length, shares, monkeypatch):
     from hf_sparse.methods.sparsek import attention
 
     config = LlamaConfig(
-        hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64,
+        hidden_size=64, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64,
         vocab_size=100,
     )  # fmt: skip
     torch.manual_seed(0)

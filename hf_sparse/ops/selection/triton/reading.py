@@ -22,7 +22,7 @@ from hf_sparse.ops.selection.triton.linear_scores import row_scores, slopes, wri
 from hf_sparse.ops.selection.triton.lists import causal_tables
 from hf_sparse.ops.selection.triton.scan import launch_scan
 from hf_sparse.ops.selection.triton.slots import slots_of_head
-from hf_sparse.ops.stacked import stacked
+from hf_sparse.ops.stacked import new_stack, unstacked
 from hf_sparse.ops.triton.launch import compile_ahead, launch
 from hf_sparse.ops.triton.replay import Program, empty, program_of, replayed
 
@@ -118,7 +118,8 @@ def read_text(
         The output `[B, Hq, T, D]`, `None` where all keys fit into the slots, so that dense attention has it, and the
         new slots.
     """
-    (slots,), tables = new_slots(key, settings.counts), settings.tables(key.device)
+    slots = Slots(*[unstacked(stack)[0] for stack in new_slots(key, settings.counts)])
+    tables = settings.tables(key.device)
     if key.shape[2] <= settings.fewest_slots:
         replayed(_take_all, (key, value, states, weight, slope, *slots, *tables, end), settings)
         return None, slots
@@ -149,11 +150,14 @@ def noted_reading(
     return program_of(_select, (query, key, value, states, weight, slope, *slots, *tables, end), settings)
 
 
-def new_slots(key: Tensor, counts: int | tuple[int, ...], layers: int = 1) -> list[Slots]:
+def new_slots(key: Tensor, counts: int | tuple[int, ...], layers: int = 1) -> Slots:
     """Allocate slots for keys `[B, Hkv, T, D]` of several layers: a number per KV head, or a number for each of them.
 
     The host sets the pace of short texts, and to it an allocation costs about as much as a launch. So all layers
     together have one for each kind of tensor.
+
+    Returns:
+        Tensors `[layers, *shape]`, see `ops.stacked.new_stack`.
     """
     batch, heads, _, dim = key.shape
     shape = (batch, heads, counts) if isinstance(counts, int) else (batch, sum(counts))
@@ -166,7 +170,7 @@ def new_slots(key: Tensor, counts: int | tuple[int, ...], layers: int = 1) -> li
         ((batch,), torch.bool),
         ((), torch.int64),
     )
-    return [Slots(*one) for one in zip(*[stacked(layers, *kind, key.device) for kind in kinds], strict=True)]
+    return Slots(*[new_stack(layers, *kind, key.device) for kind in kinds])
 
 
 def _take_all(
