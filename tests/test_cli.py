@@ -639,7 +639,7 @@ class TestSparsefinder:
             ("eval", ["--stride", "16"], "stride is no option of sparsefinder, whose graphs"),
             ("eval", ["--task", "passkey"], "tasks compare contenders at a number of KV slots, got a Sparsefinder"),
             ("eval", ["--selection", "h2o"], "selections must be among predicted"),
-            ("eval", ["--sparsity", "1.5"], "sparsities must be at least 0 and below 1"),
+            ("eval", ["--sparsity", "1.5"], "sparsities must be a list of numbers, at least 0 and below 1"),
             ("eval", [], "never fitted"),
             ("divide", [], "holds a Sparsefinder adapter, which has none"),
             ("unpatch", ["--above", "1.5"], "above must be a share above 0 and below 1, got 1.5"),
