@@ -632,6 +632,10 @@ class TestSparsefinder:
         result = json.loads((tmp_path / "bound" / "eval.json").read_text())
         assert [list(point["results"]) for point in result["points"]] == [["predicted"], ["oracle"]]
         assert result["seed"] == 3
+        for columns, widest in (("80", range(81)), (None, range(100, 161))):  # a narrow screen; a file or a pipe
+            shown = CliRunner().invoke(cli.app, ["info", str(tmp_path / "bound")], env={"COLUMNS": columns}).stdout
+            assert "oracle" in shown and "…" not in shown  # which would stand for digits
+            assert max(map(len, shown.splitlines())) in widest
 
     @pytest.mark.parametrize(
         "verb, options, message",
