@@ -292,8 +292,8 @@ def train(options: argparse.Namespace, model: PreTrainedModel, variant: str, con
     """Forward and backward of the scorers, or the forward of their dense teacher."""
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(0, model.config.vocab_size, (1, context), generator=generator).to(model.device)
-    for method in sparse_layers_in_use(model):
-        method.train()
+    for layer in sparse_layers_in_use(model):
+        layer.train()
     learned = [p for p in model.parameters() if p.requires_grad]
 
     def teacher() -> None:

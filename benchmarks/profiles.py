@@ -51,8 +51,8 @@ def attention(length: int, device: str) -> Callable[[], object]:
 def training(length: int, options: argparse.Namespace) -> Callable[[], object]:
     model = make_model(options, SMOLLM2, torch.bfloat16 if options.device == "cuda" else torch.float32)
     prepare(model, "scorers", options)
-    for method in sparse_layers_in_use(model):
-        method.train()
+    for layer in sparse_layers_in_use(model):
+        layer.train()
     learned = [parameter for parameter in model.parameters() if parameter.requires_grad]
     ids = torch.randint(0, model.config.vocab_size, (1, length), device=options.device)
     return lambda: torch.autograd.grad(distill(model, ids), learned)

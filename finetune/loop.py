@@ -1,7 +1,6 @@
 """Train a model in one function, from checks to metrics."""
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -85,7 +84,7 @@ def estimate(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
 
     Returns:
         `steps`, `tokens`, `seconds`, `tokens_per_second`, and `peak_memory_bytes` of this process: of the GPU, or, of a
-        run on the CPU, of all that the process holds.
+        run on the CPU, of all that the process holds; `None` where the system does not tell, as on Windows.
     """
     if config is not None:
         nowhere: dict[str, Any] = {"output_dir": None, "checkpoint_every": 0, "resume": False, "tracker": None}
@@ -304,6 +303,11 @@ def _check_fitted(training: Training) -> None:
             raise ValueError(f"what was fitted after the last step is not finite in layer {layer.layer}")
 
 
-def _peak_memory() -> int:
-    """Return the most bytes that this process has held."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+def _peak_memory() -> int | None:
+    """Return the most bytes that this process has held; `None` on Windows, whose Python does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -83,14 +83,22 @@ class Base:
         auto = task_of(self.config, model_class).auto
         unread = self._adapter_unread(model_class) if self.is_full else nullcontext()
         with usable("its files"), unread:
-            model, info = auto.from_pretrained(
-                resolve_base(self.name),
-                config=copy.deepcopy(self.config),
-                use_safetensors=True,
-                trust_remote_code=False,
-                output_loading_info=True,
-                **self.options,
-            )
+            try:
+                model, info = auto.from_pretrained(
+                    resolve_base(self.name),
+                    config=copy.deepcopy(self.config),
+                    use_safetensors=True,
+                    trust_remote_code=False,
+                    output_loading_info=True,
+                    **self.options,
+                )
+            except TypeError as error:
+                unknown = [name for name in self.options if f"argument '{name}'" in str(error)]
+                if not unknown:
+                    raise
+                raise ValueError(
+                    f"{auto.__name__}.from_pretrained takes no {unknown[0]}=, and the configuration has no such field"
+                ) from error
         return model, {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
 
     @contextmanager

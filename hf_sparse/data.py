@@ -88,9 +88,12 @@ def pack(
         `[N, length]` int64, N at least 1.
 
     Raises:
-        DataError: fewer than `length` tokens, a stride out of range, or a BOS token that the tokenizer does not have.
+        DataError: no string, fewer than `length` tokens, a stride out of range, or a BOS token that the tokenizer does
+            not have.
         ValueError: `bos` beside `special_tokens`.
     """
+    if not isinstance(text, str):
+        raise DataError(f"expected one text, got {type(text).__name__}: join several, with '\\n\\n'.join(texts)")
     text = text.removeprefix(BYTE_ORDER_MARK)
     first, last, size = _ends(tokenizer, text, length, special_tokens, bos)
     stride = size if stride is None else stride

@@ -1,9 +1,11 @@
 """Import what the library offers and register the methods with PEFT and transformers."""
 
-# Programs reach these two as attributes after `import hf_sparse` alone.
+# Programs reach these as attributes after `import hf_sparse` alone.
 from hf_sparse import demo as demo
 from hf_sparse import evaluation as evaluation
+from hf_sparse import finetune as finetune
 from hf_sparse import methods
+from hf_sparse import retrieval as retrieval
 from hf_sparse.adapters.peft_cards import register
 from hf_sparse.errors import HfSparseError as HfSparseError
 from hf_sparse.hub import from_pretrained as from_pretrained

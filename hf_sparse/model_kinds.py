@@ -105,7 +105,7 @@ def kind_of(model: nn.Module) -> Kind:
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     kind: Kind = next((_BY_CLASS[c.__name__].kind for c in type(base).__mro__ if c.__name__ in _BY_CLASS), "features")
-    if kind == "causal" and not all(method.causal for method in sparse_layers(base)):
+    if kind == "causal" and not all(layer.causal for layer in sparse_layers(base)):
         raise ValueError(
             f"a {type(base).__name__} whose attention has both directions sees the tokens that it predicts: load it "
             "with is_decoder=True, or load the masked language model"
@@ -125,7 +125,7 @@ def attends_both_ways(model_type: str | None, task: ModelKind) -> bool:
 
 def final_states(model: nn.Module, tokens: Tensor) -> Tensor:
     """Compute the last hidden states `[B, T, C]` of tokens `[B, T]`, whatever head the patched model has."""
-    caching = {"use_cache": False} if any(method.causal for method in sparse_layers(model)) else {}
+    caching = {"use_cache": False} if any(layer.causal for layer in sparse_layers(model)) else {}
     # The call goes through the model itself, so that wrappers (autocast, DDP) see it.
     return model(input_ids=tokens, output_hidden_states=True, return_dict=True, **caching).hidden_states[-1]
 

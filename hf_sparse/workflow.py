@@ -32,6 +32,8 @@ from hf_sparse.overlap import merged, overlap
 from hf_sparse.retrieval import hide_facts
 from hf_sparse.texts import Documents
 
+_WITH_FORCE = ", or use --force (in Python force=True)"
+
 
 def create_adapter(
     model: str,
@@ -62,14 +64,14 @@ def create_adapter(
         UnsupportedModelError: the base model has no sparse attention patch.
     """
     folder = Path(folder)
-    check_free(folder, force)
+    check_free(folder, force, _WITH_FORCE)
     base = load_base(model, config, dtype=dtype)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         patched = get_peft_model(base, config)
     patched.active_peft_config.base_model_name_or_path = stored_name(model)
     with locked(folder):
-        check_free(folder, force)  # another run may have been faster
+        check_free(folder, force, _WITH_FORCE)  # another run may have been faster
         old: list[str] = []
         if (folder / CONFIG).exists():  # what measured and what resumes another adapter
             old = [*measurement_files(folder), TRAINING, STEPS, CARD, *checkpoints(folder)]

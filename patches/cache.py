@@ -31,10 +31,13 @@ class SparseCache(Cache):
         model: a patched model, or a `PeftModel` of one.
 
     Raises:
+        TypeError: no model.
         ValueError: nothing in the model attends sparsely.
     """
 
     def __init__(self, model: nn.Module) -> None:
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"expected a patched model, or a PeftModel of one, got {type(model).__name__}")
         super().__init__(layers=DynamicCache(config=model.config).layers)  # type: ignore[arg-type]
         is_sparse = False
         for module in model.modules():

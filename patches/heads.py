@@ -32,13 +32,18 @@ def choose_modules_to_save(model: PreTrainedModel, config: SparseConfig, *, new:
 
     Raises:
         ValueError: a name that fits no module or one with sparse attention inside; a new adapter would leave out
-            modules that were just initialised.
+            modules that were just initialised; a task type with labels for a language model, whose head has none.
         AdapterMismatchError: the same, for an adapter that was made before.
     """
     error = ValueError if new else AdapterMismatchError
     names = _matches(model, config.modules_to_save or () if new else config.named_modules_to_save, error)
     unsaved = uncovered(initialised(model), names)
     if new and config.task_type in TASKS_WITH_HEAD:
+        if model.get_output_embeddings() is not None:
+            raise ValueError(
+                f"{type(config).__name__}.task_type is {config.task_type!r}, which trains and saves a head of labels, "
+                f"and {type(model).__name__} is a language model: leave task_type out, or load a model with such a head"
+            )
         names = _outermost({*names, *head_of(model), *modules_of(model, unsaved)})
         unsaved = []
     if unsaved:

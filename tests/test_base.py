@@ -134,6 +134,13 @@ def test_options_of_a_configuration_change_it(base):
 # Other PEFT adapters.
 
 
+def test_an_option_that_nobody_knows_is_named(folder):
+    """It is no fault of the files."""
+    message = r"AutoModelForCausalLM.from_pretrained takes no max_memry=, and the configuration has no such field"
+    with pytest.raises(HubError, match=message):
+        hf_sparse.from_pretrained(folder, max_memry={"cpu": "1GB"})
+
+
 def test_lora_that_is_not_merged_is_refused(base, folder):
     lora = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules=["q_proj"]))
     with pytest.raises(UnsupportedModelError, match=r"got PeftModel \(merge its adapter first: merge_and_unload"):

@@ -632,6 +632,10 @@ class TestSparsefinder:
         result = json.loads((tmp_path / "bound" / "eval.json").read_text())
         assert [list(point["results"]) for point in result["points"]] == [["predicted"], ["oracle"]]
         assert result["seed"] == 3
+        for columns, widest in (("80", range(81)), (None, range(100, 161))):  # a narrow screen; a file or a pipe
+            shown = CliRunner().invoke(cli.app, ["info", str(tmp_path / "bound")], env={"COLUMNS": columns}).stdout
+            assert "oracle" in shown and "…" not in shown  # which would stand for digits
+            assert max(map(len, shown.splitlines())) in widest
 
     @pytest.mark.parametrize(
         "verb, options, message",
@@ -639,7 +643,7 @@ class TestSparsefinder:
             ("eval", ["--stride", "16"], "stride is no option of sparsefinder, whose graphs"),
             ("eval", ["--task", "passkey"], "tasks compare contenders at a number of KV slots, got a Sparsefinder"),
             ("eval", ["--selection", "h2o"], "selections must be among predicted"),
-            ("eval", ["--sparsity", "1.5"], "sparsities must be at least 0 and below 1"),
+            ("eval", ["--sparsity", "1.5"], "sparsities must be a list of numbers, at least 0 and below 1"),
             ("eval", [], "never fitted"),
             ("divide", [], "holds a Sparsefinder adapter, which has none"),
             ("unpatch", ["--above", "1.5"], "above must be a share above 0 and below 1, got 1.5"),

@@ -123,6 +123,8 @@ class TestPack:
         assert torch.equal(pack(bert_tokenizer, self.TEXT, 5, special_tokens=True), pack(bert_tokenizer, self.TEXT, 5))
 
     def test_refusals(self, bert_tokenizer):
+        with pytest.raises(DataError, match="expected one text, got list: join several"):
+            pack(bert_tokenizer, [self.TEXT], 5)
         with pytest.raises(DataError, match="length must be at least 4 tokens, got 3"):
             pack(bert_tokenizer, self.TEXT, 3, special_tokens=True)
         with pytest.raises(

@@ -294,6 +294,19 @@ def test_names_that_cannot_be(modules, message, method, tiny_bert):
         get_peft_model(tiny_bert("BertForTokenClassification"), METHODS[method](modules_to_save=modules))
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_task_type_with_labels_for_a_language_model(method, tiny_llama):
+    """PEFT would train and save a copy of its language modelling head."""
+    model = tiny_llama()
+    before = list(model.state_dict())
+    message = (
+        "task_type is 'SEQ_CLS', which trains and saves a head of labels, and LlamaForCausalLM is a language model"
+    )
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, METHODS[method](task_type="SEQ_CLS"))
+    assert list(model.state_dict()) == before
+
+
 def test_patch_without_peft_refuses_modules_to_save(tiny_bert):
     model = tiny_bert("BertForTokenClassification")
     with pytest.raises(ValueError, match=r"modules_to_save=\['classifier'\] is for PEFT"):

@@ -1,6 +1,7 @@
 """What an import does, and does not do, in a fresh interpreter."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,15 @@ def python(tmp_path):
     return run
 
 
+def documented_names() -> list[str]:
+    """Return what documents name in code as `hf_sparse.NAME`, without `hf_sparse`; the changelog names what is gone."""
+    documents = [ROOT / "README.md", ROOT / "AGENTS.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    code = [part for path in documents for part in re.findall(r"`([^`\n]+)`", path.read_text("utf-8"))]
+    names = sorted({name for part in code for name in re.findall(r"\bhf_sparse\.(\w+(?:\.\w+)*)", part)})
+    assert len(names) > 10
+    return names
+
+
 @pytest.mark.full  # test_import_changes_no_model_that_is_there blocks Triton too
 @pytest.mark.parametrize("name", ["hf_sparse", "hf_sparse.patches", "hf_sparse.finetune"])
 def test_imports_without_triton(python, name):
@@ -37,7 +47,8 @@ def test_import_changes_no_model_that_is_there(python):
     The import may add its own attention and mask functions; it replaces none and loads no other model family, nor
     matplotlib, nor, beyond what transformers loads itself, jinja2. It sets no variable of the environment.
     """
-    run = python("""
+    run = python(
+        """
 import os
 import sys
 sys.modules["triton"] = None
@@ -96,8 +107,13 @@ assert not torch.equal(outputs()[0], expected[0])
 hf_sparse.unpatch(models[0])
 assert state() == before
 assert all(torch.equal(*pair) for pair in zip(outputs(), expected))
-import hf_sparse.finetune
-""")
+
+# What documents call by its long name needs no second import.
+from operator import attrgetter
+for name in NAMES:
+    attrgetter(name)(hf_sparse)
+""".replace("NAMES", repr(documented_names()))
+    )
     assert run.returncode == 0, run.stderr
 
 

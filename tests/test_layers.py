@@ -36,7 +36,11 @@ EXCEPTIONS = [
     ("cli.divide", "hf_sparse.methods.sparsek.divide|share of the slots by layer: ", "a verb for SparseK alone"),
     ("cli.unpatch", "hf_sparse.methods.sparsefinder.unpatch", "a verb for Sparsefinder alone"),
     ("cli.evaluate", "selections|--selection|task_slots|slots", "options of `hf-sparse eval`, which keep their names"),
-    ("evaluation", "selections|selections must be among ", "an argument of `evaluate`, which keeps its name"),
+    (
+        "evaluation",
+        r"selections|selections must be (among |a list of names, such as \[)",
+        "an argument of `evaluate`, which keeps its name",
+    ),
     ("evaluation", "(.* )?_?slots( .*|=.*)?", "what a budget counts: `Budget.slots`, and keys of eval.json"),
     ("finetune.checkpoint", "scorers.safetensors", "a file in checkpoints of an earlier version"),
     ("patches", "SparseKCache", "the first name of `SparseCache`, which programs of users import"),

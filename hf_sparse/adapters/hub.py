@@ -166,7 +166,7 @@ def save_full_model(
     check_form(form, ("full", "merged"))
     name = _active_adapter(model_or_dir)
     folder = Path(folder)
-    check_free(folder, force=False)
+    check_free(folder)
     if isinstance(token, str):  # the saved one is checked where it is needed
         token = check_token(token)
     if not is_main_process():
@@ -204,7 +204,7 @@ class _Source:
         """
         with explained(f"cannot make a full model with the base model {self.name!r}"):
             base = base_files(self.name, self.revision, self.token)
-            write_full_model(AdapterFolder(stage), base, self.skeleton, output, form, link=link)
+            write_full_model(AdapterFolder(stage, "the adapter"), base, self.skeleton, output, form, link=link)
         for path in sorted(stage.iterdir()):
             if path.name not in (CONFIG, WEIGHTS):
                 shutil.copyfile(path, output / path.name)

@@ -17,8 +17,17 @@ def save_adapter(model: PeftModel, folder: str | Path) -> None:
         shutil.copymode(stage / CONFIG, stage / WEIGHTS)  # safetensors lets nobody but the owner read what it writes
 
 
-def check_free(folder: Path, force: bool) -> None:
-    """Raise `ValueError` for a folder that a new adapter must not go to: one with something in it, without `force`."""
+def check_free(folder: Path, force: bool = False, way_out: str = "") -> None:
+    """Refuse a place for new files where something is already: a file, or a folder that is not empty.
+
+    Args:
+        folder: the place.
+        force: take a folder that is not empty.
+        way_out: ends the message of a caller that can be told to do so.
+
+    Raises:
+        ValueError: something is there.
+    """
     settle(folder)
     if folder.exists() and not (folder.is_dir() and (force or is_empty(folder))):
-        raise ValueError(f"{folder} exists and is not an empty folder; choose another, or use --force")
+        raise ValueError(f"{folder} exists and is not an empty folder; choose another{way_out}")

@@ -11,7 +11,7 @@ from hf_sparse.cli.options import at_least, option
 
 ANSWERING = [
     option("max_new_tokens", int, 256, "The most tokens of an answer.", callback=at_least(1, "max_new_tokens")),
-    option("temperature", float, 0.0, "Of sampling. 0: the likeliest token each time."),
+    option("temperature", float, 0.0, "Temperature of sampling; 0 takes the likeliest token each time."),
     option("top_p", float, 1.0, "Sample from the likeliest tokens that have this probability together."),
     option("seed", int, 0, "Seed of sampling."),
     *model_options(),

@@ -1,5 +1,6 @@
 """Define what several verbs have in common: arguments, options, and how they begin and end their work."""
 
+import os
 from collections.abc import Mapping
 from importlib import import_module
 from inspect import Parameter
@@ -13,6 +14,8 @@ from rich.markup import escape
 from hf_sparse.cli.options import at_least, is_range, option, refuse_without
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+_WIDE = 160  # columns, which the widest table needs
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="Folder of an adapter, made by `hf-sparse patch`.")]
 Adapter = Annotated[str, typer.Argument(metavar="ADAPTER", help="Folder of an adapter, or its name on the Hub.")]
@@ -117,6 +120,12 @@ def load_workflow() -> Any:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     return workflow
+
+
+def console_for_tables() -> Console:
+    """Return a console on stdout that is wide without a terminal: for a file or a pipe rich takes 80 columns."""
+    console = Console()
+    return console if console.is_terminal or "COLUMNS" in os.environ else Console(width=_WIDE)
 
 
 def is_measured(folder: Path) -> bool:

@@ -11,6 +11,7 @@ from hf_sparse.cli.common import (
     Folder,
     Texts,
     check_source,
+    console_for_tables,
     dataset_options,
     load_workflow,
     read_source,
@@ -151,7 +152,7 @@ def _show(result: dict[str, Any], *, with_text: bool) -> None:
     """Print what was measured."""
     from hf_sparse.evaluation import tables, task_table
 
-    console = Console()
+    console = console_for_tables()
     for view in tables(result) if with_text else ():
         console.print(view)
     for asked, scores in result.get("tasks", {}).items():

@@ -128,11 +128,11 @@ def finetune(
         complain(f"interrupted; the adapter in {folder} is as it was; {_way_to_go_on(folder)}")
         raise typer.Exit(130) from None
     if is_main_process() and dry_run:
-        gibibytes = metrics["peak_memory_bytes"] / 2**30
+        peak = metrics["peak_memory_bytes"]
+        memory = "" if peak is None else f" and {peak / 2**30:.1f} GiB of memory in each process"
         Console().print(
             f"{metrics['steps']} steps on {metrics['tokens']:,} tokens would take about {metrics['seconds']:.0f} s "
-            f"({metrics['tokens_per_second']:,.0f} tokens/s) and {gibibytes:.1f} GiB of memory in each process; "
-            "nothing was written",
+            f"({metrics['tokens_per_second']:,.0f} tokens/s){memory}; nothing was written",
             soft_wrap=True,
         )
     elif is_main_process():

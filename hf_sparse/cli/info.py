@@ -4,11 +4,10 @@ import math
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from hf_sparse.cli.common import Folder, load_workflow
+from hf_sparse.cli.common import Folder, console_for_tables, load_workflow
 
 
 def info(
@@ -34,7 +33,7 @@ def show(adapter: Any, *, as_json: bool) -> None:
     if as_json:
         typer.echo(dumps(content, indent=2))
         return
-    console, view = Console(), Table.grid(padding=(0, 2))
+    console, view = console_for_tables(), Table.grid(padding=(0, 2))
     for name, value in content.items():
         if value is not None:
             shown = f"{value:,}" if isinstance(value, int) else str(value)

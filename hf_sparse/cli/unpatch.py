@@ -10,7 +10,7 @@ from hf_sparse.cli.common import Folder, is_measured, load_workflow, reading_opt
 from hf_sparse.cli.options import with_options
 
 
-@with_options(reading=reading_options())
+@with_options(reading=reading_options("Only these chunks; by default at most 4, from all over the text."))
 def unpatch(
     folder: Folder,
     text: Annotated[list[Path], typer.Option(metavar="FILE", help="Training text, UTF-8; repeat for several.")],

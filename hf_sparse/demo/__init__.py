@@ -2,3 +2,6 @@
 
 from hf_sparse.bundled import BASE_NAME as BASE_NAME
 from hf_sparse.bundled import CHECKPOINT as CHECKPOINT
+
+#: Training steps that the demo was tuned for.
+STEPS = 70

@@ -50,7 +50,7 @@ COMPARED = {
 }
 EVALUATION_CHUNKS, EVALUATION_LENGTH, EVALUATION_BATCH = 12, 1024, 4
 
-STEPS, BATCH_SIZE, LEARNING_RATE = 70, 2, 1e-2
+BATCH_SIZE, LEARNING_RATE = 2, 1e-2
 TRAINING_LENGTH = 256  # a score does not depend on later queries: what is learned on short text serves long text
 EVERY_NTH_DOCUMENT = 8  # one training document in 8 is read, still more than the steps need
 
@@ -68,7 +68,7 @@ def run(output: Path, steps: int, seed: int, console: Console) -> dict[str, Any]
     Args:
         output: folder for the adapter, its measurements and card; appears at the end. A new or empty one, or one that
             holds an adapter, which is replaced.
-        steps: training steps after the warm start, at least 1. `STEPS` is what the demo was tuned for.
+        steps: training steps after the warm start, at least 1. `hf_sparse.demo.STEPS` is what the demo was tuned for.
         seed: seed of the scorers' first weights and of the order of the training text.
         console: prints the steps and their results.
 

@@ -177,6 +177,8 @@ class AbstractEvaluation(ABC):
 
 
 def check_names(names: Sequence[str], known: Sequence[str]) -> None:
-    """Raise `ValueError` for names that are not known, and for none."""
+    """Raise `ValueError` for names that are not known, for none, and for a single string in the place of a list."""
+    if isinstance(names, str):
+        raise ValueError(f"selections must be a list of names, such as [{names!r}], got {names!r}")
     if not names or not set(names) <= set(known):
         raise ValueError(f"selections must be among {', '.join(known)}, got {list(names)}")

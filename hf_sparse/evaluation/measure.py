@@ -73,13 +73,13 @@ def evaluate(
     settings = settings_from(evaluation, options)
     tokens, labels = tensors(model, chunks)
     check_chunks(model, tokens, labels)
-    names = evaluation.contenders(model) if selections is None else tuple(selections)
+    names = evaluation.contenders(model) if selections is None else selections
     evaluation.check_contenders(model, names)
     for option, value in (("batch_size", batch_size), ("speed_tokens", speed_tokens)):
         if value < 1:
             raise ValueError(f"{option} must be at least 1, got {value}")
     kind = kind_of(model)
-    request = Request(kind, tokens, labels, names, stride, batch_size, speed_tokens, progress, settings)
+    request = Request(kind, tokens, labels, tuple(names), stride, batch_size, speed_tokens, progress, settings)
     evaluation.check(model, request)
     with evaluating(model):
         measured = evaluation.measure(model, request)

@@ -47,7 +47,7 @@ def comparison_table(result: dict[str, Any], title: str) -> Table:
     headers = [*(["keys per query"] if budget else []), metric.name, *(["KL from dense, nats"] if apart else [])]
     headers += [f"KV cache at {memory['tokens']} tokens", "decoding, tokens/s"] if memory else ["forward, tokens/s"]
     for header in headers:
-        view.add_column(header, justify="right")
+        view.add_column(header, justify="right", overflow="fold")  # a number is never cut
     for name, value in result[metric.key].items():
         kind = "dense" if name == "dense" else "sparse"
         view.add_row(
@@ -71,7 +71,7 @@ def sweep_table(result: dict[str, Any]) -> Table:
     view = Table(title=title, min_width=len(title))
     view.add_column("attention", no_wrap=True)
     for entry in sweep:
-        view.add_column(str(entry["slots"]), justify="right")
+        view.add_column(str(entry["slots"]), justify="right", overflow="fold")
     for name in sweep[0][metric.key]:
         cells = [metric.show(entry[metric.key][name]) for entry in sweep]
         if brackets:
@@ -93,7 +93,7 @@ def task_table(name: str, task: dict[str, Any]) -> Table:
     view = Table(title=escape(title), min_width=len(title))  # a narrower table breaks its title into lines
     view.add_column("attention", no_wrap=True)
     for header in lengths or ["score"]:
-        view.add_column(header, justify="right")
+        view.add_column(header, justify="right", overflow="fold")
     for contender, scores in results.items():
         values = [scores]
         if isinstance(scores, dict):

@@ -18,10 +18,11 @@ from hf_sparse.access_tokens import one_line
 from hf_sparse.adapters.files import CONFIG, WEIGHTS
 from hf_sparse.adapters.folder import AdapterFolder
 from hf_sparse.adapters.load import fetch_adapter
+from hf_sparse.adapters.saving import check_free
 from hf_sparse.atomic_files import read_object, write_json
 from hf_sparse.base_model import open_base, resolve_base
 from hf_sparse.errors import CompatibilityError, HubError
-from hf_sparse.folders import is_empty, staged
+from hf_sparse.folders import staged
 from hf_sparse.serving.adapter import SERVED, check_method, open_adapter
 from hf_sparse.serving.vllm import architecture
 
@@ -47,8 +48,7 @@ def export(adapter: str | Path, output: str | Path, *, copy: bool = False) -> No
         ValueError: the output folder is not empty.
     """
     output = Path(output)
-    if output.exists() and not (output.is_dir() and is_empty(output)):
-        raise ValueError(f"{output} exists and is not an empty folder: choose another")
+    check_free(output)
     opened, base, config = _base_of(adapter)
     place = _files_of(base, config.revision)
     with staged(output) as stage:

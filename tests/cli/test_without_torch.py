@@ -125,7 +125,7 @@ MISTAKES = [
     ("eval sparsek --text t --column body", 2, "--column has no effect without --dataset"),
     ("eval sparsek --text t --sparsity half", 2, "expected numbers such as 0.5,0.8, got 'half'"),
     ("eval sparsefinder --text t --slots 9", 2, "--slots is no option of sparsefinder: see 'Options of SparseK'"),
-    ("eval sparsefinder --text t --sparsity 1.5", 1, "sparsities must be at least 0 and below 1"),
+    ("eval sparsefinder --text t --sparsity 1.5", 1, "sparsities must be a list of numbers, at least 0 and below 1"),
     ("report sparsek --chunks 0:2", 2, "--chunks has no effect without --text or --dataset"),
     ("report sparsek --text t --dataset d", 2, "expected either --text FILE or --dataset NAME"),
     ("report sparsek --split test", 2, "--split has no effect without --dataset"),

@@ -271,6 +271,9 @@ class TestRefusals:
         [
             ({"selections": ("dense", "newest")}, r"selections must be among dense, recency, random, .*, learned"),
             ({"selections": ()}, "selections must be among"),
+            ({"selections": "oracle"}, r"selections must be a list of names, such as \['oracle'\], got 'oracle'"),
+            ({"slots": 20}, r"slots must be a list of integers, such as \[128, 256\], got 20"),
+            ({"slots": [20.0]}, r"slots must be a list of integers, .*got \[20.0\]"),
             ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
             ({"speed_tokens": 0}, "speed_tokens must be at least 1, got 0"),
         ],

@@ -1,6 +1,7 @@
 """Every step is noted as it is taken; what goes wrong is said early, and what a run takes before its first step."""
 
 import json
+import sys
 import warnings
 
 import accelerate.tracking
@@ -109,6 +110,13 @@ def test_a_tracker_of_accelerate(sparse_llama, chunks, monkeypatch, stopped, tmp
     with stopped(2):  # a tracker that goes on would take the next run for the same one
         train(sparse_llama(), chunks, tracker="trackio", output_dir=str(tmp_path), checkpoint_every=1)
     assert [row if isinstance(row, str) else row[0] for row in seen[-3:]] == [1, 2, "finished"]
+
+
+def test_an_estimate_where_the_system_does_not_tell_the_memory(sparse_llama, chunks, monkeypatch):
+    """On Windows Python has no module `resource`."""
+    monkeypatch.setitem(sys.modules, "resource", None)
+    told = estimate(sparse_llama(), chunks, FinetuneConfig(**SHORT))
+    assert told["steps"] == 8 and told["peak_memory_bytes"] is None
 
 
 def test_an_estimate_leaves_all_as_it_was(sparse_llama, chunks, tmp_path):

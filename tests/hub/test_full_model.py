@@ -284,7 +284,7 @@ def test_weights_of_other_names(make, tiny_llama, hub, tmp_path):
 
 def test_refusals(make, tiny_llama, base_id, hub, tmp_path):
     plain = make(lora_rank=0)
-    with pytest.raises(HubError, match=r"no LoRA to merge \(lora_rank is 0\)"):
+    with pytest.raises(HubError, match=r"^the adapter has no LoRA to merge \(lora_rank is 0\)"):
         push_to_hub(plain, f"{hub.user}/refused", form="merged")
     with pytest.raises(ValueError, match="form must be one of adapter, full, merged, got 'dense'"):
         push_to_hub(plain, f"{hub.user}/refused", form="dense")
@@ -295,7 +295,7 @@ def test_refusals(make, tiny_llama, base_id, hub, tmp_path):
     assert not HfApi().repo_exists(f"{hub.user}/refused") and not any(tmp_path.iterdir())
 
     save_full_model(plain, tmp_path / "model")
-    with pytest.raises(ValueError, match="not an empty folder"):
+    with pytest.raises(ValueError, match=r"not an empty folder; choose another$"):  # it has no force
         save_full_model(plain, tmp_path / "model")
     with pytest.raises(ValueError, match="base_model= is of no use"):
         from_pretrained(tmp_path / "model", base_model=base_id)

@@ -227,6 +227,7 @@ def test_all_verbs_of_the_command_line(method, fresh_python, hub, tmp_path):
         f"push adapter {repo}",
     ]
     said = fresh_python(PROGRAM, installed=True, stdin="\n".join(commands))
+    assert "windows of 8 keys before training" in said  # what `attended` of its settings tells
     assert "2 steps on" in said and f"pushed adapter to {hub.endpoint}/{repo}" in said.replace("\n", "")
     folder = tmp_path / "adapter"
     assert {path.name for path in folder.iterdir()} == {

@@ -339,6 +339,8 @@ def test_a_copied_cache_shares_nothing(model):
 
 
 def test_a_cache_for_a_dense_model_is_refused(model, tiny_llama):
+    with pytest.raises(TypeError, match="expected a patched model, or a PeftModel of one, got str"):
+        SparseKCache("my-adapter")
     with pytest.raises(ValueError, match="no attention of the model is sparse now: patch it"):
         SparseKCache(tiny_llama())
     sparse_layers(model)[0].enable_adapters(False)

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from hf_sparse.core.checks import is_finite, shown
+
 
 @dataclass(frozen=True)
 class SparsefinderEvaluationSettings:
@@ -29,7 +31,8 @@ class SparsefinderEvaluationSettings:
     )
 
     def __post_init__(self) -> None:
-        if not all(isinstance(value, int | float) and 0 <= value < 1 for value in self.sparsities):
-            raise ValueError(f"sparsities must be at least 0 and below 1, got {list(self.sparsities)}")
+        shares = self.sparsities
+        if not isinstance(shares, Sequence) or not all(is_finite(share) and 0 <= share < 1 for share in shares):
+            raise ValueError(f"sparsities must be a list of numbers, at least 0 and below 1, got {shown(shares)}")
         if self.rows < 1:
             raise ValueError(f"rows must be at least 1, got {self.rows}")

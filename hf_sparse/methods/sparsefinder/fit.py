@@ -32,7 +32,7 @@ _HELD = 1 << 22
 
 @torch.no_grad()
 def fit_predictors(
-    methods: Sequence[SparsefinderAttention],
+    layers: Sequence[SparsefinderAttention],
     read: Callable[[], Any],
     *,
     generator: torch.Generator | None = None,
@@ -42,49 +42,49 @@ def fit_predictors(
     All projected queries and keys are held at once: `rank` numbers per token, head and module.
 
     Args:
-        methods: of one model, see `hf_sparse.patches.sparse_layers_in_use`; tiles are divided among the heads of all.
+        layers: of one model, see `hf_sparse.patches.sparse_layers_in_use`; tiles are divided among the heads of all.
         read: runs the model on training text, once or several times, without a cache; it is called twice.
         generator: for the seeds of k-means.
 
     Raises:
         ValueError: more clusters or bins than projected queries and keys, or no text.
     """
-    methods = [method for method in methods if method.parameters_in_use.predictor.learns_graph]
+    layers = [layer for layer in layers if layer.parameters_in_use.predictor.learns_graph]
     points: dict[int, list[Tensor]] = {}
     profiles = _Profiles()
 
-    def collect(method: SparsefinderAttention, text: AttentionInputs) -> None:
-        profiles.add(method, text)
-        learned = method.parameters_in_use
+    def collect(layer: SparsefinderAttention, text: AttentionInputs) -> None:
+        profiles.add(layer, text)
+        learned = layer.parameters_in_use
         keys = learned.project_keys(text.key)
-        if _projected(method).fits_keys_only:
+        if _projected(layer).fits_keys_only:
             fitted_points = keys.transpose(0, 1).flatten(1, 2)
         else:
             fitted_points = training_points(learned.project_queries(text.query), keys)
-        points.setdefault(id(method), []).append(fitted_points)
+        points.setdefault(id(layer), []).append(fitted_points)
 
-    with _watched(methods, collect):
+    with _watched(layers, collect):
         read()
-    for method in methods:
-        if id(method) not in points:
+    for layer in layers:
+        if id(layer) not in points:
             raise ValueError("expected `read` to run the model on text to fit the predictors to, got no text")
-        learned = method.parameters_in_use
-        learned.predictor.fit(learned, torch.cat(points[id(method)], 1), generator)
-        profiles.settle(method)
-    methods = [method for method in methods if hasattr(method.parameters_in_use, "budgets")]
-    if methods:
-        for method, table in zip(methods, fit_budgets(methods, read, _predicted), strict=True):
-            method.parameters_in_use.budgets.copy_(table)
+        learned = layer.parameters_in_use
+        learned.predictor.fit(learned, torch.cat(points[id(layer)], 1), generator)
+        profiles.settle(layer)
+    layers = [layer for layer in layers if hasattr(layer.parameters_in_use, "budgets")]
+    if layers:
+        for layer, table in zip(layers, fit_budgets(layers, read, _predicted), strict=True):
+            layer.parameters_in_use.budgets.copy_(table)
 
 
 @torch.no_grad()
-def fit_profiles(methods: Sequence[SparsefinderAttention], read: Callable[[], Any]) -> None:
+def fit_profiles(layers: Sequence[SparsefinderAttention], read: Callable[[], Any]) -> None:
     """Fit the distance profiles of the active adapter alone; arguments and errors as of `fit_predictors`."""
     profiles = _Profiles()
-    with _watched(methods, profiles.add):
+    with _watched(layers, profiles.add):
         read()
-    for method in methods:
-        profiles.settle(method)
+    for layer in layers:
+        profiles.settle(layer)
 
 
 class _Profiles:
@@ -93,44 +93,44 @@ class _Profiles:
     def __init__(self) -> None:
         self.sums: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def add(self, method: SparsefinderAttention, text: AttentionInputs) -> None:
-        length, size = text.key.shape[2], method.config.tile
-        if size is None or not hasattr(method.parameters_in_use, "profile"):
+    def add(self, layer: SparsefinderAttention, text: AttentionInputs) -> None:
+        length, size = text.key.shape[2], layer.config.tile
+        if size is None or not hasattr(layer.parameters_in_use, "profile"):
             return
         rows = torch.linspace(0, length - 1, min(length, _ROWS), device=text.key.device).round().long()
         _, probabilities = support(text.query, text.key, rows=rows, **_options(text))
         allowed = allowed_edges(positions_of(length, length, rows), length, causal=text.causal)
         gained = profile_mass(probabilities, rows, size)
         pairs = profile_mass(allowed.expand_as(probabilities), rows, size)
-        mass, count = self.sums.get(id(method), (0, 0))
-        self.sums[id(method)] = (mass + gained, count + pairs)
+        mass, count = self.sums.get(id(layer), (0, 0))
+        self.sums[id(layer)] = (mass + gained, count + pairs)
 
-    def settle(self, method: SparsefinderAttention) -> None:
-        if hasattr(method.parameters_in_use, "profile"):
-            method.parameters_in_use.profile.copy_(fit_profile(*self.sums[id(method)]))
+    def settle(self, layer: SparsefinderAttention) -> None:
+        if hasattr(layer.parameters_in_use, "profile"):
+            layer.parameters_in_use.profile.copy_(fit_profile(*self.sums[id(layer)]))
 
 
 @torch.no_grad()
 def fit_budgets(
-    methods: Sequence[SparsefinderAttention],
+    layers: Sequence[SparsefinderAttention],
     read: Callable[[], Any],
     rank: Callable[[SparsefinderAttention, AttentionInputs], Tensor],
 ) -> list[Tensor]:
     """Divide tiles among the heads of all layers by the attention that they miss without more of them, on text.
 
     Args:
-        methods, read: as of `fit_predictors`; graphs of tiles, and texts of equal lengths.
+        layers, read: see `fit_predictors`; graphs of tiles, and texts of equal lengths.
         rank: scores of the tiles of a text, `[B, H, nq, nk]`; the best are listed first, as `best_tiles` does it. `H`
             is `Hq`, or `Hkv` with `per_group`.
 
     Returns:
-        Of each method `[H, MEANS]`, see `divided`.
+        For each layer `[H, MEANS]`, see `divided`.
     """
     gains: dict[int, Tensor] = {}
     costs: list[Tensor] = []
 
-    def collect(method: SparsefinderAttention, text: AttentionInputs) -> None:
-        length, size, of_queries = text.key.shape[2], method.config.tile, method.config.rows
+    def collect(layer: SparsefinderAttention, text: AttentionInputs) -> None:
+        length, size, of_queries = text.key.shape[2], layer.config.tile, layer.config.rows
         assert size is not None and of_queries is not None
         listed, tiles = tile_counts(length, length, size, of_queries)
         sampled = min(listed, max(1, _ROWS // of_queries))
@@ -139,40 +139,40 @@ def fit_budgets(
         rows = rows[rows < length]
         _, probabilities = support(text.query, text.key, rows=rows, **_options(text))
         mass = _tile_mass(probabilities, torch.searchsorted(chosen, rows // of_queries), sampled, size)
-        scores = rank(method, text)
+        scores = rank(layer, text)
         mass = by_group(mass, scores.shape[1]).sum(2)
         own_tile = own_tiles(listed, length, size, of_queries, device=chosen.device)
         reached = allowed_tiles(own_tile, tiles, causal=text.causal)
-        always = always_joined(method.config, Span(length, length, text.causal), chosen.device).mask(tiles)
+        always = always_joined(layer.config, Span(length, length, text.causal), chosen.device).mask(tiles)
         first = always.byte() + 2 * (torch.arange(tiles, device=chosen.device) == own_tile[:, None]).byte()
         # As `best_tiles` ranks them: the diagonal, then the window and global tokens, then the others by score.
         level = first.float().masked_fill(~reached, -1).expand_as(scores)[:, :, chosen]
         order = scores[:, :, chosen].argsort(dim=-1, descending=True, stable=True)
         order = order.gather(-1, level.gather(-1, order).argsort(dim=-1, descending=True, stable=True))
         gained = mass.gather(-1, order).sum((0, 2)).double().cumsum(-1)
-        gains[id(method)] = gains[id(method)] + gained if id(method) in gains else gained
+        gains[id(layer)] = gains[id(layer)] + gained if id(layer) in gains else gained
         if not costs:  # texts are equally long
             reach = reached[0, 0, chosen].sum(-1, keepdim=True)
             number = torch.arange(1, tiles + 1, device=chosen.device)
             costs.append(torch.minimum(reach, number).sum(0).double())
 
-    with _watched(methods, collect):
+    with _watched(layers, collect):
         read()
     device = costs[0].device
-    gain = torch.cat([gains[id(method)].to(device) for method in methods])
+    gain = torch.cat([gains[id(layer)].to(device) for layer in layers])
     missed = 1 - gain / gain[:, -1:]
     table = divided(1 - missed.clamp(min=0) ** _POWER, costs[0])
-    return list(table.split([len(gains[id(method)]) for method in methods]))
+    return list(table.split([len(gains[id(layer)]) for layer in layers]))
 
 
-def _predicted(method: SparsefinderAttention, text: AttentionInputs) -> Tensor:
-    learned, predictor, length = method.parameters_in_use, _projected(method), text.key.shape[2]
+def _predicted(layer: SparsefinderAttention, text: AttentionInputs) -> Tensor:
+    learned, predictor, length = layer.parameters_in_use, _projected(layer), text.key.shape[2]
     codes = predictor.query_codes(learned, text.query), predictor.key_codes(learned, text.key)
     return predictor.tile_scores(learned, *codes, Span(length, length, text.causal))
 
 
-def _projected(method: SparsefinderAttention) -> ProjectedPredictor:
-    predictor = method.parameters_in_use.predictor
+def _projected(layer: SparsefinderAttention) -> ProjectedPredictor:
+    predictor = layer.parameters_in_use.predictor
     assert isinstance(predictor, ProjectedPredictor)
     return predictor
 
@@ -251,13 +251,13 @@ def _options(text: AttentionInputs) -> dict[str, Any]:
 
 @contextmanager
 def _watched(
-    methods: Sequence[SparsefinderAttention], watch: Callable[[SparsefinderAttention, AttentionInputs], None]
+    layers: Sequence[SparsefinderAttention], watch: Callable[[SparsefinderAttention, AttentionInputs], None]
 ) -> Iterator[None]:
     """Attend by entmax over all keys within a `with` block, and show `watch` every text."""
     with ExitStack() as stack:
-        for method in methods:
-            slots = {"pattern": _all_keys, "observer": lambda text, *_, method=method: watch(method, text)}
-            stack.enter_context(override([method], **slots))
+        for layer in layers:
+            slots = {"pattern": _all_keys, "observer": lambda text, *_, layer=layer: watch(layer, text)}
+            stack.enter_context(override([layer], **slots))
         yield
 
 

@@ -33,8 +33,8 @@ def kept_keys(model: nn.Module, chunk: Tensor) -> Tensor:
         `[R, T]` bool with a row for every KV head of every sparse layer. For a causal model, what lies in its slots
         after the text; for an encoder, sinks and selected keys, which all queries read (each has its window besides).
     """
-    methods, tokens = sparse_layers_in_use(model, SparseKAttention), chunk.to(next(model.parameters()).device)
-    rows = _in_slots(model, tokens) if methods[0].causal else _selected(model, methods, tokens)
+    layers, tokens = sparse_layers_in_use(model, SparseKAttention), chunk.to(next(model.parameters()).device)
+    rows = _in_slots(model, tokens) if layers[0].causal else _selected(model, layers, tokens)
     return torch.cat([row.cpu() for row in rows])
 
 
@@ -61,8 +61,8 @@ def describe_selection(model: Any, tokenizer: Any, chunks: Tensor, *, text_name:
         got = "one in train mode" if model.training else f"a {type(model).__name__} without"
         raise ValueError(f"expected a model with sparse attention in eval mode, got {got}")
     check_chunks(model, chunks)
-    methods, (count, length) = sparse_layers_in_use(model, SparseKAttention), chunks.shape
-    config = methods[0].config
+    layers, (count, length) = sparse_layers_in_use(model, SparseKAttention), chunks.shape
+    config = layers[0].config
     if length <= config.slots:
         raise DataError(
             f"expected chunks of more than the budget's {config.slots} slots, got {length} tokens: nothing is evicted"
@@ -72,7 +72,7 @@ def describe_selection(model: Any, tokenizer: Any, chunks: Tensor, *, text_name:
     with using(model, "learned"):
         marks = torch.stack([kept_keys(model, chunk) for chunk in chunks.split(1)])  # [N, R, T]
     shares = torch.stack([part.sum(-1) for part in marks.split(widths.tolist(), -1)], -1).sum(0) / (count * widths)
-    names = [(method.layer, head) for method in methods for head in range(method.num_key_value_heads)]
+    names = [(layer.layer, head) for layer in layers for head in range(layer.num_key_value_heads)]
     heads = [
         {"layer": layer, "head": head, "kept": [round(share, 5) for share in row]}
         for (layer, head), row in zip(names, shares.tolist(), strict=True)
@@ -81,7 +81,7 @@ def describe_selection(model: Any, tokenizer: Any, chunks: Tensor, *, text_name:
     return {
         "format": FORMAT,
         "budget": {"k": config.k, "window": config.window, "sinks": config.sinks, "slots": config.slots},
-        "causal": methods[0].causal,
+        "causal": layers[0].causal,
         "text": {"name": text_name, "sha256": fingerprint(chunks), "chunks": count, "length": length},
         "edges": edges,
         "heads": heads,
@@ -117,19 +117,19 @@ def _in_slots(model: nn.Module, tokens: Tensor) -> Iterator[Tensor]:
             yield torch.stack([_marked(row[row >= 0], tokens.shape[1]) for row in rows])
 
 
-def _selected(model: nn.Module, methods: list[SparseKAttention], tokens: Tensor) -> Iterator[Tensor]:
+def _selected(model: nn.Module, layers: list[SparseKAttention], tokens: Tensor) -> Iterator[Tensor]:
     """Yield the sinks and the best-scored other keys of each layer of an encoder, `[Hkv, T]` bool."""
     scores_of: dict[SparseKAttention, Tensor] = {}
     with ExitStack() as hooks:
-        for method in methods:
+        for layer in layers:
 
-            def note(scorer: nn.Module, inputs: Any, scores: Tensor, method: SparseKAttention = method) -> None:
-                scores_of[method] = scores[0]
+            def note(scorer: nn.Module, inputs: Any, scores: Tensor, layer: SparseKAttention = layer) -> None:
+                scores_of[layer] = scores[0]
 
-            hooks.callback(method.sparsek_scorer[method.active].register_forward_hook(note).remove)
+            hooks.callback(layer.sparsek_scorer[layer.active].register_forward_hook(note).remove)
         model(input_ids=tokens)
-    for method in methods:
-        budget, scores = method.budget, scores_of[method]
+    for layer in layers:
+        budget, scores = layer.budget, scores_of[layer]
         index = torch.arange(scores.shape[-1], device=scores.device)
         scores = scores.masked_fill(index < budget.sinks, torch.inf)
         order = scores.argsort(dim=-1, descending=True, stable=True)

@@ -22,6 +22,9 @@ class WindowSettings(AdapterSettings):
         super().check_settings()
         self._check_integers(first_width=(1, MOST_TOKENS))
 
+    def attended(self) -> str:
+        return f"windows of {self.first_width} keys before training"
+
 
 @dataclass(frozen=True)
 class WindowTrainingSettings(TrainingSettings):

@@ -41,7 +41,7 @@ def graph_table(result: dict[str, Any]) -> Table:
     headers = ["attention", "tile sparsity", metric.name, *(["accuracy"] if right else [])]
     headers += [*(["KL from full entmax, nats"] if apart else []), "token sparsity", *_SHARES.values()]
     for number, header in enumerate(headers):
-        view.add_column(header, justify="right" if number else "left", no_wrap=not number)
+        view.add_column(header, justify="right" if number else "left", no_wrap=not number, overflow="fold")
 
     def add(name: str, sparsity: str, values: dict[str, float]) -> None:
         shares = [f"{values[key]:.3f}" if key in values else "" for key in ("sparsity", *_SHARES)]
