@@ -256,7 +256,8 @@ def test_only_layers_that_are_alike_are_allocated_together(k, layers, monkeypatc
 def test_a_model_reads_as_by_the_longer_path(length, shares, monkeypatch):
     """Logits of the text and of the tokens after it, and what the cache holds; a copy of the cache goes on too.
 
-    The first call of a length notes launches, and the second one makes the slots of all layers but the first together."""
+    The first call of a length notes launches, and the second one makes the slots of all layers but the first together.
+    """
     import copy
 
     from transformers import LlamaConfig, LlamaForCausalLM
