@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.generation.streamers import BaseStreamer
 
-from hf_sparse._compat import cache_of, with_cache
+from hf_sparse._compat import cache_of
 from hf_sparse.evaluation.switching import evaluation_of, using
 from hf_sparse.patches.cache import kv_bytes
 
@@ -16,9 +17,9 @@ _REPEATS = 3  # the median of three survives one slow start
 
 @torch.no_grad()
 def decoding(model: nn.Module, chunk: Tensor, new_tokens: int) -> tuple[dict[str, int], dict[str, Any]]:
-    """Return KV bytes at the end of a chunk `[1, T]`, and the speed of decoding its last tokens, dense and sparse.
+    """Return KV bytes after as many tokens as a chunk `[1, T]` has, and the speed of `generate`, dense and sparse.
 
-    The chunk's own tokens are fed, not sampled ones: both do exactly the same steps.
+    The chunk without its last `new_tokens` is the prompt, whose time does not count; then so many steps are taken.
     """
     memory: dict[str, int] = {}
     times: dict[str, list[float]] = {"dense": [], "sparse": []}
@@ -51,16 +52,36 @@ def forward_speed(model: nn.Module, chunks: Tensor) -> dict[str, Any]:
     return {**speed, "batch_size": len(tokens), "length": tokens.shape[1]}
 
 
-def _decode(model: nn.Module, chunk: Tensor, new_tokens: int) -> tuple[Any, float]:
-    """Return the cache after a chunk `[1, T]`, and the seconds that its last `new_tokens` took, one by one."""
-    tokens = chunk.to(next(model.parameters()).device)
-    cache = cache_of(model(input_ids=tokens[:, :-new_tokens], use_cache=True))
-    _finish(tokens.device)
-    start = time.perf_counter()
-    for token in tokens[:, -new_tokens:].split(1, dim=1):
-        cache = cache_of(model(input_ids=token, **with_cache(cache), use_cache=True))
-    _finish(tokens.device)
-    return cache, time.perf_counter() - start
+class _Clock(BaseStreamer):
+    """Note when the prompt and each token come."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Tensor) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
+def _decode(model: Any, chunk: Tensor, new_tokens: int) -> tuple[Any, float]:
+    """Return the cache of a greedy `generate` as long as a chunk `[1, T]`, and the seconds of its last steps."""
+    prompt = chunk[:, :-new_tokens].to(next(model.parameters()).device)
+    clock, length = _Clock(), new_tokens + 1  # the last token is not fed
+    lengths = {"max_new_tokens": length, "min_new_tokens": length}
+    output = model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        pad_token_id=0,
+        do_sample=False,
+        num_beams=1,
+        return_dict_in_generate=True,
+        streamer=clock,
+        **lengths,
+    )
+    _, first, *others = clock.times
+    return cache_of(output), others[-1] - first
 
 
 def _finish(device: torch.device) -> None:

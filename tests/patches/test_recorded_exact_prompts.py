@@ -391,7 +391,7 @@ def test_inference_mode_may_come_and_go(model, played_prompts):
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_graphs_in_half_precision(tiny_llama, played_prompts, dtype, kind):
     """A prompt shorter than its bucket rounds in another way, and may choose another tile."""
-    model = sparse(tiny_llama(hidden_size=128).to(dtype), **kind)
+    model = sparse(tiny_llama(hidden_size=128, max_position_embeddings=1024).to(dtype), **kind)
     lengths = (64, 512) if kind["predictor"] == "pooled" else (64, 100, 512, 700)
     for length in lengths:
         warm_up(model, length, rows=2)
