@@ -221,8 +221,19 @@ def whole() -> str:
     return table(["requests", "dense: first tokens, s", "all, s", "sparse: first tokens, s", "all, s"], rows)
 
 
+def two_gpus() -> str:
+    """Tabulate what vLLM measured with the KV heads on two GPUs: steps of all requests, then a whole request."""
+    rows = []
+    for run in measured("serving_vllm-sparse-2")["served"]:
+        step, speed = f"{1000 * run['step_seconds']:.1f}", f"{run['tokens_per_second_of_steps']:,.0f}"
+        first = [f"{run['seconds_to_first_tokens'][-1]:.2f}", f"{run['seconds']:.2f}"]
+        rows.append([str(run["requests"]), step, speed, *(first if run["prompts_are_read"] else ["", ""])])
+    return table(["requests", "ms a step", "tokens/s", "prompt read: first token, s", "all, s"], rows)
+
+
 TABLES = {
     "docs/serving.md": {
+        "two GPUs": two_gpus,
         "prompts": prompts,
         "pool": pool,
         "decoding": decoding,

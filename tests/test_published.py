@@ -139,6 +139,19 @@ def test_memory_of_evicted_keys():
         assert rows[name] == [f"{q['perplexity']:.3f} ({q['kl']:.4f})" for q in row["quality"].values()]
 
 
+def test_a_base_that_nothing_was_tuned_for():
+    card = ROOT / "model_cards" / "qwen2.5-coder-1.5b-instruct-sparsek-512-heads"
+    rows = table("docs/experiments.md", "**The same on a base that nothing was tuned for**")
+    runs = {
+        "`finetune`": read(LEARNING / "qwen-heads.json")["evaluation"],
+        "`finetune --retrieval 0.5`": read(card / "eval.json"),
+    }
+    for name, run in runs.items():
+        selections = ("learned", "recency", "key_difference")
+        cells = [f"{run['perplexity'][key]:.3f} ({run['divergence'][key]:.4f})" for key in selections]
+        assert rows[name] == [f"{run['perplexity']['dense']:.3f}", *cells]
+
+
 def test_learned_shares():
     ways = read(LEARNING / "smollm2-learned-shares.json")["rows"], read(LEARNING / "smollm2-divided-heads.json")["rows"]
     learned, measured = ways[0][0]["head_shares"], ways[1][0]["adapter"]["head_shares"]
