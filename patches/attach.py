@@ -309,6 +309,11 @@ def unpatch(model: PreTrainedModel) -> PreTrainedModel:
         UnsupportedModelError: a `PeftModel`, which has `unload()` for this.
         ValueError: the model is not patched.
     """
+    if not isinstance(model, PreTrainedModel) and hasattr(model, "unload"):
+        raise UnsupportedModelError(
+            f"expected a transformers PreTrainedModel that `patch` returned, got {type(model).__name__}: its unload() "
+            "returns the base model without the adapter, and its disable_adapter() switches that off for a while"
+        )
     family_of(model)
     if not sparse_layers(model):
         raise ValueError(f"expected a patched model, got a {type(model).__name__} without sparse attention")

@@ -377,7 +377,7 @@ def test_patched_refuses_a_patched_model(tiny_llama):
 
 def test_unpatch_sends_peft_models_to_unload(tiny_llama):
     model = get_peft_model(tiny_llama(), SparseKConfig(**BUDGET))
-    with pytest.raises(UnsupportedModelError, match=r"unload\(\) to drop it, returns the base model"):
+    with pytest.raises(UnsupportedModelError, match=r"got PeftModel: its unload\(\) returns the base model"):
         unpatch(model)
     assert sparse_layers(model.unload()) == []
 
