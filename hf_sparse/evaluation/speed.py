@@ -68,8 +68,7 @@ class _Clock(BaseStreamer):
 def _decode(model: Any, chunk: Tensor, new_tokens: int) -> tuple[Any, float]:
     """Return the cache of a greedy `generate` as long as a chunk `[1, T]`, and the seconds of its last steps."""
     prompt = chunk[:, :-new_tokens].to(next(model.parameters()).device)
-    clock, length = _Clock(), new_tokens + 1  # the last token is not fed
-    lengths = {"max_new_tokens": length, "min_new_tokens": length}
+    clock = _Clock()
     output = model.generate(
         input_ids=prompt,
         attention_mask=torch.ones_like(prompt),
@@ -78,7 +77,8 @@ def _decode(model: Any, chunk: Tensor, new_tokens: int) -> tuple[Any, float]:
         num_beams=1,
         return_dict_in_generate=True,
         streamer=clock,
-        **lengths,
+        min_new_tokens=new_tokens + 1,  # the last one is not fed
+        max_new_tokens=new_tokens + 1,
     )
     _, first, *others = clock.times
     return cache_of(output), others[-1] - first

@@ -56,7 +56,7 @@ class SharedSlots:
         return self._tensors[number]
 
 
-class _OfText:
+class _SlotTensor:
     """Look for a tensor of a layer that has none of its own: in memory that it shares, or there is none yet."""
 
     def __set_name__(self, owner: type, name: str) -> None:
@@ -98,12 +98,12 @@ class SlotMemory(CacheLayerMixin):
     is_initialized = False
     # Tensors; all are None until the first token, and memory until something is remembered. What every new layer
     # begins with stands here, for a prefill makes one per layer of the model.
-    keys: Any = _OfText()
-    values: Any = _OfText()
-    positions: Any = _OfText()
-    seen: Any = _OfText()
-    padded_late: Any = _OfText()
-    cumulative_length: Any = _OfText()
+    keys: Any = _SlotTensor()
+    values: Any = _SlotTensor()
+    positions: Any = _SlotTensor()
+    seen: Any = _SlotTensor()
+    padded_late: Any = _SlotTensor()
+    cumulative_length: Any = _SlotTensor()
     memory: Any = None
     shared: tuple[SharedSlots, int] | None = None
     arrived: Any = None
@@ -121,7 +121,7 @@ class SlotMemory(CacheLayerMixin):
     window: int
     sinks: int
     owner: object
-    _scores: Any = _OfText()
+    _scores: Any = _SlotTensor()
     _offload_wanted = False
     _length: int | None = 0  # cumulative_length, where no compiled or captured step can have changed it
 
