@@ -115,7 +115,7 @@ class _Prompt(NamedTuple):
 
     Attributes:
         cache: of transformers, without a token.
-        layers: its layers when it will hold the prompt.
+        layers: its layers if they are to hold the prompt; empty if those are yet to be made.
         modules, attentions: the attention module of each of them, and the sparse attention of that.
         length: tokens of its bucket, padding included.
         key: what has to be the same in a replay, beside the length.
@@ -273,7 +273,7 @@ class RecordedPrompts:
             return None
         if [module.layer_idx for module in modules] != list(range(len(getattr(cache, "layers", ())))):
             return None
-        attentions: list[Any] = [module.sparse_attention for module in modules]
+        attentions: list[Any] = [module._modules["sparse_attention"] for module in modules]
         if not attentions or not all([attention.is_active for attention in attentions]):
             return None
         layers = _layers_to_fill(cache, attentions)
@@ -341,7 +341,8 @@ class RecordedPrompts:
             held = {name: tensor.new_zeros((len(tensor), prompt.length)) for name, tensor in tensors.items()}
             end = torch.full((1,), ids.shape[1], device=ids.device)
         # Recordings of lengths between two powers of 2 share the memory of layers that grow with the text.
-        room = 0 if prompt.layers[0].is_compileable else 1 << (prompt.length - 1).bit_length()
+        new: Any = prompt.attentions[0].cache_layer()
+        room = 0 if new.is_compileable else 1 << (prompt.length - 1).bit_length()
         layers = memory.layers.get((prompt.key, room))
         if layers is None:
             layers = memory.layers[prompt.key, room] = _Layers([one.cache_layer() for one in prompt.attentions])
@@ -393,7 +394,8 @@ class RecordedPrompts:
             held[:, tokens:].copy_(inputs[name][:, -1:])
         recording.end.fill_(tokens)
         recording.replay()
-        prompt.layers[0].copy_texts(recording.layers, prompt.layers, tokens)
+        layers = prompt.layers or [attention.cache_layer() for attention in prompt.attentions]  # while the GPU works
+        layers[0].copy_texts(recording.layers, layers, tokens)
         logits = recording.output["logits"].clone()
         if timing is not None:
             timing.stop()
@@ -401,9 +403,9 @@ class RecordedPrompts:
         if ids.is_cuda:
             memory.last = torch.cuda.Event()
             memory.last.record()
-        for layer in prompt.layers:
+        for layer in layers:
             layer.note_tokens(tokens)
-        prompt.cache.layers[:] = prompt.layers
+        prompt.cache.layers[:] = layers
         return recording.output["kind"](logits=logits, **with_cache(prompt.cache))
 
     def _wait_for_copies(self, device: torch.device) -> None:
@@ -414,6 +416,9 @@ class RecordedPrompts:
 
 def _entry(entries: OrderedDict[Hashable, V], key: Hashable, make: Callable[[], V], most: int) -> V:
     """Return an entry, made if there is none; where there are more than `most`, the one used least recently goes."""
+    last = next(reversed(entries), None)
+    if last is not None and last == key:  # before a key of thousands of values is hashed several times
+        return entries[last]
     if key not in entries:
         entries[key] = make()
         if len(entries) > most:
@@ -428,17 +433,17 @@ def _says_nothing(value: Any) -> bool:
 
 
 def _layers_to_fill(cache: Any, attentions: Sequence[SparseAttentionLayer]) -> list[Any] | None:
-    """Return new layers for an empty cache that `generate` made, or those of a `SparseCache` that are as if new.
+    """Return those layers of an empty cache that are to hold a prompt.
 
     Returns:
-        `None` for other caches, which hold something, or layers of another kind or another budget.
+        Those of a `SparseCache` that are as if new; none for a cache that `generate` made, which gets new ones; `None`
+        for other caches, which hold something, or layers of another kind or another budget.
     """
-    new: list[Any] = [attention.cache_layer() for attention in attentions]
     if type(cache) is SparseCache:
-        pairs = zip(cache.layers, new, strict=True)
+        pairs = [(layer, attention.cache_layer()) for layer, attention in zip(cache.layers, attentions, strict=True)]
         is_new = all([type(layer) is type(other) and vars(layer) == vars(other) for layer, other in pairs])
         return list(cache.layers) if is_new else None
-    return new if all([is_unused(cache, index) for index in range(len(new))]) else None
+    return [] if all([is_unused(cache, index) for index in range(len(attentions))]) else None
 
 
 def _is_as_new(cache: Any, layers: list[Any]) -> bool:

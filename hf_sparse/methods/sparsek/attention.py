@@ -132,8 +132,10 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         """Return what decides what is computed, see `SparseAttentionLayer`; `None` where others look on or choose."""
         if self.baseline is not None or self.observer is not None or not self.is_used:
             return None
-        support = self.config.soft_support(self.budget.k)
-        return self.active, self.identities[self.active], self.disable_adapters, self.training, self.budget, support
+        name, config = self.active, self.config
+        budget = config.budget(self.layer)  # once: before a prompt all layers are asked
+        support = config.soft_support(budget.k)
+        return name, self.identities[name], self._disable_adapters, self.training, budget, support
 
     def cache_layer_in_call(self, call: ModelCall) -> SparseKCacheLayer:
         """Make the KV slots of this module in a call of the model that is going to fill them."""
@@ -184,8 +186,9 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
     @property
     def prompt_edge(self) -> int:
         """Count the tokens that fit into the slots of each head, or those that can be pinned."""
-        budget = self.budget
-        return budget.fewest_slots - (budget.window if self.config.pin_prompt == WHOLE_PROMPT else 0)
+        config = self.config
+        budget = config.budget(self.layer)
+        return budget.fewest_slots - (budget.window if config.pin_prompt == WHOLE_PROMPT else 0)
 
     @property
     def dense_tokens(self) -> int:
