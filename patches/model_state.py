@@ -1,8 +1,9 @@
 """Tell whether a model is as it was when a forward of it was recorded."""
 
+import weakref
 from collections.abc import Hashable
-from itertools import islice
-from operator import attrgetter
+from itertools import chain, islice
+from operator import attrgetter, itemgetter
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ _TENSORS = frozenset((Tensor, nn.Parameter))  # others compute with memory that 
 _CONTAINERS = frozenset((list, dict, tuple, set))
 _device, _layout = attrgetter("device"), attrgetter("layout")
 _OF_MEMORY = (Tensor.data_ptr, attrgetter("dtype"), attrgetter("shape"), Tensor.stride)
+_parameters_and_buffers = itemgetter("_parameters", "_buffers")
 _OF_EVERY_MODULE = len(vars(nn.Module()))  # attributes, of which `training` comes first
 
 
@@ -89,6 +91,45 @@ def state_of(model: nn.Module, device: torch.device, ours: set[int]) -> Hashable
     for what in _OF_MEMORY:
         state += map(what, found)
     return tuple(state)
+
+
+class ReadMemory:
+    """Tell whether all tensors of a model are still where they were, so that a recording can read them.
+
+    Nothing is kept alive: neither tensors nor, by weak references to tensors, which torch refuses to swap then, their
+    memory. A tensor at the same address, of the same extent, is on the same device: no two devices share an address.
+
+    Args:
+        model: of transformers, all of whose tensors have strides.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        modules = [module for module in model.modules() if module._parameters or module._buffers]
+        self._modules = [weakref.ref(module) for module in modules]
+        self._others = [
+            (weakref.ref(module), name)
+            for module in model.modules()
+            for name, value in vars(module).items()
+            if isinstance(value, Tensor)
+        ]
+        self._memory = self._look()
+
+    def are_there(self) -> bool:
+        """Tell whether no tensor was moved, replaced or freed."""
+        return self._memory is not None and self._look() == self._memory
+
+    def _look(self) -> list[list[Any]] | None:
+        """Return where the tensors are, and how large; `None` if that cannot be said of all."""
+        modules = [reference() for reference in self._modules]
+        others = [(reference(), name) for reference, name in self._others]
+        if None in modules or any([module is None for module, _ in others]):
+            return None
+        held = chain.from_iterable(map(_parameters_and_buffers, map(vars, modules)))
+        found = [tensor for tensor in chain.from_iterable(map(dict.values, held)) if tensor is not None]
+        found += [vars(module).get(name) for module, name in others]
+        if not _TENSORS.issuperset(map(type, found)) or {*map(_layout, found)} != {torch.strided}:
+            return None
+        return [[*map(what, found)] for what in _OF_MEMORY]
 
 
 def _settings() -> list[Any]:

@@ -9,11 +9,17 @@ faster: not for a text that is so much shorter than its bucket that the padding 
 
 Recordings live as long as the model is patched. One plays at a time: all share their memory, and what one returns is
 copied, for the cache and the logits of the call.
+
+Whether the model is as it was recorded takes milliseconds to see, in which the GPU would wait. So the recording that
+was played last for such inputs begins before the host has looked at the model, if all that it reads is still in its
+place and no token is beyond its embeddings. A replay writes to memory of its own only: of one that turns out to be
+another's nothing is copied.
 """
 
 import threading
 import time
 import warnings
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -29,7 +35,7 @@ from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.core.layer import SparseAttentionLayer
 from hf_sparse.patches.cache import SparseCache, is_unused, make_layers
 from hf_sparse.patches.interface import other_adapters
-from hf_sparse.patches.model_state import state_of
+from hf_sparse.patches.model_state import ReadMemory, state_of
 from hf_sparse.patches.recorded_steps import free_memory, is_on_gpu, record, run_beside
 
 _MOST_TOKENS = 16384  # of all rows of a recorded prompt; beyond, Python is a small part of it, and memory a large one
@@ -119,7 +125,6 @@ class _Prompt(NamedTuple):
         modules, attentions: the attention module of each of them, and the sparse attention of that.
         length: tokens of its bucket, padding included.
         key: what has to be the same in a replay, beside the length.
-        look_ms: how long it took to know all this, which prompts of buckets that are not recorded are spared.
     """
 
     cache: Any
@@ -128,7 +133,6 @@ class _Prompt(NamedTuple):
     attentions: list[SparseAttentionLayer]
     length: int
     key: Hashable
-    look_ms: float
 
 
 @dataclass
@@ -141,12 +145,16 @@ class _Recording:
         output: its logits, `[B, 1, V]`, by name, and the class that they are returned in.
         layers: cache layers that it fills.
         replay: plays it.
+        reads: the tensors of the model that it reads.
+        vocabulary: rows of the embeddings that it reads.
         ms_per_token: how long the GPU took for each token of a row in a prompt that ran.
         ms: how long a replay takes, with what comes before it; 0 until it is known.
         is_compared: whether it was compared with a prompt that ran, and agreed.
-        replays: how many there were.
+        replays: how many there were of which something was used.
         used: the number of the prompt that it was played for last.
         timing: of the second replay, until it is looked at.
+        begun: the same timing, from when the replay is launched.
+        wait_ms: how long that prompt waited before anything was launched, which prompts that run are spared.
     """
 
     inputs: dict[str, Tensor]
@@ -154,12 +162,25 @@ class _Recording:
     output: dict[str, Any]
     layers: _Layers
     replay: Callable[[], None]
+    reads: ReadMemory
+    vocabulary: int
     ms_per_token: float
     ms: float = 0.0
     is_compared: bool = False
     replays: int = 0
     used: int = 0
     timing: Timing | None = None
+    begun: Timing | None = None
+    wait_ms: float = 0.0
+
+    @property
+    def length(self) -> int:
+        """Return the tokens of its bucket."""
+        return self.inputs["input_ids"].shape[1]
+
+    def is_faster(self, tokens: int) -> bool:
+        """Tell whether a replay is faster than a text of so many tokens that runs."""
+        return self.ms <= tokens * self.ms_per_token
 
 
 @dataclass
@@ -171,8 +192,10 @@ class _Memory:
         layers: what recordings fill, by the key and the tokens that there is room for, 0 where that is all the same.
         states: a number for each state of the model.
         prompts: how many have been looked at.
+        edges: of the attention modules, at the last look.
+        expected: what was played last for inputs of a kind, and whether the time before it was the same.
         pool: the memory of the recordings.
-        last: is reached when what the last replay returned has been copied.
+        last: is reached when the last replay is over, and what is used of it has been copied.
     """
 
     recordings: OrderedDict[Hashable, _Recording] = field(default_factory=OrderedDict)
@@ -180,6 +203,8 @@ class _Memory:
     layers: WeakValueDictionary[Hashable, _Layers] = field(default_factory=WeakValueDictionary)
     states: OrderedDict[Hashable, int] = field(default_factory=OrderedDict)
     prompts: int = 0
+    edges: Sequence[int] = ()
+    expected: dict[Hashable, tuple[Callable[[], _Recording | None], bool]] = field(default_factory=dict)
     pool: Any = None
     last: torch.cuda.Event | None = None
 
@@ -199,6 +224,7 @@ class RecordedPrompts:
         self.played = 0
         self._lock = threading.Lock()
         self._numbers = count()  # of states; none is used twice
+        self._arrived = 0.0  # when the prompt came that has the lock
         self.clear()
 
     def clear(self) -> None:
@@ -231,15 +257,22 @@ class RecordedPrompts:
 
     def _read(self, model: nn.Module, modules: Sequence[nn.Module], inputs: dict[str, Any]) -> Any:
         """Return what `read` returns, if memory suffices."""
-        prompt = None if self._is_refused else self._prompt(model, modules, inputs)
-        if prompt is None:
+        arrived = time.perf_counter()
+        if self._is_refused or not _may_be_played(modules, inputs):
             return model(**inputs)
         with self._lock:
-            recording = self._recording(model, prompt, inputs)
-            if recording is not None and recording.is_compared:
+            self._arrived = arrived
+            begun = self._begin(model, inputs)
+            prompt = self._prompt(model, modules, inputs, begun is not None)
+            recording = None if prompt is None else self._recording(model, prompt, inputs)
+            self._expect(inputs, begun, recording)
+            if prompt is not None and recording is not None and recording.is_compared:
                 self.played += 1
-                return self._play(recording, prompt, inputs)
-            trial = _entry(self._memory.trials, (prompt.key, prompt.length), _Trial, _MOST_TRIALS)
+                return (self._finish if recording is begun else self._play)(recording, prompt, inputs)
+            if prompt is not None:
+                trial = _entry(self._memory.trials, (prompt.key, prompt.length), _Trial, _MOST_TRIALS)
+        if prompt is None:
+            return model(**inputs)
         timing = Timing() if trial.lengths and not trial.is_over else None
         output = model(**inputs)
         trial.note(inputs["input_ids"].shape[1], timing)
@@ -252,29 +285,51 @@ class RecordedPrompts:
                     self._memory.recordings.pop((prompt.key, prompt.length), None)
         return output
 
-    def _prompt(self, model: nn.Module, modules: Sequence[nn.Module], inputs: dict[str, Any]) -> _Prompt | None:
-        """Return what is to be known of a prompt; `None` if it has to run."""
-        begin = time.perf_counter()
-        ids, cache, to_keep = inputs.get("input_ids"), inputs.get(_CACHE), inputs.get("logits_to_keep")
-        positions, mask = inputs.get("position_ids"), inputs.get("attention_mask")
-        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] < 2 or not is_on_gpu(ids):
+    def _begin(self, model: nn.Module, inputs: dict[str, Any]) -> _Recording | None:
+        """Launch the replay that is expected for a prompt, before the host has looked at the model.
+
+        Returns:
+            `None` if nothing is expected, or it might read what is not there: tensors that are not in their place, or
+            rows behind the last one of embeddings; or if there is padding.
+        """
+        memory, ids = self._memory, inputs["input_ids"]
+        length = _bucket(model, len(ids), ids.shape[1], memory.edges) if memory.expected else None
+        recording, is_sure = memory.expected.get((length, _kind(inputs)), (_nothing, False))
+        expected = recording() if is_sure else None
+        if expected is None or not expected.is_compared or not expected.is_faster(ids.shape[1]):
             return None
-        if torch.is_grad_enabled() or torch.is_autocast_enabled(ids.device.type):
+        if not expected.reads.are_there() or not _is_in_range(inputs, expected.vocabulary, expected.length):
             return None
-        if type(to_keep) is not int or to_keep != 1 or not inputs.get("use_cache") or not inputs.get("return_dict"):
-            return None
-        if not all([name in _INPUTS or _says_nothing(value) for name, value in inputs.items()]):
-            return None
-        if positions is not None and (positions.ndim != 2 or positions.shape[1] != ids.shape[1]):
-            return None
-        if isinstance(mask, dict) and all([part is None for part in mask.values()]):  # of each kind of layer
-            mask = None
-        if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
-            return None
-        if [module.layer_idx for module in modules] != list(range(len(getattr(cache, "layers", ())))):
-            return None
+        self._launch(expected, inputs)
+        return expected
+
+    def _expect(self, inputs: dict[str, Any], begun: _Recording | None, found: _Recording | None) -> None:
+        """Expect what was found for a prompt for the next one like it, unless another was found the last time.
+
+        Args:
+            inputs: of the prompt.
+            begun: what was launched before the look at the model, which may have found another recording, or none.
+            found: what is played for the prompt, or is going to be.
+        """
+        expected, kind = self._memory.expected, _kind(inputs)
+        if begun is not None and begun is not found:
+            expected[begun.length, kind] = _nothing, False
+        if found is not None:
+            before, _ = expected.get((found.length, kind), (lambda: found, True))
+            expected[found.length, kind] = weakref.ref(found), before() is found
+
+    def _prompt(
+        self, model: nn.Module, modules: Sequence[nn.Module], inputs: dict[str, Any], is_begun: bool
+    ) -> _Prompt | None:
+        """Return what is to be known of a prompt and the model; `None` if it has to run.
+
+        Args:
+            model, modules, inputs: see `read`.
+            is_begun: whether a replay was launched, so that there is no padding.
+        """
+        ids, cache = inputs["input_ids"], inputs[_CACHE]
         attentions: list[Any] = [module._modules["sparse_attention"] for module in modules]
-        if not attentions or not all([attention.is_active for attention in attentions]):
+        if not all([attention.is_active for attention in attentions]):
             return None
         layers = _layers_to_fill(cache, attentions)
         if layers is None:
@@ -287,16 +342,14 @@ class RecordedPrompts:
         length = None if None in edges or None in keys else _bucket(model, len(ids), ids.shape[1], edges)
         if length is None or (len(ids), length) in self._as_ever or _is_unusual(model):
             return None
-        if mask is not None and not bool(mask.all()):  # waits for nothing: the prompt is the first that is launched
+        if not is_begun and _has_padding(inputs):
             return None
         state = state_of(model, ids.device, {hook.id for attention in attentions for hook in attention.hooks})
         if state is None:
             return None
-        with self._lock:
-            number = _entry(self._memory.states, state, lambda: next(self._numbers), _MOST_STATES)
-        of_positions = None if positions is None else (len(positions), positions.dtype)
-        key = (number, len(ids), ids.dtype, ids.device, of_positions, *edges, *keys)
-        return _Prompt(cache, layers, modules, attentions, length, key, 1e3 * (time.perf_counter() - begin))
+        self._memory.edges = edges
+        number = _entry(self._memory.states, state, lambda: next(self._numbers), _MOST_STATES)
+        return _Prompt(cache, layers, modules, attentions, length, (number, _kind(inputs), *edges, *keys))
 
     def _recording(self, model: nn.Module, prompt: _Prompt, inputs: dict[str, Any]) -> _Recording | None:
         """Return the recording for a prompt, made now if it is time; `None` if the prompt has to run."""
@@ -306,12 +359,12 @@ class RecordedPrompts:
         if recording is not None:
             memory.recordings.move_to_end(key)
             if recording.timing is not None and (ms := recording.timing.ms()) is not None:
-                recording.timing, recording.ms = None, ms + prompt.look_ms
-                if recording.ms > prompt.length * recording.ms_per_token:
+                recording.timing, recording.ms = None, ms + recording.wait_ms
+                if not recording.is_faster(prompt.length):
                     self._as_ever.add(bucket)
                     del memory.recordings[key]
                     return None
-            return recording if recording.ms <= inputs["input_ids"].shape[1] * recording.ms_per_token else None
+            return recording if recording.is_faster(inputs["input_ids"].shape[1]) else None
         trial = memory.trials.get(key)
         ms_per_token = None if trial is None else trial.ms_per_token()
         if ms_per_token is None or not _has_room(inputs["input_ids"].device):
@@ -361,7 +414,9 @@ class RecordedPrompts:
         self._wait_for_copies(ids.device)  # from the same layers
         run_beside(call, ids.device)  # compiles and loads kernels
         output, replay = record(call, ids.device, memory.pool)
-        return _Recording(held, end, output, layers, replay, ms_per_token)
+        embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+        vocabulary = len(embeddings.weight)
+        return _Recording(held, end, output, layers, replay, ReadMemory(model), vocabulary, ms_per_token)
 
     def _compare(self, recording: _Recording, prompt: _Prompt, inputs: dict[str, Any], ran: Any) -> None:
         """Play a new recording beside the prompt that ran; where they differ, no prompt of the model is played."""
@@ -383,33 +438,48 @@ class RecordedPrompts:
 
     def _play(self, recording: _Recording, prompt: _Prompt, inputs: dict[str, Any]) -> Any:
         """Play a recording for a prompt: fill its cache, and return what the forward returns."""
-        memory, ids = self._memory, inputs["input_ids"]
+        self._launch(recording, inputs)
+        return self._finish(recording, prompt, inputs)
+
+    def _launch(self, recording: _Recording, inputs: dict[str, Any]) -> None:
+        """Launch a replay, of which nothing is used yet."""
+        ids, tokens = inputs["input_ids"], inputs["input_ids"].shape[1]
         self._wait_for_copies(ids.device)
-        recording.replays += 1
-        recording.used = memory.prompts
-        timing, tokens = Timing() if recording.replays == 2 else None, ids.shape[1]
+        if recording.replays == 1:
+            recording.begun, recording.wait_ms = Timing(), 1e3 * (time.perf_counter() - self._arrived)
         for name, held in recording.inputs.items():
             held[:, :tokens].copy_(inputs[name])
             # What an earlier prompt has left behind them may make values of NaN, which no weight of 0 hides.
             held[:, tokens:].copy_(inputs[name][:, -1:])
         recording.end.fill_(tokens)
         recording.replay()
-        layers = prompt.layers or [attention.cache_layer() for attention in prompt.attentions]  # while the GPU works
+        self._note_last(ids.device)
+
+    def _finish(self, recording: _Recording, prompt: _Prompt, inputs: dict[str, Any]) -> Any:
+        """Fill the cache of a prompt with what a replay computes for it, and return what the forward returns."""
+        ids, tokens = inputs["input_ids"], inputs["input_ids"].shape[1]
+        recording.replays += 1
+        recording.used = self._memory.prompts
+        layers = prompt.layers or [attention.cache_layer() for attention in prompt.attentions]
         layers[0].copy_texts(recording.layers, layers, tokens)
         logits = recording.output["logits"].clone()
-        if timing is not None:
-            timing.stop()
-            recording.timing = timing
-        if ids.is_cuda:
-            memory.last = torch.cuda.Event()
-            memory.last.record()
+        if recording.replays == 2 and recording.begun is not None:
+            recording.begun.stop()
+            recording.timing, recording.begun = recording.begun, None
+        self._note_last(ids.device)
         for layer in layers:
             layer.note_tokens(tokens)
         prompt.cache.layers[:] = layers
         return recording.output["kind"](logits=logits, **with_cache(prompt.cache))
 
+    def _note_last(self, device: torch.device) -> None:
+        """Note that the memory of recordings is in use up to here."""
+        if device.type == "cuda":
+            self._memory.last = torch.cuda.Event()
+            self._memory.last.record()
+
     def _wait_for_copies(self, device: torch.device) -> None:
-        """Let the current stream, which may be another one, wait until what the last replay returned was copied."""
+        """Let the current stream, which may be another one, wait until the memory of recordings is in use no more."""
         if self._memory.last is not None:
             torch.cuda.current_stream(device).wait_event(self._memory.last)
 
@@ -425,6 +495,71 @@ def _entry(entries: OrderedDict[Hashable, V], key: Hashable, make: Callable[[], 
             entries.popitem(last=False)
     entries.move_to_end(key)
     return entries[key]
+
+
+def _may_be_played(modules: Sequence[nn.Module], inputs: dict[str, Any]) -> bool:
+    """Tell whether inputs, and what is set for all of torch, are those of a prompt that may be recorded."""
+    ids, cache, to_keep = inputs.get("input_ids"), inputs.get(_CACHE), inputs.get("logits_to_keep")
+    positions, mask = inputs.get("position_ids"), _mask(inputs)
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] < 2 or not is_on_gpu(ids):
+        return False
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(ids.device.type):
+        return False
+    if type(to_keep) is not int or to_keep != 1 or not inputs.get("use_cache") or not inputs.get("return_dict"):
+        return False
+    if not all([name in _INPUTS or _says_nothing(value) for name, value in inputs.items()]):
+        return False
+    if positions is not None and (positions.ndim != 2 or positions.shape[1] != ids.shape[1]):
+        return False
+    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
+        return False
+    layers: Any = getattr(cache, "layers", ())
+    if [module.layer_idx for module in modules] != list(range(len(layers))):
+        return False
+    return bool(layers) and not getattr(layers[0], "is_initialized", True)
+
+
+def _mask(inputs: dict[str, Any]) -> Any:
+    """Return the mask of a prompt; `None` if there is none for any kind of layer."""
+    mask = inputs.get("attention_mask")
+    return None if isinstance(mask, dict) and all([part is None for part in mask.values()]) else mask
+
+
+def _has_padding(inputs: dict[str, Any]) -> bool:
+    """Tell whether a mask hides tokens; this waits for nothing where the prompt is the first that is launched."""
+    mask = _mask(inputs)
+    return mask is not None and not bool(mask.all())
+
+
+def _is_in_range(inputs: dict[str, Any], vocabulary: int, length: int) -> bool:
+    """Tell whether there is no padding, and neither a token nor a position that a recording has no embedding for.
+
+    Args:
+        inputs: of a prompt.
+        vocabulary: rows of the embeddings of tokens.
+        length: of the recording; where positions have embeddings, there are as many at least.
+    """
+    ids, positions, mask = inputs["input_ids"], inputs.get("position_ids"), _mask(inputs)
+    bounds = [(ids, vocabulary)] if positions is None else [(ids, vocabulary), (positions, length)]
+    values = [value.long() for tensor, _ in bounds for value in tensor.aminmax()]
+    if mask is not None:
+        values.append(mask.all().long())
+    if any([value.device != ids.device for value in values]):
+        return False
+    found = torch.stack(values).tolist()  # waits for nothing, as `_has_padding` does
+    if mask is not None and not found.pop():
+        return False
+    return all([found[2 * i] >= 0 and found[2 * i + 1] < most for i, (_, most) in enumerate(bounds)])
+
+
+def _kind(inputs: dict[str, Any]) -> Hashable:
+    """Return what has to be the same of the inputs of a replay, beside the length."""
+    ids, positions = inputs["input_ids"], inputs.get("position_ids")
+    return len(ids), ids.dtype, ids.device, None if positions is None else (len(positions), positions.dtype)
+
+
+def _nothing() -> None:
+    """Take the place of a reference to a recording."""
 
 
 def _says_nothing(value: Any) -> bool:

@@ -298,25 +298,28 @@ def played_prompts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
             capturing.setattr(modeling_utils, "is_tracing", lambda *_: True)  # what transformers asks there
             return call(), tape.play
 
-    def note(call, device, pool):
-        output, replay = (imitate if device.type == "cpu" else record)(call, device, pool)
-        length = call.__closure__[call.__code__.co_freevars.index("held")].cell_contents["input_ids"].shape[1]
-        return output, lambda: (played.append(length), replay())
+    def record_or_imitate(call, device, pool):
+        return (imitate if device.type == "cpu" else record)(call, device, pool)
+
+    def note_finish(prompts, recording, *args):
+        played.append(recording.length)
+        return finish(prompts, recording, *args)
 
     def may_imitate(model, config):
         devices = getattr(model, "hf_device_map", {})
         return may_record(SimpleNamespace(device=torch.device("cuda"), hf_device_map=devices), config)
 
     monkeypatch.setattr(recorded_prompts, "Timing", Timing)
-    compare = recorded_prompts.RecordedPrompts._compare
+    compare, finish = recorded_prompts.RecordedPrompts._compare, recorded_prompts.RecordedPrompts._finish
 
     def compare_unnoted(*args):
         before = len(played)
         compare(*args)
         del played[before:]
 
-    monkeypatch.setattr(recorded_prompts, "record", note)
+    monkeypatch.setattr(recorded_prompts, "record", record_or_imitate)
     monkeypatch.setattr(recorded_prompts.RecordedPrompts, "_compare", compare_unnoted)
+    monkeypatch.setattr(recorded_prompts.RecordedPrompts, "_finish", note_finish)
     monkeypatch.setattr(recorded_prompts, "is_on_gpu", lambda tensor: not tensor.is_cuda or is_on_gpu(tensor))
     monkeypatch.setattr(attach, "may_record", may_imitate)
     return played

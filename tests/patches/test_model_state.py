@@ -1,6 +1,7 @@
 """The state of a model is equal as long as a recording of its forward would do what the forward does."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 from hf_sparse import SparseKConfig, patch
 from hf_sparse.methods.sparsek.reading import Scoring
 from hf_sparse.patches import sparse_layers
-from hf_sparse.patches.model_state import state_of
+from hf_sparse.patches.model_state import ReadMemory, state_of
 
 
 @pytest.fixture
@@ -183,3 +184,36 @@ def test_settings_of_matrix_products(model, name):
         assert state(model) != before
     finally:
         setattr(matmul, name, setting)
+
+
+def test_memory_that_is_read_is_not_kept(model):
+    """And tensors can be swapped, which torch refuses for those that are weakly referred to."""
+    reads = ReadMemory(model)
+    assert reads.are_there()
+    mlp = model.model.layers[0].mlp
+    weight = weakref.ref(mlp.up_proj)
+    mlp.up_proj = nn.Linear(32, 64, bias=False)
+    assert weight() is None and not reads.are_there()
+    reads = ReadMemory(model)
+    torch.utils.swap_tensors(mlp.up_proj.weight, nn.Parameter(torch.ones(64, 32)))
+    assert not reads.are_there()
+
+
+def test_a_tensor_that_is_no_parameter_is_read(model):
+    model.model.norm.kept = torch.ones(2)
+    reads = ReadMemory(model)
+    assert reads.are_there()
+    model.model.norm.kept = torch.ones(2)
+    assert not reads.are_there()
+    del model.model.norm.kept
+    assert not reads.are_there()
+
+
+@pytest.mark.parametrize("change", [without_a_bias, elsewhere, of_another_kind, without_strides])
+def test_memory_that_cannot_be_said_to_be_there(model, change):
+    reads = ReadMemory(model)
+    model.model.norm.register_parameter("bias", nn.Parameter(torch.ones(32)))
+    assert reads.are_there() == (change is None)
+    reads = ReadMemory(model)
+    change(model)
+    assert not reads.are_there()
