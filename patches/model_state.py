@@ -96,8 +96,9 @@ def state_of(model: nn.Module, device: torch.device, ours: set[int]) -> Hashable
 class ReadMemory:
     """Tell whether all tensors of a model are still where they were, so that a recording can read them.
 
-    Nothing is kept alive: neither tensors nor, by weak references to tensors, which torch refuses to swap then, their
-    memory. A tensor at the same address, of the same extent, is on the same device: no two devices share an address.
+    It refers to modules, and weakly: nothing is kept alive, and torch can swap tensors, which it refuses for those that
+    are weakly referred to. What has the address and the extent of a tensor is on its device, for no two devices share
+    an address.
 
     Args:
         model: of transformers, all of whose tensors have strides.

@@ -153,8 +153,8 @@ class _Recording:
         replays: how many there were of which something was used.
         used: the number of the prompt that it was played for last.
         timing: of the second replay, until it is looked at.
-        begun: the same timing, from when the replay is launched.
-        wait_ms: how long that prompt waited before anything was launched, which prompts that run are spared.
+        launched: the same timing, from the launch of the replay on.
+        wait_ms: how long that prompt waited before it, which prompts of buckets that are not recorded are spared.
     """
 
     inputs: dict[str, Tensor]
@@ -170,7 +170,7 @@ class _Recording:
     replays: int = 0
     used: int = 0
     timing: Timing | None = None
-    begun: Timing | None = None
+    launched: Timing | None = None
     wait_ms: float = 0.0
 
     @property
@@ -304,7 +304,7 @@ class RecordedPrompts:
         return expected
 
     def _expect(self, inputs: dict[str, Any], begun: _Recording | None, found: _Recording | None) -> None:
-        """Expect what was found for a prompt for the next one like it, unless another was found the last time.
+        """Note what was found for a prompt, to expect it of the next one like it if it was the same the last time.
 
         Args:
             inputs: of the prompt.
@@ -446,7 +446,7 @@ class RecordedPrompts:
         ids, tokens = inputs["input_ids"], inputs["input_ids"].shape[1]
         self._wait_for_copies(ids.device)
         if recording.replays == 1:
-            recording.begun, recording.wait_ms = Timing(), 1e3 * (time.perf_counter() - self._arrived)
+            recording.launched, recording.wait_ms = Timing(), 1e3 * (time.perf_counter() - self._arrived)
         for name, held in recording.inputs.items():
             held[:, :tokens].copy_(inputs[name])
             # What an earlier prompt has left behind them may make values of NaN, which no weight of 0 hides.
@@ -463,9 +463,9 @@ class RecordedPrompts:
         layers = prompt.layers or [attention.cache_layer() for attention in prompt.attentions]
         layers[0].copy_texts(recording.layers, layers, tokens)
         logits = recording.output["logits"].clone()
-        if recording.replays == 2 and recording.begun is not None:
-            recording.begun.stop()
-            recording.timing, recording.begun = recording.begun, None
+        if recording.replays == 2 and recording.launched is not None:
+            recording.launched.stop()
+            recording.timing, recording.launched = recording.launched, None
         self._note_last(ids.device)
         for layer in layers:
             layer.note_tokens(tokens)
