@@ -32,8 +32,12 @@ class SharedSettings:
         default="distill",
         metadata={"help": "distill: stay close to dense attention. lm: predict tokens. A method may have others."},
     )
-    lm_weight: float = field(
-        default=0.0, metadata={"help": "Weight of the next-token cross-entropy that is added to `distill`."}
+    lm_weight: float | None = field(
+        default=None,
+        metadata={
+            "help": "Weight of the next-token cross-entropy that is added to `distill` of a causal language model; by "
+            "default what the method does best with."
+        },
     )
     hidden_weight: float = field(
         default=0.0, metadata={"help": "Weight of the distance of hidden states that is added to `distill`."}
@@ -83,7 +87,8 @@ class SharedSettings:
         for name, most in (("learning_rate", 1.0), ("lora_learning_rate", 1.0), ("max_grad_norm", 1e9)):
             check_number(name, getattr(self, name), most)
         for name, most in (("weight_decay", 1e3), ("lm_weight", 1e6), ("hidden_weight", 1e6)):
-            check_number(name, getattr(self, name), most, or_zero=True)
+            if (value := getattr(self, name)) is not None:
+                check_number(name, value, most, or_zero=True)
         if (self.lm_weight or self.hidden_weight) and self.objective != "distill":
             raise ValueError(f"lm_weight and hidden_weight belong to 'distill', the objective is {self.objective!r}")
         if self.teacher_window and self.objective != "distill":
@@ -111,7 +116,8 @@ class FinetuneConfig(SharedSettings):
         objective: `"distill"`: KL from the same model with sparse attention off (of a masked language model, at the
             hidden tokens); of a model without a language modelling head, 1 - cosine between their last hidden states
             and between the means of these. `"lm"`: the loss of the language modelling head. A method may have others.
-        lm_weight: of the next-token cross-entropy that is added to `"distill"` of a causal language model.
+        lm_weight: of the next-token cross-entropy that is added to `"distill"` of a causal language model; by default
+            what the method does best with (`hf_sparse.finetune.stages.Training.lm_weight`), which finetune.json tells.
         hidden_weight: of the distance of the layers' hidden states from the dense model's that is added to
             `"distill"` of a causal language model; 0 for a layer that repeats them, about 1 for one that has nothing to
             do with them.

@@ -58,6 +58,7 @@ class Training:
         learned: a word for the parameters that it trains.
         objectives: the values of `FinetuneConfig.objective` that the method offers. `distill` and `lm` are those of
             `hf_sparse.finetune.objectives`; a subclass computes others in `loss`.
+        lm_weight: the default of `FinetuneConfig.lm_weight`, for `distill` of a causal language model.
         settings_type: the class of the method's own settings.
         layers: the model's sparse attention layers, from first to last.
         settings: the method's own settings, an object of `settings_type`.
@@ -66,6 +67,7 @@ class Training:
     """
 
     learned: str = "parameters"
+    lm_weight: ClassVar[float] = 0.0
     objectives: ClassVar[tuple[str, ...]] = ("distill", "lm")
     settings_type: ClassVar[type[TrainingSettings]] = TrainingSettings
     layers: Sequence[SparseAttentionLayer]
@@ -89,7 +91,7 @@ class Training:
 
     def recorded_settings(self) -> dict[str, Any]:
         """Return the settings that determine the result, as finetune.json and checkpoints hold them."""
-        settings = self.config.settings() | values_of(self.settings)
+        settings = self.config.settings() | {"lm_weight": self._lm_weight} | values_of(self.settings)
         without_effect = set() if self.lora else {name for name, _ in self._lora_settings()}
         return {name: value for name, value in settings.items() if name not in without_effect}
 
@@ -176,8 +178,15 @@ class Training:
     @property
     def mixture(self) -> dict[str, float]:
         """Return the weights of what is added to the objective `distill`, by name; those of 0 are left out."""
-        weights = {"lm_weight": self.config.lm_weight, "hidden_weight": self.config.hidden_weight}
+        weights = {"lm_weight": self._lm_weight, "hidden_weight": self.config.hidden_weight}
         return {name: weight for name, weight in weights.items() if weight}
+
+    @property
+    def _lm_weight(self) -> float:
+        """Return the weight of the cross-entropy in `distill`."""
+        if self.config.lm_weight is not None:
+            return self.config.lm_weight
+        return self.lm_weight if self.config.objective == "distill" and self.kind == "causal" else 0.0
 
     def _stages(self) -> list[Stage]:
         """Return the stages for the configuration, in order; raise `ValueError` for settings that do not fit."""

@@ -17,7 +17,9 @@ from torch import Tensor
 
 from hf_sparse.errors import DataError
 
-_LEAST, _MOST = 0.05, 0.4  # share of a chunk that facts and questions fill
+_LEAST, _MOST = 0.05, 0.4  # share of a chunk that facts and questions fill, at most
+# Tokens of a chunk that tell facts, at most. Where they are more than slots, a model learns to keep the latest of them.
+_FEW, _MANY = 32, 256
 _ATTEMPTS = 20  # facts that may be too long for a chunk, one after another
 _AGAIN = 0.25  # share of facts that are asked for twice
 
@@ -72,7 +74,8 @@ class Fact:
 def hide_facts(tokenizer: Any, chunks: Tensor, share: float, *, seed: int = 0) -> Tensor:
     """Return chunks of which a share have facts and questions between their sentences; they lose their ends for these.
 
-    Facts fill 5 to 40 % of such a chunk. Where they stand and how far on they are asked for is random.
+    What is told takes at most 32 to 256 tokens of such a chunk, so that few slots can keep all of it, and what is told
+    and asked at most 5 to 40 %. Where facts stand and how far on they are asked for is random.
 
     Args:
         tokenizer: the one that made the chunks.
@@ -101,18 +104,20 @@ def hide_facts(tokenizer: Any, chunks: Tensor, share: float, *, seed: int = 0) -
 def _with_facts(tokenizer: Any, chunk: list[int], ends: set[int], random: Random) -> list[int]:
     """Return a chunk with facts and questions put between its sentences, and as many tokens as before."""
     room, most = random.uniform(_LEAST, _MOST) * len(chunk), _MOST * len(chunk)
+    enough = random.uniform(_FEW, _MANY)
     pieces: list[tuple[float, list[int]]] = []  # where a piece belongs, as a share of the text, and its tokens
-    filled = failed = 0
-    while filled < room and failed < _ATTEMPTS:
+    filled = told = failed = 0
+    while filled < room and told < enough and failed < _ATTEMPTS:
         fact = random.choice(KINDS)(random)
         texts = [random.choice((" ", "\n")) + text for text in (*fact.told, *fact.asked)]
         tokens: list[list[int]] = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        size = sum(map(len, tokens))
-        if filled + size > most:
+        sizes = [len(piece) for piece in tokens]
+        new = sum(sizes[: len(fact.told)])
+        if filled + sum(sizes) > most or told + new > _MANY:
             failed += 1
             continue
         pieces += zip(sorted(random.random() for _ in tokens), tokens, strict=True)
-        filled += size
+        filled, told = filled + sum(sizes), told + new
     if not pieces:
         raise DataError(f"chunks of {len(chunk)} tokens are too short for facts and questions: use longer chunks")
     text = chunk[: len(chunk) - filled]

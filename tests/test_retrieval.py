@@ -57,6 +57,14 @@ def test_what_is_asked_for_was_told_before(tokenizer, chunks, monkeypatch):
         assert open_questions == 0 and len(kinds) >= 3
 
 
+def test_few_slots_can_keep_what_is_told(tokenizer, monkeypatch):
+    chunks = pack(tokenizer, TEXT * 4, 4096)
+    monkeypatch.setattr(retrieval, "KINDS", [lambda random: Fact(("Told one two three.",), ("Asked.",))])
+    size = len(tokenizer(" Told one two three.", add_special_tokens=False)["input_ids"])
+    told = [tokenizer.decode(chunk).count("Told") for chunk in hide_facts(tokenizer, chunks, 1.0)]
+    assert all(32 // size <= count <= 256 // size for count in told) and len(set(told)) > 1
+
+
 @pytest.mark.parametrize("kind", dict.fromkeys(KINDS), ids=lambda kind: kind.__name__.strip("_"))
 def test_an_answer_follows_from_what_is_told(kind):
     for seed in range(20):

@@ -149,13 +149,13 @@ def test_scores_are_multiplied_while_training_and_not_afterwards(monkeypatch, sp
     seen = []
     real = objectives.OBJECTIVES["causal"]["distill"]
 
-    def spy(model, batch):
+    def spy(model, batch, **weights):
         method = sparse_layers(model)[0]
         states = torch.ones(1, 12, 32) * torch.linspace(-1, 1, 32) ** torch.arange(1, 13)[:, None]
         with torch.no_grad():
             seen.append(method.score(states, torch.arange(12)[None]))
         monkeypatch.setattr(method, "score", type(method).score.__get__(method))  # type: ignore[attr-defined]
-        return real(model, batch) * 0 + sum(p.sum() for p in model.parameters() if p.requires_grad) * 1e-9
+        return real(model, batch, **weights) * 0 + sum(p.sum() for p in model.parameters() if p.requires_grad) * 1e-9
 
     monkeypatch.setitem(objectives.OBJECTIVES["causal"], "distill", spy)
     model = sparse_llama(position_slope=0.1)

@@ -16,6 +16,7 @@ def test_defaults():
 
 def test_support_is_counted_in_k():
     assert SparseKConfig(support=2).soft_support(10) == 20
+    assert SparseKConfig().soft_support((1000, 3000, 9000)) == (4000, 8192, 9000)
     assert SparseKConfig(support=None).soft_support(10) is None
 
 

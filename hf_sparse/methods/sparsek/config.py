@@ -8,6 +8,8 @@ from hf_sparse.core.config import SparseConfig
 from hf_sparse.methods.sparsek.budget import Budget, Counts, HeadShares
 from hf_sparse.methods.sparsek.settings import PEFT_TYPE, SparseKSettings
 
+_MOST_SUPPORT = 8192  # keys over which gates spread: the kernels take no longer lists
+
 
 @dataclass
 class SparseKConfig(SparseKSettings, SparseConfig):
@@ -68,4 +70,6 @@ class SparseKConfig(SparseKSettings, SparseConfig):
         """Return over how many keys the soft gates of `k` selected ones may spread, `None` without bound."""
         if self.support is None:
             return None
-        return self.support * k if isinstance(k, int) else tuple(self.support * count for count in k)
+        if isinstance(k, int):
+            return max(k, min(self.support * k, _MOST_SUPPORT))
+        return tuple([max(count, min(self.support * count, _MOST_SUPPORT)) for count in k])

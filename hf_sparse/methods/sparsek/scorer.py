@@ -39,10 +39,11 @@ class Scorer(nn.Module):
 
     by_head = ("slope", "weight", "down")
 
-    def __init__(self, config: SparseKSettings, num_key_value_heads: int, causal: bool) -> None:
+    def __init__(self, config: SparseKSettings, num_key_value_heads: int, causal: bool, layer: int) -> None:
         super().__init__()
         self.position_slope = config.position_slope
         self.slope = nn.Parameter(torch.zeros(num_key_value_heads)) if config.learn_slope and causal else None
+        self.content_heads, self._first_head = config.content_heads, layer * num_key_value_heads
 
     def forward(self, hidden_states: Tensor, index: Tensor) -> Tensor:
         """Return the scores `[B, Hkv, T]` float32 of inputs `[B, T, C]` at `index` `[B, T]`."""
@@ -51,7 +52,7 @@ class Scorer(nn.Module):
             scores = self._in_pieces(hidden_states)
         slope: float | Tensor = self.position_slope
         if self.slope is not None:
-            slope = slope + self.slope.to(scores.dtype)[:, None] / SLOPE_TOKENS
+            slope = slope + self._learned_slope(self.slope).to(scores.dtype)[:, None] / SLOPE_TOKENS
         if isinstance(slope, Tensor) or slope:
             scores = scores + index.to(scores.dtype)[:, None] * slope
         return scores.float().contiguous()
@@ -62,6 +63,17 @@ class Scorer(nn.Module):
             if name in self.by_head:
                 kept = parameter.detach()[first : first + count].clone()
                 self.register_parameter(name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
+        self._first_head += first
+
+    def _learned_slope(self, slope: Tensor) -> Tensor:
+        """Return slopes that have a gradient for all heads but `content_heads` of them, which stand far apart.
+
+        Those never leave 0, so that nothing but training has to know which they are.
+        """
+        if not self.content_heads:
+            return slope
+        before = torch.arange(self._first_head, self._first_head + len(slope) + 1, device=slope.device)
+        return slope * ((before.double() * self.content_heads).floor().diff() == 0)
 
     def _in_pieces(self, hidden_states: Tensor) -> Tensor:
         """Return the scores `[B, Hkv, T]` of inputs `[B, T, C]`, without slopes, in little memory."""
@@ -107,8 +119,10 @@ class _Recomputed(torch.autograd.Function):
 class LinearScorer(Scorer):
     """Learn one weight per input feature and KV head, `weight` `[Hkv, C]`."""
 
-    def __init__(self, config: SparseKSettings, hidden_size: int, num_key_value_heads: int, causal: bool) -> None:
-        super().__init__(config, num_key_value_heads, causal)
+    def __init__(
+        self, config: SparseKSettings, hidden_size: int, num_key_value_heads: int, causal: bool, layer: int
+    ) -> None:
+        super().__init__(config, num_key_value_heads, causal, layer)
         self.weight = nn.Parameter(torch.empty(num_key_value_heads, hidden_size))
         nn.init.normal_(self.weight, std=0.02)
 
@@ -132,8 +146,10 @@ class LinearScorer(Scorer):
 class MLPScorer(Scorer):
     """Learn a hidden layer of `scorer_hidden_size` with GELU, the same for all KV heads of a layer."""
 
-    def __init__(self, config: SparseKSettings, hidden_size: int, num_key_value_heads: int, causal: bool) -> None:
-        super().__init__(config, num_key_value_heads, causal)
+    def __init__(
+        self, config: SparseKSettings, hidden_size: int, num_key_value_heads: int, causal: bool, layer: int
+    ) -> None:
+        super().__init__(config, num_key_value_heads, causal, layer)
         width = config.scorer_hidden_size
         self.up = nn.Parameter(torch.empty(width, hidden_size))
         self.up_bias = nn.Parameter(torch.zeros(width))
@@ -148,7 +164,9 @@ class MLPScorer(Scorer):
         return (F.gelu(states @ up.T + bias) @ down.T).transpose(1, 2)
 
 
-def make_scorer(config: SparseKSettings, hidden_size: int, num_key_value_heads: int, causal: bool) -> Scorer:
-    """Make the scorer that a configuration names, for inputs of `hidden_size`."""
+def make_scorer(
+    config: SparseKSettings, hidden_size: int, num_key_value_heads: int, causal: bool, layer: int = 0
+) -> Scorer:
+    """Make the scorer that a configuration names, for inputs of `hidden_size` in an attention layer of the model."""
     kind = MLPScorer if config.scorer == "mlp" else LinearScorer
-    return kind(config, hidden_size, num_key_value_heads, causal)
+    return kind(config, hidden_size, num_key_value_heads, causal, layer)

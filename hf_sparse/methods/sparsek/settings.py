@@ -55,6 +55,13 @@ class SparseKSettings(AdapterSettings):
             "key is older than another."
         },
     )
+    content_heads: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the KV heads that learn no slope: a key stays for what it says, however old it is, so "
+            "that facts are kept in texts longer than those of the training."
+        },
+    )
     layer_shares: list[float] | None = field(
         default=None,
         metadata={
@@ -66,7 +73,7 @@ class SparseKSettings(AdapterSettings):
         default=4,
         metadata={
             "help": "While training, soft gates spread over the best support * k keys at most, which keeps the cost "
-            "linear while score scales are small. None is exact SparseK.",
+            "linear while score scales are small, and over no more than 8,192 if k is less. None is exact SparseK.",
             "none_as": 0,
         },
     )
@@ -102,6 +109,10 @@ class SparseKSettings(AdapterSettings):
         if not is_finite(self.position_slope):
             raise ValueError(self._expected("position_slope", expected_number(self.position_slope, "a finite number")))
         self._check_switches("learn_slope")
+        if not is_finite(self.content_heads) or not 0 <= self.content_heads <= 1:
+            raise ValueError(
+                self._expected("content_heads", expected_number(self.content_heads, "a share from 0 to 1"))
+            )
         if self.layer_shares is not None:
             shares = self.layer_shares
             if not isinstance(shares, Sequence) or not shares or not all(is_finite(s) and s > 0 for s in shares):

@@ -50,6 +50,7 @@ class SparseKTraining(Training):
 
     learned = "scorers"
     objectives = ("distill", "attention", "lm")
+    lm_weight = 0.1
     settings_type = SparseKTrainingSettings
     layers: Sequence[SparseKAttention]
     settings: SparseKTrainingSettings
