@@ -37,6 +37,7 @@ SPARSEK = {
     "support": 4,
     "head_shares": None,
     "pin_prompt": 0,
+    "content_heads": 0.0,
 }
 SPARSEFINDER = {
     "alpha": 1.5,

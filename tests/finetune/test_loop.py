@@ -350,7 +350,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(monkeypatch, sparse_llama, chun
     monkeypatch.setitem(
         objectives.OBJECTIVES["causal"],
         "distill",
-        lambda model, batch: next(p for p in model.parameters() if p.requires_grad).sum() * torch.nan,
+        lambda model, batch, **weights: next(p for p in model.parameters() if p.requires_grad).sum() * torch.nan,
     )
     model = sparse_llama()
     with pytest.raises(ValueError, match=r"step 4 .distill. is nan"):

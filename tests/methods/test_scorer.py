@@ -143,6 +143,28 @@ def test_every_parameter_gets_a_gradient(kind):
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in module.parameters())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("share", "learned"),
+    [
+        (0.0, [[1, 1, 1], [1, 1, 1], [1, 1, 1]]),
+        (0.25, [[1, 1, 1], [0, 1, 1], [1, 0, 1]]),
+        (0.5, [[1, 0, 1], [0, 1, 0], [1, 0, 1]]),
+        (1.0, [[0, 0, 0], [0, 0, 0], [0, 0, 0]]),
+    ],
+)
+def test_content_heads_learn_no_slope(kind, share, learned):
+    config = SparseKConfig(scorer=kind, content_heads=share)
+    for layer, expected in enumerate(learned):
+        module = make_scorer(config, hidden_size=16, num_key_value_heads=3, causal=True, layer=layer)
+        score(module, torch.randn(2, 7, 16)).square().sum().backward()
+        assert (module.slope.grad != 0).int().tolist() == expected
+        module.keep_heads(1, 2)
+        module.zero_grad()
+        score(module, torch.randn(2, 7, 16)).square().sum().backward()
+        assert (module.slope.grad != 0).int().tolist() == expected[1:]
+
+
 @pytest.mark.parametrize("gates", ["hard", "soft"])
 def test_a_bias_would_change_nothing(gates):
     q, k, v = torch.randn(3, 1, 1, 40, 4, dtype=torch.float64)

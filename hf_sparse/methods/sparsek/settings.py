@@ -55,13 +55,6 @@ class SparseKSettings(AdapterSettings):
             "key is older than another."
         },
     )
-    content_heads: float = field(
-        default=0.0,
-        metadata={
-            "help": "Share of the KV heads that learn no slope: a key stays for what it says, however old it is, so "
-            "that facts are kept in texts longer than those of the training."
-        },
-    )
     layer_shares: list[float] | None = field(
         default=None,
         metadata={
@@ -91,6 +84,13 @@ class SparseKSettings(AdapterSettings):
         metadata={
             "help": "First tokens of a text that are always kept, in places of selected keys. -1 stands for the "
             "whole prompt: the first input to a KV cache."
+        },
+    )
+    content_heads: float = field(
+        default=0.0,
+        metadata={
+            "help": "Share of the KV heads that learn no slope: a key stays for what it says, however old it is, so "
+            "that facts are kept in texts longer than those of the training."
         },
     )
     layers: list[int] | None = field(default=None, metadata=LAYERS)
