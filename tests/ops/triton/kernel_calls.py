@@ -33,6 +33,7 @@ from hf_sparse.ops.selection.triton.scan import scan_prefixes
 from hf_sparse.ops.selection.triton.step import StepKernel
 from hf_sparse.ops.tiles.tiles import Tiles, tile_counts
 from hf_sparse.ops.triton.divergence import fused_divergence
+from hf_sparse.ops.triton.products import ProductSizes, fused_products
 
 MODULES = [
     importlib.import_module(module.name) for module in pkgutil.walk_packages(hf_sparse.ops.__path__, "hf_sparse.ops.")
@@ -213,6 +214,22 @@ def divergence(dtype: torch.dtype, columns: int, trained: bool) -> None:
 
 for dtype, columns in zip(DTYPES, (100, 9001, 100), strict=True):
     CALLS += [partial(divergence, dtype, columns, trained) for trained in (False, True)]
+
+
+def products(
+    dtype: torch.dtype, rows: int, columns: int, counts: tuple[int, ...], bias: bool, sizes: ProductSizes | None = None
+) -> None:
+    """Multiply one input by several weights."""
+    weights = [torch.zeros(count, columns, dtype=dtype) for count in counts]
+    biases = [torch.zeros(count, dtype=dtype) for count in counts] if bias else []
+    fused_products(torch.zeros(rows, columns, dtype=dtype), weights, biases, sizes)
+
+
+for dtype, rows in product((BRAIN, HALF), (1, 5, 16)):
+    CALLS.append(partial(products, dtype, rows, 4096, (4096, 1024, 1024), False))
+    MORE.append(partial(products, dtype, rows, 576, (576,), True))
+CALLS += [partial(products, BRAIN, rows, 129, (33, 7), True) for rows in (1, 5)]
+CALLS += [partial(products, BRAIN, 8, 4096, (4096,), False, ProductSizes(64, 256, 4, 5, True))]
 
 
 def alpha_of(kind: str, heads: int) -> float | Tensor:
