@@ -217,19 +217,20 @@ for dtype, columns in zip(DTYPES, (100, 9001, 100), strict=True):
 
 
 def products(
-    dtype: torch.dtype, rows: int, columns: int, counts: tuple[int, ...], bias: bool, sizes: ProductSizes | None = None
-) -> None:
-    """Multiply one input by several weights."""
+    dtype: torch.dtype, number: int, columns: int, counts: tuple[int, ...], bias: bool,
+    sizes: ProductSizes | None = None,
+) -> None:  # fmt: skip
+    """Multiply an input of so many rows by several weights."""
     weights = [torch.zeros(count, columns, dtype=dtype) for count in counts]
     biases = [torch.zeros(count, dtype=dtype) for count in counts] if bias else []
-    fused_products(torch.zeros(rows, columns, dtype=dtype), weights, biases, sizes)
+    fused_products(torch.zeros(number, columns, dtype=dtype), weights, biases, sizes)
 
 
-for dtype, rows in product((BRAIN, HALF), (1, 5, 16)):
-    CALLS.append(partial(products, dtype, rows, 4096, (4096, 1024, 1024), False))
-    MORE.append(partial(products, dtype, rows, 576, (576,), True))
-CALLS += [partial(products, BRAIN, rows, 129, (33, 7), True) for rows in (1, 5)]
-CALLS += [partial(products, BRAIN, 8, 4096, (4096,), False, ProductSizes(64, 256, 4, 5, True))]
+for dtype, number in product((BRAIN, HALF), (1, 5, 16)):
+    CALLS.append(partial(products, dtype, number, 4096, (4096, 1024, 1024), False))
+    MORE.append(partial(products, dtype, number, 576, (576,), True))
+CALLS += [partial(products, BRAIN, number, 129, (33, 7), True) for number in (1, 5)]
+CALLS.append(partial(products, BRAIN, 8, 4096, (4096,), False, ProductSizes(64, 256, 4, 5, True)))
 
 
 def alpha_of(kind: str, heads: int) -> float | Tensor:

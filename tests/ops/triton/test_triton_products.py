@@ -1,10 +1,16 @@
 """The kernel of products that share an input, against PyTorch in float64."""
 
+import json
+import runpy
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from hf_sparse.ops.triton.products import ProductSizes, fused_products, sizes_of
 
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("interpreter")
 COUNTS = [(48,), (33, 16), (40, 8, 17), (7, 1, 5)]  # rows of the weights
@@ -68,3 +74,18 @@ def test_steps_reach_over_the_columns_by_an_eighth_at_most(rows, columns):
     sizes = sizes_of(rows, columns)
     assert -(-columns // sizes.columns) * sizes.columns <= columns * 9 / 8 and sizes.columns >= 64
     assert sizes.tensor_cores == (rows > 1)
+
+
+def test_the_benchmark_searches_sizes(monkeypatch, tmp_path):
+    """A trial of it: the rows are complete, and the size in use is among those of the search."""
+    output = tmp_path / "products.json"
+    words = ["products.py", "--tiny", "--search", "--dtype", "float16", "--rows", "1", "4", "--commit", "0"]
+    monkeypatch.setattr(sys, "argv", [*words, "--shapes", "llama-8b", "--output", str(output)])
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    runpy.run_path(str(BENCHMARKS / "products.py"), run_name="__main__")
+    rows = json.loads(output.read_text())["rows"]
+    assert [(row["product"], row["rows"]) for row in rows[:3]] == [("qkv", 1), ("qkv", 4), ("output", 1)]
+    assert len(rows) == 8
+    for row in rows:
+        sizes = [[one[name] for name in ProductSizes._fields] for one in row["search"]]
+        assert row["sizes"] in sizes and len(sizes) > 3 and row["kernel_us"] > 0 and row["roundings"] < 1
