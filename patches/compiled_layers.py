@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._inductor import config
 from transformers.cache_utils import Cache
 
 from hf_sparse.core.layer import SparseAttentionLayer
@@ -102,7 +103,7 @@ def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
 
     torch finds by the code of the forward what it has compiled of it before. A pass that the user has set stays alone.
     """
-    if torch._inductor.config.post_grad_custom_pre_pass is not None:
+    if config.post_grad_custom_pre_pass is not None:
         return torch.compile(forward, dynamic=False)
     return torch.compile(forward, dynamic=False, options={"post_grad_custom_pre_pass": SHARE_PRODUCTS})
 

@@ -68,8 +68,13 @@ def has_kernel(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] = 
 
 
 def is_faster(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] = ()) -> bool:
-    """Tell whether the kernel takes tensors, which may be fake ones, and is expected to be faster than cuBLAS."""
-    return has_kernel(x, weights, biases) and sum(weight.numel() for weight in weights) <= _MOST_NUMBERS
+    """Tell whether the kernel takes tensors, which may be fake ones, and is expected to be faster than cuBLAS.
+
+    `benchmarks/products.py` compares them.
+    """
+    columns, numbers = x.shape[-1], sum(weight.numel() for weight in weights)
+    # Rows of other lengths cannot be read 16 bytes at a time; short ones are those of low ranks.
+    return has_kernel(x, weights, biases) and columns % 16 == 0 and columns >= 64 and numbers <= _MOST_NUMBERS
 
 
 def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:

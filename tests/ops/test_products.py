@@ -61,6 +61,9 @@ def test_which_tensors_the_kernel_takes(monkeypatch):
         assert not has_kernel(make(1, 64, **single), [make(32, 64, **single)])
         assert not has_kernel(x, [make(32, 64, **single)]) and not has_kernel(x, [weight], [make(32, **single)])
         assert not has_kernel(x, [make(64, 32).T]) and not has_kernel(x, [make(0, 64)])
+        for columns in (8, 48, 100):
+            assert has_kernel(make(1, columns), [make(32, columns)])
+            assert not is_faster(make(1, columns), [make(32, columns)])
         x = make(1, 4096)
         keys = [make(4096, 4096), make(1024, 4096), make(1024, 4096)]
         assert is_faster(x, keys) and is_faster(x, keys[:1])

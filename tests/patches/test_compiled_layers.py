@@ -129,7 +129,8 @@ def test_logits_of_half_precision_on_a_gpu_are_those_of_eager_steps(tiny_llama, 
 
     launched, compute = [], products.fused_products
     monkeypatch.setattr(products, "fused_products", lambda *given: launched.append(len(given[1])) or compute(*given))
-    model = patch(tiny_llama(num_hidden_layers=3).cuda().to(dtype), SparseKConfig(**BUDGET))
+    base = tiny_llama(num_hidden_layers=3, hidden_size=64, intermediate_size=128)
+    model = patch(base.cuda().to(dtype), SparseKConfig(**BUDGET))
     ids = torch.randint(2, 64, (rows, 30), generator=torch.Generator().manual_seed(0)).cuda()
     logits = {}
     with torch.no_grad():

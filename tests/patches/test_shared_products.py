@@ -11,7 +11,7 @@ from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
 
 from hf_sparse import CapturedDecoding, SparseKConfig, patch
-from hf_sparse.patches import compiled_layers
+from hf_sparse.patches import compiled_layers, sparse_layers
 from hf_sparse.patches.shared_products import SHARE_PRODUCTS, ShareProducts
 
 PRODUCTS, MM, ADDMM = torch.ops.hf_sparse.products.default, torch.ops.aten.mm.default, torch.ops.aten.addmm.default
@@ -146,13 +146,17 @@ def test_on_a_cpu_nothing_changes(rewrite, graphs):
     assert targets(graphs[0]) == [MM, MM]
 
 
-def test_a_decoder_layer(tiny_llama, rewrite, graphs, monkeypatch):
-    """Queries, keys and values are one call, gate and up another."""
+@pytest.mark.parametrize(("lora", "calls"), [(0, [3, 1, 2, 1]), (2, [3, 1, 3, 1, 1, 2, 1, 2, 1])])
+def test_a_decoder_layer(tiny_llama, rewrite, graphs, monkeypatch, lora, calls):
+    """Queries, keys and values are one call, gate and up another; with LoRA three more weights read the first input."""
     monkeypatch.setattr(compiled_layers, "compiled", rewrite)
-    model = patch(tiny_llama(num_hidden_layers=3), SparseKConfig(k=6, window=8, sinks=2))
+    model = patch(tiny_llama(num_hidden_layers=3), SparseKConfig(k=6, window=8, sinks=2, lora_rank=lora))
+    for layer in sparse_layers(model):
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter, std=0.2)
     expected = model.generate(IDS, disable_compile=True, **OPTIONS)
     found = model.generate(IDS, custom_generate=CapturedDecoding(model, compiled=True), **OPTIONS)
-    assert torch.equal(found, expected) and list(map(targets, graphs)) == [[3, 1, 2, 1]]
+    assert torch.equal(found, expected) and list(map(targets, graphs)) == [calls]
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor calls a compiler of C++")

@@ -71,7 +71,10 @@ def test_nan_stays_in_its_row():
 @pytest.mark.parametrize("columns", [64, 576, 2048, 4096, 5632, 14336])
 @pytest.mark.parametrize("rows", [1, 4, 8, 16])
 def test_steps_reach_over_the_columns_by_an_eighth_at_most(rows, columns):
+    """In as much shared memory as GPUs with little of it have."""
     sizes = sizes_of(rows, columns)
+    read = 1 if rows == 1 else 8 if rows <= 8 else 16
+    assert 2 * (sizes.stages - 1) * (sizes.outputs + read) * sizes.columns <= 99 << 10
     assert -(-columns // sizes.columns) * sizes.columns <= columns * 9 / 8 and sizes.columns >= 64
     assert sizes.tensor_cores == (rows > 1)
 
