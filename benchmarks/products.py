@@ -40,7 +40,7 @@ from hf_sparse.ops.triton.products import ProductSizes, fused_products, sizes_of
 
 PRODUCTS = ("qkv", "output", "gate up", "down")
 ALLOWED = 2.0  # times the rounding of the dtype, by which a product may differ from that in float64
-MOST_SHARED = 200 << 10  # bytes of shared memory that a size of the grid may need
+MOST_SHARED = 110 << 10  # bytes of shared memory that a size of the grid may need: two programs fit then
 REPLAYS = 12
 
 
@@ -55,15 +55,16 @@ def weights_of(shape: str, product: str, options: argparse.Namespace) -> tuple[i
 
 
 def grid(rows: int, options: argparse.Namespace) -> list[ProductSizes]:
-    """Return the sizes to try: by tensor cores, and of one row without them too."""
-    by_cores = itertools.product((16, 32, 64), (128, 256, 512), (1, 2, 4), (3, 4, 6), (True,))
-    without = itertools.product((4, 8, 16), (512, 1024), (4, 8), (1, 3, 5), (False,))
-    sizes = [ProductSizes(*one) for one in by_cores if one[2] in (one[0] // 16, one[0] // 32)]
-    sizes += [ProductSizes(*one) for one in without] if rows == 1 else []
-    read = 1 if rows == 1 else 8 if rows <= 8 else 16
-    shared = [2 * (one.stages - 1) * (one.outputs + read) * one.columns for one in sizes]
-    fitting = [one for one, needed in zip(sizes, shared, strict=True) if needed <= MOST_SHARED]
-    return fitting[::12] if options.tiny else fitting
+    """Return the sizes to try: by tensor cores, and for one row without them too."""
+    blocks = [(16, 1), (16, 2), (16, 4), (32, 2), (32, 4), (64, 4)]  # rows of a weight and warps
+    by_cores = itertools.product(blocks, (128, 256, 512), (3, 4, 6))
+    sizes = [ProductSizes(outputs, columns, warps, n, True) for (outputs, warps), columns, n in by_cores]
+    read = 8 if rows <= 8 else 16
+    sizes = [one for one in sizes if 2 * (one.stages - 1) * (one.outputs + read) * one.columns <= MOST_SHARED]
+    if rows == 1:
+        settings = itertools.product((4, 8, 16), (512, 1024), (4, 8), (1, 3, 5))
+        sizes += [ProductSizes(*one, False) for one in settings]
+    return sizes[::12] if options.tiny else sizes
 
 
 def compile_sizes(x: Tensor, weight: Tensor, sizes: list[ProductSizes]) -> None:
