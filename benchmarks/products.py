@@ -56,14 +56,14 @@ def weights_of(shape: str, product: str, options: argparse.Namespace) -> tuple[i
 
 def grid(rows: int, options: argparse.Namespace) -> list[ProductSizes]:
     """Return the sizes to try: by tensor cores, and for one row without them too."""
-    blocks = [(16, 1), (16, 2), (16, 4), (32, 2), (32, 4), (64, 4)]  # rows of a weight and warps
-    by_cores = itertools.product(blocks, (128, 256, 512), (3, 4, 6))
-    sizes = [ProductSizes(outputs, columns, warps, n, True) for (outputs, warps), columns, n in by_cores]
+    blocks = [(16, 4, 4), (8, 8, 4), (32, 2, 4), (64, 1, 4), (32, 4, 8), (16, 8, 8), (16, 2, 2), (16, 1, 1), (16, 1, 2)]
+    by_cores = itertools.product(blocks, (64, 128, 256), (3, 4, 6))
+    sizes = [ProductSizes(outputs, columns, parts, warps, n) for (outputs, parts, warps), columns, n in by_cores]
     read = 8 if rows <= 8 else 16
-    sizes = [one for one in sizes if 2 * (one.stages - 1) * (one.outputs + read) * one.columns <= MOST_SHARED]
+    sizes = [one for one in sizes if 2 * one.stages * one.parts * (one.outputs + read) * one.columns <= MOST_SHARED]
     if rows == 1:
-        settings = itertools.product((4, 8, 16), (512, 1024), (4, 8), (1, 3, 5))
-        sizes += [ProductSizes(*one, False) for one in settings]
+        without = itertools.product((4, 8, 16), (512, 1024), (0,), (4, 8), (1, 3, 5))
+        sizes += [ProductSizes(*one) for one in without]
     return sizes[::12] if options.tiny else sizes
 
 

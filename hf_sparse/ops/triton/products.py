@@ -3,6 +3,14 @@
 A program owns a block of rows of one weight. It goes over their columns in steps, several of which are on their way
 from memory at a time, and adds up in float32: for one row of the input number by number, for more by tensor cores,
 which take 8 or 16 rows.
+
+Tensor cores are fast with 64 rows, and blocks of 64 rows would be too few for the GPU. So the columns of a step are cut
+into parts, whose rows stand one below the other as if they were rows of a larger block; those of the input do so too:
+
+    [W_0]                 [W_0 X_0   W_0 X_1]
+    [W_1] [X_0   X_1]  =  [W_1 X_0   W_1 X_1]        W X = W_0 X_0 + W_1 X_1
+
+The blocks off the diagonal are computed in vain, which costs nothing while the kernel waits for memory.
 """
 
 from collections.abc import Sequence
@@ -18,22 +26,30 @@ from hf_sparse.ops.triton.sizes import pieces
 
 
 class ProductSizes(NamedTuple):
-    """Hold the sizes of a program: rows and columns of a weight in a step, warps, steps at a time."""
+    """Hold the sizes of a program.
+
+    Args:
+        outputs: rows of the weight.
+        columns: of a part of a step.
+        parts: of a step, which tensor cores multiply at a time; 0 for one part without tensor cores, and one row.
+        warps: of the program.
+        stages: steps at a time.
+    """
 
     outputs: int
     columns: int
+    parts: int
     warps: int
     stages: int
-    tensor_cores: bool
 
 
 def sizes_of(rows: int, columns: int) -> ProductSizes:
     """Choose sizes for rows of the input and their length; `benchmarks/products.py --search` finds what is best."""
-    sizes = ProductSizes(8, 512, 4, 4, False) if rows == 1 else ProductSizes(16 if rows <= 8 else 32, 256, 2, 4, True)
-    step = sizes.columns
-    while step > 64 and pieces(columns, step) * step > columns + columns // 8:  # of the last step much is in vain
-        step //= 2
-    return sizes._replace(columns=step)
+    sizes = ProductSizes(8, 512, 0, 4, 4) if rows == 1 else ProductSizes(16, 64, 4, 4, 4)
+    part, parts = sizes.columns, max(1, sizes.parts)
+    while part > 32 and pieces(columns, part * parts) * part * parts > columns + columns // 8:  # the rest is in vain
+        part //= 2
+    return sizes._replace(columns=part)
 
 
 def fused_products(
@@ -46,8 +62,8 @@ def fused_products(
     results = [torch.empty((*x.shape[:-1], count), dtype=x.dtype, device=x.device) for count in counts]
     launch(_products, (sum(pieces(count, sizes.outputs) for count in counts),))(
         x, *_three(weights), *_three(biases or (None,)), *_three(results), *counts, *[0] * (3 - len(counts)),
-        rows, columns, ROWS=(8 if rows <= 8 else 16) if sizes.tensor_cores else 1, OUTPUTS=sizes.outputs,
-        COLUMNS=sizes.columns, STAGES=sizes.stages, TENSOR_CORES=sizes.tensor_cores, num_warps=sizes.warps,
+        rows, columns, ROWS=(8 if rows <= 8 else 16) if sizes.parts else 1, OUTPUTS=sizes.outputs,
+        COLUMNS=sizes.columns, PARTS=sizes.parts, STAGES=sizes.stages, num_warps=sizes.warps,
     )  # fmt: skip
     return results
 
@@ -83,8 +99,8 @@ def _products(
     ROWS: tl.constexpr,
     OUTPUTS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PARTS: tl.constexpr,
     STAGES: tl.constexpr,
-    TENSOR_CORES: tl.constexpr,
 ):
     """Compute OUTPUTS columns of one of the results; `count_i` is the number of rows of weight i, 0 for none."""
     place = tl.program_id(0)
@@ -92,28 +108,35 @@ def _products(
     third = second + tl.cdiv(count_1, OUTPUTS)
     count = _choose(place, second, third, count_0, count_1, count_2)
     block = place - _choose(place, second, third, 0, second, third)
-    output = block * OUTPUTS + tl.arange(0, OUTPUTS)
-    there = output < count
-    row, step = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    inside = row < rows
-    W = _choose(place, second, third, W0, W1, W2) + output.to(tl.int64)[:, None] * columns + step[None, :]
-    if TENSOR_CORES:
-        X += row[None, :] * columns + step[:, None]
-        total = tl.zeros([OUTPUTS, ROWS], tl.float32)
+    output, row = block * OUTPUTS + tl.arange(0, OUTPUTS), tl.arange(0, ROWS)
+    there, inside = output < count, row < rows
+    W = _choose(place, second, third, W0, W1, W2)
+    step = tl.arange(0, COLUMNS)
+    if PARTS == 0:
+        W += output.to(tl.int64)[:, None] * columns + step[None, :]
+        summed = tl.zeros([OUTPUTS, COLUMNS], tl.float32)
+        for begin in tl.range(0, columns, COLUMNS, num_stages=STAGES):
+            known = begin + step < columns
+            w = tl.load(W + begin, mask=there[:, None] & known[None, :], other=0.0)
+            x = tl.load(X + begin + step, mask=known, other=0.0)
+            summed += w.to(tl.float32) * x.to(tl.float32)[None, :]
+        total = tl.sum(summed, 1)[:, None]
     else:
-        X += step
-        parts = tl.zeros([OUTPUTS, COLUMNS], tl.float32)
-    for begin in tl.range(0, columns, COLUMNS, num_stages=STAGES):
-        known = begin + step < columns
-        w = tl.load(W + begin, mask=there[:, None] & known[None, :], other=0.0)
-        if TENSOR_CORES:
-            x = tl.load(X + begin, mask=known[:, None] & inside[None, :], other=0.0)
-            total = tl.dot(w, x, total)
-        else:
-            x = tl.load(X + begin, mask=known, other=0.0)
-            parts += w.to(tl.float32) * x.to(tl.float32)[None, :]
-    if not TENSOR_CORES:
-        total = tl.sum(parts, 1)[:, None]
+        below, beside = tl.arange(0, PARTS * OUTPUTS), tl.arange(0, PARTS * ROWS)
+        of_w = (below // OUTPUTS * COLUMNS)[:, None] + step[None, :]
+        of_x = (beside // ROWS * COLUMNS)[None, :] + step[:, None]
+        row_of_w, row_of_x = block * OUTPUTS + below % OUTPUTS, beside % ROWS
+        W += row_of_w.to(tl.int64)[:, None] * columns + of_w
+        At = X + row_of_x[None, :] * columns + of_x
+        product = tl.zeros([PARTS * OUTPUTS, PARTS * ROWS], tl.float32)
+        for begin in tl.range(0, columns, PARTS * COLUMNS, num_stages=STAGES):
+            w = tl.load(W + begin, mask=(row_of_w < count)[:, None] & (begin + of_w < columns), other=0.0)
+            x = tl.load(At + begin, mask=(row_of_x < rows)[None, :] & (begin + of_x < columns), other=0.0)
+            product = tl.dot(w, x, product)
+        part = tl.arange(0, PARTS)
+        diagonal = part[:, None, None, None] == part[None, None, :, None]
+        product = tl.reshape(product, [PARTS, OUTPUTS, PARTS, ROWS])
+        total = tl.sum(tl.sum(tl.where(diagonal, product, 0.0), 2), 0)
     if B0 is not None:
         bias = tl.load(_choose(place, second, third, B0, B1, B2) + output, mask=there, other=0.0)
         total += bias.to(tl.float32)[:, None]

@@ -16,9 +16,10 @@ pytestmark = pytest.mark.usefixtures("interpreter")
 COUNTS = [(48,), (33, 16), (40, 8, 17), (7, 1, 5)]  # rows of the weights
 SIZES = [
     None,
-    ProductSizes(4, 128, 4, 1, False),
-    ProductSizes(16, 64, 1, 3, True),
-    ProductSizes(64, 64, 4, 4, True),
+    ProductSizes(4, 128, 0, 4, 1),
+    ProductSizes(16, 64, 1, 1, 3),
+    ProductSizes(16, 32, 4, 4, 4),
+    ProductSizes(64, 64, 2, 4, 3),
 ]
 
 
@@ -38,9 +39,9 @@ def drawn(rows, columns, counts, bias, dtype):
 @pytest.mark.parametrize("rows", [1, 2, 8, 9, 16])
 def test_products(rows, columns, counts, bias, dtype, sizes, poisoned_memory):
     """Each is rounded once: it is half a place from the exact one, and what float32 loses in the sum."""
-    if sizes is None or (rows > 1 and not sizes.tensor_cores):  # which takes one row
+    if sizes is None or (rows > 1 and not sizes.parts):  # which takes one row
         sizes = sizes_of(rows, columns)
-    if DEVICE == "cpu" and dtype == torch.bfloat16 and sizes.tensor_cores:
+    if DEVICE == "cpu" and dtype == torch.bfloat16 and sizes.parts:
         pytest.skip("the interpreter multiplies the bits of bfloat16")
     x, weights, biases = drawn(rows, columns, counts, bias, dtype)
     places = 1 if DEVICE == "cpu" and dtype == torch.bfloat16 else 0.5  # the interpreter cuts bfloat16 off
@@ -68,15 +69,15 @@ def test_nan_stays_in_its_row():
         assert result[1].isnan().all() and not result[[0, 2]].isnan().any()
 
 
-@pytest.mark.parametrize("columns", [64, 576, 2048, 4096, 5632, 14336])
+@pytest.mark.parametrize("columns", [576, 1536, 2048, 4096, 5632, 14336])
 @pytest.mark.parametrize("rows", [1, 4, 8, 16])
 def test_steps_reach_over_the_columns_by_an_eighth_at_most(rows, columns):
     """In as much shared memory as GPUs with little of it have."""
     sizes = sizes_of(rows, columns)
-    read = 1 if rows == 1 else 8 if rows <= 8 else 16
-    assert 2 * (sizes.stages - 1) * (sizes.outputs + read) * sizes.columns <= 99 << 10
-    assert -(-columns // sizes.columns) * sizes.columns <= columns * 9 / 8 and sizes.columns >= 64
-    assert sizes.tensor_cores == (rows > 1)
+    read, parts = 1 if rows == 1 else 8 if rows <= 8 else 16, max(1, sizes.parts)
+    assert -(-columns // (parts * sizes.columns)) * parts * sizes.columns <= columns * 9 / 8 and sizes.columns >= 32
+    assert 2 * sizes.stages * parts * (sizes.outputs + read) * sizes.columns <= 99 << 10
+    assert (sizes.parts > 0) == (rows > 1)
 
 
 def test_the_benchmark_searches_sizes(monkeypatch, tmp_path):
