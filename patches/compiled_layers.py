@@ -12,12 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._inductor import config
 from transformers.cache_utils import Cache
 
 from hf_sparse.core.layer import SparseAttentionLayer
 from hf_sparse.patches.base import family_of
 from hf_sparse.patches.lora import copy_lora
 from hf_sparse.patches.recorded_steps import calls_nothing_else
+from hf_sparse.patches.shared_products import SHARE_PRODUCTS
 
 _NUMBERS = ("layer_idx", "layer")  # attributes that say which layer it is; a step asks for its cache layer with them
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
@@ -97,8 +99,13 @@ class _Copy:
 
 
 def compiled(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the forward of a class compiled; torch finds by its code what it has compiled of it before."""
-    return torch.compile(forward, dynamic=False)
+    """Return the forward of a class compiled, with products of one input in one kernel.
+
+    torch finds by the code of the forward what it has compiled of it before. A pass that the user has set stays alone.
+    """
+    if config.post_grad_custom_pre_pass is not None:
+        return torch.compile(forward, dynamic=False)
+    return torch.compile(forward, dynamic=False, options={"post_grad_custom_pre_pass": SHARE_PRODUCTS})
 
 
 def _copy_modules(module: nn.Module) -> nn.Module:

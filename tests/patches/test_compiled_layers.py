@@ -10,8 +10,9 @@ from torch._dynamo.utils import counters
 from transformers import GenerationMixin
 
 from hf_sparse import CapturedDecoding, SparsefinderConfig, SparseKConfig, patch
+from hf_sparse._compat import with_cache
 from hf_sparse.methods.sparsek.baselines import Recency
-from hf_sparse.patches import compiled_layers, sparse_layers
+from hf_sparse.patches import SparseCache, compiled_layers, sparse_layers
 
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
 CAUSAL = [
@@ -117,3 +118,26 @@ def test_tokens_on_a_gpu_are_those_of_eager_steps(tiny_llama, rows):
         for how in ({"cache_implementation": "static"}, {"custom_generate": CapturedDecoding(model, compiled=True)}):
             assert torch.equal(model.generate(ids, **how, **options), expected)
     assert counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="products share a kernel on a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rows", [1, 5])
+def test_logits_of_half_precision_on_a_gpu_are_those_of_eager_steps(tiny_llama, rows, dtype, monkeypatch):
+    """Four launches of a layer multiply: for queries, keys and values, the output, gate and up, and down."""
+    from hf_sparse.ops.triton import products
+
+    launched, compute = [], products.fused_products
+    monkeypatch.setattr(products, "fused_products", lambda *given: launched.append(len(given[1])) or compute(*given))
+    base = tiny_llama(num_hidden_layers=3, hidden_size=64, intermediate_size=128)
+    model = patch(base.cuda().to(dtype), SparseKConfig(**BUDGET))
+    ids = torch.randint(2, 64, (rows, 30), generator=torch.Generator().manual_seed(0)).cuda()
+    logits = {}
+    with torch.no_grad():
+        for name, run in (("eager", model), ("compiled", compiled_layers.compiled_layers(model))):
+            cache = SparseCache(model)
+            model(ids[:, :-1], **with_cache(cache))
+            logits[name] = run(ids[:, -1:], position_ids=torch.full_like(ids[:, :1], 29), **with_cache(cache)).logits
+    assert launched == 3 * [3, 1, 2, 1] and counters["stats"]["unique_graphs"] == 1
+    difference = (logits["compiled"] - logits["eager"]).float().norm() / logits["eager"].float().norm()
+    assert float(difference) < 8 * torch.finfo(dtype).eps

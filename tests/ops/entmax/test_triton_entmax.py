@@ -13,13 +13,16 @@ from hf_sparse.ops.entmax.pooled import pooled_tiles
 from hf_sparse.ops.entmax.threshold import distribution
 from hf_sparse.ops.entmax.triton import attention, takes_kernels
 from hf_sparse.ops.entmax.triton.attention import attend
+from hf_sparse.ops.entmax.triton.few import Few
 from hf_sparse.ops.entmax.triton.fused import fused_attention, lists_of
 from hf_sparse.ops.entmax.triton.sweep import Blocks, candidates, packed_bits
 from hf_sparse.ops.tiles.tiles import Tiles, tile_counts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-# Several programs and blocks of keys even at the lengths of these tests, and a bound that rises.
-SMALL = {"sweep": Blocks(16, 32, 4, 1), "start": Blocks(16, 16, 4, 1), "near": 16, "every": 1}
+# Several programs and blocks of keys even at the lengths of these tests, a rising bound, and groups of every kernel.
+SMALL = {
+    "sweep": Blocks(16, 32, 4, 1), "start": Blocks(16, 16, 4, 1), "near": 16, "every": 1, "few": (Few(16, 1),),
+}  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter")
 
@@ -143,6 +146,24 @@ def test_more_candidates_than_the_buffers_take(limit):
     """Groups of queries near the beginning fit, the others go to the kernel that keeps nothing."""
     blocks = 1 if limit == "capacity" else 16  # of keys, or keys
     assert_same(Case(queries=size(150, 37), alpha=1.3), exact(**{limit: blocks}))
+
+
+@pytest.mark.parametrize("few", [(), (Few(16, 1), Few(64, 2))], ids=["one kernel", "kernels of few candidates"])
+@pytest.mark.parametrize("alpha", [1.3, 1.5, 2.0])
+def test_many_candidates(alpha, few):
+    """Heads from a few keys with weight to hundreds: those of a group fill several registers, or none of them do."""
+    case = Case(group=3, queries=size(300, 17), keys=size(3000, 250), alpha=alpha)
+    query, key, value = (tensor.to(DEVICE) for tensor in case.inputs)
+    scaling = torch.tensor([0.003, 0.2, 2.0], device=DEVICE)
+    sizes = SMALL | {"few": few}
+    output, tau, count = attend(query, key, value, alpha=alpha, scaling=scaling, causal=True, **sizes)
+    z = query.double() @ key.double().transpose(-1, -2) * (scaling.double() * (alpha - 1))[:, None, None]
+    sees = torch.ones_like(z).tril(case.keys - case.queries).bool()
+    weight = distribution(z.masked_fill(~sees, -torch.inf), 1 / (alpha - 1))
+    largest = torch.where(weight > 0, z - weight ** (alpha - 1), -torch.inf).amax(-1)
+    assert float(((tau.double() - largest).abs() / (1 + largest.abs())).max()) < 2e-6
+    torch.testing.assert_close(output.double(), weight @ value.double(), rtol=1e-5, atol=1e-5)
+    assert int(count[:, 0].min()) > 50 and int(count[:, 2].max()) < 16
 
 
 def test_thresholds_and_supports():

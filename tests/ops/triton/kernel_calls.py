@@ -19,6 +19,7 @@ from hf_sparse.ops.entmax.inputs import Inputs
 from hf_sparse.ops.entmax.layout import layout_of
 from hf_sparse.ops.entmax.step import Scales
 from hf_sparse.ops.entmax.triton.attention import attend
+from hf_sparse.ops.entmax.triton.few import Few
 from hf_sparse.ops.entmax.triton.fused import lists_of
 from hf_sparse.ops.entmax.triton.pooled import fused_pooled_tiles
 from hf_sparse.ops.entmax.triton.rows import distribution_of_rows
@@ -33,6 +34,7 @@ from hf_sparse.ops.selection.triton.scan import scan_prefixes
 from hf_sparse.ops.selection.triton.step import StepKernel
 from hf_sparse.ops.tiles.tiles import Tiles, tile_counts
 from hf_sparse.ops.triton.divergence import fused_divergence
+from hf_sparse.ops.triton.products import ProductSizes, fused_products
 
 MODULES = [
     importlib.import_module(module.name) for module in pkgutil.walk_packages(hf_sparse.ops.__path__, "hf_sparse.ops.")
@@ -215,6 +217,23 @@ for dtype, columns in zip(DTYPES, (100, 9001, 100), strict=True):
     CALLS += [partial(divergence, dtype, columns, trained) for trained in (False, True)]
 
 
+def products(
+    dtype: torch.dtype, number: int, columns: int, counts: tuple[int, ...], bias: bool,
+    sizes: ProductSizes | None = None,
+) -> None:  # fmt: skip
+    """Multiply an input of so many rows by several weights."""
+    weights = [torch.zeros(count, columns, dtype=dtype) for count in counts]
+    biases = [torch.zeros(count, dtype=dtype) for count in counts] if bias else []
+    fused_products(torch.zeros(number, columns, dtype=dtype), weights, biases, sizes)
+
+
+for dtype, number in product((BRAIN, HALF), (1, 5, 16)):
+    CALLS.append(partial(products, dtype, number, 4096, (4096, 1024, 1024), False))
+    MORE.append(partial(products, dtype, number, 576, (576,), True))
+CALLS += [partial(products, BRAIN, number, 129, (33, 7), True) for number in (1, 5)]
+CALLS.append(partial(products, BRAIN, 8, 4096, (4096,), False, ProductSizes(64, 128, 1, 4, 4)))
+
+
 def alpha_of(kind: str, heads: int) -> float | Tensor:
     """Return 1.5, 2 (sparsemax), 1.3 or a number for each head, which wants a gradient."""
     return torch.full((heads,), 1.5, requires_grad=True) if kind == "heads" else float(kind)
@@ -229,13 +248,14 @@ def listed(heads: int, queries: int, keys: int, size: int, of_queries: int) -> T
 def entmax(
     dtype: torch.dtype, dim: int, *, group: int = 3, queries: int = 300, keys: int = 300, alpha: str = "1.5",
     causal: bool = True, valid: bool = False, first: bool = False, trained: bool = True, lists: Any = None,
+    **sizes: Any,
 ) -> None:  # fmt: skip
     """Attend with entmax over all keys or listed tiles (of so many keys, for so many queries and heads), and back."""
     tensors = inputs(dtype, dim, group, queries, keys, trained)
     number = alpha_of(alpha, 2 * group)
     scaling = torch.full((2 * group,), 0.3, requires_grad=True) if alpha == "heads" else 0.3
     options = {"alpha": number, "scaling": scaling, "causal": causal}
-    options["kept"] = 16  # so that other groups of queries go to the kernels that keep nothing
+    options |= {"kept": 16} | sizes  # so that other groups of queries go to the kernels that keep nothing
     options["valid"] = torch.ones(2, keys, dtype=torch.bool) if valid else None
     options["first_query"] = torch.tensor([0, 3]) if first else None
     if lists is not None:
@@ -250,6 +270,8 @@ cross(
     [*LARGE, *FEW],
     partial(entmax, alpha="heads"),
     partial(entmax, lists=(64, 64, 6)),
+    partial(entmax, kept=None),
+    partial(entmax, kept=None, few=(Few(16, 2), Few(32, 2))),
     partial(entmax, group=1, causal=False, valid=True, alpha="2.0"),
     partial(entmax, queries=8, first=True, valid=True, trained=False, alpha="1.3"),
     partial(entmax, lists=(8, 1, 6), valid=True, alpha="2.0"),

@@ -9,6 +9,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from hf_sparse.ops.entmax.triton.backward import gradients
 from hf_sparse.ops.entmax.triton.common import kind_of, per_head
+from hf_sparse.ops.entmax.triton.few import Few
 from hf_sparse.ops.entmax.triton.groups import Attended, attend_groups
 from hf_sparse.ops.entmax.triton.jobs import Lists
 from hf_sparse.ops.entmax.triton.sweep import EVERY, FIRST, Blocks, Candidates, candidates, takes_lists
@@ -36,6 +37,7 @@ class Plan:
         near: keys of the beginning over which the first bound is taken.
         start: sizes of the kernel of the first bound.
         every: blocks of keys after which the bound rises.
+        few: sizes of the kernels for groups with few candidates.
     """
 
     first: Tensor | None
@@ -50,6 +52,7 @@ class Plan:
     near: int = FIRST
     start: Blocks | None = None
     every: int = EVERY
+    few: tuple[Few, ...] | None = None
 
 
 def attend(
@@ -113,7 +116,21 @@ def _forward(
     if kept is None:
         kept = keys if keys <= WHOLE and not trains else max(KEPT, keys // 8)
     attended = attend_groups(
-        query, key, value, scale, exponent, kind, first, valid, causal, lists, found, most, kept, trains
+        query,
+        key,
+        value,
+        scale,
+        exponent,
+        kind,
+        first,
+        valid,
+        causal,
+        lists,
+        found,
+        most,
+        kept,
+        trains,
+        few=plan.few,
     )
     bound = None if found is None else found.bound
     attend_tiles(query, key, value, scale, exponent, kind, first, valid, causal, lists, bound, attended, plan.tiles)

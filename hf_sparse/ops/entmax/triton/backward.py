@@ -168,7 +168,7 @@ def _groups_backward(
     length = tl.load(Lengths + group)
     if length >= 0:
         _, batch, number, _, head, index, position, exists, inside = rows_of_group(
-            group, First, Valid, queries, keys, heads, lists, query_tiles, rows, lead, share, M
+            group, Index, First, Valid, queries, keys, heads, lists, query_tiles, rows, lead, share, M
         )
         row = (batch * heads + head) * queries + index
         kv = number * share // GROUP
@@ -274,7 +274,7 @@ def _tiles_backward(
     R: tl.constexpr,
 ):
     job, batch, number, tile, head, index, position, exists, inside = rows_of_group(
-        tl.program_id(0), First, Valid, queries, keys, heads, lists, query_tiles, rows, lead, share, M
+        tl.program_id(0), Index, First, Valid, queries, keys, heads, lists, query_tiles, rows, lead, share, M
     )
     row = (batch * heads + head) * queries + index
     inside &= marked_rows(tl.program_id(0), Lengths, rows, share, M, R)

@@ -107,6 +107,28 @@ def newton_step(mass, slope, exponent, KIND: tl.constexpr):
 
 
 @triton.jit
+def gathered_logits(q, k, key, there, exists, position, scale, CAUSAL: tl.constexpr, PRECISION: tl.constexpr):
+    """Return z `[M, C]` of gathered keys, `-inf` where a row does not see a key."""
+    sees = there[None, :] & exists[:, None]
+    if CAUSAL:
+        sees &= key[None, :] <= position[:, None]
+    return tl.where(sees, tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale[:, None], float("-inf"))
+
+
+@triton.jit
+def goes_on(rise, tau, total, KIND: tl.constexpr):
+    """Tell whether tau may still be too low after a step of Newton's method over so many keys.
+
+    Where e is 2, the norm f of the excesses has a slope of at least 1 at tau and a second derivative of at most the
+    number of keys below it, so that the step ends at most `total * rise ** 2 / 2` below tau."""
+    near = CLOSE * (1 + tl.abs(tau))
+    goes = rise > near
+    if KIND == 2:
+        goes &= rise * rise * (2.0 * total) > near
+    return goes
+
+
+@triton.jit
 def load_rows(Base, offset, exists, dim, D: tl.constexpr):
     """Load rows `[M, PADDED]`, zeros for those that do not exist and behind the head size."""
     return tl.load(Base + offset[:, None] + dim[None, :], mask=exists[:, None] & (dim < D)[None, :], other=0.0)

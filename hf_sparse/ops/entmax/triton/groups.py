@@ -1,9 +1,9 @@
 """Attend with entmax over the candidates of a group of rows: products, thresholds, weights, and values.
 
-A program takes one group after the other. It writes the keys that any row of the group may attend to out as a list,
-from the bits of `sweep` or from listed tiles, gathers them once for all rows, keeps the products in a buffer of its
-own, finds every tau there, and gathers the values of the keys with weight. Groups with more keys than the buffer takes
-are marked and left to the kernel in `tiles`.
+Groups with few candidates come first, in the kernels of `few`. Of the others, a program takes one after the other. It
+writes the keys that any row of the group may attend to out as a list, from the bits of `sweep` or from listed tiles,
+gathers them once for all rows, keeps the products in a buffer of its own, finds every tau there, and gathers the values
+of the keys with weight. Groups with more keys than the buffer takes are marked and left to the kernel in `tiles`.
 """
 
 import functools
@@ -15,21 +15,30 @@ import triton.language as tl
 from torch import Tensor
 
 from hf_sparse.ops.entmax.triton.common import (
-    CLOSE,
     STEPS,
     constants,
     exponent_of,
+    gathered_logits,
+    goes_on,
     load_rows,
     newton_step,
-    ones_of,
     powers,
 )
-from hf_sparse.ops.entmax.triton.jobs import LENGTHS, Lists, arguments_of, group_count, keys_of_slots, rows_of_group
-from hf_sparse.ops.entmax.triton.sweep import GROUP_ROWS, Candidates, key_of_bit
+from hf_sparse.ops.entmax.triton.few import Few, attend_few, few_sizes, keys_of_bits
+from hf_sparse.ops.entmax.triton.jobs import (
+    LENGTHS,
+    Lists,
+    arguments_of,
+    group_count,
+    keys_of_slots,
+    rows_of_group,
+    turn_of_group,
+)
+from hf_sparse.ops.entmax.triton.sweep import GROUP_ROWS, Candidates
 from hf_sparse.ops.triton.sizes import padded, pieces
 
 PROGRAMS = 8  # on a multiprocessor
-WIDE = 128  # products of a row that are held in registers while the threshold is searched
+WIDE = 64  # products of a row that are held in registers while the threshold is searched
 
 
 class Attended(NamedTuple):
@@ -80,6 +89,10 @@ def attend_groups(
     programs: int = PROGRAMS,
     wide: int = WIDE,
     stages: int = 2,
+    depth: int = 3,
+    ahead: bool = True,
+    few: tuple[Few, ...] | None = None,
+    registers: int | None = None,
 ) -> Attended:
     """Return output and thresholds of all groups whose keys fit into the buffer.
 
@@ -93,7 +106,10 @@ def attend_groups(
         warps, chunk: of a program: Triton's warps, and keys at a time.
         programs: how many share a multiprocessor.
         wide: products of a row that are held in registers.
-        stages: of Triton, in the loops that gather.
+        stages, depth: of Triton, in the loops that gather, and in those that read products.
+        ahead: whether the first step of Newton's method is taken while keys are gathered.
+        few: sizes of the kernels for groups with few candidates, the smallest first, at most 3.
+        registers: the most that a thread may have.
     """
     batch, heads, queries, dim = query.shape
     device = query.device
@@ -117,13 +133,27 @@ def attend_groups(
     turn = torch.zeros(1, dtype=torch.int32, device=device) if found is None else found.turn
     lengths = torch.empty(groups, dtype=torch.int32, device=device)
     bits = (None, None, None, None) if found is None else (found.bound, found.words, found.blocks, found.counts)
+    capacity = 0 if found is None else found.blocks.shape[1]
+    who = (
+        *arguments_of(query, key, lists), *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
+    )  # fmt: skip
+    fixed = constants(query, key, kind, causal)
+    fixed |= {"N": 0 if found is None else found.size, "M": GROUP_ROWS, "SAVE": trains}
+    tiers: tuple[Few, ...] = ()
+    if found is not None:
+        tiers = tuple(sizes for sizes in (few_sizes(query) if few is None else few) if sizes.keys <= kept)
+    queue = torch.empty((len(tiers), groups), dtype=torch.int32, device=device) if tiers else None
+    for tier, sizes in enumerate(tiers):
+        gathered = torch.empty((groups, sizes.keys), dtype=torch.int32, device=device)
+        attend_few[(groups,)](
+            query, key, value, scale, exponent, first, valid, *bits, gathered, support, turn, queue, lengths, output,
+            tau, counts, slopes, groups, capacity, kept, *who, **fixed, C=sizes.keys, TIER=tier,
+            LANES=32 * sizes.warps, num_warps=sizes.warps, num_stages=1,
+        )  # fmt: skip
     _groups[(at_once,)](
-        query, key, value, scale, exponent, first, valid, *bits, found_keys, support, products, turn, lengths, output,
-        tau, counts, slopes, groups, 0 if found is None else found.blocks.shape[1], most, kept,
-        *arguments_of(query, key, lists),
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], **constants(query, key, kind, causal),
-        N=0 if found is None else found.size, M=GROUP_ROWS, C=chunk, WIDE=wide, STAGES=stages, LANES=32 * warps,
-        SAVE=trains, num_warps=warps, num_stages=1,
+        query, key, value, scale, exponent, first, valid, *bits, found_keys, support, products, turn, queue, lengths,
+        output, tau, counts, slopes, groups, capacity, most, kept, *who, **fixed, C=chunk, WIDE=wide, STAGES=stages,
+        DEPTH=depth, AHEAD=ahead, TIERS=len(tiers), LANES=32 * warps, num_warps=warps, num_stages=1, maxnreg=registers,
     )  # fmt: skip
     return Attended(output, tau, counts, slopes, support if trains else None, lengths, room)
 
@@ -133,28 +163,6 @@ def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1
     return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-@triton.jit
-def _keys_of_bits(Words, Numbers, List, blocks, most, N: tl.constexpr, LANES: tl.constexpr):
-    """Write the keys of the bits of a group to `List`, and return how many there are."""
-    total = 0
-    lane = tl.arange(0, LANES)
-    for begin in range(0, blocks * 4, LANES):
-        number = begin + lane
-        word = tl.load(Words + number, mask=number < blocks * 4, other=0).to(tl.uint32, bitcast=True)
-        block = tl.load(Numbers + number // 4, mask=number < blocks * 4, other=0)
-        ones = ones_of(word)
-        place = total + tl.cumsum(ones, 0) - ones
-        total += tl.sum(ones, 0)
-        for _ in range(tl.max(ones, 0)):
-            rest = word & (word - 1)  # without the lowest bit
-            bit = ones_of((word ^ rest) - 1)
-            key = key_of_bit(block, number % 4, bit, N)
-            tl.store(List + place, key, mask=(word != 0) & (place < most))
-            place += 1
-            word = tl.where(word == 0, word, rest)
-    return total
 
 
 @triton.jit
@@ -192,6 +200,7 @@ def _groups(
     Support,
     Products,
     Turn,
+    Queue,
     Lengths,
     Out,
     Tau,
@@ -235,6 +244,9 @@ def _groups(
     C: tl.constexpr,
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
+    DEPTH: tl.constexpr,
+    AHEAD: tl.constexpr,
+    TIERS: tl.constexpr,
     LANES: tl.constexpr,
     SAVE: tl.constexpr,
 ):
@@ -246,13 +258,14 @@ def _groups(
     lane = tl.arange(0, M)[:, None]
     many = tl.arange(0, WIDE)
     z_place, z_wide = lane + step[None, :] * M, lane + many[None, :] * M
-    each = tl.cdiv(share * rows, M) * query_tiles  # of one text and list
+    if TIERS > 0:
+        Queue += (TIERS - 1) * groups
+        groups = tl.load(Turn + TIERS)
     turn = tl.atomic_add(Turn, 1, sem="relaxed")
     while turn < groups:
-        # The last rows of all texts and heads first: in causal order they have the most keys.
-        group = turn % (groups // each) * each + each - 1 - turn // (groups // each)
+        group = turn_of_group(turn, groups, query_tiles, rows, share, M) if TIERS == 0 else tl.load(Queue + turn)
         job, batch, number, tile, head, index, position, exists, inside = rows_of_group(
-            group, First, Valid, queries, keys, heads, lists, query_tiles, rows, lead, share, M
+            group, Index, First, Valid, queries, keys, heads, lists, query_tiles, rows, lead, share, M
         )
         row = (batch * heads + head) * queries + index
         last = tl.max(tl.where(exists, position, -1), 0)
@@ -263,7 +276,7 @@ def _groups(
             blocks = tl.load(Counts + group)
             if blocks <= capacity:
                 bits = group.to(tl.int64) * capacity
-                total = _keys_of_bits(Words + bits * 4, Numbers + bits, Found, blocks, most, N, LANES)
+                total = keys_of_bits(Words + bits * 4, Numbers + bits, Found, blocks, most, N, LANES)
         else:
             end = tl.where(last >= 0, tl.load(Listed + job) * size, 0)
             listed = Index + batch * i_batch + number * i_list + tile * i_tile
@@ -274,25 +287,29 @@ def _groups(
         q = load_rows(Q, batch * q_batch + head * q_head + index.to(tl.int64) * q_row, exists, dim, D)
         kv = number * share // GROUP
         k_base, v_base = K + batch * k_batch + kv * k_head, V + batch * v_batch + kv * v_head
-        peaks = tl.full([M, C], float("-inf"), tl.float32)
         if Bound is not None:
             bound = tl.load(Bound + row, mask=inside, other=float("inf"))
         else:
             bound = tl.full([M], float("-inf"), tl.float32)
-        left = 0
+        spot, out_spot = row, (batch * queries + index) * heads + head
         tl.debug_barrier()  # the list is written
+        peaks = tl.full([M, C], float("-inf"), tl.float32)
+        # A step of Newton's method from the bound, where there is one.
+        origin = tl.where(bound > float("-inf"), bound, float("inf"))
+        masses, gradients = tl.zeros([M, C], tl.float32), tl.zeros([M, C], tl.float32)
+        left = 0
         for begin in tl.range(0, total, C, num_stages=STAGES):
             there = begin + step < total
             key = tl.load(Found + begin + step, mask=there, other=0)
             k = load_rows(k_base, key.to(tl.int64) * k_row, there, dim, D)
-            sees = there[None, :] & exists[:, None]
-            if CAUSAL:
-                sees &= key[None, :] <= position[:, None]
-            z = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale[:, None]
-            z = tl.where(sees, z, float("-inf"))
+            z = gathered_logits(q, k, key, there, exists, position, scale, CAUSAL, PRECISION)
             peaks = tl.maximum(peaks, z)
             if Bound is None:  # no threshold is below the largest product so far less 1
                 bound = tl.maximum(bound, tl.max(z, 1) - 1 - 4e-6)
+            elif AHEAD:
+                weight, gradient = powers(tl.maximum(z - origin[:, None], 0.0), exponent[:, None], KIND)
+                masses += weight
+                gradients += gradient
             # Otherwise the bound has risen since the key passed it.
             one = tl.max((z > bound[:, None]).to(tl.int32), 0)
             place = left + tl.cumsum(one, 0) - one
@@ -305,17 +322,21 @@ def _groups(
             tl.store(Lengths + group, -1)
         else:
             peak = tl.max(peaks, 1)
-            some = peak > float("-inf")
-            tau = tl.where(some, peak, 0.0) - 1
-            if Bound is not None:
-                tau = tl.where(some, tl.maximum(tau, bound), tau)
+            tau = tl.maximum(peak - 1, bound)
+            if AHEAD:
+                tau = tl.maximum(tau, bound + newton_step(tl.sum(masses, 1), tl.sum(gradients, 1), exponent, KIND))
+            # By way of memory, the compiler does not lay out what follows as matrix products are.
+            tl.store(Tau + spot, tl.where(peak > float("-inf"), tau, float("-inf")), mask=inside)
             tl.debug_barrier()
+            tau = tl.load(Tau + spot, mask=inside, other=float("-inf"))
+            some = tau > float("-inf")
+            tau = tl.where(some, tau, 0.0)
             rises, steps = tl.max(some.to(tl.int32), 0), 0
-            # Most groups have no more than these, which stay in registers.
+            # These stay in registers.
             near = tl.load(Products + z_wide, mask=(many < total)[None, :], other=float("-inf"))
             while (rises > 0) & (steps < STEPS):
                 weight, gradient = powers(tl.maximum(near - tau[:, None], 0.0), exponent[:, None], KIND)
-                for begin in range(WIDE, total, WIDE):
+                for begin in tl.range(WIDE, total, WIDE, num_stages=DEPTH):
                     z = tl.load(
                         Products + (z_wide + begin * M), mask=(begin + many < total)[None, :], other=float("-inf")
                     )
@@ -324,7 +345,7 @@ def _groups(
                     gradient += steeper
                 rise = newton_step(tl.sum(weight, 1), tl.sum(gradient, 1), exponent, KIND)
                 tau += rise
-                rises = tl.max((rise > CLOSE * (1 + tl.abs(tau))).to(tl.int32), 0)
+                rises = tl.max(goes_on(rise, tau, total, KIND).to(tl.int32), 0)
                 steps += 1
 
             masses, gradients = tl.zeros([M, C], tl.float32), tl.zeros([M, C], tl.float32)
@@ -352,12 +373,16 @@ def _groups(
                     tl.store(List + place, key, mask=has)
             mass, slope = tl.sum(masses, 1), tl.sum(gradients, 1)
             mass, slope = tl.where(some, mass, 1.0), tl.where(some, slope, 1.0)
-            spot, mask = row[:, None] * D + dim[None, :], inside[:, None] & wide
-            out_spot = ((batch * queries + index) * heads + head)[:, None] * D + dim[None, :]
-            tl.store(Out + out_spot, (out / mass[:, None]).to(Out.dtype.element_ty), mask=mask)
+            tl.store(
+                Out + out_spot[:, None] * D + dim[None, :], (out / mass[:, None]).to(Out.dtype.element_ty),
+                mask=inside[:, None] & wide,
+            )  # fmt: skip
             if Slopes is not None:
-                tl.store(Slopes + spot, out_slopes / slope[:, None], mask=mask)
-            tl.store(Tau + row, tl.where(some, tau, float("-inf")), mask=inside)
-            tl.store(Sizes + row, tl.sum(count, 1), mask=inside)
+                tl.store(
+                    Slopes + spot[:, None] * D + dim[None, :], out_slopes / slope[:, None],
+                    mask=inside[:, None] & wide,
+                )  # fmt: skip
+            tl.store(Tau + spot, tl.where(some, tau, float("-inf")), mask=inside)
+            tl.store(Sizes + spot, tl.sum(count, 1), mask=inside)
             tl.store(Lengths + group, length)
         turn = tl.atomic_add(Turn, 1, sem="relaxed")

@@ -42,22 +42,37 @@ def arguments_of(query: Tensor, key: Tensor, lists: Lists | None) -> tuple[Any, 
 
 
 @triton.jit
-def rows_of_group(group, First, Valid, queries, keys, heads, lists, query_tiles, rows, lead, share, M: tl.constexpr):
+def turn_of_group(turn, groups, query_tiles, rows, share, M: tl.constexpr):
+    """Return the group whose turn it is: the last rows of all texts and heads first, since in causal order they have
+    the most keys."""
+    each = tl.cdiv(share * rows, M) * query_tiles  # of one text and list
+    return turn % (groups // each) * each + each - 1 - turn // (groups // each)
+
+
+@triton.jit
+def rows_of_group(
+    group, Index, First, Valid, queries, keys, heads, lists, query_tiles, rows, lead, share, M: tl.constexpr
+):  # fmt: skip
     """Return job, batch, list and tile of a group of M rows; head, index, position of each row, whether it exists, and
     whether it is a row of the output."""
     blocks = tl.cdiv(share * rows, M)
     job = group // blocks
-    tile, number, batch = job % query_tiles, job // query_tiles % lists, job // (query_tiles * lists)
     row = group % blocks * M + tl.arange(0, M)
-    index = tile * rows - lead + row % rows
+    if Index is None:  # these divisions take hundreds of instructions
+        number, batch, index = job % heads, job // heads, row
+        inside = row < queries
+        tile = number * 0
+    else:
+        tile, number, batch = job % query_tiles, job // query_tiles % lists, job // (query_tiles * lists)
+        index = tile * rows - lead + row % rows
+        inside = (row < share * rows) & (index >= 0) & (index < queries)
     # What addresses are made of has 64 bits, but their division takes a hundred instructions.
     job, tile, number, batch = job.to(tl.int64), tile.to(tl.int64), number.to(tl.int64), batch.to(tl.int64)
     position = origin_of(First, batch, queries, keys) + index
-    inside = (row < share * rows) & (index >= 0) & (index < queries)
     exists = inside & (position >= 0) & (position < keys)
     if Valid is not None:
         exists &= tl.load(Valid + batch * keys + position, mask=exists, other=0) != 0
-    head = number * share + tl.minimum(row // rows, share - 1)
+    head = number + tl.zeros([M], tl.int64) if Index is None else number * share + tl.minimum(row // rows, share - 1)
     return job, batch, number, tile, head, index, position, exists, inside
 
 

@@ -37,7 +37,7 @@ class Candidates(NamedTuple):
     blocks: `[groups, capacity]` int32, number of the block; its first key is that times `size`.
     counts: `[groups]` int32, blocks with a bit; above `capacity` some are missing.
     size: keys of a block.
-    turn: `[1]` int32, the next group to attend to: 0.
+    turn: `[4]` int32, zeros: the next group to attend to, and lengths of queues, see `groups.attend_groups`.
     """
 
     bound: Tensor
@@ -122,7 +122,7 @@ def candidates(
     capacity = min(capacity, most)
     bound = torch.empty((batch, heads, queries), dtype=torch.float32, device=device)
     sums = torch.empty((4, batch, heads, queries), dtype=torch.float32, device=device) if every else None
-    turn = torch.empty(1, dtype=torch.int32, device=device)
+    turn = torch.empty(4, dtype=torch.int32, device=device)
     fixed = constants(query, key, kind, causal)
     strides = (*query.stride()[:3], *key.stride()[:3])
     grid = (pieces(length, start.rows) * batch * heads,)
@@ -211,7 +211,7 @@ def _start(
 
     It is `inf` where there is no query, and `-inf` for a query that sees none of these keys."""
     if tl.program_id(0) == 0:
-        tl.store(Turn, 0)
+        tl.store(Turn + tl.arange(0, 4), tl.zeros([4], tl.int32))
     tiles = tl.cdiv(queries, M) if Index is None else query_tiles * (rows // M)
     row = (tl.program_id(0) // tiles).to(tl.int64)  # of [B, Hq]
     batch, head = row // heads, row % heads

@@ -138,7 +138,7 @@ def _tiles(
     R: tl.constexpr,
 ):
     job, batch, number, tile, head, index, position, exists, inside = rows_of_group(
-        tl.program_id(0), First, Valid, queries, keys, heads, lists, query_tiles, rows, lead, share, M
+        tl.program_id(0), Index, First, Valid, queries, keys, heads, lists, query_tiles, rows, lead, share, M
     )
     row = (batch * heads + head) * queries + index
     inside &= marked_rows(tl.program_id(0), Lengths, rows, share, M, R)

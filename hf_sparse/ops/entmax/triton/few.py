@@ -1,0 +1,200 @@
+"""Attend with entmax over the candidates of groups that have few: a program for each, and no buffers of products.
+
+The keys of a group are gathered at once, and their products, thresholds and weights stay in registers. Groups with more
+candidates are put into a queue for the kernel in `groups`.
+"""
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from hf_sparse.ops.entmax.triton.common import (
+    STEPS,
+    exponent_of,
+    gathered_logits,
+    goes_on,
+    load_rows,
+    newton_step,
+    ones_of,
+    powers,
+)
+from hf_sparse.ops.entmax.triton.jobs import LENGTHS, rows_of_group, turn_of_group
+from hf_sparse.ops.entmax.triton.sweep import key_of_bit
+from hf_sparse.ops.triton.sizes import padded
+
+
+class Few(NamedTuple):
+    """Hold the sizes of a program: the most candidates of its group, and Triton's warps."""
+
+    keys: int
+    warps: int
+
+
+def few_sizes(query: Tensor) -> tuple[Few, ...]:
+    """Return the sizes of the kernels for groups with few candidates, the smallest first."""
+    size = padded(query.shape[3]) * query.element_size()  # bytes of a key
+    if size <= 128:
+        return (Few(64, 2),)
+    return (Few(64, 4),) if size <= 256 else (Few(32, 4),) if size <= 512 else (Few(16, 4),)
+
+
+@triton.jit
+def count_of_bits(Words, blocks, LANES: tl.constexpr):
+    """Return how many bits of a group are set."""
+    total = 0
+    word = tl.arange(0, LANES * 4)
+    for begin in range(0, blocks * 4, LANES * 4):
+        bits = tl.load(Words + begin + word, mask=begin + word < blocks * 4, other=0)
+        total += tl.sum(ones_of(bits.to(tl.uint32, bitcast=True)), 0)
+    return total
+
+
+@triton.jit
+def keys_of_bits(Words, Numbers, List, blocks, most, N: tl.constexpr, LANES: tl.constexpr):
+    """Write the keys of the bits of a group to `List`, and return how many there are."""
+    total = 0
+    lane, part = tl.arange(0, LANES), tl.arange(0, 4)[None, :]
+    for begin in range(0, blocks, LANES):
+        number = begin + lane
+        there = number < blocks
+        word = tl.load(Words + (number[:, None] * 4 + part), mask=there[:, None], other=0).to(tl.uint32, bitcast=True)
+        block = tl.load(Numbers + number, mask=there, other=0)[:, None]
+        ones = ones_of(word)
+        before = tl.cumsum(ones, 1)
+        of_block = tl.sum(ones, 1)
+        place = (total + tl.cumsum(of_block, 0) - of_block)[:, None] + before - ones
+        total += tl.sum(of_block, 0)
+        for _ in range(tl.max(tl.max(ones, 1), 0)):
+            rest = word & (word - 1)  # without the lowest bit
+            bit = ones_of((word ^ rest) - 1)
+            tl.store(List + place, key_of_bit(block, part, bit, N), mask=(word != 0) & (place < most))
+            place += 1
+            word = tl.where(word == 0, word, rest)
+    return total
+
+
+@triton.jit(do_not_specialize=[*LENGTHS, "groups", "capacity", "kept"])
+def attend_few(
+    Q,
+    K,
+    V,
+    Scale,
+    Exponent,
+    First,
+    Valid,
+    Bound,
+    Words,
+    Numbers,
+    Counts,
+    Found,
+    Support,
+    Turn,
+    Queue,
+    Lengths,
+    Out,
+    Tau,
+    Sizes,
+    Slopes,
+    groups,
+    capacity,
+    kept,
+    Index,
+    Listed,
+    i_batch,
+    i_list,
+    i_tile,
+    queries,
+    keys,
+    heads,
+    lists,
+    query_tiles,
+    rows,
+    lead,
+    size,
+    share,
+    q_batch,
+    q_head,
+    q_row,
+    k_batch,
+    k_head,
+    k_row,
+    v_batch,
+    v_head,
+    v_row,
+    GROUP: tl.constexpr,
+    D: tl.constexpr,
+    PADDED: tl.constexpr,
+    KIND: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr,
+    N: tl.constexpr,
+    M: tl.constexpr,
+    C: tl.constexpr,
+    TIER: tl.constexpr,
+    LANES: tl.constexpr,
+    SAVE: tl.constexpr,
+):
+    """Write the results of a group of M rows with at most C candidates, or put it into the next queue."""
+    if TIER == 0:
+        waiting, group = groups, turn_of_group(tl.program_id(0), groups, query_tiles, rows, share, M)
+    else:
+        waiting = tl.load(Turn + TIER)
+        group = tl.load(Queue + (TIER - 1) * groups + tl.program_id(0), mask=tl.program_id(0) < waiting, other=0)
+    blocks = tl.load(Counts + group)
+    bits = group.to(tl.int64) * capacity
+    total = C + 1
+    if (tl.program_id(0) < waiting) & (blocks <= capacity):
+        total = count_of_bits(Words + bits * 4, blocks, LANES)
+    if (tl.program_id(0) < waiting) & (total > C):
+        place = tl.atomic_add(Turn + TIER + 1, 1, sem="relaxed")
+        tl.store(Queue + TIER * groups + place, group)
+    if total <= C:
+        Found += group.to(tl.int64) * C
+        keys_of_bits(Words + bits * 4, Numbers + bits, Found, blocks, C, N, LANES)
+        _, batch, number, _, head, index, position, exists, inside = rows_of_group(
+            group, Index, First, Valid, queries, keys, heads, lists, query_tiles, rows, lead, share, M
+        )
+        row = (batch * heads + head) * queries + index
+        scale, exponent = tl.load(Scale + head), exponent_of(Exponent, head, KIND)
+        dim, step = tl.arange(0, PADDED), tl.arange(0, C)
+        q = load_rows(Q, batch * q_batch + head * q_head + index.to(tl.int64) * q_row, exists, dim, D)
+        bound = tl.load(Bound + row, mask=inside, other=float("inf"))
+        there = step < total
+        kv = number * share // GROUP
+        K += batch * k_batch + kv * k_head
+        V += batch * v_batch + kv * v_head
+        tl.debug_barrier()  # the list is written
+        key = tl.load(Found + step, mask=there, other=0)
+        k = load_rows(K, key.to(tl.int64) * k_row, there, dim, D)
+        v = load_rows(V, key.to(tl.int64) * v_row, there, dim, D)
+        z = gathered_logits(q, k, key, there, exists, position, scale, CAUSAL, PRECISION)
+        peak = tl.max(z, 1)
+        some = peak > float("-inf")
+        tau = tl.where(some, tl.maximum(peak - 1, bound), 0.0)
+        rises, steps = tl.max(some.to(tl.int32), 0), 0
+        while (rises > 0) & (steps < STEPS):
+            weight, slope = powers(tl.maximum(z - tau[:, None], 0.0), exponent[:, None], KIND)
+            rise = newton_step(tl.sum(weight, 1), tl.sum(slope, 1), exponent, KIND)
+            tau += rise
+            rises = tl.max(goes_on(rise, tau, total, KIND).to(tl.int32), 0)
+            steps += 1
+        weight, slope = powers(tl.maximum(z - tau[:, None], 0.0), exponent[:, None], KIND)
+        out = tl.dot(weight.to(v.dtype), v, input_precision=PRECISION)
+        out /= tl.where(some, tl.sum(weight, 1), 1.0)[:, None]
+        mask = inside[:, None] & (dim < D)[None, :]
+        place = ((batch * queries + index) * heads + head)[:, None] * D + dim[None, :]
+        tl.store(Out + place, out.to(Out.dtype.element_ty), mask=mask)
+        if Slopes is not None:
+            out = tl.dot(slope.to(v.dtype), v, input_precision=PRECISION)
+            out /= tl.where(some, tl.sum(slope, 1), 1.0)[:, None]
+            tl.store(Slopes + row[:, None] * D + dim[None, :], out, mask=mask)
+        tl.store(Tau + row, tl.where(some, tau, float("-inf")), mask=inside)
+        tl.store(Sizes + row, tl.sum((weight > 0).to(tl.int32), 1), mask=inside)
+        length = 0
+        if SAVE:
+            one = (tl.max(weight, 0) > 0).to(tl.int32)
+            tl.store(Support + group.to(tl.int64) * kept + tl.cumsum(one, 0) - one, key, mask=one > 0)
+            length = tl.sum(one, 0)
+        tl.store(Lengths + group, length)

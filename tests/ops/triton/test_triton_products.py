@@ -1,0 +1,95 @@
+"""The kernel of products that share an input, against PyTorch in float64."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_sparse.ops.triton.products import ProductSizes, fused_products, sizes_of
+
+BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("interpreter")
+COUNTS = [(48,), (33, 16), (40, 8, 17), (7, 1, 5)]  # rows of the weights
+SIZES = [
+    None,
+    ProductSizes(4, 128, 0, 4, 1),
+    ProductSizes(16, 64, 1, 1, 3),
+    ProductSizes(16, 32, 4, 4, 4),
+    ProductSizes(64, 64, 2, 4, 3),
+]
+
+
+def drawn(rows, columns, counts, bias, dtype):
+    torch.manual_seed(columns)
+    x = torch.randn(rows, 1, columns, device=DEVICE).to(dtype)
+    weights = [torch.randn(count, columns, device=DEVICE).to(dtype) for count in counts]
+    return x, weights, [5 * torch.randn(count, device=DEVICE).to(dtype) for count in counts] if bias else []
+
+
+@pytest.mark.cross("pairs")
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("counts", COUNTS, ids=str)
+@pytest.mark.parametrize("columns", [64, 200, 129, 576])
+@pytest.mark.parametrize("rows", [1, 2, 8, 9, 16])
+def test_products(rows, columns, counts, bias, dtype, sizes, poisoned_memory):
+    """Each is rounded once: it is half a place from the exact one, and what float32 loses in the sum."""
+    if sizes is None or (rows > 1 and not sizes.parts):  # which takes one row
+        sizes = sizes_of(rows, columns)
+    if DEVICE == "cpu" and dtype == torch.bfloat16 and sizes.parts:
+        pytest.skip("the interpreter multiplies the bits of bfloat16")
+    x, weights, biases = drawn(rows, columns, counts, bias, dtype)
+    places = 1 if DEVICE == "cpu" and dtype == torch.bfloat16 else 0.5  # the interpreter cuts bfloat16 off
+    found = fused_products(x, weights, biases, sizes)
+    assert len(found) == len(weights)
+    for i, (result, weight) in enumerate(zip(found, weights, strict=True)):
+        expected = x.double() @ weight.double().T + (biases[i].double() if bias else 0)
+        assert result.shape == (rows, 1, len(weight)) and result.dtype == dtype and result.is_contiguous()
+        error = (result.double() - expected).abs()
+        assert bool((error <= places * torch.finfo(dtype).eps * expected.abs() + 2e-4).all())
+
+
+def test_an_input_that_is_not_contiguous():
+    x, weights, _ = drawn(4, 64, (24, 9), False, torch.float16)
+    turned = x[:, 0].T.contiguous().T
+    assert not turned.is_contiguous()
+    for found, expected in zip(fused_products(turned, weights, []), fused_products(x[:, 0], weights, []), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_nan_stays_in_its_row():
+    x, weights, _ = drawn(3, 64, (24, 9), False, torch.float16)
+    x[1, 0, 5] = torch.nan
+    for result in fused_products(x, weights, []):
+        assert result[1].isnan().all() and not result[[0, 2]].isnan().any()
+
+
+@pytest.mark.parametrize("columns", [576, 1536, 2048, 4096, 5632, 14336])
+@pytest.mark.parametrize("rows", [1, 4, 8, 16])
+def test_steps_reach_over_the_columns_by_an_eighth_at_most(rows, columns):
+    """In as much shared memory as GPUs with little of it have."""
+    sizes = sizes_of(rows, columns)
+    read, parts = 1 if rows == 1 else 8 if rows <= 8 else 16, max(1, sizes.parts)
+    assert -(-columns // (parts * sizes.columns)) * parts * sizes.columns <= columns * 9 / 8 and sizes.columns >= 32
+    assert 2 * sizes.stages * parts * (sizes.outputs + read) * sizes.columns <= 99 << 10
+    assert (sizes.parts > 0) == (rows > 1)
+
+
+def test_the_benchmark_searches_sizes(monkeypatch, tmp_path):
+    """A trial of it: the rows are complete, and the size in use is among those of the search."""
+    output = tmp_path / "products.json"
+    words = ["products.py", "--tiny", "--search", "--dtype", "float16", "--rows", "1", "4", "--commit", "0"]
+    monkeypatch.setattr(sys, "argv", [*words, "--shapes", "llama-8b", "--output", str(output)])
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    runpy.run_path(str(BENCHMARKS / "products.py"), run_name="__main__")
+    rows = json.loads(output.read_text())["rows"]
+    assert [(row["product"], row["rows"]) for row in rows[:3]] == [("qkv", 1), ("qkv", 4), ("output", 1)]
+    assert len(rows) == 8
+    for row in rows:
+        sizes = [[one[name] for name in ProductSizes._fields] for one in row["search"]]
+        assert row["sizes"] in sizes and len(sizes) > 3 and row["kernel_us"] > 0 and row["roundings"] < 1
