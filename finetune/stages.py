@@ -104,6 +104,10 @@ class Training:
     def check(self, chunks: Tensor) -> None:
         """Raise `DataError` for chunks `[N, T]` that this method cannot learn from."""
 
+    def retrieval(self, chunks: Tensor) -> float:
+        """Return the share of chunks `[N, T]` in which facts are to be hidden (`hf_sparse.retrieval`), by default."""
+        return 0.0
+
     def plan(self, chunks: Tensor) -> str:
         """Say in a sentence what a run on chunks `[N, T]` is going to do."""
         steps = ", then ".join(f"{stage.steps} steps of {stage.label}" for stage in self.stages)

@@ -1,5 +1,6 @@
 """Do what the verbs of the command line do to the folder of an adapter, from nothing to measured."""
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from hf_sparse.finetune import FinetuneConfig, estimate, finetune
 from hf_sparse.finetune.checkpoint import checkpoints
 from hf_sparse.finetune.float8 import check_float8
 from hf_sparse.finetune.launch import check_devices, check_launch, is_sharded
-from hf_sparse.finetune.stages import chunks_read
+from hf_sparse.finetune.stages import chunks_read, training_of
 from hf_sparse.folders import exclusive, locked, staged
 from hf_sparse.model_kinds import kind_of
 from hf_sparse.overlap import merged, overlap
@@ -90,7 +91,7 @@ def train_adapter(
     chunks: str | None = None,
     separate: bool = False,
     bos: bool | None = None,
-    retrieval: float = 0.0,
+    retrieval: float | None = None,
     dataset: Mapping[str, str] | None = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -110,7 +111,8 @@ def train_adapter(
         chunks: train on chunks `START:STOP` of the text only.
         separate: let no chunk hold tokens of two documents.
         bos: whether the chunks of a decoder begin with BOS; by default as its tokenizer begins a text.
-        retrieval: share of the chunks in which facts are hidden and asked for, see `hf_sparse.retrieval.hide_facts`.
+        retrieval: share of the chunks in which facts are hidden and asked for, see `hf_sparse.retrieval.hide_facts`; by
+            default what the method learns best with.
         dataset: `name`, `split` and `column` on the Hub that the text was read from; noted in finetune.json, and named
             on the card.
         device, dtype: see `load_adapter`.
@@ -142,10 +144,14 @@ def train_adapter(
         most = chunks_read(model, config)
         data, counts = prepared_documents(model, tokenizer, text, length, most=most, separate=separate, **options)
         counts |= {"rows": text.rows, "rows_without_text": text.bad}
+    if retrieval is None:
+        retrieval = training_of(model, config).retrieval(data)
     if retrieval:
         if kind_of(model) != "causal":
             raise DataError(f"retrieval is for causal language models, got a model of kind {kind_of(model)!r}")
         data = hide_facts(tokenizer, data, retrieval, seed=config.seed)
+        if is_main_process() and config.progress:
+            print(f"facts are hidden in {retrieval:.0%} of the chunks, and asked for further on", file=sys.stderr)
     config = replace(config, output_dir=str(folder), cpu=cpu)
     if dry_run:
         return estimate(model, data, config)

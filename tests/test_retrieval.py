@@ -7,6 +7,7 @@ from random import Random
 
 import pytest
 import torch
+from peft import get_peft_model
 from transformers import AutoTokenizer
 
 import hf_sparse
@@ -16,6 +17,7 @@ from hf_sparse.demo import CHECKPOINT
 from hf_sparse.errors import DataError
 from hf_sparse.evaluation.tasks import TASKS, Haystack
 from hf_sparse.finetune import FinetuneConfig
+from hf_sparse.finetune.stages import training_of
 from hf_sparse.retrieval import KINDS, Fact, hide_facts
 from hf_sparse.workflow import create_adapter, train_adapter
 
@@ -101,6 +103,13 @@ def test_finetune_mixes_them_in_and_notes_it(tmp_path):
         assert written["settings"].get("retrieval", 0.0) == share and written["settings"]["length"] == length
         hashes.add(written["settings"]["chunks_sha256"])
     assert len(hashes) == 2
+
+
+@pytest.mark.parametrize(("k", "length", "share"), [(188, 1024, 0.5), (188, 512, 0.0), (100, 1024, 0.0)])
+def test_by_default_facts_are_hidden_where_the_slots_have_room_for_them(tiny_llama, k, length, share):
+    model = get_peft_model(tiny_llama(), hf_sparse.SparseKConfig(k=k))
+    training = training_of(model, FinetuneConfig())
+    assert training.retrieval(torch.zeros(2, length, dtype=torch.long)) == share
 
 
 def test_an_encoder_has_none(tmp_path, monkeypatch):

@@ -82,13 +82,14 @@ def finetune(
         ),
     ] = None,
     retrieval: Annotated[
-        float,
+        float | None,
         typer.Option(
             min=0,
             max=1,
-            help="Share of the chunks in which facts are hidden and asked for further on, so that needles are kept.",
+            help="Share of the chunks in which facts are hidden and asked for further on, so that needles are kept; by "
+            "default what the method learns best with, 0 for none.",
         ),
-    ] = 0.0,
+    ] = None,
 ) -> None:
     """Train the adapter in DIR and write it back, with finetune.json."""
     check_source(context, text, dataset, part, needed=True)

@@ -29,6 +29,8 @@ _CHUNKS = 4  # from all over the text, on which every head is measured; or fewer
 _TOKENS = 8192  # of a chunk, the first ones, on which heads are measured: the kernels of lists of all keys take no more
 _FORWARDS = 4  # that a chunk costs in training: the teacher's, the model's, and a backward of two
 _BUDGETS = 2  # at which a head is measured
+_RETRIEVAL = 0.5  # of the chunks have facts, of at least so many tokens (`_LONG`) and selected keys (`_MANY`)
+_LONG, _MANY = 1024, 128
 
 
 class _Competing(NamedTuple):
@@ -90,6 +92,11 @@ class SparseKTraining(Training):
         if self._equal is None:
             del settings["divide_heads"]
         return settings
+
+    def retrieval(self, chunks: Tensor) -> float:
+        """Return the share of chunks with facts; none where chunks are short, or slots too few for the facts."""
+        has_room = chunks.shape[1] >= _LONG and self.layers[0].config.k >= _MANY
+        return _RETRIEVAL if self.kind == "causal" and has_room else 0.0
 
     def plan(self, chunks: Tensor) -> str:
         """Say in a sentence what a run on chunks `[N, T]` is going to do."""
