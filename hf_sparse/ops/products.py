@@ -14,7 +14,7 @@ from hf_sparse.ops.triton import installed
 
 MOST_WEIGHTS = 3  # of a call of the kernel
 MOST_ROWS = 16  # that the kernel takes: it reads the input again for every block of a weight
-_MOST_NUMBERS = 1 << 25  # of all weights of a call, beyond which cuBLAS reads them as fast
+_MOST_NUMBERS = 1 << 25  # of a weight, in the mean of a call; larger ones cuBLAS reads as fast one by one
 _DTYPES = (torch.bfloat16, torch.float16)
 _TRITON = installed()
 
@@ -73,8 +73,9 @@ def is_faster(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] = (
     `benchmarks/products.py` compares them.
     """
     columns, numbers = x.shape[-1], sum(weight.numel() for weight in weights)
+    is_small = numbers <= _MOST_NUMBERS * len(weights)
     # Rows of other lengths cannot be read 16 bytes at a time; short ones are those of low ranks.
-    return has_kernel(x, weights, biases) and columns % 16 == 0 and columns >= 64 and numbers <= _MOST_NUMBERS
+    return has_kernel(x, weights, biases) and columns % 16 == 0 and columns >= 64 and is_small
 
 
 def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:

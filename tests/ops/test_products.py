@@ -69,3 +69,6 @@ def test_which_tensors_the_kernel_takes(monkeypatch):
         assert is_faster(x, keys) and is_faster(x, keys[:1])
         large = [make(14336, 4096)] * 2
         assert has_kernel(x, large) and not is_faster(x, large)
+        x = make(1, 8192)
+        keys = [make(8192, 8192), make(1024, 8192), make(1024, 8192)]
+        assert is_faster(x, keys) and not is_faster(x, keys[:1])
