@@ -132,7 +132,7 @@ def measure(shape: str, product: str, rows: int, bandwidth: float, options: argp
     read = dtype.itemsize * columns * sum(counts)  # bytes
     layers = 2 if options.tiny else max(4, min(128, options.megabytes * 1_000_000 // read))
     x, models = draw(rows, columns), [[draw(count, columns) for count in counts] for _ in range(layers)]
-    used = sizes_of(rows, columns)
+    used = sizes_of(rows, columns, sum(counts))
     sizes = [used, *(one for one in grid(rows, options) if one != used)] if options.search else [used]
     if options.device == "cuda":
         compile_sizes(x, models[0][0], sizes)
