@@ -132,7 +132,7 @@ def measure(shape: str, product: str, rows: int, bandwidth: float, options: argp
     read = dtype.itemsize * columns * sum(counts)  # bytes
     layers = 2 if options.tiny else max(4, min(128, options.megabytes * 1_000_000 // read))
     x, models = draw(rows, columns), [[draw(count, columns) for count in counts] for _ in range(layers)]
-    used = sizes_of(rows, columns)
+    used = sizes_of(rows, columns, sum(counts))
     sizes = [used, *(one for one in grid(rows, options) if one != used)] if options.search else [used]
     if options.device == "cuda":
         compile_sizes(x, models[0][0], sizes)
@@ -156,6 +156,20 @@ def measure(shape: str, product: str, rows: int, bandwidth: float, options: argp
         "roundings": max(differences.values()),
         "search": [{**one._asdict(), "us": time, "share": share[one]} for time, one in searched],
     }  # fmt: skip
+
+
+def show_best(measured: list[dict[str, Any]]) -> None:
+    """Print, for each number of rows, which sizes cost least against the fastest ones of every product."""
+    for number in sorted({row["rows"] for row in measured}):
+        ratios: dict[tuple[Any, ...], list[float]] = {}
+        of_number = [row for row in measured if row["rows"] == number]
+        for row in of_number:
+            for one in row["search"]:
+                sizes = tuple(one[name] for name in ProductSizes._fields)
+                ratios.setdefault(sizes, []).append(one["us"] / row["search"][0]["us"])
+        everywhere = {sizes: statistics.mean(some) for sizes, some in ratios.items() if len(some) == len(of_number)}
+        best = sorted(everywhere.items(), key=lambda item: item[1])[:5]
+        print(f"x {number:2}: " + "  ".join(f"{list(sizes)} {ratio:.3f}" for sizes, ratio in best), flush=True)
 
 
 def main() -> None:
@@ -196,6 +210,9 @@ def main() -> None:
             f"{name} {row[f'{name}_us']:.1f} us {row[f'{name}_share']:.0%}" for name in ("cublas", "kernel")
         )
         print(f"{time.monotonic() - clock:5.0f} s  {shape:9} {product:7} x {rows:2}  {told}  best {best}", flush=True)
+    if options.search:
+        print(f"mean ratio of {', '.join(ProductSizes._fields)} to the fastest, of the products that the kernel takes")
+        show_best([row for row in result["rows"] if row["chosen"] or options.tiny])
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@
         several_gpus-05ba201-h200.json \\
         --teachers finetune_teacher-smollm2-cpu.json finetune_teacher-bundled-cpu.json \\
         finetune_teacher-smollm2-training-cpu.json finetune_teacher-bundled-training-cpu.json \\
+        --products products-h200.json --product-sizes products-sizes-h200.json \\
         --fill ../../docs/speed.md ../../README.md --figure ../../docs/speed.png
 
 A document marks the place of a table: everything between `<!-- table: NAME -->` and `<!-- end -->` is replaced. The
@@ -441,6 +442,29 @@ def recorded_table(runs: Sequence[dict[str, Any]]) -> str:
             rows.append([f"{row['shape']}, {row['prompt']:,} x {row['batch']}, {recorded['commit'][:7]}", *cells])
     head = ["shape, prompt x batch", "dense, ms", "sparse, ms", "recorded, ms", "recorded, compiled, ms"]
     return table([*head, "dense / recorded", "dense / fastest", "fastest, of the roofline"], rows)
+
+
+def products_table(products: dict[str, Any]) -> str:
+    """Tabulate the microseconds of products that share an input: by cuBLAS, in one kernel, and its share of a copy."""
+    batches = sorted({row["rows"] for row in products["rows"]})
+    cells: dict[str, dict[int, str]] = {}
+    for row in products["rows"]:
+        told = f"{short(row['cublas_us'])} / {short(row['kernel_us'])}, {row['kernel_share']:.0%}"
+        cells.setdefault(f"{row['shape']}, {row['product']}", {})[row["rows"]] = told
+    head = ["cuBLAS / kernel, us, of a copy", *(f"batch {batch}" for batch in batches)]
+    return table(head, [[name, *(of.get(batch, "-") for batch in batches)] for name, of in cells.items()])
+
+
+def product_sizes_table(searched: dict[str, Any]) -> str:
+    """Tabulate the fastest sizes of the kernel of products, and what those in use cost when the search ran."""
+    rows = []
+    for row in searched["rows"]:
+        best = row["search"][0]
+        sizes = " x ".join(str(best[name]) for name in ("outputs", "columns", "parts", "warps", "stages"))
+        cells = [" x ".join(map(str, row["sizes"])), short(row["kernel_us"]), sizes, short(best["us"])]
+        ratio = f"{row['kernel_us'] / best['us']:.2f}"
+        rows.append([f"{row['shape']}, {row['product']}, batch {row['rows']}", *cells, ratio])
+    return table(["product", "in use", "us", "fastest", "us", "ratio"], rows)
 
 
 def first_static_table(runs: Sequence[dict[str, Any]]) -> str:
@@ -908,6 +932,8 @@ def all_tables(
     float8: dict[str, Any] | None = None,
     gpus: Sequence[dict[str, Any]] = (),
     teachers: Sequence[dict[str, Any]] = (),
+    products: dict[str, Any] | None = None,
+    product_sizes: dict[str, Any] | None = None,
 ) -> dict[str, str]:
     """Return every table by the name that documents call it.
 
@@ -920,8 +946,8 @@ def all_tables(
     `static_decode.py`, `prediction` runs of predicted tiles, see `joined_texts`; `quality` holds runs of what predicted
     tiles cost in perplexity, `bidirectional` runs of entmax_kernels.py without a causal mask, `flex` runs of
     predicted tiles beside FlexAttention, `lengths` is one of `finetune_length.py`, `float8` one of it in two
-    precisions, `gpus` runs of `several_gpus.py`, and `teachers` holds runs of both parts of
-    `finetune_teacher.py`."""
+    precisions, `gpus` runs of `several_gpus.py`, `teachers` holds runs of both parts of
+    `finetune_teacher.py`, and `products` and `product_sizes` are runs of `products.py`, without and with `--search`."""
     spread = [[label, f"{model['spread'][name]:.0%}"] for name, label in CACHES.items()]
     return {
         "machine": machine_table(kernels, model),
@@ -972,6 +998,8 @@ def all_tables(
         **({"fp8": float8_table(float8)} if float8 else {}),
         **({"several gpus": gpus_table(gpus)} if gpus else {}),
         **(teachers_tables(teachers) if teachers else {}),
+        **({"products": products_table(products)} if products else {}),
+        **({"product sizes": product_sizes_table(product_sizes)} if product_sizes else {}),
         **(bidirectional_tables(bidirectional) if bidirectional else {}),
     }
 
@@ -1048,6 +1076,8 @@ def main() -> None:
     parser.add_argument("--float8", type=Path, help="JSON of finetune_length.py in two precisions")
     parser.add_argument("--gpus", type=Path, nargs="+", default=[], help="JSON of several_gpus.py")
     parser.add_argument("--teachers", type=Path, nargs="+", default=[], help="JSON of finetune_teacher.py, per run")
+    parser.add_argument("--products", type=Path, help="JSON of products.py")
+    parser.add_argument("--product-sizes", type=Path, help="JSON of products.py --search")
     parser.add_argument(
         "--flex", type=Path, nargs="+", default=[], help="JSON of entmax_prediction.py beside FlexAttention"
     )
@@ -1095,6 +1125,8 @@ def main() -> None:
         float8=read(options.float8) if options.float8 else None,
         gpus=[read(path) for path in options.gpus],
         teachers=list(map(read, options.teachers)),
+        products=read(options.products) if options.products else None,
+        product_sizes=read(options.product_sizes) if options.product_sizes else None,
     )
     if options.figure:
         draw(kernels, options.figure)

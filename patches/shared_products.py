@@ -46,8 +46,9 @@ class ShareProducts(CustomGraphPass):
                     _share(graph, nodes, [p.node for p in some])
 
     def uuid(self) -> Any:
-        """Return what torch's caches of compiled code tell this pass from others by: the text of it and of the rule."""
-        return get_hash_for_files((__file__, module.__file__))
+        """Return what torch's caches of compiled code tell passes apart by: the text of this one and of its rule."""
+        rule = f"{self.is_worth_it.__module__}.{self.is_worth_it.__qualname__}"
+        return get_hash_for_files((__file__, module.__file__), rule)
 
 
 SHARE_PRODUCTS = ShareProducts()  # one object: torch compiles anew for another one

@@ -84,6 +84,8 @@ def tables() -> dict[str, str]:
             *(f"finetune_teacher-{name}" for name in ("smollm2", "bundled", "smollm2-training", "bundled-training")),
             machine="cpu",
         ),
+        products=read("products")[0],
+        product_sizes=read("products-sizes")[0],
         quality=read(
             *(
                 f"predicted_quality-{name}"

@@ -14,7 +14,7 @@ from hf_sparse.ops.triton import installed
 
 MOST_WEIGHTS = 3  # of a call of the kernel
 MOST_ROWS = 16  # that the kernel takes: it reads the input again for every block of a weight
-_MOST_NUMBERS = 1 << 25  # of all weights of a call, beyond which cuBLAS reads them as fast
+_FEWEST_NUMBERS = 1 << 19  # of all weights of a call; fewer ones cuBLAS multiplies as fast
 _DTYPES = (torch.bfloat16, torch.float16)
 _TRITON = installed()
 
@@ -68,13 +68,13 @@ def has_kernel(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] = 
 
 
 def is_faster(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] = ()) -> bool:
-    """Tell whether the kernel takes tensors, which may be fake ones, and is expected to be faster than cuBLAS.
+    """Tell whether the kernel takes tensors, which may be fake ones, and is faster than cuBLAS one by one.
 
-    `benchmarks/products.py` compares them.
+    So it is in `benchmarks/products.py` on an H200, with one weight and with several, of 8B and of smaller models.
     """
-    columns, numbers = x.shape[-1], sum(weight.numel() for weight in weights)
     # Rows of other lengths cannot be read 16 bytes at a time; short ones are those of low ranks.
-    return has_kernel(x, weights, biases) and columns % 16 == 0 and columns >= 64 and numbers <= _MOST_NUMBERS
+    fits = x.shape[-1] % 16 == 0 and x.shape[-1] >= 64
+    return has_kernel(x, weights, biases) and fits and sum(weight.numel() for weight in weights) >= _FEWEST_NUMBERS
 
 
 def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:

@@ -12,7 +12,9 @@ from transformers import GenerationMixin
 from hf_sparse import CapturedDecoding, SparsefinderConfig, SparseKConfig, patch
 from hf_sparse._compat import with_cache
 from hf_sparse.methods.sparsek.baselines import Recency
+from hf_sparse.ops.products import has_kernel
 from hf_sparse.patches import SparseCache, compiled_layers, sparse_layers
+from hf_sparse.patches.shared_products import ShareProducts
 
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
 CAUSAL = [
@@ -124,13 +126,16 @@ def test_tokens_on_a_gpu_are_those_of_eager_steps(tiny_llama, rows):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rows", [1, 5])
 def test_logits_of_half_precision_on_a_gpu_are_those_of_eager_steps(tiny_llama, rows, dtype, monkeypatch):
-    """Four launches of a layer multiply: for queries, keys and values, the output, gate and up, and down."""
+    """Four launches of a layer multiply: for queries, keys and values, the output, gate and up, and down.
+
+    Of weights as small as these the pass would leave the products to cuBLAS.
+    """
     from hf_sparse.ops.triton import products
 
+    monkeypatch.setattr(compiled_layers, "SHARE_PRODUCTS", ShareProducts(has_kernel))
     launched, compute = [], products.fused_products
     monkeypatch.setattr(products, "fused_products", lambda *given: launched.append(len(given[1])) or compute(*given))
-    base = tiny_llama(num_hidden_layers=3, hidden_size=64, intermediate_size=128)
-    model = patch(base.cuda().to(dtype), SparseKConfig(**BUDGET))
+    model = patch(tiny_llama(num_hidden_layers=3).cuda().to(dtype), SparseKConfig(**BUDGET))
     ids = torch.randint(2, 64, (rows, 30), generator=torch.Generator().manual_seed(0)).cuda()
     logits = {}
     with torch.no_grad():

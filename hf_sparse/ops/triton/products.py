@@ -43,9 +43,19 @@ class ProductSizes(NamedTuple):
     stages: int
 
 
-def sizes_of(rows: int, columns: int) -> ProductSizes:
-    """Choose sizes for rows of the input and their length; `benchmarks/products.py --search` finds what is best."""
-    sizes = ProductSizes(8, 512, 0, 4, 4) if rows == 1 else ProductSizes(16, 64, 4, 4, 4)
+def sizes_of(rows: int, columns: int, outputs: int) -> ProductSizes:
+    """Choose sizes: those that `benchmarks/products.py --search` found best for a Llama of 8B on an H200.
+
+    Args:
+        rows: of the input.
+        columns: of the weights.
+        outputs: rows of all weights.
+    """
+    are_many = outputs > 5000  # enough blocks for larger ones
+    if rows == 1:
+        sizes = ProductSizes(4, 1024, 0, 8, 5) if are_many else ProductSizes(8, 512, 0, 4, 4)
+    else:
+        sizes = ProductSizes(32, 64, 2, 4, 6) if are_many or rows > 8 else ProductSizes(16, 128, 4, 4, 3)
     part, parts = sizes.columns, max(1, sizes.parts)
     while part > 32 and pieces(columns, part * parts) * part * parts > columns + columns // 8:  # the rest is in vain
         part //= 2
@@ -58,7 +68,7 @@ def fused_products(
     """Compute the products; see `ops.products.products`, whose `has_kernel` holds. Sizes are chosen if not given."""
     x, columns = x.contiguous(), x.shape[-1]
     rows, counts = x.numel() // columns, [len(weight) for weight in weights]
-    sizes = sizes or sizes_of(rows, columns)
+    sizes = sizes or sizes_of(rows, columns, sum(counts))
     results = [torch.empty((*x.shape[:-1], count), dtype=x.dtype, device=x.device) for count in counts]
     launch(_products, (sum(pieces(count, sizes.outputs) for count in counts),))(
         x, *_three(weights), *_three(biases or (None,)), *_three(results), *counts, *[0] * (3 - len(counts)),

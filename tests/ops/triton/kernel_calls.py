@@ -229,6 +229,7 @@ def products(
 
 for dtype, number in product((BRAIN, HALF), (1, 5, 16)):
     CALLS.append(partial(products, dtype, number, 4096, (4096, 1024, 1024), False))
+    CALLS.append(partial(products, dtype, number, 4096, (4096,), False))
     MORE.append(partial(products, dtype, number, 576, (576,), True))
 CALLS += [partial(products, BRAIN, number, 129, (33, 7), True) for number in (1, 5)]
 CALLS.append(partial(products, BRAIN, 8, 4096, (4096,), False, ProductSizes(64, 128, 1, 4, 4)))

@@ -40,7 +40,7 @@ def drawn(rows, columns, counts, bias, dtype):
 def test_products(rows, columns, counts, bias, dtype, sizes, poisoned_memory):
     """Each is rounded once: it is half a place from the exact one, and what float32 loses in the sum."""
     if sizes is None or (rows > 1 and not sizes.parts):  # which takes one row
-        sizes = sizes_of(rows, columns)
+        sizes = sizes_of(rows, columns, sum(counts))
     if DEVICE == "cpu" and dtype == torch.bfloat16 and sizes.parts:
         pytest.skip("the interpreter multiplies the bits of bfloat16")
     x, weights, biases = drawn(rows, columns, counts, bias, dtype)
@@ -70,10 +70,11 @@ def test_nan_stays_in_its_row():
 
 
 @pytest.mark.parametrize("columns", [576, 1536, 2048, 4096, 5632, 14336])
+@pytest.mark.parametrize("outputs", [576, 28672])
 @pytest.mark.parametrize("rows", [1, 4, 8, 16])
-def test_steps_reach_over_the_columns_by_an_eighth_at_most(rows, columns):
+def test_steps_reach_over_the_columns_by_an_eighth_at_most(rows, columns, outputs):
     """In as much shared memory as GPUs with little of it have."""
-    sizes = sizes_of(rows, columns)
+    sizes = sizes_of(rows, columns, outputs)
     read, parts = 1 if rows == 1 else 8 if rows <= 8 else 16, max(1, sizes.parts)
     assert -(-columns // (parts * sizes.columns)) * parts * sizes.columns <= columns * 9 / 8 and sizes.columns >= 32
     assert 2 * sizes.stages * parts * (sizes.outputs + read) * sizes.columns <= 99 << 10
