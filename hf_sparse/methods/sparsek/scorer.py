@@ -43,7 +43,7 @@ class Scorer(nn.Module):
         super().__init__()
         self.position_slope = config.position_slope
         self.slope = nn.Parameter(torch.zeros(num_key_value_heads)) if config.learn_slope and causal else None
-        self.content_heads, self._first_head = config.content_heads, layer * num_key_value_heads
+        self.content_heads, self.layer = config.content_heads, layer
 
     def forward(self, hidden_states: Tensor, index: Tensor) -> Tensor:
         """Return the scores `[B, Hkv, T]` float32 of inputs `[B, T, C]` at `index` `[B, T]`."""
@@ -63,7 +63,6 @@ class Scorer(nn.Module):
             if name in self.by_head:
                 kept = parameter.detach()[first : first + count].clone()
                 self.register_parameter(name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
-        self._first_head += first
 
     def _learned_slope(self, slope: Tensor) -> Tensor:
         """Return slopes that have a gradient for all heads but `content_heads` of them, which stand far apart.
@@ -72,7 +71,7 @@ class Scorer(nn.Module):
         """
         if not self.content_heads:
             return slope
-        before = torch.arange(self._first_head, self._first_head + len(slope) + 1, device=slope.device)
+        before = self.layer * len(slope) + torch.arange(len(slope) + 1, device=slope.device)
         return slope * ((before.double() * self.content_heads).floor().diff() == 0)
 
     def _in_pieces(self, hidden_states: Tensor) -> Tensor:
