@@ -52,15 +52,17 @@ def count_of_bits(Words, blocks, LANES: tl.constexpr):
 
 
 @triton.jit
-def keys_of_bits(Words, Numbers, List, blocks, most, N: tl.constexpr, LANES: tl.constexpr):
-    """Write the keys of the bits of a group to `List`, and return how many there are."""
+def keys_of_bits(Words, Numbers, first, List, blocks, most, N: tl.constexpr, LANES: tl.constexpr):
+    """Write the keys of the bits of a group to `List`, and return how many there are.
+
+    The number of its first block stands at `first`, if they stand anywhere."""
     total = 0
     lane, part = tl.arange(0, LANES), tl.arange(0, 4)[None, :]
     for begin in range(0, blocks, LANES):
         number = begin + lane
         there = number < blocks
         word = tl.load(Words + (number[:, None] * 4 + part), mask=there[:, None], other=0).to(tl.uint32, bitcast=True)
-        block = tl.load(Numbers + number, mask=there, other=0)[:, None]
+        block = number if Numbers is None else tl.load(Numbers + first + number, mask=there, other=0)
         ones = ones_of(word)
         before = tl.cumsum(ones, 1)
         of_block = tl.sum(ones, 1)
@@ -69,7 +71,7 @@ def keys_of_bits(Words, Numbers, List, blocks, most, N: tl.constexpr, LANES: tl.
         for _ in range(tl.max(tl.max(ones, 1), 0)):
             rest = word & (word - 1)  # without the lowest bit
             bit = ones_of((word ^ rest) - 1)
-            tl.store(List + place, key_of_bit(block, part, bit, N), mask=(word != 0) & (place < most))
+            tl.store(List + place, key_of_bit(block[:, None], part, bit, N), mask=(word != 0) & (place < most))
             place += 1
             word = tl.where(word == 0, word, rest)
     return total
@@ -133,10 +135,11 @@ def attend_few(
     M: tl.constexpr,
     C: tl.constexpr,
     TIER: tl.constexpr,
+    MANY: tl.constexpr,
     LANES: tl.constexpr,
     SAVE: tl.constexpr,
 ):
-    """Write the results of a group of M rows with at most C candidates, or put it into the next queue."""
+    """Write the results of a group of M rows with at most C candidates, or put it into the next queue, or behind it."""
     if TIER == 0:
         waiting, group = groups, turn_of_group(tl.program_id(0), groups, query_tiles, rows, share, M)
     else:
@@ -148,11 +151,12 @@ def attend_few(
     if (tl.program_id(0) < waiting) & (blocks <= capacity):
         total = count_of_bits(Words + bits * 4, blocks, LANES)
     if (tl.program_id(0) < waiting) & (total > C):
-        place = tl.atomic_add(Turn + TIER + 1, 1, sem="relaxed")
-        tl.store(Queue + TIER * groups + place, group)
+        queue = TIER + (total > MANY).to(tl.int32) if MANY > 0 else TIER
+        place = tl.atomic_add(Turn + queue + 1, 1, sem="relaxed")
+        tl.store(Queue + queue * groups + place, group)
     if total <= C:
         Found += group.to(tl.int64) * C
-        keys_of_bits(Words + bits * 4, Numbers + bits, Found, blocks, C, N, LANES)
+        keys_of_bits(Words + bits * 4, Numbers, bits, Found, blocks, C, N, LANES)
         _, batch, number, _, head, index, position, exists, inside = rows_of_group(
             group, Index, First, Valid, queries, keys, heads, lists, query_tiles, rows, lead, share, M
         )
