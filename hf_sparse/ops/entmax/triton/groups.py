@@ -158,24 +158,24 @@ def attend_groups(
     queues = (len(tiers) - 1 + len(buffered), groups)
     queue = torch.empty(queues, dtype=torch.int32, device=device) if tiers else None
     into = (turn, queue, lengths, output, tau, counts, slopes, groups, capacity, kept)
-    for tier, sizes in enumerate(tiers):
-        gathered = torch.empty((groups, sizes.keys), dtype=torch.int32, device=device)
+    for tier, small in enumerate(tiers):
+        gathered = torch.empty((groups, small.keys), dtype=torch.int32, device=device)
         many = buffered[0].most if len(buffered) == 2 and tier == len(tiers) - 1 else 0
         attend_few[(groups,)](
-            *given, gathered, support, *into, *who, **fixed, C=sizes.keys, TIER=tier, MANY=many,
-            LANES=32 * sizes.warps, num_warps=sizes.warps, num_stages=1,
+            *given, gathered, support, *into, *who, **fixed, C=small.keys, TIER=tier, MANY=many,
+            LANES=32 * small.warps, num_warps=small.warps, num_stages=1,
         )  # fmt: skip
-    for number, sizes in enumerate(buffered):
-        at_once = min(groups, sizes.programs * _multiprocessors(device))
+    for number, large in enumerate(buffered):
+        at_once = min(groups, large.programs * _multiprocessors(device))
         last = number == len(buffered) - 1
-        room_of_list, room_of_products = (most, kept) if last else (sizes.most, min(kept, sizes.most))
+        room_of_list, room_of_products = (most, kept) if last else (large.most, min(kept, large.most))
         gathered = torch.empty((at_once, room_of_list), dtype=torch.int32, device=device)
         own = support if trains else torch.empty((at_once, room_of_products), dtype=torch.int32, device=device)
         products = torch.empty((at_once, room_of_products, GROUP_ROWS), dtype=torch.float32, device=device)
         _groups[(at_once,)](
-            *given, gathered, own, *into, products, room_of_list, room_of_products, *who, **fixed, C=sizes.chunk,
-            WIDE=sizes.wide, STAGES=sizes.stages, QUEUE=len(tiers) + number if tiers else 0, LANES=32 * sizes.warps,
-            num_warps=sizes.warps, num_stages=1, maxnreg=sizes.registers,
+            *given, gathered, own, *into, products, room_of_list, room_of_products, *who, **fixed, C=large.chunk,
+            WIDE=large.wide, STAGES=large.stages, QUEUE=len(tiers) + number if tiers else 0, LANES=32 * large.warps,
+            num_warps=large.warps, num_stages=1, maxnreg=large.registers,
         )  # fmt: skip
     return Attended(output, tau, counts, slopes, support, lengths, room)
 

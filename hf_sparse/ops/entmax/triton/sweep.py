@@ -21,12 +21,13 @@ from hf_sparse.ops.triton.sizes import pieces
 
 
 class Blocks(NamedTuple):
-    """Hold the sizes of a program: rows, keys at a time, and Triton's warps and stages."""
+    """Hold the sizes of a program: rows, keys at a time, Triton's warps and stages, and most registers of a thread."""
 
     rows: int
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 class Candidates(NamedTuple):
@@ -130,7 +131,7 @@ def candidates(
     _start[grid](
         query, key, scale, exponent, first, valid, bound, sums, turn, *listed, queries, keys, heads, *strides, **fixed,
         M=start.rows, NEAR=start.keys, FIRST=near, STEPS=STEPS, HIGHER=HIGHER, num_warps=start.warps,
-        num_stages=start.stages,
+        num_stages=start.stages, maxnreg=start.registers,
     )  # fmt: skip
     words = torch.empty((groups, capacity, 4), dtype=torch.int32, device=device)
     every_block = lists is None and capacity == most
@@ -143,6 +144,7 @@ def candidates(
         query, key, scale, exponent, first, packed, bound, sums, words, numbers, counts, *listed, queries, keys, heads,
         capacity, width, *strides, **fixed, M=blocks.rows, N=blocks.keys, R=GROUP_ROWS, START=start.rows,
         NEAR=start.keys, FIRST=near, HIGHER=HIGHER, EVERY=every, num_warps=blocks.warps, num_stages=blocks.stages,
+        maxnreg=blocks.registers,
     )  # fmt: skip
     return Candidates(bound, words, numbers, counts, blocks.keys, turn)
 
@@ -371,6 +373,7 @@ def _sweep(
     lane = tl.arange(0, N)
     bit = tl.full([N], 1, tl.int32) << (lane // 8 * 2 + lane % 2)
     word_of = tl.arange(0, 4)
+    within = lane[:, None] * k_row + dim[None, :]  # of a block of keys
     group = tile * (M // R) + tl.arange(0, M // R)
     if Index is None:
         last_group = tl.cdiv(queries, R)
@@ -410,7 +413,7 @@ def _sweep(
                 whole_steps -= 1
     for step in range(0, whole_steps):
         begin = _begin_of(Index, step, size, N)
-        k = tl.load(K + (begin + lane).to(tl.int64)[:, None] * k_row + dim[None, :], mask=(dim < D)[None, :], other=0.0)
+        k = tl.load(K + begin.to(tl.int64) * k_row + within, mask=(dim < D)[None, :], other=0.0)
         product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         passes = tl.where(product > limit[:, None], bit[None, :], 0)
         count = _keep(
