@@ -26,10 +26,11 @@ from hf_sparse.ops.triton.sizes import padded
 
 
 class Few(NamedTuple):
-    """Hold the sizes of a program: the most candidates of its group, and Triton's warps."""
+    """Hold the sizes of a program: the most candidates of its group, Triton's warps, and most registers of a thread."""
 
     keys: int
     warps: int
+    registers: int | None = None
 
 
 def few_sizes(query: Tensor) -> tuple[Few, ...]:
@@ -180,9 +181,10 @@ def attend_few(
         rises, steps = tl.max(some.to(tl.int32), 0), 0
         while (rises > 0) & (steps < STEPS):
             weight, slope = powers(tl.maximum(z - tau[:, None], 0.0), exponent[:, None], KIND)
-            rise = newton_step(tl.sum(weight, 1), tl.sum(slope, 1), exponent, KIND)
+            steep = tl.sum(slope, 1)
+            rise = newton_step(tl.sum(weight, 1), steep, exponent, KIND)
             tau += rise
-            rises = tl.max(goes_on(rise, tau, total, KIND).to(tl.int32), 0)
+            rises = tl.max(goes_on(rise, tau, steep, total, KIND).to(tl.int32), 0)
             steps += 1
         weight, slope = powers(tl.maximum(z - tau[:, None], 0.0), exponent[:, None], KIND)
         out = tl.dot(weight.to(v.dtype), v, input_precision=PRECISION)

@@ -163,7 +163,7 @@ def attend_groups(
         many = buffered[0].most if len(buffered) == 2 and tier == len(tiers) - 1 else 0
         attend_few[(groups,)](
             *given, gathered, support, *into, *who, **fixed, C=small.keys, TIER=tier, MANY=many,
-            LANES=32 * small.warps, num_warps=small.warps, num_stages=1,
+            LANES=32 * small.warps, num_warps=small.warps, num_stages=1, maxnreg=small.registers,
         )  # fmt: skip
     for number, large in enumerate(buffered):
         at_once = min(groups, large.programs * _multiprocessors(device))
@@ -365,9 +365,10 @@ def _groups(
                     more, steeper = powers(tl.maximum(z - tau[:, None], 0.0), exponent[:, None], KIND)
                     weight += more
                     gradient += steeper
-                rise = newton_step(tl.sum(weight, 1), tl.sum(gradient, 1), exponent, KIND)
+                steep = tl.sum(gradient, 1)
+                rise = newton_step(tl.sum(weight, 1), steep, exponent, KIND)
                 tau += rise
-                rises = tl.max(goes_on(rise, tau, total, KIND).to(tl.int32), 0)
+                rises = tl.max(goes_on(rise, tau, steep, total, KIND).to(tl.int32), 0)
                 steps += 1
 
             masses, gradients = tl.zeros([M, C], tl.float32), tl.zeros([M, C], tl.float32)
