@@ -256,7 +256,7 @@ cross(
     [*LARGE, *FEW],
     partial(entmax, alpha="heads"),
     partial(entmax, lists=(64, 64, 6)),
-    partial(entmax, kept=None),
+    partial(entmax, kept=None, capacity=1),
     partial(entmax, kept=None, few=(Few(16, 2), Few(32, 2)), buffered=BUFFERED),
     partial(entmax, group=1, causal=False, valid=True, alpha="2.0"),
     partial(entmax, queries=8, first=True, valid=True, trained=False, alpha="1.3"),

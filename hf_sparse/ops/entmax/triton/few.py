@@ -53,17 +53,28 @@ def count_of_bits(Words, blocks, LANES: tl.constexpr):
 
 
 @triton.jit
-def keys_of_bits(Words, Numbers, first, List, blocks, most, N: tl.constexpr, LANES: tl.constexpr):
+def keys_of_bits(
+    Words, Numbers, bits, Index, size, List, blocks, most, N: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
     """Write the keys of the bits of a group to `List`, and return how many there are.
 
-    The number of its first block stands at `first`, if they stand anywhere."""
+    The group's blocks begin at block `bits` of all. Where their numbers are not written, they are all blocks of the
+    listed tiles, or of all keys."""
     total = 0
     lane, part = tl.arange(0, LANES), tl.arange(0, 4)[None, :]
     for begin in range(0, blocks, LANES):
         number = begin + lane
         there = number < blocks
-        word = tl.load(Words + (number[:, None] * 4 + part), mask=there[:, None], other=0).to(tl.uint32, bitcast=True)
-        block = number if Numbers is None else tl.load(Numbers + first + number, mask=there, other=0)
+        word = tl.load(Words + bits * 4 + (number[:, None] * 4 + part), mask=there[:, None], other=0).to(
+            tl.uint32, bitcast=True
+        )
+        if Numbers is not None:
+            block = tl.load(Numbers + bits + number, mask=there, other=0)
+        elif Index is not None:
+            block = tl.load(Index + number * N // size, mask=there, other=0).to(tl.int32) * (size // N)
+            block += number % (size // N)
+        else:
+            block = number
         ones = ones_of(word)
         before = tl.cumsum(ones, 1)
         of_block = tl.sum(ones, 1)
@@ -157,10 +168,12 @@ def attend_few(
         tl.store(Queue + queue * groups + place, group)
     if total <= C:
         Found += group.to(tl.int64) * C
-        keys_of_bits(Words + bits * 4, Numbers, bits, Found, blocks, C, N, LANES)
-        _, batch, number, _, head, index, position, exists, inside = rows_of_group(
+        _, batch, number, tile, head, index, position, exists, inside = rows_of_group(
             group, Index, First, Valid, queries, keys, heads, lists, query_tiles, rows, lead, share, M
         )
+        if Index is not None:
+            Index += batch * i_batch + number * i_list + tile * i_tile
+        keys_of_bits(Words, Numbers, bits, Index, size, Found, blocks, C, N, LANES)
         row = (batch * heads + head) * queries + index
         scale, exponent = tl.load(Scale + head), exponent_of(Exponent, head, KIND)
         dim, step = tl.arange(0, PADDED), tl.arange(0, C)

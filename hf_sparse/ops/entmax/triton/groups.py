@@ -292,16 +292,18 @@ def _groups(
         row = (batch * heads + head) * queries + index
         last = tl.max(tl.where(exists, position, -1), 0)
         List = Support + (group.to(tl.int64) * saved if SAVE else tl.program_id(0).to(tl.int64) * kept)
+        listed = Index
+        if Index is not None:
+            listed = Index + batch * i_batch + number * i_list + tile * i_tile
         total = most + 1
         tl.debug_barrier()  # the buffers of the last group have been read
         if Words is not None:
             blocks = tl.load(Counts + group)
             if blocks <= capacity:
                 bits = group.to(tl.int64) * capacity
-                total = keys_of_bits(Words + bits * 4, Numbers, bits, Found, blocks, most, N, LANES)
+                total = keys_of_bits(Words, Numbers, bits, listed, size, Found, blocks, most, N, LANES)
         else:
             end = tl.where(last >= 0, tl.load(Listed + job) * size, 0)
-            listed = Index + batch * i_batch + number * i_list + tile * i_tile
             total = _keys_of_tiles(listed, Found, end, Valid, batch, keys, size, last, most, CAUSAL, LANES)
         over = total > most
         total = tl.where(over, 0, total)

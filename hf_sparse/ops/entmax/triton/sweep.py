@@ -5,8 +5,8 @@ query, both held in registers. `_sweep` compares every product with that bound, 
 product of every four parts of a block of keys is one more key, and a step of Newton's method over these, from a point
 where their mass is at least 1, is a lower bound too. What passes is kept for `GROUP_ROWS` consecutive queries of a head
 together, as bits: `N` consecutive keys are a block of four words. Where the buffer takes all blocks, each has its place
-there. Otherwise, and over listed tiles, of the blocks of a group only those with a bit are stored, with their number. A
-group with more of these than its buffer takes says so in its count, and goes to the kernel that needs no candidates.
+there. Otherwise, of the blocks of a group only those with a bit are stored, with their number. A group with more of
+these than its buffer takes says so in its count, and goes to the kernel that needs no candidates.
 """
 
 from typing import Any, NamedTuple
@@ -36,7 +36,7 @@ class Candidates(NamedTuple):
     bound: `[B, Hq, Tq]` float32, `inf` where there is no query, `-inf` for a query of which nothing is known.
     words: `[groups, capacity, 4]` int32, see `key_of_bit`.
     blocks: `[groups, capacity]` int32, number of the block; its first key is that times `size`. None where that is its
-        place.
+        place among all keys or listed tiles.
     counts: `[groups]` int32, blocks that are stored; above `capacity` some are missing.
     size: keys of a block.
     turn: `[8]` int32, zeros: lengths of queues, and the next of each to attend to, see `groups.attend_groups`.
@@ -134,7 +134,7 @@ def candidates(
         num_stages=start.stages, maxnreg=start.registers,
     )  # fmt: skip
     words = torch.empty((groups, capacity, 4), dtype=torch.int32, device=device)
-    every_block = lists is None and capacity == most
+    every_block = capacity == most
     numbers = None if every_block else torch.empty((groups, capacity), dtype=torch.int32, device=device)
     counts = torch.empty(groups, dtype=torch.int32, device=device)
     packed = None if valid is None else packed_bits(valid, blocks.keys)
