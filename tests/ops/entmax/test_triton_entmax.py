@@ -15,6 +15,7 @@ from hf_sparse.ops.entmax.triton import attention, takes_kernels
 from hf_sparse.ops.entmax.triton.attention import attend
 from hf_sparse.ops.entmax.triton.few import Few
 from hf_sparse.ops.entmax.triton.fused import fused_attention, lists_of
+from hf_sparse.ops.entmax.triton.groups import Buffered
 from hf_sparse.ops.entmax.triton.sweep import Blocks, candidates, packed_bits
 from hf_sparse.ops.tiles.tiles import Tiles, tile_counts
 
@@ -148,15 +149,21 @@ def test_more_candidates_than_the_buffers_take(limit):
     assert_same(Case(queries=size(150, 37), alpha=1.3), exact(**{limit: blocks}))
 
 
-@pytest.mark.parametrize("few", [(), (Few(16, 1), Few(64, 2))], ids=["one kernel", "kernels of few candidates"])
+KERNELS = {
+    "one": {"few": ()},
+    "two for few candidates": {"few": (Few(16, 1), Few(64, 2))},
+    "two with buffers": {"few": (Few(16, 1),), "buffered": (Buffered(64, 16, 1, 1, wide=16), Buffered(0, 32, 2, 1))},
+}
+
+
+@pytest.mark.parametrize("kernels", KERNELS.values(), ids=KERNELS)
 @pytest.mark.parametrize("alpha", [1.3, 1.5, 2.0])
-def test_many_candidates(alpha, few):
+def test_many_candidates(alpha, kernels):
     """Heads from a few keys with weight to hundreds: those of a group fill several registers, or none of them do."""
     case = Case(group=3, queries=size(300, 17), keys=size(3000, 250), alpha=alpha)
     query, key, value = (tensor.to(DEVICE) for tensor in case.inputs)
     scaling = torch.tensor([0.003, 0.2, 2.0], device=DEVICE)
-    sizes = SMALL | {"few": few}
-    output, tau, count = attend(query, key, value, alpha=alpha, scaling=scaling, causal=True, **sizes)
+    output, tau, count = attend(query, key, value, alpha=alpha, scaling=scaling, causal=True, **SMALL | kernels)
     z = query.double() @ key.double().transpose(-1, -2) * (scaling.double() * (alpha - 1))[:, None, None]
     sees = torch.ones_like(z).tril(case.keys - case.queries).bool()
     weight = distribution(z.masked_fill(~sees, -torch.inf), 1 / (alpha - 1))

@@ -21,6 +21,7 @@ from hf_sparse.ops.entmax.step import Scales
 from hf_sparse.ops.entmax.triton.attention import attend
 from hf_sparse.ops.entmax.triton.few import Few
 from hf_sparse.ops.entmax.triton.fused import lists_of
+from hf_sparse.ops.entmax.triton.groups import Buffered
 from hf_sparse.ops.entmax.triton.pooled import fused_pooled_tiles
 from hf_sparse.ops.entmax.triton.rows import distribution_of_rows
 from hf_sparse.ops.entmax.triton.step import step as entmax_step
@@ -246,6 +247,9 @@ def listed(heads: int, queries: int, keys: int, size: int, of_queries: int) -> T
     return Tiles(torch.arange(total).expand(2, heads, tiles, total).contiguous(), size, of_queries)
 
 
+BUFFERED = (Buffered(64, 32, 2, 8), Buffered(0, 32, 4, 4, 3, 32, 128))
+
+
 def entmax(
     dtype: torch.dtype, dim: int, *, group: int = 3, queries: int = 300, keys: int = 300, alpha: str = "1.5",
     causal: bool = True, valid: bool = False, first: bool = False, trained: bool = True, lists: Any = None,
@@ -271,8 +275,8 @@ cross(
     [*LARGE, *FEW],
     partial(entmax, alpha="heads"),
     partial(entmax, lists=(64, 64, 6)),
-    partial(entmax, kept=None),
-    partial(entmax, kept=None, few=(Few(16, 2), Few(32, 2))),
+    partial(entmax, kept=None, capacity=1),
+    partial(entmax, kept=None, few=(Few(16, 2), Few(32, 2)), buffered=BUFFERED),
     partial(entmax, group=1, causal=False, valid=True, alpha="2.0"),
     partial(entmax, queries=8, first=True, valid=True, trained=False, alpha="1.3"),
     partial(entmax, lists=(8, 1, 6), valid=True, alpha="2.0"),

@@ -10,7 +10,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from hf_sparse.ops.entmax.triton.backward import gradients
 from hf_sparse.ops.entmax.triton.common import kind_of, per_head
 from hf_sparse.ops.entmax.triton.few import Few
-from hf_sparse.ops.entmax.triton.groups import Attended, attend_groups
+from hf_sparse.ops.entmax.triton.groups import Attended, Buffered, attend_groups
 from hf_sparse.ops.entmax.triton.jobs import Lists
 from hf_sparse.ops.entmax.triton.sweep import EVERY, FIRST, Blocks, Candidates, candidates, takes_lists
 from hf_sparse.ops.entmax.triton.tiles import attend_tiles
@@ -37,7 +37,7 @@ class Plan:
         near: keys of the beginning over which the first bound is taken.
         start: sizes of the kernel of the first bound.
         every: blocks of keys after which the bound rises.
-        few: sizes of the kernels for groups with few candidates.
+        few, buffered: sizes of the kernels for groups with few candidates, and of those with buffers.
     """
 
     first: Tensor | None
@@ -53,6 +53,7 @@ class Plan:
     start: Blocks | None = None
     every: int = EVERY
     few: tuple[Few, ...] | None = None
+    buffered: tuple[Buffered, ...] | None = None
 
 
 def attend(
@@ -130,7 +131,8 @@ def _forward(
         most,
         kept,
         trains,
-        few=plan.few,
+        plan.few,
+        plan.buffered,
     )
     bound = None if found is None else found.bound
     attend_tiles(query, key, value, scale, exponent, kind, first, valid, causal, lists, bound, attended, plan.tiles)

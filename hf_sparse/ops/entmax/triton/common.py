@@ -116,15 +116,19 @@ def gathered_logits(q, k, key, there, exists, position, scale, CAUSAL: tl.conste
 
 
 @triton.jit
-def goes_on(rise, tau, total, KIND: tl.constexpr):
-    """Tell whether tau may still be too low after a step of Newton's method over so many keys.
+def goes_on(rise, tau, slope, total, KIND: tl.constexpr):
+    """Tell whether tau may still be too low after a step of Newton's method over so many keys, with that sum of slopes.
 
-    Where e is 2, the norm f of the excesses has a slope of at least 1 at tau and a second derivative of at most the
-    number of keys below it, so that the step ends at most `total * rise ** 2 / 2` below tau."""
-    near = CLOSE * (1 + tl.abs(tau))
-    goes = rise > near
+    Where e is 2, the norm f of the excesses has at most `total` for a second derivative, where f is at least 1. Its
+    first derivative at the threshold t is -s, the sum of excesses there: at least 1, and at least
+    `slope - total * (t - tau)`, with tau before the step. So the step ends at most `total * rise ** 2 / (2 * s)` below
+    t, and t at most `2 * rise` above tau where `total * rise` is at most 2."""
+    close = CLOSE * (1 + tl.abs(tau))
+    goes = rise > close
     if KIND == 2:
-        goes &= rise * rise * (2.0 * total) > near
+        excess = total * rise
+        least = tl.maximum(slope - 2 * excess, 1.0)
+        goes &= (excess > 1) | (2 * excess * rise > close * least)
     return goes
 
 

@@ -26,10 +26,11 @@ from hf_sparse.ops.triton.sizes import padded
 
 
 class Few(NamedTuple):
-    """Hold the sizes of a program: the most candidates of its group, and Triton's warps."""
+    """Hold the sizes of a program: the most candidates of its group, Triton's warps, and most registers of a thread."""
 
     keys: int
     warps: int
+    registers: int | None = None
 
 
 def few_sizes(query: Tensor) -> tuple[Few, ...]:
@@ -52,15 +53,28 @@ def count_of_bits(Words, blocks, LANES: tl.constexpr):
 
 
 @triton.jit
-def keys_of_bits(Words, Numbers, List, blocks, most, N: tl.constexpr, LANES: tl.constexpr):
-    """Write the keys of the bits of a group to `List`, and return how many there are."""
+def keys_of_bits(
+    Words, Numbers, bits, Index, size, List, blocks, most, N: tl.constexpr, LANES: tl.constexpr
+):  # fmt: skip
+    """Write the keys of the bits of a group to `List`, and return how many there are.
+
+    The group's blocks begin at block `bits` of all. Where their numbers are not written, they are all blocks of the
+    listed tiles, or of all keys."""
     total = 0
     lane, part = tl.arange(0, LANES), tl.arange(0, 4)[None, :]
     for begin in range(0, blocks, LANES):
         number = begin + lane
         there = number < blocks
-        word = tl.load(Words + (number[:, None] * 4 + part), mask=there[:, None], other=0).to(tl.uint32, bitcast=True)
-        block = tl.load(Numbers + number, mask=there, other=0)[:, None]
+        word = tl.load(Words + bits * 4 + (number[:, None] * 4 + part), mask=there[:, None], other=0).to(
+            tl.uint32, bitcast=True
+        )
+        if Numbers is not None:
+            block = tl.load(Numbers + bits + number, mask=there, other=0)
+        elif Index is not None:
+            block = tl.load(Index + number * N // size, mask=there, other=0).to(tl.int32) * (size // N)
+            block += number % (size // N)
+        else:
+            block = number
         ones = ones_of(word)
         before = tl.cumsum(ones, 1)
         of_block = tl.sum(ones, 1)
@@ -69,7 +83,7 @@ def keys_of_bits(Words, Numbers, List, blocks, most, N: tl.constexpr, LANES: tl.
         for _ in range(tl.max(tl.max(ones, 1), 0)):
             rest = word & (word - 1)  # without the lowest bit
             bit = ones_of((word ^ rest) - 1)
-            tl.store(List + place, key_of_bit(block, part, bit, N), mask=(word != 0) & (place < most))
+            tl.store(List + place, key_of_bit(block[:, None], part, bit, N), mask=(word != 0) & (place < most))
             place += 1
             word = tl.where(word == 0, word, rest)
     return total
@@ -133,10 +147,11 @@ def attend_few(
     M: tl.constexpr,
     C: tl.constexpr,
     TIER: tl.constexpr,
+    MANY: tl.constexpr,
     LANES: tl.constexpr,
     SAVE: tl.constexpr,
 ):
-    """Write the results of a group of M rows with at most C candidates, or put it into the next queue."""
+    """Write the results of a group of M rows with at most C candidates, or put it into the next queue, or behind it."""
     if TIER == 0:
         waiting, group = groups, turn_of_group(tl.program_id(0), groups, query_tiles, rows, share, M)
     else:
@@ -148,14 +163,17 @@ def attend_few(
     if (tl.program_id(0) < waiting) & (blocks <= capacity):
         total = count_of_bits(Words + bits * 4, blocks, LANES)
     if (tl.program_id(0) < waiting) & (total > C):
-        place = tl.atomic_add(Turn + TIER + 1, 1, sem="relaxed")
-        tl.store(Queue + TIER * groups + place, group)
+        queue = TIER + (total > MANY).to(tl.int32) if MANY > 0 else TIER
+        place = tl.atomic_add(Turn + queue + 1, 1, sem="relaxed")
+        tl.store(Queue + queue * groups + place, group)
     if total <= C:
         Found += group.to(tl.int64) * C
-        keys_of_bits(Words + bits * 4, Numbers + bits, Found, blocks, C, N, LANES)
-        _, batch, number, _, head, index, position, exists, inside = rows_of_group(
+        _, batch, number, tile, head, index, position, exists, inside = rows_of_group(
             group, Index, First, Valid, queries, keys, heads, lists, query_tiles, rows, lead, share, M
         )
+        if Index is not None:
+            Index += batch * i_batch + number * i_list + tile * i_tile
+        keys_of_bits(Words, Numbers, bits, Index, size, Found, blocks, C, N, LANES)
         row = (batch * heads + head) * queries + index
         scale, exponent = tl.load(Scale + head), exponent_of(Exponent, head, KIND)
         dim, step = tl.arange(0, PADDED), tl.arange(0, C)
@@ -176,9 +194,10 @@ def attend_few(
         rises, steps = tl.max(some.to(tl.int32), 0), 0
         while (rises > 0) & (steps < STEPS):
             weight, slope = powers(tl.maximum(z - tau[:, None], 0.0), exponent[:, None], KIND)
-            rise = newton_step(tl.sum(weight, 1), tl.sum(slope, 1), exponent, KIND)
+            steep = tl.sum(slope, 1)
+            rise = newton_step(tl.sum(weight, 1), steep, exponent, KIND)
             tau += rise
-            rises = tl.max(goes_on(rise, tau, total, KIND).to(tl.int32), 0)
+            rises = tl.max(goes_on(rise, tau, steep, total, KIND).to(tl.int32), 0)
             steps += 1
         weight, slope = powers(tl.maximum(z - tau[:, None], 0.0), exponent[:, None], KIND)
         out = tl.dot(weight.to(v.dtype), v, input_precision=PRECISION)

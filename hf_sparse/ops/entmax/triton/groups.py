@@ -37,8 +37,7 @@ from hf_sparse.ops.entmax.triton.jobs import (
 from hf_sparse.ops.entmax.triton.sweep import GROUP_ROWS, Candidates
 from hf_sparse.ops.triton.sizes import padded, pieces
 
-PROGRAMS = 8  # on a multiprocessor
-WIDE = 64  # products of a row that are held in registers while the threshold is searched
+DEPTH = tl.constexpr(3)  # Triton's stages of the loop that reads products
 
 
 class Attended(NamedTuple):
@@ -60,6 +59,31 @@ class Attended(NamedTuple):
     support: Tensor | None
     lengths: Tensor
     room: int
+
+
+class Buffered(NamedTuple):
+    """Hold the sizes of a program that keeps products in a buffer.
+
+    most: candidates of its groups; 0 for any number.
+    chunk: keys at a time.
+    warps, stages: of Triton, the latter in the loops that gather.
+    programs: how many share a multiprocessor.
+    wide: products of a row that are held in registers.
+    registers: the most that a thread may have; any number by default.
+    """
+
+    most: int
+    chunk: int
+    warps: int
+    programs: int
+    stages: int = 2
+    wide: int = 64
+    registers: int | None = None
+
+
+def buffered_sizes(query: Tensor) -> tuple[Buffered, ...]:
+    """Return the sizes of the kernels that keep products, the one for the fewest candidates first."""
+    return (Buffered(0, chunk_of(query), 2, 8),)
 
 
 def chunk_of(query: Tensor) -> int:
@@ -84,15 +108,8 @@ def attend_groups(
     most: int,
     kept: int,
     trains: bool,
-    warps: int = 2,
-    chunk: int | None = None,
-    programs: int = PROGRAMS,
-    wide: int = WIDE,
-    stages: int = 2,
-    depth: int = 3,
-    ahead: bool = True,
     few: tuple[Few, ...] | None = None,
-    registers: int | None = None,
+    buffered: tuple[Buffered, ...] | None = None,
 ) -> Attended:
     """Return output and thresholds of all groups whose keys fit into the buffer.
 
@@ -103,23 +120,23 @@ def attend_groups(
         most: candidates of a group that the list takes.
         kept: keys of a group that may have weight when all products are known, of which the buffers take so many.
         trains: whether there will be a backward.
-        warps, chunk: of a program: Triton's warps, and keys at a time.
-        programs: how many share a multiprocessor.
-        wide: products of a row that are held in registers.
-        stages, depth: of Triton, in the loops that gather, and in those that read products.
-        ahead: whether the first step of Newton's method is taken while keys are gathered.
-        few: sizes of the kernels for groups with few candidates, the smallest first, at most 3.
-        registers: the most that a thread may have.
+        few, buffered: sizes of the kernels for groups with few candidates, and of those with buffers, which take what
+            is left: those for the fewest candidates first. One of `few` and two of `buffered` by default, two at most.
     """
     batch, heads, queries, dim = query.shape
     device = query.device
-    chunk = chunk or chunk_of(query)
+    tiers: tuple[Few, ...] = ()
+    if found is not None:
+        tiers = tuple(sizes for sizes in (few_sizes(query) if few is None else few) if sizes.keys <= kept)
+    buffered = buffered_sizes(query) if buffered is None else buffered
+    if not tiers or buffered[0].most >= key.shape[2]:  # nobody counts, or all groups are for the first
+        buffered = buffered[:1]
+    chunk = max(sizes.chunk for sizes in buffered)
     most = pieces(min(most, key.shape[2]), chunk) * chunk
     kept = pieces(min(kept, most), chunk) * chunk
     groups = group_count(query, lists)
     # Without lists, the blocks of `found` may be too few as well.
-    room = min(most, kept, found.blocks.shape[1] * found.size) if found is not None else min(most, kept)
-    at_once = min(groups, programs * _multiprocessors(device))
+    room = min(most, kept, found.words.shape[1] * found.size) if found is not None else min(most, kept)
     shape = (batch, heads, queries)
     # Heads lie beside one another, as models want them afterwards.
     strides = (queries * heads * dim, dim, heads * dim, 1)
@@ -127,35 +144,40 @@ def attend_groups(
     tau = torch.empty(shape, dtype=torch.float32, device=device)
     counts = torch.empty(shape, dtype=torch.int32, device=device)
     slopes = torch.empty(query.shape, dtype=torch.float32, device=device) if trains else None
-    found_keys = torch.empty((at_once, most), dtype=torch.int32, device=device)
-    support = torch.empty((groups if trains else at_once, kept), dtype=torch.int32, device=device)
-    products = torch.empty((at_once, kept, GROUP_ROWS), dtype=torch.float32, device=device)
-    turn = torch.zeros(1, dtype=torch.int32, device=device) if found is None else found.turn
+    support = torch.empty((groups, kept), dtype=torch.int32, device=device) if trains else None
+    turn = torch.zeros(8, dtype=torch.int32, device=device) if found is None else found.turn
     lengths = torch.empty(groups, dtype=torch.int32, device=device)
     bits = (None, None, None, None) if found is None else (found.bound, found.words, found.blocks, found.counts)
-    capacity = 0 if found is None else found.blocks.shape[1]
+    capacity = 0 if found is None else found.words.shape[1]
+    given = (query, key, value, scale, exponent, first, valid, *bits)
     who = (
         *arguments_of(query, key, lists), *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
     )  # fmt: skip
     fixed = constants(query, key, kind, causal)
     fixed |= {"N": 0 if found is None else found.size, "M": GROUP_ROWS, "SAVE": trains}
-    tiers: tuple[Few, ...] = ()
-    if found is not None:
-        tiers = tuple(sizes for sizes in (few_sizes(query) if few is None else few) if sizes.keys <= kept)
-    queue = torch.empty((len(tiers), groups), dtype=torch.int32, device=device) if tiers else None
-    for tier, sizes in enumerate(tiers):
-        gathered = torch.empty((groups, sizes.keys), dtype=torch.int32, device=device)
+    queues = (len(tiers) - 1 + len(buffered), groups)
+    queue = torch.empty(queues, dtype=torch.int32, device=device) if tiers else None
+    into = (turn, queue, lengths, output, tau, counts, slopes, groups, capacity, kept)
+    for tier, small in enumerate(tiers):
+        gathered = torch.empty((groups, small.keys), dtype=torch.int32, device=device)
+        many = buffered[0].most if len(buffered) == 2 and tier == len(tiers) - 1 else 0
         attend_few[(groups,)](
-            query, key, value, scale, exponent, first, valid, *bits, gathered, support, turn, queue, lengths, output,
-            tau, counts, slopes, groups, capacity, kept, *who, **fixed, C=sizes.keys, TIER=tier,
-            LANES=32 * sizes.warps, num_warps=sizes.warps, num_stages=1,
+            *given, gathered, support, *into, *who, **fixed, C=small.keys, TIER=tier, MANY=many,
+            LANES=32 * small.warps, num_warps=small.warps, num_stages=1, maxnreg=small.registers,
         )  # fmt: skip
-    _groups[(at_once,)](
-        query, key, value, scale, exponent, first, valid, *bits, found_keys, support, products, turn, queue, lengths,
-        output, tau, counts, slopes, groups, capacity, most, kept, *who, **fixed, C=chunk, WIDE=wide, STAGES=stages,
-        DEPTH=depth, AHEAD=ahead, TIERS=len(tiers), LANES=32 * warps, num_warps=warps, num_stages=1, maxnreg=registers,
-    )  # fmt: skip
-    return Attended(output, tau, counts, slopes, support if trains else None, lengths, room)
+    for number, large in enumerate(buffered):
+        at_once = min(groups, large.programs * _multiprocessors(device))
+        last = number == len(buffered) - 1
+        room_of_list, room_of_products = (most, kept) if last else (large.most, min(kept, large.most))
+        gathered = torch.empty((at_once, room_of_list), dtype=torch.int32, device=device)
+        own = support if trains else torch.empty((at_once, room_of_products), dtype=torch.int32, device=device)
+        products = torch.empty((at_once, room_of_products, GROUP_ROWS), dtype=torch.float32, device=device)
+        _groups[(at_once,)](
+            *given, gathered, own, *into, products, room_of_list, room_of_products, *who, **fixed, C=large.chunk,
+            WIDE=large.wide, STAGES=large.stages, QUEUE=len(tiers) + number if tiers else 0, LANES=32 * large.warps,
+            num_warps=large.warps, num_stages=1, maxnreg=large.registers,
+        )  # fmt: skip
+    return Attended(output, tau, counts, slopes, support, lengths, room)
 
 
 @functools.cache
@@ -183,7 +205,7 @@ def _keys_of_tiles(
     return total
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, "groups", "capacity", "most", "kept"])
+@triton.jit(do_not_specialize=[*LENGTHS, "groups", "capacity", "saved", "most", "kept"])
 def _groups(
     Q,
     K,
@@ -198,7 +220,6 @@ def _groups(
     Counts,
     Found,
     Support,
-    Products,
     Turn,
     Queue,
     Lengths,
@@ -208,6 +229,8 @@ def _groups(
     Slopes,
     groups,
     capacity,
+    saved,
+    Products,
     most,
     kept,
     Index,
@@ -244,9 +267,7 @@ def _groups(
     C: tl.constexpr,
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
-    DEPTH: tl.constexpr,
-    AHEAD: tl.constexpr,
-    TIERS: tl.constexpr,
+    QUEUE: tl.constexpr,
     LANES: tl.constexpr,
     SAVE: tl.constexpr,
 ):
@@ -258,28 +279,31 @@ def _groups(
     lane = tl.arange(0, M)[:, None]
     many = tl.arange(0, WIDE)
     z_place, z_wide = lane + step[None, :] * M, lane + many[None, :] * M
-    if TIERS > 0:
-        Queue += (TIERS - 1) * groups
-        groups = tl.load(Turn + TIERS)
+    if QUEUE > 0:
+        Queue += (QUEUE - 1) * groups
+        groups = tl.load(Turn + QUEUE)
+    Turn += 4 + QUEUE
     turn = tl.atomic_add(Turn, 1, sem="relaxed")
     while turn < groups:
-        group = turn_of_group(turn, groups, query_tiles, rows, share, M) if TIERS == 0 else tl.load(Queue + turn)
+        group = turn_of_group(turn, groups, query_tiles, rows, share, M) if QUEUE == 0 else tl.load(Queue + turn)
         job, batch, number, tile, head, index, position, exists, inside = rows_of_group(
             group, Index, First, Valid, queries, keys, heads, lists, query_tiles, rows, lead, share, M
         )
         row = (batch * heads + head) * queries + index
         last = tl.max(tl.where(exists, position, -1), 0)
-        List = Support + (group if SAVE else tl.program_id(0)).to(tl.int64) * kept
+        List = Support + (group.to(tl.int64) * saved if SAVE else tl.program_id(0).to(tl.int64) * kept)
+        listed = Index
+        if Index is not None:
+            listed = Index + batch * i_batch + number * i_list + tile * i_tile
         total = most + 1
         tl.debug_barrier()  # the buffers of the last group have been read
         if Words is not None:
             blocks = tl.load(Counts + group)
             if blocks <= capacity:
                 bits = group.to(tl.int64) * capacity
-                total = keys_of_bits(Words + bits * 4, Numbers + bits, Found, blocks, most, N, LANES)
+                total = keys_of_bits(Words, Numbers, bits, listed, size, Found, blocks, most, N, LANES)
         else:
             end = tl.where(last >= 0, tl.load(Listed + job) * size, 0)
-            listed = Index + batch * i_batch + number * i_list + tile * i_tile
             total = _keys_of_tiles(listed, Found, end, Valid, batch, keys, size, last, most, CAUSAL, LANES)
         over = total > most
         total = tl.where(over, 0, total)
@@ -306,7 +330,7 @@ def _groups(
             peaks = tl.maximum(peaks, z)
             if Bound is None:  # no threshold is below the largest product so far less 1
                 bound = tl.maximum(bound, tl.max(z, 1) - 1 - 4e-6)
-            elif AHEAD:
+            else:
                 weight, gradient = powers(tl.maximum(z - origin[:, None], 0.0), exponent[:, None], KIND)
                 masses += weight
                 gradients += gradient
@@ -323,7 +347,7 @@ def _groups(
         else:
             peak = tl.max(peaks, 1)
             tau = tl.maximum(peak - 1, bound)
-            if AHEAD:
+            if Bound is not None:
                 tau = tl.maximum(tau, bound + newton_step(tl.sum(masses, 1), tl.sum(gradients, 1), exponent, KIND))
             # By way of memory, the compiler does not lay out what follows as matrix products are.
             tl.store(Tau + spot, tl.where(peak > float("-inf"), tau, float("-inf")), mask=inside)
@@ -343,9 +367,10 @@ def _groups(
                     more, steeper = powers(tl.maximum(z - tau[:, None], 0.0), exponent[:, None], KIND)
                     weight += more
                     gradient += steeper
-                rise = newton_step(tl.sum(weight, 1), tl.sum(gradient, 1), exponent, KIND)
+                steep = tl.sum(gradient, 1)
+                rise = newton_step(tl.sum(weight, 1), steep, exponent, KIND)
                 tau += rise
-                rises = tl.max(goes_on(rise, tau, total, KIND).to(tl.int32), 0)
+                rises = tl.max(goes_on(rise, tau, steep, total, KIND).to(tl.int32), 0)
                 steps += 1
 
             masses, gradients = tl.zeros([M, C], tl.float32), tl.zeros([M, C], tl.float32)

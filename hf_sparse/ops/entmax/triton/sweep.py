@@ -4,9 +4,9 @@ tau over some keys is never above tau over all. `_start` takes it over the first
 query, both held in registers. `_sweep` compares every product with that bound, which rises on the way: the largest
 product of every four parts of a block of keys is one more key, and a step of Newton's method over these, from a point
 where their mass is at least 1, is a lower bound too. What passes is kept for `GROUP_ROWS` consecutive queries of a head
-together, as bits: `N` consecutive keys are a block of four words, and of the blocks of a group only those with a bit
-are stored, with their number. A group with more blocks than its buffer takes says so in its count, and goes to the
-kernel that needs no candidates.
+together, as bits: `N` consecutive keys are a block of four words. Where the buffer takes all blocks, each has its place
+there. Otherwise, of the blocks of a group only those with a bit are stored, with their number. A group with more of
+these than its buffer takes says so in its count, and goes to the kernel that needs no candidates.
 """
 
 from typing import Any, NamedTuple
@@ -21,12 +21,13 @@ from hf_sparse.ops.triton.sizes import pieces
 
 
 class Blocks(NamedTuple):
-    """Hold the sizes of a program: rows, keys at a time, and Triton's warps and stages."""
+    """Hold the sizes of a program: rows, keys at a time, Triton's warps and stages, and most registers of a thread."""
 
     rows: int
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 class Candidates(NamedTuple):
@@ -34,15 +35,16 @@ class Candidates(NamedTuple):
 
     bound: `[B, Hq, Tq]` float32, `inf` where there is no query, `-inf` for a query of which nothing is known.
     words: `[groups, capacity, 4]` int32, see `key_of_bit`.
-    blocks: `[groups, capacity]` int32, number of the block; its first key is that times `size`.
-    counts: `[groups]` int32, blocks with a bit; above `capacity` some are missing.
+    blocks: `[groups, capacity]` int32, number of the block; its first key is that times `size`. None where that is its
+        place among all keys or listed tiles.
+    counts: `[groups]` int32, blocks that are stored; above `capacity` some are missing.
     size: keys of a block.
-    turn: `[4]` int32, zeros: the next group to attend to, and lengths of queues, see `groups.attend_groups`.
+    turn: `[8]` int32, zeros: lengths of queues, and the next of each to attend to, see `groups.attend_groups`.
     """
 
     bound: Tensor
     words: Tensor
-    blocks: Tensor
+    blocks: Tensor | None
     counts: Tensor
     size: int
     turn: Tensor
@@ -122,17 +124,18 @@ def candidates(
     capacity = min(capacity, most)
     bound = torch.empty((batch, heads, queries), dtype=torch.float32, device=device)
     sums = torch.empty((4, batch, heads, queries), dtype=torch.float32, device=device) if every else None
-    turn = torch.empty(4, dtype=torch.int32, device=device)
+    turn = torch.empty(8, dtype=torch.int32, device=device)
     fixed = constants(query, key, kind, causal)
     strides = (*query.stride()[:3], *key.stride()[:3])
     grid = (pieces(length, start.rows) * batch * heads,)
     _start[grid](
         query, key, scale, exponent, first, valid, bound, sums, turn, *listed, queries, keys, heads, *strides, **fixed,
         M=start.rows, NEAR=start.keys, FIRST=near, STEPS=STEPS, HIGHER=HIGHER, num_warps=start.warps,
-        num_stages=start.stages,
+        num_stages=start.stages, maxnreg=start.registers,
     )  # fmt: skip
     words = torch.empty((groups, capacity, 4), dtype=torch.int32, device=device)
-    numbers = torch.empty((groups, capacity), dtype=torch.int32, device=device)
+    every_block = capacity == most
+    numbers = None if every_block else torch.empty((groups, capacity), dtype=torch.int32, device=device)
     counts = torch.empty(groups, dtype=torch.int32, device=device)
     packed = None if valid is None else packed_bits(valid, blocks.keys)
     width = 0 if packed is None else packed.shape[1]
@@ -141,6 +144,7 @@ def candidates(
         query, key, scale, exponent, first, packed, bound, sums, words, numbers, counts, *listed, queries, keys, heads,
         capacity, width, *strides, **fixed, M=blocks.rows, N=blocks.keys, R=GROUP_ROWS, START=start.rows,
         NEAR=start.keys, FIRST=near, HIGHER=HIGHER, EVERY=every, num_warps=blocks.warps, num_stages=blocks.stages,
+        maxnreg=blocks.registers,
     )  # fmt: skip
     return Candidates(bound, words, numbers, counts, blocks.keys, turn)
 
@@ -211,7 +215,7 @@ def _start(
 
     It is `inf` where there is no query, and `-inf` for a query that sees none of these keys."""
     if tl.program_id(0) == 0:
-        tl.store(Turn + tl.arange(0, 4), tl.zeros([4], tl.int32))
+        tl.store(Turn + tl.arange(0, 8), tl.zeros([8], tl.int32))
     tiles = tl.cdiv(queries, M) if Index is None else query_tiles * (rows // M)
     row = (tl.program_id(0) // tiles).to(tl.int64)  # of [B, Hq]
     batch, head = row // heads, row % heads
@@ -369,6 +373,7 @@ def _sweep(
     lane = tl.arange(0, N)
     bit = tl.full([N], 1, tl.int32) << (lane // 8 * 2 + lane % 2)
     word_of = tl.arange(0, 4)
+    within = lane[:, None] * k_row + dim[None, :]  # of a block of keys
     group = tile * (M // R) + tl.arange(0, M // R)
     if Index is None:
         last_group = tl.cdiv(queries, R)
@@ -408,11 +413,11 @@ def _sweep(
                 whole_steps -= 1
     for step in range(0, whole_steps):
         begin = _begin_of(Index, step, size, N)
-        k = tl.load(K + (begin + lane).to(tl.int64)[:, None] * k_row + dim[None, :], mask=(dim < D)[None, :], other=0.0)
+        k = tl.load(K + begin.to(tl.int64) * k_row + within, mask=(dim < D)[None, :], other=0.0)
         product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         passes = tl.where(product > limit[:, None], bit[None, :], 0)
         count = _keep(
-            passes, begin, Packed, batch, width, Words, Numbers, out, count, capacity, there, word_of, M, N, R
+            passes, begin, step, Packed, batch, width, Words, Numbers, out, count, capacity, there, word_of, M, N, R
         )  # fmt: skip
         if Sums is not None:
             whole = (begin >= FIRST) & ((begin + N <= near_begin) | (begin >= near_end))
@@ -444,7 +449,7 @@ def _sweep(
             sees &= key[None, :] <= position[:, None]
         passes = tl.where(sees, bit[None, :], 0)
         count = _keep(
-            passes, begin, Packed, batch, width, Words, Numbers, out, count, capacity, there, word_of, M, N, R
+            passes, begin, step, Packed, batch, width, Words, Numbers, out, count, capacity, there, word_of, M, N, R
         )  # fmt: skip
     tl.store(Counts + group, count, mask=there)
 
@@ -465,21 +470,26 @@ def takes_lists(lists: Lists) -> bool:
 
 @triton.jit
 def _keep(
-    passes, begin, Packed, batch, width, Words, Numbers, out, count, capacity, there, word_of, M: tl.constexpr,
+    passes, begin, step, Packed, batch, width, Words, Numbers, out, count, capacity, there, word_of, M: tl.constexpr,
     N: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
-    """Store the block of keys from `begin` on for the groups that have a bit in it; return their counts."""
+    """Store the block of keys from `begin` on for all groups, or where it has a bit; return the counts of blocks."""
     columns = tl.permute(tl.reshape(passes, [M, N // 8, 4, 2]), [0, 2, 1, 3])
     words = tl.reduce(tl.reshape(columns, [M, 4, N // 4]), 2, _or)
     words = tl.reduce(tl.reshape(words, [M // R, R, 4]), 1, _or)
     if Packed is not None:
         words &= tl.load(Packed + batch * width + begin // N * 4 + word_of)[None, :]
-    some = tl.max((words != 0).to(tl.int32), 1)
-    keep = there & (some > 0) & (count < capacity)
-    place = out + count
-    tl.store(Words + place[:, None] * 4 + word_of[None, :], words, mask=keep[:, None])
-    tl.store(Numbers + place, tl.zeros([M // R], tl.int32) + begin // N, mask=keep)
-    return count + some
+    if Numbers is None:
+        tl.store(Words + (out + step)[:, None] * 4 + word_of[None, :], words, mask=there[:, None])
+        count += 1
+    else:
+        some = tl.max((words != 0).to(tl.int32), 1)
+        keep = there & (some > 0) & (count < capacity)
+        place = out + count
+        tl.store(Words + place[:, None] * 4 + word_of[None, :], words, mask=keep[:, None])
+        tl.store(Numbers + place, tl.zeros([M // R], tl.int32) + begin // N, mask=keep)
+        count += some
+    return count
 
 
 @triton.jit
