@@ -10,18 +10,16 @@
         generate-smollm2-8k-h200.json \\
         --generate-before generate-before-h200.json --entmax entmax_kernels-h200.json \\
         entmax_kernels-earlier-h200.json --entmax entmax_kernels-128-h200.json entmax_kernels-128-earlier-h200.json \\
-        --recorded recorded-05ba201-h200.json recorded-h200.json recorded-e27d4a2-h200.json \\
-        recorded-earlier-h200.json \\
-        --first-static first_static-h200.json first_static-126f690-h200.json first_static-e27d4a2-h200.json \\
-        first_static-earlier-h200.json \\
+        --recorded recorded-h200.json recorded-126f690-h200.json recorded-earlier-h200.json \\
+        --first-static first_static-h200.json first_static-631e60f-h200.json first_static-earlier-h200.json \\
         --shapes kernels-launches-h200.json kernels-shape-*-h200.json --first-tokens generate-short-h200.json \\
-        --prefills prefill-h200.json --evaluation evaluation-h200.json \\
+        --prefills prefill-h200.json --entmax-prefills prefill-entmax-h200.json --evaluation evaluation-h200.json \\
         --cpu generate-cpu.json generate-before-cpu.json --busy busy-cpu.json \\
         --entmax-model entmax_model-h200.json --conversion conversion-h200.json \\
         --steps generate-entmax-h200.json generate-predicted-h200.json \\
         generate-entmax-more-h200.json --recorded-steps generate-*-recorded-h200.json \\
-        --prediction entmax_prediction-contenders-h200.json entmax_prediction-choices-h200.json \\
-        entmax_prediction-h200.json --flex entmax_prediction-flex-h200.json --static static_decode-8-layers-h200.json \\
+        --prediction entmax_prediction-c81fb3b-h200.json entmax_prediction-contenders-h200.json \\
+        entmax_prediction-choices-h200.json entmax_prediction-128k-h200.json entmax_prediction-h200.json --flex entmax_prediction-flex-h200.json --static static_decode-8-layers-h200.json \\
         --quality predicted_quality-*-h200.json --bidirectional entmax_bidirectional-*-h200.json \\
         --lengths finetune_length-h200.json --float8 finetune_fp8-h200.json --gpus several_gpus-h200.json \\
         several_gpus-05ba201-h200.json \\
@@ -924,6 +922,7 @@ def all_tables(
     first_static: Sequence[dict[str, Any]],
     static: Sequence[dict[str, Any]],
     prefills: Sequence[dict[str, Any]],
+    entmax_prefills: Sequence[dict[str, Any]],
     prediction: Sequence[dict[str, Any]],
     quality: Sequence[dict[str, Any]] = (),
     bidirectional: Sequence[dict[str, Any]] = (),
@@ -966,6 +965,7 @@ def all_tables(
         "shapes": shapes_table(shapes),
         "first tokens": first_tokens_table(first_tokens, generate[1:]),
         "prefill calls": prefill_call_table(prefills),
+        "entmax prefill calls": prefill_call_table(entmax_prefills),
         "first calls": first_call_table(first_calls),
         "entmax settings": entmax_setting_table(entmax),
         "entmax forward": entmax_table(entmax[0], "forward"),
@@ -1055,6 +1055,9 @@ def main() -> None:
     parser.add_argument("--first-tokens", type=Path, required=True, help="JSON of default generate, short prompts")
     parser.add_argument("--prefills", type=Path, nargs="+", required=True, help="JSON of prefill.py")
     parser.add_argument(
+        "--entmax-prefills", type=Path, nargs="+", required=True, help="JSON of prefill.py --method sparsefinder"
+    )
+    parser.add_argument(
         "--entmax", type=Path, nargs="+", action="append", required=True, help="JSON of entmax_kernels.py, per shape"
     )
     parser.add_argument("--recorded", type=Path, nargs="+", required=True, help="JSON of recorded.py")
@@ -1117,6 +1120,7 @@ def main() -> None:
         first_static=list(map(read, options.first_static)),
         static=list(map(read, options.static)),
         prefills=list(map(read, options.prefills)),
+        entmax_prefills=list(map(read, options.entmax_prefills)),
         prediction=list(map(read, options.prediction)),
         quality=list(map(read, options.quality)),
         bidirectional=list(map(read, options.bidirectional)),

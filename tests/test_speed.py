@@ -40,14 +40,14 @@ def tables() -> dict[str, str]:
         SCRIPT.joined_generate(read("generate", "generate-8b", "generate-smollm2", "generate-smollm2-8k")),
         *read("generate-before"),
     ]
-    recorded = read("recorded-05ba201", "recorded", "recorded-e27d4a2", "recorded-earlier")
-    first_static = read("first_static", "first_static-126f690", "first_static-e27d4a2", "first_static-earlier")
+    recorded = read("recorded", "recorded-126f690", "recorded-earlier")
+    first_static = read("first_static", "first_static-631e60f", "first_static-earlier")
     of_shapes = [
         name.removesuffix("-h200.json")
         for name in sorted(path.name for path in RESULTS.glob("kernels-shape-*-h200.json"))
     ]
     shapes = read("kernels-launches", *of_shapes)
-    (first_tokens,), prefills = read("generate-short"), read("prefill")
+    (first_tokens,), prefills, entmax_prefills = read("generate-short"), read("prefill"), read("prefill-entmax")
     entmax = [read(f"entmax_kernels{shape}", f"entmax_kernels{shape}-earlier") for shape in ("", "-128")]
     (evaluation,) = read("evaluation")
     generate_cpu, before_cpu, busy = read("generate", "generate-before", "busy", machine="cpu")
@@ -73,8 +73,15 @@ def tables() -> dict[str, str]:
         first_static=first_static,
         static=read("static_decode-8-layers"),
         prefills=prefills,
+        entmax_prefills=entmax_prefills,
         recorded_steps=read("generate-entmax-recorded", "generate-predicted-recorded"),
-        prediction=read("entmax_prediction-contenders", "entmax_prediction-choices", "entmax_prediction"),
+        prediction=read(
+            "entmax_prediction-c81fb3b",
+            "entmax_prediction-contenders",
+            "entmax_prediction-choices",
+            "entmax_prediction-128k",
+            "entmax_prediction",
+        ),
         flex=read("entmax_prediction-flex"),
         bidirectional=read("entmax_bidirectional-1", "entmax_bidirectional-8"),
         lengths=read("finetune_length")[0],
