@@ -56,6 +56,7 @@ def test_card(name, tmp_path):
         assert (folder / file).read_text("utf-8") == (published / file).read_text("utf-8")
 
 
+BUDGETS = (128, 256, 512)
 SMOLLM2 = CARDS / "smollm2-135m-instruct-sparsek-256" / "eval.json"
 DIVIDED_LAYERS = LEARNING / "smollm2-divided-layers.json"  # of the adapter that was published before
 
@@ -140,16 +141,72 @@ def test_memory_of_evicted_keys():
 
 
 def test_a_base_that_nothing_was_tuned_for():
-    card = ROOT / "model_cards" / "qwen2.5-coder-1.5b-instruct-sparsek-512-heads"
     rows = table("docs/experiments.md", "**The same on a base that nothing was tuned for**")
     runs = {
         "`finetune`": read(LEARNING / "qwen-heads.json")["evaluation"],
-        "`finetune --retrieval 0.5`": read(card / "eval.json"),
+        "`finetune --retrieval 0.5`": read(LEARNING / "qwen-heads-retrieval.json"),
     }
     for name, run in runs.items():
         selections = ("learned", "recency", "key_difference")
         cells = [f"{run['perplexity'][key]:.3f} ({run['divergence'][key]:.4f})" for key in selections]
         assert rows[name] == [f"{run['perplexity']['dense']:.3f}", *cells]
+
+
+RECIPES = {run["name"]: run for run in read(LEARNING / "recipes.json")["runs"]}
+
+
+def test_recipes_of_smollm2():
+    rows = table("docs/experiments.md", "### Cross-entropy, facts that fit, heads without a slope")
+    names = {
+        "`--lm-weight 0.05`": "lm 0.05",
+        "`--lm-weight 0.1`": "lm 0.1",
+        "`--lm-weight 0.3`": "lm 0.3",
+        "`--retrieval 0.5`, as before": "facts",
+        "`finetune` as it is today": "lm 0.1, facts that fit",
+        "`content_heads=0.25` as well": "lm 0.1, facts that fit, content heads 0.25",
+        "`content_heads=0.5` as well": "lm 0.1, facts that fit, content heads 0.5",
+    }
+    for row, name in names.items():
+        run = RECIPES[f"SmolLM2, {name}"]
+        found = by_budget({"sweep": [], **run})
+        learned = {slots: (one["perplexity"]["learned"], one["divergence"]["learned"]) for slots, one in found.items()}
+        cells = [f"{learned[slots][0]:.3f} ({learned[slots][1]:.4f})" if slots in learned else "-" for slots in BUDGETS]
+        assert rows[row] == cells
+
+
+def scores_of(run: dict[str, Any], tasks: tuple[str, ...] = ("passkey",)) -> list[str]:
+    """Return the share of the answers that were right, of every task and length."""
+    found = [run["tasks"][task]["results"]["learned"] for task in tasks]
+    columns = [
+        zip(*one["values"], strict=True) if "depths" in one else zip(one["values"], strict=True) for one in found
+    ]
+    return [f"{fmean(values):.2f}" for column in columns for values in column]
+
+
+def test_recipes_of_qwen():
+    rows = table("docs/experiments.md", "Qwen2.5-Coder-1.5B-Instruct, 512 of 4,096 slots as above")
+    names = {
+        "`--retrieval 0.5` as before, then 100 steps at 8,192": "published before, then 100 steps at 8,192",
+        "today, `content_heads=0.25`": "lm 0.1, facts that fit, content heads 0.25",
+        "today, `content_heads=0.5`": "lm 0.1, facts that fit, content heads 0.5",
+    }
+    for row, name in names.items():
+        run = RECIPES[f"Qwen, {name}"]
+        quality = f"{run['perplexity']['learned']:.3f} ({run['divergence']['learned']:.4f})"
+        assert rows[row] == [quality, *scores_of(run, ("passkey", "multi_key"))]
+
+
+def test_a_thirty_second_of_the_keys():
+    rows = table("docs/experiments.md", "**1,024 of 32,768 slots**")
+    before = RECIPES["Qwen, 1,024 slots, published before"]
+    after = RECIPES["Qwen, 1,024 slots, published before, then 30 steps at 32,768"]
+    assert rows["dense"] == [f"{after['perplexity']['dense']:.3f}", "-", "-", "-"]
+    for name, run in (("before these steps", before), ("learned", after)):
+        quality = f"{run['perplexity']['learned']:.3f} ({run['divergence']['learned']:.4f})"
+        assert rows[name] == [quality, *scores_of(run)]
+    for name in ("recency", "KeyDiff"):
+        key = _NAMES.get(name, name)
+        assert rows[name][0] == f"{after['perplexity'][key]:.3f} ({after['divergence'][key]:.4f})"
 
 
 def test_learned_shares():
