@@ -113,6 +113,12 @@ def summary() -> str:
             span(1 / value for value in among("entmax models", "full / dense")),
         ),
         (
+            "Sparsefinder: a prompt of `generate` whose length comes again, all keys",
+            f"{THREE}, batch 1",
+            "512 to 8,192",
+            span(among("entmax prefill calls", prompt)),
+        ),
+        (
             "Sparsefinder: a step of `generate`",
             "SmolLM2, batch 1 and 4",
             "512 to 8,192",
