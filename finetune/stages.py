@@ -105,7 +105,7 @@ class Training:
         """Raise `DataError` for chunks `[N, T]` that this method cannot learn from."""
 
     def retrieval(self, chunks: Tensor) -> float:
-        """Return the share of chunks `[N, T]` in which facts are to be hidden (`hf_sparse.retrieval`), by default."""
+        """Return the share of chunks `[N, T]` of a causal language model that get facts (`hf_sparse.retrieval`)."""
         return 0.0
 
     def plan(self, chunks: Tensor) -> str:

@@ -145,7 +145,7 @@ def train_adapter(
         data, counts = prepared_documents(model, tokenizer, text, length, most=most, separate=separate, **options)
         counts |= {"rows": text.rows, "rows_without_text": text.bad}
     if retrieval is None:
-        retrieval = training_of(model, config).retrieval(data)
+        retrieval = training_of(model, config).retrieval(data) if kind_of(model) == "causal" else 0.0
     if retrieval:
         if kind_of(model) != "causal":
             raise DataError(f"retrieval is for causal language models, got a model of kind {kind_of(model)!r}")

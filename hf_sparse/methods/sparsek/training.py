@@ -96,7 +96,7 @@ class SparseKTraining(Training):
     def retrieval(self, chunks: Tensor) -> float:
         """Return the share of chunks with facts; none where chunks are short, or slots too few for the facts."""
         has_room = chunks.shape[1] >= _LONG and self.layers[0].config.k >= _MANY
-        return _RETRIEVAL if self.kind == "causal" and has_room else 0.0
+        return _RETRIEVAL if has_room else 0.0
 
     def plan(self, chunks: Tensor) -> str:
         """Say in a sentence what a run on chunks `[N, T]` is going to do."""
