@@ -19,7 +19,8 @@
         --steps generate-entmax-h200.json generate-predicted-h200.json \\
         generate-entmax-more-h200.json --recorded-steps generate-*-recorded-h200.json \\
         --prediction entmax_prediction-c81fb3b-h200.json entmax_prediction-contenders-h200.json \\
-        entmax_prediction-choices-h200.json entmax_prediction-128k-h200.json entmax_prediction-h200.json --flex entmax_prediction-flex-h200.json --static static_decode-8-layers-h200.json \\
+        entmax_prediction-choices-h200.json entmax_prediction-128k-h200.json entmax_prediction-h200.json \\
+        --flex entmax_prediction-flex-h200.json --static static_decode-8-layers-h200.json \\
         --quality predicted_quality-*-h200.json --bidirectional entmax_bidirectional-*-h200.json \\
         --lengths finetune_length-h200.json --float8 finetune_fp8-h200.json --gpus several_gpus-h200.json \\
         several_gpus-05ba201-h200.json \\
