@@ -52,7 +52,10 @@ def assert_same(
     key, value = torch.randn(2, batch, kv_heads, keys, dim)
     if ties:
         query, key = query.round(), key.round()
-    first = None if first is None else torch.tensor(first, device=DEVICE)
+    if isinstance(first, int):  # one for all texts, as `Tensor.expand` makes it, with other numbers behind it
+        first = torch.tensor([first, -7, keys, 0, 1], device=DEVICE)[:1].expand(batch)
+    elif first is not None:
+        first = torch.tensor(first, device=DEVICE)
     valid = None
     if padding:  # a text that begins late, one with holes and with padding at its end, one without any token
         position = torch.arange(keys)
@@ -100,6 +103,7 @@ SHAPES = {
     "a cache of fixed size": {"first": [40], "group": 2},
     "texts of different lengths": {"first": [0, 17, 74], "batch": 3, "group": 2},
     "one position for all texts": {"first": [40], "batch": 3},
+    "one position that is expanded": {"first": 40, "batch": 3, "group": 2},
     "several queries in a cache of fixed size": {"first": [3, 70], "batch": 2, "queries": 5},
     "a cache of fixed size with padding": {"first": [60, 61, 9], "batch": 3, "padding": True, "queries": 2},
     "no query in the text": {"first": [75], "group": 2},

@@ -81,7 +81,7 @@ def attend(
     kind = kind_of(1.0 / (alpha - 1.0))
     scale = per_head(scaling * (alpha - 1), heads, device)
     exponent = None if kind else per_head(1 / (alpha - 1), heads, device)
-    first = None if first_query is None else first_query.to(torch.int32)
+    first = None if first_query is None else first_query.to(torch.int32).contiguous()
     known = None if valid is None else valid.to(torch.uint8).contiguous()
     plan = Plan(first, known, causal, lists, **sizes)
     query, key, value = (part if part.stride(-1) == 1 else part.contiguous() for part in (query, key, value))

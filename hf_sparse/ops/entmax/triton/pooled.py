@@ -51,7 +51,7 @@ def fused_pooled_tiles(
     query, key = (part if part.stride(-1) == 1 else part.contiguous() for part in (query, key))
     scale = per_head(scaling, heads, device)
     rows, size, tiles, key_tiles = layout.rows, layout.size, layout.query_tiles, layout.key_tiles
-    first = None if layout.first_query is None else layout.first_query.to(torch.int32)
+    first = None if layout.first_query is None else layout.first_query.to(torch.int32).contiguous()
     pool, choices = min(pool, size), min(choices, key_tiles)
     each = size // pool
     means = key_tiles * each

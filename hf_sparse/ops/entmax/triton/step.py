@@ -124,7 +124,7 @@ class StepPlan:
         scratch = torch.empty(rows * width, dtype=torch.float32, device=query.device)
         output = torch.empty((batch, heads, queries, dim), dtype=query.dtype, device=query.device)
         splits = max(1, min(-(-slots // self.block), -(-self.programs // (batch * lists))))
-        f_batch = 0 if first is None or first.numel() == 1 else 1
+        f_batch = 0 if first is None or first.numel() == 1 else first.stride(0)
         q_batch, q_head, q_row, _ = query.stride()
         m_batch = 0 if valid is None else valid.stride(0)
         listed = [
