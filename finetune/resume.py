@@ -82,6 +82,7 @@ def resume(
     plan: Sequence[tuple[Stage, int]],
     learned: Mapping[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
+    adapter: Mapping[str, Any],
 ) -> Progress:
     """Load the last checkpoint of a run: put back parameters and optimiser state, and return how far it had come.
 
@@ -91,6 +92,8 @@ def resume(
         plan: the stage of every step, and the step's number in it.
         learned: by name, all that is trained.
         optimizer: AdamW over them.
+        adapter: defaults of the fields of the adapter's configuration, which a checkpoint has that was written before
+            there were such fields.
 
     Raises:
         DataError: the checkpoint is damaged, or of a run that began with other weights.
@@ -102,7 +105,10 @@ def resume(
     state, origin = checkpoint.load_state(folder), new.origin
     if weights_after(output, state) == origin["first_weights"]:  # the run ended with them, and may be repeated
         origin = origin | {"first_weights": state["origin"]["first_weights"]}
-    _check_resumable(folder, state, new.identity, origin, len(plan))
+    settings = state["settings"]
+    if isinstance(settings.get("adapter"), dict):
+        settings = settings | {"adapter": {**adapter, **settings["adapter"]}}
+    _check_resumable(folder, state | {"settings": settings}, new.identity, origin, len(plan))
     checkpoint.load_into(folder, state, learned, optimizer)
     checkpoint.check_steps(folder, optimizer, plan[state["step"] - 1][1] + 1)
     return Progress(new.identity, origin, state["history"], state["report"], time.perf_counter() - state["seconds"])

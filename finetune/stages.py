@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any, ClassVar
 
 from peft import PeftConfig
@@ -100,6 +100,11 @@ class Training:
         config = self.layers[0].config
         ignored = {field.name for field in fields(PeftConfig)} | _FILLED_IN
         return {name: value for name, value in values_of(config).items() if name not in ignored}
+
+    def first_identity(self) -> dict[str, Any]:
+        """Return the defaults of the fields of `identity`, of those that have one."""
+        defaults = {field.name: field.default for field in fields(self.layers[0].config)}
+        return {name: defaults[name] for name in self.identity() if defaults[name] is not MISSING}
 
     def check(self, chunks: Tensor) -> None:
         """Raise `DataError` for chunks `[N, T]` that this method cannot learn from."""

@@ -235,6 +235,13 @@ def test_a_teacher_within_a_window_is_told():
         assert ("teacher" in str(card(training=training))) == bool(settings)
 
 
+def test_what_was_added_to_the_objective_is_told():
+    told = "Added to it was 0.1 times the next-token cross-entropy and 2 times the distance of the hidden states."
+    for settings, is_told in (({"lm_weight": 0.1, "hidden_weight": 2.0}, True), ({"lm_weight": 0.0}, False)):
+        training = TRAINING | {"settings": TRAINING["settings"] | settings}
+        assert (told in str(card(training=training))) == ("Added to it" in str(card(training=training))) == is_told
+
+
 def test_layers(golden):
     config = hf_sparse.SparseKConfig(layers=[3, 0])
     golden("card/sparsek-some-layers.md", render(config, repo_id="x", base_model=None, parameters=1))

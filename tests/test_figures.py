@@ -296,6 +296,10 @@ def test_training_alone(drawn, tmp_path):
     training_figure(TRAINING, tmp_path / "t.png", states=True, stages=STAGES)
     assert [axes.get_title("left") for axes in drawn[0].axes] == ["Warm start", "Self-distillation"]
     assert "cosine" in drawn[0].axes[1].get_ylabel()
+    training_figure(TRAINING | {"settings": {"lm_weight": 0.1}}, tmp_path / "t.png", stages=STAGES)
+    assert drawn[1].axes[1].get_ylabel() == "KL from dense and what was added"
+    training_figure(TRAINING | {"settings": {"lm_weight": 0.0}}, tmp_path / "t.png", stages=STAGES)
+    assert drawn[2].axes[1].get_ylabel() == "KL from dense (nats per token)"
 
 
 class TestKept:

@@ -136,7 +136,7 @@ def render(
     example = _WITH_LABELS.get(task.pipeline, _EXAMPLES[task.kind]) if head_parameters else _EXAMPLES[task.kind]
     try:
         objectives = {**_OBJECTIVES[task.kind], **report.objectives}
-        objective = objectives[training["objective"]] + _teacher(training["settings"]) if training else ""
+        objective = _objective(objectives[training["objective"]], training["settings"]) if training else ""
         text = template.render(
             config=config,
             form=form,
@@ -211,6 +211,14 @@ def _datasets(training: dict[str, Any] | None) -> list[str]:
     """List the dataset on the Hub that an adapter was trained on; nothing where it was a file or is not known."""
     name = (training or {}).get("dataset", {}).get("name")
     return [name] if isinstance(name, str) else []
+
+
+def _objective(sentence: str, settings: dict[str, Any]) -> str:
+    """Add to the sentence on an objective what was added to the objective, and what its teacher did not see."""
+    added = {"lm_weight": "the next-token cross-entropy", "hidden_weight": "the distance of the hidden states"}
+    terms = [f"{settings[name]:g} times {term}" for name, term in added.items() if settings.get(name)]
+    more = f" Added to it was {' and '.join(terms)}." if terms else ""
+    return f"{sentence}{more}{_teacher(settings)}"
 
 
 def _teacher(settings: dict[str, Any]) -> str:

@@ -44,4 +44,4 @@ def contenders_figure(
             draw_dots(axes, values, metric.show, looks, relative=metric.relative, best=metric.best)
             axes.set_title(f"{metric.name.capitalize()}{conditions}")
             axes.set_xlabel(f"{metric.unit} ({sample(evaluation)})")
-        draw_training(panels, losses, metric.key == "embedding_similarity", stages)
+        draw_training(panels, training, metric.key == "embedding_similarity", stages)

@@ -15,6 +15,7 @@ _STAGES = {
     "lm": ("Language modelling", "cross-entropy (nats per token)"),
     "lora": ("LoRA, attention of inference", "loss"),
 }
+_MIXED = "KL from dense and what was added"  # unit of `distill` with `lm_weight` or `hidden_weight`
 _DISTILLED_STATES = "1 - cosine to dense, tokens + texts"  # unit of `distill` for a model that predicts no tokens
 
 
@@ -38,7 +39,7 @@ def training_figure(
     """
     losses = losses_of(training)
     with canvas(path, 3.4 * len(losses) if len(losses) > 1 else 5.4, 3.2) as figure:
-        draw_training(figure.subplots(1, len(losses), squeeze=False)[0], losses, states, stages)
+        draw_training(figure.subplots(1, len(losses), squeeze=False)[0], training, states, stages)
 
 
 def losses_of(training: dict[str, Any] | None) -> dict[str, Points]:
@@ -55,19 +56,26 @@ def losses_of(training: dict[str, Any] | None) -> dict[str, Points]:
 
 
 def draw_training(
-    panels: Any, losses: Mapping[str, Points], states: bool, stages: Mapping[str, tuple[str, str]] | None = None
+    panels: Any,
+    training: dict[str, Any] | None,
+    states: bool,
+    stages: Mapping[str, tuple[str, str]] | None = None,
 ) -> None:
     """Draw each stage in a panel of its own, because each minimises something else.
 
     Args:
         panels: one for each stage.
-        losses: see `losses_of`.
+        training: content of finetune.json, or `None` for no stage.
         states, stages: see `training_figure`.
     """
     known = {**_STAGES, **(stages or {})}
-    for panel, (stage, points) in zip(panels, losses.items(), strict=True):
-        title, unit = known.get(stage, (stage, "loss"))
-        _draw(panel, title, _DISTILLED_STATES if states and stage == "distill" else unit, points)
+    settings = (training or {}).get("settings", {})
+    if states:
+        known["distill"] = (known["distill"][0], _DISTILLED_STATES)
+    elif settings.get("lm_weight") or settings.get("hidden_weight"):
+        known["distill"] = (known["distill"][0], _MIXED)
+    for panel, (stage, points) in zip(panels, losses_of(training).items(), strict=True):
+        _draw(panel, *known.get(stage, (stage, "loss")), points)
 
 
 def _draw(axes: Any, title: str, unit: str, points: Points) -> None:

@@ -16,7 +16,8 @@ def test_defaults():
 
 def test_support_is_counted_in_k():
     assert SparseKConfig(support=2).soft_support(10) == 20
-    assert SparseKConfig().soft_support((1000, 3000, 9000)) == (4000, 8192, 9000)
+    assert SparseKConfig().soft_support((1000, 3000, 8000, 9000)) == (4000, 8192, 8192, 9140)
+    assert SparseKConfig(support=1).soft_support(9000) == 9000
     assert SparseKConfig(support=None).soft_support(10) is None
 
 

@@ -71,5 +71,10 @@ class SparseKConfig(SparseKSettings, SparseConfig):
         if self.support is None:
             return None
         if isinstance(k, int):
-            return max(k, min(self.support * k, _MOST_SUPPORT))
-        return tuple([max(count, min(self.support * count, _MOST_SUPPORT)) for count in k])
+            return _bound(self.support, k)
+        return tuple([_bound(self.support, count) for count in k])
+
+
+def _bound(support: int, k: int) -> int:
+    """Return over how many keys gates may spread: if over `k` alone, all would be 1, and no score had a gradient."""
+    return min(support * k, max(_MOST_SUPPORT, k + k // 64))

@@ -65,14 +65,15 @@ class Scorer(nn.Module):
                 self.register_parameter(name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
 
     def _learned_slope(self, slope: Tensor) -> Tensor:
-        """Return slopes that have a gradient for all heads but `content_heads` of them, which stand far apart.
+        """Return the slopes, with a gradient for all heads but `content_heads` of them, which stand far apart.
 
-        Those never leave 0, so that nothing but training has to know which they are.
+        Those never leave 0. So nothing but training has to know which they are: not kvpress, nor a process that has
+        some of the heads, nor the copy of a layer that stands for another one.
         """
-        if not self.content_heads:
+        if not self.content_heads or not torch.is_grad_enabled():
             return slope
         before = self.layer * len(slope) + torch.arange(len(slope) + 1, device=slope.device)
-        return slope * ((before.double() * self.content_heads).floor().diff() == 0)
+        return slope.where((before.double() * self.content_heads).floor().diff() == 0, slope.detach())
 
     def _in_pieces(self, hidden_states: Tensor) -> Tensor:
         """Return the scores `[B, Hkv, T]` of inputs `[B, T, C]`, without slopes, in little memory."""

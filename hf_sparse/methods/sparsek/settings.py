@@ -66,7 +66,7 @@ class SparseKSettings(AdapterSettings):
         default=4,
         metadata={
             "help": "While training, soft gates spread over the best support * k keys at most, which keeps the cost "
-            "linear while score scales are small, and over no more than 8,192 if k is less. None is exact SparseK.",
+            "linear while score scales are small, and over about 8,192 at most if k is less. None is exact SparseK.",
             "none_as": 0,
         },
     )
