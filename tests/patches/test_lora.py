@@ -99,6 +99,9 @@ def test_a_new_adapter_changes_nothing(family, method):
 def test_output_and_gradients_are_those_of_merged_weights(family, method, training):
     """Through soft gates and hard selection, and through entmax with learned scales."""
     model, plain = (one.double() for one in pair(family, method, lora_alpha=4.5))
+    for one in (model, plain):  # the products of experts that transformers takes by default know no float64
+        if "num_experts" in FAMILIES[family].settings:
+            one.set_experts_implementation("eager")
     assert sparse_layers(model)[0].lora["default"].scale == 1.5
     for one in (model, plain):
         for attention in sparse_layers(one):
