@@ -178,7 +178,7 @@ def main() -> None:
     parser.add_argument("--products", nargs="+", choices=PRODUCTS, default=list(PRODUCTS))
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 4, 8, 16], help="of the input: texts of a batch")
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
-    parser.add_argument("--megabytes", type=int, default=1000, help="of weights that a graph goes over")
+    parser.add_argument("--megabytes", type=int, default=1000, help="read this much of weights in a graph")
     parser.add_argument("--search", action="store_true", help="try sizes of programs")
     parser.add_argument("--tiny", action="store_true", help="small sizes, for a trial; in Triton's interpreter too")
     parser.add_argument("--deadline", type=float, default=float("inf"), help="seconds after which no cell begins")

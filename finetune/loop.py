@@ -138,7 +138,7 @@ def _train(model: nn.Module, dataset: Any, config: FinetuneConfig | None, *, sam
         adamw = make_optimizer(training, config)
         progress = Progress(identity, origin)
         if output and config.resume:
-            progress = resume(output, progress, plan, training.parameters, adamw, training.first_identity())
+            progress = resume(output, progress, plan, training.parameters, adamw, training.default_identity())
         run = Run(config, training, accelerator, prepared, adamw, accelerator.prepare_optimizer(adamw))
         batches = _batches(run, data, progress.step)
         copy_from_first_process(training.layers)

@@ -101,7 +101,7 @@ class Training:
         ignored = {field.name for field in fields(PeftConfig)} | _FILLED_IN
         return {name: value for name, value in values_of(config).items() if name not in ignored}
 
-    def first_identity(self) -> dict[str, Any]:
+    def default_identity(self) -> dict[str, Any]:
         """Return the defaults of the fields of `identity`, of those that have one."""
         defaults = {field.name: field.default for field in fields(self.layers[0].config)}
         return {name: defaults[name] for name in self.identity() if defaults[name] is not MISSING}

@@ -144,11 +144,12 @@ def train_adapter(
         most = chunks_read(model, config)
         data, counts = prepared_documents(model, tokenizer, text, length, most=most, separate=separate, **options)
         counts |= {"rows": text.rows, "rows_without_text": text.bad}
+    kind = kind_of(model)
     if retrieval is None:
-        retrieval = training_of(model, config).retrieval(data) if kind_of(model) == "causal" else 0.0
+        retrieval = training_of(model, config).retrieval(data) if kind == "causal" else 0.0
     if retrieval:
-        if kind_of(model) != "causal":
-            raise DataError(f"retrieval is for causal language models, got a model of kind {kind_of(model)!r}")
+        if kind != "causal":
+            raise DataError(f"retrieval is for causal language models, got a model of kind {kind!r}")
         data = hide_facts(tokenizer, data, retrieval, seed=config.seed)
         if is_main_process() and config.progress:
             print(f"facts are hidden in {retrieval:.0%} of the chunks, and asked for further on", file=sys.stderr)

@@ -68,9 +68,10 @@ def has_kernel(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] = 
 
 
 def is_faster(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] = ()) -> bool:
-    """Tell whether the kernel takes tensors, which may be fake ones, and is faster than cuBLAS one by one.
+    """Tell whether the kernel takes tensors, which may be fake ones, and is expected to be faster than cuBLAS.
 
-    So it is in `benchmarks/products.py` on an H200, with one weight and with several, of 8B and of smaller models.
+    So it was on an H200, in products of three model sizes of as many numbers, at batch 1 to 8; at 16 gate and up took
+    as long or 4 % longer (`benchmarks/products.py`). The sizes of programs have followed a search since.
     """
     # Rows of other lengths cannot be read 16 bytes at a time; short ones are those of low ranks.
     fits = x.shape[-1] % 16 == 0 and x.shape[-1] >= 64

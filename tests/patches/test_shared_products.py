@@ -127,7 +127,7 @@ def test_other_products_stay(rewrite, graphs):
 
 
 def test_gradients_are_those_without_it(rewrite, graphs):
-    """Of a graph with gradients the forward alone has products with weights as they are given."""
+    """Take products of the forward alone: in a backward, weights are not as the graph was given them."""
     modules, x = linears(12, 4).requires_grad_(), torch.randn(2, 12, requires_grad=True)
 
     def run(x):

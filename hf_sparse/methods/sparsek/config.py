@@ -7,8 +7,7 @@ from hf_sparse._compat import extend_peft_type
 from hf_sparse.core.config import SparseConfig
 from hf_sparse.methods.sparsek.budget import Budget, Counts, HeadShares
 from hf_sparse.methods.sparsek.settings import PEFT_TYPE, SparseKSettings
-
-_MOST_SUPPORT = 8192  # keys over which gates spread: the kernels take no longer lists
+from hf_sparse.ops.selection.thresholds import MOST_LISTED
 
 
 @dataclass
@@ -76,5 +75,8 @@ class SparseKConfig(SparseKSettings, SparseConfig):
 
 
 def _bound(support: int, k: int) -> int:
-    """Return over how many keys gates may spread: if over `k` alone, all would be 1, and no score had a gradient."""
-    return min(support * k, max(_MOST_SUPPORT, k + k // 64))
+    """Return over how many keys gates may spread: no more than kernels list, unless `k` are as many.
+
+    Over `k` alone all gates would be 1, and no score had a gradient.
+    """
+    return min(support * k, max(MOST_LISTED, k + k // 64))

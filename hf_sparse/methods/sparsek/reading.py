@@ -14,6 +14,7 @@ from torch import Tensor
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
 from hf_sparse.methods.sparsek.scorer import SLOPE_TOKENS, LinearScorer
 from hf_sparse.methods.sparsek.slot_memory import SharedSlots, fix_address, lasting
+from hf_sparse.ops.selection.thresholds import MOST_LISTED
 from hf_sparse.ops.triton import DTYPES, MOST_ROWS, installed
 
 if TYPE_CHECKING:
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from hf_sparse.ops.triton.replay import Program
 
 _TRITON = installed()
-_MOST_SELECTED = 8192  # keys of a list that the kernels of the selection take
 _MOST_PROGRAMS = 64  # that are remembered here
 _ROUNDING = 64  # of the most selected keys of a head, where heads differ: layers of about as many share a program
 
@@ -216,7 +216,7 @@ def _takes(
         and weight.dtype in DTYPES
         and query.shape[-1] == value.shape[-1] <= 256
         and key.shape[0] * key.shape[1] <= MOST_ROWS
-        and _most_selected(cache) <= _MOST_SELECTED
+        and _most_selected(cache) <= MOST_LISTED
         and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
         and states.is_contiguous()
         and weight.is_contiguous()

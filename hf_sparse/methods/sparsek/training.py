@@ -22,11 +22,12 @@ from hf_sparse.methods.sparsek.attention_objective import UNSETTLED, attention
 from hf_sparse.methods.sparsek.settings import WHOLE_PROMPT
 from hf_sparse.methods.sparsek.training_settings import SparseKTrainingSettings
 from hf_sparse.ops import sparsek
+from hf_sparse.ops.selection.thresholds import MOST_LISTED
 
 _COLLAPSED = 1  # keys over which gates spread, less k; runs that learned well ended with 4 to 50
 _EQUAL = 5  # the part of the steps in which all heads select as many keys: a fifth
 _CHUNKS = 4  # from all over the text, on which every head is measured; or fewer, where that would take longest
-_TOKENS = 8192  # of a chunk, the first ones, on which heads are measured: the kernels of lists of all keys take no more
+_TOKENS = MOST_LISTED  # of a chunk, the first ones, on which heads are measured, with lists of all keys
 _FORWARDS = 4  # that a chunk costs in training: the teacher's, the model's, and a backward of two
 _BUDGETS = 2  # at which a head is measured
 _RETRIEVAL = 0.5  # of the chunks have facts, of at least so many tokens (`_LONG`) and selected keys (`_MANY`)

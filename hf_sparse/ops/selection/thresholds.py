@@ -19,6 +19,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from hf_sparse.ops.selection.projection import subset_thresholds
 
 _TILE = 128
+MOST_LISTED = 8192  # keys of a list that the kernels of this scan take
 
 
 class Scan(NamedTuple):

@@ -46,13 +46,14 @@ _TAUS = (64, 4)  # queries and warps of a program that solves for tau as well
 _LISTS = 32  # per program that solves for their thresholds
 _KEYS = 256  # keys or queries per program of the backward
 _BLOCKS = 256  # sums of so many programs are added up at a time
-_LARGEST = 8192  # keys of a list
 
 
 def supports(scores: Tensor, *, size: int, queries: int, tile: int) -> bool:
     """Tell whether the kernels run: float32, tiles of 16, 32, 64 or n * 128, lists of at most 8,192 keys."""
     fits = tile in (16, 32, 64) or (tile > 0 and tile % _CHUNK == 0)
-    return fits and scores.dtype == torch.float32 and scores.numel() > 0 and queries > 0 and size <= _LARGEST
+    return (
+        fits and scores.dtype == torch.float32 and scores.numel() > 0 and queries > 0 and size <= reference.MOST_LISTED
+    )
 
 
 def scan_prefixes(
