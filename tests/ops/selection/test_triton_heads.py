@@ -88,7 +88,7 @@ def test_every_head_is_that_head_alone(name, gates, monkeypatch):
 
 def test_lists_beyond_the_kernels(monkeypatch):
     """A head that reaches more keys than a list of the kernels holds; the other goes through them all the same."""
-    monkeypatch.setattr(kernels.scan, "_LARGEST", 20)
+    monkeypatch.setattr(kernels.scan.reference, "MOST_LISTED", 20)
     tensors = inputs(1, 2, 1, 40, 40, 8, False)
     options = {"k": (5, 25), "window": 4, "sinks": 2}
     found = sparsek_attention(*tensors, **options, implementation="triton")
