@@ -38,6 +38,7 @@ SPARSEK = {
     "head_shares": None,
     "pin_prompt": 0,
     "content_heads": 0.0,
+    "slope_length": None,
 }
 SPARSEFINDER = {
     "alpha": 1.5,

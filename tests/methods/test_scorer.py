@@ -121,14 +121,15 @@ def test_mlp_parameters():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("fixed", [0.0, 0.03])
-def test_slopes_are_those_of_the_heads_and_the_fixed_one_together(kind, fixed):
-    module, inputs = scorer(kind, position_slope=fixed), torch.randn(2, 7, 16)
+@pytest.mark.parametrize("fixed, length", [(0.0, None), (0.03, None), (0.03, 64)])
+def test_slopes_are_those_of_the_heads_and_the_fixed_one_together(kind, fixed, length):
+    module, inputs = scorer(kind, position_slope=fixed, slope_length=length), torch.randn(2, 7, 16)
     flat = scorer(kind, learn_slope=False)
     assert not flat.load_state_dict(module.state_dict(), strict=False).missing_keys
     slopes = fixed + module.slope.double() / 256
     index = torch.tensor([5, 6, 7, 8, 100, 2000, 10**5])
-    expected = flat(inputs, index.expand(2, -1)).double() + slopes[:, None] * index
+    risen = index if length is None else length * torch.log1p(index.double() / length)
+    expected = flat(inputs, index.expand(2, -1)).double() + slopes[:, None] * risen
     torch.testing.assert_close(module(inputs, index.expand(2, -1)).double(), expected, rtol=1e-6, atol=1e-6)
 
 

@@ -47,6 +47,6 @@ def step_compiled(
         total, cache.uncounted = cache.cumulative_length, 0
     return take_step(
         query, key, value, states, weight, slope, valid, cache.keys, cache.values, cache.scores, cache.positions,
-        cache.seen, cache.padded_late, cache.arrived, total, float(position_slope), SLOPE_TOKENS,
+        cache.seen, cache.padded_late, cache.arrived, total, position_slope, SLOPE_TOKENS, scorer.slope_length,
         cache.window, cache.sinks, scaling, None if cache.counts is None else list(cache.counts), cache.offsets,
     )  # fmt: skip

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
-from hf_sparse.methods.sparsek.scorer import SLOPE_TOKENS, LinearScorer
+from hf_sparse.methods.sparsek.scorer import LinearScorer
 from hf_sparse.methods.sparsek.slot_memory import SharedSlots, fix_address, lasting
 from hf_sparse.ops.selection.thresholds import MOST_LISTED
 from hf_sparse.ops.triton import DTYPES, MOST_ROWS, installed
@@ -34,7 +34,7 @@ class Scoring(NamedTuple):
 
     Attributes:
         weight, slope: its parameters.
-        key: their addresses, the dtype of the weight and the slope of the configuration: the rest follows from them.
+        key: their addresses, the dtype of the weight and the slopes of the configuration: the rest follows from them.
         addresses: of weight and slope, 0 for none.
         layout: what launches depend on of them; `None` if an address is no multiple of 16 bytes.
     """
@@ -61,11 +61,11 @@ def scoring_of(attention: "SparseKAttention") -> Scoring | None:
     weight, slope = scorer._parameters.get("weight"), scorer._parameters.get("slope")
     if weight is None or not isinstance(scorer, LinearScorer) or not weight.is_cuda:
         return None
-    key = (weight.data_ptr(), weight.dtype, 0 if slope is None else slope.data_ptr(), scorer.position_slope)
+    key = (weight.data_ptr(), weight.dtype, 0 if slope is None else slope.data_ptr(), scorer.slopes)
     known = attention.scoring
     if known is None or known.weight is not weight or known.slope is not slope or known.key != key:
         of_slope = None if slope is None else (slope.dtype, slope.device)
-        layout = (weight.shape, weight.stride(), weight.dtype, weight.device, of_slope, scorer.position_slope)
+        layout = (weight.shape, weight.stride(), weight.dtype, weight.device, of_slope, scorer.slopes)
         is_aligned = (key[0] | key[2]) % 16 == 0
         known = attention.scoring = Scoring(weight, slope, key, (key[0], key[2]), layout if is_aligned else None)
     return known
@@ -186,7 +186,8 @@ def _read(
     from hf_sparse.ops.selection.triton.reading import ReadingSettings, noted_reading, read_text
 
     budget, of_heads = (_most_selected(cache), cache.window, cache.sinks), None if cache.counts is None else cache.k
-    settings = ReadingSettings(*budget, scaling, float(scoring.key[3]), SLOPE_TOKENS, of_heads)  # type: ignore[arg-type]
+    slope, tokens, length = scoring.key[3]
+    settings = ReadingSettings(*budget, scaling, slope, tokens, length, of_heads)  # type: ignore[arg-type]
     with lasting():
         output, slots = read_text(*inputs, scoring.weight, scoring.slope, settings, end)
     for tensor in slots:

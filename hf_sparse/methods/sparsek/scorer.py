@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from hf_sparse.methods.sparsek.settings import SparseKSettings
-from hf_sparse.ops.selection.linear_scores import has_kernels, linear_scores, normalised, token_scores
+from hf_sparse.ops.selection.linear_scores import has_kernels, linear_scores, normalised, slope_positions, token_scores
 
 _PIECE = 1 << 24  # numbers of the input that are scored at a time
 SLOPE_TOKENS = 256  # a learned slope is stored per so many tokens, so that it moves at the pace of the weights
@@ -31,17 +31,20 @@ SLOPE_TOKENS = 256  # a learned slope is stored per so many tokens, so that it m
 class Scorer(nn.Module):
     """Map inputs `[B, T, C]` of an attention module, which stand at `index` `[B, T]`, to scores `[B, Hkv, T]` float32.
 
-    A slope per token of absolute position is added: the same for all heads, and what each head has learned.
+    A slope per token of absolute position is added: the same for all heads, and what each head has learned. From about
+    `slope_length` on positions count by their logarithm, see `ops.selection.linear_scores.slope_positions`.
 
     Attributes:
         by_head: the parameters `[Hkv, ...]`.
+        slopes: the slope of all heads, the tokens that learned slopes are stored for, and `slope_length`, 0 for none.
     """
 
     by_head = ("slope", "weight", "down")
 
     def __init__(self, config: SparseKSettings, num_key_value_heads: int, causal: bool, layer: int) -> None:
         super().__init__()
-        self.position_slope = config.position_slope
+        self.position_slope, self.slope_length = float(config.position_slope), config.slope_length or 0
+        self.slopes = self.position_slope, SLOPE_TOKENS, self.slope_length
         self.slope = nn.Parameter(torch.zeros(num_key_value_heads)) if config.learn_slope and causal else None
         self.content_heads, self.layer = config.content_heads, layer
 
@@ -54,7 +57,7 @@ class Scorer(nn.Module):
         if self.slope is not None:
             slope = slope + self._learned_slope(self.slope).to(scores.dtype)[:, None] / SLOPE_TOKENS
         if isinstance(slope, Tensor) or slope:
-            scores = scores + index.to(scores.dtype)[:, None] * slope
+            scores = scores + slope_positions(index, self.slope_length)[:, None] * slope
         return scores.float().contiguous()
 
     def keep_heads(self, first: int, count: int) -> None:
@@ -132,7 +135,7 @@ class LinearScorer(Scorer):
             return super().forward(hidden_states, index)
         return token_scores(
             hidden_states, self.weight, self.slope, index,
-            position_slope=float(self.position_slope), slope_tokens=SLOPE_TOKENS,
+            position_slope=self.position_slope, slope_tokens=SLOPE_TOKENS, slope_length=self.slope_length,
         )  # fmt: skip
 
     def _in_pieces(self, hidden_states: Tensor) -> Tensor:

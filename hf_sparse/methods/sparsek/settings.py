@@ -93,6 +93,13 @@ class SparseKSettings(AdapterSettings):
             "that facts are kept in texts longer than those of the training."
         },
     )
+    slope_length: int | None = field(
+        default=None,
+        metadata={
+            "help": "Tokens after which slopes grow by the logarithm of the position, so that a key from the beginning "
+            "of a long text is behind by little more than in a short one. None: always by the position itself."
+        },
+    )
     layers: list[int] | None = field(default=None, metadata=LAYERS)
     target_modules: list[str] | str | None = field(default=None, metadata=TARGET_MODULES)
     base_shape: dict[str, Any] | None = field(default=None, metadata=BASE_SHAPE)
@@ -109,6 +116,8 @@ class SparseKSettings(AdapterSettings):
         if not is_finite(self.position_slope):
             raise ValueError(self._expected("position_slope", expected_number(self.position_slope, "a finite number")))
         self._check_switches("learn_slope")
+        if self.slope_length is not None and not is_integer(self.slope_length, 1):
+            raise ValueError(self._expected("slope_length", f"None or {expected_integer(self.slope_length, 1)}"))
         if not is_finite(self.content_heads) or not 0 <= self.content_heads <= 1:
             raise ValueError(
                 self._expected("content_heads", expected_number(self.content_heads, "a share from 0 to 1"))

@@ -74,7 +74,7 @@ def step_in_one_kernel(
         query.stride(), key.stride(), value.stride(), hidden_states.stride(),
         query.dtype, key.dtype, value.dtype, hidden_states.dtype,
         None if weight is None else (weight.dtype, weight.stride()), None if slope is None else slope.dtype,
-        scorer.position_slope, scaling, valid is None,
+        scorer.position_slope, scorer.slope_length, scaling, valid is None,
     )  # fmt: skip
     plan = cache.step
     if plan is None or plan.keys is not cache.keys or plan.scorer is not scorer or plan.layout != layout:
@@ -131,6 +131,7 @@ def _kernel(
         slope,
         position_slope=scorer.position_slope if linear else 0.0,
         slope_tokens=SLOPE_TOKENS,
+        slope_length=scorer.slope_length,
         masked=valid is not None,
         window=cache.window,
         sinks=cache.sinks,
@@ -173,7 +174,7 @@ def step_in_rows(
         *(tensor.shape for tensor in tensors), *(tensor.stride() for tensor in tensors),
         *(tensor.dtype for tensor in tensors), *(state.data_ptr() for state in states),
         states[3].shape, states[3].stride(), scorer, None if weight is None else weight.dtype,
-        scorer.position_slope, attention.budget, scaling,
+        scorer.position_slope, scorer.slope_length, attention.budget, scaling,
     )  # fmt: skip
     if layout not in attention.row_kernels:
         attention.row_kernels[layout] = _kernel_of_rows(attention, states, tensors, scorer, scaling)
@@ -226,6 +227,7 @@ def _kernel_of_rows(
         slope,
         position_slope=scorer.position_slope if linear else 0.0,
         slope_tokens=SLOPE_TOKENS,
+        slope_length=scorer.slope_length,
         masked=False,
         window=budget.window,
         sinks=budget.sinks,

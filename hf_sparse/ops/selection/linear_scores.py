@@ -42,8 +42,25 @@ def linear_scores(states: Tensor, weight: Tensor) -> Tensor:
     return (normal @ weight.T).transpose(1, 2)
 
 
+def slope_positions(index: Tensor, slope_length: int) -> Tensor:
+    """Return what slopes are multiplied by at the positions `index`, any shape, float64, or float32 on MPS.
+
+    The position itself where `slope_length` is 0. Otherwise `slope_length * log(1 + position / slope_length)`: the same
+    near the beginning of a text, and equal steps for equal ratios of positions far from it.
+    """
+    place = index.float() if index.device.type == "mps" else index.double()
+    return slope_length * (1 + place / slope_length).log() if slope_length else place
+
+
 def token_scores(
-    states: Tensor, weight: Tensor, slope: Tensor | None, index: Tensor, *, position_slope: float, slope_tokens: int
+    states: Tensor,
+    weight: Tensor,
+    slope: Tensor | None,
+    index: Tensor,
+    *,
+    position_slope: float,
+    slope_tokens: int,
+    slope_length: int,
 ) -> Tensor:
     """Score tokens by kernels, without a gradient: `linear_scores`, and slopes over the positions of the tokens.
 
@@ -52,6 +69,7 @@ def token_scores(
         slope: `[Hkv]`, what each head adds per `slope_tokens` tokens of position, or `None`.
         index: `[B, T]` int64, the positions; its last dimension is contiguous.
         position_slope: number that all heads add per token of position.
+        slope_length: of `slope_positions`.
 
     Returns:
         `[B, Hkv, T]` float32, contiguous, rounded once.
@@ -60,8 +78,9 @@ def token_scores(
 
     with torch.cuda.device_of(states):  # where Triton launches
         return linear_scores.token_scores(
-            states, weight, slope, index, position_slope=position_slope, slope_tokens=slope_tokens
-        )
+            states, weight, slope, index,
+            position_slope=position_slope, slope_tokens=slope_tokens, slope_length=slope_length,
+        )  # fmt: skip
 
 
 def has_kernels(states: Tensor) -> bool:

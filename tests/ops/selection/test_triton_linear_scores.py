@@ -40,16 +40,18 @@ def test_scores(shape, dtype, poisoned_memory):
 
 
 @pytest.mark.cross("values")
-@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("learned, slope_length", [(False, 0), (True, 0), (True, 5), (False, 100)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_scores_with_slopes_are_rounded_once(shape, learned, poisoned_memory):
+def test_scores_with_slopes_are_rounded_once(shape, learned, slope_length, poisoned_memory):
     states, weight = (tensor.detach() for tensor in inputs(shape, torch.float16))
     batch, length, _, heads = shape
     slope = torch.randn(heads, device=DEVICE) if learned else None
     index = torch.arange(length, device=DEVICE).expand(batch, -1)
-    found = kernels.token_scores(states, weight, slope, index, position_slope=0.01, slope_tokens=256)
+    slopes = {"position_slope": 0.01, "slope_tokens": 256, "slope_length": slope_length}
+    found = kernels.token_scores(states, weight, slope, index, **slopes)
     slopes = 0.01 + (0 if slope is None else slope.double()[:, None] / 256)
-    expected = (plain(states, weight) + index.double()[:, None] * slopes).float()
+    risen = slope_length * torch.log1p(index.double() / slope_length) if slope_length else index.double()
+    expected = (plain(states, weight) + risen[:, None] * slopes).float()
     assert found.dtype == torch.float32 and found.is_contiguous()
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
 

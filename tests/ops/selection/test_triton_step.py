@@ -44,10 +44,10 @@ class Slots:
     def tensors(self) -> list[torch.Tensor]:
         return [self.keys, self.values, self.scores, self.positions, self.seen, self.padded_late, self.total]
 
-    def step(self, query, key, value, states, weight, slope, valid, *, position_slope, scaling):
+    def step(self, query, key, value, states, weight, slope, valid, *, position_slope, scaling, slope_length=0):
         scores = states.double() if weight is None else linear.linear_scores(states, weight)
         slopes = position_slope + (0 if slope is None else slope.double()[:, None] / 256)
-        scores = (scores + self.seen[:, None, None].double() * slopes).float()
+        scores = (scores + linear.slope_positions(self.seen, slope_length)[:, None, None] * slopes).float()
         if valid is not None:
             self.padded_late |= ~valid & (self.seen > 0)
         state = (self.keys, self.values, self.scores, self.positions, self.seen)
@@ -70,6 +70,7 @@ KINDS = [
     ("normal", False, torch.float32),
     ("ties", True, HALF),
     ("rising", False, HALF),
+    ("rising logarithm", False, HALF),
     ("given", True, torch.float32),
 ]
 
@@ -92,9 +93,10 @@ def test_every_step_is_that_of_the_reference(plain, monkeypatch, poisoned_memory
         states = states[:, :3].repeat(1, length // 3 + 1, 1)[:, :length].contiguous()
     weight = None if kind == "given" else torch.randn(heads, COLUMNS, device=DEVICE)
     given = torch.randn(batch, heads, length, device=DEVICE).round()
-    slope = torch.randn(heads, device=DEVICE) if kind == "rising" else None
+    rising = kind.startswith("rising")
+    slope = torch.randn(heads, device=DEVICE) if rising else None
     valid = torch.rand(batch, length, device=DEVICE) < 0.8
-    options = {"position_slope": 0.013 if kind == "rising" else 0.0, "scaling": 0.3}
+    options = {"position_slope": 0.013 if rising else 0.0, "scaling": 0.3, "slope_length": 9 * (kind != "rising")}
     kernel = None
     for t in range(length):
         new = [tensor[:, :, t : t + 1] for tensor in (query, key, value)]
@@ -131,11 +133,11 @@ def test_the_operator_of_compiled_code_takes_the_same_steps(plain, monkeypatch, 
         *state, total = ours.tensors()
         output = operator.take_step(
             query, key, value, states, weight, slope, valid, *state, arrived,
-            total if t < number else None, 0.013, 256, WINDOW, SINKS, 0.3,
+            total if t < number else None, 0.013, 256, 9, WINDOW, SINKS, 0.3,
         )  # fmt: skip
         real = None if valid is None else valid[:, 0]
         new = (query, key, value, states, weight, slope, real)
-        expected = theirs.step(*new, position_slope=0.013, scaling=0.3)
+        expected = theirs.step(*new, position_slope=0.013, scaling=0.3, slope_length=9)
         for mine, other in zip(state, theirs.tensors(), strict=False):
             assert torch.equal(mine, other), t
         torch.testing.assert_close(output, expected.float(), rtol=1e-5, atol=1e-6)
@@ -164,7 +166,7 @@ def test_the_operator_takes_heads_with_different_numbers_of_slots(monkeypatch):
         for name, tensors in states_of.items():
             monkeypatch.setattr(operator, "has_kernels", lambda *_, takes=name == "kernel": takes)
             outputs[name] = operator.take_step(
-                *new, inputs, weight, None, None, *tensors, None, None, 0.0, 256, 2, 1, 0.3, list(counts), offsets
+                *new, inputs, weight, None, None, *tensors, None, None, 0.0, 256, 0, 2, 1, 0.3, list(counts), offsets
             )
         for one, other in zip(*states_of.values(), strict=True):
             assert torch.equal(one, other), t

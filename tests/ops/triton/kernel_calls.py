@@ -132,7 +132,7 @@ def scores(dtype: torch.dtype, of_weight: torch.dtype, heads: int, columns: int,
         linear_scores.linear_scores(states, weight).sum().backward()
     learned, index = torch.zeros(heads) if slope else None, torch.arange(37).expand(2, -1)
     tensors = (states.detach(), weight.detach(), learned, index)
-    linear_scores.token_scores(*tensors, position_slope=0.01, slope_tokens=256)
+    linear_scores.token_scores(*tensors, position_slope=0.01, slope_tokens=256, slope_length=0)
 
 
 for dtype in DTYPES:
@@ -180,7 +180,7 @@ def step(
     layout = {"counts": COUNTS, "offsets": ragged.offsets_of(COUNTS, CPU)} if unequal else {}
     kernel = StepKernel(
         state[:5] if indexed else state, query, key, value, weight, learned_slope, position_slope=slope,
-        slope_tokens=256, masked=masked, indexed=indexed, window=5, sinks=2, scaling=0.3, **layout,
+        slope_tokens=256, slope_length=0, masked=masked, indexed=indexed, window=5, sinks=2, scaling=0.3, **layout,
     )  # fmt: skip
     valid = torch.ones(batch, dtype=torch.bool) if masked else None
     rows_of_pool = torch.arange(batch) if indexed else None
@@ -200,7 +200,9 @@ cross(
 def read(dtype: torch.dtype, dim: int, *, length: int, learned: bool, unequal: bool) -> None:
     """Read a text without padding into slots."""
     k = {"k": 40, "k_of_heads": (40, 9)} if unequal else {"k": 40}
-    settings = ReadingSettings(**k, window=21, sinks=4, scaling=0.2, position_slope=0.01, slope_tokens=256)
+    settings = ReadingSettings(
+        **k, window=21, sinks=4, scaling=0.2, position_slope=0.01, slope_tokens=256, slope_length=0
+    )
     states, slope = torch.zeros(2, length, 576, dtype=dtype), torch.zeros(2) if learned else None
     read_text(*inputs(dtype, dim, 4, length, length), states, torch.zeros(2, 576), slope, settings)
 

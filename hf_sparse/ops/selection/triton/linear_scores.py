@@ -38,22 +38,38 @@ def linear_scores(states: Tensor, weight: Tensor) -> Tensor:
 
 
 def token_scores(
-    states: Tensor, weight: Tensor, slope: Tensor | None, index: Tensor, *, position_slope: float, slope_tokens: int
+    states: Tensor,
+    weight: Tensor,
+    slope: Tensor | None,
+    index: Tensor,
+    *,
+    position_slope: float,
+    slope_tokens: int,
+    slope_length: int,
 ) -> Tensor:
     """Score as `ops.selection.linear_scores.token_scores`, in one launch."""
     inputs = (states.contiguous(), weight.contiguous(), slope, index)
-    (scores,) = replayed(_token_scores, inputs, position_slope, slope_tokens)
+    (scores,) = replayed(_token_scores, inputs, position_slope, slope_tokens, slope_length)
     assert scores is not None
     return scores
 
 
 def _token_scores(
-    states: Tensor, weight: Tensor, slope: Tensor | None, index: Tensor, position_slope: float, slope_tokens: int
+    states: Tensor,
+    weight: Tensor,
+    slope: Tensor | None,
+    index: Tensor,
+    position_slope: float,
+    slope_tokens: int,
+    slope_length: int,
 ) -> tuple[Tensor | None, ...]:
     batch, length, _ = states.shape
     scores = empty((batch, weight.shape[0], length), torch.float32, states.device)
     if batch * length:
-        write_scores(states, weight, slope, index, scores, position_slope=position_slope, slope_tokens=slope_tokens)
+        write_scores(
+            states, weight, slope, index, scores,
+            position_slope=position_slope, slope_tokens=slope_tokens, slope_length=slope_length,
+        )  # fmt: skip
     return (scores,)
 
 
@@ -66,6 +82,7 @@ def write_scores(
     *,
     position_slope: float,
     slope_tokens: int,
+    slope_length: int,
 ) -> None:
     """Launch the kernel that scores tokens, see `token_scores`.
 
@@ -80,7 +97,7 @@ def write_scores(
         states, weight, scores, None, None, None, slope, index, 0 if index is None else index.stride(0), rows, length,
         scores.shape[-1], heads, columns,
         EPS=EPS, ROWS=_ROWS, HEADS=min(HEADS, triton.next_power_of_2(heads)), COLUMNS=COLUMNS, STAGES=STAGES,
-        SLOPED=True, SLOPE=position_slope, SLOPE_TOKENS=slope_tokens, num_warps=_WARPS,
+        SLOPED=True, SLOPE=position_slope, SLOPE_TOKENS=slope_tokens, SLOPE_LENGTH=slope_length, num_warps=_WARPS,
     )  # fmt: skip
 
 
@@ -112,7 +129,7 @@ def _scores_and_statistics(states: Tensor, weight: Tensor) -> tuple[Tensor | Non
         launch(_forward, (triton.cdiv(rows, _ROWS), triton.cdiv(heads, HEADS)))(
             states, weight, scores, sums, means, scales, None, None, 0, rows, length, length, heads, columns,
             EPS=EPS, ROWS=_ROWS, HEADS=min(HEADS, triton.next_power_of_2(heads)), COLUMNS=COLUMNS,
-            STAGES=STAGES, SLOPED=False, SLOPE=0.0, SLOPE_TOKENS=1, num_warps=_WARPS,
+            STAGES=STAGES, SLOPED=False, SLOPE=0.0, SLOPE_TOKENS=1, SLOPE_LENGTH=0, num_warps=_WARPS,
         )  # fmt: skip
     return scores, sums, means, scales
 
@@ -186,8 +203,17 @@ def row_scores(
 
 
 @triton.jit
+def slope_positions(position, SLOPE_LENGTH: tl.constexpr):
+    """Return what slopes are multiplied by, as `ops.selection.linear_scores.slope_positions`, in float64."""
+    place = position.to(tl.float64)
+    if SLOPE_LENGTH > 0:
+        place = SLOPE_LENGTH * tl.log(1 + place / SLOPE_LENGTH)
+    return place
+
+
+@triton.jit
 def slopes(Slope, head, there, SLOPE: tl.constexpr, SLOPE_TOKENS: tl.constexpr, HEADS: tl.constexpr):
-    """Return what the scores of HEADS heads rise by from token to token."""
+    """Return what HEADS heads add to a score per token of `slope_positions`."""
     slope = tl.zeros([HEADS], tl.float64) + SLOPE
     if Slope is not None:
         slope += tl.load(Slope + head, mask=there, other=0.0).to(tl.float64) / SLOPE_TOKENS
@@ -218,6 +244,7 @@ def _forward(
     SLOPED: tl.constexpr,
     SLOPE: tl.constexpr,
     SLOPE_TOKENS: tl.constexpr,
+    SLOPE_LENGTH: tl.constexpr,
 ):
     """Score ROWS rows by HEADS heads, with slopes if SLOPED; `sums`, `means` and `scales` are for a backward.
 
@@ -232,7 +259,8 @@ def _forward(
         place = row % length
         if Index is not None:
             place = tl.load(Index + row // length * index_row + place, mask=inside, other=0)
-        score += place.to(tl.float64)[:, None] * slopes(Slope, head, there, SLOPE, SLOPE_TOKENS, HEADS)[None, :]
+        risen = slope_positions(place, SLOPE_LENGTH)
+        score += risen[:, None] * slopes(Slope, head, there, SLOPE, SLOPE_TOKENS, HEADS)[None, :]
     at = (row[:, None] // length * heads + head[None, :]) * room + row[:, None] % length
     tl.store(scores + at, score.to(scores.dtype.element_ty), mask=inside[:, None] & there[None, :])
     if sums is not None:

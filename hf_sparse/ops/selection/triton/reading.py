@@ -18,7 +18,7 @@ from hf_sparse.ops.selection.thresholds import ScanPlan
 from hf_sparse.ops.selection.triton import linear_scores
 from hf_sparse.ops.selection.triton.attention import TILE, counts_on
 from hf_sparse.ops.selection.triton.attention_forward import forward
-from hf_sparse.ops.selection.triton.linear_scores import row_scores, slopes, write_scores
+from hf_sparse.ops.selection.triton.linear_scores import row_scores, slope_positions, slopes, write_scores
 from hf_sparse.ops.selection.triton.lists import causal_tables
 from hf_sparse.ops.selection.triton.scan import launch_scan
 from hf_sparse.ops.selection.triton.slots import slots_of_head
@@ -37,7 +37,7 @@ class ReadingSettings(NamedTuple):
     Attributes:
         k, window, sinks: the budget; where heads differ `k` is that of the head that selects most keys, or more.
         scaling: multiplies the logits.
-        position_slope, slope_tokens: of the scores, see `ops.selection.linear_scores.token_scores`.
+        position_slope, slope_tokens, slope_length: of the scores, see `ops.selection.linear_scores.token_scores`.
         k_of_heads: of each KV head where they differ; their slots are those of `ops.selection.ragged` then.
     """
 
@@ -47,6 +47,7 @@ class ReadingSettings(NamedTuple):
     scaling: float
     position_slope: float
     slope_tokens: int
+    slope_length: int
     k_of_heads: tuple[int, ...] | None = None
 
     @property
@@ -185,7 +186,7 @@ def _take_all(
         length, settings.slots, heads, states.shape[-1], dim,
         EPS=linear_scores.EPS, TOKENS=_TOKENS, HEADS=together, COLUMNS=linear_scores.COLUMNS,
         STAGES=linear_scores.STAGES, SLOPE=settings.position_slope, SLOPE_TOKENS=settings.slope_tokens,
-        DIM=triton.next_power_of_2(dim), num_warps=4,
+        SLOPE_LENGTH=settings.slope_length, DIM=triton.next_power_of_2(dim), num_warps=4,
     )  # fmt: skip
     return ()
 
@@ -217,10 +218,13 @@ def _launch(
 ) -> tuple[Tensor | None, ...]:
     *of_slots, counts, offsets, end = others
     slots = Slots(*of_slots)
-    k, window, sinks, scaling, position_slope, slope_tokens, _ = settings
+    k, window, sinks, scaling, position_slope, slope_tokens, slope_length, _ = settings
     batch, heads, length, dim = key.shape
     scores = empty((batch, heads, length), torch.float32, key.device)
-    write_scores(states, weight, slope, None, scores, position_slope=position_slope, slope_tokens=slope_tokens)
+    write_scores(
+        states, weight, slope, None, scores,
+        position_slope=position_slope, slope_tokens=slope_tokens, slope_length=slope_length,
+    )  # fmt: skip
     plan = ScanPlan(k, min(k, length), query.shape[2], window, TILE, False, True)
     rank, floor, _, lists, _ = launch_scan(scores, plan, None, sinks, counts=counts)
     tables, _ = causal_tables(
@@ -269,6 +273,7 @@ def _score_and_copy(
     STAGES: tl.constexpr,
     SLOPE: tl.constexpr,
     SLOPE_TOKENS: tl.constexpr,
+    SLOPE_LENGTH: tl.constexpr,
     DIM: tl.constexpr,
 ):
     """Write TOKENS slots of HEADS heads: score the tokens, copy keys and values, and empty the slots after the end."""
@@ -280,7 +285,8 @@ def _score_and_copy(
     score, _, _, _ = row_scores(
         states, weight, row * length + slot, taken, head, there, columns, read, EPS, TOKENS, HEADS, COLUMNS, STAGES
     )
-    score += slot.to(tl.float64)[:, None] * slopes(Slope, head, there, SLOPE, SLOPE_TOKENS, HEADS)[None, :]
+    risen = slope_positions(slot, SLOPE_LENGTH)
+    score += risen[:, None] * slopes(Slope, head, there, SLOPE, SLOPE_TOKENS, HEADS)[None, :]
     if Offsets is None:
         base, end = (row * heads + head) * slots, tl.zeros([HEADS], tl.int32) + slots
     else:

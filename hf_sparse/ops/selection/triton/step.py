@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_sparse.ops.selection.triton.linear_scores import slope_positions
 from hf_sparse.ops.selection.triton.slots import slots_of_head, steps_of_program
 
 _PROGRAMS = 512  # about four for each multiprocessor of a large GPU
@@ -47,6 +48,7 @@ class StepKernel:
         weight: `[Hkv, C]` of a linear scorer, contiguous, or `None`.
         slope: `[Hkv]`, what each head adds per `slope_tokens` tokens of position, contiguous, or `None`.
         position_slope: number that all heads add to a score per token of position.
+        slope_length: of `ops.selection.linear_scores.slope_positions`.
         masked: whether the steps come with `valid`.
         indexed: whether they come with `rows`, the rows of a pool.
         window, sinks: see `hf_sparse.ops.selection.slots`.
@@ -68,6 +70,7 @@ class StepKernel:
         *,
         position_slope: float,
         slope_tokens: int,
+        slope_length: int,
         masked: bool,
         window: int,
         sinks: int,
@@ -109,6 +112,7 @@ class StepKernel:
         self.constants = {
             "SLOPE": float(position_slope),
             "SLOPE_TOKENS": slope_tokens,
+            "SLOPE_LENGTH": slope_length,
             "LEARNED": slope is not None,
             "LINEAR": weight is not None,
             "MASKED": masked,
@@ -228,6 +232,7 @@ def _step(
     scaling,
     SLOPE: tl.constexpr,
     SLOPE_TOKENS: tl.constexpr,
+    SLOPE_LENGTH: tl.constexpr,
     LEARNED: tl.constexpr,
     LINEAR: tl.constexpr,
     MASKED: tl.constexpr,
@@ -311,7 +316,7 @@ def _step(
     else:
         if LINEAR:
             score = _score(states + row * states_row, weight + head * columns, columns, EPS, COLUMNS)
-            score = _with_slope(score, position, slope + head, SLOPE, SLOPE_TOKENS, LEARNED)
+            score = _with_slope(score, position, slope + head, SLOPE, SLOPE_TOKENS, SLOPE_LENGTH, LEARNED)
             tl.store(fresh_scores + pair, score.to(tl.float32))
     if _arrive(arrived + pair, splits + 1 if LINEAR else splits):
         if split == SPLITS:
@@ -328,7 +333,7 @@ def _step(
             score = tl.load(fresh_scores + pair, cache_modifier=".cg")
         else:
             score = tl.load(states + row * states_row + head).to(tl.float64)
-            score = _with_slope(score, position, slope + head, SLOPE, SLOPE_TOKENS, LEARNED)
+            score = _with_slope(score, position, slope + head, SLOPE, SLOPE_TOKENS, SLOPE_LENGTH, LEARNED)
         tl.store(scores + to, score.to(tl.float32), mask=real)
         tl.store(positions + to, position, mask=real)
         if _arrive(arrived + batch * heads, batch * heads):
@@ -363,12 +368,20 @@ def _load_slots(keys, values, positions, slot, slots, column, D: tl.constexpr):
 
 
 @triton.jit
-def _with_slope(score, position, slope, SLOPE: tl.constexpr, SLOPE_TOKENS: tl.constexpr, LEARNED: tl.constexpr):
+def _with_slope(
+    score,
+    position,
+    slope,
+    SLOPE: tl.constexpr,
+    SLOPE_TOKENS: tl.constexpr,
+    SLOPE_LENGTH: tl.constexpr,
+    LEARNED: tl.constexpr,
+):
     """Add to a score what its head, whose learned slope stands at `slope`, gives to a position."""
     if LEARNED:
-        score += position.to(tl.float64) * (tl.load(slope).to(tl.float64) / SLOPE_TOKENS + SLOPE)
+        score += slope_positions(position, SLOPE_LENGTH) * (tl.load(slope).to(tl.float64) / SLOPE_TOKENS + SLOPE)
     else:
-        score += position.to(tl.float64) * SLOPE
+        score += slope_positions(position, SLOPE_LENGTH) * SLOPE
     return score
 
 
