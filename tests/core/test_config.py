@@ -37,7 +37,6 @@ SPARSEK = {
     "support": 4,
     "head_shares": None,
     "pin_prompt": 0,
-    "content_heads": 0.0,
     "slope_length": None,
 }
 SPARSEFINDER = {

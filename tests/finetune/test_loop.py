@@ -251,12 +251,12 @@ def test_a_checkpoint_from_before_a_field_is_that_of_its_default(sparse_llama, c
     whole = train(sparse_llama(), chunks, output_dir=str(tmp_path), checkpoint_every=4)
     (folder,) = (tmp_path / "checkpoints").iterdir()
     settings = json.loads((folder / "state.json").read_text())["settings"]
-    adapter = {name: value for name, value in settings["adapter"].items() if name != "content_heads"}
+    adapter = {name: value for name, value in settings["adapter"].items() if name != "slope_length"}
     rewrite(folder, settings=settings | {"adapter": adapter})
     again = train(sparse_llama(), chunks, output_dir=str(tmp_path), resume=True)
     assert [row["loss"] for row in again["history"]] == [row["loss"] for row in whole["history"]]
     with pytest.raises(ValueError, match="different: adapter"):
-        train(sparse_llama(content_heads=0.5), chunks, output_dir=str(tmp_path), resume=True)
+        train(sparse_llama(slope_length=64), chunks, output_dir=str(tmp_path), resume=True)
 
 
 def test_resume_refuses_other_settings_and_damage(sparse_llama, chunks, tmp_path):

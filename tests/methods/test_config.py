@@ -73,9 +73,8 @@ def test_layers_are_sorted_and_unique():
         ({"support": True}, "SparseKConfig.support must be None or an integer of at least 1, got True"),
         ({"position_slope": "steep"}, "SparseKConfig.position_slope must be a finite number, got 'steep'"),
         ({"position_slope": float("nan")}, "SparseKConfig.position_slope must be a finite number, got nan"),
-        ({"content_heads": 1.5}, "SparseKConfig.content_heads must be a share from 0 to 1, got 1.5"),
-        ({"slope_length": 0}, "SparseKConfig.slope_length must be None or an integer of at least 1, got 0"),
-        ({"slope_length": 8.5}, "SparseKConfig.slope_length must be None or an integer of at least 1, got 8.5"),
+        ({"slope_length": -1}, "SparseKConfig.slope_length must be None or an integer of at least 0, got -1"),
+        ({"slope_length": 8.5}, "SparseKConfig.slope_length must be None or an integer of at least 0, got 8.5"),
         ({"learn_slope": "no"}, "SparseKConfig.learn_slope must be True or False, got 'no'"),
         (
             {"layer_shares": [1.0, 0.0]},

@@ -144,41 +144,6 @@ def test_every_parameter_gets_a_gradient(kind):
     assert all(p.grad is not None and p.grad.abs().max() > 0 for p in module.parameters())
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize(
-    ("share", "learned"),
-    [
-        (0.0, [[1, 1, 1], [1, 1, 1], [1, 1, 1]]),
-        (0.25, [[1, 1, 1], [0, 1, 1], [1, 0, 1]]),
-        (0.5, [[1, 0, 1], [0, 1, 0], [1, 0, 1]]),
-        (1.0, [[0, 0, 0], [0, 0, 0], [0, 0, 0]]),
-    ],
-)
-def test_content_heads_learn_no_slope(kind, share, learned):
-    config = SparseKConfig(scorer=kind, content_heads=share)
-    for layer, expected in enumerate(learned):
-        module = make_scorer(config, hidden_size=16, num_key_value_heads=3, causal=True, layer=layer)
-        score(module, torch.randn(2, 7, 16)).square().sum().backward()
-        assert (module.slope.grad != 0).int().tolist() == expected
-
-
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("share", [0.25, 0.5, 0.75])
-def test_scores_of_content_heads_do_not_depend_on_the_layer(kind, share):
-    """They are the same in another layer, for a part of the heads, with gradients and without."""
-    config, inputs = SparseKConfig(scorer=kind, content_heads=share), torch.randn(2, 7, 16)
-    module = make_scorer(config, hidden_size=16, num_key_value_heads=3, causal=True, layer=1)
-    torch.nn.init.ones_(module.slope)
-    expected = score(module, inputs, 1000)
-    other = make_scorer(config, hidden_size=16, num_key_value_heads=3, causal=True, layer=2)
-    other.load_state_dict(module.state_dict())
-    assert torch.equal(score(other, inputs, 1000), expected)
-    with torch.no_grad():
-        assert torch.equal(score(module, inputs, 1000), expected)
-    module.keep_heads(1, 2)
-    torch.testing.assert_close(score(module, inputs, 1000), expected[:, 1:], rtol=0, atol=1e-6)
-
-
 @pytest.mark.parametrize("k", [8000, 8192, 9000])
 def test_soft_gates_have_a_gradient_whatever_the_budget(k):
     scores = torch.randn(1, 3 * k, requires_grad=True)

@@ -99,7 +99,7 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
 
     def make_parameters(self, config: SparseKConfig) -> Scorer:
         """Make a new scorer for one adapter."""
-        return make_scorer(config, self.hidden_size, self.num_key_value_heads, self.causal, self.layer)
+        return make_scorer(config, self.hidden_size, self.num_key_value_heads, self.causal)
 
     @property
     def budget(self) -> Budget:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
-from hf_sparse.methods.sparsek.scorer import SLOPE_TOKENS, LinearScorer
+from hf_sparse.methods.sparsek.scorer import NO_SLOPES, LinearScorer
 from hf_sparse.ops.selection.step import take_step
 
 if TYPE_CHECKING:
@@ -39,14 +39,14 @@ def step_compiled(
         return None
     scorer: Any = attention.sparsek_scorer[attention.active]
     if isinstance(scorer, LinearScorer):
-        states, weight, slope, position_slope = hidden_states, scorer.weight, scorer.slope, scorer.position_slope
+        states, weight, slope, slopes = hidden_states, scorer.weight, scorer.slope, scorer.slopes
     else:
-        states, weight, slope, position_slope = scorer(hidden_states, cache.seen[:, None]), None, None, 0.0
+        states, weight, slope, slopes = scorer(hidden_states, cache.seen[:, None]), None, None, NO_SLOPES
     cache.empty, total = False, None
     if not cache.is_count_read:
         total, cache.uncounted = cache.cumulative_length, 0
     return take_step(
         query, key, value, states, weight, slope, valid, cache.keys, cache.values, cache.scores, cache.positions,
-        cache.seen, cache.padded_late, cache.arrived, total, position_slope, SLOPE_TOKENS, scorer.slope_length,
+        cache.seen, cache.padded_late, cache.arrived, total, *slopes,
         cache.window, cache.sinks, scaling, None if cache.counts is None else list(cache.counts), cache.offsets,
     )  # fmt: skip

@@ -186,8 +186,7 @@ def _read(
     from hf_sparse.ops.selection.triton.reading import ReadingSettings, noted_reading, read_text
 
     budget, of_heads = (_most_selected(cache), cache.window, cache.sinks), None if cache.counts is None else cache.k
-    slope, tokens, length = scoring.key[3]
-    settings = ReadingSettings(*budget, scaling, slope, tokens, length, of_heads)  # type: ignore[arg-type]
+    settings = ReadingSettings(*budget, scaling, scoring.key[3], of_heads)  # type: ignore[arg-type]
     with lasting():
         output, slots = read_text(*inputs, scoring.weight, scoring.slope, settings, end)
     for tensor in slots:

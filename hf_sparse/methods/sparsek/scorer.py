@@ -22,42 +22,54 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from hf_sparse.methods.sparsek.settings import SparseKSettings
-from hf_sparse.ops.selection.linear_scores import has_kernels, linear_scores, normalised, slope_positions, token_scores
+from hf_sparse.ops.selection.linear_scores import (
+    Slopes,
+    has_kernels,
+    linear_scores,
+    normalised,
+    slope_positions,
+    token_scores,
+)
 
 _PIECE = 1 << 24  # numbers of the input that are scored at a time
 SLOPE_TOKENS = 256  # a learned slope is stored per so many tokens, so that it moves at the pace of the weights
+NO_SLOPES = Slopes(0.0, 1, 0)
 
 
 class Scorer(nn.Module):
     """Map inputs `[B, T, C]` of an attention module, which stand at `index` `[B, T]`, to scores `[B, Hkv, T]` float32.
 
-    A slope per token of absolute position is added: the same for all heads, and what each head has learned. From about
-    `slope_length` on positions count by their logarithm, see `ops.selection.linear_scores.slope_positions`.
+    A slope per token of absolute position is added: the same for all heads, and what each head has learned. With a
+    `slope_length`, positions count by their logarithm in the end (`ops.selection.linear_scores.slope_positions`).
 
     Attributes:
         by_head: the parameters `[Hkv, ...]`.
-        slopes: the slope of all heads, the tokens that learned slopes are stored for, and `slope_length`, 0 for none.
+        config: the settings of the adapter, of which training may set `slope_length`.
     """
 
     by_head = ("slope", "weight", "down")
 
-    def __init__(self, config: SparseKSettings, num_key_value_heads: int, causal: bool, layer: int) -> None:
+    def __init__(self, config: SparseKSettings, num_key_value_heads: int, causal: bool) -> None:
         super().__init__()
-        self.position_slope, self.slope_length = float(config.position_slope), config.slope_length or 0
-        self.slopes = self.position_slope, SLOPE_TOKENS, self.slope_length
+        self.config = config
         self.slope = nn.Parameter(torch.zeros(num_key_value_heads)) if config.learn_slope and causal else None
-        self.content_heads, self.layer = config.content_heads, layer
+
+    @property
+    def slopes(self) -> Slopes:
+        """Return how scores rise with the position."""
+        return Slopes(float(self.config.position_slope), SLOPE_TOKENS, self.config.slope_length or 0)
 
     def forward(self, hidden_states: Tensor, index: Tensor) -> Tensor:
         """Return the scores `[B, Hkv, T]` float32 of inputs `[B, T, C]` at `index` `[B, T]`."""
         device = hidden_states.device.type
         with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             scores = self._in_pieces(hidden_states)
-        slope: float | Tensor = self.position_slope
+        slopes = self.slopes
+        slope: float | Tensor = slopes.position_slope
         if self.slope is not None:
-            slope = slope + self._learned_slope(self.slope).to(scores.dtype)[:, None] / SLOPE_TOKENS
+            slope = slope + self.slope.to(scores.dtype)[:, None] / SLOPE_TOKENS
         if isinstance(slope, Tensor) or slope:
-            scores = scores + slope_positions(index, self.slope_length)[:, None] * slope
+            scores = scores + slope_positions(index, slopes.length)[:, None] * slope
         return scores.float().contiguous()
 
     def keep_heads(self, first: int, count: int) -> None:
@@ -66,17 +78,6 @@ class Scorer(nn.Module):
             if name in self.by_head:
                 kept = parameter.detach()[first : first + count].clone()
                 self.register_parameter(name, nn.Parameter(kept, requires_grad=parameter.requires_grad))
-
-    def _learned_slope(self, slope: Tensor) -> Tensor:
-        """Return the slopes, with a gradient for all heads but `content_heads` of them, which stand far apart.
-
-        Those never leave 0. So nothing but training has to know which they are: not kvpress, nor a process that has
-        some of the heads, nor the copy of a layer that stands for another one.
-        """
-        if not self.content_heads or not torch.is_grad_enabled():
-            return slope
-        before = self.layer * len(slope) + torch.arange(len(slope) + 1, device=slope.device)
-        return slope.where((before.double() * self.content_heads).floor().diff() == 0, slope.detach())
 
     def _in_pieces(self, hidden_states: Tensor) -> Tensor:
         """Return the scores `[B, Hkv, T]` of inputs `[B, T, C]`, without slopes, in little memory."""
@@ -122,10 +123,8 @@ class _Recomputed(torch.autograd.Function):
 class LinearScorer(Scorer):
     """Learn one weight per input feature and KV head, `weight` `[Hkv, C]`."""
 
-    def __init__(
-        self, config: SparseKSettings, hidden_size: int, num_key_value_heads: int, causal: bool, layer: int
-    ) -> None:
-        super().__init__(config, num_key_value_heads, causal, layer)
+    def __init__(self, config: SparseKSettings, hidden_size: int, num_key_value_heads: int, causal: bool) -> None:
+        super().__init__(config, num_key_value_heads, causal)
         self.weight = nn.Parameter(torch.empty(num_key_value_heads, hidden_size))
         nn.init.normal_(self.weight, std=0.02)
 
@@ -133,10 +132,7 @@ class LinearScorer(Scorer):
         """Return the scores of inputs as `Scorer.forward`, without a gradient in one launch where kernels run."""
         if torch.is_grad_enabled() or not has_kernels(hidden_states):
             return super().forward(hidden_states, index)
-        return token_scores(
-            hidden_states, self.weight, self.slope, index,
-            position_slope=self.position_slope, slope_tokens=SLOPE_TOKENS, slope_length=self.slope_length,
-        )  # fmt: skip
+        return token_scores(hidden_states, self.weight, self.slope, index, self.slopes)
 
     def _in_pieces(self, hidden_states: Tensor) -> Tensor:
         return self.score(hidden_states) if has_kernels(hidden_states) else super()._in_pieces(hidden_states)
@@ -149,10 +145,8 @@ class LinearScorer(Scorer):
 class MLPScorer(Scorer):
     """Learn a hidden layer of `scorer_hidden_size` with GELU, the same for all KV heads of a layer."""
 
-    def __init__(
-        self, config: SparseKSettings, hidden_size: int, num_key_value_heads: int, causal: bool, layer: int
-    ) -> None:
-        super().__init__(config, num_key_value_heads, causal, layer)
+    def __init__(self, config: SparseKSettings, hidden_size: int, num_key_value_heads: int, causal: bool) -> None:
+        super().__init__(config, num_key_value_heads, causal)
         width = config.scorer_hidden_size
         self.up = nn.Parameter(torch.empty(width, hidden_size))
         self.up_bias = nn.Parameter(torch.zeros(width))
@@ -167,9 +161,7 @@ class MLPScorer(Scorer):
         return (F.gelu(states @ up.T + bias) @ down.T).transpose(1, 2)
 
 
-def make_scorer(
-    config: SparseKSettings, hidden_size: int, num_key_value_heads: int, causal: bool, layer: int = 0
-) -> Scorer:
-    """Make the scorer that a configuration names, for inputs of `hidden_size` in an attention layer of the model."""
+def make_scorer(config: SparseKSettings, hidden_size: int, num_key_value_heads: int, causal: bool) -> Scorer:
+    """Make the scorer that a configuration names, for inputs of `hidden_size` ."""
     kind = MLPScorer if config.scorer == "mlp" else LinearScorer
-    return kind(config, hidden_size, num_key_value_heads, causal, layer)
+    return kind(config, hidden_size, num_key_value_heads, causal)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
-from hf_sparse.methods.sparsek.scorer import SLOPE_TOKENS, LinearScorer, Scorer
+from hf_sparse.methods.sparsek.scorer import NO_SLOPES, LinearScorer, Scorer
 from hf_sparse.ops.selection.ragged import offsets_of
 from hf_sparse.ops.selection.slots import has_kernels
 from hf_sparse.ops.triton import DTYPES, MOST_ROWS
@@ -74,7 +74,7 @@ def step_in_one_kernel(
         query.stride(), key.stride(), value.stride(), hidden_states.stride(),
         query.dtype, key.dtype, value.dtype, hidden_states.dtype,
         None if weight is None else (weight.dtype, weight.stride()), None if slope is None else slope.dtype,
-        scorer.position_slope, scorer.slope_length, scaling, valid is None,
+        scorer.slopes, scaling, valid is None,
     )  # fmt: skip
     plan = cache.step
     if plan is None or plan.keys is not cache.keys or plan.scorer is not scorer or plan.layout != layout:
@@ -129,9 +129,7 @@ def _kernel(
         value,
         weight,
         slope,
-        position_slope=scorer.position_slope if linear else 0.0,
-        slope_tokens=SLOPE_TOKENS,
-        slope_length=scorer.slope_length,
+        slopes=scorer.slopes if linear else NO_SLOPES,
         masked=valid is not None,
         window=cache.window,
         sinks=cache.sinks,
@@ -174,7 +172,7 @@ def step_in_rows(
         *(tensor.shape for tensor in tensors), *(tensor.stride() for tensor in tensors),
         *(tensor.dtype for tensor in tensors), *(state.data_ptr() for state in states),
         states[3].shape, states[3].stride(), scorer, None if weight is None else weight.dtype,
-        scorer.position_slope, scorer.slope_length, attention.budget, scaling,
+        scorer.slopes, attention.budget, scaling,
     )  # fmt: skip
     if layout not in attention.row_kernels:
         attention.row_kernels[layout] = _kernel_of_rows(attention, states, tensors, scorer, scaling)
@@ -225,9 +223,7 @@ def _kernel_of_rows(
         value,
         weight,
         slope,
-        position_slope=scorer.position_slope if linear else 0.0,
-        slope_tokens=SLOPE_TOKENS,
-        slope_length=scorer.slope_length,
+        slopes=scorer.slopes if linear else NO_SLOPES,
         masked=False,
         window=budget.window,
         sinks=budget.sinks,

@@ -16,6 +16,7 @@ from hf_sparse.environment import is_main_process
 from hf_sparse.errors import DataError
 from hf_sparse.finetune import checkpoint
 from hf_sparse.finetune.record import earlier_metrics
+from hf_sparse.finetune.sharding import full
 from hf_sparse.finetune.stages import Stage, Training
 from hf_sparse.methods.sparsek.attention import SparseKAttention
 from hf_sparse.methods.sparsek.attention_objective import UNSETTLED, attention
@@ -30,6 +31,7 @@ _CHUNKS = 4  # from all over the text, on which every head is measured; or fewer
 _TOKENS = MOST_LISTED  # of a chunk, the first ones, on which heads are measured, with lists of all keys
 _FORWARDS = 4  # that a chunk costs in training: the teacher's, the model's, and a backward of two
 _BUDGETS = 2  # at which a head is measured
+_SLOPE_LENGTH = 1024  # of an adapter that has learned no slope yet
 _RETRIEVAL = 0.5  # of the chunks have facts, of at least so many tokens (`_LONG`) and selected keys (`_MANY`)
 _LONG, _MANY = 1024, 128
 
@@ -45,7 +47,8 @@ class _Competing(NamedTuple):
 class SparseKTraining(Training):
     """Train the scorers in all stages; `distill` and `lm` train LoRA too, where there is one, beside or after them.
 
-    In between the selected keys are divided among the KV heads, see `SparseKTrainingSettings.divide_heads`.
+    In between the selected keys are divided among the KV heads, see `SparseKTrainingSettings.divide_heads`. An adapter
+    that has learned no slope, and whose configuration leaves it open, gets a `slope_length` before the first step.
 
     The objective `attention` regresses the scores on the log of the dense attention that keys receive from queries
     outside the window. `FinetuneConfig.gradient_checkpointing` has no effect on it, for it holds no more than that.
@@ -57,6 +60,7 @@ class SparseKTraining(Training):
     settings_type = SparseKTrainingSettings
     layers: Sequence[SparseKAttention]
     settings: SparseKTrainingSettings
+    _is_length_open = False  # whether this run gives the slopes their length
     _equal: Stage | None = None  # with as many selected keys for every head, before these are divided
     _main: Stage | None = None  # of the objective
     _report: dict[str, Any]  # what finetune.json tells of the division
@@ -73,16 +77,33 @@ class SparseKTraining(Training):
 
     def _is_repeated(self) -> bool:
         """Tell whether the shares of the adapter are those that the run which is resumed came to before it ended."""
-        output = self.config.output_dir
-        latest = checkpoint.latest(Path(output)) if output and self.config.resume else None
+        latest = self._latest_checkpoint()
         if latest is None or "divide_heads" not in checkpoint.load_state(latest)["settings"]:
             return False  # nothing is resumed, or a later run that found the shares in the adapter
         division = earlier_metrics(latest.parent.parent).get("division")
         return isinstance(division, dict) and division.get("head_shares") == self.layers[0].config.head_shares
 
+    def _decides_length(self) -> bool:
+        """Tell whether this run gives the slopes their length: none was learned, and the configuration leaves it open.
+
+        A run that is resumed after its end finds the length that it had given itself.
+        """
+        config, latest = self.layers[0].config, self._latest_checkpoint()
+        if config.slope_length is not None:
+            found = None if latest is None else checkpoint.load_state(latest)["report"].get("slopes", {}).get("length")
+            return bool(found == config.slope_length)
+        slopes = [layer.sparsek_scorer[layer.active].slope for layer in self.layers]
+        return config.position_slope == 0 and not any(slope is None or bool(full(slope).any()) for slope in slopes)
+
+    def _latest_checkpoint(self) -> Path | None:
+        """Return the checkpoint that this run begins with."""
+        output = self.config.output_dir
+        return checkpoint.latest(Path(output)) if output and self.config.resume else None
+
     def identity(self) -> dict[str, Any]:
-        """Return what a checkpoint was trained for; a run that divides the heads begins with equal ones."""
-        return super().identity() | ({} if self._equal is None else {"head_shares": None})
+        """Return what a checkpoint was trained for: equal heads and slopes without a length, if this run gives them."""
+        decided = {"head_shares": self._equal is not None, "slope_length": self._is_length_open}
+        return super().identity() | {name: None for name, is_decided in decided.items() if is_decided}
 
     def recorded_settings(self) -> dict[str, Any]:
         """Return the settings that determine the result, with `divide_heads` where heads are divided only.
@@ -102,6 +123,8 @@ class SparseKTraining(Training):
     def plan(self, chunks: Tensor) -> str:
         """Say in a sentence what a run on chunks `[N, T]` is going to do."""
         sentence = super().plan(chunks)
+        if self._is_length_open:
+            sentence += f". Slopes grow by the logarithm of positions after {_SLOPE_LENGTH:,} tokens"
         if self._equal is None or self._main is None:
             return sentence
         heads, config = sum(layer.num_key_value_heads for layer in self.layers), self.layers[0].config
@@ -112,6 +135,7 @@ class SparseKTraining(Training):
 
     def _stages(self) -> list[Stage]:
         config, settings = self.config, self.settings
+        self._is_length_open = self._decides_length()
         scorers = self._named(p for layer in self.layers for p in layer.sparsek_scorer[layer.active].parameters())
         if config.objective == "attention":
             return [Stage("attention", config.steps, scorers, config.learning_rate, repeatable=False)]
@@ -151,19 +175,30 @@ class SparseKTraining(Training):
         self._measured_on = chunks[[number * len(chunks) // count for number in range(count)], :measured]
 
     def begin(self, model: nn.Module, *batch: Tensor) -> dict[str, Any]:
-        """Return what finetune.json tells of the division once the heads are measured."""
+        """Return what finetune.json tells of the slopes, and of the division once the heads are measured."""
         self._report = {}
+        if self._is_length_open:
+            self._report["slopes"] = {"length": _SLOPE_LENGTH}
+            self._settle(slope_length=_SLOPE_LENGTH)
         return self._report
 
     def resume(self, report: dict[str, Any]) -> None:
-        """Divide `k` among the heads as the earlier run had at its checkpoint, or not yet."""
+        """Divide `k` among the heads as the earlier run had at its checkpoint, or not yet, and take its slopes."""
         self._report = report
+        if self._is_length_open:
+            self._settle(slope_length=report.get("slopes", {}).get("length"))
         if self._equal is not None:
-            settle([self.layers[0].config], head_shares=report.get("division", {}).get("head_shares"))
+            self._settle(head_shares=report.get("division", {}).get("head_shares"))
 
     def undo(self) -> None:
+        if self._is_length_open:
+            self._settle(slope_length=None)
         if self._equal is not None:
-            settle([self.layers[0].config], head_shares=None)
+            self._settle(head_shares=None)
+
+    def _settle(self, **values: Any) -> None:
+        """Set fields of the adapter's configuration, which is read-only since it was attached to the model."""
+        settle([self.layers[0].config], **values)
 
     def enter(self, stage: Stage, read: Callable[[], Any]) -> None:
         if stage is self._main and self._equal is not None and "division" not in self._report:
@@ -185,7 +220,7 @@ class SparseKTraining(Training):
         )
         device = next(self.model.parameters()).device
         shares = broadcast(torch.tensor(rows, dtype=torch.float64, device=device)).tolist()
-        settle([self.layers[0].config], head_shares=shares)
+        self._settle(head_shares=shares)
         self._report["division"] = {
             "chunks": len(self._measured_on),
             "head_shares": shares,

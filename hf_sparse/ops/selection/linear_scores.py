@@ -5,6 +5,8 @@ are the rule there; sums in float32 get other last bits in another order, and pr
 differently.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,6 +14,20 @@ from torch import Tensor
 from hf_sparse.ops.triton import DTYPES, installed
 
 _TRITON = installed()
+
+
+class Slopes(NamedTuple):
+    """Hold how scores rise with the position of a token, besides what each head has learned.
+
+    Attributes:
+        position_slope: number that all heads add per token of position.
+        tokens: learned slopes are what a head adds per so many tokens of position.
+        length: of `slope_positions`.
+    """
+
+    position_slope: float
+    tokens: int
+    length: int
 
 
 def normalised(states: Tensor) -> Tensor:
@@ -42,34 +58,25 @@ def linear_scores(states: Tensor, weight: Tensor) -> Tensor:
     return (normal @ weight.T).transpose(1, 2)
 
 
-def slope_positions(index: Tensor, slope_length: int) -> Tensor:
+def slope_positions(index: Tensor, length: int) -> Tensor:
     """Return what slopes are multiplied by at the positions `index`, any shape, float64, or float32 on MPS.
 
-    The position itself where `slope_length` is 0. Otherwise `slope_length * log(1 + position / slope_length)`: the same
-    near the beginning of a text, and equal steps for equal ratios of positions far from it.
+    The position itself where `length` is 0. Otherwise `length * log(1 + position / length)`, which is about the same
+    near the beginning of a text, and far from it rises as much for each doubling of the position. The order of two
+    scores never changes afterwards, so a key that fell out never returns.
     """
     place = index.float() if index.device.type == "mps" else index.double()
-    return slope_length * (1 + place / slope_length).log() if slope_length else place
+    return length * (1 + place / length).log() if length else place
 
 
-def token_scores(
-    states: Tensor,
-    weight: Tensor,
-    slope: Tensor | None,
-    index: Tensor,
-    *,
-    position_slope: float,
-    slope_tokens: int,
-    slope_length: int,
-) -> Tensor:
+def token_scores(states: Tensor, weight: Tensor, slope: Tensor | None, index: Tensor, slopes: Slopes) -> Tensor:
     """Score tokens by kernels, without a gradient: `linear_scores`, and slopes over the positions of the tokens.
 
     Args:
         states, weight: of `linear_scores`, for which `has_kernels` holds.
-        slope: `[Hkv]`, what each head adds per `slope_tokens` tokens of position, or `None`.
+        slope: `[Hkv]`, what each head adds per `slopes.tokens` tokens of position, or `None`.
         index: `[B, T]` int64, the positions; its last dimension is contiguous.
-        position_slope: number that all heads add per token of position.
-        slope_length: of `slope_positions`.
+        slopes: see `Slopes`.
 
     Returns:
         `[B, Hkv, T]` float32, contiguous, rounded once.
@@ -77,10 +84,7 @@ def token_scores(
     from hf_sparse.ops.selection.triton import linear_scores
 
     with torch.cuda.device_of(states):  # where Triton launches
-        return linear_scores.token_scores(
-            states, weight, slope, index,
-            position_slope=position_slope, slope_tokens=slope_tokens, slope_length=slope_length,
-        )  # fmt: skip
+        return linear_scores.token_scores(states, weight, slope, index, slopes)
 
 
 def has_kernels(states: Tensor) -> bool:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse.ops.selection import ragged
-from hf_sparse.ops.selection.linear_scores import linear_scores, slope_positions
+from hf_sparse.ops.selection.linear_scores import Slopes, linear_scores, slope_positions
 from hf_sparse.ops.selection.slots import attend_slots, has_kernels, insert_token
 from hf_sparse.ops.triton import DTYPES
 
@@ -57,7 +57,8 @@ def take_step(
         keys, values, scores, positions, seen, padded_late: of the cache layer, written in place.
         arrived: its counters for the kernel, `[B * Hkv + 1]` of zeros; `None` to make them.
         total: the layer's count of tokens, which grows by one; `None` to leave it.
-        position_slope, slope_tokens, slope_length, window, sinks, scaling: see `StepKernel`.
+        position_slope, slope_tokens, slope_length: see `ops.selection.linear_scores.Slopes`.
+        window, sinks, scaling: see `StepKernel`.
         counts, offsets: where heads have different numbers of slots, see `hf_sparse.ops.selection.ragged`.
 
     Returns:
@@ -79,9 +80,8 @@ def take_step(
         count = torch.empty((), dtype=torch.int64, device=keys.device) if total is None else total
         kernel = StepKernel(
             (keys, values, scores, positions, seen, padded_late, count), query, key, value, weight, slope,
-            position_slope=position_slope, slope_tokens=slope_tokens, slope_length=slope_length,
-            masked=valid is not None, window=window, sinks=sinks, scaling=scaling,
-            counts=counts, offsets=offsets, arrived=arrived,
+            slopes=Slopes(position_slope, slope_tokens, slope_length), masked=valid is not None, window=window,
+            sinks=sinks, scaling=scaling, counts=counts, offsets=offsets, arrived=arrived,
         )  # fmt: skip
         return kernel(query, key, value, states.contiguous(), weight, slope, valid)
     new = states if weight is None else linear_scores(states, weight)

@@ -7,7 +7,7 @@ import torch
 
 from hf_sparse import SparseKConfig
 from hf_sparse.methods.sparsek.scorer import make_scorer
-from hf_sparse.ops.selection.linear_scores import has_kernels, normalised
+from hf_sparse.ops.selection.linear_scores import Slopes, has_kernels, normalised
 from hf_sparse.ops.selection.triton import linear_scores as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -47,8 +47,7 @@ def test_scores_with_slopes_are_rounded_once(shape, learned, slope_length, poiso
     batch, length, _, heads = shape
     slope = torch.randn(heads, device=DEVICE) if learned else None
     index = torch.arange(length, device=DEVICE).expand(batch, -1)
-    slopes = {"position_slope": 0.01, "slope_tokens": 256, "slope_length": slope_length}
-    found = kernels.token_scores(states, weight, slope, index, **slopes)
+    found = kernels.token_scores(states, weight, slope, index, Slopes(0.01, 256, slope_length))
     slopes = 0.01 + (0 if slope is None else slope.double()[:, None] / 256)
     risen = slope_length * torch.log1p(index.double() / slope_length) if slope_length else index.double()
     expected = (plain(states, weight) + risen[:, None] * slopes).float()

@@ -121,7 +121,7 @@ def test_a_step_in_one_kernel(plain, monkeypatch, poisoned_memory, batch, counts
         real = valid[:, t] if padded else None
         if kernel is None:
             kernel = step.StepKernel(
-                [*ours, *counted], *new, weight, slope, position_slope=0.01, slope_tokens=256, slope_length=0,
+                [*ours, *counted], *new, weight, slope, slopes=linear.Slopes(0.01, 256, 0),
                 masked=padded, window=WINDOW, sinks=SINKS, scaling=0.3, **layout,
             )  # fmt: skip
         output = kernel(*new, states[:, t : t + 1], weight, slope, real)

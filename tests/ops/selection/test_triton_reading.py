@@ -13,7 +13,7 @@ from hf_sparse.methods.sparsek.slot_memory import SharedSlots
 from hf_sparse.ops import sparsek_attention
 from hf_sparse.ops.selection import ragged
 from hf_sparse.ops.selection import slots as reference
-from hf_sparse.ops.selection.linear_scores import normalised, slope_positions
+from hf_sparse.ops.selection.linear_scores import Slopes, normalised, slope_positions
 from hf_sparse.ops.selection.triton import reading as kernels
 from hf_sparse.ops.selection.triton.reading import ReadingSettings, new_slots, read_text
 from hf_sparse.ops.stacked import unstacked
@@ -48,9 +48,7 @@ def inputs(batch, heads, kv_heads, length, dim, columns, dtype, learned):
     ],
 )
 def test_reading(batch, heads, kv_heads, length, dim, dtype, learned, slope_length, poisoned_memory):
-    settings = ReadingSettings(
-        k=13, window=21, sinks=4, scaling=0.2, position_slope=0.01, slope_tokens=256, slope_length=slope_length
-    )
+    settings = ReadingSettings(k=13, window=21, sinks=4, scaling=0.2, slopes=Slopes(0.01, 256, slope_length))
     query, key, value, states, weight, slope = inputs(batch, heads, kv_heads, length, dim, 48, dtype, learned)
     slopes = 0.01 + (0 if slope is None else slope.double()[:, None] / 256)
     scores = torch.einsum("btc,hc->bht", normalised(states), weight.double())
@@ -97,9 +95,7 @@ def test_reading(batch, heads, kv_heads, length, dim, dtype, learned, slope_leng
 def test_heads_with_different_numbers_of_slots(length, k_of_heads, learned, poisoned_memory):
     """Each as alone; `k` may be larger than that of any head, so that layers share the launches."""
     budget = {"window": 21, "sinks": 4, "scaling": 0.2}
-    settings = ReadingSettings(
-        k=45, position_slope=0.01, slope_tokens=256, slope_length=0, k_of_heads=k_of_heads, **budget
-    )
+    settings = ReadingSettings(k=45, slopes=Slopes(0.01, 256, 0), k_of_heads=k_of_heads, **budget)
     heads, group = len(k_of_heads), 2
     tensors = inputs(2, heads * group, heads, length, 16, 48, torch.float32, learned)
     for _ in range(2 if DEVICE == "cuda" else 1):  # the second time by the launches that the first one noted
@@ -112,9 +108,7 @@ def test_heads_with_different_numbers_of_slots(length, k_of_heads, learned, pois
             one, of_group = slice(head, head + 1), slice(head * group, (head + 1) * group)
             alone = (query[:, of_group], key[:, one], value[:, one], states, weight[one].contiguous())
             slope = None if slope is None else slope[one].contiguous()
-            of_one, expected = read_text(
-                *alone, slope, ReadingSettings(k, **budget, position_slope=0.01, slope_tokens=256, slope_length=0)
-            )
+            of_one, expected = read_text(*alone, slope, ReadingSettings(k, **budget, slopes=Slopes(0.01, 256, 0)))
             for mine, theirs in zip(kept, expected[:4], strict=True):
                 assert torch.equal(mine, theirs)
             if output is not None and of_one is not None:
@@ -140,9 +134,7 @@ def test_slots_of_a_text_that_ends_early(length, ends, k_of_heads, ties, poisone
         "window": 21,
         "sinks": 4,
         "scaling": 0.2,
-        "position_slope": 0.0 if ties else 0.01,
-        "slope_tokens": 256,
-        "slope_length": 0,
+        "slopes": Slopes(0.0 if ties else 0.01, 256, 0),
     }
     settings = ReadingSettings(k=30 if k_of_heads else 13, k_of_heads=k_of_heads, **budget)
     query, key, value, states, weight, _ = inputs(2, 4, 2, length, 16, 48, torch.float32, False)
@@ -168,7 +160,7 @@ def test_slots_of_a_text_that_ends_early(length, ends, k_of_heads, ties, poisone
 def test_every_place_of_a_tile_may_be_the_end(k, window, sinks, ties, monkeypatch, poisoned_memory):
     """The slots are those that plain PyTorch fills with the tokens before it."""
     monkeypatch.setattr(kernels, "TILE", 16)
-    budget = {"scaling": 0.2, "position_slope": 0.0, "slope_tokens": 256, "slope_length": 0}
+    budget = {"scaling": 0.2, "slopes": Slopes(0.0, 256, 0)}
     settings = ReadingSettings(k, window, sinks, **budget)
     length = settings.slots + 33
     query, key, value, states, weight, _ = inputs(1, 2, 2, length, 16, 32, torch.float32, False)
@@ -202,7 +194,7 @@ def test_a_cache_layer_takes_the_slots_of_a_text_that_ends_early(k, end, monkeyp
     attention = SimpleNamespace(baseline=None, observer=None, active="a", identities={"a": "id"})
     query, key, value, states, weight, _ = inputs(1, 4, 2, 60 if end > 30 else 24, 16, 48, torch.float32, False)
     scoring = Scoring(
-        weight, None, (weight.data_ptr(), weight.dtype, 0, (0.0, 256, 0)), (weight.data_ptr(), 0), "layout"
+        weight, None, (weight.data_ptr(), weight.dtype, 0, Slopes(0.0, 256, 0)), (weight.data_ptr(), 0), "layout"
     )
     results = []
     for tokens in (query.shape[2], end):
@@ -311,9 +303,7 @@ def test_a_model_reads_as_by_the_longer_path(length, shares, monkeypatch):
 
 def test_scores_that_are_no_numbers_leave_slots_in_order(poisoned_memory):
     """Every slot holds a position of the text in rising order or none, and nothing beside the slots is written."""
-    settings = ReadingSettings(
-        k=5, window=7, sinks=2, scaling=0.2, position_slope=0.0, slope_tokens=256, slope_length=0
-    )
+    settings = ReadingSettings(k=5, window=7, sinks=2, scaling=0.2, slopes=Slopes(0.0, 256, 0))
     inputs_ = list(inputs(2, 2, 2, 60, 16, 32, torch.float32, False))
     inputs_[3][0, 10:30] = torch.nan
     _, slots = read_text(*inputs_, settings)

@@ -44,10 +44,10 @@ class Slots:
     def tensors(self) -> list[torch.Tensor]:
         return [self.keys, self.values, self.scores, self.positions, self.seen, self.padded_late, self.total]
 
-    def step(self, query, key, value, states, weight, slope, valid, *, position_slope, scaling, slope_length=0):
+    def step(self, query, key, value, states, weight, slope, valid, *, slopes, scaling):
         scores = states.double() if weight is None else linear.linear_scores(states, weight)
-        slopes = position_slope + (0 if slope is None else slope.double()[:, None] / 256)
-        scores = (scores + linear.slope_positions(self.seen, slope_length)[:, None, None] * slopes).float()
+        per_token = slopes.position_slope + (0 if slope is None else slope.double()[:, None] / slopes.tokens)
+        scores = (scores + linear.slope_positions(self.seen, slopes.length)[:, None, None] * per_token).float()
         if valid is not None:
             self.padded_late |= ~valid & (self.seen > 0)
         state = (self.keys, self.values, self.scores, self.positions, self.seen)
@@ -96,14 +96,15 @@ def test_every_step_is_that_of_the_reference(plain, monkeypatch, poisoned_memory
     rising = kind.startswith("rising")
     slope = torch.randn(heads, device=DEVICE) if rising else None
     valid = torch.rand(batch, length, device=DEVICE) < 0.8
-    options = {"position_slope": 0.013 if rising else 0.0, "scaling": 0.3, "slope_length": 9 * (kind != "rising")}
+    slopes = linear.Slopes(0.013 if rising else 0.0, 256, 9 if kind == "rising logarithm" else 0)
+    options = {"slopes": slopes, "scaling": 0.3}
     kernel = None
     for t in range(length):
         new = [tensor[:, :, t : t + 1] for tensor in (query, key, value)]
         new.append(given[:, :, t : t + 1].contiguous() if weight is None else states[:, t : t + 1])
         real = valid[:, t] if padded else None
         if kernel is None:
-            more = {"slope_tokens": 256, "masked": padded, "window": WINDOW, "sinks": SINKS}
+            more = {"masked": padded, "window": WINDOW, "sinks": SINKS}
             kernel = kernels.StepKernel(ours.tensors(), *new[:3], weight, slope, **more, **options)
         output = kernel(*new, weight, slope, real)
         expected = theirs.step(*new, weight, slope, real, **options)
@@ -137,7 +138,7 @@ def test_the_operator_of_compiled_code_takes_the_same_steps(plain, monkeypatch, 
         )  # fmt: skip
         real = None if valid is None else valid[:, 0]
         new = (query, key, value, states, weight, slope, real)
-        expected = theirs.step(*new, position_slope=0.013, scaling=0.3, slope_length=9)
+        expected = theirs.step(*new, slopes=linear.Slopes(0.013, 256, 9), scaling=0.3)
         for mine, other in zip(state, theirs.tensors(), strict=False):
             assert torch.equal(mine, other), t
         torch.testing.assert_close(output, expected.float(), rtol=1e-5, atol=1e-6)

@@ -28,6 +28,7 @@ from hf_sparse.ops.entmax.triton.step import step as entmax_step
 from hf_sparse.ops.predictors.profile import BINS
 from hf_sparse.ops.predictors.triton.cluster_step import ClusterStep, Lists, Projections, cluster_lists
 from hf_sparse.ops.selection import ragged
+from hf_sparse.ops.selection.linear_scores import Slopes
 from hf_sparse.ops.selection.triton import linear_scores, slot_filling
 from hf_sparse.ops.selection.triton import slots as of_slots
 from hf_sparse.ops.selection.triton.reading import ReadingSettings, read_text
@@ -132,7 +133,7 @@ def scores(dtype: torch.dtype, of_weight: torch.dtype, heads: int, columns: int,
         linear_scores.linear_scores(states, weight).sum().backward()
     learned, index = torch.zeros(heads) if slope else None, torch.arange(37).expand(2, -1)
     tensors = (states.detach(), weight.detach(), learned, index)
-    linear_scores.token_scores(*tensors, position_slope=0.01, slope_tokens=256, slope_length=0)
+    linear_scores.token_scores(*tensors, slopes=Slopes(0.01, 256, 0))
 
 
 for dtype in DTYPES:
@@ -179,8 +180,8 @@ def step(
     weight, learned_slope = torch.zeros(2, 576) if linear else None, torch.zeros(2) if learned else None
     layout = {"counts": COUNTS, "offsets": ragged.offsets_of(COUNTS, CPU)} if unequal else {}
     kernel = StepKernel(
-        state[:5] if indexed else state, query, key, value, weight, learned_slope, position_slope=slope,
-        slope_tokens=256, slope_length=0, masked=masked, indexed=indexed, window=5, sinks=2, scaling=0.3, **layout,
+        state[:5] if indexed else state, query, key, value, weight, learned_slope, slopes=Slopes(slope, 256, 0),
+        masked=masked, indexed=indexed, window=5, sinks=2, scaling=0.3, **layout,
     )  # fmt: skip
     valid = torch.ones(batch, dtype=torch.bool) if masked else None
     rows_of_pool = torch.arange(batch) if indexed else None
@@ -200,9 +201,7 @@ cross(
 def read(dtype: torch.dtype, dim: int, *, length: int, learned: bool, unequal: bool) -> None:
     """Read a text without padding into slots."""
     k = {"k": 40, "k_of_heads": (40, 9)} if unequal else {"k": 40}
-    settings = ReadingSettings(
-        **k, window=21, sinks=4, scaling=0.2, position_slope=0.01, slope_tokens=256, slope_length=0
-    )
+    settings = ReadingSettings(**k, window=21, sinks=4, scaling=0.2, slopes=Slopes(0.01, 256, 0))
     states, slope = torch.zeros(2, length, 576, dtype=dtype), torch.zeros(2) if learned else None
     read_text(*inputs(dtype, dim, 4, length, length), states, torch.zeros(2, 576), slope, settings)
 

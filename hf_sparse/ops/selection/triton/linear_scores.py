@@ -22,6 +22,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from hf_sparse.ops.selection.linear_scores import Slopes
 from hf_sparse.ops.triton.launch import launch
 from hf_sparse.ops.triton.replay import empty, replayed
 
@@ -37,39 +38,21 @@ def linear_scores(states: Tensor, weight: Tensor) -> Tensor:
     return _LinearScores.apply(states, weight)
 
 
-def token_scores(
-    states: Tensor,
-    weight: Tensor,
-    slope: Tensor | None,
-    index: Tensor,
-    *,
-    position_slope: float,
-    slope_tokens: int,
-    slope_length: int,
-) -> Tensor:
+def token_scores(states: Tensor, weight: Tensor, slope: Tensor | None, index: Tensor, slopes: Slopes) -> Tensor:
     """Score as `ops.selection.linear_scores.token_scores`, in one launch."""
     inputs = (states.contiguous(), weight.contiguous(), slope, index)
-    (scores,) = replayed(_token_scores, inputs, position_slope, slope_tokens, slope_length)
+    (scores,) = replayed(_token_scores, inputs, slopes)
     assert scores is not None
     return scores
 
 
 def _token_scores(
-    states: Tensor,
-    weight: Tensor,
-    slope: Tensor | None,
-    index: Tensor,
-    position_slope: float,
-    slope_tokens: int,
-    slope_length: int,
+    states: Tensor, weight: Tensor, slope: Tensor | None, index: Tensor, slopes: Slopes
 ) -> tuple[Tensor | None, ...]:
     batch, length, _ = states.shape
     scores = empty((batch, weight.shape[0], length), torch.float32, states.device)
     if batch * length:
-        write_scores(
-            states, weight, slope, index, scores,
-            position_slope=position_slope, slope_tokens=slope_tokens, slope_length=slope_length,
-        )  # fmt: skip
+        write_scores(states, weight, slope, index, scores, slopes)
     return (scores,)
 
 
@@ -79,10 +62,7 @@ def write_scores(
     slope: Tensor | None,
     index: Tensor | None,
     scores: Tensor,
-    *,
-    position_slope: float,
-    slope_tokens: int,
-    slope_length: int,
+    slopes: Slopes,
 ) -> None:
     """Launch the kernel that scores tokens, see `token_scores`.
 
@@ -97,7 +77,8 @@ def write_scores(
         states, weight, scores, None, None, None, slope, index, 0 if index is None else index.stride(0), rows, length,
         scores.shape[-1], heads, columns,
         EPS=EPS, ROWS=_ROWS, HEADS=min(HEADS, triton.next_power_of_2(heads)), COLUMNS=COLUMNS, STAGES=STAGES,
-        SLOPED=True, SLOPE=position_slope, SLOPE_TOKENS=slope_tokens, SLOPE_LENGTH=slope_length, num_warps=_WARPS,
+        SLOPED=True, SLOPE=slopes.position_slope, SLOPE_TOKENS=slopes.tokens, SLOPE_LENGTH=slopes.length,
+        num_warps=_WARPS,
     )  # fmt: skip
 
 
@@ -212,7 +193,7 @@ def slope_positions(position, SLOPE_LENGTH: tl.constexpr):
 
 
 @triton.jit
-def slopes(Slope, head, there, SLOPE: tl.constexpr, SLOPE_TOKENS: tl.constexpr, HEADS: tl.constexpr):
+def head_slopes(Slope, head, there, SLOPE: tl.constexpr, SLOPE_TOKENS: tl.constexpr, HEADS: tl.constexpr):
     """Return what HEADS heads add to a score per token of `slope_positions`."""
     slope = tl.zeros([HEADS], tl.float64) + SLOPE
     if Slope is not None:
@@ -260,7 +241,7 @@ def _forward(
         if Index is not None:
             place = tl.load(Index + row // length * index_row + place, mask=inside, other=0)
         risen = slope_positions(place, SLOPE_LENGTH)
-        score += risen[:, None] * slopes(Slope, head, there, SLOPE, SLOPE_TOKENS, HEADS)[None, :]
+        score += risen[:, None] * head_slopes(Slope, head, there, SLOPE, SLOPE_TOKENS, HEADS)[None, :]
     at = (row[:, None] // length * heads + head[None, :]) * room + row[:, None] % length
     tl.store(scores + at, score.to(scores.dtype.element_ty), mask=inside[:, None] & there[None, :])
     if sums is not None:

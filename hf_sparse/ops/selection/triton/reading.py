@@ -13,12 +13,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_sparse.ops.selection.linear_scores import Slopes
 from hf_sparse.ops.selection.ragged import offsets_of
 from hf_sparse.ops.selection.thresholds import ScanPlan
 from hf_sparse.ops.selection.triton import linear_scores
 from hf_sparse.ops.selection.triton.attention import TILE, counts_on
 from hf_sparse.ops.selection.triton.attention_forward import forward
-from hf_sparse.ops.selection.triton.linear_scores import row_scores, slope_positions, slopes, write_scores
+from hf_sparse.ops.selection.triton.linear_scores import head_slopes, row_scores, slope_positions, write_scores
 from hf_sparse.ops.selection.triton.lists import causal_tables
 from hf_sparse.ops.selection.triton.scan import launch_scan
 from hf_sparse.ops.selection.triton.slots import slots_of_head
@@ -37,7 +38,7 @@ class ReadingSettings(NamedTuple):
     Attributes:
         k, window, sinks: the budget; where heads differ `k` is that of the head that selects most keys, or more.
         scaling: multiplies the logits.
-        position_slope, slope_tokens, slope_length: of the scores, see `ops.selection.linear_scores.token_scores`.
+        slopes: of the scores, see `ops.selection.linear_scores.Slopes`.
         k_of_heads: of each KV head where they differ; their slots are those of `ops.selection.ragged` then.
     """
 
@@ -45,9 +46,7 @@ class ReadingSettings(NamedTuple):
     window: int
     sinks: int
     scaling: float
-    position_slope: float
-    slope_tokens: int
-    slope_length: int
+    slopes: Slopes
     k_of_heads: tuple[int, ...] | None = None
 
     @property
@@ -185,8 +184,8 @@ def _take_all(
         states, weight, slope, key, value, *of_slots, offsets, end, *key.stride()[:3], *value.stride()[:3],
         length, settings.slots, heads, states.shape[-1], dim,
         EPS=linear_scores.EPS, TOKENS=_TOKENS, HEADS=together, COLUMNS=linear_scores.COLUMNS,
-        STAGES=linear_scores.STAGES, SLOPE=settings.position_slope, SLOPE_TOKENS=settings.slope_tokens,
-        SLOPE_LENGTH=settings.slope_length, DIM=triton.next_power_of_2(dim), num_warps=4,
+        STAGES=linear_scores.STAGES, SLOPE=settings.slopes.position_slope, SLOPE_TOKENS=settings.slopes.tokens,
+        SLOPE_LENGTH=settings.slopes.length, DIM=triton.next_power_of_2(dim), num_warps=4,
     )  # fmt: skip
     return ()
 
@@ -218,13 +217,10 @@ def _launch(
 ) -> tuple[Tensor | None, ...]:
     *of_slots, counts, offsets, end = others
     slots = Slots(*of_slots)
-    k, window, sinks, scaling, position_slope, slope_tokens, slope_length, _ = settings
+    k, window, sinks, scaling, slopes, _ = settings
     batch, heads, length, dim = key.shape
     scores = empty((batch, heads, length), torch.float32, key.device)
-    write_scores(
-        states, weight, slope, None, scores,
-        position_slope=position_slope, slope_tokens=slope_tokens, slope_length=slope_length,
-    )  # fmt: skip
+    write_scores(states, weight, slope, None, scores, slopes)
     plan = ScanPlan(k, min(k, length), query.shape[2], window, TILE, False, True)
     rank, floor, _, lists, _ = launch_scan(scores, plan, None, sinks, counts=counts)
     tables, _ = causal_tables(
@@ -286,7 +282,7 @@ def _score_and_copy(
         states, weight, row * length + slot, taken, head, there, columns, read, EPS, TOKENS, HEADS, COLUMNS, STAGES
     )
     risen = slope_positions(slot, SLOPE_LENGTH)
-    score += risen[:, None] * slopes(Slope, head, there, SLOPE, SLOPE_TOKENS, HEADS)[None, :]
+    score += risen[:, None] * head_slopes(Slope, head, there, SLOPE, SLOPE_TOKENS, HEADS)[None, :]
     if Offsets is None:
         base, end = (row * heads + head) * slots, tl.zeros([HEADS], tl.int32) + slots
     else:

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_sparse.ops.selection.linear_scores import Slopes
 from hf_sparse.ops.selection.triton.linear_scores import slope_positions
 from hf_sparse.ops.selection.triton.slots import slots_of_head, steps_of_program
 
@@ -46,9 +47,8 @@ class StepKernel:
             whoever has the pool can give its memory back.
         query, key, value: tensors of a new token as in `__call__`; the next ones have their shapes, dtypes and strides.
         weight: `[Hkv, C]` of a linear scorer, contiguous, or `None`.
-        slope: `[Hkv]`, what each head adds per `slope_tokens` tokens of position, contiguous, or `None`.
-        position_slope: number that all heads add to a score per token of position.
-        slope_length: of `ops.selection.linear_scores.slope_positions`.
+        slope: `[Hkv]`, what each head adds per `slopes.tokens` tokens of position, contiguous, or `None`.
+        slopes: of the scores, see `ops.selection.linear_scores.Slopes`.
         masked: whether the steps come with `valid`.
         indexed: whether they come with `rows`, the rows of a pool.
         window, sinks: see `hf_sparse.ops.selection.slots`.
@@ -68,9 +68,7 @@ class StepKernel:
         weight: Tensor | None,
         slope: Tensor | None,
         *,
-        position_slope: float,
-        slope_tokens: int,
-        slope_length: int,
+        slopes: Slopes,
         masked: bool,
         window: int,
         sinks: int,
@@ -110,9 +108,9 @@ class StepKernel:
             scaling,
         )  # fmt: skip
         self.constants = {
-            "SLOPE": float(position_slope),
-            "SLOPE_TOKENS": slope_tokens,
-            "SLOPE_LENGTH": slope_length,
+            "SLOPE": slopes.position_slope,
+            "SLOPE_TOKENS": slopes.tokens,
+            "SLOPE_LENGTH": slopes.length,
             "LEARNED": slope is not None,
             "LINEAR": weight is not None,
             "MASKED": masked,
