@@ -158,7 +158,7 @@ def merge_groups(
     source += row * source_row
     target += row * lists * target_width
     code = tl.load(source + number.to(tl.int64) * source_list + entry, mask=entry < length, other=0)
-    codes = tl.broadcast_to(code[None, :], [MANY, BLOCK])
+    codes = tl.broadcast_to(code[:, None], [BLOCK, MANY])
     place = tl.where(entry < length, 0, target_most)
     other = number // group * group
     end = tl.minimum(other + group, lists)
@@ -166,11 +166,11 @@ def merge_groups(
         members = other + tl.arange(0, MANY)
         there = members < end
         begin = source + tl.where(there, members, 0).to(tl.int64) * source_list
-        better = count_above(begin[:, None], tl.where(there, length, 0)[:, None], codes, False, STEPS)
-        places = place[None, :] + tl.cumsum(better, 0)
-        kept = (there & (members >= number))[:, None] & (places < target_most)
-        tl.store(target + members.to(tl.int64)[:, None] * target_width + places, codes, mask=kept)
-        place += tl.sum(better, 0)
+        better = count_above(begin[None, :], tl.where(there, length, 0)[None, :], codes, False, STEPS)
+        places = place[:, None] + tl.cumsum(better, 1)
+        kept = (there & (members >= number))[None, :] & (places < target_most)
+        tl.store(target + members.to(tl.int64)[None, :] * target_width + places, codes, mask=kept)
+        place += tl.sum(better, 1)
         other += MANY
 
 
