@@ -61,27 +61,26 @@ def attend(
     return sparsek_attention(*inputs, k=k, window=window, sinks=options.sinks, gates=gates, support=limit, **choice)
 
 
-def scanner(device: str) -> Callable[..., thresholds.Scan]:
+def select(options: argparse.Namespace, scores: Tensor, gates: str) -> Tensor:
+    """The selection alone: the thresholds of soft gates, which are differentiable, or the intervals of hard ones."""
+    queries, window, k = scores.shape[-1], options.window, options.k
+    if gates == "soft":
+        tau = scan_with_tau(options.device, scores, k, size=options.support, queries=queries, window=window).tau
+        assert tau is not None
+        return tau
+    if options.device == "cpu":
+        return thresholds.scan_prefixes(scores, k, size=k, queries=queries, window=window, with_lists=True).floor
+    from hf_sparse.ops.selection.triton.scan import select_keys
+
+    return select_keys(scores, k, queries=queries, window=window).until
+
+
+def scan_with_tau(device: str, scores: Tensor, k: int, **arguments: Any) -> thresholds.Scan:
     if device == "cpu":
-        return thresholds.scan_prefixes
+        return thresholds.scan_prefixes(scores, k, with_tau=True, with_lists=True, **arguments)
     from hf_sparse.ops.selection.triton.scan import scan_prefixes
 
-    return scan_prefixes
-
-
-def select(options: argparse.Namespace, scores: Tensor, gates: str) -> Tensor:
-    """The selection alone: its thresholds, which are differentiable if they are those of soft gates."""
-    soft = gates == "soft"
-    found = scanner(options.device)(
-        scores,
-        options.k,
-        size=options.support if soft else options.k,
-        queries=scores.shape[-1],
-        window=options.window,
-        with_tau=soft,
-        with_lists=True,
-    )
-    return found.floor if found.tau is None else found.tau
+    return scan_prefixes(scores, k, with_lists=True, **arguments)
 
 
 def window_mask(length: int, window: int, device: str) -> BlockMask:
@@ -217,8 +216,8 @@ def check(options: argparse.Namespace) -> dict[str, float]:
             strict=True,
         ):
             errors[f"{gates} {name}"] = float((ours - theirs).norm() / theirs.norm())
-    arguments: dict[str, Any] = {"size": 200, "queries": CHECKED, "window": 61, "with_tau": True, "with_lists": True}
-    found, expected = (scan(inputs[3], 48, **arguments) for scan in (scanner(options.device), thresholds.scan_prefixes))
+    arguments: dict[str, Any] = {"size": 200, "queries": CHECKED, "window": 61}
+    found, expected = (scan_with_tau(device, inputs[3], 48, **arguments) for device in (options.device, "cpu"))
     assert found.tau is not None and expected.tau is not None
     # As places in the order of all keys: ranks may be any integers.
     places = [torch.searchsorted(one.rank.sort(-1).values, one.floor) for one in (found, expected)]

@@ -29,7 +29,7 @@ from hf_sparse.ops.selection.thresholds import ScanPlan
 from hf_sparse.ops.selection.triton import attention, scan
 from hf_sparse.ops.selection.triton.attention_backward import by_key, by_query
 from hf_sparse.ops.selection.triton.attention_forward import forward
-from hf_sparse.ops.selection.triton.lists import Tables, causal_tables
+from hf_sparse.ops.selection.triton.lists import Tables, causal_tables, selection_tables
 from hf_sparse.ops.selection.triton.program_sizes import ProgramSizes, by_key_sizes, by_query_sizes, forward_sizes
 from hf_sparse.ops.triton.launch import compile_ahead
 
@@ -64,11 +64,14 @@ class Call:
         self.scores = draw(1, kv_heads, length)
         size = options.support if soft else options.k
         plan = ScanPlan(options.k, min(size, length), length, options.window, options.tile, soft, True)
-        rank, floor, tau, lists, origin = scan.launch_scan(self.scores, plan, None, options.sinks, shift=soft)
-        tables, z = causal_tables(
-            rank, floor, tau, lists, self.scores, origin, None,
-            window=options.window, sinks=options.sinks, tile=options.tile,
-        )  # fmt: skip
+        settings = {"window": options.window, "sinks": options.sinks, "tile": options.tile}
+        z = tau = None
+        if soft:
+            rank, floor, tau, lists, origin = scan.launch_scan(self.scores, plan, None, options.sinks, shift=True)
+            tables, z = causal_tables(rank, floor, tau, lists, self.scores, origin, None, **settings)
+        else:
+            selection = scan.launch_selection(self.scores, plan, None, options.sinks)
+            tables = selection_tables(selection, length, None, **settings)
         self.inputs = (grad, query, key, value, z, tau)
         self.tables = tables
         output, lse = forward(query, key, value, z, tau, tables, self.scaling)

@@ -52,8 +52,8 @@ def assert_same(ours: thresholds.Scan, theirs: thresholds.Scan) -> None:
 def test_equals_the_scan_in_pytorch(kind):
     scores = random_scores(kind, 75)
     ours, theirs = scores.clone().requires_grad_(), scores.clone().requires_grad_()
-    options = {"k": 4, "size": 9, "queries": 66, "window": 3, "tile": 16, "with_tau": True, "with_lists": True}
-    found, expected = scan_prefixes(ours, **options), thresholds.scan_prefixes(theirs, **options)
+    options = {"k": 4, "size": 9, "queries": 66, "window": 3, "tile": 16, "with_lists": True}
+    found, expected = scan_prefixes(ours, **options), thresholds.scan_prefixes(theirs, with_tau=True, **options)
     assert_same(found, expected)
     torch.testing.assert_close(found.tau, expected.tau.float(), rtol=1e-6, atol=1e-7)
     assert (found.tau.diff(dim=-1).nan_to_num(0) >= 0).all(), "tau fell"
@@ -86,7 +86,7 @@ def test_shapes(keys, queries, window, size, tile):
 
 def test_support_as_large_as_the_text_is_exact():
     scores = random_scores("normal", 50)
-    tau = scan_prefixes(scores, 5, size=50, queries=50, window=0, tile=16, with_tau=True).tau
+    tau = scan_prefixes(scores, 5, size=50, queries=50, window=0, tile=16).tau
     for t in (5, 20, 49):
         gates = (scores[: t + 1] - tau[t]).clamp(0, 1)
         torch.testing.assert_close(gates, sparsek(scores[: t + 1], 5), rtol=0, atol=1e-6)
@@ -119,14 +119,13 @@ def test_what_the_kernels_do_not_take_goes_the_other_way():
 
 @pytest.mark.cross("values")
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
-@pytest.mark.parametrize("size, with_tau", [(512, False), (2048, True)])
+@pytest.mark.parametrize("size", [512, 2048])
 @pytest.mark.parametrize("kind", ["normal", "ties", "rising"])
-def test_long(kind, size, with_tau):
+def test_long(kind, size):
     scores = random_scores(kind, 2, 3, 20_011)
-    options = {"size": size, "queries": 19_000, "window": 512, "with_tau": with_tau, "with_lists": True}
-    found, expected = scan_prefixes(scores, 512, **options), thresholds.scan_prefixes(scores, 512, **options)
+    options = {"k": 512, "size": size, "queries": 19_000, "window": 512, "with_lists": True}
+    found, expected = scan_prefixes(scores, **options), thresholds.scan_prefixes(scores, with_tau=True, **options)
     places = [torch.searchsorted(one.rank.sort(-1).values, one.floor) for one in (found, expected)]
     assert torch.equal(*places)
     assert torch.equal(found.lists.long(), expected.lists)
-    if with_tau:
-        torch.testing.assert_close(found.tau, expected.tau.float(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found.tau, expected.tau.float(), rtol=1e-6, atol=1e-6)

@@ -32,7 +32,7 @@ from hf_sparse.ops.selection.linear_scores import Slopes
 from hf_sparse.ops.selection.triton import linear_scores, slot_filling
 from hf_sparse.ops.selection.triton import slots as of_slots
 from hf_sparse.ops.selection.triton.reading import ReadingSettings, read_text
-from hf_sparse.ops.selection.triton.scan import scan_prefixes
+from hf_sparse.ops.selection.triton.scan import scan_prefixes, select_keys
 from hf_sparse.ops.selection.triton.step import StepKernel
 from hf_sparse.ops.tiles.tiles import Tiles, tile_counts
 from hf_sparse.ops.triton.divergence import fused_divergence
@@ -111,17 +111,19 @@ cross(
 )
 
 
-def scan(k: int, size: int, keys: int, tile: int, with_tau: bool) -> None:
+def scan(k: int, size: int, keys: int, tile: int) -> None:
+    """Find thresholds, and back, and select keys."""
     scores = torch.zeros(2, keys, requires_grad=True)
-    options = {"size": size, "queries": keys, "window": 3, "tile": tile, "with_tau": with_tau, "with_lists": True}
-    found = scan_prefixes(scores, k, **options)
-    if found.tau is not None:
-        found.tau.sum().backward()
+    options = {"queries": keys // 2, "window": 3, "tile": tile}
+    found = scan_prefixes(scores, k, size=size, with_lists=True, **options)
+    assert found.tau is not None
+    found.tau.sum().backward()
+    select_keys(scores.detach(), size, **options)
 
 
-for tile, with_tau in product((16, 256), (False, True)):
-    CALLS.append(partial(scan, 5, 9, 1500, tile, with_tau))
-    MORE.append(partial(scan, 300, 2000, 9000, tile, with_tau))
+for tile in (16, 256):
+    CALLS.append(partial(scan, 5, 9, 1500, tile))
+    MORE.append(partial(scan, 300, 2000, 9000, tile))
 
 
 def scores(dtype: torch.dtype, of_weight: torch.dtype, heads: int, columns: int, slope: bool) -> None:

@@ -14,7 +14,14 @@ from hf_sparse.ops.selection.thresholds import ScanPlan
 from hf_sparse.ops.selection.triton import scan
 from hf_sparse.ops.selection.triton.attention_backward import backward
 from hf_sparse.ops.selection.triton.attention_forward import forward
-from hf_sparse.ops.selection.triton.lists import NEVER_ENDS, Tables, bidirectional_tables, causal_tables, leavers
+from hf_sparse.ops.selection.triton.lists import (
+    NEVER_ENDS,
+    Tables,
+    bidirectional_tables,
+    causal_tables,
+    leavers,
+    selection_tables,
+)
 from hf_sparse.ops.selection.triton.program_sizes import ProgramSizes
 from hf_sparse.ops.triton.replay import replayed
 
@@ -224,12 +231,17 @@ def _causal_forward(
     """Return the output and, if a gradient is wanted, what the backward needs besides the inputs."""
     k, window, sinks, soft, scaling, size, tile, blocks = settings
     plan = ScanPlan(k, size, query.shape[2], window, tile, soft, True)
-    rank, floor, tau, lists, origin = scan.launch_scan(scores, plan, start, sinks, shift=soft, counts=counts)
-    tables, z = causal_tables(rank, floor, tau, lists, scores, origin, start, window=window, sinks=sinks, tile=tile)
+    z = tau = rank = floor = None
+    if soft:
+        rank, floor, tau, lists, origin = scan.launch_scan(scores, plan, start, sinks, shift=True, counts=counts)
+        tables, z = causal_tables(rank, floor, tau, lists, scores, origin, start, window=window, sinks=sinks, tile=tile)
+    else:
+        selection = scan.launch_selection(scores, plan, start, sinks, counts)
+        tables = selection_tables(selection, query.shape[2], start, window=window, sinks=sinks, tile=tile)
     output, lse = forward(query, key, value, z, tau, tables, scaling, blocks)
     if not wanted:
         return (output,)
-    of_tau = (z, tau, tables.scores, tables.ends, rank, floor) if soft else (None,) * 6
+    of_tau = (z, tau, tables.scores, tables.ends, rank, floor)
     return (output, lse, tables.until, tables.lists, tables.leavers, *of_tau)
 
 

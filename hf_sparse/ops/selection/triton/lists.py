@@ -15,6 +15,7 @@ import triton
 from torch import Tensor
 
 from hf_sparse.ops.selection.triton.lists_kernels import in_list_order, intervals, leaving
+from hf_sparse.ops.selection.triton.scan import Selection
 from hf_sparse.ops.triton.launch import launch
 from hf_sparse.ops.triton.replay import empty
 
@@ -103,6 +104,20 @@ def causal_tables(
         lists, shifted, until, of_lists, ends, size, keys, BLOCK=_ENTRIES, num_warps=4
     )
     return tables._replace(scores=of_lists, ends=ends), shifted
+
+
+def selection_tables(
+    selection: Selection, queries: int, first: Tensor | None, *, window: int, sinks: int, tile: int
+) -> Tables:
+    """Make the tables of causal attention with hard gates.
+
+    Args:
+        selection: of scores `[B, Hkv, Tk]`, with a list per `tile` of the `queries`.
+        first: see `Tables`.
+    """
+    tables = Tables(None, selection.until, selection.lists, tile, window - 1, 0, sinks, first)
+    found = leavers(tables, queries, tile) if selection.leavers is None else selection.leavers
+    return tables._replace(leavers=found)
 
 
 def leavers(tables: Tables, queries: int, tile: int) -> Tensor:

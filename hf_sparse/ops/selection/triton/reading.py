@@ -20,8 +20,8 @@ from hf_sparse.ops.selection.triton import linear_scores
 from hf_sparse.ops.selection.triton.attention import TILE, counts_on
 from hf_sparse.ops.selection.triton.attention_forward import forward
 from hf_sparse.ops.selection.triton.linear_scores import head_slopes, row_scores, slope_positions, write_scores
-from hf_sparse.ops.selection.triton.lists import causal_tables
-from hf_sparse.ops.selection.triton.scan import launch_scan
+from hf_sparse.ops.selection.triton.lists import selection_tables
+from hf_sparse.ops.selection.triton.scan import launch_selection
 from hf_sparse.ops.selection.triton.slots import slots_of_head
 from hf_sparse.ops.stacked import new_stack, unstacked
 from hf_sparse.ops.triton.launch import compile_ahead, launch
@@ -222,10 +222,8 @@ def _launch(
     scores = empty((batch, heads, length), torch.float32, key.device)
     write_scores(states, weight, slope, None, scores, slopes)
     plan = ScanPlan(k, min(k, length), query.shape[2], window, TILE, False, True)
-    rank, floor, _, lists, _ = launch_scan(scores, plan, None, sinks, counts=counts)
-    tables, _ = causal_tables(
-        rank, floor, None, lists, scores, None, None, window=window, sinks=sinks, tile=TILE
-    )  # fmt: skip
+    selection = launch_selection(scores, plan, None, sinks, counts)
+    tables = selection_tables(selection, query.shape[2], None, window=window, sinks=sinks, tile=TILE)
     output, _ = forward(query, key, value, None, None, tables, scaling)
     strides = (*key.stride()[:3], *value.stride()[:3])
     launch(_keep, (triton.cdiv(settings.slots, _ROWS), batch, heads))(

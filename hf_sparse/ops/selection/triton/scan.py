@@ -1,23 +1,32 @@
 """Scan prefixes as `hf_sparse.ops.selection.thresholds` does, on a GPU, in a number of launches that grows as log T.
 
-The best `size` keys of a prefix are an associative function of its parts: those of two neighbouring parts are the
+The best `size` keys of a prefix are an associative function of its parts: those of several neighbouring parts are the
 first `size` of their merged lists. So the keys are cut into chunks of a tile each, and
 
-    sort_chunks       sorts each chunk and each beginning of a block of 4 chunks                        1 launch
-    merge_earlier     makes the lists of the blocks those of all keys up to their end       log2(T / 512) launches
-    merge_for_tiles   joins both into the best keys before each tile                                    1 launch
-    tile_thresholds   solves for tau before each tile                                                   1 launch
-    query_thresholds  solves for floor and tau of all queries, from the list of their tile and its chunk
+    sort_chunks       sorts each chunk                                                                  1 launch
+    merge_groups      merges each list with those before it in its group: of 8 chunks, then of 32 lists
+                      that stand for all of a group each, and so on           about log(T / 128) / log(32) launches
+    join_groups       joins both into the best keys before each tile; of longer texts first into those before
+                      each group                                                   1 launch, and 1 per further level
 
-Merging looks up each key's place in the other list, which needs no communication between threads. With
-`size` = s the work is O(T log s), plus O(T / 512 * s * log T) for the rounds, all of it parallel; nothing waits for
-the host. The derivation is ours.
+Merging looks up each key's place in the other lists, which needs no communication between threads, and stops where
+that is beyond `size`; nothing waits for the host. The derivation is ours. Hard gates need one launch more:
+
+    evictions         finds when each key leaves the best, and the keys that leave the window and stay
+
+and soft gates
+
+    tile_thresholds   solves for tau before each tile
+    query_thresholds  solves for floor and tau of all queries, from the list of their tile and its chunk
 
 In the backward `free_intervals` finds the queries whose tau moves with a key, `shares` divides the gradient of each
 among its free keys, `sum_totals` and `sum_shares` add up those of every key; one launch each.
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import triton
@@ -26,7 +35,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from hf_sparse.ops.selection import thresholds as reference
 from hf_sparse.ops.selection.thresholds import Scan, ScanPlan
-from hf_sparse.ops.selection.triton.scan_kernels import merge_earlier, merge_for_tiles, sort_chunks
+from hf_sparse.ops.selection.triton.eviction_kernels import evictions
+from hf_sparse.ops.selection.triton.scan_kernels import join_groups, merge_groups, sort_chunks
 from hf_sparse.ops.selection.triton.threshold_gradients import free_intervals, shares, sum_shares, sum_totals
 from hf_sparse.ops.selection.triton.threshold_kernels import (
     find_origins,
@@ -39,13 +49,30 @@ from hf_sparse.ops.triton.launch import launch
 from hf_sparse.ops.triton.replay import empty, zeros
 
 _CHUNK = 128  # keys that are sorted by counting
-_BLOCK = 4  # chunks per block
 _SORT_WARPS = 4
-_FLOORS = (64, 4)  # queries and warps of a program that looks for floors
-_TAUS = (64, 4)  # queries and warps of a program that solves for tau as well
+_GROUPS = (8, 32)  # chunks that are merged in the first level, lists in every later one
+_MERGING = (128, 8, 4)  # entries of a program, lists in which it looks for them at a time, most warps
+_JOINING = (512, 128, 4)  # entries of a program, those of the shorter list at a time, most warps
+_EVICTING = (32, 1)  # newcomers that are compared with all at a time, and warps
+_TAUS = 64  # queries of a program that solves for tau
 _LISTS = 32  # per program that solves for their thresholds
 _KEYS = 256  # keys or queries per program of the backward
 _BLOCKS = 256  # sums of so many programs are added up at a time
+
+
+class Selection(NamedTuple):
+    """Hold when keys are selected, and where a tile finds those that are.
+
+    Attributes:
+        until: `[..., Tk]` int32, the first position that does not see the key, in the window or selected; 0 for
+            padding.
+        lists: `[..., n_tiles, size]` int32, as in `Scan`.
+        leavers: `[..., n_tiles, tile]` int32, as in `lists.Tables`; `None` if tiles are larger than a chunk.
+    """
+
+    until: Tensor
+    lists: Tensor
+    leavers: Tensor | None
 
 
 def supports(scores: Tensor, *, size: int, queries: int, tile: int) -> bool:
@@ -64,10 +91,9 @@ def scan_prefixes(
     queries: int,
     window: int,
     tile: int = _CHUNK,
-    with_tau: bool = False,
     with_lists: bool = False,
 ) -> Scan:
-    """Scan as `hf_sparse.ops.selection.thresholds.scan_prefixes` does, with the same arguments and tie rule.
+    """Scan as `hf_sparse.ops.selection.thresholds.scan_prefixes` does with tau, by the same arguments and tie rule.
 
     By kernels where `supports` says so, which must then run on the device of the scores; by that function elsewhere.
     Of the kernels, ranks are other integers (they hold the score itself) with the same meaning, lists are int32, of
@@ -80,21 +106,31 @@ def scan_prefixes(
     size = min(size, scores.shape[-1])
     if not supports(scores, size=size, queries=queries, tile=tile):
         return reference.scan_prefixes(
-            scores, k, size=size, queries=queries, window=window, tile=tile, with_tau=with_tau, with_lists=with_lists
+            scores, k, size=size, queries=queries, window=window, tile=tile, with_tau=True, with_lists=with_lists
         )
-    plan = ScanPlan(k, size, queries, window, tile, with_tau, with_lists)
-    if not with_tau:
-        rank, floor, _, lists = _run(scores.detach(), plan)
-        return Scan(rank, floor, None, lists)
-    tau, rank, floor, lists = _TritonThresholds.apply(scores, plan)
+    tau, rank, floor, lists = _TritonThresholds.apply(
+        scores, ScanPlan(k, size, queries, window, tile, True, with_lists)
+    )
     return Scan(rank, floor, tau, lists)
+
+
+def select_keys(scores: Tensor, size: int, *, queries: int, window: int, tile: int = _CHUNK) -> Selection:
+    """Find the interval of queries that each key is among the `size` best of, as hard gates need it.
+
+    Args:
+        scores: `[..., Tk]` float32 that `supports`, on the device on which kernels run.
+        size, queries, window, tile: as in `scan_prefixes`.
+    """
+    plan = ScanPlan(size, min(size, scores.shape[-1]), queries, window, tile, False, True)
+    with torch.cuda.device_of(scores):
+        return launch_selection(scores.contiguous(), plan)
 
 
 class _TritonThresholds(torch.autograd.Function):
     @staticmethod
     def forward(ctx: FunctionCtx, scores: Tensor, plan: ScanPlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        rank, floor, tau, lists = _run(scores, plan)
-        assert tau is not None
+        with torch.cuda.device_of(scores):  # where Triton launches
+            rank, floor, tau, lists, _ = launch_scan(scores.contiguous(), plan)
         ctx.save_for_backward(scores, rank, floor, tau)
         ctx.first = plan.window - (scores.shape[-1] - plan.queries)  # type: ignore[attr-defined]
         ctx.mark_non_differentiable(rank, floor, lists)
@@ -140,10 +176,104 @@ def launch_backward(
     return d_scores
 
 
-def _run(scores: Tensor, plan: ScanPlan) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
-    """Compute ranks `[..., Tk]`, floors `[..., Tq]`, tau if asked for, and lists."""
-    with torch.cuda.device_of(scores):  # where Triton launches
-        return launch_scan(scores.contiguous(), plan)[:4]
+class _Chunks(NamedTuple):
+    """Hold how keys and queries are cut; all is counted from the first key of the first chunk.
+
+    Attributes:
+        C: keys of a chunk, and queries that one program thinks of.
+        tiles: of C queries each. The newcomers of tile i are those of chunk `before + i`.
+        every: so many of them have one list.
+        before: chunks of keys that every query sees.
+        start: position of the first key of the first chunk, which may be negative.
+    """
+
+    C: int
+    tiles: int
+    every: int
+    before: int
+    start: int
+
+
+def _chunks_of(keys: int, plan: ScanPlan) -> _Chunks:
+    C = min(plan.tile, _CHUNK)
+    every = plan.tile // C
+    newest = keys - plan.queries - plan.window + 1
+    before = triton.cdiv(min(max(newest, 0), keys), C)
+    return _Chunks(C, triton.cdiv(plan.queries, plan.tile) * every, every, before, newest - before * C)
+
+
+class _Merged(NamedTuple):
+    """Hold lists of `merge_groups`, `[rows, lists, width]`, of lists of `narrow` keys in groups of `group`."""
+
+    lists: Tensor
+    group: int
+    narrow: int
+
+
+def _sort(
+    scores: Tensor,
+    cut: _Chunks,
+    plan: ScanPlan,
+    first: Tensor | None,
+    sinks: int,
+    counts: Tensor | None,
+    rank: Tensor | None,
+    until: Tensor | None,
+) -> tuple[Tensor, Callable[..., None]]:
+    """Sort the chunks, write ranks or what is known of `until`, and merge lists.
+
+    Returns:
+        `[rows, chunks, C]` int64, the sorted chunks, and a function that writes the lists before each tile: it takes
+        `Codes`, `Lowest`, `Index` and `Until` of `join_groups`.
+    """
+    keys, device, size = scores.shape[-1], scores.device, plan.size
+    rows, heads = math.prod(scores.shape[:-1]), scores.shape[-2] if scores.ndim > 1 else 1
+    C, tiles, every, before, start = cut
+    chunks = before + tiles
+
+    def codes(*shape: int) -> Tensor:
+        return empty((rows, *shape), torch.int64, device)
+
+    of_chunks = codes(chunks, C)
+    launch(sort_chunks, (max(chunks, triton.cdiv(keys - start, C)), rows))(
+        scores, first, rank, until, of_chunks, heads, sinks, keys, plan.queries, chunks, start, plan.window,
+        C, num_warps=_SORT_WARPS,
+    )  # fmt: skip
+
+    # Each list of a level is merged with those before it in its group; the last of a group, all of it, goes on to the
+    # next level if a list after the group needs it.
+    levels: list[_Merged] = []
+    source, row, item, narrow, lists, group = of_chunks, chunks * C, C, C, chunks - 1, _GROUPS[0]
+    while lists > 0:
+        width = min(size, group * narrow)
+        target = codes(lists, width)
+        block, many, warps = _MERGING
+        block = min(block, triton.next_power_of_2(narrow))
+        launch(merge_groups, (lists, rows, triton.cdiv(min(narrow, size), block)))(
+            source, target, counts, row, item, narrow, width, lists, group, heads,
+            BLOCK=block, MANY=many, STEPS=min(narrow, size).bit_length(), num_warps=max(1, min(warps, block // 32)),
+        )  # fmt: skip
+        levels.append(_Merged(target, group, narrow))
+        source, row, item, narrow = target[:, group - 1 :], lists * width, group * width, width
+        lists, group = (lists - 1) // group, _GROUPS[1]
+
+    def join(level: _Merged, totals: Tensor, items: int, before: int, *wanted: Tensor | None) -> None:
+        """Join the lists of a level with those of the groups before."""
+        width, block = level.lists.shape[-1], min(_JOINING[0], triton.next_power_of_2(max(size, 16)))
+        launch(join_groups, (items, rows, triton.cdiv(size, block)))(
+            totals, level.lists, *wanted, counts, before, level.group, level.narrow, totals.shape[1], totals.shape[2],
+            level.lists.shape[1], width, start, every, keys, size, heads, C,
+            BLOCK=block, PART=min(block, _JOINING[1]), WIDTH=triton.next_power_of_2(max(width, 16)),
+            STEPS=size.bit_length(), num_warps=max(1, min(_JOINING[2], block // 32)),
+        )  # fmt: skip
+
+    base = levels[0] if levels else _Merged(of_chunks, 1, C)
+    totals = levels[-1].lists if len(levels) > 1 else base.lists
+    for level in reversed(levels[1:-1]):
+        joined = codes(level.lists.shape[1], size)
+        join(level, totals, joined.shape[1], 1, joined, None, None, None)
+        totals = joined
+    return of_chunks, partial(join, base, totals, tiles, before)
 
 
 def launch_scan(
@@ -153,7 +283,7 @@ def launch_scan(
     sinks: int = 0,
     shift: bool = False,
     counts: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """Launch the scan of scores that `supports` takes, on their device.
 
     Args:
@@ -166,100 +296,61 @@ def launch_scan(
             the plan are the largest then.
 
     Returns:
-        Ranks `[..., Tk]`, floors `[..., Tq]`, tau `[..., Tq]` or `None`, lists, and what was subtracted, `[rows]`
-        or `None`.
+        Ranks `[..., Tk]`, floors `[..., Tq]`, tau `[..., Tq]`, lists, and what was subtracted, `[rows]` or `None`.
     """
     batch, keys, device = scores.shape[:-1], scores.shape[-1], scores.device
     queries, size = plan.queries, plan.size
-    rows = math.prod(batch)
-    C = min(plan.tile, _CHUNK)
-    every = plan.tile // C
-    tiles = triton.cdiv(queries, plan.tile) * every  # of C queries each
-    # The newcomers of tile i are those of chunk `before + i`. The chunks before hold what every query sees.
-    newest = keys - queries - plan.window + 1
-    before = triton.cdiv(min(max(newest, 0), keys), C)
-    start = newest - before * C  # position of the first key of the first chunk
-    blocks = triton.cdiv(before + tiles, _BLOCK)
-    chunks = blocks * _BLOCK
-
-    def codes(*shape: int) -> Tensor:
-        return empty((rows, *shape), torch.int64, device)
-
+    rows, heads = math.prod(batch), batch[-1] if batch else 1
+    cut = _chunks_of(keys, plan)
+    C, tiles, before = cut.C, cut.tiles, cut.before
     rank, floor = empty((*batch, keys), torch.int64, device), empty((*batch, queries), torch.int64, device)
-    chunk_lists = codes(chunks, C)
-    width = min(size, _BLOCK * C)
-    lists = codes(chunks, width)
-    covered = max(chunks, triton.cdiv(keys - start, C))
-    heads = scores.shape[-2] if scores.ndim > 1 else 1
-    launch(sort_chunks, (covered, rows))(
-        scores,
-        first,
-        rank,
-        chunk_lists,
-        lists,
-        heads,
-        sinks,
-        keys,
-        chunks,
-        start,
-        width,
-        C,
-        _BLOCK,
-        num_warps=_SORT_WARPS,
-    )
+    of_chunks, join = _sort(scores, cut, plan, first, sinks, counts, rank, None)
+    best = empty((rows, tiles, size), torch.int64, device)
+    index = empty((*batch, tiles // cut.every, size), torch.int32, device) if plan.with_lists else None
+    join(best, None, index, None)
 
-    # Lists of the blocks, and then of all keys up to the end of each. Nobody sees the end of the last block.
-    source, source_row, source_list, source_width = lists[:, _BLOCK - 1 :], chunks * width, _BLOCK * width, width
-    reach, last = 1, blocks - 1
-    targets: list[Tensor] = []  # two, which take turns
-    while last and (reach < last or reach == 1):
-        target_width = min(size, 2 * source_width)
-        if len(targets) < 2:
-            targets.append(codes(last, size))
-        target = targets[0 if source is not targets[0] else 1]
-        grid, shape = _merging(last, rows, target_width, source_width)
-        launch(merge_earlier, grid)(
-            source, target, counts, source_row, source_list, source_width, target_width, reach, heads, **shape
-        )
-        source, source_row, source_list, source_width = target, last * target_width, target_width, target_width
-        reach *= 2
-    best = codes(tiles, size)
-    index = empty((*batch, tiles // every if plan.with_lists else 0, size), torch.int32, device)
-    grid, shape = _merging(tiles, rows, size, max(source_width, width))
-    launch(merge_for_tiles, grid)(
-        source, lists, best, index, counts, last, source_width, chunks, width, before, start, every, size, heads, C,
-        _BLOCK, WITH_INDEX=plan.with_lists, **shape,
-    )  # fmt: skip
-
-    Q, warps = _TAUS if plan.with_tau else _FLOORS
-    Q = min(Q, C)
+    chunks, Q = of_chunks.shape[1], min(_TAUS, C)
     longest, steps = triton.next_power_of_2(size), size.bit_length()
-    sums = bounds = raw = tau = origin = None
-    if plan.with_tau:
-        if shift:
-            origin = empty((rows,), torch.float32, device)
-            launch(find_origins, (rows,))(
-                best, chunk_lists, counts, origin, tiles, chunks, size, plan.k, heads, C, longest, num_warps=4
-            )
-        sums = empty(best.shape, torch.float64, device)
-        launch(sum_lists, (tiles, rows))(best, counts, origin, sums, size, heads, longest, num_warps=4)
-        bounds = empty((rows, tiles), torch.float64, device)
-        launch(tile_thresholds, (triton.cdiv(tiles, _LISTS), rows))(
-            best, sums, counts, origin, bounds, tiles, size, plan.k, heads, _LISTS, steps, num_warps=1
+    origin = None
+    if shift:
+        origin = empty((rows,), torch.float32, device)
+        launch(find_origins, (rows,))(
+            best, of_chunks, counts, origin, tiles, chunks, size, plan.k, heads, C, longest, num_warps=4
         )
-        raw = empty((rows, tiles * C), torch.float32, device)
+    sums = empty(best.shape, torch.float64, device)
+    launch(sum_lists, (tiles, rows))(best, counts, origin, sums, size, heads, longest, num_warps=4)
+    bounds = empty((rows, tiles), torch.float64, device)
+    launch(tile_thresholds, (triton.cdiv(tiles, _LISTS), rows))(
+        best, sums, counts, origin, bounds, tiles, size, plan.k, heads, _LISTS, steps, num_warps=1
+    )
+    raw = empty((rows, tiles * C), torch.float32, device)
     launch(query_thresholds, (tiles * C // Q, rows))(
-        best, sums, chunk_lists, counts, origin, bounds, floor, raw, queries, chunks, before, size, plan.k, heads, C, Q,
-        longest, steps, WITH_TAU=plan.with_tau, num_warps=warps,
+        best, sums, of_chunks, counts, origin, bounds, floor, raw, queries, chunks, before, size, plan.k, heads, C, Q,
+        longest, steps, num_warps=4,
     )  # fmt: skip
-    if raw is not None:
-        tau = empty((*batch, queries), torch.float32, device)
-        launch(raise_thresholds, (tiles * C // Q, rows))(raw, tau, queries, Q, num_warps=4)
-    return rank, floor, tau, index, origin
+    tau = empty((*batch, queries), torch.float32, device)
+    launch(raise_thresholds, (tiles * C // Q, rows))(raw, tau, queries, Q, num_warps=4)
+    lists = empty((*batch, 0, size), torch.int32, device) if index is None else index
+    return rank, floor, tau, lists, origin
 
 
-def _merging(lists: int, rows: int, width: int, longest: int) -> tuple[tuple[int, int, int], dict[str, int]]:
-    """Return the grid and constants of a kernel that merges into lists of `width` from lists of at most `longest`."""
-    block = min(1024, triton.next_power_of_2(max(width, 16)))
-    constants = {"BLOCK": block, "STEPS": longest.bit_length(), "num_warps": max(1, min(4, block // 128))}
-    return (lists, rows, triton.cdiv(width, block)), constants
+def launch_selection(
+    scores: Tensor, plan: ScanPlan, first: Tensor | None = None, sinks: int = 0, counts: Tensor | None = None
+) -> Selection:
+    """Launch what hard gates need, which have no threshold: see `launch_scan` for the arguments."""
+    batch, keys, device = scores.shape[:-1], scores.shape[-1], scores.device
+    rows, heads = math.prod(batch), batch[-1] if batch else 1
+    cut = _chunks_of(keys, plan)
+    C, tiles = cut.C, cut.tiles
+    until = empty(scores.shape, torch.int32, device)
+    of_chunks, join = _sort(scores, cut, plan, first, sinks, counts, None, until)
+    lowest = empty((rows, tiles, C), torch.int64, device)
+    index = empty((*batch, tiles // cut.every, plan.size), torch.int32, device)
+    join(None, lowest, index, until if cut.before else None)
+    notes = empty((rows, tiles, 3, C), torch.int32, device)
+    leavers = empty((*batch, tiles, C), torch.int32, device) if cut.every == 1 else None
+    launch(evictions, (tiles, rows))(
+        of_chunks, lowest, counts, notes, until, leavers, keys, plan.queries, of_chunks.shape[1], cut.before,
+        plan.window, plan.size, heads, C, PART=min(C, _EVICTING[0]), num_warps=_EVICTING[1],
+    )  # fmt: skip
+    return Selection(until, index, leavers)

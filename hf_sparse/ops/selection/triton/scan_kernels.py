@@ -65,155 +65,213 @@ def counts_of(Counts, row, heads, k, size):
 
 
 @triton.jit
-def _load_codes(scores, chunk, start, least, keys, C: tl.constexpr):
-    """Load the codes of a chunk, and the positions of its keys; those before `least` are no candidates."""
-    place = chunk * C + tl.arange(0, C)
-    position = place + start
-    inside = (position >= 0) & (position < keys)
-    score = tl.load(scores + position, mask=inside & (position >= least), other=-float("inf"))
-    return _encode(score, place.to(tl.int64)), position, inside
+def count_above(codes, length, limit, EQUAL: tl.constexpr, steps):
+    """Count the codes of a descending list that lie above each limit, or are equal to it if `EQUAL`.
 
-
-@triton.jit
-def count_above(codes, length, limit, EQUAL: tl.constexpr, STEPS: tl.constexpr):
-    """Count the codes of a descending list that lie above each limit, or are equal to it if `EQUAL`."""
+    At most `2^steps - 1` of them."""
     found = limit.to(tl.int32) * 0
-    for step in range(STEPS):
-        probe = found + (1 << (STEPS - 1 - step))
+    for step in range(steps):
+        probe = found + (1 << (steps - 1 - step))
         code = tl.load(codes + probe - 1, mask=probe <= length, other=-1)
         above = (code >= limit) if EQUAL else (code > limit)
         found = tl.where((probe <= length) & above, probe, found)
     return found
 
 
-@triton.jit(do_not_specialize=["heads", "sinks", "keys", "chunks", "start", "width"])
+@triton.jit
+def steps_for(length):
+    """Return the steps in which `count_above` searches a list."""
+    steps = length * 0
+    while (1 << steps) <= length:
+        steps += 1
+    return steps
+
+
+@triton.jit(do_not_specialize=["heads", "sinks", "keys", "queries", "chunks", "start", "window"])
 def sort_chunks(
     scores,
     First,
-    rank,
+    Rank,
+    Until,
     chunk_lists,
-    lists,
     heads,
     sinks,
     keys,
+    queries,
     chunks,
     start,
-    width,
+    window,
     C: tl.constexpr,
-    R: tl.constexpr,
 ):
-    """Sort every chunk of C keys, and every beginning of R chunks; a key's place is the number of better keys.
+    """Sort every chunk of C keys; a key's place is the number of better keys. Padding and sinks are no candidates.
 
-    rank `[rows, keys]`, chunk_lists `[rows, chunks, C]`, lists `[rows, chunks, width]`: the best keys of the chunk and
-    of those before it in its block of R. Padding and sinks are no candidates.
+    chunk_lists `[rows, chunks, C]`. `Rank` `[rows, keys]` int64 gets the codes, 0 for no candidate. `Until`
+    `[rows, keys]` int32 gets what `evictions` leaves in place: the first position that does not see the key, if every
+    candidate that the first query may find in a list is there and stays. Each may be `None`.
     """
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     scores += row * keys
-    least = first_of(First, row // heads) + sinks
-    code, position, inside = _load_codes(scores, chunk, start, least, keys, C)
-    tl.store(rank + row * keys + position, tl.where(code >= SELECTABLE, code, 0), mask=inside)
+    first = first_of(First, row // heads)
+    place = chunk * C + tl.arange(0, C)
+    position = place + start
+    inside = (position >= 0) & (position < keys)
+    score = tl.load(scores + position, mask=inside & (position >= first + sinks), other=-float("inf"))
+    code = _encode(score, place.to(tl.int64))
+    if Rank is not None:
+        tl.store(Rank + row * keys + position, tl.where(code >= SELECTABLE, code, 0), mask=inside)
+    if Until is not None:
+        end = tl.where(position + window <= keys - queries, keys - queries, keys)
+        end = tl.maximum(tl.where(code >= SELECTABLE, end, 0), position + window)
+        end = tl.where(position < first + sinks, keys, end)
+        tl.store(Until + row * keys + position, tl.where(position < first, 0, end), mask=inside)
     if chunk < chunks:
-        first = chunk // R * R
-        above = tl.zeros([C], tl.int32)
-        for step in range(R):
-            other = first + step
-            rival, _, _ = _load_codes(scores, other, start, least, keys, C)
-            better = tl.sum((rival[:, None] > code[None, :]).to(tl.int32), 0)
-            above += better
-            if other == chunk:
-                tl.store(chunk_lists + (row * chunks + chunk) * C + better, code)
-            if other >= chunk:
-                tl.store(lists + (row * chunks + other) * width + above, code, mask=above < width)
+        above = tl.sum((code[:, None] > code[None, :]).to(tl.int32), 0)
+        tl.store(chunk_lists + (row * chunks + chunk) * C + above, code)
 
 
-@triton.jit
-def _merge(a, length_a, b, length_b, entry, width, STEPS: tl.constexpr):
-    """Find the places of both lists' codes at `entry` in the merged list of `width`; the masks drop the rest."""
-    in_a, in_b = entry < length_a, entry < length_b
-    code_a = tl.load(a + entry, mask=in_a, other=0)
-    code_b = tl.load(b + entry, mask=in_b, other=0)
-    place_a = entry + count_above(b, length_b, code_a, False, STEPS)
-    place_b = entry + count_above(a, length_a, code_b, True, STEPS)
-    return code_a, place_a, in_a & (place_a < width), code_b, place_b, in_b & (place_b < width)
-
-
-@triton.jit(do_not_specialize=["source_row", "source_width", "target_width", "reach", "heads"])
-def merge_earlier(
+@triton.jit(do_not_specialize=["source_row", "source_list", "width", "target_width", "lists", "group", "heads"])
+def merge_groups(
     source,
     target,
     Counts,
     source_row,
     source_list,
-    source_width,
+    width,
     target_width,
-    reach,
+    lists,
+    group,
     heads,
     BLOCK: tl.constexpr,
+    MANY: tl.constexpr,
     STEPS: tl.constexpr,
 ):
-    """Run one round of a prefix scan: merge list i with list `i - reach`, if that exists.
+    """Merge each of the `lists` with all before it in its group of `group`, into the best `target_width`.
 
-    Entries beyond the keys that a head can reach are neither read nor written."""
+    A program places BLOCK entries of one list in the merged lists that have them, its own and later ones of the group:
+    a place is the number of better keys in the lists merged, which are counted MANY lists at a time. Lists are `width`
+    long, or what a head can reach; beyond that, and beyond all keys of a group so far, nothing is read or written.
+    """
     number, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     entry = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    out = target + (row * tl.num_programs(0) + number) * target_width
-    _, source_width = counts_of(Counts, row, heads, source_width, source_width)
-    _, target_width = counts_of(Counts, row, heads, target_width, target_width)
-    a = source + row * source_row + number.to(tl.int64) * source_list
-    earlier = tl.where(number >= reach, source_width, 0)
-    b = a - tl.where(number >= reach, reach, 0).to(tl.int64) * source_list
-    code_a, place_a, keep_a, code_b, place_b, keep_b = _merge(a, source_width, b, earlier, entry, target_width, STEPS)
-    tl.store(out + place_a, code_a, mask=keep_a)
-    tl.store(out + place_b, code_b, mask=keep_b)
-    tl.store(out + entry, 0, mask=(entry >= source_width + earlier) & (entry < target_width))
+    _, target_most = counts_of(Counts, row, heads, target_width, target_width)
+    length = tl.minimum(width, target_most)
+    source += row * source_row
+    target += row * lists * target_width
+    code = tl.load(source + number.to(tl.int64) * source_list + entry, mask=entry < length, other=0)
+    codes = tl.broadcast_to(code[:, None], [BLOCK, MANY])
+    place = tl.where(entry < length, 0, target_most)
+    other = number // group * group
+    end = tl.minimum(other + group, lists)
+    while (other < end) & (tl.min(place, 0) < target_most):
+        members = other + tl.arange(0, MANY)
+        there = members < end
+        begin = source + tl.where(there, members, 0).to(tl.int64) * source_list
+        better = count_above(begin[None, :], tl.where(there, length, 0)[None, :], codes, False, STEPS)
+        places = place[:, None] + tl.cumsum(better, 1)
+        kept = (there & (members >= number))[None, :] & (places < target_most)
+        tl.store(target + members.to(tl.int64)[None, :] * target_width + places, codes, mask=kept)
+        place += tl.sum(better, 1)
+        other += MANY
 
 
-@triton.jit(do_not_specialize=["blocks", "block_width", "chunks", "width", "before", "start", "every", "size", "heads"])
-def merge_for_tiles(
-    block_lists,
-    lists,
-    target,
-    index,
+@triton.jit
+def _put(
+    code, place, kept, size, start, keys, Codes, Lowest, Index, Until, listed, initial, C: tl.constexpr
+):  # fmt: skip
+    """Store codes at their places in a list of `size`, in each of the forms of `join_groups` that is wanted."""
+    candidate = code >= SELECTABLE
+    position = place_of(code) + start
+    if Codes is not None:
+        tl.store(Codes + place, code, mask=kept)
+    if Lowest is not None:
+        tl.store(Lowest + place + C - size, code, mask=kept & (place >= size - C))
+    if Index is not None:
+        tl.store(Index + place, tl.where(candidate, position, -1), mask=kept & listed)
+    if Until is not None:
+        tl.store(Until + position, place * 0 + keys, mask=kept & initial & candidate)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "before", "group", "narrow", "totals", "total_width", "lists", "width", "start", "every", "keys", "size",
+        "heads",
+    ]
+)  # fmt: skip
+def join_groups(
+    all_totals,
+    all_lists,
+    Codes,
+    Lowest,
+    Index,
+    Until,
     Counts,
-    blocks,
-    block_width,
-    chunks,
-    width,
     before,
+    group,
+    narrow,
+    totals,
+    total_width,
+    lists,
+    width,
     start,
     every,
+    keys,
     size,
     heads,
     C: tl.constexpr,
-    R: tl.constexpr,
     BLOCK: tl.constexpr,
+    PART: tl.constexpr,
+    WIDTH: tl.constexpr,
     STEPS: tl.constexpr,
-    WITH_INDEX: tl.constexpr,
 ):
-    """Merge the best `size` keys before each chunk: of the blocks before its block, and of the chunks in between.
+    """Merge lists of `merge_groups` with those of all groups before theirs, into the best `size` keys.
 
-    target `[rows, tiles, size]`; index `[rows, tiles / every, size]` int32, positions, -1 for none. Where a head can
-    reach fewer keys, the rest of its targets is not written.
+    Program i of n takes list `i + before - 1` of `all_lists` `[rows, lists, width]`, merged of lists of `narrow` keys,
+    and the one for its groups before in `all_totals` `[rows, totals, total_width]`; none if that number is -1. It
+    writes what is not `None` of `Codes` `[rows, n, size]`; `Lowest` `[rows, n, C]`, the last C of these; `Index`
+    `[rows, n / every, size]` int32, of every i that `every` divides, positions, -1 for none; and `Until` `[rows, keys]`
+    int32, `keys` for each key of the first list. Where a head can reach fewer keys, they are the best that it reaches;
+    the rest of `Codes`, and of `Lowest` what lies before the beginning of a list, is not written.
     """
-    tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    tiles = tl.num_programs(0)
-    entry = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    chunk = before + tile
-    block, step = chunk // R, chunk % R
-    a = block_lists + (row * blocks + tl.maximum(block - 1, 0)) * block_width
-    b = lists + (row * chunks + tl.maximum(chunk - 1, 0)) * width
-    _, block_width = counts_of(Counts, row, heads, block_width, block_width)
+    item, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    items = tl.num_programs(0)
+    number = tl.maximum(item + before - 1, 0)
+    earlier = number // group  # groups
     _, most = counts_of(Counts, row, heads, size, size)
-    length_a = tl.where(block > 0, block_width, 0)
-    length_b = tl.where(step > 0, tl.minimum(tl.minimum(step * C, width), most), 0)
-    out = target + (row * tiles + tile) * size
-    code_a, place_a, keep_a, code_b, place_b, keep_b = _merge(a, length_a, b, length_b, entry, most, STEPS)
-    rest = entry >= length_a + length_b
-    tl.store(out + place_a, code_a, mask=keep_a)
-    tl.store(out + place_b, code_b, mask=keep_b)
-    tl.store(out + entry, 0, mask=rest & (entry < most))
-    if WITH_INDEX and tile % every == 0:
-        indices = index + (row * tl.cdiv(tiles, every) + tile // every) * size
-        tl.store(indices + place_a, tl.where(code_a >= SELECTABLE, place_of(code_a) + start, -1), mask=keep_a)
-        tl.store(indices + place_b, tl.where(code_b >= SELECTABLE, place_of(code_b) + start, -1), mask=keep_b)
-        tl.store(indices + entry, -1, mask=(rest | (entry >= most)) & (entry < size))
+    a = all_totals + (row * totals + tl.maximum(earlier - 1, 0)) * total_width
+    b = all_lists + (row * lists + number) * width
+    length_a = tl.minimum(earlier * width, most)
+    length_b = tl.minimum(tl.minimum((number % group + 1) * narrow, width), most)
+    length_b = tl.where(item + before > 0, length_b, 0)
+    # If the list of earlier groups is full, keys that are worse than its last one do not matter: most of them.
+    last = tl.load(a + length_a - 1, mask=length_a == most, other=-1)
+    wide = tl.arange(0, WIDTH)
+    enter = tl.sum((tl.load(b + wide, mask=wide < length_b, other=-1) > last).to(tl.int32), 0)
+
+    if Codes is not None:
+        Codes += (row * items + item) * size
+    if Lowest is not None:
+        Lowest += (row * items + item) * C
+    if Index is not None:
+        Index += (row * (items // every) + item // every) * size
+    if Until is not None:
+        Until += row * keys
+    listed, initial = item % every == 0, item == 0
+    begin = tl.program_id(2) * BLOCK
+    entry = begin + tl.arange(0, BLOCK)
+    code = tl.load(a + entry, mask=entry < length_a, other=0)
+    place = entry + count_above(b, enter, code, False, steps_for(enter))
+    kept = (entry < length_a) & (place < most)
+    _put(code, place, kept, most, start, keys, Codes, Lowest, Index, Until, listed, initial, C)
+    for part in range(begin, tl.minimum(enter, begin + BLOCK), PART):
+        of_part = part + tl.arange(0, PART)
+        there = of_part < enter
+        code_b = tl.load(b + of_part, mask=there, other=0)
+        place_b = of_part + count_above(a, length_a, code_b, False, STEPS)
+        kept_b = there & (place_b < most)
+        _put(code_b, place_b, kept_b, most, start, keys, Codes, Lowest, Index, Until, listed, initial, C)
+    # The rest: no key in the list, none that the head can reach in the index.
+    rest = entry >= length_a + enter
+    none, empty = tl.zeros([BLOCK], tl.int64), rest & (entry < most)
+    _put(none, entry, empty, most, start, keys, Codes, Lowest, None, None, listed, initial, C)
+    if Index is not None:
+        tl.store(Index + entry, entry * 0 - 1, mask=listed & (rest | (entry >= most)) & (entry < size))

@@ -177,7 +177,6 @@ def query_thresholds(
     Q: tl.constexpr,
     SIZE: tl.constexpr,
     STEPS: tl.constexpr,
-    WITH_TAU: tl.constexpr,
 ):
     """Compute the floor and tau of Q queries of one tile at once.
 
@@ -188,8 +187,7 @@ def query_thresholds(
     tiles = tl.num_programs(0) // (C // Q)
     query = tl.program_id(0) % (C // Q) * Q + tl.arange(0, Q)
     codes += (row * tiles + tile) * size
-    if WITH_TAU:
-        sums += (row * tiles + tile) * size
+    sums += (row * tiles + tile) * size
     k, size = counts_of(Counts, row, heads, k, size)
     chunk_lists += (row * chunks + before + tile) * C
     number = tl.arange(0, C)
@@ -209,62 +207,61 @@ def query_thresholds(
     at = tile * C + query
     tl.store(floor + row * queries + at, tl.where(last >= SELECTABLE, last, 0), mask=at < queries)
 
-    if WITH_TAU:
-        entry = tl.arange(0, SIZE)
-        listed = tl.load(codes + entry, mask=entry < size, other=0)
-        selectable = listed >= SELECTABLE
-        length = tl.minimum(length, tl.sum(selectable.to(tl.int32), 0))
-        member = kept & (code >= SELECTABLE)[None, :]
-        origin = origin_of(Origin, row)
-        score = tl.where(code >= SELECTABLE, shifted(code, origin), 0.0)
-        active = length + tl.sum(member.to(tl.int32), 1) > k
+    entry = tl.arange(0, SIZE)
+    listed = tl.load(codes + entry, mask=entry < size, other=0)
+    selectable = listed >= SELECTABLE
+    length = tl.minimum(length, tl.sum(selectable.to(tl.int32), 0))
+    member = kept & (code >= SELECTABLE)[None, :]
+    origin = origin_of(Origin, row)
+    score = tl.where(code >= SELECTABLE, shifted(code, origin), 0.0)
+    active = length + tl.sum(member.to(tl.int32), 1) > k
 
-        # The k-th best score: f is at least k one below it, and less than k at it.
-        top = arrived & (place <= k)
-        rest = k - tl.sum(top.to(tl.int32), 1)
-        best = shifted(tl.load(codes + rest - 1, mask=active & (rest > 0), other=0), origin)
-        worst = tl.max(tl.where(top, number[None, :], -1), 1)
-        other = shifted(tl.load(chunk_lists + worst, mask=worst >= 0, other=0), origin)
-        best = tl.minimum(tl.where(rest > 0, best, float("inf")), tl.where(worst >= 0, other, float("inf")))
-        high = tl.where(active, best, 0.0)
-        low = high - 1
-        # The thresholds before and after the tile bound more closely, but for rounding.
-        since = tl.load(bounds + row * tiles + tile)
-        until = tl.load(bounds + row * tiles + tile + 1, mask=tile + 1 < tiles, other=float("inf"))
-        low = tl.where(active, tl.maximum(low, since - 1e-12 * (1 + tl.abs(since))), low)
-        high = tl.where(active, tl.minimum(high, until + 1e-12 * (1 + tl.abs(until))), high)
-        # Between these, few keys of the list change sides.
-        lowest = tl.min(tl.where(active, low, float("inf")), 0)
-        highest = tl.max(tl.where(active, high, -float("inf")), 0)
-        highest += 1e-11 * k * (1 + tl.abs(highest))
-        z = tl.where(selectable, shifted(listed, origin), -float("inf"))
-        least_w = tl.sum((z > highest).to(tl.int32), 0)
-        least_u = tl.sum((z - 1 > highest).to(tl.int32), 0)
-        most_w = tl.sum((z > lowest).to(tl.int32), 0)
-        most_u = tl.sum((z - 1 > lowest).to(tl.int32), 0)
-        bits = k * 0
-        while (1 << bits) <= tl.maximum(most_w - least_w, most_u - least_u):
-            bits += 1
-        root = _solve(
-            codes,
-            sums,
-            origin,
-            active,
-            low,
-            high,
-            k,
-            tl.minimum(least_w, length),
-            tl.minimum(most_w, length),
-            tl.minimum(least_u, length),
-            tl.minimum(most_u, length),
-            bits,
-            member,
-            score,
-            True,
-        )
-        value = tl.where(length + tl.sum(member.to(tl.int32), 1) > k, root, -float("inf")).to(tl.float32)
-        value = tl.max(tl.where(query[None, :] <= query[:, None], value[None, :], -float("inf")), 1)
-        tl.store(tau + row * (tl.num_programs(0) * Q) + at, value)
+    # The k-th best score: f is at least k one below it, and less than k at it.
+    top = arrived & (place <= k)
+    rest = k - tl.sum(top.to(tl.int32), 1)
+    best = shifted(tl.load(codes + rest - 1, mask=active & (rest > 0), other=0), origin)
+    worst = tl.max(tl.where(top, number[None, :], -1), 1)
+    other = shifted(tl.load(chunk_lists + worst, mask=worst >= 0, other=0), origin)
+    best = tl.minimum(tl.where(rest > 0, best, float("inf")), tl.where(worst >= 0, other, float("inf")))
+    high = tl.where(active, best, 0.0)
+    low = high - 1
+    # The thresholds before and after the tile bound more closely, but for rounding.
+    since = tl.load(bounds + row * tiles + tile)
+    until = tl.load(bounds + row * tiles + tile + 1, mask=tile + 1 < tiles, other=float("inf"))
+    low = tl.where(active, tl.maximum(low, since - 1e-12 * (1 + tl.abs(since))), low)
+    high = tl.where(active, tl.minimum(high, until + 1e-12 * (1 + tl.abs(until))), high)
+    # Between these, few keys of the list change sides.
+    lowest = tl.min(tl.where(active, low, float("inf")), 0)
+    highest = tl.max(tl.where(active, high, -float("inf")), 0)
+    highest += 1e-11 * k * (1 + tl.abs(highest))
+    z = tl.where(selectable, shifted(listed, origin), -float("inf"))
+    least_w = tl.sum((z > highest).to(tl.int32), 0)
+    least_u = tl.sum((z - 1 > highest).to(tl.int32), 0)
+    most_w = tl.sum((z > lowest).to(tl.int32), 0)
+    most_u = tl.sum((z - 1 > lowest).to(tl.int32), 0)
+    bits = k * 0
+    while (1 << bits) <= tl.maximum(most_w - least_w, most_u - least_u):
+        bits += 1
+    root = _solve(
+        codes,
+        sums,
+        origin,
+        active,
+        low,
+        high,
+        k,
+        tl.minimum(least_w, length),
+        tl.minimum(most_w, length),
+        tl.minimum(least_u, length),
+        tl.minimum(most_u, length),
+        bits,
+        member,
+        score,
+        True,
+    )
+    value = tl.where(length + tl.sum(member.to(tl.int32), 1) > k, root, -float("inf")).to(tl.float32)
+    value = tl.max(tl.where(query[None, :] <= query[:, None], value[None, :], -float("inf")), 1)
+    tl.store(tau + row * (tl.num_programs(0) * Q) + at, value)
 
 
 @triton.jit(do_not_specialize=["queries"])

@@ -1,0 +1,129 @@
+"""The kernels of the hard selection against the scan in PyTorch: the same keys for the same queries, bit for bit."""
+
+import pytest
+import torch
+
+from hf_sparse.ops.selection import thresholds
+from hf_sparse.ops.selection.thresholds import ScanPlan
+from hf_sparse.ops.selection.triton import scan
+from hf_sparse.ops.selection.triton.scan import Selection, launch_selection, select_keys
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = pytest.mark.usefixtures("interpreter")
+KINDS = ["normal", "ties", "equal", "rising", "falling", "holes", "nothing"]
+
+
+def random_scores(kind: str, *shape: int) -> torch.Tensor:
+    scores = torch.randn(shape)
+    position = torch.arange(shape[-1])
+    if kind == "ties":
+        scores = scores.mul(2).round() / 2  # of both signs of zero, too
+    elif kind == "equal":
+        scores = torch.zeros_like(scores)
+    elif kind == "rising":
+        scores = scores + position * 0.05
+    elif kind == "falling":
+        scores = scores - position * 0.05
+    elif kind == "holes":
+        scores = scores.masked_fill(torch.rand(shape) < 0.4, -torch.inf)
+    elif kind == "nothing":
+        scores = scores.fill_(-torch.inf)
+    return scores.to(DEVICE)
+
+
+def expected_selection(scores, size, *, queries, window, tile=128, first=None, sinks=0) -> Selection:
+    """Intervals and lists from the floors of the scan in PyTorch; `first` `[B]` for scores `[B, H, T]`."""
+    keys = scores.shape[-1]
+    position = torch.arange(keys, device=DEVICE)
+    first = torch.zeros(1, dtype=torch.long, device=DEVICE) if first is None else first[:, None, None]
+    scores = scores.masked_fill(position < first + sinks, -torch.inf)
+    options = {"size": size, "queries": queries, "window": window, "tile": tile, "with_lists": True}
+    rank, floor, _, lists = thresholds.scan_prefixes(scores, size, **options)
+    end = torch.searchsorted(floor, rank, right=True) + keys - queries
+    end = torch.maximum(end.masked_fill(rank == 0, 0), position + window)
+    end = torch.where(position < first + sinks, keys, end).masked_fill(position < first, 0)
+    lists = lists.masked_fill(rank.unsqueeze(-2).expand(*lists.shape[:-1], -1).gather(-1, lists.clamp(min=0)) == 0, -1)
+    lists = torch.nn.functional.pad(lists, (0, min(size, keys) - lists.shape[-1]), value=-1)
+    tiles = torch.arange(lists.shape[-2], device=DEVICE)[:, None] * tile
+    leaves = tiles + torch.arange(tile, device=DEVICE) + keys - queries - window + 1
+    stays = (leaves >= (first + sinks).unsqueeze(-1)) & (leaves < keys) & (leaves < leaves[:, :1] + tile - 1)
+    there = leaves.clamp(0, keys - 1).expand(*end.shape[:-1], *leaves.shape)
+    stays = stays & (end.unsqueeze(-2).expand(*there.shape[:-1], -1).gather(-1, there) > leaves + window)
+    leavers = leaves.expand_as(there).masked_fill(~stays, 2 * keys).sort(-1).values
+    return Selection(end.int(), lists.int(), leavers.masked_fill(leavers == 2 * keys, -1).int())
+
+
+def assert_same(found: Selection, expected: Selection) -> None:
+    assert torch.equal(found.until, expected.until)
+    assert torch.equal(found.lists, expected.lists)
+    if found.leavers is not None:
+        assert torch.equal(found.leavers, expected.leavers)
+
+
+# keys, queries, window, size, tile
+SHAPES = [
+    (1, 1, 1, 1, 16),
+    (17, 17, 100, 4, 16),  # nothing leaves the window
+    (75, 66, 3, 9, 16),
+    (100, 3, 20, 16, 16),  # many keys before few queries
+    (90, 57, 0, 60, 32),  # a list longer than a chunk
+    (340, 340, 2, 5, 16),  # several groups
+    (520, 400, 3, 130, 64),
+    (300, 300, 1, 7, 256),  # several chunks per tile
+    (60, 60, 4, 200, 16),  # more places than keys
+]
+
+
+@pytest.mark.cross("values")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("keys, queries, window, size, tile", SHAPES)
+def test_equals_the_scan_in_pytorch(kind, keys, queries, window, size, tile, poisoned_memory):
+    scores = random_scores(kind, 2, keys)
+    options = {"queries": queries, "window": window, "tile": tile}
+    assert_same(select_keys(scores, size, **options), expected_selection(scores, size, **options))
+
+
+@pytest.mark.cross("values")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("groups", [(2, 2), (3, 4), (4, 2)])
+def test_levels(kind, groups, monkeypatch, poisoned_memory):
+    """Groups of groups, more lists than are looked at at a time, and lists of several programs."""
+    monkeypatch.setattr(scan, "_GROUPS", groups)
+    monkeypatch.setattr(scan, "_MERGING", (16, 2, 4))
+    monkeypatch.setattr(scan, "_JOINING", (16, 16, 4))
+    scores = random_scores(kind, 1, 430)
+    options = {"queries": 390, "window": 5, "tile": 16}
+    for size in (11, 70):
+        assert_same(select_keys(scores, size, **options), expected_selection(scores, size, **options))
+
+
+@pytest.mark.parametrize("kind", ["normal", "ties", "rising", "holes"])
+def test_heads_that_reach_different_numbers(kind, poisoned_memory):
+    """With padding and sinks, whose scores may be anything."""
+    scores = random_scores(kind, 2, 3, 150)
+    first, sinks, sizes = torch.tensor([0, 37], device=DEVICE), 3, (9, 1, 40)
+    scores[0, :, :3], scores[1, :, :40] = torch.nan, torch.inf
+    counts = torch.tensor([sizes, sizes], dtype=torch.int32, device=DEVICE)
+    options = {"queries": 140, "window": 4, "tile": 16}
+    found = launch_selection(scores, ScanPlan(40, 40, *options.values(), False, True), first, sinks, counts)
+    for head, size in enumerate(sizes):
+        expected = expected_selection(scores[:, head : head + 1], size, first=first, sinks=sinks, **options)
+        listed = torch.nn.functional.pad(expected.lists, (0, 40 - size), value=-1)
+        part = Selection(found.until[:, head], found.lists[:, head], found.leavers[:, head])
+        assert_same(part, Selection(expected.until[:, 0], listed[:, 0], expected.leavers[:, 0]))
+
+
+def test_both_zeros_tie():
+    scores = torch.tensor([-0.0, 0.0, -0.0, 0.0] * 8, device=DEVICE)
+    found = select_keys(scores, 2, queries=32, window=1, tile=16)
+    assert found.until.tolist() == [32, 32, *range(3, 33)]
+
+
+@pytest.mark.cross("values")
+@pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize("size", [512, 3000])
+@pytest.mark.parametrize("kind", KINDS)
+def test_long(kind, size):
+    scores = random_scores(kind, 2, 3, 40_011)
+    options = {"queries": 39_000, "window": 512}
+    assert_same(select_keys(scores, size, **options), expected_selection(scores, size, **options))
