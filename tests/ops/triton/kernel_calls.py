@@ -180,7 +180,8 @@ def step(
     weight, learned_slope = torch.zeros(2, 576) if linear else None, torch.zeros(2) if learned else None
     layout = {"counts": COUNTS, "offsets": ragged.offsets_of(COUNTS, CPU)} if unequal else {}
     kernel = StepKernel(
-        state[:5] if indexed else state, query, key, value, weight, learned_slope, slopes=Slopes(slope, 256, 0 if slope else 9),
+        state[:5] if indexed else state, query, key, value, weight, learned_slope,
+        slopes=Slopes(slope, 256, 0 if slope else 9),
         masked=masked, indexed=indexed, window=5, sinks=2, scaling=0.3, **layout,
     )  # fmt: skip
     valid = torch.ones(batch, dtype=torch.bool) if masked else None
