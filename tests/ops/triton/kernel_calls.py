@@ -135,7 +135,7 @@ def scores(dtype: torch.dtype, of_weight: torch.dtype, heads: int, columns: int,
         linear_scores.linear_scores(states, weight).sum().backward()
     learned, index = torch.zeros(heads) if slope else None, torch.arange(37).expand(2, -1)
     tensors = (states.detach(), weight.detach(), learned, index)
-    linear_scores.token_scores(*tensors, slopes=Slopes(0.01, 256, 0))
+    linear_scores.token_scores(*tensors, slopes=Slopes(0.01, 256, 9))
 
 
 for dtype in DTYPES:
@@ -182,7 +182,8 @@ def step(
     weight, learned_slope = torch.zeros(2, 576) if linear else None, torch.zeros(2) if learned else None
     layout = {"counts": COUNTS, "offsets": ragged.offsets_of(COUNTS, CPU)} if unequal else {}
     kernel = StepKernel(
-        state[:5] if indexed else state, query, key, value, weight, learned_slope, slopes=Slopes(slope, 256, 0),
+        state[:5] if indexed else state, query, key, value, weight, learned_slope,
+        slopes=Slopes(slope, 256, 0 if slope else 9),
         masked=masked, indexed=indexed, window=5, sinks=2, scaling=0.3, **layout,
     )  # fmt: skip
     valid = torch.ones(batch, dtype=torch.bool) if masked else None
