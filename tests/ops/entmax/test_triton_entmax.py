@@ -13,6 +13,7 @@ from hf_sparse.ops.entmax.pooled import pooled_tiles
 from hf_sparse.ops.entmax.threshold import distribution
 from hf_sparse.ops.entmax.triton import attention, takes_kernels
 from hf_sparse.ops.entmax.triton.attention import attend
+from hf_sparse.ops.entmax.triton.common import Numbers
 from hf_sparse.ops.entmax.triton.few import Few
 from hf_sparse.ops.entmax.triton.fused import fused_attention, lists_of
 from hf_sparse.ops.entmax.triton.groups import Buffered
@@ -193,7 +194,7 @@ def test_the_bound_rises_and_stays_below_the_threshold():
     query[..., 0], key[..., 0] = 8, 0
     key[:, :, 16:32, 0] = torch.rand(16)
     query, key, one = query.to(DEVICE), key.to(DEVICE), torch.ones(1, device=DEVICE)
-    arguments = (query, key, 0.15 * one, None, 2, None, None, True)
+    arguments = (query, key, Numbers(0.15 * one, 1.0, None, 2), None, None, None, True)
     first, risen = (
         candidates(*arguments, 64, Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1), near=16, every=every).bound[0, 0]
         for every in (0, 1)
@@ -275,15 +276,22 @@ def test_large_tiles_of_more_candidates_than_the_buffers_take(limit):
 
 def test_no_group_is_left_over_where_all_listed_tiles_have_candidates(monkeypatch):
     """Blocks of listed tiles are smaller than those of all keys, and a group may have more of them."""
-    left = []
-    monkeypatch.setattr(attention, "attend_tiles", lambda *arguments: left.append(arguments[11].lengths < 0))
+    marked, attend_groups = [], attention.attend_groups
+
+    def attend_and_look(*arguments):
+        attended = attend_groups(*arguments)
+        marked.append(bool((attended.lengths < 0).any()))
+        return attended
+
+    monkeypatch.setattr(attention, "attend_groups", attend_and_look)
+    monkeypatch.setattr(attention, "attend_tiles", lambda *arguments: marked.append("in vain"))
     query, key, value = Case(queries=60, dim=16).inputs
     tiles = Tiles.of_mask(torch.ones(1, 1, 4, 4, dtype=torch.bool), 16)
     lists = lists_of(tiles, Inputs(query, key, 1.0, True, None, None))
     tensors = [tensor.to(DEVICE) for tensor in (query, key, value)]
     lists = replace(lists, index=lists.index.to(DEVICE), counts=lists.counts.to(DEVICE))
     attend(*tensors, alpha=1.5, scaling=0.01, causal=True, lists=lists)
-    assert len(left) == 1 and not left[0].any()
+    assert marked == [False]
 
 
 def assert_listed(shape: dict, **sizes) -> None:

@@ -19,9 +19,11 @@ from hf_sparse.ops.entmax.triton.common import (
     newton_step,
     ones_of,
     powers,
+    scale_of,
 )
 from hf_sparse.ops.entmax.triton.jobs import LENGTHS, rows_of_group, turn_of_group
 from hf_sparse.ops.entmax.triton.sweep import key_of_bit
+from hf_sparse.ops.triton.overlap import wait_for_last
 from hf_sparse.ops.triton.sizes import padded
 
 
@@ -95,6 +97,7 @@ def attend_few(
     K,
     V,
     Scale,
+    factor,
     Exponent,
     First,
     Valid,
@@ -143,6 +146,7 @@ def attend_few(
     KIND: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
     N: tl.constexpr,
     M: tl.constexpr,
     C: tl.constexpr,
@@ -152,6 +156,7 @@ def attend_few(
     SAVE: tl.constexpr,
 ):
     """Write the results of a group of M rows with at most C candidates, or put it into the next queue, or behind it."""
+    wait_for_last(OVERLAP)
     if TIER == 0:
         waiting, group = groups, turn_of_group(tl.program_id(0), groups, query_tiles, rows, share, M)
     else:
@@ -175,7 +180,7 @@ def attend_few(
             Index += batch * i_batch + number * i_list + tile * i_tile
         keys_of_bits(Words, Numbers, bits, Index, size, Found, blocks, C, N, LANES)
         row = (batch * heads + head) * queries + index
-        scale, exponent = tl.load(Scale + head), exponent_of(Exponent, head, KIND)
+        scale, exponent = scale_of(Scale, factor, head), exponent_of(Exponent, head, KIND)
         dim, step = tl.arange(0, PADDED), tl.arange(0, C)
         q = load_rows(Q, batch * q_batch + head * q_head + index.to(tl.int64) * q_row, exists, dim, D)
         bound = tl.load(Bound + row, mask=inside, other=float("inf"))

@@ -16,7 +16,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_sparse.ops.entmax.triton.common import Lists, constants, exponent_of, load_rows, newton_step, origin_of, powers
+from hf_sparse.ops.entmax.triton.common import (
+    Lists,
+    Numbers,
+    constants,
+    exponent_of,
+    load_rows,
+    newton_step,
+    origin_of,
+    powers,
+    scale_of,
+)
+from hf_sparse.ops.triton.launch import launch
+from hf_sparse.ops.triton.overlap import wait_for_last
+from hf_sparse.ops.triton.replay import empty
 from hf_sparse.ops.triton.sizes import pieces
 
 
@@ -75,14 +88,22 @@ def sweep_blocks(query: Tensor) -> Blocks:
     return Blocks(128, 128, 8, 3) if query.shape[3] <= 128 else Blocks(128, 64, 8, 2)
 
 
+def blocks_of(query: Tensor, key: Tensor, lists: Lists | None, blocks: Blocks | None = None) -> tuple[Blocks, int]:
+    """Return the sizes of the sweep, by default those that suit the query, and the most blocks of a group."""
+    blocks = blocks or sweep_blocks(query)
+    if lists is None:
+        return blocks, pieces(key.shape[2], blocks.keys)
+    blocks = blocks._replace(rows=min(blocks.rows, lists.rows), keys=min(blocks.keys, lists.size))
+    return blocks, lists.index.shape[3] * lists.size // blocks.keys
+
+
 def candidates(
     query: Tensor,
     key: Tensor,
-    scale: Tensor,
-    exponent: Tensor | None,
-    kind: int,
+    numbers: Numbers,
     first: Tensor | None,
     valid: Tensor | None,
+    packed: Tensor | None,
     causal: bool,
     capacity: int,
     blocks: Blocks | None = None,
@@ -90,63 +111,61 @@ def candidates(
     near: int = FIRST,
     every: int = EVERY,
     lists: Lists | None = None,
+    steps: int = STEPS,
 ) -> Candidates:
     """Return the keys of every group of queries that the lower bounds do not exclude.
 
     Args:
         query, key: `[B, Hq, Tq, D]` and `[B, Hkv, Tk, D]`, the last dimension contiguous.
-        scale, exponent: `[Hq]` float32: z is `scale * <query, key>`, e is `exponent`; None where `kind` says it.
-        kind: see `common.kind_of`.
+        numbers: what makes z of the products.
         first: `[B]` int32, position of the first query; None where the queries are the last positions.
         valid: `[B, Tk]` uint8, 0 for padding.
+        packed: `packed_bits(valid, size)` with the keys of a block of `blocks_of`; None where `valid` is.
         causal: whether a query sees the keys up to its position only.
         capacity: the most blocks that are kept for a group.
         blocks, start: sizes of the programs.
         near: keys of the beginning over which the bound is taken.
         every: blocks of keys after which the bound rises; 0 for never.
         lists: tiles of keys, for which `takes_lists` is true; all keys by default.
+        steps: of Newton's method for the first bound.
     """
     batch, heads, queries, _ = query.shape
     keys, device = key.shape[2], query.device
-    blocks, start = blocks or sweep_blocks(query), start or start_blocks(query)
-    groups, most = batch * heads * pieces(queries, GROUP_ROWS), pieces(keys, blocks.keys)
-    length = queries
+    start = start or start_blocks(query)
+    blocks, most = blocks_of(query, key, lists, blocks)
+    groups, length = batch * heads * pieces(queries, GROUP_ROWS), queries
     listed: tuple[Any, ...] = (None, None, 0, 0, 0, 1, 1, queries, 0, 1)
     if lists is not None:
-        number, tiles, width = lists.index.shape[1:]
-        blocks = blocks._replace(rows=min(blocks.rows, lists.rows), keys=min(blocks.keys, lists.size))
+        number, tiles = lists.index.shape[1:3]
         start = start._replace(rows=min(start.rows, lists.rows))
-        most = width * lists.size // blocks.keys
         length = tiles * lists.rows  # the tiles of queries are whole
         groups = batch * heads * length // GROUP_ROWS
         strides = lists.index.stride()[:3]
         listed = (lists.index, lists.counts, *strides, number, tiles, lists.rows, lists.lead, lists.size)
     capacity = min(capacity, most)
-    bound = torch.empty((batch, heads, queries), dtype=torch.float32, device=device)
-    sums = torch.empty((4, batch, heads, queries), dtype=torch.float32, device=device) if every else None
-    turn = torch.empty(8, dtype=torch.int32, device=device)
-    fixed = constants(query, key, kind, causal)
+    bound = empty((batch, heads, queries), torch.float32, device)
+    sums = empty((4, batch, heads, queries), torch.float32, device) if every else None
+    turn = empty((8,), torch.int32, device)
+    fixed = constants(query, key, numbers.kind, causal)
     strides = (*query.stride()[:3], *key.stride()[:3])
     grid = (pieces(length, start.rows) * batch * heads,)
-    _start[grid](
-        query, key, scale, exponent, first, valid, bound, sums, turn, *listed, queries, keys, heads, *strides, **fixed,
-        M=start.rows, NEAR=start.keys, FIRST=near, STEPS=STEPS, HIGHER=HIGHER, num_warps=start.warps,
+    launch(_start, grid)(
+        query, key, *numbers.arguments, first, valid, bound, sums, turn, *listed, queries, keys, heads, *strides,
+        **fixed, M=start.rows, NEAR=start.keys, FIRST=near, STEPS=steps, HIGHER=HIGHER, num_warps=start.warps,
         num_stages=start.stages, maxnreg=start.registers,
     )  # fmt: skip
-    words = torch.empty((groups, capacity, 4), dtype=torch.int32, device=device)
-    every_block = capacity == most
-    numbers = None if every_block else torch.empty((groups, capacity), dtype=torch.int32, device=device)
-    counts = torch.empty(groups, dtype=torch.int32, device=device)
-    packed = None if valid is None else packed_bits(valid, blocks.keys)
+    words = empty((groups, capacity, 4), torch.int32, device)
+    places = None if capacity == most else empty((groups, capacity), torch.int32, device)
+    counts = empty((groups,), torch.int32, device)
     width = 0 if packed is None else packed.shape[1]
     grid = (pieces(length, blocks.rows) * batch * heads,)
-    _sweep[grid](
-        query, key, scale, exponent, first, packed, bound, sums, words, numbers, counts, *listed, queries, keys, heads,
-        capacity, width, *strides, **fixed, M=blocks.rows, N=blocks.keys, R=GROUP_ROWS, START=start.rows,
+    launch(_sweep, grid)(
+        query, key, *numbers.arguments, first, packed, bound, sums, words, places, counts, *listed, queries, keys,
+        heads, capacity, width, *strides, **fixed, M=blocks.rows, N=blocks.keys, R=GROUP_ROWS, START=start.rows,
         NEAR=start.keys, FIRST=near, HIGHER=HIGHER, EVERY=every, num_warps=blocks.warps, num_stages=blocks.stages,
         maxnreg=blocks.registers,
     )  # fmt: skip
-    return Candidates(bound, words, numbers, counts, blocks.keys, turn)
+    return Candidates(bound, words, places, counts, blocks.keys, turn)
 
 
 def packed_bits(valid: Tensor, size: int) -> Tensor:
@@ -174,6 +193,7 @@ def _start(
     Q,
     K,
     Scale,
+    factor,
     Exponent,
     First,
     Valid,
@@ -205,6 +225,7 @@ def _start(
     KIND: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
     M: tl.constexpr,
     NEAR: tl.constexpr,
     FIRST: tl.constexpr,
@@ -214,6 +235,7 @@ def _start(
     """Find the `Bound` of M rows: tau over FIRST first keys and NEAR keys around the rows, or an iterate below.
 
     It is `inf` where there is no query, and `-inf` for a query that sees none of these keys."""
+    wait_for_last(OVERLAP)
     if tl.program_id(0) == 0:
         tl.store(Turn + tl.arange(0, 8), tl.zeros([8], tl.int32))
     tiles = tl.cdiv(queries, M) if Index is None else query_tiles * (rows // M)
@@ -227,7 +249,7 @@ def _start(
     exists = inside & (position < keys) & (position >= 0)
     if Valid is not None:
         exists &= tl.load(Valid + batch * keys + position, mask=exists, other=0) != 0
-    scale, exponent = tl.load(Scale + head), exponent_of(Exponent, head, KIND)
+    scale, exponent = scale_of(Scale, factor, head), exponent_of(Exponent, head, KIND)
     dim = tl.arange(0, PADDED)
     q = load_rows(Q + batch * q_batch + head * q_head, index.to(tl.int64) * q_row, exists, dim, D)
     K += batch * k_batch + head // GROUP * k_head
@@ -306,6 +328,7 @@ def _sweep(
     Q,
     K,
     Scale,
+    factor,
     Exponent,
     First,
     Packed,
@@ -341,6 +364,7 @@ def _sweep(
     KIND: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     R: tl.constexpr,
@@ -351,6 +375,7 @@ def _sweep(
     EVERY: tl.constexpr,
 ):
     """Write words, numbers and counts of the groups of M rows. Programs with the most keys begin first."""
+    wait_for_last(OVERLAP)
     parts = tl.cdiv(queries, M) if Index is None else query_tiles * (rows // M)
     pairs = tl.num_programs(0) // parts  # B * Hq
     tile = parts - 1 - tl.program_id(0) // pairs
@@ -359,7 +384,7 @@ def _sweep(
     index = tile * M - lead + tl.arange(0, M)
     inside = (index >= 0) & (index < queries)
     position = origin_of(First, batch, queries, keys) + index
-    scale = tl.load(Scale + head)
+    scale = scale_of(Scale, factor, head)
     dim = tl.arange(0, PADDED)
     bound = tl.load(Bound + row * queries + index, mask=inside, other=float("inf"))
     exists = bound < float("inf")
