@@ -9,16 +9,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_sparse.ops.entmax import certified_entmax_attention, entmax_attention
 from hf_sparse.ops.entmax.inputs import Inputs
+from hf_sparse.ops.entmax.layout import layout_of
 from hf_sparse.ops.entmax.pooled import pooled_tiles
 from hf_sparse.ops.entmax.threshold import distribution
-from hf_sparse.ops.entmax.triton import attention, takes_kernels
+from hf_sparse.ops.entmax.triton import attention, pooled, takes_kernels
 from hf_sparse.ops.entmax.triton.attention import attend
 from hf_sparse.ops.entmax.triton.common import Numbers
 from hf_sparse.ops.entmax.triton.few import Few
 from hf_sparse.ops.entmax.triton.fused import fused_attention, lists_of
 from hf_sparse.ops.entmax.triton.groups import Buffered
+from hf_sparse.ops.entmax.triton.pooled import fused_pooled_tiles
 from hf_sparse.ops.entmax.triton.sweep import Blocks, candidates, packed_bits
 from hf_sparse.ops.tiles.tiles import Tiles, tile_counts
+from hf_sparse.ops.triton import replay
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Several programs and blocks of keys even at the lengths of these tests, a rising bound, and groups of every kernel.
@@ -349,3 +352,53 @@ def test_what_stands_behind_a_text_changes_nothing(tile):
         options = {"alpha": 1.5, "scaling": 0.3, "causal": True, "lists": lists}
         outputs.append(attend(query, key, value, **options, **SMALL)[0][:, :, :length])
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-6, atol=1e-6)
+
+
+RECORDED = {
+    "all keys": {},
+    "padding": {"padding": True},
+    "buffers too small": {"kept": 16},
+    "a list per head": {"tile": 16},
+    "small tiles": {"tile": 8},
+}
+
+
+@pytest.mark.parametrize("shape", RECORDED.values(), ids=RECORDED)
+@pytest.mark.parametrize("trains", [False, True])
+def test_all_that_is_launched_can_run_again(shape, trains, monkeypatch):
+    """Every address is that of an input or of a noted buffer. On a GPU a second call equals the reference."""
+    noted = []
+
+    def record(function, tensors, *settings):
+        recorder = replay._state.recorder = replay._Recorder(tensors)
+        try:
+            results = function(*tensors, *settings)
+        finally:
+            replay._state.recorder = None
+        noted.append((len(recorder.launches), recorder.program(results, tensors[0].device)))
+        return results
+
+    if DEVICE == "cpu":
+        for module in (attention, pooled):
+            monkeypatch.setattr(module, "replayed", record)
+    tile, sizes = shape.get("tile"), {name: number for name, number in shape.items() if name == "kept"}
+    case = Case(queries=size(150, 37), dim=16, group=2, padding="padding" in shape, scaling="heads")
+
+    def kernels(query, key, value, **options):
+        lists = None
+        if tile:
+            layout = layout_of(Inputs(query, key, 1.0, True, None, None), 2, tile, tile)
+            tiles = fused_pooled_tiles(query.detach(), key.detach(), 0.3, layout, True, 1, 4, 1, 1)
+            lists = lists_of(tiles, Inputs(query, key, 1.0, True, None, None))
+        return attend(query, key, value, lists=lists, **options, **sizes)[0]
+
+    def reference(query, key, value, **options):
+        tiles = None
+        if tile:
+            tiles = pooled_tiles(query.detach(), key.detach(), size=tile, choices=1, pool=4, scaling=0.3, causal=True)
+        return entmax_attention(query, key, value, tiles=tiles, **options)
+
+    for _ in range(2):
+        assert_same(case, kernels, reference, trains)
+    assert all(launches and program is not None for launches, program in noted)
+    assert len(noted) == (0 if DEVICE == "cuda" else 2 * (1 + trains + bool(tile)))
