@@ -146,6 +146,18 @@ def test_all_keys(shape):
     assert_same(Case(**shape), exact())
 
 
+@pytest.mark.parametrize("span", [1, 2])
+@pytest.mark.parametrize("name", ["plain", "both directions", "padding", "half precision", "equal logits"])
+def test_programs_that_sweep_a_part_of_the_keys(name, span):
+    assert_same(Case(**SHAPES[name]), exact(span=span))
+
+
+@pytest.mark.parametrize("span", [1, 2])
+def test_programs_that_sweep_a_part_of_the_lists(span):
+    for name in ("a list per head", "both directions"):
+        assert_listed({"tile": 16, **LARGE[name]}, **SMALL, span=span)
+
+
 @pytest.mark.parametrize("limit", ["capacity", "most", "kept"])
 def test_more_candidates_than_the_buffers_take(limit):
     """Groups of queries near the beginning fit, the others go to the kernel that keeps nothing."""
@@ -189,7 +201,8 @@ def test_thresholds_and_supports():
     assert torch.equal(count.long(), certificate.support)
 
 
-def test_the_bound_rises_and_stays_below_the_threshold():
+@pytest.mark.parametrize("span", [0, 3])
+def test_the_bound_rises_and_stays_below_the_threshold(span):
     """Queries in the direction of keys that are neither first nor near: the first bound does not know of these."""
     torch.manual_seed(0)
     length, dim = size(256, 80), 16
@@ -199,7 +212,7 @@ def test_the_bound_rises_and_stays_below_the_threshold():
     query, key, one = query.to(DEVICE), key.to(DEVICE), torch.ones(1, device=DEVICE)
     arguments = (query, key, Numbers(0.15 * one, 1.0, None, 2), None, None, None, True)
     first, risen = (
-        candidates(*arguments, 64, Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1), near=16, every=every).bound[0, 0]
+        candidates(*arguments, 64, *[Blocks(16, 16, 4, 1)] * 2, near=16, every=every, span=span).bound[0, 0]
         for every in (0, 1)
     )
     z = 0.15 * query[0, 0] @ key[0, 0].T

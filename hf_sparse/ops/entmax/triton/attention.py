@@ -47,7 +47,7 @@ class Settings(NamedTuple):
         sweep, tiles: sizes of the programs; chosen by shape and dtype by default.
         near: keys of the beginning over which the first bound is taken.
         start, steps: sizes of the kernel of the first bound, and its steps of Newton's method.
-        every: blocks of keys after which the bound rises.
+        every, span: blocks of keys after which the bound rises, and that a program of the sweep walks over.
         few, buffered: sizes of the kernels for groups with few candidates, and of those with buffers.
     """
 
@@ -65,6 +65,7 @@ class Settings(NamedTuple):
     start: Blocks | None = None
     steps: int = STEPS
     every: int = EVERY
+    span: int = 0
     few: tuple[Few, ...] | None = None
     buffered: tuple[Buffered, ...] | None = None
 
@@ -166,7 +167,7 @@ def _forward(
     if sweeps(lists):
         found = candidates(
             query, key, numbers, first, valid, packed, causal, settings.capacity, settings.sweep, settings.start,
-            settings.near, settings.every, lists, settings.steps,
+            settings.near, settings.every, lists, settings.steps, settings.span,
         )  # fmt: skip
     attended = attend_groups(
         query, key, value, numbers, first, valid, causal, lists, found, *settings.limits(key.shape[2]), settings.trains,

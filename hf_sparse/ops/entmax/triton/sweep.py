@@ -63,7 +63,9 @@ class Candidates(NamedTuple):
     turn: Tensor
 
 
-LENGTHS = ["queries", "keys", "heads", "capacity", "width", "lists", "query_tiles", "rows", "lead", "size"]
+LENGTHS = [
+    "queries", "keys", "heads", "capacity", "width", "span", "splits", "lists", "query_tiles", "rows", "lead", "size",
+]  # fmt: skip
 GROUP_ROWS = 16  # queries that share a list of candidates: the rows of a matrix product
 FIRST = 64  # keys of the beginning over which the lower bound is taken
 NEAR = 128  # keys around the rows of a program, likewise
@@ -112,6 +114,7 @@ def candidates(
     every: int = EVERY,
     lists: Lists | None = None,
     steps: int = STEPS,
+    span: int = 0,
 ) -> Candidates:
     """Return the keys of every group of queries that the lower bounds do not exclude.
 
@@ -128,6 +131,8 @@ def candidates(
         every: blocks of keys after which the bound rises; 0 for never.
         lists: tiles of keys, for which `takes_lists` is true; all keys by default.
         steps: of Newton's method for the first bound.
+        span: blocks of keys that a program of the sweep walks over, so that there are programs enough, where the buffer
+            takes all blocks; 0 for all keys. A bound rises by the blocks of its program.
     """
     batch, heads, queries, _ = query.shape
     keys, device = key.shape[2], query.device
@@ -149,23 +154,26 @@ def candidates(
     fixed = constants(query, key, numbers.kind, causal)
     strides = (*query.stride()[:3], *key.stride()[:3])
     grid = (pieces(length, start.rows) * batch * heads,)
+    span = span if span and capacity == most and most > span else most
+    risen = bound if span == most or not every else empty(bound.shape, torch.float32, device)
     launch(_start, grid)(
-        query, key, *numbers.arguments, first, valid, bound, sums, turn, *listed, queries, keys, heads, *strides,
-        **fixed, M=start.rows, NEAR=start.keys, FIRST=near, STEPS=steps, HIGHER=HIGHER, num_warps=start.warps,
-        num_stages=start.stages, maxnreg=start.registers,
+        query, key, *numbers.arguments, first, valid, bound, risen, sums, turn, *listed, queries, keys, heads, *strides,
+        **fixed, M=start.rows, NEAR=start.keys, FIRST=near, STEPS=steps, HIGHER=HIGHER, TWICE=risen is not bound,
+        num_warps=start.warps, num_stages=start.stages, maxnreg=start.registers,
     )  # fmt: skip
     words = empty((groups, capacity, 4), torch.int32, device)
     places = None if capacity == most else empty((groups, capacity), torch.int32, device)
     counts = empty((groups,), torch.int32, device)
     width = 0 if packed is None else packed.shape[1]
-    grid = (pieces(length, blocks.rows) * batch * heads,)
+    splits = pieces(most, span)
+    grid = (pieces(length, blocks.rows) * splits * batch * heads,)
     launch(_sweep, grid)(
-        query, key, *numbers.arguments, first, packed, bound, sums, words, places, counts, *listed, queries, keys,
-        heads, capacity, width, *strides, **fixed, M=blocks.rows, N=blocks.keys, R=GROUP_ROWS, START=start.rows,
-        NEAR=start.keys, FIRST=near, HIGHER=HIGHER, EVERY=every, num_warps=blocks.warps, num_stages=blocks.stages,
-        maxnreg=blocks.registers,
+        query, key, *numbers.arguments, first, packed, bound, risen, sums, words, places, counts, *listed, queries,
+        keys, heads, capacity, width, span, splits, *strides, **fixed, M=blocks.rows, N=blocks.keys, R=GROUP_ROWS,
+        START=start.rows, NEAR=start.keys, FIRST=near, HIGHER=HIGHER, EVERY=every, SPLIT=splits > 1,
+        num_warps=blocks.warps, num_stages=blocks.stages, maxnreg=blocks.registers,
     )  # fmt: skip
-    return Candidates(bound, words, places, counts, blocks.keys, turn)
+    return Candidates(risen, words, places, counts, blocks.keys, turn)
 
 
 def packed_bits(valid: Tensor, size: int) -> Tensor:
@@ -198,6 +206,7 @@ def _start(
     First,
     Valid,
     Bound,
+    Risen,
     Sums,
     Turn,
     Index,
@@ -231,8 +240,10 @@ def _start(
     FIRST: tl.constexpr,
     STEPS: tl.constexpr,
     HIGHER: tl.constexpr,
+    TWICE: tl.constexpr,
 ):
-    """Find the `Bound` of M rows: tau over FIRST first keys and NEAR keys around the rows, or an iterate below.
+    """Find the `Bound` of M rows: tau over FIRST first keys and NEAR keys around the rows, or an iterate below, which
+    is where `Risen` begins too.
 
     It is `inf` where there is no query, and `-inf` for a query that sees none of these keys."""
     wait_for_last(OVERLAP)
@@ -292,6 +303,8 @@ def _start(
             tl.store(place + total, gradient + tl.sum(slope, 1), mask=inside)
     tau = tl.where(exists, tl.where(some, tau, float("-inf")), float("inf"))
     tl.store(Bound + row * queries + index, tau, mask=inside)
+    if TWICE:
+        tl.store(Risen + row * queries + index, tau, mask=inside)
 
 
 @triton.jit
@@ -333,6 +346,7 @@ def _sweep(
     First,
     Packed,
     Bound,
+    Risen,
     Sums,
     Words,
     Numbers,
@@ -352,6 +366,8 @@ def _sweep(
     heads,
     capacity,
     width,
+    span,
+    splits,
     q_batch,
     q_head,
     q_row,
@@ -373,12 +389,13 @@ def _sweep(
     FIRST: tl.constexpr,
     HIGHER: tl.constexpr,
     EVERY: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """Write words, numbers and counts of the groups of M rows. Programs with the most keys begin first."""
     wait_for_last(OVERLAP)
     parts = tl.cdiv(queries, M) if Index is None else query_tiles * (rows // M)
-    pairs = tl.num_programs(0) // parts  # B * Hq
-    tile = parts - 1 - tl.program_id(0) // pairs
+    pairs = tl.num_programs(0) // (parts * splits)  # B * Hq
+    tile = parts - 1 - tl.program_id(0) // (pairs * splits)
     row = (tl.program_id(0) % pairs).to(tl.int64)
     batch, head = row // heads, row % heads
     index = tile * M - lead + tl.arange(0, M)
@@ -436,7 +453,12 @@ def _sweep(
         if steps > 0:
             while (whole_steps > 0) & (_begin_of(Index, tl.maximum(whole_steps - 1, 0), size, N) + N > full):
                 whole_steps -= 1
-    for step in range(0, whole_steps):
+    # The blocks of this program.
+    from_step, to_step = 0, steps
+    if SPLIT:
+        from_step = tl.program_id(0) // pairs % splits * span
+        to_step = tl.minimum(from_step + span, steps)
+    for step in range(from_step, tl.minimum(whole_steps, to_step)):
         begin = _begin_of(Index, step, size, N)
         k = tl.load(K + begin.to(tl.int64) * k_row + within, mask=(dim < D)[None, :], other=0.0)
         product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -463,8 +485,11 @@ def _sweep(
                 bound = _risen(bound, higher, high_mass, high_slope, place + 2 * total, total, inside, exponent, KIND)
                 limit = bound / scale
     if Sums is not None:
-        tl.store(Bound + row * queries + index, bound, mask=inside)
-    for step in tl.range(whole_steps, steps, num_stages=1):
+        if SPLIT:
+            tl.atomic_max(Risen + row * queries + index, bound, mask=inside & (from_step < to_step), sem="relaxed")
+        else:
+            tl.store(Risen + row * queries + index, bound, mask=inside)
+    for step in tl.range(tl.maximum(whole_steps, from_step), to_step, num_stages=1):
         begin = _begin_of(Index, step, size, N)
         key = begin + lane
         k = load_rows(K, key.to(tl.int64) * k_row, key < keys, dim, D)
@@ -476,7 +501,10 @@ def _sweep(
         count = _keep(
             passes, begin, step, Packed, batch, width, Words, Numbers, out, count, capacity, there, word_of, M, N, R
         )  # fmt: skip
-    tl.store(Counts + group, count, mask=there)
+    if SPLIT:  # all blocks are stored
+        tl.store(Counts + group, count * 0 + steps, mask=there & (from_step == 0))
+    else:
+        tl.store(Counts + group, count, mask=there)
 
 
 @triton.jit
