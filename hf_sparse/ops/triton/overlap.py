@@ -3,6 +3,9 @@
 Between two launches a GPU waits for all programs of the first to end and for the second to be distributed: microseconds
 that short texts notice. GPUs of compute capability 9 and above can distribute a launch before (NVIDIA: programmatic
 dependent launch). Its programs begin by `wait_for_last`, behind which all memory is as the launch before left it.
+
+A launch that reads nothing of the one before, but of those before that one, runs beside it: its programs begin by
+`let_next_begin`, and one of them ends by `end_after_last`, so that the launch ends last.
 """
 
 import functools
@@ -31,3 +34,17 @@ def wait_for_last(OVERLAP: tl.constexpr):
     if OVERLAP:
         gdc_wait()
         gdc_launch_dependents()
+
+
+@triton.jit
+def let_next_begin(OVERLAP: tl.constexpr):
+    """Let the programs of the next launch take the places that are free."""
+    if OVERLAP:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def end_after_last(OVERLAP: tl.constexpr):
+    """Wait in one program until the launch before has ended."""
+    if OVERLAP and tl.program_id(0) == 0:
+        gdc_wait()

@@ -1,6 +1,7 @@
 """The entmax kernels against plain PyTorch in float64: over all keys and over listed tiles, outputs and gradients."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import torch
@@ -165,9 +166,10 @@ def test_more_candidates_than_the_buffers_take(limit):
     assert_same(Case(queries=size(150, 37), alpha=1.3), exact(**{limit: blocks}))
 
 
-KERNELS = {
+KERNELS: dict[str, dict[str, Any]] = {
     "one": {"few": ()},
     "two for few candidates": {"few": (Few(16, 1), Few(64, 2))},
+    "those with most first": {"few": (Few(16, 1),), "heavy": 40},
     "two with buffers": {"few": (Few(16, 1),), "buffered": (Buffered(64, 16, 1, 1, wide=16), Buffered(0, 32, 2, 1))},
 }
 
@@ -267,7 +269,7 @@ def test_lists_of_more_keys_than_the_buffers_take():
 
 
 # The sweep over listed tiles: its lists are of 16 queries and keys or more.
-LARGE = {
+LARGE: dict[str, dict[str, Any]] = {
     "a list per head": {"group": 2, "heads": 2, "queries": size(300, 37)},
     "a list for all heads": {"group": 3, "heads": 1, "alpha": "heads", "scaling": "heads"},
     "fewer queries than keys": {"queries": 21, "keys": size(300, 60), "heads": 1},
@@ -372,6 +374,7 @@ RECORDED = {
     "padding": {"padding": True},
     "buffers too small": {"kept": 16},
     "a list per head": {"tile": 16},
+    "a list per head, groups with most keys first": {"tile": 16, "heavy": 70},
     "small tiles": {"tile": 8},
 }
 
@@ -394,7 +397,7 @@ def test_all_that_is_launched_can_run_again(shape, trains, monkeypatch):
     if DEVICE == "cpu":
         for module in (attention, pooled):
             monkeypatch.setattr(module, "replayed", record)
-    tile, sizes = shape.get("tile"), {name: number for name, number in shape.items() if name == "kept"}
+    tile, sizes = shape.get("tile"), {name: number for name, number in shape.items() if name in ("kept", "heavy")}
     case = Case(queries=size(150, 37), dim=16, group=2, padding="padding" in shape, scaling="heads")
 
     def kernels(query, key, value, **options):

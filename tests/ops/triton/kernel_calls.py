@@ -276,8 +276,9 @@ def entmax(
 cross(
     [*LARGE, *FEW],
     partial(entmax, alpha="heads"),
-    partial(entmax, lists=(64, 64, 6), span=1),
-    partial(entmax, kept=None, capacity=1, overlaps=True),
+    partial(entmax, kept=None, lists=(64, 64, 6), span=1),
+    partial(entmax, kept=None, capacity=1, overlaps=True, heavy=128),
+    partial(entmax, kept=None, overlaps=True),
     partial(entmax, kept=None, few=(Few(16, 2), Few(32, 2)), buffered=BUFFERED),
     partial(entmax, group=1, causal=False, valid=True, alpha="2.0"),
     partial(entmax, queries=8, first=True, valid=True, trained=False, alpha="1.3"),

@@ -48,7 +48,8 @@ class Settings(NamedTuple):
         near: keys of the beginning over which the first bound is taken.
         start, steps: sizes of the kernel of the first bound, and its steps of Newton's method.
         every, span: blocks of keys after which the bound rises, and that a program of the sweep walks over.
-        few, buffered: sizes of the kernels for groups with few candidates, and of those with buffers.
+        few, buffered, heavy: sizes of the kernels for groups with few candidates, and of those with buffers, and
+            candidates of a group that comes first, see `attend_groups`.
     """
 
     kind: int
@@ -68,6 +69,7 @@ class Settings(NamedTuple):
     span: int = 0
     few: tuple[Few, ...] | None = None
     buffered: tuple[Buffered, ...] | None = None
+    heavy: int = 0
 
     def lists(self, index: Tensor | None, counts: Tensor | None) -> Lists | None:
         """Return the lists of tiles with their sizes."""
@@ -171,7 +173,7 @@ def _forward(
         )  # fmt: skip
     attended = attend_groups(
         query, key, value, numbers, first, valid, causal, lists, found, *settings.limits(key.shape[2]), settings.trains,
-        settings.few, settings.buffered,
+        settings.few, settings.buffered, settings.heavy,
     )  # fmt: skip
     if settings.marks(query, key, lists):
         bound = None if found is None else found.bound

@@ -26,7 +26,7 @@ from hf_sparse.ops.entmax.triton.common import (
     powers,
     scale_of,
 )
-from hf_sparse.ops.entmax.triton.few import Few, attend_few, few_sizes, keys_of_bits
+from hf_sparse.ops.entmax.triton.few import Few, attend_few, few_sizes, keys_of_bits, sort_groups
 from hf_sparse.ops.entmax.triton.jobs import (
     LENGTHS,
     Lists,
@@ -38,9 +38,11 @@ from hf_sparse.ops.entmax.triton.jobs import (
 )
 from hf_sparse.ops.entmax.triton.sweep import GROUP_ROWS, Candidates
 from hf_sparse.ops.triton.launch import launch
-from hf_sparse.ops.triton.overlap import wait_for_last
+from hf_sparse.ops.triton.overlap import overlap_options, wait_for_last
 from hf_sparse.ops.triton.replay import empty, zeros
 from hf_sparse.ops.triton.sizes import padded, pieces
+
+SORTED_AT_ONCE = 16  # groups
 
 
 class Attended(NamedTuple):
@@ -110,6 +112,7 @@ def attend_groups(
     trains: bool,
     few: tuple[Few, ...] | None = None,
     buffered: tuple[Buffered, ...] | None = None,
+    heavy: int = 0,
 ) -> Attended:
     """Return output and thresholds of all groups whose keys fit into the buffer.
 
@@ -122,6 +125,8 @@ def attend_groups(
         trains: whether there will be a backward.
         few, buffered: sizes of the kernels for groups with few candidates, and of those with buffers, which take what
             is left: those for the fewest candidates first. One of `few` and two of `buffered` by default, two at most.
+        heavy: where both are one, candidates of a group above which it comes before all others, and those with few come
+            last; 0 for the groups with few first.
     """
     batch, heads, queries, dim = query.shape
     device = query.device
@@ -153,13 +158,27 @@ def attend_groups(
     queues = (len(tiers) - 1 + len(buffered), groups)
     queue = empty(queues, torch.int32, device) if tiers else None
     into = (turn, queue, lengths, output, tau, counts, slopes, groups, capacity, kept)
-    for tier, small in enumerate(tiers):
-        gathered = empty((groups, small.keys), torch.int32, device)
-        many = buffered[0].most if len(buffered) == 2 and tier == len(tiers) - 1 else 0
-        launch(attend_few, (groups,))(
-            *given, gathered, support, *into, *who, **fixed, C=small.keys, TIER=tier, MANY=many,
-            LANES=32 * small.warps, num_warps=small.warps, num_stages=1, maxnreg=small.registers,
+    is_sorted = heavy > 0 and len(tiers) == len(buffered) == 1
+    if is_sorted and found is not None:
+        _, _, _, _, _, _, _, _, _, query_tiles, rows, _, _, share = arguments_of(query, key, lists)
+        launch(sort_groups, (pieces(groups, SORTED_AT_ONCE),))(
+            found.words, found.counts, turn, queue, groups, capacity, query_tiles, rows, share, M=GROUP_ROWS,
+            C=tiers[0].keys, MANY=max(heavy, tiers[0].keys), G=SORTED_AT_ONCE, W=128, num_warps=4,
+            **overlap_options(device),
         )  # fmt: skip
+
+    def attend_by_few() -> None:
+        for tier, small in enumerate(tiers):
+            gathered = empty((groups, small.keys), torch.int32, device)
+            many = buffered[0].most if len(buffered) == 2 and tier == len(tiers) - 1 else 0
+            launch(attend_few, (groups,))(
+                *given, gathered, support, *into, *who, **fixed, C=small.keys, TIER=tier, MANY=many, SORTED=is_sorted,
+                LANES=32 * small.warps, num_warps=small.warps, num_stages=1, maxnreg=small.registers,
+            )  # fmt: skip
+
+    if not is_sorted:
+        attend_by_few()
+    buffers = []  # live until all is launched
     for number, large in enumerate(buffered):
         at_once = min(groups, large.programs * _multiprocessors(device))
         last = number == len(buffered) - 1
@@ -167,11 +186,14 @@ def attend_groups(
         gathered = empty((at_once, room_of_list), torch.int32, device)
         own = support if trains else empty((at_once, room_of_products), torch.int32, device)
         products = empty((at_once, room_of_products, GROUP_ROWS), torch.float32, device)
+        buffers += [gathered, own, products]
         launch(_groups, (at_once,))(
             *given, gathered, own, *into, products, room_of_list, room_of_products, *who, **fixed, C=large.chunk,
             WIDE=large.wide, STAGES=large.stages, DEPTH=large.depth, QUEUE=len(tiers) + number if tiers else 0,
-            LANES=32 * large.warps, num_warps=large.warps, num_stages=1, maxnreg=large.registers,
+            SORTED=is_sorted, LANES=32 * large.warps, num_warps=large.warps, num_stages=1, maxnreg=large.registers,
         )  # fmt: skip
+    if is_sorted:
+        attend_by_few()
     return Attended(output, tau, counts, slopes, support, lengths)
 
 
@@ -266,6 +288,7 @@ def _groups(
     STAGES: tl.constexpr,
     DEPTH: tl.constexpr,
     QUEUE: tl.constexpr,
+    SORTED: tl.constexpr,
     LANES: tl.constexpr,
     SAVE: tl.constexpr,
 ):
@@ -278,13 +301,22 @@ def _groups(
     lane = tl.arange(0, M)[:, None]
     many = tl.arange(0, WIDE)
     z_place, z_wide = lane + step[None, :] * M, lane + many[None, :] * M
-    if QUEUE > 0:
+    total_groups, first = groups, 0
+    if SORTED:
+        first = tl.load(Turn + 1)
+        groups = first + tl.load(Turn + 2)
+    elif QUEUE > 0:
         Queue += (QUEUE - 1) * groups
         groups = tl.load(Turn + QUEUE)
     Turn += 4 + QUEUE
     turn = tl.atomic_add(Turn, 1, sem="relaxed")
     while turn < groups:
-        group = turn_of_group(turn, groups, query_tiles, rows, share, M) if QUEUE == 0 else tl.load(Queue + turn)
+        if SORTED:
+            group = tl.load(Queue + tl.where(turn < first, turn, total_groups - 1 - (turn - first)))
+        elif QUEUE > 0:
+            group = tl.load(Queue + turn)
+        else:
+            group = turn_of_group(turn, groups, query_tiles, rows, share, M)
         job, batch, number, tile, head, index, position, exists, inside = rows_of_group(
             group, Index, First, Valid, queries, keys, heads, lists, query_tiles, rows, lead, share, M
         )
