@@ -14,12 +14,14 @@ values are drawn. Beside the time stand the share of the allowed pairs of tiles 
 entmax gives to listed keys, over some queries of all parts of the text.
 
 First, the lists of the kernels are compared with those of plain PyTorch, and outputs and gradients over them with
-float64, at an odd length; without agreement nothing is measured. Errors of AdaSplash and FlexAttention are written down
-too. The JSON is written after every row.
+float64, at an odd length; without agreement nothing is measured. Errors of AdaSplash and FlexAttention are written
+down too. Shorter texts come first, and AdaSplash after all others, since it searches for sizes of its own for minutes,
+at every length anew. The JSON is written after every contender; after `--deadline` seconds no other one begins.
 """
 
 import argparse
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
@@ -211,7 +213,7 @@ def measure(
 
 
 def texts(options: argparse.Namespace) -> dict[str, Callable[[], tuple[list[Tensor], Tensor]]]:
-    """Return what makes the inputs of each text, by its name: those of the file, and the drawn ones."""
+    """Return what makes the inputs of each text, by its name: those of the file, the shortest first, and drawn ones."""
     dtype = getattr(torch, options.dtype)
     made: dict[str, Callable[[], tuple[list[Tensor], Tensor]]] = {}
 
@@ -222,7 +224,8 @@ def texts(options: argparse.Namespace) -> dict[str, Callable[[], tuple[list[Tens
 
     for path in options.inputs:
         tensors = load_file(path)
-        for name in sorted({name.rsplit(".", 1)[0] for name in tensors}):
+        names = {name.rsplit(".", 1)[0] for name in tensors}
+        for name in sorted(names, key=lambda name: (tensors[f"{name}.query"].shape[2], name)):
             made[name] = partial(read, tensors, name)
     for length in sorted(options.lengths):
         made[f"drawn {length}"] = partial(make_inputs, options, length, dtype)
@@ -245,10 +248,12 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", choices=["cuda"])
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
     parser.add_argument("--only", nargs="+", choices=CONTENDERS, help="contenders to measure")
-    parser.add_argument("--repeat-ms", type=int, default=100, help="how long each is repeated")
+    parser.add_argument("--repeat-ms", type=int, default=50, help="how long each is repeated")
+    parser.add_argument("--deadline", type=float, help="seconds from the start after which no other contender begins")
     parser.add_argument("--commit", help="to write into the JSON, where there is no repository to ask")
     parser.add_argument("--output", type=Path, help="the JSON to write")
     options = parser.parse_args()
+    began = time.perf_counter()
     options.query_tile = options.query_tile or options.tile
     options.alpha, options.bidirectional = 1.5, False  # for make_inputs
     contenders = options.only or [n for n in CONTENDERS if n not in ada.VERSIONS or ada.installed_version()]
@@ -261,14 +266,36 @@ def main() -> None:
     result["versions"] |= {"adasplash": ada.installed_version()}
     result["errors_against_float64"] = check(options)
     print("errors:", {name: f"{error:.1e}" for name, error in result["errors_against_float64"].items()}, flush=True)
-    result["errors_of_others"] = check_others(options, contenders)
-    print("errors of others:", result["errors_of_others"], flush=True)
+    result |= {"errors_of_others": {}, "texts": {}, "rows": []}
     if "flex tiles" in contenders:
         result["flex_error"] = flex_error(options, min(options.choices))
         print("FlexAttention:", result["flex_error"], flush=True)
-    result |= {"texts": {}, "rows": []}
-    for text, make in texts(options).items():
-        inputs, scaling = make()
+    others = [name for name in contenders if name in ada.VERSIONS]
+    for names_of_round in ([name for name in contenders if name not in others], others):
+        if names_of_round == others != [] and not is_late(options, began):
+            result["errors_of_others"] = check_others(options, others)
+            print("errors of others:", result["errors_of_others"], flush=True)
+        for text, make in texts(options).items():
+            if names_of_round and not is_late(options, began):
+                measure_text(options, text, make, names_of_round, result, began)
+
+
+def is_late(options: argparse.Namespace, began: float) -> bool:
+    """Tell whether the deadline is over."""
+    return options.deadline is not None and time.perf_counter() - began > options.deadline
+
+
+def measure_text(
+    options: argparse.Namespace,
+    text: str,
+    make: Callable[[], tuple[list[Tensor], Tensor]],
+    contenders: list[str],
+    result: dict[str, Any],
+    began: float,
+) -> None:
+    """Measure some contenders on a text, and write the rows down after each."""
+    inputs, scaling = make()
+    if text not in result["texts"]:
         (heads, length, dim), kv_heads = inputs[0].shape[1:], inputs[1].shape[1]
         shape = {"length": length, "query_heads": heads, "kv_heads": kv_heads, "dim": dim}
         predicted = {
@@ -278,16 +305,19 @@ def main() -> None:
         print(text, shape, flush=True)
         for listed, held in predicted.items():
             print(f"  {listed:>4} tiles: {held}", flush=True)
-        for name in contenders:
-            for count in options.choices if name in WITH_TILES else [None]:
-                for row in measure(options, name, count, inputs, scaling):
-                    result["rows"].append({"text": text, **row})
-                    told = row.get("error") or (
-                        f"{row['pass']:16} {row['median_ms']:9.3f}, {row['captured_ms'] or float('nan'):9.3f} ms"
-                    )
-                    print(f"{text:24}  {name:13} {count or '':4}  {told}", flush=True)
-            if options.output:
-                write_json(options.output, result)
+    for name in contenders:
+        for count in options.choices if name in WITH_TILES else [None]:
+            if is_late(options, began):
+                print(f"{text:24}  {name:13} {count or '':4}  not begun after {options.deadline} s", flush=True)
+                continue
+            for row in measure(options, name, count, inputs, scaling):
+                result["rows"].append({"text": text, **row})
+                told = row.get("error") or (
+                    f"{row['pass']:16} {row['median_ms']:9.3f}, {row['captured_ms'] or float('nan'):9.3f} ms"
+                )
+                print(f"{text:24}  {name:13} {count or '':4}  {told}", flush=True)
+        if options.output:
+            write_json(options.output, result)
 
 
 if __name__ == "__main__":

@@ -145,4 +145,5 @@ def listed_layout(tiles: Tiles, inputs: Inputs) -> tuple[Layout, Tiles]:
         follows, ends = index[..., 1:] > index[..., :-1], index[..., 1:] < 0
         if not bool((follows & (index[..., :-1] >= 0) | ends).all()):
             raise ValueError("each list of tiles must be ascending, without duplicates, and with every -1 at its end")
-    return layout, Tiles(index.expand(layout.batch, heads, -1, -1), tiles.size, tiles.rows, tiles.checked)
+    lengths = None if tiles.lengths is None else tiles.lengths.expand(layout.batch, heads, -1)
+    return layout, Tiles(index.expand(layout.batch, heads, -1, -1), tiles.size, tiles.rows, tiles.checked, lengths)

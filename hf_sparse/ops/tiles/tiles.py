@@ -91,12 +91,14 @@ class Tiles:
         query_size: queries per tile, a divisor of `size`, which is the default.
         checked: whether the lists are known to be of the described form and to name tiles that exist. Otherwise
             attention over them looks, for which it waits for the device.
+        lengths: `[B, H, nq]` int32, how many tiles each list has, where that is known already.
     """
 
     index: Tensor
     size: int
     query_size: int | None = None
     checked: bool = False
+    lengths: Tensor | None = None
 
     def __post_init__(self) -> None:
         _rows(self.size, self.query_size)

@@ -107,7 +107,8 @@ def _key(function: Any, tensors: tuple[Tensor | None, ...], settings: tuple[Hash
     ]
     # Launches of a call in which two inputs are one tensor would read the same one in all later calls.
     same: tuple[int, ...] = ()
-    if len(set(map(id, tensors))) < len(tensors):
+    given = [id(tensor) for tensor in tensors if tensor is not None]
+    if len(set(given)) < len(given):
         same = tuple([next(i for i, other in enumerate(tensors) if other is tensor) for tensor in tensors])
     assert tensors[0] is not None
     return (function, tensors[0].device.index, settings, same, *layouts)

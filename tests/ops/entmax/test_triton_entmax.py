@@ -1,6 +1,7 @@
 """The entmax kernels against plain PyTorch in float64: over all keys and over listed tiles, outputs and gradients."""
 
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import torch
@@ -9,15 +10,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_sparse.ops.entmax import certified_entmax_attention, entmax_attention
 from hf_sparse.ops.entmax.inputs import Inputs
+from hf_sparse.ops.entmax.layout import layout_of
 from hf_sparse.ops.entmax.pooled import pooled_tiles
 from hf_sparse.ops.entmax.threshold import distribution
-from hf_sparse.ops.entmax.triton import attention, takes_kernels
+from hf_sparse.ops.entmax.triton import attention, pooled, takes_kernels
 from hf_sparse.ops.entmax.triton.attention import attend
+from hf_sparse.ops.entmax.triton.common import Numbers
 from hf_sparse.ops.entmax.triton.few import Few
 from hf_sparse.ops.entmax.triton.fused import fused_attention, lists_of
 from hf_sparse.ops.entmax.triton.groups import Buffered
+from hf_sparse.ops.entmax.triton.pooled import fused_pooled_tiles
 from hf_sparse.ops.entmax.triton.sweep import Blocks, candidates, packed_bits
 from hf_sparse.ops.tiles.tiles import Tiles, tile_counts
+from hf_sparse.ops.triton import replay
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Several programs and blocks of keys even at the lengths of these tests, a rising bound, and groups of every kernel.
@@ -142,6 +147,18 @@ def test_all_keys(shape):
     assert_same(Case(**shape), exact())
 
 
+@pytest.mark.parametrize("span", [1, 2])
+@pytest.mark.parametrize("name", ["plain", "both directions", "padding", "half precision", "equal logits"])
+def test_programs_that_sweep_a_part_of_the_keys(name, span):
+    assert_same(Case(**SHAPES[name]), exact(span=span))
+
+
+@pytest.mark.parametrize("span", [1, 2])
+def test_programs_that_sweep_a_part_of_the_lists(span):
+    for name in ("a list per head", "both directions"):
+        assert_listed({"tile": 16, **LARGE[name]}, **SMALL, span=span)
+
+
 @pytest.mark.parametrize("limit", ["capacity", "most", "kept"])
 def test_more_candidates_than_the_buffers_take(limit):
     """Groups of queries near the beginning fit, the others go to the kernel that keeps nothing."""
@@ -149,9 +166,10 @@ def test_more_candidates_than_the_buffers_take(limit):
     assert_same(Case(queries=size(150, 37), alpha=1.3), exact(**{limit: blocks}))
 
 
-KERNELS = {
+KERNELS: dict[str, dict[str, Any]] = {
     "one": {"few": ()},
     "two for few candidates": {"few": (Few(16, 1), Few(64, 2))},
+    "those with most first": {"few": (Few(16, 1),), "heavy": 40},
     "two with buffers": {"few": (Few(16, 1),), "buffered": (Buffered(64, 16, 1, 1, wide=16), Buffered(0, 32, 2, 1))},
 }
 
@@ -185,7 +203,8 @@ def test_thresholds_and_supports():
     assert torch.equal(count.long(), certificate.support)
 
 
-def test_the_bound_rises_and_stays_below_the_threshold():
+@pytest.mark.parametrize("span", [0, 3])
+def test_the_bound_rises_and_stays_below_the_threshold(span):
     """Queries in the direction of keys that are neither first nor near: the first bound does not know of these."""
     torch.manual_seed(0)
     length, dim = size(256, 80), 16
@@ -193,9 +212,9 @@ def test_the_bound_rises_and_stays_below_the_threshold():
     query[..., 0], key[..., 0] = 8, 0
     key[:, :, 16:32, 0] = torch.rand(16)
     query, key, one = query.to(DEVICE), key.to(DEVICE), torch.ones(1, device=DEVICE)
-    arguments = (query, key, 0.15 * one, None, 2, None, None, True)
+    arguments = (query, key, Numbers(0.15 * one, 1.0, None, 2), None, None, None, True)
     first, risen = (
-        candidates(*arguments, 64, Blocks(16, 16, 4, 1), Blocks(16, 16, 4, 1), near=16, every=every).bound[0, 0]
+        candidates(*arguments, 64, *[Blocks(16, 16, 4, 1)] * 2, near=16, every=every, span=span).bound[0, 0]
         for every in (0, 1)
     )
     z = 0.15 * query[0, 0] @ key[0, 0].T
@@ -250,7 +269,7 @@ def test_lists_of_more_keys_than_the_buffers_take():
 
 
 # The sweep over listed tiles: its lists are of 16 queries and keys or more.
-LARGE = {
+LARGE: dict[str, dict[str, Any]] = {
     "a list per head": {"group": 2, "heads": 2, "queries": size(300, 37)},
     "a list for all heads": {"group": 3, "heads": 1, "alpha": "heads", "scaling": "heads"},
     "fewer queries than keys": {"queries": 21, "keys": size(300, 60), "heads": 1},
@@ -275,15 +294,22 @@ def test_large_tiles_of_more_candidates_than_the_buffers_take(limit):
 
 def test_no_group_is_left_over_where_all_listed_tiles_have_candidates(monkeypatch):
     """Blocks of listed tiles are smaller than those of all keys, and a group may have more of them."""
-    left = []
-    monkeypatch.setattr(attention, "attend_tiles", lambda *arguments: left.append(arguments[11].lengths < 0))
+    marked, attend_groups = [], attention.attend_groups
+
+    def attend_and_look(*arguments):
+        attended = attend_groups(*arguments)
+        marked.append(bool((attended.lengths < 0).any()))
+        return attended
+
+    monkeypatch.setattr(attention, "attend_groups", attend_and_look)
+    monkeypatch.setattr(attention, "attend_tiles", lambda *arguments: marked.append("in vain"))
     query, key, value = Case(queries=60, dim=16).inputs
     tiles = Tiles.of_mask(torch.ones(1, 1, 4, 4, dtype=torch.bool), 16)
     lists = lists_of(tiles, Inputs(query, key, 1.0, True, None, None))
     tensors = [tensor.to(DEVICE) for tensor in (query, key, value)]
     lists = replace(lists, index=lists.index.to(DEVICE), counts=lists.counts.to(DEVICE))
     attend(*tensors, alpha=1.5, scaling=0.01, causal=True, lists=lists)
-    assert len(left) == 1 and not left[0].any()
+    assert marked == [False]
 
 
 def assert_listed(shape: dict, **sizes) -> None:
@@ -341,3 +367,54 @@ def test_what_stands_behind_a_text_changes_nothing(tile):
         options = {"alpha": 1.5, "scaling": 0.3, "causal": True, "lists": lists}
         outputs.append(attend(query, key, value, **options, **SMALL)[0][:, :, :length])
     torch.testing.assert_close(outputs[1], outputs[0], rtol=1e-6, atol=1e-6)
+
+
+RECORDED = {
+    "all keys": {},
+    "padding": {"padding": True},
+    "buffers too small": {"kept": 16},
+    "a list per head": {"tile": 16},
+    "a list per head, groups with most keys first": {"tile": 16, "heavy": 70},
+    "small tiles": {"tile": 8},
+}
+
+
+@pytest.mark.parametrize("shape", RECORDED.values(), ids=RECORDED)
+@pytest.mark.parametrize("trains", [False, True])
+def test_all_that_is_launched_can_run_again(shape, trains, monkeypatch):
+    """Every address is that of an input or of a noted buffer. On a GPU a second call equals the reference."""
+    noted = []
+
+    def record(function, tensors, *settings):
+        recorder = replay._state.recorder = replay._Recorder(tensors)
+        try:
+            results = function(*tensors, *settings)
+        finally:
+            replay._state.recorder = None
+        noted.append((len(recorder.launches), recorder.program(results, tensors[0].device)))
+        return results
+
+    if DEVICE == "cpu":
+        for module in (attention, pooled):
+            monkeypatch.setattr(module, "replayed", record)
+    tile, sizes = shape.get("tile"), {name: number for name, number in shape.items() if name in ("kept", "heavy")}
+    case = Case(queries=size(150, 37), dim=16, group=2, padding="padding" in shape, scaling="heads")
+
+    def kernels(query, key, value, **options):
+        lists = None
+        if tile:
+            layout = layout_of(Inputs(query, key, 1.0, True, None, None), 2, tile, tile)
+            tiles = fused_pooled_tiles(query.detach(), key.detach(), 0.3, layout, True, 1, 4, 1, 1)
+            lists = lists_of(tiles, Inputs(query, key, 1.0, True, None, None))
+        return attend(query, key, value, lists=lists, **options, **sizes)[0]
+
+    def reference(query, key, value, **options):
+        tiles = None
+        if tile:
+            tiles = pooled_tiles(query.detach(), key.detach(), size=tile, choices=1, pool=4, scaling=0.3, causal=True)
+        return entmax_attention(query, key, value, tiles=tiles, **options)
+
+    for _ in range(2):
+        assert_same(case, kernels, reference, trains)
+    assert all(launches and program is not None for launches, program in noted)
+    assert len(noted) == (0 if DEVICE == "cuda" else 2 * (1 + trains + bool(tile)))

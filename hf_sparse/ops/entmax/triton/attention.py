@@ -1,19 +1,29 @@
 """Attend with entmax on the GPU, as one differentiable function: over all keys, or over listed tiles of keys."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from hf_sparse.ops.entmax.triton.backward import gradients
-from hf_sparse.ops.entmax.triton.common import kind_of, per_head
+from hf_sparse.ops.entmax.triton.common import Numbers, kind_of, per_head, scale_and_factor
 from hf_sparse.ops.entmax.triton.few import Few
 from hf_sparse.ops.entmax.triton.groups import Attended, Buffered, attend_groups
 from hf_sparse.ops.entmax.triton.jobs import Lists
-from hf_sparse.ops.entmax.triton.sweep import EVERY, FIRST, Blocks, Candidates, candidates, takes_lists
+from hf_sparse.ops.entmax.triton.sweep import (
+    EVERY,
+    FIRST,
+    STEPS,
+    Blocks,
+    Candidates,
+    blocks_of,
+    candidates,
+    packed_bits,
+    takes_lists,
+)
 from hf_sparse.ops.entmax.triton.tiles import attend_tiles
+from hf_sparse.ops.triton.replay import replayed
 
 CAPACITY = 1024  # blocks of keys with a candidate that are kept for a group of queries
 MOST = 16384  # candidates that are kept for a group, or half of all keys
@@ -23,27 +33,30 @@ KEPT = 4096  # keys of a group that may have weight when all products are known,
 WHOLE = 8192
 
 
-@dataclass(frozen=True)
-class Plan:
+class Settings(NamedTuple):
     """Describe who attends to whom, and the sizes of the programs.
 
     Attributes:
-        first: `[B]` int32, position of the first query; None where the queries are the last positions.
-        valid: `[B, Tk]` uint8, 0 for padding.
+        kind: of the exponent, see `kind_of`.
+        factor: multiplies the products of all heads, beside their scales.
         causal: whether a query sees the keys up to its position only.
-        lists: tiles of keys; all keys by default.
+        trains: whether there will be a backward.
+        tiles_of: keys and queries of a listed tile, and the rows of the first one that lie before the first query;
+            None for all keys.
         capacity, most, kept: blocks, candidates, and keys with or almost with weight that a group of queries may have.
         sweep, tiles: sizes of the programs; chosen by shape and dtype by default.
         near: keys of the beginning over which the first bound is taken.
-        start: sizes of the kernel of the first bound.
-        every: blocks of keys after which the bound rises.
-        few, buffered: sizes of the kernels for groups with few candidates, and of those with buffers.
+        start, steps: sizes of the kernel of the first bound, and its steps of Newton's method.
+        every, span: blocks of keys after which the bound rises, and that a program of the sweep walks over.
+        few, buffered, heavy: sizes of the kernels for groups with few candidates, and of those with buffers, and
+            candidates of a group that comes first, see `attend_groups`.
     """
 
-    first: Tensor | None
-    valid: Tensor | None
+    kind: int
+    factor: float
     causal: bool
-    lists: Lists | None = None
+    trains: bool
+    tiles_of: tuple[int, int, int] | None = None
     capacity: int = CAPACITY
     most: int | None = None
     kept: int | None = None
@@ -51,9 +64,36 @@ class Plan:
     tiles: Blocks | None = None
     near: int = FIRST
     start: Blocks | None = None
+    steps: int = STEPS
     every: int = EVERY
+    span: int = 0
     few: tuple[Few, ...] | None = None
     buffered: tuple[Buffered, ...] | None = None
+    heavy: int = 0
+
+    def lists(self, index: Tensor | None, counts: Tensor | None) -> Lists | None:
+        """Return the lists of tiles with their sizes."""
+        if self.tiles_of is None or index is None or counts is None:
+            return None
+        return Lists(index, counts, *self.tiles_of)
+
+    def limits(self, keys: int) -> tuple[int, int]:
+        """Return the candidates of a group in a text of so many keys, and those with weight, that the buffers take."""
+        kept = self.kept
+        if kept is None:
+            kept = keys if keys <= WHOLE and not self.trains else max(KEPT, keys // 8)
+        return max(MOST, keys // 2) if self.most is None else self.most, kept
+
+    def marks(self, query: Tensor, key: Tensor, lists: Lists | None) -> bool:
+        """Tell whether a group may have more keys than the buffers take."""
+        reached = key.shape[2] if lists is None else min(key.shape[2], lists.index.shape[3] * lists.size)
+        too_many_blocks = sweeps(lists) and blocks_of(query, key, lists, self.sweep)[1] > self.capacity
+        return min(self.limits(key.shape[2])) < reached or too_many_blocks
+
+
+def sweeps(lists: Lists | None) -> bool:
+    """Tell whether candidates are looked for first."""
+    return lists is None or takes_lists(lists)
 
 
 def attend(
@@ -75,68 +115,101 @@ def attend(
         query, key, value, alpha, scaling, causal, valid, first_query: as in `hf_sparse.ops.entmax.entmax_attention`,
             of equal dtype and checked.
         lists: tiles of keys; all keys by default.
-        sizes: fields of `Plan`, for tests.
+        sizes: fields of `Settings`, for tests.
     """
     heads, device = query.shape[1], query.device
     kind = kind_of(1.0 / (alpha - 1.0))
-    scale = per_head(scaling * (alpha - 1), heads, device)
     exponent = None if kind else per_head(1 / (alpha - 1), heads, device)
-    first = None if first_query is None else first_query.to(torch.int32).contiguous()
-    known = None if valid is None else valid.to(torch.uint8).contiguous()
-    plan = Plan(first, known, causal, lists, **sizes)
+    scale, factor = scale_and_factor(scaling, alpha)
     query, key, value = (part if part.stride(-1) == 1 else part.contiguous() for part in (query, key, value))
     # Asked here: inside the function gradients are off, and its context does not know of `no_grad`.
     leaves = (query, key, value, scale, exponent)
     trains = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
-    if not trains:
-        return _forward(query, key, value, scale, exponent, kind, plan, trains)[:3]
-    output, tau, counts = _Attention.apply(query, key, value, scale, exponent, kind, plan)
-    return output, tau, counts
+    tiles_of = None if lists is None else (lists.size, lists.rows, lists.lead)
+    settings = Settings(kind, factor, causal, trains, tiles_of, **sizes)
+    first = None if first_query is None else first_query.to(torch.int32).contiguous()
+    known, packed = None, None
+    if valid is not None:
+        known = valid.to(torch.uint8).contiguous()
+        if sweeps(lists):
+            packed = packed_bits(known, blocks_of(query, key, lists, settings.sweep)[0].keys)
+    listed = (None, None) if lists is None else (lists.index, lists.counts)
+    if trains:
+        return _Attention.apply(*leaves, first, known, packed, *listed, settings)
+    output, tau, counts, *_ = replayed(_forward, (*leaves, first, known, packed, *listed), settings)
+    assert output is not None and tau is not None and counts is not None
+    return output.transpose(1, 2), tau, counts
 
 
 def _forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    scale: Tensor,
+    scale: Tensor | None,
     exponent: Tensor | None,
-    kind: int,
-    plan: Plan,
-    trains: bool,
-) -> Attended:
-    first, valid, causal, lists = plan.first, plan.valid, plan.causal, plan.lists
+    first: Tensor | None,
+    valid: Tensor | None,
+    packed: Tensor | None,
+    index: Tensor | None,
+    listed: Tensor | None,
+    settings: Settings,
+) -> tuple[Tensor | None, ...]:
+    """Return the fields of `Attended`; those that only a backward reads may be None.
+
+    Args:
+        scale, exponent: see `Numbers`.
+        first: `[B]` int32, position of the first query; None where the queries are the last positions.
+        valid: `[B, Tk]` uint8, 0 for padding.
+        packed: the same as bits, see `sweep.candidates`.
+        index, listed: see `Lists`.
+    """
+    causal, lists = settings.causal, settings.lists(index, listed)
+    numbers = Numbers(scale, settings.factor, exponent, settings.kind)
     found: Candidates | None = None
-    if lists is None or takes_lists(lists):
+    if sweeps(lists):
         found = candidates(
-            query, key, scale, exponent, kind, first, valid, causal, plan.capacity, plan.sweep, plan.start, plan.near,
-            plan.every, lists,
+            query, key, numbers, first, valid, packed, causal, settings.capacity, settings.sweep, settings.start,
+            settings.near, settings.every, lists, settings.steps, settings.span,
         )  # fmt: skip
-    keys = key.shape[2]
-    most = max(MOST, keys // 2) if plan.most is None else plan.most
-    kept = plan.kept
-    if kept is None:
-        kept = keys if keys <= WHOLE and not trains else max(KEPT, keys // 8)
     attended = attend_groups(
-        query,
-        key,
-        value,
-        scale,
-        exponent,
-        kind,
-        first,
-        valid,
-        causal,
-        lists,
-        found,
-        most,
-        kept,
-        trains,
-        plan.few,
-        plan.buffered,
-    )
-    bound = None if found is None else found.bound
-    attend_tiles(query, key, value, scale, exponent, kind, first, valid, causal, lists, bound, attended, plan.tiles)
-    return attended
+        query, key, value, numbers, first, valid, causal, lists, found, *settings.limits(key.shape[2]), settings.trains,
+        settings.few, settings.buffered, settings.heavy,
+    )  # fmt: skip
+    if settings.marks(query, key, lists):
+        bound = None if found is None else found.bound
+        attend_tiles(query, key, value, numbers, first, valid, causal, lists, bound, attended, settings.tiles)
+    return tuple(attended)
+
+
+def _backward(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: Tensor | None,
+    exponent: Tensor | None,
+    first: Tensor | None,
+    valid: Tensor | None,
+    index: Tensor | None,
+    listed: Tensor | None,
+    tau: Tensor,
+    counts: Tensor,
+    slopes: Tensor,
+    support: Tensor,
+    lengths: Tensor,
+    settings: Settings,
+    with_scale: bool,
+    with_exponent: bool,
+) -> tuple[Tensor | None, ...]:
+    """Return the fields of `Gradients`; the arguments are those and results of `_forward`."""
+    lists = settings.lists(index, listed)
+    numbers = Numbers(scale, settings.factor, exponent, settings.kind)
+    attended = Attended(query, tau, counts, slopes, support, lengths)  # the output is not needed
+    found = gradients(
+        query, key, value, numbers, first, valid, settings.causal, lists, attended, grad, with_scale, with_exponent,
+        settings.marks(query, key, lists), settings.tiles,
+    )  # fmt: skip
+    return tuple(found)
 
 
 class _Attention(torch.autograd.Function):
@@ -146,38 +219,39 @@ class _Attention(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         value: Tensor,
-        scale: Tensor,
+        scale: Tensor | None,
         exponent: Tensor | None,
-        kind: int,
-        plan: Plan,
+        first: Tensor | None,
+        valid: Tensor | None,
+        packed: Tensor | None,
+        index: Tensor | None,
+        listed: Tensor | None,
+        settings: Settings,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        attended = _forward(query, key, value, scale, exponent, kind, plan, trains=True)
-        saved = (attended.tau, attended.counts, attended.slopes, attended.support, attended.lengths)
-        ctx.save_for_backward(query, key, value, scale, exponent, *saved)  # type: ignore[arg-type]
-        ctx.kind, ctx.plan, ctx.room = kind, plan, attended.room  # type: ignore[attr-defined]
-        ctx.mark_non_differentiable(attended.tau, attended.counts)
-        return attended.output, attended.tau, attended.counts
+        inputs = (query, key, value, scale, exponent, first, valid)
+        output, *rest = replayed(_forward, (*inputs, packed, index, listed), settings)
+        ctx.save_for_backward(*inputs, index, listed, *rest)  # type: ignore[arg-type]
+        ctx.settings = settings  # type: ignore[attr-defined]
+        tau, counts = rest[:2]
+        assert output is not None and tau is not None and counts is not None
+        ctx.mark_non_differentiable(tau, counts)
+        return output.transpose(1, 2), tau, counts
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, scale, exponent, *saved = ctx.saved_tensors  # type: ignore[attr-defined]
-        plan: Plan = ctx.plan  # type: ignore[attr-defined]
-        room: int = ctx.room  # type: ignore[attr-defined]
+        saved = ctx.saved_tensors  # type: ignore[attr-defined]  # read once: checkpointing gives them away
         wants = ctx.needs_input_grad  # type: ignore[attr-defined]
-        tau, counts, slopes, support, lengths = saved
-        attended = Attended(query, tau, counts, slopes, support, lengths, room)  # the output is not needed
-        found = gradients(
-            query, key, value, scale, exponent, ctx.kind,  # type: ignore[attr-defined]
-            plan.first, plan.valid, plan.causal, plan.lists, attended,
-            grad if grad.stride(-1) == 1 else grad.contiguous(), wants[3], wants[4], plan.tiles,
-        )  # fmt: skip
+        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        settings = ctx.settings  # type: ignore[attr-defined]
+        d_query, d_key_value, d_scale, d_exponent = replayed(_backward, (grad, *saved), settings, wants[3], wants[4])
+        assert d_key_value is not None
+        d_key, d_value = d_key_value.to(saved[1].dtype)
         return (
-            found.query if wants[0] else None,
-            found.key.to(key.dtype) if wants[1] else None,
-            found.value.to(value.dtype) if wants[2] else None,
-            None if found.scale is None else found.scale.sum((0, 2)),
-            None if found.exponent is None else found.exponent.sum((0, 2)),
-            None,
-            None,
+            d_query if wants[0] else None,
+            d_key if wants[1] else None,
+            d_value if wants[2] else None,
+            None if d_scale is None else d_scale.sum((0, 2)),
+            None if d_exponent is None else d_exponent.sum((0, 2)),
+            *(None,) * 6,
         )

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_sparse.ops.entmax.triton.common import constants, exponent_of, load_rows, powers
+from hf_sparse.ops.entmax.triton.common import Numbers, constants, exponent_of, load_rows, powers, scale_of
 from hf_sparse.ops.entmax.triton.groups import Attended, chunk_of
 from hf_sparse.ops.entmax.triton.jobs import (
     LENGTHS,
@@ -29,6 +29,9 @@ from hf_sparse.ops.entmax.triton.jobs import (
 )
 from hf_sparse.ops.entmax.triton.sweep import GROUP_ROWS, Blocks
 from hf_sparse.ops.entmax.triton.tiles import logits
+from hf_sparse.ops.triton.launch import launch
+from hf_sparse.ops.triton.overlap import wait_for_last
+from hf_sparse.ops.triton.replay import empty, zeros
 from hf_sparse.ops.triton.sizes import padded
 
 
@@ -36,8 +39,7 @@ class Gradients(NamedTuple):
     """Hold gradients of query, key and value, and of scale and exponent for every row, `[B, Hq, Tq]`."""
 
     query: Tensor
-    key: Tensor  # float32
-    value: Tensor  # float32
+    key_value: Tensor  # `[2, B, Hkv, Tk, D]` float32
     scale: Tensor | None
     exponent: Tensor | None
 
@@ -53,9 +55,7 @@ def gradients(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    scale: Tensor,
-    exponent: Tensor | None,
-    kind: int,
+    numbers: Numbers,
     first: Tensor | None,
     valid: Tensor | None,
     causal: bool,
@@ -64,6 +64,7 @@ def gradients(
     d_output: Tensor,
     with_scale: bool,
     with_exponent: bool,
+    marks: bool,
     blocks: Blocks | None = None,
     warps: int = 4,
     chunk: int | None = None,
@@ -72,40 +73,42 @@ def gradients(
     """Return all gradients.
 
     Args:
-        query, key, value, scale, exponent, kind, first, valid, causal, lists: as in `tiles.attend_tiles`.
+        query, key, value, numbers, first, valid, causal, lists: as in `tiles.attend_tiles`.
         attended: what the forward pass returned, with slopes.
         d_output: `[B, Hq, Tq, D]`, the last dimension contiguous.
         with_scale, with_exponent: whether the gradients of these are wanted.
+        marks: whether groups may be marked.
         blocks: sizes of a program that walks over tiles.
         warps, chunk, stages: of a program that gathers the keys of a group.
     """
     batch, heads, queries, _ = query.shape
     device = query.device
-    d_query = torch.empty(query.shape, dtype=query.dtype, device=device)
-    d_key, d_value = torch.zeros((2, *key.shape), dtype=torch.float32, device=device)
+    d_query = empty(query.shape, query.dtype, device)
+    d_key_value = zeros((2, *key.shape), torch.float32, device)
     shape = (batch, heads, queries)
-    d_scale = torch.empty(shape, dtype=torch.float32, device=device) if with_scale else None
-    d_exponent = torch.empty(shape, dtype=torch.float32, device=device) if with_exponent else None
-    into = (d_query, d_key, d_value, d_scale, d_exponent)
+    d_scale = empty(shape, torch.float32, device) if with_scale else None
+    d_exponent = empty(shape, torch.float32, device) if with_exponent else None
+    into = (d_query, *d_key_value, d_scale, d_exponent)
+    found = Gradients(d_query, d_key_value, d_scale, d_exponent)
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *d_output.stride()[:3])
-    fixed = constants(query, key, kind, causal)
+    fixed = constants(query, key, numbers.kind, causal)
     assert attended.slopes is not None and attended.support is not None
     arguments = arguments_of(query, key, lists)
     groups, kept = attended.support.shape
-    _groups_backward[(groups,)](
-        query, key, value, scale, exponent, first, valid, attended.support, attended.lengths, attended.tau,
+    launch(_groups_backward, (groups,))(
+        query, key, value, *numbers.arguments, first, valid, attended.support, attended.lengths, attended.tau,
         attended.slopes, d_output, *into, kept, *arguments, *strides, **fixed, M=GROUP_ROWS,
         C=chunk or max(16, chunk_of(query) // 2), STAGES=stages, num_warps=warps, num_stages=1,
     )  # fmt: skip
-    if attended.room >= key.shape[2]:
-        return Gradients(*into)  # no group is marked
+    if not marks:
+        return found
     blocks = blocks or backward_blocks(query, rows_of_job(query, lists))
-    _tiles_backward[(group_count(query, lists, blocks.rows),)](
-        query, key, value, scale, exponent, first, valid, attended.lengths, attended.tau, attended.slopes, d_output,
+    launch(_tiles_backward, (group_count(query, lists, blocks.rows),))(
+        query, key, value, *numbers.arguments, first, valid, attended.lengths, attended.tau, attended.slopes, d_output,
         *into, *arguments, *strides, **fixed, M=blocks.rows, N=blocks.keys, R=GROUP_ROWS, num_warps=blocks.warps,
         num_stages=blocks.stages,
     )  # fmt: skip
-    return Gradients(*into)
+    return found
 
 
 @triton.jit(do_not_specialize=[*LENGTHS, "kept"])
@@ -114,6 +117,7 @@ def _groups_backward(
     K,
     V,
     Scale,
+    factor,
     Exponent,
     First,
     Valid,
@@ -160,10 +164,12 @@ def _groups_backward(
     KIND: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
     M: tl.constexpr,
     C: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    wait_for_last(OVERLAP)
     group = tl.program_id(0)
     length = tl.load(Lengths + group)
     if length >= 0:
@@ -176,7 +182,7 @@ def _groups_backward(
         V += batch * v_batch + kv * v_head
         shared = (batch * (heads // GROUP) + kv) * keys * D
         List = Support + group.to(tl.int64) * kept
-        scale, exponent = tl.load(Scale + head), exponent_of(Exponent, head, KIND)[:, None]
+        scale, exponent = scale_of(Scale, factor, head), exponent_of(Exponent, head, KIND)[:, None]
         dim, step = tl.arange(0, PADDED), tl.arange(0, C)
         wide = (dim < D)[None, :]
         q = load_rows(Q, batch * q_batch + head * q_head + index.to(tl.int64) * q_row, exists, dim, D)
@@ -214,7 +220,7 @@ def _groups_backward(
                 d_exponent += tl.sum(weight * tl.log(tl.maximum(excess, 1e-37)) * credit, 1)
         tl.store(DQ + place, dq.to(DQ.dtype.element_ty), mask=inside[:, None] & wide)
         if DScale is not None:
-            tl.store(DScale + row, d_scale, mask=inside)
+            tl.store(DScale + row, d_scale * factor, mask=inside)
         if DExponent is not None:
             tl.store(DExponent + row, d_exponent, mask=inside)
 
@@ -225,6 +231,7 @@ def _tiles_backward(
     K,
     V,
     Scale,
+    factor,
     Exponent,
     First,
     Valid,
@@ -269,10 +276,12 @@ def _tiles_backward(
     KIND: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     R: tl.constexpr,
 ):
+    wait_for_last(OVERLAP)
     job, batch, number, tile, head, index, position, exists, inside = rows_of_group(
         tl.program_id(0), Index, First, Valid, queries, keys, heads, lists, query_tiles, rows, lead, share, M
     )
@@ -284,7 +293,7 @@ def _tiles_backward(
         K += batch * k_batch + kv * k_head
         V += batch * v_batch + kv * v_head
         shared = (batch * (heads // GROUP) + kv) * keys * D
-        scale, exponent = tl.load(Scale + head), exponent_of(Exponent, head, KIND)[:, None]
+        scale, exponent = scale_of(Scale, factor, head), exponent_of(Exponent, head, KIND)[:, None]
         dim = tl.arange(0, PADDED)
         wide = (dim < D)[None, :]
         q = load_rows(Q, batch * q_batch + head * q_head + index.to(tl.int64) * q_row, exists, dim, D)
@@ -325,6 +334,6 @@ def _tiles_backward(
                     d_exponent += tl.sum(weight * tl.log(tl.maximum(excess, 1e-37)) * credit, 1)
         tl.store(DQ + place, dq.to(DQ.dtype.element_ty), mask=inside[:, None] & wide)
         if DScale is not None:
-            tl.store(DScale + row, d_scale, mask=inside)
+            tl.store(DScale + row, d_scale * factor, mask=inside)
         if DExponent is not None:
             tl.store(DExponent + row, d_exponent, mask=inside)

@@ -5,13 +5,14 @@ of Newton's method from the left never pass it, see `hf_sparse.ops.entmax.thresh
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from hf_sparse.ops.triton.overlap import overlap_options
 from hf_sparse.ops.triton.sizes import padded
 
 STEPS = tl.constexpr(60)  # a guard: far more steps than the digits of float32 take
@@ -35,6 +36,26 @@ class Lists:
     lead: int
 
 
+class Numbers(NamedTuple):
+    """Hold what makes z and weights of a product: z is `factor * scale * <query, key>`, e is `exponent`.
+
+    scale: `[Hq]` float32, contiguous; None for ones.
+    factor: of all heads.
+    exponent: `[Hq]` float32, contiguous; None where `kind` says it.
+    kind: see `kind_of`.
+    """
+
+    scale: Tensor | None
+    factor: float
+    exponent: Tensor | None
+    kind: int
+
+    @property
+    def arguments(self) -> tuple[Any, ...]:
+        """Return the arguments of a kernel from `Scale` to `Exponent`."""
+        return self.scale, self.factor, self.exponent
+
+
 def kind_of(exponent: float | Tensor) -> int:
     """Return 2 or 1 where e is that number, for which powers are products, and 0 otherwise."""
     return int(exponent) if isinstance(exponent, float) and exponent in (1.0, 2.0) else 0
@@ -52,8 +73,17 @@ def per_head(number: float | Tensor, heads: int, device: torch.device) -> Tensor
     return torch.full((heads,), number, dtype=torch.float32, device=device)
 
 
+def scale_and_factor(scaling: float | Tensor, alpha: float | Tensor) -> tuple[Tensor | None, float]:
+    """Return scales of the heads, `[Hq]` float32, and a factor, whose product is `scaling * (alpha - 1)`."""
+    if isinstance(alpha, Tensor):
+        scaling, alpha = scaling * (alpha - 1), 2.0
+    if isinstance(scaling, Tensor):
+        return scaling.float().contiguous(), alpha - 1
+    return None, scaling * (alpha - 1)
+
+
 def constants(query: Tensor, key: Tensor, kind: int, causal: bool) -> dict[str, Any]:
-    """Return what every kernel is compiled for."""
+    """Return what every kernel is compiled for, and options of its launch."""
     return {
         "GROUP": query.shape[1] // key.shape[1],
         "D": query.shape[3],
@@ -61,6 +91,7 @@ def constants(query: Tensor, key: Tensor, kind: int, causal: bool) -> dict[str, 
         "KIND": kind,
         "CAUSAL": causal,
         "PRECISION": precision_of(query.dtype),
+        **overlap_options(query.device),
     }
 
 
@@ -76,6 +107,13 @@ def powers(excess, exponent, KIND: tl.constexpr):
         slope = tl.where(excess > 0, tl.exp2(logarithm * (exponent - 1)), 0.0)
         weight = slope * excess
     return weight, slope
+
+
+@triton.jit
+def scale_of(Scale, factor, head):
+    """Return the scale of the products of a head, or of the heads of some rows; without `Scale` all have the factor."""
+    scale = (head * 0).to(tl.float32) + factor if Scale is None else tl.load(Scale + head) * factor
+    return scale
 
 
 @triton.jit

@@ -19,9 +19,11 @@ from hf_sparse.ops.entmax.triton.common import (
     newton_step,
     ones_of,
     powers,
+    scale_of,
 )
 from hf_sparse.ops.entmax.triton.jobs import LENGTHS, rows_of_group, turn_of_group
 from hf_sparse.ops.entmax.triton.sweep import key_of_bit
+from hf_sparse.ops.triton.overlap import end_after_last, let_next_begin, wait_for_last
 from hf_sparse.ops.triton.sizes import padded
 
 
@@ -95,6 +97,7 @@ def attend_few(
     K,
     V,
     Scale,
+    factor,
     Exponent,
     First,
     Valid,
@@ -143,15 +146,23 @@ def attend_few(
     KIND: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
     N: tl.constexpr,
     M: tl.constexpr,
     C: tl.constexpr,
     TIER: tl.constexpr,
     MANY: tl.constexpr,
+    SORTED: tl.constexpr,
     LANES: tl.constexpr,
     SAVE: tl.constexpr,
 ):
-    """Write the results of a group of M rows with at most C candidates, or put it into the next queue, or behind it."""
+    """Write the results of a group of M rows with at most C candidates, or put it into the next queue, or behind it.
+
+    Where groups are sorted already, they run beside those with more candidates, which were launched before."""
+    if SORTED:
+        let_next_begin(OVERLAP)
+    else:
+        wait_for_last(OVERLAP)
     if TIER == 0:
         waiting, group = groups, turn_of_group(tl.program_id(0), groups, query_tiles, rows, share, M)
     else:
@@ -162,7 +173,7 @@ def attend_few(
     total = C + 1
     if (tl.program_id(0) < waiting) & (blocks <= capacity):
         total = count_of_bits(Words + bits * 4, blocks, LANES)
-    if (tl.program_id(0) < waiting) & (total > C):
+    if (not SORTED) & (tl.program_id(0) < waiting) & (total > C):
         queue = TIER + (total > MANY).to(tl.int32) if MANY > 0 else TIER
         place = tl.atomic_add(Turn + queue + 1, 1, sem="relaxed")
         tl.store(Queue + queue * groups + place, group)
@@ -175,7 +186,7 @@ def attend_few(
             Index += batch * i_batch + number * i_list + tile * i_tile
         keys_of_bits(Words, Numbers, bits, Index, size, Found, blocks, C, N, LANES)
         row = (batch * heads + head) * queries + index
-        scale, exponent = tl.load(Scale + head), exponent_of(Exponent, head, KIND)
+        scale, exponent = scale_of(Scale, factor, head), exponent_of(Exponent, head, KIND)
         dim, step = tl.arange(0, PADDED), tl.arange(0, C)
         q = load_rows(Q, batch * q_batch + head * q_head + index.to(tl.int64) * q_row, exists, dim, D)
         bound = tl.load(Bound + row, mask=inside, other=float("inf"))
@@ -217,3 +228,30 @@ def attend_few(
             tl.store(Support + group.to(tl.int64) * kept + tl.cumsum(one, 0) - one, key, mask=one > 0)
             length = tl.sum(one, 0)
         tl.store(Lengths + group, length)
+    if SORTED:
+        end_after_last(OVERLAP)
+
+
+@triton.jit(do_not_specialize=["groups", "capacity", "query_tiles", "rows", "share"])
+def sort_groups(
+    Words, Counts, Turn, Queue, groups, capacity, query_tiles, rows, share, M: tl.constexpr, C: tl.constexpr,
+    MANY: tl.constexpr, G: tl.constexpr, W: tl.constexpr, OVERLAP: tl.constexpr,
+):  # fmt: skip
+    """Put groups with more than C candidates into a queue: those with more than MANY in front, the others behind."""
+    wait_for_last(OVERLAP)
+    number, word = tl.program_id(0) * G + tl.arange(0, G), tl.arange(0, W)
+    there = number < groups
+    group = turn_of_group(number, groups, query_tiles, rows, share, M)
+    blocks = tl.load(Counts + group, mask=there, other=0)
+    most = tl.minimum(tl.max(blocks, 0), capacity)
+    total = tl.zeros([G], tl.int32)
+    for begin in range(0, most * 4, W):
+        inside = begin + word[None, :] < tl.minimum(blocks, capacity)[:, None] * 4
+        bits = tl.load(Words + group.to(tl.int64)[:, None] * capacity * 4 + (begin + word)[None, :], inside, other=0)
+        total += tl.sum(ones_of(bits.to(tl.uint32, bitcast=True)), 1)
+    total = tl.where(blocks > capacity, MANY + 1, total)
+    first, second = (total > MANY).to(tl.int32), ((total > C) & (total <= MANY)).to(tl.int32)
+    place = tl.atomic_add(Turn + 1, tl.sum(first, 0), sem="relaxed") + tl.cumsum(first, 0) - first
+    tl.store(Queue + place, group, mask=first > 0)
+    place = tl.atomic_add(Turn + 2, tl.sum(second, 0), sem="relaxed") + tl.cumsum(second, 0) - second
+    tl.store(Queue + groups - 1 - place, group, mask=second > 0)

@@ -47,5 +47,7 @@ def lists_of(tiles: Tiles, inputs: Inputs) -> Lists:
         ValueError: lists that are not of these queries and keys, or that are not ascending.
     """
     layout, tiles = listed_layout(tiles, inputs)
-    counts = (tiles.index >= 0).sum(-1, dtype=torch.int32)  # `tiles.counts` would be converted in one more launch
-    return Lists(tiles.index, counts, tiles.size, layout.rows, layout.lead)
+    counts = tiles.lengths
+    if counts is None:
+        counts = (tiles.index >= 0).sum(-1, dtype=torch.int32)  # `tiles.counts` would be converted in one more launch
+    return Lists(tiles.index, counts.contiguous(), tiles.size, layout.rows, layout.lead)

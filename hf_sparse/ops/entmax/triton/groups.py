@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hf_sparse.ops.entmax.triton.common import (
     STEPS,
+    Numbers,
     constants,
     exponent_of,
     gathered_logits,
@@ -23,8 +24,9 @@ from hf_sparse.ops.entmax.triton.common import (
     load_rows,
     newton_step,
     powers,
+    scale_of,
 )
-from hf_sparse.ops.entmax.triton.few import Few, attend_few, few_sizes, keys_of_bits
+from hf_sparse.ops.entmax.triton.few import Few, attend_few, few_sizes, keys_of_bits, sort_groups
 from hf_sparse.ops.entmax.triton.jobs import (
     LENGTHS,
     Lists,
@@ -35,21 +37,23 @@ from hf_sparse.ops.entmax.triton.jobs import (
     turn_of_group,
 )
 from hf_sparse.ops.entmax.triton.sweep import GROUP_ROWS, Candidates
+from hf_sparse.ops.triton.launch import launch
+from hf_sparse.ops.triton.overlap import overlap_options, wait_for_last
+from hf_sparse.ops.triton.replay import empty, zeros
 from hf_sparse.ops.triton.sizes import padded, pieces
 
-DEPTH = tl.constexpr(3)  # Triton's stages of the loop that reads products
+SORTED_AT_ONCE = 16  # groups
 
 
 class Attended(NamedTuple):
     """Hold the result of a forward pass.
 
-    output: `[B, Hq, Tq, D]`, in memory `[B, Tq, Hq, D]`.
+    output: `[B, Tq, Hq, D]`: heads lie beside one another, as models want them afterwards.
     tau: `[B, Hq, Tq]` float32, `-inf` for a row without a key.
     counts: `[B, Hq, Tq]` int32, keys with weight.
     slopes: `[B, Hq, Tq, D]` float32, values averaged with `[z - tau]_+ ** (e - 1)`, for the backward.
     support: `[groups, most]` int32, the keys with weight in any row of a group, for the backward.
     lengths: `[groups]` int32, how many these are; -1 for a group that is marked.
-    room: how many keys the buffers take: with no more in a text, no group is marked.
     """
 
     output: Tensor
@@ -58,7 +62,6 @@ class Attended(NamedTuple):
     slopes: Tensor | None
     support: Tensor | None
     lengths: Tensor
-    room: int
 
 
 class Buffered(NamedTuple):
@@ -66,7 +69,7 @@ class Buffered(NamedTuple):
 
     most: candidates of its groups; 0 for any number.
     chunk: keys at a time.
-    warps, stages: of Triton, the latter in the loops that gather.
+    warps, stages, depth: of Triton; stages in the loops that gather, depth in those that read products.
     programs: how many share a multiprocessor.
     wide: products of a row that are held in registers.
     registers: the most that a thread may have; any number by default.
@@ -79,6 +82,7 @@ class Buffered(NamedTuple):
     stages: int = 2
     wide: int = 64
     registers: int | None = None
+    depth: int = 3
 
 
 def buffered_sizes(query: Tensor) -> tuple[Buffered, ...]:
@@ -97,9 +101,7 @@ def attend_groups(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    scale: Tensor,
-    exponent: Tensor | None,
-    kind: int,
+    numbers: Numbers,
     first: Tensor | None,
     valid: Tensor | None,
     causal: bool,
@@ -110,11 +112,12 @@ def attend_groups(
     trains: bool,
     few: tuple[Few, ...] | None = None,
     buffered: tuple[Buffered, ...] | None = None,
+    heavy: int = 0,
 ) -> Attended:
     """Return output and thresholds of all groups whose keys fit into the buffer.
 
     Args:
-        query, key, value, scale, exponent, kind, first, valid, causal: as in `sweep.candidates`.
+        query, key, value, numbers, first, valid, causal: as in `sweep.candidates`.
         lists: tiles of keys for every tile of queries, and or
         found: candidates of every group.
         most: candidates of a group that the list takes.
@@ -122,6 +125,8 @@ def attend_groups(
         trains: whether there will be a backward.
         few, buffered: sizes of the kernels for groups with few candidates, and of those with buffers, which take what
             is left: those for the fewest candidates first. One of `few` and two of `buffered` by default, two at most.
+        heavy: where both are one, candidates of a group above which it comes before all others, and those with few come
+            last; 0 for the groups with few first.
     """
     batch, heads, queries, dim = query.shape
     device = query.device
@@ -135,49 +140,61 @@ def attend_groups(
     most = pieces(min(most, key.shape[2]), chunk) * chunk
     kept = pieces(min(kept, most), chunk) * chunk
     groups = group_count(query, lists)
-    # Without lists, the blocks of `found` may be too few as well.
-    room = min(most, kept, found.words.shape[1] * found.size) if found is not None else min(most, kept)
-    shape = (batch, heads, queries)
-    # Heads lie beside one another, as models want them afterwards.
-    strides = (queries * heads * dim, dim, heads * dim, 1)
-    output = torch.empty_strided(query.shape, strides, dtype=query.dtype, device=device)
-    tau = torch.empty(shape, dtype=torch.float32, device=device)
-    counts = torch.empty(shape, dtype=torch.int32, device=device)
-    slopes = torch.empty(query.shape, dtype=torch.float32, device=device) if trains else None
-    support = torch.empty((groups, kept), dtype=torch.int32, device=device) if trains else None
-    turn = torch.zeros(8, dtype=torch.int32, device=device) if found is None else found.turn
-    lengths = torch.empty(groups, dtype=torch.int32, device=device)
+    output = empty((batch, queries, heads, dim), query.dtype, device)
+    tau = empty((batch, heads, queries), torch.float32, device)
+    counts = empty((batch, heads, queries), torch.int32, device)
+    slopes = empty(query.shape, torch.float32, device) if trains else None
+    support = empty((groups, kept), torch.int32, device) if trains else None
+    turn = zeros((8,), torch.int32, device) if found is None else found.turn
+    lengths = empty((groups,), torch.int32, device)
     bits = (None, None, None, None) if found is None else (found.bound, found.words, found.blocks, found.counts)
     capacity = 0 if found is None else found.words.shape[1]
-    given = (query, key, value, scale, exponent, first, valid, *bits)
+    given = (query, key, value, *numbers.arguments, first, valid, *bits)
     who = (
         *arguments_of(query, key, lists), *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
     )  # fmt: skip
-    fixed = constants(query, key, kind, causal)
+    fixed = constants(query, key, numbers.kind, causal)
     fixed |= {"N": 0 if found is None else found.size, "M": GROUP_ROWS, "SAVE": trains}
     queues = (len(tiers) - 1 + len(buffered), groups)
-    queue = torch.empty(queues, dtype=torch.int32, device=device) if tiers else None
+    queue = empty(queues, torch.int32, device) if tiers else None
     into = (turn, queue, lengths, output, tau, counts, slopes, groups, capacity, kept)
-    for tier, small in enumerate(tiers):
-        gathered = torch.empty((groups, small.keys), dtype=torch.int32, device=device)
-        many = buffered[0].most if len(buffered) == 2 and tier == len(tiers) - 1 else 0
-        attend_few[(groups,)](
-            *given, gathered, support, *into, *who, **fixed, C=small.keys, TIER=tier, MANY=many,
-            LANES=32 * small.warps, num_warps=small.warps, num_stages=1, maxnreg=small.registers,
+    is_sorted = heavy > 0 and len(tiers) == len(buffered) == 1
+    if is_sorted and found is not None:
+        _, _, _, _, _, _, _, _, _, query_tiles, rows, _, _, share = arguments_of(query, key, lists)
+        launch(sort_groups, (pieces(groups, SORTED_AT_ONCE),))(
+            found.words, found.counts, turn, queue, groups, capacity, query_tiles, rows, share, M=GROUP_ROWS,
+            C=tiers[0].keys, MANY=max(heavy, tiers[0].keys), G=SORTED_AT_ONCE, W=128, num_warps=4,
+            **overlap_options(device),
         )  # fmt: skip
+
+    def attend_by_few() -> None:
+        for tier, small in enumerate(tiers):
+            gathered = empty((groups, small.keys), torch.int32, device)
+            many = buffered[0].most if len(buffered) == 2 and tier == len(tiers) - 1 else 0
+            launch(attend_few, (groups,))(
+                *given, gathered, support, *into, *who, **fixed, C=small.keys, TIER=tier, MANY=many, SORTED=is_sorted,
+                LANES=32 * small.warps, num_warps=small.warps, num_stages=1, maxnreg=small.registers,
+            )  # fmt: skip
+
+    if not is_sorted:
+        attend_by_few()
+    buffers = []  # live until all is launched
     for number, large in enumerate(buffered):
         at_once = min(groups, large.programs * _multiprocessors(device))
         last = number == len(buffered) - 1
         room_of_list, room_of_products = (most, kept) if last else (large.most, min(kept, large.most))
-        gathered = torch.empty((at_once, room_of_list), dtype=torch.int32, device=device)
-        own = support if trains else torch.empty((at_once, room_of_products), dtype=torch.int32, device=device)
-        products = torch.empty((at_once, room_of_products, GROUP_ROWS), dtype=torch.float32, device=device)
-        _groups[(at_once,)](
+        gathered = empty((at_once, room_of_list), torch.int32, device)
+        own = support if trains else empty((at_once, room_of_products), torch.int32, device)
+        products = empty((at_once, room_of_products, GROUP_ROWS), torch.float32, device)
+        buffers += [gathered, own, products]
+        launch(_groups, (at_once,))(
             *given, gathered, own, *into, products, room_of_list, room_of_products, *who, **fixed, C=large.chunk,
-            WIDE=large.wide, STAGES=large.stages, QUEUE=len(tiers) + number if tiers else 0, LANES=32 * large.warps,
-            num_warps=large.warps, num_stages=1, maxnreg=large.registers,
+            WIDE=large.wide, STAGES=large.stages, DEPTH=large.depth, QUEUE=len(tiers) + number if tiers else 0,
+            SORTED=is_sorted, LANES=32 * large.warps, num_warps=large.warps, num_stages=1, maxnreg=large.registers,
         )  # fmt: skip
-    return Attended(output, tau, counts, slopes, support, lengths, room)
+    if is_sorted:
+        attend_by_few()
+    return Attended(output, tau, counts, slopes, support, lengths)
 
 
 @functools.cache
@@ -211,6 +228,7 @@ def _groups(
     K,
     V,
     Scale,
+    factor,
     Exponent,
     First,
     Valid,
@@ -262,15 +280,19 @@ def _groups(
     KIND: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
     N: tl.constexpr,
     M: tl.constexpr,
     C: tl.constexpr,
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
+    DEPTH: tl.constexpr,
     QUEUE: tl.constexpr,
+    SORTED: tl.constexpr,
     LANES: tl.constexpr,
     SAVE: tl.constexpr,
 ):
+    wait_for_last(OVERLAP)
     dim, step = tl.arange(0, PADDED), tl.arange(0, C)
     wide = (dim < D)[None, :]
     Products += tl.program_id(0).to(tl.int64) * M * kept
@@ -279,13 +301,22 @@ def _groups(
     lane = tl.arange(0, M)[:, None]
     many = tl.arange(0, WIDE)
     z_place, z_wide = lane + step[None, :] * M, lane + many[None, :] * M
-    if QUEUE > 0:
+    total_groups, first = groups, 0
+    if SORTED:
+        first = tl.load(Turn + 1)
+        groups = first + tl.load(Turn + 2)
+    elif QUEUE > 0:
         Queue += (QUEUE - 1) * groups
         groups = tl.load(Turn + QUEUE)
     Turn += 4 + QUEUE
     turn = tl.atomic_add(Turn, 1, sem="relaxed")
     while turn < groups:
-        group = turn_of_group(turn, groups, query_tiles, rows, share, M) if QUEUE == 0 else tl.load(Queue + turn)
+        if SORTED:
+            group = tl.load(Queue + tl.where(turn < first, turn, total_groups - 1 - (turn - first)))
+        elif QUEUE > 0:
+            group = tl.load(Queue + turn)
+        else:
+            group = turn_of_group(turn, groups, query_tiles, rows, share, M)
         job, batch, number, tile, head, index, position, exists, inside = rows_of_group(
             group, Index, First, Valid, queries, keys, heads, lists, query_tiles, rows, lead, share, M
         )
@@ -307,7 +338,7 @@ def _groups(
             total = _keys_of_tiles(listed, Found, end, Valid, batch, keys, size, last, most, CAUSAL, LANES)
         over = total > most
         total = tl.where(over, 0, total)
-        scale, exponent = tl.load(Scale + head), exponent_of(Exponent, head, KIND)
+        scale, exponent = scale_of(Scale, factor, head), exponent_of(Exponent, head, KIND)
         q = load_rows(Q, batch * q_batch + head * q_head + index.to(tl.int64) * q_row, exists, dim, D)
         kv = number * share // GROUP
         k_base, v_base = K + batch * k_batch + kv * k_head, V + batch * v_batch + kv * v_head

@@ -4,6 +4,8 @@ A program keeps the best tiles of each of its queries while it goes through the 
 written. What lies between the kernels is one byte per list and tile of keys.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -11,11 +13,16 @@ from torch import Tensor
 
 from hf_sparse.ops.entmax.layout import Layout
 from hf_sparse.ops.entmax.pooled import MOST_TILES
-from hf_sparse.ops.entmax.triton.common import constants, load_rows, origin_of, per_head
+from hf_sparse.ops.entmax.triton.common import constants, load_rows, origin_of, scale_and_factor, scale_of
 from hf_sparse.ops.tiles.tiles import Tiles
+from hf_sparse.ops.triton.launch import launch
+from hf_sparse.ops.triton.overlap import overlap_options, wait_for_last
+from hf_sparse.ops.triton.replay import empty, replayed
+from hf_sparse.ops.triton.sizes import pieces
 
 _ROWS, _MEANS = 64, 128  # queries and mean keys that a program multiplies at once
 _WARPS, _STAGES = 4, 3
+_CLEARED = 2048  # marks that a program sets to 0 at a time
 _NONE = tl.constexpr(-(1 << 31) + 64)  # below it is no score
 
 
@@ -26,6 +33,23 @@ def takes_pooled(layout: Layout, pool: int, valid: Tensor | None) -> bool:
 
 def _is_power(number: int) -> bool:
     return number > 0 and number & (number - 1) == 0
+
+
+class _Settings(NamedTuple):
+    """Hold what a call of `fused_pooled_tiles` asks for, and the sizes of its `Layout`."""
+
+    causal: bool
+    choices: int
+    pool: int
+    window: int
+    global_tokens: int
+    heads: int
+    rows: int
+    query_size: int
+    size: int
+    lead: int
+    query_tiles: int
+    key_tiles: int
 
 
 def fused_pooled_tiles(
@@ -46,53 +70,80 @@ def fused_pooled_tiles(
         layout: of the lists, see `takes_pooled`.
         choices, pool, window, global_tokens: as in `pooled_tiles`.
     """
+    query, key = (part if part.stride(-1) == 1 else part.contiguous() for part in (query, key))
+    scale, factor = scale_and_factor(scaling, 2.0)
+    first = None if layout.first_query is None else layout.first_query.to(torch.int32).contiguous()
+    settings = _Settings(
+        causal, min(choices, layout.key_tiles), min(pool, layout.size), window, global_tokens, layout.heads,
+        layout.rows, layout.query_size, layout.size, layout.lead, layout.query_tiles, layout.key_tiles,
+    )  # fmt: skip
+    with torch.cuda.device_of(query):  # where Triton launches
+        index, lengths = replayed(_list_tiles, (query, key, scale, first), settings, factor)
+    assert index is not None
+    return Tiles(index, layout.size, layout.query_size, checked=True, lengths=lengths)
+
+
+def _list_tiles(
+    query: Tensor, key: Tensor, scale: Tensor | None, first: Tensor | None, settings: _Settings, factor: float
+) -> tuple[Tensor | None, ...]:
+    """Return `index` and `lengths` of `Tiles`.
+
+    Args:
+        scale: `[Hq]` float32, multiplies the products besides the factor; None for ones.
+        first: `[B]` int32, position of the first query; None where the queries are the last positions.
+    """
     batch, heads, queries, dim = query.shape
     kv_heads, keys, device = key.shape[1], key.shape[2], query.device
-    query, key = (part if part.stride(-1) == 1 else part.contiguous() for part in (query, key))
-    scale = per_head(scaling, heads, device)
-    rows, size, tiles, key_tiles = layout.rows, layout.size, layout.query_tiles, layout.key_tiles
-    first = None if layout.first_query is None else layout.first_query.to(torch.int32).contiguous()
-    pool, choices = min(pool, size), min(choices, key_tiles)
+    causal, choices, pool, window, always, lists, rows, query_size, size, lead, tiles, key_tiles = settings
+    always = pieces(min(always, keys), size)
     each = size // pool
     means = key_tiles * each
-    mean = torch.empty((batch, kv_heads, means, dim), dtype=key.dtype, device=device)
+    mean = empty((batch, kv_heads, means, dim), key.dtype, device)
+    marks = empty((batch, lists, tiles, key_tiles), torch.uint8, device)
     fixed = constants(query, key, 0, causal)
+    overlap = overlap_options(device)
     at_once = max(1, 64 // pool)
-    _means[(batch * kv_heads * triton.cdiv(means, at_once),)](
-        key, mean, keys, kv_heads, means, *key.stride()[:3], D=dim, PADDED=fixed["PADDED"], POOL=pool, M=at_once,
-        num_warps=4,
+    grid = (batch * kv_heads * pieces(means, at_once),)
+    launch(_means, grid)(
+        key, mean, marks, keys, kv_heads, means, marks.numel(), pieces(marks.numel(), grid[0] * _CLEARED) * _CLEARED,
+        *key.stride()[:3], D=dim, PADDED=fixed["PADDED"], POOL=pool, M=at_once, CLEARED=_CLEARED, num_warps=4,
+        **overlap,
     )  # fmt: skip
     before, after = (window - 1, 0) if causal else (window // 2, window - 1 - window // 2)
-    always = -(-min(global_tokens, keys) // size)
     # How many the tiles of the window, and the own one, are at most.
     near = min(key_tiles, max(0, before + after + rows - 1) // size + 2) if window else 1
-    marks = torch.zeros((batch, layout.heads, tiles, key_tiles), dtype=torch.uint8, device=device)
     wide = query.dtype == torch.float32 or dim > 128
     taken = min(_ROWS, max(16, triton.next_power_of_2(tiles * rows)))
     block = max(32 if wide else _MEANS, each)
-    _choose[(triton.cdiv(tiles * rows, taken) * batch * heads,)](
-        query, mean, scale, first, marks, queries, keys, heads, layout.heads, tiles, key_tiles, means, rows,
-        layout.query_size, layout.lead, size, before, after, always, *query.stride()[:3], GROUP=fixed["GROUP"], D=dim,
+    launch(_choose, (pieces(tiles * rows, taken) * batch * heads,))(
+        query, mean, scale, factor, first, marks, queries, keys, heads, lists, tiles, key_tiles, means, rows,
+        query_size, lead, size, before, after, always, *query.stride()[:3], GROUP=fixed["GROUP"], D=dim,
         PADDED=fixed["PADDED"], CAUSAL=causal, PRECISION=fixed["PRECISION"], WINDOW=window > 0, POOL=pool, M=taken,
         N=block, EACH=each, CHOICES=choices, C=triton.next_power_of_2(choices), num_warps=_WARPS,
-        num_stages=2 if wide else _STAGES,
+        num_stages=2 if wide else _STAGES, **overlap,
     )  # fmt: skip
-    width = min(key_tiles, near + always + rows * choices * layout.share)
-    index = torch.empty((batch, layout.heads, tiles, width), dtype=torch.int64, device=device)
-    _lists[(batch * layout.heads * tiles,)](
-        marks, first, index, queries, keys, layout.heads, tiles, key_tiles, width, rows, layout.query_size,
-        layout.lead, size, before, after, always, CAUSAL=causal, WINDOW=window > 0,
-        T=max(16, triton.next_power_of_2(key_tiles)), num_warps=4,
+    width = min(key_tiles, near + always + rows * choices * (heads // lists))
+    index = empty((batch, lists, tiles, width), torch.int64, device)
+    lengths = empty((batch, lists, tiles), torch.int32, device)
+    launch(_lists, (batch * lists * tiles,))(
+        marks, first, index, lengths, queries, keys, lists, tiles, key_tiles, width, rows, query_size, lead, size,
+        before, after, always, CAUSAL=causal, WINDOW=window > 0, T=max(16, triton.next_power_of_2(key_tiles)),
+        num_warps=4, **overlap,
     )  # fmt: skip
-    return Tiles(index, size, layout.query_size, checked=True)
+    return index, lengths
 
 
-@triton.jit(do_not_specialize=["keys", "heads", "means"])
+@triton.jit(do_not_specialize=["keys", "heads", "means", "marks", "cleared"])
 def _means(
-    K, Mean, keys, heads, means, k_batch, k_head, k_row, D: tl.constexpr, PADDED: tl.constexpr, POOL: tl.constexpr,
-    M: tl.constexpr,
+    K, Mean, Marks, keys, heads, means, marks, cleared, k_batch, k_head, k_row, D: tl.constexpr, PADDED: tl.constexpr,
+    POOL: tl.constexpr, M: tl.constexpr, CLEARED: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Write the means of M groups of keys, of those that exist."""
+    """Write the means of M groups of keys, of those that exist, and zeros to a part of all marks."""
+    wait_for_last(OVERLAP)
+    here = tl.program_id(0).to(tl.int64) * cleared
+    for begin in range(0, cleared, CLEARED):
+        mark = here + begin + tl.arange(0, CLEARED)
+        tl.store(Marks + mark, tl.zeros([CLEARED], tl.uint8), mask=mark < marks)
     parts = tl.cdiv(means, M)
     row = (tl.program_id(0) // parts).to(tl.int64)
     batch, head = row // heads, row % heads
@@ -127,12 +178,13 @@ def _near_tiles(
 @triton.jit(do_not_specialize=["queries", "keys", "heads", "lists", "query_tiles", "tiles", "means", "rows",
                                "query_size", "lead", "size", "before", "after", "always"])  # fmt: skip
 def _choose(
-    Q, Mean, Scale, First, Marks, queries, keys, heads, lists, query_tiles, tiles, means, rows, query_size, lead, size,
-    before, after, always, q_batch, q_head, q_row, GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr,
-    CAUSAL: tl.constexpr, PRECISION: tl.constexpr, WINDOW: tl.constexpr, POOL: tl.constexpr, M: tl.constexpr,
-    N: tl.constexpr, EACH: tl.constexpr, CHOICES: tl.constexpr, C: tl.constexpr,
+    Q, Mean, Scale, factor, First, Marks, queries, keys, heads, lists, query_tiles, tiles, means, rows, query_size,
+    lead, size, before, after, always, q_batch, q_head, q_row, GROUP: tl.constexpr, D: tl.constexpr,
+    PADDED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, WINDOW: tl.constexpr, POOL: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, EACH: tl.constexpr, CHOICES: tl.constexpr, C: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Mark the tiles that M queries of a head choose. Programs with the most keys begin first."""
+    wait_for_last(OVERLAP)
     parts = tl.cdiv(query_tiles * rows, M)
     pairs = tl.num_programs(0) // parts
     row = (tl.program_id(0) % pairs).to(tl.int64)
@@ -144,7 +196,7 @@ def _choose(
     dim = tl.arange(0, PADDED)
     q = load_rows(Q + batch * q_batch + head * q_head, index.to(tl.int64) * q_row, exists, dim, D)
     exists &= tl.max(tl.abs(q.to(tl.float32)), 1) > 0
-    scale = tl.load(Scale + head)
+    scale = scale_of(Scale, factor, head)
     if scale < 0:
         q = -q
     _, low, high = _near_tiles(First, batch, query_tile, queries, keys, tiles, rows, query_size, lead, size, before,
@@ -186,10 +238,11 @@ def _choose(
 @triton.jit(do_not_specialize=["queries", "keys", "lists", "query_tiles", "tiles", "width", "rows", "query_size",
                                "lead", "size", "before", "after", "always"])  # fmt: skip
 def _lists(
-    Marks, First, Index, queries, keys, lists, query_tiles, tiles, width, rows, query_size, lead, size, before, after,
-    always, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, T: tl.constexpr,
+    Marks, First, Index, Lengths, queries, keys, lists, query_tiles, tiles, width, rows, query_size, lead, size, before,
+    after, always, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, T: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Write one list: tiles of the window and the first tokens, and those that were chosen."""
+    wait_for_last(OVERLAP)
     job = tl.program_id(0).to(tl.int64)
     batch, query_tile = job // (query_tiles * lists), job % query_tiles
     own, low, high = _near_tiles(First, batch, query_tile, queries, keys, tiles, rows, query_size, lead, size, before,
@@ -205,4 +258,5 @@ def _lists(
     Index += job * width
     tl.store(Index + slot, tile.to(tl.int64), mask=(keep > 0) & (slot < width))
     count = tl.sum(keep, 0)
+    tl.store(Lengths + job, tl.minimum(count, width))
     tl.store(Index + tile, tl.full([T], -1, tl.int64), mask=(tile >= count) & (tile < width))

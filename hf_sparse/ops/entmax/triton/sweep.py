@@ -16,7 +16,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_sparse.ops.entmax.triton.common import Lists, constants, exponent_of, load_rows, newton_step, origin_of, powers
+from hf_sparse.ops.entmax.triton.common import (
+    Lists,
+    Numbers,
+    constants,
+    exponent_of,
+    load_rows,
+    newton_step,
+    origin_of,
+    powers,
+    scale_of,
+)
+from hf_sparse.ops.triton.launch import launch
+from hf_sparse.ops.triton.overlap import wait_for_last
+from hf_sparse.ops.triton.replay import empty
 from hf_sparse.ops.triton.sizes import pieces
 
 
@@ -50,7 +63,9 @@ class Candidates(NamedTuple):
     turn: Tensor
 
 
-LENGTHS = ["queries", "keys", "heads", "capacity", "width", "lists", "query_tiles", "rows", "lead", "size"]
+LENGTHS = [
+    "queries", "keys", "heads", "capacity", "width", "span", "splits", "lists", "query_tiles", "rows", "lead", "size",
+]  # fmt: skip
 GROUP_ROWS = 16  # queries that share a list of candidates: the rows of a matrix product
 FIRST = 64  # keys of the beginning over which the lower bound is taken
 NEAR = 128  # keys around the rows of a program, likewise
@@ -75,14 +90,22 @@ def sweep_blocks(query: Tensor) -> Blocks:
     return Blocks(128, 128, 8, 3) if query.shape[3] <= 128 else Blocks(128, 64, 8, 2)
 
 
+def blocks_of(query: Tensor, key: Tensor, lists: Lists | None, blocks: Blocks | None = None) -> tuple[Blocks, int]:
+    """Return the sizes of the sweep, by default those that suit the query, and the most blocks of a group."""
+    blocks = blocks or sweep_blocks(query)
+    if lists is None:
+        return blocks, pieces(key.shape[2], blocks.keys)
+    blocks = blocks._replace(rows=min(blocks.rows, lists.rows), keys=min(blocks.keys, lists.size))
+    return blocks, lists.index.shape[3] * lists.size // blocks.keys
+
+
 def candidates(
     query: Tensor,
     key: Tensor,
-    scale: Tensor,
-    exponent: Tensor | None,
-    kind: int,
+    numbers: Numbers,
     first: Tensor | None,
     valid: Tensor | None,
+    packed: Tensor | None,
     causal: bool,
     capacity: int,
     blocks: Blocks | None = None,
@@ -90,63 +113,67 @@ def candidates(
     near: int = FIRST,
     every: int = EVERY,
     lists: Lists | None = None,
+    steps: int = STEPS,
+    span: int = 0,
 ) -> Candidates:
     """Return the keys of every group of queries that the lower bounds do not exclude.
 
     Args:
         query, key: `[B, Hq, Tq, D]` and `[B, Hkv, Tk, D]`, the last dimension contiguous.
-        scale, exponent: `[Hq]` float32: z is `scale * <query, key>`, e is `exponent`; None where `kind` says it.
-        kind: see `common.kind_of`.
+        numbers: what makes z of the products.
         first: `[B]` int32, position of the first query; None where the queries are the last positions.
         valid: `[B, Tk]` uint8, 0 for padding.
+        packed: `packed_bits(valid, size)` with the keys of a block of `blocks_of`; None where `valid` is.
         causal: whether a query sees the keys up to its position only.
         capacity: the most blocks that are kept for a group.
         blocks, start: sizes of the programs.
         near: keys of the beginning over which the bound is taken.
         every: blocks of keys after which the bound rises; 0 for never.
         lists: tiles of keys, for which `takes_lists` is true; all keys by default.
+        steps: of Newton's method for the first bound.
+        span: blocks of keys that a program of the sweep walks over, so that there are programs enough, where the buffer
+            takes all blocks; 0 for all keys. A bound rises by the blocks of its program.
     """
     batch, heads, queries, _ = query.shape
     keys, device = key.shape[2], query.device
-    blocks, start = blocks or sweep_blocks(query), start or start_blocks(query)
-    groups, most = batch * heads * pieces(queries, GROUP_ROWS), pieces(keys, blocks.keys)
-    length = queries
+    start = start or start_blocks(query)
+    blocks, most = blocks_of(query, key, lists, blocks)
+    groups, length = batch * heads * pieces(queries, GROUP_ROWS), queries
     listed: tuple[Any, ...] = (None, None, 0, 0, 0, 1, 1, queries, 0, 1)
     if lists is not None:
-        number, tiles, width = lists.index.shape[1:]
-        blocks = blocks._replace(rows=min(blocks.rows, lists.rows), keys=min(blocks.keys, lists.size))
+        number, tiles = lists.index.shape[1:3]
         start = start._replace(rows=min(start.rows, lists.rows))
-        most = width * lists.size // blocks.keys
         length = tiles * lists.rows  # the tiles of queries are whole
         groups = batch * heads * length // GROUP_ROWS
         strides = lists.index.stride()[:3]
         listed = (lists.index, lists.counts, *strides, number, tiles, lists.rows, lists.lead, lists.size)
     capacity = min(capacity, most)
-    bound = torch.empty((batch, heads, queries), dtype=torch.float32, device=device)
-    sums = torch.empty((4, batch, heads, queries), dtype=torch.float32, device=device) if every else None
-    turn = torch.empty(8, dtype=torch.int32, device=device)
-    fixed = constants(query, key, kind, causal)
+    bound = empty((batch, heads, queries), torch.float32, device)
+    sums = empty((4, batch, heads, queries), torch.float32, device) if every else None
+    turn = empty((8,), torch.int32, device)
+    fixed = constants(query, key, numbers.kind, causal)
     strides = (*query.stride()[:3], *key.stride()[:3])
     grid = (pieces(length, start.rows) * batch * heads,)
-    _start[grid](
-        query, key, scale, exponent, first, valid, bound, sums, turn, *listed, queries, keys, heads, *strides, **fixed,
-        M=start.rows, NEAR=start.keys, FIRST=near, STEPS=STEPS, HIGHER=HIGHER, num_warps=start.warps,
-        num_stages=start.stages, maxnreg=start.registers,
+    span = span if span and capacity == most and most > span else most
+    risen = bound if span == most or not every else empty(bound.shape, torch.float32, device)
+    launch(_start, grid)(
+        query, key, *numbers.arguments, first, valid, bound, risen, sums, turn, *listed, queries, keys, heads, *strides,
+        **fixed, M=start.rows, NEAR=start.keys, FIRST=near, STEPS=steps, HIGHER=HIGHER, TWICE=risen is not bound,
+        num_warps=start.warps, num_stages=start.stages, maxnreg=start.registers,
     )  # fmt: skip
-    words = torch.empty((groups, capacity, 4), dtype=torch.int32, device=device)
-    every_block = capacity == most
-    numbers = None if every_block else torch.empty((groups, capacity), dtype=torch.int32, device=device)
-    counts = torch.empty(groups, dtype=torch.int32, device=device)
-    packed = None if valid is None else packed_bits(valid, blocks.keys)
+    words = empty((groups, capacity, 4), torch.int32, device)
+    places = None if capacity == most else empty((groups, capacity), torch.int32, device)
+    counts = empty((groups,), torch.int32, device)
     width = 0 if packed is None else packed.shape[1]
-    grid = (pieces(length, blocks.rows) * batch * heads,)
-    _sweep[grid](
-        query, key, scale, exponent, first, packed, bound, sums, words, numbers, counts, *listed, queries, keys, heads,
-        capacity, width, *strides, **fixed, M=blocks.rows, N=blocks.keys, R=GROUP_ROWS, START=start.rows,
-        NEAR=start.keys, FIRST=near, HIGHER=HIGHER, EVERY=every, num_warps=blocks.warps, num_stages=blocks.stages,
-        maxnreg=blocks.registers,
+    splits = pieces(most, span)
+    grid = (pieces(length, blocks.rows) * splits * batch * heads,)
+    launch(_sweep, grid)(
+        query, key, *numbers.arguments, first, packed, bound, risen, sums, words, places, counts, *listed, queries,
+        keys, heads, capacity, width, span, splits, *strides, **fixed, M=blocks.rows, N=blocks.keys, R=GROUP_ROWS,
+        START=start.rows, NEAR=start.keys, FIRST=near, HIGHER=HIGHER, EVERY=every, SPLIT=splits > 1,
+        num_warps=blocks.warps, num_stages=blocks.stages, maxnreg=blocks.registers,
     )  # fmt: skip
-    return Candidates(bound, words, numbers, counts, blocks.keys, turn)
+    return Candidates(risen, words, places, counts, blocks.keys, turn)
 
 
 def packed_bits(valid: Tensor, size: int) -> Tensor:
@@ -174,10 +201,12 @@ def _start(
     Q,
     K,
     Scale,
+    factor,
     Exponent,
     First,
     Valid,
     Bound,
+    Risen,
     Sums,
     Turn,
     Index,
@@ -205,15 +234,19 @@ def _start(
     KIND: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
     M: tl.constexpr,
     NEAR: tl.constexpr,
     FIRST: tl.constexpr,
     STEPS: tl.constexpr,
     HIGHER: tl.constexpr,
+    TWICE: tl.constexpr,
 ):
-    """Find the `Bound` of M rows: tau over FIRST first keys and NEAR keys around the rows, or an iterate below.
+    """Find the `Bound` of M rows: tau over FIRST first keys and NEAR keys around the rows, or an iterate below, which
+    is where `Risen` begins too.
 
     It is `inf` where there is no query, and `-inf` for a query that sees none of these keys."""
+    wait_for_last(OVERLAP)
     if tl.program_id(0) == 0:
         tl.store(Turn + tl.arange(0, 8), tl.zeros([8], tl.int32))
     tiles = tl.cdiv(queries, M) if Index is None else query_tiles * (rows // M)
@@ -227,7 +260,7 @@ def _start(
     exists = inside & (position < keys) & (position >= 0)
     if Valid is not None:
         exists &= tl.load(Valid + batch * keys + position, mask=exists, other=0) != 0
-    scale, exponent = tl.load(Scale + head), exponent_of(Exponent, head, KIND)
+    scale, exponent = scale_of(Scale, factor, head), exponent_of(Exponent, head, KIND)
     dim = tl.arange(0, PADDED)
     q = load_rows(Q + batch * q_batch + head * q_head, index.to(tl.int64) * q_row, exists, dim, D)
     K += batch * k_batch + head // GROUP * k_head
@@ -270,6 +303,8 @@ def _start(
             tl.store(place + total, gradient + tl.sum(slope, 1), mask=inside)
     tau = tl.where(exists, tl.where(some, tau, float("-inf")), float("inf"))
     tl.store(Bound + row * queries + index, tau, mask=inside)
+    if TWICE:
+        tl.store(Risen + row * queries + index, tau, mask=inside)
 
 
 @triton.jit
@@ -306,10 +341,12 @@ def _sweep(
     Q,
     K,
     Scale,
+    factor,
     Exponent,
     First,
     Packed,
     Bound,
+    Risen,
     Sums,
     Words,
     Numbers,
@@ -329,6 +366,8 @@ def _sweep(
     heads,
     capacity,
     width,
+    span,
+    splits,
     q_batch,
     q_head,
     q_row,
@@ -341,6 +380,7 @@ def _sweep(
     KIND: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     R: tl.constexpr,
@@ -349,17 +389,19 @@ def _sweep(
     FIRST: tl.constexpr,
     HIGHER: tl.constexpr,
     EVERY: tl.constexpr,
+    SPLIT: tl.constexpr,
 ):
     """Write words, numbers and counts of the groups of M rows. Programs with the most keys begin first."""
+    wait_for_last(OVERLAP)
     parts = tl.cdiv(queries, M) if Index is None else query_tiles * (rows // M)
-    pairs = tl.num_programs(0) // parts  # B * Hq
-    tile = parts - 1 - tl.program_id(0) // pairs
+    pairs = tl.num_programs(0) // (parts * splits)  # B * Hq
+    tile = parts - 1 - tl.program_id(0) // (pairs * splits)
     row = (tl.program_id(0) % pairs).to(tl.int64)
     batch, head = row // heads, row % heads
     index = tile * M - lead + tl.arange(0, M)
     inside = (index >= 0) & (index < queries)
     position = origin_of(First, batch, queries, keys) + index
-    scale = tl.load(Scale + head)
+    scale = scale_of(Scale, factor, head)
     dim = tl.arange(0, PADDED)
     bound = tl.load(Bound + row * queries + index, mask=inside, other=float("inf"))
     exists = bound < float("inf")
@@ -411,7 +453,12 @@ def _sweep(
         if steps > 0:
             while (whole_steps > 0) & (_begin_of(Index, tl.maximum(whole_steps - 1, 0), size, N) + N > full):
                 whole_steps -= 1
-    for step in range(0, whole_steps):
+    # The blocks of this program.
+    from_step, to_step = 0, steps
+    if SPLIT:
+        from_step = tl.program_id(0) // pairs % splits * span
+        to_step = tl.minimum(from_step + span, steps)
+    for step in range(from_step, tl.minimum(whole_steps, to_step)):
         begin = _begin_of(Index, step, size, N)
         k = tl.load(K + begin.to(tl.int64) * k_row + within, mask=(dim < D)[None, :], other=0.0)
         product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -438,8 +485,11 @@ def _sweep(
                 bound = _risen(bound, higher, high_mass, high_slope, place + 2 * total, total, inside, exponent, KIND)
                 limit = bound / scale
     if Sums is not None:
-        tl.store(Bound + row * queries + index, bound, mask=inside)
-    for step in tl.range(whole_steps, steps, num_stages=1):
+        if SPLIT:
+            tl.atomic_max(Risen + row * queries + index, bound, mask=inside & (from_step < to_step), sem="relaxed")
+        else:
+            tl.store(Risen + row * queries + index, bound, mask=inside)
+    for step in tl.range(tl.maximum(whole_steps, from_step), to_step, num_stages=1):
         begin = _begin_of(Index, step, size, N)
         key = begin + lane
         k = load_rows(K, key.to(tl.int64) * k_row, key < keys, dim, D)
@@ -451,7 +501,10 @@ def _sweep(
         count = _keep(
             passes, begin, step, Packed, batch, width, Words, Numbers, out, count, capacity, there, word_of, M, N, R
         )  # fmt: skip
-    tl.store(Counts + group, count, mask=there)
+    if SPLIT:  # all blocks are stored
+        tl.store(Counts + group, count * 0 + steps, mask=there & (from_step == 0))
+    else:
+        tl.store(Counts + group, count, mask=there)
 
 
 @triton.jit

@@ -12,11 +12,13 @@ from torch import Tensor
 from hf_sparse.ops.entmax.triton.common import (
     CLOSE,
     STEPS,
+    Numbers,
     constants,
     exponent_of,
     load_rows,
     newton_step,
     powers,
+    scale_of,
 )
 from hf_sparse.ops.entmax.triton.groups import Attended
 from hf_sparse.ops.entmax.triton.jobs import (
@@ -30,6 +32,8 @@ from hf_sparse.ops.entmax.triton.jobs import (
     rows_of_job,
 )
 from hf_sparse.ops.entmax.triton.sweep import GROUP_ROWS, Blocks
+from hf_sparse.ops.triton.launch import launch
+from hf_sparse.ops.triton.overlap import wait_for_last
 from hf_sparse.ops.triton.sizes import padded
 
 
@@ -44,9 +48,7 @@ def attend_tiles(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    scale: Tensor,
-    exponent: Tensor | None,
-    kind: int,
+    numbers: Numbers,
     first: Tensor | None,
     valid: Tensor | None,
     causal: bool,
@@ -58,19 +60,17 @@ def attend_tiles(
     """Write output and thresholds of the marked groups, over the listed keys or over all.
 
     Args:
-        query, key, value, scale, exponent, kind, first, valid, causal, lists: as in `groups.attend_groups`.
+        query, key, value, numbers, first, valid, causal, lists: as in `groups.attend_groups`.
         bound: `[B, Hq, Tq]`, that of `sweep.Candidates`, from where the search for the thresholds goes on.
         into: what that returned.
         blocks: sizes of a program; rows a multiple of `GROUP_ROWS`.
     """
-    if into.room >= key.shape[2]:
-        return  # no group can be marked
     blocks = blocks or tile_blocks(query, rows_of_job(query, lists))
-    _tiles[(group_count(query, lists, blocks.rows),)](
-        query, key, value, scale, exponent, first, valid, bound, into.lengths, into.output, into.tau, into.counts,
+    launch(_tiles, (group_count(query, lists, blocks.rows),))(
+        query, key, value, *numbers.arguments, first, valid, bound, into.lengths, into.output, into.tau, into.counts,
         into.slopes, *arguments_of(query, key, lists), *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-        **constants(query, key, kind, causal), M=blocks.rows, N=blocks.keys, R=GROUP_ROWS, num_warps=blocks.warps,
-        num_stages=blocks.stages,
+        **constants(query, key, numbers.kind, causal), M=blocks.rows, N=blocks.keys, R=GROUP_ROWS,
+        num_warps=blocks.warps, num_stages=blocks.stages,
     )  # fmt: skip
 
 
@@ -95,6 +95,7 @@ def _tiles(
     K,
     V,
     Scale,
+    factor,
     Exponent,
     First,
     Valid,
@@ -133,10 +134,12 @@ def _tiles(
     KIND: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
+    OVERLAP: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     R: tl.constexpr,
 ):
+    wait_for_last(OVERLAP)
     job, batch, number, tile, head, index, position, exists, inside = rows_of_group(
         tl.program_id(0), Index, First, Valid, queries, keys, heads, lists, query_tiles, rows, lead, share, M
     )
@@ -147,7 +150,7 @@ def _tiles(
         kv = number * share // GROUP
         K += batch * k_batch + kv * k_head
         V += batch * v_batch + kv * v_head
-        scale, exponent = tl.load(Scale + head), exponent_of(Exponent, head, KIND)[:, None]
+        scale, exponent = scale_of(Scale, factor, head), exponent_of(Exponent, head, KIND)[:, None]
         dim = tl.arange(0, PADDED)
         q = load_rows(Q, batch * q_batch + head * q_head + index.to(tl.int64) * q_row, exists, dim, D)
         last = tl.max(tl.where(exists, position, -1), 0)
