@@ -12,7 +12,8 @@
         entmax_kernels-earlier-h200.json --entmax entmax_kernels-128-h200.json entmax_kernels-128-earlier-h200.json \\
         --recorded recorded-h200.json recorded-126f690-h200.json recorded-earlier-h200.json \\
         --first-static first_static-h200.json first_static-631e60f-h200.json first_static-earlier-h200.json \\
-        --shapes kernels-launches-h200.json kernels-shape-*-h200.json --first-tokens generate-short-h200.json \\
+        --shapes kernels-shape-*-64-h200.json kernels-shape-*-128-h200.json kernels-shape-*-h200.json \\
+        kernels-launches-h200.json --first-tokens generate-short-h200.json \\
         --prefills prefill-h200.json --entmax-prefills prefill-entmax-h200.json --evaluation evaluation-h200.json \\
         --cpu generate-cpu.json generate-before-cpu.json --busy busy-cpu.json \\
         --entmax-model entmax_model-h200.json --conversion conversion-h200.json \\
@@ -52,7 +53,6 @@ KERNELS = {  # contender: its name in tables
     "sdpa cudnn": "SDPA cuDNN, dense",
     "sdpa flash": "SDPA flash, dense",
     "sparsek soft": "SparseK, soft gates, gradient of the scores only",
-    "scan hard": "selection alone, hard",
     "scan soft": "selection alone, soft",
 }
 ENGINES = {"ddp": "DDP", "fsdp2": "FSDP2", "zero3": "ZeRO-3"}
@@ -339,20 +339,27 @@ def sizes_table(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def shapes_table(runs: Sequence[dict[str, Any]]) -> str:
-    """Tabulate runs of `attention_kernels.py` for several shapes: hard gates beside a window and dense attention."""
+    """Tabulate runs of `attention_kernels.py` for several shapes: hard gates beside a window and dense attention.
+
+    A length of a shape is that of the first run which has it.
+    """
     names = ("sparsek hard", "flex window", "sdpa cudnn")
-    rows = []
+    found: dict[tuple[int, int, int], dict[int, list[str]]] = {}
     for run in runs:
-        settings = run["settings"]
-        shape = f"{settings['query_heads']}/{settings['kv_heads']} x {settings['dim']}"
+        of_shape = found.setdefault(tuple(run["settings"][name] for name in ("query_heads", "kv_heads", "dim")), {})
         times = {which: medians(run, which) for which in PASSES}
-        for length in sorted({row["length"] for row in run["rows"]}):
-            cells = []
-            for found in times.values():
-                ours, window, dense = (found.get(name, {}).get(length) for name in names)
+        for length in {row["length"] for row in run["rows"]} - of_shape.keys():
+            cells = of_shape[length] = []
+            for of_pass in times.values():
+                ours, window, dense = (of_pass.get(name, {}).get(length) for name in names)
                 cells += [short(value) for value in (ours, window, dense)]
                 cells.append(short(ours / window if ours and window else None))
-            rows.append([shape, f"{length:,}", *cells, run["commit"][:7]])
+            cells.append(run["commit"][:7])
+    rows = [
+        [f"{heads}/{kv_heads} x {dim}", f"{length:,}", *cells]
+        for (heads, kv_heads, dim), of_shape in sorted(found.items())
+        for length, cells in sorted(of_shape.items())
+    ]
     head = ["SparseK", "window", "cuDNN", "SparseK / window"]
     return table(
         [
