@@ -137,3 +137,48 @@ def test_a_step_in_one_kernel(plain, monkeypatch, poisoned_memory, batch, counts
         assert error < (2e-6 if dtype == torch.float32 else 1e-2), t
     assert not kernel.scratch[2].any(), "the counters did not return to zero"
     assert counted[1] == length
+
+
+@pytest.mark.parametrize("counts, programs", [((150, 20, 40), 256), ((128, 16, 70), 256), ((9, 300), 11)])
+def test_results_of_many_programs_are_joined(plain, monkeypatch, poisoned_memory, counts, programs):
+    """The longest head has 10, 8 and 10 programs, of 16 slots each or of two times 16, and slots are full or not."""
+    monkeypatch.setattr(step, "_BYTES", 1)
+    monkeypatch.setattr(step, "_PROGRAMS", programs)
+    batch, heads, group, dim = 1, len(counts), 3, 6
+    ours = buffers(batch, counts, dim)
+    ours[0].normal_(), ours[1].normal_(), ours[2].normal_()
+    ours[4].fill_(100)
+    for head in ragged.of_heads(ours[3], counts):
+        filled = min(head.shape[2], 100)
+        head[0, 0, :filled] = torch.arange(100 - filled, 100, device=DEVICE)
+    theirs = [tensor.clone() for tensor in ours]
+    counted = [torch.zeros(batch, dtype=torch.bool, device=DEVICE), torch.zeros((), dtype=torch.int64, device=DEVICE)]
+    layout = {"counts": counts, "offsets": ragged.offsets_of(counts, torch.device(DEVICE))}
+    kernel = None
+    for _ in range(3):
+        query = torch.randn(batch, heads * group, 1, dim, device=DEVICE)
+        key, value = torch.randn(2, batch, heads, 1, dim, device=DEVICE)
+        scores = torch.randn(batch, heads, 1, device=DEVICE)
+        if kernel is None:
+            kernel = step.StepKernel(
+                [*ours, *counted], query, key, value, None, None, position_slope=0.0, slope_tokens=256, masked=False,
+                window=WINDOW, sinks=SINKS, scaling=0.3, **layout,
+            )  # fmt: skip
+            assert kernel.constants["SPLITS"] == (8 if 128 in counts else 10)
+        output = kernel(query, key, value, scores, None, None, None)
+        ragged.insert_token(*theirs, key, value, scores, None, window=WINDOW, sinks=SINKS, **layout)
+        theirs[4] += 1
+        for mine, other in zip(ours, theirs, strict=True):
+            assert torch.equal(mine, other)
+        doubles = (query.double(), theirs[0].double(), theirs[1].double())
+        expected = ragged.attend_slots(*doubles, theirs[3], scaling=0.3, **layout)
+        assert (output.double() - expected).norm() < 2e-6 * expected.norm()
+    assert not kernel.scratch[2].any(), "the counters did not return to zero"
+
+
+def test_programs_have_an_equal_share_of_the_slots():
+    """As many for unequal heads as for equal ones with the same slots in all."""
+    assert kernels.steps_of_program([1024] * 8, 32, 8, 512) == 4
+    assert kernels.steps_of_program([719, 806, 893, 980, 1068, 1155, 1242, 1329], 32, 8, 512) == 4
+    assert kernels.steps_of_program([719, 1024, 1329], 64, 1, 512) == 1
+    assert kernels.steps_of_program([1000, 1], 16, 512, 512) == 32  # one program a head, on average
