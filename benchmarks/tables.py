@@ -27,7 +27,7 @@
         several_gpus-05ba201-h200.json \\
         --teachers finetune_teacher-smollm2-cpu.json finetune_teacher-bundled-cpu.json \\
         finetune_teacher-smollm2-training-cpu.json finetune_teacher-bundled-training-cpu.json \\
-        --products products-h200.json --product-sizes products-sizes-h200.json \\
+        --products products-h200.json --product-sizes products-sizes-h200.json --head-shares head_shares-h200.json \\
         --fill ../../docs/speed.md ../../README.md --figure ../../docs/speed.png
 
 A document marks the place of a table: everything between `<!-- table: NAME -->` and `<!-- end -->` is replaced. The
@@ -490,6 +490,30 @@ def first_static_table(runs: Sequence[dict[str, Any]]) -> str:
     return table([*head, "slowest of 10 lengths", "graphs", "more for 10 lengths"], rows)
 
 
+def head_shares_table(run: dict[str, Any]) -> str:
+    """Tabulate heads with different numbers of slots beside equal ones, of a run of `head_shares.py`."""
+    cells = []
+    for row in run["rows"]:
+        for what in ("recorded", "eager"):
+            steps = [row[f"{name}, {what}"]["step_ms"] for name in ("equal", "by heads")]
+            cells.append((row, f"x {row['batch']}", f"step, {what}", steps))
+        first = [row["first_token_ms"][name] for name in ("equal", "by heads")]
+        cells.append((row, f"x {row['batch']}", "first token", first))
+    for row in run["training"]:
+        steps = [row[f"{name}, training"] for name in ("equal", "by heads")]
+        cells.append((row | {"prompt": row["tokens"]}, "", "training step", steps))
+    rows = [
+        [
+            " ".join(f"{row['shape']}, {row['prompt']:,} {batch}".split()),
+            what,
+            *map(short, times),
+            f"{times[0] / times[1]:.2f}",
+        ]
+        for row, batch, what, times in cells
+    ]
+    return table(["shape, tokens x batch", "what", "equal, ms", "by heads, ms", "equal / by heads"], rows)
+
+
 def joined_generate(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Return the first run of default `generate` with the cells of later runs, each row with the commit of its run."""
     rows = [row | {"commit": run["commit"]} for run in runs for row in run["rows"]]
@@ -941,6 +965,7 @@ def all_tables(
     teachers: Sequence[dict[str, Any]] = (),
     products: dict[str, Any] | None = None,
     product_sizes: dict[str, Any] | None = None,
+    head_shares: dict[str, Any] | None = None,
 ) -> dict[str, str]:
     """Return every table by the name that documents call it.
 
@@ -954,7 +979,8 @@ def all_tables(
     tiles cost in perplexity, `bidirectional` runs of entmax_kernels.py without a causal mask, `flex` runs of
     predicted tiles beside FlexAttention, `lengths` is one of `finetune_length.py`, `float8` one of it in two
     precisions, `gpus` runs of `several_gpus.py`, `teachers` holds runs of both parts of
-    `finetune_teacher.py`, and `products` and `product_sizes` are runs of `products.py`, without and with `--search`."""
+    `finetune_teacher.py`, `products` and `product_sizes` are runs of `products.py`, without and with `--search`, and
+    `head_shares` is one of `head_shares.py`."""
     spread = [[label, f"{model['spread'][name]:.0%}"] for name, label in CACHES.items()]
     return {
         "machine": machine_table(kernels, model),
@@ -1008,6 +1034,7 @@ def all_tables(
         **(teachers_tables(teachers) if teachers else {}),
         **({"products": products_table(products)} if products else {}),
         **({"product sizes": product_sizes_table(product_sizes)} if product_sizes else {}),
+        **({"head shares": head_shares_table(head_shares)} if head_shares else {}),
         **(bidirectional_tables(bidirectional) if bidirectional else {}),
     }
 
@@ -1089,6 +1116,7 @@ def main() -> None:
     parser.add_argument("--teachers", type=Path, nargs="+", default=[], help="JSON of finetune_teacher.py, per run")
     parser.add_argument("--products", type=Path, help="JSON of products.py")
     parser.add_argument("--product-sizes", type=Path, help="JSON of products.py --search")
+    parser.add_argument("--head-shares", type=Path, help="JSON of head_shares.py")
     parser.add_argument(
         "--flex", type=Path, nargs="+", default=[], help="JSON of entmax_prediction.py beside FlexAttention"
     )
@@ -1139,6 +1167,7 @@ def main() -> None:
         teachers=list(map(read, options.teachers)),
         products=read(options.products) if options.products else None,
         product_sizes=read(options.product_sizes) if options.product_sizes else None,
+        head_shares=read(options.head_shares) if options.head_shares else None,
     )
     if options.figure:
         draw(kernels, options.figure)

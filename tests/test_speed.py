@@ -90,6 +90,7 @@ def tables() -> dict[str, str]:
         ),
         products=read("products")[0],
         product_sizes=read("products-sizes")[0],
+        head_shares=read("head_shares")[0],
         quality=read(
             *(
                 f"predicted_quality-{name}"
