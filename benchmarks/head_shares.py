@@ -37,7 +37,7 @@ TRAINED, WARM = 12, 6  # optimiser steps of a run, and those of them that are no
 def make_models(shape: dict[str, Any], options: argparse.Namespace) -> dict[str, PreTrainedModel]:
     """Return two patched copies of a Llama with random weights, which share them."""
     shape = shape | TINY if options.tiny else shape
-    longest = max(*options.prompts, *options.training) + MANY
+    longest = max([*options.prompts, *options.training]) + MANY
     config = LlamaConfig(**shape, max_position_embeddings=longest, bos_token_id=None, eos_token_id=None)
     torch.manual_seed(0)
     with torch.device(options.device):

@@ -12,7 +12,8 @@
         entmax_kernels-earlier-h200.json --entmax entmax_kernels-128-h200.json entmax_kernels-128-earlier-h200.json \\
         --recorded recorded-h200.json recorded-126f690-h200.json recorded-earlier-h200.json \\
         --first-static first_static-h200.json first_static-631e60f-h200.json first_static-earlier-h200.json \\
-        --shapes kernels-launches-h200.json kernels-shape-*-h200.json --first-tokens generate-short-h200.json \\
+        --shapes kernels-shape-*-64-h200.json kernels-shape-*-128-h200.json kernels-shape-*-h200.json \\
+        kernels-launches-h200.json --first-tokens generate-short-h200.json \\
         --prefills prefill-h200.json --entmax-prefills prefill-entmax-h200.json --evaluation evaluation-h200.json \\
         --cpu generate-cpu.json generate-before-cpu.json --busy busy-cpu.json \\
         --entmax-model entmax_model-h200.json --conversion conversion-h200.json \\
@@ -26,7 +27,7 @@
         several_gpus-05ba201-h200.json \\
         --teachers finetune_teacher-smollm2-cpu.json finetune_teacher-bundled-cpu.json \\
         finetune_teacher-smollm2-training-cpu.json finetune_teacher-bundled-training-cpu.json \\
-        --products products-h200.json --product-sizes products-sizes-h200.json \\
+        --products products-h200.json --product-sizes products-sizes-h200.json --head-shares head_shares-h200.json \\
         --fill ../../docs/speed.md ../../README.md --figure ../../docs/speed.png
 
 A document marks the place of a table: everything between `<!-- table: NAME -->` and `<!-- end -->` is replaced. The
@@ -52,7 +53,6 @@ KERNELS = {  # contender: its name in tables
     "sdpa cudnn": "SDPA cuDNN, dense",
     "sdpa flash": "SDPA flash, dense",
     "sparsek soft": "SparseK, soft gates, gradient of the scores only",
-    "scan hard": "selection alone, hard",
     "scan soft": "selection alone, soft",
 }
 ENGINES = {"ddp": "DDP", "fsdp2": "FSDP2", "zero3": "ZeRO-3"}
@@ -339,20 +339,27 @@ def sizes_table(runs: Sequence[dict[str, Any]]) -> str:
 
 
 def shapes_table(runs: Sequence[dict[str, Any]]) -> str:
-    """Tabulate runs of `attention_kernels.py` for several shapes: hard gates beside a window and dense attention."""
+    """Tabulate runs of `attention_kernels.py` for several shapes: hard gates beside a window and dense attention.
+
+    A length of a shape is that of the first run which has it.
+    """
     names = ("sparsek hard", "flex window", "sdpa cudnn")
-    rows = []
+    found: dict[tuple[int, int, int], dict[int, list[str]]] = {}
     for run in runs:
-        settings = run["settings"]
-        shape = f"{settings['query_heads']}/{settings['kv_heads']} x {settings['dim']}"
+        of_shape = found.setdefault(tuple(run["settings"][name] for name in ("query_heads", "kv_heads", "dim")), {})
         times = {which: medians(run, which) for which in PASSES}
-        for length in sorted({row["length"] for row in run["rows"]}):
-            cells = []
-            for found in times.values():
-                ours, window, dense = (found.get(name, {}).get(length) for name in names)
+        for length in {row["length"] for row in run["rows"]} - of_shape.keys():
+            cells = of_shape[length] = []
+            for of_pass in times.values():
+                ours, window, dense = (of_pass.get(name, {}).get(length) for name in names)
                 cells += [short(value) for value in (ours, window, dense)]
                 cells.append(short(ours / window if ours and window else None))
-            rows.append([shape, f"{length:,}", *cells, run["commit"][:7]])
+            cells.append(run["commit"][:7])
+    rows = [
+        [f"{heads}/{kv_heads} x {dim}", f"{length:,}", *cells]
+        for (heads, kv_heads, dim), of_shape in sorted(found.items())
+        for length, cells in sorted(of_shape.items())
+    ]
     head = ["SparseK", "window", "cuDNN", "SparseK / window"]
     return table(
         [
@@ -481,6 +488,30 @@ def first_static_table(runs: Sequence[dict[str, Any]]) -> str:
             rows.append([name, *map(short, seconds), str(row["graphs"]), str(row.get("more_graphs", "-"))])
     head = ["seconds", "prompt alone", "call after it, 8 tokens", "both", "first of 64 tokens", "again"]
     return table([*head, "slowest of 10 lengths", "graphs", "more for 10 lengths"], rows)
+
+
+def head_shares_table(run: dict[str, Any]) -> str:
+    """Tabulate heads with different numbers of slots beside equal ones, of a run of `head_shares.py`."""
+    cells = []
+    for row in run["rows"]:
+        for what in ("recorded", "eager"):
+            steps = [row[f"{name}, {what}"]["step_ms"] for name in ("equal", "by heads")]
+            cells.append((row, f"x {row['batch']}", f"step, {what}", steps))
+        first = [row["first_token_ms"][name] for name in ("equal", "by heads")]
+        cells.append((row, f"x {row['batch']}", "first token", first))
+    for row in run["training"]:
+        steps = [row[f"{name}, training"] for name in ("equal", "by heads")]
+        cells.append((row | {"prompt": row["tokens"]}, "", "training step", steps))
+    rows = [
+        [
+            " ".join(f"{row['shape']}, {row['prompt']:,} {batch}".split()),
+            what,
+            *map(short, times),
+            f"{times[0] / times[1]:.2f}",
+        ]
+        for row, batch, what, times in cells
+    ]
+    return table(["shape, tokens x batch", "what", "equal, ms", "by heads, ms", "equal / by heads"], rows)
 
 
 def joined_generate(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -934,6 +965,7 @@ def all_tables(
     teachers: Sequence[dict[str, Any]] = (),
     products: dict[str, Any] | None = None,
     product_sizes: dict[str, Any] | None = None,
+    head_shares: dict[str, Any] | None = None,
 ) -> dict[str, str]:
     """Return every table by the name that documents call it.
 
@@ -947,7 +979,8 @@ def all_tables(
     tiles cost in perplexity, `bidirectional` runs of entmax_kernels.py without a causal mask, `flex` runs of
     predicted tiles beside FlexAttention, `lengths` is one of `finetune_length.py`, `float8` one of it in two
     precisions, `gpus` runs of `several_gpus.py`, `teachers` holds runs of both parts of
-    `finetune_teacher.py`, and `products` and `product_sizes` are runs of `products.py`, without and with `--search`."""
+    `finetune_teacher.py`, `products` and `product_sizes` are runs of `products.py`, without and with `--search`, and
+    `head_shares` is one of `head_shares.py`."""
     spread = [[label, f"{model['spread'][name]:.0%}"] for name, label in CACHES.items()]
     return {
         "machine": machine_table(kernels, model),
@@ -1001,6 +1034,7 @@ def all_tables(
         **(teachers_tables(teachers) if teachers else {}),
         **({"products": products_table(products)} if products else {}),
         **({"product sizes": product_sizes_table(product_sizes)} if product_sizes else {}),
+        **({"head shares": head_shares_table(head_shares)} if head_shares else {}),
         **(bidirectional_tables(bidirectional) if bidirectional else {}),
     }
 
@@ -1082,6 +1116,7 @@ def main() -> None:
     parser.add_argument("--teachers", type=Path, nargs="+", default=[], help="JSON of finetune_teacher.py, per run")
     parser.add_argument("--products", type=Path, help="JSON of products.py")
     parser.add_argument("--product-sizes", type=Path, help="JSON of products.py --search")
+    parser.add_argument("--head-shares", type=Path, help="JSON of head_shares.py")
     parser.add_argument(
         "--flex", type=Path, nargs="+", default=[], help="JSON of entmax_prediction.py beside FlexAttention"
     )
@@ -1132,6 +1167,7 @@ def main() -> None:
         teachers=list(map(read, options.teachers)),
         products=read(options.products) if options.products else None,
         product_sizes=read(options.product_sizes) if options.product_sizes else None,
+        head_shares=read(options.head_shares) if options.head_shares else None,
     )
     if options.figure:
         draw(kernels, options.figure)

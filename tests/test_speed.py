@@ -42,11 +42,8 @@ def tables() -> dict[str, str]:
     ]
     recorded = read("recorded", "recorded-126f690", "recorded-earlier")
     first_static = read("first_static", "first_static-631e60f", "first_static-earlier")
-    of_shapes = [
-        name.removesuffix("-h200.json")
-        for name in sorted(path.name for path in RESULTS.glob("kernels-shape-*-h200.json"))
-    ]
-    shapes = read("kernels-launches", *of_shapes)
+    of_shapes = [path.name.removesuffix("-h200.json") for path in RESULTS.glob("kernels-shape-*-h200.json")]
+    shapes = read(*sorted(of_shapes, key=len), "kernels-launches")  # a name with a commit is that of an earlier run
     (first_tokens,), prefills, entmax_prefills = read("generate-short"), read("prefill"), read("prefill-entmax")
     entmax = [read(f"entmax_kernels{shape}", f"entmax_kernels{shape}-earlier") for shape in ("", "-128")]
     (evaluation,) = read("evaluation")
@@ -93,6 +90,7 @@ def tables() -> dict[str, str]:
         ),
         products=read("products")[0],
         product_sizes=read("products-sizes")[0],
+        head_shares=read("head_shares")[0],
         quality=read(
             *(
                 f"predicted_quality-{name}"

@@ -99,15 +99,35 @@ def test_attention(plain, monkeypatch, poisoned_memory, batch, counts, group, di
     assert output.shape == query.shape and error < (2e-6 if dtype == torch.float32 else 1e-2)
 
 
+# batch, slots of each KV head, query heads per KV head, head size, programs, those of the longest, tokens read before
+STEPS = [
+    (2, (10, 24, 17), 2, 16, 1, 1, 0),
+    (1, (34, 9), 3, 6, 7, 3, 0),
+    (1, (150, 20, 40), 3, 6, 256, 10, 140),
+    (1, (128, 16, 70), 1, 6, 256, 8, 124),
+    (2, (9, 300), 2, 6, 22, 10, 297),  # two blocks of slots each
+]
+
+
 @pytest.mark.cross("values")
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])
-@pytest.mark.parametrize("batch, counts, group, dim, programs", [(2, (10, 24, 17), 2, 16, 256), (1, (34, 9), 3, 6, 7)])
-def test_a_step_in_one_kernel(plain, monkeypatch, poisoned_memory, batch, counts, group, dim, programs, dtype, padded):
+@pytest.mark.parametrize("batch, counts, group, dim, programs, splits, read", STEPS)
+def test_a_step_in_one_kernel(
+    plain, monkeypatch, poisoned_memory, batch, counts, group, dim, programs, splits, read, dtype, padded
+):
+    monkeypatch.setattr(step, "_BYTES", 1)  # blocks of 16 slots
     monkeypatch.setattr(step, "_PROGRAMS", programs)
     monkeypatch.setattr(step, "_CHUNK", 16)
-    heads, length = len(counts), max(counts) + 5
-    ours, theirs = buffers(batch, counts, dim, dtype), buffers(batch, counts, dim, dtype)
+    heads, length = len(counts), max(counts) + 5 - read
+    ours = buffers(batch, counts, dim, dtype)
+    for tensor in ours[:3]:
+        tensor.normal_()
+    ours[-1].fill_(read)
+    for head in ragged.of_heads(ours[3], counts):
+        some = min(head.shape[2], read)
+        head[:, :, :some] = torch.arange(read - some, read, device=DEVICE)
+    theirs = [tensor.clone() for tensor in ours]
     counted = [torch.zeros(batch, dtype=torch.bool, device=DEVICE), torch.zeros((), dtype=torch.int64, device=DEVICE)]
     query = torch.randn(batch, length, heads * group, dim, device=DEVICE).to(dtype).transpose(1, 2)
     key, value = torch.randn(2, batch, length, heads, dim, device=DEVICE).to(dtype).transpose(2, 3)
@@ -124,6 +144,7 @@ def test_a_step_in_one_kernel(plain, monkeypatch, poisoned_memory, batch, counts
                 [*ours, *counted], *new, weight, slope, slopes=linear.Slopes(0.01, 256, 0),
                 masked=padded, window=WINDOW, sinks=SINKS, scaling=0.3, **layout,
             )  # fmt: skip
+            assert kernel.constants["SPLITS"] == splits
         output = kernel(*new, states[:, t : t + 1], weight, slope, real)
         scores = linear.linear_scores(states[:, t : t + 1], weight)
         scores = (scores + theirs[-1][:, None, None].double() * (0.01 + slope.double()[:, None] / 256)).float()
@@ -137,3 +158,11 @@ def test_a_step_in_one_kernel(plain, monkeypatch, poisoned_memory, batch, counts
         assert error < (2e-6 if dtype == torch.float32 else 1e-2), t
     assert not kernel.scratch[2].any(), "the counters did not return to zero"
     assert counted[1] == length
+
+
+def test_programs_have_an_equal_share_of_the_slots():
+    """As many for unequal heads as for equal ones with the same slots in all."""
+    assert kernels.steps_of_program([1024] * 8, 32, 8, 512) == 4
+    assert kernels.steps_of_program([719, 806, 893, 980, 1068, 1155, 1242, 1329], 32, 8, 512) == 4
+    assert kernels.steps_of_program([719, 1024, 1329], 64, 1, 512) == 1
+    assert kernels.steps_of_program([1000, 1], 16, 512, 512) == 32  # one program a head, on average

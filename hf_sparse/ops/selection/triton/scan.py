@@ -51,7 +51,7 @@ from hf_sparse.ops.triton.replay import empty, zeros
 _CHUNK = 128  # keys that are sorted by counting
 _SORT_WARPS = 4
 _GROUPS = (8, 32)  # chunks that are merged in the first level, lists in every later one
-_MERGING = (128, 8, 4)  # entries of a program, lists in which it looks for them at a time, most warps
+_MERGING = (128, 4, 4)  # entries of a program, lists in which it looks for them at a time, most warps
 _JOINING = (512, 128, 4)  # entries of a program, those of the shorter list at a time, most warps
 _EVICTING = (32, 1)  # newcomers that are compared with all at a time, and warps
 _TAUS = 64  # queries of a program that solves for tau

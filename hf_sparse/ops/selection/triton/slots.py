@@ -94,9 +94,8 @@ def steps_of_program(counts: Sequence[int], step: int, batch: int, programs: int
 
     Heads with many slots have more programs, not longer ones.
     """
-    steps = [triton.cdiv(count, step) for count in counts]
     wanted = triton.cdiv(programs, batch * len(counts))  # for a head, on average
-    return triton.cdiv(sum(steps), len(steps) * min(max(steps), wanted))
+    return triton.cdiv(sum(counts), step * len(counts) * min(triton.cdiv(max(counts), step), wanted))
 
 
 @triton.jit

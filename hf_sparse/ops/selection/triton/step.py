@@ -31,7 +31,7 @@ from hf_sparse.ops.selection.triton.slots import slots_of_head, steps_of_program
 _PROGRAMS = 512  # about four for each multiprocessor of a large GPU
 _BYTES = 1 << 13  # bytes of keys per step of a program
 _SHARED = 48 << 10  # bytes of keys and values on their way to a program, which any GPU has room for
-_CHUNK = 1024  # slots that are searched at a time
+_CHUNK = 1024  # slots that are searched at a time, twice as many of unequal heads
 _COLUMNS = 1024  # columns of the input that are summed at a time
 _ROWS = 128  # rows that are counted at a time
 _EPS = 1e-5  # epsilon of the layer norm of the scores
@@ -124,7 +124,8 @@ class StepKernel:
             "DIM": max(16, width),
             "BLOCK": block,
             "STAGES": max(1, min(3, _SHARED // (2 * block * width * query.element_size()))),
-            "CHUNK": min(_CHUNK, triton.next_power_of_2(number)),
+            # The longest of unequal heads, for which all wait, would take a round more than equal ones.
+            "CHUNK": min(_CHUNK if offsets is None else 2 * _CHUNK, triton.next_power_of_2(number)),
             "COLUMNS": _COLUMNS,
             "ROWS": _ROWS,
         }
@@ -320,7 +321,9 @@ def _step(
         if split == SPLITS:
             target = _slot_of_next(scores, positions, position, slots, window, sinks, CHUNK)
         if SPLITS > 1:
-            _join(parts, masses, output, first, group, splits, SPLITS, SPLITS_WIDE, MEMBERS, D, DIM)
+            _join(
+                parts, masses, output, first, group, splits, SPLITS, SPLITS_WIDE, MEMBERS, D, DIM, Offsets is not None
+            )
         to = target.to(tl.int64)
         write = (column < D) & real
         new_key = tl.load(key + row * key_row + head * key_head + column, mask=write)
@@ -449,6 +452,7 @@ def _join(
     MEMBERS: tl.constexpr,
     D: tl.constexpr,
     DIM: tl.constexpr,
+    UNEQUAL: tl.constexpr,
 ):
     """Average the results of the `splits` programs of the query heads of a KV head, weighted by their masses."""
     member, column, every = tl.arange(0, MEMBERS), tl.arange(0, DIM), tl.arange(0, SPLITS_WIDE)
@@ -463,10 +467,16 @@ def _join(
     anchor = tl.where(peak == -float("inf"), 0.0, peak)
     total = tl.sum(tl.exp(log_masses - anchor[:, None]), 1)
     out = tl.zeros([MEMBERS, DIM], tl.float32)
-    for split in tl.range(0, splits, loop_unroll_factor=8):  # eight loads at a time
-        log_mass = tl.load(masses + number + split, mask=inside, other=-float("inf"), cache_modifier=".cg")
+    end = splits
+    if UNEQUAL:  # what eights leave over of a number that is not compiled would be loaded one after another
+        end = tl.cdiv(splits, 8) * 8
+    for split in tl.range(0, end, loop_unroll_factor=8):  # eight loads at a time
+        there, wanted = inside, mask
+        if UNEQUAL:
+            there, wanted = inside & (split < splits), mask & (split < splits)
+        log_mass = tl.load(masses + number + split, mask=there, other=-float("inf"), cache_modifier=".cg")
         of_split = parts + (number[:, None] + split) * D + column[None, :]
-        part = tl.load(of_split, mask=mask, other=0.0, cache_modifier=".cg")
+        part = tl.load(of_split, mask=wanted, other=0.0, cache_modifier=".cg")
         out += part * tl.exp(log_mass - anchor)[:, None]
     out = out / tl.where(total == 0, 1.0, total)[:, None]
     at = (first + member[:, None]) * D + column[None, :]
