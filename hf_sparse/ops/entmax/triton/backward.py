@@ -65,9 +65,6 @@ def gradients(
     with_exponent: bool,
     marks: bool,
     blocks: Blocks | None = None,
-    warps: int = 4,
-    chunk: int | None = None,
-    stages: int = 1,
 ) -> Gradients:
     """Return all gradients.
 
@@ -78,7 +75,6 @@ def gradients(
         with_scale, with_exponent: whether the gradients of these are wanted.
         marks: whether groups may be marked.
         blocks: sizes of a program that walks over tiles.
-        warps, chunk, stages: of a program that gathers the keys of a group.
     """
     batch, heads, queries, _ = query.shape
     device = query.device
@@ -97,7 +93,7 @@ def gradients(
     launch(_groups_backward, (groups,))(
         query, key, value, *numbers.arguments, first, valid, attended.support, attended.lengths, attended.tau,
         attended.slopes, d_output, *into, kept, *arguments, *strides, **fixed, M=GROUP_ROWS,
-        C=chunk or max(16, chunk_of(query) // 2), STAGES=stages, num_warps=warps, num_stages=1,
+        C=max(16, chunk_of(query) // 2), num_warps=4, num_stages=1,
     )  # fmt: skip
     if not marks:
         return found
@@ -165,7 +161,6 @@ def _groups_backward(
     PRECISION: tl.constexpr,
     M: tl.constexpr,
     C: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
     group = tl.program_id(0)
     length = tl.load(Lengths + group)
@@ -191,7 +186,7 @@ def _groups_backward(
         tau = tl.where(tau > float("-inf"), tau, 0.0)  # such a row sees no key
         dq = tl.zeros([M, PADDED], tl.float32)
         d_scale, d_exponent = tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
-        for begin in tl.range(0, length, C, num_stages=STAGES):
+        for begin in tl.range(0, length, C, num_stages=1):
             there = begin + step < length
             key = tl.load(List + begin + step, mask=there, other=0)
             k = load_rows(K, key.to(tl.int64) * k_row, there, dim, D)

@@ -34,11 +34,10 @@ SORTED_AT_ONCE = 16  # groups
 
 
 class Few(NamedTuple):
-    """Hold the sizes of a program: the most candidates of its group, Triton's warps, and most registers of a thread."""
+    """Hold the sizes of a program: the most candidates of its group, and Triton's warps."""
 
     keys: int
     warps: int
-    registers: int | None = None
 
 
 def few_sizes(query: Tensor) -> Few:

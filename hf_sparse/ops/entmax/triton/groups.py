@@ -83,7 +83,9 @@ class Buffered(NamedTuple):
 
 def buffered_sizes(query: Tensor) -> Buffered:
     """Return the sizes of the kernel that keeps products."""
-    return Buffered(128, 4, 3, 3, 128, 168, 1) if is_slim(query) else Buffered(chunk_of(query), 2, 8)
+    if is_slim(query):
+        return Buffered(128, 4, 3, stages=3, wide=128, registers=168, depth=1)
+    return Buffered(chunk_of(query), 2, 8)
 
 
 def chunk_of(query: Tensor) -> int:
@@ -162,7 +164,7 @@ def attend_groups(
         of_few = empty((groups, few.keys), torch.int32, device)
         launch(attend_few, (groups,))(
             *given, of_few, support, *into, *who, **fixed, C=few.keys, LANES=32 * few.warps, num_warps=few.warps,
-            num_stages=1, maxnreg=few.registers,
+            num_stages=1,
         )  # fmt: skip
     return Attended(output, tau, counts, slopes, support, lengths)
 

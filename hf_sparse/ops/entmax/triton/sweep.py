@@ -34,13 +34,12 @@ from hf_sparse.ops.triton.sizes import pieces
 
 
 class Blocks(NamedTuple):
-    """Hold the sizes of a program: rows, keys at a time, Triton's warps and stages, and most registers of a thread."""
+    """Hold the sizes of a program: rows, keys at a time, Triton's warps and stages."""
 
     rows: int
     keys: int
     warps: int
     stages: int
-    registers: int | None = None
 
 
 class Candidates(NamedTuple):
@@ -157,7 +156,7 @@ def candidates(
     launch(_start, grid)(
         query, key, *numbers.arguments, first, valid, bound, sums, turn, *listed, queries, keys, heads, *strides,
         **fixed, M=start.rows, NEAR=start.keys, FIRST=near, STEPS=start_steps(query), HIGHER=HIGHER,
-        num_warps=start.warps, num_stages=start.stages, maxnreg=start.registers,
+        num_warps=start.warps, num_stages=start.stages,
     )  # fmt: skip
     words = empty((groups, capacity, 4), torch.int32, device)
     places = None if capacity == most else empty((groups, capacity), torch.int32, device)
@@ -168,7 +167,7 @@ def candidates(
         query, key, *numbers.arguments, first, packed, bound, sums, words, places, counts, *listed, queries, keys,
         heads, capacity, width, *strides, **fixed, M=blocks.rows, N=blocks.keys, R=GROUP_ROWS, START=start.rows,
         NEAR=start.keys, FIRST=near, HIGHER=HIGHER, EVERY=every, num_warps=blocks.warps,
-        num_stages=blocks.stages, maxnreg=blocks.registers,
+        num_stages=blocks.stages,
     )  # fmt: skip
     return Candidates(bound, words, places, counts, blocks.keys, turn)
 
