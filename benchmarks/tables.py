@@ -19,9 +19,11 @@
         --entmax-model entmax_model-h200.json --conversion conversion-h200.json \\
         --steps generate-entmax-h200.json generate-predicted-h200.json \\
         generate-entmax-more-h200.json --recorded-steps generate-*-recorded-h200.json \\
-        --prediction entmax_prediction-c81fb3b-h200.json entmax_prediction-contenders-h200.json \\
+        --prediction entmax_prediction-4096-h200.json entmax_prediction-smollm2-h200.json \\
+        entmax_prediction-c81fb3b-h200.json entmax_prediction-contenders-h200.json \\
         entmax_prediction-choices-h200.json entmax_prediction-128k-h200.json entmax_prediction-h200.json \\
-        --flex entmax_prediction-flex-h200.json --static static_decode-8-layers-h200.json \\
+        --flex entmax_prediction-flex-h200.json \\
+        --static static_decode-8-layers-h200.json static_decode-predicted-h200.json \\
         --quality predicted_quality-*-h200.json --bidirectional entmax_bidirectional-*-h200.json \\
         --lengths finetune_length-h200.json --float8 finetune_fp8-h200.json --gpus several_gpus-h200.json \\
         several_gpus-05ba201-h200.json \\
@@ -684,12 +686,11 @@ def static_table(runs: Sequence[dict[str, Any]]) -> str:
     rows = []
     for run in runs:
         names = {"dense": "dense (SDPA)", "entmax": "entmax, all keys"}
-        dense = run["rows"][0]
-        for row in run["rows"]:
+        dense, *others = sorted(run["rows"], key=lambda row: row["attention"] != "dense")
+        for row in (dense, *others):
             read = [f"{row['bytes_read'] / 1e9:.2f}", f"{row['bytes_read'] / dense['bytes_read']:.2f}"]
             speed = [f"{row['tokens_per_second']:.0f}", f"{row['tokens_per_second'] / dense['tokens_per_second']:.2f}"]
-            tiles = row.get("tiles") or run["settings"].get("tiles")
-            name = names.get(row["attention"], f"entmax, {tiles} predicted tiles of 8")
+            name = names.get(row["attention"], f"entmax, {row.get('tiles')} predicted tiles of 8")
             name = f"{name}, {run['commit'][:7]}"
             rows.append([name, f"{run['settings']['layers']}", short(row["step_ms"]), *read, *speed])
     head = ["attention, commit", "layers", "ms per step", "GB read", "of dense", "tokens/s", "times as fast"]
@@ -751,6 +752,26 @@ def entmax_ratio_table(run: dict[str, Any]) -> str:
                 rows.append([text, f"{length:,}", name, *ratios_of])
     head = [f"{PASSES[which].lower()} / {other}" for which in PASSES for other in others.values()]
     return table(["queries and keys", "tokens", "ours", *head], rows)
+
+
+def flash_ratio_table(run: dict[str, Any]) -> str:
+    """Divide the time of entmax on drawn queries and keys by that of SDPA flash, in CUDA graphs, up to 32,768 tokens.
+
+    A cell has the forward, and forward and backward."""
+    times: dict[tuple[str, str], dict[int, float]] = {}
+    for row in (row for row in run["rows"] if row["text"].startswith("drawn ") and row.get("captured_ms")):
+        cells = times.setdefault((_predicted_name(row), row["pass"]), {})
+        cells[run["texts"][row["text"]]["length"]] = row["captured_ms"]
+    flash = {which: times[ENTMAX["sdpa flash"], which] for which in PASSES}
+    lengths = sorted(length for length in flash["forward"] if length <= 32_768)
+    rows = []
+    for name, ours in (
+        ("entmax over all keys (`complete=True`, with any adapter)", ENTMAX["entmax exact"]),
+        ("entmax over tiles that `pooled` predicts, 4 choices of a query", "entmax, 4 choices of a query"),
+    ):
+        ratios = [[f"{times[ours, which][n] / flash[which][n]:.2f}" for which in PASSES] for n in lengths]
+        rows.append([name, *(" / ".join(both) for both in ratios)])
+    return table(["tokens", *(f"{length:,}" for length in lengths)], rows)
 
 
 def bidirectional_table(runs: Sequence[dict[str, Any]], which: str) -> str:
@@ -1025,6 +1046,7 @@ def all_tables(
         "prediction alone": prediction_table(joined_texts(prediction), "prediction"),
         "predicted texts": predicted_text_table(joined_texts(prediction)),
         "entmax ratios": entmax_ratio_table(joined_texts(prediction)),
+        "entmax beside flash": flash_ratio_table(joined_texts(prediction)),
         "errors of entmax": other_error_table([run for run in prediction if "errors_of_others" in run][-1:]),
         **({"predicted quality": predicted_quality_table(quality)} if quality else {}),
         **({"flex tiles": flex_table(joined_texts(flex))} if flex else {}),

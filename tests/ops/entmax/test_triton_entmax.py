@@ -13,21 +13,21 @@ from hf_sparse.ops.entmax.inputs import Inputs
 from hf_sparse.ops.entmax.layout import layout_of
 from hf_sparse.ops.entmax.pooled import pooled_tiles
 from hf_sparse.ops.entmax.threshold import distribution
-from hf_sparse.ops.entmax.triton import attention, pooled, takes_kernels
+from hf_sparse.ops.entmax.triton import attention, few, pooled, takes_kernels
 from hf_sparse.ops.entmax.triton.attention import attend
 from hf_sparse.ops.entmax.triton.common import Numbers
-from hf_sparse.ops.entmax.triton.few import Few
+from hf_sparse.ops.entmax.triton.few import Few, sorted_groups
 from hf_sparse.ops.entmax.triton.fused import fused_attention, lists_of
 from hf_sparse.ops.entmax.triton.groups import Buffered
 from hf_sparse.ops.entmax.triton.pooled import fused_pooled_tiles
-from hf_sparse.ops.entmax.triton.sweep import Blocks, candidates, packed_bits
+from hf_sparse.ops.entmax.triton.sweep import SHORT, Blocks, Candidates, blocks_of, candidates, packed_bits
 from hf_sparse.ops.tiles.tiles import Tiles, tile_counts
 from hf_sparse.ops.triton import replay
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Several programs and blocks of keys even at the lengths of these tests, a rising bound, and groups of every kernel.
 SMALL = {
-    "sweep": Blocks(16, 32, 4, 1), "start": Blocks(16, 16, 4, 1), "near": 16, "every": 1, "few": (Few(16, 1),),
+    "sweep": Blocks(16, 32, 4, 1), "start": Blocks(16, 16, 4, 1), "near": 16, "every": 1, "few": Few(16, 1),
 }  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter")
@@ -147,16 +147,48 @@ def test_all_keys(shape):
     assert_same(Case(**shape), exact())
 
 
-@pytest.mark.parametrize("span", [1, 2])
-@pytest.mark.parametrize("name", ["plain", "both directions", "padding", "half precision", "equal logits"])
-def test_programs_that_sweep_a_part_of_the_keys(name, span):
-    assert_same(Case(**SHAPES[name]), exact(span=span))
+@pytest.mark.parametrize(("keys", "rows"), [(SHORT, 64), (SHORT + 1, 128)])
+@pytest.mark.parametrize("listed", [False, True])
+def test_short_and_long_texts_by_default(keys, rows, listed):
+    """Half precision and small heads, which have sizes of their own."""
+    queries = size(300, 130 if listed else 70)  # two tiles of queries, or two programs of 64
+    shape = {"queries": queries, "keys": keys, "dim": 16, "dtype": HALF}
+    query, key, _ = Case(**shape).inputs
+    assert blocks_of(query, key, None)[0].rows == rows
+    if listed:
+        assert_listed({**shape, "tile": 128, "heads": 1})
+    else:
+        assert_same(Case(**shape), lambda *tensors, **options: attend(*tensors, **options)[0])
 
 
-@pytest.mark.parametrize("span", [1, 2])
-def test_programs_that_sweep_a_part_of_the_lists(span):
-    for name in ("a list per head", "both directions"):
-        assert_listed({"tile": 16, **LARGE[name]}, **SMALL, span=span)
+@pytest.mark.parametrize("alpha", [1.3, 2.0])
+def test_sorted_groups_with_ties_and_without_keys(alpha, monkeypatch):
+    """Of equal logits all keys have weight: groups of queries with as many as a limit, with more, and of no text."""
+    monkeypatch.setattr(few, "HEAVY", 32)
+    assert_same(Case(queries=37, scaling=0.0, alpha=alpha), exact())
+    assert_same(Case(queries=37, scaling=0.0, alpha=alpha, batch=3, padding=True, group=2), exact())
+    assert_listed({"queries": 37, "scaling": 0.0, "alpha": alpha, "tile": 16, "heads": 1, "group": 2}, **SMALL)
+
+
+@pytest.mark.parametrize("groups", [5, 40])
+def test_groups_with_most_candidates_are_the_first_of_the_queue(groups, monkeypatch):
+    """Blocks behind the last one of a group are not counted, and a group of which blocks are missing has the most."""
+    monkeypatch.setattr(few, "HEAVY", 20)
+    torch.manual_seed(0)
+    capacity, light = 9, Few(8, 1)
+    words = torch.randint(0, 4, (groups, capacity, 4), dtype=torch.int32)  # no bit to two bits
+    counts = torch.randint(0, capacity + 2, (groups,), dtype=torch.int32)
+    counts[:2] = torch.tensor([0, capacity + 1])
+    stored = torch.arange(capacity) < counts[:, None]
+    total = ((words % 2 + words // 2).sum(-1) * stored).sum(-1)
+    first = (total > 20) | (counts > capacity)
+    second = ~first & (total > 8)
+    turn = torch.zeros(4, dtype=torch.int32, device=DEVICE)
+    found = Candidates(torch.empty(0), words.to(DEVICE), None, counts.to(DEVICE), 128, turn)
+    queue = sorted_groups(found, light, 1, groups * 16, 1).tolist()
+    assert turn.tolist() == [0, int(first.sum()), int(second.sum()), 0] and turn[1] > 0 and 0 < turn[2] < groups
+    assert sorted(queue[: turn[1]]) == first.nonzero()[:, 0].tolist()
+    assert sorted(queue[groups - turn[2] :]) == second.nonzero()[:, 0].tolist()
 
 
 @pytest.mark.parametrize("limit", ["capacity", "most", "kept"])
@@ -167,10 +199,9 @@ def test_more_candidates_than_the_buffers_take(limit):
 
 
 KERNELS: dict[str, dict[str, Any]] = {
-    "one": {"few": ()},
-    "two for few candidates": {"few": (Few(16, 1), Few(64, 2))},
-    "those with most first": {"few": (Few(16, 1),), "heavy": 40},
-    "two with buffers": {"few": (Few(16, 1),), "buffered": (Buffered(64, 16, 1, 1, wide=16), Buffered(0, 32, 2, 1))},
+    "most groups with few": {"few": Few(size(128, 256), 4)},
+    "few groups with few": {"few": Few(16, 1)},
+    "more chunks, fewer registers": {"few": Few(64, 2), "buffered": Buffered(16, 1, 1, wide=16)},
 }
 
 
@@ -203,8 +234,7 @@ def test_thresholds_and_supports():
     assert torch.equal(count.long(), certificate.support)
 
 
-@pytest.mark.parametrize("span", [0, 3])
-def test_the_bound_rises_and_stays_below_the_threshold(span):
+def test_the_bound_rises_and_stays_below_the_threshold():
     """Queries in the direction of keys that are neither first nor near: the first bound does not know of these."""
     torch.manual_seed(0)
     length, dim = size(256, 80), 16
@@ -214,8 +244,8 @@ def test_the_bound_rises_and_stays_below_the_threshold(span):
     query, key, one = query.to(DEVICE), key.to(DEVICE), torch.ones(1, device=DEVICE)
     arguments = (query, key, Numbers(0.15 * one, 1.0, None, 2), None, None, None, True)
     first, risen = (
-        candidates(*arguments, 64, *[Blocks(16, 16, 4, 1)] * 2, near=16, every=every, span=span).bound[0, 0]
-        for every in (0, 1)
+        candidates(*arguments, 64, *[Blocks(16, 16, 4, 1)] * 2, near=16, every=every).bound[0, 0]
+        for every in (length, 1)  # blocks of keys: never, and after each
     )
     z = 0.15 * query[0, 0] @ key[0, 0].T
     z = z.masked_fill(~torch.ones_like(z).tril().bool(), -torch.inf).double()
@@ -372,9 +402,8 @@ def test_what_stands_behind_a_text_changes_nothing(tile):
 RECORDED = {
     "all keys": {},
     "padding": {"padding": True},
-    "buffers too small": {"kept": 16},
+    "buffers too small": {"kept": 16, "few": Few(16, 1)},
     "a list per head": {"tile": 16},
-    "a list per head, groups with most keys first": {"tile": 16, "heavy": 70},
     "small tiles": {"tile": 8},
 }
 
@@ -397,7 +426,7 @@ def test_all_that_is_launched_can_run_again(shape, trains, monkeypatch):
     if DEVICE == "cpu":
         for module in (attention, pooled):
             monkeypatch.setattr(module, "replayed", record)
-    tile, sizes = shape.get("tile"), {name: number for name, number in shape.items() if name in ("kept", "heavy")}
+    tile, sizes = shape.get("tile"), {name: number for name, number in shape.items() if name in ("kept", "few")}
     case = Case(queries=size(150, 37), dim=16, group=2, padding="padding" in shape, scaling="heads")
 
     def kernels(query, key, value, **options):

@@ -35,7 +35,6 @@ from hf_sparse.ops.selection.triton.reading import ReadingSettings, read_text
 from hf_sparse.ops.selection.triton.scan import scan_prefixes, select_keys
 from hf_sparse.ops.selection.triton.step import StepKernel
 from hf_sparse.ops.tiles.tiles import Tiles, tile_counts
-from hf_sparse.ops.triton import overlap
 from hf_sparse.ops.triton.divergence import fused_divergence
 from hf_sparse.ops.triton.products import ProductSizes, fused_products
 
@@ -252,16 +251,12 @@ def listed(heads: int, queries: int, keys: int, size: int, of_queries: int) -> T
     return Tiles(torch.arange(total).expand(2, heads, tiles, total).contiguous(), size, of_queries)
 
 
-BUFFERED = (Buffered(64, 32, 2, 8), Buffered(0, 32, 4, 4, 3, 32, 128))
-
-
 def entmax(
     dtype: torch.dtype, dim: int, *, group: int = 3, queries: int = 300, keys: int = 300, alpha: str = "1.5",
     causal: bool = True, valid: bool = False, first: bool = False, trained: bool = True, lists: Any = None,
-    overlaps: bool = False, **sizes: Any,
+    **sizes: Any,
 ) -> None:  # fmt: skip
     """Attend with entmax over all keys or listed tiles (of so many keys, for so many queries and heads), and back."""
-    overlap.overlaps = lambda device: overlaps
     tensors = inputs(dtype, dim, group, queries, keys, trained)
     number = alpha_of(alpha, 2 * group)
     scaling = torch.full((2 * group,), 0.3, requires_grad=True) if alpha == "heads" else 0.3
@@ -280,10 +275,10 @@ def entmax(
 cross(
     [*LARGE, *FEW],
     partial(entmax, alpha="heads"),
-    partial(entmax, kept=None, lists=(64, 64, 6), span=1),
-    partial(entmax, kept=None, capacity=1, overlaps=True, heavy=128),
-    partial(entmax, kept=None, overlaps=True),
-    partial(entmax, kept=None, few=(Few(16, 2), Few(32, 2)), buffered=BUFFERED),
+    partial(entmax, kept=None, lists=(64, 64, 6)),
+    partial(entmax, kept=None, capacity=1),
+    partial(entmax, kept=None, queries=1, keys=4200),
+    partial(entmax, kept=None, few=Few(16, 2), buffered=Buffered(32, 4, 4, 3, 32, 128)),
     partial(entmax, group=1, causal=False, valid=True, alpha="2.0"),
     partial(entmax, queries=8, first=True, valid=True, trained=False, alpha="1.3"),
     partial(entmax, lists=(8, 1, 6), valid=True, alpha="2.0"),

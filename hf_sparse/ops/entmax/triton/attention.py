@@ -14,7 +14,6 @@ from hf_sparse.ops.entmax.triton.jobs import Lists
 from hf_sparse.ops.entmax.triton.sweep import (
     EVERY,
     FIRST,
-    STEPS,
     Blocks,
     Candidates,
     blocks_of,
@@ -46,10 +45,9 @@ class Settings(NamedTuple):
         capacity, most, kept: blocks, candidates, and keys with or almost with weight that a group of queries may have.
         sweep, tiles: sizes of the programs; chosen by shape and dtype by default.
         near: keys of the beginning over which the first bound is taken.
-        start, steps: sizes of the kernel of the first bound, and its steps of Newton's method.
-        every, span: blocks of keys after which the bound rises, and that a program of the sweep walks over.
-        few, buffered, heavy: sizes of the kernels for groups with few candidates, and of those with buffers, and
-            candidates of a group that comes first, see `attend_groups`.
+        start: sizes of the kernel of the first bound.
+        every: blocks of keys after which the bound rises.
+        few, buffered: sizes of the kernels for groups with few candidates and for the others.
     """
 
     kind: int
@@ -64,12 +62,9 @@ class Settings(NamedTuple):
     tiles: Blocks | None = None
     near: int = FIRST
     start: Blocks | None = None
-    steps: int = STEPS
     every: int = EVERY
-    span: int = 0
-    few: tuple[Few, ...] | None = None
-    buffered: tuple[Buffered, ...] | None = None
-    heavy: int = 0
+    few: Few | None = None
+    buffered: Buffered | None = None
 
     def lists(self, index: Tensor | None, counts: Tensor | None) -> Lists | None:
         """Return the lists of tiles with their sizes."""
@@ -169,11 +164,11 @@ def _forward(
     if sweeps(lists):
         found = candidates(
             query, key, numbers, first, valid, packed, causal, settings.capacity, settings.sweep, settings.start,
-            settings.near, settings.every, lists, settings.steps, settings.span,
+            settings.near, settings.every, lists,
         )  # fmt: skip
     attended = attend_groups(
         query, key, value, numbers, first, valid, causal, lists, found, *settings.limits(key.shape[2]), settings.trains,
-        settings.few, settings.buffered, settings.heavy,
+        settings.few, settings.buffered,
     )  # fmt: skip
     if settings.marks(query, key, lists):
         bound = None if found is None else found.bound

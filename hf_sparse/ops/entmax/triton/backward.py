@@ -30,7 +30,6 @@ from hf_sparse.ops.entmax.triton.jobs import (
 from hf_sparse.ops.entmax.triton.sweep import GROUP_ROWS, Blocks
 from hf_sparse.ops.entmax.triton.tiles import logits
 from hf_sparse.ops.triton.launch import launch
-from hf_sparse.ops.triton.overlap import wait_for_last
 from hf_sparse.ops.triton.replay import empty, zeros
 from hf_sparse.ops.triton.sizes import padded
 
@@ -66,9 +65,6 @@ def gradients(
     with_exponent: bool,
     marks: bool,
     blocks: Blocks | None = None,
-    warps: int = 4,
-    chunk: int | None = None,
-    stages: int = 1,
 ) -> Gradients:
     """Return all gradients.
 
@@ -79,7 +75,6 @@ def gradients(
         with_scale, with_exponent: whether the gradients of these are wanted.
         marks: whether groups may be marked.
         blocks: sizes of a program that walks over tiles.
-        warps, chunk, stages: of a program that gathers the keys of a group.
     """
     batch, heads, queries, _ = query.shape
     device = query.device
@@ -98,7 +93,7 @@ def gradients(
     launch(_groups_backward, (groups,))(
         query, key, value, *numbers.arguments, first, valid, attended.support, attended.lengths, attended.tau,
         attended.slopes, d_output, *into, kept, *arguments, *strides, **fixed, M=GROUP_ROWS,
-        C=chunk or max(16, chunk_of(query) // 2), STAGES=stages, num_warps=warps, num_stages=1,
+        C=max(16, chunk_of(query) // 2), num_warps=4, num_stages=1,
     )  # fmt: skip
     if not marks:
         return found
@@ -164,12 +159,9 @@ def _groups_backward(
     KIND: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
-    OVERLAP: tl.constexpr,
     M: tl.constexpr,
     C: tl.constexpr,
-    STAGES: tl.constexpr,
 ):
-    wait_for_last(OVERLAP)
     group = tl.program_id(0)
     length = tl.load(Lengths + group)
     if length >= 0:
@@ -194,7 +186,7 @@ def _groups_backward(
         tau = tl.where(tau > float("-inf"), tau, 0.0)  # such a row sees no key
         dq = tl.zeros([M, PADDED], tl.float32)
         d_scale, d_exponent = tl.zeros([M], tl.float32), tl.zeros([M], tl.float32)
-        for begin in tl.range(0, length, C, num_stages=STAGES):
+        for begin in tl.range(0, length, C, num_stages=1):
             there = begin + step < length
             key = tl.load(List + begin + step, mask=there, other=0)
             k = load_rows(K, key.to(tl.int64) * k_row, there, dim, D)
@@ -276,12 +268,10 @@ def _tiles_backward(
     KIND: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
-    OVERLAP: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     R: tl.constexpr,
 ):
-    wait_for_last(OVERLAP)
     job, batch, number, tile, head, index, position, exists, inside = rows_of_group(
         tl.program_id(0), Index, First, Valid, queries, keys, heads, lists, query_tiles, rows, lead, share, M
     )

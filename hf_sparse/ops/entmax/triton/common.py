@@ -12,7 +12,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_sparse.ops.triton.overlap import overlap_options
 from hf_sparse.ops.triton.sizes import padded
 
 STEPS = tl.constexpr(60)  # a guard: far more steps than the digits of float32 take
@@ -61,6 +60,11 @@ def kind_of(exponent: float | Tensor) -> int:
     return int(exponent) if isinstance(exponent, float) and exponent in (1.0, 2.0) else 0
 
 
+def is_slim(query: Tensor) -> bool:
+    """Tell whether heads have at most 64 dimensions in half precision, for which sizes of their own were measured."""
+    return query.shape[3] <= 64 and query.dtype != torch.float32
+
+
 def precision_of(dtype: torch.dtype) -> str:
     """Return how matrix products treat float32: as three products of TF32. In half precision there is no choice."""
     return "tf32x3" if dtype == torch.float32 else "tf32"
@@ -83,7 +87,7 @@ def scale_and_factor(scaling: float | Tensor, alpha: float | Tensor) -> tuple[Te
 
 
 def constants(query: Tensor, key: Tensor, kind: int, causal: bool) -> dict[str, Any]:
-    """Return what every kernel is compiled for, and options of its launch."""
+    """Return what every kernel is compiled for."""
     return {
         "GROUP": query.shape[1] // key.shape[1],
         "D": query.shape[3],
@@ -91,7 +95,6 @@ def constants(query: Tensor, key: Tensor, kind: int, causal: bool) -> dict[str, 
         "KIND": kind,
         "CAUSAL": causal,
         "PRECISION": precision_of(query.dtype),
-        **overlap_options(query.device),
     }
 
 

@@ -1,11 +1,13 @@
 """Attend with entmax over the candidates of groups that have few: a program for each, and no buffers of products.
 
-The keys of a group are gathered at once, and their products, thresholds and weights stay in registers. Groups with more
-candidates are put into a queue for the kernel in `groups`.
+The keys of a group are gathered at once, and their products, thresholds and weights stay in registers. `sorted_groups`
+puts groups with more candidates into a queue for the kernel in `groups`, which is launched before: its programs with
+the most candidates would be the last ones otherwise, while most of the GPU has nothing to do.
 """
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,25 +24,47 @@ from hf_sparse.ops.entmax.triton.common import (
     scale_of,
 )
 from hf_sparse.ops.entmax.triton.jobs import LENGTHS, rows_of_group, turn_of_group
-from hf_sparse.ops.entmax.triton.sweep import key_of_bit
-from hf_sparse.ops.triton.overlap import end_after_last, let_next_begin, wait_for_last
-from hf_sparse.ops.triton.sizes import padded
+from hf_sparse.ops.entmax.triton.sweep import GROUP_ROWS, Candidates, key_of_bit
+from hf_sparse.ops.triton.launch import launch
+from hf_sparse.ops.triton.replay import empty
+from hf_sparse.ops.triton.sizes import padded, pieces
+
+HEAVY = 256  # candidates of a group above which it comes before those with fewer
+SORTED_AT_ONCE = 16  # groups
 
 
 class Few(NamedTuple):
-    """Hold the sizes of a program: the most candidates of its group, Triton's warps, and most registers of a thread."""
+    """Hold the sizes of a program: the most candidates of its group, and Triton's warps."""
 
     keys: int
     warps: int
-    registers: int | None = None
 
 
-def few_sizes(query: Tensor) -> tuple[Few, ...]:
-    """Return the sizes of the kernels for groups with few candidates, the smallest first."""
+def few_sizes(query: Tensor) -> Few:
+    """Return the sizes of the kernel for groups with few candidates."""
     size = padded(query.shape[3]) * query.element_size()  # bytes of a key
     if size <= 128:
-        return (Few(64, 2),)
-    return (Few(64, 4),) if size <= 256 else (Few(32, 4),) if size <= 512 else (Few(16, 4),)
+        return Few(64, 2)
+    return Few(64, 4) if size <= 256 else Few(32, 4) if size <= 512 else Few(16, 4)
+
+
+def sorted_groups(found: Candidates, few: Few, query_tiles: int, rows: int, share: int) -> Tensor:
+    """Return a queue `[groups]` int32 of the groups with more than few candidates.
+
+    Those with more than `HEAVY` are the first, `found.turn[1]` of them, and the others the last, `found.turn[2]`.
+
+    Args:
+        found: candidates of every group.
+        few: sizes of `attend_few`, which takes all groups that are not in the queue.
+        query_tiles, rows, share: as in `jobs.arguments_of`.
+    """
+    groups, capacity = found.words.shape[:2]
+    queue = empty((groups,), torch.int32, found.words.device)
+    launch(_sort, (pieces(groups, SORTED_AT_ONCE),))(
+        found.words, found.counts, found.turn, queue, groups, capacity, query_tiles, rows, share, M=GROUP_ROWS,
+        C=few.keys, MANY=max(HEAVY, few.keys), G=SORTED_AT_ONCE, W=128, num_warps=4,
+    )  # fmt: skip
+    return queue
 
 
 @triton.jit
@@ -107,8 +131,6 @@ def attend_few(
     Counts,
     Found,
     Support,
-    Turn,
-    Queue,
     Lengths,
     Out,
     Tau,
@@ -146,37 +168,19 @@ def attend_few(
     KIND: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
-    OVERLAP: tl.constexpr,
     N: tl.constexpr,
     M: tl.constexpr,
     C: tl.constexpr,
-    TIER: tl.constexpr,
-    MANY: tl.constexpr,
-    SORTED: tl.constexpr,
     LANES: tl.constexpr,
     SAVE: tl.constexpr,
 ):
-    """Write the results of a group of M rows with at most C candidates, or put it into the next queue, or behind it.
-
-    Where groups are sorted already, they run beside those with more candidates, which were launched before."""
-    if SORTED:
-        let_next_begin(OVERLAP)
-    else:
-        wait_for_last(OVERLAP)
-    if TIER == 0:
-        waiting, group = groups, turn_of_group(tl.program_id(0), groups, query_tiles, rows, share, M)
-    else:
-        waiting = tl.load(Turn + TIER)
-        group = tl.load(Queue + (TIER - 1) * groups + tl.program_id(0), mask=tl.program_id(0) < waiting, other=0)
+    """Write the results of a group of M rows with at most C candidates."""
+    group = turn_of_group(tl.program_id(0), groups, query_tiles, rows, share, M)
     blocks = tl.load(Counts + group)
     bits = group.to(tl.int64) * capacity
     total = C + 1
-    if (tl.program_id(0) < waiting) & (blocks <= capacity):
+    if blocks <= capacity:
         total = count_of_bits(Words + bits * 4, blocks, LANES)
-    if (not SORTED) & (tl.program_id(0) < waiting) & (total > C):
-        queue = TIER + (total > MANY).to(tl.int32) if MANY > 0 else TIER
-        place = tl.atomic_add(Turn + queue + 1, 1, sem="relaxed")
-        tl.store(Queue + queue * groups + place, group)
     if total <= C:
         Found += group.to(tl.int64) * C
         _, batch, number, tile, head, index, position, exists, inside = rows_of_group(
@@ -228,17 +232,14 @@ def attend_few(
             tl.store(Support + group.to(tl.int64) * kept + tl.cumsum(one, 0) - one, key, mask=one > 0)
             length = tl.sum(one, 0)
         tl.store(Lengths + group, length)
-    if SORTED:
-        end_after_last(OVERLAP)
 
 
 @triton.jit(do_not_specialize=["groups", "capacity", "query_tiles", "rows", "share"])
-def sort_groups(
+def _sort(
     Words, Counts, Turn, Queue, groups, capacity, query_tiles, rows, share, M: tl.constexpr, C: tl.constexpr,
-    MANY: tl.constexpr, G: tl.constexpr, W: tl.constexpr, OVERLAP: tl.constexpr,
+    MANY: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
     """Put groups with more than C candidates into a queue: those with more than MANY in front, the others behind."""
-    wait_for_last(OVERLAP)
     number, word = tl.program_id(0) * G + tl.arange(0, G), tl.arange(0, W)
     there = number < groups
     group = turn_of_group(number, groups, query_tiles, rows, share, M)

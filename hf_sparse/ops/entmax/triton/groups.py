@@ -1,6 +1,6 @@
 """Attend with entmax over the candidates of a group of rows: products, thresholds, weights, and values.
 
-Groups with few candidates come first, in the kernels of `few`. Of the others, a program takes one after the other. It
+Groups with few candidates are those of `few`. Of the others, a program takes one after the other. It
 writes the keys that any row of the group may attend to out as a list, from the bits of `sweep` or from listed tiles,
 gathers them once for all rows, keeps the products in a buffer of its own, finds every tau there, and gathers the values
 of the keys with weight. Groups with more keys than the buffer takes are marked and left to the kernel in `tiles`.
@@ -21,12 +21,13 @@ from hf_sparse.ops.entmax.triton.common import (
     exponent_of,
     gathered_logits,
     goes_on,
+    is_slim,
     load_rows,
     newton_step,
     powers,
     scale_of,
 )
-from hf_sparse.ops.entmax.triton.few import Few, attend_few, few_sizes, keys_of_bits, sort_groups
+from hf_sparse.ops.entmax.triton.few import Few, attend_few, few_sizes, keys_of_bits, sorted_groups
 from hf_sparse.ops.entmax.triton.jobs import (
     LENGTHS,
     Lists,
@@ -38,11 +39,8 @@ from hf_sparse.ops.entmax.triton.jobs import (
 )
 from hf_sparse.ops.entmax.triton.sweep import GROUP_ROWS, Candidates
 from hf_sparse.ops.triton.launch import launch
-from hf_sparse.ops.triton.overlap import overlap_options, wait_for_last
 from hf_sparse.ops.triton.replay import empty, zeros
 from hf_sparse.ops.triton.sizes import padded, pieces
-
-SORTED_AT_ONCE = 16  # groups
 
 
 class Attended(NamedTuple):
@@ -52,7 +50,7 @@ class Attended(NamedTuple):
     tau: `[B, Hq, Tq]` float32, `-inf` for a row without a key.
     counts: `[B, Hq, Tq]` int32, keys with weight.
     slopes: `[B, Hq, Tq, D]` float32, values averaged with `[z - tau]_+ ** (e - 1)`, for the backward.
-    support: `[groups, most]` int32, the keys with weight in any row of a group, for the backward.
+    support: `[groups, kept]` int32, the keys with weight in any row of a group, for the backward.
     lengths: `[groups]` int32, how many these are; -1 for a group that is marked.
     """
 
@@ -67,7 +65,6 @@ class Attended(NamedTuple):
 class Buffered(NamedTuple):
     """Hold the sizes of a program that keeps products in a buffer.
 
-    most: candidates of its groups; 0 for any number.
     chunk: keys at a time.
     warps, stages, depth: of Triton; stages in the loops that gather, depth in those that read products.
     programs: how many share a multiprocessor.
@@ -75,7 +72,6 @@ class Buffered(NamedTuple):
     registers: the most that a thread may have; any number by default.
     """
 
-    most: int
     chunk: int
     warps: int
     programs: int
@@ -85,9 +81,11 @@ class Buffered(NamedTuple):
     depth: int = 3
 
 
-def buffered_sizes(query: Tensor) -> tuple[Buffered, ...]:
-    """Return the sizes of the kernels that keep products, the one for the fewest candidates first."""
-    return (Buffered(0, chunk_of(query), 2, 8),)
+def buffered_sizes(query: Tensor) -> Buffered:
+    """Return the sizes of the kernel that keeps products."""
+    if is_slim(query):
+        return Buffered(128, 4, 3, stages=3, wide=128, registers=168, depth=1)
+    return Buffered(chunk_of(query), 2, 8)
 
 
 def chunk_of(query: Tensor) -> int:
@@ -110,9 +108,8 @@ def attend_groups(
     most: int,
     kept: int,
     trains: bool,
-    few: tuple[Few, ...] | None = None,
-    buffered: tuple[Buffered, ...] | None = None,
-    heavy: int = 0,
+    few: Few | None = None,
+    buffered: Buffered | None = None,
 ) -> Attended:
     """Return output and thresholds of all groups whose keys fit into the buffer.
 
@@ -123,77 +120,52 @@ def attend_groups(
         most: candidates of a group that the list takes.
         kept: keys of a group that may have weight when all products are known, of which the buffers take so many.
         trains: whether there will be a backward.
-        few, buffered: sizes of the kernels for groups with few candidates, and of those with buffers, which take what
-            is left: those for the fewest candidates first. One of `few` and two of `buffered` by default, two at most.
-        heavy: where both are one, candidates of a group above which it comes before all others, and those with few come
-            last; 0 for the groups with few first.
+        few, buffered: sizes of the kernel for groups with few candidates, where these are known, and of that with
+            buffers.
     """
     batch, heads, queries, dim = query.shape
     device = query.device
-    tiers: tuple[Few, ...] = ()
-    if found is not None:
-        tiers = tuple(sizes for sizes in (few_sizes(query) if few is None else few) if sizes.keys <= kept)
-    buffered = buffered_sizes(query) if buffered is None else buffered
-    if not tiers or buffered[0].most >= key.shape[2]:  # nobody counts, or all groups are for the first
-        buffered = buffered[:1]
-    chunk = max(sizes.chunk for sizes in buffered)
+    few, buffered = few or few_sizes(query), buffered or buffered_sizes(query)
+    chunk = buffered.chunk
     most = pieces(min(most, key.shape[2]), chunk) * chunk
     kept = pieces(min(kept, most), chunk) * chunk
+    if found is not None:
+        kept = max(kept, few.keys)
     groups = group_count(query, lists)
     output = empty((batch, queries, heads, dim), query.dtype, device)
     tau = empty((batch, heads, queries), torch.float32, device)
     counts = empty((batch, heads, queries), torch.int32, device)
     slopes = empty(query.shape, torch.float32, device) if trains else None
     support = empty((groups, kept), torch.int32, device) if trains else None
-    turn = zeros((8,), torch.int32, device) if found is None else found.turn
+    turn = zeros((4,), torch.int32, device) if found is None else found.turn
     lengths = empty((groups,), torch.int32, device)
     bits = (None, None, None, None) if found is None else (found.bound, found.words, found.blocks, found.counts)
     capacity = 0 if found is None else found.words.shape[1]
     given = (query, key, value, *numbers.arguments, first, valid, *bits)
-    who = (
-        *arguments_of(query, key, lists), *query.stride()[:3], *key.stride()[:3], *value.stride()[:3],
-    )  # fmt: skip
+    arguments = arguments_of(query, key, lists)
+    who = (*arguments, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
     fixed = constants(query, key, numbers.kind, causal)
     fixed |= {"N": 0 if found is None else found.size, "M": GROUP_ROWS, "SAVE": trains}
-    queues = (len(tiers) - 1 + len(buffered), groups)
-    queue = empty(queues, torch.int32, device) if tiers else None
-    into = (turn, queue, lengths, output, tau, counts, slopes, groups, capacity, kept)
-    is_sorted = heavy > 0 and len(tiers) == len(buffered) == 1
-    if is_sorted and found is not None:
-        _, _, _, _, _, _, _, _, _, query_tiles, rows, _, _, share = arguments_of(query, key, lists)
-        launch(sort_groups, (pieces(groups, SORTED_AT_ONCE),))(
-            found.words, found.counts, turn, queue, groups, capacity, query_tiles, rows, share, M=GROUP_ROWS,
-            C=tiers[0].keys, MANY=max(heavy, tiers[0].keys), G=SORTED_AT_ONCE, W=128, num_warps=4,
-            **overlap_options(device),
+    queue = None
+    if found is not None:
+        _, _, _, _, _, _, _, _, _, query_tiles, rows, _, _, share = arguments
+        queue = sorted_groups(found, few, query_tiles, rows, share)
+    into = (lengths, output, tau, counts, slopes, groups, capacity, kept)
+    at_once = min(groups, buffered.programs * _multiprocessors(device))
+    gathered = empty((at_once, most), torch.int32, device)
+    reached = support if trains else empty((at_once, kept), torch.int32, device)
+    products = empty((at_once, kept, GROUP_ROWS), torch.float32, device)
+    launch(_groups, (at_once,))(
+        *given, gathered, reached, turn, queue, *into, products, most, *who, **fixed, C=buffered.chunk,
+        WIDE=buffered.wide, STAGES=buffered.stages, DEPTH=buffered.depth, LANES=32 * buffered.warps,
+        num_warps=buffered.warps, num_stages=1, maxnreg=buffered.registers,
+    )  # fmt: skip
+    if found is not None:
+        of_few = empty((groups, few.keys), torch.int32, device)
+        launch(attend_few, (groups,))(
+            *given, of_few, support, *into, *who, **fixed, C=few.keys, LANES=32 * few.warps, num_warps=few.warps,
+            num_stages=1,
         )  # fmt: skip
-
-    def attend_by_few() -> None:
-        for tier, small in enumerate(tiers):
-            gathered = empty((groups, small.keys), torch.int32, device)
-            many = buffered[0].most if len(buffered) == 2 and tier == len(tiers) - 1 else 0
-            launch(attend_few, (groups,))(
-                *given, gathered, support, *into, *who, **fixed, C=small.keys, TIER=tier, MANY=many, SORTED=is_sorted,
-                LANES=32 * small.warps, num_warps=small.warps, num_stages=1, maxnreg=small.registers,
-            )  # fmt: skip
-
-    if not is_sorted:
-        attend_by_few()
-    buffers = []  # live until all is launched
-    for number, large in enumerate(buffered):
-        at_once = min(groups, large.programs * _multiprocessors(device))
-        last = number == len(buffered) - 1
-        room_of_list, room_of_products = (most, kept) if last else (large.most, min(kept, large.most))
-        gathered = empty((at_once, room_of_list), torch.int32, device)
-        own = support if trains else empty((at_once, room_of_products), torch.int32, device)
-        products = empty((at_once, room_of_products, GROUP_ROWS), torch.float32, device)
-        buffers += [gathered, own, products]
-        launch(_groups, (at_once,))(
-            *given, gathered, own, *into, products, room_of_list, room_of_products, *who, **fixed, C=large.chunk,
-            WIDE=large.wide, STAGES=large.stages, DEPTH=large.depth, QUEUE=len(tiers) + number if tiers else 0,
-            SORTED=is_sorted, LANES=32 * large.warps, num_warps=large.warps, num_stages=1, maxnreg=large.registers,
-        )  # fmt: skip
-    if is_sorted:
-        attend_by_few()
     return Attended(output, tau, counts, slopes, support, lengths)
 
 
@@ -222,7 +194,7 @@ def _keys_of_tiles(
     return total
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, "groups", "capacity", "saved", "most", "kept"])
+@triton.jit(do_not_specialize=[*LENGTHS, "groups", "capacity", "most", "kept"])
 def _groups(
     Q,
     K,
@@ -247,10 +219,9 @@ def _groups(
     Slopes,
     groups,
     capacity,
-    saved,
+    kept,
     Products,
     most,
-    kept,
     Index,
     Listed,
     i_batch,
@@ -280,19 +251,15 @@ def _groups(
     KIND: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
-    OVERLAP: tl.constexpr,
     N: tl.constexpr,
     M: tl.constexpr,
     C: tl.constexpr,
     WIDE: tl.constexpr,
     STAGES: tl.constexpr,
     DEPTH: tl.constexpr,
-    QUEUE: tl.constexpr,
-    SORTED: tl.constexpr,
     LANES: tl.constexpr,
     SAVE: tl.constexpr,
 ):
-    wait_for_last(OVERLAP)
     dim, step = tl.arange(0, PADDED), tl.arange(0, C)
     wide = (dim < D)[None, :]
     Products += tl.program_id(0).to(tl.int64) * M * kept
@@ -301,20 +268,14 @@ def _groups(
     lane = tl.arange(0, M)[:, None]
     many = tl.arange(0, WIDE)
     z_place, z_wide = lane + step[None, :] * M, lane + many[None, :] * M
-    total_groups, first = groups, 0
-    if SORTED:
+    first, waiting = 0, groups
+    if Queue is not None:
         first = tl.load(Turn + 1)
-        groups = first + tl.load(Turn + 2)
-    elif QUEUE > 0:
-        Queue += (QUEUE - 1) * groups
-        groups = tl.load(Turn + QUEUE)
-    Turn += 4 + QUEUE
+        waiting = first + tl.load(Turn + 2)
     turn = tl.atomic_add(Turn, 1, sem="relaxed")
-    while turn < groups:
-        if SORTED:
-            group = tl.load(Queue + tl.where(turn < first, turn, total_groups - 1 - (turn - first)))
-        elif QUEUE > 0:
-            group = tl.load(Queue + turn)
+    while turn < waiting:
+        if Queue is not None:
+            group = tl.load(Queue + tl.where(turn < first, turn, groups - 1 - (turn - first)))
         else:
             group = turn_of_group(turn, groups, query_tiles, rows, share, M)
         job, batch, number, tile, head, index, position, exists, inside = rows_of_group(
@@ -322,7 +283,7 @@ def _groups(
         )
         row = (batch * heads + head) * queries + index
         last = tl.max(tl.where(exists, position, -1), 0)
-        List = Support + (group.to(tl.int64) * saved if SAVE else tl.program_id(0).to(tl.int64) * kept)
+        List = Support + (group if SAVE else tl.program_id(0)).to(tl.int64) * kept
         listed = Index
         if Index is not None:
             listed = Index + batch * i_batch + number * i_list + tile * i_tile

@@ -21,6 +21,7 @@ from hf_sparse.ops.entmax.triton.common import (
     Numbers,
     constants,
     exponent_of,
+    is_slim,
     load_rows,
     newton_step,
     origin_of,
@@ -28,19 +29,17 @@ from hf_sparse.ops.entmax.triton.common import (
     scale_of,
 )
 from hf_sparse.ops.triton.launch import launch
-from hf_sparse.ops.triton.overlap import wait_for_last
 from hf_sparse.ops.triton.replay import empty
 from hf_sparse.ops.triton.sizes import pieces
 
 
 class Blocks(NamedTuple):
-    """Hold the sizes of a program: rows, keys at a time, Triton's warps and stages, and most registers of a thread."""
+    """Hold the sizes of a program: rows, keys at a time, Triton's warps and stages."""
 
     rows: int
     keys: int
     warps: int
     stages: int
-    registers: int | None = None
 
 
 class Candidates(NamedTuple):
@@ -52,7 +51,7 @@ class Candidates(NamedTuple):
         place among all keys or listed tiles.
     counts: `[groups]` int32, blocks that are stored; above `capacity` some are missing.
     size: keys of a block.
-    turn: `[8]` int32, zeros: lengths of queues, and the next of each to attend to, see `groups.attend_groups`.
+    turn: `[4]` int32, zeros, see `groups.attend_groups`.
     """
 
     bound: Tensor
@@ -64,12 +63,12 @@ class Candidates(NamedTuple):
 
 
 LENGTHS = [
-    "queries", "keys", "heads", "capacity", "width", "span", "splits", "lists", "query_tiles", "rows", "lead", "size",
+    "queries", "keys", "heads", "capacity", "width", "lists", "query_tiles", "rows", "lead", "size",
 ]  # fmt: skip
 GROUP_ROWS = 16  # queries that share a list of candidates: the rows of a matrix product
 FIRST = 64  # keys of the beginning over which the lower bound is taken
 NEAR = 128  # keys around the rows of a program, likewise
-STEPS = 5  # of Newton's method: each gives a lower bound
+SHORT = 4096  # keys of a text up to which programs of half the rows, of which there are twice as many, take less time
 HIGHER = 0.06  # how far above the first bound a step of Newton's method begins as well
 EVERY = 4  # blocks of keys after which the bound rises
 
@@ -81,18 +80,23 @@ def start_blocks(query: Tensor) -> Blocks:
     return Blocks(32 if query.dtype == torch.float32 else 64, NEAR, 8, 1)
 
 
-def sweep_blocks(query: Tensor) -> Blocks:
+def start_steps(query: Tensor) -> int:
+    """Return how many steps of Newton's method the first bound takes: each gives a higher one."""
+    return 3 if is_slim(query) else 5
+
+
+def sweep_blocks(query: Tensor, key: Tensor) -> Blocks:
     """Return the sizes of the kernel that compares all products."""
     if query.dtype == torch.float32:
         return Blocks(64, 64, 4, 2) if query.shape[3] <= 128 else Blocks(32, 64, 8, 1)
     if query.shape[3] <= 64:
-        return Blocks(128, 128, 4, 3)
+        return Blocks(64 if key.shape[2] <= SHORT else 128, 128, 4, 3)
     return Blocks(128, 128, 8, 3) if query.shape[3] <= 128 else Blocks(128, 64, 8, 2)
 
 
 def blocks_of(query: Tensor, key: Tensor, lists: Lists | None, blocks: Blocks | None = None) -> tuple[Blocks, int]:
     """Return the sizes of the sweep, by default those that suit the query, and the most blocks of a group."""
-    blocks = blocks or sweep_blocks(query)
+    blocks = blocks or sweep_blocks(query, key)
     if lists is None:
         return blocks, pieces(key.shape[2], blocks.keys)
     blocks = blocks._replace(rows=min(blocks.rows, lists.rows), keys=min(blocks.keys, lists.size))
@@ -113,8 +117,6 @@ def candidates(
     near: int = FIRST,
     every: int = EVERY,
     lists: Lists | None = None,
-    steps: int = STEPS,
-    span: int = 0,
 ) -> Candidates:
     """Return the keys of every group of queries that the lower bounds do not exclude.
 
@@ -128,11 +130,8 @@ def candidates(
         capacity: the most blocks that are kept for a group.
         blocks, start: sizes of the programs.
         near: keys of the beginning over which the bound is taken.
-        every: blocks of keys after which the bound rises; 0 for never.
+        every: blocks of keys after which the bound rises.
         lists: tiles of keys, for which `takes_lists` is true; all keys by default.
-        steps: of Newton's method for the first bound.
-        span: blocks of keys that a program of the sweep walks over, so that there are programs enough, where the buffer
-            takes all blocks; 0 for all keys. A bound rises by the blocks of its program.
     """
     batch, heads, queries, _ = query.shape
     keys, device = key.shape[2], query.device
@@ -149,31 +148,28 @@ def candidates(
         listed = (lists.index, lists.counts, *strides, number, tiles, lists.rows, lists.lead, lists.size)
     capacity = min(capacity, most)
     bound = empty((batch, heads, queries), torch.float32, device)
-    sums = empty((4, batch, heads, queries), torch.float32, device) if every else None
-    turn = empty((8,), torch.int32, device)
+    sums = empty((4, batch, heads, queries), torch.float32, device)
+    turn = empty((4,), torch.int32, device)
     fixed = constants(query, key, numbers.kind, causal)
     strides = (*query.stride()[:3], *key.stride()[:3])
     grid = (pieces(length, start.rows) * batch * heads,)
-    span = span if span and capacity == most and most > span else most
-    risen = bound if span == most or not every else empty(bound.shape, torch.float32, device)
     launch(_start, grid)(
-        query, key, *numbers.arguments, first, valid, bound, risen, sums, turn, *listed, queries, keys, heads, *strides,
-        **fixed, M=start.rows, NEAR=start.keys, FIRST=near, STEPS=steps, HIGHER=HIGHER, TWICE=risen is not bound,
-        num_warps=start.warps, num_stages=start.stages, maxnreg=start.registers,
+        query, key, *numbers.arguments, first, valid, bound, sums, turn, *listed, queries, keys, heads, *strides,
+        **fixed, M=start.rows, NEAR=start.keys, FIRST=near, STEPS=start_steps(query), HIGHER=HIGHER,
+        num_warps=start.warps, num_stages=start.stages,
     )  # fmt: skip
     words = empty((groups, capacity, 4), torch.int32, device)
     places = None if capacity == most else empty((groups, capacity), torch.int32, device)
     counts = empty((groups,), torch.int32, device)
     width = 0 if packed is None else packed.shape[1]
-    splits = pieces(most, span)
-    grid = (pieces(length, blocks.rows) * splits * batch * heads,)
+    grid = (pieces(length, blocks.rows) * batch * heads,)
     launch(_sweep, grid)(
-        query, key, *numbers.arguments, first, packed, bound, risen, sums, words, places, counts, *listed, queries,
-        keys, heads, capacity, width, span, splits, *strides, **fixed, M=blocks.rows, N=blocks.keys, R=GROUP_ROWS,
-        START=start.rows, NEAR=start.keys, FIRST=near, HIGHER=HIGHER, EVERY=every, SPLIT=splits > 1,
-        num_warps=blocks.warps, num_stages=blocks.stages, maxnreg=blocks.registers,
+        query, key, *numbers.arguments, first, packed, bound, sums, words, places, counts, *listed, queries, keys,
+        heads, capacity, width, *strides, **fixed, M=blocks.rows, N=blocks.keys, R=GROUP_ROWS, START=start.rows,
+        NEAR=start.keys, FIRST=near, HIGHER=HIGHER, EVERY=every, num_warps=blocks.warps,
+        num_stages=blocks.stages,
     )  # fmt: skip
-    return Candidates(risen, words, places, counts, blocks.keys, turn)
+    return Candidates(bound, words, places, counts, blocks.keys, turn)
 
 
 def packed_bits(valid: Tensor, size: int) -> Tensor:
@@ -206,7 +202,6 @@ def _start(
     First,
     Valid,
     Bound,
-    Risen,
     Sums,
     Turn,
     Index,
@@ -234,21 +229,17 @@ def _start(
     KIND: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
-    OVERLAP: tl.constexpr,
     M: tl.constexpr,
     NEAR: tl.constexpr,
     FIRST: tl.constexpr,
     STEPS: tl.constexpr,
     HIGHER: tl.constexpr,
-    TWICE: tl.constexpr,
 ):
-    """Find the `Bound` of M rows: tau over FIRST first keys and NEAR keys around the rows, or an iterate below, which
-    is where `Risen` begins too.
+    """Find the `Bound` of M rows: tau over FIRST first keys and NEAR keys around the rows, or an iterate below.
 
     It is `inf` where there is no query, and `-inf` for a query that sees none of these keys."""
-    wait_for_last(OVERLAP)
     if tl.program_id(0) == 0:
-        tl.store(Turn + tl.arange(0, 8), tl.zeros([8], tl.int32))
+        tl.store(Turn + tl.arange(0, 4), tl.zeros([4], tl.int32))
     tiles = tl.cdiv(queries, M) if Index is None else query_tiles * (rows // M)
     row = (tl.program_id(0) // tiles).to(tl.int64)  # of [B, Hq]
     batch, head = row // heads, row % heads
@@ -291,20 +282,17 @@ def _start(
         weight, slope = powers(tl.maximum(z_near - tau[:, None], 0.0), exponent, KIND)
         tau += newton_step(mass + tl.sum(weight, 1), total + tl.sum(slope, 1), exponent, KIND)
     tau -= 4e-6 * (1 + tl.abs(tau))  # what rounding may have added
-    if Sums is not None:
-        total = tl.num_programs(0) // tiles * queries
-        for above in tl.static_range(2):
-            origins = (tau + above * HIGHER)[:, None]
-            weight, slope = powers(tl.maximum(z_early - origins, 0.0), exponent, KIND)
-            mass, gradient = tl.sum(weight, 1), tl.sum(slope, 1)
-            weight, slope = powers(tl.maximum(z_near - origins, 0.0), exponent, KIND)
-            place = Sums + 2 * above * total + row * queries + index
-            tl.store(place, mass + tl.sum(weight, 1), mask=inside)
-            tl.store(place + total, gradient + tl.sum(slope, 1), mask=inside)
+    total = tl.num_programs(0) // tiles * queries
+    for above in tl.static_range(2):
+        origins = (tau + above * HIGHER)[:, None]
+        weight, slope = powers(tl.maximum(z_early - origins, 0.0), exponent, KIND)
+        mass, gradient = tl.sum(weight, 1), tl.sum(slope, 1)
+        weight, slope = powers(tl.maximum(z_near - origins, 0.0), exponent, KIND)
+        place = Sums + 2 * above * total + row * queries + index
+        tl.store(place, mass + tl.sum(weight, 1), mask=inside)
+        tl.store(place + total, gradient + tl.sum(slope, 1), mask=inside)
     tau = tl.where(exists, tl.where(some, tau, float("-inf")), float("inf"))
     tl.store(Bound + row * queries + index, tau, mask=inside)
-    if TWICE:
-        tl.store(Risen + row * queries + index, tau, mask=inside)
 
 
 @triton.jit
@@ -346,7 +334,6 @@ def _sweep(
     First,
     Packed,
     Bound,
-    Risen,
     Sums,
     Words,
     Numbers,
@@ -366,8 +353,6 @@ def _sweep(
     heads,
     capacity,
     width,
-    span,
-    splits,
     q_batch,
     q_head,
     q_row,
@@ -380,7 +365,6 @@ def _sweep(
     KIND: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
-    OVERLAP: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     R: tl.constexpr,
@@ -389,13 +373,11 @@ def _sweep(
     FIRST: tl.constexpr,
     HIGHER: tl.constexpr,
     EVERY: tl.constexpr,
-    SPLIT: tl.constexpr,
 ):
     """Write words, numbers and counts of the groups of M rows. Programs with the most keys begin first."""
-    wait_for_last(OVERLAP)
     parts = tl.cdiv(queries, M) if Index is None else query_tiles * (rows // M)
-    pairs = tl.num_programs(0) // (parts * splits)  # B * Hq
-    tile = parts - 1 - tl.program_id(0) // (pairs * splits)
+    pairs = tl.num_programs(0) // parts  # B * Hq
+    tile = parts - 1 - tl.program_id(0) // pairs
     row = (tl.program_id(0) % pairs).to(tl.int64)
     batch, head = row // heads, row % heads
     index = tile * M - lead + tl.arange(0, M)
@@ -439,12 +421,11 @@ def _sweep(
     lowest = origin_of(First, batch, queries, keys) + tile * M - lead
     near_begin = tl.minimum(lowest + START - NEAR if CAUSAL else lowest + START // 2 - NEAR // 2, keys - NEAR)
     near_end = lowest + M + NEAR
-    if Sums is not None:
-        exponent = exponent_of(Exponent, head, KIND)
-        total, place = pairs * queries, Sums + row * queries + index
-        start, higher = bound[:, None], bound[:, None] + HIGHER
-        low_mass, low_slope = tl.zeros([M, 4], tl.float32), tl.zeros([M, 4], tl.float32)
-        high_mass, high_slope = tl.zeros([M, 4], tl.float32), tl.zeros([M, 4], tl.float32)
+    exponent = exponent_of(Exponent, head, KIND)
+    total, place = pairs * queries, Sums + row * queries + index
+    start, higher = bound[:, None], bound[:, None] + HIGHER
+    low_mass, low_slope = tl.zeros([M, 4], tl.float32), tl.zeros([M, 4], tl.float32)
+    high_mass, high_slope = tl.zeros([M, 4], tl.float32), tl.zeros([M, 4], tl.float32)
     whole_steps = full // N
     if Index is None:
         steps = tl.cdiv(end, N)
@@ -453,12 +434,7 @@ def _sweep(
         if steps > 0:
             while (whole_steps > 0) & (_begin_of(Index, tl.maximum(whole_steps - 1, 0), size, N) + N > full):
                 whole_steps -= 1
-    # The blocks of this program.
-    from_step, to_step = 0, steps
-    if SPLIT:
-        from_step = tl.program_id(0) // pairs % splits * span
-        to_step = tl.minimum(from_step + span, steps)
-    for step in range(from_step, tl.minimum(whole_steps, to_step)):
+    for step in range(0, whole_steps):
         begin = _begin_of(Index, step, size, N)
         k = tl.load(K + begin.to(tl.int64) * k_row + within, mask=(dim < D)[None, :], other=0.0)
         product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -466,30 +442,25 @@ def _sweep(
         count = _keep(
             passes, begin, step, Packed, batch, width, Words, Numbers, out, count, capacity, there, word_of, M, N, R
         )  # fmt: skip
-        if Sums is not None:
-            whole = (begin >= FIRST) & ((begin + N <= near_begin) | (begin >= near_end))
-            if Packed is not None:
-                words = tl.load(Packed + batch * width + begin // N * 4 + word_of)
-                whole &= tl.min((words == ((1 << (N // 4 - 1)) * 2 - 1)).to(tl.int32), 0) > 0
-            columns = tl.permute(tl.reshape(product, [M, N // 8, 4, 2]), [0, 2, 1, 3])
-            largest = tl.max(tl.reshape(columns, [M, 4, N // 4]), 2) * scale
-            largest = tl.where(whole, largest, float("-inf"))
-            weight, slope = powers(tl.maximum(largest - start, 0.0), exponent, KIND)
-            low_mass += weight
-            low_slope += slope
-            weight, slope = powers(tl.maximum(largest - higher, 0.0), exponent, KIND)
-            high_mass += weight
-            high_slope += slope
-            if step % EVERY == EVERY - 1:
-                bound = _risen(bound, start, low_mass, low_slope, place, total, inside, exponent, KIND)
-                bound = _risen(bound, higher, high_mass, high_slope, place + 2 * total, total, inside, exponent, KIND)
-                limit = bound / scale
-    if Sums is not None:
-        if SPLIT:
-            tl.atomic_max(Risen + row * queries + index, bound, mask=inside & (from_step < to_step), sem="relaxed")
-        else:
-            tl.store(Risen + row * queries + index, bound, mask=inside)
-    for step in tl.range(tl.maximum(whole_steps, from_step), to_step, num_stages=1):
+        whole = (begin >= FIRST) & ((begin + N <= near_begin) | (begin >= near_end))
+        if Packed is not None:
+            words = tl.load(Packed + batch * width + begin // N * 4 + word_of)
+            whole &= tl.min((words == ((1 << (N // 4 - 1)) * 2 - 1)).to(tl.int32), 0) > 0
+        columns = tl.permute(tl.reshape(product, [M, N // 8, 4, 2]), [0, 2, 1, 3])
+        largest = tl.max(tl.reshape(columns, [M, 4, N // 4]), 2) * scale
+        largest = tl.where(whole, largest, float("-inf"))
+        weight, slope = powers(tl.maximum(largest - start, 0.0), exponent, KIND)
+        low_mass += weight
+        low_slope += slope
+        weight, slope = powers(tl.maximum(largest - higher, 0.0), exponent, KIND)
+        high_mass += weight
+        high_slope += slope
+        if step % EVERY == EVERY - 1:
+            bound = _risen(bound, start, low_mass, low_slope, place, total, inside, exponent, KIND)
+            bound = _risen(bound, higher, high_mass, high_slope, place + 2 * total, total, inside, exponent, KIND)
+            limit = bound / scale
+    tl.store(Bound + row * queries + index, bound, mask=inside)
+    for step in tl.range(whole_steps, steps, num_stages=1):
         begin = _begin_of(Index, step, size, N)
         key = begin + lane
         k = load_rows(K, key.to(tl.int64) * k_row, key < keys, dim, D)
@@ -501,10 +472,7 @@ def _sweep(
         count = _keep(
             passes, begin, step, Packed, batch, width, Words, Numbers, out, count, capacity, there, word_of, M, N, R
         )  # fmt: skip
-    if SPLIT:  # all blocks are stored
-        tl.store(Counts + group, count * 0 + steps, mask=there & (from_step == 0))
-    else:
-        tl.store(Counts + group, count, mask=there)
+    tl.store(Counts + group, count, mask=there)
 
 
 @triton.jit

@@ -33,7 +33,6 @@ from hf_sparse.ops.entmax.triton.jobs import (
 )
 from hf_sparse.ops.entmax.triton.sweep import GROUP_ROWS, Blocks
 from hf_sparse.ops.triton.launch import launch
-from hf_sparse.ops.triton.overlap import wait_for_last
 from hf_sparse.ops.triton.sizes import padded
 
 
@@ -134,12 +133,10 @@ def _tiles(
     KIND: tl.constexpr,
     CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr,
-    OVERLAP: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
     R: tl.constexpr,
 ):
-    wait_for_last(OVERLAP)
     job, batch, number, tile, head, index, position, exists, inside = rows_of_group(
         tl.program_id(0), Index, First, Valid, queries, keys, heads, lists, query_tiles, rows, lead, share, M
     )
