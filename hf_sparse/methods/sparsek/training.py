@@ -63,7 +63,7 @@ class SparseKTraining(Training):
     _is_length_open = False  # whether this run gives the slopes their length
     _equal: Stage | None = None  # with as many selected keys for every head, before these are divided
     _main: Stage | None = None  # of the objective
-    _report: dict[str, Any]  # what finetune.json tells of the division
+    _report: dict[str, Any]  # what finetune.json tells of slopes and the division
     _measured_on: Tensor  # chunks
     _selected: float | None = None  # keys per KV head, in the step whose gates were measured last
 
