@@ -93,6 +93,7 @@ SHARES = {
     "pinned": {"pin_prompt": 5},
     "another scorer": {"scorer": "mlp", "scorer_hidden_size": 16},
     "slopes": {"position_slope": 0.01, "learn_slope": True},
+    "slopes with a length": {"position_slope": 0.2, "slope_length": 9},
 }
 
 
