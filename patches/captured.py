@@ -42,8 +42,8 @@ class CapturedDecoding:
     Elsewhere the steps run one by one. transformers hands no streamer to such a loop.
 
     Its cache and graph belong to one model and the adapters active in it: another model, or other adapters, have them
-    made anew. They stay in memory as long as it does. Weights that change in place are seen; after any other change of
-    the model, make a new one.
+    made anew, and so have adapters whose configuration `finetune` has settled. They stay in memory as long as it does.
+    Weights that change in place are seen; after any other change of the model, make a new one.
 
     Args:
         model: a patched model whose layers all keep a cache of constant size, as those with KV slots do.
@@ -84,7 +84,8 @@ class CapturedDecoding:
         pad = getattr(generation_config, "_pad_token_tensor", None)
         pad = 0 if pad is None else int(pad)
         processors = [(type(one), sorted(vars(one).items())) for one in logits_processor]
-        adapters = [tuple(layer.active_adapters) for layer in sparse_layers(model)]
+        layers = [layer for layer in sparse_layers(model) if layer.is_active]
+        adapters = [(*layer.active_adapters, layer.recording_key()) for layer in layers]
         samples, device = generation_config.do_sample, input_ids.device
         settings = (len(input_ids), samples, processors, end_tokens, pad, device, adapters)
         if self._loop is None or self._loop.model is not model or settings != self._settings:

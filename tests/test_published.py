@@ -57,23 +57,31 @@ def test_card(name, tmp_path):
 
 
 BUDGETS = (128, 256, 512)
-SMOLLM2 = CARDS / "smollm2-135m-instruct-sparsek-256" / "eval.json"
+SMOLLM2 = CARDS / "smollm2-135m-instruct-sparsek-256-heads" / "eval.json"
+NOVELS = LEARNING / "smollm2-novel.json"
 DIVIDED_LAYERS = LEARNING / "smollm2-divided-layers.json"  # of the adapter that was published before
 
 
 @pytest.mark.parametrize(
-    ("document", "after", "source", "digits"),
+    ("document", "after", "source", "digits", "expected_budgets"),
     [
-        ("README.md", "## What it gives", SMOLLM2, (2, 3)),
-        ("docs/experiments.md", "on the 20 held-out chunks in float32", DIVIDED_LAYERS, (3, 4)),
-        ("docs/experiments.md", "Dracula and Pride and Prejudice", LEARNING / "smollm2-books.json", (3, 4)),
+        ("README.md", "## What it gives", SMOLLM2, (2, 3), [128, 256, 512]),
+        ("docs/experiments.md", "on the 20 held-out chunks in float32", DIVIDED_LAYERS, (3, 4), [128, 256, 512, 1024]),
+        (
+            "docs/experiments.md",
+            "Dracula and Pride and Prejudice",
+            LEARNING / "smollm2-books.json",
+            (3, 4),
+            [128, 256, 512, 1024],
+        ),
+        ("docs/experiments.md", "of which training saw nothing", NOVELS, (3, 4), [128, 256, 512]),
     ],
 )
-def test_quality_by_slots(document, after, source, digits):
+def test_quality_by_slots(document, after, source, digits, expected_budgets):
     rows, found = table(document, after), by_budget(read(source))
     header = next(iter(rows.values()))
     budgets = [int(re.sub(r"\D", "", cell)) for cell in header]
-    assert budgets == [128, 256, 512, 1024]
+    assert budgets == expected_budgets
     for name, cells in list(rows.items())[1:]:
         key = _NAMES.get(name, name)
         expected = []
@@ -162,7 +170,7 @@ def test_recipes_of_smollm2():
         "`--lm-weight 0.1`": "lm 0.1",
         "`--lm-weight 0.3`": "lm 0.3",
         "`--retrieval 0.5`, as before": "facts",
-        "`finetune` as it is today": "lm 0.1, facts that fit",
+        "both, `--lm-weight 0.1` and facts that fit": "lm 0.1, facts that fit",
         "`content_heads=0.25` as well": "lm 0.1, facts that fit, content heads 0.25",
         "`content_heads=0.5` as well": "lm 0.1, facts that fit, content heads 0.5",
     }
@@ -187,8 +195,8 @@ def test_recipes_of_qwen():
     rows = table("docs/experiments.md", "Qwen2.5-Coder-1.5B-Instruct, 512 of 4,096 slots as above")
     names = {
         "`--retrieval 0.5` as before, then 100 steps at 8,192": "published before, then 100 steps at 8,192",
-        "today, `content_heads=0.25`": "lm 0.1, facts that fit, content heads 0.25",
-        "today, `content_heads=0.5`": "lm 0.1, facts that fit, content heads 0.5",
+        "both, `content_heads=0.25`": "lm 0.1, facts that fit, content heads 0.25",
+        "both, `content_heads=0.5`": "lm 0.1, facts that fit, content heads 0.5",
     }
     for row, name in names.items():
         run = RECIPES[f"Qwen, {name}"]
@@ -207,6 +215,34 @@ def test_a_thirty_second_of_the_keys():
     for name in ("recency", "KeyDiff"):
         key = _NAMES.get(name, name)
         assert rows[name][0] == f"{after['perplexity'][key]:.3f} ({after['divergence'][key]:.4f})"
+
+
+def learned_by_slots(run: dict[str, Any]) -> list[str]:
+    found = by_budget({"sweep": [], **run})
+    return [
+        f"{found[slots]['perplexity']['learned']:.3f} ({found[slots]['divergence']['learned']:.4f})"
+        for slots in BUDGETS
+    ]
+
+
+def test_slope_lengths():
+    rows = table("docs/experiments.md", "SmolLM2 with 256 slots, `finetune --steps 600` (156 to 160")
+    assert rows["none, as above"] == learned_by_slots(RECIPES["SmolLM2, lm 0.1, facts that fit"])
+    for length in ("1,024", "512", "256"):
+        assert rows[length] == learned_by_slots(RECIPES[f"SmolLM2, slope length {length}"])
+    rows = table("docs/experiments.md", "Qwen2.5-Coder-1.5B-Instruct, 512 slots, `finetune --length 4096`")
+    for length in ("1,024", "256", "1,024, then 100 steps at 8,192"):
+        run = RECIPES[f"Qwen, slope length {length}"]
+        quality = f"{run['perplexity']['learned']:.3f} ({run['divergence']['learned']:.4f})"
+        assert rows[length] == [quality, *scores_of(run, ("passkey", "multi_key"))]
+    found = RECIPES["Qwen, slope length 1,024"]["more_tasks"]["multi_key"]["results"]
+    words = f"it finds {found['learned']['values'][0]:.0%} of the keys of eight, dense attention all".replace("%", " %")
+    assert found["dense"]["values"] == [1.0] and words in (ROOT / "docs/experiments.md").read_text("utf-8")
+    rows = table("docs/experiments.md", "1,024 of 32,768 slots: from these two, with `k` set to 956")
+    for name, steps in (("256", 30), ("1,024", 30), ("1,024, 60 steps", 60)):
+        run = RECIPES[f"Qwen, 1,024 slots, slope length {name.split(', 60')[0]}, then {steps} steps at 32,768"]
+        quality = f"{run['perplexity']['learned']:.3f} ({run['divergence']['learned']:.4f})"
+        assert rows[name] == [quality, *scores_of(run)[-2:]]
 
 
 def test_learned_shares():

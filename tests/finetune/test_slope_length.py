@@ -85,7 +85,7 @@ def test_a_resumed_run_is_the_run_and_can_be_repeated(sparse_llama, chunks, stop
         train(sparse_llama(slope_length=64), chunks, **place, resume=True)
 
 
-def test_a_checkpoint_from_before_lengths_goes_on_without(sparse_llama, chunks, stopped, tmp_path):
+def test_a_checkpoint_from_before_lengths_goes_on_without(sparse_llama, chunks, stopped, tmp_path, capfd):
     whole, model, place = sparse_llama(slope_length=0), sparse_llama(), {"output_dir": str(tmp_path)}
     train(whole, chunks)
     with stopped(3):
@@ -94,7 +94,9 @@ def test_a_checkpoint_from_before_lengths_goes_on_without(sparse_llama, chunks, 
     state = json.loads(path.read_text())
     del state["settings"]["adapter"]["slope_length"], state["sha256"]
     path.write_text(json.dumps(state | {"sha256": checkpoint._state_sha256(state)}))
-    assert "slopes" not in train(model, chunks, **place, resume=True)
+    capfd.readouterr()
+    assert "slopes" not in train(model, chunks, **place, resume=True, progress=True)
+    assert "Slopes" not in capfd.readouterr().err
     assert length_of(model) is None and not any(
         (one - two).any() for one, two in zip(weights_of(model), weights_of(whole), strict=True)
     )

@@ -10,6 +10,8 @@ from transformers import LogitsProcessor, LogitsProcessorList
 import hf_sparse
 from hf_sparse import CapturedDecoding, SparsefinderConfig, SparseKCache, SparseKConfig, patch
 from hf_sparse._compat import with_cache
+from hf_sparse.core.overrides import settle
+from hf_sparse.patches import sparse_layers
 from hf_sparse.patches.captured import argmax
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -97,7 +99,7 @@ def test_a_peft_model_and_its_switches(tiny_llama):
     options = {"input_ids": IDS, "max_new_tokens": 12, "do_sample": False}
     expected = model.generate(**options)
     assert torch.equal(model.generate(custom_generate=decode, **options), expected)
-    with model.disable_adapter(), pytest.raises(RuntimeError, match="start a new cache after switching"):
+    with model.disable_adapter(), pytest.raises(ValueError, match="no attention of the model is sparse now"):
         model.generate(custom_generate=decode, **options)
     assert torch.equal(model.generate(custom_generate=decode, **options), expected)
 
@@ -116,6 +118,25 @@ def test_other_models_and_adapters_are_told_apart(tiny_llama):
         found.append(model.generate(custom_generate=decode, **options))
         assert torch.equal(found[-1], model.generate(**options))
     assert torch.equal(found[3], found[0]) and not torch.equal(found[1], found[0])
+
+
+@pytest.mark.parametrize(
+    "settled", [{"head_shares": HEADS}, {"slope_length": 3}], ids=lambda settled: next(iter(settled))
+)
+def test_what_finetune_settles_is_noticed(model, settled):
+    layers = sparse_layers(model)
+    with torch.no_grad():
+        for layer in layers:
+            layer.sparsek_scorer["default"].slope.copy_(torch.tensor([9.0, -5.0]))
+    decode, options = CapturedDecoding(model), {"max_new_tokens": 12, "do_sample": False}
+    model.generate(IDS, custom_generate=decode, **options)
+    loop = decode._loop
+    settle([layers[0].config], **settled)
+    assert torch.equal(model.generate(IDS, custom_generate=decode, **options), model.generate(IDS, **options))
+    assert decode._loop is not loop
+    loop = decode._loop
+    model.generate(IDS, custom_generate=decode, **options)
+    assert decode._loop is loop
 
 
 class Nothing(LogitsProcessor):

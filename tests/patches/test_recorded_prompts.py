@@ -18,6 +18,7 @@ from transformers import CompileConfig, DynamicCache, GPT2Config, GPT2LMHeadMode
 
 from hf_sparse import SparsefinderConfig, SparseKCache, SparseKConfig, patch, unpatch
 from hf_sparse._compat import cache_of, with_cache
+from hf_sparse.core.overrides import settle
 from hf_sparse.methods.sparsefinder import SparsefinderAttention, fit_predictors
 from hf_sparse.methods.sparsek import SparseKAttention
 from hf_sparse.methods.sparsek.baselines import Recency
@@ -92,6 +93,7 @@ SHARES = {
     "pinned": {"pin_prompt": 5},
     "another scorer": {"scorer": "mlp", "scorer_hidden_size": 16},
     "slopes": {"position_slope": 0.01, "learn_slope": True},
+    "slopes with a length": {"position_slope": 0.2, "slope_length": 9},
 }
 
 
@@ -570,6 +572,11 @@ def new_budget(model):
         layer.configs["default"] = SparseKConfig(k=9, window=5, sinks=1)
 
 
+def new_slope_length(model):
+    """As `finetune` sets it, in place."""
+    settle([sparse_layers(model)[0].config], slope_length=3)
+
+
 def new_adapter(model):
     patch(model, SparseKConfig(k=5, window=4, sinks=1), adapter="other")
     for layer in sparse_layers(model):
@@ -590,8 +597,8 @@ def new_setting(model):
 
 
 CHANGES = [
-    new_memory, transpose, new_buffer, new_scorer, new_dtype, new_budget, new_adapter, new_number, patched_again,
-    new_setting,
+    new_memory, transpose, new_buffer, new_scorer, new_dtype, new_budget, new_slope_length, new_adapter, new_number,
+    patched_again, new_setting,
 ]  # fmt: skip
 
 

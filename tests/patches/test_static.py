@@ -11,7 +11,9 @@ from transformers import CompileConfig
 
 from hf_sparse import SparseKCache, SparseKConfig, patch
 from hf_sparse._compat import with_cache
+from hf_sparse.core.overrides import settle
 from hf_sparse.methods.sparsek.slot_memory import SharedSlots, lasting
+from hf_sparse.patches import sparse_layers
 
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
 BUDGET = {"k": 6, "window": 8, "sinks": 2}
@@ -66,6 +68,17 @@ def test_a_thousand_compiled_steps_are_one_graph_and_equal_eager(model, mask, st
     assert counters["stats"]["unique_graphs"] == 1
     assert not counters["graph_break"]
     assert torch.equal(logits, decode(model, model, steps, mask))
+
+
+def test_compiled_steps_follow_slopes_that_finetune_settles(tiny_llama):
+    model = patch(tiny_llama(num_hidden_layers=1), SparseKConfig(**BUDGET, position_slope=0.2))
+    with torch._dynamo.config.patch(error_on_recompile=False):
+        compiled, found = torch.compile(model, backend="eager", fullgraph=True), []
+        for length in (None, 4, 16):
+            settle([sparse_layers(model)[0].config], slope_length=length)
+            found.append(decode(model, compiled, 20))
+            assert torch.equal(found[-1], decode(model, model, 20))
+    assert not torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])
 
 
 @pytest.mark.full  # the next one compiles the same steps from generate

@@ -65,6 +65,7 @@ def test_mixed_requests_equal_generate(model, engine, request_of, rows, most_tok
         {"layer_shares": [0.5, 1.5]},
         {"head_shares": [[0.5, 1.5], [1.67, 0.33]]},
         {"learn_slope": False},
+        {"position_slope": 0.2, "slope_length": 9},
     ],
 )
 def test_kinds_of_adapters_equal_generate(tiny_llama, engine, request_of, changes):

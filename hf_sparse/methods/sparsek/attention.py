@@ -135,7 +135,8 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         name, config = self.active, self.config
         budget = config.budget(self.layer)  # once: before a prompt all layers are asked
         support = config.soft_support(budget.k)
-        return name, self.identities[name], self._disable_adapters, self.training, budget, support
+        slope = config.slope_length  # which `finetune` may set, as it may the budget
+        return name, self.identities[name], self._disable_adapters, self.training, budget, support, slope
 
     def cache_layer_in_call(self, call: ModelCall) -> SparseKCacheLayer:
         """Make the KV slots of this module in a call of the model that is going to fill them."""

@@ -162,6 +162,6 @@ class MLPScorer(Scorer):
 
 
 def make_scorer(config: SparseKSettings, hidden_size: int, num_key_value_heads: int, causal: bool) -> Scorer:
-    """Make the scorer that a configuration names, for inputs of `hidden_size` ."""
+    """Make the scorer that a configuration names, for inputs of `hidden_size`."""
     kind = MLPScorer if config.scorer == "mlp" else LinearScorer
     return kind(config, hidden_size, num_key_value_heads, causal)

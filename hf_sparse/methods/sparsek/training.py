@@ -63,7 +63,7 @@ class SparseKTraining(Training):
     _is_length_open = False  # whether this run gives the slopes their length
     _equal: Stage | None = None  # with as many selected keys for every head, before these are divided
     _main: Stage | None = None  # of the objective
-    _report: dict[str, Any]  # what finetune.json tells of the division
+    _report: dict[str, Any]  # what finetune.json tells of slopes and the division
     _measured_on: Tensor  # chunks
     _selected: float | None = None  # keys per KV head, in the step whose gates were measured last
 
@@ -86,14 +86,15 @@ class SparseKTraining(Training):
     def _decides_length(self) -> bool:
         """Tell whether this run gives the slopes their length: none was learned, and the configuration leaves it open.
 
-        A run that is resumed after its end finds the length that it had given itself.
+        A run that is resumed did so when it began, or never; after its end it finds the length in the adapter.
         """
         config, latest = self.layers[0].config, self._latest_checkpoint()
-        if config.slope_length is not None:
-            found = None if latest is None else checkpoint.load_state(latest)["report"].get("slopes", {}).get("length")
-            return bool(found == config.slope_length)
+        if latest is not None:
+            given = checkpoint.load_state(latest)["report"].get("slopes", {}).get("length")
+            return given is not None and config.slope_length in (None, given)
         slopes = [layer.sparsek_scorer[layer.active].slope for layer in self.layers]
-        return config.position_slope == 0 and not any(slope is None or bool(full(slope).any()) for slope in slopes)
+        is_open = config.slope_length is None and config.position_slope == 0
+        return is_open and not any(slope is None or bool(full(slope).any()) for slope in slopes)
 
     def _latest_checkpoint(self) -> Path | None:
         """Return the checkpoint that this run begins with."""
@@ -186,7 +187,7 @@ class SparseKTraining(Training):
         """Divide `k` among the heads as the earlier run had at its checkpoint, or not yet, and take its slopes."""
         self._report = report
         if self._is_length_open:
-            self._settle(slope_length=report.get("slopes", {}).get("length"))
+            self._settle(slope_length=report["slopes"]["length"])
         if self._equal is not None:
             self._settle(head_shares=report.get("division", {}).get("head_shares"))
 

@@ -204,7 +204,7 @@ cross(
 def read(dtype: torch.dtype, dim: int, *, length: int, learned: bool, unequal: bool) -> None:
     """Read a text without padding into slots."""
     k = {"k": 40, "k_of_heads": (40, 9)} if unequal else {"k": 40}
-    settings = ReadingSettings(**k, window=21, sinks=4, scaling=0.2, slopes=Slopes(0.01, 256, 0))
+    settings = ReadingSettings(**k, window=21, sinks=4, scaling=0.2, slopes=Slopes(0.01, 256, 9 if learned else 0))
     states, slope = torch.zeros(2, length, 576, dtype=dtype), torch.zeros(2) if learned else None
     read_text(*inputs(dtype, dim, 4, length, length), states, torch.zeros(2, 576), slope, settings)
 
