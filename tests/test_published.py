@@ -217,19 +217,23 @@ def test_a_thirty_second_of_the_keys():
         assert rows[name][0] == f"{after['perplexity'][key]:.3f} ({after['divergence'][key]:.4f})"
 
 
-def learned_by_slots(run: dict[str, Any]) -> list[str]:
+def learned_by_slots(run: dict[str, Any], budgets: tuple[int, ...] = BUDGETS) -> list[str]:
     found = by_budget({"sweep": [], **run})
     return [
         f"{found[slots]['perplexity']['learned']:.3f} ({found[slots]['divergence']['learned']:.4f})"
-        for slots in BUDGETS
+        for slots in budgets
     ]
 
 
 def test_slope_lengths():
-    rows = table("docs/experiments.md", "SmolLM2 with 256 slots, `finetune --steps 600` (156 to 160")
+    rows = table("docs/experiments.md", "SmolLM2 with 256 slots, `finetune --steps 600` (156")
     assert rows["none, as above"] == learned_by_slots(RECIPES["SmolLM2, lm 0.1, facts that fit"])
     for length in ("1,024", "512", "256"):
         assert rows[length] == learned_by_slots(RECIPES[f"SmolLM2, slope length {length}"])
+    rows = table("docs/experiments.md", "The bundled Llama, chunks of 1,024 tokens of Python's library")
+    for name in ("no slope length", "slope length 1,024"):
+        run = RECIPES[f"Bundled model, {name}"]
+        assert rows["none" if name.startswith("no") else "1,024"] == learned_by_slots(run, (32, 64, 128, 256))
     rows = table("docs/experiments.md", "Qwen2.5-Coder-1.5B-Instruct, 512 slots, `finetune --length 4096`")
     for length in ("1,024", "256", "1,024, then 100 steps at 8,192"):
         run = RECIPES[f"Qwen, slope length {length}"]

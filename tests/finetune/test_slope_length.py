@@ -14,6 +14,11 @@ from hf_sparse.patches import sparse_layers
 SETTINGS = {"steps": 5, "warm_start_steps": 1, "batch_size": 2, "warmup_steps": 1, "divide_heads": False, "cpu": True}
 
 
+@pytest.fixture(autouse=True)
+def few_are_many(monkeypatch):
+    monkeypatch.setattr("hf_sparse.methods.sparsek.training._MANY", 6)
+
+
 def train(model, chunks, **changes):
     return finetune(model, chunks, FinetuneConfig(**{**SETTINGS, "progress": False, **changes}))
 
@@ -52,6 +57,11 @@ def test_what_the_configuration_says_stays(sparse_llama, chunks, settings):
     model = sparse_llama(**settings)
     assert "slopes" not in train(model, chunks)
     assert length_of(model) == settings.get("slope_length")
+
+
+def test_few_selected_keys_keep_no_facts_of_long_texts(sparse_llama, chunks):
+    model = sparse_llama(k=5)
+    assert "slopes" not in train(model, chunks) and length_of(model) is None
 
 
 def test_slopes_that_were_learned_stay_as_they_are(sparse_llama, chunks):

@@ -91,7 +91,8 @@ class SparseKSettings(AdapterSettings):
         metadata={
             "help": "Tokens after which slopes grow by the logarithm of the position, so that a key from the beginning "
             "of a long text is behind by little more than in a short one. 0: always by the position itself. None: the "
-            "same, and `finetune` sets 1,024 in an adapter without position_slope that has learned no slope yet."
+            "same, and `finetune` sets 1,024 in an adapter that has learned no slope yet, if k is 128 or more and "
+            "position_slope 0."
         },
     )
     layers: list[int] | None = field(default=None, metadata=LAYERS)

@@ -48,7 +48,7 @@ class SparseKTraining(Training):
     """Train the scorers in all stages; `distill` and `lm` train LoRA too, where there is one, beside or after them.
 
     In between the selected keys are divided among the KV heads, see `SparseKTrainingSettings.divide_heads`. An adapter
-    that has learned no slope, and whose configuration leaves it open, gets a `slope_length` before the first step.
+    that has learned no slope, selects 128 keys or more and leaves it open gets a `slope_length` before the first step.
 
     The objective `attention` regresses the scores on the log of the dense attention that keys receive from queries
     outside the window. `FinetuneConfig.gradient_checkpointing` has no effect on it, for it holds no more than that.
@@ -86,6 +86,7 @@ class SparseKTraining(Training):
     def _decides_length(self) -> bool:
         """Tell whether this run gives the slopes their length: none was learned, and the configuration leaves it open.
 
+        With few selected keys, which could not keep the facts of a long text, slopes stay as they are.
         A run that is resumed did so when it began, or never; after its end it finds the length in the adapter.
         """
         config, latest = self.layers[0].config, self._latest_checkpoint()
@@ -93,7 +94,7 @@ class SparseKTraining(Training):
             given = checkpoint.load_state(latest)["report"].get("slopes", {}).get("length")
             return given is not None and config.slope_length in (None, given)
         slopes = [layer.sparsek_scorer[layer.active].slope for layer in self.layers]
-        is_open = config.slope_length is None and config.position_slope == 0
+        is_open = config.slope_length is None and config.position_slope == 0 and config.k >= _MANY
         return is_open and not any(slope is None or bool(full(slope).any()) for slope in slopes)
 
     def _latest_checkpoint(self) -> Path | None:
