@@ -68,11 +68,19 @@ def select(options: argparse.Namespace, scores: Tensor, gates: str) -> Tensor:
         tau = scan_with_tau(options.device, scores, k, size=options.support, queries=queries, window=window).tau
         assert tau is not None
         return tau
-    if options.device == "cpu":
-        return thresholds.scan_prefixes(scores, k, size=k, queries=queries, window=window, with_lists=True).floor
+    return intervals(options.device, scores, k, window)
+
+
+def intervals(device: str, scores: Tensor, k: int, window: int) -> Tensor:
+    """The first position that does not see each key, with hard gates."""
+    keys = scores.shape[-1]
+    if device == "cpu":
+        found = thresholds.scan_prefixes(scores, k, size=k, queries=keys, window=window, with_lists=True)
+        end = torch.searchsorted(found.floor, found.rank, right=True).masked_fill(found.rank == 0, 0)
+        return torch.maximum(end, torch.arange(keys, device=scores.device) + window).int()
     from hf_sparse.ops.selection.triton.scan import select_keys
 
-    return select_keys(scores, k, queries=queries, window=window).until
+    return select_keys(scores, k, queries=keys, window=window).until
 
 
 def scan_with_tau(device: str, scores: Tensor, k: int, **arguments: Any) -> thresholds.Scan:
@@ -224,6 +232,7 @@ def check(options: argparse.Namespace) -> dict[str, float]:
     same = torch.equal(places[0], places[1]) and torch.equal(found.lists.long(), expected.lists)
     some = expected.tau.isfinite()
     same = same and torch.equal(some, found.tau.isfinite())
+    same = same and torch.equal(*(intervals(device, inputs[3], 48, 61) for device in (options.device, "cpu")))
     errors["tau"] = float((found.tau - expected.tau)[some].norm() / expected.tau[some].norm())
     limits = {name: 1e-6 if name == "tau" else ALLOWED[dtype] for name in errors}
     if not same or not all(error <= limits[name] for name, error in errors.items()):

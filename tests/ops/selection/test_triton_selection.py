@@ -71,6 +71,7 @@ SHAPES = [
     (520, 400, 3, 130, 64),
     (300, 300, 1, 7, 256),  # several chunks per tile
     (60, 60, 4, 200, 16),  # more places than keys
+    (400, 280, 5, 150, 128),  # chunks as long as they get
 ]
 
 
@@ -111,6 +112,16 @@ def test_heads_that_reach_different_numbers(kind, poisoned_memory):
         listed = torch.nn.functional.pad(expected.lists, (0, 40 - size), value=-1)
         part = Selection(found.until[:, head], found.lists[:, head], found.leavers[:, head])
         assert_same(part, Selection(expected.until[:, 0], listed[:, 0], expected.leavers[:, 0]))
+
+
+def test_infinite_scores_and_no_numbers(poisoned_memory):
+    """A score of infinity is the best; one that is no number is no candidate."""
+    scores = random_scores("normal", 2, 90)
+    scores[:, 5::7] = torch.inf
+    without = scores.clone()
+    scores[:, 3::8], without[:, 3::8] = torch.nan, -torch.inf
+    options = {"queries": 80, "window": 3, "tile": 16}
+    assert_same(select_keys(scores, 20, **options), expected_selection(without, 20, **options))
 
 
 def test_both_zeros_tie():

@@ -44,7 +44,8 @@ def evictions(
 
     Args:
         all_chunks: `[rows, chunks, C]` sorted; newcomers of tile i are those of chunk `before + i`.
-        all_lowest: `[rows, tiles, C]`, the last C of the `size` best keys before each tile.
+        all_lowest: `[rows, tiles, C]`, the last C of the `size` best keys before each tile, best first; if `size` is
+            less than C, in the last `size` columns.
         Notes: `[rows, tiles, 3, C]` int32, for what entries of one order tell those of another.
     """
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -64,7 +65,8 @@ def evictions(
     if many > 0:
         steps = steps_for(many)
         entered, total, leaves = Notes + at * 3 * C, Notes + (at * 3 + 1) * C, Notes + (at * 3 + 2) * C
-        # Each enters if fewer better ones came before it than there are worse keys in the list.
+        # Each enters if fewer better ones came before it than there are worse keys in the list. No more than `many`
+        # keys leave, so that only the last `near` of the list matter.
         near = tl.minimum(tl.minimum(size, C), many)
         lowest = all_lowest + at * C + C - near
         worse = near - count_above(lowest, near, code, False, steps)

@@ -14,10 +14,13 @@ that is beyond `size`; nothing waits for the host. The derivation is ours. Hard 
 
     evictions         finds when each key leaves the best, and the keys that leave the window and stay
 
-and soft gates
+and soft gates one for each of
 
+    find_origins      chooses what is subtracted from the scores of a row, if anything
+    sum_lists         sums the scores of every list up to each entry
     tile_thresholds   solves for tau before each tile
     query_thresholds  solves for floor and tau of all queries, from the list of their tile and its chunk
+    raise_thresholds  copies tau, so that rounding never makes it fall
 
 In the backward `free_intervals` finds the queries whose tau moves with a key, `shares` divides the gradient of each
 among its free keys, `sum_totals` and `sum_shares` add up those of every key; one launch each.
@@ -180,10 +183,10 @@ class _Chunks(NamedTuple):
     """Hold how keys and queries are cut; all is counted from the first key of the first chunk.
 
     Attributes:
-        C: keys of a chunk, and queries that one program thinks of.
-        tiles: of C queries each. The newcomers of tile i are those of chunk `before + i`.
-        every: so many of them have one list.
-        before: chunks of keys that every query sees.
+        C: keys of a chunk, and queries of a tile of the kernels, which may be a part of the caller's.
+        tiles: number of tiles. The keys that become eligible during tile i are those of chunk `before + i`.
+        every: number of tiles in a row that share a list.
+        before: number of chunks whose keys are eligible for every query.
         start: position of the first key of the first chunk, which may be negative.
     """
 

@@ -106,8 +106,9 @@ def sort_chunks(
     """Sort every chunk of C keys; a key's place is the number of better keys. Padding and sinks are no candidates.
 
     chunk_lists `[rows, chunks, C]`. `Rank` `[rows, keys]` int64 gets the codes, 0 for no candidate. `Until`
-    `[rows, keys]` int32 gets what `evictions` leaves in place: the first position that does not see the key, if every
-    candidate that the first query may find in a list is there and stays. Each may be `None`.
+    `[rows, keys]` int32 gets the first position that does not see the key, as if of the candidates all that become
+    eligible after the first query stayed, and no other were selected; `join_groups` and `evictions` overwrite the rest.
+    Each may be `None`.
     """
     chunk, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     scores += row * keys
