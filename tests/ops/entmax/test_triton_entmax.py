@@ -369,6 +369,18 @@ def test_autocast_chooses_the_dtype():
     torch.testing.assert_close(output.double(), expected, rtol=3e-2, atol=3e-2)
 
 
+def test_the_output_may_be_changed_in_place():
+    def gated(attend):
+        def attend_and_gate(*tensors, **options):
+            output = attend(*tensors, **options)
+            output *= torch.linspace(0, 2, output.shape[3], dtype=output.dtype, device=output.device)
+            return output
+
+        return attend_and_gate
+
+    assert_same(Case(queries=18, group=2), gated(exact()), gated(entmax_attention))
+
+
 def test_queries_somewhere_in_the_text():
     """Two texts of different lengths, padded at the end: positions behind the last key hold no query."""
     case = Case(batch=2, group=2, queries=size(40, 6), keys=size(60, 24))
