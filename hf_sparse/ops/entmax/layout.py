@@ -123,7 +123,8 @@ def listed_layout(tiles: Tiles, inputs: Inputs) -> tuple[Layout, Tiles]:
     """Make the layout for `tiles`, and expand these over the batch, and over KV heads where all heads share one list.
 
     Raises:
-        ValueError: lists that are not of these queries and keys, or that are not ascending, unless they were checked.
+        ValueError: lists that are not of these queries and keys, or, unless they were checked, lists that are not
+            ascending or have other lengths than they say.
     """
     index = tiles.index
     heads = inputs.key.shape[1] if index.shape[1] == 1 else index.shape[1]
@@ -145,5 +146,7 @@ def listed_layout(tiles: Tiles, inputs: Inputs) -> tuple[Layout, Tiles]:
         follows, ends = index[..., 1:] > index[..., :-1], index[..., 1:] < 0
         if not bool((follows & (index[..., :-1] >= 0) | ends).all()):
             raise ValueError("each list of tiles must be ascending, without duplicates, and with every -1 at its end")
+        if tiles.lengths is not None and not torch.equal(tiles.lengths, tiles.counts.int()):
+            raise ValueError("the lengths of tiles differ from the numbers of tiles that the lists name")
     lengths = None if tiles.lengths is None else tiles.lengths.expand(layout.batch, heads, -1)
     return layout, Tiles(index.expand(layout.batch, heads, -1, -1), tiles.size, tiles.rows, tiles.checked, lengths)

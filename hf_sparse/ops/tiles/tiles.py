@@ -105,6 +105,10 @@ class Tiles:
         if self.index.ndim != 4 or self.index.dtype != torch.int64:
             got = f"{tuple(self.index.shape)} {self.index.dtype}"
             raise ValueError(f"expected a tile index [B, H, nq, m] int64, got {got}")
+        lengths = self.lengths
+        if lengths is not None and (lengths.shape != self.index.shape[:3] or lengths.dtype != torch.int32):
+            expected, got = tuple(self.index.shape[:3]), f"{tuple(lengths.shape)} {lengths.dtype}"
+            raise ValueError(f"expected a length for each list, {expected} int32, got {got}")
 
     @property
     def rows(self) -> int:

@@ -67,14 +67,13 @@ def replayed(
         *settings: its other arguments.
     """
     first = tensors[0]
-    if first is None or not first.is_cuda:
+    # What runs within another one is noted there.
+    if first is None or not first.is_cuda or _state.recorder is not None:
         return function(*tensors, *settings)
     key = _key(function, tensors, settings)
     if key in _programs:
         program = _programs[key]
         return function(*tensors, *settings) if program is None else program.run(tensors)
-    if _state.recorder is not None:  # within another one, whose launches these are too
-        return function(*tensors, *settings)
     recorder = _state.recorder = _Recorder(tensors)
     try:
         results = function(*tensors, *settings)

@@ -397,6 +397,10 @@ def bad(match: str, **changes):
         bad("tiles 0 to 4, or -1 for none, got 0 to 5", tiles=Tiles(torch.arange(6).expand(2, 2, 5, 6), 8)),
         bad("ascending, without duplicates", tiles=Tiles(torch.zeros(2, 2, 5, 2, dtype=torch.int64), 8)),
         bad("every -1 at its end", tiles=Tiles(torch.tensor([-1, 2]).expand(2, 2, 5, 2), 8)),
+        bad(
+            "lengths of tiles differ",
+            tiles=Tiles(torch.tensor([2, -1]).expand(2, 2, 5, 2), 8, lengths=torch.full((2, 2, 5), 2).int()),
+        ),
     ],
 )
 def test_bad_input(changes, match):

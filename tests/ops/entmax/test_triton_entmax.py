@@ -369,6 +369,18 @@ def test_autocast_chooses_the_dtype():
     torch.testing.assert_close(output.double(), expected, rtol=3e-2, atol=3e-2)
 
 
+def test_the_output_may_be_changed_in_place():
+    def gated(attend):
+        def attend_and_gate(*tensors, **options):
+            output = attend(*tensors, **options)
+            output *= torch.linspace(0, 2, output.shape[3], dtype=output.dtype, device=output.device)
+            return output
+
+        return attend_and_gate
+
+    assert_same(Case(queries=18, group=2), gated(exact()), gated(entmax_attention))
+
+
 def test_queries_somewhere_in_the_text():
     """Two texts of different lengths, padded at the end: positions behind the last key hold no query."""
     case = Case(batch=2, group=2, queries=size(40, 6), keys=size(60, 24))
@@ -447,3 +459,39 @@ def test_all_that_is_launched_can_run_again(shape, trains, monkeypatch):
         assert_same(case, kernels, reference, trains)
     assert all(launches and program is not None for launches, program in noted)
     assert len(noted) == (0 if DEVICE == "cuda" else 2 * (1 + trains + bool(tile)))
+
+
+@pytest.mark.parametrize("tile", [None, 16, 8], ids=["all keys", "large tiles", "small tiles"])
+def test_launches_do_not_depend_on_values(tile, monkeypatch):
+    """Those of a layout run again for all others: few candidates and ties, a text of padding or none, any alpha."""
+    noted: list[tuple[Any, ...]] = []
+
+    def record(function, tensors, *settings):
+        recorder = replay._state.recorder = replay._Recorder(tensors)
+        try:
+            results = function(*tensors, *settings)
+        finally:
+            replay._state.recorder = None
+        for kernel, _, grid, arguments, constants in recorder.launches:
+            given = ["a tensor" if isinstance(argument, Tensor) else argument for argument in arguments]
+            noted.append((kernel, grid, given, constants))
+        noted.append((settings, [(buffer.shape, zero) for buffer, zero in recorder.buffers]))
+        return results
+
+    monkeypatch.setattr(attention, "replayed", record)
+    queries, all_noted = size(150, 37), []
+    for spread, real, alpha in ((0.0, 0.0, 1.2), (1.0, 0.9, 1.5), (20.0, 1.1, 1.9)):
+        query, key, value = (tensor.to(DEVICE) for tensor in Case(batch=2, group=2, queries=queries, dim=16).inputs)
+        query = (query * spread).requires_grad_()
+        valid = torch.rand(2, queries, device=DEVICE) < real
+        lists = None
+        if tile is not None:
+            count = tile_counts(queries, queries, tile)[0]
+            tiles = Tiles(torch.arange(count, device=DEVICE).expand(1, 1, count, count), tile)
+            lists = lists_of(tiles, Inputs(query, key, 1.0, True, valid, None))
+        alphas = torch.full((2,), alpha, device=DEVICE, requires_grad=True)
+        output, *_ = attend(query, key, value, alpha=alphas, scaling=0.3, causal=True, valid=valid, lists=lists)
+        output.sum().backward()
+        all_noted.append(list(noted))
+        noted.clear()
+    assert len(all_noted[0]) >= 4 and all_noted[0] == all_noted[1] == all_noted[2]

@@ -166,6 +166,9 @@ def test_bad_input():
         tile_counts(5, 4, 2)
     with pytest.raises(ValueError, match=r"\[B, H, nq, m\] int64, got \(1, 1, 2, 1\) torch.int32"):
         Tiles(index.int(), 4)
+    for lengths in (torch.ones(1, 1, 2, dtype=torch.int64), torch.ones(1, 1, 1, dtype=torch.int32)):
+        with pytest.raises(ValueError, match=r"length for each list, \(1, 1, 2\) int32, got \(1, 1, .\) torch.int"):
+            Tiles(index, 4, lengths=lengths)
     with pytest.raises(ValueError, match=r"\[B, H, nq, nk\] bool, got \(2, 2\) torch.float32"):
         Tiles.of_mask(torch.ones(2, 2), 4)
     with pytest.raises(ValueError, match="expected a graph of key tiles 0 to 1, got tile 3"):

@@ -1,5 +1,7 @@
 """Launches that run again, without the function that noted them."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -89,6 +91,27 @@ def test_elsewhere_the_function_is_called():
     tensor = torch.ones(2)
     assert all(replay.replayed(function, (tensor,), number)[0] is tensor for number in (1, 1, 2))
     assert calls == [1, 1, 2] and not replay._programs
+
+
+def test_what_runs_within_another_function_is_noted_with_it(monkeypatch):
+    """Also where it ran alone before."""
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 3, raising=False)
+    monkeypatch.setattr(replay, "_key", lambda function, *_: function)
+    kernel, cpu = Kernel(), torch.device("cpu")
+    source = SimpleNamespace(is_cuda=True, device=cpu, data_ptr=lambda: 16)
+
+    def inner(source):
+        target = replay.empty((4,), torch.float32, cpu)
+        replay.note_launch(kernel, kernel, (5,), (source, target, target, 7), {"SIZE": 16})
+        return (target,)
+
+    def outer(source):
+        return replay.replayed(inner, (source,))
+
+    for function in (inner, outer):
+        replay.replayed(function, (source,))
+    program = replay._programs[outer]
+    assert program is not None and len(program.launches) == 1
 
 
 @on_a_gpu

@@ -130,7 +130,8 @@ def attend(
             packed = packed_bits(known, blocks_of(query, key, lists, settings.sweep)[0].keys)
     listed = (None, None) if lists is None else (lists.index, lists.counts)
     if trains:
-        return _Attention.apply(*leaves, first, known, packed, *listed, settings)
+        output, tau, counts = _Attention.apply(*leaves, first, known, packed, *listed, settings)
+        return output.transpose(1, 2), tau, counts  # a view that is made there could not be changed in place
     output, tau, counts, *_ = replayed(_forward, (*leaves, first, known, packed, *listed), settings)
     assert output is not None and tau is not None and counts is not None
     return output.transpose(1, 2), tau, counts
@@ -230,14 +231,14 @@ class _Attention(torch.autograd.Function):
         tau, counts = rest[:2]
         assert output is not None and tau is not None and counts is not None
         ctx.mark_non_differentiable(tau, counts)
-        return output.transpose(1, 2), tau, counts
+        return output, tau, counts
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors  # type: ignore[attr-defined]  # read once: checkpointing gives them away
         wants = ctx.needs_input_grad  # type: ignore[attr-defined]
-        grad = grad if grad.stride(-1) == 1 else grad.contiguous()
+        grad = (grad if grad.stride(-1) == 1 else grad.contiguous()).transpose(1, 2)
         settings = ctx.settings  # type: ignore[attr-defined]
         d_query, d_key_value, d_scale, d_exponent = replayed(_backward, (grad, *saved), settings, wants[3], wants[4])
         assert d_key_value is not None

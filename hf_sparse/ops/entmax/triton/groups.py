@@ -115,13 +115,13 @@ def attend_groups(
 
     Args:
         query, key, value, numbers, first, valid, causal: as in `sweep.candidates`.
-        lists: tiles of keys for every tile of queries, and or
-        found: candidates of every group.
+        lists: tiles of keys for every tile of queries; all keys by default.
+        found: candidates of every group; None where all listed keys are candidates.
         most: candidates of a group that the list takes.
         kept: keys of a group that may have weight when all products are known, of which the buffers take so many.
         trains: whether there will be a backward.
-        few, buffered: sizes of the kernel for groups with few candidates, where these are known, and of that with
-            buffers.
+        few, buffered: sizes of the kernel for groups with few candidates, which runs where `found` is given, and of
+            that with buffers; chosen by shape and dtype by default.
     """
     batch, heads, queries, dim = query.shape
     device = query.device

@@ -51,7 +51,8 @@ class Candidates(NamedTuple):
         place among all keys or listed tiles.
     counts: `[groups]` int32, blocks that are stored; above `capacity` some are missing.
     size: keys of a block.
-    turn: `[4]` int32, zeros, see `groups.attend_groups`.
+    turn: `[4]` int32, zeros: for the number of groups that programs of `groups` have taken, and the numbers of those
+        that `few.sorted_groups` puts to the front and to the back of its queue; the last one is not used.
     """
 
     bound: Tensor
