@@ -163,7 +163,7 @@ def test_short_and_long_texts_by_default(keys, rows, listed):
 
 @pytest.mark.parametrize("alpha", [1.3, 2.0])
 def test_sorted_groups_with_ties_and_without_keys(alpha, monkeypatch):
-    """Of equal logits all keys have weight: groups of queries with as many as a limit, with more, and of no text."""
+    """With equal logits all keys have weight: groups of queries have as many as a limit, more, or none."""
     monkeypatch.setattr(few, "HEAVY", 32)
     assert_same(Case(queries=37, scaling=0.0, alpha=alpha), exact())
     assert_same(Case(queries=37, scaling=0.0, alpha=alpha, batch=3, padding=True, group=2), exact())
@@ -420,6 +420,15 @@ RECORDED = {
 }
 
 
+def recorded(function, tensors, settings):
+    """Call a function as `replayed` does for the first time; returns its results and what was noted."""
+    recorder = replay._state.recorder = replay._Recorder(tensors)
+    try:
+        return function(*tensors, *settings), recorder
+    finally:
+        replay._state.recorder = None
+
+
 @pytest.mark.parametrize("shape", RECORDED.values(), ids=RECORDED)
 @pytest.mark.parametrize("trains", [False, True])
 def test_all_that_is_launched_can_run_again(shape, trains, monkeypatch):
@@ -427,11 +436,7 @@ def test_all_that_is_launched_can_run_again(shape, trains, monkeypatch):
     noted = []
 
     def record(function, tensors, *settings):
-        recorder = replay._state.recorder = replay._Recorder(tensors)
-        try:
-            results = function(*tensors, *settings)
-        finally:
-            replay._state.recorder = None
+        results, recorder = recorded(function, tensors, settings)
         noted.append((len(recorder.launches), recorder.program(results, tensors[0].device)))
         return results
 
@@ -463,15 +468,11 @@ def test_all_that_is_launched_can_run_again(shape, trains, monkeypatch):
 
 @pytest.mark.parametrize("tile", [None, 16, 8], ids=["all keys", "large tiles", "small tiles"])
 def test_launches_do_not_depend_on_values(tile, monkeypatch):
-    """Those of a layout run again for all others: few candidates and ties, a text of padding or none, any alpha."""
+    """Launches that ran once serve all values of a layout: few candidates and ties, padding or none, any alpha."""
     noted: list[tuple[Any, ...]] = []
 
     def record(function, tensors, *settings):
-        recorder = replay._state.recorder = replay._Recorder(tensors)
-        try:
-            results = function(*tensors, *settings)
-        finally:
-            replay._state.recorder = None
+        results, recorder = recorded(function, tensors, settings)
         for kernel, _, grid, arguments, constants in recorder.launches:
             given = ["a tensor" if isinstance(argument, Tensor) else argument for argument in arguments]
             noted.append((kernel, grid, given, constants))

@@ -29,31 +29,14 @@ def gates(scores: torch.Tensor, tau: torch.Tensor) -> torch.Tensor:
     return torch.where(past, free, 0.0)
 
 
-def random_scores(kind: str, *shape: int) -> torch.Tensor:
-    scores = torch.randn(shape, dtype=torch.float64)
-    if kind == "ties":
-        return scores.mul(2).round() / 2
-    if kind == "equal":
-        return torch.zeros_like(scores)
-    if kind == "rising":
-        return scores + torch.arange(shape[-1]) * 0.05
-    if kind == "falling":
-        return scores - torch.arange(shape[-1]) * 0.05
-    if kind == "hard":
-        return scores * 30
-    if kind == "holes":
-        return scores.masked_fill(torch.rand(shape) < 0.4, -torch.inf)
-    return scores
-
-
 KINDS = ["normal", "ties", "equal", "rising", "falling", "hard", "holes"]
 
 
 @pytest.mark.cross("values")
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_thresholds_give_the_projection_of_every_prefix(kind, tile):
-    scores = random_scores(kind, 3, 110)
+def test_thresholds_give_the_projection_of_every_prefix(kind, tile, random_scores):
+    scores = random_scores(kind, 3, 110, dtype=torch.float64)
     for k in (1, 9):
         tau = sparsek_thresholds(scores, k, tile=tile)
         torch.testing.assert_close(gates(scores, tau), sparsek(prefixes(scores), k), rtol=0, atol=1e-12)
@@ -65,9 +48,9 @@ def test_thresholds_give_the_projection_of_every_prefix(kind, tile):
 @pytest.mark.cross("values")
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_topk_thresholds_select_what_sorting_selects(kind, tile):
+def test_topk_thresholds_select_what_sorting_selects(kind, tile, random_scores):
     k = 7
-    scores = random_scores(kind, 2, 100)
+    scores = random_scores(kind, 2, 100, dtype=torch.float64)
     kappa, index = topk_thresholds(scores, k, tile=tile)
     assert (kappa.diff(dim=-1).nan_to_num(0) >= 0).all(), "kappa fell"
     for row in range(2):
@@ -81,8 +64,8 @@ def test_topk_thresholds_select_what_sorting_selects(kind, tile):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_equal_to_the_stream(kind):
-    scores = random_scores(kind, 400)
+def test_equal_to_the_stream(kind, random_scores):
+    scores = random_scores(kind, 400, dtype=torch.float64)
     for k in (1, 6, 50):
         stream = SparseKStream(k)
         pushed = [(stream.push(float(z)), stream.kappa) for z in scores]
@@ -126,9 +109,9 @@ def test_stream_refuses_nan_and_bad_k():
 @pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("kind", ["normal", "rising", "falling", "hard", "holes", "ties", "equal"])
 @pytest.mark.parametrize("support", [None, 12])
-def test_gradient_equals_the_dense_construction(kind, tile, support):
+def test_gradient_equals_the_dense_construction(kind, tile, support, random_scores):
     k = 6
-    scores = random_scores(kind, 2, 100)
+    scores = random_scores(kind, 2, 100, dtype=torch.float64)
     upstream = torch.randn(2, 100, 100, dtype=torch.float64)
     ours, dense = scores.clone().requires_grad_(), scores.clone().requires_grad_()
     inside = torch.isfinite(prefixes(scores, support))
@@ -157,9 +140,9 @@ def test_gradcheck(support):
 @pytest.mark.cross("values")
 @pytest.mark.parametrize("tile", [1, 5, 200])
 @pytest.mark.parametrize("kind", KINDS)
-def test_support_bounds_the_projection_to_the_best(kind, tile):
+def test_support_bounds_the_projection_to_the_best(kind, tile, random_scores):
     k, support = 5, 11
-    scores = random_scores(kind, 2, 120)
+    scores = random_scores(kind, 2, 120, dtype=torch.float64)
     tau = sparsek_thresholds(scores, k, support=support, tile=tile)
     inside = torch.isfinite(prefixes(scores, support))
     bounded = torch.where(inside, gates(scores, tau), 0.0)

@@ -161,7 +161,7 @@ def test_a_step_in_one_kernel(
 
 
 def test_programs_have_an_equal_share_of_the_slots():
-    """As many for unequal heads as for equal ones with the same slots in all."""
+    """Unequal heads have as many steps as equal ones with the same slots in all."""
     assert kernels.steps_of_program([1024] * 8, 32, 8, 512) == 4
     assert kernels.steps_of_program([719, 806, 893, 980, 1068, 1155, 1242, 1329], 32, 8, 512) == 4
     assert kernels.steps_of_program([719, 1024, 1329], 64, 1, 512) == 1

@@ -12,24 +12,6 @@ pytestmark = pytest.mark.usefixtures("interpreter")
 KINDS = ["normal", "ties", "equal", "rising", "falling", "hard", "holes"]
 
 
-def random_scores(kind: str, *shape: int) -> torch.Tensor:
-    scores = torch.randn(shape)
-    position = torch.arange(shape[-1])
-    if kind == "ties":
-        scores = scores.mul(2).round() / 2  # of both signs of zero, too
-    elif kind == "equal":
-        scores = torch.zeros_like(scores)
-    elif kind == "rising":
-        scores = scores + position * 0.05
-    elif kind == "falling":
-        scores = scores - position * 0.05
-    elif kind == "hard":
-        scores = scores * 30
-    elif kind == "holes":
-        scores = scores.masked_fill(torch.rand(shape) < 0.4, -torch.inf)
-    return scores.to(DEVICE)
-
-
 def by_index(found: thresholds.Scan) -> torch.Tensor:
     """Floors as indices of keys, -1 for none: ranks may be any integers."""
     same = (found.rank.unsqueeze(-2) == found.floor.unsqueeze(-1)) & (found.rank > 0).unsqueeze(-2)
@@ -49,8 +31,8 @@ def assert_same(ours: thresholds.Scan, theirs: thresholds.Scan) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_equals_the_scan_in_pytorch(kind):
-    scores = random_scores(kind, 75)
+def test_equals_the_scan_in_pytorch(kind, random_scores):
+    scores = random_scores(kind, 75).to(DEVICE)
     ours, theirs = scores.clone().requires_grad_(), scores.clone().requires_grad_()
     options = {"k": 4, "size": 9, "queries": 66, "window": 3, "tile": 16, "with_lists": True}
     found, expected = scan_prefixes(ours, **options), thresholds.scan_prefixes(theirs, with_tau=True, **options)
@@ -78,14 +60,14 @@ SHAPES = [
 
 
 @pytest.mark.parametrize("keys, queries, window, size, tile", SHAPES)
-def test_shapes(keys, queries, window, size, tile):
-    scores = random_scores("ties", 1, 2, keys)
+def test_shapes(keys, queries, window, size, tile, random_scores):
+    scores = random_scores("ties", 1, 2, keys).to(DEVICE)
     options = {"k": 1, "size": size, "queries": queries, "window": window, "tile": tile, "with_lists": True}
     assert_same(scan_prefixes(scores, **options), thresholds.scan_prefixes(scores, **options))
 
 
-def test_support_as_large_as_the_text_is_exact():
-    scores = random_scores("normal", 50)
+def test_support_as_large_as_the_text_is_exact(random_scores):
+    scores = random_scores("normal", 50).to(DEVICE)
     tau = scan_prefixes(scores, 5, size=50, queries=50, window=0, tile=16).tau
     for t in (5, 20, 49):
         gates = (scores[: t + 1] - tau[t]).clamp(0, 1)
@@ -98,8 +80,8 @@ def test_both_zeros_tie():
     assert by_index(found).tolist() == [-1, *[1] * 31]
 
 
-def test_nothing_is_left_unwritten(poisoned_memory):
-    scores = random_scores("holes", 2, 150)
+def test_nothing_is_left_unwritten(poisoned_memory, random_scores):
+    scores = random_scores("holes", 2, 150).to(DEVICE)
     options = {"k": 2, "size": 40, "queries": 140, "window": 4, "tile": 16, "with_lists": True}
     assert_same(scan_prefixes(scores, **options), thresholds.scan_prefixes(scores, **options))
 
@@ -121,8 +103,8 @@ def test_what_the_kernels_do_not_take_goes_the_other_way():
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 @pytest.mark.parametrize("size", [512, 2048])
 @pytest.mark.parametrize("kind", ["normal", "ties", "rising"])
-def test_long(kind, size):
-    scores = random_scores(kind, 2, 3, 20_011)
+def test_long(kind, size, random_scores):
+    scores = random_scores(kind, 2, 3, 20_011).to(DEVICE)
     options = {"k": 512, "size": size, "queries": 19_000, "window": 512, "with_lists": True}
     found, expected = scan_prefixes(scores, **options), thresholds.scan_prefixes(scores, with_tau=True, **options)
     places = [torch.searchsorted(one.rank.sort(-1).values, one.floor) for one in (found, expected)]

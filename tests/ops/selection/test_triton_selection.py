@@ -13,24 +13,6 @@ pytestmark = pytest.mark.usefixtures("interpreter")
 KINDS = ["normal", "ties", "equal", "rising", "falling", "holes", "nothing"]
 
 
-def random_scores(kind: str, *shape: int) -> torch.Tensor:
-    scores = torch.randn(shape)
-    position = torch.arange(shape[-1])
-    if kind == "ties":
-        scores = scores.mul(2).round() / 2  # of both signs of zero, too
-    elif kind == "equal":
-        scores = torch.zeros_like(scores)
-    elif kind == "rising":
-        scores = scores + position * 0.05
-    elif kind == "falling":
-        scores = scores - position * 0.05
-    elif kind == "holes":
-        scores = scores.masked_fill(torch.rand(shape) < 0.4, -torch.inf)
-    elif kind == "nothing":
-        scores = scores.fill_(-torch.inf)
-    return scores.to(DEVICE)
-
-
 def expected_selection(scores, size, *, queries, window, tile=128, first=None, sinks=0) -> Selection:
     """Intervals and lists from the floors of the scan in PyTorch; `first` `[B]` for scores `[B, H, T]`."""
     keys = scores.shape[-1]
@@ -78,8 +60,8 @@ SHAPES = [
 @pytest.mark.cross("values")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("keys, queries, window, size, tile", SHAPES)
-def test_equals_the_scan_in_pytorch(kind, keys, queries, window, size, tile, poisoned_memory):
-    scores = random_scores(kind, 2, keys)
+def test_equals_the_scan_in_pytorch(kind, keys, queries, window, size, tile, poisoned_memory, random_scores):
+    scores = random_scores(kind, 2, keys).to(DEVICE)
     options = {"queries": queries, "window": window, "tile": tile}
     assert_same(select_keys(scores, size, **options), expected_selection(scores, size, **options))
 
@@ -87,21 +69,21 @@ def test_equals_the_scan_in_pytorch(kind, keys, queries, window, size, tile, poi
 @pytest.mark.cross("values")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("groups", [(2, 2), (3, 4), (4, 2)])
-def test_levels(kind, groups, monkeypatch, poisoned_memory):
+def test_levels(kind, groups, monkeypatch, poisoned_memory, random_scores):
     """Groups of groups, more lists than are looked at at a time, and lists of several programs."""
     monkeypatch.setattr(scan, "_GROUPS", groups)
     monkeypatch.setattr(scan, "_MERGING", (16, 2, 4))
     monkeypatch.setattr(scan, "_JOINING", (16, 16, 4))
-    scores = random_scores(kind, 1, 430)
+    scores = random_scores(kind, 1, 430).to(DEVICE)
     options = {"queries": 390, "window": 5, "tile": 16}
     for size in (11, 70):
         assert_same(select_keys(scores, size, **options), expected_selection(scores, size, **options))
 
 
 @pytest.mark.parametrize("kind", ["normal", "ties", "rising", "holes"])
-def test_heads_that_reach_different_numbers(kind, poisoned_memory):
+def test_heads_that_reach_different_numbers(kind, poisoned_memory, random_scores):
     """With padding and sinks, whose scores may be anything."""
-    scores = random_scores(kind, 2, 3, 150)
+    scores = random_scores(kind, 2, 3, 150).to(DEVICE)
     first, sinks, sizes = torch.tensor([0, 37], device=DEVICE), 3, (9, 1, 40)
     scores[0, :, :3], scores[1, :, :40] = torch.nan, torch.inf
     counts = torch.tensor([sizes, sizes], dtype=torch.int32, device=DEVICE)
@@ -114,9 +96,9 @@ def test_heads_that_reach_different_numbers(kind, poisoned_memory):
         assert_same(part, Selection(expected.until[:, 0], listed[:, 0], expected.leavers[:, 0]))
 
 
-def test_infinite_scores_and_no_numbers(poisoned_memory):
+def test_infinite_scores_and_no_numbers(poisoned_memory, random_scores):
     """A score of infinity is the best; one that is no number is no candidate."""
-    scores = random_scores("normal", 2, 90)
+    scores = random_scores("normal", 2, 90).to(DEVICE)
     scores[:, 5::7] = torch.inf
     without = scores.clone()
     scores[:, 3::8], without[:, 3::8] = torch.nan, -torch.inf
@@ -134,7 +116,7 @@ def test_both_zeros_tie():
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
 @pytest.mark.parametrize("size", [512, 3000])
 @pytest.mark.parametrize("kind", KINDS)
-def test_long(kind, size):
-    scores = random_scores(kind, 2, 3, 40_011)
+def test_long(kind, size, random_scores):
+    scores = random_scores(kind, 2, 3, 40_011).to(DEVICE)
     options = {"queries": 39_000, "window": 512}
     assert_same(select_keys(scores, size, **options), expected_selection(scores, size, **options))

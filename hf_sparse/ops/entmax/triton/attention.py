@@ -210,21 +210,9 @@ def _backward(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: FunctionCtx,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scale: Tensor | None,
-        exponent: Tensor | None,
-        first: Tensor | None,
-        valid: Tensor | None,
-        packed: Tensor | None,
-        index: Tensor | None,
-        listed: Tensor | None,
-        settings: Settings,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        inputs = (query, key, value, scale, exponent, first, valid)
+    def forward(ctx: FunctionCtx, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Return output, tau and counts; the arguments are those of `_forward`."""
+        *inputs, packed, index, listed, settings = arguments
         output, *rest = replayed(_forward, (*inputs, packed, index, listed), settings)
         ctx.save_for_backward(*inputs, index, listed, *rest)  # type: ignore[arg-type]
         ctx.settings = settings  # type: ignore[attr-defined]
