@@ -77,7 +77,7 @@ class Call:
         output, lse = forward(query, key, value, z, tau, tables, self.scaling)
         results = (*self.inputs, output, lse, tables, self.scaling)
         delta, _, _ = by_query(*results, d_scores=None, want_query=True, want_tau=soft)
-        names = ("until", "lists", "leavers", "scores", "ends")
+        names = ("until", "lists", "leavers", "bounds", "scores", "ends")
         self.names = names
         self.tensors = (query, key, *self.inputs, output, lse, delta, *(getattr(tables, name) for name in names))
 

@@ -169,6 +169,26 @@ def test_causal_kernels_equal_the_tiles(name, soft):
 
 
 @pytest.mark.cross("values")
+@pytest.mark.parametrize("name", [*SHAPES, *CAUSAL_ONLY])
+def test_what_the_selection_counts_is_what_a_kernel_counts(name, monkeypatch):
+    """Bit for bit: the same keys with and without a mask, in the same order."""
+    case = Case(**{**SHAPES, **CAUSAL_ONLY}[name])
+    found = run(case.fused, case, "q")
+    tables_of = kernels.selection_tables
+    counted = []
+
+    def without_bounds(*arguments, **options):
+        tables = tables_of(*arguments, **options)
+        counted.append(tables.bounds)
+        return tables._replace(bounds=None)
+
+    monkeypatch.setattr(kernels, "selection_tables", without_bounds)
+    expected = run(case.fused, case, "q")
+    assert [bounds.shape[-1] for bounds in counted] == [16]
+    assert all(torch.equal(found[name], reference) for name, reference in expected.items())
+
+
+@pytest.mark.cross("values")
 @GATES
 @pytest.mark.parametrize("name", SHAPES)
 def test_bidirectional_kernels_equal_the_tiles(name, soft):

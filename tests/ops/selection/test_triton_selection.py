@@ -32,7 +32,13 @@ def expected_selection(scores, size, *, queries, window, tile=128, first=None, s
     there = leaves.clamp(0, keys - 1).expand(*end.shape[:-1], *leaves.shape)
     stays = stays & (end.unsqueeze(-2).expand(*there.shape[:-1], -1).gather(-1, there) > leaves + window)
     leavers = leaves.expand_as(there).masked_fill(~stays, 2 * keys).sort(-1).values
-    return Selection(end.int(), lists.int(), leavers.masked_fill(leavers == 2 * keys, -1).int())
+    # Of each query: the keys of its list that it sees, and the leavers before its window.
+    last = end.unsqueeze(-2).expand(*lists.shape[:-1], -1).gather(-1, lists.clamp(min=0)).masked_fill(lists < 0, 0)
+    sees = last.unsqueeze(-2) > (leaves + window - 1).unsqueeze(-1)
+    assert (sees.int().diff(dim=-1) <= 0).all(), "a query does not see the first keys of its list"
+    bounds = torch.stack((sees.sum(-1), stays.cumsum(-1) - stays.long()), -2)
+    bounds = bounds.masked_fill((tiles + torch.arange(tile, device=DEVICE) >= queries).unsqueeze(-2), -1)  # nobody asks
+    return Selection(end.int(), lists.int(), leavers.masked_fill(leavers == 2 * keys, -1).int(), bounds.int())
 
 
 def assert_same(found: Selection, expected: Selection) -> None:
@@ -40,6 +46,7 @@ def assert_same(found: Selection, expected: Selection) -> None:
     assert torch.equal(found.lists, expected.lists)
     if found.leavers is not None:
         assert torch.equal(found.leavers, expected.leavers)
+        assert torch.equal(found.bounds.where(expected.bounds >= 0, -1), expected.bounds)
 
 
 # keys, queries, window, size, tile
@@ -92,8 +99,8 @@ def test_heads_that_reach_different_numbers(kind, poisoned_memory, random_scores
     for head, size in enumerate(sizes):
         expected = expected_selection(scores[:, head : head + 1], size, first=first, sinks=sinks, **options)
         listed = torch.nn.functional.pad(expected.lists, (0, 40 - size), value=-1)
-        part = Selection(found.until[:, head], found.lists[:, head], found.leavers[:, head])
-        assert_same(part, Selection(expected.until[:, 0], listed[:, 0], expected.leavers[:, 0]))
+        part = Selection(*(of_heads[:, head] for of_heads in found))
+        assert_same(part, Selection(*(of_heads[:, 0] for of_heads in expected._replace(lists=listed))))
 
 
 def test_infinite_scores_and_no_numbers(poisoned_memory, random_scores):

@@ -28,7 +28,7 @@ from hf_sparse.ops.triton.replay import replayed
 # Queries that share a list. A program also looks at the keys that left the window since its tile began.
 TILE = 128
 # Tensors of `Tables`.
-_OF_KEYS = ("begin", "until", "lists", "first", "scores", "ends", "leavers")
+_OF_KEYS = ("begin", "until", "lists", "first", "scores", "ends", "leavers", "bounds")
 
 
 class CausalSettings(NamedTuple):
@@ -242,7 +242,7 @@ def _causal_forward(
     if not wanted:
         return (output,)
     of_tau = (z, tau, tables.scores, tables.ends, rank, floor)
-    return (output, lse, tables.until, tables.lists, tables.leavers, *of_tau)
+    return (output, lse, tables.until, tables.lists, tables.leavers, tables.bounds, *of_tau)
 
 
 def _causal_backward(
@@ -256,6 +256,7 @@ def _causal_backward(
     until: Tensor,
     lists: Tensor,
     of_tiles: Tensor,
+    bounds: Tensor | None,
     z: Tensor | None,
     tau: Tensor | None,
     of_lists: Tensor | None,
@@ -268,7 +269,7 @@ def _causal_backward(
 ) -> tuple[Tensor | None, ...]:
     """Return the gradients of query, key, value and scores that are wanted, those of key and value in any dtype."""
     window, sinks = settings.window, settings.sinks
-    tables = Tables(None, until, lists, settings.tile, window - 1, 0, sinks, start, of_lists, ends, of_tiles)
+    tables = Tables(None, until, lists, settings.tile, window - 1, 0, sinks, start, of_lists, ends, of_tiles, bounds)
     of_scores = want[3] and z is not None
     gradients = backward(
         grad,

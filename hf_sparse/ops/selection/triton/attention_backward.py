@@ -123,6 +123,7 @@ def by_query(
         tables.until,
         tables.lists,
         tables.leavers,
+        tables.bounds,
         tables.scores,
         tables.ends,
         tables.first,

@@ -36,6 +36,7 @@ def query_gradients(
     Until,
     Lists,
     Leavers,
+    Bounds,
     Scores,
     Ends,
     First,
@@ -112,8 +113,8 @@ def query_gradients(
         lse = tl.load(Lse + per_row, mask=exists, other=0.0)[:, None]
 
         tables, position, tau, first, front, live, gone, begin, full_begin, full_end, end = reach(
-            row, batch, query, exists, t_first, t_last, Z, Tau, Begin, Until, Lists, Leavers, Scores, Ends, First,
-            queries, keys, width, tiles, tile, left, right, sinks, SOFT, CAUSAL, TILE,
+            row, batch, query, exists, t_first, t_last, Z, Tau, Begin, Until, Lists, Leavers, Bounds, Scores, Ends,
+            First, queries, keys, width, tiles, tile, left, right, sinks, SOFT, CAUSAL, TILE,
         )  # fmt: skip
         Z, Begin, Until, Lists, Leavers, Scores, Ends = tables
         step = tl.arange(0, N)

@@ -94,6 +94,7 @@ def forward(
         tables.until,
         tables.lists,
         tables.leavers,
+        tables.bounds,
         tables.scores,
         tables.ends,
         tables.first,
@@ -135,6 +136,7 @@ def _forward(
     Until,
     Lists,
     Leavers,
+    Bounds,
     Scores,
     Ends,
     First,
@@ -188,7 +190,7 @@ def _forward(
         q = -q
 
     tables, position, tau, first, front, live, gone, begin, full_begin, full_end, end = reach(
-        row, batch, query, exists, t_first, t_last, Z, Tau, Begin, Until, Lists, Leavers, Scores, Ends, First,
+        row, batch, query, exists, t_first, t_last, Z, Tau, Begin, Until, Lists, Leavers, Bounds, Scores, Ends, First,
         queries, keys, width, tiles, tile, left, right, sinks, SOFT, CAUSAL, TILE,
     )  # fmt: skip
     Z, Begin, Until, Lists, Leavers, Scores, Ends = tables

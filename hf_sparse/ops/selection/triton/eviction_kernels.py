@@ -22,10 +22,12 @@ from hf_sparse.ops.selection.triton.scan_kernels import (
 def evictions(
     all_chunks,
     all_lowest,
+    all_lists,
     Counts,
     Notes,
     Until,
     Leavers,
+    Bounds,
     keys,
     queries,
     chunks,
@@ -40,17 +42,21 @@ def evictions(
 
     Newcomer i of the tile is eligible from its query i + 1 on. A newcomer that does not enter leaves at once, which is
     `key + window`; whatever stays is left as it is in `Until`. `Leavers` `[rows, tiles, C]` gets the newcomers that
-    enter and are seen by a later query of the tile, in rising order, -1 after the last; it may be `None`.
+    enter and are seen by a later query of the tile, in rising order, -1 after the last. `Bounds` `[rows, tiles, 2, C]`
+    gets, for each query of the tile, how many keys of the list it sees, which are the first ones, and how many of these
+    newcomers stand before its window. Both may be `None`.
 
     Args:
         all_chunks: `[rows, chunks, C]` sorted; newcomers of tile i are those of chunk `before + i`.
         all_lowest: `[rows, tiles, C]`, the last C of the `size` best keys before each tile, best first; if `size` is
             less than C, in the last `size` columns.
+        all_lists: `[rows, tiles, size]`, the positions of these keys, -1 for none; read for `Bounds` only.
         Notes: `[rows, tiles, 3, C]` int32, for what entries of one order tell those of another.
     """
     tile, row = tl.program_id(0), tl.program_id(1).to(tl.int64)
     at = row * tl.num_programs(0) + tile
     number = tl.arange(0, C)
+    lists = all_lists + at * size
     _, size = counts_of(Counts, row, heads, size, size)
     chunk = all_chunks + (row * chunks + before + tile) * C
     origin = (before + tile) * C  # place of the first newcomer
@@ -61,7 +67,8 @@ def evictions(
     candidate = code >= SELECTABLE
     last = tl.load(all_lowest + at * C + C - 1)
     many = tl.sum((candidate & (code > last)).to(tl.int32), 0)  # the first ones; nothing else can enter
-    enters, seen = number < 0, many * 0
+    enters, shown_ones = number < 0, many * 0
+    entered_before, dropped = number * 0, number * 0  # before each query; of the list
     if many > 0:
         steps = steps_for(many)
         entered, total, leaves = Notes + at * 3 * C, Notes + (at * 3 + 1) * C, Notes + (at * 3 + 2) * C
@@ -102,7 +109,17 @@ def evictions(
         if Leavers is not None:
             shown = enters_now & (query < queries) & (number < C - 1)
             tl.store(Leavers + at * C + count - 1, number + position, mask=shown)
-            seen = tl.sum(shown.to(tl.int32), 0)
+            shown_ones = tl.sum(shown.to(tl.int32), 0)
+            of_list = ((left >= 0) & (left < position)).to(tl.int32)
+            entered_before, dropped = count - enters_now.to(tl.int32), tl.cumsum(of_list, 0) - of_list
     tl.store(Until + arrival + position, arrival + position + window, mask=candidate & (enters == 0))
     if Leavers is not None:
-        tl.store(Leavers + at * C + number, number * 0 - 1, mask=number >= seen)
+        tl.store(Leavers + at * C + number, number * 0 - 1, mask=number >= shown_ones)
+        listed_ones = size
+        if last < SELECTABLE:  # the list is not full
+            listed_ones = size * 0
+            for start in range(0, size, C):
+                key = tl.load(lists + start + number, mask=start + number < size, other=-1)
+                listed_ones += tl.sum((key >= 0).to(tl.int32), 0)
+        tl.store(Bounds + at * 2 * C + number, listed_ones - dropped)
+        tl.store(Bounds + (at * 2 + 1) * C + number, entered_before)

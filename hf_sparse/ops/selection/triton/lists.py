@@ -44,6 +44,9 @@ class Tables(NamedTuple):
         scores, ends: of soft gates in causal order, `scores` float32 and `until` in the order of `lists`; 0 is the end
             of a key that is no candidate.
         leavers: `[B, Hkv, n_tiles, tile]` int32, in causal order, see `leavers`.
+        bounds: `[B, Hkv, n_tiles, 2, tile]` int32, of hard gates in causal order, for each query: how many keys of the
+            list it sees, which are the first ones, and how many leavers stand before its window; `None` if kernels have
+            to count them.
     """
 
     begin: Tensor | None
@@ -57,6 +60,7 @@ class Tables(NamedTuple):
     scores: Tensor | None = None
     ends: Tensor | None = None
     leavers: Tensor | None = None
+    bounds: Tensor | None = None
 
 
 def causal_tables(
@@ -117,7 +121,7 @@ def selection_tables(
     """
     tables = Tables(None, selection.until, selection.lists, tile, window - 1, 0, sinks, first)
     found = leavers(tables, queries, tile) if selection.leavers is None else selection.leavers
-    return tables._replace(leavers=found)
+    return tables._replace(leavers=found, bounds=selection.bounds)
 
 
 def leavers(tables: Tables, queries: int, tile: int) -> Tensor:

@@ -70,12 +70,13 @@ class Selection(NamedTuple):
         until: `[..., Tk]` int32, the first position that does not see the key, in the window or selected; 0 for
             padding.
         lists: `[..., n_tiles, size]` int32, as in `Scan`.
-        leavers: `[..., n_tiles, tile]` int32, as in `lists.Tables`; `None` if tiles are larger than a chunk.
+        leavers, bounds: as in `lists.Tables`; `None` if tiles are larger than a chunk.
     """
 
     until: Tensor
     lists: Tensor
     leavers: Tensor | None
+    bounds: Tensor | None
 
 
 def supports(scores: Tensor, *, size: int, queries: int, tile: int) -> bool:
@@ -351,9 +352,11 @@ def launch_selection(
     index = empty((*batch, tiles // cut.every, plan.size), torch.int32, device)
     join(None, lowest, index, until if cut.before else None)
     notes = empty((rows, tiles, 3, C), torch.int32, device)
-    leavers = empty((*batch, tiles, C), torch.int32, device) if cut.every == 1 else None
+    leavers = bounds = None
+    if cut.every == 1:
+        leavers, bounds = (empty((*batch, tiles, *of), torch.int32, device) for of in ((C,), (2, C)))
     launch(evictions, (tiles, rows))(
-        of_chunks, lowest, counts, notes, until, leavers, keys, plan.queries, of_chunks.shape[1], cut.before,
-        plan.window, plan.size, heads, C, PART=min(C, _EVICTING[0]), num_warps=_EVICTING[1],
+        of_chunks, lowest, index, counts, notes, until, leavers, bounds, keys, plan.queries, of_chunks.shape[1],
+        cut.before, plan.window, plan.size, heads, C, PART=min(C, _EVICTING[0]), num_warps=_EVICTING[1],
     )  # fmt: skip
-    return Selection(until, index, leavers)
+    return Selection(until, index, leavers, bounds)

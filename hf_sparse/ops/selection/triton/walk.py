@@ -109,6 +109,18 @@ def survey(
 
 
 @triton.jit
+def look_up(Bounds, t_first, t_last, tile, first, low, high, sinks, keys):
+    """Load what `survey` and `left_before` count, of hard gates in causal order, from the `Bounds` of a tile."""
+    own = tl.minimum(sinks, keys - first)  # sinks that the row has
+    full = tl.minimum(tl.maximum(low - first + 1, 0), own)
+    live = tl.minimum(tl.maximum(high - first + 1, 0), own)
+    full = tl.where(full == sinks, sinks + tl.load(Bounds + t_last % tile), full)
+    listed_first = tl.load(Bounds + t_first % tile)
+    live = tl.where(listed_first > 0, sinks + listed_first, live)
+    return full, live, tl.load(Bounds + tile + t_first % tile)
+
+
+@triton.jit
 def left_before(Leavers, tile, low, left, TILE: tl.constexpr):
     """Count the leavers of a tile that stand before the window of position `low`."""
     entry = tl.arange(0, TILE)
@@ -148,6 +160,7 @@ def reach(
     Until,
     Lists,
     Leavers,
+    Bounds,
     Scores,
     Ends,
     First,
@@ -166,7 +179,7 @@ def reach(
     """Load what a block of rows has to know of its KV head `row`.
 
     Returns the tables of that head and of the tile; positions and thresholds `[M, 1]`; its first key; and the bounds of
-    both axes, see `survey`, `left_before` and `window_of`."""
+    both axes, see `survey`, `left_before` and `window_of`; those of the lists from `Bounds` unless that is `None`."""
     offset = keys - queries
     low, high = t_first + offset, t_last + offset
     first = first_of(First, batch)
@@ -183,13 +196,17 @@ def reach(
         tau_last = tl.load(Tau + row * queries + t_last)
         Scores += number * width
         Ends += number * width
-    front, live = survey(
-        Z, Begin, Until, Lists, Scores, Ends, first, low, high, tau_last, sinks, width, keys, SOFT, CAUSAL, 512
-    )
-    gone = 0
     if CAUSAL:
         Leavers += number * tile
-        gone = left_before(Leavers, tile, low, left, TILE)
+    if Bounds is not None:
+        front, live, gone = look_up(Bounds + number * 2 * tile, t_first, t_last, tile, first, low, high, sinks, keys)
+    else:
+        front, live = survey(
+            Z, Begin, Until, Lists, Scores, Ends, first, low, high, tau_last, sinks, width, keys, SOFT, CAUSAL, 512
+        )
+        gone = 0
+        if CAUSAL:
+            gone = left_before(Leavers, tile, low, left, TILE)
     begin, full_begin, full_end, end = window_of(low, high, first, left, right, sinks, keys, CAUSAL)
     # A tuple holds no None: `Until` takes the place of tables that no kernel reads.
     z = Z if SOFT else Until
