@@ -113,6 +113,14 @@ def test_infinite_scores_and_no_numbers(poisoned_memory, random_scores):
     assert_same(select_keys(scores, 20, **options), expected_selection(without, 20, **options))
 
 
+def test_scores_without_a_tie_and_with_one():
+    """A chunk is sorted by its scores alone if they differ; subnormal ones do."""
+    order = torch.randperm(64, device=DEVICE).float()
+    for scores in (order, order * 1e-45, order.fmod(63)):
+        options = {"queries": 64, "window": 2, "tile": 32}
+        assert_same(select_keys(scores, 9, **options), expected_selection(scores, 9, **options))
+
+
 def test_both_zeros_tie():
     scores = torch.tensor([-0.0, 0.0, -0.0, 0.0] * 8, device=DEVICE)
     found = select_keys(scores, 2, queries=32, window=1, tile=16)
