@@ -82,19 +82,21 @@ def test_levels(kind, groups, monkeypatch, poisoned_memory, random_scores):
     monkeypatch.setattr(scan, "_MERGING", (16, 2, 4))
     monkeypatch.setattr(scan, "_JOINING", (16, 16, 4))
     scores = random_scores(kind, 1, 430).to(DEVICE)
-    options = {"queries": 390, "window": 5, "tile": 16}
-    for size in (11, 70):
+    # With 430 queries and lists of one program, what joins them also finds who leaves.
+    for queries, size in ((390, 11), (390, 70), (430, 11), (430, 70)):
+        options = {"queries": queries, "window": 5, "tile": 16}
         assert_same(select_keys(scores, size, **options), expected_selection(scores, size, **options))
 
 
+@pytest.mark.parametrize("queries", [140, 150])
 @pytest.mark.parametrize("kind", ["normal", "ties", "rising", "holes"])
-def test_heads_that_reach_different_numbers(kind, poisoned_memory, random_scores):
+def test_heads_that_reach_different_numbers(kind, queries, poisoned_memory, random_scores):
     """With padding and sinks, whose scores may be anything."""
     scores = random_scores(kind, 2, 3, 150).to(DEVICE)
     first, sinks, sizes = torch.tensor([0, 37], device=DEVICE), 3, (9, 1, 40)
     scores[0, :, :3], scores[1, :, :40] = torch.nan, torch.inf
     counts = torch.tensor([sizes, sizes], dtype=torch.int32, device=DEVICE)
-    options = {"queries": 140, "window": 4, "tile": 16}
+    options = {"queries": queries, "window": 4, "tile": 16}
     found = launch_selection(scores, ScanPlan(40, 40, *options.values(), False, True), first, sinks, counts)
     for head, size in enumerate(sizes):
         expected = expected_selection(scores[:, head : head + 1], size, first=first, sinks=sinks, **options)

@@ -1,4 +1,4 @@
-"""Find until when each key stays in the best `size`, from the lists of `scan_kernels`; one launch.
+"""Find until when each key stays in the best `size`, from the lists of `scan_kernels`; one launch, or that of the join.
 
 While keys arrive one by one, each that beats the last of the list enters, and the lowest of all that were ever in the
 list leaves. So of the keys of a list and those that enter during a tile, in rising order, the i-th leaves when the i-th
@@ -13,6 +13,7 @@ from hf_sparse.ops.selection.triton.scan_kernels import (
     SELECTABLE,
     count_above,
     counts_of,
+    join_groups,
     place_of,
     steps_for,
 )
@@ -123,3 +124,56 @@ def evictions(
                 listed_ones += tl.sum((key >= 0).to(tl.int32), 0)
         tl.store(Bounds + at * 2 * C + number, listed_ones - dropped)
         tl.store(Bounds + (at * 2 + 1) * C + number, entered_before)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "group", "narrow", "totals", "total_width", "lists", "width", "start", "every", "keys", "queries", "chunks",
+        "window", "size", "heads",
+    ]
+)  # fmt: skip
+def join_and_evict(
+    all_totals,
+    all_lists,
+    Lowest,
+    Index,
+    Counts,
+    all_chunks,
+    Notes,
+    Until,
+    Leavers,
+    Bounds,
+    group,
+    narrow,
+    totals,
+    total_width,
+    lists,
+    width,
+    start,
+    every,
+    keys,
+    queries,
+    chunks,
+    window,
+    size,
+    heads,
+    C: tl.constexpr,
+    BLOCK: tl.constexpr,
+    PART: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STEPS: tl.constexpr,
+    EVICTED: tl.constexpr,
+):
+    """Run `join_groups` and `evictions` for one tile, whose list is that of a program: `size` is at most BLOCK.
+
+    No key may come before the first newcomer, so that no list tells of keys that another tile evicts. EVICTED is `PART`
+    of `evictions`; other arguments are as there and in `join_groups`."""
+    join_groups(
+        all_totals, all_lists, None, Lowest, Index, None, Counts, 0, group, narrow, totals, total_width, lists, width,
+        start, every, keys, size, heads, C, BLOCK, PART, WIDTH, STEPS,
+    )  # fmt: skip
+    tl.debug_barrier()  # the list is written
+    evictions(
+        all_chunks, Lowest, Index, Counts, Notes, Until, Leavers, Bounds, keys, queries, chunks, 0, window, size, heads,
+        C, EVICTED,
+    )  # fmt: skip

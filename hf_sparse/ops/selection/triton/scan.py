@@ -12,7 +12,8 @@ first `size` of their merged lists. So the keys are cut into chunks of a tile ea
 Merging looks up each key's place in the other lists, which needs no communication between threads, and stops where
 that is beyond `size`; nothing waits for the host. The derivation is ours. Hard gates need one launch more:
 
-    evictions         finds when each key leaves the best, and the keys that leave the window and stay
+    evictions         finds when each key leaves the best, and the keys that leave the window and stay; in the launch
+                      of `join_groups` where a program there has the whole list of a tile
 
 and soft gates one for each of
 
@@ -38,7 +39,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from hf_sparse.ops.selection import thresholds as reference
 from hf_sparse.ops.selection.thresholds import Scan, ScanPlan
-from hf_sparse.ops.selection.triton.eviction_kernels import evictions
+from hf_sparse.ops.selection.triton.eviction_kernels import evictions, join_and_evict
 from hf_sparse.ops.selection.triton.scan_kernels import join_groups, merge_groups, sort_chunks
 from hf_sparse.ops.selection.triton.threshold_gradients import free_intervals, shares, sum_shares, sum_totals
 from hf_sparse.ops.selection.triton.threshold_kernels import (
@@ -206,6 +207,11 @@ def _chunks_of(keys: int, plan: ScanPlan) -> _Chunks:
     return _Chunks(C, triton.cdiv(plan.queries, plan.tile) * every, every, before, newest - before * C)
 
 
+def _in_one_launch(cut: _Chunks, size: int) -> bool:
+    """Tell whether a program has the list of a tile for itself, and writes nothing that other programs write."""
+    return size <= _JOINING[0] and cut.before == 0
+
+
 class _Merged(NamedTuple):
     """Hold lists of `merge_groups`, `[rows, lists, width]`, of lists of `narrow` keys in groups of `group`."""
 
@@ -261,15 +267,34 @@ def _sort(
         source, row, item, narrow = target[:, group - 1 :], lists * width, group * width, width
         lists, group = (lists - 1) // group, _GROUPS[1]
 
-    def join(level: _Merged, totals: Tensor, items: int, before: int, *wanted: Tensor | None) -> None:
-        """Join the lists of a level with those of the groups before."""
+    def join(
+        level: _Merged,
+        totals: Tensor,
+        items: int,
+        before: int,
+        *wanted: Tensor | None,
+        evicted: tuple[Tensor | None, ...] = (),
+    ) -> None:
+        """Join the lists of a level with those of the groups before; `evicted` are tensors of `join_and_evict`."""
         width, block = level.lists.shape[-1], min(_JOINING[0], triton.next_power_of_2(max(size, 16)))
-        launch(join_groups, (items, rows, triton.cdiv(size, block)))(
-            totals, level.lists, *wanted, counts, before, level.group, level.narrow, totals.shape[1], totals.shape[2],
-            level.lists.shape[1], width, start, every, keys, size, heads, C,
-            BLOCK=block, PART=min(block, _JOINING[1]), WIDTH=triton.next_power_of_2(max(width, 16)),
-            STEPS=size.bit_length(), num_warps=max(1, min(_JOINING[2], block // 32)),
-        )  # fmt: skip
+        of_lists = (level.group, level.narrow, *totals.shape[1:], level.lists.shape[1], width, start, every, keys)
+        compiled = {
+            "BLOCK": block,
+            "PART": min(block, _JOINING[1]),
+            "WIDTH": triton.next_power_of_2(max(width, 16)),
+            "STEPS": size.bit_length(),
+            "num_warps": max(1, min(_JOINING[2], block // 32)),
+        }
+        if evicted:
+            _, lowest, index, _ = wanted
+            launch(join_and_evict, (items, rows))(
+                totals, level.lists, lowest, index, counts, of_chunks, *evicted, *of_lists, plan.queries, chunks,
+                plan.window, size, heads, C, EVICTED=min(C, _EVICTING[0]), **compiled,
+            )  # fmt: skip
+        else:
+            launch(join_groups, (items, rows, triton.cdiv(size, block)))(
+                totals, level.lists, *wanted, counts, before, *of_lists, size, heads, C, **compiled
+            )
 
     base = levels[0] if levels else _Merged(of_chunks, 1, C)
     totals = levels[-1].lists if len(levels) > 1 else base.lists
@@ -350,13 +375,16 @@ def launch_selection(
     of_chunks, join = _sort(scores, cut, plan, first, sinks, counts, None, until)
     lowest = empty((rows, tiles, C), torch.int64, device)
     index = empty((*batch, tiles // cut.every, plan.size), torch.int32, device)
-    join(None, lowest, index, until if cut.before else None)
     notes = empty((rows, tiles, 3, C), torch.int32, device)
     leavers = bounds = None
     if cut.every == 1:
         leavers, bounds = (empty((*batch, tiles, *of), torch.int32, device) for of in ((C,), (2, C)))
-    launch(evictions, (tiles, rows))(
-        of_chunks, lowest, index, counts, notes, until, leavers, bounds, keys, plan.queries, of_chunks.shape[1],
-        cut.before, plan.window, plan.size, heads, C, PART=min(C, _EVICTING[0]), num_warps=_EVICTING[1],
-    )  # fmt: skip
+    if _in_one_launch(cut, plan.size):
+        join(None, lowest, index, None, evicted=(notes, until, leavers, bounds))
+    else:
+        join(None, lowest, index, until if cut.before else None)
+        launch(evictions, (tiles, rows))(
+            of_chunks, lowest, index, counts, notes, until, leavers, bounds, keys, plan.queries, of_chunks.shape[1],
+            cut.before, plan.window, plan.size, heads, C, PART=min(C, _EVICTING[0]), num_warps=_EVICTING[1],
+        )  # fmt: skip
     return Selection(until, index, leavers, bounds)
