@@ -147,6 +147,7 @@ def sparse_cache(model: PreTrainedModel, batch: int, context: int) -> Cache:
         seen = torch.full((batch,), context, device=keys.device)
         layer.fill(keys, values, scores, positions.to(keys.device).expand(keys.shape[:3]), seen)
         layer.cumulative_length += context
+        layer.note_tokens(context)
     return cache
 
 

@@ -5,10 +5,29 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
+import torch
 
 from hf_sparse.patches import sparse_layers
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.mark.parametrize("variant", ["static", "sparse eager"])
+def test_steps_after_a_cache_that_no_prompt_filled(monkeypatch, variant):
+    """Within the slots they are those of dense attention over the same keys."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    script = importlib.import_module("model")
+    options = Namespace(tiny=True, device="cpu", contexts=[64], steps=4, k=12, window=16, sinks=4)
+    model = script.make_model(options, script.LLAMA_8B | {"vocab_size": 64}, torch.float32)
+
+    def logits(variant: str) -> torch.Tensor:
+        script.prepare(model, variant, options)
+        torch.manual_seed(0)
+        watch = script.Watch(keep=True)
+        script.steps(model, script.filled(model, variant, 2, 27, 5), 2, 27, 5, watch, eager=True)
+        return torch.stack(watch.logits)
+
+    torch.testing.assert_close(logits(variant), logits("dynamic"), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("training", [[], [300]])

@@ -321,9 +321,7 @@ def _step(
         if split == SPLITS:
             target = _slot_of_next(scores, positions, position, slots, window, sinks, CHUNK)
         if SPLITS > 1:
-            _join(
-                parts, masses, output, first, group, splits, SPLITS, SPLITS_WIDE, MEMBERS, D, DIM, Offsets is not None
-            )
+            _join(parts, masses, output, first, group, splits, SPLITS, SPLITS_WIDE, MEMBERS, D, DIM)
         to = target.to(tl.int64)
         write = (column < D) & real
         new_key = tl.load(key + row * key_row + head * key_head + column, mask=write)
@@ -452,7 +450,6 @@ def _join(
     MEMBERS: tl.constexpr,
     D: tl.constexpr,
     DIM: tl.constexpr,
-    UNEQUAL: tl.constexpr,
 ):
     """Average the results of the `splits` programs of the query heads of a KV head, weighted by their masses."""
     member, column, every = tl.arange(0, MEMBERS), tl.arange(0, DIM), tl.arange(0, SPLITS_WIDE)
@@ -467,13 +464,8 @@ def _join(
     anchor = tl.where(peak == -float("inf"), 0.0, peak)
     total = tl.sum(tl.exp(log_masses - anchor[:, None]), 1)
     out = tl.zeros([MEMBERS, DIM], tl.float32)
-    end = splits
-    if UNEQUAL:  # what eights leave over of a number that is not compiled would be loaded one after another
-        end = tl.cdiv(splits, 8) * 8
-    for split in tl.range(0, end, loop_unroll_factor=8):  # eight loads at a time
-        there, wanted = inside, mask
-        if UNEQUAL:
-            there, wanted = inside & (split < splits), mask & (split < splits)
+    for split in tl.range(0, (SPLITS + 15) // 16 * 16, loop_unroll_factor=16):
+        there, wanted = inside & (split < splits), mask & (split < splits)
         log_mass = tl.load(masses + number + split, mask=there, other=-float("inf"), cache_modifier=".cg")
         of_split = parts + (number[:, None] + split) * D + column[None, :]
         part = tl.load(of_split, mask=wanted, other=0.0, cache_modifier=".cg")
