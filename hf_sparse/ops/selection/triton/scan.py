@@ -55,9 +55,10 @@ from hf_sparse.ops.triton.replay import empty, zeros
 _CHUNK = 128  # keys that are sorted by counting
 _SORT_WARPS = 4
 _GROUPS = (8, 32)  # chunks that are merged in the first level, lists in every later one
-_MERGING = (128, 4, 4)  # entries of a program, lists in which it looks for them at a time, most warps
+_MERGING = (32, 8, 1)  # entries of a program, lists in which it looks for them at a time, most warps
+_BY_FOUR = (False, True)  # whether lists of the first level, and of later ones, are searched by four
 _JOINING = (512, 128, 4)  # entries of a program, those of the shorter list at a time, most warps
-_EVICTING = (32, 1)  # newcomers that are compared with all at a time, and warps
+_EVICTING = (16, 1)  # newcomers that are compared with all at a time, and warps
 _TAUS = 64  # queries of a program that solves for tau
 _LISTS = 32  # per program that solves for their thresholds
 _KEYS = 256  # keys or queries per program of the backward
@@ -261,7 +262,8 @@ def _sort(
         block = min(block, triton.next_power_of_2(narrow))
         launch(merge_groups, (lists, rows, triton.cdiv(min(narrow, size), block)))(
             source, target, counts, row, item, narrow, width, lists, group, heads,
-            BLOCK=block, MANY=many, STEPS=min(narrow, size).bit_length(), num_warps=max(1, min(warps, block // 32)),
+            BLOCK=block, MANY=many, STEPS=min(narrow, size).bit_length(), BY_FOUR=_BY_FOUR[len(levels) > 0],
+            num_warps=max(1, min(warps, block // 32)),
         )  # fmt: skip
         levels.append(_Merged(target, group, narrow))
         source, row, item, narrow = target[:, group - 1 :], lists * width, group * width, width
