@@ -4,37 +4,37 @@ Without a GPU a recording is imitated (`played_prompts` in tests/conftest.py).
 """
 
 import gc
-import threading
+import runpy
 import time
 import weakref
+from functools import partial
+from operator import itemgetter
+from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from hf_sparse import SparseKCache, SparseKConfig, patch
 from hf_sparse._compat import cache_of, with_cache
-from hf_sparse.methods.sparsek import SparseKAttention
-from hf_sparse.patches import recorded_prompts, sparse_layers
+from hf_sparse.patches import recorded_prompts
 from hf_sparse.patches.recorded_prompts import RecordedPrompts
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+(
+    NEW_NUMBERS, NEW_TENSORS, check, choosing, generate, in_threads, over_lora, prompt, prompts_of, recordings_of,
+    use, warm_up,
+) = itemgetter(
+    "NEW_NUMBERS", "NEW_TENSORS", "check", "choosing", "generate", "in_threads", "over_lora", "prompt",
+    "prompts_of", "recordings_of", "use", "warm_up",
+)(runpy.run_path(str(Path(__file__).with_name("prompts.py"))))  # fmt: skip
+check, generate, in_threads = (partial(do, max_new_tokens=4) for do in (check, generate, in_threads))
+warm_up = partial(warm_up, times=5, max_new_tokens=4)  # recorded and compared, and played twice
 
 
 @pytest.fixture
 def model(tiny_llama):
-    return sparse(tiny_llama())
-
-
-def sparse(base):
-    """Patch a model, with scorers that choose by what the tokens are."""
-    model = patch(base.to(DEVICE), SparseKConfig(k=6, window=8, sinks=2))
-    with torch.no_grad():
-        for layer in sparse_layers(model, SparseKAttention):
-            for parameter in layer.sparsek_scorer.parameters():
-                parameter.normal_(generator=torch.Generator(DEVICE).manual_seed(layer.layer))
-    return model
+    return choosing(tiny_llama())
 
 
 @pytest.fixture
@@ -50,41 +50,6 @@ def begun(played_prompts, monkeypatch):
 
     monkeypatch.setattr(RecordedPrompts, "_begin", note)
     return begun
-
-
-def prompt(length=40, rows=1, seed=0):
-    return torch.randint(2, 64, (rows, length), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-
-
-def generate(model, ids, **options):
-    options = {
-        "do_sample": False,
-        "max_new_tokens": 4,
-        "return_dict_in_generate": True,
-        "output_logits": True,
-    } | options
-    return model.generate(ids, **options)
-
-
-def check(model, ids=None, **options):
-    """Compare tokens, logits and slots with those of a prompt that runs."""
-    ids = prompt() if ids is None else ids
-    found, expected = (generate(model, ids, disable_compile=plain, **options) for plain in (False, True))
-    assert torch.equal(found.sequences, expected.sequences)
-    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-5)
-    for mine, other in zip(cache_of(found).layers, cache_of(expected).layers, strict=True):
-        torch.testing.assert_close(mine.keys, other.keys, rtol=1e-4, atol=1e-5)
-        assert torch.equal(mine.positions, other.positions)
-
-
-def warm_up(model, length=40):
-    """Let a prompt be recorded and compared, and played twice."""
-    for seed in range(1, 6):
-        generate(model, prompt(length, seed=seed))
-
-
-def prompts_of(model):
-    return sparse_layers(model)[0].on_toggle.prompts
 
 
 def test_prompts_begin_once_there_is_a_recording(model, begun, played_prompts):
@@ -106,11 +71,6 @@ def new_weight(model):
     mlp.up_proj.weight = nn.Parameter(mlp.up_proj.weight.detach() * 1.5, requires_grad=False)
 
 
-def new_memory(model):
-    weight = model.model.layers[1].mlp.up_proj.weight
-    weight.data = weight.data * 1.5
-
-
 def smaller_in_place(model):
     """Leave the address and the object: only the extent says that the rest may be gone."""
     mlp = model.model.layers[1].mlp
@@ -119,21 +79,13 @@ def smaller_in_place(model):
     mlp.down_proj.weight.data = mlp.down_proj.weight.data[:, :32]
 
 
-def moved(model):
-    model.to(torch.float64 if DEVICE == "cpu" else torch.float16)
-
-
-def new_buffer(model):
-    model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq * 0.5
-
-
 def new_module(model):
     """Free a layer, with all of its tensors."""
     layer = nn.Linear(32, 64, bias=False, device=DEVICE).requires_grad_(False)
     model.model.layers[1].mlp.up_proj = layer
 
 
-@pytest.mark.parametrize("change", [new_weight, new_memory, smaller_in_place, moved, new_buffer, new_module])
+@pytest.mark.parametrize("change", [*NEW_TENSORS, new_weight, smaller_in_place, new_module])
 def test_nothing_begins_where_a_recording_would_read_what_is_gone(model, begun, change):
     warm_up(model)
     assert begun[-1]
@@ -150,19 +102,9 @@ def hook_before_embeddings(model):
     model.model.embed_tokens.register_forward_pre_hook(lambda module, args: (args[0].flip(-1),))
 
 
-def new_budget(model):
-    for layer in sparse_layers(model):
-        layer.configs["default"] = SparseKConfig(k=9, window=5, sinks=1)
-
-
 def new_adapter(model):
     patch(model, SparseKConfig(k=5, window=4, sinks=1), adapter="other")
-    for layer in sparse_layers(model):
-        layer.set_adapter("other", inference_mode=True)
-
-
-def new_number(model):
-    model.model.norm.variance_epsilon = 0.5
+    use(model, "other")
 
 
 def swapped(model):
@@ -170,7 +112,7 @@ def swapped(model):
     layers[0].mlp, layers[1].mlp = layers[1].mlp, layers[0].mlp
 
 
-@pytest.mark.parametrize("change", [hook, hook_before_embeddings, new_budget, new_adapter, new_number, swapped])
+@pytest.mark.parametrize("change", [*NEW_NUMBERS, hook, hook_before_embeddings, new_adapter, swapped])
 def test_nothing_is_used_of_a_replay_for_a_model_that_has_changed(model, begun, played_prompts, change):
     """And the next prompt does not begin so."""
     warm_up(model)
@@ -184,13 +126,7 @@ def test_nothing_is_used_of_a_replay_for_a_model_that_has_changed(model, begun, 
 
 def test_another_adapter_of_peft(tiny_llama, begun, played_prompts):
     """LoRA below is switched off, deleted while its layers are kept, and gone."""
-    lora = {"target_modules": ["up_proj"], "init_lora_weights": False, "r": 4}
-    wrapped = get_peft_model(tiny_llama().to(DEVICE), LoraConfig(**lora))
-    wrapped.add_adapter("other", LoraConfig(**lora))
-    for parameter in wrapped.parameters():
-        parameter.requires_grad_(False)
-    model = sparse(wrapped.get_base_model().eval())
-    layers = [block.mlp.up_proj for block in model.model.layers]
+    model, layers = over_lora(tiny_llama())
     warm_up(model)
     assert begun[-1]
     for layer in layers:
@@ -214,13 +150,8 @@ def test_another_adapter_of_peft(tiny_llama, begun, played_prompts):
 def test_adapters_that_take_turns_begin_nothing(model, begun, played_prompts):
     """Otherwise each prompt would wait for a replay of the other one."""
     patch(model, SparseKConfig(k=5, window=4, sinks=1), adapter="other")
-
-    def switch(name):
-        for layer in sparse_layers(model):
-            layer.set_adapter(name, inference_mode=True)
-
     for name in ("default", "other") * 7:
-        switch(name)
+        use(model, name)
         check(model)
     assert sum(begun) == 1 and len(played_prompts) == 8  # the first of the two begins once for the second
     for number in range(3):
@@ -231,8 +162,7 @@ def test_adapters_that_take_turns_begin_nothing(model, begun, played_prompts):
 def test_the_recording_that_the_look_finds_is_played(model, begun, played_prompts):
     patch(model, SparseKConfig(k=5, window=4, sinks=1), adapter="other")
     for number, name in enumerate(("default",) * 6 + ("other",) * 6 + ("default",) * 3):
-        for layer in sparse_layers(model):
-            layer.set_adapter(name, inference_mode=True)
+        use(model, name)
         check(model, prompt(seed=number))
     assert begun[-4:] == [True, True, False, True]
     assert len(played_prompts) == 9  # where one was begun for the other, the other was played
@@ -242,7 +172,7 @@ def test_a_recording_that_is_not_compared_does_not_begin(model, begun, monkeypat
     """Another thread may ask for it before it is."""
     monkeypatch.setattr(RecordedPrompts, "_compare", lambda *_: None)
     warm_up(model)
-    assert prompts_of(model)._memory.recordings and not any(begun)
+    assert recordings_of(model) and not any(begun)
 
 
 def test_texts_for_which_a_replay_takes_longer_do_not_begin(model, begun, monkeypatch):
@@ -330,25 +260,16 @@ def test_threads_take_turns(model, begun, monkeypatch):
     monkeypatch.setattr(RecordedPrompts, "_prompt", slowly)
     monkeypatch.setattr(RecordedPrompts, "_launch", lambda *args: (order.append("launch"), launch(*args))[1])
     monkeypatch.setattr(RecordedPrompts, "_finish", lambda *args: (order.append("finish"), finish(*args))[1])
-    expected = [generate(model, prompt(seed=seed), disable_compile=True) for seed in range(4)]
-    found = {}
-    threads = [
-        threading.Thread(target=lambda seed=seed: found.update({seed: generate(model, prompt(seed=seed))}))
-        for seed in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    found, expected = in_threads(model)
     assert order == ["launch", "finish"] * 4 and begun[-4:] == [True] * 4
-    assert all(torch.equal(found[seed].sequences, result.sequences) for seed, result in enumerate(expected))
+    assert all(torch.equal(*(one.sequences for one in pair)) for pair in zip(found, expected, strict=True))
 
 
 def test_the_next_replay_waits_for_one_of_which_nothing_is_used(model, begun, monkeypatch):
     """It may come on another stream, and they write to the same memory."""
     warm_up(model)
     prompts, order = prompts_of(model), []
-    note, (recording,) = prompts._note_last, prompts._memory.recordings.values()
+    note, (recording,) = prompts._note_last, recordings_of(model).values()
     replay = recording.replay
     recording.replay = lambda: (order.append("replay"), replay())
     monkeypatch.setattr(prompts, "_note_last", lambda device: (order.append("note"), note(device)))
@@ -370,7 +291,7 @@ def test_too_little_memory_for_what_is_copied(model, begun, monkeypatch):
         full.setattr(RecordedPrompts, "_finish", fail)
         found = generate(model, prompt())
     assert begun[-1] and torch.equal(found.sequences, expected.sequences)
-    assert not prompts_of(model)._memory.recordings
+    assert not recordings_of(model)
 
 
 def test_the_look_is_not_counted_where_the_replay_does_not_wait_for_it(model, begun, monkeypatch):
@@ -382,7 +303,7 @@ def test_the_look_is_not_counted_where_the_replay_does_not_wait_for_it(model, be
 
     monkeypatch.setattr(RecordedPrompts, "_prompt", slowly)
     warm_up(model)
-    (recording,) = prompts_of(model)._memory.recordings.values()
+    (recording,) = recordings_of(model).values()
     assert 0 < recording.wait_ms < 50
 
 
@@ -390,7 +311,7 @@ def test_a_recording_that_makes_room_is_not_kept(model, begun, monkeypatch):
     monkeypatch.setattr(recorded_prompts, "_MOST_RECORDINGS", 1)
     monkeypatch.setattr(recorded_prompts, "_IDLE", 2)
     warm_up(model)
-    (recording,) = (weakref.ref(one) for one in prompts_of(model)._memory.recordings.values())
+    (recording,) = (weakref.ref(one) for one in recordings_of(model).values())
     gc.disable()
     try:
         warm_up(model, 100)

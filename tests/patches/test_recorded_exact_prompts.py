@@ -5,10 +5,12 @@ takes is that of `attend_in_one_piece`: plain PyTorch asks the host about its th
 """
 
 import copy
+import runpy
+from operator import itemgetter
+from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_sparse import SparseCache, SparsefinderConfig, patch
 from hf_sparse._compat import cache_of, with_cache
@@ -19,6 +21,13 @@ from hf_sparse.patches import sparse_layers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_A_GPU = pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a CUDA device")
+FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
+(
+    assert_same, assert_same_layers, both, check, generate, prompt, recordings_of, runs_as_ever, warm_up,
+) = itemgetter(
+    "assert_same", "assert_same_layers", "both", "check", "generate", "prompt", "recordings_of", "runs_as_ever",
+    "warm_up",
+)(runpy.run_path(str(Path(__file__).with_name("prompts.py"))))  # fmt: skip
 POOLED = {"predictor": "pooled", "tile": 8, "pool": 2, "choices": 1, "window": 8, "exact_up_to": 40}
 KINDS = {
     "pooled": POOLED,
@@ -86,40 +95,6 @@ def model(tiny_llama):
     return sparse(tiny_llama(), **POOLED)
 
 
-def prompt(length, rows=1, seed=0):
-    return torch.randint(2, 64, (rows, length), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-
-
-def generate(model, ids, **options):
-    wanted = {"do_sample": False, "max_new_tokens": 1, "return_dict_in_generate": True, "output_logits": True}
-    return model.generate(ids, **wanted | options)
-
-
-def warm_up(model, length, rows=1, **options):
-    """Let the prompts of a bucket run that run before one is recorded."""
-    for seed in (1, 2, 3):
-        generate(model, prompt(length, rows, seed), **options)
-
-
-def assert_same(found, expected):
-    """Compare tokens, logits, and all that the caches hold."""
-    assert torch.equal(found.sequences, expected.sequences)
-    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-5)
-    assert_same_layers(cache_of(found).layers, cache_of(expected).layers)
-
-
-def assert_same_layers(found, expected):
-    """Compare all attributes but the room for more tokens, which is there before the first step."""
-    for mine, theirs in zip(found, expected, strict=True):
-        assert type(mine) is type(theirs) and mine.get_seq_length() == theirs.get_seq_length()
-        for name in vars(theirs).keys() - {"rooms", "_grown", "plan"}:
-            one, other = getattr(mine, name), getattr(theirs, name)
-            if isinstance(other, torch.Tensor):
-                torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
-            else:
-                assert one == other, name
-
-
 @pytest.mark.versions
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize("rows", [1, 3])
@@ -132,24 +107,15 @@ def test_tokens_and_caches_are_those_of_prompts_that_run(tiny_llama, played_prom
         ids = prompt(length, rows)
         before = len(played_prompts)
         for new in (1, 24):
-            found, expected = (
-                generate(model, ids, max_new_tokens=new, disable_compile=plain) for plain in (False, True)
-            )
-            assert_same(found, expected)
+            check(model, ids, max_new_tokens=new)
         assert played_prompts[before:] == [min([bucket, *[edge for edge in edges if edge >= length]])] * 2
 
 
 def test_gpt2(played_prompts):
-    config = GPT2Config(
-        vocab_size=64, n_positions=100, n_embd=32, n_layer=2, n_head=4,
-        bos_token_id=1, eos_token_id=None, pad_token_id=0,
-    )  # fmt: skip
-    model = sparse(GPT2LMHeadModel(config).eval(), **POOLED)
+    model = sparse(FAMILIES["gpt2"].make(n_positions=100), **POOLED)
     for length in (30, 41, 90):
         warm_up(model, length)
-        ids = prompt(length)
-        found, expected = (generate(model, ids, max_new_tokens=9, disable_compile=plain) for plain in (False, True))
-        assert_same(found, expected)
+        check(model, prompt(length), max_new_tokens=9)
     assert played_prompts == [40, 64, 100]
 
 
@@ -159,25 +125,19 @@ def test_lengths_of_a_bucket_share_a_recording(tiny_llama, played_prompts, kind)
     model = sparse(tiny_llama(), **KINDS[kind])
     warm_up(model, 128)
     for number, length in enumerate((128, 66, 97, 127, 65, 121)):
-        ids = prompt(length, seed=number)
-        found, expected = (generate(model, ids, max_new_tokens=5, disable_compile=plain) for plain in (False, True))
-        assert_same(found, expected)
+        check(model, prompt(length, seed=number), max_new_tokens=5)
     assert played_prompts == [128] * 6
 
 
 def test_recordings_between_powers_of_2_share_memory(tiny_llama, played_prompts):
     model = sparse(tiny_llama(), **POOLED)
-    recorded = sparse_layers(model)[0].on_toggle.prompts
     for length in (150, 256, 200, 300):
         warm_up(model, length)
-        ids = prompt(length)
-        assert_same(generate(model, ids), generate(model, ids, disable_compile=True))
+        check(model, prompt(length))
     for length in (150, 200):
-        ids = prompt(length, seed=length)
-        assert_same(generate(model, ids), generate(model, ids, disable_compile=True))
+        check(model, prompt(length, seed=length))
     assert played_prompts == [192, *[256] * 5, 320, 192, 256]  # the prompts before those of 200 tokens too
-    recordings = recorded._memory.recordings.items()
-    held = [recording.layers for _, recording in sorted(recordings, key=lambda item: item[0][1])]
+    held = [recording.layers for _, recording in sorted(recordings_of(model).items(), key=lambda item: item[0][1])]
     assert len(held) == 3 and held[0] is held[1]
     assert [layers[0].rooms[0].shape[2] for layers in held] == [256, 256, 512]
 
@@ -186,7 +146,7 @@ def test_beams(model, played_prompts):
     ids, options = prompt(30, 2), {"num_beams": 3, "max_new_tokens": 8, "output_logits": False}
     for _ in range(3):
         generate(model, ids, **options)
-    found, expected = generate(model, ids, **options), generate(model, ids, disable_compile=True, **options)
+    found, expected = both(model, ids, **options)
     assert torch.equal(found.sequences, expected.sequences) and played_prompts == [40]
     assert_same_layers(cache_of(found).layers, cache_of(expected).layers)
 
@@ -247,22 +207,10 @@ def test_long_texts_lie_in_several_pieces(tiny_llama, played_prompts, monkeypatc
     monkeypatch.setattr(cache, "_PIECE", 3 * 2 * 100 * 8 * 4)  # of three tensors
     model = sparse(tiny_llama(num_hidden_layers=4), **KINDS[kind])
     warm_up(model, 100)
-    ids = prompt(100)
-    found, expected = (generate(model, ids, max_new_tokens=4, disable_compile=plain) for plain in (False, True))
-    assert_same(found, expected)
+    found = check(model, prompt(100), max_new_tokens=4)
     rooms = [room for layer in cache_of(found).layers for room in layer.rooms]
     assert [room.untyped_storage().data_ptr() for room in rooms[:3]].count(rooms[0].untyped_storage().data_ptr()) == 3
     assert len({room.untyped_storage().data_ptr() for room in rooms}) == 3
-
-
-def runs_as_ever(model, played, length=50, **options):
-    """Generate often enough for a recording, and compare with what is generated without any."""
-    ids = prompt(length)
-    for _ in range(4):
-        found = generate(model, ids, max_new_tokens=4, **options)
-    assert not played
-    expected = generate(model, ids, max_new_tokens=4, **options | {"disable_compile": True})
-    assert torch.equal(found.sequences, expected.sequences)
 
 
 def observe(layer):
@@ -280,7 +228,7 @@ def keep_training(layer):
 @pytest.mark.parametrize("change", [observe, put_a_pattern, keep_training])
 def test_layers_that_are_looked_at_run(model, played_prompts, change):
     change(sparse_layers(model)[0])
-    runs_as_ever(model, played_prompts)
+    runs_as_ever(model, played_prompts, 50)
 
 
 def test_certified_layers_have_no_recording(model):
@@ -305,11 +253,11 @@ def test_settings_whose_prompts_wait_for_the_device_run(tiny_llama, played_promp
     assert {(layer.prompt_edge, layer.recording_key()) for layer in layers} == {(None, None)}
     if "clusters" in settings:
         fit_predictors(layers, lambda: model(prompt(40), use_cache=False))
-    runs_as_ever(model, played_prompts)
+    runs_as_ever(model, played_prompts, 50)
 
 
 def test_layers_that_are_left_dense_run(tiny_llama, played_prompts):
-    runs_as_ever(sparse(tiny_llama(), layers=[1], **POOLED), played_prompts)
+    runs_as_ever(sparse(tiny_llama(), layers=[1], **POOLED), played_prompts, 50)
 
 
 def test_padding_runs(model, played_prompts):
@@ -382,7 +330,7 @@ def test_inference_mode_may_come_and_go(model, played_prompts):
             found = generate(model, prompt(50), max_new_tokens=3)
         ids = torch.cat([found.sequences, prompt(4)], 1)
         generate(model, ids, max_new_tokens=3, **with_cache(cache_of(found)))
-        assert_same(generate(model, prompt(50)), generate(model, prompt(50), disable_compile=True))
+        check(model, prompt(50))
     assert played_prompts == [64] * 6
 
 
@@ -395,7 +343,7 @@ def test_graphs_in_half_precision(tiny_llama, played_prompts, dtype, kind):
     lengths = (64, 512) if kind["predictor"] == "pooled" else (64, 100, 512, 700)
     for length in lengths:
         warm_up(model, length, rows=2)
-        found, expected = (generate(model, prompt(length, 2), disable_compile=plain) for plain in (False, True))
+        found, expected = both(model, prompt(length, 2))
         apart = (found.logits[0] - expected.logits[0]).float().norm() / expected.logits[0].float().norm()
         assert apart < 0.03
     assert len(played_prompts) == len(lengths)

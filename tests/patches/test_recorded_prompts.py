@@ -8,13 +8,12 @@ import gc
 import inspect
 import runpy
 import weakref
+from operator import itemgetter
 from pathlib import Path
-from threading import Thread
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from transformers import CompileConfig, DynamicCache, GPT2Config, GPT2LMHeadModel, LogitsProcessor, LogitsProcessorList
+from transformers import CompileConfig, DynamicCache, LogitsProcessor, LogitsProcessorList
 
 from hf_sparse import SparsefinderConfig, SparseKCache, SparseKConfig, patch, unpatch
 from hf_sparse._compat import cache_of, with_cache
@@ -27,8 +26,13 @@ from hf_sparse.patches import recorded_prompts, sparse_layers
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_A_GPU = pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a CUDA device")
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
-CONFIG = {"k": 6, "window": 8, "sinks": 2}
-TENSORS = ("keys", "values", "scores", "positions", "seen", "padded_late", "cumulative_length")
+(
+    NEW_NUMBERS, NEW_TENSORS, SLOTS, assert_same, both, check, choosing, generate, in_threads, over_lora, prompt,
+    prompts_of, recordings_of, refuse_to_record, runs_as_ever, use, warm_up,
+) = itemgetter(
+    "NEW_NUMBERS", "NEW_TENSORS", "SLOTS", "assert_same", "both", "check", "choosing", "generate", "in_threads",
+    "over_lora", "prompt", "prompts_of", "recordings_of", "refuse_to_record", "runs_as_ever", "use", "warm_up",
+)(runpy.run_path(str(Path(__file__).with_name("prompts.py"))))  # fmt: skip
 
 
 @pytest.fixture
@@ -37,53 +41,9 @@ def settings_of_torch():
     torch.use_deterministic_algorithms(False)
 
 
-def sparse(base, **changes):
-    """Patch a model, with scorers that choose by what the tokens are."""
-    model = patch(base.to(DEVICE), SparseKConfig(**CONFIG | changes))
-    with torch.no_grad():
-        for layer in sparse_layers(model, SparseKAttention):
-            for parameter in layer.sparsek_scorer.parameters():
-                parameter.normal_(generator=torch.Generator(DEVICE).manual_seed(layer.layer))
-    return model
-
-
 @pytest.fixture
 def model(tiny_llama):
-    return sparse(tiny_llama())
-
-
-def prompt(length, rows=1, seed=0):
-    return torch.randint(2, 64, (rows, length), generator=torch.Generator().manual_seed(seed)).to(DEVICE)
-
-
-def generate(model, ids, **options):
-    options = {
-        "do_sample": False,
-        "max_new_tokens": 1,
-        "return_dict_in_generate": True,
-        "output_logits": True,
-    } | options
-    return model.generate(ids, **options)
-
-
-def warm_up(model, length, rows=1, **options):
-    """Let the prompts of a bucket run that run before one is recorded."""
-    for seed in (1, 2, 3):
-        generate(model, prompt(length, rows, seed), **options)
-
-
-def prompts_of(model):
-    return sparse_layers(model)[0].on_toggle.prompts
-
-
-def assert_same(found, expected):
-    """Compare tokens, logits, and all that the caches hold."""
-    assert torch.equal(found.sequences, expected.sequences)
-    torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-5)
-    for mine, theirs in zip(cache_of(found).layers, cache_of(expected).layers, strict=True):
-        assert mine.get_seq_length() == theirs.get_seq_length()
-        for name in TENSORS:
-            torch.testing.assert_close(getattr(mine, name), getattr(theirs, name), rtol=1e-4, atol=1e-5)
+    return choosing(tiny_llama())
 
 
 SHARES = {
@@ -102,7 +62,7 @@ SHARES = {
 @pytest.mark.parametrize("rows", [1, 3])
 def test_tokens_and_slots_are_those_of_prompts_that_run(tiny_llama, played_prompts, shares, rows):
     """In buckets of up to 64 tokens and of more, on both sides of the slots, and long after the prompt."""
-    model = sparse(tiny_llama(), **shares)
+    model = choosing(tiny_llama(), **shares)
     slots = [layer.prompt_edge for layer in sparse_layers(model, SparseKAttention)]
     for length in (max(slots) + 1, 64, 65, 100, 128, *{slots[0] - 1, slots[0], slots[-1] - 1, slots[-1]}):
         warm_up(model, length, rows)
@@ -127,11 +87,11 @@ def test_every_family(family, played_prompts):
 
     Layers with a window of their own are not recorded, nor is an older OPT, which looks into a mask of its own. Experts
     may wait for the device on a GPU."""
-    model = sparse(family.make())
+    model = choosing(family.make())
     warm_up(model, 60, 2)
     for length in (60, 37):
         ids = prompt(length, 2)
-        found, expected = (generate(model, ids, max_new_tokens=9, disable_compile=plain) for plain in (False, True))
+        found, expected = both(model, ids, max_new_tokens=9)
         assert torch.equal(found.sequences, expected.sequences)
         torch.testing.assert_close(torch.stack(found.logits), torch.stack(expected.logits), rtol=1e-4, atol=1e-4)
     waits = family.name == "opt" and "past_key_values" in with_cache(None)
@@ -145,12 +105,9 @@ def test_lengths_of_a_bucket_share_a_recording(model, played_prompts):
     """Whatever order they come in: a shorter text sees nothing of a longer one before it."""
     warm_up(model, 64)
     for number, length in enumerate((64, 17, 40, 63, 18, 64)):
-        ids = prompt(length, seed=number)
-        assert_same(
-            generate(model, ids, max_new_tokens=5), generate(model, ids, max_new_tokens=5, disable_compile=True)
-        )
+        check(model, prompt(length, seed=number), max_new_tokens=5)
     assert played_prompts == [64] * 6 and prompts_of(model).played == 6
-    assert len(prompts_of(model)._memory.recordings) == 1
+    assert len(recordings_of(model)) == 1
 
 
 @pytest.mark.parametrize("length", [12, 40])
@@ -163,7 +120,7 @@ def test_nothing_of_an_earlier_prompt_is_left(model, played_prompts, length):
     longer = prompt(16 if length == 12 else 64)
     longer[:, -1] = 63
     assert generate(model, longer).logits[0].isnan().any()
-    found, expected = generate(model, ids), generate(model, ids, disable_compile=True)
+    found, expected = both(model, ids)
     assert not expected.logits[0].isnan().any() and len(played_prompts) == 2
     assert_same(found, expected)
 
@@ -199,8 +156,7 @@ def test_masks_and_positions_of_the_caller(model, played_prompts):
         assert len(played_prompts) == before + 1
         assert_same(found, generate(model, ids, max_new_tokens=5, disable_compile=True, **options))
     before, mask = len(played_prompts), (torch.arange(length, device=DEVICE) >= 3).long().expand(2, -1)
-    found = generate(model, ids, attention_mask=mask, max_new_tokens=5)
-    assert_same(found, generate(model, ids, attention_mask=mask, max_new_tokens=5, disable_compile=True))
+    check(model, ids, attention_mask=mask, max_new_tokens=5)
     assert len(played_prompts) == before
 
 
@@ -208,7 +164,7 @@ def test_beams_and_samples(model, played_prompts):
     ids, options = prompt(30, 2), {"num_beams": 3, "max_new_tokens": 8, "output_logits": False}
     for _ in range(3):
         generate(model, ids, **options)
-    found, expected = generate(model, ids, **options), generate(model, ids, disable_compile=True, **options)
+    found, expected = both(model, ids, **options)
     assert torch.equal(found.sequences, expected.sequences) and played_prompts == [64]
     sampled = []
     for plain in (True, False):
@@ -292,16 +248,6 @@ def test_caches_of_each_call_are_apart(model, played_prompts):
     assert played_prompts == [64, 64]
 
 
-def runs_as_ever(model, played, length=40, **options):
-    """Generate often enough for a recording, and compare with what is generated without any."""
-    ids = prompt(length)
-    for _ in range(4):
-        found = generate(model, ids, max_new_tokens=4, **options)
-    assert not played
-    expected = generate(model, ids, max_new_tokens=4, **options | {"disable_compile": True})
-    assert torch.equal(found.sequences, expected.sequences)
-
-
 OPTIONS = {
     "told not to": {"disable_compile": True},
     "compiled as told": {"compile_config": CompileConfig()},
@@ -314,7 +260,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_options_with_which_prompts_run(tiny_llama, played_prompts, options):
-    model = sparse(tiny_llama(), k=60)  # a draft is taken back by a crop
+    model = choosing(tiny_llama(), k=60)  # a draft is taken back by a crop
     runs_as_ever(model, played_prompts, **options)
 
 
@@ -394,12 +340,12 @@ def test_models_that_are_not_looked_at(model, played_prompts, change):
     "rope", [{"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}], ids=lambda rope: rope["rope_type"]
 )
 def test_positions_that_depend_on_the_length_run(tiny_llama, played_prompts, rope):
-    model = sparse(tiny_llama(rope_parameters=rope))
+    model = choosing(tiny_llama(rope_parameters=rope))
     runs_as_ever(model, played_prompts)
 
 
 def test_layers_that_are_not_the_methods_run(tiny_llama, played_prompts):
-    runs_as_ever(sparse(tiny_llama(), layers=[1]), played_prompts)
+    runs_as_ever(choosing(tiny_llama(), layers=[1]), played_prompts)
 
 
 def test_methods_that_do_not_support_it_run(tiny_llama, played_prompts):
@@ -410,16 +356,9 @@ def test_methods_that_do_not_support_it_run(tiny_llama, played_prompts):
 
 def test_prompts_beyond_the_positions_of_the_model_run(tiny_llama, played_prompts):
     """A bucket ends with the positions that there are: GPT-2 has no others."""
-    base = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=64, n_positions=100, n_embd=32, n_layer=2, n_head=4,
-            bos_token_id=1, eos_token_id=None, pad_token_id=0,
-        )
-    )  # fmt: skip
-    model = sparse(base.eval())
+    model = choosing(FAMILIES["gpt2"].make(n_positions=100))
     warm_up(model, 90)
-    ids = prompt(97)
-    assert_same(generate(model, ids), generate(model, ids, disable_compile=True))
+    check(model, prompt(97))
     assert played_prompts == [100]
 
 
@@ -438,7 +377,7 @@ def test_a_recording_that_is_slower_than_the_prompt_goes(model, played_prompts, 
     for seed in range(8):
         generate(model, prompt(40, seed=seed))
     assert played_prompts == [64]  # one is timed
-    assert not prompts_of(model)._memory.recordings
+    assert not recordings_of(model)
 
 
 @pytest.mark.parametrize("part", ["logits", "keys", "values"])
@@ -460,7 +399,7 @@ def test_a_recording_that_differs_from_a_prompt_that_ran_is_refused(model, playe
         assert_same(generate(model, prompt(40), max_new_tokens=4), expected)
     for _ in range(4):
         assert_same(generate(model, prompt(40), max_new_tokens=4), expected)
-    assert not played_prompts and not prompts_of(model)._memory.recordings
+    assert not played_prompts and not recordings_of(model)
 
 
 def test_prompts_run_while_there_is_too_little_memory_for_a_recording(model, played_prompts, monkeypatch):
@@ -468,25 +407,14 @@ def test_prompts_run_while_there_is_too_little_memory_for_a_recording(model, pla
         full.setattr(recorded_prompts, "_has_room", lambda device: False)
         warm_up(model, 40)
         generate(model, prompt(40))
-    assert not prompts_of(model)._memory.recordings
+    assert not recordings_of(model)
     for number in (0, 1):
         generate(model, prompt(40))
         assert len(played_prompts) == number
 
 
 def test_an_error_while_recording_lets_all_prompts_run(model, played_prompts, monkeypatch):
-    attempts = []
-
-    def refuse(call, device, pool):
-        attempts.append(1)
-        with monkeypatch.context() as broken:
-            broken.setattr(type(sparse_layers(model)[0]), "attend", fail)
-            call()
-
-    def fail(*args, **kwargs):
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    monkeypatch.setattr(recorded_prompts, "record", refuse)
+    attempts = refuse_to_record(monkeypatch, recorded_prompts, sparse_layers(model)[0])
     runs_as_ever(model, played_prompts)
     runs_as_ever(model, played_prompts, length=90)
     assert attempts == [1]
@@ -511,7 +439,7 @@ def needs_the_memory_of_recordings(model, monkeypatch):
     forward = mlp.forward
 
     def fail(self, states):
-        if self is model.model.layers[-1].mlp and prompts_of(model)._memory.recordings:
+        if self is model.model.layers[-1].mlp and recordings_of(model):
             failed.append(states.shape)
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(self, states)
@@ -528,7 +456,7 @@ def test_a_prompt_gets_the_memory_of_recordings(model, played_prompts, monkeypat
     expected = generate(model, prompt(length), max_new_tokens=5, disable_compile=True)
     failed = needs_the_memory_of_recordings(model, monkeypatch)
     assert_same(generate(model, prompt(length), max_new_tokens=5), expected)
-    assert len(failed) == 1 and not prompts_of(model)._memory.recordings
+    assert len(failed) == 1 and not recordings_of(model)
 
 
 def test_a_prompt_in_a_cache_of_the_user_fails_once(model, played_prompts, monkeypatch):
@@ -538,14 +466,9 @@ def test_a_prompt_in_a_cache_of_the_user_fails_once(model, played_prompts, monke
     failed = needs_the_memory_of_recordings(model, monkeypatch)
     with pytest.raises(torch.OutOfMemoryError):
         generate(model, prompt(90), **with_cache(SparseKCache(model)))
-    assert len(failed) == 1 and not prompts_of(model)._memory.recordings
+    assert len(failed) == 1 and not recordings_of(model)
     expected = generate(model, prompt(90), disable_compile=True)
     assert_same(generate(model, prompt(90), **with_cache(SparseKCache(model))), expected)
-
-
-def new_memory(model):
-    weight = model.model.layers[1].mlp.up_proj.weight
-    weight.data = weight.data * 1.5
 
 
 def transpose(model):
@@ -553,23 +476,10 @@ def transpose(model):
     weight.data = weight.data.t()
 
 
-def new_buffer(model):
-    model.model.rotary_emb.inv_freq = model.model.rotary_emb.inv_freq * 0.5
-
-
 def new_scorer(model):
     for layer in sparse_layers(model):
         weight = layer.sparsek_scorer["default"].weight
         weight.data = torch.randn_like(weight)
-
-
-def new_dtype(model):
-    model.to(torch.float64 if DEVICE == "cpu" else torch.float16)
-
-
-def new_budget(model):
-    for layer in sparse_layers(model):
-        layer.configs["default"] = SparseKConfig(k=9, window=5, sinks=1)
 
 
 def new_slope_length(model):
@@ -579,12 +489,7 @@ def new_slope_length(model):
 
 def new_adapter(model):
     patch(model, SparseKConfig(k=5, window=4, sinks=1), adapter="other")
-    for layer in sparse_layers(model):
-        layer.set_adapter("other")
-
-
-def new_number(model):
-    model.model.norm.variance_epsilon = 0.5
+    use(model, "other", inference_mode=False)
 
 
 def patched_again(model):
@@ -597,8 +502,7 @@ def new_setting(model):
 
 
 CHANGES = [
-    new_memory, transpose, new_buffer, new_scorer, new_dtype, new_budget, new_slope_length, new_adapter, new_number,
-    patched_again, new_setting,
+    *NEW_TENSORS, *NEW_NUMBERS, transpose, new_scorer, new_slope_length, new_adapter, patched_again, new_setting,
 ]  # fmt: skip
 
 
@@ -620,28 +524,22 @@ def test_weights_that_change_in_place_are_read(model, played_prompts):
     before = generate(model, prompt(40))
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight.mul_(3)
-    found, expected = generate(model, prompt(40)), generate(model, prompt(40), disable_compile=True)
+    found, expected = both(model, prompt(40))
     assert_same(found, expected)
     assert not torch.allclose(found.logits[0], before.logits[0]) and played_prompts == [64, 64]
 
 
 def test_adapters_of_peft_are_told_apart(tiny_llama, played_prompts):
     """LoRA of others below: switched off, another one, scaled, and merged."""
-    lora = {"target_modules": ["up_proj"], "init_lora_weights": False, "r": 4}
-    wrapped = get_peft_model(tiny_llama().to(DEVICE), LoraConfig(**lora))
-    wrapped.add_adapter("other", LoraConfig(**lora))
-    for parameter in wrapped.parameters():
-        parameter.requires_grad_(False)
-    model = sparse(wrapped.get_base_model().eval())
-    layers = [block.mlp.up_proj for block in model.model.layers]
+    model, layers = over_lora(tiny_llama())
 
-    def check(number):
+    def generate_and_count(number):
         found = generate(model, prompt(40), max_new_tokens=4)
         assert len(played_prompts) == number
         assert_same(found, generate(model, prompt(40), max_new_tokens=4, disable_compile=True))
 
     for number in (0, 0, 0, 1):
-        check(number)
+        generate_and_count(number)
     changes = (
         lambda layer: layer.enable_adapters(False),
         lambda layer: layer.set_adapter("other", inference_mode=True),
@@ -657,41 +555,35 @@ def test_adapters_of_peft_are_told_apart(tiny_llama, played_prompts):
     for number, (change, back) in enumerate(zip(changes, undo, strict=True), 1):
         for layer in layers:
             change(layer)
-        check(number)
+        generate_and_count(number)
         for layer in layers:
             back(layer)
             layer.requires_grad_(False)
-        check(number + 1)
+        generate_and_count(number + 1)
 
 
 def test_adapters_switched_to_and_fro_find_their_recordings(model, played_prompts):
     patch(model, SparseKConfig(k=5, window=4, sinks=1), adapter="other")
     for number, name in enumerate(("default", "other") * 5):
-        for layer in sparse_layers(model):
-            layer.set_adapter(name, inference_mode=True)
-        ids = prompt(40, seed=number)
-        assert_same(
-            generate(model, ids, max_new_tokens=4), generate(model, ids, max_new_tokens=4, disable_compile=True)
-        )
-    assert len(played_prompts) == 4 and len(prompts_of(model)._memory.recordings) == 2
+        use(model, name)
+        check(model, prompt(40, seed=number), max_new_tokens=4)
+    assert len(played_prompts) == 4 and len(recordings_of(model)) == 2
 
 
 def test_adapters_that_transformers_manages(model, played_prompts):
     for layer in sparse_layers(model):
         layer.is_managed = lambda: True
     warm_up(model, 40)
-    assert_same(generate(model, prompt(40)), generate(model, prompt(40), disable_compile=True))
+    check(model, prompt(40))
     assert played_prompts == [64]
 
 
 def test_the_prompts_that_are_pinned_whole(tiny_llama, played_prompts):
     """They fit into sinks and selected keys, and so does their bucket."""
-    model = sparse(tiny_llama(), k=26, pin_prompt=-1)
+    model = choosing(tiny_llama(), k=26, pin_prompt=-1)
     warm_up(model, 20)
     for length in (20, 28):
-        ids = prompt(length)
-        found = generate(model, ids, max_new_tokens=30)
-        assert_same(found, generate(model, ids, max_new_tokens=30, disable_compile=True))
+        check(model, prompt(length), max_new_tokens=30)
     assert played_prompts == [28, 28]
     with pytest.raises(ValueError, match="pin_prompt keeps the whole prompt"):
         generate(model, prompt(29))
@@ -709,23 +601,23 @@ def test_the_recording_used_least_recently_makes_room(model, played_prompts, mon
         generate(model, prompt(160))
         generate(model, prompt(100))
     assert played_prompts == [64, 128, 128, *[192, 128] * 4]  # the first was not used for eight prompts by then
-    assert [length for _, length in prompts_of(model)._memory.recordings] == [192, 128]
+    assert [length for _, length in recordings_of(model)] == [192, 128]
 
 
 def test_recordings_go_with_the_patch(model, played_prompts):
     warm_up(model, 40)
     generate(model, prompt(40))
-    (recording,) = (weakref.ref(one) for one in prompts_of(model)._memory.recordings.values())
+    (recording,) = (weakref.ref(one) for one in recordings_of(model).values())
     unpatch(model)
     assert recording() is None
 
 
 def test_recordings_go_with_the_model(tiny_llama, played_prompts):
     """No cycle keeps them."""
-    model = sparse(tiny_llama())
+    model = choosing(tiny_llama())
     warm_up(model, 40)
     generate(model, prompt(40))
-    (recording,) = (weakref.ref(one) for one in prompts_of(model)._memory.recordings.values())
+    (recording,) = (weakref.ref(one) for one in recordings_of(model).values())
     gc.disable()
     try:
         del model
@@ -738,7 +630,7 @@ def test_a_copied_model_has_recordings_of_its_own(model, played_prompts):
     warm_up(model, 40)
     generate(model, prompt(40))
     twin = copy.deepcopy(model)
-    assert not prompts_of(twin)._memory.recordings
+    assert not recordings_of(twin)
     generate(twin, prompt(40))
     assert len(played_prompts) == 1
 
@@ -746,18 +638,8 @@ def test_a_copied_model_has_recordings_of_its_own(model, played_prompts):
 def test_threads_take_turns(model, played_prompts):
     """Prompts of several threads are played one after the other, each with a cache of its own."""
     warm_up(model, 40)
-    expected = [generate(model, prompt(40, seed=seed), disable_compile=True) for seed in range(4)]
-    found = {}
-    threads = [
-        Thread(target=lambda seed=seed: found.update({seed: generate(model, prompt(40, seed=seed))}))
-        for seed in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for seed, result in enumerate(expected):
-        assert_same(found[seed], result)
+    for found, expected in zip(*in_threads(model, 40), strict=True):
+        assert_same(found, expected)
     assert played_prompts == [64] * 4
 
 
@@ -786,27 +668,26 @@ def test_inference_mode_may_come_and_go(model, played_prompts):
 @pytest.mark.parametrize("shares", SHARES.values(), ids=SHARES)
 def test_graphs_in_half_precision(tiny_llama, played_prompts, dtype, shares):
     """A prompt as long as its bucket launches the same kernels, so that all is equal bit by bit."""
-    model = sparse(tiny_llama(hidden_size=128).to(dtype), **shares)
+    model = choosing(tiny_llama(hidden_size=128).to(dtype), **shares)
     for length in (64, 128, 512):
         warm_up(model, length, rows=2)
-        found, expected = (generate(model, prompt(length, 2), disable_compile=plain) for plain in (False, True))
+        found, expected = both(model, prompt(length, 2))
         assert torch.equal(found.logits[0], expected.logits[0])
         for mine, theirs in zip(cache_of(found).layers, cache_of(expected).layers, strict=True):
-            assert all(torch.equal(getattr(mine, name), getattr(theirs, name)) for name in TENSORS)
+            assert all(torch.equal(getattr(mine, name), getattr(theirs, name)) for name in SLOTS)
     assert played_prompts == [64, 128, 512]
 
 
 @ON_A_GPU
 def test_steps_are_recorded_after_a_prompt_that_was_played(model, played_prompts, played):
     warm_up(model, 40)
-    found = generate(model, prompt(40), max_new_tokens=30)
+    check(model, prompt(40), max_new_tokens=30)
     assert played_prompts == [64] and len(played) == 27
-    assert_same(found, generate(model, prompt(40), max_new_tokens=30, disable_compile=True))
 
 
 @ON_A_GPU
 def test_memory_of_recordings_is_shared_and_given_back(tiny_llama, played_prompts):
-    model = sparse(tiny_llama(hidden_size=512, intermediate_size=4096))
+    model = choosing(tiny_llama(hidden_size=512, intermediate_size=4096))
 
     def reserved():
         gc.collect()

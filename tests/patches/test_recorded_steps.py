@@ -3,8 +3,10 @@
 Without a GPU a recording is imitated (`played` in tests/conftest.py).
 """
 
+import runpy
 import time
 import weakref
+from pathlib import Path
 from threading import Thread
 
 import pytest
@@ -18,6 +20,7 @@ from hf_sparse.methods.sparsefinder import SparsefinderAttention, cache, fit_pre
 from hf_sparse.patches import recorded_steps, sparse_layers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+refuse_to_record = runpy.run_path(str(Path(__file__).with_name("prompts.py")))["refuse_to_record"]
 IDS = torch.randint(2, 64, (3, 40), generator=torch.Generator().manual_seed(0)).to(DEVICE)
 LEFT = (torch.arange(40) >= torch.tensor([0, 17, 30])[:, None]).long().to(DEVICE)
 GREEDY = {"do_sample": False, "max_new_tokens": 30}
@@ -108,19 +111,7 @@ def test_hooks_of_others_are_called_in_every_step(model, played):
 
 def test_what_cannot_be_recorded_runs(model, played, monkeypatch):
     expected = model.generate(IDS, disable_compile=True, **GREEDY)
-    attempts = []
-
-    def refuse(call, device):
-        attempts.append(1)
-        layer = model.model.layers[0].self_attn.sparse_attention
-        with monkeypatch.context() as broken:
-            broken.setattr(type(layer), "attend", fail)
-            call()
-
-    def fail(*args, **kwargs):
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    monkeypatch.setattr(recorded_steps, "record", refuse)
+    attempts = refuse_to_record(monkeypatch, recorded_steps, sparse_layers(model)[0])
     assert torch.equal(model.generate(IDS, **GREEDY), expected)
     assert attempts == [1]
 
