@@ -6,7 +6,7 @@ from speed_tables.cells import prompt_of, quotient, ratio, short, table
 from speed_tables.registry import Run, speed_table
 
 
-@speed_table("recorded", ("recorded-h200", "recorded-126f690-h200", "recorded-earlier-h200"))
+@speed_table("recorded", ("recorded-be14ee1-h200", "recorded-h200", "recorded-126f690-h200", "recorded-earlier-h200"))
 def recorded_table(runs: Sequence[Run]) -> str:
     """Tabulate the milliseconds of a step by recorded steps and by `generate`, and shares of the roofline.
 
@@ -45,20 +45,30 @@ def first_static_table(runs: Sequence[Run]) -> str:
     return table([*head, "slowest of 10 lengths", "graphs", "more for 10 lengths"], rows)
 
 
-@speed_table("head shares", "head_shares-h200")
-def head_shares_table(run: Run) -> str:
-    """Tabulate heads with different numbers of slots beside equal ones, of a run of `head_shares.py`."""
+@speed_table("head shares", tuple(f"head_shares{run}-h200" for run in ("", "-d781133", "-2917fd7", "-c3c4339")))
+def head_shares_table(runs: Sequence[Run]) -> str:
+    """Tabulate heads with different numbers of slots beside equal ones, of runs of `head_shares.py`.
+
+    A row has the times of the first run that has it, and the ratios of the others in their order.
+    """
     names = ("equal", "by heads")
-    cells = []
-    for row in run["rows"]:
-        steps = {f"step, {way}": [row[f"{name}, {way}"]["step_ms"] for name in names] for way in ("recorded", "eager")}
-        first = {"first token": [row["first_token_ms"][name] for name in names]}
-        cells += [(prompt_of(row), what, times) for what, times in (steps | first).items()]
-    for row in run["training"]:
-        times = [row[f"{name}, training"] for name in names]
-        cells.append((f"{row['shape']}, {row['tokens']:,}", "training step", times))
-    rows = [[name, what, *map(short, times), ratio(*times)] for name, what, times in cells]
-    return table(["shape, tokens x batch", "what", "equal, ms", "by heads, ms", "equal / by heads"], rows)
+    cells: dict[tuple[str, str], list[tuple[list[float], str]]] = {}
+    for run in runs:
+        for row in run["rows"]:
+            times = {f"step, {way}": [row[f"{n}, {way}"]["step_ms"] for n in names] for way in ("recorded", "eager")}
+            times["first token"] = [row["first_token_ms"][name] for name in names]
+            for what, pair in times.items():
+                cells.setdefault((prompt_of(row), what), []).append((pair, run["commit"][:7]))
+        for row in run["training"]:
+            pair = [row[f"{name}, training"] for name in names]
+            cell = (f"{row['shape']}, {row['tokens']:,}", "training step")
+            cells.setdefault(cell, []).append((pair, run["commit"][:7]))
+    rows = []
+    for (name, what), ((times, commit), *others) in cells.items():
+        told = ", ".join(ratio(*pair) for pair, _ in others) or "-"
+        rows.append([name, what, *map(short, times), ratio(*times), told, commit])
+    head = ["shape, tokens x batch", "what", "equal, ms", "by heads, ms", "equal / by heads", "earlier runs", "commit"]
+    return table(head, rows)
 
 
 @speed_table("products", "products-h200")

@@ -79,7 +79,7 @@ def test_equals_the_scan_in_pytorch(kind, keys, queries, window, size, tile, poi
 def test_levels(kind, groups, monkeypatch, poisoned_memory, random_scores):
     """Groups of groups, more lists than are looked at at a time, and lists of several programs."""
     monkeypatch.setattr(scan, "_GROUPS", groups)
-    monkeypatch.setattr(scan, "_MERGING", (16, 2, 4))
+    monkeypatch.setattr(scan, "_MERGING", (16, 2))
     monkeypatch.setattr(scan, "_JOINING", (16, 16, 4))
     scores = random_scores(kind, 1, 430).to(DEVICE)
     # With 430 queries and lists of one program, what joins them also finds who leaves.

@@ -55,8 +55,7 @@ from hf_sparse.ops.triton.replay import empty, zeros
 _CHUNK = 128  # keys that are sorted by counting
 _SORT_WARPS = 4
 _GROUPS = (8, 32)  # chunks that are merged in the first level, lists in every later one
-_MERGING = (32, 8, 1)  # entries of a program, lists in which it looks for them at a time, most warps
-_BY_FOUR = (False, True)  # whether lists of the first level, and of later ones, are searched by four
+_MERGING = (32, 8)  # entries of a program of one warp, lists in which it looks for them at a time
 _JOINING = (512, 128, 4)  # entries of a program, those of the shorter list at a time, most warps
 _EVICTING = (16, 1)  # newcomers that are compared with all at a time, and warps
 _TAUS = 64  # queries of a program that solves for tau
@@ -253,17 +252,18 @@ def _sort(
 
     # Each list of a level is merged with those before it in its group; the last of a group, all of it, goes on to the
     # next level if a list after the group needs it.
+    # The first level has programs enough to hide that a search waits for one load after another; later ones do not,
+    # and search by four.
     levels: list[_Merged] = []
     source, row, item, narrow, lists, group = of_chunks, chunks * C, C, C, chunks - 1, _GROUPS[0]
     while lists > 0:
         width = min(size, group * narrow)
         target = codes(lists, width)
-        block, many, warps = _MERGING
+        block, many = _MERGING
         block = min(block, triton.next_power_of_2(narrow))
         launch(merge_groups, (lists, rows, triton.cdiv(min(narrow, size), block)))(
             source, target, counts, row, item, narrow, width, lists, group, heads,
-            BLOCK=block, MANY=many, STEPS=min(narrow, size).bit_length(), BY_FOUR=_BY_FOUR[len(levels) > 0],
-            num_warps=max(1, min(warps, block // 32)),
+            BLOCK=block, MANY=many, STEPS=min(narrow, size).bit_length(), BY_FOUR=bool(levels), num_warps=1,
         )  # fmt: skip
         levels.append(_Merged(target, group, narrow))
         source, row, item, narrow = target[:, group - 1 :], lists * width, group * width, width
