@@ -64,9 +64,9 @@ def head_shares_table(runs: Sequence[Run]) -> str:
             cell = (f"{row['shape']}, {row['tokens']:,}", "training step")
             cells.setdefault(cell, []).append((pair, run["commit"][:7]))
     rows = []
-    for (name, what), ((times, commit), *others) in cells.items():
+    for (name, what), ((newest, commit), *others) in cells.items():
         told = ", ".join(ratio(*pair) for pair, _ in others) or "-"
-        rows.append([name, what, *map(short, times), ratio(*times), told, commit])
+        rows.append([name, what, *map(short, newest), ratio(*newest), told, commit])
     head = ["shape, tokens x batch", "what", "equal, ms", "by heads, ms", "equal / by heads", "earlier runs", "commit"]
     return table(head, rows)
 
