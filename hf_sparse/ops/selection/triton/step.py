@@ -388,14 +388,15 @@ def _with_slope(
 def _slot_of_next(scores, positions, position, slots, window, sinks, CHUNK: tl.constexpr):
     """Find an empty slot, or that of the weakest key outside the window, of equal ones the latest."""
     free = tl.full([], 0, tl.int32) + slots
-    victim, latest = tl.full([], 0, tl.int32), tl.full([], -1, tl.int64)
+    victim, latest = tl.full([], 0, tl.int32), tl.full([], -1, tl.int32)
+    last = (position - window).to(tl.int32)
     worst = tl.full([], float("inf"), tl.float32)
     for begin in range(0, slots, CHUNK):
         index = begin + tl.arange(0, CHUNK)
         inside = index < slots
-        held = tl.load(positions + index, mask=inside, other=0)
+        held = tl.load(positions + index, mask=inside, other=0).to(tl.int32)
         free = tl.minimum(free, tl.min(tl.where(inside & (held < 0), index, slots), 0))
-        eligible = inside & (held >= sinks) & (held <= position - window)
+        eligible = inside & (held >= sinks) & (held <= last)
         score = tl.load(scores + index, mask=inside, other=0.0)
         score = tl.where(eligible, score, float("inf"))
         low = tl.min(score, 0)
