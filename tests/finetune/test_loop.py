@@ -86,15 +86,17 @@ def test_the_loss_falls(sparse_llama, chunks, objective, rate):
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
 
 
-def test_gates_of_heads_alike_are_measured_together(monkeypatch):
-    """Each projection is about a thousand launches, and an 8B model has 256 KV heads."""
+def test_gates_of_all_heads_are_measured_together(monkeypatch):
+    """Each projection is about a thousand launches, an 8B model has 256 KV heads, and heads may differ in all."""
     module = hf_sparse.methods.sparsek.training
     calls = []
-    monkeypatch.setattr(module, "sparsek", lambda scores, k: calls.append(k) or sparsek(scores, k))
-    competing = [module._Competing(k, 4 * k, torch.randn(2, 40)) for k in (3, 5, 3)]
-    spread = [(sparsek(one.scores.topk(one.bound).values, one.k) > 0).sum(-1) for one in competing]
+    monkeypatch.setattr(module, "sparsek", lambda scores, k: calls.append(len(k)) or sparsek(scores, k))
+    heads = [(3, 12, 40), (5, 20, 40), (3, 12, 40), (7, None, 40), (60, 240, 40), (5, 20, 33)]
+    competing = [module._Competing(k, bound, torch.randn(2, length)) for k, bound, length in heads]
+    best = [one.scores.topk(min(one.bound or 40, one.scores.shape[-1])).values for one in competing]
+    spread = [(sparsek(scores, one.k) > 0).sum(-1) for scores, one in zip(best, competing, strict=True)]
     assert module._mean_support(competing) == pytest.approx(float(torch.cat(spread).float().mean()))
-    assert calls == [3, 5]
+    assert calls == [10, 2]
 
 
 def test_layers_that_accelerate_placed(sparse_llama, chunks):

@@ -301,18 +301,22 @@ def _noted(layers: Sequence[SparseKAttention], competing: list[_Competing]) -> I
 def _mean_support(competing: Sequence[_Competing]) -> float:
     """Return over how many keys gates spread, the mean over KV heads and rows.
 
-    Heads alike are projected together: that takes about a thousand launches, for one head or for all.
+    All heads are projected together: that takes about a thousand launches, for one head or for all.
     """
     device = competing[0].scores.device
-    alike: dict[tuple[Any, ...], list[Tensor]] = {}
-    for k, bound, scores in competing:
-        alike.setdefault((k, bound, scores.shape[-1]), []).append(scores.to(device))
+    of_length: dict[int, list[_Competing]] = {}
+    for one in competing:
+        of_length.setdefault(one.scores.shape[-1], []).append(one)
     supports = []
-    for (k, bound, length), heads in alike.items():
-        scores = torch.cat(heads)
-        if bound is not None:
-            scores = scores.topk(min(bound, length)).values
-        supports.append((sparsek(scores, k) > 0).sum(-1))
+    for length, heads in of_length.items():
+        rows = [len(one.scores) for one in heads]
+        k, bound = (
+            torch.tensor(numbers, device=device).repeat_interleave(torch.tensor(rows, device=device))
+            for numbers in ([one.k for one in heads], [length if one.bound is None else one.bound for one in heads])
+        )
+        best_first = torch.cat([one.scores.to(device) for one in heads]).sort(-1, descending=True).values
+        beyond = torch.arange(length, device=device) >= bound[:, None]
+        supports.append((sparsek(best_first.masked_fill(beyond, -torch.inf), k) > 0).sum(-1))
     return float(torch.cat(supports).float().mean())
 
 

@@ -15,12 +15,13 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 
-def sparsek(scores: Tensor, k: int, dim: int = -1) -> Tensor:
+def sparsek(scores: Tensor, k: int | Tensor, dim: int = -1) -> Tensor:
     """Project scores onto the k-capped simplex: gates in [0, 1] that sum to `k`.
 
     Args:
         scores: any shape, any float dtype. `-inf` marks entries that cannot be selected; they get 0.
-        k: the sum of the gates, at least 1.
+        k: the sum of the gates, at least 1; a tensor of integers has one for each projection, in the shape of `scores`
+            without `dim`, and is not checked.
         dim: the dimension that is projected.
 
     Returns:
@@ -36,7 +37,7 @@ def sparsek(scores: Tensor, k: int, dim: int = -1) -> Tensor:
     >>> sparsek(torch.tensor([3.0, 0.5, 0.1, -2.0]), k=2)
     tensor([1.0000, 0.7000, 0.3000, 0.0000])
     """
-    if k < 1:
+    if not isinstance(k, Tensor) and k < 1:
         raise ValueError(f"k must be at least 1, got {k}")
     if not scores.is_floating_point():
         raise ValueError(f"scores must be floating point, got {scores.dtype}")
@@ -49,8 +50,9 @@ def sparsek(scores: Tensor, k: int, dim: int = -1) -> Tensor:
 
 class _SparseK(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: FunctionCtx, scores: Tensor, k: int) -> Tensor:
+    def forward(ctx: FunctionCtx, scores: Tensor, k: int | Tensor) -> Tensor:
         ordered = scores.sort(dim=-1, descending=True).values
+        k = k.unsqueeze(-1) if isinstance(k, Tensor) else k
         origin, tau = subset_thresholds(ordered, (ordered > -torch.inf).unsqueeze(-2), k)
         # Relative to the k-th best score, which is within 1 of the threshold: scores of any size lose no digits.
         gates = ((scores - origin) - tau.to(scores.dtype)).clamp(0, 1)
@@ -68,7 +70,7 @@ class _SparseK(torch.autograd.Function):
         return free * (grad - mean), None
 
 
-def subset_thresholds(ordered: Tensor, member: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def subset_thresholds(ordered: Tensor, member: Tensor, k: int | Tensor) -> tuple[Tensor, Tensor]:
     """Find the thresholds tau of several subsets of one sorted list of scores.
 
     The threshold lies between the k-th best score of its subset and 1 below it. It is returned relative to that score:
@@ -77,7 +79,7 @@ def subset_thresholds(ordered: Tensor, member: Tensor, k: int) -> tuple[Tensor, 
     Args:
         ordered: `[..., N]` scores in descending order.
         member: `[..., C, N]` bool, which of the N scores belong to each of the C subsets; scores of `-inf` must not.
-        k: the sum of the gates.
+        k: the sum of the gates; a tensor of integers has that of each subset, `[..., C]`.
 
     Returns:
         `origin` `[..., C]` in the dtype of `ordered`, the k-th best score of each subset, and `tau` `[..., C]`, from -1
@@ -88,11 +90,12 @@ def subset_thresholds(ordered: Tensor, member: Tensor, k: int) -> tuple[Tensor, 
     zero = member.new_zeros((*member.shape[:-1], 1), dtype=dtype)
     count = torch.cat([zero, member.to(dtype).cumsum(-1)], -1)  # [..., C, N + 1]: members among the first j
     full = count[..., -1] <= k
+    k_of_each = k.unsqueeze(-1) if isinstance(k, Tensor) else k
 
     def pick(table: Tensor, index: Tensor) -> Tensor:
         return table.gather(-1, index.unsqueeze(-1)).squeeze(-1)
 
-    best = (count[..., 1:] < k).sum(-1).clamp(max=ordered.shape[-1] - 1)  # index of the k-th best member
+    best = (count[..., 1:] < k_of_each).sum(-1).clamp(max=ordered.shape[-1] - 1)  # index of the k-th best member
     origin = ordered.gather(-1, best).masked_fill(full, 0.0)
     # Scores further than 1 from the k-th best are saturated or 0 whatever tau is: prefix sums stay small.
     z = (ordered.to(dtype).unsqueeze(-2) - origin.to(dtype).unsqueeze(-1)).clamp_(-1.0, 1.0)  # [..., C, N]

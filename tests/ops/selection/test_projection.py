@@ -27,6 +27,22 @@ def test_equals_bisection_for_every_k(length, scale):
         torch.testing.assert_close(sparsek(scores, k), expected[k - 1], rtol=0, atol=1e-11)
 
 
+@pytest.mark.parametrize("dim", [-1, 1])
+def test_each_row_has_its_own_sum(dim):
+    scores = torch.randn(6, 11, 11, dtype=torch.float64, requires_grad=True)
+    k = torch.randint(1, 14, (6, 11))
+    gates = sparsek(scores, k, dim=dim)
+    alone = [
+        [sparsek(row, int(n)) for row, n in zip(*pair, strict=True)]
+        for pair in zip(scores.movedim(dim, -1), k, strict=True)
+    ]
+    expected = torch.stack([torch.stack(rows) for rows in alone]).movedim(-1, dim)
+    torch.testing.assert_close(gates, expected, rtol=0, atol=1e-12)
+    grad = torch.randn_like(gates)
+    (found,), (wanted,) = (torch.autograd.grad(one, scores, grad, retain_graph=True) for one in (gates, expected))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12)
+
+
 @pytest.mark.parametrize("shape, dim", [((5, 9), 0), ((4, 9, 3), 1), ((4, 9, 3), -2), ((9, 2, 3, 2), -4), ((9,), 0)])
 def test_projects_along_any_dimension(shape, dim):
     scores = torch.randn(shape, dtype=torch.float64)
