@@ -144,7 +144,7 @@ def test_a_step_in_one_kernel(
                 [*ours, *counted], *new, weight, slope, slopes=linear.Slopes(0.01, 256, 0),
                 masked=padded, window=WINDOW, sinks=SINKS, scaling=0.3, **layout,
             )  # fmt: skip
-            assert kernel.constants["SPLITS"] == splits
+            assert kernel.grid[0] == splits + 1  # one scores the token
         output = kernel(*new, states[:, t : t + 1], weight, slope, real)
         scores = linear.linear_scores(states[:, t : t + 1], weight)
         scores = (scores + theirs[-1][:, None, None].double() * (0.01 + slope.double()[:, None] / 256)).float()
@@ -158,6 +158,22 @@ def test_a_step_in_one_kernel(
         assert error < (2e-6 if dtype == torch.float32 else 1e-2), t
     assert not kernel.scratch[2].any(), "the counters did not return to zero"
     assert counted[1] == length
+
+
+def test_layers_share_a_kernel():
+    """Each would compile one of its own, for seconds: that of a model has layers with tens of different numbers."""
+    found = set()
+    for longest in range(520, 1020, 25):
+        counts, dim = (300, longest), 64
+        ours = [*buffers(1, counts, dim), torch.zeros(1, dtype=torch.bool), torch.zeros((), dtype=torch.int64)]
+        new = [torch.zeros(1, heads, 1, dim, device=DEVICE) for heads in (6, 2, 2)]
+        weight = torch.zeros(2, COLUMNS, device=DEVICE)
+        kernel = step.StepKernel(
+            ours, *new, weight, None, slopes=linear.Slopes(0.0, 1, 0), masked=False, window=WINDOW, sinks=SINKS,
+            scaling=0.3, counts=counts, offsets=ragged.offsets_of(counts, torch.device(DEVICE)),
+        )  # fmt: skip
+        found.add(tuple(kernel.constants.items()))
+    assert len(found) == 1
 
 
 def test_programs_have_an_equal_share_of_the_slots():

@@ -88,7 +88,7 @@ class StepKernel:
         splits = triton.cdiv(triton.cdiv(number, block), share)
         self.shape = (batch, heads * group, 1, dim)
         self.dtype, self.device, self.masked, self.indexed = query.dtype, device, masked, indexed
-        parts = (batch * heads * group, splits if splits > 1 else 0)
+        parts = (batch * heads * group, 0 if splits == 1 and offsets is None else splits)
         count = parts[0] * parts[1] * dim
         if scratch is None or scratch.numel() < count:
             scratch = torch.empty(count, dtype=torch.float32, device=device)
@@ -104,8 +104,8 @@ class StepKernel:
         self.layout = (
             query.stride(0), query.stride(1), key.stride(0), key.stride(1), value.stride(0), value.stride(1),
             *(tensor.stride(0) for tensor in slots[:5]),
-            number, window, sinks, 0 if weight is None else weight.shape[1], group, share * block,
-            scaling,
+            number if offsets is None else 0, window, sinks, 0 if weight is None else weight.shape[1], group,
+            share * block, splits, scaling,
         )  # fmt: skip
         self.constants = {
             "SLOPE": slopes.position_slope,
@@ -116,7 +116,8 @@ class StepKernel:
             "MASKED": masked,
             "INDEXED": indexed,
             "EPS": _EPS,
-            "SPLITS": splits,
+            # Layers of unequal heads share a kernel unless their longest heads differ twofold.
+            "SPLITS": splits if offsets is None else 0,
             "SPLITS_WIDE": triton.next_power_of_2(splits),
             "GROUP": max(16, triton.next_power_of_2(group)),
             "MEMBERS": triton.next_power_of_2(group),
@@ -185,7 +186,9 @@ def scratch_of_rows(query_heads: int, kv_heads: int, dim: int, device: torch.dev
 _ADDRESSES = ["query", "key", "value", "states", "weight", "slope", "valid", "rows"]  # of unknown alignment
 
 
-@triton.jit(do_not_specialize=["states_row", "valid_row", "rows_step"], do_not_specialize_on_alignment=_ADDRESSES)
+@triton.jit(
+    do_not_specialize=["states_row", "valid_row", "rows_step", "most"], do_not_specialize_on_alignment=_ADDRESSES
+)
 def _step(
     keys,
     values,
@@ -228,6 +231,7 @@ def _step(
     columns,
     group,
     share,
+    most,
     scaling,
     SLOPE: tl.constexpr,
     SLOPE_TOKENS: tl.constexpr,
@@ -259,10 +263,10 @@ def _step(
         real = place >= 0
         place = tl.maximum(place, 0)
     base, slots = slots_of_head(Offsets, 0, head, heads, slots)
-    splits = SPLITS  # programs of this head
+    splits, last = SPLITS, SPLITS  # programs of this head, and of the longest one
     if Offsets is not None:
-        splits = tl.cdiv(slots, share)
-    if (split >= splits) & (split < SPLITS):
+        splits, last = tl.cdiv(slots, share), most
+    if (split >= splits) & (split < last):
         return
     position = tl.load(seen + place * seen_row)
     keys += place * keys_row + base * D
@@ -274,7 +278,7 @@ def _step(
     column = tl.arange(0, DIM)
     first = pair * group  # query head
     target = tl.full([], 0, tl.int32)
-    if split < SPLITS:
+    if split < last:
         member, wide = tl.arange(0, GROUP), column[None, :] < D
         of_group = member[:, None] < group
         at = row * query_row + (head * group + member[:, None]) * query_head + column[None, :]
@@ -309,7 +313,7 @@ def _step(
             at = (first + member[:, None]) * D + column[None, :]
             tl.store(output + at, out.to(output.dtype.element_ty), mask=of_group & wide)
         else:
-            number = (first + member) * SPLITS + split
+            number = (first + member) * last + split
             tl.store(masses + number, peak + tl.log(mass), mask=member < group)
             tl.store(parts + number[:, None] * D + column[None, :], out, mask=of_group & wide)
     else:
@@ -318,10 +322,10 @@ def _step(
             score = _with_slope(score, position, slope + head, SLOPE, SLOPE_TOKENS, SLOPE_LENGTH, LEARNED)
             tl.store(fresh_scores + pair, score.to(tl.float32))
     if _arrive(arrived + pair, splits + 1 if LINEAR else splits):
-        if split == SPLITS:
+        if split == last:
             target = _slot_of_next(scores, positions, position, slots, window, sinks, CHUNK)
-        if SPLITS > 1:
-            _join(parts, masses, output, first, group, splits, SPLITS, SPLITS_WIDE, MEMBERS, D, DIM)
+        if SPLITS != 1:
+            _join(parts, masses, output, first, group, splits, last, SPLITS_WIDE, MEMBERS, D, DIM)
         to = target.to(tl.int64)
         write = (column < D) & real
         new_key = tl.load(key + row * key_row + head * key_head + column, mask=write)
@@ -446,18 +450,21 @@ def _join(
     first,
     group,
     splits,
-    SPLITS: tl.constexpr,
+    last,
     SPLITS_WIDE: tl.constexpr,
     MEMBERS: tl.constexpr,
     D: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    """Average the results of the `splits` programs of the query heads of a KV head, weighted by their masses."""
+    """Average the results of the `splits` programs of the query heads of a KV head, weighted by their masses.
+
+    There is room for those of `last` programs.
+    """
     member, column, every = tl.arange(0, MEMBERS), tl.arange(0, DIM), tl.arange(0, SPLITS_WIDE)
     inside = member < group
     mask = inside[:, None] & (column[None, :] < D)
     # Others wrote them: never from this multiprocessor's own cache.
-    number = (first + member) * SPLITS
+    number = (first + member) * last
     exists = inside[:, None] & (every[None, :] < splits)
     at = masses + number[:, None] + every[None, :]
     log_masses = tl.load(at, mask=exists, other=-float("inf"), cache_modifier=".cg")
@@ -465,7 +472,7 @@ def _join(
     anchor = tl.where(peak == -float("inf"), 0.0, peak)
     total = tl.sum(tl.exp(log_masses - anchor[:, None]), 1)
     out = tl.zeros([MEMBERS, DIM], tl.float32)
-    for split in tl.range(0, (SPLITS + 15) // 16 * 16, loop_unroll_factor=16):
+    for split in tl.range(0, (splits + 15) // 16 * 16, loop_unroll_factor=16):
         there, wanted = inside & (split < splits), mask & (split < splits)
         log_mass = tl.load(masses + number + split, mask=there, other=-float("inf"), cache_modifier=".cg")
         of_split = parts + (number[:, None] + split) * D + column[None, :]
