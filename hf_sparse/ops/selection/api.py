@@ -142,6 +142,7 @@ def _fused(problem: Problem) -> Tensor:
     """Solve a problem by the Triton kernels, which are compiled side by side first."""
     # Triton is there only beside a CUDA device.
     from hf_sparse.ops.selection.triton import attention as kernels
+    from hf_sparse.ops.selection.triton.scan import list_class
     from hf_sparse.ops.triton.launch import compile_ahead
 
     kernel = kernels.causal_sparsek_attention if problem.causal else kernels.bidirectional_sparsek_attention
@@ -153,8 +154,10 @@ def _fused(problem: Problem) -> Tensor:
         return solve(problem._replace(query=query, key=key, value=value, scores=scores, start=start))
 
     tensors = (problem.query, problem.key, problem.value, problem.scores, problem.start)
+    keys = problem.key.shape[2]
+    listed = list_class(keys if problem.support is None else min(problem.support, keys))
     with torch.cuda.device_of(problem.query):  # where Triton launches
-        compile_ahead(attention, *tensors, family=(kernel, problem.soft, problem.of_heads is None))
+        compile_ahead(attention, *tensors, family=(kernel, problem.soft, problem.of_heads is None, listed))
         return solve(problem)
 
 

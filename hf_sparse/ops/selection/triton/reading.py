@@ -21,7 +21,7 @@ from hf_sparse.ops.selection.triton.attention import TILE, counts_on
 from hf_sparse.ops.selection.triton.attention_forward import forward
 from hf_sparse.ops.selection.triton.linear_scores import head_slopes, row_scores, slope_positions, write_scores
 from hf_sparse.ops.selection.triton.lists import selection_tables
-from hf_sparse.ops.selection.triton.scan import launch_selection
+from hf_sparse.ops.selection.triton.scan import launch_selection, list_class
 from hf_sparse.ops.selection.triton.slots import slots_of_head
 from hf_sparse.ops.stacked import new_stack, unstacked
 from hf_sparse.ops.triton.launch import compile_ahead, launch
@@ -200,7 +200,7 @@ def _select(
     def output(*tensors: Any) -> Any:
         return _launch(*tensors, settings=settings)[0]
 
-    family = (read_text, settings.k_of_heads is None, others[-1] is None)
+    family = (read_text, settings.k_of_heads is None, others[-1] is None, list_class(min(settings.k, key.shape[2])))
     compile_ahead(output, query, key, value, states, weight, slope, *others, family=family)
     return _launch(query, key, value, states, weight, slope, *others, settings=settings)
 

@@ -80,6 +80,11 @@ class Selection(NamedTuple):
     bounds: Tensor | None
 
 
+def list_class(size: int) -> tuple[int, int]:
+    """Return what lists of `size` keys have in common with others that are scanned by the same compiled kernels."""
+    return size.bit_length(), (size - 1).bit_length()
+
+
 def supports(scores: Tensor, *, size: int, queries: int, tile: int) -> bool:
     """Tell whether the kernels run: float32, tiles of 16, 32, 64 or n * 128, lists of at most 8,192 keys."""
     fits = tile in (16, 32, 64) or (tile > 0 and tile % _CHUNK == 0)
