@@ -73,7 +73,9 @@ class RequestAttention:
         hidden_states: Tensor,
         scaling: float,
     ) -> Tensor:
-        """Attend with the next tokens of one request, and write its state; see `attend` for the tensors, with `B` 1.
+        """Attend with the next tokens of one request, and write its state.
+
+        Tensors are as in `SparseAttentionLayer.attend`, with `B` 1.
 
         Args:
             states: `[rows, *shape]` for each tensor of `request_state`, in a dense order from the second dimension on.
@@ -121,7 +123,9 @@ class RequestAttention:
         hidden_states: Tensor,
         scaling: float,
     ) -> Tensor:
-        """Take a decoding step of several requests, and write their states; see `attend` for the tensors.
+        """Take a decoding step of several requests, and write their states.
+
+        Tensors are as in `SparseAttentionLayer.attend`.
 
         Args:
             states: as for `attend_chunk`.

@@ -210,6 +210,13 @@ def test_sizes_change_nothing(tile, blocks, monkeypatch):
         )
 
 
+@pytest.mark.parametrize("rows, group", [(64, 1), (32, 3)])
+def test_programs_that_go_on_in_the_next_tile(rows, group):
+    """The counts of a tile do not include what leaves its list in the next one."""
+    case = Case(queries=46, keys=100, group=group, k=39, window=1, sinks=1)
+    assert_same(case, "q", blocks=ProgramSizes(rows, 16, 4, 1))
+
+
 @pytest.mark.cross("values")
 @GATES
 @ORDER

@@ -131,9 +131,9 @@ def test_both_zeros_tie():
 
 @pytest.mark.cross("values")
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
-@pytest.mark.parametrize("size", [512, 3000])
+@pytest.mark.parametrize("queries, size", [(39_000, 512), (39_000, 3000), (40_011, 512)])
 @pytest.mark.parametrize("kind", KINDS)
-def test_long(kind, size, random_scores):
+def test_long(kind, queries, size, random_scores):
     scores = random_scores(kind, 2, 3, 40_011).to(DEVICE)
-    options = {"queries": 39_000, "window": 512}
+    options = {"queries": queries, "window": 512}
     assert_same(select_keys(scores, size, **options), expected_selection(scores, size, **options))

@@ -110,14 +110,18 @@ def survey(
 
 @triton.jit
 def look_up(Bounds, t_first, t_last, tile, first, low, high, sinks, keys):
-    """Load what `survey` and `left_before` count, of hard gates in causal order, from the `Bounds` of a tile."""
+    """Load what `survey` and `left_before` count, of hard gates in causal order, from the `Bounds` of a tile.
+
+    They say nothing of queries of the next tile: a block that goes on there has nothing but sinks in front."""
     own = tl.minimum(sinks, keys - first)  # sinks that the row has
     full = tl.minimum(tl.maximum(low - first + 1, 0), own)
     live = tl.minimum(tl.maximum(high - first + 1, 0), own)
-    full = tl.where(full == sinks, sinks + tl.load(Bounds + t_last % tile), full)
-    listed_first = tl.load(Bounds + t_first % tile)
+    begin = t_first % tile
+    end = begin + t_last - t_first
+    full = tl.where(full == sinks, sinks + tl.load(Bounds + end, mask=end < tile, other=0), full)
+    listed_first = tl.load(Bounds + begin)
     live = tl.where(listed_first > 0, sinks + listed_first, live)
-    return full, live, tl.load(Bounds + tile + t_first % tile)
+    return full, live, tl.load(Bounds + tile + begin)
 
 
 @triton.jit
