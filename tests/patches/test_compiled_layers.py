@@ -43,7 +43,9 @@ def played(played, monkeypatch):
         return not config.disable_compile and config.cache_implementation == "static"
 
     monkeypatch.setattr(GenerationMixin, "_valid_auto_compile_criteria", compiles)
-    monkeypatch.setattr(compiled_layers, "compiled", partial(torch.compile, backend="aot_eager", fullgraph=True))
+    monkeypatch.setattr(
+        compiled_layers, "compiled", partial(torch.compile, backend="aot_eager", fullgraph=True, dynamic=False)
+    )
     return played
 
 
@@ -60,7 +62,7 @@ def test_steps_through_one_layer_choose_the_tokens_of_eager_ones(name, played):
 
 
 def test_each_layer_has_its_lora_its_adapter_and_its_budget(tiny_llama, played):
-    """Layers with other numbers of slots are compiled for themselves."""
+    """Layers with other windows are compiled for themselves."""
     base = tiny_llama(num_hidden_layers=4)
     model = patch(base, SparseKConfig(**BUDGET, lora_rank=2, layer_shares=[0.5, 1.5, 0.5, 1.5], scorer="mlp"))
     patch(model, SparseKConfig(**BUDGET, lora_rank=2), "other")
@@ -77,7 +79,8 @@ def test_each_layer_has_its_lora_its_adapter_and_its_budget(tiny_llama, played):
 
 def test_heads_with_budgets_of_their_own_and_padding(tiny_llama, played):
     mask = (torch.arange(30) >= torch.tensor([0, 11])[:, None]).long()
-    model = patch(tiny_llama(), SparseKConfig(**BUDGET, head_shares=[[0.5, 1.5], [0.5, 1.5]]))
+    shares = [[0.5, 1.5], [0.9, 0.4], [1.0, 2.0], [0.5, 1.2]]
+    model = patch(tiny_llama(num_hidden_layers=4), SparseKConfig(**BUDGET, head_shares=shares))
     expected = model.generate(IDS, attention_mask=mask, disable_compile=True, **OPTIONS)
     found = model.generate(IDS, attention_mask=mask, cache_implementation="static", **OPTIONS)
     assert torch.equal(found, expected) and counters["stats"]["unique_graphs"] == 1

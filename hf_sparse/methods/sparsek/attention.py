@@ -150,9 +150,12 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         super().check_cache(cache)
         if cache.owner != self.owner:
             raise ValueError("the cache holds what another adapter chose: start a new cache after switching adapters")
-        k = cache.k if torch.compiler.is_compiling() else self.budget.k  # a compiled step goes on from another one
-        if isinstance(cache, RaggedCacheLayer) != isinstance(k, tuple) or (isinstance(k, tuple) and cache.k != k):
-            raise ValueError("the cache was made for other shares of the heads: start a new cache")
+        if (
+            not torch.compiler.is_compiling()
+        ):  # a compiled step goes on from another one, and serves layers with any `k`
+            k: Any = self.budget.k
+            if isinstance(cache, RaggedCacheLayer) != isinstance(k, tuple) or (isinstance(k, tuple) and cache.k != k):
+                raise ValueError("the cache was made for other shares of the heads: start a new cache")
         if not cache.empty and (cache.soft or (self.baseline is None and self.is_learning(cache))):
             raise ValueError(
                 "decoding uses hard selection, and a training forward has soft gates: call model.eval() or use "

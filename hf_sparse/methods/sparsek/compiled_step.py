@@ -48,5 +48,5 @@ def step_compiled(
     return take_step(
         query, key, value, states, weight, slope, valid, cache.keys, cache.values, cache.scores, cache.positions,
         cache.seen, cache.padded_late, cache.arrived, total, *slopes,
-        cache.window, cache.sinks, scaling, None if cache.counts is None else list(cache.counts), cache.offsets,
+        cache.window, cache.sinks, scaling, cache.offsets,
     )  # fmt: skip

@@ -252,8 +252,8 @@ class SlotMemory(CacheLayerMixin):
         fix_address(self.arrived)
 
     def _pairs(self) -> int:
-        """Return the number of rows times that of KV heads, or more."""
-        return self.keys.shape[0] * self.keys.shape[1]
+        """Return the number of rows times that of KV heads."""
+        return self.keys.shape[0] * (self.keys.shape[1] if self.counts is None else len(self.counts))
 
     def _state(self) -> list[Tensor]:
         return [t for t in (*(getattr(self, name) for name in _STATE), self.cumulative_length) if t is not None]
@@ -311,6 +311,8 @@ class SlotMemory(CacheLayerMixin):
         for name, value in vars(lent).items():
             if isinstance(value, Tensor):
                 setattr(lent, name, value.detach())  # one that is marked by `fix_address` would be compiled for itself
+        for tensor in (lent.keys, lent.values, lent.scores, lent.positions):
+            torch._dynamo.maybe_mark_dynamic(tensor, lent.scores.ndim - 1)  # layers may have other numbers of slots
         lent.owner, lent.scoring, lent._length = attention.owner, None, None
         return lent
 

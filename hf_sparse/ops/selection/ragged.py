@@ -16,6 +16,7 @@ from hf_sparse.ops.selection import slots
 
 # A recorded graph reads them for as long as it lives, so none is dropped.
 _offsets: dict[tuple[torch.device, tuple[int, ...]], Tensor] = {}
+_counts: dict[tuple[torch.device, int], tuple[int, ...]] = {}  # by the address of the offsets
 
 
 def offsets_of(counts: Sequence[int], device: torch.device) -> Tensor:
@@ -28,8 +29,18 @@ def offsets_of(counts: Sequence[int], device: torch.device) -> Tensor:
     key = (device, tuple(counts))
     if key not in _offsets:
         with torch.inference_mode(False):
-            _offsets[key] = torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device)
+            offsets = _offsets[key] = torch.tensor([0, *accumulate(counts)], dtype=torch.int32, device=device)
+        _counts[offsets.device, offsets.data_ptr()] = tuple(counts)
     return _offsets[key]
+
+
+def counts_of(offsets: Tensor) -> tuple[int, ...]:
+    """Return the numbers of slots behind the result of `offsets_of`; of other offsets they are read from the device.
+
+    Code that is compiled for one layer runs for others whose numbers differ, so it cannot hold them.
+    """
+    counts = _counts.get((offsets.device, offsets.data_ptr()))
+    return tuple(offsets.diff().tolist()) if counts is None else counts
 
 
 def of_heads(tensor: Tensor, counts: Sequence[int]) -> Iterator[Tensor]:

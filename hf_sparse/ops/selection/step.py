@@ -9,7 +9,6 @@ slots, each layer calls the operator once, its result is used, and the slots sta
 bytes as torch allocates them. The one tensor that others may read, the count of tokens, is optional.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -44,7 +43,6 @@ def take_step(
     window: int,
     sinks: int,
     scaling: float,
-    counts: Sequence[int] | None = None,
     offsets: Tensor | None = None,
 ) -> Tensor:
     """Take the step in one kernel, or in plain PyTorch.
@@ -59,11 +57,12 @@ def take_step(
         total: the layer's count of tokens, which grows by one; `None` to leave it.
         position_slope, slope_tokens, slope_length: see `ops.selection.linear_scores.Slopes`.
         window, sinks, scaling: see `StepKernel`.
-        counts, offsets: where heads have different numbers of slots, see `hf_sparse.ops.selection.ragged`.
+        offsets: where heads have different numbers of slots, see `hf_sparse.ops.selection.ragged`.
 
     Returns:
         `[B, Hq, 1, D]`, contiguous.
     """
+    counts = None if offsets is None else ragged.counts_of(offsets)
     tensors, parameters = (query, key, value, states), [tensor for tensor in (weight, slope) if tensor is not None]
     tables = [tensor for tensor in (scores, positions, seen, padded_late, arrived) if tensor is not None]
     takes_kernel = (

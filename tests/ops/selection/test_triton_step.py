@@ -167,7 +167,7 @@ def test_the_operator_takes_heads_with_different_numbers_of_slots(monkeypatch):
         for name, tensors in states_of.items():
             monkeypatch.setattr(operator, "has_kernels", lambda *_, takes=name == "kernel": takes)
             outputs[name] = operator.take_step(
-                *new, inputs, weight, None, None, *tensors, None, None, 0.0, 256, 0, 2, 1, 0.3, list(counts), offsets
+                *new, inputs, weight, None, None, *tensors, None, None, 0.0, 256, 0, 2, 1, 0.3, offsets
             )
         for one, other in zip(*states_of.values(), strict=True):
             assert torch.equal(one, other), t
