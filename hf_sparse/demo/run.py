@@ -149,8 +149,8 @@ def run(output: Path, steps: int, seed: int, console: Console) -> dict[str, Any]
         console.print(_perplexities(rows))
         console.print(_verdict(before["dense"], before["recency"], after))
         console.print(
-            "The last two rows are those of the adapter that the project publishes. It was trained on "
-            f"{PUBLISHED_TOKENS:,} tokens and divides its keys among the KV heads by what each needs; the row above it "
+            "The last row is the adapter that the project publishes, trained on "
+            f"{PUBLISHED_TOKENS:,} tokens. It divides its keys among the KV heads by what each needs; the row above it "
             "divides the most recent keys alike."
         )
 
