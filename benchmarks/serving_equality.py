@@ -4,7 +4,8 @@
     python benchmarks/serving_equality.py --tensor-parallel-size 2 --mode prefix --output serving_equality-2.json
 
 All requests are handed over at once, more than are served at a time, so that prompts are read in pieces beside requests
-that decode; and then all once more. Before the first one the memory of all states is filled with NaN. The modes:
+that decode; and then all once more. Several processes get a copy of the adapter with equal heads, since they share the
+heads and need as many slots each. Before the first one the memory of all states is filled with NaN. The modes:
 
     eager   without graphs
     decode  decoding in CUDA graphs
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 import vllm
 from attention_kernels import current_commit  # beside this file
+from serving_adapter import with_equal_heads
 from serving_vllm import register_classes, run_apart
 from vllm import LLM, SamplingParams
 
@@ -41,9 +43,12 @@ MODES: dict[str, dict[str, Any]] = {
 
 def answer(args: argparse.Namespace, folder: Path) -> None:
     """Write the folder that vLLM opens, and prompts with what `generate` adds to each."""
-    export(args.adapter, folder / "served")
+    adapter = args.adapter
+    if args.tensor_parallel_size > 1:
+        adapter = with_equal_heads(adapter, folder / "adapter")
+    export(adapter, folder / "served")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = hf_sparse.from_pretrained(args.adapter, dtype=torch.float32).to(device)
+    model = hf_sparse.from_pretrained(adapter, dtype=torch.float32).to(device)
     generator = random.Random(6)
     drawn = [int(10 * 150 ** generator.random()) for _ in range(args.requests - 6)]
     answers = []

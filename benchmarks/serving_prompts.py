@@ -3,7 +3,7 @@
     python benchmarks/serving_prompts.py --output serving_prompts-cpu.json
 
 In the environment of `make serving`. All prompts are handed over at once, on the bundled Llama with its adapter's
-scorers and two budgets: its own 64 KV slots per head, which most of the prompts exceed, and so many that all fit. Each
+scorers and two budgets: 64 KV slots of every head, which most of the prompts exceed, and so many that all fit. Each
 round reads them once in each way, in turn, and generates one token for each. The operations are those that PyTorch
 dispatches, views left out, in the attention of one layer in the step with the most prompts: on a GPU each is a launch,
 or several, where no kernel of hf-sparse takes its place. The tokens of both ways have to be the same. The JSON is
@@ -16,7 +16,6 @@ import argparse
 import json
 import os
 import random
-import shutil
 import statistics
 import tempfile
 import time
@@ -34,6 +33,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 import vllm
 from attention_kernels import current_commit  # beside this file
+from serving_adapter import with_equal_heads
 from serving_vllm import register_classes
 from torch.utils._python_dispatch import TorchDispatchMode
 from vllm import LLM, SamplingParams
@@ -82,19 +82,11 @@ def reading(way: str, counts: dict[int, int] | None = None) -> Iterator[None]:
         pool.groups_of, layer.attend_packed = groups_of, attend_packed
 
 
-def adapter_with(adapter: Path, slots: int, folder: Path) -> Path:
-    """Copy an adapter, and give it another number of KV slots."""
-    shutil.copytree(adapter, folder, ignore=lambda *names: [n for n in names[1] if not n.startswith("adapter_")])
-    path = folder / "adapter_config.json"
-    config = json.loads(path.read_text())
-    config["k"] = slots - config["window"] - config["sinks"]
-    path.write_text(json.dumps(config))
-    return folder
-
-
 def measure(args: argparse.Namespace, slots: int, folder: Path) -> dict[str, Any]:
     """Read the prompts in both ways with an adapter of so many slots."""
-    export(adapter_with(args.adapter, slots, folder / "adapter"), folder / "served")
+    config = json.loads((args.adapter / "adapter_config.json").read_text("utf-8"))
+    k = slots - config["window"] - config["sinks"]
+    export(with_equal_heads(args.adapter, folder / "adapter", k=k), folder / "served")
     register_classes("HfSparseLlamaForCausalLM")
     engine = LLM(
         str(folder / "served"),

@@ -64,7 +64,7 @@ def test_says_what_it_measured(told):
     for value in evaluation["perplexity"].values():
         assert f"{value:.2f}" in words
     assert re.search(r"by the untrained scorer .*\d\.\d\d .*[+-]\d", words)
-    longer = re.search(r"by a scorer trained for longer .* 64 \S+ +(\d+\.\d\d) ", words)
+    longer = re.search(r"by a scorer trained for longer .* 64 on average \S+ +(\d+\.\d\d) ", words)
     assert longer and float(longer[1]) < evaluation["perplexity"]["recency"]
     assert "hf-sparse push" in words
 

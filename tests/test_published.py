@@ -249,6 +249,31 @@ def test_slope_lengths():
         assert rows[name] == [quality, *scores_of(run)[-2:]]
 
 
+def test_scores_that_begin_as_recency():
+    rows = table("docs/experiments.md", "### Scores that begin as recency")
+    runs = {
+        "equal heads": read(LEARNING / "demo-equal-heads.json"),
+        "by default": read(LEARNING / "demo-defaults.json"),
+        "from recency": read(CARDS / "demo-llama-sparsek-64" / "eval.json"),
+    }
+    names = {
+        "learned": "learned",
+        "window and sinks": "recency",
+        "SnapKV": "snapkv",
+        "TOVA": "tova",
+        "oracle": "oracle",
+    }
+    expected = {}
+    for run, evaluation in runs.items():
+        found = by_budget(evaluation)
+        for name, key in names.items():
+            expected[f"{run}: {name}"] = [
+                f"{found[slots]['perplexity'][key]:.3f} ({found[slots]['divergence'][key]:.4f})"
+                for slots in (32, 64, 128, 256)
+            ]
+    assert dict(list(rows.items())[1:]) == expected
+
+
 def test_learned_shares():
     ways = read(LEARNING / "smollm2-learned-shares.json")["rows"], read(LEARNING / "smollm2-divided-heads.json")["rows"]
     learned, measured = ways[0][0]["head_shares"], ways[1][0]["adapter"]["head_shares"]

@@ -55,7 +55,7 @@ TRAINING_LENGTH = 256  # a score does not depend on later queries: what is learn
 EVERY_NTH_DOCUMENT = 8  # one training document in 8 is read, still more than the steps need
 
 #: A copy of the published adapter model_cards/demo-llama-sparsek-64, whose finetune.json has the tokens.
-PUBLISHED, PUBLISHED_TOKENS = Path(__file__).parent / "adapter", 696_320
+PUBLISHED, PUBLISHED_TOKENS = Path(__file__).parent / "adapter", 614_400
 
 NEW_TOKENS = 64
 REPORT_DOCUMENTS, REPORT_CHUNKS = 8, ":2"  # of the held-out text, whose kept keys the report draws
@@ -111,7 +111,8 @@ def run(output: Path, steps: int, seed: int, console: Console) -> dict[str, Any]
         for name in COMPARED:
             with using(model, name):
                 before[name] = perplexity(model, held_out, batch_size=EVALUATION_BATCH, progress=name)
-        rows = [_Row(COMPARED[name], None if name == "dense" else config.slots, before[name]) for name in COMPARED]
+        keys = {name: f"up to {EVALUATION_LENGTH if name == 'dense' else config.slots}" for name in COMPARED}
+        rows = [_Row(COMPARED[name], keys[name], before[name]) for name in COMPARED]
         console.print(_perplexities(rows))
         console.print(
             "Perplexity is the number of equally likely tokens that would leave as much doubt about the next token: "
@@ -144,12 +145,13 @@ def run(output: Path, steps: int, seed: int, console: Console) -> dict[str, Any]
         evaluation["text"]["trained_on"] = overlap(training["trained_on"], held_out)
         after = evaluation["perplexity"]["learned"]
         evaluation["perplexity"] = {**before, "learned": after}
-        rows += [_Row("by the trained scorer", config.slots, after), *_published(held_out)]
+        rows += [_Row("by the trained scorer", keys["learned"], after), *_published(held_out)]
         console.print(_perplexities(rows))
         console.print(_verdict(before["dense"], before["recency"], after))
         console.print(
-            f"The last two rows have {rows[-1].keys} keys, those of the adapter that the project publishes: it was "
-            f"trained on {PUBLISHED_TOKENS:,} tokens, and is to be compared with the most recent {rows[-1].keys}."
+            "The last row is the adapter that the project publishes, trained on "
+            f"{PUBLISHED_TOKENS:,} tokens. It divides its keys among the KV heads by what each needs; the row above it "
+            "divides the most recent keys alike."
         )
 
         console.rule("5. generate")
@@ -195,22 +197,22 @@ def _held_out(tokenizer: Any) -> Tensor:
 
 
 class _Row(NamedTuple):
-    """Hold a row of the table: what is kept, how many keys a query attends to (`None`: all), and the perplexity."""
+    """Hold a row of the table: what is kept, how many keys a query attends to, and the perplexity."""
 
     what: str
-    keys: int | None
+    keys: str
     perplexity: float
 
 
 def _published(held_out: Tensor) -> list[_Row]:
     """Measure the published adapter, and the most recent keys at its budget."""
     model, _ = load_adapter(PUBLISHED, device="cpu", dtype="float32")
-    slots = model.active_peft_config.slots
+    keys = f"{model.active_peft_config.slots} on average"
     rows = []
     for name, what in (("recency", COMPARED["recency"]), ("learned", "by a scorer trained for longer")):
         with using(model, name):
-            value = perplexity(model, held_out, batch_size=EVALUATION_BATCH, progress=f"{name}, {slots} keys")
-        rows.append(_Row(what, slots, value))
+            value = perplexity(model, held_out, batch_size=EVALUATION_BATCH, progress=f"{name}, published")
+        rows.append(_Row(what, keys, value))
     return rows
 
 
@@ -221,9 +223,8 @@ def _perplexities(rows: list[_Row]) -> Table:
     table.add_column("perplexity", justify="right")
     table.add_column("against dense", justify="right")
     dense = rows[0].perplexity
-    for what, keys, value in rows:
-        change = "" if keys is None else f"{value / dense - 1:+.1%}"
-        table.add_row(what, f"up to {EVALUATION_LENGTH if keys is None else keys}", f"{value:.2f}", change)
+    for number, (what, keys, value) in enumerate(rows):
+        table.add_row(what, keys, f"{value:.2f}", f"{value / dense - 1:+.1%}" if number else "")
     return table
 
 
