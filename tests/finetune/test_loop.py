@@ -345,7 +345,11 @@ def test_refusals(sparse_llama, tiny_llama, chunks):
         finetune(sparse_llama(), chunks, {"steps": 1})
     with pytest.raises(ValueError, match="no sparse attention"):
         train(tiny_llama(), chunks)
+    with pytest.raises(TypeError, match=r"expected a transformers PreTrainedModel .*, got OptimizedModule"):
+        train(torch.compile(sparse_llama()), chunks)
     model = sparse_llama()
+    with model.disable_adapter(), pytest.raises(ValueError, match="switched on, and that of this model is off"):
+        train(model, chunks)
     model.base_model.model.lm_head.weight.requires_grad_(True)
     with pytest.raises(ValueError, match=r"1 parameters besides the scorers would be trained, the first is .*lm_head"):
         train(model, chunks)
