@@ -181,6 +181,7 @@ def _identity(training: Training, accelerator: Accelerator, data: TensorDataset)
     identity = {
         **training.recorded_settings(),
         "chunks": fingerprint(*data.tensors),
+        "length": data.tensors[0].shape[1],  # the same tokens may be cut into other chunks
         "adapter": training.identity(),
         "processes": accelerator.num_processes,
     }

@@ -259,6 +259,18 @@ def test_a_checkpoint_from_before_a_field_is_that_of_its_default(sparse_llama, c
         train(sparse_llama(slope_length=64), chunks, output_dir=str(tmp_path), resume=True)
 
 
+def test_resume_refuses_the_same_tokens_in_chunks_of_another_length(sparse_llama, chunks, tmp_path):
+    whole = train(sparse_llama(), chunks, output_dir=str(tmp_path), checkpoint_every=4)
+    with pytest.raises(ValueError, match=r"different: length$"):
+        train(sparse_llama(), chunks.reshape(len(chunks) // 2, -1), output_dir=str(tmp_path), resume=True)
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    settings = json.loads((folder / "state.json").read_text())["settings"]
+    del settings["length"]  # as an older hf-sparse wrote it
+    rewrite(folder, settings=settings)
+    again = train(sparse_llama(), chunks, output_dir=str(tmp_path), resume=True)
+    assert [row["loss"] for row in again["history"]] == [row["loss"] for row in whole["history"]]
+
+
 def test_resume_refuses_other_settings_and_damage(sparse_llama, chunks, tmp_path):
     train(sparse_llama(), chunks, output_dir=str(tmp_path), checkpoint_every=4)
     with pytest.raises(ValueError, match=r"cannot resume with other settings.*learning_rate"):
