@@ -569,7 +569,7 @@ def test_damaged_configuration(folder, content):
     ("kind", "advice"),
     [
         ("LORA", r"expected HF_SPARSE_SPARSEFINDER or HF_SPARSE_SPARSEK; use peft\.PeftModel"),
-        ("HF_SPARSE_NEW", "a newer hf-sparse may know"),
+        ("HF_SPARSE_NEW", "a newer hf-sparse, or the package of its method, may know"),
     ],
 )
 def test_adapter_of_another_type(folder, kind, advice):
