@@ -125,6 +125,12 @@ def task_of_class(model_class: str | None) -> ModelKind:
     return _BY_CLASS.get(model_class or "", _CAUSAL)
 
 
+def have_one_task(one: str | None, other: str) -> bool:
+    """Tell whether two classes of models are for the same task; they may be where one of them is not known."""
+    tasks = [_BY_CLASS.get(one or ""), _BY_CLASS.get(other)]
+    return None in tasks or tasks[0] is tasks[1]
+
+
 def attends_both_ways(model_type: str | None, task: ModelKind) -> bool:
     """Tell whether the models of a type attend in both directions when they are used for a task."""
     return task.kind != "causal" and model_type in _MASKED.models
