@@ -68,9 +68,9 @@ def finetune(model: nn.Module, dataset: Any, config: FinetuneConfig | None = Non
 
     Raises:
         DataError: chunks that cannot train this model.
-        TypeError: the settings are no `FinetuneConfig`.
+        TypeError: the settings are no `FinetuneConfig`, or the model is what wraps one, as `torch.compile` does.
         ValueError: parameters other than the adapter's would be trained, the method or model has no such objective or
-            setting, gradients are switched off, or a loss, a gradient or what is learned is not finite.
+            setting, the adapter or gradients are switched off, or a loss, a gradient or what is learned is not finite.
         BusyError: another run holds `output_dir`.
     """
     return _train(model, dataset, config)
@@ -181,6 +181,7 @@ def _identity(training: Training, accelerator: Accelerator, data: TensorDataset)
     identity = {
         **training.recorded_settings(),
         "chunks": fingerprint(*data.tensors),
+        "length": data.tensors[0].shape[1],  # the same tokens may be cut into other chunks
         "adapter": training.identity(),
         "processes": accelerator.num_processes,
     }

@@ -105,7 +105,7 @@ def resume(
     state, origin = checkpoint.load_state(folder), new.origin
     if weights_after(output, state) == origin["first_weights"]:  # the run ended with them, and may be repeated
         origin = origin | {"first_weights": state["origin"]["first_weights"]}
-    settings = state["settings"]
+    settings = {"length": new.identity["length"], **state["settings"]}  # an older hf-sparse did not note it
     if isinstance(settings.get("adapter"), dict):
         settings = settings | {"adapter": {**adapter, **settings["adapter"]}}
     _check_resumable(folder, state | {"settings": settings}, new.identity, origin, len(plan))

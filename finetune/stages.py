@@ -258,13 +258,20 @@ def training_of(model: nn.Module, config: FinetuneConfig) -> Training:
     """Return the training of the method that a model has.
 
     Raises:
-        ValueError: the model has no sparse attention, or there are settings that have no effect on it.
+        TypeError: what wraps a model, such as the result of `torch.compile`.
+        ValueError: the model has no sparse attention, or it is switched off, or there are settings that have no effect
+            on it.
     """
     layers = sparse_layers_in_use(model)
     if not layers:
         configs = " or a ".join(method.config.__name__ for method in registered_methods().values())
         raise ValueError(
             f"the model has no sparse attention: use peft.get_peft_model(model, config) with a {configs} first"
+        )
+    if not layers[0].is_active:
+        raise ValueError(
+            "finetune trains sparse attention that is switched on, and that of this model is off: call it outside of "
+            "disable_adapter()"
         )
     training: type[Training] = method_of(layers[0].config).training()
     return training(model, layers, config)

@@ -26,6 +26,13 @@ def check_writable(folder: Path) -> None:
         raise PermissionError(f"{folder} cannot be written to, and the result goes there: work on a copy of it")
 
 
+def check_place(folder: Path) -> None:
+    """Raise `PermissionError` for a folder that is missing and cannot be made, before there is something to lose."""
+    parent = next(place for place in (folder, *folder.resolve().parents) if place.exists())
+    if parent != folder and not os.access(parent, os.W_OK):
+        raise PermissionError(f"{folder} cannot be made, since {parent} takes no new files: choose another place")
+
+
 def read_object(path: Path, most: int = 2**24) -> dict[str, Any]:
     """Read the object in a JSON file.
 

@@ -130,11 +130,16 @@ def is_public(name: str | None) -> bool:
     """Tell whether the name of a base model is one that others can resolve, and not a folder of this machine."""
     if name is None or name == BASE_NAME:
         return name == BASE_NAME
+    return is_repo_id(name) and not Path(name).exists()
+
+
+def is_repo_id(name: str) -> bool:
+    """Tell whether a name could be that of a repository on the Hub; `./model` and `~/model` could not."""
     try:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return not Path(name).exists()
+    return True
 
 
 def open_base(name: str, **options: Any) -> Base:
@@ -154,7 +159,7 @@ def open_base(name: str, **options: Any) -> Base:
     """
     place = resolve_base(name)
     hub = {key: options[key] for key in _HUB if key in options}
-    if name.count("/") > 1 and not Path(place).is_dir():
+    if not Path(place).is_dir() and not is_repo_id(name):
         raise FileNotFoundError("expected a folder that exists, or an id on the Hub with one `/` at most")
     attention = options.pop("attn_implementation", None)
     if attention is not None and attention not in ATTENTION:
@@ -162,7 +167,10 @@ def open_base(name: str, **options: Any) -> Base:
             f"attn_implementation must be one of {', '.join(ATTENTION)}, got {shown(attention)}: hf-sparse fetches no "
             "kernels"
         )
-    adapted = HubError(f"the base model {name!r} holds an adapter itself; load it yourself and pass it as base_model=")
+    adapted = HubError(
+        f"the base model {name!r} holds an adapter itself: name the model below it, or load both yourself and pass "
+        "them as base_model="
+    )
     try:
         path = cached_file(place, "config.json", _raise_exceptions_for_missing_entries=False, **hub)
         if path is not None:

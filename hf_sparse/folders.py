@@ -22,7 +22,7 @@ from typing import Any, TypeVar, cast
 
 from filelock import FileLock, Timeout
 
-from hf_sparse.atomic_files import check_writable
+from hf_sparse.atomic_files import check_place, check_writable
 from hf_sparse.environment import is_main_process
 from hf_sparse.errors import BusyError
 
@@ -44,12 +44,14 @@ def locked(folder: str | Path) -> Iterator[None]:
 
     Raises:
         BusyError: another run holds the folder.
+        PermissionError: there is no such folder, and none can be made.
     """
     folder = Path(folder).resolve()
     folders: set[Path] = _held.__dict__.setdefault("folders", set())
     if folder in folders:
         yield
         return
+    check_place(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = folder.with_name(f".{folder.name}{LOCK}")
     exists = folder.is_dir()

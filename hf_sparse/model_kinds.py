@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
+    PreTrainedModel,
 )
 
 from hf_sparse._compat import private
@@ -101,9 +102,15 @@ def kind_of(model: nn.Module) -> Kind:
     """Find how a model, with an adapter or without, is trained and measured.
 
     Raises:
+        TypeError: a module that wraps a model, whose class does not tell.
         ValueError: a language model of next tokens that attends in both directions.
     """
     base = model.get_base_model() if isinstance(model, PeftModel) else model
+    if not isinstance(base, PreTrainedModel):
+        raise TypeError(
+            f"expected a transformers PreTrainedModel or a PeftModel of one, got {type(model).__name__}: give the "
+            "model that is inside (of the result of torch.compile, the model that was compiled)"
+        )
     kind: Kind = next((_BY_CLASS[c.__name__].kind for c in type(base).__mro__ if c.__name__ in _BY_CLASS), "features")
     if kind == "causal" and not all(layer.causal for layer in sparse_layers(base)):
         raise ValueError(
@@ -116,6 +123,12 @@ def kind_of(model: nn.Module) -> Kind:
 def task_of_class(model_class: str | None) -> ModelKind:
     """Find the task of a class of models; causal language modelling where the class is not known."""
     return _BY_CLASS.get(model_class or "", _CAUSAL)
+
+
+def have_one_task(one: str | None, other: str) -> bool:
+    """Tell whether two classes of models are for the same task; they may be where one of them is not known."""
+    tasks = [_BY_CLASS.get(one or ""), _BY_CLASS.get(other)]
+    return None in tasks or tasks[0] is tasks[1]
 
 
 def attends_both_ways(model_type: str | None, task: ModelKind) -> bool:

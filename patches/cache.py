@@ -36,7 +36,7 @@ class SparseCache(Cache):
     """
 
     def __init__(self, model: nn.Module) -> None:
-        if not isinstance(model, nn.Module):
+        if not isinstance(model, nn.Module) or not hasattr(model, "config"):
             raise TypeError(f"expected a patched model, or a PeftModel of one, got {type(model).__name__}")
         super().__init__(layers=DynamicCache(config=model.config).layers)  # type: ignore[arg-type]
         is_sparse = False
@@ -128,9 +128,13 @@ def sparse_cache_layer(cache: Any, index: int, attention: SparseAttentionLayer) 
             new.share_mask_sizes()  # a cache that knows no local layers may take the size of their mask from this one
         cache.layers[index] = layer = new
     if not attention.has_made(layer):
+        of_a_switch = type(layer) in (DynamicLayer, StaticLayer) or hasattr(layer, "begin_attention")
+        advice = (
+            "start a new cache after switching adapters on or off" if of_a_switch else "generate without this cache"
+        )
         raise ValueError(
             "sparse attention keeps a cache layer of its own in place of that of an ordinary, empty cache; "
             f"layer {index} is a {type(layer).__name__}{' that holds dense keys' if layer.get_seq_length() else ''}: "
-            "start a new cache after switching adapters on or off"
+            f"{advice}"
         )
     return layer

@@ -219,6 +219,9 @@ def padding_mask(
     Returns:
         `[B, Tk]` bool, or `None` where nothing is padded; `[B, T]` int64 that numbers the texts of packed rows;
         `[B, 1, Tq, Tk]` bool for every other mask function.
+
+    Raises:
+        ValueError: a mask that has one dimension, or three.
     """
     if mask_function not in (causal_mask_function, bidirectional_mask_function):
         texts = None if attention_mask is not None or torch.compiler.is_compiling() else texts_in_mask(mask_function)
@@ -234,6 +237,10 @@ def padding_mask(
         )
     if attention_mask is None:
         return None
+    if attention_mask.ndim != 2:
+        raise ValueError(
+            f"sparse attention takes a padding mask [B, T], got one of shape {tuple(attention_mask.shape)}"
+        )
     if q_length == 1:
         # A decoding step. The mask grows, but the cache may have asked for its newest column only (`get_mask_sizes`),
         # and a step of constant shape and strides can be compiled. Columns that a cache of fixed size has beyond the

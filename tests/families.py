@@ -180,6 +180,7 @@ _ENTRIES = (
         {**GROUPED, "attention_multiplier": 0.2, "logits_scaling": 2.0},
         kin=True,
     ),
+    TinyFamily("apertus", "ApertusConfig", "ApertusForCausalLM", GROUPED, kin=True),
     TinyFamily("olmo2", "Olmo2Config", "Olmo2ForCausalLM", GROUPED, kin=True),
     TinyFamily("olmo3", "Olmo3Config", "Olmo3ForCausalLM", {**GROUPED, **HALF_LOCAL}, local=(0, 2), kin=True),
     TinyFamily(

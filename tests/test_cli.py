@@ -166,7 +166,10 @@ class TestPatch:
         assert "the base model 'no-such/model' cannot be read" in fail(
             "patch", "no-such/model", "--output", tmp_path / "out"
         )
-        assert "holds an adapter itself" in fail("patch", adapter, "--output", tmp_path / "out")
+        for nowhere in ("./nowhere", "~/nowhere", "a/b/c"):
+            message = fail("patch", nowhere, "--output", tmp_path / "out")
+            assert f"the base model '{nowhere}' cannot be read: expected a folder that exists, or an id on" in message
+        assert "holds an adapter itself: name the model below" in fail("patch", adapter, "--output", tmp_path / "out")
         assert not (tmp_path / "out").exists()
 
     def test_refuses_a_damaged_base_model(self, tmp_path, base):
@@ -681,6 +684,9 @@ class TestDamage:
         monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
         for verb in ("finetune", "divide", "unpatch", "eval", "report"):
             assert "adapter cannot be written to" in fail(verb, adapter, "--text", text)
+        monkeypatch.setattr(workflow, "load_base", lambda *args, **kwargs: pytest.fail("the work began"))
+        new = adapter.parent / "new" / "adapter"
+        assert f"{new} cannot be made, since {adapter.parent} takes no new" in fail("patch", "demo", "--output", new)
 
     def test_weights(self, adapter, text):
         weights = adapter / "adapter_model.safetensors"

@@ -178,3 +178,11 @@ def test_a_reader_waits_for_who_holds_the_folder(folder, monkeypatch):
     thread.join()
     settle(folder)
     assert (folder / "a.json").read_text() == "new"
+
+
+def test_a_folder_that_cannot_be_made_is_told_before_the_block(tmp_path, monkeypatch):
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
+    message = f"{tmp_path / 'new'} cannot be made, since {tmp_path} takes no new files: choose another place"
+    with pytest.raises(PermissionError, match=re.escape(message)), locked(tmp_path / "new"):
+        pytest.fail("the block began")
+    assert list(tmp_path.iterdir()) == []

@@ -180,6 +180,17 @@ def test_a_base_with_other_labels_is_refused(labels, told, checkpoint, tmp_path)
     assert sparse_layers(other) == [] and not any("original_module" in name for name, _ in other.named_modules())
 
 
+def test_a_head_for_another_task_is_refused_where_names_and_shapes_agree(checkpoint, tmp_path):
+    base = checkpoint("llama")
+    adapt("LlamaForSequenceClassification", base).save_pretrained(tmp_path / "adapter")
+    message = r"it brings \['score'\] of a LlamaForSequenceClassification, got a LlamaForTokenClassification"
+    with pytest.raises(AdapterMismatchError, match=message):
+        hf_sparse.from_pretrained(tmp_path / "adapter", base_model=load("LlamaForTokenClassification", base))
+    own = load("LlamaForSequenceClassification", base)
+    own.__class__ = type("Mine", (type(own),), {})
+    assert sparse_layers(hf_sparse.from_pretrained(tmp_path / "adapter", base_model=own))
+
+
 def test_a_head_of_another_size_is_replaced_by_the_adapters(checkpoint, tmp_path):
     """A base that was trained for two labels, and an adapter for three."""
     base, kind = tmp_path / "two", "BertForSequenceClassification"

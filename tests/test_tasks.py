@@ -48,6 +48,9 @@ def test_kind_of_a_model(tiny_bert, tiny_llama):
     assert kind_of(tiny_bert("BertForMaskedLM")) == "masked"
     assert kind_of(tiny_bert("BertForSequenceClassification")) == kind_of(tiny_bert("BertModel")) == "features"
     assert kind_of(tiny_bert("BertForPreTraining")) == "features"  # its output has no `logits`
+    for wrapped in (torch.compile(tiny_llama()), torch.nn.Sequential(tiny_llama())):
+        with pytest.raises(TypeError, match=f"PeftModel of one, got {type(wrapped).__name__}: give the model that is"):
+            kind_of(wrapped)
 
 
 def test_next_tokens_from_both_directions_are_refused(tiny_bert):

@@ -12,6 +12,7 @@ from hf_sparse.adapters.folder import AdapterFolder
 from hf_sparse.base_model import usable
 from hf_sparse.embeddings import embeddings_of
 from hf_sparse.errors import AdapterMismatchError, HubError, UnsupportedModelError, WeightsError
+from hf_sparse.model_kinds import have_one_task
 from hf_sparse.patches.heads import random_weights, uncovered
 from hf_sparse.weights import check_names
 
@@ -33,6 +34,11 @@ def check_fit(adapter: AdapterFolder, skeleton: PreTrainedModel, base: str) -> i
         UnsupportedModelError: the base model has no sparse attention patch.
         HubError: keys are missing, unexpected or of another shape.
     """
+    if adapter.config.modules_to_save and not have_one_task(adapter.model_class, type(skeleton).__name__):
+        raise AdapterMismatchError(  # heads for two tasks may have the same names and shapes
+            f"{adapter.source} does not fit the base model {base}: it brings {adapter.config.modules_to_save} of a "
+            f"{adapter.model_class}, got a {type(skeleton).__name__}"
+        )
     # The class that will be loaded: each asks something else of its base model.
     peft_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(adapter.config.task_type, PeftModel)
     try:

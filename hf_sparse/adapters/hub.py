@@ -29,13 +29,14 @@ from hf_sparse.adapters.full_model import check_form
 from hf_sparse.adapters.full_model_writing import base_files, write_full_model
 from hf_sparse.adapters.hub_errors import explained, short_line
 from hf_sparse.adapters.push_plan import PushPlan, carry_out, plan_of
+from hf_sparse.adapters.read import check_complete
 from hf_sparse.adapters.saving import check_free
 from hf_sparse.base_model import is_public, open_base
 from hf_sparse.bundled import BASE_NAME
 from hf_sparse.core.registry import registered_methods
 from hf_sparse.environment import is_main_process
 from hf_sparse.errors import HubError
-from hf_sparse.folders import locked, staged
+from hf_sparse.folders import locked, settle, staged
 
 # The Hub knows licenses by short names; which ones it tells itself, before anything is created.
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
@@ -258,8 +259,18 @@ def _prepared(
 
 
 def _active_adapter(model: Any) -> str:
-    """Return the name of the adapter to push; empty for a folder."""
+    """Return the name of the adapter to push; empty for a folder, which holds one.
+
+    Raises:
+        HubError: there is no such folder, or it holds no whole adapter.
+        TypeError: neither a folder nor a model with one active adapter of hf-sparse.
+    """
     if isinstance(model, str | Path):
+        folder = Path(model)
+        if not folder.is_dir():
+            raise HubError(f"{folder} is not a folder, so there is no adapter to push")
+        settle(folder)
+        check_complete(folder, str(folder))
         return ""
     if not isinstance(model, PeftModel):
         configs = " or a ".join(method.config.__name__ for method in registered_methods().values())
@@ -294,8 +305,6 @@ def _stage(folder: Path, stage: Path, base_model: str | None, token: str | bool 
     Raises:
         BusyError: another run holds the folder.
     """
-    if not folder.is_dir():
-        raise HubError(f"{folder} is not a folder, so there is no adapter to push")
     # Nobody replaces files between the reads; what takes no files is not replaced.
     with locked(folder) if os.access(folder, os.W_OK) else nullcontext():
         return _copy(folder, stage, base_model, token, form)

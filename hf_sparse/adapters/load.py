@@ -183,7 +183,8 @@ def _load_base_of(
     name = base_model or adapter.base_model
     if name is None:
         raise HubError(f"{adapter.source} does not say which base model it is for; pass base_model=")
-    with explained(f"cannot load the base model {name!r} of {adapter.source} (base_model= names another)"):
+    another = "base_model=, or base_model_name_or_path in adapter_config.json, names another"
+    with explained(f"cannot load the base model {name!r} of {adapter.source} ({another})"):
         head = adapter.head
         if head:
             head |= {key: options[key] for key in ("num_labels", "id2label", "label2id") if key in options}

@@ -74,7 +74,11 @@ def read_config(folder: Path, source: str) -> ConfigFile:
         raise HubError(f"{CONFIG} of {source} is damaged: {error}") from error
     known = registered_methods()
     if peft_type not in known:
-        advice = "a newer hf-sparse may know it" if peft_type.startswith("HF_SPARSE_") else "use peft.PeftModel"
+        advice = (
+            "a newer hf-sparse, or the package of its method, may know it"
+            if peft_type.startswith("HF_SPARSE_")
+            else "use peft.PeftModel"
+        )
         raise HubError(f"{source} is an adapter of type {peft_type[:80]}, expected {' or '.join(known)}; {advice}")
     try:
         _check_keys(content, known[peft_type].config)

@@ -6,6 +6,7 @@ from pathlib import Path
 from peft import PeftModel
 
 from hf_sparse.adapters.files import CARD, CONFIG, WEIGHTS
+from hf_sparse.atomic_files import check_place
 from hf_sparse.folders import is_empty, settle, staged
 
 
@@ -18,7 +19,7 @@ def save_adapter(model: PeftModel, folder: str | Path) -> None:
 
 
 def check_free(folder: Path, force: bool = False, way_out: str = "") -> None:
-    """Refuse a place for new files where something is already: a file, or a folder that is not empty.
+    """Refuse a place for new files: a file, a folder that is not empty, or one that cannot be made.
 
     Args:
         folder: the place.
@@ -27,7 +28,9 @@ def check_free(folder: Path, force: bool = False, way_out: str = "") -> None:
 
     Raises:
         ValueError: something is there.
+        PermissionError: the folder does not exist and cannot be made.
     """
+    check_place(folder)
     settle(folder)
     if folder.exists() and not (folder.is_dir() and (force or is_empty(folder))):
         raise ValueError(f"{folder} exists and is not an empty folder; choose another{way_out}")

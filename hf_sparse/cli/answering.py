@@ -30,6 +30,7 @@ class Answer:
         rest: seconds from there to its last.
         kv_bytes: bytes of keys and values in the cache at the end.
         dense_bytes: bytes that dense attention would have there.
+        positions: how many tokens the model reads, if the answer ended because it has no more; otherwise `None`.
     """
 
     ids: list[int]
@@ -39,15 +40,17 @@ class Answer:
     rest: float
     kv_bytes: int
     dense_bytes: int
+    positions: int | None
 
     def summary(self) -> str:
         """Return one line on time and memory."""
         from hf_sparse.evaluation.show import readable_bytes
 
         speed = f", {(self.tokens - 1) / self.rest:.1f} tokens/s after it" if self.tokens > 1 and self.rest else ""
+        end = f"; the model has {self.positions:,} positions and stops there" if self.positions else ""
         return (
             f"{self.tokens} tokens, the first after {self.first:.2f} s{speed}; KV cache "
-            f"{readable_bytes(self.kv_bytes)}, of dense attention {readable_bytes(self.dense_bytes)}"
+            f"{readable_bytes(self.kv_bytes)}, of dense attention {readable_bytes(self.dense_bytes)}{end}"
         )
 
 
@@ -128,7 +131,8 @@ class Answerer:
         new = self._seen[len(ids) :]
         first, rest = clock.times
         text = self.tokenizer.decode(new, skip_special_tokens=True)
-        return Answer(self._seen, text, len(new), first, rest, self._cache.nbytes, self._dense_bytes())
+        positions = limit if len(self._seen) == limit and len(new) < self.most else None
+        return Answer(self._seen, text, len(new), first, rest, self._cache.nbytes, self._dense_bytes(), positions)
 
     def _dense_bytes(self) -> int:
         """Count the bytes of the keys and values that dense attention would keep of the tokens in the cache."""

@@ -80,6 +80,18 @@ def test_the_size_of_the_dense_cache_is_that_of_the_base_model(tmp_path, setting
     assert f"KV cache {readable_bytes(slots)}, of dense attention {readable_bytes(kv_bytes(cache))}\n" in result.stderr
 
 
+def test_an_answer_that_the_positions_of_the_model_cut_says_so(folder):
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
+    prompt = "x = 1\n" * 400
+    left = 2048 - len(prompt_tokens(tokenizer, prompt))
+    assert 0 < left < 256
+    result = invoke("generate", folder, "--prompt", prompt, "--device", "cpu", "--max-new-tokens", left + 1)
+    assert f"{left} tokens, the first" in result.stderr, result.output
+    assert result.stderr.endswith("; the model has 2,048 positions and stops there\n")
+    result = invoke("generate", folder, "--prompt", prompt, "--device", "cpu", "--max-new-tokens", left)
+    assert f"{left} tokens, the first" in result.stderr and "positions" not in result.stderr
+
+
 def test_sampling_follows_its_seed(folder):
     arguments = ["generate", folder, "--prompt", PROMPT, *OPTIONS, "--temperature", "1.5"]
     first, again, other = (invoke(*arguments, "--seed", seed).stdout for seed in (1, 1, 2))

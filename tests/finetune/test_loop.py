@@ -261,6 +261,18 @@ def test_a_checkpoint_from_before_a_field_is_that_of_its_default(sparse_llama, c
         train(sparse_llama(slope_length=64), chunks, output_dir=str(tmp_path), resume=True)
 
 
+def test_resume_refuses_the_same_tokens_in_chunks_of_another_length(sparse_llama, chunks, tmp_path):
+    whole = train(sparse_llama(), chunks, output_dir=str(tmp_path), checkpoint_every=4)
+    with pytest.raises(ValueError, match=r"different: length$"):
+        train(sparse_llama(), chunks.reshape(len(chunks) // 2, -1), output_dir=str(tmp_path), resume=True)
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    settings = json.loads((folder / "state.json").read_text())["settings"]
+    del settings["length"]  # as an older hf-sparse wrote it
+    rewrite(folder, settings=settings)
+    again = train(sparse_llama(), chunks, output_dir=str(tmp_path), resume=True)
+    assert [row["loss"] for row in again["history"]] == [row["loss"] for row in whole["history"]]
+
+
 def test_resume_refuses_other_settings_and_damage(sparse_llama, chunks, tmp_path):
     train(sparse_llama(), chunks, output_dir=str(tmp_path), checkpoint_every=4)
     with pytest.raises(ValueError, match=r"cannot resume with other settings.*learning_rate"):
@@ -347,7 +359,11 @@ def test_refusals(sparse_llama, tiny_llama, chunks):
         finetune(sparse_llama(), chunks, {"steps": 1})
     with pytest.raises(ValueError, match="no sparse attention"):
         train(tiny_llama(), chunks)
+    with pytest.raises(TypeError, match=r"expected a transformers PreTrainedModel .*, got OptimizedModule"):
+        train(torch.compile(sparse_llama()), chunks)
     model = sparse_llama()
+    with model.disable_adapter(), pytest.raises(ValueError, match="switched on, and that of this model is off"):
+        train(model, chunks)
     model.base_model.model.lm_head.weight.requires_grad_(True)
     with pytest.raises(ValueError, match=r"1 parameters besides the scorers would be trained, the first is .*lm_head"):
         train(model, chunks)

@@ -569,7 +569,7 @@ def test_damaged_configuration(folder, content):
     ("kind", "advice"),
     [
         ("LORA", r"expected HF_SPARSE_SPARSEFINDER or HF_SPARSE_SPARSEK; use peft\.PeftModel"),
-        ("HF_SPARSE_NEW", "a newer hf-sparse may know"),
+        ("HF_SPARSE_NEW", "a newer hf-sparse, or the package of its method, may know"),
     ],
 )
 def test_adapter_of_another_type(folder, kind, advice):
@@ -642,12 +642,17 @@ def test_type_of_what_is_pushed(thing):
         push_to_hub(things[thing](), "tester/x")
 
 
-def test_no_token(model, hub, monkeypatch):
+def test_no_token(model, hub, monkeypatch, tmp_path):
     hub.reset_trace()
     for token in (False, None):
         monkeypatch.delenv("HF_TOKEN", raising=False)
         with pytest.raises(HubError, match="cannot push to tester/x without a token: run `hf auth login`"):
             push_to_hub(model, "tester/x", token=token)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(HubError, match="empty is not a complete adapter"):  # whose token would be of no use
+        push_to_hub(tmp_path / "empty", "tester/x")
+    with pytest.raises(HubError, match="none is not a folder, so there is no adapter to push"):
+        push_to_hub(tmp_path / "none", "tester/x")
     assert hub.requests == []
     with pytest.raises(HubError, match=r"cannot push to tester/x: the token is not valid \(401\): run `hf auth login`"):
         push_to_hub(model, "tester/x", token="hf_wrong")

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from transformers import DynamicCache, EncoderDecoderCache, LogitsProcessor, LogitsProcessorList, StaticCache
+from transformers.cache_utils import DynamicLayer
 
 from hf_sparse import SparsefinderConfig, SparseKCache, SparseKConfig, patch
 from hf_sparse._compat import cache_of, with_cache
@@ -275,6 +276,14 @@ def test_an_offloaded_cache(model, monkeypatch):
     assert moves == [False] * 20  # each of two layers after each of ten forwards, never before its attention
 
 
+def test_a_cache_layer_of_another_kind_is_refused(model):
+    """As those of `cache_implementation="quantized"`, whose packages are not here."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [type("TheirLayer", (DynamicLayer,), {})() for _ in cache.layers]
+    with pytest.raises(ValueError, match=r"empty cache; layer 0 is a TheirLayer: generate without this cache$"):
+        model.generate(IDS, **with_cache(cache), max_new_tokens=2)
+
+
 # A cache of one's own.
 
 
@@ -339,6 +348,8 @@ def test_a_copied_cache_shares_nothing(model):
 
 
 def test_a_cache_for_a_dense_model_is_refused(model, tiny_llama):
+    with pytest.raises(TypeError, match="expected a patched model, or a PeftModel of one, got Sequential"):
+        SparseKCache(torch.nn.Sequential(model))
     with pytest.raises(TypeError, match="expected a patched model, or a PeftModel of one, got str"):
         SparseKCache("my-adapter")
     with pytest.raises(ValueError, match="no attention of the model is sparse now: patch it"):

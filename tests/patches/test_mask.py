@@ -1,5 +1,6 @@
 """The padding mask that modules of a patched model get."""
 
+import pytest
 import torch
 
 from hf_sparse.patches.interface import padding_mask
@@ -17,3 +18,9 @@ def test_a_mask_that_lacks_columns_is_padded_as_transformers_does():
     """A static cache has room for tokens that the mask does not know yet."""
     padded = padding_mask(q_length=1, kv_length=4, attention_mask=COLUMNS[:1])
     assert padded.tolist() == [[*COLUMNS[0].bool().tolist(), False]]
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 3, 3)], ids=["one dimension", "three"])
+def test_a_mask_of_another_shape_is_refused(shape):
+    with pytest.raises(ValueError, match=rf"takes a padding mask \[B, T\], got one of shape \({shape[0]}"):
+        padding_mask(q_length=3, kv_length=3, attention_mask=torch.ones(shape))

@@ -1,0 +1,12 @@
+"""Patch Apertus: Llama whose queries and keys are normalised within each head before they get rotary positions."""
+
+from hf_sparse.patches.base import Family, register_family
+
+APERTUS = register_family(
+    Family(
+        model_types=("apertus",),
+        attention="transformers.models.apertus.modeling_apertus:ApertusAttention",
+        hidden_size=lambda module: module.q_proj.in_features,
+        num_key_value_heads=lambda module: module.config.num_key_value_heads,
+    )
+)
