@@ -33,10 +33,11 @@ from transformers import DynamicCache
 
 from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.core.layer import SparseAttentionLayer
+from hf_sparse.ops.triton import is_on_gpu
 from hf_sparse.patches.cache import SparseCache, is_unused, make_layers
 from hf_sparse.patches.interface import other_adapters
 from hf_sparse.patches.model_state import ReadMemory, state_of
-from hf_sparse.patches.recorded_steps import free_memory, is_on_gpu, record, run_beside
+from hf_sparse.patches.recorded_steps import free_memory, record, run_beside
 
 _MOST_TOKENS = 16384  # of all rows of a recorded prompt; beyond, Python is a small part of it, and memory a large one
 _STEP = 64  # between buckets; above eight times as many tokens an eighth of the power of two below

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all_modules
 from transformers.cache_utils import Cache
 
+from hf_sparse.ops.triton import is_on_gpu
+
 _stream_lock = threading.RLock()  # what another thread launches on the stream would be recorded too
 _EAGER = 2  # steps of a call before one is recorded: they compile kernels and allocate what stays
 _COLLECTING = "transformers.utils.output_capturing"  # the module whose hooks collect hidden states
@@ -256,11 +258,6 @@ def free_memory(device: torch.device) -> int:
     """Return the bytes of a GPU that this process could still allocate."""
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
-
-
-def is_on_gpu(tensor: Tensor) -> bool:
-    """Tell whether a tensor is on the current device of CUDA."""
-    return tensor.is_cuda and tensor.device.index == torch.cuda.current_device()
 
 
 def _is_recordable(model: nn.Module) -> bool:

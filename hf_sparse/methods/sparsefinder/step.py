@@ -16,7 +16,7 @@ from hf_sparse.methods.sparsefinder.parameters import SparsefinderParameters
 from hf_sparse.methods.sparsefinder.predictors.clustering import Clustering
 from hf_sparse.ops.entmax.step import MOST_ROWS, Scales
 from hf_sparse.ops.entmax.triton import WIDEST
-from hf_sparse.ops.triton import DTYPES, installed
+from hf_sparse.ops.triton import DTYPES, installed, is_on_gpu
 
 if TYPE_CHECKING:
     from hf_sparse.methods.sparsefinder.attention import SparsefinderAttention
@@ -82,9 +82,7 @@ def _has_kernels(query: Tensor, key: Tensor, value: Tensor, newest: tuple[Tensor
 
 def _launches_on(query: Tensor) -> bool:
     """Tell whether Triton launches on the device of a tensor now, and nothing casts what is computed."""
-    if not query.is_cuda or query.device.index != torch.cuda.current_device() or not query.numel():
-        return False
-    return not torch.is_autocast_enabled("cuda") and installed()
+    return is_on_gpu(query) and query.numel() > 0 and not torch.is_autocast_enabled("cuda") and installed()
 
 
 @dataclass

@@ -130,7 +130,7 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
 
     def recording_key(self) -> Hashable | None:
         """Return what decides what is computed, see `SparseAttentionLayer`; `None` where others look on or choose."""
-        if self.baseline is not None or self.observer is not None or not self.is_used:
+        if not self.uses_scorer or not self.is_used:
             return None
         name, config = self.active, self.config
         budget = config.budget(self.layer)  # once: before a prompt all layers are asked
@@ -213,9 +213,14 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         return rows.attend_steps(self, states, index, sources, *tokens)
 
     @property
+    def uses_scorer(self) -> bool:
+        """Tell whether the scorer chooses the keys, with no observer: the case that has paths of its own for speed."""
+        return self.baseline is None and self.observer is None
+
+    @property
     def steps_are_alike(self) -> bool:
         """Tell whether steps are those of `step_compiled`."""
-        return self.baseline is None and self.observer is None
+        return self.uses_scorer
 
     def score(self, hidden_states: Tensor, index: Tensor) -> Tensor:
         """Return the scorer's frozen scores `[B, Hkv, T]` float32 of tokens that stand at `index` of their rows.
