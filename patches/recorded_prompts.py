@@ -35,8 +35,8 @@ from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.core.layer import SparseAttentionLayer
 from hf_sparse.ops.triton import is_on_gpu
 from hf_sparse.patches.cache import SparseCache, is_unused, make_layers
-from hf_sparse.patches.interface import other_adapters
 from hf_sparse.patches.model_state import ReadMemory, state_of
+from hf_sparse.patches.other_adapters import active_beside
 from hf_sparse.patches.recorded_steps import free_memory, record, run_beside
 
 _MOST_TOKENS = 16384  # of all rows of a recorded prompt; beyond, Python is a small part of it, and memory a large one
@@ -335,9 +335,7 @@ class RecordedPrompts:
         layers = _layers_to_fill(cache, attentions)
         if layers is None:
             return None
-        if attentions[0].is_managed() and any(
-            [other_adapters(*pair) for pair in zip(modules, attentions, strict=True)]
-        ):
+        if attentions[0].is_managed() and any([active_beside(*pair) for pair in zip(modules, attentions, strict=True)]):
             return None
         edges, keys = [one.prompt_edge for one in attentions], [one.recording_key() for one in attentions]
         length = None if None in edges or None in keys else _bucket(model, len(ids), ids.shape[1], edges)
