@@ -106,6 +106,38 @@ def gradients(
     return found
 
 
+@triton.jit
+def _add_gradients(
+    q, k, v, do, product, excess, weight, slope, delta, scale, exponent, DK, DV, key, there, shared, dim, wide,
+    dq, d_scale, d_exponent, DScale, DExponent, D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add the gradients of some keys and values in memory, and return the sums of the rows with what these add."""
+    credit = tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None]
+    d_z = exponent * slope * credit
+    scaled = (d_z * scale[:, None]).to(q.dtype)
+    dq = tl.dot(scaled, k, dq, input_precision=PRECISION)
+    at = shared + key.to(tl.int64)[:, None] * D + dim[None, :]
+    d_k = tl.dot(tl.trans(scaled), q, input_precision=PRECISION)
+    tl.atomic_add(DK + at, d_k, mask=there[:, None] & wide, sem="relaxed")
+    d_v = tl.dot(tl.trans(weight.to(do.dtype)), do, input_precision=PRECISION)
+    tl.atomic_add(DV + at, d_v, mask=there[:, None] & wide, sem="relaxed")
+    if DScale is not None:
+        d_scale += tl.sum(d_z * product, 1)
+    if DExponent is not None:
+        d_exponent += tl.sum(weight * tl.log(tl.maximum(excess, 1e-37)) * credit, 1)
+    return dq, d_scale, d_exponent
+
+
+@triton.jit
+def _store_rows(DQ, DScale, DExponent, place, row, dq, d_scale, d_exponent, factor, inside, wide):
+    """Write the gradients of queries, scale and exponent of the rows of a program."""
+    tl.store(DQ + place, dq.to(DQ.dtype.element_ty), mask=inside[:, None] & wide)
+    if DScale is not None:
+        tl.store(DScale + row, d_scale * factor, mask=inside)
+    if DExponent is not None:
+        tl.store(DExponent + row, d_exponent, mask=inside)
+
+
 @triton.jit(do_not_specialize=[*LENGTHS, "kept"])
 def _groups_backward(
     Q,
@@ -197,24 +229,11 @@ def _groups_backward(
             product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             excess = tl.where(sees, tl.maximum(product * scale[:, None] - tau[:, None], 0.0), 0.0)
             weight, slope = powers(excess, exponent, KIND)
-            credit = tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None]
-            d_z = exponent * slope * credit
-            scaled = (d_z * scale[:, None]).to(q.dtype)
-            dq = tl.dot(scaled, k, dq, input_precision=PRECISION)
-            at = shared + key.to(tl.int64)[:, None] * D + dim[None, :]
-            d_k = tl.dot(tl.trans(scaled), q, input_precision=PRECISION)
-            tl.atomic_add(DK + at, d_k, mask=there[:, None] & wide, sem="relaxed")
-            d_v = tl.dot(tl.trans(weight.to(do.dtype)), do, input_precision=PRECISION)
-            tl.atomic_add(DV + at, d_v, mask=there[:, None] & wide, sem="relaxed")
-            if DScale is not None:
-                d_scale += tl.sum(d_z * product, 1)
-            if DExponent is not None:
-                d_exponent += tl.sum(weight * tl.log(tl.maximum(excess, 1e-37)) * credit, 1)
-        tl.store(DQ + place, dq.to(DQ.dtype.element_ty), mask=inside[:, None] & wide)
-        if DScale is not None:
-            tl.store(DScale + row, d_scale * factor, mask=inside)
-        if DExponent is not None:
-            tl.store(DExponent + row, d_exponent, mask=inside)
+            dq, d_scale, d_exponent = _add_gradients(
+                q, k, v, do, product, excess, weight, slope, delta, scale, exponent, DK, DV, key, there, shared,
+                dim, wide, dq, d_scale, d_exponent, DScale, DExponent, D, PRECISION,
+            )  # fmt: skip
+        _store_rows(DQ, DScale, DExponent, place, row, dq, d_scale, d_exponent, factor, inside, wide)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
@@ -309,21 +328,8 @@ def _tiles_backward(
             if tl.max(tl.max(excess, 1), 0) > 0:
                 weight, slope = powers(excess, exponent, KIND)
                 v = load_rows(V, key.to(tl.int64) * v_row, there, dim, D)
-                credit = tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None]
-                d_z = exponent * slope * credit
-                scaled = (d_z * scale[:, None]).to(q.dtype)
-                dq = tl.dot(scaled, k, dq, input_precision=PRECISION)
-                at = shared + key.to(tl.int64)[:, None] * D + dim[None, :]
-                d_k = tl.dot(tl.trans(scaled), q, input_precision=PRECISION)
-                tl.atomic_add(DK + at, d_k, mask=there[:, None] & wide, sem="relaxed")
-                d_v = tl.dot(tl.trans(weight.to(do.dtype)), do, input_precision=PRECISION)
-                tl.atomic_add(DV + at, d_v, mask=there[:, None] & wide, sem="relaxed")
-                if DScale is not None:
-                    d_scale += tl.sum(d_z * product, 1)
-                if DExponent is not None:
-                    d_exponent += tl.sum(weight * tl.log(tl.maximum(excess, 1e-37)) * credit, 1)
-        tl.store(DQ + place, dq.to(DQ.dtype.element_ty), mask=inside[:, None] & wide)
-        if DScale is not None:
-            tl.store(DScale + row, d_scale * factor, mask=inside)
-        if DExponent is not None:
-            tl.store(DExponent + row, d_exponent, mask=inside)
+                dq, d_scale, d_exponent = _add_gradients(
+                    q, k, v, do, product, excess, weight, slope, delta, scale, exponent, DK, DV, key, there,
+                    shared, dim, wide, dq, d_scale, d_exponent, DScale, DExponent, D, PRECISION,
+                )  # fmt: skip
+        _store_rows(DQ, DScale, DExponent, place, row, dq, d_scale, d_exponent, factor, inside, wide)
