@@ -33,21 +33,19 @@ from transformers import DynamicCache
 
 from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.core.layer import SparseAttentionLayer
-from hf_sparse.ops.triton import is_on_gpu
 from hf_sparse.patches.cache import SparseCache, is_unused, make_layers
 from hf_sparse.patches.model_state import ReadMemory, state_of
 from hf_sparse.patches.other_adapters import active_beside
+from hf_sparse.patches.prompt_inputs import CACHE, has_padding, is_in_range, kind_of, may_be_played
+from hf_sparse.patches.prompt_timing import Timing, Trial
 from hf_sparse.patches.recorded_steps import free_memory, record, run_beside
 
 _MOST_TOKENS = 16384  # of all rows of a recorded prompt; beyond, Python is a small part of it, and memory a large one
 _STEP = 64  # between buckets; above eight times as many tokens an eighth of the power of two below
-_TIMED = 2  # prompts of a bucket after its first one, if each has a length of its own: either may compile kernels
 _MOST_RECORDINGS, _MOST_TRIALS, _MOST_STATES = 16, 64, 8  # of a model; the one used least recently goes
 _LOGITS_APART, _KEYS_APART = 0.1, 0.5  # of the norm, that rounding may make of a prompt in half precision
 _ROOM = 4  # times the memory that calls have used for a while: a recording keeps up to twice that of a prompt
 _IDLE = 128  # prompts for which a recording was not used before another takes its place
-_CACHE = next(iter(with_cache(None)))
-_INPUTS = {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "return_dict", _CACHE}
 
 V = TypeVar("V")
 
@@ -69,48 +67,6 @@ class PromptCaller:
 
     def __call__(self, **inputs: Any) -> Any:
         return self._prompts.read(self._model, self._modules, inputs)
-
-
-class Timing:
-    """Measure how long a GPU takes for a prompt, waiting for the host included, without waiting for it."""
-
-    def __init__(self) -> None:
-        self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._begin.record()
-
-    def stop(self) -> None:
-        """Note the end."""
-        self._end.record()
-
-    def ms(self) -> float | None:
-        """Return the milliseconds up to the end; `None` if the GPU has not come there."""
-        return self._begin.elapsed_time(self._end) if self._end.query() else None
-
-
-@dataclass
-class _Trial:
-    """Note the prompts of a bucket that ran: lengths, and lengths and times of those after the first.
-
-    Attributes:
-        is_over: whether one is timed that compiled nothing.
-    """
-
-    lengths: set[int] = field(default_factory=set)
-    timings: list[tuple[int, Timing]] = field(default_factory=list)
-    is_over: bool = False
-
-    def note(self, tokens: int, timing: Timing | None) -> None:
-        """Note a prompt that ran, of so many tokens."""
-        if timing is not None:
-            timing.stop()
-            self.timings.append((tokens, timing))
-            self.is_over = tokens in self.lengths or len(self.timings) >= _TIMED
-        self.lengths.add(tokens)
-
-    def ms_per_token(self) -> float | None:
-        """Return the milliseconds for a token of the fastest prompt; `None` before all that is known."""
-        times = [ms / tokens for tokens, timing in self.timings if (ms := timing.ms()) is not None]
-        return min(times) if self.is_over and len(times) == len(self.timings) else None
 
 
 class _Layers(list[Any]):
@@ -200,7 +156,7 @@ class _Memory:
     """
 
     recordings: OrderedDict[Hashable, _Recording] = field(default_factory=OrderedDict)
-    trials: OrderedDict[Hashable, _Trial] = field(default_factory=OrderedDict)
+    trials: OrderedDict[Hashable, Trial] = field(default_factory=OrderedDict)
     layers: WeakValueDictionary[Hashable, _Layers] = field(default_factory=WeakValueDictionary)
     states: OrderedDict[Hashable, int] = field(default_factory=OrderedDict)
     prompts: int = 0
@@ -231,7 +187,7 @@ class RecordedPrompts:
     def clear(self) -> None:
         """Forget all recordings, and give their memory back."""
         self._memory = _Memory()
-        self._as_ever: set[tuple[int, int]] = set()  # rows and lengths of buckets that are not recorded
+        self._unrecorded: set[tuple[int, int]] = set()  # rows and lengths of buckets that are not recorded
         self._is_refused = False
 
     def read(self, model: nn.Module, modules: Sequence[nn.Module], inputs: dict[str, Any]) -> Any:
@@ -244,7 +200,7 @@ class RecordedPrompts:
             modules: its patched attention modules.
             inputs: of the forward, by name.
         """
-        cache: Any = inputs.get(_CACHE)
+        cache: Any = inputs.get(CACHE)
         layers = list(getattr(cache, "layers", ()))
         try:
             return self._read(model, modules, inputs)
@@ -259,7 +215,7 @@ class RecordedPrompts:
     def _read(self, model: nn.Module, modules: Sequence[nn.Module], inputs: dict[str, Any]) -> Any:
         """Return what `read` returns, if memory suffices."""
         arrived = time.perf_counter()
-        if self._is_refused or not _may_be_played(modules, inputs):
+        if self._is_refused or not may_be_played(modules, inputs):
             return model(**inputs)
         with self._lock:
             self._arrived = arrived
@@ -271,7 +227,7 @@ class RecordedPrompts:
                 self.played += 1
                 return (self._finish if recording is begun else self._play)(recording, prompt, inputs)
             if prompt is not None:
-                trial = _entry(self._memory.trials, (prompt.key, prompt.length), _Trial, _MOST_TRIALS)
+                trial = _entry(self._memory.trials, (prompt.key, prompt.length), Trial, _MOST_TRIALS)
         if prompt is None:
             return model(**inputs)
         timing = Timing() if trial.lengths and not trial.is_over else None
@@ -282,7 +238,7 @@ class RecordedPrompts:
                 try:
                     self._compare(recording, prompt, inputs, output)
                 except torch.OutOfMemoryError:
-                    self._as_ever.add((len(inputs["input_ids"]), prompt.length))
+                    self._unrecorded.add((len(inputs["input_ids"]), prompt.length))
                     self._memory.recordings.pop((prompt.key, prompt.length), None)
         return output
 
@@ -295,11 +251,11 @@ class RecordedPrompts:
         """
         memory, ids = self._memory, inputs["input_ids"]
         length = _bucket(model, len(ids), ids.shape[1], memory.edges) if memory.expected else None
-        recording, is_sure = memory.expected.get((length, _kind(inputs)), (_nothing, False))
+        recording, is_sure = memory.expected.get((length, kind_of(inputs)), (_nothing, False))
         expected = recording() if is_sure else None
         if expected is None or not expected.is_compared or not expected.is_faster(ids.shape[1]):
             return None
-        if not expected.reads.are_there() or not _is_in_range(inputs, expected.vocabulary, expected.length):
+        if not expected.reads.are_there() or not is_in_range(inputs, expected.vocabulary, expected.length):
             return None
         self._launch(expected, inputs)
         return expected
@@ -312,7 +268,7 @@ class RecordedPrompts:
             begun: what was launched before the look at the model, which may have found another recording, or none.
             found: what is played for the prompt, or is going to be.
         """
-        expected, kind = self._memory.expected, _kind(inputs)
+        expected, kind = self._memory.expected, kind_of(inputs)
         if begun is not None and begun is not found:
             expected[begun.length, kind] = _nothing, False
         if found is not None:
@@ -328,7 +284,7 @@ class RecordedPrompts:
             model, modules, inputs: see `read`.
             is_begun: whether a replay was launched, so that there is no padding.
         """
-        ids, cache = inputs["input_ids"], inputs[_CACHE]
+        ids, cache = inputs["input_ids"], inputs[CACHE]
         attentions: list[Any] = [module._modules["sparse_attention"] for module in modules]
         if not all([attention.is_active for attention in attentions]):
             return None
@@ -339,16 +295,16 @@ class RecordedPrompts:
             return None
         edges, keys = [one.prompt_edge for one in attentions], [one.recording_key() for one in attentions]
         length = None if None in edges or None in keys else _bucket(model, len(ids), ids.shape[1], edges)
-        if length is None or (len(ids), length) in self._as_ever or _is_unusual(model):
+        if length is None or (len(ids), length) in self._unrecorded or _is_unusual(model):
             return None
-        if not is_begun and _has_padding(inputs):
+        if not is_begun and has_padding(inputs):
             return None
         state = state_of(model, ids.device, {hook.id for attention in attentions for hook in attention.hooks})
         if state is None:
             return None
         self._memory.edges = edges
         number = _entry(self._memory.states, state, lambda: next(self._numbers), _MOST_STATES)
-        return _Prompt(cache, layers, modules, attentions, length, (number, _kind(inputs), *edges, *keys))
+        return _Prompt(cache, layers, modules, attentions, length, (number, kind_of(inputs), *edges, *keys))
 
     def _recording(self, model: nn.Module, prompt: _Prompt, inputs: dict[str, Any]) -> _Recording | None:
         """Return the recording for a prompt, made now if it is time; `None` if the prompt has to run."""
@@ -360,7 +316,7 @@ class RecordedPrompts:
             if recording.timing is not None and (ms := recording.timing.ms()) is not None:
                 recording.timing, recording.ms = None, ms + recording.wait_ms
                 if not recording.is_faster(prompt.length):
-                    self._as_ever.add(bucket)
+                    self._unrecorded.add(bucket)
                     del memory.recordings[key]
                     return None
             return recording if recording.is_faster(inputs["input_ids"].shape[1]) else None
@@ -377,7 +333,7 @@ class RecordedPrompts:
             recording = self._record(model, prompt, inputs, ms_per_token)
         except Exception as error:  # where it is no matter of the recording, the prompt that runs raises it too
             if isinstance(error, torch.OutOfMemoryError):
-                self._as_ever.add(bucket)
+                self._unrecorded.add(bucket)
             else:
                 self.clear()
                 self._is_refused = True
@@ -403,7 +359,7 @@ class RecordedPrompts:
             cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
             make_layers(cache, prompt.modules, end)
             output = model(**held, use_cache=True, return_dict=True, logits_to_keep=end - 1, **with_cache(cache))
-            if set(output) != {"logits", _CACHE}:
+            if set(output) != {"logits", CACHE}:
                 raise RuntimeError(f"a recorded prompt returns logits and a cache, got {', '.join(output)}")
             layers[0].copy_texts(cache.layers, layers, prompt.length, room)
             return {"logits": output.logits, "kind": type(output)}
@@ -496,74 +452,8 @@ def _entry(entries: OrderedDict[Hashable, V], key: Hashable, make: Callable[[], 
     return entries[key]
 
 
-def _may_be_played(modules: Sequence[nn.Module], inputs: dict[str, Any]) -> bool:
-    """Tell whether inputs, and what is set for all of torch, are those of a prompt that may be recorded."""
-    ids, cache, to_keep = inputs.get("input_ids"), inputs.get(_CACHE), inputs.get("logits_to_keep")
-    positions, mask = inputs.get("position_ids"), _mask(inputs)
-    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] < 2 or not is_on_gpu(ids):
-        return False
-    if torch.is_grad_enabled() or torch.is_autocast_enabled(ids.device.type):
-        return False
-    if type(to_keep) is not int or to_keep != 1 or not inputs.get("use_cache") or not inputs.get("return_dict"):
-        return False
-    if not all([name in _INPUTS or _says_nothing(value) for name, value in inputs.items()]):
-        return False
-    if positions is not None and (positions.ndim != 2 or positions.shape[1] != ids.shape[1]):
-        return False
-    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
-        return False
-    layers: Any = getattr(cache, "layers", ())
-    if [module.layer_idx for module in modules] != list(range(len(layers))):
-        return False
-    return bool(layers) and not getattr(layers[0], "is_initialized", True)
-
-
-def _mask(inputs: dict[str, Any]) -> Any:
-    """Return the mask of a prompt; `None` if there is none for any kind of layer."""
-    mask = inputs.get("attention_mask")
-    return None if isinstance(mask, dict) and all([part is None for part in mask.values()]) else mask
-
-
-def _has_padding(inputs: dict[str, Any]) -> bool:
-    """Tell whether a mask hides tokens; this waits for nothing where the prompt is the first that is launched."""
-    mask = _mask(inputs)
-    return mask is not None and not bool(mask.all())
-
-
-def _is_in_range(inputs: dict[str, Any], vocabulary: int, length: int) -> bool:
-    """Tell whether there is no padding, and neither a token nor a position that a recording has no embedding for.
-
-    Args:
-        inputs: of a prompt.
-        vocabulary: rows of the embeddings of tokens.
-        length: of the recording; where positions have embeddings, there are as many at least.
-    """
-    ids, positions, mask = inputs["input_ids"], inputs.get("position_ids"), _mask(inputs)
-    bounds = [(ids, vocabulary)] if positions is None else [(ids, vocabulary), (positions, length)]
-    values = [value.long() for tensor, _ in bounds for value in tensor.aminmax()]
-    if mask is not None:
-        values.append(mask.all().long())
-    if any([value.device != ids.device for value in values]):
-        return False
-    found = torch.stack(values).tolist()  # waits for nothing, as `_has_padding` does
-    if mask is not None and not found.pop():
-        return False
-    return all([found[2 * i] >= 0 and found[2 * i + 1] < most for i, (_, most) in enumerate(bounds)])
-
-
-def _kind(inputs: dict[str, Any]) -> Hashable:
-    """Return what has to be the same of the inputs of a replay, beside the length."""
-    ids, positions = inputs["input_ids"], inputs.get("position_ids")
-    return len(ids), ids.dtype, ids.device, None if positions is None else (len(positions), positions.dtype)
-
-
 def _nothing() -> None:
     """Take the place of a reference to a recording."""
-
-
-def _says_nothing(value: Any) -> bool:
-    """Tell whether an input is as if it were not there, such as the outputs of encoders of pictures without any."""
-    return value is None or value is False or (isinstance(value, dict) and not value)
 
 
 def _layers_to_fill(cache: Any, attentions: Sequence[SparseAttentionLayer]) -> list[Any] | None:
