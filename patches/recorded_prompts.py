@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from hf_sparse._compat import cache_of, with_cache
+from hf_sparse.core.cache import RecordableCacheLayer
 from hf_sparse.core.layer import SparseAttentionLayer
 from hf_sparse.patches.cache import SparseCache, is_unused, make_layers
 from hf_sparse.patches.model_state import ReadMemory, state_of
@@ -69,7 +70,7 @@ class PromptCaller:
         return self._prompts.read(self._model, self._modules, inputs)
 
 
-class _Layers(list[Any]):
+class _Layers(list[RecordableCacheLayer]):
     """List the cache layers that recordings fill, one recording at a time; a list that can be referred to weakly."""
 
 
@@ -85,7 +86,7 @@ class _Prompt(NamedTuple):
     """
 
     cache: Any
-    layers: list[Any]
+    layers: list[RecordableCacheLayer]
     modules: Sequence[nn.Module]
     attentions: list[SparseAttentionLayer]
     length: int
@@ -353,7 +354,7 @@ class RecordedPrompts:
         room = 0 if new.is_compileable else 1 << (prompt.length - 1).bit_length()
         layers = memory.layers.get((prompt.key, room))
         if layers is None:
-            layers = memory.layers[prompt.key, room] = _Layers([one.cache_layer() for one in prompt.attentions])
+            layers = memory.layers[prompt.key, room] = _Layers(_new_layers(prompt.attentions))
 
         def call() -> dict[str, Any]:
             cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
@@ -375,7 +376,7 @@ class RecordedPrompts:
 
     def _compare(self, recording: _Recording, prompt: _Prompt, inputs: dict[str, Any], ran: Any) -> None:
         """Play a new recording beside the prompt that ran; where they differ, no prompt of the model is played."""
-        layers: list[Any] = [attention.cache_layer() for attention in prompt.attentions]
+        layers = _new_layers(prompt.attentions)
         beside = prompt._replace(cache=DynamicCache(), layers=layers)
         played = self._play(recording, beside, inputs)
         pairs = [(played.logits.float(), ran.logits[:, -1:].float(), _LOGITS_APART)]
@@ -415,7 +416,7 @@ class RecordedPrompts:
         ids, tokens = inputs["input_ids"], inputs["input_ids"].shape[1]
         recording.replays += 1
         recording.used = self._memory.prompts
-        layers = prompt.layers or [attention.cache_layer() for attention in prompt.attentions]
+        layers = prompt.layers or _new_layers(prompt.attentions)
         layers[0].copy_texts(recording.layers, layers, tokens)
         logits = recording.output["logits"].clone()
         if recording.replays == 2 and recording.launched is not None:
@@ -454,6 +455,12 @@ def _entry(entries: OrderedDict[Hashable, V], key: Hashable, make: Callable[[], 
 
 def _nothing() -> None:
     """Take the place of a reference to a recording."""
+
+
+def _new_layers(attentions: Sequence[SparseAttentionLayer]) -> list[RecordableCacheLayer]:
+    """Make an empty cache layer for each sparse attention; what has a `prompt_edge` has one that can be recorded."""
+    layers: list[Any] = [attention.cache_layer() for attention in attentions]
+    return layers
 
 
 def _layers_to_fill(cache: Any, attentions: Sequence[SparseAttentionLayer]) -> list[Any] | None:
