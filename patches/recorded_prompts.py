@@ -141,6 +141,23 @@ class _Recording:
         return self.ms <= tokens * self.ms_per_token
 
 
+class _Expected(NamedTuple):
+    """Hold what was played last for inputs of a kind.
+
+    Attributes:
+        reference: to the recording; `None` if the one that had begun was not that of the model.
+        is_sure: whether the same was played the time before.
+    """
+
+    reference: weakref.ref[_Recording] | None
+    is_sure: bool
+
+    @property
+    def recording(self) -> _Recording | None:
+        """Return the recording; `None` if there is none, or it was dropped."""
+        return None if self.reference is None else self.reference()
+
+
 @dataclass
 class _Memory:
     """Hold all recordings of a model, what is counted until there is one, and what they share.
@@ -151,7 +168,7 @@ class _Memory:
         states: a number for each state of the model.
         prompts: how many have been looked at.
         edges: of the attention modules, at the last look.
-        expected: what was played last for inputs of a kind, and whether the time before it was the same.
+        expected: what was played last, by the length of the bucket and the kind of inputs.
         pool: the memory of the recordings.
         last: is reached when the last replay is over, and what is used of it has been copied.
     """
@@ -162,7 +179,7 @@ class _Memory:
     states: OrderedDict[Hashable, int] = field(default_factory=OrderedDict)
     prompts: int = 0
     edges: Sequence[int] = ()
-    expected: dict[Hashable, tuple[Callable[[], _Recording | None], bool]] = field(default_factory=dict)
+    expected: dict[Hashable, _Expected] = field(default_factory=dict)
     pool: Any = None
     last: torch.cuda.Event | None = None
 
@@ -252,8 +269,8 @@ class RecordedPrompts:
         """
         memory, ids = self._memory, inputs["input_ids"]
         length = _bucket(model, len(ids), ids.shape[1], memory.edges) if memory.expected else None
-        recording, is_sure = memory.expected.get((length, kind_of(inputs)), (_nothing, False))
-        expected = recording() if is_sure else None
+        found = memory.expected.get((length, kind_of(inputs)))
+        expected = found.recording if found is not None and found.is_sure else None
         if expected is None or not expected.is_compared or not expected.is_faster(ids.shape[1]):
             return None
         if not expected.reads.are_there() or not is_in_range(inputs, expected.vocabulary, expected.length):
@@ -271,10 +288,11 @@ class RecordedPrompts:
         """
         expected, kind = self._memory.expected, kind_of(inputs)
         if begun is not None and begun is not found:
-            expected[begun.length, kind] = _nothing, False
+            expected[begun.length, kind] = _Expected(None, is_sure=False)
         if found is not None:
-            before, _ = expected.get((found.length, kind), (lambda: found, True))
-            expected[found.length, kind] = weakref.ref(found), before() is found
+            before = expected.get((found.length, kind))
+            is_sure = before is None or before.recording is found
+            expected[found.length, kind] = _Expected(weakref.ref(found), is_sure)
 
     def _prompt(
         self, model: nn.Module, modules: Sequence[nn.Module], inputs: dict[str, Any], is_begun: bool
@@ -451,10 +469,6 @@ def _entry(entries: OrderedDict[Hashable, V], key: Hashable, make: Callable[[], 
             entries.popitem(last=False)
     entries.move_to_end(key)
     return entries[key]
-
-
-def _nothing() -> None:
-    """Take the place of a reference to a recording."""
 
 
 def _new_layers(attentions: Sequence[SparseAttentionLayer]) -> list[RecordableCacheLayer]:

@@ -87,7 +87,12 @@ def _launches_on(query: Tensor) -> bool:
 
 @dataclass
 class _ExactPlan:
-    """Hold the kernels of a layer's steps over all keys, and what they were made for."""
+    """Hold the kernels of a layer's steps over all keys, and what they were made for.
+
+    Attributes:
+        rooms: what the keys and values of the cache lie in.
+        layout: shapes, dtypes and kinds of what a step computes with.
+    """
 
     kernels: "StepPlan"
     rooms: Any
@@ -119,7 +124,7 @@ def _over_all_keys(
 
 
 @dataclass
-class _Plan:
+class _ClusterPlan:
     """Hold the kernels of a layer's predicted steps, and what they were made for.
 
     Attributes:
@@ -154,7 +159,7 @@ def _over_clusters(
     tensors = [(t, None if t is None else t.dtype) for t in (*learned._parameters.values(), *learned._buffers.values())]
     plan = cache.plan
     is_same = (
-        type(plan) is _Plan
+        type(plan) is _ClusterPlan
         and plan.learned is learned
         and plan.rooms is cache.rooms
         and plan.layout == layout
@@ -163,7 +168,7 @@ def _over_clusters(
     )
     if not is_same:
         kernels, projections = _kernels(learned, query, key, value, scales)
-        plan = cache.plan = _Plan(kernels, projections, learned, tensors, cache.rooms, layout)
+        plan = cache.plan = _ClusterPlan(kernels, projections, learned, tensors, cache.rooms, layout)
     newest, kernels = cache.newest, plan.kernels
     codes = None if kernels is None else cache.codes_to_write(attention.identities[attention.active])
     if codes is None or newest is None or kernels is None:
