@@ -118,11 +118,10 @@ def _attend(
     index: Tensor | None,
     size: int,
 ) -> Tensor:
-    """Attend as `attend_few`, with the fields of `Scales` one by one, as operators take them."""
-    if not takes_kernels(query, key, value):
-        scales = Scales(scale, exponent, kind, factor, is_log)
-        return _plain(query, key, value, scales, causal, valid, first_query, index, size)
+    """Attend as `attend_few`, with the fields of `Scales` one by one, as operators and the kernels take them."""
     arguments = (query, key, value, scale, exponent, kind, factor, is_log, causal, valid, first_query, index, size)
+    if not takes_kernels(query, key, value):
+        return _plain(*arguments)
     from hf_sparse.ops.entmax.triton.step import step  # Triton is there only beside a CUDA device
 
     if query.device.index == torch.cuda.current_device():
@@ -144,18 +143,21 @@ def _plain(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    scales: Scales,
+    scale: Tensor,
+    exponent: Tensor | None,
+    kind: int,
+    factor: float,
+    is_log: bool,
     causal: bool,
     valid: Tensor | None,
     first_query: Tensor | None,
     index: Tensor | None,
     size: int,
 ) -> Tensor:
-    """Attend as `attend_few`, in plain PyTorch and at least in float32."""
+    """Attend as `_attend`, in plain PyTorch and at least in float32: the reference of the kernels."""
     (batch, heads, queries, dim), (_, kv_heads, keys, _) = query.shape, key.shape
     device, dtype = query.device, torch.promote_types(query.dtype, torch.float32)
-    scale = scales.scale.to(dtype)
-    scale = scales.factor * (scale.exp() if scales.is_log else scale)
+    scale = factor * (scale.to(dtype).exp() if is_log else scale.to(dtype))
     if valid is not None:
         query_position = _positions(queries, keys, first_query, device).expand(batch, -1)
         exists = valid.gather(1, query_position.clamp(0, keys - 1))
@@ -178,8 +180,7 @@ def _plain(
         if seen is not None:
             z = z.masked_fill_(~seen[:, :, None], -torch.inf)
         z -= z.amax(-1, keepdim=True).clamp(min=torch.finfo(dtype).min)
-        exponent = scales.exponent
-        power: float | Tensor = float(scales.kind) if exponent is None else exponent.to(dtype).view(1, lists, -1, 1, 1)
+        power: float | Tensor = float(kind) if exponent is None else exponent.to(dtype).view(1, lists, -1, 1, 1)
         weight, _ = powers(z.sub_(relative_threshold(z, power)).clamp_(min=0), power)
         mass = weight.sum(-1, keepdim=True)
         weight /= mass.masked_fill_(mass == 0, 1.0)
