@@ -17,9 +17,12 @@ from hf_sparse.core.layer import SparseAttentionLayer
 from hf_sparse.core.registry import Method, add_method, method_of
 from hf_sparse.embeddings import embeddings_of, has_new_embeddings
 from hf_sparse.errors import WeightsError
-from hf_sparse.patches.attach import attach, check_one_method, detach, is_other_adapter, sparse_layers, targets
+from hf_sparse.patches.attach import attach, detach
+from hf_sparse.patches.attached import sparse_layers
 from hf_sparse.patches.base import family_of
 from hf_sparse.patches.heads import choose_modules_to_save
+from hf_sparse.patches.other_adapters import is_other_adapter
+from hf_sparse.patches.targets import check_one_method, targets
 from hf_sparse.weights import check_names, check_values, layouts
 
 #: How the names of the base model's parameters begin in a `PeftModel`.

@@ -8,9 +8,9 @@ if __name__ != "hf_sparse.patches":
 
 from hf_sparse.patches.attach import patch as patch
 from hf_sparse.patches.attach import patched as patched
-from hf_sparse.patches.attach import sparse_layers as sparse_layers
-from hf_sparse.patches.attach import sparse_layers_in_use as sparse_layers_in_use
 from hf_sparse.patches.attach import unpatch as unpatch
+from hf_sparse.patches.attached import sparse_layers as sparse_layers
+from hf_sparse.patches.attached import sparse_layers_in_use as sparse_layers_in_use
 from hf_sparse.patches.base import Family as Family
 from hf_sparse.patches.base import register_family as register_family
 from hf_sparse.patches.base import supported_model_types as supported_model_types

@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from hf_sparse._compat import with_cache
-from hf_sparse.patches.attach import sparse_layers
+from hf_sparse.patches.attached import sparse_layers
 from hf_sparse.patches.cache import SparseCache
 from hf_sparse.patches.compiled_layers import compiled_layers
 

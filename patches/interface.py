@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import EncoderDecoderCache
@@ -24,6 +23,7 @@ from hf_sparse.core.layer import SparseAttentionLayer
 from hf_sparse.core.packed_texts import PackedTexts, packed_texts
 from hf_sparse.ops.local_attention import local_attention
 from hf_sparse.patches.cache import is_unused, layer_in_call, make_layers, sparse_cache_layer
+from hf_sparse.patches.other_adapters import active_beside
 
 NAME = "hf_sparse"
 
@@ -297,7 +297,7 @@ def before_attention(
     is_compiled_step = is_compiled and hidden_states.shape[1] == 1
     may_switch = not is_compiled_step and attention.is_managed is not None and attention.is_managed()
     if may_switch and not _goes_on(module, args, kwargs, hidden_states):
-        name = other_adapters(module, attention)
+        name = active_beside(module, attention)
     if name:
         attention.set_adapter(name)
         return None
@@ -337,17 +337,6 @@ def _goes_on(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], h
         return True  # a recorded step follows others, and the number of tokens is on the device: reading it would fail
     cache = cache_given(module, args, kwargs)
     return cache is not None and cache.get_seq_length(int(module.layer_idx)) > 0  # type: ignore[arg-type]
-
-
-def other_adapters(module: nn.Module, attention: SparseAttentionLayer) -> list[str] | None:
-    """Find the active adapter of another type in the same attention module, where transformers manages both.
-
-    Its `load_adapter` leaves two adapters of two types on, and reports one as active: that of the linear layers.
-    """
-    for layer in module.modules():
-        if isinstance(layer, BaseTunerLayer) and layer is not attention and layer.active_adapters:
-            return None if attention.active in layer.active_adapters else list(layer.active_adapters)
-    return None
 
 
 def _attentions_are_wanted(kwargs: dict[str, Any]) -> bool:

@@ -32,21 +32,21 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from hf_sparse._compat import cache_of, with_cache
+from hf_sparse.core.cache import RecordableCacheLayer
 from hf_sparse.core.layer import SparseAttentionLayer
 from hf_sparse.patches.cache import SparseCache, is_unused, make_layers
-from hf_sparse.patches.interface import other_adapters
 from hf_sparse.patches.model_state import ReadMemory, state_of
-from hf_sparse.patches.recorded_steps import free_memory, is_on_gpu, record, run_beside
+from hf_sparse.patches.other_adapters import active_beside
+from hf_sparse.patches.prompt_inputs import CACHE, has_padding, is_in_range, kind_of, may_be_played
+from hf_sparse.patches.prompt_timing import Timing, Trial
+from hf_sparse.patches.recorded_steps import free_memory, record, run_beside
 
 _MOST_TOKENS = 16384  # of all rows of a recorded prompt; beyond, Python is a small part of it, and memory a large one
 _STEP = 64  # between buckets; above eight times as many tokens an eighth of the power of two below
-_TIMED = 2  # prompts of a bucket after its first one, if each has a length of its own: either may compile kernels
 _MOST_RECORDINGS, _MOST_TRIALS, _MOST_STATES = 16, 64, 8  # of a model; the one used least recently goes
 _LOGITS_APART, _KEYS_APART = 0.1, 0.5  # of the norm, that rounding may make of a prompt in half precision
 _ROOM = 4  # times the memory that calls have used for a while: a recording keeps up to twice that of a prompt
 _IDLE = 128  # prompts for which a recording was not used before another takes its place
-_CACHE = next(iter(with_cache(None)))
-_INPUTS = {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "return_dict", _CACHE}
 
 V = TypeVar("V")
 
@@ -70,49 +70,7 @@ class PromptCaller:
         return self._prompts.read(self._model, self._modules, inputs)
 
 
-class Timing:
-    """Measure how long a GPU takes for a prompt, waiting for the host included, without waiting for it."""
-
-    def __init__(self) -> None:
-        self._begin, self._end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._begin.record()
-
-    def stop(self) -> None:
-        """Note the end."""
-        self._end.record()
-
-    def ms(self) -> float | None:
-        """Return the milliseconds up to the end; `None` if the GPU has not come there."""
-        return self._begin.elapsed_time(self._end) if self._end.query() else None
-
-
-@dataclass
-class _Trial:
-    """Note the prompts of a bucket that ran: lengths, and lengths and times of those after the first.
-
-    Attributes:
-        is_over: whether one is timed that compiled nothing.
-    """
-
-    lengths: set[int] = field(default_factory=set)
-    timings: list[tuple[int, Timing]] = field(default_factory=list)
-    is_over: bool = False
-
-    def note(self, tokens: int, timing: Timing | None) -> None:
-        """Note a prompt that ran, of so many tokens."""
-        if timing is not None:
-            timing.stop()
-            self.timings.append((tokens, timing))
-            self.is_over = tokens in self.lengths or len(self.timings) >= _TIMED
-        self.lengths.add(tokens)
-
-    def ms_per_token(self) -> float | None:
-        """Return the milliseconds for a token of the fastest prompt; `None` before all that is known."""
-        times = [ms / tokens for tokens, timing in self.timings if (ms := timing.ms()) is not None]
-        return min(times) if self.is_over and len(times) == len(self.timings) else None
-
-
-class _Layers(list[Any]):
+class _Layers(list[RecordableCacheLayer]):
     """List the cache layers that recordings fill, one recording at a time; a list that can be referred to weakly."""
 
 
@@ -128,7 +86,7 @@ class _Prompt(NamedTuple):
     """
 
     cache: Any
-    layers: list[Any]
+    layers: list[RecordableCacheLayer]
     modules: Sequence[nn.Module]
     attentions: list[SparseAttentionLayer]
     length: int
@@ -183,6 +141,23 @@ class _Recording:
         return self.ms <= tokens * self.ms_per_token
 
 
+class _Expected(NamedTuple):
+    """Hold what was played last for inputs of a kind.
+
+    Attributes:
+        reference: to the recording; `None` if the one that had begun was not that of the model.
+        is_sure: whether the same was played the time before.
+    """
+
+    reference: weakref.ref[_Recording] | None
+    is_sure: bool
+
+    @property
+    def recording(self) -> _Recording | None:
+        """Return the recording; `None` if there is none, or it was dropped."""
+        return None if self.reference is None else self.reference()
+
+
 @dataclass
 class _Memory:
     """Hold all recordings of a model, what is counted until there is one, and what they share.
@@ -193,18 +168,18 @@ class _Memory:
         states: a number for each state of the model.
         prompts: how many have been looked at.
         edges: of the attention modules, at the last look.
-        expected: what was played last for inputs of a kind, and whether the time before it was the same.
+        expected: what was played last, by the length of the bucket and the kind of inputs.
         pool: the memory of the recordings.
         last: is reached when the last replay is over, and what is used of it has been copied.
     """
 
     recordings: OrderedDict[Hashable, _Recording] = field(default_factory=OrderedDict)
-    trials: OrderedDict[Hashable, _Trial] = field(default_factory=OrderedDict)
+    trials: OrderedDict[Hashable, Trial] = field(default_factory=OrderedDict)
     layers: WeakValueDictionary[Hashable, _Layers] = field(default_factory=WeakValueDictionary)
     states: OrderedDict[Hashable, int] = field(default_factory=OrderedDict)
     prompts: int = 0
     edges: Sequence[int] = ()
-    expected: dict[Hashable, tuple[Callable[[], _Recording | None], bool]] = field(default_factory=dict)
+    expected: dict[Hashable, _Expected] = field(default_factory=dict)
     pool: Any = None
     last: torch.cuda.Event | None = None
 
@@ -230,7 +205,7 @@ class RecordedPrompts:
     def clear(self) -> None:
         """Forget all recordings, and give their memory back."""
         self._memory = _Memory()
-        self._as_ever: set[tuple[int, int]] = set()  # rows and lengths of buckets that are not recorded
+        self._unrecorded: set[tuple[int, int]] = set()  # rows and lengths of buckets that are not recorded
         self._is_refused = False
 
     def read(self, model: nn.Module, modules: Sequence[nn.Module], inputs: dict[str, Any]) -> Any:
@@ -243,7 +218,7 @@ class RecordedPrompts:
             modules: its patched attention modules.
             inputs: of the forward, by name.
         """
-        cache: Any = inputs.get(_CACHE)
+        cache: Any = inputs.get(CACHE)
         layers = list(getattr(cache, "layers", ()))
         try:
             return self._read(model, modules, inputs)
@@ -258,7 +233,7 @@ class RecordedPrompts:
     def _read(self, model: nn.Module, modules: Sequence[nn.Module], inputs: dict[str, Any]) -> Any:
         """Return what `read` returns, if memory suffices."""
         arrived = time.perf_counter()
-        if self._is_refused or not _may_be_played(modules, inputs):
+        if self._is_refused or not may_be_played(modules, inputs):
             return model(**inputs)
         with self._lock:
             self._arrived = arrived
@@ -270,7 +245,7 @@ class RecordedPrompts:
                 self.played += 1
                 return (self._finish if recording is begun else self._play)(recording, prompt, inputs)
             if prompt is not None:
-                trial = _entry(self._memory.trials, (prompt.key, prompt.length), _Trial, _MOST_TRIALS)
+                trial = _entry(self._memory.trials, (prompt.key, prompt.length), Trial, _MOST_TRIALS)
         if prompt is None:
             return model(**inputs)
         timing = Timing() if trial.lengths and not trial.is_over else None
@@ -281,7 +256,7 @@ class RecordedPrompts:
                 try:
                     self._compare(recording, prompt, inputs, output)
                 except torch.OutOfMemoryError:
-                    self._as_ever.add((len(inputs["input_ids"]), prompt.length))
+                    self._unrecorded.add((len(inputs["input_ids"]), prompt.length))
                     self._memory.recordings.pop((prompt.key, prompt.length), None)
         return output
 
@@ -294,11 +269,11 @@ class RecordedPrompts:
         """
         memory, ids = self._memory, inputs["input_ids"]
         length = _bucket(model, len(ids), ids.shape[1], memory.edges) if memory.expected else None
-        recording, is_sure = memory.expected.get((length, _kind(inputs)), (_nothing, False))
-        expected = recording() if is_sure else None
+        found = memory.expected.get((length, kind_of(inputs)))
+        expected = found.recording if found is not None and found.is_sure else None
         if expected is None or not expected.is_compared or not expected.is_faster(ids.shape[1]):
             return None
-        if not expected.reads.are_there() or not _is_in_range(inputs, expected.vocabulary, expected.length):
+        if not expected.reads.are_there() or not is_in_range(inputs, expected.vocabulary, expected.length):
             return None
         self._launch(expected, inputs)
         return expected
@@ -311,12 +286,13 @@ class RecordedPrompts:
             begun: what was launched before the look at the model, which may have found another recording, or none.
             found: what is played for the prompt, or is going to be.
         """
-        expected, kind = self._memory.expected, _kind(inputs)
+        expected, kind = self._memory.expected, kind_of(inputs)
         if begun is not None and begun is not found:
-            expected[begun.length, kind] = _nothing, False
+            expected[begun.length, kind] = _Expected(None, is_sure=False)
         if found is not None:
-            before, _ = expected.get((found.length, kind), (lambda: found, True))
-            expected[found.length, kind] = weakref.ref(found), before() is found
+            before = expected.get((found.length, kind))
+            is_sure = before is None or before.recording is found
+            expected[found.length, kind] = _Expected(weakref.ref(found), is_sure)
 
     def _prompt(
         self, model: nn.Module, modules: Sequence[nn.Module], inputs: dict[str, Any], is_begun: bool
@@ -327,29 +303,27 @@ class RecordedPrompts:
             model, modules, inputs: see `read`.
             is_begun: whether a replay was launched, so that there is no padding.
         """
-        ids, cache = inputs["input_ids"], inputs[_CACHE]
+        ids, cache = inputs["input_ids"], inputs[CACHE]
         attentions: list[Any] = [module._modules["sparse_attention"] for module in modules]
         if not all([attention.is_active for attention in attentions]):
             return None
         layers = _layers_to_fill(cache, attentions)
         if layers is None:
             return None
-        if attentions[0].is_managed() and any(
-            [other_adapters(*pair) for pair in zip(modules, attentions, strict=True)]
-        ):
+        if attentions[0].is_managed() and any([active_beside(*pair) for pair in zip(modules, attentions, strict=True)]):
             return None
         edges, keys = [one.prompt_edge for one in attentions], [one.recording_key() for one in attentions]
         length = None if None in edges or None in keys else _bucket(model, len(ids), ids.shape[1], edges)
-        if length is None or (len(ids), length) in self._as_ever or _is_unusual(model):
+        if length is None or (len(ids), length) in self._unrecorded or _is_unusual(model):
             return None
-        if not is_begun and _has_padding(inputs):
+        if not is_begun and has_padding(inputs):
             return None
         state = state_of(model, ids.device, {hook.id for attention in attentions for hook in attention.hooks})
         if state is None:
             return None
         self._memory.edges = edges
         number = _entry(self._memory.states, state, lambda: next(self._numbers), _MOST_STATES)
-        return _Prompt(cache, layers, modules, attentions, length, (number, _kind(inputs), *edges, *keys))
+        return _Prompt(cache, layers, modules, attentions, length, (number, kind_of(inputs), *edges, *keys))
 
     def _recording(self, model: nn.Module, prompt: _Prompt, inputs: dict[str, Any]) -> _Recording | None:
         """Return the recording for a prompt, made now if it is time; `None` if the prompt has to run."""
@@ -361,7 +335,7 @@ class RecordedPrompts:
             if recording.timing is not None and (ms := recording.timing.ms()) is not None:
                 recording.timing, recording.ms = None, ms + recording.wait_ms
                 if not recording.is_faster(prompt.length):
-                    self._as_ever.add(bucket)
+                    self._unrecorded.add(bucket)
                     del memory.recordings[key]
                     return None
             return recording if recording.is_faster(inputs["input_ids"].shape[1]) else None
@@ -378,7 +352,7 @@ class RecordedPrompts:
             recording = self._record(model, prompt, inputs, ms_per_token)
         except Exception as error:  # where it is no matter of the recording, the prompt that runs raises it too
             if isinstance(error, torch.OutOfMemoryError):
-                self._as_ever.add(bucket)
+                self._unrecorded.add(bucket)
             else:
                 self.clear()
                 self._is_refused = True
@@ -398,13 +372,13 @@ class RecordedPrompts:
         room = 0 if new.is_compileable else 1 << (prompt.length - 1).bit_length()
         layers = memory.layers.get((prompt.key, room))
         if layers is None:
-            layers = memory.layers[prompt.key, room] = _Layers([one.cache_layer() for one in prompt.attentions])
+            layers = memory.layers[prompt.key, room] = _Layers(_new_layers(prompt.attentions))
 
         def call() -> dict[str, Any]:
             cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
             make_layers(cache, prompt.modules, end)
             output = model(**held, use_cache=True, return_dict=True, logits_to_keep=end - 1, **with_cache(cache))
-            if set(output) != {"logits", _CACHE}:
+            if set(output) != {"logits", CACHE}:
                 raise RuntimeError(f"a recorded prompt returns logits and a cache, got {', '.join(output)}")
             layers[0].copy_texts(cache.layers, layers, prompt.length, room)
             return {"logits": output.logits, "kind": type(output)}
@@ -420,7 +394,7 @@ class RecordedPrompts:
 
     def _compare(self, recording: _Recording, prompt: _Prompt, inputs: dict[str, Any], ran: Any) -> None:
         """Play a new recording beside the prompt that ran; where they differ, no prompt of the model is played."""
-        layers: list[Any] = [attention.cache_layer() for attention in prompt.attentions]
+        layers = _new_layers(prompt.attentions)
         beside = prompt._replace(cache=DynamicCache(), layers=layers)
         played = self._play(recording, beside, inputs)
         pairs = [(played.logits.float(), ran.logits[:, -1:].float(), _LOGITS_APART)]
@@ -460,7 +434,7 @@ class RecordedPrompts:
         ids, tokens = inputs["input_ids"], inputs["input_ids"].shape[1]
         recording.replays += 1
         recording.used = self._memory.prompts
-        layers = prompt.layers or [attention.cache_layer() for attention in prompt.attentions]
+        layers = prompt.layers or _new_layers(prompt.attentions)
         layers[0].copy_texts(recording.layers, layers, tokens)
         logits = recording.output["logits"].clone()
         if recording.replays == 2 and recording.launched is not None:
@@ -497,74 +471,10 @@ def _entry(entries: OrderedDict[Hashable, V], key: Hashable, make: Callable[[], 
     return entries[key]
 
 
-def _may_be_played(modules: Sequence[nn.Module], inputs: dict[str, Any]) -> bool:
-    """Tell whether inputs, and what is set for all of torch, are those of a prompt that may be recorded."""
-    ids, cache, to_keep = inputs.get("input_ids"), inputs.get(_CACHE), inputs.get("logits_to_keep")
-    positions, mask = inputs.get("position_ids"), _mask(inputs)
-    if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] < 2 or not is_on_gpu(ids):
-        return False
-    if torch.is_grad_enabled() or torch.is_autocast_enabled(ids.device.type):
-        return False
-    if type(to_keep) is not int or to_keep != 1 or not inputs.get("use_cache") or not inputs.get("return_dict"):
-        return False
-    if not all([name in _INPUTS or _says_nothing(value) for name, value in inputs.items()]):
-        return False
-    if positions is not None and (positions.ndim != 2 or positions.shape[1] != ids.shape[1]):
-        return False
-    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
-        return False
-    layers: Any = getattr(cache, "layers", ())
-    if [module.layer_idx for module in modules] != list(range(len(layers))):
-        return False
-    return bool(layers) and not getattr(layers[0], "is_initialized", True)
-
-
-def _mask(inputs: dict[str, Any]) -> Any:
-    """Return the mask of a prompt; `None` if there is none for any kind of layer."""
-    mask = inputs.get("attention_mask")
-    return None if isinstance(mask, dict) and all([part is None for part in mask.values()]) else mask
-
-
-def _has_padding(inputs: dict[str, Any]) -> bool:
-    """Tell whether a mask hides tokens; this waits for nothing where the prompt is the first that is launched."""
-    mask = _mask(inputs)
-    return mask is not None and not bool(mask.all())
-
-
-def _is_in_range(inputs: dict[str, Any], vocabulary: int, length: int) -> bool:
-    """Tell whether there is no padding, and neither a token nor a position that a recording has no embedding for.
-
-    Args:
-        inputs: of a prompt.
-        vocabulary: rows of the embeddings of tokens.
-        length: of the recording; where positions have embeddings, there are as many at least.
-    """
-    ids, positions, mask = inputs["input_ids"], inputs.get("position_ids"), _mask(inputs)
-    bounds = [(ids, vocabulary)] if positions is None else [(ids, vocabulary), (positions, length)]
-    values = [value.long() for tensor, _ in bounds for value in tensor.aminmax()]
-    if mask is not None:
-        values.append(mask.all().long())
-    if any([value.device != ids.device for value in values]):
-        return False
-    found = torch.stack(values).tolist()  # waits for nothing, as `_has_padding` does
-    if mask is not None and not found.pop():
-        return False
-    return all([found[2 * i] >= 0 and found[2 * i + 1] < most for i, (_, most) in enumerate(bounds)])
-
-
-def _kind(inputs: dict[str, Any]) -> Hashable:
-    """Return what has to be the same of the inputs of a replay, beside the length."""
-    ids, positions = inputs["input_ids"], inputs.get("position_ids")
-    return len(ids), ids.dtype, ids.device, None if positions is None else (len(positions), positions.dtype)
-
-
-def _nothing() -> None:
-    """Take the place of a reference to a recording."""
-
-
-def _says_nothing(value: Any) -> bool:
-    """Tell whether an input is as if it were not there, such as the outputs of encoders of pictures without any."""
-    return value is None or value is False or (isinstance(value, dict) and not value)
+def _new_layers(attentions: Sequence[SparseAttentionLayer]) -> list[RecordableCacheLayer]:
+    """Make an empty cache layer for each sparse attention; what has a `prompt_edge` has one that can be recorded."""
+    layers: list[Any] = [attention.cache_layer() for attention in attentions]
+    return layers
 
 
 def _layers_to_fill(cache: Any, attentions: Sequence[SparseAttentionLayer]) -> list[Any] | None:

@@ -23,6 +23,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all_modules
 from transformers.cache_utils import Cache
 
+from hf_sparse.ops.triton import is_on_gpu
+
 _stream_lock = threading.RLock()  # what another thread launches on the stream would be recorded too
 _EAGER = 2  # steps of a call before one is recorded: they compile kernels and allocate what stays
 _COLLECTING = "transformers.utils.output_capturing"  # the module whose hooks collect hidden states
@@ -65,40 +67,50 @@ class RecordedSteps:
         """Return what the forward of the model returns."""
         caches = [value for value in inputs.values() if isinstance(value, Cache)]
         layout = None if self.is_refused or len(caches) != 1 else _layout(inputs, caches[0])
-        if layout is None:
+        if layout is None or not self._is_ready(layout, inputs, caches[0]):
             return self.model(**inputs)
         layers: Any = caches[0].layers
-        memory = [layer.step_memory() for layer in layers]
+        tokens = [layer.get_seq_length() for layer in layers]
+        if self.replay is not None:
+            self._play(inputs, tokens[0])
+            output = self.output
+        else:
+            assert self.compiled is not None
+            output = self.compiled(**inputs)  # compiles what it needs
+        for layer, number in zip(layers, tokens, strict=True):
+            layer.note_tokens(number + 1)
+        return output
+
+    def _is_ready(self, layout: tuple[Any, ...], inputs: dict[str, Any], cache: Any) -> bool:
+        """Tell whether a step is played, or compiled, rather than run; this records it if it is time."""
+        memory = [layer.step_memory() for layer in cache.layers]
         is_other = layout != self.layout
         if is_other or len(memory) != len(self.memory) or not all(map(is_, memory, self.memory)):
-            if is_other or caches[0].is_compileable:
+            if is_other or cache.is_compileable:
                 self.steps = 0
             self.layout, self.memory, self.replay = layout, memory, None
         self.steps += 1
         is_eager = self.steps < _EAGER or (self.steps == _EAGER and self.compiled is None)
         if is_eager or any(part is None for part in memory):
-            return self.model(**inputs)
+            return False
         if self.is_refused is None:
             self.is_refused = not _is_recordable(self.model)
-        if self.is_refused or not (self.steps == _EAGER or self.replay is not None or self._record(inputs, caches[0])):
-            if self.is_refused:
-                self.memory = []  # a cache that grows will have other memory, and give this back
-            return self.model(**inputs)
-        tokens = [layer.get_seq_length() for layer in layers]
-        if self.replay is None:
-            assert self.compiled is not None
-            output = self.compiled(**inputs)  # compiles what it needs
-        else:
-            for old, new in zip(_flat(self.inputs).values(), _flat(inputs).values(), strict=True):
-                if isinstance(new, Tensor):
-                    (old if old.shape == new.shape else old[:, : new.shape[1]]).copy_(new)
-            if self.place is not None:
-                self.place.fill_(tokens[0])
-            self.replay()
-            output = self.output
-        for layer, number in zip(layers, tokens, strict=True):
-            layer.note_tokens(number + 1)
-        return output
+        is_compiled_alone = self.steps == _EAGER
+        if not self.is_refused and (is_compiled_alone or self.replay is not None or self._record(inputs, cache)):
+            return True
+        if self.is_refused:
+            self.memory = []  # a cache that grows will have other memory, and give this back
+        return False
+
+    def _play(self, inputs: dict[str, Any], tokens: int) -> None:
+        """Play the recorded step with these inputs, after so many tokens."""
+        for old, new in zip(_flat(self.inputs).values(), _flat(inputs).values(), strict=True):
+            if isinstance(new, Tensor):
+                (old if old.shape == new.shape else old[:, : new.shape[1]]).copy_(new)
+        if self.place is not None:
+            self.place.fill_(tokens)
+        assert self.replay is not None
+        self.replay()
 
     def _record(self, inputs: dict[str, Any], cache: Any) -> bool:
         """Record the step without taking it; return False, with nothing changed, if it cannot be recorded."""
@@ -256,11 +268,6 @@ def free_memory(device: torch.device) -> int:
     """Return the bytes of a GPU that this process could still allocate."""
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
-
-
-def is_on_gpu(tensor: Tensor) -> bool:
-    """Tell whether a tensor is on the current device of CUDA."""
-    return tensor.is_cuda and tensor.device.index == torch.cuda.current_device()
 
 
 def _is_recordable(model: nn.Module) -> bool:

@@ -213,11 +213,11 @@ def played(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     import torch
     from transformers.modeling_outputs import CausalLMOutputWithPast
 
-    from hf_sparse.patches import attach, recorded_steps
+    from hf_sparse.patches import recorded_steps, switch
 
     played: list[int] = []
     numbers = count()
-    record, is_on_gpu, may_record = recorded_steps.record, recorded_steps.is_on_gpu, attach.may_record
+    record, is_on_gpu, may_record = recorded_steps.record, recorded_steps.is_on_gpu, switch.may_record
 
     def imitate(call, device):
         output = CausalLMOutputWithPast(logits=torch.zeros(()))
@@ -238,7 +238,7 @@ def played(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(recorded_steps, "record", note)
     monkeypatch.setattr(recorded_steps, "is_on_gpu", lambda tensor: not tensor.is_cuda or is_on_gpu(tensor))
-    monkeypatch.setattr(attach, "may_record", may_imitate)
+    monkeypatch.setattr(switch, "may_record", may_imitate)
     return played
 
 
@@ -254,10 +254,10 @@ def played_prompts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     from torch.utils._pytree import tree_leaves
     from transformers import modeling_utils
 
-    from hf_sparse.patches import attach, recorded_prompts
+    from hf_sparse.patches import prompt_inputs, recorded_prompts, switch
 
     played: list[int] = []
-    record, is_on_gpu, may_record = recorded_prompts.record, recorded_prompts.is_on_gpu, attach.may_record
+    record, is_on_gpu, may_record = recorded_prompts.record, prompt_inputs.is_on_gpu, switch.may_record
 
     class Timing:
         """Takes long for a prompt that runs, and no time for one that is played."""
@@ -320,8 +320,8 @@ def played_prompts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(recorded_prompts, "record", record_or_imitate)
     monkeypatch.setattr(recorded_prompts.RecordedPrompts, "_compare", compare_unnoted)
     monkeypatch.setattr(recorded_prompts.RecordedPrompts, "_finish", note_finish)
-    monkeypatch.setattr(recorded_prompts, "is_on_gpu", lambda tensor: not tensor.is_cuda or is_on_gpu(tensor))
-    monkeypatch.setattr(attach, "may_record", may_imitate)
+    monkeypatch.setattr(prompt_inputs, "is_on_gpu", lambda tensor: not tensor.is_cuda or is_on_gpu(tensor))
+    monkeypatch.setattr(switch, "may_record", may_imitate)
     return played
 
 

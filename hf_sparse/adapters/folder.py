@@ -25,7 +25,7 @@ from hf_sparse.base_model import is_public
 from hf_sparse.core.registry import method_of
 from hf_sparse.errors import DataError, HubError
 from hf_sparse.folders import settle, staged
-from hf_sparse.patches.attach import CHILD
+from hf_sparse.patches.attached import CHILD
 
 Json = dict[str, Any]
 

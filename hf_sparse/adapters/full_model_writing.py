@@ -26,7 +26,7 @@ from hf_sparse.atomic_files import read_object, write_json
 from hf_sparse.base_model import INSIDE, resolve_base
 from hf_sparse.core.registry import method_of
 from hf_sparse.errors import HubError
-from hf_sparse.patches.attach import CHILD
+from hf_sparse.patches.attached import CHILD
 from hf_sparse.tuner import PREFIX
 
 # What a full model takes over from its base model beside configuration and weights: no code and no pickles.

@@ -33,8 +33,9 @@ from hf_sparse.embeddings import embeddings_of
 from hf_sparse.environment import cuda_of_process
 from hf_sparse.errors import AdapterMismatchError, HubError, UnsupportedModelError
 from hf_sparse.patches import sparse_layers
-from hf_sparse.patches.attach import check_other_adapters, targets
 from hf_sparse.patches.heads import initialised
+from hf_sparse.patches.other_adapters import check_other_adapters
+from hf_sparse.patches.targets import targets
 
 Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]

@@ -39,18 +39,6 @@ class SparseCacheLayer(Protocol):
     error ends the attention, it calls `cancel_attention` in place of `end_attention`.
 
     A layer that a call of the model makes has this call as its attribute `call` until its attention is done.
-
-    What has the following can be in recorded steps, see `patches.recorded_steps`. `step_memory()` returns the tensor
-    that the next step writes its key to, or `None` if it has to allocate one. `note_tokens(tokens)` takes the number of
-    tokens so far after a step that the host has not followed, or has followed and not taken. A layer that grows
-    (`is_compileable` is false) has `write_at(place)` too: until it is called with `None`, `update` gets the key and
-    value of one token for this place, `[1]` int64 on the device, and returns all that it has room for.
-
-    What can be in recorded prompts, see `patches.recorded_prompts`, heeds `ModelCall.end`, and has `note_tokens` and
-    the static method `copy_texts(sources, targets, tokens, room)`: it copies what all layers of a cache hold to those
-    of another one, in few launches, to memory that it makes if they have none. Of layers that grow these are the first
-    `tokens` tokens, and the memory has room for `room`, or with `None` for as many as decoding begins with; others keep
-    no more than they ever do.
     """
 
     def get_seq_length(self) -> int:
@@ -87,6 +75,42 @@ class SparseCacheLayer(Protocol):
 
     def share_mask_sizes(self) -> None:
         """Note that layers with dense attention may take the size of their mask from this layer."""
+
+
+class RecordableCacheLayer(SparseCacheLayer, Protocol):
+    """Describe a cache layer that `patches.recorded_steps` and `patches.recorded_prompts` can record.
+
+    In a recorded prompt it heeds `ModelCall.end`. One that grows (`is_compileable` is false) has a method
+    `write_at(place)` too: until it is called with `None`, `update` gets the key and value of one token for this place,
+    `[1]` int64 on the device, and returns all that it has room for.
+
+    Attributes:
+        keys, values: `[B, Hkv, S, D]`, or of slots of unequal heads `[B, R, D]`; `None` before the first token.
+    """
+
+    keys: Any
+    values: Any
+
+    def step_memory(self) -> Tensor | None:
+        """Return the tensor that the next step writes its key to, or `None` if it has to allocate one."""
+
+    def note_tokens(self, tokens: int) -> None:
+        """Take the number of tokens so far, after a step that the host has not followed, or has followed and not taken.
+
+        Args:
+            tokens: of each text, padding included.
+        """
+
+    @staticmethod
+    def copy_texts(sources: Any, targets: Any, tokens: int, room: int | None = None) -> None:
+        """Copy what all layers of a cache hold to those of another one, in few launches.
+
+        Args:
+            sources: layers of this class.
+            targets: as many; they get new memory if they have none.
+            tokens: the first ones, which layers that grow copy; others keep no more than they ever do.
+            room: tokens that new memory of layers that grow has room for; `None` for as many as decoding begins with.
+        """
 
 
 def mask_of_keys(attention_mask: Tensor | None, keys: int) -> Tensor | None:

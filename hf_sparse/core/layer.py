@@ -196,7 +196,7 @@ class SparseAttentionLayer(AdapterLayer[ConfigT], RequestAttention):
 
     @property
     def steps_are_alike(self) -> bool:
-        """Tell whether a decoding step, as it is used now, needs of the layer its tensors and its cache layer alone.
+        """Tell whether a decoding step, as the layer is set now, reads its tensors and its cache layer alone.
 
         Then a step that is compiled for one layer serves all, see `patches.compiled_layers`. The cache layer has a
         method `lent_to(attention)`: it returns one with the same memory for the attention of another layer.
@@ -205,11 +205,12 @@ class SparseAttentionLayer(AdapterLayer[ConfigT], RequestAttention):
 
     @property
     def prompt_edge(self) -> int | None:
-        """Return up to how many tokens a text is read in another way than a longer one, 0 if all are read alike.
+        """Return the length in tokens at which the launches of a prompt change; longer prompts have others.
 
-        A recorded prompt, which is padded, stays on its side of it, see `patches.recorded_prompts`.
+        A recorded prompt is padded, and padding must not take it past this length, see `patches.recorded_prompts`.
 
         Returns:
-            `None` if the cache layer cannot be filled by a recording, or what fills it waits for the device.
+            0 if prompts of all lengths have the same launches; `None` if a recording cannot fill the cache layer (a
+            `RecordableCacheLayer`), or what fills it waits for the device.
         """
         return None

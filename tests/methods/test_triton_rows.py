@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("interpreter")
 def kernel_everywhere(monkeypatch):
     """Lets the interpreter take the kernel too."""
     if DEVICE == "cpu":
-        monkeypatch.setattr(step, "_is_on_current_device", lambda query: True)
+        monkeypatch.setattr(step, "is_on_gpu", lambda query: True)
         monkeypatch.setattr(step, "has_kernels", lambda *tensors: all(t.is_contiguous() for t in tensors))
 
 

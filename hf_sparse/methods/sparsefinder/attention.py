@@ -103,7 +103,7 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
             0 where longer texts attend to all keys too; `None` with a learned graph or a learned alpha, and where the
             graph is looked at or certified.
         """
-        if not self.causal or not self.is_used or self.certify or self.pattern is not None or self.observer is not None:
+        if not self.causal or not self.is_used or self.certify or self._is_observed:
             return None
         predictor, config = self.parameters_in_use.predictor, self.config
         if config.learn_alpha or (config.entmax_native is not None and predictor.learns_graph):
@@ -167,18 +167,12 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
             cache.write_newest()
         if cache is not None:
             self.check_cache(cache)
-        keys = key.shape[2]
-        if valid is not None and valid.shape[1] != keys:
-            raise ValueError(f"the attention mask must cover all {keys} keys, got {valid.shape[1]} columns")
-        waits = torch.compiler.is_compiling() or key.device.type != "cpu"
-        if valid is not None and not waits and bool(valid.all()):
-            valid = None  # packing copies all keys; on a GPU, asking would wait for the device
-        learned, observed = self.parameters_in_use, self.pattern is not None or self.observer is not None
+        valid = _padding(valid, key)
+        learned = self.parameters_in_use
         learning = self.is_learning(cache) or (self.training and self.observer is not None)  # finetune observes texts
         # A checkpoint that was trained with entmax attends to all keys until a graph is fitted.
         unfitted = self.config.entmax_native is not None and not learned.is_fitted
         predicts = self.pattern is None and not learning and not unfitted
-        static = isinstance(cache, StaticSparsefinderCacheLayer)
         # Where the query stands in the keys, if these are all that there is room for.
         place = cache.place if cache is not None and query.shape[2] == 1 else None
         if predicts and self._finds_support(learned) and is_step(query, key) and not torch.is_grad_enabled():
@@ -188,24 +182,48 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
         # Complete attention has a graph only for those who look at it.
         sees_all = learned.predictor.sees_all or unfitted or (self.config.complete and not self.certify)
         first_query = None if place is None else place.expand(len(query))
-        if not observed and (learning or sees_all):
+        if not self._is_observed and (learning or sees_all):
             return entmax_attention(query, key, value, valid=valid, first_query=first_query, **options)
         call = getattr(cache, "call", None)
         end = None if call is None else call.end
         text = AttentionInputs(query, key, value, **options, layer=self.layer, first_query=first_query, end=end)
-        codes = self._codes(query, key, cache) if predicts and learned.predictor.learns_graph else None
-        if place is not None and not static and (observed or self.certify or codes is None or self.config.tile is None):
-            raise RuntimeError("a step of this predictor cannot be recorded: it needs the keys of its text alone")
-        if place is not None and codes is not None and (static or valid is None):
-            return self._listed_step(text, codes, valid)
-        if static and codes is not None and valid is not None:
+        return self._over_graph(text, cache, valid, place, predicts)
+
+    def _over_graph(
+        self, text: AttentionInputs, cache: Any, valid: Tensor | None, place: Tensor | None, predicts: bool
+    ) -> Tensor:
+        """Attend over the graph of texts, some of whose rows may have padding.
+
+        Args:
+            text: all that came, padding included.
+            cache: of these texts, or `None`.
+            valid: `[B, Tk]` bool, False for padding.
+            place: `[1]` int64, where the only query stands in keys that are all there is room for.
+            predicts: whether the graph is the predicted one.
+        """
+        is_observed, is_static = self._is_observed, isinstance(cache, StaticSparsefinderCacheLayer)
+        learns_graph = self.parameters_in_use.predictor.learns_graph
+        codes = self._codes(text.query, text.key, cache) if predicts and learns_graph else None
+        if place is not None:
+            if not is_static and (is_observed or self.certify or codes is None or self.config.tile is None):
+                raise RuntimeError("a step of this predictor cannot be recorded: it needs the keys of its text alone")
+            if codes is not None and (is_static or valid is None):
+                return self._listed_step(text, codes, valid)
+        if is_static and codes is not None and valid is not None:
             raise ValueError(
                 "a static cache of predicted graphs takes texts without padding, and the attention mask has some: "
                 "use the ordinary cache, or SparsefinderConfig(predictor='full')"
             )
         if valid is None:
-            return self._over_graph(text, codes, predicts)
-        return self._one_by_one(text, codes, valid, predicts) if observed else self._packed(text, codes, valid, place)
+            return self._over_graph_of_texts(text, codes, predicts)
+        if is_observed:
+            return self._one_by_one(text, codes, valid, predicts)
+        return self._packed(text, codes, valid, place)
+
+    @property
+    def _is_observed(self) -> bool:
+        """Tell whether a pattern or an observer is set, which read whole texts."""
+        return self.pattern is not None or self.observer is not None
 
     def _finds_support(self, learned: SparsefinderParameters) -> bool:
         """Tell whether causal attention equals that over all keys, and nobody observes the graph that leads there."""
@@ -266,7 +284,7 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
         if codes is not None:
             of_queries, of_keys = (batch.keys(part, 0 if part.is_floating_point() else -1) for part in codes)
             codes = of_queries, of_keys
-        return batch.unpack(self._over_graph(packed, codes, predicts=True)).to(text.query.dtype)
+        return batch.unpack(self._over_graph_of_texts(packed, codes, predicts=True)).to(text.query.dtype)
 
     def _one_by_one(self, text: AttentionInputs, codes: Codes | None, valid: Tensor, predicts: bool) -> Tensor:
         """Attend in each row of a padded batch by itself."""
@@ -280,16 +298,16 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
                     text.value[row, None, :, real],
                 )
                 of_row = None if codes is None else (codes[0][row, None, :, real], codes[1][row, None, :, real])
-                attended = self._over_graph(replace(text, query=query, key=key, value=value), of_row, predicts)
+                of_text = replace(text, query=query, key=key, value=value)
+                attended = self._over_graph_of_texts(of_text, of_row, predicts)
                 output[row, :, new] = attended[0].to(output.dtype)
         return output
 
-    def _over_graph(self, text: AttentionInputs, codes: Codes | None, predicts: bool) -> Tensor:
-        """Attend over the predicted graph, over that of `pattern`, or over all keys."""
+    def _over_graph_of_texts(self, text: AttentionInputs, codes: Codes | None, predicts: bool) -> Tensor:
+        """Attend in texts without padding over the predicted graph, over that of `pattern`, or over all keys."""
         config, learned = self.config, self.parameters_in_use
         is_one = self.causal and text.query.shape[2] == 1 and config.tile is not None and not torch.is_grad_enabled()
-        watched = self.pattern is not None or self.observer is not None or config.complete or self.certify
-        if codes is not None and is_one and not watched:
+        if codes is not None and is_one and not (self._is_observed or config.complete or self.certify):
             return self._listed_step(text, codes)
         graph: Tiles | Tensor | None = None
         if self.pattern is not None:
@@ -316,3 +334,17 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
         if self.observer is not None:
             self.observer(text, graph, certificate)
         return output
+
+
+def _padding(valid: Tensor | None, key: Tensor) -> Tensor | None:
+    """Return the mask of padding `[B, Tk]` of keys; on the CPU `None` where it hides none, for packing copies all keys.
+
+    Raises:
+        ValueError: it has another number of columns.
+    """
+    if valid is None:
+        return None
+    if valid.shape[1] != key.shape[2]:
+        raise ValueError(f"the attention mask must cover all {key.shape[2]} keys, got {valid.shape[1]} columns")
+    waits = torch.compiler.is_compiling() or key.device.type != "cpu"  # to ask a GPU would wait for it
+    return None if not waits and bool(valid.all()) else valid

@@ -130,7 +130,7 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
         self.keys, self.values, self.is_initialized = keys, values, True
         return keys, values
 
-    # What recorded prompts and recorded steps ask for, see `SparseCacheLayer`.
+    # What recorded prompts and recorded steps ask for, see `RecordableCacheLayer`.
 
     @staticmethod
     def copy_texts(
@@ -139,7 +139,7 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
         tokens: int,
         room: int | None = None,
     ) -> None:
-        """Copy keys and values of all layers of a cache to those of another one, see `SparseCacheLayer`.
+        """Copy keys and values of all layers of a cache to those of another one, see `RecordableCacheLayer`.
 
         Args:
             sources: layers without codes, which hold `tokens` tokens or more.

@@ -16,7 +16,7 @@ from hf_sparse.methods.sparsefinder.parameters import SparsefinderParameters
 from hf_sparse.methods.sparsefinder.predictors.clustering import Clustering
 from hf_sparse.ops.entmax.step import MOST_ROWS, Scales
 from hf_sparse.ops.entmax.triton import WIDEST
-from hf_sparse.ops.triton import DTYPES, installed
+from hf_sparse.ops.triton import DTYPES, installed, is_on_gpu
 
 if TYPE_CHECKING:
     from hf_sparse.methods.sparsefinder.attention import SparsefinderAttention
@@ -82,14 +82,17 @@ def _has_kernels(query: Tensor, key: Tensor, value: Tensor, newest: tuple[Tensor
 
 def _launches_on(query: Tensor) -> bool:
     """Tell whether Triton launches on the device of a tensor now, and nothing casts what is computed."""
-    if not query.is_cuda or query.device.index != torch.cuda.current_device() or not query.numel():
-        return False
-    return not torch.is_autocast_enabled("cuda") and installed()
+    return is_on_gpu(query) and query.numel() > 0 and not torch.is_autocast_enabled("cuda") and installed()
 
 
 @dataclass
 class _ExactPlan:
-    """Hold the kernels of a layer's steps over all keys, and what they were made for."""
+    """Hold the kernels of a layer's steps over all keys, and what they were made for.
+
+    Attributes:
+        rooms: what the keys and values of the cache lie in.
+        layout: shapes, dtypes and kinds of what a step computes with.
+    """
 
     kernels: "StepPlan"
     rooms: Any
@@ -121,7 +124,7 @@ def _over_all_keys(
 
 
 @dataclass
-class _Plan:
+class _ClusterPlan:
     """Hold the kernels of a layer's predicted steps, and what they were made for.
 
     Attributes:
@@ -156,7 +159,7 @@ def _over_clusters(
     tensors = [(t, None if t is None else t.dtype) for t in (*learned._parameters.values(), *learned._buffers.values())]
     plan = cache.plan
     is_same = (
-        type(plan) is _Plan
+        type(plan) is _ClusterPlan
         and plan.learned is learned
         and plan.rooms is cache.rooms
         and plan.layout == layout
@@ -165,7 +168,7 @@ def _over_clusters(
     )
     if not is_same:
         kernels, projections = _kernels(learned, query, key, value, scales)
-        plan = cache.plan = _Plan(kernels, projections, learned, tensors, cache.rooms, layout)
+        plan = cache.plan = _ClusterPlan(kernels, projections, learned, tensors, cache.rooms, layout)
     newest, kernels = cache.newest, plan.kernels
     codes = None if kernels is None else cache.codes_to_write(attention.identities[attention.active])
     if codes is None or newest is None or kernels is None:

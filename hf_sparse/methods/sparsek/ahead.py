@@ -80,9 +80,7 @@ def step_ahead(
         single step.
     """
     is_plain = type(query) is Tensor and query.device.type == "cpu" and valid is None
-    if not is_plain or torch.compiler.is_compiling() or torch.is_grad_enabled():
-        return None
-    if attention.baseline is not None or attention.observer is not None:
+    if not is_plain or torch.compiler.is_compiling() or torch.is_grad_enabled() or not attention.uses_scorer:
         return None
     name = attention.active
     if not cache.may_look_ahead or cache.empty or cache.soft or cache.owner != (attention.identities[name], None):

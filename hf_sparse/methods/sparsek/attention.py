@@ -3,7 +3,7 @@
 import copy
 import functools
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import torch
@@ -11,8 +11,6 @@ from torch import Tensor, nn
 
 from hf_sparse.core.cache import ModelCall
 from hf_sparse.core.layer import AttentionShape, SparseAttentionLayer
-from hf_sparse.core.prompt_chunks import ChunkGroup
-from hf_sparse.core.request_state import StateTensor
 from hf_sparse.errors import UnsupportedModelError
 from hf_sparse.methods.sparsek import rows
 from hf_sparse.methods.sparsek.ahead import step_ahead
@@ -55,6 +53,12 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
     shape_fields = ("hidden_size", "num_key_value_heads")
     adapter_layer_names = ("sparsek_scorer", "sparsek_lora")
     cache_layer_type = SparseKCacheLayer
+
+    # Methods that attend in the rows of a pool, see `RequestAttention`.
+    request_state = rows.request_state
+    attend_chunk = rows.attend_chunk
+    attend_chunks = rows.attend_chunks
+    attend_steps = rows.attend_steps
 
     @classmethod
     def for_shape(cls, shape: AttentionShape) -> "SparseKAttention":
@@ -130,7 +134,7 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
 
     def recording_key(self) -> Hashable | None:
         """Return what decides what is computed, see `SparseAttentionLayer`; `None` where others look on or choose."""
-        if self.baseline is not None or self.observer is not None or not self.is_used:
+        if not self.uses_scorer or not self.is_used:
             return None
         name, config = self.active, self.config
         budget = config.budget(self.layer)  # once: before a prompt all layers are asked
@@ -161,10 +165,6 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
                 "decoding uses hard selection, and a training forward has soft gates: call model.eval() or use "
                 "torch.no_grad() before generating, from the first token on"
             )
-
-    def request_state(self, head_dim: int, dtype: torch.dtype) -> tuple[StateTensor, ...]:
-        """Describe the KV slots of one request, see `SparseAttentionLayer`."""
-        return rows.request_state(self, head_dim, dtype)
 
     def shard(self, index: int, count: int) -> "SparseKAttention":
         """Return a copy with a part of the KV heads, see `SparseAttentionLayer`.
@@ -199,26 +199,15 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         """Count the tokens that fit into the slots of each head, see `SparseAttentionLayer`."""
         return self.budget.fewest_slots if self.baseline is None else 0
 
-    def attend_chunk(
-        self, states: Sequence[Tensor], row: Tensor, source: Tensor, is_first: bool, *tokens: Any
-    ) -> Tensor:
-        """Attend with the next tokens of one request of a pool, see `SparseAttentionLayer`."""
-        return rows.attend_chunk(self, states, row, source, is_first, *tokens)
-
-    def attend_chunks(
-        self, states: Sequence[Tensor], index: Tensor, sources: Tensor, chunks: ChunkGroup, *tokens: Any
-    ) -> Tensor:
-        """Attend with the next tokens of several requests of a pool, see `SparseAttentionLayer`."""
-        return rows.attend_chunks(self, states, index, sources, chunks, *tokens)
-
-    def attend_steps(self, states: Sequence[Tensor], index: Tensor, sources: Tensor, *tokens: Any) -> Tensor:
-        """Take a decoding step of several requests of a pool, see `SparseAttentionLayer`."""
-        return rows.attend_steps(self, states, index, sources, *tokens)
+    @property
+    def uses_scorer(self) -> bool:
+        """Tell whether the scorer chooses the keys, with no observer: the case that has paths of its own for speed."""
+        return self.baseline is None and self.observer is None
 
     @property
     def steps_are_alike(self) -> bool:
         """Tell whether steps are those of `step_compiled`."""
-        return self.baseline is None and self.observer is None
+        return self.uses_scorer
 
     def score(self, hidden_states: Tensor, index: Tensor) -> Tensor:
         """Return the scorer's frozen scores `[B, Hkv, T]` float32 of tokens that stand at `index` of their rows.

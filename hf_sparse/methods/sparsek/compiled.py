@@ -31,9 +31,11 @@ def attend_compiled(
     return _attend(query, key, value, scores, valid, **settings).transpose(1, 2)
 
 
-def _same(counts: Sequence[int]) -> int | Sequence[int]:
-    """Return the number of keys for all heads, or one for each."""
-    return counts[0] if len(counts) == 1 else counts
+def _options(k: Sequence[int], support: Sequence[int] | None, **others: Any) -> dict[str, Any]:
+    """Return the options of `sparsek_attention`, with a number of keys for all heads where a list has but one."""
+    for name, numbers in (("k", k), ("support", support)):
+        others[name] = numbers[0] if numbers is not None and len(numbers) == 1 else numbers
+    return others
 
 
 @torch.library.custom_op("hf_sparse::sparsek_attention", mutates_args=())
@@ -53,9 +55,8 @@ def _attend(
     support: Sequence[int] | None,
 ) -> Tensor:
     """Return `[B, T, Hq, D]`, which is how the layers of transformers go on."""
-    counts = {"k": _same(k), "support": None if support is None else _same(support)}
-    options = {**counts, "window": window, "sinks": sinks, "causal": causal, "gates": gates}
-    output = attend_padded(query, key, value, scores, valid, valid, scaling=scaling, **options)
+    options = _options(k, support, window=window, sinks=sinks, scaling=scaling, causal=causal, gates=gates)
+    output = attend_padded(query, key, value, scores, valid, valid, **options)
     return output.transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
@@ -83,14 +84,13 @@ def _differentiate(
     support: Sequence[int] | None,
 ) -> list[Tensor]:
     """Return the gradients of those of `query`, `key`, `value` and `scores` for which `needed` says so."""
-    counts = {"k": _same(k), "support": None if support is None else _same(support)}
-    options: dict[str, Any] = {**counts, "window": window, "sinks": sinks, "causal": causal, "gates": gates}
+    options = _options(k, support, window=window, sinks=sinks, scaling=scaling, causal=causal, gates=gates)
     with recorded_gradients():
         inputs = [
             tensor.detach().requires_grad_(is_needed)
             for tensor, is_needed in zip((query, key, value, scores), needed, strict=True)
         ]
-        output = attend_padded(*inputs, valid, valid, scaling=scaling, **options)
+        output = attend_padded(*inputs, valid, valid, **options)
         learned = [tensor for tensor in inputs if tensor.requires_grad]
         gradients = torch.autograd.grad(output, learned, upstream.transpose(1, 2), materialize_grads=True)
     # The layout that the operator promises; what comes out of it is memory of its own.

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
-from hf_sparse.methods.sparsek.scorer import NO_SLOPES, LinearScorer
 from hf_sparse.ops.selection.step import take_step
 
 if TYPE_CHECKING:
@@ -35,13 +34,11 @@ def step_compiled(
     """
     if not torch.compiler.is_compiling() or torch.is_grad_enabled() or not cache.is_initialized:
         return None
-    if attention.baseline is not None or attention.observer is not None:
+    if not attention.uses_scorer:
         return None
     scorer: Any = attention.sparsek_scorer[attention.active]
-    if isinstance(scorer, LinearScorer):
-        states, weight, slope, slopes = hidden_states, scorer.weight, scorer.slope, scorer.slopes
-    else:
-        states, weight, slope, slopes = scorer(hidden_states, cache.seen[:, None]), None, None, NO_SLOPES
+    weight, slope, slopes = scorer.linear
+    states = scorer(hidden_states, cache.seen[:, None]) if weight is None else hidden_states
     cache.empty, total = False, None
     if not cache.is_count_read:
         total, cache.uncounted = cache.cumulative_length, 0

@@ -15,7 +15,7 @@ from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
 from hf_sparse.methods.sparsek.scorer import LinearScorer
 from hf_sparse.methods.sparsek.slot_memory import SharedSlots, fix_address, lasting
 from hf_sparse.ops.selection.thresholds import MOST_LISTED
-from hf_sparse.ops.triton import DTYPES, MOST_ROWS, installed
+from hf_sparse.ops.triton import DTYPES, MOST_ROWS, installed, is_on_gpu
 
 if TYPE_CHECKING:
     from hf_sparse.methods.sparsek.attention import SparseKAttention
@@ -92,9 +92,9 @@ def read_in_few_launches(
         `[B, Hq, T, D]`; `None`, with nothing changed, if the text has to take another path: there is padding, it is
         being compiled, recorded or differentiated, the cache was used before, or no kernel takes what came.
     """
-    if valid is not None or cache.is_initialized or not _TRITON or not _is_on_current_device(query):
+    if valid is not None or cache.is_initialized or not _TRITON or type(query) is not Tensor or not is_on_gpu(query):
         return None
-    if attention.baseline is not None or attention.observer is not None or torch.is_grad_enabled():
+    if not attention.uses_scorer or torch.is_grad_enabled():
         return None
     if cache.owner != (attention.identities[attention.active], None):  # an error may have ended an earlier call
         return None
@@ -197,11 +197,6 @@ def _read(
             _programs.pop(next(iter(_programs)), None)
         _programs[layout] = program
     return output, slots
-
-
-def _is_on_current_device(query: Tensor) -> bool:
-    """Tell whether a tensor is one of CUDA's current device, where Triton launches."""
-    return query.is_cuda and type(query) is Tensor and query.device.index == torch.cuda.current_device()
 
 
 def _takes(

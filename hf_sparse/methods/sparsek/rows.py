@@ -1,7 +1,8 @@
 """Keep the KV slots of many requests in the rows of a pool, as an engine that serves them needs it.
 
-A forward gathers the rows of its requests into a cache layer, runs the attention of the module as it is, and writes the
-rows back. What the rows of others hold is never read. On a GPU a decoding step finds its rows in the pool itself.
+`SparseKAttention` has the first four functions as its methods. A forward gathers the rows of its requests into a cache
+layer, runs the attention of the module as it is, and writes the rows back. What the rows of others hold is never read.
+On a GPU a decoding step finds its rows in the pool itself.
 
 As long as nothing of a text was evicted, its token `p` lies in slot `p` of each head: all that write to slots take the
 first empty one. So pieces of several such texts are written to the rows where they belong, and attended to densely.
@@ -94,6 +95,27 @@ def attend_chunks(
     return chunks.packed(_attended(attention, states, rows, cache, q, k, v, hidden, scaling, chunks.valid))
 
 
+@torch.no_grad()
+def attend_steps(
+    attention: "SparseKAttention",
+    states: Sequence[Tensor],
+    rows: Tensor,
+    sources: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    hidden_states: Tensor,
+    scaling: float,
+) -> Tensor:
+    """Take a decoding step of several requests; see `SparseAttentionLayer.attend_steps`."""
+    if sources is rows:
+        output = step_in_rows(attention, states, rows, query, key, value, hidden_states, scaling)
+        if output is not None:
+            return output
+    cache = _gathered(attention, states, sources)
+    return _attended(attention, states, rows, cache, query, key, value, hidden_states, scaling)
+
+
 def _write(
     attention: "SparseKAttention",
     states: Sequence[Tensor],
@@ -169,27 +191,6 @@ def _first_slots(attention: "SparseKAttention", device: torch.device) -> Tensor:
 def _slots_of_heads(attention: "SparseKAttention") -> list[int]:
     """Return the number of slots of each head."""
     return [attention.budget.of_head(head).slots for head in range(attention.num_key_value_heads)]
-
-
-@torch.no_grad()
-def attend_steps(
-    attention: "SparseKAttention",
-    states: Sequence[Tensor],
-    rows: Tensor,
-    sources: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    hidden_states: Tensor,
-    scaling: float,
-) -> Tensor:
-    """Take a decoding step of several requests; see `SparseAttentionLayer.attend_steps`."""
-    if sources is rows:
-        output = step_in_rows(attention, states, rows, query, key, value, hidden_states, scaling)
-        if output is not None:
-            return output
-    cache = _gathered(attention, states, sources)
-    return _attended(attention, states, rows, cache, query, key, value, hidden_states, scaling)
 
 
 def _gathered(attention: "SparseKAttention", states: Sequence[Tensor], rows: Tensor) -> SparseKCacheLayer:

@@ -35,6 +35,8 @@ _PIECE = 1 << 24  # numbers of the input that are scored at a time
 SLOPE_TOKENS = 256  # a learned slope is stored per so many tokens, so that it moves at the pace of the weights
 NO_SLOPES = Slopes(0.0, 1, 0)
 
+Linear = tuple[Tensor | None, Tensor | None, Slopes]  # weight, slope and slopes, see `Scorer.linear`
+
 
 class Scorer(nn.Module):
     """Map inputs `[B, T, C]` of an attention module, which stand at `index` `[B, T]`, to scores `[B, Hkv, T]` float32.
@@ -58,6 +60,14 @@ class Scorer(nn.Module):
     def slopes(self) -> Slopes:
         """Return how scores rise with the position."""
         return Slopes(float(self.config.position_slope), SLOPE_TOKENS, self.config.slope_length or 0)
+
+    @property
+    def linear(self) -> Linear:
+        """Return weight `[Hkv, C]`, slope `[Hkv]` and slopes, with which the kernels of steps score an input.
+
+        Without a weight they take the scores themselves.
+        """
+        return None, None, NO_SLOPES
 
     def forward(self, hidden_states: Tensor, index: Tensor) -> Tensor:
         """Return the scores `[B, Hkv, T]` float32 of inputs `[B, T, C]` at `index` `[B, T]`."""
@@ -127,6 +137,11 @@ class LinearScorer(Scorer):
         super().__init__(config, num_key_value_heads, causal)
         self.weight = nn.Parameter(torch.empty(num_key_value_heads, hidden_size))
         nn.init.normal_(self.weight, std=0.02)
+
+    @property
+    def linear(self) -> Linear:
+        """Return weight, slope and slopes, see `Scorer.linear`."""
+        return self.weight, self.slope, self.slopes
 
     def forward(self, hidden_states: Tensor, index: Tensor) -> Tensor:
         """Return the scores of inputs as `Scorer.forward`, without a gradient in one launch where kernels run."""

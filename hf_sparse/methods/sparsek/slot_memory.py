@@ -223,7 +223,7 @@ class SlotMemory(CacheLayerMixin):
     def copy_texts(
         sources: Sequence["SlotMemory"], targets: Sequence["SlotMemory"], tokens: int, room: int | None = None
     ) -> None:
-        """Copy the slots of all layers of a cache to those of another one, see `SparseCacheLayer`.
+        """Copy the slots of all layers of a cache to those of another one, see `RecordableCacheLayer`.
 
         Args:
             sources: layers that hold texts without a baseline's memory.

@@ -118,6 +118,7 @@ def _attend(
     index: Tensor | None,
     size: int,
 ) -> Tensor:
+    """Attend as `attend_few`, with the fields of `Scales` one by one, as operators and the kernels take them."""
     arguments = (query, key, value, scale, exponent, kind, factor, is_log, causal, valid, first_query, index, size)
     if not takes_kernels(query, key, value):
         return _plain(*arguments)
@@ -153,6 +154,7 @@ def _plain(
     index: Tensor | None,
     size: int,
 ) -> Tensor:
+    """Attend as `_attend`, in plain PyTorch and at least in float32: the reference of the kernels."""
     (batch, heads, queries, dim), (_, kv_heads, keys, _) = query.shape, key.shape
     device, dtype = query.device, torch.promote_types(query.dtype, torch.float32)
     scale = factor * (scale.to(dtype).exp() if is_log else scale.to(dtype))

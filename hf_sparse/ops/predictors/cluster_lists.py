@@ -1,5 +1,7 @@
 """List tiles for one causal query per head by the clusters of the keys, on a GPU, in eager and in compiled models."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -55,6 +57,7 @@ def _cluster_lists(
     count: int,
     grouped: bool,
 ) -> Tensor:
+    """List as `cluster_lists`, by the kernel."""
     from hf_sparse.ops.predictors.triton import cluster_step  # Triton is there only beside a CUDA device
 
     lists = cluster_step.Lists(size, rows, window, global_tokens, count, grouped)
@@ -67,18 +70,7 @@ _operator = torch.library.custom_op("hf_sparse::cluster_lists", mutates_args=())
 
 
 @_operator.register_fake
-def _shape(
-    points: Tensor,
-    codes: Tensor,
-    centroids: Tensor,
-    profile: Tensor | None,
-    position: Tensor,
-    size: int,
-    rows: int,
-    window: int,
-    global_tokens: int,
-    count: int,
-    grouped: bool,
-) -> Tensor:
+def _shape(points: Tensor, codes: Tensor, *others: Any) -> Tensor:
+    count, grouped = others[-2:]
     heads = codes.shape[1] if grouped else points.shape[1]
     return torch.empty((len(points), heads, 1, count), dtype=torch.int64, device=codes.device)

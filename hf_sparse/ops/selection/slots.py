@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_sparse.ops.triton import DTYPES, MOST_ROWS, installed
+from hf_sparse.ops.triton import DTYPES, MOST_ROWS, installed, is_on_gpu
 
 _TRITON = installed()
 
@@ -190,7 +190,6 @@ def _(query: Tensor, *others: object) -> Tensor:
 
 def has_kernels(keys: Tensor, *tables: Tensor) -> bool:
     """Tell whether the kernels take slots `[B, Hkv, S, D]` and their tables: device, dtype, sizes and layout."""
-    # Triton launches on the current device, and a compiled step could not change it.
-    here = keys.is_cuda and keys.device.index == torch.cuda.current_device()
-    taken = here and keys.dtype in DTYPES and keys.shape[-1] <= 256 and keys.shape[0] <= MOST_ROWS
+    # A compiled step could not change the current device.
+    taken = is_on_gpu(keys) and keys.dtype in DTYPES and keys.shape[-1] <= 256 and keys.shape[0] <= MOST_ROWS
     return _TRITON and taken and all(tensor.is_contiguous() for tensor in (keys, *tables))

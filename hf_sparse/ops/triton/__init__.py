@@ -4,6 +4,7 @@ import importlib.util
 import os
 
 import torch
+from torch import Tensor
 
 #: Dtypes of the tensors that the kernels take.
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -22,3 +23,8 @@ def available(device: torch.device) -> bool:
 def installed() -> bool:
     """Tell whether Triton is installed, on whatever device."""
     return _INSTALLED
+
+
+def is_on_gpu(tensor: Tensor) -> bool:
+    """Tell whether a tensor is on the current device of CUDA, which is where Triton launches."""
+    return tensor.is_cuda and tensor.device.index == torch.cuda.current_device()

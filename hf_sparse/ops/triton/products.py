@@ -91,27 +91,9 @@ def _choose(place, second, third, A, B, C):
 
 @triton.jit(do_not_specialize=["count_0", "count_1", "count_2", "rows"])
 def _products(
-    X,
-    W0,
-    W1,
-    W2,
-    B0,
-    B1,
-    B2,
-    Y0,
-    Y1,
-    Y2,
-    count_0,
-    count_1,
-    count_2,
-    rows,
-    columns,
-    ROWS: tl.constexpr,
-    OUTPUTS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    PARTS: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    X, W0, W1, W2, B0, B1, B2, Y0, Y1, Y2, count_0, count_1, count_2, rows, columns,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, COLUMNS: tl.constexpr, PARTS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Compute OUTPUTS columns of one of the results; `count_i` is the number of rows of weight i, 0 for none."""
     place = tl.program_id(0)
     second = tl.cdiv(count_0, OUTPUTS)

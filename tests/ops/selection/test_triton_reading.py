@@ -188,10 +188,10 @@ def test_every_place_of_a_tile_may_be_the_end(k, window, sinks, ties, monkeypatc
 @pytest.mark.parametrize("k", [12, (4, 20)], ids=str)
 def test_a_cache_layer_takes_the_slots_of_a_text_that_ends_early(k, end, monkeypatch, poisoned_memory):
     """It heeds the end that the call of the model has, in both ways to read, and attends as without it."""
-    monkeypatch.setattr(reading, "_is_on_current_device", lambda query: True)
+    monkeypatch.setattr(reading, "is_on_gpu", lambda query: True)
     if DEVICE == "cpu":
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    attention = SimpleNamespace(baseline=None, observer=None, active="a", identities={"a": "id"})
+    attention = SimpleNamespace(uses_scorer=True, active="a", identities={"a": "id"})
     query, key, value, states, weight, _ = inputs(1, 4, 2, 60 if end > 30 else 24, 16, 48, torch.float32, False)
     scoring = Scoring(
         weight, None, (weight.data_ptr(), weight.dtype, 0, Slopes(0.0, 256, 0)), (weight.data_ptr(), 0), "layout"

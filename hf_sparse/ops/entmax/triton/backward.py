@@ -106,62 +106,47 @@ def gradients(
     return found
 
 
+@triton.jit
+def _add_gradients(
+    q, k, v, do, product, excess, weight, slope, delta, scale, exponent, DK, DV, key, there, shared, dim, wide,
+    dq, d_scale, d_exponent, DScale, DExponent, D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add the gradients of some keys and values in memory, and return the sums of the rows with what these add."""
+    credit = tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None]
+    d_z = exponent * slope * credit
+    scaled = (d_z * scale[:, None]).to(q.dtype)
+    dq = tl.dot(scaled, k, dq, input_precision=PRECISION)
+    at = shared + key.to(tl.int64)[:, None] * D + dim[None, :]
+    d_k = tl.dot(tl.trans(scaled), q, input_precision=PRECISION)
+    tl.atomic_add(DK + at, d_k, mask=there[:, None] & wide, sem="relaxed")
+    d_v = tl.dot(tl.trans(weight.to(do.dtype)), do, input_precision=PRECISION)
+    tl.atomic_add(DV + at, d_v, mask=there[:, None] & wide, sem="relaxed")
+    if DScale is not None:
+        d_scale += tl.sum(d_z * product, 1)
+    if DExponent is not None:
+        d_exponent += tl.sum(weight * tl.log(tl.maximum(excess, 1e-37)) * credit, 1)
+    return dq, d_scale, d_exponent
+
+
+@triton.jit
+def _store_rows(DQ, DScale, DExponent, place, row, dq, d_scale, d_exponent, factor, inside, wide):
+    """Write the gradients of queries, scale and exponent of the rows of a program."""
+    tl.store(DQ + place, dq.to(DQ.dtype.element_ty), mask=inside[:, None] & wide)
+    if DScale is not None:
+        tl.store(DScale + row, d_scale * factor, mask=inside)
+    if DExponent is not None:
+        tl.store(DExponent + row, d_exponent, mask=inside)
+
+
 @triton.jit(do_not_specialize=[*LENGTHS, "kept"])
 def _groups_backward(
-    Q,
-    K,
-    V,
-    Scale,
-    factor,
-    Exponent,
-    First,
-    Valid,
-    Support,
-    Lengths,
-    Tau,
-    Slopes,
-    DOut,
-    DQ,
-    DK,
-    DV,
-    DScale,
-    DExponent,
+    Q, K, V, Scale, factor, Exponent, First, Valid, Support, Lengths, Tau, Slopes, DOut, DQ, DK, DV, DScale, DExponent,
     kept,
-    Index,
-    Listed,
-    i_batch,
-    i_list,
-    i_tile,
-    queries,
-    keys,
-    heads,
-    lists,
-    query_tiles,
-    rows,
-    lead,
-    size,
-    share,
-    q_batch,
-    q_head,
-    q_row,
-    k_batch,
-    k_head,
-    k_row,
-    v_batch,
-    v_head,
-    v_row,
-    o_batch,
-    o_head,
-    o_row,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    PADDED: tl.constexpr,
-    KIND: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    M: tl.constexpr,
-    C: tl.constexpr,
-):
+    Index, Listed, i_batch, i_list, i_tile, queries, keys, heads, lists, query_tiles, rows, lead, size, share,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, o_batch, o_head, o_row,
+    GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr, M: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
     group = tl.program_id(0)
     length = tl.load(Lengths + group)
     if length >= 0:
@@ -197,81 +182,21 @@ def _groups_backward(
             product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             excess = tl.where(sees, tl.maximum(product * scale[:, None] - tau[:, None], 0.0), 0.0)
             weight, slope = powers(excess, exponent, KIND)
-            credit = tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None]
-            d_z = exponent * slope * credit
-            scaled = (d_z * scale[:, None]).to(q.dtype)
-            dq = tl.dot(scaled, k, dq, input_precision=PRECISION)
-            at = shared + key.to(tl.int64)[:, None] * D + dim[None, :]
-            d_k = tl.dot(tl.trans(scaled), q, input_precision=PRECISION)
-            tl.atomic_add(DK + at, d_k, mask=there[:, None] & wide, sem="relaxed")
-            d_v = tl.dot(tl.trans(weight.to(do.dtype)), do, input_precision=PRECISION)
-            tl.atomic_add(DV + at, d_v, mask=there[:, None] & wide, sem="relaxed")
-            if DScale is not None:
-                d_scale += tl.sum(d_z * product, 1)
-            if DExponent is not None:
-                d_exponent += tl.sum(weight * tl.log(tl.maximum(excess, 1e-37)) * credit, 1)
-        tl.store(DQ + place, dq.to(DQ.dtype.element_ty), mask=inside[:, None] & wide)
-        if DScale is not None:
-            tl.store(DScale + row, d_scale * factor, mask=inside)
-        if DExponent is not None:
-            tl.store(DExponent + row, d_exponent, mask=inside)
+            dq, d_scale, d_exponent = _add_gradients(
+                q, k, v, do, product, excess, weight, slope, delta, scale, exponent, DK, DV, key, there, shared,
+                dim, wide, dq, d_scale, d_exponent, DScale, DExponent, D, PRECISION,
+            )  # fmt: skip
+        _store_rows(DQ, DScale, DExponent, place, row, dq, d_scale, d_exponent, factor, inside, wide)
 
 
 @triton.jit(do_not_specialize=LENGTHS)
 def _tiles_backward(
-    Q,
-    K,
-    V,
-    Scale,
-    factor,
-    Exponent,
-    First,
-    Valid,
-    Lengths,
-    Tau,
-    Slopes,
-    DOut,
-    DQ,
-    DK,
-    DV,
-    DScale,
-    DExponent,
-    Index,
-    Listed,
-    i_batch,
-    i_list,
-    i_tile,
-    queries,
-    keys,
-    heads,
-    lists,
-    query_tiles,
-    rows,
-    lead,
-    size,
-    share,
-    q_batch,
-    q_head,
-    q_row,
-    k_batch,
-    k_head,
-    k_row,
-    v_batch,
-    v_head,
-    v_row,
-    o_batch,
-    o_head,
-    o_row,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    PADDED: tl.constexpr,
-    KIND: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    PRECISION: tl.constexpr,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    R: tl.constexpr,
-):
+    Q, K, V, Scale, factor, Exponent, First, Valid, Lengths, Tau, Slopes, DOut, DQ, DK, DV, DScale, DExponent,
+    Index, Listed, i_batch, i_list, i_tile, queries, keys, heads, lists, query_tiles, rows, lead, size, share,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, o_batch, o_head, o_row,
+    GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr,
+    PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, R: tl.constexpr,
+):  # fmt: skip
     job, batch, number, tile, head, index, position, exists, inside = rows_of_group(
         tl.program_id(0), Index, First, Valid, queries, keys, heads, lists, query_tiles, rows, lead, share, M
     )
@@ -309,21 +234,8 @@ def _tiles_backward(
             if tl.max(tl.max(excess, 1), 0) > 0:
                 weight, slope = powers(excess, exponent, KIND)
                 v = load_rows(V, key.to(tl.int64) * v_row, there, dim, D)
-                credit = tl.dot(do, tl.trans(v), input_precision=PRECISION) - delta[:, None]
-                d_z = exponent * slope * credit
-                scaled = (d_z * scale[:, None]).to(q.dtype)
-                dq = tl.dot(scaled, k, dq, input_precision=PRECISION)
-                at = shared + key.to(tl.int64)[:, None] * D + dim[None, :]
-                d_k = tl.dot(tl.trans(scaled), q, input_precision=PRECISION)
-                tl.atomic_add(DK + at, d_k, mask=there[:, None] & wide, sem="relaxed")
-                d_v = tl.dot(tl.trans(weight.to(do.dtype)), do, input_precision=PRECISION)
-                tl.atomic_add(DV + at, d_v, mask=there[:, None] & wide, sem="relaxed")
-                if DScale is not None:
-                    d_scale += tl.sum(d_z * product, 1)
-                if DExponent is not None:
-                    d_exponent += tl.sum(weight * tl.log(tl.maximum(excess, 1e-37)) * credit, 1)
-        tl.store(DQ + place, dq.to(DQ.dtype.element_ty), mask=inside[:, None] & wide)
-        if DScale is not None:
-            tl.store(DScale + row, d_scale * factor, mask=inside)
-        if DExponent is not None:
-            tl.store(DExponent + row, d_exponent, mask=inside)
+                dq, d_scale, d_exponent = _add_gradients(
+                    q, k, v, do, product, excess, weight, slope, delta, scale, exponent, DK, DV, key, there,
+                    shared, dim, wide, dq, d_scale, d_exponent, DScale, DExponent, D, PRECISION,
+                )  # fmt: skip
+        _store_rows(DQ, DScale, DExponent, place, row, dq, d_scale, d_exponent, factor, inside, wide)

@@ -147,20 +147,9 @@ def _gradients(
 
 @triton.jit
 def row_scores(
-    states,
-    weight,
-    row,
-    inside,
-    head,
-    there,
-    columns,
-    read,
-    EPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    HEADS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    STAGES: tl.constexpr,
-):
+    states, weight, row, inside, head, there, columns, read,
+    EPS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
     """Return scores `[ROWS, HEADS]` without slopes, sums of the weights, means and inverse deviations of the rows.
 
     Of the columns `read` are read: all, or 0 where no score is wanted."""
@@ -203,30 +192,11 @@ def head_slopes(Slope, head, there, SLOPE: tl.constexpr, SLOPE_TOKENS: tl.conste
 
 @triton.jit(do_not_specialize=["index_row", "rows", "length", "room"])
 def _forward(
-    states,
-    weight,
-    scores,
-    sums,
-    means,
-    scales,
-    Slope,
-    Index,
-    index_row,
-    rows,
-    length,
-    room,
-    heads,
-    columns,
-    EPS: tl.constexpr,
-    ROWS: tl.constexpr,
-    HEADS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    STAGES: tl.constexpr,
-    SLOPED: tl.constexpr,
-    SLOPE: tl.constexpr,
-    SLOPE_TOKENS: tl.constexpr,
-    SLOPE_LENGTH: tl.constexpr,
-):
+    states, weight, scores, sums, means, scales, Slope,
+    Index, index_row, rows, length, room, heads, columns,
+    EPS: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    SLOPED: tl.constexpr, SLOPE: tl.constexpr, SLOPE_TOKENS: tl.constexpr, SLOPE_LENGTH: tl.constexpr,
+):  # fmt: skip
     """Score ROWS rows by HEADS heads, with slopes if SLOPED; `sums`, `means` and `scales` are for a backward.
 
     The scores of a head have `room` columns."""
@@ -254,26 +224,9 @@ def _forward(
 
 @triton.jit(do_not_specialize=["rows", "length", "share"])
 def _backward(
-    states,
-    weight,
-    grads,
-    scores,
-    sums,
-    means,
-    scales,
-    d_states,
-    d_weight,
-    rows,
-    length,
-    heads,
-    columns,
-    share,
-    HEADS: tl.constexpr,
-    STEP: tl.constexpr,
-    WIDTH: tl.constexpr,
-    OF_STATES: tl.constexpr,
-    OF_WEIGHT: tl.constexpr,
-):
+    states, weight, grads, scores, sums, means, scales, d_states, d_weight, rows, length, heads, columns, share,
+    HEADS: tl.constexpr, STEP: tl.constexpr, WIDTH: tl.constexpr, OF_STATES: tl.constexpr, OF_WEIGHT: tl.constexpr,
+):  # fmt: skip
     """Compute the gradients for `share` rows of `WIDTH` columns."""
     part = tl.program_id(0).to(tl.int64)
     head, column = tl.arange(0, HEADS), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)

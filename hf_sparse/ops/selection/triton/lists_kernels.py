@@ -10,23 +10,9 @@ from hf_sparse.ops.selection.triton.threshold_kernels import origin_of
 
 @triton.jit(do_not_specialize=["keys", "queries", "heads", "window", "sinks", "steps"])
 def intervals(
-    Rank,
-    Floor,
-    Scores,
-    Origin,
-    Tau,
-    First,
-    Until,
-    Shifted,
-    keys,
-    queries,
-    heads,
-    window,
-    sinks,
-    steps,
-    SOFT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+    Rank, Floor, Scores, Origin, Tau, First, Until, Shifted, keys, queries, heads, window, sinks, steps,
+    SOFT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Find `until` `[B, Hkv, Tk]` of BLOCK keys in causal order: the first position that does not see the key.
 
     Floors and thresholds rise, so the queries that select a key are those before a place in a sorted row. With SOFT

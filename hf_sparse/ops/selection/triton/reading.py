@@ -235,41 +235,11 @@ def _launch(
 
 @triton.jit(do_not_specialize=["length", "slots"])
 def _score_and_copy(
-    states,
-    weight,
-    Slope,
-    Key,
-    Value,
-    keys,
-    values,
-    scores,
-    positions,
-    seen,
-    Late,
-    Count,
-    Offsets,
-    End,
-    key_batch,
-    key_head,
-    key_row,
-    value_batch,
-    value_head,
-    value_row,
-    length,
-    slots,
-    heads,
-    columns,
-    dim,
-    EPS: tl.constexpr,
-    TOKENS: tl.constexpr,
-    HEADS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    STAGES: tl.constexpr,
-    SLOPE: tl.constexpr,
-    SLOPE_TOKENS: tl.constexpr,
-    SLOPE_LENGTH: tl.constexpr,
-    DIM: tl.constexpr,
-):
+    states, weight, Slope, Key, Value, keys, values, scores, positions, seen, Late, Count, Offsets, End, key_batch,
+    key_head, key_row, value_batch, value_head, value_row, length, slots, heads, columns, dim,
+    EPS: tl.constexpr, TOKENS: tl.constexpr, HEADS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    SLOPE: tl.constexpr, SLOPE_TOKENS: tl.constexpr, SLOPE_LENGTH: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
     """Write TOKENS slots of HEADS heads: score the tokens, copy keys and values, and empty the slots after the end."""
     row, head = tl.program_id(2).to(tl.int64), tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     slot, there = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS), head < heads
@@ -306,32 +276,10 @@ def _score_and_copy(
 
 @triton.jit(do_not_specialize=["length", "slots"])
 def _keep(
-    Until,
-    Score,
-    Key,
-    Value,
-    keys,
-    values,
-    scores,
-    positions,
-    seen,
-    Late,
-    Count,
-    Offsets,
-    End,
-    key_batch,
-    key_head,
-    key_row,
-    value_batch,
-    value_head,
-    value_row,
-    length,
-    slots,
-    dim,
-    KEYS: tl.constexpr,
-    ROWS: tl.constexpr,
-    DIM: tl.constexpr,
-):
+    Until, Score, Key, Value, keys, values, scores, positions, seen, Late, Count, Offsets, End, key_batch, key_head,
+    key_row, value_batch, value_head, value_row, length, slots, dim,
+    KEYS: tl.constexpr, ROWS: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
     """Fill ROWS slots of a head with keys that the query before the end attends to, in rising order.
 
     These are what a later query can attend to: the sinks, the window and the best of the others. Every program counts

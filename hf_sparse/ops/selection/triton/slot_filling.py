@@ -79,20 +79,9 @@ def _ordered(score):
 
 @triton.jit(do_not_specialize=["length", "slots", "window", "sinks"])
 def _choose(
-    Score,
-    Kept,
-    scores,
-    positions,
-    seen,
-    Offsets,
-    score_batch,
-    score_head,
-    length,
-    slots,
-    window,
-    sinks,
+    Score, Kept, scores, positions, seen, Offsets, score_batch, score_head, length, slots, window, sinks,
     KEYS: tl.constexpr,
-):
+):  # fmt: skip
     """Write the positions to keep, in rising order, and the scores there; -1 for slots that stay empty."""
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     Score += row * score_batch + head * score_head
@@ -143,24 +132,10 @@ def _choose(
 
 @triton.jit(do_not_specialize=["filled", "slots"])
 def _copy(
-    Kept,
-    Key,
-    Value,
-    keys,
-    values,
-    Offsets,
-    key_batch,
-    key_head,
-    key_row,
-    value_batch,
-    value_head,
-    value_row,
-    filled,
-    slots,
-    dim,
-    ROWS: tl.constexpr,
-    DIM: tl.constexpr,
-):
+    Kept, Key, Value, keys, values, Offsets, key_batch, key_head, key_row, value_batch, value_head, value_row, filled,
+    slots, dim,
+    ROWS: tl.constexpr, DIM: tl.constexpr,
+):  # fmt: skip
     """Copy the kept keys and values of ROWS slots."""
     row, head = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     base, slots = slots_of_head(Offsets, row, head, tl.num_programs(2), slots)

@@ -111,31 +111,10 @@ def slots_of_head(Offsets, row, head, heads, slots):
 
 @triton.jit
 def _insert(
-    keys,
-    values,
-    scores,
-    positions,
-    seen,
-    key,
-    value,
-    score,
-    valid,
-    Offsets,
-    key_row,
-    key_head,
-    value_row,
-    value_head,
-    score_row,
-    score_head,
-    valid_row,
-    slots,
-    window,
-    sinks,
-    dim,
-    DIM: tl.constexpr,
-    SLOTS: tl.constexpr,
-    MASKED: tl.constexpr,
-):
+    keys, values, scores, positions, seen, key, value, score, valid, Offsets, key_row, key_head, value_row, value_head,
+    score_row, score_head, valid_row, slots, window, sinks, dim,
+    DIM: tl.constexpr, SLOTS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     base, slots = slots_of_head(Offsets, row, head, tl.num_programs(1), slots)
     index = tl.arange(0, SLOTS)
@@ -165,25 +144,9 @@ def _insert(
 
 @triton.jit
 def _attend(
-    query,
-    keys,
-    values,
-    positions,
-    Offsets,
-    parts,
-    masses,
-    query_row,
-    query_head,
-    slots,
-    group,
-    share,
-    scaling,
-    GROUP: tl.constexpr,
-    D: tl.constexpr,
-    DIM: tl.constexpr,
-    BLOCK: tl.constexpr,
-    SPLIT: tl.constexpr,
-):
+    query, keys, values, positions, Offsets, parts, masses, query_row, query_head, slots, group, share, scaling,
+    GROUP: tl.constexpr, D: tl.constexpr, DIM: tl.constexpr, BLOCK: tl.constexpr, SPLIT: tl.constexpr,
+):  # fmt: skip
     """Attend with the query heads `[group]` of one KV head to `share` of its slots."""
     scaling = tl.cast(scaling, tl.float32)  # float64 when torch.compile calls the kernel
     split, row, head = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)

@@ -84,22 +84,9 @@ def _mass(codes, sums, origin, limit, least_w, most_w, least_u, most_u, bits, me
 
 @triton.jit
 def _solve(
-    codes,
-    sums,
-    origin,
-    active,
-    low,
-    high,
-    k,
-    least_w,
-    most_w,
-    least_u,
-    most_u,
-    bits,
-    member,
-    score,
+    codes, sums, origin, active, low, high, k, least_w, most_w, least_u, most_u, bits, member, score,
     NEW: tl.constexpr,
-):
+):  # fmt: skip
     """Solve for thresholds between `low` and `high`, float64, of the active queries; the others get `low`.
 
     f is piecewise linear: the root of the line through a point is exact as soon as the point lies on the right piece.
@@ -159,25 +146,9 @@ def tile_thresholds(codes, sums, Counts, Origin, bounds, tiles, size, k, heads, 
 
 @triton.jit(do_not_specialize=["queries", "chunks", "before", "size", "k", "heads"])
 def query_thresholds(
-    codes,
-    sums,
-    chunk_lists,
-    Counts,
-    Origin,
-    bounds,
-    floor,
-    tau,
-    queries,
-    chunks,
-    before,
-    size,
-    k,
-    heads,
-    C: tl.constexpr,
-    Q: tl.constexpr,
-    SIZE: tl.constexpr,
-    STEPS: tl.constexpr,
-):
+    codes, sums, chunk_lists, Counts, Origin, bounds, floor, tau, queries, chunks, before, size, k, heads,
+    C: tl.constexpr, Q: tl.constexpr, SIZE: tl.constexpr, STEPS: tl.constexpr,
+):  # fmt: skip
     """Compute the floor and tau of Q queries of one tile at once.
 
     Query q of the tile sees the list of the tile and the first q keys of the chunk. Its best keys are the first ones

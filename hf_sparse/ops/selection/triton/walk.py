@@ -59,23 +59,9 @@ def begins(key, there, Begin, CAUSAL: tl.constexpr):
 
 @triton.jit
 def survey(
-    Z,
-    Begin,
-    Until,
-    Lists,
-    Scores,
-    Ends,
-    first,
-    low,
-    high,
-    tau,
-    sinks,
-    width,
-    keys,
-    SOFT: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    CHUNK: tl.constexpr,
-):
+    Z, Begin, Until, Lists, Scores, Ends, first, low, high, tau, sinks, width, keys,
+    SOFT: tl.constexpr, CAUSAL: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
     """Count the slots that every position from `low` to `high` attends to, and those that any of them does.
 
     Returns how many slots in front of the list every position attends to with gate 1, and how many slots from the
@@ -152,34 +138,10 @@ def window_of(low, high, first, left, right, sinks, keys, CAUSAL: tl.constexpr):
 
 @triton.jit
 def reach(
-    row,
-    batch,
-    query,
-    exists,
-    t_first,
-    t_last,
-    Z,
-    Tau,
-    Begin,
-    Until,
-    Lists,
-    Leavers,
-    Bounds,
-    Scores,
-    Ends,
-    First,
-    queries,
-    keys,
-    width,
-    tiles,
-    tile,
-    left,
-    right,
-    sinks,
-    SOFT: tl.constexpr,
-    CAUSAL: tl.constexpr,
-    TILE: tl.constexpr,
-):
+    row, batch, query, exists, t_first, t_last, Z, Tau, Begin, Until, Lists, Leavers, Bounds, Scores, Ends, First,
+    queries, keys, width, tiles, tile, left, right, sinks,
+    SOFT: tl.constexpr, CAUSAL: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
     """Load what a block of rows has to know of its KV head `row`.
 
     Returns the tables of that head and of the tile; positions and thresholds `[M, 1]`; its first key; and the bounds of
@@ -222,26 +184,10 @@ def reach(
 
 @triton.jit
 def mixed(
-    slot,
-    position,
-    front,
-    live,
-    gone,
-    begin,
-    left_end,
-    right_begin,
-    end,
-    Begin,
-    Until,
-    Lists,
-    Leavers,
-    first,
-    sinks,
-    width,
-    keys,
-    ALWAYS: tl.constexpr,
-    CAUSAL: tl.constexpr,
-):
+    slot, position, front, live, gone, begin, left_end, right_begin, end, Begin, Until, Lists, Leavers, first, sinks,
+    width, keys,
+    ALWAYS: tl.constexpr, CAUSAL: tl.constexpr,
+):  # fmt: skip
     """Load the keys of slots of the mixed axis, -1 for none, and which positions see them; `gone` are leavers."""
     rest = live - front
     around = slot + (begin - rest - gone)

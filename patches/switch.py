@@ -1,0 +1,141 @@
+"""Hold what a patched model has once for all its layers, and stand in front of what the model would do wrongly."""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import GenerationMixin, PreTrainedModel
+
+from hf_sparse.patches.attached import CHILD, sparse_layers
+from hf_sparse.patches.compiled_layers import compiled_layers
+from hf_sparse.patches.interface import NAME
+from hf_sparse.patches.recorded_prompts import PromptCaller, RecordedPrompts
+from hf_sparse.patches.recorded_steps import RecordedSteps, may_record
+
+
+class ModelSwitch:
+    """Hold what a patched model has once for all its layers.
+
+    Called, it sets the attention implementation of the model's config: ours while the method is on, the base's while
+    off. It stands in front of the model's `save_pretrained` and `push_to_hub`, which know nothing of the method, until
+    `remove`; and of what `generate` asks whether and how to compile its steps: it may record them instead, and where
+    they are to be compiled, compile one layer for all. It stands in front of what reads the prompt there too, which may
+    play a recorded one.
+    """
+
+    _BEFORE = ("save_pretrained", "push_to_hub", "_valid_auto_compile_criteria", "get_compiled_call", "_prefill")
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        config = model.config
+        if config._attn_implementation == NAME:
+            raise ValueError(
+                "the model's config is shared with another patched model, and the two could not be switched apart, or "
+                "was copied from one: give each model a config of its own (copy.deepcopy), and in a copy set "
+                "config._attn_implementation to what the base model uses, such as 'sdpa'"
+            )
+        self.model = weakref.ref(model)  # which holds this one: without a cycle it goes when its last user does
+        self.config = config
+        text = config.get_text_config()  # of a model that reads images too it is a part of the other
+        names = ["", *(name for name in config.sub_configs if getattr(config, name, None) is text)]
+        self.base = {name: (text if name else config)._attn_implementation for name in names}
+        self._modules: list[weakref.ref[nn.Module]] = []
+        self.prompts = RecordedPrompts()
+        self.records = self.compiles = False  # whether the `generate` that asked last can record steps, and compiles
+        for name in self._BEFORE:
+            if hasattr(model, name):
+                setattr(model, name, getattr(self, name))
+
+    def __call__(self, enabled: bool) -> None:
+        self.config._attn_implementation = dict.fromkeys(self.base, NAME) if enabled else self.base
+
+    def modules(self) -> list[nn.Module]:
+        """List the patched attention modules; they are looked for once."""
+        modules = [module for reference in self._modules if (module := reference()) and CHILD in module._modules]
+        if not modules or len(modules) < len(self._modules):
+            model: Any = self.model()
+            modules = [module for module in model.modules() if CHILD in module._modules]
+            self._modules = [weakref.ref(module) for module in modules]
+        return modules
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        self(False)
+        self.prompts.clear()
+        for name in self._BEFORE:
+            vars(self.model()).pop(name, None)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
+        return self._save("save_pretrained", *args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
+        return self._save("push_to_hub", *args, **kwargs)
+
+    def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
+        """Answer `generate` whether it shall ask for a call that is compiled, or one that records its steps."""
+        model: Any = self.model()
+        compiles = type(model)._valid_auto_compile_criteria(model, model_kwargs, generation_config)
+        self.records = self.config._attn_implementation == NAME and may_record(model, generation_config)
+        self.compiles = compiles
+        return compiles or self.records
+
+    def get_compiled_call(self, compile_config: Any) -> Any:
+        """Return what `generate` calls for a step."""
+        model: Any = self.model()
+        records, self.records = self.records, False
+        if records and not self.compiles:
+            return RecordedSteps(model)
+        layers = compiled_layers(model) if records else None
+        if layers is not None:
+            return RecordedSteps(model, layers)
+        return type(model).get_compiled_call(model, compile_config)
+
+    def _prefill(self, input_ids: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """Read a prompt for `generate`."""
+        model: Any = self.model()
+        read: Any = type(model)._prefill
+        is_whole = generation_config.prefill_chunk_size is None and not generation_config.is_assistant
+        is_ordinary = read is GenerationMixin._prefill  # another one may need the model itself
+        if (
+            is_whole
+            and is_ordinary
+            and self.config._attn_implementation == NAME
+            and may_record(model, generation_config)
+        ):
+            return read(
+                PromptCaller(model, self.modules(), self.prompts), input_ids, generation_config, *args, **kwargs
+            )
+        return read(model, input_ids, generation_config, *args, **kwargs)
+
+    def forget_modules(self) -> None:
+        """Look for the patched modules anew, for one was added."""
+        self._modules = []
+
+    def _save(self, name: str, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self.model()
+        # transformers writes the adapters that it manages, and no base model; after the last one there is but the base.
+        # Without a model: it was but a value in the expression that called this, and is gone already.
+        if self.is_managed() or (model is not None and not any(layer.configs for layer in sparse_layers(model))):
+            return getattr(type(model), name)(model, *args, **kwargs)
+        raise ValueError(
+            f"{name} of a model with sparse attention would write a checkpoint that loads as a dense model: to keep "
+            "the adapter, save the PeftModel (its save_pretrained, or hf_sparse.push_to_hub); to keep the base model, "
+            "take sparse attention off first (unload of the PeftModel, or hf_sparse.unpatch)"
+        )
+
+    @torch.compiler.assume_constant_result  # torch 2.11 cannot trace the weak reference
+    def is_managed(self) -> bool:
+        """Tell whether transformers manages the adapters of the model.
+
+        A compiled forward keeps the answer it was traced with. It changes only with the modules of the model, as
+        adapters come and go, and a compiled forward is traced anew for those.
+        """
+        return getattr(self.model(), "_hf_peft_config_loaded", False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = vars(self) | {"model": self.model(), "_modules": []}
+        del state["prompts"]
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state | {"model": weakref.ref(state["model"]), "prompts": RecordedPrompts()})
