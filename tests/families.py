@@ -222,6 +222,55 @@ _ENTRIES = (
         kin=True,
     ),
     TinyFamily(
+        "qwen2_moe",
+        "Qwen2MoeConfig",
+        "Qwen2MoeForCausalLM",
+        {**GROUPED, **EXPERTS, "shared_expert_intermediate_size": 32},
+        kin=True,
+    ),
+    TinyFamily("olmo", "OlmoConfig", "OlmoForCausalLM", {**GROUPED, "clip_qkv": 2.0}, kin=True),
+    TinyFamily("olmoe", "OlmoeConfig", "OlmoeForCausalLM", {**GROUPED, **EXPERTS}, kin=True),
+    TinyFamily("seed_oss", "SeedOssConfig", "SeedOssForCausalLM", {**GROUPED, "head_dim": 16}, kin=True),
+    TinyFamily("ernie4_5", "Ernie4_5Config", "Ernie4_5ForCausalLM", {**GROUPED, "head_dim": 16}, kin=True),
+    # Queries are scaled by their position, in steps of `original_max_position_embeddings`.
+    TinyFamily(
+        "ministral3",
+        "Ministral3Config",
+        "Ministral3ForCausalLM",
+        {
+            **GROUPED,
+            "head_dim": 16,
+            "sliding_window": None,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 10000.0,
+                "factor": 16.0,
+                "original_max_position_embeddings": 16,
+                "llama_4_scaling_beta": 0.1,
+            },
+        },
+        kin=True,
+    ),
+    TinyFamily(
+        "granitemoe",
+        "GraniteMoeConfig",
+        "GraniteMoeForCausalLM",
+        {**GROUPED, **EXPERTS, "attention_multiplier": 0.2, "logits_scaling": 2.0},
+        kin=True,
+    ),
+    # A dense layer, and one with experts beside a shared one.
+    TinyFamily(
+        "glm4_moe",
+        "Glm4MoeConfig",
+        "Glm4MoeForCausalLM",
+        {**GROUPED, **EXPERTS, "head_dim": 16, "use_qk_norm": True},
+        kin=True,
+    ),
+    # Its norms multiply by 1 + weight, and a new weight is 1: with the weights of the others all after a norm is twice
+    # as large, and so is its rounding.
+    TinyFamily("nemotron", "NemotronConfig", "NemotronForCausalLM", {**GROUPED, "initializer_range": 0.1}, kin=True),
+    TinyFamily("arcee", "ArceeConfig", "ArceeForCausalLM", GROUPED, kin=True),
+    TinyFamily(
         "distilbert",
         "DistilBertConfig",
         "DistilBertForMaskedLM",

@@ -32,6 +32,11 @@ MASKS = {
 
 # Name: family, changes of its config, local layers.
 UPPER_LOCAL = {"num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 12, "max_window_layers": 1}
+SECOND_LOCAL = {
+    "use_sliding_window": True,
+    "sliding_window": 12,
+    "layer_types": ["full_attention", "sliding_attention"],
+}
 VARIANTS = {name: (name, {}, family.local) for name, family in FAMILIES.items() if family.causal} | {
     "gpt2, scaled by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True}, ()),
     "gpt2, not scaled": ("gpt2", {"scale_attn_weights": False, "attn_implementation": "eager"}, ()),
@@ -45,11 +50,8 @@ VARIANTS = {name: (name, {}, family.local) for name, family in FAMILIES.items() 
         {"layer_types": ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]},
         (1, 2),
     ),
-    "smollm3, upper layer local": (
-        "smollm3",
-        {"use_sliding_window": True, "sliding_window": 12, "layer_types": ["full_attention", "sliding_attention"]},
-        (1,),
-    ),
+    "smollm3, upper layer local": ("smollm3", SECOND_LOCAL, (1,)),
+    "qwen2_moe, upper layer local": ("qwen2_moe", SECOND_LOCAL, (1,)),
 }
 
 
@@ -200,7 +202,7 @@ def test_a_prompt_shorter_than_the_local_window(window, cache):
     assert torch.equal(tokens, model.generate(IDS[:, :20], **settings, use_cache=False))
 
 
-@pytest.mark.parametrize("family", ["mistral", "phi3", "mixtral", "starcoder2"])
+@pytest.mark.parametrize("family", ["mistral", "phi3", "mixtral", "starcoder2", "ministral3"])
 def test_a_model_with_local_layers_only_is_refused(family):
     with pytest.raises(UnsupportedModelError, match=r"every attention layer .* local already .*20 tokens.*=None"):
         patch(FAMILIES[family].make(sliding_window=20), SparseKConfig(**BUDGET))
