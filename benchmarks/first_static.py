@@ -3,12 +3,14 @@
     python benchmarks/first_static.py --output first_static.json
 
 Every way has a process of its own, one after the other, with empty caches of compiled code: dense and sparse attention
-with `cache_implementation="static"`, and recorded steps (`hf_sparse.CapturedDecoding`), which compile kernels only. The
-model has random weights. In each process: one token (the prompt alone), a first call, a first longer one, the same
-again, and ten prompts of different lengths (`--calls first` ends after the first call). After each call its seconds are
-printed with the parts of it that are known, and the JSON is written, so that a run that is cut is not lost: tracing in
-Python, the passes of autograd, lowering, the wait for the kernels of inductor, and the kernels of Triton, side by side,
-with the seconds from the beginning of the first to the end of the last one and the sum of all.
+with `cache_implementation="static"`, recorded steps (`hf_sparse.CapturedDecoding`), which compile kernels only, and
+default `generate`. The model has random weights. With `--head-shares` its KV heads select different numbers of keys, in
+every layer others, as in an adapter that `finetune` has divided. In each process: one token (the prompt alone), a first
+call, a first longer one, the same again, and ten prompts of different lengths (`--calls first` ends after the first
+call). After each call its seconds are printed with the parts of it that are known, and the JSON is written, so that a
+run that is cut is not lost: tracing in Python, the passes of autograd, lowering, the wait for the kernels of inductor,
+and the kernels of Triton, side by side, with the seconds from the beginning of the first to the end of the last one and
+the sum of all.
 """
 
 import argparse
@@ -32,7 +34,7 @@ from hf_sparse import CapturedDecoding, SparseKConfig, patch
 from hf_sparse.atomic_files import write_json
 from hf_sparse.environment import describe
 
-WAYS = ("dense static", "sparse static", "sparse recorded", "sparse recorded compiled")
+WAYS = ("dense static", "sparse static", "sparse recorded", "sparse recorded compiled", "sparse default")
 # All of torch.compile, and parts of it: tracing, autograd's tracing with lowering, lowering, its wait for Triton.
 PHASES = (
     "_compile.compile_inner",
@@ -78,6 +80,14 @@ class Kernels:
         return {"kernels": len(spans), "kernels_s": whole, "kernels_sum_s": sum(end - begin for begin, end in spans)}
 
 
+def draw_shares(config: LlamaConfig) -> list[list[float]]:
+    """Draw a share of the selected keys for each KV head, about as far apart as those of trained adapters."""
+    heads: Any = config.num_key_value_heads
+    shares = torch.rand(config.num_hidden_layers, heads, dtype=torch.float64) ** 2 + 0.2
+    drawn: list[list[float]] = (shares / shares.mean()).tolist()
+    return drawn
+
+
 def measure(way: str, options: argparse.Namespace) -> None:
     """Print the seconds of the calls so far as JSON after each call, in a fresh process."""
     shape = SHAPES[options.shape] | (TINY if options.tiny else {})
@@ -86,9 +96,10 @@ def measure(way: str, options: argparse.Namespace) -> None:
     with torch.device(options.device):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     model.generation_config.eos_token_id = None
-    how: dict[str, Any] = {"cache_implementation": "static"}
+    how: dict[str, Any] = {} if way.endswith("default") else {"cache_implementation": "static"}
     if way.startswith("sparse"):
-        patch(model, SparseKConfig(k=options.k, window=options.window, sinks=options.sinks))
+        shares = draw_shares(config) if options.head_shares else None
+        patch(model, SparseKConfig(k=options.k, window=options.window, sinks=options.sinks, head_shares=shares))
     if "recorded" in way:
         how = {"custom_generate": CapturedDecoding(model, compiled=way.endswith("compiled"))}
 
@@ -123,6 +134,7 @@ def main() -> None:
     parser.add_argument("--k", type=int, default=508)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--sinks", type=int, default=4)
+    parser.add_argument("--head-shares", action="store_true", help="other numbers of keys for every KV head")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--tiny", action="store_true", help="two small layers, for a trial")
     parser.add_argument("--commit", default=None, help="of the code, where there is no git")
@@ -131,7 +143,7 @@ def main() -> None:
     if options.way:
         measure(options.way, options)
         return
-    settings = {name: getattr(options, name) for name in ("shape", "k", "window", "sinks", "tiny")}
+    settings = {name: getattr(options, name) for name in ("shape", "k", "window", "sinks", "head_shares", "tiny")}
     result: dict[str, Any] = {"format": 1, "benchmark": "first_static", "settings": settings, "rows": [], **describe()}
     result["commit"] = options.commit or current_commit()
     result["cores"] = len(os.sched_getaffinity(0))
