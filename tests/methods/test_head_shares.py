@@ -16,6 +16,7 @@ from hf_sparse.methods.sparsek.baselines import BASELINES
 from hf_sparse.methods.sparsek.budget import HeadShares
 from hf_sparse.methods.sparsek.kept_keys import kept_keys
 from hf_sparse.methods.sparsek.ragged_cache import RaggedCacheLayer
+from hf_sparse.ops.selection.ragged import counts_of
 from hf_sparse.patches import sparse_layers
 from hf_sparse.patches.cache import kv_bytes
 
@@ -349,3 +350,5 @@ def test_generation_with_beams(tiny_llama):
     cache = hf_sparse.SparseKCache(model)
     model.generate(ids[:1], **with_cache(cache), **options)
     assert isinstance(cache.layers[0], RaggedCacheLayer)
+    copied = copy.deepcopy(cache.layers[0])
+    assert copied.offsets is cache.layers[0].offsets and counts_of(copied.offsets) == copied.counts

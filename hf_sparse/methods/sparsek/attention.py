@@ -154,9 +154,8 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         super().check_cache(cache)
         if cache.owner != self.owner:
             raise ValueError("the cache holds what another adapter chose: start a new cache after switching adapters")
-        if (
-            not torch.compiler.is_compiling()
-        ):  # a compiled step goes on from another one, and serves layers with any `k`
+        # A compiled step goes on from one that was checked, and serves layers with any `k`.
+        if not torch.compiler.is_compiling():
             k: Any = self.budget.k
             if isinstance(cache, RaggedCacheLayer) != isinstance(k, tuple) or (isinstance(k, tuple) and cache.k != k):
                 raise ValueError("the cache was made for other shares of the heads: start a new cache")

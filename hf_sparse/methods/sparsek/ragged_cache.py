@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import accumulate
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -57,6 +58,13 @@ class RaggedCacheLayer(SparseKCacheLayer):
     def _begin_with(self, dtype: torch.dtype, device: torch.device) -> None:
         super()._begin_with(dtype, device)
         self._make_offsets()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """Copy all but the offsets, whose address tells the numbers of slots, see `ragged.counts_of`."""
+        copied = super().__deepcopy__(memo)
+        if copied.offsets is not None:
+            copied._make_offsets()
+        return copied
 
     def _make_offsets(self) -> None:
         self.offsets = ragged.offsets_of(self.counts, self.device)

@@ -309,11 +309,8 @@ def _mean_support(competing: Sequence[_Competing]) -> float:
         of_length.setdefault(one.scores.shape[-1], []).append(one)
     supports = []
     for length, heads in of_length.items():
-        rows = [len(one.scores) for one in heads]
-        k, bound = (
-            torch.tensor(numbers, device=device).repeat_interleave(torch.tensor(rows, device=device))
-            for numbers in ([one.k for one in heads], [length if one.bound is None else one.bound for one in heads])
-        )
+        numbers = [(one.k, length if one.bound is None else one.bound) for one in heads for _ in one.scores]
+        k, bound = torch.tensor(numbers, device=device).unbind(-1)
         best_first = torch.cat([one.scores.to(device) for one in heads]).sort(-1, descending=True).values
         beyond = torch.arange(length, device=device) >= bound[:, None]
         supports.append((sparsek(best_first.masked_fill(beyond, -torch.inf), k) > 0).sum(-1))

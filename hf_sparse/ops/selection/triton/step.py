@@ -187,7 +187,7 @@ _ADDRESSES = ["query", "key", "value", "states", "weight", "slope", "valid", "ro
 
 
 @triton.jit(
-    do_not_specialize=["states_row", "valid_row", "rows_step", "most"], do_not_specialize_on_alignment=_ADDRESSES
+    do_not_specialize=["states_row", "valid_row", "rows_step", "most_splits"], do_not_specialize_on_alignment=_ADDRESSES
 )
 def _step(
     keys,
@@ -231,7 +231,7 @@ def _step(
     columns,
     group,
     share,
-    most,
+    most_splits,
     scaling,
     SLOPE: tl.constexpr,
     SLOPE_TOKENS: tl.constexpr,
@@ -263,10 +263,10 @@ def _step(
         real = place >= 0
         place = tl.maximum(place, 0)
     base, slots = slots_of_head(Offsets, 0, head, heads, slots)
-    splits, last = SPLITS, SPLITS  # programs of this head, and of the longest one
+    splits, most = SPLITS, SPLITS  # programs of this head, and of the longest one
     if Offsets is not None:
-        splits, last = tl.cdiv(slots, share), most
-    if (split >= splits) & (split < last):
+        splits, most = tl.cdiv(slots, share), most_splits
+    if (split >= splits) & (split < most):
         return
     position = tl.load(seen + place * seen_row)
     keys += place * keys_row + base * D
@@ -278,7 +278,7 @@ def _step(
     column = tl.arange(0, DIM)
     first = pair * group  # query head
     target = tl.full([], 0, tl.int32)
-    if split < last:
+    if split < most:
         member, wide = tl.arange(0, GROUP), column[None, :] < D
         of_group = member[:, None] < group
         at = row * query_row + (head * group + member[:, None]) * query_head + column[None, :]
@@ -313,7 +313,7 @@ def _step(
             at = (first + member[:, None]) * D + column[None, :]
             tl.store(output + at, out.to(output.dtype.element_ty), mask=of_group & wide)
         else:
-            number = (first + member) * last + split
+            number = (first + member) * most + split
             tl.store(masses + number, peak + tl.log(mass), mask=member < group)
             tl.store(parts + number[:, None] * D + column[None, :], out, mask=of_group & wide)
     else:
@@ -322,10 +322,10 @@ def _step(
             score = _with_slope(score, position, slope + head, SLOPE, SLOPE_TOKENS, SLOPE_LENGTH, LEARNED)
             tl.store(fresh_scores + pair, score.to(tl.float32))
     if _arrive(arrived + pair, splits + 1 if LINEAR else splits):
-        if split == last:
+        if split == most:
             target = _slot_of_next(scores, positions, position, slots, window, sinks, CHUNK)
         if SPLITS != 1:
-            _join(parts, masses, output, first, group, splits, last, SPLITS_WIDE, MEMBERS, D, DIM)
+            _join(parts, masses, output, first, group, splits, most, SPLITS_WIDE, MEMBERS, D, DIM)
         to = target.to(tl.int64)
         write = (column < D) & real
         new_key = tl.load(key + row * key_row + head * key_head + column, mask=write)
@@ -450,7 +450,7 @@ def _join(
     first,
     group,
     splits,
-    last,
+    most,
     SPLITS_WIDE: tl.constexpr,
     MEMBERS: tl.constexpr,
     D: tl.constexpr,
@@ -458,13 +458,13 @@ def _join(
 ):
     """Average the results of the `splits` programs of the query heads of a KV head, weighted by their masses.
 
-    There is room for those of `last` programs.
+    They stand in memory with room for those of `most` programs.
     """
     member, column, every = tl.arange(0, MEMBERS), tl.arange(0, DIM), tl.arange(0, SPLITS_WIDE)
     inside = member < group
     mask = inside[:, None] & (column[None, :] < D)
     # Others wrote them: never from this multiprocessor's own cache.
-    number = (first + member) * last
+    number = (first + member) * most
     exists = inside[:, None] & (every[None, :] < splits)
     at = masses + number[:, None] + every[None, :]
     log_masses = tl.load(at, mask=exists, other=-float("inf"), cache_modifier=".cg")
@@ -472,6 +472,7 @@ def _join(
     anchor = tl.where(peak == -float("inf"), 0.0, peak)
     total = tl.sum(tl.exp(log_masses - anchor[:, None]), 1)
     out = tl.zeros([MEMBERS, DIM], tl.float32)
+    # Sixteen loads at a time; what they leave over would be loaded one after another without the masks.
     for split in tl.range(0, (splits + 15) // 16 * 16, loop_unroll_factor=16):
         there, wanted = inside & (split < splits), mask & (split < splits)
         log_mass = tl.load(masses + number + split, mask=there, other=-float("inf"), cache_modifier=".cg")
