@@ -1,5 +1,7 @@
 """Multiply one input by several weights, in one kernel that reads each weight once, where it is.
 
+Two functions go on to what follows a product in a decoder layer, so that it takes no launch of its own.
+
 A decoding step has few rows, and its products take as long as their weights take to be read. The product of a small
 weight alone, such as that of keys or values, ends before it has asked for as much memory as the GPU could read.
 """
@@ -49,6 +51,74 @@ def products(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> 
 @products.register_fake
 def _(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
     return [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
+
+
+@torch.library.custom_op("hf_sparse::product_added", mutates_args=())
+def product_added(x: Tensor, weight: Tensor, bias: Tensor | None, addend: Tensor) -> Tensor:
+    """Compute `addend + torch.nn.functional.linear(x, weight, bias)`; there is no gradient.
+
+    The product is rounded before the sum, as it is where it is computed alone.
+
+    Args:
+        x: `[..., D]`.
+        weight: `[N, D]`, of the dtype of `x`.
+        bias: `[N]`, or `None`.
+        addend: `[..., N]`, of the dtype of `x`.
+
+    Returns:
+        `[..., N]`, contiguous.
+
+    Raises:
+        ValueError: the weight does not fit the input, the bias not the weight, or the addend not the product.
+    """
+    biases = [] if bias is None else [bias]
+    _check(x, [weight], biases)
+    if (addend.shape, addend.dtype) != (x.shape[:-1] + weight.shape[:1], x.dtype):
+        expected, found = (tuple(x.shape[:-1] + weight.shape[:1]), x.dtype), (tuple(addend.shape), addend.dtype)
+        raise ValueError(f"what is added must have the shape and dtype of the product, {expected}, got {found}")
+    if has_kernel(x, [weight], biases):
+        from hf_sparse.ops.triton.products import fused_product_added
+
+        with torch.cuda.device_of(x):
+            return fused_product_added(x, weight, bias, addend)
+    return addend + F.linear(x, weight, bias)
+
+
+@product_added.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, addend: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], weight.shape[0]))
+
+
+@torch.library.custom_op("hf_sparse::gated_product", mutates_args=())
+def gated_product(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    """Compute `silu(x gate^T) * (x up^T)`, the first half of the MLP of a Llama; there is no gradient.
+
+    Both products are rounded before the rest, as they are where they are computed alone.
+
+    Args:
+        x: `[..., D]`.
+        gate, up: `[N, D]`, of the dtype of `x`.
+
+    Returns:
+        `[..., N]`, contiguous.
+
+    Raises:
+        ValueError: a weight does not fit the input, or the other.
+    """
+    _check(x, [gate, up], [])
+    if gate.shape != up.shape:
+        raise ValueError(f"gate and up must have one shape, got {tuple(gate.shape)} and {tuple(up.shape)}")
+    if has_kernel(x, [gate, up]):
+        from hf_sparse.ops.triton.products import fused_gated_product
+
+        with torch.cuda.device_of(x):
+            return fused_gated_product(x, gate, up)
+    return F.silu(F.linear(x, gate)) * F.linear(x, up)
+
+
+@gated_product.register_fake
+def _(x: Tensor, gate: Tensor, up: Tensor) -> Tensor:
+    return x.new_empty((*x.shape[:-1], gate.shape[0]))
 
 
 def has_kernel(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] = ()) -> bool:

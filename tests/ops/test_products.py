@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_sparse.ops import products as module
-from hf_sparse.ops.products import has_kernel, is_faster, products
+from hf_sparse.ops.products import gated_product, has_kernel, is_faster, product_added, products
 
 
 def drawn(counts=(6, 2, 3), columns=5, bias=True, dtype=torch.float32):
@@ -22,9 +22,24 @@ def test_they_are_linear_layers_one_by_one(bias):
     assert len(found) == 3 and all(map(torch.equal, found, expected))
 
 
-def test_the_operator_is_what_torch_expects():
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_product_is_added_to_another_tensor(bias):
+    x, (weight,), biases = drawn((6,), bias=bias)
+    addend, b = torch.randn(2, 1, 6), biases[0] if bias else None
+    assert torch.equal(product_added(x, weight, b, addend), addend + F.linear(x, weight, b))
+
+
+def test_a_gated_product():
+    x, (gate, up), _ = drawn((6, 6))
+    assert torch.equal(gated_product(x, gate, up), F.silu(x @ gate.T) * (x @ up.T))
+
+
+def test_the_operators_are_what_torch_expects():
+    x, (weight, other), (b, _) = drawn((6, 6))
     for bias in (False, True):
         torch.library.opcheck(products, drawn(bias=bias))
+        torch.library.opcheck(product_added, (x, weight, b if bias else None, torch.randn(2, 1, 6)))
+    torch.library.opcheck(gated_product, (x, weight, other))
 
 
 def test_there_is_no_gradient():
@@ -42,6 +57,12 @@ def test_what_does_not_fit_is_told():
         products(x, [], [])
     with pytest.raises(ValueError, match=r"biases must be none or have the sizes \[6, 2, 3\], got \[\(6,\), \(2,\)\]"):
         products(x, weights, biases[:2])
+    with pytest.raises(ValueError, match=r"shape and dtype of the product, \(\(2, 1, 6\).* got \(\(2, 6\)"):
+        product_added(x, weights[0], None, torch.zeros(2, 6))
+    with pytest.raises(ValueError, match=r"shape and dtype of the product.* got \(\(2, 1, 6\), torch.float64\)"):
+        product_added(x, weights[0], None, torch.zeros(2, 1, 6, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"gate and up must have one shape, got \(6, 5\) and \(2, 5\)"):
+        gated_product(x, weights[0], weights[1])
 
 
 def test_which_tensors_the_kernel_takes(monkeypatch):

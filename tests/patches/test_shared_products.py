@@ -15,6 +15,8 @@ from hf_sparse.patches import compiled_layers, sparse_layers
 from hf_sparse.patches.shared_products import SHARE_PRODUCTS, ShareProducts
 
 PRODUCTS, MM, ADDMM = torch.ops.hf_sparse.products.default, torch.ops.aten.mm.default, torch.ops.aten.addmm.default
+MORE = {torch.ops.hf_sparse.product_added.default: "sum", torch.ops.hf_sparse.gated_product.default: "gate"}
+LORA = [3, 1, 3, 1, 1, 2, 1, "gate", "sum"]
 OPTIONS = {"max_new_tokens": 8, "do_sample": False}
 IDS = torch.randint(2, 64, (2, 30), generator=torch.Generator().manual_seed(0))
 
@@ -56,11 +58,11 @@ def rewrite(graphs):
 
 
 def targets(graph):
-    """Return what the graph multiplies by, in order, and how many weights each call of ours has."""
+    """Return what the graph multiplies by, in order, and of each call of ours how many weights it has, or its name."""
     return [
-        len(node.args[1]) if node.target is PRODUCTS else node.target
+        len(node.args[1]) if node.target is PRODUCTS else MORE.get(node.target, node.target)
         for node in graph.nodes
-        if node.target in (PRODUCTS, MM, ADDMM)
+        if node.target in (PRODUCTS, MM, ADDMM, *MORE)
     ]
 
 
@@ -120,10 +122,63 @@ def test_other_products_stay(rewrite, graphs):
     def changed(x):
         first = F.linear(x, weight)
         x.add_(1)
-        return first + F.linear(x, weight)
+        return first * F.linear(x, weight)
 
     torch.testing.assert_close(rewrite(changed)(x.clone()), changed(x.clone()))
     assert targets(graphs[-1]) == [1, 1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("first", ["gate", "up"])
+@pytest.mark.parametrize("is_swapped", [False, True])
+def test_a_gate_and_what_it_lets_through_become_one(first, is_swapped, dtype, rewrite, graphs):
+    gate, up = linears(4, 4).to(dtype)
+    x = torch.randn(2, 1, 12).to(dtype)
+
+    def mlp(x):
+        if first == "gate":
+            a, b = F.silu(gate(x)), up(x)
+        else:
+            b, a = up(x), F.silu(gate(x))
+        return b * a if is_swapped else a * b
+
+    torch.testing.assert_close(rewrite(mlp)(x), mlp(x))
+    assert targets(graphs[0]) == ["gate"]
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("is_swapped", [False, True])
+def test_a_sum_goes_with_its_product(is_swapped, bias, rewrite, graphs):
+    (module,), x, y = linears(12, bias=bias), torch.randn(2, 1, 12), torch.randn(2, 1, 12)
+
+    def run(x, y):
+        return module(x) + y if is_swapped else y + module(x)
+
+    torch.testing.assert_close(rewrite(run)(x, y), run(x, y))
+    assert targets(graphs[0]) == ["sum"]
+
+
+def test_what_is_used_again_or_has_another_shape_stays(rewrite, graphs):
+    (module, other), x = linears(4, 4), torch.randn(2, 1, 12)
+    (biased, too), y = linears(4, 4, bias=True), torch.randn(2, 1, 4)
+    others = {
+        "twice": lambda x, y: (y + (z := module(x))) * z,
+        "with itself": lambda x, y: (z := module(x)) + z,
+        "scaled": lambda x, y: torch.add(y, module(x), alpha=2),
+        "of another type": lambda x, y: y.double() + module(x),
+        "repeated": lambda x, y: y.expand(3, 2, 1, 4) + module(x),
+        "a number": lambda x, y: module(x) + 1,
+        "turned": lambda x, y: y.view(4, 2) + module(x)[:, 0].T,
+        "a gate that is used": lambda x, y: F.silu(z := module(x)) * other(x) + z,
+        "let through elsewhere": lambda x, y: F.silu(module(x)) * (z := other(x)) + z,
+        "another gate": lambda x, y: F.gelu(module(x)) * other(x),
+        "of itself": lambda x, y: F.silu(z := module(x)) * z,
+        "with a bias": lambda x, y: F.silu(biased(x)) * too(x),
+    }
+    for name, run in others.items():
+        torch.testing.assert_close(rewrite(run)(x, y), run(x, y))
+        assert all(type(one) is int for one in targets(graphs[-1])), name
+    assert len(graphs) == len(others)
 
 
 def test_gradients_are_those_without_it(rewrite, graphs):
@@ -146,7 +201,7 @@ def test_on_a_cpu_nothing_changes(rewrite, graphs):
     assert targets(graphs[0]) == [MM, MM]
 
 
-@pytest.mark.parametrize(("lora", "calls"), [(0, [3, 1, 2, 1]), (2, [3, 1, 3, 1, 1, 2, 1, 2, 1])])
+@pytest.mark.parametrize(("lora", "calls"), [(0, [3, "sum", "gate", "sum"]), (2, LORA)])
 def test_a_decoder_layer(tiny_llama, rewrite, graphs, monkeypatch, lora, calls):
     """Queries, keys and values are one call, gate and up another; with LoRA three more weights read the first input."""
     monkeypatch.setattr(compiled_layers, "compiled", rewrite)

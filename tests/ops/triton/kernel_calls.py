@@ -36,7 +36,7 @@ from hf_sparse.ops.selection.triton.scan import scan_prefixes, select_keys
 from hf_sparse.ops.selection.triton.step import StepKernel
 from hf_sparse.ops.tiles.tiles import Tiles, tile_counts
 from hf_sparse.ops.triton.divergence import fused_divergence
-from hf_sparse.ops.triton.products import ProductSizes, fused_products
+from hf_sparse.ops.triton.products import ProductSizes, fused_gated_product, fused_product_added, fused_products
 
 MODULES = [
     importlib.import_module(module.name) for module in pkgutil.walk_packages(hf_sparse.ops.__path__, "hf_sparse.ops.")
@@ -232,11 +232,22 @@ def products(
     fused_products(torch.zeros(number, columns, dtype=dtype), weights, biases, sizes)
 
 
+def further(dtype: torch.dtype, number: int, columns: int, count: int, bias: bool) -> None:
+    """Multiply an input of so many rows, and add another tensor, or take the product of a gate."""
+    x, weight = torch.zeros(number, columns, dtype=dtype), torch.zeros(count, columns, dtype=dtype)
+    fused_product_added(
+        x, weight, torch.zeros(count, dtype=dtype) if bias else None, torch.zeros(number, count, dtype=dtype)
+    )
+    fused_gated_product(x, weight, weight)
+
+
 for dtype, number in product((BRAIN, HALF), (1, 5, 16)):
     CALLS.append(partial(products, dtype, number, 4096, (4096, 1024, 1024), False))
     CALLS.append(partial(products, dtype, number, 4096, (4096,), False))
     MORE.append(partial(products, dtype, number, 576, (576,), True))
+    CALLS.append(partial(further, dtype, number, 4096, 4096, False))
 CALLS += [partial(products, BRAIN, number, 129, (33, 7), True) for number in (1, 5)]
+MORE += [partial(further, BRAIN, number, 129, 33, True) for number in (1, 5)]
 CALLS.append(partial(products, BRAIN, 8, 4096, (4096,), False, ProductSizes(64, 128, 1, 4, 4)))
 
 

@@ -7,8 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from hf_sparse.ops.triton.products import ProductSizes, fused_products, sizes_of
+from hf_sparse.ops.triton.products import (
+    ProductSizes,
+    fused_gated_product,
+    fused_product_added,
+    fused_products,
+    sizes_of,
+)
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -52,6 +59,56 @@ def test_products(rows, columns, counts, bias, dtype, sizes, poisoned_memory):
         assert result.shape == (rows, 1, len(weight)) and result.dtype == dtype and result.is_contiguous()
         error = (result.double() - expected).abs()
         assert bool((error <= places * torch.finfo(dtype).eps * expected.abs() + 2e-4).all())
+
+
+def chosen(sizes, rows, columns, outputs, dtype):
+    """Return sizes that take the rows; the interpreter has no products of bfloat16."""
+    if sizes is None or (rows > 1 and not sizes.parts):
+        sizes = sizes_of(rows, columns, outputs)
+    if DEVICE == "cpu" and dtype == torch.bfloat16 and sizes.parts:
+        pytest.skip("the interpreter multiplies the bits of bfloat16")
+    return sizes
+
+
+def close(found, expected, dtype, magnitude):
+    """Tell whether results are at most two roundings of the numbers they are computed from away."""
+    places = 4 if DEVICE == "cpu" and dtype == torch.bfloat16 else 2  # the interpreter cuts bfloat16 off
+    error = (found.double() - expected).abs()
+    return bool((error <= places * torch.finfo(dtype).eps * magnitude + 1e-3).all())
+
+
+@pytest.mark.cross("pairs")
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("count", [48, 33, 7])
+@pytest.mark.parametrize("columns", [64, 200, 129, 576])
+@pytest.mark.parametrize("rows", [1, 2, 8, 9, 16])
+def test_a_product_is_added_to_another_tensor(rows, columns, count, bias, dtype, sizes, poisoned_memory):
+    sizes = chosen(sizes, rows, columns, count, dtype)
+    x, (weight,), biases = drawn(rows, columns, (count,), bias, dtype)
+    addend = torch.randn(count, rows, device=DEVICE).to(dtype).T[:, None]  # not contiguous
+    found = fused_product_added(x, weight, biases[0] if bias else None, addend, sizes)
+    product = x.double() @ weight.double().T + (biases[0].double() if bias else 0)
+    assert found.shape == (rows, 1, count) and found.dtype == dtype and found.is_contiguous()
+    assert close(found, product + addend.double(), dtype, product.abs() + addend.abs().double())
+
+
+@pytest.mark.cross("pairs")
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("count", [48, 33, 7, 1])
+@pytest.mark.parametrize("columns", [64, 200, 129, 576])
+@pytest.mark.parametrize("rows", [1, 2, 8, 9, 16])
+def test_a_gated_product(rows, columns, count, dtype, sizes, poisoned_memory):
+    sizes = chosen(sizes, rows, columns, 2 * count, dtype)
+    x, (gate, up), _ = drawn(rows, columns, (count, count), False, dtype)
+    gate = gate / columns**0.5  # so that neither all is let through nor nothing
+    found = fused_gated_product(x, gate, up, sizes)
+    gates, ups = x.double() @ gate.double().T, x.double() @ up.double().T
+    assert found.shape == (rows, 1, count) and found.dtype == dtype and found.is_contiguous()
+    magnitude = (1 + gates.abs()) * ups.abs()
+    assert close(found, F.silu(gates) * ups, dtype, magnitude) and not close(found, F.silu(ups) * gates, dtype, 0)
 
 
 def test_an_input_that_is_not_contiguous():
