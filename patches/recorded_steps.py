@@ -69,16 +69,14 @@ class RecordedSteps:
         layout = None if self.is_refused or len(caches) != 1 else _layout(inputs, caches[0])
         if layout is None or not self._is_ready(layout, inputs, caches[0]):
             return self.model(**inputs)
-        layers: Any = caches[0].layers
-        tokens = [layer.get_seq_length() for layer in layers]
+        tokens = caches[0].get_seq_length()  # that every layer has had
         if self.replay is not None:
-            self._play(inputs, tokens[0])
+            self._play(inputs, tokens)
             output = self.output
         else:
             assert self.compiled is not None
             output = self.compiled(**inputs)  # compiles what it needs
-        for layer, number in zip(layers, tokens, strict=True):
-            layer.note_tokens(number + 1)
+        _note_tokens(caches[0], tokens + 1)
         return output
 
     def _is_ready(self, layout: tuple[Any, ...], inputs: dict[str, Any], cache: Any) -> bool:
@@ -104,9 +102,10 @@ class RecordedSteps:
 
     def _play(self, inputs: dict[str, Any], tokens: int) -> None:
         """Play the recorded step with these inputs, after so many tokens."""
-        for old, new in zip(_flat(self.inputs).values(), _flat(inputs).values(), strict=True):
-            if isinstance(new, Tensor):
-                (old if old.shape == new.shape else old[:, : new.shape[1]]).copy_(new)
+        pairs = zip(_flat(self.inputs).values(), _flat(inputs).values(), strict=True)
+        tensors = [(old, new) for old, new in pairs if isinstance(new, Tensor)]
+        places = [old if old.shape == new.shape else old[:, : new.shape[1]] for old, new in tensors]
+        torch._foreach_copy_(places, [new for _, new in tensors])  # in one launch if they are of one type
         if self.place is not None:
             self.place.fill_(tokens)
         assert self.replay is not None
@@ -115,10 +114,10 @@ class RecordedSteps:
     def _record(self, inputs: dict[str, Any], cache: Any) -> bool:
         """Record the step without taking it; return False, with nothing changed, if it cannot be recorded."""
         layers, device = cache.layers, inputs["input_ids"].device
-        tokens = [layer.get_seq_length() for layer in layers]
+        tokens = cache.get_seq_length()
         self.inputs = _cloned(inputs)
         grows, is_first = not cache.is_compileable, self.place is None
-        self.place = torch.full((1,), tokens[0], device=device) if grows else None
+        self.place = torch.full((1,), tokens, device=device) if grows else None
         mask, memory = inputs.get("attention_mask"), self.memory[0]
         if grows and mask is not None and memory is not None:  # it has a column for every token that there is room for
             self.inputs["attention_mask"] = F.pad(mask, (0, memory.shape[2] - mask.shape[1]))
@@ -144,8 +143,7 @@ class RecordedSteps:
             self.output, self.replay = record(step, device)
         except RuntimeError:  # it waits for the device, or calls what cannot be recorded
             self.is_refused = True
-        for layer, number in zip(layers, tokens, strict=True):
-            layer.note_tokens(number)
+        _note_tokens(cache, tokens)
         if not self.is_refused and any(not isinstance(value, Tensor | Cache) for value in self.output.values()):
             self.is_refused = True
         if self.is_refused:
@@ -222,6 +220,12 @@ def _forget_recording(device: torch.device, pool: Any) -> None:
 def recording_stream(device: torch.device) -> torch.cuda.Stream:
     """Return the stream on which calls are recorded: one for all, for libraries keep memory for each stream."""
     return torch.cuda.Stream(device)
+
+
+def _note_tokens(cache: Any, tokens: int) -> None:
+    """Have every layer of a cache take the number of its tokens."""
+    for layer in cache.layers:
+        layer.note_tokens(tokens)
 
 
 def _layout(inputs: dict[str, Any], cache: Any) -> tuple[Any, ...] | None:

@@ -273,6 +273,18 @@ def test_tensors_in_shared_memory_are_made_when_one_is_read(name, read):
     assert torch.equal(layers[1].keys, alone[1].keys)
 
 
+def test_slots_that_are_lent_keep_the_counters_of_their_kernel():
+    """A compiled step would make them anew for each layer otherwise, also in a cache that a user has made."""
+    layer, _ = filled_layer()
+    assert layer.arrived is None
+    first, second = (layer.lent_to(SimpleNamespace(owner=None)) for _ in range(2))
+    rows = len(layer.keys)
+    assert layer.arrived.dtype == torch.int32 and layer.arrived.tolist() == [0] * (rows * HEADS + 1)
+    assert first.arrived.data_ptr() == second.arrived.data_ptr() == layer.arrived.data_ptr()
+    layer.batch_repeat_interleave(3)
+    assert len(layer.arrived) == 3 * rows * HEADS + 1
+
+
 def test_a_copy_is_without_the_scorer():
     keys, values, scores = stream(20)
     layer = new_layer(keys, values)

@@ -80,7 +80,7 @@ class SlotMemory(CacheLayerMixin):
         padded_late: `[B]` bool, rows with padding after a real token.
         memory: `[B, Hkv, D]`, what a baseline remembers of all tokens so far; `None` for the others.
         cumulative_length: int64 without dimensions, tokens so far with padding.
-        counts_arrivals: whether the layer is to be compiled, so that it keeps `arrived`.
+        counts_arrivals: whether a step of the layer is compiled, so that it keeps `arrived`.
         arrived: int32 `[B * Hkv + 1]`, counters of the kernel of a compiled step, zero between two steps; or `None`.
         empty: whether nothing was written yet.
         soft: whether soft gates, which are for learning, were between the tokens so far.
@@ -306,6 +306,9 @@ class SlotMemory(CacheLayerMixin):
         What the step notes on the host is to be noted here by `note_tokens`.
         """
         _ = self.scores  # all of them
+        if self.arrived is None:  # the kernel would make counters in every step
+            self.counts_arrivals = True
+            self._make_counters()
         lent = type(self).__new__(type(self))
         lent.__dict__.update(self.__dict__, step=None)
         for name, value in vars(lent).items():
