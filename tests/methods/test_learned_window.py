@@ -1,6 +1,7 @@
 """A method from outside the package goes all the way, with no edit outside its folder `learned_window`."""
 
 import json
+import os
 import subprocess
 import sys
 from importlib import import_module
@@ -129,6 +130,7 @@ def test_training_moves_the_widths_and_nothing_of_the_base(trained, tiny_llama):
     assert [row["stage"] for row in metrics["history"]] == ["distill"] * 4
     assert all((layer.widths < 8).all() for layer in sparse_layers(model))  # they have a price
     with torch.no_grad(), model.disable_adapter():
+        model.cpu()  # training leaves it on a GPU
         assert torch.equal(model(TOKENS).logits, tiny_llama()(TOKENS).logits)
 
 
@@ -150,7 +152,7 @@ def test_settings_of_other_methods_are_refused(method, tiny_llama):
 
 def test_saved_and_loaded_bit_for_bit(trained, tiny_llama, tmp_path):
     model, _ = trained
-    model.save_pretrained(tmp_path)
+    model.cpu().save_pretrained(tmp_path)
     for loaded in (
         PeftModel.from_pretrained(tiny_llama(), tmp_path),
         hf_sparse.from_pretrained(tmp_path, base_model=tiny_llama()),
@@ -199,7 +201,7 @@ def fresh_python(hub_env, tmp_path):
     (information / "entry_points.txt").write_text("[hf_sparse.methods]\nwindow = learned_window\n")
 
     def run(program: str, *, installed: bool = False, stdin: str = "") -> str:
-        paths = [str(FOLDER.parent), *([str(site)] if installed else [])]
+        paths = [str(FOLDER.parent), *([str(site)] if installed else []), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**hub_env, "PYTHONPATH": ":".join(paths)}
         # As the console script: hf_sparse imports no torch before a verb begins its work.
         script = tmp_path / "hf-sparse"

@@ -125,7 +125,7 @@ def test_training_fits_a_graph_to_the_model_itself(tmp_path):
     """Only projections move; what is compared with is entmax; the adapter travels, and attends by its graph."""
     model, report, _ = trained()
     base = modernbert().state_dict()
-    after = {name.removeprefix("base_model.model."): value for name, value in model.state_dict().items()}
+    after = {name.removeprefix("base_model.model."): value for name, value in model.cpu().state_dict().items()}
     assert all(torch.equal(after[name], value) for name, value in base.items())
     assert report["trainable_parameters"] and "scales" not in report and report["history"][0]["stage"] == "graph"
     full = as_trained(modernbert(), IDS, torch.ones_like(IDS), 1.5)
@@ -219,4 +219,4 @@ def test_a_decoder_generates_before_and_after_it_is_fitted():
         with torch.no_grad():
             assert torch.equal(model(ids[:, :-1]).logits[:, 19:].argmax(-1), ids[:, 20:])
         finetune(model, IDS, FinetuneConfig(objective="graph", steps=1, batch_size=2, progress=False))
-        model.eval()
+        model.cpu().eval()

@@ -212,7 +212,7 @@ def test_more_prompts_take_no_more_operations_and_none_waits(model):
             counts.append(len(operations.names))
             waiting = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "item"}
             assert not waiting & {name.removeprefix("aten::").partition(".")[0] for name in operations.names}
-    assert counts[:2] == counts[2:]
+    assert all(many <= few for few, many in zip(counts[:2], counts[2:], strict=True))
 
 
 def test_rows_may_be_views_of_pages(model):
