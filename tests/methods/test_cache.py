@@ -276,10 +276,10 @@ def test_tensors_in_shared_memory_are_made_when_one_is_read(name, read):
 def test_slots_that_are_lent_keep_the_counters_of_their_kernel():
     """A compiled step would make them anew for each layer otherwise, also in a cache that a user has made."""
     layer, _ = filled_layer()
-    assert layer.arrived is None
+    rows, before = len(layer.keys), layer.arrived
     first, second = (layer.lent_to(SimpleNamespace(owner=None)) for _ in range(2))
-    rows = len(layer.keys)
-    assert layer.arrived.dtype == torch.int32 and layer.arrived.tolist() == [0] * (rows * HEADS + 1)
+    assert before is None and layer.arrived.dtype == torch.int32
+    assert layer.arrived.tolist() == [0] * (rows * HEADS + 1)
     assert first.arrived.data_ptr() == second.arrived.data_ptr() == layer.arrived.data_ptr()
     layer.batch_repeat_interleave(3)
     assert len(layer.arrived) == 3 * rows * HEADS + 1
