@@ -223,7 +223,7 @@ def recording_stream(device: torch.device) -> torch.cuda.Stream:
 
 
 def _note_tokens(cache: Any, tokens: int) -> None:
-    """Have every layer of a cache take the number of its tokens."""
+    """Tell every layer of a cache how many tokens there are."""
     for layer in cache.layers:
         layer.note_tokens(tokens)
 

@@ -192,7 +192,7 @@ def _with_value(node: fx.Node, like: fx.Node) -> fx.Node:
 
 
 def _erase(graph: fx.Graph, node: fx.Node) -> None:
-    """Erase a node that nothing uses, and what only it used."""
+    """Remove a node that nothing uses, and what only it used."""
     if node.op == "call_function" and not node.users:
         inputs = node.all_input_nodes
         graph.erase_node(node)
