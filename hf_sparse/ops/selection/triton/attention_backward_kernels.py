@@ -76,9 +76,9 @@ def query_gradients(
                 credit = tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None]
                 d_query = tl.dot((share * credit).to(k.dtype), k, d_query, input_precision=PRECISION)
             for start in range(0, taken, N):
-                k = consecutive(K, full_begin + start, k_row, N, D, PADDED)
+                k = consecutive(K, full_begin + start, k_row, end, N, D, PADDED, False)
                 share = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse)
-                v = consecutive(V, full_begin + start, v_row, N, D, PADDED)
+                v = consecutive(V, full_begin + start, v_row, end, N, D, PADDED, False)
                 credit = tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None]
                 d_query = tl.dot((share * credit).to(k.dtype), k, d_query, input_precision=PRECISION)
             right_begin = full_begin + taken

@@ -15,7 +15,9 @@ from torch import Tensor
 from hf_sparse.ops.selection.triton.lists import ALWAYS, Tables
 from hf_sparse.ops.selection.triton.program_sizes import ProgramSizes, forward_sizes
 from hf_sparse.ops.selection.triton.walk import (
+    behind,
     consecutive,
+    front_of,
     gates,
     gather,
     listed,
@@ -111,6 +113,7 @@ def forward(
         N=blocks.keys,
         MIXED_STAGES=mixed_stages(blocks, tables),
         NEGATIVE=scaling < 0,
+        WIDE=max(x.shape[2] * x.stride(2) for x in (key, value)) >= 1 << 31,
         num_warps=blocks.warps,
         num_stages=blocks.stages,
         maxnreg=blocks.registers,
@@ -132,7 +135,7 @@ def _forward(
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, o_batch, o_head, o_row,
     GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SOFT: tl.constexpr,
     CAUSAL: tl.constexpr, ALWAYS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, MIXED_STAGES: tl.constexpr,
-    NEGATIVE: tl.constexpr,
+    NEGATIVE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1).to(tl.int64)  # of [B, Hkv]
     batch, head = row // heads, row % heads
@@ -160,57 +163,86 @@ def _forward(
     step = tl.arange(0, N)
 
     for start in range(0, front, N):
-        key = listed(start + step, front, Lists, first, sinks, width, keys)
-        k = gather(K, key, key >= 0, k_row, D, PADDED, False)
+        key = front_of(start, Lists, first, sinks, N)
+        k = gather(K, key, key >= 0, k_row, D, PADDED, False, WIDE)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         peak, weight, shrink = _weigh(logits, peak, scale)
         mass = mass * shrink + tl.sum(weight, 1)
-        v = gather(V, key, key >= 0, v_row, D, PADDED, False)
+        v = gather(V, key, key >= 0, v_row, D, PADDED, False, WIDE)
         out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
 
-    for start in range(0, taken, N):
-        k = consecutive(K, full_begin + start, k_row, N, D, PADDED)
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        peak, weight, shrink = _weigh(logits, peak, scale)
-        mass = mass * shrink + tl.sum(weight, 1)
-        v = consecutive(V, full_begin + start, v_row, N, D, PADDED)
-        out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
-
-    if SOFT and CAUSAL:
-        for start in range(tl.maximum(front, sinks), live, N):
-            slot = start + step
-            key = tl.maximum(listed(slot, live, Lists, first, sinks, width, keys), 0)
-            gate, _ = listed_gates(slot, live, Scores, Ends, sinks, width, position, tau)
-            k = gather(K, key, key >= 0, k_row, D, PADDED, False)
+    if CAUSAL and not SOFT:
+        # The whole window: only at its ends are there keys that some of the rows do not see.
+        low = t_first + keys - queries
+        for start in range(0, end - begin, N):
+            at = begin + start
+            k = consecutive(K, at, k_row, end, N, D, PADDED, True)
             logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            peak, weight, shrink = _weigh(tl.where(gate > 0, logits, float("-inf")), peak, scale)
-            weight *= gate
+            if (at < full_begin) | (at + N - 1 > low):
+                if at < full_begin:
+                    until = tl.load((Until + at) + step, mask=at + step < end, other=0)
+                    logits = tl.where(until[None, :] > position, logits, float("-inf"))
+                if at + N - 1 > low:
+                    logits = tl.where((at + step)[None, :] <= position, logits, float("-inf"))
+            peak, weight, shrink = _weigh(logits, peak, scale)
             mass = mass * shrink + tl.sum(weight, 1)
-            v = gather(V, key, key >= 0, v_row, D, PADDED, False)
+            v = consecutive(V, at, v_row, end, N, D, PADDED, True)
             out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
-        live = tl.maximum(tl.minimum(live, sinks), front)
+        for start in tl.range(0, live - front + gone, N, num_stages=MIXED_STAGES):
+            key, sees = behind(
+                start + step, position, front, live, gone, Until, Lists, Leavers, first, sinks, width, keys
+            )
+            there = key >= 0
+            k = gather(K, key, there, k_row, D, PADDED, True, WIDE)
+            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            peak, weight, shrink = _weigh(tl.where(sees, logits, float("-inf")), peak, scale)
+            mass = mass * shrink + tl.sum(weight, 1)
+            v = gather(V, key, there, v_row, D, PADDED, True, WIDE)
+            out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
+    else:
+        for start in range(0, taken, N):
+            k = consecutive(K, full_begin + start, k_row, end, N, D, PADDED, False)
+            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            peak, weight, shrink = _weigh(logits, peak, scale)
+            mass = mass * shrink + tl.sum(weight, 1)
+            v = consecutive(V, full_begin + start, v_row, end, N, D, PADDED, False)
+            out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
+        right_begin = full_begin + taken
 
-    right_begin = full_begin + taken
-    rest = live - front + gone + full_begin - begin + end - right_begin
-    for start in tl.range(0, rest, N, num_stages=MIXED_STAGES):
-        key, sees = mixed(
-            start + step, position, front, live, gone, begin, full_begin, right_begin, end, Begin, Until, Lists,
-            Leavers, first, sinks, width, keys, ALWAYS, CAUSAL,
-        )  # fmt: skip
-        there = key >= 0
-        k = gather(K, key, there, k_row, D, PADDED, True)
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        peak, weight, shrink = _weigh(tl.where(sees, logits, float("-inf")), peak, scale)
-        if SOFT:
-            z = tl.load(Z + key, mask=there, other=0.0)[None, :]
-            gate, _ = gates(position, tau, key[None, :], z, left, right)
-            weight = tl.where(sees, weight * gate, 0.0)
-        mass = mass * shrink + tl.sum(weight, 1)
-        v = gather(V, key, there, v_row, D, PADDED, True)
-        out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
+        if SOFT and CAUSAL:
+            for start in range(tl.maximum(front, sinks), live, N):
+                slot = start + step
+                key = tl.maximum(listed(slot, live, Lists, first, sinks, width, keys), 0)
+                gate, _ = listed_gates(slot, live, Scores, Ends, sinks, width, position, tau)
+                k = gather(K, key, key >= 0, k_row, D, PADDED, False)
+                logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                peak, weight, shrink = _weigh(tl.where(gate > 0, logits, float("-inf")), peak, scale)
+                weight *= gate
+                mass = mass * shrink + tl.sum(weight, 1)
+                v = gather(V, key, key >= 0, v_row, D, PADDED, False)
+                out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
+            live = tl.maximum(tl.minimum(live, sinks), front)
+
+        rest = live - front + gone + full_begin - begin + end - right_begin
+        for start in tl.range(0, rest, N, num_stages=MIXED_STAGES):
+            key, sees = mixed(
+                start + step, position, front, live, gone, begin, full_begin, right_begin, end, Begin, Until, Lists,
+                Leavers, first, sinks, width, keys, ALWAYS, CAUSAL,
+            )  # fmt: skip
+            there = key >= 0
+            k = gather(K, key, there, k_row, D, PADDED, True)
+            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            peak, weight, shrink = _weigh(tl.where(sees, logits, float("-inf")), peak, scale)
+            if SOFT:
+                z = tl.load(Z + key, mask=there, other=0.0)[None, :]
+                gate, _ = gates(position, tau, key[None, :], z, left, right)
+                weight = tl.where(sees, weight * gate, 0.0)
+            mass = mass * shrink + tl.sum(weight, 1)
+            v = gather(V, key, there, v_row, D, PADDED, True)
+            out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
 
     some = mass > 0
-    out = tl.where(some[:, None], out / tl.where(some, mass, 1.0)[:, None], 0.0)
+    out *= tl.where(some, 1.0 / tl.where(some, mass, 1.0), 0.0)[:, None]
     o_rows = batch * o_batch + (head * GROUP + member) * o_head + query.to(tl.int64) * o_row
     tl.store(Out + o_rows[:, None] + dim[None, :], out.to(Out.dtype.element_ty), mask=inside)
     lse = tl.where(some, peak + tl.log2(tl.where(some, mass, 1.0)), 0.0)

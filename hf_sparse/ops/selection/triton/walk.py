@@ -52,6 +52,14 @@ def listed_gates(slot, limit, Scores, Ends, sinks, width, position, tau):
 
 
 @triton.jit
+def front_of(start, Lists, first, sinks, N: tl.constexpr):
+    """Load the keys of N slots of a list that holds a key in each, sinks in front."""
+    step = tl.arange(0, N)
+    slot = start + step
+    return tl.load(Lists + (start - sinks) + step, mask=slot >= sinks, other=first + slot)
+
+
+@triton.jit
 def begins(key, there, Begin, CAUSAL: tl.constexpr):
     """Load the first position that sees each key."""
     return key if CAUSAL else tl.load(Begin + key, mask=there, other=0)
@@ -205,6 +213,19 @@ def mixed(
 
 
 @triton.jit
+def behind(slot, position, front, live, gone, Until, Lists, Leavers, first, sinks, width, keys):
+    """Load the keys of the rest of a list and the leavers after it, -1 for none, and which positions see them."""
+    rest = live - front
+    key = listed(front + slot, live, Lists, first, sinks, width, keys)
+    leaver = (slot >= rest) & (slot < rest + gone)
+    key = tl.load(Leavers + (slot - rest), mask=leaver, other=key)
+    until = tl.load(Until + key, mask=key >= 0, other=0)
+    until = tl.max(until[:, None], 1)  # TODO
+    since = tl.where(front + slot < sinks, first + front + slot, 0)
+    return key, (since[None, :] <= position) & (until[None, :] > position)
+
+
+@triton.jit
 def gates(position, tau, key, z, left, right):
     """Compute the gates `[M, N]` of attended pairs: 1 in the window, `clip(z - tau, 0, 1)` outside."""
     near = (key >= position - left) & (key <= position + right)
@@ -212,10 +233,15 @@ def gates(position, tau, key, z, left, right):
 
 
 @triton.jit
-def gather(Base, key, there, stride, D: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr):
+def gather(
+    Base, key, there, stride, D: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr = True
+):
     """Gather rows `[N, PADDED]` of a `[Tk, D]` tensor, zeros beyond `D` and, with MASKED, for keys that are missing."""
     dim = tl.arange(0, PADDED)
-    pointer = Base + key.to(tl.int64)[:, None] * stride + dim[None, :]
+    if WIDE:
+        pointer = Base + key.to(tl.int64)[:, None] * stride + dim[None, :]
+    else:
+        pointer = (Base + dim[None, :]) + (key * stride)[:, None]
     if MASKED and PADDED != D:
         rows = tl.load(pointer, mask=there[:, None] & (dim < D)[None, :], other=0.0)
     elif MASKED:
@@ -228,8 +254,18 @@ def gather(Base, key, there, stride, D: tl.constexpr, PADDED: tl.constexpr, MASK
 
 
 @triton.jit
-def consecutive(Base, first, stride, N: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr):
-    """Load rows `[N, PADDED]` of a `[Tk, D]` tensor from `first` on, zeros beyond `D`."""
+def consecutive(Base, first, stride, end, N: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr):
+    """Load rows `[N, PADDED]` of a `[Tk, D]` tensor from `first` on, zeros beyond `D` and, with MASKED, from `end` on."""
     dim = tl.arange(0, PADDED)
-    pointer = Base + first.to(tl.int64) * stride + (tl.arange(0, N)[:, None] * stride + dim[None, :])
-    return tl.load(pointer, mask=(dim < D)[None, :], other=0.0) if PADDED != D else tl.load(pointer)
+    row = tl.arange(0, N)
+    pointer = Base + first.to(tl.int64) * stride + (row[:, None] * stride + dim[None, :])
+    there = row < end - first
+    if MASKED and PADDED != D:
+        rows = tl.load(pointer, mask=there[:, None] & (dim < D)[None, :], other=0.0)
+    elif MASKED:
+        rows = tl.load(pointer, mask=there[:, None], other=0.0)
+    elif PADDED != D:
+        rows = tl.load(pointer, mask=(dim < D)[None, :], other=0.0)
+    else:
+        rows = tl.load(pointer)
+    return rows
