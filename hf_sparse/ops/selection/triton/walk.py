@@ -255,7 +255,9 @@ def gather(
 
 @triton.jit
 def consecutive(Base, first, stride, end, N: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr):
-    """Load rows `[N, PADDED]` of a `[Tk, D]` tensor from `first` on, zeros beyond `D` and, with MASKED, from `end` on."""
+    """Load rows `[N, PADDED]` of a `[Tk, D]` tensor from `first` on.
+
+    Zeros beyond `D` and, with MASKED, from `end` on."""
     dim = tl.arange(0, PADDED)
     row = tl.arange(0, N)
     pointer = Base + first.to(tl.int64) * stride + (row[:, None] * stride + dim[None, :])
