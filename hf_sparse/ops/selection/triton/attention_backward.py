@@ -143,6 +143,7 @@ def by_query(
         M=rows.rows,
         N=rows.keys,
         MIXED_STAGES=mixed_stages(rows, tables),
+        WIDE=max(x.shape[2] * x.stride(2) for x in (key, value)) >= 1 << 31,
         QUERY=want_query,
         ATOMIC=d_scores is not None,
         TAU=want_tau,

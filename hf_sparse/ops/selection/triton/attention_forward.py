@@ -20,6 +20,7 @@ from hf_sparse.ops.selection.triton.walk import (
     front_of,
     gates,
     gather,
+    hide_ends,
     listed,
     listed_gates,
     mixed,
@@ -178,12 +179,7 @@ def _forward(
             at = begin + start
             k = consecutive(K, at, k_row, end, N, D, PADDED, True)
             logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            if (at < full_begin) | (at + N - 1 > low):
-                if at < full_begin:
-                    until = tl.load((Until + at) + step, mask=at + step < end, other=0)
-                    logits = tl.where(until[None, :] > position, logits, float("-inf"))
-                if at + N - 1 > low:
-                    logits = tl.where((at + step)[None, :] <= position, logits, float("-inf"))
+            logits = hide_ends(logits, at, position, full_begin, low, end, Until, N)
             peak, weight, shrink = _weigh(logits, peak, scale)
             mass = mass * shrink + tl.sum(weight, 1)
             v = consecutive(V, at, v_row, end, N, D, PADDED, True)

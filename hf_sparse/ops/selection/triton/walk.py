@@ -213,6 +213,22 @@ def mixed(
 
 
 @triton.jit
+def hide_ends(logits, at, position, full_begin, low, end, Until, N: tl.constexpr):
+    """Set logits `[M, N]` of the keys from `at` on in the window to `-inf` where a position does not see the key.
+
+    Such keys are before `full_begin`, where they are seen until a position of their own, and after `low`, the lowest of
+    the positions."""
+    if (at < full_begin) | (at + N - 1 > low):
+        step = tl.arange(0, N)
+        if at < full_begin:
+            until = tl.load((Until + at) + step, mask=at + step < end, other=0)
+            logits = tl.where(until[None, :] > position, logits, float("-inf"))
+        if at + N - 1 > low:
+            logits = tl.where((at + step)[None, :] <= position, logits, float("-inf"))
+    return logits
+
+
+@triton.jit
 def behind(slot, position, front, live, gone, Until, Lists, Leavers, first, sinks, width, keys):
     """Load the keys of the rest of a list and the leavers after it, -1 for none, and which positions see them."""
     rest = live - front
