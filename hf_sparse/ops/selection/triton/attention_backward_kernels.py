@@ -14,9 +14,8 @@ from hf_sparse.ops.selection.triton.attention_forward import LENGTHS
 from hf_sparse.ops.selection.triton.scan_kernels import first_of
 from hf_sparse.ops.selection.triton.walk import (
     begins,
-    behind,
     consecutive,
-    front_of,
+    front_keys,
     gates,
     gather,
     hide_ends,
@@ -24,6 +23,7 @@ from hf_sparse.ops.selection.triton.walk import (
     listed_gates,
     mixed,
     reach,
+    rest_and_leavers,
     rows_of,
 )
 
@@ -71,7 +71,7 @@ def query_gradients(
         if QUERY:
             front = front // N * N
             for start in range(0, front, N):
-                key = front_of(start, Lists, first, sinks, N)
+                key = front_keys(start, Lists, first, sinks, N)
                 k = gather(K, key, key >= 0, k_row, D, PADDED, False, WIDE)
                 share = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse)
                 v = gather(V, key, key >= 0, v_row, D, PADDED, False, WIDE)
@@ -88,7 +88,7 @@ def query_gradients(
                 credit = tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None]
                 d_query = tl.dot((share * credit).to(k.dtype), k, d_query, input_precision=PRECISION)
             for start in tl.range(0, live - front + gone, N, num_stages=MIXED_STAGES):
-                key, sees = behind(
+                key, sees = rest_and_leavers(
                     start + step, position, front, live, gone, Until, Lists, Leavers, first, sinks, width, keys
                 )
                 there = key >= 0
