@@ -77,7 +77,7 @@ def query_gradients(
                 v = gather(V, key, key >= 0, v_row, D, PADDED, False, WIDE)
                 credit = tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None]
                 d_query = tl.dot((share * credit).to(k.dtype), k, d_query, input_precision=PRECISION)
-        if QUERY and CAUSAL and not SOFT:
+        if QUERY and CAUSAL and not SOFT and PADDED <= 64:  # with larger heads no registers are left for this
             low = t_first + keys - queries
             for start in range(0, end - begin, N):
                 at = begin + start
