@@ -15,15 +15,16 @@ from torch import Tensor
 from hf_sparse.ops.selection.triton.lists import ALWAYS, Tables
 from hf_sparse.ops.selection.triton.program_sizes import ProgramSizes, forward_sizes
 from hf_sparse.ops.selection.triton.walk import (
-    behind,
     consecutive,
-    front_of,
+    front_keys,
     gates,
     gather,
+    hide_ends,
     listed,
     listed_gates,
     mixed,
     reach,
+    rest_and_leavers,
     rows_of,
 )
 from hf_sparse.ops.triton.launch import launch
@@ -63,6 +64,11 @@ def mixed_stages(blocks: ProgramSizes, tables: Tables) -> int:
 
     In causal order these keys are few: the registers that fetching them ahead takes are needed by the other loops."""
     return 1 if tables.begin is None else blocks.stages
+
+
+def far(*tensors: Tensor) -> bool:
+    """Tell whether offsets of rows within a head of `[B, H, T, D]` need more than 31 bits."""
+    return any(x.shape[2] * x.stride(2) >= 1 << 31 for x in tensors)
 
 
 def forward(
@@ -113,7 +119,7 @@ def forward(
         N=blocks.keys,
         MIXED_STAGES=mixed_stages(blocks, tables),
         NEGATIVE=scaling < 0,
-        WIDE=max(x.shape[2] * x.stride(2) for x in (key, value)) >= 1 << 31,
+        WIDE=far(key, value),
         num_warps=blocks.warps,
         num_stages=blocks.stages,
         maxnreg=blocks.registers,
@@ -163,7 +169,7 @@ def _forward(
     step = tl.arange(0, N)
 
     for start in range(0, front, N):
-        key = front_of(start, Lists, first, sinks, N)
+        key = front_keys(start, Lists, first, sinks, N)
         k = gather(K, key, key >= 0, k_row, D, PADDED, False, WIDE)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         peak, weight, shrink = _weigh(logits, peak, scale)
@@ -172,24 +178,18 @@ def _forward(
         out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
 
     if CAUSAL and not SOFT:
-        # The whole window: only at its ends are there keys that some of the rows do not see.
         low = t_first + keys - queries
         for start in range(0, end - begin, N):
             at = begin + start
             k = consecutive(K, at, k_row, end, N, D, PADDED, True)
             logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            if (at < full_begin) | (at + N - 1 > low):
-                if at < full_begin:
-                    until = tl.load((Until + at) + step, mask=at + step < end, other=0)
-                    logits = tl.where(until[None, :] > position, logits, float("-inf"))
-                if at + N - 1 > low:
-                    logits = tl.where((at + step)[None, :] <= position, logits, float("-inf"))
+            logits = hide_ends(logits, at, position, full_begin, low, end, Until, N)
             peak, weight, shrink = _weigh(logits, peak, scale)
             mass = mass * shrink + tl.sum(weight, 1)
             v = consecutive(V, at, v_row, end, N, D, PADDED, True)
             out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
         for start in tl.range(0, live - front + gone, N, num_stages=MIXED_STAGES):
-            key, sees = behind(
+            key, sees = rest_and_leavers(
                 start + step, position, front, live, gone, Until, Lists, Leavers, first, sinks, width, keys
             )
             there = key >= 0

@@ -8,8 +8,10 @@ the others, each pair of query and key by its interval (see `lists`):
     full     the front of the list, and the middle of the window, each a whole number of blocks
     mixed    the rest of the list, the leavers of its tile so far, and the two ends of the window
 
-Soft gates make the rest of a list long, and a causal list holds no key of any window: these go by themselves, with no
-other mask than their gate, and what that needs is read in the order of the list.
+The forward of hard gates in causal order reads the window in one go instead, and masks the blocks at its ends, where a
+pair takes a comparison or two; its mixed axis is the rest of the list and the leavers. Soft gates make the rest of a
+list long, and a causal list holds no key of any window: these go by themselves, with no other mask than their gate, and
+what that needs is read in the order of the list.
 """
 
 import triton
@@ -52,8 +54,8 @@ def listed_gates(slot, limit, Scores, Ends, sinks, width, position, tau):
 
 
 @triton.jit
-def front_of(start, Lists, first, sinks, N: tl.constexpr):
-    """Load the keys of N slots of a list that holds a key in each, sinks in front."""
+def front_keys(start, Lists, first, sinks, N: tl.constexpr):
+    """Load the keys of N slots from `start` on, where a list has a key in each, sinks in front."""
     step = tl.arange(0, N)
     slot = start + step
     return tl.load(Lists + (start - sinks) + step, mask=slot >= sinks, other=first + slot)
@@ -213,14 +215,34 @@ def mixed(
 
 
 @triton.jit
-def behind(slot, position, front, live, gone, Until, Lists, Leavers, first, sinks, width, keys):
-    """Load the keys of the rest of a list and the leavers after it, -1 for none, and which positions see them."""
+def hide_ends(logits, at, position, full_begin, low, end, Until, N: tl.constexpr):
+    """Set the logits `[M, N]` of keys from `at` on in the window to `-inf` where a position does not see the key.
+
+    Keys before `full_begin` are seen until a position of their own, those after `low`, the lowest position, from their
+    own on, and those between by all."""
+    step = tl.arange(0, N)
+    if (at < full_begin) | (at + N - 1 > low):  # one branch around both: otherwise the second costs every block
+        if at < full_begin:
+            until = tl.load((Until + at) + step, mask=at + step < end, other=0)
+            logits = tl.where(until[None, :] > position, logits, float("-inf"))
+        if at + N - 1 > low:
+            logits = tl.where((at + step)[None, :] <= position, logits, float("-inf"))
+    return logits
+
+
+@triton.jit
+def rest_and_leavers(slot, position, front, live, gone, Until, Lists, Leavers, first, sinks, width, keys):
+    """Load the keys of slots of a list after `front`, then of its `gone` leavers, -1 for none.
+
+    And which positions see them, `[M, N]`."""
     rest = live - front
     key = listed(front + slot, live, Lists, first, sinks, width, keys)
     leaver = (slot >= rest) & (slot < rest + gone)
     key = tl.load(Leavers + (slot - rest), mask=leaver, other=key)
     until = tl.load(Until + key, mask=key >= 0, other=0)
-    until = tl.max(until[:, None], 1)  # TODO
+    # The maximum of one number: the compiler moves it to the threads that compare, where it would otherwise repeat all
+    # of these loads for each of the columns of a thread.
+    until = tl.max(until[:, None], 1)
     since = tl.where(front + slot < sinks, first + front + slot, 0)
     return key, (since[None, :] <= position) & (until[None, :] > position)
 
@@ -236,7 +258,9 @@ def gates(position, tau, key, z, left, right):
 def gather(
     Base, key, there, stride, D: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr = True
 ):
-    """Gather rows `[N, PADDED]` of a `[Tk, D]` tensor, zeros beyond `D` and, with MASKED, for keys that are missing."""
+    """Gather rows `[N, PADDED]` of a `[Tk, D]` tensor, zeros beyond `D` and, with MASKED, for keys that are missing.
+
+    Without WIDE the offset of a row fits into 32 bits, which takes fewer instructions."""
     dim = tl.arange(0, PADDED)
     if WIDE:
         pointer = Base + key.to(tl.int64)[:, None] * stride + dim[None, :]
