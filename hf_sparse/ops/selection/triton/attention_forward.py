@@ -92,7 +92,7 @@ def forward(
     output = empty_like(query)
     group = heads // key.shape[1]
     lse = empty((batch, key.shape[1], queries, group), torch.float32, query.device)
-    launch(_forward, (triton.cdiv(queries * group, blocks.rows), batch * key.shape[1]))(
+    launch(_forward, (triton.cdiv(queries * group, blocks.rows), key.shape[1], batch))(
         query,
         key,
         value,
@@ -143,8 +143,8 @@ def _forward(
     CAUSAL: tl.constexpr, ALWAYS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, MIXED_STAGES: tl.constexpr,
     NEGATIVE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1).to(tl.int64)  # of [B, Hkv]
-    batch, head = row // heads, row % heads
+    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    row = batch * heads + head  # of [B, Hkv]
     K += batch * k_batch + head * k_head
     V += batch * v_batch + head * v_head
     flat, query, member, exists, t_first, t_last = rows_of(tl.program_id(0), queries, GROUP, M)

@@ -160,6 +160,8 @@ def reach(
     low, high = t_first + offset, t_last + offset
     first = first_of(First, batch)
     Until += row * keys
+    if Bounds is not None:
+        tile = TILE  # a power of two then, which takes no division
     number = row * tiles + t_first // tile
     Lists += number * width
     tau, tau_last = 0.0, 0.0
