@@ -8,10 +8,10 @@ the others, each pair of query and key by its interval (see `lists`):
     full     the front of the list, and the middle of the window, each a whole number of blocks
     mixed    the rest of the list, the leavers of its tile so far, and the two ends of the window
 
-The forward of hard gates in causal order reads the window in one go instead, and masks the blocks at its ends, where a
-pair takes a comparison or two; its mixed axis is the rest of the list and the leavers. Soft gates make the rest of a
-list long, and a causal list holds no key of any window: these go by themselves, with no other mask than their gate, and
-what that needs is read in the order of the list.
+Hard gates in causal order read the window in one go instead, and mask the blocks at its ends, where a pair takes a
+comparison or two; their mixed axis is the rest of the list and the leavers. Soft gates make the rest of a list long,
+and a causal list holds no key of any window: these go by themselves, with no other mask than their gate, and what that
+needs is read in the order of the list.
 """
 
 import triton
