@@ -317,6 +317,26 @@ def test_strided_inputs_and_outputs():
     )
 
 
+@pytest.mark.usefixtures("scan_of_torch")
+def test_rows_that_lie_far_apart(monkeypatch):
+    """Offsets of rows take 64 bits where a head spans 2^31 elements or more, and are the same."""
+    near, distant = (torch.empty_strided((1, 2, 1024, 64), (1, 64, row, 1), device="meta") for row in (128, 1 << 21))
+    assert not attention_forward.far(near, near)
+    assert attention_forward.far(near, distant)
+    case = Case(group=2, queries=size(83, 40), k=20, window=9)
+    expected = run(case.fused, case, "q")
+    for module in (attention_forward, attention_backward):
+        monkeypatch.setattr(module, "far", lambda *_: True)
+    torch.testing.assert_close(run(case.fused, case, "q"), expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("window", [1, 16, 23])
+def test_blocks_at_the_ends_of_a_window(window):
+    """Blocks of keys that begin and end with the window, in its middle, and that hold all of it."""
+    case = Case(queries=size(150, 60), keys=size(210, 90), k=11, window=window, sinks=1)
+    assert_same(case, "q", blocks=ProgramSizes(32, 16, 4, 2))
+
+
 @ORDER
 def test_padding_may_hold_anything(causal):
     options = {"k": 5, "window": 4, "sinks": 2, "causal": causal, "implementation": "triton"}

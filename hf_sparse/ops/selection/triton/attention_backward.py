@@ -14,7 +14,7 @@ import triton
 from torch import Tensor
 
 from hf_sparse.ops.selection.triton.attention_backward_kernels import key_gradients, query_gradients
-from hf_sparse.ops.selection.triton.attention_forward import LOG2_E, constants, lengths, mixed_stages
+from hf_sparse.ops.selection.triton.attention_forward import LOG2_E, constants, far, lengths, mixed_stages
 from hf_sparse.ops.selection.triton.lists import Tables, by_lifetime, leavers
 from hf_sparse.ops.selection.triton.program_sizes import ProgramSizes, by_key_sizes, by_query_sizes
 from hf_sparse.ops.triton.launch import launch
@@ -143,6 +143,7 @@ def by_query(
         M=rows.rows,
         N=rows.keys,
         MIXED_STAGES=mixed_stages(rows, tables),
+        WIDE=far(key, value),
         QUERY=want_query,
         ATOMIC=d_scores is not None,
         TAU=want_tau,

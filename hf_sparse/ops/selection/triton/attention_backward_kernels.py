@@ -15,12 +15,15 @@ from hf_sparse.ops.selection.triton.scan_kernels import first_of
 from hf_sparse.ops.selection.triton.walk import (
     begins,
     consecutive,
+    front_keys,
     gates,
     gather,
+    hide_ends,
     listed,
     listed_gates,
     mixed,
     reach,
+    rest_and_leavers,
     rows_of,
 )
 
@@ -33,7 +36,7 @@ def query_gradients(
     g_row, d_batch, d_head, d_row,
     GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, SOFT: tl.constexpr, CAUSAL: tl.constexpr,
     ALWAYS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
-    MIXED_STAGES: tl.constexpr, QUERY: tl.constexpr, ATOMIC: tl.constexpr, TAU: tl.constexpr,
+    MIXED_STAGES: tl.constexpr, WIDE: tl.constexpr, QUERY: tl.constexpr, ATOMIC: tl.constexpr, TAU: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(1).to(tl.int64)  # of [B, Hkv]
     batch, head = row // heads, row % heads
@@ -67,72 +70,95 @@ def query_gradients(
 
         if QUERY:
             front = front // N * N
-            taken = (full_end - full_begin) // N * N
             for start in range(0, front, N):
-                key = listed(start + step, front, Lists, first, sinks, width, keys)
-                k = gather(K, key, key >= 0, k_row, D, PADDED, False)
+                key = front_keys(start, Lists, first, sinks, N)
+                k = gather(K, key, key >= 0, k_row, D, PADDED, False, WIDE)
                 share = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse)
-                v = gather(V, key, key >= 0, v_row, D, PADDED, False)
+                v = gather(V, key, key >= 0, v_row, D, PADDED, False, WIDE)
                 credit = tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None]
                 d_query = tl.dot((share * credit).to(k.dtype), k, d_query, input_precision=PRECISION)
-            for start in range(0, taken, N):
-                k = consecutive(K, full_begin + start, k_row, N, D, PADDED)
-                share = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse)
-                v = consecutive(V, full_begin + start, v_row, N, D, PADDED)
-                credit = tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None]
-                d_query = tl.dot((share * credit).to(k.dtype), k, d_query, input_precision=PRECISION)
-            right_begin = full_begin + taken
-        else:  # gates differ from 1 in the list and left of every window only
-            right_begin = end
-            if not CAUSAL:
-                begin = full_begin
-
-        if SOFT and CAUSAL:
-            for start in range(tl.maximum(front, sinks), live, N):
-                slot = start + step
-                key = tl.maximum(listed(slot, live, Lists, first, sinks, width, keys), 0)
-                gate, z = listed_gates(slot, live, Scores, Ends, sinks, width, position, tau)
-                k = gather(K, key, key >= 0, k_row, D, PADDED, False)
+        if QUERY and CAUSAL and not SOFT and PADDED <= 64:  # with larger heads no registers are left for this
+            low = t_first + keys - queries
+            for start in range(0, end - begin, N):
+                at = begin + start
+                k = consecutive(K, at, k_row, end, N, D, PADDED, True)
                 logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse
-                share = tl.exp2(tl.where(gate > 0, logits, float("-inf")))
-                v = gather(V, key, key >= 0, v_row, D, PADDED, False)
-                credit = share * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
-                if ATOMIC or TAU:
-                    d_gate = tl.where(z[None, :] - 1.0 < tau, credit, 0.0)
-                    if ATOMIC:
-                        to = DScores + row * keys + key
-                        tl.atomic_add(to, tl.sum(d_gate, 0), mask=slot < live, sem="relaxed")
-                    if TAU:
-                        d_tau -= tl.sum(d_gate, 1)
-                if QUERY:
-                    d_query = tl.dot((credit * gate).to(k.dtype), k, d_query, input_precision=PRECISION)
-            live = tl.maximum(tl.minimum(live, sinks), front)
-
-        rest = live - front + gone + full_begin - begin + end - right_begin
-        for start in tl.range(0, rest, N, num_stages=MIXED_STAGES):
-            key, sees = mixed(
-                start + step, position, front, live, gone, begin, full_begin, right_begin, end, Begin, Until, Lists,
-                Leavers, first, sinks, width, keys, ALWAYS, CAUSAL,
-            )  # fmt: skip
-            there = key >= 0
-            k = gather(K, key, there, k_row, D, PADDED, True)
-            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse
-            share = tl.exp2(tl.where(sees, logits, float("-inf")))
-            v = gather(V, key, there, v_row, D, PADDED, True)
-            credit = share * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
-            if SOFT:
-                z = tl.load(Z + key, mask=there, other=0.0)[None, :]
-                gate, near = gates(position, tau, key[None, :], z, left, right)
-                if ATOMIC or TAU:
-                    free = sees & (near == 0) & (z > tau) & (z - 1.0 < tau)
-                    d_gate = tl.where(free, credit, 0.0)
-                    if ATOMIC:
-                        tl.atomic_add(DScores + row * keys + key, tl.sum(d_gate, 0), mask=there, sem="relaxed")
-                    if TAU:
-                        d_tau -= tl.sum(d_gate, 1)
-                credit = credit * gate
+                share = tl.exp2(hide_ends(logits, at, position, full_begin, low, end, Until, N))
+                v = consecutive(V, at, v_row, end, N, D, PADDED, True)
+                credit = tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None]
+                d_query = tl.dot((share * credit).to(k.dtype), k, d_query, input_precision=PRECISION)
+            for start in tl.range(0, live - front + gone, N, num_stages=MIXED_STAGES):
+                key, sees = rest_and_leavers(
+                    start + step, position, front, live, gone, Until, Lists, Leavers, first, sinks, width, keys
+                )
+                there = key >= 0
+                k = gather(K, key, there, k_row, D, PADDED, True, WIDE)
+                logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse
+                share = tl.exp2(tl.where(sees, logits, float("-inf")))
+                v = gather(V, key, there, v_row, D, PADDED, True, WIDE)
+                credit = tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None]
+                d_query = tl.dot((share * credit).to(k.dtype), k, d_query, input_precision=PRECISION)
+        else:
             if QUERY:
-                d_query = tl.dot(credit.to(k.dtype), k, d_query, input_precision=PRECISION)
+                taken = (full_end - full_begin) // N * N
+                for start in range(0, taken, N):
+                    k = consecutive(K, full_begin + start, k_row, end, N, D, PADDED, False)
+                    share = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse)
+                    v = consecutive(V, full_begin + start, v_row, end, N, D, PADDED, False)
+                    credit = tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None]
+                    d_query = tl.dot((share * credit).to(k.dtype), k, d_query, input_precision=PRECISION)
+                right_begin = full_begin + taken
+            else:  # gates differ from 1 in the list and left of every window only
+                right_begin = end
+                if not CAUSAL:
+                    begin = full_begin
+
+            if SOFT and CAUSAL:
+                for start in range(tl.maximum(front, sinks), live, N):
+                    slot = start + step
+                    key = tl.maximum(listed(slot, live, Lists, first, sinks, width, keys), 0)
+                    gate, z = listed_gates(slot, live, Scores, Ends, sinks, width, position, tau)
+                    k = gather(K, key, key >= 0, k_row, D, PADDED, False)
+                    logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse
+                    share = tl.exp2(tl.where(gate > 0, logits, float("-inf")))
+                    v = gather(V, key, key >= 0, v_row, D, PADDED, False)
+                    credit = share * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+                    if ATOMIC or TAU:
+                        d_gate = tl.where(z[None, :] - 1.0 < tau, credit, 0.0)
+                        if ATOMIC:
+                            to = DScores + row * keys + key
+                            tl.atomic_add(to, tl.sum(d_gate, 0), mask=slot < live, sem="relaxed")
+                        if TAU:
+                            d_tau -= tl.sum(d_gate, 1)
+                    if QUERY:
+                        d_query = tl.dot((credit * gate).to(k.dtype), k, d_query, input_precision=PRECISION)
+                live = tl.maximum(tl.minimum(live, sinks), front)
+
+            rest = live - front + gone + full_begin - begin + end - right_begin
+            for start in tl.range(0, rest, N, num_stages=MIXED_STAGES):
+                key, sees = mixed(
+                    start + step, position, front, live, gone, begin, full_begin, right_begin, end, Begin, Until, Lists,
+                    Leavers, first, sinks, width, keys, ALWAYS, CAUSAL,
+                )  # fmt: skip
+                there = key >= 0
+                k = gather(K, key, there, k_row, D, PADDED, True)
+                logits = tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale - lse
+                share = tl.exp2(tl.where(sees, logits, float("-inf")))
+                v = gather(V, key, there, v_row, D, PADDED, True)
+                credit = share * (tl.dot(grad, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+                if SOFT:
+                    z = tl.load(Z + key, mask=there, other=0.0)[None, :]
+                    gate, near = gates(position, tau, key[None, :], z, left, right)
+                    if ATOMIC or TAU:
+                        free = sees & (near == 0) & (z > tau) & (z - 1.0 < tau)
+                        d_gate = tl.where(free, credit, 0.0)
+                        if ATOMIC:
+                            tl.atomic_add(DScores + row * keys + key, tl.sum(d_gate, 0), mask=there, sem="relaxed")
+                        if TAU:
+                            d_tau -= tl.sum(d_gate, 1)
+                    credit = credit * gate
+                if QUERY:
+                    d_query = tl.dot(credit.to(k.dtype), k, d_query, input_precision=PRECISION)
 
         if QUERY:
             d_rows = batch * d_batch + (head * GROUP + member) * d_head + t * d_row

@@ -16,12 +16,15 @@ from hf_sparse.ops.selection.triton.lists import ALWAYS, Tables
 from hf_sparse.ops.selection.triton.program_sizes import ProgramSizes, forward_sizes
 from hf_sparse.ops.selection.triton.walk import (
     consecutive,
+    front_keys,
     gates,
     gather,
+    hide_ends,
     listed,
     listed_gates,
     mixed,
     reach,
+    rest_and_leavers,
     rows_of,
 )
 from hf_sparse.ops.triton.launch import launch
@@ -63,6 +66,11 @@ def mixed_stages(blocks: ProgramSizes, tables: Tables) -> int:
     return 1 if tables.begin is None else blocks.stages
 
 
+def far(*tensors: Tensor) -> bool:
+    """Tell whether offsets of rows within a head of `[B, H, T, D]` need more than 31 bits."""
+    return any(x.shape[2] * x.stride(2) >= 1 << 31 for x in tensors)
+
+
 def forward(
     query: Tensor,
     key: Tensor,
@@ -84,7 +92,7 @@ def forward(
     output = empty_like(query)
     group = heads // key.shape[1]
     lse = empty((batch, key.shape[1], queries, group), torch.float32, query.device)
-    launch(_forward, (triton.cdiv(queries * group, blocks.rows), batch * key.shape[1]))(
+    launch(_forward, (triton.cdiv(queries * group, blocks.rows), key.shape[1], batch))(
         query,
         key,
         value,
@@ -111,6 +119,7 @@ def forward(
         N=blocks.keys,
         MIXED_STAGES=mixed_stages(blocks, tables),
         NEGATIVE=scaling < 0,
+        WIDE=far(key, value),
         num_warps=blocks.warps,
         num_stages=blocks.stages,
         maxnreg=blocks.registers,
@@ -132,10 +141,10 @@ def _forward(
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, o_batch, o_head, o_row,
     GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SOFT: tl.constexpr,
     CAUSAL: tl.constexpr, ALWAYS: tl.constexpr, TILE: tl.constexpr, PRECISION: tl.constexpr, MIXED_STAGES: tl.constexpr,
-    NEGATIVE: tl.constexpr,
+    NEGATIVE: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(1).to(tl.int64)  # of [B, Hkv]
-    batch, head = row // heads, row % heads
+    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    row = batch * heads + head  # of [B, Hkv]
     K += batch * k_batch + head * k_head
     V += batch * v_batch + head * v_head
     flat, query, member, exists, t_first, t_last = rows_of(tl.program_id(0), queries, GROUP, M)
@@ -160,57 +169,80 @@ def _forward(
     step = tl.arange(0, N)
 
     for start in range(0, front, N):
-        key = listed(start + step, front, Lists, first, sinks, width, keys)
-        k = gather(K, key, key >= 0, k_row, D, PADDED, False)
+        key = front_keys(start, Lists, first, sinks, N)
+        k = gather(K, key, key >= 0, k_row, D, PADDED, False, WIDE)
         logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         peak, weight, shrink = _weigh(logits, peak, scale)
         mass = mass * shrink + tl.sum(weight, 1)
-        v = gather(V, key, key >= 0, v_row, D, PADDED, False)
+        v = gather(V, key, key >= 0, v_row, D, PADDED, False, WIDE)
         out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
 
-    for start in range(0, taken, N):
-        k = consecutive(K, full_begin + start, k_row, N, D, PADDED)
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        peak, weight, shrink = _weigh(logits, peak, scale)
-        mass = mass * shrink + tl.sum(weight, 1)
-        v = consecutive(V, full_begin + start, v_row, N, D, PADDED)
-        out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
-
-    if SOFT and CAUSAL:
-        for start in range(tl.maximum(front, sinks), live, N):
-            slot = start + step
-            key = tl.maximum(listed(slot, live, Lists, first, sinks, width, keys), 0)
-            gate, _ = listed_gates(slot, live, Scores, Ends, sinks, width, position, tau)
-            k = gather(K, key, key >= 0, k_row, D, PADDED, False)
+    if CAUSAL and not SOFT:
+        low = t_first + keys - queries
+        for start in range(0, end - begin, N):
+            at = begin + start
+            k = consecutive(K, at, k_row, end, N, D, PADDED, True)
             logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-            peak, weight, shrink = _weigh(tl.where(gate > 0, logits, float("-inf")), peak, scale)
-            weight *= gate
+            logits = hide_ends(logits, at, position, full_begin, low, end, Until, N)
+            peak, weight, shrink = _weigh(logits, peak, scale)
             mass = mass * shrink + tl.sum(weight, 1)
-            v = gather(V, key, key >= 0, v_row, D, PADDED, False)
+            v = consecutive(V, at, v_row, end, N, D, PADDED, True)
             out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
-        live = tl.maximum(tl.minimum(live, sinks), front)
+        for start in tl.range(0, live - front + gone, N, num_stages=MIXED_STAGES):
+            key, sees = rest_and_leavers(
+                start + step, position, front, live, gone, Until, Lists, Leavers, first, sinks, width, keys
+            )
+            there = key >= 0
+            k = gather(K, key, there, k_row, D, PADDED, True, WIDE)
+            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            peak, weight, shrink = _weigh(tl.where(sees, logits, float("-inf")), peak, scale)
+            mass = mass * shrink + tl.sum(weight, 1)
+            v = gather(V, key, there, v_row, D, PADDED, True, WIDE)
+            out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
+    else:
+        for start in range(0, taken, N):
+            k = consecutive(K, full_begin + start, k_row, end, N, D, PADDED, False)
+            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            peak, weight, shrink = _weigh(logits, peak, scale)
+            mass = mass * shrink + tl.sum(weight, 1)
+            v = consecutive(V, full_begin + start, v_row, end, N, D, PADDED, False)
+            out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
+        right_begin = full_begin + taken
 
-    right_begin = full_begin + taken
-    rest = live - front + gone + full_begin - begin + end - right_begin
-    for start in tl.range(0, rest, N, num_stages=MIXED_STAGES):
-        key, sees = mixed(
-            start + step, position, front, live, gone, begin, full_begin, right_begin, end, Begin, Until, Lists,
-            Leavers, first, sinks, width, keys, ALWAYS, CAUSAL,
-        )  # fmt: skip
-        there = key >= 0
-        k = gather(K, key, there, k_row, D, PADDED, True)
-        logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        peak, weight, shrink = _weigh(tl.where(sees, logits, float("-inf")), peak, scale)
-        if SOFT:
-            z = tl.load(Z + key, mask=there, other=0.0)[None, :]
-            gate, _ = gates(position, tau, key[None, :], z, left, right)
-            weight = tl.where(sees, weight * gate, 0.0)
-        mass = mass * shrink + tl.sum(weight, 1)
-        v = gather(V, key, there, v_row, D, PADDED, True)
-        out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
+        if SOFT and CAUSAL:
+            for start in range(tl.maximum(front, sinks), live, N):
+                slot = start + step
+                key = tl.maximum(listed(slot, live, Lists, first, sinks, width, keys), 0)
+                gate, _ = listed_gates(slot, live, Scores, Ends, sinks, width, position, tau)
+                k = gather(K, key, key >= 0, k_row, D, PADDED, False)
+                logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+                peak, weight, shrink = _weigh(tl.where(gate > 0, logits, float("-inf")), peak, scale)
+                weight *= gate
+                mass = mass * shrink + tl.sum(weight, 1)
+                v = gather(V, key, key >= 0, v_row, D, PADDED, False)
+                out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
+            live = tl.maximum(tl.minimum(live, sinks), front)
+
+        rest = live - front + gone + full_begin - begin + end - right_begin
+        for start in tl.range(0, rest, N, num_stages=MIXED_STAGES):
+            key, sees = mixed(
+                start + step, position, front, live, gone, begin, full_begin, right_begin, end, Begin, Until, Lists,
+                Leavers, first, sinks, width, keys, ALWAYS, CAUSAL,
+            )  # fmt: skip
+            there = key >= 0
+            k = gather(K, key, there, k_row, D, PADDED, True)
+            logits = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+            peak, weight, shrink = _weigh(tl.where(sees, logits, float("-inf")), peak, scale)
+            if SOFT:
+                z = tl.load(Z + key, mask=there, other=0.0)[None, :]
+                gate, _ = gates(position, tau, key[None, :], z, left, right)
+                weight = tl.where(sees, weight * gate, 0.0)
+            mass = mass * shrink + tl.sum(weight, 1)
+            v = gather(V, key, there, v_row, D, PADDED, True)
+            out = tl.dot(weight.to(v.dtype), v, out * shrink[:, None], input_precision=PRECISION)
 
     some = mass > 0
-    out = tl.where(some[:, None], out / tl.where(some, mass, 1.0)[:, None], 0.0)
+    out *= tl.where(some, 1.0 / tl.where(some, mass, 1.0), 0.0)[:, None]
     o_rows = batch * o_batch + (head * GROUP + member) * o_head + query.to(tl.int64) * o_row
     tl.store(Out + o_rows[:, None] + dim[None, :], out.to(Out.dtype.element_ty), mask=inside)
     lse = tl.where(some, peak + tl.log2(tl.where(some, mass, 1.0)), 0.0)

@@ -8,8 +8,10 @@ the others, each pair of query and key by its interval (see `lists`):
     full     the front of the list, and the middle of the window, each a whole number of blocks
     mixed    the rest of the list, the leavers of its tile so far, and the two ends of the window
 
-Soft gates make the rest of a list long, and a causal list holds no key of any window: these go by themselves, with no
-other mask than their gate, and what that needs is read in the order of the list.
+Hard gates in causal order read the window in one go instead, and mask the blocks at its ends, where a pair takes a
+comparison or two; their mixed axis is the rest of the list and the leavers. Soft gates make the rest of a list long,
+and a causal list holds no key of any window: these go by themselves, with no other mask than their gate, and what that
+needs is read in the order of the list.
 """
 
 import triton
@@ -49,6 +51,14 @@ def listed_gates(slot, limit, Scores, Ends, sinks, width, position, tau):
     z = tl.load(Scores + slot - sinks, mask=inside, other=0.0)
     gate = tl.minimum(tl.maximum(z[None, :] - tau, 0.0), 1.0)
     return tl.where(until[None, :] > position, gate, 0.0), z
+
+
+@triton.jit
+def front_keys(start, Lists, first, sinks, N: tl.constexpr):
+    """Load the keys of N slots from `start` on, where a list has a key in each, sinks in front."""
+    step = tl.arange(0, N)
+    slot = start + step
+    return tl.load(Lists + (start - sinks) + step, mask=slot >= sinks, other=first + slot)
 
 
 @triton.jit
@@ -150,6 +160,8 @@ def reach(
     low, high = t_first + offset, t_last + offset
     first = first_of(First, batch)
     Until += row * keys
+    if Bounds is not None:
+        tile = TILE  # a power of two then, which takes no division
     number = row * tiles + t_first // tile
     Lists += number * width
     tau, tau_last = 0.0, 0.0
@@ -205,6 +217,39 @@ def mixed(
 
 
 @triton.jit
+def hide_ends(logits, at, position, full_begin, low, end, Until, N: tl.constexpr):
+    """Set the logits `[M, N]` of keys from `at` on in the window to `-inf` where a position does not see the key.
+
+    Keys before `full_begin` are seen until a position of their own, those after `low`, the lowest position, from their
+    own on, and those between by all."""
+    step = tl.arange(0, N)
+    if (at < full_begin) | (at + N - 1 > low):  # one branch around both: otherwise the second costs every block
+        if at < full_begin:
+            until = tl.load((Until + at) + step, mask=at + step < end, other=0)
+            logits = tl.where(until[None, :] > position, logits, float("-inf"))
+        if at + N - 1 > low:
+            logits = tl.where((at + step)[None, :] <= position, logits, float("-inf"))
+    return logits
+
+
+@triton.jit
+def rest_and_leavers(slot, position, front, live, gone, Until, Lists, Leavers, first, sinks, width, keys):
+    """Load the keys of slots of a list after `front`, then of its `gone` leavers, -1 for none.
+
+    And which positions see them, `[M, N]`."""
+    rest = live - front
+    key = listed(front + slot, live, Lists, first, sinks, width, keys)
+    leaver = (slot >= rest) & (slot < rest + gone)
+    key = tl.load(Leavers + (slot - rest), mask=leaver, other=key)
+    until = tl.load(Until + key, mask=key >= 0, other=0)
+    # The maximum of one number: the compiler moves it to the threads that compare, where it would otherwise repeat all
+    # of these loads for each of the columns of a thread.
+    until = tl.max(until[:, None], 1)
+    since = tl.where(front + slot < sinks, first + front + slot, 0)
+    return key, (since[None, :] <= position) & (until[None, :] > position)
+
+
+@triton.jit
 def gates(position, tau, key, z, left, right):
     """Compute the gates `[M, N]` of attended pairs: 1 in the window, `clip(z - tau, 0, 1)` outside."""
     near = (key >= position - left) & (key <= position + right)
@@ -212,10 +257,17 @@ def gates(position, tau, key, z, left, right):
 
 
 @triton.jit
-def gather(Base, key, there, stride, D: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr):
-    """Gather rows `[N, PADDED]` of a `[Tk, D]` tensor, zeros beyond `D` and, with MASKED, for keys that are missing."""
+def gather(
+    Base, key, there, stride, D: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr = True
+):
+    """Gather rows `[N, PADDED]` of a `[Tk, D]` tensor, zeros beyond `D` and, with MASKED, for keys that are missing.
+
+    Without WIDE the offset of a row fits into 32 bits, which takes fewer instructions."""
     dim = tl.arange(0, PADDED)
-    pointer = Base + key.to(tl.int64)[:, None] * stride + dim[None, :]
+    if WIDE:
+        pointer = Base + key.to(tl.int64)[:, None] * stride + dim[None, :]
+    else:
+        pointer = (Base + dim[None, :]) + (key * stride)[:, None]
     if MASKED and PADDED != D:
         rows = tl.load(pointer, mask=there[:, None] & (dim < D)[None, :], other=0.0)
     elif MASKED:
@@ -228,8 +280,20 @@ def gather(Base, key, there, stride, D: tl.constexpr, PADDED: tl.constexpr, MASK
 
 
 @triton.jit
-def consecutive(Base, first, stride, N: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr):
-    """Load rows `[N, PADDED]` of a `[Tk, D]` tensor from `first` on, zeros beyond `D`."""
+def consecutive(Base, first, stride, end, N: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr):
+    """Load rows `[N, PADDED]` of a `[Tk, D]` tensor from `first` on.
+
+    Zeros beyond `D` and, with MASKED, from `end` on."""
     dim = tl.arange(0, PADDED)
-    pointer = Base + first.to(tl.int64) * stride + (tl.arange(0, N)[:, None] * stride + dim[None, :])
-    return tl.load(pointer, mask=(dim < D)[None, :], other=0.0) if PADDED != D else tl.load(pointer)
+    row = tl.arange(0, N)
+    pointer = Base + first.to(tl.int64) * stride + (row[:, None] * stride + dim[None, :])
+    there = row < end - first
+    if MASKED and PADDED != D:
+        rows = tl.load(pointer, mask=there[:, None] & (dim < D)[None, :], other=0.0)
+    elif MASKED:
+        rows = tl.load(pointer, mask=there[:, None], other=0.0)
+    elif PADDED != D:
+        rows = tl.load(pointer, mask=(dim < D)[None, :], other=0.0)
+    else:
+        rows = tl.load(pointer)
+    return rows
