@@ -20,7 +20,7 @@ from hf_sparse.ops.entmax.triton.few import Few, sorted_groups
 from hf_sparse.ops.entmax.triton.fused import fused_attention, lists_of
 from hf_sparse.ops.entmax.triton.groups import Buffered
 from hf_sparse.ops.entmax.triton.pooled import fused_pooled_tiles
-from hf_sparse.ops.entmax.triton.sweep import SHORT, Blocks, Candidates, blocks_of, candidates, packed_bits
+from hf_sparse.ops.entmax.triton.sweep import SHORT, TURNS, Blocks, Candidates, blocks_of, candidates, packed_bits
 from hf_sparse.ops.tiles.tiles import Tiles, tile_counts
 from hf_sparse.ops.triton import replay
 
@@ -171,31 +171,36 @@ def test_sorted_groups_with_ties_and_without_keys(alpha, monkeypatch):
 
 
 @pytest.mark.parametrize("groups", [5, 40])
-def test_groups_with_most_candidates_are_the_first_of_the_queue(groups, monkeypatch):
-    """Blocks behind the last one of a group are not counted, and a group of which blocks are missing has the most."""
-    monkeypatch.setattr(few, "HEAVY", 20)
+def test_groups_with_most_candidates_are_the_first_of_the_queues(groups, monkeypatch):
+    """Blocks behind the last one of a group are not counted, and a group of which blocks are missing has many."""
+    monkeypatch.setattr(few, "HEAVY", 18)
     torch.manual_seed(0)
-    capacity, light = 9, Few(8, 1)
+    capacity, light, kept = 9, Few(8, 1), 22
     words = torch.randint(0, 4, (groups, capacity, 4), dtype=torch.int32)  # no bit to two bits
     counts = torch.randint(0, capacity + 2, (groups,), dtype=torch.int32)
-    counts[:2] = torch.tensor([0, capacity + 1])
+    counts[:3] = torch.tensor([0, capacity + 1, capacity])
+    words[2] = 3
     stored = torch.arange(capacity) < counts[:, None]
     total = ((words % 2 + words // 2).sum(-1) * stored).sum(-1)
-    first = (total > 20) | (counts > capacity)
-    second = ~first & (total > 8)
-    turn = torch.zeros(4, dtype=torch.int32, device=DEVICE)
+    total[counts > capacity] = 19
+    turn = torch.zeros(TURNS, dtype=torch.int32, device=DEVICE)
     found = Candidates(torch.empty(0), words.to(DEVICE), None, counts.to(DEVICE), 128, turn)
-    queue = sorted_groups(found, light, 1, groups * 16, 1).tolist()
-    assert turn.tolist() == [0, int(first.sum()), int(second.sum()), 0] and turn[1] > 0 and 0 < turn[2] < groups
-    assert sorted(queue[: turn[1]]) == first.nonzero()[:, 0].tolist()
-    assert sorted(queue[groups - turn[2] :]) == second.nonzero()[:, 0].tolist()
+    large, queue = sorted_groups(found, light, kept, 1, groups * 16, 1).tolist()
+    most, first, second = total > kept, (total > 18) & (total <= kept), (total > 8) & (total <= 18)
+    assert turn.tolist() == [0, *(int(some.sum()) for some in (first, second, most)), *[0] * (TURNS - 4)]
+    assert sorted(large[: turn[3]]) == most.nonzero()[:, 0].tolist() != []
+    assert sorted(queue[: turn[1]]) == first.nonzero()[:, 0].tolist() != []
+    assert sorted(queue[groups - turn[2] :]) == second.nonzero()[:, 0].tolist() and turn[2] < groups
 
 
-@pytest.mark.parametrize("limit", ["capacity", "most", "kept"])
-def test_more_candidates_than_the_buffers_take(limit):
-    """Groups of queries near the beginning fit, the others go to the kernel that keeps nothing."""
-    blocks = 1 if limit == "capacity" else 16  # of keys, or keys
-    assert_same(Case(queries=size(150, 37), alpha=1.3), exact(**{limit: blocks}))
+@pytest.mark.parametrize("limits", [{"capacity": 1}, {"most": 16}, {"kept": 16}, {"kept": 16, "most": 32}], ids=str)
+@pytest.mark.parametrize("large", [1, 2])
+def test_more_candidates_than_the_buffers_take(limits, large):
+    """Groups of queries near the beginning fit into all buffers, others into large ones or into none.
+
+    A backward has no list of the keys of those that fit into large ones only."""
+    buffered = Buffered(16, 1, 2, large=large)
+    assert_same(Case(queries=size(150, 37), alpha=1.3), exact(**limits, buffered=buffered))
 
 
 KERNELS: dict[str, dict[str, Any]] = {
@@ -320,7 +325,7 @@ def test_listed_large_tiles(shape):
     assert_listed({"tile": 16, **shape}, **SMALL)
 
 
-@pytest.mark.parametrize("limit", ["capacity", "kept"])
+@pytest.mark.parametrize("limit", ["capacity", "most", "kept"])
 def test_large_tiles_of_more_candidates_than_the_buffers_take(limit):
     shape = {"tile": 16, "heads": 1, "group": 2, "queries": size(150, 37), "alpha": 1.3}
     assert_listed(shape, **{**SMALL, limit: 1 if limit == "capacity" else 16})
@@ -418,7 +423,7 @@ def test_what_stands_behind_a_text_changes_nothing(tile):
 RECORDED = {
     "all keys": {},
     "padding": {"padding": True},
-    "buffers too small": {"kept": 16, "few": Few(16, 1)},
+    "buffers too small": {"most": 32, "kept": 16, "few": Few(16, 1)},
     "a list per head": {"tile": 16},
     "small tiles": {"tile": 8},
 }
@@ -447,7 +452,7 @@ def test_all_that_is_launched_can_run_again(shape, trains, monkeypatch):
     if DEVICE == "cpu":
         for module in (attention, pooled):
             monkeypatch.setattr(module, "replayed", record)
-    tile, sizes = shape.get("tile"), {name: number for name, number in shape.items() if name in ("kept", "few")}
+    tile, sizes = shape.get("tile"), {name: number for name, number in shape.items() if name in ("most", "kept", "few")}
     case = Case(queries=size(150, 37), dim=16, group=2, padding="padding" in shape, scaling="heads")
 
     def kernels(query, key, value, **options):

@@ -48,20 +48,22 @@ def few_sizes(query: Tensor) -> Few:
     return Few(64, 4) if size <= 256 else Few(32, 4) if size <= 512 else Few(16, 4)
 
 
-def sorted_groups(found: Candidates, few: Few, query_tiles: int, rows: int, share: int) -> Tensor:
-    """Return a queue `[groups]` int32 of the groups with more than few candidates.
+def sorted_groups(found: Candidates, few: Few, kept: int, query_tiles: int, rows: int, share: int) -> Tensor:
+    """Return two queues `[2, groups]` int32 of the groups with more than few candidates.
 
-    Those with more than `HEAVY` are the first, `found.turn[1]` of them, and the others the last, `found.turn[2]`.
+    The first one has groups with more than `kept`, `found.turn[3]` of them. Of the others, those with more than `HEAVY`
+    are the first of the second queue, `found.turn[1]` of them, and those with fewer the last, `found.turn[2]`.
 
     Args:
         found: candidates of every group.
-        few: sizes of `attend_few`, which takes all groups that are not in the queue.
+        few: sizes of `attend_few`, which takes all groups that are in no queue.
+        kept: candidates that any buffer takes.
         query_tiles, rows, share: as in `jobs.arguments_of`.
     """
     groups, capacity = found.words.shape[:2]
-    queue = empty((groups,), torch.int32, found.words.device)
+    queue = empty((2, groups), torch.int32, found.words.device)
     launch(_sort, (pieces(groups, SORTED_AT_ONCE),))(
-        found.words, found.counts, found.turn, queue, groups, capacity, query_tiles, rows, share, M=GROUP_ROWS,
+        found.words, found.counts, found.turn, queue, groups, capacity, kept, query_tiles, rows, share, M=GROUP_ROWS,
         C=few.keys, MANY=max(HEAVY, few.keys), G=SORTED_AT_ONCE, W=128, num_warps=4,
     )  # fmt: skip
     return queue
@@ -184,12 +186,12 @@ def attend_few(
         tl.store(Lengths + group, length)
 
 
-@triton.jit(do_not_specialize=["groups", "capacity", "query_tiles", "rows", "share"])
+@triton.jit(do_not_specialize=["groups", "capacity", "kept", "query_tiles", "rows", "share"])
 def _sort(
-    Words, Counts, Turn, Queue, groups, capacity, query_tiles, rows, share, M: tl.constexpr, C: tl.constexpr,
+    Words, Counts, Turn, Queue, groups, capacity, kept, query_tiles, rows, share, M: tl.constexpr, C: tl.constexpr,
     MANY: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
 ):  # fmt: skip
-    """Put groups with more than C candidates into a queue: those with more than MANY in front, the others behind."""
+    """Put groups with more than C candidates into queues: with more than MANY in front, the others behind."""
     number, word = tl.program_id(0) * G + tl.arange(0, G), tl.arange(0, W)
     there = number < groups
     group = turn_of_group(number, groups, query_tiles, rows, share, M)
@@ -201,7 +203,12 @@ def _sort(
         bits = tl.load(Words + group.to(tl.int64)[:, None] * capacity * 4 + (begin + word)[None, :], inside, other=0)
         total += tl.sum(ones_of(bits.to(tl.uint32, bitcast=True)), 1)
     total = tl.where(blocks > capacity, MANY + 1, total)
-    first, second = (total > MANY).to(tl.int32), ((total > C) & (total <= MANY)).to(tl.int32)
+    giant = (total > kept).to(tl.int32)
+    fits = (total > C) & (total <= kept)
+    first, second = (fits & (total > MANY)).to(tl.int32), (fits & (total <= MANY)).to(tl.int32)
+    place = tl.atomic_add(Turn + 3, tl.sum(giant, 0), sem="relaxed") + tl.cumsum(giant, 0) - giant
+    tl.store(Queue + place, group, mask=giant > 0)
+    Queue += groups
     place = tl.atomic_add(Turn + 1, tl.sum(first, 0), sem="relaxed") + tl.cumsum(first, 0) - first
     tl.store(Queue + place, group, mask=first > 0)
     place = tl.atomic_add(Turn + 2, tl.sum(second, 0), sem="relaxed") + tl.cumsum(second, 0) - second

@@ -51,8 +51,9 @@ class Candidates(NamedTuple):
         place among all keys or listed tiles.
     counts: `[groups]` int32, blocks that are stored; above `capacity` some are missing.
     size: keys of a block.
-    turn: `[4]` int32, zeros: for the number of groups that programs of `groups` have taken, and the numbers of those
-        that `few.sorted_groups` puts to the front and to the back of its queue; the last one is not used.
+    turn: `[TURNS]` int32, zeros: for the number of groups that programs of `groups` have taken from the second queue of
+        `few.sorted_groups`, the numbers of those at its front and at its back, and those in the first one; then for the
+        number of these that programs have taken.
     """
 
     bound: Tensor
@@ -66,6 +67,7 @@ class Candidates(NamedTuple):
 LENGTHS = [
     "queries", "keys", "heads", "capacity", "width", "lists", "query_tiles", "rows", "lead", "size",
 ]  # fmt: skip
+TURNS = 8  # numbers that programs count with
 GROUP_ROWS = 16  # queries that share a list of candidates: the rows of a matrix product
 FIRST = 64  # keys of the beginning over which the lower bound is taken
 NEAR = 128  # keys around the rows of a program, likewise
@@ -150,13 +152,13 @@ def candidates(
     capacity = min(capacity, most)
     bound = empty((batch, heads, queries), torch.float32, device)
     sums = empty((4, batch, heads, queries), torch.float32, device)
-    turn = empty((4,), torch.int32, device)
+    turn = empty((TURNS,), torch.int32, device)
     fixed = constants(query, key, numbers.kind, causal)
     strides = (*query.stride()[:3], *key.stride()[:3])
     grid = (pieces(length, start.rows) * batch * heads,)
     launch(_start, grid)(
         query, key, *numbers.arguments, first, valid, bound, sums, turn, *listed, queries, keys, heads, *strides,
-        **fixed, M=start.rows, NEAR=start.keys, FIRST=near, STEPS=start_steps(query), HIGHER=HIGHER,
+        **fixed, M=start.rows, NEAR=start.keys, FIRST=near, STEPS=start_steps(query), HIGHER=HIGHER, TURNS=TURNS,
         num_warps=start.warps, num_stages=start.stages,
     )  # fmt: skip
     words = empty((groups, capacity, 4), torch.int32, device)
@@ -200,13 +202,13 @@ def _start(
     q_batch, q_head, q_row, k_batch, k_head, k_row,
     GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr, M: tl.constexpr, NEAR: tl.constexpr, FIRST: tl.constexpr, STEPS: tl.constexpr,
-    HIGHER: tl.constexpr,
+    HIGHER: tl.constexpr, TURNS: tl.constexpr,
 ):  # fmt: skip
     """Find the `Bound` of M rows: tau over FIRST first keys and NEAR keys around the rows, or an iterate below.
 
     It is `inf` where there is no query, and `-inf` for a query that sees none of these keys."""
     if tl.program_id(0) == 0:
-        tl.store(Turn + tl.arange(0, 4), tl.zeros([4], tl.int32))
+        tl.store(Turn + tl.arange(0, TURNS), tl.zeros([TURNS], tl.int32))
     tiles = tl.cdiv(queries, M) if Index is None else query_tiles * (rows // M)
     row = (tl.program_id(0) // tiles).to(tl.int64)  # of [B, Hq]
     batch, head = row // heads, row % heads
