@@ -27,7 +27,8 @@ from hf_sparse.ops.triton import replay
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Several programs and blocks of keys even at the lengths of these tests, a rising bound, and groups of every kernel.
 SMALL = {
-    "sweep": Blocks(16, 32, 4, 1), "start": Blocks(16, 16, 4, 1), "near": 16, "every": 1, "few": Few(16, 1),
+    "sweep": Blocks(16, 32, 4, 1), "start": Blocks(16, 16, 4, 1), "near": 16, "probe": 2, "every": 1,
+    "few": Few(16, 1),
 }  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter")

@@ -42,7 +42,7 @@ class Settings(NamedTuple):
         capacity, most, kept: blocks and candidates that a group of queries may have, and candidates that the buffers of
             most programs take, which are as many as the keys with weight of a group that a backward has a list of.
         sweep, tiles: sizes of the programs; chosen by shape and dtype by default.
-        near: keys of the beginning over which the first bound is taken.
+        near, probe: keys of the beginning over which the first bound is taken, and the distance of those behind them.
         start: sizes of the kernel of the first bound.
         every: blocks of keys after which the bound rises.
         few, buffered: sizes of the kernels for groups with few candidates and for the others.
@@ -59,6 +59,7 @@ class Settings(NamedTuple):
     sweep: Blocks | None = None
     tiles: Blocks | None = None
     near: int = FIRST
+    probe: int | None = None
     start: Blocks | None = None
     every: int = EVERY
     few: Few | None = None
@@ -162,7 +163,7 @@ def _forward(
     if sweeps(lists):
         found = candidates(
             query, key, numbers, first, valid, packed, causal, settings.capacity, settings.sweep, settings.start,
-            settings.near, settings.every, lists,
+            settings.near, settings.every, lists, settings.probe,
         )  # fmt: skip
     attended = attend_groups(
         query, key, value, numbers, first, valid, causal, lists, found, *settings.limits(key.shape[2]), settings.trains,

@@ -1,12 +1,13 @@
 """Find the keys that may have weight: a lower bound of tau for every row, then one sweep of the products.
 
-tau over some keys is never above tau over all. `_start` takes it over the first keys of the text and those next to the
-query, both held in registers. `_sweep` compares every product with that bound, which rises on the way: the largest
-product of every four parts of a block of keys is one more key, and a step of Newton's method over these, from a point
-where their mass is at least 1, is a lower bound too. What passes is kept for `GROUP_ROWS` consecutive queries of a head
-together, as bits: `N` consecutive keys are a block of four words. Where the buffer takes all blocks, each has its place
-there. Otherwise, of the blocks of a group only those with a bit are stored, with their number. A group with more of
-these than its buffer takes says so in its count, and goes to the kernel that needs no candidates.
+tau over some keys is never above tau over all. `_start` takes it over the first keys of the text, those next to the
+query and, in long texts, some from between, all held in registers: of every `PROBE`th key those with the largest
+products, one for each place in the registers. `_sweep` compares every product with that bound, which rises on the way:
+the largest product of every four parts of a block of keys is one more key, and a step of Newton's method over these,
+from a point where their mass is at least 1, is a lower bound too. What passes is kept for `GROUP_ROWS` consecutive
+queries of a head together, as bits: `N` consecutive keys are a block of four words. Where the buffer takes all blocks,
+each has its place there. Otherwise, of the blocks of a group only those with a bit are stored, with their number. A
+group with more of these than its buffer takes says so in its count, and goes to the kernel that needs no candidates.
 """
 
 from typing import Any, NamedTuple
@@ -72,6 +73,7 @@ GROUP_ROWS = 16  # queries that share a list of candidates: the rows of a matrix
 FIRST = 64  # keys of the beginning over which the lower bound is taken
 NEAR = 128  # keys around the rows of a program, likewise
 SHORT = 4096  # keys of a text up to which programs of half the rows, of which there are twice as many, take less time
+PROBE = 16  # in longer texts one in so many of the keys between the first and the near ones is looked at for the bound
 HIGHER = 0.06  # how far above the first bound a step of Newton's method begins as well
 EVERY = 4  # blocks of keys after which the bound rises
 
@@ -86,6 +88,13 @@ def start_blocks(query: Tensor) -> Blocks:
 def start_steps(query: Tensor) -> int:
     """Return how many steps of Newton's method the first bound takes: each gives a higher one."""
     return 3 if is_slim(query) else 5
+
+
+def probe_of(key: Tensor) -> int:
+    """Return how far apart the keys are that the first bound looks at between the first and the near ones; 0 for none.
+
+    In a long text these say little of what is far away."""
+    return PROBE if key.shape[2] > SHORT else 0
 
 
 def sweep_blocks(query: Tensor, key: Tensor) -> Blocks:
@@ -120,6 +129,7 @@ def candidates(
     near: int = FIRST,
     every: int = EVERY,
     lists: Lists | None = None,
+    probe: int | None = None,
 ) -> Candidates:
     """Return the keys of every group of queries that the lower bounds do not exclude.
 
@@ -135,10 +145,11 @@ def candidates(
         near: keys of the beginning over which the bound is taken.
         every: blocks of keys after which the bound rises.
         lists: tiles of keys, for which `takes_lists` is true; all keys by default.
+        probe: see `probe_of`, whose choice is the default; lists have none.
     """
     batch, heads, queries, _ = query.shape
     keys, device = key.shape[2], query.device
-    start = start or start_blocks(query)
+    start, probe = start or start_blocks(query), probe_of(key) if probe is None else probe
     blocks, most = blocks_of(query, key, lists, blocks)
     groups, length = batch * heads * pieces(queries, GROUP_ROWS), queries
     listed: tuple[Any, ...] = (None, None, 0, 0, 0, 1, 1, queries, 0, 1)
@@ -159,6 +170,7 @@ def candidates(
     launch(_start, grid)(
         query, key, *numbers.arguments, first, valid, bound, sums, turn, *listed, queries, keys, heads, *strides,
         **fixed, M=start.rows, NEAR=start.keys, FIRST=near, STEPS=start_steps(query), HIGHER=HIGHER, TURNS=TURNS,
+        PROBE=probe if lists is None else 0,
         num_warps=start.warps, num_stages=start.stages,
     )  # fmt: skip
     words = empty((groups, capacity, 4), torch.int32, device)
@@ -202,9 +214,9 @@ def _start(
     q_batch, q_head, q_row, k_batch, k_head, k_row,
     GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr, M: tl.constexpr, NEAR: tl.constexpr, FIRST: tl.constexpr, STEPS: tl.constexpr,
-    HIGHER: tl.constexpr, TURNS: tl.constexpr,
+    HIGHER: tl.constexpr, TURNS: tl.constexpr, PROBE: tl.constexpr,
 ):  # fmt: skip
-    """Find the `Bound` of M rows: tau over FIRST first keys and NEAR keys around the rows, or an iterate below.
+    """Find the `Bound` of M rows: tau over FIRST first keys, NEAR keys around the rows and FIRST others, or less.
 
     It is `inf` where there is no query, and `-inf` for a query that sees none of these keys."""
     if tl.program_id(0) == 0:
@@ -243,13 +255,25 @@ def _start(
                    PRECISION)  # fmt: skip
 
     peak = tl.maximum(tl.max(z_early, 1), tl.max(z_near, 1))
+    if PROBE:
+        z_far = tl.full([M, FIRST], float("-inf"), tl.float32)
+        for far in range(FIRST, begin if CAUSAL else keys, PROBE * FIRST):
+            key = far + early * PROBE
+            there = (key < begin) | ((key >= begin + NEAR) & (key < keys))
+            z = _seen(q, K, key, there, Valid, batch, keys, position, exists, scale, dim, k_row, D, CAUSAL, PRECISION)
+            z_far = tl.maximum(z_far, z)  # the keys of two columns differ
+        peak = tl.maximum(peak, tl.max(z_far, 1))
     some = peak > float("-inf")
     tau = tl.where(some, peak, 0.0) - 1
     for _ in range(STEPS):
         weight, slope = powers(tl.maximum(z_early - tau[:, None], 0.0), exponent, KIND)
         mass, total = tl.sum(weight, 1), tl.sum(slope, 1)
         weight, slope = powers(tl.maximum(z_near - tau[:, None], 0.0), exponent, KIND)
-        tau += newton_step(mass + tl.sum(weight, 1), total + tl.sum(slope, 1), exponent, KIND)
+        mass, total = mass + tl.sum(weight, 1), total + tl.sum(slope, 1)
+        if PROBE:
+            weight, slope = powers(tl.maximum(z_far - tau[:, None], 0.0), exponent, KIND)
+            mass, total = mass + tl.sum(weight, 1), total + tl.sum(slope, 1)
+        tau += newton_step(mass, total, exponent, KIND)
     tau -= 4e-6 * (1 + tl.abs(tau))  # what rounding may have added
     total = tl.num_programs(0) // tiles * queries
     for above in tl.static_range(2):
