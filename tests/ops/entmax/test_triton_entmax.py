@@ -13,14 +13,14 @@ from hf_sparse.ops.entmax.inputs import Inputs
 from hf_sparse.ops.entmax.layout import layout_of
 from hf_sparse.ops.entmax.pooled import pooled_tiles
 from hf_sparse.ops.entmax.threshold import distribution
-from hf_sparse.ops.entmax.triton import attention, few, pooled, takes_kernels
+from hf_sparse.ops.entmax.triton import attention, pooled, sweep, takes_kernels
 from hf_sparse.ops.entmax.triton.attention import attend
 from hf_sparse.ops.entmax.triton.common import Numbers
-from hf_sparse.ops.entmax.triton.few import Few, sorted_groups
+from hf_sparse.ops.entmax.triton.few import Few
 from hf_sparse.ops.entmax.triton.fused import fused_attention, lists_of
 from hf_sparse.ops.entmax.triton.groups import Buffered
 from hf_sparse.ops.entmax.triton.pooled import fused_pooled_tiles
-from hf_sparse.ops.entmax.triton.sweep import SHORT, TURNS, Blocks, Candidates, blocks_of, candidates, packed_bits
+from hf_sparse.ops.entmax.triton.sweep import SHORT, TURNS, Blocks, blocks_of, candidates, packed_bits
 from hf_sparse.ops.tiles.tiles import Tiles, tile_counts
 from hf_sparse.ops.triton import replay
 
@@ -165,33 +165,43 @@ def test_short_and_long_texts_by_default(keys, rows, listed):
 @pytest.mark.parametrize("alpha", [1.3, 2.0])
 def test_sorted_groups_with_ties_and_without_keys(alpha, monkeypatch):
     """With equal logits all keys have weight: groups of queries have as many as a limit, more, or none."""
-    monkeypatch.setattr(few, "HEAVY", 32)
+    monkeypatch.setattr(sweep, "HEAVY", 32)
     assert_same(Case(queries=37, scaling=0.0, alpha=alpha), exact())
     assert_same(Case(queries=37, scaling=0.0, alpha=alpha, batch=3, padding=True, group=2), exact())
     assert_listed({"queries": 37, "scaling": 0.0, "alpha": alpha, "tile": 16, "heads": 1, "group": 2}, **SMALL)
 
 
-@pytest.mark.parametrize("groups", [5, 40])
-def test_groups_with_most_candidates_are_the_first_of_the_queues(groups, monkeypatch):
-    """Blocks behind the last one of a group are not counted, and a group of which blocks are missing has many."""
-    monkeypatch.setattr(few, "HEAVY", 18)
-    torch.manual_seed(0)
-    capacity, light, kept = 9, Few(8, 1), 22
-    words = torch.randint(0, 4, (groups, capacity, 4), dtype=torch.int32)  # no bit to two bits
-    counts = torch.randint(0, capacity + 2, (groups,), dtype=torch.int32)
-    counts[:3] = torch.tensor([0, capacity + 1, capacity])
-    words[2] = 3
-    stored = torch.arange(capacity) < counts[:, None]
-    total = ((words % 2 + words // 2).sum(-1) * stored).sum(-1)
-    total[counts > capacity] = 19
-    turn = torch.zeros(TURNS, dtype=torch.int32, device=DEVICE)
-    found = Candidates(torch.empty(0), words.to(DEVICE), None, counts.to(DEVICE), 128, turn)
-    large, queue = sorted_groups(found, light, kept, 1, groups * 16, 1).tolist()
-    most, first, second = total > kept, (total > 18) & (total <= kept), (total > 8) & (total <= 18)
-    assert turn.tolist() == [0, *(int(some.sum()) for some in (first, second, most)), *[0] * (TURNS - 4)]
-    assert sorted(large[: turn[3]]) == most.nonzero()[:, 0].tolist() != []
-    assert sorted(queue[: turn[1]]) == first.nonzero()[:, 0].tolist() != []
-    assert sorted(queue[groups - turn[2] :]) == second.nonzero()[:, 0].tolist() and turn[2] < groups
+@pytest.mark.parametrize("capacity", [64, 2], ids=["all blocks", "two blocks"])
+@pytest.mark.parametrize("lists", [False, True])
+def test_groups_with_most_candidates_are_the_first_of_the_queues(capacity, lists, monkeypatch):
+    """Each group is in one queue or in none, and one of which blocks are missing has many candidates."""
+    monkeypatch.setattr(sweep, "HEAVY", 24)
+    length, limits = 80, {"few": 20, "kept": 36}
+    case = Case(queries=length, group=2, dim=4)
+    query, key, _ = (tensor.to(DEVICE) for tensor in case.inputs)
+    described = None
+    if lists:
+        described = lists_of(
+            Tiles.of_mask(torch.ones(1, 1, 5, 5).bool(), 16), Inputs(query, key, 1.0, True, None, None)
+        )
+    blocks = Blocks(16, 16, 4, 1)
+    found = candidates(
+        query, key, Numbers(None, 0.1, None, 2), None, None, None, True, capacity, *limits.values(), blocks, blocks,
+        near=16, lists=described,
+    )  # fmt: skip
+    counts = found.counts.tolist()
+    bits = [sum(int(word & 0xFFFFFFFF).bit_count() for block in words[:count] for word in block)
+            for words, count in zip(found.words.tolist(), counts, strict=True)]  # fmt: skip
+    total = torch.tensor([25 if count > capacity else of for of, count in zip(bits, counts, strict=True)])
+    assert found.totals.tolist() == total.tolist()
+    most, first, second = total > 36, (total > 24) & (total <= 36), (total > 20) & (total <= 24)
+    turn = found.turn.tolist()
+    assert turn == [0, *(int(some.sum()) for some in (first, second, most)), *[0] * (TURNS - 4)]
+    assert turn[1] > 0 and (capacity == 2 or turn[3] > 0)
+    large, queue = found.queue.tolist()
+    assert sorted(large[: turn[3]]) == most.nonzero()[:, 0].tolist()
+    assert sorted(queue[: turn[1]]) == first.nonzero()[:, 0].tolist()
+    assert sorted(queue[len(total) - turn[2] :]) == second.nonzero()[:, 0].tolist()
 
 
 @pytest.mark.parametrize("limits", [{"capacity": 1}, {"most": 16}, {"kept": 16}, {"kept": 16, "most": 32}], ids=str)
@@ -254,7 +264,7 @@ def test_the_bound_rises_and_stays_below_the_threshold():
     query, key, one = query.to(DEVICE), key.to(DEVICE), torch.ones(1, device=DEVICE)
     arguments = (query, key, Numbers(0.15 * one, 1.0, None, 2), None, None, None, True)
     first, risen = (
-        candidates(*arguments, 64, *[Blocks(16, 16, 4, 1)] * 2, near=16, every=every).bound[0, 0]
+        candidates(*arguments, 64, 16, 64, *[Blocks(16, 16, 4, 1)] * 2, near=16, every=every).bound[0, 0]
         for every in (length, 1)  # blocks of keys: never, and after each
     )
     z = 0.15 * query[0, 0] @ key[0, 0].T

@@ -8,8 +8,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from hf_sparse.ops.entmax.triton.backward import gradients
 from hf_sparse.ops.entmax.triton.common import Numbers, kind_of, per_head, scale_and_factor
-from hf_sparse.ops.entmax.triton.few import Few
-from hf_sparse.ops.entmax.triton.groups import Attended, Buffered, attend_groups
+from hf_sparse.ops.entmax.triton.few import Few, few_sizes
+from hf_sparse.ops.entmax.triton.groups import Attended, Buffered, attend_groups, buffered_sizes
 from hf_sparse.ops.entmax.triton.jobs import Lists
 from hf_sparse.ops.entmax.triton.sweep import (
     EVERY,
@@ -23,6 +23,7 @@ from hf_sparse.ops.entmax.triton.sweep import (
 )
 from hf_sparse.ops.entmax.triton.tiles import attend_tiles
 from hf_sparse.ops.triton.replay import replayed
+from hf_sparse.ops.triton.sizes import pieces
 
 CAPACITY = 1024  # blocks of keys with a candidate that are kept for a group of queries
 MOST = 16384  # candidates that are kept for a group, or half of all keys
@@ -160,14 +161,18 @@ def _forward(
     causal, lists = settings.causal, settings.lists(index, listed)
     numbers = Numbers(scale, settings.factor, exponent, settings.kind)
     found: Candidates | None = None
+    few, buffered = settings.few or few_sizes(query), settings.buffered or buffered_sizes(query)
+    chunk, length = buffered.chunk, key.shape[2]
+    most, kept = (pieces(min(limit, length), chunk) * chunk for limit in settings.limits(length))
+    kept = min(kept, most)
     if sweeps(lists):
+        kept = max(kept, few.keys)
         found = candidates(
-            query, key, numbers, first, valid, packed, causal, settings.capacity, settings.sweep, settings.start,
-            settings.near, settings.every, lists, settings.probe,
+            query, key, numbers, first, valid, packed, causal, settings.capacity, few.keys, kept,
+            settings.sweep, settings.start, settings.near, settings.every, lists, settings.probe,
         )  # fmt: skip
     attended = attend_groups(
-        query, key, value, numbers, first, valid, causal, lists, found, *settings.limits(key.shape[2]), settings.trains,
-        settings.few, settings.buffered,
+        query, key, value, numbers, first, valid, causal, lists, found, most, kept, settings.trains, few, buffered,
     )  # fmt: skip
     if settings.marks(query, key, lists):
         bound = None if found is None else found.bound

@@ -29,7 +29,7 @@ from hf_sparse.ops.entmax.triton.common import (
     powers,
     scale_of,
 )
-from hf_sparse.ops.entmax.triton.few import Few, attend_few, few_sizes, keys_of_bits, sorted_groups
+from hf_sparse.ops.entmax.triton.few import Few, attend_few, keys_of_bits
 from hf_sparse.ops.entmax.triton.jobs import (
     LENGTHS,
     Lists,
@@ -42,7 +42,7 @@ from hf_sparse.ops.entmax.triton.jobs import (
 from hf_sparse.ops.entmax.triton.sweep import GROUP_ROWS, TURNS, Candidates
 from hf_sparse.ops.triton.launch import launch
 from hf_sparse.ops.triton.replay import empty, zeros
-from hf_sparse.ops.triton.sizes import padded, pieces
+from hf_sparse.ops.triton.sizes import padded
 
 
 class Attended(NamedTuple):
@@ -113,8 +113,8 @@ def attend_groups(
     most: int,
     kept: int,
     trains: bool,
-    few: Few | None = None,
-    buffered: Buffered | None = None,
+    few: Few,
+    buffered: Buffered,
 ) -> Attended:
     """Return output and thresholds of all groups whose keys fit into the buffer.
 
@@ -126,35 +126,24 @@ def attend_groups(
         kept: candidates of a group that the buffers of most programs take, and keys with weight that are kept.
         trains: whether there will be a backward.
         few, buffered: sizes of the kernel for groups with few candidates, which runs where `found` is given, and of
-            that with buffers; chosen by shape and dtype by default.
+            that with buffers. `most` and `kept` are whole chunks of these, or those of few candidates.
     """
     batch, heads, queries, dim = query.shape
     device = query.device
-    few, buffered = few or few_sizes(query), buffered or buffered_sizes(query)
-    chunk = buffered.chunk
-    most = pieces(min(most, key.shape[2]), chunk) * chunk
-    kept = pieces(min(kept, most), chunk) * chunk
-    if found is not None:
-        kept = max(kept, few.keys)
     groups = group_count(query, lists)
     output = empty((batch, queries, heads, dim), query.dtype, device)
     tau = empty((batch, heads, queries), torch.float32, device)
     counts = empty((batch, heads, queries), torch.int32, device)
     slopes = empty(query.shape, torch.float32, device) if trains else None
     support = empty((groups, kept), torch.int32, device) if trains else None
-    turn = zeros((TURNS,), torch.int32, device) if found is None else found.turn
+    turn, queue = (zeros((TURNS,), torch.int32, device), None) if found is None else (found.turn, found.queue)
     lengths = empty((groups,), torch.int32, device)
     bits = (None, None, None, None) if found is None else (found.bound, found.words, found.blocks, found.counts)
     capacity = 0 if found is None else found.words.shape[1]
     given = (query, key, value, *numbers.arguments, first, valid, *bits)
-    arguments = arguments_of(query, key, lists)
-    who = (*arguments, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
+    who = (*arguments_of(query, key, lists), *query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
     fixed = constants(query, key, numbers.kind, causal)
     fixed |= {"N": 0 if found is None else found.size, "M": GROUP_ROWS, "SAVE": trains}
-    queue = None
-    if found is not None:
-        _, _, _, _, _, _, _, _, _, query_tiles, rows, _, _, share = arguments
-        queue = sorted_groups(found, few, kept, query_tiles, rows, share)
     into = (lengths, output, tau, counts, slopes, groups, capacity, kept)
     at_once = min(groups, buffered.programs * _multiprocessors(device))
     large = 0 if found is None else min(at_once, buffered.large * _multiprocessors(device))
@@ -169,8 +158,8 @@ def attend_groups(
     if found is not None:
         of_few = empty((groups, few.keys), torch.int32, device)
         launch(attend_few, (groups,))(
-            *given, of_few, support, *into, *who, **fixed, C=few.keys, LANES=32 * few.warps, num_warps=few.warps,
-            num_stages=1,
+            *given, found.totals, of_few, support, *into, *who, **fixed, C=few.keys, LANES=32 * few.warps,
+            num_warps=few.warps, num_stages=1,
         )  # fmt: skip
     return Attended(output, tau, counts, slopes, support, lengths)
 

@@ -25,6 +25,7 @@ from hf_sparse.ops.entmax.triton.common import (
     is_slim,
     load_rows,
     newton_step,
+    ones_of,
     origin_of,
     powers,
     scale_of,
@@ -52,9 +53,12 @@ class Candidates(NamedTuple):
         place among all keys or listed tiles.
     counts: `[groups]` int32, blocks that are stored; above `capacity` some are missing.
     size: keys of a block.
-    turn: `[TURNS]` int32, zeros: for the number of groups that programs of `groups` have taken from the second queue of
-        `few.sorted_groups`, the numbers of those at its front and at its back, and those in the first one; then for the
-        number of these that programs have taken.
+    totals: `[groups]` int32, candidates of each group; where some are missing, more than `few` and `HEAVY`.
+    queue: `[2, groups]` int32, the groups with more than `few` candidates: in the first row those with more than
+        `kept`. Of the others, those with more than `HEAVY` stand at the front of the second row, the rest at its back.
+    turn: `[TURNS]` int32: 0, for the number of groups of the second row that programs of `groups` have taken; how many
+        stand at its front and at its back, and how many in the first row; 0, for the number of these that are taken.
+    kept: candidates of a group that every buffer takes.
     """
 
     bound: Tensor
@@ -62,13 +66,17 @@ class Candidates(NamedTuple):
     blocks: Tensor | None
     counts: Tensor
     size: int
+    totals: Tensor
+    queue: Tensor
     turn: Tensor
+    kept: int
 
 
 LENGTHS = [
     "queries", "keys", "heads", "capacity", "width", "lists", "query_tiles", "rows", "lead", "size",
 ]  # fmt: skip
 TURNS = 8  # numbers that programs count with
+HEAVY = 256  # candidates of a group above which it comes before those with fewer
 GROUP_ROWS = 16  # queries that share a list of candidates: the rows of a matrix product
 FIRST = 64  # keys of the beginning over which the lower bound is taken
 NEAR = 128  # keys around the rows of a program, likewise
@@ -124,6 +132,8 @@ def candidates(
     packed: Tensor | None,
     causal: bool,
     capacity: int,
+    few: int,
+    kept: int,
     blocks: Blocks | None = None,
     start: Blocks | None = None,
     near: int = FIRST,
@@ -141,6 +151,7 @@ def candidates(
         packed: `packed_bits(valid, size)` with the keys of a block of `blocks_of`; None where `valid` is.
         causal: whether a query sees the keys up to its position only.
         capacity: the most blocks that are kept for a group.
+        few, kept: candidates of a group for which there are a kernel without buffers, and a place in every buffer.
         blocks, start: sizes of the programs.
         near: keys of the beginning over which the bound is taken.
         every: blocks of keys after which the bound rises.
@@ -175,16 +186,18 @@ def candidates(
     )  # fmt: skip
     words = empty((groups, capacity, 4), torch.int32, device)
     places = None if capacity == most else empty((groups, capacity), torch.int32, device)
-    counts = empty((groups,), torch.int32, device)
+    counts, totals = empty((groups,), torch.int32, device), empty((groups,), torch.int32, device)
+    queue = empty((2, groups), torch.int32, device)
     width = 0 if packed is None else packed.shape[1]
     grid = (pieces(length, blocks.rows) * batch * heads,)
     launch(_sweep, grid)(
-        query, key, *numbers.arguments, first, packed, bound, sums, words, places, counts, *listed, queries, keys,
-        heads, capacity, width, *strides, **fixed, M=blocks.rows, N=blocks.keys, R=GROUP_ROWS, START=start.rows,
+        query, key, *numbers.arguments, first, packed, bound, sums, words, places, counts, totals, turn, queue, groups,
+        kept, *listed, queries, keys, heads, capacity, width, *strides, **fixed, FEW=few, MANY=max(HEAVY, few), W=128,
+        M=blocks.rows, N=blocks.keys, R=GROUP_ROWS, START=start.rows,
         NEAR=start.keys, FIRST=near, HIGHER=HIGHER, EVERY=every, num_warps=blocks.warps,
         num_stages=blocks.stages,
     )  # fmt: skip
-    return Candidates(bound, words, places, counts, blocks.keys, turn)
+    return Candidates(bound, words, places, counts, blocks.keys, totals, queue, turn, kept)
 
 
 def packed_bits(valid: Tensor, size: int) -> Tensor:
@@ -317,16 +330,20 @@ def _seen(
     return tl.where(sees, tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale, float("-inf"))
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=[*LENGTHS, "groups", "kept"])
 def _sweep(
-    Q, K, Scale, factor, Exponent, First, Packed, Bound, Sums, Words, Numbers, Counts,
+    Q, K, Scale, factor, Exponent, First, Packed, Bound, Sums, Words, Numbers, Counts, Totals, Turn, Queue, groups,
+    kept,
     Index, Listed, i_batch, i_list, i_tile, lists, query_tiles, rows, lead, size, queries, keys, heads, capacity, width,
     q_batch, q_head, q_row, k_batch, k_head, k_row,
     GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, START: tl.constexpr, NEAR: tl.constexpr,
-    FIRST: tl.constexpr, HIGHER: tl.constexpr, EVERY: tl.constexpr,
+    FIRST: tl.constexpr, HIGHER: tl.constexpr, EVERY: tl.constexpr, FEW: tl.constexpr, MANY: tl.constexpr,
+    W: tl.constexpr,
 ):  # fmt: skip
-    """Write words, numbers and counts of the groups of M rows. Programs with the most keys begin first."""
+    """Write words, numbers and counts of the groups of M rows, and put them into the queues.
+
+    Programs with the most keys begin first."""
     parts = tl.cdiv(queries, M) if Index is None else query_tiles * (rows // M)
     pairs = tl.num_programs(0) // parts  # B * Hq
     tile = parts - 1 - tl.program_id(0) // pairs
@@ -425,6 +442,30 @@ def _sweep(
             passes, begin, step, Packed, batch, width, Words, Numbers, out, count, capacity, there, word_of, M, N, R
         )  # fmt: skip
     tl.store(Counts + group, count, mask=there)
+    tl.debug_barrier()  # the words are written
+    stored, word = tl.where(there, tl.minimum(count, capacity), 0) * 4, tl.arange(0, W)
+    total = tl.zeros([M // R], tl.int32)
+    for begin in range(0, tl.max(stored, 0), W):
+        bits = tl.load(
+            Words + out[:, None] * 4 + (begin + word)[None, :], mask=begin + word[None, :] < stored[:, None], other=0
+        )
+        total += tl.sum(ones_of(bits.to(tl.uint32, bitcast=True)), 1)
+    total = tl.where(count > capacity, MANY + 1, total)
+    tl.store(Totals + group, total, mask=there)
+    fits = there & (total > FEW) & (total <= kept)
+    place, some = _places(Turn + 3, there & (total > FEW) & (total > kept))
+    tl.store(Queue + place, group, mask=some)
+    place, some = _places(Turn + 1, fits & (total > MANY))
+    tl.store(Queue + groups + place, group, mask=some)
+    place, some = _places(Turn + 2, fits & (total <= MANY))
+    tl.store(Queue + 2 * groups - 1 - place, group, mask=some)
+
+
+@triton.jit
+def _places(Counter, some):
+    """Return the place of each of some groups behind those that other programs have counted, and these groups."""
+    one = some.to(tl.int32)
+    return tl.atomic_add(Counter, tl.sum(one, 0), sem="relaxed") + tl.cumsum(one, 0) - one, some
 
 
 @triton.jit
