@@ -161,7 +161,7 @@ def _forward(
     causal, lists = settings.causal, settings.lists(index, listed)
     numbers = Numbers(scale, settings.factor, exponent, settings.kind)
     found: Candidates | None = None
-    few, buffered = settings.few or few_sizes(query), settings.buffered or buffered_sizes(query)
+    few, buffered = settings.few or few_sizes(query), settings.buffered or buffered_sizes(query, key, lists)
     chunk, length = buffered.chunk, key.shape[2]
     most, kept = (pieces(min(limit, length), chunk) * chunk for limit in settings.limits(length))
     kept = min(kept, most)

@@ -39,7 +39,7 @@ from hf_sparse.ops.entmax.triton.jobs import (
     rows_of_group,
     turn_of_group,
 )
-from hf_sparse.ops.entmax.triton.sweep import GROUP_ROWS, TURNS, Candidates
+from hf_sparse.ops.entmax.triton.sweep import FAR, GROUP_ROWS, TURNS, Candidates
 from hf_sparse.ops.triton.launch import launch
 from hf_sparse.ops.triton.replay import empty, zeros
 from hf_sparse.ops.triton.sizes import padded
@@ -72,7 +72,6 @@ class Buffered(NamedTuple):
     programs: how many share a multiprocessor, and `large` how many of them have buffers for the most candidates.
     wide: products of a row that are held in registers.
     registers: the most that a thread may have; any number by default.
-    unroll: how many times as many are read at once of those that are not.
     """
 
     chunk: int
@@ -83,13 +82,14 @@ class Buffered(NamedTuple):
     registers: int | None = None
     depth: int = 3
     large: int = 1
-    unroll: int = 1
 
 
-def buffered_sizes(query: Tensor) -> Buffered:
+def buffered_sizes(query: Tensor, key: Tensor, lists: Lists | None) -> Buffered:
     """Return the sizes of the kernel that keeps products."""
     if is_slim(query):
-        return Buffered(128, 4, 3, stages=5, wide=128, registers=168, depth=1, unroll=4)
+        # Over all keys of a long text many groups need large buffers; those of a longer one would take too much memory.
+        large = 3 if lists is None and FAR < key.shape[2] <= 2 * FAR else 1
+        return Buffered(128, 4, 3, stages=3, wide=128, registers=168, depth=1, large=large)
     return Buffered(chunk_of(query), 2, 8)
 
 
@@ -152,8 +152,8 @@ def attend_groups(
     products = empty((large * most + (at_once - large) * kept, GROUP_ROWS), torch.float32, device)
     launch(_groups, (at_once,))(
         *given, gathered, support, turn, queue, *into, reached, products, most, large, *who, **fixed, C=buffered.chunk,
-        WIDE=buffered.wide, STAGES=buffered.stages, DEPTH=buffered.depth, UNROLL=buffered.unroll,
-        LANES=32 * buffered.warps, num_warps=buffered.warps, num_stages=1, maxnreg=buffered.registers,
+        WIDE=buffered.wide, STAGES=buffered.stages, DEPTH=buffered.depth, LANES=32 * buffered.warps,
+        num_warps=buffered.warps, num_stages=1, maxnreg=buffered.registers,
     )  # fmt: skip
     if found is not None:
         of_few = empty((groups, few.keys), torch.int32, device)
@@ -207,7 +207,7 @@ def _groups(
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr, N: tl.constexpr, M: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr,
-    STAGES: tl.constexpr, DEPTH: tl.constexpr, UNROLL: tl.constexpr, LANES: tl.constexpr, SAVE: tl.constexpr,
+    STAGES: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr, SAVE: tl.constexpr,
 ):  # fmt: skip
     dim, step = tl.arange(0, PADDED), tl.arange(0, C)
     wide = (dim < D)[None, :]
@@ -308,7 +308,7 @@ def _groups(
             near = tl.load(Products + z_wide, mask=(many < total)[None, :], other=float("-inf"))
             while (rises > 0) & (steps < STEPS):
                 weight, gradient = powers(tl.maximum(near - tau[:, None], 0.0), exponent[:, None], KIND)
-                for begin in tl.range(WIDE, total, WIDE, num_stages=DEPTH, loop_unroll_factor=UNROLL):
+                for begin in tl.range(WIDE, total, WIDE, num_stages=DEPTH):
                     z = tl.load(
                         Products + (z_wide + begin * M), mask=(begin + many < total)[None, :], other=float("-inf")
                     )

@@ -81,7 +81,8 @@ GROUP_ROWS = 16  # queries that share a list of candidates: the rows of a matrix
 FIRST = 64  # keys of the beginning over which the lower bound is taken
 NEAR = 128  # keys around the rows of a program, likewise
 SHORT = 4096  # keys of a text up to which programs of half the rows, of which there are twice as many, take less time
-PROBE = 16  # in longer texts one in so many of the keys between the first and the near ones is looked at for the bound
+FAR = 16384  # keys of a text up to which the first and the near ones say enough of the others
+PROBE = 16  # in longer texts one in so many of the keys between these is looked at for the bound, too
 HIGHER = 0.06  # how far above the first bound a step of Newton's method begins as well
 EVERY = 4  # blocks of keys after which the bound rises
 
@@ -102,7 +103,7 @@ def probe_of(key: Tensor) -> int:
     """Return how far apart the keys are that the first bound looks at between the first and the near ones; 0 for none.
 
     In a long text these say little of what is far away."""
-    return PROBE if key.shape[2] > SHORT else 0
+    return PROBE if key.shape[2] > FAR else 0
 
 
 def sweep_blocks(query: Tensor, key: Tensor) -> Blocks:
