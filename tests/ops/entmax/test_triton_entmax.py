@@ -13,21 +13,22 @@ from hf_sparse.ops.entmax.inputs import Inputs
 from hf_sparse.ops.entmax.layout import layout_of
 from hf_sparse.ops.entmax.pooled import pooled_tiles
 from hf_sparse.ops.entmax.threshold import distribution
-from hf_sparse.ops.entmax.triton import attention, few, pooled, takes_kernels
+from hf_sparse.ops.entmax.triton import attention, pooled, sweep, takes_kernels
 from hf_sparse.ops.entmax.triton.attention import attend
 from hf_sparse.ops.entmax.triton.common import Numbers
-from hf_sparse.ops.entmax.triton.few import Few, sorted_groups
+from hf_sparse.ops.entmax.triton.few import Few
 from hf_sparse.ops.entmax.triton.fused import fused_attention, lists_of
 from hf_sparse.ops.entmax.triton.groups import Buffered
 from hf_sparse.ops.entmax.triton.pooled import fused_pooled_tiles
-from hf_sparse.ops.entmax.triton.sweep import SHORT, Blocks, Candidates, blocks_of, candidates, packed_bits
+from hf_sparse.ops.entmax.triton.sweep import SHORT, TURNS, Blocks, blocks_of, candidates, packed_bits
 from hf_sparse.ops.tiles.tiles import Tiles, tile_counts
 from hf_sparse.ops.triton import replay
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Several programs and blocks of keys even at the lengths of these tests, a rising bound, and groups of every kernel.
 SMALL = {
-    "sweep": Blocks(16, 32, 4, 1), "start": Blocks(16, 16, 4, 1), "near": 16, "every": 1, "few": Few(16, 1),
+    "sweep": Blocks(16, 32, 4, 1), "start": Blocks(16, 16, 4, 1), "near": 16, "probe": 2, "every": 1,
+    "few": Few(16, 1),
 }  # fmt: skip
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory", "interpreter")
@@ -164,38 +165,53 @@ def test_short_and_long_texts_by_default(keys, rows, listed):
 @pytest.mark.parametrize("alpha", [1.3, 2.0])
 def test_sorted_groups_with_ties_and_without_keys(alpha, monkeypatch):
     """With equal logits all keys have weight: groups of queries have as many as a limit, more, or none."""
-    monkeypatch.setattr(few, "HEAVY", 32)
+    monkeypatch.setattr(sweep, "HEAVY", 32)
     assert_same(Case(queries=37, scaling=0.0, alpha=alpha), exact())
     assert_same(Case(queries=37, scaling=0.0, alpha=alpha, batch=3, padding=True, group=2), exact())
     assert_listed({"queries": 37, "scaling": 0.0, "alpha": alpha, "tile": 16, "heads": 1, "group": 2}, **SMALL)
 
 
-@pytest.mark.parametrize("groups", [5, 40])
-def test_groups_with_most_candidates_are_the_first_of_the_queue(groups, monkeypatch):
-    """Blocks behind the last one of a group are not counted, and a group of which blocks are missing has the most."""
-    monkeypatch.setattr(few, "HEAVY", 20)
-    torch.manual_seed(0)
-    capacity, light = 9, Few(8, 1)
-    words = torch.randint(0, 4, (groups, capacity, 4), dtype=torch.int32)  # no bit to two bits
-    counts = torch.randint(0, capacity + 2, (groups,), dtype=torch.int32)
-    counts[:2] = torch.tensor([0, capacity + 1])
-    stored = torch.arange(capacity) < counts[:, None]
-    total = ((words % 2 + words // 2).sum(-1) * stored).sum(-1)
-    first = (total > 20) | (counts > capacity)
-    second = ~first & (total > 8)
-    turn = torch.zeros(4, dtype=torch.int32, device=DEVICE)
-    found = Candidates(torch.empty(0), words.to(DEVICE), None, counts.to(DEVICE), 128, turn)
-    queue = sorted_groups(found, light, 1, groups * 16, 1).tolist()
-    assert turn.tolist() == [0, int(first.sum()), int(second.sum()), 0] and turn[1] > 0 and 0 < turn[2] < groups
+@pytest.mark.parametrize("capacity", [64, 2], ids=["all blocks", "two blocks"])
+@pytest.mark.parametrize("lists", [False, True])
+def test_groups_with_most_candidates_are_the_first_of_the_queues(capacity, lists, monkeypatch):
+    """Each group is in one queue or in none, and one of which blocks are missing has many candidates."""
+    monkeypatch.setattr(sweep, "HEAVY", 24)
+    length, limits = 80, {"few": 20, "kept": 36}
+    case = Case(queries=length, group=2, dim=4)
+    query, key, _ = (tensor.to(DEVICE) for tensor in case.inputs)
+    described = None
+    if lists:
+        described = lists_of(
+            Tiles.of_mask(torch.ones(1, 1, 5, 5).bool(), 16), Inputs(query, key, 1.0, True, None, None)
+        )
+    blocks = Blocks(16, 16, 4, 1)
+    found = candidates(
+        query, key, Numbers(None, 0.1, None, 2), None, None, None, True, capacity, *limits.values(), blocks, blocks,
+        near=16, lists=described,
+    )  # fmt: skip
+    counts = found.counts.tolist()
+    bits = [sum(int(word & 0xFFFFFFFF).bit_count() for block in words[:count] for word in block)
+            for words, count in zip(found.words.tolist(), counts, strict=True)]  # fmt: skip
+    total = torch.tensor([25 if count > capacity else of for of, count in zip(bits, counts, strict=True)])
+    assert found.totals.tolist() == total.tolist()
+    most, first, second = total > 36, (total > 24) & (total <= 36), (total > 20) & (total <= 24)
+    turn = found.turn.tolist()
+    assert turn == [0, *(int(some.sum()) for some in (first, second, most)), *[0] * (TURNS - 4)]
+    assert turn[1] > 0 and (capacity == 2 or turn[3] > 0)
+    large, queue = found.queue.tolist()
+    assert sorted(large[: turn[3]]) == most.nonzero()[:, 0].tolist()
     assert sorted(queue[: turn[1]]) == first.nonzero()[:, 0].tolist()
-    assert sorted(queue[groups - turn[2] :]) == second.nonzero()[:, 0].tolist()
+    assert sorted(queue[len(total) - turn[2] :]) == second.nonzero()[:, 0].tolist()
 
 
-@pytest.mark.parametrize("limit", ["capacity", "most", "kept"])
-def test_more_candidates_than_the_buffers_take(limit):
-    """Groups of queries near the beginning fit, the others go to the kernel that keeps nothing."""
-    blocks = 1 if limit == "capacity" else 16  # of keys, or keys
-    assert_same(Case(queries=size(150, 37), alpha=1.3), exact(**{limit: blocks}))
+@pytest.mark.parametrize("limits", [{"capacity": 1}, {"most": 16}, {"kept": 16}, {"kept": 16, "most": 32}], ids=str)
+@pytest.mark.parametrize("large", [1, 2])
+def test_more_candidates_than_the_buffers_take(limits, large):
+    """Groups of queries near the beginning fit into all buffers, others into large ones or into none.
+
+    A backward has no list of the keys of those that fit into large ones only."""
+    buffered = Buffered(16, 1, 2, large=large)
+    assert_same(Case(queries=size(150, 37), alpha=1.3), exact(**limits, buffered=buffered))
 
 
 KERNELS: dict[str, dict[str, Any]] = {
@@ -239,7 +255,9 @@ def test_thresholds_and_supports():
 
 
 def test_the_bound_rises_and_stays_below_the_threshold():
-    """Queries in the direction of keys that are neither first nor near: the first bound does not know of these."""
+    """Queries in the direction of keys that are neither first nor near: a bound over these does not know of the others.
+
+    It rises in the sweep, and begins higher where some of the keys between are looked at."""
     torch.manual_seed(0)
     length, dim = size(256, 80), 16
     query, key = torch.randn(2, 1, 1, length, dim)
@@ -247,17 +265,19 @@ def test_the_bound_rises_and_stays_below_the_threshold():
     key[:, :, 16:32, 0] = torch.rand(16)
     query, key, one = query.to(DEVICE), key.to(DEVICE), torch.ones(1, device=DEVICE)
     arguments = (query, key, Numbers(0.15 * one, 1.0, None, 2), None, None, None, True)
-    first, risen = (
-        candidates(*arguments, 64, *[Blocks(16, 16, 4, 1)] * 2, near=16, every=every).bound[0, 0]
-        for every in (length, 1)  # blocks of keys: never, and after each
+    first, risen, probed = (
+        candidates(*arguments, 64, 16, 64, *[Blocks(16, 16, 4, 1)] * 2, near=16, every=every, probe=probe).bound[0, 0]
+        for every, probe in ((length, 0), (1, 0), (length, 2))  # blocks of keys: never, or after each
     )
     z = 0.15 * query[0, 0] @ key[0, 0].T
     z = z.masked_fill(~torch.ones_like(z).tril().bool(), -torch.inf).double()
     weight = distribution(z, 2.0)
     tau = torch.where(weight > 0, z - weight.sqrt(), -torch.inf).amax(-1)
-    assert bool((first <= tau).all()) and bool((risen <= tau).all()) and bool((risen >= first).all())
+    assert bool((first <= tau).all())
     last = slice(-16, None)
-    assert float((tau - risen)[last].mean()) < 0.5 * float((tau - first)[last].mean())
+    for higher in (risen, probed):
+        assert bool((higher <= tau).all()) and bool((higher >= first).all())
+        assert float((tau - higher)[last].mean()) < 0.5 * float((tau - first)[last].mean())
 
 
 def test_bits_of_padding_are_those_of_products():
@@ -320,7 +340,7 @@ def test_listed_large_tiles(shape):
     assert_listed({"tile": 16, **shape}, **SMALL)
 
 
-@pytest.mark.parametrize("limit", ["capacity", "kept"])
+@pytest.mark.parametrize("limit", ["capacity", "most", "kept"])
 def test_large_tiles_of_more_candidates_than_the_buffers_take(limit):
     shape = {"tile": 16, "heads": 1, "group": 2, "queries": size(150, 37), "alpha": 1.3}
     assert_listed(shape, **{**SMALL, limit: 1 if limit == "capacity" else 16})
@@ -418,7 +438,7 @@ def test_what_stands_behind_a_text_changes_nothing(tile):
 RECORDED = {
     "all keys": {},
     "padding": {"padding": True},
-    "buffers too small": {"kept": 16, "few": Few(16, 1)},
+    "buffers too small": {"most": 32, "kept": 16, "few": Few(16, 1)},
     "a list per head": {"tile": 16},
     "small tiles": {"tile": 8},
 }
@@ -447,7 +467,7 @@ def test_all_that_is_launched_can_run_again(shape, trains, monkeypatch):
     if DEVICE == "cpu":
         for module in (attention, pooled):
             monkeypatch.setattr(module, "replayed", record)
-    tile, sizes = shape.get("tile"), {name: number for name, number in shape.items() if name in ("kept", "few")}
+    tile, sizes = shape.get("tile"), {name: number for name, number in shape.items() if name in ("most", "kept", "few")}
     case = Case(queries=size(150, 37), dim=16, group=2, padding="padding" in shape, scaling="heads")
 
     def kernels(query, key, value, **options):

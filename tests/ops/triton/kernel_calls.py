@@ -288,7 +288,7 @@ cross(
     partial(entmax, alpha="heads"),
     partial(entmax, kept=None, lists=(64, 64, 6)),
     partial(entmax, kept=None, capacity=1),
-    partial(entmax, kept=None, queries=1, keys=4200),
+    partial(entmax, kept=None, queries=1, keys=4200, probe=16),
     partial(entmax, kept=None, few=Few(16, 2), buffered=Buffered(32, 4, 4, 3, 32, 128)),
     partial(entmax, group=1, causal=False, valid=True, alpha="2.0"),
     partial(entmax, queries=8, first=True, valid=True, trained=False, alpha="1.3"),

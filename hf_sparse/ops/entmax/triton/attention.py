@@ -8,8 +8,8 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from hf_sparse.ops.entmax.triton.backward import gradients
 from hf_sparse.ops.entmax.triton.common import Numbers, kind_of, per_head, scale_and_factor
-from hf_sparse.ops.entmax.triton.few import Few
-from hf_sparse.ops.entmax.triton.groups import Attended, Buffered, attend_groups
+from hf_sparse.ops.entmax.triton.few import Few, few_sizes
+from hf_sparse.ops.entmax.triton.groups import Attended, Buffered, attend_groups, buffered_sizes
 from hf_sparse.ops.entmax.triton.jobs import Lists
 from hf_sparse.ops.entmax.triton.sweep import (
     EVERY,
@@ -23,13 +23,11 @@ from hf_sparse.ops.entmax.triton.sweep import (
 )
 from hf_sparse.ops.entmax.triton.tiles import attend_tiles
 from hf_sparse.ops.triton.replay import replayed
+from hf_sparse.ops.triton.sizes import pieces
 
 CAPACITY = 1024  # blocks of keys with a candidate that are kept for a group of queries
 MOST = 16384  # candidates that are kept for a group, or half of all keys
-KEPT = 4096  # keys of a group that may have weight when all products are known, or an eighth of all keys
-# Texts of which all keys are kept, where no backward will read the lists: a group of heads that attend to most keys
-# takes less time so than without buffers.
-WHOLE = 8192
+KEPT = 4096  # candidates that most buffers take, and keys with weight that a backward has lists of, or an eighth of all
 
 
 class Settings(NamedTuple):
@@ -42,9 +40,10 @@ class Settings(NamedTuple):
         trains: whether there will be a backward.
         tiles_of: keys and queries of a listed tile, and the rows of the first one that lie before the first query;
             None for all keys.
-        capacity, most, kept: blocks, candidates, and keys with or almost with weight that a group of queries may have.
+        capacity, most, kept: blocks and candidates that a group of queries may have, and candidates that the buffers of
+            most programs take, which are as many as the keys with weight of a group that a backward has a list of.
         sweep, tiles: sizes of the programs; chosen by shape and dtype by default.
-        near: keys of the beginning over which the first bound is taken.
+        near, probe: keys of the beginning over which the first bound is taken, and the distance of those behind them.
         start: sizes of the kernel of the first bound.
         every: blocks of keys after which the bound rises.
         few, buffered: sizes of the kernels for groups with few candidates and for the others.
@@ -61,6 +60,7 @@ class Settings(NamedTuple):
     sweep: Blocks | None = None
     tiles: Blocks | None = None
     near: int = FIRST
+    probe: int | None = None
     start: Blocks | None = None
     every: int = EVERY
     few: Few | None = None
@@ -73,17 +73,16 @@ class Settings(NamedTuple):
         return Lists(index, counts, *self.tiles_of)
 
     def limits(self, keys: int) -> tuple[int, int]:
-        """Return the candidates of a group in a text of so many keys, and those with weight, that the buffers take."""
-        kept = self.kept
-        if kept is None:
-            kept = keys if keys <= WHOLE and not self.trains else max(KEPT, keys // 8)
-        return max(MOST, keys // 2) if self.most is None else self.most, kept
+        """Return how many candidates of a group large buffers take in a text of so many keys, and how many others."""
+        most = max(MOST, keys // 2) if self.most is None else self.most
+        return most, max(KEPT, keys // 8) if self.kept is None else self.kept
 
-    def marks(self, query: Tensor, key: Tensor, lists: Lists | None) -> bool:
-        """Tell whether a group may have more keys than the buffers take."""
+    def marks(self, query: Tensor, key: Tensor, lists: Lists | None, backward: bool = False) -> bool:
+        """Tell whether a group may have more keys than the buffers take, or than the lists do that a backward reads."""
         reached = key.shape[2] if lists is None else min(key.shape[2], lists.index.shape[3] * lists.size)
         too_many_blocks = sweeps(lists) and blocks_of(query, key, lists, self.sweep)[1] > self.capacity
-        return min(self.limits(key.shape[2])) < reached or too_many_blocks
+        most, kept = self.limits(key.shape[2])
+        return (most if sweeps(lists) and not backward else min(most, kept)) < reached or too_many_blocks
 
 
 def sweeps(lists: Lists | None) -> bool:
@@ -162,14 +161,18 @@ def _forward(
     causal, lists = settings.causal, settings.lists(index, listed)
     numbers = Numbers(scale, settings.factor, exponent, settings.kind)
     found: Candidates | None = None
+    few, buffered = settings.few or few_sizes(query), settings.buffered or buffered_sizes(query, key, lists)
+    chunk, length = buffered.chunk, key.shape[2]
+    most, kept = (pieces(min(limit, length), chunk) * chunk for limit in settings.limits(length))
+    kept = min(kept, most)
     if sweeps(lists):
+        kept = max(kept, few.keys)
         found = candidates(
-            query, key, numbers, first, valid, packed, causal, settings.capacity, settings.sweep, settings.start,
-            settings.near, settings.every, lists,
+            query, key, numbers, first, valid, packed, causal, settings.capacity, few.keys, kept,
+            settings.sweep, settings.start, settings.near, settings.every, lists, settings.probe,
         )  # fmt: skip
     attended = attend_groups(
-        query, key, value, numbers, first, valid, causal, lists, found, *settings.limits(key.shape[2]), settings.trains,
-        settings.few, settings.buffered,
+        query, key, value, numbers, first, valid, causal, lists, found, most, kept, settings.trains, few, buffered,
     )  # fmt: skip
     if settings.marks(query, key, lists):
         bound = None if found is None else found.bound
@@ -203,7 +206,7 @@ def _backward(
     attended = Attended(query, tau, counts, slopes, support, lengths)  # the output is not needed
     found = gradients(
         query, key, value, numbers, first, valid, settings.causal, lists, attended, grad, with_scale, with_exponent,
-        settings.marks(query, key, lists), settings.tiles,
+        settings.marks(query, key, lists, backward=True), settings.tiles,
     )  # fmt: skip
     return tuple(found)
 

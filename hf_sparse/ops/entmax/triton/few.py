@@ -1,13 +1,12 @@
 """Attend with entmax over the candidates of groups that have few: a program for each, and no buffers of products.
 
-The keys of a group are gathered at once, and their products, thresholds and weights stay in registers. `sorted_groups`
-puts groups with more candidates into a queue for the kernel in `groups`, which is launched before: its programs with
-the most candidates would be the last ones otherwise, while most of the GPU has nothing to do.
+The keys of a group are gathered at once, and their products, thresholds and weights stay in registers. Groups with more
+candidates are those of the kernel in `groups`, which is launched before: its programs with the most candidates would be
+the last ones otherwise, while most of the GPU has nothing to do.
 """
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -24,13 +23,8 @@ from hf_sparse.ops.entmax.triton.common import (
     scale_of,
 )
 from hf_sparse.ops.entmax.triton.jobs import LENGTHS, rows_of_group, turn_of_group
-from hf_sparse.ops.entmax.triton.sweep import GROUP_ROWS, Candidates, key_of_bit
-from hf_sparse.ops.triton.launch import launch
-from hf_sparse.ops.triton.replay import empty
-from hf_sparse.ops.triton.sizes import padded, pieces
-
-HEAVY = 256  # candidates of a group above which it comes before those with fewer
-SORTED_AT_ONCE = 16  # groups
+from hf_sparse.ops.entmax.triton.sweep import key_of_bit
+from hf_sparse.ops.triton.sizes import padded
 
 
 class Few(NamedTuple):
@@ -46,36 +40,6 @@ def few_sizes(query: Tensor) -> Few:
     if size <= 128:
         return Few(64, 2)
     return Few(64, 4) if size <= 256 else Few(32, 4) if size <= 512 else Few(16, 4)
-
-
-def sorted_groups(found: Candidates, few: Few, query_tiles: int, rows: int, share: int) -> Tensor:
-    """Return a queue `[groups]` int32 of the groups with more than few candidates.
-
-    Those with more than `HEAVY` are the first, `found.turn[1]` of them, and the others the last, `found.turn[2]`.
-
-    Args:
-        found: candidates of every group.
-        few: sizes of `attend_few`, which takes all groups that are not in the queue.
-        query_tiles, rows, share: as in `jobs.arguments_of`.
-    """
-    groups, capacity = found.words.shape[:2]
-    queue = empty((groups,), torch.int32, found.words.device)
-    launch(_sort, (pieces(groups, SORTED_AT_ONCE),))(
-        found.words, found.counts, found.turn, queue, groups, capacity, query_tiles, rows, share, M=GROUP_ROWS,
-        C=few.keys, MANY=max(HEAVY, few.keys), G=SORTED_AT_ONCE, W=128, num_warps=4,
-    )  # fmt: skip
-    return queue
-
-
-@triton.jit
-def count_of_bits(Words, blocks, LANES: tl.constexpr):
-    """Return how many bits of a group are set."""
-    total = 0
-    word = tl.arange(0, LANES * 4)
-    for begin in range(0, blocks * 4, LANES * 4):
-        bits = tl.load(Words + begin + word, mask=begin + word < blocks * 4, other=0)
-        total += tl.sum(ones_of(bits.to(tl.uint32, bitcast=True)), 0)
-    return total
 
 
 @triton.jit
@@ -117,8 +81,8 @@ def keys_of_bits(
 
 @triton.jit(do_not_specialize=[*LENGTHS, "groups", "capacity", "kept"])
 def attend_few(
-    Q, K, V, Scale, factor, Exponent, First, Valid, Bound, Words, Numbers, Counts, Found, Support, Lengths, Out, Tau,
-    Sizes, Slopes, groups, capacity, kept,
+    Q, K, V, Scale, factor, Exponent, First, Valid, Bound, Words, Numbers, Counts, Totals, Found, Support, Lengths, Out,
+    Tau, Sizes, Slopes, groups, capacity, kept,
     Index, Listed, i_batch, i_list, i_tile, queries, keys, heads, lists, query_tiles, rows, lead, size, share,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr,
@@ -126,12 +90,10 @@ def attend_few(
 ):  # fmt: skip
     """Write the results of a group of M rows with at most C candidates."""
     group = turn_of_group(tl.program_id(0), groups, query_tiles, rows, share, M)
-    blocks = tl.load(Counts + group)
-    bits = group.to(tl.int64) * capacity
-    total = C + 1
-    if blocks <= capacity:
-        total = count_of_bits(Words + bits * 4, blocks, LANES)
+    total = tl.load(Totals + group)
     if total <= C:
+        blocks = tl.load(Counts + group)
+        bits = group.to(tl.int64) * capacity
         Found += group.to(tl.int64) * C
         _, batch, number, tile, head, index, position, exists, inside = rows_of_group(
             group, Index, First, Valid, queries, keys, heads, lists, query_tiles, rows, lead, share, M
@@ -182,27 +144,3 @@ def attend_few(
             tl.store(Support + group.to(tl.int64) * kept + tl.cumsum(one, 0) - one, key, mask=one > 0)
             length = tl.sum(one, 0)
         tl.store(Lengths + group, length)
-
-
-@triton.jit(do_not_specialize=["groups", "capacity", "query_tiles", "rows", "share"])
-def _sort(
-    Words, Counts, Turn, Queue, groups, capacity, query_tiles, rows, share, M: tl.constexpr, C: tl.constexpr,
-    MANY: tl.constexpr, G: tl.constexpr, W: tl.constexpr,
-):  # fmt: skip
-    """Put groups with more than C candidates into a queue: those with more than MANY in front, the others behind."""
-    number, word = tl.program_id(0) * G + tl.arange(0, G), tl.arange(0, W)
-    there = number < groups
-    group = turn_of_group(number, groups, query_tiles, rows, share, M)
-    blocks = tl.load(Counts + group, mask=there, other=0)
-    most = tl.minimum(tl.max(blocks, 0), capacity)
-    total = tl.zeros([G], tl.int32)
-    for begin in range(0, most * 4, W):
-        inside = begin + word[None, :] < tl.minimum(blocks, capacity)[:, None] * 4
-        bits = tl.load(Words + group.to(tl.int64)[:, None] * capacity * 4 + (begin + word)[None, :], inside, other=0)
-        total += tl.sum(ones_of(bits.to(tl.uint32, bitcast=True)), 1)
-    total = tl.where(blocks > capacity, MANY + 1, total)
-    first, second = (total > MANY).to(tl.int32), ((total > C) & (total <= MANY)).to(tl.int32)
-    place = tl.atomic_add(Turn + 1, tl.sum(first, 0), sem="relaxed") + tl.cumsum(first, 0) - first
-    tl.store(Queue + place, group, mask=first > 0)
-    place = tl.atomic_add(Turn + 2, tl.sum(second, 0), sem="relaxed") + tl.cumsum(second, 0) - second
-    tl.store(Queue + groups - 1 - place, group, mask=second > 0)

@@ -3,7 +3,9 @@
 Groups with few candidates are those of `few`. Of the others, a program takes one after the other. It
 writes the keys that any row of the group may attend to out as a list, from the bits of `sweep` or from listed tiles,
 gathers them once for all rows, keeps the products in a buffer of its own, finds every tau there, and gathers the values
-of the keys with weight. Groups with more keys than the buffer takes are marked and left to the kernel in `tiles`.
+of the keys with weight. A single query that attends to most keys gives its group as many: some programs have buffers
+for these, and take them before anything else. Groups with more keys than that are marked and left to the kernel in
+`tiles`.
 """
 
 import functools
@@ -27,7 +29,7 @@ from hf_sparse.ops.entmax.triton.common import (
     powers,
     scale_of,
 )
-from hf_sparse.ops.entmax.triton.few import Few, attend_few, few_sizes, keys_of_bits, sorted_groups
+from hf_sparse.ops.entmax.triton.few import Few, attend_few, keys_of_bits
 from hf_sparse.ops.entmax.triton.jobs import (
     LENGTHS,
     Lists,
@@ -37,10 +39,10 @@ from hf_sparse.ops.entmax.triton.jobs import (
     rows_of_group,
     turn_of_group,
 )
-from hf_sparse.ops.entmax.triton.sweep import GROUP_ROWS, Candidates
+from hf_sparse.ops.entmax.triton.sweep import FAR, GROUP_ROWS, TURNS, Candidates
 from hf_sparse.ops.triton.launch import launch
 from hf_sparse.ops.triton.replay import empty, zeros
-from hf_sparse.ops.triton.sizes import padded, pieces
+from hf_sparse.ops.triton.sizes import padded
 
 
 class Attended(NamedTuple):
@@ -51,7 +53,7 @@ class Attended(NamedTuple):
     counts: `[B, Hq, Tq]` int32, keys with weight.
     slopes: `[B, Hq, Tq, D]` float32, values averaged with `[z - tau]_+ ** (e - 1)`, for the backward.
     support: `[groups, kept]` int32, the keys with weight in any row of a group, for the backward.
-    lengths: `[groups]` int32, how many these are; -1 for a group that is marked.
+    lengths: `[groups]` int32, how many these are; -1 for a group that is marked, -2 for one with more than `kept`.
     """
 
     output: Tensor
@@ -67,7 +69,7 @@ class Buffered(NamedTuple):
 
     chunk: keys at a time.
     warps, stages, depth: of Triton; stages in the loops that gather, depth in those that read products.
-    programs: how many share a multiprocessor.
+    programs: how many share a multiprocessor, and `large` how many of them have buffers for the most candidates.
     wide: products of a row that are held in registers.
     registers: the most that a thread may have; any number by default.
     """
@@ -79,12 +81,15 @@ class Buffered(NamedTuple):
     wide: int = 64
     registers: int | None = None
     depth: int = 3
+    large: int = 1
 
 
-def buffered_sizes(query: Tensor) -> Buffered:
+def buffered_sizes(query: Tensor, key: Tensor, lists: Lists | None) -> Buffered:
     """Return the sizes of the kernel that keeps products."""
     if is_slim(query):
-        return Buffered(128, 4, 3, stages=3, wide=128, registers=168, depth=1)
+        # Over all keys of a long text many groups need large buffers; those of a longer one would take too much memory.
+        large = 3 if lists is None and FAR < key.shape[2] <= 2 * FAR else 1
+        return Buffered(128, 4, 3, stages=3, wide=128, registers=168, depth=1, large=large)
     return Buffered(chunk_of(query), 2, 8)
 
 
@@ -108,8 +113,8 @@ def attend_groups(
     most: int,
     kept: int,
     trains: bool,
-    few: Few | None = None,
-    buffered: Buffered | None = None,
+    few: Few,
+    buffered: Buffered,
 ) -> Attended:
     """Return output and thresholds of all groups whose keys fit into the buffer.
 
@@ -117,54 +122,44 @@ def attend_groups(
         query, key, value, numbers, first, valid, causal: as in `sweep.candidates`.
         lists: tiles of keys for every tile of queries; all keys by default.
         found: candidates of every group; None where all listed keys are candidates.
-        most: candidates of a group that the list takes.
-        kept: keys of a group that may have weight when all products are known, of which the buffers take so many.
+        most: candidates of a group that lists and large buffers take.
+        kept: candidates of a group that the buffers of most programs take, and keys with weight that are kept.
         trains: whether there will be a backward.
         few, buffered: sizes of the kernel for groups with few candidates, which runs where `found` is given, and of
-            that with buffers; chosen by shape and dtype by default.
+            that with buffers. `most` and `kept` are whole chunks of these, or those of few candidates.
     """
     batch, heads, queries, dim = query.shape
     device = query.device
-    few, buffered = few or few_sizes(query), buffered or buffered_sizes(query)
-    chunk = buffered.chunk
-    most = pieces(min(most, key.shape[2]), chunk) * chunk
-    kept = pieces(min(kept, most), chunk) * chunk
-    if found is not None:
-        kept = max(kept, few.keys)
     groups = group_count(query, lists)
     output = empty((batch, queries, heads, dim), query.dtype, device)
     tau = empty((batch, heads, queries), torch.float32, device)
     counts = empty((batch, heads, queries), torch.int32, device)
     slopes = empty(query.shape, torch.float32, device) if trains else None
     support = empty((groups, kept), torch.int32, device) if trains else None
-    turn = zeros((4,), torch.int32, device) if found is None else found.turn
+    turn, queue = (zeros((TURNS,), torch.int32, device), None) if found is None else (found.turn, found.queue)
     lengths = empty((groups,), torch.int32, device)
     bits = (None, None, None, None) if found is None else (found.bound, found.words, found.blocks, found.counts)
     capacity = 0 if found is None else found.words.shape[1]
     given = (query, key, value, *numbers.arguments, first, valid, *bits)
-    arguments = arguments_of(query, key, lists)
-    who = (*arguments, *query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
+    who = (*arguments_of(query, key, lists), *query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
     fixed = constants(query, key, numbers.kind, causal)
     fixed |= {"N": 0 if found is None else found.size, "M": GROUP_ROWS, "SAVE": trains}
-    queue = None
-    if found is not None:
-        _, _, _, _, _, _, _, _, _, query_tiles, rows, _, _, share = arguments
-        queue = sorted_groups(found, few, query_tiles, rows, share)
     into = (lengths, output, tau, counts, slopes, groups, capacity, kept)
     at_once = min(groups, buffered.programs * _multiprocessors(device))
+    large = 0 if found is None else min(at_once, buffered.large * _multiprocessors(device))
     gathered = empty((at_once, most), torch.int32, device)
-    reached = support if trains else empty((at_once, kept), torch.int32, device)
-    products = empty((at_once, kept, GROUP_ROWS), torch.float32, device)
+    reached = empty((at_once, kept), torch.int32, device) if found is None else None
+    products = empty((large * most + (at_once - large) * kept, GROUP_ROWS), torch.float32, device)
     launch(_groups, (at_once,))(
-        *given, gathered, reached, turn, queue, *into, products, most, *who, **fixed, C=buffered.chunk,
+        *given, gathered, support, turn, queue, *into, reached, products, most, large, *who, **fixed, C=buffered.chunk,
         WIDE=buffered.wide, STAGES=buffered.stages, DEPTH=buffered.depth, LANES=32 * buffered.warps,
         num_warps=buffered.warps, num_stages=1, maxnreg=buffered.registers,
     )  # fmt: skip
     if found is not None:
         of_few = empty((groups, few.keys), torch.int32, device)
         launch(attend_few, (groups,))(
-            *given, of_few, support, *into, *who, **fixed, C=few.keys, LANES=32 * few.warps, num_warps=few.warps,
-            num_stages=1,
+            *given, found.totals, of_few, support, *into, *who, **fixed, C=few.keys, LANES=32 * few.warps,
+            num_warps=few.warps, num_stages=1,
         )  # fmt: skip
     return Attended(output, tau, counts, slopes, support, lengths)
 
@@ -194,10 +189,20 @@ def _keys_of_tiles(
     return total
 
 
-@triton.jit(do_not_specialize=[*LENGTHS, "groups", "capacity", "most", "kept"])
+@triton.jit
+def _next(Turn, turn, giants):
+    """Return the turn after another one: those of groups for large buffers end before those of the queue begin."""
+    if turn < giants:
+        turn = tl.atomic_add(Turn + 4, 1, sem="relaxed")
+    if turn >= giants:
+        turn = giants + tl.atomic_add(Turn, 1, sem="relaxed")
+    return turn
+
+
+@triton.jit(do_not_specialize=[*LENGTHS, "groups", "capacity", "most", "kept", "large"])
 def _groups(
     Q, K, V, Scale, factor, Exponent, First, Valid, Bound, Words, Numbers, Counts, Found, Support, Turn, Queue, Lengths,
-    Out, Tau, Sizes, Slopes, groups, capacity, kept, Products, most,
+    Out, Tau, Sizes, Slopes, groups, capacity, kept, Reached, Products, most, large,
     Index, Listed, i_batch, i_list, i_tile, queries, keys, heads, lists, query_tiles, rows, lead, size, share,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr,
@@ -206,20 +211,24 @@ def _groups(
 ):  # fmt: skip
     dim, step = tl.arange(0, PADDED), tl.arange(0, C)
     wide = (dim < D)[None, :]
-    Products += tl.program_id(0).to(tl.int64) * M * kept
-    Found += tl.program_id(0).to(tl.int64) * most
+    program = tl.program_id(0).to(tl.int64)
+    Products += (tl.minimum(program, large) * most + tl.maximum(program - large, 0) * kept) * M
+    Found += program * most
+    List = Found if Reached is None else Reached + program * kept
     # The rows of a key lie side by side.
     lane = tl.arange(0, M)[:, None]
     many = tl.arange(0, WIDE)
     z_place, z_wide = lane + step[None, :] * M, lane + many[None, :] * M
-    first, waiting = 0, groups
+    first, waiting, giants = 0, groups, 0
     if Queue is not None:
-        first = tl.load(Turn + 1)
-        waiting = first + tl.load(Turn + 2)
-    turn = tl.atomic_add(Turn, 1, sem="relaxed")
+        first, giants = tl.load(Turn + 1), tl.load(Turn + 3)
+        waiting = giants + first + tl.load(Turn + 2)
+    turn = _next(Turn, tl.where(program < large, -1, giants), giants)
     while turn < waiting:
         if Queue is not None:
-            group = tl.load(Queue + tl.where(turn < first, turn, groups - 1 - (turn - first)))
+            queued = turn - giants
+            queued = groups + tl.where(queued < first, queued, groups - 1 - (queued - first))
+            group = tl.load(Queue + tl.where(turn < giants, turn, queued))
         else:
             group = turn_of_group(turn, groups, query_tiles, rows, share, M)
         job, batch, number, tile, head, index, position, exists, inside = rows_of_group(
@@ -227,7 +236,6 @@ def _groups(
         )
         row = (batch * heads + head) * queries + index
         last = tl.max(tl.where(exists, position, -1), 0)
-        List = Support + (group if SAVE else tl.program_id(0)).to(tl.int64) * kept
         listed = Index
         if Index is not None:
             listed = Index + batch * i_batch + number * i_list + tile * i_tile
@@ -270,15 +278,19 @@ def _groups(
                 weight, gradient = powers(tl.maximum(z - origin[:, None], 0.0), exponent[:, None], KIND)
                 masses += weight
                 gradients += gradient
-            # Otherwise the bound has risen since the key passed it.
-            one = tl.max((z > bound[:, None]).to(tl.int32), 0)
-            place = left + tl.cumsum(one, 0) - one
-            left += tl.sum(one, 0)
-            keep = (one > 0) & (place < kept)
-            tl.store(List + place, key, mask=keep)
-            tl.store(Products + lane + place[None, :] * M, z, mask=keep[None, :])
-        total = left
-        if over | (total > kept):
+            if Reached is None:
+                tl.store(Products + (z_place + begin * M), z)
+            else:
+                one = tl.max((z > bound[:, None]).to(tl.int32), 0)
+                place = left + tl.cumsum(one, 0) - one
+                left += tl.sum(one, 0)
+                keep = (one > 0) & (place < kept)
+                tl.store(List + place, key, mask=keep)
+                tl.store(Products + lane + place[None, :] * M, z, mask=keep[None, :])
+        if Reached is not None:
+            total = left
+            over |= total > kept
+        if over:
             tl.store(Lengths + group, -1)
         else:
             peak = tl.max(peaks, 1)
@@ -326,12 +338,11 @@ def _groups(
                 out = tl.dot(weight.to(v.dtype), v, out, input_precision=PRECISION)
                 if Slopes is not None:
                     out_slopes = tl.dot(gradient.to(v.dtype), v, out_slopes, input_precision=PRECISION)
-                if SAVE:  # keys with weight move to the front of the list
+                if SAVE:
                     one = has.to(tl.int32)
                     place = length + tl.cumsum(one, 0) - one
                     length += tl.sum(one, 0)
-                    tl.debug_barrier()
-                    tl.store(List + place, key, mask=has)
+                    tl.store(Support + group.to(tl.int64) * kept + place, key, mask=has & (place < kept))
             mass, slope = tl.sum(masses, 1), tl.sum(gradients, 1)
             mass, slope = tl.where(some, mass, 1.0), tl.where(some, slope, 1.0)
             tl.store(
@@ -345,5 +356,5 @@ def _groups(
                 )  # fmt: skip
             tl.store(Tau + spot, tl.where(some, tau, float("-inf")), mask=inside)
             tl.store(Sizes + spot, tl.sum(count, 1), mask=inside)
-            tl.store(Lengths + group, length)
-        turn = tl.atomic_add(Turn, 1, sem="relaxed")
+            tl.store(Lengths + group, tl.where(length > kept, -2, length))
+        turn = _next(Turn, turn, giants)

@@ -77,12 +77,13 @@ def rows_of_group(
 
 
 @triton.jit
-def marked_rows(group, Lengths, rows, share, M: tl.constexpr, R: tl.constexpr):
-    """Tell which of M rows belong to a group of R rows that is marked."""
+def marked_rows(group, Lengths, rows, share, M: tl.constexpr, R: tl.constexpr, LEAST: tl.constexpr):
+    """Tell which of M rows belong to a group of R rows that has a mark, from LEAST to -1, for a length."""
     blocks = tl.cdiv(share * rows, M)
     job, row = group // blocks, group % blocks * M + tl.arange(0, M)
     own = job * tl.cdiv(share * rows, R) + row // R
-    return tl.load(Lengths + own, mask=row < share * rows, other=0) < 0
+    length = tl.load(Lengths + own, mask=row < share * rows, other=0)
+    return (length >= LEAST) & (length < 0)
 
 
 @triton.jit

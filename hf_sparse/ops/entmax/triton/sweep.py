@@ -1,12 +1,13 @@
 """Find the keys that may have weight: a lower bound of tau for every row, then one sweep of the products.
 
-tau over some keys is never above tau over all. `_start` takes it over the first keys of the text and those next to the
-query, both held in registers. `_sweep` compares every product with that bound, which rises on the way: the largest
-product of every four parts of a block of keys is one more key, and a step of Newton's method over these, from a point
-where their mass is at least 1, is a lower bound too. What passes is kept for `GROUP_ROWS` consecutive queries of a head
-together, as bits: `N` consecutive keys are a block of four words. Where the buffer takes all blocks, each has its place
-there. Otherwise, of the blocks of a group only those with a bit are stored, with their number. A group with more of
-these than its buffer takes says so in its count, and goes to the kernel that needs no candidates.
+tau over some keys is never above tau over all. `_start` takes it over the first keys of the text, those next to the
+query and, in long texts, some from between, all held in registers: of every `PROBE`th key those with the largest
+products, one for each place in the registers. `_sweep` compares every product with that bound, which rises on the way:
+the largest product of every four parts of a block of keys is one more key, and a step of Newton's method over these,
+from a point where their mass is at least 1, is a lower bound too. What passes is kept for `GROUP_ROWS` consecutive
+queries of a head together, as bits: `N` consecutive keys are a block of four words. Where the buffer takes all blocks,
+each has its place there. Otherwise, of the blocks of a group only those with a bit are stored, with their number. A
+group with more of these than its buffer takes says so in its count, and goes to the kernel that needs no candidates.
 """
 
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from hf_sparse.ops.entmax.triton.common import (
     is_slim,
     load_rows,
     newton_step,
+    ones_of,
     origin_of,
     powers,
     scale_of,
@@ -51,8 +53,12 @@ class Candidates(NamedTuple):
         place among all keys or listed tiles.
     counts: `[groups]` int32, blocks that are stored; above `capacity` some are missing.
     size: keys of a block.
-    turn: `[4]` int32, zeros: for the number of groups that programs of `groups` have taken, and the numbers of those
-        that `few.sorted_groups` puts to the front and to the back of its queue; the last one is not used.
+    totals: `[groups]` int32, candidates of each group; where some are missing, more than `few` and `HEAVY`.
+    queue: `[2, groups]` int32, the groups with more than `few` candidates: in the first row those with more than
+        `kept`. Of the others, those with more than `HEAVY` stand at the front of the second row, the rest at its back.
+    turn: `[TURNS]` int32: 0, for the number of groups of the second row that programs of `groups` have taken; how many
+        stand at its front and at its back, and how many in the first row; 0, for the number of these that are taken.
+    kept: candidates of a group that every buffer takes.
     """
 
     bound: Tensor
@@ -60,16 +66,23 @@ class Candidates(NamedTuple):
     blocks: Tensor | None
     counts: Tensor
     size: int
+    totals: Tensor
+    queue: Tensor
     turn: Tensor
+    kept: int
 
 
 LENGTHS = [
     "queries", "keys", "heads", "capacity", "width", "lists", "query_tiles", "rows", "lead", "size",
 ]  # fmt: skip
+TURNS = 8  # numbers that programs count with
+HEAVY = 256  # candidates of a group above which it comes before those with fewer
 GROUP_ROWS = 16  # queries that share a list of candidates: the rows of a matrix product
 FIRST = 64  # keys of the beginning over which the lower bound is taken
 NEAR = 128  # keys around the rows of a program, likewise
 SHORT = 4096  # keys of a text up to which programs of half the rows, of which there are twice as many, take less time
+FAR = 16384  # keys of a text up to which the first and the near ones say enough of the others
+PROBE = 16  # in longer texts one in so many of the keys between these is looked at for the bound, too
 HIGHER = 0.06  # how far above the first bound a step of Newton's method begins as well
 EVERY = 4  # blocks of keys after which the bound rises
 
@@ -84,6 +97,13 @@ def start_blocks(query: Tensor) -> Blocks:
 def start_steps(query: Tensor) -> int:
     """Return how many steps of Newton's method the first bound takes: each gives a higher one."""
     return 3 if is_slim(query) else 5
+
+
+def probe_of(key: Tensor) -> int:
+    """Return how far apart the keys are that the first bound looks at between the first and the near ones; 0 for none.
+
+    In a long text these say little of what is far away."""
+    return PROBE if key.shape[2] > FAR else 0
 
 
 def sweep_blocks(query: Tensor, key: Tensor) -> Blocks:
@@ -113,11 +133,14 @@ def candidates(
     packed: Tensor | None,
     causal: bool,
     capacity: int,
+    few: int,
+    kept: int,
     blocks: Blocks | None = None,
     start: Blocks | None = None,
     near: int = FIRST,
     every: int = EVERY,
     lists: Lists | None = None,
+    probe: int | None = None,
 ) -> Candidates:
     """Return the keys of every group of queries that the lower bounds do not exclude.
 
@@ -129,14 +152,16 @@ def candidates(
         packed: `packed_bits(valid, size)` with the keys of a block of `blocks_of`; None where `valid` is.
         causal: whether a query sees the keys up to its position only.
         capacity: the most blocks that are kept for a group.
+        few, kept: candidates of a group for which there are a kernel without buffers, and a place in every buffer.
         blocks, start: sizes of the programs.
         near: keys of the beginning over which the bound is taken.
         every: blocks of keys after which the bound rises.
         lists: tiles of keys, for which `takes_lists` is true; all keys by default.
+        probe: see `probe_of`, whose choice is the default; lists have none.
     """
     batch, heads, queries, _ = query.shape
     keys, device = key.shape[2], query.device
-    start = start or start_blocks(query)
+    start, probe = start or start_blocks(query), probe_of(key) if probe is None else probe
     blocks, most = blocks_of(query, key, lists, blocks)
     groups, length = batch * heads * pieces(queries, GROUP_ROWS), queries
     listed: tuple[Any, ...] = (None, None, 0, 0, 0, 1, 1, queries, 0, 1)
@@ -150,27 +175,30 @@ def candidates(
     capacity = min(capacity, most)
     bound = empty((batch, heads, queries), torch.float32, device)
     sums = empty((4, batch, heads, queries), torch.float32, device)
-    turn = empty((4,), torch.int32, device)
+    turn = empty((TURNS,), torch.int32, device)
     fixed = constants(query, key, numbers.kind, causal)
     strides = (*query.stride()[:3], *key.stride()[:3])
     grid = (pieces(length, start.rows) * batch * heads,)
     launch(_start, grid)(
         query, key, *numbers.arguments, first, valid, bound, sums, turn, *listed, queries, keys, heads, *strides,
-        **fixed, M=start.rows, NEAR=start.keys, FIRST=near, STEPS=start_steps(query), HIGHER=HIGHER,
+        **fixed, M=start.rows, NEAR=start.keys, FIRST=near, STEPS=start_steps(query), HIGHER=HIGHER, TURNS=TURNS,
+        PROBE=probe if lists is None else 0,
         num_warps=start.warps, num_stages=start.stages,
     )  # fmt: skip
     words = empty((groups, capacity, 4), torch.int32, device)
     places = None if capacity == most else empty((groups, capacity), torch.int32, device)
-    counts = empty((groups,), torch.int32, device)
+    counts, totals = empty((groups,), torch.int32, device), empty((groups,), torch.int32, device)
+    queue = empty((2, groups), torch.int32, device)
     width = 0 if packed is None else packed.shape[1]
     grid = (pieces(length, blocks.rows) * batch * heads,)
     launch(_sweep, grid)(
-        query, key, *numbers.arguments, first, packed, bound, sums, words, places, counts, *listed, queries, keys,
-        heads, capacity, width, *strides, **fixed, M=blocks.rows, N=blocks.keys, R=GROUP_ROWS, START=start.rows,
+        query, key, *numbers.arguments, first, packed, bound, sums, words, places, counts, totals, turn, queue, groups,
+        kept, *listed, queries, keys, heads, capacity, width, *strides, **fixed, FEW=few, MANY=max(HEAVY, few), W=128,
+        M=blocks.rows, N=blocks.keys, R=GROUP_ROWS, START=start.rows,
         NEAR=start.keys, FIRST=near, HIGHER=HIGHER, EVERY=every, num_warps=blocks.warps,
         num_stages=blocks.stages,
     )  # fmt: skip
-    return Candidates(bound, words, places, counts, blocks.keys, turn)
+    return Candidates(bound, words, places, counts, blocks.keys, totals, queue, turn, kept)
 
 
 def packed_bits(valid: Tensor, size: int) -> Tensor:
@@ -200,13 +228,13 @@ def _start(
     q_batch, q_head, q_row, k_batch, k_head, k_row,
     GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr, M: tl.constexpr, NEAR: tl.constexpr, FIRST: tl.constexpr, STEPS: tl.constexpr,
-    HIGHER: tl.constexpr,
+    HIGHER: tl.constexpr, TURNS: tl.constexpr, PROBE: tl.constexpr,
 ):  # fmt: skip
-    """Find the `Bound` of M rows: tau over FIRST first keys and NEAR keys around the rows, or an iterate below.
+    """Find the `Bound` of M rows: tau over FIRST first keys, NEAR keys around the rows and FIRST others, or less.
 
     It is `inf` where there is no query, and `-inf` for a query that sees none of these keys."""
     if tl.program_id(0) == 0:
-        tl.store(Turn + tl.arange(0, 4), tl.zeros([4], tl.int32))
+        tl.store(Turn + tl.arange(0, TURNS), tl.zeros([TURNS], tl.int32))
     tiles = tl.cdiv(queries, M) if Index is None else query_tiles * (rows // M)
     row = (tl.program_id(0) // tiles).to(tl.int64)  # of [B, Hq]
     batch, head = row // heads, row % heads
@@ -241,13 +269,25 @@ def _start(
                    PRECISION)  # fmt: skip
 
     peak = tl.maximum(tl.max(z_early, 1), tl.max(z_near, 1))
+    if PROBE:
+        z_far = tl.full([M, FIRST], float("-inf"), tl.float32)
+        for far in range(FIRST, begin if CAUSAL else keys, PROBE * FIRST):
+            key = far + early * PROBE
+            there = (key < begin) | ((key >= begin + NEAR) & (key < keys))
+            z = _seen(q, K, key, there, Valid, batch, keys, position, exists, scale, dim, k_row, D, CAUSAL, PRECISION)
+            z_far = tl.maximum(z_far, z)  # the keys of two columns differ
+        peak = tl.maximum(peak, tl.max(z_far, 1))
     some = peak > float("-inf")
     tau = tl.where(some, peak, 0.0) - 1
     for _ in range(STEPS):
         weight, slope = powers(tl.maximum(z_early - tau[:, None], 0.0), exponent, KIND)
         mass, total = tl.sum(weight, 1), tl.sum(slope, 1)
         weight, slope = powers(tl.maximum(z_near - tau[:, None], 0.0), exponent, KIND)
-        tau += newton_step(mass + tl.sum(weight, 1), total + tl.sum(slope, 1), exponent, KIND)
+        mass, total = mass + tl.sum(weight, 1), total + tl.sum(slope, 1)
+        if PROBE:
+            weight, slope = powers(tl.maximum(z_far - tau[:, None], 0.0), exponent, KIND)
+            mass, total = mass + tl.sum(weight, 1), total + tl.sum(slope, 1)
+        tau += newton_step(mass, total, exponent, KIND)
     tau -= 4e-6 * (1 + tl.abs(tau))  # what rounding may have added
     total = tl.num_programs(0) // tiles * queries
     for above in tl.static_range(2):
@@ -291,16 +331,20 @@ def _seen(
     return tl.where(sees, tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale, float("-inf"))
 
 
-@triton.jit(do_not_specialize=LENGTHS)
+@triton.jit(do_not_specialize=[*LENGTHS, "groups", "kept"])
 def _sweep(
-    Q, K, Scale, factor, Exponent, First, Packed, Bound, Sums, Words, Numbers, Counts,
+    Q, K, Scale, factor, Exponent, First, Packed, Bound, Sums, Words, Numbers, Counts, Totals, Turn, Queue, groups,
+    kept,
     Index, Listed, i_batch, i_list, i_tile, lists, query_tiles, rows, lead, size, queries, keys, heads, capacity, width,
     q_batch, q_head, q_row, k_batch, k_head, k_row,
     GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, START: tl.constexpr, NEAR: tl.constexpr,
-    FIRST: tl.constexpr, HIGHER: tl.constexpr, EVERY: tl.constexpr,
+    FIRST: tl.constexpr, HIGHER: tl.constexpr, EVERY: tl.constexpr, FEW: tl.constexpr, MANY: tl.constexpr,
+    W: tl.constexpr,
 ):  # fmt: skip
-    """Write words, numbers and counts of the groups of M rows. Programs with the most keys begin first."""
+    """Write words, numbers and counts of the groups of M rows, and put them into the queues.
+
+    Programs with the most keys begin first."""
     parts = tl.cdiv(queries, M) if Index is None else query_tiles * (rows // M)
     pairs = tl.num_programs(0) // parts  # B * Hq
     tile = parts - 1 - tl.program_id(0) // pairs
@@ -399,6 +443,30 @@ def _sweep(
             passes, begin, step, Packed, batch, width, Words, Numbers, out, count, capacity, there, word_of, M, N, R
         )  # fmt: skip
     tl.store(Counts + group, count, mask=there)
+    tl.debug_barrier()  # the words are written
+    stored, word = tl.where(there, tl.minimum(count, capacity), 0) * 4, tl.arange(0, W)
+    total = tl.zeros([M // R], tl.int32)
+    for begin in range(0, tl.max(stored, 0), W):
+        bits = tl.load(
+            Words + out[:, None] * 4 + (begin + word)[None, :], mask=begin + word[None, :] < stored[:, None], other=0
+        )
+        total += tl.sum(ones_of(bits.to(tl.uint32, bitcast=True)), 1)
+    total = tl.where(count > capacity, MANY + 1, total)
+    tl.store(Totals + group, total, mask=there)
+    fits = there & (total > FEW) & (total <= kept)
+    place, some = _places(Turn + 3, there & (total > FEW) & (total > kept))
+    tl.store(Queue + place, group, mask=some)
+    place, some = _places(Turn + 1, fits & (total > MANY))
+    tl.store(Queue + groups + place, group, mask=some)
+    place, some = _places(Turn + 2, fits & (total <= MANY))
+    tl.store(Queue + 2 * groups - 1 - place, group, mask=some)
+
+
+@triton.jit
+def _places(Counter, some):
+    """Return the place of each of some groups behind those that other programs have counted, and these groups."""
+    one = some.to(tl.int32)
+    return tl.atomic_add(Counter, tl.sum(one, 0), sem="relaxed") + tl.cumsum(one, 0) - one, some
 
 
 @triton.jit

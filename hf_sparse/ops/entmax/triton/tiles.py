@@ -100,7 +100,7 @@ def _tiles(
         tl.program_id(0), Index, First, Valid, queries, keys, heads, lists, query_tiles, rows, lead, share, M
     )
     row = (batch * heads + head) * queries + index
-    inside &= marked_rows(tl.program_id(0), Lengths, rows, share, M, R)
+    inside &= marked_rows(tl.program_id(0), Lengths, rows, share, M, R, LEAST=-1)
     exists &= inside
     if tl.max(inside.to(tl.int32), 0) > 0:
         kv = number * share // GROUP
