@@ -12,12 +12,12 @@ from safetensors import SafetensorError
 
 from hf_sparse.adapters.files import CONFIG, MODEL_CONFIG, WEIGHTS
 from hf_sparse.atomic_files import read_object
-from hf_sparse.base_model import INSIDE
 from hf_sparse.bundled import BASE_NAME, CHECKPOINT
 from hf_sparse.core.checks import shown
 from hf_sparse.core.config import SparseConfig
 from hf_sparse.core.registry import method_of, registered_methods
 from hf_sparse.errors import DataError, HubError, WeightsError
+from hf_sparse.patches.saving import INSIDE
 from hf_sparse.weights import Layout, check_values, opened
 
 
