@@ -55,7 +55,10 @@ def check_complete(folder: Path, source: str) -> None:
         pickled = missing == [WEIGHTS] and (folder / "adapter_model.bin").exists()
         hint = "; its adapter_model.bin is a pickle, which hf-sparse does not load" if pickled else ""
         if CONFIG in missing and is_full_model(folder):
-            hint = ": it is a full model, which hf_sparse.from_pretrained loads; this needs the folder of an adapter"
+            hint = (
+                ": it is a full model, which hf_sparse.from_pretrained loads; this needs the folder of an adapter, "
+                "which save_pretrained of the loaded model writes"
+            )
         raise HubError(f"{source} is not a complete adapter: {' and '.join(missing)} missing{hint}")
 
 
