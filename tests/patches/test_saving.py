@@ -173,8 +173,8 @@ def trainer(model, folder, **options):
 
 @pytest.mark.versions
 @pytest.mark.parametrize("trained", ["all", "sparse"])
-def test_a_trainer_saves_and_resumes(tiny_llama, config, trained, tmp_path, capsys):
-    """Steps 3 and 4 after a stop are those of a run that nothing stopped, and a checkpoint is the model of its step."""
+def test_a_trainer_saves_and_resumes(tiny_llama, config, trained, tmp_path):
+    """`Trainer` on a model without PEFT saves checkpoints that load sparse, and resumes as if it had not stopped."""
 
     def make():
         torch.manual_seed(0)
@@ -186,6 +186,7 @@ def test_a_trainer_saves_and_resumes(tiny_llama, config, trained, tmp_path, caps
     model = make()
     first = trainer(model, tmp_path / "whole")
     first.train()
+    # A checkpoint is the model of its step, and steps 3 and 4 after a stop are those of a run that nothing stopped.
     last = hf_sparse.from_pretrained(tmp_path / "whole" / "checkpoint-4")
     assert torch.equal(logits(last), logits(model))
     middle = hf_sparse.from_pretrained(tmp_path / "whole" / "checkpoint-2")
