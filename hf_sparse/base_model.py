@@ -24,9 +24,7 @@ from hf_sparse.core.checks import shown
 from hf_sparse.errors import HfSparseError, HubError
 from hf_sparse.model_kinds import task_of
 from hf_sparse.patches.base import check_model_type
-
-#: The key of a config.json, and the prefix of tensors, under which a full model keeps an adapter beside its weights.
-INSIDE = "hf_sparse"
+from hf_sparse.patches.saving import INSIDE
 
 #: Attention functions of transformers itself; it would fetch a kernel for any other name.
 ATTENTION = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flash_attention_4", "flex_attention")

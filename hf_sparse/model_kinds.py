@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
     AutoModelForNextSentencePrediction,
+    AutoModelForPreTraining,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -71,6 +72,8 @@ _OTHERS = (
         _names("MODEL_FOR_NEXT_SENTENCE_PREDICTION_MAPPING_NAMES"),
     ),
     (AutoModelForMultipleChoice, "multiple-choice", _names("MODEL_FOR_MULTIPLE_CHOICE_MAPPING_NAMES")),
+    # Of the heads for pretraining the one that holds none for masked tokens: it tells which tokens were replaced.
+    (AutoModelForPreTraining, "feature-extraction", {"electra": "ElectraForPreTraining"}),
 )
 
 _BY_CLASS: dict[str, ModelKind] = {}

@@ -168,6 +168,8 @@ class SparseModel(BaseTuner):
         detach(self.model)
         if self.below:
             self.model.peft_config = self.below
+        else:  # or PEFT would warn of a second adapter in the place of none
+            vars(self.model).pop("peft_config", None)
         # Not PEFT's own: it looks for a `weight` on whatever it takes the wrapper off.
         for name, module in list(self.model.named_modules()):
             if isinstance(module, ModulesToSaveWrapper):

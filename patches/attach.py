@@ -59,7 +59,8 @@ def attach(module: nn.Module, model: PreTrainedModel, adapter: str, config: Spar
         # One adapter is in use, in the layers that have it and in those that do not.
         attention.set_adapter(others[0].active)
     attention.base_device = next(parameter.device for parameter in module.parameters())
-    if not any(parameter.is_meta for parameter in attention.parameters()):  # PEFT may want them empty first
+    learned = [*attention.parameters(), *attention.buffers()]
+    if learned and not any(tensor.is_meta for tensor in learned):  # PEFT may want them empty first
         if attention.base_device.type == "meta":
             raise UnsupportedModelError(
                 "the base model is offloaded: its weights are on no device, and nothing could be trained or scored "

@@ -68,9 +68,14 @@ def attention_forward(
     `cu_seq_lens_q` says where each of them begins, as flash attention takes it.
 
     Raises:
-        ValueError: a mask that says more than padding and packed texts, packed texts that cannot be told apart here, or
-            a keyword that would change the result and is not known.
+        ValueError: a mask that says more than padding and packed texts, packed texts that cannot be told apart here, a
+            keyword that would change the result and is not known, or a call by `torch.jit.trace`.
     """
+    if torch.jit.is_tracing():
+        raise ValueError(
+            "torch.jit.trace would record the keys that one text selects, for every other text: use torch.compile or "
+            "torch.export"
+        )
     if sparse_call is None:  # an attention module of a patched model that is not patched itself
         return _attend_densely(module, query, key, value, attention_mask, scaling, dropout, kwargs)
     inputs = module, query, key, value, attention_mask, scaling, sparse_call, kwargs

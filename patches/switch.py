@@ -12,6 +12,7 @@ from hf_sparse.patches.compiled_layers import compiled_layers
 from hf_sparse.patches.interface import NAME
 from hf_sparse.patches.recorded_prompts import PromptCaller, RecordedPrompts
 from hf_sparse.patches.recorded_steps import RecordedSteps, may_record
+from hf_sparse.patches.saving import is_in_peft_model, names_in_model, save_patched_model
 
 
 class ModelSwitch:
@@ -24,7 +25,14 @@ class ModelSwitch:
     play a recorded one.
     """
 
-    _BEFORE = ("save_pretrained", "push_to_hub", "_valid_auto_compile_criteria", "get_compiled_call", "_prefill")
+    _BEFORE = (
+        "save_pretrained",
+        "load_state_dict",
+        "push_to_hub",
+        "_valid_auto_compile_criteria",
+        "get_compiled_call",
+        "_prefill",
+    )
 
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config
@@ -65,11 +73,45 @@ class ModelSwitch:
         for name in self._BEFORE:
             vars(self.model()).pop(name, None)
 
-    def save_pretrained(self, *args: Any, **kwargs: Any) -> Any:
-        return self._save("save_pretrained", *args, **kwargs)
+    def save_pretrained(
+        self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Save the model as a full model, which `hf_sparse.from_pretrained` loads, and a `Trainer` goes on from.
+
+        Raises:
+            ValueError: the model lies in a `PeftModel`, which saves the adapter; or it shall be pushed.
+        """
+        model: Any = self.model()
+        if self._needs_no_adapter(model):
+            return type(model).save_pretrained(model, save_directory, is_main_process, state_dict, *args, **kwargs)
+        if model is None or is_in_peft_model(model):
+            place = "that no name holds" if model is None else "in a PeftModel"
+            raise ValueError(
+                f"save_pretrained of a model with sparse attention {place} would write a checkpoint that loads as a "
+                f"dense model: {'give it a name first; ' if model is None else ''}to keep the adapter, save the "
+                "PeftModel (its save_pretrained, or hf_sparse.push_to_hub); to keep the base model, take sparse "
+                "attention off first (unload of the PeftModel, or hf_sparse.unpatch)"
+            )
+        if args or kwargs.get("push_to_hub"):  # the next argument by position
+            return self.push_to_hub()
+        return save_patched_model(model, save_directory, is_main_process, state_dict=state_dict, **kwargs)
+
+    def load_state_dict(self, state_dict: Any, *args: Any, **kwargs: Any) -> Any:
+        """Load tensors by their names in the model, or by those in what `save_pretrained` wrote."""
+        model: Any = self.model()
+        return type(model).load_state_dict(model, names_in_model(model, state_dict), *args, **kwargs)
 
     def push_to_hub(self, *args: Any, **kwargs: Any) -> Any:
-        return self._save("push_to_hub", *args, **kwargs)
+        """Refuse to push, without a card that says what it is, unless there is nothing but the base model."""
+        model: Any = self.model()
+        if self._needs_no_adapter(model):
+            return type(model).push_to_hub(model, *args, **kwargs)
+        raise ValueError(
+            "push_to_hub of a model with sparse attention would publish a checkpoint that loads as a dense model, and "
+            "no card that says so: to publish the adapter, save the PeftModel or push it (hf_sparse.push_to_hub, "
+            "form='full' with the base model); to publish the base model, take sparse attention off first (unload of "
+            "the PeftModel, or hf_sparse.unpatch)"
+        )
 
     def _valid_auto_compile_criteria(self, model_kwargs: dict[str, Any], generation_config: Any) -> bool:
         """Answer `generate` whether it shall ask for a call that is compiled, or one that records its steps."""
@@ -111,17 +153,13 @@ class ModelSwitch:
         """Look for the patched modules anew, for one was added."""
         self._modules = []
 
-    def _save(self, name: str, *args: Any, **kwargs: Any) -> Any:
-        model: Any = self.model()
-        # transformers writes the adapters that it manages, and no base model; after the last one there is but the base.
-        # Without a model: it was but a value in the expression that called this, and is gone already.
-        if self.is_managed() or (model is not None and not any(layer.configs for layer in sparse_layers(model))):
-            return getattr(type(model), name)(model, *args, **kwargs)
-        raise ValueError(
-            f"{name} of a model with sparse attention would write a checkpoint that loads as a dense model: to keep "
-            "the adapter, save the PeftModel (its save_pretrained, or hf_sparse.push_to_hub); to keep the base model, "
-            "take sparse attention off first (unload of the PeftModel, or hf_sparse.unpatch)"
-        )
+    def _needs_no_adapter(self, model: Any) -> bool:
+        """Tell whether transformers saves the model as it is.
+
+        It writes the adapters that it manages, and no base model; after the last one was deleted there is but the base.
+        A model that was but a value in the expression that called this is gone already, and is `None` here.
+        """
+        return self.is_managed() or (model is not None and not any(layer.configs for layer in sparse_layers(model)))
 
     @torch.compiler.assume_constant_result  # torch 2.11 cannot trace the weak reference
     def is_managed(self) -> bool:

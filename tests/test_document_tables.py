@@ -101,6 +101,7 @@ ELSEWHERE = (
     ("transformers", "conformance/test_generation.py", "test_continuous_batching", "refused"),
     ("transformers", "conformance/test_adapter.py", "test_checkpointing", "works"),
     ("transformers", "conformance/test_adapter.py", "test_dtype", "works"),
+    ("transformers", "patches/test_saving.py", "test_a_trainer_saves_and_resumes", "works"),
     ("torch", "patches/test_compiled_training.py", "test_soft_gates", "works"),
     ("accelerate", "finetune/test_processes.py", "test_processes_do_what_one_does", "works"),
     ("accelerate", "finetune/test_launch.py", "test_refuses_engines_and_settings", "refused"),

@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import HfApi, ModelCard, hf_hub_download
 from peft import AutoPeftModel, get_peft_model
 from safetensors.torch import load_file
+from transformers.models.electra import ElectraConfig, ElectraForPreTraining
 from typer.testing import CliRunner
 
 import hf_sparse
@@ -19,6 +20,7 @@ from hf_sparse.chunks import packed_chunks
 from hf_sparse.data import IGNORED
 from hf_sparse.errors import DataError
 from hf_sparse.methods.sparsek.evaluation import ENCODER_CONTENDERS
+from hf_sparse.model_kinds import kind_of
 
 pytestmark = [pytest.mark.usefixtures("blank_pictures"), pytest.mark.versions]
 
@@ -127,6 +129,20 @@ def test_the_head_that_was_patched_is_the_one_that_loads(tmp_path, bases, tiny_b
     assert (
         type(hf_sparse.from_pretrained(tmp_path / "adapter").get_base_model()).__name__ == "BertForTokenClassification"
     )
+
+
+@torch.no_grad()
+def test_an_electra_that_tells_replaced_tokens(tmp_path):
+    """As it is on the Hub: a head for pretraining that holds none for masked tokens. It learns as an encoder does."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    ElectraForPreTraining(ElectraConfig(**sizes, embedding_size=32, vocab_size=64)).save_pretrained(tmp_path / "base")
+    succeed("patch", tmp_path / "base", "--k", "4", "--window", "4", "--sinks", "1", "--output", tmp_path / "adapter")
+    model = hf_sparse.from_pretrained(tmp_path / "adapter")
+    assert type(model.get_base_model()) is ElectraForPreTraining and kind_of(model) == "features"
+    model.save_pretrained(tmp_path / "again")
+    tokens = torch.randint(5, 64, (2, 30))
+    again = hf_sparse.from_pretrained(tmp_path / "again")
+    assert torch.equal(again(input_ids=tokens).logits, model(input_ids=tokens).logits)
 
 
 @pytest.mark.parametrize("kind", METRICS)

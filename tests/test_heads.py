@@ -180,6 +180,15 @@ def test_a_base_with_other_labels_is_refused(labels, told, checkpoint, tmp_path)
     assert sparse_layers(other) == [] and not any("original_module" in name for name, _ in other.named_modules())
 
 
+def test_an_adapter_of_a_model_that_generates_is_refused_on_one_that_does_not(checkpoint, tmp_path):
+    """PEFT's class for the task would ask the base model for what it does not have."""
+    config = hf_sparse.SparseKConfig(k=4, window=4, sinks=1, task_type="CAUSAL_LM")
+    get_peft_model(load("LlamaForCausalLM", checkpoint("llama")), config).save_pretrained(tmp_path / "adapter")
+    message = "is for models that generate, such as a LlamaForCausalLM, got a LlamaModel"
+    with pytest.raises(AdapterMismatchError, match=message):
+        hf_sparse.from_pretrained(tmp_path / "adapter", base_model=load("LlamaModel", checkpoint("llama")))
+
+
 def test_a_head_for_another_task_is_refused_where_names_and_shapes_agree(checkpoint, tmp_path):
     base = checkpoint("llama")
     adapt("LlamaForSequenceClassification", base).save_pretrained(tmp_path / "adapter")

@@ -7,12 +7,14 @@ from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForPreTraining,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     BertConfig,
     GPT2Config,
     LlamaConfig,
 )
+from transformers.models.electra import ElectraConfig
 
 import hf_sparse
 from hf_sparse.model_kinds import attends_both_ways, final_states, kind_of, task_of, task_of_class
@@ -28,6 +30,8 @@ from hf_sparse.model_kinds import attends_both_ways, final_states, kind_of, task
         (BertConfig, ["BertForMaskedLM"], None, AutoModelForMaskedLM, "masked"),
         (BertConfig, ["BertLMHeadModel"], None, AutoModelForCausalLM, "causal"),
         (BertConfig, ["BertForPreTraining"], None, AutoModelForMaskedLM, "masked"),
+        (ElectraConfig, ["ElectraForPreTraining"], None, AutoModelForPreTraining, "features"),
+        (ElectraConfig, ["ElectraForMaskedLM"], None, AutoModelForMaskedLM, "masked"),
         (BertConfig, ["BertModel"], None, AutoModel, "features"),
         (BertConfig, None, None, AutoModel, "features"),
         (BertConfig, ["SomethingOfMine"], None, AutoModel, "features"),

@@ -3,6 +3,7 @@
 import json
 import pickle
 import sys
+import warnings
 
 import peft
 import pytest
@@ -89,6 +90,21 @@ def test_unload_gives_the_base_model_back(model, tiny_llama):
     base = model.unload()
     assert sparse_layers(base) == []
     assert torch.equal(logits(base), logits(tiny_llama()))
+
+
+def test_the_base_model_takes_another_adapter_after_unload(model):
+    base = model.unload()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "Already found a `peft_config`|.*for a second time")
+        get_peft_model(base, config())
+
+
+def test_what_asks_each_module_for_a_weight_learns_that_there_is_none(model):
+    """PEFT's layers answer with that of the layer they wrap, and one without such a layer asked itself for it."""
+    attention = model.get_submodule(SCORERS[0].rpartition(".")[0])
+    assert not hasattr(attention, "weight") and not hasattr(attention, "bias")
+    prunable = [module for module in model.modules() if hasattr(module, "weight")]
+    assert torch.nn.Linear in {type(module) for module in prunable} and attention not in prunable
 
 
 @pytest.mark.parametrize("merge", ["merge_and_unload", "merge_adapter"])

@@ -41,6 +41,11 @@ def check_fit(adapter: AdapterFolder, skeleton: PreTrainedModel, base: str) -> i
         )
     # The class that will be loaded: each asks something else of its base model.
     peft_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(adapter.config.task_type, PeftModel)
+    if adapter.config.task_type == "CAUSAL_LM" and not hasattr(skeleton, "prepare_inputs_for_generation"):
+        raise AdapterMismatchError(  # PEFT's class for the task asks for it
+            f"{adapter.source} does not fit the base model {base}: its task_type CAUSAL_LM is for models that "
+            f"generate, such as a {adapter.model_class}, got a {type(skeleton).__name__}"
+        )
     try:
         with usable(f"{adapter.source} on a {type(skeleton).__name__}"), torch.device("meta"):
             model = peft_class(skeleton, copy.deepcopy(adapter.config))

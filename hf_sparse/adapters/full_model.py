@@ -1,8 +1,9 @@
 """Read a full model: a checkpoint of transformers with an adapter inside.
 
 Its config.json is that of the base model and has one key more, `hf_sparse`, with the adapter's configuration. Its
-weights are shards of safetensors with an index; the last shard holds the adapter's tensors, whose names begin with
-`hf_sparse.`. transformers alone loads the base model and warns of these tensors.
+weights are files of safetensors, in which the names of the adapter's tensors begin with `hf_sparse.`. What is pushed or
+written by `save_full_model` has them in the last of several shards, with an index; what `save_pretrained` of a patched
+model writes (`hf_sparse.patches.saving`), among the others. transformers alone loads the base model and warns of them.
 """
 
 import json
@@ -12,14 +13,15 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from hf_sparse.adapters.card import Form
 from hf_sparse.adapters.files import CONFIG, INDEX, MODEL_CONFIG, SINGLE, WEIGHTS
 from hf_sparse.adapters.folder import AdapterFolder
 from hf_sparse.atomic_files import read_object
-from hf_sparse.base_model import INSIDE
 from hf_sparse.core.checks import shown
 from hf_sparse.errors import HubError
+from hf_sparse.patches.saving import INSIDE
 from hf_sparse.tuner import PREFIX
 
 _SAVED_AGAIN = "something that does not know hf-sparse saved it again, or only a part was downloaded"
@@ -43,35 +45,48 @@ def full_config(model: Mapping[str, Any], config: Mapping[str, Any], form: Form)
     return {**content, INSIDE: {"form": form, "adapter": dict(config)}}
 
 
-def adapter_shard(folder: Path, source: str) -> str:
-    """Return the name of the shard of a full model that holds the adapter.
+def adapter_files(folder: Path, source: str) -> list[str]:
+    """Return the names of the files of a full model that hold the adapter.
 
     Raises:
-        HubError: the index is damaged, or names no such shard, or one beside the folder.
+        HubError: the file of all weights or the index is damaged, or holds no adapter, or names files elsewhere.
     """
-    if (folder / SINGLE).exists() or not (folder / INDEX).exists():
+    if (folder / SINGLE).exists():  # which transformers reads where there is an index too
+        name, shards = SINGLE, dict.fromkeys(_keys(folder / SINGLE, source), SINGLE)
+    elif (folder / INDEX).exists():
+        name, shards = INDEX, _shards(folder, source)
+    else:
+        raise HubError(f"expected the weights of the full model {source} in {SINGLE} or {INDEX}, got neither")
+    names = {file for key, file in shards.items() if key.startswith(f"{INSIDE}.")}
+    if not names:
         raise HubError(
-            f"expected the weights of the full model {source} in the shards of {INDEX}, got "
-            f"{SINGLE if (folder / SINGLE).exists() else 'no such file'}: {_SAVED_AGAIN}"
+            f"{MODEL_CONFIG} of {source} says that the model is sparse, and its weights are those of the dense base "
+            f"model alone (no tensor {INSIDE}.* in {name}): {_SAVED_AGAIN}"
         )
+    return sorted(names)
+
+
+def _shards(folder: Path, source: str) -> dict[str, str]:
+    """Return the file of each tensor, as the index of a full model says."""
     try:
         shards = read_object(folder / INDEX, most=2**28).get("weight_map")
         if not isinstance(shards, dict):
             raise ValueError(f"weight_map must be an object, got {type(shards).__name__}")
-        names = {name for key, name in shards.items() if key.startswith(f"{INSIDE}.")}
         for name in shards.values():
             if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
                 raise ValueError(f"it must name files of safetensors in the folder, got {shown(name)}")
-        if len(names) > 1:
-            raise ValueError(f"the tensors {INSIDE}.* must be in one file, got {len(names)}")
     except (ValueError, OSError) as error:
         raise HubError(f"{INDEX} of {source} is damaged: {error}") from error
-    if not names:
-        raise HubError(
-            f"{MODEL_CONFIG} of {source} says that the model is sparse, and its weights are those of the dense base "
-            f"model alone (no tensor {INSIDE}.* in {INDEX}): {_SAVED_AGAIN}"
-        )
-    return names.pop()
+    return shards
+
+
+def _keys(path: Path, source: str) -> list[str]:
+    """Return the names of the tensors in a file of a full model."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return list(file.keys())
+    except (SafetensorError, OSError) as error:
+        raise HubError(f"{path.name} of {source} is damaged: {error}") from error
 
 
 def unpack_adapter(
@@ -94,16 +109,13 @@ def unpack_adapter(
         raise HubError(f"{MODEL_CONFIG} of {source} is damaged: expected the adapter's configuration in {INSIDE}")
     config = inside["adapter"] | {"base_model_name_or_path": base_model, "revision": revision}
     (target / CONFIG).write_text(json.dumps(config), "utf-8")
-    shard = adapter_shard(folder, source)
-    try:
-        with safe_open(folder / shard, framework="pt") as file:
-            keys = list(file.keys())
-            state = {
-                PREFIX + key.removeprefix(f"{INSIDE}."): file.get_tensor(key)
-                for key in keys
-                if key.startswith(f"{INSIDE}.")
-            }
-    except (SafetensorError, OSError) as error:
-        raise HubError(f"{shard} of {source} is damaged: {error}") from error
+    state: dict[str, Tensor] = {}
+    for name in adapter_files(folder, source):
+        keys = [key for key in _keys(folder / name, source) if key.startswith(f"{INSIDE}.")]
+        try:
+            with safe_open(folder / name, framework="pt") as file:
+                state |= {PREFIX + key.removeprefix(f"{INSIDE}."): file.get_tensor(key) for key in keys}
+        except (SafetensorError, OSError) as error:
+            raise HubError(f"{name} of {source} is damaged: {error}") from error
     save_file(state, target / WEIGHTS, metadata={"format": "pt"})
     return AdapterFolder(target, source)

@@ -23,10 +23,11 @@ from hf_sparse.adapters.files import INDEX, MODEL_CONFIG, SINGLE, WEIGHTS
 from hf_sparse.adapters.folder import AdapterFolder
 from hf_sparse.adapters.full_model import full_config
 from hf_sparse.atomic_files import read_object, write_json
-from hf_sparse.base_model import INSIDE, resolve_base
+from hf_sparse.base_model import resolve_base
 from hf_sparse.core.registry import method_of
 from hf_sparse.errors import HubError
 from hf_sparse.patches.attached import CHILD
+from hf_sparse.patches.saving import INSIDE
 from hf_sparse.tuner import PREFIX
 
 # What a full model takes over from its base model beside configuration and weights: no code and no pickles.

@@ -21,10 +21,10 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, PreTrainedModel
 
 from hf_sparse.access_tokens import check_token, one_line
-from hf_sparse.adapters.files import CONFIG, INDEX, MODEL_CONFIG, SHARDS, WEIGHTS
+from hf_sparse.adapters.files import CONFIG, INDEX, MODEL_CONFIG, SHARDS, SINGLE, WEIGHTS
 from hf_sparse.adapters.fit import check_fit, check_loaded
 from hf_sparse.adapters.folder import AdapterFolder
-from hf_sparse.adapters.full_model import adapter_shard, unpack_adapter
+from hf_sparse.adapters.full_model import adapter_files, unpack_adapter
 from hf_sparse.adapters.hub_errors import explained
 from hf_sparse.adapters.read import is_full_model
 from hf_sparse.base_model import open_base, resolve_base, usable
@@ -319,12 +319,12 @@ def fetch_adapter(
 def _fetch_full_model(repo_id: str, folder: Path, token: str | bool | None, **places: Any) -> Path:
     """Bring the weights of a full model into the cache, of the commit that names the folder with its configuration.
 
-    Of the shards only the adapter's is hashed here, for a base model's may be large.
+    Of the shards only the adapter's are hashed here, for a base model's may be large; so may be one file of all.
     """
     with explained(f"cannot load the full model {repo_id}"):
-        names = [MODEL_CONFIG, INDEX, SHARDS, "generation_config.json"]
+        names = [MODEL_CONFIG, SINGLE, INDEX, SHARDS, "generation_config.json"]
         folder = Path(snapshot_download(repo_id, revision=folder.name, token=token, allow_patterns=names, **places))
-        for name in (INDEX, adapter_shard(folder, repo_id)):
+        for name in {INDEX, *adapter_files(folder, repo_id)} - {SINGLE}:
             _check_download(folder / name)
     return folder
 

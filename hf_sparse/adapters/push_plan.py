@@ -13,8 +13,8 @@ from huggingface_hub.utils import build_hf_headers, get_session, hf_raise_for_st
 from hf_sparse.adapters.files import CARD, INDEX, MODEL_CONFIG, SHARDS, SINGLE, published_files
 from hf_sparse.adapters.hub_errors import explained, short_line
 from hf_sparse.atomic_files import read_object
-from hf_sparse.base_model import INSIDE
 from hf_sparse.errors import HubError
+from hf_sparse.patches.saving import INSIDE
 
 
 @dataclass(frozen=True)

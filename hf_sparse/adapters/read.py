@@ -12,12 +12,12 @@ from safetensors import SafetensorError
 
 from hf_sparse.adapters.files import CONFIG, MODEL_CONFIG, WEIGHTS
 from hf_sparse.atomic_files import read_object
-from hf_sparse.base_model import INSIDE
 from hf_sparse.bundled import BASE_NAME, CHECKPOINT
 from hf_sparse.core.checks import shown
 from hf_sparse.core.config import SparseConfig
 from hf_sparse.core.registry import method_of, registered_methods
 from hf_sparse.errors import DataError, HubError, WeightsError
+from hf_sparse.patches.saving import INSIDE
 from hf_sparse.weights import Layout, check_values, opened
 
 
@@ -55,7 +55,10 @@ def check_complete(folder: Path, source: str) -> None:
         pickled = missing == [WEIGHTS] and (folder / "adapter_model.bin").exists()
         hint = "; its adapter_model.bin is a pickle, which hf-sparse does not load" if pickled else ""
         if CONFIG in missing and is_full_model(folder):
-            hint = ": it is a full model, which hf_sparse.from_pretrained loads; this needs the folder of an adapter"
+            hint = (
+                ": it is a full model, which hf_sparse.from_pretrained loads; this needs the folder of an adapter, "
+                "which save_pretrained of the loaded model writes"
+            )
         raise HubError(f"{source} is not a complete adapter: {' and '.join(missing)} missing{hint}")
 
 

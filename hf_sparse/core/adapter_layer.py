@@ -1,7 +1,7 @@
 """Hold what one attention module learns, by adapter, as PEFT asks its layers to."""
 
 from collections.abc import Callable
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 from uuid import uuid4
 
 import torch
@@ -75,6 +75,16 @@ class AdapterLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
         self.identities.pop(adapter_name, None)
         self.last_for.discard(adapter_name)
         super().delete_adapter(adapter_name)
+
+    # PEFT's layers have those of the layer that they wrap. This one wraps none, and would look for them in itself
+    # without end where each module is asked for a weight (`hasattr`), as by what quantises, prunes or traces a model.
+    @property
+    def weight(self) -> Any:
+        raise AttributeError(f"{type(self).__name__} wraps no layer and has no weight")
+
+    @property
+    def bias(self) -> Any:
+        raise AttributeError(f"{type(self).__name__} wraps no layer and has no bias")
 
     @property
     def lora(self) -> nn.ModuleDict:

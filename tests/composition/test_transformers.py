@@ -104,6 +104,29 @@ def test_export(make, ids):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("method", METHODS)
+def test_jit_trace(make, ids, method):
+    """`torch.jit.trace`, which would keep the keys that one text selects for all others, is refused."""
+    model = make(method=method).get_base_model().eval()
+    model.config.use_cache = False
+    with pytest.raises(ValueError, match=r"use torch\.compile or torch\.export"):
+        torch.jit.trace(model, (ids, torch.ones_like(ids)), strict=False)
+
+
+@torch.no_grad()
+def test_export_of_a_forward(make, ids):
+    """`torch.export` of a forward with an `attention_mask` and no cache has the logits of SparseK, at any length."""
+    model = make().get_base_model().eval()
+    length = torch.export.Dim("length", min=2, max=500)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "use_cache": False}
+    shapes = {"input_ids": {1: length}, "attention_mask": {1: length}, "use_cache": None}
+    exported = torch.export.export(model, (), inputs, dynamic_shapes=shapes, strict=False)
+    for tokens in (ids, ids[:, :70]):
+        given = {**inputs, "input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        torch.testing.assert_close(exported.module()(**given).logits, model(**given).logits, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
 def test_export_of_a_step(make, ids):
     """`torch.export` of a decoding step, over a static cache that holds a prompt, has the logits of the step."""
     model = make().get_base_model().eval()

@@ -96,14 +96,18 @@ def test_scale_and_alpha_are_frozen():
     assert torch.equal(layer.parameters_in_use.scale, torch.ones(4)) and layer.parameters_in_use.alpha == 2.0
 
 
-def test_the_command_line_patches_a_checkpoint_of_the_authors_own_class(tmp_path):
-    """Its config names a class that transformers does not know; it is a masked language model all the same."""
+@pytest.mark.parametrize("options", [("--tile", "8"), ("--predictor", "full")], ids=["clustering", "full"])
+def test_the_command_line_patches_a_checkpoint_of_the_authors_own_class(options, tmp_path):
+    """Its config names a class that transformers does not know; it is a masked language model all the same.
+
+    With `full` the adapter has no parameters, and is loaded all the same.
+    """
     model = modernbert()
     model.save_pretrained(tmp_path / "base")
     config = json.loads((tmp_path / "base" / "config.json").read_text())
     config["architectures"] = ["CustomModernBertForMaskedLM"]
     (tmp_path / "base" / "config.json").write_text(json.dumps(config))
-    command = ["patch", str(tmp_path / "base"), "--method", "sparsefinder", "--entmax-native", "1.5", "--tile", "8"]
+    command = ["patch", str(tmp_path / "base"), "--method", "sparsefinder", "--entmax-native", "1.5", *options]
     result = CliRunner().invoke(cli.app, [*command, "--output", str(tmp_path / "adapter")])
     assert result.exit_code == 0, result.output
     assert "entmax as the checkpoint was trained with" in " ".join(result.output.split())
