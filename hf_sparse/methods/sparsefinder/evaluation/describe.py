@@ -65,8 +65,7 @@ def describe_graphs(model: nn.Module, chunks: Tensor, *, tokenizer: Any = None, 
             tiles = Tiles.of_mask(tiles, 1)
         length, heads = text.key.shape[2], text.query.shape[1]
         edges = tiles.edges(length, length, causal=text.causal)
-        options: dict[str, Any] = {"alpha": text.alpha, "scaling": text.scaling, "causal": text.causal}
-        gold, probabilities = support(text.query, text.key, **options)
+        gold, probabilities = support(text.query, text.key, **text.settings)
         metrics = graph_metrics(edges, probabilities, causal=text.causal)
         sizes.add((tiles.size, tiles.rows))
         for head in range(heads):
