@@ -24,7 +24,7 @@ from hf_sparse.atomic_files import write_json, write_text
 from hf_sparse.base_model import is_public
 from hf_sparse.core.registry import method_of
 from hf_sparse.errors import DataError, HubError
-from hf_sparse.folders import settle, staged
+from hf_sparse.folders import recover, staged
 from hf_sparse.patches.attached import CHILD
 
 Json = dict[str, Any]
@@ -68,7 +68,7 @@ class AdapterFolder:
         self.source = str(path) if source is None else source
         if not self.path.is_dir():
             raise HubError(f"{self.path} is no folder; `hf-sparse patch MODEL --output {self.path}` makes one")
-        settle(self.path)
+        recover(self.path)
         check_complete(self.path, self.source)
         file = read_config(self.path, self.source)
         self.config_content, self.config = file.content, file.config

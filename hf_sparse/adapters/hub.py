@@ -36,7 +36,7 @@ from hf_sparse.bundled import BASE_NAME
 from hf_sparse.core.registry import registered_methods
 from hf_sparse.environment import is_main_process
 from hf_sparse.errors import HubError
-from hf_sparse.folders import locked, settle, staged
+from hf_sparse.folders import locked, recover, staged
 
 # The Hub knows licenses by short names; which ones it tells itself, before anything is created.
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
@@ -269,7 +269,7 @@ def _active_adapter(model: Any) -> str:
         folder = Path(model)
         if not folder.is_dir():
             raise HubError(f"{folder} is not a folder, so there is no adapter to push")
-        settle(folder)
+        recover(folder)
         check_complete(folder, str(folder))
         return ""
     if not isinstance(model, PeftModel):
