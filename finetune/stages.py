@@ -226,9 +226,11 @@ class Training:
                 f"choose one of {', '.join(possible)}"
             )
         if self.mixture and self.kind != "causal":
-            raise ValueError("lm_weight and hidden_weight are for causal language models, which this model is not")
+            raise ValueError(
+                f"lm_weight and hidden_weight are for causal language models, got a model of the kind {self.kind!r}"
+            )
         if config.teacher_window and self.kind != "causal":
-            raise ValueError("teacher_window is for causal language models, which this model is not")
+            raise ValueError(f"teacher_window is for causal language models, got a model of the kind {self.kind!r}")
 
     def _check_lora_settings(self) -> None:
         changed = [name for name, is_changed in self._lora_settings() if is_changed]
