@@ -97,6 +97,17 @@ class AdapterFolder:
         return {key: shape for key, (shape, _) in self.layouts.items() if inside in key}
 
     @property
+    def parameters(self) -> int:
+        """Count the parameters of what the method learns, LoRA's among them."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @property
+    def lora_parameters(self) -> int:
+        """Count the parameters of LoRA."""
+        container = f".{method_of(self.config).layer.adapter_layer_names[1]}."
+        return sum(math.prod(shape) for key, shape in self.shapes.items() if container in key)
+
+    @property
     def head(self) -> Json:
         """Return the settings of the base model's configuration for a head in the adapter; empty without one."""
         noted = dict(self.config.base_shape or {}).get("head")
@@ -298,13 +309,12 @@ class AdapterFolder:
         form: Form = "adapter",
     ) -> str:
         """Return the text of the card; `left_out` names measurements that are not known to be of these weights."""
-        shapes, lora = self.shapes, method_of(self.config).layer.adapter_layer_names[1]
         return render(
             self.config,
             repo_id=repo_id or self.name,
             base_model=self.public_base_model,
-            parameters=sum(math.prod(shape) for shape in shapes.values()),
-            lora_parameters=sum(math.prod(shape) for key, shape in shapes.items() if f".{lora}." in key),
+            parameters=self.parameters,
+            lora_parameters=self.lora_parameters,
             head_parameters=self.head_parameters,
             evaluation=evaluation,
             training=training,
