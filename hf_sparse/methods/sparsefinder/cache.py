@@ -8,7 +8,7 @@ stays. Queries keep theirs too: those of a few tokens describe the tile of queri
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,9 @@ from hf_sparse.methods.sparsefinder.rooms import (
     with_room,
 )
 from hf_sparse.ops.triton import available
+
+if TYPE_CHECKING:
+    from hf_sparse.methods.sparsefinder.step import ClusterPlan, ExactPlan
 
 _PIECE = 1 << 26  # bytes of several layers that lie, and later go, together after a recorded prompt
 
@@ -53,8 +56,8 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
         self.key_codes: Tensor | None = None
         self.owner: object = None
         self.newest: tuple[Tensor, Tensor] | None = None
-        self.plan: Any = None
-        self.checked: Any = None
+        self.plan: ExactPlan | ClusterPlan | None = None
+        self.checked: tuple[Any, ...] | None = None
         self.rooms: tuple[Tensor, Tensor] | None = None
         self.place: Tensor | None = None
         self._query_room: Tensor | None = None
