@@ -96,12 +96,12 @@ def run(output: Path, steps: int, seed: int, console: Console) -> dict[str, Any]
         config = SparseKConfig(k=K, window=WINDOW, sinks=SINKS, position_slope=POSITION_SLOPE)
         model = create_adapter(BASE_NAME, config, stage, seed=seed, dtype="float32")
         tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
-        held_out = _held_out(tokenizer)
 
         console.rule("1. patch")
         console.print(_patched(model))
 
         console.rule("2. measure, untrained")
+        held_out = _held_out(tokenizer)
         before = _untrained(model, held_out)
         keys = {name: f"up to {EVALUATION_LENGTH if name == 'dense' else config.slots}" for name in COMPARED}
         rows = [_Row(COMPARED[name], keys[name], before[name]) for name in COMPARED]
