@@ -15,9 +15,6 @@ same commit, machine and settings goes on where that one stopped.
 
 import argparse
 import json
-import os
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -27,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from measuring import current_commit, milliseconds  # beside this file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
@@ -38,7 +36,6 @@ from hf_sparse.ops import sparsek_attention
 from hf_sparse.ops.selection import thresholds
 
 BLOCK = 128  # of FlexAttention's mask; lengths are multiples of it
-QUANTILES = (0.5, 0.2, 0.8)
 CHECKED = 1_531  # tokens of the comparison
 ALLOWED = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 CUDA = ("sparsek hard", "sparsek soft", "scan hard", "scan soft", "flex window", "sdpa cudnn", "sdpa flash")
@@ -137,23 +134,6 @@ def contender(
     return dense, [query, key, value]
 
 
-def milliseconds(run: Callable[[], object], device: str, repeat_ms: int) -> dict[str, float]:
-    """Median and quantiles."""
-    if device == "cuda":
-        from triton.testing import do_bench
-
-        median, low, high = do_bench(run, warmup=25, rep=repeat_ms, quantiles=list(QUANTILES))
-    else:
-        times: list[float] = []
-        while len(times) < 4 or sum(times) < repeat_ms:
-            begin = time.perf_counter()
-            run()
-            times.append(1e3 * (time.perf_counter() - begin))
-        fifths = statistics.quantiles(times[1:], n=5, method="inclusive")
-        median, low, high = statistics.median(times[1:]), fifths[0], fifths[-1]
-    return {"median_ms": median, "p20_ms": low, "p80_ms": high}
-
-
 def measure(options: argparse.Namespace, name: str, length: int) -> list[dict[str, Any]]:
     """Rows of a contender at a length: forward, and forward with backward where there is a gradient."""
     rows = []
@@ -238,22 +218,6 @@ def check(options: argparse.Namespace) -> dict[str, float]:
     if not same or not all(error <= limits[name] for name, error in errors.items()):
         sys.exit(f"nothing measured: the selections are {'the same' if same else 'different'}, errors {errors}")
     return errors
-
-
-def current_commit() -> str | None:
-    """Return the commit of this checkout, with `+` if files were changed since; `None` outside a repository.
-
-    `HF_SPARSE_COMMIT` names it where there is no repository to ask.
-    """
-    if "HF_SPARSE_COMMIT" in os.environ:
-        return os.environ["HF_SPARSE_COMMIT"]
-    git = ["git", "-C", str(Path(__file__).parent)]
-    try:
-        commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=True).stdout
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return commit + "+" * bool(changed.strip())
 
 
 def begin(options: argparse.Namespace) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention_kernels import current_commit  # beside this file
+from measuring import current_commit  # beside this file
 from transformers import AutoModelForCausalLM
 
 from hf_sparse import SparseKConfig, patch

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_sparse.methods.sparsefinder.observing import all_keys
 from hf_sparse.patches import sparse_layers_in_use
 
 
@@ -35,17 +36,13 @@ def queries_and_keys(model: nn.Module, ids: Tensor, layers: Sequence[int], name:
 
     patched: Sequence[Any] = sparse_layers_in_use(model)
     for layer in patched:
-        layer.pattern, layer.observer = _all_keys, keep
+        layer.pattern, layer.observer = all_keys, keep
     try:
         model(input_ids=ids, use_cache=False, logits_to_keep=1)
     finally:
         for layer in patched:
             layer.pattern = layer.observer = None
     return tensors
-
-
-def _all_keys(text: Any) -> None:
-    """List no tiles: attention is over all keys."""
 
 
 def main() -> None:

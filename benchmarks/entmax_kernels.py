@@ -30,7 +30,7 @@ from typing import Any
 
 import adasplash_contender as ada  # beside this file
 import torch
-from attention_kernels import current_commit  # beside this file
+from measuring import current_commit  # beside this file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention

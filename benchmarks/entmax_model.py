@@ -31,7 +31,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from attention_kernels import current_commit  # beside this file
+from measuring import current_commit, wait  # beside this file
 from model import LLAMA_1B, SMOLLM2, TINY
 from peft import PeftModel, get_peft_model
 from profiles import kernels_of, profiler
@@ -119,11 +119,6 @@ class Models:
         else:
             with override([layer.config for layer in layers], complete=name == "complete"):
                 yield self.sparse
-
-
-def wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 @torch.no_grad()

@@ -30,8 +30,8 @@ from typing import Any
 
 import adasplash_contender as ada  # beside this file
 import torch
-from attention_kernels import current_commit  # beside this file
 from entmax_kernels import ALLOWED, CHECKED, check_others, contender, make_inputs, sampled_weights
+from measuring import current_commit  # beside this file
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention

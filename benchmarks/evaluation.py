@@ -19,8 +19,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from attention_kernels import current_commit  # beside this file
 from generate import SHAPES, wait
+from measuring import current_commit  # beside this file
 from model import TINY
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel

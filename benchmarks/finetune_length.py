@@ -23,7 +23,7 @@ from typing import Any, get_args
 
 import profiles as kernels  # beside this file
 import torch
-from attention_kernels import current_commit
+from measuring import current_commit
 from model import LLAMA_1B, LLAMA_8B, budget, make_model
 from transformers import PreTrainedModel
 

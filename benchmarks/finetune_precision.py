@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from attention_kernels import current_commit  # beside this file
+from measuring import current_commit  # beside this file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

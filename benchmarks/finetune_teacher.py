@@ -21,7 +21,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from attention_kernels import current_commit  # beside this file
+from measuring import current_commit  # beside this file
 from model import LLAMA_1B, LLAMA_8B
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer

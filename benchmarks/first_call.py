@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention_kernels import current_commit  # beside this file
+from measuring import current_commit  # beside this file
 
 from hf_sparse.atomic_files import write_json
 from hf_sparse.environment import describe

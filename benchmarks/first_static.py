@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention_kernels import current_commit  # beside this file
 from generate import SHAPES
+from measuring import current_commit  # beside this file
 from model import TINY
 from torch._dynamo.utils import compilation_time_metrics, counters
 from transformers import AutoModelForCausalLM, LlamaConfig

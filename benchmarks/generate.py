@@ -28,7 +28,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from attention_kernels import current_commit  # beside this file
+from measuring import current_commit, wait  # beside this file
 from model import LLAMA_8B, SMOLLM2, TINY
 from profiles import kernels_of, profiler
 from torch import Tensor
@@ -101,11 +101,6 @@ class Profiled(LogitsProcessor):
             wait(self.device)
             self.profiler.start() if self.step == SKIPPED else self.profiler.stop()
         return scores
-
-
-def wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 def make_models(shape: dict[str, Any], options: argparse.Namespace, dtype: torch.dtype) -> dict[str, PreTrainedModel]:

@@ -18,8 +18,8 @@ import time
 from typing import Any
 
 import torch
-from attention_kernels import current_commit  # beside this file
 from generate import SHAPES, add_options
+from measuring import current_commit  # beside this file
 from model import TINY
 from recorded import MANY, draw, generate, time_step
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel

@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention_kernels import QUANTILES, current_commit, milliseconds  # beside this file
+from measuring import QUANTILES, current_commit, milliseconds  # beside this file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,

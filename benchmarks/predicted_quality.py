@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from attention_kernels import current_commit  # beside this file
+from measuring import current_commit  # beside this file
 from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -24,6 +24,7 @@ from hf_sparse.atomic_files import write_json
 from hf_sparse.core.overrides import override
 from hf_sparse.environment import describe
 from hf_sparse.methods.sparsefinder.attention import AttentionInputs, SparsefinderAttention
+from hf_sparse.methods.sparsefinder.observing import all_keys
 from hf_sparse.ops.entmax import pooled_tiles, support
 from hf_sparse.ops.tiles import Tiles
 from hf_sparse.patches import sparse_layers_in_use
@@ -32,10 +33,6 @@ AT_ONCE = 2048  # tokens whose logits are computed at once
 SAMPLED = 256  # queries of a chunk over which support and recall are measured
 
 Pattern = Callable[[AttentionInputs], Tiles | None]
-
-
-def all_keys(text: AttentionInputs) -> None:
-    return None
 
 
 def chosen(text: AttentionInputs, options: argparse.Namespace, choices: int, pool: int) -> Tiles:
@@ -112,10 +109,9 @@ def of_layers(patched: Patched, chunk: Tensor, pattern: Pattern, size: int) -> d
 
     def observe(text: AttentionInputs, *_: Any) -> None:
         tiles = pattern(text)
-        options: dict[str, Any] = {"alpha": text.alpha, "scaling": text.scaling, "causal": True}
         number, missed = [], []
         for part in rows.split(32):
-            weights = support(text.query, text.key, rows=part, **options)[1][0]
+            weights = support(text.query, text.key, rows=part, **text.settings)[1][0]
             number.append((weights > 0).sum(-1).double().mean())
             by_tile = F.pad(weights, (0, -weights.shape[-1] % size)).unflatten(-1, (-1, size)).sum(-1)
             if tiles is not None:

@@ -30,8 +30,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from attention_kernels import current_commit  # beside this file
 from generate import SHAPES, add_options, make_models, wait
+from measuring import current_commit  # beside this file
 from profiles import kernels_of, profiler
 from torch import Tensor
 from transformers import PreTrainedModel

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention_kernels import current_commit  # beside this file
+from measuring import current_commit  # beside this file
 from model import LLAMA_8B, SKIPPED, SMOLLM2, Watch, budget, filled, make_model, prepare, steps
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile

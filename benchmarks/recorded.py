@@ -21,8 +21,8 @@ import time
 from typing import Any
 
 import torch
-from attention_kernels import current_commit  # beside this file
 from generate import SHAPES, add_options, make_models
+from measuring import current_commit  # beside this file
 from model import copy_bandwidth
 from torch import Tensor
 from transformers import PreTrainedModel

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from attention_kernels import current_commit  # beside this file
+from measuring import current_commit  # beside this file
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

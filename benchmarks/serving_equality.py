@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import vllm
-from attention_kernels import current_commit  # beside this file
+from measuring import current_commit  # beside this file
 from serving_adapter import with_equal_heads
 from serving_vllm import register_classes, run_apart
 from vllm import LLM, SamplingParams

@@ -32,7 +32,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import vllm
-from attention_kernels import current_commit  # beside this file
+from measuring import current_commit  # beside this file
 from serving_adapter import with_equal_heads
 from serving_vllm import register_classes
 from torch.utils._python_dispatch import TorchDispatchMode

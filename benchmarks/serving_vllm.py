@@ -34,7 +34,7 @@ os.environ["VLLM_ALLREDUCE_USE_SYMM_MEM"] = "0"  # it would use multicast over N
 import torch
 import transformers
 import vllm
-from attention_kernels import current_commit  # beside this file
+from measuring import current_commit  # beside this file
 from peft import get_peft_model
 from serving_pool import add_shape_options
 from vllm import LLM, ModelRegistry, SamplingParams

@@ -39,7 +39,7 @@ from typing import Any
 
 import torch
 from accelerate import dispatch_model
-from attention_kernels import current_commit  # beside this file
+from measuring import current_commit  # beside this file
 from model import LLAMA_1B, LLAMA_8B, TINY
 from peft import get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file

@@ -24,7 +24,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from attention_kernels import current_commit  # beside this file
+from measuring import current_commit  # beside this file
 from model import LLAMA_8B, TINY
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, StaticCache

@@ -59,10 +59,10 @@ def save(
         raise
     # Hidden it is whole already, and the newest; a number may be lower than that of an earlier run.
     os.replace(partial, root / f".step-{step:06d}")
-    settle(output)
+    recover(output)
 
 
-def settle(output: Path) -> None:
+def recover(output: Path) -> None:
     """Finish or remove what a killed run left, and every checkpoint but the newest.
 
     Raises:

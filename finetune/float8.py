@@ -18,9 +18,9 @@ from accelerate import Accelerator
 from accelerate.utils import AORecipeKwargs
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import PreTrainedModel
 
 from hf_sparse.finetune.launch import is_zero3
+from hf_sparse.model_kinds import transformers_model
 from hf_sparse.patches.heads import parameters_saved
 
 #: If this variable is 1, products are computed in float32 from numbers rounded to fp8, on any device, for tests.
@@ -113,7 +113,7 @@ def products_in_float8(accelerator: Accelerator, model: nn.Module) -> Iterator[N
 
 def _linears(model: nn.Module) -> list[Any]:
     """List the linear layers of a model that multiply in fp8."""
-    base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    base = transformers_model(model)
     ignored = {id(base.get_output_embeddings())}
     ignored |= {id(module) for layer in model.modules() for module in _of_adapters(layer)}
     saved = {id(parameter) for parameter in parameters_saved(model)}

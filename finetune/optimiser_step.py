@@ -62,7 +62,7 @@ def make_optimizer(training: Training, config: FinetuneConfig) -> torch.optim.Ad
 
 def set_learning_rates(run: Run, stage: Stage, step: int) -> float:
     """Set the learning rates of a step of a stage, and return that of what the method itself learns."""
-    share = _share_of_peak(run.config, stage, step)
+    share = _schedule(run.config, stage, step)
     for group in run.adamw.param_groups:
         group["lr"] = share * (run.config.lora_learning_rate if group["is_lora"] else stage.learning_rate)
     return share * stage.learning_rate
@@ -139,7 +139,7 @@ def _clip(run: Run) -> list[Tensor]:
     return [run.accelerator.clip_grad_norm_(group["params"], run.config.max_grad_norm) for group in groups]
 
 
-def _share_of_peak(config: FinetuneConfig, stage: Stage, step: int) -> float:
+def _schedule(config: FinetuneConfig, stage: Stage, step: int) -> float:
     """Return the learning rate of a step, in units of its peak."""
     warm = min(config.warmup_steps, stage.steps // 2)
     if step < warm:

@@ -4,9 +4,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from hf_sparse.finetune.sharding import size
+from hf_sparse.model_kinds import transformers_model
 
 # Operations per second of dense matrix products in half precision, of the data sheets, by a word in a GPU's name.
 _PEAKS = {
@@ -49,7 +49,7 @@ def share_of_peak(
     is_half = dtypes <= {torch.bfloat16, torch.float16} or (mixed_precision != "no" and dtypes <= {torch.float32})
     if peak is None or not is_half:
         return None
-    base: Any = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    base: Any = transformers_model(model)
     embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
     looked_up = 0 if head is not None and head.weight is embedding.weight else size(embedding.weight)
     weights = sum(map(size, model.parameters())) - looked_up

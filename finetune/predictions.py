@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from hf_sparse._compat import texts_are_whole
 from hf_sparse.finetune.sharding import gathered
+from hf_sparse.model_kinds import transformers_model
 
 #: Models whose logits were seen to follow from their head alone, and that head: to compare waits for the device.
 _known_heads: weakref.WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = weakref.WeakKeyDictionary()
@@ -53,7 +53,7 @@ def predict(model: nn.Module, tokens: Tensor, **options: Any) -> Predictions:
 
 
 def _predict(model: nn.Module, tokens: Tensor, **options: Any) -> Predictions:
-    base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    base = transformers_model(model)
     head = base.get_output_embeddings()
     if head is not None:
         seen: list[tuple[Tensor, bool, torch.dtype]] = []

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from transformers import PreTrainedModel
 
 from hf_sparse.finetune.teacher import is_small, tensors_of
+from hf_sparse.model_kinds import transformers_model
 from hf_sparse.patches import sparse_layers
 from hf_sparse.patches.recorded_steps import free_memory, record
 
@@ -63,7 +63,7 @@ def recorded_loss(compute: Callable[[Tensor], Tensor], model: nn.Module, chunks:
     """
     if not _is_on_gpu(chunks) or not torch.is_grad_enabled():
         return compute(chunks)
-    base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    base = transformers_model(model)
     weights = tensors_of(base)
     keys = [layer.recording_key() for layer in sparse_layers(model)]
     if any([key is None for key in keys]) or not is_small(base, weights, chunks):

@@ -71,7 +71,7 @@ def held(output: Path, accelerator: Accelerator) -> Iterator[None]:
         if is_main_process():
             output.mkdir(parents=True, exist_ok=True)
             stack.enter_context(locked(output))
-            checkpoint.settle(output)
+            checkpoint.recover(output)
         accelerator.wait_for_everyone()
         yield
 

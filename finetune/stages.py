@@ -9,7 +9,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from hf_sparse.core.layer import SparseAttentionLayer
-from hf_sparse.core.registry import method_of, registered_methods
+from hf_sparse.core.registry import config_names, method_of
 from hf_sparse.core.settings import TrainingSettings, values_of
 from hf_sparse.data import IGNORED
 from hf_sparse.environment import launched_processes
@@ -226,9 +226,11 @@ class Training:
                 f"choose one of {', '.join(possible)}"
             )
         if self.mixture and self.kind != "causal":
-            raise ValueError("lm_weight and hidden_weight are for causal language models, which this model is not")
+            raise ValueError(
+                f"lm_weight and hidden_weight are for causal language models, got a model of the kind {self.kind!r}"
+            )
         if config.teacher_window and self.kind != "causal":
-            raise ValueError("teacher_window is for causal language models, which this model is not")
+            raise ValueError(f"teacher_window is for causal language models, got a model of the kind {self.kind!r}")
 
     def _check_lora_settings(self) -> None:
         changed = [name for name, is_changed in self._lora_settings() if is_changed]
@@ -264,9 +266,8 @@ def training_of(model: nn.Module, config: FinetuneConfig) -> Training:
     """
     layers = sparse_layers_in_use(model)
     if not layers:
-        configs = " or a ".join(method.config.__name__ for method in registered_methods().values())
         raise ValueError(
-            f"the model has no sparse attention: use peft.get_peft_model(model, config) with a {configs} first"
+            f"the model has no sparse attention: use peft.get_peft_model(model, config) with a {config_names()} first"
         )
     if not layers[0].is_active:
         raise ValueError(

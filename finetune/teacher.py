@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_sparse.finetune.predictions import Predictions, predict
+from hf_sparse.model_kinds import transformers_model
 from hf_sparse.patches import sparse_layers
 from hf_sparse.patches.recorded_steps import calls_nothing_else, record
 
@@ -54,7 +55,7 @@ def predict_dense(model: nn.Module, tokens: Tensor, **options: Any) -> Predictio
         tokens: `[B, T]`.
         **options: for its forward, hashable.
     """
-    base = next(module for module in model.modules() if isinstance(module, PreTrainedModel))
+    base = transformers_model(model)
     weights = tensors_of(base)
     if not is_small(base, weights, tokens) or torch.is_grad_enabled():
         return predict(model, tokens, **options)

@@ -130,7 +130,7 @@ def staged(folder: str | Path, *, first: Sequence[str] = (), removed: Iterable[s
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def settle(folder: Path) -> None:
+def recover(folder: Path) -> None:
     """Finish what a killed run had committed, before the files of a folder are read.
 
     Raises:

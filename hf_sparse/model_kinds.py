@@ -1,4 +1,4 @@
-"""Find how a model is loaded, trained and measured from the name of its class."""
+"""Find the model of transformers in what wraps it, and how it is loaded, trained and measured."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -121,6 +121,18 @@ def kind_of(model: nn.Module) -> Kind:
             "with is_decoder=True, or load the masked language model"
         )
     return kind
+
+
+def transformers_model(model: nn.Module) -> PreTrainedModel:
+    """Return the model of transformers in what wraps it, such as a `PeftModel` or `DistributedDataParallel`.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            return module
+    raise ValueError(f"expected a transformers PreTrainedModel or what wraps one, got {type(model).__name__}")
 
 
 def task_of_class(model_class: str | None) -> ModelKind:

@@ -144,12 +144,8 @@ def train_adapter(
         most = chunks_read(model, config)
         data, counts = prepared_documents(model, tokenizer, text, length, most=most, separate=separate, **options)
         counts |= {"rows": text.rows, "rows_without_text": text.bad}
-    kind = kind_of(model)
-    if retrieval is None:
-        retrieval = training_of(model, config).retrieval(data) if kind == "causal" else 0.0
+    retrieval = _share_with_facts(model, data, config, retrieval)
     if retrieval:
-        if kind != "causal":
-            raise DataError(f"retrieval is for causal language models, got a model of kind {kind!r}")
         data = hide_facts(tokenizer, data, retrieval, seed=config.seed)
         if is_main_process() and config.progress:
             print(f"facts are hidden in {retrieval:.0%} of the chunks, and asked for further on", file=sys.stderr)
@@ -174,6 +170,20 @@ def train_adapter(
             metrics["weights_sha256"] = trained.weights_sha256
             trained.write_repo(training=metrics)
     return metrics
+
+
+def _share_with_facts(model: PeftModel, data: Any, config: FinetuneConfig, asked: float | None) -> float:
+    """Return the share of the training chunks `data` that get facts: what was `asked` for, or what the method wants.
+
+    Raises:
+        DataError: facts were asked for, and the model is no causal language model.
+    """
+    kind = kind_of(model)
+    if asked is None:
+        return training_of(model, config).retrieval(data) if kind == "causal" else 0.0
+    if asked and kind != "causal":
+        raise DataError(f"retrieval is for causal language models, got a model of kind {kind!r}")
+    return asked
 
 
 def _trained_on(adapter: AdapterFolder) -> dict[str, Any] | None:

@@ -13,6 +13,14 @@ from hf_sparse.errors import UnsupportedModelError
 from hf_sparse.patches.unsupported import REASONS
 
 
+def _hidden_size(module: Any) -> int:
+    return module.q_proj.in_features
+
+
+def _num_key_value_heads(module: Any) -> int:
+    return module.config.num_key_value_heads
+
+
 def _is_causal(module: Any) -> bool:
     return getattr(module, "is_causal", True)
 
@@ -41,8 +49,8 @@ class Family:
     Attributes:
         model_types: the `config.model_type` values it covers.
         attention: `"module:Class"` of its attention modules; a name, so that importing a family imports no model.
-        num_key_value_heads: reads the number of KV heads off an attention module.
         hidden_size: reads the size of the attention module's input off the module.
+        num_key_value_heads: reads the number of KV heads off an attention module.
         num_attention_heads: reads the number of query heads off an attention module.
         head_dim: reads the size of one head off an attention module.
         causal: whether the queries of an attention module see no later keys.
@@ -52,8 +60,8 @@ class Family:
 
     model_types: tuple[str, ...]
     attention: str
-    hidden_size: Callable[[Any], int]
-    num_key_value_heads: Callable[[Any], int]
+    hidden_size: Callable[[Any], int] = _hidden_size
+    num_key_value_heads: Callable[[Any], int] = _num_key_value_heads
     num_attention_heads: Callable[[Any], int] = _num_attention_heads
     head_dim: Callable[[Any], int] = _head_dim
     causal: Callable[[Any], bool] = _is_causal

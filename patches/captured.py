@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from hf_sparse._compat import with_cache
+from hf_sparse.core.settings import check_integer
 from hf_sparse.patches.attached import sparse_layers
 from hf_sparse.patches.cache import SparseCache
 from hf_sparse.patches.compiled_layers import compiled_layers
@@ -42,7 +43,7 @@ class CapturedDecoding:
     Elsewhere the steps run one by one. transformers hands no streamer to such a loop.
 
     Its cache and graph belong to one model and the adapters active in it: another model, or other adapters, have them
-    made anew, and so have adapters whose configuration `finetune` has settled. They stay in memory as long as it does.
+    made anew, and so have adapters whose configuration `finetune` has changed. They stay in memory as long as it does.
     Weights that change in place are seen; after any other change of the model, make a new one.
 
     Args:
@@ -56,8 +57,7 @@ class CapturedDecoding:
     """
 
     def __init__(self, model: nn.Module, steps: int = 16, compiled: bool = False) -> None:
-        if steps < 1:
-            raise ValueError(f"steps must be at least 1, got {steps}")
+        check_integer("steps", steps, least=1)
         self.steps, self.compiled = steps, compiled
         self._loop: _Loop | None = None
         self._settings: Any = None

@@ -3,10 +3,5 @@
 from hf_sparse.patches.base import Family, register_family
 
 ERNIE4_5 = register_family(
-    Family(
-        model_types=("ernie4_5",),
-        attention="transformers.models.ernie4_5.modeling_ernie4_5:Ernie4_5Attention",
-        hidden_size=lambda module: module.q_proj.in_features,
-        num_key_value_heads=lambda module: module.config.num_key_value_heads,
-    )
+    Family(model_types=("ernie4_5",), attention="transformers.models.ernie4_5.modeling_ernie4_5:Ernie4_5Attention")
 )

@@ -6,7 +6,6 @@ EXAONE4 = register_family(
     Family(
         model_types=("exaone4",),
         attention="transformers.models.exaone4.modeling_exaone4:Exaone4Attention",
-        hidden_size=lambda module: module.q_proj.in_features,
         num_key_value_heads=lambda module: module.num_key_value_heads,
         is_local=lambda module: module.is_sliding,  # `sliding_window` is set in every layer
     )

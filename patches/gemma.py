@@ -22,8 +22,6 @@ def _family(model_type: str, attention: str) -> Family:
         Family(
             model_types=(model_type,),
             attention=attention,
-            hidden_size=lambda module: module.q_proj.in_features,
-            num_key_value_heads=lambda module: module.config.num_key_value_heads,
             refusal=_refusal,
         )
     )

@@ -2,18 +2,8 @@
 
 from hf_sparse.patches.base import Family, register_family
 
-
-def _family(model_type: str, attention: str) -> Family:
-    return register_family(
-        Family(
-            model_types=(model_type,),
-            attention=attention,
-            hidden_size=lambda module: module.q_proj.in_features,
-            num_key_value_heads=lambda module: module.config.num_key_value_heads,
-        )
-    )
-
-
-GLM = _family("glm", "transformers.models.glm.modeling_glm:GlmAttention")
-GLM4 = _family("glm4", "transformers.models.glm4.modeling_glm4:Glm4Attention")
-GLM4_MOE = _family("glm4_moe", "transformers.models.glm4_moe.modeling_glm4_moe:Glm4MoeAttention")
+GLM = register_family(Family(model_types=("glm",), attention="transformers.models.glm.modeling_glm:GlmAttention"))
+GLM4 = register_family(Family(model_types=("glm4",), attention="transformers.models.glm4.modeling_glm4:Glm4Attention"))
+GLM4_MOE = register_family(
+    Family(model_types=("glm4_moe",), attention="transformers.models.glm4_moe.modeling_glm4_moe:Glm4MoeAttention")
+)

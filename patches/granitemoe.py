@@ -4,9 +4,6 @@ from hf_sparse.patches.base import Family, register_family
 
 GRANITEMOE = register_family(
     Family(
-        model_types=("granitemoe",),
-        attention="transformers.models.granitemoe.modeling_granitemoe:GraniteMoeAttention",
-        hidden_size=lambda module: module.q_proj.in_features,
-        num_key_value_heads=lambda module: module.config.num_key_value_heads,
+        model_types=("granitemoe",), attention="transformers.models.granitemoe.modeling_granitemoe:GraniteMoeAttention"
     )
 )

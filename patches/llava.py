@@ -17,8 +17,6 @@ LLAVA = register_family(
     Family(
         model_types=("llava",),
         attention="transformers.models.llama.modeling_llama:LlamaAttention",
-        hidden_size=lambda module: module.q_proj.in_features,
-        num_key_value_heads=lambda module: module.config.num_key_value_heads,
         refusal=_refusal,
     )
 )

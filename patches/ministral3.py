@@ -6,8 +6,6 @@ MINISTRAL3 = register_family(
     Family(
         model_types=("ministral3",),
         attention="transformers.models.ministral3.modeling_ministral3:Ministral3Attention",
-        hidden_size=lambda module: module.q_proj.in_features,
-        num_key_value_heads=lambda module: module.config.num_key_value_heads,
         is_local=lambda module: module.config.sliding_window is not None,
     )
 )

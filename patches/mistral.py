@@ -6,8 +6,6 @@ MISTRAL = register_family(
     Family(
         model_types=("mistral",),
         attention="transformers.models.mistral.modeling_mistral:MistralAttention",
-        hidden_size=lambda module: module.q_proj.in_features,
-        num_key_value_heads=lambda module: module.config.num_key_value_heads,
         is_local=lambda module: module.config.sliding_window is not None,
     )
 )

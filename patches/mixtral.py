@@ -6,8 +6,6 @@ MIXTRAL = register_family(
     Family(
         model_types=("mixtral",),
         attention="transformers.models.mixtral.modeling_mixtral:MixtralAttention",
-        hidden_size=lambda module: module.q_proj.in_features,
-        num_key_value_heads=lambda module: module.config.num_key_value_heads,
         is_local=lambda module: module.config.sliding_window is not None,
     )
 )

@@ -2,11 +2,4 @@
 
 from hf_sparse.patches.base import Family, register_family
 
-OLMO = register_family(
-    Family(
-        model_types=("olmo",),
-        attention="transformers.models.olmo.modeling_olmo:OlmoAttention",
-        hidden_size=lambda module: module.q_proj.in_features,
-        num_key_value_heads=lambda module: module.config.num_key_value_heads,
-    )
-)
+OLMO = register_family(Family(model_types=("olmo",), attention="transformers.models.olmo.modeling_olmo:OlmoAttention"))

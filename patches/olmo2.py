@@ -3,10 +3,5 @@
 from hf_sparse.patches.base import Family, register_family
 
 OLMO2 = register_family(
-    Family(
-        model_types=("olmo2",),
-        attention="transformers.models.olmo2.modeling_olmo2:Olmo2Attention",
-        hidden_size=lambda module: module.q_proj.in_features,
-        num_key_value_heads=lambda module: module.config.num_key_value_heads,
-    )
+    Family(model_types=("olmo2",), attention="transformers.models.olmo2.modeling_olmo2:Olmo2Attention")
 )

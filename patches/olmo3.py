@@ -3,10 +3,5 @@
 from hf_sparse.patches.base import Family, register_family
 
 OLMO3 = register_family(
-    Family(
-        model_types=("olmo3",),
-        attention="transformers.models.olmo3.modeling_olmo3:Olmo3Attention",
-        hidden_size=lambda module: module.q_proj.in_features,
-        num_key_value_heads=lambda module: module.config.num_key_value_heads,
-    )
+    Family(model_types=("olmo3",), attention="transformers.models.olmo3.modeling_olmo3:Olmo3Attention")
 )

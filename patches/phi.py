@@ -2,11 +2,4 @@
 
 from hf_sparse.patches.base import Family, register_family
 
-PHI = register_family(
-    Family(
-        model_types=("phi",),
-        attention="transformers.models.phi.modeling_phi:PhiAttention",
-        hidden_size=lambda module: module.q_proj.in_features,
-        num_key_value_heads=lambda module: module.config.num_key_value_heads,
-    )
-)
+PHI = register_family(Family(model_types=("phi",), attention="transformers.models.phi.modeling_phi:PhiAttention"))

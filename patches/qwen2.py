@@ -3,10 +3,5 @@
 from hf_sparse.patches.base import Family, register_family
 
 QWEN2 = register_family(
-    Family(
-        model_types=("qwen2",),
-        attention="transformers.models.qwen2.modeling_qwen2:Qwen2Attention",
-        hidden_size=lambda module: module.q_proj.in_features,
-        num_key_value_heads=lambda module: module.config.num_key_value_heads,
-    )
+    Family(model_types=("qwen2",), attention="transformers.models.qwen2.modeling_qwen2:Qwen2Attention")
 )

@@ -3,10 +3,5 @@
 from hf_sparse.patches.base import Family, register_family
 
 QWEN2_MOE = register_family(
-    Family(
-        model_types=("qwen2_moe",),
-        attention="transformers.models.qwen2_moe.modeling_qwen2_moe:Qwen2MoeAttention",
-        hidden_size=lambda module: module.q_proj.in_features,
-        num_key_value_heads=lambda module: module.config.num_key_value_heads,
-    )
+    Family(model_types=("qwen2_moe",), attention="transformers.models.qwen2_moe.modeling_qwen2_moe:Qwen2MoeAttention")
 )

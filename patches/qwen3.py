@@ -3,10 +3,5 @@
 from hf_sparse.patches.base import Family, register_family
 
 QWEN3 = register_family(
-    Family(
-        model_types=("qwen3",),
-        attention="transformers.models.qwen3.modeling_qwen3:Qwen3Attention",
-        hidden_size=lambda module: module.q_proj.in_features,
-        num_key_value_heads=lambda module: module.config.num_key_value_heads,
-    )
+    Family(model_types=("qwen3",), attention="transformers.models.qwen3.modeling_qwen3:Qwen3Attention")
 )

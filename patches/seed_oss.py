@@ -3,10 +3,5 @@
 from hf_sparse.patches.base import Family, register_family
 
 SEED_OSS = register_family(
-    Family(
-        model_types=("seed_oss",),
-        attention="transformers.models.seed_oss.modeling_seed_oss:SeedOssAttention",
-        hidden_size=lambda module: module.q_proj.in_features,
-        num_key_value_heads=lambda module: module.config.num_key_value_heads,
-    )
+    Family(model_types=("seed_oss",), attention="transformers.models.seed_oss.modeling_seed_oss:SeedOssAttention")
 )

@@ -3,10 +3,5 @@
 from hf_sparse.patches.base import Family, register_family
 
 STABLELM = register_family(
-    Family(
-        model_types=("stablelm",),
-        attention="transformers.models.stablelm.modeling_stablelm:StableLmAttention",
-        hidden_size=lambda module: module.q_proj.in_features,
-        num_key_value_heads=lambda module: module.config.num_key_value_heads,
-    )
+    Family(model_types=("stablelm",), attention="transformers.models.stablelm.modeling_stablelm:StableLmAttention")
 )

@@ -6,8 +6,6 @@ STARCODER2 = register_family(
     Family(
         model_types=("starcoder2",),
         attention="transformers.models.starcoder2.modeling_starcoder2:Starcoder2Attention",
-        hidden_size=lambda module: module.q_proj.in_features,
-        num_key_value_heads=lambda module: module.config.num_key_value_heads,
         is_local=lambda module: module.config.sliding_window is not None,
     )
 )

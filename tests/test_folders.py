@@ -9,7 +9,7 @@ import time
 import pytest
 
 from hf_sparse.errors import BusyError
-from hf_sparse.folders import is_empty, locked, settle, staged
+from hf_sparse.folders import is_empty, locked, recover, staged
 
 
 @pytest.fixture
@@ -151,7 +151,7 @@ def test_a_reader_finishes_what_was_committed(folder, holder):
     (folder / ".pending").mkdir()
     (folder / ".pending" / "a.json").write_text("new")
     holder(folder.with_name("other"))
-    settle(folder)
+    recover(folder)
     assert (folder / "a.json").read_text() == "new" and not (folder / ".pending").exists()
 
 
@@ -172,11 +172,11 @@ def test_a_reader_waits_for_who_holds_the_folder(folder, monkeypatch):
     held.wait()
     began = time.monotonic()
     with pytest.raises(BusyError, match=re.escape(f"(pid {os.getpid()}, since ")):
-        settle(folder)
+        recover(folder)
     assert time.monotonic() - began > 0.1
     release.set()
     thread.join()
-    settle(folder)
+    recover(folder)
     assert (folder / "a.json").read_text() == "new"
 
 

@@ -17,7 +17,14 @@ from transformers import (
 from transformers.models.electra import ElectraConfig
 
 import hf_sparse
-from hf_sparse.model_kinds import attends_both_ways, final_states, kind_of, task_of, task_of_class
+from hf_sparse.model_kinds import (
+    attends_both_ways,
+    final_states,
+    kind_of,
+    task_of,
+    task_of_class,
+    transformers_model,
+)
 
 
 @pytest.mark.parametrize(
@@ -55,6 +62,15 @@ def test_kind_of_a_model(tiny_bert, tiny_llama):
     for wrapped in (torch.compile(tiny_llama()), torch.nn.Sequential(tiny_llama())):
         with pytest.raises(TypeError, match=f"PeftModel of one, got {type(wrapped).__name__}: give the model that is"):
             kind_of(wrapped)
+
+
+def test_the_model_in_what_wraps_it(tiny_llama):
+    model = tiny_llama()
+    assert transformers_model(model) is model
+    wrapped = torch.nn.Sequential(get_peft_model(model, hf_sparse.SparseKConfig(k=4, window=4, sinks=1)))
+    assert transformers_model(wrapped) is model
+    with pytest.raises(ValueError, match="expected a transformers PreTrainedModel or what wraps one, got Linear"):
+        transformers_model(torch.nn.Linear(2, 2))
 
 
 def test_next_tokens_from_both_directions_are_refused(tiny_bert):

@@ -24,7 +24,7 @@ from hf_sparse.atomic_files import write_json, write_text
 from hf_sparse.base_model import is_public
 from hf_sparse.core.registry import method_of
 from hf_sparse.errors import DataError, HubError
-from hf_sparse.folders import settle, staged
+from hf_sparse.folders import recover, staged
 from hf_sparse.patches.attached import CHILD
 
 Json = dict[str, Any]
@@ -68,7 +68,7 @@ class AdapterFolder:
         self.source = str(path) if source is None else source
         if not self.path.is_dir():
             raise HubError(f"{self.path} is no folder; `hf-sparse patch MODEL --output {self.path}` makes one")
-        settle(self.path)
+        recover(self.path)
         check_complete(self.path, self.source)
         file = read_config(self.path, self.source)
         self.config_content, self.config = file.content, file.config
@@ -95,6 +95,17 @@ class AdapterFolder:
         """Return the shapes of what the method learns by key, without embeddings and heads that the adapter brings."""
         inside = f".{CHILD}."
         return {key: shape for key, (shape, _) in self.layouts.items() if inside in key}
+
+    @property
+    def parameters(self) -> int:
+        """Count the parameters of what the method learns, LoRA's among them."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @property
+    def lora_parameters(self) -> int:
+        """Count the parameters of LoRA."""
+        container = f".{method_of(self.config).layer.adapter_layer_names[1]}."
+        return sum(math.prod(shape) for key, shape in self.shapes.items() if container in key)
 
     @property
     def head(self) -> Json:
@@ -298,13 +309,12 @@ class AdapterFolder:
         form: Form = "adapter",
     ) -> str:
         """Return the text of the card; `left_out` names measurements that are not known to be of these weights."""
-        shapes, lora = self.shapes, method_of(self.config).layer.adapter_layer_names[1]
         return render(
             self.config,
             repo_id=repo_id or self.name,
             base_model=self.public_base_model,
-            parameters=sum(math.prod(shape) for shape in shapes.values()),
-            lora_parameters=sum(math.prod(shape) for key, shape in shapes.items() if f".{lora}." in key),
+            parameters=self.parameters,
+            lora_parameters=self.lora_parameters,
             head_parameters=self.head_parameters,
             evaluation=evaluation,
             training=training,

@@ -33,10 +33,10 @@ from hf_sparse.adapters.read import check_complete
 from hf_sparse.adapters.saving import check_free
 from hf_sparse.base_model import is_public, open_base
 from hf_sparse.bundled import BASE_NAME
-from hf_sparse.core.registry import registered_methods
+from hf_sparse.core.registry import config_names, registered_methods
 from hf_sparse.environment import is_main_process
 from hf_sparse.errors import HubError
-from hf_sparse.folders import locked, settle, staged
+from hf_sparse.folders import locked, recover, staged
 
 # The Hub knows licenses by short names; which ones it tells itself, before anything is created.
 _LICENSE = re.compile(r"[a-z0-9][a-z0-9.-]{0,63}")
@@ -269,14 +269,13 @@ def _active_adapter(model: Any) -> str:
         folder = Path(model)
         if not folder.is_dir():
             raise HubError(f"{folder} is not a folder, so there is no adapter to push")
-        settle(folder)
+        recover(folder)
         check_complete(folder, str(folder))
         return ""
     if not isinstance(model, PeftModel):
-        configs = " or a ".join(method.config.__name__ for method in registered_methods().values())
         raise TypeError(
             f"expected a PeftModel or a folder, got {type(model).__name__}; peft.get_peft_model(model, config) with a "
-            f"{configs} makes a model that can be pushed"
+            f"{config_names()} makes a model that can be pushed"
         )
     active = model.active_adapters
     if len(active) != 1:

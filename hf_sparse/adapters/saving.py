@@ -7,7 +7,7 @@ from peft import PeftModel
 
 from hf_sparse.adapters.files import CARD, CONFIG, WEIGHTS
 from hf_sparse.atomic_files import check_place
-from hf_sparse.folders import is_empty, settle, staged
+from hf_sparse.folders import is_empty, recover, staged
 
 
 def save_adapter(model: PeftModel, folder: str | Path) -> None:
@@ -31,6 +31,6 @@ def check_free(folder: Path, force: bool = False, way_out: str = "") -> None:
         PermissionError: the folder does not exist and cannot be made.
     """
     check_place(folder)
-    settle(folder)
+    recover(folder)
     if folder.exists() and not (folder.is_dir() and (force or is_empty(folder))):
         raise ValueError(f"{folder} exists and is not an empty folder; choose another{way_out}")

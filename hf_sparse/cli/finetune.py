@@ -128,23 +128,11 @@ def finetune(
     except KeyboardInterrupt:
         complain(f"interrupted; the adapter in {folder} is as it was; {_way_to_go_on(folder)}")
         raise typer.Exit(130) from None
-    if is_main_process() and dry_run:
-        peak = metrics["peak_memory_bytes"]
-        memory = "" if peak is None else f" and {peak / 2**30:.1f} GiB of memory in each process"
-        Console().print(
-            f"{metrics['steps']} steps on {metrics['tokens']:,} tokens would take about {metrics['seconds']:.0f} s "
-            f"({metrics['tokens_per_second']:,.0f} tokens/s){memory}; nothing was written",
-            soft_wrap=True,
-        )
-    elif is_main_process():
+    if is_main_process():
         console = Console()
-        first, last = metrics["history"][0], metrics["history"][-1]
-        console.print(
-            f"{last['step']} steps on {metrics['tokens']:,} tokens in {metrics['seconds']:.0f} s; loss of the first "
-            f"step {first['loss']:.4f} ({first['stage']}), of the last {last['loss']:.4f} ({last['stage']})",
-            soft_wrap=True,
-        )
-        say_written(console, folder, "trained adapter and finetune.json", was_measured=measured)
+        console.print(_estimated(metrics) if dry_run else _trained(metrics), soft_wrap=True)
+        if not dry_run:
+            say_written(console, folder, "trained adapter and finetune.json", was_measured=measured)
 
 
 def _checked_settings(context: typer.Context, folder: Path) -> dict[str, Any]:
@@ -169,6 +157,25 @@ def _checked_settings(context: typer.Context, folder: Path) -> dict[str, Any]:
             choices = ", ".join(["distill", "lm", *own.objectives])
             raise ValueError(f"{METHODS[method].label} has no objective {shared.objective!r}; choose one of {choices}")
     return given
+
+
+def _estimated(estimate: dict[str, Any]) -> str:
+    """Say what a run would take, see `hf_sparse.finetune.estimate`."""
+    peak = estimate["peak_memory_bytes"]
+    memory = "" if peak is None else f" and {peak / 2**30:.1f} GiB of memory in each process"
+    return (
+        f"{estimate['steps']} steps on {estimate['tokens']:,} tokens would take about {estimate['seconds']:.0f} s "
+        f"({estimate['tokens_per_second']:,.0f} tokens/s){memory}; nothing was written"
+    )
+
+
+def _trained(metrics: dict[str, Any]) -> str:
+    """Say what a run did, see `hf_sparse.finetune.finetune`."""
+    first, last = metrics["history"][0], metrics["history"][-1]
+    return (
+        f"{last['step']} steps on {metrics['tokens']:,} tokens in {metrics['seconds']:.0f} s; loss of the first step "
+        f"{first['loss']:.4f} ({first['stage']}), of the last {last['loss']:.4f} ({last['stage']})"
+    )
 
 
 def _way_to_go_on(folder: Path) -> str:

@@ -1,6 +1,5 @@
 """Say what an adapter is: `hf-sparse info`."""
 
-import math
 from typing import Annotated, Any
 
 import typer
@@ -51,17 +50,15 @@ def describe(adapter: Any) -> dict[str, Any]:
     from hf_sparse.core.registry import method_of
     from hf_sparse.errors import DataError
 
-    method, config = method_of(adapter.config), adapter.config
-    shapes, lora = adapter.shapes, method.layer.adapter_layer_names[1]
-    of_lora = sum(math.prod(shape) for key, shape in shapes.items() if f".{lora}." in key)
+    config = adapter.config
     content = {
-        "method": method.layer.label,
+        "method": method_of(config).layer.label,
         "base_model": adapter.base_model,
         "model_class": adapter.model_class,
         "attends_to": config.attended(),
         "layers": "all" if config.layers is None else ", ".join(map(str, config.layers)),
-        "parameters": sum(math.prod(shape) for shape in shapes.values()) - of_lora,
-        "lora_parameters": of_lora or None,
+        "parameters": adapter.parameters - adapter.lora_parameters,
+        "lora_parameters": adapter.lora_parameters or None,
         "head_parameters": adapter.head_parameters or None,
         "trained": None if adapter.training is None else _training(adapter.training),
         "measured": None if adapter.evaluation is None else _measured(adapter.evaluation),

@@ -20,7 +20,7 @@ class ModelCall:
     Attributes:
         layers: how many of them are not filled yet.
         kinds: what the layers differ in, as the method says it; one kind if they are all alike.
-        reading: what a method keeps here.
+        reading: what the method lets its layers share while they read, such as memory and the launches for one layout.
         end: `[1]` int64 on the device, in a prompt that is recorded: the tokens of the text, of which more are read;
             the layers shall keep what a text of so many tokens keeps. `None` for as many as are read.
     """

@@ -38,7 +38,7 @@ def override(objects: Iterable[object], **values: Any) -> Iterator[None]:
         yield
 
 
-def settle(objects: Iterable[object], **values: Any) -> None:
+def overwrite(objects: Iterable[object], **values: Any) -> None:
     """Set attributes of objects for good, past their own refusal, as `override` does it for a block."""
     for item in objects:
         for name, value in values.items():

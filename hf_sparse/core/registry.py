@@ -75,5 +75,9 @@ def method_of(config: object) -> Method:
     for method in _METHODS.values():
         if isinstance(config, method.config):
             return method
-    known = " or a ".join(method.config.__name__ for method in _METHODS.values())
-    raise TypeError(f"expected a {known}, got {type(config).__name__}")
+    raise TypeError(f"expected a {config_names()}, got {type(config).__name__}")
+
+
+def config_names() -> str:
+    """Name the classes of configurations in a message: `SparseKConfig or a SparsefinderConfig`, say."""
+    return " or a ".join(method.config.__name__ for method in _METHODS.values())

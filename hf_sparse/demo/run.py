@@ -96,29 +96,17 @@ def run(output: Path, steps: int, seed: int, console: Console) -> dict[str, Any]
         config = SparseKConfig(k=K, window=WINDOW, sinks=SINKS, position_slope=POSITION_SLOPE)
         model = create_adapter(BASE_NAME, config, stage, seed=seed, dtype="float32")
         tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT)
-        trainable, total = model.get_nb_trainable_parameters()
+
         console.rule("1. patch")
-        console.print(
-            f"A Llama of {total - trainable:,} parameters, and {trainable:,} of a scorer that chooses which old keys "
-            f"stay.\nEvery query attends to {config.slots} keys instead of all: the first {SINKS}, the last {WINDOW}, "
-            f"and of those between the {K} with the best scores."
-        )
+        console.print(_patched(model))
 
         console.rule("2. measure, untrained")
         held_out = _held_out(tokenizer)
-        before = {}
-        model.eval()
-        for name in COMPARED:
-            with using(model, name):
-                before[name] = perplexity(model, held_out, batch_size=EVALUATION_BATCH, progress=name)
+        before = _untrained(model, held_out)
         keys = {name: f"up to {EVALUATION_LENGTH if name == 'dense' else config.slots}" for name in COMPARED}
         rows = [_Row(COMPARED[name], keys[name], before[name]) for name in COMPARED]
         console.print(_perplexities(rows))
-        console.print(
-            "Perplexity is the number of equally likely tokens that would leave as much doubt about the next token: "
-            f'{before["dense"]:.1f} with all keys, and lower is better. "Against dense" says how much higher it is '
-            f"with {config.slots} keys, of which the rows choose the same {SINKS + WINDOW} and {K} others."
-        )
+        console.print(_explained(before["dense"], config.slots))
 
         console.rule("3. train the scorer")
         console.print(
@@ -127,24 +115,11 @@ def run(output: Path, steps: int, seed: int, console: Console) -> dict[str, Any]
         )
         training_text = "\n\n".join(islice(documents("train"), 0, None, EVERY_NTH_DOCUMENT))
         training = finetune(model, pack(tokenizer, training_text, TRAINING_LENGTH), settings)
-        first, last = training["history"][0]["loss"], training["history"][-1]["loss"]
-        console.print(
-            f"{training['tokens']:,} tokens in {training['seconds']:.0f} s: {steps} steps of {BATCH_SIZE} texts of "
-            f"{TRAINING_LENGTH} tokens. The loss was {first:.3f} in the first step and {last:.3f} in the last, in nats "
-            "per token; it would be 0 if few keys predicted what all keys predict."
-        )
+        console.print(_trained(training, steps))
 
         console.rule("4. measure again")
-        evaluation = evaluate(
-            model,
-            held_out,
-            selections=("learned",),  # the others do not depend on the scorer
-            batch_size=EVALUATION_BATCH,
-            text_name=HELD_OUT,
-        )
-        evaluation["text"]["trained_on"] = overlap(training["trained_on"], held_out)
+        evaluation = _measured_again(model, held_out, before, training)
         after = evaluation["perplexity"]["learned"]
-        evaluation["perplexity"] = {**before, "learned": after}
         rows += [_Row("by the trained scorer", keys["learned"], after), *_published(held_out)]
         console.print(_perplexities(rows))
         console.print(_verdict(before["dense"], before["recency"], after))
@@ -161,33 +136,82 @@ def run(output: Path, steps: int, seed: int, console: Console) -> dict[str, Any]
         write_repo(stage, evaluation=evaluation, training=training, repo_id=output.name)
 
     console.rule("6. report")
-    page = write_report(
-        output,
-        "\n\n".join(islice(documents("held_out"), REPORT_DOCUMENTS)),
-        HELD_OUT,
-        length=EVALUATION_LENGTH,
-        chunks=REPORT_CHUNKS,
-        device="cpu",
-    )
-    console.print(
-        f"Open {page} in a browser: the same numbers, the loss of every step, and the keys that every head keeps.",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
+    _say_as_it_is(
+        console,
+        f"Open {_report(output)} in a browser: the same numbers, the loss of every step, and the keys that every head "
+        "keeps.",
     )
 
     console.rule("7. publish")
     names = ", ".join(sorted(path.name for path in output.iterdir()))
     console.print(f"In {escape(str(output))}: {escape(names)}.", soft_wrap=True)
-    console.print(
+    _say_as_it_is(
+        console,
         f"Load it:    hf_sparse.from_pretrained({str(output)!r})\n"
         f"Publish it: hf-sparse push {output} YOUR_NAME/demo-sparsek    (after `hf auth login`)",
-        markup=False,
-        highlight=False,
-        soft_wrap=True,
     )
     console.print(f"The demo took {time.perf_counter() - began:.0f} s.")
     return evaluation
+
+
+def _say_as_it_is(console: Console, text: str) -> None:
+    """Print what is to be copied: without colours, and without line breaks of rich's own."""
+    console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _patched(model: PeftModel) -> str:
+    """Say what was patched."""
+    trainable, total = model.get_nb_trainable_parameters()
+    return (
+        f"A Llama of {total - trainable:,} parameters, and {trainable:,} of a scorer that chooses which old keys "
+        f"stay.\nEvery query attends to {K + WINDOW + SINKS} keys instead of all: the first {SINKS}, the last "
+        f"{WINDOW}, and of those between the {K} with the best scores."
+    )
+
+
+def _untrained(model: PeftModel, held_out: Tensor) -> dict[str, float]:
+    """Return the perplexity of all that is compared before the scorer is trained."""
+    model.eval()
+    perplexities = {}
+    for name in COMPARED:
+        with using(model, name):
+            perplexities[name] = perplexity(model, held_out, batch_size=EVALUATION_BATCH, progress=name)
+    return perplexities
+
+
+def _explained(dense: float, slots: int) -> str:
+    """Say what the columns of the first table mean; `dense` is the perplexity with all keys."""
+    return (
+        "Perplexity is the number of equally likely tokens that would leave as much doubt about the next token: "
+        f'{dense:.1f} with all keys, and lower is better. "Against dense" says how much higher it is with {slots} '
+        f"keys, of which the rows choose the same {SINKS + WINDOW} and {K} others."
+    )
+
+
+def _trained(training: dict[str, Any], steps: int) -> str:
+    """Say what the training did, from its metrics."""
+    first, last = training["history"][0]["loss"], training["history"][-1]["loss"]
+    return (
+        f"{training['tokens']:,} tokens in {training['seconds']:.0f} s: {steps} steps of {BATCH_SIZE} texts of "
+        f"{TRAINING_LENGTH} tokens. The loss was {first:.3f} in the first step and {last:.3f} in the last, in nats per "
+        "token; it would be 0 if few keys predicted what all keys predict."
+    )
+
+
+def _measured_again(
+    model: PeftModel, held_out: Tensor, before: dict[str, float], training: dict[str, Any]
+) -> dict[str, Any]:
+    """Measure the trained scorer, and return what eval.json holds: the others, `before`, do not depend on it."""
+    evaluation = evaluate(model, held_out, selections=("learned",), batch_size=EVALUATION_BATCH, text_name=HELD_OUT)
+    evaluation["text"]["trained_on"] = overlap(training["trained_on"], held_out)
+    evaluation["perplexity"] = {**before, "learned": evaluation["perplexity"]["learned"]}
+    return evaluation
+
+
+def _report(output: Path) -> Path:
+    """Write the report of the adapter in a folder, and return the page."""
+    text = "\n\n".join(islice(documents("held_out"), REPORT_DOCUMENTS))
+    return write_report(output, text, HELD_OUT, length=EVALUATION_LENGTH, chunks=REPORT_CHUNKS, device="cpu")
 
 
 def _held_out(tokenizer: Any) -> Tensor:

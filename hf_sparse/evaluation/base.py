@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self
 
 from torch import Tensor, nn
 
+from hf_sparse.core.checks import is_integer
 from hf_sparse.core.method_settings import NoSettings
 from hf_sparse.errors import DataError
 from hf_sparse.model_kinds import Kind
@@ -148,10 +149,10 @@ class AbstractEvaluation(ABC):
                 f"nothing is evicted: the budget of {slots} slots covers the whole text of {length} tokens; "
                 "use longer chunks or a smaller budget"
             )
-        if request.stride is not None and (request.kind != "causal" or not 1 <= request.stride < length):
+        if request.stride is not None and (request.kind != "causal" or not is_integer(request.stride, 1, length - 1)):
             raise ValueError(
                 f"stride is for causal language models, 1 to {length - 1} tokens of chunks of {length}; "
-                f"got {request.stride} for a model of the kind {request.kind!r}"
+                f"got {request.stride!r} for a model of the kind {request.kind!r}"
             )
 
     @abstractmethod

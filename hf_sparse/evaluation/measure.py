@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from hf_sparse import environment
+from hf_sparse.core.settings import check_integer
 from hf_sparse.data import IGNORED, check_chunks, fingerprint, first_token, tensors
 from hf_sparse.evaluation.base import Request
 from hf_sparse.evaluation.settings import settings_from
@@ -76,8 +77,7 @@ def evaluate(
     names = evaluation.contenders(model) if selections is None else selections
     evaluation.check_contenders(model, names)
     for option, value in (("batch_size", batch_size), ("speed_tokens", speed_tokens)):
-        if value < 1:
-            raise ValueError(f"{option} must be at least 1, got {value}")
+        check_integer(option, value, least=1)
     kind = kind_of(model)
     request = Request(kind, tokens, labels, tuple(names), stride, batch_size, speed_tokens, progress, settings)
     evaluation.check(model, request)

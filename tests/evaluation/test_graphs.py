@@ -325,8 +325,8 @@ def test_a_contender_can_be_used_alone(name):
         ({"sparsities": (1.0,)}, r"sparsities must be a list of numbers, at least 0 and below 1, got \(1.0,\)"),
         ({"sparsities": 0.5}, "sparsities must be a list of numbers, .*got 0.5"),
         ({"selections": ["nearest"]}, r"selections must be among predicted, .*got \['nearest'\]"),
-        ({"rows": 0}, "rows must be at least 1, got 0"),
-        ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
+        ({"rows": 0}, "rows must be an integer of at least 1, got 0"),
+        ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
     ],
     ids=str,
 )

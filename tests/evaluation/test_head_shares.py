@@ -54,7 +54,7 @@ def test_refusals(tiny_llama, chunks):
         head_damages(model, chunks, 52)
     with pytest.raises(ValueError, match="expected a model with sparse attention"):
         divide_heads(tiny_llama(), chunks)
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size must be an integer of at least 1, got 0"):
         head_damages(model, chunks, 4, batch_size=0)
     with pytest.raises(DataError, match=r"k=1\), which cannot be divided among heads"):
         divide_heads(patched(tiny_llama, k=1), chunks)

@@ -103,5 +103,5 @@ def test_refusals(tiny_llama, chunks):
         layer_damages(model, chunks, 60)
     with pytest.raises(ValueError, match="expected a model with sparse attention"):
         divide_layers(tiny_llama(), chunks)
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="batch_size must be an integer of at least 1, got 0"):
         layer_damages(model, chunks, 16, batch_size=0)

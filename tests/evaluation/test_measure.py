@@ -274,8 +274,10 @@ class TestRefusals:
             ({"selections": "oracle"}, r"selections must be a list of names, such as \['oracle'\], got 'oracle'"),
             ({"slots": 20}, r"slots must be a list of integers, such as \[128, 256\], got 20"),
             ({"slots": [20.0]}, r"slots must be a list of integers, .*got \[20.0\]"),
-            ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
-            ({"speed_tokens": 0}, "speed_tokens must be at least 1, got 0"),
+            ({"batch_size": 0}, "batch_size must be an integer of at least 1, got 0"),
+            ({"batch_size": "2"}, "batch_size must be an integer of at least 1, got '2'"),
+            ({"speed_tokens": 0}, "speed_tokens must be an integer of at least 1, got 0"),
+            ({"stride": 2.5}, "stride is for causal language models, 1 to .* got 2.5 for a model of the kind 'causal'"),
         ],
     )
     def test_options(self, model, chunks, options, message):

@@ -289,7 +289,7 @@ class TestRefusals:
         ("names", "options", "error", "message"),
         [
             (["chess"], {}, ValueError, "a task is one of passkey, .*, got 'chess'"),
-            (["passkey"], {"samples": 0}, ValueError, "samples must be at least 1, got 0"),
+            (["passkey"], {"samples": 0}, ValueError, "samples must be an integer of at least 1, got 0"),
             (["passkey"], {"lengths": []}, ValueError, "at least one length"),
             (["passkey"], {"lengths": [24]}, DataError, "budget of 24 slots covers a whole prompt of 24 tokens"),
             (["passkey"], {"lengths": [128, 513]}, DataError, "513 tokens are longer than the 512 positions"),

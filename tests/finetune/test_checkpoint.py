@@ -205,7 +205,7 @@ class TestNames:
         (output / "checkpoints" / ".partial").mkdir()
         (output / "checkpoints" / "step-000002").mkdir()
         (output / "checkpoints" / "step-000004").rename(output / "checkpoints" / ".step-000004")
-        checkpoint.settle(output)
+        checkpoint.recover(output)
         assert [path.name for path in (output / "checkpoints").iterdir()] == ["step-000004"]
 
 

@@ -68,7 +68,7 @@ def kill_at(point):
         "before checkpoint 3 gets its name": lambda: count(
             Path, "write_text", 3, after=True, only=lambda path, *_: path.name == "state.json"
         ),
-        "before older ones than checkpoint 3 go": lambda: count(checkpoint, "settle", 4),
+        "before older ones than checkpoint 3 go": lambda: count(checkpoint, "recover", 4),
     }[point]()
 
 

@@ -131,13 +131,13 @@ def test_lora_after_the_scorers_learns_with_hard_selection(monkeypatch, sparse_l
     """Scorers end as they would without it, and every loss of its stage is that of the model in use."""
     plain, model = sparse_llama(), sparse_llama(lora_rank=RANK)
     alone = train(plain, chunks)["history"]
-    modes, real = [], optimiser_step._share_of_peak
+    modes, real = [], optimiser_step._schedule
 
     def watch(config, stage, step):
         modes.append((stage.label, {method.training for method in sparse_layers(model)}))
         return real(config, stage, step)
 
-    monkeypatch.setattr(optimiser_step, "_share_of_peak", watch)
+    monkeypatch.setattr(optimiser_step, "_schedule", watch)
     metrics = train(model, chunks, **AFTER)
     assert modes == [("attention", {True})] * 3 + [("distill", {True})] * 6 + [("lora", {False})] * 3
     assert [row["loss"] for row in metrics["history"][:9]] == [row["loss"] for row in alone]

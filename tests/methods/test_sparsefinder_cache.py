@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from hf_sparse.core.cache import ModelCall
-from hf_sparse.methods.sparsefinder import cache
 from hf_sparse.methods.sparsefinder.cache import SparsefinderCacheLayer
+from hf_sparse.methods.sparsefinder.rooms import ROOM
 
 KEYS = torch.randn(3, 2, 12, 8, generator=torch.Generator().manual_seed(0))
 
@@ -245,7 +245,7 @@ def test_copies_of_texts_are_apart_and_have_room(heads):
         assert layer.get_seq_length() == 17 and layer.is_initialized
         for name, room in zip(("keys", "values"), layer.rooms, strict=True):
             assert torch.equal(getattr(layer, name), getattr(theirs, name)[:, :, :17])
-            assert room.shape[2] == 17 + cache._ROOM and not room[:, :, 17:].any()
+            assert room.shape[2] == 17 + ROOM and not room[:, :, 17:].any()
     pieces = {room.untyped_storage().data_ptr() for layer in targets for room in layer.rooms}
     assert len(pieces) == (1 if len(set(heads)) == 1 else 6)
     targets[0].keys.zero_()

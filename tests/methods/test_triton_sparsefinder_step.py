@@ -11,7 +11,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StaticCache
 from hf_sparse import SparsefinderConfig, patch
 from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.core.overrides import override
-from hf_sparse.methods.sparsefinder import SparsefinderAttention, attention, cache, fit_predictors, step
+from hf_sparse.methods.sparsefinder import SparsefinderAttention, attention, fit_predictors, step
 from hf_sparse.methods.sparsefinder.predictors import clustering
 from hf_sparse.patches import sparse_layers
 
@@ -108,7 +108,7 @@ def test_steps_are_those_of_plain_pytorch(settings, mask, launched, monkeypatch)
 ])  # fmt: skip
 def test_recorded_steps_are_those_of_plain_pytorch(settings, mask, launched, played, monkeypatch):
     """Run the first two of 5 steps, and the fourth, for which there is no room; play the others."""
-    monkeypatch.setattr(cache, "_ROOM", 3)
+    monkeypatch.setattr("hf_sparse.methods.sparsefinder.rooms.ROOM", 3)
     model = make(SETTINGS[settings], layers=1 if DEVICE == "cpu" else 2)
     result, logits = run(model, mask, max_new_tokens=6, disable_compile=False)
     assert all(launched) and played == [0, 1]

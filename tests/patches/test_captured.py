@@ -10,7 +10,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 import hf_sparse
 from hf_sparse import CapturedDecoding, SparsefinderConfig, SparseKCache, SparseKConfig, patch
 from hf_sparse._compat import with_cache
-from hf_sparse.core.overrides import settle
+from hf_sparse.core.overrides import overwrite
 from hf_sparse.patches import sparse_layers
 from hf_sparse.patches.captured import argmax
 
@@ -121,9 +121,9 @@ def test_other_models_and_adapters_are_told_apart(tiny_llama):
 
 
 @pytest.mark.parametrize(
-    "settled", [{"head_shares": HEADS}, {"slope_length": 3}], ids=lambda settled: next(iter(settled))
+    "changed", [{"head_shares": HEADS}, {"slope_length": 3}], ids=lambda changed: next(iter(changed))
 )
-def test_what_finetune_settles_is_noticed(model, settled):
+def test_what_finetune_changes_is_noticed(model, changed):
     layers = sparse_layers(model)
     with torch.no_grad():
         for layer in layers:
@@ -131,7 +131,7 @@ def test_what_finetune_settles_is_noticed(model, settled):
     decode, options = CapturedDecoding(model), {"max_new_tokens": 12, "do_sample": False}
     model.generate(IDS, custom_generate=decode, **options)
     loop = decode._loop
-    settle([layers[0].config], **settled)
+    overwrite([layers[0].config], **changed)
     assert torch.equal(model.generate(IDS, custom_generate=decode, **options), model.generate(IDS, **options))
     assert decode._loop is not loop
     loop = decode._loop

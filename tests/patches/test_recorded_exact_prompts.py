@@ -15,6 +15,7 @@ import torch
 from hf_sparse import SparseCache, SparsefinderConfig, patch
 from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.methods.sparsefinder import SparsefinderAttention, attention, cache, fit_predictors
+from hf_sparse.methods.sparsefinder.rooms import ROOM
 from hf_sparse.ops.entmax import entmax_attention, threshold
 from hf_sparse.ops.tiles import tiles
 from hf_sparse.patches import sparse_layers
@@ -193,9 +194,9 @@ def test_the_first_steps_copy_no_key(model, played_prompts, monkeypatch):
     warm_up(model, 60)
     held = cache_of(generate(model, prompt(60)))
     before = [layer.rooms for layer in held.layers]
-    assert {room.shape[2] for pair in before for room in pair} == {60 + cache._ROOM}
+    assert {room.shape[2] for pair in before for room in pair} == {60 + ROOM}
     assert not any(room[:, :, 60:].any() for pair in before for room in pair)
-    monkeypatch.delattr(cache, "_room_behind")
+    monkeypatch.delattr(cache, "room_behind")
     ids = torch.cat([prompt(60), prompt(1)], 1)
     generate(model, ids, max_new_tokens=20, **with_cache(held))
     assert all(layer.rooms is rooms for layer, rooms in zip(held.layers, before, strict=True))
@@ -360,7 +361,7 @@ def test_steps_are_recorded_after_a_prompt_that_was_played(tiny_llama, played_pr
 
 
 def test_steps_outgrow_the_room_of_a_prompt(tiny_llama, played_prompts, played, monkeypatch):
-    monkeypatch.setattr(cache, "_ROOM", 4)  # or an eighth: for 67, 75, 84 and 94 tokens
+    monkeypatch.setattr("hf_sparse.methods.sparsefinder.rooms.ROOM", 4)  # or an eighth: for 67, 75, 84 and 94 tokens
     model = sparse(tiny_llama(), **KINDS["full"])
     warm_up(model, 60)
     found = generate(model, prompt(60), max_new_tokens=30)

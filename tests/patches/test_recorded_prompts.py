@@ -17,7 +17,7 @@ from transformers import CompileConfig, DynamicCache, LogitsProcessor, LogitsPro
 
 from hf_sparse import SparsefinderConfig, SparseKCache, SparseKConfig, patch, unpatch
 from hf_sparse._compat import cache_of, with_cache
-from hf_sparse.core.overrides import settle
+from hf_sparse.core.overrides import overwrite
 from hf_sparse.methods.sparsefinder import SparsefinderAttention, fit_predictors
 from hf_sparse.methods.sparsek import SparseKAttention
 from hf_sparse.methods.sparsek.baselines import Recency
@@ -484,7 +484,7 @@ def new_scorer(model):
 
 def new_slope_length(model):
     """As `finetune` sets it, in place."""
-    settle([sparse_layers(model)[0].config], slope_length=3)
+    overwrite([sparse_layers(model)[0].config], slope_length=3)
 
 
 def new_adapter(model):

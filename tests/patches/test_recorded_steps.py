@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache
 
 from hf_sparse import CapturedDecoding, SparsefinderConfig, SparseKCache, SparseKConfig, patch, unpatch
 from hf_sparse._compat import cache_of, with_cache
-from hf_sparse.methods.sparsefinder import SparsefinderAttention, cache, fit_predictors
+from hf_sparse.methods.sparsefinder import SparsefinderAttention, fit_predictors
 from hf_sparse.patches import recorded_steps, sparse_layers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -187,7 +187,7 @@ GROWING = {
 @pytest.mark.parametrize("mask", [None, LEFT], ids=["one length", "padded"])
 def test_a_cache_grows_between_recordings(tiny_llama, played, monkeypatch, settings, mask):
     """Run two of 15 steps, and those that find no room; the cache is then as if all steps had run."""
-    monkeypatch.setattr(cache, "_ROOM", 5)
+    monkeypatch.setattr("hf_sparse.methods.sparsefinder.rooms.ROOM", 5)
     model = patch(tiny_llama().to(DEVICE), SparsefinderConfig(**GRAPH, **settings))
     fit_predictors(sparse_layers(model, SparsefinderAttention), lambda: model(IDS, use_cache=False))
     results = []
@@ -246,7 +246,7 @@ def test_steps_that_are_certified_run(tiny_llama, played, complete):
 
 
 def test_a_growing_cache_gives_its_memory_back_where_steps_are_not_recorded(tiny_llama, played, monkeypatch):
-    monkeypatch.setattr(cache, "_ROOM", 5)
+    monkeypatch.setattr("hf_sparse.methods.sparsefinder.rooms.ROOM", 5)
     model = patch(tiny_llama().to(DEVICE), SparsefinderConfig(predictor="full"))
     rooms: list[weakref.ref] = []  # in the order in which they were made
 

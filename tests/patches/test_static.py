@@ -11,7 +11,7 @@ from transformers import CompileConfig
 
 from hf_sparse import SparseKCache, SparseKConfig, patch
 from hf_sparse._compat import with_cache
-from hf_sparse.core.overrides import settle
+from hf_sparse.core.overrides import overwrite
 from hf_sparse.methods.sparsek.slot_memory import SharedSlots, lasting
 from hf_sparse.patches import sparse_layers
 
@@ -70,12 +70,12 @@ def test_a_thousand_compiled_steps_are_one_graph_and_equal_eager(model, mask, st
     assert torch.equal(logits, decode(model, model, steps, mask))
 
 
-def test_compiled_steps_follow_slopes_that_finetune_settles(tiny_llama):
+def test_compiled_steps_follow_slopes_that_finetune_sets(tiny_llama):
     model = patch(tiny_llama(num_hidden_layers=1), SparseKConfig(**BUDGET, position_slope=0.2))
     with torch._dynamo.config.patch(error_on_recompile=False):
         compiled, found = torch.compile(model, backend="eager", fullgraph=True), []
         for length in (None, 4, 16):
-            settle([sparse_layers(model)[0].config], slope_length=length)
+            overwrite([sparse_layers(model)[0].config], slope_length=length)
             found.append(decode(model, compiled, 20))
             assert torch.equal(found[-1], decode(model, model, 20))
     assert not torch.equal(found[0], found[1]) and not torch.equal(found[1], found[2])

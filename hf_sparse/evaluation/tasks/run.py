@@ -1,11 +1,12 @@
 """Ask a model tasks, from prompts to tables of scores."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 from random import Random
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from hf_sparse.core.settings import check_integer
 from hf_sparse.data import context_length
 from hf_sparse.errors import DataError
 from hf_sparse.evaluation.base import check_names
@@ -56,8 +57,7 @@ def check_tasks(
     if unknown := [name for name in names if name not in TASKS and name not in TRACES]:
         raise ValueError(f"a task is one of {', '.join([*TASKS, *TRACES])}, got {unknown[0]!r}")
     for option, value in (("samples", samples), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{option} must be at least 1, got {value}")
+        check_integer(option, value, least=1)
     if kind_of(model) != "causal":
         raise DataError(f"tasks are answered by causal language models, got a model of kind {kind_of(model)!r}")
     check_names(_contenders(model, selections), generating)
@@ -124,15 +124,7 @@ def run_task(
         result["settings"] |= _slots(model)
         return result
     task, haystack = TASKS[name], haystack or Haystack()
-    ways: dict[str, list[tuple[float, ...]]] = {"each": [(d,) for d in depths], "all": [tuple(depths)], "none": [()]}
-    examples: list[_Example] = []
-    for column, length in enumerate(lengths):
-        for row in ways[task.depths]:
-            for sample in range(samples):
-                draft = task.make(Random(f"{seed} {name} {length} {row} {sample}"), haystack, row)
-                new_tokens = _room(tokenizer, draft.answers)
-                tokens = fit(tokenizer, draft.render, length - new_tokens)
-                examples.append(_Example(column, row, tokens, draft.answers, new_tokens))
+    examples = list(_examples(tokenizer, task, haystack, lengths, depths, samples, seed))
     results: dict[str, Any] = {}
     with evaluating(model):
         for contender in contenders:
@@ -172,8 +164,7 @@ def run_longbench(
     """
     if not documents:
         raise DataError("expected at least one document to ask about, got none")
-    if new_tokens < 1:
-        raise ValueError(f"new_tokens must be at least 1, got {new_tokens}")
+    check_integer("new_tokens", new_tokens, least=1)
     check_tasks(model, [], lengths=[length], selections=selections)
     contenders = _contenders(model, selections)
     prompts = [prompt(tokenizer, document, length - new_tokens) for document in documents]
@@ -213,6 +204,26 @@ class _Example(NamedTuple):
     tokens: list[int]
     answers: Sequence[str]
     new_tokens: int
+
+
+def _examples(
+    tokenizer: Any,
+    task: Task,
+    haystack: Haystack,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    samples: int,
+    seed: int,
+) -> Iterator[_Example]:
+    """Make the prompts of a task, by length; see `run_task`."""
+    rows: dict[str, list[tuple[float, ...]]] = {"each": [(d,) for d in depths], "all": [tuple(depths)], "none": [()]}
+    for column, length in enumerate(lengths):
+        for row in rows[task.depths]:
+            for sample in range(samples):
+                draft = task.make(Random(f"{seed} {task.name} {length} {row} {sample}"), haystack, row)
+                new_tokens = _room(tokenizer, draft.answers)
+                tokens = fit(tokenizer, draft.render, length - new_tokens)
+                yield _Example(column, row, tokens, draft.answers, new_tokens)
 
 
 def _batches(examples: Sequence[_Example], batch_size: int) -> list[list[_Example]]:

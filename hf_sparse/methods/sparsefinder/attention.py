@@ -315,13 +315,7 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
         elif predicts:
             graph = learned.predictor.graph(learned, text, codes)
         tensors = text.query, text.key, text.value
-        options: dict[str, Any] = {
-            "alpha": text.alpha,
-            "scaling": text.scaling,
-            "causal": text.causal,
-            "valid": text.valid,
-            "first_query": text.first_query,
-        }
+        options = text.settings | {"valid": text.valid, "first_query": text.first_query}
         certificate = None
         if isinstance(graph, Tiles):
             complete = config.complete and self.pattern is None

@@ -8,17 +8,25 @@ stays. Queries keep theirs too: those of a few tokens describe the tile of queri
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from hf_sparse.core.cache import GrowingCacheLayer, mask_of_keys
-from hf_sparse.methods.sparsefinder.rooms import copy_tokens, rooms_like
+from hf_sparse.methods.sparsefinder.rooms import (
+    copy_tokens,
+    extended,
+    lies_in,
+    room_behind,
+    rooms_like,
+    with_room,
+)
 from hf_sparse.ops.triton import available
 
-_ROOM = 256  # tokens, at least, that are made room for when a text grows
-_SHARE = 8  # or an eighth of its length: a longer text grows in larger pieces
+if TYPE_CHECKING:
+    from hf_sparse.methods.sparsefinder.step import ClusterPlan, ExactPlan
+
 _PIECE = 1 << 26  # bytes of several layers that lie, and later go, together after a recorded prompt
 
 
@@ -48,8 +56,8 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
         self.key_codes: Tensor | None = None
         self.owner: object = None
         self.newest: tuple[Tensor, Tensor] | None = None
-        self.plan: Any = None
-        self.checked: Any = None
+        self.plan: ExactPlan | ClusterPlan | None = None
+        self.checked: tuple[Any, ...] | None = None
         self.rooms: tuple[Tensor, Tensor] | None = None
         self.place: Tensor | None = None
         self._query_room: Tensor | None = None
@@ -114,13 +122,9 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
         if not is_same:
             return False
         rooms = self.rooms
-        if (
-            rooms is None
-            or rooms[0].shape[2] == old_key.shape[2]
-            or not all(map(_lies_in, (old_key, old_value), rooms))
-        ):
-            tokens = _with_room(old_key.shape[2])
-            self.rooms = _room_behind(old_key, tokens), _room_behind(old_value, tokens)
+        if rooms is None or rooms[0].shape[2] == old_key.shape[2] or not all(map(lies_in, (old_key, old_value), rooms)):
+            tokens = with_room(old_key.shape[2])
+            self.rooms = room_behind(old_key, tokens), room_behind(old_value, tokens)
         self._kind, self.checked = kind, None
         return True
 
@@ -153,7 +157,7 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
         if targets[0].rooms is None:
             if room is None:
                 apiece = max(1, _PIECE // (parts[0].nbytes // parts[0].shape[2] * tokens))
-            rooms = rooms_like(parts, room or _with_room(tokens), apiece)
+            rooms = rooms_like(parts, room or with_room(tokens), apiece)
             for layer, *of_layer in zip(targets, rooms[::2], rooms[1::2], strict=True):
                 layer.rooms = layer._take(*of_layer)
         rooms = [part for layer in targets if layer.rooms is not None for part in layer.rooms]
@@ -250,8 +254,8 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
             )
         # There is as much room for codes as for keys.
         tokens = before + key_codes.shape[2] if self.rooms is None else self.rooms[0].shape[2]
-        self.query_codes, self._query_room = _extended(self.query_codes, self._query_room, query_codes, tokens)
-        self.key_codes, self._key_room = _extended(self.key_codes, self._key_room, key_codes, tokens)
+        self.query_codes, self._query_room = extended(self.query_codes, self._query_room, query_codes, tokens)
+        self.key_codes, self._key_room = extended(self.key_codes, self._key_room, key_codes, tokens)
         self.owner = owner
         return self.query_codes, self.key_codes
 
@@ -276,9 +280,9 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
         rooms = self._query_room, self._key_room
         tokens = length if self.rooms is None else self.rooms[0].shape[2]
         if any([room is None or room.shape[2] < tokens for room in rooms]) or not all(
-            map(_lies_in, (of_queries, of_keys), rooms)  # type: ignore[arg-type]
+            map(lies_in, (of_queries, of_keys), rooms)  # type: ignore[arg-type]
         ):
-            rooms = self._query_room, self._key_room = _room_behind(of_queries, tokens), _room_behind(of_keys, tokens)
+            rooms = self._query_room, self._key_room = room_behind(of_queries, tokens), room_behind(of_keys, tokens)
         self.query_codes, self.key_codes = (room.narrow(2, 0, length) for room in rooms if room is not None)
         return self.query_codes, self.key_codes
 
@@ -287,7 +291,7 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
         assert self.rooms is not None
         tokens, whole = self.rooms[0].shape[2], []
         for codes, room in ((self.query_codes, self._query_room), (self.key_codes, self._key_room)):
-            if codes is None or room is None or codes.shape[2] != length or not _lies_in(codes, room):
+            if codes is None or room is None or codes.shape[2] != length or not lies_in(codes, room):
                 return None
             if room.shape[2] < tokens:
                 return None
@@ -348,51 +352,3 @@ class SparsefinderCacheLayer(GrowingCacheLayer):
     def _each(self, change: Callable[[Tensor], Tensor]) -> None:
         if self.query_codes is not None and self.key_codes is not None:
             self.query_codes, self.key_codes = change(self.query_codes), change(self.key_codes)
-
-
-def _with_room(tokens: int) -> int:
-    """Return for how many tokens there is room when a text of so many begins to grow."""
-    return tokens + max(_ROOM, tokens // _SHARE)
-
-
-def _lies_in(tensor: Tensor, room: Tensor) -> bool:
-    """Tell whether `[B, H, T, X]` are the first tokens of a room."""
-    return (
-        tensor.data_ptr() == room.data_ptr() and tensor.stride() == room.stride() and tensor.shape[0] == room.shape[0]
-    )
-
-
-def _room_behind(tensor: Tensor, tokens: int) -> Tensor:
-    """Copy `[B, H, T, X]` to a tensor that has room for so many tokens, zeros: a recorded step may read them."""
-    batch, heads, length, dim = tensor.shape
-    with torch.inference_mode(False):  # tensors of that mode could not be written to after it
-        room = torch.empty((batch, heads, tokens, dim), dtype=tensor.dtype, device=tensor.device)
-    room[:, :, :length], room[:, :, length:] = tensor, 0
-    return room
-
-
-def _extended(codes: Tensor | None, room: Tensor | None, new: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Put codes `[B, H, n, c]` behind those that are there.
-
-    Args:
-        codes: `[B, H, T, c]`; the first ones of `room` unless rows or devices have changed.
-        room: what `codes` lie in, where there may be room for more.
-        new: those to append.
-        tokens: that there must be room for, at least as many as there are then.
-
-    Returns:
-        All codes, `[B, H, T + n, c]`, and the tensor that they lie in.
-    """
-    before = 0 if codes is None else codes.shape[2]
-    length = before + new.shape[2]
-    places = {(part.device, part.data_ptr()) for part in (codes, room) if part is not None}
-    if room is None or len(places) > 1 or room.device != new.device or room.shape[2] < tokens:
-        more = max(_ROOM, tokens // _SHARE) if before else 0
-        shape = (*new.shape[:2], tokens + more, new.shape[3])
-        with torch.inference_mode(False):  # tensors of that mode could not be written to after it
-            room = torch.empty(shape, dtype=new.dtype, device=new.device)
-        if codes is not None:
-            room[:, :, :before] = codes  # offloaded ones have not come back where only keys are waited for
-        room[:, :, length:] = 0
-    room[:, :, before:length] = new
-    return room[:, :, :length], room

@@ -5,12 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_sparse.core.overrides import override
 from hf_sparse.data import check_chunks
 from hf_sparse.evaluation.switching import evaluating, switched
 from hf_sparse.methods.sparsefinder.attention import AttentionInputs, Observer
 from hf_sparse.methods.sparsefinder.evaluation.operating_points import predicting_layers
-from hf_sparse.methods.sparsefinder.graph_loss import observed
+from hf_sparse.methods.sparsefinder.observing import all_keys, observed
 from hf_sparse.model_kinds import final_states
 from hf_sparse.ops.entmax import support
 from hf_sparse.ops.tiles.allowed import allowed_edges, positions_of
@@ -24,8 +23,7 @@ def density_observer(densities: list[float]) -> Observer:
     def observe(text: AttentionInputs, *_: Any) -> None:
         length = text.key.shape[2]
         queries = torch.linspace(0, length - 1, min(length, _QUERIES), device=text.key.device).round().long()
-        options: dict[str, Any] = {"alpha": text.alpha, "scaling": text.scaling, "causal": text.causal}
-        edges = support(text.query, text.key, rows=queries, **options)[0]
+        edges = support(text.query, text.key, rows=queries, **text.settings)[0]
         allowed = allowed_edges(positions_of(length, length, queries), length, causal=text.causal).sum()
         densities.append(float(edges.sum() / (allowed * edges.shape[0] * edges.shape[1])))
 
@@ -53,13 +51,8 @@ def layer_densities(model: nn.Module, chunks: Tensor) -> dict[int, float]:
     with (
         evaluating(model),
         switched(layers, True),
-        override(layers, pattern=_all_keys, certify=False),
-        observed(layers, lambda layer: density_observer(densities[layer.layer])),
+        observed(layers, lambda layer: density_observer(densities[layer.layer]), pattern=all_keys, certify=False),
     ):
         for chunk in chunks:
             final_states(model, chunk[None].to(device))
     return {layer: sum(values) / len(values) for layer, values in densities.items()}
-
-
-def _all_keys(text: AttentionInputs) -> None:
-    """List nothing: attention is over all keys."""

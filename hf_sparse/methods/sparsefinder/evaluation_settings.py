@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hf_sparse.core.checks import is_finite, shown
+from hf_sparse.core.settings import check_integer
 
 
 @dataclass(frozen=True)
@@ -34,5 +35,4 @@ class SparsefinderEvaluationSettings:
         shares = self.sparsities
         if not isinstance(shares, Sequence) or not all(is_finite(share) and 0 <= share < 1 for share in shares):
             raise ValueError(f"sparsities must be a list of numbers, at least 0 and below 1, got {shown(shares)}")
-        if self.rows < 1:
-            raise ValueError(f"rows must be at least 1, got {self.rows}")
+        check_integer("rows", self.rows, least=1)

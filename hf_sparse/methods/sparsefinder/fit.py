@@ -1,14 +1,14 @@
 """Fit to text what predictors have besides projections: clusters or bins, the distance profile, budgets of heads."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_sparse.core.overrides import override
 from hf_sparse.methods.sparsefinder.attention import AttentionInputs, SparsefinderAttention
+from hf_sparse.methods.sparsefinder.observing import all_keys, observed
 from hf_sparse.methods.sparsefinder.predictors import ProjectedPredictor
 from hf_sparse.methods.sparsefinder.predictors.budgets import MEANS
 from hf_sparse.methods.sparsefinder.predictors.projected import Span, always_joined
@@ -70,7 +70,7 @@ def fit_predictors(
             raise ValueError("expected `read` to run the model on text to fit the predictors to, got no text")
         learned = layer.parameters_in_use
         learned.predictor.fit(learned, torch.cat(points[id(layer)], 1), generator)
-        profiles.settle(layer)
+        profiles.fit(layer)
     layers = [layer for layer in layers if hasattr(layer.parameters_in_use, "budgets")]
     if layers:
         for layer, table in zip(layers, fit_budgets(layers, read, _predicted), strict=True):
@@ -84,7 +84,7 @@ def fit_profiles(layers: Sequence[SparsefinderAttention], read: Callable[[], Any
     with _watched(layers, profiles.add):
         read()
     for layer in layers:
-        profiles.settle(layer)
+        profiles.fit(layer)
 
 
 class _Profiles:
@@ -94,18 +94,20 @@ class _Profiles:
         self.sums: dict[int, tuple[Tensor, Tensor]] = {}
 
     def add(self, layer: SparsefinderAttention, text: AttentionInputs) -> None:
+        """Add the attention of a sample of the queries of a text."""
         length, size = text.key.shape[2], layer.config.tile
         if size is None or not hasattr(layer.parameters_in_use, "profile"):
             return
         rows = torch.linspace(0, length - 1, min(length, _ROWS), device=text.key.device).round().long()
-        _, probabilities = support(text.query, text.key, rows=rows, **_options(text))
+        _, probabilities = support(text.query, text.key, rows=rows, **text.settings)
         allowed = allowed_edges(positions_of(length, length, rows), length, causal=text.causal)
         gained = profile_mass(probabilities, rows, size)
         pairs = profile_mass(allowed.expand_as(probabilities), rows, size)
         mass, count = self.sums.get(id(layer), (0, 0))
         self.sums[id(layer)] = (mass + gained, count + pairs)
 
-    def settle(self, layer: SparsefinderAttention) -> None:
+    def fit(self, layer: SparsefinderAttention) -> None:
+        """Set the profile of a layer that has one to the mean of what was added."""
         if hasattr(layer.parameters_in_use, "profile"):
             layer.parameters_in_use.profile.copy_(fit_profile(*self.sums[id(layer)]))
 
@@ -137,7 +139,7 @@ def fit_budgets(
         chosen = torch.linspace(0, listed - 1, sampled, device=text.key.device).round().long()
         rows = (chosen[:, None] * of_queries + torch.arange(of_queries, device=chosen.device)).flatten()
         rows = rows[rows < length]
-        _, probabilities = support(text.query, text.key, rows=rows, **_options(text))
+        _, probabilities = support(text.query, text.key, rows=rows, **text.settings)
         mass = _tile_mass(probabilities, torch.searchsorted(chosen, rows // of_queries), sampled, size)
         scores = rank(layer, text)
         mass = by_group(mass, scores.shape[1]).sum(2)
@@ -245,21 +247,8 @@ def _tile_mass(probabilities: Tensor, place: Tensor, count: int, size: int) -> T
     return mass.index_add_(2, place, by_key)
 
 
-def _options(text: AttentionInputs) -> dict[str, Any]:
-    return {"alpha": text.alpha, "scaling": text.scaling, "causal": text.causal}
-
-
-@contextmanager
 def _watched(
     layers: Sequence[SparsefinderAttention], watch: Callable[[SparsefinderAttention, AttentionInputs], None]
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Attend by entmax over all keys within a `with` block, and show `watch` every text."""
-    with ExitStack() as stack:
-        for layer in layers:
-            slots = {"pattern": _all_keys, "observer": lambda text, *_, layer=layer: watch(layer, text)}
-            stack.enter_context(override([layer], **slots))
-        yield
-
-
-def _all_keys(text: AttentionInputs) -> None:
-    return None
+    return observed(layers, lambda layer: lambda text, *_: watch(layer, text), pattern=all_keys)

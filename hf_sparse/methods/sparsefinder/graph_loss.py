@@ -4,15 +4,14 @@ The gold graph is computed on the fly, for a sample of queries, from the queries
 all keys. No gradient reaches the model, so the layers are independent.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hf_sparse.core.overrides import override
 from hf_sparse.methods.sparsefinder.attention import AttentionInputs, Observer, SparsefinderAttention
+from hf_sparse.methods.sparsefinder.observing import observed
 from hf_sparse.methods.sparsefinder.training_settings import GraphLoss
 from hf_sparse.ops.entmax import support
 from hf_sparse.ops.predictors import losses
@@ -55,17 +54,6 @@ def graph_loss(
     return torch.stack(losses_of_layers).mean()
 
 
-@contextmanager
-def observed(
-    layers: Sequence[SparsefinderAttention], observer_of: Callable[[SparsefinderAttention], Observer]
-) -> Iterator[None]:
-    """Give each layer an observer, which `observer_of` makes for it, for the length of a `with` block."""
-    with ExitStack() as overrides:
-        for layer in layers:
-            overrides.enter_context(override([layer], observer=observer_of(layer)))
-        yield
-
-
 def _sample_queries(length: int, rows: int, generator: torch.Generator, device: torch.device) -> Tensor:
     """Draw `rows` different queries of a text, or all if there are fewer: `[R]` int64, ascending."""
     return torch.randperm(length, generator=generator)[:rows].sort().values.to(device)
@@ -77,8 +65,7 @@ def _layer_loss(
     """Return the loss of one layer on one text, see `graph_loss`."""
     learned, length = layer.parameters_in_use, text.key.shape[2]
     queries = _sample_queries(length, rows, generator, text.key.device)
-    options: dict[str, Any] = {"alpha": text.alpha, "scaling": text.scaling, "causal": text.causal}
-    _, probabilities = support(text.query, text.key, rows=queries, **options)
+    _, probabilities = support(text.query, text.key, rows=queries, **text.settings)
     allowed = allowed_edges(positions_of(length, length, queries), length, causal=text.causal)
     query = learned.project_queries(text.query[:, :, queries].detach())
     key = learned.project_keys(text.key.detach())

@@ -86,7 +86,7 @@ def _launches_on(query: Tensor) -> bool:
 
 
 @dataclass
-class _ExactPlan:
+class ExactPlan:
     """Hold the kernels of a layer's steps over all keys, and what they were made for.
 
     Attributes:
@@ -113,9 +113,9 @@ def _over_all_keys(
         query.shape, query.dtype, None if valid is None else valid.dtype, scales.kind, scales.is_log,
         scales.scale.dtype, None if scales.exponent is None else scales.exponent.dtype, cache.place is None,
     )  # fmt: skip
-    if type(plan) is not _ExactPlan or plan.rooms is not cache.rooms or plan.layout != layout:
+    if not isinstance(plan, ExactPlan) or plan.rooms is not cache.rooms or plan.layout != layout:
         kernels = StepPlan(query, key, value, key.shape[1], kind=scales.kind, is_log=scales.is_log, causal=True)
-        plan = cache.plan = _ExactPlan(kernels, cache.rooms, layout)
+        plan = cache.plan = ExactPlan(kernels, cache.rooms, layout)
     output = plan.kernels.run(
         query, key, value, scales.scale, scales.exponent, scales.factor, valid, cache.place, None, 1, newest
     )
@@ -124,14 +124,15 @@ def _over_all_keys(
 
 
 @dataclass
-class _ClusterPlan:
+class ClusterPlan:
     """Hold the kernels of a layer's predicted steps, and what they were made for.
 
     Attributes:
         kernels: `None` if there are none for such steps.
         projections: the tensors that they read.
-        tensors: all of the adapter, and their dtypes.
+        learned, tensors: the parameters of the adapter, and their tensors with their dtypes.
         rooms: what the keys and values of the cache lie in.
+        layout: shapes, dtypes and kinds of what a step computes with, and settings.
     """
 
     kernels: "ClusterStep | None"
@@ -140,6 +141,22 @@ class _ClusterPlan:
     tensors: list[tuple[Tensor | None, Any]]
     rooms: Any
     layout: tuple[Any, ...]
+
+    def is_for(
+        self,
+        learned: SparsefinderParameters,
+        tensors: list[tuple[Tensor | None, Any]],
+        rooms: Any,
+        layout: tuple[Any, ...],
+    ) -> bool:
+        """Tell whether the kernels were made for all of this; see the attributes."""
+        return (
+            self.learned is learned
+            and self.rooms is rooms
+            and self.layout == layout
+            and len(self.tensors) == len(tensors)
+            and all([a[0] is b[0] and a[1] == b[1] for a, b in zip(self.tensors, tensors, strict=True)])
+        )
 
 
 def _over_clusters(
@@ -158,27 +175,19 @@ def _over_clusters(
     layout = (*layout, cache.place is None, *[getattr(config, name) for name in _SETTINGS])
     tensors = [(t, None if t is None else t.dtype) for t in (*learned._parameters.values(), *learned._buffers.values())]
     plan = cache.plan
-    is_same = (
-        type(plan) is _ClusterPlan
-        and plan.learned is learned
-        and plan.rooms is cache.rooms
-        and plan.layout == layout
-        and len(plan.tensors) == len(tensors)
-        and all([a[0] is b[0] and a[1] == b[1] for a, b in zip(plan.tensors, tensors, strict=True)])
-    )
-    if not is_same:
+    if not isinstance(plan, ClusterPlan) or not plan.is_for(learned, tensors, cache.rooms, layout):
         kernels, projections = _kernels(learned, query, key, value, scales)
-        plan = cache.plan = _ClusterPlan(kernels, projections, learned, tensors, cache.rooms, layout)
-    newest, kernels = cache.newest, plan.kernels
+        plan = cache.plan = ClusterPlan(kernels, projections, learned, tensors, cache.rooms, layout)
+    newest, kernels, projections = cache.newest, plan.kernels, plan.projections
     codes = None if kernels is None else cache.codes_to_write(attention.identities[attention.active])
-    if codes is None or newest is None or kernels is None:
+    if codes is None or newest is None or kernels is None or projections is None:
         return None
     place = cache.place
     order, position = (None, None) if valid is None else _order_of(valid, place)
     if position is None and place is not None:
         position = place.expand(len(query))
     output = kernels(
-        query, key, value, newest, codes, plan.projections, scales.scale, scales.exponent, scales.factor, order,
+        query, key, value, newest, codes, projections, scales.scale, scales.exponent, scales.factor, order,
         position, place,
     )  # fmt: skip
     cache.newest = None

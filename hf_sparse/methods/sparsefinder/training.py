@@ -13,7 +13,8 @@ from hf_sparse.finetune.stages import Stage, Training
 from hf_sparse.methods.sparsefinder.attention import SparsefinderAttention
 from hf_sparse.methods.sparsefinder.density import density_observer
 from hf_sparse.methods.sparsefinder.fit import fit_predictors, fit_profiles
-from hf_sparse.methods.sparsefinder.graph_loss import graph_loss, observed
+from hf_sparse.methods.sparsefinder.graph_loss import graph_loss
+from hf_sparse.methods.sparsefinder.observing import observed
 from hf_sparse.methods.sparsefinder.training_settings import SparsefinderTrainingSettings
 
 
@@ -32,29 +33,13 @@ class SparsefinderTraining(Training):
     settings: SparsefinderTrainingSettings
 
     def _stages(self) -> list[Stage]:
-        config, settings, adapter = self.config, self.settings, self.layers[0].config
+        config, settings = self.config, self.settings
         learned = [layer.parameters_in_use for layer in self.layers]
         learns_graph = learned[0].predictor.learns_graph
-        if adapter.entmax_native is not None:
+        if self.layers[0].config.entmax_native is not None:
             self.learned = "projections"
             self._check_native()
-        if config.objective == "graph" and not learns_graph:
-            raise ValueError(
-                f"the objective 'graph' trains projections, and the predictor {adapter.predictor!r} has none: choose "
-                "'distill' or 'lm'"
-            )
-        if settings.alpha_start is not None and (
-            adapter.learn_alpha or adapter.entmax_native is not None or config.objective == "graph"
-        ):
-            why = "the objective 'graph' does not train with it"
-            if adapter.learn_alpha or adapter.entmax_native is not None:
-                why = f"alpha is {'learned here' if adapter.learn_alpha else 'that of the checkpoint (entmax_native)'}"
-            raise ValueError(f"alpha_start must be None, for {why}; got {settings.alpha_start}")
-        profiled = adapter.tile is not None and adapter.profile
-        if learns_graph and settings.graph_loss == "profile_nce" and not profiled:
-            raise ValueError(
-                "graph_loss='profile_nce' needs SparsefinderConfig(profile=True) and a tile: choose 'info_nce'"
-            )
+        self._check_settings(learns_graph)
         graph = self._named(p for part in learned for p in part.projections())
         scales = self._named(p for part in learned for p in part.scales())
         if config.objective == "graph":
@@ -63,6 +48,30 @@ class SparsefinderTraining(Training):
         if not learns_graph or not settings.graph_steps:
             return [main]
         return [main, Stage("graph", settings.graph_steps, graph, settings.graph_learning_rate, repeatable=False)]
+
+    def _check_settings(self, learns_graph: bool) -> None:
+        """Raise `ValueError` for an objective or a setting that does not go with the adapter.
+
+        Args:
+            learns_graph: whether its predictor has projections to train.
+        """
+        objective, settings, adapter = self.config.objective, self.settings, self.layers[0].config
+        if objective == "graph" and not learns_graph:
+            raise ValueError(
+                f"the objective 'graph' trains projections, and the predictor {adapter.predictor!r} has none: choose "
+                "'distill' or 'lm'"
+            )
+        is_native = adapter.entmax_native is not None
+        if settings.alpha_start is not None and (adapter.learn_alpha or is_native or objective == "graph"):
+            why = "the objective 'graph' does not train with it"
+            if adapter.learn_alpha or is_native:
+                why = f"alpha is {'learned here' if adapter.learn_alpha else 'that of the checkpoint (entmax_native)'}"
+            raise ValueError(f"alpha_start must be None, for {why}; got {settings.alpha_start}")
+        profiled = adapter.tile is not None and adapter.profile
+        if learns_graph and settings.graph_loss == "profile_nce" and not profiled:
+            raise ValueError(
+                "graph_loss='profile_nce' needs SparsefinderConfig(profile=True) and a tile: choose 'info_nce'"
+            )
 
     def _check_native(self) -> None:
         """Raise `ValueError` for an objective with nothing to learn in a checkpoint that was trained with entmax."""

@@ -10,6 +10,7 @@ from hf_sparse.adapters.folder import AdapterFolder
 from hf_sparse.adapters.load import Device, Dtype, load_adapter
 from hf_sparse.adapters.saving import save_adapter
 from hf_sparse.chunks import prepared_chunks
+from hf_sparse.core.layer import SparseAttentionLayer
 from hf_sparse.core.overrides import override
 from hf_sparse.errors import DataError
 from hf_sparse.folders import exclusive, staged
@@ -61,17 +62,7 @@ def unpatch_adapter(
     adapter = AdapterFolder(folder)
     model, tokenizer = load_adapter(adapter, device=device, dtype=dtype)
     training = adapter.checked_training
-    layer = sparse_layers(model)[0]
-    if not isinstance(layer, SparsefinderAttention):
-        raise DataError(
-            f"layers are left dense by how many keys have weight, and {folder} holds a {layer.label} adapter, where "
-            "all that are attended to have some"
-        )
-    if layer.config.entmax_native is not None:
-        raise DataError(
-            f"layers that are left dense attend by softmax, and the checkpoint under {folder} was trained with entmax "
-            "(entmax_native): all its layers stay"
-        )
+    _check_adapter(sparse_layers(model)[0], folder)
     data = prepared_chunks(model, tokenizer, text, length, chunks, bos=bos, limit=_CHUNKS)
     densities = layer_densities(model, data)
     dense = {number for number, density in densities.items() if density > above}
@@ -96,6 +87,20 @@ def unpatch_adapter(
         # What is left was trained as finetune.json tells.
         left.write_repo(training=None if training is None else training | {"weights_sha256": left.weights_sha256})
     return densities
+
+
+def _check_adapter(layer: SparseAttentionLayer, folder: str | Path) -> None:
+    """Raise `DataError` for an adapter, one of whose layers this is, of which no layer can be left dense."""
+    if not isinstance(layer, SparsefinderAttention):
+        raise DataError(
+            f"layers are left dense by how many keys have weight, and {folder} holds a {layer.label} adapter, where "
+            "all that are attended to have some"
+        )
+    if layer.config.entmax_native is not None:
+        raise DataError(
+            f"layers that are left dense attend by softmax, and the checkpoint under {folder} was trained with entmax "
+            "(entmax_native): all its layers stay"
+        )
 
 
 def _is_among(module: object, layers: set[int]) -> bool:

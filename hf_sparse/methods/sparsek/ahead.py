@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse.methods.sparsek.scorer import Scorer
+from hf_sparse.methods.sparsek.tokens import NewTokens
 
 if TYPE_CHECKING:
     from hf_sparse.methods.sparsek.attention import SparseKAttention
@@ -59,26 +60,19 @@ class Ahead:
         scores.view(len(scores), -1).scatter_(1, self.slots[..., :count].flatten(1), new.flatten(1))
 
 
-def step_ahead(
-    attention: "SparseKAttention",
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    hidden_states: Tensor,
-    valid: Tensor | None,
-    cache: "SparseKCacheLayer",
-    scaling: float,
-) -> Tensor | None:
+def step_ahead(attention: "SparseKAttention", new: NewTokens, cache: "SparseKCacheLayer") -> Tensor | None:
     """Give the one new token of each row its slot, and attend to the slots; the token is scored later.
 
     Args:
-        query, key, value, hidden_states, valid, scaling: see `SparseAttentionLayer.attend`, for one token.
+        new: one token of each row.
+        cache: takes in the tokens.
 
     Returns:
         `[B, Hq, 1, D]`; `None`, with nothing changed, if the step has to take another path: it is not on the CPU, or
         compiled, differentiated or padded, or a baseline chooses, or the cache is empty, of another adapter or for a
         single step.
     """
+    query, key, value, hidden_states, valid, scaling = new
     is_plain = type(query) is Tensor and query.device.type == "cpu" and valid is None
     if not is_plain or torch.compiler.is_compiling() or torch.is_grad_enabled() or not attention.uses_scorer:
         return None

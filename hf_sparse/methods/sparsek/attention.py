@@ -28,7 +28,7 @@ from hf_sparse.methods.sparsek.reading import Scoring, read_in_few_launches, sco
 from hf_sparse.methods.sparsek.scorer import Scorer, make_scorer
 from hf_sparse.methods.sparsek.settings import WHOLE_PROMPT
 from hf_sparse.methods.sparsek.step import step_in_one_kernel
-from hf_sparse.methods.sparsek.tokens import NewTokens, token_index
+from hf_sparse.methods.sparsek.tokens import NewTokens, ScoredTokens, token_index
 
 # (query [B, Hq, T, D], key [B, Hkv, T, D], scores [B, Hkv, T], scaling) of whole sequences without padding
 Observer = Callable[[Tensor, Tensor, Tensor, float], None]
@@ -229,16 +229,16 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         scaling: float,
     ) -> Tensor:
         """Score the new tokens, attend, and keep what is worth keeping; see `SparseAttentionLayer`."""
-        length = query.shape[2]
-        if length == 1 and isinstance(cache, SparseKCacheLayer):
+        new = NewTokens(query, key, value, hidden_states, valid, scaling)
+        if query.shape[2] == 1 and isinstance(cache, SparseKCacheLayer):
             for step in (step_in_one_kernel, step_ahead, step_compiled):  # on a GPU, on the CPU, in compiled code
-                output = step(self, query, key, value, hidden_states, valid, cache, scaling)
+                output = step(self, new, cache)
                 if output is not None:
                     return output
         if not isinstance(cache, SparseKCacheLayer) or not cache.empty or self.config.pin_prompt != WHOLE_PROMPT:
-            return self._attend(query, key, value, hidden_states, valid, cache, scaling)
-        self._check_prompt(length, valid)
-        output = self._attend(query, key, value, hidden_states, valid, cache, scaling)
+            return self._attend(new, cache)
+        self._check_prompt(query.shape[2], valid)
+        output = self._attend(new, cache)
         cache.pin()
         return output
 
@@ -253,20 +253,12 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
                 f"(sinks + k) cannot hold its {length} tokens: give a larger budget, or a number of first tokens"
             )
 
-    def _attend(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        hidden_states: Tensor,
-        valid: Tensor | None,
-        cache: Any,
-        scaling: float,
-    ) -> Tensor:
+    def _attend(self, new: NewTokens, cache: Any) -> Tensor:
         """Attend as `attend`, where no step is quicker, and keep no prompt beyond its scores."""
+        query, key, value, hidden_states, valid, scaling = new
         length = query.shape[2]
         if isinstance(cache, SparseKCacheLayer) and not cache.is_initialized:
-            output = read_in_few_launches(self, query, key, value, hidden_states, valid, cache, scaling)
+            output = read_in_few_launches(self, new, cache)
             if output is not None:
                 return output
             cache.begin_text(key, value)
@@ -277,8 +269,8 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         if self.baseline is None:
             scores = self.score(hidden_states, index)
         else:
-            scores = self._scores_of_baseline(self.baseline, query, key, index, valid, scaling, cache)
-        tokens = NewTokens(query, key, value, scores, index, valid, scaling)
+            scores = self._scores_of_baseline(self.baseline, new, index, cache)
+        tokens = ScoredTokens(query, key, value, scores, index, valid, scaling)
         if self.observer is not None:
             return self._attend_observed(tokens, self.observer)
         is_first = cache is None or cache.empty
@@ -292,11 +284,8 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
     def _scores_of_baseline(
         self,
         baseline: Baseline,
-        query: Tensor,
-        key: Tensor,
+        new: NewTokens,
         index: Tensor,
-        valid: Tensor | None,
-        scaling: float,
         cache: SparseKCacheLayer | None,
     ) -> Tensor:
         """Return the scores `[B, Hkv, T]` that a baseline gives to new tokens.
@@ -312,19 +301,19 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         budget = self.budget
         least = budget.k if isinstance(budget.k, int) else min(budget.k)
         places = budget.sinks + least, budget.window
-        return baseline(Arrivals(query, key, index, valid, scaling, *places, self.layer, cache))
+        return baseline(Arrivals(new.query, new.key, index, new.valid, new.scaling, *places, self.layer, cache))
 
     @property
     def _budget_in_use(self) -> Budget:
         """Return how the budget of the layer is spent now, by the scorer or a baseline."""
         return self.budget if self.baseline is None else self.baseline.budget(self.budget, self.causal)
 
-    def _attend_observed(self, tokens: NewTokens, observer: Observer) -> Tensor:
+    def _attend_observed(self, tokens: ScoredTokens, observer: Observer) -> Tensor:
         """Attend to all keys, for an observer that gets queries, keys and scores."""
         observer(tokens.query, tokens.key, tokens.scores, tokens.scaling)
         return _attend_whole_text(tokens, Budget(k=max(1, tokens.length), window=1, sinks=0), causal=self.causal)
 
-    def _attend_first(self, tokens: NewTokens, cache: SparseKCacheLayer | None) -> Tensor:
+    def _attend_first(self, tokens: ScoredTokens, cache: SparseKCacheLayer | None) -> Tensor:
         """Attend to the tokens of a text from its beginning on, and fill the cache with them if there is one."""
         budget = self._budget_in_use
         is_soft = self.baseline is None and self.is_learning(cache)
@@ -382,7 +371,7 @@ def _warn_of_short_text(slots: int) -> None:
     )
 
 
-def _attend_whole_text(tokens: NewTokens, budget: Budget, **options: Any) -> Tensor:
+def _attend_whole_text(tokens: ScoredTokens, budget: Budget, **options: Any) -> Tensor:
     """Attend within texts that begin with these tokens; `options` are those of `sparsek_attention`."""
     tensors = tokens.query, tokens.key, tokens.value, tokens.scores
     settings = budget._asdict() | options

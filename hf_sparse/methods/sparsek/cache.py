@@ -102,7 +102,7 @@ class SparseKCacheLayer(SlotMemory):
             return self._length or 0
         if is_recorded(self.device):
             self.is_count_read = torch.compiler.is_compiling()
-            self.settle()
+            self.find_tensors()
             return self.cumulative_length + self.uncounted
         return int(self.cumulative_length) if self._length is None else self._length
 
@@ -181,7 +181,7 @@ class SparseKCacheLayer(SlotMemory):
         """Note that sparse attention follows the next `update`: dense attention would miss the keys that left."""
         self.in_attention = True
         if self.is_initialized and torch.compiler.is_compiling():
-            self.settle()
+            self.find_tensors()
 
     def check_mask(self, attention_mask: Tensor | None, length: int) -> Tensor | None:
         """Check that a padding mask calls as many earlier tokens real as came as real ones.

@@ -6,26 +6,18 @@ import torch
 from torch import Tensor
 
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
+from hf_sparse.methods.sparsek.tokens import NewTokens
 from hf_sparse.ops.selection.step import take_step
 
 if TYPE_CHECKING:
     from hf_sparse.methods.sparsek.attention import SparseKAttention
 
 
-def step_compiled(
-    attention: "SparseKAttention",
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    hidden_states: Tensor,
-    valid: Tensor | None,
-    cache: SparseKCacheLayer,
-    scaling: float,
-) -> Tensor | None:
+def step_compiled(attention: "SparseKAttention", new: NewTokens, cache: SparseKCacheLayer) -> Tensor | None:
     """Score the new token of each row, give it a slot and attend to the slots, in code that is being compiled.
 
     Args:
-        query, key, value, hidden_states, valid, scaling: see `SparseAttentionLayer.attend`, for one token.
+        new: one token of each row.
         cache: has been checked for this step.
 
     Returns:
@@ -36,6 +28,7 @@ def step_compiled(
         return None
     if not attention.uses_scorer:
         return None
+    query, key, value, hidden_states, valid, scaling = new
     scorer: Any = attention.sparsek_scorer[attention.active]
     weight, slope, slopes = scorer.linear
     states = scorer(hidden_states, cache.seen[:, None]) if weight is None else hidden_states

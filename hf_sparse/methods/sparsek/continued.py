@@ -11,10 +11,10 @@ from hf_sparse.methods.sparsek.budget import Budget
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
 from hf_sparse.methods.sparsek.padded import attend_padded
 from hf_sparse.methods.sparsek.ragged_cache import RaggedCacheLayer
-from hf_sparse.methods.sparsek.tokens import NewTokens
+from hf_sparse.methods.sparsek.tokens import ScoredTokens
 
 
-def attend_step(tokens: NewTokens, cache: SparseKCacheLayer, baseline: Baseline | None, budget: Budget) -> Tensor:
+def attend_step(tokens: ScoredTokens, cache: SparseKCacheLayer, baseline: Baseline | None, budget: Budget) -> Tensor:
     """Give the one new token of each row a slot, and attend to the slots, `[B, Hq, 1, D]`.
 
     Args:
@@ -34,15 +34,15 @@ def attend_step(tokens: NewTokens, cache: SparseKCacheLayer, baseline: Baseline 
     return output
 
 
-def attend_more(tokens: NewTokens, cache: SparseKCacheLayer, baseline: Baseline | None, budget: Budget) -> Tensor:
+def attend_more(tokens: ScoredTokens, cache: SparseKCacheLayer, baseline: Baseline | None, budget: Budget) -> Tensor:
     """Attend to several new tokens, head by head where heads differ, and take them in; see `attend_step`."""
     outputs = [attend_after(*part, baseline) for part in parts(tokens, cache, budget)]
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
 
 def parts(
-    tokens: NewTokens, cache: SparseKCacheLayer | None, budget: Budget
-) -> Iterator[tuple[NewTokens, Any, Budget]]:
+    tokens: ScoredTokens, cache: SparseKCacheLayer | None, budget: Budget
+) -> Iterator[tuple[ScoredTokens, Any, Budget]]:
     """Yield new tokens with their slots and budget: all at once, or head by head where budgets differ."""
     if isinstance(budget.k, int):
         yield tokens, cache, budget
@@ -52,7 +52,7 @@ def parts(
         yield tokens.of_head(head), of_head, budget.of_head(head)
 
 
-def attend_after(tokens: NewTokens, cache: Any, budget: Budget, baseline: Baseline | None, **options: Any) -> Tensor:
+def attend_after(tokens: ScoredTokens, cache: Any, budget: Budget, baseline: Baseline | None, **options: Any) -> Tensor:
     """Attend to several tokens after others: the kept keys are all that they can reach, so they come first.
 
     Args:

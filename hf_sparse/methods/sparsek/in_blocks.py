@@ -10,12 +10,12 @@ from hf_sparse.methods.sparsek.baselines.blocks import attend_in_blocks
 from hf_sparse.methods.sparsek.budget import Budget
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
 from hf_sparse.methods.sparsek.continued import attend_after, parts
-from hf_sparse.methods.sparsek.tokens import NewTokens
+from hf_sparse.methods.sparsek.tokens import ScoredTokens
 
 
 @torch.compiler.disable
 def attend_block_after_block(
-    tokens: NewTokens, cache: SparseKCacheLayer | None, baseline: AdaptiveBaseline, budget: Budget
+    tokens: ScoredTokens, cache: SparseKCacheLayer | None, baseline: AdaptiveBaseline, budget: Budget
 ) -> Tensor:
     """Attend to several new tokens through the slots, so that the attention of a block chooses the keys of the next.
 
@@ -29,7 +29,7 @@ def attend_block_after_block(
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs, 1)
 
 
-def _attend_in_equal_blocks(tokens: NewTokens, cache: Any, budget: Budget, baseline: AdaptiveBaseline) -> Tensor:
+def _attend_in_equal_blocks(tokens: ScoredTokens, cache: Any, budget: Budget, baseline: AdaptiveBaseline) -> Tensor:
     """Attend block after block with a budget that is the same for all heads."""
     length, step = tokens.length, min(baseline.block, budget.window)
     if _is_plain_text(tokens, cache, baseline):
@@ -44,7 +44,7 @@ def _attend_in_equal_blocks(tokens: NewTokens, cache: Any, budget: Budget, basel
     return torch.cat([attend_after(block, cache, budget, baseline, implementation="dense") for block in blocks], 2)
 
 
-def _is_plain_text(tokens: NewTokens, cache: SparseKCacheLayer | None, baseline: AdaptiveBaseline) -> bool:
+def _is_plain_text(tokens: ScoredTokens, cache: SparseKCacheLayer | None, baseline: AdaptiveBaseline) -> bool:
     """Tell whether `attend_in_blocks` takes the tokens: a text begins here, without padding, and not as one block."""
     if tokens.valid is not None or torch.is_autocast_enabled(tokens.query.device.type):
         return False
@@ -52,7 +52,7 @@ def _is_plain_text(tokens: NewTokens, cache: SparseKCacheLayer | None, baseline:
 
 
 def _attend_plain_text(
-    tokens: NewTokens, cache: SparseKCacheLayer | None, baseline: AdaptiveBaseline, budget: Budget
+    tokens: ScoredTokens, cache: SparseKCacheLayer | None, baseline: AdaptiveBaseline, budget: Budget
 ) -> Tensor:
     """Attend block after block to a text from its beginning on, without padding, and fill the cache if there is one."""
     output, kept = attend_in_blocks(tokens.query, tokens.key, tokens.value, baseline, budget, scaling=tokens.scaling)

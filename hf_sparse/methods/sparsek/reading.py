@@ -14,6 +14,7 @@ from torch import Tensor
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
 from hf_sparse.methods.sparsek.scorer import LinearScorer
 from hf_sparse.methods.sparsek.slot_memory import SharedSlots, fix_address, lasting
+from hf_sparse.methods.sparsek.tokens import NewTokens
 from hf_sparse.ops.selection.thresholds import MOST_LISTED
 from hf_sparse.ops.triton import DTYPES, MOST_ROWS, installed, is_on_gpu
 
@@ -71,27 +72,20 @@ def scoring_of(attention: "SparseKAttention") -> Scoring | None:
     return known
 
 
-def read_in_few_launches(
-    attention: "SparseKAttention",
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    hidden_states: Tensor,
-    valid: Tensor | None,
-    cache: SparseKCacheLayer,
-    scaling: float,
-) -> Tensor | None:
+def read_in_few_launches(attention: "SparseKAttention", new: NewTokens, cache: SparseKCacheLayer) -> Tensor | None:
     """Score the tokens of a text, attend, and fill a cache layer that holds nothing yet.
 
     A text that fits into the slots is attended to by the kernel of the base model, with the same result.
 
     Args:
-        query, key, value, hidden_states, valid, scaling: see `SparseAttentionLayer.attend`.
+        new: all tokens of each row.
+        cache: takes in the tokens.
 
     Returns:
         `[B, Hq, T, D]`; `None`, with nothing changed, if the text has to take another path: there is padding, it is
         being compiled, recorded or differentiated, the cache was used before, or no kernel takes what came.
     """
+    query, key, value, hidden_states, valid, scaling = new
     if valid is not None or cache.is_initialized or not _TRITON or type(query) is not Tensor or not is_on_gpu(query):
         return None
     if not attention.uses_scorer or torch.is_grad_enabled():
@@ -121,10 +115,8 @@ def read_in_few_launches(
         results = stock.program.launch([*addresses, *scoring.addresses, *of_slots, *others], stock.memory)
         output = None if fits else results[0]
         cache.take_shared(stock.slots, stock.left)
-    elif _takes(query, key, value, hidden_states, scoring, cache):
-        output, slots = _read(
-            (query, key, value, hidden_states), scoring, cache, scaling, end, layout if is_aligned else None
-        )
+    elif _takes(new, scoring, cache):
+        output, slots = _read(new, scoring, cache, end, layout if is_aligned else None)
         cache.take(*slots)
     else:
         return None
@@ -175,18 +167,14 @@ def _stock(cache: SparseKCacheLayer, key: Tensor, layout: Hashable) -> _Stock | 
 
 
 def _read(
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor],
-    scoring: Scoring,
-    cache: SparseKCacheLayer,
-    scaling: float,
-    end: Tensor | None,
-    layout: Hashable | None,
+    new: NewTokens, scoring: Scoring, cache: SparseKCacheLayer, end: Tensor | None, layout: Hashable | None
 ) -> tuple[Tensor | None, "Slots"]:
     """Return the output, `None` where all keys fit into the slots, and the slots; note the launches of the layout."""
     from hf_sparse.ops.selection.triton.reading import ReadingSettings, noted_reading, read_text
 
+    inputs = new.query, new.key, new.value, new.hidden_states
     budget, of_heads = (_most_selected(cache), cache.window, cache.sinks), None if cache.counts is None else cache.k
-    settings = ReadingSettings(*budget, scaling, scoring.key[3], of_heads)  # type: ignore[arg-type]
+    settings = ReadingSettings(*budget, new.scaling, scoring.key[3], of_heads)  # type: ignore[arg-type]
     with lasting():
         output, slots = read_text(*inputs, scoring.weight, scoring.slope, settings, end)
     for tensor in slots:
@@ -199,10 +187,9 @@ def _read(
     return output, slots
 
 
-def _takes(
-    query: Tensor, key: Tensor, value: Tensor, states: Tensor, scoring: Scoring, cache: SparseKCacheLayer
-) -> bool:
+def _takes(new: NewTokens, scoring: Scoring, cache: SparseKCacheLayer) -> bool:
     """Tell whether the kernels take a text: devices, dtypes, sizes and layout."""
+    query, key, value, states, _, _ = new
     weight, slope, dtype = scoring.weight, scoring.slope, query.dtype
     return (
         dtype in DTYPES

@@ -21,6 +21,7 @@ from hf_sparse.errors import UnsupportedModelError
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
 from hf_sparse.methods.sparsek.settings import WHOLE_PROMPT
 from hf_sparse.methods.sparsek.step import step_in_rows
+from hf_sparse.methods.sparsek.tokens import NewTokens
 from hf_sparse.ops.selection.ragged import offsets_of
 
 if TYPE_CHECKING:
@@ -70,7 +71,8 @@ def attend_chunk(
 ) -> Tensor:
     """Attend with the next tokens of one request; see `SparseAttentionLayer.attend_chunk`."""
     cache = attention.make_cache_layer() if is_first else _gathered(attention, states, source)
-    return _attended(attention, states, row, cache, query, key, value, hidden_states, scaling)
+    new = NewTokens(query, key, value, hidden_states, None, scaling)
+    return _attended(attention, states, row, cache, new)
 
 
 @torch.no_grad()
@@ -92,7 +94,8 @@ def attend_chunks(
         return _attended_densely(attention, states, rows, chunks, query, key, value, scaling)
     cache = attention.make_cache_layer() if chunks.is_first else _gathered(attention, states, sources)
     q, k, v, hidden = (chunks.padded(tensor) for tensor in (query, key, value, hidden_states))
-    return chunks.packed(_attended(attention, states, rows, cache, q, k, v, hidden, scaling, chunks.valid))
+    new = NewTokens(q, k, v, hidden, chunks.valid, scaling)
+    return chunks.packed(_attended(attention, states, rows, cache, new))
 
 
 @torch.no_grad()
@@ -108,12 +111,12 @@ def attend_steps(
     scaling: float,
 ) -> Tensor:
     """Take a decoding step of several requests; see `SparseAttentionLayer.attend_steps`."""
+    new = NewTokens(query, key, value, hidden_states, None, scaling)
     if sources is rows:
-        output = step_in_rows(attention, states, rows, query, key, value, hidden_states, scaling)
+        output = step_in_rows(attention, states, rows, new)
         if output is not None:
             return output
-    cache = _gathered(attention, states, sources)
-    return _attended(attention, states, rows, cache, query, key, value, hidden_states, scaling)
+    return _attended(attention, states, rows, _gathered(attention, states, sources), new)
 
 
 def _write(
@@ -203,20 +206,11 @@ def _gathered(attention: "SparseKAttention", states: Sequence[Tensor], rows: Ten
 
 
 def _attended(
-    attention: "SparseKAttention",
-    states: Sequence[Tensor],
-    rows: Tensor,
-    cache: SparseKCacheLayer,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    hidden_states: Tensor,
-    scaling: float,
-    valid: Tensor | None = None,
+    attention: "SparseKAttention", states: Sequence[Tensor], rows: Tensor, cache: SparseKCacheLayer, new: NewTokens
 ) -> Tensor:
     """Attend with a cache layer, and write what it holds then into the rows."""
     cache.may_look_ahead = False
-    output = attention.attend(query, key, value, hidden_states=hidden_states, valid=valid, cache=cache, scaling=scaling)
+    output = attention.attend(**new._asdict(), cache=cache)
     held = (cache.positions, cache.seen[:, None], cache.scores, cache.keys, cache.values)
     index = rows.long()
     for state, tensor in zip(states, held, strict=True):

@@ -122,7 +122,6 @@ class SparseKSettings(AdapterSettings):
                     f"SparseKConfig.layer_shares must be 1 on average, so that the budget is that of all layers; the "
                     f"mean is {sum(shares) / len(shares):.4f}"
                 )
-
         if not is_integer(self.pin_prompt, -1):
             raise ValueError(self._expected("pin_prompt", f"{WHOLE_PROMPT} or {expected_integer(self.pin_prompt, 0)}"))
         if self.pin_prompt >= self.k + self.sinks:

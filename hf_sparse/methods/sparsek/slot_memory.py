@@ -65,7 +65,7 @@ class _SlotTensor:
     def __get__(self, layer: Any, owner: type) -> Any:
         if layer is None or layer.shared is None:
             return None
-        layer.settle()
+        layer.find_tensors()
         return vars(layer)[self.name]
 
 
@@ -201,7 +201,7 @@ class SlotMemory(CacheLayerMixin):
         self._begin_with(keys.dtype, keys.device)
 
     @torch.compiler.assume_constant_result
-    def settle(self) -> bool:
+    def find_tensors(self) -> bool:
         """Find the tensors of this layer in the memory that it shares.
 
         What is compiled calls this before it reads one: it is run where that is traced, and no part of it.

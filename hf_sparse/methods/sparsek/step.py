@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
 from hf_sparse.methods.sparsek.scorer import Linear, Scorer
+from hf_sparse.methods.sparsek.tokens import NewTokens
 from hf_sparse.ops.selection.ragged import offsets_of
 from hf_sparse.ops.selection.slots import has_kernels
 from hf_sparse.ops.triton import DTYPES, MOST_ROWS, is_on_gpu
@@ -40,25 +41,18 @@ class StepPlan:
     layout: tuple[Any, ...]
 
 
-def step_in_one_kernel(
-    attention: "SparseKAttention",
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    hidden_states: Tensor,
-    valid: Tensor | None,
-    cache: SparseKCacheLayer,
-    scaling: float,
-) -> Tensor | None:
+def step_in_one_kernel(attention: "SparseKAttention", new: NewTokens, cache: SparseKCacheLayer) -> Tensor | None:
     """Score the new token of each row, give it a slot and attend to the slots.
 
     Args:
-        query, key, value, hidden_states, valid, scaling: see `SparseAttentionLayer.attend`, for one token.
+        new: one token of each row.
+        cache: takes in the tokens.
 
     Returns:
         `[B, Hq, 1, D]`, contiguous; `None`, with nothing changed, if the step has to take another path: it is being
         compiled or differentiated, the cache is empty or of another adapter, or no kernel takes what came.
     """
+    query, key, value, hidden_states, valid, _ = new
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(query) is not Tensor or not is_on_gpu(query):
         return None
     name = attention.active
@@ -68,11 +62,10 @@ def step_in_one_kernel(
         return None
     scorer: Any = attention.sparsek_scorer[name]
     linear = scorer.linear
-    layout = (*_layout(linear, query, key, value, hidden_states, scaling), valid is None)
+    layout = (*_layout(linear, new), valid is None)
     plan = cache.step
     if plan is None or plan.keys is not cache.keys or plan.scorer is not scorer or plan.layout != layout:
-        kernel = _kernel_of_cache(cache, (query, key, value, hidden_states), scorer, scaling, masked=valid is not None)
-        plan = cache.step = StepPlan(kernel, cache.keys, scorer, layout)
+        plan = cache.step = StepPlan(_kernel_of_cache(cache, new, scorer), cache.keys, scorer, layout)
     if plan.kernel is None:
         return None
     weight, slope, _ = linear
@@ -83,14 +76,7 @@ def step_in_one_kernel(
 
 
 def step_in_rows(
-    attention: "SparseKAttention",
-    states: Sequence[Tensor],
-    rows: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    hidden_states: Tensor,
-    scaling: float,
+    attention: "SparseKAttention", states: Sequence[Tensor], rows: Tensor, new: NewTokens
 ) -> Tensor | None:
     """Take a decoding step with slots that lie in rows of a pool, without copying them.
 
@@ -100,21 +86,21 @@ def step_in_rows(
     Args:
         states: positions, seen, scores, keys and values `[rows, ...]`, see `methods.sparsek.rows`.
         rows: `[B]` of integers, the row of each request.
-        query, key, value, hidden_states, scaling: see `SparseAttentionLayer.attend`, for one token.
+        new: one token of each request, without padding.
 
     Returns:
         `[B, Hq, 1, D]`; `None`, with nothing changed, if no kernel takes what came.
     """
+    query, key, value, hidden_states, _, _ = new
     if attention.baseline is not None or type(query) is not Tensor or not is_on_gpu(query):
         return None
     positions, seen, scores, keys, values = states
     scorer: Any = attention.sparsek_scorer[attention.active]
     linear = scorer.linear
-    token = query, key, value, hidden_states
     addresses = tuple([state.data_ptr() for state in states])
-    layout = (*_layout(linear, *token, scaling), addresses, keys.shape, keys.stride(), scorer, attention.budget)
+    layout = (*_layout(linear, new), addresses, keys.shape, keys.stride(), scorer, attention.budget)
     if layout not in attention.row_kernels:
-        attention.row_kernels[layout] = _kernel_of_rows(attention, states, token, scorer, scaling)
+        attention.row_kernels[layout] = _kernel_of_rows(attention, states, new, scorer)
     kernel = attention.row_kernels[layout]
     if kernel is None:
         return None
@@ -125,10 +111,9 @@ def step_in_rows(
     return kernel(query, key, value, hidden_states, weight, slope, None, rows, pool)
 
 
-def _layout(
-    linear: Linear, query: Tensor, key: Tensor, value: Tensor, hidden_states: Tensor, scaling: float
-) -> tuple[Any, ...]:
-    """Return what a kernel depends on of a new token and of the parameters of its scorer."""
+def _layout(linear: Linear, new: NewTokens) -> tuple[Any, ...]:
+    """Return what a kernel depends on of new tokens and of the parameters of their scorer."""
+    query, key, value, hidden_states, _, scaling = new
     weight, slope, slopes = linear
     return (
         query.shape, key.shape, value.shape, hidden_states.shape,
@@ -139,31 +124,25 @@ def _layout(
     )  # fmt: skip
 
 
-def _kernel_of_cache(
-    cache: SparseKCacheLayer, token: tuple[Tensor, Tensor, Tensor, Tensor], scorer: Scorer, scaling: float, masked: bool
-) -> "StepKernel | None":
+def _kernel_of_cache(cache: SparseKCacheLayer, new: NewTokens, scorer: Scorer) -> "StepKernel | None":
     """Make the kernel of a layer's steps; `None` if it does not take what came."""
     slots = cache.keys, cache.values, cache.scores, cache.positions
-    if not has_kernels(*slots) or not _takes(token, scorer, *slots):
+    if not has_kernels(*slots) or not _takes(new, scorer, *slots):
         return None
     return _kernel(
-        (*slots, cache.seen, cache.padded_late, cache.cumulative_length), token, scorer, masked=masked,
-        window=cache.window, sinks=cache.sinks, scaling=scaling, counts=cache.counts, offsets=cache.offsets,
+        (*slots, cache.seen, cache.padded_late, cache.cumulative_length), new, scorer,
+        window=cache.window, sinks=cache.sinks, counts=cache.counts, offsets=cache.offsets,
     )  # fmt: skip
 
 
 def _kernel_of_rows(
-    attention: "SparseKAttention",
-    states: Sequence[Tensor],
-    token: tuple[Tensor, Tensor, Tensor, Tensor],
-    scorer: Scorer,
-    scaling: float,
+    attention: "SparseKAttention", states: Sequence[Tensor], new: NewTokens, scorer: Scorer
 ) -> "StepKernel | None":
     """Make the kernel of the steps of a pool; `None` if it does not take what came."""
     positions, seen, scores, keys, values = states
-    query, key, *_ = token
+    query, key = new.query, new.key
     is_dense = has_kernels(keys[0], *(state[0] for state in states))  # from the second dimension on
-    if not is_dense or len(query) > MOST_ROWS or not _takes(token, scorer, keys, values):
+    if not is_dense or len(query) > MOST_ROWS or not _takes(new, scorer, keys, values):
         return None
     from hf_sparse.ops.selection.triton.step import scratch_of_rows
 
@@ -174,16 +153,15 @@ def _kernel_of_rows(
         counts = [budget.of_head(head).slots for head in range(len(budget.k))]
         offsets = offsets_of(counts, keys.device)
     return _kernel(
-        (keys, values, scores, positions, seen), token, scorer, masked=False, window=budget.window, sinks=budget.sinks,
-        scaling=scaling, indexed=True, counts=counts, offsets=offsets, scratch=attention.row_scratch,
+        (keys, values, scores, positions, seen), new, scorer, window=budget.window, sinks=budget.sinks,
+        indexed=True, counts=counts, offsets=offsets, scratch=attention.row_scratch,
     )  # fmt: skip
 
 
-def _takes(
-    token: tuple[Tensor, Tensor, Tensor, Tensor], scorer: Scorer, keys: Tensor, values: Tensor, *tables: Tensor
-) -> bool:
-    """Tell whether the kernel takes a token and parameters beside slots for which there are kernels."""
-    query, key, value, hidden_states = token
+def _takes(new: NewTokens, scorer: Scorer, keys: Tensor, values: Tensor, *tables: Tensor) -> bool:
+    """Tell whether the kernel takes new tokens and parameters beside slots for which there are kernels."""
+    query, key, value, hidden_states, _, _ = new
+    token = query, key, value, hidden_states
     weight, slope, _ = scorer.linear
     parameters = [parameter for parameter in (weight, slope) if parameter is not None]
     return (
@@ -196,12 +174,10 @@ def _takes(
     )
 
 
-def _kernel(
-    slots: tuple[Tensor, ...], token: tuple[Tensor, Tensor, Tensor, Tensor], scorer: Scorer, **settings: Any
-) -> "StepKernel":
+def _kernel(slots: tuple[Tensor, ...], new: NewTokens, scorer: Scorer, **settings: Any) -> "StepKernel":
     """Make the kernel of steps; see `StepKernel` for slots and settings."""
     from hf_sparse.ops.selection.triton.step import StepKernel
 
     weight, slope, slopes = scorer.linear
-    query, key, value, _ = token
-    return StepKernel(slots, query, key, value, weight, slope, slopes=slopes, **settings)
+    settings |= {"scaling": new.scaling, "masked": new.valid is not None}
+    return StepKernel(slots, new.query, new.key, new.value, weight, slope, slopes=slopes, **settings)

@@ -1,14 +1,33 @@
-"""Hold the new tokens of one forward through an attention module."""
+"""Hold the new tokens of one forward through an attention module, before and after they are scored."""
 
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
+class NewTokens(NamedTuple):
+    """Hold what `SparseKAttention.attend` gets of the tokens of one forward.
+
+    Attributes:
+        query: `[B, Hq, T, D]`; key, value: `[B, Hkv, T, D]`, positions applied.
+        hidden_states: `[B, T, C]`, the input of the attention module.
+        valid: `[B, T]` bool, False for padding; `None` if every token is real.
+        scaling: multiplies the logits.
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    hidden_states: Tensor
+    valid: Tensor | None
+    scaling: float
+
+
 @dataclass
-class NewTokens:
-    """Hold what attention needs of the tokens of one forward.
+class ScoredTokens:
+    """Hold what attention needs of the tokens of one forward, with their scores.
 
     Attributes:
         query: `[B, Hq, T, D]`; key, value: `[B, Hkv, T, D]`, positions applied.
@@ -36,7 +55,7 @@ class NewTokens:
         """Return the index of each token, `[B, T]`, and -1 for padding."""
         return self.index if self.valid is None else self.index.masked_fill(~self.valid, -1)
 
-    def part(self, begin: int, end: int) -> "NewTokens":
+    def part(self, begin: int, end: int) -> "ScoredTokens":
         """Return the tokens from `begin` up to `end`."""
         return replace(
             self,
@@ -48,7 +67,7 @@ class NewTokens:
             valid=None if self.valid is None else self.valid[:, begin:end],
         )
 
-    def of_head(self, head: int) -> "NewTokens":
+    def of_head(self, head: int) -> "ScoredTokens":
         """Return what one KV head and its query heads have of the tokens."""
         group = self.query.shape[1] // self.key.shape[1]
         one = slice(head, head + 1)

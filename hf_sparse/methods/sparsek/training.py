@@ -11,7 +11,7 @@ import torch
 from accelerate.utils import broadcast
 from torch import Tensor, nn
 
-from hf_sparse.core.overrides import settle
+from hf_sparse.core.overrides import overwrite
 from hf_sparse.environment import is_main_process
 from hf_sparse.errors import DataError
 from hf_sparse.finetune import checkpoint
@@ -181,26 +181,26 @@ class SparseKTraining(Training):
         self._report = {}
         if self._is_length_open:
             self._report["slopes"] = {"length": _SLOPE_LENGTH}
-            self._settle(slope_length=_SLOPE_LENGTH)
+            self._set_in_config(slope_length=_SLOPE_LENGTH)
         return self._report
 
     def resume(self, report: dict[str, Any]) -> None:
         """Divide `k` among the heads as the earlier run had at its checkpoint, or not yet, and take its slopes."""
         self._report = report
         if self._is_length_open:
-            self._settle(slope_length=report["slopes"]["length"])
+            self._set_in_config(slope_length=report["slopes"]["length"])
         if self._equal is not None:
-            self._settle(head_shares=report.get("division", {}).get("head_shares"))
+            self._set_in_config(head_shares=report.get("division", {}).get("head_shares"))
 
     def undo(self) -> None:
         if self._is_length_open:
-            self._settle(slope_length=None)
+            self._set_in_config(slope_length=None)
         if self._equal is not None:
-            self._settle(head_shares=None)
+            self._set_in_config(head_shares=None)
 
-    def _settle(self, **values: Any) -> None:
+    def _set_in_config(self, **values: Any) -> None:
         """Set fields of the adapter's configuration, which is read-only since it was attached to the model."""
-        settle([self.layers[0].config], **values)
+        overwrite([self.layers[0].config], **values)
 
     def enter(self, stage: Stage, read: Callable[[], Any]) -> None:
         if stage is self._main and self._equal is not None and "division" not in self._report:
@@ -222,7 +222,7 @@ class SparseKTraining(Training):
         )
         device = next(self.model.parameters()).device
         shares = broadcast(torch.tensor(rows, dtype=torch.float64, device=device)).tolist()
-        self._settle(head_shares=shares)
+        self._set_in_config(head_shares=shares)
         self._report["division"] = {
             "chunks": len(self._measured_on),
             "head_shares": shares,

@@ -10,6 +10,7 @@ from hf_sparse.methods.sparsek import SparseKCacheLayer, reading
 from hf_sparse.methods.sparsek.ragged_cache import RaggedCacheLayer
 from hf_sparse.methods.sparsek.reading import Scoring
 from hf_sparse.methods.sparsek.slot_memory import SharedSlots
+from hf_sparse.methods.sparsek.tokens import NewTokens
 from hf_sparse.ops import sparsek_attention
 from hf_sparse.ops.selection import ragged
 from hf_sparse.ops.selection import slots as reference
@@ -204,7 +205,8 @@ def test_a_cache_layer_takes_the_slots_of_a_text_that_ends_early(k, end, monkeyp
         cache.call = ModelCall(layers=1, end=torch.tensor([end], device=DEVICE) if tokens != end else None)
         cut = [tensor[:, :, :tokens] for tensor in (query, key, value)]
         with torch.no_grad():
-            output = reading.read_in_few_launches(attention, *cut, states[:, :tokens].contiguous(), None, cache, 0.25)
+            new = NewTokens(*cut, states[:, :tokens].contiguous(), None, 0.25)
+            output = reading.read_in_few_launches(attention, new, cache)
         results.append((output[:, :, :end], cache))
     (ours, read), (expected, alone) = results
     torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-5)

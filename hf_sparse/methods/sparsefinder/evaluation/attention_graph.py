@@ -7,12 +7,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from hf_sparse.core.overrides import override
 from hf_sparse.evaluation.switching import evaluating, switched
 from hf_sparse.methods.sparsefinder.attention import AttentionInputs, SparsefinderAttention
 from hf_sparse.methods.sparsefinder.evaluation.operating_points import predicting_layers
+from hf_sparse.methods.sparsefinder.observing import all_keys
+from hf_sparse.model_kinds import transformers_model
 from hf_sparse.ops.entmax import Certificate
 from hf_sparse.ops.entmax.weights import entmax_weights
 from hf_sparse.ops.tiles import Tiles
@@ -114,20 +115,15 @@ def attention_graphs(
         if text.layer not in observed:
             return
         tiles = _as_tiles(graph if certificate is None else certificate.tiles, text)
-        options: dict[str, Any] = {"alpha": text.alpha, "scaling": text.scaling, "causal": text.causal}
-        observed[text.layer].append((entmax_weights(text.query, text.key, tiles=tiles, **options), tiles))
+        observed[text.layer].append((entmax_weights(text.query, text.key, tiles=tiles, **text.settings), tiles))
 
     in_use = list(attention_layers.values())
-    backbone = next(module for module in model.modules() if isinstance(module, PreTrainedModel)).base_model
+    backbone = transformers_model(model).base_model
     caching = {"use_cache": False} if in_use[0].causal else {}
-    pattern = _all_keys if full else None
+    pattern = all_keys if full else None
     with evaluating(model), switched(in_use, True), override(in_use, observer=collect, pattern=pattern):
         backbone(**tensors, **caching)
     return {number: _joined(attention_layers[number], observed[number], valid) for number in numbers}
-
-
-def _all_keys(text: AttentionInputs) -> None:
-    """Return the graph of all keys, as a `Pattern`."""
 
 
 def _tensors(inputs: Tensor | Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:

@@ -1,5 +1,6 @@
 """Describe the predicted and gold graphs of one text, for a few heads: the content of graphs.json."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -63,25 +64,8 @@ def describe_graphs(model: nn.Module, chunks: Tensor, *, tokenizer: Any = None, 
         if not isinstance(tiles, Tiles):
             assert tiles is not None
             tiles = Tiles.of_mask(tiles, 1)
-        length, heads = text.key.shape[2], text.query.shape[1]
-        edges = tiles.edges(length, length, causal=text.causal)
-        options: dict[str, Any] = {"alpha": text.alpha, "scaling": text.scaling, "causal": text.causal}
-        gold, probabilities = support(text.query, text.key, **options)
-        metrics = graph_metrics(edges, probabilities, causal=text.causal)
         sizes.add((tiles.size, tiles.rows))
-        for head in range(heads):
-            lists = tiles.index[0, head * tiles.index.shape[1] // heads]
-            described.append(
-                {
-                    "layer": text.layer,
-                    "head": head,
-                    "causal": text.causal,
-                    "recall": metrics["recall"][0, head].item(),
-                    "mass_recall": metrics["mass_recall"][0, head].item(),
-                    "predicted": [row[row >= 0].tolist() for row in lists],
-                    "gold": [row.nonzero().squeeze(1).tolist() for row in gold[0, head]],
-                }
-            )
+        described.extend(_heads(text, tiles))
 
     observed = override(layers, pattern=None, observer=collect, certify=layers[0].config.complete)
     with evaluating(model), observed, switched(layers, True):
@@ -101,6 +85,25 @@ def describe_graphs(model: nn.Module, chunks: Tensor, *, tokenizer: Any = None, 
         **({} if tokenizer is None else {"weights": _weights(model, tokenizer, tokens[:, :_READABLE], heads)}),
         **environment.describe(),
     }
+
+
+def _heads(text: AttentionInputs, tiles: Tiles) -> Iterator[dict[str, Any]]:
+    """Describe the graph of each head of a layer in one text, see `describe_graphs`."""
+    length, heads = text.key.shape[2], text.query.shape[1]
+    edges = tiles.edges(length, length, causal=text.causal)
+    gold, probabilities = support(text.query, text.key, **text.settings)
+    metrics = graph_metrics(edges, probabilities, causal=text.causal)
+    for head in range(heads):
+        lists = tiles.index[0, head * tiles.index.shape[1] // heads]
+        yield {
+            "layer": text.layer,
+            "head": head,
+            "causal": text.causal,
+            "recall": metrics["recall"][0, head].item(),
+            "mass_recall": metrics["mass_recall"][0, head].item(),
+            "predicted": [row[row >= 0].tolist() for row in lists],
+            "gold": [row.nonzero().squeeze(1).tolist() for row in gold[0, head]],
+        }
 
 
 def _weights(model: nn.Module, tokenizer: Any, tokens: Tensor, heads: list[dict[str, Any]]) -> dict[str, Any]:

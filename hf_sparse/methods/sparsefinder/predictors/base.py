@@ -1,7 +1,7 @@
 """Define the interface of predictors, and their input."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -42,6 +42,11 @@ class AttentionInputs:
     first_query: Tensor | None = None
     valid: Tensor | None = None
     end: Tensor | None = None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Return `alpha`, `scaling` and `causal` as keyword arguments of the functions of `hf_sparse.ops.entmax`."""
+        return {"alpha": self.alpha, "scaling": self.scaling, "causal": self.causal}
 
 
 class Predictor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.core.overrides import override
+from hf_sparse.core.settings import check_integer
 from hf_sparse.data import check_chunks
 from hf_sparse.evaluation.quality import kl
 from hf_sparse.evaluation.switching import evaluating, using
@@ -48,8 +49,7 @@ def damages(
         ValueError: a model that is not patched, or a `batch_size` below 1.
     """
     check_chunks(model, chunks)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_integer("batch_size", batch_size, least=1)
     config, device = sparsek_layers(model)[0].config, next(model.parameters()).device
     sums = dict.fromkeys(ways, 0.0)
     steps = [
