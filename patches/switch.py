@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
+from transformers.masking_utils import create_masks_for_generate
 
 from hf_sparse.patches.attached import CHILD, sparse_layers
 from hf_sparse.patches.compiled_layers import compiled_layers
@@ -13,6 +14,7 @@ from hf_sparse.patches.interface import NAME
 from hf_sparse.patches.recorded_prompts import PromptCaller, RecordedPrompts
 from hf_sparse.patches.recorded_steps import RecordedSteps, may_record
 from hf_sparse.patches.saving import is_in_peft_model, names_in_model, save_patched_model
+from hf_sparse.patches.step_masks import step_masks
 
 
 class ModelSwitch:
@@ -22,7 +24,7 @@ class ModelSwitch:
     off. It stands in front of the model's `save_pretrained` and `push_to_hub`, which know nothing of the method, until
     `remove`; and of what `generate` asks whether and how to compile its steps: it may record them instead, and where
     they are to be compiled, compile one layer for all. It stands in front of what reads the prompt there too, which may
-    play a recorded one.
+    play a recorded one, and of what makes the masks of a step.
     """
 
     _BEFORE = (
@@ -33,6 +35,7 @@ class ModelSwitch:
         "get_compiled_call",
         "_prefill",
     )
+    _MASKS = "create_masks_for_generate"  # of models that make others
 
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config
@@ -53,6 +56,8 @@ class ModelSwitch:
         for name in self._BEFORE:
             if hasattr(model, name):
                 setattr(model, name, getattr(self, name))
+        if isinstance(model, GenerationMixin) and not hasattr(model, self._MASKS):
+            setattr(model, self._MASKS, self.create_masks_for_generate)
 
     def __call__(self, enabled: bool) -> None:
         self.config._attn_implementation = dict.fromkeys(self.base, NAME) if enabled else self.base
@@ -70,7 +75,7 @@ class ModelSwitch:
         """Leave the model as it was."""
         self(False)
         self.prompts.clear()
-        for name in self._BEFORE:
+        for name in (*self._BEFORE, self._MASKS):
             vars(self.model()).pop(name, None)
 
     def save_pretrained(
@@ -131,6 +136,11 @@ class ModelSwitch:
         if layers is not None:
             return RecordedSteps(model, layers)
         return type(model).get_compiled_call(model, compile_config)
+
+    def create_masks_for_generate(self, **arguments: Any) -> Any:
+        """Make the masks of a step, or of a prompt, for `generate`."""
+        masks = step_masks(arguments) if self.config._attn_implementation == NAME else NotImplemented
+        return create_masks_for_generate(**arguments) if masks is NotImplemented else masks
 
     def _prefill(self, input_ids: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
         """Read a prompt for `generate`."""
