@@ -36,6 +36,6 @@ def step_masks(arguments: dict[str, Any]) -> Any:
     has_windows = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
     if (has_windows and not kinds) or kinds is None or any(kind != _FULL for kind in kinds):
         return NotImplemented
-    cache = arguments.get("cache", arguments.get("past_key_values"))
+    cache: Any = arguments.get("cache", arguments.get("past_key_values"))
     mask = padding_mask(q_length=1, kv_length=cache.get_mask_sizes(1, 0)[0], attention_mask=mask)
     return {_FULL: mask} if kinds else mask

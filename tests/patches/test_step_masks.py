@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM, StaticCache
+from transformers import StaticCache
 from transformers.masking_utils import create_masks_for_generate
+from transformers.models.qwen2 import Qwen2Config, Qwen2ForCausalLM
 
 from hf_sparse import SparseCache, SparsefinderConfig, SparseKConfig, patch, unpatch
 from hf_sparse._compat import with_cache
