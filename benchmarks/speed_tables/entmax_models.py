@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from statistics import median
-from typing import Any
 
 from speed_tables.cells import ratio, short, table
 from speed_tables.registry import Run, speed_table
@@ -16,27 +15,23 @@ VARIANTS = {
 }
 
 
-@speed_table("entmax models", ("entmax_model-h200",))
+@speed_table("entmax models", ("entmax_model-4f339ee-h200", "entmax_model-h200"))
 def entmax_model_table(runs: Sequence[Run]) -> str:
-    """Tabulate milliseconds of a forward of a patched model, and how they compare with the dense one.
+    """Tabulate milliseconds of a forward of a patched model, and how they compare with the dense one of the same run.
 
-    A row is that of the first run that has it; variants that this one lacks are those of the next."""
-    cells_of: dict[tuple[int, int], dict[str, Any]] = {}
-    for row in (row for run in reversed(runs) for row in run["rows"]):
-        key = (row["batch"], row["length"])
-        cells_of[key] = {**cells_of.get(key, {}), **row}
-    names = [name for name in VARIANTS if any(name in row for row in cells_of.values())]
+    A row names the commit of its run: hosts differ, which set the pace of short texts.
+    """
+    names = [name for name in VARIANTS if any(name in row for run in runs for row in run["rows"])]
     compared = [name for name in ("full", "complete", "pooled") if name in names]
     rows = []
-    for _, row in sorted(cells_of.items()):
-        times = {name: row[name]["ms"] for name in names if name in row}
-        cells = [short(times.get(name)) for name in names] + [
-            ratio(times.get(name), times["dense"]) for name in compared
-        ]
-        rows.append([f"{row['length']:,} x {row['batch']}", *cells])
-    return table(
-        ["tokens x batch", *(VARIANTS[name] for name in names), *(f"*{name} / dense*" for name in compared)], rows
-    )
+    for run in runs:
+        for row in sorted(run["rows"], key=lambda row: (row["batch"], row["length"])):
+            times = {name: row[name]["ms"] for name in names if name in row}
+            ratios = [ratio(times.get(name), times["dense"]) for name in compared]
+            label = f"{row['length']:,} x {row['batch']}, {run['commit'][:7]}"
+            rows.append([label, *(short(times.get(name)) for name in names), *ratios])
+    head = ["tokens x batch", *(VARIANTS[name] for name in names), *(f"*{name} / dense*" for name in compared)]
+    return table(head, rows)
 
 
 @speed_table("conversion", "conversion-h200")

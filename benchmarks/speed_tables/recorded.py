@@ -27,7 +27,7 @@ def recorded_table(runs: Sequence[Run]) -> str:
     return table([*head, "dense / recorded", "dense / fastest", "fastest, of the roofline"], rows)
 
 
-@speed_table("first static", ("first_static-h200", "first_static-631e60f-h200", "first_static-earlier-h200"))
+@speed_table("first static", tuple(f"first_static{run}-h200" for run in ("", "-631e60f", "-heads", "-earlier")))
 def first_static_table(runs: Sequence[Run]) -> str:
     """Tabulate the seconds of the first calls of compiled or recorded decoding, and the graphs that were compiled.
 
@@ -39,13 +39,17 @@ def first_static_table(runs: Sequence[Run]) -> str:
             prompt, first, longer, again = (row["calls_s"].get(n) for n in ("prompt", "first", "longer", "again"))
             both = prompt + first if prompt and first else None
             seconds = [prompt, first, both, longer, again, max(row.get("lengths_s", {}).values(), default=None)]
-            name = f"{row['way']}, {run['commit'][:7]}"
+            heads = ", unequal heads" if run["settings"].get("head_shares") else ""
+            name = f"{row['way']}{heads}, {run['commit'][:7]}"
             rows.append([name, *map(short, seconds), str(row["graphs"]), str(row.get("more_graphs", "-"))])
     head = ["seconds", "prompt alone", "call after it, 8 tokens", "both", "first of 64 tokens", "again"]
     return table([*head, "slowest of 10 lengths", "graphs", "more for 10 lengths"], rows)
 
 
-@speed_table("head shares", tuple(f"head_shares{run}-h200" for run in ("", "-d781133", "-2917fd7", "-c3c4339")))
+@speed_table(
+    "head shares",
+    tuple(f"head_shares{run}-h200" for run in ("-4f339ee", "-4f339ee-2", "", "-d781133", "-2917fd7", "-c3c4339")),
+)
 def head_shares_table(runs: Sequence[Run]) -> str:
     """Tabulate heads with different numbers of slots beside equal ones, of runs of `head_shares.py`.
 
