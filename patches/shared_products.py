@@ -165,9 +165,8 @@ def _silu(node: fx.Node) -> fx.Node | None:
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
-    """Return what uses a node, if it is one node that uses it once."""
-    user = next(iter(node.users)) if len(node.users) == 1 else None
-    return user if user is not None and [*user.all_input_nodes].count(node) == 1 else None
+    """Return the one node that uses a node, be it as several of its arguments; `None` for none or several nodes."""
+    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _are_alike(*nodes: fx.Node) -> bool:

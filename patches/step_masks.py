@@ -8,6 +8,7 @@ of the newest tokens are real.
 from typing import Any
 
 from torch import Tensor
+from transformers.cache_utils import Cache
 
 from hf_sparse.patches.interface import padding_mask
 
@@ -27,8 +28,9 @@ def step_masks(arguments: dict[str, Any]) -> Any:
         models that need masks of other kinds.
     """
     tokens, mask = arguments["inputs_embeds"], arguments["attention_mask"]
+    cache = arguments.get("cache", arguments.get("past_key_values"))
     is_step = tokens.shape[1] == 1 and isinstance(mask, Tensor) and mask.ndim == 2 and mask.device == tokens.device
-    if not is_step or any(arguments.get(name) is not None for name in _OF_OTHERS):
+    if not is_step or not isinstance(cache, Cache) or any(arguments.get(name) is not None for name in _OF_OTHERS):
         return NotImplemented
     config = arguments["config"]
     config = config.get_text_config() if config.sub_configs else config
@@ -36,6 +38,5 @@ def step_masks(arguments: dict[str, Any]) -> Any:
     has_windows = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
     if (has_windows and not kinds) or kinds is None or any(kind != _FULL for kind in kinds):
         return NotImplemented
-    cache: Any = arguments.get("cache", arguments.get("past_key_values"))
     mask = padding_mask(q_length=1, kv_length=cache.get_mask_sizes(1, 0)[0], attention_mask=mask)
     return {_FULL: mask} if kinds else mask

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers.quantizers.quantizer_torchao import TorchAoHfQuantizer
 
 import hf_sparse
 from hf_sparse import SparsefinderConfig, SparseKConfig, patch, unpatch
@@ -111,6 +112,39 @@ def test_one_adapter(tiny_llama, tmp_path):
     for layer in sparse_layers(model):
         layer.delete_adapter("second")
     model.save_pretrained(tmp_path / "two")
+
+
+@pytest.mark.parametrize("layer", [0, 1])
+def test_the_adapter_that_is_left(layer, tiny_llama, tmp_path):
+    """It may be in another layer than the first, and not be the one that was in use last."""
+    model = scrambled(patch(tiny_llama(), SparseKConfig(k=6, window=8, layers=[layer]), adapter="kept"))
+    patch(model, SparseKConfig(k=6, window=8, layers=[1 - layer]), adapter="other")
+    for one in sparse_layers(model):
+        if "other" in one.configs:
+            one.delete_adapter("other")
+    model.save_pretrained(tmp_path)
+    saved, kept = hf_sparse.from_pretrained(tmp_path), patch(tiny_llama(), SparseKConfig(k=6, window=8, layers=[layer]))
+    expected = {name.replace(".kept.", ".default."): tensor for name, tensor in model.state_dict().items()}
+    found = saved.get_base_model().state_dict()
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+    again = {
+        f"hf_sparse.{name}".replace(".default.", ".") if ".sparse_attention." in name else name: tensor
+        for name, tensor in expected.items()
+    }
+    kept.load_state_dict(again)
+    assert torch.equal(logits(kept), logits(saved))
+    model.load_state_dict(again)
+
+
+def test_what_would_not_load_is_refused(tiny_llama, config, tmp_path):
+    """A quantiser of transformers makes a state dict of its own, with the names of the model in it."""
+    model = patch(tiny_llama(), config)
+    with pytest.raises(ValueError, match=r"expected no variant of a model .* got 'fp16', whose file"):
+        model.save_pretrained(tmp_path / "saved", variant="fp16")
+    model.hf_quantizer = TorchAoHfQuantizer.__new__(TorchAoHfQuantizer)
+    with pytest.raises(ValueError, match=r"expected a base model that is not quantised .* got TorchAoHfQuantizer"):
+        model.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists() and not hasattr(model.config, "hf_sparse")
 
 
 def test_a_model_that_was_in_a_peft_model(tiny_llama, config, tmp_path):

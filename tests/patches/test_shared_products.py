@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.utils import counters
+from torch._inductor.decomposition import select_decomp_table
 
 from hf_sparse import CapturedDecoding, SparseKConfig, patch
 from hf_sparse.patches import compiled_layers, sparse_layers
@@ -41,7 +42,10 @@ def graphs():
 
 @pytest.fixture
 def rewrite(graphs):
-    """Return a function that compiles with the pass and nothing else, without inductor's compiler of C++."""
+    """Return a function that compiles with the pass and nothing else, without inductor's compiler of C++.
+
+    If `writes_out`, operations are written out as inductor does it before it calls the pass.
+    """
 
     def compiler(share, gm, inputs):
         share(gm.graph)
@@ -50,8 +54,9 @@ def rewrite(graphs):
         graphs.append(gm.graph)
         return gm
 
-    def rewrite(function, is_worth_it=always):
-        backend = aot_autograd(fw_compiler=partial(compiler, ShareProducts(is_worth_it)))
+    def rewrite(function, is_worth_it=always, writes_out=False):
+        given = {"decompositions": select_decomp_table()} if writes_out else {}
+        backend = aot_autograd(fw_compiler=partial(compiler, ShareProducts(is_worth_it)), **given)
         return torch.compile(function, backend=backend, dynamic=False, fullgraph=True)
 
     return rewrite
@@ -128,10 +133,14 @@ def test_other_products_stay(rewrite, graphs):
     assert targets(graphs[-1]) == [1, 1]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "writes_out"),
+    [(torch.float32, False), *((dtype, out) for dtype in (torch.bfloat16, torch.float16) for out in (False, True))],
+    ids=str,
+)
 @pytest.mark.parametrize("first", ["gate", "up"])
 @pytest.mark.parametrize("is_swapped", [False, True])
-def test_a_gate_and_what_it_lets_through_become_one(first, is_swapped, dtype, rewrite, graphs):
+def test_a_gate_and_what_it_lets_through_become_one(first, is_swapped, dtype, writes_out, rewrite, graphs):
     gate, up = linears(4, 4).to(dtype)
     x = torch.randn(2, 1, 12).to(dtype)
 
@@ -142,7 +151,7 @@ def test_a_gate_and_what_it_lets_through_become_one(first, is_swapped, dtype, re
             b, a = up(x), F.silu(gate(x))
         return b * a if is_swapped else a * b
 
-    torch.testing.assert_close(rewrite(mlp)(x), mlp(x))
+    torch.testing.assert_close(rewrite(mlp, writes_out=writes_out)(x), mlp(x))
     assert targets(graphs[0]) == ["gate"]
 
 
@@ -158,9 +167,10 @@ def test_a_sum_goes_with_its_product(is_swapped, bias, rewrite, graphs):
     assert targets(graphs[0]) == ["sum"]
 
 
-def test_what_is_used_again_or_has_another_shape_stays(rewrite, graphs):
-    (module, other), x = linears(4, 4), torch.randn(2, 1, 12)
-    (biased, too), y = linears(4, 4, bias=True), torch.randn(2, 1, 4)
+@pytest.mark.parametrize("writes_out", [False, True])
+def test_what_is_used_again_or_has_another_shape_stays(writes_out, rewrite, graphs):
+    (module, other), x = linears(4, 4).bfloat16(), torch.randn(2, 1, 12).bfloat16()
+    (biased, too), y = linears(4, 4, bias=True).bfloat16(), torch.randn(2, 1, 4).bfloat16()
     others = {
         "twice": lambda x, y: (y + (z := module(x))) * z,
         "with itself": lambda x, y: (z := module(x)) + z,
@@ -172,11 +182,15 @@ def test_what_is_used_again_or_has_another_shape_stays(rewrite, graphs):
         "a gate that is used": lambda x, y: F.silu(z := module(x)) * other(x) + z,
         "let through elsewhere": lambda x, y: F.silu(module(x)) * (z := other(x)) + z,
         "another gate": lambda x, y: F.gelu(module(x)) * other(x),
+        "a wider gate": lambda x, y: (z := module(x).float()).div(2 + (-z).exp()).bfloat16() * other(x),
+        "let through by itself": lambda x, y: F.silu(module(x)) ** 2 * other(x),
+        "scaled before": lambda x, y: y + module(x) * 0.22,
+        "subtracted": lambda x, y: y - module(x),
         "of itself": lambda x, y: F.silu(z := module(x)) * z,
         "with a bias": lambda x, y: F.silu(biased(x)) * too(x),
     }
     for name, run in others.items():
-        torch.testing.assert_close(rewrite(run)(x, y), run(x, y))
+        torch.testing.assert_close(rewrite(run, writes_out=writes_out)(x, y), run(x, y))
         assert all(type(one) is int for one in targets(graphs[-1])), name
     assert len(graphs) == len(others)
 

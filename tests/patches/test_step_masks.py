@@ -67,6 +67,7 @@ def test_other_masks_are_left_to_transformers(tiny_llama, monkeypatch):
         arguments(model, cache, mask, or_mask_function=lambda *_: True),
         arguments(model, cache, mask[:, None, None]),
         arguments(model, cache, None),
+        arguments(model, None, mask),
         arguments(windows, SparseCache(windows), mask),
     ):
         before = len(called)
