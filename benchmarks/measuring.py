@@ -1,4 +1,4 @@
-"""What the benchmarks have in common: times of a call, and the commit that they are of."""
+"""Time calls, and name the commit that a benchmark runs at."""
 
 import os
 import statistics

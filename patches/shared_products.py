@@ -44,6 +44,7 @@ class ShareProducts(CustomGraphPass):
                 groups.setdefault(kind, []).append(node)
         for group in groups.values():
             for begin in range(0, len(group), MOST_WEIGHTS):
+                # Looked at again: the input of one may be what a call has replaced since.
                 some = [product for node in group[begin : begin + MOST_WEIGHTS] if (product := _product(node))]
                 nodes = (some[0].x, [p.weight for p in some], [p.bias for p in some if p.bias is not None])
                 tensors: Any = fx.map_arg(nodes, lambda node: node.meta["val"])

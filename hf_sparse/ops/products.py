@@ -75,7 +75,7 @@ def product_added(x: Tensor, weight: Tensor, bias: Tensor | None, addend: Tensor
     _check(x, [weight], biases)
     if (addend.shape, addend.dtype) != (x.shape[:-1] + weight.shape[:1], x.dtype):
         expected, found = (tuple(x.shape[:-1] + weight.shape[:1]), x.dtype), (tuple(addend.shape), addend.dtype)
-        raise ValueError(f"what is added must have the shape and dtype of the product, {expected}, got {found}")
+        raise ValueError(f"expected an addend with the shape and dtype of the product, {expected}, got {found}")
     if has_kernel(x, [weight], biases):
         from hf_sparse.ops.triton.products import fused_product_added
 

@@ -57,7 +57,9 @@ def test_what_does_not_fit_is_told():
         products(x, [], [])
     with pytest.raises(ValueError, match=r"biases must be none or have the sizes \[6, 2, 3\], got \[\(6,\), \(2,\)\]"):
         products(x, weights, biases[:2])
-    with pytest.raises(ValueError, match=r"shape and dtype of the product, \(\(2, 1, 6\).* got \(\(2, 6\)"):
+    with pytest.raises(
+        ValueError, match=r"expected an addend with the shape and dtype of the product, \(\(2, 1, 6\).* got \(\(2, 6\)"
+    ):
         product_added(x, weights[0], None, torch.zeros(2, 6))
     with pytest.raises(ValueError, match=r"shape and dtype of the product.* got \(\(2, 1, 6\), torch.float64\)"):
         product_added(x, weights[0], None, torch.zeros(2, 1, 6, dtype=torch.float64))

@@ -77,7 +77,7 @@ def test_a_copy(tiny_llama, config, copied, tmp_path):
     "family", [pytest.param(name, marks=pytest.mark.full if entry.kin else ()) for name, entry in FAMILIES.items()]
 )
 def test_every_family(family, tmp_path):
-    """Of models whose checkpoints name or lay out weights otherwise than the model does too."""
+    """Compare models whose checkpoints name or lay out weights otherwise than the model does, too."""
     model = scrambled(patch(FAMILIES[family].make(), CONFIGS["SparseK"]))
     model.save_pretrained(tmp_path / "saved")
     assert torch.equal(logits(hf_sparse.from_pretrained(tmp_path / "saved")), logits(model))

@@ -37,6 +37,15 @@ def drawn(rows, columns, counts, bias, dtype):
     return x, weights, [5 * torch.randn(count, device=DEVICE).to(dtype) for count in counts] if bias else []
 
 
+def chosen(sizes, rows, columns, outputs, dtype):
+    """Return sizes that take the rows; the interpreter has no products of bfloat16."""
+    if sizes is None or (rows > 1 and not sizes.parts):  # which takes one row
+        sizes = sizes_of(rows, columns, outputs)
+    if DEVICE == "cpu" and dtype == torch.bfloat16 and sizes.parts:
+        pytest.skip("the interpreter multiplies the bits of bfloat16")
+    return sizes
+
+
 @pytest.mark.cross("pairs")
 @pytest.mark.parametrize("sizes", SIZES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -46,10 +55,7 @@ def drawn(rows, columns, counts, bias, dtype):
 @pytest.mark.parametrize("rows", [1, 2, 8, 9, 16])
 def test_products(rows, columns, counts, bias, dtype, sizes, poisoned_memory):
     """Each is rounded once: it is half a place from the exact one, and what float32 loses in the sum."""
-    if sizes is None or (rows > 1 and not sizes.parts):  # which takes one row
-        sizes = sizes_of(rows, columns, sum(counts))
-    if DEVICE == "cpu" and dtype == torch.bfloat16 and sizes.parts:
-        pytest.skip("the interpreter multiplies the bits of bfloat16")
+    sizes = chosen(sizes, rows, columns, sum(counts), dtype)
     x, weights, biases = drawn(rows, columns, counts, bias, dtype)
     places = 1 if DEVICE == "cpu" and dtype == torch.bfloat16 else 0.5  # the interpreter cuts bfloat16 off
     found = fused_products(x, weights, biases, sizes)
@@ -59,15 +65,6 @@ def test_products(rows, columns, counts, bias, dtype, sizes, poisoned_memory):
         assert result.shape == (rows, 1, len(weight)) and result.dtype == dtype and result.is_contiguous()
         error = (result.double() - expected).abs()
         assert bool((error <= places * torch.finfo(dtype).eps * expected.abs() + 2e-4).all())
-
-
-def chosen(sizes, rows, columns, outputs, dtype):
-    """Return sizes that take the rows; the interpreter has no products of bfloat16."""
-    if sizes is None or (rows > 1 and not sizes.parts):
-        sizes = sizes_of(rows, columns, outputs)
-    if DEVICE == "cpu" and dtype == torch.bfloat16 and sizes.parts:
-        pytest.skip("the interpreter multiplies the bits of bfloat16")
-    return sizes
 
 
 def close(found, expected, dtype, magnitude):

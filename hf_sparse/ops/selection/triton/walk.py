@@ -257,17 +257,9 @@ def gates(position, tau, key, z, left, right):
 
 
 @triton.jit
-def gather(
-    Base, key, there, stride, D: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr = True
-):
-    """Gather rows `[N, PADDED]` of a `[Tk, D]` tensor, zeros beyond `D` and, with MASKED, for keys that are missing.
-
-    Without WIDE the offset of a row fits into 32 bits, which takes fewer instructions."""
+def _load_rows(pointer, there, D: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr):
+    """Load rows `[N, PADDED]`, zeros beyond `D` and, with MASKED, of those that are not there."""
     dim = tl.arange(0, PADDED)
-    if WIDE:
-        pointer = Base + key.to(tl.int64)[:, None] * stride + dim[None, :]
-    else:
-        pointer = (Base + dim[None, :]) + (key * stride)[:, None]
     if MASKED and PADDED != D:
         rows = tl.load(pointer, mask=there[:, None] & (dim < D)[None, :], other=0.0)
     elif MASKED:
@@ -280,6 +272,21 @@ def gather(
 
 
 @triton.jit
+def gather(
+    Base, key, there, stride, D: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr = True
+):
+    """Gather rows `[N, PADDED]` of a `[Tk, D]` tensor, zeros beyond `D` and, with MASKED, for keys that are missing.
+
+    Without WIDE the offset of a row fits into 32 bits, which takes fewer instructions."""
+    dim = tl.arange(0, PADDED)
+    if WIDE:
+        pointer = Base + key.to(tl.int64)[:, None] * stride + dim[None, :]
+    else:
+        pointer = (Base + dim[None, :]) + (key * stride)[:, None]
+    return _load_rows(pointer, there, D, PADDED, MASKED)
+
+
+@triton.jit
 def consecutive(Base, first, stride, end, N: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, MASKED: tl.constexpr):
     """Load rows `[N, PADDED]` of a `[Tk, D]` tensor from `first` on.
 
@@ -288,12 +295,4 @@ def consecutive(Base, first, stride, end, N: tl.constexpr, D: tl.constexpr, PADD
     row = tl.arange(0, N)
     pointer = Base + first.to(tl.int64) * stride + (row[:, None] * stride + dim[None, :])
     there = row < end - first
-    if MASKED and PADDED != D:
-        rows = tl.load(pointer, mask=there[:, None] & (dim < D)[None, :], other=0.0)
-    elif MASKED:
-        rows = tl.load(pointer, mask=there[:, None], other=0.0)
-    elif PADDED != D:
-        rows = tl.load(pointer, mask=(dim < D)[None, :], other=0.0)
-    else:
-        rows = tl.load(pointer)
-    return rows
+    return _load_rows(pointer, there, D, PADDED, MASKED)
