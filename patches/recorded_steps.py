@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from operator import is_
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,14 @@ def may_record(model: Any, generation_config: Any) -> bool:
     if model.device.type != "cuda" or generation_config.disable_compile or generation_config.compile_config is not None:
         return False
     return len(set(getattr(model, "hf_device_map", {}).values())) <= 1
+
+
+class Expected(NamedTuple):
+    """Hold the inputs of a step that is not there yet, but for its token."""
+
+    arguments: dict[str, Any]  # of which `prepare_inputs_for_generation` made them, by name
+    inputs: dict[str, Any]  # what it returned
+    added: dict[str, Any]  # what the loop adds
 
 
 class RecordedSteps:
@@ -62,9 +70,13 @@ class RecordedSteps:
         self.output: Any = None
         self.replay: Callable[[], None] | None = None
         self.is_refused: bool | None = None  # not known yet
+        self.expected: Expected | None = None
 
     def __call__(self, **inputs: Any) -> Any:
         """Return what the forward of the model returns."""
+        expected, self.expected = self.expected, None
+        if expected is not None and self._play_expected(inputs, expected):
+            return self.output
         caches = [value for value in inputs.values() if isinstance(value, Cache)]
         layout = None if self.is_refused or len(caches) != 1 else _layout(inputs, caches[0])
         if layout is None or not self._is_ready(layout, inputs, caches[0]):
@@ -81,15 +93,14 @@ class RecordedSteps:
 
     def _is_ready(self, layout: tuple[Any, ...], inputs: dict[str, Any], cache: Any) -> bool:
         """Tell whether a step is played, or compiled, rather than run; this records it if it is time."""
-        memory = [layer.step_memory() for layer in cache.layers]
         is_other = layout != self.layout
-        if is_other or len(memory) != len(self.memory) or not all(map(is_, memory, self.memory)):
+        if is_other or not self._has_memory(cache):
             if is_other or cache.is_compileable:
                 self.steps = 0
-            self.layout, self.memory, self.replay = layout, memory, None
+            self.layout, self.memory, self.replay = layout, [layer.step_memory() for layer in cache.layers], None
         self.steps += 1
         is_eager = self.steps < _EAGER or (self.steps == _EAGER and self.compiled is None)
-        if is_eager or any(part is None for part in memory):
+        if is_eager or any(part is None for part in self.memory):
             return False
         if self.is_refused is None:
             self.is_refused = not _is_recordable(self.model)
@@ -102,14 +113,64 @@ class RecordedSteps:
 
     def _play(self, inputs: dict[str, Any], tokens: int) -> None:
         """Play the recorded step with these inputs, after so many tokens."""
+        self._take(inputs, tokens)
+        assert self.replay is not None
+        self.replay()
+
+    def _take(self, inputs: dict[str, Any], tokens: int) -> None:
+        """Copy the inputs of a step after so many tokens to where the recorded one reads them."""
         pairs = zip(_flat(self.inputs).values(), _flat(inputs).values(), strict=True)
-        tensors = [(old, new) for old, new in pairs if isinstance(new, Tensor)]
+        tensors = [(old, new) for old, new in pairs if isinstance(new, Tensor) and new is not old]
         places = [old if old.shape == new.shape else old[:, : new.shape[1]] for old, new in tensors]
         torch._foreach_copy_(places, [new for _, new in tensors])  # in one launch if they are of one type
         if self.place is not None:
             self.place.fill_(tokens)
+
+    def expect(self, prepare: Callable[..., dict[str, Any]], arguments: dict[str, Any]) -> None:
+        """Make and take the inputs of the next step but its token, while the device works on the one that was played.
+
+        When that one is done the loop reads whether it was the last, and the device waits for the host until the next
+        one is launched: what is done here need not be done then.
+
+        Args:
+            prepare: `prepare_inputs_for_generation` of transformers.
+            arguments: what it will get for the next step, by name, beside the token ids.
+        """
+        ids, cache = self.inputs["input_ids"], self.layout[0]
+        inputs = prepare(ids, **arguments)
+        added = {name: value for name, value in self.inputs.items() if name not in inputs}  # by the loop
+        if _layout(inputs | added, cache) == self.layout and self._has_memory(cache):
+            self._take(inputs | added | {"input_ids": ids}, cache.get_seq_length())
+            self.expected = Expected(dict(arguments), inputs, added)
+
+    def expected_inputs(self, input_ids: Tensor, arguments: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the inputs of the expected step, or `None` if these are not its arguments.
+
+        Args:
+            input_ids: `[B, T]`, of which a step takes the last column.
+            arguments: as in `expect`.
+        """
+        if self.expected is None or not _are_same(arguments, self.expected.arguments):
+            return None
+        return self.expected.inputs | {"input_ids": input_ids[:, -1:]}
+
+    def _play_expected(self, inputs: dict[str, Any], expected: Expected) -> bool:
+        """Play the recorded step if these are the inputs of the expected one, of which it has all but the token."""
+        ids, cache = self.inputs["input_ids"], self.layout[0]
+        others = expected.inputs | expected.added | {"input_ids": inputs.get("input_ids")}
+        if not _are_same(inputs, others) or inputs["input_ids"].shape != ids.shape or not self._has_memory(cache):
+            return False
         assert self.replay is not None
+        tokens = cache.get_seq_length()
+        ids.copy_(inputs["input_ids"])
         self.replay()
+        _note_tokens(cache, tokens + 1)
+        return True
+
+    def _has_memory(self, cache: Any) -> bool:
+        """Tell whether the layers of the cache write to what they wrote to when the step was recorded."""
+        memory = [layer.step_memory() for layer in cache.layers]
+        return len(memory) == len(self.memory) and all(map(is_, memory, self.memory))
 
     def _record(self, inputs: dict[str, Any], cache: Any) -> bool:
         """Record the step without taking it; return False, with nothing changed, if it cannot be recorded."""
@@ -251,6 +312,11 @@ def _layout(inputs: dict[str, Any], cache: Any) -> tuple[Any, ...] | None:
         elif value is not cache:
             return None
     return tuple(layout)
+
+
+def _are_same(values: dict[str, Any], others: dict[str, Any]) -> bool:
+    """Tell whether two dictionaries hold the same objects by the same names."""
+    return values.keys() == others.keys() and all([value is others[name] for name, value in values.items()])
 
 
 def _flat(inputs: dict[str, Any]) -> dict[Any, Any]:

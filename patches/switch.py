@@ -1,5 +1,6 @@
 """Hold what a patched model has once for all its layers, and stand in front of what the model would do wrongly."""
 
+import functools
 import weakref
 from typing import Any
 
@@ -24,7 +25,8 @@ class ModelSwitch:
     off. It stands in front of the model's `save_pretrained` and `push_to_hub`, which know nothing of the method, until
     `remove`; and of what `generate` asks whether and how to compile its steps: it may record them instead, and where
     they are to be compiled, compile one layer for all. It stands in front of what reads the prompt there too, which may
-    play a recorded one, and of what makes the masks of a step.
+    play a recorded one, of what makes the masks of a step, and of what makes its inputs: those of a recorded step are
+    made while the device works on the one before.
     """
 
     _BEFORE = (
@@ -36,6 +38,7 @@ class ModelSwitch:
         "_prefill",
     )
     _MASKS = "create_masks_for_generate"  # of models that make others
+    _INPUTS = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 
     def __init__(self, model: PreTrainedModel) -> None:
         config = model.config
@@ -53,11 +56,15 @@ class ModelSwitch:
         self._modules: list[weakref.ref[nn.Module]] = []
         self.prompts = RecordedPrompts()
         self.records = self.compiles = False  # whether the `generate` that asked last can record steps, and compiles
+        self._steps: weakref.ref[RecordedSteps] | None = None
         for name in self._BEFORE:
             if hasattr(model, name):
                 setattr(model, name, getattr(self, name))
         if isinstance(model, GenerationMixin) and not hasattr(model, self._MASKS):
             setattr(model, self._MASKS, self.create_masks_for_generate)
+        if all(getattr(type(model), name, None) is getattr(GenerationMixin, name) for name in self._INPUTS):
+            for name in self._INPUTS:
+                setattr(model, name, getattr(self, name))
 
     def __call__(self, enabled: bool) -> None:
         self.config._attn_implementation = dict.fromkeys(self.base, NAME) if enabled else self.base
@@ -75,7 +82,7 @@ class ModelSwitch:
         """Leave the model as it was."""
         self(False)
         self.prompts.clear()
-        for name in (*self._BEFORE, self._MASKS):
+        for name in (*self._BEFORE, self._MASKS, *self._INPUTS):
             vars(self.model()).pop(name, None)
 
     def save_pretrained(
@@ -130,12 +137,36 @@ class ModelSwitch:
         """Return what `generate` calls for a step."""
         model: Any = self.model()
         records, self.records = self.records, False
-        if records and not self.compiles:
-            return RecordedSteps(model)
-        layers = compiled_layers(model) if records else None
-        if layers is not None:
-            return RecordedSteps(model, layers)
-        return type(model).get_compiled_call(model, compile_config)
+        layers = compiled_layers(model) if records and self.compiles else None
+        if not records or (self.compiles and layers is None):
+            return type(model).get_compiled_call(model, compile_config)
+        steps = RecordedSteps(model, layers)
+        self._steps = weakref.ref(steps)
+        return steps
+
+    def _live_steps(self) -> RecordedSteps | None:
+        """Return what plays the steps of the `generate` that asked last, unless that is done."""
+        return None if self._steps is None else self._steps()
+
+    @functools.wraps(GenerationMixin._update_model_kwargs_for_generation)
+    def _update_model_kwargs_for_generation(self, outputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the arguments of `generate` after a step; if it was played, make the inputs of the next one."""
+        model: Any = self.model()
+        arguments = GenerationMixin._update_model_kwargs_for_generation(model, outputs, *args, **kwargs)
+        steps = self._live_steps()
+        if steps is not None and outputs is steps.output:
+            prepare = functools.partial(GenerationMixin.prepare_inputs_for_generation, model)
+            steps.expect(prepare, arguments | {"next_sequence_length": 1})
+        return arguments
+
+    @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` reads which arguments it takes
+    def prepare_inputs_for_generation(self, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
+        """Return the inputs of a forward of the model; those of an expected step were made before."""
+        steps = self._live_steps()
+        inputs = None if steps is None or args else steps.expected_inputs(input_ids, kwargs)
+        if inputs is not None:
+            return inputs
+        return GenerationMixin.prepare_inputs_for_generation(self.model(), input_ids, *args, **kwargs)
 
     def create_masks_for_generate(self, **arguments: Any) -> Any:
         """Make the masks of a step, or of a prompt, for `generate`."""
@@ -181,7 +212,7 @@ class ModelSwitch:
         return getattr(self.model(), "_hf_peft_config_loaded", False)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = vars(self) | {"model": self.model(), "_modules": []}
+        state = vars(self) | {"model": self.model(), "_modules": [], "_steps": None}
         del state["prompts"]
         return state
 

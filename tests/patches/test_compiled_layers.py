@@ -130,15 +130,15 @@ def test_tokens_on_a_gpu_are_those_of_eager_steps(tiny_llama, rows):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rows", [1, 5])
 def test_logits_of_half_precision_on_a_gpu_are_those_of_eager_steps(tiny_llama, rows, dtype, monkeypatch):
-    """Four launches of a layer multiply: for queries, keys and values, the output, gate and up, and down.
+    """Four launches of a layer multiply: for queries, keys and values, the output and its sum, gate and up, and down.
 
     Of weights as small as these the pass would leave the products to cuBLAS.
     """
     from hf_sparse.ops.triton import products
 
     monkeypatch.setattr(compiled_layers, "SHARE_PRODUCTS", ShareProducts(has_kernel))
-    launched, compute = [], products.fused_products
-    monkeypatch.setattr(products, "fused_products", lambda *given: launched.append(len(given[1])) or compute(*given))
+    launched, launch = [], products._launch
+    monkeypatch.setattr(products, "_launch", lambda *given: launched.append(len(given[1])) or launch(*given))
     model = patch(tiny_llama(num_hidden_layers=3).cuda().to(dtype), SparseKConfig(**BUDGET))
     ids = torch.randint(2, 64, (rows, 30), generator=torch.Generator().manual_seed(0)).cuda()
     logits = {}

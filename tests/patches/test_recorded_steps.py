@@ -3,6 +3,7 @@
 Without a GPU a recording is imitated (`played` in tests/conftest.py).
 """
 
+import gc
 import runpy
 import time
 import weakref
@@ -11,13 +12,14 @@ from threading import Thread
 
 import pytest
 import torch
-from transformers import LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache
 
 from hf_sparse import CapturedDecoding, SparsefinderConfig, SparseKCache, SparseKConfig, patch, unpatch
 from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.methods.sparsefinder import SparsefinderAttention, fit_predictors
 from hf_sparse.patches import recorded_steps, sparse_layers
+from hf_sparse.patches.recorded_steps import RecordedSteps
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 refuse_to_record = runpy.run_path(str(Path(__file__).with_name("prompts.py")))["refuse_to_record"]
@@ -43,6 +45,65 @@ def test_tokens_are_those_of_steps_that_run(model, played, options):
     for number in (27, 54):
         assert torch.equal(model.generate(IDS, **options), expected)
         assert len(played) == number
+
+
+@pytest.mark.versions
+@pytest.mark.parametrize("mask", [None, LEFT], ids=["one length", "padded"])
+@pytest.mark.parametrize("grows", [False, True])
+def test_inputs_of_a_step_are_made_after_the_step_before(tiny_llama, played, monkeypatch, grows, mask):
+    """All but the token, of all played steps but the first; and nothing holds the cache when the loop is done."""
+    config = SparsefinderConfig(predictor="full") if grows else SparseKConfig(k=6, window=8, sinks=2)
+    model = patch(tiny_llama().to(DEVICE), config)
+    expected, caches = [], []
+    play = RecordedSteps._play_expected
+
+    def note(steps, inputs, step):
+        expected.append(play(steps, inputs, step))
+        caches.append(weakref.ref(steps.layout[0]))
+        return expected[-1]
+
+    monkeypatch.setattr(RecordedSteps, "_play_expected", note)
+    options = GREEDY | {"attention_mask": mask, "max_new_tokens": 12}
+    tokens = model.generate(IDS, **options)
+    assert len(played) == 9 and expected == [True] * 8
+    gc.collect()
+    assert not any(cache() for cache in caches)
+    assert torch.equal(tokens, model.generate(IDS, disable_compile=True, **options))
+
+
+@pytest.mark.parametrize("change", ["positions", "mask", "cropped"])
+def test_a_step_that_was_not_expected_gets_its_own_inputs(model, played, change):
+    positions = [torch.full_like(IDS[:, :1], number) for number in range(14)]
+    real = torch.ones_like(positions[0])
+
+    def run(expects, change):
+        steps, cache, logits = RecordedSteps(model), DynamicCache(), []
+
+        def prepare(ids, next_sequence_length, **arguments):
+            return {"input_ids": ids, **arguments, **with_cache(cache)}
+
+        model(IDS[:, :4], **with_cache(cache))
+        for number in range(4, 13):
+            arguments = {"position_ids": positions[number], "attention_mask": real}
+            if number == 8 and change == "positions":
+                arguments["position_ids"] = positions[number] + 3
+            if number == 8 and change == "mask":
+                arguments["attention_mask"] = torch.tensor([[1], [1], [0]], device=DEVICE)
+            if number >= 8 and change == "cropped":
+                arguments["position_ids"] = positions[number - 2]
+                if number == 8:
+                    cache.crop(-2)
+            logits.append(steps(**prepare(IDS[:, number : number + 1], 1, **arguments)).logits.clone())
+            if expects and steps.replay is not None:
+                arguments = {"position_ids": positions[number + 1], "attention_mask": real}
+                steps.expect(prepare, arguments | {"next_sequence_length": 1})
+                assert steps.expected is not None
+        return torch.stack(logits)
+
+    with torch.no_grad():
+        expected = run(False, change)
+        assert torch.equal(run(True, change), expected)
+        assert not torch.equal(run(True, None), expected)
 
 
 def test_samples_and_processors_are_those_of_the_loop(model, played):
@@ -276,6 +337,7 @@ def test_dense_steps_run(model, played):
     assert not played
     unpatch(model)
     ours = {"get_compiled_call", "_valid_auto_compile_criteria", "_prefill", "save_pretrained"}
+    ours |= {"prepare_inputs_for_generation", "_update_model_kwargs_for_generation"}
     assert not ours & vars(model).keys()
 
 

@@ -182,7 +182,7 @@ def test_groups_with_most_candidates_are_the_first_of_the_queues(capacity, lists
     described = None
     if lists:
         described = lists_of(
-            Tiles.of_mask(torch.ones(1, 1, 5, 5).bool(), 16), Inputs(query, key, 1.0, True, None, None)
+            Tiles.of_mask(torch.ones(1, 1, 5, 5, device=DEVICE).bool(), 16), Inputs(query, key, 1.0, True, None, None)
         )
     blocks = Blocks(16, 16, 4, 1)
     found = candidates(
