@@ -14,7 +14,7 @@ from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 from hf_sparse.ops import products as module
-from hf_sparse.ops.products import MOST_WEIGHTS, is_faster
+from hf_sparse.ops.products import MOST_WEIGHTS, begin_products, is_faster
 
 _ATEN = torch.ops.aten
 _SHAPED = (_ATEN.view.default, _ATEN.reshape.default)
@@ -43,6 +43,7 @@ class ShareProducts(CustomGraphPass):
                 nodes = (some[0].x, [p.weight for p in some], [p.bias for p in some if p.bias is not None])
                 tensors: Any = fx.map_arg(nodes, lambda node: node.meta["val"])
                 if self.is_worth_it(*tensors):
+                    begin_products(*tensors)  # while torch compiles the rest of the graph
                     _share(graph, nodes, [p.node for p in some])
 
     def uuid(self) -> Any:

@@ -78,6 +78,14 @@ def is_faster(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] = (
     return has_kernel(x, weights, biases) and fits and sum(weight.numel() for weight in weights) >= _FEWEST_NUMBERS
 
 
+def begin_products(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] = ()) -> None:
+    """Compile in the background the kernel for tensors like these, which may be fake ones."""
+    if has_kernel(x, weights, biases):
+        from hf_sparse.ops.triton import products as kernels
+
+        kernels.begin_products(x, weights, biases)
+
+
 def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
     expected = [x.shape[-1:]] * len(weights)
     if not weights or [weight.shape[1:] for weight in weights] != expected:

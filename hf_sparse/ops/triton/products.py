@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_sparse.ops.triton.launch import launch
+from hf_sparse.ops.triton.launch import begin_compiling, launch
 from hf_sparse.ops.triton.sizes import pieces
 
 
@@ -76,6 +76,17 @@ def fused_products(
         COLUMNS=sizes.columns, PARTS=sizes.parts, STAGES=sizes.stages, num_warps=sizes.warps,
     )  # fmt: skip
     return results
+
+
+def begin_products(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
+    """Compile in the background the kernel for tensors like these, of which shapes, dtype and device are read."""
+    sizes = [[tuple(map(int, tensor.shape)) for tensor in tensors] for tensors in ((x,), weights, biases)]
+
+    def calls() -> None:
+        (like_x,), *parameters = [[torch.empty(size, dtype=x.dtype, device="meta") for size in some] for some in sizes]
+        fused_products(like_x, parameters[0], parameters[1])
+
+    begin_compiling(_products, calls, x.device)
 
 
 def _three(values: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from hf_sparse.ops.triton import products
 from hf_sparse.ops.triton.products import ProductSizes, fused_products, sizes_of
 
 BENCHMARKS = Path(__file__).parents[3] / "benchmarks"
@@ -52,6 +53,27 @@ def test_products(rows, columns, counts, bias, dtype, sizes, poisoned_memory):
         assert result.shape == (rows, 1, len(weight)) and result.dtype == dtype and result.is_contiguous()
         error = (result.double() - expected).abs()
         assert bool((error <= places * torch.finfo(dtype).eps * expected.abs() + 2e-4).all())
+
+
+@pytest.mark.parametrize(("rows", "bias"), [(1, False), (5, True), (16, False)])
+def test_what_begins_is_what_is_launched(rows, bias, monkeypatch):
+    """From shapes alone: the pass over a graph has no tensors with content."""
+    launched = []
+
+    def launch(kernel, grid):
+        def call(*arguments, **constants):
+            types = [x.dtype if isinstance(x, torch.Tensor) else x for x in arguments]
+            launched.append((arguments[0].is_meta, (kernel, grid, types, constants)))
+
+        return call
+
+    monkeypatch.setattr(products, "launch", launch)
+    monkeypatch.setattr(products, "begin_compiling", lambda kernel, calls, device: calls())
+    tensors = drawn(rows, 576, (40, 8, 17), bias, torch.bfloat16)
+    products.begin_products(*tensors)
+    fused_products(*tensors)
+    (is_begun, begun), (is_meta, found) = launched
+    assert is_begun and not is_meta and begun == found
 
 
 def test_an_input_that_is_not_contiguous():
