@@ -105,7 +105,8 @@ class ModelSwitch:
         if not is_on_gpu(input_ids) or self.config._attn_implementation != NAME:
             return None
         layers: list[Any] = [module.sparse_attention for module in self.modules()]
-        has_steps = generation_config.max_length - input_ids.shape[1] > 1
+        most = generation_config.max_length
+        has_steps = most is None or most - input_ids.shape[1] > 1
         is_masked = model_kwargs.get("attention_mask") is not None
         told = (len(input_ids), has_steps, is_masked, *layers[0].active_adapters)
         if told in self._told:

@@ -55,7 +55,9 @@ def begin_steps(
     token = [torch.empty((rows, x.shape[1], 1, x.shape[3]), dtype=x.dtype, device=_META) for x in (query, key, value)]
     token.append(torch.empty((rows, 1, states.shape[2]), dtype=states.dtype, device=_META))
     kinds = step_kinds(layers_like(generation), key.shape[1])
-    step.begin_steps(lambda: [take_step(kind, token, scaling, generation.is_masked) for kind in kinds], query.device)
+    if kinds:
+        is_masked = generation.is_masked
+        step.begin_steps(lambda: [take_step(kind, token, scaling, is_masked) for kind in kinds], query.device)
 
 
 def layers_like(generation: Generation) -> "list[SparseKAttention]":
