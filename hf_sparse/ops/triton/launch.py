@@ -10,6 +10,7 @@ import os
 import warnings
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -19,7 +20,8 @@ from torch import Tensor
 from hf_sparse.ops.triton.replay import note_launch
 
 _seen: set[Hashable] = set()  # families that have been compiled in this process
-_begun: dict[Any, list[Future[None]]] = {}  # by kernel, what compiles it in the background
+# By the id of a kernel (Triton hashes all of its source), what compiles it in the background.
+_begun: dict[int, list[Future[None]]] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
@@ -83,17 +85,17 @@ def begin_compiling(kernel: Any, calls: Callable[[], object], device: torch.devi
     pool = _pool(device)
     job = pool.submit(_compile_launches, _Loader(pool), calls)
     job.add_done_callback(lambda _: pool.shutdown(wait=False))  # all is submitted, and no thread waits for more
-    _begun.setdefault(kernel, []).append(job)
+    _begun.setdefault(id(kernel), []).append(job)
 
 
 def wait_for(kernel: Any) -> None:
     """Wait until all that `begin_compiling` has begun of a kernel is compiled; what failed is a warning."""
-    jobs = _begun.get(kernel)
+    jobs = _begun.get(id(kernel))
     if not jobs:
         return
     done, _ = wait(tuple(jobs))
     for job in done:
-        if job in jobs:  # no other thread has told of it
+        with suppress(ValueError):  # another thread has told of it
             jobs.remove(job)
             if error := job.exception():
                 _warn(error)
