@@ -26,12 +26,10 @@ class StepKind(NamedTuple):
 
     Attributes:
         budget: of the layer.
-        parameters: shapes and dtypes of weight and slope of the scorer, `None` for none.
         linear: of the scorer, see `Scorer.linear`.
     """
 
     budget: Budget
-    parameters: tuple[tuple[torch.Size, torch.dtype] | None, ...]
     linear: Linear
 
 
@@ -73,10 +71,10 @@ def step_kinds(layers: "Iterable[SparseKAttention]", heads: int) -> list[StepKin
         if layer.num_key_value_heads == heads:
             scorer: Any = layer.sparsek_scorer[layer.active]
             weight, slope, slopes = scorer.linear
-            parameters = tuple([None if x is None else (x.shape, x.dtype) for x in (weight, slope)])
             empty = [None if x is None else torch.empty_like(x, device=_META) for x in (weight, slope)]
-            kind = StepKind(layer.budget, parameters, (empty[0], empty[1], slopes))
-            kinds.setdefault((*kind[:2], slopes), kind)
+            kind = StepKind(layer.budget, (empty[0], empty[1], slopes))
+            layout = [None if x is None else (x.shape, x.dtype) for x in empty]
+            kinds.setdefault((layer.budget, slopes, *layout), kind)
     return list(kinds.values())
 
 
