@@ -138,6 +138,24 @@ def test_a_failure_in_the_background_is_a_warning_of_the_launch(background):
     assert kernel.noted == ["ran kernel"] * 2
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_threads_of_the_background_end_with_their_work(fails, background, monkeypatch):
+    """Whether or not a launch comes; a process that ends waits for no thread but one that is at work."""
+    pool, work = ThreadPoolExecutor(2), []
+    monkeypatch.setattr(launch, "_pool", lambda device: pool)
+
+    def calls():
+        work.append(threading.current_thread())
+        assert not fails
+
+    launch.begin_compiling(Named("kernel", []), calls, background)
+    (job,) = launch._begun.popitem()[1]
+    assert isinstance(job.exception(60), AssertionError if fails else type(None))
+    for thread in pool._threads:
+        thread.join(60)
+    assert work[0] in pool._threads and not any(thread.is_alive() for thread in pool._threads)
+
+
 def test_nothing_begins_without_a_gpu_or_while_one_captures(background, monkeypatch):
     kernel = Named("kernel", [])
     launch.begin_compiling(kernel, lambda: pytest.fail("called"), torch.device("cpu"))
