@@ -7,10 +7,11 @@ with `cache_implementation="static"`, recorded steps (`hf_sparse.CapturedDecodin
 default `generate`. The model has random weights. With `--head-shares` its KV heads select different numbers of keys, in
 every layer others, as in an adapter that `finetune` has divided. In each process: one token (the prompt alone), a first
 call, a first longer one, the same again, and ten prompts of different lengths (`--calls first` ends after the first
-call). After each call its seconds are printed with the parts of it that are known, and the JSON is written, so that a
-run that is cut is not lost: tracing in Python, the passes of autograd, lowering, the wait for the kernels of inductor,
-and the kernels of Triton, side by side, with the seconds from the beginning of the first to the end of the last one and
-the sum of all.
+call; `--whole` leaves out the call of one token, so that the first call reads a first prompt too, as a user's does).
+After each call its seconds are printed with the parts of it that are known, and the JSON is written, so that a run that
+is cut is not lost: tracing in Python, the passes of autograd, lowering, the wait for the kernels of inductor, and the
+kernels of Triton, side by side, with the seconds from the beginning of the first to the end of the last one and the sum
+of all.
 """
 
 import argparse
@@ -111,7 +112,8 @@ def measure(way: str, options: argparse.Namespace) -> None:
 
     kernels = Kernels()
     row: dict[str, Any] = {"way": way, "calls_s": {}, "parts_s": {}}
-    for name, new in CALLS.items():
+    calls = {name: new for name, new in CALLS.items() if not (options.whole and name == "prompt")}
+    for name, new in calls.items():
         before = phases()
         row["calls_s"][name] = seconds(1500, new)
         spent = {part: value - before[part] for part, value in phases().items()}
@@ -130,6 +132,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=list(SHAPES), default="tinyllama")
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--calls", choices=[*CALLS, "all"], default="all", help="the last one, or the lengths too")
+    parser.add_argument("--whole", action="store_true", help="begin with a call of a prompt and steps")
     parser.add_argument("--way", choices=WAYS, help="measure it in this process and print JSON")
     parser.add_argument("--k", type=int, default=508)
     parser.add_argument("--window", type=int, default=512)
@@ -143,7 +146,9 @@ def main() -> None:
     if options.way:
         measure(options.way, options)
         return
-    settings = {name: getattr(options, name) for name in ("shape", "k", "window", "sinks", "head_shares", "tiny")}
+    settings = {
+        name: getattr(options, name) for name in ("shape", "k", "window", "sinks", "head_shares", "whole", "tiny")
+    }
     result: dict[str, Any] = {"format": 1, "benchmark": "first_static", "settings": settings, "rows": [], **describe()}
     result["commit"] = options.commit or current_commit()
     result["cores"] = len(os.sched_getaffinity(0))

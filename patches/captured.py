@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from hf_sparse._compat import with_cache
+from hf_sparse.core.generation import Generation, announced
 from hf_sparse.core.settings import check_integer
 from hf_sparse.patches.attached import sparse_layers
 from hf_sparse.patches.cache import SparseCache
@@ -212,9 +213,13 @@ class _Loop:
         if positions is None:
             real = torch.ones_like(ids) if mask is None else mask.long()
             positions = (real.cumsum(-1) - 1).clamp(min=0)
-        output = self.model(
-            ids, attention_mask=mask, position_ids=positions, logits_to_keep=1, **with_cache(self.cache)
+        generation = (
+            None if self.warm or self.stream is None else Generation(sparse_layers(self.model), most > 1, False)
         )
+        with announced(generation):
+            output = self.model(
+                ids, attention_mask=mask, position_ids=positions, logits_to_keep=1, **with_cache(self.cache)
+            )
         self.position.copy_(positions[:, -1:])
         blocks = [self._next(output.logits).clone()[:, None]]
         del output

@@ -6,8 +6,10 @@ layer of a step the copy is given the tensors of that layer.
 """
 
 import copy
+import threading
 from collections.abc import Callable, Hashable
-from functools import partial
+from functools import cache, cached_property, partial
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch._inductor import config
 from transformers.cache_utils import Cache
 
 from hf_sparse.core.layer import SparseAttentionLayer
+from hf_sparse.ops.triton import installed
 from hf_sparse.patches.base import family_of
 from hf_sparse.patches.lora import copy_lora
 from hf_sparse.patches.recorded_steps import calls_nothing_else
@@ -39,7 +42,23 @@ def compiled_layers(model: Any) -> "CompiledLayers | None":
     ):
         return None
     layers = CompiledLayers(model)
-    return layers if len(layers.copies) <= _MOST_COPIES else None
+    if len(layers.copies) > _MOST_COPIES:
+        return None
+    importing()
+    return layers
+
+
+@cache
+def importing() -> threading.Thread:
+    """Import on another thread what `torch.compile` asks for, some hundred modules that take Python seconds.
+
+    Nothing of it is needed before the first step, and while a first prompt waits for its kernels Python has time.
+    """
+    if installed():
+        import_module("triton")  # which a prompt imports too: not in two threads
+    thread = threading.Thread(target=import_module, args=("torch._inductor.compile_fx",))
+    thread.start()
+    return thread
 
 
 class CompiledLayers:
@@ -77,10 +96,15 @@ class _Copy:
 
     def __init__(self, layer: nn.Module) -> None:
         self.layer = _copy_modules(layer)
-        self.forward = compiled(type(layer).forward)
         module: Any = next(module for module in self.layer.modules() if hasattr(module, "sparse_attention"))
         self.attention, self.number = module.sparse_attention, int(module.layer_idx)
         copy_lora(module, self.attention)
+
+    @cached_property
+    def forward(self) -> Callable[..., Any]:
+        """Return the compiled forward of the layer, which gets the layer as its first argument."""
+        importing().join()
+        return compiled(type(self.layer).forward)
 
     def __call__(self, layer: nn.Module, module: Any, *args: Any, **kwargs: Any) -> Any:
         """Run a layer, whose attention module is `module`; see the forward of the layer for what else it takes."""

@@ -99,12 +99,13 @@ class RecordedSteps:
                 self.steps = 0
             self.layout, self.memory, self.replay = layout, [layer.step_memory() for layer in cache.layers], None
         self.steps += 1
-        is_eager = self.steps < _EAGER or (self.steps == _EAGER and self.compiled is None)
+        is_eager = self.compiled is None and self.steps <= _EAGER
         if is_eager or any(part is None for part in self.memory):
             return False
         if self.is_refused is None:
             self.is_refused = not _is_recordable(self.model)
-        is_compiled_alone = self.steps == _EAGER
+        # The first one: kernels that a prompt has begun to compile are needed in the end of it.
+        is_compiled_alone = self.compiled is not None and self.steps == 1
         if not self.is_refused and (is_compiled_alone or self.replay is not None or self._record(inputs, cache)):
             return True
         if self.is_refused:

@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 from hf_sparse.ops import products as module
-from hf_sparse.ops.products import MOST_WEIGHTS, is_faster
+from hf_sparse.ops.products import KERNELS, MOST_WEIGHTS, begin_product, is_faster
 
 _ATEN = torch.ops.aten
 _SHAPED = (_ATEN.view.default, _ATEN.reshape.default, _ATEN._unsafe_view.default)
@@ -52,6 +52,10 @@ class ShareProducts(CustomGraphPass):
                     continue
                 if not (len(some) == len(group) and (_join_gate(graph, some) or _join_sum(graph, some))):
                     _share(graph, nodes, [p.node for p in some])
+        for node in graph.nodes:
+            if node.target in KERNELS:  # while torch compiles the rest of the graph
+                values: Any = fx.map_arg(node.args, lambda one: one.meta["val"])
+                begin_product(node.target, values, values[0].device)
 
     def uuid(self) -> Any:
         """Return what torch's caches of compiled code tell passes apart by: the text of this one and of its rule."""

@@ -9,6 +9,8 @@ from torch import nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_masks_for_generate
 
+from hf_sparse.core.generation import Generation, announced
+from hf_sparse.ops.triton import is_on_gpu
 from hf_sparse.patches.attached import CHILD, sparse_layers
 from hf_sparse.patches.compiled_layers import compiled_layers
 from hf_sparse.patches.interface import NAME
@@ -54,6 +56,7 @@ class ModelSwitch:
         names = ["", *(name for name in config.sub_configs if getattr(config, name, None) is text)]
         self.base = {name: (text if name else config)._attn_implementation for name in names}
         self._modules: list[weakref.ref[nn.Module]] = []
+        self._told: set[tuple[Any, ...]] = set()  # calls of `generate` for which the layers have prepared
         self.prompts = RecordedPrompts()
         self.records = self.compiles = False  # whether the `generate` that asked last can record steps, and compiles
         self._steps: weakref.ref[RecordedSteps] | None = None
@@ -173,8 +176,29 @@ class ModelSwitch:
         masks = step_masks(arguments) if self.config._attn_implementation == NAME else NotImplemented
         return create_masks_for_generate(**arguments) if masks is NotImplemented else masks
 
-    def _prefill(self, input_ids: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+    def _prefill(
+        self, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
         """Read a prompt for `generate`."""
+        with announced(self._generation(input_ids, generation_config, model_kwargs)):
+            return self._read_prompt(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+    def _generation(self, input_ids: Any, generation_config: Any, model_kwargs: dict[str, Any]) -> Generation | None:
+        """Return what the layers can prepare for; `None` if they have been told, or prepare nothing as on the CPU."""
+        if not is_on_gpu(input_ids) or self.config._attn_implementation != NAME:
+            return None
+        layers: list[Any] = [module.sparse_attention for module in self.modules()]
+        most = generation_config.max_length
+        has_steps = most is None or most - input_ids.shape[1] > 1
+        is_masked = model_kwargs.get("attention_mask") is not None
+        told = (len(input_ids), has_steps, is_masked, *layers[0].active_adapters)
+        if told in self._told:
+            return None
+        self._told.add(told)
+        return Generation(layers, has_steps, is_masked)
+
+    def _read_prompt(self, input_ids: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
+        """Read a prompt for `generate`, which may play a recorded one."""
         model: Any = self.model()
         read: Any = type(model)._prefill
         is_whole = generation_config.prefill_chunk_size is None and not generation_config.is_assistant
@@ -193,6 +217,7 @@ class ModelSwitch:
     def forget_modules(self) -> None:
         """Look for the patched modules anew, for one was added."""
         self._modules = []
+        self._told.clear()
 
     def _needs_no_adapter(self, model: Any) -> bool:
         """Tell whether transformers saves the model as it is.
@@ -212,7 +237,7 @@ class ModelSwitch:
         return getattr(self.model(), "_hf_peft_config_loaded", False)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = vars(self) | {"model": self.model(), "_modules": [], "_steps": None}
+        state = vars(self) | {"model": self.model(), "_modules": [], "_told": set(), "_steps": None}
         del state["prompts"]
         return state
 

@@ -31,13 +31,16 @@ def recorded_table(runs: Sequence[Run]) -> str:
 def first_static_table(runs: Sequence[Run]) -> str:
     """Tabulate the seconds of the first calls of compiled or recorded decoding, and the graphs that were compiled.
 
-    Each row names the commit of its run. A process that was cut has no numbers for the calls that it did not end.
+    Each row names the commit of its run. A process that was cut has no numbers for the calls that it did not end. With
+    `--whole` prompt and steps are one call.
     """
     rows = []
     for run in runs:
         for row in run["rows"]:
             prompt, first, longer, again = (row["calls_s"].get(n) for n in ("prompt", "first", "longer", "again"))
             both = prompt + first if prompt and first else None
+            if run["settings"].get("whole"):
+                first, both = None, first
             seconds = [prompt, first, both, longer, again, max(row.get("lengths_s", {}).values(), default=None)]
             heads = ", unequal heads" if run["settings"].get("head_shares") else ""
             name = f"{row['way']}{heads}, {run['commit'][:7]}"

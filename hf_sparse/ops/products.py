@@ -7,6 +7,7 @@ weight alone, such as that of keys or values, ends before it has asked for as mu
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -148,6 +149,20 @@ def is_faster(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor] = (
     return has_kernel(x, weights, biases) and fits and sum(weight.numel() for weight in weights) >= _FEWEST_NUMBERS
 
 
+def begin_product(operator: Any, arguments: Sequence[Any], device: torch.device) -> None:
+    """Compile in the background the kernel of one of the three operators, so that its first call finds it.
+
+    Args:
+        operator: such as `torch.ops.hf_sparse.products.default`, of a call for which `has_kernel` holds.
+        arguments: of the call; of tensors, which may be fake ones, shapes and dtypes are read.
+        device: of these tensors; nothing begins for one that is no GPU.
+    """
+    if _TRITON and device.type == "cuda":
+        from hf_sparse.ops.triton import products as kernels
+
+        kernels.begin_product(getattr(kernels, KERNELS[operator]), arguments, device)
+
+
 def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> None:
     expected = [x.shape[-1:]] * len(weights)
     if not weights or [weight.shape[1:] for weight in weights] != expected:
@@ -158,3 +173,11 @@ def _check(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> No
     if biases and [bias.shape for bias in biases] != [weight.shape[:1] for weight in weights]:
         sizes, shapes = [len(weight) for weight in weights], [tuple(bias.shape) for bias in biases]
         raise ValueError(f"biases must be none or have the sizes {sizes}, got {shapes}")
+
+
+#: Functions of `hf_sparse.ops.triton.products` by the operator whose kernel they launch.
+KERNELS = {
+    torch.ops.hf_sparse.products.default: "fused_products",
+    torch.ops.hf_sparse.product_added.default: "fused_product_added",
+    torch.ops.hf_sparse.gated_product.default: "fused_gated_product",
+}

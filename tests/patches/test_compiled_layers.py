@@ -1,6 +1,7 @@
 """In compiled decoding steps one decoder layer stands for all, in every family; the tokens are those of eager steps."""
 
 import runpy
+import sys
 from functools import partial
 from pathlib import Path
 
@@ -51,14 +52,14 @@ def played(played, monkeypatch):
 
 @pytest.mark.parametrize("name", CAUSAL)
 def test_steps_through_one_layer_choose_the_tokens_of_eager_ones(name, played):
-    """Run one of the 7 steps of a call eager and one compiled, and play 5."""
+    """Run the first of the 7 steps of a call compiled, and play 6."""
     model = patch(FAMILIES[name].make(), SparseKConfig(**BUDGET))
     expected = model.generate(IDS, disable_compile=True, **OPTIONS)
     for _ in range(2):
         assert torch.equal(model.generate(IDS, cache_implementation="static", **OPTIONS), expected)
     # SmolLM3 has layers with rotary positions and layers without, GLM-4-MoE has layers with experts and layers without.
     kinds = 2 if name in ("smollm3", "glm4_moe") else 1
-    assert len(played) == 2 * 5 and counters["stats"]["unique_graphs"] == kinds
+    assert len(played) == 2 * 6 and counters["stats"]["unique_graphs"] == kinds
     assert not any("forward" in vars(module) for module in model.modules())
 
 
@@ -85,6 +86,25 @@ def test_heads_with_budgets_of_their_own_and_padding(tiny_llama, played):
     expected = model.generate(IDS, attention_mask=mask, disable_compile=True, **OPTIONS)
     found = model.generate(IDS, attention_mask=mask, cache_implementation="static", **OPTIONS)
     assert torch.equal(found, expected) and counters["stats"]["unique_graphs"] == 1
+
+
+def test_what_compiles_is_imported_beside_the_prompt(tiny_llama, played, monkeypatch):
+    """The thread begins when `generate` asks for what takes its steps, and is awaited by the first of them."""
+    model, order = patch(tiny_llama(num_hidden_layers=4), SparseKConfig(**BUDGET)), []
+    thread = type("Thread", (), {"join": lambda self: order.append("joined")})
+    compiles = compiled_layers.compiled
+    monkeypatch.setattr(compiled_layers, "importing", lambda: order.append("asked") or thread())
+    monkeypatch.setattr(compiled_layers, "compiled", lambda forward: order.append("compiled") or compiles(forward))
+    model.generate(IDS, cache_implementation="static", max_new_tokens=1, do_sample=False)
+    assert order == ["asked"]
+    model.generate(IDS, cache_implementation="static", **OPTIONS)
+    assert order == ["asked", "asked", "asked", "joined", "compiled"]
+
+
+def test_it_is_imported_once():
+    begun = compiled_layers.importing()
+    begun.join()
+    assert compiled_layers.importing() is begun and "torch._inductor.compile_fx" in sys.modules
 
 
 @pytest.mark.parametrize("reason", ["baseline", "hook", "method", "off", "states"])

@@ -12,7 +12,7 @@ from torch._dynamo.utils import counters
 from torch._inductor.decomposition import select_decomp_table
 
 from hf_sparse import CapturedDecoding, SparseKConfig, patch
-from hf_sparse.patches import compiled_layers, sparse_layers
+from hf_sparse.patches import compiled_layers, shared_products, sparse_layers
 from hf_sparse.patches.shared_products import SHARE_PRODUCTS, ShareProducts
 
 PRODUCTS, MM, ADDMM = torch.ops.hf_sparse.products.default, torch.ops.aten.mm.default, torch.ops.aten.addmm.default
@@ -217,7 +217,12 @@ def test_on_a_cpu_nothing_changes(rewrite, graphs):
 
 @pytest.mark.parametrize(("lora", "calls"), [(0, [3, "sum", "gate", "sum"]), (2, LORA)])
 def test_a_decoder_layer(tiny_llama, rewrite, graphs, monkeypatch, lora, calls):
-    """Queries, keys and values are one call, gate and up another; with LoRA three more weights read the first input."""
+    """Queries, keys and values are one call, gate and up another; with LoRA three more weights read the first input.
+
+    The kernels of all calls begin to be compiled.
+    """
+    begun = []
+    monkeypatch.setattr(shared_products, "begin_product", lambda operator, *call: begun.append((operator, *call[0])))
     monkeypatch.setattr(compiled_layers, "compiled", rewrite)
     model = patch(tiny_llama(num_hidden_layers=3), SparseKConfig(k=6, window=8, sinks=2, lora_rank=lora))
     for layer in sparse_layers(model):
@@ -226,6 +231,7 @@ def test_a_decoder_layer(tiny_llama, rewrite, graphs, monkeypatch, lora, calls):
     expected = model.generate(IDS, disable_compile=True, **OPTIONS)
     found = model.generate(IDS, custom_generate=CapturedDecoding(model, compiled=True), **OPTIONS)
     assert torch.equal(found, expected) and list(map(targets, graphs)) == [calls]
+    assert [len(one[2]) if one[0] is PRODUCTS else MORE[one[0]] for one in begun] == calls
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor calls a compiler of C++")

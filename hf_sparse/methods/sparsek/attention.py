@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_sparse.core.cache import ModelCall
+from hf_sparse.core.generation import take_announcement
 from hf_sparse.core.layer import AttentionShape, SparseAttentionLayer
 from hf_sparse.errors import UnsupportedModelError
 from hf_sparse.methods.sparsek import rows
@@ -21,6 +22,7 @@ from hf_sparse.methods.sparsek.compiled import attend_compiled
 from hf_sparse.methods.sparsek.compiled_step import step_compiled
 from hf_sparse.methods.sparsek.config import SparseKConfig
 from hf_sparse.methods.sparsek.continued import attend_more, attend_step
+from hf_sparse.methods.sparsek.first_calls import begin_steps
 from hf_sparse.methods.sparsek.in_blocks import attend_block_after_block
 from hf_sparse.methods.sparsek.padded import attend_padded
 from hf_sparse.methods.sparsek.ragged_cache import RaggedCacheLayer
@@ -258,7 +260,10 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         query, key, value, hidden_states, valid, scaling = new
         length = query.shape[2]
         if isinstance(cache, SparseKCacheLayer) and not cache.is_initialized:
-            output = read_in_few_launches(self, new, cache)
+            generation = None if torch.compiler.is_compiling() else take_announcement()
+            if generation is not None:
+                begin_steps(generation, new)
+            output = read_in_few_launches(self, new, cache, generation)
             if output is not None:
                 return output
             cache.begin_text(key, value)

@@ -11,7 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_sparse.core.generation import Generation
+from hf_sparse.methods.sparsek.budget import Budget, Counts
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
+from hf_sparse.methods.sparsek.first_calls import layers_like
 from hf_sparse.methods.sparsek.scorer import LinearScorer
 from hf_sparse.methods.sparsek.slot_memory import SharedSlots, fix_address, lasting
 from hf_sparse.methods.sparsek.tokens import NewTokens
@@ -20,7 +23,7 @@ from hf_sparse.ops.triton import DTYPES, MOST_ROWS, installed, is_on_gpu
 
 if TYPE_CHECKING:
     from hf_sparse.methods.sparsek.attention import SparseKAttention
-    from hf_sparse.ops.selection.triton.reading import Slots
+    from hf_sparse.ops.selection.triton.reading import ReadingSettings, Slots
     from hf_sparse.ops.triton.replay import Program
 
 _TRITON = installed()
@@ -72,7 +75,9 @@ def scoring_of(attention: "SparseKAttention") -> Scoring | None:
     return known
 
 
-def read_in_few_launches(attention: "SparseKAttention", new: NewTokens, cache: SparseKCacheLayer) -> Tensor | None:
+def read_in_few_launches(
+    attention: "SparseKAttention", new: NewTokens, cache: SparseKCacheLayer, generation: Generation | None = None
+) -> Tensor | None:
     """Score the tokens of a text, attend, and fill a cache layer that holds nothing yet.
 
     A text that fits into the slots is attended to by the kernel of the base model, with the same result.
@@ -80,6 +85,7 @@ def read_in_few_launches(attention: "SparseKAttention", new: NewTokens, cache: S
     Args:
         new: all tokens of each row.
         cache: takes in the tokens.
+        generation: what was announced to this layer; then kernels of the other layers are compiled beside its own.
 
     Returns:
         `[B, Hq, T, D]`; `None`, with nothing changed, if the text has to take another path: there is padding, it is
@@ -101,7 +107,7 @@ def read_in_few_launches(attention: "SparseKAttention", new: NewTokens, cache: S
     layout = (
         query.shape, query.stride(), query.dtype, query.device, key.shape, key.stride(), value.stride(),
         hidden_states.dtype, hidden_states.stride(), scaling, scoring.layout,
-        _most_selected(cache), cache.window, cache.sinks, cache.counts is None, fits, end is None,
+        _most_selected(cache.k), cache.window, cache.sinks, cache.counts is None, fits, end is None,
     )  # fmt: skip
     addresses = [query.data_ptr(), key.data_ptr(), value.data_ptr(), hidden_states.data_ptr()]
     is_aligned = not (addresses[0] | addresses[1] | addresses[2] | addresses[3]) % 16 and scoring.layout is not None
@@ -116,6 +122,8 @@ def read_in_few_launches(attention: "SparseKAttention", new: NewTokens, cache: S
         output = None if fits else results[0]
         cache.take_shared(stock.slots, stock.left)
     elif _takes(new, scoring, cache):
+        if generation is not None:
+            _compile_all(generation, new, scoring)
         output, slots = _read(new, scoring, cache, end, layout if is_aligned else None)
         cache.take(*slots)
     else:
@@ -126,9 +134,28 @@ def read_in_few_launches(attention: "SparseKAttention", new: NewTokens, cache: S
     return output
 
 
-def _most_selected(cache: SparseKCacheLayer) -> int:
+def _most_selected(k: Counts) -> int:
     """Return the selected keys of every head; where heads differ of the one that has most, or somewhat more."""
-    return cache.k if cache.counts is None else -(-max(cache.k) // _ROUNDING) * _ROUNDING  # type: ignore[call-overload]
+    return k if isinstance(k, int) else -(-max(k) // _ROUNDING) * _ROUNDING
+
+
+def _settings(budget: Budget, scaling: float, scoring: Scoring) -> "ReadingSettings":
+    """Return what a text is read with."""
+    from hf_sparse.ops.selection.triton.reading import ReadingSettings
+
+    k, window, sinks = budget
+    of_heads = None if isinstance(k, int) else k
+    return ReadingSettings(_most_selected(k), window, sinks, scaling, scoring.key[3], of_heads)
+
+
+def _compile_all(generation: Generation, new: NewTokens, scoring: Scoring) -> None:
+    """Compile the kernels of all layers of a model for inputs like these, also those of a prompt that is recorded."""
+    from hf_sparse.ops.selection.triton.reading import compile_readings
+
+    heads = new.key.shape[1]
+    budgets = {layer.budget for layer in layers_like(generation) if layer.num_key_value_heads == heads}
+    kinds = [_settings(budget, new.scaling, scoring) for budget in budgets if _most_selected(budget.k) <= MOST_LISTED]
+    compile_readings(new.query, new.key, new.value, new.hidden_states, scoring.weight, scoring.slope, kinds)
 
 
 def _addresses_of_tables(cache: SparseKCacheLayer, device: torch.device) -> tuple[int, int]:
@@ -170,11 +197,10 @@ def _read(
     new: NewTokens, scoring: Scoring, cache: SparseKCacheLayer, end: Tensor | None, layout: Hashable | None
 ) -> tuple[Tensor | None, "Slots"]:
     """Return the output, `None` where all keys fit into the slots, and the slots; note the launches of the layout."""
-    from hf_sparse.ops.selection.triton.reading import ReadingSettings, noted_reading, read_text
+    from hf_sparse.ops.selection.triton.reading import noted_reading, read_text
 
     inputs = new.query, new.key, new.value, new.hidden_states
-    budget, of_heads = (_most_selected(cache), cache.window, cache.sinks), None if cache.counts is None else cache.k
-    settings = ReadingSettings(*budget, new.scaling, scoring.key[3], of_heads)  # type: ignore[arg-type]
+    settings = _settings(Budget(cache.k, cache.window, cache.sinks), new.scaling, scoring)
     with lasting():
         output, slots = read_text(*inputs, scoring.weight, scoring.slope, settings, end)
     for tensor in slots:
@@ -198,7 +224,7 @@ def _takes(new: NewTokens, scoring: Scoring, cache: SparseKCacheLayer) -> bool:
         and weight.dtype in DTYPES
         and query.shape[-1] == value.shape[-1] <= 256
         and key.shape[0] * key.shape[1] <= MOST_ROWS
-        and _most_selected(cache) <= MOST_LISTED
+        and _most_selected(cache.k) <= MOST_LISTED
         and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
         and states.is_contiguous()
         and weight.is_contiguous()

@@ -2,13 +2,15 @@
 
 Otherwise a first call compiles its kernels one after the other, and the backward's only when the backward runs. The
 passes of the compiler, the assembler and the C compiler of the launchers let other threads run, so that kernels which
-are known together are ready almost as soon as the slowest of them.
+are known together are ready almost as soon as the slowest of them. What only a later call launches can be compiled in
+the background (`begin_compiling`) while the device and the host do something else.
 """
 
 import os
 import warnings
 from collections.abc import Callable, Hashable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from torch import Tensor
 from hf_sparse.ops.triton.replay import note_launch
 
 _seen: set[Hashable] = set()  # families that have been compiled in this process
+# By the id of a kernel (Triton hashes all of its source), what compiles it in the background.
+_begun: dict[int, list[Future[None]]] = {}
 
 
 def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
@@ -27,6 +31,7 @@ def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
         if arguments[0].is_meta:
             kernel.warmup(*arguments, grid=grid, **constants)
         else:
+            wait_for(kernel)
             note_launch(kernel, kernel[grid](*arguments, **constants), grid, arguments, constants)
 
     return call
@@ -56,12 +61,55 @@ def compile_ahead(attention: Callable[..., Tensor], *arguments: Any, family: Has
     if family in _seen or torch.cuda.is_current_stream_capturing():
         return
     _seen.add(family)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with ThreadPoolExecutor(cores + 1, initializer=torch.cuda.set_device, initargs=(query.device,)) as pool:
+    with _pool(query.device) as pool:
         # A thread of its own has none of the caller's modes and hooks, such as those of gradient checkpointing.
         error = pool.submit(_compile, _Loader(pool), attention, arguments, trained).exception()
     if error is not None:
-        warnings.warn(f"kernels are compiled one after the other, ahead of the call it failed: {error!r}", stacklevel=2)
+        _warn(error)
+
+
+def begin_compiling(kernel: Any, calls: Callable[[], object], device: torch.device) -> None:
+    """Compile in the background, side by side, what `calls()` launches; return at once.
+
+    No result depends on it. The next launch of the kernel waits until all that was begun of it is there, rather than
+    compile it again.
+
+    Args:
+        kernel: the one that is launched.
+        calls: launches it with meta tensors, on another thread.
+        device: on which the kernel will run; nothing begins for one that is no GPU.
+    """
+    # As in `compile_ahead`, binaries are loaded from other threads.
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return
+    pool = _pool(device)
+    job = pool.submit(_compile_launches, _Loader(pool), calls)
+    job.add_done_callback(lambda _: pool.shutdown(wait=False))  # all is submitted, and no thread waits for more
+    _begun.setdefault(id(kernel), []).append(job)
+
+
+def wait_for(kernel: Any) -> None:
+    """Wait until all that `begin_compiling` has begun of a kernel is compiled; what failed is a warning."""
+    jobs = _begun.get(id(kernel))
+    if not jobs:
+        return
+    done, _ = wait(tuple(jobs))
+    for job in done:
+        with suppress(ValueError):  # another thread has told of it
+            jobs.remove(job)
+            if error := job.exception():
+                _warn(error)
+
+
+def _pool(device: torch.device) -> ThreadPoolExecutor:
+    """Return threads that compile for a device: as many as there are cores, and one to tell them what."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return ThreadPoolExecutor(cores + 1, initializer=torch.cuda.set_device, initargs=(device,))
+
+
+def _warn(error: BaseException) -> None:
+    """Warn that the kernels of a call are compiled when they are launched."""
+    warnings.warn(f"kernels are compiled one after the other, ahead of the call it failed: {error!r}", stacklevel=3)
 
 
 class _Loader:
@@ -89,8 +137,16 @@ def _compile(
         else x
         for x in arguments
     ]
-    with triton.AsyncCompileMode(loader, ignore_errors=True):
+
+    def calls() -> None:
         output = attention(*meta)
         if output.requires_grad:
             inputs = [x for x in meta if isinstance(x, Tensor) and x.requires_grad]
             torch.autograd.grad(output, inputs, torch.empty_like(output), allow_unused=True)
+
+    _compile_launches(loader, calls)
+
+
+def _compile_launches(loader: _Loader, calls: Callable[[], object]) -> None:
+    with triton.AsyncCompileMode(loader, ignore_errors=True):
+        calls()

@@ -17,15 +17,16 @@ another tensor, and the product of a gate and what it lets through. For the latt
 the one weight, and the other half the same rows of the other.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from hf_sparse.ops.triton.launch import launch
+from hf_sparse.ops.triton.launch import begin_compiling, launch
 from hf_sparse.ops.triton.sizes import pieces
 
 
@@ -112,6 +113,23 @@ def _launch(
         rows, columns, ROWS=(8 if rows <= 8 else 16) if sizes.parts else 1, OUTPUTS=sizes.outputs,
         COLUMNS=sizes.columns, PARTS=sizes.parts, STAGES=sizes.stages, GATED=gated, num_warps=sizes.warps,
     )  # fmt: skip
+
+
+def begin_product(product: Callable[..., object], arguments: Sequence[Any], device: torch.device) -> None:
+    """Compile in the background what a product launches.
+
+    Args:
+        product: one of the three functions above.
+        arguments: tensors, of which shapes and dtypes are read, sequences of tensors, or `None`.
+        device: on which it will run.
+    """
+
+    def like(one: Any) -> Any:
+        if isinstance(one, Tensor):
+            return torch.empty(tuple(map(int, one.shape)), dtype=one.dtype, device="meta")
+        return None if one is None else [like(each) for each in one]
+
+    begin_compiling(_products, partial(product, *[like(one) for one in arguments]), device)
 
 
 def _three(values: Sequence[Tensor | None]) -> list[Tensor | None]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -83,6 +84,84 @@ def test_the_plain_scan_needs_no_numbers():
 
 def test_nothing_is_ahead_without_a_gpu():
     launch.compile_ahead(lambda *_: pytest.fail("called"), *torch.empty(2, 1, 2, 3, 4))
+
+
+class Named:
+    """Take the place of a kernel, and note what is compiled and run."""
+
+    def __init__(self, name, noted):
+        self.name, self.noted = name, noted
+
+    def warmup(self, *arguments, grid, **constants):
+        self.noted.append(f"compiled {self.name}")
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **constants: self.noted.append(f"ran {self.name}")
+
+
+@pytest.fixture
+def background(monkeypatch):
+    """Lets kernels begin without a GPU."""
+    monkeypatch.setattr(triton, "AsyncCompileMode", lambda *_, **__: contextlib.nullcontext(), raising=False)
+    monkeypatch.setattr(launch, "_pool", lambda device: ThreadPoolExecutor(2))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return torch.device("cuda", 0)
+
+
+def test_a_launch_waits_for_what_has_begun_of_its_kernel(background, monkeypatch):
+    noted, gate, meta = [], threading.Event(), torch.empty(1, device="meta")
+    kernel, other = Named("kernel", noted), Named("other", noted)
+    waited = launch.wait
+    monkeypatch.setattr(launch, "wait", lambda jobs: (gate.set(), waited(jobs))[1])
+
+    def calls():
+        assert gate.wait(60)
+        launch.launch(kernel, (1,))(meta)
+
+    launch.begin_compiling(kernel, calls, background)
+    launch.launch(other, (1,))(torch.empty(1))
+    launch.launch(kernel, (1,))(torch.empty(1))
+    assert noted == ["ran other", "compiled kernel", "ran kernel"]
+    assert not launch._begun[id(kernel)]
+
+
+def test_a_failure_in_the_background_is_a_warning_of_the_launch(background):
+    kernel = Named("kernel", [])
+
+    def calls():
+        raise NotImplementedError("of meta tensors")
+
+    launch.begin_compiling(kernel, calls, background)
+    with pytest.warns(UserWarning, match="of meta tensors"):
+        launch.launch(kernel, (1,))(torch.empty(1))
+    launch.launch(kernel, (1,))(torch.empty(1))
+    assert kernel.noted == ["ran kernel"] * 2
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_threads_of_the_background_end_with_their_work(fails, background, monkeypatch):
+    """Whether or not a launch comes; a process that ends waits for no thread but one that is at work."""
+    pool, work = ThreadPoolExecutor(2), []
+    monkeypatch.setattr(launch, "_pool", lambda device: pool)
+
+    def calls():
+        work.append(threading.current_thread())
+        assert not fails
+
+    launch.begin_compiling(Named("kernel", []), calls, background)
+    (job,) = launch._begun.popitem()[1]
+    assert isinstance(job.exception(60), AssertionError if fails else type(None))
+    for thread in pool._threads:
+        thread.join(60)
+    assert work[0] in pool._threads and not any(thread.is_alive() for thread in pool._threads)
+
+
+def test_nothing_begins_without_a_gpu_or_while_one_captures(background, monkeypatch):
+    kernel = Named("kernel", [])
+    launch.begin_compiling(kernel, lambda: pytest.fail("called"), torch.device("cpu"))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    launch.begin_compiling(kernel, lambda: pytest.fail("called"), background)
+    assert id(kernel) not in launch._begun
 
 
 @compiles

@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hf_sparse.ops.products import KERNELS
+from hf_sparse.ops.triton import products
 from hf_sparse.ops.triton.products import (
     ProductSizes,
     fused_gated_product,
@@ -106,6 +108,33 @@ def test_a_gated_product(rows, columns, count, dtype, sizes, poisoned_memory):
     assert found.shape == (rows, 1, count) and found.dtype == dtype and found.is_contiguous()
     magnitude = (1 + gates.abs()) * ups.abs()
     assert close(found, F.silu(gates) * ups, dtype, magnitude) and not close(found, F.silu(ups) * gates, dtype, 0)
+
+
+@pytest.mark.parametrize(("rows", "bias"), [(1, False), (5, True), (16, False)])
+@pytest.mark.parametrize("name", sorted(KERNELS.values()))
+def test_what_begins_is_what_is_launched(name, rows, bias, monkeypatch):
+    """From shapes alone: the pass over a graph has no tensors with content."""
+    launched = []
+
+    def launch(kernel, grid):
+        def call(*arguments, **constants):
+            types = [x.dtype if isinstance(x, torch.Tensor) else x for x in arguments]
+            launched.append((arguments[0].is_meta, (kernel, grid, types, constants)))
+
+        return call
+
+    monkeypatch.setattr(products, "launch", launch)
+    monkeypatch.setattr(products, "begin_compiling", lambda kernel, calls, device: calls())
+    x, weights, biases = drawn(rows, 576, (40, 40, 40), bias, torch.bfloat16)
+    arguments = {
+        "fused_products": (x, weights, biases),
+        "fused_product_added": (x, weights[0], biases[0] if bias else None, torch.zeros(rows, 1, 40, dtype=x.dtype)),
+        "fused_gated_product": (x, *weights[:2]),
+    }[name]
+    products.begin_product(getattr(products, name), arguments, x.device)
+    getattr(products, name)(*arguments)
+    (is_begun, begun), (is_meta, found) = launched
+    assert is_begun and not is_meta and begun == found
 
 
 def test_an_input_that_is_not_contiguous():

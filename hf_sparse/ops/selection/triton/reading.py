@@ -5,7 +5,7 @@ more time on the host than the rest of a layer; here the launches of all are not
 the slots are allocated among the buffers of the kernels that fill them.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -200,9 +200,56 @@ def _select(
     def output(*tensors: Any) -> Any:
         return _launch(*tensors, settings=settings)[0]
 
-    family = (read_text, settings.k_of_heads is None, others[-1] is None, list_class(min(settings.k, key.shape[2])))
+    family = _family(settings, key.shape[2], others[-1] is None)
     compile_ahead(output, query, key, value, states, weight, slope, *others, family=family)
     return _launch(query, key, value, states, weight, slope, *others, settings=settings)
+
+
+def compile_readings(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    states: Tensor,
+    weight: Tensor,
+    slope: Tensor | None,
+    kinds: Sequence[ReadingSettings],
+) -> None:
+    """Compile, side by side, what `read_text` launches for such texts with several settings, with an end and without.
+
+    Args:
+        query, key, value, states, weight, slope: as in `read_text`.
+        kinds: the settings of the layers of a model.
+    """
+    length, heads, meta = key.shape[2], key.shape[1], torch.device("meta")
+    cases = {
+        _family(settings, length, is_whole): (
+            settings,
+            None if is_whole else torch.empty(1, dtype=torch.int64, device=meta),
+        )
+        for settings in kinds
+        for is_whole in (True, False)
+    }
+
+    def all_readings(query: Tensor, key: Tensor, *others: Any) -> Tensor:
+        output: Any = query
+        for settings, end in cases.values():
+            slots = [unstacked(stack)[0] for stack in new_slots(key, settings.counts)]
+            tables: list[Tensor | None] = [None, None]
+            if settings.k_of_heads is not None:
+                tables = [torch.empty(size, dtype=torch.int32, device=meta) for size in ((2, heads), (heads + 1,))]
+            if length <= settings.fewest_slots:
+                _take_all(key, *others, *slots, *tables, end, settings)
+            else:
+                output = _launch(query, key, *others, *slots, *tables, end, settings=settings)[0]
+        return output
+
+    compile_ahead(all_readings, query, key, value, states, weight, slope, family=tuple(cases))
+
+
+def _family(settings: ReadingSettings, length: int, is_whole: bool) -> Hashable:
+    """Return what differs between calls that launch different kernels: for texts of a length, whole or with an end."""
+    selects = None if length <= settings.fewest_slots else list_class(min(settings.k, length))
+    return read_text, settings.k_of_heads is None, is_whole, selects
 
 
 def _launch(

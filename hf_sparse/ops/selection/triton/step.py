@@ -16,7 +16,7 @@ Sums of a score are in float64, as in `hf_sparse.ops.selection.triton.linear_sco
 float32 scores.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from torch import Tensor
 from hf_sparse.ops.selection.linear_scores import Slopes
 from hf_sparse.ops.selection.triton.linear_scores import slope_positions
 from hf_sparse.ops.selection.triton.slots import slots_of_head, steps_of_program
+from hf_sparse.ops.triton.launch import begin_compiling, wait_for
 
 _PROGRAMS = 512  # about four for each multiprocessor of a large GPU
 _BYTES = 1 << 13  # bytes of keys per step of a program
@@ -118,6 +119,8 @@ class StepKernel:
             "EPS": _EPS,
             # Layers of unequal heads share a kernel unless their longest heads differ twofold.
             "SPLITS": splits if offsets is None else 0,
+            # Where heads differ, that of a row says nothing of where the slots of a head begin.
+            "ALIGNED": offsets is None and not any(tensor.stride(0) % 16 for tensor in slots[2:4]),
             "SPLITS_WIDE": triton.next_power_of_2(splits),
             "GROUP": max(16, triton.next_power_of_2(group)),
             "MEMBERS": triton.next_power_of_2(group),
@@ -167,7 +170,15 @@ class StepKernel:
         slots = (*pool, pool[4], pool[4]) if self.indexed else self.slots  # there is no padding in a pool
         fixed = (*slots, *self.scratch, self.offsets)
         given = [slots[0] if tensor is None else tensor for tensor in tensors]  # not read
-        compiled = _step[self.grid](*fixed, *given, *strides, *self.layout, **self.constants, num_warps=4, num_stages=3)
+        arguments, constants = (
+            (*fixed, *given, *strides, *self.layout),
+            self.constants | {"num_warps": 4, "num_stages": 3},
+        )
+        if query.is_meta:
+            _step.warmup(*arguments, grid=self.grid, **constants)
+            return output
+        wait_for(_step)
+        compiled = _step[self.grid](*arguments, **constants)
         if compiled is not None:  # not so in Triton's interpreter
             # The binary was chosen by values that no later step changes, so the choice need not be made again.
             self.addresses = tuple(None if tensor is None else tensor.data_ptr() for tensor in fixed)
@@ -183,11 +194,17 @@ def scratch_of_rows(query_heads: int, kv_heads: int, dim: int, device: torch.dev
     return torch.empty(2 * _PROGRAMS * (query_heads // kv_heads) * dim, dtype=torch.float32, device=device)
 
 
+def begin_steps(steps: Callable[[], object], device: torch.device) -> None:
+    """Compile in the background the kernels of the steps that `steps()` takes with meta tensors."""
+    begin_compiling(_step, steps, device)
+
+
 _ADDRESSES = ["query", "key", "value", "states", "weight", "slope", "valid", "rows"]  # of unknown alignment
 
 
 @triton.jit(
-    do_not_specialize=["states_row", "valid_row", "rows_step", "most_splits"], do_not_specialize_on_alignment=_ADDRESSES
+    do_not_specialize=["states_row", "valid_row", "rows_step", "most_splits", "window", "sinks"],
+    do_not_specialize_on_alignment=[*_ADDRESSES, "scores_row", "positions_row"],
 )
 def _step(
     keys,
@@ -242,6 +259,7 @@ def _step(
     INDEXED: tl.constexpr,
     EPS: tl.constexpr,
     SPLITS: tl.constexpr,
+    ALIGNED: tl.constexpr,
     SPLITS_WIDE: tl.constexpr,
     GROUP: tl.constexpr,
     MEMBERS: tl.constexpr,
@@ -271,8 +289,11 @@ def _step(
     position = tl.load(seen + place * seen_row)
     keys += place * keys_row + base * D
     values += place * values_row + base * D
-    scores += place * scores_row + base
-    positions += place * positions_row + base
+    of_scores, of_positions = place * scores_row, place * positions_row
+    if ALIGNED:
+        of_scores, of_positions = tl.multiple_of(of_scores, 16), tl.multiple_of(of_positions, 16)
+    scores += of_scores + base
+    positions += of_positions + base
     if MASKED:
         real = tl.load(valid + row * valid_row) != 0
     column = tl.arange(0, DIM)
