@@ -6,7 +6,7 @@ from speed_tables.cells import prompt_of, quotient, ratio, short, table
 from speed_tables.registry import Run, speed_table
 
 
-@speed_table("recorded", ("recorded-be14ee1-h200", "recorded-h200", "recorded-126f690-h200", "recorded-earlier-h200"))
+@speed_table("recorded", ("recorded-13ab898-h200", "recorded-be14ee1-h200", "recorded-h200", "recorded-earlier-h200"))
 def recorded_table(runs: Sequence[Run]) -> str:
     """Tabulate the milliseconds of a step by recorded steps and by `generate`, and shares of the roofline.
 

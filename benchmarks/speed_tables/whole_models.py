@@ -6,7 +6,7 @@ from typing import Any
 from speed_tables.cells import check_settings, gibibytes, joined_rows, ratio, short, table
 from speed_tables.registry import Run, speed_table
 
-MODELS = tuple(f"model{run}-h200" for run in ("-prefill", "-d781133", "-scores", "", "-eager", "-earlier"))
+MODELS = tuple(f"model{run}-h200" for run in ("-prefill", "-def4bf7", "-d781133", "-scores", "", "-eager", "-earlier"))
 CACHES = {
     "dynamic": "dense, dynamic cache",
     "static": "dense, static cache, compiled",
