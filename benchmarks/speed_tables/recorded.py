@@ -27,7 +27,9 @@ def recorded_table(runs: Sequence[Run]) -> str:
     return table([*head, "dense / recorded", "dense / fastest", "fastest, of the roofline"], rows)
 
 
-@speed_table("first static", tuple(f"first_static{run}-h200" for run in ("", "-631e60f", "-heads", "-earlier")))
+@speed_table(
+    "first static", tuple(f"first_static{run}-h200" for run in ("", "-631e60f", "-heads-whole", "-heads", "-earlier"))
+)
 def first_static_table(runs: Sequence[Run]) -> str:
     """Tabulate the seconds of the first calls of compiled or recorded decoding, and the graphs that were compiled.
 
