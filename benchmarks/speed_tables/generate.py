@@ -64,17 +64,6 @@ def generate_summary(runs: Sequence[Run]) -> str:
     return table(["sparse, times as fast as dense", "least", "median", "most"], rows)
 
 
-@speed_table("first tokens", "generate-short-h200", BEFORE)
-def first_tokens_table(generate: Run, before: Run) -> str:
-    """Tabulate the milliseconds to the first token, and what an earlier run had."""
-    earlier = {prompt_of(row): [row[name]["first_token_ms"] for name in BOTH] for row in before["rows"]}
-    rows = []
-    for row in generate["rows"]:
-        cell, times = prompt_of(row), [row[name]["first_token_ms"] for name in BOTH]
-        rows.append([cell, *map(short, times), ratio(*times), short(quotient(*earlier.get(cell, (None, None))))])
-    return table(["first token, ms: shape, prompt x batch", "dense", "sparse", "times as fast", "before"], rows)
-
-
 @speed_table("prefill calls", ("prefill-h200",))
 @speed_table("entmax prefill calls", ("prefill-entmax-h200",))
 def prefill_call_table(runs: Sequence[Run]) -> str:
