@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from speed_tables.cells import hundredths, joined_rows, prompt_of, quotient, ratio, short, table
+from speed_tables.cells import hundredths, joined_rows, prompt_of, quotient, short, table
 from speed_tables.registry import Run, speed_table
 
 GENERATE = ("generate-h200", "generate-8b-h200", "generate-smollm2-h200", "generate-smollm2-8k-h200")
