@@ -23,13 +23,14 @@ Compiler: Any = runpy.run_path(str(Path(__file__).parents[1] / "ops" / "triton" 
 #: Shares of the heads of four layers. These have 200, 200, 192 and 208 slots, and their longest heads 132, 100, 119
 #: and 159: two kernels for the steps of those with unequal heads, which does not depend on the sums.
 UNEQUAL = [[0.5, 1.5], [1.0, 1.0], [1.3, 0.575], [0.2, 1.925]]
-#: Shares, tokens of the prompt, new tokens, and whether `generate` reads it or a plain forward.
+#: Shares, tokens of the prompt, new tokens, whether `generate` reads it or a plain forward, and cores.
 CALLS = [
-    (UNEQUAL, 700, 4, True),
-    (UNEQUAL, 700, 1, True),
-    (UNEQUAL, 700, 4, False),
-    (None, 700, 4, True),
-    (UNEQUAL, 20, 4, True),
+    (UNEQUAL, 700, 4, True, 16),
+    (UNEQUAL, 700, 1, True, 16),
+    (UNEQUAL, 700, 4, False, 16),
+    (None, 700, 4, True, 16),
+    (UNEQUAL, 20, 4, True, 16),
+    (UNEQUAL, 700, 4, True, 2),
 ]
 
 
@@ -59,9 +60,9 @@ class Counter(Compiler):
             del self.manner.name
 
 
-def count(shares: Any, length: int, new: int, generates: bool) -> dict[str, dict[str, int]]:
-    """Return the numbers of kernels of one call of a new model."""
-    compiler = Counter()
+def count(shares: Any, length: int, new: int, generates: bool, cores: int) -> dict[str, dict[str, int]]:
+    """Return the numbers of kernels of one call of a new model, what came first first."""
+    compiler, attention.cores = Counter(), lambda: cores
     JITFunction.run = lambda kernel, *arguments, **options: compiler.launch(kernel, *arguments, **options)
     launch._seen.clear()
 
@@ -97,6 +98,7 @@ for name in ("empty", "empty_like", "empty_strided"):  # what no kernel writes i
     setattr(torch, name, lambda *arguments, made=made, **options: made(*arguments, **options).zero_())
 
 from hf_sparse import SparseKConfig, patch  # noqa: E402
+from hf_sparse.methods.sparsek import attention  # noqa: E402
 from hf_sparse.ops.selection.triton import reading, step  # noqa: E402
 from hf_sparse.ops.triton import launch  # noqa: E402
 from hf_sparse.patches import switch  # noqa: E402

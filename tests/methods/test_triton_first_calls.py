@@ -32,7 +32,7 @@ model.generate(torch.zeros(1, 700, dtype=torch.int64, device="cuda"), max_new_to
 print(json.dumps(found))
 """
 WORKER = Path(__file__).parent / "count_kernels.py"
-NAMES = ["generate", "one token", "plain forward", "equal heads", "short prompt"]
+NAMES = ["generate", "one token", "plain forward", "equal heads", "short prompt", "few cores"]
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +47,17 @@ def counts(tmp_path_factory):
     return dict(zip(NAMES, json.loads(report.read_text()), strict=True))
 
 
-@pytest.mark.parametrize("name", ["generate", "equal heads", "short prompt"])
+@pytest.mark.parametrize("name", ["generate", "equal heads", "short prompt", "few cores"])
 def test_all_that_a_first_call_launches_has_begun(counts, name):
     """The prompt's kernels are compiled together, those of the steps beside them, and launches find them."""
     assert set(counts[name]) == {"begun", "ahead"}
     assert set(counts[name]["begun"]) == {"_step"}
+
+
+def test_on_few_cores_the_prompt_comes_first(counts):
+    """Its kernels and those of the steps would share the cores, and the first token wait for both."""
+    assert list(counts["few cores"]) == ["ahead", "begun"] and list(counts["generate"]) == ["begun", "ahead"]
+    assert counts["few cores"] == counts["generate"]
 
 
 def test_layers_share_the_kernels_of_steps(counts):

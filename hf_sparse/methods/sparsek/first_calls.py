@@ -19,6 +19,8 @@ from hf_sparse.ops.triton import DTYPES, MOST_ROWS, installed, is_on_gpu
 if TYPE_CHECKING:
     from hf_sparse.methods.sparsek.attention import SparseKAttention
 
+#: Cores on which kernels of steps are compiled beside those of the prompt; on fewer the first token would wait for all.
+ENOUGH_CORES = 8
 _META = torch.device("meta")
 
 

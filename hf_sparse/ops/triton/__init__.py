@@ -28,3 +28,8 @@ def installed() -> bool:
 def is_on_gpu(tensor: Tensor) -> bool:
     """Tell whether a tensor is on the current device of CUDA, which is where Triton launches."""
     return tensor.is_cuda and tensor.device.index == torch.cuda.current_device()
+
+
+def cores() -> int:
+    """Count the cores on which this process may compile kernels."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

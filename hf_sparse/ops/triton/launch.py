@@ -6,7 +6,6 @@ are known together are ready almost as soon as the slowest of them. What only a 
 the background (`begin_compiling`) while the device and the host do something else.
 """
 
-import os
 import warnings
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -17,6 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
+from hf_sparse.ops.triton import cores
 from hf_sparse.ops.triton.replay import note_launch
 
 _seen: set[Hashable] = set()  # families that have been compiled in this process
@@ -103,8 +103,7 @@ def wait_for(kernel: Any) -> None:
 
 def _pool(device: torch.device) -> ThreadPoolExecutor:
     """Return threads that compile for a device: as many as there are cores, and one to tell them what."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return ThreadPoolExecutor(cores + 1, initializer=torch.cuda.set_device, initargs=(device,))
+    return ThreadPoolExecutor(cores() + 1, initializer=torch.cuda.set_device, initargs=(device,))
 
 
 def _warn(error: BaseException) -> None:
