@@ -13,8 +13,8 @@ from torch import Tensor
 
 from hf_sparse.core.new_tokens import NewTokens
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
+from hf_sparse.methods.sparsek.fixed_memory import SharedSlots, fix_address, lasting
 from hf_sparse.methods.sparsek.scorer import LinearScorer
-from hf_sparse.methods.sparsek.slot_memory import SharedSlots, fix_address, lasting
 from hf_sparse.ops.selection.thresholds import MOST_LISTED
 from hf_sparse.ops.triton import DTYPES, MOST_ROWS, installed, is_on_gpu
 

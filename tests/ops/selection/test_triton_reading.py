@@ -8,9 +8,9 @@ import torch
 from hf_sparse.core.cache import ModelCall
 from hf_sparse.core.new_tokens import NewTokens
 from hf_sparse.methods.sparsek import SparseKCacheLayer, reading
+from hf_sparse.methods.sparsek.fixed_memory import SharedSlots
 from hf_sparse.methods.sparsek.ragged_cache import RaggedCacheLayer
 from hf_sparse.methods.sparsek.reading import Scoring
-from hf_sparse.methods.sparsek.slot_memory import SharedSlots
 from hf_sparse.ops import sparsek_attention
 from hf_sparse.ops.selection import ragged
 from hf_sparse.ops.selection import slots as reference
