@@ -127,7 +127,7 @@ def mask_of_keys(attention_mask: Tensor | None, keys: int) -> Tensor | None:
 
 
 def is_recorded(device: torch.device) -> bool:
-    """Tell whether what runs now is compiled or captured, to be repeated without its Python code."""
+    """Tell whether what runs now is compiled, or recorded as a CUDA graph, to be repeated without its Python code."""
     return torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 

@@ -94,7 +94,7 @@ class SparseKCacheLayer(KeySlots):
     def get_seq_length(self) -> int:
         """Count the tokens so far, padding included.
 
-        Within a step that is compiled or captured it is a tensor without dimensions, as that of a `StaticLayer`: a
+        Within a step that is compiled or recorded it is a tensor without dimensions, as that of a `StaticLayer`: a
         number would be the same in every step. After such a step, reading the number waits for the device.
         """
         if not self.is_initialized:

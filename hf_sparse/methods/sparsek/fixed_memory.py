@@ -1,4 +1,4 @@
-"""Allocate tensors whose addresses stay, for compiled steps and captured ones keep these."""
+"""Allocate tensors whose addresses stay, for compiled steps and recorded ones keep these."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext

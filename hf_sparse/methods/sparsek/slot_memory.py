@@ -1,6 +1,6 @@
 """Hold the tensors of KV slots: allocate them, move rows and devices, and copy them.
 
-Compiled steps and captured ones keep the addresses of these tensors, so that what changes is written in place wherever
+Compiled steps and recorded ones keep the addresses of these tensors, so that what changes is written in place wherever
 shape and device stay. The cache layer of SparseK is made of three classes, each of which inherits from the one before:
 `SlotMemory` has the tensors, `KeySlots` puts keys into them and attends, and `SparseKCacheLayer` counts tokens and
 answers to transformers and to the patch.
@@ -90,7 +90,7 @@ class SlotMemory(CacheLayerMixin):
     sinks: int
     owner: object
     _scores: Any = _SlotTensor()
-    _length: int | None = 0  # cumulative_length, where no compiled or captured step can have changed it
+    _length: int | None = 0  # cumulative_length, where no compiled or recorded step can have changed it
 
     @property
     def slots(self) -> int:
