@@ -22,8 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measuring import current_commit  # beside this file
-from model import copy_bandwidth
+from measuring import copy_bandwidth, current_commit  # beside this file
 from torch import Tensor
 
 from hf_sparse import SparseKConfig
