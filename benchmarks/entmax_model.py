@@ -31,10 +31,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from measuring import current_commit, wait  # beside this file
-from model import LLAMA_1B, SMOLLM2, TINY
+from llamas import LLAMA_1B, SMOLLM2, TINY  # beside this file
+from measuring import current_commit, kernels_of, profiler, wait
 from peft import PeftModel, get_peft_model
-from profiles import kernels_of, profiler
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 

@@ -19,11 +19,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from generate import SHAPES, wait
-from measuring import current_commit  # beside this file
-from model import TINY
+from llamas import SHAPES, make_llama  # beside this file
+from measuring import current_commit, wait
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_sparse import SparseKConfig, patch
 from hf_sparse._compat import cache_of
@@ -40,11 +39,8 @@ CHECKED = 3  # times as many tokens as slots
 
 def make_model(options: argparse.Namespace) -> PreTrainedModel:
     """A patched Llama with random weights."""
-    shape = SHAPES[options.shape] | (TINY if options.tiny else {})
-    config = LlamaConfig(**shape, max_position_embeddings=options.length, bos_token_id=None, eos_token_id=None)
-    torch.manual_seed(0)
-    with torch.device(options.device):
-        model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype)).eval()
+    how: dict[str, Any] = {"dtype": getattr(torch, options.dtype), "device": options.device, "tiny": options.tiny}
+    model = make_llama(SHAPES[options.shape], options.length, **how)
     return patch(model, SparseKConfig(k=options.k, window=options.window, sinks=options.sinks))
 
 

@@ -23,8 +23,9 @@ from typing import Any, get_args
 
 import profiles as kernels  # beside this file
 import torch
+from llamas import LLAMA_1B, LLAMA_8B
 from measuring import current_commit
-from model import LLAMA_1B, LLAMA_8B, budget, make_model
+from model import budget, make_model
 from transformers import PreTrainedModel
 
 from hf_sparse import patch

@@ -21,8 +21,8 @@ from typing import Any
 from unittest import mock
 
 import torch
-from measuring import current_commit  # beside this file
-from model import LLAMA_1B, LLAMA_8B
+from llamas import LLAMA_1B, LLAMA_8B  # beside this file
+from measuring import current_commit
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 

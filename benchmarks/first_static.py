@@ -25,11 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from generate import SHAPES
-from measuring import current_commit  # beside this file
-from model import TINY
+from llamas import SHAPES, make_llama  # beside this file
+from measuring import current_commit
 from torch._dynamo.utils import compilation_time_metrics, counters
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import LlamaConfig
 
 from hf_sparse import CapturedDecoding, SparseKConfig, patch
 from hf_sparse.atomic_files import write_json
@@ -91,12 +90,9 @@ def draw_shares(config: LlamaConfig) -> list[list[float]]:
 
 def measure(way: str, options: argparse.Namespace) -> None:
     """Print the seconds of the calls so far as JSON after each call, in a fresh process."""
-    shape = SHAPES[options.shape] | (TINY if options.tiny else {})
-    config = LlamaConfig(**shape, max_position_embeddings=8192, bos_token_id=None, eos_token_id=None)
-    torch.manual_seed(0)
-    with torch.device(options.device):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
-    model.generation_config.eos_token_id = None
+    where: dict[str, Any] = {"device": options.device, "tiny": options.tiny}
+    model: Any = make_llama(SHAPES[options.shape], 8192, dtype=torch.bfloat16, **where)
+    config = model.config
     how: dict[str, Any] = {} if way.endswith("default") else {"cache_implementation": "static"}
     if way.startswith("sparse"):
         shares = draw_shares(config) if options.head_shares else None

@@ -28,11 +28,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from measuring import current_commit, wait  # beside this file
-from model import LLAMA_8B, SMOLLM2, TINY
-from profiles import kernels_of, profiler
+from llamas import SHAPES, make_llama  # beside this file
+from measuring import current_commit, kernels_of, profiler, wait
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from hf_sparse import SparsefinderConfig, SparseKConfig, patch
 from hf_sparse._compat import cache_of
@@ -47,15 +46,6 @@ from hf_sparse.ops.entmax import step as few
 from hf_sparse.ops.entmax.threshold import distribution
 from hf_sparse.patches import sparse_layers
 
-TINYLLAMA = {
-    "hidden_size": 2048,
-    "num_hidden_layers": 22,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 4,
-    "intermediate_size": 5632,
-    "vocab_size": 32_000,
-}
-SHAPES: dict[str, dict[str, Any]] = {"tinyllama": TINYLLAMA, "smollm2": SMOLLM2, "llama-8b": LLAMA_8B}
 SKIPPED = 4  # first steps of a call
 PROFILED = 4  # steps under the profiler
 CHECKED = 32  # steps of the comparison with dense attention
@@ -105,17 +95,12 @@ class Profiled(LogitsProcessor):
 
 def make_models(shape: dict[str, Any], options: argparse.Namespace, dtype: torch.dtype) -> dict[str, PreTrainedModel]:
     """A Llama with random weights, and a patched copy that shares them."""
-    shape = shape | TINY if options.tiny else shape
     longest = max(*options.prompts, options.fitted) + options.new_tokens
-    config = LlamaConfig(**shape, max_position_embeddings=longest, bos_token_id=None, eos_token_id=None)
-    torch.manual_seed(0)
-    with torch.device(options.device):
-        dense = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    dense.generation_config.eos_token_id = None  # every call has the same number of steps
+    dense = make_llama(shape, longest, dtype=dtype, device=options.device, tiny=options.tiny)
     shared = {id(tensor): tensor for tensor in (*dense.parameters(), *dense.buffers())}
     sparse = patch(copy.deepcopy(dense, shared), configuration(options))
     if options.method == "sparsefinder":
-        ids = torch.randint(0, config.vocab_size, (1, options.fitted), device=options.device)
+        ids = torch.randint(0, dense.config.vocab_size, (1, options.fitted), device=options.device)
         fit(sparse, ids, options)
     return {"dense": dense, "sparse": sparse}
 

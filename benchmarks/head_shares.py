@@ -18,11 +18,11 @@ import time
 from typing import Any
 
 import torch
-from generate import SHAPES, add_options
-from measuring import current_commit  # beside this file
-from model import TINY
+from generate import add_options
+from llamas import SHAPES, make_llama  # beside this file
+from measuring import current_commit
 from recorded import MANY, draw, generate, time_step
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from hf_sparse import CapturedDecoding, SparseKConfig, patch
 from hf_sparse._compat import cache_of
@@ -36,14 +36,10 @@ TRAINED, WARM = 12, 6  # optimiser steps of a run, and those of them that are no
 
 def make_models(shape: dict[str, Any], options: argparse.Namespace) -> dict[str, PreTrainedModel]:
     """Return two patched copies of a Llama with random weights, which share them."""
-    shape = shape | TINY if options.tiny else shape
     longest = max([*options.prompts, *options.training]) + MANY
-    config = LlamaConfig(**shape, max_position_embeddings=longest, bos_token_id=None, eos_token_id=None)
-    torch.manual_seed(0)
-    with torch.device(options.device):
-        dense = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, options.dtype)).eval()
-    dense.requires_grad_(False).generation_config.eos_token_id = None
-    heads, layers = shape["num_key_value_heads"], shape["num_hidden_layers"]
+    how: dict[str, Any] = {"dtype": getattr(torch, options.dtype), "device": options.device, "tiny": options.tiny}
+    dense = make_llama(shape, longest, **how).requires_grad_(False)
+    heads, layers = dense.config.num_key_value_heads, dense.config.num_hidden_layers
     rising = [options.least + 2 * (1 - options.least) * head / max(1, heads - 1) for head in range(heads)]
     shares = [rising[layer % heads :] + rising[: layer % heads] for layer in range(layers)]
     models = {}

@@ -30,12 +30,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import QUANTILES, current_commit, milliseconds  # beside this file
+from llamas import LLAMA_8B, SMOLLM2, make_llama  # beside this file
+from measuring import QUANTILES, copy_bandwidth, current_commit, wait
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     DynamicCache,
-    LlamaConfig,
     LogitsProcessor,
     LogitsProcessorList,
     PreTrainedModel,
@@ -56,56 +55,12 @@ SKIPPED = 8  # first steps of a run, in which CUDA graphs are recorded
 ALLOWED = 1e-3  # largest relative difference of the comparison
 STATIC = 128  # lengths of a static cache are multiples of this, which suits the dense kernels
 VARIANTS = ("dynamic", "static", "sparse", "sparse eager")
-LLAMA_1B = {
-    "hidden_size": 2048,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "intermediate_size": 8192,
-    "vocab_size": 128_256,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
-    "tie_word_embeddings": True,
-}
-LLAMA_8B = {
-    "hidden_size": 4096,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "intermediate_size": 14336,
-    "vocab_size": 128_256,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 500_000.0},
-}
-SMOLLM2 = {
-    "hidden_size": 576,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "intermediate_size": 1536,
-    "vocab_size": 49_152,
-    "rope_parameters": {"rope_type": "default", "rope_theta": 100_000.0},
-    "tie_word_embeddings": True,
-}
-TINY = {  # of a trial
-    "hidden_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 128,
-    "vocab_size": 512,
-}
 
 
 def make_model(options: argparse.Namespace, shape: dict[str, Any], dtype: torch.dtype) -> PreTrainedModel:
     """A Llama with random weights whose greedy text never ends."""
-    if options.tiny:
-        shape = shape | TINY
     longest = max(options.contexts) + options.steps + STATIC
-    config = LlamaConfig(**shape, max_position_embeddings=longest, bos_token_id=None, eos_token_id=None)
-    torch.manual_seed(0)
-    with torch.device(options.device):
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
-    model.generation_config.eos_token_id = None
-    return model.eval()
+    return make_llama(shape, longest, dtype=dtype, device=options.device, tiny=options.tiny)
 
 
 def budget(options: argparse.Namespace) -> SparseKConfig:
@@ -241,14 +196,6 @@ def check(options: argparse.Namespace) -> dict[str, float]:
     return found
 
 
-def copy_bandwidth(device: str) -> float:
-    """Bytes per second, read and written, of a large copy."""
-    size = 1 << (32 if device == "cuda" else 26)
-    source = torch.randint(0, 255, (size,), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * size / (1e-3 * milliseconds(lambda: target.copy_(source), device, 200)["median_ms"])
-
-
 def decode(options: argparse.Namespace, model: PreTrainedModel, variant: str, context: int, batch: int) -> dict:
     """Throughput of steps, KV bytes, and the bytes that a step must read."""
     eager = variant in ("dynamic", "sparse eager")
@@ -314,8 +261,7 @@ def timed(run: Callable[[], None], options: argparse.Namespace) -> dict[str, Any
     """Median and quantiles, and the memory on top of what was there; of what takes long, at least one run."""
     begin = time.perf_counter()
     run()
-    wait = torch.cuda.synchronize if options.device == "cuda" else lambda: None
-    wait()
+    wait(options.device)
     row: dict[str, Any] = {"first_call_s": time.perf_counter() - begin}
     if options.device == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -324,7 +270,7 @@ def timed(run: Callable[[], None], options: argparse.Namespace) -> dict[str, Any
     while sum(times) < options.repeat_ms or (len(times) < 3 and sum(times) < 5 * options.repeat_ms):
         begin = time.perf_counter()
         run()
-        wait()
+        wait(options.device)
         times.append(1e3 * (time.perf_counter() - begin))
     if options.device == "cuda":
         row["peak_bytes"] = torch.cuda.max_memory_allocated() - held

@@ -30,9 +30,9 @@ from typing import Any
 from unittest import mock
 
 import torch
-from generate import SHAPES, add_options, make_models, wait
-from measuring import current_commit  # beside this file
-from profiles import kernels_of, profiler
+from generate import add_options, make_models  # beside this file
+from llamas import SHAPES
+from measuring import current_commit, kernels_of, profiler, wait
 from torch import Tensor
 from transformers import PreTrainedModel
 

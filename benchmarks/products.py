@@ -27,9 +27,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from generate import SHAPES, TINY
-from measuring import current_commit  # beside this file
-from model import copy_bandwidth
+from llamas import SHAPES, TINY  # beside this file
+from measuring import copy_bandwidth, current_commit
 from torch import Tensor
 
 from hf_sparse.atomic_files import write_json

@@ -13,15 +13,15 @@ launches them all, by the CPU between two graphs. The JSON is written after ever
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import current_commit  # beside this file
-from model import LLAMA_8B, SKIPPED, SMOLLM2, Watch, budget, filled, make_model, prepare, steps
+from llamas import LLAMA_8B, SMOLLM2  # beside this file
+from measuring import current_commit, kernels_of, profiler, wait
+from model import SKIPPED, Watch, budget, filled, make_model, prepare, steps
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel
 
 from hf_sparse.atomic_files import write_json
@@ -30,7 +30,6 @@ from hf_sparse.finetune.objectives import distill
 from hf_sparse.ops import sparsek_attention
 from hf_sparse.patches import sparse_layers_in_use
 
-NAMED = 20  # kernels of a call that are told apart
 CALLS = 3  # that are timed without a profiler
 STEPS = 8  # decoding steps under the profiler, and twice as many without
 
@@ -60,41 +59,20 @@ def training(length: int, options: argparse.Namespace) -> Callable[[], object]:
 
 def measure(run: Callable[[], object], device: str, *, profiled: bool = True) -> dict[str, Any]:
     """Milliseconds of a call and, if it is profiled, of its kernels, the longest first."""
-    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     for _ in range(CALLS):
         run()
-    wait()
+    wait(device)
     begin = time.perf_counter()
     for _ in range(CALLS):
         run()
-    wait()
+    wait(device)
     row: dict[str, Any] = {"call_ms": 1e3 * (time.perf_counter() - begin) / CALLS}
     if not profiled:
         return row
     with profiler(device) as found:
         run()
-        wait()
+        wait(device)
     return row | kernels_of(found.events(), 1)
-
-
-def profiler(device: str) -> profile:
-    return profile(activities=[ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (device == "cuda"))
-
-
-def kernels_of(events: Sequence[Any], calls: int) -> dict[str, Any]:
-    """Milliseconds and launches of one of `calls` calls, and of its longest kernels."""
-    kernels: dict[str, list[float]] = {}
-    for event in events:
-        if str(event.device_type).endswith("CUDA"):
-            kernels.setdefault(event.name, []).append((event.time_range.end - event.time_range.start) / 1e3)
-    longest = sorted(kernels.items(), key=lambda item: -sum(item[1]))[:NAMED]
-    return {
-        "kernels_ms": sum(map(sum, kernels.values())) / calls,
-        "launches": round(sum(map(len, kernels.values())) / calls),
-        "kernels": [
-            {"name": name, "ms": sum(times) / calls, "launches": round(len(times) / calls)} for name, times in longest
-        ],
-    }
 
 
 class Profiled(Watch):
@@ -107,8 +85,7 @@ class Profiled(Watch):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         number = len(self.marks)
         if number in (SKIPPED + 2 * STEPS, SKIPPED + 3 * STEPS):
-            if scores.is_cuda:
-                torch.cuda.synchronize()
+            wait(scores.device.type)
             self.profiler.start() if number == SKIPPED + 2 * STEPS else self.profiler.stop()
         return super().__call__(input_ids, scores)
 

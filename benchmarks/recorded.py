@@ -21,9 +21,9 @@ import time
 from typing import Any
 
 import torch
-from generate import SHAPES, add_options, make_models
-from measuring import current_commit  # beside this file
-from model import copy_bandwidth
+from generate import add_options, make_models  # beside this file
+from llamas import SHAPES
+from measuring import copy_bandwidth, current_commit, wait
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -36,15 +36,13 @@ FEW, MANY = 9, 73  # new tokens of the two calls
 
 def generate(model: PreTrainedModel, ids: Tensor, new: int, decode: CapturedDecoding | None) -> tuple[float, Tensor]:
     """Return the seconds of a call, and the new tokens."""
-    if ids.is_cuda:
-        torch.cuda.synchronize()
+    wait(ids.device.type)
     begin = time.perf_counter()
     loop: dict[str, Any] = {"custom_generate": decode} if decode else {}
     found = model.generate(  # type: ignore[operator]
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, **loop
     )
-    if ids.is_cuda:
-        torch.cuda.synchronize()
+    wait(ids.device.type)
     return time.perf_counter() - begin, found[:, ids.shape[1] :]
 
 

@@ -22,13 +22,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from measuring import current_commit  # beside this file
-from model import copy_bandwidth
+from measuring import copy_bandwidth, current_commit  # beside this file
 from torch import Tensor
 
 from hf_sparse import SparseKConfig
 from hf_sparse.atomic_files import write_json
 from hf_sparse.core.layer import AttentionShape, SparseAttentionLayer
+from hf_sparse.core.new_tokens import PackedTokens
+from hf_sparse.core.request_state import StateRows
 from hf_sparse.environment import describe
 from hf_sparse.methods.sparsek import SparseKAttention, rows
 from hf_sparse.serving.pool import Batch, RowPool
@@ -173,8 +174,8 @@ def check(args: argparse.Namespace, device: str, dtype: torch.dtype) -> float:
         else:
             graph.replay()
         in_rows, rows.step_in_rows = rows.step_in_rows, lambda *arguments: None
-        new = (tensor[:, :, None] for tensor in (query, key, value))
-        expected = gathered(decoder.attentions[0], kept, index, index, *new, states[:, None], args.head_dim**-0.5)
+        new = PackedTokens(query, key, value, states, args.head_dim**-0.5).first_apart(count)
+        expected = gathered(decoder.attentions[0], StateRows(kept, index, index), new)
         expected = expected[:, :, 0]
         rows.step_in_rows = in_rows
         for part, ours, theirs in zip(pool.state[0], pool.layers[0], kept, strict=True):

@@ -39,8 +39,8 @@ from typing import Any
 
 import torch
 from accelerate import dispatch_model
-from measuring import current_commit  # beside this file
-from model import LLAMA_1B, LLAMA_8B, TINY
+from llamas import LLAMA_1B, LLAMA_8B, TINY  # beside this file
+from measuring import current_commit
 from peft import get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig

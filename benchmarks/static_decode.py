@@ -24,10 +24,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from measuring import current_commit  # beside this file
-from model import LLAMA_8B, TINY
+from llamas import LLAMA_8B, TINY, make_llama  # beside this file
+from measuring import current_commit, wait
 from torch import Tensor
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, StaticCache
+from transformers import PreTrainedModel, StaticCache
 
 from hf_sparse import SparsefinderConfig, patch, unpatch
 from hf_sparse._compat import with_cache
@@ -48,10 +48,7 @@ TILE, CLUSTERS = 8, 16
 
 def make_model(options: argparse.Namespace, layers: int, dtype: torch.dtype) -> PreTrainedModel:
     shape: dict[str, Any] = LLAMA_8B | (TINY if options.tiny else {}) | {"num_hidden_layers": layers}
-    config = LlamaConfig(**shape, max_position_embeddings=options.length + options.steps + 8)
-    torch.manual_seed(0)
-    with torch.device(options.device):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    return make_llama(shape, options.length + options.steps + 8, dtype=dtype, device=options.device)
 
 
 class Steps:
@@ -99,8 +96,7 @@ class Steps:
         begin = time.perf_counter()
         for number in range(1, steps):
             self.step(number)
-        if self.device == "cuda":
-            torch.cuda.synchronize()
+        wait(self.device)
         return (time.perf_counter() - begin) / (steps - 1)
 
 

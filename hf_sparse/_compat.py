@@ -104,7 +104,7 @@ def _caught(function: Any, maker: str) -> Mapping[str, Any]:
     return {}
 
 
-def is_captured() -> bool:
+def is_recorded_as_graph() -> bool:
     """Tell whether what runs on the current device is recorded as a CUDA graph."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
@@ -120,7 +120,7 @@ def texts_are_whole() -> Iterator[None]:
     module: Any = import_module("transformers.masking_utils")
     search, is_tracing = (private(module.__name__, name) for name in ("find_packed_sequence_indices", "is_tracing"))
     module.find_packed_sequence_indices = lambda *_, **__: None
-    module.is_tracing = lambda *args: not is_captured() and is_tracing(*args)
+    module.is_tracing = lambda *args: not is_recorded_as_graph() and is_tracing(*args)
     try:
         yield
     finally:

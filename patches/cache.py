@@ -1,6 +1,6 @@
 """Put the cache layers of a method into a transformers cache, and make one to hold across calls."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -79,6 +79,27 @@ def is_unused(cache: Any, index: int) -> bool:
     """
     layers: Any = cache.layers if type(cache) is DynamicCache and not cache.offloading else ()
     return index < len(layers) and type(layers[index]) is DynamicLayer and not layers[index].is_initialized
+
+
+def layers_to_fill(cache: Any, attentions: Sequence[SparseAttentionLayer]) -> list[Any] | None:
+    """Return those layers of an empty cache that are to hold a prompt.
+
+    Returns:
+        Those of a `SparseCache` that are as if new; none for a cache that `generate` made, which gets new ones; `None`
+        for other caches, which hold something, or layers of another kind or another budget.
+    """
+    if type(cache) is SparseCache:
+        pairs = [(layer, attention.cache_layer()) for layer, attention in zip(cache.layers, attentions, strict=True)]
+        is_new = all([type(layer) is type(other) and vars(layer) == vars(other) for layer, other in pairs])
+        return list(cache.layers) if is_new else None
+    return [] if all([is_unused(cache, index) for index in range(len(attentions))]) else None
+
+
+def is_as_new(cache: Any, layers: list[Any]) -> bool:
+    """Put the layers back that an empty cache had before a forward failed; tell whether none of them holds anything."""
+    if type(cache) is DynamicCache:
+        cache.layers[:] = layers
+    return bool(layers) and all([is_unused(cache, index) for index in range(len(layers))])
 
 
 def make_layers(cache: Any, modules: Iterable[nn.Module], end: Tensor | None = None) -> None:

@@ -3,7 +3,8 @@
 Between two steps of `generate`, compiled or not, the GPU waits for Python: for that of the model, or for masks, lists
 and criteria of the loop. In a cache of constant size no shape changes from step to step. So a step can be recorded as
 it runs, eager, with the choice of the next token, and played again without Python; the host looks once in several steps
-whether all texts have ended.
+whether all texts have ended. What `generate` does by itself, without the choice of the token, is in
+`recorded_steps.py`, which also says what recording is.
 """
 
 from collections.abc import Callable

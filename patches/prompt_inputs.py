@@ -1,6 +1,6 @@
 """Tell which inputs of a model are those of a prompt that can be recorded, and what replays of it need of them."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from hf_sparse.ops.triton import is_on_gpu
 
 CACHE = next(iter(with_cache(None)))  # the name of the cache among the inputs
 _INPUTS = {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "return_dict", CACHE}
+_MOST_TOKENS = 16384  # of all rows of a recorded prompt; beyond, Python is a small part of it, and memory a large one
+_STEP = 64  # between buckets; above eight times as many tokens an eighth of the power of two below
 
 
 def may_be_played(modules: Sequence[nn.Module], inputs: dict[str, Any]) -> bool:
@@ -72,6 +74,39 @@ def kind_of(inputs: dict[str, Any]) -> Hashable:
     """Return what has to be the same of the inputs of a replay, beside the length."""
     ids, positions = inputs["input_ids"], inputs.get("position_ids")
     return len(ids), ids.dtype, ids.device, None if positions is None else (len(positions), positions.dtype)
+
+
+def bucket_of(model: nn.Module, rows: int, tokens: int, edges: Iterable[int]) -> int | None:
+    """Return the length at which a prompt of so many tokens is recorded; `None` if it is too long.
+
+    Args:
+        model: of transformers, whose positions end the last bucket.
+        rows: of the prompt.
+        tokens: of each row.
+        edges: lengths that padding must not take a prompt past, see `SparseAttentionLayer.prompt_edge`.
+
+    >>> model = torch.nn.Module()
+    >>> model.config = type("Config", (), {"get_text_config": lambda self: self, "max_position_embeddings": 2000})()
+    >>> [bucket_of(model, 1, tokens, [200, 300]) for tokens in (100, 199, 201, 301, 513, 1025, 1950, 2001)]
+    [128, 200, 256, 320, 576, 1152, 2000, None]
+    >>> [bucket_of(model, 16, tokens, []) for tokens in (1000, 1024, 1025)]
+    [1024, 1024, None]
+    """
+    config: Any = model.config
+    longest = _MOST_TOKENS // rows
+    most = min(getattr(config.get_text_config(), "max_position_embeddings", None) or longest, longest)
+    if tokens > most:
+        return None
+    step = max(_STEP, 1 << (tokens - 1).bit_length() - 1 >> 3)
+    return min(-(-tokens // step) * step, most, *[edge for edge in edges if edge >= tokens])
+
+
+def is_unusual(model: nn.Module) -> bool:
+    """Tell whether a model is quantised, which may mix tokens, or returns more than logits."""
+    config: Any = model.config
+    is_quantised = getattr(model, "hf_quantizer", None) or getattr(config, "quantization_config", None)
+    asks = getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False)
+    return bool(is_quantised or asks)
 
 
 def _says_nothing(value: Any) -> bool:

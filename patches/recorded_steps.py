@@ -5,6 +5,9 @@ kernels. In a cache of constant size no shape changes from step to step: `genera
 ever, the next one is recorded, and the others play it again. The loop around the model stays that of transformers, with
 its processors, criteria and streamers.
 
+To record is what torch calls to capture: the launches of a call become a CUDA graph, and to play it is to replay this.
+`CapturedDecoding` (`captured.py`) records too, with the choice of the next token inside, in place of the loop.
+
 A cache that grows can do likewise if it has room for more tokens: a recorded step gets all of the room, and a tensor
 says where its token goes. When the room is full, the cache grows in a step that runs, and the next one is recorded.
 """

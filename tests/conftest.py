@@ -254,10 +254,10 @@ def played_prompts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     from torch.utils._pytree import tree_leaves
     from transformers import modeling_utils
 
-    from hf_sparse.patches import prompt_inputs, recorded_prompts, switch
+    from hf_sparse.patches import prompt_inputs, prompt_recording, recorded_prompts, switch
 
     played: list[int] = []
-    record, is_on_gpu, may_record = recorded_prompts.record, prompt_inputs.is_on_gpu, switch.may_record
+    record, is_on_gpu, may_record = prompt_recording.record, prompt_inputs.is_on_gpu, switch.may_record
 
     class Timing:
         """Takes long for a prompt that runs, and no time for one that is played."""
@@ -317,7 +317,7 @@ def played_prompts(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         compare(*args)
         del played[before:]
 
-    monkeypatch.setattr(recorded_prompts, "record", record_or_imitate)
+    monkeypatch.setattr(prompt_recording, "record", record_or_imitate)
     monkeypatch.setattr(recorded_prompts.RecordedPrompts, "_compare", compare_unnoted)
     monkeypatch.setattr(recorded_prompts.RecordedPrompts, "_finish", note_finish)
     monkeypatch.setattr(prompt_inputs, "is_on_gpu", lambda tensor: not tensor.is_cuda or is_on_gpu(tensor))

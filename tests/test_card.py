@@ -2,15 +2,17 @@
 
 import copy
 import re
+import runpy
+from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
 
 import hf_sparse
-from hf_sparse.adapters.card import render
 from hf_sparse.errors import DataError
 
+card_text = runpy.run_path(str(Path(__file__).with_name("cards.py")))["card_text"]
 CONFIG = hf_sparse.SparseKConfig(k=124, window=128, sinks=4)
 
 EVALUATION: dict[str, Any] = {
@@ -46,7 +48,7 @@ def card(**changes: Any) -> Any:  # a ModelCard, whose metadata has attributes t
         "evaluation": EVALUATION,
         "training": TRAINING,
     }
-    return ModelCard(render(CONFIG, **values | changes))
+    return ModelCard(card_text(CONFIG, **values | changes))
 
 
 def rows(text: str) -> dict[str, list[str]]:
@@ -149,7 +151,7 @@ def test_other_budgets_and_tasks_are_told(golden):
 def encoder_card(model_class: str, **changes: Any) -> Any:
     values: dict[str, Any] = {"repo_id": "me/x", "base_model": "org/bert", "parameters": 3072, "training": TRAINING}
     return ModelCard(
-        render(ENCODER_CONFIG, **values | {"evaluation": ENCODER_EVALUATION, "model_class": model_class} | changes)
+        card_text(ENCODER_CONFIG, **values | {"evaluation": ENCODER_EVALUATION, "model_class": model_class} | changes)
     )
 
 
@@ -176,7 +178,7 @@ class TestEncoders:
         golden("card/encoder-masked.md", str(card))
 
     def test_a_causal_model_without_a_head(self, golden):
-        text = render(
+        text = card_text(
             hf_sparse.SparseKConfig(base_shape={"model_type": "llama"}),
             repo_id="x",
             base_model=None,
@@ -207,20 +209,20 @@ def test_lora(golden):
     config = hf_sparse.SparseKConfig(k=124, window=128, sinks=4, lora_rank=8)
     training = {**TRAINING, "trainable_parameters": 13_072, "lora_parameters": 10_000}
     values: dict[str, Any] = {"repo_id": "me/x", "base_model": None, "parameters": 13_072, "lora_parameters": 10_000}
-    text = render(config, **values, evaluation=EVALUATION, training=training)
+    text = card_text(config, **values, evaluation=EVALUATION, training=training)
     assert "10,000 of" in text and "LoRA" not in card().text
     golden("card/sparsek-lora.md", text)
-    merged = render(config, **values, form="merged")
+    merged = card_text(config, **values, form="merged")
     assert "as its attention is sparse" in text.replace("\n", " ") and "module, merged into them here; with" in merged
     shared = hf_sparse.SparseKConfig(layer_shares=[0.5, 1.5])
-    full = render(shared, repo_id="x", base_model=None, parameters=1, form="full")
+    full = card_text(shared, repo_id="x", base_model=None, parameters=1, form="full")
     assert "`layer_shares` in config.json" in full and "adapter_config.json" not in full
 
 
 def test_unequal_budgets():
     """A card with shares of heads says from how many tokens on something is left out, and that numbers are means."""
     config = hf_sparse.SparseKConfig(k=100, window=20, sinks=4, head_shares=[[0.5, 1.5], [1.7, 0.3]])
-    text = render(config, repo_id="me/x", base_model="org/llama", parameters=8)
+    text = card_text(config, repo_id="me/x", base_model="org/llama", parameters=8)
     assert "**124 keys** on average" in text and "**124 slots on average that never grow**" in text
     assert "up to\n54 tokens nothing is left out" in text and "past 54 tokens" in text
     assert "a head has 0.30 to\n1.70 times as many" in text
@@ -244,7 +246,7 @@ def test_what_was_added_to_the_objective_is_told():
 
 def test_layers(golden):
     config = hf_sparse.SparseKConfig(layers=[3, 0])
-    golden("card/sparsek-some-layers.md", render(config, repo_id="x", base_model=None, parameters=1))
+    golden("card/sparsek-some-layers.md", card_text(config, repo_id="x", base_model=None, parameters=1))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """What people wrote shows in cards and pages as they wrote it, and changes nothing around it."""
 
 import json
+import runpy
 import shutil
 from html.parser import HTMLParser
 from pathlib import Path
@@ -12,11 +13,11 @@ from markdown_it import MarkdownIt
 from rich.console import Console
 
 import hf_sparse
-from hf_sparse.adapters.card import render
 from hf_sparse.adapters.report import write_report
 from hf_sparse.evaluation import table, task_table
 from hf_sparse.hub import write_repo
 
+card_text = runpy.run_path(str(Path(__file__).with_name("cards.py")))["card_text"]
 CARDS = Path(__file__).parents[1] / "model_cards"
 HOSTILE = (
     "a`b ``c *d* _e_ <img src=x onerror=alert(1)> [f](javascript:g) ![h](i) | j &amp; \\ $k$ ~~l~~ # m\n\n# n\n---\n"
@@ -103,7 +104,7 @@ def test_structure_is_that_of_plain_words(name, tmp_path, request):
 @pytest.mark.parametrize("name", ['say "hi"', "back\\slash", "line\nend", "`tick`", "```", "é", "{{ x }}", "tail \\"])
 @pytest.mark.parametrize("config", [hf_sparse.SparseKConfig(), hf_sparse.SparsefinderConfig()])
 def test_name_of_a_folder_is_a_string_in_the_example(config, name):
-    text = render(config, repo_id=name, base_model=None, parameters=1)
+    text = card_text(config, repo_id=name, base_model=None, parameters=1)
     parsed = MarkdownIt("commonmark").parse(text.split("---\n", 2)[2])
     (example,) = [token.content for token in parsed if token.type == "fence"]
     called: list[Any] = []
@@ -122,7 +123,7 @@ def test_name_of_a_folder_is_a_string_in_the_example(config, name):
 def test_any_text_of_a_license_leaves_the_metadata_whole(text):
     stated = {"license": "other", "license_name": text, "license_link": text}
     card: Any = ModelCard(
-        render(hf_sparse.SparseKConfig(), repo_id="me/x", base_model="a/b", parameters=1, metadata=stated)
+        card_text(hf_sparse.SparseKConfig(), repo_id="me/x", base_model="a/b", parameters=1, metadata=stated)
     )
     assert card.data.license == "other" and card.data.base_model == "a/b"
     assert card.data.license_name == card.data.license_link == text

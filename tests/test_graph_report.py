@@ -3,13 +3,14 @@
 import copy
 import json
 import re
+import runpy
+from pathlib import Path
 from typing import Any
 
 import pytest
 from huggingface_hub import ModelCard
 
 import hf_sparse
-from hf_sparse.adapters.card import render
 from hf_sparse.adapters.report import write_report
 from hf_sparse.errors import DataError
 from hf_sparse.hub import write_repo
@@ -19,6 +20,7 @@ from hf_sparse.methods.sparsefinder.figures.looks import LOOKS as PATTERN_LOOKS
 from hf_sparse.methods.sparsek.figures.looks import LOOKS
 from hf_sparse.workflow import create_adapter
 
+card_text = runpy.run_path(str(Path(__file__).with_name("cards.py")))["card_text"]
 CONFIG = hf_sparse.SparsefinderConfig(tile=16, sparsity=0.7, length=256, window=24, clusters=6)
 
 
@@ -119,7 +121,7 @@ def card(config: Any = CONFIG, **changes: Any) -> Any:
         "evaluation": EVALUATION,
         "training": TRAINING,
     }
-    return ModelCard(render(config, **values | changes))
+    return ModelCard(card_text(config, **values | changes))
 
 
 def native() -> tuple[Any, dict[str, Any], dict[str, Any]]:

@@ -1,6 +1,7 @@
 """Write the model card: a template for each method, filled from the measurements and from nothing else."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -15,7 +16,7 @@ from hf_sparse.bundled import BASE_NAME
 from hf_sparse.core.config import SparseConfig
 from hf_sparse.errors import DataError
 from hf_sparse.metrics import metric_of
-from hf_sparse.model_kinds import Kind, attends_both_ways, task_of_class
+from hf_sparse.model_kinds import Kind, ModelKind, attends_both_ways, task_of_class
 from hf_sparse.overlap import sentence
 
 if TYPE_CHECKING:
@@ -77,94 +78,140 @@ _WITH_LABELS: dict[str, tuple[str, str]] = {
 }
 
 
-def render(
-    config: SparseConfig,
-    *,
-    repo_id: str,
-    base_model: str | None,
-    parameters: int,
-    lora_parameters: int = 0,
-    head_parameters: int = 0,
-    evaluation: dict[str, Any] | None = None,
-    training: dict[str, Any] | None = None,
-    model_class: str | None = None,
-    metadata: Mapping[str, Any] | None = None,
-    tags: Sequence[str] = (),
-    left_out: Sequence[str] = (),
-    form: Form = "adapter",
-) -> str:
-    """Return the README.md of an adapter's repository.
+@dataclass(frozen=True)
+class AdapterFacts:
+    """Hold what a card says of the adapter itself.
 
-    Args:
-        config: the adapter's, such as a `SparseKConfig`.
-        repo_id: the name that a reader passes to `hf_sparse.from_pretrained`.
+    Attributes:
+        config: such as a `SparseKConfig`.
         base_model: Hub id of the base, `"demo"`, or `None` if it has no name that is true elsewhere.
         parameters: their number in the adapter, those of a head apart.
         lora_parameters: the number of LoRA's among them.
         head_parameters: their number in a head that was trained and saved with the adapter.
-        evaluation: content of eval.json; without it the card says that nothing was measured.
-        training: content of finetune.json; without it the card says so.
-        model_class: the class that the adapter was made for; by default a causal language model's.
+        model_class: the class that the adapter was made for; `None` for a causal language model's.
+    """
+
+    config: SparseConfig
+    base_model: str | None
+    parameters: int
+    lora_parameters: int = 0
+    head_parameters: int = 0
+    model_class: str | None = None
+
+    @property
+    def task(self) -> ModelKind:
+        """Return what the model is for, which decides the example and the widget of the Hub."""
+        return task_of_class(self.model_class)
+
+    @property
+    def is_encoder(self) -> bool:
+        """Tell whether its attention is bidirectional."""
+        return attends_both_ways((self.config.base_shape or {}).get("model_type"), self.task)
+
+    @property
+    def base_on_hub(self) -> str | None:
+        """Return the Hub id of the base; `None` if it has none."""
+        return None if self.base_model == BASE_NAME else self.base_model
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """Hold what was measured of an adapter.
+
+    Attributes:
+        evaluation: content of eval.json; `None` if nothing was measured, which the card says.
+        training: content of finetune.json; `None` if nothing is known of it, which the card says.
+        left_out: files beside the card that are of other weights, or of nobody knows which.
+    """
+
+    evaluation: dict[str, Any] | None = None
+    training: dict[str, Any] | None = None
+    left_out: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Page:
+    """Say where an adapter is published.
+
+    Attributes:
+        repo_id: the name that a reader passes to `hf_sparse.from_pretrained`.
+        form: whether the repository holds the adapter alone, or a full model with it inside.
         metadata: further entries of the metadata that are known, such as `license`, `license_link`, `language`.
         tags: further tags of the metadata.
-        left_out: files beside the card that are of other weights, or of nobody knows which.
-        form: whether the repository holds the adapter alone, or a full model with it inside.
+    """
+
+    repo_id: str
+    form: Form = "adapter"
+    metadata: Mapping[str, Any] | None = None
+    tags: Sequence[str] = ()
+
+
+def render(adapter: AdapterFacts, page: Page, measured: Measurements) -> str:
+    """Return the README.md of an adapter's repository.
 
     Raises:
         DataError: a measurement lacks something that the card shows.
     """
     from jinja2 import UndefinedError
 
-    report = report_of(config)
-    task = task_of_class(model_class)
-    base_shape = config.base_shape or {}
-    encoder = attends_both_ways(base_shape.get("model_type"), task)
-    on_hub = base_model not in (None, BASE_NAME)
-    kin = "adapter" if form == "adapter" else "finetune"
-    relation = [f"base_model:{kin}:{base_model}"] if on_hub else []  # the Hub finds what was made of a base by it
-    all_tags = ["hf-sparse", report.name, "sparse-attention", *report.tags(encoder), *relation, *tags]
-    known: dict[str, Any] = {"datasets": _datasets(training), "metrics": _metrics(evaluation), **(metadata or {})}
-    data = ModelCardData(
-        base_model=base_model if on_hub else None,
-        base_model_relation=kin if on_hub else None,
-        library_name="peft" if form == "adapter" else "hf-sparse",  # else the Hub shows code that loads a dense model
-        pipeline_tag=task.pipeline,
-        tags=list(dict.fromkeys(all_tags)),
-        **{name: value for name, value in known.items() if value},
-    )
-    template = _template(report.templates / "card.md.jinja")
-    example = _WITH_LABELS.get(task.pipeline, _EXAMPLES[task.kind]) if head_parameters else _EXAMPLES[task.kind]
+    metadata = _metadata(adapter, page, measured)
     try:
-        objectives = {**_OBJECTIVES[task.kind], **report.objectives}
-        objective = _objective(objectives[training["objective"]], training["settings"]) if training else ""
-        text = template.render(
-            config=config,
-            form=form,
-            config_file=Markup(CONFIG if form == "adapter" else MODEL_CONFIG),
-            encoder=encoder,
-            example=[Markup(line) for line in example],
-            metric=metric_of(evaluation or {}),
-            name=repo_id.split("/")[-1],
-            repo_id=python_string(repo_id),
-            parameters=parameters,
-            lora_parameters=lora_parameters,
-            head_parameters=head_parameters,
-            peft_type=str(getattr(config.peft_type, "value", config.peft_type)),
-            figure=report.figure,
-            evaluation=evaluation,
-            training=training,
-            objective=objective,
-            left_out=left_out,
-            versions=_versions(evaluation or training),
-            **report.card(config, evaluation, encoder),
-            **_base(repo_id, base_model, form),
-        )
+        text = _text(adapter, page, measured)
     except (UndefinedError, KeyError, AttributeError, TypeError, ValueError, ZeroDivisionError) as error:
         raise DataError(f"eval.json or finetune.json is not what hf-sparse writes: {error!r}") from error
-    if form != "adapter":
+    if page.form != "adapter":
         heading, _, rest = text.partition("\n")
-        text = f"{heading}\n\n{_NOTICE}{_MERGED if form == 'merged' else ''}{rest}"
-    return f"---\n{data.to_yaml()}\n---\n\n{text.rstrip()}\n"
+        text = f"{heading}\n\n{_NOTICE}{_MERGED if page.form == 'merged' else ''}{rest}"
+    return f"---\n{metadata.to_yaml()}\n---\n\n{text.rstrip()}\n"
+
+
+def _metadata(adapter: AdapterFacts, page: Page, measured: Measurements) -> ModelCardData:
+    """Return what the Hub reads of a card."""
+    report, base, is_alone = report_of(adapter.config), adapter.base_on_hub, page.form == "adapter"
+    kin = "adapter" if is_alone else "finetune"
+    relation = [] if base is None else [f"base_model:{kin}:{base}"]  # the Hub finds what was made of a base by it
+    tags = ["hf-sparse", report.name, "sparse-attention", *report.tags(adapter.is_encoder), *relation, *page.tags]
+    known = {"datasets": _datasets(measured.training), "metrics": _metrics(measured.evaluation)}
+    return ModelCardData(
+        base_model=base,
+        base_model_relation=None if base is None else kin,
+        library_name="peft" if is_alone else "hf-sparse",  # else the Hub shows code that loads a dense model
+        pipeline_tag=adapter.task.pipeline,
+        tags=list(dict.fromkeys(tags)),
+        **{name: value for name, value in {**known, **(page.metadata or {})}.items() if value},
+    )
+
+
+def _text(adapter: AdapterFacts, page: Page, measured: Measurements) -> str:
+    """Return the text below the metadata."""
+    config, evaluation, training = adapter.config, measured.evaluation, measured.training
+    report, task = report_of(config), adapter.task
+    objectives = {**_OBJECTIVES[task.kind], **report.objectives}
+    example = _EXAMPLES[task.kind]
+    if adapter.head_parameters:
+        example = _WITH_LABELS.get(task.pipeline, example)
+    return _template(report.templates / "card.md.jinja").render(
+        config=config,
+        form=page.form,
+        config_file=Markup(CONFIG if page.form == "adapter" else MODEL_CONFIG),
+        encoder=adapter.is_encoder,
+        example=[Markup(line) for line in example],
+        metric=metric_of(evaluation or {}),
+        name=page.repo_id.split("/")[-1],
+        repo_id=python_string(page.repo_id),
+        parameters=adapter.parameters,
+        lora_parameters=adapter.lora_parameters,
+        head_parameters=adapter.head_parameters,
+        peft_type=str(getattr(config.peft_type, "value", config.peft_type)),
+        figure=report.figure,
+        evaluation=evaluation,
+        training=training,
+        objective=_objective(objectives[training["objective"]], training["settings"]) if training else "",
+        left_out=measured.left_out,
+        versions=_versions(evaluation or training),
+        **report.card(config, evaluation, adapter.is_encoder),
+        **_base(page.repo_id, adapter.base_model, page.form),
+    )
 
 
 @cache

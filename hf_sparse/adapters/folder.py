@@ -9,7 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from hf_sparse.adapters.card import Form, render
+from hf_sparse.adapters.card import AdapterFacts, Form, Measurements, Page, render
 from hf_sparse.adapters.files import (
     CARD,
     CONFIG,
@@ -123,6 +123,12 @@ class AdapterFolder:
         """Count the parameters of modules of the base model that it brings, such as a head."""
         modules = tuple(f"base_model.model.{name}." for name in self.config.named_modules_to_save)
         return sum(math.prod(shape) for key, (shape, _) in self.layouts.items() if key.startswith(modules))
+
+    @property
+    def facts(self) -> AdapterFacts:
+        """Return what a card says of the adapter itself."""
+        counts = self.parameters, self.lora_parameters, self.head_parameters
+        return AdapterFacts(self.config, self.public_base_model, *counts, self.model_class)
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -255,7 +261,8 @@ class AdapterFolder:
             evaluation = self.checked_evaluation
         if evaluation is not None and self.public_base_model is not None:
             evaluation = {**evaluation, "base_model": self.public_base_model}  # not the folder that it was loaded from
-        card = self._card(evaluation, training, repo_id, metadata, form=form)
+        page = Page(repo_id or self.name, form, metadata)
+        card = render(self.facts, page, Measurements(evaluation, training))
         with staged(self.path) as stage:
             if evaluation is not None:
                 self.report.draw_figure(evaluation, training, stage / self.report.figure)
@@ -280,8 +287,7 @@ class AdapterFolder:
             evaluation: content of eval.json; on the card if it names the hash of the weights, and its figure is there.
             training: content of finetune.json; on the card if it names the hash of the weights.
             repo_id: the name under which the card tells readers to load the adapter; by default that of the folder.
-            metadata: see `hf_sparse.adapters.card.render`.
-            tags: further tags of the card.
+            metadata, tags: see `hf_sparse.adapters.card.Page`.
             left_out: names of measurements that may lie where the card goes, and are of nobody knows which weights.
 
         Raises:
@@ -296,34 +302,8 @@ class AdapterFolder:
             self.check_evaluation(evaluation)
             if not (self.path / self.report.figure).is_file():
                 evaluation, unknown = None, [*unknown, EVALUATION]
-        write_text(self.path / CARD, self._card(evaluation, training, repo_id, metadata, tags, unknown))
-
-    def _card(
-        self,
-        evaluation: Json | None,
-        training: Json | None,
-        repo_id: str | None,
-        metadata: Mapping[str, Any] | None,
-        tags: Sequence[str] = (),
-        left_out: Sequence[str] = (),
-        form: Form = "adapter",
-    ) -> str:
-        """Return the text of the card; `left_out` names measurements that are not known to be of these weights."""
-        return render(
-            self.config,
-            repo_id=repo_id or self.name,
-            base_model=self.public_base_model,
-            parameters=self.parameters,
-            lora_parameters=self.lora_parameters,
-            head_parameters=self.head_parameters,
-            evaluation=evaluation,
-            training=training,
-            model_class=self.model_class,
-            metadata=metadata,
-            tags=tags,
-            left_out=left_out,
-            form=form,
-        )
+        page = Page(repo_id or self.name, metadata=metadata, tags=tags)
+        write_text(self.path / CARD, render(self.facts, page, Measurements(evaluation, training, unknown)))
 
 
 def write_repo(
@@ -345,7 +325,7 @@ def write_repo(
         evaluation: becomes eval.json; by default the one that is there, if there is one.
         training: becomes finetune.json; by default the one that is there, if there is one.
         repo_id: the name under which the card tells readers to load the adapter; by default that of the folder.
-        metadata: further entries of the card's metadata, see `hf_sparse.adapters.card.render`.
+        metadata: further entries of the card's metadata, see `hf_sparse.adapters.card.Page`.
         form: how the adapter is going to be published, which the card says.
 
     Raises:

@@ -20,14 +20,14 @@ class ModelCall:
     Attributes:
         layers: how many of them are not filled yet.
         kinds: what the layers differ in, as the method says it; one kind if they are all alike.
-        reading: what the method lets its layers share while they read, such as memory and the launches for one layout.
+        shared: what the method lets its layers share while they read, of a class of the method; `None` before that.
         end: `[1]` int64 on the device, in a prompt that is recorded: the tokens of the text, of which more are read;
             the layers shall keep what a text of so many tokens keeps. `None` for as many as are read.
     """
 
     layers: int = 0
     kinds: set[Hashable] = field(default_factory=set)
-    reading: Any = None
+    shared: object = None
     end: Tensor | None = None
 
 
@@ -127,7 +127,7 @@ def mask_of_keys(attention_mask: Tensor | None, keys: int) -> Tensor | None:
 
 
 def is_recorded(device: torch.device) -> bool:
-    """Tell whether what runs now is compiled or captured, to be repeated without its Python code."""
+    """Tell whether what runs now is compiled, or recorded as a CUDA graph, to be repeated without its Python code."""
     return torch.compiler.is_compiling() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing())
 
 

@@ -7,6 +7,7 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
+from hf_sparse.core.new_tokens import NewTokens, PackedTokens
 from hf_sparse.core.prompt_chunks import ChunkGroup
 
 
@@ -29,6 +30,25 @@ class StateTensor(NamedTuple):
     def nbytes(self) -> int:
         """Count the bytes of one request."""
         return prod(self.shape) * self.dtype.itemsize
+
+
+class StateRows(NamedTuple):
+    """Say where in a pool the states of the requests of a forward are.
+
+    Attributes:
+        states: `[rows, *shape]` for each tensor of `request_state`, in a dense order from the second dimension on.
+        rows: `[B]` int64 or int32, the row of each request.
+        sources: `[B]` of integers, the rows that the states are read from; where these are others, another tensor.
+    """
+
+    states: Sequence[Tensor]
+    rows: Tensor
+    sources: Tensor
+
+    def of(self, requests: slice | Tensor) -> "StateRows":
+        """Return where the states of some of the requests are; `requests` indexes `rows`."""
+        rows = self.rows[requests]
+        return StateRows(self.states, rows, rows if self.sources is self.rows else self.sources[requests])
 
 
 class RequestAttention:
@@ -61,75 +81,40 @@ class RequestAttention:
         """Count the tokens up to which a text has dense attention, and nothing of it leaves the state of a request."""
         return 0
 
-    def attend_chunk(
-        self,
-        states: Sequence[Tensor],
-        row: Tensor,
-        source: Tensor,
-        is_first: bool,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        hidden_states: Tensor,
-        scaling: float,
-    ) -> Tensor:
+    def attend_chunk(self, at: StateRows, is_first: bool, new: NewTokens) -> Tensor:
         """Attend with the next tokens of one request, and write its state.
 
-        Tensors are as in `SparseAttentionLayer.attend`, with `B` 1.
-
         Args:
-            states: `[rows, *shape]` for each tensor of `request_state`, in a dense order from the second dimension on.
-            row: `[1]` int64, the row of the request.
-            source: `[1]` int64, the row that its state is read from, mostly the same.
+            at: the row of the request.
             is_first: whether the text begins with these tokens; no state is then read.
+            new: the tokens, `B` is 1, without padding.
+
+        Returns:
+            `[1, Hq, T, D]`.
         """
         raise NotImplementedError
 
-    def attend_chunks(
-        self,
-        states: Sequence[Tensor],
-        rows: Tensor,
-        sources: Tensor,
-        chunks: ChunkGroup,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        hidden_states: Tensor,
-        scaling: float,
-    ) -> Tensor:
+    def attend_chunks(self, at: StateRows, chunks: ChunkGroup, packed: PackedTokens) -> Tensor:
         """Attend with the next tokens of several requests, and write their states.
 
         Args:
-            states: as for `attend_chunk`.
-            rows: `[B]` of integers, the row of each request.
-            sources: `[B]` of integers, the rows that the states are read from; where they are others, another tensor.
+            at: the rows of the requests.
             chunks: lays the tokens side by side.
-            query: `[N, Hq, D]`; key, value: `[N, Hkv, D]`; hidden_states: `[N, C]`, packed tokens.
-            scaling: multiplies the logits.
+            packed: these tokens, among others.
 
         Returns:
             `[n, Hq, D]`, of the tokens of the pieces, `chunks.tokens`.
         """
         raise NotImplementedError
 
-    def attend_steps(
-        self,
-        states: Sequence[Tensor],
-        rows: Tensor,
-        sources: Tensor,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        hidden_states: Tensor,
-        scaling: float,
-    ) -> Tensor:
+    def attend_steps(self, at: StateRows, new: NewTokens) -> Tensor:
         """Take a decoding step of several requests, and write their states.
 
-        Tensors are as in `SparseAttentionLayer.attend`.
-
         Args:
-            states: as for `attend_chunk`.
-            rows: `[B]` int64, the row of each request.
-            sources: `[B]` int64, the rows that the states are read from, mostly the same.
+            at: the rows of the requests.
+            new: one token of each.
+
+        Returns:
+            `[B, Hq, 1, D]`.
         """
         raise NotImplementedError

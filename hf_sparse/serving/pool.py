@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from hf_sparse.core.layer import SparseAttentionLayer
+from hf_sparse.core.new_tokens import PackedTokens
 from hf_sparse.core.prompt_chunks import Chunk, ChunkGroup, groups_of
-from hf_sparse.core.request_state import StateTensor
+from hf_sparse.core.request_state import StateRows, StateTensor
 
 
 @dataclass(frozen=True)
@@ -98,11 +99,7 @@ def attend_packed(
     attention: SparseAttentionLayer,
     states: Sequence[Tensor],
     batch: Batch,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    hidden_states: Tensor,
-    scaling: float,
+    packed: PackedTokens,
     output: Tensor | None = None,
 ) -> Tensor:
     """Attend with packed tokens in one layer, and write the states of their requests.
@@ -111,40 +108,29 @@ def attend_packed(
         attention: of the layer.
         states: `[rows, *shape]` for each tensor of a state, see `SparseAttentionLayer.request_state`.
         batch: says whose the tokens are; those behind its last one belong to nobody and are left alone.
-        query: `[N, Hq, D]`; key, value: `[N, Hkv, D]`, positions applied.
-        hidden_states: `[N, C]`, the input of the attention module.
-        scaling: multiplies the logits.
+        packed: the tokens, `N` of them.
         output: `[N, Hq, D]` to write to; by default a new tensor.
 
     Returns:
         `[N, Hq, D]`.
     """
+    query = packed.query
     is_plain = output is None and not batch.chunks and batch.steps == len(query)
     result = query if is_plain else torch.zeros_like(query) if output is None else output
-    sources = batch.rows if batch.sources is None else batch.sources
+    at = StateRows(states, batch.rows, batch.rows if batch.sources is None else batch.sources)
     if batch.steps:
-        q, k, v = (tensor[: batch.steps, :, None] for tensor in (query, key, value))  # [requests, H, 1, D]
-        states_of_steps = hidden_states[: batch.steps, None]
-        rows = batch.rows[: batch.steps]
-        origins = rows if batch.sources is None else batch.sources[: batch.steps]
-        attended = attention.attend_steps(states, rows, origins, q, k, v, states_of_steps, scaling)[:, :, 0]
+        attended = attention.attend_steps(at.of(slice(batch.steps)), packed.first_apart(batch.steps))[:, :, 0]
         if is_plain:
             return attended
         result[: batch.steps] = attended
     for group in batch.groups(attention.dense_tokens):
         if isinstance(group, ChunkGroup):
-            rows = batch.rows.index_select(0, group.members)
-            origins = rows if batch.sources is None else batch.sources.index_select(0, group.members)
-            attended = attention.attend_chunks(states, rows, origins, group, query, key, value, hidden_states, scaling)
-            result.index_copy_(0, group.tokens, attended)
+            result.index_copy_(0, group.tokens, attention.attend_chunks(at.of(group.members), group, packed))
             continue
         number, chunk = group
-        piece = slice(chunk.begin, chunk.end)
-        q, k, v = (tensor[piece].transpose(0, 1)[None] for tensor in (query, key, value))  # [1, H, T, D]
-        row, origin = batch.rows[number : number + 1], sources[number : number + 1]
-        is_first = chunk.before == 0
-        attended = attention.attend_chunk(states, row, origin, is_first, q, k, v, hidden_states[None, piece], scaling)
-        result[piece] = attended[0].transpose(0, 1)
+        is_first, piece = chunk.before == 0, packed.piece(chunk.begin, chunk.end)
+        attended = attention.attend_chunk(at.of(slice(number, number + 1)), is_first, piece)
+        result[chunk.begin : chunk.end] = attended[0].transpose(0, 1)
     return result
 
 
@@ -226,5 +212,5 @@ class RowPool:
         scaling: float,
     ) -> Tensor:
         """Attend with packed tokens in one layer; see `attend_packed`."""
-        tensors = query, key, value, hidden_states
-        return attend_packed(self.attentions[layer], self.layers[layer], batch, *tensors, scaling)
+        packed = PackedTokens(query, key, value, hidden_states, scaling)
+        return attend_packed(self.attentions[layer], self.layers[layer], batch, packed)

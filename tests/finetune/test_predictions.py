@@ -152,7 +152,7 @@ def test_whole_texts_need_no_mask(monkeypatch, tiny_llama, chunks, recorded):
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
     module = transformers.masking_utils
-    monkeypatch.setattr(_compat, "is_captured", lambda: recorded)
+    monkeypatch.setattr(_compat, "is_recorded_as_graph", lambda: recorded)
     if recorded:
         monkeypatch.setattr(module, "is_tracing", lambda *_: True)
     before = module.find_packed_sequence_indices, module.is_tracing

@@ -9,8 +9,8 @@ import torch
 
 from hf_sparse.core.cache import ModelCall
 from hf_sparse.methods.sparsek import SparseKCacheLayer
+from hf_sparse.methods.sparsek.fixed_memory import SharedSlots
 from hf_sparse.methods.sparsek.reading import Scoring
-from hf_sparse.methods.sparsek.slot_memory import SharedSlots
 
 BATCH, HEADS, DIM = 3, 2, 4
 K, WINDOW, SINKS = 4, 5, 2

@@ -8,7 +8,9 @@ import torch
 
 from hf_sparse import SparseKConfig
 from hf_sparse.core.layer import AttentionShape
+from hf_sparse.core.new_tokens import NewTokens
 from hf_sparse.core.overrides import override
+from hf_sparse.core.request_state import StateRows
 from hf_sparse.methods.sparsek import SparseKAttention, rows, step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,7 +51,13 @@ def pages(layer, dtype):
 def tokens(count, length, dtype):
     query = torch.randn(count, length, 4, DIM, device=DEVICE).to(dtype).transpose(1, 2)
     key, value = torch.randn(2, count, length, HEADS, DIM, device=DEVICE).to(dtype).transpose(2, 3)
-    return query, key, value, torch.randn(count, length, HIDDEN, device=DEVICE).to(dtype)
+    hidden_states = torch.randn(count, length, HIDDEN, device=DEVICE).to(dtype)
+    return NewTokens(query, key, value, hidden_states, None, 0.3)
+
+
+def at(states, index):
+    """Rows that are read and written."""
+    return StateRows(states, index, index)
 
 
 @pytest.mark.cross("values")
@@ -73,10 +81,10 @@ def test_steps_in_rows_are_those_of_gathered_rows(kernel_everywhere, monkeypatch
         steps = []
         for row, length in ((5, 3), (1, 12), (2, 8)):
             index = torch.tensor([row], device=DEVICE)
-            rows.attend_chunk(layer, states, index, index, True, *tokens(1, length, dtype), 0.3)
+            rows.attend_chunk(layer, at(states, index), True, tokens(1, length, dtype))
         for number in range(12):
             index = torch.tensor([[5, 1, 2], [2, 5, 1], [1, 2, 5]][number % 3], dtype=torch.int32, device=DEVICE)
-            steps.append(rows.attend_steps(layer, states, index, index, *tokens(3, 1, dtype), 0.3))
+            steps.append(rows.attend_steps(layer, at(states, index), tokens(3, 1, dtype)))
         results.append((memory, states, torch.stack(steps)))
     assert taken == 12 * [True] and len(layer.row_kernels) == 1
     (memory, states, outputs), (_, expected, expected_outputs) = results
@@ -97,10 +105,10 @@ def test_kernels_for_other_numbers_of_requests_need_no_more_memory(kernel_everyw
     _, states = pages(layer, torch.float32)
     for row in range(4):
         index = torch.tensor([row], device=DEVICE)
-        rows.attend_chunk(layer, states, index, index, True, *tokens(1, 10, torch.float32), 0.3)
+        rows.attend_chunk(layer, at(states, index), True, tokens(1, 10, torch.float32))
     for count in (1, 4, 2):
         index = torch.arange(count, device=DEVICE)
-        rows.attend_steps(layer, states, index, index, *tokens(count, 1, torch.float32), 0.3)
+        rows.attend_steps(layer, at(states, index), tokens(count, 1, torch.float32))
     memories = {kernel.scratch[0].untyped_storage().data_ptr() for kernel in layer.row_kernels.values()}
     assert len(layer.row_kernels) == 3 and memories == {layer.row_scratch.untyped_storage().data_ptr()}
 
@@ -113,10 +121,10 @@ def test_a_budget_of_as_many_slots_has_a_kernel_of_its_own(kernel_everywhere, mo
         torch.manual_seed(1)
         _, states = pages(layer, torch.float32)
         for row in index.split(1):
-            rows.attend_chunk(layer, states, row, row, True, *tokens(1, 10, torch.float32), 0.3)
-        rows.attend_steps(layer, states, index, index, *tokens(3, 1, torch.float32), 0.3)
+            rows.attend_chunk(layer, at(states, row), True, tokens(1, 10, torch.float32))
+        rows.attend_steps(layer, at(states, index), tokens(3, 1, torch.float32))
         with override([layer.config], k=4, window=3):
-            steps = [rows.attend_steps(layer, states, index, index, *tokens(3, 1, torch.float32), 0.3) for _ in "1234"]
+            steps = [rows.attend_steps(layer, at(states, index), tokens(3, 1, torch.float32)) for _ in "1234"]
         results.append((torch.stack(steps), states[0].flatten(1).sort(-1).values))
     torch.testing.assert_close(results[0], results[1])
     assert len(layer.row_kernels) == 2
@@ -127,8 +135,8 @@ def test_kernels_do_not_keep_the_memory_of_a_pool(kernel_everywhere):
     layer = make()
     memory, states = pages(layer, torch.float32)
     index = torch.tensor([2], device=DEVICE)
-    rows.attend_chunk(layer, states, index, index, True, *tokens(1, 10, torch.float32), 0.3)
-    rows.attend_steps(layer, states, index, index, *tokens(1, 1, torch.float32), 0.3)
+    rows.attend_chunk(layer, at(states, index), True, tokens(1, 10, torch.float32))
+    rows.attend_steps(layer, at(states, index), tokens(1, 1, torch.float32))
     assert len(layer.row_kernels) == 1
     kept = [weakref.ref(tensor) for tensor in (memory, *states)]
     del memory, states
@@ -142,16 +150,16 @@ def test_a_row_below_0_is_none(kernel_everywhere):
     memory, states = pages(layer, torch.float32)
     for row in (0, 3):
         index = torch.tensor([row], device=DEVICE)
-        rows.attend_chunk(layer, states, index, index, True, *tokens(1, 10, torch.float32), 0.3)
+        rows.attend_chunk(layer, at(states, index), True, tokens(1, 10, torch.float32))
     before = memory.clone()
     new = tokens(4, 1, torch.float32)
     index = torch.tensor([3, -1, -1, -1], device=DEVICE)
-    output = rows.attend_steps(layer, states, index, index, *new, 0.3)
+    output = rows.attend_steps(layer, at(states, index), new)
     assert bool((memory[[0, 1, 2, 4, 5, 6]] == before[[0, 1, 2, 4, 5, 6]]).all())
     assert int(states[1][3]) == 11
     memory.copy_(before)
-    alone = [tensor[:1] for tensor in new]
-    torch.testing.assert_close(rows.attend_steps(layer, states, index[:1], index[:1], *alone, 0.3), output[:1])
+    alone = NewTokens(*(tensor[:1] for tensor in new[:4]), None, 0.3)
+    torch.testing.assert_close(rows.attend_steps(layer, at(states, index[:1]), alone), output[:1])
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a GPU; the interpreter runs what they record above")
@@ -160,16 +168,16 @@ def test_a_replayed_graph_reads_the_rows_that_are_there_then():
     _, states = pages(layer, torch.bfloat16)
     for row in range(ROWS):
         index = torch.tensor([row], device=DEVICE)
-        rows.attend_chunk(layer, states, index, index, True, *tokens(1, 6 + row, torch.bfloat16), 0.3)
+        rows.attend_chunk(layer, at(states, index), True, tokens(1, 6 + row, torch.bfloat16))
     new, index = tokens(3, 1, torch.bfloat16), torch.tensor([0, 1, 2], device=DEVICE, dtype=torch.int32)
-    rows.attend_steps(layer, states, index, index, *new, 0.3)
+    rows.attend_steps(layer, at(states, index), new)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        output = rows.attend_steps(layer, states, index, index, *new, 0.3)
+        output = rows.attend_steps(layer, at(states, index), new)
     for order in ([6, 2, 4], [1, 6, -1], [5, 0, 3]):
         index.copy_(torch.tensor(order))
-        for tensor in new:
+        for tensor in new[:4]:
             tensor.normal_()
         memory = states[0].untyped_storage()
         before = torch.empty(0, dtype=torch.uint8, device=DEVICE).set_(memory).clone()
@@ -177,6 +185,6 @@ def test_a_replayed_graph_reads_the_rows_that_are_there_then():
         replayed = torch.empty(0, dtype=torch.uint8, device=DEVICE).set_(memory).clone()
         result = output.clone()
         torch.empty(0, dtype=torch.uint8, device=DEVICE).set_(memory).copy_(before)
-        expected = rows.attend_steps(layer, states, index, index, *new, 0.3)
+        expected = rows.attend_steps(layer, at(states, index), new)
         assert torch.equal(replayed, torch.empty(0, dtype=torch.uint8, device=DEVICE).set_(memory))
         assert torch.equal(result[index >= 0], expected[index >= 0])

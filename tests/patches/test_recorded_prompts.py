@@ -21,7 +21,7 @@ from hf_sparse.core.overrides import overwrite
 from hf_sparse.methods.sparsefinder import SparsefinderAttention, fit_predictors
 from hf_sparse.methods.sparsek import SparseKAttention
 from hf_sparse.methods.sparsek.baselines import Recency
-from hf_sparse.patches import recorded_prompts, sparse_layers
+from hf_sparse.patches import prompt_recording, recorded_prompts, sparse_layers
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ON_A_GPU = pytest.mark.skipif(DEVICE == "cpu", reason="CUDA graphs need a CUDA device")
@@ -414,7 +414,7 @@ def test_prompts_run_while_there_is_too_little_memory_for_a_recording(model, pla
 
 
 def test_an_error_while_recording_lets_all_prompts_run(model, played_prompts, monkeypatch):
-    attempts = refuse_to_record(monkeypatch, recorded_prompts, sparse_layers(model)[0])
+    attempts = refuse_to_record(monkeypatch, prompt_recording, sparse_layers(model)[0])
     runs_as_ever(model, played_prompts)
     runs_as_ever(model, played_prompts, length=90)
     assert attempts == [1]
@@ -425,7 +425,7 @@ def test_too_little_memory_lets_the_prompts_of_a_bucket_run(model, played_prompt
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with monkeypatch.context() as full:
-        full.setattr(recorded_prompts, "run_beside", fail)
+        full.setattr(prompt_recording, "run_beside", fail)
         runs_as_ever(model, played_prompts)
     runs_as_ever(model, played_prompts)
     warm_up(model, 90)
@@ -647,9 +647,9 @@ def test_recordings_and_replays_wait_for_copies_on_other_streams(model, played_p
     """Recordings of one state fill the same layers, from which the last prompt may not have been copied yet."""
     warm_up(model, 40)
     generate(model, prompt(40))
-    order, wait, run = [], prompts_of(model)._wait_for_copies, recorded_prompts.run_beside
+    order, wait, run = [], prompts_of(model)._wait_for_copies, prompt_recording.run_beside
     monkeypatch.setattr(prompts_of(model), "_wait_for_copies", lambda device: (order.append("waits"), wait(device)))
-    monkeypatch.setattr(recorded_prompts, "run_beside", lambda *args: (order.append("writes"), run(*args)))
+    monkeypatch.setattr(prompt_recording, "run_beside", lambda *args: (order.append("writes"), run(*args)))
     warm_up(model, 100)
     assert order == ["waits", "writes", "waits"]  # the recording, and the replay that is compared
 

@@ -12,7 +12,7 @@ from transformers import CompileConfig
 from hf_sparse import SparseKCache, SparseKConfig, patch
 from hf_sparse._compat import with_cache
 from hf_sparse.core.overrides import overwrite
-from hf_sparse.methods.sparsek.slot_memory import SharedSlots, lasting
+from hf_sparse.methods.sparsek.fixed_memory import SharedSlots, lasting
 from hf_sparse.patches import sparse_layers
 
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]

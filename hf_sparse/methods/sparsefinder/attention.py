@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Hashable
 from dataclasses import replace
+from functools import partial
 from operator import attrgetter
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import DynamicLayer
 
 from hf_sparse.core.layer import AttentionShape, SparseAttentionLayer
+from hf_sparse.core.new_tokens import NewTokens
 from hf_sparse.methods.sparsefinder.cache import SparsefinderCacheLayer
 from hf_sparse.methods.sparsefinder.config import SparsefinderConfig
 from hf_sparse.methods.sparsefinder.padding import PackedBatch
@@ -19,14 +21,17 @@ from hf_sparse.methods.sparsefinder.predictors.base import AttentionInputs as At
 from hf_sparse.methods.sparsefinder.predictors.base import Codes
 from hf_sparse.methods.sparsefinder.static_cache import StaticSparsefinderCacheLayer
 from hf_sparse.methods.sparsefinder.step import take_step
+from hf_sparse.methods.sparsefinder.ways import Way, is_learning, is_unfitted, way_of
 from hf_sparse.ops.entmax import Certificate, certified_entmax_attention, entmax_attention
-from hf_sparse.ops.entmax.step import Scales, attend_few, is_step
+from hf_sparse.ops.entmax.step import Scales, attend_few
 from hf_sparse.ops.tiles import Tiles
 
 # A graph in place of the predicted one: tiles, or edges `[B, Hq, Tq, Tk]` bool, or None for all keys.
 Pattern = Callable[[AttentionInputs], Tiles | Tensor | None]
 # Gets each text, the graph that was attended over (None for all keys), and with tiles that were certified their proof.
 Observer = Callable[[AttentionInputs, Tiles | Tensor | None, Certificate | None], None]
+# Attends in texts without padding, with the codes of all their tokens if they have any.
+Attend = Callable[[AttentionInputs, Codes | None], Tensor]
 
 # What decides of a configuration which keys a prompt attends to that can be recorded, and how.
 _settings_of_prompts = attrgetter(
@@ -103,7 +108,7 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
             0 where longer texts attend to all keys too; `None` with a learned graph or a learned alpha, and where the
             graph is looked at or certified.
         """
-        if not self.causal or not self.is_used or self.certify or self._is_observed:
+        if not self.causal or not self.is_used or self.certify or self.is_observed:
             return None
         predictor, config = self.parameters_in_use.predictor, self.config
         if config.learn_alpha or (config.entmax_native is not None and predictor.learns_graph):
@@ -160,86 +165,82 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
         scaling: float,
     ) -> Tensor:
         """Attend over all keys in training, and over the predicted graph elsewhere; see `SparseAttentionLayer`."""
+        new = NewTokens(query, key, value, hidden_states, valid, scaling)
+        if cache is not None:
+            self.check_cache(cache)
+        # Where the query stands in the keys, if these are all that there is room for.
+        place = cache.place if cache is not None and query.shape[2] == 1 else None
+        way = way_of(self, new, cache, place)
         if isinstance(cache, SparsefinderCacheLayer):
-            output = take_step(self, query, key, value, valid, cache, scaling) if query.shape[2] == 1 else None
+            output = take_step(self, way, new, cache) if query.shape[2] == 1 else None
             if output is not None:
                 return output
             cache.write_newest()
-        if cache is not None:
-            self.check_cache(cache)
-        valid = _padding(valid, key)
-        learned = self.parameters_in_use
-        learning = self.is_learning(cache) or (self.training and self.observer is not None)  # finetune observes texts
-        # A checkpoint that was trained with entmax attends to all keys until a graph is fitted.
-        unfitted = self.config.entmax_native is not None and not learned.is_fitted
-        predicts = self.pattern is None and not learning and not unfitted
-        # Where the query stands in the keys, if these are all that there is room for.
-        place = cache.place if cache is not None and query.shape[2] == 1 else None
-        if predicts and self._finds_support(learned) and is_step(query, key) and not torch.is_grad_enabled():
+        valid, learned = _padding(valid, key), self.parameters_in_use
+        if way is Way.FEW_OVER_ALL_KEYS:
             scales = learned.step_scales(query, scaling)
             return attend_few(query, key, value, scales, causal=True, valid=valid, first_query=place)
         options: dict[str, Any] = {"alpha": learned.alpha, "scaling": scaling * learned.scale, "causal": self.causal}
-        # Complete attention has a graph only for those who look at it.
-        sees_all = learned.predictor.sees_all or unfitted or (self.config.complete and not self.certify)
         first_query = None if place is None else place.expand(len(query))
-        if not self._is_observed and (learning or sees_all):
+        if way is Way.ALL_KEYS:
             return entmax_attention(query, key, value, valid=valid, first_query=first_query, **options)
         call = getattr(cache, "call", None)
         end = None if call is None else call.end
         text = AttentionInputs(query, key, value, **options, layer=self.layer, first_query=first_query, end=end)
-        return self._over_graph(text, cache, valid, place, predicts)
+        return self._in_texts(way, text, cache, valid, place)
 
-    def _over_graph(
-        self, text: AttentionInputs, cache: Any, valid: Tensor | None, place: Tensor | None, predicts: bool
+    @property
+    def is_observed(self) -> bool:
+        """Tell whether a pattern or an observer is set, which read whole texts."""
+        return self.pattern is not None or self.observer is not None
+
+    def _in_texts(
+        self, way: Way, text: AttentionInputs, cache: Any, valid: Tensor | None, place: Tensor | None
     ) -> Tensor:
-        """Attend over the graph of texts, some of whose rows may have padding.
+        """Attend over listed tiles or a graph, within each text of a batch: its tiles are those without padding.
 
         Args:
+            way: `LISTED_TILES` or `GRAPH`.
             text: all that came, padding included.
             cache: of these texts, or `None`.
             valid: `[B, Tk]` bool, False for padding.
-            place: `[1]` int64, where the only query stands in keys that are all there is room for.
-            predicts: whether the graph is the predicted one.
+            place: see `way_of`.
+
+        Raises:
+            RuntimeError: a step that is being recorded needs a graph.
+            ValueError: a graph is to be predicted of texts with padding in a static cache.
         """
-        is_observed, is_static = self._is_observed, isinstance(cache, StaticSparsefinderCacheLayer)
-        learns_graph = self.parameters_in_use.predictor.learns_graph
-        codes = self._codes(text.query, text.key, cache) if predicts and learns_graph else None
-        if place is not None:
-            if not is_static and (is_observed or self.certify or codes is None or self.config.tile is None):
-                raise RuntimeError("a step of this predictor cannot be recorded: it needs the keys of its text alone")
-            if codes is not None and (is_static or valid is None):
-                return self._listed_step(text, codes, valid)
-        if is_static and codes is not None and valid is not None:
+        predicts = self.pattern is None and not is_learning(self, cache) and not is_unfitted(self)
+        has_codes = predicts and self.parameters_in_use.predictor.learns_graph
+        in_static = isinstance(cache, StaticSparsefinderCacheLayer)
+        if way is Way.GRAPH and place is not None and not in_static:
+            raise RuntimeError("a step of this predictor cannot be recorded: it needs the keys of its text alone")
+        if way is Way.GRAPH and in_static and has_codes and valid is not None:
             raise ValueError(
                 "a static cache of predicted graphs takes texts without padding, and the attention mask has some: "
                 "use the ordinary cache, or SparsefinderConfig(predictor='full')"
             )
+        codes = self._codes(text.query, text.key, cache) if has_codes else None
+        attend: Attend = partial(self._over_graph, predicts=predicts)
+        if way is Way.LISTED_TILES:
+            attend = self._over_listed_tiles
+        if in_static and way is Way.LISTED_TILES:  # keys stay where they are: padding moves the tiles
+            return attend(replace(text, valid=valid), codes)
         if valid is None:
-            return self._over_graph_of_texts(text, codes, predicts)
-        if is_observed:
-            return self._one_by_one(text, codes, valid, predicts)
-        return self._packed(text, codes, valid, place)
+            return attend(text, codes)
+        if self.is_observed:
+            return self._one_by_one(attend, text, codes, valid)
+        return self._packed(attend, text, codes, valid, place)
 
-    @property
-    def _is_observed(self) -> bool:
-        """Tell whether a pattern or an observer is set, which read whole texts."""
-        return self.pattern is not None or self.observer is not None
-
-    def _finds_support(self, learned: SparsefinderParameters) -> bool:
-        """Tell whether causal attention equals that over all keys, and nobody observes the graph that leads there."""
-        is_exact = learned.predictor.finds_support or learned.config.complete
-        return is_exact and self.causal and self.observer is None and not self.certify
-
-    def _listed_step(self, text: AttentionInputs, codes: Codes, valid: Tensor | None = None) -> Tensor:
+    def _over_listed_tiles(self, text: AttentionInputs, codes: Codes | None) -> Tensor:
         """Attend with one causal query per text over its predicted tiles; nothing waits for the device.
 
         Args:
-            text: `first_query` says where the queries stand, by default at the last position.
+            text: `first_query` says where the queries stand, by default at the last position; `valid` moves no tile.
             codes: for all positions of the keys; there may be anything behind the queries.
-            valid: `[B, Tk]` bool, False for padding, which moves no tile here.
         """
         learned, position = self.parameters_in_use, text.first_query
-        assert isinstance(learned.predictor, ProjectedPredictor) and self.config.tile is not None
+        assert isinstance(learned.predictor, ProjectedPredictor) and codes is not None and self.config.tile is not None
         if position is None:
             position = torch.full((1,), text.key.shape[2] - 1, device=text.key.device).expand(len(text.query))
         return attend_few(
@@ -248,11 +249,34 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
             text.value,
             Scales.of(text.alpha, text.scaling, text.query),
             causal=True,
-            valid=valid,
+            valid=text.valid,
             first_query=position,
             index=learned.predictor.step_lists(learned, *codes, position),
             size=self.config.tile,
         )
+
+    def _over_graph(self, text: AttentionInputs, codes: Codes | None, predicts: bool) -> Tensor:
+        """Attend in texts without padding over the predicted graph, over that of `pattern`, or over all keys."""
+        learned = self.parameters_in_use
+        graph: Tiles | Tensor | None = None
+        if self.pattern is not None:
+            graph = self.pattern(text)
+        elif predicts:
+            graph = learned.predictor.graph(learned, text, codes)
+        tensors = text.query, text.key, text.value
+        options = text.settings | {"valid": text.valid, "first_query": text.first_query}
+        certificate = None
+        if isinstance(graph, Tiles):
+            complete = self.config.complete and self.pattern is None
+            if complete or self.certify:
+                output, certificate = certified_entmax_attention(*tensors, graph, complete=complete, **options)
+            else:
+                output = entmax_attention(*tensors, tiles=graph, **options)
+        else:
+            output = entmax_attention(*tensors, edges=graph, **options)
+        if self.observer is not None:
+            self.observer(text, graph, certificate)
+        return output
 
     def _codes(
         self, query: Tensor, key: Tensor, cache: SparsefinderCacheLayer | StaticSparsefinderCacheLayer | None
@@ -270,7 +294,9 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
             codes = predictor.query_codes(learned, query), predictor.key_codes(learned, new_key)
         return codes if cache is None else cache.append(*codes, self.identities[self.active])
 
-    def _packed(self, text: AttentionInputs, codes: Codes | None, valid: Tensor, place: Tensor | None = None) -> Tensor:
+    def _packed(
+        self, attend: Attend, text: AttentionInputs, codes: Codes | None, valid: Tensor, place: Tensor | None
+    ) -> Tensor:
         """Attend in all rows of a padded batch at once; `place` as `PackedBatch` takes it."""
         batch = PackedBatch(valid, text.query.shape[2], self.config.rows or 1, place)
         packed = replace(
@@ -284,9 +310,9 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
         if codes is not None:
             of_queries, of_keys = (batch.keys(part, 0 if part.is_floating_point() else -1) for part in codes)
             codes = of_queries, of_keys
-        return batch.unpack(self._over_graph_of_texts(packed, codes, predicts=True)).to(text.query.dtype)
+        return batch.unpack(attend(packed, codes)).to(text.query.dtype)
 
-    def _one_by_one(self, text: AttentionInputs, codes: Codes | None, valid: Tensor, predicts: bool) -> Tensor:
+    def _one_by_one(self, attend: Attend, text: AttentionInputs, codes: Codes | None, valid: Tensor) -> Tensor:
         """Attend in each row of a padded batch by itself."""
         output = torch.zeros_like(text.query)
         for row, real in enumerate(valid):
@@ -298,35 +324,8 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
                     text.value[row, None, :, real],
                 )
                 of_row = None if codes is None else (codes[0][row, None, :, real], codes[1][row, None, :, real])
-                of_text = replace(text, query=query, key=key, value=value)
-                attended = self._over_graph_of_texts(of_text, of_row, predicts)
+                attended = attend(replace(text, query=query, key=key, value=value), of_row)
                 output[row, :, new] = attended[0].to(output.dtype)
-        return output
-
-    def _over_graph_of_texts(self, text: AttentionInputs, codes: Codes | None, predicts: bool) -> Tensor:
-        """Attend in texts without padding over the predicted graph, over that of `pattern`, or over all keys."""
-        config, learned = self.config, self.parameters_in_use
-        is_one = self.causal and text.query.shape[2] == 1 and config.tile is not None and not torch.is_grad_enabled()
-        if codes is not None and is_one and not (self._is_observed or config.complete or self.certify):
-            return self._listed_step(text, codes)
-        graph: Tiles | Tensor | None = None
-        if self.pattern is not None:
-            graph = self.pattern(text)
-        elif predicts:
-            graph = learned.predictor.graph(learned, text, codes)
-        tensors = text.query, text.key, text.value
-        options = text.settings | {"valid": text.valid, "first_query": text.first_query}
-        certificate = None
-        if isinstance(graph, Tiles):
-            complete = config.complete and self.pattern is None
-            if complete or self.certify:
-                output, certificate = certified_entmax_attention(*tensors, graph, complete=complete, **options)
-            else:
-                output = entmax_attention(*tensors, tiles=graph, **options)
-        else:
-            output = entmax_attention(*tensors, edges=graph, **options)
-        if self.observer is not None:
-            self.observer(text, graph, certificate)
         return output
 
 

@@ -1,4 +1,4 @@
-"""Keep keys, values and codes in tensors of fixed size, so that a decoding step compiles and is captured.
+"""Keep keys, values and codes in tensors of fixed size, so that a decoding step can be compiled and recorded.
 
 A step gets the whole tensors; what lies behind the newest token is its future. Whatever brings several tokens, such as
 a prompt, is cut to the tokens that there are.

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hf_sparse.core.new_tokens import NewTokens
 from hf_sparse.methods.sparsefinder.cache import SparsefinderCacheLayer
 from hf_sparse.methods.sparsefinder.parameters import SparsefinderParameters
 from hf_sparse.methods.sparsefinder.predictors.clustering import Clustering
+from hf_sparse.methods.sparsefinder.ways import Way
 from hf_sparse.ops.entmax.step import MOST_ROWS, Scales
 from hf_sparse.ops.entmax.triton import WIDEST
 from hf_sparse.ops.triton import DTYPES, installed, is_on_gpu
@@ -31,26 +33,25 @@ _SETTINGS = (
 
 
 def take_step(
-    attention: "SparsefinderAttention",
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    valid: Tensor | None,
-    cache: SparsefinderCacheLayer,
-    scaling: float,
+    attention: "SparsefinderAttention", way: Way, new: NewTokens, cache: SparsefinderCacheLayer
 ) -> Tensor | None:
     """Attend with one causal query per text, and write the newest token where the cache keeps it.
 
     Args:
-        query, key, value, valid, scaling: see `SparseAttentionLayer.attend`, for one token.
+        way: see `way_of`.
+        new: one token of each text.
+        cache: has taken them in.
 
     Returns:
-        `[B, Hq, 1, D]`, contiguous; `None`, with nothing changed, if the step has to take another path: it is being
-        compiled, differentiated or observed, or no kernels take what came.
+        `[B, Hq, 1, D]`, contiguous; `None`, with nothing changed, if the step has to take another path: it goes another
+        way, is being compiled or differentiated, or no kernels take what came.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not attention.causal:
+    query, key, value, _, _, scaling = new
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return None
-    if attention.pattern is not None or attention.observer is not None or attention.certify:
+    learned = attention.parameters_in_use
+    is_listed = way is Way.LISTED_TILES and type(learned.predictor) is Clustering and cache.newest is not None
+    if way is not Way.FEW_OVER_ALL_KEYS and not is_listed:
         return None
     layout = (query.shape, query.stride(), query.dtype, query.device)
     if cache.checked != layout or cache.newest is None:
@@ -59,15 +60,8 @@ def take_step(
         cache.checked = layout  # what `update` lets pass is as the token before was
     elif not _launches_on(query):
         return None
-    learned = attention.parameters_in_use
-    config, predictor = learned.config, learned.predictor
     scales = learned.step_scales(query, scaling)
-    unfitted = config.entmax_native is not None and not learned.is_fitted
-    if config.complete or unfitted or predictor.sees_all_in_step(key.shape[2]):
-        return _over_all_keys(query, key, value, valid, cache, scales)
-    if type(predictor) is Clustering and cache.newest is not None:
-        return _over_clusters(attention, learned, query, key, value, valid, cache, scales)
-    return None
+    return _over_clusters(attention, new, cache, scales) if is_listed else _over_all_keys(new, cache, scales)
 
 
 def _has_kernels(query: Tensor, key: Tensor, value: Tensor, newest: tuple[Tensor, Tensor] | None) -> bool:
@@ -99,12 +93,11 @@ class ExactPlan:
     layout: tuple[Any, ...]
 
 
-def _over_all_keys(
-    query: Tensor, key: Tensor, value: Tensor, valid: Tensor | None, cache: SparsefinderCacheLayer, scales: Scales
-) -> Tensor:
+def _over_all_keys(new: NewTokens, cache: SparsefinderCacheLayer, scales: Scales) -> Tensor:
     """Take the step over all keys, see `take_step`."""
     from hf_sparse.ops.entmax.triton.step import StepPlan, step  # Triton is there only beside a CUDA device
 
+    query, key, value, _, valid, _ = new
     newest, plan = cache.newest, cache.plan
     if newest is None:  # after a change of rows, say
         numbers = (scales.scale, scales.exponent, scales.kind, scales.factor, scales.is_log)
@@ -160,23 +153,18 @@ class ClusterPlan:
 
 
 def _over_clusters(
-    attention: "SparsefinderAttention",
-    learned: SparsefinderParameters,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    valid: Tensor | None,
-    cache: SparsefinderCacheLayer,
-    scales: Scales,
+    attention: "SparsefinderAttention", new: NewTokens, cache: SparsefinderCacheLayer, scales: Scales
 ) -> Tensor | None:
     """Take the step over the tiles that clusters choose, see `take_step`."""
+    query, key, value, _, valid, _ = new
+    learned = attention.parameters_in_use
     config = learned.config
     layout = (query.shape, query.dtype, valid is None, scales.kind, scales.is_log, scales.scale.dtype)
     layout = (*layout, cache.place is None, *[getattr(config, name) for name in _SETTINGS])
     tensors = [(t, None if t is None else t.dtype) for t in (*learned._parameters.values(), *learned._buffers.values())]
     plan = cache.plan
     if not isinstance(plan, ClusterPlan) or not plan.is_for(learned, tensors, cache.rooms, layout):
-        kernels, projections = _kernels(learned, query, key, value, scales)
+        kernels, projections = _kernels(learned, new, scales)
         plan = cache.plan = ClusterPlan(kernels, projections, learned, tensors, cache.rooms, layout)
     newest, kernels, projections = cache.newest, plan.kernels, plan.projections
     codes = None if kernels is None else cache.codes_to_write(attention.identities[attention.active])
@@ -195,7 +183,7 @@ def _over_clusters(
 
 
 def _kernels(
-    learned: SparsefinderParameters, query: Tensor, key: Tensor, value: Tensor, scales: Scales
+    learned: SparsefinderParameters, new: NewTokens, scales: Scales
 ) -> "tuple[ClusterStep | None, Projections | None]":
     """Make the kernels of a layer's predicted steps; `None` if there are none for its settings."""
     from hf_sparse.ops.predictors.triton.cluster_step import MOST_KEYS, ClusterStep, Lists, Projections
@@ -214,7 +202,7 @@ def _kernels(
     )
     if lists.count * lists.size > MOST_KEYS:
         return None, None
-    kernels = ClusterStep(query, key, value, lists, projections, kind=scales.kind, is_log=scales.is_log)
+    kernels = ClusterStep(new.query, new.key, new.value, lists, projections, kind=scales.kind, is_log=scales.is_log)
     return kernels, projections
 
 

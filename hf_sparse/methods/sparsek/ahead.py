@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hf_sparse.core.new_tokens import NewTokens
 from hf_sparse.methods.sparsek.scorer import Scorer
-from hf_sparse.methods.sparsek.tokens import NewTokens
 
 if TYPE_CHECKING:
     from hf_sparse.methods.sparsek.attention import SparseKAttention

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hf_sparse.core.cache import ModelCall
 from hf_sparse.core.generation import take_announcement
 from hf_sparse.core.layer import AttentionShape, SparseAttentionLayer
+from hf_sparse.core.new_tokens import NewTokens
 from hf_sparse.errors import UnsupportedModelError
 from hf_sparse.methods.sparsek import rows
 from hf_sparse.methods.sparsek.ahead import step_ahead
@@ -30,7 +31,7 @@ from hf_sparse.methods.sparsek.reading import Scoring, read_in_few_launches, sco
 from hf_sparse.methods.sparsek.scorer import Scorer, make_scorer
 from hf_sparse.methods.sparsek.settings import WHOLE_PROMPT
 from hf_sparse.methods.sparsek.step import step_in_one_kernel
-from hf_sparse.methods.sparsek.tokens import NewTokens, ScoredTokens, token_index
+from hf_sparse.methods.sparsek.tokens import ScoredTokens, token_index
 from hf_sparse.ops.triton import cores
 
 # (query [B, Hq, T, D], key [B, Hkv, T, D], scores [B, Hkv, T], scaling) of whole sequences without padding

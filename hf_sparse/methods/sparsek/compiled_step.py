@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hf_sparse.core.new_tokens import NewTokens
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
-from hf_sparse.methods.sparsek.tokens import NewTokens
 from hf_sparse.ops.selection.step import take_step
 
 if TYPE_CHECKING:

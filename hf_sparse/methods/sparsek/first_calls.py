@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from hf_sparse.core.generation import Generation
+from hf_sparse.core.new_tokens import NewTokens
 from hf_sparse.methods.sparsek.budget import Budget
 from hf_sparse.methods.sparsek.scorer import Linear
-from hf_sparse.methods.sparsek.tokens import NewTokens
 from hf_sparse.ops.triton import DTYPES, MOST_ROWS, installed, is_on_gpu
 
 if TYPE_CHECKING:

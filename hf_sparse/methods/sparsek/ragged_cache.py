@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
-from hf_sparse.methods.sparsek.slot_memory import fix_address
+from hf_sparse.methods.sparsek.fixed_memory import fix_address
 from hf_sparse.ops.selection import ragged
 from hf_sparse.ops.selection.next_slots import next_slots
 

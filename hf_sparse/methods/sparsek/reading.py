@@ -5,6 +5,7 @@ slots of all layers but the first are allocated together.
 """
 
 from collections.abc import Hashable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -12,12 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from hf_sparse.core.generation import Generation
+from hf_sparse.core.new_tokens import NewTokens
 from hf_sparse.methods.sparsek.budget import Budget, Counts
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
 from hf_sparse.methods.sparsek.first_calls import layers_like
+from hf_sparse.methods.sparsek.fixed_memory import SharedSlots, fix_address, lasting
 from hf_sparse.methods.sparsek.scorer import LinearScorer
-from hf_sparse.methods.sparsek.slot_memory import SharedSlots, fix_address, lasting
-from hf_sparse.methods.sparsek.tokens import NewTokens
 from hf_sparse.ops.selection.thresholds import MOST_LISTED
 from hf_sparse.ops.triton import DTYPES, MOST_ROWS, installed, is_on_gpu
 
@@ -50,12 +51,23 @@ class Scoring(NamedTuple):
     layout: Hashable | None
 
 
-class _Stock:
-    """Hold what the layers of one call of a model read with: slots, of which `left` are not filled yet, and memory."""
+@dataclass
+class SharedReading:
+    """Hold what layers read with that one call of a model has not filled yet: launches, and memory for all of them.
 
-    def __init__(self, layout: Hashable, program: "Program", slots: SharedSlots, left: int) -> None:
-        self.layout, self.program, self.slots, self.left = layout, program, slots, left
-        self.memory = program.memory()
+    Attributes:
+        layout: what the launches were noted for.
+        program: these launches.
+        slots: of all these layers.
+        memory: what the launches write to beside slots; one layer after another uses it.
+        left: layers that have not read; the next one takes the slots number `left - 1`.
+    """
+
+    layout: Hashable
+    program: "Program"
+    slots: SharedSlots
+    memory: Tensor | None
+    left: int
 
 
 def scoring_of(attention: "SparseKAttention") -> Scoring | None:
@@ -111,16 +123,16 @@ def read_in_few_launches(
     )  # fmt: skip
     addresses = [query.data_ptr(), key.data_ptr(), value.data_ptr(), hidden_states.data_ptr()]
     is_aligned = not (addresses[0] | addresses[1] | addresses[2] | addresses[3]) % 16 and scoring.layout is not None
-    stock = _stock(cache, key, layout) if is_aligned else None
-    if stock is not None:
-        stock.left -= 1
-        of_slots = stock.slots.addresses(stock.left)
+    shared = shared_reading(cache, key, layout) if is_aligned else None
+    if shared is not None:
+        shared.left -= 1
+        of_slots = shared.slots.addresses(shared.left)
         if fits:
             del addresses[0]
         others = (*_addresses_of_tables(cache, key.device), 0 if end is None else end.data_ptr())
-        results = stock.program.launch([*addresses, *scoring.addresses, *of_slots, *others], stock.memory)
+        results = shared.program.launch([*addresses, *scoring.addresses, *of_slots, *others], shared.memory)
         output = None if fits else results[0]
-        cache.take_shared(stock.slots, stock.left)
+        cache.take_shared(shared.slots, shared.left)
     elif _takes(new, scoring, cache):
         if generation is not None:
             _compile_all(generation, new, scoring)
@@ -169,13 +181,21 @@ def _addresses_of_tables(cache: SparseKCacheLayer, device: torch.device) -> tupl
     return counts.data_ptr(), offsets.data_ptr()
 
 
-def _stock(cache: SparseKCacheLayer, key: Tensor, layout: Hashable) -> _Stock | None:
-    """Return slots and launches for this layout, of the call of the model if there is one; `None` without launches."""
+def shared_reading(cache: SparseKCacheLayer, key: Tensor, layout: Hashable) -> SharedReading | None:
+    """Return slots and launches for a layer, those of its call of the model if they are for this layout.
+
+    Args:
+        cache: the layer, which holds nothing yet.
+        key: `[B, Hkv, T, D]`, of the kind that the slots hold.
+        layout: what launches depend on.
+
+    Returns:
+        `None` if no launches are known for the layout.
+    """
     call = cache.call
-    if call is not None:
-        stock: _Stock | None = call.reading
-        if stock is not None and stock.left and stock.layout == layout:
-            return stock
+    shared = None if call is None else call.shared
+    if isinstance(shared, SharedReading) and shared.left and shared.layout == layout:
+        return shared
     program = _programs.get(layout)
     if program is None:
         return None
@@ -184,13 +204,13 @@ def _stock(cache: SparseKCacheLayer, key: Tensor, layout: Hashable) -> _Stock | 
     with lasting():
         # Layers with budgets of their own, or on several devices, take slots one by one: memory for slots of another
         # kind would stay for as long as one layer uses a part of it.
-        alike = call is not None and call.reading is None and cache.counts is None and len(call.kinds) == 1
+        alike = call is not None and shared is None and cache.counts is None and len(call.kinds) == 1
         layers = call.layers if call is not None and alike else 1
         slots = SharedSlots(new_slots(key, cache.counts or cache.slots, layers))
-        stock = _Stock(layout, program, slots, layers)
+        shared = SharedReading(layout, program, slots, program.memory(), layers)
     if call is not None:
-        call.reading = stock
-    return stock
+        call.shared = shared
+    return shared
 
 
 def _read(

@@ -8,20 +8,19 @@ As long as nothing of a text was evicted, its token `p` lies in slot `p` of each
 first empty one. So pieces of several such texts are written to the rows where they belong, and attended to densely.
 """
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_sparse.core.new_tokens import NewTokens, PackedTokens
 from hf_sparse.core.prompt_chunks import ChunkGroup
-from hf_sparse.core.request_state import StateTensor
+from hf_sparse.core.request_state import StateRows, StateTensor
 from hf_sparse.errors import UnsupportedModelError
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
 from hf_sparse.methods.sparsek.settings import WHOLE_PROMPT
 from hf_sparse.methods.sparsek.step import step_in_rows
-from hf_sparse.methods.sparsek.tokens import NewTokens
 from hf_sparse.ops.selection.ragged import offsets_of
 
 if TYPE_CHECKING:
@@ -57,88 +56,45 @@ def request_state(attention: "SparseKAttention", head_dim: int, dtype: torch.dty
 
 
 @torch.no_grad()
-def attend_chunk(
-    attention: "SparseKAttention",
-    states: Sequence[Tensor],
-    row: Tensor,
-    source: Tensor,
-    is_first: bool,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    hidden_states: Tensor,
-    scaling: float,
-) -> Tensor:
+def attend_chunk(attention: "SparseKAttention", at: StateRows, is_first: bool, new: NewTokens) -> Tensor:
     """Attend with the next tokens of one request; see `SparseAttentionLayer.attend_chunk`."""
-    cache = attention.make_cache_layer() if is_first else _gathered(attention, states, source)
-    new = NewTokens(query, key, value, hidden_states, None, scaling)
-    return _attended(attention, states, row, cache, new)
+    return _attended(attention, at, attention.make_cache_layer() if is_first else _gathered(attention, at), new)
 
 
 @torch.no_grad()
-def attend_chunks(
-    attention: "SparseKAttention",
-    states: Sequence[Tensor],
-    rows: Tensor,
-    sources: Tensor,
-    chunks: ChunkGroup,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    hidden_states: Tensor,
-    scaling: float,
-) -> Tensor:
+def attend_chunks(attention: "SparseKAttention", at: StateRows, chunks: ChunkGroup, packed: PackedTokens) -> Tensor:
     """Attend with the next tokens of several requests; see `SparseAttentionLayer.attend_chunks`."""
     if chunks.is_dense:
-        _write(attention, states, rows, sources, chunks, key, value, hidden_states)
-        return _attended_densely(attention, states, rows, chunks, query, key, value, scaling)
-    cache = attention.make_cache_layer() if chunks.is_first else _gathered(attention, states, sources)
-    q, k, v, hidden = (chunks.padded(tensor) for tensor in (query, key, value, hidden_states))
-    new = NewTokens(q, k, v, hidden, chunks.valid, scaling)
-    return chunks.packed(_attended(attention, states, rows, cache, new))
+        _write(attention, at, chunks, packed)
+        return _attended_densely(attention, at, chunks, packed)
+    cache = attention.make_cache_layer() if chunks.is_first else _gathered(attention, at)
+    q, k, v, hidden_states = (chunks.padded(tensor) for tensor in packed[:4])
+    new = NewTokens(q, k, v, hidden_states, chunks.valid, packed.scaling)
+    return chunks.packed(_attended(attention, at, cache, new))
 
 
 @torch.no_grad()
-def attend_steps(
-    attention: "SparseKAttention",
-    states: Sequence[Tensor],
-    rows: Tensor,
-    sources: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    hidden_states: Tensor,
-    scaling: float,
-) -> Tensor:
+def attend_steps(attention: "SparseKAttention", at: StateRows, new: NewTokens) -> Tensor:
     """Take a decoding step of several requests; see `SparseAttentionLayer.attend_steps`."""
-    new = NewTokens(query, key, value, hidden_states, None, scaling)
-    if sources is rows:
-        output = step_in_rows(attention, states, rows, new)
+    if at.sources is at.rows:
+        output = step_in_rows(attention, at, new)
         if output is not None:
             return output
-    return _attended(attention, states, rows, _gathered(attention, states, sources), new)
+    return _attended(attention, at, _gathered(attention, at), new)
 
 
-def _write(
-    attention: "SparseKAttention",
-    states: Sequence[Tensor],
-    rows: Tensor,
-    sources: Tensor,
-    chunks: ChunkGroup,
-    key: Tensor,
-    value: Tensor,
-    hidden_states: Tensor,
-) -> None:
+def _write(attention: "SparseKAttention", at: StateRows, chunks: ChunkGroup, packed: PackedTokens) -> None:
     """Write new tokens of texts of which nothing is evicted to their slots."""
-    index = rows.long()
+    index = at.rows.long()
     if chunks.is_first:
-        for part, state in zip(request_state(attention, key.shape[-1], key.dtype), states, strict=True):
+        head_dim, dtype = packed.key.shape[-1], packed.key.dtype
+        for part, state in zip(request_state(attention, head_dim, dtype), at.states, strict=True):
             state.index_fill_(0, index, part.fresh)
-    elif sources is not rows:
-        for state in states:
-            state.index_copy_(0, index, state.index_select(0, sources))
-    positions, seen, scores, keys, values = states
-    hidden, key, value = (tensor.index_select(0, chunks.tokens) for tensor in (hidden_states, key, value))
+    elif at.sources is not at.rows:
+        for state in at.states:
+            state.index_copy_(0, index, state.index_select(0, at.sources))
+    positions, seen, scores, keys, values = at.states
+    key, value, hidden = (tensor.index_select(0, chunks.tokens) for tensor in packed[1:4])
     slots = chunks.index[:, None] + _first_slots(attention, key.device)
     place = index.index_select(0, chunks.row)[:, None], slots  # [n, Hkv]
     for table, numbers in (
@@ -151,32 +107,24 @@ def _write(
     seen.index_copy_(0, index, (chunks.before + chunks.lengths)[:, None])
 
 
-def _attended_densely(
-    attention: "SparseKAttention",
-    states: Sequence[Tensor],
-    rows: Tensor,
-    chunks: ChunkGroup,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    scaling: float,
-) -> Tensor:
+def _attended_densely(attention: "SparseKAttention", at: StateRows, chunks: ChunkGroup, packed: PackedTokens) -> Tensor:
     """Attend to all keys of texts of which nothing is evicted, after the new tokens were written to their slots."""
+    query, key = packed.query, packed.key
     grouped = query.shape[1] != key.shape[1]
     queries, mask = chunks.padded(query), None
     if chunks.is_first:
-        keys, values = chunks.padded(key), chunks.padded(value)
+        keys, values = chunks.padded(key), chunks.padded(packed.value)
     else:
         number = torch.arange(chunks.most_context, device=key.device)
-        place = rows.long()[:, None, None], number[:, None] + _first_slots(attention, key.device)
+        place = at.rows.long()[:, None, None], number[:, None] + _first_slots(attention, key.device)
         is_filled = (number < (chunks.before + chunks.lengths)[:, None])[:, :, None, None]
         keys, values = (  # [B, Hkv, Tk, D]; what an empty slot holds may be anything
-            _by_slot(state, 3)[place].masked_fill(~is_filled, 0).transpose(1, 2) for state in states[3:]
+            _by_slot(state, 3)[place].masked_fill(~is_filled, 0).transpose(1, 2) for state in at.states[3:]
         )
         last = chunks.before[:, None] + number[: queries.shape[2]]
         mask = (number <= last[:, :, None])[:, None]
     output = F.scaled_dot_product_attention(
-        queries, keys, values, mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+        queries, keys, values, mask, is_causal=mask is None, scale=packed.scaling, enable_gqa=grouped
     )
     return chunks.packed(output)
 
@@ -196,23 +144,21 @@ def _slots_of_heads(attention: "SparseKAttention") -> list[int]:
     return [attention.budget.of_head(head).slots for head in range(attention.num_key_value_heads)]
 
 
-def _gathered(attention: "SparseKAttention", states: Sequence[Tensor], rows: Tensor) -> SparseKCacheLayer:
-    """Return a cache layer with copies of some rows."""
-    positions, seen, scores, keys, values = (state.index_select(0, rows) for state in states)
+def _gathered(attention: "SparseKAttention", at: StateRows) -> SparseKCacheLayer:
+    """Return a cache layer with copies of the states that are read."""
+    positions, seen, scores, keys, values = (state.index_select(0, at.sources) for state in at.states)
     cache = attention.make_cache_layer()
-    no_padding = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+    no_padding = torch.zeros(len(at.sources), dtype=torch.bool, device=at.sources.device)
     cache.take(keys, values, scores, positions, seen[:, 0], no_padding, seen.new_zeros(()))
     return cache
 
 
-def _attended(
-    attention: "SparseKAttention", states: Sequence[Tensor], rows: Tensor, cache: SparseKCacheLayer, new: NewTokens
-) -> Tensor:
+def _attended(attention: "SparseKAttention", at: StateRows, cache: SparseKCacheLayer, new: NewTokens) -> Tensor:
     """Attend with a cache layer, and write what it holds then into the rows."""
     cache.may_look_ahead = False
     output = attention.attend(**new._asdict(), cache=cache)
     held = (cache.positions, cache.seen[:, None], cache.scores, cache.keys, cache.values)
-    index = rows.long()
-    for state, tensor in zip(states, held, strict=True):
+    index = at.rows.long()
+    for state, tensor in zip(at.states, held, strict=True):
         state.index_copy_(0, index, tensor)
     return output

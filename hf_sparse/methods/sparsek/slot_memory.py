@@ -1,13 +1,13 @@
-"""Hold the memory of KV slots: allocate it, move rows and devices, and copy it.
+"""Hold the tensors of KV slots: allocate them, move rows and devices, and copy them.
 
-Compiled steps and captured ones keep the addresses of these tensors, so that what changes is written in place wherever
-shape and device stay. Which key has which slot is the matter of `SparseKCacheLayer`.
+Compiled steps and recorded ones keep the addresses of these tensors, so that what changes is written in place wherever
+shape and device stay. The cache layer of SparseK is made of three classes, each of which inherits from the one before:
+`SlotMemory` has the tensors, `KeySlots` puts keys into them and attends, and `SparseKCacheLayer` counts tokens and
+answers to transformers and to the patch.
 """
 
 import copy
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from itertools import chain
 from typing import TYPE_CHECKING, Any, Self
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from hf_sparse.core.cache import ModelCall
-from hf_sparse.ops.stacked import stacked, unstacked
+from hf_sparse.methods.sparsek.fixed_memory import SharedSlots, alike, fix_address, lasting
 
 if TYPE_CHECKING:
     from hf_sparse.methods.sparsek.ahead import Ahead
@@ -25,35 +25,6 @@ if TYPE_CHECKING:
 
 _STATE = ("keys", "values", "scores", "positions", "seen", "padded_late", "memory")
 _OF_TEXT = ("keys", "values", "_scores", "positions", "seen", "padded_late", "cumulative_length")  # what `take` takes
-
-
-class SharedSlots:
-    """Hold the slots of several layers in one piece of memory for each kind of tensor.
-
-    To the host, seven tensors of its own for each layer cost more than all else that a short prompt adds to a dense
-    one. So they are made when the first one is read, as in decoding, and not for a cache that nobody goes on with.
-
-    Args:
-        stacks: `[layers, *shape]`, in the order of the arguments of `SlotMemory.take`.
-    """
-
-    def __init__(self, stacks: Sequence[Tensor]) -> None:
-        self.stacks = stacks
-        self._places = [(stack.data_ptr(), stack.stride(0) * stack.element_size()) for stack in stacks]
-        self._tensors: list[tuple[Tensor, ...]] = []
-
-    def addresses(self, number: int) -> list[int]:
-        """Return where the tensors of a layer lie."""
-        return [begin + number * step for begin, step in self._places]
-
-    def tensors(self, number: int) -> tuple[Tensor, ...]:
-        """Return the tensors of a layer, marked as `fix_address` does."""
-        if not self._tensors:
-            with lasting():
-                self._tensors = list(zip(*[unstacked(stack) for stack in self.stacks], strict=True))
-            for tensor in chain(*self._tensors):
-                torch._dynamo.mark_static_address(tensor)  # also while what reads them is traced
-        return self._tensors[number]
 
 
 class _SlotTensor:
@@ -72,7 +43,7 @@ class _SlotTensor:
 class SlotMemory(CacheLayerMixin):
     """Hold the tensors of a layer's KV slots, and what has to follow when they change.
 
-    Attributes:
+    Attributes (the tensors are `None` before the first token):
         keys, values: `[B, Hkv, S, D]` with `S = sinks + window + k`.
         scores: `[B, Hkv, S]` float32. To read them ends what was foreseen of the next steps.
         positions: `[B, Hkv, S]` int64, index of the token in its row, -1 for an empty slot.
@@ -80,24 +51,22 @@ class SlotMemory(CacheLayerMixin):
         padded_late: `[B]` bool, rows with padding after a real token.
         memory: `[B, Hkv, D]`, what a baseline remembers of all tokens so far; `None` for the others.
         cumulative_length: int64 without dimensions, tokens so far with padding.
-        counts_arrivals: whether a step of the layer is compiled, so that it keeps `arrived`.
-        arrived: int32 `[B * Hkv + 1]`, counters of the kernel of a compiled step, zero between two steps; or `None`.
-        empty: whether nothing was written yet.
-        soft: whether soft gates, which are for learning, were between the tokens so far.
-        in_attention: whether the patch announced sparse attention that is not done yet.
-        step: the plan of a decoding step in one kernel, see `methods.sparsek.step`; `None` before the first such step.
-        ahead: what is foreseen of the next steps on the CPU, see `methods.sparsek.ahead`, or `None`.
-        counts: slots of each KV head where they differ, see `RaggedCacheLayer`; `None` here.
-        offsets: where these begin; `None` here.
+        counts, offsets: slots of each KV head where they differ, and where these begin, see `RaggedCacheLayer`; `None`
+            where they do not.
         shared: the memory that has the tensors of the layer, and its number there, until one of them is read; or
             `None`.
+        empty: whether nothing was written yet.
+        soft: whether soft gates, which are for learning, were between the tokens so far.
+        counts_arrivals: whether a step of the layer is compiled, so that it keeps `arrived`.
+        arrived: int32 `[B * Hkv + 1]`, counters of the kernel of a compiled step, zero between two steps; or `None`.
+        step: the plan of a decoding step in one kernel, see `methods.sparsek.step`; `None` before the first such step.
+        ahead: what is foreseen of the next steps on the CPU, see `methods.sparsek.ahead`, or `None`.
         call: the call of the model that made the layer and goes on, see `SparseCacheLayer`; then `scoring` is known.
         scoring: what a scorer of linear scores computes with, see `methods.sparsek.reading`; or `None`.
     """
 
     is_initialized = False
-    # Tensors; all are None until the first token, and memory until something is remembered. What every new layer
-    # begins with stands here, for a prefill makes one per layer of the model.
+    # What every new layer begins with stands here, for a prefill makes one per layer of the model.
     keys: Any = _SlotTensor()
     values: Any = _SlotTensor()
     positions: Any = _SlotTensor()
@@ -111,7 +80,6 @@ class SlotMemory(CacheLayerMixin):
     offsets: Tensor | None = None
     empty = True
     soft = False
-    in_attention = False
     call: ModelCall | None = None
     scoring: "Scoring | None" = None
     step: "StepPlan | None" = None
@@ -122,8 +90,7 @@ class SlotMemory(CacheLayerMixin):
     sinks: int
     owner: object
     _scores: Any = _SlotTensor()
-    _offload_wanted = False
-    _length: int | None = 0  # cumulative_length, where no compiled or captured step can have changed it
+    _length: int | None = 0  # cumulative_length, where no compiled or recorded step can have changed it
 
     @property
     def slots(self) -> int:
@@ -233,7 +200,7 @@ class SlotMemory(CacheLayerMixin):
         kinds = [[getattr(layer, name) for layer in sources] for name in _OF_TEXT]
         are_new = not targets[0].is_initialized
         if are_new:
-            copies = [_like(kind) for kind in kinds]
+            copies = [alike(kind) for kind in kinds]
         else:
             copies = [[getattr(layer, name) for layer in targets] for name in _OF_TEXT]
         with torch.no_grad():
@@ -257,12 +224,6 @@ class SlotMemory(CacheLayerMixin):
 
     def _state(self) -> list[Tensor]:
         return [t for t in (*(getattr(self, name) for name in _STATE), self.cumulative_length) if t is not None]
-
-    def offload(self) -> None:
-        """Move the slots to the CPU; right after `update`, before the attention, `end_attention` does it."""
-        self._offload_wanted = self.in_attention
-        if not self.in_attention:
-            self._each(lambda t: t.to("cpu", non_blocking=True))
 
     def prefetch(self) -> None:
         """Move the slots back."""
@@ -350,28 +311,3 @@ class SlotMemory(CacheLayerMixin):
             fix_address(self.memory)
         else:
             self.memory.copy_(memory)
-
-
-def _like(tensors: list[Tensor]) -> list[Tensor]:
-    """Allocate tensors of the same shapes, marked as `fix_address` does; those of one shape lie in one allocation."""
-    places: dict[tuple[Any, ...], list[int]] = {}
-    for place, tensor in enumerate(tensors):
-        places.setdefault((tensor.shape, tensor.dtype), []).append(place)
-    made = list(tensors)
-    with lasting():
-        for (shape, dtype), alike in places.items():
-            for place, tensor in zip(alike, stacked(len(alike), shape, dtype, tensors[0].device), strict=True):
-                made[place] = tensor
-                fix_address(tensor)
-    return made
-
-
-def lasting() -> AbstractContextManager[Any]:
-    """Make tensors that can be written to in any mode: those of `torch.inference_mode` could not be after it."""
-    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
-
-
-def fix_address(tensor: Tensor) -> None:
-    """Tell CUDA graphs that the tensor stays where it is, so that they can write to it."""
-    if not torch.compiler.is_compiling():
-        torch._dynamo.mark_static_address(tensor)

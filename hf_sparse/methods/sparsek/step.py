@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hf_sparse.core.new_tokens import NewTokens
+from hf_sparse.core.request_state import StateRows
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
 from hf_sparse.methods.sparsek.scorer import Linear, Scorer
-from hf_sparse.methods.sparsek.tokens import NewTokens
 from hf_sparse.ops.selection.ragged import offsets_of
 from hf_sparse.ops.selection.slots import has_kernels
 from hf_sparse.ops.triton import DTYPES, MOST_ROWS, is_on_gpu
@@ -75,17 +76,14 @@ def step_in_one_kernel(attention: "SparseKAttention", new: NewTokens, cache: Spa
     return output
 
 
-def step_in_rows(
-    attention: "SparseKAttention", states: Sequence[Tensor], rows: Tensor, new: NewTokens
-) -> Tensor | None:
+def step_in_rows(attention: "SparseKAttention", at: StateRows, new: NewTokens) -> Tensor | None:
     """Take a decoding step with slots that lie in rows of a pool, without copying them.
 
     The kernels of the pool are kept with the attention, one for each number of requests and each budget. They share
     their memory.
 
     Args:
-        states: positions, seen, scores, keys and values `[rows, ...]`, see `methods.sparsek.rows`.
-        rows: `[B]` of integers, the row of each request.
+        at: the rows of the requests, which are read and written; `at.sources` is not looked at.
         new: one token of each request, without padding.
 
     Returns:
@@ -94,7 +92,7 @@ def step_in_rows(
     query, key, value, hidden_states, _, _ = new
     if attention.baseline is not None or type(query) is not Tensor or not is_on_gpu(query):
         return None
-    positions, seen, scores, keys, values = states
+    positions, seen, scores, keys, values = states = at.states
     scorer: Any = attention.sparsek_scorer[attention.active]
     linear = scorer.linear
     addresses = tuple([state.data_ptr() for state in states])
@@ -106,9 +104,9 @@ def step_in_rows(
         return None
     weight, slope, _ = linear
     if weight is None:
-        hidden_states = scorer(hidden_states, seen.index_select(0, rows.clamp(min=0)))
+        hidden_states = scorer(hidden_states, seen.index_select(0, at.rows.clamp(min=0)))
     pool = keys, values, scores, positions, seen
-    return kernel(query, key, value, hidden_states, weight, slope, None, rows, pool)
+    return kernel(query, key, value, hidden_states, weight, slope, None, at.rows, pool)
 
 
 def _layout(linear: Linear, new: NewTokens) -> tuple[Any, ...]:

@@ -1,28 +1,9 @@
-"""Hold the new tokens of one forward through an attention module, before and after they are scored."""
+"""Hold the new tokens of one forward through an attention module, after they are scored."""
 
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-
-
-class NewTokens(NamedTuple):
-    """Hold what `SparseKAttention.attend` gets of the tokens of one forward.
-
-    Attributes:
-        query: `[B, Hq, T, D]`; key, value: `[B, Hkv, T, D]`, positions applied.
-        hidden_states: `[B, T, C]`, the input of the attention module.
-        valid: `[B, T]` bool, False for padding; `None` if every token is real.
-        scaling: multiplies the logits.
-    """
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    hidden_states: Tensor
-    valid: Tensor | None
-    scaling: float
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Take one decoding step over a fixed number of KV slots: put the new token into a slot, attend to the slots.
 
-Shapes never change and nothing waits for a value from the device, so that a step can be compiled and captured in a
+Shapes never change and nothing waits for a value from the device, so that a step can be compiled and recorded as a
 CUDA graph. On a GPU both are Triton kernels; elsewhere, and for what those do not take, plain PyTorch.
 
 Compiled code calls both as operators that it does not look into: tracing the kernels of every layer took seconds.

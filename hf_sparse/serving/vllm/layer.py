@@ -18,6 +18,7 @@ from vllm.v1.attention.backends.mamba_attn import BaseMambaAttentionMetadata, Ba
 from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
 
 from hf_sparse.core.layer import SparseAttentionLayer
+from hf_sparse.core.new_tokens import PackedTokens
 from hf_sparse.core.prompt_chunks import Chunk
 from hf_sparse.core.request_state import StateTensor
 from hf_sparse.serving.pool import Batch, attend_packed, begin_rows, state_of_request
@@ -235,7 +236,8 @@ class RowAttention(MambaBase, nn.Module):
             for tensor, heads in ((query, self.num_heads), (key, self.num_kv_heads), (value, self.num_kv_heads))
         )
         result = output.view(len(output), self.num_heads, self.head_dim)
-        attend_packed(self.attention, self.states, metadata.batch, q, k, v, hidden_states, self.scaling, result)
+        packed = PackedTokens(q, k, v, hidden_states, self.scaling)
+        attend_packed(self.attention, self.states, metadata.batch, packed, result)
 
 
 @torch.library.custom_op("hf_sparse::attend_rows", mutates_args=("output",))

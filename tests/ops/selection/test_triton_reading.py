@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from hf_sparse.core.cache import ModelCall
+from hf_sparse.core.new_tokens import NewTokens
 from hf_sparse.methods.sparsek import SparseKCacheLayer, reading
+from hf_sparse.methods.sparsek.fixed_memory import SharedSlots
 from hf_sparse.methods.sparsek.ragged_cache import RaggedCacheLayer
 from hf_sparse.methods.sparsek.reading import Scoring
-from hf_sparse.methods.sparsek.slot_memory import SharedSlots
-from hf_sparse.methods.sparsek.tokens import NewTokens
 from hf_sparse.ops import sparsek_attention
 from hf_sparse.ops.selection import ragged
 from hf_sparse.ops.selection import slots as reference
@@ -249,8 +249,8 @@ def test_only_layers_that_are_alike_are_allocated_together(k, layers, monkeypatc
     monkeypatch.setitem(reading._programs, "layout", SimpleNamespace(memory=lambda: None))
     cache = SparseKCacheLayer(k[0], 3, 1)
     cache.call = call
-    stock = reading._stock(cache, key, "layout")
-    assert stock is call.reading and stock.left == len(stock.slots.stacks[0]) == layers
+    shared = reading.shared_reading(cache, key, "layout")
+    assert shared is call.shared and shared.left == len(shared.slots.stacks[0]) == layers
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="models take this path on a GPU alone")

@@ -77,8 +77,8 @@ class Predictor:
         """Return what `SparseAttentionLayer.prompt_edge` says, where keys are attended to that this predictor names."""
         return None
 
-    def sees_all_in_step(self, keys: int) -> bool:
-        """Tell whether a decoding step with so many keys attends to all of them, or as if it did."""
+    def sees_all_keys(self, queries: int, keys: int) -> bool:
+        """Tell whether so few queries, as in decoding, attend to all of so many keys, or as if they did."""
         return self.finds_support
 
     def buffers(self, kv_heads: int) -> dict[str, tuple[int, ...]]:

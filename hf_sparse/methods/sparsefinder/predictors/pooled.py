@@ -24,15 +24,15 @@ class Pooled(Predictor):
         assert self.config.rows is not None
         return max(self.config.exact_up_to, self.config.rows - 1)
 
-    def sees_all_in_step(self, keys: int) -> bool:
+    def sees_all_keys(self, queries: int, keys: int) -> bool:
         assert self.config.rows is not None
-        return self.config.rows > 1 or keys <= self.config.exact_up_to
+        return queries < self.config.rows or keys <= self.config.exact_up_to
 
     def graph(self, learned: "SparsefinderParameters", text: AttentionInputs, codes: Codes | None) -> Tiles | None:
         config = self.config
-        assert config.tile is not None and config.rows is not None
-        queries, keys = text.query.shape[2], text.key.shape[2]
-        if queries < config.rows or keys <= config.exact_up_to:
+        assert config.tile is not None
+        queries = text.query.shape[2]
+        if self.sees_all_keys(queries, text.key.shape[2]):
             return None
         query = text.query
         if text.end is not None:  # a tile attends to what any of its queries chooses, and zeros choose nothing

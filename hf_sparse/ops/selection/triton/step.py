@@ -10,7 +10,7 @@ A step waits for memory again and again rather than for the amount that it reads
 keys and values while earlier ones are attended to, and the results of all programs of a head at once.
 
 The slots may be rows of a pool, which an index chooses: so requests that come and go share a kernel and its memory, and
-a captured graph reads the index when it is replayed.
+a recorded graph reads the index when it is replayed.
 
 Sums of a score are in float64, as in `hf_sparse.ops.selection.triton.linear_scores`, so that equal inputs have equal
 float32 scores.
