@@ -36,12 +36,13 @@ from hf_sparse.ops.triton.sizes import pieces
 
 
 class Blocks(NamedTuple):
-    """Hold the sizes of a program: rows, keys at a time, Triton's warps and stages."""
+    """Hold the sizes of a program: rows, keys at a time, Triton's warps and stages, the most registers of a thread."""
 
     rows: int
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 class Candidates(NamedTuple):
@@ -85,6 +86,7 @@ FAR = 16384  # keys of a text up to which the first and the near ones say enough
 PROBE = 16  # in longer texts one in so many of the keys between these is looked at for the bound, too
 HIGHER = 0.06  # how far above the first bound a step of Newton's method begins as well
 EVERY = 4  # blocks of keys after which the bound rises
+STEEP = tl.constexpr(2.0**60)  # what makes a difference of float32 numbers, one of them at least 2 ** -35, at least 1
 
 
 def start_blocks(query: Tensor) -> Blocks:
@@ -196,7 +198,7 @@ def candidates(
         kept, *listed, queries, keys, heads, capacity, width, *strides, **fixed, FEW=few, MANY=max(HEAVY, few), W=128,
         M=blocks.rows, N=blocks.keys, R=GROUP_ROWS, START=start.rows,
         NEAR=start.keys, FIRST=near, HIGHER=HIGHER, EVERY=every, num_warps=blocks.warps,
-        num_stages=blocks.stages,
+        num_stages=blocks.stages, maxnreg=blocks.registers,
     )  # fmt: skip
     return Candidates(bound, words, places, counts, blocks.keys, totals, queue, turn, kept)
 
@@ -361,11 +363,10 @@ def _sweep(
     if scale < 0:  # products are compared before they are scaled
         q = -q
     scale = tl.maximum(tl.abs(scale), 1e-30)
-    limit = bound / scale
+    limit, steep = _limits(bound, scale)
     K += batch * k_batch + head // GROUP * k_head
 
     lane = tl.arange(0, N)
-    bit = tl.full([N], 1, tl.int32) << (lane // 8 * 2 + lane % 2)
     word_of = tl.arange(0, 4)
     within = lane[:, None] * k_row + dim[None, :]  # of a block of keys
     group = tile * (M // R) + tl.arange(0, M // R)
@@ -408,7 +409,8 @@ def _sweep(
         begin = _begin_of(Index, step, size, N)
         k = tl.load(K + begin.to(tl.int64) * k_row + within, mask=(dim < D)[None, :], other=0.0)
         product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        passes = tl.where(product > limit[:, None], bit[None, :], 0)
+        # By multiplications and additions, of which the GPU does twice as many as of comparisons and selections.
+        passes = tl.minimum(tl.maximum(product * STEEP - steep[:, None], 0.0), 1.0)
         count = _keep(
             passes, begin, step, Packed, batch, width, Words, Numbers, out, count, capacity, there, word_of, M, N, R
         )  # fmt: skip
@@ -428,7 +430,7 @@ def _sweep(
         if step % EVERY == EVERY - 1:
             bound = _risen(bound, start, low_mass, low_slope, place, total, inside, exponent, KIND)
             bound = _risen(bound, higher, high_mass, high_slope, place + 2 * total, total, inside, exponent, KIND)
-            limit = bound / scale
+            limit, steep = _limits(bound, scale)
     tl.store(Bound + row * queries + index, bound, mask=inside)
     for step in tl.range(whole_steps, steps, num_stages=1):
         begin = _begin_of(Index, step, size, N)
@@ -438,7 +440,7 @@ def _sweep(
         sees = (product > limit[:, None]) & (key < keys)[None, :]
         if CAUSAL:
             sees &= key[None, :] <= position[:, None]
-        passes = tl.where(sees, bit[None, :], 0)
+        passes = tl.where(sees, 1.0, 0.0)
         count = _keep(
             passes, begin, step, Packed, batch, width, Words, Numbers, out, count, capacity, there, word_of, M, N, R
         )  # fmt: skip
@@ -463,6 +465,16 @@ def _sweep(
 
 
 @triton.jit
+def _limits(bound, scale):
+    """Return what products must exceed, and that times STEEP.
+
+    A product that differs from the limit does so by 1 / STEEP at least, since the limit is not close to 0."""
+    limit = tl.minimum(bound / scale, 1e20)
+    limit = tl.where(tl.abs(limit) < 3e-11, -3e-11, limit)
+    return limit, limit * STEEP
+
+
+@triton.jit
 def _places(Counter, some):
     """Return the place of each of some groups behind those that other programs have counted, and these groups."""
     one = some.to(tl.int32)
@@ -484,13 +496,28 @@ def takes_lists(lists: Lists) -> bool:
 
 
 @triton.jit
+def _joined(bits, M: tl.constexpr, length: tl.constexpr, weight: tl.constexpr):
+    """Add each second number of so many, times a weight, to the one before."""
+    if length > 1:
+        low, high = tl.split(tl.reshape(bits, [M, 4, length // 2, 2]))
+        bits = low + high * weight
+    return bits
+
+
+@triton.jit
 def _keep(
     passes, begin, step, Packed, batch, width, Words, Numbers, out, count, capacity, there, word_of, M: tl.constexpr,
     N: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """Store the block of keys from `begin` on for all groups, or where it has a bit; return the counts of blocks."""
-    columns = tl.permute(tl.reshape(passes, [M, N // 8, 4, 2]), [0, 2, 1, 3])
-    words = tl.reduce(tl.reshape(columns, [M, 4, N // 4]), 2, _or)
+    bits = tl.permute(tl.reshape(passes, [M, N // 8, 4, 2]), [0, 2, 1, 3])
+    bits = _joined(_joined(_joined(_joined(bits, M, N // 4, 2.0), M, N // 8, 4.0), M, N // 16, 16.0), M, N // 32, 256.0)
+    words = (bits + 8388608.0).to(tl.int32, bitcast=True) & 0xFFFF  # the last digits of a number from 2 ** 23 on
+    if N == 128:
+        low, high = tl.split(words)
+        words = low | (high << 16)
+    else:
+        words = tl.reshape(words, [M, 4])
     words = tl.reduce(tl.reshape(words, [M // R, R, 4]), 1, _or)
     if Packed is not None:
         words &= tl.load(Packed + batch * width + begin // N * 4 + word_of)[None, :]
