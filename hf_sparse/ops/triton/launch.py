@@ -5,6 +5,7 @@ passes of the compiler, the assembler and the C compiler of the launchers let ot
 are known together are ready almost as soon as the slowest of them.
 """
 
+import functools
 import os
 import warnings
 from collections.abc import Callable, Hashable
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from hf_sparse.ops.triton.replay import note_launch
@@ -30,6 +32,36 @@ def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
             note_launch(kernel, kernel[grid](*arguments, **constants), grid, arguments, constants)
 
     return call
+
+
+def early() -> dict[str, bool]:
+    """Return the constants of a kernel that calls `take_over(EARLY)`, by which its programs may be there before it can
+    begin: NVIDIA's programmatic dependent launch, from Hopper on."""
+    on = torch.version.hip is None and torch.cuda.is_available() and _is_hopper(torch.cuda.current_device())
+    return {"EARLY": True, "launch_pdl": True} if on and not triton.knobs.runtime.interpret else {"EARLY": False}
+
+
+@functools.cache
+def _is_hopper(device: int) -> bool:
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+@triton.jit
+def take_over(EARLY: tl.constexpr):
+    """Wait for the end of the kernel that was launched before, and let the next one's programs come.
+
+    What the kernel before that one wrote can be read without waiting, if that one has called this function."""
+    if EARLY:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def stay(EARLY: tl.constexpr):
+    """End no sooner than the kernel that was launched before, in a kernel that did not wait for it."""
+    if EARLY:
+        if tl.program_id(0) == 0:
+            tl.extra.cuda.gdc_wait()
 
 
 def compile_ahead(attention: Callable[..., Tensor], *arguments: Any, family: Hashable = None) -> None:

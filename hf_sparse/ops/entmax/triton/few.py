@@ -24,6 +24,7 @@ from hf_sparse.ops.entmax.triton.common import (
 )
 from hf_sparse.ops.entmax.triton.jobs import LENGTHS, rows_of_group, turn_of_group
 from hf_sparse.ops.entmax.triton.sweep import key_of_bit
+from hf_sparse.ops.triton.launch import stay
 from hf_sparse.ops.triton.sizes import padded
 
 
@@ -87,8 +88,11 @@ def attend_few(
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr, N: tl.constexpr, M: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, SAVE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Write the results of a group of M rows with at most C candidates."""
+    """Write the results of a group of M rows with at most C candidates.
+
+    It is launched after `_groups`, whose results it does not read."""
     group = turn_of_group(tl.program_id(0), groups, query_tiles, rows, share, M)
     total = tl.load(Totals + group)
     if total <= C:
@@ -144,3 +148,4 @@ def attend_few(
             tl.store(Support + group.to(tl.int64) * kept + tl.cumsum(one, 0) - one, key, mask=one > 0)
             length = tl.sum(one, 0)
         tl.store(Lengths + group, length)
+    stay(EARLY)

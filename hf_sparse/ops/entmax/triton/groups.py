@@ -40,7 +40,7 @@ from hf_sparse.ops.entmax.triton.jobs import (
     turn_of_group,
 )
 from hf_sparse.ops.entmax.triton.sweep import FAR, GROUP_ROWS, TURNS, Candidates
-from hf_sparse.ops.triton.launch import launch
+from hf_sparse.ops.triton.launch import early, launch, take_over
 from hf_sparse.ops.triton.replay import empty, zeros
 from hf_sparse.ops.triton.sizes import padded
 
@@ -152,13 +152,13 @@ def attend_groups(
     products = empty((large * most + (at_once - large) * kept, GROUP_ROWS), torch.float32, device)
     launch(_groups, (at_once,))(
         *given, gathered, support, turn, queue, *into, reached, products, most, large, *who, **fixed, C=buffered.chunk,
-        WIDE=buffered.wide, STAGES=buffered.stages, DEPTH=buffered.depth, LANES=32 * buffered.warps,
+        WIDE=buffered.wide, STAGES=buffered.stages, DEPTH=buffered.depth, LANES=32 * buffered.warps, **early(),
         num_warps=buffered.warps, num_stages=1, maxnreg=buffered.registers,
     )  # fmt: skip
     if found is not None:
         of_few = empty((groups, few.keys), torch.int32, device)
         launch(attend_few, (groups,))(
-            *given, found.totals, of_few, support, *into, *who, **fixed, C=few.keys, LANES=32 * few.warps,
+            *given, found.totals, of_few, support, *into, *who, **fixed, C=few.keys, LANES=32 * few.warps, **early(),
             num_warps=few.warps, num_stages=1,
         )  # fmt: skip
     return Attended(output, tau, counts, slopes, support, lengths)
@@ -207,8 +207,9 @@ def _groups(
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr, N: tl.constexpr, M: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr,
-    STAGES: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr, SAVE: tl.constexpr,
+    STAGES: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr, SAVE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    take_over(EARLY)
     dim, step = tl.arange(0, PADDED), tl.arange(0, C)
     wide = (dim < D)[None, :]
     program = tl.program_id(0).to(tl.int64)

@@ -30,7 +30,7 @@ from hf_sparse.ops.entmax.triton.common import (
     powers,
     scale_of,
 )
-from hf_sparse.ops.triton.launch import launch
+from hf_sparse.ops.triton.launch import early, launch, take_over
 from hf_sparse.ops.triton.replay import empty
 from hf_sparse.ops.triton.sizes import pieces
 
@@ -184,7 +184,7 @@ def candidates(
     launch(_start, grid)(
         query, key, *numbers.arguments, first, valid, bound, sums, turn, *listed, queries, keys, heads, *strides,
         **fixed, M=start.rows, NEAR=start.keys, FIRST=near, STEPS=start_steps(query), HIGHER=HIGHER, TURNS=TURNS,
-        PROBE=probe if lists is None else 0,
+        PROBE=probe if lists is None else 0, **early(),
         num_warps=start.warps, num_stages=start.stages,
     )  # fmt: skip
     words = empty((groups, capacity, 4), torch.int32, device)
@@ -197,7 +197,7 @@ def candidates(
         query, key, *numbers.arguments, first, packed, bound, sums, words, places, counts, totals, turn, queue, groups,
         kept, *listed, queries, keys, heads, capacity, width, *strides, **fixed, FEW=few, MANY=max(HEAVY, few), W=128,
         M=blocks.rows, N=blocks.keys, R=GROUP_ROWS, START=start.rows,
-        NEAR=start.keys, FIRST=near, HIGHER=HIGHER, EVERY=every, num_warps=blocks.warps,
+        NEAR=start.keys, FIRST=near, HIGHER=HIGHER, EVERY=every, **early(), num_warps=blocks.warps,
         num_stages=blocks.stages, maxnreg=blocks.registers,
     )  # fmt: skip
     return Candidates(bound, words, places, counts, blocks.keys, totals, queue, turn, kept)
@@ -230,11 +230,12 @@ def _start(
     q_batch, q_head, q_row, k_batch, k_head, k_row,
     GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr, M: tl.constexpr, NEAR: tl.constexpr, FIRST: tl.constexpr, STEPS: tl.constexpr,
-    HIGHER: tl.constexpr, TURNS: tl.constexpr, PROBE: tl.constexpr,
+    HIGHER: tl.constexpr, TURNS: tl.constexpr, PROBE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Find the `Bound` of M rows: tau over FIRST first keys, NEAR keys around the rows and FIRST others, or less.
 
     It is `inf` where there is no query, and `-inf` for a query that sees none of these keys."""
+    take_over(EARLY)
     if tl.program_id(0) == 0:
         tl.store(Turn + tl.arange(0, TURNS), tl.zeros([TURNS], tl.int32))
     tiles = tl.cdiv(queries, M) if Index is None else query_tiles * (rows // M)
@@ -342,7 +343,7 @@ def _sweep(
     GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, START: tl.constexpr, NEAR: tl.constexpr,
     FIRST: tl.constexpr, HIGHER: tl.constexpr, EVERY: tl.constexpr, FEW: tl.constexpr, MANY: tl.constexpr,
-    W: tl.constexpr,
+    W: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Write words, numbers and counts of the groups of M rows, and put them into the queues.
 
@@ -357,9 +358,10 @@ def _sweep(
     position = origin_of(First, batch, queries, keys) + index
     scale = scale_of(Scale, factor, head)
     dim = tl.arange(0, PADDED)
+    q = load_rows(Q + batch * q_batch + head * q_head, index.to(tl.int64) * q_row, inside, dim, D)
+    take_over(EARLY)
     bound = tl.load(Bound + row * queries + index, mask=inside, other=float("inf"))
     exists = bound < float("inf")
-    q = load_rows(Q + batch * q_batch + head * q_head, index.to(tl.int64) * q_row, exists, dim, D)
     if scale < 0:  # products are compared before they are scaled
         q = -q
     scale = tl.maximum(tl.abs(scale), 1e-30)
