@@ -185,7 +185,7 @@ def candidates(
         query, key, *numbers.arguments, first, valid, bound, sums, turn, *listed, queries, keys, heads, *strides,
         **fixed, M=start.rows, NEAR=start.keys, FIRST=near, STEPS=start_steps(query), HIGHER=HIGHER, TURNS=TURNS,
         PROBE=probe if lists is None else 0, **early(),
-        num_warps=start.warps, num_stages=start.stages,
+        num_warps=start.warps, num_stages=start.stages, maxnreg=start.registers,
     )  # fmt: skip
     words = empty((groups, capacity, 4), torch.int32, device)
     places = None if capacity == most else empty((groups, capacity), torch.int32, device)
