@@ -35,10 +35,18 @@ def launch(kernel: Any, grid: tuple[int, ...]) -> Callable[..., None]:
 
 
 def early() -> dict[str, bool]:
-    """Return the constants of a kernel that calls `take_over(EARLY)`, by which its programs may be there before it can
-    begin: NVIDIA's programmatic dependent launch, from Hopper on."""
-    on = torch.version.hip is None and torch.cuda.is_available() and _is_hopper(torch.cuda.current_device())
-    return {"EARLY": True, "launch_pdl": True} if on and not triton.knobs.runtime.interpret else {"EARLY": False}
+    """Return what to launch a kernel with that calls `take_over(EARLY)` or `stay(EARLY)`.
+
+    Its programs may then be there before the kernel that was launched before has ended: NVIDIA's programmatic dependent
+    launch, from Hopper on.
+    """
+    return {"EARLY": True, "launch_pdl": True} if _launches_early() else {"EARLY": False}
+
+
+def _launches_early() -> bool:
+    if torch.version.hip is not None or triton.knobs.runtime.interpret or not torch.cuda.is_available():
+        return False
+    return _is_hopper(torch.cuda.current_device())
 
 
 @functools.cache
@@ -48,9 +56,9 @@ def _is_hopper(device: int) -> bool:
 
 @triton.jit
 def take_over(EARLY: tl.constexpr):
-    """Wait for the end of the kernel that was launched before, and let the next one's programs come.
+    """Wait for the end of the kernel that was launched before, and let the programs of the next one come.
 
-    What the kernel before that one wrote can be read without waiting, if that one has called this function."""
+    So what a kernel reads before it calls this function must be there before the kernel that was launched before."""
     if EARLY:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -58,10 +66,11 @@ def take_over(EARLY: tl.constexpr):
 
 @triton.jit
 def stay(EARLY: tl.constexpr):
-    """End no sooner than the kernel that was launched before, in a kernel that did not wait for it."""
-    if EARLY:
-        if tl.program_id(0) == 0:
-            tl.extra.cuda.gdc_wait()
+    """End no sooner than the kernel that was launched before, in a kernel that reads nothing of it and does not wait.
+
+    The kernel before must call `take_over`, so that those before it have ended."""
+    if EARLY and tl.program_id(0) == 0:
+        tl.extra.cuda.gdc_wait()
 
 
 def compile_ahead(attention: Callable[..., Tensor], *arguments: Any, family: Hashable = None) -> None:

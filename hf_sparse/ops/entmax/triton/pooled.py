@@ -104,7 +104,8 @@ def _list_tiles(
     grid = (batch * kv_heads * pieces(means, at_once),)
     launch(_means, grid)(
         key, mean, marks, keys, kv_heads, means, marks.numel(), pieces(marks.numel(), grid[0] * _CLEARED) * _CLEARED,
-        *key.stride()[:3], D=dim, PADDED=fixed["PADDED"], POOL=pool, M=at_once, CLEARED=_CLEARED, **early(), num_warps=4,
+        *key.stride()[:3], D=dim, PADDED=fixed["PADDED"], POOL=pool, M=at_once, CLEARED=_CLEARED, **early(),
+        num_warps=4,
     )  # fmt: skip
     before, after = (window - 1, 0) if causal else (window // 2, window - 1 - window // 2)
     # How many the tiles of the window, and the own one, are at most.
