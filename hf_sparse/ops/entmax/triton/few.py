@@ -52,29 +52,24 @@ def keys_of_bits(
     The group's blocks begin at block `bits` of all. Where their numbers are not written, they are all blocks of the
     listed tiles, or of all keys."""
     total = 0
-    lane, part = tl.arange(0, LANES), tl.arange(0, 4)[None, :]
-    for begin in range(0, blocks, LANES):
+    lane = tl.arange(0, LANES)
+    for begin in range(0, blocks * 4, LANES):
         number = begin + lane
-        there = number < blocks
-        word = tl.load(Words + bits * 4 + (number[:, None] * 4 + part), mask=there[:, None], other=0).to(
-            tl.uint32, bitcast=True
-        )
+        there = number < blocks * 4
+        word = tl.load(Words + bits * 4 + number, mask=there, other=0).to(tl.uint32, bitcast=True)
+        block, part = number // 4, number % 4
         if Numbers is not None:
-            block = tl.load(Numbers + bits + number, mask=there, other=0)
+            block = tl.load(Numbers + bits + block, mask=there, other=0)
         elif Index is not None:
-            block = tl.load(Index + number * N // size, mask=there, other=0).to(tl.int32) * (size // N)
-            block += number % (size // N)
-        else:
-            block = number
+            listed = tl.load(Index + block * N // size, mask=there, other=0).to(tl.int32)
+            block = listed * (size // N) + block % (size // N)
         ones = ones_of(word)
-        before = tl.cumsum(ones, 1)
-        of_block = tl.sum(ones, 1)
-        place = (total + tl.cumsum(of_block, 0) - of_block)[:, None] + before - ones
-        total += tl.sum(of_block, 0)
-        for _ in range(tl.max(tl.max(ones, 1), 0)):
+        place = total + tl.cumsum(ones, 0) - ones
+        total += tl.sum(ones, 0)
+        for _ in range(tl.max(ones, 0)):
             rest = word & (word - 1)  # without the lowest bit
-            bit = ones_of((word ^ rest) - 1)
-            tl.store(List + place, key_of_bit(block[:, None], part, bit, N), mask=(word != 0) & (place < most))
+            bit = ((word ^ rest).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127  # the exponent of a power of 2
+            tl.store(List + place, key_of_bit(block, part, bit, N), mask=(word != 0) & (place < most))
             place += 1
             word = tl.where(word == 0, word, rest)
     return total
