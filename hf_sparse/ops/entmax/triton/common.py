@@ -140,11 +140,13 @@ def newton_step(mass, slope, exponent, KIND: tl.constexpr):
     mass, slope = tl.where(some, mass, 1.0), tl.where(some, slope, 1.0)
     if KIND == 2:
         norm = tl.sqrt(mass)
+        rise = (norm - 1) * norm / slope
     elif KIND == 1:
-        norm = mass
+        rise = (mass - 1) / slope
     else:
         norm = tl.exp2(tl.log2(mass) / exponent)
-    return tl.where(some, tl.maximum((norm - 1) * mass / (norm * slope), 0.0), 0.0)
+        rise = (norm - 1) * mass / (norm * slope)
+    return tl.where(some, tl.maximum(rise, 0.0), 0.0)
 
 
 @triton.jit

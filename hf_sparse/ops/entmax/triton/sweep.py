@@ -365,7 +365,8 @@ def _sweep(
     if scale < 0:  # products are compared before they are scaled
         q = -q
     scale = tl.maximum(tl.abs(scale), 1e-30)
-    limit, steep = _limits(bound, scale)
+    inverse = 1 / scale
+    limit, steep = _limits(bound, inverse)
     K += batch * k_batch + head // GROUP * k_head
 
     lane = tl.arange(0, N)
@@ -396,6 +397,10 @@ def _sweep(
     near_end = lowest + M + NEAR
     exponent = exponent_of(Exponent, head, KIND)
     total, place = pairs * queries, Sums + row * queries + index
+    low_mass_before = tl.load(place, mask=inside, other=0.0)
+    low_slope_before = tl.load(place + total, mask=inside, other=0.0)
+    high_mass_before = tl.load(place + 2 * total, mask=inside, other=0.0)
+    high_slope_before = tl.load(place + 3 * total, mask=inside, other=0.0)
     start, higher = bound[:, None], bound[:, None] + HIGHER
     low_mass, low_slope = tl.zeros([M, 4], tl.float32), tl.zeros([M, 4], tl.float32)
     high_mass, high_slope = tl.zeros([M, 4], tl.float32), tl.zeros([M, 4], tl.float32)
@@ -430,9 +435,9 @@ def _sweep(
         high_mass += weight
         high_slope += slope
         if step % EVERY == EVERY - 1:
-            bound = _risen(bound, start, low_mass, low_slope, place, total, inside, exponent, KIND)
-            bound = _risen(bound, higher, high_mass, high_slope, place + 2 * total, total, inside, exponent, KIND)
-            limit, steep = _limits(bound, scale)
+            bound = _risen(bound, start, low_mass, low_slope, low_mass_before, low_slope_before, exponent, KIND)
+            bound = _risen(bound, higher, high_mass, high_slope, high_mass_before, high_slope_before, exponent, KIND)
+            limit, steep = _limits(bound, inverse)
     tl.store(Bound + row * queries + index, bound, mask=inside)
     for step in tl.range(whole_steps, steps, num_stages=1):
         begin = _begin_of(Index, step, size, N)
@@ -467,11 +472,11 @@ def _sweep(
 
 
 @triton.jit
-def _limits(bound, scale):
+def _limits(bound, inverse):
     """Return what products must exceed, and that times STEEP.
 
     A product that differs from the limit does so by 1 / STEEP at least, since the limit is not close to 0."""
-    limit = tl.minimum(bound / scale, 1e20)
+    limit = tl.minimum(bound * inverse, 1e20)
     limit = tl.where(tl.abs(limit) < 3e-11, -3e-11, limit)
     return limit, limit * STEEP
 
@@ -537,10 +542,9 @@ def _keep(
 
 
 @triton.jit
-def _risen(bound, origin, mass, slope, Sums, total, inside, exponent, KIND: tl.constexpr):
+def _risen(bound, origin, mass, slope, mass_before, slope_before, exponent, KIND: tl.constexpr):
     """Return the bound after a step of Newton's method from an origin, where the mass is at least 1 there."""
-    mass = tl.sum(mass, 1) + tl.load(Sums, mask=inside, other=0.0)
-    slope = tl.sum(slope, 1) + tl.load(Sums + total, mask=inside, other=0.0)
+    mass, slope = tl.sum(mass, 1) + mass_before, tl.sum(slope, 1) + slope_before
     risen = tl.sum(origin, 1) + newton_step(mass, slope, exponent, KIND)
     risen -= 4e-6 * (1 + tl.abs(risen))
     return tl.where((mass >= 1) & (bound > float("-inf")), tl.maximum(bound, risen), bound)
