@@ -90,7 +90,7 @@ def buffered_sizes(query: Tensor, key: Tensor, lists: Lists | None) -> Buffered:
     """Return the sizes of the kernel that keeps products."""
     if is_slim(query):
         # Over all keys of a long text many groups need large buffers; those of a longer one would take too much memory.
-        large = 3 if lists is None and FAR < key.shape[2] <= 2 * FAR else 1
+        large = 2 if lists is None and FAR < key.shape[2] <= 2 * FAR else 1
         return Buffered(128, 4, 3, stages=3, wide=128, registers=168, depth=1, large=large)
     return Buffered(chunk_of(query), 2, 8)
 
