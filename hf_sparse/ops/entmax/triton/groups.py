@@ -275,7 +275,8 @@ def _groups(
         for begin in tl.range(0, total, C, num_stages=STAGES):
             there = begin + step < total
             key = tl.load(Found + begin + step, mask=there, other=0)
-            k = load_rows(k_base, key.to(tl.int64) * k_row, there, dim, D)
+            # Behind the last key it is key 0, which no row is told to see.
+            k = tl.load(k_base + (key.to(tl.int64) * k_row)[:, None] + dim[None, :], mask=wide, other=0.0)
             z = gathered_logits(q, k, key, there, exists, position, scale, CAUSAL, PRECISION)
             peaks = tl.maximum(peaks, largest(z))
             if Bound is None:  # no threshold is below the largest product so far less 1
