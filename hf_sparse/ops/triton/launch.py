@@ -66,9 +66,10 @@ def take_over(EARLY: tl.constexpr):
 
 @triton.jit
 def stay(EARLY: tl.constexpr):
-    """End no sooner than the kernel that was launched before, in a kernel that reads nothing of it and does not wait.
+    """Wait, in one program at its end, for the kernel that was launched before and whose results nobody has read.
 
-    The kernel before must call `take_over`, so that those before it have ended."""
+    What comes after this kernel then comes after both. The kernel before must call `take_over`: so those before it have
+    ended, and what they wrote can be read without waiting."""
     if EARLY and tl.program_id(0) == 0:
         tl.extra.cuda.gdc_wait()
 
