@@ -3,6 +3,13 @@
 Otherwise a first call compiles its kernels one after the other, and the backward's only when the backward runs. The
 passes of the compiler, the assembler and the C compiler of the launchers let other threads run, so that kernels which
 are known together are ready almost as soon as the slowest of them.
+
+Kernels of one call can overlap: `early` lets the programs of a kernel come while the last ones of the kernel before
+still run. No program of a kernel comes before all of the kernel before have called `take_over` or ended, and these have
+waited for all earlier work. So a kernel may read, before it calls `take_over` itself, what was there when the kernel
+before it was launched, which for all but the first of a call are the arguments of the call; everything else comes
+after. A kernel that is launched without `early`, be it ours or anybody's, begins when all before it has ended, and in a
+recorded graph the same order holds.
 """
 
 import functools

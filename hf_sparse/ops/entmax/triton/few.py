@@ -2,7 +2,8 @@
 
 The keys of a group are gathered at once, and their products, thresholds and weights stay in registers. Groups with more
 candidates are those of the kernel in `groups`, which is launched before: its programs with the most candidates would be
-the last ones otherwise, while most of the GPU has nothing to do.
+the last ones otherwise, while most of the GPU has nothing to do. Where programs of a kernel may come early, those of
+this one take the places that the last ones of `groups` leave.
 """
 
 from typing import NamedTuple
