@@ -26,7 +26,7 @@ from hf_sparse.ops.triton.replay import replayed
 from hf_sparse.ops.triton.sizes import pieces
 
 CAPACITY = 1024  # blocks of keys with a candidate that are kept for a group of queries
-MOST = 16384  # candidates that are kept for a group, or half of all keys
+MOST = 32768  # candidates that are kept for a group, or half of all keys
 KEPT = 4096  # candidates that most buffers take, and keys with weight that a backward has lists of, or an eighth of all
 
 

@@ -140,20 +140,37 @@ def newton_step(mass, slope, exponent, KIND: tl.constexpr):
     mass, slope = tl.where(some, mass, 1.0), tl.where(some, slope, 1.0)
     if KIND == 2:
         norm = tl.sqrt(mass)
+        rise = (norm - 1) * norm / slope
     elif KIND == 1:
-        norm = mass
+        rise = (mass - 1) / slope
     else:
         norm = tl.exp2(tl.log2(mass) / exponent)
-    return tl.where(some, tl.maximum((norm - 1) * mass / (norm * slope), 0.0), 0.0)
+        rise = (norm - 1) * mass / (norm * slope)
+    return tl.where(some, tl.maximum(rise, 0.0), 0.0)
 
 
 @triton.jit
 def gathered_logits(q, k, key, there, exists, position, scale, CAUSAL: tl.constexpr, PRECISION: tl.constexpr):
     """Return z `[M, C]` of gathered keys, `-inf` where a row does not see a key."""
-    sees = there[None, :] & exists[:, None]
-    if CAUSAL:
-        sees &= key[None, :] <= position[:, None]
+    if CAUSAL:  # one comparison for all three
+        sees = tl.where(there, key, 2147483647)[None, :] <= tl.where(exists, position, -1)[:, None]
+    else:
+        sees = there[None, :] & exists[:, None]
     return tl.where(sees, tl.dot(q, tl.trans(k), input_precision=PRECISION) * scale[:, None], float("-inf"))
+
+
+@triton.jit
+def summed(rows):
+    """Add up every 32nd column of `[M, C]`, which a thread holds: `[M, 32]`, or as it is where C is at most 32."""
+    C: tl.constexpr = rows.shape[1]
+    return tl.sum(tl.reshape(rows, [rows.shape[0], C // 32, 32]), 1) if C > 32 else rows
+
+
+@triton.jit
+def largest(rows):
+    """Return the largest number of every 32nd column, as `summed`."""
+    C: tl.constexpr = rows.shape[1]
+    return tl.max(tl.reshape(rows, [rows.shape[0], C // 32, 32]), 1) if C > 32 else rows
 
 
 @triton.jit

@@ -2,7 +2,8 @@
 
 The keys of a group are gathered at once, and their products, thresholds and weights stay in registers. Groups with more
 candidates are those of the kernel in `groups`, which is launched before: its programs with the most candidates would be
-the last ones otherwise, while most of the GPU has nothing to do.
+the last ones otherwise, while most of the GPU has nothing to do. Where programs of a kernel may come early, those of
+this one take the places that the last ones of `groups` leave.
 """
 
 from typing import NamedTuple
@@ -24,6 +25,7 @@ from hf_sparse.ops.entmax.triton.common import (
 )
 from hf_sparse.ops.entmax.triton.jobs import LENGTHS, rows_of_group, turn_of_group
 from hf_sparse.ops.entmax.triton.sweep import key_of_bit
+from hf_sparse.ops.triton.early import stay
 from hf_sparse.ops.triton.sizes import padded
 
 
@@ -51,29 +53,24 @@ def keys_of_bits(
     The group's blocks begin at block `bits` of all. Where their numbers are not written, they are all blocks of the
     listed tiles, or of all keys."""
     total = 0
-    lane, part = tl.arange(0, LANES), tl.arange(0, 4)[None, :]
-    for begin in range(0, blocks, LANES):
+    lane = tl.arange(0, LANES)
+    for begin in range(0, blocks * 4, LANES):
         number = begin + lane
-        there = number < blocks
-        word = tl.load(Words + bits * 4 + (number[:, None] * 4 + part), mask=there[:, None], other=0).to(
-            tl.uint32, bitcast=True
-        )
+        there = number < blocks * 4
+        word = tl.load(Words + bits * 4 + number, mask=there, other=0).to(tl.uint32, bitcast=True)
+        block, part = number // 4, number % 4
         if Numbers is not None:
-            block = tl.load(Numbers + bits + number, mask=there, other=0)
+            block = tl.load(Numbers + bits + block, mask=there, other=0)
         elif Index is not None:
-            block = tl.load(Index + number * N // size, mask=there, other=0).to(tl.int32) * (size // N)
-            block += number % (size // N)
-        else:
-            block = number
+            listed = tl.load(Index + block * N // size, mask=there, other=0).to(tl.int32)
+            block = listed * (size // N) + block % (size // N)
         ones = ones_of(word)
-        before = tl.cumsum(ones, 1)
-        of_block = tl.sum(ones, 1)
-        place = (total + tl.cumsum(of_block, 0) - of_block)[:, None] + before - ones
-        total += tl.sum(of_block, 0)
-        for _ in range(tl.max(tl.max(ones, 1), 0)):
+        place = total + tl.cumsum(ones, 0) - ones
+        total += tl.sum(ones, 0)
+        for _ in range(tl.max(ones, 0)):
             rest = word & (word - 1)  # without the lowest bit
-            bit = ones_of((word ^ rest) - 1)
-            tl.store(List + place, key_of_bit(block[:, None], part, bit, N), mask=(word != 0) & (place < most))
+            bit = ((word ^ rest).to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127  # the exponent of a power of 2
+            tl.store(List + place, key_of_bit(block, part, bit, N), mask=(word != 0) & (place < most))
             place += 1
             word = tl.where(word == 0, word, rest)
     return total
@@ -87,8 +84,11 @@ def attend_few(
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr, N: tl.constexpr, M: tl.constexpr, C: tl.constexpr, LANES: tl.constexpr, SAVE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
-    """Write the results of a group of M rows with at most C candidates."""
+    """Write the results of a group of M rows with at most C candidates.
+
+    It is launched after `_groups`, whose results it does not read."""
     group = turn_of_group(tl.program_id(0), groups, query_tiles, rows, share, M)
     total = tl.load(Totals + group)
     if total <= C:
@@ -144,3 +144,4 @@ def attend_few(
             tl.store(Support + group.to(tl.int64) * kept + tl.cumsum(one, 0) - one, key, mask=one > 0)
             length = tl.sum(one, 0)
         tl.store(Lengths + group, length)
+    stay(EARLY)

@@ -24,10 +24,12 @@ from hf_sparse.ops.entmax.triton.common import (
     gathered_logits,
     goes_on,
     is_slim,
+    largest,
     load_rows,
     newton_step,
     powers,
     scale_of,
+    summed,
 )
 from hf_sparse.ops.entmax.triton.few import Few, attend_few, keys_of_bits
 from hf_sparse.ops.entmax.triton.jobs import (
@@ -40,6 +42,7 @@ from hf_sparse.ops.entmax.triton.jobs import (
     turn_of_group,
 )
 from hf_sparse.ops.entmax.triton.sweep import FAR, GROUP_ROWS, TURNS, Candidates
+from hf_sparse.ops.triton.early import early, take_over
 from hf_sparse.ops.triton.launch import launch
 from hf_sparse.ops.triton.replay import empty, zeros
 from hf_sparse.ops.triton.sizes import padded
@@ -88,7 +91,7 @@ def buffered_sizes(query: Tensor, key: Tensor, lists: Lists | None) -> Buffered:
     """Return the sizes of the kernel that keeps products."""
     if is_slim(query):
         # Over all keys of a long text many groups need large buffers; those of a longer one would take too much memory.
-        large = 3 if lists is None and FAR < key.shape[2] <= 2 * FAR else 1
+        large = 2 if lists is None and FAR < key.shape[2] <= 2 * FAR else 1
         return Buffered(128, 4, 3, stages=3, wide=128, registers=168, depth=1, large=large)
     return Buffered(chunk_of(query), 2, 8)
 
@@ -152,13 +155,13 @@ def attend_groups(
     products = empty((large * most + (at_once - large) * kept, GROUP_ROWS), torch.float32, device)
     launch(_groups, (at_once,))(
         *given, gathered, support, turn, queue, *into, reached, products, most, large, *who, **fixed, C=buffered.chunk,
-        WIDE=buffered.wide, STAGES=buffered.stages, DEPTH=buffered.depth, LANES=32 * buffered.warps,
+        WIDE=buffered.wide, STAGES=buffered.stages, DEPTH=buffered.depth, LANES=32 * buffered.warps, **early(),
         num_warps=buffered.warps, num_stages=1, maxnreg=buffered.registers,
     )  # fmt: skip
     if found is not None:
         of_few = empty((groups, few.keys), torch.int32, device)
         launch(attend_few, (groups,))(
-            *given, found.totals, of_few, support, *into, *who, **fixed, C=few.keys, LANES=32 * few.warps,
+            *given, found.totals, of_few, support, *into, *who, **fixed, C=few.keys, LANES=32 * few.warps, **early(),
             num_warps=few.warps, num_stages=1,
         )  # fmt: skip
     return Attended(output, tau, counts, slopes, support, lengths)
@@ -207,8 +210,9 @@ def _groups(
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
     GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr, N: tl.constexpr, M: tl.constexpr, C: tl.constexpr, WIDE: tl.constexpr,
-    STAGES: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr, SAVE: tl.constexpr,
+    STAGES: tl.constexpr, DEPTH: tl.constexpr, LANES: tl.constexpr, SAVE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
+    take_over(EARLY)
     dim, step = tl.arange(0, PADDED), tl.arange(0, C)
     wide = (dim < D)[None, :]
     program = tl.program_id(0).to(tl.int64)
@@ -218,6 +222,8 @@ def _groups(
     # The rows of a key lie side by side.
     lane = tl.arange(0, M)[:, None]
     many = tl.arange(0, WIDE)
+    # Behind the last key of a group, up to a whole chunk, products are -inf, unless a list of other keys was shortened.
+    WHOLE: tl.constexpr = Reached is None and WIDE <= C
     z_place, z_wide = lane + step[None, :] * M, lane + many[None, :] * M
     first, waiting, giants = 0, groups, 0
     if Queue is not None:
@@ -261,23 +267,25 @@ def _groups(
             bound = tl.full([M], float("-inf"), tl.float32)
         spot, out_spot = row, (batch * queries + index) * heads + head
         tl.debug_barrier()  # the list is written
-        peaks = tl.full([M, C], float("-inf"), tl.float32)
+        W: tl.constexpr = min(C, 32)  # sums of a row that are held; fewer registers than one for each key
+        peaks = tl.full([M, W], float("-inf"), tl.float32)
         # A step of Newton's method from the bound, where there is one.
         origin = tl.where(bound > float("-inf"), bound, float("inf"))
-        masses, gradients = tl.zeros([M, C], tl.float32), tl.zeros([M, C], tl.float32)
+        masses, gradients = tl.zeros([M, W], tl.float32), tl.zeros([M, W], tl.float32)
         left = 0
         for begin in tl.range(0, total, C, num_stages=STAGES):
             there = begin + step < total
             key = tl.load(Found + begin + step, mask=there, other=0)
-            k = load_rows(k_base, key.to(tl.int64) * k_row, there, dim, D)
+            # Behind the last key it is key 0, which no row is told to see.
+            k = tl.load(k_base + (key.to(tl.int64) * k_row)[:, None] + dim[None, :], mask=wide, other=0.0)
             z = gathered_logits(q, k, key, there, exists, position, scale, CAUSAL, PRECISION)
-            peaks = tl.maximum(peaks, z)
+            peaks = tl.maximum(peaks, largest(z))
             if Bound is None:  # no threshold is below the largest product so far less 1
                 bound = tl.maximum(bound, tl.max(z, 1) - 1 - 4e-6)
             else:
                 weight, gradient = powers(tl.maximum(z - origin[:, None], 0.0), exponent[:, None], KIND)
-                masses += weight
-                gradients += gradient
+                masses += summed(weight)
+                gradients += summed(gradient)
             if Reached is None:
                 tl.store(Products + (z_place + begin * M), z)
             else:
@@ -305,38 +313,48 @@ def _groups(
             tau = tl.where(some, tau, 0.0)
             rises, steps = tl.max(some.to(tl.int32), 0), 0
             # These stay in registers.
-            near = tl.load(Products + z_wide, mask=(many < total)[None, :], other=float("-inf"))
+            if WHOLE:
+                near = tl.load(Products + z_wide)
+            else:
+                near = tl.load(Products + z_wide, mask=(many < total)[None, :], other=float("-inf"))
             while (rises > 0) & (steps < STEPS):
                 weight, gradient = powers(tl.maximum(near - tau[:, None], 0.0), exponent[:, None], KIND)
+                weight, gradient = summed(weight), summed(gradient)
                 for begin in tl.range(WIDE, total, WIDE, num_stages=DEPTH):
-                    z = tl.load(
-                        Products + (z_wide + begin * M), mask=(begin + many < total)[None, :], other=float("-inf")
-                    )
+                    if WHOLE:
+                        z = tl.load(Products + (z_wide + begin * M))
+                    else:
+                        there = (begin + many < total)[None, :]
+                        z = tl.load(Products + (z_wide + begin * M), mask=there, other=float("-inf"))
                     more, steeper = powers(tl.maximum(z - tau[:, None], 0.0), exponent[:, None], KIND)
-                    weight += more
-                    gradient += steeper
+                    weight += summed(more)
+                    gradient += summed(steeper)
                 steep = tl.sum(gradient, 1)
                 rise = newton_step(tl.sum(weight, 1), steep, exponent, KIND)
                 tau += rise
                 rises = tl.max(goes_on(rise, tau, steep, total, KIND).to(tl.int32), 0)
                 steps += 1
 
-            masses, gradients = tl.zeros([M, C], tl.float32), tl.zeros([M, C], tl.float32)
-            count = tl.zeros([M, C], tl.int32)
+            masses, gradients = tl.zeros([M, W], tl.float32), tl.zeros([M, W], tl.float32)
+            count = tl.zeros([M, W], tl.int32)
             out = tl.zeros([M, PADDED], tl.float32)
             out_slopes = tl.zeros([M, PADDED], tl.float32)
             length = 0
             for begin in tl.range(0, total, C, num_stages=STAGES):
-                z = tl.load(Products + (z_place + begin * M), mask=(begin + step < total)[None, :], other=float("-inf"))
+                if WHOLE:
+                    z = tl.load(Products + (z_place + begin * M))
+                else:
+                    there = (begin + step < total)[None, :]
+                    z = tl.load(Products + (z_place + begin * M), mask=there, other=float("-inf"))
                 weight, gradient = powers(tl.maximum(z - tau[:, None], 0.0), exponent[:, None], KIND)
-                masses += weight
-                gradients += gradient
-                count += (weight > 0).to(tl.int32)
+                masses += summed(weight)
+                count += summed((weight > 0).to(tl.int32))
                 has = tl.max(weight, 0) > 0
                 key = tl.load(List + begin + step, mask=begin + step < total, other=0)
                 v = load_rows(v_base, key.to(tl.int64) * v_row, has, dim, D)
                 out = tl.dot(weight.to(v.dtype), v, out, input_precision=PRECISION)
                 if Slopes is not None:
+                    gradients += summed(gradient)
                     out_slopes = tl.dot(gradient.to(v.dtype), v, out_slopes, input_precision=PRECISION)
                 if SAVE:
                     one = has.to(tl.int32)

@@ -15,6 +15,7 @@ from hf_sparse.ops.entmax.layout import Layout
 from hf_sparse.ops.entmax.pooled import MOST_TILES
 from hf_sparse.ops.entmax.triton.common import constants, load_rows, origin_of, scale_and_factor, scale_of
 from hf_sparse.ops.tiles.tiles import Tiles
+from hf_sparse.ops.triton.early import early, take_over
 from hf_sparse.ops.triton.launch import launch
 from hf_sparse.ops.triton.replay import empty, replayed
 from hf_sparse.ops.triton.sizes import pieces
@@ -104,7 +105,8 @@ def _list_tiles(
     grid = (batch * kv_heads * pieces(means, at_once),)
     launch(_means, grid)(
         key, mean, marks, keys, kv_heads, means, marks.numel(), pieces(marks.numel(), grid[0] * _CLEARED) * _CLEARED,
-        *key.stride()[:3], D=dim, PADDED=fixed["PADDED"], POOL=pool, M=at_once, CLEARED=_CLEARED, num_warps=4,
+        *key.stride()[:3], D=dim, PADDED=fixed["PADDED"], POOL=pool, M=at_once, CLEARED=_CLEARED, **early(),
+        num_warps=4,
     )  # fmt: skip
     before, after = (window - 1, 0) if causal else (window // 2, window - 1 - window // 2)
     # How many the tiles of the window, and the own one, are at most.
@@ -116,7 +118,7 @@ def _list_tiles(
         query, mean, scale, factor, first, marks, queries, keys, heads, lists, tiles, key_tiles, means, rows,
         query_size, lead, size, before, after, always, *query.stride()[:3], GROUP=fixed["GROUP"], D=dim,
         PADDED=fixed["PADDED"], CAUSAL=causal, PRECISION=fixed["PRECISION"], WINDOW=window > 0, POOL=pool, M=taken,
-        N=block, EACH=each, CHOICES=choices, C=triton.next_power_of_2(choices), num_warps=_WARPS,
+        N=block, EACH=each, CHOICES=choices, C=triton.next_power_of_2(choices), **early(), num_warps=_WARPS,
         num_stages=2 if wide else _STAGES,
     )  # fmt: skip
     width = min(key_tiles, near + always + rows * choices * (heads // lists))
@@ -125,7 +127,7 @@ def _list_tiles(
     launch(_lists, (batch * lists * tiles,))(
         marks, first, index, lengths, queries, keys, lists, tiles, key_tiles, width, rows, query_size, lead, size,
         before, after, always, CAUSAL=causal, WINDOW=window > 0, T=max(16, triton.next_power_of_2(key_tiles)),
-        num_warps=4,
+        **early(), num_warps=4,
     )  # fmt: skip
     return index, lengths
 
@@ -133,9 +135,10 @@ def _list_tiles(
 @triton.jit(do_not_specialize=["keys", "heads", "means", "marks", "cleared"])
 def _means(
     K, Mean, Marks, keys, heads, means, marks, cleared, k_batch, k_head, k_row, D: tl.constexpr, PADDED: tl.constexpr,
-    POOL: tl.constexpr, M: tl.constexpr, CLEARED: tl.constexpr,
+    POOL: tl.constexpr, M: tl.constexpr, CLEARED: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Write the means of M groups of keys, of those that exist, and zeros to a part of all marks."""
+    take_over(EARLY)
     here = tl.program_id(0).to(tl.int64) * cleared
     for begin in range(0, cleared, CLEARED):
         mark = here + begin + tl.arange(0, CLEARED)
@@ -178,6 +181,7 @@ def _choose(
     lead, size, before, after, always, q_batch, q_head, q_row, GROUP: tl.constexpr, D: tl.constexpr,
     PADDED: tl.constexpr, CAUSAL: tl.constexpr, PRECISION: tl.constexpr, WINDOW: tl.constexpr, POOL: tl.constexpr,
     M: tl.constexpr, N: tl.constexpr, EACH: tl.constexpr, CHOICES: tl.constexpr, C: tl.constexpr,
+    EARLY: tl.constexpr,
 ):  # fmt: skip
     """Mark the tiles that M queries of a head choose. Programs with the most keys begin first."""
     parts = tl.cdiv(query_tiles * rows, M)
@@ -190,6 +194,7 @@ def _choose(
     exists = (index >= 0) & (index < queries) & (position >= 0) & (position < keys) & (query_tile < query_tiles)
     dim = tl.arange(0, PADDED)
     q = load_rows(Q + batch * q_batch + head * q_head, index.to(tl.int64) * q_row, exists, dim, D)
+    take_over(EARLY)
     exists &= tl.max(tl.abs(q.to(tl.float32)), 1) > 0
     scale = scale_of(Scale, factor, head)
     if scale < 0:
@@ -234,13 +239,14 @@ def _choose(
                                "lead", "size", "before", "after", "always"])  # fmt: skip
 def _lists(
     Marks, First, Index, Lengths, queries, keys, lists, query_tiles, tiles, width, rows, query_size, lead, size, before,
-    after, always, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, T: tl.constexpr,
+    after, always, CAUSAL: tl.constexpr, WINDOW: tl.constexpr, T: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Write one list: tiles of the window and the first tokens, and those that were chosen."""
     job = tl.program_id(0).to(tl.int64)
     batch, query_tile = job // (query_tiles * lists), job % query_tiles
     own, low, high = _near_tiles(First, batch, query_tile, queries, keys, tiles, rows, query_size, lead, size, before,
                                  after, CAUSAL, WINDOW)  # fmt: skip
+    take_over(EARLY)
     tile = tl.arange(0, T)
     keep = tl.load(Marks + job * tiles + tile, mask=tile < tiles, other=0) > 0
     keep |= (tile < always) | ((tile >= low) & (tile <= high))

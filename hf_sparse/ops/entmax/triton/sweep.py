@@ -30,18 +30,20 @@ from hf_sparse.ops.entmax.triton.common import (
     powers,
     scale_of,
 )
+from hf_sparse.ops.triton.early import early, take_over
 from hf_sparse.ops.triton.launch import launch
 from hf_sparse.ops.triton.replay import empty
 from hf_sparse.ops.triton.sizes import pieces
 
 
 class Blocks(NamedTuple):
-    """Hold the sizes of a program: rows, keys at a time, Triton's warps and stages."""
+    """Hold the sizes of a program: rows, keys at a time, Triton's warps and stages, the most registers of a thread."""
 
     rows: int
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
 
 
 class Candidates(NamedTuple):
@@ -85,6 +87,7 @@ FAR = 16384  # keys of a text up to which the first and the near ones say enough
 PROBE = 16  # in longer texts one in so many of the keys between these is looked at for the bound, too
 HIGHER = 0.06  # how far above the first bound a step of Newton's method begins as well
 EVERY = 4  # blocks of keys after which the bound rises
+STEEP = tl.constexpr(2.0**60)  # what makes a difference of float32 numbers, one of them at least 2 ** -35, at least 1
 
 
 def start_blocks(query: Tensor) -> Blocks:
@@ -182,8 +185,8 @@ def candidates(
     launch(_start, grid)(
         query, key, *numbers.arguments, first, valid, bound, sums, turn, *listed, queries, keys, heads, *strides,
         **fixed, M=start.rows, NEAR=start.keys, FIRST=near, STEPS=start_steps(query), HIGHER=HIGHER, TURNS=TURNS,
-        PROBE=probe if lists is None else 0,
-        num_warps=start.warps, num_stages=start.stages,
+        PROBE=probe if lists is None else 0, **early(),
+        num_warps=start.warps, num_stages=start.stages, maxnreg=start.registers,
     )  # fmt: skip
     words = empty((groups, capacity, 4), torch.int32, device)
     places = None if capacity == most else empty((groups, capacity), torch.int32, device)
@@ -195,8 +198,8 @@ def candidates(
         query, key, *numbers.arguments, first, packed, bound, sums, words, places, counts, totals, turn, queue, groups,
         kept, *listed, queries, keys, heads, capacity, width, *strides, **fixed, FEW=few, MANY=max(HEAVY, few), W=128,
         M=blocks.rows, N=blocks.keys, R=GROUP_ROWS, START=start.rows,
-        NEAR=start.keys, FIRST=near, HIGHER=HIGHER, EVERY=every, num_warps=blocks.warps,
-        num_stages=blocks.stages,
+        NEAR=start.keys, FIRST=near, HIGHER=HIGHER, EVERY=every, **early(), num_warps=blocks.warps,
+        num_stages=blocks.stages, maxnreg=blocks.registers,
     )  # fmt: skip
     return Candidates(bound, words, places, counts, blocks.keys, totals, queue, turn, kept)
 
@@ -228,11 +231,12 @@ def _start(
     q_batch, q_head, q_row, k_batch, k_head, k_row,
     GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr, M: tl.constexpr, NEAR: tl.constexpr, FIRST: tl.constexpr, STEPS: tl.constexpr,
-    HIGHER: tl.constexpr, TURNS: tl.constexpr, PROBE: tl.constexpr,
+    HIGHER: tl.constexpr, TURNS: tl.constexpr, PROBE: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Find the `Bound` of M rows: tau over FIRST first keys, NEAR keys around the rows and FIRST others, or less.
 
     It is `inf` where there is no query, and `-inf` for a query that sees none of these keys."""
+    take_over(EARLY)
     if tl.program_id(0) == 0:
         tl.store(Turn + tl.arange(0, TURNS), tl.zeros([TURNS], tl.int32))
     tiles = tl.cdiv(queries, M) if Index is None else query_tiles * (rows // M)
@@ -340,7 +344,7 @@ def _sweep(
     GROUP: tl.constexpr, D: tl.constexpr, PADDED: tl.constexpr, KIND: tl.constexpr, CAUSAL: tl.constexpr,
     PRECISION: tl.constexpr, M: tl.constexpr, N: tl.constexpr, R: tl.constexpr, START: tl.constexpr, NEAR: tl.constexpr,
     FIRST: tl.constexpr, HIGHER: tl.constexpr, EVERY: tl.constexpr, FEW: tl.constexpr, MANY: tl.constexpr,
-    W: tl.constexpr,
+    W: tl.constexpr, EARLY: tl.constexpr,
 ):  # fmt: skip
     """Write words, numbers and counts of the groups of M rows, and put them into the queues.
 
@@ -355,17 +359,18 @@ def _sweep(
     position = origin_of(First, batch, queries, keys) + index
     scale = scale_of(Scale, factor, head)
     dim = tl.arange(0, PADDED)
+    q = load_rows(Q + batch * q_batch + head * q_head, index.to(tl.int64) * q_row, inside, dim, D)
+    take_over(EARLY)
     bound = tl.load(Bound + row * queries + index, mask=inside, other=float("inf"))
     exists = bound < float("inf")
-    q = load_rows(Q + batch * q_batch + head * q_head, index.to(tl.int64) * q_row, exists, dim, D)
     if scale < 0:  # products are compared before they are scaled
         q = -q
     scale = tl.maximum(tl.abs(scale), 1e-30)
-    limit = bound / scale
+    inverse = 1 / scale
+    limit, steep = _limits(bound, inverse)
     K += batch * k_batch + head // GROUP * k_head
 
     lane = tl.arange(0, N)
-    bit = tl.full([N], 1, tl.int32) << (lane // 8 * 2 + lane % 2)
     word_of = tl.arange(0, 4)
     within = lane[:, None] * k_row + dim[None, :]  # of a block of keys
     group = tile * (M // R) + tl.arange(0, M // R)
@@ -393,6 +398,10 @@ def _sweep(
     near_end = lowest + M + NEAR
     exponent = exponent_of(Exponent, head, KIND)
     total, place = pairs * queries, Sums + row * queries + index
+    low_mass_before = tl.load(place, mask=inside, other=0.0)
+    low_slope_before = tl.load(place + total, mask=inside, other=0.0)
+    high_mass_before = tl.load(place + 2 * total, mask=inside, other=0.0)
+    high_slope_before = tl.load(place + 3 * total, mask=inside, other=0.0)
     start, higher = bound[:, None], bound[:, None] + HIGHER
     low_mass, low_slope = tl.zeros([M, 4], tl.float32), tl.zeros([M, 4], tl.float32)
     high_mass, high_slope = tl.zeros([M, 4], tl.float32), tl.zeros([M, 4], tl.float32)
@@ -408,7 +417,8 @@ def _sweep(
         begin = _begin_of(Index, step, size, N)
         k = tl.load(K + begin.to(tl.int64) * k_row + within, mask=(dim < D)[None, :], other=0.0)
         product = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        passes = tl.where(product > limit[:, None], bit[None, :], 0)
+        # By multiplications and additions, of which the GPU does twice as many as of comparisons and selections.
+        passes = tl.minimum(tl.maximum(product * STEEP - steep[:, None], 0.0), 1.0)
         count = _keep(
             passes, begin, step, Packed, batch, width, Words, Numbers, out, count, capacity, there, word_of, M, N, R
         )  # fmt: skip
@@ -426,9 +436,9 @@ def _sweep(
         high_mass += weight
         high_slope += slope
         if step % EVERY == EVERY - 1:
-            bound = _risen(bound, start, low_mass, low_slope, place, total, inside, exponent, KIND)
-            bound = _risen(bound, higher, high_mass, high_slope, place + 2 * total, total, inside, exponent, KIND)
-            limit = bound / scale
+            bound = _risen(bound, start, low_mass, low_slope, low_mass_before, low_slope_before, exponent, KIND)
+            bound = _risen(bound, higher, high_mass, high_slope, high_mass_before, high_slope_before, exponent, KIND)
+            limit, steep = _limits(bound, inverse)
     tl.store(Bound + row * queries + index, bound, mask=inside)
     for step in tl.range(whole_steps, steps, num_stages=1):
         begin = _begin_of(Index, step, size, N)
@@ -438,7 +448,7 @@ def _sweep(
         sees = (product > limit[:, None]) & (key < keys)[None, :]
         if CAUSAL:
             sees &= key[None, :] <= position[:, None]
-        passes = tl.where(sees, bit[None, :], 0)
+        passes = tl.where(sees, 1.0, 0.0)
         count = _keep(
             passes, begin, step, Packed, batch, width, Words, Numbers, out, count, capacity, there, word_of, M, N, R
         )  # fmt: skip
@@ -463,6 +473,16 @@ def _sweep(
 
 
 @triton.jit
+def _limits(bound, inverse):
+    """Return what products must exceed, and that times STEEP.
+
+    A product that differs from the limit does so by 1 / STEEP at least, since the limit is not close to 0."""
+    limit = tl.minimum(bound * inverse, 1e20)
+    limit = tl.where(tl.abs(limit) < 3e-11, -3e-11, limit)
+    return limit, limit * STEEP
+
+
+@triton.jit
 def _places(Counter, some):
     """Return the place of each of some groups behind those that other programs have counted, and these groups."""
     one = some.to(tl.int32)
@@ -484,13 +504,28 @@ def takes_lists(lists: Lists) -> bool:
 
 
 @triton.jit
+def _joined(bits, M: tl.constexpr, length: tl.constexpr, weight: tl.constexpr):
+    """Add each second number of so many, times a weight, to the one before."""
+    if length > 1:
+        low, high = tl.split(tl.reshape(bits, [M, 4, length // 2, 2]))
+        bits = low + high * weight
+    return bits
+
+
+@triton.jit
 def _keep(
     passes, begin, step, Packed, batch, width, Words, Numbers, out, count, capacity, there, word_of, M: tl.constexpr,
     N: tl.constexpr, R: tl.constexpr,
 ):  # fmt: skip
     """Store the block of keys from `begin` on for all groups, or where it has a bit; return the counts of blocks."""
-    columns = tl.permute(tl.reshape(passes, [M, N // 8, 4, 2]), [0, 2, 1, 3])
-    words = tl.reduce(tl.reshape(columns, [M, 4, N // 4]), 2, _or)
+    bits = tl.permute(tl.reshape(passes, [M, N // 8, 4, 2]), [0, 2, 1, 3])
+    bits = _joined(_joined(_joined(_joined(bits, M, N // 4, 2.0), M, N // 8, 4.0), M, N // 16, 16.0), M, N // 32, 256.0)
+    words = (bits + 8388608.0).to(tl.int32, bitcast=True) & 0xFFFF  # the last digits of a number from 2 ** 23 on
+    if N == 128:
+        low, high = tl.split(words)
+        words = low | (high << 16)
+    else:
+        words = tl.reshape(words, [M, 4])
     words = tl.reduce(tl.reshape(words, [M // R, R, 4]), 1, _or)
     if Packed is not None:
         words &= tl.load(Packed + batch * width + begin // N * 4 + word_of)[None, :]
@@ -508,10 +543,9 @@ def _keep(
 
 
 @triton.jit
-def _risen(bound, origin, mass, slope, Sums, total, inside, exponent, KIND: tl.constexpr):
+def _risen(bound, origin, mass, slope, mass_before, slope_before, exponent, KIND: tl.constexpr):
     """Return the bound after a step of Newton's method from an origin, where the mass is at least 1 there."""
-    mass = tl.sum(mass, 1) + tl.load(Sums, mask=inside, other=0.0)
-    slope = tl.sum(slope, 1) + tl.load(Sums + total, mask=inside, other=0.0)
+    mass, slope = tl.sum(mass, 1) + mass_before, tl.sum(slope, 1) + slope_before
     risen = tl.sum(origin, 1) + newton_step(mass, slope, exponent, KIND)
     risen -= 4e-6 * (1 + tl.abs(risen))
     return tl.where((mass >= 1) & (bound > float("-inf")), tl.maximum(bound, risen), bound)
