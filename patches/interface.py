@@ -317,8 +317,8 @@ def before_attention(
         one_by_one = is_recorded(hidden_states.device) or may_switch or attention.has_local_neighbours
         # Not at the first layer: a GPU that has nothing to do yet would wait for all of it.
         if index and not one_by_one and is_unused(cache, index):
-            switch: Any = attention.on_toggle
-            make_layers(cache, switch.modules())
+            assert attention.model_switch is not None
+            make_layers(cache, attention.model_switch.modules())
         layer = sparse_cache_layer(cache, index, attention)
         attention.check_cache(layer)
         layer.begin_attention()
