@@ -105,7 +105,7 @@ def agreeing(differences: dict[str, float]) -> dict[str, float]:
 def measure(models: dict[str, PreTrainedModel], ids: Tensor, options: argparse.Namespace) -> dict[str, Any]:
     """Milliseconds of the calls by variant, from calls that alternate, and the kernels of a forward."""
     row: dict[str, Any] = {}
-    recorded = sparse_layers(models["sparse"])[0].on_toggle.prompts  # type: ignore[union-attr]
+    recorded = sparse_layers(models["sparse"])[0].model_switch.prompts  # type: ignore[union-attr]
     for call, run in CALLS.items():
         if call == "varied" and not row["generate"]["played"]:
             continue
@@ -146,7 +146,7 @@ def memory_of_recordings(model: PreTrainedModel) -> float:
         torch.cuda.synchronize()
         torch.cuda.empty_cache()
         reserved.append(torch.cuda.memory_reserved())
-        sparse_layers(model)[0].on_toggle.prompts.clear()  # type: ignore[union-attr]
+        sparse_layers(model)[0].model_switch.prompts.clear()  # type: ignore[union-attr]
     return (reserved[0] - reserved[1]) / 1e6
 
 

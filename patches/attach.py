@@ -34,12 +34,12 @@ def attach(module: nn.Module, model: PreTrainedModel, adapter: str, config: Spar
     others = sparse_layers(model)
     if attention is None:
         family = family_of(model)
-        switch: Any = others[0].on_toggle if others else ModelSwitch(model)  # one for all layers of a model
+        switch: Any = others[0].model_switch if others else ModelSwitch(model)  # one for all layers of a model
         layer = next(i for i, (_, other) in enumerate(family.modules(model)) if other is module)
         attention = method_of(config).layer.for_shape(family.shape_of(module, layer))
         attention.train(module.training)
         attention.is_managed = switch.is_managed
-        attention.on_toggle = switch
+        attention.model_switch = switch
         attention.has_local_neighbours = any(family.is_local(other) for _, other in family.modules(model))
         attention.hooks.append(module.register_forward_pre_hook(before_attention, with_kwargs=True))
         switch.forget_modules()
@@ -77,8 +77,8 @@ def detach(model: nn.Module) -> None:
         if isinstance(attention, SparseAttentionLayer):
             for hook in attention.hooks:
                 hook.remove()
-            if isinstance(attention.on_toggle, ModelSwitch):
-                attention.on_toggle.remove()
+            if isinstance(attention.model_switch, ModelSwitch):
+                attention.model_switch.remove()
             delattr(module, CHILD)
 
 

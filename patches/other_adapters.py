@@ -75,7 +75,7 @@ def refuse_training_around(module: nn.Module, args: Any) -> None:
     attention: Any = getattr(module, CHILD)
     if torch.compiler.is_compiling() or not torch.is_grad_enabled() or not attention.is_active:
         return
-    model = attention.on_toggle.model()
+    model = attention.model_switch.model()
     if layer := next((m for m in other_layers(model) if any(p.requires_grad for p in m.parameters())), None):
         raise ValueError(
             f"a PEFT adapter ({class_name(layer)}) is trained around sparse attention, and would be loaded without "

@@ -35,7 +35,7 @@ class Prompt(NamedTuple):
         layers: its layers if they are to hold the prompt; empty if those are yet to be made.
         modules, attentions: the attention module of each of them, and the sparse attention of that.
         length: tokens of its bucket, padding included.
-        key: what has to be the same in a replay, beside the length.
+        key: what has to be the same in a replay, beside the length: state of the model, layout of the inputs, settings.
     """
 
     cache: Any

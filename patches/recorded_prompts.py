@@ -98,12 +98,12 @@ class _Memory:
     Attributes:
         recordings, trials: by the key and the length of the prompt.
         layers: what recordings fill, by the key and the tokens that there is room for, 0 where that is all the same.
-        states: a number for each state of the model.
+        states: a number for each state of the model, which `model_state.state_of` returns.
         prompts: how many have been looked at.
-        edges: of the attention modules, at the last look.
+        edges: `SparseAttentionLayer.prompt_edge` of each attention, at the last look: buckets end there.
         expected: what was played last, by the length of the bucket and the kind of inputs.
         pool: the memory of the recordings.
-        last: is reached when the last replay is over, and what is used of it has been copied.
+        last: an event that is reached when the last replay is over, and what is used of it has been copied.
     """
 
     recordings: OrderedDict[Hashable, Recording] = field(default_factory=OrderedDict)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from hf_sparse.patches.interface import padding_mask
+from hf_sparse.patches.masks import padding_mask
 
 _OF_OTHERS = ("or_mask_function", "and_mask_function", "block_sequence_ids")
 _FULL = "full_attention"

@@ -501,7 +501,7 @@ def test_a_compiled_forward_knows_which_of_two_types_runs(base_folder, tmp_path,
 
     for name in ("sparse", "lora"):
         model.load_adapter(str(tmp_path / name), adapter_name=name)
-        sparse_layers(model)[0].on_toggle.model = reference
+        sparse_layers(model)[0].model_switch.model = reference
         compiled = torch.compile(model, backend="eager")(IDS, attention_mask=torch.ones_like(IDS), use_cache=False)
         torch.testing.assert_close(compiled.logits, logits(model))
     assert traced

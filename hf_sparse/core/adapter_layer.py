@@ -1,7 +1,7 @@
 """Hold what one attention module learns, by adapter, as PEFT asks its layers to."""
 
 from collections.abc import Callable
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 from uuid import uuid4
 
 import torch
@@ -13,6 +13,24 @@ from hf_sparse.core.config import SparseConfig
 from hf_sparse.core.lora import LowRank
 
 ConfigT = TypeVar("ConfigT", bound=SparseConfig)
+
+
+class ModelSwitch(Protocol):
+    """Describe what a patched model has once for all its layers, see `patches.switch`.
+
+    Attributes:
+        model: returns the model, or `None` once nobody else holds it.
+        prompts: its recorded prompts.
+    """
+
+    model: Callable[[], Any]
+    prompts: Any
+
+    def __call__(self, enabled: bool) -> None:
+        """Note that the method is switched on or off."""
+
+    def modules(self) -> list[nn.Module]:
+        """Return the patched attention modules of the model."""
 
 
 class AdapterLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
@@ -33,7 +51,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
     Attributes:
         is_managed: tells whether transformers manages the adapters of the model (its own `add_adapter` and
             `load_adapter`).
-        on_toggle: is called when the method is switched on or off.
+        model_switch: what the layers of the model share; it is called when the method is switched on or off.
         hooks: what to remove with the layer.
         base_device: the device of the attention module.
         linears: sizes (inputs, outputs) of the linear layers of the attention module where LoRA changes them, by name.
@@ -48,7 +66,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
         self.identities: dict[str, str] = {}
         self.last_for: set[str] = set()
         self.is_managed: Callable[[], bool] | None = None
-        self.on_toggle: Callable[[bool], None] | None = None
+        self.model_switch: ModelSwitch | None = None
         self.hooks: list[RemovableHandle] = []
         self.base_device: torch.device | None = None
         self.linears: dict[str, tuple[int, int]] = {}
@@ -127,8 +145,8 @@ class AdapterLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
     def switch(self, enabled: bool) -> None:
         """Turn sparse attention on, or off for the dense base model; what is frozen stays so, and what is not."""
         self._disable_adapters = not enabled
-        if self.on_toggle is not None:
-            self.on_toggle(enabled)
+        if self.model_switch is not None:
+            self.model_switch(enabled)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move an adapter that PEFT made without memory (`low_cpu_mem_usage`) and then loaded."""

@@ -86,7 +86,7 @@ def open_adapter(folder: str | Path, config: PreTrainedConfig, source: str | Non
     changes = {}
     for name, layer in attached:
         layer.requires_grad_(False).eval()
-        layer.on_toggle, layer.is_managed, layer.hooks = None, None, []  # the model without weights is not kept
+        layer.model_switch, layer.is_managed, layer.hooks = None, None, []  # the model without weights is not kept
         layer.request_state(head_dim, torch.float32)  # an adapter that has none is refused here
         changes.update(_changes(name.rpartition(".")[0], layer))
     return ServedAdapter(tuple(layer for _, layer in attached), head_dim, changes)

@@ -102,7 +102,7 @@ def in_threads(model, length=40, count=4, **options):
 
 
 def prompts_of(model):
-    return sparse_layers(model)[0].on_toggle.prompts
+    return sparse_layers(model)[0].model_switch.prompts
 
 
 def recordings_of(model):

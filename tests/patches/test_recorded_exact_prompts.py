@@ -14,7 +14,7 @@ import torch
 
 from hf_sparse import SparseCache, SparsefinderConfig, patch
 from hf_sparse._compat import cache_of, with_cache
-from hf_sparse.methods.sparsefinder import SparsefinderAttention, attention, cache, fit_predictors
+from hf_sparse.methods.sparsefinder import SparsefinderAttention, attention, fit_predictors, in_place
 from hf_sparse.methods.sparsefinder.rooms import ROOM
 from hf_sparse.ops.entmax import entmax_attention, threshold
 from hf_sparse.ops.tiles import tiles
@@ -196,7 +196,7 @@ def test_the_first_steps_copy_no_key(model, played_prompts, monkeypatch):
     before = [layer.rooms for layer in held.layers]
     assert {room.shape[2] for pair in before for room in pair} == {60 + ROOM}
     assert not any(room[:, :, 60:].any() for pair in before for room in pair)
-    monkeypatch.delattr(cache, "room_behind")
+    monkeypatch.delattr(in_place, "room_behind")
     ids = torch.cat([prompt(60), prompt(1)], 1)
     generate(model, ids, max_new_tokens=20, **with_cache(held))
     assert all(layer.rooms is rooms for layer, rooms in zip(held.layers, before, strict=True))
@@ -205,7 +205,7 @@ def test_the_first_steps_copy_no_key(model, played_prompts, monkeypatch):
 @pytest.mark.parametrize("kind", ["pooled", "full"])
 def test_long_texts_lie_in_several_pieces(tiny_llama, played_prompts, monkeypatch, kind):
     """A piece goes with the last of its layers that outgrows it."""
-    monkeypatch.setattr(cache, "_PIECE", 3 * 2 * 100 * 8 * 4)  # of three tensors
+    monkeypatch.setattr(in_place, "_PIECE", 3 * 2 * 100 * 8 * 4)  # of three tensors
     model = sparse(tiny_llama(num_hidden_layers=4), **KINDS[kind])
     warm_up(model, 100)
     found = check(model, prompt(100), max_new_tokens=4)

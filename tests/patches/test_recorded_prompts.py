@@ -328,7 +328,7 @@ def test_models_whose_prompts_run(model, played_prompts, change):
 @pytest.mark.parametrize("change", [train, quantise])
 def test_models_that_are_not_looked_at(model, played_prompts, change):
     change(model)
-    switch = sparse_layers(model)[0].on_toggle
+    switch = sparse_layers(model)[0].model_switch
     for _ in range(4):
         with torch.no_grad():
             inputs = {"input_ids": prompt(40), "use_cache": True, "logits_to_keep": 1, "return_dict": True}

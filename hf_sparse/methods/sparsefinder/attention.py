@@ -164,11 +164,10 @@ class SparsefinderAttention(SparseAttentionLayer[SparsefinderConfig]):
         cache: Any,
         scaling: float,
     ) -> Tensor:
-        """Attend over all keys in training, and over the predicted graph elsewhere; see `SparseAttentionLayer`."""
+        """Attend by the way that `way_of` decides; see `SparseAttentionLayer`."""
         new = NewTokens(query, key, value, hidden_states, valid, scaling)
         if cache is not None:
             self.check_cache(cache)
-        # Where the query stands in the keys, if these are all that there is room for.
         place = cache.place if cache is not None and query.shape[2] == 1 else None
         way = way_of(self, new, cache, place)
         if isinstance(cache, SparsefinderCacheLayer):

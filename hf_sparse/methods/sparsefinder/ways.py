@@ -14,12 +14,16 @@ if TYPE_CHECKING:
 
 
 class Way(Enum):
-    """Name the ways to attend. In a cache, the first two leave no codes; what goes on with a graph needs those."""
+    """Name the ways to attend.
 
-    FEW_OVER_ALL_KEYS = auto()  # a few causal queries and no gradient: `attend_few`, or the kernels of `step.py`
-    ALL_KEYS = auto()  # any queries: `entmax_attention`
-    LISTED_TILES = auto()  # one causal query per text and no gradient, over tiles listed on the device: as the first
-    GRAPH = auto()  # over the graph that a predictor or a pattern gives, which an observer may look at
+    The first two leave no codes in the cache, which graphs are predicted from: a text that began so cannot go on with a
+    predicted graph.
+    """
+
+    FEW_OVER_ALL_KEYS = auto()  # a few causal queries, no gradient: the kernels of `step.py`, or `attend_few`
+    ALL_KEYS = auto()  # any number of queries, with a gradient if asked: `entmax_attention`
+    LISTED_TILES = auto()  # one causal query per text over predicted tiles, no gradient: as the first
+    GRAPH = auto()  # any number of queries over a graph, predicted or that of `pattern`, which may be observed
 
 
 def is_learning(attention: "SparsefinderAttention", cache: object) -> bool:
@@ -33,13 +37,13 @@ def is_unfitted(attention: "SparsefinderAttention") -> bool:
 
 
 def way_of(attention: "SparsefinderAttention", new: NewTokens, cache: object, place: Tensor | None) -> Way:
-    """Decide how new tokens attend; `LISTED_TILES` and `GRAPH` hold for rows without padding, or packed.
+    """Decide how new tokens attend. Padding decides nothing: where tiles depend on it, texts are packed first.
 
     Args:
         new: the tokens.
         cache: the cache layer, which has taken them in, or `None`.
-        place: `[1]` int64, where the only query of each text stands in keys that are all there is room for; `None`
-            where queries are the last ones.
+        place: `[1]` int64, position of the only query of each text where `new.key` has all the room that there is, in a
+            static cache or while a step is recorded; `None` where the queries stand at the last keys.
     """
     if attention.is_observed:
         return Way.GRAPH

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from hf_sparse.patches.interface import padding_mask
+from hf_sparse.patches.masks import padding_mask
 
 COLUMNS = torch.tensor([[1, 1, 1], [0, 1, 1]])
 
