@@ -15,6 +15,7 @@ says where its token goes. When the room is full, the cache grows in a step that
 import functools
 import gc
 import threading
+import weakref
 from collections.abc import Callable
 from contextlib import suppress
 from operator import is_
@@ -29,6 +30,7 @@ from transformers.cache_utils import Cache
 from hf_sparse.ops.triton import is_on_gpu
 
 _stream_lock = threading.RLock()  # what another thread launches on the stream would be recorded too
+_of_thread = threading.local()  # `last`: a weak reference to what played a step last in this thread
 _EAGER = 2  # steps of a call before one is recorded: they compile kernels and allocate what stays
 _COLLECTING = "transformers.utils.output_capturing"  # the module whose hooks collect hidden states
 _PLAIN = (bool, int, float, str, type(None))  # types of inputs that a recording keeps
@@ -39,6 +41,12 @@ def may_record(model: Any, generation_config: Any) -> bool:
     if model.device.type != "cuda" or generation_config.disable_compile or generation_config.compile_config is not None:
         return False
     return len(set(getattr(model, "hf_device_map", {}).values())) <= 1
+
+
+def played_last() -> "RecordedSteps | None":
+    """Return what played a step last in this thread, unless its `generate` is done."""
+    reference = getattr(_of_thread, "last", None)
+    return None if reference is None else reference()
 
 
 class Expected(NamedTuple):
@@ -118,8 +126,13 @@ class RecordedSteps:
     def _play(self, inputs: dict[str, Any], tokens: int) -> None:
         """Play the recorded step with these inputs, after so many tokens."""
         self._take(inputs, tokens)
+        self._replay()
+
+    def _replay(self) -> None:
+        """Play the recorded step with the inputs that it has."""
         assert self.replay is not None
         self.replay()
+        _of_thread.last = weakref.ref(self)
 
     def _take(self, inputs: dict[str, Any], tokens: int) -> None:
         """Copy the inputs of a step after so many tokens to where the recorded one reads them."""
@@ -130,7 +143,7 @@ class RecordedSteps:
         if self.place is not None:
             self.place.fill_(tokens)
 
-    def expect(self, prepare: Callable[..., dict[str, Any]], arguments: dict[str, Any]) -> None:
+    def expect(self, prepare: Callable[..., dict[str, Any]], arguments: dict[str, Any], given: dict[str, Any]) -> None:
         """Make and take the inputs of the next step but its token, while the device works on the one that was played.
 
         When that one is done the loop reads whether it was the last, and the device waits for the host until the next
@@ -139,11 +152,14 @@ class RecordedSteps:
         Args:
             prepare: `prepare_inputs_for_generation` of transformers.
             arguments: what it will get for the next step, by name, beside the token ids.
+            given: what others may hold, by name: a tensor of these may still be changed in place, and if the next step
+                gets one its inputs are made when it is there.
         """
         ids, cache = self.inputs["input_ids"], self.layout[0]
         inputs = prepare(ids, **arguments)
         added = {name: value for name, value in self.inputs.items() if name not in inputs}  # by the loop
-        if _layout(inputs | added, cache) == self.layout and self._has_memory(cache):
+        held, taken = ({id(one) for one in _flat(some).values() if isinstance(one, Tensor)} for some in (given, inputs))
+        if held.isdisjoint(taken) and _layout(inputs | added, cache) == self.layout and self._has_memory(cache):
             self._take(inputs | added | {"input_ids": ids}, cache.get_seq_length())
             self.expected = Expected(dict(arguments), inputs, added)
 
@@ -154,9 +170,10 @@ class RecordedSteps:
             input_ids: `[B, T]`, of which a step takes the last column.
             arguments: as in `expect`.
         """
-        if self.expected is None or not _are_same(arguments, self.expected.arguments):
+        expected = self.expected
+        if expected is None or not _are_same(arguments, expected.arguments):
             return None
-        return self.expected.inputs | {"input_ids": input_ids[:, -1:]}
+        return expected.inputs | {"input_ids": input_ids[:, -1:]}
 
     def _play_expected(self, inputs: dict[str, Any], expected: Expected) -> bool:
         """Play the recorded step if these are the inputs of the expected one, of which it has all but the token."""
@@ -164,10 +181,9 @@ class RecordedSteps:
         others = expected.inputs | expected.added | {"input_ids": inputs.get("input_ids")}
         if not _are_same(inputs, others) or inputs["input_ids"].shape != ids.shape or not self._has_memory(cache):
             return False
-        assert self.replay is not None
         tokens = cache.get_seq_length()
         ids.copy_(inputs["input_ids"])
-        self.replay()
+        self._replay()
         _note_tokens(cache, tokens + 1)
         return True
 

@@ -1,6 +1,7 @@
 """Hold what a patched model has once for all its layers, and stand in front of what the model would do wrongly."""
 
 import functools
+import threading
 import weakref
 from typing import Any
 
@@ -15,7 +16,7 @@ from hf_sparse.patches.attached import CHILD, sparse_layers
 from hf_sparse.patches.compiled_layers import compiled_layers
 from hf_sparse.patches.interface import NAME
 from hf_sparse.patches.recorded_prompts import PromptCaller, RecordedPrompts
-from hf_sparse.patches.recorded_steps import RecordedSteps, may_record
+from hf_sparse.patches.recorded_steps import RecordedSteps, may_record, played_last
 from hf_sparse.patches.saving import is_in_peft_model, names_in_model, save_patched_model
 from hf_sparse.patches.step_masks import step_masks
 
@@ -58,16 +59,16 @@ class ModelSwitch:
         self._modules: list[weakref.ref[nn.Module]] = []
         self._told: set[tuple[Any, ...]] = set()  # calls of `generate` for which the layers have prepared
         self.prompts = RecordedPrompts()
-        self.records = self.compiles = False  # whether the `generate` that asked last can record steps, and compiles
-        self._steps: weakref.ref[RecordedSteps] | None = None
-        for name in self._BEFORE:
-            if hasattr(model, name):
-                setattr(model, name, getattr(self, name))
+        self._answer = threading.local()  # `records`, `compiles`: what the `generate` of a thread was told last
+        names = [name for name in self._BEFORE if hasattr(model, name)]
         if isinstance(model, GenerationMixin) and not hasattr(model, self._MASKS):
-            setattr(model, self._MASKS, self.create_masks_for_generate)
-        if all(getattr(type(model), name, None) is getattr(GenerationMixin, name) for name in self._INPUTS):
-            for name in self._INPUTS:
-                setattr(model, name, getattr(self, name))
+            names.append(self._MASKS)
+        if self._are_ordinary(model) and not vars(model).keys() & set(self._INPUTS):
+            names += self._INPUTS
+        # What others have set in the model under these names.
+        self._covered = {name: vars(model)[name] for name in names if name in vars(model)}
+        for name in names:
+            setattr(model, name, getattr(self, name))
 
     def __call__(self, enabled: bool) -> None:
         self.config._attn_implementation = dict.fromkeys(self.base, NAME) if enabled else self.base
@@ -82,11 +83,15 @@ class ModelSwitch:
         return modules
 
     def remove(self) -> None:
-        """Leave the model as it was."""
+        """Leave the model as it was, and what others have set in it since."""
         self(False)
         self.prompts.clear()
+        own = vars(self.model())
         for name in (*self._BEFORE, self._MASKS, *self._INPUTS):
-            vars(self.model()).pop(name, None)
+            if own.get(name) == getattr(self, name):
+                del own[name]
+                if name in self._covered:
+                    own[name] = self._covered[name]
 
     def save_pretrained(
         self, save_directory: Any, is_main_process: bool = True, state_dict: Any = None, *args: Any, **kwargs: Any
@@ -132,44 +137,50 @@ class ModelSwitch:
         """Answer `generate` whether it shall ask for a call that is compiled, or one that records its steps."""
         model: Any = self.model()
         compiles = type(model)._valid_auto_compile_criteria(model, model_kwargs, generation_config)
-        self.records = self.config._attn_implementation == NAME and may_record(model, generation_config)
-        self.compiles = compiles
-        return compiles or self.records
+        records = self.config._attn_implementation == NAME and may_record(model, generation_config)
+        self._answer.records, self._answer.compiles = records, compiles
+        return compiles or records
 
     def get_compiled_call(self, compile_config: Any) -> Any:
         """Return what `generate` calls for a step."""
         model: Any = self.model()
-        records, self.records = self.records, False
-        layers = compiled_layers(model) if records and self.compiles else None
-        if not records or (self.compiles and layers is None):
+        records, compiles = (vars(self._answer).pop(name, False) for name in ("records", "compiles"))
+        layers = compiled_layers(model) if records and compiles else None
+        if not records or (compiles and layers is None):
             return type(model).get_compiled_call(model, compile_config)
-        steps = RecordedSteps(model, layers)
-        self._steps = weakref.ref(steps)
-        return steps
+        return RecordedSteps(model, layers)
 
-    def _live_steps(self) -> RecordedSteps | None:
-        """Return what plays the steps of the `generate` that asked last, unless that is done."""
-        return None if self._steps is None else self._steps()
+    def _are_ordinary(self, model: Any) -> bool:
+        """Tell whether the class of the model makes the inputs of its steps as transformers does."""
+        return all(getattr(type(model), name, None) is getattr(GenerationMixin, name) for name in self._INPUTS)
+
+    def _makes_inputs(self, model: Any) -> bool:
+        """Tell whether inputs are made here and nowhere else: what was set in the model since may change them."""
+        return self._are_ordinary(model) and all(vars(model).get(name) == getattr(self, name) for name in self._INPUTS)
 
     @functools.wraps(GenerationMixin._update_model_kwargs_for_generation)
-    def _update_model_kwargs_for_generation(self, outputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def _update_model_kwargs_for_generation(
+        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> Any:
         """Return the arguments of `generate` after a step; if it was played, make the inputs of the next one."""
         model: Any = self.model()
-        arguments = GenerationMixin._update_model_kwargs_for_generation(model, outputs, *args, **kwargs)
-        steps = self._live_steps()
-        if steps is not None and outputs is steps.output:
+        given = dict(model_kwargs)
+        arguments = type(model)._update_model_kwargs_for_generation(model, outputs, model_kwargs, *args, **kwargs)
+        steps = played_last()
+        if steps is not None and outputs is steps.output and self._makes_inputs(model):
             prepare = functools.partial(GenerationMixin.prepare_inputs_for_generation, model)
-            steps.expect(prepare, arguments | {"next_sequence_length": 1})
+            steps.expect(prepare, arguments | {"next_sequence_length": 1}, given)
         return arguments
 
     @functools.wraps(GenerationMixin.prepare_inputs_for_generation)  # `generate` reads which arguments it takes
     def prepare_inputs_for_generation(self, input_ids: Any, *args: Any, **kwargs: Any) -> Any:
         """Return the inputs of a forward of the model; those of an expected step were made before."""
-        steps = self._live_steps()
+        model: Any = self.model()
+        steps = played_last()
         inputs = None if steps is None or args else steps.expected_inputs(input_ids, kwargs)
         if inputs is not None:
             return inputs
-        return GenerationMixin.prepare_inputs_for_generation(self.model(), input_ids, *args, **kwargs)
+        return type(model).prepare_inputs_for_generation(model, input_ids, *args, **kwargs)
 
     def create_masks_for_generate(self, **arguments: Any) -> Any:
         """Make the masks of a step, or of a prompt, for `generate`."""
@@ -237,9 +248,10 @@ class ModelSwitch:
         return getattr(self.model(), "_hf_peft_config_loaded", False)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = vars(self) | {"model": self.model(), "_modules": [], "_told": set(), "_steps": None}
-        del state["prompts"]
+        state = vars(self) | {"model": self.model(), "_modules": [], "_told": set()}
+        del state["prompts"], state["_answer"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state | {"model": weakref.ref(state["model"]), "prompts": RecordedPrompts()})
+        made = {"model": weakref.ref(state["model"]), "prompts": RecordedPrompts(), "_answer": threading.local()}
+        vars(self).update(state | made)

@@ -12,7 +12,7 @@ from threading import Thread
 
 import pytest
 import torch
-from transformers import DynamicCache, LogitsProcessor, LogitsProcessorList
+from transformers import DynamicCache, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache
 
 from hf_sparse import CapturedDecoding, SparsefinderConfig, SparseKCache, SparseKConfig, patch, unpatch
@@ -48,9 +48,11 @@ def test_tokens_are_those_of_steps_that_run(model, played, options):
 
 
 @pytest.mark.versions
-@pytest.mark.parametrize("mask", [None, LEFT], ids=["one length", "padded"])
+@pytest.mark.parametrize(
+    "options", [{}, {"attention_mask": LEFT}, {"prefill_chunk_size": 11}], ids=["one length", "padded", "in chunks"]
+)
 @pytest.mark.parametrize("grows", [False, True])
-def test_inputs_of_a_step_are_made_after_the_step_before(tiny_llama, played, monkeypatch, grows, mask):
+def test_inputs_of_a_step_are_made_after_the_step_before(tiny_llama, played, monkeypatch, grows, options):
     """All but the token, of all played steps but the first; and nothing holds the cache when the loop is done."""
     config = SparsefinderConfig(predictor="full") if grows else SparseKConfig(k=6, window=8, sinks=2)
     model = patch(tiny_llama().to(DEVICE), config)
@@ -63,7 +65,7 @@ def test_inputs_of_a_step_are_made_after_the_step_before(tiny_llama, played, mon
         return expected[-1]
 
     monkeypatch.setattr(RecordedSteps, "_play_expected", note)
-    options = GREEDY | {"attention_mask": mask, "max_new_tokens": 12}
+    options = GREEDY | options | {"max_new_tokens": 12}
     tokens = model.generate(IDS, **options)
     assert len(played) == 9 and expected == [True] * 8
     gc.collect()
@@ -96,7 +98,7 @@ def test_a_step_that_was_not_expected_gets_its_own_inputs(model, played, change)
             logits.append(steps(**prepare(IDS[:, number : number + 1], 1, **arguments)).logits.clone())
             if expects and steps.replay is not None:
                 arguments = {"position_ids": positions[number + 1], "attention_mask": real}
-                steps.expect(prepare, arguments | {"next_sequence_length": 1})
+                steps.expect(prepare, arguments | {"next_sequence_length": 1}, {})
                 assert steps.expected is not None
         return torch.stack(logits)
 
@@ -104,6 +106,75 @@ def test_a_step_that_was_not_expected_gets_its_own_inputs(model, played, change)
         expected = run(False, change)
         assert torch.equal(run(True, change), expected)
         assert not torch.equal(run(True, None), expected)
+
+
+class Call(LogitsProcessor):
+    """Call something between two steps."""
+
+    def __init__(self, call):
+        self.call = call
+
+    def __call__(self, input_ids, scores):
+        self.call(input_ids.shape[1])
+        return scores
+
+
+def test_a_tensor_of_the_caller_may_change_between_two_steps(tiny_llama, played):
+    class Scaled(LlamaForCausalLM):
+        def forward(self, *args, scale=None, **inputs):
+            output = super().forward(*args, **inputs)
+            output.logits = output.logits * scale
+            return output
+
+    plain = tiny_llama()
+    model = Scaled(plain.config).eval()
+    model.load_state_dict(plain.state_dict())
+    patch(model.to(DEVICE), SparseKConfig(k=6, window=8, sinks=2))
+    found = []
+    for disable in (True, False):
+        scale = torch.ones((), device=DEVICE)
+        processor = LogitsProcessorList([Call(lambda length, scale=scale: scale.fill_((-1) ** (length // 7)))])
+        options = GREEDY | {"logits_processor": processor, "scale": scale, "disable_compile": disable}
+        found.append(model.generate(IDS, **options))
+    assert torch.equal(*found) and len(played) == 27
+
+
+@pytest.mark.parametrize("grows", [False, True])
+@pytest.mark.parametrize("name", ["prepare_inputs_for_generation", "_update_model_kwargs_for_generation"])
+def test_what_others_set_in_the_model_may_change_inputs_in_place(tiny_llama, played, name, grows):
+    config = SparsefinderConfig(predictor="full") if grows else SparseKConfig(k=6, window=8, sinks=2)
+    model = patch(tiny_llama().to(DEVICE), config)
+    held, method = [], getattr(model, name)
+
+    def note(*args, **kwargs):
+        inputs = method(*args, **kwargs)
+        held[:] = [inputs["position_ids"]]
+        if name.startswith("prepare"):
+            inputs["position_ids"] += 5
+        return inputs
+
+    setattr(model, name, note)
+    processor = LogitsProcessorList([Call(lambda length: held[0].add_(3))])
+    options = GREEDY | {"logits_processor": processor}
+    expected = model.generate(IDS, disable_compile=True, **options)
+    assert torch.equal(model.generate(IDS, **options), expected) and len(played) == 27
+
+
+def test_generate_within_a_step_of_generate(model, played):
+    inner, options = [], {"do_sample": False, "max_new_tokens": 8}
+    processor = LogitsProcessorList([Call(lambda length: inner.append(model.generate(IDS[:2, :20], **options)))])
+    expected = model.generate(IDS, disable_compile=True, **GREEDY)
+    assert torch.equal(model.generate(IDS, logits_processor=processor, **GREEDY), expected)
+    assert len(played) == 27 + 30 * 5 and all(torch.equal(one, inner[0]) for one in inner)
+
+
+def test_generate_in_another_thread_between_question_and_call(model, played):
+    config = model.generation_config
+    assert model._valid_auto_compile_criteria({}, config)
+    thread = Thread(target=lambda: model.generate(IDS, **GREEDY))
+    thread.start()
+    thread.join()
+    assert isinstance(model.get_compiled_call(None), RecordedSteps)
 
 
 def test_samples_and_processors_are_those_of_the_loop(model, played):

@@ -1,9 +1,16 @@
-"""What `generate` announces to the layers of a patched model before it reads a prompt: once for calls of a kind."""
+"""What a patched model has in front of its methods, and what `generate` announces to its layers before a prompt.
+
+That is announced once for calls of a kind.
+"""
+
+import inspect
+from types import MethodType
 
 import pytest
 import torch
+from transformers import GenerationMixin
 
-from hf_sparse import SparseKConfig, patch
+from hf_sparse import SparseKConfig, patch, unpatch
 from hf_sparse.core.generation import announced
 from hf_sparse.patches import sparse_layers, switch
 
@@ -59,3 +66,41 @@ def test_nothing_is_announced_on_the_cpu(tiny_llama, monkeypatch):
     monkeypatch.setattr(switch, "announced", lambda generation: found.append(generation) or announced(generation))
     generate(model)
     assert found == [None]
+
+
+INPUTS = ["prepare_inputs_for_generation", "_update_model_kwargs_for_generation"]
+
+
+@pytest.mark.parametrize("name", ["get_compiled_call", "save_pretrained", *INPUTS])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_method_that_was_set_in_the_model_is_kept(tiny_llama, name, is_first):
+    model, calls = tiny_llama(), []
+
+    def method(self, *args, **kwargs):
+        calls.append(name)
+        return getattr(type(self), name)(self, *args, **kwargs)
+
+    if is_first:
+        setattr(model, name, MethodType(method, model))
+    patch(model, SparseKConfig(**BUDGET))
+    if not is_first:
+        setattr(model, name, MethodType(method, model))
+    generate(model)
+    assert len(calls) == (4 if name in INPUTS else 0)
+    unpatch(model)
+    assert vars(model)[name] == MethodType(method, model)
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_a_method_that_was_set_in_the_class_is_called(tiny_llama, monkeypatch, name):
+    model, calls = patch(tiny_llama(), SparseKConfig(**BUDGET)), []
+    original = getattr(GenerationMixin, name)
+    assert inspect.signature(getattr(model, name)) == inspect.signature(MethodType(original, model))
+
+    def method(self, *args, **kwargs):
+        calls.append(name)
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), name, method)
+    generate(model)
+    assert len(calls) == 4
