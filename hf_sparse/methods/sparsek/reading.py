@@ -103,17 +103,11 @@ def read_in_few_launches(
         `[B, Hq, T, D]`; `None`, with nothing changed, if the text has to take another path: there is padding, it is
         being compiled, recorded or differentiated, the cache was used before, or no kernel takes what came.
     """
-    query, key, value, hidden_states, valid, scaling = new
-    if valid is not None or cache.is_initialized or not _TRITON or type(query) is not Tensor or not is_on_gpu(query):
+    if not _may_read(attention, new, cache):
         return None
-    if not attention.uses_scorer or torch.is_grad_enabled():
-        return None
-    if cache.owner != (attention.identities[attention.active], None):  # an error may have ended an earlier call
-        return None
-    if cache.call is None and attention.budget != (cache.k, cache.window, cache.sinks):  # was overridden since
-        return None
+    query, key, value, hidden_states, _, scaling = new
     scoring = scoring_of(attention) if cache.scoring is None else cache.scoring
-    if scoring is None or torch.is_autocast_enabled("cuda"):
+    if scoring is None:
         return None
     fits, end = key.shape[2] <= cache.slots, None if cache.call is None else cache.call.end
     layout = (
@@ -144,6 +138,20 @@ def read_in_few_launches(
         grouped = query.shape[1] != key.shape[1]
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
     return output
+
+
+def _may_read(attention: "SparseKAttention", new: NewTokens, cache: SparseKCacheLayer) -> bool:
+    """Tell whether a text begins here, eager on a GPU, without padding and gradients, and the scorer chooses."""
+    query = new.query
+    if new.valid is not None or cache.is_initialized or not _TRITON or type(query) is not Tensor:
+        return False
+    if not is_on_gpu(query) or not attention.uses_scorer or torch.is_grad_enabled():
+        return False
+    if cache.owner != (attention.identities[attention.active], None):  # an error may have ended an earlier call
+        return False
+    if cache.call is None and attention.budget != (cache.k, cache.window, cache.sinks):  # was overridden since
+        return False
+    return not torch.is_autocast_enabled("cuda")
 
 
 def _most_selected(k: Counts) -> int:
