@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hf_sparse.methods.sparsek.budget import Budget, Counts
 from hf_sparse.methods.sparsek.cache import SparseKCacheLayer
 from hf_sparse.methods.sparsek.scorer import LinearScorer
 from hf_sparse.methods.sparsek.slot_memory import SharedSlots, fix_address, lasting
@@ -20,7 +21,7 @@ from hf_sparse.ops.triton import DTYPES, MOST_ROWS, installed, is_on_gpu
 
 if TYPE_CHECKING:
     from hf_sparse.methods.sparsek.attention import SparseKAttention
-    from hf_sparse.ops.selection.triton.reading import Slots
+    from hf_sparse.ops.selection.triton.reading import ReadingSettings, Slots
     from hf_sparse.ops.triton.replay import Program
 
 _TRITON = installed()
@@ -86,36 +87,40 @@ def read_in_few_launches(attention: "SparseKAttention", new: NewTokens, cache: S
         being compiled, recorded or differentiated, the cache was used before, or no kernel takes what came.
     """
     query, key, value, hidden_states, valid, scaling = new
-    if valid is not None or cache.is_initialized or not _TRITON or type(query) is not Tensor or not is_on_gpu(query):
-        return None
-    if not attention.uses_scorer or torch.is_grad_enabled():
+    if valid is not None or cache.is_initialized or not _TRITON or type(query) is not Tensor or torch.is_grad_enabled():
         return None
     if cache.owner != (attention.identities[attention.active], None):  # an error may have ended an earlier call
         return None
-    if cache.call is None and attention.budget != (cache.k, cache.window, cache.sinks):  # was overridden since
-        return None
+    call = cache.call
     scoring = scoring_of(attention) if cache.scoring is None else cache.scoring
-    if scoring is None or torch.is_autocast_enabled("cuda"):
+    if scoring is None:
         return None
-    fits, end = key.shape[2] <= cache.slots, None if cache.call is None else cache.call.end
+    stock, end = (None, None) if call is None else (call.reading, call.end)
+    counts = None if cache.counts is None else (_most_selected(cache.k), key.shape[2] <= cache.slots)
     layout = (
         query.shape, query.stride(), query.dtype, query.device, key.shape, key.stride(), value.stride(),
         hidden_states.dtype, hidden_states.stride(), scaling, scoring.layout,
-        _most_selected(cache), cache.window, cache.sinks, cache.counts is None, fits, end is None,
+        cache.k if counts is None else counts, cache.window, cache.sinks, end is None,
     )  # fmt: skip
     addresses = [query.data_ptr(), key.data_ptr(), value.data_ptr(), hidden_states.data_ptr()]
     is_aligned = not (addresses[0] | addresses[1] | addresses[2] | addresses[3]) % 16 and scoring.layout is not None
-    stock = _stock(cache, key, layout) if is_aligned else None
+    if stock is None or not is_aligned or not stock.left or stock.layout != layout:  # no layer before was like this one
+        if not is_on_gpu(query) or not attention.uses_scorer or torch.is_autocast_enabled("cuda"):
+            return None
+        if call is None and attention.budget != (cache.k, cache.window, cache.sinks):  # was overridden since
+            return None
+        stock = _stock(cache, key, layout) if is_aligned else None
     if stock is not None:
         stock.left -= 1
         of_slots = stock.slots.addresses(stock.left)
-        if fits:
+        if not stock.program.order:  # all keys fit: the launches read no query and return nothing
             del addresses[0]
-        others = (*_addresses_of_tables(cache, key.device), 0 if end is None else end.data_ptr())
-        results = stock.program.launch([*addresses, *scoring.addresses, *of_slots, *others], stock.memory)
-        output = None if fits else results[0]
+        tables = (0, 0) if counts is None else _addresses_of_tables(cache, key.device)
+        bases = [*addresses, *scoring.addresses, *of_slots, *tables, 0 if end is None else end.data_ptr()]
+        results = stock.program.launch(bases, stock.memory)
+        output = results[0] if results else None
         cache.take_shared(stock.slots, stock.left)
-    elif _takes(new, scoring, cache):
+    elif takes(new, scoring, cache.k):
         output, slots = _read(new, scoring, cache, end, layout if is_aligned else None)
         cache.take(*slots)
     else:
@@ -126,15 +131,22 @@ def read_in_few_launches(attention: "SparseKAttention", new: NewTokens, cache: S
     return output
 
 
-def _most_selected(cache: SparseKCacheLayer) -> int:
+def _most_selected(k: Counts) -> int:
     """Return the selected keys of every head; where heads differ of the one that has most, or somewhat more."""
-    return cache.k if cache.counts is None else -(-max(cache.k) // _ROUNDING) * _ROUNDING  # type: ignore[call-overload]
+    return k if isinstance(k, int) else -(-max(k) // _ROUNDING) * _ROUNDING
+
+
+def settings_of(budget: Budget, scaling: float, scoring: Scoring) -> "ReadingSettings":
+    """Return what a text is read with."""
+    from hf_sparse.ops.selection.triton.reading import ReadingSettings
+
+    k, window, sinks = budget
+    of_heads = None if isinstance(k, int) else k
+    return ReadingSettings(_most_selected(k), window, sinks, scaling, scoring.key[3], of_heads)
 
 
 def _addresses_of_tables(cache: SparseKCacheLayer, device: torch.device) -> tuple[int, int]:
-    """Return where the tables of heads that differ are, 0 for none."""
-    if cache.counts is None:
-        return 0, 0
+    """Return where the tables of heads that differ are."""
     from hf_sparse.ops.selection.triton.reading import tables_of_heads
 
     of_heads: Any = cache.k
@@ -145,10 +157,6 @@ def _addresses_of_tables(cache: SparseKCacheLayer, device: torch.device) -> tupl
 def _stock(cache: SparseKCacheLayer, key: Tensor, layout: Hashable) -> _Stock | None:
     """Return slots and launches for this layout, of the call of the model if there is one; `None` without launches."""
     call = cache.call
-    if call is not None:
-        stock: _Stock | None = call.reading
-        if stock is not None and stock.left and stock.layout == layout:
-            return stock
     program = _programs.get(layout)
     if program is None:
         return None
@@ -170,11 +178,10 @@ def _read(
     new: NewTokens, scoring: Scoring, cache: SparseKCacheLayer, end: Tensor | None, layout: Hashable | None
 ) -> tuple[Tensor | None, "Slots"]:
     """Return the output, `None` where all keys fit into the slots, and the slots; note the launches of the layout."""
-    from hf_sparse.ops.selection.triton.reading import ReadingSettings, noted_reading, read_text
+    from hf_sparse.ops.selection.triton.reading import noted_reading, read_text
 
     inputs = new.query, new.key, new.value, new.hidden_states
-    budget, of_heads = (_most_selected(cache), cache.window, cache.sinks), None if cache.counts is None else cache.k
-    settings = ReadingSettings(*budget, new.scaling, scoring.key[3], of_heads)  # type: ignore[arg-type]
+    settings = settings_of(Budget(cache.k, cache.window, cache.sinks), new.scaling, scoring)
     with lasting():
         output, slots = read_text(*inputs, scoring.weight, scoring.slope, settings, end)
     for tensor in slots:
@@ -187,7 +194,7 @@ def _read(
     return output, slots
 
 
-def _takes(new: NewTokens, scoring: Scoring, cache: SparseKCacheLayer) -> bool:
+def takes(new: NewTokens, scoring: Scoring, k: Counts) -> bool:
     """Tell whether the kernels take a text: devices, dtypes, sizes and layout."""
     query, key, value, states, _, _ = new
     weight, slope, dtype = scoring.weight, scoring.slope, query.dtype
@@ -198,7 +205,7 @@ def _takes(new: NewTokens, scoring: Scoring, cache: SparseKCacheLayer) -> bool:
         and weight.dtype in DTYPES
         and query.shape[-1] == value.shape[-1] <= 256
         and key.shape[0] * key.shape[1] <= MOST_ROWS
-        and _most_selected(cache) <= MOST_LISTED
+        and _most_selected(k) <= MOST_LISTED
         and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
         and states.is_contiguous()
         and weight.is_contiguous()
