@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from hf_sparse.ops.triton.replay import Program
 
 _TRITON = installed()
-_MOST_PROGRAMS = 64  # that are remembered here
+MOST_PROGRAMS = 64  # that are remembered here
 _ROUNDING = 64  # of the most selected keys of a head, where heads differ: layers of about as many share a program
 
 _programs: dict[Hashable, "Program"] = {}  # by layout, for tensors at multiples of 16 bytes
@@ -188,7 +188,7 @@ def _read(
         fix_address(tensor)
     program = None if layout is None else noted_reading(*inputs, scoring.weight, scoring.slope, slots, settings, end)
     if program is not None:
-        if len(_programs) >= _MOST_PROGRAMS:
+        if len(_programs) >= MOST_PROGRAMS:
             _programs.pop(next(iter(_programs)), None)
         _programs[layout] = program
     return output, slots

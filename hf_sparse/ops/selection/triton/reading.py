@@ -73,7 +73,12 @@ class ReadingSettings(NamedTuple):
 
 def tables_of_heads(k: Sequence[int], counts: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return what the kernels read of heads with `k` selected keys and `counts` slots each, see `ReadingSettings`."""
-    return counts_on(device, tuple([(number, number) for number in k])), offsets_of(counts, device)
+    return counts_of_heads(k, device), offsets_of(counts, device)
+
+
+def counts_of_heads(k: Sequence[int], device: torch.device) -> Tensor:
+    """Return the first of these tables, `[2, Hkv]` int32."""
+    return counts_on(device, tuple([(number, number) for number in k]))
 
 
 class Slots(NamedTuple):
@@ -141,6 +146,24 @@ def attend_text(
     (output,) = replayed(_select_alone, (query, key, value, states, weight, slope, counts), settings)
     assert output is not None
     return output
+
+
+def noted_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    states: Tensor,
+    weight: Tensor,
+    slope: Tensor | None,
+    settings: ReadingSettings,
+) -> Program | None:
+    """Return the launches of `attend_text` for tensors of this layout, if a call has noted them.
+
+    They are for tensors at multiples of 16 bytes: query, key, value, states, weight, slope, and the first table of the
+    settings. They return the output.
+    """
+    counts, _ = settings.tables(key.device)
+    return program_of(_select_alone, (query, key, value, states, weight, slope, counts), settings)
 
 
 def noted_reading(
