@@ -4,6 +4,7 @@
     python benchmarks/prefill.py --method sparsefinder --output entmax_prefill.json
 
     forward   `model(ids, use_cache=True, logits_to_keep=1)`: the text is read, and a cache holds it
+    uncached  the same with `use_cache=False`
     generate  default `generate` of one new token
     varied    the same with prompts up to a twentieth shorter, where those of `generate` were played as CUDA graphs
 
@@ -53,6 +54,11 @@ def forward(model: PreTrainedModel, ids: Tensor) -> Any:
         return model(ids, use_cache=True, logits_to_keep=1)
 
 
+def uncached(model: PreTrainedModel, ids: Tensor) -> Any:
+    with torch.no_grad():
+        return model(ids, use_cache=False, logits_to_keep=1)
+
+
 def generate(model: PreTrainedModel, ids: Tensor) -> Any:
     mask = torch.ones_like(ids)
     return model.generate(ids, attention_mask=mask, max_new_tokens=1, do_sample=False)  # type: ignore[operator]
@@ -60,6 +66,7 @@ def generate(model: PreTrainedModel, ids: Tensor) -> Any:
 
 CALLS: dict[str, Callable[[PreTrainedModel, Tensor], Any]] = {
     "forward": forward,
+    "uncached": uncached,
     "generate": generate,
     "varied": generate,
 }
@@ -86,6 +93,7 @@ def check(shape: dict[str, Any], options: argparse.Namespace) -> dict[str, float
     short, long = (torch.randint(0, 100, (2, n), device=options.device) for n in (slots, 3 * slots + 7))
     differences = {"short from dense": relative(*(forward(models[name], short).logits for name in ("sparse", "dense")))}
     kernels = forward(models["sparse"], long)
+    differences["long without a cache"] = relative(uncached(models["sparse"], long).logits, kernels.logits)
     with mock.patch.object(api, "_takes_kernels", lambda *_: False):
         plain = forward(models["sparse"], long)
     differences["long from plain"] = relative(kernels.logits, plain.logits)
@@ -106,8 +114,9 @@ def measure(models: dict[str, PreTrainedModel], ids: Tensor, options: argparse.N
     """Milliseconds of the calls by variant, from calls that alternate, and the kernels of a forward."""
     row: dict[str, Any] = {}
     recorded = sparse_layers(models["sparse"])[0].model_switch.prompts  # type: ignore[union-attr]
-    for call, run in CALLS.items():
-        if call == "varied" and not row["generate"]["played"]:
+    for call in options.calls:
+        run = CALLS[call]
+        if call == "varied" and not row.get("generate", {}).get("played"):
             continue
         times: dict[str, list[float]] = {name: [] for name in models}
         played, started = recorded.played, time.perf_counter()
@@ -155,6 +164,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--prompts", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384], help="tokens")
     parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--calls", nargs="+", choices=list(CALLS), default=list(CALLS), help="what is measured")
     parser.add_argument("--method", choices=["sparsek", "sparsefinder"], default="sparsek")
     parser.add_argument("--predictor", choices=["full", "pooled"], default="pooled", help="Sparsefinder's")
     parser.add_argument("--support", type=float, default=55.0, help="keys with weight per query, for Sparsefinder")
@@ -165,7 +175,7 @@ def main() -> None:
     add_options(parser)
     options = parser.parse_args()
     options.complete, options.cluster_parts, options.new_tokens = False, 1, 1  # what `make_models` asks for
-    named: tuple[str, ...] = ("prompts", "batch", "rounds", "seconds", "method", "device", "dtype", "tiny")
+    named: tuple[str, ...] = ("prompts", "batch", "calls", "rounds", "seconds", "method", "device", "dtype", "tiny")
     named += ("k", "window", "sinks") if options.method == "sparsek" else ("predictor", "support", "fitted")
     result: dict[str, Any] = {
         "format": 1,

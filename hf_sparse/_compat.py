@@ -64,6 +64,16 @@ def cache_given(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
     return None
 
 
+def attention_implementation(config: Any) -> str | None:
+    """Read the attention implementation off the config of a model.
+
+    Every layer asks in every forward, and what transformers puts before attributes takes longer than the rest of that.
+    """
+    values = object.__getattribute__(config, "__dict__")
+    known = values.get("_attn_implementation_internal")
+    return config._attn_implementation if known is None else known
+
+
 def private(module: str, name: str) -> Any:
     """Import a name of transformers that it does not promise to keep.
 

@@ -32,6 +32,7 @@ from hf_sparse.methods.sparsek.scorer import Scorer, make_scorer
 from hf_sparse.methods.sparsek.settings import WHOLE_PROMPT
 from hf_sparse.methods.sparsek.step import step_in_one_kernel
 from hf_sparse.methods.sparsek.tokens import ScoredTokens, token_index
+from hf_sparse.methods.sparsek.without_cache import attend_without_cache
 from hf_sparse.ops.triton import cores
 
 # (query [B, Hq, T, D], key [B, Hkv, T, D], scores [B, Hkv, T], scaling) of whole sequences without padding
@@ -148,7 +149,7 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
 
     def cache_layer_in_call(self, call: ModelCall) -> SparseKCacheLayer:
         """Make the KV slots of this module in a call of the model that is going to fill them."""
-        layer: Any = super().cache_layer_in_call(call)
+        layer: Any = self.cache_layer()
         layer.scoring = scoring_of(self)
         call.kinds.add((layer.k, layer.scoring and layer.scoring.layout))  # which has the device
         return layer
@@ -234,12 +235,16 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
     ) -> Tensor:
         """Score the new tokens, attend, and keep what is worth keeping; see `SparseAttentionLayer`."""
         new = NewTokens(query, key, value, hidden_states, valid, scaling)
-        if query.shape[2] == 1 and isinstance(cache, SparseKCacheLayer):
+        output: Tensor | None
+        if not isinstance(cache, SparseKCacheLayer):
+            output = attend_without_cache(self, new) if cache is None else None
+            return self._attend(new, cache) if output is None else output
+        if query.shape[2] == 1:
             for step in (step_in_one_kernel, step_ahead, step_compiled):  # on a GPU, on the CPU, in compiled code
                 output = step(self, new, cache)
                 if output is not None:
                     return output
-        if not isinstance(cache, SparseKCacheLayer) or not cache.empty or self.config.pin_prompt != WHOLE_PROMPT:
+        if not cache.empty or self.configs[self.active].pin_prompt != WHOLE_PROMPT:
             return self._attend(new, cache)
         self._check_prompt(query.shape[2], valid)
         output = self._attend(new, cache)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from hf_sparse.ops.triton.replay import Program
 
 _TRITON = installed()
-_MOST_PROGRAMS = 64  # that are remembered here
+MOST_PROGRAMS = 64  # that are remembered here
 _ROUNDING = 64  # of the most selected keys of a head, where heads differ: layers of about as many share a program
 
 _programs: dict[Hashable, "Program"] = {}  # by layout, for tensors at multiples of 16 bytes
@@ -103,31 +103,39 @@ def read_in_few_launches(
         `[B, Hq, T, D]`; `None`, with nothing changed, if the text has to take another path: there is padding, it is
         being compiled, recorded or differentiated, the cache was used before, or no kernel takes what came.
     """
-    if not _may_read(attention, new, cache):
+    query, key, value, hidden_states, valid, scaling = new
+    if valid is not None or cache.is_initialized or not _TRITON or type(query) is not Tensor or torch.is_grad_enabled():
         return None
-    query, key, value, hidden_states, _, scaling = new
+    if cache.owner != (attention.identities[attention.active], None):  # an error may have ended an earlier call
+        return None
     scoring = scoring_of(attention) if cache.scoring is None else cache.scoring
     if scoring is None:
         return None
-    fits, end = key.shape[2] <= cache.slots, None if cache.call is None else cache.call.end
+    call = cache.call
+    shared, end = (None, None) if call is None else (call.shared, call.end)
+    counts = None if cache.counts is None else (_most_selected(cache.k), key.shape[2] <= cache.slots)
     layout = (
         query.shape, query.stride(), query.dtype, query.device, key.shape, key.stride(), value.stride(),
         hidden_states.dtype, hidden_states.stride(), scaling, scoring.layout,
-        _most_selected(cache.k), cache.window, cache.sinks, cache.counts is None, fits, end is None,
+        cache.k if counts is None else counts, cache.window, cache.sinks, end is None,
     )  # fmt: skip
     addresses = [query.data_ptr(), key.data_ptr(), value.data_ptr(), hidden_states.data_ptr()]
     is_aligned = not (addresses[0] | addresses[1] | addresses[2] | addresses[3]) % 16 and scoring.layout is not None
-    shared = shared_reading(cache, key, layout) if is_aligned else None
+    if not (isinstance(shared, SharedReading) and is_aligned and shared.left and shared.layout == layout):
+        if not _may_read(attention, query, cache):  # which else a layer before has asked
+            return None
+        shared = shared_reading(cache, key, layout) if is_aligned else None
     if shared is not None:
         shared.left -= 1
         of_slots = shared.slots.addresses(shared.left)
-        if fits:
+        if not shared.program.order:  # all keys fit: the launches read no query and return nothing
             del addresses[0]
-        others = (*_addresses_of_tables(cache, key.device), 0 if end is None else end.data_ptr())
-        results = shared.program.launch([*addresses, *scoring.addresses, *of_slots, *others], shared.memory)
-        output = None if fits else results[0]
+        tables = (0, 0) if counts is None else _addresses_of_tables(cache, key.device)
+        bases = [*addresses, *scoring.addresses, *of_slots, *tables, 0 if end is None else end.data_ptr()]
+        results = shared.program.launch(bases, shared.memory)
+        output = results[0] if results else None
         cache.take_shared(shared.slots, shared.left)
-    elif _takes(new, scoring, cache):
+    elif takes(new, scoring, cache.k):
         if generation is not None:
             _compile_all(generation, new, scoring)
         output, slots = _read(new, scoring, cache, end, layout if is_aligned else None)
@@ -140,18 +148,12 @@ def read_in_few_launches(
     return output
 
 
-def _may_read(attention: "SparseKAttention", new: NewTokens, cache: SparseKCacheLayer) -> bool:
-    """Tell whether a text begins here, eager on a GPU, without padding and gradients, and the scorer chooses."""
-    query = new.query
-    if new.valid is not None or cache.is_initialized or not _TRITON or type(query) is not Tensor:
+def _may_read(attention: "SparseKAttention", query: Tensor, cache: SparseKCacheLayer) -> bool:
+    """Tell whether a text is read on a GPU, as it is, by what the scorer chooses."""
+    if not is_on_gpu(query) or not attention.uses_scorer or torch.is_autocast_enabled("cuda"):
         return False
-    if not is_on_gpu(query) or not attention.uses_scorer or torch.is_grad_enabled():
-        return False
-    if cache.owner != (attention.identities[attention.active], None):  # an error may have ended an earlier call
-        return False
-    if cache.call is None and attention.budget != (cache.k, cache.window, cache.sinks):  # was overridden since
-        return False
-    return not torch.is_autocast_enabled("cuda")
+    # Without a call the budget may have been overridden since the layer was made.
+    return cache.call is not None or attention.budget == (cache.k, cache.window, cache.sinks)
 
 
 def _most_selected(k: Counts) -> int:
@@ -159,7 +161,7 @@ def _most_selected(k: Counts) -> int:
     return k if isinstance(k, int) else -(-max(k) // _ROUNDING) * _ROUNDING
 
 
-def _settings(budget: Budget, scaling: float, scoring: Scoring) -> "ReadingSettings":
+def settings_of(budget: Budget, scaling: float, scoring: Scoring) -> "ReadingSettings":
     """Return what a text is read with."""
     from hf_sparse.ops.selection.triton.reading import ReadingSettings
 
@@ -174,14 +176,12 @@ def _compile_all(generation: Generation, new: NewTokens, scoring: Scoring) -> No
 
     heads = new.key.shape[1]
     budgets = {layer.budget for layer in layers_like(generation) if layer.num_key_value_heads == heads}
-    kinds = [_settings(budget, new.scaling, scoring) for budget in budgets if _most_selected(budget.k) <= MOST_LISTED]
+    kinds = [settings_of(budget, new.scaling, scoring) for budget in budgets if _most_selected(budget.k) <= MOST_LISTED]
     compile_readings(new.query, new.key, new.value, new.hidden_states, scoring.weight, scoring.slope, kinds)
 
 
 def _addresses_of_tables(cache: SparseKCacheLayer, device: torch.device) -> tuple[int, int]:
-    """Return where the tables of heads that differ are, 0 for none."""
-    if cache.counts is None:
-        return 0, 0
+    """Return where the tables of heads that differ are."""
     from hf_sparse.ops.selection.triton.reading import tables_of_heads
 
     of_heads: Any = cache.k
@@ -190,7 +190,7 @@ def _addresses_of_tables(cache: SparseKCacheLayer, device: torch.device) -> tupl
 
 
 def shared_reading(cache: SparseKCacheLayer, key: Tensor, layout: Hashable) -> SharedReading | None:
-    """Return slots and launches for a layer, those of its call of the model if they are for this layout.
+    """Return slots and launches for a layer, and for the next ones of its call of the model.
 
     Args:
         cache: the layer, which holds nothing yet.
@@ -201,9 +201,6 @@ def shared_reading(cache: SparseKCacheLayer, key: Tensor, layout: Hashable) -> S
         `None` if no launches are known for the layout.
     """
     call = cache.call
-    shared = None if call is None else call.shared
-    if isinstance(shared, SharedReading) and shared.left and shared.layout == layout:
-        return shared
     program = _programs.get(layout)
     if program is None:
         return None
@@ -212,7 +209,7 @@ def shared_reading(cache: SparseKCacheLayer, key: Tensor, layout: Hashable) -> S
     with lasting():
         # Layers with budgets of their own, or on several devices, take slots one by one: memory for slots of another
         # kind would stay for as long as one layer uses a part of it.
-        alike = call is not None and shared is None and cache.counts is None and len(call.kinds) == 1
+        alike = call is not None and call.shared is None and cache.counts is None and len(call.kinds) == 1
         layers = call.layers if call is not None and alike else 1
         slots = SharedSlots(new_slots(key, cache.counts or cache.slots, layers))
         shared = SharedReading(layout, program, slots, program.memory(), layers)
@@ -228,20 +225,20 @@ def _read(
     from hf_sparse.ops.selection.triton.reading import noted_reading, read_text
 
     inputs = new.query, new.key, new.value, new.hidden_states
-    settings = _settings(Budget(cache.k, cache.window, cache.sinks), new.scaling, scoring)
+    settings = settings_of(Budget(cache.k, cache.window, cache.sinks), new.scaling, scoring)
     with lasting():
         output, slots = read_text(*inputs, scoring.weight, scoring.slope, settings, end)
     for tensor in slots:
         fix_address(tensor)
     program = None if layout is None else noted_reading(*inputs, scoring.weight, scoring.slope, slots, settings, end)
     if program is not None:
-        if len(_programs) >= _MOST_PROGRAMS:
+        if len(_programs) >= MOST_PROGRAMS:
             _programs.pop(next(iter(_programs)), None)
         _programs[layout] = program
     return output, slots
 
 
-def _takes(new: NewTokens, scoring: Scoring, cache: SparseKCacheLayer) -> bool:
+def takes(new: NewTokens, scoring: Scoring, k: Counts) -> bool:
     """Tell whether the kernels take a text: devices, dtypes, sizes and layout."""
     query, key, value, states, _, _ = new
     weight, slope, dtype = scoring.weight, scoring.slope, query.dtype
@@ -252,7 +249,7 @@ def _takes(new: NewTokens, scoring: Scoring, cache: SparseKCacheLayer) -> bool:
         and weight.dtype in DTYPES
         and query.shape[-1] == value.shape[-1] <= 256
         and key.shape[0] * key.shape[1] <= MOST_ROWS
-        and _most_selected(cache.k) <= MOST_LISTED
+        and _most_selected(k) <= MOST_LISTED
         and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
         and states.is_contiguous()
         and weight.is_contiguous()

@@ -16,7 +16,7 @@ from hf_sparse.ops.selection import ragged
 from hf_sparse.ops.selection import slots as reference
 from hf_sparse.ops.selection.linear_scores import Slopes, normalised, slope_positions
 from hf_sparse.ops.selection.triton import reading as kernels
-from hf_sparse.ops.selection.triton.reading import ReadingSettings, new_slots, read_text
+from hf_sparse.ops.selection.triton.reading import ReadingSettings, attend_text, new_slots, read_text
 from hf_sparse.ops.stacked import unstacked
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -70,6 +70,7 @@ def test_reading(batch, heads, kv_heads, length, dim, dtype, learned, slope_leng
             )  # fmt: skip
             tolerance = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 5e-3, "atol": 5e-3}
             torch.testing.assert_close(output.double(), expected, **tolerance)
+            assert torch.equal(attend_text(query, key, value, states, weight, slope, settings), output)
         with pytest.MonkeyPatch.context() as plain:
             plain.setattr(reference, "_TRITON", False)
             reference.fill_slots(keys, values, kept, positions, seen, key, value, scores, window=21, sinks=4)
@@ -102,6 +103,7 @@ def test_heads_with_different_numbers_of_slots(length, k_of_heads, learned, pois
     for _ in range(2 if DEVICE == "cuda" else 1):  # the second time by the launches that the first one noted
         output, slots = read_text(*tensors, settings)
         assert (output is None) == (length <= settings.fewest_slots)
+        assert output is None or torch.equal(attend_text(*tensors, settings), output)
         tables = (slots.keys, slots.values, slots.scores, slots.positions)
         parts = zip(k_of_heads, *(ragged.of_heads(table, settings.counts) for table in tables), strict=True)
         for head, (k, *kept) in enumerate(parts):
@@ -285,8 +287,11 @@ def test_a_model_reads_as_by_the_longer_path(length, shares, monkeypatch):
     for path in ("first call", "second call", "longer path"):
         if path == "longer path":
             monkeypatch.setattr(attention, "read_in_few_launches", lambda *_: None)
+            monkeypatch.setattr(attention, "attend_without_cache", lambda *_: None)
         with torch.inference_mode():
             output = model(ids[:, :length], use_cache=True)
+            alone = model(ids[:, :length], use_cache=False)
+        torch.testing.assert_close(alone.logits, output.logits, rtol=1e-3, atol=1e-3)
         logits, caches = [output.logits], [cache_of(output)]
         with torch.no_grad():
             caches.append(copy.deepcopy(caches[0]))

@@ -73,7 +73,12 @@ class ReadingSettings(NamedTuple):
 
 def tables_of_heads(k: Sequence[int], counts: Any, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return what the kernels read of heads with `k` selected keys and `counts` slots each, see `ReadingSettings`."""
-    return counts_on(device, tuple([(number, number) for number in k])), offsets_of(counts, device)
+    return counts_of_heads(k, device), offsets_of(counts, device)
+
+
+def counts_of_heads(k: Sequence[int], device: torch.device) -> Tensor:
+    """Return the first of these tables, `[2, Hkv]` int32."""
+    return counts_on(device, tuple([(number, number) for number in k]))
 
 
 class Slots(NamedTuple):
@@ -125,6 +130,40 @@ def read_text(
         return None, slots
     (output,) = replayed(_select, (query, key, value, states, weight, slope, *slots, *tables, end), settings)
     return output, slots
+
+
+def attend_text(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    states: Tensor,
+    weight: Tensor,
+    slope: Tensor | None,
+    settings: ReadingSettings,
+) -> Tensor:
+    """Attend as `read_text` to texts of more tokens than some head has slots, and keep nothing: `[B, Hq, T, D]`."""
+    counts, _ = settings.tables(key.device)
+    (output,) = replayed(_select_alone, (query, key, value, states, weight, slope, counts), settings)
+    assert output is not None
+    return output
+
+
+def noted_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    states: Tensor,
+    weight: Tensor,
+    slope: Tensor | None,
+    settings: ReadingSettings,
+) -> Program | None:
+    """Return the launches of `attend_text` for tensors of this layout, if a call has noted them.
+
+    They are for tensors at multiples of 16 bytes: query, key, value, states, weight, slope, and the first table of the
+    settings. They return the output.
+    """
+    counts, _ = settings.tables(key.device)
+    return program_of(_select_alone, (query, key, value, states, weight, slope, counts), settings)
 
 
 def noted_reading(
@@ -264,20 +303,56 @@ def _launch(
 ) -> tuple[Tensor | None, ...]:
     *of_slots, counts, offsets, end = others
     slots = Slots(*of_slots)
-    k, window, sinks, scaling, slopes, _ = settings
     batch, heads, length, dim = key.shape
-    scores = empty((batch, heads, length), torch.float32, key.device)
+    output, scores, until = _attend(settings, query, key, value, states, weight, slope, counts)
+    strides = (*key.stride()[:3], *value.stride()[:3])
+    launch(_keep, (triton.cdiv(settings.slots, _ROWS), batch, heads))(
+        until, scores, key, value, *slots, offsets, end, *strides, length, settings.slots, dim,
+        KEYS=_KEYS, ROWS=_ROWS, DIM=triton.next_power_of_2(dim), num_warps=8,
+    )  # fmt: skip
+    return (output,)
+
+
+def _select_alone(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    states: Tensor,
+    weight: Tensor,
+    slope: Tensor | None,
+    counts: Tensor | None,
+    settings: ReadingSettings,
+) -> tuple[Tensor | None, ...]:
+    """Score the tokens and attend; `counts` is the first of the tables of the settings."""
+
+    def output(*tensors: Any) -> Any:
+        return _attend(settings, *tensors)[0]
+
+    tensors = (query, key, value, states, weight, slope, counts)
+    compile_ahead(output, *tensors, family=(attend_text, counts is None, list_class(min(settings.k, key.shape[2]))))
+    return (output(*tensors),)
+
+
+def _attend(
+    settings: ReadingSettings,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    states: Tensor,
+    weight: Tensor,
+    slope: Tensor | None,
+    counts: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the output, the scores, and until which query each key is attended to."""
+    k, window, sinks, scaling, slopes, _ = settings
+    length = key.shape[2]
+    scores = empty(key.shape[:3], torch.float32, key.device)
     write_scores(states, weight, slope, None, scores, slopes)
     plan = ScanPlan(k, min(k, length), query.shape[2], window, TILE, False, True)
     selection = launch_selection(scores, plan, None, sinks, counts)
     tables = selection_tables(selection, query.shape[2], None, window=window, sinks=sinks, tile=TILE)
     output, _ = forward(query, key, value, None, None, tables, scaling)
-    strides = (*key.stride()[:3], *value.stride()[:3])
-    launch(_keep, (triton.cdiv(settings.slots, _ROWS), batch, heads))(
-        tables.until, scores, key, value, *slots, offsets, end, *strides, length, settings.slots, dim,
-        KEYS=_KEYS, ROWS=_ROWS, DIM=triton.next_power_of_2(dim), num_warps=8,
-    )  # fmt: skip
-    return (output,)
+    return output, scores, tables.until
 
 
 @triton.jit(do_not_specialize=["length", "slots"])

@@ -1,0 +1,84 @@
+"""Attend to whole texts of which nothing is kept, where no gradient is wanted and nothing else looks on.
+
+On short texts the host sets the pace, and what serves training too asks for much that is of no use here: a text that
+fits into the budget needs no scores at all, and of a longer one all launches are noted together.
+"""
+
+from collections.abc import Hashable
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_sparse.core.new_tokens import NewTokens
+from hf_sparse.methods.sparsek.budget import Budget
+from hf_sparse.methods.sparsek.reading import MOST_PROGRAMS, Scoring, scoring_of, settings_of, takes
+from hf_sparse.ops.triton import installed, is_on_gpu
+
+if TYPE_CHECKING:
+    from hf_sparse.methods.sparsek.attention import SparseKAttention
+    from hf_sparse.ops.triton.replay import Program
+
+_TRITON = installed()
+
+_programs: dict[Hashable, "Program"] = {}  # by layout, for tensors at multiples of 16 bytes
+
+
+def attend_without_cache(attention: "SparseKAttention", new: NewTokens) -> Tensor | None:
+    """Attend to texts from their beginning on, in `eval` mode and in causal order.
+
+    Returns:
+        `[B, Hq, T, D]`; `None` if the texts have to take another path: there is padding, they are compiled or
+        differentiated, under autocast, or for a baseline or an observer, or no kernel takes what came.
+    """
+    query, key, value, hidden_states, valid, scaling = new
+    if valid is not None or attention.training or not attention.causal or torch.is_grad_enabled():
+        return None
+    if not attention.uses_scorer or torch.compiler.is_compiling() or torch.is_autocast_enabled(query.device.type):
+        return None
+    budget = attention.budget
+    if key.shape[2] <= budget.fewest_slots:
+        grouped = query.shape[1] != key.shape[1]
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
+    if not _TRITON or type(query) is not Tensor or not is_on_gpu(query):
+        return None
+    scoring = scoring_of(attention)
+    if scoring is None:
+        return None
+    layout = (
+        query.shape, query.stride(), query.dtype, query.device, key.shape, key.stride(), value.stride(),
+        hidden_states.dtype, hidden_states.stride(), scaling, scoring.layout, budget,
+    )  # fmt: skip
+    addresses = [query.data_ptr(), key.data_ptr(), value.data_ptr(), hidden_states.data_ptr()]
+    is_aligned = not (addresses[0] | addresses[1] | addresses[2] | addresses[3]) % 16 and scoring.layout is not None
+    program = _programs.get(layout) if is_aligned else None
+    if program is None:
+        return _attend(new, scoring, budget, layout if is_aligned else None)
+    return program.launch([*addresses, *scoring.addresses, _address_of_counts(budget, key)], program.memory())[0]
+
+
+def _address_of_counts(budget: Budget, key: Tensor) -> int:
+    """Return where the table of heads that differ is, 0 for none."""
+    if isinstance(budget.k, int):
+        return 0
+    from hf_sparse.ops.selection.triton.reading import counts_of_heads
+
+    return counts_of_heads(budget.k, key.device).data_ptr()
+
+
+def _attend(new: NewTokens, scoring: Scoring, budget: Budget, layout: Hashable | None) -> Tensor | None:
+    """Return the output, `None` if no kernel takes what came; note the launches of the layout."""
+    if not takes(new, scoring, budget.k):
+        return None
+    from hf_sparse.ops.selection.triton.reading import attend_text, noted_attention
+
+    inputs = new.query, new.key, new.value, new.hidden_states, scoring.weight, scoring.slope
+    settings = settings_of(budget, new.scaling, scoring)
+    output = attend_text(*inputs, settings)
+    program = None if layout is None else noted_attention(*inputs, settings)
+    if program is not None:
+        if len(_programs) >= MOST_PROGRAMS:
+            _programs.pop(next(iter(_programs)), None)
+        _programs[layout] = program
+    return output
