@@ -6,8 +6,10 @@ layer of a step the copy is given the tensors of that layer.
 """
 
 import copy
+import os
 import threading
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from functools import cache, cached_property, partial
 from importlib import import_module
 from typing import Any
@@ -56,8 +58,15 @@ def importing() -> threading.Thread:
     """
     if installed():
         import_module("triton")  # which a prompt imports too: not in two threads
-    thread = threading.Thread(target=import_module, args=("torch._inductor.compile_fx",))
+
+    def work() -> None:
+        with suppress(Exception):  # as when the process ends meanwhile; who needs it imports it again, and is told
+            import_module("torch._inductor.compile_fx")
+
+    thread = threading.Thread(target=work)
     thread.start()
+    if hasattr(os, "register_at_fork"):  # in a child nothing could import what this thread was importing
+        os.register_at_fork(before=lambda: None if thread is threading.current_thread() else thread.join())
     return thread
 
 

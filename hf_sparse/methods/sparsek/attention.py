@@ -260,7 +260,7 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         query, key, value, hidden_states, valid, scaling = new
         length = query.shape[2]
         if isinstance(cache, SparseKCacheLayer) and not cache.is_initialized:
-            generation = None if torch.compiler.is_compiling() else take_announcement()
+            generation = None if torch.compiler.is_compiling() else take_announcement(self)
             if generation is not None:
                 begin_steps(generation, new)
             output = read_in_few_launches(self, new, cache, generation)
