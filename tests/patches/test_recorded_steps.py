@@ -139,6 +139,25 @@ def test_a_tensor_of_the_caller_may_change_between_two_steps(tiny_llama, played)
     assert torch.equal(*found) and len(played) == 27
 
 
+@pytest.mark.parametrize("change", ["adapter", "off"])
+def test_adapters_that_are_switched_between_two_steps(tiny_llama, played, change):
+    """The next two steps run, and then a new recording is played."""
+    model = patch(tiny_llama().to(DEVICE), SparsefinderConfig(predictor="full", initial_scale=0.3))
+    patch(model, SparsefinderConfig(predictor="full", initial_scale=3.0), "other")
+
+    def switch(length):
+        for layer in sparse_layers(model) if length == 50 else ():
+            layer.set_adapter("other") if change == "adapter" else layer.switch(False)
+
+    found = []
+    for options in ({}, {"disable_compile": True}):
+        for layer in sparse_layers(model):
+            layer.set_adapter("default"), layer.switch(True)
+        processor = LogitsProcessorList([Call(switch)])
+        found.append(model.generate(IDS, logits_processor=processor, **GREEDY | options))
+    assert torch.equal(*found) and played == [0] * 8 + [1] * 17
+
+
 @pytest.mark.parametrize("grows", [False, True])
 @pytest.mark.parametrize("name", ["prepare_inputs_for_generation", "_update_model_kwargs_for_generation"])
 def test_what_others_set_in_the_model_may_change_inputs_in_place(tiny_llama, played, name, grows):
