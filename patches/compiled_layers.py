@@ -29,6 +29,7 @@ from hf_sparse.patches.shared_products import SHARE_PRODUCTS
 _NUMBERS = ("layer_idx", "layer")  # attributes that say which layer it is; a step asks for its cache layer with them
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_SECONDS = 30  # that a fork waits for imports, which take a few
 _MOST_COPIES = 4  # of different layers; torch compiles a forward eight times at most
 
 
@@ -66,7 +67,8 @@ def importing() -> threading.Thread:
     thread = threading.Thread(target=work)
     thread.start()
     if hasattr(os, "register_at_fork"):  # in a child nothing could import what this thread was importing
-        os.register_at_fork(before=lambda: None if thread is threading.current_thread() else thread.join())
+        # Not for ever: what forks may be an import for which this thread waits.
+        os.register_at_fork(before=lambda: None if thread is threading.current_thread() else thread.join(_SECONDS))
     return thread
 
 
