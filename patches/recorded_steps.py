@@ -20,12 +20,12 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all_modules
 from transformers.cache_utils import Cache
 
 from hf_sparse.ops.triton import is_on_gpu
-from hf_sparse.patches.attached import sparse_layers
 
 _stream_lock = threading.RLock()  # what another thread launches on the stream would be recorded too
 _of_thread = threading.local()  # `last`: a weak reference to what played a step last in this thread
@@ -70,7 +70,8 @@ class RecordedSteps:
     """
 
     def __init__(self, model: nn.Module, compiled: Callable[..., Any] | None = None) -> None:
-        self.model, self.compiled, self.attentions = model, compiled, sparse_layers(model)
+        self.model, self.compiled = model, compiled
+        self.tuned = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
         self.layout: tuple[Any, ...] = ()
         self.memory: list[Tensor | None] = []  # that layers write to; `None` for one that needs more in this step
         self.place: Tensor | None = None  # `[1]` int64, where a layer that grows writes the token
@@ -106,9 +107,10 @@ class RecordedSteps:
         return None if layout is None else (*layout, self._adapters())
 
     def _adapters(self) -> list[Any]:
-        """List the adapters of all layers, which others may switch between two steps; the first says if they are on."""
+        """List the adapters in use of all layers, LoRA's too, which others may switch between two steps."""
         config: Any = self.model.config
-        return [config._attn_implementation, *[layer._active_adapter for layer in self.attentions]]
+        is_off = [layer._disable_adapters for layer in self.tuned]
+        return [config._attn_implementation, is_off, [layer._active_adapter for layer in self.tuned]]
 
     def _is_ready(self, layout: tuple[Any, ...], inputs: dict[str, Any], cache: Any) -> bool:
         """Tell whether a step is played, or compiled, rather than run; this records it if it is time."""
