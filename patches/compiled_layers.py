@@ -6,8 +6,10 @@ layer of a step the copy is given the tensors of that layer.
 """
 
 import copy
+import os
 import threading
 from collections.abc import Callable, Hashable
+from contextlib import suppress
 from functools import cache, cached_property, partial
 from importlib import import_module
 from typing import Any
@@ -27,6 +29,7 @@ from hf_sparse.patches.shared_products import SHARE_PRODUCTS
 _NUMBERS = ("layer_idx", "layer")  # attributes that say which layer it is; a step asks for its cache layer with them
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_SECONDS = 30  # that a fork waits for imports, which take a few
 _MOST_COPIES = 4  # of different layers; torch compiles a forward eight times at most
 
 
@@ -56,8 +59,16 @@ def importing() -> threading.Thread:
     """
     if installed():
         import_module("triton")  # which a prompt imports too: not in two threads
-    thread = threading.Thread(target=import_module, args=("torch._inductor.compile_fx",))
+
+    def work() -> None:
+        with suppress(Exception):  # as when the process ends meanwhile; who needs it imports it again, and is told
+            import_module("torch._inductor.compile_fx")
+
+    thread = threading.Thread(target=work)
     thread.start()
+    if hasattr(os, "register_at_fork"):  # in a child nothing could import what this thread was importing
+        # Not for ever: what forks may be an import for which this thread waits.
+        os.register_at_fork(before=lambda: None if thread is threading.current_thread() else thread.join(_SECONDS))
     return thread
 
 

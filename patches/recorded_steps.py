@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks_of_all_modules
 from transformers.cache_utils import Cache
@@ -73,6 +74,7 @@ class RecordedSteps:
 
     def __init__(self, model: nn.Module, compiled: Callable[..., Any] | None = None) -> None:
         self.model, self.compiled = model, compiled
+        self.tuned = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
         self.layout: tuple[Any, ...] = ()
         self.memory: list[Tensor | None] = []  # that layers write to; `None` for one that needs more in this step
         self.place: Tensor | None = None  # `[1]` int64, where a layer that grows writes the token
@@ -89,7 +91,7 @@ class RecordedSteps:
         if expected is not None and self._play_expected(inputs, expected):
             return self.output
         caches = [value for value in inputs.values() if isinstance(value, Cache)]
-        layout = None if self.is_refused or len(caches) != 1 else _layout(inputs, caches[0])
+        layout = None if self.is_refused or len(caches) != 1 else self._layout(inputs, caches[0])
         if layout is None or not self._is_ready(layout, inputs, caches[0]):
             return self.model(**inputs)
         tokens = caches[0].get_seq_length()  # that every layer has had
@@ -101,6 +103,17 @@ class RecordedSteps:
             output = self.compiled(**inputs)  # compiles what it needs
         _note_tokens(caches[0], tokens + 1)
         return output
+
+    def _layout(self, inputs: dict[str, Any], cache: Any) -> tuple[Any, ...] | None:
+        """Return what must be the same for a replay; `None` for what is not a step of constant shape."""
+        layout = _layout(inputs, cache)
+        return None if layout is None else (*layout, self._adapters())
+
+    def _adapters(self) -> list[Any]:
+        """List the adapters in use of all layers, LoRA's too, which others may switch between two steps."""
+        config: Any = self.model.config
+        is_off = [layer._disable_adapters for layer in self.tuned]
+        return [config._attn_implementation, is_off, [layer._active_adapter for layer in self.tuned]]
 
     def _is_ready(self, layout: tuple[Any, ...], inputs: dict[str, Any], cache: Any) -> bool:
         """Tell whether a step is played, or compiled, rather than run; this records it if it is time."""
@@ -159,7 +172,7 @@ class RecordedSteps:
         inputs = prepare(ids, **arguments)
         added = {name: value for name, value in self.inputs.items() if name not in inputs}  # by the loop
         held, taken = ({id(one) for one in _flat(some).values() if isinstance(one, Tensor)} for some in (given, inputs))
-        if held.isdisjoint(taken) and _layout(inputs | added, cache) == self.layout and self._has_memory(cache):
+        if held.isdisjoint(taken) and self._layout(inputs | added, cache) == self.layout and self._has_memory(cache):
             self._take(inputs | added | {"input_ids": ids}, cache.get_seq_length())
             self.expected = Expected(dict(arguments), inputs, added)
 
@@ -179,7 +192,9 @@ class RecordedSteps:
         """Play the recorded step if these are the inputs of the expected one, of which it has all but the token."""
         ids, cache = self.inputs["input_ids"], self.layout[0]
         others = expected.inputs | expected.added | {"input_ids": inputs.get("input_ids")}
-        if not _are_same(inputs, others) or inputs["input_ids"].shape != ids.shape or not self._has_memory(cache):
+        if not _are_same(inputs, others) or inputs["input_ids"].shape != ids.shape:
+            return False
+        if self._adapters() != self.layout[-1] or not self._has_memory(cache):
             return False
         tokens = cache.get_seq_length()
         ids.copy_(inputs["input_ids"])

@@ -34,7 +34,7 @@ _announced: ContextVar[Generation | None] = ContextVar("announced", default=None
 
 @contextmanager
 def announced(generation: Generation | None) -> Iterator[None]:
-    """Let the first layer that asks in this thread know of a call of `generate`, for the length of a `with` block."""
+    """Let the first of its layers that asks in this thread know of a call of `generate`, within a `with` block."""
     token = _announced.set(generation)
     try:
         yield
@@ -42,9 +42,10 @@ def announced(generation: Generation | None) -> Iterator[None]:
         _announced.reset(token)
 
 
-def take_announcement() -> Generation | None:
-    """Return what was announced, once; `None` if nothing was, or another layer has taken it."""
+def take_announcement(layer: object) -> Generation | None:
+    """Return what was announced, once; `None` if nothing was, or to other layers, or another layer has taken it."""
     generation = _announced.get()
-    if generation is not None:
-        _announced.set(None)
+    if generation is None or layer not in generation.layers:
+        return None
+    _announced.set(None)
     return generation

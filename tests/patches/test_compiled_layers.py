@@ -1,7 +1,9 @@
 """In compiled decoding steps one decoder layer stands for all, in every family; the tokens are those of eager steps."""
 
+import os
 import runpy
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -105,6 +107,35 @@ def test_it_is_imported_once():
     begun = compiled_layers.importing()
     begun.join()
     assert compiled_layers.importing() is begun and "torch._inductor.compile_fx" in sys.modules
+
+
+def test_a_process_that_forks_waits_for_the_imports(monkeypatch):
+    """A child has none of the other threads, and would wait for the locks of their imports without end."""
+    hooks, gate, is_alive = [], threading.Event(), []
+    monkeypatch.setattr(os, "register_at_fork", lambda before: hooks.append(before), raising=False)
+
+    def work(name):
+        if name != "triton":
+            assert gate.wait(60)
+            hooks[0]()  # of a fork by what is imported
+            is_alive.append(threading.current_thread().is_alive())
+
+    monkeypatch.setattr(compiled_layers, "import_module", work)
+    thread = compiled_layers.importing.__wrapped__()
+    assert thread.is_alive()
+    gate.set()
+    hooks[0]()
+    assert is_alive == [True] and not thread.is_alive()
+
+
+def test_imports_that_fail_are_told_by_who_needs_them(monkeypatch):
+    """When a process ends meanwhile, modules that register what to do then cannot be imported any more."""
+    errors = []
+    monkeypatch.setattr(threading, "excepthook", errors.append)
+    monkeypatch.setattr(compiled_layers, "installed", lambda: False)
+    monkeypatch.setattr(compiled_layers, "import_module", lambda name: 1 / 0)
+    compiled_layers.importing.__wrapped__().join()
+    assert not errors
 
 
 @pytest.mark.parametrize("reason", ["baseline", "hook", "method", "off", "states"])

@@ -12,6 +12,7 @@ from threading import Thread
 
 import pytest
 import torch
+from peft import LoraConfig, LoraModel
 from transformers import DynamicCache, LlamaForCausalLM, LogitsProcessor, LogitsProcessorList
 from transformers.cache_utils import Cache
 
@@ -137,6 +138,29 @@ def test_a_tensor_of_the_caller_may_change_between_two_steps(tiny_llama, played)
         options = GREEDY | {"logits_processor": processor, "scale": scale, "disable_compile": disable}
         found.append(model.generate(IDS, **options))
     assert torch.equal(*found) and len(played) == 27
+
+
+@pytest.mark.parametrize("change", ["adapter", "off", "LoRA"])
+def test_adapters_that_are_switched_between_two_steps(tiny_llama, played, change):
+    """The next two steps run, and then a new recording is played."""
+    model = patch(tiny_llama().to(DEVICE), SparsefinderConfig(predictor="full", initial_scale=0.3))
+    patch(model, SparsefinderConfig(predictor="full", initial_scale=3.0), "other")
+    lora = LoraModel(model, LoraConfig(target_modules=["up_proj"], init_lora_weights=False), "default").eval()
+
+    def switch(length):
+        if length == 50 and change == "LoRA":
+            lora.disable_adapter_layers()
+        for layer in sparse_layers(model) if length == 50 and change != "LoRA" else ():
+            layer.set_adapter("other") if change == "adapter" else layer.switch(False)
+
+    found = []
+    for options in ({}, {"disable_compile": True}):
+        lora.enable_adapter_layers()
+        for layer in sparse_layers(model):
+            layer.set_adapter("default"), layer.switch(True)
+        processor = LogitsProcessorList([Call(switch)])
+        found.append(model.generate(IDS, logits_processor=processor, **GREEDY | options))
+    assert torch.equal(*found) and played == [0] * 8 + [1] * 17
 
 
 @pytest.mark.parametrize("grows", [False, True])

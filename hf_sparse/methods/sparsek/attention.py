@@ -267,7 +267,7 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         query, key, value, hidden_states, valid, scaling = new
         length = query.shape[2]
         if isinstance(cache, SparseKCacheLayer) and not cache.is_initialized:
-            generation = None if torch.compiler.is_compiling() else take_announcement()
+            generation = None if torch.compiler.is_compiling() else take_announcement(self)
             has_cores = generation is not None and cores() >= ENOUGH_CORES
             if generation is not None and has_cores:
                 begin_steps(generation, new)

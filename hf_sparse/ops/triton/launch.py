@@ -63,7 +63,7 @@ def compile_ahead(attention: Callable[..., Tensor], *arguments: Any, family: Has
     _seen.add(family)
     with _pool(query.device) as pool:
         # A thread of its own has none of the caller's modes and hooks, such as those of gradient checkpointing.
-        error = pool.submit(_compile, _Loader(pool), attention, arguments, trained).exception()
+        error = _submit(pool, _compile, _Loader(pool), attention, arguments, trained).exception()
     if error is not None:
         _warn(error)
 
@@ -83,7 +83,7 @@ def begin_compiling(kernel: Any, calls: Callable[[], object], device: torch.devi
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
         return
     pool = _pool(device)
-    job = pool.submit(_compile_launches, _Loader(pool), calls)
+    job = _submit(pool, _compile_launches, _Loader(pool), calls)
     job.add_done_callback(lambda _: pool.shutdown(wait=False))  # all is submitted, and no thread waits for more
     _begun.setdefault(id(kernel), []).append(job)
 
@@ -104,6 +104,16 @@ def wait_for(kernel: Any) -> None:
 def _pool(device: torch.device) -> ThreadPoolExecutor:
     """Return threads that compile for a device: as many as there are cores, and one to tell them what."""
     return ThreadPoolExecutor(cores() + 1, initializer=torch.cuda.set_device, initargs=(device,))
+
+
+def _submit(pool: ThreadPoolExecutor, call: Callable[..., None], *arguments: Any) -> Future[None]:
+    """Run a call in threads; it has failed if none can start: there are too many, or the process ends."""
+    try:
+        return pool.submit(call, *arguments)
+    except RuntimeError as error:
+        job: Future[None] = Future()
+        job.set_exception(error)
+        return job
 
 
 def _warn(error: BaseException) -> None:

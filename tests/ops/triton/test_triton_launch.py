@@ -138,6 +138,21 @@ def test_a_failure_in_the_background_is_a_warning_of_the_launch(background):
     assert kernel.noted == ["ran kernel"] * 2
 
 
+def test_where_no_thread_can_start_the_launch_compiles(background, monkeypatch):
+    """As in a thread that still generates when the main one has ended."""
+    pool = ThreadPoolExecutor(1)
+    pool.shutdown()
+    monkeypatch.setattr(launch, "_pool", lambda device: pool)
+    kernel = Named("kernel", [])
+    launch.begin_compiling(kernel, lambda: pytest.fail("called"), background)
+    with pytest.warns(UserWarning, match="after shutdown"):
+        launch.launch(kernel, (1,))(torch.empty(1))
+    key = type("Tensor", (torch.Tensor,), {"is_cuda": True})(1, 1, 1, 4)
+    monkeypatch.setattr(launch, "_seen", set())
+    with pytest.warns(UserWarning, match="after shutdown"):
+        launch.compile_ahead(lambda *_: pytest.fail("called"), key, key)
+
+
 @pytest.mark.parametrize("fails", [False, True])
 def test_threads_of_the_background_end_with_their_work(fails, background, monkeypatch):
     """Whether or not a launch comes; a process that ends waits for no thread but one that is at work."""
