@@ -28,7 +28,7 @@ def recorded_table(runs: Sequence[Run]) -> str:
 
 
 @speed_table(
-    "first static", tuple(f"first_static{run}-h200" for run in ("", "-631e60f", "-heads-whole", "-heads", "-earlier"))
+    "first static", tuple(f"first_static{run}-h200" for run in ("-whole", "-heads-whole", "-631e60f", "-heads"))
 )
 def first_static_table(runs: Sequence[Run]) -> str:
     """Tabulate the seconds of the first calls of compiled or recorded decoding, and the graphs that were compiled.
