@@ -75,6 +75,7 @@ class RecordedSteps:
     def __init__(self, model: nn.Module, compiled: Callable[..., Any] | None = None) -> None:
         self.model, self.compiled = model, compiled
         self.tuned = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+        self.adapters = self._adapters()  # that `compiled` knows
         self.layout: tuple[Any, ...] = ()
         self.memory: list[Tensor | None] = []  # that layers write to; `None` for one that needs more in this step
         self.place: Tensor | None = None  # `[1]` int64, where a layer that grows writes the token
@@ -118,6 +119,8 @@ class RecordedSteps:
     def _is_ready(self, layout: tuple[Any, ...], inputs: dict[str, Any], cache: Any) -> bool:
         """Tell whether a step is played, or compiled, rather than run; this records it if it is time."""
         is_other = layout != self.layout
+        if is_other and layout[-1] != self.adapters:
+            self.compiled = None
         if is_other or not self._has_memory(cache):
             if is_other or cache.is_compileable:
                 self.steps = 0

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, LoraModel
+from peft.tuners.lora import LoraLayer
 from torch._dynamo.utils import counters
-from transformers import GenerationMixin
+from transformers import GenerationMixin, LogitsProcessor, LogitsProcessorList
 
 from hf_sparse import CapturedDecoding, SparsefinderConfig, SparseKConfig, patch
 from hf_sparse._compat import with_cache
@@ -88,6 +90,25 @@ def test_heads_with_budgets_of_their_own_and_padding(tiny_llama, played):
     expected = model.generate(IDS, attention_mask=mask, disable_compile=True, **OPTIONS)
     found = model.generate(IDS, attention_mask=mask, cache_implementation="static", **OPTIONS)
     assert torch.equal(found, expected) and counters["stats"]["unique_graphs"] == 1
+
+
+def test_adapters_that_are_switched_between_two_steps(tiny_llama, played):
+    """What was compiled for the call does not know them, so the steps that follow are those of the model."""
+    model = patch(tiny_llama(num_hidden_layers=4), SparseKConfig(**BUDGET))
+    LoraModel(model, LoraConfig(target_modules=["up_proj"], init_lora_weights=False), "default").eval()
+    lora = [module for module in model.modules() if isinstance(module, LoraLayer)]
+
+    class Switch(LogitsProcessor):
+        def __call__(self, input_ids, scores=None):
+            for layer in lora:
+                layer.enable_adapters(input_ids.shape[1] < 34)
+            return scores
+
+    found = []
+    for options in ({"cache_implementation": "static"}, {"disable_compile": True}):
+        Switch()(IDS)
+        found.append(model.generate(IDS, logits_processor=LogitsProcessorList([Switch()]), **OPTIONS | options))
+    assert torch.equal(*found) and played == [0] * 3 + [1]
 
 
 def test_what_compiles_is_imported_beside_the_prompt(tiny_llama, played, monkeypatch):
