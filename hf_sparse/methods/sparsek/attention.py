@@ -236,9 +236,11 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         """Score the new tokens, attend, and keep what is worth keeping; see `SparseAttentionLayer`."""
         new = NewTokens(query, key, value, hidden_states, valid, scaling)
         output: Tensor | None
-        if not isinstance(cache, SparseKCacheLayer):
-            output = attend_without_cache(self, new) if cache is None else None
+        if cache is None:
+            output = attend_without_cache(self, new)
             return self._attend(new, cache) if output is None else output
+        if not isinstance(cache, SparseKCacheLayer):
+            return self._attend(new, cache)
         if query.shape[2] == 1:
             for step in (step_in_one_kernel, step_ahead, step_compiled):  # on a GPU, on the CPU, in compiled code
                 output = step(self, new, cache)

@@ -47,8 +47,8 @@ def attend_without_cache(attention: "SparseKAttention", new: NewTokens) -> Tenso
     if scoring is None:
         return None
     layout = (
-        query.shape, query.stride(), query.dtype, query.device, key.shape, key.stride(), value.stride(),
-        hidden_states.dtype, hidden_states.stride(), scaling, scoring.layout, budget,
+        query.shape, query.stride(), query.dtype, query.device, key.shape, key.stride(), key.dtype, value.stride(),
+        value.dtype, hidden_states.dtype, hidden_states.stride(), scaling, scoring.layout, budget,
     )  # fmt: skip
     addresses = [query.data_ptr(), key.data_ptr(), value.data_ptr(), hidden_states.data_ptr()]
     is_aligned = not (addresses[0] | addresses[1] | addresses[2] | addresses[3]) % 16 and scoring.layout is not None
