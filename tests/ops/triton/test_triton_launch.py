@@ -190,8 +190,8 @@ def test_a_call_finds_its_kernels(nothing_compiled, gates):
         output = sparsek_attention(query, key, value, scores, k=64, window=64, sinks=2, gates=gates, support=128)
         output.sum().backward()
     names = [name for name, _ in nothing_compiled]
-    assert names.count("_forward") == names.count("_by_query") == 1
-    assert names.count("_by_key") == (2 if gates == "hard" else 0)
+    assert names.count("_forward") == names.count("query_gradients") == 1
+    assert names.count("key_gradients") == (2 if gates == "hard" else 0)
     assert all(thread.startswith("ThreadPoolExecutor") for _, thread in nothing_compiled)
     count = len(names)
     sparsek_attention(query, key, value, scores, k=64, window=64, sinks=2, gates=gates, support=128).sum().backward()
