@@ -66,13 +66,10 @@ def kv_bytes(cache: Any) -> int:
 
 
 def layer_in_call(cache: Any, index: int) -> Any:
-    """Return the layer of a cache that `make_layers` made in this call of the model; `None` if it is none of those.
-
-    One that holds tokens is none: an error ended its call.
-    """
+    """Return the layer of a cache that `make_layers` made in this call of the model; `None` if it is none of those."""
     layers = getattr(cache, "layers", ())
-    layer: Any = layers[index] if index < len(layers) else None
-    return layer if getattr(layer, "call", None) is not None and not layer.is_initialized else None
+    layer = layers[index] if index < len(layers) else None
+    return layer if getattr(layer, "call", None) is not None else None
 
 
 def is_unused(cache: Any, index: int) -> bool:
@@ -122,10 +119,7 @@ def make_layers(cache: Any, modules: Iterable[nn.Module], end: Tensor | None = N
         attention: Any = module._modules["sparse_attention"]  # not by `nn.Module.__getattr__`, which is slow
         index: Any = module.layer_idx
         if attention.is_active and is_unused(cache, index):
-            layer: Any = attention.cache_layer_in_call(call)
-            layer.call = call
-            call.layers += 1
-            cache.layers[index] = layer
+            cache.layers[index] = attention.cache_layer_in_call(call)
             sparse = attention
     for index, layer in enumerate(cache.layers):
         if sparse is not None and type(layer) is DynamicLayer:

@@ -39,14 +39,11 @@ class SparseCall:
         attention: the sparse attention of the module.
         hidden_states: `[B, T, C]`, the input of the module.
         cache: the cache layer of the module, or `None`.
-        call: the call of the model that made the cache layer and is about to fill it, or `None`; never in a forward
-            that is compiled or traced.
     """
 
     attention: SparseAttentionLayer
     hidden_states: Tensor
     cache: SparseCacheLayer | None
-    call: ModelCall | None
 
 
 def attention_forward(
@@ -71,21 +68,20 @@ def attention_forward(
         ValueError: a mask that says more than padding and packed texts, packed texts that cannot be told apart here, a
             keyword that would change the result and is not known, or a call by `torch.jit.trace`.
     """
-    call = None if sparse_call is None else sparse_call.call
-    if call is None and torch.jit.is_tracing():
+    if torch.jit.is_tracing():
         raise ValueError(
             "torch.jit.trace would record the keys that one text selects, for every other text: use torch.compile or "
             "torch.export"
         )
     if sparse_call is None:  # an attention module of a patched model that is not patched itself
         return _attend_densely(module, query, key, value, attention_mask, scaling, dropout, kwargs)
+    inputs = module, query, key, value, attention_mask, scaling, sparse_call, kwargs
     cache = sparse_call.cache
-    # Where a graph breaks, it could not within `try`.
-    if cache is None or (call is None and torch.compiler.is_compiling()):
-        output = _attend_sparsely(module, query, key, value, attention_mask, scaling, sparse_call, kwargs)
+    if cache is None or torch.compiler.is_compiling():  # where a graph breaks, it could not within `try`
+        output = _attend_sparsely(*inputs)
     else:
         try:
-            output = _attend_sparsely(module, query, key, value, attention_mask, scaling, sparse_call, kwargs)
+            output = _attend_sparsely(*inputs)
         except Exception:
             cache.cancel_attention(query.shape[2])
             raise
@@ -123,22 +119,20 @@ def _attend_sparsely(
     kwargs: dict[str, Any],
 ) -> Tensor:
     """Attend by the method of a patched module, `[B, Hq, T, D]`; see `attention_forward`."""
-    attention, hidden_states = sparse_call.attention, sparse_call.hidden_states
-    cache, call = sparse_call.cache, sparse_call.call
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    texts = valid = None
-    is_plain = attention_mask is None and _WATCHED.isdisjoint(kwargs)
-    if not is_plain:
-        texts = _packed(query, attention_mask, kwargs)
-        if attention_mask is not None and attention_mask.ndim != 2:
-            raise ValueError(
-                f"sparse attention takes a padding mask [B, T], got a mask of shape {tuple(attention_mask.shape)}: "
-                "custom masks are not supported, nor packed sequences (position_ids that restart) in a compiled "
-                "forward. A compiled forward without a cache is packed to transformers, unless it gets an "
-                "attention_mask"
-            )
+    texts = _packed(query, attention_mask, kwargs)
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise ValueError(
+            f"sparse attention takes a padding mask [B, T], got a mask of shape {tuple(attention_mask.shape)}: custom "
+            "masks are not supported, nor packed sequences (position_ids that restart) in a compiled forward. A "
+            "compiled forward without a cache is packed to transformers, unless it gets an attention_mask"
+        )
+    attention, hidden_states, cache = sparse_call.attention, sparse_call.hidden_states, sparse_call.cache
+    length = query.shape[2]
+    call: ModelCall | None = getattr(cache, "call", None)
+    if not _WATCHED.isdisjoint(kwargs):
         _refuse_what_would_be_ignored(module, kwargs)
-    if window := attention.dense_window:
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if window := sparse_call.attention.dense_window:
         if attention_mask is not None or texts is not None or cache is not None:
             raise ValueError("dense attention within a window takes whole texts: no padding, packed texts or cache")
         return local_attention(query, key, value, window=window, scaling=scaling)
@@ -146,13 +140,10 @@ def _attend_sparsely(
         if cache is not None:
             raise ValueError("packed sequences (cu_seq_lens_q) have no cache: call the model with use_cache=False")
         return texts.attend(attention.attend, query, key, value, hidden_states=hidden_states, scaling=scaling)
-    if not is_plain or (cache is not None and call is None):  # a new cache needs no check against what it holds
-        length = query.shape[2]
-        check = mask_of_keys if cache is None else cache.check_mask
-        valid = check(attention_mask, key.shape[2] if cache is None else length)
-        # A decoding step waits for no value from the device.
-        if valid is not None and length > 1 and not torch.compiler.is_compiling() and bool(valid.all()):
-            valid = None
+    valid = mask_of_keys(attention_mask, key.shape[2]) if cache is None else cache.check_mask(attention_mask, length)
+    # A decoding step waits for no value from the device.
+    if valid is not None and length > 1 and not torch.compiler.is_compiling() and bool(valid.all()):
+        valid = None
     output = attention.attend(query, key, value, hidden_states=hidden_states, valid=valid, cache=cache, scaling=scaling)
     if cache is not None:
         cache.end_attention()
@@ -168,7 +159,7 @@ _CHANGES_THE_RESULT = {
     "position_bias": "a position bias",
     "sliding_window": "a sliding window",
 }
-_WATCHED = frozenset((*_CHANGES_THE_RESULT, "is_causal", "cu_seq_lens_q"))
+_WATCHED = frozenset((*_CHANGES_THE_RESULT, "is_causal"))
 
 
 def _packed(query: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> PackedTexts | None:
@@ -221,7 +212,7 @@ def before_attention(
         layer = layer_in_call(cache, module.layer_idx)  # type: ignore[arg-type]
         if layer is not None:  # all has been checked where it was made
             layer.begin_attention()
-            kwargs["sparse_call"] = SparseCall(attention, hidden_states, layer, layer.call)
+            kwargs["sparse_call"] = SparseCall(attention, hidden_states, layer)
             return args, kwargs
     name = None
     is_compiled_step = is_compiled and hidden_states.shape[1] == 1
@@ -232,11 +223,11 @@ def before_attention(
         attention.set_adapter(name)
         return None
     _refuse_another_implementation(module.config, is_compiled)
-    if _attentions_are_wanted(kwargs, is_compiled):
+    if _attentions_are_wanted(kwargs):
         raise ValueError("sparse attention has no attention matrix: output_attentions=True is not supported")
     if isinstance(cache, EncoderDecoderCache) and getattr(module.config, "add_cross_attention", False):
         cache = cache.self_attention_cache  # the other half belongs to cross-attention, which stays dense
-    layer = call = None
+    layer = None
     if cache is not None:
         index = int(module.layer_idx)  # type: ignore[arg-type]
         one_by_one = is_recorded(hidden_states.device) or may_switch or attention.has_local_neighbours
@@ -247,9 +238,7 @@ def before_attention(
         layer = sparse_cache_layer(cache, index, attention)
         attention.check_cache(layer)
         layer.begin_attention()
-        if not is_compiled and not torch.jit.is_tracing() and layer_in_call(cache, index) is not None:
-            call = layer.call
-    return args, {**kwargs, "sparse_call": SparseCall(attention, hidden_states, layer, call)}
+    return args, {**kwargs, "sparse_call": SparseCall(attention, hidden_states, layer)}
 
 
 def _refuse_another_implementation(config: Any, is_compiled: bool) -> None:
@@ -271,11 +260,11 @@ def _goes_on(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], h
     return cache is not None and cache.get_seq_length(int(module.layer_idx)) > 0  # type: ignore[arg-type]
 
 
-def _attentions_are_wanted(kwargs: dict[str, Any], is_compiled: bool) -> bool:
+def _attentions_are_wanted(kwargs: dict[str, Any]) -> bool:
     if kwargs.get("output_attentions"):
         return True
     # GPT-2 does not hand the keyword on; it would return attentions=() in silence.
-    collector = None if is_compiled else _active_collector.get()
+    collector = None if torch.compiler.is_compiling() else _active_collector.get()
     return collector is not None and "attentions" in collector
 
 

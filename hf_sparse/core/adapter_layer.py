@@ -123,8 +123,6 @@ class AdapterLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
     def is_used(self) -> bool:
         """Tell whether the adapter in use has parameters here; none is in use after the last one was deleted."""
         names = self._active_adapter  # not by PEFT's properties: every call of the model asks this of every layer
-        if type(names) is list and len(names) == 1:
-            return names[0] in self.configs
         return bool(names) and self.active in self.configs
 
     @property

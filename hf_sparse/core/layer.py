@@ -168,7 +168,10 @@ class SparseAttentionLayer(AdapterLayer[ConfigT], RequestAttention):
 
     def cache_layer_in_call(self, call: ModelCall) -> SparseCacheLayer:
         """Make a new, empty cache layer in a call of the model that is going to fill it."""
-        return self.cache_layer()
+        layer: Any = self.cache_layer()
+        layer.call = call
+        call.layers += 1
+        return layer
 
     def dense_cache_layer(self, layer: DynamicLayer) -> DynamicLayer:
         """Return what takes the place of the cache layer of an attention module that is not patched.

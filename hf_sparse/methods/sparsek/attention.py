@@ -149,7 +149,7 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
 
     def cache_layer_in_call(self, call: ModelCall) -> SparseKCacheLayer:
         """Make the KV slots of this module in a call of the model that is going to fill them."""
-        layer: Any = self.cache_layer()
+        layer: Any = super().cache_layer_in_call(call)
         layer.scoring = scoring_of(self)
         call.kinds.add((layer.k, layer.scoring and layer.scoring.layout))  # which has the device
         return layer
@@ -246,7 +246,7 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
                 output = step(self, new, cache)
                 if output is not None:
                     return output
-        if not cache.empty or self.configs[self.active].pin_prompt != WHOLE_PROMPT:
+        if not cache.empty or self.config.pin_prompt != WHOLE_PROMPT:
             return self._attend(new, cache)
         self._check_prompt(query.shape[2], valid)
         output = self._attend(new, cache)

@@ -12,7 +12,7 @@ else that computes, and returns tensors that it has allocated.
 import math
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from operator import add, itemgetter
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -243,8 +243,7 @@ class Program:
                     constants.append(value)
             picked.append((launch, picks))
         begin = {"stream": 0, "address": 1, "constant": 1 + len(numbers)}
-        self.bases, self.offsets = tuple([base for base, _ in numbers]), tuple([offset for _, offset in numbers])
-        self.constants = constants
+        self.addresses, self.constants = tuple(numbers), constants
         self.launches = [
             (launch, itemgetter(*[begin[kind] + number for kind, number in picks])) for launch, picks in picked
         ]
@@ -272,10 +271,8 @@ class Program:
             made.append(tensor.zero_() if zero else tensor)
             bases.append(tensor.data_ptr())
         values = [torch._C._cuda_getCurrentRawStream(device.index)]
-        values += map(add, map(bases.__getitem__, self.bases), self.offsets)
+        values += [bases[base] + offset for base, offset in self.addresses]
         values += self.constants
         for launch, arguments in self.launches:
             launch(*arguments(values))
-        if not self.order:
-            return ()
         return tuple([None if number is None else made[number] for number in self.order])
