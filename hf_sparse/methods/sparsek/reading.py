@@ -115,8 +115,8 @@ def read_in_few_launches(
     shared, end = (None, None) if call is None else (call.shared, call.end)
     counts = None if cache.counts is None else (_most_selected(cache.k), key.shape[2] <= cache.slots)
     layout = (
-        query.shape, query.stride(), query.dtype, query.device, key.shape, key.stride(), value.stride(),
-        hidden_states.dtype, hidden_states.stride(), scaling, scoring.layout,
+        query.shape, query.stride(), query.dtype, query.device, key.shape, key.stride(), key.dtype, value.stride(),
+        value.dtype, hidden_states.dtype, hidden_states.stride(), scaling, scoring.layout,
         cache.k if counts is None else counts, cache.window, cache.sinks, end is None,
     )  # fmt: skip
     addresses = [query.data_ptr(), key.data_ptr(), value.data_ptr(), hidden_states.data_ptr()]
