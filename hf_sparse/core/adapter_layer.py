@@ -15,8 +15,8 @@ from hf_sparse.core.lora import LowRank
 ConfigT = TypeVar("ConfigT", bound=SparseConfig)
 
 
-class ModelSwitch(Protocol):
-    """Describe what a patched model has once for all its layers, see `patches.switch`.
+class Switch(Protocol):
+    """Describe what a patched model has once for all its layers, as `patches.switch.ModelSwitch` does.
 
     Attributes:
         model: returns the model, or `None` once nobody else holds it.
@@ -66,7 +66,7 @@ class AdapterLayer(nn.Module, BaseTunerLayer, Generic[ConfigT]):
         self.identities: dict[str, str] = {}
         self.last_for: set[str] = set()
         self.is_managed: Callable[[], bool] | None = None
-        self.model_switch: ModelSwitch | None = None
+        self.model_switch: Switch | None = None
         self.hooks: list[RemovableHandle] = []
         self.base_device: torch.device | None = None
         self.linears: dict[str, tuple[int, int]] = {}
