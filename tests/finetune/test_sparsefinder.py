@@ -192,7 +192,7 @@ def test_what_was_fitted_travels(sparse, tiny_llama, chunks, tmp_path):
 def test_scales_alone_leave_the_predictor_unfitted(sparse, chunks):
     model = sparse()
     train(model, chunks, graph_steps=0)
-    with pytest.raises(ValueError, match="of this clustering predictor were never fitted"):
+    with pytest.raises(ValueError, match="this clustering predictor was never fitted"):
         model(input_ids=chunks[:1])
 
 

@@ -489,7 +489,7 @@ def test_buffers_are_looked_at_again_when_they_have_changed(monkeypatch):
     learned.check_fitted()
     assert len(looks) == count
     learned.centroids[0, 0, 0] = torch.nan
-    with pytest.raises(ValueError, match="the centroids of this clustering predictor were never fitted"):
+    with pytest.raises(ValueError, match="this clustering predictor was never fitted, it has no centroids"):
         learned.check_fitted()
     learned.centroids = torch.zeros_like(learned.centroids)
     learned.check_fitted()
@@ -520,7 +520,8 @@ def test_too_little_text_to_fit_is_refused(settings, message):
 def test_a_predictor_that_was_never_fitted_is_refused(predictor, what):
     module = build(fitted=False, predictor=predictor)
     with pytest.raises(
-        ValueError, match=rf"{what} of this {predictor} predictor were never fitted: train the adapter .*finetune"
+        ValueError,
+        match=rf"this {predictor} predictor was never fitted, it has no {what}: train the adapter .*finetune",
     ):
         attend(module, *tensors())
 

@@ -155,8 +155,8 @@ class SparsefinderParameters(nn.Module):
         name = self._unfitted()
         if name is not None:
             raise ValueError(
-                f"the {name} of this {self.config.predictor} predictor were never fitted: train the adapter "
-                "(`hf-sparse finetune`, hf_sparse.finetune.finetune), load one that was trained, fit them to text with "
+                f"this {self.config.predictor} predictor was never fitted, it has no {name}: train the adapter "
+                "(`hf-sparse finetune`, hf_sparse.finetune.finetune), load one that was trained, fit it to text with "
                 "hf_sparse.methods.sparsefinder.fit_predictors, or choose SparsefinderConfig(predictor='bound'), "
                 "'full' or 'pooled', which have nothing to fit"
             )

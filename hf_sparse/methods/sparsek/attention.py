@@ -158,7 +158,10 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         """Refuse a cache of another adapter, and hard selection after soft gates or before them."""
         super().check_cache(cache)
         if cache.owner != self.owner:
-            raise ValueError("the cache holds what another adapter chose: start a new cache after switching adapters")
+            raise ValueError(
+                "the cache holds what another adapter chose, or this one before it was loaded anew: start a new cache "
+                "after switching or loading adapters"
+            )
         # A compiled step goes on from one that was checked, and serves layers with any `k`.
         if not torch.compiler.is_compiling():
             k: Any = self.budget.k
