@@ -494,7 +494,7 @@ def test_buffers_are_looked_at_again_when_they_have_changed(monkeypatch):
     learned.centroids = torch.zeros_like(learned.centroids)
     learned.check_fitted()
     learned.centroids = torch.full_like(learned.centroids, torch.nan)
-    with pytest.raises(ValueError, match="the centroids"):
+    with pytest.raises(ValueError, match="it has no centroids"):
         learned.check_fitted()
 
 

@@ -115,6 +115,22 @@ def test_padding_moves_no_tile():
         torch.testing.assert_close(together[row, None][:, :, real], alone, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("new", [1, 5, 20, 31, 32, 40])
+def test_padding_decides_not_whether_new_tokens_see_all_keys(new):
+    """Fewer than a tile of queries has see all keys, in a padded batch as well; 32 or more have lists."""
+    length = 300
+    module, (query, key, value) = build(tile=32, window=1, exact_up_to=0), tensors(length=length)
+    valid = torch.ones(2, length, dtype=torch.bool)
+    valid[1, :13] = False
+    query = query[:, :, length - new :]
+    with torch.no_grad():
+        together = attend(module, query, key, value, valid=valid)
+        for row, first in enumerate((0, 13)):
+            text = query[row, None], key[row, None, :, first:], value[row, None, :, first:]
+            torch.testing.assert_close(together[row, None], attend(module, *text), rtol=0, atol=1e-5)
+            assert torch.allclose(together[row, None], full(module, *text), rtol=0, atol=1e-5) is (new < 32)
+
+
 def test_with_a_list_for_each_query_nothing_depends_on_later_tokens():
     query, key, value = tensors()
     module, before = build(query_tile=1), 50

@@ -35,7 +35,8 @@ def tokens(queries, keys=KEYS):
         ({"predictor": "bound"}, FEW, FEW, GRAPH),
         ({"predictor": "pooled", "query_tile": 2, "exact_up_to": 0}, FEW, GRAPH, GRAPH),
         ({"predictor": "pooled", "query_tile": 1, "exact_up_to": 0}, GRAPH, GRAPH, GRAPH),
-        ({"predictor": "pooled", "query_tile": 1, "exact_up_to": KEYS}, FEW, FEW, GRAPH),
+        ({"predictor": "pooled", "query_tile": 1, "exact_up_to": KEYS}, FEW, FEW, ALL),
+        ({"predictor": "pooled", "query_tile": 32, "exact_up_to": 0}, FEW, FEW, ALL),
         (TILES | {"entmax_native": 1.5}, FEW, FEW, ALL),  # not fitted
     ],
 )

@@ -50,11 +50,11 @@ def way_of(attention: "SparsefinderAttention", new: NewTokens, cache: object, pl
     config, predictor, certify = attention.config, attention.parameters_in_use.predictor, attention.certify
     queries, keys, has_gradient = new.query.shape[2], new.key.shape[2], torch.is_grad_enabled()
     learning = is_learning(attention, cache)
-    sees_all = is_unfitted(attention) or (config.complete and not certify)
+    sees_all = is_unfitted(attention) or (config.complete and not certify) or predictor.sees_all(queries, keys)
     is_few = attention.causal and not (has_gradient or learning or certify) and is_step(new.query, new.key)
-    if is_few and (sees_all or predictor.sees_all_keys(queries, keys)):
+    if is_few and (sees_all or predictor.finds_support):
         return Way.FEW_OVER_ALL_KEYS
-    if learning or sees_all or predictor.sees_all:
+    if learning or sees_all:
         return Way.ALL_KEYS
     may_list = predictor.learns_graph and config.tile is not None and not certify
     if may_list and attention.causal and queries == 1 and (not has_gradient or place is not None):

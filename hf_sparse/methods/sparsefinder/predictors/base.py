@@ -55,14 +55,12 @@ class Predictor:
     Attributes:
         learns_graph: whether the graph is predicted from learned projections, and tokens have codes.
         needs_whole_text: whether the graph depends on later tokens too, so that it is for encoders only.
-        sees_all: whether every query attends to all keys.
         finds_support: whether no key with weight is missing in the graph, so that attention equals that over all keys.
         points_needed: the least number of queries and keys that the predictor can be fitted to.
     """
 
     learns_graph: ClassVar[bool] = False
     needs_whole_text: ClassVar[bool] = False
-    sees_all: ClassVar[bool] = False
     finds_support: ClassVar[bool] = False
 
     def __init__(self, config: SparsefinderConfig) -> None:
@@ -77,9 +75,9 @@ class Predictor:
         """Return what `SparseAttentionLayer.prompt_edge` says, where keys are attended to that this predictor names."""
         return None
 
-    def sees_all_keys(self, queries: int, keys: int) -> bool:
-        """Tell whether so few queries, as in decoding, attend to all of so many keys, or as if they did."""
-        return self.finds_support
+    def sees_all(self, queries: int, keys: int) -> bool:
+        """Tell whether so many new queries attend to all of so many keys, whatever the text is."""
+        return False
 
     def buffers(self, kv_heads: int) -> dict[str, tuple[int, ...]]:
         """Name the tensors that the predictor is fitted to, with their shapes."""

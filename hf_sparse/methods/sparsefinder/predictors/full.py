@@ -11,12 +11,12 @@ if TYPE_CHECKING:
 class Full(Predictor):
     """Attend to all keys: nothing is predicted, and nothing is learned."""
 
-    sees_all = True
-    finds_support = True
-
     @property
     def prompt_edge(self) -> int:
         return 0
+
+    def sees_all(self, queries: int, keys: int) -> bool:
+        return True
 
     def graph(self, learned: "SparsefinderParameters", text: AttentionInputs, codes: Codes | None) -> None:
         return None

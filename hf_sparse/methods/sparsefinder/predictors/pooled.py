@@ -24,7 +24,7 @@ class Pooled(Predictor):
         assert self.config.rows is not None
         return max(self.config.exact_up_to, self.config.rows - 1)
 
-    def sees_all_keys(self, queries: int, keys: int) -> bool:
+    def sees_all(self, queries: int, keys: int) -> bool:
         assert self.config.rows is not None
         return queries < self.config.rows or keys <= self.config.exact_up_to
 
@@ -32,7 +32,7 @@ class Pooled(Predictor):
         config = self.config
         assert config.tile is not None
         queries = text.query.shape[2]
-        if self.sees_all_keys(queries, text.key.shape[2]):
+        if self.sees_all(queries, text.key.shape[2]):
             return None
         query = text.query
         if text.end is not None:  # a tile attends to what any of its queries chooses, and zeros choose nothing
