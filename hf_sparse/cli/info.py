@@ -72,9 +72,13 @@ def describe(adapter: Any) -> dict[str, Any]:
 
 
 def _training(training: dict[str, Any]) -> str:
-    """Return a few words on a finetune.json."""
+    """Return a few words on a finetune.json: the losses of each stage, for those of two cannot be compared."""
     history = training.get("history") or []
-    loss = f", loss {history[0]['loss']:.4g} to {history[-1]['loss']:.4g}" if history else ""
+    losses: dict[str, list[float]] = {}
+    for row in history:
+        losses.setdefault(row.get("stage", training["objective"]), []).append(row["loss"])
+    words = [f"{stage} {of_stage[0]:.4g} to {of_stage[-1]:.4g}" for stage, of_stage in losses.items()]
+    loss = f", loss of {', of '.join(words)}" if words else ""
     return f"{training['objective']}, {len(history)} steps, {training['tokens']:,} tokens{loss}"
 
 

@@ -40,6 +40,17 @@ def test_other_published_adapters(name):
     assert info(CARDS / name)
 
 
+def test_losses_of_two_stages_are_not_compared():
+    """The graph of Sparsefinder has a loss of its own, whose last value says nothing about the first of `distill`."""
+    folder = CARDS / "wiki-gpt2-sparsefinder"
+    rows = json.loads((folder / "finetune.json").read_text())["history"]
+    expected = []
+    for stage in ("distill", "graph"):
+        losses = [row["loss"] for row in rows if row["stage"] == stage]
+        expected.append(f"of {stage} {losses[0]:.4g} to {losses[-1]:.4g}")
+    assert json.loads(info(folder, "--json"))["trained"].endswith(f", loss {', '.join(expected)}")
+
+
 @pytest.mark.parametrize("config", [SparseKConfig(layers=[0]), SparsefinderConfig()], ids=["sparsek", "sparsefinder"])
 def test_an_untrained_adapter(config, tmp_path):
     workflow.create_adapter("demo", config, tmp_path / "new")
