@@ -8,6 +8,7 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 SPEED = ROOT / "docs" / "speed.md"
@@ -108,6 +109,10 @@ def summary() -> str:
             ("a step of `generate` on two CPU cores", "SmolLM2", f"{length(row):,}", row["times as fast"])
             for row in rows("generate on a cpu")
         ),
+        *(
+            ("a prompt of `generate` on two CPU cores", "SmolLM2", f"{tokens:,}", f"{ratio:.2f}")
+            for tokens, ratio in prompts_on_a_cpu().items()
+        ),
         (
             "Sparsefinder: forward, entmax over all keys",
             "SmolLM2",
@@ -134,8 +139,20 @@ def summary() -> str:
 
 def without_cache() -> list[float]:
     """Return how many times as fast as dense ones forwards without a cache are, which no table holds."""
-    result = json.loads((ROOT / "benchmarks/results/prefill-80f6b50-h200.json").read_text("utf-8"))
-    return [row["uncached"]["ratio"] for row in result["rows"]]
+    return [row["uncached"]["ratio"] for row in results("prefill-80f6b50-h200")]
+
+
+def prompts_on_a_cpu() -> dict[int, float]:
+    """Return how many times as fast as dense ones first tokens on a CPU are, by the tokens of the prompt."""
+    return {
+        row["prompt"]: row["dense"]["first_token_ms"] / row["sparse"]["first_token_ms"]
+        for row in results("generate-cpu")
+    }
+
+
+def results(name: str) -> list[dict[str, Any]]:
+    """Return the rows of a JSON of a benchmark."""
+    return json.loads((ROOT / f"benchmarks/results/{name}.json").read_text("utf-8"))["rows"]
 
 
 def is_8b(row: Row) -> bool:
@@ -170,6 +187,8 @@ def test_the_readme_says_of_short_prompts_what_was_measured():
     again, once = (among("prefill calls", f"{call}, times as fast", up_to(4096)) for call in ("first token", "forward"))
     assert f"A prompt of up to 4,096 tokens is read {span(again)} times as fast as by the dense model" in readme
     assert f"Any other forward is {span(once)} times as fast, and without a cache {span(without_cache())}" in readme
+    longer = [f"{1 / ratio:.1f} times as long at {tokens:,}" for tokens, ratio in prompts_on_a_cpu().items()]
+    assert f"on two CPU cores it takes {' and '.join(longer)} tokens" in readme
     times = [
         (number(row["SparseK, forward"]), number(row["cuDNN, forward"]))
         for row in rows("shapes")
