@@ -196,3 +196,14 @@ def test_the_readme_says_of_short_prompts_what_was_measured():
     ]
     ratios = [sparse / dense for sparse, dense in times]
     assert f"at 4,096 they take {min(ratios):.1f} to {max(ratios):.1f} times as long" in readme
+
+
+def test_what_the_cards_of_small_models_measured_is_told():
+    names = ("demo-llama-sparsek-64", "wiki-bert-sparsek-41", "all-minilm-l6-v2-sparsek-57", "wiki-gpt2-sparsek-64")
+    speeds = [
+        json.loads((ROOT / f"model_cards/{name}/eval.json").read_text("utf-8"))["tokens_per_second"] for name in names
+    ]
+    llama, bert, minilm, gpt2 = (f"{speed['sparse'] / speed['dense']:.2f}" for speed in speeds)
+    told = " ".join(SPEED.read_text("utf-8").split())
+    assert f"the bundled Llama decodes {llama} times as fast as dense on a CPU" in told
+    assert f"wiki-bert and all-MiniLM-L6-v2 read {bert} and {minilm} times as fast; wiki-gpt2 decoded {gpt2}" in told
