@@ -1,4 +1,4 @@
-"""What is announced of a call of `generate` is known to one layer, and to none after the block."""
+"""Check that one layer takes what is announced of a call of `generate`, and none after the block."""
 
 from typing import Any
 

@@ -61,7 +61,7 @@ def test_on_few_cores_the_prompt_comes_first(counts):
 
 
 def test_layers_share_the_kernels_of_steps(counts):
-    """Of four layers one has equal heads, and of the others two are about as long."""
+    """Take four layers, one with equal heads and three with unequal ones, two of which are about as long."""
     assert counts["generate"]["begun"] == {"_step": 3}
     assert counts["equal heads"]["begun"] == {"_step": 1}
 
@@ -72,7 +72,7 @@ def test_steps_that_nobody_takes_are_not_compiled(counts):
 
 
 def test_a_plain_forward_compiles_what_it_launches_alone(counts):
-    """That is the kernels of its prompt, without those that a recorded prompt has, and of the steps that come."""
+    """Count the kernels of its prompt, without those that a recorded prompt has, and of the steps that come."""
     forward = counts["plain forward"]
     assert set(forward) == {"ahead", "launched"} and forward["launched"] == counts["generate"]["begun"]
     assert sum(forward["ahead"].values()) < sum(counts["generate"]["ahead"].values())

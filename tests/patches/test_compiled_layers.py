@@ -93,7 +93,7 @@ def test_heads_with_budgets_of_their_own_and_padding(tiny_llama, played):
 
 
 def test_adapters_that_are_switched_between_two_steps(tiny_llama, played):
-    """What was compiled for the call does not know them, so the steps that follow are those of the model."""
+    """Run the steps that follow by the model: what was compiled for the call does not know the new adapters."""
     model = patch(tiny_llama(num_hidden_layers=4), SparseKConfig(**BUDGET))
     LoraModel(model, LoraConfig(target_modules=["up_proj"], init_lora_weights=False), "default").eval()
     lora = [module for module in model.modules() if isinstance(module, LoraLayer)]

@@ -1,4 +1,4 @@
-"""What a patched model has in front of its methods, and what `generate` announces to its layers before a prompt.
+"""Test what stands in front of the methods of a patched model, and what `generate` tells its layers before a prompt.
 
 That is announced once for calls of a kind.
 """

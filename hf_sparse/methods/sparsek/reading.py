@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from hf_sparse.ops.triton.replay import Program
 
 _TRITON = installed()
-MOST_PROGRAMS = 64  # that are remembered here
+_MOST_PROGRAMS = 64  # of a dictionary
 _ROUNDING = 64  # of the most selected keys of a head, where heads differ: layers of about as many share a program
 
 _programs: dict[Hashable, "Program"] = {}  # by layout, for tensors at multiples of 16 bytes
@@ -119,13 +119,12 @@ def read_in_few_launches(
         value.dtype, hidden_states.dtype, hidden_states.stride(), scaling, scoring.layout,
         cache.k if counts is None else counts, cache.window, cache.sinks, end is None,
     )  # fmt: skip
-    addresses = [query.data_ptr(), key.data_ptr(), value.data_ptr(), hidden_states.data_ptr()]
-    is_aligned = not (addresses[0] | addresses[1] | addresses[2] | addresses[3]) % 16 and scoring.layout is not None
-    if not (isinstance(shared, SharedReading) and is_aligned and shared.left and shared.layout == layout):
+    addresses = aligned_addresses(new, scoring)
+    if not (isinstance(shared, SharedReading) and addresses and shared.left and shared.layout == layout):
         if not _may_read(attention, query, cache):  # which else a layer before has asked
             return None
-        shared = shared_reading(cache, key, layout) if is_aligned else None
-    if shared is not None:
+        shared = shared_reading(cache, key, layout) if addresses else None
+    if shared is not None and addresses:
         shared.left -= 1
         of_slots = shared.slots.addresses(shared.left)
         if not shared.program.order:  # all keys fit: the launches read no query and return nothing
@@ -138,14 +137,36 @@ def read_in_few_launches(
     elif takes(new, scoring, cache.k):
         if generation is not None:
             _compile_all(generation, new, scoring)
-        output, slots = _read(new, scoring, cache, end, layout if is_aligned else None)
+        output, slots = _read(new, scoring, cache, end, layout if addresses else None)
         cache.take(*slots)
     else:
         return None
-    if output is None:
-        grouped = query.shape[1] != key.shape[1]
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
-    return output
+    return attend_to_all(new) if output is None else output
+
+
+def attend_to_all(new: NewTokens) -> Tensor:
+    """Attend to all keys up to the query by the kernel of the base model, `[B, Hq, T, D]`."""
+    query, key, value = new[:3]
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=new.scaling, enable_gqa=grouped)
+
+
+def aligned_addresses(new: NewTokens, scoring: Scoring) -> list[int] | None:
+    """Return the addresses of query, key, value and hidden states; `None` unless all inputs allow noted launches.
+
+    These are for tensors at multiples of 16 bytes, the weights of the scorer among them.
+    """
+    addresses = [tensor.data_ptr() for tensor in new[:4]]
+    is_aligned = not (addresses[0] | addresses[1] | addresses[2] | addresses[3]) % 16
+    return addresses if is_aligned and scoring.layout is not None else None
+
+
+def remember(programs: "dict[Hashable, Program]", layout: Hashable, program: "Program | None") -> None:
+    """Keep the launches of a layout in place of the oldest ones; `None` is not kept."""
+    if program is not None:
+        if len(programs) >= _MOST_PROGRAMS:
+            programs.pop(next(iter(programs)), None)
+        programs[layout] = program
 
 
 def _may_read(attention: "SparseKAttention", query: Tensor, cache: SparseKCacheLayer) -> bool:
@@ -230,11 +251,9 @@ def _read(
         output, slots = read_text(*inputs, scoring.weight, scoring.slope, settings, end)
     for tensor in slots:
         fix_address(tensor)
-    program = None if layout is None else noted_reading(*inputs, scoring.weight, scoring.slope, slots, settings, end)
-    if program is not None:
-        if len(_programs) >= MOST_PROGRAMS:
-            _programs.pop(next(iter(_programs)), None)
-        _programs[layout] = program
+    if layout is not None:
+        program = noted_reading(*inputs, scoring.weight, scoring.slope, slots, settings, end)
+        remember(_programs, layout, program)
     return output, slots
 
 

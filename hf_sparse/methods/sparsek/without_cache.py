@@ -8,12 +8,19 @@ from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from hf_sparse.core.new_tokens import NewTokens
 from hf_sparse.methods.sparsek.budget import Budget
-from hf_sparse.methods.sparsek.reading import MOST_PROGRAMS, Scoring, scoring_of, settings_of, takes
+from hf_sparse.methods.sparsek.reading import (
+    Scoring,
+    aligned_addresses,
+    attend_to_all,
+    remember,
+    scoring_of,
+    settings_of,
+    takes,
+)
 from hf_sparse.ops.triton import installed, is_on_gpu
 
 if TYPE_CHECKING:
@@ -39,8 +46,7 @@ def attend_without_cache(attention: "SparseKAttention", new: NewTokens) -> Tenso
         return None
     budget = attention.budget
     if key.shape[2] <= budget.fewest_slots:
-        grouped = query.shape[1] != key.shape[1]
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
+        return attend_to_all(new)
     if not _TRITON or type(query) is not Tensor or not is_on_gpu(query):
         return None
     scoring = scoring_of(attention)
@@ -50,11 +56,10 @@ def attend_without_cache(attention: "SparseKAttention", new: NewTokens) -> Tenso
         query.shape, query.stride(), query.dtype, query.device, key.shape, key.stride(), key.dtype, value.stride(),
         value.dtype, hidden_states.dtype, hidden_states.stride(), scaling, scoring.layout, budget,
     )  # fmt: skip
-    addresses = [query.data_ptr(), key.data_ptr(), value.data_ptr(), hidden_states.data_ptr()]
-    is_aligned = not (addresses[0] | addresses[1] | addresses[2] | addresses[3]) % 16 and scoring.layout is not None
-    program = _programs.get(layout) if is_aligned else None
-    if program is None:
-        return _attend(new, scoring, budget, layout if is_aligned else None)
+    addresses = aligned_addresses(new, scoring)
+    program = _programs.get(layout) if addresses else None
+    if program is None or not addresses:
+        return _attend(new, scoring, budget, layout if addresses else None)
     return program.launch([*addresses, *scoring.addresses, _address_of_counts(budget, key)], program.memory())[0]
 
 
@@ -76,9 +81,6 @@ def _attend(new: NewTokens, scoring: Scoring, budget: Budget, layout: Hashable |
     inputs = new.query, new.key, new.value, new.hidden_states, scoring.weight, scoring.slope
     settings = settings_of(budget, new.scaling, scoring)
     output = attend_text(*inputs, settings)
-    program = None if layout is None else noted_attention(*inputs, settings)
-    if program is not None:
-        if len(_programs) >= MOST_PROGRAMS:
-            _programs.pop(next(iter(_programs)), None)
-        _programs[layout] = program
+    if layout is not None:
+        remember(_programs, layout, noted_attention(*inputs, settings))
     return output

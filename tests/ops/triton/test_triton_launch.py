@@ -155,7 +155,7 @@ def test_where_no_thread_can_start_the_launch_compiles(background, monkeypatch):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_threads_of_the_background_end_with_their_work(fails, background, monkeypatch):
-    """Whether or not a launch comes; a process that ends waits for no thread but one that is at work."""
+    """Check it with a launch and without; a process that ends waits for no thread but one that is at work."""
     pool, work = ThreadPoolExecutor(2), []
     monkeypatch.setattr(launch, "_pool", lambda device: pool)
 
