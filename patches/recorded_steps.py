@@ -107,7 +107,7 @@ class RecordedSteps:
 
     def _layout(self, inputs: dict[str, Any], cache: Any) -> tuple[Any, ...] | None:
         """Return what must be the same for a replay; `None` for what is not a step of constant shape."""
-        layout = _layout(inputs, cache)
+        layout = _layout_of(inputs, cache)
         return None if layout is None else (*layout, self._adapters())
 
     def _adapters(self) -> list[Any]:
@@ -327,7 +327,7 @@ def _note_tokens(cache: Any, tokens: int) -> None:
         layer.note_tokens(tokens)
 
 
-def _layout(inputs: dict[str, Any], cache: Any) -> tuple[Any, ...] | None:
+def _layout_of(inputs: dict[str, Any], cache: Any) -> tuple[Any, ...] | None:
     """Return what must be the same for a replay; `None` for what is not a step of constant shape."""
     ids = inputs.get("input_ids")
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] != 1 or not is_on_gpu(ids):

@@ -62,7 +62,7 @@ class Counter(Compiler):
 
 def count(shares: Any, length: int, new: int, generates: bool, cores: int) -> dict[str, dict[str, int]]:
     """Return the numbers of kernels of one call of a new model, what came first first."""
-    compiler, attention.cores = Counter(), lambda: cores
+    compiler, first_calls.cores = Counter(), lambda: cores
     JITFunction.run = lambda kernel, *arguments, **options: compiler.launch(kernel, *arguments, **options)
     launch._seen.clear()
 
@@ -98,7 +98,7 @@ for name in ("empty", "empty_like", "empty_strided"):  # what no kernel writes i
     setattr(torch, name, lambda *arguments, made=made, **options: made(*arguments, **options).zero_())
 
 from hf_sparse import SparseKConfig, patch  # noqa: E402
-from hf_sparse.methods.sparsek import attention  # noqa: E402
+from hf_sparse.methods.sparsek import first_calls  # noqa: E402
 from hf_sparse.ops.selection.triton import reading, step  # noqa: E402
 from hf_sparse.ops.triton import launch  # noqa: E402
 from hf_sparse.patches import switch  # noqa: E402

@@ -23,7 +23,7 @@ from hf_sparse.methods.sparsek.compiled import attend_compiled
 from hf_sparse.methods.sparsek.compiled_step import step_compiled
 from hf_sparse.methods.sparsek.config import SparseKConfig
 from hf_sparse.methods.sparsek.continued import attend_more, attend_step
-from hf_sparse.methods.sparsek.first_calls import ENOUGH_CORES, begin_steps
+from hf_sparse.methods.sparsek.first_calls import steps_begun
 from hf_sparse.methods.sparsek.in_blocks import attend_block_after_block
 from hf_sparse.methods.sparsek.padded import attend_padded
 from hf_sparse.methods.sparsek.ragged_cache import RaggedCacheLayer
@@ -33,7 +33,6 @@ from hf_sparse.methods.sparsek.settings import WHOLE_PROMPT
 from hf_sparse.methods.sparsek.step import step_in_one_kernel
 from hf_sparse.methods.sparsek.tokens import ScoredTokens, token_index
 from hf_sparse.methods.sparsek.without_cache import attend_without_cache
-from hf_sparse.ops.triton import cores
 
 # (query [B, Hq, T, D], key [B, Hkv, T, D], scores [B, Hkv, T], scaling) of whole sequences without padding
 Observer = Callable[[Tensor, Tensor, Tensor, float], None]
@@ -273,12 +272,11 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         length = query.shape[2]
         if isinstance(cache, SparseKCacheLayer) and not cache.is_initialized:
             generation = None if torch.compiler.is_compiling() else take_announcement(self)
-            has_cores = generation is not None and cores() >= ENOUGH_CORES
-            if generation is not None and has_cores:
-                begin_steps(generation, new)
-            output = read_in_few_launches(self, new, cache, generation)
-            if generation is not None and not has_cores:
-                begin_steps(generation, new)
+            if generation is None:
+                output = read_in_few_launches(self, new, cache)
+            else:
+                with steps_begun(generation, new):
+                    output = read_in_few_launches(self, new, cache, generation)
             if output is not None:
                 return output
             cache.begin_text(key, value)

@@ -4,7 +4,8 @@ Layers whose heads have other numbers of slots launch other kernels, and decodin
 be compiled when its layer, or the first step, is there: one after another.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -14,13 +15,13 @@ from hf_sparse.core.generation import Generation
 from hf_sparse.core.new_tokens import NewTokens
 from hf_sparse.methods.sparsek.budget import Budget
 from hf_sparse.methods.sparsek.scorer import Linear
-from hf_sparse.ops.triton import DTYPES, MOST_ROWS, installed, is_on_gpu
+from hf_sparse.ops.triton import DTYPES, MOST_ROWS, cores, installed, is_on_gpu
 
 if TYPE_CHECKING:
     from hf_sparse.methods.sparsek.attention import SparseKAttention
 
-#: Cores on which kernels of steps are compiled beside those of the prompt; on fewer the first token would wait for all.
-ENOUGH_CORES = 8
+# On which kernels of steps are compiled beside those of the prompt; on fewer the first token would wait for all.
+_ENOUGH_CORES = 8
 _META = torch.device("meta")
 
 
@@ -36,7 +37,23 @@ class StepKind(NamedTuple):
     linear: Linear
 
 
-def begin_steps(generation: Generation, new: NewTokens) -> None:
+@contextmanager
+def steps_begun(generation: Generation, new: NewTokens) -> Iterator[None]:
+    """Begin to compile the steps of a call beside the prompt that a `with` block reads, or behind it on few cores.
+
+    Args:
+        generation: the call.
+        new: the prompt in one of the layers.
+    """
+    has_cores = cores() >= _ENOUGH_CORES
+    if has_cores:
+        _begin_steps(generation, new)
+    yield
+    if not has_cores:
+        _begin_steps(generation, new)
+
+
+def _begin_steps(generation: Generation, new: NewTokens) -> None:
     """Compile in the background the kernels of the steps that follow a prompt, those of all layers.
 
     Args:
