@@ -39,7 +39,7 @@ class StepKind(NamedTuple):
 
 @contextmanager
 def steps_begun(generation: Generation, new: NewTokens) -> Iterator[None]:
-    """Begin to compile the steps of a call beside the prompt that a `with` block reads, or behind it on few cores.
+    """Compile the steps of a call in the background, beside the prompt that a `with` block reads, or after it.
 
     Args:
         generation: the call.
