@@ -49,9 +49,8 @@ def cache_given(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> A
         CompatibilityError: there is a cache where none is expected, and attention beside it would be dense in silence.
     """
     for name in _ATTENTION_CACHE:
-        if (cache := kwargs.get(name)) is not None:
-            return cache
-    # Only without a cache: a decoding step ends above.
+        if name in kwargs:
+            return kwargs[name]
     for place, value in (*enumerate(args), *kwargs.items()):
         if isinstance(value, Cache):
             from transformers import __version__

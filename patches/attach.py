@@ -14,9 +14,9 @@ from hf_sparse.core.registry import method_of
 from hf_sparse.errors import UnsupportedModelError
 from hf_sparse.patches.attached import CHILD, sparse_layers
 from hf_sparse.patches.base import family_of
-from hf_sparse.patches.interface import before_attention
 from hf_sparse.patches.lora import enable_lora
 from hf_sparse.patches.other_adapters import refuse_training_around
+from hf_sparse.patches.sparse_class import restore_class, set_sparse_class
 from hf_sparse.patches.switch import ModelSwitch
 from hf_sparse.patches.targets import targets
 
@@ -41,7 +41,7 @@ def attach(module: nn.Module, model: PreTrainedModel, adapter: str, config: Spar
         attention.is_managed = switch.is_managed
         attention.model_switch = switch
         attention.has_local_neighbours = any(family.is_local(other) for _, other in family.modules(model))
-        attention.hooks.append(module.register_forward_pre_hook(before_attention, with_kwargs=True))
+        set_sparse_class(module)
         switch.forget_modules()
         if not others:
             attention.hooks.append(module.register_forward_pre_hook(refuse_training_around))
@@ -80,6 +80,7 @@ def detach(model: nn.Module) -> None:
             if isinstance(attention.model_switch, ModelSwitch):
                 attention.model_switch.remove()
             delattr(module, CHILD)
+            restore_class(module)
 
 
 def patch(model: PreTrainedModel, config: SparseConfig, adapter: str = "default") -> PreTrainedModel:

@@ -1,8 +1,8 @@
-"""Give a method hold of a model's attention, through transformers' two registries and one hook.
+"""Give a method hold of a model's attention, through transformers' two registries and one keyword.
 
 Under the name `hf_sparse`, an attention function and a mask function are registered with transformers; importing
-this changes no model. A patched model has that name as its attention implementation. In each patched attention
-module, a forward pre-hook adds one keyword, `sparse_call`, which transformers carries to the attention function
+this changes no model. A patched model has that name as its attention implementation. The class of each patched
+attention module (`sparse_class`) adds one keyword, `sparse_call`, which transformers carries to the attention function
 together with queries, keys and values; the model's own forward stays as it is.
 
 Both registrations are needed: without a mask function transformers drops the padding mask silently.
@@ -17,10 +17,11 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import EncoderDecoderCache
 
 from hf_sparse._compat import attention_implementation, cache_given, private
-from hf_sparse.core.cache import ModelCall, SparseCacheLayer, is_recorded, mask_of_keys
+from hf_sparse.core.cache import SparseCacheLayer, is_recorded, mask_of_keys
 from hf_sparse.core.layer import SparseAttentionLayer
 from hf_sparse.core.packed_texts import PackedTexts, packed_texts
 from hf_sparse.ops.local_attention import local_attention
+from hf_sparse.patches.attached import CHILD
 from hf_sparse.patches.cache import is_unused, layer_in_call, make_layers, sparse_cache_layer
 from hf_sparse.patches.masks import dense_mask, padding_mask, within_texts
 from hf_sparse.patches.other_adapters import active_beside
@@ -119,20 +120,20 @@ def _attend_sparsely(
     kwargs: dict[str, Any],
 ) -> Tensor:
     """Attend by the method of a patched module, `[B, Hq, T, D]`; see `attention_forward`."""
-    texts = _packed(query, attention_mask, kwargs)
-    if attention_mask is not None and attention_mask.ndim != 2:
-        raise ValueError(
-            f"sparse attention takes a padding mask [B, T], got a mask of shape {tuple(attention_mask.shape)}: custom "
-            "masks are not supported, nor packed sequences (position_ids that restart) in a compiled forward. A "
-            "compiled forward without a cache is packed to transformers, unless it gets an attention_mask"
-        )
     attention, hidden_states, cache = sparse_call.attention, sparse_call.hidden_states, sparse_call.cache
-    length = query.shape[2]
-    call: ModelCall | None = getattr(cache, "call", None)
-    if not _WATCHED.isdisjoint(kwargs):
-        _refuse_what_would_be_ignored(module, kwargs)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if window := sparse_call.attention.dense_window:
+    texts = None
+    if attention_mask is not None or not _WATCHED.isdisjoint(kwargs):
+        texts = _packed(query, attention_mask, kwargs)
+        if attention_mask is not None and attention_mask.ndim != 2:
+            raise ValueError(
+                f"sparse attention takes a padding mask [B, T], got a mask of shape {tuple(attention_mask.shape)}: "
+                "custom masks are not supported, nor packed sequences (position_ids that restart) in a compiled "
+                "forward. A compiled forward without a cache is packed to transformers, unless it gets an "
+                "attention_mask"
+            )
+        _refuse_what_would_be_ignored(module, kwargs)
+    if window := attention.dense_window:
         if attention_mask is not None or texts is not None or cache is not None:
             raise ValueError("dense attention within a window takes whole texts: no padding, packed texts or cache")
         return local_attention(query, key, value, window=window, scaling=scaling)
@@ -140,15 +141,21 @@ def _attend_sparsely(
         if cache is not None:
             raise ValueError("packed sequences (cu_seq_lens_q) have no cache: call the model with use_cache=False")
         return texts.attend(attention.attend, query, key, value, hidden_states=hidden_states, scaling=scaling)
-    valid = mask_of_keys(attention_mask, key.shape[2]) if cache is None else cache.check_mask(attention_mask, length)
+    call = valid = None
+    if cache is None:
+        valid = mask_of_keys(attention_mask, key.shape[2])
+    else:
+        call = cache.call
+        if call is None or attention_mask is not None:  # a layer that this call has made has no tokens to compare with
+            valid = cache.check_mask(attention_mask, query.shape[2])
     # A decoding step waits for no value from the device.
-    if valid is not None and length > 1 and not torch.compiler.is_compiling() and bool(valid.all()):
+    if valid is not None and query.shape[2] > 1 and not torch.compiler.is_compiling() and bool(valid.all()):
         valid = None
     output = attention.attend(query, key, value, hidden_states=hidden_states, valid=valid, cache=cache, scaling=scaling)
     if cache is not None:
         cache.end_attention()
         if call is not None:
-            cache.call = None  # type: ignore[attr-defined]
+            cache.call = None
             call.layers -= 1
     return output
 
@@ -159,7 +166,7 @@ _CHANGES_THE_RESULT = {
     "position_bias": "a position bias",
     "sliding_window": "a sliding window",
 }
-_WATCHED = frozenset((*_CHANGES_THE_RESULT, "is_causal"))
+_WATCHED = frozenset((*_CHANGES_THE_RESULT, "is_causal", "cu_seq_lens_q"))
 
 
 def _packed(query: Tensor, attention_mask: Tensor | None, kwargs: dict[str, Any]) -> PackedTexts | None:
@@ -197,13 +204,19 @@ def _refuse_what_would_be_ignored(module: nn.Module, kwargs: dict[str, Any]) -> 
         raise ValueError(f"is_causal={causal} was asked of a {type(module).__name__} patched as is_causal={not causal}")
 
 
-def before_attention(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[Any, dict[str, Any]] | None:
-    """Add what sparse attention needs to the keywords of a patched attention module, as its forward pre-hook."""
+def sparse_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> SparseCall | None:
+    """Return what sparse attention needs to know of a call of a patched attention module.
+
+    Args:
+        module: the attention module.
+        args, kwargs: what it is called with.
+
+    Returns:
+        `None` where it attends densely: no method is attached or on, or the adapter in use is another one.
+    """
     # Not by `nn.Module.__getattr__`, which is slow.
-    attention: SparseAttentionLayer = module._modules["sparse_attention"]  # type: ignore[assignment]
-    if not attention.is_active:
+    attention: SparseAttentionLayer | None = module._modules.get(CHILD)  # type: ignore[assignment]
+    if attention is None or not attention.is_active:
         return None
     hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     is_compiled = torch.compiler.is_compiling()
@@ -212,8 +225,7 @@ def before_attention(
         layer = layer_in_call(cache, module.layer_idx)  # type: ignore[arg-type]
         if layer is not None:  # all has been checked where it was made
             layer.begin_attention()
-            kwargs["sparse_call"] = SparseCall(attention, hidden_states, layer)
-            return args, kwargs
+            return SparseCall(attention, hidden_states, layer)
     name = None
     is_compiled_step = is_compiled and hidden_states.shape[1] == 1
     may_switch = not is_compiled_step and attention.is_managed is not None and attention.is_managed()
@@ -238,7 +250,7 @@ def before_attention(
         layer = sparse_cache_layer(cache, index, attention)
         attention.check_cache(layer)
         layer.begin_attention()
-    return args, {**kwargs, "sparse_call": SparseCall(attention, hidden_states, layer)}
+    return SparseCall(attention, hidden_states, layer)
 
 
 def _refuse_another_implementation(config: Any, is_compiled: bool) -> None:

@@ -38,8 +38,11 @@ class SparseCacheLayer(Protocol):
     patch calls `begin_attention` and `end_attention`, so that `update` can tell sparse attention from dense. If an
     error ends the attention, it calls `cancel_attention` in place of `end_attention`.
 
-    A layer that a call of the model makes has this call as its attribute `call` until its attention is done.
+    Attributes:
+        call: the call of the model that has made the layer, until its attention is done; otherwise `None`.
     """
+
+    call: ModelCall | None
 
     def get_seq_length(self) -> int:
         """Count the tokens so far, padding included."""

@@ -126,9 +126,11 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         k, window, sinks = config.budget(self.layer)
         owner, all_sparse = (self.identities[name], baseline), config.layers is None  # otherwise some are left dense
         depends_on_text = baseline is not None and baseline.depends_on_text
-        if isinstance(k, tuple):
-            return RaggedCacheLayer(k, window, sinks, owner, all_sparse, depends_on_text)
-        return SparseKCacheLayer(k, window, sinks, owner, all_sparse, depends_on_text)
+        kind: Any = RaggedCacheLayer if isinstance(k, tuple) else SparseKCacheLayer
+        layer = kind(k, window, sinks, owner, all_sparse, depends_on_text)
+        if config.pin_prompt == WHOLE_PROMPT:
+            layer.pins_prompt = True
+        return layer
 
     def static_cache_layer(self, tokens: int) -> SparseKCacheLayer:
         """Make the KV slots of this module for a `StaticCache`, see `SparseAttentionLayer`."""
@@ -243,12 +245,16 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
             return self._attend(new, cache) if output is None else output
         if not isinstance(cache, SparseKCacheLayer):
             return self._attend(new, cache)
+        if cache.call is not None and cache.call.shared is not None and not cache.pins_prompt:
+            output = read_in_few_launches(self, new, cache)  # as a layer before it in this call of the model
+            if output is not None:
+                return output
         if query.shape[2] == 1:
             for step in (step_in_one_kernel, step_ahead, step_compiled):  # on a GPU, on the CPU, in compiled code
                 output = step(self, new, cache)
                 if output is not None:
                     return output
-        if not cache.empty or self.config.pin_prompt != WHOLE_PROMPT:
+        if not cache.empty or not cache.pins_prompt:
             return self._attend(new, cache)
         self._check_prompt(query.shape[2], valid)
         output = self._attend(new, cache)

@@ -28,6 +28,7 @@ class SparseKCacheLayer(KeySlots):
         depends_on_text: whether scores depend on other tokens of the text, which `crop` could not undo.
         all_sparse: whether every attention layer of the model without a window of its own is sparse.
         shares_mask_sizes: whether layers with dense attention may take the size of their mask from this one.
+        pins_prompt: whether all tokens of the first input are kept.
         may_look_ahead: whether the layer lasts long enough for steps to be foreseen.
         in_attention: whether the patch announced sparse attention that is not done yet.
         uncounted: tokens of the step in progress that `cumulative_length` does not have yet.
@@ -36,6 +37,7 @@ class SparseKCacheLayer(KeySlots):
 
     is_sliding = False
     is_compileable = True
+    pins_prompt = False
     may_look_ahead = True
     in_attention = False
     _offload_wanted = False

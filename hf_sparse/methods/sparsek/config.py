@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import cast
 
+import torch
+
 from hf_sparse._compat import extend_peft_type
 from hf_sparse.core.config import SparseConfig
 from hf_sparse.methods.sparsek.budget import Budget, Counts, HeadShares
@@ -21,7 +23,10 @@ class SparseKConfig(SparseKSettings, SparseConfig):
     256
     """
 
-    _divided = cast("HeadShares | None", None)  # those of `head_shares`, once they were asked for; no field
+    # What is no field: `HeadShares` once they were asked for, what budgets depend on, and those of layers.
+    _divided = cast("HeadShares | None", None)
+    _given = cast("tuple[object, ...] | None", None)
+    _budgets = cast("dict[int, Budget]", {})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -45,6 +50,19 @@ class SparseKConfig(SparseKSettings, SparseConfig):
         Raises:
             ValueError: the pinned tokens leave a head no selected key.
         """
+        if not self.is_attached or torch.compiler.is_compiling():
+            return self._budget(layer)
+        # Every layer asks in every forward. `override` may change a configuration that is attached.
+        given = self.k, self.window, self.sinks, self.pin_prompt, self.layer_shares, self.head_shares
+        if self._given != given:
+            self._given, self._budgets = given, cast("dict[int, Budget]", {})
+        budget = self._budgets.get(layer)
+        if budget is None:
+            budget = self._budgets[layer] = self._budget(layer)
+        return budget
+
+    def _budget(self, layer: int) -> Budget:
+        """Return what `budget` returns, worked out anew."""
         budget = self._without_pins(layer)
         return budget if self.pin_prompt <= budget.sinks else budget.pinned(self.pin_prompt)
 

@@ -156,7 +156,8 @@ def aligned_addresses(new: NewTokens, scoring: Scoring) -> list[int] | None:
 
     These are for tensors at multiples of 16 bytes, the weights of the scorer among them.
     """
-    addresses = [tensor.data_ptr() for tensor in new[:4]]
+    query, key, value, hidden_states = new[:4]
+    addresses = [query.data_ptr(), key.data_ptr(), value.data_ptr(), hidden_states.data_ptr()]
     is_aligned = not (addresses[0] | addresses[1] | addresses[2] | addresses[3]) % 16
     return addresses if is_aligned and scoring.layout is not None else None
 

@@ -42,7 +42,11 @@ def attend_without_cache(attention: "SparseKAttention", new: NewTokens) -> Tenso
     query, key, value, hidden_states, valid, scaling = new
     if valid is not None or attention.training or not attention.causal or torch.is_grad_enabled():
         return None
-    if not attention.uses_scorer or torch.compiler.is_compiling() or torch.is_autocast_enabled(query.device.type):
+    if (
+        not attention.uses_scorer
+        or torch.compiler.is_compiling()
+        or torch.is_autocast_enabled("cuda" if query.is_cuda else "cpu")
+    ):
         return None
     budget = attention.budget
     if key.shape[2] <= budget.fewest_slots:
