@@ -28,7 +28,7 @@ from hf_sparse.patches.shared_products import SHARE_PRODUCTS
 
 _NUMBERS = ("layer_idx", "layer")  # attributes that say which layer it is; a step asks for its cache layer with them
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
-_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_OF_EVERY_MODULE = frozenset((*vars(nn.Module()), "hooks"))  # the first layer alone has a hook, which does nothing here
 _SECONDS = 30  # that a fork waits for imports, which take a few
 _MOST_COPIES = 4  # of different layers; torch compiles a forward eight times at most
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import StaticLayer
 
-from hf_sparse.core.cache import is_recorded, mask_of_keys
+from hf_sparse.core.cache import ModelCall, is_recorded, mask_of_keys
 
 
 class StaticSparsefinderCacheLayer(StaticLayer):
@@ -21,6 +21,8 @@ class StaticSparsefinderCacheLayer(StaticLayer):
         owner: whose codes these are.
         in_attention: whether the patch announced sparse attention that is not done yet.
     """
+
+    call: ModelCall | None = None
 
     def __init__(self, max_cache_len: int) -> None:
         super().__init__(max_cache_len)

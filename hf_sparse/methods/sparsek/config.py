@@ -50,7 +50,7 @@ class SparseKConfig(SparseKSettings, SparseConfig):
         Raises:
             ValueError: the pinned tokens leave a head no selected key.
         """
-        if not self.is_attached or torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or not self.is_attached:
             return self._budget(layer)
         # Every layer asks in every forward. `override` may change a configuration that is attached.
         given = self.k, self.window, self.sinks, self.pin_prompt, self.layer_shares, self.head_shares
