@@ -15,7 +15,7 @@ from hf_sparse.patches.interface import sparse_call
 
 
 @functools.cache
-def sparse_class(kind: type[nn.Module]) -> type[nn.Module]:
+def sparse_class(kind: Any) -> Any:
     """Return the subclass of a class of attention modules that attends sparsely where a method is attached."""
     forward_of_model = kind.forward
 
@@ -37,7 +37,8 @@ def sparse_class(kind: type[nn.Module]) -> type[nn.Module]:
 def set_sparse_class(module: nn.Module) -> None:
     """Let an attention module attend sparsely where a method is attached to it."""
     if not hasattr(module, "model_class"):
-        module.__class__ = sparse_class(type(module))
+        kind: Any = type(module)
+        module.__class__ = sparse_class(kind)
 
 
 def restore_class(module: nn.Module) -> None:
@@ -47,7 +48,7 @@ def restore_class(module: nn.Module) -> None:
         module.__class__ = kind.model_class
 
 
-def _empty(kind: type[nn.Module]) -> nn.Module:
+def _empty(kind: Any) -> nn.Module:
     """Make a module of the subclass for a copy, or for a pickle, which set its attributes."""
-    derived = sparse_class(kind)
-    return derived.__new__(derived)
+    module: nn.Module = object.__new__(sparse_class(kind))
+    return module

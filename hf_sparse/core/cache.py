@@ -1,6 +1,5 @@
 """Say what the cache layer of a method owes to the patch, beside what transformers asks of every cache layer."""
 
-from collections.abc import Hashable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,16 +18,21 @@ class ModelCall:
 
     Attributes:
         layers: how many of them are not filled yet.
-        kinds: what the layers differ in, as the method says it; one kind if they are all alike.
+        kinds: what the layers may differ in, as the method says it of each, in their order.
         shared: what the method lets its layers share while they read, of a class of the method; `None` before that.
         end: `[1]` int64 on the device, in a prompt that is recorded: the tokens of the text, of which more are read;
             the layers shall keep what a text of so many tokens keeps. `None` for as many as are read.
     """
 
     layers: int = 0
-    kinds: set[Hashable] = field(default_factory=set)
+    kinds: list[Any] = field(default_factory=list)
     shared: object = None
     end: Tensor | None = None
+
+    @property
+    def begun(self) -> int:
+        """Count the layers that are filled, of those that have said what they differ in."""
+        return len(self.kinds) - self.layers
 
 
 class SparseCacheLayer(Protocol):

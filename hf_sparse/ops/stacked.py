@@ -2,11 +2,49 @@
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 ALIGNMENT = 512  # bytes, that of torch's own allocations
+
+
+Kind = tuple[tuple[int, ...], torch.dtype]  # shape and dtype of a tensor
+
+
+class Places(NamedTuple):
+    """Say where tensors lie in one piece of memory, each where torch would begin it.
+
+    Attributes:
+        kinds: shape and dtype of each tensor.
+        offsets: where each begins, in bytes.
+        size: bytes of all.
+    """
+
+    kinds: tuple[Kind, ...]
+    offsets: tuple[int, ...]
+    size: int
+
+    def tensor(self, memory: Tensor, number: int) -> Tensor:
+        """Make one of the tensors, no view to autograd: see `unstacked`.
+
+        Args:
+            memory: `[size]` uint8.
+            number: of the tensor.
+        """
+        (shape, dtype), offset = self.kinds[number], self.offsets[number]
+        strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+        return memory.view(dtype).as_strided(shape, strides, offset // dtype.itemsize).data
+
+
+def places_of(kinds: Sequence[Kind]) -> Places:
+    """Return where contiguous tensors lie that follow each other in memory."""
+    offsets, size = [], 0
+    for shape, dtype in kinds:
+        offsets.append(size)
+        size += -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+    return Places(tuple(kinds), tuple(offsets), size)
 
 
 def stacked(layers: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:

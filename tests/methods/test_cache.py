@@ -11,6 +11,7 @@ from hf_sparse.core.cache import ModelCall
 from hf_sparse.methods.sparsek import SparseKCacheLayer
 from hf_sparse.methods.sparsek.fixed_memory import SharedSlots
 from hf_sparse.methods.sparsek.reading import Scoring
+from hf_sparse.ops.stacked import places_of
 
 BATCH, HEADS, DIM = 3, 2, 4
 K, WINDOW, SINKS = 4, 5, 2
@@ -258,7 +259,12 @@ def test_tensors_in_shared_memory_are_made_when_one_is_read(name, read):
         layer.fill_whole(keys + number, values, scores + number)
         layer.padded_late.fill_(number % 2)
     names = ("keys", "values", "scores", "positions", "seen", "padded_late", "cumulative_length")
-    shared = SharedSlots([torch.stack([getattr(layer, name) for layer in alone]) for name in names])
+    tensors = [[getattr(layer, name) for name in names] for layer in alone]
+    shared = SharedSlots(
+        places_of([(tensor.shape, tensor.dtype) for of_layer in tensors for tensor in of_layer]), keys.device
+    )
+    for number, of_layer in enumerate(tensors):
+        torch._foreach_copy_(shared.tensors(number), of_layer)
     layers = [SparseKCacheLayer(K, WINDOW, SINKS) for _ in alone]
     assert all(layer.keys is None for layer in layers)
     for number, layer in enumerate(layers):

@@ -12,7 +12,8 @@ from transformers import CompileConfig
 from hf_sparse import SparseKCache, SparseKConfig, patch
 from hf_sparse._compat import with_cache
 from hf_sparse.core.overrides import overwrite
-from hf_sparse.methods.sparsek.fixed_memory import SharedSlots, lasting
+from hf_sparse.methods.sparsek.fixed_memory import SharedSlots
+from hf_sparse.ops.stacked import places_of
 from hf_sparse.patches import sparse_layers
 
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
@@ -135,8 +136,11 @@ def test_slots_of_all_layers_in_one_piece_of_memory(model, mode):
 def shared_copy(model, cache, tokens):
     """A cache with the same slots, those of all layers in one piece of memory, of which no tensor is made."""
     names = ("keys", "values", "scores", "positions", "seen", "padded_late", "cumulative_length")
-    with lasting():
-        shared = SharedSlots([torch.stack([getattr(layer, name) for layer in cache.layers]) for name in names])
+    tensors = [[getattr(layer, name) for name in names] for layer in cache.layers]
+    kinds = [(tensor.shape, tensor.dtype) for of_layer in tensors for tensor in of_layer]
+    shared = SharedSlots(places_of(kinds), tensors[0][0].device)
+    for number, of_layer in enumerate(tensors):
+        torch._foreach_copy_(shared.tensors(number), of_layer)
     copied = SparseKCache(model)
     for number, layer in enumerate(copied.layers):
         layer.begin_attention()

@@ -152,7 +152,7 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         """Make the KV slots of this module in a call of the model that is going to fill them."""
         layer: Any = super().cache_layer_in_call(call)
         layer.scoring = scoring_of(self)
-        call.kinds.add((layer.k, layer.scoring and layer.scoring.layout))  # which has the device
+        call.kinds.append((layer.counts or layer.slots, layer.scoring and layer.scoring.layout))  # which has the device
         return layer
 
     def check_cache(self, cache: SparseKCacheLayer) -> None:

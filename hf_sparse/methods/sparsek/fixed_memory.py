@@ -1,43 +1,48 @@
 """Allocate tensors whose addresses stay, for compiled steps and recorded ones keep these."""
 
-from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_sparse.ops.stacked import stacked, unstacked
+from hf_sparse.ops.stacked import Places, stacked
+
+TENSORS = 7  # of the slots of a layer
 
 
 class SharedSlots:
-    """Hold the slots of several layers in one piece of memory for each kind of tensor.
+    """Hold the slots of several layers in one piece of memory.
 
     To the host, seven tensors of its own for each layer cost more than all else that a short prompt adds to a dense
-    one. So they are made when the first one is read, as in decoding, and not for a cache that nobody goes on with.
+    one. So they are made when one of the layer is read, as in decoding, and not for a cache that nobody goes on with.
 
     Args:
-        stacks: `[layers, *shape]`, in the order of the arguments of `SlotMemory.take`.
+        places: of the tensors of all layers; those of a layer are in the order of the arguments of `SlotMemory.take`.
+        device: that has them.
+
+    Attributes:
+        dtype, device: of keys and values.
     """
 
-    def __init__(self, stacks: Sequence[Tensor]) -> None:
-        self.stacks = stacks
-        self._places = [(stack.data_ptr(), stack.stride(0) * stack.element_size()) for stack in stacks]
-        self._tensors: list[tuple[Tensor, ...]] = []
+    def __init__(self, places: Places, device: torch.device) -> None:
+        self.dtype, self.device = places.kinds[0][1], device
+        with lasting():
+            self._memory = torch.empty(places.size, dtype=torch.uint8, device=device)
+        self._places, self._begin = places, self._memory.data_ptr()
 
     def addresses(self, number: int) -> list[int]:
         """Return where the tensors of a layer lie."""
-        return [begin + number * step for begin, step in self._places]
+        begin = self._begin
+        return [begin + offset for offset in self._places.offsets[TENSORS * number : TENSORS * (number + 1)]]
 
     def tensors(self, number: int) -> tuple[Tensor, ...]:
-        """Return the tensors of a layer, marked as `fix_address` does."""
-        if not self._tensors:
-            with lasting():
-                self._tensors = list(zip(*[unstacked(stack) for stack in self.stacks], strict=True))
-            for tensor in chain(*self._tensors):
-                torch._dynamo.mark_static_address(tensor)  # also while what reads them is traced
-        return self._tensors[number]
+        """Make the tensors of a layer, marked as `fix_address` does."""
+        with lasting():
+            tensors = [self._places.tensor(self._memory, TENSORS * number + place) for place in range(TENSORS)]
+        for tensor in tensors:
+            torch._dynamo.mark_static_address(tensor)  # also while what reads them is traced
+        return tuple(tensors)
 
 
 def alike(tensors: list[Tensor]) -> list[Tensor]:

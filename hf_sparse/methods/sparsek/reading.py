@@ -4,7 +4,8 @@ On short texts the host sets the pace. So what depends on the layout of the tens
 slots of all layers but the first are allocated together.
 """
 
-from collections.abc import Hashable
+import functools
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -56,18 +57,35 @@ class SharedReading:
     """Hold what layers read with that one call of a model has not filled yet: launches, and memory for all of them.
 
     Attributes:
-        layout: what the launches were noted for.
-        program: these launches.
+        keys: what the keys of these layers have in common: rows, heads, size, dtype and device.
         slots: of all these layers.
-        memory: what the launches write to beside slots; one layer after another uses it.
-        left: layers that have not read; the next one takes the slots number `left - 1`.
+        counts: for each of them the slots of a KV head, or of each of them.
+        first: the number among the layers of the call of the one that has the first slots.
+        layout: what the launches of the layer that read last were noted for.
+        program: these launches.
+        memory: what they write to beside slots; one layer after another uses it.
     """
 
+    keys: tuple[Any, ...]
+    slots: SharedSlots
+    counts: Sequence[Any]
+    first: int
     layout: Hashable
     program: "Program"
-    slots: SharedSlots
     memory: Tensor | None
-    left: int
+
+    def number_of(self, cache: SparseKCacheLayer) -> int | None:
+        """Return the number of the slots that are for a layer, which reads now; `None` if there are none."""
+        call = cache.call
+        number = -1 if call is None else call.begun - self.first
+        is_there = 0 <= number < len(self.counts) and self.counts[number] == (cache.counts or cache.slots)
+        return number if is_there else None
+
+    def use(self, layout: Hashable, program: "Program") -> None:
+        """Take the launches for another layout of tensors."""
+        self.layout, self.program = layout, program
+        with lasting():
+            self.memory = program.memory()
 
 
 def scoring_of(attention: "SparseKAttention") -> Scoring | None:
@@ -112,7 +130,7 @@ def read_in_few_launches(
     if scoring is None:
         return None
     call = cache.call
-    shared, end = (None, None) if call is None else (call.shared, call.end)
+    end = None if call is None else call.end
     counts = None if cache.counts is None else (_most_selected(cache.k), key.shape[2] <= cache.slots)
     layout = (
         query.shape, query.stride(), query.dtype, query.device, key.shape, key.stride(), key.dtype, value.stride(),
@@ -120,20 +138,21 @@ def read_in_few_launches(
         cache.k if counts is None else counts, cache.window, cache.sinks, end is None,
     )  # fmt: skip
     addresses = aligned_addresses(new, scoring)
-    if not (isinstance(shared, SharedReading) and addresses and shared.left and shared.layout == layout):
-        if not _may_read(attention, query, cache):  # which else a layer before has asked
-            return None
-        shared = shared_reading(cache, key, layout) if addresses else None
-    if shared is not None and addresses:
-        shared.left -= 1
-        of_slots = shared.slots.addresses(shared.left)
+    is_asked = call is not None and isinstance(call.shared, SharedReading)  # by a layer before
+    if not is_asked and not _may_read(attention, query, cache):
+        return None
+    found = shared_reading(cache, key, layout) if addresses else None
+    if found is not None and addresses:
+        shared, number = found
+        of_slots = shared.slots.addresses(number)
         if not shared.program.order:  # all keys fit: the launches read no query and return nothing
             del addresses[0]
-        tables = (0, 0) if counts is None else _addresses_of_tables(cache, key.device)
+        of_heads: Any = cache.k
+        tables = (0, 0) if cache.counts is None else _addresses_of_tables(of_heads, cache.counts, key.device)
         bases = [*addresses, *scoring.addresses, *of_slots, *tables, 0 if end is None else end.data_ptr()]
         results = shared.program.launch(bases, shared.memory)
         output = results[0] if results else None
-        cache.take_shared(shared.slots, shared.left)
+        cache.take_shared(shared.slots, number)
     elif takes(new, scoring, cache.k):
         if generation is not None:
             _compile_all(generation, new, scoring)
@@ -202,16 +221,16 @@ def _compile_all(generation: Generation, new: NewTokens, scoring: Scoring) -> No
     compile_readings(new.query, new.key, new.value, new.hidden_states, scoring.weight, scoring.slope, kinds)
 
 
-def _addresses_of_tables(cache: SparseKCacheLayer, device: torch.device) -> tuple[int, int]:
-    """Return where the tables of heads that differ are."""
+@functools.lru_cache(maxsize=1024)
+def _addresses_of_tables(k: tuple[int, ...], counts: tuple[int, ...], device: torch.device) -> tuple[int, int]:
+    """Return where the tables of heads that differ are, which stay there for good."""
     from hf_sparse.ops.selection.triton.reading import tables_of_heads
 
-    of_heads: Any = cache.k
-    counts, offsets = tables_of_heads(of_heads, cache.counts, device)
-    return counts.data_ptr(), offsets.data_ptr()
+    of_keys, offsets = tables_of_heads(k, counts, device)
+    return of_keys.data_ptr(), offsets.data_ptr()
 
 
-def shared_reading(cache: SparseKCacheLayer, key: Tensor, layout: Hashable) -> SharedReading | None:
+def shared_reading(cache: SparseKCacheLayer, key: Tensor, layout: Hashable) -> tuple[SharedReading, int] | None:
     """Return slots and launches for a layer, and for the next ones of its call of the model.
 
     Args:
@@ -220,24 +239,34 @@ def shared_reading(cache: SparseKCacheLayer, key: Tensor, layout: Hashable) -> S
         layout: what launches depend on.
 
     Returns:
-        `None` if no launches are known for the layout.
+        With the number that the layer has there; `None` if no launches are known for the layout.
     """
     call = cache.call
+    shared = None if call is None else call.shared
+    number = shared.number_of(cache) if isinstance(shared, SharedReading) else None
+    if isinstance(shared, SharedReading) and number is not None and shared.layout == layout:
+        return shared, number
     program = _programs.get(layout)
     if program is None:
         return None
-    from hf_sparse.ops.selection.triton.reading import new_slots
+    batch, heads, _, dim = key.shape
+    keys = batch, heads, dim, key.dtype, key.device
+    if isinstance(shared, SharedReading) and number is not None and shared.keys == keys:
+        shared.use(layout, program)
+        return shared, number
+    from hf_sparse.ops.selection.triton.reading import places_of_slots
 
+    first, counts = 0, (cache.counts or cache.slots,)
+    if call is not None and shared is None:
+        first, kinds = call.begun, call.kinds[call.begun :]
+        if all([scoring == kinds[0][1] for _, scoring in kinds]):  # and so on one device
+            counts = tuple([count for count, _ in kinds])
+    slots = SharedSlots(places_of_slots(batch, heads, dim, key.dtype, counts), key.device)
     with lasting():
-        # Layers with budgets of their own, or on several devices, take slots one by one: memory for slots of another
-        # kind would stay for as long as one layer uses a part of it.
-        alike = call is not None and call.shared is None and cache.counts is None and len(call.kinds) == 1
-        layers = call.layers if call is not None and alike else 1
-        slots = SharedSlots(new_slots(key, cache.counts or cache.slots, layers))
-        shared = SharedReading(layout, program, slots, program.memory(), layers)
-    if call is not None:
-        call.shared = shared
-    return shared
+        made = SharedReading(keys, slots, counts, first, layout, program, program.memory())
+    if call is not None and shared is None:
+        call.shared = made
+    return made, 0
 
 
 def _read(

@@ -164,8 +164,7 @@ class SlotMemory(CacheLayerMixin):
     def take_shared(self, slots: SharedSlots, number: int) -> None:
         """Take slots as `take`, those of a layer in memory that several share; this layer has none yet."""
         self.shared = slots, number
-        keys = slots.stacks[0]
-        self._begin_with(keys.dtype, keys.device)
+        self._begin_with(slots.dtype, slots.device)
 
     @torch.compiler.assume_constant_result
     def find_tensors(self) -> bool:

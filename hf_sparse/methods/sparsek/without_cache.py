@@ -4,6 +4,7 @@ On short texts the host sets the pace, and what serves training too asks for muc
 fits into the budget needs no scores at all, and of a longer one all launches are noted together.
 """
 
+import functools
 from collections.abc import Hashable
 from typing import TYPE_CHECKING
 
@@ -64,16 +65,16 @@ def attend_without_cache(attention: "SparseKAttention", new: NewTokens) -> Tenso
     program = _programs.get(layout) if addresses else None
     if program is None or not addresses:
         return _attend(new, scoring, budget, layout if addresses else None)
-    return program.launch([*addresses, *scoring.addresses, _address_of_counts(budget, key)], program.memory())[0]
+    table = 0 if isinstance(budget.k, int) else _address_of_counts(budget.k, key.device)
+    return program.launch([*addresses, *scoring.addresses, table], program.memory())[0]
 
 
-def _address_of_counts(budget: Budget, key: Tensor) -> int:
-    """Return where the table of heads that differ is, 0 for none."""
-    if isinstance(budget.k, int):
-        return 0
+@functools.lru_cache(maxsize=1024)
+def _address_of_counts(k: tuple[int, ...], device: torch.device) -> int:
+    """Return where the table of heads that differ is, which stays there for good."""
     from hf_sparse.ops.selection.triton.reading import counts_of_heads
 
-    return counts_of_heads(budget.k, key.device).data_ptr()
+    return counts_of_heads(k, device).data_ptr()
 
 
 def _attend(new: NewTokens, scoring: Scoring, budget: Budget, layout: Hashable | None) -> Tensor | None:

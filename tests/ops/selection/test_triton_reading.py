@@ -16,8 +16,7 @@ from hf_sparse.ops.selection import ragged
 from hf_sparse.ops.selection import slots as reference
 from hf_sparse.ops.selection.linear_scores import Slopes, normalised, slope_positions
 from hf_sparse.ops.selection.triton import reading as kernels
-from hf_sparse.ops.selection.triton.reading import ReadingSettings, attend_text, new_slots, read_text
-from hf_sparse.ops.stacked import unstacked
+from hf_sparse.ops.selection.triton.reading import ReadingSettings, attend_text, places_of_slots, read_text
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.usefixtures("interpreter", "nothing_noted")
@@ -220,7 +219,7 @@ def test_a_cache_layer_takes_the_slots_of_a_text_that_ends_early(k, end, monkeyp
 @pytest.mark.parametrize("counts", [7, (3, 5)])
 def test_slots_of_several_layers(counts):
     """They are as if each was allocated alone: contiguous, where kernels expect them, apart from the others."""
-    shared = SharedSlots(new_slots(torch.zeros(3, 2, 9, 5, dtype=torch.bfloat16), counts, layers=3))
+    shared = SharedSlots(places_of_slots(3, 2, 5, torch.bfloat16, (counts,) * 3), torch.device("cpu"))
     layers = [shared.tensors(number) for number in range(3)]
     shape = (3, 2, 7) if counts == 7 else (3, 8)
     for number, slots in enumerate(layers):
@@ -235,7 +234,8 @@ def test_slots_of_several_layers(counts):
 
 
 def test_writing_to_the_slots_of_a_layer_leaves_what_autograd_saved_of_another():
-    first, second = unstacked(new_slots(torch.ones(1, 2, 9, 5), 7, layers=2).keys)
+    shared = SharedSlots(places_of_slots(1, 2, 5, torch.float32, (7, 7)), torch.device("cpu"))
+    (first, *_), (second, *_) = (shared.tensors(number) for number in range(2))
     first.fill_(3)
     factor = torch.ones((), requires_grad=True)
     product = (factor * first).sum()
@@ -244,15 +244,44 @@ def test_writing_to_the_slots_of_a_layer_leaves_what_autograd_saved_of_another()
     assert factor.grad == 3 * first.numel()
 
 
-@pytest.mark.parametrize("k, layers", [((4, 4, 4), 3), ((4, 5, 3), 1)], ids=["alike", "own budgets"])
-def test_only_layers_that_are_alike_are_allocated_together(k, layers, monkeypatch):
-    """Memory for slots of another size would stay for as long as the first layer uses its part of it."""
-    call, key = ModelCall(layers=len(k), kinds=set(k)), torch.zeros(1, 2, 9, 5)
-    monkeypatch.setitem(reading._programs, "layout", SimpleNamespace(memory=lambda: None))
-    cache = SparseKCacheLayer(k[0], 3, 1)
-    cache.call = call
-    shared = reading.shared_reading(cache, key, "layout")
-    assert shared is call.shared and shared.left == len(shared.slots.stacks[0]) == layers
+def layer_of(call, counts, **changes):
+    """A cache layer in a call of the model, which reads next."""
+    cache = SparseKCacheLayer(counts - 4, 3, 1) if isinstance(counts, int) else RaggedCacheLayer(counts, 0, 0)
+    for name, value in ({"call": call} | changes).items():
+        setattr(cache, name, value)
+    return cache
+
+
+@pytest.mark.parametrize(
+    "counts, together",
+    [((8, 8, 8), (8, 8, 8)), ((8, 9, 7), (8, 9, 7)), (((3, 5), (4, 4), (2, 6)), ((3, 5), (4, 4), (2, 6)))],
+    ids=["alike", "layers", "heads"],
+)
+def test_layers_of_a_call_are_allocated_together(counts, together, monkeypatch):
+    call, key = ModelCall(layers=3, kinds=[(one, "scoring") for one in counts]), torch.zeros(1, 2, 9, 5)
+    for count in counts:
+        monkeypatch.setitem(reading._programs, count, SimpleNamespace(memory=lambda: None))
+    for number, count in enumerate(counts):
+        shared, found = reading.shared_reading(layer_of(call, count), key, count)
+        assert id(shared) == id(call.shared) and shared.counts == together and found == number
+        assert (shared.layout, shared.program) == (count, reading._programs[count])
+        call.layers -= 1
+    shared, number = reading.shared_reading(layer_of(call, counts[-1]), key, counts[-1])  # there is no layer left
+    assert call.shared is not shared and len(shared.counts) == 1 and number == 0
+
+
+@pytest.mark.parametrize("other", ["device", "heads", "count"])
+def test_layers_that_differ_otherwise_take_slots_of_their_own(other, monkeypatch):
+    scorings = ["one", "another"] if other == "device" else ["one", "one"]
+    call = ModelCall(layers=2, kinds=[(8, scoring) for scoring in scorings])
+    for layout in ("first", "second"):
+        monkeypatch.setitem(reading._programs, layout, SimpleNamespace(memory=lambda: None))
+    first, _ = reading.shared_reading(layer_of(call, 8), torch.zeros(1, 2, 9, 5), "first")
+    assert len(first.counts) == (1 if other == "device" else 2)
+    call.layers -= 1
+    key = torch.zeros(1, 3 if other == "heads" else 2, 9, 5)
+    second, number = reading.shared_reading(layer_of(call, 7 if other == "count" else 8), key, "second")
+    assert call.shared is first is not second and len(second.counts) == 1 and number == 0
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="models take this path on a GPU alone")

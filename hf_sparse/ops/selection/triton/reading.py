@@ -5,7 +5,8 @@ more time on the host than the rest of a layer; here the launches of all are not
 the slots are allocated among the buffers of the kernels that fill them.
 """
 
-from collections.abc import Hashable, Sequence
+import functools
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from hf_sparse.ops.selection.triton.linear_scores import head_slopes, row_scores
 from hf_sparse.ops.selection.triton.lists import selection_tables
 from hf_sparse.ops.selection.triton.scan import launch_selection, list_class
 from hf_sparse.ops.selection.triton.slots import slots_of_head
-from hf_sparse.ops.stacked import new_stack, unstacked
+from hf_sparse.ops.stacked import Kind, Places, places_of
 from hf_sparse.ops.triton.launch import compile_ahead, launch
 from hf_sparse.ops.triton.replay import Program, empty, program_of, replayed
 
@@ -123,7 +124,7 @@ def read_text(
         The output `[B, Hq, T, D]`, `None` where all keys fit into the slots, so that dense attention has it, and the
         new slots.
     """
-    slots = Slots(*[unstacked(stack)[0] for stack in new_slots(key, settings.counts)])
+    slots = new_slots(key, settings.counts)
     tables = settings.tables(key.device)
     if key.shape[2] <= settings.fewest_slots:
         replayed(_take_all, (key, value, states, weight, slope, *slots, *tables, end), settings)
@@ -189,27 +190,39 @@ def noted_reading(
     return program_of(_select, (query, key, value, states, weight, slope, *slots, *tables, end), settings)
 
 
-def new_slots(key: Tensor, counts: int | tuple[int, ...], layers: int = 1) -> Slots:
-    """Allocate slots for keys `[B, Hkv, T, D]` of several layers: a number per KV head, or a number for each of them.
+@functools.lru_cache(maxsize=64)
+def places_of_slots(
+    batch: int, heads: int, dim: int, dtype: torch.dtype, counts: tuple[int | tuple[int, ...], ...]
+) -> Places:
+    """Return where the slots of several layers lie in one piece of memory.
 
-    The host sets the pace of short texts, and to it an allocation costs about as much as a launch. So all layers
-    together have one for each kind of tensor.
+    The host sets the pace of short texts, and to it an allocation costs about as much as a launch.
+
+    Args:
+        batch, heads: rows and KV heads.
+        dim, dtype: of a key.
+        counts: for each layer the slots of a KV head, or those of each of them.
 
     Returns:
-        Tensors `[layers, *shape]`, see `ops.stacked.new_stack`.
+        The tensors of the first layer in the order of `Slots`, then those of the next.
     """
+    return places_of([kind for of_layer in counts for kind in _kinds_of_slots(batch, heads, dim, dtype, of_layer)])
+
+
+def new_slots(key: Tensor, counts: int | tuple[int, ...]) -> Slots:
+    """Allocate slots for keys `[B, Hkv, T, D]`: a number per KV head, or a number for each of them."""
     batch, heads, _, dim = key.shape
+    kinds = _kinds_of_slots(batch, heads, dim, key.dtype, counts)
+    return Slots(*[torch.empty(shape, dtype=dtype, device=key.device) for shape, dtype in kinds])
+
+
+def _kinds_of_slots(
+    batch: int, heads: int, dim: int, dtype: torch.dtype, counts: int | tuple[int, ...]
+) -> Iterator[Kind]:
+    """Yield shape and dtype of each tensor of the slots of a layer."""
     shape = (batch, heads, counts) if isinstance(counts, int) else (batch, sum(counts))
-    kinds = (
-        ((*shape, dim), key.dtype),
-        ((*shape, dim), key.dtype),
-        (shape, torch.float32),
-        (shape, torch.int64),
-        ((batch,), torch.int64),
-        ((batch,), torch.bool),
-        ((), torch.int64),
-    )
-    return Slots(*[new_stack(layers, *kind, key.device) for kind in kinds])
+    yield from (((*shape, dim), dtype), ((*shape, dim), dtype), (shape, torch.float32), (shape, torch.int64))
+    yield from (((batch,), torch.int64), ((batch,), torch.bool), ((), torch.int64))
 
 
 def _take_all(
@@ -272,7 +285,7 @@ def compile_readings(
     def all_readings(query: Tensor, key: Tensor, *others: Any) -> Tensor:
         output: Any = query
         for settings, end in cases.values():
-            slots = [unstacked(stack)[0] for stack in new_slots(key, settings.counts)]
+            slots = new_slots(key, settings.counts)
             tables: list[Tensor | None] = [None, None]
             if settings.k_of_heads is not None:
                 tables = [torch.empty(size, dtype=torch.int32, device=meta) for size in ((2, heads), (heads + 1,))]
