@@ -25,10 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llamas import SHAPES, make_llama  # beside this file
+from llamas import SHAPES, draw_shares, make_llama  # beside this file
 from measuring import current_commit
 from torch._dynamo.utils import compilation_time_metrics, counters
-from transformers import LlamaConfig
 
 from hf_sparse import CapturedDecoding, SparseKConfig, patch
 from hf_sparse.atomic_files import write_json
@@ -78,14 +77,6 @@ class Kernels:
         spans, self.spans = self.spans, []
         whole = max(end for _, end in spans) - min(begin for begin, _ in spans) if spans else 0.0
         return {"kernels": len(spans), "kernels_s": whole, "kernels_sum_s": sum(end - begin for begin, end in spans)}
-
-
-def draw_shares(config: LlamaConfig) -> list[list[float]]:
-    """Draw a share of the selected keys for each KV head, about as far apart as those of trained adapters."""
-    heads: Any = config.num_key_value_heads
-    shares = torch.rand(config.num_hidden_layers, heads, dtype=torch.float64) ** 2 + 0.2
-    drawn: list[list[float]] = (shares / shares.mean()).tolist()
-    return drawn
 
 
 def measure(way: str, options: argparse.Namespace) -> None:

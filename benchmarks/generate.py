@@ -28,7 +28,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from llamas import SHAPES, make_llama  # beside this file
+from llamas import SHAPES, draw_shares, make_llama  # beside this file
 from measuring import current_commit, kernels_of, profiler, wait
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedModel
@@ -98,17 +98,21 @@ def make_models(shape: dict[str, Any], options: argparse.Namespace, dtype: torch
     longest = max(*options.prompts, options.fitted) + options.new_tokens
     dense = make_llama(shape, longest, dtype=dtype, device=options.device, tiny=options.tiny)
     shared = {id(tensor): tensor for tensor in (*dense.parameters(), *dense.buffers())}
-    sparse = patch(copy.deepcopy(dense, shared), configuration(options))
+    config: Any = dense.config
+    shares = draw_shares(config) if getattr(options, "head_shares", False) else None
+    sparse = patch(copy.deepcopy(dense, shared), configuration(options, shares))
     if options.method == "sparsefinder":
         ids = torch.randint(0, dense.config.vocab_size, (1, options.fitted), device=options.device)
         fit(sparse, ids, options)
     return {"dense": dense, "sparse": sparse}
 
 
-def configuration(options: argparse.Namespace) -> SparseKConfig | SparsefinderConfig:
-    """Return the settings of the sparse model."""
+def configuration(
+    options: argparse.Namespace, shares: list[list[float]] | None = None
+) -> SparseKConfig | SparsefinderConfig:
+    """Return the settings of the sparse model; `shares`: of the KV heads, for SparseK."""
     if options.method == "sparsek":
-        return SparseKConfig(k=options.k, window=options.window, sinks=options.sinks)
+        return SparseKConfig(k=options.k, window=options.window, sinks=options.sinks, head_shares=shares)
     if options.predictor == "pooled":
         return SparsefinderConfig(predictor="pooled", complete=options.complete)
     graph: dict[str, Any] = {"tile": 8, "query_tile": 1, "sparsity": 0.8, "clusters": 16, "window": 64}

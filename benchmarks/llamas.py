@@ -72,3 +72,11 @@ def make_llama(
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     model.generation_config.eos_token_id = None
     return model
+
+
+def draw_shares(config: LlamaConfig) -> list[list[float]]:
+    """Draw a share of the selected keys for each KV head, about as far apart as those of trained adapters."""
+    heads: Any = config.num_key_value_heads
+    shares = torch.rand(config.num_hidden_layers, heads, dtype=torch.float64) ** 2 + 0.2
+    drawn: list[list[float]] = (shares / shares.mean()).tolist()
+    return drawn

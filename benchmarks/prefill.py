@@ -13,7 +13,9 @@ length that comes again are recorded beside the third. A cell ends after `--roun
 
 The dense model is the base model without a patch; the patched one shares its weights, which are random and change
 neither time nor memory. The host that launches the kernels sets the pace of short texts and varies, so only ratios of
-one cell count: calls alternate, each time is the median of several, and the ratio is that of the medians.
+one cell count: calls alternate, each time is the median of several, and the ratio is the median of those of the pairs,
+for within seconds a host that others use may become half as fast. With `--head-shares` the KV heads of the sparse model
+select different numbers of keys, as those of an adapter that `finetune` has divided.
 
 First, on two layers in float32: the logits of a text that fits into the slots equal dense ones, and those of a longer
 one the logits of the plain PyTorch path; without agreement nothing is measured. Sparsefinder attends to all keys by
@@ -89,7 +91,7 @@ def check(shape: dict[str, Any], options: argparse.Namespace) -> dict[str, float
         with mock.patch.object(entmax, "takes_kernels", lambda *_: False):
             differences = {"from plain": relative(kernels.logits, forward(models["sparse"], ids).logits)}
         return agreeing(differences)
-    slots = options.k + options.window + options.sinks
+    slots = min(layer.prompt_edge or 0 for layer in sparse_layers(models["sparse"]))
     short, long = (torch.randint(0, 100, (2, n), device=options.device) for n in (slots, 3 * slots + 7))
     differences = {"short from dense": relative(*(forward(models[name], short).logits for name in ("sparse", "dense")))}
     kernels = forward(models["sparse"], long)
@@ -138,7 +140,8 @@ def measure(models: dict[str, PreTrainedModel], ids: Tensor, options: argparse.N
             "calls": len(times["sparse"]) - DISCARDED,
             "played": recorded.played - played,
         }
-        row[call]["ratio"] = medians["dense"] / medians["sparse"]
+        pairs = zip(times["dense"][DISCARDED:], times["sparse"][DISCARDED:], strict=True)
+        row[call]["ratio"] = statistics.median([dense / sparse for dense, sparse in pairs])
     row["profile"] = {}
     for name, model in models.items():
         with profiler(options.device) as seen:
@@ -171,12 +174,15 @@ def main() -> None:
     parser.add_argument("--fitted", type=int, default=1024, help="tokens that Sparsefinder is fitted to and checked on")
     parser.add_argument("--rounds", type=int, default=15, help="calls that count")
     parser.add_argument("--seconds", type=float, default=3, help="after which a cell ends with fewer calls")
+    parser.add_argument("--head-shares", action="store_true", help="other numbers of keys for every KV head")
     parser.add_argument("--no-check", action="store_true", help="measure without the comparison, for a trial")
     add_options(parser)
     options = parser.parse_args()
     options.complete, options.cluster_parts, options.new_tokens = False, 1, 1  # what `make_models` asks for
     named: tuple[str, ...] = ("prompts", "batch", "calls", "rounds", "seconds", "method", "device", "dtype", "tiny")
-    named += ("k", "window", "sinks") if options.method == "sparsek" else ("predictor", "support", "fitted")
+    named += (
+        ("k", "window", "sinks", "head_shares") if options.method == "sparsek" else ("predictor", "support", "fitted")
+    )
     result: dict[str, Any] = {
         "format": 1,
         "benchmark": "prefill",
