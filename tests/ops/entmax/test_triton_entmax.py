@@ -20,7 +20,7 @@ from hf_sparse.ops.entmax.triton.few import Few
 from hf_sparse.ops.entmax.triton.fused import fused_attention, lists_of
 from hf_sparse.ops.entmax.triton.groups import Buffered
 from hf_sparse.ops.entmax.triton.pooled import fused_pooled_tiles
-from hf_sparse.ops.entmax.triton.sweep import SHORT, TURNS, Blocks, blocks_of, candidates, packed_bits
+from hf_sparse.ops.entmax.triton.sweep import FAR, SHORT, TURNS, Blocks, blocks_of, candidates, packed_bits
 from hf_sparse.ops.tiles.tiles import Tiles, tile_counts
 from hf_sparse.ops.triton import replay
 
@@ -148,7 +148,7 @@ def test_all_keys(shape):
     assert_same(Case(**shape), exact())
 
 
-@pytest.mark.parametrize(("keys", "rows"), [(SHORT, 64), (SHORT + 1, 128)])
+@pytest.mark.parametrize(("keys", "rows"), [(SHORT, 64), (SHORT + 1, 128), (FAR + 1, 64)])
 @pytest.mark.parametrize("listed", [False, True])
 def test_short_and_long_texts_by_default(keys, rows, listed):
     """Half precision and small heads, which have sizes of their own."""

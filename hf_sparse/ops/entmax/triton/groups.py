@@ -91,8 +91,9 @@ def buffered_sizes(query: Tensor, key: Tensor, lists: Lists | None) -> Buffered:
     """Return the sizes of the kernel that keeps products."""
     if is_slim(query):
         # Over all keys of a long text many groups need large buffers; those of a longer one would take too much memory.
-        large = 2 if lists is None and FAR < key.shape[2] <= 2 * FAR else 1
-        return Buffered(128, 4, 3, stages=3, wide=128, registers=168, depth=1, large=large)
+        if lists is None and FAR < key.shape[2] <= 2 * FAR:
+            return Buffered(128, 4, 4, stages=3, wide=128, registers=128, depth=1, large=3)
+        return Buffered(128, 4, 3, stages=3, wide=128, registers=168, depth=1)
     return Buffered(chunk_of(query), 2, 8)
 
 

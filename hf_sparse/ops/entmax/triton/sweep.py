@@ -90,10 +90,11 @@ EVERY = 4  # blocks of keys after which the bound rises
 STEEP = tl.constexpr(2.0**60)  # what makes a difference of float32 numbers, one of them at least 2 ** -35, at least 1
 
 
-def start_blocks(query: Tensor) -> Blocks:
+def start_blocks(query: Tensor, key: Tensor, lists: Lists | None) -> Blocks:
     """Return the sizes of the kernel of the lower bound."""
     if query.shape[3] <= 128:
-        return Blocks(64, NEAR, 4, 1)
+        is_far = lists is None and is_slim(query) and key.shape[2] > FAR
+        return Blocks(64, 2 * NEAR if is_far else NEAR, 4, 1)
     return Blocks(32 if query.dtype == torch.float32 else 64, NEAR, 8, 1)
 
 
@@ -114,6 +115,8 @@ def sweep_blocks(query: Tensor, key: Tensor) -> Blocks:
     if query.dtype == torch.float32:
         return Blocks(64, 64, 4, 2) if query.shape[3] <= 128 else Blocks(32, 64, 8, 1)
     if query.shape[3] <= 64:
+        if key.shape[2] > FAR:  # three programs share a multiprocessor, where two of twice the rows would
+            return Blocks(64, 128, 4, 3, 168)
         return Blocks(64 if key.shape[2] <= SHORT else 128, 128, 4, 3)
     return Blocks(128, 128, 8, 3) if query.shape[3] <= 128 else Blocks(128, 64, 8, 2)
 
@@ -123,7 +126,7 @@ def blocks_of(query: Tensor, key: Tensor, lists: Lists | None, blocks: Blocks | 
     blocks = blocks or sweep_blocks(query, key)
     if lists is None:
         return blocks, pieces(key.shape[2], blocks.keys)
-    blocks = blocks._replace(rows=min(blocks.rows, lists.rows), keys=min(blocks.keys, lists.size))
+    blocks = blocks._replace(rows=min(blocks.rows, lists.rows), keys=min(blocks.keys, lists.size), registers=None)
     return blocks, lists.index.shape[3] * lists.size // blocks.keys
 
 
@@ -164,7 +167,7 @@ def candidates(
     """
     batch, heads, queries, _ = query.shape
     keys, device = key.shape[2], query.device
-    start, probe = start or start_blocks(query), probe_of(key) if probe is None else probe
+    start, probe = start or start_blocks(query, key, lists), probe_of(key) if probe is None else probe
     blocks, most = blocks_of(query, key, lists, blocks)
     groups, length = batch * heads * pieces(queries, GROUP_ROWS), queries
     listed: tuple[Any, ...] = (None, None, 0, 0, 0, 1, 1, queries, 0, 1)
