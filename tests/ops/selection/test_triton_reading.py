@@ -203,7 +203,8 @@ def test_a_cache_layer_takes_the_slots_of_a_text_that_ends_early(k, end, monkeyp
         kind = SparseKCacheLayer if isinstance(k, int) else RaggedCacheLayer
         cache = kind(k, 10, 3, owner=("id", None))
         cache.scoring = scoring
-        cache.call = ModelCall(layers=1, end=torch.tensor([end], device=DEVICE) if tokens != end else None)
+        kinds = [(cache.counts or cache.slots, scoring.layout)]
+        cache.call = ModelCall(1, kinds, end=torch.tensor([end], device=DEVICE) if tokens != end else None)
         cut = [tensor[:, :, :tokens] for tensor in (query, key, value)]
         with torch.no_grad():
             new = NewTokens(*cut, states[:, :tokens].contiguous(), None, 0.25)
