@@ -139,7 +139,7 @@ def summary() -> str:
 
 def without_cache() -> list[float]:
     """Return how many times as fast as dense ones forwards without a cache are, which no table holds."""
-    return [row["uncached"]["ratio"] for row in results("prefill-80f6b50-h200")]
+    return [row["uncached"]["ratio"] for row in results("prefill-8050b75-h200")]
 
 
 def prompts_on_a_cpu() -> dict[int, float]:

@@ -9,7 +9,7 @@ from speed_tables.registry import Run, speed_table
 
 RUNS = tuple(
     f"entmax_prediction{part}-h200"
-    for part in ("-fc79457", "-2917fd7", "-c81fb3b", "-contenders", "-choices", "-128k", "")
+    for part in ("-8050b75", "-fc79457", "-2917fd7", "-c81fb3b", "-contenders", "-choices", "-128k", "")
 )
 QUALITY = ("qwen", "smollm2-8k", "smollm2", "smollm2-lora", "smollm2-unpatched")
 
