@@ -41,7 +41,9 @@ def attach(module: nn.Module, model: PreTrainedModel, adapter: str, config: Spar
         attention.is_managed = switch.is_managed
         attention.model_switch = switch
         attention.has_local_neighbours = any(family.is_local(other) for _, other in family.modules(model))
-        set_sparse_class(module)
+        hook = set_sparse_class(module)
+        if hook is not None:
+            attention.hooks.append(hook)
         switch.forget_modules()
         if not others:
             attention.hooks.append(module.register_forward_pre_hook(refuse_training_around))

@@ -34,7 +34,7 @@ sdpa_attention_forward: Any = private("transformers.integrations.sdpa_attention"
 
 @dataclass
 class SparseCall:
-    """Carry what the hook knows to the attention function, which needs it.
+    """Carry what is known where an attention module is called to the attention function, which needs it.
 
     Attributes:
         attention: the sparse attention of the module.
@@ -146,7 +146,7 @@ def _attend_sparsely(
         valid = mask_of_keys(attention_mask, key.shape[2])
     else:
         call = cache.call
-        if call is None or attention_mask is not None:  # a layer that this call has made has no tokens to compare with
+        if call is None or cache.is_initialized or attention_mask is not None:  # one that is new has no earlier tokens
             valid = cache.check_mask(attention_mask, query.shape[2])
     # A decoding step waits for no value from the device.
     if valid is not None and query.shape[2] > 1 and not torch.compiler.is_compiling() and bool(valid.all()):
@@ -251,6 +251,14 @@ def sparse_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         attention.check_cache(layer)
         layer.begin_attention()
     return SparseCall(attention, hidden_states, layer)
+
+
+def before_attention(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, dict[str, Any]] | None:
+    """Add what `sparse_call` returns to the keywords of an attention module, as its forward pre-hook."""
+    call = sparse_call(module, args, kwargs)
+    return None if call is None else (args, {**kwargs, "sparse_call": call})
 
 
 def _refuse_another_implementation(config: Any, is_compiled: bool) -> None:

@@ -44,9 +44,11 @@ class SparseCacheLayer(Protocol):
 
     Attributes:
         call: the call of the model that has made the layer, until its attention is done; otherwise `None`.
+        is_initialized: whether it has memory, as transformers has it.
     """
 
     call: ModelCall | None
+    is_initialized: bool
 
     def get_seq_length(self) -> int:
         """Count the tokens so far, padding included."""

@@ -6,11 +6,15 @@ import pickle
 import runpy
 from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from torch import nn
 
+import hf_sparse
 from hf_sparse import SparsefinderConfig, SparseKConfig, patch, unpatch
+from hf_sparse._compat import with_cache
+from hf_sparse.core.cache import ModelCall
 from hf_sparse.patches import sparse_layers
 
 FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
@@ -76,3 +80,66 @@ def test_a_class_that_others_derive_from_it_outlives_the_patch(base, config):
     assert type(module) is derived and torch.equal(logits(base), expected)
     patch(base, config)
     assert type(module) is derived and not torch.equal(logits(base), expected)
+
+
+def test_a_copy_keeps_a_class_that_others_derive_from_it(model):
+    module = attention_of(model)[0]
+    module.__class__ = type("Derived", (type(module),), {})
+    copied = copy.deepcopy(module)
+    assert type(copied) is type(module)
+
+
+def test_a_forward_of_its_own_is_called_in_a_hook(base):
+    """As accelerate sets it for a model on several devices, and leaves it where its hooks are removed again."""
+    calls = []
+    for module in attention_of(base):
+        given = module.forward
+        module.forward = lambda *args, given=given, **kwargs: calls.append(1) or given(*args, **kwargs)
+    expected, count = logits(base), len(calls)
+    patch(base, SparseKConfig(k=4, window=4, sinks=1))
+    assert not torch.equal(logits(base), expected) and len(calls) == 2 * count
+    unpatch(base)
+    assert torch.equal(logits(base), expected) and not any(module._forward_pre_hooks for module in attention_of(base))
+
+
+@pytest.mark.parametrize("hooks", ["stay", "removed"])
+def test_a_model_that_accelerate_dispatched(base, hooks):
+    expected = logits(patch(copy.deepcopy(base), SparseKConfig(k=4, window=4, sinks=1)))
+    accelerate.dispatch_model(base, {"": "cpu"}, main_device="cpu", force_hooks=True)
+    if hooks == "removed":
+        accelerate.hooks.remove_hook_from_submodules(base)
+    torch.manual_seed(0)
+    assert torch.equal(logits(patch(base, SparseKConfig(k=4, window=4, sinks=1))), expected)
+
+
+def test_a_forward_that_is_replaced_in_the_class_later_is_called(model, monkeypatch):
+    kind, calls = type(attention_of(model)[0]).model_class, []
+    given = kind.forward
+    monkeypatch.setattr(kind, "forward", lambda *args, **kwargs: calls.append(1) or given(*args, **kwargs))
+    logits(model)
+    assert len(calls) == len(attention_of(model))
+
+
+def test_a_parametrization_of_the_module_itself_goes_as_it_came(base):
+    module = attention_of(base)[0]
+    module.register_parameter("factor", nn.Parameter(torch.ones(3)))
+    nn.utils.parametrize.register_parametrization(module, "factor", nn.Identity())
+    expected = logits(base)
+    patch(base, SparseKConfig(k=4, window=4, sinks=1))
+    assert not torch.equal(logits(base), expected)
+    nn.utils.parametrize.remove_parametrizations(module, "factor")
+    assert not torch.equal(logits(base), expected)
+    unpatch(base)
+    assert torch.equal(logits(base), expected)
+
+
+def test_a_layer_that_an_error_left_with_keys_is_checked(model):
+    """It was made in a call that did not end, and holds what its mask says nothing of."""
+    cache = hf_sparse.SparseCache(model)
+    with torch.no_grad():
+        model(IDS[:, :10], **with_cache(cache))
+        layer = cache.layers[1]
+        layer.call = ModelCall(layers=1)
+        layer.seen.zero_()
+        with pytest.raises(ValueError, match="real tokens before the new ones"):
+            model(IDS[:, 10:13], **with_cache(cache))

@@ -254,7 +254,7 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
                 output = step(self, new, cache)
                 if output is not None:
                     return output
-        if not cache.empty or not cache.pins_prompt:
+        if not cache.empty or self.config.pin_prompt != WHOLE_PROMPT:
             return self._attend(new, cache)
         self._check_prompt(query.shape[2], valid)
         output = self._attend(new, cache)

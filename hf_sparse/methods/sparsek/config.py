@@ -23,10 +23,9 @@ class SparseKConfig(SparseKSettings, SparseConfig):
     256
     """
 
-    # What is no field: `HeadShares` once they were asked for, what budgets depend on, and those of layers.
+    # No fields: `HeadShares` once they were asked for; what budgets depend on, and those of layers.
     _divided = cast("HeadShares | None", None)
-    _given = cast("tuple[object, ...] | None", None)
-    _budgets = cast("dict[int, Budget]", {})
+    _budgets = cast("tuple[object, dict[int, Budget]]", (None, {}))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -54,11 +53,13 @@ class SparseKConfig(SparseKSettings, SparseConfig):
             return self._budget(layer)
         # Every layer asks in every forward. `override` may change a configuration that is attached.
         given = self.k, self.window, self.sinks, self.pin_prompt, self.layer_shares, self.head_shares
-        if self._given != given:
-            self._given, self._budgets = given, cast("dict[int, Budget]", {})
-        budget = self._budgets.get(layer)
+        of_given, budgets = self._budgets
+        if of_given != given:
+            budgets = {}
+            self._budgets = given, budgets  # together, for threads
+        budget = budgets.get(layer)
         if budget is None:
-            budget = self._budgets[layer] = self._budget(layer)
+            budget = budgets[layer] = self._budget(layer)
         return budget
 
     def _budget(self, layer: int) -> Budget:

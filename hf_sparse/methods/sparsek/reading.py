@@ -256,10 +256,12 @@ def shared_reading(cache: SparseKCacheLayer, key: Tensor, layout: Hashable) -> t
         return shared, number
     from hf_sparse.ops.selection.triton.reading import places_of_slots
 
-    first, counts = 0, (cache.counts or cache.slots,)
+    own = cache.counts or cache.slots
+    first, counts = 0, (own,)
     if call is not None and shared is None:
         first, kinds = call.begun, call.kinds[call.begun :]
-        if all([scoring == kinds[0][1] for _, scoring in kinds]):  # and so on one device
+        # A layer may come out of turn, and layers may lie on several devices, which the scoring tells.
+        if kinds and own == kinds[0][0] and all([scoring == kinds[0][1] for _, scoring in kinds]):
             counts = tuple([count for count, _ in kinds])
     slots = SharedSlots(places_of_slots(batch, heads, dim, key.dtype, counts), key.device)
     with lasting():

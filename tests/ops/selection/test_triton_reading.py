@@ -271,6 +271,13 @@ def test_layers_of_a_call_are_allocated_together(counts, together, monkeypatch):
     assert call.shared is not shared and len(shared.counts) == 1 and number == 0
 
 
+def test_a_layer_that_comes_out_of_turn_has_slots_of_its_size(monkeypatch):
+    call = ModelCall(layers=2, kinds=[(5, "scoring"), (300, "scoring")])
+    monkeypatch.setitem(reading._programs, "layout", SimpleNamespace(memory=lambda: None))
+    shared, number = reading.shared_reading(layer_of(call, 300), torch.zeros(1, 2, 9, 5), "layout")
+    assert shared.slots.tensors(number)[0].shape == (1, 2, 300, 5)
+
+
 @pytest.mark.parametrize("other", ["device", "heads", "count"])
 def test_layers_that_differ_otherwise_take_slots_of_their_own(other, monkeypatch):
     scorings = ["one", "another"] if other == "device" else ["one", "one"]
