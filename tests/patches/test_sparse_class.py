@@ -5,6 +5,7 @@ import inspect
 import pickle
 import runpy
 from pathlib import Path
+from typing import Any
 
 import accelerate
 import pytest
@@ -113,7 +114,8 @@ def test_a_model_that_accelerate_dispatched(base, hooks):
 
 
 def test_a_forward_that_is_replaced_in_the_class_later_is_called(model, monkeypatch):
-    kind, calls = type(attention_of(model)[0]).model_class, []
+    module: Any = attention_of(model)[0]
+    kind, calls = module.model_class, []
     given = kind.forward
     monkeypatch.setattr(kind, "forward", lambda *args, **kwargs: calls.append(1) or given(*args, **kwargs))
     logits(model)
