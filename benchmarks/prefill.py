@@ -91,7 +91,7 @@ def check(shape: dict[str, Any], options: argparse.Namespace) -> dict[str, float
         with mock.patch.object(entmax, "takes_kernels", lambda *_: False):
             differences = {"from plain": relative(kernels.logits, forward(models["sparse"], ids).logits)}
         return agreeing(differences)
-    slots = min(layer.prompt_edge or 0 for layer in sparse_layers(models["sparse"]))
+    slots = min(layer.dense_tokens for layer in sparse_layers(models["sparse"]))
     short, long = (torch.randint(0, 100, (2, n), device=options.device) for n in (slots, 3 * slots + 7))
     differences = {"short from dense": relative(*(forward(models[name], short).logits for name in ("sparse", "dense")))}
     kernels = forward(models["sparse"], long)

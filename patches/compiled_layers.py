@@ -28,7 +28,8 @@ from hf_sparse.patches.shared_products import SHARE_PRODUCTS
 
 _NUMBERS = ("layer_idx", "layer")  # attributes that say which layer it is; a step asks for its cache layer with them
 _PLAIN = (bool, int, float, str, type(None), torch.dtype, torch.device)
-_OF_EVERY_MODULE = frozenset((*vars(nn.Module()), "hooks"))  # the first layer alone has a hook, which does nothing here
+# Attributes that every module has, and the hooks of sparse attention: the first layer has one that only training needs.
+_LEFT_OUT = frozenset((*vars(nn.Module()), "hooks"))
 _SECONDS = 30  # that a fork waits for imports, which take a few
 _MOST_COPIES = 4  # of different layers; torch compiles a forward eight times at most
 
@@ -161,7 +162,7 @@ def _settings(module: nn.Module) -> Hashable:
 
     Of the others, those of sparse attention are left out: its `steps_are_alike` answers for them.
     """
-    settings = {name: value for name, value in vars(module).items() if name not in (*_NUMBERS, *_OF_EVERY_MODULE)}
+    settings = {name: value for name, value in vars(module).items() if name not in (*_NUMBERS, *_LEFT_OUT)}
     is_ours = isinstance(module, SparseAttentionLayer)
     plain = [(name, repr(value)) for name, value in settings.items() if _is_plain(value)]
     others = [(name, _identity(value)) for name, value in settings.items() if not _is_plain(value) and not is_ours]

@@ -2,8 +2,8 @@
 
 Under the name `hf_sparse`, an attention function and a mask function are registered with transformers; importing
 this changes no model. A patched model has that name as its attention implementation. The class of each patched
-attention module (`sparse_class`) adds one keyword, `sparse_call`, which transformers carries to the attention function
-together with queries, keys and values; the model's own forward stays as it is.
+attention module (`sparse_class`), or a hook, adds one keyword, `sparse_call`, which transformers carries to the
+attention function together with queries, keys and values; the model's own forward stays as it is.
 
 Both registrations are needed: without a mask function transformers drops the padding mask silently.
 """

@@ -96,6 +96,12 @@ def summary() -> str:
             if length(row) > 8192
         ),
         ("a forward without a cache", "shapes of SmolLM2 and TinyLlama", "512 to 4,096", span(without_cache())),
+        (
+            "a forward, with and without a cache, KV heads with different numbers of slots",
+            "shape of SmolLM2",
+            "512 and 2,048",
+            span(unequal_heads()),
+        ),
         *(
             (
                 "compiled decoding, static cache on both sides",
@@ -140,6 +146,12 @@ def summary() -> str:
 def without_cache() -> list[float]:
     """Return how many times as fast as dense ones forwards without a cache are, which no table holds."""
     return [row["uncached"]["ratio"] for row in results("prefill-8050b75-h200")]
+
+
+def unequal_heads() -> list[float]:
+    """Return how many times as fast as dense ones forwards are where KV heads differ, which no table holds."""
+    found = results("prefill-heads-8050b75-h200")
+    return [row[call]["ratio"] for row in found for call in ("forward", "uncached")]
 
 
 def prompts_on_a_cpu() -> dict[int, float]:
@@ -187,6 +199,7 @@ def test_the_readme_says_of_short_prompts_what_was_measured():
     again, once = (among("prefill calls", f"{call}, times as fast", up_to(4096)) for call in ("first token", "forward"))
     assert f"A prompt of up to 4,096 tokens is read {span(again)} times as fast as by the dense model" in readme
     assert f"Any other forward is {span(once)} times as fast, and without a cache {span(without_cache())}" in readme
+    assert f"With unequal KV heads, as `finetune` makes them, it is {span(unequal_heads())} times as fast" in readme
     longer = [f"{1 / ratio:.1f} times as long at {tokens:,}" for tokens, ratio in prompts_on_a_cpu().items()]
     assert f"on two CPU cores it takes {' and '.join(longer)} tokens" in readme
     times = [

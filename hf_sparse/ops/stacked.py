@@ -34,8 +34,7 @@ class Places(NamedTuple):
             number: of the tensor.
         """
         (shape, dtype), offset = self.kinds[number], self.offsets[number]
-        strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-        return memory.view(dtype).as_strided(shape, strides, offset // dtype.itemsize).data
+        return memory.view(dtype).as_strided(shape, _strides(shape), offset // dtype.itemsize).data
 
 
 def places_of(kinds: Sequence[Kind]) -> Places:
@@ -43,8 +42,18 @@ def places_of(kinds: Sequence[Kind]) -> Places:
     offsets, size = [], 0
     for shape, dtype in kinds:
         offsets.append(size)
-        size += -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+        size += _room(shape, dtype)
     return Places(tuple(kinds), tuple(offsets), size)
+
+
+def _room(shape: tuple[int, ...], dtype: torch.dtype) -> int:
+    """Return the bytes from a contiguous tensor to the next one."""
+    return -(-math.prod(shape) * dtype.itemsize // ALIGNMENT) * ALIGNMENT
+
+
+def _strides(shape: tuple[int, ...]) -> list[int]:
+    """Return the strides of a contiguous tensor."""
+    return [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
 
 
 def stacked(layers: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
@@ -54,10 +63,8 @@ def stacked(layers: int, shape: tuple[int, ...], dtype: torch.dtype, device: tor
 
 def new_stack(layers: int, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Allocate memory `[layers, *shape]`, in which that of each layer begins where torch would begin it."""
-    used = math.prod(shape)
-    room = -(-used * dtype.itemsize // ALIGNMENT) * ALIGNMENT // dtype.itemsize
-    strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-    return torch.empty_strided((layers, *shape), (room, *strides), dtype=dtype, device=device)
+    strides = _room(shape, dtype) // dtype.itemsize, *_strides(shape)
+    return torch.empty_strided((layers, *shape), strides, dtype=dtype, device=device)
 
 
 def unstacked(stack: Tensor) -> tuple[Tensor, ...]:

@@ -15,7 +15,7 @@ class SharedSlots:
     """Hold the slots of several layers in one piece of memory.
 
     To the host, seven tensors of its own for each layer cost more than all else that a short prompt adds to a dense
-    one. So they are made when one of the layer is read, as in decoding, and not for a cache that nobody goes on with.
+    one. So they are made when one of them is read, as in decoding, and not for a cache that nobody goes on with.
 
     Args:
         places: of the tensors of all layers; those of a layer are in the order of the arguments of `SlotMemory.take`.

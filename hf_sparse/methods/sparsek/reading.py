@@ -124,6 +124,8 @@ def read_in_few_launches(
     query, key, value, hidden_states, valid, scaling = new
     if valid is not None or cache.is_initialized or not _TRITON or type(query) is not Tensor or torch.is_grad_enabled():
         return None
+    if not attention.uses_scorer:
+        return None
     if cache.owner != (attention.identities[attention.active], None):  # an error may have ended an earlier call
         return None
     scoring = scoring_of(attention) if cache.scoring is None else cache.scoring
@@ -138,8 +140,7 @@ def read_in_few_launches(
         cache.k if counts is None else counts, cache.window, cache.sinks, end is None,
     )  # fmt: skip
     addresses = aligned_addresses(new, scoring)
-    is_asked = call is not None and isinstance(call.shared, SharedReading)  # by a layer before
-    if not is_asked and not _may_read(attention, query, cache):
+    if (call is None or call.shared is None) and not _may_read(attention, query, cache):  # else a layer before has asked
         return None
     found = shared_reading(cache, key, layout) if addresses else None
     if found is not None and addresses:
@@ -190,8 +191,8 @@ def remember(programs: "dict[Hashable, Program]", layout: Hashable, program: "Pr
 
 
 def _may_read(attention: "SparseKAttention", query: Tensor, cache: SparseKCacheLayer) -> bool:
-    """Tell whether a text is read on a GPU, as it is, by what the scorer chooses."""
-    if not is_on_gpu(query) or not attention.uses_scorer or torch.is_autocast_enabled("cuda"):
+    """Tell whether a text is read on a GPU, in its own dtype, with the budget of the cache layer."""
+    if not is_on_gpu(query) or torch.is_autocast_enabled("cuda"):
         return False
     # Without a call the budget may have been overridden since the layer was made.
     return cache.call is not None or attention.budget == (cache.k, cache.window, cache.sinks)
@@ -242,16 +243,16 @@ def shared_reading(cache: SparseKCacheLayer, key: Tensor, layout: Hashable) -> t
         With the number that the layer has there; `None` if no launches are known for the layout.
     """
     call = cache.call
-    shared = None if call is None else call.shared
-    number = shared.number_of(cache) if isinstance(shared, SharedReading) else None
-    if isinstance(shared, SharedReading) and number is not None and shared.layout == layout:
+    shared: Any = None if call is None else call.shared
+    number = None if shared is None else shared.number_of(cache)
+    if number is not None and shared.layout == layout:
         return shared, number
     program = _programs.get(layout)
     if program is None:
         return None
     batch, heads, _, dim = key.shape
     keys = batch, heads, dim, key.dtype, key.device
-    if isinstance(shared, SharedReading) and number is not None and shared.keys == keys:
+    if number is not None and shared.keys == keys:
         shared.use(layout, program)
         return shared, number
     from hf_sparse.ops.selection.triton.reading import places_of_slots

@@ -245,30 +245,36 @@ def test_writing_to_the_slots_of_a_layer_leaves_what_autograd_saved_of_another()
     assert factor.grad == 3 * first.numel()
 
 
-def layer_of(call, counts, **changes):
+def layer_of(call, counts):
     """A cache layer in a call of the model, which reads next."""
     cache = SparseKCacheLayer(counts - 4, 3, 1) if isinstance(counts, int) else RaggedCacheLayer(counts, 0, 0)
-    for name, value in ({"call": call} | changes).items():
-        setattr(cache, name, value)
+    cache.call = call
     return cache
 
 
 @pytest.mark.parametrize(
-    "counts, together",
-    [((8, 8, 8), (8, 8, 8)), ((8, 9, 7), (8, 9, 7)), (((3, 5), (4, 4), (2, 6)), ((3, 5), (4, 4), (2, 6)))],
-    ids=["alike", "layers", "heads"],
+    "counts", [(8, 8, 8), (8, 9, 7), ((3, 5), (4, 4), (2, 6))], ids=["alike", "layers", "heads"]
 )
-def test_layers_of_a_call_are_allocated_together(counts, together, monkeypatch):
+def test_layers_of_a_call_are_allocated_together(counts, monkeypatch):
     call, key = ModelCall(layers=3, kinds=[(one, "scoring") for one in counts]), torch.zeros(1, 2, 9, 5)
     for count in counts:
         monkeypatch.setitem(reading._programs, count, SimpleNamespace(memory=lambda: None))
     for number, count in enumerate(counts):
         shared, found = reading.shared_reading(layer_of(call, count), key, count)
-        assert id(shared) == id(call.shared) and shared.counts == together and found == number
+        assert id(shared) == id(call.shared) and shared.counts == counts and found == number
         assert (shared.layout, shared.program) == (count, reading._programs[count])
         call.layers -= 1
     shared, number = reading.shared_reading(layer_of(call, counts[-1]), key, counts[-1])  # there is no layer left
     assert call.shared is not shared and len(shared.counts) == 1 and number == 0
+
+
+def test_a_layer_that_others_look_at_does_not_read_as_the_one_before(monkeypatch):
+    monkeypatch.setattr(reading, "scoring_of", None)  # nothing is asked beyond
+    cache = layer_of(ModelCall(layers=1, kinds=[(8, "scoring")], shared=object()), 8)
+    attention = SimpleNamespace(uses_scorer=False)
+    new = NewTokens(*inputs(1, 4, 2, 9, 16, 48, torch.float32, False)[:4], None, 1.0)
+    with torch.no_grad():
+        assert reading.read_in_few_launches(attention, new, cache) is None
 
 
 def test_a_layer_that_comes_out_of_turn_has_slots_of_its_size(monkeypatch):

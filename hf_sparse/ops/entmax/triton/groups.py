@@ -41,7 +41,7 @@ from hf_sparse.ops.entmax.triton.jobs import (
     rows_of_group,
     turn_of_group,
 )
-from hf_sparse.ops.entmax.triton.sweep import FAR, GROUP_ROWS, TURNS, Candidates
+from hf_sparse.ops.entmax.triton.sweep import GROUP_ROWS, TURNS, Candidates, is_far
 from hf_sparse.ops.triton.early import early, take_over
 from hf_sparse.ops.triton.launch import launch
 from hf_sparse.ops.triton.replay import empty, zeros
@@ -91,7 +91,7 @@ def buffered_sizes(query: Tensor, key: Tensor, lists: Lists | None) -> Buffered:
     """Return the sizes of the kernel that keeps products."""
     if is_slim(query):
         # Over all keys of a long text many groups need large buffers; those of a longer one would take too much memory.
-        if lists is None and FAR < key.shape[2] <= 2 * FAR:
+        if is_far(query, key, lists):
             return Buffered(128, 4, 4, stages=3, wide=128, registers=128, depth=1, large=3)
         return Buffered(128, 4, 3, stages=3, wide=128, registers=168, depth=1)
     return Buffered(chunk_of(query), 2, 8)

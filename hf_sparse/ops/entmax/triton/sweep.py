@@ -90,11 +90,15 @@ EVERY = 4  # blocks of keys after which the bound rises
 STEEP = tl.constexpr(2.0**60)  # what makes a difference of float32 numbers, one of them at least 2 ** -35, at least 1
 
 
+def is_far(query: Tensor, key: Tensor, lists: Lists | None) -> bool:
+    """Tell whether all keys of a long text are attended to, with heads for which sizes of their own were measured."""
+    return lists is None and is_slim(query) and FAR < key.shape[2] <= 2 * FAR
+
+
 def start_blocks(query: Tensor, key: Tensor, lists: Lists | None) -> Blocks:
     """Return the sizes of the kernel of the lower bound."""
     if query.shape[3] <= 128:
-        is_far = lists is None and is_slim(query) and key.shape[2] > FAR
-        return Blocks(64, 2 * NEAR if is_far else NEAR, 4, 1)
+        return Blocks(64, 2 * NEAR if is_far(query, key, lists) else NEAR, 4, 1)
     return Blocks(32 if query.dtype == torch.float32 else 64, NEAR, 8, 1)
 
 
@@ -110,12 +114,12 @@ def probe_of(key: Tensor) -> int:
     return PROBE if key.shape[2] > FAR else 0
 
 
-def sweep_blocks(query: Tensor, key: Tensor) -> Blocks:
+def sweep_blocks(query: Tensor, key: Tensor, lists: Lists | None) -> Blocks:
     """Return the sizes of the kernel that compares all products."""
     if query.dtype == torch.float32:
         return Blocks(64, 64, 4, 2) if query.shape[3] <= 128 else Blocks(32, 64, 8, 1)
     if query.shape[3] <= 64:
-        if key.shape[2] > FAR:  # three programs share a multiprocessor, where two of twice the rows would
+        if is_far(query, key, lists):  # three programs share a multiprocessor, where two of twice the rows would
             return Blocks(64, 128, 4, 3, 168)
         return Blocks(64 if key.shape[2] <= SHORT else 128, 128, 4, 3)
     return Blocks(128, 128, 8, 3) if query.shape[3] <= 128 else Blocks(128, 64, 8, 2)
@@ -123,10 +127,10 @@ def sweep_blocks(query: Tensor, key: Tensor) -> Blocks:
 
 def blocks_of(query: Tensor, key: Tensor, lists: Lists | None, blocks: Blocks | None = None) -> tuple[Blocks, int]:
     """Return the sizes of the sweep, by default those that suit the query, and the most blocks of a group."""
-    blocks = blocks or sweep_blocks(query, key)
+    blocks = blocks or sweep_blocks(query, key, lists)
     if lists is None:
         return blocks, pieces(key.shape[2], blocks.keys)
-    blocks = blocks._replace(rows=min(blocks.rows, lists.rows), keys=min(blocks.keys, lists.size), registers=None)
+    blocks = blocks._replace(rows=min(blocks.rows, lists.rows), keys=min(blocks.keys, lists.size))
     return blocks, lists.index.shape[3] * lists.size // blocks.keys
 
 
