@@ -140,7 +140,8 @@ def read_in_few_launches(
         cache.k if counts is None else counts, cache.window, cache.sinks, end is None,
     )  # fmt: skip
     addresses = aligned_addresses(new, scoring)
-    if (call is None or call.shared is None) and not _may_read(attention, query, cache):  # else a layer before has asked
+    # Where layers share, one before has asked.
+    if (call is None or call.shared is None) and not _may_read(attention, query, cache):
         return None
     found = shared_reading(cache, key, layout) if addresses else None
     if found is not None and addresses:

@@ -252,9 +252,7 @@ def layer_of(call, counts):
     return cache
 
 
-@pytest.mark.parametrize(
-    "counts", [(8, 8, 8), (8, 9, 7), ((3, 5), (4, 4), (2, 6))], ids=["alike", "layers", "heads"]
-)
+@pytest.mark.parametrize("counts", [(8, 8, 8), (8, 9, 7), ((3, 5), (4, 4), (2, 6))], ids=["alike", "layers", "heads"])
 def test_layers_of_a_call_are_allocated_together(counts, monkeypatch):
     call, key = ModelCall(layers=3, kinds=[(one, "scoring") for one in counts]), torch.zeros(1, 2, 9, 5)
     for count in counts:
