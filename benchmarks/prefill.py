@@ -3,13 +3,15 @@
     python benchmarks/prefill.py --output prefill.json
     python benchmarks/prefill.py --method sparsefinder --output entmax_prefill.json
 
-    forward   `model(ids, use_cache=True, logits_to_keep=1)`: the text is read, and a cache holds it
-    uncached  the same with `use_cache=False`
-    generate  default `generate` of one new token
-    varied    the same with prompts up to a twentieth shorter, where those of `generate` were played as CUDA graphs
+    forward       `model(ids, use_cache=True, logits_to_keep=1)`: the text is read, and a cache holds it
+    uncached      the same with `use_cache=False`
+    new           `forward` where nothing recorded is played, as the first texts of about a length are read
+    new_uncached  `uncached` likewise
+    generate      default `generate` of one new token
+    varied        the same with prompts up to a twentieth shorter, where those of `generate` were played as CUDA graphs
 
-`played` counts the measured prompts that were played. The first four calls of each are discarded: the prompts of a
-length that comes again are recorded beside the third. A cell ends after `--rounds`, or after `--seconds`.
+`played` counts the measured texts that were played. The first four calls of each are discarded: texts of a length that
+comes again are recorded beside the third. A cell ends after `--rounds`, or after `--seconds`.
 
 The dense model is the base model without a patch; the patched one shares its weights, which are random and change
 neither time nor memory. The host that launches the kernels sets the pace of short texts and varies, so only ratios of
@@ -44,7 +46,7 @@ from hf_sparse.atomic_files import write_json
 from hf_sparse.environment import describe
 from hf_sparse.ops.entmax import api as entmax
 from hf_sparse.ops.selection import api
-from hf_sparse.patches import sparse_layers
+from hf_sparse.patches import sparse_layers, unrecorded
 
 ALLOWED = 1e-3  # largest relative difference of the comparison
 DISCARDED = 4  # calls before those that count
@@ -66,9 +68,21 @@ def generate(model: PreTrainedModel, ids: Tensor) -> Any:
     return model.generate(ids, attention_mask=mask, max_new_tokens=1, do_sample=False)  # type: ignore[operator]
 
 
+def new(model: PreTrainedModel, ids: Tensor) -> Any:
+    with unrecorded():
+        return forward(model, ids)
+
+
+def new_uncached(model: PreTrainedModel, ids: Tensor) -> Any:
+    with unrecorded():
+        return uncached(model, ids)
+
+
 CALLS: dict[str, Callable[[PreTrainedModel, Tensor], Any]] = {
     "forward": forward,
     "uncached": uncached,
+    "new": new,
+    "new_uncached": new_uncached,
     "generate": generate,
     "varied": generate,
 }
@@ -145,7 +159,7 @@ def measure(models: dict[str, PreTrainedModel], ids: Tensor, options: argparse.N
     row["profile"] = {}
     for name, model in models.items():
         with profiler(options.device) as seen:
-            forward(model, ids)
+            new(model, ids)
             wait(options.device)
         row["profile"][name] = kernels_of(seen.events() or [], 1)
     return row

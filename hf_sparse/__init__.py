@@ -24,6 +24,7 @@ __all__ = [
     "patched",
     "push_to_hub",
     "unpatch",
+    "unrecorded",
 ]
 
 __version__ = _version("hf-sparse")
@@ -42,6 +43,7 @@ if TYPE_CHECKING or not started_as_command_line():
         patched,
         push_to_hub,
         unpatch,
+        unrecorded,
     )
 else:
     __getattr__ = late_imports(__name__, "hf_sparse.library", __all__)

@@ -19,6 +19,7 @@ from hf_sparse.patches import SparseKCache as SparseKCache
 from hf_sparse.patches import patch as patch
 from hf_sparse.patches import patched as patched
 from hf_sparse.patches import unpatch as unpatch
+from hf_sparse.patches import unrecorded as unrecorded
 
 methods.register_all()
 register()

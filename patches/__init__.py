@@ -18,6 +18,7 @@ from hf_sparse.patches.cache import SparseCache as SparseCache
 from hf_sparse.patches.cache import SparseKCache as SparseKCache
 from hf_sparse.patches.captured import CapturedDecoding as CapturedDecoding
 from hf_sparse.patches.interface import NAME as NAME
+from hf_sparse.patches.recorded_prompts import unrecorded as unrecorded
 
 # A file of this folder that describes a family registers it.
 for _file in pkgutil.iter_modules(__path__):

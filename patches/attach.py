@@ -14,9 +14,10 @@ from hf_sparse.core.registry import method_of
 from hf_sparse.errors import UnsupportedModelError
 from hf_sparse.patches.attached import CHILD, sparse_layers
 from hf_sparse.patches.base import family_of
+from hf_sparse.patches.derived_class import restore_class
 from hf_sparse.patches.lora import enable_lora
 from hf_sparse.patches.other_adapters import refuse_training_around
-from hf_sparse.patches.sparse_class import restore_class, set_sparse_class
+from hf_sparse.patches.sparse_class import set_sparse_class
 from hf_sparse.patches.switch import ModelSwitch
 from hf_sparse.patches.targets import targets
 
@@ -34,7 +35,8 @@ def attach(module: nn.Module, model: PreTrainedModel, adapter: str, config: Spar
     others = sparse_layers(model)
     if attention is None:
         family = family_of(model)
-        switch: Any = others[0].model_switch if others else ModelSwitch(model)  # one for all layers of a model
+        # One for all layers of a model.
+        switch: Any = others[0].model_switch if others else ModelSwitch(model, family.backbone(model))
         layer = next(i for i, (_, other) in enumerate(family.modules(model)) if other is module)
         attention = method_of(config).layer.for_shape(family.shape_of(module, layer))
         attention.train(module.training)

@@ -42,6 +42,10 @@ def _no_refusal(model: Any) -> str | None:
     return None
 
 
+def _backbone(model: Any) -> Any:
+    return model.base_model
+
+
 @dataclass(frozen=True)
 class Family:
     """Describe one model family.
@@ -56,6 +60,7 @@ class Family:
         causal: whether the queries of an attention module see no later keys.
         is_local: whether an attention module attends within a sliding window of its own; it is left as it is.
         refusal: why this particular model cannot be patched, or `None`.
+        backbone: finds the module of a model that takes its tokens and returns hidden states; a head calls it.
     """
 
     model_types: tuple[str, ...]
@@ -67,6 +72,7 @@ class Family:
     causal: Callable[[Any], bool] = _is_causal
     is_local: Callable[[Any], bool] = _has_sliding_window
     refusal: Callable[[Any], str | None] = _no_refusal
+    backbone: Callable[[Any], Any] = _backbone
 
     def modules(self, model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         """Yield name and module of every self-attention layer, local ones included; the n-th is layer n."""

@@ -8,5 +8,6 @@ OPT = register_family(
         attention="transformers.models.opt.modeling_opt:OPTAttention",
         hidden_size=lambda module: module.embed_dim,
         num_key_value_heads=lambda module: module.num_heads,
+        backbone=lambda model: getattr(model.base_model, "decoder", model),
     )
 )

@@ -1,29 +1,30 @@
 """Tell which inputs of a model are those of a prompt that can be recorded, and what replays of it need of them."""
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_sparse._compat import with_cache
+from hf_sparse.core.cache import is_recorded
 from hf_sparse.ops.triton import is_on_gpu
 
 CACHE = next(iter(with_cache(None)))  # the name of the cache among the inputs
-_INPUTS = {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "return_dict", CACHE}
+_INPUTS = {"input_ids", "attention_mask", "position_ids", "use_cache", "return_dict", CACHE}
 _MOST_TOKENS = 16384  # of all rows of a recorded prompt; beyond, Python is a small part of it, and memory a large one
 _STEP = 64  # between buckets; above eight times as many tokens an eighth of the power of two below
 
 
-def may_be_played(modules: Sequence[nn.Module], inputs: dict[str, Any]) -> bool:
+def may_be_played(inputs: dict[str, Any]) -> bool:
     """Tell whether inputs, and what is set for all of torch, are those of a prompt that may be recorded."""
-    ids, cache, to_keep = inputs.get("input_ids"), inputs.get(CACHE), inputs.get("logits_to_keep")
+    ids, cache = inputs.get("input_ids"), inputs.get(CACHE)
     positions, mask = inputs.get("position_ids"), _mask(inputs)
     if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.shape[1] < 2 or not is_on_gpu(ids):
         return False
-    if torch.is_grad_enabled() or torch.is_autocast_enabled(ids.device.type):
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(ids.device.type) or is_recorded(ids.device):
         return False
-    if type(to_keep) is not int or to_keep != 1 or not inputs.get("use_cache") or not inputs.get("return_dict"):
+    if inputs.get("return_dict") not in (None, True):
         return False
     if not all([name in _INPUTS or _says_nothing(value) for name, value in inputs.items()]):
         return False
@@ -31,10 +32,20 @@ def may_be_played(modules: Sequence[nn.Module], inputs: dict[str, Any]) -> bool:
         return False
     if mask is not None and (not isinstance(mask, Tensor) or mask.shape != ids.shape):
         return False
+    if cache is None:  # without a mask, positions may begin again where another text does
+        return positions is None or mask is not None
     layers: Any = getattr(cache, "layers", ())
-    if [module.layer_idx for module in modules] != list(range(len(layers))):
-        return False
     return bool(layers) and not getattr(layers[0], "is_initialized", True)
+
+
+def keeps_keys(model: nn.Module, inputs: dict[str, Any]) -> bool:
+    """Tell whether the forward of a model makes a cache where it is given none."""
+    wanted, config = inputs.get("use_cache"), getattr(model, "config", None)
+    if wanted is None:
+        wanted = getattr(config, "use_cache", None)
+    if wanted is None and config is not None:
+        wanted = getattr(config.get_text_config(), "use_cache", False)
+    return bool(wanted)
 
 
 def _mask(inputs: dict[str, Any]) -> Any:
@@ -79,6 +90,8 @@ def kind_of(inputs: dict[str, Any]) -> Hashable:
 def bucket_of(model: nn.Module, rows: int, tokens: int, edges: Iterable[int]) -> int | None:
     """Return the length at which a prompt of so many tokens is recorded; `None` if it is too long.
 
+    Where torch is to be deterministic that is its own: padding may change which kernels multiply its matrices.
+
     Args:
         model: of transformers, whose positions end the last bucket.
         rows: of the prompt.
@@ -97,16 +110,17 @@ def bucket_of(model: nn.Module, rows: int, tokens: int, edges: Iterable[int]) ->
     most = min(getattr(config.get_text_config(), "max_position_embeddings", None) or longest, longest)
     if tokens > most:
         return None
+    if torch.are_deterministic_algorithms_enabled():
+        return tokens
     step = max(_STEP, 1 << (tokens - 1).bit_length() - 1 >> 3)
     return min(-(-tokens // step) * step, most, *[edge for edge in edges if edge >= tokens])
 
 
 def is_unusual(model: nn.Module) -> bool:
-    """Tell whether a model is quantised, which may mix tokens, or returns more than logits."""
+    """Tell whether a model is quantised, which may mix tokens, or returns more than its last hidden states."""
     config: Any = model.config
-    is_quantised = getattr(model, "hf_quantizer", None) or getattr(config, "quantization_config", None)
     asks = getattr(config, "output_hidden_states", False) or getattr(config, "output_attentions", False)
-    return bool(is_quantised or asks)
+    return bool(getattr(config, "quantization_config", None) or asks)
 
 
 def _says_nothing(value: Any) -> bool:

@@ -14,13 +14,14 @@ from transformers import DynamicCache
 from hf_sparse._compat import cache_of, with_cache
 from hf_sparse.core.cache import RecordableCacheLayer
 from hf_sparse.core.layer import SparseAttentionLayer
+from hf_sparse.patches.backbone_class import run
 from hf_sparse.patches.cache import make_layers
 from hf_sparse.patches.model_state import ReadMemory
 from hf_sparse.patches.prompt_inputs import CACHE
 from hf_sparse.patches.prompt_timing import Timing
 from hf_sparse.patches.recorded_steps import record, run_beside
 
-_LOGITS_APART, _KEYS_APART = 0.1, 0.5  # of the norm, that rounding may make of a prompt in half precision
+_STATES_APART, _KEYS_APART = 0.1, 0.5  # of the norm, that rounding may make of a prompt in half precision
 
 
 class Layers(list[RecordableCacheLayer]):
@@ -31,9 +32,10 @@ class Prompt(NamedTuple):
     """Hold what is known of a prompt before it is read.
 
     Attributes:
-        cache: of transformers, without a token.
+        cache: of transformers, without a token; `None` if nothing is kept.
         layers: its layers if they are to hold the prompt; empty if those are yet to be made.
         modules, attentions: the attention module of each of them, and the sparse attention of that.
+        rows: how many texts there are.
         length: tokens of its bucket, padding included.
         key: what has to be the same in a replay, beside the length: state of the model, layout of the inputs, settings.
     """
@@ -42,6 +44,7 @@ class Prompt(NamedTuple):
     layers: list[RecordableCacheLayer]
     modules: Sequence[nn.Module]
     attentions: list[SparseAttentionLayer]
+    rows: int
     length: int
     key: Hashable
 
@@ -62,7 +65,7 @@ class Recording:
     Attributes:
         inputs: the tensors that it reads: `input_ids` `[B, L]` and, if the model gets them, `position_ids`.
         end: `[1]` int64, tokens of the text.
-        logits: of the last token of the text, `[B, 1, V]`.
+        states: `[B, L, C]`, the last hidden states.
         kind: the class in which the forward returns them.
         layers: cache layers that it fills.
         replay: plays it.
@@ -80,7 +83,7 @@ class Recording:
 
     inputs: dict[str, Tensor]
     end: Tensor
-    logits: Tensor
+    states: Tensor
     kind: type
     layers: Layers
     replay: Callable[[], None]
@@ -115,9 +118,10 @@ class Recording:
         self.replay()
 
     def copy_to(self, layers: Sequence[RecordableCacheLayer], tokens: int) -> Tensor:
-        """Copy what a replay computed for so many tokens to cache layers, and return a copy of the logits."""
-        layers[0].copy_texts(self.layers, layers, tokens)
-        return self.logits.clone()
+        """Copy what a replay computed for so many tokens to cache layers, if any, and return a copy of the states."""
+        if layers:
+            layers[0].copy_texts(self.layers, layers, tokens)
+        return self.states[:, :tokens].clone(memory_format=torch.contiguous_format)
 
 
 def record_prompt(
@@ -126,7 +130,7 @@ def record_prompt(
     """Record a prompt of the length of its bucket, without playing it.
 
     Args:
-        model: a patched model.
+        model: the backbone of a patched model.
         prompt: what is known of it.
         inputs: of the forward, by name; what the recording reads is as they are.
         layers: what the recording fills.
@@ -143,28 +147,28 @@ def record_prompt(
     def call() -> tuple[Tensor, type]:
         cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
         make_layers(cache, prompt.modules, end)
-        output = model(**held, use_cache=True, return_dict=True, logits_to_keep=end - 1, **with_cache(cache))
-        if set(output) != {"logits", CACHE}:
-            raise RuntimeError(f"a recorded prompt returns logits and a cache, got {', '.join(output)}")
+        output = run(model, held | {"use_cache": True} | with_cache(cache))
+        if set(output) != {"last_hidden_state", CACHE}:
+            raise RuntimeError(f"a recorded prompt returns its last hidden states and a cache, got {', '.join(output)}")
         layers[0].copy_texts(cache.layers, layers, prompt.length, room)
-        return output.logits, type(output)
+        return output.last_hidden_state, type(output)
 
     run_beside(call, ids.device)  # compiles and loads kernels
-    (logits, kind), replay = record(call, ids.device, pool)
+    (states, kind), replay = record(call, ids.device, pool)
     embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
     vocabulary = len(embeddings.weight)
-    return Recording(held, end, logits, kind, layers, replay, ReadMemory(model), vocabulary, ms_per_token)
+    return Recording(held, end, states, kind, layers, replay, ReadMemory(model), vocabulary, ms_per_token)
 
 
-def agree(logits: Tensor, layers: Sequence[RecordableCacheLayer], ran: Any) -> bool:
+def agree(states: Tensor, layers: Sequence[RecordableCacheLayer], ran: Any) -> bool:
     """Tell whether a prompt that was played is that which ran, but for rounding.
 
     Args:
-        logits: of the last token, `[B, 1, V]`, of the prompt that was played.
+        states: `[B, T, C]`, the last hidden states of the prompt that was played.
         layers: cache layers that it filled.
-        ran: what the forward of the model returned for the same prompt.
+        ran: what the forward of the backbone returned for the same prompt.
     """
-    pairs = [(logits.float(), ran.logits[:, -1:].float(), _LOGITS_APART)]
+    pairs = [(states.float(), ran.last_hidden_state.float(), _STATES_APART)]
     for mine, other in zip(layers, cache_of(ran).layers, strict=True):
         for one, two in ((mine.keys, other.keys), (mine.values, other.values)):
             # Rounding may choose another key here and there, which moves those behind it, but hardly their sum.

@@ -1,19 +1,22 @@
-"""Play the prompt of an ordinary `generate` as a CUDA graph, see `prompt_recording`: decide which, and when.
+"""Play what a model reads at once, from the beginning of its texts on, as a CUDA graph: decide when that is done.
 
-Python and the launches of an eager prompt take longer than its kernels on a GPU, up to some thousands of tokens, and
-some milliseconds beside them for longer ones. So a prompt is recorded when its length comes again, once for all lengths
-of a bucket: the text is padded on the right, where a causal model sees nothing of it, and a tensor says how many of the
-tokens are the text. The head reads the last of these, and the cache layers keep what a text of so many tokens keeps
-(`ModelCall.end`). The recording is compared with a prompt that runs before it is used, and it is used where it is
-faster: not for a text that is so much shorter than its bucket that the padding takes longer than Python does.
+Such a prompt comes from `generate`, or from a forward of whole texts. Python and the launches of one that runs take
+longer than its kernels on a GPU, up to some thousands of tokens, and some milliseconds beside them for longer ones. So
+the backbone of the model is recorded (`prompt_recording`) when about the length of a prompt comes again, once for all
+lengths of a bucket: the text is padded on the right, where a causal model sees nothing of it, and a tensor says how
+many of the tokens are the text. The cache layers keep what a text of so many tokens keeps (`ModelCall.end`), and the
+head reads the hidden states of these. The recording is compared with a prompt that runs before it is used, and it is
+used where it is faster: not for a text that is so much shorter than its bucket that the padding takes longer than
+Python does.
 
 Recordings live as long as the model is patched. One plays at a time: all share their memory, and what one returns is
-copied, for the cache and the logits of the call.
+copied, for the cache and the hidden states of the call.
 
 Whether the model is as it was recorded takes milliseconds to see, in which the GPU would wait. So the recording that
 was played last for such inputs begins before the host has looked at the model, if all that it reads is still in its
 place and no token is beyond its embeddings. A replay writes to memory of its own only: of one that turns out to be
-another's nothing is copied.
+another's nothing is copied. The host looks only where that may lead to a replay: not at the first prompt of a bucket,
+nor, for a while, after it saw a model that cannot be recorded.
 """
 
 import threading
@@ -21,7 +24,9 @@ import time
 import warnings
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, NamedTuple, TypeVar
@@ -32,6 +37,7 @@ from torch import nn
 from transformers import DynamicCache
 
 from hf_sparse._compat import with_cache
+from hf_sparse.patches.backbone_class import run
 from hf_sparse.patches.cache import is_as_new, layers_to_fill
 from hf_sparse.patches.model_state import state_of
 from hf_sparse.patches.other_adapters import active_beside
@@ -41,6 +47,7 @@ from hf_sparse.patches.prompt_inputs import (
     has_padding,
     is_in_range,
     is_unusual,
+    keeps_keys,
     kind_of,
     may_be_played,
 )
@@ -51,27 +58,25 @@ from hf_sparse.patches.recorded_steps import free_memory
 _MOST_RECORDINGS, _MOST_TRIALS, _MOST_STATES = 16, 64, 8  # of a model; the one used least recently goes
 _ROOM = 4  # times the memory that calls have used for a while: a recording keeps up to twice that of a prompt
 _IDLE = 128  # prompts for which a recording was not used before another takes its place
+_MOST_SKIPPED = 64  # prompts after which a model that could not be recorded is looked at again, at most
 
 V = TypeVar("V")
 
+_all_run: ContextVar[bool] = ContextVar("all_run", default=False)
 
-class PromptCaller:
-    """Take the place of a model where `generate` reads a prompt, and play a recorded one if there is one.
 
-    Args:
-        model: a patched model.
-        modules: its patched attention modules.
-        prompts: its recordings.
+@contextmanager
+def unrecorded() -> Iterator[None]:
+    """Let patched models run in a `with` block, in this thread, where they would play a forward that was recorded.
+
+    A recorded forward may pad the text, which in half precision changes its results as another batch size does; what
+    runs gives the same bits each time. Decoding steps of `generate` take no notice, they have `disable_compile=True`.
     """
-
-    def __init__(self, model: nn.Module, modules: Sequence[nn.Module], prompts: "RecordedPrompts") -> None:
-        self._model, self._modules, self._prompts = model, modules, prompts
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-    def __call__(self, **inputs: Any) -> Any:
-        return self._prompts.read(self._model, self._modules, inputs)
+    token = _all_run.set(True)
+    try:
+        yield
+    finally:
+        _all_run.reset(token)
 
 
 class _Expected(NamedTuple):
@@ -96,21 +101,27 @@ class _Memory:
     """Hold all recordings of a model, what is counted until there is one, and what they share.
 
     Attributes:
-        recordings, trials: by the key and the length of the prompt.
+        recordings, trials: by the key and the length of the bucket.
         layers: what recordings fill, by the key and the tokens that there is room for, 0 where that is all the same.
         states: a number for each state of the model, which `model_state.state_of` returns.
-        prompts: how many have been looked at.
+        firsts: tokens of the first prompt of each bucket and kind, until it stands in a trial; then 0.
+        prompts: how many might have been played.
+        refusals: how many looks at the model in a row found that it cannot be recorded.
+        skipped: prompts that run before the next look.
         edges: `SparseAttentionLayer.prompt_edge` of each attention, at the last look: buckets end there.
         expected: what was played last, by the length of the bucket and the kind of inputs.
         pool: the memory of the recordings.
         last: an event that is reached when the last replay is over, and what is used of it has been copied.
     """
 
-    recordings: OrderedDict[Hashable, Recording] = field(default_factory=OrderedDict)
+    recordings: OrderedDict[tuple[Hashable, int], Recording] = field(default_factory=OrderedDict)
     trials: OrderedDict[Hashable, Trial] = field(default_factory=OrderedDict)
     layers: WeakValueDictionary[Hashable, Layers] = field(default_factory=WeakValueDictionary)
     states: OrderedDict[Hashable, int] = field(default_factory=OrderedDict)
+    firsts: dict[Hashable, int] = field(default_factory=dict)
     prompts: int = 0
+    refusals: int = 0
+    skipped: int = 0
     edges: Sequence[int] = ()
     expected: dict[Hashable, _Expected] = field(default_factory=dict)
     pool: Any = None
@@ -118,11 +129,11 @@ class _Memory:
 
 
 class RecordedPrompts:
-    """Read the prompts of a patched model in `generate`, and record those that wait for Python.
+    """Read the prompts of a patched model, and record those that wait for Python.
 
     What runs as ever: padding, inputs other than tokens and their positions, a cache that holds something or has layers
-    that are not the method's, autocast, gradients, outputs other than logits, quantised models, what `model_state`
-    refuses, and methods whose layers have no `prompt_edge`.
+    that are not the method's, autocast, gradients, outputs other than the last hidden states, quantised models, what
+    `model_state` refuses, methods whose layers have no `prompt_edge`, and all within `unrecorded`.
 
     Attributes:
         played: how many prompts were played.
@@ -142,15 +153,17 @@ class RecordedPrompts:
         self._is_refused = False
 
     def read(self, model: nn.Module, modules: Sequence[nn.Module], inputs: dict[str, Any]) -> Any:
-        """Return what the forward of the model returns for the first tokens of texts.
+        """Return what the forward of the backbone returns for the first tokens of texts.
 
         Where memory does not suffice, that of all recordings is given back, and a prompt in a new cache runs once more.
 
         Args:
-            model: a patched model.
-            modules: its patched attention modules.
+            model: the backbone of a patched model.
+            modules: the patched attention modules.
             inputs: of the forward, by name.
         """
+        if self._is_refused or _all_run.get() or not may_be_played(inputs):
+            return run(model, inputs)
         cache: Any = inputs.get(CACHE)
         layers = list(getattr(cache, "layers", ()))
         try:
@@ -159,39 +172,76 @@ class RecordedPrompts:
             if not self._memory.recordings:
                 raise
             self.clear()
-            if not is_as_new(cache, layers):
+            if cache is not None and not is_as_new(cache, layers):
                 raise
-        return model(**inputs)  # here, for the error holds what the failed forward had allocated
+        return run(model, inputs)  # here, for the error holds what the failed forward had allocated
 
     def _read(self, model: nn.Module, modules: Sequence[nn.Module], inputs: dict[str, Any]) -> Any:
         """Return what `read` returns, if memory suffices."""
-        arrived = time.perf_counter()
-        if self._is_refused or not may_be_played(modules, inputs):
-            return model(**inputs)
+        arrived, ids, prompt = time.perf_counter(), inputs["input_ids"], None
         with self._lock:
             self._arrived = arrived
-            begun = self._begin(model, inputs)
-            prompt = self._prompt(model, modules, inputs, begun is not None)
-            recording = None if prompt is None else self._recording(model, prompt, inputs)
-            self._expect(inputs, begun, recording)
-            if prompt is not None and recording is not None and recording.is_compared:
-                self.played += 1
-                return (self._finish if recording is begun else self._play)(recording, prompt, inputs)
-            if prompt is not None:
-                trial = _entry(self._memory.trials, (prompt.key, prompt.length), Trial, _MOST_TRIALS)
+            first = bucket_of(model, len(ids), ids.shape[1], ()), kind_of(inputs)
+            if is_first := first[0] is not None and first not in self._memory.firsts:
+                self._memory.prompts += 1
+            elif self._is_worth_a_look(model, inputs):
+                begun = self._begin(model, inputs)
+                prompt = self._prompt(model, modules, inputs, begun is not None)
+                recording = None if prompt is None else self._recording(model, prompt, inputs)
+                self._expect(inputs, begun, recording)
+                if prompt is not None and recording is not None and recording.is_compared:
+                    self.played += 1
+                    return (self._finish if recording is begun else self._play)(recording, prompt, inputs)
+                if prompt is not None:
+                    trial = self._trial(model, prompt, first)
         if prompt is None:
-            return model(**inputs)
+            output = run(model, inputs)
+            if is_first:
+                self._memory.firsts[first] = ids.shape[1]
+            return output
         timing = Timing() if trial.lengths and not trial.is_over else None
-        output = model(**inputs)
-        trial.note(inputs["input_ids"].shape[1], timing)
+        if recording is None or prompt.cache is not None:
+            output = run(model, inputs)
+        else:  # what layers keep is compared too
+            cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
+            output = run(model, inputs | {"use_cache": True} | with_cache(cache))
+        trial.note(ids.shape[1], timing)
         if recording is not None:
             with self._lock:
                 try:
                     self._compare(recording, prompt, inputs, output)
                 except torch.OutOfMemoryError:
-                    self._unrecorded.add((len(inputs["input_ids"]), prompt.length))
+                    self._unrecorded.add((len(ids), prompt.length))
                     self._memory.recordings.pop((prompt.key, prompt.length), None)
+            if prompt.cache is None:
+                output = type(output)(last_hidden_state=output.last_hidden_state)
         return output
+
+    def _is_worth_a_look(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
+        """Tell whether a look at the model may lead to a replay, or to a recording."""
+        memory, ids = self._memory, inputs["input_ids"]
+        memory.prompts += 1
+        if memory.skipped:
+            memory.skipped -= 1
+            return False
+        if len(memory.recordings) < _MOST_RECORDINGS or not self._is_used(next(iter(memory.recordings))):
+            return True
+        length = bucket_of(model, len(ids), ids.shape[1], memory.edges)
+        return any([of_one == length for _, of_one in memory.recordings])
+
+    def _is_used(self, key: tuple[Hashable, int]) -> bool:
+        """Tell whether a recording was used not long ago."""
+        return self._memory.prompts - self._memory.recordings[key].used < _IDLE
+
+    def _trial(self, model: nn.Module, prompt: Prompt, first: Hashable) -> Trial:
+        """Return what is counted of prompts like one; the first of all counts in the trial that comes first."""
+        memory, length = self._memory, prompt.length
+        trial = _entry(memory.trials, (prompt.key, length), Trial, _MOST_TRIALS)
+        tokens = memory.firsts.get(first, 0)
+        if tokens and bucket_of(model, prompt.rows, tokens, memory.edges) == length:
+            trial.lengths.add(tokens)
+        memory.firsts[first] = 0
+        return trial
 
     def _begin(self, model: nn.Module, inputs: dict[str, Any]) -> Recording | None:
         """Launch the replay that is expected for a prompt, before the host has looked at the model.
@@ -236,11 +286,16 @@ class RecordedPrompts:
             model, modules, inputs: see `read`.
             is_begun: whether a replay was launched, so that there is no padding.
         """
-        ids, cache = inputs["input_ids"], inputs[CACHE]
+        ids, cache = inputs["input_ids"], inputs.get(CACHE)
+        if cache is None and keeps_keys(model, inputs):
+            cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
+        count = _number_of_layers(model) if cache is None else len(getattr(cache, "layers", ()))
+        if not count or [module.layer_idx for module in modules] != list(range(count)):
+            return None
         attentions: list[Any] = [module._modules["sparse_attention"] for module in modules]
         if not all([attention.is_active for attention in attentions]):
             return None
-        layers = layers_to_fill(cache, attentions)
+        layers = [] if cache is None else layers_to_fill(cache, attentions)
         if layers is None:
             return None
         if attentions[0].is_managed() and any([active_beside(*pair) for pair in zip(modules, attentions, strict=True)]):
@@ -251,17 +306,19 @@ class RecordedPrompts:
             return None
         if not is_begun and has_padding(inputs):
             return None
+        memory = self._memory
         state = state_of(model, ids.device, {hook.id for attention in attentions for hook in attention.hooks})
         if state is None:
+            memory.skipped = min(1 << memory.refusals, _MOST_SKIPPED)
+            memory.refusals += 1
             return None
-        self._memory.edges = edges
-        number = _entry(self._memory.states, state, lambda: next(self._numbers), _MOST_STATES)
-        return Prompt(cache, layers, modules, attentions, length, (number, kind_of(inputs), *edges, *keys))
+        memory.edges, memory.refusals = edges, 0
+        number = _entry(memory.states, state, lambda: next(self._numbers), _MOST_STATES)
+        return Prompt(cache, layers, modules, attentions, len(ids), length, (number, kind_of(inputs), *edges, *keys))
 
     def _recording(self, model: nn.Module, prompt: Prompt, inputs: dict[str, Any]) -> Recording | None:
         """Return the recording for a prompt, made now if it is time; `None` if the prompt has to run."""
         memory, key, bucket = self._memory, (prompt.key, prompt.length), (len(inputs["input_ids"]), prompt.length)
-        memory.prompts += 1
         recording = memory.recordings.get(key)
         if recording is not None:
             memory.recordings.move_to_end(key)
@@ -278,7 +335,7 @@ class RecordedPrompts:
             return None
         if len(memory.recordings) >= _MOST_RECORDINGS:
             oldest = next(iter(memory.recordings))
-            if memory.prompts - memory.recordings[oldest].used < _IDLE:
+            if self._is_used(oldest):
                 return None
             del memory.recordings[oldest]
         try:
@@ -308,7 +365,7 @@ class RecordedPrompts:
         """Play a new recording beside the prompt that ran; where they differ, no prompt of the model is played."""
         layers = new_layers(prompt.attentions)
         played = self._play(recording, prompt._replace(cache=DynamicCache(), layers=layers), inputs)
-        recording.is_compared = agree(played.logits, layers, ran)
+        recording.is_compared = agree(played.last_hidden_state, layers, ran)
         if not recording.is_compared:
             warnings.warn("a recorded prompt differs from one that ran, so all prompts run", stacklevel=2)
             self.clear()
@@ -333,16 +390,17 @@ class RecordedPrompts:
         ids, tokens = inputs["input_ids"], inputs["input_ids"].shape[1]
         recording.replays += 1
         recording.used = self._memory.prompts
-        layers = prompt.layers or new_layers(prompt.attentions)
-        logits = recording.copy_to(layers, tokens)
+        layers = prompt.layers or ([] if prompt.cache is None else new_layers(prompt.attentions))
+        states = recording.copy_to(layers, tokens)
         if recording.replays == 2 and recording.launched is not None:
             recording.launched.stop()
             recording.timing, recording.launched = recording.launched, None
         self._note_last(ids.device)
         for layer in layers:
             layer.note_tokens(tokens)
-        prompt.cache.layers[:] = layers
-        return recording.kind(logits=logits, **with_cache(prompt.cache))
+        if prompt.cache is not None:
+            prompt.cache.layers[:] = layers
+        return recording.kind(last_hidden_state=states, **with_cache(prompt.cache))
 
     def _note_last(self, device: torch.device) -> None:
         """Note that the memory of recordings is in use up to here."""
@@ -367,6 +425,12 @@ def _entry(entries: OrderedDict[Hashable, V], key: Hashable, make: Callable[[], 
             entries.popitem(last=False)
     entries.move_to_end(key)
     return entries[key]
+
+
+def _number_of_layers(model: nn.Module) -> int:
+    """Count the layers of a model of transformers."""
+    config: Any = model.config
+    return config.get_text_config().num_hidden_layers
 
 
 def _has_room(device: torch.device) -> bool:

@@ -3,6 +3,7 @@
 import functools
 import threading
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,9 +14,11 @@ from transformers.masking_utils import create_masks_for_generate
 from hf_sparse.core.generation import Generation, announced
 from hf_sparse.ops.triton import is_on_gpu
 from hf_sparse.patches.attached import CHILD, sparse_layers
+from hf_sparse.patches.backbone_class import backbone_class, run
 from hf_sparse.patches.compiled_layers import compiled_layers
+from hf_sparse.patches.derived_class import restore_class, set_derived_class
 from hf_sparse.patches.interface import NAME
-from hf_sparse.patches.recorded_prompts import PromptCaller, RecordedPrompts
+from hf_sparse.patches.recorded_prompts import RecordedPrompts, unrecorded
 from hf_sparse.patches.recorded_steps import RecordedSteps, may_record, played_last
 from hf_sparse.patches.saving import is_in_peft_model, names_in_model, save_patched_model
 from hf_sparse.patches.step_masks import step_masks
@@ -27,9 +30,13 @@ class ModelSwitch:
     Called, it sets the attention implementation of the model's config: ours while the method is on, the base's while
     off. It stands in front of the model's `save_pretrained` and `push_to_hub`, which know nothing of the method, until
     `remove`; and of what `generate` asks whether and how to compile its steps: it may record them instead, and where
-    they are to be compiled, compile one layer for all. It stands in front of what reads the prompt there too, which may
-    play a recorded one, of what makes the masks of a step, and of what makes its inputs: those of a recorded step are
-    made while the device works on the one before.
+    they are to be compiled, compile one layer for all. It stands in front of what reads the prompt there too, of what
+    makes the masks of a step, and of what makes its inputs: those of a recorded step are made while the device works on
+    the one before. The backbone calls it (`backbone_class`) for a text of several tokens, which may be a recorded one.
+
+    Args:
+        model: a model of transformers that is about to be patched.
+        backbone: the module of it that a head calls with tokens, which may be the model.
     """
 
     _BEFORE = (
@@ -43,7 +50,7 @@ class ModelSwitch:
     _MASKS = "create_masks_for_generate"  # of models that make others
     _INPUTS = ("prepare_inputs_for_generation", "_update_model_kwargs_for_generation")
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, backbone: nn.Module) -> None:
         config = model.config
         if config._attn_implementation == NAME:
             raise ValueError(
@@ -69,6 +76,9 @@ class ModelSwitch:
         self._covered = {name: vars(model)[name] for name in names if name in vars(model)}
         for name in names:
             setattr(model, name, getattr(self, name))
+        self.backbone = weakref.ref(backbone)
+        if set_derived_class(backbone, backbone_class):
+            vars(backbone)["model_switch"] = self
 
     def __call__(self, enabled: bool) -> None:
         self.config._attn_implementation = dict.fromkeys(self.base, NAME) if enabled else self.base
@@ -86,6 +96,9 @@ class ModelSwitch:
         """Leave the model as it was, and what others have set in it since."""
         self(False)
         self.prompts.clear()
+        backbone: Any = self.backbone()
+        if vars(backbone).pop("model_switch", None) is not None:
+            restore_class(backbone)
         own = vars(self.model())
         for name in (*self._BEFORE, self._MASKS, *self._INPUTS):
             if own.get(name) == getattr(self, name):
@@ -209,21 +222,17 @@ class ModelSwitch:
         return Generation(layers, has_steps, is_masked)
 
     def _read_prompt(self, input_ids: Any, generation_config: Any, *args: Any, **kwargs: Any) -> Any:
-        """Read a prompt for `generate`, which may play a recorded one."""
+        """Read a prompt for `generate`, which may play a recorded one unless it was told otherwise."""
         model: Any = self.model()
-        read: Any = type(model)._prefill
         is_whole = generation_config.prefill_chunk_size is None and not generation_config.is_assistant
-        is_ordinary = read is GenerationMixin._prefill  # another one may need the model itself
-        if (
-            is_whole
-            and is_ordinary
-            and self.config._attn_implementation == NAME
-            and may_record(model, generation_config)
-        ):
-            return read(
-                PromptCaller(model, self.modules(), self.prompts), input_ids, generation_config, *args, **kwargs
-            )
-        return read(model, input_ids, generation_config, *args, **kwargs)
+        with nullcontext() if is_whole and may_record(model, generation_config) else unrecorded():
+            return type(model)._prefill(model, input_ids, generation_config, *args, **kwargs)
+
+    def read(self, backbone: nn.Module, inputs: dict[str, Any]) -> Any:
+        """Return what the forward of the backbone returns for several tokens of each text; see `RecordedPrompts`."""
+        if backbone is not self.backbone() or self.config._attn_implementation != NAME:  # a replica, or switched off
+            return run(backbone, inputs)
+        return self.prompts.read(backbone, self.modules(), inputs)
 
     def forget_modules(self) -> None:
         """Look for the patched modules anew, for one was added."""
@@ -248,10 +257,10 @@ class ModelSwitch:
         return getattr(self.model(), "_hf_peft_config_loaded", False)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = vars(self) | {"model": self.model(), "_modules": [], "_told": set()}
+        state = vars(self) | {"model": self.model(), "backbone": self.backbone(), "_modules": [], "_told": set()}
         del state["prompts"], state["_answer"]
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        made = {"model": weakref.ref(state["model"]), "prompts": RecordedPrompts(), "_answer": threading.local()}
-        vars(self).update(state | made)
+        held = {name: weakref.ref(state[name]) for name in ("model", "backbone")}
+        vars(self).update(state | held | {"prompts": RecordedPrompts(), "_answer": threading.local()})

@@ -135,7 +135,7 @@ def test_lengths_that_never_come_again(model, played_prompts):
 def test_a_prompt_that_an_error_ended_does_not_count(model, played_prompts, monkeypatch):
     generate(model, prompt(40))
     with monkeypatch.context() as broken:
-        broken.setattr(type(model.lm_head), "forward", lambda *_: 1 / 0)
+        broken.setattr(SparseKAttention, "attend", lambda *_, **__: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             generate(model, prompt(40))
     for number in (0, 0, 1, 2):
@@ -254,7 +254,6 @@ OPTIONS = {
     "in chunks": {"prefill_chunk_size": 11},
     "hidden states": {"output_hidden_states": True},
     "static": {"cache_implementation": "static"},
-    "looked up": {"prompt_lookup_num_tokens": 2, "output_logits": False},
 }
 
 
@@ -316,7 +315,7 @@ def switch_off(model):
 
 
 def quantise(model):
-    model.hf_quantizer = object()
+    model.config.quantization_config = {"quant_method": "fp8"}
 
 
 @pytest.mark.parametrize("change", [hook, replace_forward, observe, choose_by_a_baseline, spread, switch_off])
@@ -328,11 +327,9 @@ def test_models_whose_prompts_run(model, played_prompts, change):
 @pytest.mark.parametrize("change", [train, quantise])
 def test_models_that_are_not_looked_at(model, played_prompts, change):
     change(model)
-    switch = sparse_layers(model)[0].model_switch
     for _ in range(4):
         with torch.no_grad():
-            inputs = {"input_ids": prompt(40), "use_cache": True, "logits_to_keep": 1, "return_dict": True}
-            prompts_of(model).read(model, switch.modules(), inputs | with_cache(DynamicCache(config=model.config)))
+            model(prompt(40))
     assert not played_prompts
 
 
@@ -380,14 +377,14 @@ def test_a_recording_that_is_slower_than_the_prompt_goes(model, played_prompts, 
     assert not recordings_of(model)
 
 
-@pytest.mark.parametrize("part", ["logits", "keys", "values"])
+@pytest.mark.parametrize("part", ["states", "keys", "values"])
 def test_a_recording_that_differs_from_a_prompt_that_ran_is_refused(model, played_prompts, monkeypatch, part):
     """On a GPU a recording may go wrong in silence, so the first time it plays beside a prompt that runs."""
     play = recorded_prompts.RecordedPrompts._play
 
     def differ(self, recording, prompt, inputs):
         output = play(self, recording, prompt, inputs)
-        wrong = output.logits if part == "logits" else getattr(prompt.layers[1], part)
+        wrong = output.last_hidden_state if part == "states" else getattr(prompt.layers[1], part)
         wrong.copy_(torch.randn_like(wrong))
         return output
 
@@ -590,7 +587,10 @@ def test_the_prompts_that_are_pinned_whole(tiny_llama, played_prompts):
 
 
 def test_the_recording_used_least_recently_makes_room(model, played_prompts, monkeypatch):
-    """Only one that was not used for a while; otherwise prompts of many lengths would be recorded again and again."""
+    """Only one that was not used for a while; otherwise prompts of many lengths would be recorded again and again.
+
+    Until then the host does not look at the model for the others.
+    """
     monkeypatch.setattr(recorded_prompts, "_MOST_RECORDINGS", 2)
     monkeypatch.setattr(recorded_prompts, "_IDLE", 8)
     for length in (40, 100):
@@ -600,7 +600,8 @@ def test_the_recording_used_least_recently_makes_room(model, played_prompts, mon
     for _ in range(5):
         generate(model, prompt(160))
         generate(model, prompt(100))
-    assert played_prompts == [64, 128, 128, *[192, 128] * 4]  # the first was not used for eight prompts by then
+    # By the first round the first was not used for eight prompts: one is timed there, and one recorded in the next.
+    assert played_prompts == [64, 128, 128, 128, *[192, 128] * 3]
     assert [length for _, length in recordings_of(model)] == [192, 128]
 
 
