@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hf_sparse.core.backbone_call import backbone_call
 from hf_sparse.patches.derived_class import derived_class
 
 
@@ -31,4 +32,5 @@ def backbone_class(kind: Any) -> Any:
 def run(backbone: nn.Module, inputs: dict[str, Any]) -> Any:
     """Return what the forward of the model itself returns, as it is called within that of `backbone_class`."""
     kind: Any = backbone.model_class
-    return kind.forward(backbone, **inputs)
+    with backbone_call():
+        return kind.forward(backbone, **inputs)

@@ -8,7 +8,6 @@ attention function together with queries, keys and values; the model's own forwa
 Both registrations are needed: without a mask function transformers drops the padding mask silently.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +16,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.cache_utils import EncoderDecoderCache
 
 from hf_sparse._compat import attention_implementation, cache_given, private
-from hf_sparse.core.cache import SparseCacheLayer, is_recorded, mask_of_keys
+from hf_sparse.core.backbone_call import BackboneCall, current_call
+from hf_sparse.core.cache import ModelCall, SparseCacheLayer, is_recorded, mask_of_keys
 from hf_sparse.core.layer import SparseAttentionLayer
 from hf_sparse.core.packed_texts import PackedTexts, packed_texts
 from hf_sparse.ops.local_attention import local_attention
@@ -32,19 +32,10 @@ _active_collector: Any = private("transformers.utils.output_capturing", "_active
 sdpa_attention_forward: Any = private("transformers.integrations.sdpa_attention", "sdpa_attention_forward")
 
 
-@dataclass
-class SparseCall:
-    """Carry what is known where an attention module is called to the attention function, which needs it.
-
-    Attributes:
-        attention: the sparse attention of the module.
-        hidden_states: `[B, T, C]`, the input of the module.
-        cache: the cache layer of the module, or `None`.
-    """
-
-    attention: SparseAttentionLayer
-    hidden_states: Tensor
-    cache: SparseCacheLayer | None
+# What is known where an attention module is called and the attention function needs: the sparse attention of the
+# module, its input `[B, T, C]`, its cache layer or `None`, and the call that it was checked in with all others, if any.
+# A tuple is made without a call of Python, and on short texts the host sets the pace.
+SparseCall = tuple[SparseAttentionLayer, Tensor, SparseCacheLayer | None, ModelCall | BackboneCall | None]
 
 
 def attention_forward(
@@ -76,17 +67,33 @@ def attention_forward(
         )
     if sparse_call is None:  # an attention module of a patched model that is not patched itself
         return _attend_densely(module, query, key, value, attention_mask, scaling, dropout, kwargs)
+    attention, hidden_states, cache, call = sparse_call
     inputs = module, query, key, value, attention_mask, scaling, sparse_call, kwargs
-    cache = sparse_call.cache
-    if cache is None or torch.compiler.is_compiling():  # where a graph breaks, it could not within `try`
-        output = _attend_sparsely(*inputs)
-    else:
-        try:
+    if torch.compiler.is_compiling():  # where a graph breaks, it could not within `try`
+        return _attend_sparsely(*inputs).transpose(1, 2).contiguous(), None
+    try:
+        output = None
+        is_plain = attention_mask is None and not attention.dense_window and _WATCHED.isdisjoint(kwargs)
+        if call is not None and is_plain:
+            scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+            output = attention.attend_as_before(query, key, value, hidden_states, cache, call, scale)
+            if output is not None and cache is not None:
+                _end(cache)
+        if output is None:
             output = _attend_sparsely(*inputs)
-        except Exception:
+    except Exception:
+        if cache is not None:
             cache.cancel_attention(query.shape[2])
-            raise
+        raise
     return output.transpose(1, 2).contiguous(), None
+
+
+def _end(cache: SparseCacheLayer) -> None:
+    """End the attention that fills a cache layer, and the call that has made the layer."""
+    cache.end_attention()
+    if cache.call is not None:
+        cache.call.layers -= 1
+        cache.call = None
 
 
 def _attend_densely(
@@ -120,7 +127,7 @@ def _attend_sparsely(
     kwargs: dict[str, Any],
 ) -> Tensor:
     """Attend by the method of a patched module, `[B, Hq, T, D]`; see `attention_forward`."""
-    attention, hidden_states, cache = sparse_call.attention, sparse_call.hidden_states, sparse_call.cache
+    attention, hidden_states, cache, _ = sparse_call
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     texts = None
     if attention_mask is not None or not _WATCHED.isdisjoint(kwargs):
@@ -141,22 +148,17 @@ def _attend_sparsely(
         if cache is not None:
             raise ValueError("packed sequences (cu_seq_lens_q) have no cache: call the model with use_cache=False")
         return texts.attend(attention.attend, query, key, value, hidden_states=hidden_states, scaling=scaling)
-    call = valid = None
+    valid = None
     if cache is None:
         valid = mask_of_keys(attention_mask, key.shape[2])
-    else:
-        call = cache.call
-        if call is None or cache.is_initialized or attention_mask is not None:  # one that is new has no earlier tokens
-            valid = cache.check_mask(attention_mask, query.shape[2])
+    elif cache.call is None or cache.is_initialized or attention_mask is not None:  # a new one has no earlier tokens
+        valid = cache.check_mask(attention_mask, query.shape[2])
     # A decoding step waits for no value from the device.
     if valid is not None and query.shape[2] > 1 and not torch.compiler.is_compiling() and bool(valid.all()):
         valid = None
     output = attention.attend(query, key, value, hidden_states=hidden_states, valid=valid, cache=cache, scaling=scaling)
     if cache is not None:
-        cache.end_attention()
-        if call is not None:
-            cache.call = None
-            call.layers -= 1
+        _end(cache)
     return output
 
 
@@ -216,16 +218,21 @@ def sparse_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     """
     # Not by `nn.Module.__getattr__`, which is slow.
     attention: SparseAttentionLayer | None = module._modules.get(CHILD)  # type: ignore[assignment]
-    if attention is None or not attention.is_active:
+    if attention is None:
         return None
     hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     is_compiled = torch.compiler.is_compiling()
     cache = cache_given(module, args, kwargs)
+    call = None if is_compiled else current_call()
     if cache is not None and not is_compiled:
         layer = layer_in_call(cache, module.layer_idx)  # type: ignore[arg-type]
         if layer is not None:  # all has been checked where it was made
             layer.begin_attention()
-            return SparseCall(attention, hidden_states, layer)
+            return attention, hidden_states, layer, layer.call
+    elif call is not None and attention in call.ready:  # likewise
+        return attention, hidden_states, None, call
+    if not attention.is_active:
+        return None
     name = None
     is_compiled_step = is_compiled and hidden_states.shape[1] == 1
     may_switch = not is_compiled_step and attention.is_managed is not None and attention.is_managed()
@@ -239,18 +246,23 @@ def sparse_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         raise ValueError("sparse attention has no attention matrix: output_attentions=True is not supported")
     if isinstance(cache, EncoderDecoderCache) and getattr(module.config, "add_cross_attention", False):
         cache = cache.self_attention_cache  # the other half belongs to cross-attention, which stays dense
-    layer = None
-    if cache is not None:
-        index = int(module.layer_idx)  # type: ignore[arg-type]
-        one_by_one = is_recorded(hidden_states.device) or may_switch or attention.has_local_neighbours
+    one_by_one = may_switch or is_recorded(hidden_states.device)
+    if cache is None:
         # Not at the first layer: a GPU that has nothing to do yet would wait for all of it.
-        if index and not one_by_one and is_unused(cache, index):
-            assert attention.model_switch is not None
-            make_layers(cache, attention.model_switch.modules())
-        layer = sparse_cache_layer(cache, index, attention)
-        attention.check_cache(layer)
-        layer.begin_attention()
-    return SparseCall(attention, hidden_states, layer)
+        if call is None or one_by_one or not attention.layer:
+            return attention, hidden_states, None, None
+        assert attention.model_switch is not None
+        others: list[Any] = [module._modules[CHILD] for module in attention.model_switch.modules()]
+        call.ready.update({other: other.prepare() for other in others if other.is_active})
+        return attention, hidden_states, None, call
+    index = int(module.layer_idx)  # type: ignore[arg-type]
+    if index and not one_by_one and not attention.has_local_neighbours and is_unused(cache, index):
+        assert attention.model_switch is not None
+        make_layers(cache, attention.model_switch.modules())
+    layer = sparse_cache_layer(cache, index, attention)
+    attention.check_cache(layer)
+    layer.begin_attention()
+    return attention, hidden_states, layer, layer.call
 
 
 def before_attention(

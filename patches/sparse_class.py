@@ -25,7 +25,8 @@ def sparse_class(kind: Any) -> Any:
         call = sparse_call(self, args, kwargs)
         if call is None:
             return kind.forward(self, *args, **kwargs)
-        return kind.forward(self, *args, **kwargs, sparse_call=call)
+        kwargs["sparse_call"] = call
+        return kind.forward(self, *args, **kwargs)
 
     return derived_class(kind, forward, sparse_class)
 

@@ -111,6 +111,25 @@ class SparseAttentionLayer(AdapterLayer[ConfigT], RequestAttention):
         """
         raise NotImplementedError
 
+    def attend_as_before(
+        self, query: Tensor, key: Tensor, value: Tensor, hidden_states: Tensor, cache: Any, call: Any, scaling: float
+    ) -> Tensor | None:
+        """Compute what `attend` does for whole texts, in as little Python as layers before this one allow.
+
+        Args:
+            query, key, value, hidden_states, scaling: as in `attend`; there is no padding.
+            cache: the layer that `cache_layer_in_call` made, and that holds nothing yet; or `None`.
+            call: its `ModelCall`; without a cache a `BackboneCall`, in which this layer is `ready`.
+
+        Returns:
+            `[B, Hq, T, D]`; `None`, with nothing changed, where `attend` has to do it.
+        """
+        return None
+
+    def prepare(self) -> Any:
+        """Return what `attend_as_before` needs to know of this layer in a forward that keeps no keys."""
+        return None
+
     def is_learning(self, cache: Any) -> bool:
         """Tell whether a forward is one to learn from: in `train` mode, unless it fills a cache without gradients."""
         return self.training and (cache is None or torch.is_grad_enabled())

@@ -27,12 +27,17 @@ from hf_sparse.methods.sparsek.first_calls import steps_begun
 from hf_sparse.methods.sparsek.in_blocks import attend_block_after_block
 from hf_sparse.methods.sparsek.padded import attend_padded
 from hf_sparse.methods.sparsek.ragged_cache import RaggedCacheLayer
-from hf_sparse.methods.sparsek.reading import Scoring, read_in_few_launches, scoring_of
+from hf_sparse.methods.sparsek.reading import Scoring, read_as_before, read_in_few_launches, scoring_of
 from hf_sparse.methods.sparsek.scorer import Scorer, make_scorer
 from hf_sparse.methods.sparsek.settings import WHOLE_PROMPT
 from hf_sparse.methods.sparsek.step import step_in_one_kernel
 from hf_sparse.methods.sparsek.tokens import ScoredTokens, token_index
-from hf_sparse.methods.sparsek.without_cache import attend_without_cache
+from hf_sparse.methods.sparsek.without_cache import (
+    ReadyLayer,
+    attend_alone_as_before,
+    attend_without_cache,
+    ready_layer,
+)
 
 # (query [B, Hq, T, D], key [B, Hkv, T, D], scores [B, Hkv, T], scaling) of whole sequences without padding
 Observer = Callable[[Tensor, Tensor, Tensor, float], None]
@@ -151,7 +156,8 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
     def cache_layer_in_call(self, call: ModelCall) -> SparseKCacheLayer:
         """Make the KV slots of this module in a call of the model that is going to fill them."""
         layer: Any = super().cache_layer_in_call(call)
-        layer.scoring = scoring_of(self)
+        # With it the layer reads as those before it in the call.
+        layer.scoring = scoring_of(self) if self.uses_scorer and not layer.pins_prompt else None
         call.kinds.append((layer.counts or layer.slots, layer.scoring and layer.scoring.layout))  # which has the device
         return layer
 
@@ -245,10 +251,6 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
             return self._attend(new, cache) if output is None else output
         if not isinstance(cache, SparseKCacheLayer):
             return self._attend(new, cache)
-        if cache.call is not None and cache.call.shared is not None and not cache.pins_prompt:
-            output = read_in_few_launches(self, new, cache)  # as a layer before it in this call of the model
-            if output is not None:
-                return output
         if query.shape[2] == 1:
             for step in (step_in_one_kernel, step_ahead, step_compiled):  # on a GPU, on the CPU, in compiled code
                 output = step(self, new, cache)
@@ -260,6 +262,18 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
         output = self._attend(new, cache)
         cache.pin()
         return output
+
+    def attend_as_before(
+        self, query: Tensor, key: Tensor, value: Tensor, hidden_states: Tensor, cache: Any, call: Any, scaling: float
+    ) -> Tensor | None:
+        """Attend as a layer before in the same call, see `SparseAttentionLayer`."""
+        if cache is None:
+            return attend_alone_as_before(query, key, value, hidden_states, call.ready[self], call, scaling)
+        return read_as_before(query, key, value, hidden_states, cache, scaling)
+
+    def prepare(self) -> ReadyLayer | None:
+        """Return what texts are attended to with of which nothing is kept, see `SparseAttentionLayer`."""
+        return ready_layer(self)
 
     def _check_prompt(self, length: int, valid: Tensor | None) -> None:
         """Raise `ValueError` if a prompt of `length` tokens does not fit into sinks and selected keys of each head."""

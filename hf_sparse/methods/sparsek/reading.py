@@ -165,6 +165,51 @@ def read_in_few_launches(
     return attend_to_all(new) if output is None else output
 
 
+def read_as_before(
+    query: Tensor, key: Tensor, value: Tensor, hidden_states: Tensor, cache: SparseKCacheLayer, scaling: float
+) -> Tensor | None:
+    """Read a text as `read_in_few_launches`, by the launches of the layer before in the same call of the model.
+
+    Nearly all stands in this one function: to Python a call costs as much as what it does here.
+
+    Args:
+        query, key, value, hidden_states, scaling: of all tokens of each row, without padding.
+        cache: takes in the tokens.
+
+    Returns:
+        `[B, Hq, T, D]`; `None`, with nothing changed, where no layer before has read like this one.
+    """
+    call, scoring = cache.call, cache.scoring
+    shared: Any = None if call is None else call.shared
+    if call is None or shared is None or scoring is None or cache.is_initialized or torch.is_grad_enabled():
+        return None
+    number, counts = call.begun - shared.first, cache.counts
+    if not 0 <= number < len(shared.counts) or shared.counts[number] != (counts or cache.slots):
+        return None
+    k: Any = cache.k if counts is None else (_most_selected(cache.k), key.shape[2] <= cache.slots)
+    # As in `read_in_few_launches`.
+    layout = (
+        query.shape, query.stride(), query.dtype, query.device, key.shape, key.stride(), key.dtype, value.stride(),
+        value.dtype, hidden_states.dtype, hidden_states.stride(), scaling, scoring.layout, k, cache.window,
+        cache.sinks, call.end is None,
+    )  # fmt: skip
+    of_key, of_value, of_states = key.data_ptr(), value.data_ptr(), hidden_states.data_ptr()
+    if layout != shared.layout or (query.data_ptr() | of_key | of_value | of_states) % 16:
+        return None
+    program = shared.program
+    bases = [query.data_ptr()] if program.order else []  # otherwise all keys fit: the launches read no query
+    bases += (of_key, of_value, of_states, *scoring.addresses, *shared.slots.addresses(number))
+    of_heads: Any = cache.k
+    bases += (0, 0) if counts is None else _addresses_of_tables(of_heads, counts, key.device)
+    bases.append(0 if call.end is None else call.end.data_ptr())
+    results = program.launch(bases, shared.memory)
+    cache.take_shared(shared.slots, number)
+    if results:
+        return results[0]
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
+
+
 def attend_to_all(new: NewTokens) -> Tensor:
     """Attend to all keys up to the query by the kernel of the base model, `[B, Hq, T, D]`."""
     query, key, value = new[:3]

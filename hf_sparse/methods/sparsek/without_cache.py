@@ -6,11 +6,14 @@ fits into the budget needs no scores at all, and of a longer one all launches ar
 
 import functools
 from collections.abc import Hashable
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from hf_sparse.core.backbone_call import BackboneCall
 from hf_sparse.core.new_tokens import NewTokens
 from hf_sparse.methods.sparsek.budget import Budget
 from hf_sparse.methods.sparsek.reading import (
@@ -31,6 +34,94 @@ if TYPE_CHECKING:
 _TRITON = installed()
 
 _programs: dict[Hashable, "Program"] = {}  # by layout, for tensors at multiples of 16 bytes
+
+
+class ReadyLayer(NamedTuple):
+    """Hold what a layer attends with in a forward that keeps nothing.
+
+    Attributes:
+        budget, fewest_slots: of the layer.
+        scoring: what its scorer computes with; `None` where no kernel knows it.
+        table: where the table of heads that differ is, 0 without one.
+    """
+
+    budget: Budget
+    fewest_slots: int
+    scoring: Scoring | None
+    table: int
+
+
+@dataclass
+class SharedLaunches:
+    """Hold the launches that the layers of one forward have in common, while they are for the same layout.
+
+    Attributes:
+        layout: of tensors.
+        program: the launches.
+        memory: that they use; one layer after another does.
+    """
+
+    layout: Hashable
+    program: "Program"
+    memory: Tensor | None
+
+
+def ready_layer(attention: "SparseKAttention") -> ReadyLayer | None:
+    """Return what a layer attends with; `None` where `attend_without_cache` has to ask for more, or takes no text."""
+    if attention.training or not attention.causal or not attention.uses_scorer or torch.is_grad_enabled():
+        return None
+    if any([torch.is_autocast_enabled(kind) for kind in ("cuda", "cpu")]):
+        return None
+    budget = attention.budget
+    scoring = scoring_of(attention) if _TRITON else None
+    is_equal = scoring is None or isinstance(budget.k, int)
+    table = 0 if is_equal or scoring is None else _address_of_counts(budget.k, scoring.weight.device)
+    return ReadyLayer(budget, budget.fewest_slots, scoring, table)
+
+
+def attend_alone_as_before(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    hidden_states: Tensor,
+    ready: ReadyLayer | None,
+    call: BackboneCall,
+    scaling: float,
+) -> Tensor | None:
+    """Attend as `attend_without_cache`, by launches that are known, in one function: to Python calls are slow.
+
+    Args:
+        query, key, value, hidden_states, scaling: of all tokens of each row, without padding.
+        ready: of the layer.
+        call: the forward.
+
+    Returns:
+        `[B, Hq, T, D]`; `None` where `attend_without_cache` has to do it.
+    """
+    if ready is None or torch.is_grad_enabled():
+        return None
+    if key.shape[2] <= ready.fewest_slots:
+        grouped = query.shape[1] != key.shape[1]
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
+    scoring = ready.scoring
+    if scoring is None:
+        return None
+    # As in `attend_without_cache`.
+    layout = (
+        query.shape, query.stride(), query.dtype, query.device, key.shape, key.stride(), key.dtype, value.stride(),
+        value.dtype, hidden_states.dtype, hidden_states.stride(), scaling, scoring.layout, ready.budget,
+    )  # fmt: skip
+    bases = [query.data_ptr(), key.data_ptr(), value.data_ptr(), hidden_states.data_ptr()]
+    if (bases[0] | bases[1] | bases[2] | bases[3]) % 16:
+        return None
+    shared: SharedLaunches | None = call.shared
+    if shared is None or shared.layout != layout:
+        program = _programs.get(layout)
+        if program is None:
+            return None
+        shared = call.shared = SharedLaunches(layout, program, program.memory())
+    bases += (*scoring.addresses, ready.table)
+    return shared.program.launch(bases, shared.memory)[0]
 
 
 def attend_without_cache(attention: "SparseKAttention", new: NewTokens) -> Tensor | None:

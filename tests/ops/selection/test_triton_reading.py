@@ -5,9 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from hf_sparse.core.backbone_call import BackboneCall
 from hf_sparse.core.cache import ModelCall
 from hf_sparse.core.new_tokens import NewTokens
-from hf_sparse.methods.sparsek import SparseKCacheLayer, reading
+from hf_sparse.methods.sparsek import SparseKCacheLayer, reading, without_cache
+from hf_sparse.methods.sparsek.budget import Budget
 from hf_sparse.methods.sparsek.fixed_memory import SharedSlots
 from hf_sparse.methods.sparsek.ragged_cache import RaggedCacheLayer
 from hf_sparse.methods.sparsek.reading import Scoring
@@ -296,6 +298,119 @@ def test_layers_that_differ_otherwise_take_slots_of_their_own(other, monkeypatch
     assert call.shared is first is not second and len(second.counts) == 1 and number == 0
 
 
+class NotedLaunches:
+    """Take the place of launches: list the addresses that they get."""
+
+    def __init__(self, output=None):
+        self.order, self.output, self.bases = (() if output is None else (0,)), output, []
+
+    def memory(self):
+        return None
+
+    def launch(self, bases, memory):
+        self.bases.append(list(bases))
+        return () if self.output is None else (self.output,)
+
+
+@pytest.mark.parametrize("fits", [True, False], ids=["fits", "beyond"])
+@pytest.mark.parametrize("counts", [(12, 12, 12), ((5, 7), (6, 6), (5, 7))], ids=["equal", "heads"])
+def test_a_layer_reads_by_the_launches_of_the_one_before(counts, fits, monkeypatch):
+    """The short way launches with the same addresses as the long one, and leaves the same to the cache layer."""
+    query, key, value, states, weight, _ = inputs(1, 4, 2, 5 if fits else 30, 16, 48, torch.float32, False)
+    program = NotedLaunches(None if fits else query + 1)
+    monkeypatch.setattr(reading, "is_on_gpu", lambda query: True)
+    monkeypatch.setattr(reading, "_programs", SimpleNamespace(get=lambda layout: program))
+    scoring = Scoring(weight, None, ("key",), (weight.data_ptr(), 0), "layout of the scorer")
+    attention = SimpleNamespace(uses_scorer=True, active="a", identities={"a": None})
+    call, outputs, caches = ModelCall(layers=3, kinds=[(count, "layout") for count in counts]), [], []
+    new = NewTokens(query, key, value, states, None, 0.25)
+    with torch.no_grad():
+        for number, count in enumerate(counts):
+            cache = layer_of(call, count)
+            cache.scoring, cache.owner = scoring, (None, None)
+            short = reading.read_as_before(*new[:4], cache, 0.25)
+            assert (short is None) == (number == 0)  # no layer has read before the first
+            outputs.append(reading.read_in_few_launches(attention, new, cache) if short is None else short)
+            caches.append(cache)
+            call.layers -= 1
+            assert cache.is_initialized and not cache.empty
+    first, second, third = program.bases
+    begin = 5 if fits else 6  # without the query
+    for number, bases in enumerate(program.bases):
+        assert bases[:begin] == [*([] if fits else [query.data_ptr()]), *first[begin - 5 : begin]]
+        assert bases[begin : begin + 7] == caches[0].shared[0].addresses(number)
+        assert caches[number].shared == (caches[0].shared[0], number)
+        assert len(bases) == begin + 10 and (bases[-2] == 0) == (counts[0] == 12) and bases[-1] == 0
+    assert first[begin + 7 :] == third[begin + 7 :] and (first[-3:] == second[-3:]) == (counts[0] == 12)
+    for output in outputs:
+        assert output.shape == query.shape and torch.equal(output, outputs[0])
+
+
+@pytest.mark.parametrize("change", ["layout", "address", "gradients", "scorer", "used"])
+def test_another_layer_does_not_read_as_the_one_before(change, monkeypatch):
+    query, key, value, states, weight, _ = inputs(1, 4, 2, 30, 16, 48, torch.float32, False)
+    program = NotedLaunches(query)
+    monkeypatch.setattr(reading, "is_on_gpu", lambda query: True)
+    monkeypatch.setattr(reading, "_programs", SimpleNamespace(get=lambda layout: program))
+    scoring = Scoring(weight, None, ("key",), (weight.data_ptr(), 0), "layout of the scorer")
+    attention = SimpleNamespace(uses_scorer=True, active="a", identities={"a": None})
+    call = ModelCall(layers=2, kinds=[(12, "layout")] * 2)
+    first, second = layer_of(call, 12), layer_of(call, 12)
+    first.scoring = second.scoring = scoring
+    first.owner = (None, None)
+    with torch.no_grad():
+        reading.read_in_few_launches(attention, NewTokens(query, key, value, states, None, 0.25), first)
+    call.layers -= 1
+    if change == "layout":
+        query = query.transpose(1, 2).contiguous().transpose(1, 2)
+    elif change == "address":
+        room = torch.zeros(key.numel() + 1, device=DEVICE)
+        key = room[1:].view_as(key).copy_(key)
+    elif change == "scorer":
+        second.scoring = None  # as for a baseline, or where others look on
+    elif change == "used":
+        second.is_initialized = True
+    with torch.set_grad_enabled(change == "gradients"):
+        assert reading.read_as_before(query, key, value, states, second, 0.25) is None
+    assert len(program.bases) == 1 and second.shared is None
+
+
+@pytest.mark.parametrize("k", [8, (5, 7)], ids=["equal", "heads"])
+def test_a_layer_that_keeps_nothing_attends_by_known_launches(k, monkeypatch):
+    query, key, value, states, weight, _ = inputs(1, 4, 2, 30, 16, 48, torch.float32, False)
+    program = NotedLaunches(query + 1)
+    monkeypatch.setattr(without_cache, "is_on_gpu", lambda query: True)
+    monkeypatch.setattr(without_cache, "_programs", SimpleNamespace(get=lambda layout: program))
+    scoring = Scoring(weight, None, ("key",), (weight.data_ptr(), 0), "layout of the scorer")
+    monkeypatch.setattr(without_cache, "scoring_of", lambda attention: scoring)
+    attention = SimpleNamespace(training=False, causal=True, uses_scorer=True, budget=Budget(k, 3, 1))
+    call = BackboneCall()
+    with torch.no_grad():
+        expected = without_cache.attend_without_cache(attention, NewTokens(query, key, value, states, None, 0.25))
+        ready = without_cache.ready_layer(attention)
+        for _ in range(2):
+            found = without_cache.attend_alone_as_before(query, key, value, states, ready, call, 0.25)
+            assert torch.equal(found, expected)
+        assert call.shared.program is program
+        assert program.bases[0] == program.bases[1] == program.bases[2]
+        short = [tensor[:, :, :9] for tensor in (query, key, value)]
+        found = without_cache.attend_alone_as_before(*short, states, ready, call, 0.25)
+        expected = without_cache.attend_without_cache(attention, NewTokens(*short, states, None, 0.25))
+        assert torch.equal(found, expected) and len(program.bases) == 3
+        monkeypatch.setattr(without_cache, "_programs", {})
+        longer = [torch.cat([tensor, tensor], 2) for tensor in (query, key, value)]
+        assert without_cache.attend_alone_as_before(*longer, states, ready, call, 0.25) is None
+    assert without_cache.attend_alone_as_before(query, key, value, states, ready, call, 0.25) is None  # gradients
+    assert without_cache.ready_layer(attention) is None
+    with torch.no_grad():
+        for name, other in (("training", True), ("causal", False), ("uses_scorer", False)):
+            with monkeypatch.context() as changed:
+                changed.setattr(attention, name, other)
+                assert without_cache.ready_layer(attention) is None
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert without_cache.ready_layer(attention) is None
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="models take this path on a GPU alone")
 @pytest.mark.parametrize(
     "shares",
@@ -325,13 +440,29 @@ def test_a_model_reads_as_by_the_longer_path(length, shares, monkeypatch):
     model = patch(LlamaForCausalLM(config).to(DEVICE).eval(), budget)
     ids = torch.randint(0, 100, (2, length + 30), device=DEVICE)
     results = []
+    ways = ["read_as_before", "attend_alone_as_before"]
+    taken = dict.fromkeys(ways, 0)
+
+    def counted(name, do):
+        def count(*args):
+            output = do(*args)
+            taken[name] += output is not None
+            return output
+
+        return count
+
+    for name in ways:
+        monkeypatch.setattr(attention, name, counted(name, getattr(attention, name)))
     for path in ("first call", "second call", "longer path"):
+        taken |= dict.fromkeys(ways, 0)
         if path == "longer path":
-            monkeypatch.setattr(attention, "read_in_few_launches", lambda *_: None)
-            monkeypatch.setattr(attention, "attend_without_cache", lambda *_: None)
+            for name in (*ways, "read_in_few_launches", "attend_without_cache"):
+                monkeypatch.setattr(attention, name, lambda *_: None)
         with torch.inference_mode():
             output = model(ids[:, :length], use_cache=True)
             alone = model(ids[:, :length], use_cache=False)
+        if path == "second call":  # all layers but the first
+            assert taken == dict.fromkeys(ways, 2)
         torch.testing.assert_close(alone.logits, output.logits, rtol=1e-3, atol=1e-3)
         logits, caches = [output.logits], [cache_of(output)]
         with torch.no_grad():

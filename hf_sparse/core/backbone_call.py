@@ -1,0 +1,45 @@
+"""Share what attention layers have found out in one forward of a backbone that reads several tokens."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass
+class BackboneCall:
+    """Hold what the attention layers of one forward of a backbone share where they keep no keys.
+
+    Python runs faster over all layers at once than where each is reached. So at the second layer the patch checks all,
+    and asks the method what each of them needs. (Layers that keep keys share a `ModelCall`.)
+
+    Attributes:
+        ready: what `SparseAttentionLayer.prepare` returned, by layer, of the layers that attend sparsely in this call.
+        shared: what the method lets its layers share; `None` before that.
+    """
+
+    ready: dict[Any, Any] = field(default_factory=dict)
+    shared: Any = None
+
+
+class _OfThread(threading.local):
+    call: BackboneCall | None = None
+
+
+_of_thread = _OfThread()
+
+
+def current_call() -> BackboneCall | None:
+    """Return the forward of a backbone that this thread is in; `None` outside of one."""
+    return _of_thread.call
+
+
+@contextmanager
+def backbone_call() -> Iterator[None]:
+    """Begin a forward of a backbone for the length of a `with` block."""
+    before, _of_thread.call = _of_thread.call, BackboneCall()
+    try:
+        yield
+    finally:
+        _of_thread.call = before

@@ -1,0 +1,140 @@
+"""In a forward that keeps nothing all layers are checked at the second one, and attend in little Python from there."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+import hf_sparse
+from hf_sparse import SparsefinderConfig, SparseKConfig, patch, unpatch
+from hf_sparse.core.backbone_call import backbone_call
+from hf_sparse.methods.sparsek import SparseKAttention
+from hf_sparse.methods.sparsek.baselines import Recency
+from hf_sparse.patches import sparse_layers
+
+FAMILIES = runpy.run_path(str(Path(__file__).parents[1] / "families.py"))["FAMILIES"]
+IDS = torch.arange(24)[None] % 60
+
+
+@pytest.fixture
+def model():
+    base = FAMILIES["llama"].make(num_hidden_layers=3).eval()
+    return patch(base, SparseKConfig(k=20, window=4, sinks=1))
+
+
+@pytest.fixture
+def attended(monkeypatch):
+    """List the layers that attend in the long way."""
+    layers, attend = [], SparseKAttention.attend
+
+    def note(self, *args, **kwargs):
+        layers.append(self.layer)
+        return attend(self, *args, **kwargs)
+
+    monkeypatch.setattr(SparseKAttention, "attend", note)
+    return layers
+
+
+def logits(model, ids=IDS, **inputs):
+    with torch.no_grad():
+        return model(ids, **{"use_cache": False} | inputs).logits
+
+
+def logits_without_a_call(model, **inputs):
+    """The forward of the base model's backbone, in which no layer knows of the others."""
+    with torch.no_grad():
+        output = type(model.model).model_class.forward(model.model, IDS, **{"use_cache": False} | inputs)
+        return model.lm_head(output[0])
+
+
+def test_a_text_that_fits_is_that_of_the_base_model(model, attended):
+    found = logits(model)
+    assert attended == [0]
+    unpatch(model)
+    assert torch.equal(found, logits(model))
+
+
+@pytest.mark.parametrize("inputs", [{"attention_mask": (IDS > 2).long()}, {"use_cache": True}], ids=["mask", "cache"])
+def test_what_is_attended_in_the_long_way(model, attended, inputs):
+    expected = logits(model, **inputs)
+    assert attended == [0, 1, 2]
+    with torch.no_grad():  # a layer at a time, outside of a forward of the backbone
+        found = model.lm_head(
+            type(model.model).model_class.forward(model.model, IDS, **{"use_cache": False} | inputs)[0]
+        )
+    assert torch.equal(found, expected)
+
+
+def observe(model):
+    for layer in sparse_layers(model):
+        layer.observer = lambda *_: None
+
+
+def choose_by_a_baseline(model):
+    for layer in sparse_layers(model):
+        layer.baseline = Recency()
+
+
+def attend_nearby(model):
+    for layer in sparse_layers(model):
+        layer.dense_window = 3
+
+
+def train(model):
+    model.train()
+
+
+def switch_off(model):
+    sparse_layers(model)[1].enable_adapters(False)
+
+
+@pytest.mark.parametrize("change", [observe, choose_by_a_baseline, attend_nearby, train])
+def test_layers_that_do_otherwise(model, attended, change):
+    change(model)
+    assert torch.equal(logits(model), logits_without_a_call(model))
+
+
+def test_gradients_take_the_long_way(model, attended):
+    model.train()
+    with pytest.warns(UserWarning, match="learn nothing"):
+        model(IDS, use_cache=False).logits.sum().backward()
+    assert attended == [0, 1, 2]
+
+
+def test_a_layer_that_is_switched_off_between_calls(model):
+    logits(model)
+    sparse_layers(model)[2].set_adapter([])
+    dense = logits(model)
+    assert dense.isfinite().all()
+
+
+def test_each_call_checks_anew(model):
+    logits(model)
+    with pytest.raises(ValueError, match="output_attentions=True is not supported"):
+        logits(model, output_attentions=True)
+    model.config._attn_implementation = "sdpa"
+    with pytest.raises(ValueError, match="implementation of a patched model was changed"):
+        logits(model)
+
+
+def test_an_error_leaves_nothing(model, attended):
+    with pytest.raises(IndexError):
+        logits(model, IDS + 1000)
+    assert logits(model).isfinite().all() and attended == [0]
+
+
+def test_another_method_goes_on_as_ever():
+    base = FAMILIES["llama"].make(num_hidden_layers=3).eval()
+    model = patch(base, SparsefinderConfig(predictor="full"))
+    assert torch.equal(logits(model), logits_without_a_call(model))
+
+
+def test_a_model_within_a_forward_of_another(model):
+    """Its layers were not checked in that one."""
+    other = patch(FAMILIES["llama"].make(num_hidden_layers=3).eval(), SparseKConfig(k=4, window=4, sinks=1))
+    expected = logits(other)
+    with backbone_call():
+        logits(model)
+        assert torch.equal(logits(other), expected)
+    assert hf_sparse.patches.interface.current_call() is None
