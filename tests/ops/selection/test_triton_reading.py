@@ -362,7 +362,7 @@ def test_another_layer_does_not_read_as_the_one_before(change, monkeypatch):
         reading.read_in_few_launches(attention, NewTokens(query, key, value, states, None, 0.25), first)
     call.layers -= 1
     if change == "layout":
-        query = query.transpose(1, 2).contiguous().transpose(1, 2)
+        query, key, value = (tensor[:, :, :29] for tensor in (query, key, value))
     elif change == "address":
         room = torch.zeros(key.numel() + 1, device=DEVICE)
         key = room[1:].view_as(key).copy_(key)
