@@ -222,15 +222,16 @@ def sparse_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
         return None
     hidden_states = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
     is_compiled = torch.compiler.is_compiling()
-    cache = cache_given(module, args, kwargs)
-    call = None if is_compiled else current_call()
-    if cache is not None and not is_compiled:
+    cache, call = cache_given(module, args, kwargs), None
+    if cache is None:
+        call = None if is_compiled else current_call()
+        if call is not None and attention in call.ready:  # all has been checked at the second layer
+            return attention, hidden_states, None, call
+    elif not is_compiled:
         layer = layer_in_call(cache, module.layer_idx)  # type: ignore[arg-type]
-        if layer is not None:  # all has been checked where it was made
+        if layer is not None:  # likewise, where it was made
             layer.begin_attention()
             return attention, hidden_states, layer, layer.call
-    elif call is not None and attention in call.ready:  # likewise
-        return attention, hidden_states, None, call
     if not attention.is_active:
         return None
     name = None
@@ -249,11 +250,14 @@ def sparse_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     one_by_one = may_switch or is_recorded(hidden_states.device)
     if cache is None:
         # Not at the first layer: a GPU that has nothing to do yet would wait for all of it.
-        if call is None or one_by_one or not attention.layer:
+        if call is None or one_by_one or not attention.layer or torch.is_grad_enabled():
+            return attention, hidden_states, None, None
+        if torch.is_autocast_enabled(hidden_states.device.type):
             return attention, hidden_states, None, None
         assert attention.model_switch is not None
         others: list[Any] = [module._modules[CHILD] for module in attention.model_switch.modules()]
-        call.ready.update({other: other.prepare() for other in others if other.is_active})
+        length = hidden_states.shape[1]
+        call.ready.update({other: other.prepare(length) for other in others if other.is_active})
         return attention, hidden_states, None, call
     index = int(module.layer_idx)  # type: ignore[arg-type]
     if index and not one_by_one and not attention.has_local_neighbours and is_unused(cache, index):

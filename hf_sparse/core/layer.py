@@ -126,8 +126,12 @@ class SparseAttentionLayer(AdapterLayer[ConfigT], RequestAttention):
         """
         return None
 
-    def prepare(self) -> Any:
-        """Return what `attend_as_before` needs to know of this layer in a forward that keeps no keys."""
+    def prepare(self, length: int) -> Any:
+        """Return what `attend_as_before` needs to know of this layer in a forward that keeps no keys.
+
+        Args:
+            length: tokens of the texts, which are read without gradients and autocast.
+        """
         return None
 
     def is_learning(self, cache: Any) -> bool:

@@ -102,6 +102,12 @@ def test_gradients_take_the_long_way(model, attended):
     assert attended == [0, 1, 2]
 
 
+def test_autocast_takes_the_long_way(model, attended):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits(model)
+    assert attended == [0, 1, 2]
+
+
 def test_a_layer_that_is_switched_off_between_calls(model):
     logits(model)
     sparse_layers(model)[2].set_adapter([])

@@ -271,9 +271,9 @@ class SparseKAttention(SparseAttentionLayer[SparseKConfig]):
             return attend_alone_as_before(query, key, value, hidden_states, call.ready[self], call, scaling)
         return read_as_before(query, key, value, hidden_states, cache, scaling)
 
-    def prepare(self) -> ReadyLayer | None:
+    def prepare(self, length: int) -> ReadyLayer | None:
         """Return what texts are attended to with of which nothing is kept, see `SparseAttentionLayer`."""
-        return ready_layer(self)
+        return ready_layer(self, length)
 
     def _check_prompt(self, length: int, valid: Tensor | None) -> None:
         """Raise `ValueError` if a prompt of `length` tokens does not fit into sinks and selected keys of each head."""

@@ -6,7 +6,7 @@ slots of all layers but the first are allocated together.
 
 import functools
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -64,6 +64,7 @@ class SharedReading:
         layout: what the launches of the layer that read last were noted for.
         program: these launches.
         memory: what they write to beside slots; one layer after another uses it.
+        others: program and memory of other layouts that layers had before, as where heads differ.
     """
 
     keys: tuple[Any, ...]
@@ -73,6 +74,7 @@ class SharedReading:
     layout: Hashable
     program: "Program"
     memory: Tensor | None
+    others: dict[Hashable, tuple["Program", Tensor | None]] = field(default_factory=dict)
 
     def number_of(self, cache: SparseKCacheLayer) -> int | None:
         """Return the number of the slots that are for a layer, which reads now; `None` if there are none."""
@@ -81,11 +83,24 @@ class SharedReading:
         is_there = 0 <= number < len(self.counts) and self.counts[number] == (cache.counts or cache.slots)
         return number if is_there else None
 
-    def use(self, layout: Hashable, program: "Program") -> None:
-        """Take the launches for another layout of tensors."""
-        self.layout, self.program = layout, program
-        with lasting():
-            self.memory = program.memory()
+    def use(self, layout: Hashable, key: Tensor) -> bool:
+        """Take the launches for another layout of tensors; tell whether there are any for keys like these."""
+        found = self.others.get(layout)
+        if found is None:
+            program = _programs.get(layout)
+            if program is None or self.keys != _kind_of(key):
+                return False
+            with lasting():
+                found = program, program.memory()
+        self.others[self.layout] = self.program, self.memory
+        self.layout, (self.program, self.memory) = layout, found
+        return True
+
+
+def _kind_of(key: Tensor) -> tuple[Any, ...]:
+    """Return what keys of layers have in common that share slots: rows, heads, size, dtype and device."""
+    batch, heads, _, dim = key.shape
+    return batch, heads, dim, key.dtype, key.device
 
 
 def scoring_of(attention: "SparseKAttention") -> Scoring | None:
@@ -133,7 +148,7 @@ def read_in_few_launches(
         return None
     call = cache.call
     end = None if call is None else call.end
-    counts = None if cache.counts is None else (_most_selected(cache.k), key.shape[2] <= cache.slots)
+    counts = None if cache.counts is None else (most_selected(cache.k), key.shape[2] <= cache.slots)
     layout = (
         query.shape, query.stride(), query.dtype, query.device, key.shape, key.stride(), key.dtype, value.stride(),
         value.dtype, hidden_states.dtype, hidden_states.stride(), scaling, scoring.layout,
@@ -168,7 +183,7 @@ def read_in_few_launches(
 def read_as_before(
     query: Tensor, key: Tensor, value: Tensor, hidden_states: Tensor, cache: SparseKCacheLayer, scaling: float
 ) -> Tensor | None:
-    """Read a text as `read_in_few_launches`, by the launches of the layer before in the same call of the model.
+    """Read a text as `read_in_few_launches`, by launches that are known, as a layer before in the same call did.
 
     Nearly all stands in this one function: to Python a call costs as much as what it does here.
 
@@ -186,7 +201,7 @@ def read_as_before(
     number, counts = call.begun - shared.first, cache.counts
     if not 0 <= number < len(shared.counts) or shared.counts[number] != (counts or cache.slots):
         return None
-    k: Any = cache.k if counts is None else (_most_selected(cache.k), key.shape[2] <= cache.slots)
+    k: Any = cache.k if counts is None else (most_selected(cache.k), key.shape[2] <= cache.slots)
     # As in `read_in_few_launches`.
     layout = (
         query.shape, query.stride(), query.dtype, query.device, key.shape, key.stride(), key.dtype, value.stride(),
@@ -194,7 +209,9 @@ def read_as_before(
         cache.sinks, call.end is None,
     )  # fmt: skip
     of_key, of_value, of_states = key.data_ptr(), value.data_ptr(), hidden_states.data_ptr()
-    if layout != shared.layout or (query.data_ptr() | of_key | of_value | of_states) % 16:
+    if (query.data_ptr() | of_key | of_value | of_states) % 16:
+        return None
+    if layout != shared.layout and not shared.use(layout, key):
         return None
     program = shared.program
     bases = [query.data_ptr()] if program.order else []  # otherwise all keys fit: the launches read no query
@@ -244,7 +261,7 @@ def _may_read(attention: "SparseKAttention", query: Tensor, cache: SparseKCacheL
     return cache.call is not None or attention.budget == (cache.k, cache.window, cache.sinks)
 
 
-def _most_selected(k: Counts) -> int:
+def most_selected(k: Counts) -> int:
     """Return the selected keys of every head; where heads differ of the one that has most, or somewhat more."""
     return k if isinstance(k, int) else -(-max(k) // _ROUNDING) * _ROUNDING
 
@@ -255,7 +272,7 @@ def settings_of(budget: Budget, scaling: float, scoring: Scoring) -> "ReadingSet
 
     k, window, sinks = budget
     of_heads = None if isinstance(k, int) else k
-    return ReadingSettings(_most_selected(k), window, sinks, scaling, scoring.key[3], of_heads)
+    return ReadingSettings(most_selected(k), window, sinks, scaling, scoring.key[3], of_heads)
 
 
 def _compile_all(generation: Generation, new: NewTokens, scoring: Scoring) -> None:
@@ -264,7 +281,7 @@ def _compile_all(generation: Generation, new: NewTokens, scoring: Scoring) -> No
 
     heads = new.key.shape[1]
     budgets = {layer.budget for layer in layers_like(generation) if layer.num_key_value_heads == heads}
-    kinds = [settings_of(budget, new.scaling, scoring) for budget in budgets if _most_selected(budget.k) <= MOST_LISTED]
+    kinds = [settings_of(budget, new.scaling, scoring) for budget in budgets if most_selected(budget.k) <= MOST_LISTED]
     compile_readings(new.query, new.key, new.value, new.hidden_states, scoring.weight, scoring.slope, kinds)
 
 
@@ -291,16 +308,12 @@ def shared_reading(cache: SparseKCacheLayer, key: Tensor, layout: Hashable) -> t
     call = cache.call
     shared: Any = None if call is None else call.shared
     number = None if shared is None else shared.number_of(cache)
-    if number is not None and shared.layout == layout:
+    if number is not None and (shared.layout == layout or shared.use(layout, key)):
         return shared, number
     program = _programs.get(layout)
     if program is None:
         return None
-    batch, heads, _, dim = key.shape
-    keys = batch, heads, dim, key.dtype, key.device
-    if number is not None and shared.keys == keys:
-        shared.use(layout, program)
-        return shared, number
+    batch, heads, dim, _, _ = keys = _kind_of(key)
     from hf_sparse.ops.selection.triton.reading import places_of_slots
 
     own = cache.counts or cache.slots
@@ -347,7 +360,7 @@ def takes(new: NewTokens, scoring: Scoring, k: Counts) -> bool:
         and weight.dtype in DTYPES
         and query.shape[-1] == value.shape[-1] <= 256
         and key.shape[0] * key.shape[1] <= MOST_ROWS
-        and _most_selected(k) <= MOST_LISTED
+        and most_selected(k) <= MOST_LISTED
         and query.stride(-1) == key.stride(-1) == value.stride(-1) == 1
         and states.is_contiguous()
         and weight.is_contiguous()

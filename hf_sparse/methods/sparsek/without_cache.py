@@ -20,6 +20,7 @@ from hf_sparse.methods.sparsek.reading import (
     Scoring,
     aligned_addresses,
     attend_to_all,
+    most_selected,
     remember,
     scoring_of,
     settings_of,
@@ -40,13 +41,14 @@ class ReadyLayer(NamedTuple):
     """Hold what a layer attends with in a forward that keeps nothing.
 
     Attributes:
-        budget, fewest_slots: of the layer.
-        scoring: what its scorer computes with; `None` where no kernel knows it.
+        fewest_slots: as many tokens are attended to in full.
+        budget: what launches depend on of the budget of the layer, see `_kind_of`.
+        scoring: what its scorer computes with; `None` where no kernel knows it, or none is needed.
         table: where the table of heads that differ is, 0 without one.
     """
 
-    budget: Budget
     fewest_slots: int
+    budget: Budget
     scoring: Scoring | None
     table: int
 
@@ -66,17 +68,25 @@ class SharedLaunches:
     memory: Tensor | None
 
 
-def ready_layer(attention: "SparseKAttention") -> ReadyLayer | None:
-    """Return what a layer attends with; `None` where `attend_without_cache` has to ask for more, or takes no text."""
-    if attention.training or not attention.causal or not attention.uses_scorer or torch.is_grad_enabled():
-        return None
-    if any([torch.is_autocast_enabled(kind) for kind in ("cuda", "cpu")]):
+def ready_layer(attention: "SparseKAttention", length: int) -> ReadyLayer | None:
+    """Return what a layer attends to texts of a length with, without gradients and autocast.
+
+    Returns:
+        `None` where `attend_without_cache` has to ask for more, or takes no text.
+    """
+    if attention.training or not attention.causal or not attention.uses_scorer:
         return None
     budget = attention.budget
-    scoring = scoring_of(attention) if _TRITON else None
-    is_equal = scoring is None or isinstance(budget.k, int)
-    table = 0 if is_equal or scoring is None else _address_of_counts(budget.k, scoring.weight.device)
-    return ReadyLayer(budget, budget.fewest_slots, scoring, table)
+    fewest = budget.fewest_slots
+    scoring = scoring_of(attention) if _TRITON and length > fewest else None
+    if scoring is None or isinstance(budget.k, int):
+        return ReadyLayer(fewest, budget, scoring, 0)
+    return ReadyLayer(fewest, _kind_of(budget), scoring, _address_of_counts(budget.k, scoring.weight.device))
+
+
+def _kind_of(budget: Budget) -> Budget:
+    """Return what launches depend on of a budget: heads that differ select by a table, up to a number of keys."""
+    return budget if isinstance(budget.k, int) else budget._replace(k=(most_selected(budget.k),))
 
 
 def attend_alone_as_before(
@@ -98,7 +108,7 @@ def attend_alone_as_before(
     Returns:
         `[B, Hq, T, D]`; `None` where `attend_without_cache` has to do it.
     """
-    if ready is None or torch.is_grad_enabled():
+    if ready is None:
         return None
     if key.shape[2] <= ready.fewest_slots:
         grouped = query.shape[1] != key.shape[1]
@@ -150,7 +160,7 @@ def attend_without_cache(attention: "SparseKAttention", new: NewTokens) -> Tenso
         return None
     layout = (
         query.shape, query.stride(), query.dtype, query.device, key.shape, key.stride(), key.dtype, value.stride(),
-        value.dtype, hidden_states.dtype, hidden_states.stride(), scaling, scoring.layout, budget,
+        value.dtype, hidden_states.dtype, hidden_states.stride(), scaling, scoring.layout, _kind_of(budget),
     )  # fmt: skip
     addresses = aligned_addresses(new, scoring)
     program = _programs.get(layout) if addresses else None

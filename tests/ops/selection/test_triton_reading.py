@@ -346,7 +346,7 @@ def test_a_layer_reads_by_the_launches_of_the_one_before(counts, fits, monkeypat
         assert output.shape == query.shape and torch.equal(output, outputs[0])
 
 
-@pytest.mark.parametrize("change", ["layout", "address", "gradients", "scorer", "used"])
+@pytest.mark.parametrize("change", ["keys", "address", "gradients", "scorer", "used"])
 def test_another_layer_does_not_read_as_the_one_before(change, monkeypatch):
     query, key, value, states, weight, _ = inputs(1, 4, 2, 30, 16, 48, torch.float32, False)
     program = NotedLaunches(query)
@@ -361,8 +361,8 @@ def test_another_layer_does_not_read_as_the_one_before(change, monkeypatch):
     with torch.no_grad():
         reading.read_in_few_launches(attention, NewTokens(query, key, value, states, None, 0.25), first)
     call.layers -= 1
-    if change == "layout":
-        query, key, value = (tensor[:, :, :29] for tensor in (query, key, value))
+    if change == "keys":
+        key, value = (tensor[:, :1] for tensor in (key, value))
     elif change == "address":
         room = torch.zeros(key.numel() + 1, device=DEVICE)
         key = room[1:].view_as(key).copy_(key)
@@ -373,6 +373,19 @@ def test_another_layer_does_not_read_as_the_one_before(change, monkeypatch):
     with torch.set_grad_enabled(change == "gradients"):
         assert reading.read_as_before(query, key, value, states, second, 0.25) is None
     assert len(program.bases) == 1 and second.shared is None
+
+
+def test_layers_of_other_layouts_take_turns(monkeypatch):
+    """As where heads differ: launches and memory are looked up once for each."""
+    programs = {layout: SimpleNamespace(memory=lambda: object()) for layout in ("first", "second")}
+    monkeypatch.setattr(reading, "_programs", programs)
+    call = ModelCall(layers=3, kinds=[(8, "scoring")] * 3)
+    found = []
+    for layout in ("first", "second", "first", "second"):
+        shared, _ = reading.shared_reading(layer_of(call, 8), torch.zeros(1, 2, 9, 5), layout)
+        found.append((shared.program, shared.memory))
+    assert found[0] == found[2] != found[1] == found[3] and call.shared is shared
+    assert [program for program, _ in found[:2]] == list(programs.values())
 
 
 @pytest.mark.parametrize("k", [8, (5, 7)], ids=["equal", "heads"])
@@ -387,7 +400,7 @@ def test_a_layer_that_keeps_nothing_attends_by_known_launches(k, monkeypatch):
     call = BackboneCall()
     with torch.no_grad():
         expected = without_cache.attend_without_cache(attention, NewTokens(query, key, value, states, None, 0.25))
-        ready = without_cache.ready_layer(attention)
+        ready = without_cache.ready_layer(attention, 30)
         for _ in range(2):
             found = without_cache.attend_alone_as_before(query, key, value, states, ready, call, 0.25)
             assert torch.equal(found, expected)
@@ -400,15 +413,11 @@ def test_a_layer_that_keeps_nothing_attends_by_known_launches(k, monkeypatch):
         monkeypatch.setattr(without_cache, "_programs", {})
         longer = [torch.cat([tensor, tensor], 2) for tensor in (query, key, value)]
         assert without_cache.attend_alone_as_before(*longer, states, ready, call, 0.25) is None
-    assert without_cache.attend_alone_as_before(query, key, value, states, ready, call, 0.25) is None  # gradients
-    assert without_cache.ready_layer(attention) is None
-    with torch.no_grad():
-        for name, other in (("training", True), ("causal", False), ("uses_scorer", False)):
-            with monkeypatch.context() as changed:
-                changed.setattr(attention, name, other)
-                assert without_cache.ready_layer(attention) is None
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            assert without_cache.ready_layer(attention) is None
+    assert without_cache.ready_layer(attention, 9).scoring is None  # a text that fits needs no scores
+    for name, other in (("training", True), ("causal", False), ("uses_scorer", False)):
+        with monkeypatch.context() as changed:
+            changed.setattr(attention, name, other)
+            assert without_cache.ready_layer(attention, 30) is None
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="models take this path on a GPU alone")
@@ -461,8 +470,8 @@ def test_a_model_reads_as_by_the_longer_path(length, shares, monkeypatch):
         with torch.inference_mode():
             output = model(ids[:, :length], use_cache=True)
             alone = model(ids[:, :length], use_cache=False)
-        if path == "second call":  # all layers but the first
-            assert taken == dict.fromkeys(ways, 2)
+        if path == "second call":  # the second layer makes the slots of both
+            assert taken == {"read_as_before": 1, "attend_alone_as_before": 2}
         torch.testing.assert_close(alone.logits, output.logits, rtol=1e-3, atol=1e-3)
         logits, caches = [output.logits], [cache_of(output)]
         with torch.no_grad():
