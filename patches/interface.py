@@ -89,7 +89,7 @@ def attention_forward(
 
 
 def _end(cache: SparseCacheLayer) -> None:
-    """End the attention that fills a cache layer, and the call that has made the layer."""
+    """Note that the attention of a cache layer is done, and with it the call that has made the layer."""
     cache.end_attention()
     if cache.call is not None:
         cache.call.layers -= 1

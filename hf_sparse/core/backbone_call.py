@@ -1,4 +1,4 @@
-"""Share what attention layers have found out in one forward of a backbone that reads several tokens."""
+"""Hold what the attention layers of one forward of a backbone, which reads several tokens, share."""
 
 import threading
 from collections.abc import Iterator
@@ -37,7 +37,7 @@ def current_call() -> BackboneCall | None:
 
 @contextmanager
 def backbone_call() -> Iterator[None]:
-    """Begin a forward of a backbone for the length of a `with` block."""
+    """Note that a forward of a backbone goes on, for the length of a `with` block."""
     before, _of_thread.call = _of_thread.call, BackboneCall()
     try:
         yield
