@@ -61,7 +61,8 @@ def ratio_of_prefill(row: Row) -> float:
 
 def summary() -> str:
     """Make the table: what is done, with which model, at which length, and how many times as fast it is."""
-    prompt, once = "first token, times as fast", "forward, times as fast"
+    prompt, again, new = (f"{name}, times as fast" for name in ("first token", "forward", "new forward"))
+    alone, new_alone = (f"{name} without a cache, times as fast" for name in ("forward", "new"))
     lines = [
         ("a step of `generate`", f"{THREE}, batch 1 to 8", "512 to 8,192", span(among("generate", "seen"))),
         (
@@ -84,22 +85,36 @@ def summary() -> str:
         ),
         ("the same", "Llama 8B, batch 1", "512 to 8,192", span(among("prefill calls", prompt, is_8b))),
         (
-            "a forward, or a prompt of a new length",
+            "a forward whose length comes again, with and without a cache",
+            "shapes of SmolLM2 and TinyLlama, batch 1",
+            "512 to 8,192",
+            span(
+                [ratio for call in (again, alone) for ratio in among("prefill calls", call, lambda row: not is_8b(row))]
+            ),
+        ),
+        (
+            "the same",
+            "Llama 8B, batch 1",
+            "512 to 8,192",
+            span([ratio for call in (again, alone) for ratio in among("prefill calls", call, is_8b)]),
+        ),
+        (
+            "the first forwards, or prompts, of about a length",
             THREE,
             "512 to 4,096",
-            span(among("prefill calls", once, up_to(4096))),
+            span(among("prefill calls", new, up_to(4096))),
         ),
-        ("the same", THREE, "8,192", span(among("prefill calls", once, at(8192)))),
+        ("the same", THREE, "8,192", span(among("prefill calls", new, at(8192)))),
         *(
             ("the same", "Llama 8B", f"{length(row):,}", f"{ratio_of_prefill(row):.2f}")
             for row in rows("prefill")
             if length(row) > 8192
         ),
-        ("a forward without a cache", "shapes of SmolLM2 and TinyLlama", "512 to 4,096", span(without_cache())),
+        ("the same without a cache", THREE, "512 to 4,096", span(among("prefill calls", new_alone, up_to(4096)))),
         (
-            "a forward, with and without a cache, KV heads with different numbers of slots",
+            "the same, with and without a cache, KV heads with different numbers of slots",
             "shape of SmolLM2",
-            "512 and 2,048",
+            "512 to 4,096",
             span(unequal_heads()),
         ),
         *(
@@ -143,15 +158,9 @@ def summary() -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * 3 + ["---:"], *bold)) + "\n"
 
 
-def without_cache() -> list[float]:
-    """Return how many times as fast as dense ones forwards without a cache are, which no table holds."""
-    return [row["uncached"]["ratio"] for row in results("prefill-8050b75-h200")]
-
-
 def unequal_heads() -> list[float]:
-    """Return how many times as fast as dense ones forwards are where KV heads differ, which no table holds."""
-    found = results("prefill-heads-8050b75-h200")
-    return [row[call]["ratio"] for row in found for call in ("forward", "uncached")]
+    """Return how many times as fast as dense ones new forwards are where KV heads differ, which no table holds."""
+    return [row[call]["ratio"] for row in results("prefill-heads-h200") for call in ("new", "new_uncached")]
 
 
 def prompts_on_a_cpu() -> dict[int, float]:
@@ -196,10 +205,14 @@ def test_what_is_slower_is_in_the_summary():
 
 def test_the_readme_says_of_short_prompts_what_was_measured():
     readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
-    again, once = (among("prefill calls", f"{call}, times as fast", up_to(4096)) for call in ("first token", "forward"))
-    assert f"A prompt of up to 4,096 tokens is read {span(again)} times as fast as by the dense model" in readme
-    assert f"Any other forward is {span(once)} times as fast, and without a cache {span(without_cache())}" in readme
-    assert f"With unequal KV heads, as `finetune` makes them, it is {span(unequal_heads())} times as fast" in readme
+    calls = ("forward", "forward without a cache", "first token")
+    again = [ratio for call in calls for ratio in among("prefill calls", f"{call}, times as fast", up_to(4096))]
+    new = [
+        among("prefill calls", f"{call}, times as fast", up_to(4096)) for call in ("new forward", "new without a cache")
+    ]
+    assert f"A text of up to 4,096 tokens is read {span(again)} times as fast as by the dense model" in readme
+    assert f"The first ones are {span(new[0])} times as fast, and without a cache {span(new[1])} times" in readme
+    assert f"with unequal KV heads, as `finetune` makes them, {span(unequal_heads())} times" in readme
     longer = [f"{1 / ratio:.1f} times as long at {tokens:,}" for tokens, ratio in prompts_on_a_cpu().items()]
     assert f"on two CPU cores it takes {' and '.join(longer)} tokens" in readme
     times = [

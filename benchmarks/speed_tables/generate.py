@@ -67,25 +67,25 @@ def generate_summary(runs: Sequence[Run]) -> str:
 @speed_table("prefill calls", ("prefill-h200",))
 @speed_table("entmax prefill calls", ("prefill-entmax-h200",))
 def prefill_call_table(runs: Sequence[Run]) -> str:
-    """Tabulate runs of `prefill.py`: milliseconds and ratios of the calls, prompts played, and kernels of a forward.
-
-    A cell is that of the first run which has it; earlier runs played no prompt.
-    """
+    """Tabulate runs of `prefill.py`: milliseconds and ratios of the calls, texts played, and kernels of a forward."""
     rows = []
     every = joined_rows(runs, "shape", "prompt", keep=("commit",))
     shapes = list(dict.fromkeys(row["shape"] for row in every))
     for row in sorted(every, key=lambda row: (shapes.index(row["shape"]), row["prompt"])):
         cells = [f"{row['shape']}, {row['prompt']:,}"]
         for call in ("forward", "generate"):
-            cells += [*(short(row[call][f"{name}_ms"]) for name in BOTH), f"{row[call]['ratio']:.2f}"]
-        cells.append(hundredths(row.get("varied", {}).get("ratio")))
-        generate = row["generate"]
-        cells.append(f"{generate['played']} of {generate['calls']}" if "played" in generate else "-")
+            of_call = row[call]
+            cells += [*(short(of_call[f"{name}_ms"]) for name in BOTH), f"{of_call['ratio']:.2f}"]
+            cells.append(f"{of_call['played']} of {of_call['calls']}")
+        cells += [hundredths(row.get(call, {}).get("ratio")) for call in ("uncached", "new", "new_uncached", "varied")]
         profile = [row["profile"][name] for name in BOTH]
         cells.append(" / ".join(short(one["kernels_ms"]) for one in profile))
         rows.append([*cells, " / ".join(f"{one['launches']:,}" for one in profile), row["commit"][:7]])
-    calls = [f"{name}, {what}" for name in ("forward", "first token") for what in (*BOTH, "times as fast")]
-    calls += ["first token, varied lengths, times as fast", "prompts played"]
+    calls = [f"{name}, {what}" for name in ("forward", "first token") for what in (*BOTH, "times as fast", "played")]
+    calls += [
+        f"{name}, times as fast"
+        for name in ("forward without a cache", "new forward", "new without a cache", "first token, varied lengths")
+    ]
     return table(["ms: shape, prompt", *calls, "kernels, dense / sparse", "launches, dense / sparse", "commit"], rows)
 
 

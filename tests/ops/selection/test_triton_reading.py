@@ -436,7 +436,7 @@ def test_a_model_reads_as_by_the_longer_path(length, shares, monkeypatch):
 
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from hf_sparse import SparseKConfig, patch
+    from hf_sparse import SparseKConfig, patch, unrecorded
     from hf_sparse._compat import cache_of, with_cache
     from hf_sparse.methods.sparsek import attention
 
@@ -467,7 +467,7 @@ def test_a_model_reads_as_by_the_longer_path(length, shares, monkeypatch):
         if path == "longer path":
             for name in (*ways, "read_in_few_launches", "attend_without_cache"):
                 monkeypatch.setattr(attention, name, lambda *_: None)
-        with torch.inference_mode():
+        with torch.inference_mode(), unrecorded():
             output = model(ids[:, :length], use_cache=True)
             alone = model(ids[:, :length], use_cache=False)
         if path == "second call":  # the second layer makes the slots of both
