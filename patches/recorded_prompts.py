@@ -179,10 +179,12 @@ class RecordedPrompts:
     def _read(self, model: nn.Module, modules: Sequence[nn.Module], inputs: dict[str, Any]) -> Any:
         """Return what `read` returns, if memory suffices."""
         arrived, ids, prompt = time.perf_counter(), inputs["input_ids"], None
+        first = bucket_of(model, len(ids), ids.shape[1], ()), kind_of(inputs)
+        if first[0] is None:
+            return run(model, inputs)
         with self._lock:
             self._arrived = arrived
-            first = bucket_of(model, len(ids), ids.shape[1], ()), kind_of(inputs)
-            if is_first := first[0] is not None and first not in self._memory.firsts:
+            if is_first := first not in self._memory.firsts:
                 self._memory.prompts += 1
             elif self._is_worth_a_look(model, inputs):
                 begun = self._begin(model, inputs)
@@ -224,9 +226,11 @@ class RecordedPrompts:
         if memory.skipped:
             memory.skipped -= 1
             return False
+        length = bucket_of(model, len(ids), ids.shape[1], memory.edges)
+        if (len(ids), length) in self._unrecorded:
+            return False
         if len(memory.recordings) < _MOST_RECORDINGS or not self._is_used(next(iter(memory.recordings))):
             return True
-        length = bucket_of(model, len(ids), ids.shape[1], memory.edges)
         return any([of_one == length for _, of_one in memory.recordings])
 
     def _is_used(self, key: tuple[Hashable, int]) -> bool:
@@ -287,6 +291,8 @@ class RecordedPrompts:
             is_begun: whether a replay was launched, so that there is no padding.
         """
         ids, cache = inputs["input_ids"], inputs.get(CACHE)
+        if not is_begun and has_padding(inputs):
+            return None
         if cache is None and keeps_keys(model, inputs):
             cache = DynamicCache(config=model.config)  # type: ignore[arg-type]
         count = _number_of_layers(model) if cache is None else len(getattr(cache, "layers", ()))
@@ -303,8 +309,6 @@ class RecordedPrompts:
         edges, keys = [one.prompt_edge for one in attentions], [one.recording_key() for one in attentions]
         length = None if None in edges or None in keys else bucket_of(model, len(ids), ids.shape[1], edges)
         if length is None or (len(ids), length) in self._unrecorded or is_unusual(model):
-            return None
-        if not is_begun and has_padding(inputs):
             return None
         memory = self._memory
         state = state_of(model, ids.device, {hook.id for attention in attentions for hook in attention.hooks})
