@@ -273,12 +273,14 @@ def test_parameters_that_change_are_noticed(everywhere):
 
 def test_generation_in_train_mode_takes_the_kernel(everywhere):
     patched = model()
+    texts(patched, turns=1)  # on a GPU the first call compiles kernels beside, which counts too
+    everywhere.clear()
     expected, _ = texts(patched, turns=1)
     steps = len(everywhere)
     for module in patched.model.layers:
         module.self_attn.sparse_attention.train()
     ids, _ = texts(patched, turns=1)
-    assert torch.equal(ids, expected) and len(everywhere) == 2 * steps
+    assert torch.equal(ids, expected) and len(everywhere) == 2 * steps > 0
 
 
 def test_a_copy_of_a_cache_has_a_kernel_of_its_own(everywhere):
